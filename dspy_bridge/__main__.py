@@ -1,0 +1,107 @@
+"""The command line: serve frames on stdin and stdout (what a port opens), `--selftest`, `--version`, `--help`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+    from dspy_bridge.settings import Settings
+
+
+def main() -> int:
+    """Run as a port program. Returns the exit code: 0 after the end of input, 2 for a setting that cannot be read."""
+    from dspy_bridge import settings
+
+    flags: Mapping[str, str] = {}
+    if len(sys.argv) > 1:
+        arguments = _parser().parse_args()
+        if arguments.selftest:
+            from dspy_bridge import selftest
+
+            return selftest.main()
+        flags = {name: text for name, text in vars(arguments).items() if name != "selftest" and text is not None}
+    try:
+        chosen = settings.load(os.environ, flags)
+    except settings.SettingError as error:
+        return _refuse(str(error))
+    if os.isatty(0):
+        return _refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
+    # Before anything else that might print is imported.
+    from dspy_bridge import descriptors
+
+    reading, writing = descriptors.take()
+    _serve(chosen, reading, writing)
+    return 0
+
+
+def _serve(settings: Settings, reading: int, writing: int) -> None:
+    from dspy_bridge import server
+    from dspy_bridge.commands import Commands
+    from dspy_bridge.dispatcher import Dispatcher
+    from dspy_bridge.writer import Writer
+
+    writer = Writer(writing, server.exit_now)
+
+    def setup_logs() -> None:
+        from dspy_bridge import logs
+
+        logs.setup(settings.log_level, writer.send if settings.log_frames else None)
+
+    def log_exception(reference: str) -> None:
+        from dspy_bridge import logs
+
+        setup_logs()
+        logs.exception(reference)
+
+    commands = Commands(settings, setup_logs, lambda: dispatcher.load())
+    dispatcher = Dispatcher(
+        commands.table(),
+        writer.send,
+        max_in_flight=settings.max_in_flight,
+        max_queue=settings.max_queue,
+        max_frame_bytes=settings.max_frame_bytes,
+        log_exception=log_exception,
+    )
+    server.serve(reading, writer, dispatcher, settings.max_frame_bytes, settings.drain_ms)
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    from dspy_bridge import __version__
+    from dspy_bridge.settings import SETTINGS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m dspy_bridge",
+        description="An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.",
+        epilog="A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dspy_bridge {__version__}")
+    parser.add_argument(
+        "--selftest", action="store_true", help="drive a peer through all six commands with offline/echo, then exit"
+    )
+    for setting in SETTINGS:
+        default = f"default: {setting.default}" if setting.default else "default: none"
+        parser.add_argument(
+            setting.flag,
+            dest=setting.name,
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{setting.help} [{setting.variable}; {default}]",
+        )
+    return parser
+
+
+def _refuse(why: str) -> int:
+    os.write(2, f"dspy_bridge: {why}\n".encode())
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

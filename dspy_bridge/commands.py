@@ -1,0 +1,214 @@
+"""The six commands: arguments checked once, then the call. No DSPy is imported before a program needs it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from dspy_bridge import __version__
+from dspy_bridge.dispatcher import Call, Command
+from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
+from dspy_bridge.registry import Entry, Registry, working
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+    from typing import Any
+
+    from dspy_bridge.models import Models
+    from dspy_bridge.programs import Program
+    from dspy_bridge.settings import Settings
+
+_CREATE_ARGS = ("id", "signature", "program_type", "lm", "adapter", "config")
+_EXECUTE_ARGS = ("program_id", "inputs", "config", "lm")
+
+
+class Commands:
+    """What the commands do, over one registry of programs."""
+
+    def __init__(self, settings: Settings, setup: Callable[[], None], load: Callable[[], Mapping[str, Any]]) -> None:
+        """`setup` runs once before DSPy is imported; `load` tells what runs, for `get_stats`."""
+        self._settings = settings
+        self._setup = setup
+        self._load = load
+        self._started = time.monotonic()
+        self._registry = Registry()
+        self._models: Models | SetupFailed | None = None
+        self._loader: Any = None
+
+    def table(self) -> dict[str, Command]:
+        """The commands by name."""
+        return {
+            "ping": Command(self.ping),
+            "create_program": Command(self.create_program),
+            "execute_program": Command(self.execute_program, limited=True),
+            "list_programs": Command(self.list_programs),
+            "get_stats": Command(self.get_stats),
+            "cleanup": Command(self.cleanup),
+        }
+
+    def ping(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
+        """`{"status": "ok", "timestamp": unix seconds}`."""
+        return {"status": "ok", "timestamp": time.time()}
+
+    def create_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
+        """`{"program_id", "status": "created"}` once the program is loaded."""
+        _refuse_unknown(args, _CREATE_ARGS)
+        id = _text(args, "id")
+        if args.get("signature") is None:
+            raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
+        _object(args, "config")
+        _object(args, "lm")
+        entry = self._registry.add(id, args)
+        call.undo = lambda: self._registry.discard(entry)
+        return self._create(entry)
+
+    def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
+        """The output fields of one call of a program."""
+        _refuse_unknown(args, _EXECUTE_ARGS)
+        id = _text(args, "program_id")
+        inputs = args.get("inputs")
+        if not isinstance(inputs, dict):
+            raise InvalidArgs("inputs: expected an object of the signature's input fields")
+        config = _object(args, "config")
+        lm = _object(args, "lm")
+        entry = self._registry.get(id)
+        if entry is None:
+            raise ProgramNotFound(id)
+        return self._execute(entry, inputs, config, lm, call)
+
+    def list_programs(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
+        """`{"programs": [ids]}`, with `details` also those; `program_ids` narrows both."""
+        details = args.get("details", False)
+        if not isinstance(details, bool):
+            raise InvalidArgs("details: expected true or false")
+        ids = _ids(args)
+        entries = [entry for entry in self._registry.answered() if ids is None or entry.id in ids]
+        listed: dict[str, Any] = {"programs": [entry.id for entry in entries]}
+        if details:
+            listed["details"] = [entry.details() for entry in entries]
+        return listed
+
+    def get_stats(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
+        """Counts, sizes in bytes, times in seconds (uptime) and ms (quantiles)."""
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return {
+            "programs_count": len(self._registry.answered()),
+            "memory_usage": {"rss": memory.rss, "vms": memory.vms},
+            "uptime": time.monotonic() - self._started,
+            **self._load(),
+            "pid": os.getpid(),
+            "versions": _versions(),
+        }
+
+    def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
+        """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
+        return {"status": "cleaned", "programs_removed": self._registry.remove(_ids(args))}
+
+    # On the event loop.
+
+    async def _create(self, entry: Entry) -> dict[str, Any]:
+        await self._program(entry)
+        self._registry.confirm(entry)
+        return {"program_id": entry.id, "status": "created"}
+
+    async def _execute(
+        self, entry: Entry, inputs: dict[str, Any], config: dict[str, Any] | None, lm: dict[str, Any] | None, call: Call
+    ) -> dict[str, Any]:
+        program = None
+        while program is None:
+            try:
+                program = await self._program(entry)
+            except (InvalidArgs, SetupFailed) as error:
+                if isinstance(error, SetupFailed):
+                    raise
+                # Its create has been told why. For an execute the id means what it meant before.
+                self._registry.discard(entry)
+                before = working(entry)
+                if before is None:
+                    raise ProgramNotFound(entry.id) from None
+                entry = before
+        entry.execution_count += 1
+        entry.last_executed = time.time()
+        return await program.call(inputs, config, lm, call.lm_usage if call.request.meta else None)
+
+    async def _program(self, entry: Entry) -> Program:
+        import asyncio
+
+        if entry.loading is None:
+            loop = asyncio.get_running_loop()
+            if self._loader is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                # One thread: DSPy lets only the thread that configured it first configure it again.
+                self._loader = ThreadPoolExecutor(1, "dspy_bridge-loader")
+            load = loop.run_in_executor(self._loader, self._make, entry.definition)
+            entry.loading = load
+            # Whoever waited for it may have given up: a failure that nobody hears of is no news for the log.
+            load.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Shielded: whoever gives up waiting does not stop it for the others.
+        return await asyncio.shield(entry.loading)
+
+    # On the loader's thread.
+
+    def _make(self, definition: dict[str, Any]) -> Program:
+        if self._models is None:
+            self._models = self._load_dspy()
+        if isinstance(self._models, SetupFailed):
+            raise SetupFailed(str(self._models))
+        from dspy_bridge.programs import Program
+
+        return Program(definition, self._models)
+
+    def _load_dspy(self) -> Models | SetupFailed:
+        self._setup()
+        try:
+            from dspy_bridge.models import Models
+
+            return Models(self._settings)
+        except SetupFailed as error:
+            return error
+        except ImportError as error:
+            return SetupFailed(f"DSPy cannot be imported: {error}")
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"dspy_bridge": __version__, "python": platform.python_version()}
+    for name in ("dspy", "psutil"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _refuse_unknown(args: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name in args:
+        if name not in known:
+            raise InvalidArgs(f"{name}: unknown argument; expected {', '.join(known)}")
+
+
+def _text(args: dict[str, Any], name: str) -> str:
+    value = args.get(name)
+    if not isinstance(value, str) or not value:
+        raise InvalidArgs(f"{name}: expected text")
+    return value
+
+
+def _object(args: dict[str, Any], name: str) -> dict[str, Any] | None:
+    value = args.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise InvalidArgs(f"{name}: expected an object")
+    return value
+
+
+def _ids(args: dict[str, Any]) -> list[str] | None:
+    ids = args.get("program_ids")
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(id, str) for id in ids)):
+        raise InvalidArgs("program_ids: expected a list of texts")
+    return ids

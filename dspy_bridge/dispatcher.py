@@ -1,0 +1,302 @@
+"""From a frame to its one reply: what is quick is answered at once, the rest is a task of its own on an event loop.
+
+`receive` runs on the reading thread. The loop has a thread of its own, started by the first request that needs it, and
+all bookkeeping of running and waiting requests happens there. Only here do exceptions become error replies.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+
+from dspy_bridge import messages, redaction
+from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
+from dspy_bridge.frames import TooLarge
+from dspy_bridge.stats import CommandStats
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from typing import Any
+
+# An error's text is one line of at most this many characters.
+MAX_ERROR_CHARS = 2000
+# A deadline further away than this is none; it also keeps huge numbers out of the loop's clock.
+_LONGEST_MS = 10 * 365 * 86_400_000
+
+
+class Call:
+    """One request from its receipt to its reply.
+
+    For its handler: `request`; `lm_usage`, to be filled where the request asks for meta; `undo`, called if the
+    reply turns out to be an error, whatever the reason.
+    """
+
+    __slots__ = ("answered", "handle", "lm_usage", "received", "request", "started", "task", "undo", "work")
+
+    def __init__(self, request: messages.Request, received: float) -> None:
+        self.request = request
+        self.received = received
+        self.started = received
+        self.work: Coroutine[Any, Any, Any] | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.handle: asyncio.TimerHandle | None = None
+        self.lm_usage: dict[str, Any] = {}
+        self.undo: Callable[[], object] | None = None
+        self.answered = False
+
+
+class Command:
+    """How one command is served.
+
+    `handler(args, call)` gives the result, or a coroutine that will. `limited`: its coroutine counts towards
+    the limits of what runs and waits.
+    """
+
+    __slots__ = ("handler", "limited")
+
+    def __init__(self, handler: Callable[[dict[str, Any], Call], Any], limited: bool = False) -> None:
+        self.handler = handler
+        self.limited = limited
+
+
+class Dispatcher:
+    """Serves requests by a table of commands."""
+
+    def __init__(
+        self,
+        commands: Mapping[str, Command],
+        send: Callable[[Iterable[bytes]], None],
+        *,
+        max_in_flight: int,
+        max_queue: int,
+        max_frame_bytes: int,
+        log_exception: Callable[[str], None],
+    ) -> None:
+        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference."""
+        self._commands = commands
+        self._send = send
+        self._max_in_flight = max_in_flight
+        self._max_queue = max_queue
+        self._max_frame_bytes = max_frame_bytes
+        self._log_exception = log_exception
+        self._stats: dict[str, CommandStats] = {}
+        self._stats_lock = threading.Lock()
+        # From the reading thread to the loop: calls and cancels, in the order received.
+        self._inbox: deque[Call | messages.Cancel] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        # Of the loop's thread alone, like all below; their sizes may be read by any.
+        self._calls: dict[messages.Id, Call] = {}
+        self._waiting: deque[Call] = deque()
+        self._running = 0
+        self._outbox: list[bytes] = []
+        self._open = 0
+        self._on_idle: Callable[[], object] | None = None
+
+    def receive(self, frame: bytes | TooLarge) -> bytes | None:
+        """Take one frame, on the reading thread. Returns the reply if it is there already."""
+        received = time.monotonic()
+        if isinstance(frame, TooLarge):
+            text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
+            return messages.encode_error(None, FrameTooLarge.error_type, text)
+        try:
+            request = messages.decode(frame)
+        except messages.MessageError as error:
+            error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
+            return messages.encode_error(error.id, error_type, _one_line(str(error)))
+        if isinstance(request, messages.Cancel):
+            self._inbox.append(request)
+            return None
+        call = Call(request, received)
+        command = self._commands.get(request.command)
+        try:
+            if command is None:
+                raise UnknownCommand(request.command)
+            result = command.handler(request.args, call)
+        except BaseException as error:  # not even a SystemExit out of a handler may end the reading
+            return self._reply(call, None, error)
+        if hasattr(result, "send"):
+            call.work = result
+            self._inbox.append(call)
+            return None
+        return self._reply(call, result, None)
+
+    def wake(self) -> None:
+        """Have the loop look at what `receive` took: once a batch of frames, as waking it costs a system call."""
+        if not self._inbox:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_loop, name="dspy_bridge-loop", daemon=True)
+            self._thread.start()
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._take_inbox)
+
+    def when_idle(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once no request is open. For the reading thread, after its last `wake`."""
+        if self._loop is None and not self._inbox:
+            callback()
+            return
+        self._on_idle = callback
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._take_inbox)
+
+    def unfinished(self) -> int:
+        """How many requests have not been answered."""
+        return self._open + len(self._inbox)
+
+    def load(self) -> dict[str, Any]:
+        """`{"in_flight", "queued", "commands": {name: {"count", "errors", "p50_ms", "p99_ms"}}}`."""
+        commands = {name: stats.summary() for name, stats in self._stats.copy().items()}
+        return {"in_flight": self._running, "queued": len(self._waiting), "commands": commands}
+
+    # On the loop's thread.
+
+    def _run_loop(self) -> None:
+        import asyncio
+
+        loop = asyncio.new_event_loop()
+        # From here on `wake` goes through the loop; what came before it is taken first.
+        self._loop = loop
+        loop.call_soon(self._take_inbox)
+        while True:
+            try:
+                loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):
+                # asyncio lets these two out of a task through the loop; the task has kept it for its reply.
+                continue
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Call):
+                self._admit(item)
+            elif (call := self._calls.get(item.id)) is not None:
+                self._stop(call, Cancelled("cancelled by the caller"))
+        self._tell_idle()
+
+    def _admit(self, call: Call) -> None:
+        assert self._loop is not None
+        self._open += 1
+        limited = self._commands[call.request.command].limited
+        if limited and self._running >= self._max_in_flight and len(self._waiting) >= self._max_queue:
+            self._answer(call, None, Overloaded(f"{self._running} executes run and {len(self._waiting)} wait already"))
+            return
+        self._calls[call.request.id] = call
+        timeout_ms = call.request.timeout_ms
+        if timeout_ms is not None and timeout_ms < _LONGEST_MS:
+            late = TimedOut(f"not finished within {timeout_ms:g} ms")
+            call.handle = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
+        if not limited:
+            self._start(call)
+        elif self._running < self._max_in_flight:
+            self._running += 1
+            self._start(call)
+        else:
+            self._waiting.append(call)
+
+    def _start(self, call: Call) -> None:
+        assert self._loop is not None and call.work is not None
+        call.started = time.monotonic()
+        call.task = self._loop.create_task(call.work)
+        # Not code around `work` in the task: a task that is cancelled before its first step runs none of it.
+        call.task.add_done_callback(lambda task: self._finished(call, task))
+
+    def _finished(self, call: Call, task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            self._answer(call, None, Cancelled("cancelled"))
+        else:
+            error = task.exception()
+            self._answer(call, task.result() if error is None else None, error)
+        if self._commands[call.request.command].limited:
+            self._running -= 1
+            if self._waiting:
+                self._running += 1
+                self._start(self._waiting.popleft())
+
+    def _stop(self, call: Call, why: BridgeError) -> None:
+        """Answer now; the work is cancelled, however long it takes to notice."""
+        if call.answered:
+            return
+        self._answer(call, None, why)
+        if call.task is not None:
+            call.task.cancel()
+        else:
+            self._waiting.remove(call)
+
+    def _answer(self, call: Call, result: Any, error: BaseException | None) -> None:
+        if call.answered:
+            return
+        call.answered = True
+        self._open -= 1
+        if call.handle is not None:
+            call.handle.cancel()
+        if call.task is None and call.work is not None:
+            # Never started: closing it spares the warning that nobody awaited it.
+            call.work.close()
+        if self._calls.get(call.request.id) is call:
+            del self._calls[call.request.id]
+        if not self._outbox:
+            assert self._loop is not None
+            self._loop.call_soon(self._flush)
+        self._outbox.append(self._reply(call, result, error))
+
+    def _flush(self) -> None:
+        replies, self._outbox = self._outbox, []
+        self._send(replies)
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        if self._on_idle is not None and self._open == 0 and not self._outbox and not self._inbox:
+            self._on_idle()
+            self._on_idle = None
+
+    # On either thread.
+
+    def _reply(self, call: Call, result: Any, error: BaseException | None) -> bytes:
+        request = call.request
+        now = time.monotonic()
+        meta = None
+        if request.meta:
+            meta = {
+                "duration_ms": round((now - call.received) * 1000, 3),
+                "queue_ms": round((call.started - call.received) * 1000, 3),
+                "lm_usage": call.lm_usage,
+            }
+        payload = b""
+        if error is None:
+            try:
+                payload = messages.encode_result(request.id, result, meta)
+                if len(payload) > self._max_frame_bytes:
+                    text = f"the reply has {len(payload)} bytes: expected at most {self._max_frame_bytes}"
+                    raise FrameTooLarge(text)
+            except BaseException as raised:  # a value's own code runs when it is encoded
+                error = raised
+        if error is not None:
+            if call.undo is not None:
+                call.undo()
+            payload = self._error(request.id, error, meta)
+        if request.command in self._commands:
+            with self._stats_lock:
+                self._stats.setdefault(request.command, CommandStats()).add(now - call.received, error is not None)
+        return payload
+
+    def _error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
+        if isinstance(error, BridgeError):
+            return messages.encode_error(id, error.error_type, _one_line(str(error)), error.retryable, meta)
+        # A defect of ours, or of code that the host brought along: its text may hold contents, so it goes to the log.
+        reference = os.urandom(4).hex()
+        try:
+            raise error
+        except BaseException:
+            self._log_exception(reference)
+        text = f"{type(error).__name__} in the peer; its log has the traceback under {reference}"
+        return messages.encode_error(id, "internal", text, None, meta)
+
+
+def _one_line(text: str) -> str:
+    line = redaction.redact(" ".join(text.split()))
+    return line if len(line) <= MAX_ERROR_CHARS else line[: MAX_ERROR_CHARS - 1] + "…"

@@ -1,0 +1,129 @@
+"""`offline/echo`: an LM that needs no network, for demos, self-tests and CI. It knows nothing and answers at once.
+
+It is a real `dspy.LM` on an engine of ours, so a call takes DSPy's whole way: adapter, LM, parser. What the adapter
+was asked to format tells the engine which fields to answer; text fields echo the inputs, others get a value of their
+type, always the same for the same question.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import dspy
+import pydantic
+from dspy.lm15 import Message, Request, Response, TextPart, Usage
+from dspy.utils.callback import BaseCallback
+
+NAME = "offline/echo"
+
+# Of the LM call that is about to be made in this context: its adapter, signature and inputs.
+_asked: ContextVar[tuple[dspy.Adapter, type[dspy.Signature], dict[str, Any]] | None] = ContextVar("asked", default=None)
+
+_BY_FORMAT = {
+    "date": "2026-01-01",
+    "date-time": "2026-01-01T00:00:00Z",
+    "time": "00:00:00Z",
+    "duration": "PT1S",
+    "uuid": "00000000-0000-4000-8000-000000000000",
+    "uri": "https://example.org/",
+    "email": "echo@example.org",
+}
+
+
+class WatchFormat(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
+    """A DSPy callback that must be active where `EchoLM` answers: it notes what the adapter formats."""
+
+    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        """Called by DSPy in the context of the LM call that follows."""
+        _asked.set((instance, inputs["signature"], inputs["inputs"]))
+
+
+class EchoLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
+    """For demos, self-tests and CI: no network, no model, the same answer to the same question."""
+
+    def __init__(self, **options: Any) -> None:
+        """`options`: those of `dspy.LM`; what configures a connection has nothing to configure here."""
+        engine = _Engine()
+        options = {name: value for name, value in options.items() if name not in _CONNECTION}
+        options.setdefault("cache", False)
+        super().__init__(NAME, engine=engine, async_engine=_AsyncEngine(engine), **options)
+
+
+_CONNECTION = frozenset(
+    ("api_key", "api_base", "base_url", "headers", "extra_headers", "timeout", "api_version", "organization", "project")
+)
+
+
+class _Engine:
+    def complete(self, request: Request) -> Response:
+        asked = _asked.get()
+        text = _echo(request.messages[-1].text or "") if asked is None else _answer(*asked)
+        words = sum(len((message.text or "").split()) for message in request.messages)
+        usage = Usage(input_tokens=words, output_tokens=len(text.split()), total_tokens=words + len(text.split()))
+        return Response(
+            id=None, model=NAME, message=Message.assistant([TextPart(text)]), finish_reason="stop", usage=usage
+        )
+
+
+class _AsyncEngine:
+    def __init__(self, engine: _Engine) -> None:
+        self._engine = engine
+
+    async def complete(self, request: Request) -> Response:
+        return self._engine.complete(request)
+
+
+def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict[str, Any]) -> str:
+    said = _echo(" | ".join(str(inputs[name]) for name in signature.input_fields if name in inputs))
+    outputs = {}
+    for name, field in signature.output_fields.items():
+        if field.annotation is str:
+            outputs[name] = said
+        else:
+            schema = pydantic.TypeAdapter(field.rebuild_annotation()).json_schema()
+            outputs[name] = _value(schema, schema.get("$defs", {}), name)
+    text: str = adapter.format_assistant_message_content(signature, outputs)
+    return text
+
+
+def _echo(text: str) -> str:
+    return f"echo: {text}"
+
+
+def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth: int = 0) -> Any:
+    """The plainest value that fits a JSON schema as pydantic writes it."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
+    if "const" in schema or "enum" in schema:
+        return schema.get("const", schema.get("enum", [None])[0])
+    for choices in ("anyOf", "oneOf", "allOf"):
+        if choices in schema:
+            return _value(schema[choices][0], definitions, name, depth)
+    kind = schema.get("type", "string")
+    if kind == "object":
+        return _object(schema, definitions, depth)
+    if kind == "array":
+        items = schema.get("prefixItems") or [schema.get("items", {})] * max(1, schema.get("minItems", 1))
+        # A type that contains itself ends in an empty list.
+        return [] if depth > 8 else [_value(item, definitions, name, depth + 1) for item in items]
+    if kind in ("integer", "number"):
+        low, high = schema.get("minimum", 0), schema.get("maximum")
+        middle = low + 1 if high is None else (low + high) / 2
+        return int(middle) if kind == "integer" else float(middle)
+    plain: dict[str, Any] = {"boolean": True, "null": None}
+    if kind in plain:
+        return plain[kind]
+    return _BY_FORMAT.get(schema.get("format", ""), _echo(name))
+
+
+def _object(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> dict[str, Any]:
+    properties = schema.get("properties", {})
+    required = schema.get("required", ())
+    if properties:
+        # Of a type that contains itself only what must be there.
+        names = [name for name in properties if depth <= 8 or name in required]
+        return {name: _value(properties[name], definitions, name, depth + 1) for name in names}
+    values = schema.get("additionalProperties")
+    value = values if isinstance(values, dict) and values else {"type": "string"}
+    return {"key": _value(value, definitions, "key", depth + 1)}

@@ -1,0 +1,94 @@
+"""What a request can fail with: one small class per `error_type` of the protocol.
+
+The text of an error is one line for people: what is wrong and what was expected, naming the field.
+"""
+
+from __future__ import annotations
+
+
+class BridgeError(Exception):
+    """A failure that its caller is told as it is. Anything else that is raised is a defect: `internal`."""
+
+    error_type = "internal"
+    # Whether the same request may succeed later; told only where the protocol has it (lm_error).
+    retryable: bool | None = None
+
+
+class InvalidArgs(BridgeError):
+    """An argument of a command is missing or wrong."""
+
+    error_type = "invalid_args"
+
+
+class UnknownCommand(BridgeError):
+    """No such command."""
+
+    error_type = "unknown_command"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Unknown command: {name}")
+
+
+class FrameTooLarge(BridgeError):
+    """A frame or a reply is longer than `max_frame_bytes`."""
+
+    error_type = "frame_too_large"
+
+
+class ProgramNotFound(BridgeError):
+    """No program under that id."""
+
+    error_type = "program_not_found"
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"Program not found: {id}")
+
+
+class LMNotConfigured(BridgeError):
+    """No LM, or one without what it needs (a key, an address)."""
+
+    error_type = "lm_not_configured"
+
+
+class LMFailed(BridgeError):
+    """The LM or the way to it failed."""
+
+    error_type = "lm_error"
+
+    def __init__(self, text: str, retryable: bool) -> None:
+        super().__init__(text)
+        self.retryable = retryable
+
+
+class OutputInvalid(BridgeError):
+    """The LM answered, but not what the signature asks for."""
+
+    error_type = "output_invalid"
+
+
+class TimedOut(BridgeError):
+    """The deadline of the request came first."""
+
+    error_type = "timeout"
+
+
+class Cancelled(BridgeError):
+    """The caller asked for the request to be stopped."""
+
+    error_type = "cancelled"
+
+
+class Overloaded(BridgeError):
+    """As many executes run and wait as the settings allow."""
+
+    error_type = "overloaded"
+
+
+class NotAllowed(BridgeError):
+    """The settings of this peer do not allow it."""
+
+    error_type = "not_allowed"
+
+
+class SetupFailed(BridgeError):
+    """DSPy or the host's own start-up code could not be loaded: nothing that needs programs works in this peer."""

@@ -1,0 +1,89 @@
+"""Packets of Erlang's `{:packet, 4}`: a 4-byte big-endian unsigned length, then that many bytes. Pure; no I/O.
+
+Most reads bring many small frames or one piece of a large one, so whole frames are cut straight from the chunk that
+holds them, and the pieces of a large frame are joined once, when the last has come.
+"""
+
+from __future__ import annotations
+
+HEADER_BYTES = 4
+
+
+class TooLarge:
+    """Stands in the stream for a frame that was longer than allowed and has been read past."""
+
+    __slots__ = ("length",)
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TooLarge) and other.length == self.length
+
+    def __hash__(self) -> int:
+        return hash(self.length)
+
+    def __repr__(self) -> str:
+        return f"TooLarge({self.length})"
+
+
+def header(length: int) -> bytes:
+    """The four bytes that go before a payload of `length` bytes."""
+    return length.to_bytes(HEADER_BYTES, "big")
+
+
+class FrameDecoder:
+    """Cuts a byte stream into payloads, however it was split on its way."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """`max_bytes`: the longest payload that is kept; a longer one is skipped without being stored."""
+        self._max_bytes = max_bytes
+        self._parts: list[bytes] = []
+        self._have = 0
+        # Length of the frame whose payload is being collected; -1 while its header is.
+        self._length = -1
+        self._skip = 0
+
+    def feed(self, data: bytes) -> list[bytes | TooLarge]:
+        """Take the next bytes of the stream, give the frames that they complete, in order."""
+        out: list[bytes | TooLarge] = []
+        position, end = 0, len(data)
+        while position < end:
+            if self._skip:
+                step = min(self._skip, end - position)
+                self._skip -= step
+                position += step
+                continue
+            wanted = HEADER_BYTES if self._length < 0 else self._length
+            step = min(wanted - self._have, end - position)
+            if self._have or step < wanted:
+                self._parts.append(data[position : position + step])
+                self._have += step
+                position += step
+                if self._have < wanted:
+                    break
+                whole = b"".join(self._parts)
+                self._parts.clear()
+                self._have = 0
+            else:
+                whole = data[position : position + step]
+                position += step
+            if self._length >= 0:
+                self._length = -1
+                out.append(whole)
+                continue
+            length = int.from_bytes(whole, "big")
+            if length > self._max_bytes:
+                # Told at once: its sender learns of the refusal before the last byte has come.
+                out.append(TooLarge(length))
+                self._skip = length
+            elif length == 0:
+                out.append(b"")
+            else:
+                self._length = length
+        return out
+
+    @property
+    def mid_frame(self) -> bool:
+        """Whether the stream stands inside a frame: at end of input, a truncated one."""
+        return bool(self._have or self._skip or self._length >= 0)

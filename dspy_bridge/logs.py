@@ -1,0 +1,62 @@
+"""Log records go to stderr, or as frames to the owner; never with a secret in them. Imported when first needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from dspy_bridge import messages, redaction
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+logger = logging.getLogger("dspy_bridge")
+
+
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redaction.redact(super().format(record))
+
+
+class _Frames(logging.Handler):
+    """Each record is a frame, a traceback included."""
+
+    def __init__(self, send: Callable[[Iterable[bytes]], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._send([messages.encode_log(record.levelname.lower(), record.name, self.format(record))])
+        except Exception:
+            self.handleError(record)
+
+
+def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
+    """Send records of `level` and above to stderr, or through `send` as frames. Later calls change nothing."""
+    root = logging.getLogger()
+    if any(isinstance(handler.formatter, _Redacted) for handler in root.handlers):
+        return
+    handler: logging.Handler
+    if send is None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
+    else:
+        handler = _Frames(send)
+        handler.setFormatter(_Redacted("%(message)s"))
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+
+
+def adopt(name: str) -> None:
+    """Have the records of a library that brings a handler of its own take our way."""
+    library = logging.getLogger(name)
+    library.handlers.clear()
+    library.propagate = True
+
+
+def exception(reference: str) -> None:
+    """Log the exception being handled, under a reference that its caller was told."""
+    logger.error("internal error %s", reference, exc_info=True)

@@ -1,0 +1,301 @@
+"""Payload bytes to `Request` or `Cancel`, and replies to payload bytes. Strict JSON; pure; no I/O.
+
+orjson does the work. It costs 10 ms to import (with what it imports in turn), which the first ping should not pay, so
+short payloads that arrive before it is loaded go through the standard json; what that one reads more loosely (escapes,
+numbers out of range) is left to orjson, so that both accept the same payloads. Integers past 64 bits, which orjson
+turns into floats when reading and refuses when writing, take the standard json too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+# Python's own limit for the text form of an int (sys.set_int_max_str_digits); the protocol adopts it.
+MAX_INT_DIGITS = 4300
+# A value of a reply that is nested deeper becomes text. orjson itself stops at 254 levels of its `default` hook.
+MAX_DEPTH = 200
+_INT_LIMIT = 10**MAX_INT_DIGITS
+_EXTERNAL_TERM_FORMAT = 131
+_FIRST_KEY_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]')
+_DIGITS_TO_ZERO = bytes(48 if 48 <= byte <= 57 else 0 for byte in range(256))
+_DIGIT_RUN = re.compile(rb"[0-9]{19}")
+# Payloads up to this long may be read before orjson is loaded.
+_SHORT = 1024
+
+Id = int | str
+
+
+class MessageError(Exception):
+    """A payload that is no message. `id`: what could be read of its sender's id, else None."""
+
+    def __init__(self, text: str, id: Id | None = None) -> None:
+        super().__init__(text)
+        self.id = id
+
+
+class NotJSON(MessageError):
+    """The payload is not JSON in UTF-8."""
+
+
+class NotAMessage(MessageError):
+    """JSON, but not the envelope that was expected."""
+
+
+class Request:
+    """One command. `timeout_ms`: the deadline counted from receipt, or None."""
+
+    __slots__ = ("args", "command", "id", "meta", "stream", "timeout_ms")
+
+    def __init__(
+        self,
+        id: Id,
+        command: str,
+        args: dict[str, Any],
+        timeout_ms: float | None = None,
+        stream: bool = False,
+        meta: bool = False,
+    ) -> None:
+        self.id = id
+        self.command = command
+        self.args = args
+        self.timeout_ms = timeout_ms
+        self.stream = stream
+        self.meta = meta
+
+
+class Cancel:
+    """Asks for the request `id` to be stopped; has no reply of its own."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, id: Id) -> None:
+        self.id = id
+
+
+def decode(payload: bytes) -> Request | Cancel:
+    """Read one payload. Raises `NotJSON` or `NotAMessage`."""
+    message = _loads(payload)
+    if type(message) is not dict:
+        raise NotAMessage(f"expected a JSON object, got {_json_name(message)}")
+    if "cancel" in message and "command" not in message:
+        if not _is_id(message["cancel"]):
+            raise NotAMessage("cancel: expected the id of a request, an integer or text")
+        return Cancel(message["cancel"])
+    id = message.get("id")
+    if not _is_id(id):
+        raise NotAMessage(f"id: expected an integer or text, got {_json_name(id) if 'id' in message else 'nothing'}")
+    command = message.get("command")
+    if type(command) is not str:
+        got = _json_name(command) if "command" in message else "nothing"
+        raise NotAMessage(f"command: expected text, got {got}", id)
+    args = message.get("args")
+    if args is None:
+        args = {}
+    elif type(args) is not dict:
+        raise NotAMessage(f"args: expected an object, got {_json_name(args)}", id)
+    if len(message) <= 4 and "timeout_ms" not in message and "stream" not in message and "meta" not in message:
+        return Request(id, command, args)
+    timeout_ms = message.get("timeout_ms")
+    if timeout_ms is not None and not (type(timeout_ms) in (int, float) and timeout_ms > 0):
+        raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)
+    flags = []
+    for name in ("stream", "meta"):
+        flag = message.get(name, False)
+        if type(flag) is not bool:
+            raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
+        flags.append(flag)
+    return Request(id, command, args, timeout_ms, flags[0], flags[1])
+
+
+def encode_result(id: Id, result: Any, meta: dict[str, Any] | None = None) -> bytes:
+    """The payload of a successful reply. `result` may hold anything: what has no JSON form becomes text."""
+    tail = b"}" if meta is None else b',"meta":' + encode_value(meta) + b"}"
+    return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + encode_value(result) + tail
+
+
+def encode_error(
+    id: Id | None, error_type: str, text: str, retryable: bool | None = None, meta: dict[str, Any] | None = None
+) -> bytes:
+    """The payload of an error reply; `id` None where the sender's could not be read."""
+    body: dict[str, Any] = {"success": False, "error": text, "error_type": error_type}
+    if retryable is not None:
+        body["retryable"] = retryable
+    if meta is not None:
+        body["meta"] = meta
+    return b'{"id":' + _encode_id(id) + b"," + encode_value(body)[1:]
+
+
+def encode_log(level: str, logger: str, message: str) -> bytes:
+    """The payload of a log record (`DSPY_BRIDGE_LOG_FRAMES`)."""
+    return encode_value({"log": {"level": level, "logger": logger, "message": message}})
+
+
+def encode_value(value: Any) -> bytes:
+    """JSON of any Python value: NaN and infinities null, bytes base64, objects their fields, the rest `str()`."""
+    dumps = _orjson_dumps or load_codec()
+    try:
+        return dumps(value, default=_default)
+    except (TypeError, ValueError, RecursionError):
+        # Integers past 64 bits, keys that are no text, lone surrogates, cycles, great depth.
+        return json.dumps(_plain(value, ()), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def load_codec() -> Callable[..., bytes]:
+    """Import orjson now, so that no later message waits for it."""
+    global _orjson_loads, _orjson_dumps
+    import orjson
+
+    _orjson_loads = orjson.loads
+    _orjson_dumps = orjson.dumps
+    return orjson.dumps
+
+
+_orjson_loads: Callable[[bytes], Any] | None = None
+_orjson_dumps: Callable[..., bytes] | None = None
+
+
+def _loads(payload: bytes) -> Any:
+    if _orjson_loads is None:
+        if len(payload) <= _SHORT and b"\\" not in payload:
+            try:
+                return json.loads(payload.decode(), parse_constant=_refuse, parse_float=_finite)
+            except (ValueError, RecursionError):
+                pass  # orjson says what is wrong, the same text whenever it is asked
+        load_codec()
+    assert _orjson_loads is not None
+    try:
+        message = _orjson_loads(payload)
+        # A run of 19 digits spans two neighbours of every ninth byte: looking at those alone is 50 times cheaper than
+        # a regular expression over 1 MB, and a candidate is looked at again in full.
+        if b"00" in payload[::9].translate(_DIGITS_TO_ZERO) and _DIGIT_RUN.search(payload):
+            message = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise NotJSON(_why_not_json(payload, error), _readable_id(payload)) from None
+    return message
+
+
+def _refuse(_text: str) -> Any:
+    raise ValueError
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number - number != 0.0:
+        raise ValueError
+    return number
+
+
+def _why_not_json(payload: bytes, error: Exception) -> str:
+    if not payload:
+        return "empty frame: expected a JSON object"
+    if payload[0] == _EXTERNAL_TERM_FORMAT:
+        return "expected JSON, got Erlang's external term format: encode requests as JSON, not with term_to_binary"
+    if re.search(rb"[0-9]{%d}" % (MAX_INT_DIGITS + 1), payload):
+        return f"expected JSON with integers of at most {MAX_INT_DIGITS} digits"
+    try:
+        payload.decode()
+    except UnicodeDecodeError as bad:
+        return f"expected JSON in UTF-8: invalid byte at {bad.start}"
+    return f"expected JSON: {error}"
+
+
+def _readable_id(payload: bytes) -> Id | None:
+    """The id that an otherwise unreadable payload starts with: its caller gets the error instead of waiting."""
+    match = _FIRST_KEY_ID.match(payload)
+    if match is None:
+        return None
+    try:
+        id = json.loads(match[1].decode())
+    except ValueError:
+        return None
+    return id if _is_id(id) else None
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int or type(value) is str
+
+
+def _json_name(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _encode_id(id: Id | None) -> bytes:
+    if type(id) is int:
+        return b"%d" % id
+    return b"null" if id is None else encode_value(id)
+
+
+def _default(value: Any) -> Any:
+    """What orjson asks for a value that it does not know: something that it does."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        import base64
+
+        return base64.b64encode(value).decode()
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    for name in ("model_dump", "tolist"):  # pydantic models; arrays and scalars of numpy
+        method = getattr(value, name, None)
+        if callable(method) and not isinstance(value, type):
+            return method()
+    # Iterators and mappings of other kinds: a copy of what they hold. Text is the last resort.
+    if hasattr(value, "keys") and hasattr(value, "__getitem__") and not isinstance(value, type):
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118 - only the mapping protocol is known of it
+    return _text(value)
+
+
+def _text(value: object) -> str:
+    try:
+        text = str(value)
+    except BaseException as error:  # a user's __str__ may raise anything
+        text = f"<{type(value).__name__}: its str() raised {type(error).__name__}>"
+    return text.encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any, inside: tuple[int, ...]) -> Any:
+    """A copy of `value` that the standard json writes as it is. `inside`: ids of the containers around it."""
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, int):
+        # A longer one has no decimal text in Python either.
+        return int(value) if -_INT_LIMIT < value < _INT_LIMIT else hex(value)
+    if isinstance(value, float):
+        return float(value) if value - value == 0.0 else None
+    if id(value) in inside:
+        return f"<{type(value).__name__} that contains itself>"
+    if len(inside) > MAX_DEPTH:
+        return f"<{type(value).__name__} nested deeper than {MAX_DEPTH} levels>"
+    inside = (*inside, id(value))
+    if isinstance(value, dict):
+        return {_key(key): _plain(item, inside) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, inside) for item in value]
+    try:
+        # orjson knows more types than the standard json: dates, UUIDs, enums, dataclasses.
+        dumps = _orjson_dumps or load_codec()
+        return json.loads(dumps(value))
+    except (TypeError, ValueError, RecursionError):
+        pass
+    fields = getattr(value, "__dataclass_fields__", None)
+    try:
+        if fields is not None and not isinstance(value, type):
+            return {name: _plain(getattr(value, name), inside) for name in fields}
+        return _plain(_default(value), inside)
+    except Exception:
+        return _text(value)
+
+
+def _key(key: object) -> str:
+    if key is None or isinstance(key, (bool, float)):
+        return json.dumps(key)
+    return _text(key)

@@ -1,0 +1,148 @@
+"""The settings of the peer: read once from the environment and the command line, checked before anything starts."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+PREFIX = "DSPY_BRIDGE_"
+ADAPTERS = ("chat", "json", "xml")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class SettingError(Exception):
+    """A setting that cannot be read. The text names it and what was expected, never its value."""
+
+
+class Setting:
+    """One setting: its environment variable is `PREFIX` + NAME, its flag `--name`."""
+
+    __slots__ = ("default", "help", "name", "read")
+
+    def __init__(self, name: str, read: Callable[[str], Any], default: str, help: str) -> None:
+        self.name = name
+        self.read = read
+        self.default = default
+        self.help = help
+
+    @property
+    def variable(self) -> str:
+        """The environment variable's name."""
+        return PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        """The command line flag's name."""
+        return "--" + self.name.replace("_", "-")
+
+
+class Settings:
+    """The values of all settings, checked. Options of the LM may hold secrets and stay out of the repr."""
+
+    lm: str | None
+    lm_options: dict[str, Any]
+    adapter: str | None
+    max_in_flight: int
+    max_queue: int
+    cache_entries: int
+    disk_cache: str | None
+    init: str | None
+    max_frame_bytes: int
+    drain_ms: int
+    log_level: str
+    log_frames: bool
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        """`texts`: setting name to its text; an absent or empty one takes its default. Raises `SettingError`."""
+        for setting in SETTINGS:
+            text = texts.get(setting.name, "").strip() or setting.default
+            try:
+                value = setting.read(text)
+            except ValueError as error:
+                raise SettingError(f"{setting.variable} ({setting.flag}): {error}") from None
+            setattr(self, setting.name, value)
+
+    def __repr__(self) -> str:
+        shown = (f"{s.name}={getattr(self, s.name)!r}" for s in SETTINGS if s.name != "lm_options")
+        return f"Settings({', '.join(shown)}, lm_options=…)"
+
+
+def load(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
+    """Flags win over the environment. Raises `SettingError`."""
+    texts = {s.name: environment[s.variable] for s in SETTINGS if s.variable in environment}
+    return Settings({**texts, **flags})
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= least):
+            raise ValueError(f"expected a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.lower() not in names:
+            raise ValueError(f"expected one of {', '.join(names)}")
+        return text.lower()
+
+    return read
+
+
+def _text(text: str) -> str | None:
+    return text or None
+
+
+def _adapter(text: str) -> str | None:
+    return _one_of(*ADAPTERS)(text) if text else None
+
+
+def _object(text: str) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object of keyword arguments for dspy.LM")
+    return value
+
+
+def _function(text: str) -> str | None:
+    module, _, name = text.partition(":")
+    if text and not (all(part.isidentifier() for part in module.split(".")) and name.isidentifier()):
+        raise ValueError("expected package.module:function")
+    return text or None
+
+
+def _folder(text: str) -> str | None:
+    import os
+
+    if text and os.path.exists(text) and not os.path.isdir(text):
+        raise ValueError("expected a folder")
+    return os.path.abspath(text) if text else None
+
+
+def _flag(text: str) -> bool:
+    return _one_of("0", "1", "false", "true")(text) in ("1", "true")
+
+
+SETTINGS = (
+    Setting("lm", _text, "", "the default LM as DSPy names it (openai/gpt-4o-mini); offline/echo needs no network"),
+    Setting("lm_options", _object, "{}", "JSON keyword arguments of dspy.LM; in the environment, as ps shows flags"),
+    Setting("adapter", _adapter, "", f"the default adapter: {', '.join(ADAPTERS)}; DSPy's own choice if unset"),
+    Setting("max_in_flight", _whole(1), "256", "executes running at once; more wait their turn"),
+    Setting("max_queue", _whole(0), "10000", "executes waiting; past it they are refused as overloaded"),
+    Setting("cache_entries", _whole(0), "10000", "LM answers kept in memory; 0: none"),
+    Setting("disk_cache", _folder, "", "a folder for DSPy's disk cache; off if unset"),
+    Setting("init", _function, "", "package.module:function called once DSPy is imported, before the first program"),
+    Setting("max_frame_bytes", _whole(1), str(64 * 1024 * 1024), "the longest frame, in bytes, either way"),
+    Setting("drain_ms", _whole(0), "5000", "how long work goes on after the end of input, in ms"),
+    Setting("log_level", _one_of(*LOG_LEVELS), "info", f"{', '.join(LOG_LEVELS)}"),
+    Setting("log_frames", _flag, "0", "1: log records are sent as frames instead of to stderr"),
+)

@@ -1,0 +1,304 @@
+"""Field definitions from a request to a `dspy.Signature`. Type texts are parsed here and never evaluated.
+
+DSPy's own parser of string signatures imports modules that a type names, so no text of a client reaches it.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import keyword
+import typing
+from typing import Annotated, Any, Literal, Optional, Union
+
+import dspy
+import pydantic
+
+from dspy_bridge.errors import InvalidArgs
+
+# Longer texts are no types that anybody wrote; the parser's recursion stays far from Python's limit.
+MAX_TYPE_CHARS = 2000
+MAX_FIELDS = 1000
+
+_PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+_NAMES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "list": list,
+    "dict": dict[str, Any],
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "None": type(None),
+    "Any": Any,
+    "List": list,
+    "Dict": dict[str, Any],
+    "Tuple": tuple,
+    "Set": set,
+    "FrozenSet": frozenset,
+    "datetime": datetime.datetime,
+    "date": datetime.date,
+    "time": datetime.time,
+    # DSPex's names.
+    "string": str,
+    "integer": int,
+    "boolean": bool,
+    "any": Any,
+    "map": dict[str, Any],
+    "atom": str,
+    "probability": _PROBABILITY,
+    "confidence_score": _PROBABILITY,
+    "embedding": list[float],
+    "reasoning_chain": list[str],
+    # DSPy's own types.
+    "image": dspy.Image,
+    "audio": dspy.Audio,
+    "file": dspy.File,
+    "history": dspy.History,
+    "Image": dspy.Image,
+    "Audio": dspy.Audio,
+    "File": dspy.File,
+    "History": dspy.History,
+}
+_DOTTED = {
+    "typing": typing.__all__,
+    "dspy": ["Image", "Audio", "File", "History"],
+    "datetime": ["datetime", "date", "time"],
+}
+# Name to the least and most type arguments that it takes.
+_GENERICS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("list", "List", "set", "Set", "frozenset", "FrozenSet", "Optional"), (1, 1)),
+    **dict.fromkeys(("dict", "Dict"), (2, 2)),
+    **dict.fromkeys(("tuple", "Tuple", "Union", "Literal"), (1, 1000)),
+}
+_CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
+# Keyword arguments that Predict and its callers keep for themselves.
+_NOT_AS_INPUT = frozenset(("self", "instance", "signature", "demos", "config", "lm", "new_signature"))
+
+
+class Contract:
+    """A signature, and what its input values and constrained outputs are checked with.
+
+    `inputs`: name to a validator, None where any value will do; `outputs`: the same, constrained ones only.
+    """
+
+    __slots__ = ("inputs", "outputs", "signature")
+
+    def __init__(self, signature: type[dspy.Signature]) -> None:
+        self.signature = signature
+        self.inputs: dict[str, pydantic.TypeAdapter[Any] | None] = {}
+        self.outputs: dict[str, pydantic.TypeAdapter[Any]] = {}
+
+
+def build(definition: object) -> Contract:
+    """The signature of a `create_program`: DSPy's string form, or `{"inputs", "outputs", "instructions"?}`.
+
+    Raises `InvalidArgs`, naming the field.
+    """
+    instructions = None
+    if isinstance(definition, str):
+        inputs, outputs = _parse_string(definition)
+    elif isinstance(definition, dict):
+        _refuse_unknown(definition, ("inputs", "outputs", "instructions"), "signature")
+        inputs = _read_fields(definition.get("inputs"), "signature.inputs")
+        outputs = _read_fields(definition.get("outputs"), "signature.outputs")
+        instructions = definition.get("instructions")
+        if instructions is not None and not isinstance(instructions, str):
+            raise InvalidArgs("signature.instructions: expected text")
+    else:
+        raise InvalidArgs('signature: expected text ("question -> answer") or an object with inputs and outputs')
+    if not outputs:
+        raise InvalidArgs("signature.outputs: expected at least one field")
+    if len(inputs) + len(outputs) > MAX_FIELDS:
+        raise InvalidArgs(f"signature: expected at most {MAX_FIELDS} fields")
+    return _contract(inputs, outputs, instructions)
+
+
+class _Field:
+    __slots__ = ("annotation", "description", "name", "where")
+
+    def __init__(self, name: object, annotation: Any, description: str | None, where: str) -> None:
+        self.name = _check_name(name, where)
+        self.annotation = annotation
+        self.description = description
+        self.where = where
+
+
+def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | None) -> Contract:
+    fields: dict[str, Any] = {}
+    for group, make in ((inputs, dspy.InputField), (outputs, dspy.OutputField)):
+        for field in group:
+            if field.name in fields:
+                raise InvalidArgs(f"{field.where}.name: {field.name!r} is used twice; expected distinct names")
+            if group is inputs and field.name in _NOT_AS_INPUT:
+                raise InvalidArgs(f"{field.where}.name: {field.name!r} is reserved by DSPy; choose another name")
+            extra = {"desc": field.description} if field.description else {}
+            if field.annotation is _PROBABILITY:
+                extra = {**extra, "ge": 0, "le": 1}  # DSPy tells the LM of constraints that the field function gets
+            fields[field.name] = (field.annotation, make(**extra))
+    contract = Contract(dspy.Signature(fields, instructions or None))
+    for field in inputs:
+        plain = field.annotation in (str, Any)
+        contract.inputs[field.name] = None if plain else pydantic.TypeAdapter(field.annotation)
+    for field in outputs:
+        if field.annotation is _PROBABILITY:
+            contract.outputs[field.name] = pydantic.TypeAdapter(_PROBABILITY)
+    return contract
+
+
+def _read_fields(fields: object, where: str) -> list[_Field]:
+    if not isinstance(fields, list):
+        raise InvalidArgs(f"{where}: expected a list of fields")
+    read = []
+    for index, field in enumerate(fields):
+        here = f"{where}[{index}]"
+        if not isinstance(field, dict):
+            raise InvalidArgs(f'{here}: expected an object such as {{"name": "question", "type": "str"}}')
+        _refuse_unknown(field, ("name", "type", "description", "desc"), here)
+        description = field.get("description", field.get("desc"))
+        if description is not None and not isinstance(description, str):
+            raise InvalidArgs(f"{here}.description: expected text")
+        type_text = field.get("type")
+        if type_text is not None and not isinstance(type_text, str):
+            raise InvalidArgs(f"{here}.type: expected text such as str, list[int] or Literal['a', 'b']")
+        annotation = str if type_text is None else _parse_type(type_text, f"{here}.type")
+        read.append(_Field(field.get("name"), annotation, description, here))
+    return read
+
+
+def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise InvalidArgs(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
+
+
+def _check_name(name: object, where: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise InvalidArgs(f"{where}.name: expected text")
+    if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+        raise InvalidArgs(
+            f"{where}.name: {name!r} is no Python identifier (letters, digits, _; no keyword; no _ first)"
+        )
+    if hasattr(dspy.Signature, name):
+        raise InvalidArgs(f"{where}.name: {name!r} is an attribute of every DSPy signature; choose another name")
+    return name
+
+
+def _parse_string(text: str) -> tuple[list[_Field], list[_Field]]:
+    sides = text.split("->")
+    if len(sides) != 2:
+        raise InvalidArgs('signature: expected exactly one "->", as in "question -> answer"')
+    inputs, outputs = (
+        [_Field(name, annotation, None, f"signature.{where}") for name, annotation in _parse_side(side, where)]
+        for side, where in zip(sides, ("inputs", "outputs"), strict=True)
+    )
+    return inputs, outputs
+
+
+def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
+    here = f"signature.{where}"
+    tree = _parse(f"def f({side.strip()}): pass", here, "exec")
+    body = tree.body
+    function = body[0] if len(body) == 1 else None
+    if (
+        not isinstance(function, ast.FunctionDef)
+        or len(function.body) != 1
+        or not isinstance(function.body[0], ast.Pass)
+    ):
+        raise InvalidArgs(f"{here}: expected fields such as question, context: list[str]")
+    given = function.args
+    if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults:
+        raise InvalidArgs(f"{here}: expected fields such as question, context: list[str]")
+    return [
+        (arg.arg, str if arg.annotation is None else _resolve(arg.annotation, f"{here}.{arg.arg}"))
+        for arg in given.args
+    ]
+
+
+def _parse_type(text: str, where: str) -> Any:
+    return _resolve(_parse(text.strip(), where, "eval").body, where)
+
+
+def _parse(text: str, where: str, mode: str) -> Any:
+    if len(text) > MAX_TYPE_CHARS * (1 if mode == "eval" else MAX_FIELDS):
+        raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
+    try:
+        return ast.parse(text, mode=mode)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise InvalidArgs(f"{where}: {_short(text)} cannot be read; expected a type such as str or list[int]") from None
+
+
+def _resolve(node: ast.expr, where: str) -> Any:
+    try:
+        return _type_of(node, where)
+    except RecursionError:
+        raise InvalidArgs(f"{where}: nested too deep") from None
+    except TypeError:
+        # list[...] and Union[...] check their arguments themselves, for example Literal inside a set twice.
+        raise InvalidArgs(f"{where}: {_short(ast.unparse(node))} is no type") from None
+
+
+def _type_of(node: ast.expr, where: str) -> Any:
+    if isinstance(node, ast.Constant) and node.value is None:
+        return type(None)
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        name = _name_of(node)
+        if name in _NAMES:
+            return _NAMES[name]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return Union[_type_of(node.left, where), _type_of(node.right, where)]  # noqa: UP007 - built from values
+    elif isinstance(node, ast.Subscript):
+        name = _name_of(node.value)
+        if name in _GENERICS:
+            arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            return _generic(name, arguments, where)
+    raise InvalidArgs(f"{where}: unknown type {_short(ast.unparse(node))}; expected one such as str, int, list[str]")
+
+
+def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
+    least, most = _GENERICS[name]
+    if not least <= len(arguments) <= most:
+        raise InvalidArgs(f"{where}: {name}[…] takes {least} type{'s' if least > 1 else ''}, got {len(arguments)}")
+    if name == "Literal":
+        return Literal[tuple(_literal(argument, where) for argument in arguments)]
+    if name in ("tuple", "Tuple") and len(arguments) == 2 and _is_ellipsis(arguments[1]):
+        return tuple[_type_of(arguments[0], where), ...]  # type: ignore[misc]  # built from values
+    types = tuple(_type_of(argument, where) for argument in arguments)
+    if name == "Optional":
+        return Optional[types[0]]  # noqa: UP045 - built from values
+    if name == "Union":
+        return Union[types]
+    container: Any = _CONTAINERS[name.lower()]
+    return container[types]
+
+
+def _literal(node: ast.expr, where: str) -> str | int | bool | None:
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):
+        value = ...
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    raise InvalidArgs(
+        f"{where}: Literal takes text, whole numbers, True, False or None, got {_short(ast.unparse(node))}"
+    )
+
+
+def _name_of(node: ast.expr) -> str:
+    """The name in a name node; a dotted one without its module where that is typing, dspy or datetime."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.attr in _DOTTED.get(node.value.id, ()) else ""
+    return ""
+
+
+def _is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is ...
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:59] + "…")
