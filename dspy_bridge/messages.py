@@ -14,7 +14,7 @@ import re
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeGuard
 
 # Python's own limit for the text form of an int (sys.set_int_max_str_digits); the protocol adopts it.
 MAX_INT_DIGITS = 4300
@@ -25,6 +25,7 @@ _EXTERNAL_TERM_FORMAT = 131
 _FIRST_KEY_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]')
 _DIGITS_TO_ZERO = bytes(48 if 48 <= byte <= 57 else 0 for byte in range(256))
 _DIGIT_RUN = re.compile(rb"[0-9]{19}")
+_PAST_18_DIGITS = re.compile(rb"(?<=[0-9]{18})[0-9]+")
 # Payloads up to this long may be read before orjson is loaded.
 _SHORT = 1024
 
@@ -170,14 +171,15 @@ def _loads(payload: bytes) -> Any:
         load_codec()
     assert _orjson_loads is not None
     try:
-        message = _orjson_loads(payload)
         # A run of 19 digits spans two neighbours of every ninth byte: looking at those alone is 50 times cheaper than
         # a regular expression over 1 MB, and a candidate is looked at again in full.
-        if b"00" in payload[::9].translate(_DIGITS_TO_ZERO) and _DIGIT_RUN.search(payload):
-            message = json.loads(payload)
+        if b"00" not in payload[::9].translate(_DIGITS_TO_ZERO) or not _DIGIT_RUN.search(payload):
+            return _orjson_loads(payload)
+        # orjson says whether the rest is JSON, the standard json reads the numbers.
+        _orjson_loads(_PAST_18_DIGITS.sub(b"", payload))
+        return json.loads(payload, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise NotJSON(_why_not_json(payload, error), _readable_id(payload)) from None
-    return message
 
 
 def _refuse(_text: str) -> Any:
@@ -217,7 +219,7 @@ def _readable_id(payload: bytes) -> Id | None:
     return id if _is_id(id) else None
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[Id]:
     return type(value) is int or type(value) is str
 
 

@@ -1,4 +1,4 @@
-"""DSPy itself, and LMs and adapters from settings or arguments. Imported, like all that imports DSPy, off the reading path."""
+"""DSPy itself, and LMs and adapters from settings or arguments. Imported off the reading path, as it imports DSPy."""
 
 from __future__ import annotations
 

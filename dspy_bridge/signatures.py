@@ -135,7 +135,7 @@ def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | N
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is used twice; expected distinct names")
             if group is inputs and field.name in _NOT_AS_INPUT:
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is reserved by DSPy; choose another name")
-            extra = {"desc": field.description} if field.description else {}
+            extra: dict[str, Any] = {"desc": field.description} if field.description else {}
             if field.annotation is _PROBABILITY:
                 extra = {**extra, "ge": 0, "le": 1}  # DSPy tells the LM of constraints that the field function gets
             fields[field.name] = (field.annotation, make(**extra))
@@ -179,9 +179,7 @@ def _check_name(name: object, where: str) -> str:
     if not isinstance(name, str) or not name:
         raise InvalidArgs(f"{where}.name: expected text")
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-        raise InvalidArgs(
-            f"{where}.name: {name!r} is no Python identifier (letters, digits, _; no keyword; no _ first)"
-        )
+        raise InvalidArgs(f"{where}.name: {name!r} is no name for a field; expected letters, digits and _, no keyword")
     if hasattr(dspy.Signature, name):
         raise InvalidArgs(f"{where}.name: {name!r} is an attribute of every DSPy signature; choose another name")
     return name
@@ -270,7 +268,7 @@ def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
     if name == "Optional":
         return Optional[types[0]]  # noqa: UP045 - built from values
     if name == "Union":
-        return Union[types]
+        return Union[types]  # noqa: UP007 - built from values
     container: Any = _CONTAINERS[name.lower()]
     return container[types]
 
@@ -283,7 +281,7 @@ def _literal(node: ast.expr, where: str) -> str | int | bool | None:
     if value is None or isinstance(value, (str, int, bool)):
         return value
     raise InvalidArgs(
-        f"{where}: Literal takes text, whole numbers, True, False or None, got {_short(ast.unparse(node))}"
+        f"{where}: Literal takes texts, whole numbers, booleans and None, got {_short(ast.unparse(node))}"
     )
 
 

@@ -1,0 +1,99 @@
+"""A loopback server that speaks the OpenAI chat API: what cannot be had here is the model, not DSPy's way to it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = str | tuple[int, dict[str, Any]]
+
+
+class LMServer:
+    """Answers each chat completion with what `answer(request)` gives: the text, or a status and a body.
+
+    `requests`: all bodies received. `authorizations`: the headers. `gate`: while cleared, answers are held back.
+    """
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.authorizations: list[str | None] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.arrived = threading.Semaphore(0)
+        self.closed_by_client = threading.Semaphore(0)
+        self._answer = answer
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                owner.requests.append(body)
+                owner.authorizations.append(self.headers.get("Authorization"))
+                owner.arrived.release()
+                if not owner._wait_for_gate(self.connection):
+                    self.close_connection = True
+                    return
+                given = owner._answer(body)
+                status, reply = given if isinstance(given, tuple) else (200, completion(body["model"], given))
+                data = json.dumps(reply).encode()
+                # Headers and body in one write, else delayed ACKs add 40 ms.
+                head = f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+                try:
+                    self.wfile.write(head.encode() + data)
+                except OSError:
+                    owner.closed_by_client.release()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def _wait_for_gate(self, connection: Any) -> bool:
+        """True once the gate is open, False if the client closes its connection first."""
+        import select
+
+        while not self.gate.wait(0.01):
+            readable, _, _ = select.select([connection], [], [], 0)
+            if readable and connection.recv(1, 2) == b"":  # MSG_PEEK
+                self.closed_by_client.release()
+                return False
+        return True
+
+    def stop(self) -> None:
+        """Stop listening and let held answers go."""
+        self.gate.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Keyword arguments of dspy.LM that lead here."""
+        return {"api_base": self.url, "api_key": "sk-test-0123456789", "cache": False, "num_retries": 0, **more}
+
+
+def completion(model: str, text: str) -> dict[str, Any]:
+    """A chat completion."""
+    return {
+        "id": "c1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18},
+    }
+
+
+def chat(**fields: object) -> str:
+    """An answer in the format of DSPy's chat adapter."""
+    parts = [f"[[ ## {name} ## ]]\n{value}" for name, value in fields.items()]
+    return "\n\n".join([*parts, "[[ ## completed ## ]]"])

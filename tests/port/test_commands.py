@@ -1,0 +1,312 @@
+"""The six commands over real pipes, with `offline/echo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import lm_env
+from peer import PATIENCE, ROOT, Peer
+
+QA = {"id": "qa", "signature": "question -> answer"}
+FIELDS = {
+    "inputs": [{"name": "question", "type": "string", "description": "what is asked"}],
+    "outputs": [{"name": "answer", "type": "integer"}],
+    "instructions": "Answer with a number.",
+}
+
+
+def test_create_then_execute(echo_peer: Peer) -> None:
+    assert echo_peer.call("create_program", QA)["result"] == {"program_id": "qa", "status": "created"}
+    reply = echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "Why?"}})
+    assert reply == {"id": 2, "success": True, "result": {"answer": "echo: Why?"}}
+
+
+def test_a_structured_signature_gives_typed_values(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", {"id": "n", "signature": FIELDS})
+    reply = echo_peer.call("execute_program", {"program_id": "n", "inputs": {"question": "Why?"}})
+    assert reply["result"] == {"answer": 1}
+
+
+def test_chain_of_thought_adds_its_reasoning(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", {**QA, "program_type": "chain_of_thought"})
+    reply = echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "Why?"}})
+    assert set(reply["result"]) == {"reasoning", "answer"}
+
+
+@pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
+def test_every_adapter_is_answered_in_its_own_format(echo_peer: Peer, adapter: str) -> None:
+    signature = (
+        "question: str, n: int -> text, count: int, ratio: float, yes: bool, tags: list[str], "
+        "table: dict[str, int], pick: Literal['a', 'b'], maybe: Optional[int], day: date, pair: tuple[int, str]"
+    )
+    created = echo_peer.call("create_program", {"id": "t", "signature": signature, "adapter": adapter})
+    assert created["success"], created
+    inputs = {"question": "<&> [[ ## x ## ]] \u0007", "n": 4}
+    reply = echo_peer.call("execute_program", {"program_id": "t", "inputs": inputs})
+    result = reply["result"]
+    assert result.pop("text").startswith("echo: <&>")
+    assert result == {
+        "count": 1,
+        "ratio": 1.0,
+        "yes": True,
+        "tags": ["echo: tags"],
+        "table": {"key": 1},
+        "pick": "a",
+        "maybe": 1,
+        "day": "2026-01-01",
+        "pair": [1, "echo: pair"],
+    }
+
+
+def test_every_type_name_of_dspex_and_python(echo_peer: Peer) -> None:
+    types = {
+        "string": str, "integer": int, "float": float, "boolean": bool, "map": dict, "atom": str, "probability": float,
+        "confidence_score": float, "embedding": list, "reasoning_chain": list, "str": str, "int": int, "bool": bool,
+        "list[str]": list, "dict[str, int]": dict, "Literal['a', 'b']": str, "Literal[1, 2]": int,
+        "Optional[float]": float, "List[int]": list, "Dict": dict, "Dict[str, float]": dict, "list": list, "dict": dict,
+        "int | None": int, "Union[int, str]": int, "typing.List[str]": list, "set[int]": list, "tuple[int, ...]": list,
+        "list[dict[str, list[int]]]": list, "list[string]": list, "datetime.date": str,
+    }  # fmt: skip
+    outputs = [{"name": f"f{n}", "type": type} for n, type in enumerate([*types, "any"])]
+    signature = {"inputs": [{"name": "q"}], "outputs": outputs}
+    assert echo_peer.call("create_program", {"id": "t", "signature": signature})["success"]
+    result = echo_peer.call("execute_program", {"program_id": "t", "inputs": {"q": 1}})["result"]
+    for n, (name, kind) in enumerate(types.items()):
+        assert isinstance(result[f"f{n}"], kind), (name, result[f"f{n}"])
+    assert 0 <= result["f6"] <= 1
+
+
+def test_dspy_types_are_taken_as_inputs(echo_peer: Peer) -> None:
+    signature = {
+        "inputs": [{"name": "picture", "type": "image"}, {"name": "past", "type": "history"}],
+        "outputs": [{"name": "answer"}],
+    }
+    assert echo_peer.call("create_program", {"id": "t", "signature": signature})["success"]
+    inputs = {"picture": "https://example.org/a.png", "past": {"messages": [{"picture": "x", "answer": "y"}]}}
+    assert echo_peer.call("execute_program", {"program_id": "t", "inputs": inputs})["success"]
+
+
+def test_the_same_question_gets_the_same_answer(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", {"id": "n", "signature": "q -> a: list[float], b"})
+    answers = [echo_peer.call("execute_program", {"program_id": "n", "inputs": {"q": "x"}})["result"] for _ in "abc"]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({}, "id"),
+        ({"id": 5, "signature": "q -> a"}, "id"),
+        ({"id": "", "signature": "q -> a"}, "id"),
+        ({"id": "x"}, "signature"),
+        ({"id": "x", "signature": 5}, "signature"),
+        ({"id": "x", "signature": "q"}, "->"),
+        ({"id": "x", "signature": "q -> a -> b"}, "->"),
+        ({"id": "x", "signature": "q ->"}, "signature.outputs"),
+        ({"id": "x", "signature": "q -> a: nope"}, "nope"),
+        ({"id": "x", "signature": "q -> a: os.system"}, "os.system"),
+        ({"id": "x", "signature": "q -> a: list["}, "signature.outputs"),
+        ({"id": "x", "signature": "q -> a: __import__('os').system('x')"}, "signature.outputs.a"),
+        ({"id": "x", "signature": "q -> a: Literal[open('x')]"}, "Literal"),
+        ({"id": "x", "signature": "q): pass\nimport os\ndef g(x -> a"}, "signature.inputs"),
+        ({"id": "x", "signature": "q=open('x') -> a"}, "signature.inputs"),
+        ({"id": "x", "signature": "*q -> a"}, "signature.inputs"),
+        ({"id": "x", "signature": "q -> q"}, "'q'"),
+        ({"id": "x", "signature": "q, q -> a"}, "signature"),
+        ({"id": "x", "signature": "class -> a"}, "signature.inputs"),
+        ({"id": "x", "signature": "signature -> a"}, "'signature'"),
+        ({"id": "x", "signature": "q -> instructions"}, "'instructions'"),
+        ({"id": "x", "signature": "q -> model_config"}, "'model_config'"),
+        ({"id": "x", "signature": "lm -> a"}, "'lm'"),
+        ({"id": "x", "signature": "_q -> a"}, "'_q'"),
+        ({"id": "x", "signature": {"inputs": []}}, "signature.outputs"),
+        ({"id": "x", "signature": {"inputs": {}, "outputs": []}}, "signature.inputs"),
+        ({"id": "x", "signature": {"inputs": [], "outputs": [], "instruction": "x"}}, "instruction"),
+        ({"id": "x", "signature": {"inputs": [5], "outputs": []}}, "signature.inputs[0]"),
+        ({"id": "x", "signature": {"inputs": [{}], "outputs": []}}, "signature.inputs[0].name"),
+        ({"id": "x", "signature": {"inputs": [{"name": "a b"}], "outputs": []}}, "'a b'"),
+        ({"id": "x", "signature": {"inputs": [{"name": "for"}], "outputs": []}}, "'for'"),
+        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": 5}], "outputs": []}}, "signature.inputs[0].type"),
+        ({"id": "x", "signature": {"inputs": [{"name": "q", "typ": "int"}], "outputs": []}}, "'typ'"),
+        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "list[" * 900}], "outputs": []}}, "type"),
+        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "list[int, int]"}], "outputs": []}}, "list"),
+        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "(" * 1999}], "outputs": []}}, "type"),
+        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "\x00"}], "outputs": []}}, "type"),
+        ({"id": "x", "signature": "q -> a", "program_type": "nope"}, "program_type"),
+        ({"id": "x", "signature": "q -> a", "program_type": ["predict"]}, "program_type"),
+        ({"id": "x", "signature": "reasoning -> a", "program_type": "chain_of_thought"}, "reasoning"),
+        ({"id": "x", "signature": "q -> a", "adapter": "yaml"}, "adapter"),
+        ({"id": "x", "signature": "q -> a", "adapter": {}}, "adapter"),
+        ({"id": "x", "signature": "q -> a", "lm": "openai/x"}, "lm"),
+        ({"id": "x", "signature": "q -> a", "lm": {}}, "lm.model"),
+        ({"id": "x", "signature": "q -> a", "lm": {"model": "openai/"}}, "lm"),
+        ({"id": "x", "signature": "q -> a", "lm": {"model": "openai/x", "num_retries": -1}}, "num_retries"),
+        ({"id": "x", "signature": "q -> a", "lm": {"model": "openai/x", "callbacks": []}}, "lm.callbacks"),
+        ({"id": "x", "signature": "q -> a", "config": []}, "config"),
+        ({"id": "x", "signature": "q -> a", "adaptor": "chat"}, "adaptor"),
+    ],
+)
+def test_wrong_arguments_of_create_program_are_named(module_peer: Peer, args: dict[str, Any], named: str) -> None:
+    reply = module_peer.call("create_program", args)
+    assert reply["error_type"] == "invalid_args", reply
+    assert named in reply["error"]
+    assert module_peer.call("list_programs")["result"] == {"programs": []}
+
+
+@pytest.fixture(scope="module")
+def module_peer() -> Any:
+    """A peer for tests that leave nothing behind."""
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        yield peer
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        ({}, ["inputs.q: missing", "inputs.n: missing"]),
+        ({"q": "x", "n": 1, "w": 1, "v": 2}, ["inputs.w: unknown", "inputs.v: unknown", "expected q, n"]),
+        ({"q": "x", "n": "many"}, ["inputs.n"]),
+        (["x"], ["inputs"]),
+        (None, ["inputs"]),
+    ],
+)
+def test_wrong_inputs_are_named_before_any_lm_is_asked(echo_peer: Peer, inputs: Any, named: list[str]) -> None:
+    echo_peer.call("create_program", {"id": "p", "signature": "q, n: int -> a"})
+    reply = echo_peer.call("execute_program", {"program_id": "p", "inputs": inputs})
+    assert reply["error_type"] == "invalid_args"
+    assert all(text in reply["error"] for text in named), reply["error"]
+    assert "many" not in reply["error"]
+
+
+def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(echo_peer: Peer) -> None:
+    """All in one write, so that none has been answered when the next one is read."""
+    ask = {"program_id": "qa", "inputs": {"question": "x"}}
+    echo_peer.send(
+        {"id": "before", "command": "execute_program", "args": ask},
+        {"id": "create", "command": "create_program", "args": QA},
+        {"id": "list", "command": "list_programs"},
+        {"id": "execute", "command": "execute_program", "args": ask},
+        {"id": "cleanup", "command": "cleanup"},
+        {"id": "after", "command": "execute_program", "args": ask},
+    )
+    replies = echo_peer.receive_all(6)
+    assert replies["before"]["error"] == replies["after"]["error"] == "Program not found: qa"
+    assert replies["create"]["success"] and replies["execute"]["result"] == {"answer": "echo: x"}
+    assert replies["list"]["result"] == {"programs": []}, "what has not been answered is not listed"
+    assert replies["cleanup"]["result"] == {"status": "cleaned", "programs_removed": 1}
+    assert echo_peer.call("list_programs")["result"] == {"programs": []}
+
+
+def test_an_existing_id_is_replaced_and_a_failed_replacement_changes_nothing(echo_peer: Peer) -> None:
+    ask = {"program_id": "qa", "inputs": {"question": "x"}}
+    echo_peer.call("create_program", QA)
+    bad = {**QA, "signature": "question -> answer: nope"}
+    echo_peer.send(
+        {"id": "bad", "command": "create_program", "args": bad},
+        {"id": "after", "command": "execute_program", "args": ask},
+    )
+    replies = echo_peer.receive_all(2)
+    assert not replies["bad"]["success"] and replies["after"]["result"] == {"answer": "echo: x"}
+    echo_peer.call("create_program", {**QA, "signature": "question -> answer: int"})
+    assert echo_peer.call("execute_program", ask)["result"] == {"answer": 1}
+    assert echo_peer.call("list_programs")["result"] == {"programs": ["qa"]}
+
+
+def test_list_programs_tells_oldest_first_with_details(echo_peer: Peer) -> None:
+    for id in ("b", "a", "c"):
+        echo_peer.call("create_program", {"id": id, "signature": "q -> a", "program_type": "chain_of_thought"})
+    echo_peer.call("execute_program", {"program_id": "a", "inputs": {"q": "x"}})
+    assert echo_peer.call("list_programs")["result"] == {"programs": ["b", "a", "c"]}
+    listed = echo_peer.call("list_programs", {"details": True, "program_ids": ["c", "a", "zz"]})["result"]
+    assert listed["programs"] == ["a", "c"]
+    used, unused = listed["details"]
+    assert (used["id"], used["program_type"], used["signature"]) == ("a", "chain_of_thought", "q -> a")
+    assert used["execution_count"] == 1 and used["last_executed"] >= used["created_at"] > 1.7e9
+    assert unused["execution_count"] == 0 and unused["last_executed"] is None
+    assert echo_peer.call("list_programs", {"details": "yes"})["error_type"] == "invalid_args"
+    assert echo_peer.call("list_programs", {"program_ids": "a"})["error_type"] == "invalid_args"
+
+
+def test_cleanup_of_some(echo_peer: Peer) -> None:
+    for id in ("a", "b", "c"):
+        echo_peer.call("create_program", {"id": id, "signature": "q -> a"})
+    cleaned = echo_peer.call("cleanup", {"program_ids": ["a", "c", "c", "zz"]})["result"]
+    assert cleaned == {"status": "cleaned", "programs_removed": 2}
+    assert echo_peer.call("list_programs")["result"] == {"programs": ["b"]}
+    assert echo_peer.call("cleanup", {"program_ids": [1]})["error_type"] == "invalid_args"
+
+
+def test_get_stats(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", QA)
+    echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "x"}})
+    echo_peer.call("execute_program", {"program_id": "qa", "inputs": {}})
+    stats = echo_peer.call("get_stats")["result"]
+    assert stats["programs_count"] == 1 and stats["pid"] == echo_peer.process.pid
+    assert stats["memory_usage"]["rss"] > 10**7 and stats["memory_usage"]["vms"] > 10**7
+    assert (stats["in_flight"], stats["queued"]) == (0, 0) and 0 < stats["uptime"] < 60
+    executes = stats["commands"]["execute_program"]
+    assert (executes["count"], executes["errors"]) == (2, 1) and 0 < executes["p50_ms"] <= executes["p99_ms"]
+    assert stats["versions"]["dspy"].startswith("3.")
+
+
+def test_quick_commands_do_not_wait_for_dspy_or_an_lm(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.request("create_program", QA)
+        quick = {peer.request(name): name for name in ("ping", "list_programs", "get_stats")}
+        replies = [peer.receive() for _ in range(4)]
+        assert [reply["id"] for reply in replies[:3]] == list(quick), "DSPy's import takes longer than these"
+        peer.request("execute_program", {"program_id": "qa", "inputs": {"question": "x"}})
+        assert server.arrived.acquire(timeout=PATIENCE)
+        assert peer.call("get_stats")["result"]["in_flight"] == 1
+        for name in ("ping", "list_programs", "get_stats", "cleanup"):
+            assert peer.call(name)["success"]
+        server.gate.set()
+        assert peer.receive()["result"] == {"answer": "Paris"}
+
+
+INIT = """
+import dspy, sys
+calls = []
+def init():
+    dspy.configure(lm=None)
+    calls.append(1)
+    open(sys.argv[0] if False else {path!r}, "a").write("called\\n")
+def broken():
+    raise RuntimeError("no tracing here")
+def leaves():
+    sys.exit(3)
+"""
+
+
+def test_init_is_called_once_before_the_first_program(tmp_path: Any) -> None:
+    (tmp_path / "host.py").write_text(INIT.format(path=str(tmp_path / "told")))
+    env = {"DSPY_BRIDGE_INIT": "host:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        assert peer.call("ping")["success"] and not (tmp_path / "told").exists()
+        for id in ("a", "b"):
+            assert peer.call("create_program", {"id": id, "signature": "q -> a"})["success"]
+        assert (tmp_path / "told").read_text() == "called\n"
+        reply = peer.call("execute_program", {"program_id": "a", "inputs": {"q": "x"}})
+        assert reply["error_type"] == "lm_not_configured", "what init configures counts"
+
+
+@pytest.mark.parametrize(("name", "text"), [("broken", "no tracing here"), ("leaves", "SystemExit"), ("gone", "gone")])
+def test_an_init_that_fails_stops_nothing_but_programs(tmp_path: Any, name: str, text: str) -> None:
+    (tmp_path / "host.py").write_text(INIT.format(path="/dev/null"))
+    with Peer(env={"DSPY_BRIDGE_INIT": f"host:{name}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
+        for _ in range(2):
+            reply = peer.call("create_program", QA)
+            assert reply["error_type"] == "internal" and "DSPY_BRIDGE_INIT" in reply["error"]
+            assert text in reply["error"]
+        assert peer.call("ping")["success"]
+
+
+def test_without_dspy_everything_but_programs_works(tmp_path: Any) -> None:
+    (tmp_path / "dspy.py").write_text("raise ImportError('broken on purpose')")
+    with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as peer:
+        reply = peer.call("create_program", QA)
+        assert reply["error_type"] == "internal" and "DSPy cannot be imported" in reply["error"]
+        assert peer.call("ping")["success"] and peer.call("get_stats")["success"]

@@ -1,0 +1,230 @@
+"""The peer as a port program: frames and nothing else on its stdout, and an end when its owner wants or is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import lm_env
+from peer import PATIENCE, ROOT, Peer, contains, frame, payloads, vector_payload, vectors
+
+CREATE = {"id": "qa", "signature": "question -> answer"}
+ASK = {"program_id": "qa", "inputs": {"question": "x"}}
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    """A peer that stays, as it should, whatever these tests send to it."""
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        yield peer
+
+
+@pytest.mark.parametrize("vector", vectors("requests"), ids=lambda v: v["name"])
+def test_good_requests_get_their_replies(peer: Peer, vector: dict[str, Any]) -> None:
+    peer.send(vector["payload"])
+    reply = peer.receive()
+    assert contains(reply, vector["reply"]), reply
+
+
+@pytest.mark.parametrize("vector", vectors("malformed"), ids=lambda v: v["name"])
+def test_a_malformed_payload_costs_one_error_reply(peer: Peer, vector: dict[str, Any]) -> None:
+    peer.send(vector_payload(vector), {"id": "after", "command": "ping"})
+    reply, after = peer.receive(), peer.receive()
+    assert list(reply) == ["id", "success", "error", "error_type"]
+    assert (reply["id"], reply["success"], reply["error_type"]) == (vector["id"], False, vector["error_type"])
+    assert vector.get("error_has", "") in reply["error"] and "\n" not in reply["error"]
+    assert after["id"] == "after" and after["success"]
+
+
+def test_ping_has_the_time_as_a_float(peer: Peer) -> None:
+    result = peer.call("ping")["result"]
+    assert result["status"] == "ok" and type(result["timestamp"]) is float
+
+
+def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
+    """Neither DSPy nor what costs more than a millisecond or two; see messages for orjson."""
+    code = (
+        "import sys, runpy; sys.argv = ['dspy_bridge']\n"
+        "from dspy_bridge import server\n"
+        "import dspy_bridge.messages as m\n"
+        "m.load_codec = lambda: sys.stderr.write(' '.join(sys.modules))\n"
+        "runpy.run_module('dspy_bridge', run_name='__main__')\n"
+    )
+    with Peer(command=[sys.executable, "-c", code]) as peer:
+        peer.send({"id": 1, "command": "ping"})
+        assert peer.receive()["success"]
+        code, _, imported = peer.finish()
+    assert code == 0
+    heavy = {"dspy", "pydantic", "asyncio", "logging", "orjson", "typing", "dataclasses", "argparse", "psutil"}
+    assert heavy & set(imported.split()) == set()
+
+
+def test_a_truncated_frame_at_the_end_of_input_is_logged(echo_peer: Peer) -> None:
+    echo_peer.send({"id": 1, "command": "ping"})
+    assert echo_peer.receive()["success"]
+    echo_peer.send_bytes((100).to_bytes(4, "big") + b"only this")
+    code, rest, log = echo_peer.finish()
+    assert (code, rest) == (0, b"")
+    assert "inside a frame" in log and "only this" not in log
+
+
+def test_a_frame_over_the_limit_is_read_past_and_the_next_one_served() -> None:
+    with Peer("--max-frame-bytes", "1000") as peer:
+        for length in (1001, 5_000_000):
+            peer.send(b"x" * length, {"id": 1, "command": "ping"})
+            refused, served = peer.receive(), peer.receive()
+            assert (refused["id"], refused["error_type"]) == (None, "frame_too_large")
+            assert str(length) in refused["error"] and "1000" in refused["error"]
+            assert served["success"]
+
+
+def test_a_reply_over_the_limit_becomes_an_error_with_its_id() -> None:
+    with Peer("--max-frame-bytes", "600", "--lm", "offline/echo") as peer:
+        peer.call("create_program", {"id": "qa", "signature": "question -> answer, again"})
+        reply = peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "x" * 400}})
+        assert reply["error_type"] == "frame_too_large"
+        assert peer.call("ping")["success"]
+
+
+PRINTS = """
+import os, subprocess, sys
+def init():
+    print("python print")
+    os.write(1, b"raw write")
+    os.system("echo from a child")
+    subprocess.run([sys.executable, "-c", "import os; [os.write(fd, b'stray') for fd in range(3, 64) if _open(fd)]"
+                    .replace("_open(fd)", "os.path.exists(f'/proc/self/fd/{fd}')")], check=False)
+    sys.stdout.flush()
+    assert sys.stdin.read() == ""
+"""
+
+
+def test_stray_output_never_reaches_the_frames(tmp_path: Any) -> None:
+    """Python, C-level and child-process output all land on stderr; children inherit no frame descriptor."""
+    (tmp_path / "printer.py").write_text(PRINTS)
+    env = {"DSPY_BRIDGE_INIT": "printer:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        assert peer.call("execute_program", ASK)["success"]
+        code, rest, log = peer.finish()
+    assert (code, rest) == (0, b"")
+    assert all(text in log for text in ("python print", "raw write", "from a child")) and "stray" not in log
+
+
+def test_what_was_received_is_answered_after_the_end_of_input() -> None:
+    """One write of all requests, then end of input: every request has its reply, then exit 0."""
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        create = {"id": 1, "command": "create_program", "args": CREATE}
+        asks = [{"id": n, "command": "execute_program", "args": ASK} for n in range(2, 22)]
+        peer.send(create, *asks)
+        code, rest, _ = peer.finish()
+    replies = payloads(rest)
+    assert code == 0
+    assert sorted(reply["id"] for reply in replies) == list(range(1, 22))
+    assert all(reply["success"] for reply in replies)
+
+
+def test_draining_ends_at_its_limit(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env={**lm_env(server), "DSPY_BRIDGE_DRAIN_MS": "200"}) as peer:
+        peer.call("create_program", CREATE)
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        code, rest, log = peer.finish()
+    assert (code, rest) == (0, b"")
+    assert "1 requests were still running" in log
+
+
+def test_sigterm_is_like_the_end_of_input(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        peer.terminate()
+        server.gate.set()
+        assert peer.receive()["result"] == {"answer": "Paris"}
+        assert peer.process.wait(PATIENCE) == 0
+
+
+def test_sigint_is_ignored_where_stdin_is_a_pipe(echo_peer: Peer) -> None:
+    """A Ctrl-C in iex reaches the whole process group."""
+    assert echo_peer.call("ping")["success"]
+    echo_peer.process.send_signal(2)
+    assert echo_peer.call("ping")["success"]
+
+
+def test_the_peer_goes_at_once_when_its_reader_is_gone(start_lm: Any) -> None:
+    """The owner was killed: both pipes close, whatever is in flight."""
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        assert peer.process.stdin is not None and peer.process.stdout is not None
+        peer.process.stdout.close()
+        peer.process.stdin.close()
+        # Far below the 5 s that draining would take.
+        assert peer.process.wait(3) == 0
+
+
+def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
+    """The pipe's own backpressure: writing blocks after a bounded amount, and all is served once replies are read."""
+    with Peer() as peer:
+        assert peer.process.stdin is not None
+        fd = peer.process.stdin.fileno()
+        os.set_blocking(fd, False)
+        one = frame(json.dumps({"id": "x" * 50_000, "command": "ping"}).encode())
+        data, sent = one * 200, 0
+        stuck = 0
+        while sent < len(data) and stuck < 20:
+            try:
+                sent += os.write(fd, data[sent : sent + 65536])
+                stuck = 0
+            except BlockingIOError:
+                # Half a second without any room, in steps: the peer has stopped reading.
+                stuck += 1
+                with pytest.raises(subprocess.TimeoutExpired):
+                    peer.process.wait(0.025)
+        # What waits in the peer, both pipes, and a frame that is half read.
+        assert sent < 4 << 20
+        os.set_blocking(fd, True)
+        whole = -(-sent // len(one))
+        for _ in range(sent // len(one)):
+            assert peer.receive()["success"]
+        peer.send_bytes(data[sent : whole * len(one)])
+        peer.send({"id": "last", "command": "ping"})
+        while peer.receive()["id"] != "last":
+            pass
+
+
+def test_a_terminal_is_told_what_this_is() -> None:
+    import pty
+
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "dspy_bridge"]
+    done = subprocess.run(command, stdin=terminal, capture_output=True, cwd=ROOT, check=False)
+    os.close(master)
+    os.close(terminal)
+    assert done.returncode == 2 and b"--selftest" in done.stderr and done.stdout == b""
+
+
+@pytest.mark.parametrize("count", [1, 400])
+def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int) -> None:
+    peer.send(*({"id": n, "command": ("ping", "list_programs", "nope")[n % 3]} for n in range(count)))
+    replies = peer.receive_all(count)
+    assert sorted(replies) == list(range(count))
+    assert all(reply["success"] == (id % 3 != 2) for id, reply in replies.items())
+
+
+def test_a_big_frame_both_ways(peer: Peer) -> None:
+    text = "x" * 5_000_000
+    peer.send({"id": text, "command": "ping"})
+    assert peer.receive()["id"] == text

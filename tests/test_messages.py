@@ -1,0 +1,247 @@
+"""messages: every payload is one message or one error; every Python value is one JSON value."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peer import ROOT, vector_payload, vectors
+from pydantic import BaseModel
+
+from dspy_bridge import messages
+from dspy_bridge.messages import Cancel, NotAMessage, NotJSON, Request
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**40), 10**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=("Cs",))),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=5),
+    max_leaves=20,
+)
+IDS = st.integers(-(10**30), 10**30) | st.text(st.characters(exclude_categories=("Cs",)))
+
+
+def reply_error(payload: bytes) -> tuple[str, Any, str]:
+    with pytest.raises(messages.MessageError) as caught:
+        messages.decode(payload)
+    kind = "invalid_json" if isinstance(caught.value, NotJSON) else "invalid_request"
+    return kind, caught.value.id, str(caught.value)
+
+
+@pytest.mark.parametrize("vector", vectors("requests"), ids=lambda v: v["name"])
+def test_good_requests(vector: dict[str, Any]) -> None:
+    request = messages.decode(json.dumps(vector["payload"]).encode())
+    assert isinstance(request, Request)
+    assert (request.id, request.command, request.args) == (vector["id"], vector["command"], vector["args"])
+
+
+@pytest.mark.parametrize(
+    "vector", [v for v in vectors("malformed") if v["error_type"] != "unknown_command"], ids=lambda v: v["name"]
+)
+def test_malformed_payloads(vector: dict[str, Any]) -> None:
+    kind, id, text = reply_error(vector_payload(vector))
+    assert (kind, id) == (vector["error_type"], vector["id"])
+    assert vector.get("error_has", "") in text
+
+
+@pytest.mark.parametrize("vector", [v for v in vectors("replies") if "ok" in v["decoded"]], ids=lambda v: v["name"])
+def test_replies_are_written_as_the_vectors_have_them(vector: dict[str, Any]) -> None:
+    said = vector["decoded"]
+    if said["ok"]:
+        payload = messages.encode_result(said["id"], said["result"], said.get("meta"))
+    else:
+        payload = messages.encode_error(said["id"], said["error_type"], said["error"], said.get("retryable"))
+    assert payload.decode() == vector["payload"]
+
+
+@given(IDS, st.text(st.characters(exclude_categories=("Cs",))), st.dictionaries(st.text(max_size=5), JSON, max_size=4))
+def test_requests_round_trip(id: Any, command: str, args: dict[str, Any]) -> None:
+    try:
+        payload = json.dumps({"id": id, "command": command, "args": args}).encode()
+        payload.decode()
+        json.dumps(args, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return
+    request = messages.decode(payload)
+    assert isinstance(request, Request)
+    assert (request.id, request.command, request.args) == (id, command, args)
+
+
+@given(IDS, JSON)
+def test_results_round_trip_with_the_id_first(id: Any, value: Any) -> None:
+    payload = messages.encode_result(id, {"value": value})
+    assert json.loads(payload) == {"id": id, "success": True, "result": {"value": value}}
+    assert payload.startswith(b'{"id":')
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_an_error(payload: bytes) -> None:
+    try:
+        assert isinstance(messages.decode(payload), Request | Cancel)
+    except messages.MessageError as error:
+        assert str(error)
+
+
+@given(st.integers(0, 80), st.binary(min_size=1, max_size=4))
+def test_a_damaged_request_is_a_message_or_an_error(at: int, junk: bytes) -> None:
+    good = b'{"id":12,"command":"ping","args":{"a":[1,2.5,"x"]},"timeout_ms":5,"meta":true}'
+    try:
+        messages.decode(good[:at] + junk + good[at + len(junk) :])
+    except messages.MessageError as error:
+        assert error.id in (None, 12) or at in range(5, 12)
+
+
+def test_timeouts_flags_and_cancels_are_read() -> None:
+    request = messages.decode(b'{"id":1,"command":"x","timeout_ms":12.5,"stream":true,"meta":true}')
+    assert isinstance(request, Request)
+    assert (request.args, request.timeout_ms, request.stream, request.meta) == ({}, 12.5, True, True)
+    cancel = messages.decode(b'{"cancel":"a"}')
+    assert isinstance(cancel, Cancel) and cancel.id == "a"
+    with pytest.raises(NotAMessage, match="cancel"):
+        messages.decode(b'{"cancel":null}')
+
+
+@pytest.mark.parametrize("digits", [18, 19, 20, 40, 4300])
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_integers_of_up_to_4300_digits_are_exact_both_ways(digits: int, sign: str) -> None:
+    text = sign + "9" * digits
+    request = messages.decode(b'{"id":1,"command":"x","args":{"n":[' + text.encode() + b"]}}")
+    assert isinstance(request, Request)
+    (number,) = request.args["n"]
+    assert type(number) is int and str(number) == text
+    assert messages.encode_result(1, number) == b'{"id":1,"success":true,"result":' + text.encode() + b"}"
+
+
+def test_a_run_of_digits_in_a_text_stays_text() -> None:
+    request = messages.decode(b'{"id":1,"command":"x","args":{"n":"' + b"7" * 50 + b'","x":0.1234567890123456789}}')
+    assert isinstance(request, Request)
+    assert request.args == {"n": "7" * 50, "x": 0.1234567890123456789}
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Point:
+    x: float
+    tags: set[str]
+
+
+class Person(BaseModel):
+    name: str
+    born: datetime.date
+
+
+class Raises:
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+class Exits:
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class Odd:
+    def __str__(self) -> str:
+        return "odd"
+
+
+CYCLE: list[Any] = [1]
+CYCLE.append(CYCLE)
+DEEP: Any = 1
+for _ in range(100_000):
+    DEEP = [DEEP]
+
+VALUES = [
+    (math.nan, None),
+    ([math.inf, -math.inf], [None, None]),
+    (b"\xff\x00", "/wA="),
+    (bytearray(b"ab"), "YWI="),
+    (datetime.date(2026, 1, 2), "2026-01-02"),
+    (datetime.datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05"),
+    (Person(name="Ada", born=datetime.date(1815, 12, 10)), {"name": "Ada", "born": "1815-12-10"}),
+    (Point(1.5, {"a"}), {"x": 1.5, "tags": ["a"]}),
+    (Point(math.nan, set()), {"x": None, "tags": []}),
+    ({3}, [3]),
+    (frozenset("a"), ["a"]),
+    ((1, 2), [1, 2]),
+    (Colour.RED, "red"),
+    (decimal.Decimal("1.50"), "1.50"),
+    (Odd(), "odd"),
+    (int, "<class 'int'>"),
+    (2**64, 2**64),
+    (
+        [2**64, b"x", {1}, math.nan, Colour.RED, Point(2**70, set())],
+        [2**64, "eA==", [1], None, "red", {"x": 2**70, "tags": []}],
+    ),
+    ({1: "a", None: 2, False: 3, 1.5: 4, (1, 2): 5}, {"1": "a", "null": 2, "false": 3, "1.5": 4, "(1, 2)": 5}),
+    ("\ud800x", "?x"),
+    ({"\ud800": "\udfff"}, {"?": "?"}),
+    (Raises(), "<Raises: its str() raised RuntimeError>"),
+    (Exits(), "<Exits: its str() raised SystemExit>"),
+    ([2**64, Exits()], [2**64, "<Exits: its str() raised SystemExit>"]),
+    (CYCLE, [1, "<list that contains itself>"]),
+    (10**4300, hex(10**4300)),
+]
+
+
+@pytest.mark.parametrize(("value", "wanted"), VALUES, ids=lambda v: type(v).__name__)
+def test_values_that_json_lacks(value: Any, wanted: Any) -> None:
+    assert json.loads(messages.encode_value(value)) == wanted
+
+
+def test_a_value_of_any_depth_has_a_form() -> None:
+    assert b"nested deeper than" in messages.encode_value(DEEP)
+    assert b"nested deeper than" in messages.encode_result(1, {"deep": DEEP})
+
+
+FIRST = """
+import sys
+from dspy_bridge import messages
+payload = sys.stdin.buffer.read()
+def read():
+    try:
+        r = messages.decode(payload)
+        return repr((r.id, r.command, r.args, r.timeout_ms))
+    except messages.MessageError as e:
+        return repr((type(e).__name__, e.id, str(e)))
+first = read()
+messages.load_codec()
+assert first == read(), (first, read())
+print("orjson" in sys.modules, first)
+"""
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"id":1,"command":"ping","args":{}}',
+        b'{"id":1,"command":"ping","args":{"a":NaN}}',
+        b'{"id":1,"command":"ping","args":{"a":1e999}}',
+        b'{"id":1,"command":"ping","args":{"a":-1e999}}',
+        b'{"id":1,"command":"ping","args":{"a":"\\ud800"}}',
+        b'{"id":1,"command":"ping","args":{"a":123456789012345678901234567890}}',
+        b'{"id":1,"command":"ping","args":{"a":"\x01"}}',
+        b"\xef\xbb\xbf{}",
+        b"[" * 1000,
+        b"",
+    ],
+)
+def test_before_orjson_is_loaded_payloads_read_the_same(payload: bytes) -> None:
+    """The first messages go through the standard json, which by itself takes more than JSON."""
+    done = subprocess.run([sys.executable, "-c", FIRST], input=payload, capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr.decode()
