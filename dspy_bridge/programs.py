@@ -37,8 +37,9 @@ class Program:
         self._lms = lms
         self._contract = contract
         self._module = _MODULES[program_type](contract.signature)
+        self._config = definition.get("config") or {}
         for predictor in self._module.predictors():
-            predictor.config = dict(definition.get("config") or {})
+            predictor.config = dict(self._config)
 
     async def call(
         self,
@@ -67,9 +68,12 @@ class Program:
                             usage.update(tracker.get_total_tokens())
         except Exception as error:
             known = models.translate(error)
-            if known is None:
-                raise
-            raise known from error
+            if known is not None:
+                raise known from error
+            if isinstance(error, (TypeError, ValueError)) and (config or self._config):
+                # DSPy checks LM settings where it uses them, with Python's own errors.
+                raise InvalidArgs(f"config: {error}") from error
+            raise
         outputs = dict(prediction.items())
         for name, constraint in self._contract.outputs.items():
             try:

@@ -1,0 +1,279 @@
+"""Real LM calls: DSPy's own client against a loopback server that speaks the OpenAI chat API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import lm_env
+from lm_server import chat
+from peer import PATIENCE, ROOT, Peer
+
+QA = {"id": "qa", "signature": "question -> answer"}
+ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
+KEY = "sk-test-0123456789"
+
+
+def error(status: int, message: str, code: str | None = None) -> tuple[int, dict[str, Any]]:
+    return status, {"error": {"message": message, "type": "error", "code": code}}
+
+
+def test_an_answer_of_an_lm(start_lm: Any) -> None:
+    server = start_lm()
+    with Peer(env=lm_env(server, temperature=0.3)) as peer:
+        peer.call("create_program", {**QA, "signature": {
+            "inputs": [{"name": "question", "desc": "about the world"}],
+            "outputs": [{"name": "answer", "description": "one word"}],
+            "instructions": "Answer like a geographer.",
+        }})  # fmt: skip
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
+    (request,) = server.requests
+    prompt = str(request["messages"])
+    assert request["model"] == "stub-model" and request["temperature"] == 0.3
+    assert all(text in prompt for text in ("about the world", "one word", "Answer like a geographer.", "capital of"))
+    assert server.authorizations == [f"Bearer {KEY}"]
+
+
+def test_meta_tells_times_and_tokens(start_lm: Any) -> None:
+    with Peer(env=lm_env(start_lm())) as peer:
+        peer.call("create_program", QA)
+        meta = peer.call("execute_program", ASK, meta=True)["meta"]
+        assert 0 <= meta["queue_ms"] < meta["duration_ms"]
+        usage = meta["lm_usage"]["openai/stub-model"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (11, 7)
+        assert peer.call("ping", meta=True)["meta"]["lm_usage"] == {}
+        assert "meta" not in peer.call("execute_program", ASK)
+
+
+def test_lm_adapter_and_config_of_a_program_and_of_a_call(start_lm: Any) -> None:
+    default, own = start_lm(), start_lm('{"answer": "Rome"}')
+    with Peer(env=lm_env(default)) as peer:
+        lm = {"model": "openai/own", **own.options(max_tokens=77)}
+        peer.call("create_program", {**QA, "lm": lm, "adapter": "json", "config": {"temperature": 0.5}})
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "Rome"}
+        assert peer.call("execute_program", {**ASK, "config": {"temperature": 0.9}})["success"]
+        other = {"model": "openai/third", **own.options()}
+        assert peer.call("execute_program", {**ASK, "lm": other})["success"]
+        assert peer.call("execute_program", {**ASK, "lm": {}})["error_type"] == "invalid_args"
+    first, second, third = own.requests
+    assert (first["model"], first["max_completion_tokens"], first["temperature"]) == ("own", 77, 0.5)
+    assert second["temperature"] == 0.9
+    assert (third["model"], third["temperature"]) == ("third", 0.5)
+    assert "JSON" in str(first["messages"]) and default.requests == []
+
+
+def test_a_default_adapter(start_lm: Any) -> None:
+    server = start_lm('{"answer": "Rome"}')
+    with Peer(env={**lm_env(server), "DSPY_BRIDGE_ADAPTER": "json"}) as peer:
+        peer.call("create_program", QA)
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "Rome"}
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "error_type", "retryable"),
+    [
+        (error(429, "slow down"), "lm_error", True),
+        (error(500, "oops"), "lm_error", True),
+        (error(503, "busy"), "lm_error", True),
+        (error(401, f"Incorrect API key provided: {KEY}"), "lm_error", False),
+        (error(400, "bad request"), "lm_error", False),
+        (error(404, "no such model", "model_not_found"), "lm_error", False),
+        (error(402, "no money", "insufficient_quota"), "lm_error", False),
+        (error(400, "too long", "context_length_exceeded"), "lm_error", False),
+        ("no such format", "output_invalid", None),
+        (chat(answer="many"), "output_invalid", None),
+        (chat(wrong="5"), "output_invalid", None),
+        (chat(answer="1.7"), "output_invalid", None),
+        ("", "output_invalid", None),
+    ],
+)
+def test_faults_of_the_lm_have_their_types(start_lm: Any, answer: Any, error_type: str, retryable: Any) -> None:
+    with Peer(env=lm_env(start_lm(answer))) as peer:
+        fields = {"inputs": [{"name": "question"}], "outputs": [{"name": "answer", "type": "probability"}]}
+        peer.call("create_program", {**QA, "signature": fields})
+        reply = peer.call("execute_program", ASK)
+        assert (reply["success"], reply["error_type"]) == (False, error_type), reply
+        assert reply.get("retryable") == retryable
+        assert "\n" not in reply["error"] and KEY not in reply["error"]
+        assert peer.call("ping")["success"]
+        _, _, log = peer.finish()
+    assert KEY not in log
+
+
+def test_an_lm_that_cannot_be_reached() -> None:
+    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": (
+        '{"api_base": "http://127.0.0.1:9/v1", "api_key": "sk-test-0123456789", "num_retries": 0}'
+    )}  # fmt: skip
+    with Peer(env=env) as peer:
+        peer.call("create_program", QA)
+        reply = peer.call("execute_program", ASK)
+        assert (reply["error_type"], reply["retryable"]) == ("lm_error", True)
+
+
+def test_no_lm_and_no_key_are_told_as_such() -> None:
+    with Peer(env={"OPENAI_API_KEY": ""}) as peer:
+        peer.call("create_program", QA)
+        reply = peer.call("execute_program", ASK)
+        assert reply["error_type"] == "lm_not_configured" and "DSPY_BRIDGE_LM" in reply["error"]
+        reply = peer.call("execute_program", {**ASK, "lm": {"model": "openai/x"}})
+        assert reply["error_type"] == "lm_not_configured", reply
+
+
+def test_options_that_the_lm_refuses_are_told_with_the_first_program() -> None:
+    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": '{"num_retries": -1}'}
+    with Peer(env=env) as peer:
+        reply = peer.call("create_program", QA)
+        assert reply["error_type"] == "internal"
+        assert "DSPY_BRIDGE_LM_OPTIONS" in reply["error"] and "num_retries" in reply["error"]
+
+
+def test_a_config_that_makes_no_sense_is_an_argument_error(start_lm: Any) -> None:
+    with Peer(env=lm_env(start_lm())) as peer:
+        peer.call("create_program", QA)
+        reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
+        assert reply["error_type"] == "invalid_args" and "config" in reply["error"], reply
+
+
+def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        reply = peer.call("execute_program", ASK, timeout_ms=300)
+        assert reply["error_type"] == "timeout" and "300 ms" in reply["error"]
+        assert server.closed_by_client.acquire(timeout=PATIENCE)
+        assert peer.call("get_stats")["result"]["in_flight"] == 0
+
+
+def test_a_cancel_stops_the_request_and_has_no_reply_of_its_own(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        id = peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        peer.send({"cancel": "nobody"}, {"cancel": id}, {"cancel": id})
+        reply = peer.receive()
+        assert (reply["id"], reply["error_type"]) == (id, "cancelled")
+        assert server.closed_by_client.acquire(timeout=PATIENCE)
+        assert peer.call("ping")["success"]
+
+
+def test_limits_of_what_runs_and_waits(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer("--max-in-flight", "2", "--max-queue", "3", env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        ids = [peer.request("execute_program", ASK) for _ in range(6)]
+        refused = peer.receive()
+        assert (refused["id"], refused["error_type"]) == (ids[5], "overloaded")
+        stats = peer.call("get_stats")["result"]
+        assert (stats["in_flight"], stats["queued"]) == (2, 3)
+        late = peer.call("execute_program", {**ASK, "inputs": {}}, timeout_ms=1)
+        assert late["error_type"] == "overloaded", "a full queue refuses before anything else is looked at"
+        peer.send({"cancel": ids[3]})
+        assert peer.receive()["error_type"] == "cancelled"
+        waited = peer.request("execute_program", ASK, timeout_ms=100)
+        reply = peer.receive()
+        assert (reply["id"], reply["error_type"]) == (waited, "timeout"), "the deadline counts in the queue too"
+        server.gate.set()
+        replies = peer.receive_all(4)
+        assert sorted(replies) == [ids[0], ids[1], ids[2], ids[4]]
+        assert all(reply["success"] for reply in replies.values())
+    assert len(server.requests) == 4
+
+
+def test_executes_run_at_once(start_lm: Any) -> None:
+    """Forty are asked before the first is answered."""
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        ids = [peer.request("execute_program", ASK) for _ in range(40)]
+        for _ in ids:
+            assert server.arrived.acquire(timeout=PATIENCE)
+        server.gate.set()
+        assert sorted(peer.receive_all(40)) == ids
+
+
+def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, tmp_path: Any) -> None:
+    server = start_lm()
+    home = {"HOME": str(tmp_path)}
+    with Peer(env={**lm_env(server, cache=True), **home}) as peer:
+        peer.call("create_program", QA)
+        for _ in range(3):
+            assert peer.call("execute_program", ASK)["success"]
+    assert len(server.requests) == 1 and list(tmp_path.iterdir()) == []
+    with Peer("--cache-entries", "0", env={**lm_env(server, cache=True), **home}) as peer:
+        peer.call("create_program", QA)
+        for _ in range(3):
+            assert peer.call("execute_program", ASK)["success"]
+    assert len(server.requests) == 4 and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_cache_outlives_the_peer(start_lm: Any, tmp_path: Any) -> None:
+    server = start_lm()
+    for _ in range(2):
+        with Peer("--disk-cache", str(tmp_path / "cache"), env=lm_env(server, cache=True)) as peer:
+            peer.call("create_program", QA)
+            assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
+            peer.finish()
+    assert len(server.requests) == 1
+
+
+TALKS = """
+import logging
+def init():
+    logging.getLogger("host").debug("not told")
+    logging.getLogger("host").warning("with a key: sk-test-0123456789")
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        logging.getLogger("dspy.host").exception("told")
+"""
+
+
+def test_log_records_as_frames(tmp_path: Any) -> None:
+    (tmp_path / "host.py").write_text(TALKS)
+    env = {"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_LOG_FRAMES": "1"}
+    with Peer("--log-level", "warning", env=env) as peer:
+        peer.request("create_program", QA)
+        first, second = peer.receive()["log"], peer.receive()["log"]
+        assert first == {"level": "warning", "logger": "host", "message": "with a key: [redacted]"}
+        assert (second["level"], second["logger"]) == ("error", "dspy.host")
+        assert second["message"].startswith("told\nTraceback") and "ZeroDivisionError" in second["message"]
+        assert peer.receive()["success"]
+        assert peer.finish() == (0, b"", "")
+
+
+def test_log_records_on_stderr(tmp_path: Any) -> None:
+    (tmp_path / "host.py").write_text(TALKS)
+    with Peer(env={"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
+        assert peer.call("create_program", QA)["success"]
+        _, _, log = peer.finish()
+    assert f"dspy_bridge[{peer.process.pid}] WARNING host: with a key: [redacted]" in log
+    assert log.count("told") == 1 and "not told" not in log
+
+
+BROKEN = """
+import dspy
+class Broken(dspy.ChatAdapter):
+    async def acall(self, *args, **kwargs):
+        raise KeyError("secret sk-test-0123456789 " + "x")
+def init():
+    dspy.configure(adapter=Broken())
+"""
+
+
+def test_a_defect_is_internal_with_its_traceback_in_the_log(start_lm: Any, tmp_path: Any) -> None:
+    (tmp_path / "host.py").write_text(BROKEN)
+    env = {**lm_env(start_lm()), "DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        peer.call("create_program", QA)
+        reply = peer.call("execute_program", ASK)
+        assert reply["error_type"] == "internal" and "KeyError" in reply["error"]
+        reference = reply["error"].split()[-1]
+        _, _, log = peer.finish()
+    assert f"internal error {reference}" in log and "host.py" in log
+    assert KEY not in log + reply["error"] and "capital of France" not in log

@@ -1,0 +1,111 @@
+"""settings and the command line: what cannot be read stops the peer with one line that names it, never its value."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from peer import ROOT, Peer
+
+from dspy_bridge import __version__
+from dspy_bridge.settings import SETTINGS, SettingError, load
+
+
+def run(*flags: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    with Peer(*flags, env=env) as peer:
+        out, err = peer.process.communicate(timeout=60)
+        return subprocess.CompletedProcess(flags, peer.process.returncode, out.decode(), err.decode())
+
+
+def test_defaults_are_those_of_the_protocol() -> None:
+    settings = load({}, {})
+    assert settings.lm is None and settings.lm_options == {} and settings.adapter is None
+    assert (settings.max_in_flight, settings.max_queue, settings.cache_entries) == (256, 10_000, 10_000)
+    assert (settings.max_frame_bytes, settings.drain_ms) == (64 * 1024 * 1024, 5000)
+    assert (settings.disk_cache, settings.init, settings.log_frames) == (None, None, False)
+
+
+def test_flags_win_over_the_environment_and_an_empty_text_is_no_setting() -> None:
+    environment = {"DSPY_BRIDGE_MAX_QUEUE": "5", "DSPY_BRIDGE_DRAIN_MS": "7", "DSPY_BRIDGE_LM": "", "MAX_QUEUE": "9"}
+    settings = load(environment, {"max_queue": "6"})
+    assert (settings.max_queue, settings.drain_ms, settings.lm) == (6, 7, None)
+
+
+WRONG = [
+    ("lm_options", "not json s3cret"),
+    ("lm_options", '["s3cret"]'),
+    ("adapter", "s3cret"),
+    ("max_in_flight", "0"),
+    ("max_in_flight", "many"),
+    ("max_queue", "-1"),
+    ("max_queue", "1.5"),
+    ("cache_entries", "١"),
+    ("max_frame_bytes", "9" * 30),
+    ("drain_ms", "5s"),
+    ("init", "os.system"),
+    ("init", "a:b:c"),
+    ("init", ".x:y"),
+    ("disk_cache", __file__),
+    ("log_level", "loud"),
+    ("log_frames", "maybe"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), WRONG)
+def test_what_cannot_be_read_is_named_with_what_was_expected(name: str, text: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        load({f"DSPY_BRIDGE_{name.upper()}": text}, {})
+    assert f"DSPY_BRIDGE_{name.upper()} (--{name.replace('_', '-')}): expected" in str(caught.value)
+    assert text not in str(caught.value)
+
+
+def test_a_wrong_setting_stops_the_peer_with_exit_2_and_one_line() -> None:
+    for flags, env in ((["--max-queue", "x"], {}), ([], {"DSPY_BRIDGE_MAX_QUEUE": "x"})):
+        done = run(*flags, env=env)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and "DSPY_BRIDGE_MAX_QUEUE" in done.stderr
+
+
+def test_an_unknown_flag_is_refused() -> None:
+    done = run("--nope", "1")
+    assert done.returncode == 2 and "--nope" in done.stderr
+
+
+def test_the_repr_holds_no_lm_options() -> None:
+    settings = load({"DSPY_BRIDGE_LM_OPTIONS": '{"api_key": "s3cret-value"}'}, {})
+    assert "s3cret" not in repr(settings) and "max_queue=10000" in repr(settings)
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"dspy_bridge {__version__}\n")
+
+
+def test_help_lists_every_setting_with_its_variable_and_default() -> None:
+    text = " ".join(run("--help").stdout.split())
+    for setting in SETTINGS:
+        assert setting.flag in text and f"{setting.variable}; default: {setting.default or 'none'}" in text
+
+
+def test_selftest_drives_all_commands_and_says_how_long_each_took() -> None:
+    done = run("--selftest", env={"DSPY_BRIDGE_LM": "openai/not-used"})
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 9 and all(line.startswith("ok") and line.endswith("ms") for line in lines)
+
+
+def test_selftest_fails_where_the_peer_does(tmp_path: Any) -> None:
+    (tmp_path / "dspy.py").write_text("raise ImportError('broken on purpose')")
+    done = run("--selftest", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 1 and "FAILED" in done.stdout and "broken on purpose" in done.stdout
+
+
+def test_flags_reach_the_peer() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dspy_bridge", "--max-frame-bytes", "9"], input=b"\0\0\0\x0a" + b"x" * 10,
+        capture_output=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout[4:])["error_type"] == "frame_too_large"
