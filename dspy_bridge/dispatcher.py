@@ -286,7 +286,8 @@ class Dispatcher:
 
     def _error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
         if isinstance(error, BridgeError):
-            return messages.encode_error(id, error.error_type, _one_line(str(error)), error.retryable, meta)
+            text = str(error) if error.exact else redaction.redact(_one_line(str(error)))
+            return messages.encode_error(id, error.error_type, text, error.retryable, meta)
         # A defect of ours, or of code that the host brought along: its text may hold contents, so it goes to the log.
         reference = os.urandom(4).hex()
         try:
@@ -298,5 +299,5 @@ class Dispatcher:
 
 
 def _one_line(text: str) -> str:
-    line = redaction.redact(" ".join(text.split()))
+    line = " ".join(text.split())
     return line if len(line) <= MAX_ERROR_CHARS else line[: MAX_ERROR_CHARS - 1] + "…"

@@ -10,6 +10,8 @@ class BridgeError(Exception):
     """A failure that its caller is told as it is. Anything else that is raised is a defect: `internal`."""
 
     error_type = "internal"
+    # Clients match on the text: it is not to be touched.
+    exact = False
     # Whether the same request may succeed later; told only where the protocol has it (lm_error).
     retryable: bool | None = None
 
@@ -24,6 +26,7 @@ class UnknownCommand(BridgeError):
     """No such command."""
 
     error_type = "unknown_command"
+    exact = True
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Unknown command: {name}")
@@ -39,6 +42,7 @@ class ProgramNotFound(BridgeError):
     """No program under that id."""
 
     error_type = "program_not_found"
+    exact = True
 
     def __init__(self, id: str) -> None:
         super().__init__(f"Program not found: {id}")

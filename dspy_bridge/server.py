@@ -30,7 +30,7 @@ READ_BYTES = 1 << 16
 
 def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes: int, drain_ms: int) -> None:
     """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
-    _handle_signals(reading)
+    terminated = _handle_signals(reading)
     decoder = FrameDecoder(max_frame_bytes)
     first = True
     while data := _read(reading):
@@ -46,7 +46,7 @@ def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes:
             # After the first answer, before the second question: see messages.
             messages.load_codec()
             first = False
-        writer.wait_for_room()
+        writer.wait_for_room(terminated.is_set)
     if decoder.mid_frame:
         log("end of input inside a frame: it was dropped")
     _drain(writer, dispatcher, drain_ms / 1000)
@@ -71,18 +71,22 @@ def _read(fd: int) -> bytes:
         return b""
 
 
-def _handle_signals(reading: int) -> None:
+def _handle_signals(reading: int) -> threading.Event:
+    """Make SIGTERM the end of input; the event tells that it came."""
     null = os.open(os.devnull, os.O_RDONLY)
+    terminated = threading.Event()
 
     def end_of_input(_signal: int, _frame: FrameType | None) -> None:
         # The read under way is interrupted by the signal and repeated by Python (PEP 475), then on this descriptor.
         os.dup2(null, reading, inheritable=False)
+        terminated.set()
 
     signal.signal(signal.SIGTERM, end_of_input)
     mode = os.fstat(reading).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         # Ctrl-C in iex reaches the whole foreground process group; what stops us is the end of input.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return terminated
 
 
 def _drain(writer: Writer, dispatcher: Dispatcher, seconds: float) -> None:

@@ -64,12 +64,16 @@ class Writer:
                     self._waiting_bytes += len(later)
                 break
 
-    def wait_for_room(self) -> None:
-        """Return once less than `HIGH_WATER_BYTES` wait: how an owner that does not read stops being read from."""
+    def wait_for_room(self, given_up: Callable[[], bool]) -> None:
+        """Return once less than `HIGH_WATER_BYTES` wait, or `given_up()` is true.
+
+        This is how an owner that does not read stops being read from.
+        """
         if self._waiting_bytes >= HIGH_WATER_BYTES:
             with self._lock:
-                while self._waiting_bytes >= HIGH_WATER_BYTES:
-                    self._changed.wait()
+                while self._waiting_bytes >= HIGH_WATER_BYTES and not given_up():
+                    # A signal handler cannot notify: it runs on this thread, which may hold the lock.
+                    self._changed.wait(0.1)
 
     def wait_until_written(self, timeout: float) -> None:
         """Return once nothing waits, or after `timeout` seconds."""

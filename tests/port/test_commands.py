@@ -179,6 +179,13 @@ def test_wrong_inputs_are_named_before_any_lm_is_asked(echo_peer: Peer, inputs: 
     assert "many" not in reply["error"]
 
 
+def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
+    for id in ("sk-looks-like-a-key", "two  spaces", "é" * 3000):
+        reply = module_peer.call("execute_program", {"program_id": id, "inputs": {}})
+        assert reply["error"] == f"Program not found: {id}"
+        assert module_peer.call(id)["error"] == f"Unknown command: {id}"
+
+
 def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(echo_peer: Peer) -> None:
     """All in one write, so that none has been answered when the next one is read."""
     ask = {"program_id": "qa", "inputs": {"question": "x"}}

@@ -205,6 +205,20 @@ def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
             pass
 
 
+def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
+    with Peer("--drain-ms", "100") as peer:
+        assert peer.process.stdin is not None
+        fd = peer.process.stdin.fileno()
+        os.set_blocking(fd, False)
+        one = frame(json.dumps({"id": "x" * 50_000, "command": "ping"}).encode())
+        with pytest.raises(BlockingIOError):
+            while os.write(fd, one):
+                with pytest.raises(subprocess.TimeoutExpired):
+                    peer.process.wait(0.01)
+        peer.terminate()
+        assert peer.process.wait(PATIENCE) == 0
+
+
 def test_a_terminal_is_told_what_this_is() -> None:
     import pty
 

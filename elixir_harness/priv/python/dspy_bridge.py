@@ -23,9 +23,11 @@ class DSPyBridge:
     def handle_command(self) -> int:
         """Serve until the end of input; returns the exit code."""
         find_package()
-        sys.modules.pop("dspy_bridge", None)
-        from dspy_bridge.__main__ import main as serve
-
+        try:
+            from dspy_bridge.__main__ import main as serve
+        except ImportError as error:
+            sys.stderr.write(f"dspy_bridge: {error}; install the package for {sys.executable}\n")
+            return 2
         return serve()
 
 

@@ -1,0 +1,57 @@
+# Two commands matter: `make demo` and `make test`. Each installs what it lacks.
+# Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
+.DEFAULT_GOAL := help
+.PHONY: help setup elixir demo test check format clean
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+HARNESS := elixir_harness
+# The tests and the demo of the harness run the peer with this interpreter.
+export DSPY_BRIDGE_PYTHON := $(CURDIR)/$(PY)
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed elixir ## .venv with the package and its tools; Elixir through apt where it is missing
+
+# Made anew when the dependencies change.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; install it, or name one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 -m venv failed; install python3-venv (Debian, Ubuntu) and try again"; rm -rf $(VENV); exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+elixir:
+	@if command -v mix > /dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  echo "installing Elixir with apt-get" && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends elixir erlang-dev > /dev/null; \
+	else \
+	  echo "Elixir is missing; install 1.18 or newer: sudo apt-get install elixir erlang-dev, or brew install elixir"; \
+	  exit 1; \
+	fi
+	@elixir -e 'System.version() |> Version.match?(">= 1.18.0") || System.halt(1)' || \
+	  { echo "Elixir 1.18 or newer is needed, on OTP 26 or newer"; exit 1; }
+
+demo: setup ## Elixir, port, DSPy, answer: with the built-in LM, or DSPY_BRIDGE_LM=openai/gpt-4o-mini
+	@cd $(HARNESS) && mix run demo.exs
+
+test: setup ## pytest and mix test
+	$(PY) -m pytest -q
+	cd $(HARNESS) && mix test --warnings-as-errors
+
+check: setup ## lint, formats, types, warnings
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
+
+format: setup ## write the formats
+	$(PY) -m ruff format .
+	cd $(HARNESS) && mix format
+
+clean: ## remove what was built, .venv too
+	rm -rf $(VENV) dist $(HARNESS)/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,67 @@
+"""programs and models: modules run where they can, LMs are shared by equal options. DSPy is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import dspy
+import pytest
+
+from dspy_bridge import echo, models, programs
+from dspy_bridge.settings import Settings
+
+
+class SyncOnly(dspy.Module):
+    """A user's module without `aforward`."""
+
+    def __init__(self, meet: threading.Barrier) -> None:
+        super().__init__()
+        self.meet = meet
+        self.inner = dspy.Predict("question -> answer")
+
+    def forward(self, question: str) -> Any:
+        self.meet.wait(20)
+        return self.inner(question=question)
+
+
+def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() -> None:
+    """Two calls meet inside `forward` while the loop stays free; both see the LM of their caller's context."""
+    module = SyncOnly(threading.Barrier(3))
+
+    async def calls() -> list[Any]:
+        with dspy.context(lm=echo.EchoLM(), callbacks=[echo.WatchFormat()]):
+            running = [asyncio.create_task(programs.run(module, {"question": text})) for text in ("a", "b")]
+            await asyncio.to_thread(module.meet.wait, 20)
+            return await asyncio.gather(*running)
+
+    assert [prediction.answer for prediction in asyncio.run(calls())] == ["echo: a", "echo: b"]
+
+
+@pytest.fixture(scope="module")
+def lms() -> models.Models:
+    return models.Models(Settings({}))
+
+
+def test_equal_options_share_an_lm_and_only_so_many_are_kept(lms: models.Models) -> None:
+    options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
+    first = lms.lm(options)
+    assert lms.lm(dict(reversed(options.items()))) is first
+    assert lms.lm({**options, "temperature": 0.6}) is not first
+    for number in range(200):
+        lms.lm({"model": f"openai/m{number}"})
+    assert len(lms._lms) == models.MAX_LMS
+    assert lms.lm(options) is not first
+
+
+def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(lms: models.Models) -> None:
+    assert dspy.settings.disable_history and dspy.settings.trace is None
+    assert dspy.cache.memory_cache.maxsize == 10_000 and not dspy.cache.enable_disk_cache
+
+
+def test_the_echo_lm_answers_a_plain_prompt_too() -> None:
+    lm = echo.EchoLM(api_key="ignored", temperature=0.3)
+    assert isinstance(lm, dspy.BaseLM)
+    assert lm("hello") == ["echo: hello"]
+    assert asyncio.run(lm.acall("hello")) == ["echo: hello"]
