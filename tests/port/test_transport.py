@@ -207,6 +207,7 @@ def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
 
 def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
     with Peer("--drain-ms", "100") as peer:
+        assert peer.call("ping")["success"]
         assert peer.process.stdin is not None
         fd = peer.process.stdin.fileno()
         os.set_blocking(fd, False)
