@@ -1,0 +1,3 @@
+[
+  inputs: ["{mix,.formatter,demo}.exs", "{config,lib,test}/**/*.{ex,exs}"]
+]

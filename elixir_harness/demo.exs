@@ -1,0 +1,121 @@
+# A tour of the bridge: what goes to Python, what comes back. Run by `mix run demo.exs`.
+#
+# DSPY_BRIDGE_PYTHON names the interpreter. Without DSPY_BRIDGE_LM the answers come from
+# offline/echo, which needs no network; with, say, DSPY_BRIDGE_LM=openai/gpt-4o-mini and
+# OPENAI_API_KEY they are a real LM's. Exit status 1 if anything is not as it should be.
+
+defmodule Demo do
+  alias DSPex.PythonBridge.Bridge
+
+  @concurrent 20
+
+  def run do
+    Logger.configure(level: :warning)
+
+    # The application has started a bridge by its configuration; the demo wants one of its own.
+    Supervisor.terminate_child(DSPex.ApplicationSupervisor, DSPex.PythonBridge.Supervisor)
+
+    lm = System.get_env("DSPY_BRIDGE_LM", "offline/echo")
+    python = System.get_env("DSPY_BRIDGE_PYTHON")
+    {:ok, _bridge} = Bridge.start_link(lm: lm, python_executable: python, default_timeout: 60_000)
+
+    title("The first ping, which waits for the interpreter to start")
+
+    {ms, _} =
+      timed(fn -> show(:ping, %{}, &match?(%{"timestamp" => t} when is_number(t), &1)) end)
+
+    %{os_pid: os_pid} = Bridge.get_status()
+    say("answered after #{ms} ms by Python process #{os_pid}; the LM is #{lm}")
+
+    title("Predict")
+    create("qa", "question -> answer")
+    execute("qa", "What is the capital of France?", &is_binary(&1["answer"]))
+
+    title("Chain of thought")
+    create("think", "question -> answer", "chain_of_thought")
+    wanted = &(is_binary(&1["answer"]) and is_binary(&1["reasoning"]))
+    execute("think", "Is 97 a prime number?", wanted)
+
+    title("A typed field: the answer is an integer")
+    create("count", "question -> answer: int")
+    execute("count", "How many legs has a spider?", &is_integer(&1["answer"]))
+
+    title("An error")
+    args = %{program_id: "nobody", inputs: %{question: "?"}}
+    show_error(:execute_program, args, "Program not found: nobody")
+
+    title("#{@concurrent} executes at once, and a ping meanwhile")
+    concurrently()
+
+    title("What the peer counted")
+    show(:get_stats, %{}, &(&1["programs_count"] == 3 and &1["in_flight"] == 0))
+
+    :ok = Bridge.stop()
+    say("\nAll as it should be.")
+  end
+
+  defp create(id, signature, type \\ "predict") do
+    args = %{id: id, signature: signature, program_type: type}
+    show(:create_program, args, &(&1 == %{"program_id" => id, "status" => "created"}))
+  end
+
+  defp execute(id, question, right?),
+    do: show(:execute_program, %{program_id: id, inputs: %{question: question}}, right?)
+
+  defp concurrently do
+    tasks =
+      for n <- 1..@concurrent do
+        Task.async(fn ->
+          args = %{program_id: "qa", inputs: %{question: "Question number #{n}?"}}
+          Bridge.call(:execute_program, args)
+        end)
+      end
+
+    {ping_ms, ping} = timed(fn -> Bridge.call(:ping) end)
+    waiting = Bridge.get_status().pending
+    {rest_ms, results} = timed(fn -> Task.await_many(tasks, 60_000) end)
+    good = Enum.count(results, &match?({:ok, %{"answer" => _}}, &1))
+
+    say("ping answered in #{ping_ms} ms, with #{waiting} executes still at work")
+    say("#{good} of #{@concurrent} answers after #{Float.round(ping_ms + rest_ms, 1)} ms")
+    check(match?({:ok, %{"status" => "ok"}}, ping), "the ping was not answered: #{inspect(ping)}")
+    check(good == @concurrent, "not every execute was answered: #{inspect(results)}")
+  end
+
+  defp show(command, args, right?) do
+    say("→ #{command} #{JSON.encode!(args)}")
+
+    case Bridge.call(command, args) do
+      {:ok, result} ->
+        say("← #{JSON.encode!(result)}")
+        check(right?.(result), "that is not what was to come")
+
+      {:error, reason} ->
+        fail("the call failed: #{inspect(reason)}")
+    end
+  end
+
+  defp show_error(command, args, wanted) do
+    say("→ #{command} #{JSON.encode!(args)}")
+    result = Bridge.call(command, args)
+    say("← #{inspect(result)}")
+    check(result == {:error, wanted}, "an error was to come: #{wanted}")
+  end
+
+  defp timed(fun) do
+    {us, result} = :timer.tc(fun)
+    {Float.round(us / 1000, 1), result}
+  end
+
+  defp title(text), do: say("\n#{text}")
+  defp say(text), do: IO.puts(text)
+  defp check(right?, text), do: if(right?, do: :ok, else: fail(text))
+
+  defp fail(text) do
+    IO.puts(:stderr, "demo: #{text}")
+    Bridge.stop()
+    exit({:shutdown, 1})
+  end
+end
+
+Demo.run()

@@ -1,0 +1,20 @@
+defmodule DSPex.Application do
+  @moduledoc """
+  Starts `DSPex.PythonBridge.Supervisor` with the application, unless a host wants it in its own
+  tree and says so:
+
+      config :dspex, autostart: false
+  """
+
+  use Application
+
+  @impl Application
+  def start(_type, _args) do
+    children =
+      if Application.get_env(:dspex, :autostart, true),
+        do: [DSPex.PythonBridge.Supervisor],
+        else: []
+
+    Supervisor.start_link(children, strategy: :one_for_one, name: DSPex.ApplicationSupervisor)
+  end
+end

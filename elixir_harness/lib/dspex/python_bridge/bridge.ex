@@ -1,0 +1,214 @@
+defmodule DSPex.PythonBridge.Bridge do
+  @moduledoc """
+  Calls to a Python peer that runs DSPy programs.
+
+      {:ok, _} = Bridge.start_link(lm: "openai/gpt-4o-mini")
+      {:ok, _} = Bridge.call(:create_program, %{id: "qa", signature: "question -> answer"})
+      {:ok, %{"answer" => _}} =
+        Bridge.call(:execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
+
+  One bridge is one Python process that works on many calls at once. A bridge belongs under a
+  supervisor (`{Bridge, opts}`, or all of `DSPex.PythonBridge.Supervisor`); several need names of
+  their own.
+
+  Requests are written and replies read in the caller's process (`DSPex.PythonBridge.Caller`), so
+  that a 5 MB reply costs no other caller anything; `DSPex.PythonBridge.Server` is the bridge's own.
+
+  Commands are atoms or texts; `args` are maps with a JSON form; results have string keys.
+  Timeouts are milliseconds or `:infinity`. They are sent along, so that the peer does not work on
+  what nobody waits for; a caller that times out or dies has its request cancelled. None of the
+  functions that call ends the caller.
+  """
+
+  alias DSPex.PythonBridge.{Caller, Error, Options, Protocol, Server}
+
+  @type server :: GenServer.server()
+  @type command :: Protocol.command()
+  @type call_error ::
+          String.t() | :timeout | :python_process_died | :bridge_not_running | :overloaded
+  @type status :: %{
+          required(:state) => :starting | :running | :restarting | :failed,
+          required(:os_pid) => pos_integer() | nil,
+          required(:pending) => non_neg_integer(),
+          required(:restarts) => non_neg_integer(),
+          required(:uptime_ms) => non_neg_integer(),
+          optional(:late_replies) => non_neg_integer(),
+          optional(:unreadable_frames) => non_neg_integer(),
+          optional(:last_error) => String.t() | nil
+        }
+
+  ## Life
+
+  @doc """
+  Starts a bridge. Options: see `DSPex.PythonBridge.Options`.
+
+  Returns before the interpreter runs; calls made meanwhile wait for it within their own timeouts.
+  An option that cannot be right gives `{:error, %ArgumentError{}}` with a text that names it. A
+  Python that cannot be started is no such error: see `DSPex.PythonBridge.Server` for what happens
+  then.
+  """
+  @spec start_link(keyword()) :: GenServer.on_start() | {:error, ArgumentError.t()}
+  def start_link(opts \\ []) do
+    with {:ok, options} <- Options.new(opts) do
+      GenServer.start_link(Server, options, if(options.name, do: [name: options.name], else: []))
+    end
+  end
+
+  @doc """
+  The child specification `{Bridge, opts}` of a supervisor; the id is the bridge's name. Keys among
+  the options do not show in the supervisor's reports.
+  """
+  @spec child_spec(keyword()) :: Supervisor.child_spec()
+  def child_spec(opts) do
+    %{
+      id: if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__,
+      start: {__MODULE__, :start_link, [Options.seal(opts)]}
+    }
+  end
+
+  @doc """
+  Kills the peer and starts another at once. Calls in flight get `:python_process_died`; calls
+  that were not yet sent wait for the new peer.
+  """
+  @spec restart(server()) :: :ok | {:error, :bridge_not_running}
+  def restart(server \\ __MODULE__), do: ask(server, :restart, {:error, :bridge_not_running})
+
+  @doc """
+  Stops the bridge; calls that wait get `:bridge_not_running`. The peer sees end of input; if it is
+  still there a second later it is killed. Also `:ok` if the bridge was not running.
+  """
+  @spec stop(server()) :: :ok
+  def stop(server \\ __MODULE__) do
+    GenServer.stop(server)
+  catch
+    :exit, _not_running -> :ok
+  end
+
+  @doc """
+  How the bridge is; answered at once, whatever the peer does.
+
+    * `:state` – `:starting` (the first peer is not up yet), `:running`, `:restarting` (between a
+      death and the next peer's first reply), `:failed` (the peer could not be started; or the
+      bridge is not running, in which case only the first five keys are there, all 0 or nil)
+    * `:os_pid` – of the peer; nil while there is none
+    * `:pending` – calls that wait for a reply, sent or not
+    * `:restarts` – peers started after the first
+    * `:uptime_ms` – of the present peer
+    * `:late_replies` – replies dropped because nobody waited (any more)
+    * `:unreadable_frames` – frames dropped because they had no readable id
+    * `:last_error` – why the last peer died, until the next is up
+  """
+  @spec get_status(server()) :: status()
+  def get_status(server \\ __MODULE__) do
+    ask(server, :get_status, %{state: :failed, os_pid: nil, pending: 0, restarts: 0, uptime_ms: 0})
+  end
+
+  ## Calls
+
+  @doc "As `call/4`, to the bridge named `DSPex.PythonBridge.Bridge`."
+  @spec call(command()) :: {:ok, term()} | {:error, call_error()}
+  def call(command), do: call(__MODULE__, command, %{}, :default)
+
+  @doc "`call(command, args)` or `call(server, command)`: as `call/4`."
+  @spec call(command() | server(), map() | command()) :: {:ok, term()} | {:error, call_error()}
+  def call(server, command) when is_atom(command) or is_binary(command),
+    do: call(server, command, %{}, :default)
+
+  def call(command, args), do: call(__MODULE__, command, args, :default)
+
+  @doc "`call(command, args, timeout)` or `call(server, command, args)`: as `call/4`."
+  @spec call(command() | server(), map() | command(), timeout() | map()) ::
+          {:ok, term()} | {:error, call_error()}
+  def call(server, command, args) when is_map(args), do: call(server, command, args, :default)
+  def call(command, args, timeout), do: call(__MODULE__, command, args, timeout)
+
+  @doc """
+  Has the peer carry out a command and waits for its reply, at most `timeout` ms (`:infinity` is
+  allowed; `:default_timeout` of the bridge where nothing is said).
+
+    * `{:ok, result}`
+    * `{:error, message}` – the peer's text, or that of a request that could not be sent (no JSON
+      form, larger than `:max_frame_bytes`)
+    * `{:error, :timeout}` – here or in the peer, whichever was first
+    * `{:error, :overloaded}` – too many calls wait, here or in the peer; nothing was done
+    * `{:error, :python_process_died}` – while it had the request
+    * `{:error, :bridge_not_running}`
+  """
+  @spec call(server(), command(), map(), timeout()) :: {:ok, term()} | {:error, call_error()}
+  def call(server, command, args, timeout) do
+    case Caller.exchange(server, command, args, timeout, []) do
+      {:ok, _id, result, _meta} -> {:ok, result}
+      {:error, error} -> {:error, Error.to_call_reason(error)}
+    end
+  end
+
+  @doc "As `request/4`, to the bridge named `DSPex.PythonBridge.Bridge`."
+  @spec request(command()) :: {:ok, term(), map()} | {:error, Error.t()}
+  def request(command), do: request(__MODULE__, command, %{}, [])
+
+  @doc "`request(command, args)` or `request(server, command)`: as `request/4`."
+  @spec request(command() | server(), map() | command()) ::
+          {:ok, term(), map()} | {:error, Error.t()}
+  def request(server, command) when is_atom(command) or is_binary(command),
+    do: request(server, command, %{}, [])
+
+  def request(command, args), do: request(__MODULE__, command, args, [])
+
+  @doc "`request(command, args, opts)` or `request(server, command, args)`: as `request/4`."
+  @spec request(command() | server(), map() | command(), keyword() | map()) ::
+          {:ok, term(), map()} | {:error, Error.t()}
+  def request(server, command, args) when is_map(args), do: request(server, command, args, [])
+  def request(command, args, opts), do: request(__MODULE__, command, args, opts)
+
+  @doc """
+  As `call/4`, with what the peer tells beside the result, and errors that say more:
+  `{:ok, result, meta}` or `{:error, %DSPex.PythonBridge.Error{}}`.
+
+  `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`.
+
+  Options: `:timeout` (ms or `:infinity`).
+  """
+  @spec request(server(), command(), map(), timeout: timeout()) ::
+          {:ok, term(), map()} | {:error, Error.t()}
+  def request(server, command, args, opts) do
+    with {:ok, timeout} <- request_options(opts),
+         {:ok, _id, result, meta} <- Caller.exchange(server, command, args, timeout, meta: true) do
+      {:ok, result, meta}
+    end
+  end
+
+  @doc """
+  Sends a command whose reply nobody waits for: `cast(command, args)` or `cast(server, command)`.
+  As `cast/3`.
+  """
+  @spec cast(command() | server(), map() | command()) :: :ok | {:error, String.t()}
+  def cast(command, args) when is_map(args), do: cast(__MODULE__, command, args)
+  def cast(server, command), do: cast(server, command, %{})
+
+  @doc """
+  Sends a command whose reply nobody waits for; the bridge's `:default_timeout` bounds it. `:ok`
+  tells nothing of the peer, nor of the bridge; an error is the text of a request that cannot be
+  written.
+  """
+  @spec cast(server(), command(), map()) :: :ok | {:error, String.t()}
+  def cast(server, command, args), do: Caller.send_only(server, command, args)
+
+  defp request_options(opts) do
+    case Keyword.keyword?(opts) && Keyword.pop(opts, :timeout, :default) do
+      {timeout, []} ->
+        {:ok, timeout}
+
+      {_timeout, [{unknown, _value} | _rest]} ->
+        {:error, Error.new(:invalid_request, "#{inspect(unknown)}: there is no such option")}
+
+      false ->
+        {:error, Error.new(:invalid_request, "options: expected a keyword list")}
+    end
+  end
+
+  defp ask(server, question, otherwise) do
+    GenServer.call(server, question)
+  catch
+    :exit, _not_running -> otherwise
+  end
+end

@@ -1,0 +1,136 @@
+defmodule DSPex.PythonBridge.Caller do
+  @moduledoc """
+  The way of one call, as far as it runs in the caller's process: arguments to bytes, to the
+  bridge, and the reply's bytes to a result. It neither raises nor exits.
+  """
+
+  alias DSPex.PythonBridge.{Error, Options, Protocol}
+
+  @default_timeout 30_000
+  # `receive` takes no longer timeout.
+  @max_timeout 4_294_967_295
+
+  @doc """
+  Sends a command and waits for its reply. `timeout` is in ms, `:infinity`, or `:default` for the
+  bridge's own; `encode_opts` are those of `DSPex.PythonBridge.Protocol.encode_body/3`.
+  """
+  @spec exchange(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
+          {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
+  def exchange(server, command, args, timeout, encode_opts) do
+    started = System.monotonic_time(:millisecond)
+
+    with dest when dest != nil <- whereis(server),
+         {:ok, timeout} <- check_timeout(timeout, dest),
+         {:ok, body} <- Protocol.encode_body(command, args, encode_opts) do
+      # Writing a large request takes time, too.
+      dest |> send_and_wait(left(timeout, started), body) |> read()
+    else
+      nil -> {:error, Error.new(:bridge_not_running)}
+      {:error, error} -> {:error, error}
+    end
+  end
+
+  @doc """
+  Sends a command whose reply nobody waits for. The bridge keeps its time: a cast has no caller
+  that would.
+  """
+  @spec send_only(GenServer.server(), Protocol.command(), map()) :: :ok | {:error, String.t()}
+  def send_only(server, command, args) do
+    with {:ok, body} <- Protocol.encode_body(command, args),
+         dest when dest != nil <- whereis(server) do
+      timeout = with :infinity <- default_timeout(dest), do: @max_timeout
+      send(dest, {:request, nil, nil, timeout, body})
+      :ok
+    else
+      nil -> :ok
+      {:error, error} -> {:error, error.message}
+    end
+  end
+
+  # The alias is what makes a late reply harmless: it ends with the first reply or with demonitor,
+  # and what is sent to it afterwards goes nowhere.
+  defp send_and_wait(dest, timeout, body) do
+    ref = :erlang.monitor(:process, dest, alias: :reply_demonitor)
+    send(dest, {:request, ref, self(), at_least_one(timeout), body})
+
+    receive do
+      {^ref, reply} -> reply
+      {:DOWN, ^ref, :process, _pid, _reason} -> {:error, :bridge_not_running}
+    after
+      timeout ->
+        Process.demonitor(ref, [:flush])
+
+        # The reply may have come between the two.
+        receive do
+          {^ref, reply} -> reply
+        after
+          0 ->
+            send(dest, {:abandon, ref})
+            {:error, :timeout}
+        end
+    end
+  end
+
+  defp read({:frame, frame}) do
+    case Protocol.decode_reply(frame) do
+      {:ok, _id, _result, _meta} = reply ->
+        reply
+
+      {:error, _id, error} ->
+        {:error, error}
+
+      {:error, {_kind, text}} ->
+        {:error, Error.new(:internal, "the peer sent no valid reply: #{text}")}
+    end
+  end
+
+  defp read({:error, {:too_large, size, limit}}) do
+    text = "the request has #{size} bytes; max_frame_bytes is #{limit}"
+    {:error, Error.new(:frame_too_large, text)}
+  end
+
+  defp read({:error, type}), do: {:error, Error.new(type)}
+
+  defp left(:infinity, _started), do: :infinity
+  defp left(ms, started), do: max(ms - (System.monotonic_time(:millisecond) - started), 0)
+
+  # The peer takes no deadline of 0.
+  defp at_least_one(0), do: 1
+  defp at_least_one(timeout), do: timeout
+
+  defp check_timeout(:default, dest), do: {:ok, default_timeout(dest)}
+  defp check_timeout(:infinity, _dest), do: {:ok, :infinity}
+  defp check_timeout(ms, _dest) when ms in 0..@max_timeout, do: {:ok, ms}
+
+  defp check_timeout(_other, _dest) do
+    text = "timeout: expected 0 to #{@max_timeout} ms or :infinity"
+    {:error, Error.new(:invalid_request, text)}
+  end
+
+  # Any term may be given as a server; what is none is not running.
+  defp whereis(server) do
+    GenServer.whereis(server)
+  rescue
+    _no_server -> nil
+  end
+
+  ## The bridge's default timeout, which callers must know without asking it
+
+  # A persistent term costs the caller 0.05 µs and is only there where it says something else than
+  # the usual. A bridge that is killed leaves its own behind: a few words.
+  @doc "To be called by the bridge of this pid when it starts."
+  @spec remember_defaults(pid(), Options.t()) :: :ok
+  def remember_defaults(_pid, %Options{default_timeout: @default_timeout}), do: :ok
+
+  def remember_defaults(pid, %Options{default_timeout: timeout}),
+    do: :persistent_term.put({__MODULE__, pid}, timeout)
+
+  @doc "To be called by the bridge of this pid when it ends."
+  @spec forget_defaults(pid()) :: :ok
+  def forget_defaults(pid) do
+    :persistent_term.erase({__MODULE__, pid})
+    :ok
+  end
+
+  defp default_timeout(dest), do: :persistent_term.get({__MODULE__, dest}, @default_timeout)
+end

@@ -1,0 +1,97 @@
+defmodule DSPex.PythonBridge.Error do
+  @moduledoc """
+  Why a request has no result.
+
+  `type` is what code decides by, `message` is for people. `retryable` tells whether the same
+  request may succeed if it is simply made again.
+
+  Types are the `error_type` names of the protocol, of which this side gives some itself (a timeout
+  may pass here or there), and two that only this side can know: `:python_process_died` and
+  `:bridge_not_running`.
+  """
+
+  # A fixed table: text from outside never becomes an atom by itself.
+  @peer_types Map.new(
+                ~w(invalid_json invalid_request invalid_args unknown_command frame_too_large
+                   program_not_found lm_not_configured lm_error output_invalid tool_error timeout
+                   cancelled overloaded not_allowed internal)a,
+                &{Atom.to_string(&1), &1}
+              )
+
+  @local_messages %{
+    timeout: "no reply within the timeout",
+    overloaded: "too many calls wait for the peer; try again later",
+    python_process_died: "the Python process died before it replied",
+    bridge_not_running: "the bridge is not running"
+  }
+
+  @retryable [:overloaded, :python_process_died, :bridge_not_running]
+
+  @enforce_keys [:type, :message]
+  defexception [:type, :message, retryable: false]
+
+  @type type ::
+          :invalid_json
+          | :invalid_request
+          | :invalid_args
+          | :unknown_command
+          | :frame_too_large
+          | :program_not_found
+          | :lm_not_configured
+          | :lm_error
+          | :output_invalid
+          | :tool_error
+          | :timeout
+          | :cancelled
+          | :overloaded
+          | :not_allowed
+          | :internal
+          | :python_process_died
+          | :bridge_not_running
+
+  @type t :: %__MODULE__{type: type(), message: String.t(), retryable: boolean()}
+
+  @doc """
+  An error of this side, with the usual text of its type.
+
+      iex> DSPex.PythonBridge.Error.new(:timeout)
+      %DSPex.PythonBridge.Error{type: :timeout, message: "no reply within the timeout", retryable: false}
+  """
+  @spec new(:timeout | :overloaded | :python_process_died | :bridge_not_running) :: t()
+  def new(type), do: new(type, Map.fetch!(@local_messages, type))
+
+  @doc "An error of this side with a text of its own."
+  @spec new(type(), String.t()) :: t()
+  def new(type, message) do
+    %__MODULE__{type: type, message: message, retryable: type in @retryable}
+  end
+
+  @doc """
+  An error reply of the peer: `error_type` as text, the peer's message, and its `retryable` if it
+  sent one. A type that this version does not know is `:internal`.
+
+      iex> DSPex.PythonBridge.Error.from_peer("lm_error", "rate limit", true).retryable
+      true
+      iex> DSPex.PythonBridge.Error.from_peer("of_tomorrow", "?", nil).type
+      :internal
+  """
+  @spec from_peer(term(), String.t(), term()) :: t()
+  def from_peer(error_type, message, retryable) do
+    error = new(Map.get(@peer_types, error_type, :internal), message)
+    if is_boolean(retryable), do: %{error | retryable: retryable}, else: error
+  end
+
+  @doc """
+  What `DSPex.PythonBridge.Bridge.call/4` gives for this error: an atom where the caller can act
+  on it, else the text.
+  """
+  @spec to_call_reason(t()) ::
+          :timeout | :overloaded | :python_process_died | :bridge_not_running | String.t()
+  def to_call_reason(%__MODULE__{type: type, message: message}) do
+    if is_map_key(@local_messages, type), do: type, else: message
+  end
+
+  @impl Exception
+  @spec message(t()) :: String.t()
+  def message(%__MODULE__{message: message}), do: message
+end

@@ -1,0 +1,248 @@
+defmodule DSPex.PythonBridge.Monitor do
+  @moduledoc """
+  Asks a bridge's peer regularly whether it still answers, and has it replaced when it does not.
+
+  A check is a `ping` with a timeout. After `:max_failures` misses in a row the monitor asks
+  `DSPex.PythonBridge.Bridge.restart/1`; it starts nothing itself, and counts from 0 again. A peer
+  busy with LM calls answers pings, so it is left alone.
+
+  A peer that is not up yet is the bridge's business: a miss meanwhile makes the health
+  `:unhealthy` but is no failure that leads to a restart, which would only put the start off. Only
+  a start that has lasted for 5 s is counted like anything else.
+
+  Options, with defaults from `config :dspex, :python_bridge_monitor`:
+
+  | option | default | what |
+  | --- | --- | --- |
+  | `:name` | `DSPex.PythonBridge.Monitor` | how the monitor is registered; nil for not at all |
+  | `:bridge` | `DSPex.PythonBridge.Bridge` | the bridge to watch |
+  | `:interval` | 30 000 ms | from the end of one check to the next |
+  | `:timeout` | 5 000 ms | for the answer to a ping |
+  | `:max_failures` | 3 | misses in a row until a restart |
+
+  Health is a map:
+
+    * `:status` – `:healthy` or `:unhealthy` by the last check, `:unknown` before the first
+    * `:failures` – misses in a row that count towards a restart
+    * `:last_check` – when the last check ended, a UTC `DateTime`, or nil
+    * `:checks` – how many there were
+    * `:success_rate` – the part of them that was answered, 0.0 to 1.0
+    * `:response_ms` – `:last`, `:p50`, `:p99` of the last 1000 answers, in ms; nil before the first
+  """
+
+  use GenServer
+
+  require Logger
+
+  alias DSPex.PythonBridge.Bridge
+
+  @defaults %{
+    name: __MODULE__,
+    bridge: Bridge,
+    interval: 30_000,
+    timeout: 5_000,
+    max_failures: 3
+  }
+
+  # A peer starts in some 30 ms, a loaded machine in a second; see the moduledoc.
+  @young_ms 5_000
+  @window 1_000
+
+  @no_stats %{
+    status: :unknown,
+    failures: 0,
+    last_check: nil,
+    checks: 0,
+    answered: 0,
+    response_times: []
+  }
+
+  @type health :: %{
+          status: :healthy | :unhealthy | :unknown,
+          failures: non_neg_integer(),
+          last_check: DateTime.t() | nil,
+          checks: non_neg_integer(),
+          success_rate: float(),
+          response_ms: %{last: float() | nil, p50: float() | nil, p99: float() | nil}
+        }
+
+  ## Interface
+
+  @doc """
+  Starts a monitor; the first check comes after one interval. An option that cannot be right gives
+  `{:error, %ArgumentError{}}` with a text that names it.
+  """
+  @spec start_link(keyword()) :: GenServer.on_start() | {:error, ArgumentError.t()}
+  def start_link(opts \\ []) do
+    with {:ok, options} <- options(opts) do
+      GenServer.start_link(
+        __MODULE__,
+        options,
+        if(options.name, do: [name: options.name], else: [])
+      )
+    end
+  end
+
+  @doc "How the peer is, by the checks so far; answered at once, also while a check runs."
+  @spec get_health_status(GenServer.server()) :: health()
+  def get_health_status(monitor \\ __MODULE__), do: GenServer.call(monitor, :health)
+
+  @doc """
+  Makes a check now, which counts like any other, and gives the health after it. Waits at most the
+  monitor's timeout for it, and for a check that is under way.
+  """
+  @spec force_health_check(GenServer.server()) :: health()
+  def force_health_check(monitor \\ __MODULE__), do: GenServer.call(monitor, :check, :infinity)
+
+  @doc "Forgets all checks so far: the health is as before the first."
+  @spec reset_stats(GenServer.server()) :: :ok
+  def reset_stats(monitor \\ __MODULE__), do: GenServer.call(monitor, :reset)
+
+  @doc "The options in full, or the error that names the one that cannot be right."
+  @spec options(keyword()) :: {:ok, map()} | {:error, ArgumentError.t()}
+  def options(opts \\ []) do
+    config = Application.get_env(:dspex, :python_bridge_monitor, [])
+
+    text =
+      cond do
+        not Keyword.keyword?(config) -> "config: expected a keyword list"
+        not Keyword.keyword?(opts) -> "options: expected a keyword list"
+        true -> Enum.find_value(Keyword.merge(config, opts), &refusal/1)
+      end
+
+    if text,
+      do: {:error, ArgumentError.exception("python bridge monitor: " <> text)},
+      else: {:ok, @defaults |> Map.merge(Map.new(config)) |> Map.merge(Map.new(opts))}
+  end
+
+  defp refusal({:name, name}) when is_atom(name) or is_tuple(name), do: nil
+  defp refusal({:bridge, bridge}) when is_atom(bridge) and bridge != nil, do: nil
+  defp refusal({:bridge, bridge}) when is_pid(bridge) or is_tuple(bridge), do: nil
+  defp refusal({:max_failures, n}) when is_integer(n) and n > 0, do: nil
+
+  defp refusal({key, ms}) when key in [:interval, :timeout] and ms in 1..4_294_967_295, do: nil
+
+  defp refusal({key, value}) when key in [:interval, :timeout],
+    do: "#{inspect(key)}: expected a positive number of milliseconds, got #{inspect(value)}"
+
+  defp refusal({key, value}) when is_map_key(@defaults, key),
+    do: "#{inspect(key)}: #{inspect(value)} is not accepted"
+
+  defp refusal({key, _value}), do: "#{inspect(key)}: there is no such option"
+
+  ## The process
+
+  @impl GenServer
+  def init(options) do
+    # check: {pid, monitor} of the one that runs; waiting: who asked for it; next: who asked
+    # meanwhile and gets a check of their own.
+    state = Map.merge(@no_stats, %{options: options, check: nil, waiting: [], next: []})
+    {:ok, schedule(Map.put(state, :timer, nil))}
+  end
+
+  @impl GenServer
+  def handle_call(:health, _from, state), do: {:reply, health(state), state}
+  def handle_call(:reset, _from, state), do: {:reply, :ok, Map.merge(state, @no_stats)}
+
+  def handle_call(:check, from, %{check: nil} = state),
+    do: {:noreply, start_check(%{state | waiting: [from]})}
+
+  def handle_call(:check, from, state), do: {:noreply, %{state | next: [from | state.next]}}
+
+  @impl GenServer
+  def handle_info({:timeout, timer, :check}, %{timer: timer, check: nil} = state),
+    do: {:noreply, start_check(state)}
+
+  # The check ran in a process of its own; its exit reason is what it found.
+  def handle_info({:DOWN, check, :process, _pid, reason}, %{check: check} = state) do
+    state = %{state | check: nil, last_check: DateTime.utc_now(), checks: state.checks + 1}
+    state = state |> count(reason) |> restart_if_due()
+    Enum.each(state.waiting, &GenServer.reply(&1, health(state)))
+
+    case state.next do
+      [] -> {:noreply, schedule(%{state | waiting: []})}
+      next -> {:noreply, start_check(%{state | waiting: next, next: []})}
+    end
+  end
+
+  def handle_info(_stale, state), do: {:noreply, state}
+
+  defp schedule(state),
+    do: %{state | timer: :erlang.start_timer(state.options.interval, self(), :check)}
+
+  defp start_check(state) do
+    %{bridge: bridge, timeout: timeout} = state.options
+    {_pid, check} = spawn_monitor(fn -> exit({:checked, check(bridge, timeout)}) end)
+    %{state | check: check, timer: nil}
+  end
+
+  defp check(bridge, timeout) do
+    started = System.monotonic_time(:microsecond)
+
+    case Bridge.call(bridge, :ping, %{}, timeout) do
+      {:ok, _pong} -> {:answered, (System.monotonic_time(:microsecond) - started) / 1000}
+      {:error, reason} -> {:missed, reason, Bridge.get_status(bridge)}
+    end
+  end
+
+  defp count(state, {:checked, {:answered, ms}}) do
+    times = Enum.take([ms | state.response_times], @window)
+    state = %{state | status: :healthy, failures: 0, response_times: times}
+    %{state | answered: state.answered + 1}
+  end
+
+  defp count(state, {:checked, {:missed, reason, bridge_status}}) do
+    counts? = not starting?(bridge_status)
+    failures = if counts?, do: state.failures + 1, else: state.failures
+
+    Logger.warning(
+      "monitor of bridge #{inspect(state.options.bridge)}, Python process " <>
+        "#{bridge_status.os_pid || "none"}: no answer to a ping (#{describe(reason)}), " <>
+        if(counts?, do: "#{failures} in a row", else: "it is still starting")
+    )
+
+    %{state | status: :unhealthy, failures: failures}
+  end
+
+  # The check itself failed, which no peer can cause.
+  defp count(state, _crash), do: %{state | status: :unhealthy}
+
+  defp starting?(%{state: :restarting, os_pid: nil}), do: true
+
+  defp starting?(%{state: state, uptime_ms: ms}),
+    do: state in [:starting, :restarting] and ms < @young_ms
+
+  # A peer's error text may repeat what was sent.
+  defp describe(reason) when is_atom(reason), do: reason
+  defp describe(_text), do: "an error"
+
+  # Asked from a process of its own: the monitor answers whatever the bridge does.
+  defp restart_if_due(%{failures: failures, options: options} = state)
+       when failures >= options.max_failures do
+    spawn(fn -> Bridge.restart(options.bridge) end)
+    %{state | failures: 0}
+  end
+
+  defp restart_if_due(state), do: state
+
+  defp health(state) do
+    sorted = state.response_times |> Enum.sort() |> List.to_tuple()
+
+    %{
+      status: state.status,
+      failures: state.failures,
+      last_check: state.last_check,
+      checks: state.checks,
+      success_rate: if(state.checks > 0, do: state.answered / state.checks, else: 0.0),
+      response_ms: %{
+        last: List.first(state.response_times),
+        p50: percentile(sorted, 50),
+        p99: percentile(sorted, 99)
+      }
+    }
+  end
+
+  # Nearest rank.
+  defp percentile({}, _percent), do: nil
+  defp percentile(sorted, percent), do: elem(sorted, ceil(tuple_size(sorted) * percent / 100) - 1)
+end

@@ -1,0 +1,204 @@
+defmodule DSPex.PythonBridge.Options do
+  @moduledoc """
+  The options of a bridge, checked once. What comes out of `new/1` can be used without looking
+  again; what cannot be right is refused with a text that names the option.
+
+  | option | default | what |
+  | --- | --- | --- |
+  | `:name` | `DSPex.PythonBridge.Bridge` | how the bridge is registered; nil for not at all |
+  | `:python_executable` | see `DSPex.PythonBridge.Interpreter` | path, or a name on the `PATH` |
+  | `:script_path` | the drop-in in `priv/python` | the peer's script |
+  | `:lm` | the peer's own setting | the default LM, as DSPy names it |
+  | `:lm_options` | none | map or keyword list of `dspy.LM` arguments (`api_key`, …) |
+  | `:adapter` | DSPy's | `chat`, `json`, `xml`, … |
+  | `:env` | `%{}` | map of strings: more environment for the peer |
+  | `:max_frame_bytes` | 64 MiB | a larger request fails before it is sent |
+  | `:default_timeout` | 30 000 ms | of calls that name none; an integer or `:infinity` |
+  | `:max_retries` | 3 | how often a peer that dies before it was ever up is started again |
+  | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
+  | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced |
+
+  Defaults come from `config :dspex, :python_bridge, …`.
+
+  The settings for the peer go into its environment, never into its arguments, which everybody on
+  the machine can read. They may hold keys: `env` of the struct is a function, so that no
+  inspection, state dump or crash report shows them; `seal/1` does the same to an option list.
+  """
+
+  @default_max_frame_bytes 64 * 1024 * 1024
+  # {:packet, 4} of a port carries no more.
+  @max_frame_bytes 2_147_483_647
+  # `receive` takes no longer timeout.
+  @max_timeout 4_294_967_295
+  @secret [:lm_options, :env]
+
+  defstruct name: DSPex.PythonBridge.Bridge,
+            python_executable: nil,
+            script_path: nil,
+            env: nil,
+            max_frame_bytes: @default_max_frame_bytes,
+            default_timeout: 30_000,
+            max_retries: 3,
+            max_pending: 100_000,
+            start_timeout: 30_000
+
+  @type t :: %__MODULE__{
+          name: GenServer.name() | nil,
+          python_executable: String.t() | nil,
+          script_path: Path.t(),
+          env: (-> %{String.t() => String.t()}),
+          max_frame_bytes: pos_integer(),
+          default_timeout: timeout(),
+          max_retries: non_neg_integer(),
+          max_pending: pos_integer(),
+          start_timeout: pos_integer()
+        }
+
+  @doc """
+  Options from a keyword list over the application's configuration, or the error that names the
+  one that cannot be right.
+  """
+  @spec new(keyword()) :: {:ok, t()} | {:error, ArgumentError.t()}
+  def new(opts \\ []) do
+    with {:ok, config} <- keyword(Application.get_env(:dspex, :python_bridge, []), "config"),
+         {:ok, opts} <- keyword(opts, "options") do
+      # Of an option given twice the first counts, as Keyword has it.
+      merged = (opts ++ config) |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&unseal/1)
+
+      case Enum.find_value(merged, &refusal/1) do
+        nil -> {:ok, build(merged)}
+        text -> {:error, ArgumentError.exception("python bridge: " <> text)}
+      end
+    end
+  end
+
+  @doc """
+  The option list with its secret values wrapped in functions, which `new/1` takes as well. A
+  supervisor logs the arguments of a child that it restarts: those must not show keys.
+  """
+  @spec seal(keyword()) :: keyword()
+  def seal(opts) when is_list(opts) do
+    Enum.map(opts, fn
+      {key, value} when key in @secret and not is_function(value, 0) -> {key, fn -> value end}
+      other -> other
+    end)
+  end
+
+  def seal(opts), do: opts
+
+  defp unseal({key, value}) when key in @secret and is_function(value, 0), do: {key, value.()}
+  defp unseal(option), do: option
+
+  defp keyword(list, what) do
+    if Keyword.keyword?(list),
+      do: {:ok, list},
+      else: {:error, ArgumentError.exception("python bridge: #{what}: expected a keyword list")}
+  end
+
+  # One clause per option: nil for a value that can be right, else what was expected. Values that
+  # may be secret are never repeated in the text.
+  defp refusal({:name, name}) when is_atom(name), do: nil
+  defp refusal({:name, {:global, _}}), do: nil
+  defp refusal({:name, {:via, module, _}}) when is_atom(module), do: nil
+  defp refusal({:name, other}), do: expected(:name, "an atom, {:global, _} or {:via, …}", other)
+
+  defp refusal({:python_executable, nil}), do: nil
+  defp refusal({:python_executable, value}), do: text(:python_executable, value)
+  defp refusal({:script_path, nil}), do: nil
+  defp refusal({:script_path, value}), do: text(:script_path, value)
+  defp refusal({:lm, nil}), do: nil
+  defp refusal({:lm, value}), do: text(:lm, value)
+  defp refusal({:adapter, value}) when is_atom(value), do: nil
+  defp refusal({:adapter, value}), do: text(:adapter, value)
+
+  defp refusal({:lm_options, nil}), do: nil
+
+  defp refusal({:lm_options, options}) do
+    with true <- is_map(options) or Keyword.keyword?(options),
+         {:ok, _json} <- ascii_json(options) do
+      nil
+    else
+      _wrong -> ":lm_options: expected a map or keyword list that can be written as JSON"
+    end
+  end
+
+  defp refusal({:env, %{} = env}) do
+    if Enum.all?(env, fn {k, v} -> env_name?(k) and env_value?(v) end),
+      do: nil,
+      else: ":env: expected a map from names to texts, without NUL characters"
+  end
+
+  defp refusal({:env, _other}), do: ":env: expected a map from names to texts"
+
+  defp refusal({:max_frame_bytes, n}) when n in 1..@max_frame_bytes, do: nil
+
+  defp refusal({:max_frame_bytes, other}),
+    do: expected(:max_frame_bytes, "a number of bytes from 1 to #{@max_frame_bytes}", other)
+
+  defp refusal({:default_timeout, :infinity}), do: nil
+  defp refusal({:default_timeout, ms}), do: milliseconds(:default_timeout, ms)
+  defp refusal({:start_timeout, ms}), do: milliseconds(:start_timeout, ms)
+  defp refusal({:max_retries, n}) when is_integer(n) and n >= 0, do: nil
+  defp refusal({:max_retries, other}), do: expected(:max_retries, "0 or more", other)
+  defp refusal({:max_pending, n}) when is_integer(n) and n > 0, do: nil
+  defp refusal({:max_pending, other}), do: expected(:max_pending, "1 or more", other)
+  defp refusal({unknown, _value}), do: "#{inspect(unknown)}: there is no such option"
+
+  defp text(key, value) do
+    if is_binary(value) and value != "" and env_value?(value),
+      do: nil,
+      else: expected(key, "a text", value)
+  end
+
+  defp milliseconds(_key, ms) when ms in 1..@max_timeout, do: nil
+  defp milliseconds(key, other), do: expected(key, "a positive number of milliseconds", other)
+
+  defp expected(key, what, value),
+    do: "#{inspect(key)}: expected #{what}, got #{inspect(value, limit: 5, printable_limit: 80)}"
+
+  defp env_name?(name), do: is_binary(name) and name =~ ~r/\A[^=\0]+\z/ and String.valid?(name)
+
+  defp env_value?(value),
+    do: is_binary(value) and String.valid?(value) and not String.contains?(value, <<0>>)
+
+  defp build(opts) do
+    env = peer_env(opts)
+    script = opts[:script_path] || Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
+
+    opts
+    |> Keyword.drop([:lm, :lm_options, :adapter, :env, :script_path])
+    |> then(&struct!(__MODULE__, &1))
+    |> Map.merge(%{script_path: Path.expand(script), env: fn -> env end})
+  end
+
+  # What is not set here is left to the environment that the peer inherits.
+  defp peer_env(opts) do
+    [
+      {"DSPY_BRIDGE_LM", opts[:lm]},
+      {"DSPY_BRIDGE_LM_OPTIONS", lm_options_json(opts[:lm_options])},
+      {"DSPY_BRIDGE_ADAPTER", opts[:adapter] && to_string(opts[:adapter])},
+      {"DSPY_BRIDGE_MAX_FRAME_BYTES", opts[:max_frame_bytes] && "#{opts[:max_frame_bytes]}"}
+    ]
+    |> Enum.reject(fn {_name, value} -> is_nil(value) end)
+    |> Enum.into(Map.get(Map.new(opts), :env, %{}))
+  end
+
+  defp lm_options_json(nil), do: nil
+
+  defp lm_options_json(options) do
+    {:ok, json} = ascii_json(options)
+    json
+  end
+
+  # ASCII only: what other characters become in a child's environment depends on the locale.
+  defp ascii_json(options) do
+    {:ok, JSON.encode!(Map.new(options), &ascii_encoder/2)}
+  catch
+    _kind, _reason -> :error
+  end
+
+  defp ascii_encoder(text, _encoder) when is_binary(text),
+    do: :json.encode_binary_escape_all(text)
+
+  defp ascii_encoder(other, encoder), do: JSON.protocol_encode(other, encoder)
+end

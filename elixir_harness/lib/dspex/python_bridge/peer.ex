@@ -1,0 +1,95 @@
+defmodule DSPex.PythonBridge.Peer do
+  @moduledoc """
+  One Python process behind one port, from its opening to its end. It belongs to the process that
+  opened it.
+  """
+
+  alias DSPex.PythonBridge.{Interpreter, Options}
+
+  @enforce_keys [:port, :os_pid, :opened_at]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, up?: false]
+
+  @type t :: %__MODULE__{
+          port: port(),
+          os_pid: pos_integer() | nil,
+          opened_at: integer(),
+          ping_id: pos_integer() | nil,
+          up?: boolean()
+        }
+
+  @doc """
+  Starts the interpreter with the script. A text when that is impossible: no interpreter, or one
+  that the system will not run. Whether the script works is another matter: the peer's first reply
+  or its death tells.
+  """
+  @spec open(Options.t()) :: {:ok, t()} | {:error, String.t()}
+  def open(%Options{} = options) do
+    with {:ok, python} <- Interpreter.find(options.python_executable) do
+      port = Port.open({:spawn_executable, python}, port_options(options))
+
+      # nil if the process is already gone: its death is then in the mailbox.
+      os_pid =
+        case Port.info(port, :os_pid) do
+          {:os_pid, os_pid} -> os_pid
+          nil -> nil
+        end
+
+      {:ok, %__MODULE__{port: port, os_pid: os_pid, opened_at: now()}}
+    end
+  rescue
+    error in [ErlangError, ArgumentError] ->
+      {:error, "the interpreter cannot be started: #{Interpreter.start_failure(error)}"}
+  end
+
+  @doc """
+  The options of the port. Standard error is left alone: the peer's log goes where that of the
+  BEAM goes. `-u` is for scripts that print through Python's buffers.
+
+  A peer that closes its output and lives on shows in nothing: with `:exit_status`, the runtime
+  tells of the end of output only when the process ends, also if `:eof` is asked for. Its calls time
+  out, and the monitor finds it.
+  """
+  @spec port_options(Options.t()) :: list()
+  def port_options(%Options{} = options) do
+    [
+      {:packet, 4},
+      :binary,
+      :exit_status,
+      :use_stdio,
+      args: ["-u", options.script_path],
+      env: for({name, value} <- options.env.(), do: {to_charlist(name), to_charlist(value)})
+    ]
+  end
+
+  @doc """
+  Closes the port: end of input for the peer. No message about the port comes after it, bar what
+  the mailbox already holds. It ends nobody: see `DSPex.PythonBridge.Reaper`.
+  """
+  @spec close(t()) :: :ok
+  def close(%__MODULE__{port: port}) do
+    Process.unlink(port)
+    Port.close(port)
+    :ok
+  rescue
+    # The port was closed already.
+    ArgumentError -> :ok
+  end
+
+  @doc """
+  Whether something still waits to be read by the peer. Closing the port then closes nothing: the
+  runtime keeps the pipe until all is written, and does not itself end before that.
+  """
+  @spec blocked?(t()) :: boolean()
+  def blocked?(%__MODULE__{port: port}) do
+    case Port.info(port, :queue_size) do
+      {:queue_size, bytes} -> bytes > 0
+      nil -> false
+    end
+  end
+
+  @doc "Milliseconds since the peer was opened."
+  @spec uptime_ms(t()) :: non_neg_integer()
+  def uptime_ms(%__MODULE__{opened_at: opened_at}), do: now() - opened_at
+
+  defp now, do: System.monotonic_time(:millisecond)
+end

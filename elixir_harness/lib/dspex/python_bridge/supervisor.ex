@@ -1,0 +1,84 @@
+defmodule DSPex.PythonBridge.Supervisor do
+  @moduledoc """
+  A bridge and its monitor, for a host's own supervision tree:
+
+      children = [
+        {DSPex.PythonBridge.Supervisor, bridge: [lm: "openai/gpt-4o-mini"], monitor: [interval: 10_000]}
+      ]
+
+  Options: `:name` (default this module), `:bridge` (those of `DSPex.PythonBridge.Bridge`),
+  `:monitor` (those of `DSPex.PythonBridge.Monitor`; it watches this bridge).
+
+  A bridge that gives up (no Python that works) takes more than 5 s from start to end, so the
+  usual intensity, 3 restarts in 5 s, is never used up by it: it is tried again and again, and the
+  host stays up. Errors in the code itself, which come at once, do use it up.
+  """
+
+  use Supervisor
+
+  alias DSPex.PythonBridge.{Bridge, Monitor, Options}
+
+  @doc """
+  Starts the two. An option that cannot be right gives an error that names it: of the supervisor's
+  own as `{:error, %ArgumentError{}}`, of a child's inside the supervisor's usual
+  `{:error, {:shutdown, {:failed_to_start_child, id, %ArgumentError{}}}}`.
+  """
+  @spec start_link(keyword()) :: Supervisor.on_start() | {:error, ArgumentError.t()}
+  def start_link(opts \\ []) do
+    with :ok <- check(opts) do
+      {name, opts} = Keyword.pop(opts, :name, __MODULE__)
+      Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
+    end
+  end
+
+  @doc "The child specification; the id is the supervisor's name."
+  @spec child_spec(keyword()) :: Supervisor.child_spec()
+  def child_spec(opts) do
+    # Keys in the bridge's options must not show in a report about this child.
+    keyword? = Keyword.keyword?(opts)
+    opts = if keyword?, do: Keyword.replace_lazy(opts, :bridge, &Options.seal/1), else: opts
+
+    %{
+      id: if(keyword?, do: opts[:name]) || __MODULE__,
+      start: {__MODULE__, :start_link, [opts]},
+      type: :supervisor
+    }
+  end
+
+  @impl Supervisor
+  def init(opts) do
+    bridge = Keyword.get(opts, :bridge, [])
+    monitor = Keyword.put_new(Keyword.get(opts, :monitor, []), :bridge, bridge_name(bridge))
+    Supervisor.init([{Bridge, bridge}, {Monitor, monitor}], strategy: :one_for_one)
+  end
+
+  defp bridge_name(opts) do
+    config = Application.get_env(:dspex, :python_bridge, [])
+    # A configuration that is no keyword list is the bridge's to refuse.
+    config = if Keyword.keyword?(config), do: config, else: []
+    Keyword.get(opts, :name, Keyword.get(config, :name, Bridge))
+  end
+
+  defp check(opts) do
+    wrong =
+      if Keyword.keyword?(opts),
+        do: Enum.find_value(opts, &refusal/1),
+        else: "options: expected a keyword list"
+
+    if wrong,
+      do: {:error, ArgumentError.exception("python bridge supervisor: " <> wrong)},
+      else: :ok
+  end
+
+  defp refusal({:name, _name}), do: nil
+
+  defp refusal({key, value}) when key in [:bridge, :monitor] do
+    cond do
+      not Keyword.keyword?(value) -> "#{inspect(key)}: expected a keyword list"
+      key == :bridge and Keyword.get(value, :name, :default) == nil -> ":bridge: needs a :name"
+      true -> nil
+    end
+  end
+
+  defp refusal({key, _value}), do: "#{inspect(key)}: there is no such option"
+end

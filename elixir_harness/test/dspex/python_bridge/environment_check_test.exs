@@ -1,0 +1,158 @@
+defmodule DSPex.PythonBridge.EnvironmentCheckTest do
+  # The check reads the application's configuration.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.EnvironmentCheck
+
+  @moduletag :tmp_dir
+
+  setup do
+    put_system_env("DSPY_VENV", nil)
+    put_system_env("PYTHON_EXECUTABLE", python())
+    put_config(:python_environment, [])
+    put_config(:python_bridge, [])
+  end
+
+  defp error do
+    assert {:error, text} = EnvironmentCheck.validate_environment()
+    assert String.printable?(text)
+    text
+  end
+
+  # An interpreter that is a shell script.
+  defp interpreter(dir, script) do
+    path = Path.join(dir, "python3")
+    File.write!(path, "#!/bin/sh\n" <> script)
+    File.chmod!(path, 0o755)
+    put_system_env("PYTHON_EXECUTABLE", path)
+    path
+  end
+
+  defp script(dir, source) do
+    path = Path.join(dir, "peer.py")
+    File.write!(path, source)
+    put_config(:python_bridge, script_path: path)
+    path
+  end
+
+  test "a good environment: what it found, with versions" do
+    assert {:ok, report} = EnvironmentCheck.validate_environment()
+    assert report.python_path == python()
+    assert report.script_path == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
+    assert report.python_version =~ ~r/^3\.\d+\.\d+$/
+    assert report.dspy_version =~ ~r/^\d+\.\d+/
+    assert report.packages["dspy"] == report.dspy_version
+    assert Map.keys(report.packages) == ["dspy", "psutil"]
+  end
+
+  test "it imports nothing heavy" do
+    {ms, {:ok, _}} = timed(fn -> EnvironmentCheck.validate_environment() end)
+    # Importing dspy takes 600 ms and more.
+    assert ms < 500
+  end
+
+  test "no Python" do
+    put_system_env("PYTHON_EXECUTABLE", "/no/such/python")
+    assert error() =~ "no Python found: PYTHON_EXECUTABLE names /no/such/python"
+  end
+
+  test "no Python in the configured virtual environment", %{tmp_dir: dir} do
+    put_config(:python_environment, virtual_env: dir)
+    assert error() =~ "virtual_env names #{dir}, which has no bin/python"
+  end
+
+  test "an interpreter that cannot be run", %{tmp_dir: dir} do
+    path = Path.join(dir, "python3")
+    File.write!(path, "no program")
+    put_system_env("PYTHON_EXECUTABLE", path)
+    assert error() =~ "#{path} cannot be run: permission denied"
+  end
+
+  test "an interpreter that fails", %{tmp_dir: dir} do
+    path = interpreter(dir, "echo 'cannot load libpython' >&2; exit 127")
+    assert error() =~ "#{path} cannot be run: exit status 127: cannot load libpython"
+  end
+
+  test "an interpreter that is no Python", %{tmp_dir: dir} do
+    path = interpreter(dir, "echo hello")
+    assert error() =~ "#{path} cannot be run: it is no Python: hello"
+  end
+
+  test "a Python that is too old", %{tmp_dir: dir} do
+    path = interpreter(dir, ~S(echo 'DSPEX {"version": "3.9.1", "found": {}}'))
+    assert error() =~ "Python too old: #{path} is 3.9.1, needed is 3.10"
+  end
+
+  test "no dspy, no psutil: all that is missing, by name", %{tmp_dir: dir} do
+    interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}}'))
+    assert error() =~ "missing in"
+    assert error() =~ "`dspy`, `psutil`"
+  end
+
+  test "required packages that the real interpreter lacks, bar those it has" do
+    put_config(:python_environment, required_packages: ["psutil", "no-such-package", "nor-this"])
+    text = error()
+    assert text =~ "`no-such-package`, `nor-this`"
+    refute text =~ "`psutil`"
+  end
+
+  test "dspy-ai counts as dspy", %{tmp_dir: dir} do
+    put_config(:python_environment, required_packages: ["dspy-ai"])
+
+    assert {:ok, %{packages: %{"dspy-ai" => version}, dspy_version: version}} =
+             EnvironmentCheck.validate_environment()
+
+    interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {"dspy-ai": "2.6.0"}}'))
+    put_config(:python_environment, required_packages: ["dspy"])
+    assert {:ok, %{dspy_version: "2.6.0"}} = EnvironmentCheck.validate_environment()
+  end
+
+  test "no script" do
+    put_config(:python_bridge, script_path: "/no/such/peer.py")
+    assert error() == "script not found: /no/such/peer.py"
+  end
+
+  test "a script that is not readable", %{tmp_dir: dir} do
+    # A folder: permissions would not keep root out.
+    put_config(:python_bridge, script_path: dir)
+    assert error() =~ "script not readable: #{dir}"
+  end
+
+  test "a script that is not the bridge's: what it lacks, by name", %{tmp_dir: dir} do
+    path = script(dir, "def main():\n    pass\n")
+
+    assert error() =~
+             "#{path} is no script of the bridge: it lacks `class DSPyBridge`, `def handle_command`"
+  end
+
+  test "configuration that cannot be right, by key" do
+    for {key, value, texts} <- [
+          {:python_environment, [virtual_env: 5], ["python_environment", "virtual_env"]},
+          {:python_environment, [required_packages: "dspy"], ["required_packages"]},
+          {:python_environment, [required_packages: ["--help"]], ["required_packages"]},
+          {:python_environment, [venv: "x"], ["venv"]},
+          {:python_environment, :text, ["python_environment", "keyword list"]},
+          {:python_bridge, [max_retries: -1], [":python_bridge", ":max_retries"]},
+          {:python_bridge, [lm: 5], [":python_bridge", ":lm"]},
+          {:python_bridge_monitor, [interval: 0], [":python_bridge_monitor", ":interval"]}
+        ] do
+      before = Application.get_env(:dspex, key, [])
+      Application.put_env(:dspex, key, value)
+      text = error()
+      Application.put_env(:dspex, key, before)
+      for part <- texts, do: assert(text =~ part)
+    end
+
+    Application.delete_env(:dspex, :python_bridge_monitor)
+  end
+
+  test "leaves the caller's mailbox and links alone" do
+    Process.flag(:trap_exit, true)
+    {:ok, _} = EnvironmentCheck.validate_environment()
+    # The task that did the work ended as tasks do.
+    assert_received {:EXIT, _pid, :normal}
+    refute_received _anything
+  end
+end

@@ -1,0 +1,30 @@
+defmodule DSPex.PythonBridge.ErrorTest do
+  use ExUnit.Case, async: true
+
+  alias DSPex.PythonBridge.Error
+
+  doctest Error
+
+  test "is an exception whose message is its text" do
+    error = Error.from_peer("program_not_found", "Program not found: x", nil)
+    assert Exception.message(error) == "Program not found: x"
+    assert_raise Error, "Program not found: x", fn -> raise error end
+  end
+
+  test "call/4 gives atoms for what a caller can act on, else the text" do
+    for type <- [:timeout, :overloaded, :python_process_died, :bridge_not_running] do
+      assert Error.to_call_reason(Error.new(type)) == type
+    end
+
+    assert Error.to_call_reason(Error.from_peer("timeout", "too slow", nil)) == :timeout
+    assert Error.to_call_reason(Error.from_peer("overloaded", "full", nil)) == :overloaded
+    assert Error.to_call_reason(Error.from_peer("lm_error", "no", false)) == "no"
+  end
+
+  test "what the peer says about a retry goes before the type's usual" do
+    assert Error.from_peer("overloaded", "full", nil).retryable
+    refute Error.from_peer("overloaded", "full", false).retryable
+    assert Error.from_peer("lm_error", "busy", true).retryable
+    refute Error.from_peer("lm_error", "busy", nil).retryable
+  end
+end

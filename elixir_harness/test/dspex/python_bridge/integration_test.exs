@@ -1,0 +1,292 @@
+defmodule DSPex.PythonBridge.IntegrationTest do
+  @moduledoc "The real peer, over a real port, with the LM that needs no network."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.Test.{RawPeer, SilentLM}
+
+  @qa %{
+    id: "qa",
+    signature: %{
+      inputs: [%{name: "question", type: "string"}],
+      outputs: [%{name: "answer", type: "string", description: "one word"}],
+      instructions: "Answer."
+    }
+  }
+
+  defp start(opts \\ []), do: start_supervised!({Bridge, real_opts(opts)})
+
+  defp execute(question, id \\ "qa"), do: %{program_id: id, inputs: %{question: question}}
+
+  describe "commands" do
+    test "ping has a number as timestamp" do
+      assert {:ok, %{"status" => "ok", "timestamp" => at}} =
+               Bridge.call(start(), :ping, %{}, 10_000)
+
+      assert_in_delta at, System.os_time(:second), 60
+    end
+
+    test "create, execute, list, stats, cleanup" do
+      bridge = start()
+
+      assert {:ok, %{"program_id" => "qa", "status" => "created"}} =
+               Bridge.call(bridge, :create_program, @qa)
+
+      assert {:ok, %{"answer" => answer}} = Bridge.call(bridge, :execute_program, execute("Why?"))
+      assert is_binary(answer)
+      assert {:ok, %{"programs" => ["qa"]}} = Bridge.call(bridge, :list_programs)
+      assert {:ok, stats} = Bridge.call(bridge, :get_stats)
+      assert %{"programs_count" => 1, "in_flight" => 0, "pid" => pid} = stats
+      assert pid == Bridge.get_status(bridge).os_pid
+
+      assert {:ok, %{"status" => "cleaned", "programs_removed" => 1}} =
+               Bridge.call(bridge, :cleanup)
+
+      assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
+    end
+
+    test "typed fields come back as values of their types; chain of thought tells its reasoning" do
+      bridge = start()
+
+      args = %{
+        id: "n",
+        signature: "question -> answer: int, sure: bool",
+        program_type: "chain_of_thought"
+      }
+
+      {:ok, _} = Bridge.call(bridge, :create_program, args)
+      assert {:ok, result} = Bridge.call(bridge, :execute_program, execute("How many?", "n"))
+      assert %{"answer" => n, "sure" => sure, "reasoning" => text} = result
+      assert is_integer(n) and is_boolean(sure) and is_binary(text)
+    end
+
+    test "an unknown program and an unknown command say so" do
+      bridge = start()
+
+      assert Bridge.call(bridge, :execute_program, execute("?", "nope")) ==
+               {:error, "Program not found: nope"}
+
+      assert Bridge.call(bridge, :frobnicate, %{}) == {:error, "Unknown command: frobnicate"}
+
+      assert {:error,
+              %Error{
+                type: :program_not_found,
+                message: "Program not found: nope",
+                retryable: false
+              }} =
+               Bridge.request(bridge, :execute_program, execute("?", "nope"), [])
+
+      assert {:error, %Error{type: :unknown_command}} =
+               Bridge.request(bridge, :frobnicate, %{}, [])
+
+      assert {:error, %Error{type: :invalid_args}} =
+               Bridge.request(bridge, :create_program, %{}, [])
+    end
+
+    test "request/4 gives durations and the LM's usage" do
+      bridge = start()
+      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
+
+      assert {:ok, %{"answer" => _}, meta} =
+               Bridge.request(bridge, :execute_program, execute("?"), [])
+
+      assert %{"duration_ms" => ms, "queue_ms" => _, "lm_usage" => %{}} = meta
+      assert is_number(ms)
+    end
+
+    test "text and integers of any size come back exactly" do
+      bridge = start()
+      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
+      id = "žluťoučký 🐎 \" \\ \n #{String.duplicate("9", 400)}"
+      {:ok, %{"program_id" => ^id}} = Bridge.call(bridge, :create_program, %{@qa | id: id})
+      assert {:ok, %{"programs" => ["qa", ^id]}} = Bridge.call(bridge, :list_programs)
+    end
+
+    test "settings reach the peer: a frame limit of ours is its own, too" do
+      bridge = start(max_frame_bytes: 100_000)
+      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
+      long = String.duplicate("x", 200_000)
+      assert {:error, text} = Bridge.call(bridge, :execute_program, execute(long))
+      assert text =~ "max_frame_bytes"
+      assert {:ok, _} = Bridge.call(bridge, :execute_program, execute("short"))
+    end
+  end
+
+  describe "many calls" do
+    test "10 concurrent pings in 5 s" do
+      bridge = start()
+      tasks = for _ <- 1..10, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
+      for result <- Task.await_many(tasks, 5_000), do: assert({:ok, %{"status" => "ok"}} = result)
+    end
+
+    test "500 mixed concurrent calls each get their own reply" do
+      bridge = start()
+      for n <- 1..5, do: {:ok, _} = Bridge.call(bridge, :create_program, %{@qa | id: "p#{n}"})
+
+      tasks =
+        for n <- 1..500 do
+          Task.async(fn ->
+            case rem(n, 5) do
+              0 ->
+                {:ping, Bridge.call(bridge, :ping, %{n: n}, 30_000)}
+
+              1 ->
+                {:execute,
+                 Bridge.call(
+                   bridge,
+                   :execute_program,
+                   execute("q#{n}", "p#{rem(n, 5) + 1}"),
+                   30_000
+                 )}
+
+              2 ->
+                {n, Bridge.call(bridge, :execute_program, execute("?", "no-#{n}"), 30_000)}
+
+              3 ->
+                {:list, Bridge.call(bridge, :list_programs, %{}, 30_000)}
+
+              4 ->
+                {n, Bridge.call(bridge, "command_#{n}", %{}, 30_000)}
+            end
+          end)
+        end
+
+      for {what, result} <- Task.await_many(tasks, 40_000) do
+        case what do
+          :ping -> assert {:ok, %{"status" => "ok"}} = result
+          :execute -> assert {:ok, %{"answer" => _}} = result
+          :list -> assert {:ok, %{"programs" => [_, _, _, _, _]}} = result
+          n when rem(n, 5) == 2 -> assert result == {:error, "Program not found: no-#{n}"}
+          n -> assert result == {:error, "Unknown command: command_#{n}"}
+        end
+      end
+
+      assert %{pending: 0, late_replies: 0, unreadable_frames: 0} = Bridge.get_status(bridge)
+    end
+
+    test "a timeout of 1 ms gives a result or :timeout, and leaves the bridge usable" do
+      bridge = start()
+      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
+
+      for _ <- 1..50 do
+        case Bridge.call(bridge, :execute_program, execute("?"), 1) do
+          {:ok, %{"answer" => _}} -> :ok
+          {:error, :timeout} -> :ok
+        end
+      end
+
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      assert Bridge.get_status(bridge).pending == 0
+      refute_received _anything
+    end
+
+    test "a large request and a large reply" do
+      bridge = start()
+      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
+
+      assert {:ok, %{"answer" => _}} =
+               Bridge.call(bridge, :execute_program, execute(String.duplicate("x", 5_000_000)))
+    end
+  end
+
+  describe "an LM that takes its time" do
+    setup do
+      bridge = start(SilentLM.lm_opts(SilentLM.start()))
+      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
+      %{bridge: bridge}
+    end
+
+    test "a ping passes an execute; the execute's deadline closes the LM's connection", %{
+      bridge: bridge
+    } do
+      task =
+        Task.async(fn ->
+          timed(fn -> Bridge.call(bridge, :execute_program, execute("?"), 1_500) end)
+        end)
+
+      assert_receive {:lm_request, _line}, 1_400
+      {ms, {:ok, _}} = timed(fn -> Bridge.call(bridge, :ping, %{}, 1_000) end)
+      assert ms < 250
+      {ms, result} = Task.await(task)
+      assert result == {:error, :timeout}
+      assert ms < 1_600
+      assert_receive :lm_closed, 1_000
+      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+    end
+
+    test "a caller that dies has its execute cancelled in the peer", %{bridge: bridge} do
+      pid = spawn(fn -> Bridge.call(bridge, :execute_program, execute("?"), :infinity) end)
+      assert_receive {:lm_request, _line}, 10_000
+      Process.exit(pid, :kill)
+      assert_receive :lm_closed, 2_000
+      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+      assert Bridge.get_status(bridge).pending == 0
+    end
+
+    test "the peer killed: every caller is answered at once, and the bridge is back", %{
+      bridge: bridge
+    } do
+      tasks =
+        for _ <- 1..20,
+            do: Task.async(fn -> Bridge.call(bridge, :execute_program, execute("?"), 30_000) end)
+
+      assert_receive {:lm_request, _line}, 10_000
+      old = Bridge.get_status(bridge).os_pid
+      kill(old)
+      {ms, results} = timed(fn -> Task.await_many(tasks) end)
+      assert results == List.duplicate({:error, :python_process_died}, 20)
+      assert ms < 500
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 10_000)
+      assert %{restarts: 1, state: :running, pending: 0} = Bridge.get_status(bridge)
+    end
+
+    test "stop leaves no process, busy as it is", %{bridge: bridge} do
+      spawn(fn -> Bridge.call(bridge, :execute_program, execute("?"), 30_000) end)
+      assert_receive {:lm_request, _line}, 10_000
+      os_pid = Bridge.get_status(bridge).os_pid
+      :ok = stop_supervised(Bridge)
+      {ms, _} = timed(fn -> eventually(fn -> not alive?(os_pid) end) end)
+      assert ms < 1_000
+    end
+  end
+
+  describe "the wire examples, sent raw" do
+    test "requests.json: each payload gets its reply" do
+      peer = RawPeer.open()
+
+      for %{"name" => name, "payload" => payload, "reply" => wanted} <- vectors("requests.json") do
+        reply = RawPeer.exchange(peer, JSON.encode!(payload))
+        assert contains?(reply, wanted), "#{name}: #{inspect(reply)} lacks #{inspect(wanted)}"
+      end
+    end
+
+    test "malformed.json: each gets one error, and the next request is served" do
+      peer = RawPeer.open()
+
+      for vector <- vectors("malformed.json") do
+        reply = RawPeer.exchange(peer, vector_bytes(vector))
+        assert %{"success" => false, "error" => text, "error_type" => type} = reply
+
+        assert {vector["name"], reply["id"], type} ==
+                 {vector["name"], vector["id"], vector["error_type"]}
+
+        assert text =~ (vector["error_has"] || ""), "#{vector["name"]}: #{text}"
+        refute text =~ "\n"
+
+        assert %{"id" => 1, "success" => true} =
+                 RawPeer.exchange(peer, ~s({"id":1,"command":"ping"}))
+      end
+    end
+
+    defp contains?(%{} = reply, %{} = wanted),
+      do:
+        Enum.all?(wanted, fn {key, value} ->
+          is_map_key(reply, key) and contains?(reply[key], value)
+        end)
+
+    defp contains?(value, wanted), do: value === wanted
+  end
+end

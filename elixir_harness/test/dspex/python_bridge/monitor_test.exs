@@ -1,0 +1,172 @@
+defmodule DSPex.PythonBridge.MonitorTest do
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Monitor}
+  alias DSPex.Test.SilentLM
+
+  # No check comes by itself during a test that does not want one.
+  @never 4_000_000_000
+
+  defp start_bridge(opts) do
+    bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
+    eventually(fn -> Bridge.get_status(bridge).state == :running end)
+    bridge
+  end
+
+  defp start_monitor(bridge, opts \\ []) do
+    opts = Keyword.merge([name: nil, bridge: bridge, interval: @never, timeout: 100], opts)
+    start_supervised!({Monitor, opts})
+  end
+
+  test "before the first check nothing is known" do
+    monitor = start_monitor(:nobody)
+
+    assert Monitor.get_health_status(monitor) == %{
+             status: :unknown,
+             failures: 0,
+             last_check: nil,
+             checks: 0,
+             success_rate: 0.0,
+             response_ms: %{last: nil, p50: nil, p99: nil}
+           }
+  end
+
+  test "a forced check counts like any other and gives the health after it" do
+    monitor = [] |> real_opts() |> start_bridge() |> start_monitor(timeout: 5_000)
+
+    assert %{status: :healthy, failures: 0, checks: 1, success_rate: 1.0} =
+             health = Monitor.force_health_check(monitor)
+
+    assert %DateTime{} = health.last_check
+    assert %{last: last, p50: p50, p99: p99} = health.response_ms
+    assert last > 0 and last == p50 and last == p99
+    assert %{checks: 2} = Monitor.force_health_check(monitor)
+    assert %{checks: 2} = Monitor.get_health_status(monitor)
+  end
+
+  test "reset_stats/1 makes it as before the first check" do
+    monitor = start_monitor(:nobody)
+    before = Monitor.get_health_status(monitor)
+    assert %{checks: 1} = Monitor.force_health_check(monitor)
+    assert Monitor.reset_stats(monitor) == :ok
+    assert Monitor.get_health_status(monitor) == before
+  end
+
+  test "checks come by themselves, one interval after another" do
+    monitor =
+      "echo" |> fake_opts() |> start_bridge() |> start_monitor(interval: 10, timeout: 2_000)
+
+    eventually(fn -> Monitor.get_health_status(monitor).checks >= 5 end)
+    assert %{status: :healthy, success_rate: 1.0} = Monitor.get_health_status(monitor)
+  end
+
+  test "a peer that goes silent is replaced after max_failures misses, then counted from 0" do
+    # Answers the start's ping and two checks.
+    bridge = start_bridge(fake_opts("silent", env: %{"FAKE_ANSWERS" => "3"}))
+    monitor = start_monitor(bridge, max_failures: 3)
+    old = Bridge.get_status(bridge).os_pid
+
+    assert %{status: :healthy} = Monitor.force_health_check(monitor)
+    assert %{status: :healthy} = Monitor.force_health_check(monitor)
+    assert %{status: :unhealthy, failures: 1} = Monitor.force_health_check(monitor)
+    assert %{status: :unhealthy, failures: 2} = Monitor.force_health_check(monitor)
+    assert Bridge.get_status(bridge).restarts == 0
+
+    assert %{status: :unhealthy, failures: 0, checks: 5, success_rate: 0.4} =
+             Monitor.force_health_check(monitor)
+
+    eventually(fn -> match?(%{restarts: 1, state: :running}, Bridge.get_status(bridge)) end)
+    assert Bridge.get_status(bridge).os_pid != old
+    eventually(fn -> not alive?(old) end)
+    assert %{status: :healthy, failures: 0} = Monitor.force_health_check(monitor)
+  end
+
+  test "a peer that closed its output is replaced, by checks that come by themselves" do
+    bridge = start_bridge(fake_opts("closes_stdout"))
+    start_monitor(bridge, interval: 20, timeout: 50, max_failures: 2)
+    eventually(fn -> Bridge.get_status(bridge).restarts >= 1 end)
+  end
+
+  test "a peer that is busy with LM calls is left alone, and its pings are answered" do
+    opts = SilentLM.lm_opts(SilentLM.start())
+    bridge = start_bridge(real_opts(opts))
+    monitor = start_monitor(bridge, interval: 20, timeout: 1_000, max_failures: 1)
+
+    {:ok, _} =
+      Bridge.call(bridge, :create_program, %{id: "qa", signature: "question -> answer"}, 20_000)
+
+    args = %{program_id: "qa", inputs: %{question: "?"}}
+    # The LM never answers: as far as the monitor can tell, a call of ten seconds or ten years.
+    for _ <- 1..5, do: spawn_link(fn -> Bridge.call(bridge, :execute_program, args, 60_000) end)
+    assert_receive {:lm_request, "POST " <> _}, 20_000
+
+    Monitor.reset_stats(monitor)
+    eventually(fn -> Monitor.get_health_status(monitor).checks >= 10 end)
+
+    assert %{status: :healthy, failures: 0, success_rate: 1.0} =
+             Monitor.get_health_status(monitor)
+
+    assert %{restarts: 0, state: :running, pending: 5} = Bridge.get_status(bridge)
+  end
+
+  test "misses while the peer still starts lead to no restart" do
+    opts = fake_opts("starts_late", env: %{"FAKE_START_MS" => "700"})
+    bridge = start_supervised!({Bridge, opts})
+    monitor = start_monitor(bridge, timeout: 20, max_failures: 1)
+
+    for _ <- 1..5 do
+      assert %{status: :unhealthy, failures: 0} = Monitor.force_health_check(monitor)
+    end
+
+    eventually(fn -> Bridge.get_status(bridge).state == :running end)
+    assert %{status: :healthy, checks: 6} = Monitor.force_health_check(monitor)
+    assert Bridge.get_status(bridge).restarts == 0
+  end
+
+  test "a check just after the start waits for the peer within its timeout" do
+    bridge = start_supervised!({Bridge, fake_opts("echo")})
+    monitor = start_monitor(bridge, timeout: 5_000)
+    assert %{status: :healthy} = Monitor.force_health_check(monitor)
+  end
+
+  test "a bridge that is not running is a miss, nothing worse" do
+    monitor = start_monitor(:nobody, max_failures: 2)
+    assert %{status: :unhealthy, failures: 1} = Monitor.force_health_check(monitor)
+    assert %{status: :unhealthy, failures: 0} = Monitor.force_health_check(monitor)
+    assert %{status: :unhealthy, failures: 1} = Monitor.force_health_check(monitor)
+  end
+
+  test "get_health_status/1 answers while a check runs; checks asked for meanwhile come after it" do
+    bridge = start_bridge(fake_opts("silent"))
+    monitor = start_monitor(bridge, timeout: 300, max_failures: 100)
+    tasks = for _ <- 1..3, do: Task.async(fn -> Monitor.force_health_check(monitor) end)
+    eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
+    {ms, %{checks: 0}} = timed(fn -> Monitor.get_health_status(monitor) end)
+    assert ms < 100
+    # The first makes a check of its own, the others share the next.
+    assert tasks |> Task.await_many() |> Enum.map(& &1.checks) |> Enum.sort() == [1, 2, 2]
+  end
+
+  test "p50 and p99 are of the answers" do
+    monitor = "echo" |> fake_opts() |> start_bridge() |> start_monitor(timeout: 5_000)
+    for _ <- 1..50, do: Monitor.force_health_check(monitor)
+    %{response_ms: %{last: last, p50: p50, p99: p99}} = Monitor.get_health_status(monitor)
+    assert is_float(last) and p50 > 0 and p50 <= p99
+  end
+
+  test "an option that cannot be right is refused with a text that names it" do
+    for {key, value} <- [
+          interval: 0,
+          timeout: :infinity,
+          max_failures: 0,
+          bridge: nil,
+          name: 5,
+          other: 1
+        ] do
+      assert {:error, %ArgumentError{message: message}} = Monitor.start_link([{key, value}])
+      assert message =~ inspect(key)
+    end
+  end
+end

@@ -1,0 +1,126 @@
+defmodule DSPex.PythonBridge.OptionsTest do
+  # Some tests set the application's configuration.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Options, Peer}
+
+  test "what is not said has its default" do
+    assert {:ok, options} = Options.new([])
+    assert options.name == Bridge
+    assert options.default_timeout == 30_000
+    assert options.max_retries == 3
+    assert options.max_frame_bytes == 64 * 1024 * 1024
+    assert options.script_path == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
+    assert options.env.() == %{}
+  end
+
+  test "defaults come from the application's configuration, options go before it" do
+    put_config(:python_bridge, max_retries: 7, default_timeout: 1_000)
+    assert {:ok, %Options{max_retries: 7, default_timeout: 5}} = Options.new(default_timeout: 5)
+  end
+
+  test "an option that cannot be right is refused with a text that names it" do
+    for {opt, value} <- [
+          name: "a text",
+          python_executable: "",
+          python_executable: :python,
+          script_path: 5,
+          lm: "",
+          lm: :gpt,
+          lm: "a\0b",
+          lm_options: "text",
+          lm_options: %{pid: self()},
+          adapter: 5,
+          env: [{"A", "b"}],
+          env: %{"A" => 1},
+          env: %{"A=B" => "c"},
+          env: %{"" => "c"},
+          env: %{"A" => "c\0"},
+          env: %{a: "c"},
+          max_frame_bytes: 0,
+          max_frame_bytes: 4_000_000_000,
+          default_timeout: 0,
+          default_timeout: 1.5,
+          max_retries: -1,
+          max_retries: :many,
+          max_pending: 0,
+          start_timeout: :infinity,
+          no_such_option: 1
+        ] do
+      assert {:error, %ArgumentError{message: message}} = Options.new([{opt, value}])
+      assert message =~ inspect(opt)
+      assert {:error, %ArgumentError{message: ^message}} = Bridge.start_link([{opt, value}])
+    end
+
+    assert {:error, %ArgumentError{}} = Options.new(%{name: :a})
+    put_config(:python_bridge, :nonsense)
+    assert {:error, %ArgumentError{message: message}} = Options.new([])
+    assert message =~ "config"
+  end
+
+  test "a refusal does not repeat values that may be secret" do
+    for opts <- [[lm_options: "sk-secret"], [env: %{"KEY=" => "sk-secret"}], [env: "sk-secret"]] do
+      {:error, error} = Options.new(opts)
+      refute Exception.message(error) =~ "sk-secret"
+    end
+  end
+
+  test "settings for the peer go into its environment" do
+    {:ok, options} =
+      Options.new(
+        lm: "openai/x",
+        lm_options: [api_key: "sk-é", temperature: 0.5],
+        adapter: :json,
+        max_frame_bytes: 1_000,
+        env: %{"A" => "b", "DSPY_BRIDGE_LM" => "loses to the option"}
+      )
+
+    env = options.env.()
+    assert %{"A" => "b", "DSPY_BRIDGE_LM" => "openai/x", "DSPY_BRIDGE_ADAPTER" => "json"} = env
+    assert env["DSPY_BRIDGE_MAX_FRAME_BYTES"] == "1000"
+
+    json = env["DSPY_BRIDGE_LM_OPTIONS"]
+    assert JSON.decode!(json) == %{"api_key" => "sk-é", "temperature" => 0.5}
+    # What the locale makes of other characters is not left to chance.
+    assert json =~ "\\u00E9" or json =~ "\\u00e9"
+  end
+
+  test "no inspection shows secrets, sealed or not" do
+    opts = [lm: "openai/x", lm_options: %{api_key: "sk-secret"}, env: %{"KEY" => "sk-secret"}]
+    {:ok, options} = Options.new(opts)
+    refute inspect(options, limit: :infinity) =~ "sk-secret"
+    refute inspect(Options.seal(opts), limit: :infinity) =~ "sk-secret"
+    refute inspect(Bridge.child_spec(opts), limit: :infinity) =~ "sk-secret"
+    assert {:ok, sealed} = Options.new(Options.seal(opts))
+    assert sealed.env.() == options.env.()
+  end
+
+  describe "Peer.port_options/1" do
+    test "is a packet port with the script as its only argument" do
+      {:ok, options} = Options.new(script_path: "/a/peer.py", lm: "offline/echo")
+
+      assert Peer.port_options(options) == [
+               {:packet, 4},
+               :binary,
+               :exit_status,
+               :use_stdio,
+               args: ["-u", "/a/peer.py"],
+               env: [{~c"DSPY_BRIDGE_LM", ~c"offline/echo"}]
+             ]
+    end
+
+    test "leaves standard error alone and puts no setting into the arguments" do
+      {:ok, options} = Options.new(lm: "x", lm_options: %{api_key: "sk"}, env: %{"A" => "b"})
+      port_options = Peer.port_options(options)
+      refute :stderr_to_stdout in port_options
+      assert port_options[:args] == ["-u", options.script_path]
+    end
+
+    test "expands a relative script" do
+      {:ok, options} = Options.new(script_path: "peer.py")
+      assert options.script_path == Path.expand("peer.py")
+    end
+  end
+end

@@ -1,0 +1,128 @@
+defmodule DSPex.PythonBridge.SupervisorTest do
+  # The default names and the application's configuration.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Monitor}
+  alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
+
+  defp echo, do: fake_opts("echo", name: Bridge) |> Keyword.delete(:name)
+
+  test "starts a bridge and its monitor under their usual names" do
+    start_supervised!({BridgeSupervisor, bridge: echo(), monitor: [timeout: 2_000]})
+    assert {:ok, %{"args" => %{"a" => 1}}} = Bridge.call(:echo, %{a: 1})
+    assert {:ok, %{"args" => %{}}} = Bridge.call(:echo)
+    assert {:ok, %{"timeout_ms" => _}} = Bridge.call(:echo, %{}, 2_000)
+    assert {:ok, _, %{}} = Bridge.request(:echo)
+    assert {:ok, _, %{}} = Bridge.request(:echo, %{})
+    assert {:ok, _, %{}} = Bridge.request(:echo, %{}, timeout: 2_000)
+    assert :ok = Bridge.cast(:echo, %{})
+    assert %{state: :running} = Bridge.get_status()
+    assert %{status: :healthy} = Monitor.force_health_check()
+    assert %{checks: 1} = Monitor.get_health_status()
+    assert Monitor.reset_stats() == :ok
+    assert Bridge.restart() == :ok
+    assert {:ok, _} = Bridge.call(:echo)
+  end
+
+  test "a bridge that ends is started again; calls meanwhile get an answer" do
+    start_supervised!({BridgeSupervisor, bridge: echo()})
+    {:ok, _} = Bridge.call(:echo)
+    %{os_pid: old} = Bridge.get_status()
+    assert Bridge.stop() == :ok
+    eventually(fn -> match?({:ok, _}, Bridge.call(:echo)) end)
+    eventually(fn -> not alive?(old) end)
+    assert Bridge.get_status().os_pid != old
+  end
+
+  test "two, under names of their own" do
+    for n <- [:one, :two] do
+      name = Module.concat(__MODULE__, n)
+      bridge = Module.concat(name, Bridge)
+
+      start_supervised!(
+        {BridgeSupervisor,
+         name: name,
+         bridge: [name: bridge] ++ echo(),
+         monitor: [name: Module.concat(name, Monitor)]}
+      )
+
+      assert {:ok, _} = Bridge.call(bridge, :echo)
+      assert %{status: :healthy} = Monitor.force_health_check(Module.concat(name, Monitor))
+    end
+  end
+
+  test "a Python that cannot be started does not bring the supervisor down" do
+    opts = [bridge: [python_executable: "/no/such/python", max_retries: 0]]
+    supervisor = start_supervised!({BridgeSupervisor, opts})
+    first = Process.whereis(Bridge)
+    monitor = Process.monitor(first)
+    assert Bridge.call(:ping, %{}, 5_000) == {:error, :python_process_died}
+    # It stays :failed for 5 s, which keeps any supervisor within 3 restarts in 5 s.
+    assert_receive {:DOWN, ^monitor, :process, ^first, {:shutdown, _reason}}, 6_000
+    eventually(fn -> Process.whereis(Bridge) not in [first, nil] end)
+    assert Bridge.call(:ping, %{}, 5_000) == {:error, :python_process_died}
+    assert Process.alive?(supervisor)
+  end
+
+  test "an option that cannot be right is refused with a text that names it" do
+    for {opts, text} <- [
+          {[bridges: 1], ":bridges"},
+          {[bridge: 1], ":bridge"},
+          {[bridge: [name: nil]], ":bridge"},
+          {[monitor: :none], ":monitor"},
+          {:text, "keyword"}
+        ] do
+      assert {:error, %ArgumentError{message: message}} = BridgeSupervisor.start_link(opts)
+      assert message =~ text
+    end
+
+    Process.flag(:trap_exit, true)
+
+    assert {:error,
+            {:shutdown, {:failed_to_start_child, Bridge, %ArgumentError{message: message}}}} =
+             BridgeSupervisor.start_link(bridge: [lm: 5])
+
+    assert message =~ ":lm"
+  end
+
+  test "no report of the supervisor shows the bridge's secrets" do
+    opts = [bridge: echo() ++ [lm_options: %{api_key: "sk-secret"}]]
+    supervisor = start_supervised!({BridgeSupervisor, opts})
+    refute inspect(BridgeSupervisor.child_spec(opts), limit: :infinity) =~ "sk-secret"
+
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        bridge = Process.whereis(Bridge)
+        Process.exit(bridge, :kill)
+        eventually(fn -> Process.whereis(Bridge) not in [bridge, nil] end)
+      end)
+
+    # The supervisor's report has the child's arguments in it.
+    assert log =~ "start_link"
+    refute log =~ "sk-secret"
+    refute inspect(:sys.get_state(supervisor), limit: :infinity) =~ "sk-secret"
+  end
+
+  describe "DSPex.Application" do
+    test "starts nothing with autostart: false" do
+      assert Application.get_env(:dspex, :autostart) == false
+      assert Supervisor.which_children(DSPex.ApplicationSupervisor) == []
+    end
+
+    test "starts the supervisor unless told otherwise" do
+      on_exit(fn -> restart_application() end)
+      put_config(:python_bridge, echo())
+      put_config(:autostart, true)
+      restart_application()
+      assert {:ok, _} = Bridge.call(:echo)
+      assert %{status: :healthy} = Monitor.force_health_check()
+    end
+
+    defp restart_application do
+      Application.stop(:dspex)
+      :ok = Application.start(:dspex)
+    end
+  end
+end

@@ -1,0 +1,104 @@
+defmodule DSPex.Test.Helpers do
+  @moduledoc """
+  What the tests share: which Python, the fakes, the wire examples, waiting for a condition.
+  """
+
+  import ExUnit.Assertions, only: [flunk: 1]
+
+  @root Path.expand("../../..", __DIR__)
+
+  @doc "The interpreter of the tests, as `make test` tells it, else the checkout's own."
+  def python do
+    venv = Path.join(@root, ".venv/bin/python")
+
+    System.get_env("DSPY_BRIDGE_PYTHON") ||
+      if File.exists?(venv), do: venv, else: System.find_executable("python3")
+  end
+
+  @doc "A port program with one bad habit."
+  def fake(name), do: Path.join([@root, "tests", "fakes", "#{name}.py"])
+
+  @doc "Options for a bridge without a name, to a fake."
+  def fake_opts(name, opts \\ []),
+    do: [name: nil, python_executable: python(), script_path: fake(name)] ++ opts
+
+  @doc "Options for a bridge without a name, to the real peer with the LM that needs no network."
+  def real_opts(opts \\ []),
+    do: Keyword.merge([name: nil, python_executable: python(), lm: "offline/echo"], opts)
+
+  def vectors(name),
+    do: [@root, "tests", "vectors", name] |> Path.join() |> File.read!() |> JSON.decode!()
+
+  @doc "The bytes of an entry of malformed.json."
+  def vector_bytes(vector) do
+    head =
+      if vector["base64"], do: Base.decode64!(vector["base64"]), else: vector["payload"] || ""
+
+    repeated =
+      case vector["repeat"] do
+        [text, times] -> String.duplicate(text, times)
+        nil -> ""
+      end
+
+    head <> repeated <> (vector["then"] || "")
+  end
+
+  @doc "Whether a process of the system is there; one that only waits to be reaped is not."
+  def alive?(os_pid) do
+    case File.read("/proc/#{os_pid}/stat") do
+      {:ok, stat} ->
+        not (stat |> String.split(")") |> List.last() |> String.starts_with?(" Z"))
+
+      {:error, _gone} ->
+        not File.dir?("/proc/self") and
+          match?({_, 0}, System.cmd("/bin/sh", ["-c", "kill -0 #{os_pid} 2>/dev/null"]))
+    end
+  end
+
+  @doc "Kills a process of the system by its number."
+  def kill(os_pid), do: {_, 0} = System.cmd("/bin/sh", ["-c", "kill -9 #{os_pid}"])
+
+  @doc "Waits until `fun` gives something true, and gives it; fails after `ms`."
+  def eventually(fun, ms \\ 5_000),
+    do: poll(fun, System.monotonic_time(:millisecond) + ms)
+
+  defp poll(fun, deadline) do
+    cond do
+      result = fun.() ->
+        result
+
+      System.monotonic_time(:millisecond) > deadline ->
+        flunk("the condition did not come true in time")
+
+      true ->
+        Process.sleep(5)
+        poll(fun, deadline)
+    end
+  end
+
+  @doc "How long `fun` took, in ms, and what it gave."
+  def timed(fun) do
+    {us, result} = :timer.tc(fun)
+    {us / 1000, result}
+  end
+
+  @doc "Sets a key of the application's environment for one test."
+  def put_config(key, value) do
+    before = Application.fetch_env(:dspex, key)
+    Application.put_env(:dspex, key, value)
+
+    ExUnit.Callbacks.on_exit(fn ->
+      case before do
+        {:ok, old} -> Application.put_env(:dspex, key, old)
+        :error -> Application.delete_env(:dspex, key)
+      end
+    end)
+  end
+
+  @doc "Sets (nil: unsets) a variable of the system's environment for one test."
+  def put_system_env(name, value) do
+    before = System.get_env(name)
+    System.put_env(%{name => value})
+    ExUnit.Callbacks.on_exit(fn -> System.put_env(%{name => before}) end)
+  end
+end

@@ -1,0 +1,24 @@
+defmodule DSPex.Test.RawPeer do
+  @moduledoc "The real peer behind a bare port: any bytes in, decoded replies out."
+
+  alias DSPex.PythonBridge.{Options, Peer}
+  alias DSPex.Test.Helpers
+
+  def open do
+    {:ok, options} = Options.new(Helpers.real_opts())
+    {:ok, peer} = Peer.open(options)
+    peer
+  end
+
+  @doc "Sends one payload and waits for one frame."
+  def exchange(%Peer{port: port}, payload, timeout \\ 10_000) do
+    true = Port.command(port, payload)
+
+    receive do
+      {^port, {:data, frame}} -> JSON.decode!(frame)
+      {^port, {:exit_status, status}} -> raise "the peer ended with status #{status}"
+    after
+      timeout -> raise "no reply within #{timeout} ms"
+    end
+  end
+end
