@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+
+from dspy_bridge import descriptors, settings
+from dspy_bridge.messages import MAX_INT_DIGITS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
+    from typing import NoReturn
 
     from dspy_bridge.settings import Settings
 
 
 def main() -> int:
     """Run as a port program. Returns the exit code: 0 after the end of input, 2 for a setting that cannot be read."""
-    from dspy_bridge import settings
-
+    # Until something has been received there is nothing to drain.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if hasattr(sys, "set_int_max_str_digits"):
+        # The protocol's limit, whatever PYTHONINTMAXSTRDIGITS says.
+        sys.set_int_max_str_digits(MAX_INT_DIGITS)
     flags: Mapping[str, str] = {}
     if len(sys.argv) > 1:
-        arguments = _parser().parse_args()
+        arguments, unknown = _parser().parse_known_args()
+        if unknown:
+            # Their values may be secrets.
+            names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+            return _refuse(f"unknown arguments {' '.join(names)}; --help lists all")
         if arguments.selftest:
             from dspy_bridge import selftest
 
@@ -31,15 +43,16 @@ def main() -> int:
         return _refuse(str(error))
     if os.isatty(0):
         return _refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
-    # Before anything else that might print is imported.
-    from dspy_bridge import descriptors
-
-    reading, writing = descriptors.take()
+    # Before anything that might print is imported.
+    try:
+        reading, writing = descriptors.take()
+    except OSError:
+        return _refuse("stdin or stdout is closed: this program is opened by a port")
     _serve(chosen, reading, writing)
     return 0
 
 
-def _serve(settings: Settings, reading: int, writing: int) -> None:
+def _serve(chosen: Settings, reading: int, writing: int) -> None:
     from dspy_bridge import server
     from dspy_bridge.commands import Commands
     from dspy_bridge.dispatcher import Dispatcher
@@ -50,7 +63,7 @@ def _serve(settings: Settings, reading: int, writing: int) -> None:
     def setup_logs() -> None:
         from dspy_bridge import logs
 
-        logs.setup(settings.log_level, writer.send if settings.log_frames else None)
+        logs.setup(chosen.log_level, writer.send if chosen.log_frames else None)
 
     def log_exception(reference: str) -> None:
         from dspy_bridge import logs
@@ -58,16 +71,17 @@ def _serve(settings: Settings, reading: int, writing: int) -> None:
         setup_logs()
         logs.exception(reference)
 
-    commands = Commands(settings, setup_logs, lambda: dispatcher.load())
+    commands = Commands(chosen, setup_logs, lambda: dispatcher.load())
     dispatcher = Dispatcher(
         commands.table(),
         writer.send,
-        max_in_flight=settings.max_in_flight,
-        max_queue=settings.max_queue,
-        max_frame_bytes=settings.max_frame_bytes,
+        max_in_flight=chosen.max_in_flight,
+        max_queue=chosen.max_queue,
+        max_frame_bytes=chosen.max_frame_bytes,
         log_exception=log_exception,
+        shortcut=commands.shortcut,
     )
-    server.serve(reading, writer, dispatcher, settings.max_frame_bytes, settings.drain_ms)
+    server.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     from dspy_bridge import __version__
     from dspy_bridge.settings import SETTINGS
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            sys.exit(_refuse(message))
+
+    parser = Parser(
         prog="python -m dspy_bridge",
         description="An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.",
         epilog="A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from dspy_bridge import __version__
+from dspy_bridge import __version__, messages
 from dspy_bridge.dispatcher import Call, Command
 from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
 from dspy_bridge.registry import Entry, Registry, working
@@ -47,9 +47,9 @@ class Commands:
             "cleanup": Command(self.cleanup),
         }
 
-    def ping(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
+    def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
         """`{"status": "ok", "timestamp": unix seconds}`."""
-        return {"status": "ok", "timestamp": time.time()}
+        return messages.pong(time.time())
 
     def create_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """`{"program_id", "status": "created"}` once the program is loaded."""
@@ -60,7 +60,7 @@ class Commands:
         _object(args, "config")
         _object(args, "lm")
         entry = self._registry.add(id, args)
-        call.undo = lambda: self._registry.discard(entry)
+        call.settle = lambda created: (self._registry.confirm if created else self._registry.discard)(entry)
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
@@ -83,7 +83,8 @@ class Commands:
         if not isinstance(details, bool):
             raise InvalidArgs("details: expected true or false")
         ids = _ids(args)
-        entries = [entry for entry in self._registry.answered() if ids is None or entry.id in ids]
+        wanted = None if ids is None else set(ids)
+        entries = [entry for entry in self._registry.answered() if wanted is None or entry.id in wanted]
         listed: dict[str, Any] = {"programs": [entry.id for entry in entries]}
         if details:
             listed["details"] = [entry.details() for entry in entries]
@@ -107,11 +108,14 @@ class Commands:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
         return {"status": "cleaned", "programs_removed": self._registry.remove(_ids(args))}
 
+    def shortcut(self, payload: bytes) -> bytes | None:
+        """The reply to a ping in the form in which Bridge writes it; None for all other payloads."""
+        return messages.quick_pong(payload, time.time())
+
     # On the event loop.
 
     async def _create(self, entry: Entry) -> dict[str, Any]:
         await self._program(entry)
-        self._registry.confirm(entry)
         return {"program_id": entry.id, "status": "created"}
 
     async def _execute(
@@ -168,10 +172,13 @@ class Commands:
             from dspy_bridge.models import Models
 
             return Models(self._settings)
-        except SetupFailed as error:
-            return error
-        except ImportError as error:
-            return SetupFailed(f"DSPy cannot be imported: {error}")
+        except BaseException as error:  # code of the host's and DSPy's own, which may raise anything
+            from dspy_bridge import logs
+
+            why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be imported: {error}"
+            reference = os.urandom(4).hex()
+            logs.exception(reference)
+            return SetupFailed(f"{why}; the peer's log has the traceback under {reference}")
 
 
 def _versions() -> dict[str, str]:

@@ -4,15 +4,35 @@ Whatever Python code, C code or a child process writes to descriptor 1 afterward
 descriptor 0 finds the end of input: neither can break the protocol.
 """
 
+import fcntl
 import os
 
 
 def take() -> tuple[int, int]:
-    """Move stdin and stdout away; return `(reading, writing)`, descriptors that no child process inherits."""
-    # os.dup gives non-inheritable descriptors (PEP 446).
-    reading, writing = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDONLY)
+    """Move stdin and stdout away; return `(reading, writing)`, descriptors that no child process has.
+
+    Raises `OSError` if one of them is closed.
+    """
+    # Above the standard three, one of which may be closed and would otherwise be taken by a copy.
+    reading, writing = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1))
+    # Whoever started us may have left it so; a read that finds nothing is not the end of input.
+    os.set_blocking(reading, True)
+    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    os.close(null)
-    os.dup2(2, 1)
+    try:
+        os.dup2(2, 1)
+    except OSError:
+        # No stderr either: what is printed goes nowhere.
+        for fd in (1, 2):
+            os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
+
+    def leave_to_parent() -> None:
+        # A child that lives on would keep the owner from seeing our end.
+        os.close(reading)
+        os.close(writing)
+
+    # Close-on-exec does nothing for a fork that executes nothing, as multiprocessing may do.
+    os.register_at_fork(after_in_child=leave_to_parent)
     return reading, writing

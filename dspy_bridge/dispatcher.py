@@ -31,11 +31,11 @@ _LONGEST_MS = 10 * 365 * 86_400_000
 class Call:
     """One request from its receipt to its reply.
 
-    For its handler: `request`; `lm_usage`, to be filled where the request asks for meta; `undo`, called if the
-    reply turns out to be an error, whatever the reason.
+    For its handler: `request`; `lm_usage`, to be filled where the request asks for meta; `settle`, called with
+    whether the reply is a success, just before it is sent and whatever the reason.
     """
 
-    __slots__ = ("answered", "handle", "lm_usage", "received", "request", "started", "task", "undo", "work")
+    __slots__ = ("answered", "handle", "lm_usage", "received", "request", "settle", "started", "task", "work")
 
     def __init__(self, request: messages.Request, received: float) -> None:
         self.request = request
@@ -45,7 +45,7 @@ class Call:
         self.task: asyncio.Task[Any] | None = None
         self.handle: asyncio.TimerHandle | None = None
         self.lm_usage: dict[str, Any] = {}
-        self.undo: Callable[[], object] | None = None
+        self.settle: Callable[[bool], object] | None = None
         self.answered = False
 
 
@@ -75,15 +75,21 @@ class Dispatcher:
         max_queue: int,
         max_frame_bytes: int,
         log_exception: Callable[[str], None],
+        shortcut: Callable[[bytes], bytes | None] = lambda _payload: None,
     ) -> None:
-        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference."""
+        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference.
+
+        `shortcut` is tried first on every payload: it gives the reply to a ping that it knows by its bytes, else None.
+        """
+        self._shortcut = shortcut
         self._commands = commands
         self._send = send
         self._max_in_flight = max_in_flight
         self._max_queue = max_queue
         self._max_frame_bytes = max_frame_bytes
         self._log_exception = log_exception
-        self._stats: dict[str, CommandStats] = {}
+        self._pings = CommandStats()
+        self._stats = {"ping": self._pings}
         self._stats_lock = threading.Lock()
         # From the reading thread to the loop: calls and cancels, in the order received.
         self._inbox: deque[Call | messages.Cancel] = deque()
@@ -100,6 +106,10 @@ class Dispatcher:
     def receive(self, frame: bytes | TooLarge) -> bytes | None:
         """Take one frame, on the reading thread. Returns the reply if it is there already."""
         received = time.monotonic()
+        if isinstance(frame, bytes) and (pong := self._shortcut(frame)) is not None:
+            with self._stats_lock:
+                self._pings.add(time.monotonic() - received, False)
+            return pong
         if isinstance(frame, TooLarge):
             text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_error(None, FrameTooLarge.error_type, text)
@@ -150,7 +160,8 @@ class Dispatcher:
 
     def load(self) -> dict[str, Any]:
         """`{"in_flight", "queued", "commands": {name: {"count", "errors", "p50_ms", "p99_ms"}}}`."""
-        commands = {name: stats.summary() for name, stats in self._stats.copy().items()}
+        with self._stats_lock:
+            commands = {name: stats.summary() for name, stats in self._stats.items() if stats.count}
         return {"in_flight": self._running, "queued": len(self._waiting), "commands": commands}
 
     # On the loop's thread.
@@ -219,8 +230,8 @@ class Dispatcher:
 
     def _stop(self, call: Call, why: BridgeError) -> None:
         """Answer now; the work is cancelled, however long it takes to notice."""
-        if call.answered:
-            return
+        if call.answered or (call.task is not None and call.task.done()):
+            return  # what it has just finished is its answer
         self._answer(call, None, why)
         if call.task is not None:
             call.task.cancel()
@@ -275,9 +286,9 @@ class Dispatcher:
                     raise FrameTooLarge(text)
             except BaseException as raised:  # a value's own code runs when it is encoded
                 error = raised
+        if call.settle is not None:
+            call.settle(error is None)
         if error is not None:
-            if call.undo is not None:
-                call.undo()
             payload = self._error(request.id, error, meta)
         if request.command in self._commands:
             with self._stats_lock:
@@ -287,7 +298,11 @@ class Dispatcher:
     def _error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
         if isinstance(error, BridgeError):
             text = str(error) if error.exact else redaction.redact(_one_line(str(error)))
-            return messages.encode_error(id, error.error_type, text, error.retryable, meta)
+            payload = messages.encode_error(id, error.error_type, text, error.retryable, meta)
+            if len(payload) > self._max_frame_bytes:
+                # A limit of a few hundred bytes, or an id or a name that fills it.
+                payload = messages.encode_error(id, FrameTooLarge.error_type, "the error is too long for a frame")
+            return payload
         # A defect of ours, or of code that the host brought along: its text may hold contents, so it goes to the log.
         reference = os.urandom(4).hex()
         try:

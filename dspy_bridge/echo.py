@@ -7,8 +7,9 @@ type, always the same for the same question.
 
 from __future__ import annotations
 
+import types
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 import dspy
 import pydantic
@@ -36,7 +37,9 @@ class WatchFormat(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
 
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Called by DSPy in the context of the LM call that follows."""
-        _asked.set((instance, inputs["signature"], inputs["inputs"]))
+        # An adapter's `format` that calls its parent's shows here twice, the second time without names.
+        if "signature" in inputs and "inputs" in inputs:
+            _asked.set((instance, inputs["signature"], inputs["inputs"]))
 
 
 class EchoLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
@@ -81,14 +84,30 @@ def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict
         if field.annotation is str:
             outputs[name] = said
         else:
-            schema = pydantic.TypeAdapter(field.rebuild_annotation()).json_schema()
-            outputs[name] = _value(schema, schema.get("$defs", {}), name)
+            outputs[name] = _typed(field.rebuild_annotation(), name)
     text: str = adapter.format_assistant_message_content(signature, outputs)
     return text
 
 
 def _echo(text: str) -> str:
     return f"echo: {text}"
+
+
+def _typed(annotation: Any, name: str) -> Any:
+    """The plainest value of a type: containers by their arguments, all else by its JSON schema."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return arguments[0]
+    if origin in (Union, types.UnionType):
+        return _typed(next((kind for kind in arguments if kind is not type(None)), arguments[0]), name)
+    if origin is dict:
+        return {_typed(arguments[0], "key"): _typed(arguments[1], name)}
+    if origin in (list, set, frozenset):
+        return [_typed(arguments[0], name)]
+    if origin is tuple:
+        return [_typed(kind, name) for kind in arguments if kind is not ...]
+    schema = pydantic.TypeAdapter(annotation).json_schema()
+    return _value(schema, schema.get("$defs", {}), name)
 
 
 def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth: int = 0) -> Any:

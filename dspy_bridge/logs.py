@@ -19,6 +19,19 @@ class _Redacted(logging.Formatter):
         return redaction.redact(super().format(record))
 
 
+class _Diverted(logging.Filter):
+    """On a logger: its records go to a handler of ours and to no other."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self._handler = handler
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= self._handler.level:
+            self._handler.handle(record)
+        return False
+
+
 class _Frames(logging.Handler):
     """Each record is a frame, a traceback included."""
 
@@ -33,6 +46,12 @@ class _Frames(logging.Handler):
             self.handleError(record)
 
 
+# At debug level these tell whole prompts and answers.
+_TALKATIVE = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router", "asyncio", "dspy", "httpcore", "httpx", "openai", "urllib3")
+# These bring a handler of their own when they are imported, long after this.
+_OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
+
+
 def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
     """Send records of `level` and above to stderr, or through `send` as frames. Later calls change nothing."""
     root = logging.getLogger()
@@ -45,8 +64,14 @@ def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
     else:
         handler = _Frames(send)
         handler.setFormatter(_Redacted("%(message)s"))
+    # Also the handler: dspy's logger has a level of its own.
+    handler.setLevel(level.upper())
     root.addHandler(handler)
     root.setLevel(level.upper())
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(logging.INFO, root.level))
+    for name in _OWN_HANDLERS:
+        logging.getLogger(name).addFilter(_Diverted(handler))
     logging.captureWarnings(True)
 
 

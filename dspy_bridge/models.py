@@ -96,10 +96,13 @@ def translate(error: Exception) -> BridgeError | None:
     if isinstance(error, BridgeError):
         return error
     if isinstance(error, dspy.AdapterParseError):
-        wanted = ", ".join(error.signature.output_fields)
-        got = f"; got only {', '.join(error.parsed_result) or 'none'}" if error.parsed_result is not None else ""
-        answer = " ".join(str(error.lm_response).split())
-        text = f"the LM's answer did not fit the signature: expected {wanted}{got}; it began {answer[:200]!r}"
+        wanted = list(error.signature.output_fields)
+        got = list(error.parsed_result or ())
+        problem = "a value did not fit its type"
+        if missing := [name for name in wanted if name not in got]:
+            problem = f"{', '.join(missing)} could not be read"
+        began = " ".join(str(error.lm_response).split())[:200]
+        text = f"the LM's answer did not fit the signature: {problem}; expected {', '.join(wanted)}; it began {began!r}"
         return OutputInvalid(text)
     if isinstance(error, dspy.LMConfigurationError):
         return LMNotConfigured(str(error))

@@ -70,9 +70,10 @@ class Program:
             known = models.translate(error)
             if known is not None:
                 raise known from error
-            if isinstance(error, (TypeError, ValueError)) and (config or self._config):
+            given = [name for name, value in (("config", config or self._config), ("lm", lm or self._lm)) if value]
+            if given and isinstance(error, (AttributeError, TypeError, ValueError)):
                 # DSPy checks LM settings where it uses them, with Python's own errors.
-                raise InvalidArgs(f"config: {error}") from error
+                raise InvalidArgs(f"{' or '.join(given)}: {error}") from error
             raise
         outputs = dict(prediction.items())
         for name, constraint in self._contract.outputs.items():

@@ -10,13 +10,11 @@ import os
 import select
 import signal
 import stat
-import sys
 import threading
 import time
 
-from dspy_bridge import messages
 from dspy_bridge.frames import FrameDecoder
-from dspy_bridge.writer import Writer
+from dspy_bridge.writer import HIGH_WATER_BYTES, Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,20 +30,23 @@ def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes:
     """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
     terminated = _handle_signals(reading)
     decoder = FrameDecoder(max_frame_bytes)
-    first = True
     while data := _read(reading):
-        replies = []
+        replies: list[bytes] = []
+        size = 0
         for frame in decoder.feed(data):
             reply = dispatcher.receive(frame)
             if reply is not None:
                 replies.append(reply)
+                size += len(reply)
+                if size >= HIGH_WATER_BYTES:
+                    # Small requests may have large replies: those of one read must not pile up either.
+                    writer.send(replies)
+                    replies, size = [], 0
+                    dispatcher.wake()
+                    writer.wait_for_room(terminated.is_set)
         if replies:
             writer.send(replies)
         dispatcher.wake()
-        if first:
-            # After the first answer, before the second question: see messages.
-            messages.load_codec()
-            first = False
         writer.wait_for_room(terminated.is_set)
     if decoder.mid_frame:
         log("end of input inside a frame: it was dropped")
@@ -59,7 +60,10 @@ def exit_now() -> None:
 
 def log(line: str) -> None:
     """One line on stderr. For what must be said without logging, which costs 10 ms to import."""
-    os.write(2, f"dspy_bridge[{os.getpid()}]: {line}\n".encode())
+    try:
+        os.write(2, f"dspy_bridge[{os.getpid()}]: {line}\n".encode())
+    except OSError:
+        pass  # nobody reads the log; that must cost nobody a reply
 
 
 def _read(fd: int) -> bytes:
@@ -75,12 +79,24 @@ def _handle_signals(reading: int) -> threading.Event:
     """Make SIGTERM the end of input; the event tells that it came."""
     null = os.open(os.devnull, os.O_RDONLY)
     terminated = threading.Event()
+    reader = threading.get_ident()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
 
     def end_of_input(_signal: int, _frame: FrameType | None) -> None:
         # The read under way is interrupted by the signal and repeated by Python (PEP 475), then on this descriptor.
         os.dup2(null, reading, inheritable=False)
         terminated.set()
 
+    def insist() -> None:
+        # A signal that comes just before the read starts interrupts nothing, and Python runs handlers on no other
+        # thread. Only C code notes it, in this pipe: then it is sent again until it has been noticed.
+        while os.read(wake_read, 1):
+            while not terminated.wait(0.02):
+                signal.pthread_kill(reader, signal.SIGTERM)
+
+    threading.Thread(target=insist, name="dspy_bridge-signals", daemon=True).start()
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, end_of_input)
     mode = os.fstat(reading).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
@@ -107,8 +123,13 @@ def _drain(writer: Writer, dispatcher: Dispatcher, seconds: float) -> None:
             break
     else:
         log(f"end of input: {dispatcher.unfinished()} requests were still running after {seconds:g} s")
-    # Exit handlers (tracing exporters flush there) get what is left of the time; threads that do not end get no more.
-    timer = threading.Timer(max(0.5, end - time.monotonic()), exit_now)
-    timer.daemon = True
-    timer.start()
-    sys.stderr.flush()
+    # Exit handlers (tracing exporters flush there) get what is left of the time, as long as the owner is there.
+    end = max(end, time.monotonic() + 0.5)
+    threading.Thread(target=_exit_by, args=(end, writer.fd), name="dspy_bridge-exit", daemon=True).start()
+
+
+def _exit_by(end: float, writing: int) -> None:
+    poller = select.poll()
+    poller.register(writing, 0)
+    poller.poll(max(0.0, end - time.monotonic()) * 1000)
+    exit_now()

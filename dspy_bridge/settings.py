@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jiter
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -102,11 +104,9 @@ def _adapter(text: str) -> str | None:
 
 
 def _object(text: str) -> dict[str, Any]:
-    import json
-
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = jiter.from_json(text.encode(), allow_inf_nan=False)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object of keyword arguments for dspy.LM")

@@ -18,6 +18,8 @@ from dspy_bridge.errors import InvalidArgs
 
 # Longer texts are no types that anybody wrote; the parser's recursion stays far from Python's limit.
 MAX_TYPE_CHARS = 2000
+# Python's parser holds the interpreter lock throughout: 16,000 characters take it some 30 ms.
+MAX_SIGNATURE_CHARS = 16_000
 MAX_FIELDS = 1000
 
 _PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -27,6 +29,7 @@ _NAMES: dict[str, Any] = {
     "int": int,
     "float": float,
     "bool": bool,
+    "bytes": bytes,
     "list": list,
     "dict": dict[str, Any],
     "tuple": tuple,
@@ -76,7 +79,7 @@ _GENERICS: dict[str, tuple[int, int]] = {
 }
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 # Keyword arguments that Predict and its callers keep for themselves.
-_NOT_AS_INPUT = frozenset(("self", "instance", "signature", "demos", "config", "lm", "new_signature"))
+_NOT_AS_INPUT = frozenset(("self", "instance", "signature", "demos", "config", "lm", "new_signature", "completions"))
 
 
 class Contract:
@@ -180,12 +183,16 @@ def _check_name(name: object, where: str) -> str:
         raise InvalidArgs(f"{where}.name: expected text")
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
         raise InvalidArgs(f"{where}.name: {name!r} is no name for a field; expected letters, digits and _, no keyword")
+    if name.startswith("dspy_"):
+        raise InvalidArgs(f"{where}.name: {name!r}: DSPy hides fields that start with dspy_; choose another name")
     if hasattr(dspy.Signature, name):
         raise InvalidArgs(f"{where}.name: {name!r} is an attribute of every DSPy signature; choose another name")
     return name
 
 
 def _parse_string(text: str) -> tuple[list[_Field], list[_Field]]:
+    if len(text) > MAX_SIGNATURE_CHARS:
+        raise InvalidArgs(f"signature: expected at most {MAX_SIGNATURE_CHARS} characters, or an object")
     sides = text.split("->")
     if len(sides) != 2:
         raise InvalidArgs('signature: expected exactly one "->", as in "question -> answer"')
@@ -198,7 +205,8 @@ def _parse_string(text: str) -> tuple[list[_Field], list[_Field]]:
 
 def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
     here = f"signature.{where}"
-    tree = _parse(f"def f({side.strip()}): pass", here, "exec")
+    # On lines of its own: a comment sign in it must not hide what follows.
+    tree = _parse(f"def f(\n{side.strip()}\n): pass", here, "exec", side.strip())
     body = tree.body
     function = body[0] if len(body) == 1 else None
     if (
@@ -217,16 +225,18 @@ def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
 
 
 def _parse_type(text: str, where: str) -> Any:
-    return _resolve(_parse(text.strip(), where, "eval").body, where)
-
-
-def _parse(text: str, where: str, mode: str) -> Any:
-    if len(text) > MAX_TYPE_CHARS * (1 if mode == "eval" else MAX_FIELDS):
+    if len(text) > MAX_TYPE_CHARS:
         raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
+    return _resolve(_parse(text.strip(), where, "eval", text).body, where)
+
+
+def _parse(code: str, where: str, mode: str, shown: str) -> Any:
     try:
-        return ast.parse(text, mode=mode)
+        return ast.parse(code, mode=mode)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise InvalidArgs(f"{where}: {_short(text)} cannot be read; expected a type such as str or list[int]") from None
+        raise InvalidArgs(
+            f"{where}: {_short(shown)} cannot be read; expected a type such as str or list[int]"
+        ) from None
 
 
 def _resolve(node: ast.expr, where: str) -> Any:
@@ -259,7 +269,7 @@ def _type_of(node: ast.expr, where: str) -> Any:
 def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
     least, most = _GENERICS[name]
     if not least <= len(arguments) <= most:
-        raise InvalidArgs(f"{where}: {name}[…] takes {least} type{'s' if least > 1 else ''}, got {len(arguments)}")
+        raise InvalidArgs(f"{where}: {name}[…] takes {most} type{'s' if most > 1 else ''}, got {len(arguments)}")
     if name == "Literal":
         return Literal[tuple(_literal(argument, where) for argument in arguments)]
     if name in ("tuple", "Tuple") and len(arguments) == 2 and _is_ellipsis(arguments[1]):

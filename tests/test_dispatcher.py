@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dspy_bridge.dispatcher import Command, Dispatcher
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.errors import InvalidArgs, Overloaded
 from dspy_bridge.frames import TooLarge
 
 
@@ -46,11 +46,11 @@ class Bench:
             self.replies.put(json.loads(payload))
 
     def _bad(self, args: Any, call: Any) -> Any:
-        call.undo = lambda: self.logged.append("undone")
+        call.settle = lambda ok: self.logged.append("kept" if ok else "undone")
         raise InvalidArgs("x: expected\n  text")
 
     async def _work(self, args: dict[str, Any], call: Any) -> Any:
-        call.undo = lambda: self.logged.append("undone")
+        call.settle = lambda ok: self.logged.append("kept" if ok else "undone")
         self.started.put(call.request.id)
         try:
             if args.get("hold"):
@@ -134,6 +134,8 @@ def test_a_reply_that_is_too_large_is_an_error_and_is_undone() -> None:
     bench = Bench()
     bench.feed(work(1, text="x" * 1000))
     assert bench.next()["error_type"] == "frame_too_large" and bench.logged == ["undone"]
+    bench.feed(work(2))
+    assert bench.next()["success"] and bench.logged == ["undone", "kept"]
 
 
 def test_a_cancel_right_behind_its_request_leaves_nothing_running() -> None:
@@ -147,6 +149,31 @@ def test_a_cancel_right_behind_its_request_leaves_nothing_running() -> None:
     bench.feed(work(6))
     assert bench.next()["id"] == 6
     assert bench.dispatcher.load()["in_flight"] == 0
+
+
+def test_a_cancel_that_comes_when_the_work_is_done_changes_nothing() -> None:
+    """The answer of the race is what was finished, and what it settled stays settled."""
+    bench = Bench()
+    bench.feed(work(1, hold=True))
+    assert bench.started.get(timeout=20) == 1
+    loop = bench.dispatcher._loop
+    assert loop is not None
+
+    def finish_then_cancel() -> None:
+        (call,) = bench.dispatcher._calls.values()
+        assert call.task is not None
+        # Runs after the step that finishes the task, before the task's own callback.
+        loop.call_soon(lambda: loop.call_soon(bench.dispatcher._stop, call, Overloaded("too late")))
+        bench.gate.set()
+
+    loop.call_soon_threadsafe(finish_then_cancel)
+    assert bench.next()["success"] and bench.logged == ["kept"]
+
+
+def test_an_error_that_is_too_long_for_a_frame_is_a_short_one() -> None:
+    bench = Bench(max_frame_bytes=120)
+    (reply,) = bench.feed({"id": 1, "command": "x" * 100})
+    assert reply is not None and reply["error_type"] == "frame_too_large"
 
 
 def test_one_that_ignores_its_cancel_answers_once_and_keeps_its_place_until_it_ends() -> None:

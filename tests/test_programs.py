@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from typing import Any
 
@@ -58,6 +59,8 @@ def test_equal_options_share_an_lm_and_only_so_many_are_kept(lms: models.Models)
 def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(lms: models.Models) -> None:
     assert dspy.settings.disable_history and dspy.settings.trace is None
     assert dspy.cache.memory_cache.maxsize == 10_000 and not dspy.cache.enable_disk_cache
+    assert not dspy.settings.warn_on_type_mismatch, "its warnings quote inputs"
+    assert os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] == "true", "else the first call fetches a price list"
 
 
 def test_the_echo_lm_answers_a_plain_prompt_too() -> None:

@@ -51,12 +51,13 @@ def test_every_adapter_is_answered_in_its_own_format(echo_peer: Peer, adapter: s
         "ratio": 1.0,
         "yes": True,
         "tags": ["echo: tags"],
-        "table": {"key": 1},
+        "table": {"echo: key": 1},
         "pick": "a",
         "maybe": 1,
         "day": "2026-01-01",
         "pair": [1, "echo: pair"],
     }
+    assert echo_peer.finish() == (0, b"", ""), "nothing to complain of in the log"
 
 
 def test_every_type_name_of_dspex_and_python(echo_peer: Peer) -> None:
@@ -66,7 +67,8 @@ def test_every_type_name_of_dspex_and_python(echo_peer: Peer) -> None:
         "list[str]": list, "dict[str, int]": dict, "Literal['a', 'b']": str, "Literal[1, 2]": int,
         "Optional[float]": float, "List[int]": list, "Dict": dict, "Dict[str, float]": dict, "list": list, "dict": dict,
         "int | None": int, "Union[int, str]": int, "typing.List[str]": list, "set[int]": list, "tuple[int, ...]": list,
-        "list[dict[str, list[int]]]": list, "list[string]": list, "datetime.date": str,
+        "list[dict[str, list[int]]]": list, "list[string]": list, "datetime.date": str, "dict[int, list[date]]": dict,
+        "dict[Literal['x'], bool]": dict, "bytes": str,
     }  # fmt: skip
     outputs = [{"name": f"f{n}", "type": type} for n, type in enumerate([*types, "any"])]
     signature = {"inputs": [{"name": "q"}], "outputs": outputs}
@@ -120,6 +122,10 @@ def test_the_same_question_gets_the_same_answer(echo_peer: Peer) -> None:
         ({"id": "x", "signature": "q -> model_config"}, "'model_config'"),
         ({"id": "x", "signature": "lm -> a"}, "'lm'"),
         ({"id": "x", "signature": "_q -> a"}, "'_q'"),
+        ({"id": "x", "signature": "completions -> a"}, "'completions'"),
+        ({"id": "x", "signature": "q -> dspy_a"}, "'dspy_a'"),
+        ({"id": "x", "signature": "q): pass # -> a"}, "'q): pass #'"),
+        ({"id": "x", "signature": "q -> " + "a, " * 300_000}, "16000 characters"),
         ({"id": "x", "signature": {"inputs": []}}, "signature.outputs"),
         ({"id": "x", "signature": {"inputs": {}, "outputs": []}}, "signature.inputs"),
         ({"id": "x", "signature": {"inputs": [], "outputs": [], "instruction": "x"}}, "instruction"),
@@ -309,6 +315,8 @@ def test_an_init_that_fails_stops_nothing_but_programs(tmp_path: Any, name: str,
             assert reply["error_type"] == "internal" and "DSPY_BRIDGE_INIT" in reply["error"]
             assert text in reply["error"]
         assert peer.call("ping")["success"]
+        _, _, log = peer.finish()
+    assert log.count(f"internal error {reply['error'].split()[-1]}") == 1 and "Traceback" in log
 
 
 def test_without_dspy_everything_but_programs_works(tmp_path: Any) -> None:

@@ -22,7 +22,8 @@ DEPENDENCIES = sysconfig.get_path("purelib")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the package was installed as a user would install it."""
     target = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(ROOT)]
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    command = [sys.executable, "-m", "pip", "install", *options, str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     return target
 

@@ -133,6 +133,8 @@ def test_a_config_that_makes_no_sense_is_an_argument_error(start_lm: Any) -> Non
         peer.call("create_program", QA)
         reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
         assert reply["error_type"] == "invalid_args" and "config" in reply["error"], reply
+        reply = peer.call("execute_program", {**ASK, "lm": {"model": "openai/x", "n": True, "api_key": "sk-1234567"}})
+        assert reply["error_type"] == "invalid_args" and "lm" in reply["error"], reply
 
 
 def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any) -> None:

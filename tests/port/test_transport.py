@@ -50,16 +50,18 @@ def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
     code = (
         "import sys, runpy; sys.argv = ['dspy_bridge']\n"
         "from dspy_bridge import server\n"
-        "import dspy_bridge.messages as m\n"
-        "m.load_codec = lambda: sys.stderr.write(' '.join(sys.modules))\n"
+        "log = server.log\n"
+        "server.log = lambda line: log(' '.join(sys.modules))\n"
         "runpy.run_module('dspy_bridge', run_name='__main__')\n"
     )
     with Peer(command=[sys.executable, "-c", code]) as peer:
         peer.send({"id": 1, "command": "ping"})
         assert peer.receive()["success"]
+        # Inside a frame: something is logged at the end.
+        peer.send_bytes(b"x")
         code, _, imported = peer.finish()
-    assert code == 0
-    heavy = {"dspy", "pydantic", "asyncio", "logging", "orjson", "typing", "dataclasses", "argparse", "psutil"}
+    assert code == 0 and "dspy_bridge.writer" in imported
+    heavy = {"dspy", "pydantic", "asyncio", "logging", "orjson", "json", "typing", "dataclasses", "argparse", "psutil"}
     assert heavy & set(imported.split()) == set()
 
 
@@ -92,12 +94,24 @@ def test_a_reply_over_the_limit_becomes_an_error_with_its_id() -> None:
 
 PRINTS = """
 import os, subprocess, sys
+PROBE = '''
+import os
+for fd in range(3, 64):
+    try:
+        os.write(fd, b"stray")
+    except OSError:
+        pass
+'''
 def init():
     print("python print")
     os.write(1, b"raw write")
     os.system("echo from a child")
-    subprocess.run([sys.executable, "-c", "import os; [os.write(fd, b'stray') for fd in range(3, 64) if _open(fd)]"
-                    .replace("_open(fd)", "os.path.exists(f'/proc/self/fd/{fd}')")], check=False)
+    subprocess.run([sys.executable, "-c", PROBE], check=False, close_fds=False)
+    child = os.fork()
+    if child == 0:
+        exec(PROBE)
+        os._exit(0)
+    os.waitpid(child, 0)
     sys.stdout.flush()
     assert sys.stdin.read() == ""
 """
@@ -153,6 +167,90 @@ def test_sigterm_is_like_the_end_of_input(start_lm: Any) -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
+def test_sigterm_is_noticed_however_it_falls() -> None:
+    """Just before a read starts it interrupts nothing; some of these do."""
+    for number in range(30):
+        with Peer() as peer:
+            peer.send(*[{"id": 1, "command": "ping"}] * (number % 7 + 1))
+            for _ in range(number % 7 + 1):
+                peer.receive()
+            peer.terminate()
+            assert peer.process.wait(PATIENCE) == 0
+
+
+def test_small_requests_with_large_replies_do_not_pile_up(echo_peer: Peer) -> None:
+    """What one read brings may ask for a gigabyte."""
+    for number in range(50):
+        echo_peer.call("create_program", {"id": str(number), "signature": "q -> a" + " " * 10_000})
+    small = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    lists = [{"id": n, "command": "list_programs", "args": {"details": True}} for n in range(400)]
+    echo_peer.send(*lists, {"id": "last", "command": "get_stats"})
+    for _ in lists:
+        assert echo_peer.receive()["success"]
+    assert echo_peer.receive()["result"]["memory_usage"]["rss"] < small + (60 << 20)
+
+
+def test_a_log_that_nobody_reads_costs_no_reply(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        assert peer.process.stderr is not None and peer.process.stdin is not None
+        peer.process.stderr.close()
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        peer.send_bytes(b"half a header"[:3])
+        peer.process.stdin.close()
+        server.gate.set()
+        assert peer.receive()["result"] == {"answer": "Paris"}
+        assert peer.process.wait(PATIENCE) == 0
+
+
+HANGS = """
+import time
+def init():
+    time.sleep(60)
+"""
+
+
+def test_the_owners_death_is_noticed_while_the_peer_ends(tmp_path: Any) -> None:
+    """All is answered, but a thread still hangs: the peer stays for the rest of its time, and for its owner only."""
+    (tmp_path / "host.py").write_text(HANGS)
+    with Peer(env={"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
+        assert peer.call("create_program", CREATE, timeout_ms=1000)["error_type"] == "timeout"
+        assert peer.process.stdin is not None and peer.process.stdout is not None
+        peer.process.stdin.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            peer.process.wait(0.2)
+        peer.process.stdout.close()
+        assert peer.process.wait(2) == 0
+
+
+def test_a_stdin_that_was_left_non_blocking_is_read() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    command = [sys.executable, "-m", "dspy_bridge"]
+    process = subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE, cwd=ROOT)
+    os.close(reading)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    os.write(writing, frame(b'{"id":1,"command":"ping"}'))
+    os.close(writing)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert payloads(out)[0]["success"] and process.returncode == 0
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
+def test_closed_standard_descriptors(closed: str) -> None:
+    """Without input or output there is nothing to serve; without a log there is."""
+    script = f'printf \'\\000\\000\\000\\031{{"id":1,"command":"ping"}}\' | {sys.executable} -m dspy_bridge {closed}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=ROOT, check=False)
+    if closed.startswith("2"):
+        assert done.returncode == 0 and payloads(done.stdout)[0]["success"]
+    else:
+        assert done.returncode == 2 and b"is closed" in done.stderr and done.stdout == b""
+
+
 def test_sigint_is_ignored_where_stdin_is_a_pipe(echo_peer: Peer) -> None:
     """A Ctrl-C in iex reaches the whole process group."""
     assert echo_peer.call("ping")["success"]
@@ -172,7 +270,7 @@ def test_the_peer_goes_at_once_when_its_reader_is_gone(start_lm: Any) -> None:
         peer.process.stdout.close()
         peer.process.stdin.close()
         # Far below the 5 s that draining would take.
-        assert peer.process.wait(3) == 0
+        assert peer.process.wait(2) == 0
 
 
 def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
