@@ -9,6 +9,7 @@ from dspy_bridge import __version__, messages
 from dspy_bridge.dispatcher import Call, Command
 from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
 from dspy_bridge.registry import Entry, Registry, working
+from dspy_bridge.sync_threads import THREADS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Commands:
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._load(),
+            "threads": THREADS.counts(),
             "pid": os.getpid(),
             "versions": _versions(),
         }
@@ -121,13 +123,15 @@ class Commands:
     async def _execute(
         self, entry: Entry, inputs: dict[str, Any], config: dict[str, Any] | None, lm: dict[str, Any] | None, call: Call
     ) -> dict[str, Any]:
+        import asyncio
+
         program = None
         while program is None:
             try:
                 program = await self._program(entry)
-            except (InvalidArgs, SetupFailed) as error:
-                if isinstance(error, SetupFailed):
-                    raise
+            except (SetupFailed, asyncio.CancelledError):
+                raise
+            except BaseException:  # a constructor of the host's own may raise anything
                 # Its create has been told why. For an execute the id means what it meant before.
                 self._registry.discard(entry)
                 before = working(entry)

@@ -88,5 +88,11 @@ class Overloaded(BridgeError):
     error_type = "overloaded"
 
 
+class NotAllowed(BridgeError):
+    """The settings of this peer do not allow it."""
+
+    error_type = "not_allowed"
+
+
 class SetupFailed(BridgeError):
     """DSPy or the host's own start-up code could not be loaded: nothing that needs programs works in this peer."""

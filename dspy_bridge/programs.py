@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dspy
@@ -12,10 +9,8 @@ import pydantic
 
 from dspy_bridge import models, signatures
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
+from dspy_bridge.sync_threads import THREADS
 
-# Modules with only a sync `forward` run here. Not on the loop's own executor: every async LM call of DSPy passes
-# through that one, and code that blocks would stop them all.
-MAX_SYNC_THREADS = 64
 _MODULES = {"predict": dspy.Predict, "chain_of_thought": dspy.ChainOfThought}
 
 
@@ -25,21 +20,25 @@ class Program:
     def __init__(self, definition: dict[str, Any], lms: models.Models) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs`."""
         program_type = definition.get("program_type", "predict")
-        if not isinstance(program_type, str) or program_type not in _MODULES:
-            raise InvalidArgs(f"program_type: expected one of {', '.join(_MODULES)}")
+        if not isinstance(program_type, str) or (program_type not in _MODULES and ":" not in program_type):
+            raise InvalidArgs(f"program_type: expected one of {', '.join(_MODULES)}, or package.module:Class")
         contract = signatures.build(definition["signature"])
         if program_type == "chain_of_thought" and "reasoning" in contract.inputs:
             raise InvalidArgs("signature.inputs: chain_of_thought writes the field 'reasoning'; choose another name")
         adapter = definition.get("adapter")
         self._adapter = None if adapter is None else models.adapter(adapter)
         lm = definition.get("lm")
-        self._lm = None if lm is None else lms.lm(lm)
+        self._lm = None if lm is None else lms.pool(lm)
         self._lms = lms
         self._contract = contract
-        self._module = _MODULES[program_type](contract.signature)
+        if program_type in _MODULES:
+            self._module = _MODULES[program_type](contract.signature)
+        else:
+            self._module = models.user_module(program_type, contract.signature, lms.allow_modules)
+        self._takes_config = program_type in _MODULES
         self._config = definition.get("config") or {}
         for predictor in self._module.predictors():
-            predictor.config = dict(self._config)
+            predictor.config = {**predictor.config, **self._config}
 
     async def call(
         self,
@@ -53,11 +52,12 @@ class Program:
         Raises `BridgeError`, or whatever a defect raises.
         """
         values: dict[str, Any] = self._check(inputs)
+        if config and not self._takes_config:
+            raise InvalidArgs("config: a module of your own takes none per call; give it with the program")
         if config:
             values["config"] = config
-        settings = self._lms.call_settings(self._lm if lm is None else self._lms.lm(lm), self._adapter)
         try:
-            with dspy.context(**settings):
+            with self._lms.context(self._lm if lm is None else self._lms.pool(lm), self._adapter):
                 if usage is None:
                     prediction = await run(self._module, values)
                 else:
@@ -75,13 +75,22 @@ class Program:
                 # DSPy checks LM settings where it uses them, with Python's own errors.
                 raise InvalidArgs(f"{' or '.join(given)}: {error}") from error
             raise
-        outputs = dict(prediction.items())
+        outputs = self._outputs(prediction)
         for name, constraint in self._contract.outputs.items():
             try:
                 constraint.validate_python(outputs.get(name))
             except pydantic.ValidationError as error:
                 raise OutputInvalid(f"the LM's answer did not fit the signature: {name}: {_reason(error)}") from None
         return outputs
+
+    def _outputs(self, prediction: Any) -> dict[str, Any]:
+        if isinstance(prediction, (dspy.Prediction, dict)):
+            return dict(prediction.items())
+        fields = list(self._contract.signature.output_fields)
+        if len(fields) == 1:
+            return {fields[0]: prediction}
+        kind = type(prediction).__name__
+        raise OutputInvalid(f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}")
 
     def _check(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as DSPy wants them; every missing, unknown and unfit one is named at once."""
@@ -106,18 +115,7 @@ async def run(module: dspy.Module, values: dict[str, Any]) -> dspy.Prediction:
     """One call of a module: on the loop where it can, in a worker thread where it has only a sync `forward`."""
     if hasattr(module, "aforward"):
         return await module.acall(**values)
-    context = contextvars.copy_context()
-    return await asyncio.get_running_loop().run_in_executor(_threads(), lambda: context.run(module, **values))
-
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(MAX_SYNC_THREADS, "dspy_bridge-sync")
-    return _pool
+    return await THREADS.run(lambda: module(**values))
 
 
 def _convert(validator: pydantic.TypeAdapter[Any], value: Any) -> Any:

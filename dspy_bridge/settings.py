@@ -51,6 +51,7 @@ class Settings:
     cache_entries: int
     disk_cache: str | None
     init: str | None
+    allow_modules: tuple[str, ...]
     max_frame_bytes: int
     drain_ms: int
     log_level: str
@@ -120,6 +121,14 @@ def _function(text: str) -> str | None:
     return text or None
 
 
+def _prefixes(text: str) -> tuple[str, ...]:
+    prefixes = tuple(prefix.strip() for prefix in text.split(",") if prefix.strip())
+    for prefix in prefixes:
+        if not all(part.isidentifier() for part in prefix.replace(":", ".", 1).split(".")):
+            raise ValueError("expected a list such as my_app.programs,my_app.other:Class")
+    return prefixes
+
+
 def _folder(text: str) -> str | None:
     import os
 
@@ -141,6 +150,9 @@ SETTINGS = (
     Setting("cache_entries", _whole(0), "10000", "LM answers kept in memory; 0: none"),
     Setting("disk_cache", _folder, "", "a folder for DSPy's disk cache; off if unset"),
     Setting("init", _function, "", "package.module:function called once DSPy is imported, before the first program"),
+    Setting(
+        "allow_modules", _prefixes, "", "prefixes of package.module:Class that may be program types; none if unset"
+    ),
     Setting("max_frame_bytes", _whole(1), str(64 * 1024 * 1024), "the longest frame, in bytes, either way"),
     Setting("drain_ms", _whole(0), "5000", "how long work goes on after the end of input, in ms"),
     Setting("log_level", _one_of(*LOG_LEVELS), "info", f"{', '.join(LOG_LEVELS)}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import dspy
@@ -47,13 +48,24 @@ def lms() -> models.Models:
 
 def test_equal_options_share_an_lm_and_only_so_many_are_kept(lms: models.Models) -> None:
     options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
-    first = lms.lm(options)
-    assert lms.lm(dict(reversed(options.items()))) is first
-    assert lms.lm({**options, "temperature": 0.6}) is not first
+    first = lms.pool(options)
+    assert lms.pool(dict(reversed(options.items()))) is first
+    assert lms.pool({**options, "temperature": 0.6}) is not first
     for number in range(200):
-        lms.lm({"model": f"openai/m{number}"})
-    assert len(lms._lms) == models.MAX_LMS
-    assert lms.lm(options) is not first
+        lms.pool({"model": f"openai/m{number}"})
+    assert len(lms._pools) == models.MAX_LMS
+    assert lms.pool(options) is not first
+
+
+def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(lms: models.Models) -> None:
+    pool = lms.pool({"model": "openai/many"})
+    for _ in range(2):
+        with ExitStack() as stack:
+            lent = [stack.enter_context(pool.lend()) for _ in range(models.CALLS_PER_LM * 2 + 1)]
+            assert len({id(lm) for lm in lent}) == 3
+            assert lent[0] is pool.first
+    with pool.lend() as lm:
+        assert lm is pool.first
 
 
 def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(lms: models.Models) -> None:
