@@ -79,7 +79,6 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         max_queue=chosen.max_queue,
         max_frame_bytes=chosen.max_frame_bytes,
         log_exception=log_exception,
-        shortcut=commands.shortcut,
     )
     server.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 

@@ -110,10 +110,6 @@ class Commands:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
         return {"status": "cleaned", "programs_removed": self._registry.remove(_ids(args))}
 
-    def shortcut(self, payload: bytes) -> bytes | None:
-        """The reply to a ping in the form in which Bridge writes it; None for all other payloads."""
-        return messages.quick_pong(payload, time.time())
-
     # On the event loop.
 
     async def _create(self, entry: Entry) -> dict[str, Any]:

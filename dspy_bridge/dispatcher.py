@@ -75,13 +75,8 @@ class Dispatcher:
         max_queue: int,
         max_frame_bytes: int,
         log_exception: Callable[[str], None],
-        shortcut: Callable[[bytes], bytes | None] = lambda _payload: None,
     ) -> None:
-        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference.
-
-        `shortcut` is tried first on every payload: it gives the reply to a ping that it knows by its bytes, else None.
-        """
-        self._shortcut = shortcut
+        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference."""
         self._commands = commands
         self._send = send
         self._max_in_flight = max_in_flight
@@ -103,12 +98,20 @@ class Dispatcher:
         self._open = 0
         self._on_idle: Callable[[], object] | None = None
 
+    def quick(self, data: bytes) -> bytes | None:
+        """The packet that answers `data`, if that is one ping known by its bytes; else None. On the reading thread."""
+        received = time.monotonic()
+        packet = messages.quick_packet(data, time.time())
+        if packet is not None:
+            # Without the lock: pings are counted and told on the reading thread only.
+            self._pings.add(time.monotonic() - received, False)
+        return packet
+
     def receive(self, frame: bytes | TooLarge) -> bytes | None:
         """Take one frame, on the reading thread. Returns the reply if it is there already."""
         received = time.monotonic()
-        if isinstance(frame, bytes) and (pong := self._shortcut(frame)) is not None:
-            with self._stats_lock:
-                self._pings.add(time.monotonic() - received, False)
+        if isinstance(frame, bytes) and (pong := messages.quick_pong(frame, time.time())) is not None:
+            self._pings.add(time.monotonic() - received, False)
             return pong
         if isinstance(frame, TooLarge):
             text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"

@@ -48,6 +48,15 @@ class FrameDecoder:
         """Take the next bytes of the stream, give the frames that they complete, in order."""
         out: list[bytes | TooLarge] = []
         position, end = 0, len(data)
+        if not self.mid_frame:
+            # Whole frames, one after another: what nearly every read brings.
+            while position + HEADER_BYTES <= end:
+                start = position + HEADER_BYTES
+                stop = start + int.from_bytes(data[position:start], "big")
+                if stop > end or stop - start > self._max_bytes:
+                    break
+                out.append(data[start:stop])
+                position = stop
         while position < end:
             if self._skip:
                 step = min(self._skip, end - position)

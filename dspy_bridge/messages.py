@@ -24,10 +24,14 @@ _EXTERNAL_TERM_FORMAT = 131
 _FIRST_KEY_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]')
 
 # Digits alone in `id` and `timeout_ms`, and no value that could be wrong anywhere.
-_PLAIN_PING = re.compile(
+_PLAIN_PING = (
     rb'\{"id":(0|[1-9][0-9]{0,17})(?:,"timeout_ms":[1-9][0-9]{0,9})?'
     rb',"command":"ping","args":\{\},"timestamp":"[0-9:.TZ+-]*"\}'
-).fullmatch
+)
+_PING_PAYLOAD = re.compile(_PLAIN_PING).fullmatch
+_PING_PACKET = re.compile(rb"\x00\x00\x00([\x00-\xff])" + _PLAIN_PING).fullmatch
+
+_PONG = b'{"id":%b,"success":true,"result":{"status":"ok","timestamp":%.6f}}'
 
 Id = int | str
 
@@ -127,7 +131,7 @@ def encode_result(id: Id, result: Any, meta: dict[str, Any] | None = None) -> by
 
 def pong(now: float) -> Encoded:
     """The result of a ping at `now`, unix seconds."""
-    return Encoded(b'{"status":"ok","timestamp":%r}' % now)
+    return Encoded(b'{"status":"ok","timestamp":%.6f}' % now)
 
 
 def quick_pong(payload: bytes, now: float) -> bytes | None:
@@ -135,8 +139,20 @@ def quick_pong(payload: bytes, now: float) -> bytes | None:
 
     A fifth of the time of the long way: 2.3 µs a ping against 4.6 with 256 in flight.
     """
-    match = _PLAIN_PING(payload)
-    return None if match is None else b'{"id":%b,"success":true,"result":%b}' % (match[1], pong(now))
+    match = _PING_PAYLOAD(payload)
+    return None if match is None else _PONG % (match[1], now)
+
+
+def quick_packet(data: bytes, now: float) -> bytes | None:
+    """As `quick_pong`, from the packet that the ping came in to the packet of its reply, length and all.
+
+    For a read that brought one ping alone: a round trip by port of 6.8 µs instead of 8.3, where a bare echo takes 5.4.
+    """
+    match = _PING_PACKET(data)
+    if match is None or ord(match[1]) != len(data) - 4:
+        return None
+    pong = _PONG % (match[2], now)
+    return b"\x00\x00\x00%c%b" % (len(pong), pong)
 
 
 def encode_error(

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 
-from dspy_bridge.frames import FrameDecoder
+from dspy_bridge.frames import FrameDecoder, TooLarge
 from dspy_bridge.writer import HIGH_WATER_BYTES, Writer
 
 TYPE_CHECKING = False
@@ -30,24 +30,17 @@ def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes:
     """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
     terminated = _handle_signals(reading)
     decoder = FrameDecoder(max_frame_bytes)
-    while data := _read(reading):
-        replies: list[bytes] = []
-        size = 0
-        for frame in decoder.feed(data):
-            reply = dispatcher.receive(frame)
-            if reply is not None:
-                replies.append(reply)
-                size += len(reply)
-                if size >= HIGH_WATER_BYTES:
-                    # Small requests may have large replies: those of one read must not pile up either.
-                    writer.send(replies)
-                    replies, size = [], 0
-                    dispatcher.wake()
-                    writer.wait_for_room(terminated.is_set)
-        if replies:
-            writer.send(replies)
-        dispatcher.wake()
-        writer.wait_for_room(terminated.is_set)
+    try:
+        while data := os.read(reading, READ_BYTES):
+            if not decoder.mid_frame and (packet := dispatcher.quick(data)) is not None:
+                writer.send_packet(packet)
+            else:
+                _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
+            if writer.full:
+                writer.wait_for_room(terminated.is_set)
+    except OSError as error:
+        # A socket whose other end was reset; for a pipe this does not happen.
+        log(f"end of input: {error.strerror}")
     if decoder.mid_frame:
         log("end of input inside a frame: it was dropped")
     _drain(writer, dispatcher, drain_ms / 1000)
@@ -66,13 +59,26 @@ def log(line: str) -> None:
         pass  # nobody reads the log; that must cost nobody a reply
 
 
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, READ_BYTES)
-    except OSError as error:
-        # A socket whose other end was reset; for a pipe this does not happen.
-        log(f"end of input: {error.strerror}")
-        return b""
+def _serve_frames(
+    frames: list[bytes | TooLarge], writer: Writer, dispatcher: Dispatcher, terminated: threading.Event
+) -> None:
+    """What one read brought: one write for all replies that are there at once, one wake-up for the rest."""
+    replies: list[bytes] = []
+    size = 0
+    for frame in frames:
+        reply = dispatcher.receive(frame)
+        if reply is not None:
+            replies.append(reply)
+            size += len(reply)
+            if size >= HIGH_WATER_BYTES:
+                # Small requests may have large replies: those of one read must not pile up either.
+                writer.send(replies)
+                replies, size = [], 0
+                dispatcher.wake()
+                writer.wait_for_room(terminated.is_set)
+    if replies:
+        writer.send(replies)
+    dispatcher.wake()
 
 
 def _handle_signals(reading: int) -> threading.Event:

@@ -34,6 +34,8 @@ class Writer:
         self._changed = threading.Condition(self._lock)
         self._waiting: list[memoryview] = []
         self._waiting_bytes = 0
+        # Whether as much waits as may.
+        self.full = False
         self._thread: threading.Thread | None = None
 
     def send(self, payloads: Iterable[bytes]) -> None:
@@ -41,8 +43,9 @@ class Writer:
         chunks: list[bytes] = []
         small: list[bytes] = []
         for payload in payloads:
-            small.append(header(len(payload)))
-            if len(payload) < _JOIN_BELOW_BYTES:
+            length = len(payload)
+            small.append(header(length))
+            if length < _JOIN_BELOW_BYTES:
                 small.append(payload)
             else:
                 chunks += (b"".join(small), payload)
@@ -50,48 +53,51 @@ class Writer:
         if small:
             chunks.append(b"".join(small))
         with self._lock:
-            for position, chunk in enumerate(chunks):
-                if not self._waiting:
-                    rest = self._write(memoryview(chunk))
-                    if rest is None:
-                        continue
-                    self._waiting.append(rest)
-                    self._waiting_bytes += len(rest)
-                    self._have_thread_write()
-                    continue
-                for later in chunks[position:]:
-                    self._waiting.append(memoryview(later))
-                    self._waiting_bytes += len(later)
-                break
+            for chunk in chunks:
+                self._put(chunk)
+
+    def send_packet(self, packet: bytes) -> None:
+        """As `send` of one payload that has its length before it already."""
+        with self._lock:
+            self._put(packet)
 
     def wait_for_room(self, given_up: Callable[[], bool]) -> None:
         """Return once less than `HIGH_WATER_BYTES` wait, or `given_up()` is true.
 
         This is how an owner that does not read stops being read from.
         """
-        if self._waiting_bytes >= HIGH_WATER_BYTES:
-            with self._lock:
-                while self._waiting_bytes >= HIGH_WATER_BYTES and not given_up():
-                    # A signal handler cannot notify: it runs on this thread, which may hold the lock.
-                    self._changed.wait(0.1)
+        with self._lock:
+            while self.full and not given_up():
+                # A signal handler cannot notify: it runs on this thread, which may hold the lock.
+                self._changed.wait(0.1)
 
     def wait_until_written(self, timeout: float) -> None:
         """Return once nothing waits, or after `timeout` seconds."""
         with self._lock:
             self._changed.wait_for(lambda: not self._waiting, timeout)
 
-    def _write(self, chunk: memoryview) -> memoryview | None:
+    def _put(self, chunk: bytes) -> None:
+        rest = memoryview(chunk) if self._waiting else self._write(chunk)
+        if rest is not None:
+            self._waiting.append(rest)
+            self._waiting_bytes += len(rest)
+            self.full = self._waiting_bytes >= HIGH_WATER_BYTES
+            self._have_thread_write()
+
+    def _write(self, chunk: bytes | memoryview) -> memoryview | None:
         """Write what the pipe takes; return the rest, None if that is nothing."""
-        while chunk:
+        while True:
             try:
-                chunk = chunk[os.write(self.fd, chunk) :]
+                written = os.write(self.fd, chunk)
             except BlockingIOError:
-                return chunk
+                return memoryview(chunk)
             except OSError:
                 # EPIPE, or whatever else ended it: there is nobody left to write to.
                 self._on_gone()
                 return None
-        return None
+            if written == len(chunk):
+                return None
+            chunk = memoryview(chunk)[written:]
 
     def _have_thread_write(self) -> None:
         if self._thread is None:
@@ -114,6 +120,7 @@ class Writer:
                     chunk = self._waiting[0]
                     rest = self._write(chunk)
                     self._waiting_bytes -= len(chunk) - (0 if rest is None else len(rest))
+                    self.full = self._waiting_bytes >= HIGH_WATER_BYTES
                     if rest is not None:
                         self._waiting[0] = rest
                         break

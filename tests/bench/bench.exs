@@ -1,0 +1,315 @@
+# The measuring part of `make bench`: a line of JSON for each figure. Started by run.py, once with BEAM and peers on one
+# CPU (`pinned`: round trips; else where the kernel puts the two moves either side of a ratio up to 4x), once without
+# (`free`: throughput).
+
+defmodule Bench do
+  alias DSPex.PythonBridge.Bridge
+
+  @here __DIR__
+  @script Path.expand("../../elixir_harness/priv/python/dspy_bridge.py", @here)
+  @model "openai/gpt-4o-mini"
+
+  def python, do: System.fetch_env!("DSPY_BRIDGE_PYTHON")
+  def tell(name, value), do: IO.puts(JSON.encode!(%{name: name, value: value}))
+  def median(list), do: list |> Enum.sort() |> Enum.at(div(length(list), 2))
+
+  def ms(fun) do
+    {us, result} = :timer.tc(fun)
+    {us / 1000, result}
+  end
+
+  ## Raw ports
+
+  def open(args, env \\ []) do
+    Port.open({:spawn_executable, python()}, [{:packet, 4}, :binary, args: args, env: env])
+  end
+
+  def peer, do: open(if(s = System.get_env("TRY"), do: [s], else: [@script]))
+  def echo, do: open([Path.join(@here, "echo_peer.py")])
+  def serial, do: open([Path.join(@here, "serial_peer.py")])
+
+  def ping(args \\ ~s({})) do
+    ~s({"id":1,"command":"ping","args":#{args},"timestamp":"2026-01-01T00:00:00Z"})
+  end
+
+  def ask(port, payload) do
+    Port.command(port, payload)
+
+    receive do
+      {^port, {:data, reply}} -> reply
+    end
+  end
+
+  def round_trips(port, payload, count) do
+    {ms, _} = ms(fn -> Enum.each(1..count, fn _ -> ask(port, payload) end) end)
+    ms * 1000 / count
+  end
+
+  def pipelined(port, payload, count, window) do
+    {ms, _} =
+      ms(fn ->
+        Enum.each(1..window, fn _ -> Port.command(port, payload) end)
+
+        Enum.each(1..count, fn n ->
+          receive do
+            {^port, {:data, _}} -> if n <= count - window, do: Port.command(port, payload)
+          end
+        end)
+      end)
+
+    count * 1000 / ms
+  end
+
+  def first_ping(open) do
+    {ms, port} = ms(fn -> tap(open.(), &ask(&1, ping())) end)
+    Port.close(port)
+    ms
+  end
+
+  ## Bridge
+
+  def bridge(lm_port, opts \\ []) do
+    options = %{api_base: "http://127.0.0.1:#{lm_port}/v1", api_key: "x", cache: false}
+
+    {:ok, bridge} =
+      Bridge.start_link(
+        [name: nil, python_executable: python(), lm: @model, lm_options: options] ++ opts
+      )
+
+    {:ok, _} = Bridge.call(bridge, :ping, %{}, 30_000)
+    bridge
+  end
+
+  def create(bridge, id) do
+    args = %{id: id, signature: "question -> answer"}
+    {:ok, _} = Bridge.call(bridge, :create_program, args, 60_000)
+  end
+
+  def execute(bridge, id, number) do
+    args = %{program_id: id, inputs: %{question: "question #{number}"}}
+    {:ok, %{"answer" => "Paris"}} = Bridge.call(bridge, :execute_program, args, 120_000)
+  end
+
+  # `count` runs of `fun`, `at_once` at a time; in ms.
+  def spread(count, at_once, fun) do
+    {ms, _} =
+      ms(fn ->
+        1..count
+        |> Task.async_stream(fun, max_concurrency: at_once, timeout: :infinity, ordered: false)
+        |> Stream.run()
+      end)
+
+    ms
+  end
+
+  def calls_per_second(processes, each, fun) do
+    ms =
+      spread(processes, processes, fn _ -> Enum.each(1..each, fn _ -> fun.() end) end)
+
+    processes * each * 1000 / ms
+  end
+
+  def rss(bridge) do
+    {:ok, stats} = Bridge.call(bridge, :get_stats, %{}, 30_000)
+    stats["memory_usage"]["rss"]
+  end
+
+  def lm(delay) do
+    port = Port.open({:spawn_executable, python()}, [:binary, {:line, 100}, args: [Path.join(@here, "lm.py"), "#{delay}"]])
+
+    receive do
+      {^port, {:data, {:eol, number}}} -> String.to_integer(number)
+    end
+  end
+
+  def plain(lm_port, count, at_once) do
+    options = JSON.encode!(%{api_base: "http://127.0.0.1:#{lm_port}/v1", api_key: "x", cache: false})
+    args = [Path.join(@here, "plain_dspy.py"), options, "#{count}", "#{at_once}"]
+    {out, 0} = System.cmd(python(), args)
+    JSON.decode!(out)
+  end
+
+  ## The HTTP sidecar
+
+  def sidecar(lm_port) do
+    {:ok, _} = Application.ensure_all_started(:inets)
+    :ok = :httpc.set_options(max_sessions: 256, max_keep_alive_length: 100_000)
+    {:ok, socket} = :gen_tcp.listen(0, ip: {127, 0, 0, 1})
+    {:ok, port} = :inet.port(socket)
+    :gen_tcp.close(socket)
+    options = JSON.encode!(%{api_base: "http://127.0.0.1:#{lm_port}/v1", api_key: "x", cache: false})
+    started = System.monotonic_time(:microsecond)
+    process = open([Path.join(@here, "sidecar.py"), options, "#{port}"])
+    wait_for(port)
+    {:ok, _} = post(port, "/ping", "{}")
+    {process, port, (System.monotonic_time(:microsecond) - started) / 1000}
+  end
+
+  defp wait_for(port) do
+    case :gen_tcp.connect({127, 0, 0, 1}, port, []) do
+      {:ok, socket} -> :gen_tcp.close(socket)
+      {:error, :econnrefused} -> wait_for(port)
+    end
+  end
+
+  def post(port, path, body) do
+    url = ~c"http://127.0.0.1:#{port}#{path}"
+
+    case :httpc.request(:post, {url, [], ~c"application/json", body}, [], body_format: :binary) do
+      {:ok, {{_, 200, _}, _, reply}} -> {:ok, JSON.decode!(reply)}
+      other -> {:error, other}
+    end
+  end
+
+  def stop(process) do
+    {:os_pid, pid} = Port.info(process, :os_pid)
+    Port.close(process)
+    System.cmd("kill", ["#{pid}"])
+  end
+
+  ## What is measured
+
+  def pinned do
+    {peer, echo, serial} = {peer(), echo(), serial()}
+    bridge = bridge(1)
+    for port <- [peer, echo, serial], do: round_trips(port, ping(), 500)
+
+    rounds =
+      for _ <- 1..7 do
+        %{
+          echo: round_trips(echo, ping(), 3000),
+          peer: round_trips(peer, ping(), 3000),
+          bridge: call_round_trip(bridge, 3000)
+        }
+      end
+
+    tell("round trip us", Map.new([:echo, :peer, :bridge], &{&1, median(Enum.map(rounds, fn r -> r[&1] end))}))
+
+    piped =
+      for _ <- 1..5 do
+        Map.new([echo: echo, peer: peer, serial: serial], fn {name, port} ->
+          {name, pipelined(port, ping(), 8000, 256)}
+        end)
+      end
+
+    tell("pipelined per s", Map.new([:echo, :peer, :serial], &{&1, median(Enum.map(piped, fn r -> r[&1] end))}))
+
+    big = ping(~s({"text":"#{String.duplicate("lorem ipsum ", 87_381)}"}))
+
+    megabyte =
+      for _ <- 1..7, do: %{peer: round_trips(peer, big, 20), serial: round_trips(serial, big, 20)}
+
+    tell("1 MB ms", Map.new([:peer, :serial], &{&1, median(Enum.map(megabyte, fn r -> r[&1] / 1000 end))}))
+
+    starts = for _ <- 1..9, do: %{peer: first_ping(&peer/0), serial: first_ping(&serial/0)}
+    tell("first ping ms", Map.new([:peer, :serial], &{&1, median(Enum.map(starts, fn r -> r[&1] end))}))
+
+    {process, port, first} = sidecar(1)
+    tell("sidecar first ping ms", first)
+    for _ <- 1..200, do: post(port, "/ping", "{}")
+    {ms, _} = ms(fn -> for _ <- 1..1000, do: {:ok, _} = post(port, "/ping", "{}") end)
+    tell("sidecar round trip us", ms)
+    body = JSON.encode!(%{text: String.duplicate("lorem ipsum ", 87_381)})
+    {ms, _} = ms(fn -> for _ <- 1..50, do: {:ok, _} = post(port, "/ping", body) end)
+    tell("sidecar 1 MB ms", ms / 50)
+    stop(process)
+  end
+
+  defp call_round_trip(bridge, count) do
+    {ms, _} = ms(fn -> Enum.each(1..count, fn _ -> {:ok, _} = Bridge.call(bridge, :ping, %{}, 5000) end) end)
+    ms * 1000 / count
+  end
+
+  def free do
+    lm = lm(0)
+    bridge = bridge(lm)
+    create(bridge, "qa")
+
+    rates = for _ <- 1..5, do: calls_per_second(256, 400, fn -> {:ok, _} = Bridge.call(bridge, :ping, %{}, 5000) end)
+    tell("calls per s", median(rates))
+
+    spread(64, 64, &execute(bridge, "qa", &1))
+
+    executes =
+      for _ <- 1..5 do
+        plain = plain(lm, 500, 64)
+        %{plain: plain["seconds"] * 1000, rss_plain: plain["rss"], bridge: spread(500, 64, &execute(bridge, "qa", &1))}
+      end
+
+    tell("500 executes ms", %{
+      plain: median(Enum.map(executes, & &1.plain)),
+      bridge: median(Enum.map(executes, & &1.bridge)),
+      ratio: median(Enum.map(executes, &(&1.plain / &1.bridge)))
+    })
+
+    tell("rss", %{plain: median(Enum.map(executes, & &1.rss_plain)), bridge: rss(bridge)})
+    programs(bridge)
+    stop_bridge(bridge)
+
+    {process, port, _} = sidecar(lm)
+    question = fn n -> JSON.encode!(%{question: "question #{n}"}) end
+    spread(64, 64, fn n -> {:ok, _} = post(port, "/predict", question.(n)) end)
+    tell("sidecar calls per s", calls_per_second(256, 20, fn -> {:ok, _} = post(port, "/ping", "{}") end))
+    tell("sidecar 500 executes ms", spread(500, 64, fn n -> {:ok, _} = post(port, "/predict", question.(n)) end))
+    stop(process)
+
+    many(lm)
+    waiting()
+  end
+
+  # 10,000 programs beside the one that is called.
+  defp programs(bridge) do
+    one = for _ <- 1..3, do: spread(500, 64, &execute(bridge, "qa", &1))
+    before = rss(bridge)
+    spread(10_000, 64, &create(bridge, "p#{&1}"))
+    each = (rss(bridge) - before) / 10_000
+    many = for _ <- 1..3, do: spread(500, 64, &execute(bridge, "p#{&1 * 17}", &1))
+    tell("10,000 programs", %{ratio: median(many) / median(one), bytes_each: each})
+  end
+
+  # 512 executes of 1 s at once: at best the LM's second and what DSPy needs for 512 calls.
+  defp many(free_lm) do
+    lm = lm(1)
+    bridge = bridge(lm, env: %{"DSPY_BRIDGE_MAX_IN_FLIGHT" => "512"})
+    create(bridge, "qa")
+    spread(512, 512, &execute(bridge, "qa", &1))
+    took = for _ <- 1..3, do: spread(512, 512, &execute(bridge, "qa", &1))
+    rate = 500 / plain(free_lm, 500, 64)["seconds"]
+    tell("512 of 1 s", %{ms: median(took), possible_ms: 1000 + 512 / rate * 1000, alone_ms: plain(lm, 512, 512)["seconds"] * 1000})
+    stop_bridge(bridge)
+  end
+
+  # 320 executes of 0.2 s, 64 at once, and pings meanwhile.
+  defp waiting do
+    bridge = bridge(lm(0.2))
+    create(bridge, "qa")
+    spread(64, 64, &execute(bridge, "qa", &1))
+    one_by_one = spread(15, 1, &execute(bridge, "qa", &1)) / 15 * 320
+    pinger = Task.async(fn -> pings(bridge, []) end)
+    together = spread(320, 64, &execute(bridge, "qa", &1))
+    send(pinger.pid, :enough)
+    pings = pinger |> Task.await() |> Enum.sort()
+    p99 = Enum.at(pings, floor(length(pings) * 0.99)) / 1000
+    tell("320 of 0.2 s", %{ratio: one_by_one / together, ping_p99_ms: p99, pings: length(pings)})
+    stop_bridge(bridge)
+  end
+
+  defp pings(bridge, took) do
+    receive do
+      :enough -> took
+    after
+      1 ->
+        {us, {:ok, _}} = :timer.tc(fn -> Bridge.call(bridge, :ping, %{}, 5000) end)
+        pings(bridge, [us | took])
+    end
+  end
+
+  defp stop_bridge(bridge), do: Bridge.stop(bridge)
+end
+
+Logger.configure(level: :warning)
+
+case System.argv() do
+  ["pinned"] -> Bench.pinned()
+  ["free"] -> Bench.free()
+end
