@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test check format clean
+.PHONY: help setup elixir demo test check bench format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -48,6 +48,12 @@ check: setup ## lint, formats, types, warnings
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
+
+bench: setup ## the table of the README: ratios against baselines in the same run, some 2 minutes
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
+	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }
+	$(PY) tests/bench/run.py
 
 format: setup ## write the formats
 	$(PY) -m ruff format .

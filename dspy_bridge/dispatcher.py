@@ -75,8 +75,13 @@ class Dispatcher:
         max_queue: int,
         max_frame_bytes: int,
         log_exception: Callable[[str], None],
+        prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
     ) -> None:
-        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference."""
+        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference.
+
+        `prepare_loop` gets the event loop before it runs, on its thread.
+        """
+        self._prepare_loop = prepare_loop
         self._commands = commands
         self._send = send
         self._max_in_flight = max_in_flight
@@ -173,6 +178,7 @@ class Dispatcher:
         import asyncio
 
         loop = asyncio.new_event_loop()
+        self._prepare_loop(loop)
         # From here on `wake` goes through the loop; what came before it is taken first.
         self._loop = loop
         loop.call_soon(self._take_inbox)

@@ -1,7 +1,7 @@
-"""The LM of the benchmarks: a loopback server of the OpenAI chat API in a process of its own, as quick as Python allows.
+"""The LM of the benchmarks: a loopback server of the OpenAI chat API in a process of its own.
 
-Arguments: the delay of each answer in seconds. Prints its port. Ends with its stdin. The model has a known name, as users'
-models mostly have: DSPy looks an unknown one up in its whole price list, twice a call.
+Argument: the delay of each answer in seconds. Prints its port. Ends with its stdin. The model has a known name, as
+users' models mostly have: DSPy looks an unknown one up in its whole price list, twice a call.
 """
 
 import asyncio

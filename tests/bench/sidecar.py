@@ -1,4 +1,7 @@
-"""An HTTP sidecar as DSPy's deployment page shows it: FastAPI on uvicorn. Arguments: options of dspy.LM as JSON, the port."""
+"""An HTTP sidecar as DSPy's deployment page shows it: FastAPI on uvicorn.
+
+Arguments: options of dspy.LM as JSON, the port.
+"""
 
 import json
 import os

@@ -65,6 +65,17 @@ def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
     assert heavy & set(imported.split()) == set()
 
 
+@pytest.mark.parametrize("how", ["del fcntl.F_SETPIPE_SZ", "fcntl.F_SETPIPE_SZ = 999_999"])
+def test_pipes_that_cannot_be_enlarged_serve_as_well(how: str) -> None:
+    """As on macOS, or where the system grants no more."""
+    code = f"import fcntl, runpy, sys\nif hasattr(fcntl, 'F_SETPIPE_SZ'): {how}\nsys.argv = ['dspy_bridge']\n"
+    code += "runpy.run_module('dspy_bridge', run_name='__main__')"
+    with Peer(command=[sys.executable, "-c", code]) as peer:
+        text = "x" * 300_000
+        peer.send({"id": text, "command": "ping"}, {"id": 2, "command": "ping"})
+        assert peer.receive()["id"] == text and peer.receive()["id"] == 2
+
+
 def test_a_truncated_frame_at_the_end_of_input_is_logged(echo_peer: Peer) -> None:
     echo_peer.send({"id": 1, "command": "ping"})
     assert echo_peer.receive()["success"]

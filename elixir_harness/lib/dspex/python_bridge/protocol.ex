@@ -62,17 +62,11 @@ defmodule DSPex.PythonBridge.Protocol do
          {:ok, args_json} <- encode_args(args) do
       meta = if opts[:meta], do: ~s(,"meta":true), else: ""
 
+      # One binary made at once is half the cost of a list of parts.
       {:ok,
-       IO.iodata_to_binary([
-         ~s(,"command":),
-         command_json,
-         ~s(,"args":),
-         args_json,
-         meta,
-         ~s(,"timestamp":"),
-         timestamp(),
-         ~s("})
-       ])}
+       <<",\"command\":", IO.iodata_to_binary(command_json)::binary, ",\"args\":",
+         IO.iodata_to_binary(args_json)::binary, meta::binary, ",\"timestamp\":\"",
+         timestamp()::binary, "\"}">>}
     end
   end
 
@@ -226,11 +220,10 @@ defmodule DSPex.PythonBridge.Protocol do
   defp timestamp do
     {{year, month, day}, {hour, minute, second}} = :erlang.universaltime()
 
-    [
-      [Integer.to_string(year), ?-, two(month), ?-, two(day), ?T],
-      [two(hour), ?:, two(minute), ?:, two(second), ?Z]
-    ]
+    <<Integer.to_string(year)::binary, ?-, tens(month), ones(month), ?-, tens(day), ones(day), ?T,
+      tens(hour), ones(hour), ?:, tens(minute), ones(minute), ?:, tens(second), ones(second), ?Z>>
   end
 
-  defp two(n), do: [?0 + div(n, 10), ?0 + rem(n, 10)]
+  defp tens(n), do: ?0 + div(n, 10)
+  defp ones(n), do: ?0 + rem(n, 10)
 end

@@ -1,0 +1,87 @@
+defmodule DSPex.PythonBridge.OsProcess do
+  @moduledoc """
+  Processes of the system, by their numbers: whether one is still there, and its end.
+
+  A number may have been given to another process meanwhile: what tells the two apart is the start
+  time in `/proc/PID/stat`. Without `/proc` the number alone has to do.
+  """
+
+  # The line has 52 numbers and a name.
+  @stat_bytes 4_096
+  # What makes a kill fail (no port left, no memory) may pass.
+  @kill_attempts 20
+  @kill_pause_ms 100
+
+  @doc """
+  When the process started, in the kernel's ticks; nil if there is no such process, or no `/proc`.
+  """
+  @spec start_time(pos_integer()) :: String.t() | nil
+  def start_time(os_pid) do
+    case stat(os_pid) do
+      {:ok, _state, started} -> started
+      :error -> nil
+    end
+  end
+
+  @doc """
+  Whether the process that started at `start_time` is no more; a zombie is none. Always false
+  without a start time, since then nothing is known. Takes some 20 µs.
+  """
+  @spec gone?(pos_integer(), String.t() | nil) :: boolean()
+  def gone?(_os_pid, nil), do: false
+
+  def gone?(os_pid, start_time) do
+    case stat(os_pid) do
+      {:ok, state, ^start_time} -> state in ["Z", "X"]
+      _another_or_none -> true
+    end
+  end
+
+  @doc """
+  Kills the process group of `os_pid`, or the process alone where it has none of its own, if it is
+  still the process that started at `start_time`; if there is no such process any more, what it
+  left behind in its group, whose number is not reused while it has members. Takes some
+  milliseconds, and never raises.
+  """
+  @spec kill_group(pos_integer(), String.t() | nil) :: :ok
+  def kill_group(os_pid, start_time), do: kill_group(os_pid, start_time, @kill_attempts)
+
+  defp kill_group(_os_pid, _start_time, 0), do: :ok
+
+  defp kill_group(os_pid, start_time, attempts) do
+    if start_time(os_pid) in [start_time, nil] do
+      # The shell's own kill: a program of that name is not everywhere.
+      script = "kill -9 -#{os_pid} 2>/dev/null || kill -9 #{os_pid} 2>/dev/null"
+      System.cmd("/bin/sh", ["-c", script])
+    end
+
+    :ok
+  rescue
+    _no_port ->
+      Process.sleep(@kill_pause_ms)
+      kill_group(os_pid, start_time, attempts - 1)
+  end
+
+  # Read raw: with File.read/1, the file server is asked, which may be busy or gone.
+  defp stat(os_pid) do
+    with {:ok, file} <- :file.open("/proc/#{os_pid}/stat", [:read, :raw, :binary]) do
+      line = :file.read(file, @stat_bytes)
+      :file.close(file)
+      fields(line)
+    else
+      {:error, _reason} -> :error
+    end
+  end
+
+  # The second field is the program's name in brackets and may hold anything; after it come the
+  # state and, as the 20th, the start time.
+  defp fields({:ok, line}) do
+    case line |> String.split(")") |> List.last() |> String.split() do
+      [state | _rest] = fields -> {:ok, state, Enum.at(fields, 19)}
+      [] -> :error
+    end
+  end
+
+  # The process ended under the reading.
+  defp fields(_eof_or_error), do: :error
+end

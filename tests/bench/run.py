@@ -1,0 +1,139 @@
+"""`make bench`: runs bench.exs pinned to one CPU and free, prints the table of the README, writes bench.json.
+
+Each figure is a ratio within one run; the machine is told beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MEGABYTE = 1 << 20
+
+
+def measure(mode: str) -> dict[str, Any]:
+    """The figures of one part by name."""
+    pin = ["taskset", "-c", "0"] if mode == "pinned" and shutil.which("taskset") else []
+    command = [*pin, "mix", "run", "--no-start", str(HERE / "bench.exs"), mode]
+    # Bytecode is kept, as it is for users.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(command, cwd=ROOT / "elixir_harness", env=env, stdout=subprocess.PIPE, text=True)
+    figures = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            figure = json.loads(line)
+            figures[figure["name"]] = figure["value"]
+            print(f"  {figure['name']}: {figure['value']}", flush=True)  # noqa: T201
+    if process.wait() != 0:
+        raise SystemExit(f"bench.exs {mode}: exit {process.returncode}")
+    return figures
+
+
+def rows(f: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """What, against what, the goal, what was reached, and the sidecar where it has the same."""
+    trip, piped, first = f["round trip us"], f["pipelined per s"], f["first ping ms"]
+    executes, many, waiting = f["500 executes ms"], f["512 of 1 s"], f["320 of 0.2 s"]
+    programs, rss, big = f["10,000 programs"], f["rss"], f["1 MB ms"]
+    return [
+        (
+            "start to first ping",
+            "serial peer",
+            "≤ 0.05x",
+            f"{first['peer'] / first['serial']:.3f}x ({first['peer']:.0f} ms)",
+            f"{f['sidecar first ping ms']:.0f} ms",
+        ),
+        (
+            "ping round trip, raw port",
+            "bare Python echo",
+            "≤ 1.3x",
+            f"{trip['peer'] / trip['echo']:.2f}x ({trip['peer']:.1f} µs)",
+            "",
+        ),
+        (
+            "8,000 pings, 256 in flight, raw port",
+            "bare echo / serial peer",
+            "≥ 1.0x / ≥ 2x",
+            f"{piped['peer'] / piped['echo']:.2f}x / {piped['peer'] / piped['serial']:.1f}x"
+            f" ({piped['peer'] / 1000:.0f}k/s)",
+            "",
+        ),
+        (
+            "ping with 1 MB of arguments",
+            "serial peer",
+            "≤ 0.5x",
+            f"{big['peer'] / big['serial']:.2f}x ({big['peer']:.2f} ms)",
+            f"{f['sidecar 1 MB ms']:.1f} ms",
+        ),
+        (
+            "`Bridge.call(:ping)` round trip",
+            "bare echo by raw port",
+            "≤ 1.8x",
+            f"{trip['bridge'] / trip['echo']:.2f}x ({trip['bridge']:.1f} µs)",
+            f"{f['sidecar round trip us']:.0f} µs",
+        ),
+        (
+            "256 processes calling `Bridge.call(:ping)`",
+            "–",
+            "≥ 100,000/s",
+            f"{f['calls per s'] / 1000:.0f}k/s",
+            f"{f['sidecar calls per s'] / 1000:.1f}k/s",
+        ),
+        (
+            "500 executes, 64 in flight, LM free",
+            "plain DSPy",
+            "≥ 1.0x",
+            f"{executes['ratio']:.2f}x ({500_000 / executes['bridge']:.0f}/s)",
+            f"{500_000 / f['sidecar 500 executes ms']:.0f}/s",
+        ),
+        (
+            "memory after it",
+            "plain DSPy",
+            "≤ 1.08x",
+            f"{rss['bridge'] / rss['plain']:.2f}x ({rss['bridge'] // MEGABYTE} MB)",
+            "",
+        ),
+        (
+            "512 executes of 1 s at once",
+            "what LM and plain DSPy's rate allow",
+            "≥ 0.95x",
+            f"{many['possible_ms'] / many['ms']:.2f}x"
+            f" ({many['ms'] / 1000:.1f} s; one `dspy.LM` alone {many['alone_ms'] / 1000:.1f} s)",
+            "",
+        ),
+        (
+            "320 executes of 0.2 s, 64 in flight",
+            "one after another",
+            "≥ 25x, ping p99 < 30 ms",
+            f"{waiting['ratio']:.0f}x, ping p99 {waiting['ping_p99_ms']:.1f} ms",
+            "",
+        ),
+        (
+            "executes with 10,000 programs",
+            "with one",
+            "≤ 1.05x the time",
+            f"{programs['ratio']:.2f}x, {programs['bytes_each'] / 1024:.0f} KB a program",
+            "",
+        ),
+    ]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    figures = {**measure("pinned"), **measure("free")}
+    head = ("what", "against", "goal", "reached", "HTTP sidecar")
+    table = [head, ("---",) * len(head), *rows(figures)]
+    print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in table))  # noqa: T201
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    (ROOT / "bench.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
