@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 
-from dspy_bridge import messages, redaction
+from dspy_bridge import memory, messages, redaction
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
 from dspy_bridge.frames import TooLarge
 from dspy_bridge.stats import CommandStats
@@ -267,6 +267,9 @@ class Dispatcher:
     def _flush(self) -> None:
         replies, self._outbox = self._outbox, []
         self._send(replies)
+        if memory.due:
+            del replies
+            memory.give_back()
         self._tell_idle()
 
     def _tell_idle(self) -> None:

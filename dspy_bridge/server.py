@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 
+from dspy_bridge import memory
 from dspy_bridge.descriptors import PIPE_BYTES
 from dspy_bridge.frames import FrameDecoder, TooLarge
 from dspy_bridge.writer import HIGH_WATER_BYTES, Writer
@@ -41,6 +42,8 @@ def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes:
                 _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
             if writer.full:
                 writer.wait_for_room(terminated.is_set)
+            if memory.due:
+                memory.give_back()
     except OSError as error:
         # A socket whose other end was reset; for a pipe this does not happen.
         log(f"end of input: {error.strerror}")
@@ -69,6 +72,8 @@ def _serve_frames(
     replies: list[bytes] = []
     size = 0
     for frame in frames:
+        if isinstance(frame, bytes):
+            memory.seen(len(frame))
         reply = dispatcher.receive(frame)
         if reply is not None:
             replies.append(reply)

@@ -10,6 +10,7 @@ import os
 import select
 import threading
 
+from dspy_bridge import memory
 from dspy_bridge.frames import header
 
 TYPE_CHECKING = False
@@ -48,6 +49,7 @@ class Writer:
             if length < _JOIN_BELOW_BYTES:
                 small.append(payload)
             else:
+                memory.seen(length)
                 chunks += (b"".join(small), payload)
                 small = []
         if small:
@@ -116,13 +118,19 @@ class Writer:
             # Outside the lock: the pipe may stay full for long, and senders must not wait for it.
             poller.poll()
             with self._lock:
-                while self._waiting:
-                    chunk = self._waiting[0]
-                    rest = self._write(chunk)
-                    self._waiting_bytes -= len(chunk) - (0 if rest is None else len(rest))
-                    self.full = self._waiting_bytes >= HIGH_WATER_BYTES
-                    if rest is not None:
-                        self._waiting[0] = rest
-                        break
-                    del self._waiting[0]
+                self._write_what_fits()
                 self._changed.notify_all()
+            if memory.due:
+                memory.give_back()
+
+    def _write_what_fits(self) -> None:
+        # A function of its own: its locals would keep the last large payload alive for as long as the thread waits.
+        while self._waiting:
+            chunk = self._waiting[0]
+            rest = self._write(chunk)
+            self._waiting_bytes -= len(chunk) - (0 if rest is None else len(rest))
+            self.full = self._waiting_bytes >= HIGH_WATER_BYTES
+            if rest is not None:
+                self._waiting[0] = rest
+                break
+            del self._waiting[0]

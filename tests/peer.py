@@ -41,7 +41,7 @@ class Peer:
             bufsize=0,
         )
         self._ids = itertools.count(1)
-        self._bytes = b""
+        self._bytes = bytearray()
 
     def __enter__(self) -> Peer:
         return self
@@ -56,8 +56,9 @@ class Peer:
     def send_bytes(self, data: bytes) -> None:
         """Raw bytes, framed or not."""
         assert self.process.stdin is not None
-        while data:
-            data = data[self.process.stdin.write(data) :]
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.process.stdin.write(rest) :]
 
     def send(self, *messages: bytes | dict[str, Any]) -> None:
         """Payloads or messages, each in a frame, in one write."""
@@ -99,13 +100,14 @@ class Peer:
             data = os.read(self.process.stdout.fileno(), 1 << 20)
             assert data, f"the peer closed its stdout, exit {self.process.poll()}"
             self._bytes += data
-        data, self._bytes = self._bytes[:count], self._bytes[count:]
+        data = bytes(self._bytes[:count])
+        del self._bytes[:count]
         return data
 
     def finish(self, patience: float = PATIENCE) -> tuple[int, bytes, str]:
         """Close stdin; give the exit code, what was still on stdout, and stderr."""
         out, err = self.process.communicate(timeout=patience)
-        return self.process.returncode, self._bytes + out, err.decode()
+        return self.process.returncode, bytes(self._bytes) + out, err.decode()
 
     def terminate(self) -> None:
         """SIGTERM."""

@@ -199,6 +199,19 @@ def test_executes_run_at_once(start_lm: Any) -> None:
         assert sorted(peer.receive_all(40)) == ids
 
 
+def test_more_than_one_hundred_calls_reach_the_lm_at_once(start_lm: Any) -> None:
+    """Where a dspy.LM alone stops: it keeps 100 connections."""
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        ids = [peer.request("execute_program", ASK) for _ in range(150)]
+        for _ in ids:
+            assert server.arrived.acquire(timeout=PATIENCE)
+        server.gate.set()
+        assert all(reply["success"] for reply in peer.receive_all(150).values())
+
+
 def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, tmp_path: Any) -> None:
     server = start_lm()
     home = {"HOME": str(tmp_path)}

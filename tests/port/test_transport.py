@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -348,7 +349,27 @@ def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int)
     assert all(reply["success"] == (id % 3 != 2) for id, reply in replies.items())
 
 
-def test_a_big_frame_both_ways(peer: Peer) -> None:
-    text = "x" * 5_000_000
-    peer.send({"id": text, "command": "ping"})
-    assert peer.receive()["id"] == text
+def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(echo_peer: Peer) -> None:
+    text = "x" * ((64 << 20) - 100)
+    data = b'{"id":"%b","command":"ping"}' % text.encode()
+    echo_peer.call("get_stats")  # imports what it needs
+    before = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    for _ in range(10):
+        echo_peer.send(data)
+        payload = echo_peer.receive_payload()
+        assert payload.startswith(b'{"id":"xxx') and len(payload) > len(text)
+    end = time.monotonic() + PATIENCE
+    while (after := echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
+        assert time.monotonic() < end, (before, after)
+
+
+def test_a_big_execute_both_ways_whose_memory_is_given_back(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})
+    ask = {"program_id": "qa", "inputs": {"q": "x" * (8 << 20)}}
+    echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"q": "x"}})
+    before = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    for _ in range(10):
+        assert len(echo_peer.call("execute_program", ask)["result"]["a"]) > 8 << 20
+    end = time.monotonic() + PATIENCE
+    while (after := echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
+        assert time.monotonic() < end, (before, after)
