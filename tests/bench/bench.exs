@@ -62,10 +62,10 @@ defmodule Bench do
 
   def first_ping(open) do
     {ms, port} = ms(fn -> tap(open.(), &ask(&1, ping())) end)
-    # At once: its orderly end would take CPU from the next one's start.
+    # Killed: its orderly end would take CPU from the next one's start.
     {:os_pid, pid} = Port.info(port, :os_pid)
-    System.cmd("kill", ["-9", "#{pid}"])
     Port.close(port)
+    System.cmd("kill", ["-9", "#{pid}"], stderr_to_stdout: true)
     ms
   end
 
@@ -232,6 +232,7 @@ defmodule Bench do
 
     rates = for _ <- 1..5, do: calls_per_second(256, 400, fn -> {:ok, _} = Bridge.call(bridge, :ping, %{}, 5000) end)
     tell("calls per s", median(rates))
+    beside_large(bridge)
 
     spread(64, 64, &execute(bridge, "qa", &1))
 
@@ -260,6 +261,15 @@ defmodule Bench do
 
     many(lm)
     waiting()
+  end
+
+  # Small pings of one process while another sends 5 MB at a time.
+  defp beside_large(bridge) do
+    pinger = Task.async(fn -> pings(bridge, []) end)
+    large = %{text: String.duplicate("lorem ipsum ", 436_906)}
+    {ms, _} = ms(fn -> for _ <- 1..40, do: {:ok, _} = Bridge.call(bridge, :ping, large, 30_000) end)
+    send(pinger.pid, :enough)
+    tell("beside 5 MB", %{ping_p99_ms: p99_ms(Task.await(pinger)), large_ms: ms / 40})
   end
 
   # 10,000 programs beside the one that is called.
@@ -293,11 +303,12 @@ defmodule Bench do
     pinger = Task.async(fn -> pings(bridge, []) end)
     together = spread(320, 64, &execute(bridge, "qa", &1))
     send(pinger.pid, :enough)
-    pings = pinger |> Task.await() |> Enum.sort()
-    p99 = Enum.at(pings, floor(length(pings) * 0.99)) / 1000
-    tell("320 of 0.2 s", %{ratio: one_by_one / together, ping_p99_ms: p99, pings: length(pings)})
+    p99 = p99_ms(Task.await(pinger))
+    tell("320 of 0.2 s", %{ratio: one_by_one / together, ping_p99_ms: p99})
     stop_bridge(bridge)
   end
+
+  defp p99_ms(us), do: us |> Enum.sort() |> Enum.at(floor(length(us) * 0.99)) |> Kernel./(1000)
 
   defp pings(bridge, took) do
     receive do
