@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Backoff do
   @moduledoc """
-  When to start a peer again that has died: after 50 ms; after deaths in a row of peers that were
-  never up, after 100 ms, 200 ms, … up to 5 s; and after `max_retries` of those no more.
+  When to start a peer again that has died: after 50 ms; after early deaths in a row, after 100 ms,
+  200 ms, … up to 5 s; and after `max_retries` of those no more. What death is early, its user says.
   """
 
   @first_ms 50
@@ -10,33 +10,34 @@ defmodule DSPex.PythonBridge.Backoff do
   @max_doublings 7
 
   @enforce_keys [:max_retries]
-  defstruct [:max_retries, failed_starts: 0]
+  defstruct [:max_retries, early_deaths: 0]
 
-  @type t :: %__MODULE__{max_retries: non_neg_integer(), failed_starts: non_neg_integer()}
+  @type t :: %__MODULE__{max_retries: non_neg_integer(), early_deaths: non_neg_integer()}
 
   @doc "Nothing has died yet."
   @spec new(non_neg_integer()) :: t()
   def new(max_retries), do: %__MODULE__{max_retries: max_retries}
 
-  @doc "A peer is up, or somebody wants a fresh beginning."
+  @doc "Somebody wants a fresh beginning."
   @spec reset(t()) :: t()
-  def reset(%__MODULE__{} = backoff), do: %{backoff | failed_starts: 0}
+  def reset(%__MODULE__{} = backoff), do: %{backoff | early_deaths: 0}
 
   @doc """
-  A peer died. `up?` tells whether it had ever been up. Gives the delay in ms until the next start.
+  A peer died. `early?` tells whether it had been of no use. Gives the delay in ms until the next
+  start.
 
       iex> backoff = DSPex.PythonBridge.Backoff.new(1)
-      iex> {:retry, 50, backoff} = DSPex.PythonBridge.Backoff.died(backoff, false)
-      iex> DSPex.PythonBridge.Backoff.died(backoff, false)
+      iex> {:retry, 50, backoff} = DSPex.PythonBridge.Backoff.died(backoff, true)
+      iex> DSPex.PythonBridge.Backoff.died(backoff, true)
       :give_up
   """
   @spec died(t(), boolean()) :: {:retry, pos_integer(), t()} | :give_up
-  def died(%__MODULE__{} = backoff, true), do: {:retry, @first_ms, reset(backoff)}
+  def died(%__MODULE__{} = backoff, false), do: {:retry, @first_ms, reset(backoff)}
 
-  def died(%__MODULE__{failed_starts: n, max_retries: n}, false), do: :give_up
+  def died(%__MODULE__{early_deaths: n, max_retries: n}, true), do: :give_up
 
-  def died(%__MODULE__{failed_starts: n} = backoff, false) do
+  def died(%__MODULE__{early_deaths: n} = backoff, true) do
     delay = min(@first_ms * 2 ** min(n, @max_doublings), @max_ms)
-    {:retry, delay, %{backoff | failed_starts: n + 1}}
+    {:retry, delay, %{backoff | early_deaths: n + 1}}
   end
 end

@@ -75,17 +75,20 @@ defmodule DSPex.PythonBridge.Bridge do
 
   @doc """
   Stops the bridge; calls that wait get `:bridge_not_running`. The peer sees end of input; if it is
-  still there a second later it is killed. Also `:ok` if the bridge was not running.
+  still there 0.6 s later it is killed, and so is all that it started, before this returns. Also
+  `:ok` if the bridge was not running.
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
     GenServer.stop(server)
   catch
-    :exit, _not_running -> :ok
+    _kind, _not_running -> :ok
   end
 
   @doc """
-  How the bridge is; answered at once, whatever the peer does.
+  How the bridge is; answered at once, whatever the peer does. (A bridge that does not answer within
+  5 s, which only one that somebody suspended does, counts as not running; the same holds for
+  `restart/1`.)
 
     * `:state` – `:starting` (the first peer is not up yet), `:running`, `:restarting` (between a
       death and the next peer's first reply), `:failed` (the peer could not be started; or the
@@ -117,14 +120,14 @@ defmodule DSPex.PythonBridge.Bridge do
   def call(command, args), do: call(__MODULE__, command, args, :default)
 
   @doc "`call(command, args, timeout)` or `call(server, command, args)`: as `call/4`."
-  @spec call(command() | server(), map() | command(), timeout() | map()) ::
+  @spec call(command() | server(), map() | command(), timeout() | :default | map()) ::
           {:ok, term()} | {:error, call_error()}
   def call(server, command, args) when is_map(args), do: call(server, command, args, :default)
   def call(command, args, timeout), do: call(__MODULE__, command, args, timeout)
 
   @doc """
   Has the peer carry out a command and waits for its reply, at most `timeout` ms (`:infinity` is
-  allowed; `:default_timeout` of the bridge where nothing is said).
+  allowed; `:default`, or nothing said, is the `:default_timeout` of the bridge).
 
     * `{:ok, result}`
     * `{:error, message}` – the peer's text, or that of a request that could not be sent (no JSON
@@ -134,7 +137,8 @@ defmodule DSPex.PythonBridge.Bridge do
     * `{:error, :python_process_died}` – while it had the request
     * `{:error, :bridge_not_running}`
   """
-  @spec call(server(), command(), map(), timeout()) :: {:ok, term()} | {:error, call_error()}
+  @spec call(server(), command(), map(), timeout() | :default) ::
+          {:ok, term()} | {:error, call_error()}
   def call(server, command, args, timeout) do
     case Caller.exchange(server, command, args, timeout, []) do
       {:ok, _id, result, _meta} -> {:ok, result}
@@ -166,9 +170,9 @@ defmodule DSPex.PythonBridge.Bridge do
 
   `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`.
 
-  Options: `:timeout` (ms or `:infinity`).
+  Options: `:timeout` (ms, `:infinity` or `:default`).
   """
-  @spec request(server(), command(), map(), timeout: timeout()) ::
+  @spec request(server(), command(), map(), timeout: timeout() | :default) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args, opts) do
     with {:ok, timeout} <- request_options(opts),
@@ -209,6 +213,7 @@ defmodule DSPex.PythonBridge.Bridge do
   defp ask(server, question, otherwise) do
     GenServer.call(server, question)
   catch
-    :exit, _not_running -> otherwise
+    # Any term may be given as a server: what is none raises.
+    _kind, _not_running -> otherwise
   end
 end

@@ -107,11 +107,16 @@ defmodule DSPex.PythonBridge.Caller do
     {:error, Error.new(:invalid_request, text)}
   end
 
-  # Any term may be given as a server; what is none is not running.
+  # Any term may be given as a server; what is none, or cannot be reached, is not running.
   defp whereis(server) do
-    GenServer.whereis(server)
-  rescue
-    _no_server -> nil
+    case GenServer.whereis(server) do
+      pid when is_pid(pid) -> pid
+      {name, node} when is_atom(name) and is_atom(node) -> if Node.alive?(), do: {name, node}
+      _none -> nil
+    end
+  catch
+    # A registry is code of the host's: it may raise, exit or throw.
+    _kind, _reason -> nil
   end
 
   ## The bridge's default timeout, which callers must know without asking it

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     * `:required_packages` – distribution names, as `pip` has them (default `["dspy", "psutil"]`)
   """
 
-  alias DSPex.PythonBridge.{Interpreter, Monitor, Options, Reaper}
+  alias DSPex.PythonBridge.{Interpreter, Monitor, Options, OsProcess}
 
   @min_python {3, 10}
   @default_packages ["dspy", "psutil"]
@@ -20,21 +20,29 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   @max_output_bytes 65_536
 
   # Runs on any Python that can be found, so it must be valid for old ones, too. The folder it is
-  # started in is no place to find modules.
+  # started in is no place to find modules. The package dspy_bridge is looked for where the drop-in
+  # script looks.
   @probe """
   import sys
   sys.path[:] = [p for p in sys.path if p]
   version = ".".join(str(n) for n in sys.version_info[:3])
   found = {}
+  bridge = True
   if sys.version_info >= (3, 8):
-      from importlib import metadata
-      for name in sys.argv[1:]:
+      import os
+      from importlib import metadata, util
+      for name in sys.argv[2:]:
           try:
               found[name] = metadata.version(name)
           except Exception:
               pass
+      here = os.path.dirname(os.path.realpath(sys.argv[1]))
+      checkout = os.path.dirname(os.path.dirname(os.path.dirname(here)))
+      if not os.path.isfile(os.path.join(checkout, "dspy_bridge", "__main__.py")):
+          sys.path[:] = [p for p in sys.path if os.path.realpath(p) != here]
+          bridge = util.find_spec("dspy_bridge") is not None
   import json
-  print("DSPEX " + json.dumps({"version": version, "found": found}))
+  print("\\nDSPEX " + json.dumps({"version": version, "found": found, "bridge": bridge}))
   """
 
   @type report :: %{
@@ -57,11 +65,12 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
          {:ok, options} <- bridge_options(),
          {:ok, _monitor} <- monitor_options(),
          {:ok, python} <- Interpreter.find(options.python_executable),
-         :ok <- script(options.script_path),
+         {:ok, source} <- script(options.script_path),
          {:ok, output} <- probe(python, Enum.uniq(Enum.flat_map(required, &names/1)), options),
-         {:ok, version, found} <- read(output, python),
+         {:ok, version, found, bridge?} <- read(output, python),
          :ok <- version(version, python),
-         {:ok, packages} <- packages(required, found, python) do
+         {:ok, packages} <- packages(required, found, python),
+         :ok <- bridge_package(bridge?, source, python, options.script_path) do
       {:ok,
        %{
          python_path: python,
@@ -120,7 +129,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     case File.read(path) do
       {:ok, source} ->
         case Enum.reject(@script_texts, &String.contains?(source, &1)) do
-          [] -> :ok
+          [] -> {:ok, source}
           missing -> {:error, "#{path} is no script of the bridge: it lacks #{list(missing)}"}
         end
 
@@ -135,10 +144,17 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   ## Interpreter
 
   defp probe(python, names, options) do
-    # A process of its own: the port's messages are nobody else's.
-    fn -> run(python, ["-c", @probe | names], options) end
-    |> Task.async()
-    |> Task.await(:infinity)
+    # A process of its own, without links: the port's messages and its exits are nobody else's.
+    args = ["-c", @probe, options.script_path | names]
+    {_pid, ref} = spawn_monitor(fn -> exit({:probed, run(python, args, options)}) end)
+
+    receive do
+      {:DOWN, ^ref, :process, _pid, {:probed, result}} ->
+        result
+
+      {:DOWN, ^ref, :process, _pid, _crash} ->
+        {:error, "#{python} cannot be run: the check failed"}
+    end
   end
 
   defp run(python, args, options) do
@@ -169,15 +185,19 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     after
       max(deadline - System.monotonic_time(:millisecond), 0) ->
         Port.close(port)
-        if os_pid, do: Reaper.kill_if(os_pid, Reaper.start_time(os_pid))
+        if os_pid, do: OsProcess.kill_group(os_pid, OsProcess.start_time(os_pid))
         {:error, "#{python} cannot be run: no answer within #{@time_limit_ms} ms"}
     end
   end
 
   defp read(output, python) do
-    with [_before, answer] <- String.split(output, "DSPEX ", parts: 2),
-         {:ok, %{"version" => version, "found" => found}} <- JSON.decode(String.trim(answer)) do
-      {:ok, version, found}
+    # Other lines may stand around it: warnings, what a sitecustomize prints.
+    answers = for "DSPEX {" <> answer <- String.split(output, "\n"), do: "{" <> answer
+
+    with [answer | _rest] <- answers,
+         {:ok, %{"version" => version, "found" => found} = all} <-
+           JSON.decode(String.trim(answer)) do
+      {:ok, version, found, Map.get(all, "bridge", true)}
     else
       _other -> {:error, "#{python} cannot be run: it is no Python#{last_line(output)}"}
     end
@@ -210,6 +230,16 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
         {:error,
          "missing in #{python}: #{list(missing)} (pip install #{Enum.join(missing, " ")})"}
     end
+  end
+
+  # A script of another kind brings what it needs.
+  defp bridge_package(bridge?, source, python, script) do
+    if bridge? or not String.contains?(source, "from dspy_bridge"),
+      do: :ok,
+      else:
+        {:error,
+         "the package dspy_bridge is neither beside #{script}, as in a checkout, nor installed " <>
+           "in #{python} (install it for that interpreter)"}
   end
 
   defp list(texts), do: Enum.map_join(texts, ", ", &"`#{&1}`")

@@ -45,6 +45,9 @@ defmodule DSPex.PythonBridge.Interpreter do
   def start_failure(%ErlangError{original: reason}) when is_atom(reason),
     do: reason |> :file.format_error() |> to_string()
 
+  def start_failure(%SystemLimitError{}),
+    do: "the runtime has no more ports (see +Q of erl), or the system no more processes"
+
   def start_failure(_error), do: "the system does not accept its path or environment"
 
   defp executable(path, source) do

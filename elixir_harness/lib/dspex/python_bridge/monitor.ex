@@ -6,9 +6,10 @@ defmodule DSPex.PythonBridge.Monitor do
   `DSPex.PythonBridge.Bridge.restart/1`; it starts nothing itself, and counts from 0 again. A peer
   busy with LM calls answers pings, so it is left alone.
 
-  A peer that is not up yet is the bridge's business: a miss meanwhile makes the health
-  `:unhealthy` but is no failure that leads to a restart, which would only put the start off. Only
-  a start that has lasted for 5 s is counted like anything else.
+  Only what a restart may mend counts as a failure: a miss of a peer that is up. While a peer
+  starts, the bridge itself keeps its time (`:start_timeout`), and one that has given up is its
+  supervisor's: such a miss makes the health `:unhealthy` and leads to nothing. An answer that too
+  many calls wait (`:overloaded`) says nothing of the peer's health and leaves it as it was.
 
   Options, with defaults from `config :dspex, :python_bridge_monitor`:
 
@@ -44,8 +45,6 @@ defmodule DSPex.PythonBridge.Monitor do
     max_failures: 3
   }
 
-  # A peer starts in some 30 ms, a loaded machine in a second; see the moduledoc.
-  @young_ms 5_000
   @window 1_000
 
   @no_stats %{
@@ -156,7 +155,7 @@ defmodule DSPex.PythonBridge.Monitor do
   # The check ran in a process of its own; its exit reason is what it found.
   def handle_info({:DOWN, check, :process, _pid, reason}, %{check: check} = state) do
     state = %{state | check: nil, last_check: DateTime.utc_now(), checks: state.checks + 1}
-    state = state |> count(reason) |> restart_if_due()
+    state = count(state, reason)
     Enum.each(state.waiting, &GenServer.reply(&1, health(state)))
 
     case state.next do
@@ -172,6 +171,8 @@ defmodule DSPex.PythonBridge.Monitor do
 
   defp start_check(state) do
     %{bridge: bridge, timeout: timeout} = state.options
+    # Of a forced check: the next comes one interval after it.
+    if state.timer, do: :erlang.cancel_timer(state.timer, async: true, info: false)
     {_pid, check} = spawn_monitor(fn -> exit({:checked, check(bridge, timeout)}) end)
     %{state | check: check, timer: nil}
   end
@@ -181,6 +182,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
     case Bridge.call(bridge, :ping, %{}, timeout) do
       {:ok, _pong} -> {:answered, (System.monotonic_time(:microsecond) - started) / 1000}
+      {:error, :overloaded} -> :overloaded
       {:error, reason} -> {:missed, reason, Bridge.get_status(bridge)}
     end
   end
@@ -192,38 +194,36 @@ defmodule DSPex.PythonBridge.Monitor do
   end
 
   defp count(state, {:checked, {:missed, reason, bridge_status}}) do
-    counts? = not starting?(bridge_status)
+    # A bridge that is not there is counted, too, but there is nothing that could be restarted.
+    counts? = bridge_status.state == :running or reason == :bridge_not_running
     failures = if counts?, do: state.failures + 1, else: state.failures
 
     Logger.warning(
       "monitor of bridge #{inspect(state.options.bridge)}, Python process " <>
         "#{bridge_status.os_pid || "none"}: no answer to a ping (#{describe(reason)}), " <>
-        if(counts?, do: "#{failures} in a row", else: "it is still starting")
+        if(counts?, do: "#{failures} in a row", else: "the bridge is #{bridge_status.state}")
     )
 
-    %{state | status: :unhealthy, failures: failures}
+    restart_if_due(%{state | status: :unhealthy, failures: failures}, reason)
   end
+
+  defp count(state, {:checked, :overloaded}), do: state
 
   # The check itself failed, which no peer can cause.
   defp count(state, _crash), do: %{state | status: :unhealthy}
-
-  defp starting?(%{state: :restarting, os_pid: nil}), do: true
-
-  defp starting?(%{state: state, uptime_ms: ms}),
-    do: state in [:starting, :restarting] and ms < @young_ms
 
   # A peer's error text may repeat what was sent.
   defp describe(reason) when is_atom(reason), do: reason
   defp describe(_text), do: "an error"
 
   # Asked from a process of its own: the monitor answers whatever the bridge does.
-  defp restart_if_due(%{failures: failures, options: options} = state)
+  defp restart_if_due(%{failures: failures, options: options} = state, reason)
        when failures >= options.max_failures do
-    spawn(fn -> Bridge.restart(options.bridge) end)
+    if reason != :bridge_not_running, do: spawn(fn -> Bridge.restart(options.bridge) end)
     %{state | failures: 0}
   end
 
-  defp restart_if_due(state), do: state
+  defp restart_if_due(state, _reason), do: state
 
   defp health(state) do
     sorted = state.response_times |> Enum.sort() |> List.to_tuple()

@@ -55,30 +55,38 @@ defmodule DSPex.PythonBridge.Outbox do
   @doc "Sends a request, or queues it. `timeout` is what is left of the caller's, in ms."
   @spec push_request(t(), pos_integer(), timeout(), binary()) :: t()
   def push_request(%__MODULE__{} = outbox, id, timeout, body) do
-    if idle?(outbox) do
-      write(outbox, id, {:request, timeout, body}, Protocol.request_frame(id, timeout, body))
+    with true <- idle?(outbox),
+         %__MODULE__{} = outbox <- write(outbox, Protocol.request_frame(id, timeout, body)) do
+      outbox
     else
-      queue(outbox, id, {:request, deadline(timeout), body})
+      _not_now -> queue(outbox, id, {:request, deadline(timeout), body})
     end
   end
 
   @doc "Sends a control frame, or queues it in its place."
   @spec push_control(t(), pos_integer(), iodata()) :: t()
   def push_control(%__MODULE__{} = outbox, key, frame) do
-    if idle?(outbox),
-      do: write(outbox, key, {:control, frame}, frame),
-      else: queue(outbox, key, {:control, frame})
+    with true <- idle?(outbox),
+         %__MODULE__{} = outbox <- write(outbox, frame) do
+      outbox
+    else
+      _not_now -> queue(outbox, key, {:control, frame})
+    end
   end
 
   @doc "Sends a frame past the hold: the first ping of a peer, into an empty pipe."
   @spec push_now(t(), iodata()) :: t()
   def push_now(%__MODULE__{held?: true} = outbox, frame) do
-    write(outbox, 0, {:control, frame}, frame)
+    with :port_gone <- write(outbox, frame), do: outbox
   end
 
   @doc "Whether the frame of this key still waits to be written."
   @spec member?(t(), pos_integer()) :: boolean()
   def member?(%__MODULE__{queue: queue}, key), do: :gb_trees.is_defined(key, queue)
+
+  @doc "Whether no frame waits to be written, bar what the helper holds."
+  @spec empty?(t()) :: boolean()
+  def empty?(%__MODULE__{queue: queue}), do: :gb_trees.is_empty(queue)
 
   @doc "Takes a frame back that still waits to be written."
   @spec drop(t(), pos_integer()) :: t()
@@ -104,7 +112,11 @@ defmodule DSPex.PythonBridge.Outbox do
   defp drain(%__MODULE__{} = outbox) do
     if idle?(outbox) and not :gb_trees.is_empty(outbox.queue) do
       {key, item, rest} = :gb_trees.take_smallest(outbox.queue)
-      drain(write(%{outbox | queue: rest}, key, item, frame(key, item)))
+
+      case write(outbox, frame(key, item)) do
+        %__MODULE__{} = written -> drain(%{written | queue: rest})
+        :port_gone -> outbox
+      end
     else
       outbox
     end
@@ -114,14 +126,14 @@ defmodule DSPex.PythonBridge.Outbox do
   defp frame(id, {:request, deadline, body}), do: Protocol.request_frame(id, left(deadline), body)
 
   # port_command without :nosuspend, Port.command and send/2 would suspend the bridge itself for as
-  # long as the peer does not read.
-  defp write(%__MODULE__{port: port} = outbox, key, item, frame) do
+  # long as the peer does not read. A port that has just died raises, for this frame and all after it;
+  # the message about its death is on its way, and they are for the next peer.
+  defp write(%__MODULE__{port: port} = outbox, frame) do
     if :erlang.port_command(port, frame, [:nosuspend]),
       do: outbox,
       else: %{outbox | writer: start_writer(port, frame)}
   rescue
-    # The port has just died; the message about it is on its way, and this frame is for the next.
-    ArgumentError -> queue(%{outbox | held?: true}, key, item)
+    ArgumentError -> :port_gone
   end
 
   # Writing needs no ownership of the port.

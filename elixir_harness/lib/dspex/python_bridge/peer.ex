@@ -6,15 +6,18 @@ defmodule DSPex.PythonBridge.Peer do
 
   alias DSPex.PythonBridge.{Interpreter, Options}
 
+  # Peers that last for this long are started at most every two seconds: that is no storm.
+  @lasting_ms 2_000
+
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, up?: false]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at]
 
   @type t :: %__MODULE__{
           port: port(),
           os_pid: pos_integer() | nil,
           opened_at: integer(),
           ping_id: pos_integer() | nil,
-          up?: boolean()
+          up_at: integer() | nil
         }
 
   @doc """
@@ -86,6 +89,20 @@ defmodule DSPex.PythonBridge.Peer do
       nil -> false
     end
   end
+
+  @doc "The peer has answered its first ping."
+  @spec up(t()) :: t()
+  def up(%__MODULE__{} = peer), do: %{peer | up_at: now()}
+
+  @doc """
+  Whether the peer, which has answered so many calls, was of any use. One that only ever answered
+  its first ping may be good for nothing, and die at once, again and again.
+  """
+  @spec of_use?(t(), non_neg_integer()) :: boolean()
+  def of_use?(%__MODULE__{up_at: nil}, _answered), do: false
+
+  def of_use?(%__MODULE__{up_at: up_at}, answered),
+    do: answered > 0 or now() - up_at >= @lasting_ms
 
   @doc "Milliseconds since the peer was opened."
   @spec uptime_ms(t()) :: non_neg_integer()

@@ -197,7 +197,12 @@ defmodule DSPex.PythonBridge.Protocol do
       {:error, Error.new(:invalid_args, "#{what}: cannot be written as JSON")}
   end
 
-  defp brief(value), do: inspect(value, limit: 3, printable_limit: 40)
+  # So is inspection.
+  defp brief(value) do
+    inspect(value, limit: 3, printable_limit: 40)
+  catch
+    _kind, _reason -> "a value that cannot be shown"
+  end
 
   # JSON.decode/1 has no limit of depth and gives errors as tuples, but some input makes it raise
   # (an integer past the system's limit): totality is made here.

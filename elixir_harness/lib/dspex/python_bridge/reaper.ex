@@ -103,7 +103,7 @@ defmodule DSPex.PythonBridge.Reaper do
         loop(%{state | peers: %{}})
 
       {:DOWN, ^monitor, :process, _pid, _reason} ->
-        if state.peers != %{}, do: Process.sleep(@grace_ms)
+        wait_until_gone(state.peers, now() + @grace_ms)
         kill_groups(state.peers)
 
       _other ->

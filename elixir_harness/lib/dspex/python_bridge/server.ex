@@ -8,21 +8,22 @@ defmodule DSPex.PythonBridge.Server do
 
   A peer is `:starting` until it answers a first ping, which the bridge sends itself; calls queue
   until then. A peer that dies is replaced after a delay (`DSPex.PythonBridge.Backoff`). After
-  `max_retries` deaths in a row of peers that were never up the bridge gives up: all calls are answered, the state is `:failed` for 5 s, then the process stops, for its
-  supervisor to begin anew. Those 5 s are what keeps a machine without a working Python from
-  bringing its host down: they stay within any supervisor's intensity of restarts (3 in 5 s where
-  nothing is said).
+  `max_retries` early deaths in a row, of peers that had answered no call and were not up for some
+  seconds, the bridge gives up: all calls are answered, the state is `:failed` for 5 s, then the
+  process stops, for its supervisor to begin anew. Those 5 s are what keeps a machine without a
+  working Python from bringing its host down: they stay within any supervisor's intensity of
+  restarts (3 in 5 s where nothing is said).
   """
 
   use GenServer
 
-  require Logger
-
-  alias DSPex.PythonBridge.{Backoff, Caller, Options, Peer, Protocol, Reaper, Redaction, Traffic}
+  alias DSPex.PythonBridge.{Backoff, Caller, Options, Peer, Protocol, Reaper, Redaction, Report}
+  alias DSPex.PythonBridge.Traffic
 
   @failed_ms 5_000
-  # What request_frame/3 puts before a body, at most.
-  @head_bytes 64
+  # Frames from this size on are not left to the next garbage collection: in a bridge with nothing to
+  # do it may never come, and they would stay. Collecting costs far less than such a frame.
+  @big_bytes 1_000_000
 
   @enforce_keys [:options, :label, :reaper, :backoff]
   defstruct [
@@ -36,6 +37,7 @@ defmodule DSPex.PythonBridge.Server do
     status: :starting,
     traffic: %Traffic{},
     opened: 0,
+    big?: false,
     late_replies: 0,
     unreadable_frames: 0
   ]
@@ -43,6 +45,8 @@ defmodule DSPex.PythonBridge.Server do
   @impl GenServer
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
+    # Keeps the queued messages, which have what callers sent in them, out of crash reports.
+    Process.flag(:sensitive, true)
     Caller.remember_defaults(self(), options)
 
     state = %__MODULE__{
@@ -59,10 +63,10 @@ defmodule DSPex.PythonBridge.Server do
   def handle_continue(:open, state), do: {:noreply, open(state)}
 
   @impl GenServer
-  def handle_call(:get_status, _from, state), do: {:reply, status(state), state}
+  def handle_call(:get_status, _from, state), do: {:reply, Report.status(state), state}
 
   def handle_call(:restart, _from, state) do
-    log(state, :info, "replaced on request")
+    Report.log(state, :info, "replaced on request")
     {:reply, :ok, open(%{drop_peer(state) | backoff: Backoff.reset(state.backoff)})}
   end
 
@@ -70,24 +74,25 @@ defmodule DSPex.PythonBridge.Server do
   @impl GenServer
   def handle_info({port, {:data, frame}}, %{peer: %{port: port}} = state) do
     case Protocol.route(frame) do
-      {:reply, id} -> {:noreply, reply_came(state, id, frame)}
-      :none -> {:noreply, unreadable_frame(state)}
+      {:reply, id} -> state |> reply_came(id, frame) |> noreply(frame)
+      :none -> state |> unreadable_frame() |> noreply(frame)
     end
   end
 
   def handle_info({:request, ref, pid, timeout, body}, state) do
     cond do
       state.status == :failed ->
-        refuse(state, ref, :python_process_died)
+        refuse(state, ref, :python_process_died, body)
 
       Traffic.pending(state.traffic) >= state.options.max_pending ->
-        refuse(state, ref, :overloaded)
+        refuse(state, ref, :overloaded, body)
 
-      byte_size(body) + @head_bytes > state.options.max_frame_bytes ->
-        refuse(state, ref, {:too_large, byte_size(body), state.options.max_frame_bytes})
+      not Traffic.fits?(state.traffic, timeout, body, state.options.max_frame_bytes) ->
+        refuse(state, ref, {:too_large, byte_size(body), state.options.max_frame_bytes}, body)
 
       true ->
-        {:noreply, %{state | traffic: Traffic.accept(state.traffic, ref, pid, timeout, body)}}
+        traffic = Traffic.accept(state.traffic, ref, pid, timeout, body)
+        noreply(%{state | traffic: traffic}, body)
     end
   end
 
@@ -99,8 +104,11 @@ defmodule DSPex.PythonBridge.Server do
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
 
+  # The outbox's helper has written.
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
-    do: {:noreply, %{state | traffic: Traffic.written(state.traffic, monitor)}}
+    do: collect(%{state | traffic: Traffic.written(state.traffic, monitor)})
+
+  def handle_info(:collect, state), do: collect(state)
 
   def handle_info({:timeout, timer, what}, %{timer: timer} = state),
     do: timer_fired(what, %{state | timer: nil})
@@ -114,21 +122,26 @@ defmodule DSPex.PythonBridge.Server do
   def handle_info({:EXIT, port, reason}, %{peer: %{port: port}} = state),
     do: {:noreply, peer_lost(state, "its port closed: #{inspect(reason)}")}
 
+  # A child of the peer's holds its output open, so that the port tells nothing.
+  def handle_info({:peer_gone, os_pid}, %{peer: %{os_pid: os_pid}} = state),
+    do: {:noreply, peer_lost(state, "it is gone")}
+
   # A process linked to this one that is not its parent (the parent's exit never gets here).
   def handle_info({:EXIT, pid, reason}, state) when is_pid(pid) and reason != :normal,
     do: {:stop, reason, state}
 
   def handle_info(_stale, state), do: {:noreply, state}
 
-  # The peer sees end of input and may finish, watched by the reaper; one that does not read would
-  # never see it, and would keep the whole BEAM from stopping.
+  # The peer sees end of input and may leave; what has not left soon is ended before this process
+  # is, since the BEAM itself may be about to stop. One that does not read would never see the end
+  # of input, and would keep the BEAM from stopping.
   @impl GenServer
-  def terminate(_reason, %{peer: nil}), do: Caller.forget_defaults(self())
-
   def terminate(_reason, %{peer: peer} = state) do
-    if Peer.blocked?(peer), do: Reaper.kill_and_wait(state.reaper, peer.os_pid)
-    Peer.close(peer)
+    if peer && Peer.blocked?(peer), do: Reaper.kill_all(state.reaper)
+    if peer, do: Peer.close(peer)
+    Traffic.fail_all(state.traffic, :bridge_not_running)
     Caller.forget_defaults(self())
+    Reaper.finish(state.reaper)
   end
 
   @impl GenServer
@@ -136,10 +149,23 @@ defmodule DSPex.PythonBridge.Server do
 
   ## Requests
 
-  defp refuse(state, ref, failure) do
+  defp refuse(state, ref, failure, body) do
     Traffic.refuse(ref, failure)
-    {:noreply, state}
+    noreply(state, body)
   end
+
+  # Hibernation is a collection that spares nothing, not even the message just handled.
+  defp noreply(state, bytes) when byte_size(bytes) < @big_bytes, do: {:noreply, state}
+  defp noreply(state, _big), do: {:noreply, %{state | big?: true}, :hibernate}
+
+  # Again when a big request that had to queue may have been written: once, not for every frame.
+  defp collect(%{big?: true} = state) do
+    if Traffic.all_written?(state.traffic),
+      do: {:noreply, %{state | big?: false}, :hibernate},
+      else: {:noreply, state}
+  end
+
+  defp collect(state), do: {:noreply, state}
 
   defp abandon(state, id_or_ref),
     do: {:noreply, %{state | traffic: Traffic.abandon(state.traffic, id_or_ref)}}
@@ -151,7 +177,7 @@ defmodule DSPex.PythonBridge.Server do
       {:ok, traffic} ->
         %{state | traffic: traffic}
 
-      :nobody when id == state.peer.ping_id and not state.peer.up? ->
+      :nobody when id == state.peer.ping_id and state.peer.up_at == nil ->
         peer_up(state)
 
       # Too late, twice, or never asked for.
@@ -163,7 +189,7 @@ defmodule DSPex.PythonBridge.Server do
   # The first is logged, the rest counted: a peer that talks nonsense may do so a lot.
   defp unreadable_frame(state) do
     if state.unreadable_frames == 0,
-      do: log(state, :warning, "sent a frame without a readable id; later ones are only counted")
+      do: Report.log(state, :warning, "sent a frame without a readable id; more are only counted")
 
     %{state | unreadable_frames: state.unreadable_frames + 1}
   end
@@ -186,31 +212,32 @@ defmodule DSPex.PythonBridge.Server do
   end
 
   defp peer_up(state) do
-    log(state, :debug, "up after #{Peer.uptime_ms(state.peer)} ms")
-
-    peer = %{state.peer | up?: true}
-    state = %{state | status: :running, peer: peer, last_error: nil}
-    state = %{state | backoff: Backoff.reset(state.backoff)}
+    Report.log(state, :debug, "up after #{Peer.uptime_ms(state.peer)} ms")
+    if state.big?, do: send(self(), :collect)
+    state = %{state | status: :running, peer: Peer.up(state.peer), last_error: nil}
     %{cancel_timer(state) | traffic: Traffic.release(state.traffic)}
   end
 
   defp peer_lost(state, why) do
     state = %{state | last_error: why}
 
-    case Backoff.died(state.backoff, state.peer != nil and state.peer.up?) do
+    of_use? = state.peer != nil and Peer.of_use?(state.peer, state.traffic.answered)
+
+    case Backoff.died(state.backoff, not of_use?) do
       {:retry, delay, backoff} ->
-        log(state, :warning, "#{what_happened(state)}: #{why}; next attempt in #{delay} ms")
+        Report.death(state, :warning, "next attempt in #{delay} ms")
         set_timer(%{drop_peer(state) | backoff: backoff}, delay, :open)
 
       :give_up ->
-        log(state, :error, "#{what_happened(state)}: #{why}; given up")
+        Report.death(state, :error, "given up")
         give_up(state)
     end
   end
 
   defp give_up(state) do
     state = drop_peer(state)
-    state = %{state | status: :failed, traffic: Traffic.fail_all(state.traffic)}
+    traffic = Traffic.fail_all(state.traffic, :python_process_died)
+    state = %{state | status: :failed, traffic: traffic}
     set_timer(state, @failed_ms, :stop)
   end
 
@@ -245,29 +272,5 @@ defmodule DSPex.PythonBridge.Server do
   defp cancel_timer(%{timer: timer} = state) do
     :erlang.cancel_timer(timer, async: true, info: false)
     %{state | timer: nil}
-  end
-
-  ## Telling
-
-  defp status(state) do
-    %{
-      state: state.status,
-      os_pid: state.peer && state.peer.os_pid,
-      pending: Traffic.pending(state.traffic),
-      restarts: max(state.opened - 1, 0),
-      uptime_ms: if(state.peer, do: Peer.uptime_ms(state.peer), else: 0),
-      late_replies: state.late_replies,
-      unreadable_frames: state.unreadable_frames,
-      last_error: state.last_error
-    }
-  end
-
-  defp what_happened(%{peer: nil}), do: "not started"
-  defp what_happened(%{peer: %{up?: true}}), do: "died"
-  defp what_happened(_starting), do: "died before it was up"
-
-  defp log(state, level, text) do
-    os_pid = if state.peer, do: state.peer.os_pid, else: "none"
-    Logger.log(level, "bridge #{state.label}, Python process #{os_pid}: #{text}")
   end
 end

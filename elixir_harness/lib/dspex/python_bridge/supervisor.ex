@@ -26,7 +26,8 @@ defmodule DSPex.PythonBridge.Supervisor do
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, ArgumentError.t()}
   def start_link(opts \\ []) do
     with :ok <- check(opts) do
-      {name, opts} = Keyword.pop(opts, :name, __MODULE__)
+      # The supervisor's state has them in it.
+      {name, opts} = opts |> seal() |> Keyword.pop(:name, __MODULE__)
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
     end
   end
@@ -35,15 +36,22 @@ defmodule DSPex.PythonBridge.Supervisor do
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
     # Keys in the bridge's options must not show in a report about this child.
-    keyword? = Keyword.keyword?(opts)
-    opts = if keyword?, do: Keyword.replace_lazy(opts, :bridge, &Options.seal/1), else: opts
-
     %{
-      id: if(keyword?, do: opts[:name]) || __MODULE__,
-      start: {__MODULE__, :start_link, [opts]},
+      id: if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__,
+      start: {__MODULE__, :start_link, [seal(opts)]},
       type: :supervisor
     }
   end
+
+  # All of them: of an option given twice, both are kept.
+  defp seal(opts) when is_list(opts) do
+    Enum.map(opts, fn
+      {:bridge, bridge} -> {:bridge, Options.seal(bridge)}
+      other -> other
+    end)
+  end
+
+  defp seal(opts), do: opts
 
   @impl Supervisor
   def init(opts) do

@@ -10,11 +10,23 @@ defmodule DSPex.PythonBridge.Traffic do
 
   alias DSPex.PythonBridge.{Calls, Outbox, Protocol}
 
-  defstruct outbox: Outbox.new(), calls: Calls.new(), next_id: 1
+  # What request_frame/3 puts before a body, at most.
+  @head_bytes 64
 
-  @type t :: %__MODULE__{outbox: Outbox.t(), calls: Calls.t(), next_id: pos_integer()}
+  # answered: the calls that the present peer has replied to.
+  defstruct outbox: Outbox.new(), calls: Calls.new(), next_id: 1, answered: 0
+
+  @type t :: %__MODULE__{
+          outbox: Outbox.t(),
+          calls: Calls.t(),
+          next_id: pos_integer(),
+          answered: non_neg_integer()
+        }
   @type failure ::
-          :python_process_died | :overloaded | {:too_large, pos_integer(), pos_integer()}
+          :python_process_died
+          | :bridge_not_running
+          | :overloaded
+          | {:too_large, pos_integer(), pos_integer()}
 
   ## Callers
 
@@ -24,16 +36,28 @@ defmodule DSPex.PythonBridge.Traffic do
   """
   @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary()) :: t()
   def accept(%__MODULE__{next_id: id} = traffic, ref, pid, timeout, body) do
-    %__MODULE__{
-      next_id: id + 1,
-      calls: Calls.put(traffic.calls, id, {ref, watch(pid, id, timeout)}),
-      outbox: Outbox.push_request(traffic.outbox, id, timeout, body)
+    %{
+      traffic
+      | next_id: id + 1,
+        calls: Calls.put(traffic.calls, id, {ref, watch(pid, id, timeout)}),
+        outbox: Outbox.push_request(traffic.outbox, id, timeout, body)
     }
   end
 
   @doc "Tells a caller at once that its request was not taken on."
   @spec refuse(reference() | nil, failure()) :: :ok
   def refuse(ref, failure), do: answer(ref, {:error, failure})
+
+  @doc """
+  Whether a request fits into a frame of at most `max` bytes: exactly, but only near the limit is
+  the head counted out.
+  """
+  @spec fits?(t(), timeout(), binary(), pos_integer()) :: boolean()
+  def fits?(%__MODULE__{}, _timeout, body, max) when byte_size(body) + @head_bytes <= max,
+    do: true
+
+  def fits?(%__MODULE__{next_id: id}, timeout, body, max),
+    do: IO.iodata_length(Protocol.request_frame(id, timeout, body)) <= max
 
   @doc "How many calls wait for a reply."
   @spec pending(t()) :: non_neg_integer()
@@ -89,7 +113,7 @@ defmodule DSPex.PythonBridge.Traffic do
   def attach(%__MODULE__{next_id: id} = traffic, port) do
     ping = Protocol.encode_request(id, :ping, %{})
     outbox = traffic.outbox |> Outbox.attach(port) |> Outbox.push_now(ping)
-    {id, %{traffic | outbox: outbox, next_id: id + 1}}
+    {id, %{traffic | outbox: outbox, next_id: id + 1, answered: 0}}
   end
 
   @doc "The peer is up: what has queued goes out."
@@ -106,7 +130,7 @@ defmodule DSPex.PythonBridge.Traffic do
       {{ref, watch}, calls} ->
         unwatch(watch)
         answer(ref, {:frame, frame})
-        {:ok, %{traffic | calls: calls}}
+        {:ok, %{traffic | calls: calls, answered: traffic.answered + 1}}
     end
   end
 
@@ -115,15 +139,15 @@ defmodule DSPex.PythonBridge.Traffic do
   def detach(%__MODULE__{} = traffic) do
     outbox = Outbox.detach(traffic.outbox)
     {in_flight, calls} = Calls.pop_unless(traffic.calls, &Outbox.member?(outbox, &1))
-    fail(in_flight)
+    fail(in_flight, :python_process_died)
     %{traffic | outbox: outbox, calls: calls}
   end
 
   @doc "There will be no next peer: all calls that still wait fail."
-  @spec fail_all(t()) :: t()
-  def fail_all(%__MODULE__{} = traffic) do
+  @spec fail_all(t(), failure()) :: t()
+  def fail_all(%__MODULE__{} = traffic, failure) do
     {calls, none} = Calls.pop_unless(traffic.calls, fn _id -> false end)
-    fail(calls)
+    fail(calls, failure)
     %{traffic | outbox: Outbox.clear(traffic.outbox), calls: none}
   end
 
@@ -132,10 +156,14 @@ defmodule DSPex.PythonBridge.Traffic do
   def written(%__MODULE__{} = traffic, monitor),
     do: %{traffic | outbox: Outbox.written(traffic.outbox, monitor)}
 
-  defp fail(calls) do
+  @doc "Whether nothing waits to be written, bar what the outbox's helper holds."
+  @spec all_written?(t()) :: boolean()
+  def all_written?(%__MODULE__{outbox: outbox}), do: Outbox.empty?(outbox)
+
+  defp fail(calls, failure) do
     Enum.each(calls, fn {ref, watch} ->
       unwatch(watch)
-      answer(ref, {:error, :python_process_died})
+      answer(ref, {:error, failure})
     end)
   end
 

@@ -7,10 +7,11 @@ defmodule DSPex.PythonBridge.BridgeTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.PythonBridge.{Bridge, Error, Protocol, Redaction}
+  alias DSPex.Test.Exits
 
   # temporary: what ends stays ended, and the test can look.
-  defp start(fake, opts \\ []) do
+  defp start(fake, opts) do
     bridge =
       start_supervised!(
         Supervisor.child_spec({Bridge, fake_opts(fake, opts)}, restart: :temporary)
@@ -53,12 +54,26 @@ defmodule DSPex.PythonBridge.BridgeTest do
       assert %{pending: 0, late_replies: 0} = Bridge.get_status(bridge)
     end
 
-    test "calls that came before the start are sent in their order" do
-      bridge = start("echo")
+    @tag :tmp_dir
+    test "calls that came before the start are sent in their order, with what is left of their time",
+         %{tmp_dir: dir} do
+      file = Path.join(dir, "start")
+      bridge = start("waits_for_a_file", env: %{"FAKE_FILE" => file})
 
-      tasks = for n <- 1..50, do: Task.async(fn -> Bridge.call(bridge, :echo, %{n: n}, 5_000) end)
-      results = Task.await_many(tasks)
-      assert Enum.map(results, fn {:ok, %{"args" => %{"n" => n}}} -> n end) == Enum.to_list(1..50)
+      tasks =
+        for n <- 1..20 do
+          task = Task.async(fn -> Bridge.call(bridge, :echo, %{n: n}, 20_000) end)
+          eventually(fn -> pending(bridge) == n end)
+          task
+        end
+
+      File.write!(file, "")
+
+      # The first that came to the peer is the bridge's own ping.
+      for {{:ok, reply}, n} <- tasks |> Task.await_many() |> Enum.zip(1..20) do
+        assert %{"args" => %{"n" => ^n}, "before" => ^n, "timeout_ms" => left} = reply
+        assert left < 20_000 and left > 10_000
+      end
     end
 
     test "a peer that never answers its first ping is replaced after start_timeout" do
@@ -123,6 +138,10 @@ defmodule DSPex.PythonBridge.BridgeTest do
         assert {:error, "timeout: " <> _} = Bridge.call(bridge, :echo, %{}, timeout)
       end
 
+      for args <- [%{a: %Exits.OnInspect{}}, %{a: %Exits.OnEncode{}}] do
+        assert {:error, "args: " <> _} = Bridge.call(bridge, :echo, args, 1_000)
+      end
+
       assert {:error, :timeout} = Bridge.call(start_up_silent(), :ping, %{}, 0)
 
       for server <- [
@@ -132,9 +151,16 @@ defmodule DSPex.PythonBridge.BridgeTest do
             5,
             {:global, :nobody},
             {:via, NoSuchModule, 1},
+            {:via, Exits.OnWhereis, 1},
+            {:nobody, :"nobody@nowhere.invalid"},
+            {:nobody, 5},
             spawn(fn -> :ok end)
           ] do
         assert Bridge.call(server, :ping, %{}, 1_000) == {:error, :bridge_not_running}
+        assert Bridge.cast(server, :ping, %{}) == :ok
+        assert %{state: :failed, os_pid: nil} = Bridge.get_status(server)
+        assert Bridge.restart(server) == {:error, :bridge_not_running}
+        assert Bridge.stop(server) == :ok
       end
 
       assert messages() == []
@@ -158,6 +184,41 @@ defmodule DSPex.PythonBridge.BridgeTest do
                Bridge.request(bridge, :echo, %{a: String.duplicate("x", 1_000)}, timeout: 1_000)
 
       assert {:ok, _} = Bridge.call(bridge, :echo, %{a: String.duplicate("x", 800)}, 1_000)
+    end
+
+    test "a request of exactly max_frame_bytes is sent" do
+      {:ok, body} = Protocol.encode_body(:echo, %{a: ""})
+      # The start's ping had id 1.
+      size = fn id -> IO.iodata_length(Protocol.request_frame(id, :infinity, body)) end
+      bridge = start_up("echo", max_frame_bytes: 1_000)
+      fits = String.duplicate("x", 1_000 - size.(2))
+      assert {:ok, _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
+      assert {:error, _} = Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
+    end
+
+    test "nothing of a call stays in the bridge: no monitor, no big frame" do
+      bridge = start_up("echo")
+      info = fn what -> bridge |> Process.info(what) |> elem(1) end
+      before = info.(:monitors)
+
+      for _ <- 1..20, do: {:ok, _} = Bridge.call(bridge, :echo, %{}, 5_000)
+      eventually(fn -> info.(:monitors) == before end)
+
+      # After big ones the bridge has nothing more to do that would make it collect its garbage.
+      big = %{a: String.duplicate("x", 5_000_000)}
+
+      assert {:ok, _} =
+               fn -> Bridge.call(bridge, :echo, big, 20_000) end
+               |> Task.async()
+               |> Task.await(20_000)
+
+      eventually(fn -> info.(:monitors) == before end)
+
+      held = fn ->
+        for {_id, size, _refs} <- info.(:binary), reduce: 0, do: (sum -> sum + size)
+      end
+
+      eventually(fn -> held.() < 1_000_000 end)
     end
 
     test "a bridge that stops under a call answers :bridge_not_running" do
@@ -306,13 +367,13 @@ defmodule DSPex.PythonBridge.BridgeTest do
 
       for _ <- 1..20 do
         {ms, %{state: :running}} = timed(fn -> Bridge.get_status(bridge) end)
-        assert ms < 50
+        assert ms < 500
       end
 
       for {ms, result} <- Task.await_many(tasks) do
         assert result == {:error, :timeout}
         # The promise is 100 ms past the timeout; a loaded machine is not held to it.
-        assert ms < 400
+        assert ms < 2_000
       end
 
       assert Task.await(blocked) == {:error, :timeout}
@@ -400,8 +461,33 @@ defmodule DSPex.PythonBridge.BridgeTest do
       eventually(fn -> Bridge.get_status(bridge).state == :running end)
     end
 
+    test "unseen by the runtime, since a child holds the output: noticed all the same" do
+      bridge = start_up("forks")
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      kill(os_pid(bridge))
+      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+      assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+      eventually(fn -> not alive?(child) end)
+    end
+
+    test "right after its first ping, again and again: max_retries, then :failed" do
+      bridge = start("up_then_dies", max_retries: 2)
+      eventually(fn -> Bridge.get_status(bridge).state == :failed end)
+      assert %{restarts: 2, last_error: "exit status 7"} = Bridge.get_status(bridge)
+    end
+
+    test "after it has answered calls, again and again: it always comes back" do
+      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 1)
+
+      for n <- 1..5 do
+        assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+        assert Bridge.call(bridge, :die, %{}, 5_000) == {:error, :python_process_died}
+        eventually(fn -> match?(%{state: :running, restarts: ^n}, Bridge.get_status(bridge)) end)
+      end
+    end
+
     test "again and again: each death is one restart, however many messages tell of it" do
-      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"})
+      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 5)
 
       for n <- 1..5 do
         assert Bridge.call(bridge, :die, %{}, 5_000) == {:error, :python_process_died}
@@ -529,16 +615,24 @@ defmodule DSPex.PythonBridge.BridgeTest do
       os_pid = os_pid(bridge)
       assert alive?(child)
       assert Bridge.stop(bridge) == :ok
-      {ms, _} = timed(fn -> eventually(fn -> not alive?(os_pid) and not alive?(child) end) end)
-      assert ms < 1_000
+      # They have been sent their end; the system carries that out.
+      eventually(fn -> not alive?(os_pid) and not alive?(child) end, 500)
+    end
+
+    test "after stop, by a peer that leaves a child behind" do
+      bridge = start_up("leaves_a_child")
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      assert Bridge.stop(bridge) == :ok
+      # It has been sent its end; the system carries that out.
+      eventually(fn -> not alive?(child) end, 500)
     end
 
     test "after the bridge was killed" do
       bridge = start_up("stubborn")
       os_pid = os_pid(bridge)
       Process.exit(bridge, :kill)
-      {ms, _} = timed(fn -> eventually(fn -> not alive?(os_pid) end) end)
-      assert ms < 1_000
+      # The promise is 1 s, the grace within it 0.7 s; a loaded machine is not held to it.
+      eventually(fn -> not alive?(os_pid) end)
     end
 
     test "of a peer that died itself: its child goes, too" do
@@ -566,14 +660,28 @@ defmodule DSPex.PythonBridge.BridgeTest do
     log =
       ExUnit.CaptureLog.capture_log(fn ->
         monitor = Process.monitor(bridge)
+        :sys.suspend(bridge)
         # Not a request that anybody can make: it brings the process down while it handles it.
         send(bridge, {:request, make_ref(), {:no, :pid, 1}, 5, "the contents"})
+        # This one is then still in its mailbox.
+        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
+        # A crash report shows these.
+        assert {:messages, []} = Process.info(bridge, :messages)
+        :sys.resume(bridge)
         assert_receive {:DOWN, ^monitor, :process, ^bridge, _reason}
       end)
 
     assert log =~ "terminating"
     refute log =~ "sk-secret"
     refute log =~ "the contents"
+  end
+
+  test "no event that :sys.log/2 keeps is shown as it was" do
+    message = {:request, make_ref(), self(), 5, "the contents"}
+    events = [{:in, message}, {:in, message, :state}, {:noreply, "the contents"}, "the contents"]
+    %{log: shown} = Redaction.format_status(%{log: events})
+    assert [{:in, {:request, _, _, 5, :redacted}}, {:in, _, :state}, :redacted, :redacted] = shown
+    refute inspect(shown) =~ "the contents"
   end
 
   test "log lines name the bridge and the Python process" do

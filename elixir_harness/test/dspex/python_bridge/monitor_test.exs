@@ -111,8 +111,10 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{restarts: 0, state: :running, pending: 5} = Bridge.get_status(bridge)
   end
 
-  test "misses while the peer still starts lead to no restart" do
-    opts = fake_opts("starts_late", env: %{"FAKE_START_MS" => "700"})
+  @tag :tmp_dir
+  test "misses while the peer still starts lead to no restart", %{tmp_dir: dir} do
+    file = Path.join(dir, "start")
+    opts = fake_opts("waits_for_a_file", env: %{"FAKE_FILE" => file})
     bridge = start_supervised!({Bridge, opts})
     monitor = start_monitor(bridge, timeout: 20, max_failures: 1)
 
@@ -120,9 +122,37 @@ defmodule DSPex.PythonBridge.MonitorTest do
       assert %{status: :unhealthy, failures: 0} = Monitor.force_health_check(monitor)
     end
 
+    File.write!(file, "")
     eventually(fn -> Bridge.get_status(bridge).state == :running end)
     assert %{status: :healthy, checks: 6} = Monitor.force_health_check(monitor)
     assert Bridge.get_status(bridge).restarts == 0
+  end
+
+  test "a bridge that has given up is left to its supervisor" do
+    opts = fake_opts("dies_at_start", max_retries: 0)
+    bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
+    eventually(fn -> Bridge.get_status(bridge).state == :failed end)
+    monitor = start_monitor(bridge, max_failures: 1)
+
+    for _ <- 1..3 do
+      assert %{status: :unhealthy, failures: 0} = Monitor.force_health_check(monitor)
+    end
+
+    assert %{state: :failed, restarts: 0} = Bridge.get_status(bridge)
+  end
+
+  test "a bridge with too many calls is busy, not ill" do
+    bridge = start_bridge(fake_opts("silent", max_pending: 1))
+    monitor = start_monitor(bridge, max_failures: 1)
+    task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 20_000) end)
+    eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
+
+    for n <- 1..3 do
+      assert %{status: :unknown, failures: 0, checks: ^n} = Monitor.force_health_check(monitor)
+    end
+
+    assert %{restarts: 0, pending: 1} = Bridge.get_status(bridge)
+    Task.shutdown(task, :brutal_kill)
   end
 
   test "a check just after the start waits for the peer within its timeout" do

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.ReaperTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.Reaper
+  alias DSPex.PythonBridge.{OsProcess, Reaper}
 
   # A process of the system, leader of its own group, with a child in it.
   defp start_process do
@@ -16,27 +16,47 @@ defmodule DSPex.PythonBridge.ReaperTest do
 
   test "kills the process and what it started" do
     {os_pid, child} = start_process()
-    assert Reaper.kill_if(os_pid, Reaper.start_time(os_pid)) == :ok
+    assert OsProcess.kill_group(os_pid, OsProcess.start_time(os_pid)) == :ok
     eventually(fn -> not alive?(os_pid) and not alive?(child) end)
   end
 
   test "kills what a process that is gone has left behind" do
     {os_pid, child} = start_process()
-    started = Reaper.start_time(os_pid)
+    started = OsProcess.start_time(os_pid)
     kill(os_pid)
-    eventually(fn -> Reaper.start_time(os_pid) == nil end)
+    eventually(fn -> OsProcess.start_time(os_pid) == nil end)
     assert alive?(child)
-    Reaper.kill_if(os_pid, started)
+    OsProcess.kill_group(os_pid, started)
     eventually(fn -> not alive?(child) end)
   end
 
   test "spares a process that only got the number of another" do
-    if Reaper.start_time(String.to_integer(System.pid())) do
+    if OsProcess.start_time(String.to_integer(System.pid())) do
       {os_pid, child} = start_process()
-      Reaper.kill_if(os_pid, "1")
+      OsProcess.kill_group(os_pid, "1")
       assert alive?(os_pid) and alive?(child)
-      Reaper.kill_if(os_pid, Reaper.start_time(os_pid))
+      OsProcess.kill_group(os_pid, OsProcess.start_time(os_pid))
     end
+  end
+
+  test "is no part of the application whose process started it" do
+    reaper = Reaper.start(self())
+
+    eventually(fn ->
+      Process.info(reaper, :group_leader) == {:group_leader, Process.whereis(:init)}
+    end)
+  end
+
+  test "tells once of a peer that is gone" do
+    {os_pid, child} = start_process()
+    reaper = Reaper.start(self())
+    Reaper.watch(reaper, os_pid)
+    kill(os_pid)
+    assert_receive {:peer_gone, ^os_pid}, 5_000
+    refute_receive {:peer_gone, ^os_pid}, 300
+    assert alive?(child)
+    assert Reaper.finish(reaper) == :ok
+    eventually(fn -> not alive?(child) end, 500)
   end
 
   test "ends the processes of its owner some time after the owner's end, and itself" do

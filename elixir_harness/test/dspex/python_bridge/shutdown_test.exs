@@ -12,8 +12,9 @@ defmodule DSPex.PythonBridge.ShutdownTest do
     {:ok, _} = Application.ensure_all_started(:dspex)
     alias DSPex.PythonBridge.Bridge
     {:ok, bridge} = Supervisor.start_child(DSPex.ApplicationSupervisor, {Bridge, #{inspect(opts)}})
-    {:ok, _, _} = Bridge.request(bridge, :ping, %{}, timeout: 20_000)
-    IO.puts("pids \#{System.pid()} \#{Bridge.get_status(bridge).os_pid}")
+    {:ok, pong, _} = Bridge.request(bridge, :ping, %{}, timeout: 20_000)
+    child = pong["child"] || 0
+    IO.puts("pids \#{System.pid()} \#{Bridge.get_status(bridge).os_pid} \#{child}")
     #{then}
     """
 
@@ -27,8 +28,45 @@ defmodule DSPex.PythonBridge.ShutdownTest do
       ])
 
     assert_receive {^port, {:data, {:eol, "pids " <> pids}}}, 20_000
-    [beam, peer] = pids |> String.split() |> Enum.map(&String.to_integer/1)
-    {port, beam, peer}
+    [beam, peer, child] = pids |> String.split() |> Enum.map(&String.to_integer/1)
+    on_exit(fn -> for pid <- [beam, peer, child], pid > 0, alive?(pid), do: kill(pid) end)
+    {port, beam, [peer | if(child > 0, do: [child], else: [])]}
+  end
+
+  for fake <- ["stubborn", "leaves_a_child"],
+      how <- ["System.stop()", "Application.stop(:dspex)"] do
+    test "#{how} leaves nothing of the peer #{fake}" do
+      then = """
+      #{unquote(how)}
+      IO.puts("stopped")
+      Process.sleep(:infinity)
+      """
+
+      {port, beam, pids} = start_beam(fake_opts(unquote(fake)), then)
+
+      if unquote(how) == "System.stop()" do
+        assert_receive {^port, {:exit_status, 0}}, 10_000
+      else
+        assert_receive {^port, {:data, {:eol, "stopped"}}}, 10_000
+        assert alive?(beam)
+      end
+
+      eventually(fn -> not Enum.any?(pids, &alive?/1) end, 500)
+    end
+  end
+
+  test "Application.stop/1 does not take the reaper along" do
+    then = """
+    Process.exit(bridge, :kill)
+    Application.stop(:dspex)
+    IO.puts("stopped")
+    Process.sleep(:infinity)
+    """
+
+    opts = fake_opts("stubborn")
+    {port, _beam, pids} = start_beam(opts, then)
+    assert_receive {^port, {:data, {:eol, "stopped"}}}, 10_000
+    eventually(fn -> not Enum.any?(pids, &alive?/1) end)
   end
 
   test "System.stop/0 is not held up by a peer that does not read, and leaves none" do
@@ -42,21 +80,21 @@ defmodule DSPex.PythonBridge.ShutdownTest do
     Process.sleep(:infinity)
     """
 
-    {port, _beam, peer} = start_beam(opts, then)
+    {port, _beam, [peer]} = start_beam(opts, then)
     assert_receive {^port, {:exit_status, 0}}, 10_000
-    eventually(fn -> not alive?(peer) end, 1_000)
+    eventually(fn -> not alive?(peer) end, 2_000)
   end
 
   test "System.stop/0 leaves no real peer" do
-    {port, _beam, peer} = start_beam(real_opts(), "System.stop()\nProcess.sleep(:infinity)")
+    {port, _beam, [peer]} = start_beam(real_opts(), "System.stop()\nProcess.sleep(:infinity)")
     assert_receive {^port, {:exit_status, 0}}, 10_000
-    eventually(fn -> not alive?(peer) end, 1_000)
+    eventually(fn -> not alive?(peer) end, 2_000)
   end
 
   test "a BEAM that is killed leaves no real peer" do
-    {_port, beam, peer} = start_beam(real_opts(), "Process.sleep(:infinity)")
+    {_port, beam, [peer]} = start_beam(real_opts(), "Process.sleep(:infinity)")
     assert alive?(peer)
     kill(beam)
-    eventually(fn -> not alive?(peer) end, 1_000)
+    eventually(fn -> not alive?(peer) end, 2_000)
   end
 end

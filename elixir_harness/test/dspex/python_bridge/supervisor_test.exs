@@ -103,6 +103,13 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     assert log =~ "start_link"
     refute log =~ "sk-secret"
     refute inspect(:sys.get_state(supervisor), limit: :infinity) =~ "sk-secret"
+    stop_supervised!(BridgeSupervisor)
+
+    # Nor when it was started without its child specification.
+    {:ok, supervisor} = BridgeSupervisor.start_link(opts)
+    refute inspect(:sys.get_state(supervisor), limit: :infinity) =~ "sk-secret"
+    refute inspect(:sys.get_status(supervisor), limit: :infinity) =~ "sk-secret"
+    Supervisor.stop(supervisor)
   end
 
   describe "DSPex.Application" do
