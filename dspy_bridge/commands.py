@@ -8,6 +8,7 @@ import time
 from dspy_bridge import __version__, messages
 from dspy_bridge.dispatcher import Call, Command
 from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
+from dspy_bridge.garbage import Garbage
 from dspy_bridge.registry import Entry, Registry, working
 from dspy_bridge.sync_threads import THREADS
 
@@ -36,6 +37,7 @@ class Commands:
         self._registry = Registry()
         self._models: Models | SetupFailed | None = None
         self._loader: Any = None
+        self._garbage = Garbage()
 
     def table(self) -> dict[str, Command]:
         """The commands by name."""
@@ -61,7 +63,7 @@ class Commands:
         _object(args, "config")
         _object(args, "lm")
         entry = self._registry.add(id, args)
-        call.settle = lambda created: (self._registry.confirm if created else self._registry.discard)(entry)
+        call.settle = lambda created: self._settle(entry, created)
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
@@ -108,7 +110,19 @@ class Commands:
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
-        return {"status": "cleaned", "programs_removed": self._registry.remove(_ids(args))}
+        count = self._registry.remove(_ids(args))
+        self._removed(count)
+        return {"status": "cleaned", "programs_removed": count}
+
+    def _settle(self, entry: Entry, created: bool) -> None:
+        if not created:
+            self._registry.discard(entry)
+        elif self._registry.confirm(entry):
+            self._removed(1)
+
+    def _removed(self, count: int) -> None:
+        if self._garbage.removed(count) and self._loader is not None:
+            self._loader.submit(self._garbage.settle)
 
     # On the event loop.
 
@@ -164,14 +178,19 @@ class Commands:
             raise SetupFailed(str(self._models))
         from dspy_bridge.programs import Program
 
-        return Program(definition, self._models)
+        program = Program(definition, self._models)
+        if self._garbage.loaded():
+            self._garbage.settle()
+        return program
 
     def _load_dspy(self) -> Models | SetupFailed:
         self._setup()
         try:
             from dspy_bridge.models import Models
 
-            return Models(self._settings)
+            models = Models(self._settings)
+            self._garbage.settle()  # DSPy itself is half a million objects
+            return models
         except BaseException as error:  # code of the host's and DSPy's own, which may raise anything
             from dspy_bridge import logs
 

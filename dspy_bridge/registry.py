@@ -73,11 +73,13 @@ class Registry:
         """The latest definition of `id`, answered or not."""
         return self._entries.get(id)
 
-    def confirm(self, entry: Entry) -> None:
-        """The create of `entry` succeeded."""
+    def confirm(self, entry: Entry) -> bool:
+        """The create of `entry` succeeded. Returns whether it replaced another."""
         with self._lock:
+            replaced = entry.previous is not None
             entry.answered = True
             entry.previous = None
+            return replaced
 
     def discard(self, entry: Entry) -> None:
         """The create of `entry` failed or was given up: its id means again what it meant before."""

@@ -250,6 +250,31 @@ def test_cleanup_of_some(echo_peer: Peer) -> None:
     assert echo_peer.call("cleanup", {"program_ids": [1]})["error_type"] == "invalid_args"
 
 
+def test_programs_that_were_replaced_or_removed_take_no_memory(echo_peer: Peer) -> None:
+    """They are frozen out of garbage collections while they are there, and collected when they are not."""
+
+    def rss() -> int:
+        return echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+
+    def create(ids: list[str]) -> None:
+        for at in range(0, len(ids), 50):
+            some = ids[at : at + 50]
+            echo_peer.send(*({"id": id, "command": "create_program", "args": {**QA, "id": id}} for id in some))
+            for _ in some:
+                assert echo_peer.receive()["success"]
+
+    create(["same"] * 600)
+    before = rss()
+    create(["same"] * 1500)
+    assert rss() - before < 8 << 20, "1,500 programs are 23 MB"
+    create([str(n) for n in range(1500)])
+    full = rss()
+    assert full - before > 15 << 20
+    assert echo_peer.call("cleanup")["result"]["programs_removed"] == 1501
+    create([str(n) for n in range(1500)])
+    assert rss() - full < 8 << 20, "the second 1,500 take the place of the first"
+
+
 def test_get_stats(echo_peer: Peer) -> None:
     echo_peer.call("create_program", QA)
     echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "x"}})
