@@ -274,11 +274,11 @@ defmodule Bench do
 
   # 10,000 programs beside the one that is called.
   defp programs(bridge) do
-    one = for _ <- 1..3, do: spread(500, 64, &execute(bridge, "qa", &1))
+    one = for _ <- 1..7, do: spread(500, 64, &execute(bridge, "qa", &1))
     before = rss(bridge)
     spread(10_000, 64, &create(bridge, "p#{&1}"))
     each = (rss(bridge) - before) / 10_000
-    many = for _ <- 1..3, do: spread(500, 64, &execute(bridge, "p#{&1 * 17}", &1))
+    many = for _ <- 1..7, do: spread(500, 64, &execute(bridge, "p#{&1 * 17}", &1))
     tell("10,000 programs", %{ratio: median(many) / median(one), bytes_each: each})
   end
 
