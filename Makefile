@@ -37,7 +37,7 @@ elixir:
 	  { echo "Elixir 1.18 or newer is needed, on OTP 26 or newer"; exit 1; }
 
 demo: setup ## Elixir, port, DSPy, answer: with the built-in LM, or DSPY_BRIDGE_LM=openai/gpt-4o-mini
-	@cd $(HARNESS) && mix run demo.exs
+	@cd $(HARNESS) && mix run --no-start demo.exs
 
 test: setup ## pytest and mix test
 	$(PY) -m pytest -q

@@ -1,4 +1,4 @@
-# A tour of the bridge: what goes to Python, what comes back. Run by `mix run demo.exs`.
+# A tour of the bridge: what goes to Python, what comes back. Run by `mix run --no-start demo.exs`.
 #
 # DSPY_BRIDGE_PYTHON names the interpreter. Without DSPY_BRIDGE_LM the answers come from
 # offline/echo, which needs no network; with, say, DSPY_BRIDGE_LM=openai/gpt-4o-mini and
@@ -12,8 +12,9 @@ defmodule Demo do
   def run do
     Logger.configure(level: :warning)
 
-    # The application has started a bridge by its configuration; the demo wants one of its own.
-    Supervisor.terminate_child(DSPex.ApplicationSupervisor, DSPex.PythonBridge.Supervisor)
+    # The application would start a bridge by its configuration; the demo wants one of its own.
+    Application.put_env(:dspex, :autostart, false)
+    {:ok, _started} = Application.ensure_all_started(:dspex)
 
     lm = System.get_env("DSPY_BRIDGE_LM", "offline/echo")
     python = System.get_env("DSPY_BRIDGE_PYTHON")
