@@ -7,7 +7,7 @@ import signal
 import sys
 
 from dspy_bridge import descriptors, settings
-from dspy_bridge.messages import MAX_INT_DIGITS
+from dspy_bridge.values import MAX_INT_DIGITS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

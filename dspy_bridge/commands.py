@@ -6,7 +6,7 @@ import os
 import time
 
 from dspy_bridge import __version__, messages
-from dspy_bridge.dispatcher import Call, Command
+from dspy_bridge.calls import Call, Command
 from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
 from dspy_bridge.garbage import Garbage
 from dspy_bridge.registry import Entry, Registry, working

@@ -12,6 +12,7 @@ import time
 from collections import deque
 
 from dspy_bridge import memory, messages, redaction
+from dspy_bridge.calls import Call, Command
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
 from dspy_bridge.frames import TooLarge
 from dspy_bridge.stats import CommandStats
@@ -19,48 +20,13 @@ from dspy_bridge.stats import CommandStats
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
 # An error's text is one line of at most this many characters.
 MAX_ERROR_CHARS = 2000
 # A deadline further away than this is none; it also keeps huge numbers out of the loop's clock.
 _LONGEST_MS = 10 * 365 * 86_400_000
-
-
-class Call:
-    """One request from its receipt to its reply.
-
-    For its handler: `request`; `lm_usage`, to be filled where the request asks for meta; `settle`, called with
-    whether the reply is a success, just before it is sent and whatever the reason.
-    """
-
-    __slots__ = ("answered", "handle", "lm_usage", "received", "request", "settle", "started", "task", "work")
-
-    def __init__(self, request: messages.Request, received: float) -> None:
-        self.request = request
-        self.received = received
-        self.started = received
-        self.work: Coroutine[Any, Any, Any] | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.handle: asyncio.TimerHandle | None = None
-        self.lm_usage: dict[str, Any] = {}
-        self.settle: Callable[[bool], object] | None = None
-        self.answered = False
-
-
-class Command:
-    """How one command is served.
-
-    `handler(args, call)` gives the result, or a coroutine that will. `limited`: its coroutine counts towards
-    the limits of what runs and waits.
-    """
-
-    __slots__ = ("handler", "limited")
-
-    def __init__(self, handler: Callable[[dict[str, Any], Call], Any], limited: bool = False) -> None:
-        self.handler = handler
-        self.limited = limited
 
 
 class Dispatcher:

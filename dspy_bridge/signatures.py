@@ -6,78 +6,19 @@ DSPy's own parser of string signatures imports modules that a type names, so no 
 from __future__ import annotations
 
 import ast
-import datetime
 import keyword
-import typing
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Any
 
 import dspy
 import pydantic
 
+from dspy_bridge.annotations import PROBABILITY, parse, parse_type, resolve
 from dspy_bridge.errors import InvalidArgs
 
-# Longer texts are no types that anybody wrote; the parser's recursion stays far from Python's limit.
-MAX_TYPE_CHARS = 2000
 # Python's parser holds the interpreter lock throughout: 16,000 characters take it some 30 ms.
 MAX_SIGNATURE_CHARS = 16_000
 MAX_FIELDS = 1000
 
-_PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
-
-_NAMES: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "bytes": bytes,
-    "list": list,
-    "dict": dict[str, Any],
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "None": type(None),
-    "Any": Any,
-    "List": list,
-    "Dict": dict[str, Any],
-    "Tuple": tuple,
-    "Set": set,
-    "FrozenSet": frozenset,
-    "datetime": datetime.datetime,
-    "date": datetime.date,
-    "time": datetime.time,
-    # DSPex's names.
-    "string": str,
-    "integer": int,
-    "boolean": bool,
-    "any": Any,
-    "map": dict[str, Any],
-    "atom": str,
-    "probability": _PROBABILITY,
-    "confidence_score": _PROBABILITY,
-    "embedding": list[float],
-    "reasoning_chain": list[str],
-    # DSPy's own types.
-    "image": dspy.Image,
-    "audio": dspy.Audio,
-    "file": dspy.File,
-    "history": dspy.History,
-    "Image": dspy.Image,
-    "Audio": dspy.Audio,
-    "File": dspy.File,
-    "History": dspy.History,
-}
-_DOTTED = {
-    "typing": typing.__all__,
-    "dspy": ["Image", "Audio", "File", "History"],
-    "datetime": ["datetime", "date", "time"],
-}
-# Name to the least and most type arguments that it takes.
-_GENERICS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("list", "List", "set", "Set", "frozenset", "FrozenSet", "Optional"), (1, 1)),
-    **dict.fromkeys(("dict", "Dict"), (2, 2)),
-    **dict.fromkeys(("tuple", "Tuple", "Union", "Literal"), (1, 1000)),
-}
-_CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 # Keyword arguments that Predict and its callers keep for themselves.
 _NOT_AS_INPUT = frozenset(("self", "instance", "signature", "demos", "config", "lm", "new_signature", "completions"))
 
@@ -139,7 +80,7 @@ def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | N
             if group is inputs and field.name in _NOT_AS_INPUT:
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is reserved by DSPy; choose another name")
             extra: dict[str, Any] = {"desc": field.description} if field.description else {}
-            if field.annotation is _PROBABILITY:
+            if field.annotation is PROBABILITY:
                 extra = {**extra, "ge": 0, "le": 1}  # DSPy tells the LM of constraints that the field function gets
             fields[field.name] = (field.annotation, make(**extra))
     contract = Contract(dspy.Signature(fields, instructions or None))
@@ -147,8 +88,8 @@ def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | N
         plain = field.annotation in (str, Any)
         contract.inputs[field.name] = None if plain else pydantic.TypeAdapter(field.annotation)
     for field in outputs:
-        if field.annotation is _PROBABILITY:
-            contract.outputs[field.name] = pydantic.TypeAdapter(_PROBABILITY)
+        if field.annotation is PROBABILITY:
+            contract.outputs[field.name] = pydantic.TypeAdapter(PROBABILITY)
     return contract
 
 
@@ -167,7 +108,7 @@ def _read_fields(fields: object, where: str) -> list[_Field]:
         type_text = field.get("type")
         if type_text is not None and not isinstance(type_text, str):
             raise InvalidArgs(f"{here}.type: expected text such as str, list[int] or Literal['a', 'b']")
-        annotation = str if type_text is None else _parse_type(type_text, f"{here}.type")
+        annotation = str if type_text is None else parse_type(type_text, f"{here}.type")
         read.append(_Field(field.get("name"), annotation, description, here))
     return read
 
@@ -206,7 +147,7 @@ def _parse_string(text: str) -> tuple[list[_Field], list[_Field]]:
 def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
     here = f"signature.{where}"
     # On lines of its own: a comment sign in it must not hide what follows.
-    tree = _parse(f"def f(\n{side.strip()}\n): pass", here, "exec", side.strip())
+    tree = parse(f"def f(\n{side.strip()}\n): pass", here, "exec", side.strip())
     body = tree.body
     function = body[0] if len(body) == 1 else None
     if (
@@ -219,94 +160,5 @@ def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
     if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults:
         raise InvalidArgs(f"{here}: expected fields such as question, context: list[str]")
     return [
-        (arg.arg, str if arg.annotation is None else _resolve(arg.annotation, f"{here}.{arg.arg}"))
-        for arg in given.args
+        (arg.arg, str if arg.annotation is None else resolve(arg.annotation, f"{here}.{arg.arg}")) for arg in given.args
     ]
-
-
-def _parse_type(text: str, where: str) -> Any:
-    if len(text) > MAX_TYPE_CHARS:
-        raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
-    return _resolve(_parse(text.strip(), where, "eval", text).body, where)
-
-
-def _parse(code: str, where: str, mode: str, shown: str) -> Any:
-    try:
-        return ast.parse(code, mode=mode)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise InvalidArgs(
-            f"{where}: {_short(shown)} cannot be read; expected a type such as str or list[int]"
-        ) from None
-
-
-def _resolve(node: ast.expr, where: str) -> Any:
-    try:
-        return _type_of(node, where)
-    except RecursionError:
-        raise InvalidArgs(f"{where}: nested too deep") from None
-    except TypeError:
-        # list[...] and Union[...] check their arguments themselves, for example Literal inside a set twice.
-        raise InvalidArgs(f"{where}: {_short(ast.unparse(node))} is no type") from None
-
-
-def _type_of(node: ast.expr, where: str) -> Any:
-    if isinstance(node, ast.Constant) and node.value is None:
-        return type(None)
-    if isinstance(node, (ast.Name, ast.Attribute)):
-        name = _name_of(node)
-        if name in _NAMES:
-            return _NAMES[name]
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return Union[_type_of(node.left, where), _type_of(node.right, where)]  # noqa: UP007 - built from values
-    elif isinstance(node, ast.Subscript):
-        name = _name_of(node.value)
-        if name in _GENERICS:
-            arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            return _generic(name, arguments, where)
-    raise InvalidArgs(f"{where}: unknown type {_short(ast.unparse(node))}; expected one such as str, int, list[str]")
-
-
-def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
-    least, most = _GENERICS[name]
-    if not least <= len(arguments) <= most:
-        raise InvalidArgs(f"{where}: {name}[…] takes {most} type{'s' if most > 1 else ''}, got {len(arguments)}")
-    if name == "Literal":
-        return Literal[tuple(_literal(argument, where) for argument in arguments)]
-    if name in ("tuple", "Tuple") and len(arguments) == 2 and _is_ellipsis(arguments[1]):
-        return tuple[_type_of(arguments[0], where), ...]  # type: ignore[misc]  # built from values
-    types = tuple(_type_of(argument, where) for argument in arguments)
-    if name == "Optional":
-        return Optional[types[0]]  # noqa: UP045 - built from values
-    if name == "Union":
-        return Union[types]  # noqa: UP007 - built from values
-    container: Any = _CONTAINERS[name.lower()]
-    return container[types]
-
-
-def _literal(node: ast.expr, where: str) -> str | int | bool | None:
-    try:
-        value = ast.literal_eval(node)
-    except (ValueError, TypeError):
-        value = ...
-    if value is None or isinstance(value, (str, int, bool)):
-        return value
-    raise InvalidArgs(
-        f"{where}: Literal takes texts, whole numbers, booleans and None, got {_short(ast.unparse(node))}"
-    )
-
-
-def _name_of(node: ast.expr) -> str:
-    """The name in a name node; a dotted one without its module where that is typing, dspy or datetime."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.attr in _DOTTED.get(node.value.id, ()) else ""
-    return ""
-
-
-def _is_ellipsis(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is ...
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:59] + "…")

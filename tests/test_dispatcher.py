@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dspy_bridge.dispatcher import Command, Dispatcher
+from dspy_bridge.calls import Command
+from dspy_bridge.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, Overloaded
 from dspy_bridge.frames import TooLarge
 

@@ -1,0 +1,96 @@
+"""Any Python value as JSON. Pure; what it is handed may run code of its own, and may fail, but always has a form."""
+
+from __future__ import annotations
+
+import jiter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# Python's own limit for the text form of an int (sys.set_int_max_str_digits), and jiter's; the protocol adopts it.
+MAX_INT_DIGITS = 4300
+# A value of a reply that is nested deeper becomes text. orjson itself stops at 254 levels of its `default` hook.
+MAX_DEPTH = 200
+_INT_LIMIT = 10**MAX_INT_DIGITS
+
+
+def encode_value(value: Any) -> bytes:
+    """JSON of any Python value: NaN and infinities null, bytes base64, objects their fields, the rest `str()`."""
+    import orjson
+
+    try:
+        return orjson.dumps(value, default=_default)
+    except (TypeError, ValueError, RecursionError):
+        # Integers past 64 bits, keys that are no text, lone surrogates, cycles, great depth.
+        import json
+
+        return json.dumps(_plain(value, ()), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _default(value: Any) -> Any:
+    """What orjson asks for a value that it does not know: something that it does."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        import base64
+
+        return base64.b64encode(value).decode()
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    for name in ("model_dump", "tolist"):  # pydantic models; arrays and scalars of numpy
+        method = getattr(value, name, None)
+        if callable(method) and not isinstance(value, type):
+            return method()
+    # Iterators and mappings of other kinds: a copy of what they hold. Text is the last resort.
+    if hasattr(value, "keys") and hasattr(value, "__getitem__") and not isinstance(value, type):
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118 - only the mapping protocol is known of it
+    return _text(value)
+
+
+def _text(value: object) -> str:
+    try:
+        text = str(value)
+    except BaseException as error:  # a user's __str__ may raise anything
+        text = f"<{type(value).__name__}: its str() raised {type(error).__name__}>"
+    return text.encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any, inside: tuple[int, ...]) -> Any:
+    """A copy of `value` that the standard json writes as it is. `inside`: ids of the containers around it."""
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, int):
+        # A longer one has no decimal text in Python either.
+        return int(value) if -_INT_LIMIT < value < _INT_LIMIT else hex(value)
+    if isinstance(value, float):
+        return float(value) if value - value == 0.0 else None
+    if id(value) in inside:
+        return f"<{type(value).__name__} that contains itself>"
+    if len(inside) > MAX_DEPTH:
+        return f"<{type(value).__name__} nested deeper than {MAX_DEPTH} levels>"
+    import orjson
+
+    inside = (*inside, id(value))
+    if isinstance(value, dict):
+        return {_key(key): _plain(item, inside) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, inside) for item in value]
+    try:
+        # orjson knows more types than the standard json: dates, UUIDs, enums, dataclasses.
+        return jiter.from_json(orjson.dumps(value))
+    except (TypeError, ValueError, RecursionError):
+        pass
+    fields = getattr(value, "__dataclass_fields__", None)
+    try:
+        if fields is not None and not isinstance(value, type):
+            return {name: _plain(getattr(value, name), inside) for name in fields}
+        return _plain(_default(value), inside)
+    except Exception:
+        return _text(value)
+
+
+def _key(key: object) -> str:
+    if key is None or isinstance(key, (bool, float)):
+        return encode_value(key).decode()
+    return _text(key)
