@@ -179,15 +179,25 @@ def test_sigterm_is_like_the_end_of_input(start_lm: Any) -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
-def test_sigterm_is_noticed_however_it_falls() -> None:
-    """Just before a read starts it interrupts nothing; some of these do."""
-    for number in range(30):
-        with Peer() as peer:
-            peer.send(*[{"id": 1, "command": "ping"}] * (number % 7 + 1))
-            for _ in range(number % 7 + 1):
-                peer.receive()
-            peer.terminate()
-            assert peer.process.wait(PATIENCE) == 0
+ELSEWHERE = """
+import os, runpy, signal, sys, threading
+def strike():
+    open(os.environ["FIFO"]).read()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=strike, daemon=True).start()
+sys.argv = ["dspy_bridge"]
+runpy.run_module("dspy_bridge", run_name="__main__")
+"""
+
+
+def test_a_sigterm_that_interrupts_no_read_is_noticed(tmp_path: Any) -> None:
+    """As one does that falls just before a read starts; here, one that another thread gets."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with Peer(command=[sys.executable, "-c", ELSEWHERE], env={"FIFO": str(fifo)}) as peer:
+        assert peer.call("ping")["success"]
+        fifo.write_text("now")
+        assert peer.process.wait(PATIENCE) == 0
 
 
 def test_small_requests_with_large_replies_do_not_pile_up(echo_peer: Peer) -> None:
