@@ -53,6 +53,8 @@ class Dispatcher:
         self._max_in_flight = max_in_flight
         self._max_queue = max_queue
         self._max_frame_bytes = max_frame_bytes
+        # The short way does not look at the limit: it is for hosts whose limit no such ping and no pong comes near.
+        self._short_way = max_frame_bytes >= messages.QUICK_BYTES
         self._log_exception = log_exception
         self._pings = CommandStats()
         self._stats = {"ping": self._pings}
@@ -72,7 +74,7 @@ class Dispatcher:
     def quick(self, data: bytes) -> bytes | None:
         """The packet that answers `data`, if that is one ping known by its bytes; else None. On the reading thread."""
         received = time.monotonic()
-        packet = messages.quick_packet(data, time.time())
+        packet = messages.quick_packet(data, time.time()) if self._short_way else None
         if packet is not None:
             # Without the lock: pings are counted and told on the reading thread only.
             self._pings.add(time.monotonic() - received, False)
@@ -81,9 +83,11 @@ class Dispatcher:
     def receive(self, frame: bytes | TooLarge) -> bytes | None:
         """Take one frame, on the reading thread. Returns the reply if it is there already."""
         received = time.monotonic()
-        if isinstance(frame, bytes) and (pong := messages.quick_pong(frame, time.time())) is not None:
-            self._pings.add(time.monotonic() - received, False)
-            return pong
+        if isinstance(frame, bytes) and self._short_way:
+            pong = messages.quick_pong(frame, time.time())
+            if pong is not None:
+                self._pings.add(time.monotonic() - received, False)
+                return pong
         if isinstance(frame, TooLarge):
             text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_error(None, FrameTooLarge.error_type, text)

@@ -28,6 +28,8 @@ _PLAIN_PING = (
 _PING_PAYLOAD = re.compile(_PLAIN_PING).fullmatch
 _PING_PACKET = re.compile(rb"\x00\x00\x00([\x00-\xff])" + _PLAIN_PING).fullmatch
 
+# Packets of pings and pongs that go the short way are at most this long: their length has one byte.
+QUICK_BYTES = 256
 _PONG = b'{"id":%b,"success":true,"result":{"status":"ok","timestamp":%.6f}}'
 
 Id = int | str

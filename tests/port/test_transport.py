@@ -96,6 +96,18 @@ def test_a_frame_over_the_limit_is_read_past_and_the_next_one_served() -> None:
             assert served["success"]
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_the_limit_holds_for_pings_in_the_form_of_bridge_too(together: bool) -> None:
+    """These are known by their bytes and answered on a shorter way, alone in a read or among others."""
+    ping = b'{"id":1,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
+    for limit, error_type in ((50, "frame_too_large"), (len(ping) - 1, "frame_too_large"), (200, None)):
+        with Peer("--max-frame-bytes", str(limit)) as peer:
+            for _ in range(2):
+                peer.send(*[ping] * (2 if together else 1))
+                for _ in range(2 if together else 1):
+                    assert peer.receive().get("error_type") == error_type
+
+
 def test_a_reply_over_the_limit_becomes_an_error_with_its_id() -> None:
     with Peer("--max-frame-bytes", "600", "--lm", "offline/echo") as peer:
         peer.call("create_program", {"id": "qa", "signature": "question -> answer, again"})
