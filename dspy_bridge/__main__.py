@@ -66,11 +66,11 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
 
         logs.setup(chosen.log_level, writer.send if chosen.log_frames else None)
 
-    def log_exception(reference: str) -> None:
+    def log_exception() -> str:
         from dspy_bridge import logs
 
         setup_logs()
-        logs.exception(reference)
+        return logs.exception()
 
     def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
         from dspy_bridge import hops

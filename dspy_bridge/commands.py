@@ -195,9 +195,7 @@ class Commands:
             from dspy_bridge import logs
 
             why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be imported: {error}"
-            reference = os.urandom(4).hex()
-            logs.exception(reference)
-            return SetupFailed(f"{why}; the peer's log has the traceback under {reference}")
+            return SetupFailed(f"{why}; the peer's log has the traceback under {logs.exception()}")
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ all bookkeeping of running and waiting requests happens there. Only here do exce
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -40,10 +39,10 @@ class Dispatcher:
         max_in_flight: int,
         max_queue: int,
         max_frame_bytes: int,
-        log_exception: Callable[[str], None],
+        log_exception: Callable[[], str],
         prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
     ) -> None:
-        """`send` writes reply payloads from any thread; `log_exception` logs the current one under a reference.
+        """`send` writes reply payloads from any thread; `log_exception` logs the current one and gives its reference.
 
         `prepare_loop` gets the event loop before it runs, on its thread.
         """
@@ -286,11 +285,10 @@ class Dispatcher:
                 payload = messages.encode_error(id, FrameTooLarge.error_type, "the error is too long for a frame")
             return payload
         # A defect of ours, or of code that the host brought along: its text may hold contents, so it goes to the log.
-        reference = os.urandom(4).hex()
         try:
             raise error
         except BaseException:
-            self._log_exception(reference)
+            reference = self._log_exception()
         text = f"{type(error).__name__} in the peer; its log has the traceback under {reference}"
         return messages.encode_error(id, "internal", text, None, meta)
 

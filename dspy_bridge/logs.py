@@ -82,6 +82,8 @@ def adopt(name: str) -> None:
     library.propagate = True
 
 
-def exception(reference: str) -> None:
-    """Log the exception being handled, under a reference that its caller was told."""
+def exception() -> str:
+    """Log the exception being handled; returns the reference under which, for its caller to be told."""
+    reference = os.urandom(4).hex()
     logger.error("internal error %s", reference, exc_info=True)
+    return reference

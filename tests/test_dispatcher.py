@@ -39,8 +39,10 @@ class Bench:
         limits = {"max_in_flight": 2, "max_queue": 2, "max_frame_bytes": 1000, **limits}
         self.dispatcher = Dispatcher(table, self._send, log_exception=self._log, **limits)
 
-    def _log(self, reference: str) -> None:
+    def _log(self) -> str:
+        reference = f"reference-{len(self.logged)}"
         self.logged.append(f"{reference} {type(sys.exc_info()[1]).__name__}")
+        return reference
 
     def _send(self, payloads: Iterable[bytes]) -> None:
         for payload in payloads:
