@@ -22,6 +22,9 @@ defmodule DSPex.PythonBridge.Bridge do
 
   alias DSPex.PythonBridge.{Caller, Error, Options, Protocol, Server}
 
+  # From the end of draining to the end of the last process.
+  @ending_ms 2_000
+
   @type server :: GenServer.server()
   @type command :: Protocol.command()
   @type call_error ::
@@ -60,23 +63,34 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
+    # Options that cannot be right are start_link's to refuse.
+    drain_ms = with {:ok, options} <- Options.new(opts), do: options.drain_ms, else: (_ -> 0)
+
     %{
       id: if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__,
-      start: {__MODULE__, :start_link, [Options.seal(opts)]}
+      start: {__MODULE__, :start_link, [Options.seal(opts)]},
+      shutdown: drain_ms + @ending_ms
     }
   end
 
   @doc """
-  Kills the peer and starts another at once. Calls in flight get `:python_process_died`; calls
-  that were not yet sent wait for the new peer.
+  Replaces the peer: starts another, gives it the programs, then sends calls to it. The old one
+  serves until then, and finishes what it was given; what it has not finished after
+  `DSPY_BRIDGE_DRAIN_MS` (5 s where nothing is said) is sent again to the new one. No caller sees it, bar
+  those who said `retry: false`.
+
+  Returns once the new peer serves. If it does not come up, the old one goes on serving, and the
+  error is a text that says why; if there was none to go on, the attempts go on.
   """
-  @spec restart(server()) :: :ok | {:error, :bridge_not_running}
-  def restart(server \\ __MODULE__), do: ask(server, :restart, {:error, :bridge_not_running})
+  @spec restart(server()) :: :ok | {:error, :bridge_not_running | String.t()}
+  def restart(server \\ __MODULE__),
+    do: ask(server, :restart, {:error, :bridge_not_running}, :infinity)
 
   @doc """
-  Stops the bridge; calls that wait get `:bridge_not_running`. The peer sees end of input; if it is
-  still there 0.6 s later it is killed, and so is all that it started, before this returns. Also
-  `:ok` if the bridge was not running.
+  Stops the bridge. Calls that the peer has are still answered, within `DSPY_BRIDGE_DRAIN_MS` (5 s where
+  nothing is said); calls that it has not, and later ones, get `:bridge_not_running`. Then the peer sees
+  the end of its input; if it is still there 0.6 s later it is killed, and so is all that it started,
+  before this returns. Also `:ok` if the bridge was not running.
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
@@ -87,19 +101,20 @@ defmodule DSPex.PythonBridge.Bridge do
 
   @doc """
   How the bridge is; answered at once, whatever the peer does. (A bridge that does not answer within
-  5 s, which only one that somebody suspended does, counts as not running; the same holds for
-  `restart/1`.)
+  5 s, which only one that somebody suspended does, counts as not running.)
 
-    * `:state` – `:starting` (the first peer is not up yet), `:running`, `:restarting` (between a
-      death and the next peer's first reply), `:failed` (the peer could not be started; or the
-      bridge is not running, in which case only the first five keys are there, all 0 or nil)
+    * `:state` – `:starting` (the first peer does not serve yet), `:running`, `:restarting` (between a
+      peer's death and the service of its successor), `:failed` (`max_retries` attempts in a row to
+      start one have failed; they go on, and calls wait; or the bridge is not running, in which
+      case only the first five keys are there, all 0 or nil)
     * `:os_pid` – of the peer; nil while there is none
     * `:pending` – calls that wait for a reply, sent or not
     * `:restarts` – peers started after the first
     * `:uptime_ms` – of the present peer
     * `:late_replies` – replies dropped because nobody waited (any more)
     * `:unreadable_frames` – frames dropped because they had no readable id
-    * `:last_error` – why the last peer died, until the next is up
+    * `:last_error` – why the last peer died, until the next serves: its exit status, and where it did
+      not come up, the last line that it writes to stderr
   """
   @spec get_status(server()) :: status()
   def get_status(server \\ __MODULE__) do
@@ -134,7 +149,7 @@ defmodule DSPex.PythonBridge.Bridge do
       form, larger than `:max_frame_bytes`)
     * `{:error, :timeout}` – here or in the peer, whichever was first
     * `{:error, :overloaded}` – too many calls wait, here or in the peer; nothing was done
-    * `{:error, :python_process_died}` – while it had the request
+    * `{:error, :python_process_died}` – with the request, which was sent again `:max_retries` times
     * `{:error, :bridge_not_running}`
   """
   @spec call(server(), command(), map(), timeout() | :default) ::
@@ -170,13 +185,14 @@ defmodule DSPex.PythonBridge.Bridge do
 
   `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`.
 
-  Options: `:timeout` (ms, `:infinity` or `:default`).
+  Options: `:timeout` (ms, `:infinity` or `:default`) and `:retry` (true; false: when the peer dies
+  with the request, it is not sent again but gives `:python_process_died`).
   """
-  @spec request(server(), command(), map(), timeout: timeout() | :default) ::
+  @spec request(server(), command(), map(), timeout: timeout() | :default, retry: boolean()) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args, opts) do
-    with {:ok, timeout} <- request_options(opts),
-         {:ok, _id, result, meta} <- Caller.exchange(server, command, args, timeout, meta: true) do
+    with {:ok, timeout, opts} <- request_options(opts),
+         {:ok, _id, result, meta} <- Caller.exchange(server, command, args, timeout, opts) do
       {:ok, result, meta}
     end
   end
@@ -198,20 +214,26 @@ defmodule DSPex.PythonBridge.Bridge do
   def cast(server, command, args), do: Caller.send_only(server, command, args)
 
   defp request_options(opts) do
-    case Keyword.keyword?(opts) && Keyword.pop(opts, :timeout, :default) do
-      {timeout, []} ->
-        {:ok, timeout}
+    if Keyword.keyword?(opts) do
+      {timeout, opts} = Keyword.pop(opts, :timeout, :default)
 
-      {_timeout, [{unknown, _value} | _rest]} ->
-        {:error, Error.new(:invalid_request, "#{inspect(unknown)}: there is no such option")}
+      case Enum.find(opts, &(not match?({:retry, retry} when is_boolean(retry), &1))) do
+        nil ->
+          {:ok, timeout, [meta: true] ++ opts}
 
-      false ->
-        {:error, Error.new(:invalid_request, "options: expected a keyword list")}
+        {:retry, _other} ->
+          {:error, Error.new(:invalid_request, ":retry: expected true or false")}
+
+        {name, _value} ->
+          {:error, Error.new(:invalid_request, "#{inspect(name)}: there is no such option")}
+      end
+    else
+      {:error, Error.new(:invalid_request, "options: expected a keyword list")}
     end
   end
 
-  defp ask(server, question, otherwise) do
-    GenServer.call(server, question)
+  defp ask(server, question, otherwise, timeout \\ 5_000) do
+    GenServer.call(server, question, timeout)
   catch
     # Any term may be given as a server: what is none raises.
     _kind, _not_running -> otherwise

@@ -4,26 +4,37 @@ defmodule DSPex.PythonBridge.Caller do
   bridge, and the reply's bytes to a result. It neither raises nor exits.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Protocol}
+  alias DSPex.PythonBridge.{Error, Options, Programs, Protocol, Traffic}
 
   @default_timeout 30_000
   # `receive` takes no longer timeout.
   @max_timeout 4_294_967_295
+  # A bridge answers questions at once.
+  @longest_question_ms 1_000
 
   @doc """
   Sends a command and waits for its reply. `timeout` is in ms, `:infinity`, or `:default` for the
-  bridge's own; `encode_opts` are those of `DSPex.PythonBridge.Protocol.encode_body/3`.
+  bridge's own. Options: `retry: false`, and those of
+  `DSPex.PythonBridge.Protocol.encode_body/3`.
   """
   @spec exchange(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
-  def exchange(server, command, args, timeout, encode_opts) do
+  def exchange(server, command, args, timeout, opts) do
     started = System.monotonic_time(:millisecond)
 
     with dest when dest != nil <- whereis(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
-         {:ok, body} <- Protocol.encode_body(command, args, encode_opts) do
+         {:ok, body} <- Protocol.encode_body(command, args, opts) do
+      terms = terms(opts, change(command, args))
+
       # Writing a large request takes time, too.
-      dest |> send_and_wait(left(timeout, started), body) |> read()
+      case dest |> send_and_wait(left(timeout, started), body, terms) |> read() do
+        {:error, %Error{type: :program_not_found} = error} ->
+          {:error, load_failure(dest, args, left(timeout, started)) || error}
+
+        reply ->
+          reply
+      end
     else
       nil -> {:error, Error.new(:bridge_not_running)}
       {:error, error} -> {:error, error}
@@ -39,7 +50,7 @@ defmodule DSPex.PythonBridge.Caller do
     with {:ok, body} <- Protocol.encode_body(command, args),
          dest when dest != nil <- whereis(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
-      send(dest, {:request, nil, nil, timeout, body})
+      send(dest, {:request, nil, nil, timeout, body, terms([], change(command, args))})
       :ok
     else
       nil -> :ok
@@ -47,11 +58,65 @@ defmodule DSPex.PythonBridge.Caller do
     end
   end
 
+  # The usual terms are made when this is compiled.
+  defp terms([], nil), do: {:here, 0, nil}
+  defp terms([meta: true], nil), do: {:here, 0, nil}
+
+  defp terms(opts, change),
+    do: {if(Keyword.get(opts, :retry, true), do: :here, else: :never), 0, change}
+
+  @doc """
+  The change that a command makes to the programs, if the peer carries it out; nil for most. Arguments
+  that the peer will refuse anyway make none.
+
+      iex> DSPex.PythonBridge.Caller.change(:create_program, %{id: :qa, signature: "q -> a"})
+      {:create, "qa", nil}
+      iex> DSPex.PythonBridge.Caller.change("cleanup", %{"program_ids" => ["qa"]})
+      {:cleanup, ["qa"], nil}
+      iex> DSPex.PythonBridge.Caller.change(:ping, %{})
+      nil
+  """
+  @spec change(Protocol.command(), map()) :: Programs.change() | nil
+  def change(command, args) when command in [:create_program, "create_program"] do
+    with id when id != nil <- text(argument(args, :id)), do: {:create, id, nil}
+  end
+
+  def change(command, args) when command in [:cleanup, "cleanup"] do
+    case argument(args, :program_ids) do
+      nil -> {:cleanup, :all, nil}
+      ids when is_list(ids) -> {:cleanup, Enum.map(ids, &text/1), nil}
+      _refused -> nil
+    end
+  end
+
+  def change(_command, _args), do: nil
+
+  # What JSON makes of an atom.
+  defp text(id) when is_atom(id) and id not in [nil, true, false], do: Atom.to_string(id)
+  defp text(id) when is_binary(id), do: id
+  defp text(_refused), do: nil
+
+  defp argument(args, name), do: Map.get(args, name) || Map.get(args, Atom.to_string(name))
+
+  # A program that its peer could not load again is missing there; the bridge knows why.
+  defp load_failure(dest, args, left) do
+    with id when id != nil <- text(argument(args, :program_id)),
+         do: GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
+  catch
+    :exit, _no_answer -> nil
+  end
+
+  @doc """
+  Sends a body to a bridge and waits for what comes back, at most `timeout` ms. The process `watched` is
+  the one whose death cancels the request.
+  """
+  @spec send_and_wait(pid() | {atom(), node()}, timeout(), binary(), Traffic.terms(), pid()) ::
+          {:frame, binary()} | {:error, :timeout | Traffic.failure()}
   # The alias is what makes a late reply harmless: it ends with the first reply or with demonitor,
   # and what is sent to it afterwards goes nowhere.
-  defp send_and_wait(dest, timeout, body) do
+  def send_and_wait(dest, timeout, body, terms, watched \\ self()) do
     ref = :erlang.monitor(:process, dest, alias: :reply_demonitor)
-    send(dest, {:request, ref, self(), at_least_one(timeout), body})
+    send(dest, {:request, ref, watched, at_least_one(timeout), body, terms})
 
     receive do
       {^ref, reply} -> reply
@@ -71,7 +136,10 @@ defmodule DSPex.PythonBridge.Caller do
     end
   end
 
-  defp read({:frame, frame}) do
+  @doc "What `send_and_wait/5` gave, as a result or an error."
+  @spec read({:frame, binary()} | {:error, :timeout | Traffic.failure()}) ::
+          {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
+  def read({:frame, frame}) do
     case Protocol.decode_reply(frame) do
       {:ok, _id, _result, _meta} = reply ->
         reply
@@ -84,12 +152,13 @@ defmodule DSPex.PythonBridge.Caller do
     end
   end
 
-  defp read({:error, {:too_large, size, limit}}) do
+  def read({:error, {:too_large, size, limit}}) do
     text = "the request has #{size} bytes; max_frame_bytes is #{limit}"
     {:error, Error.new(:frame_too_large, text)}
   end
 
-  defp read({:error, type}), do: {:error, Error.new(type)}
+  def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
+  def read({:error, type}), do: {:error, Error.new(type)}
 
   defp left(:infinity, _started), do: :infinity
   defp left(ms, started), do: max(ms - (System.monotonic_time(:millisecond) - started), 0)
@@ -98,11 +167,13 @@ defmodule DSPex.PythonBridge.Caller do
   defp at_least_one(0), do: 1
   defp at_least_one(timeout), do: timeout
 
-  defp check_timeout(:default, dest), do: {:ok, default_timeout(dest)}
-  defp check_timeout(:infinity, _dest), do: {:ok, :infinity}
-  defp check_timeout(ms, _dest) when ms in 0..@max_timeout, do: {:ok, ms}
+  @doc "The timeout in ms that is meant, or an error: it has to be one that `receive` takes."
+  @spec check_timeout(term(), pid() | {atom(), node()}) :: {:ok, timeout()} | {:error, Error.t()}
+  def check_timeout(:default, dest), do: {:ok, default_timeout(dest)}
+  def check_timeout(:infinity, _dest), do: {:ok, :infinity}
+  def check_timeout(ms, _dest) when ms in 0..@max_timeout, do: {:ok, ms}
 
-  defp check_timeout(_other, _dest) do
+  def check_timeout(_other, _dest) do
     text = "timeout: expected 0 to #{@max_timeout} ms or :infinity"
     {:error, Error.new(:invalid_request, text)}
   end

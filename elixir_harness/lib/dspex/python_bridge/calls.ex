@@ -2,17 +2,46 @@ defmodule DSPex.PythonBridge.Calls do
   @moduledoc """
   The calls that wait for a reply, by id (the peer's name for a call) and by reference (the
   caller's name for it). A call is in the table until exactly one of these takes it out: its
-  reply, its caller's timeout, its caller's death, the peer's death. Whoever comes later finds
-  nothing: that is how every race between them ends.
+  reply, its caller's timeout, its caller's death, a peer's death that it may not outlive. Whoever
+  comes later finds nothing: that is how every race between them ends.
   """
+
+  defmodule Call do
+    @moduledoc """
+    One call:
+
+      * `ref` – the caller's alias; nil: nobody waits
+      * `watch` – what watches over it
+      * `deadline` – monotonic ms, or `:infinity`
+      * `body` – of the request, kept to be sent again
+      * `retry` – what is done about a peer's death: `:here` sends it again, `:never` fails,
+        `:caller` tells the caller, who knows other peers
+      * `what` – the change that it makes to the programs, if any
+      * `deaths` – the peers that died with it
+      * `at` – the port that it was given to; nil: to none yet
+      * `since` – when it was given to that
+    """
+
+    @enforce_keys [:ref, :watch, :deadline, :body, :retry, :what, :deaths]
+    defstruct [:ref, :watch, :deadline, :body, :retry, :what, :deaths, :at, :since]
+
+    @type t :: %__MODULE__{
+            ref: reference() | nil,
+            watch: {:monitor, reference()} | {:timer, reference()},
+            deadline: integer() | :infinity,
+            body: binary(),
+            retry: :here | :never | :caller,
+            what: DSPex.PythonBridge.Programs.change() | nil,
+            deaths: non_neg_integer(),
+            at: port() | nil,
+            since: integer() | nil
+          }
+  end
 
   defstruct by_id: %{}, by_ref: %{}
 
-  # The caller's alias (nil: nobody waits) and what watches over the call.
-  @type call :: {ref :: reference() | nil, watch()}
-  @type watch :: {:monitor, reference()} | {:timer, reference()}
   @type t :: %__MODULE__{
-          by_id: %{pos_integer() => call()},
+          by_id: %{pos_integer() => Call.t()},
           by_ref: %{reference() => pos_integer()}
         }
 
@@ -25,18 +54,27 @@ defmodule DSPex.PythonBridge.Calls do
   def size(%__MODULE__{by_id: by_id}), do: map_size(by_id)
 
   @doc "Adds a call under a new id."
-  @spec put(t(), pos_integer(), call()) :: t()
-  def put(%__MODULE__{} = calls, id, {nil, _watch} = call),
+  @spec put(t(), pos_integer(), Call.t()) :: t()
+  def put(%__MODULE__{} = calls, id, %Call{ref: nil} = call),
     do: %{calls | by_id: Map.put(calls.by_id, id, call)}
 
-  def put(%__MODULE__{by_id: by_id, by_ref: by_ref}, id, {ref, _watch} = call),
+  def put(%__MODULE__{by_id: by_id, by_ref: by_ref}, id, %Call{ref: ref} = call),
     do: %__MODULE__{by_id: Map.put(by_id, id, call), by_ref: Map.put(by_ref, ref, id)}
 
+  @doc "The call of this id, which is there."
+  @spec fetch!(t(), pos_integer()) :: Call.t()
+  def fetch!(%__MODULE__{by_id: by_id}, id), do: Map.fetch!(by_id, id)
+
+  @doc "Another state of a call that is there."
+  @spec replace(t(), pos_integer(), Call.t()) :: t()
+  def replace(%__MODULE__{} = calls, id, %Call{} = call),
+    do: %{calls | by_id: %{calls.by_id | id => call}}
+
   @doc "Takes a call out; nil if it is not there (any more)."
-  @spec pop(t(), pos_integer()) :: {call() | nil, t()}
+  @spec pop(t(), pos_integer()) :: {Call.t() | nil, t()}
   def pop(%__MODULE__{by_id: by_id, by_ref: by_ref} = calls, id) do
     case by_id do
-      %{^id => {ref, _watch} = call} ->
+      %{^id => %Call{ref: ref} = call} ->
         {call, %__MODULE__{by_id: Map.delete(by_id, id), by_ref: Map.delete(by_ref, ref)}}
 
       _gone ->
@@ -48,11 +86,8 @@ defmodule DSPex.PythonBridge.Calls do
   @spec id_of(t(), reference()) :: pos_integer() | nil
   def id_of(%__MODULE__{by_ref: by_ref}, ref), do: Map.get(by_ref, ref)
 
-  @doc "Takes out all calls whose id does not satisfy `keep?`."
-  @spec pop_unless(t(), (pos_integer() -> boolean())) :: {[call()], t()}
-  def pop_unless(%__MODULE__{} = calls, keep?) do
-    {kept, popped} = Enum.split_with(calls.by_id, fn {id, _call} -> keep?.(id) end)
-    by_ref = for {id, {ref, _watch}} <- kept, ref != nil, into: %{}, do: {ref, id}
-    {Enum.map(popped, &elem(&1, 1)), %__MODULE__{by_id: Map.new(kept), by_ref: by_ref}}
-  end
+  @doc "The calls given to `port`, oldest first; nil: those given to none."
+  @spec at(t(), port() | nil) :: [{pos_integer(), Call.t()}]
+  def at(%__MODULE__{by_id: by_id}, port),
+    do: Enum.sort(for {id, %Call{at: ^port} = call} <- by_id, do: {id, call})
 end

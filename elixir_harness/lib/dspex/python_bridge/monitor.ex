@@ -2,13 +2,13 @@ defmodule DSPex.PythonBridge.Monitor do
   @moduledoc """
   Asks a bridge's peer regularly whether it still answers, and has it replaced when it does not.
 
-  A check is a `ping` with a timeout. After `:max_failures` misses in a row the monitor asks
-  `DSPex.PythonBridge.Bridge.restart/1`; it starts nothing itself, and counts from 0 again. A peer
+  A check is a `ping` with a timeout. After `:max_failures` misses in a row the monitor has
+  the bridge replace its peer (at once: `DSPex.PythonBridge.Bridge.restart/1` would have it finish its
+  work first); it starts nothing itself, and counts from 0 again. A peer
   busy with LM calls answers pings, so it is left alone.
 
-  Only what a restart may mend counts as a failure: a miss of a peer that is up. While a peer
-  starts, the bridge itself keeps its time (`:start_timeout`), and one that has given up is its
-  supervisor's: such a miss makes the health `:unhealthy` and leads to nothing. An answer that too
+  Only what a restart may mend counts as a failure: a miss of a peer that serves. While one starts, the
+  bridge itself keeps its time (`:start_timeout`) and makes the attempts: such a miss makes the health `:unhealthy` and leads to nothing. An answer that too
   many calls wait (`:overloaded`) says nothing of the peer's health and leaves it as it was.
 
   Options, with defaults from `config :dspex, :python_bridge_monitor`:
@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
   require Logger
 
-  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.{Bridge, Server}
 
   @defaults %{
     name: __MODULE__,
@@ -219,7 +219,7 @@ defmodule DSPex.PythonBridge.Monitor do
   # Asked from a process of its own: the monitor answers whatever the bridge does.
   defp restart_if_due(%{failures: failures, options: options} = state, reason)
        when failures >= options.max_failures do
-    if reason != :bridge_not_running, do: spawn(fn -> Bridge.restart(options.bridge) end)
+    if reason != :bridge_not_running, do: spawn(fn -> Server.replace(options.bridge) end)
     %{state | failures: 0}
   end
 

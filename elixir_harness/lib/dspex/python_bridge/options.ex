@@ -14,7 +14,7 @@ defmodule DSPex.PythonBridge.Options do
   | `:env` | `%{}` | map of strings: more environment for the peer |
   | `:max_frame_bytes` | 64 MiB | a larger request fails before it is sent |
   | `:default_timeout` | 30 000 ms | of calls that name none; an integer or `:infinity` |
-  | `:max_retries` | 3 | how often a peer that dies before it was ever up is started again |
+  | `:max_retries` | 3 | how often a call is sent again whose peer died |
   | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
   | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced |
 
@@ -25,11 +25,15 @@ defmodule DSPex.PythonBridge.Options do
   inspection, state dump or crash report shows them; `seal/1` does the same to an option list.
   """
 
+  alias DSPex.PythonBridge.Pool.Slots
+  alias DSPex.PythonBridge.Programs
+
   @default_max_frame_bytes 64 * 1024 * 1024
   # {:packet, 4} of a port carries no more.
   @max_frame_bytes 2_147_483_647
   # `receive` takes no longer timeout.
   @max_timeout 4_294_967_295
+  @default_drain_ms 5_000
   @secret [:lm_options, :env]
 
   defstruct name: DSPex.PythonBridge.Bridge,
@@ -40,7 +44,12 @@ defmodule DSPex.PythonBridge.Options do
             default_timeout: 30_000,
             max_retries: 3,
             max_pending: 100_000,
-            start_timeout: 30_000
+            start_timeout: 30_000,
+            drain_ms: @default_drain_ms,
+            # Of a bridge in a pool.
+            slot: nil,
+            # The table of its supervisor's; its own if there is none.
+            programs: nil
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
@@ -51,8 +60,13 @@ defmodule DSPex.PythonBridge.Options do
           default_timeout: timeout(),
           max_retries: non_neg_integer(),
           max_pending: pos_integer(),
-          start_timeout: pos_integer()
+          start_timeout: pos_integer(),
+          drain_ms: non_neg_integer(),
+          slot: slot() | nil,
+          programs: Programs.table() | nil
         }
+  @typedoc "A bridge's place in its pool, and the name of the process to tell of its state."
+  @type slot :: {Slots.t(), index :: pos_integer(), keeper :: atom()}
 
   @doc """
   Options from a keyword list over the application's configuration, or the error that names the
@@ -142,6 +156,11 @@ defmodule DSPex.PythonBridge.Options do
   defp refusal({:max_retries, other}), do: expected(:max_retries, "0 or more", other)
   defp refusal({:max_pending, n}) when is_integer(n) and n > 0, do: nil
   defp refusal({:max_pending, other}), do: expected(:max_pending, "1 or more", other)
+
+  defp refusal({:slot, {_slots, index, keeper}}) when is_integer(index) and is_atom(keeper),
+    do: nil
+
+  defp refusal({:programs, table}) when is_reference(table), do: nil
   defp refusal({unknown, _value}), do: "#{inspect(unknown)}: there is no such option"
 
   defp text(key, value) do
@@ -168,7 +187,18 @@ defmodule DSPex.PythonBridge.Options do
     opts
     |> Keyword.drop([:lm, :lm_options, :adapter, :env, :script_path])
     |> then(&struct!(__MODULE__, &1))
-    |> Map.merge(%{script_path: Path.expand(script), env: fn -> env end})
+    |> Map.merge(%{script_path: Path.expand(script), env: fn -> env end, drain_ms: drain_ms(env)})
+  end
+
+  # What the peer itself takes; one that it will refuse is its own to refuse.
+  defp drain_ms(env) do
+    with text when text != nil <-
+           env["DSPY_BRIDGE_DRAIN_MS"] || System.get_env("DSPY_BRIDGE_DRAIN_MS"),
+         {ms, ""} when ms >= 0 <- Integer.parse(text) do
+      ms
+    else
+      _not_said -> @default_drain_ms
+    end
   end
 
   # What is not set here is left to the environment that the peer inherits.

@@ -12,23 +12,27 @@ defmodule DSPex.PythonBridge.OsProcess do
   @kill_attempts 20
   @kill_pause_ms 100
 
-  @doc """
-  When the process started, in the kernel's ticks; nil if there is no such process, or no `/proc`.
-  """
-  @spec start_time(pos_integer()) :: String.t() | nil
+  @typedoc "Of a process that had ended before it was looked at: `:ended`. Without `/proc`: nil."
+  @type start_time :: String.t() | :ended | nil
+
+  @doc "When the process started, in the kernel's ticks."
+  @spec start_time(pos_integer()) :: start_time()
   def start_time(os_pid) do
     case stat(os_pid) do
       {:ok, _state, started} -> started
-      :error -> nil
+      :error -> if proc?(), do: :ended
     end
   end
+
+  defp proc?, do: match?({:ok, _info}, :file.read_file_info(~c"/proc/self", [:raw]))
 
   @doc """
   Whether the process that started at `start_time` is no more; a zombie is none. Always false
   without a start time, since then nothing is known. Takes some 20 µs.
   """
-  @spec gone?(pos_integer(), String.t() | nil) :: boolean()
+  @spec gone?(pos_integer(), start_time()) :: boolean()
   def gone?(_os_pid, nil), do: false
+  def gone?(_os_pid, :ended), do: true
 
   def gone?(os_pid, start_time) do
     case stat(os_pid) do
@@ -43,13 +47,13 @@ defmodule DSPex.PythonBridge.OsProcess do
   left behind in its group, whose number is not reused while it has members. Takes some
   milliseconds, and never raises.
   """
-  @spec kill_group(pos_integer(), String.t() | nil) :: :ok
+  @spec kill_group(pos_integer(), start_time()) :: :ok
   def kill_group(os_pid, start_time), do: kill_group(os_pid, start_time, @kill_attempts)
 
   defp kill_group(_os_pid, _start_time, 0), do: :ok
 
   defp kill_group(os_pid, start_time, attempts) do
-    if start_time(os_pid) in [start_time, nil] do
+    if start_time(os_pid) in [start_time, :ended, nil] do
       # The shell's own kill: a program of that name is not everywhere.
       script = "kill -9 -#{os_pid} 2>/dev/null || kill -9 #{os_pid} 2>/dev/null"
       System.cmd("/bin/sh", ["-c", script])

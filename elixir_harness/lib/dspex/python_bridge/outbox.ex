@@ -1,84 +1,61 @@
 defmodule DSPex.PythonBridge.Outbox do
   @moduledoc """
-  What is on its way to the peer. It never blocks the process that uses it: a frame that the pipe
+  What is on its way to one peer. It never blocks the process that uses it: a frame that the pipe
   has no room for is written by a helper process, which the runtime suspends until there is room,
   and all later frames queue behind it.
 
-  While the peer is not up, the outbox is held: everything queues. What is in the queue has not
-  been written, so it can still be taken back (`drop/2`) and outlives the peer (`detach/1`). What
-  the helper holds counts as written, since some of its bytes may be.
+  What is in the queue has not been written, so it can still be taken back (`drop/2`), and nobody
+  need be blamed for it when the peer dies (`close/1`). What the helper holds counts as written,
+  since some of its bytes may be.
 
-  Keys must grow: they are the order.
+  Keys are the order in the queue.
   """
 
   alias DSPex.PythonBridge.Protocol
 
-  defstruct port: nil, held?: true, writer: nil, queue: :gb_trees.empty()
+  @enforce_keys [:port]
+  defstruct [:port, writer: nil, queue: :gb_trees.empty()]
 
   @typep item ::
            {:request, deadline :: integer() | :infinity, body :: binary()} | {:control, iodata()}
   @opaque t :: %__MODULE__{
-            port: port() | nil,
-            held?: boolean(),
+            port: port(),
             writer: {pid(), reference()} | nil,
             queue: :gb_trees.tree(pos_integer(), item())
           }
 
-  @doc "An empty outbox without a port, held."
-  @spec new() :: t()
-  def new, do: %__MODULE__{}
+  @doc "An empty outbox of this port."
+  @spec new(port()) :: t()
+  def new(port), do: %__MODULE__{port: port}
 
-  @doc "Takes a port; stays held."
-  @spec attach(t(), port()) :: t()
-  def attach(%__MODULE__{} = outbox, port),
-    do: %{outbox | port: port, held?: true, writer: nil}
+  @doc "Takes back the requests that were not written; gives their ids."
+  @spec take_back(t()) :: {[pos_integer()], t()}
+  def take_back(%__MODULE__{} = outbox) do
+    {requests, controls} =
+      Enum.split_with(:gb_trees.to_list(outbox.queue), &match?({_key, {:request, _, _}}, &1))
 
-  @doc "Starts to write: first what has queued up."
-  @spec release(t()) :: t()
-  def release(%__MODULE__{} = outbox), do: drain(%{outbox | held?: false})
+    {Enum.map(requests, &elem(&1, 0)), %{outbox | queue: :gb_trees.from_orddict(controls)}}
+  end
 
-  @doc """
-  Lets the port go. Requests that were not written stay; control frames were meant for the peer
-  that is gone.
-  """
-  @spec detach(t()) :: t()
-  def detach(%__MODULE__{} = outbox) do
+  @doc "Lets the port go; gives the ids of the requests that were not written."
+  @spec close(t()) :: [pos_integer()]
+  def close(%__MODULE__{} = outbox) do
     with {pid, monitor} <- outbox.writer do
       Process.demonitor(monitor, [:flush])
       Process.exit(pid, :kill)
     end
 
-    requests = for {_key, {:request, _, _}} = entry <- :gb_trees.to_list(outbox.queue), do: entry
-    %__MODULE__{queue: :gb_trees.from_orddict(requests)}
+    outbox |> take_back() |> elem(0)
   end
 
-  @doc "Sends a request, or queues it. `timeout` is what is left of the caller's, in ms."
-  @spec push_request(t(), pos_integer(), timeout(), binary()) :: t()
-  def push_request(%__MODULE__{} = outbox, id, timeout, body) do
-    with true <- idle?(outbox),
-         %__MODULE__{} = outbox <- write(outbox, Protocol.request_frame(id, timeout, body)) do
-      outbox
-    else
-      _not_now -> queue(outbox, id, {:request, deadline(timeout), body})
-    end
-  end
+  @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`."
+  @spec push_request(t(), pos_integer(), integer() | :infinity, binary()) :: t()
+  def push_request(%__MODULE__{} = outbox, id, deadline, body),
+    do: push(outbox, id, {:request, deadline, body})
 
   @doc "Sends a control frame, or queues it in its place."
   @spec push_control(t(), pos_integer(), iodata()) :: t()
-  def push_control(%__MODULE__{} = outbox, key, frame) do
-    with true <- idle?(outbox),
-         %__MODULE__{} = outbox <- write(outbox, frame) do
-      outbox
-    else
-      _not_now -> queue(outbox, key, {:control, frame})
-    end
-  end
-
-  @doc "Sends a frame past the hold: the first ping of a peer, into an empty pipe."
-  @spec push_now(t(), iodata()) :: t()
-  def push_now(%__MODULE__{held?: true} = outbox, frame) do
-    with :port_gone <- write(outbox, frame), do: outbox
-  end
+  def push_control(%__MODULE__{} = outbox, key, frame), do: push(outbox, key, {:control, frame})
 
   @doc "Whether the frame of this key still waits to be written."
   @spec member?(t(), pos_integer()) :: boolean()
@@ -93,10 +70,6 @@ defmodule DSPex.PythonBridge.Outbox do
   def drop(%__MODULE__{} = outbox, key),
     do: %{outbox | queue: :gb_trees.delete_any(key, outbox.queue)}
 
-  @doc "Drops everything that waits."
-  @spec clear(t()) :: t()
-  def clear(%__MODULE__{} = outbox), do: %{outbox | queue: :gb_trees.empty()}
-
   @doc "To be told of every `:DOWN` of a process: after the helper's, the next frames are sent."
   @spec written(t(), reference()) :: t()
   def written(%__MODULE__{writer: {_pid, monitor}} = outbox, monitor),
@@ -104,13 +77,20 @@ defmodule DSPex.PythonBridge.Outbox do
 
   def written(%__MODULE__{} = outbox, _monitor), do: outbox
 
-  # The queue is empty whenever nobody holds it up: see drain/1.
-  defp idle?(%__MODULE__{held?: held?, writer: writer}), do: not held? and writer == nil
+  # The queue is empty whenever there is no helper: see drain/1.
+  defp push(%__MODULE__{writer: nil} = outbox, key, item) do
+    case write(outbox, frame(key, item)) do
+      %__MODULE__{} = outbox -> outbox
+      :port_gone -> queue(outbox, key, item)
+    end
+  end
+
+  defp push(%__MODULE__{} = outbox, key, item), do: queue(outbox, key, item)
 
   defp queue(outbox, key, item), do: %{outbox | queue: :gb_trees.insert(key, item, outbox.queue)}
 
   defp drain(%__MODULE__{} = outbox) do
-    if idle?(outbox) and not :gb_trees.is_empty(outbox.queue) do
+    if outbox.writer == nil and not :gb_trees.is_empty(outbox.queue) do
       {key, item, rest} = :gb_trees.take_smallest(outbox.queue)
 
       case write(outbox, frame(key, item)) do
@@ -147,9 +127,6 @@ defmodule DSPex.PythonBridge.Outbox do
       end
     end)
   end
-
-  defp deadline(:infinity), do: :infinity
-  defp deadline(timeout), do: System.monotonic_time(:millisecond) + timeout
 
   # The peer takes no deadline of 0; one that has passed is cancelled by its caller at any moment.
   defp left(:infinity), do: :infinity

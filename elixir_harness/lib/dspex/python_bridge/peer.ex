@@ -4,20 +4,25 @@ defmodule DSPex.PythonBridge.Peer do
   opened it.
   """
 
-  alias DSPex.PythonBridge.{Interpreter, Options}
+  alias DSPex.PythonBridge.{Interpreter, Options, Programs}
 
   # Peers that last for this long are started at most every two seconds: that is no storm.
   @lasting_ms 2_000
 
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads, answered?: false]
+
+  # up_at: of its first reply; loads: the programs that it was given, by request id, and has not
+  # acknowledged yet; nil: it was given none so far.
 
   @type t :: %__MODULE__{
           port: port(),
           os_pid: pos_integer() | nil,
           opened_at: integer(),
           ping_id: pos_integer() | nil,
-          up_at: integer() | nil
+          up_at: integer() | nil,
+          loads: %{pos_integer() => {Programs.id(), Programs.stamp()}} | nil,
+          answered?: boolean()
         }
 
   @doc """
@@ -95,14 +100,14 @@ defmodule DSPex.PythonBridge.Peer do
   def up(%__MODULE__{} = peer), do: %{peer | up_at: now()}
 
   @doc """
-  Whether the peer, which has answered so many calls, was of any use. One that only ever answered
-  its first ping may be good for nothing, and die at once, again and again.
+  Whether the peer was of any use. One that only ever answered its first ping may be good for
+  nothing, and die at once, again and again.
   """
-  @spec of_use?(t(), non_neg_integer()) :: boolean()
-  def of_use?(%__MODULE__{up_at: nil}, _answered), do: false
+  @spec of_use?(t()) :: boolean()
+  def of_use?(%__MODULE__{up_at: nil}), do: false
 
-  def of_use?(%__MODULE__{up_at: up_at}, answered),
-    do: answered > 0 or now() - up_at >= @lasting_ms
+  def of_use?(%__MODULE__{up_at: up_at, answered?: answered?}),
+    do: answered? or now() - up_at >= @lasting_ms
 
   @doc "Milliseconds since the peer was opened."
   @spec uptime_ms(t()) :: non_neg_integer()

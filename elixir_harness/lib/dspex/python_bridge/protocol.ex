@@ -85,6 +85,17 @@ defmodule DSPex.PythonBridge.Protocol do
   end
 
   @doc """
+  Whether a body is that of a ping.
+
+      iex> {:ok, body} = DSPex.PythonBridge.Protocol.encode_body(:ping, %{})
+      iex> DSPex.PythonBridge.Protocol.ping?(body)
+      true
+  """
+  @spec ping?(binary()) :: boolean()
+  def ping?(<<",\"command\":\"ping\"", _rest::binary>>), do: true
+  def ping?(body) when is_binary(body), do: false
+
+  @doc """
   The control frame that takes a request back. It has no reply of its own.
 
       iex> IO.iodata_to_binary(DSPex.PythonBridge.Protocol.cancel_frame(7))
@@ -118,6 +129,15 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp route_digits(<<c, _rest::binary>>, id, _n) when c in [?,, ?}, ?\s], do: {:reply, id}
   defp route_digits(_rest, _id, _n), do: :none
+
+  @doc """
+  Whether a reply with a number as its id tells of success, from its first bytes.
+
+      iex> DSPex.PythonBridge.Protocol.success?(~s({"id":12,"success":true,"result":{}}))
+      true
+  """
+  @spec success?(binary()) :: boolean()
+  def success?(frame), do: frame =~ ~r/\A\{"id": ?\d+, ?"success": ?true/
 
   @doc """
   What a reply says: `{:ok, id, result}`, `{:error, id, error_text}` (`id` is nil in an error that

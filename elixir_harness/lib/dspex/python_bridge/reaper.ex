@@ -53,6 +53,18 @@ defmodule DSPex.PythonBridge.Reaper do
   def kill(reaper, os_pid), do: tell(reaper, {:kill, os_pid})
 
   @doc """
+  Ends a peer that was shown the end of its input and may leave by itself: what is left of it and of what
+  it started 0.7 s later.
+  """
+  @spec retire(pid(), pos_integer() | nil) :: :ok
+  def retire(_reaper, nil), do: :ok
+
+  def retire(reaper, os_pid) do
+    Process.send_after(reaper, {:kill, os_pid}, @grace_ms)
+    :ok
+  end
+
+  @doc """
   Ends all peers now, with all that they started, and waits until it is done: some milliseconds, at
   most a second.
   """

@@ -1,9 +1,38 @@
 defmodule DSPex.PythonBridge.Redaction do
   @moduledoc """
-  What crash reports and `:sys.get_status/1` may show of a bridge's process: how it is, never what
-  passes through it. (Secrets among the options are not in the state as such: see
+  What crash reports, `:sys.get_status/1` and error texts may show of a bridge's process: how it is,
+  never what passes through it. (Secrets among the options are not in the state as such: see
   `DSPex.PythonBridge.Options`.)
   """
+
+  alias DSPex.PythonBridge.Options
+
+  @telling ~r/KEY|TOKEN|SECRET|PASSWORD|OPTIONS/i
+  # Shorter ones are no keys, and are words that a text may need.
+  @shortest 8
+
+  @doc """
+  A text of the peer's without what `:lm_options` and `:env` have of keys: the texts among the former,
+  the values of the latter whose names tell of one.
+  """
+  @spec redact(String.t(), Options.t()) :: String.t()
+  def redact(text, %Options{} = options) do
+    secrets =
+      for {name, value} <- options.env.(),
+          name =~ @telling,
+          secret <- [value | texts(value)],
+          String.length(secret) >= @shortest,
+          do: secret
+
+    if secrets == [], do: text, else: String.replace(text, secrets, "[redacted]")
+  end
+
+  defp texts(value) do
+    case JSON.decode(value) do
+      {:ok, %{} = options} -> for {_name, text} <- options, is_binary(text), do: text
+      _no_options -> []
+    end
+  end
 
   @doc "For `c:GenServer.format_status/1`."
   @spec format_status(GenServer.format_status()) :: GenServer.format_status()
@@ -16,7 +45,9 @@ defmodule DSPex.PythonBridge.Redaction do
     end)
   end
 
-  defp message({:request, ref, pid, timeout, _body}), do: {:request, ref, pid, timeout, :redacted}
+  defp message({:request, ref, pid, timeout, _body, _terms}),
+    do: {:request, ref, pid, timeout, :redacted}
+
   defp message({port, {:data, _frame}}) when is_port(port), do: {port, {:data, :redacted}}
   defp message(message), do: message
 

@@ -1,46 +1,54 @@
 defmodule DSPex.PythonBridge.Server do
   @moduledoc """
-  The process of a bridge: it owns one port, routes frames by id, and starts the peer again when
-  it dies. Its interface is `DSPex.PythonBridge.Bridge`; this module is for reading.
+  The process of a bridge: it owns the ports of its peers and routes frames by id. Its interface is
+  `DSPex.PythonBridge.Bridge`; this module is for reading.
 
   It never waits for anything: requests and replies pass through `DSPex.PythonBridge.Traffic`, whose
-  writes do not block; encoding and decoding are the callers' work, killing is the reaper's.
-
-  A peer is `:starting` until it answers a first ping, which the bridge sends itself; calls queue
-  until then. A peer that dies is replaced after a delay (`DSPex.PythonBridge.Backoff`). After
-  `max_retries` early deaths in a row, of peers that had answered no call and were not up for some
-  seconds, the bridge gives up: all calls are answered, the state is `:failed` for 5 s, then the
-  process stops, for its supervisor to begin anew. Those 5 s are what keeps a machine without a
-  working Python from bringing its host down: they stay within any supervisor's intensity of
-  restarts (3 in 5 s where nothing is said).
+  writes do not block; encoding and decoding are the callers' work, killing is the reaper's. How peers
+  start, follow one another and end is in `DSPex.PythonBridge.Succession`.
   """
 
   use GenServer
 
-  alias DSPex.PythonBridge.{Backoff, Caller, Options, Peer, Protocol, Reaper, Redaction, Report}
-  alias DSPex.PythonBridge.Traffic
+  alias DSPex.PythonBridge.{Backoff, Caller, Options, Peer, Programs, Protocol, Reaper, Redaction}
+  alias DSPex.PythonBridge.{Report, Succession, Traffic}
+  alias DSPex.PythonBridge.Pool.Slots
 
-  @failed_ms 5_000
   # Frames from this size on are not left to the next garbage collection: in a bridge with nothing to
   # do it may never come, and they would stay. Collecting costs far less than such a frame.
   @big_bytes 1_000_000
 
-  @enforce_keys [:options, :label, :reaper, :backoff]
+  # peer serves, next starts, old ones finish. load_deaths: of peers, by the stamp of the program
+  # that they died of. load_failures: errors, by the program that the present peer could not load.
+  @enforce_keys [:options, :label, :reaper, :programs, :traffic]
   defstruct [
     :options,
     :label,
     :reaper,
-    :backoff,
+    :programs,
+    :traffic,
     :peer,
+    :next,
     :timer,
     :last_error,
     status: :starting,
-    traffic: %Traffic{},
+    old: [],
+    restarts_waiting: [],
+    backoff: Backoff.new(),
+    load_deaths: %{},
+    load_failures: %{},
     opened: 0,
     big?: false,
     late_replies: 0,
     unreadable_frames: 0
   ]
+
+  @doc """
+  Has a bridge replace a peer that does not react: killed at once, its calls sent again. For the
+  monitor.
+  """
+  @spec replace(GenServer.server()) :: :ok
+  def replace(bridge), do: GenServer.cast(bridge, :replace)
 
   @impl GenServer
   def init(%Options{} = options) do
@@ -48,50 +56,57 @@ defmodule DSPex.PythonBridge.Server do
     # Keeps the queued messages, which have what callers sent in them, out of crash reports.
     Process.flag(:sensitive, true)
     Caller.remember_defaults(self(), options)
+    with {slots, index, _keeper} <- options.slot, do: Slots.reset(slots, index)
+    programs = options.programs || Programs.new()
 
     state = %__MODULE__{
       options: options,
       label: inspect(options.name || self()),
       reaper: Reaper.start(self()),
-      backoff: Backoff.new(options.max_retries)
+      programs: programs,
+      traffic: Traffic.new(options, programs)
     }
 
     {:ok, state, {:continue, :open}}
   end
 
   @impl GenServer
-  def handle_continue(:open, state), do: {:noreply, open(state)}
+  def handle_continue(:open, state), do: {:noreply, Succession.open(state)}
 
   @impl GenServer
   def handle_call(:get_status, _from, state), do: {:reply, Report.status(state), state}
 
-  def handle_call(:restart, _from, state) do
-    Report.log(state, :info, "replaced on request")
-    {:reply, :ok, open(%{drop_peer(state) | backoff: Backoff.reset(state.backoff)})}
-  end
+  def handle_call({:load_failure, id}, _from, state),
+    do: {:reply, state.load_failures[id], state}
+
+  def handle_call(:restart, from, state), do: {:noreply, Succession.restart(state, from)}
+
+  @impl GenServer
+  def handle_cast(:replace, state), do: {:noreply, Succession.replace(state)}
 
   # The two hot paths first.
   @impl GenServer
-  def handle_info({port, {:data, frame}}, %{peer: %{port: port}} = state) do
+  def handle_info({port, {:data, frame}}, state) when is_port(port) do
     case Protocol.route(frame) do
-      {:reply, id} -> state |> reply_came(id, frame) |> noreply(frame)
+      {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
       :none -> state |> unreadable_frame() |> noreply(frame)
     end
   end
 
-  def handle_info({:request, ref, pid, timeout, body}, state) do
+  def handle_info({:request, ref, pid, timeout, body, {retry, _, _} = terms}, state) do
     cond do
-      state.status == :failed ->
-        refuse(state, ref, :python_process_died, body)
+      state.status == :stopping ->
+        refuse(state, ref, :bridge_not_running, body, retry)
 
       Traffic.pending(state.traffic) >= state.options.max_pending ->
-        refuse(state, ref, :overloaded, body)
+        refuse(state, ref, :overloaded, body, retry)
 
       not Traffic.fits?(state.traffic, timeout, body, state.options.max_frame_bytes) ->
-        refuse(state, ref, {:too_large, byte_size(body), state.options.max_frame_bytes}, body)
+        size = {:too_large, byte_size(body), state.options.max_frame_bytes}
+        refuse(state, ref, size, body, retry)
 
       true ->
-        traffic = Traffic.accept(state.traffic, ref, pid, timeout, body)
+        traffic = Traffic.accept(state.traffic, ref, pid, timeout, body, terms)
         noreply(%{state | traffic: traffic}, body)
     end
   end
@@ -104,27 +119,35 @@ defmodule DSPex.PythonBridge.Server do
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
 
-  # The outbox's helper has written.
+  # An outbox's helper has written.
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
     do: collect(%{state | traffic: Traffic.written(state.traffic, monitor)})
 
   def handle_info(:collect, state), do: collect(state)
 
+  def handle_info({:timeout, timer, :acquit}, state),
+    do: {:noreply, %{state | traffic: Traffic.acquit(state.traffic, timer)}}
+
   def handle_info({:timeout, timer, what}, %{timer: timer} = state),
-    do: timer_fired(what, %{state | timer: nil})
+    do: {:noreply, Succession.timer_fired(%{state | timer: nil}, what)}
+
+  def handle_info({:drain_timeout, port}, state),
+    do: {:noreply, Succession.drain_timeout(state, port)}
+
+  def handle_info({:start_failure, next, why, explanation, then}, state),
+    do: {:noreply, Succession.explained(state, next, why, explanation, then)}
 
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be
   # written), or both, in either order. The first ends the peer's time here; the second no longer
-  # matches its port.
-  def handle_info({port, {:exit_status, code}}, %{peer: %{port: port}} = state),
-    do: {:noreply, peer_lost(state, "exit status #{code}")}
+  # matches any peer's port.
+  def handle_info({port, {:exit_status, code}}, state) when is_port(port),
+    do: {:noreply, lost(state, port, "exit status #{code}")}
 
-  def handle_info({:EXIT, port, reason}, %{peer: %{port: port}} = state),
-    do: {:noreply, peer_lost(state, "its port closed: #{inspect(reason)}")}
+  def handle_info({:EXIT, port, reason}, state) when is_port(port),
+    do: {:noreply, lost(state, port, "its port closed: #{inspect(reason)}")}
 
   # A child of the peer's holds its output open, so that the port tells nothing.
-  def handle_info({:peer_gone, os_pid}, %{peer: %{os_pid: os_pid}} = state),
-    do: {:noreply, peer_lost(state, "it is gone")}
+  def handle_info({:peer_gone, os_pid}, state), do: {:noreply, lost(state, os_pid, "it is gone")}
 
   # A process linked to this one that is not its parent (the parent's exit never gets here).
   def handle_info({:EXIT, pid, reason}, state) when is_pid(pid) and reason != :normal,
@@ -132,27 +155,61 @@ defmodule DSPex.PythonBridge.Server do
 
   def handle_info(_stale, state), do: {:noreply, state}
 
-  # The peer sees end of input and may leave; what has not left soon is ended before this process
-  # is, since the BEAM itself may be about to stop. One that does not read would never see the end
-  # of input, and would keep the BEAM from stopping.
+  ## The end
+
+  # What the peer has is answered first, if this is an end in order. Then the peer sees end of input
+  # and may leave; what has not left soon is ended before this process is, since the BEAM itself may
+  # be about to stop. A peer that does not read would never see the end of input, and would keep the
+  # BEAM from stopping.
   @impl GenServer
-  def terminate(_reason, %{peer: peer} = state) do
-    if peer && Peer.blocked?(peer), do: Reaper.kill_all(state.reaper)
-    if peer, do: Peer.close(peer)
-    Traffic.fail_all(state.traffic, :bridge_not_running)
+  def terminate(reason, state) do
+    peers = Enum.reject([state.peer, state.next | state.old], &is_nil/1)
+    state = if in_order?(reason), do: finish_calls(state), else: state
+    if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
+    Enum.each(peers, &Peer.close/1)
+    Traffic.fail_all(state.traffic, :bridge_not_running, :all)
     Caller.forget_defaults(self())
     Reaper.finish(state.reaper)
   end
 
+  defp in_order?(reason), do: reason in [:normal, :shutdown] or match?({:shutdown, _}, reason)
+
+  defp finish_calls(state) do
+    traffic = Traffic.fail_all(state.traffic, :bridge_not_running, :held)
+    # Nothing is started any more, and what a death gives back is not sent again.
+    state = %{state | status: :stopping, traffic: traffic, timer: nil}
+    finish_calls(state, now() + state.options.drain_ms)
+  end
+
+  defp finish_calls(state, deadline) do
+    if Traffic.pending(state.traffic) == 0 do
+      state
+    else
+      receive do
+        {:"$gen_call", from, :get_status} ->
+          GenServer.reply(from, Report.status(state))
+          finish_calls(state, deadline)
+
+        message ->
+          message |> handle_info(state) |> state_of() |> finish_calls(deadline)
+      after
+        max(deadline - now(), 0) -> state
+      end
+    end
+  end
+
+  defp state_of({:stop, _reason, state}), do: state
+  defp state_of(noreply), do: elem(noreply, 1)
+
   @impl GenServer
   defdelegate format_status(status), to: Redaction
 
+  defp now, do: System.monotonic_time(:millisecond)
+
   ## Requests
 
-  defp refuse(state, ref, failure, body) do
-    Traffic.refuse(ref, failure)
-    noreply(state, body)
-  end
+  defp refuse(state, ref, failure, body, retry),
+    do: noreply(%{state | traffic: Traffic.refuse(state.traffic, ref, failure, retry)}, body)
 
   # Hibernation is a collection that spares nothing, not even the message just handled.
   defp noreply(state, bytes) when byte_size(bytes) < @big_bytes, do: {:noreply, state}
@@ -167,110 +224,54 @@ defmodule DSPex.PythonBridge.Server do
 
   defp collect(state), do: {:noreply, state}
 
-  defp abandon(state, id_or_ref),
-    do: {:noreply, %{state | traffic: Traffic.abandon(state.traffic, id_or_ref)}}
+  defp abandon(state, id_or_ref) do
+    state = %{state | traffic: Traffic.abandon(state.traffic, id_or_ref)}
+    {:noreply, Enum.reduce(state.old, state, &Succession.drained(&2, &1.port))}
+  end
 
   ## Replies
 
-  defp reply_came(state, id, frame) do
+  defp reply_came(state, port, id, frame) do
     case Traffic.deliver(state.traffic, id, frame) do
       {:ok, traffic} ->
-        %{state | traffic: traffic}
+        call_answered(%{state | traffic: traffic}, port)
 
-      :nobody when id == state.peer.ping_id and state.peer.up_at == nil ->
-        peer_up(state)
-
-      # Too late, twice, or never asked for.
       :nobody ->
-        %{state | late_replies: state.late_replies + 1}
+        case Succession.own_reply(state, id, frame) do
+          {:ok, state} -> state
+          # Too late, twice, or never asked for.
+          :nobody -> %{state | late_replies: state.late_replies + 1}
+        end
     end
   end
 
+  # The usual case first: there is one peer, and it has answered before.
+  defp call_answered(%{peer: %{port: port, answered?: true}, next: nil} = state, port), do: state
+
+  defp call_answered(%{peer: %{port: port} = peer} = state, port),
+    do: Succession.load_programs(%{state | peer: %{peer | answered?: true}})
+
+  defp call_answered(state, port), do: Succession.drained(state, port)
+
   # The first is logged, the rest counted: a peer that talks nonsense may do so a lot.
   defp unreadable_frame(state) do
-    if state.unreadable_frames == 0,
-      do: Report.log(state, :warning, "sent a frame without a readable id; more are only counted")
+    if state.unreadable_frames == 0 do
+      text = "sent a frame without a readable id; more are only counted"
+      Report.log(state, state.peer || state.next, :warning, text)
+    end
 
     %{state | unreadable_frames: state.unreadable_frames + 1}
   end
 
-  ## The peer's life
-
-  defp open(state) do
-    case Peer.open(state.options) do
-      {:ok, peer} ->
-        Reaper.watch(state.reaper, peer.os_pid)
-        {ping_id, traffic} = Traffic.attach(state.traffic, peer.port)
-        peer = %{peer | ping_id: ping_id}
-
-        state = %{state | peer: peer, traffic: traffic, opened: state.opened + 1}
-        set_timer(state, state.options.start_timeout, :start_timeout)
-
-      {:error, text} ->
-        peer_lost(state, text)
+  # When the bridge ends, nothing follows.
+  defp lost(%{status: :stopping} = state, port, _why) do
+    if Map.has_key?(state.traffic.outboxes, port) do
+      traffic = Traffic.lost(state.traffic, port, :died)
+      %{state | traffic: Traffic.fail_all(traffic, :python_process_died, :held)}
+    else
+      state
     end
   end
 
-  defp peer_up(state) do
-    Report.log(state, :debug, "up after #{Peer.uptime_ms(state.peer)} ms")
-    if state.big?, do: send(self(), :collect)
-    state = %{state | status: :running, peer: Peer.up(state.peer), last_error: nil}
-    %{cancel_timer(state) | traffic: Traffic.release(state.traffic)}
-  end
-
-  defp peer_lost(state, why) do
-    state = %{state | last_error: why}
-
-    of_use? = state.peer != nil and Peer.of_use?(state.peer, state.traffic.answered)
-
-    case Backoff.died(state.backoff, not of_use?) do
-      {:retry, delay, backoff} ->
-        Report.death(state, :warning, "next attempt in #{delay} ms")
-        set_timer(%{drop_peer(state) | backoff: backoff}, delay, :open)
-
-      :give_up ->
-        Report.death(state, :error, "given up")
-        give_up(state)
-    end
-  end
-
-  defp give_up(state) do
-    state = drop_peer(state)
-    traffic = Traffic.fail_all(state.traffic, :python_process_died)
-    state = %{state | status: :failed, traffic: traffic}
-    set_timer(state, @failed_ms, :stop)
-  end
-
-  # Ends the peer's time here: in flight fails, what was not written stays for the next peer.
-  defp drop_peer(state) do
-    if state.peer do
-      Peer.close(state.peer)
-      Reaper.kill(state.reaper, state.peer.os_pid)
-    end
-
-    state = %{cancel_timer(state) | traffic: Traffic.detach(state.traffic)}
-    %{state | status: :restarting, peer: nil}
-  end
-
-  ## Time: a peer's life has one thing to wait for at a time
-
-  defp timer_fired(:open, state), do: {:noreply, open(state)}
-
-  defp timer_fired(:start_timeout, state) do
-    why = "no answer to its first ping within #{state.options.start_timeout} ms"
-    {:noreply, peer_lost(state, why)}
-  end
-
-  defp timer_fired(:stop, state),
-    do: {:stop, {:shutdown, {:python_cannot_start, state.last_error}}, state}
-
-  defp set_timer(state, ms, what),
-    do: %{cancel_timer(state) | timer: :erlang.start_timer(ms, self(), what)}
-
-  defp cancel_timer(%{timer: nil} = state), do: state
-
-  defp cancel_timer(%{timer: timer} = state) do
-    :erlang.cancel_timer(timer, async: true, info: false)
-    %{state | timer: nil}
-  end
+  defp lost(state, port, why), do: Succession.lost(state, port, why)
 end

@@ -9,14 +9,12 @@ defmodule DSPex.PythonBridge.Supervisor do
   Options: `:name` (default this module), `:bridge` (those of `DSPex.PythonBridge.Bridge`),
   `:monitor` (those of `DSPex.PythonBridge.Monitor`; it watches this bridge).
 
-  A bridge that gives up (no Python that works) takes more than 5 s from start to end, so the
-  usual intensity, 3 restarts in 5 s, is never used up by it: it is tried again and again, and the
-  host stays up. Errors in the code itself, which come at once, do use it up.
+  The definitions of programs belong to the supervisor: they outlive the bridge.
   """
 
   use Supervisor
 
-  alias DSPex.PythonBridge.{Bridge, Monitor, Options}
+  alias DSPex.PythonBridge.{Bridge, Monitor, Options, Programs}
 
   @doc """
   Starts the two. An option that cannot be right gives an error that names it: of the supervisor's
@@ -57,7 +55,10 @@ defmodule DSPex.PythonBridge.Supervisor do
   def init(opts) do
     bridge = Keyword.get(opts, :bridge, [])
     monitor = Keyword.put_new(Keyword.get(opts, :monitor, []), :bridge, bridge_name(bridge))
-    Supervisor.init([{Bridge, bridge}, {Monitor, monitor}], strategy: :one_for_one)
+    # This process's, so that they outlive the bridge.
+    programs = Programs.new()
+    children = [{Bridge, [programs: programs] ++ bridge}, {Monitor, monitor}]
+    Supervisor.init(children, strategy: :one_for_one)
   end
 
   defp bridge_name(opts) do

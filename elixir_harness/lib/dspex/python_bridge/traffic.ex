@@ -1,32 +1,83 @@
 defmodule DSPex.PythonBridge.Traffic do
   @moduledoc """
-  What goes between callers and peer: ids are given here, calls wait here, and each is answered
+  What goes between callers and peers: ids are given here, calls wait here, and each is answered
   here, once. Part of the bridge's process; it sends messages, but knows nothing of how peers come
   and go.
 
+  At most one peer serves; others may start, or finish what they were given. A call is held while
+  none serves, is given to the one that does, and is held again when that dies, `max_retries` times
+  at most.
+
+  A call with which peers died is a suspect: one of those in flight may be what kills them, and
+  the others must not die with it to their last retry. From the second death on, or if only one retry
+  is left, suspects are sent in groups, and everything else is held until the group is answered or has
+  outlived the time in which the last peer died. A group is as large as leaves, if it dies, a retry for
+  the sorting of its members; a call on its last retry is sent alone.
+
   Ids grow for as long as the bridge lives, over all its peers, so that no reply can be taken for
-  another's. They are also the keys of the outbox, whose order they are; a cancel takes one, too.
+  another's. They are also the keys of the outboxes and of what is held, whose order they are; a
+  cancel takes one, too.
   """
 
-  alias DSPex.PythonBridge.{Calls, Outbox, Protocol}
+  alias DSPex.PythonBridge.{Calls, Options, Outbox, Programs, Protocol}
+  alias DSPex.PythonBridge.Calls.Call
+  alias DSPex.PythonBridge.Pool.Slots
 
   # What request_frame/3 puts before a body, at most.
   @head_bytes 64
+  # So long at least a suspect must live to be acquitted without an answer.
+  @acquit_ms 1_000
 
-  # answered: the calls that the present peer has replied to.
-  defstruct outbox: Outbox.new(), calls: Calls.new(), next_id: 1, answered: 0
+  @enforce_keys [:max_retries, :programs, :slot]
+  defstruct [
+    :max_retries,
+    :programs,
+    :slot,
+    :to,
+    :trial,
+    calls: Calls.new(),
+    held: :gb_sets.empty(),
+    suspects: :gb_sets.empty(),
+    hold_changes?: false,
+    outboxes: %{},
+    late: %{},
+    acquit_ms: @acquit_ms,
+    next_id: 1
+  ]
 
+  @typedoc """
+  `to`: the port of the peer that serves. `trial`: the calls in flight that may kill it, and the timer
+  that acquits them. `held`, `suspects`: ids, suspects by the peers that died with them. `late`: changes
+  to the programs that nobody waits for any more, by id, with their peer's port.
+  """
   @type t :: %__MODULE__{
-          outbox: Outbox.t(),
+          max_retries: non_neg_integer(),
+          programs: Programs.table(),
+          slot: Options.slot() | nil,
+          to: port() | nil,
+          trial: {%{pos_integer() => true}, reference() | nil} | nil,
           calls: Calls.t(),
-          next_id: pos_integer(),
-          answered: non_neg_integer()
+          held: :gb_sets.set(pos_integer()),
+          suspects: :gb_sets.set({pos_integer(), pos_integer()}),
+          hold_changes?: boolean(),
+          outboxes: %{port() => Outbox.t()},
+          late: %{pos_integer() => {port(), Programs.change(), binary()}},
+          acquit_ms: pos_integer(),
+          next_id: pos_integer()
         }
   @type failure ::
           :python_process_died
           | :bridge_not_running
           | :overloaded
+          | {:died, :sent | :unsent}
           | {:too_large, pos_integer(), pos_integer()}
+  @typedoc "What is done about a death; how many there were already; the change that is asked for."
+  @type terms :: {:here | :never | :caller, non_neg_integer(), Programs.change() | nil}
+
+  @doc "Nothing is under way."
+  @spec new(Options.t(), Programs.table()) :: t()
+  def new(options, programs),
+    do: %__MODULE__{max_retries: options.max_retries, programs: programs, slot: options.slot}
 
   ## Callers
 
@@ -34,19 +85,40 @@ defmodule DSPex.PythonBridge.Traffic do
   Takes a request on. `ref` is the caller's alias; both it and `pid` are nil for a cast. `timeout`
   is what is left to the caller, in ms.
   """
-  @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary()) :: t()
-  def accept(%__MODULE__{next_id: id} = traffic, ref, pid, timeout, body) do
-    %{
-      traffic
-      | next_id: id + 1,
-        calls: Calls.put(traffic.calls, id, {ref, watch(pid, id, timeout)}),
-        outbox: Outbox.push_request(traffic.outbox, id, timeout, body)
+  @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary(), terms()) :: t()
+  def accept(%__MODULE__{to: nil} = traffic, ref, _pid, _timeout, _body, {:caller, _, _}),
+    do: refuse(traffic, ref, {:died, :unsent}, :caller)
+
+  def accept(%__MODULE__{next_id: id} = traffic, ref, pid, timeout, body, {retry, deaths, what}) do
+    now = now()
+
+    call = %Call{
+      ref: ref,
+      watch: watch(pid, id, timeout),
+      deadline: if(timeout == :infinity, do: :infinity, else: now + timeout),
+      body: body,
+      retry: retry,
+      what: stamped(what),
+      deaths: deaths
     }
+
+    traffic = %{traffic | next_id: id + 1}
+
+    if at_once?(traffic, call) do
+      {call, outboxes} = give(traffic, id, call, now)
+      %{traffic | calls: Calls.put(traffic.calls, id, call), outboxes: outboxes}
+    else
+      advance(hold(%{traffic | calls: Calls.put(traffic.calls, id, call)}, id, call))
+    end
   end
 
   @doc "Tells a caller at once that its request was not taken on."
-  @spec refuse(reference() | nil, failure()) :: :ok
-  def refuse(ref, failure), do: answer(ref, {:error, failure})
+  @spec refuse(t(), reference() | nil, failure(), :here | :never | :caller) :: t()
+  def refuse(%__MODULE__{} = traffic, ref, failure, retry) do
+    done(traffic, retry)
+    answer(ref, {:error, failure})
+    traffic
+  end
 
   @doc """
   Whether a request fits into a frame of at most `max` bytes: exactly, but only near the limit is
@@ -81,18 +153,29 @@ defmodule DSPex.PythonBridge.Traffic do
       {nil, _calls} ->
         traffic
 
-      {{_ref, watch}, calls} ->
-        unwatch(watch)
-        cancel(%{traffic | calls: calls}, id)
+      {call, calls} ->
+        unwatch(call.watch)
+        done(traffic, call.retry)
+        %{traffic | calls: calls} |> cancel(id, call) |> leave_trial(id)
     end
   end
 
-  defp cancel(%__MODULE__{outbox: outbox, next_id: key} = traffic, id) do
+  defp cancel(traffic, id, %Call{at: nil} = call) do
+    held = :gb_sets.delete_any(id, traffic.held)
+    %{traffic | held: held, suspects: :gb_sets.delete_any({call.deaths, id}, traffic.suspects)}
+  end
+
+  defp cancel(%__MODULE__{outboxes: outboxes, next_id: key} = traffic, id, %Call{at: port} = call) do
+    outbox = Map.fetch!(outboxes, port)
+
     if Outbox.member?(outbox, id) do
-      %{traffic | outbox: Outbox.drop(outbox, id)}
+      %{traffic | outboxes: %{outboxes | port => Outbox.drop(outbox, id)}}
     else
       outbox = Outbox.push_control(outbox, key, Protocol.cancel_frame(id))
-      %{traffic | outbox: outbox, next_id: key + 1}
+      # The peer may have made the change by then.
+      late = if call.what, do: %{id => {port, call.what, call.body}}, else: %{}
+      late = Map.merge(traffic.late, late)
+      %{traffic | outboxes: %{outboxes | port => outbox}, next_id: key + 1, late: late}
     end
   end
 
@@ -106,66 +189,278 @@ defmodule DSPex.PythonBridge.Traffic do
   defp unwatch({:monitor, ref}), do: Process.demonitor(ref)
   defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
 
-  ## Peer
+  # In the order in which this bridge got them, unless a pool has given them one.
+  defp stamped(nil), do: nil
+  defp stamped({kind, ids, nil}), do: {kind, ids, Programs.stamp()}
+  defp stamped(change), do: change
 
-  @doc "A new peer: only a ping goes out, under the id that is given back, until `release/1`."
-  @spec attach(t(), port()) :: {pos_integer(), t()}
-  def attach(%__MODULE__{next_id: id} = traffic, port) do
-    ping = Protocol.encode_request(id, :ping, %{})
-    outbox = traffic.outbox |> Outbox.attach(port) |> Outbox.push_now(ping)
-    {id, %{traffic | outbox: outbox, next_id: id + 1, answered: 0}}
+  ## Peers
+
+  @doc "A peer was started: only what `own_request/3` sends goes to it, until `serve/2`."
+  @spec attach(t(), port()) :: t()
+  def attach(%__MODULE__{} = traffic, port),
+    do: %{traffic | outboxes: Map.put(traffic.outboxes, port, Outbox.new(port))}
+
+  @doc "Sends a request of the bridge's own to a peer; gives its id, to know the reply by."
+  @spec own_request(t(), port(), binary()) :: {pos_integer(), t()}
+  def own_request(%__MODULE__{next_id: id, outboxes: outboxes} = traffic, port, body) do
+    outbox = Outbox.push_request(Map.fetch!(outboxes, port), id, :infinity, body)
+    {id, %{traffic | outboxes: %{outboxes | port => outbox}, next_id: id + 1}}
   end
 
-  @doc "The peer is up: what has queued goes out."
-  @spec release(t()) :: t()
-  def release(%__MODULE__{} = traffic), do: %{traffic | outbox: Outbox.release(traffic.outbox)}
+  @doc "From now on calls go to this peer; those that are held, too."
+  @spec serve(t(), port()) :: t()
+  def serve(%__MODULE__{} = traffic, port) do
+    traffic = if traffic.to in [nil, port], do: traffic, else: take_back(traffic, traffic.to)
+    advance(end_trial(%{traffic | to: port, hold_changes?: false}))
+  end
+
+  # What still waits to be written to one peer is for the next.
+  defp take_back(traffic, port) do
+    {ids, outbox} = Outbox.take_back(Map.fetch!(traffic.outboxes, port))
+    traffic = %{traffic | outboxes: %{traffic.outboxes | port => outbox}}
+
+    Enum.reduce(ids, traffic, fn id, traffic ->
+      call = %{Calls.fetch!(traffic.calls, id) | at: nil}
+      hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
+    end)
+  end
+
+  @doc """
+  Holds calls that change the programs, and all after the first of them, until `serve/2`: the
+  programs are about to be given to another peer.
+  """
+  @spec hold_changes(t()) :: t()
+  def hold_changes(%__MODULE__{} = traffic), do: %{traffic | hold_changes?: true}
+
+  @doc "Whether a peer may still change its programs, by what it was given."
+  @spec changing?(t(), port()) :: boolean()
+  def changing?(%__MODULE__{} = traffic, port) do
+    Enum.any?(traffic.late, fn {_id, {at, _what, _body}} -> at == port end) or
+      Enum.any?(Calls.at(traffic.calls, port), fn {_id, call} -> call.what != nil end)
+  end
+
+  @doc "Whether a peer has calls to answer."
+  @spec busy?(t(), port()) :: boolean()
+  def busy?(%__MODULE__{} = traffic, port), do: Calls.at(traffic.calls, port) != []
 
   @doc "Hands a reply to its caller; `:nobody` if there is none (any more)."
   @spec deliver(t(), pos_integer(), binary()) :: {:ok, t()} | :nobody
   def deliver(%__MODULE__{} = traffic, id, frame) do
     case Calls.pop(traffic.calls, id) do
       {nil, _calls} ->
-        :nobody
+        deliver_late(traffic, id, frame)
 
-      {{ref, watch}, calls} ->
-        unwatch(watch)
-        answer(ref, {:frame, frame})
-        {:ok, %{traffic | calls: calls, answered: traffic.answered + 1}}
+      {call, calls} ->
+        if call.what, do: note_change(traffic, call.what, call.body, frame)
+        unwatch(call.watch)
+        done(traffic, call.retry)
+        answer(call.ref, {:frame, frame})
+        {:ok, leave_trial(%{traffic | calls: calls}, id)}
     end
   end
 
-  @doc "The peer is gone. Calls that it had fail; those not yet written wait for the next."
-  @spec detach(t()) :: t()
-  def detach(%__MODULE__{} = traffic) do
-    outbox = Outbox.detach(traffic.outbox)
-    {in_flight, calls} = Calls.pop_unless(traffic.calls, &Outbox.member?(outbox, &1))
-    fail(in_flight, :python_process_died)
-    %{traffic | outbox: outbox, calls: calls}
+  defp deliver_late(%__MODULE__{late: late} = traffic, id, frame) when is_map_key(late, id) do
+    {{_port, what, body}, late} = Map.pop!(late, id)
+    note_change(traffic, what, body, frame)
+    {:ok, %{traffic | late: late}}
   end
 
-  @doc "There will be no next peer: all calls that still wait fail."
-  @spec fail_all(t(), failure()) :: t()
-  def fail_all(%__MODULE__{} = traffic, failure) do
-    {calls, none} = Calls.pop_unless(traffic.calls, fn _id -> false end)
-    fail(calls, failure)
-    %{traffic | outbox: Outbox.clear(traffic.outbox), calls: none}
+  defp deliver_late(_traffic, _id, _frame), do: :nobody
+
+  defp note_change(traffic, what, body, frame) do
+    if Protocol.success?(frame), do: Programs.apply_change(traffic.programs, what, body)
   end
 
-  @doc "To be told of every `:DOWN` of a process, which may be the outbox's helper."
+  @doc """
+  A peer is gone. It `:died`: with each call in flight, or is `:replaced`, for which none is to blame.
+  Each is sent again or fails, as it asked for; what was not written to the peer is not affected.
+  """
+  @spec lost(t(), port(), :died | :replaced) :: t()
+  def lost(%__MODULE__{} = traffic, port, how) do
+    {outbox, outboxes} = Map.pop!(traffic.outboxes, port)
+    unwritten = MapSet.new(Outbox.close(outbox))
+    calls = Calls.at(traffic.calls, port)
+    late = Map.reject(traffic.late, fn {_id, {at, _what, _body}} -> at == port end)
+    traffic = %{traffic | outboxes: outboxes, late: late}
+    traffic = if traffic.to == port, do: end_trial(%{traffic | to: nil}), else: traffic
+    traffic = if how == :died, do: learn_patience(traffic, calls), else: traffic
+
+    calls
+    |> Enum.reduce(traffic, fn {id, call}, traffic ->
+      sort_out(traffic, id, call, if(id in unwritten, do: :unsent, else: how))
+    end)
+    |> release_callers()
+    |> advance()
+  end
+
+  defp sort_out(traffic, id, %Call{retry: :caller}, how),
+    do: fail(traffic, id, {:died, if(how == :died, do: :sent, else: :unsent)})
+
+  defp sort_out(traffic, id, %Call{retry: :never}, how) when how in [:died, :replaced],
+    do: fail(traffic, id, :python_process_died)
+
+  defp sort_out(%{max_retries: most} = traffic, id, %Call{deaths: deaths}, :died)
+       when deaths >= most,
+       do: fail(traffic, id, :python_process_died)
+
+  defp sort_out(traffic, id, call, how) do
+    call = %{call | at: nil, deaths: if(how == :died, do: call.deaths + 1, else: call.deaths)}
+    hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
+  end
+
+  # Who knows other peers need not wait for this one's successor.
+  defp release_callers(%__MODULE__{to: nil} = traffic) do
+    for {id, %Call{retry: :caller}} <- Calls.at(traffic.calls, nil), reduce: traffic do
+      traffic -> fail(traffic, id, {:died, :unsent})
+    end
+  end
+
+  defp release_callers(traffic), do: traffic
+
+  # What kills takes as long again, more or less.
+  defp learn_patience(traffic, calls) do
+    case for {_id, %Call{since: since}} <- calls, do: since do
+      [] -> traffic
+      sent -> %{traffic | acquit_ms: max(@acquit_ms, 2 * (now() - Enum.min(sent)))}
+    end
+  end
+
+  @doc "Calls fail: all, or those that no peer has been given."
+  @spec fail_all(t(), failure(), :all | :held) :: t()
+  def fail_all(%__MODULE__{} = traffic, failure, which) do
+    for {id, %Call{at: at}} <- traffic.calls.by_id, which == :all or at == nil, reduce: traffic do
+      traffic -> fail(traffic, id, failure)
+    end
+  end
+
+  defp fail(traffic, id, failure) do
+    {call, calls} = Calls.pop(traffic.calls, id)
+    unwatch(call.watch)
+    done(traffic, call.retry)
+    answer(call.ref, {:error, failure})
+    traffic = %{traffic | calls: calls}
+    if call.at == nil, do: cancel(traffic, id, call), else: traffic
+  end
+
+  @doc "To be told of every `:DOWN` of a process, which may be an outbox's helper."
   @spec written(t(), reference()) :: t()
-  def written(%__MODULE__{} = traffic, monitor),
-    do: %{traffic | outbox: Outbox.written(traffic.outbox, monitor)}
+  def written(%__MODULE__{outboxes: outboxes} = traffic, monitor) do
+    outboxes = Map.new(outboxes, fn {port, outbox} -> {port, Outbox.written(outbox, monitor)} end)
+    %{traffic | outboxes: outboxes}
+  end
 
-  @doc "Whether nothing waits to be written, bar what the outbox's helper holds."
+  @doc "Whether nothing waits to be written, bar what the outboxes' helpers hold."
   @spec all_written?(t()) :: boolean()
-  def all_written?(%__MODULE__{outbox: outbox}), do: Outbox.empty?(outbox)
+  def all_written?(%__MODULE__{} = traffic) do
+    :gb_sets.is_empty(traffic.held) and :gb_sets.is_empty(traffic.suspects) and
+      Enum.all?(traffic.outboxes, fn {_port, outbox} -> Outbox.empty?(outbox) end)
+  end
 
-  defp fail(calls, failure) do
-    Enum.each(calls, fn {ref, watch} ->
-      unwatch(watch)
-      answer(ref, {:error, failure})
+  ## What is held, and when it goes out
+
+  # The first is the usual way. A ping can harm nobody, and those who watch over the peer by it must
+  # not take a trial for a peer that hangs.
+  defp at_once?(%__MODULE__{to: nil}, _call), do: false
+
+  defp at_once?(%__MODULE__{} = traffic, %Call{} = call) do
+    (traffic.trial == nil and :gb_sets.is_empty(traffic.held) and not suspect?(traffic, call) and
+       (call.what == nil or not traffic.hold_changes?)) or Protocol.ping?(call.body)
+  end
+
+  defp suspect?(_traffic, %Call{deaths: 0}), do: false
+  defp suspect?(traffic, %Call{deaths: n}), do: n >= 2 or n >= traffic.max_retries
+
+  defp hold(traffic, id, call) do
+    if suspect?(traffic, call),
+      do: %{traffic | suspects: :gb_sets.add({call.deaths, id}, traffic.suspects)},
+      else: %{traffic | held: :gb_sets.add(id, traffic.held)}
+  end
+
+  defp give(traffic, id, call, now) do
+    outboxes = traffic.outboxes
+    outbox = Map.fetch!(outboxes, traffic.to)
+    outbox = Outbox.push_request(outbox, id, call.deadline, call.body)
+    {%{call | at: traffic.to, since: now}, %{outboxes | traffic.to => outbox}}
+  end
+
+  defp give_all(traffic, ids) do
+    Enum.reduce(ids, traffic, fn id, traffic ->
+      {call, outboxes} = give(traffic, id, Calls.fetch!(traffic.calls, id), now())
+      %{traffic | calls: Calls.replace(traffic.calls, id, call), outboxes: outboxes}
     end)
   end
+
+  defp advance(%__MODULE__{to: nil} = traffic), do: traffic
+  defp advance(%__MODULE__{trial: {on_trial, _}} = t) when map_size(on_trial) > 0, do: t
+
+  defp advance(%__MODULE__{} = traffic) do
+    in_flight = if traffic.trial == nil, do: Calls.at(traffic.calls, traffic.to), else: []
+
+    cond do
+      :gb_sets.is_empty(traffic.suspects) ->
+        give_held(end_trial(traffic))
+
+      # Any of these may kill the peer, and a suspect with it.
+      in_flight != [] ->
+        try_out(traffic, Enum.map(in_flight, &elem(&1, 0)))
+
+      true ->
+        group = group(:gb_sets.to_list(traffic.suspects), traffic.max_retries)
+        suspects = :gb_sets.difference(traffic.suspects, :gb_sets.from_ordset(group))
+        ids = Enum.map(group, &elem(&1, 1))
+        %{traffic | suspects: suspects} |> give_all(ids) |> try_out(ids)
+    end
+  end
+
+  # Of those with which the fewest peers died. With `left` retries after this one, n suspects take
+  # fewest rounds in groups of n to the power of left / (left + 1).
+  defp group([{deaths, _id} | _] = suspects, max_retries) do
+    alike = Enum.take_while(suspects, &(elem(&1, 0) == deaths))
+    left = max(max_retries - deaths, 0)
+    Enum.take(alike, ceil(:math.pow(length(alike), left / (left + 1))))
+  end
+
+  defp give_held(%__MODULE__{held: held} = traffic) do
+    with false <- :gb_sets.is_empty(held),
+         {id, rest} = :gb_sets.take_smallest(held),
+         false <- traffic.hold_changes? and Calls.fetch!(traffic.calls, id).what != nil do
+      give_held(give_all(%{traffic | held: rest}, [id]))
+    else
+      true -> traffic
+    end
+  end
+
+  defp try_out(traffic, ids) do
+    traffic = end_trial(traffic)
+    timer = :erlang.start_timer(traffic.acquit_ms, self(), :acquit)
+    %{traffic | trial: {Map.from_keys(ids, true), timer}}
+  end
+
+  defp leave_trial(%__MODULE__{trial: nil} = traffic, _id), do: traffic
+
+  defp leave_trial(%__MODULE__{trial: {on_trial, timer}} = traffic, id) do
+    case Map.delete(on_trial, id) do
+      ^on_trial -> traffic
+      rest -> advance(%{traffic | trial: {rest, timer}})
+    end
+  end
+
+  @doc "The timer `:acquit` has fired: those on trial have outlived their time."
+  @spec acquit(t(), reference()) :: t()
+  def acquit(%__MODULE__{trial: {_on_trial, timer}} = traffic, timer),
+    do: advance(%{traffic | trial: {%{}, nil}})
+
+  def acquit(%__MODULE__{} = traffic, _old_timer), do: traffic
+
+  defp end_trial(%__MODULE__{trial: nil} = traffic), do: traffic
+
+  defp end_trial(%__MODULE__{trial: {_on_trial, timer}} = traffic) do
+    if timer, do: :erlang.cancel_timer(timer, async: true, info: false)
+    %{traffic | trial: nil}
+  end
+
+  ## Answers
 
   # What the caller's receive in DSPex.PythonBridge.Caller waits for.
   defp answer(nil, _reply), do: :ok
@@ -174,4 +469,10 @@ defmodule DSPex.PythonBridge.Traffic do
     send(ref, {ref, reply})
     :ok
   end
+
+  # The pool's caller has counted it in.
+  defp done(%__MODULE__{slot: {slots, index, _keeper}}, :caller), do: Slots.done(slots, index)
+  defp done(_traffic, _retry), do: :ok
+
+  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -6,27 +6,29 @@ defmodule DSPex.PythonBridge.BackoffTest do
   doctest Backoff
 
   test "delays double from 50 ms to 5 s" do
-    assert delays(Backoff.new(10), 10) == [50, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]
+    assert delays(Backoff.new(), 10) == [50, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]
   end
 
-  test "gives up after max_retries, and at once with 0" do
-    assert delays(Backoff.new(3), 5) == [50, 100, 200, :give_up]
-    assert Backoff.died(Backoff.new(0), true) == :give_up
+  test "after a peer that was of use, the count begins again" do
+    {50, backoff} = Backoff.died(Backoff.new(), true)
+    {100, backoff} = Backoff.died(backoff, true)
+    assert {50, backoff} = Backoff.died(backoff, false)
+    assert delays(backoff, 2) == [50, 100]
   end
 
-  test "a peer that was of use is always replaced, and the count begins again" do
-    {:retry, 50, backoff} = Backoff.died(Backoff.new(1), true)
-    assert {:retry, 50, backoff} = Backoff.died(backoff, false)
-    assert delays(backoff, 2) == [50, :give_up]
-    assert {:retry, 50, _} = Backoff.died(Backoff.new(0), false)
+  test "more early deaths in a row than are said to be bad luck are hopeless" do
+    {_, one} = Backoff.died(Backoff.new(), true)
+    assert Backoff.hopeless?(one, 0)
+    refute Backoff.hopeless?(one, 1)
+    refute Backoff.hopeless?(Backoff.new(), 0)
+    {_, none} = Backoff.died(one, false)
+    refute Backoff.hopeless?(none, 0)
   end
 
   defp delays(_backoff, 0), do: []
 
   defp delays(backoff, n) do
-    case Backoff.died(backoff, true) do
-      {:retry, delay, backoff} -> [delay | delays(backoff, n - 1)]
-      :give_up -> [:give_up]
-    end
+    {delay, backoff} = Backoff.died(backoff, true)
+    [delay | delays(backoff, n - 1)]
   end
 end

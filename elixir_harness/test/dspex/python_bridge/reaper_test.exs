@@ -24,7 +24,7 @@ defmodule DSPex.PythonBridge.ReaperTest do
     {os_pid, child} = start_process()
     started = OsProcess.start_time(os_pid)
     kill(os_pid)
-    eventually(fn -> OsProcess.start_time(os_pid) == nil end)
+    eventually(fn -> OsProcess.start_time(os_pid) in [:ended, nil] end)
     assert alive?(child)
     OsProcess.kill_group(os_pid, started)
     eventually(fn -> not alive?(child) end)
@@ -57,6 +57,19 @@ defmodule DSPex.PythonBridge.ReaperTest do
     assert alive?(child)
     assert Reaper.finish(reaper) == :ok
     eventually(fn -> not alive?(child) end, 500)
+  end
+
+  test "tells of a peer that was gone before it was looked at, where that can be seen" do
+    {os_pid, child} = start_process()
+    kill(os_pid)
+    kill(child)
+
+    if OsProcess.start_time(String.to_integer(System.pid())) do
+      eventually(fn -> OsProcess.start_time(os_pid) == :ended end)
+      reaper = Reaper.start(self())
+      Reaper.watch(reaper, os_pid)
+      assert_receive {:peer_gone, ^os_pid}, 5_000
+    end
   end
 
   test "ends the processes of its owner some time after the owner's end, and itself" do

@@ -53,17 +53,34 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     end
   end
 
-  test "a Python that cannot be started does not bring the supervisor down" do
+  test "a Python that cannot be started brings nothing down: it is tried until it can be" do
     opts = [bridge: [python_executable: "/no/such/python", max_retries: 0]]
-    supervisor = start_supervised!({BridgeSupervisor, opts})
-    first = Process.whereis(Bridge)
-    monitor = Process.monitor(first)
-    assert Bridge.call(:ping, %{}, 5_000) == {:error, :python_process_died}
-    # It stays :failed for 5 s, which keeps any supervisor within 3 restarts in 5 s.
-    assert_receive {:DOWN, ^monitor, :process, ^first, {:shutdown, _reason}}, 6_000
-    eventually(fn -> Process.whereis(Bridge) not in [first, nil] end)
-    assert Bridge.call(:ping, %{}, 5_000) == {:error, :python_process_died}
-    assert Process.alive?(supervisor)
+    start_supervised!({BridgeSupervisor, opts})
+    bridge = Process.whereis(Bridge)
+
+    eventually(fn ->
+      Bridge.get_status().restarts == 0 and Bridge.get_status().state == :failed
+    end)
+
+    assert Bridge.call(:ping, %{}, 300) == {:error, :timeout}
+    assert Process.whereis(Bridge) == bridge
+  end
+
+  test "programs outlive a bridge that crashes" do
+    bridge = Keyword.delete(real_opts(), :name)
+    start_supervised!({BridgeSupervisor, bridge: bridge})
+
+    for id <- ["one", "two"],
+        do: {:ok, _} = Bridge.call(:create_program, %{id: id, signature: "q -> a"})
+
+    {:ok, _} = Bridge.call(:cleanup, %{program_ids: ["one"]})
+    Process.exit(Process.whereis(Bridge), :kill)
+    execute = fn -> Bridge.call(:execute_program, %{program_id: "two", inputs: %{q: "?"}}) end
+
+    assert {:ok, %{"a" => _}} =
+             eventually(fn -> with {:error, :bridge_not_running} <- execute.(), do: nil end)
+
+    assert Bridge.call(:list_programs) == {:ok, %{"programs" => ["two"]}}
   end
 
   test "an option that cannot be right is refused with a text that names it" do

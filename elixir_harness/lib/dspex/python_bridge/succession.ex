@@ -1,0 +1,322 @@
+defmodule DSPex.PythonBridge.Succession do
+  @moduledoc """
+  How one peer follows another: part of the bridge's process, over its state
+  (`DSPex.PythonBridge.Server`).
+
+  A peer that starts is `next`. It is up when it has answered the bridge's own ping; it is then given
+  the programs that earlier ones had; when it has acknowledged them all, it is `peer` and serves. So
+  no call ever finds its programs missing.
+
+  When the `peer` dies, a `next` is started, after a delay that grows while there is none that is of
+  any use (`DSPex.PythonBridge.Backoff`). It is never given up: calls wait within their own timeouts.
+
+  A restart starts a `next` beside a `peer` that goes on serving. When the new one takes over, the
+  other is `old`: it finishes what it has, and is ended.
+  """
+
+  alias DSPex.PythonBridge.{Backoff, Error, Peer, Programs, Protocol, Reaper, Report}
+  alias DSPex.PythonBridge.{Server, StartFailure, Traffic}
+  alias DSPex.PythonBridge.Pool.Slots
+
+  @type state :: %Server{}
+
+  ## Start
+
+  @doc "Starts a peer."
+  @spec open(state()) :: state()
+  def open(state) do
+    case Peer.open(state.options) do
+      {:ok, peer} ->
+        Reaper.watch(state.reaper, peer.os_pid)
+        {:ok, ping} = Protocol.encode_body(:ping, %{})
+        traffic = Traffic.attach(state.traffic, peer.port)
+        {ping_id, traffic} = Traffic.own_request(traffic, peer.port, ping)
+        next = %{peer | ping_id: ping_id}
+        state = %{state | next: next, traffic: traffic, opened: state.opened + 1}
+        set_timer(state, state.options.start_timeout, :start_timeout)
+
+      {:error, text} ->
+        not_started(state, nil, text)
+    end
+  end
+
+  @doc "A reply that no call waits for: one to the bridge's own requests, or else too late."
+  @spec own_reply(state(), pos_integer(), binary()) :: {:ok, state()} | :nobody
+  def own_reply(%{next: %Peer{ping_id: id, up_at: nil} = next} = state, id, _frame) do
+    Report.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
+    {:ok, load_programs(%{state | next: Peer.up(next)})}
+  end
+
+  def own_reply(%{next: %Peer{loads: %{} = loads} = next} = state, id, frame)
+      when is_map_key(loads, id) do
+    {{program_id, _stamp}, loads} = Map.pop!(loads, id)
+    state = note_load(%{state | next: %{next | loads: loads}}, program_id, frame)
+    {:ok, if(loads == %{}, do: take_over(state), else: wait_for_loads(state))}
+  end
+
+  def own_reply(_state, _id, _frame), do: :nobody
+
+  # The programs must not change while they are handed over: the peer that still serves first
+  # answers what it was given, and is given no more of that kind (Traffic.hold_changes/1).
+  @doc "To be called when the serving peer has answered something: the next one may wait for that."
+  @spec load_programs(state()) :: state()
+  def load_programs(%{next: %Peer{up_at: up_at, loads: nil} = next} = state) when up_at != nil do
+    if state.peer && Traffic.changing?(state.traffic, state.peer.port) do
+      wait_for_loads(state)
+    else
+      {deadly, definitions} =
+        state.programs
+        |> Programs.definitions()
+        |> Enum.split_with(fn {_id, stamp, _body} -> deadly?(state, stamp) end)
+
+      {loads, traffic} =
+        Enum.map_reduce(definitions, state.traffic, fn {id, stamp, body}, traffic ->
+          {request_id, traffic} = Traffic.own_request(traffic, next.port, body)
+          {{request_id, {id, stamp}}, traffic}
+        end)
+
+      failed = Map.new(deadly, fn {id, _stamp, _body} -> {id, load_error(id, died())} end)
+      next = %{next | loads: Map.new(loads)}
+      state = %{state | next: next, traffic: traffic, load_failures: failed}
+      if loads == [], do: take_over(state), else: wait_for_loads(state)
+    end
+  end
+
+  def load_programs(state), do: state
+
+  # From one sign of life to the next: what is loaded may be slow, and many.
+  defp wait_for_loads(state), do: set_timer(state, state.options.start_timeout, :load_timeout)
+
+  defp note_load(state, id, frame) do
+    case Protocol.decode_reply(frame) do
+      {:error, _id, %Error{} = error} ->
+        error = load_error(id, error)
+        Report.log(state, state.next, :warning, error.message)
+        %{state | load_failures: Map.put(state.load_failures, id, error)}
+
+      _loaded ->
+        state
+    end
+  end
+
+  defp load_error(id, error),
+    do: %{error | message: "program #{id} could not be loaded again: #{error.message}"}
+
+  defp died, do: Error.new(:python_process_died)
+
+  defp take_over(%{next: next, peer: before} = state) do
+    state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
+    if state.big?, do: send(self(), :collect)
+    state = %{state | traffic: Traffic.serve(state.traffic, next.port)}
+    tell_slot(state, :ready)
+    answer_restarts(if(before, do: drain(state, before), else: state), :ok)
+  end
+
+  ## End
+
+  @doc "A port has told of its peer's death, or the reaper has; stale news changes nothing."
+  @spec lost(state(), port() | pos_integer(), String.t()) :: state()
+  def lost(%{next: %Peer{} = next} = state, which, why) when which in [next.port, next.os_pid] do
+    state = blame_load(end_peer(%{state | next: nil}, next, :died), next)
+    not_started(state, next, why)
+  end
+
+  def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
+    state = %{end_peer(%{state | peer: nil}, peer, :died) | last_error: why}
+    tell_slot(state, :down)
+
+    if state.next do
+      Report.death(state, peer, :warning, why, "its successor is starting")
+      %{state | status: :restarting}
+    else
+      {delay, state} = try_again(state, not Peer.of_use?(peer))
+      Report.death(state, peer, :warning, why, "next attempt in #{delay} ms")
+      state
+    end
+  end
+
+  def lost(state, which, why) do
+    case Enum.find(state.old, &(which in [&1.port, &1.os_pid])) do
+      nil ->
+        state
+
+      peer ->
+        Report.death(state, peer, :warning, why, "another serves already")
+        end_peer(forget_old(state, peer), peer, :died)
+    end
+  end
+
+  # The peer is gone, or must go now: with all that it started.
+  defp end_peer(state, peer, how) do
+    Peer.close(peer)
+    Reaper.kill(state.reaper, peer.os_pid)
+    %{state | traffic: Traffic.lost(state.traffic, peer.port, how)}
+  end
+
+  # A restart that fails leaves all as it was; without a peer, the attempts go on.
+  defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
+    Report.death(state, next, :warning, why, "the present one goes on")
+    state = %{cancel_timer(state) | traffic: Traffic.serve(state.traffic, peer.port)}
+    answer_restarts(state, {:error, "the new Python process did not start: #{why}"})
+  end
+
+  defp not_started(state, next, why) do
+    {delay, state} = try_again(%{state | last_error: why}, true)
+    explain(state, next, why, "next attempt in #{delay} ms")
+    answer_restarts(state, {:error, "the Python process did not start: #{why}"})
+  end
+
+  defp try_again(state, early?) do
+    {delay, backoff} = Backoff.died(state.backoff, early?)
+    hopeless? = Backoff.hopeless?(backoff, state.options.max_retries)
+    status = if hopeless?, do: :failed, else: :restarting
+    {delay, set_timer(%{state | backoff: backoff, status: status}, delay, :open)}
+  end
+
+  # One that wrote why it will not start wrote it to standard error, which is not ours to read: it is
+  # asked again. That takes a moment, and the log has one line.
+  defp explain(state, %Peer{up_at: nil} = next, why, then) do
+    owner = self()
+
+    spawn(fn ->
+      line = StartFailure.last_line(state.options)
+      send(owner, {:start_failure, next, why, line && "#{why}: #{line}", then})
+    end)
+  end
+
+  defp explain(state, next, why, then), do: Report.death(state, next, :warning, why, then)
+
+  @doc "What a peer that did not start has to say about it."
+  @spec explained(state(), Peer.t(), String.t(), String.t() | nil, String.t()) :: state()
+  def explained(state, next, why, explanation, then) do
+    Report.death(state, next, :warning, explanation || why, then)
+    # Meanwhile something else may have happened.
+    if state.last_error == why and explanation,
+      do: %{state | last_error: explanation},
+      else: state
+  end
+
+  # Peers load one program after the other: what one died of is the first that it had not loaded.
+  defp blame_load(state, %Peer{loads: %{} = loads}) when loads != %{} do
+    {_id, {_program_id, stamp}} = Enum.min(loads)
+    %{state | load_deaths: Map.update(state.load_deaths, stamp, 1, &(&1 + 1))}
+  end
+
+  defp blame_load(state, _next), do: state
+
+  defp deadly?(state, stamp),
+    do: Map.get(state.load_deaths, stamp, 0) > state.options.max_retries
+
+  ## Restart
+
+  @doc "Has the peer followed by another; `from` is answered when that serves, or does not."
+  @spec restart(state(), GenServer.from()) :: state()
+  def restart(state, from) do
+    state = %{state | restarts_waiting: [from | state.restarts_waiting]}
+
+    cond do
+      state.next -> state
+      state.peer -> open(%{state | traffic: Traffic.hold_changes(state.traffic)})
+      true -> open(%{cancel_timer(state) | backoff: Backoff.new()})
+    end
+  end
+
+  @doc "Ends a peer that does not react, and starts another."
+  @spec replace(state()) :: state()
+  def replace(%{peer: %Peer{} = peer} = state) do
+    Report.log(state, peer, :warning, "does not react and is replaced")
+    state = %{end_peer(%{state | peer: nil}, peer, :died) | status: :restarting}
+    tell_slot(state, :down)
+    if state.next, do: state, else: open(%{state | backoff: Backoff.new()})
+  end
+
+  # One that starts is watched over already.
+  def replace(state), do: state
+
+  defp answer_restarts(state, answer) do
+    Enum.each(state.restarts_waiting, &GenServer.reply(&1, answer))
+    %{state | restarts_waiting: []}
+  end
+
+  defp drain(state, peer) do
+    Report.log(state, peer, :info, "another has taken over")
+    state = %{state | old: [peer | state.old]}
+
+    # What changes the programs must reach the peer that serves.
+    if Traffic.changing?(state.traffic, peer.port) do
+      drain_timeout(state, peer.port)
+    else
+      Process.send_after(self(), {:drain_timeout, peer.port}, state.options.drain_ms)
+      drained(state, peer.port)
+    end
+  end
+
+  @doc "An old peer may have answered its last call."
+  @spec drained(state(), port()) :: state()
+  def drained(%{old: []} = state, _port), do: state
+
+  def drained(state, port) do
+    peer = Enum.find(state.old, &(&1.port == port))
+
+    if peer == nil or Traffic.busy?(state.traffic, port) do
+      state
+    else
+      Peer.close(peer)
+      Reaper.retire(state.reaper, peer.os_pid)
+      state = forget_old(state, peer)
+      %{state | traffic: Traffic.lost(state.traffic, port, :replaced)}
+    end
+  end
+
+  @doc "An old peer has had its time."
+  @spec drain_timeout(state(), port()) :: state()
+  def drain_timeout(state, port) do
+    case Enum.find(state.old, &(&1.port == port)) do
+      nil -> state
+      peer -> end_peer(forget_old(state, peer), peer, :replaced)
+    end
+  end
+
+  defp forget_old(state, peer), do: %{state | old: List.delete(state.old, peer)}
+
+  ## Time: a peer that starts has one thing to wait for at a time
+
+  @doc "The timer has fired that this module has set."
+  @spec timer_fired(state(), :open | :start_timeout | :load_timeout) :: state()
+  def timer_fired(state, :open), do: open(state)
+
+  def timer_fired(%{next: next} = state, :start_timeout),
+    do:
+      lost(
+        state,
+        next.port,
+        "no answer to its first ping within #{state.options.start_timeout} ms"
+      )
+
+  # Whether the peer still reacts is the monitor's to find out; calls have timeouts of their own.
+  def timer_fired(%{next: next} = state, :load_timeout) do
+    text =
+      "a program has been loading for #{state.options.start_timeout} ms; calls wait no longer"
+
+    Report.log(state, next, :warning, text)
+    take_over(%{state | next: %{next | loads: next.loads || %{}}})
+  end
+
+  defp set_timer(state, ms, what),
+    do: %{cancel_timer(state) | timer: :erlang.start_timer(ms, self(), what)}
+
+  defp cancel_timer(%{timer: nil} = state), do: state
+
+  defp cancel_timer(%{timer: timer} = state) do
+    :erlang.cancel_timer(timer, async: true, info: false)
+    %{state | timer: nil}
+  end
+
+  defp tell_slot(%{options: %{slot: nil}}, _slot_state), do: :ok
+
+  defp tell_slot(%{options: %{slot: {slots, index, keeper}}}, slot_state) do
+    Slots.put_state(slots, index, slot_state)
+    if Process.whereis(keeper), do: send(keeper, {:slot, index, slot_state})
+    :ok
+  end
+end
