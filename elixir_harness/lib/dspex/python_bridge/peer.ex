@@ -10,10 +10,10 @@ defmodule DSPex.PythonBridge.Peer do
   @lasting_ms 2_000
 
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads, answered?: false]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads, to_load: [], answered?: false]
 
   # up_at: of its first reply; loads: the programs that it was given, by request id, and has not
-  # acknowledged yet; nil: it was given none so far.
+  # acknowledged yet; nil: it was given none so far; to_load: those that it is still to be given.
 
   @type t :: %__MODULE__{
           port: port(),
@@ -22,6 +22,7 @@ defmodule DSPex.PythonBridge.Peer do
           ping_id: pos_integer() | nil,
           up_at: integer() | nil,
           loads: %{pos_integer() => {Programs.id(), Programs.stamp()}} | nil,
+          to_load: [Programs.definition()],
           answered?: boolean()
         }
 

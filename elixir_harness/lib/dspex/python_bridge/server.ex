@@ -37,6 +37,7 @@ defmodule DSPex.PythonBridge.Server do
     backoff: Backoff.new(),
     load_deaths: %{},
     load_failures: %{},
+    load_carefully?: false,
     opened: 0,
     big?: false,
     late_replies: 0,

@@ -14,8 +14,8 @@ defmodule DSPex.PythonBridge.Succession do
   other is `old`: it finishes what it has, and is ended.
   """
 
-  alias DSPex.PythonBridge.{Backoff, Error, Peer, Programs, Protocol, Reaper, Report}
-  alias DSPex.PythonBridge.{Server, StartFailure, Traffic}
+  alias DSPex.PythonBridge.{Backoff, Loading, Peer, Protocol, Reaper, Report, Server}
+  alias DSPex.PythonBridge.{StartFailure, Traffic}
   alias DSPex.PythonBridge.Pool.Slots
 
   @type state :: %Server{}
@@ -47,12 +47,9 @@ defmodule DSPex.PythonBridge.Succession do
     {:ok, load_programs(%{state | next: Peer.up(next)})}
   end
 
-  def own_reply(%{next: %Peer{loads: %{} = loads} = next} = state, id, frame)
-      when is_map_key(loads, id) do
-    {{program_id, _stamp}, loads} = Map.pop!(loads, id)
-    state = note_load(%{state | next: %{next | loads: loads}}, program_id, frame)
-    {:ok, if(loads == %{}, do: take_over(state), else: wait_for_loads(state))}
-  end
+  def own_reply(%{next: %Peer{loads: %{} = loads}} = state, id, frame)
+      when is_map_key(loads, id),
+      do: {:ok, state |> Loading.answered(id, frame) |> take_over_or_wait()}
 
   def own_reply(_state, _id, _frame), do: :nobody
 
@@ -61,48 +58,18 @@ defmodule DSPex.PythonBridge.Succession do
   @doc "To be called when the serving peer has answered something: the next one may wait for that."
   @spec load_programs(state()) :: state()
   def load_programs(%{next: %Peer{up_at: up_at, loads: nil} = next} = state) when up_at != nil do
-    if state.peer && Traffic.changing?(state.traffic, state.peer.port) do
-      wait_for_loads(state)
-    else
-      {deadly, definitions} =
-        state.programs
-        |> Programs.definitions()
-        |> Enum.split_with(fn {_id, stamp, _body} -> deadly?(state, stamp) end)
-
-      {loads, traffic} =
-        Enum.map_reduce(definitions, state.traffic, fn {id, stamp, body}, traffic ->
-          {request_id, traffic} = Traffic.own_request(traffic, next.port, body)
-          {{request_id, {id, stamp}}, traffic}
-        end)
-
-      failed = Map.new(deadly, fn {id, _stamp, _body} -> {id, load_error(id, died())} end)
-      next = %{next | loads: Map.new(loads)}
-      state = %{state | next: next, traffic: traffic, load_failures: failed}
-      if loads == [], do: take_over(state), else: wait_for_loads(state)
-    end
+    if state.peer && Traffic.changing?(state.traffic, state.peer.port),
+      do: wait_for_loads(state),
+      else: state |> Loading.begin() |> take_over_or_wait()
   end
 
   def load_programs(state), do: state
 
+  defp take_over_or_wait({:loaded, state}), do: take_over(state)
+  defp take_over_or_wait({:loading, state}), do: wait_for_loads(state)
+
   # From one sign of life to the next: what is loaded may be slow, and many.
   defp wait_for_loads(state), do: set_timer(state, state.options.start_timeout, :load_timeout)
-
-  defp note_load(state, id, frame) do
-    case Protocol.decode_reply(frame) do
-      {:error, _id, %Error{} = error} ->
-        error = load_error(id, error)
-        Report.log(state, state.next, :warning, error.message)
-        %{state | load_failures: Map.put(state.load_failures, id, error)}
-
-      _loaded ->
-        state
-    end
-  end
-
-  defp load_error(id, error),
-    do: %{error | message: "program #{id} could not be loaded again: #{error.message}"}
-
-  defp died, do: Error.new(:python_process_died)
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
@@ -117,7 +84,7 @@ defmodule DSPex.PythonBridge.Succession do
   @doc "A port has told of its peer's death, or the reaper has; stale news changes nothing."
   @spec lost(state(), port() | pos_integer(), String.t()) :: state()
   def lost(%{next: %Peer{} = next} = state, which, why) when which in [next.port, next.os_pid] do
-    state = blame_load(end_peer(%{state | next: nil}, next, :died), next)
+    state = Loading.blame(end_peer(%{state | next: nil}, next, :died), next)
     not_started(state, next, why)
   end
 
@@ -195,17 +162,6 @@ defmodule DSPex.PythonBridge.Succession do
       do: %{state | last_error: explanation},
       else: state
   end
-
-  # Peers load one program after the other: what one died of is the first that it had not loaded.
-  defp blame_load(state, %Peer{loads: %{} = loads}) when loads != %{} do
-    {_id, {_program_id, stamp}} = Enum.min(loads)
-    %{state | load_deaths: Map.update(state.load_deaths, stamp, 1, &(&1 + 1))}
-  end
-
-  defp blame_load(state, _next), do: state
-
-  defp deadly?(state, stamp),
-    do: Map.get(state.load_deaths, stamp, 0) > state.options.max_retries
 
   ## Restart
 
@@ -293,13 +249,17 @@ defmodule DSPex.PythonBridge.Succession do
         "no answer to its first ping within #{state.options.start_timeout} ms"
       )
 
+  # The peer before is so long at a change of the programs that they are loaded as they are.
+  def timer_fired(%{next: %Peer{loads: nil}} = state, :load_timeout),
+    do: state |> Loading.begin() |> take_over_or_wait()
+
   # Whether the peer still reacts is the monitor's to find out; calls have timeouts of their own.
   def timer_fired(%{next: next} = state, :load_timeout) do
     text =
       "a program has been loading for #{state.options.start_timeout} ms; calls wait no longer"
 
     Report.log(state, next, :warning, text)
-    take_over(%{state | next: %{next | loads: next.loads || %{}}})
+    state |> Loading.hurry() |> take_over()
   end
 
   defp set_timer(state, ms, what),

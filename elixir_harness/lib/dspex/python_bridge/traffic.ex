@@ -8,61 +8,51 @@ defmodule DSPex.PythonBridge.Traffic do
   none serves, is given to the one that does, and is held again when that dies, `max_retries` times
   at most.
 
-  A call with which peers died is a suspect: one of those in flight may be what kills them, and
-  the others must not die with it to their last retry. From the second death on, or if only one retry
-  is left, suspects are sent in groups, and everything else is held until the group is answered or has
-  outlived the time in which the last peer died. A group is as large as leaves, if it dies, a retry for
-  the sorting of its members; a call on its last retry is sent alone.
+  While calls are tried that a peer may have died of (`DSPex.PythonBridge.Suspects`), all others
+  are held, too.
 
   Ids grow for as long as the bridge lives, over all its peers, so that no reply can be taken for
   another's. They are also the keys of the outboxes and of what is held, whose order they are; a
   cancel takes one, too.
   """
 
-  alias DSPex.PythonBridge.{Calls, Options, Outbox, Programs, Protocol}
+  alias DSPex.PythonBridge.{Calls, Options, Outbox, Programs, Protocol, Suspects}
   alias DSPex.PythonBridge.Calls.Call
   alias DSPex.PythonBridge.Pool.Slots
 
   # What request_frame/3 puts before a body, at most.
   @head_bytes 64
-  # So long at least a suspect must live to be acquitted without an answer.
-  @acquit_ms 1_000
 
-  @enforce_keys [:max_retries, :programs, :slot]
+  @enforce_keys [:max_retries, :programs, :slot, :suspects]
   defstruct [
     :max_retries,
     :programs,
     :slot,
+    :suspects,
     :to,
-    :trial,
     calls: Calls.new(),
     held: :gb_sets.empty(),
-    suspects: :gb_sets.empty(),
     hold_changes?: false,
     outboxes: %{},
     late: %{},
-    acquit_ms: @acquit_ms,
     next_id: 1
   ]
 
   @typedoc """
-  `to`: the port of the peer that serves. `trial`: the calls in flight that may kill it, and the timer
-  that acquits them. `held`, `suspects`: ids, suspects by the peers that died with them. `late`: changes
-  to the programs that nobody waits for any more, by id, with their peer's port.
+  `to`: the port of the peer that serves. `held`: ids of calls that are no suspects. `late`: changes to
+  the programs that nobody waits for any more, by id, with their peer's port.
   """
   @type t :: %__MODULE__{
           max_retries: non_neg_integer(),
           programs: Programs.table(),
           slot: Options.slot() | nil,
+          suspects: Suspects.t(),
           to: port() | nil,
-          trial: {%{pos_integer() => true}, reference() | nil} | nil,
           calls: Calls.t(),
           held: :gb_sets.set(pos_integer()),
-          suspects: :gb_sets.set({pos_integer(), pos_integer()}),
           hold_changes?: boolean(),
           outboxes: %{port() => Outbox.t()},
           late: %{pos_integer() => {port(), Programs.change(), binary()}},
-          acquit_ms: pos_integer(),
           next_id: pos_integer()
         }
   @type failure ::
@@ -76,8 +66,14 @@ defmodule DSPex.PythonBridge.Traffic do
 
   @doc "Nothing is under way."
   @spec new(Options.t(), Programs.table()) :: t()
-  def new(options, programs),
-    do: %__MODULE__{max_retries: options.max_retries, programs: programs, slot: options.slot}
+  def new(options, programs) do
+    %__MODULE__{
+      max_retries: options.max_retries,
+      programs: programs,
+      slot: options.slot,
+      suspects: Suspects.new(options.max_retries)
+    }
+  end
 
   ## Callers
 
@@ -162,7 +158,7 @@ defmodule DSPex.PythonBridge.Traffic do
 
   defp cancel(traffic, id, %Call{at: nil} = call) do
     held = :gb_sets.delete_any(id, traffic.held)
-    %{traffic | held: held, suspects: :gb_sets.delete_any({call.deaths, id}, traffic.suspects)}
+    %{traffic | held: held, suspects: Suspects.drop(traffic.suspects, id, call.deaths)}
   end
 
   defp cancel(%__MODULE__{outboxes: outboxes, next_id: key} = traffic, id, %Call{at: port} = call) do
@@ -212,7 +208,8 @@ defmodule DSPex.PythonBridge.Traffic do
   @spec serve(t(), port()) :: t()
   def serve(%__MODULE__{} = traffic, port) do
     traffic = if traffic.to in [nil, port], do: traffic, else: take_back(traffic, traffic.to)
-    advance(end_trial(%{traffic | to: port, hold_changes?: false}))
+    suspects = Suspects.stop(traffic.suspects)
+    advance(%{traffic | to: port, hold_changes?: false, suspects: suspects})
   end
 
   # What still waits to be written to one peer is for the next.
@@ -283,8 +280,8 @@ defmodule DSPex.PythonBridge.Traffic do
     calls = Calls.at(traffic.calls, port)
     late = Map.reject(traffic.late, fn {_id, {at, _what, _body}} -> at == port end)
     traffic = %{traffic | outboxes: outboxes, late: late}
-    traffic = if traffic.to == port, do: end_trial(%{traffic | to: nil}), else: traffic
-    traffic = if how == :died, do: learn_patience(traffic, calls), else: traffic
+    traffic = if traffic.to == port, do: none_serves(traffic), else: traffic
+    traffic = if how == :died, do: learn(traffic, calls), else: traffic
 
     calls
     |> Enum.reduce(traffic, fn {id, call}, traffic ->
@@ -293,6 +290,9 @@ defmodule DSPex.PythonBridge.Traffic do
     |> release_callers()
     |> advance()
   end
+
+  defp none_serves(traffic),
+    do: %{traffic | to: nil, suspects: Suspects.stop(traffic.suspects)}
 
   defp sort_out(traffic, id, %Call{retry: :caller}, how),
     do: fail(traffic, id, {:died, if(how == :died, do: :sent, else: :unsent)})
@@ -318,11 +318,10 @@ defmodule DSPex.PythonBridge.Traffic do
 
   defp release_callers(traffic), do: traffic
 
-  # What kills takes as long again, more or less.
-  defp learn_patience(traffic, calls) do
+  defp learn(traffic, calls) do
     case for {_id, %Call{since: since}} <- calls, do: since do
       [] -> traffic
-      sent -> %{traffic | acquit_ms: max(@acquit_ms, 2 * (now() - Enum.min(sent)))}
+      sent -> %{traffic | suspects: Suspects.learn(traffic.suspects, now() - Enum.min(sent))}
     end
   end
 
@@ -353,7 +352,7 @@ defmodule DSPex.PythonBridge.Traffic do
   @doc "Whether nothing waits to be written, bar what the outboxes' helpers hold."
   @spec all_written?(t()) :: boolean()
   def all_written?(%__MODULE__{} = traffic) do
-    :gb_sets.is_empty(traffic.held) and :gb_sets.is_empty(traffic.suspects) and
+    :gb_sets.is_empty(traffic.held) and not Suspects.any?(traffic.suspects) and
       Enum.all?(traffic.outboxes, fn {_port, outbox} -> Outbox.empty?(outbox) end)
   end
 
@@ -364,16 +363,14 @@ defmodule DSPex.PythonBridge.Traffic do
   defp at_once?(%__MODULE__{to: nil}, _call), do: false
 
   defp at_once?(%__MODULE__{} = traffic, %Call{} = call) do
-    (traffic.trial == nil and :gb_sets.is_empty(traffic.held) and not suspect?(traffic, call) and
+    (not traffic.suspects.trial? and :gb_sets.is_empty(traffic.held) and
+       not Suspects.suspect?(traffic.suspects, call.deaths) and
        (call.what == nil or not traffic.hold_changes?)) or Protocol.ping?(call.body)
   end
 
-  defp suspect?(_traffic, %Call{deaths: 0}), do: false
-  defp suspect?(traffic, %Call{deaths: n}), do: n >= 2 or n >= traffic.max_retries
-
   defp hold(traffic, id, call) do
-    if suspect?(traffic, call),
-      do: %{traffic | suspects: :gb_sets.add({call.deaths, id}, traffic.suspects)},
+    if Suspects.suspect?(traffic.suspects, call.deaths),
+      do: %{traffic | suspects: Suspects.add(traffic.suspects, id, call.deaths)},
       else: %{traffic | held: :gb_sets.add(id, traffic.held)}
   end
 
@@ -392,33 +389,24 @@ defmodule DSPex.PythonBridge.Traffic do
   end
 
   defp advance(%__MODULE__{to: nil} = traffic), do: traffic
-  defp advance(%__MODULE__{trial: {on_trial, _}} = t) when map_size(on_trial) > 0, do: t
 
-  defp advance(%__MODULE__{} = traffic) do
-    in_flight = if traffic.trial == nil, do: Calls.at(traffic.calls, traffic.to), else: []
-
+  defp advance(%__MODULE__{suspects: suspects} = traffic) do
     cond do
-      :gb_sets.is_empty(traffic.suspects) ->
-        give_held(end_trial(traffic))
+      Suspects.trying?(suspects) ->
+        traffic
+
+      not Suspects.any?(suspects) ->
+        give_held(%{traffic | suspects: Suspects.stop(suspects)})
 
       # Any of these may kill the peer, and a suspect with it.
-      in_flight != [] ->
-        try_out(traffic, Enum.map(in_flight, &elem(&1, 0)))
+      not suspects.trial? and busy?(traffic, traffic.to) ->
+        ids = for {id, _call} <- Calls.at(traffic.calls, traffic.to), do: id
+        %{traffic | suspects: Suspects.try_out(suspects, ids)}
 
       true ->
-        group = group(:gb_sets.to_list(traffic.suspects), traffic.max_retries)
-        suspects = :gb_sets.difference(traffic.suspects, :gb_sets.from_ordset(group))
-        ids = Enum.map(group, &elem(&1, 1))
-        %{traffic | suspects: suspects} |> give_all(ids) |> try_out(ids)
+        {ids, suspects} = Suspects.take_group(suspects)
+        give_all(%{traffic | suspects: Suspects.try_out(suspects, ids)}, ids)
     end
-  end
-
-  # Of those with which the fewest peers died. With `left` retries after this one, n suspects take
-  # fewest rounds in groups of n to the power of left / (left + 1).
-  defp group([{deaths, _id} | _] = suspects, max_retries) do
-    alike = Enum.take_while(suspects, &(elem(&1, 0) == deaths))
-    left = max(max_retries - deaths, 0)
-    Enum.take(alike, ceil(:math.pow(length(alike), left / (left + 1))))
   end
 
   defp give_held(%__MODULE__{held: held} = traffic) do
@@ -431,34 +419,15 @@ defmodule DSPex.PythonBridge.Traffic do
     end
   end
 
-  defp try_out(traffic, ids) do
-    traffic = end_trial(traffic)
-    timer = :erlang.start_timer(traffic.acquit_ms, self(), :acquit)
-    %{traffic | trial: {Map.from_keys(ids, true), timer}}
-  end
+  defp leave_trial(%__MODULE__{suspects: %Suspects{trial?: false}} = traffic, _id), do: traffic
 
-  defp leave_trial(%__MODULE__{trial: nil} = traffic, _id), do: traffic
-
-  defp leave_trial(%__MODULE__{trial: {on_trial, timer}} = traffic, id) do
-    case Map.delete(on_trial, id) do
-      ^on_trial -> traffic
-      rest -> advance(%{traffic | trial: {rest, timer}})
-    end
-  end
+  defp leave_trial(%__MODULE__{} = traffic, id),
+    do: advance(%{traffic | suspects: Suspects.leave(traffic.suspects, id)})
 
   @doc "The timer `:acquit` has fired: those on trial have outlived their time."
   @spec acquit(t(), reference()) :: t()
-  def acquit(%__MODULE__{trial: {_on_trial, timer}} = traffic, timer),
-    do: advance(%{traffic | trial: {%{}, nil}})
-
-  def acquit(%__MODULE__{} = traffic, _old_timer), do: traffic
-
-  defp end_trial(%__MODULE__{trial: nil} = traffic), do: traffic
-
-  defp end_trial(%__MODULE__{trial: {_on_trial, timer}} = traffic) do
-    if timer, do: :erlang.cancel_timer(timer, async: true, info: false)
-    %{traffic | trial: nil}
-  end
+  def acquit(%__MODULE__{} = traffic, timer),
+    do: advance(%{traffic | suspects: Suspects.acquit(traffic.suspects, timer)})
 
   ## Answers
 

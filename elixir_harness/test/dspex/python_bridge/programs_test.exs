@@ -1,0 +1,81 @@
+defmodule DSPex.PythonBridge.ProgramsTest do
+  use ExUnit.Case, async: true
+
+  alias DSPex.PythonBridge.Programs
+
+  doctest Programs
+
+  defp ids(table), do: for({id, _stamp, _body} <- Programs.definitions(table), do: id)
+
+  test "definitions are told oldest first; one that is replaced is as old as its last" do
+    table = Programs.new()
+    for id <- ["a", "b", "c"], do: Programs.put(table, id, Programs.stamp(), id)
+    true = Programs.put(table, "a", Programs.stamp(), "new")
+    assert ids(table) == ["b", "c", "a"]
+    assert {_stamp, "new"} = Programs.get(table, "a")
+    assert Programs.get(table, "d") == nil
+  end
+
+  test "any order of changes ends in the same: the latest of each program counts" do
+    stamps = for _ <- 1..4, do: Programs.stamp()
+    [s1, s2, s3, s4] = stamps
+
+    changes = [
+      {{:create, "a", s1}, "a1"},
+      {{:cleanup, ["a"], s2}, ""},
+      {{:create, "b", s2}, "b2"},
+      {{:cleanup, :all, s3}, ""},
+      {{:create, "a", s4}, "a4"}
+    ]
+
+    for order <- permutations(changes) do
+      table = Programs.new()
+      for {what, body} <- order, do: Programs.apply_change(table, what, body)
+      assert Programs.definitions(table) == [{"a", s4, "a4"}]
+      :ets.delete(table)
+    end
+  end
+
+  test "merging tells what is new, both ways to the same end" do
+    [one, two] = [Programs.new(), Programs.new()]
+    [s1, s2, s3, s4] = for _ <- 1..4, do: Programs.stamp()
+    for table <- [one, two], id <- ["both", "gone"], do: Programs.put(table, id, s1, id)
+    Programs.put(one, "mine", s2, "mine")
+    Programs.put(two, "both", s3, "newer")
+    Programs.remove(two, ["gone"], s4)
+    exports = {Programs.export(one), Programs.export(two)}
+    assert Programs.merge(one, elem(exports, 1)) == {[{"both", s3, "newer"}], ["gone"]}
+    assert Programs.merge(two, elem(exports, 0)) == {[{"mine", s2, "mine"}], []}
+    assert Programs.definitions(one) == Programs.definitions(two)
+    assert Programs.merge(one, Programs.export(two)) == {[], []}
+  end
+
+  test "the notes of removals are bounded" do
+    table = Programs.new()
+    for n <- 1..25_000, do: Programs.remove(table, ["#{n}"], Programs.stamp())
+    assert :ets.info(table, :size) <= 10_000
+    # The last is still known.
+    refute Programs.put(table, "25000", {0, 0, node()}, "old")
+  end
+
+  test "many writers at once: none overwrites what is later" do
+    table = Programs.new()
+
+    tasks =
+      for _ <- 1..8 do
+        Task.async(fn -> for _ <- 1..500, do: put_now(table) end)
+      end
+
+    last = tasks |> Task.await_many() |> List.flatten() |> Enum.max()
+    assert {^last, _body} = Programs.get(table, "a")
+  end
+
+  defp put_now(table) do
+    stamp = Programs.stamp()
+    Programs.put(table, "a", stamp, "x")
+    stamp
+  end
+
+  defp permutations([]), do: [[]]
+  defp permutations(list), do: for(x <- list, rest <- permutations(list -- [x]), do: [x | rest])
+end

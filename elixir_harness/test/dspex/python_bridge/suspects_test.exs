@@ -1,0 +1,116 @@
+defmodule DSPex.PythonBridge.SuspectsTest do
+  @moduledoc "Calls that kill their peer, told apart from their neighbours: played through, no peer needed."
+
+  use ExUnit.Case, async: true
+
+  alias DSPex.PythonBridge.{Calls, Options, Programs, Suspects, Traffic}
+
+  doctest Suspects
+
+  # Calls are known by their numbers; those in `deadly` kill the peer when it has them. Gives each
+  # call's answer, and how often each was sent.
+  defp play(count, deadly, max_retries) do
+    {:ok, options} = Options.new(max_retries: max_retries)
+    traffic = Traffic.new(options, Programs.new())
+    refs = Map.new(1..count, fn n -> {:erlang.alias(), n} end)
+
+    traffic =
+      Enum.reduce(refs, serve(traffic), fn {ref, n}, traffic ->
+        Traffic.accept(traffic, ref, self(), :infinity, "#{n}", {:here, 0, nil})
+      end)
+
+    sent = rounds(traffic, MapSet.new(deadly, &"#{&1}"), %{})
+
+    answers =
+      for {ref, n} <- refs, into: %{} do
+        assert_received {^ref, answer}
+        refute_received {^ref, _again}
+        {n, answer}
+      end
+
+    {answers, sent}
+  end
+
+  defp serve(traffic) do
+    # It takes all, and answers nothing by itself.
+    args = ["-c", "exec cat > /dev/null"]
+    port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
+    traffic |> Traffic.attach(port) |> Traffic.serve(port)
+  end
+
+  defp rounds(traffic, deadly, sent) do
+    in_flight = for {id, call} <- Calls.at(traffic.calls, traffic.to), do: {id, call.body}
+
+    cond do
+      in_flight == [] ->
+        assert Traffic.pending(traffic) == 0
+        Port.close(traffic.to)
+        sent
+
+      Enum.any?(in_flight, fn {_id, n} -> n in deadly end) ->
+        port = traffic.to
+
+        sent =
+          for {_id, n} <- in_flight, reduce: sent, do: (sent -> Map.update(sent, n, 1, &(&1 + 1)))
+
+        traffic = Traffic.lost(traffic, port, :died)
+        Port.close(port)
+        rounds(serve(traffic), deadly, sent)
+
+      true ->
+        # One answer at a time: what else is in flight then is with what follows.
+        {id, _n} = Enum.random(in_flight)
+        {:ok, traffic} = Traffic.deliver(traffic, id, "reply")
+        rounds(traffic, deadly, sent)
+    end
+  end
+
+  for max_retries <- 0..5, count <- [1, 2, 3, 21, 50] do
+    test "one among #{count} with #{max_retries} retries" do
+      deadly = Enum.random(1..unquote(count))
+      {answers, sent} = play(unquote(count), [deadly], unquote(max_retries))
+      assert answers[deadly] == {:error, :python_process_died}
+      assert sent["#{deadly}"] == 1 + unquote(max_retries)
+
+      if unquote(max_retries) > 0 do
+        for {n, answer} <- answers, n != deadly, do: assert(answer == {:frame, "reply"})
+      end
+    end
+  end
+
+  test "several: each is sent 1 + max_retries times, and nothing else fails" do
+    {answers, sent} = play(40, [3, 4, 17, 40], 3)
+
+    for {n, answer} <- answers do
+      if n in [3, 4, 17, 40],
+        do: assert({answer, sent["#{n}"]} == {{:error, :python_process_died}, 4}),
+        else: assert(answer == {:frame, "reply"})
+    end
+  end
+
+  test "who outlives the time that the last peer had is acquitted, and the next are tried" do
+    suspects = Enum.reduce(1..4, Suspects.new(2), &Suspects.add(&2, &1, 2))
+    {[1], suspects} = Suspects.take_group(suspects)
+    suspects = Suspects.try_out(suspects, [1])
+    assert Suspects.trying?(suspects)
+    assert_receive {:timeout, timer, :acquit}, 5_000
+    assert Suspects.trying?(Suspects.acquit(suspects, make_ref()))
+    refute Suspects.trying?(Suspects.acquit(suspects, timer))
+  end
+
+  test "fresh calls wait while suspects are tried; a ping does not" do
+    {:ok, options} = Options.new(max_retries: 1)
+    traffic = serve(Traffic.new(options, Programs.new()))
+    accept = &Traffic.accept(&1, nil, self(), :infinity, &2, {:here, &3, nil})
+    traffic = traffic |> accept.("suspect", 1) |> accept.("fresh", 0)
+    traffic = accept.(traffic, ~s(,"command":"ping"}), 0)
+
+    in_flight = fn traffic ->
+      for {_id, call} <- Calls.at(traffic.calls, traffic.to), do: call.body
+    end
+
+    assert in_flight.(traffic) == ["suspect", ~s(,"command":"ping"})]
+    {:ok, traffic} = Traffic.deliver(traffic, 1, "reply")
+    assert in_flight.(traffic) == ["fresh", ~s(,"command":"ping"})]
+  end
+end

@@ -1,0 +1,45 @@
+"""Modules of a host's own, for tests of what happens when they end the peer. They ask no LM."""
+
+import asyncio
+import os
+
+import dspy
+
+
+def _note(name):
+    """One line a call in FAKE_LOG: the caller cannot count what it does not hear of."""
+    with open(os.environ["FAKE_LOG"], "a") as log:
+        log.write(f"{name} {os.getpid()}\n")
+
+
+class Nap(dspy.Module):
+    """Takes 0.3 s."""
+
+    async def aforward(self, question):
+        await asyncio.sleep(0.3)
+        return dspy.Prediction(answer=question)
+
+
+class Deadly(dspy.Module):
+    """Ends the peer each time."""
+
+    async def aforward(self, question):
+        _note("deadly")
+        await asyncio.sleep(float(question))
+        os._exit(9)
+
+
+class Spoilable(dspy.Module):
+    """Loads as long as the file FAKE_FILE is not there; then raises, or ends the peer if the file says `exit`."""
+
+    def __init__(self):
+        super().__init__()
+        if os.path.exists(os.environ["FAKE_FILE"]):
+            _note("spoilt")
+            with open(os.environ["FAKE_FILE"]) as file:
+                if file.read() == "exit":
+                    os._exit(8)
+            raise ValueError("spoilt")
+
+    async def aforward(self, question):
+        return dspy.Prediction(answer=question)
