@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
 
   defp serve(traffic) do
     # It takes all, and answers nothing by itself.
-    args = ["-c", "exec cat > /dev/null"]
+    args = ["-c", "while read -r line; do :; done"]
     port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
     traffic |> Traffic.attach(port) |> Traffic.serve(port)
   end
