@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 
-from dspy_bridge import descriptors, settings
+from dspy_bridge import descriptors, settings, watchdog
 from dspy_bridge.values import MAX_INT_DIGITS
 
 TYPE_CHECKING = False
@@ -49,6 +50,11 @@ def main() -> int:
         reading, writing = descriptors.take()
     except OSError:
         return _refuse("stdin or stdout is closed: this program is opened by a port")
+    # Nothing that the imports to come leave is garbage; looking for some would cost the first ping 0.7 ms.
+    gc.disable()
+    # Before there are threads, and before much is imported: a fork has it all.
+    own = watchdog.start(reading, writing)
+    descriptors.keep_from_children(reading, writing, *own)
     _serve(chosen, reading, writing)
     return 0
 
@@ -87,6 +93,7 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         log_exception=log_exception,
         prepare_loop=prepare_loop,
     )
+    gc.enable()
     server.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 
 

@@ -12,7 +12,7 @@ PIPE_BYTES = 1 << 20
 
 
 def take() -> tuple[int, int]:
-    """Move stdin and stdout away; return `(reading, writing)`, descriptors that no child process has.
+    """Move stdin and stdout away; return `(reading, writing)`, descriptors that no program started from here has.
 
     Raises `OSError` if one of them is closed.
     """
@@ -32,15 +32,21 @@ def take() -> tuple[int, int]:
             os.dup2(null, fd)
     if null > 2:
         os.close(null)
+    return reading, writing
+
+
+def keep_from_children(*fds: int) -> None:
+    """Close `fds` in whatever this process forks from now on; they are close-on-exec already.
+
+    Close-on-exec does nothing for a fork that executes nothing, as multiprocessing may do.
+    """
 
     def leave_to_parent() -> None:
-        # A child that lives on would keep the owner from seeing our end.
-        os.close(reading)
-        os.close(writing)
+        # A child that lives on would keep the owner, and the watchdog, from seeing our end.
+        for fd in fds:
+            os.close(fd)
 
-    # Close-on-exec does nothing for a fork that executes nothing, as multiprocessing may do.
     os.register_at_fork(after_in_child=leave_to_parent)
-    return reading, writing
 
 
 def _enlarge(fd: int) -> None:

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 
-from dspy_bridge import memory
+from dspy_bridge import memory, watchdog
 from dspy_bridge.descriptors import PIPE_BYTES
 from dspy_bridge.frames import FrameDecoder, TooLarge
 from dspy_bridge.writer import HIGH_WATER_BYTES, Writer
@@ -57,8 +57,11 @@ def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes:
 
 
 def exit_now() -> None:
-    """The reader of our replies is gone: nothing that still runs here is of use to anybody."""
-    os._exit(0)
+    """The reader of our replies is gone: nothing that still runs here, or was started here, is of use to anybody."""
+    try:
+        watchdog.end_children()
+    finally:
+        os._exit(0)
 
 
 def log(line: str) -> None:
