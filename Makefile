@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test check bench format clean
+.PHONY: help setup elixir demo test check soak bench format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -48,6 +48,9 @@ check: setup ## lint, formats, types, warnings
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
+
+soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then the books: lost 0, grown 0, left 0
+	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
 bench: setup ## the table of the README: ratios against baselines in the same run, some 2 minutes
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 
 import dspy
 
@@ -40,6 +41,18 @@ class Spoilable(dspy.Module):
                 if file.read() == "exit":
                     os._exit(8)
             raise ValueError("spoilt")
+
+    async def aforward(self, question):
+        return dspy.Prediction(answer=question)
+
+
+class Parent(dspy.Module):
+    """Has two children for as long as the peer lives, one of them in a session of its own."""
+
+    def __init__(self):
+        super().__init__()
+        for new_session in (False, True):
+            subprocess.Popen(["sleep", "3600"], start_new_session=new_session)
 
     async def aforward(self, question):
         return dspy.Prediction(answer=question)

@@ -57,7 +57,7 @@ defmodule DSPex.PythonBridge.Succession do
   # answers what it was given, and is given no more of that kind (Traffic.hold_changes/1).
   @doc "To be called when the serving peer has answered something: the next one may wait for that."
   @spec load_programs(state()) :: state()
-  def load_programs(%{next: %Peer{up_at: up_at, loads: nil} = next} = state) when up_at != nil do
+  def load_programs(%{next: %Peer{up_at: up_at, loads: nil}} = state) when up_at != nil do
     if state.peer && Traffic.changing?(state.traffic, state.peer.port),
       do: wait_for_loads(state),
       else: state |> Loading.begin() |> take_over_or_wait()

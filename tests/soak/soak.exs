@@ -1,0 +1,251 @@
+# A long run of everything at once, for `make soak`: many callers of all kinds, peers that are killed at random, and
+# at the end the books: what was sent was answered, nothing grew, nothing is left. Exit status 1 if anything is amiss.
+#
+# A bridge that is never killed (:steady) is what memory is measured by; the others are killed, restarted, crashed.
+
+defmodule Soak do
+  alias DSPex.PythonBridge.{Bridge, Pool}
+
+  @workers 24
+  @growth 1.05
+
+  def run do
+    Process.flag(:trap_exit, true)
+    minutes = System.get_env("SOAK_MINUTES", "10") |> Float.parse() |> elem(0)
+    seconds = minutes * 60
+    start_bridges()
+    for target <- targets(), {id, type} <- [{"qa", "predict"}, {"nap", "host:Nap"}, {"parent", "host:Parent"}],
+        do: {:ok, _} = create(target, id, type)
+
+    tally = :ets.new(:tally, [:public, write_concurrency: true])
+    stop = :atomics.new(1, [])
+    workers = for n <- 1..@workers, do: spawn_monitor(fn -> work(n, tally, stop) end)
+    killer = spawn_link(fn -> kill_now_and_then(tally) end)
+
+    # What is filled once (caches, pools of threads) is full by then.
+    sleep(seconds / 3)
+    before = measure()
+    IO.puts("after #{round(seconds / 3)} s: #{calls(tally)} calls, #{inspect(before)}")
+    sleep(seconds * 2 / 3)
+
+    :atomics.put(stop, 1, 1)
+    Process.unlink(killer)
+    Process.exit(killer, :kill)
+    for {pid, ref} <- workers, do: receive(do: ({:DOWN, ^ref, :process, ^pid, reason} -> note_end(tally, reason)))
+    settle()
+    later = measure()
+    stop_bridges()
+    report(tally, before, later, orphans(1_000))
+  end
+
+  ## What runs
+
+  defp env do
+    %{
+      "PYTHONPATH" => Path.expand("../tests/fakes"),
+      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
+      "FAKE_LOG" => "/dev/null",
+      "FAKE_FILE" => "/no/such/file",
+      "DSPY_BRIDGE_LOG_LEVEL" => "error",
+      # By which its processes are known at the end.
+      "DSPY_BRIDGE_SOAK" => System.pid()
+    }
+  end
+
+  defp start_bridges do
+    Application.put_env(:dspex, :autostart, false)
+    {:ok, _} = Application.ensure_all_started(:dspex)
+    Logger.configure(level: :error)
+    opts = [lm: "offline/echo", env: env(), python_executable: System.get_env("DSPY_BRIDGE_PYTHON")]
+
+    children = [
+      {Bridge, [name: :steady] ++ opts},
+      {DSPex.PythonBridge.Supervisor, name: :tree, bridge: [name: :restless] ++ opts, monitor: [name: :monitor, interval: 1_000]},
+      {Pool, [name: :pool, pool_size: 3] ++ opts}
+    ]
+
+    {:ok, _} = Supervisor.start_link(children, strategy: :one_for_one, name: :soak, max_restarts: 1_000)
+  end
+
+  defp stop_bridges, do: Supervisor.stop(:soak)
+
+  defp targets, do: [:steady, :restless, :pool]
+
+  defp call(:pool, command, args, timeout), do: Pool.call(:pool, command, args, timeout)
+  defp call(bridge, command, args, timeout), do: Bridge.call(bridge, command, args, timeout)
+
+  defp create(target, id, type \\ "predict"),
+    do: call(target, :create_program, %{id: id, signature: "question -> answer", program_type: type}, 60_000)
+
+  defp execute(target, id, timeout \\ 60_000),
+    do: call(target, :execute_program, %{program_id: id, inputs: %{question: "#{System.unique_integer()}"}}, timeout)
+
+  ## Callers
+
+  defp work(n, tally, stop) do
+    target = Enum.random(targets())
+    one(Enum.random(1..100), n, target, tally)
+    if :atomics.get(stop, 1) == 0, do: work(n, tally, stop), else: :ok
+  end
+
+  defp one(dice, _n, target, tally) when dice <= 30, do: expect(tally, fn -> call(target, :ping, %{}, 60_000) end)
+  defp one(dice, _n, target, tally) when dice <= 60, do: expect(tally, fn -> execute(target, "qa") end)
+  defp one(dice, _n, target, tally) when dice <= 65, do: expect(tally, fn -> execute(target, "nap") end)
+  defp one(dice, _n, target, tally) when dice <= 67, do: expect(tally, fn -> execute(target, "parent") end)
+  defp one(dice, _n, target, tally) when dice <= 72, do: expect(tally, fn -> call(target, :get_stats, %{}, 60_000) end)
+
+  # A program of the caller's own: there from its creation to its removal, whatever dies meanwhile.
+  defp one(dice, n, target, tally) when dice <= 82 do
+    id = "own #{n}"
+    expect(tally, fn -> create(target, id) end)
+    expect(tally, fn -> execute(target, id) end)
+    expect(tally, fn -> call(target, :cleanup, %{program_ids: [id]}, 60_000) end)
+    expect(tally, fn -> execute(target, id) end, {:error, "Program not found: #{id}"})
+    expect(tally, fn -> call(target, :list_programs, %{}, 60_000) end)
+  end
+
+  # Too late for most.
+  defp one(dice, _n, target, tally) when dice <= 92 do
+    timeout = Enum.random(0..20)
+    started = now()
+    expect(tally, fn -> execute(target, "nap", timeout) end, {:error, :timeout})
+    if now() - started > timeout + 1_000, do: count(tally, {:late, target})
+  end
+
+  # One that dies while it waits.
+  defp one(_dice, _n, target, tally) do
+    {pid, ref} = spawn_monitor(fn -> execute(target, "nap") end)
+    count(tally, :abandoned)
+
+    receive do
+      {:DOWN, ^ref, :process, ^pid, _reason} -> :ok
+    after
+      Enum.random(0..30) ->
+        Process.exit(pid, :kill)
+        receive(do: ({:DOWN, ^ref, :process, ^pid, _reason} -> :ok))
+    end
+  end
+
+  defp expect(tally, fun, wanted \\ :ok) do
+    count(tally, :sent)
+
+    case fun.() do
+      {:ok, _result} when wanted == :ok -> count(tally, :ok)
+      ^wanted -> count(tally, :as_expected)
+      other -> count(tally, {:wrong, wanted, other})
+    end
+
+    count(tally, :answered)
+  end
+
+  defp count(tally, key), do: :ets.update_counter(tally, key, 1, {key, 0})
+  defp note_end(_tally, :normal), do: :ok
+  defp note_end(tally, reason), do: count(tally, {:worker_ended, reason})
+  defp calls(tally), do: :ets.lookup_element(tally, :answered, 2, 0)
+
+  ## What goes wrong meanwhile
+
+  defp kill_now_and_then(tally) do
+    Process.sleep(Enum.random(300..2_000))
+
+    case Enum.random(1..10) do
+      n when n <= 4 -> kill_peer(:restless)
+      n when n <= 8 -> kill_peer(Enum.random(Pool.status(:pool).peers).bridge)
+      9 -> Bridge.restart(:restless)
+      10 -> Process.exit(Process.whereis(Enum.random(Pool.status(:pool).peers).bridge) || self(), :kill)
+    end
+
+    count(tally, :kills)
+    kill_now_and_then(tally)
+  end
+
+  defp kill_peer(bridge) do
+    with os_pid when os_pid != nil <- Bridge.get_status(bridge).os_pid,
+         do: System.cmd("/bin/sh", ["-c", "kill -9 #{os_pid}"], stderr_to_stdout: true)
+  end
+
+  ## The books
+
+  defp settle do
+    for target <- targets(), do: {:ok, _} = call(target, :ping, %{}, 60_000)
+    eventually(fn -> Bridge.get_status(:steady).pending == 0 and Bridge.get_status(:restless).pending == 0 end)
+  end
+
+  defp measure do
+    {:ok, stats} = Bridge.call(:steady, :get_stats, %{}, 60_000)
+    Enum.each(Process.list(), &:erlang.garbage_collect/1)
+    peer = Bridge.get_status(:steady).os_pid
+
+    %{
+      peer_memory: stats["memory_usage"]["rss"],
+      beam_memory: :erlang.memory(:total),
+      peer_descriptors: entries("/proc/#{peer}/fd"),
+      peer_threads: entries("/proc/#{peer}/task"),
+      beam_descriptors: entries("/proc/self/fd"),
+      ports: length(Port.list()),
+      ets_tables: length(:ets.all()),
+      ets_words: :ets.all() |> Enum.map(&(:ets.info(&1, :memory) || 0)) |> Enum.sum(),
+      processes: length(Process.list()),
+      atoms: :erlang.system_info(:atom_count)
+    }
+  end
+
+  defp entries(folder) do
+    case File.ls(folder) do
+      {:ok, entries} -> length(entries)
+      {:error, _no_proc} -> 0
+    end
+  end
+
+  # Processes of the soak that are left after so many ms; known by their environment, where /proc shows it.
+  defp orphans(ms) do
+    eventually(fn -> marked() == [] end, ms)
+    marked()
+  end
+
+  defp marked do
+    mark = "DSPY_BRIDGE_SOAK=#{System.pid()}"
+
+    for file <- Path.wildcard("/proc/[0-9]*/environ"),
+        {:ok, env} <- [File.read(file)],
+        String.contains?(env, mark),
+        do: file |> Path.dirname() |> Path.basename()
+  end
+
+  defp report(tally, before, later, orphans) do
+    counts = Map.new(:ets.tab2list(tally))
+    IO.puts("\n| what | after a third | at the end |\n| --- | --- | --- |")
+    for {key, value} <- later, do: IO.puts("| #{key} | #{before[key]} | #{value} |")
+    IO.puts("\n#{inspect(Map.filter(counts, fn {key, _} -> is_atom(key) end))}")
+    lost = counts[:sent] - counts[:answered]
+    wrong = Map.reject(counts, fn {key, _} -> is_atom(key) end)
+
+    grown =
+      for key <- [:peer_memory, :beam_memory, :ets_words], later[key] > before[key] * @growth, do: key
+
+    # A peer of a pool may be coming up in the one moment and not in the other; code that is loaded late has atoms.
+    leaked =
+      for key <- [:peer_descriptors, :peer_threads, :beam_descriptors, :ports, :ets_tables, :processes, :atoms],
+          later[key] > before[key] + if(key == :atoms, do: 100, else: 10),
+          do: key
+
+    verdicts = [lost: lost, wrong: wrong, grown: grown, leaked: leaked, orphans: orphans]
+    for {what, found} <- verdicts, do: IO.puts("#{what}: #{inspect(found)}")
+    good? = Enum.all?(verdicts, fn {_what, found} -> found in [0, [], %{}] end)
+    IO.puts(if good?, do: "nothing lost, nothing left", else: "AMISS")
+    if not good?, do: System.halt(1)
+  end
+
+  defp eventually(fun, ms \\ 30_000, started \\ now()) do
+    cond do
+      fun.() -> true
+      now() - started > ms -> false
+      true -> Process.sleep(20) && eventually(fun, ms, started)
+    end
+  end
+
+  defp sleep(seconds), do: Process.sleep(round(seconds * 1_000))
+  defp now, do: System.monotonic_time(:millisecond)
+end
+
+Soak.run()
