@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Loading do
   only if they are loaded one by one, so after a first death they are.
   """
 
-  alias DSPex.PythonBridge.{Error, Peer, Programs, Protocol, Report, Server, Traffic}
+  alias DSPex.PythonBridge.{Dispatch, Error, Peer, Programs, Protocol, Report, Server}
 
   @type state :: %Server{}
 
@@ -61,7 +61,7 @@ defmodule DSPex.PythonBridge.Loading do
   defp load(%{next: next} = state, definitions, rest) do
     {loads, traffic} =
       Enum.map_reduce(definitions, state.traffic, fn {id, stamp, body}, traffic ->
-        {request_id, traffic} = Traffic.own_request(traffic, next.port, body)
+        {request_id, traffic} = Dispatch.own_request(traffic, next.port, body)
         {{request_id, {id, stamp}}, traffic}
       end)
 

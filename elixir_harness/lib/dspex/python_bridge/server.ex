@@ -10,8 +10,8 @@ defmodule DSPex.PythonBridge.Server do
 
   use GenServer
 
-  alias DSPex.PythonBridge.{Backoff, Caller, Options, Peer, Programs, Protocol, Reaper, Redaction}
-  alias DSPex.PythonBridge.{Report, Succession, Traffic}
+  alias DSPex.PythonBridge.{Backoff, Caller, Dispatch, Options, Peer, Programs, Protocol, Reaper}
+  alias DSPex.PythonBridge.{Redaction, Report, Succession, Traffic}
   alias DSPex.PythonBridge.Pool.Slots
 
   # Frames from this size on are not left to the next garbage collection: in a bridge with nothing to
@@ -122,12 +122,12 @@ defmodule DSPex.PythonBridge.Server do
 
   # An outbox's helper has written.
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
-    do: collect(%{state | traffic: Traffic.written(state.traffic, monitor)})
+    do: collect(%{state | traffic: Dispatch.written(state.traffic, monitor)})
 
   def handle_info(:collect, state), do: collect(state)
 
   def handle_info({:timeout, timer, :acquit}, state),
-    do: {:noreply, %{state | traffic: Traffic.acquit(state.traffic, timer)}}
+    do: {:noreply, %{state | traffic: Dispatch.acquit(state.traffic, timer)}}
 
   def handle_info({:timeout, timer, what}, %{timer: timer} = state),
     do: {:noreply, Succession.timer_fired(%{state | timer: nil}, what)}
@@ -218,7 +218,7 @@ defmodule DSPex.PythonBridge.Server do
 
   # Again when a big request that had to queue may have been written: once, not for every frame.
   defp collect(%{big?: true} = state) do
-    if Traffic.all_written?(state.traffic),
+    if Dispatch.all_written?(state.traffic),
       do: {:noreply, %{state | big?: false}, :hibernate},
       else: {:noreply, state}
   end
@@ -267,7 +267,7 @@ defmodule DSPex.PythonBridge.Server do
   # When the bridge ends, nothing follows.
   defp lost(%{status: :stopping} = state, port, _why) do
     if Map.has_key?(state.traffic.outboxes, port) do
-      traffic = Traffic.lost(state.traffic, port, :died)
+      traffic = Dispatch.lost(state.traffic, port, :died)
       %{state | traffic: Traffic.fail_all(traffic, :python_process_died, :held)}
     else
       state

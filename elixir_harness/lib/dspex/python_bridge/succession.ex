@@ -14,8 +14,8 @@ defmodule DSPex.PythonBridge.Succession do
   other is `old`: it finishes what it has, and is ended.
   """
 
-  alias DSPex.PythonBridge.{Backoff, Loading, Peer, Protocol, Reaper, Report, Server}
-  alias DSPex.PythonBridge.{StartFailure, Traffic}
+  alias DSPex.PythonBridge.{Backoff, Dispatch, Loading, Peer, Protocol, Reaper, Report, Server}
+  alias DSPex.PythonBridge.StartFailure
   alias DSPex.PythonBridge.Pool.Slots
 
   @type state :: %Server{}
@@ -29,8 +29,8 @@ defmodule DSPex.PythonBridge.Succession do
       {:ok, peer} ->
         Reaper.watch(state.reaper, peer.os_pid)
         {:ok, ping} = Protocol.encode_body(:ping, %{})
-        traffic = Traffic.attach(state.traffic, peer.port)
-        {ping_id, traffic} = Traffic.own_request(traffic, peer.port, ping)
+        traffic = Dispatch.attach(state.traffic, peer.port)
+        {ping_id, traffic} = Dispatch.own_request(traffic, peer.port, ping)
         next = %{peer | ping_id: ping_id}
         state = %{state | next: next, traffic: traffic, opened: state.opened + 1}
         set_timer(state, state.options.start_timeout, :start_timeout)
@@ -54,11 +54,11 @@ defmodule DSPex.PythonBridge.Succession do
   def own_reply(_state, _id, _frame), do: :nobody
 
   # The programs must not change while they are handed over: the peer that still serves first
-  # answers what it was given, and is given no more of that kind (Traffic.hold_changes/1).
+  # answers what it was given, and is given no more of that kind (Dispatch.hold_changes/1).
   @doc "To be called when the serving peer has answered something: the next one may wait for that."
   @spec load_programs(state()) :: state()
   def load_programs(%{next: %Peer{up_at: up_at, loads: nil}} = state) when up_at != nil do
-    if state.peer && Traffic.changing?(state.traffic, state.peer.port),
+    if state.peer && Dispatch.changing?(state.traffic, state.peer.port),
       do: wait_for_loads(state),
       else: state |> Loading.begin() |> take_over_or_wait()
   end
@@ -74,7 +74,7 @@ defmodule DSPex.PythonBridge.Succession do
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
     if state.big?, do: send(self(), :collect)
-    state = %{state | traffic: Traffic.serve(state.traffic, next.port)}
+    state = %{state | traffic: Dispatch.serve(state.traffic, next.port)}
     tell_slot(state, :ready)
     answer_restarts(if(before, do: drain(state, before), else: state), :ok)
   end
@@ -117,13 +117,13 @@ defmodule DSPex.PythonBridge.Succession do
   defp end_peer(state, peer, how) do
     Peer.close(peer)
     Reaper.kill(state.reaper, peer.os_pid)
-    %{state | traffic: Traffic.lost(state.traffic, peer.port, how)}
+    %{state | traffic: Dispatch.lost(state.traffic, peer.port, how)}
   end
 
   # A restart that fails leaves all as it was; without a peer, the attempts go on.
   defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
     Report.death(state, next, :warning, why, "the present one goes on")
-    state = %{cancel_timer(state) | traffic: Traffic.serve(state.traffic, peer.port)}
+    state = %{cancel_timer(state) | traffic: Dispatch.serve(state.traffic, peer.port)}
     answer_restarts(state, {:error, "the new Python process did not start: #{why}"})
   end
 
@@ -172,7 +172,7 @@ defmodule DSPex.PythonBridge.Succession do
 
     cond do
       state.next -> state
-      state.peer -> open(%{state | traffic: Traffic.hold_changes(state.traffic)})
+      state.peer -> open(%{state | traffic: Dispatch.hold_changes(state.traffic)})
       true -> open(%{cancel_timer(state) | backoff: Backoff.new()})
     end
   end
@@ -199,7 +199,7 @@ defmodule DSPex.PythonBridge.Succession do
     state = %{state | old: [peer | state.old]}
 
     # What changes the programs must reach the peer that serves.
-    if Traffic.changing?(state.traffic, peer.port) do
+    if Dispatch.changing?(state.traffic, peer.port) do
       drain_timeout(state, peer.port)
     else
       Process.send_after(self(), {:drain_timeout, peer.port}, state.options.drain_ms)
@@ -214,13 +214,13 @@ defmodule DSPex.PythonBridge.Succession do
   def drained(state, port) do
     peer = Enum.find(state.old, &(&1.port == port))
 
-    if peer == nil or Traffic.busy?(state.traffic, port) do
+    if peer == nil or Dispatch.busy?(state.traffic, port) do
       state
     else
       Peer.close(peer)
       Reaper.retire(state.reaper, peer.os_pid)
       state = forget_old(state, peer)
-      %{state | traffic: Traffic.lost(state.traffic, port, :replaced)}
+      %{state | traffic: Dispatch.lost(state.traffic, port, :replaced)}
     end
   end
 

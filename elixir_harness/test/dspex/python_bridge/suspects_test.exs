@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
 
   use ExUnit.Case, async: true
 
-  alias DSPex.PythonBridge.{Calls, Options, Programs, Suspects, Traffic}
+  alias DSPex.PythonBridge.{Calls, Dispatch, Options, Programs, Suspects, Traffic}
 
   doctest Suspects
 
@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
     # It takes all, and answers nothing by itself.
     args = ["-c", "while read -r line; do :; done"]
     port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-    traffic |> Traffic.attach(port) |> Traffic.serve(port)
+    traffic |> Dispatch.attach(port) |> Dispatch.serve(port)
   end
 
   defp rounds(traffic, deadly, sent) do
@@ -53,7 +53,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
         sent =
           for {_id, n} <- in_flight, reduce: sent, do: (sent -> Map.update(sent, n, 1, &(&1 + 1)))
 
-        traffic = Traffic.lost(traffic, port, :died)
+        traffic = Dispatch.lost(traffic, port, :died)
         Port.close(port)
         rounds(serve(traffic), deadly, sent)
 
@@ -112,5 +112,16 @@ defmodule DSPex.PythonBridge.SuspectsTest do
     assert in_flight.(traffic) == ["suspect", ~s(,"command":"ping"})]
     {:ok, traffic} = Traffic.deliver(traffic, 1, "reply")
     assert in_flight.(traffic) == ["fresh", ~s(,"command":"ping"})]
+  end
+
+  test "a suspect that nobody waits for any more makes room for the next" do
+    {:ok, options} = Options.new(max_retries: 1)
+    traffic = serve(Traffic.new(options, Programs.new()))
+    accept = &Traffic.accept(&1, nil, self(), :infinity, &2, {:here, 1, nil})
+    traffic = traffic |> accept.("one") |> accept.("two") |> accept.("three")
+    # One that waits, then the one on trial.
+    traffic = traffic |> Traffic.abandon(2) |> Traffic.abandon(1)
+    assert [{3, %{body: "three"}}] = Calls.at(traffic.calls, traffic.to)
+    assert Traffic.pending(traffic) == 1
   end
 end

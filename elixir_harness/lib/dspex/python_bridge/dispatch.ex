@@ -1,0 +1,256 @@
+defmodule DSPex.PythonBridge.Dispatch do
+  @moduledoc """
+  Which calls are with which peer, and which are held: part of `DSPex.PythonBridge.Traffic`.
+
+  At most one peer serves; others may start, or finish what they were given. A call is held while
+  none serves, is given to the one that does, and is held again when that dies, `max_retries` times
+  at most. While calls are tried that a peer may have died of (`DSPex.PythonBridge.Suspects`), all
+  others are held, too.
+  """
+
+  alias DSPex.PythonBridge.{Calls, Outbox, Protocol, Suspects, Traffic}
+  alias DSPex.PythonBridge.Calls.Call
+
+  ## Calls
+
+  @doc "A new call: it is given to the peer that serves, or held."
+  @spec offer(Traffic.t(), pos_integer(), Call.t(), integer()) :: Traffic.t()
+  def offer(traffic, id, call, now) do
+    if at_once?(traffic, call) do
+      {call, outboxes} = give(traffic, id, call, now)
+      %{traffic | calls: Calls.put(traffic.calls, id, call), outboxes: outboxes}
+    else
+      advance(hold(%{traffic | calls: Calls.put(traffic.calls, id, call)}, id, call))
+    end
+  end
+
+  # The first is the usual way. A ping can harm nobody, and those who watch over the peer by it must
+  # not take a trial for a peer that hangs.
+  defp at_once?(%Traffic{to: nil}, _call), do: false
+
+  defp at_once?(%Traffic{} = traffic, %Call{} = call) do
+    (not traffic.suspects.trial? and :gb_sets.is_empty(traffic.held) and
+       not Suspects.suspect?(traffic.suspects, call.deaths) and
+       (call.what == nil or not traffic.hold_changes?)) or Protocol.ping?(call.body)
+  end
+
+  @doc "A call was answered: others may have waited for that."
+  @spec answered(Traffic.t(), pos_integer()) :: Traffic.t()
+  def answered(%Traffic{suspects: %Suspects{trial?: false}} = traffic, _id), do: traffic
+
+  def answered(%Traffic{} = traffic, id),
+    do: advance(%{traffic | suspects: Suspects.leave(traffic.suspects, id)})
+
+  @doc """
+  Nobody waits for a call any more: it is taken back if it still waits to be written, else cancelled in
+  the peer.
+  """
+  @spec withdraw(Traffic.t(), pos_integer(), Call.t()) :: Traffic.t()
+  def withdraw(traffic, id, %Call{at: nil} = call), do: forget(traffic, id, call)
+
+  def withdraw(traffic, id, call), do: traffic |> take_from_peer(id, call) |> answered(id)
+
+  defp take_from_peer(%Traffic{outboxes: outboxes, next_id: key} = traffic, id, call) do
+    outbox = Map.fetch!(outboxes, call.at)
+
+    if Outbox.member?(outbox, id) do
+      %{traffic | outboxes: %{outboxes | call.at => Outbox.drop(outbox, id)}}
+    else
+      outbox = Outbox.push_control(outbox, key, Protocol.cancel_frame(id))
+      # The peer may have made the change by then.
+      late = if call.what, do: %{id => {call.at, call.what, call.body}}, else: %{}
+      outboxes = %{outboxes | call.at => outbox}
+      %{traffic | outboxes: outboxes, next_id: key + 1, late: Map.merge(traffic.late, late)}
+    end
+  end
+
+  @doc "A call failed: if it was held, it is so no longer."
+  @spec forget(Traffic.t(), pos_integer(), Call.t()) :: Traffic.t()
+  def forget(traffic, id, %Call{at: nil} = call) do
+    held = :gb_sets.delete_any(id, traffic.held)
+    %{traffic | held: held, suspects: Suspects.drop(traffic.suspects, id, call.deaths)}
+  end
+
+  def forget(traffic, _id, _call), do: traffic
+
+  ## Peers
+
+  @doc "A peer was started: only what `own_request/3` sends goes to it, until `serve/2`."
+  @spec attach(Traffic.t(), port()) :: Traffic.t()
+  def attach(%Traffic{} = traffic, port),
+    do: %{traffic | outboxes: Map.put(traffic.outboxes, port, Outbox.new(port))}
+
+  @doc "Sends a request of the bridge's own to a peer; gives its id, to know the reply by."
+  @spec own_request(Traffic.t(), port(), binary()) :: {pos_integer(), Traffic.t()}
+  def own_request(%Traffic{next_id: id, outboxes: outboxes} = traffic, port, body) do
+    outbox = Outbox.push_request(Map.fetch!(outboxes, port), id, :infinity, body)
+    {id, %{traffic | outboxes: %{outboxes | port => outbox}, next_id: id + 1}}
+  end
+
+  @doc "From now on calls go to this peer; those that are held, too."
+  @spec serve(Traffic.t(), port()) :: Traffic.t()
+  def serve(%Traffic{} = traffic, port) do
+    traffic = if traffic.to in [nil, port], do: traffic, else: take_back(traffic, traffic.to)
+    suspects = Suspects.stop(traffic.suspects)
+    advance(%{traffic | to: port, hold_changes?: false, suspects: suspects})
+  end
+
+  # What still waits to be written to one peer is for the next.
+  defp take_back(traffic, port) do
+    {ids, outbox} = Outbox.take_back(Map.fetch!(traffic.outboxes, port))
+    traffic = %{traffic | outboxes: %{traffic.outboxes | port => outbox}}
+
+    Enum.reduce(ids, traffic, fn id, traffic ->
+      call = %{Calls.fetch!(traffic.calls, id) | at: nil}
+      hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
+    end)
+  end
+
+  @doc """
+  Holds calls that change the programs, and all after the first of them, until `serve/2`: the
+  programs are about to be given to another peer.
+  """
+  @spec hold_changes(Traffic.t()) :: Traffic.t()
+  def hold_changes(%Traffic{} = traffic), do: %{traffic | hold_changes?: true}
+
+  @doc "Whether a peer may still change its programs, by what it was given."
+  @spec changing?(Traffic.t(), port()) :: boolean()
+  def changing?(%Traffic{} = traffic, port) do
+    Enum.any?(traffic.late, fn {_id, {at, _what, _body}} -> at == port end) or
+      Enum.any?(Calls.at(traffic.calls, port), fn {_id, call} -> call.what != nil end)
+  end
+
+  @doc "Whether a peer has calls to answer."
+  @spec busy?(Traffic.t(), port()) :: boolean()
+  def busy?(%Traffic{} = traffic, port), do: Calls.at(traffic.calls, port) != []
+
+  @doc """
+  A peer is gone. It `:died`: with each call in flight, or is `:replaced`, for which none is to blame.
+  Each is sent again or fails, as it asked for; what was not written to the peer is not affected.
+  """
+  @spec lost(Traffic.t(), port(), :died | :replaced) :: Traffic.t()
+  def lost(%Traffic{} = traffic, port, how) do
+    {outbox, outboxes} = Map.pop!(traffic.outboxes, port)
+    unwritten = MapSet.new(Outbox.close(outbox))
+    calls = Calls.at(traffic.calls, port)
+    late = Map.reject(traffic.late, fn {_id, {at, _what, _body}} -> at == port end)
+    traffic = %{traffic | outboxes: outboxes, late: late}
+    traffic = if traffic.to == port, do: none_serves(traffic), else: traffic
+    traffic = if how == :died, do: learn(traffic, calls), else: traffic
+
+    calls
+    |> Enum.reduce(traffic, fn {id, call}, traffic ->
+      sort_out(traffic, id, call, if(id in unwritten, do: :unsent, else: how))
+    end)
+    |> release_callers()
+    |> advance()
+  end
+
+  defp none_serves(traffic),
+    do: %{traffic | to: nil, suspects: Suspects.stop(traffic.suspects)}
+
+  defp sort_out(traffic, id, %Call{retry: :caller}, how),
+    do: Traffic.fail(traffic, id, {:died, if(how == :died, do: :sent, else: :unsent)})
+
+  defp sort_out(traffic, id, %Call{retry: :never}, how) when how in [:died, :replaced],
+    do: Traffic.fail(traffic, id, :python_process_died)
+
+  defp sort_out(%{max_retries: most} = traffic, id, %Call{deaths: deaths}, :died)
+       when deaths >= most,
+       do: Traffic.fail(traffic, id, :python_process_died)
+
+  defp sort_out(traffic, id, call, how) do
+    call = %{call | at: nil, deaths: if(how == :died, do: call.deaths + 1, else: call.deaths)}
+    hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
+  end
+
+  # Who knows other peers need not wait for this one's successor.
+  defp release_callers(%Traffic{to: nil} = traffic) do
+    for {id, %Call{retry: :caller}} <- Calls.at(traffic.calls, nil), reduce: traffic do
+      traffic -> Traffic.fail(traffic, id, {:died, :unsent})
+    end
+  end
+
+  defp release_callers(traffic), do: traffic
+
+  defp learn(traffic, calls) do
+    case for {_id, %Call{since: since}} <- calls, do: since do
+      [] -> traffic
+      sent -> %{traffic | suspects: Suspects.learn(traffic.suspects, now() - Enum.min(sent))}
+    end
+  end
+
+  @doc "To be told of every `:DOWN` of a process, which may be an outbox's helper."
+  @spec written(Traffic.t(), reference()) :: Traffic.t()
+  def written(%Traffic{outboxes: outboxes} = traffic, monitor) do
+    outboxes = Map.new(outboxes, fn {port, outbox} -> {port, Outbox.written(outbox, monitor)} end)
+    %{traffic | outboxes: outboxes}
+  end
+
+  @doc "Whether nothing waits to be written, bar what the outboxes' helpers hold."
+  @spec all_written?(Traffic.t()) :: boolean()
+  def all_written?(%Traffic{} = traffic) do
+    :gb_sets.is_empty(traffic.held) and not Suspects.any?(traffic.suspects) and
+      Enum.all?(traffic.outboxes, fn {_port, outbox} -> Outbox.empty?(outbox) end)
+  end
+
+  ## What is held, and when it goes out
+
+  defp hold(traffic, id, call) do
+    if Suspects.suspect?(traffic.suspects, call.deaths),
+      do: %{traffic | suspects: Suspects.add(traffic.suspects, id, call.deaths)},
+      else: %{traffic | held: :gb_sets.add(id, traffic.held)}
+  end
+
+  defp give(traffic, id, call, now) do
+    outboxes = traffic.outboxes
+    outbox = Map.fetch!(outboxes, traffic.to)
+    outbox = Outbox.push_request(outbox, id, call.deadline, call.body)
+    {%{call | at: traffic.to, since: now}, %{outboxes | traffic.to => outbox}}
+  end
+
+  defp give_all(traffic, ids) do
+    Enum.reduce(ids, traffic, fn id, traffic ->
+      {call, outboxes} = give(traffic, id, Calls.fetch!(traffic.calls, id), now())
+      %{traffic | calls: Calls.replace(traffic.calls, id, call), outboxes: outboxes}
+    end)
+  end
+
+  defp advance(%Traffic{to: nil} = traffic), do: traffic
+
+  defp advance(%Traffic{suspects: suspects} = traffic) do
+    cond do
+      Suspects.trying?(suspects) ->
+        traffic
+
+      not Suspects.any?(suspects) ->
+        give_held(%{traffic | suspects: Suspects.stop(suspects)})
+
+      # Any of these may kill the peer, and a suspect with it.
+      not suspects.trial? and busy?(traffic, traffic.to) ->
+        ids = for {id, _call} <- Calls.at(traffic.calls, traffic.to), do: id
+        %{traffic | suspects: Suspects.try_out(suspects, ids)}
+
+      true ->
+        {ids, suspects} = Suspects.take_group(suspects)
+        give_all(%{traffic | suspects: Suspects.try_out(suspects, ids)}, ids)
+    end
+  end
+
+  defp give_held(%Traffic{held: held} = traffic) do
+    with false <- :gb_sets.is_empty(held),
+         {id, rest} = :gb_sets.take_smallest(held),
+         false <- traffic.hold_changes? and Calls.fetch!(traffic.calls, id).what != nil do
+      give_held(give_all(%{traffic | held: rest}, [id]))
+    else
+      true -> traffic
+    end
+  end
+
+  @doc "The timer `:acquit` has fired: those on trial have outlived their time."
+  @spec acquit(Traffic.t(), reference()) :: Traffic.t()
+  def acquit(%Traffic{} = traffic, timer),
+    do: advance(%{traffic | suspects: Suspects.acquit(traffic.suspects, timer)})
+
+  defp now, do: System.monotonic_time(:millisecond)
+end
