@@ -14,7 +14,8 @@ defmodule DSPex.PythonBridge.Report do
     peer = state.peer || state.next
 
     %{
-      state: state.status,
+      # One that ends still has its peer, until it is answered.
+      state: if(state.status == :stopping, do: :running, else: state.status),
       os_pid: peer && peer.os_pid,
       pending: Traffic.pending(state.traffic),
       restarts: max(state.opened - 1, 0),

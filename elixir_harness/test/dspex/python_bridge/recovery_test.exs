@@ -92,7 +92,7 @@ defmodule DSPex.PythonBridge.RecoveryTest do
       assert {{:error, :python_process_died}, good} = List.pop_at(results, 10)
       assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
       assert length(noted(dir, "deadly")) == 4
-      assert %{pending: 0, state: :running} = Bridge.get_status(bridge)
+      eventually(fn -> match?(%{pending: 0, state: :running}, Bridge.get_status(bridge)) end)
     end
 
     test "and new ones, too, while one kills after some time", %{tmp_dir: dir} do
@@ -312,14 +312,14 @@ defmodule DSPex.PythonBridge.RecoveryTest do
       eventually(fn -> not alive?(os_pid) end)
     end
 
-    test "takes on nothing new, and tells how it is", %{tmp_dir: dir} do
+    test "takes on nothing new, and still tells how it is", %{tmp_dir: dir} do
       bridge = start(host_opts(dir))
       create(bridge, "nap", "host:Nap")
       napping = Task.async(fn -> execute(bridge, "nap", "slept") end)
       eventually(fn -> match?({:ok, %{"in_flight" => 1}}, Bridge.call(bridge, :get_stats)) end)
       stopping = Task.async(fn -> Bridge.stop(bridge) end)
-      eventually(fn -> Bridge.get_status(bridge).state == :stopping end)
-      assert Bridge.call(bridge, :ping) == {:error, :bridge_not_running}
+      eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
+      assert %{state: :running, pending: 1} = Bridge.get_status(bridge)
       assert Task.await(napping) == {:ok, %{"answer" => "slept"}}
       assert Task.await(stopping) == :ok
     end
@@ -330,7 +330,7 @@ defmodule DSPex.PythonBridge.RecoveryTest do
       eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
       %{os_pid: os_pid} = Bridge.get_status(bridge)
       stopping = Task.async(fn -> Bridge.stop(bridge) end)
-      eventually(fn -> Bridge.get_status(bridge).state == :stopping end)
+      eventually(fn -> Bridge.call(bridge, :ping, %{}, 50) == {:error, :bridge_not_running} end)
       kill(os_pid)
       assert Task.await(call) == {:error, :python_process_died}
       assert Task.await(stopping) == :ok
