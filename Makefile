@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test check soak bench format clean
+.PHONY: help setup elixir demo test check fuzz soak bench format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -48,6 +48,10 @@ check: setup ## lint, formats, types, warnings
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
+
+fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with more examples
+	$(PY) tests/fuzz.py $(FUZZ_FRAMES)
+	STATEFUL_EXAMPLES=2000 $(PY) -m pytest -q tests/port/test_stateful.py
 
 soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then the books: lost 0, grown 0, left 0
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs

@@ -89,8 +89,9 @@ defmodule DSPex.PythonBridge.Succession do
   end
 
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
-    state = %{end_peer(%{state | peer: nil}, peer, :died) | last_error: why}
+    # First: callers who are told of the death must not choose this peer again.
     tell_slot(state, :down)
+    state = %{end_peer(%{state | peer: nil}, peer, :died) | last_error: why}
 
     if state.next do
       Report.death(state, peer, :warning, why, "its successor is starting")
@@ -181,8 +182,8 @@ defmodule DSPex.PythonBridge.Succession do
   @spec replace(state()) :: state()
   def replace(%{peer: %Peer{} = peer} = state) do
     Report.log(state, peer, :warning, "does not react and is replaced")
-    state = %{end_peer(%{state | peer: nil}, peer, :died) | status: :restarting}
     tell_slot(state, :down)
+    state = %{end_peer(%{state | peer: nil}, peer, :died) | status: :restarting}
     if state.next, do: state, else: open(%{state | backoff: Backoff.new()})
   end
 
@@ -276,7 +277,10 @@ defmodule DSPex.PythonBridge.Succession do
 
   defp tell_slot(%{options: %{slot: {slots, index, keeper}}}, slot_state) do
     Slots.put_state(slots, index, slot_state)
-    if Process.whereis(keeper), do: send(keeper, {:slot, index, slot_state})
+
+    with pid when is_pid(pid) <- Process.whereis(keeper),
+         do: send(pid, {:slot, index, slot_state})
+
     :ok
   end
 end

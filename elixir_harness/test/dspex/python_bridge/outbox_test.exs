@@ -1,8 +1,6 @@
 defmodule DSPex.PythonBridge.OutboxTest do
   use ExUnit.Case, async: true
 
-  import DSPex.Test.Helpers
-
   alias DSPex.PythonBridge.Outbox
 
   @body ~s(,"command":"ping"})

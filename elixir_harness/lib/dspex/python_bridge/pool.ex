@@ -1,0 +1,205 @@
+defmodule DSPex.PythonBridge.Pool do
+  @moduledoc """
+  Several bridges as one: calls go to the least busy peer that is up, and on to another when that one
+  dies.
+
+      {:ok, _} = Pool.start_link(lm: "openai/gpt-4o-mini", pool_size: 3)
+      {:ok, _} = Pool.call(:create_program, %{id: "qa", signature: "question -> answer"})
+      {:ok, %{"answer" => _}} =
+        Pool.call(:execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
+
+  A peer works on many calls at once, so one is enough for much; several are for more than one core,
+  and for the second that a new peer needs until it has imported DSPy: calls go to the others then.
+
+  `create_program` and `cleanup` hold for all peers, and a peer that is started again is given all
+  programs before it serves anything. A peer can be had for oneself: `checkout/1`.
+
+  Pools of the same `:cluster` on connected nodes serve each other's calls when they cannot serve their
+  own, and know each other's programs: see docs/cluster.md.
+
+  Calls choose and send in the caller's process (`DSPex.PythonBridge.Pool.Route`); what needs an order
+  is with `DSPex.PythonBridge.Pool.Keeper`; the processes are in `DSPex.PythonBridge.Pool.Tree`.
+  """
+
+  alias DSPex.PythonBridge.{Bridge, Caller, Error, Options, Protocol}
+  alias DSPex.PythonBridge.Pool.{Cluster, Info, Request, Route, Settings, Slots, Tree}
+
+  @typedoc "The name of a pool, or what `start_link/1` gave."
+  @type pool :: atom() | pid()
+  @type status :: %{peers: [peer()], nodes: [node()]}
+  @type peer :: %{
+          bridge: atom(),
+          os_pid: pos_integer() | nil,
+          state: :starting | :running | :restarting | :failed,
+          pending: non_neg_integer(),
+          checked_out: boolean()
+        }
+
+  @doc """
+  Starts a pool. Options, beside those of `DSPex.PythonBridge.Options`, which hold for all its bridges:
+
+    * `:name` – an atom; this module if not given. The bridges have names made of it
+    * `:pool_size` – how many peers; 3
+    * `:cluster` – nil, or the name of the cluster, an atom or a text
+
+  `:default_timeout` is that of the pool's calls, too, and `:max_retries` how often a call is sent
+  again after a peer died with it. Returns before the interpreters run. An option that cannot be right
+  gives `{:error, %ArgumentError{}}` with a text that names it.
+  """
+  @spec start_link(keyword()) :: Supervisor.on_start() | {:error, ArgumentError.t()}
+  def start_link(opts \\ []) do
+    with {:ok, settings} <- Settings.new(opts), do: Tree.start_link(settings)
+  end
+
+  @doc """
+  The child specification `{Pool, opts}` of a supervisor; the id is the pool's name. Keys among the
+  options do not show in the supervisor's reports.
+  """
+  @spec child_spec(keyword()) :: Supervisor.child_spec()
+  def child_spec(opts) do
+    %{
+      id: if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__,
+      start: {__MODULE__, :start_link, [Options.seal(opts)]},
+      type: :supervisor
+    }
+  end
+
+  ## Calls
+
+  @doc "As `call/4`, to the pool named `DSPex.PythonBridge.Pool`."
+  @spec call(Bridge.command()) :: {:ok, term()} | {:error, Bridge.call_error()}
+  def call(command), do: call(__MODULE__, command, %{}, :default)
+
+  @doc "`call(command, args)` or `call(pool, command)`: as `call/4`."
+  @spec call(Bridge.command() | pool(), map() | Bridge.command()) ::
+          {:ok, term()} | {:error, Bridge.call_error()}
+  def call(pool, command) when is_atom(command) or is_binary(command),
+    do: call(pool, command, %{}, :default)
+
+  def call(command, args), do: call(__MODULE__, command, args, :default)
+
+  @doc "`call(command, args, timeout)` or `call(pool, command, args)`: as `call/4`."
+  @spec call(Bridge.command() | pool(), map() | Bridge.command(), timeout() | :default | map()) ::
+          {:ok, term()} | {:error, Bridge.call_error()}
+  def call(pool, command, args) when is_map(args), do: call(pool, command, args, :default)
+  def call(command, args, timeout), do: call(__MODULE__, command, args, timeout)
+
+  @doc """
+  Has a peer of the pool carry out a command and waits for its reply, at most `timeout` ms. Arguments and
+  results are those of `DSPex.PythonBridge.Bridge.call/4`.
+
+  While no peer here or on another node can serve, the call waits. `:python_process_died` only comes
+  after `max_retries` more peers than one have died with the request; `:overloaded`, when all that are
+  up have too much to do.
+
+  `create_program` and `cleanup` are carried out by all peers, and on all nodes of the cluster. When
+  such a call times out, they may still be, later.
+  """
+  @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
+          {:ok, term()} | {:error, Bridge.call_error()}
+  def call(pool, command, args, timeout) do
+    started = System.monotonic_time(:millisecond)
+
+    with %Info{} = info <- Info.fetch(pool),
+         {:ok, timeout} <- check_timeout(timeout, info),
+         {:ok, body} <- Protocol.encode_body(command, args),
+         request = Request.new(body, program(command, args), started, timeout),
+         {:ok, _id, result, _meta} <- carry_out(info, request, command, args) do
+      {:ok, result}
+    else
+      nil -> {:error, :bridge_not_running}
+      {:error, error} -> {:error, Error.to_call_reason(error)}
+    end
+  end
+
+  defp check_timeout(:default, info), do: {:ok, info.settings.default_timeout}
+  defp check_timeout(timeout, info), do: Caller.check_timeout(timeout, info.pid)
+
+  defp carry_out(info, request, command, args) do
+    with what when what != nil <- change(command, args),
+         keeper when is_pid(keeper) <- Process.whereis(Info.keeper(info.name)) do
+      keeper
+      |> Caller.send_and_wait(Request.left(request), request.body, {:never, 0, what})
+      |> Caller.read()
+    else
+      nil -> Route.run(info, request)
+    end
+  end
+
+  # What a peer will refuse, any peer may.
+  defp change(command, args) do
+    case Caller.change(command, args) do
+      {:cleanup, ids, _stamp} = change -> unless is_list(ids) and nil in ids, do: change
+      create_or_none -> create_or_none
+    end
+  end
+
+  defp program(command, args) when command in [:execute_program, "execute_program"] do
+    case Map.get(args, :program_id) || Map.get(args, "program_id") do
+      id when is_binary(id) -> id
+      id when is_atom(id) and id != nil -> Atom.to_string(id)
+      _refused -> nil
+    end
+  end
+
+  defp program(_command, _args), do: nil
+
+  ## Loans
+
+  @doc """
+  Lends a peer of this node: `{:ok, bridge}`. `call/4` leaves it alone until it is given back by
+  `checkin/2` or the borrower, who is the calling process, ends; what was under way is still answered.
+
+  `bridge` is a name that any function of `DSPex.PythonBridge.Bridge` takes; it stays valid when the peer
+  is started again. A peer that is not up yet may be lent if no other is free: calls to it wait.
+  `{:error, :pool_exhausted}` at once when all are lent.
+
+  Programs that are made by the bridge itself are the pool's, too, but the other peers are given them only
+  when they need them, and other nodes are not told: better make and remove programs with `call/4`.
+  """
+  @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
+  def checkout(pool \\ __MODULE__), do: ask_keeper(pool, :checkout)
+
+  @doc "As `checkin/2`, to the pool named `DSPex.PythonBridge.Pool`."
+  @spec checkin(atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
+  def checkin(bridge), do: checkin(__MODULE__, bridge)
+
+  @doc """
+  Gives a lent bridge back; any process may. An error text if it is none of the pool's, or not lent.
+  """
+  @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
+  def checkin(pool, bridge), do: ask_keeper(pool, {:checkin, bridge})
+
+  defp ask_keeper(pool, question) do
+    case Info.fetch(pool) do
+      nil -> {:error, :bridge_not_running}
+      info -> GenServer.call(Info.keeper(info.name), question)
+    end
+  catch
+    :exit, _not_running -> {:error, :bridge_not_running}
+  end
+
+  @doc """
+  How the pool is: its peers, as `DSPex.PythonBridge.Bridge.get_status/1` has them, and whether they are
+  lent; and the nodes that have a pool of its cluster, this one included.
+  """
+  @spec status(pool()) :: status()
+  def status(pool \\ __MODULE__) do
+    case Info.fetch(pool) do
+      nil ->
+        %{peers: [], nodes: []}
+
+      info ->
+        %{peers: Enum.map(Slots.indexes(info.slots), &peer(info, &1)), nodes: Cluster.nodes(info)}
+    end
+  end
+
+  defp peer(info, index) do
+    bridge = Info.bridge(info, index)
+
+    bridge
+    |> Bridge.get_status()
+    |> Map.take([:os_pid, :state, :pending])
+    |> Map.merge(%{bridge: bridge, checked_out: Slots.lent?(info.slots, index)})
+  end
+end

@@ -1,0 +1,238 @@
+defmodule DSPex.PythonBridge.Pool.Keeper do
+  @moduledoc """
+  The process of a pool for all that needs an order or a memory: changes to the programs, which all peers
+  must see alike; loans; callers that wait until something can serve them; other nodes. Calls pass it by.
+
+  It never waits for anything. If it ends by a defect, its supervisor starts it again: loans are in a
+  table, waiting callers come again by themselves, and changes under way fail as `:bridge_not_running`.
+  """
+
+  use GenServer
+
+  alias DSPex.PythonBridge.{Programs, Protocol}
+  alias DSPex.PythonBridge.Pool.{Changes, Cluster, Info, Loans, Slots}
+
+  @enforce_keys [:info, :changes, :cluster]
+  # waiting: callers' aliases, with the monitors of their processes.
+  defstruct [:info, :changes, :cluster, waiting: %{}]
+
+  @doc "Starts the keeper of a pool."
+  @spec start_link(Info.t()) :: GenServer.on_start()
+  def start_link(%Info{} = info),
+    do: GenServer.start_link(__MODULE__, info, name: Info.keeper(info.name))
+
+  @doc """
+  Takes over a definition from another node, and waits until the peers here that are ready have it, or
+  until the time is over.
+  """
+  @spec adopt(Info.t(), Programs.definition(), timeout()) :: :ok
+  def adopt(%Info{} = info, definition, timeout) do
+    GenServer.call(Info.keeper(info.name), {:adopt, definition}, timeout)
+  catch
+    # Whether the program is there will show.
+    :exit, _no_answer -> :ok
+  end
+
+  @impl GenServer
+  def init(%Info{} = info) do
+    # For terminate/2.
+    Process.flag(:trap_exit, true)
+    # Keeps definitions in queued messages out of crash reports.
+    Process.flag(:sensitive, true)
+    Info.publish(info)
+    Loans.restore(info)
+    {:ok, %__MODULE__{info: info, changes: Changes.new(info), cluster: Cluster.join(info)}}
+  end
+
+  # In good order, or because the supervisor was killed: the pool ends. After a defect it goes on.
+  @impl GenServer
+  def terminate(reason, state) when reason in [:normal, :shutdown, :killed],
+    do: Info.withdraw(state.info)
+
+  def terminate(_defect, _state), do: :ok
+
+  @impl GenServer
+  def format_status(status) do
+    Map.new(status, fn
+      {:state, %{changes: _} = state} -> {:state, %{state | changes: :redacted}}
+      {key, _with_bodies} when key in [:message, :log] -> {key, :redacted}
+      other -> other
+    end)
+  end
+
+  ## Loans
+
+  @impl GenServer
+  def handle_call(:checkout, {borrower, _tag}, state) do
+    case Loans.lend(state.info, borrower) do
+      nil -> {:reply, {:error, :pool_exhausted}, state}
+      bridge -> {:reply, {:ok, bridge}, serves_less(state)}
+    end
+  end
+
+  def handle_call({:checkin, bridge}, _from, state) do
+    case Loans.take_back(state.info, bridge) do
+      :ok -> {:reply, :ok, serves_more(state)}
+      {:error, text} -> {:reply, {:error, text}, state}
+    end
+  end
+
+  ## Changes to the programs
+
+  def handle_call({:adopt, {id, stamp, body}}, from, state) do
+    change = {:create, id, stamp}
+    {:noreply, made(state, Changes.adopt(state.changes, {:call, from}, change, body))}
+  end
+
+  # As a bridge is asked. A caller that gives up is not remembered: its alias then leads nowhere.
+  @impl GenServer
+  def handle_info({:request, ref, _pid, timeout, body, {_retry, _deaths, what}}, state),
+    do: {:noreply, made(state, Changes.ask(state.changes, ref, timeout, body, what))}
+
+  # What bridges answer.
+  def handle_info({ref, reply}, state) when is_reference(ref),
+    do: {:noreply, made(state, Changes.answered(state.changes, ref, reply))}
+
+  def handle_info({:DOWN, ref, :process, _bridge, _reason}, state) do
+    gone = {:error, :bridge_not_running}
+    {:noreply, made(state, Changes.answered(state.changes, ref, gone))}
+  end
+
+  def handle_info({:timeout, _timer, {:delivery, id}}, state),
+    do: {:noreply, made(state, Changes.expired(state.changes, id))}
+
+  ## Bridges
+
+  def handle_info({:slot, _index, :ready}, state), do: {:noreply, serves_more(state)}
+
+  def handle_info({:slot, index, :down}, state) do
+    state = serves_less(state)
+    {:noreply, made(state, Changes.down(state.changes, index))}
+  end
+
+  def handle_info({{:borrower_gone, index}, monitor, :process, _pid, _reason}, state) do
+    if Loans.borrower_gone(state.info, index, monitor),
+      do: {:noreply, serves_more(state)},
+      else: {:noreply, state}
+  end
+
+  ## Callers that wait
+
+  # What they tried may have changed before their message got here.
+  def handle_info({:wait, ref, pid, passed, passed_nodes}, state) do
+    if Slots.any?(state.info.slots, passed) or
+         :ets.tab2list(state.info.others) -- passed_nodes != [] do
+      send(ref, {ref, :changed})
+      {:noreply, state}
+    else
+      monitor = :erlang.monitor(:process, pid, tag: {:waiter_gone, ref})
+      {:noreply, put_in(state.waiting[ref], monitor)}
+    end
+  end
+
+  def handle_info({:abandon, ref}, state), do: {:noreply, waits_no_more(state, ref)}
+
+  def handle_info({{:waiter_gone, ref}, _monitor, :process, _pid, _reason}, state),
+    do: {:noreply, waits_no_more(state, ref)}
+
+  ## Other nodes
+
+  def handle_info({:hello, keeper, name, serves?, exported}, state) do
+    state = note_other(state, keeper, name, serves?)
+    {:noreply, made(state, Changes.merge(state.changes, exported))}
+  end
+
+  def handle_info({:serves, keeper, name, serves?}, state),
+    do: {:noreply, note_other(state, keeper, name, serves?)}
+
+  def handle_info({:change, keeper, id, what, body}, state),
+    do: {:noreply, made(state, Changes.adopt(state.changes, {:node, keeper, id}, what, body))}
+
+  def handle_info({:changed, id, keeper}, state),
+    do: {:noreply, made_there(state, Cluster.changed(state.cluster, id, keeper))}
+
+  def handle_info({:timeout, _timer, {:spread, id}}, state),
+    do: {:noreply, made_there(state, Cluster.expired(state.cluster, id))}
+
+  def handle_info(:greet_again, state),
+    do: {:noreply, %{state | cluster: Cluster.again(state.cluster, state.info)}}
+
+  def handle_info({pg, :join, _group, keepers}, %{cluster: %{pg: pg}} = state),
+    do: {:noreply, %{state | cluster: Cluster.joined(state.cluster, state.info, keepers)}}
+
+  def handle_info({pg, :leave, _group, keepers}, %{cluster: %{pg: pg}} = state),
+    do: {:noreply, made_there(state, Cluster.left(state.cluster, state.info, keepers))}
+
+  # The scope's process is gone, and with it what it knew.
+  def handle_info({:scope_down, scope, :process, _, _}, %{cluster: %{scope: scope}} = state) do
+    state = made_there(state, Cluster.left_all(state.cluster, state.info))
+    {:noreply, %{state | cluster: Cluster.join(state.info)}}
+  end
+
+  def handle_info(_stale, state), do: {:noreply, state}
+
+  ## A change is over
+
+  defp made(state, {changes, over}),
+    do: over |> Enum.reverse() |> Enum.reduce(%{state | changes: changes}, &made_here(&2, &1))
+
+  # One of this node is made on the others, too, before anybody is told of its success.
+  defp made_here(state, change) do
+    if ours?(change) and success?(change),
+      do: made_there(state, Cluster.spread(state.cluster, change)),
+      else: tell(state, change)
+  end
+
+  defp made_there(state, {cluster, over}),
+    do: Enum.reduce(over, %{state | cluster: cluster}, &tell(&2, &1))
+
+  defp ours?(%{what: {:repair, _index, _change}}), do: false
+  defp ours?(%{from: from}), do: from == :pool or match?({:caller, _ref}, from)
+
+  defp success?(%{reply: {:frame, frame}}), do: Protocol.success?(frame)
+  defp success?(_error), do: false
+
+  defp tell(state, %{from: {:node, keeper, id}}),
+    do: %{state | cluster: Cluster.confirm(state.cluster, keeper, id)}
+
+  defp tell(state, change) do
+    case change.from do
+      {:caller, ref} -> send(ref, {ref, change.reply})
+      {:call, from} -> GenServer.reply(from, :ok)
+      _nobody -> :ok
+    end
+
+    state
+  end
+
+  ## Who can serve
+
+  defp serves_more(state),
+    do: wake(%{state | cluster: Cluster.announce(state.cluster, state.info)})
+
+  defp wake(state) do
+    for {ref, monitor} <- state.waiting do
+      Process.demonitor(monitor, [:flush])
+      send(ref, {ref, :changed})
+    end
+
+    %{state | waiting: %{}}
+  end
+
+  # Callers see it in the slots; other nodes need only hear when nothing is left.
+  defp serves_less(state) do
+    if Slots.any?(state.info.slots),
+      do: state,
+      else: %{state | cluster: Cluster.announce(state.cluster, state.info)}
+  end
+
+  defp note_other(state, keeper, name, serves?) do
+    if Cluster.note(state.info, keeper, name, serves?), do: wake(state), else: state
+  end
+
+  defp waits_no_more(state, ref) do
+    {monitor, waiting} = Map.pop(state.waiting, ref)
+    if monitor, do: Process.demonitor(monitor, [:flush])
+    %{state | waiting: waiting}
+  end
+end

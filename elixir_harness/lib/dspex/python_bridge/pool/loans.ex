@@ -1,0 +1,84 @@
+defmodule DSPex.PythonBridge.Pool.Loans do
+  @moduledoc """
+  Which bridges are lent, and to whom. Used by the keeper's process, which watches the borrowers; the
+  table is the pool's, so that a keeper that is started again knows them.
+  """
+
+  alias DSPex.PythonBridge.Pool.{Info, Slots}
+
+  @doc "Watches the borrowers that the table tells of: for a new keeper."
+  @spec restore(Info.t()) :: :ok
+  def restore(%Info{loans: loans}) do
+    for {index, borrower, _monitor_of_the_old} <- :ets.tab2list(loans) do
+      :ets.insert(loans, {index, borrower, watch(borrower, index)})
+    end
+
+    :ok
+  end
+
+  @doc """
+  Lends a bridge: the least busy one of those that are ready, else one whose peer is not up yet; nil
+  if all are lent.
+  """
+  @spec lend(Info.t(), pid()) :: atom() | nil
+  def lend(%Info{slots: slots, loans: loans} = info, borrower) do
+    case Slots.pick(slots) || starting(info) do
+      nil ->
+        nil
+
+      index ->
+        Slots.lend(slots, index)
+        :ets.insert(loans, {index, borrower, watch(borrower, index)})
+        Info.bridge(info, index)
+    end
+  end
+
+  # Of those that are not lent; one whose process is being started again only if there is no other.
+  defp starting(%Info{slots: slots} = info) do
+    slots
+    |> Slots.indexes()
+    |> Enum.reject(&Slots.lent?(slots, &1))
+    |> Enum.min_by(&if(Process.whereis(Info.bridge(info, &1)), do: 0, else: 1), fn -> nil end)
+  end
+
+  @doc "Takes a bridge back, by its name or pid."
+  @spec take_back(Info.t(), term()) :: :ok | {:error, String.t()}
+  def take_back(%Info{} = info, bridge) do
+    case Enum.find(Slots.indexes(info.slots), &bridge?(info, &1, bridge)) do
+      nil -> {:error, "#{brief(bridge)} is no bridge of the pool #{inspect(info.name)}"}
+      index -> end_loan(info, index)
+    end
+  end
+
+  defp bridge?(info, index, bridge) do
+    name = Info.bridge(info, index)
+    bridge == name or (is_pid(bridge) and Process.whereis(name) == bridge)
+  end
+
+  defp end_loan(%Info{loans: loans} = info, index) do
+    case :ets.lookup(loans, index) do
+      [{_index, _borrower, monitor}] ->
+        Process.demonitor(monitor, [:flush])
+        :ets.delete(loans, index)
+        Slots.unlend(info.slots, index)
+
+      [] ->
+        {:error, "#{inspect(Info.bridge(info, index))} is not checked out"}
+    end
+  end
+
+  @doc "The borrower watched by `monitor` is gone; whether it still had the bridge."
+  @spec borrower_gone(Info.t(), Slots.index(), reference()) :: boolean()
+  def borrower_gone(%Info{loans: loans} = info, index, monitor) do
+    match?([{_index, _borrower, ^monitor}], :ets.lookup(loans, index)) and
+      end_loan(info, index) == :ok
+  end
+
+  # The message tells the slot: {{:borrower_gone, index}, monitor, :process, pid, reason}.
+  defp watch(borrower, index),
+    do: :erlang.monitor(:process, borrower, tag: {:borrower_gone, index})
+
+  # Any term may have been given; its inspection may be code of the host's, and runs in the keeper.
+  defp brief(bridge) when is_atom(bridge) or is_pid(bridge), do: inspect(bridge)
+  defp brief(_other), do: "this"
+end

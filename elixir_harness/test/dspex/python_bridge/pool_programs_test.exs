@@ -1,0 +1,186 @@
+defmodule DSPex.PythonBridge.PoolProgramsTest do
+  @moduledoc "create_program and cleanup hold for all peers of a pool, those yet to come included."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Pool, Programs}
+  alias DSPex.PythonBridge.Pool.Info
+
+  @moduletag :tmp_dir
+
+  # Names of the test's own, so that the tests of this file may run beside those of others.
+  @pool __MODULE__.Pool
+
+  defp who(dir, opts) do
+    env = %{"FAKE_FILE" => Path.join(dir, "only")}
+    "who" |> fake_opts(env: env) |> Keyword.merge([name: @pool] ++ opts)
+  end
+
+  defp start(dir, opts \\ []), do: start_supervised!({Pool, who(dir, opts)})
+
+  defp all_up, do: eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+
+  defp start_up(dir, opts \\ []) do
+    start(dir, opts)
+    all_up()
+  end
+
+  defp peers, do: Pool.status(@pool).peers
+
+  defp create(id, signature \\ "q -> a", timeout \\ 10_000) do
+    Pool.call(@pool, :create_program, %{id: id, signature: signature}, timeout)
+  end
+
+  # What each peer has.
+  defp programs do
+    for %{bridge: bridge} <- peers(), uniq: true do
+      {:ok, %{"programs" => programs}} = Bridge.call(bridge, :list_programs)
+      programs
+    end
+  end
+
+  defp known, do: Programs.definitions(Info.fetch(@pool).programs)
+
+  test "all peers that are up have a program when its creation is answered", %{tmp_dir: dir} do
+    start_up(dir)
+    assert {:ok, %{"status" => "created", "program_id" => "one"}} = create("one")
+    assert programs() == [%{"one" => "q -> a"}]
+    assert {:ok, %{"status" => "created"}} = create(:one, "b -> c")
+    assert {:ok, %{"status" => "created"}} = create("two")
+    assert programs() == [%{"one" => "b -> c", "two" => "q -> a"}]
+
+    assert {:ok, %{"status" => "cleaned"}} =
+             Pool.call(@pool, "cleanup", %{"program_ids" => ["one"]}, 5_000)
+
+    assert programs() == [%{"two" => "q -> a"}]
+    assert {:ok, _} = Pool.call(@pool, :cleanup)
+    assert programs() == [%{}]
+    assert known() == []
+  end
+
+  test "one peer that is up is enough; the others get it before they serve", %{tmp_dir: dir} do
+    start_up(dir)
+    [lagging | _others] = peers()
+    # Its process reads no message until it is told to go on.
+    :sys.suspend(lagging.bridge)
+    kill(lagging.os_pid)
+    creation = Task.async(fn -> create("one") end)
+    refute Task.yield(creation, 100)
+    # It is not waited for from the moment when its peer's death is known.
+    :sys.resume(lagging.bridge)
+    assert {:ok, _} = Task.await(creation)
+    assert {:ok, %{"programs" => %{"one" => _}}} = Bridge.call(lagging.bridge, :list_programs)
+    assert [%{"one" => _}] = programs()
+  end
+
+  test "a pool that is just starting takes programs", %{tmp_dir: dir} do
+    start(dir)
+    assert {:ok, _} = create("one")
+
+    assert {:ok, %{"signature" => "q -> a"}} =
+             Pool.call(@pool, :execute_program, %{program_id: "one"}, 5_000)
+
+    all_up()
+    assert programs() == [%{"one" => "q -> a"}]
+  end
+
+  test "a peer that is started again has the programs", %{tmp_dir: dir} do
+    start_up(dir, pool_size: 2)
+    {:ok, _} = create("one")
+    {:ok, _} = create("two")
+    {:ok, _} = Pool.call(@pool, :cleanup, %{program_ids: ["one"]}, 5_000)
+    for %{os_pid: os_pid} <- peers(), do: kill(os_pid)
+    assert programs() == [%{"two" => "q -> a"}]
+
+    # So has a bridge whose own process is started again.
+    bridge = hd(peers()).bridge
+    pid = Process.whereis(bridge)
+    Process.exit(pid, :kill)
+    eventually(fn -> Process.whereis(bridge) not in [pid, nil] end)
+    assert programs() == [%{"two" => "q -> a"}]
+  end
+
+  test "concurrent changes leave all peers alike", %{tmp_dir: dir} do
+    start_up(dir)
+
+    1..12
+    |> Enum.map(fn n ->
+      Task.async(fn ->
+        for m <- 1..10 do
+          {:ok, _} = create("p#{rem(m, 4)}", "q#{n} -> a#{m}")
+
+          if rem(m, 5) == 0,
+            do: {:ok, _} = Pool.call(@pool, :cleanup, %{program_ids: ["p#{rem(n, 4)}"]}, 5_000)
+        end
+      end)
+    end)
+    |> Task.await_many(30_000)
+
+    assert [programs] = programs()
+    assert Enum.sort(Map.keys(programs)) == Enum.sort(for({id, _stamp, _body} <- known(), do: id))
+    for {id, _stamp, body} <- known(), do: assert(body =~ programs[id])
+  end
+
+  test "what all peers refuse is not kept; what there was before stays", %{tmp_dir: dir} do
+    start_up(dir)
+    File.touch!(Path.join(dir, "only"))
+    {:ok, _} = create("one")
+    assert create("one", "one -> only") == {:error, "signature: not here"}
+    assert create("two", "one -> only") == {:error, "signature: not here"}
+    assert programs() == [%{"one" => "q -> a"}]
+    assert [{"one", _, _}] = known()
+  end
+
+  test "what only some peers take is not kept either", %{tmp_dir: dir} do
+    start_up(dir)
+    {:ok, _} = create("other")
+    assert create("one", "one -> only") == {:error, "signature: not here"}
+    assert File.exists?(Path.join(dir, "only"))
+    eventually(fn -> programs() == [%{"other" => "q -> a"}] end)
+    assert [{"other", _, _}] = known()
+  end
+
+  test "a program that one peer lacks is created there on the way", %{tmp_dir: dir} do
+    start_up(dir)
+    {:ok, _} = create("one")
+    execute = fn -> Pool.call(@pool, :execute_program, %{program_id: :one}, 5_000) end
+
+    # Behind the pool's back.
+    for %{bridge: bridge} <- peers() do
+      body = ~s(,"command":"cleanup","args":{}})
+      send(bridge, {:request, nil, nil, 5_000, body, {:here, 0, nil}})
+    end
+
+    assert programs() == [%{}]
+    assert {:ok, %{"signature" => "q -> a"}} = execute.()
+    {:ok, _} = Pool.call(@pool, :cleanup)
+    assert execute.() == {:error, "Program not found: one"}
+  end
+
+  test "arguments that every peer refuses change nothing", %{tmp_dir: dir} do
+    start_supervised!({Pool, real_opts(name: @pool, pool_size: 1)})
+    {:ok, _} = create("one", "q -> a", 30_000)
+    assert {:error, text} = Pool.call(@pool, :cleanup, %{program_ids: ["one", 5]}, 5_000)
+    assert text =~ "program_ids"
+    assert {:error, _} = Pool.call(@pool, :create_program, %{id: 5, signature: "q -> a"}, 5_000)
+    assert {:ok, %{"programs" => ["one"]}} = Pool.call(@pool, :list_programs)
+    assert [{"one", _, _}] = known()
+    refute File.exists?(Path.join(dir, "only"))
+  end
+
+  test "a creation that nobody waits for any more is made all the same, everywhere", %{
+    tmp_dir: dir
+  } do
+    start_up(dir)
+    bridge = hd(peers()).bridge
+    :sys.suspend(bridge)
+    {ms, result} = timed(fn -> create("one", "q -> a", 50) end)
+    assert result == {:error, :timeout}
+    assert ms < 1_000
+    :sys.resume(bridge)
+    eventually(fn -> programs() == [%{"one" => "q -> a"}] end)
+    assert [{"one", _, _}] = known()
+  end
+end
