@@ -110,6 +110,8 @@ class Commands:
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
+        # Misspelt, `program_ids` would remove all.
+        _refuse_unknown(args, ("program_ids",))
         count = self._registry.remove(_ids(args))
         self._removed(count)
         return {"status": "cleaned", "programs_removed": count}

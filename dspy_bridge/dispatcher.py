@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # An error's text is one line of at most this many characters.
 MAX_ERROR_CHARS = 2000
+# Before it is cut to that it is redacted, and before that cut to this: half a secret is not known as one.
+_MOST_REDACTED = 10 * MAX_ERROR_CHARS
 # A deadline further away than this is none; it also keeps huge numbers out of the loop's clock.
 _LONGEST_MS = 10 * 365 * 86_400_000
 
@@ -278,7 +280,7 @@ class Dispatcher:
 
     def _error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
         if isinstance(error, BridgeError):
-            text = str(error) if error.exact else redaction.redact(_one_line(str(error)))
+            text = str(error) if error.exact else _one_line(redaction.redact(_one_line(str(error), _MOST_REDACTED)))
             payload = messages.encode_error(id, error.error_type, text, error.retryable, meta)
             if len(payload) > self._max_frame_bytes:
                 # A limit of a few hundred bytes, or an id or a name that fills it.
@@ -293,6 +295,6 @@ class Dispatcher:
         return messages.encode_error(id, "internal", text, None, meta)
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, most: int = MAX_ERROR_CHARS) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= MAX_ERROR_CHARS else line[: MAX_ERROR_CHARS - 1] + "…"
+    return line if len(line) <= most else line[: most - 1] + "…"

@@ -93,7 +93,9 @@ def decode(payload: bytes) -> Request | Cancel:
         raise NotAMessage(f"expected a JSON object, got {_json_name(message)}")
     if "cancel" in message and "command" not in message:
         if not _is_id(message["cancel"]):
-            raise NotAMessage("cancel: expected the id of a request, an integer or text")
+            id = message.get("id")
+            text = "cancel: expected the id of a request, an integer or text"
+            raise NotAMessage(text, id if _is_id(id) else None)
         return Cancel(message["cancel"])
     id = message.get("id")
     if not _is_id(id):

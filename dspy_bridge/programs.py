@@ -70,10 +70,16 @@ class Program:
             known = models.translate(error)
             if known is not None:
                 raise known from error
+            unfit = InvalidArgs(f"inputs: DSPy cannot write them into a prompt: {error}")
+            if _came_through(error, "dspy.adapters", "format"):
+                raise unfit from error
             given = [name for name, value in (("config", config or self._config), ("lm", lm or self._lm)) if value]
-            if given and isinstance(error, (AttributeError, TypeError, ValueError)):
+            if given and isinstance(error, (AttributeError, TypeError, ValueError, OverflowError)):
                 # DSPy checks LM settings where it uses them, with Python's own errors.
                 raise InvalidArgs(f"{' or '.join(given)}: {error}") from error
+            # From the prompt to a provider's request, settings of the LM included.
+            if _came_through(error, "dspy.clients.execution", "_canonical"):
+                raise unfit from error
             raise
         outputs = self._outputs(prediction)
         for name, constraint in self._contract.outputs.items():
@@ -109,6 +115,17 @@ class Program:
             expected = ", ".join(self._contract.inputs) or "no inputs"
             raise InvalidArgs(f"{'; '.join(wrong)}; expected {expected}")
         return values
+
+
+def _came_through(error: Exception, package: str, function: str) -> bool:
+    """Whether it was raised below that function of DSPy's, which takes less than the types of inputs allow."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith(package):
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 async def run(module: dspy.Module, values: dict[str, Any]) -> dspy.Prediction:

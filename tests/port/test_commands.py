@@ -185,6 +185,45 @@ def test_wrong_inputs_are_named_before_any_lm_is_asked(echo_peer: Peer, inputs: 
     assert "many" not in reply["error"]
 
 
+@pytest.mark.parametrize(
+    ("signature", "args"),
+    [
+        ("question -> answer", {"inputs": {"question": [None]}}),
+        ("question -> answer", {"inputs": {"question": [1]}}),
+        ("picture: image -> text", {"inputs": {"picture": "data:,x"}}),
+        ("picture: image -> text", {"inputs": {"picture": "data:image/png;base64,!!"}}),
+        ("question -> answer", {"inputs": {"question": "?"}, "config": {"temperature": 10**400}}),
+    ],
+)
+def test_what_dspy_cannot_send_to_an_lm_is_no_defect_of_the_peer(
+    echo_peer: Peer, signature: str, args: dict[str, Any]
+) -> None:
+    """Values that fit their types, but not DSPy's prompts: the error names where they are, and nothing is logged."""
+    assert echo_peer.call("create_program", {"id": "p", "signature": signature})["success"]
+    reply = echo_peer.call("execute_program", {"program_id": "p", **args})
+    assert reply["error_type"] == "invalid_args"
+    assert reply["error"].startswith("config" if "config" in args else "inputs")
+    assert "Traceback" not in echo_peer.finish()[2]
+
+
+def test_a_secret_at_the_end_of_a_long_error_is_not_cut_but_redacted(echo_peer: Peer) -> None:
+    """Half of it would not be known as one; and what is redacted is cut to the length of errors all the same."""
+    key = "QWERTYUIOPASDFGHJKL"
+    program = {"id": "p", "signature": "q -> a", "lm": {"model": "offline/echo", "api_key": key}}
+    assert echo_peer.call("create_program", program)["success"]
+    for name in ("k" * 1985 + key + "zzzz", key * 100 + "z" * 4000):
+        error = echo_peer.call("create_program", {name: 1})["error"]
+        assert key[:6] not in error and "[redacted]" in error and len(error) <= 2000
+
+
+def test_a_cleanup_of_misspelt_ids_removes_nothing(echo_peer: Peer) -> None:
+    """It would remove all."""
+    assert echo_peer.call("create_program", {"id": "p", "signature": "q -> a"})["success"]
+    reply = echo_peer.call("cleanup", {"program_id": ["p"]})
+    assert reply["error_type"] == "invalid_args" and "program_ids" in reply["error"]
+    assert echo_peer.call("list_programs")["result"] == {"programs": ["p"]}
+
+
 def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
     for id in ("sk-looks-like-a-key", "two  spaces", "é" * 3000):
         reply = module_peer.call("execute_program", {"program_id": id, "inputs": {}})

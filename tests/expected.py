@@ -1,0 +1,267 @@
+"""What a frame should get, and what a reply looks like: for `fuzz`, from the page of the protocol, not the peer's code.
+
+Exact where the frame alone decides it; for what an execute or a create ends in, the types that it may have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+# The peer's `--max-frame-bytes`: small, so that frames past it can be sent often.
+LIMIT = 1 << 16
+MAX_ERROR_CHARS = 2000
+MAX_DIGITS = 4300
+# Nesting up to the first is read, past the second refused; what is between is the parser's business.
+DEPTH_READ, DEPTH_REFUSED = 200, 250
+STRING = r'"(?:[^"\\]|\\.)*"'
+
+
+class Failure(Exception):
+    """The peer broke the protocol. `suspects`: the frame that led to it, or those that may have."""
+
+    def __init__(self, why: str, *suspects: bytes) -> None:
+        super().__init__(why)
+        self.suspects = suspects
+
+
+class Undecided(Exception):
+    """Whether a frame is JSON is up to the parser: nested deeper than must be read, not so deep that it must not."""
+
+
+# By command, what it may end in beside what every task may: a deadline where there is one, a cancel where one was sent.
+CREATE_ENDS = frozenset(("success", "invalid_args", "not_allowed"))
+EXECUTE_ENDS = frozenset(
+    ("success", "invalid_args", "program_not_found", "lm_not_configured", "lm_error", "output_invalid")
+)
+CREATE_ARGS = ("id", "signature", "program_type", "lm", "adapter", "config")
+EXECUTE_ARGS = ("program_id", "inputs", "config", "lm")
+
+# An id with its type: in Python 1 and True are one key, and so are ids that are not.
+Key = tuple[type, Any]
+NULL: Key = (type(None), None)
+
+
+@dataclass(slots=True)
+class Owed:
+    """The one reply that a frame must get: under one of `keys`, with one of `ends` ("success" or an error's type)."""
+
+    payload: bytes
+    keys: tuple[Key, ...]
+    ends: frozenset[str]
+    command: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    meta: bool = False
+    # Answered before whatever comes after it is looked at.
+    at_once: bool = True
+    paid: bool = False
+
+    def wrong(self, reply: dict[str, Any]) -> str | None:
+        """What is wrong with `reply` as this one's."""
+        end = "success" if reply["success"] else reply["error_type"]
+        if end not in self.ends:
+            return f"expected {' or '.join(sorted(self.ends))}, got {end}"
+        if ("meta" in reply) != self.meta:
+            return f"meta: {'missing' if self.meta else 'not asked for'}"
+        if end == "unknown_command" and reply["error"] != f"Unknown command: {self.command}":
+            return "the text of an unknown command"
+        if end == "program_not_found" and reply["error"] != f"Program not found: {self.args['program_id']}":
+            return "the text of an unknown program"
+        if end == "success" and not _fits(self.command, self.args, reply["result"]):
+            return "the result is none of this command"
+        return None
+
+
+def owed(payload: bytes) -> Owed | None:
+    """What a frame must get; None for a cancel, which has no reply. Raises `Undecided`."""
+    if len(payload) > LIMIT:
+        return Owed(payload, (NULL,), frozenset(("frame_too_large",)))
+    try:
+        message = read_json(payload)
+    except ValueError:
+        return Owed(payload, leading_ids(payload), frozenset(("invalid_json",)))
+    return _owed_for(payload, message)
+
+
+def _owed_for(payload: bytes, message: Any) -> Owed | None:
+    def refused(*keys: Key) -> Owed:
+        return Owed(payload, keys, frozenset(("invalid_request",)))
+
+    if not isinstance(message, dict):
+        return refused(NULL)
+    key = _key(message.get("id"))
+    if "cancel" in message and "command" not in message:
+        return refused(key or NULL) if _key(message["cancel"]) is None else None
+    if key is None:
+        return refused(NULL)
+    command, args, timeout = message.get("command"), message.get("args"), message.get("timeout_ms")
+    args = {} if args is None else args
+    flags = [message.get("meta", False), message.get("stream", False)]
+    if not isinstance(command, str) or not isinstance(args, dict) or not all(isinstance(flag, bool) for flag in flags):
+        return refused(key)
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
+        return refused(key)
+    ends, at_once = _ends(command, args, timeout is not None)
+    tells = ends & {"success", "unknown_command", "program_not_found"}
+    if tells and (len(payload) > 2000 or command == "list_programs"):
+        # Its reply may be longer than it is, and past the limit.
+        ends |= {"frame_too_large"}
+    return Owed(payload, (key,), ends, command, args, flags[0], at_once)
+
+
+def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset[str], bool]:
+    """What a request may end in, and whether at once."""
+    refused = frozenset(("invalid_args",)), True
+    done = frozenset(("success",)), True
+    ids, details = args.get("program_ids"), args.get("details", False)
+    good_ids = ids is None or (isinstance(ids, list) and all(isinstance(id, str) for id in ids))
+    objects = all(args.get(name) is None or isinstance(args[name], dict) for name in ("config", "lm"))
+    late = {"timeout", "cancelled"} if deadline else {"cancelled"}
+    if command in ("ping", "get_stats"):
+        return done
+    if command == "cleanup":
+        return done if good_ids and not set(args) - {"program_ids"} else refused
+    if command == "list_programs":
+        return done if good_ids and isinstance(details, bool) else refused
+    if command == "create_program":
+        id, signature = args.get("id"), args.get("signature")
+        if not isinstance(id, str) or not id or signature is None or not objects or set(args) - set(CREATE_ARGS):
+            return refused
+        return CREATE_ENDS | late, False
+    if command == "execute_program":
+        id, inputs = args.get("program_id"), args.get("inputs")
+        if not isinstance(id, str) or not id or not isinstance(inputs, dict) or not objects:
+            return refused
+        if set(args) - set(EXECUTE_ARGS):
+            return refused
+        return EXECUTE_ENDS | late, False
+    return frozenset(("unknown_command",)), True
+
+
+def _fits(command: str | None, args: dict[str, Any], result: Any) -> bool:
+    if not isinstance(result, dict):
+        return False
+    if command == "ping":
+        return result.keys() == {"status", "timestamp"} and isinstance(result["timestamp"], float)
+    if command == "create_program":
+        return result == {"program_id": args["id"], "status": "created"}
+    if command == "cleanup":
+        return result.keys() == {"status", "programs_removed"} and isinstance(result["programs_removed"], int)
+    if command == "list_programs":
+        listed, asked = result.get("programs"), args.get("program_ids")
+        if not isinstance(listed, list) or (asked is not None and not set(listed) <= set(asked)):
+            return False
+        details = result.get("details") if args.get("details") else [{"id": id} for id in listed]
+        return isinstance(details, list) and [detail["id"] for detail in details] == listed
+    if command == "get_stats":
+        return {"programs_count", "memory_usage", "uptime", "in_flight", "queued", "pid"} <= result.keys()
+    return True
+
+
+def read_json(payload: bytes) -> Any:
+    """The value of strict JSON. Raises `ValueError` or `Undecided`."""
+    text = payload.decode()
+
+    def constant(name: str) -> Any:
+        raise ValueError(name)
+
+    def whole(digits: str) -> int:
+        if len(digits.lstrip("-")) > MAX_DIGITS:
+            raise ValueError("too many digits")
+        return int(digits)
+
+    def real(digits: str) -> float:
+        # The digits before the point are limited as those of a whole number are.
+        whole(re.split("[.eE]", digits)[0])
+        return float(digits)
+
+    try:
+        value = json.loads(text, parse_constant=constant, parse_int=whole, parse_float=real)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    if "\\u" in text:
+        # Half a pair of surrogates is no character. In the texts themselves, as a repeated key hides values.
+        for token in re.findall(STRING, text, re.DOTALL):
+            json.loads(token).encode()
+    depth = deepest(text)
+    if depth > DEPTH_REFUSED:
+        raise ValueError("too deep")
+    if depth > DEPTH_READ:
+        raise Undecided
+    return value
+
+
+def deepest(text: str) -> int:
+    """How deep the lists and objects of JSON are nested."""
+    depth = most = 0
+    for sign in re.findall(rf"{STRING}|[\[\]{{}}]", text, re.DOTALL):
+        if sign in "[{":
+            depth += 1
+            most = max(most, depth)
+        elif sign in "]}":
+            depth -= 1
+    return most
+
+
+def leading_ids(payload: bytes) -> tuple[Key, ...]:
+    """Under what ids broken JSON may be answered: a plain id that it starts with must be taken, an odd one may."""
+    start = re.match(rb'\s*\{\s*"id"\s*:\s*', payload)
+    if start is None:
+        return (NULL,)
+    rest = payload[start.end() :]
+    plain = re.match(rb'(-?(?:0|[1-9][0-9]{0,4299})|"[^"\\\x00-\x1f]*")\s*[,}]', rest)
+    text = rest.decode("utf-8", "surrogateescape")
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+        if isinstance(value, str):
+            value.encode()
+    except (ValueError, RecursionError):
+        return (NULL,)
+    key = _key(value)
+    if key is None:
+        return (NULL,)
+    return (key,) if plain and b"\x0b" not in plain[0] and b"\x0c" not in start[0] + plain[0] else (NULL, key)
+
+
+def _key(id: Any) -> Key | None:
+    return (type(id), id) if type(id) in (int, str) else None
+
+
+def read_reply(payload: bytes) -> dict[str, Any]:
+    """A reply whose form is right. Raises `Failure`."""
+
+    def constant(name: str) -> Any:
+        raise ValueError(name)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(items)) != len(items):
+            raise ValueError("a key twice")
+        return dict(items)
+
+    try:
+        reply = json.loads(payload.decode(), parse_constant=constant, object_pairs_hook=pairs)
+    except ValueError as error:
+        raise Failure(f"a reply is no JSON ({error}): {payload[:500]!r}") from None
+    keys = list(reply) if isinstance(reply, dict) else []
+    extra = [key for key in keys[3:] if key in ("meta", "error_type", "retryable")]
+    if keys[:2] != ["id", "success"] or keys[3:] != extra or keys[2:3] != ["result" if reply["success"] else "error"]:
+        raise Failure(f"a reply of another form: {payload[:500]!r}")
+    if reply["success"] is not True:
+        _check_error(reply, payload)
+    elif not {"error_type", "retryable"}.isdisjoint(reply):
+        raise Failure(f"a success with an error's keys: {payload[:500]!r}")
+    return reply
+
+
+def _check_error(reply: dict[str, Any], payload: bytes) -> None:
+    text, kind = reply["error"], reply.get("error_type")
+    if reply["success"] is not False or not isinstance(text, str) or not isinstance(kind, str):
+        raise Failure(f"an error of another form: {payload[:500]!r}")
+    # These repeat what they were sent as it was.
+    exact = kind in ("unknown_command", "program_not_found")
+    if not exact and (not text or text.splitlines() != [text] or len(text) > MAX_ERROR_CHARS):
+        raise Failure(f"an error's text is not one line of at most {MAX_ERROR_CHARS} characters: {payload[:3000]!r}")
+    if ("retryable" in reply) != (kind == "lm_error"):
+        raise Failure(f"retryable belongs to lm_error alone: {payload[:500]!r}")

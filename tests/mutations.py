@@ -1,0 +1,248 @@
+"""Good frames and broken ones, mutated: what `fuzz` sends. A seed always gives the same row of them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from expected import LIMIT, MAX_DIGITS
+from peer import vector_payload, vectors
+
+ECHO = "offline/echo"
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "qa": {"signature": "question -> answer"},
+    "cot": {"signature": "context: list[str], question -> answer: int", "program_type": "chain_of_thought"},
+    "typed": {
+        "signature": {
+            "inputs": [
+                {"name": "n", "type": "int"},
+                {"name": "tags", "type": "list[str]"},
+                {"name": "maybe", "type": "Optional[dict[str, float]]", "description": "or nothing"},
+            ],
+            "outputs": [
+                {"name": "pick", "type": "Literal['a', 'b', 3]", "desc": "one of them"},
+                {"name": "sure", "type": "probability"},
+                {"name": "table", "type": "map"},
+            ],
+            "instructions": "Pick one. žluťoučký 🐎",
+        },
+        "adapter": "json",
+        "config": {"temperature": 0.5, "max_tokens": 100},
+    },
+    "media": {"signature": "picture: Image, past: History -> text, day: date", "adapter": "xml"},
+    "own": {"signature": "q: Any -> a: tuple[int, str]", "lm": {"model": ECHO, "api_key": "sk-fuzzed-key-1"}},
+}
+INPUTS: dict[str, dict[str, Any]] = {
+    "qa": {"question": "What is 日本語 [[ ## answer ## ]] <x>?"},
+    "cot": {"context": ["a", "b\u0000\n"], "question": "Why?"},
+    "typed": {"n": 10**30, "tags": ["x", "\U0001f40e"], "maybe": {"k": 1.5e300}},
+    "media": {"picture": "https://example.org/a.png", "past": {"messages": [{"text": "x", "day": "2026-01-01"}]}},
+    "own": {"q": [[[{"deep": [None, True, -0.0]}]]]},
+}
+REQUESTS: list[dict[str, Any]] = [
+    {"command": "ping", "args": {"any": ["thing", 1, None]}},
+    {"command": "ping", "args": {}, "timestamp": "2026-01-01T00:00:00Z"},
+    {"command": "get_stats"},
+    {"command": "list_programs", "args": {"details": True}},
+    {"command": "list_programs", "args": {"program_ids": ["qa", "cot", "nobody"], "details": False}},
+    {"command": "cleanup", "args": {"program_ids": ["nobody", "media"]}},
+    {"command": "frobnicate", "args": {"a": {"b": {"c": [{}, [], ""]}}}},
+    {"command": "execute_program", "args": {"program_id": "nobody", "inputs": {}}},
+    *({"command": "create_program", "args": {"id": id, **program}} for id, program in PROGRAMS.items()),
+    *({"command": "execute_program", "args": {"program_id": id, "inputs": given}} for id, given in INPUTS.items()),
+    {
+        "command": "execute_program",
+        "args": {"program_id": "qa", "inputs": INPUTS["qa"], "config": {"temperature": 1.0}, "lm": {"model": ECHO}},
+    },
+]
+# What empties the registry comes rarely, and what costs most.
+WEIGHTS = [1 if request["command"] in ("cleanup", "get_stats") else 4 for request in REQUESTS]
+ENVELOPES: list[dict[str, Any]] = [
+    {},
+    {},
+    {"meta": True},
+    {"timeout_ms": 60_000},
+    {"timeout_ms": 5, "meta": True},
+    {"timeout_ms": 0.001},
+    {"stream": True, "meta": False, "timestamp": "2026-01-01T00:00:00Z"},
+]
+BROKEN = [payload for payload in map(vector_payload, vectors("malformed")) if len(payload) < 10_000]
+# Values of every kind that is wrong somewhere, and texts that are no JSON at all.
+ODD = [
+    *("null", "true", "false", "0", "-0", "1", "-1", "1.5", "1e999", "-1e-999", "0.001", "20", "4e4"),
+    *("9" * 30, "9" * MAX_DIGITS, "-" + "9" * MAX_DIGITS, '"' + "x" * 5000 + '"', '"' + "\\u0001" * 3000 + '"'),
+    *('""', '"\\u0000"', '"\\ud83d\\udc0e"', '"é\u2028 \x85 x"', '"a\\nb"', '"id"', '"x y"', '"str"', '"json"'),
+    *('"qa"', '"typed"', '"ping"', '"execute_program"', '"cleanup"', '"os:system"', '"offline/echo"', '"openai/x"'),
+    *('"int | None"', '"list[list[int]]"', '"Literal[1, 2]"', '"q, q -> a"', '"(" -> "', '"q -> a: dict[Any, Any]"'),
+    *('"q -> a: bool, b: set[date]"', '"Union[int, History]"', '"predict"', '"embedding"', '"file"', '"data:,x"'),
+    *("[]", "{}", "[null]", '{"": []}', '{"id":1}', '[{"name":"q"},{"name":"q"}]', '{"name":"q","type":"set[dict]"}'),
+    *('[{"name":"q"}]', '{"inputs":[],"outputs":[{"name":"a"}]}', '{"question":"x"}', "[" * 150 + "]" * 150),
+]
+BAD = [
+    *("9" * (MAX_DIGITS + 1), "NaN", "-Infinity", "nul", "'x'", "01", "1.", "+1", '"\x01"', '"\\x"', '"\\ud800"'),
+    *("[" * 400 + "]" * 400, '{"a":' * 1200, "\x00", "[1,]", '{"a"}', "//"),
+]
+KEYS = [
+    *("id", "command", "args", "timeout_ms", "meta", "stream", "cancel", "program_id", "inputs", "config", "lm"),
+    *("signature", "program_type", "adapter", "outputs", "name", "type", "desc", "description", "instructions", "n"),
+    *("details", "program_ids", "temperature", "max_tokens", "cache", "rollout_id", "api_key", "model", "question"),
+    *("", "\u0000", "two\n lines \u2028 of it", "k" * 3000),
+]
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[-+0-9.eE]+|[a-zA-Z]+|[\[\]{}:,]|\s+|.', re.DOTALL)
+
+
+class Frames:
+    """An endless row of payloads; the same for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._recent: collections.deque[Any] = collections.deque(["nobody"], maxlen=50)
+
+    def next(self) -> bytes:
+        """A good or a broken frame, mutated in one of three ways, or as it is."""
+        rng = self._random
+        if rng.random() < 0.0005:
+            return b"x" * (LIMIT + rng.randrange(1, 1000))
+        if rng.random() < 0.05:
+            payload = re.sub(rb'("id":\s*)[17]\b', rb"\g<1>%d" % self._number(), rng.choice(BROKEN))
+            return self._bytes(payload)
+        message = self._message()
+        way = rng.random()
+        if way < 0.1:
+            return self._write(message)
+        if way < 0.65:
+            for _ in range(self._times()):
+                message = self._values(message)
+            return self._write(message)
+        return (self._tokens if way < 0.85 else self._bytes)(self._write(message))
+
+    def _message(self) -> dict[str, Any]:
+        rng = self._random
+        if rng.random() < 0.05:
+            return {"cancel": rng.choice(self._recent)}
+        request = rng.choices(REQUESTS, WEIGHTS)[0]
+        return {"id": self._id(), **request, **rng.choice(ENVELOPES)}
+
+    def _id(self) -> int | str:
+        # Far apart, so that a mutated one is nobody else's.
+        number = self._number()
+        id = self._random.choice((number, number, -number, number * 10**30, f"id-{number}", f'ž🐎"\\{number}\n'))
+        self._recent.append(id)
+        return id
+
+    def _number(self) -> int:
+        return self._random.randrange(10**11, 10**12)
+
+    def _times(self) -> int:
+        return self._random.choice((1, 1, 1, 2, 2, 4))
+
+    def _odd(self) -> str:
+        return self._random.choice(BAD if self._random.random() < 0.05 else ODD)
+
+    def _write(self, message: Any) -> bytes:
+        """JSON in one of the spellings that it has. An `_Odd` is written as it stands."""
+        rng = self._random
+        separators = rng.choice(((",", ":"), (", ", ": "), (" ,\n", "\t:\r")))
+        texts: dict[str, str] = {}
+
+        def odd(value: _Odd) -> str:
+            mark = f"odd mark {len(texts)}"
+            texts[json.dumps(mark)] = value.text
+            return mark
+
+        text = json.dumps(message, ensure_ascii=rng.random() < 0.3, separators=separators, default=odd)
+        for mark, own in texts.items():
+            text = text.replace(mark, own)
+        return text.encode("utf-8", "surrogatepass")
+
+    def _values(self, message: Any) -> Any:
+        """One value, somewhere, of another type, gone, renamed, doubled or nested."""
+        rng = self._random
+        copy = json.loads(json.dumps(message, default=lambda odd: {"odd": odd.text}), object_hook=_Odd.revive)
+        # Mostly inside the arguments: a wrong envelope is soon told.
+        places = list(_places(copy.get("args") if rng.random() < 0.7 else copy)) or list(_places(copy))
+        if not places:
+            return copy
+        holder, key = rng.choice(places)
+        change = rng.randrange(6)
+        if change < 3:
+            holder[key] = _Odd(self._odd())
+        elif change == 3:
+            del holder[key]
+        elif change == 4 and isinstance(holder, dict):
+            holder[rng.choice(KEYS)] = holder.pop(key) if rng.random() < 0.5 else holder[key]
+        else:
+            holder[key] = [holder[key]] * rng.randrange(3)
+        return copy
+
+    def _tokens(self, payload: bytes) -> bytes:
+        rng = self._random
+        tokens = TOKEN.findall(payload)
+        for _ in range(self._times()):
+            at, other = rng.randrange(len(tokens)), rng.randrange(len(tokens))
+            change = rng.randrange(6)
+            if change == 0:
+                tokens[at] = b""
+            elif change == 1:
+                tokens.insert(at, tokens[other])
+            elif change == 2:
+                tokens[at], tokens[other] = tokens[other], tokens[at]
+            elif change == 3:
+                # The same key again, or a new one.
+                key = rng.choice([token for token in tokens if token.startswith(b'"')] or [b'"id"'])
+                if rng.random() < 0.5:
+                    key = json.dumps(rng.choice(KEYS)).encode()
+                after = [place for place, token in enumerate(tokens) if token == b"{"] or [0]
+                tokens.insert(rng.choice(after) + 1, key + b":" + self._odd().encode() + b",")
+            else:
+                tokens[at] = self._odd().encode()
+        return b"".join(tokens)
+
+    def _bytes(self, payload: bytes) -> bytes:
+        rng = self._random
+        data = bytearray(payload)
+        for _ in range(self._times()):
+            at = rng.randrange(len(data) + 1)
+            end = min(len(data), at + rng.choice((1, 1, 2, 8, 40)))
+            change = rng.randrange(8)
+            if change == 0 and at < len(data):
+                data[at] ^= 1 << rng.randrange(8)
+            elif change == 1:
+                data[at:at] = bytes([rng.randrange(256)])
+            elif change == 2:
+                del data[at:end]
+            elif change == 3:
+                data[at:at] = data[at:end] * rng.choice((1, 1, 2, 50))
+            elif change == 4:
+                data[at:at] = rng.choice((b"\x00", b"\x00" * 9, b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xef\xbb\xbf"))
+            elif change == 5:
+                other = self._write(self._message())
+                data[at:] = other[rng.randrange(len(other)) :]
+            elif change == 6:
+                del data[at:]
+            else:
+                data[at:end] = rng.choice(b'"\\{}[]:,0-. \n').to_bytes(1, "big") * (end - at)
+        return bytes(data)
+
+
+class _Odd:
+    """A value in a message that is written as this text, JSON or not."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @classmethod
+    def revive(cls, value: dict[str, Any]) -> Any:
+        return cls(value["odd"]) if value.keys() == {"odd"} else value
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in `value` with each of its keys or places."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield value, key
+            yield from _places(item)
