@@ -77,7 +77,8 @@ defmodule DSPex.PythonBridge.Bridge do
   Replaces the peer: starts another, gives it the programs, then sends calls to it. The old one
   serves until then, and finishes what it was given; what it has not finished after
   `DSPY_BRIDGE_DRAIN_MS` (5 s where nothing is said) is sent again to the new one. No caller sees it, bar
-  those who said `retry: false`.
+  those who said `retry: false`; a change of the programs that comes meanwhile, and what comes after it,
+  waits for the new one.
 
   Returns once the new peer serves. If it does not come up, the old one goes on serving, and the
   error is a text that says why; if there was none to go on, the attempts go on.

@@ -82,9 +82,9 @@ defmodule DSPex.PythonBridge.Caller do
   end
 
   def change(command, args) when command in [:cleanup, "cleanup"] do
-    case argument(args, :program_ids) do
-      nil -> {:cleanup, :all, nil}
-      ids when is_list(ids) -> {:cleanup, Enum.map(ids, &text/1), nil}
+    case {argument(args, :program_ids), Map.drop(args, [:program_ids, "program_ids"])} do
+      {nil, none} when none == %{} -> {:cleanup, :all, nil}
+      {ids, none} when is_list(ids) and none == %{} -> {:cleanup, Enum.map(ids, &text/1), nil}
       _refused -> nil
     end
   end
@@ -96,7 +96,7 @@ defmodule DSPex.PythonBridge.Caller do
   defp text(id) when is_binary(id), do: id
   defp text(_refused), do: nil
 
-  defp argument(args, name), do: Map.get(args, name) || Map.get(args, Atom.to_string(name))
+  defp argument(args, name), do: Map.get(args, name, Map.get(args, Atom.to_string(name)))
 
   # A program that its peer could not load again is missing there; the bridge knows why.
   defp load_failure(dest, args, left) do

@@ -61,6 +61,10 @@ defmodule DSPex.PythonBridge.Calls do
   def put(%__MODULE__{by_id: by_id, by_ref: by_ref}, id, %Call{ref: ref} = call),
     do: %__MODULE__{by_id: Map.put(by_id, id, call), by_ref: Map.put(by_ref, ref, id)}
 
+  @doc "The call of this id, or nil."
+  @spec get(t(), pos_integer()) :: Call.t() | nil
+  def get(%__MODULE__{by_id: by_id}, id), do: Map.get(by_id, id)
+
   @doc "The call of this id, which is there."
   @spec fetch!(t(), pos_integer()) :: Call.t()
   def fetch!(%__MODULE__{by_id: by_id}, id), do: Map.fetch!(by_id, id)

@@ -46,7 +46,8 @@ defmodule DSPex.PythonBridge.Dispatch do
   the peer.
   """
   @spec withdraw(Traffic.t(), pos_integer(), Call.t()) :: Traffic.t()
-  def withdraw(traffic, id, %Call{at: nil} = call), do: forget(traffic, id, call)
+  # Others may be held behind it.
+  def withdraw(traffic, id, %Call{at: nil} = call), do: traffic |> forget(id, call) |> advance()
 
   def withdraw(traffic, id, call), do: traffic |> take_from_peer(id, call) |> answered(id)
 
@@ -100,10 +101,12 @@ defmodule DSPex.PythonBridge.Dispatch do
     {ids, outbox} = Outbox.take_back(Map.fetch!(traffic.outboxes, port))
     traffic = %{traffic | outboxes: %{traffic.outboxes | port => outbox}}
 
-    Enum.reduce(ids, traffic, fn id, traffic ->
-      call = %{Calls.fetch!(traffic.calls, id) | at: nil}
-      hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
-    end)
+    # Those of the bridge's own are nobody's calls, and were for that peer alone.
+    for id <- ids, call = Calls.get(traffic.calls, id), reduce: traffic do
+      traffic ->
+        call = %{call | at: nil}
+        hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
+    end
   end
 
   @doc """
@@ -129,6 +132,10 @@ defmodule DSPex.PythonBridge.Dispatch do
   Each is sent again or fails, as it asked for; what was not written to the peer is not affected.
   """
   @spec lost(Traffic.t(), port(), :died | :replaced) :: Traffic.t()
+  def lost(%Traffic{outboxes: outboxes} = traffic, port, _how)
+      when not is_map_key(outboxes, port),
+      do: traffic
+
   def lost(%Traffic{} = traffic, port, how) do
     {outbox, outboxes} = Map.pop!(traffic.outboxes, port)
     unwritten = MapSet.new(Outbox.close(outbox))
@@ -230,6 +237,10 @@ defmodule DSPex.PythonBridge.Dispatch do
       not suspects.trial? and busy?(traffic, traffic.to) ->
         ids = for {id, _call} <- Calls.at(traffic.calls, traffic.to), do: id
         %{traffic | suspects: Suspects.try_out(suspects, ids)}
+
+      # They may change the programs, which are being given to the next peer: it will have them.
+      traffic.hold_changes? ->
+        traffic
 
       true ->
         {ids, suspects} = Suspects.take_group(suspects)

@@ -7,18 +7,18 @@ defmodule DSPex.PythonBridge.Redaction do
 
   alias DSPex.PythonBridge.Options
 
-  @telling ~r/KEY|TOKEN|SECRET|PASSWORD|OPTIONS/i
+  @telling ~r/KEY|TOKEN|SECRET|PASSW|AUTH|CREDENTIAL|OPTIONS/i
   # Shorter ones are no keys, and are words that a text may need.
   @shortest 8
 
   @doc """
-  A text of the peer's without what `:lm_options` and `:env` have of keys: the texts among the former,
-  the values of the latter whose names tell of one.
+  A text of the peer's without what it may have of keys: the texts in `:lm_options`, and the values of
+  the environment, `:env` and the BEAM's own, whose names tell of one.
   """
   @spec redact(String.t(), Options.t()) :: String.t()
   def redact(text, %Options{} = options) do
     secrets =
-      for {name, value} <- options.env.(),
+      for {name, value} <- Map.merge(System.get_env(), options.env.()),
           name =~ @telling,
           secret <- [value | texts(value)],
           String.length(secret) >= @shortest,
@@ -29,21 +29,37 @@ defmodule DSPex.PythonBridge.Redaction do
 
   defp texts(value) do
     case JSON.decode(value) do
-      {:ok, %{} = options} -> for {_name, text} <- options, is_binary(text), do: text
-      _no_options -> []
+      {:ok, options} -> leaves(options)
+      {:error, _reason} -> []
     end
   end
+
+  defp leaves(text) when is_binary(text), do: [text]
+  defp leaves(%{} = options), do: options |> Map.values() |> leaves()
+  defp leaves(list) when is_list(list), do: Enum.flat_map(list, &leaves/1)
+  defp leaves(_other), do: []
 
   @doc "For `c:GenServer.format_status/1`."
   @spec format_status(GenServer.format_status()) :: GenServer.format_status()
   def format_status(status) do
     Map.new(status, fn
-      {:state, %{traffic: _} = state} -> {:state, %{state | traffic: :redacted}}
-      {:message, message} -> {:message, message(message)}
-      {:log, log} -> {:log, Enum.map(log, &log_event/1)}
-      other -> other
+      {:state, %{traffic: _} = state} ->
+        {:state, %{state | traffic: :redacted, next: next(state)}}
+
+      {:message, message} ->
+        {:message, message(message)}
+
+      {:log, log} ->
+        {:log, Enum.map(log, &log_event/1)}
+
+      other ->
+        other
     end)
   end
+
+  # Definitions that it is still to be given.
+  defp next(%{next: nil}), do: nil
+  defp next(%{next: next}), do: %{next | to_load: :redacted}
 
   defp message({:request, ref, pid, timeout, _body, _terms}),
     do: {:request, ref, pid, timeout, :redacted}

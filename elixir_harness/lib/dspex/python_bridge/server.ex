@@ -99,7 +99,7 @@ defmodule DSPex.PythonBridge.Server do
       state.status == :stopping ->
         refuse(state, ref, :bridge_not_running, body, retry)
 
-      Traffic.pending(state.traffic) >= state.options.max_pending ->
+      Traffic.pending(state.traffic) >= state.options.max_pending and not of_keeper?(terms) ->
         refuse(state, ref, :overloaded, body, retry)
 
       not Traffic.fits?(state.traffic, timeout, body, state.options.max_frame_bytes) ->
@@ -177,8 +177,8 @@ defmodule DSPex.PythonBridge.Server do
 
   defp finish_calls(state) do
     traffic = Traffic.fail_all(state.traffic, :bridge_not_running, :held)
-    # Nothing is started any more, and what a death gives back is not sent again.
-    state = %{state | status: :stopping, traffic: traffic, timer: nil}
+    # Nothing is started any more, nor taken over, and what a death gives back is not sent again.
+    state = Succession.give_up_next(%{state | status: :stopping, traffic: traffic, timer: nil})
     finish_calls(state, now() + state.options.drain_ms)
   end
 
@@ -209,6 +209,10 @@ defmodule DSPex.PythonBridge.Server do
 
   ## Requests
 
+  # A pool's keeper has all bridges make a change of the programs, or none.
+  defp of_keeper?({_retry, _deaths, {_kind, _ids, stamp}}), do: stamp != nil
+  defp of_keeper?(_terms), do: false
+
   defp refuse(state, ref, failure, body, retry),
     do: noreply(%{state | traffic: Traffic.refuse(state.traffic, ref, failure, retry)}, body)
 
@@ -227,7 +231,9 @@ defmodule DSPex.PythonBridge.Server do
 
   defp abandon(state, id_or_ref) do
     state = %{state | traffic: Traffic.abandon(state.traffic, id_or_ref)}
-    {:noreply, Enum.reduce(state.old, state, &Succession.drained(&2, &1.port))}
+    state = Enum.reduce(state.old, state, &Succession.drained(&2, &1.port))
+    # It may have been the change that the next peer waited for.
+    {:noreply, Succession.load_programs(state)}
   end
 
   ## Replies
@@ -265,14 +271,16 @@ defmodule DSPex.PythonBridge.Server do
   end
 
   # When the bridge ends, nothing follows.
-  defp lost(%{status: :stopping} = state, port, _why) do
-    if Map.has_key?(state.traffic.outboxes, port) do
-      traffic = Dispatch.lost(state.traffic, port, :died)
-      %{state | traffic: Traffic.fail_all(traffic, :python_process_died, :held)}
-    else
-      state
+  defp lost(%{status: :stopping} = state, which, _why) do
+    case Enum.find([state.peer | state.old], &(&1 != nil and which in [&1.port, &1.os_pid])) do
+      nil ->
+        state
+
+      peer ->
+        traffic = Dispatch.lost(state.traffic, peer.port, :died)
+        %{state | traffic: Traffic.fail_all(traffic, :python_process_died, :held)}
     end
   end
 
-  defp lost(state, port, why), do: Succession.lost(state, port, why)
+  defp lost(state, which, why), do: Succession.lost(state, which, why)
 end

@@ -4,62 +4,85 @@ defmodule DSPex.PythonBridge.StartFailure do
 
   A port gives its owner no standard error, and a peer that works needs none of ours. So only one
   that has failed is started once more, without input and with its standard error in place of its
-  output: one that fails again says why, another sees the end of its input and leaves.
+  output: one that fails again says why, another sees the end of its input and leaves. Should it hang,
+  it is killed after 5 s, or when the bridge or the whole BEAM ends.
   """
 
-  alias DSPex.PythonBridge.{Interpreter, Options, OsProcess, Redaction}
+  alias DSPex.PythonBridge.{Interpreter, Options, Redaction}
 
   @timeout_ms 5_000
   @max_chars 500
   # Of the output; the end is what counts.
   @tail_bytes 8_000
+  # The shell waits for the peer; its child waits for the end of the port, of which all the rest knows
+  # nothing. The peer may have made a process group of its own.
+  @script """
+  exec 3<&0
+  "$0" "$@" </dev/null 2>&1 >/dev/null 3<&- & peer=$!
+  (read -r _ <&3; kill -9 -$peer; kill -9 $peer -$$) >/dev/null 2>&1 & watch=$!
+  wait $peer
+  kill -9 $watch
+  """
 
-  @doc "The line, without secrets; nil if there is none. Takes at most 5 s and never raises."
-  @spec last_line(Options.t()) :: String.t() | nil
-  def last_line(%Options{} = options) do
-    with {:ok, python} <- Interpreter.find(options.python_executable),
-         lines when lines != [] <- run(python, options) do
-      lines |> List.last() |> String.slice(0, @max_chars) |> Redaction.redact(options)
+  @doc """
+  The line, without secrets; nil if there is none. Takes at most 5 s, less if the process `owner` ends,
+  and never raises.
+  """
+  @spec last_line(Options.t(), pid()) :: String.t() | nil
+  def last_line(%Options{} = options, owner) do
+    with {:ok, python} <- Interpreter.find(options.python_executable) do
+      # Before it is cut: half a secret is not known as one.
+      python |> run(options, owner) |> Redaction.redact(options) |> last()
     else
-      _nothing -> nil
+      {:error, _text} -> nil
     end
   rescue
     _no_port -> nil
   end
 
-  defp run(python, options) do
-    script = ~s(exec "$0" "$@" </dev/null 2>&1 >/dev/null)
+  defp last(output) do
+    lines = for line <- String.split(output, ["\n", "\r"]), String.trim(line) != "", do: line
+    if line = List.last(lines), do: String.slice(line, 0, @max_chars)
+  end
 
+  defp run(python, options, owner) do
     port =
       Port.open({:spawn_executable, "/bin/sh"}, [
         :binary,
         :exit_status,
-        args: ["-c", script, python, "-u", options.script_path],
+        args: ["-c", @script, python, "-u", options.script_path],
         env: for({name, value} <- options.env.(), do: {to_charlist(name), to_charlist(value)})
       ])
 
-    os_pid = with {:os_pid, os_pid} <- Port.info(port, :os_pid), do: os_pid
     timer = Process.send_after(self(), {port, :too_long}, @timeout_ms)
-    output = collect(port, os_pid && {os_pid, OsProcess.start_time(os_pid)}, "")
+    output = collect(port, Process.monitor(owner), "")
     Process.cancel_timer(timer)
-    lines = output |> String.replace_invalid() |> String.split(["\n", "\r"])
-    for line <- lines, String.trim(line) != "", do: line
+    String.replace_invalid(output)
   end
 
-  defp collect(port, process, output) do
+  defp collect(port, monitor, output) do
     receive do
       {^port, {:data, data}} ->
-        collect(port, process, tail(output <> data))
+        collect(port, monitor, tail(output <> data))
 
       {^port, {:exit_status, _status}} ->
         output
 
       {^port, :too_long} ->
-        with {os_pid, started} <- process, do: OsProcess.kill_group(os_pid, started)
+        Port.close(port)
+        output
+
+      {:DOWN, ^monitor, :process, _owner, _reason} ->
+        Port.close(port)
         output
     end
   end
 
+  # Whole lines, but for one that is longer: of that nothing.
   defp tail(output) when byte_size(output) <= @tail_bytes, do: output
-  defp tail(output), do: binary_part(output, byte_size(output), -@tail_bytes)
+
+  defp tail(output) do
+    tail = binary_part(output, byte_size(output), -@tail_bytes)
+    tail |> String.split("\n", parts: 2) |> Enum.at(1, "")
+  end
 end

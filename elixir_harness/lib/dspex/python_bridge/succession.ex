@@ -95,7 +95,8 @@ defmodule DSPex.PythonBridge.Succession do
 
     if state.next do
       Report.death(state, peer, :warning, why, "its successor is starting")
-      %{state | status: :restarting}
+      # Which waits no longer for this one's last changes.
+      load_programs(%{state | status: :restarting})
     else
       {delay, state} = try_again(state, not Peer.of_use?(peer))
       Report.death(state, peer, :warning, why, "next attempt in #{delay} ms")
@@ -121,6 +122,11 @@ defmodule DSPex.PythonBridge.Succession do
     %{state | traffic: Dispatch.lost(state.traffic, peer.port, how)}
   end
 
+  @doc "The bridge ends: a peer that starts will not be needed."
+  @spec give_up_next(state()) :: state()
+  def give_up_next(%{next: nil} = state), do: state
+  def give_up_next(%{next: next} = state), do: end_peer(%{state | next: nil}, next, :replaced)
+
   # A restart that fails leaves all as it was; without a peer, the attempts go on.
   defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
     Report.death(state, next, :warning, why, "the present one goes on")
@@ -143,11 +149,11 @@ defmodule DSPex.PythonBridge.Succession do
 
   # One that wrote why it will not start wrote it to standard error, which is not ours to read: it is
   # asked again. That takes a moment, and the log has one line.
-  defp explain(state, %Peer{up_at: nil} = next, why, then) do
+  defp explain(state, %Peer{up_at: nil} = next, "exit" <> _status = why, then) do
     owner = self()
 
     spawn(fn ->
-      line = StartFailure.last_line(state.options)
+      line = StartFailure.last_line(state.options, owner)
       send(owner, {:start_failure, next, why, line && "#{why}: #{line}", then})
     end)
   end
@@ -184,7 +190,7 @@ defmodule DSPex.PythonBridge.Succession do
     Report.log(state, peer, :warning, "does not react and is replaced")
     tell_slot(state, :down)
     state = %{end_peer(%{state | peer: nil}, peer, :died) | status: :restarting}
-    if state.next, do: state, else: open(%{state | backoff: Backoff.new()})
+    if state.next, do: load_programs(state), else: open(%{state | backoff: Backoff.new()})
   end
 
   # One that starts is watched over already.

@@ -12,6 +12,8 @@ defmodule DSPex.PythonBridge.Suspects do
 
   # So long at least a suspect must live to be acquitted without an answer.
   @acquit_ms 1_000
+  # And so long at most: all others wait meanwhile.
+  @longest_acquit_ms 5_000
 
   @enforce_keys [:max_retries]
   defstruct [
@@ -118,5 +120,6 @@ defmodule DSPex.PythonBridge.Suspects do
 
   @doc "A peer died so many ms after it was given what it died of, at most: next time is like it."
   @spec learn(t(), non_neg_integer()) :: t()
-  def learn(%__MODULE__{} = suspects, ms), do: %{suspects | acquit_ms: max(@acquit_ms, 2 * ms)}
+  def learn(%__MODULE__{} = suspects, ms),
+    do: %{suspects | acquit_ms: min(max(@acquit_ms, 2 * ms), @longest_acquit_ms)}
 end

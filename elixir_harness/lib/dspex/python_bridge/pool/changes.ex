@@ -9,7 +9,8 @@ defmodule DSPex.PythonBridge.Pool.Changes do
   gets there when a peer has acknowledged it (the bridge puts it there), or has it from another node.
 
   Whoever asked for a change may give up waiting; the change goes on, so that the peers stay alike. A
-  definition that some peers took and others refused is removed again.
+  definition that some peers took and others refused is replaced by the one before, if there was one, or
+  removed again; a cleanup that no peer made is undone.
   """
 
   alias DSPex.PythonBridge.{Programs, Protocol}
@@ -19,7 +20,7 @@ defmodule DSPex.PythonBridge.Pool.Changes do
   @long_ago {0, 0, :nobody}
 
   @enforce_keys [:info]
-  defstruct [:info, deliveries: Deliveries.new(), latest: 0]
+  defstruct [:info, deliveries: Deliveries.new(), latest: 0, undo: %{}]
 
   @typedoc """
   Who wants to know: a caller (its alias), `GenServer.call/3`'s, another node's keeper with its number for
@@ -31,8 +32,16 @@ defmodule DSPex.PythonBridge.Pool.Changes do
           | {:node, pid(), pos_integer()}
           | :pool
           | :nobody
-  @typedoc "`latest`: the greatest time of a stamp that was seen."
-  @type t :: %__MODULE__{info: Info.t(), deliveries: Deliveries.t(), latest: integer()}
+  @typedoc """
+  `latest`: the greatest time of a stamp that was seen. `undo`: the definitions before a change that is
+  under way, by its stamp.
+  """
+  @type t :: %__MODULE__{
+          info: Info.t(),
+          deliveries: Deliveries.t(),
+          latest: integer(),
+          undo: %{Programs.stamp() => [Programs.definition()]}
+        }
   @type result :: {t(), [Deliveries.over()]}
 
   @doc "No change is under way."
@@ -45,11 +54,13 @@ defmodule DSPex.PythonBridge.Pool.Changes do
   @spec ask(t(), reference(), timeout(), binary(), Deliveries.what() | tuple()) :: result()
   def ask(%__MODULE__{} = changes, ref, timeout, body, {:create, id, nil}) do
     {stamp, changes} = stamp(changes)
+    changes = remember(changes, stamp, [id])
     start(changes, {:caller, ref}, {:create, id, stamp}, body, timeout)
   end
 
   def ask(changes, ref, timeout, body, {:cleanup, ids, nil}) do
     {stamp, changes} = stamp(changes)
+    changes = remember(changes, stamp, ids)
     Programs.remove(changes.info.programs, ids, stamp)
     start(changes, {:caller, ref}, {:cleanup, ids, stamp}, body, timeout)
   end
@@ -128,26 +139,80 @@ defmodule DSPex.PythonBridge.Pool.Changes do
   defp conclude(changes, {deliveries, over}) do
     for change <- over, reduce: {%{changes | deliveries: deliveries}, over} do
       {changes, over} ->
-        {changes, more} = correct(changes, change)
+        {before, changes} = forget(changes, change)
+        {changes, more} = correct(changes, change, before)
         {changes, more ++ over}
     end
   end
 
   # Only where it was made: what another node has is not for this one to remove.
-  defp correct(changes, %{mixed?: true, from: {:caller, _}, what: {:create, id, _stamp}}) do
+  defp correct(changes, %{mixed?: true, from: {:caller, _}, what: {:create, id, _}}, [before]) do
+    {_id, _stamp, body} = before
+    {stamp, changes} = stamp(changes)
+    Programs.put(changes.info.programs, id, stamp, body)
+    start(changes, :pool, {:create, id, stamp}, body, 0)
+  end
+
+  defp correct(changes, %{mixed?: true, from: {:caller, _}, what: {:create, id, _}}, []) do
     {stamp, changes} = stamp(changes)
     Programs.remove(changes.info.programs, [id], stamp)
     clean_peers(changes, :pool, [id], stamp)
   end
 
   # A removal that came from another node while peers were making it: it was not in the table then.
-  defp correct(changes, %{what: {:create, id, _stamp}, reply: {:frame, _}}) do
+  defp correct(changes, %{what: {:create, id, _stamp}, reply: {:frame, _}}, _before) do
     if Programs.get(changes.info.programs, id) || Deliveries.creating?(changes.deliveries, id),
       do: {changes, []},
       else: clean_peers(changes, :nobody, [id], @long_ago)
   end
 
-  defp correct(changes, _change), do: {changes, []}
+  # Nobody made it: the peers have their programs still, and so must the table.
+  defp correct(
+         changes,
+         %{mixed?: false, from: {:caller, _}, what: {:cleanup, _, _}} = change,
+         before
+       ) do
+    if success?(change.reply), do: {changes, []}, else: {put_back(changes, before), []}
+  end
+
+  defp correct(changes, _change, _before), do: {changes, []}
+
+  defp success?({:frame, frame}), do: Protocol.success?(frame)
+  defp success?(_error), do: false
+
+  defp put_back(changes, definitions) do
+    for {id, _stamp, body} <- definitions, reduce: changes do
+      changes ->
+        {stamp, changes} = stamp(changes)
+        Programs.put(changes.info.programs, id, stamp, body)
+        changes
+    end
+  end
+
+  ## What there was before
+
+  defp remember(changes, stamp, ids) do
+    programs = changes.info.programs
+
+    before =
+      if ids == :all,
+        do: Programs.definitions(programs),
+        else:
+          for(
+            id <- ids,
+            {stamp, body} <- List.wrap(Programs.get(programs, id)),
+            do: {id, stamp, body}
+          )
+
+    %{changes | undo: Map.put(changes.undo, stamp, before)}
+  end
+
+  defp forget(changes, %{what: {kind, _ids, stamp}}) when kind in [:create, :cleanup] do
+    {before, undo} = Map.pop(changes.undo, stamp, [])
+    {before, %{changes | undo: undo}}
+  end
+
+  defp forget(changes, _repair), do: {[], changes}
 
   defp ids(programs), do: for({id, _stamp, _body} <- Programs.definitions(programs), do: id)
 

@@ -71,5 +71,9 @@ defmodule DSPex.PythonBridge.Pool.Info do
 
   @doc "What is known of the pool of this name or pid; nil if there is none on this node."
   @spec fetch(term()) :: t() | nil
-  def fetch(pool), do: :persistent_term.get({__MODULE__, pool}, nil)
+  def fetch(pool) do
+    # One that was killed has withdrawn nothing.
+    with %__MODULE__{pid: pid} = info <- :persistent_term.get({__MODULE__, pool}, nil),
+         do: if(Process.alive?(pid), do: info)
+  end
 end
