@@ -1,5 +1,6 @@
 """Tells who it is, and keeps programs as ids with their signatures. `hold` is never answered; `die` ends the peer.
 
+A cleanup of the program `refused` is refused, as is one with arguments that it does not know.
 A program with the signature `one -> only` is taken by whoever makes the file FAKE_FILE, and refused by all others.
 """
 
@@ -46,7 +47,11 @@ for request in requests():
     elif command == "list_programs":
         reply(request, {"programs": programs})
     elif command == "cleanup":
-        for program_id in args.get("program_ids", list(programs)):
+        ids = args.get("program_ids", list(programs))
+        if args.keys() - {"program_ids"} or not isinstance(ids, list) or "refused" in args.get("program_ids", ()):
+            refuse(request, "cleanup: no", "invalid_args")
+            continue
+        for program_id in ids:
             programs.pop(program_id, None)
         reply(request, {"status": "cleaned"})
     else:

@@ -142,6 +142,34 @@ defmodule DSPex.PythonBridge.PoolProgramsTest do
     assert [{"other", _, _}] = known()
   end
 
+  test "an update that only some peers take is undone", %{tmp_dir: dir} do
+    start_up(dir)
+    {:ok, _} = create("one")
+    assert create("one", "one -> only") == {:error, "signature: not here"}
+    eventually(fn -> programs() == [%{"one" => "q -> a"}] end)
+    assert [{"one", _, body}] = known()
+    assert body =~ "q -> a"
+  end
+
+  test "a cleanup that no peer makes leaves all as it was", %{tmp_dir: dir} do
+    start_up(dir)
+    {:ok, _} = create("one")
+    {:ok, _} = create("refused")
+
+    for args <- [%{ids: ["one"]}, %{program_ids: ["one", "refused"]}, %{program_ids: false}] do
+      assert {:error, _text} = Pool.call(@pool, :cleanup, args)
+      assert ["one", "refused"] = for({id, _stamp, _body} <- known(), do: id)
+    end
+  end
+
+  test "a change reaches peers that have too many calls", %{tmp_dir: dir} do
+    start_up(dir, max_pending: 1)
+    for %{bridge: bridge} <- peers(), do: Bridge.cast(bridge, :hold, %{})
+    eventually(fn -> Enum.all?(peers(), &(&1.pending == 1)) end)
+    assert {:ok, _} = create("one")
+    assert [{"one", _, _}] = known()
+  end
+
   test "a program that one peer lacks is created there on the way", %{tmp_dir: dir} do
     start_up(dir)
     {:ok, _} = create("one")

@@ -115,6 +115,21 @@ defmodule DSPex.PythonBridge.PoolTest do
       end
     end
 
+    test "a pool that was killed is not running" do
+      Process.flag(:trap_exit, true)
+
+      {:ok, pool} =
+        Pool.start_link(fake_opts("echo") |> Keyword.merge(name: __MODULE__.Killed, pool_size: 1))
+
+      assert {:ok, _} = Pool.call(__MODULE__.Killed, :ping, %{}, 10_000)
+      Process.exit(pool, :kill)
+      assert_receive {:EXIT, ^pool, :killed}
+
+      for pool <- [pool, __MODULE__.Killed],
+          command <- [:ping, :cleanup],
+          do: assert(Pool.call(pool, command) == {:error, :bridge_not_running})
+    end
+
     test "a pool that ends leaves no process, and calls to it get an answer" do
       pool = start_up()
       os_pids = Enum.map(Pool.status().peers, & &1.os_pid)

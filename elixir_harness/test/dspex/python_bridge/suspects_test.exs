@@ -124,4 +124,19 @@ defmodule DSPex.PythonBridge.SuspectsTest do
     assert [{3, %{body: "three"}}] = Calls.at(traffic.calls, traffic.to)
     assert Traffic.pending(traffic) == 1
   end
+
+  test "a suspect waits while the programs are being given to the next peer" do
+    {:ok, options} = Options.new(max_retries: 1)
+    traffic = Dispatch.hold_changes(serve(Traffic.new(options, Programs.new())))
+    create = {:here, 1, {:create, "p", nil}}
+    traffic = Traffic.accept(traffic, nil, self(), :infinity, "create", create)
+    assert Calls.at(traffic.calls, traffic.to) == []
+    traffic = Dispatch.serve(traffic, traffic.to)
+    assert [{1, %{body: "create"}}] = Calls.at(traffic.calls, traffic.to)
+  end
+
+  test "a call that was long under way when its peer died does not hold all others for as long" do
+    assert Suspects.learn(Suspects.new(3), 100_000).acquit_ms == 5_000
+    assert Suspects.learn(Suspects.new(3), 1).acquit_ms == 1_000
+  end
 end

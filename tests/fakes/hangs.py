@@ -1,0 +1,8 @@
+"""Never reads, never answers, tells its number in FAKE_FILE."""
+
+import os
+import time
+
+with open(os.environ["FAKE_FILE"], "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(600)
