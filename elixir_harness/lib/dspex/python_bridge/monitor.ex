@@ -50,6 +50,7 @@ defmodule DSPex.PythonBridge.Monitor do
   @no_stats %{
     status: :unknown,
     failures: 0,
+    missed: nil,
     last_check: nil,
     checks: 0,
     answered: 0,
@@ -196,7 +197,10 @@ defmodule DSPex.PythonBridge.Monitor do
   defp count(state, {:checked, {:missed, reason, bridge_status}}) do
     # A bridge that is not there is counted, too, but there is nothing that could be restarted.
     counts? = bridge_status.state == :running or reason == :bridge_not_running
-    failures = if counts?, do: state.failures + 1, else: state.failures
+    # Those of a peer that has been replaced meanwhile are not its successor's.
+    so_far = if bridge_status.os_pid == state.missed, do: state.failures, else: 0
+    failures = if counts?, do: so_far + 1, else: state.failures
+    state = if counts?, do: %{state | missed: bridge_status.os_pid}, else: state
 
     Logger.warning(
       "monitor of bridge #{inspect(state.options.bridge)}, Python process " <>

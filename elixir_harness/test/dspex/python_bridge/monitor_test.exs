@@ -83,6 +83,16 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{status: :healthy, failures: 0} = Monitor.force_health_check(monitor)
   end
 
+  test "the misses of a peer that died are not its successor's" do
+    bridge = start_bridge(fake_opts("silent"))
+    monitor = start_monitor(bridge, max_failures: 3)
+    for n <- 1..2, do: assert(%{failures: ^n} = Monitor.force_health_check(monitor))
+    kill(Bridge.get_status(bridge).os_pid)
+    eventually(fn -> match?(%{restarts: 1, state: :running}, Bridge.get_status(bridge)) end)
+    assert %{failures: 1} = Monitor.force_health_check(monitor)
+    assert Bridge.get_status(bridge).restarts == 1
+  end
+
   test "a peer that closed its output is replaced, by checks that come by themselves" do
     bridge = start_bridge(fake_opts("closes_stdout"))
     start_monitor(bridge, interval: 20, timeout: 50, max_failures: 2)
