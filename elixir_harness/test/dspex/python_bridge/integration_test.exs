@@ -105,6 +105,20 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       assert {:ok, %{"programs" => ["qa", ^id]}} = Bridge.call(bridge, :list_programs)
     end
 
+    test "no key shows in ps, neither the peer's nor its watchdog's" do
+      bridge =
+        start(
+          lm_options: %{api_key: "sk-secret-of-ours"},
+          env: %{"SOME_KEY" => "sk-secret-of-ours"}
+        )
+
+      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
+      {processes, 0} = System.cmd("ps", ["-A", "-o", "pid,args"])
+      assert processes =~ "#{Bridge.get_status(bridge).os_pid} "
+      assert length(String.split(processes, "dspy_bridge.py")) >= 3
+      refute processes =~ "sk-secret-of-ours"
+    end
+
     test "settings reach the peer: a frame limit of ours is its own, too" do
       bridge = start(max_frame_bytes: 100_000)
       {:ok, _} = Bridge.call(bridge, :create_program, @qa)
