@@ -64,12 +64,13 @@ defmodule DSPex.PythonBridge.Programs do
   end
 
   def remove(table, ids, stamp) do
-    for id <- ids do
-      replace(table, {:removed, id}, stamp, nil)
-      delete_older(table, {:program, id}, stamp)
-    end
-
+    for id <- ids, do: remove_one(table, id, stamp)
     prune(table)
+  end
+
+  defp remove_one(table, id, stamp) do
+    replace(table, {:removed, id}, stamp, nil)
+    delete_older(table, {:program, id}, stamp)
   end
 
   @doc "Makes the change `what` that a peer has acknowledged; `body` is the request's."
@@ -110,9 +111,11 @@ defmodule DSPex.PythonBridge.Programs do
     for {key, stamp, nil} <- exported do
       case key do
         :removed_all -> remove(table, :all, stamp)
-        {:removed, id} -> remove(table, [id], stamp)
+        {:removed, id} -> remove_one(table, id, stamp)
       end
     end
+
+    prune(table)
 
     changed =
       for {{:program, id}, stamp, body} <- exported,
