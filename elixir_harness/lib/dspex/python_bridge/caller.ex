@@ -84,12 +84,18 @@ defmodule DSPex.PythonBridge.Caller do
   def change(command, args) when command in [:cleanup, "cleanup"] do
     case {argument(args, :program_ids), Map.drop(args, [:program_ids, "program_ids"])} do
       {nil, none} when none == %{} -> {:cleanup, :all, nil}
-      {ids, none} when is_list(ids) and none == %{} -> {:cleanup, Enum.map(ids, &text/1), nil}
+      {ids, none} when is_list(ids) and none == %{} -> cleanup(Enum.map(ids, &text/1))
       _refused -> nil
     end
   end
 
   def change(_command, _args), do: nil
+
+  defp cleanup(ids), do: unless(nil in ids, do: {:cleanup, ids, nil})
+
+  @doc "The program that the arguments of an execute name; nil if the peer will refuse them."
+  @spec program_id(map()) :: Programs.id() | nil
+  def program_id(args), do: text(argument(args, :program_id))
 
   # What JSON makes of an atom.
   defp text(id) when is_atom(id) and id not in [nil, true, false], do: Atom.to_string(id)
@@ -100,7 +106,7 @@ defmodule DSPex.PythonBridge.Caller do
 
   # A program that its peer could not load again is missing there; the bridge knows why.
   defp load_failure(dest, args, left) do
-    with id when id != nil <- text(argument(args, :program_id)),
+    with id when id != nil <- program_id(args),
          do: GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
   catch
     :exit, _no_answer -> nil

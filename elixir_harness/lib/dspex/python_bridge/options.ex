@@ -100,6 +100,31 @@ defmodule DSPex.PythonBridge.Options do
 
   def seal(opts), do: opts
 
+  @doc """
+  Whether a list of options can be right: a keyword list of which `refusal` gives nil for each. The error
+  names what cannot, after `whose`.
+  """
+  @spec check(term(), String.t(), ({atom(), term()} -> String.t() | nil)) ::
+          :ok | {:error, ArgumentError.t()}
+  def check(opts, whose, refusal) do
+    text =
+      if Keyword.keyword?(opts),
+        do: Enum.find_value(opts, refusal),
+        else: "options: expected a keyword list"
+
+    if text, do: {:error, ArgumentError.exception("#{whose}: #{text}")}, else: :ok
+  end
+
+  @doc "The text of a refusal: what was expected of an option, and what it got, cut short."
+  @spec expected(atom(), String.t(), term()) :: String.t()
+  def expected(key, what, value),
+    do: "#{inspect(key)}: expected #{what}, got #{inspect(value, limit: 5, printable_limit: 80)}"
+
+  @doc "The environment of the peer's, as a port takes it."
+  @spec port_env(t()) :: [{charlist(), charlist()}]
+  def port_env(%__MODULE__{env: env}),
+    do: for({name, value} <- env.(), do: {to_charlist(name), to_charlist(value)})
+
   defp unseal({key, value}) when key in @secret and is_function(value, 0), do: {key, value.()}
   defp unseal(option), do: option
 
@@ -171,9 +196,6 @@ defmodule DSPex.PythonBridge.Options do
 
   defp milliseconds(_key, ms) when ms in 1..@max_timeout, do: nil
   defp milliseconds(key, other), do: expected(key, "a positive number of milliseconds", other)
-
-  defp expected(key, what, value),
-    do: "#{inspect(key)}: expected #{what}, got #{inspect(value, limit: 5, printable_limit: 80)}"
 
   defp env_name?(name), do: is_binary(name) and name =~ ~r/\A[^=\0]+\z/ and String.valid?(name)
 

@@ -66,7 +66,7 @@ defmodule DSPex.PythonBridge.Peer do
       :exit_status,
       :use_stdio,
       args: ["-u", options.script_path],
-      env: for({name, value} <- options.env.(), do: {to_charlist(name), to_charlist(value)})
+      env: Options.port_env(options)
     ]
   end
 

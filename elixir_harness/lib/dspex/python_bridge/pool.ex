@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.Pool do
   defp check_timeout(timeout, info), do: Caller.check_timeout(timeout, info.pid)
 
   defp carry_out(info, request, command, args) do
-    with what when what != nil <- change(command, args),
+    with what when what != nil <- Caller.change(command, args),
          keeper when is_pid(keeper) <- Process.whereis(Info.keeper(info.name)) do
       keeper
       |> Caller.send_and_wait(Request.left(request), request.body, {:never, 0, what})
@@ -126,21 +126,8 @@ defmodule DSPex.PythonBridge.Pool do
     end
   end
 
-  # What a peer will refuse, any peer may.
-  defp change(command, args) do
-    case Caller.change(command, args) do
-      {:cleanup, ids, _stamp} = change -> unless is_list(ids) and nil in ids, do: change
-      create_or_none -> create_or_none
-    end
-  end
-
-  defp program(command, args) when command in [:execute_program, "execute_program"] do
-    case Map.get(args, :program_id) || Map.get(args, "program_id") do
-      id when is_binary(id) -> id
-      id when is_atom(id) and id != nil -> Atom.to_string(id)
-      _refused -> nil
-    end
-  end
+  defp program(command, args) when command in [:execute_program, "execute_program"],
+    do: Caller.program_id(args)
 
   defp program(_command, _args), do: nil
 

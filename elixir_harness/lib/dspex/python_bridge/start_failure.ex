@@ -51,7 +51,7 @@ defmodule DSPex.PythonBridge.StartFailure do
         :binary,
         :exit_status,
         args: ["-c", @script, python, "-u", options.script_path],
-        env: for({name, value} <- options.env.(), do: {to_charlist(name), to_charlist(value)})
+        env: Options.port_env(options)
       ])
 
     timer = Process.send_after(self(), {port, :too_long}, @timeout_ms)

@@ -248,13 +248,10 @@ defmodule DSPex.PythonBridge.Succession do
   @spec timer_fired(state(), :open | :start_timeout | :load_timeout) :: state()
   def timer_fired(state, :open), do: open(state)
 
-  def timer_fired(%{next: next} = state, :start_timeout),
-    do:
-      lost(
-        state,
-        next.port,
-        "no answer to its first ping within #{state.options.start_timeout} ms"
-      )
+  def timer_fired(%{next: next} = state, :start_timeout) do
+    why = "no answer to its first ping within #{state.options.start_timeout} ms"
+    lost(state, next.port, why)
+  end
 
   # The peer before is so long at a change of the programs that they are loaded as they are.
   def timer_fired(%{next: %Peer{loads: nil}} = state, :load_timeout),

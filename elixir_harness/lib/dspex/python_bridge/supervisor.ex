@@ -23,7 +23,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, ArgumentError.t()}
   def start_link(opts \\ []) do
-    with :ok <- check(opts) do
+    with :ok <- Options.check(opts, "python bridge supervisor", &refusal/1) do
       # The supervisor's state has them in it.
       {name, opts} = opts |> seal() |> Keyword.pop(:name, __MODULE__)
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
@@ -66,17 +66,6 @@ defmodule DSPex.PythonBridge.Supervisor do
     # A configuration that is no keyword list is the bridge's to refuse.
     config = if Keyword.keyword?(config), do: config, else: []
     Keyword.get(opts, :name, Keyword.get(config, :name, Bridge))
-  end
-
-  defp check(opts) do
-    wrong =
-      if Keyword.keyword?(opts),
-        do: Enum.find_value(opts, &refusal/1),
-        else: "options: expected a keyword list"
-
-    if wrong,
-      do: {:error, ArgumentError.exception("python bridge supervisor: " <> wrong)},
-      else: :ok
   end
 
   defp refusal({:name, _name}), do: nil

@@ -25,7 +25,7 @@ defmodule DSPex.PythonBridge.Pool.Settings do
   @doc "Settings from options, or the error that names the one that cannot be right."
   @spec new(term()) :: {:ok, t()} | {:error, ArgumentError.t()}
   def new(opts) do
-    with :ok <- check(opts),
+    with :ok <- Options.check(opts, "python pool", &refusal/1),
          {own, bridge} = Keyword.split(opts, [:name, :pool_size, :cluster]),
          {:ok, options} <- Options.new([name: nil] ++ bridge) do
       {:ok,
@@ -40,29 +40,17 @@ defmodule DSPex.PythonBridge.Pool.Settings do
     end
   end
 
-  defp check(opts) do
-    wrong =
-      if Keyword.keyword?(opts),
-        do: Enum.find_value(opts, &refusal/1),
-        else: "options: expected a keyword list"
-
-    if wrong, do: {:error, ArgumentError.exception("python pool: " <> wrong)}, else: :ok
-  end
-
   # Its bridges, and what callers know of it, have names made of it.
   defp refusal({:name, name}) when is_atom(name) and name not in [nil, true, false], do: nil
-  defp refusal({:name, other}), do: expected(:name, "an atom", other)
+  defp refusal({:name, other}), do: Options.expected(:name, "an atom", other)
   defp refusal({:pool_size, n}) when n in 1..@max_size, do: nil
-  defp refusal({:pool_size, other}), do: expected(:pool_size, "1 to #{@max_size}", other)
+  defp refusal({:pool_size, other}), do: Options.expected(:pool_size, "1 to #{@max_size}", other)
   defp refusal({:cluster, name}) when is_atom(name) and name not in [true, false], do: nil
   defp refusal({:cluster, name}) when is_binary(name) and name != "", do: nil
-  defp refusal({:cluster, other}), do: expected(:cluster, "nil, an atom or a text", other)
+  defp refusal({:cluster, other}), do: Options.expected(:cluster, "nil, an atom or a text", other)
   # Of the bridge's, two are the pool's to give.
   defp refusal({key, _value}) when key in [:slot, :programs],
     do: "#{inspect(key)}: there is no such option"
 
   defp refusal(_of_the_bridge), do: nil
-
-  defp expected(key, what, value),
-    do: "#{inspect(key)}: expected #{what}, got #{inspect(value, limit: 5, printable_limit: 80)}"
 end
