@@ -92,6 +92,7 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         max_frame_bytes=chosen.max_frame_bytes,
         log_exception=log_exception,
         prepare_loop=prepare_loop,
+        when_room=writer.when_room,
     )
     gc.enable()
     server.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)

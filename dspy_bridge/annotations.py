@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Optional, Union
 import dspy
 import pydantic
 
+from dspy_bridge import schemas
 from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.schema_words import short
 
 # Longer texts are no types that anybody wrote; the parser's recursion stays far from Python's limit.
 MAX_TYPE_CHARS = 2000
@@ -71,6 +73,20 @@ _GENERICS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("tuple", "Tuple", "Union", "Literal"), (1, 1000)),
 }
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
+
+
+def read_type(value: object, where: str) -> Any:
+    """The annotation for a type as a request gives it: a text, a JSON Schema object, None for `str`.
+
+    Raises `InvalidArgs`, which names `where` or a place in it.
+    """
+    if value is None:
+        return str
+    if isinstance(value, str):
+        return parse_type(value, where)
+    if isinstance(value, dict):
+        return schemas.to_annotation(value, where)
+    raise InvalidArgs(f"{where}: expected text such as str, list[int] or Literal['a', 'b'], or a JSON Schema object")
 
 
 def parse_type(text: str, where: str) -> Any:
@@ -154,8 +170,3 @@ def _name_of(node: ast.expr) -> str:
 
 def _is_ellipsis(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is ...
-
-
-def short(text: str) -> str:
-    """A text as an error quotes it."""
-    return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from dspy_bridge.programs import Program
     from dspy_bridge.settings import Settings
 
-_CREATE_ARGS = ("id", "signature", "program_type", "lm", "adapter", "config")
+_CREATE_ARGS = (
+    "id",
+    "signature",
+    "program_type",
+    "lm",
+    "adapter",
+    "config",
+    "options",
+    "tools",
+    "demos",
+    "state",
+    "state_path",
+)
 _EXECUTE_ARGS = ("program_id", "inputs", "config", "lm")
 
 
@@ -67,30 +79,31 @@ class Commands:
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """The output fields of one call of a program."""
+        """The output fields of one call of a program; for a list of inputs `{"results": […]}`."""
         _refuse_unknown(args, _EXECUTE_ARGS)
         id = _text(args, "program_id")
         inputs = args.get("inputs")
-        if not isinstance(inputs, dict):
-            raise InvalidArgs("inputs: expected an object of the signature's input fields")
+        if not isinstance(inputs, (dict, list)):
+            raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
         config = _object(args, "config")
         lm = _object(args, "lm")
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
-        return self._execute(entry, inputs, config, lm, call)
+        if isinstance(inputs, dict):
+            return self._execute(entry, inputs, config, lm, call)
+        return self._execute_all(entry, inputs, config, lm, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
-        """`{"programs": [ids]}`, with `details` also those; `program_ids` narrows both."""
-        details = args.get("details", False)
-        if not isinstance(details, bool):
-            raise InvalidArgs("details: expected true or false")
+        """`{"programs": [ids]}`, with `details` or `state` also those; `program_ids` narrows both."""
+        details = _flag(args, "details")
+        state = _flag(args, "state")
         ids = _ids(args)
         wanted = None if ids is None else set(ids)
         entries = [entry for entry in self._registry.answered() if wanted is None or entry.id in wanted]
         listed: dict[str, Any] = {"programs": [entry.id for entry in entries]}
-        if details:
-            listed["details"] = [entry.details() for entry in entries]
+        if details or state:
+            listed["details"] = [{**entry.details(), **(_state(entry) if state else {})} for entry in entries]
         return listed
 
     def get_stats(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
@@ -135,12 +148,36 @@ class Commands:
     async def _execute(
         self, entry: Entry, inputs: dict[str, Any], config: dict[str, Any] | None, lm: dict[str, Any] | None, call: Call
     ) -> dict[str, Any]:
+        entry, program = await self._working(entry)
+        if call.request.meta:
+            call.meter = _meter()
+        _count(entry)
+        return await program.call(inputs, config, lm, call, stream=call.request.stream)
+
+    async def _execute_all(
+        self, entry: Entry, inputs: list[Any], config: dict[str, Any] | None, lm: dict[str, Any] | None, call: Call
+    ) -> dict[str, Any]:
+        from dspy_bridge import batch
+
+        entry, program = await self._working(entry)
+        if call.request.meta:
+            call.meter = _meter()
+
+        async def one(item: Any) -> dict[str, Any]:
+            if not isinstance(item, dict):
+                raise InvalidArgs("inputs: expected an object of the signature's input fields")
+            _count(entry)
+            return await program.call(item, config, lm, call, stream=False)
+
+        return {"results": await batch.run(inputs, one, call, stream=call.request.stream)}
+
+    async def _working(self, entry: Entry) -> tuple[Entry, Program]:
+        """The program that an execute means: the one before, where the creation of the last one fails."""
         import asyncio
 
-        program = None
-        while program is None:
+        while True:
             try:
-                program = await self._program(entry)
+                return entry, await self._program(entry)
             except (SetupFailed, asyncio.CancelledError):
                 raise
             except BaseException:  # a constructor of the host's own may raise anything
@@ -150,9 +187,6 @@ class Commands:
                 if before is None:
                     raise ProgramNotFound(entry.id) from None
                 entry = before
-        entry.execution_count += 1
-        entry.last_executed = time.time()
-        return await program.call(inputs, config, lm, call.lm_usage if call.request.meta else None)
 
     async def _program(self, entry: Entry) -> Program:
         import asyncio
@@ -200,6 +234,23 @@ class Commands:
             return SetupFailed(f"{why}; the peer's log has the traceback under {logs.exception()}")
 
 
+def _count(entry: Entry) -> None:
+    entry.execution_count += 1
+    entry.last_executed = time.time()
+
+
+def _meter() -> Any:
+    from dspy_bridge.metering import Meter  # it imports DSPy, which is there by now
+
+    return Meter()
+
+
+def _state(entry: Entry) -> dict[str, Any]:
+    """Of a program that has been answered, and so has been loaded."""
+    assert entry.loading is not None
+    return {"state": entry.loading.result().state()}
+
+
 def _versions() -> dict[str, str]:
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -230,6 +281,13 @@ def _object(args: dict[str, Any], name: str) -> dict[str, Any] | None:
     value = args.get(name)
     if value is not None and not isinstance(value, dict):
         raise InvalidArgs(f"{name}: expected an object")
+    return value
+
+
+def _flag(args: dict[str, Any], name: str) -> bool:
+    value = args.get(name, False)
+    if not isinstance(value, bool):
+        raise InvalidArgs(f"{name}: expected true or false")
     return value
 
 

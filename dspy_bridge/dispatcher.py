@@ -1,7 +1,7 @@
 """From a frame to its one reply: what is quick is answered at once, the rest is a task of its own on an event loop.
 
 `receive` runs on the reading thread. The loop has a thread of its own, started by the first request that needs it, and
-all bookkeeping of running and waiting requests happens there. Only here do exceptions become error replies.
+all bookkeeping of running and waiting requests happens there.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import threading
 import time
 from collections import deque
 
-from dspy_bridge import memory, messages, redaction
-from dspy_bridge.calls import Call, Command
+from dspy_bridge import failures, memory, messages
+from dspy_bridge.calls import Call, Command, Host
+from dspy_bridge.conversation import Conversation
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
 from dspy_bridge.frames import TooLarge
 from dspy_bridge.stats import CommandStats
+from dspy_bridge.turns import Turns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,10 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
-# An error's text is one line of at most this many characters.
-MAX_ERROR_CHARS = 2000
-# Before it is cut to that it is redacted, and before that cut to this: half a secret is not known as one.
-_MOST_REDACTED = 10 * MAX_ERROR_CHARS
 # A deadline further away than this is none; it also keeps huge numbers out of the loop's clock.
 _LONGEST_MS = 10 * 365 * 86_400_000
 
@@ -43,16 +41,16 @@ class Dispatcher:
         max_frame_bytes: int,
         log_exception: Callable[[], str],
         prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
+        when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
     ) -> None:
         """`send` writes reply payloads from any thread; `log_exception` logs the current one and gives its reference.
 
-        `prepare_loop` gets the event loop before it runs, on its thread.
+        `prepare_loop` gets the event loop before it runs, on its thread. `when_room(callback)` is false where there is
+        room for more to be sent; else the callback is called, on any thread, when there is.
         """
         self._prepare_loop = prepare_loop
         self._commands = commands
         self._send = send
-        self._max_in_flight = max_in_flight
-        self._max_queue = max_queue
         self._max_frame_bytes = max_frame_bytes
         # The short way does not look at the limit: it is for hosts whose limit no such ping and no pong comes near.
         self._short_way = max_frame_bytes >= messages.QUICK_BYTES
@@ -61,16 +59,17 @@ class Dispatcher:
         self._stats = {"ping": self._pings}
         self._stats_lock = threading.Lock()
         # From the reading thread to the loop: calls and cancels, in the order received.
-        self._inbox: deque[Call | messages.Cancel] = deque()
+        self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         # Of the loop's thread alone, like all below; their sizes may be read by any.
         self._calls: dict[messages.Id, Call] = {}
-        self._waiting: deque[Call] = deque()
-        self._running = 0
+        self._turns = Turns(max_in_flight, max_queue)
         self._outbox: list[bytes] = []
         self._open = 0
         self._on_idle: Callable[[], object] | None = None
+        self._conversation = Conversation(self._push, when_room, max_frame_bytes)
+        self._host = Host(self._conversation, self._turns, self._describe)
 
     def quick(self, data: bytes) -> bytes | None:
         """The packet that answers `data`, if that is one ping known by its bytes; else None. On the reading thread."""
@@ -91,16 +90,19 @@ class Dispatcher:
                 return pong
         if isinstance(frame, TooLarge):
             text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
-            return messages.encode_error(None, FrameTooLarge.error_type, text)
+            return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
             request = messages.decode(frame)
         except messages.MessageError as error:
             error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
-            return messages.encode_error(error.id, error_type, _one_line(str(error)))
-        if isinstance(request, messages.Cancel):
+            return messages.encode_failure(error.id, messages.failure(error_type, failures.one_line(str(error))))
+        if isinstance(request, messages.ToolResult) and not self._conversation.asked(request.call_id):
+            text = f"tool_result.call_id: there was no tool call {request.call_id}"
+            return messages.encode_failure(None, messages.failure("invalid_request", text))
+        if not isinstance(request, messages.Request):
             self._inbox.append(request)
             return None
-        call = Call(request, received)
+        call = Call(request, received, self._host)
         command = self._commands.get(request.command)
         try:
             if command is None:
@@ -129,6 +131,7 @@ class Dispatcher:
         if self._loop is None and not self._inbox:
             callback()
             return
+        self._conversation.hang_up()
         self._on_idle = callback
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._take_inbox)
@@ -141,7 +144,7 @@ class Dispatcher:
         """`{"in_flight", "queued", "commands": {name: {"count", "errors", "p50_ms", "p99_ms"}}}`."""
         with self._stats_lock:
             commands = {name: stats.summary() for name, stats in self._stats.items() if stats.count}
-        return {"in_flight": self._running, "queued": len(self._waiting), "commands": commands}
+        return {"in_flight": self._turns.running, "queued": self._turns.waiting, "commands": commands}
 
     # On the loop's thread.
 
@@ -150,6 +153,7 @@ class Dispatcher:
 
         loop = asyncio.new_event_loop()
         self._prepare_loop(loop)
+        self._conversation.on(loop)
         # From here on `wake` goes through the loop; what came before it is taken first.
         self._loop = loop
         loop.call_soon(self._take_inbox)
@@ -165,6 +169,8 @@ class Dispatcher:
             item = self._inbox.popleft()
             if isinstance(item, Call):
                 self._admit(item)
+            elif isinstance(item, messages.ToolResult):
+                self._conversation.answer(item)
             elif (call := self._calls.get(item.id)) is not None:
                 self._stop(call, Cancelled("cancelled by the caller"))
         self._tell_idle()
@@ -173,21 +179,20 @@ class Dispatcher:
         assert self._loop is not None
         self._open += 1
         limited = self._commands[call.request.command].limited
-        if limited and self._running >= self._max_in_flight and len(self._waiting) >= self._max_queue:
-            self._answer(call, None, Overloaded(f"{self._running} executes run and {len(self._waiting)} wait already"))
+        if limited and self._turns.full:
+            load = f"{self._turns.running} executes run and {self._turns.waiting} wait already"
+            self._answer(call, None, Overloaded(load))
             return
         self._calls[call.request.id] = call
         timeout_ms = call.request.timeout_ms
         if timeout_ms is not None and timeout_ms < _LONGEST_MS:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
             call.handle = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
-        if not limited:
-            self._start(call)
-        elif self._running < self._max_in_flight:
-            self._running += 1
-            self._start(call)
+        if limited:
+            call.start = lambda: self._start(call)
+            self._turns.enter(call.start)
         else:
-            self._waiting.append(call)
+            self._start(call)
 
     def _start(self, call: Call) -> None:
         assert self._loop is not None and call.work is not None
@@ -202,11 +207,8 @@ class Dispatcher:
         else:
             error = task.exception()
             self._answer(call, task.result() if error is None else None, error)
-        if self._commands[call.request.command].limited:
-            self._running -= 1
-            if self._waiting:
-                self._running += 1
-                self._start(self._waiting.popleft())
+        if call.start is not None and not call.gave_turn:
+            self._turns.leave()
 
     def _stop(self, call: Call, why: BridgeError) -> None:
         """Answer now; the work is cancelled, however long it takes to notice."""
@@ -215,8 +217,8 @@ class Dispatcher:
         self._answer(call, None, why)
         if call.task is not None:
             call.task.cancel()
-        else:
-            self._waiting.remove(call)
+        elif call.start is not None:
+            self._turns.withdraw(call.start)
 
     def _answer(self, call: Call, result: Any, error: BaseException | None) -> None:
         if call.answered:
@@ -230,10 +232,13 @@ class Dispatcher:
             call.work.close()
         if self._calls.get(call.request.id) is call:
             del self._calls[call.request.id]
+        self._push(self._reply(call, result, error))
+
+    def _push(self, payload: bytes) -> None:
         if not self._outbox:
             assert self._loop is not None
             self._loop.call_soon(self._flush)
-        self._outbox.append(self._reply(call, result, error))
+        self._outbox.append(payload)
 
     def _flush(self) -> None:
         replies, self._outbox = self._outbox, []
@@ -258,7 +263,7 @@ class Dispatcher:
             meta = {
                 "duration_ms": round((now - call.received) * 1000, 3),
                 "queue_ms": round((call.started - call.received) * 1000, 3),
-                "lm_usage": call.lm_usage,
+                **({"lm_usage": {}, "lm_calls": 0, "cache_hits": 0} if call.meter is None else call.meter.summary()),
             }
         payload = b""
         if error is None:
@@ -279,22 +284,12 @@ class Dispatcher:
         return payload
 
     def _error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
-        if isinstance(error, BridgeError):
-            text = str(error) if error.exact else _one_line(redaction.redact(_one_line(str(error), _MOST_REDACTED)))
-            payload = messages.encode_error(id, error.error_type, text, error.retryable, meta)
-            if len(payload) > self._max_frame_bytes:
-                # A limit of a few hundred bytes, or an id or a name that fills it.
-                payload = messages.encode_error(id, FrameTooLarge.error_type, "the error is too long for a frame")
-            return payload
-        # A defect of ours, or of code that the host brought along: its text may hold contents, so it goes to the log.
-        try:
-            raise error
-        except BaseException:
-            reference = self._log_exception()
-        text = f"{type(error).__name__} in the peer; its log has the traceback under {reference}"
-        return messages.encode_error(id, "internal", text, None, meta)
+        payload = messages.encode_failure(id, self._describe(error), meta)
+        if len(payload) > self._max_frame_bytes:
+            # A limit of a few hundred bytes, or an id or a name that fills it.
+            text = "the error is too long for a frame"
+            payload = messages.encode_failure(id, messages.failure(FrameTooLarge.error_type, text))
+        return payload
 
-
-def _one_line(text: str, most: int = MAX_ERROR_CHARS) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    def _describe(self, error: BaseException) -> dict[str, Any]:
+        return failures.describe(error, self._log_exception)

@@ -7,14 +7,28 @@ type, always the same for the same question.
 
 from __future__ import annotations
 
+import re
 import types
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dspy
 import pydantic
-from dspy.lm15 import Message, Request, Response, TextPart, Usage
+from dspy.lm15 import (
+    Message,
+    Request,
+    Response,
+    StreamDeltaEvent,
+    StreamEndEvent,
+    StreamStartEvent,
+    TextDelta,
+    TextPart,
+    Usage,
+)
 from dspy.utils.callback import BaseCallback
+
+from dspy_bridge.loop_lm import LoopLM
 
 NAME = "offline/echo"
 
@@ -42,7 +56,7 @@ class WatchFormat(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             _asked.set((instance, inputs["signature"], inputs["inputs"]))
 
 
-class EchoLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
+class EchoLM(LoopLM):
     """For demos, self-tests and CI: no network, no model, the same answer to the same question."""
 
     def __init__(self, **options: Any) -> None:
@@ -76,17 +90,54 @@ class _AsyncEngine:
     async def complete(self, request: Request) -> Response:
         return self._engine.complete(request)
 
+    async def stream(self, request: Request) -> AsyncIterator[Any]:
+        response = self._engine.complete(request)
+        yield StreamStartEvent(model=NAME)
+        for word in re.findall(r"\s*\S+|\s+", response.message.text or ""):
+            yield StreamDeltaEvent(TextDelta(word))
+        yield StreamEndEvent(finish_reason="stop", usage=response.usage)
+
 
 def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict[str, Any]) -> str:
-    said = _echo(" | ".join(str(inputs[name]) for name in signature.input_fields if name in inputs))
+    names = [name for name in signature.input_fields if name in inputs and name not in ("trajectory", "tools")]
+    said = _echo(" | ".join(str(inputs[name]) for name in names))
     outputs = {}
+    step = _react_step(signature, inputs, said)
     for name, field in signature.output_fields.items():
-        if field.annotation is str:
+        if name in step:
+            outputs[name] = step[name]
+        elif field.annotation is dspy.ToolCalls:
+            calls = [
+                {"name": tool.name, "args": _tool_args(tool, inputs, said)} for tool in inputs.get("tools", ())[:1]
+            ]
+            outputs[name] = dspy.ToolCalls.from_dict_list(calls)
+        elif field.annotation is str and not field.metadata:
             outputs[name] = said
         else:
             outputs[name] = _typed(field.rebuild_annotation(), name)
     text: str = adapter.format_assistant_message_content(signature, outputs)
     return text
+
+
+def _react_step(signature: type[dspy.Signature], inputs: dict[str, Any], said: str) -> dict[str, Any]:
+    """Of a ReAct: its first tool is called once, text arguments echo the first input, then it is finished."""
+    if "next_tool_name" not in signature.output_fields:
+        return {}
+    tools: dict[str, dspy.Tool] = next(
+        (module.tools for module in dspy.settings.caller_modules or () if hasattr(module, "tools")), {}
+    )
+    name, tool = next(iter(tools.items()), ("finish", None))
+    if tool is None or inputs.get("trajectory"):
+        return {"next_tool_name": "finish", "next_tool_args": {}}
+    return {"next_tool_name": name, "next_tool_args": _tool_args(tool, inputs, said)}
+
+
+def _tool_args(tool: dspy.Tool, inputs: dict[str, Any], said: str) -> dict[str, Any]:
+    asked = next((value for value in inputs.values() if isinstance(value, str) and value), said)
+    return {
+        arg: asked if schema.get("type") == "string" else _value(schema, schema.get("$defs", {}), arg)
+        for arg, schema in tool.args.items()
+    }
 
 
 def _echo(text: str) -> str:
@@ -116,10 +167,14 @@ def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth
         schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
     if "const" in schema or "enum" in schema:
         return schema.get("const", schema.get("enum", [None])[0])
+    if schema.get("examples"):
+        return schema["examples"][0]
     for choices in ("anyOf", "oneOf", "allOf"):
         if choices in schema:
             return _value(schema[choices][0], definitions, name, depth)
     kind = schema.get("type", "string")
+    if isinstance(kind, list):
+        kind = next((one for one in kind if one != "null"), "null")
     if kind == "object":
         return _object(schema, definitions, depth)
     if kind == "array":
@@ -127,13 +182,24 @@ def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth
         # A type that contains itself ends in an empty list.
         return [] if depth > 8 else [_value(item, definitions, name, depth + 1) for item in items]
     if kind in ("integer", "number"):
-        low, high = schema.get("minimum", 0), schema.get("maximum")
-        middle = low + 1 if high is None else (low + high) / 2
-        return int(middle) if kind == "integer" else float(middle)
+        return _number(schema, kind)
     plain: dict[str, Any] = {"boolean": True, "null": None}
     if kind in plain:
         return plain[kind]
-    return _BY_FORMAT.get(schema.get("format", ""), _echo(name))
+    text = _BY_FORMAT.get(schema.get("format", ""), _echo(name))
+    return text.ljust(schema.get("minLength", 0), ".")[: schema.get("maxLength")]
+
+
+def _number(schema: dict[str, Any], kind: str) -> Any:
+    low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if "minimum" not in schema and "exclusiveMinimum" not in schema and high is not None:
+        low = min(low, high - 1)
+    middle = low + 1 if high is None else (low + high) / 2
+    if "multipleOf" in schema:
+        step = schema["multipleOf"]
+        middle = step * (middle // step + (0 if high is not None else 1))
+    return int(middle) if kind == "integer" else float(middle)
 
 
 def _object(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> dict[str, Any]:
@@ -144,5 +210,7 @@ def _object(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> 
         names = [name for name in properties if depth <= 8 or name in required]
         return {name: _value(properties[name], definitions, name, depth + 1) for name in names}
     values = schema.get("additionalProperties")
+    if values is False:
+        return {}
     value = values if isinstance(values, dict) and values else {"type": "string"}
     return {"key": _value(value, definitions, "key", depth + 1)}

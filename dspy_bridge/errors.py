@@ -70,6 +70,12 @@ class OutputInvalid(BridgeError):
     error_type = "output_invalid"
 
 
+class ToolFailed(BridgeError):
+    """A tool of the caller's failed, or gave what cannot be used."""
+
+    error_type = "tool_error"
+
+
 class TimedOut(BridgeError):
     """The deadline of the request came first."""
 

@@ -1,4 +1,4 @@
-"""Payload bytes to `Request` or `Cancel`, and replies to payload bytes. Strict JSON; pure; no I/O.
+"""Payload bytes to `Request`, `Cancel` or `ToolResult`, and replies to payload bytes. Strict JSON; pure; no I/O.
 
 jiter reads: it takes integers exactly (orjson makes floats of those past 64 bits), a text of a megabyte in a sixth of
 orjson's time, and half a millisecond to import. orjson writes; it costs 10 ms to import, so pings are written by hand,
@@ -86,17 +86,27 @@ class Cancel:
         self.id = id
 
 
-def decode(payload: bytes) -> Request | Cancel:
+class ToolResult:
+    """What a tool of the caller's gave: `value`, or `error`, a text for the LM, where that is not None."""
+
+    __slots__ = ("call_id", "error", "value")
+
+    def __init__(self, call_id: int, value: Any, error: str | None) -> None:
+        self.call_id = call_id
+        self.value = value
+        self.error = error
+
+
+def decode(payload: bytes) -> Request | Cancel | ToolResult:
     """Read one payload. Raises `NotJSON` or `NotAMessage`."""
     message = _loads(payload)
     if type(message) is not dict:
         raise NotAMessage(f"expected a JSON object, got {_json_name(message)}")
-    if "cancel" in message and "command" not in message:
-        if not _is_id(message["cancel"]):
-            id = message.get("id")
-            text = "cancel: expected the id of a request, an integer or text"
-            raise NotAMessage(text, id if _is_id(id) else None)
-        return Cancel(message["cancel"])
+    if "command" not in message:
+        if "cancel" in message:
+            return _cancel(message)
+        if "tool_result" in message:
+            return _tool_result(message["tool_result"])
     id = message.get("id")
     if not _is_id(id):
         raise NotAMessage(f"id: expected an integer or text, got {_json_name(id) if 'id' in message else 'nothing'}")
@@ -121,6 +131,32 @@ def decode(payload: bytes) -> Request | Cancel:
             raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
         flags.append(flag)
     return Request(id, command, args, timeout_ms, flags[0], flags[1])
+
+
+def _cancel(message: dict[str, Any]) -> Cancel:
+    if not _is_id(message["cancel"]):
+        id = message.get("id")
+        text = "cancel: expected the id of a request, an integer or text"
+        raise NotAMessage(text, id if _is_id(id) else None)
+    return Cancel(message["cancel"])
+
+
+def _tool_result(result: Any) -> ToolResult:
+    if type(result) is not dict:
+        raise NotAMessage(f"tool_result: expected an object, got {_json_name(result)}")
+    call_id = result.get("call_id")
+    if type(call_id) is not int:
+        raise NotAMessage("tool_result.call_id: expected the number of a tool call")
+    success = result.get("success")
+    if success is True:
+        return ToolResult(call_id, result.get("result"), None)
+    error = result.get("error")
+    # Somebody waits for this one: what cannot be read is told there, not to nobody.
+    if success is not False:
+        error = "tool_result.success: expected true or false"
+    elif type(error) is not str:
+        error = "tool_result.error: expected text"
+    return ToolResult(call_id, None, error)
 
 
 def encode_result(id: Id, result: Any, meta: dict[str, Any] | None = None) -> bytes:
@@ -156,16 +192,29 @@ def quick_packet(data: bytes, now: float) -> bytes | None:
     return b"\x00\x00\x00%c%b" % (len(pong), pong)
 
 
-def encode_error(
-    id: Id | None, error_type: str, text: str, retryable: bool | None = None, meta: dict[str, Any] | None = None
-) -> bytes:
-    """The payload of an error reply; `id` None where the sender's could not be read."""
+def failure(error_type: str, text: str, retryable: bool | None = None) -> dict[str, Any]:
+    """What a reply, or one item of a list of results, says of an error."""
     body: dict[str, Any] = {"success": False, "error": text, "error_type": error_type}
     if retryable is not None:
         body["retryable"] = retryable
-    if meta is not None:
-        body["meta"] = meta
+    return body
+
+
+def encode_failure(id: Id | None, failure: dict[str, Any], meta: dict[str, Any] | None = None) -> bytes:
+    """The payload of an error reply; `id` None where the sender's could not be read."""
+    body = failure if meta is None else {**failure, "meta": meta}
     return b'{"id":' + _encode_id(id) + b"," + encode_value(body)[1:]
+
+
+def encode_stream(id: Id, item: dict[str, Any]) -> bytes:
+    """The payload of what an execute tells before its reply."""
+    return b'{"id":' + _encode_id(id) + b',"stream":' + encode_value(item) + b"}"
+
+
+def encode_tool_call(id: Id, call_id: int, name: str, args: dict[str, Any]) -> bytes:
+    """The payload of a question to a tool of the caller's; `id` is the execute's."""
+    call = {"call_id": call_id, "name": name, "args": args}
+    return b'{"id":' + _encode_id(id) + b',"tool_call":' + encode_value(call) + b"}"
 
 
 def encode_log(level: str, logger: str, message: str) -> bytes:

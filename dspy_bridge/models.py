@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import threading
@@ -16,17 +15,18 @@ from typing import Any
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 
-from dspy_bridge import echo, logs, redaction, sync_threads
+from dspy_bridge import echo, logs, redaction
 from dspy_bridge.errors import (
     BridgeError,
     InvalidArgs,
     LMFailed,
     LMNotConfigured,
-    NotAllowed,
     OutputInvalid,
     SetupFailed,
 )
+from dspy_bridge.loop_lm import LoopLM
 from dspy_bridge.settings import ADAPTERS, Settings
 
 # Equal options share LMs and so their connections; the least recently used options go first.
@@ -36,18 +36,11 @@ MAX_LMS = 64
 CALLS_PER_LM = 100
 # Options of dspy.LM that are Python objects, which JSON cannot give.
 _OBJECT_OPTIONS = ("async_engine", "callbacks", "launch_kwargs", "prompt_cache", "provider", "train_kwargs")
+# As DSPy drops them when it loads a state, and what is no keyword argument of dspy.LM.
+_NOT_FROM_STATES = frozenset(
+    ("api_base", "base_url", "model_list", "engine", LM_CLASS_STATE_KEY, "finetuning_model", *_OBJECT_OPTIONS)
+)
 _ADAPTERS = dict(zip(ADAPTERS, (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter), strict=True))
-
-
-class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
-    """A `dspy.LM` whose sync calls, made in a worker thread, run on the event loop: there they can be cancelled."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `dspy.LM`'s."""
-        job = sync_threads.current.get()
-        if job is None:
-            return super().__call__(*args, **kwargs)
-        return job.on_loop(self.acall(*args, **kwargs))
 
 
 class LMPool:
@@ -88,7 +81,7 @@ class Models:
         self._lock = threading.Lock()
         logs.adopt("dspy")
         redaction.learn_environment()
-        self.allow_modules = settings.allow_modules
+        self.settings = settings
         self._configure(settings)
         if settings.init is not None:
             _call_init(settings.init)
@@ -127,6 +120,22 @@ class Models:
                 self._pools.move_to_end(key)
         return pool
 
+    def saved_pool(self, state: dict[str, Any]) -> LMPool:
+        """The LMs for the state of one that DSPy saved: where it is, and its key, are not taken from there."""
+        return self.pool({name: value for name, value in state.items() if name not in _NOT_FROM_STATES})
+
+    def adapter(self, given: object) -> dspy.Adapter:
+        """A new adapter: its name, or `{"name": "two_step", "extraction_model": {"model": …}}`. Raises `InvalidArgs`."""
+        if isinstance(given, str) and given in _ADAPTERS:
+            return _ADAPTERS[given]()
+        two_step = '{"name": "two_step", "extraction_model": {"model": …}}'
+        if not isinstance(given, dict) or given.get("name") != "two_step":
+            raise InvalidArgs(f"adapter: expected one of {', '.join(ADAPTERS)}, or {two_step}")
+        model = given.get("extraction_model")
+        if not isinstance(model, dict) or given.keys() != {"name", "extraction_model"}:
+            raise InvalidArgs(f"adapter: expected {two_step}")
+        return dspy.TwoStepAdapter(self.pool(model).first)
+
     @contextmanager
     def context(self, pool: LMPool | None, adapter: dspy.Adapter | None) -> Iterator[None]:
         """DSPy's settings for one call; without a pool the default LM's. Raises `LMNotConfigured`."""
@@ -145,31 +154,6 @@ class Models:
                 settings["callbacks"] = [*dspy.settings.callbacks, echo.WatchFormat()]
             stack.enter_context(dspy.context(**settings))
             yield
-
-
-def user_module(path: str, signature: type[dspy.Signature], allowed: tuple[str, ...]) -> dspy.Module:
-    """A module of the host's own: `package.module:Class`, made with the signature if its constructor takes one.
-
-    Raises `NotAllowed` unless a prefix in `allowed` covers it, and `InvalidArgs`.
-    """
-    if not any(path == prefix or path.startswith((f"{prefix}.", f"{prefix}:")) for prefix in allowed):
-        raise NotAllowed(f"program_type: {path} is not covered by DSPY_BRIDGE_ALLOW_MODULES")
-    module, _, name = path.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InvalidArgs(f"program_type: {path} cannot be loaded: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, dspy.Module)):
-        raise InvalidArgs(f"program_type: {path} is no dspy.Module")
-    takes_signature = "signature" in inspect.signature(inspect.getattr_static(kind, "__init__")).parameters
-    return kind(signature=signature) if takes_signature else kind()
-
-
-def adapter(name: object) -> dspy.Adapter:
-    """A new adapter by its name. Raises `InvalidArgs`."""
-    if not isinstance(name, str) or name not in _ADAPTERS:
-        raise InvalidArgs(f"adapter: expected one of {', '.join(ADAPTERS)}")
-    return _ADAPTERS[name]()
 
 
 def translate(error: Exception) -> BridgeError | None:

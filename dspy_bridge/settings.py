@@ -52,6 +52,9 @@ class Settings:
     disk_cache: str | None
     init: str | None
     allow_modules: tuple[str, ...]
+    allow_code: bool
+    state_dir: str | None
+    files_dir: str | None
     max_frame_bytes: int
     drain_ms: int
     log_level: str
@@ -153,6 +156,9 @@ SETTINGS = (
     Setting(
         "allow_modules", _prefixes, "", "prefixes of package.module:Class that may be program types; none if unset"
     ),
+    Setting("allow_code", _flag, "0", "1: program types that run code which an LM wrote are allowed"),
+    Setting("files_dir", _folder, "", "a folder whose files image, audio and file inputs may name; none if unset"),
+    Setting("state_dir", _folder, "", "a folder whose files state_path may name; none if unset"),
     Setting("max_frame_bytes", _whole(1), str(64 * 1024 * 1024), "the longest frame, in bytes, either way"),
     Setting("drain_ms", _whole(0), "5000", "how long work goes on after the end of input, in ms"),
     Setting("log_level", _one_of(*LOG_LEVELS), "info", f"{', '.join(LOG_LEVELS)}"),

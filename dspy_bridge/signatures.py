@@ -6,14 +6,18 @@ DSPy's own parser of string signatures imports modules that a type names, so no 
 from __future__ import annotations
 
 import ast
+import copy
+import json
 import keyword
-from typing import Any
+from typing import Annotated, Any, get_origin
 
 import dspy
 import pydantic
 
-from dspy_bridge.annotations import PROBABILITY, parse, parse_type, resolve
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge import media
+from dspy_bridge.annotations import PROBABILITY, parse, read_type, resolve
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
+from dspy_bridge.schema_words import short
 
 # Python's parser holds the interpreter lock throughout: 16,000 characters take it some 30 ms.
 MAX_SIGNATURE_CHARS = 16_000
@@ -27,20 +31,55 @@ class Contract:
     """A signature, and what its input values and constrained outputs are checked with.
 
     `inputs`: name to a validator, None where any value will do; `outputs`: the same, constrained ones only.
+    `defaults`: those of inputs that may be left out.
     """
 
-    __slots__ = ("inputs", "outputs", "signature")
+    __slots__ = ("defaults", "inputs", "outputs", "signature")
 
     def __init__(self, signature: type[dspy.Signature]) -> None:
         self.signature = signature
         self.inputs: dict[str, pydantic.TypeAdapter[Any] | None] = {}
         self.outputs: dict[str, pydantic.TypeAdapter[Any]] = {}
+        self.defaults: dict[str, Any] = {}
+
+    def check(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs as DSPy wants them. Values in errors are not quoted.
+
+        Raises `InvalidArgs`, which names every missing, unknown and unfit one at once, and `NotAllowed`.
+        """
+        wrong = [f"inputs.{_quoted(name)}: unknown field" for name in inputs if name not in self.inputs]
+        values = {}
+        for name, validator in self.inputs.items():
+            if name not in inputs and name not in self.defaults:
+                if validator is None or not _takes_none(validator):
+                    wrong.append(f"inputs.{name}: missing")
+                continue
+            value = inputs[name] if name in inputs else copy.deepcopy(self.defaults[name])
+            try:
+                values[name] = value if validator is None else validator.validate_python(value)
+            except (pydantic.ValidationError, TypeError, ValueError) as error:
+                wrong.append(f"inputs.{name}: {_reason(error)}")
+        if wrong:
+            expected = ", ".join(self.inputs) or "no inputs"
+            raise InvalidArgs(f"{'; '.join(wrong)}; expected {expected}")
+        return values
+
+    def check_outputs(self, outputs: dict[str, Any]) -> None:
+        """What DSPy does not check of an LM's answer, each value made one of its type in place.
+
+        Raises `OutputInvalid`, which names the field.
+        """
+        for name, constraint in self.outputs.items():
+            try:
+                outputs[name] = constraint.validate_python(outputs.get(name))
+            except pydantic.ValidationError as error:
+                raise OutputInvalid(f"the LM's answer did not fit the signature: {name}: {_reason(error)}") from None
 
 
-def build(definition: object) -> Contract:
+def build(definition: object, *, files_dir: str | None = None) -> Contract:
     """The signature of a `create_program`: DSPy's string form, or `{"inputs", "outputs", "instructions"?}`.
 
-    Raises `InvalidArgs`, naming the field.
+    `files_dir`: the folder that paths in inputs may lead to; none if None. Raises `InvalidArgs`, naming the field.
     """
     instructions = None
     if isinstance(definition, str):
@@ -58,20 +97,23 @@ def build(definition: object) -> Contract:
         raise InvalidArgs("signature.outputs: expected at least one field")
     if len(inputs) + len(outputs) > MAX_FIELDS:
         raise InvalidArgs(f"signature: expected at most {MAX_FIELDS} fields")
-    return _contract(inputs, outputs, instructions)
+    return _contract(inputs, outputs, instructions, files_dir)
 
 
 class _Field:
-    __slots__ = ("annotation", "description", "name", "where")
+    __slots__ = ("annotation", "default", "description", "name", "where")
 
-    def __init__(self, name: object, annotation: Any, description: str | None, where: str) -> None:
+    def __init__(
+        self, name: object, annotation: Any, description: str | None, where: str, default: dict[str, Any] | None = None
+    ) -> None:
         self.name = _check_name(name, where)
+        self.default = default or {}
         self.annotation = annotation
         self.description = description
         self.where = where
 
 
-def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | None) -> Contract:
+def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | None, files_dir: str | None) -> Contract:
     fields: dict[str, Any] = {}
     for group, make in ((inputs, dspy.InputField), (outputs, dspy.OutputField)):
         for field in group:
@@ -82,14 +124,22 @@ def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | N
             extra: dict[str, Any] = {"desc": field.description} if field.description else {}
             if field.annotation is PROBABILITY:
                 extra = {**extra, "ge": 0, "le": 1}  # DSPy tells the LM of constraints that the field function gets
-            fields[field.name] = (field.annotation, make(**extra))
+            info = make(**extra)
+            if field.annotation is not PROBABILITY and get_origin(field.annotation) is Annotated:
+                schema = json.dumps(pydantic.TypeAdapter(field.annotation).json_schema(), ensure_ascii=False)
+                info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
+            fields[field.name] = (field.annotation, info)
     contract = Contract(dspy.Signature(fields, instructions or None))
     for field in inputs:
         plain = field.annotation in (str, Any)
-        contract.inputs[field.name] = None if plain else pydantic.TypeAdapter(field.annotation)
+        annotation = media.accepting(field.annotation, files_dir)
+        contract.inputs[field.name] = None if plain else pydantic.TypeAdapter(annotation)
+        if field.default:
+            contract.defaults[field.name] = field.default["default"]
     for field in outputs:
-        if field.annotation is PROBABILITY:
-            contract.outputs[field.name] = pydantic.TypeAdapter(PROBABILITY)
+        # DSPy checks an answer with the type alone, without what Annotated adds.
+        if get_origin(field.annotation) is Annotated:
+            contract.outputs[field.name] = pydantic.TypeAdapter(field.annotation)
     return contract
 
 
@@ -105,11 +155,13 @@ def _read_fields(fields: object, where: str) -> list[_Field]:
         description = field.get("description", field.get("desc"))
         if description is not None and not isinstance(description, str):
             raise InvalidArgs(f"{here}.description: expected text")
-        type_text = field.get("type")
-        if type_text is not None and not isinstance(type_text, str):
-            raise InvalidArgs(f"{here}.type: expected text such as str, list[int] or Literal['a', 'b']")
-        annotation = str if type_text is None else parse_type(type_text, f"{here}.type")
-        read.append(_Field(field.get("name"), annotation, description, here))
+        kind = field.get("type")
+        annotation = read_type(kind, f"{here}.type")
+        default = None
+        if isinstance(kind, dict):
+            description = description or kind.get("description")
+            default = {"default": kind["default"]} if "default" in kind else None
+        read.append(_Field(field.get("name"), annotation, description, here, default))
     return read
 
 
@@ -162,3 +214,24 @@ def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
     return [
         (arg.arg, str if arg.annotation is None else resolve(arg.annotation, f"{here}.{arg.arg}")) for arg in given.args
     ]
+
+
+def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
+    try:
+        validator.validate_python(None)
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without the value: pydantic's own text quotes it."""
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = "".join(f"[{short(part) if isinstance(part, str) else part}]" for part in first["loc"])
+        return f"{place}{' ' if place else ''}{first['msg']}"
+    return str(error)
+
+
+def _quoted(name: str) -> str:
+    return name if name.isidentifier() and len(name) <= 60 else short(name)

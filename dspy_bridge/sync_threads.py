@@ -35,6 +35,7 @@ class Job:
         self._lock = threading.Lock()
         self._given_up = False
         self._waiting: set[Future[Any]] = set()
+        self._endings: list[Callable[[], object]] = []
 
     def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the event loop, where it can be cancelled, and wait for it. For the worker thread."""
@@ -51,13 +52,24 @@ class Job:
         finally:
             self._waiting.discard(future)
 
+    def on_give_up(self, end: Callable[[], object]) -> None:
+        """Call `end` when nobody waits any more, at once if that is so: it ends what this thread has started."""
+        with self._lock:
+            self._endings.append(end)
+            given_up = self._given_up
+        if given_up:
+            end()
+
     def give_up(self) -> None:
         """Nobody waits any more: stop what runs on the loop, refuse what would follow."""
         with self._lock:
             self._given_up = True
             waiting = list(self._waiting)
+            endings = list(self._endings)
         for future in waiting:
             future.cancel()
+        for end in endings:
+            end()
 
 
 # The job whose worker thread this is; threads that it starts with its context count as it.

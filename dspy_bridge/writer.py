@@ -37,6 +37,8 @@ class Writer:
         self._waiting_bytes = 0
         # Whether as much waits as may.
         self.full = False
+        # To be called when it is full no longer.
+        self._on_room: list[Callable[[], object]] = []
         self._thread: threading.Thread | None = None
 
     def send(self, payloads: Iterable[bytes]) -> None:
@@ -72,6 +74,13 @@ class Writer:
             while self.full and not given_up():
                 # A signal handler cannot notify: it runs on this thread, which may hold the lock.
                 self._changed.wait(0.1)
+
+    def when_room(self, callback: Callable[[], object]) -> bool:
+        """False if there is room; else `callback` is called once there is, on a thread of this module's."""
+        with self._lock:
+            if self.full:
+                self._on_room.append(callback)
+            return self.full
 
     def wait_until_written(self, timeout: float) -> None:
         """Return once nothing waits, or after `timeout` seconds."""
@@ -120,6 +129,9 @@ class Writer:
             with self._lock:
                 self._write_what_fits()
                 self._changed.notify_all()
+                found_room, self._on_room = ([], self._on_room) if self.full else (self._on_room, [])
+            for callback in found_room:
+                callback()
             if memory.due:
                 memory.give_back()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = str | tuple[int, dict[str, Any]]
+Answer = str | tuple[int, dict[str, Any]] | Iterator[str]
 
 
 class _Server(ThreadingHTTPServer):
@@ -19,6 +19,8 @@ class _Server(ThreadingHTTPServer):
 
 class LMServer:
     """Answers each chat completion with what `answer(request)` gives: the text, or a status and a body.
+
+    To a request that asks for a stream a text goes in small pieces, an iterator in its own, each when it is there.
 
     `requests`: all bodies received. `authorizations`: the headers. `gate`: while cleared, answers are held back.
     """
@@ -45,12 +47,27 @@ class LMServer:
                     self.close_connection = True
                     return
                 given = owner._answer(body)
+                if body.get("stream") and not isinstance(given, tuple):
+                    self._stream(body["model"], pieces(given) if isinstance(given, str) else given)
+                    return
+                assert not isinstance(given, Iterator), "the request asks for no stream"
                 status, reply = given if isinstance(given, tuple) else (200, completion(body["model"], given))
                 data = json.dumps(reply).encode()
                 # Headers and body in one write, else delayed ACKs add 40 ms.
                 head = f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
                 try:
                     self.wfile.write(head.encode() + data)
+                except OSError:
+                    owner.closed_by_client.release()
+
+            def _stream(self, model: str, given: Iterator[str]) -> None:
+                self.close_connection = True
+                head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+                try:
+                    self.wfile.write(head.encode())
+                    for piece in given:
+                        self.wfile.write(event(model, {"role": "assistant", "content": piece}, None))
+                    self.wfile.write(event(model, {}, "stop") + b"data: [DONE]\n\n")
                 except OSError:
                     owner.closed_by_client.release()
 
@@ -83,6 +100,20 @@ class LMServer:
     def options(self, **more: Any) -> dict[str, Any]:
         """Keyword arguments of dspy.LM that lead here."""
         return {"api_base": self.url, "api_key": "sk-test-0123456789", "cache": False, "num_retries": 0, **more}
+
+
+def event(model: str, delta: dict[str, Any], finish: str | None) -> bytes:
+    """A server-sent event of a streamed completion."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    chunk = {"id": "c1", "object": "chat.completion.chunk", "created": 0, "model": model, "choices": [choice]}
+    if finish is not None:
+        chunk["usage"] = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text as an LM would stream it: tokens of a few characters."""
+    return (text[at : at + 4] for at in range(0, len(text), 4))
 
 
 def completion(model: str, text: str) -> dict[str, Any]:

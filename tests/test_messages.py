@@ -54,7 +54,7 @@ def test_replies_are_written_as_the_vectors_have_them(vector: dict[str, Any]) ->
     if said["ok"]:
         payload = messages.encode_result(said["id"], said["result"], said.get("meta"))
     else:
-        payload = messages.encode_error(said["id"], said["error_type"], said["error"], said.get("retryable"))
+        payload = messages.encode_failure(said["id"], messages.failure(said["error_type"], said["error"], said.get("retryable")))
     assert payload.decode() == vector["payload"]
 
 

@@ -173,7 +173,7 @@ def module_peer() -> Any:
         ({}, ["inputs.q: missing", "inputs.n: missing"]),
         ({"q": "x", "n": 1, "w": 1, "v": 2}, ["inputs.w: unknown", "inputs.v: unknown", "expected q, n"]),
         ({"q": "x", "n": "many"}, ["inputs.n"]),
-        (["x"], ["inputs"]),
+        ("x", ["inputs"]),
         (None, ["inputs"]),
     ],
 )

@@ -1,0 +1,20 @@
+"""A `dspy.LM` that is called on the event loop, wherever the call came from: there it can be stopped, and can stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+
+from dspy_bridge import sync_threads
+
+
+class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
+    """A `dspy.LM` whose sync calls, made in a worker thread, run on the event loop: there they can be cancelled."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `dspy.LM`'s."""
+        job = sync_threads.current.get()
+        if job is None:
+            return super().__call__(*args, **kwargs)
+        return job.on_loop(self.acall(*args, **kwargs))

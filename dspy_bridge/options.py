@@ -1,0 +1,95 @@
+"""`options` of a program: the settings of DSPy's module constructors, checked. Pure; imports no DSPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dspy_bridge.errors import InvalidArgs
+
+# Each run is an LM call at least; more than this is a mistake.
+MAX_RUNS = 1000
+# The modules that best_of_n and refine may run several times.
+INNER_MODULES = ("predict", "chain_of_thought", "react")
+
+
+def _whole(least: int) -> Callable[[Any], Any]:
+    def read(value: Any) -> int:
+        if type(value) is not int or not least <= value <= MAX_RUNS:
+            raise ValueError(f"expected a whole number from {least} to {MAX_RUNS}")
+        return value
+
+    return read
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("expected a whole number of at least 1")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError("expected a number")
+    return float(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    return value
+
+
+def _inner(value: Any) -> str:
+    if value not in INNER_MODULES:
+        raise ValueError(f"expected one of {', '.join(INNER_MODULES)}")
+    return str(value)
+
+
+# By program type: the option's name here, as DSPy's constructor has it, and how it is read.
+_BEST = {
+    "n": ("N", _whole(1)),
+    "threshold": ("threshold", _number),
+    "fail_count": ("fail_count", _whole(1)),
+    "reward": ("reward", _object),
+    "module": ("module", _inner),
+}
+_OPTIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
+    "predict": {},
+    "chain_of_thought": {},
+    "react": {"max_iters": ("max_iters", _whole(1))},
+    "best_of_n": _BEST,
+    "refine": _BEST,
+    "multi_chain_comparison": {"m": ("M", _whole(1)), "temperature": ("temperature", _number)},
+    "program_of_thought": {"max_iters": ("max_iters", _whole(1))},
+    "code_act": {"max_iters": ("max_iters", _whole(1))},
+    "rlm": {
+        "max_iters": ("max_iters", _whole(1)),
+        "max_llm_calls": ("max_llm_calls", _whole(1)),
+        "max_output_chars": ("max_output_chars", _size),
+        "sub_lm": ("sub_lm", _object),
+    },
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    # DSPy has none for these.
+    "best_of_n": {"N": 3, "threshold": 1.0, "module": "predict"},
+    "refine": {"N": 3, "threshold": 1.0, "module": "predict"},
+}
+
+
+def read(program_type: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of DSPy's constructor. Raises `InvalidArgs`, naming the option."""
+    known = _OPTIONS[program_type]
+    chosen = dict(_DEFAULTS.get(program_type, {}))
+    for name, value in given.items():
+        # DSPy writes N and M.
+        option = known.get(name.lower() if len(name) == 1 else name)
+        if option is None:
+            expected = f"expected {', '.join(known)}" if known else "it takes none"
+            raise InvalidArgs(f"options.{name}: {program_type} has no such option; {expected}")
+        keyword, check = option
+        try:
+            chosen[keyword] = check(value)
+        except ValueError as error:
+            raise InvalidArgs(f"options.{name}: {error}") from None
+    return chosen

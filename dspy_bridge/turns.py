@@ -1,0 +1,73 @@
+"""Whose turn it is: executes run up to a limit, the rest waits in order. Of the event loop's thread alone."""
+
+from __future__ import annotations
+
+from collections import deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Turns:
+    """At most `most` turns at once; up to `most_waiting` more may wait before `full`. The counts may be read by any."""
+
+    def __init__(self, most: int, most_waiting: int) -> None:
+        self._most = most
+        self._most_waiting = most_waiting
+        self.running = 0
+        self._waiting: deque[Callable[[], object]] = deque()
+
+    @property
+    def full(self) -> bool:
+        """Whether as many run and wait as may."""
+        return self.running >= self._most and len(self._waiting) >= self._most_waiting
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def enter(self, start: Callable[[], object]) -> None:
+        """Call `start` when a turn is free, perhaps now. Who started calls `leave` at its end."""
+        if self.running < self._most:
+            self.running += 1
+            start()
+        else:
+            self._waiting.append(start)
+
+    def withdraw(self, start: Callable[[], object]) -> None:
+        """`start`, which waits, is not to be called any more."""
+        self._waiting.remove(start)
+
+    def leave(self) -> None:
+        """A turn is over: the next one begins."""
+        if self._waiting:
+            self._waiting.popleft()()
+        else:
+            self.running -= 1
+
+    async def take(self) -> None:
+        """Wait for a turn of one's own: for calls that need one after another."""
+        import asyncio
+
+        turn = asyncio.get_running_loop().create_future()
+        came = False
+
+        def start() -> None:
+            nonlocal came
+            came = True
+            if turn.cancelled():
+                self.leave()
+            else:
+                turn.set_result(None)
+
+        self.enter(start)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not came:
+                self.withdraw(start)
+            elif not turn.cancelled():
+                self.leave()  # cancelled in the moment in which its turn had come
+            raise
