@@ -1,0 +1,247 @@
+"""Types over real pipes: what an LM is told, what comes back, and that bad ones cost one error."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import lm_env
+from lm_server import chat
+from peer import Peer
+
+PERSON = {
+    "type": "object",
+    "title": "Person",
+    "properties": {
+        "first-name": {"type": "string", "description": "the given name"},
+        "class": {"enum": ["good", "bad"]},
+        "pets": {"type": "array", "items": {"$ref": "#/$defs/Pet"}},
+        "nick": {"type": "string"},
+        "age": {"type": "integer", "default": 18, "minimum": 0},
+    },
+    "required": ["first-name", "class"],
+    "$defs": {"Pet": {"type": "object", "properties": {"_kind": {"type": "string", "description": "cat or dog"}}}},
+}
+ADA = {"first-name": "Ada", "class": "good", "pets": [{"_kind": "cat"}]}
+PNG = base64.b64encode(b"\x89PNG and so on").decode()
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    """A peer for tests that leave nothing behind but programs of their own."""
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as one:
+        yield one
+
+
+def create(peer: Peer, inputs: dict[str, Any], outputs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    sides = {
+        side: [{"name": name, "type": kind} for name, kind in fields.items()]
+        for side, fields in (("inputs", inputs), ("outputs", outputs))
+    }
+    return peer.call("create_program", {"id": "p", "signature": sides, **more})
+
+
+def execute(peer: Peer, **inputs: Any) -> dict[str, Any]:
+    return peer.call("execute_program", {"program_id": "p", "inputs": inputs})
+
+
+def prompt_of(request: dict[str, Any]) -> str:
+    contents = [message["content"] for message in request["messages"]]
+    return "\n".join(
+        part if isinstance(part, str) else "".join(one.get("text", "") for one in part) for part in contents
+    )
+
+
+@pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
+def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_lm: Any, adapter: str) -> None:
+    """Names, descriptions and allowed values are the schema's own; what is absent stays so, but for defaults."""
+    answer = json.dumps({**ADA, "nick": None})
+    answers = {
+        "chat": chat(who=answer),
+        "json": json.dumps({"who": json.loads(answer)}),
+        "xml": f"<who>\n{answer}\n</who>",
+    }
+    server = start_lm(answers[adapter])
+    with Peer(env=lm_env(server)) as peer:
+        assert create(peer, {"about": PERSON}, {"who": PERSON}, adapter=adapter)["success"]
+        assert execute(peer, about=ADA)["result"] == {"who": {**ADA, "age": 18}}
+    (request,) = server.requests
+    prompt = prompt_of(request)
+    for told in ("first-name", "the given name", '"good"', '"_kind"', "cat or dog", "Person"):
+        assert told in prompt, prompt
+    assert json.dumps({**ADA, "age": 18}) in prompt, "the input as JSON, by the schema's names"
+    assert "$ref" not in prompt and "$defs" not in prompt
+
+
+def test_constraints_of_a_plain_type_are_told_and_checked(start_lm: Any) -> None:
+    server = start_lm(chat(code="abc"))
+    with Peer(env=lm_env(server)) as peer:
+        create(peer, {"q": "str"}, {"code": {"type": "string", "pattern": "^[A-Z]+$", "description": "in capitals"}})
+        reply = execute(peer, q="x")
+    assert reply["error_type"] == "output_invalid" and ": code: String should match pattern" in reply["error"]
+    assert '"pattern": "^[A-Z]+$"' in prompt_of(server.requests[0]) and "in capitals" in prompt_of(server.requests[0])
+
+
+def test_an_answer_that_does_not_fit_a_schema_is_output_invalid(start_lm: Any) -> None:
+    server = start_lm(chat(who=json.dumps({"first-name": "Ada", "class": "ugly"})))
+    with Peer(env=lm_env(server)) as peer:
+        create(peer, {"q": "str"}, {"who": PERSON})
+        assert execute(peer, q="x")["error_type"] == "output_invalid"
+
+
+@pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
+def test_the_echo_lm_answers_any_schema(peer: Peer, adapter: str) -> None:
+    outputs = {
+        "who": PERSON,
+        "n": {"type": "integer", "minimum": 5, "multipleOf": 5},
+        "low": {"type": "number", "exclusiveMaximum": -3},
+        "tag": {"type": "string", "minLength": 12, "maxLength": 14},
+        "code": {"type": "string", "pattern": "^[A-Z]+$", "examples": ["ABC"]},
+        "day": {"type": "string", "format": "date"},
+        "pair": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": ["null", "string"]}]},
+        "map": {"type": "object", "additionalProperties": {"type": "boolean"}},
+        "none": {"type": "object", "additionalProperties": False},
+        "either": {"anyOf": [{"type": "array", "items": {}}, {"type": "null"}]},
+    }
+    assert create(peer, {"q": "str"}, outputs, adapter=adapter)["success"]
+    reply = execute(peer, q="x")
+    assert reply["success"], reply
+    result = reply["result"]
+    assert result["who"]["class"] == "good" and result["day"] == "2026-01-01" and result["code"] == "ABC"
+    assert list(result["map"].values()) == [True] and result["n"] % 5 == 0 and result["none"] == {}
+
+
+def test_inputs_are_checked_before_any_lm_is_asked(start_lm: Any) -> None:
+    server = start_lm()
+    with Peer(env=lm_env(server)) as peer:
+        create(peer, {"who": PERSON, "pic": "image", "log": "history"}, {"answer": "str"})
+        reply = execute(peer, who={"class": "SECRET"}, pic="/etc/passwd", more=1)
+    assert reply["error_type"] == "invalid_args" and not server.requests
+    for text in (
+        "inputs.more: unknown",
+        "inputs.who: ['first-name'] Field required",
+        "inputs.pic: ",
+        "inputs.log: miss",
+    ):
+        assert text in reply["error"]
+    assert "SECRET" not in reply["error"] and "passwd" not in reply["error"]
+
+
+def parts_of(request: dict[str, Any]) -> list[dict[str, Any]]:
+    content = request["messages"][-1]["content"]
+    return [part for part in content if part["type"] != "text"]
+
+
+@pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
+def test_media_arrive_at_the_lm_as_parts_of_their_own(start_lm: Any, adapter: str) -> None:
+    answers = {"chat": chat(answer="ok"), "json": '{"answer": "ok"}', "xml": "<answer>ok</answer>"}
+    server = start_lm(answers[adapter])
+    kinds = {"url": "image", "pics": "list[image]", "sound": "audio", "paper": "file", "no": "Optional[image]"}
+    with Peer(env=lm_env(server)) as peer:
+        assert create(peer, kinds, {"answer": "str"}, adapter=adapter)["success"]
+        reply = execute(
+            peer,
+            url="https://example.org/a.png",
+            pics=[{"base64": PNG, "mime": "image/png"}, f"data:image/gif;base64,{PNG}"],
+            sound={"base64": PNG, "mime": "audio/wav"},
+            paper={"base64": PNG, "mime": "application/pdf", "filename": "a.pdf"},
+        )
+    assert reply["success"], reply
+    parts = parts_of(server.requests[0])
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert urls == ["https://example.org/a.png", f"data:image/png;base64,{PNG}", f"data:image/gif;base64,{PNG}"]
+    assert [part["input_audio"] for part in parts if part["type"] == "input_audio"] == [{"data": PNG, "format": "wav"}]
+    (paper,) = (part["file"] for part in parts if part["type"] == "file")
+    assert paper["file_data"] == f"data:application/pdf;base64,{PNG}"
+
+
+def test_turns_of_a_history_are_messages(start_lm: Any) -> None:
+    server = start_lm()
+    with Peer(env=lm_env(server)) as peer:
+        create(peer, {"question": "str", "log": "history"}, {"answer": "str"})
+        assert execute(peer, question="And now?", log=[{"question": "Before?", "answer": "Rome"}])["success"]
+    messages = server.requests[0]["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert "Before?" in messages[1]["content"] and "Rome" in messages[2]["content"]
+
+
+def test_a_path_is_read_in_the_folder_of_the_setting_alone(start_lm: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    server = start_lm()
+    for env, works in (({}, False), ({"DSPY_BRIDGE_FILES_DIR": str(tmp_path)}, True)):
+        with Peer(env={**lm_env(server), **env}) as peer:
+            create(peer, {"pic": "image"}, {"answer": "str"})
+            assert execute(peer, pic={"path": "/etc/hostname"})["error_type"] == "not_allowed"
+            reply = execute(peer, pic={"path": "a.png"})
+            assert reply["success"] is works and (works or "DSPY_BRIDGE_FILES_DIR" in reply["error"])
+    assert parts_of(server.requests[-1])[0]["image_url"]["url"] == "data:image/png;base64,eA=="
+
+
+def test_an_image_of_20_mb_reaches_the_lm_and_no_log_or_reply(start_lm: Any) -> None:
+    """Each in seconds, in a few copies of its size, and what follows valid base64 is still seen."""
+    data = base64.b64encode(os.urandom(20_000_000)).decode()
+    server = start_lm()
+    with Peer(env={**lm_env(server), "DSPY_BRIDGE_LOG_LEVEL": "debug"}) as peer:
+        create(peer, {"pic": "image"}, {"answer": "str"})
+        for _ in range(3):
+            began = time.monotonic()
+            reply = execute(peer, pic={"base64": data, "mime": "image/png"})
+            assert reply["success"] and time.monotonic() - began < 20
+            assert len(json.dumps(reply)) < 1000
+        assert parts_of(server.requests[-1])[0]["image_url"]["url"] == f"data:image/png;base64,{data}"
+        assert execute(peer, pic={"base64": data + "!!!!", "mime": "image/png"})["error_type"] == "invalid_args"
+        rss = peer.call("get_stats")["result"]["memory_usage"]["rss"]
+        assert rss < 800 << 20
+        _, _, log = peer.finish()
+    assert data[:40] not in log and len(log) < 100_000
+
+
+def deep(word: str, depth: int) -> bytes:
+    opening, closing = {"properties": ('{"properties":{"x":', "}}"), "anyOf": ('{"anyOf":[', "]}")}.get(
+        word, (f'{{"{word}":', "}")
+    )
+    schema = opening * depth + '{"type":"string"}' + closing * depth
+    signature = f'{{"inputs":[],"outputs":[{{"name":"a","type":{schema}}}]}}'
+    return f'{{"id":1,"command":"create_program","args":{{"id":"x","signature":{signature}}}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    ("word", "depth"),
+    [(word, depth) for word in ("properties", "anyOf", "items") for depth in (70, 150, 10_000)] + [("default", 10_000)],
+)
+def test_a_deep_schema_is_one_clear_error(peer: Peer, word: str, depth: int) -> None:
+    """Past 200 levels the frame itself cannot be read; before, the schema is named."""
+    began = time.monotonic()
+    peer.send(deep(word, depth))
+    reply = peer.receive()
+    assert not reply["success"] and time.monotonic() - began < 2
+    if reply["error_type"] == "invalid_json":
+        assert depth > 100 and "recursion limit" in reply["error"]
+    else:
+        assert reply["error_type"] == "invalid_args" and "signature.outputs[0].type" in reply["error"]
+        assert "nested too deep" in reply["error"]
+    assert peer.call("ping")["success"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (
+            {"type": "object", "properties": {"x": {"foo": 1}}},
+            "signature.outputs[0].type.properties.x: unknown word 'foo'",
+        ),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}, "contains itself"),
+        ({"type": 5}, "signature.outputs[0].type.type: expected"),
+        ("__import__('os').system('x')", "signature.outputs[0].type: unknown type"),
+        (5, "signature.outputs[0].type: expected text"),
+    ],
+)
+def test_a_type_that_is_none_is_named(peer: Peer, kind: Any, text: str) -> None:
+    reply = create(peer, {"q": "str"}, {"a": kind})
+    assert reply["error_type"] == "invalid_args" and text in reply["error"]

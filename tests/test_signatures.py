@@ -1,0 +1,128 @@
+"""signatures: what a contract checks of inputs before any LM is asked, and of what the LM answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dspy_bridge import signatures
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
+
+PERSON = {
+    "type": "object",
+    "properties": {"first-name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["first-name"],
+}
+
+
+def field(name: str, kind: Any = None, **more: Any) -> dict[str, Any]:
+    return {"name": name, **({} if kind is None else {"type": kind}), **more}
+
+
+def contract(*inputs: dict[str, Any], outputs: tuple[dict[str, Any], ...] = (field("answer"),)) -> signatures.Contract:
+    return signatures.build({"inputs": list(inputs), "outputs": list(outputs)})
+
+
+def refused(made: signatures.Contract, inputs: dict[str, Any]) -> str:
+    with pytest.raises(InvalidArgs) as caught:
+        made.check(inputs)
+    return str(caught.value)
+
+
+def test_all_that_is_wrong_with_inputs_is_named_at_once() -> None:
+    made = contract(field("q"), field("n", "int"), field("who", PERSON))
+    error = refused(made, {"n": "SECRET", "who": {"age": 5}, "w": 1, "a b": 2})
+    assert error == (
+        "inputs.w: unknown field; inputs.'a b': unknown field; inputs.q: missing; inputs.n: Input should be a valid "
+        "integer, unable to parse string as an integer; inputs.who: ['first-name'] Field required; expected q, n, who"
+    )
+
+
+def test_long_names_are_cut() -> None:
+    assert len(refused(contract(field("q")), {"x" * 100_000: 1})) < 200
+    assert (
+        len(refused(contract(field("q", {**PERSON, "additionalProperties": False})), {"q": {"x" * 100_000: 1}})) < 300
+    )
+
+
+def test_values_are_converted_as_pydantic_does() -> None:
+    made = contract(field("n", "int"), field("tags", "list[float]"), field("who", PERSON))
+    values = made.check({"n": "5", "tags": [1, "2.5"], "who": {"first-name": "Ada", "more": None}})
+    assert values == {"n": 5, "tags": [1.0, 2.5], "who": {"first-name": "Ada", "more": None}}
+    assert type(values["who"]) is dict
+
+
+def test_an_input_that_may_be_none_may_be_left_out_and_one_with_a_default_gets_it() -> None:
+    made = contract(
+        field("maybe", "Optional[str]"),
+        field("n", {"type": "integer", "default": 3}),
+        field("tags", {"type": "array", "items": {"type": "string"}, "default": []}),
+        field("null", {"type": ["string", "null"]}),
+        field("any", {"default": []}),
+    )
+    values = made.check({})
+    assert values == {"n": 3, "tags": [], "any": []}
+    values["tags"].append("x")
+    values["any"].append("x")
+    assert made.check({}) == {"n": 3, "tags": [], "any": []}, "each call has a default of its own"
+
+
+def test_a_description_of_the_schema_is_the_fields_unless_it_has_one() -> None:
+    described = {"type": "string", "description": "theirs"}
+    made = contract(field("a", described), field("b", described, description="mine"))
+    told = {name: info.json_schema_extra["desc"] for name, info in made.signature.input_fields.items()}
+    assert told == {"a": "theirs", "b": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("probability", 0.5, 1.5),
+        ({"type": "integer", "minimum": 0}, 0, -1),
+        ({"type": "string", "pattern": "^a"}, "ab", "b"),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, {"x": 1}, {"x": "y"}),
+        ({"type": ["string", "null"], "minLength": 2}, None, "a"),
+    ],
+)
+def test_what_dspy_does_not_check_of_an_answer_is_checked(kind: Any, good: Any, bad: Any) -> None:
+    made = contract(outputs=(field("it", kind), field("other")))
+    outputs = {"it": good, "other": "x"}
+    made.check_outputs(outputs)
+    assert outputs == {"it": good, "other": "x"}
+    with pytest.raises(OutputInvalid, match="the LM's answer did not fit the signature: it: "):
+        made.check_outputs({"it": bad, "other": "x"})
+
+
+def test_an_answer_of_texts_becomes_one_of_its_type() -> None:
+    """XML has nothing but texts, and DSPy does not look into a map."""
+    outputs = {"it": {"a": "5"}}
+    contract(outputs=(field("it", {"additionalProperties": {"type": "integer"}}),)).check_outputs(outputs)
+    assert outputs == {"it": {"a": 5}}
+
+
+def test_the_reserved_names_are_still_refused() -> None:
+    for name in ("completions", "config", "lm", "demos"):
+        with pytest.raises(InvalidArgs, match=name):
+            contract(field(name, PERSON))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("__import__('os').system('x')", "signature.inputs[0].type: unknown type"),
+        ("list[", "signature.inputs[0].type: 'list[' cannot be read"),
+        ("Literal[open('x')]", "signature.inputs[0].type: Literal takes texts"),
+        ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),
+        ("list[image, image]", "signature.inputs[0].type: list[…] takes 1 type"),
+        ("(lambda: 1)()", "signature.inputs[0].type: unknown type"),
+        ({"type": "object", "properties": {"x": {"foo": 1}}}, "signature.inputs[0].type.properties.x: unknown word"),
+        (5, "signature.inputs[0].type: expected text such as str"),
+        (True, "signature.inputs[0].type: expected text such as str"),
+        ([], "signature.inputs[0].type: expected text such as str"),
+    ],
+)
+def test_a_type_that_is_none_is_named(kind: Any, text: str) -> None:
+    with pytest.raises(InvalidArgs) as caught:
+        contract(field("q", kind))
+    assert str(caught.value).startswith(text), str(caught.value)
