@@ -28,16 +28,24 @@ class Failure(Exception):
 
 
 class Undecided(Exception):
-    """Whether a frame is JSON is up to the parser: nested deeper than must be read, not so deep that it must not."""
+    """Whether a frame is JSON is up to the parser: nested deeper than must be read, not so deep that it must not.
+
+    Or it answers a tool call that the peer may have made by now.
+    """
 
 
 # By command, what it may end in beside what every task may: a deadline where there is one, a cancel where one was sent.
 CREATE_ENDS = frozenset(("success", "invalid_args", "not_allowed"))
 EXECUTE_ENDS = frozenset(
-    ("success", "invalid_args", "program_not_found", "lm_not_configured", "lm_error", "output_invalid")
+    ("success", "invalid_args", "program_not_found", "lm_not_configured", "lm_error", "output_invalid", "tool_error")
 )
-CREATE_ARGS = ("id", "signature", "program_type", "lm", "adapter", "config")
+CREATE_ARGS = (
+    *("id", "signature", "program_type", "options", "lm", "adapter", "config", "tools", "demos", "state", "state_path"),
+)
 EXECUTE_ARGS = ("program_id", "inputs", "config", "lm")
+
+# No peer makes so many in a run.
+MOST_TOOL_CALLS = 10**9
 
 # An id with its type: in Python 1 and True are one key, and so are ids that are not.
 Key = tuple[type, Any]
@@ -54,6 +62,7 @@ class Owed:
     command: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
     meta: bool = False
+    stream: bool = False
     # Answered before whatever comes after it is looked at.
     at_once: bool = True
     paid: bool = False
@@ -94,6 +103,12 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
     key = _key(message.get("id"))
     if "cancel" in message and "command" not in message:
         return refused(key or NULL) if _key(message["cancel"]) is None else None
+    if "tool_result" in message and "command" not in message:
+        result = message["tool_result"]
+        call_id = result.get("call_id") if isinstance(result, dict) else None
+        if isinstance(call_id, int) and not isinstance(call_id, bool) and 0 < call_id < MOST_TOOL_CALLS:
+            raise Undecided
+        return refused(NULL)
     if key is None:
         return refused(NULL)
     command, args, timeout = message.get("command"), message.get("args"), message.get("timeout_ms")
@@ -108,14 +123,14 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
     if tells and (len(payload) > 2000 or command == "list_programs"):
         # Its reply may be longer than it is, and past the limit.
         ends |= {"frame_too_large"}
-    return Owed(payload, (key,), ends, command, args, flags[0], at_once)
+    return Owed(payload, (key,), ends, command, args, *flags, at_once)
 
 
 def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset[str], bool]:
     """What a request may end in, and whether at once."""
     refused = frozenset(("invalid_args",)), True
     done = frozenset(("success",)), True
-    ids, details = args.get("program_ids"), args.get("details", False)
+    ids, details = args.get("program_ids"), [args.get(name, False) for name in ("details", "state")]
     good_ids = ids is None or (isinstance(ids, list) and all(isinstance(id, str) for id in ids))
     objects = all(args.get(name) is None or isinstance(args[name], dict) for name in ("config", "lm"))
     late = {"timeout", "cancelled"} if deadline else {"cancelled"}
@@ -124,7 +139,7 @@ def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset
     if command == "cleanup":
         return done if good_ids and not set(args) - {"program_ids"} else refused
     if command == "list_programs":
-        return done if good_ids and isinstance(details, bool) else refused
+        return done if good_ids and all(isinstance(flag, bool) for flag in details) else refused
     if command == "create_program":
         id, signature = args.get("id"), args.get("signature")
         if not isinstance(id, str) or not id or signature is None or not objects or set(args) - set(CREATE_ARGS):
@@ -132,7 +147,7 @@ def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset
         return CREATE_ENDS | late, False
     if command == "execute_program":
         id, inputs = args.get("program_id"), args.get("inputs")
-        if not isinstance(id, str) or not id or not isinstance(inputs, dict) or not objects:
+        if not isinstance(id, str) or not id or not isinstance(inputs, (dict, list)) or not objects:
             return refused
         if set(args) - set(EXECUTE_ARGS):
             return refused
@@ -153,10 +168,13 @@ def _fits(command: str | None, args: dict[str, Any], result: Any) -> bool:
         listed, asked = result.get("programs"), args.get("program_ids")
         if not isinstance(listed, list) or (asked is not None and not set(listed) <= set(asked)):
             return False
-        details = result.get("details") if args.get("details") else [{"id": id} for id in listed]
+        detailed = args.get("details") or args.get("state")
+        details = result.get("details") if detailed else [{"id": id} for id in listed]
         return isinstance(details, list) and [detail["id"] for detail in details] == listed
     if command == "get_stats":
         return {"programs_count", "memory_usage", "uptime", "in_flight", "queued", "pid"} <= result.keys()
+    if command == "execute_program" and isinstance(args["inputs"], list):
+        return result.keys() == {"results"} and len(result["results"]) == len(args["inputs"])
     return True
 
 
@@ -229,8 +247,18 @@ def _key(id: Any) -> Key | None:
     return (type(id), id) if type(id) in (int, str) else None
 
 
+# What may come before a reply.
+INTERIM = [
+    *(["field", "chunk"], ["status"], ["call_id", "name", "args"]),
+    *(
+        ["index", "success", *rest]
+        for rest in (["result"], ["error", "error_type"], ["error", "error_type", "retryable"])
+    ),
+]
+
+
 def read_reply(payload: bytes) -> dict[str, Any]:
-    """A reply whose form is right. Raises `Failure`."""
+    """A reply, or a frame that comes before one, whose form is right. Raises `Failure`."""
 
     def constant(name: str) -> Any:
         raise ValueError(name)
@@ -245,6 +273,11 @@ def read_reply(payload: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise Failure(f"a reply is no JSON ({error}): {payload[:500]!r}") from None
     keys = list(reply) if isinstance(reply, dict) else []
+    if keys in (["id", "stream"], ["id", "tool_call"]):
+        told = reply[keys[1]]
+        if not isinstance(told, dict) or list(told) not in INTERIM:
+            raise Failure(f"a frame of another form: {payload[:500]!r}")
+        return reply
     extra = [key for key in keys[3:] if key in ("meta", "error_type", "retryable")]
     if keys[:2] != ["id", "success"] or keys[3:] != extra or keys[2:3] != ["result" if reply["success"] else "error"]:
         raise Failure(f"a reply of another form: {payload[:500]!r}")

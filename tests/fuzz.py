@@ -149,6 +149,9 @@ class Exchange:
             raise Failure(str(failure), *([due.payload for due in like] or self._suspects())) from None
         key = (type(reply["id"]), reply["id"])
         candidates = self._unpaid(key)
+        if "success" not in reply:
+            self._interim(reply, payload, candidates)
+            return
         due = next((due for due in candidates if due.wrong(reply) is None), None)
         if due is None:
             why = candidates[0].wrong(reply) if candidates else "nobody asked for this, or it came twice"
@@ -164,6 +167,23 @@ class Exchange:
         self.kinds[f"{end}: {due.command}" if end == "success" else end] += 1
         while self._at_once and self._at_once[0].paid:
             self._at_once.popleft()
+
+    def _interim(self, told: dict[str, Any], payload: bytes, candidates: list[Owed]) -> None:
+        """What comes before a reply: never after it, and a stream only where it was asked for. Tools are answered."""
+        running = [due for due in candidates if due.command == "execute_program"]
+        if not running or ("stream" in told and not any(due.stream for due in running)):
+            raise Failure(f"nobody asked for this, or it came too late: {payload[:1000]!r}")
+        self.kinds["stream" if "stream" in told else "tool_call"] += 1
+        if "tool_call" in told:
+            call_id = told["tool_call"]["call_id"]
+            results: list[dict[str, Any]] = [
+                {"success": True, "result": {"found": [call_id, None, "ž🐎"]}},
+                {"success": True, "result": 0.5},
+                {"success": False, "error": "no\nluck"},
+                {"success": "perhaps"},
+            ]
+            result = {"tool_result": {"call_id": call_id, **results[call_id % len(results)]}}
+            self._unsent += frame(json.dumps(result).encode())
 
     def _unpaid(self, key: Key) -> list[Owed]:
         waiting = self._owed.get(key)

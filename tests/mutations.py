@@ -35,6 +35,71 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     },
     "media": {"signature": "picture: Image, past: History -> text, day: date", "adapter": "xml"},
     "own": {"signature": "q: Any -> a: tuple[int, str]", "lm": {"model": ECHO, "api_key": "sk-fuzzed-key-1"}},
+    "agent": {
+        "signature": "question -> answer",
+        "program_type": "react",
+        "options": {"max_iters": 3},
+        "tools": [
+            {"name": "search", "description": "finds", "args": {"query": {"type": "str", "desc": "what"}, "n": "int"}},
+            {"name": "add", "args": {"xs": {"type": {"type": "array", "items": {"type": "number"}}}}},
+        ],
+    },
+    "tooled": {"signature": "question -> answer", "tools": [{"name": "search", "args": {"query": "str"}}]},
+    "best": {
+        "signature": "question -> answer",
+        "program_type": "best_of_n",
+        "options": {"n": 2, "threshold": 0.9, "reward": {"tool": "judge"}, "module": "chain_of_thought"},
+    },
+    "refined": {
+        "signature": "question -> answer",
+        "program_type": "refine",
+        "options": {"n": 2, "reward": {"field": "answer", "equals": "x"}},
+    },
+    "judge": {"signature": "question -> answer", "program_type": "multi_chain_comparison", "options": {"m": 2}},
+    "schema": {
+        "signature": {
+            "inputs": [
+                {
+                    "name": "order",
+                    "type": {
+                        "$ref": "#/$defs/o",
+                        "$defs": {
+                            "o": {
+                                "type": "object",
+                                "properties": {
+                                    "first-name": {"type": "string", "default": "x"},
+                                    "n": {"type": ["integer", "null"], "minimum": 1},
+                                },
+                                "required": ["n"],
+                            }
+                        },
+                    },
+                }
+            ],
+            "outputs": [
+                {"name": "rows", "type": {"type": "array", "items": {"anyOf": [{"enum": ["a", 1]}, {"const": 2}]}}}
+            ],
+        },
+        "adapter": {"name": "two_step", "extraction_model": {"model": ECHO}},
+    },
+    "learned": {
+        "signature": "question -> answer",
+        "demos": [{"question": "q", "answer": "a"}],
+        "state": {
+            "traces": [],
+            "train": [],
+            "demos": [{"augmented": True, "question": "q", "answer": "a"}],
+            "lm": None,
+            "signature": {
+                "instructions": "Answer.",
+                "fields": [
+                    {"prefix": "Question:", "description": "what"},
+                    {"prefix": "Answer:", "description": "so"},
+                ],
+            },
+            "metadata": {"dependency_versions": {"dspy": "3.4.1"}},
+        },
+    },
 }
 INPUTS: dict[str, dict[str, Any]] = {
     "qa": {"question": "What is 日本語 [[ ## answer ## ]] <x>?"},
@@ -42,6 +107,13 @@ INPUTS: dict[str, dict[str, Any]] = {
     "typed": {"n": 10**30, "tags": ["x", "\U0001f40e"], "maybe": {"k": 1.5e300}},
     "media": {"picture": "https://example.org/a.png", "past": {"messages": [{"text": "x", "day": "2026-01-01"}]}},
     "own": {"q": [[[{"deep": [None, True, -0.0]}]]]},
+    "agent": {"question": "Why?"},
+    "tooled": {"question": "Why?"},
+    "best": {"question": "Why?"},
+    "refined": {"question": "Why?"},
+    "judge": {"question": "Why?", "completions": [{"reasoning": "r", "answer": "a"}, {"rationale": "s", "answer": 2}]},
+    "schema": {"order": {"first-name": "A", "n": 5, "more": [1]}},
+    "learned": {"question": "Why?"},
 }
 REQUESTS: list[dict[str, Any]] = [
     {"command": "ping", "args": {"any": ["thing", 1, None]}},
@@ -49,6 +121,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"command": "get_stats"},
     {"command": "list_programs", "args": {"details": True}},
     {"command": "list_programs", "args": {"program_ids": ["qa", "cot", "nobody"], "details": False}},
+    {"command": "list_programs", "args": {"program_ids": ["qa", "learned"], "state": True}},
     {"command": "cleanup", "args": {"program_ids": ["nobody", "media"]}},
     {"command": "frobnicate", "args": {"a": {"b": {"c": [{}, [], ""]}}}},
     {"command": "execute_program", "args": {"program_id": "nobody", "inputs": {}}},
@@ -58,6 +131,7 @@ REQUESTS: list[dict[str, Any]] = [
         "command": "execute_program",
         "args": {"program_id": "qa", "inputs": INPUTS["qa"], "config": {"temperature": 1.0}, "lm": {"model": ECHO}},
     },
+    {"command": "execute_program", "args": {"program_id": "cot", "inputs": [INPUTS["cot"], {}, INPUTS["cot"]]}},
 ]
 # What empties the registry comes rarely, and what costs most.
 WEIGHTS = [1 if request["command"] in ("cleanup", "get_stats") else 4 for request in REQUESTS]
@@ -69,6 +143,7 @@ ENVELOPES: list[dict[str, Any]] = [
     {"timeout_ms": 5, "meta": True},
     {"timeout_ms": 0.001},
     {"stream": True, "meta": False, "timestamp": "2026-01-01T00:00:00Z"},
+    {"stream": True, "meta": True},
 ]
 BROKEN = [payload for payload in map(vector_payload, vectors("malformed")) if len(payload) < 10_000]
 # Values of every kind that is wrong somewhere, and texts that are no JSON at all.
@@ -80,6 +155,15 @@ ODD = [
     *('"int | None"', '"list[list[int]]"', '"Literal[1, 2]"', '"q, q -> a"', '"(" -> "', '"q -> a: dict[Any, Any]"'),
     *('"q -> a: bool, b: set[date]"', '"Union[int, History]"', '"predict"', '"embedding"', '"file"', '"data:,x"'),
     *("[]", "{}", "[null]", '{"": []}', '{"id":1}', '[{"name":"q"},{"name":"q"}]', '{"name":"q","type":"set[dict]"}'),
+    *(
+        '{"type":"object"}',
+        '{"$ref":"#"}',
+        '{"anyOf":[{"type":"string"},{"type":"null"}]}',
+        '{"tool":"t"}',
+        '{"path":"x"}',
+    ),
+    *('{"base64":"AAAA","mime":"image/png"}', '"data:image/png;base64,AAAA"', '{"field":"answer","equals":1}'),
+    *('{"name":"two_step","extraction_model":{"model":"offline/echo"}}', '"react"', '"refine"', '"rlm"', '"code_act"'),
     *('[{"name":"q"}]', '{"inputs":[],"outputs":[{"name":"a"}]}', '{"question":"x"}', "[" * 150 + "]" * 150),
 ]
 BAD = [
@@ -89,6 +173,8 @@ BAD = [
 KEYS = [
     *("id", "command", "args", "timeout_ms", "meta", "stream", "cancel", "program_id", "inputs", "config", "lm"),
     *("signature", "program_type", "adapter", "outputs", "name", "type", "desc", "description", "instructions", "n"),
+    *("options", "tools", "demos", "state", "state_path", "args", "reward", "n", "completions", "$ref", "properties"),
+    *("tool_result", "call_id", "success", "result", "items", "required", "enum", "default", "traces", "fields"),
     *("details", "program_ids", "temperature", "max_tokens", "cache", "rollout_id", "api_key", "model", "question"),
     *("", "\u0000", "two\n lines \u2028 of it", "k" * 3000),
 ]
@@ -124,6 +210,8 @@ class Frames:
         rng = self._random
         if rng.random() < 0.05:
             return {"cancel": rng.choice(self._recent)}
+        if rng.random() < 0.02:
+            return {"tool_result": {"call_id": -1, "success": rng.random() < 0.5, "result": 1, "error": "e"}}
         request = rng.choices(REQUESTS, WEIGHTS)[0]
         return {"id": self._id(), **request, **rng.choice(ENVELOPES)}
 

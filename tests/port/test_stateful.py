@@ -283,7 +283,7 @@ class Runs(RuleBasedStateMachine):
         keys = [key for key in reply if key != "retryable"]
         if keys != ["id", "success", end, *rest] or ("retryable" in reply) != (reply.get("error_type") == "lm_error"):
             self.fail(f"other keys: {reply}")
-        if owed.meta and reply["meta"].keys() != {"duration_ms", "queue_ms", "lm_usage"}:
+        if owed.meta and reply["meta"].keys() != {"duration_ms", "queue_ms", "lm_usage", "lm_calls", "cache_hits"}:
             self.fail(f"another meta: {reply}")
         if owed.meta and owed.limited and reply["success"] and not reply["meta"]["lm_usage"]:
             self.fail(f"no usage: {reply}")
