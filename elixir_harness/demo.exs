@@ -41,6 +41,12 @@ defmodule Demo do
     create("count", "question -> answer: int")
     execute("count", "How many legs has a spider?", &is_integer(&1["answer"]))
 
+    title("A ReAct with a tool that is an Elixir function")
+    agent()
+
+    title("An answer as it is written")
+    stream()
+
     title("An error")
     args = %{program_id: "nobody", inputs: %{question: "?"}}
     show_error(:execute_program, args, "Program not found: nobody")
@@ -49,7 +55,7 @@ defmodule Demo do
     concurrently()
 
     title("What the peer counted")
-    show(:get_stats, %{}, &(&1["programs_count"] == 3 and &1["in_flight"] == 0))
+    show(:get_stats, %{}, &(&1["programs_count"] == 4 and &1["in_flight"] == 0))
 
     :ok = Bridge.stop()
     say("\nAll as it should be.")
@@ -62,6 +68,72 @@ defmodule Demo do
 
   defp execute(id, question, right?),
     do: show(:execute_program, %{program_id: id, inputs: %{question: question}}, right?)
+
+  defp agent do
+    args = %{
+      id: "agent",
+      signature: "question -> answer",
+      program_type: "react",
+      options: %{max_iters: 5},
+      tools: [
+        %{
+          name: "shop",
+          description: "How many of an article there are.",
+          args: %{article: %{type: "string"}}
+        }
+      ]
+    }
+
+    show(:create_program, args, &(&1["status"] == "created"))
+    demo = self()
+
+    shop = fn %{"article" => article} ->
+      send(demo, {:asked, article})
+      %{article: article, in_stock: 3}
+    end
+
+    args = %{program_id: "agent", inputs: %{question: "Are there any red shirts?"}}
+    say("→ execute_program #{JSON.encode!(args)} tools: %{shop: …}")
+
+    case Bridge.request(Bridge, :execute_program, args, tools: %{shop: shop}) do
+      {:ok, %{"answer" => answer, "trajectory" => steps}, meta} ->
+        say("  step 1: #{steps["tool_name_0"]} #{JSON.encode!(steps["tool_args_0"])}")
+        say("          gave #{JSON.encode!(steps["observation_0"])}")
+        say("← #{JSON.encode!(answer)} after #{meta["lm_calls"]} calls of the LM")
+        check(is_binary(answer), "that is not what was to come")
+
+      {:error, error} ->
+        fail("the agent failed: #{error.message}")
+    end
+
+    receive do
+      {:asked, article} -> say("  (shop/1 ran here, in Elixir, with #{inspect(article)})")
+    after
+      0 -> fail("the tool was not called")
+    end
+  end
+
+  defp stream do
+    args = %{program_id: "qa", inputs: %{question: "Tell me of owls, and take your time."}}
+    say("→ Bridge.stream(#{JSON.encode!(args)})")
+
+    {chunks, last} =
+      Enum.reduce(Bridge.stream(args), {[], nil}, fn
+        {:chunk, "answer", text}, {chunks, _last} ->
+          IO.write([if(chunks == [], do: "← ", else: "·"), text])
+          {[text | chunks], nil}
+
+        other, {chunks, _last} ->
+          {chunks, other}
+      end)
+
+    say("")
+    check(match?({:ok, %{"answer" => _}, _meta}, last), "the stream ended in #{inspect(last)}")
+    {:ok, %{"answer" => answer}, _meta} = last
+    whole = chunks |> Enum.reverse() |> Enum.join()
+    check(whole == answer, "the chunks make another answer: #{inspect(whole)}")
+    say("#{length(chunks)} chunks")
+  end
 
   defp concurrently do
     tasks =

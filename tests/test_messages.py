@@ -54,8 +54,27 @@ def test_replies_are_written_as_the_vectors_have_them(vector: dict[str, Any]) ->
     if said["ok"]:
         payload = messages.encode_result(said["id"], said["result"], said.get("meta"))
     else:
-        payload = messages.encode_failure(said["id"], messages.failure(said["error_type"], said["error"], said.get("retryable")))
+        failure = messages.failure(said["error_type"], said["error"], said.get("retryable"))
+        payload = messages.encode_failure(said["id"], failure)
     assert payload.decode() == vector["payload"]
+
+
+@pytest.mark.parametrize("vector", vectors("interim"), ids=lambda v: v["name"])
+def test_what_comes_before_a_reply_is_written_as_the_vectors_have_it(vector: dict[str, Any]) -> None:
+    if "stream" in vector:
+        payload = messages.encode_stream(vector["id"], vector["stream"])
+    else:
+        call = vector["tool_call"]
+        payload = messages.encode_tool_call(vector["id"], call["call_id"], call["name"], call["args"])
+    assert payload.decode() == vector["payload"]
+
+
+@pytest.mark.parametrize("vector", vectors("tool_results"), ids=lambda v: v["name"])
+def test_results_of_tools(vector: dict[str, Any]) -> None:
+    result = messages.decode(vector["payload"].encode())
+    assert isinstance(result, messages.ToolResult)
+    said = (result.call_id, result.value, result.error)
+    assert said == (vector["call_id"], vector.get("result"), vector.get("error"))
 
 
 @given(IDS, st.text(st.characters(exclude_categories=("Cs",))), st.dictionaries(st.text(max_size=5), JSON, max_size=4))

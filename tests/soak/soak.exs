@@ -17,6 +17,8 @@ defmodule Soak do
     for target <- targets(), {id, type} <- [{"qa", "predict"}, {"nap", "host:Nap"}, {"parent", "host:Parent"}],
         do: {:ok, _} = create(target, id, type)
 
+    for target <- targets(), do: {:ok, _} = call(target, :create_program, agent(), 60_000)
+
     tally = :ets.new(:tally, [:public, write_concurrency: true])
     stop = :atomics.new(1, [])
     workers = for n <- 1..@workers, do: spawn_monitor(fn -> work(n, tally, stop) end)
@@ -77,6 +79,15 @@ defmodule Soak do
   defp create(target, id, type \\ "predict"),
     do: call(target, :create_program, %{id: id, signature: "question -> answer", program_type: type}, 60_000)
 
+  defp agent do
+    %{
+      id: "agent",
+      signature: "question -> answer",
+      program_type: "react",
+      tools: [%{name: "look", args: %{what: "str"}}]
+    }
+  end
+
   defp execute(target, id, timeout \\ 60_000),
     do: call(target, :execute_program, %{program_id: id, inputs: %{question: "#{System.unique_integer()}"}}, timeout)
 
@@ -92,7 +103,42 @@ defmodule Soak do
   defp one(dice, _n, target, tally) when dice <= 60, do: expect(tally, fn -> execute(target, "qa") end)
   defp one(dice, _n, target, tally) when dice <= 65, do: expect(tally, fn -> execute(target, "nap") end)
   defp one(dice, _n, target, tally) when dice <= 67, do: expect(tally, fn -> execute(target, "parent") end)
-  defp one(dice, _n, target, tally) when dice <= 72, do: expect(tally, fn -> call(target, :get_stats, %{}, 60_000) end)
+  defp one(dice, _n, target, tally) when dice <= 69, do: expect(tally, fn -> call(target, :get_stats, %{}, 60_000) end)
+
+  # An agent whose tool is here, asked again by the next peer where the first dies.
+  defp one(dice, _n, target, tally) when dice <= 73 and target != :pool do
+    tool = fn %{"what" => what} -> Process.sleep(Enum.random(0..20)) && {:ok, "seen: #{what}"} end
+    args = %{program_id: "agent", inputs: %{question: "#{System.unique_integer()}"}}
+
+    expect(tally, fn ->
+      case Bridge.request(target, :execute_program, args, timeout: 60_000, tools: %{look: tool}) do
+        {:ok, %{"trajectory" => %{"observation_0" => "seen: " <> _}} = result, _meta} -> {:ok, result}
+        other -> other
+      end
+    end)
+  end
+
+  # A stream, read to its end or not. Its peer's death after the first chunk ends it; before, it is begun anew.
+  defp one(dice, _n, target, tally) when dice <= 77 and target != :pool do
+    args = %{program_id: "qa", inputs: %{question: "one two three four five #{System.unique_integer()}"}}
+    stream = Bridge.stream(target, args, timeout: 60_000)
+
+    if Enum.random([true, false]) do
+      Enum.take(stream, Enum.random(0..3))
+      count(tally, :halted)
+    else
+      expect(tally, fn ->
+        {chunks, [last]} = stream |> Enum.to_list() |> Enum.split(-1)
+        text = for {:chunk, "answer", text} <- chunks, into: "", do: text
+
+        case last do
+          {:ok, %{"answer" => ^text} = result, _meta} -> {:ok, result}
+          {:error, %{type: :python_process_died}} when chunks != [] -> {:ok, last}
+          other -> {other, text}
+        end
+      end)
+    end
+  end
 
   # A program of the caller's own: there from its creation to its removal, whatever dies meanwhile.
   defp one(dice, n, target, tally) when dice <= 82 do

@@ -22,6 +22,14 @@ defmodule DSPex.Test.Exits do
     end
   end
 
+  defmodule OnMessage do
+    @moduledoc "An exception that cannot say what it is."
+    defexception [:a]
+
+    @impl Exception
+    def message(_exception), do: exit(:message)
+  end
+
   defmodule OnWhereis do
     @moduledoc "A registry that does not work."
     def whereis_name(_name), do: exit(:whereis)

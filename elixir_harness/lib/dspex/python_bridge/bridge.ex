@@ -20,7 +20,8 @@ defmodule DSPex.PythonBridge.Bridge do
   functions that call ends the caller.
   """
 
-  alias DSPex.PythonBridge.{Caller, Error, Options, Protocol, Server}
+  alias DSPex.PythonBridge.{CallOptions, Caller, Error, Options, Protocol, Server}
+  alias DSPex.PythonBridge.{Stream, StreamedCall}
 
   # From the end of draining to the end of the last process.
   @ending_ms 2_000
@@ -29,6 +30,11 @@ defmodule DSPex.PythonBridge.Bridge do
   @type command :: Protocol.command()
   @type call_error ::
           String.t() | :timeout | :python_process_died | :bridge_not_running | :overloaded
+  @type stream_option ::
+          {:timeout, timeout() | :default}
+          | {:retry, boolean()}
+          | {:tools, %{(atom() | String.t()) => (map() -> term())}}
+  @type request_option :: stream_option() | {:on_chunk, (map() -> term())}
   @type status :: %{
           required(:state) => :starting | :running | :restarting | :failed,
           required(:os_pid) => pos_integer() | nil,
@@ -112,8 +118,9 @@ defmodule DSPex.PythonBridge.Bridge do
     * `:pending` – calls that wait for a reply, sent or not
     * `:restarts` – peers started after the first
     * `:uptime_ms` – of the present peer
-    * `:late_replies` – replies dropped because nobody waited (any more)
-    * `:unreadable_frames` – frames dropped because they had no readable id
+    * `:late_replies` – replies and chunks dropped because nobody waited (any more)
+    * `:unreadable_frames` – frames dropped because they had no readable id, or were chunks or calls of
+      tools that could not be read
     * `:last_error` – why the last peer died, until the next serves: its exit status, and where it did
       not come up, the last line that it writes to stderr
   """
@@ -186,15 +193,80 @@ defmodule DSPex.PythonBridge.Bridge do
 
   `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`.
 
-  Options: `:timeout` (ms, `:infinity` or `:default`) and `:retry` (true; false: when the peer dies
-  with the request, it is not sent again but gives `:python_process_died`).
+  Options:
+
+    * `:timeout` – ms, `:infinity` or `:default`
+    * `:retry` – true; false: when the peer dies with the request, it is not sent again but gives
+      `:python_process_died`
+    * `:tools` – a map of functions of one argument by their names, atoms or texts: the tools that the
+      program was created with. The peer calls one with a map of arguments, string keys. What it
+      returns is the tool's result, if it has a JSON form (`{:ok, term}` counts as `term`);
+      `{:error, reason}`, and whatever it raises, throws or exits with, is an error that the program
+      is told in a line. Each call runs in a process of its own, several at once if the peer makes
+      them so, and is killed when the request is over. After the peer's death they are made anew.
+    * `:on_chunk` – a function of one argument, called in this process with each map that comes before
+      the reply, in order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of
+      inputs each result, `%{"index" => …, "success" => …, …}`. Once it was called, the request is not
+      sent again when the peer dies. If it raises, the request is cancelled, and the exception is the
+      caller's.
+
+  An option that cannot be right gives an error of type `:invalid_request` that names it.
   """
-  @spec request(server(), command(), map(), timeout: timeout() | :default, retry: boolean()) ::
+  @spec request(server(), command(), map(), [request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args, opts) do
-    with {:ok, timeout, opts} <- request_options(opts),
-         {:ok, _id, result, meta} <- Caller.exchange(server, command, args, timeout, opts) do
+    with {:ok, options} <- CallOptions.new(opts, [:timeout, :retry, :tools, :on_chunk]),
+         request = {server, command, args, options.timeout, options.opts},
+         {:ok, _id, result, meta} <- make(request, options) do
       {:ok, result, meta}
+    end
+  end
+
+  defp make({server, command, args, timeout, opts} = request, options) do
+    if options.on_chunk || opts[:tools],
+      do: StreamedCall.run(request, options.on_chunk),
+      else: Caller.exchange(server, command, args, timeout, opts)
+  end
+
+  @doc "As `stream/3`, by the bridge named `DSPex.PythonBridge.Bridge`."
+  @spec stream(map()) :: Enumerable.t(Stream.element())
+  def stream(args), do: stream(__MODULE__, args, [])
+
+  @doc "`stream(args, opts)` or `stream(server, args)`: as `stream/3`."
+  @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(Stream.element())
+  def stream(server, args) when is_map(args), do: stream(server, args, [])
+  def stream(args, opts), do: stream(__MODULE__, args, opts)
+
+  @doc """
+  An `execute_program` as a lazy enumerable of what comes of it, as it comes:
+
+    * `{:chunk, field, text}` – more of an output field
+    * `{:status, text}` – what the program is at
+    * `{:item, index, result}` – of a list of inputs, the result of that index, as `{:ok, fields}` or
+      `{:error, %DSPex.PythonBridge.Error{}}`
+    * last, and always, what `request/4` gives: `{:ok, result, meta}` or
+      `{:error, %DSPex.PythonBridge.Error{}}`
+
+  For example, to write an answer while it is made:
+
+      for {:chunk, "answer", text} <- Bridge.stream(%{program_id: "qa", inputs: %{question: "Why?"}}),
+          do: IO.write(text)
+
+  Nothing is sent before it is enumerated; each enumeration is an execute of its own. One that is not
+  enumerated to its end cancels the execute, also by an exception or the death of the process.
+
+  Options: `:timeout`, for the whole execute, `:retry` and `:tools`, as for `request/4`. While the
+  consumer does other things, the execute goes on, and what comes of it is kept; if the result comes in
+  time, all of it is given, however late it is asked for.
+  """
+  @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(Stream.element())
+  def stream(server, args, opts) do
+    case CallOptions.new(opts, [:timeout, :retry, :tools]) do
+      {:ok, options} ->
+        Stream.new({server, :execute_program, args, options.timeout, options.opts})
+
+      {:error, error} ->
+        [error: error]
     end
   end
 
@@ -213,25 +285,6 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec cast(server(), command(), map()) :: :ok | {:error, String.t()}
   def cast(server, command, args), do: Caller.send_only(server, command, args)
-
-  defp request_options(opts) do
-    if Keyword.keyword?(opts) do
-      {timeout, opts} = Keyword.pop(opts, :timeout, :default)
-
-      case Enum.find(opts, &(not match?({:retry, retry} when is_boolean(retry), &1))) do
-        nil ->
-          {:ok, timeout, [meta: true] ++ opts}
-
-        {:retry, _other} ->
-          {:error, Error.new(:invalid_request, ":retry: expected true or false")}
-
-        {name, _value} ->
-          {:error, Error.new(:invalid_request, "#{inspect(name)}: there is no such option")}
-      end
-    else
-      {:error, Error.new(:invalid_request, "options: expected a keyword list")}
-    end
-  end
 
   defp ask(server, question, otherwise, timeout \\ 5_000) do
     GenServer.call(server, question, timeout)

@@ -1,7 +1,8 @@
 defmodule DSPex.PythonBridge.Caller do
   @moduledoc """
   The way of one call, as far as it runs in the caller's process: arguments to bytes, to the
-  bridge, and the reply's bytes to a result. It neither raises nor exits.
+  bridge, and the reply's bytes to a result. It neither raises nor exits. With chunks or
+  tools, `DSPex.PythonBridge.StreamedCall` is the part in the middle.
   """
 
   alias DSPex.PythonBridge.{Error, Options, Programs, Protocol, Traffic}
@@ -12,32 +13,65 @@ defmodule DSPex.PythonBridge.Caller do
   # A bridge answers questions at once.
   @longest_question_ms 1_000
 
+  @typedoc "A request that can be sent; `deadline` in monotonic ms."
+  @type request :: %{
+          dest: dest(),
+          deadline: integer() | :infinity,
+          body: binary(),
+          terms: Traffic.terms(),
+          args: map()
+        }
+  @type dest :: pid() | {atom(), node()}
+  @type reply :: {:frame, binary()} | {:error, :timeout | Traffic.failure()}
+  @type result :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
+
   @doc """
   Sends a command and waits for its reply. `timeout` is in ms, `:infinity`, or `:default` for the
   bridge's own. Options: `retry: false`, and those of
   `DSPex.PythonBridge.Protocol.encode_body/3`.
   """
   @spec exchange(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
-          {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
+          result()
   def exchange(server, command, args, timeout, opts) do
-    started = System.monotonic_time(:millisecond)
+    with {:ok, request} <- prepare(server, command, args, timeout, opts) do
+      # Writing a large request takes time, too.
+      left = left(request.deadline)
+      conclude(request, send_and_wait(request.dest, left, request.body, request.terms))
+    end
+  end
+
+  @doc "All that is done before a request is sent. The arguments are those of `exchange/5`."
+  @spec prepare(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
+          {:ok, request()} | {:error, Error.t()}
+  def prepare(server, command, args, timeout, opts) do
+    started = now()
 
     with dest when dest != nil <- whereis(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
-      terms = terms(opts, change(command, args))
-
-      # Writing a large request takes time, too.
-      case dest |> send_and_wait(left(timeout, started), body, terms) |> read() do
-        {:error, %Error{type: :program_not_found} = error} ->
-          {:error, load_failure(dest, args, left(timeout, started)) || error}
-
-        reply ->
-          reply
-      end
+      {:ok,
+       %{
+         dest: dest,
+         deadline: if(timeout == :infinity, do: :infinity, else: started + timeout),
+         body: body,
+         terms: terms(opts, change(command, args)),
+         args: args
+       }}
     else
       nil -> {:error, Error.new(:bridge_not_running)}
       {:error, error} -> {:error, error}
+    end
+  end
+
+  @doc "All that is done when the reply has come, or will not."
+  @spec conclude(request(), reply()) :: result()
+  def conclude(%{dest: dest, args: args, deadline: deadline}, reply) do
+    case read(reply) do
+      {:error, %Error{type: :program_not_found} = error} ->
+        {:error, load_failure(dest, args, left(deadline)) || error}
+
+      result ->
+        result
     end
   end
 
@@ -113,16 +147,14 @@ defmodule DSPex.PythonBridge.Caller do
   end
 
   @doc """
-  Sends a body to a bridge and waits for what comes back, at most `timeout` ms. The process `watched` is
-  the one whose death cancels the request.
+  Sends a body to a bridge and waits for what comes back, at most `timeout` ms.
   """
-  @spec send_and_wait(pid() | {atom(), node()}, timeout(), binary(), Traffic.terms(), pid()) ::
-          {:frame, binary()} | {:error, :timeout | Traffic.failure()}
+  @spec send_and_wait(dest(), timeout(), binary(), Traffic.terms()) :: reply()
   # The alias is what makes a late reply harmless: it ends with the first reply or with demonitor,
   # and what is sent to it afterwards goes nowhere.
-  def send_and_wait(dest, timeout, body, terms, watched \\ self()) do
+  def send_and_wait(dest, timeout, body, terms) do
     ref = :erlang.monitor(:process, dest, alias: :reply_demonitor)
-    send(dest, {:request, ref, watched, at_least_one(timeout), body, terms})
+    send(dest, {:request, ref, self(), at_least_one(timeout), body, terms})
 
     receive do
       {^ref, reply} -> reply
@@ -142,9 +174,8 @@ defmodule DSPex.PythonBridge.Caller do
     end
   end
 
-  @doc "What `send_and_wait/5` gave, as a result or an error."
-  @spec read({:frame, binary()} | {:error, :timeout | Traffic.failure()}) ::
-          {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
+  @doc "What `send_and_wait/4` gave, as a result or an error."
+  @spec read(reply()) :: result()
   def read({:frame, frame}) do
     case Protocol.decode_reply(frame) do
       {:ok, _id, _result, _meta} = reply ->
@@ -166,12 +197,17 @@ defmodule DSPex.PythonBridge.Caller do
   def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
   def read({:error, type}), do: {:error, Error.new(type)}
 
-  defp left(:infinity, _started), do: :infinity
-  defp left(ms, started), do: max(ms - (System.monotonic_time(:millisecond) - started), 0)
+  @doc "The ms that are left until a deadline."
+  @spec left(integer() | :infinity) :: timeout()
+  def left(:infinity), do: :infinity
+  def left(deadline), do: max(deadline - now(), 0)
 
-  # The peer takes no deadline of 0.
-  defp at_least_one(0), do: 1
-  defp at_least_one(timeout), do: timeout
+  defp now, do: System.monotonic_time(:millisecond)
+
+  @doc "The timeout as it goes with a request: the peer takes no deadline of 0."
+  @spec at_least_one(timeout()) :: timeout()
+  def at_least_one(0), do: 1
+  def at_least_one(timeout), do: timeout
 
   @doc "The timeout in ms that is meant, or an error: it has to be one that `receive` takes."
   @spec check_timeout(term(), pid() | {atom(), node()}) :: {:ok, timeout()} | {:error, Error.t()}

@@ -20,10 +20,13 @@ defmodule DSPex.PythonBridge.Calls do
       * `deaths` – the peers that died with it
       * `at` – the port that it was given to; nil: to none yet
       * `since` – when it was given to that
+      * `stream?` – whether the caller takes chunks
+      * `tools?` – whether it has given tools
     """
 
     @enforce_keys [:ref, :watch, :deadline, :body, :retry, :what, :deaths]
-    defstruct [:ref, :watch, :deadline, :body, :retry, :what, :deaths, :at, :since]
+    defstruct [:ref, :watch, :deadline, :body, :retry, :what, :deaths, :at, :since] ++
+                [stream?: false, tools?: false]
 
     @type t :: %__MODULE__{
             ref: reference() | nil,
@@ -34,7 +37,9 @@ defmodule DSPex.PythonBridge.Calls do
             what: DSPex.PythonBridge.Programs.change() | nil,
             deaths: non_neg_integer(),
             at: port() | nil,
-            since: integer() | nil
+            since: integer() | nil,
+            stream?: boolean(),
+            tools?: boolean()
           }
   end
 

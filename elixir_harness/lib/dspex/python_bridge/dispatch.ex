@@ -51,17 +51,29 @@ defmodule DSPex.PythonBridge.Dispatch do
 
   def withdraw(traffic, id, call), do: traffic |> take_from_peer(id, call) |> answered(id)
 
-  defp take_from_peer(%Traffic{outboxes: outboxes, next_id: key} = traffic, id, call) do
+  defp take_from_peer(%Traffic{outboxes: outboxes} = traffic, id, call) do
     outbox = Map.fetch!(outboxes, call.at)
 
     if Outbox.member?(outbox, id) do
       %{traffic | outboxes: %{outboxes | call.at => Outbox.drop(outbox, id)}}
     else
-      outbox = Outbox.push_control(outbox, key, Protocol.cancel_frame(id))
+      traffic = control(traffic, call.at, Protocol.cancel_frame(id))
       # The peer may have made the change by then.
       late = if call.what, do: %{id => {call.at, call.what, call.body}}, else: %{}
-      outboxes = %{outboxes | call.at => outbox}
-      %{traffic | outboxes: outboxes, next_id: key + 1, late: Map.merge(traffic.late, late)}
+      %{traffic | late: Map.merge(traffic.late, late)}
+    end
+  end
+
+  @doc "Sends a control frame to a peer, unless that is gone."
+  @spec control(Traffic.t(), port(), iodata()) :: Traffic.t()
+  def control(%Traffic{outboxes: outboxes, next_id: key} = traffic, port, frame) do
+    case outboxes do
+      %{^port => outbox} ->
+        outboxes = %{outboxes | port => Outbox.push_control(outbox, key, frame)}
+        %{traffic | outboxes: outboxes, next_id: key + 1}
+
+      _gone ->
+        traffic
     end
   end
 

@@ -5,18 +5,19 @@ defmodule DSPex.PythonBridge.Protocol do
 
   The work is split so that the bridge's process touches few bytes: the caller writes all of a
   request but its head (`encode_body/3`) and decodes its own reply (`decode_reply/1`); the bridge
-  puts the head before it (`request_frame/3`) and finds whose reply a frame is from its first
-  bytes (`route/1`).
+  puts the head before it (`request_frame/3`) and finds whose frame it has, and of what kind, from
+  its first bytes (`route/1`).
   """
 
-  alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.{Error, Payload}
 
   # Longer ids are not ours; the limit keeps `route/1` cheap on any bytes.
   @max_id_digits 18
 
   @type id :: integer() | String.t()
   @type command :: atom() | String.t()
-  @type reason :: {:invalid_json, String.t()} | {:not_a_reply, String.t()}
+  @type reason ::
+          {:invalid_json | :not_a_reply | :not_a_chunk | :not_a_tool_call, String.t()}
 
   ## Requests
 
@@ -32,7 +33,7 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec encode_request(id(), command(), map()) :: binary()
   def encode_request(id, command, args) when is_integer(id) or is_binary(id) do
-    with {:ok, id_json} <- encode_json(id, "id"),
+    with {:ok, id_json} <- Payload.encode(id, "id"),
          {:ok, body} <- encode_body(command, args) do
       IO.iodata_to_binary([~s({"id":), id_json, body])
     else
@@ -47,7 +48,8 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   All of a request that comes after its id (and deadline), for `request_frame/3`.
 
-  Options: `meta: true` asks for `meta` in the reply. The error names what has no JSON form.
+  Options: `meta: true` asks for `meta` in the reply, `stream: true` for what comes before it. The
+  error names what has no JSON form.
 
       iex> {:ok, body} = DSPex.PythonBridge.Protocol.encode_body("ping", %{n: 1})
       iex> String.starts_with?(body, ~s(,"command":"ping","args":{"n":1},"timestamp":"))
@@ -56,18 +58,22 @@ defmodule DSPex.PythonBridge.Protocol do
       iex> error.message
       "args: no JSON form for {1, 2}"
   """
-  @spec encode_body(command(), map(), meta: boolean()) :: {:ok, binary()} | {:error, Error.t()}
+  @spec encode_body(command(), map(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
   def encode_body(command, args, opts \\ []) do
     with {:ok, command_json} <- encode_command(command),
          {:ok, args_json} <- encode_args(args) do
-      meta = if opts[:meta], do: ~s(,"meta":true), else: ""
-
       # One binary made at once is half the cost of a list of parts.
       {:ok,
        <<",\"command\":", IO.iodata_to_binary(command_json)::binary, ",\"args\":",
-         IO.iodata_to_binary(args_json)::binary, meta::binary, ",\"timestamp\":\"",
+         IO.iodata_to_binary(args_json)::binary, wishes(opts)::binary, ",\"timestamp\":\"",
          timestamp()::binary, "\"}">>}
     end
+  end
+
+  defp wishes([]), do: ""
+
+  defp wishes(opts) do
+    for key <- [:meta, :stream], opts[key], into: "", do: ~s(,"#{key}":true)
   end
 
   @doc """
@@ -107,15 +113,18 @@ defmodule DSPex.PythonBridge.Protocol do
   ## Replies
 
   @doc """
-  Whose frame this is, from its first bytes: the peer writes `id` as the first key. Ids that the
-  bridge never gives (texts, null, negative ones) are `:none`.
+  Whose frame this is, and of what kind, from its first bytes: the peer writes `id` as the first
+  key, and `stream` or `tool_call` as the second; everything else is a reply. Ids that the bridge
+  never gives (texts, null, negative ones) are `:none`.
 
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"success":true,"result":{}}))
       {:reply, 12}
+      iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"stream":{"status":"…"}}))
+      {:stream, 12}
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":null,"success":false}))
       :none
   """
-  @spec route(binary()) :: {:reply, non_neg_integer()} | :none
+  @spec route(binary()) :: {:reply | :stream | :tool_call, non_neg_integer()} | :none
   def route(<<"{\"id\":", rest::binary>>), do: route_value(rest)
   def route(frame) when is_binary(frame), do: :none
 
@@ -127,8 +136,14 @@ defmodule DSPex.PythonBridge.Protocol do
   defp route_digits(<<d, rest::binary>>, id, n) when d in ?0..?9 and n < @max_id_digits,
     do: route_digits(rest, id * 10 + d - ?0, n + 1)
 
-  defp route_digits(<<c, _rest::binary>>, id, _n) when c in [?,, ?}, ?\s], do: {:reply, id}
+  defp route_digits(<<?,, rest::binary>>, id, _n), do: route_kind(rest, id)
+  defp route_digits(<<c, _rest::binary>>, id, _n) when c in [?}, ?\s], do: {:reply, id}
   defp route_digits(_rest, _id, _n), do: :none
+
+  defp route_kind(<<"\"stream\"", _rest::binary>>, id), do: {:stream, id}
+  defp route_kind(<<"\"tool_call\"", _rest::binary>>, id), do: {:tool_call, id}
+  defp route_kind(<<?\s, rest::binary>>, id), do: route_kind(rest, id)
+  defp route_kind(_rest, id), do: {:reply, id}
 
   @doc """
   Whether a reply with a number as its id tells of success, from its first bytes.
@@ -168,7 +183,7 @@ defmodule DSPex.PythonBridge.Protocol do
   @spec decode_reply(binary()) ::
           {:ok, id(), term(), map()} | {:error, id() | nil, Error.t()} | {:error, reason()}
   def decode_reply(payload) when is_binary(payload) do
-    with {:ok, term} <- decode_json(payload), do: to_reply(term)
+    with {:ok, term} <- Payload.decode(payload), do: to_reply(term)
   end
 
   defp to_reply(%{"id" => id, "success" => true, "result" => result} = reply)
@@ -189,57 +204,95 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp to_reply(_term), do: {:error, {:not_a_reply, "JSON, but no object"}}
 
-  ## JSON
+  ## What comes before a reply
+
+  @doc """
+  What a chunk says, as a map with string keys. Total: any binary gives a chunk or an error.
+
+      iex> DSPex.PythonBridge.Protocol.decode_chunk(~s({"id":12,"stream":{"field":"answer","chunk":"Par"}}))
+      {:ok, 12, %{"field" => "answer", "chunk" => "Par"}}
+  """
+  @spec decode_chunk(binary()) :: {:ok, id(), map()} | {:error, reason()}
+  def decode_chunk(payload) when is_binary(payload) do
+    case Payload.decode(payload) do
+      {:ok, %{"id" => id, "stream" => %{} = chunk}} when is_integer(id) or is_binary(id) ->
+        {:ok, id, chunk}
+
+      {:ok, _term} ->
+        {:error, {:not_a_chunk, "JSON, but no object with id and stream"}}
+
+      {:error, reason} ->
+        {:error, reason}
+    end
+  end
+
+  @doc """
+  What tool the peer calls: `{:ok, call_id, name, args}`, or `{:error, call_id, text}` for a call
+  that can be answered but not made. Total.
+
+      iex> DSPex.PythonBridge.Protocol.decode_tool_call(~s({"id":12,"tool_call":{"call_id":7,"name":"search","args":{}}}))
+      {:ok, 7, "search", %{}}
+      iex> DSPex.PythonBridge.Protocol.decode_tool_call(~s({"id":12,"tool_call":{"call_id":7}}))
+      {:error, 7, "tool_call: expected a name and args"}
+  """
+  @spec decode_tool_call(binary()) ::
+          {:ok, id(), String.t(), map()} | {:error, id(), String.t()} | {:error, reason()}
+  def decode_tool_call(payload) when is_binary(payload) do
+    case Payload.decode(payload) do
+      {:ok, %{"tool_call" => %{"call_id" => call_id} = call}}
+      when is_integer(call_id) or is_binary(call_id) ->
+        to_tool_call(call_id, call)
+
+      {:ok, _term} ->
+        {:error, {:not_a_tool_call, "JSON, but no object with tool_call and its call_id"}}
+
+      {:error, reason} ->
+        {:error, reason}
+    end
+  end
+
+  defp to_tool_call(call_id, %{"name" => name, "args" => %{} = args}) when is_binary(name),
+    do: {:ok, call_id, name, args}
+
+  defp to_tool_call(call_id, _call), do: {:error, call_id, "tool_call: expected a name and args"}
+
+  @doc """
+  The control frame that brings a tool's result, or an error text, to the peer. The error says what
+  in them has no JSON form.
+
+      iex> DSPex.PythonBridge.Protocol.encode_tool_result(7, {:ok, [1]})
+      {:ok, ~s({"tool_result":{"call_id":7,"success":true,"result":[1]}})}
+      iex> DSPex.PythonBridge.Protocol.encode_tool_result(7, {:error, "no network"})
+      {:ok, ~s({"tool_result":{"call_id":7,"success":false,"error":"no network"}})}
+  """
+  @spec encode_tool_result(id(), {:ok, term()} | {:error, String.t()}) ::
+          {:ok, binary()} | {:error, Error.t()}
+  def encode_tool_result(call_id, {kind, value}) do
+    {success, key} = if kind == :ok, do: {"true", "result"}, else: {"false", "error"}
+
+    with {:ok, id_json} <- Payload.encode(call_id, "call_id"),
+         {:ok, json} <- Payload.encode(value, key) do
+      {:ok,
+       IO.iodata_to_binary([
+         [~s({"tool_result":{"call_id":), id_json, ~s(,"success":), success],
+         [~s(,"), key, ~s(":), json, "}}"]
+       ])}
+    end
+  end
+
+  ## Parts of a request
 
   defp encode_command(command) when is_atom(command) and command not in [nil, true, false],
-    do: encode_json(Atom.to_string(command), "command")
+    do: Payload.encode(Atom.to_string(command), "command")
 
-  defp encode_command(command) when is_binary(command), do: encode_json(command, "command")
+  defp encode_command(command) when is_binary(command), do: Payload.encode(command, "command")
 
   defp encode_command(_command),
     do: {:error, Error.new(:invalid_request, "command: expected an atom or a text")}
 
   defp encode_args(args) when args == %{}, do: {:ok, "{}"}
-  defp encode_args(args) when is_map(args), do: encode_json(args, "args")
+  defp encode_args(args) when is_map(args), do: Payload.encode(args, "args")
   defp encode_args(_args), do: {:error, Error.new(:invalid_args, "args: expected a map")}
-
-  # Encoders are code of the caller's (a protocol): whatever one raises or throws is an error text.
-  defp encode_json(term, what) do
-    {:ok, JSON.encode_to_iodata!(term)}
-  catch
-    :error, %Protocol.UndefinedError{value: value} ->
-      {:error, Error.new(:invalid_args, "#{what}: no JSON form for #{brief(value)}")}
-
-    :error, reason when reason == :unexpected_end or elem(reason, 0) == :invalid_byte ->
-      {:error, Error.new(:invalid_args, "#{what}: a text in it is not valid UTF-8")}
-
-    _kind, _reason ->
-      {:error, Error.new(:invalid_args, "#{what}: cannot be written as JSON")}
-  end
-
-  # So is inspection.
-  defp brief(value) do
-    inspect(value, limit: 3, printable_limit: 40)
-  catch
-    _kind, _reason -> "a value that cannot be shown"
-  end
-
-  # JSON.decode/1 has no limit of depth and gives errors as tuples, but some input makes it raise
-  # (an integer past the system's limit): totality is made here.
-  defp decode_json(payload) do
-    case JSON.decode(payload) do
-      {:ok, term} ->
-        {:ok, term}
-
-      {:error, {:unexpected_end, _at}} ->
-        {:error, {:invalid_json, "JSON that ends too early"}}
-
-      {:error, {_what, at, _bytes}} ->
-        {:error, {:invalid_json, "not JSON: invalid byte at #{at}"}}
-    end
-  catch
-    _kind, _reason -> {:error, {:invalid_json, "JSON that cannot be decoded"}}
-  end
 
   # DateTime.to_iso8601/1 costs 1.2 µs, a tenth of a whole call.
   defp timestamp do

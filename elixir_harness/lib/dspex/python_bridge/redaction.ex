@@ -64,6 +64,10 @@ defmodule DSPex.PythonBridge.Redaction do
   defp message({:request, ref, pid, timeout, _body, _terms}),
     do: {:request, ref, pid, timeout, :redacted}
 
+  defp message({:request, ref, pid, timeout, _body, _terms, _beside}),
+    do: {:request, ref, pid, timeout, :redacted}
+
+  defp message({:tool_result, port, id, _frame}), do: {:tool_result, port, id, :redacted}
   defp message({port, {:data, _frame}}) when is_port(port), do: {port, {:data, :redacted}}
   defp message(message), do: message
 

@@ -10,8 +10,9 @@ defmodule DSPex.PythonBridge.Server do
 
   use GenServer
 
-  alias DSPex.PythonBridge.{Backoff, Caller, Dispatch, Options, Peer, Programs, Protocol, Reaper}
-  alias DSPex.PythonBridge.{Redaction, Report, Succession, Traffic}
+  alias DSPex.PythonBridge.{Backoff, Caller, Dispatch, Interim, Options, Peer, Programs}
+  alias DSPex.PythonBridge.{Protocol, Reaper, Redaction, Report, Succession, ToolCall}
+  alias DSPex.PythonBridge.Traffic
   alias DSPex.PythonBridge.Pool.Slots
 
   # Frames from this size on are not left to the next garbage collection: in a bridge with nothing to
@@ -90,27 +91,25 @@ defmodule DSPex.PythonBridge.Server do
   def handle_info({port, {:data, frame}}, state) when is_port(port) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
+      {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
+      {:tool_call, id} -> state |> tool_called(port, id, frame) |> noreply(frame)
       :none -> state |> unreadable_frame() |> noreply(frame)
     end
   end
 
-  def handle_info({:request, ref, pid, timeout, body, {retry, _, _} = terms}, state) do
-    cond do
-      state.status == :stopping ->
-        refuse(state, ref, :bridge_not_running, body, retry)
+  def handle_info({:request, ref, pid, timeout, body, terms}, state),
+    do: request_came(state, ref, pid, timeout, body, terms, Traffic.nothing_beside())
 
-      Traffic.pending(state.traffic) >= state.options.max_pending and not of_keeper?(terms) ->
-        refuse(state, ref, :overloaded, body, retry)
+  def handle_info({:request, ref, pid, timeout, body, terms, beside}, state),
+    do: request_came(state, ref, pid, timeout, body, terms, beside)
 
-      not Traffic.fits?(state.traffic, timeout, body, state.options.max_frame_bytes) ->
-        size = {:too_large, byte_size(body), state.options.max_frame_bytes}
-        refuse(state, ref, size, body, retry)
-
-      true ->
-        traffic = Traffic.accept(state.traffic, ref, pid, timeout, body, terms)
-        noreply(%{state | traffic: traffic}, body)
-    end
+  def handle_info({:tool_result, port, id, frame}, state) do
+    traffic = Interim.tool_result(state.traffic, port, id, frame)
+    noreply(%{state | traffic: traffic}, frame)
   end
+
+  # From who was to decode a chunk or a tool call.
+  def handle_info(:unreadable_frame, state), do: {:noreply, unreadable_frame(state)}
 
   # The caller's timeout passed; the caller died; nobody answered a cast.
   def handle_info({:abandon, ref}, state), do: abandon(state, ref)
@@ -213,6 +212,24 @@ defmodule DSPex.PythonBridge.Server do
   defp of_keeper?({_retry, _deaths, {_kind, _ids, stamp}}), do: stamp != nil
   defp of_keeper?(_terms), do: false
 
+  defp request_came(state, ref, pid, timeout, body, {retry, _deaths, _what} = terms, beside) do
+    cond do
+      state.status == :stopping ->
+        refuse(state, ref, :bridge_not_running, body, retry)
+
+      Traffic.pending(state.traffic) >= state.options.max_pending and not of_keeper?(terms) ->
+        refuse(state, ref, :overloaded, body, retry)
+
+      not Traffic.fits?(state.traffic, timeout, body, state.options.max_frame_bytes) ->
+        size = {:too_large, byte_size(body), state.options.max_frame_bytes}
+        refuse(state, ref, size, body, retry)
+
+      true ->
+        traffic = Traffic.accept(state.traffic, ref, pid, timeout, body, terms, beside)
+        noreply(%{state | traffic: traffic}, body)
+    end
+  end
+
   defp refuse(state, ref, failure, body, retry),
     do: noreply(%{state | traffic: Traffic.refuse(state.traffic, ref, failure, retry)}, body)
 
@@ -252,6 +269,20 @@ defmodule DSPex.PythonBridge.Server do
     end
   end
 
+  defp chunk_came(state, port, id, frame) do
+    case Interim.chunk(state.traffic, port, id, frame) do
+      {:ok, traffic} -> %{state | traffic: traffic}
+      :nobody -> %{state | late_replies: state.late_replies + 1}
+    end
+  end
+
+  defp tool_called(state, port, id, frame) do
+    max = state.options.max_frame_bytes
+    call = %ToolCall{port: port, id: id, frame: frame, max_frame_bytes: max}
+    Interim.tool_call(state.traffic, call)
+    state
+  end
+
   # The usual case first: there is one peer, and it has answered before.
   defp call_answered(%{peer: %{port: port, answered?: true}, next: nil} = state, port), do: state
 
@@ -263,7 +294,7 @@ defmodule DSPex.PythonBridge.Server do
   # The first is logged, the rest counted: a peer that talks nonsense may do so a lot.
   defp unreadable_frame(state) do
     if state.unreadable_frames == 0 do
-      text = "sent a frame without a readable id; more are only counted"
+      text = "sent a frame without a readable id, or not readable itself; more are only counted"
       Report.log(state, state.peer || state.next, :warning, text)
     end
 

@@ -2,7 +2,8 @@ defmodule DSPex.PythonBridge.Traffic do
   @moduledoc """
   What goes between callers and peers: ids are given here, calls wait here, and each is answered
   here, once. Part of the bridge's process; it sends messages, but knows nothing of how peers come
-  and go. Which call is sent to which peer, and when, is in `DSPex.PythonBridge.Dispatch`.
+  and go. Which call is sent to which peer, and when, is in `DSPex.PythonBridge.Dispatch`; what is said
+  between a request and its reply, in `DSPex.PythonBridge.Interim`.
 
   Ids grow for as long as the bridge lives, over all its peers, so that no reply can be taken for
   another's. They are also the keys of the outboxes and of what is held, whose order they are; a
@@ -56,6 +57,10 @@ defmodule DSPex.PythonBridge.Traffic do
           | {:too_large, pos_integer(), pos_integer()}
   @typedoc "What is done about a death; how many there were already; the change that is asked for."
   @type terms :: {:here | :never | :caller, non_neg_integer(), Programs.change() | nil}
+  @typedoc "What goes between a caller and the peer beside request and reply."
+  @type beside :: %{stream?: boolean(), tools?: boolean()}
+
+  @nothing_beside %{stream?: false, tools?: false}
 
   @doc "Nothing is under way."
   @spec new(Options.t(), Programs.table()) :: t()
@@ -70,15 +75,22 @@ defmodule DSPex.PythonBridge.Traffic do
 
   ## Callers
 
+  @doc "Of a caller that wants only the reply."
+  @spec nothing_beside() :: beside()
+  def nothing_beside, do: @nothing_beside
+
   @doc """
   Takes a request on. `ref` is the caller's alias; both it and `pid` are nil for a cast. `timeout`
   is what is left to the caller, in ms.
   """
-  @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary(), terms()) :: t()
-  def accept(%__MODULE__{to: nil} = traffic, ref, _pid, _timeout, _body, {:caller, _, _}),
+  @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary(), terms(), beside()) :: t()
+  def accept(traffic, ref, pid, timeout, body, terms, beside \\ @nothing_beside)
+
+  def accept(%__MODULE__{to: nil} = traffic, ref, _pid, _, _, {:caller, _, _}, _beside),
     do: refuse(traffic, ref, {:died, :unsent}, :caller)
 
-  def accept(%__MODULE__{next_id: id} = traffic, ref, pid, timeout, body, {retry, deaths, what}) do
+  def accept(%__MODULE__{next_id: id} = traffic, ref, pid, timeout, body, terms, beside) do
+    {retry, deaths, what} = terms
     now = now()
 
     call = %Call{
@@ -88,7 +100,9 @@ defmodule DSPex.PythonBridge.Traffic do
       body: body,
       retry: retry,
       what: stamped(what),
-      deaths: deaths
+      deaths: deaths,
+      stream?: beside.stream?,
+      tools?: beside.tools?
     }
 
     Dispatch.offer(%{traffic | next_id: id + 1}, id, call, now)

@@ -685,6 +685,11 @@ defmodule DSPex.PythonBridge.BridgeTest do
     %{log: shown} = Redaction.format_status(%{log: events})
     assert [{:in, {:request, _, _, 5, :redacted}}, {:in, _, :state}, :redacted, :redacted] = shown
     refute inspect(shown) =~ "the contents"
+
+    beside = Tuple.append(message, %{stream?: true, tools?: true})
+    result = {:tool_result, hd(Port.list()), 1, "the contents"}
+    %{log: shown} = Redaction.format_status(%{log: [{:in, beside}, {:in, result}]})
+    assert [{:in, {:request, _, _, 5, :redacted}}, {:in, {:tool_result, _, 1, :redacted}}] = shown
   end
 
   test "log lines name the bridge and the Python process" do

@@ -3,9 +3,10 @@ defmodule DSPex.PythonBridge.ProtocolTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Error, Protocol}
+  alias DSPex.PythonBridge.{Error, Payload, Protocol}
 
   doctest Protocol
+  doctest Payload
 
   describe "encode_request/3" do
     for vector <- vectors("requests.json") do
@@ -82,9 +83,12 @@ defmodule DSPex.PythonBridge.ProtocolTest do
       assert byte_size(error.message) < 200
     end
 
-    test "asks for meta when told to" do
-      {:ok, body} = Protocol.encode_body(:ping, %{}, meta: true)
-      assert %{"meta" => true} = JSON.decode!(~s({"id":1) <> body)
+    test "asks for meta, and for chunks, when told to" do
+      for opts <- [[], [meta: true], [stream: true, meta: true], [meta: false, retry: true]] do
+        {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
+        asked = ~s({"id":1) |> Kernel.<>(body) |> JSON.decode!() |> Map.take(["meta", "stream"])
+        assert asked == for({key, true} <- opts, key != :retry, into: %{}, do: {"#{key}", true})
+      end
     end
 
     test "keeps integers of any size" do
@@ -189,6 +193,8 @@ defmodule DSPex.PythonBridge.ProtocolTest do
         end
 
         assert Protocol.route(bytes) == :none or match?({:reply, _}, Protocol.route(bytes))
+        assert match?({:error, {_, _}}, Protocol.decode_chunk(bytes))
+        assert match?({:error, {_, _}}, Protocol.decode_tool_call(bytes))
       end
     end
   end
@@ -198,6 +204,19 @@ defmodule DSPex.PythonBridge.ProtocolTest do
       assert Protocol.route(~s({"id":0,"x":1})) == {:reply, 0}
       assert Protocol.route(~s({"id": 42, "x": 1})) == {:reply, 42}
       assert Protocol.route(~s({"id":42})) == {:reply, 42}
+    end
+
+    test "tells chunks and calls of tools by the second key" do
+      assert Protocol.route(~s({"id":7,"stream":{}})) == {:stream, 7}
+      assert Protocol.route(~s({"id": 7, "stream": {}})) == {:stream, 7}
+      assert Protocol.route(~s({"id":7,"tool_call":{}})) == {:tool_call, 7}
+      assert Protocol.route(~s({"id": 7, "tool_call": {}})) == {:tool_call, 7}
+      # A reply, whatever is in it; and no number is no call of ours.
+      assert Protocol.route(~s({"id":7,"success":true,"stream":{}})) == {:reply, 7}
+      assert Protocol.route(~s({"id":7,"streams":{}})) == {:reply, 7}
+      assert Protocol.route(~s({"id":null,"stream":{}})) == :none
+      assert Protocol.route(~s({"id":"7","tool_call":{}})) == :none
+      assert Protocol.route(~s({"stream":{},"id":7})) == :none
     end
 
     test "knows no other ids than those the bridge gives" do
@@ -215,6 +234,86 @@ defmodule DSPex.PythonBridge.ProtocolTest do
             ~s({"id":) <> String.duplicate("9", 1_000_000) <> "}"
           ] do
         assert Protocol.route(frame) == :none
+      end
+    end
+  end
+
+  describe "decode_chunk/1 and decode_tool_call/1" do
+    test "give what is in the frame, whatever else is" do
+      chunk = %{"field" => "answer", "chunk" => "ž 🐎", "of" => ["tomorrow"]}
+      frame = JSON.encode!(%{id: 7, stream: chunk, more: 1})
+      assert Protocol.decode_chunk(frame) == {:ok, 7, chunk}
+      call = %{call_id: "c", name: "t", args: %{a: %{b: [nil]}}, more: 1}
+      frame = JSON.encode!(%{id: 7, tool_call: call, more: 1})
+      assert Protocol.decode_tool_call(frame) == {:ok, "c", "t", %{"a" => %{"b" => [nil]}}}
+    end
+
+    test "give errors for everything else, every cut of a good frame included" do
+      chunk = ~s({"id":7,"stream":{"field":"answer","chunk":"ž"}})
+      call = ~s({"id":7,"tool_call":{"call_id":7,"name":"t","args":{"a":"ž"}}})
+
+      for {good, decode, kind} <- [
+            {chunk, &Protocol.decode_chunk/1, :stream},
+            {call, &Protocol.decode_tool_call/1, :tool_call}
+          ] do
+        assert elem(decode.(good), 0) == :ok
+
+        for size <- 0..(byte_size(good) - 1) do
+          cut = binary_part(good, 0, size)
+          assert {:error, {:invalid_json, _}} = decode.(cut)
+          assert Protocol.route(cut) in [:none, {:reply, 7}, {kind, 7}]
+        end
+
+        for other <- [
+              "[]",
+              "1",
+              "{}",
+              ~s({"id":7}),
+              ~s({"stream":{}}),
+              ~s({"id":7,"stream":[]}),
+              ~s({"id":null,"stream":{}}),
+              ~s({"id":7,"tool_call":[]}),
+              ~s({"id":7,"tool_call":{"name":"t"}}),
+              ~s({"id":7,"tool_call":{"call_id":null}}),
+              ~s({"id":7,"tool_call":{"call_id":1.5}})
+            ] do
+          assert {:error, {reason, text}} = decode.(other)
+          assert reason in [:not_a_chunk, :not_a_tool_call] and is_binary(text)
+        end
+      end
+    end
+
+    test "any bytes give an answer (seeded)" do
+      :rand.seed(:exsss, {4, 5, 6})
+      chunk = ~s({"id":7,"stream":{"field":"answer","chunk":"x"}})
+      call = ~s({"id":7,"tool_call":{"call_id":7,"name":"t","args":{"a":1}}})
+
+      for _ <- 1..3_000, good <- [chunk, call] do
+        bytes = mutate(good)
+        assert elem(Protocol.decode_chunk(bytes), 0) in [:ok, :error]
+        assert elem(Protocol.decode_tool_call(bytes), 0) in [:ok, :error]
+        assert Protocol.route(bytes) |> is_atom() or is_integer(elem(Protocol.route(bytes), 1))
+      end
+    end
+  end
+
+  describe "encode_tool_result/2" do
+    test "names what has no JSON form, in results and in error texts" do
+      for {result, text} <- [
+            {{:ok, self()}, "result: no JSON form"},
+            {{:ok, <<255>>}, "result: a text in it is not valid UTF-8"},
+            {{:error, <<255>>}, "error: a text in it is not valid UTF-8"}
+          ] do
+        assert {:error, %Error{message: message}} = Protocol.encode_tool_result(7, result)
+        assert message =~ text
+      end
+    end
+
+    test "repeats the call_id as it was" do
+      for id <- [0, -1, Integer.pow(7, 100), "a \"b\""] do
+        {:ok, frame} = Protocol.encode_tool_result(id, {:ok, nil})
+        assert %{"tool_result" => result} = JSON.decode!(frame)
+        assert result == %{"call_id" => id, "success" => true, "result" => nil}
       end
     end
   end

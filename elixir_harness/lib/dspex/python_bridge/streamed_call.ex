@@ -1,0 +1,99 @@
+defmodule DSPex.PythonBridge.StreamedCall do
+  @moduledoc """
+  One call with chunks, or tools, as the caller's process sees it: between its preparation and its
+  conclusion, which are `DSPex.PythonBridge.Caller`'s. What is under way meanwhile is with a process of
+  its own, `DSPex.PythonBridge.Relay`.
+
+  With chunks it is a reduction, as `Enumerable` has it: a function is given one element after the other,
+  and says after each whether to go on. Whatever ends it early, the function's own exception included,
+  cancels the call in the peer.
+  """
+
+  alias DSPex.PythonBridge.{Caller, Protocol, Relay}
+
+  @typedoc "The arguments of `DSPex.PythonBridge.Caller.exchange/5`, with `:tools` among the last."
+  @type request ::
+          {GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()}
+  @typedoc "A chunk as the peer wrote it, string keys; or, last, what came of the call."
+  @type element :: {:chunk, map()} | {:over, Caller.result()}
+
+  @doc "Makes the call and has `on_chunk`, if it is given, called with each chunk; gives what came of it."
+  @spec run(request(), (map() -> term()) | nil) :: Caller.result()
+  def run({server, command, args, timeout, opts}, nil) do
+    with {:ok, call} <- Caller.prepare(server, command, args, timeout, opts) do
+      # Nothing comes before this.
+      {:over, reply} = Relay.next(Relay.start(call, stream?: false, tools: opts[:tools]))
+      Caller.conclude(call, reply)
+    end
+  end
+
+  def run(request, on_chunk) do
+    {:done, result} =
+      reduce(request, {:cont, nil}, fn
+        {:chunk, chunk}, nil ->
+          on_chunk.(chunk)
+          {:cont, nil}
+
+        {:over, result}, nil ->
+          {:cont, result}
+      end)
+
+    result
+  end
+
+  @doc "The call as a reduction over its elements. Nothing is sent before the first is asked for."
+  @spec reduce(request(), Enumerable.acc(), (element(), term() -> Enumerable.acc())) ::
+          Enumerable.result()
+  def reduce(_request, {:halt, acc}, _fun), do: {:halted, acc}
+  def reduce(request, {:suspend, acc}, fun), do: {:suspended, acc, &reduce(request, &1, fun)}
+
+  def reduce({server, command, args, timeout, opts}, {:cont, acc}, fun) do
+    case Caller.prepare(server, command, args, timeout, [stream: true] ++ opts) do
+      {:ok, call} ->
+        relay = Relay.start(call, stream?: true, tools: Keyword.get(opts, :tools, %{}))
+        # It is as large as the request, which may take long.
+        go_on({%{call | body: ""}, relay}, {:cont, acc}, fun)
+
+      {:error, error} ->
+        last(fun.({:over, {:error, error}}, acc))
+    end
+  end
+
+  defp go_on({call, relay} = under_way, {:cont, acc}, fun) do
+    case Relay.next(relay) do
+      {:chunk, frame} -> go_on(under_way, chunk(under_way, frame, acc, fun), fun)
+      {:over, reply} -> last(fun.({:over, Caller.conclude(call, reply)}, acc))
+    end
+  end
+
+  defp go_on(under_way, {:suspend, acc}, fun),
+    do: {:suspended, acc, &go_on(under_way, &1, fun)}
+
+  defp go_on({_call, relay}, {:halt, acc}, _fun) do
+    Relay.stop(relay)
+    {:halted, acc}
+  end
+
+  defp last({:cont, acc}), do: {:done, acc}
+  defp last({:halt, acc}), do: {:halted, acc}
+  defp last({:suspend, acc}), do: {:suspended, acc, &last/1}
+
+  defp chunk({call, relay}, frame, acc, fun) do
+    case Protocol.decode_chunk(frame) do
+      {:ok, _id, chunk} ->
+        give(relay, {:chunk, chunk}, acc, fun)
+
+      {:error, _reason} ->
+        send(call.dest, :unreadable_frame)
+        {:cont, acc}
+    end
+  end
+
+  defp give(relay, element, acc, fun) do
+    fun.(element, acc)
+  catch
+    kind, reason ->
+      Relay.stop(relay)
+      :erlang.raise(kind, reason, __STACKTRACE__)
+  end
+end

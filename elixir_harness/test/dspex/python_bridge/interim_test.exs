@@ -1,0 +1,109 @@
+defmodule DSPex.PythonBridge.InterimTest do
+  @moduledoc "Chunks and tools of calls that have gone from one peer to the next: played through."
+
+  use ExUnit.Case, async: true
+
+  alias DSPex.PythonBridge.{Calls, Dispatch, Interim, Options, Programs, ToolCall, Traffic}
+
+  @frame "a frame"
+
+  # Two peers that send back what they get; the first has a call of number 1, which takes chunks.
+  setup do
+    {:ok, options} = Options.new(max_retries: 3)
+    ref = :erlang.alias()
+    [first, second] = for _ <- 1..2, do: open()
+    beside = %{stream?: true, tools?: true}
+
+    traffic =
+      Traffic.new(options, Programs.new())
+      |> Dispatch.attach(first)
+      |> Dispatch.serve(first)
+      |> Traffic.accept(ref, self(), :infinity, ~s(,"n":1}), {:here, 0, nil}, beside)
+
+    assert_receive {^first, {:data, _request}}, 5_000
+    %{traffic: traffic, ref: ref, first: first, second: second}
+  end
+
+  defp open do
+    Port.open({:spawn_executable, System.find_executable("cat")}, [{:packet, 4}, :binary])
+  end
+
+  defp second_serves(%{traffic: traffic, first: first, second: second}) do
+    traffic = traffic |> Dispatch.attach(second) |> Dispatch.serve(second)
+    traffic = Dispatch.lost(traffic, first, :replaced)
+    assert_receive {^second, {:data, _request}}, 5_000
+    traffic
+  end
+
+  defp tool_call(port, id),
+    do: %ToolCall{
+      port: port,
+      id: id,
+      frame: ~s({"id":1,"tool_call":{"call_id":7,"name":"t","args":{}}}),
+      max_frame_bytes: 1_000
+    }
+
+  test "a chunk comes from the peer that has the call", %{traffic: traffic, ref: ref} = context do
+    assert {:ok, _traffic} = Interim.chunk(traffic, context.first, 1, @frame)
+    assert_received {^ref, :chunk, @frame}
+    assert Interim.chunk(traffic, context.first, 2, @frame) == :nobody
+    assert Interim.chunk(traffic, context.second, 1, @frame) == :nobody
+  end
+
+  test "a chunk of the peer before is not mixed into what the next one streams", context do
+    traffic = second_serves(context)
+    assert Interim.chunk(traffic, context.first, 1, @frame) == :nobody
+    assert {:ok, _traffic} = Interim.chunk(traffic, context.second, 1, "another")
+    ref = context.ref
+    assert_received {^ref, :chunk, "another"}
+    refute_received {^ref, :chunk, @frame}
+  end
+
+  test "a call whose caller was given a chunk does not go to the next peer", context do
+    {:ok, traffic} = Interim.chunk(context.traffic, context.first, 1, @frame)
+    traffic = Dispatch.lost(traffic, context.first, :replaced)
+    assert Calls.size(traffic.calls) == 0
+    ref = context.ref
+    assert_received {^ref, {:error, :python_process_died}}
+  end
+
+  test "a tool is called for the peer that has the call; another is told that it is over",
+       context do
+    mine = tool_call(context.first, 1)
+    assert Interim.tool_call(context.traffic, mine) == :ok
+    ref = context.ref
+    assert_received {^ref, :tool_call, ^mine}
+    %{second: second} = context
+    traffic = second_serves(context)
+    assert Interim.tool_call(traffic, mine) == :ok
+    assert_receive {:tool_result, _port, nil, frame}, 5_000
+    assert %{"tool_result" => %{"call_id" => 7, "success" => false}} = JSON.decode!(frame)
+    refute_received {^ref, :tool_call, ^mine}
+    assert Interim.tool_call(traffic, tool_call(second, 1)) == :ok
+    assert_received {^ref, :tool_call, %ToolCall{port: ^second}}
+  end
+
+  test "a result goes to the peer that asked, and to no other", context do
+    %{first: first, second: second} = context
+    Interim.tool_result(context.traffic, first, 1, @frame)
+    assert_receive {^first, {:data, @frame}}, 5_000
+    traffic = second_serves(context)
+    # It would come first.
+    traffic = Interim.tool_result(traffic, first, 1, @frame)
+    traffic = Interim.tool_result(traffic, first, nil, @frame)
+    Interim.tool_result(traffic, second, 1, "another")
+    assert_receive {^second, {:data, frame}}, 5_000
+    assert frame == "another"
+    refute_received {^first, {:data, _frame}}
+  end
+
+  test "a result of a call that is over goes nowhere; a refusal does not need the call",
+       context do
+    %{first: first} = context
+    {:ok, traffic} = Traffic.deliver(context.traffic, 1, "reply")
+    traffic = Interim.tool_result(traffic, first, 1, @frame)
+    Interim.tool_result(traffic, first, nil, "refused")
+    assert_receive {^first, {:data, frame}}, 5_000
+    assert frame == "refused"
+  end
+end

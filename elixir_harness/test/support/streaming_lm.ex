@@ -1,0 +1,84 @@
+defmodule DSPex.Test.StreamingLM do
+  @moduledoc """
+  A server on loopback that streams an LM's answer as the test tells it to. It tells its owner of each
+  request, `{:lm_request, lm}`, where `lm` is for `say/2` and `finish/1`, and of each connection that the
+  other side closed: `{:lm_closed, lm}`.
+  """
+
+  @doc "Starts it for the calling process; gives its port."
+  def start do
+    owner = self()
+
+    {:ok, listener} =
+      :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}, reuseaddr: true])
+
+    {:ok, port} = :inet.port(listener)
+    acceptor = spawn_link(fn -> accept(listener, owner) end)
+    :ok = :gen_tcp.controlling_process(listener, acceptor)
+    port
+  end
+
+  @doc "Streams a piece of the answer."
+  def say(lm, text), do: send(lm, {:say, %{role: "assistant", content: text}, nil})
+
+  @doc "The answer is over."
+  def finish(lm), do: send(lm, {:say, %{}, "stop"})
+
+  defp accept(listener, owner) do
+    {:ok, socket} = :gen_tcp.accept(listener)
+
+    pid =
+      spawn(fn ->
+        receive do
+          :go -> serve(socket, owner, "")
+        end
+      end)
+
+    :ok = :gen_tcp.controlling_process(socket, pid)
+    send(pid, :go)
+    accept(listener, owner)
+  end
+
+  defp serve(socket, owner, read) do
+    case :gen_tcp.recv(socket, 0) do
+      {:ok, data} ->
+        if whole?(read <> data),
+          do: stream(socket, owner),
+          else: serve(socket, owner, read <> data)
+
+      {:error, _closed} ->
+        :ok
+    end
+  end
+
+  defp whole?(read) do
+    with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
+         [_, length] <- Regex.run(~r/content-length: (\d+)/i, head) do
+      byte_size(body) >= String.to_integer(length)
+    else
+      _part -> false
+    end
+  end
+
+  defp stream(socket, owner) do
+    head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+    :ok = :gen_tcp.send(socket, head)
+    :ok = :inet.setopts(socket, active: true)
+    send(owner, {:lm_request, self()})
+    events(socket, owner)
+  end
+
+  defp events(socket, owner) do
+    receive do
+      {:say, delta, finish} ->
+        choice = %{index: 0, delta: delta, finish_reason: finish}
+        event = %{id: "c", object: "chat.completion.chunk", created: 0, model: "stub"}
+        data = ["data: ", JSON.encode!(Map.put(event, :choices, [choice])), "\n\n"]
+        :ok = :gen_tcp.send(socket, if(finish, do: [data, "data: [DONE]\n\n"], else: data))
+        if finish, do: :gen_tcp.close(socket), else: events(socket, owner)
+
+      {:tcp_closed, ^socket} ->
+        send(owner, {:lm_closed, self()})
+    end
+  end
+end
