@@ -83,8 +83,8 @@ class Call:
 class Command:
     """How one command is served.
 
-    `handler(args, call)` gives the result, or a coroutine that will. `limited`: its coroutine waits for its turn, within
-    the limits of what runs and waits.
+    `handler(args, call)` gives the result, or a coroutine that will. `limited`: its coroutine waits for its turn,
+    within the limits of what runs and waits.
     """
 
     __slots__ = ("handler", "limited")

@@ -1,7 +1,7 @@
 """What goes between an execute under way and its caller: chunks of a stream, questions to tools and their answers.
 
-Of the event loop's thread, but for `note`, `asked` and `hang_up`. Nothing is told after the reply; an answer that finds nobody,
-since the execute is over, is dropped.
+Of the event loop's thread, but for `note`, `asked` and `hang_up`. Nothing is told after the reply; an answer that finds
+nobody, since the execute is over, is dropped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A `dspy.LM` that is called on the event loop, wherever the call came from: there it can be stopped, and can stream."""
+"""A `dspy.LM` that is called on the event loop, wherever the call came from: there it can be stopped and can stream."""
 
 from __future__ import annotations
 
@@ -16,5 +16,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         """As `dspy.LM`'s."""
         job = sync_threads.current.get()
         if job is None:
-            return super().__call__(*args, **kwargs)
+            # In a thread of the module's own. There DSPy could stream only to a loop of its kind.
+            with dspy.context(send_stream=None):
+                return super().__call__(*args, **kwargs)
         return job.on_loop(self.acall(*args, **kwargs))

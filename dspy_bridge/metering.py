@@ -21,7 +21,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         self._cache_hits = 0
 
     def summary(self) -> dict[str, Any]:
-        """`{"lm_usage": {model: tokens}, "lm_calls", "cache_hits"}` up to now; a call that the cache answered counts."""
+        """`{"lm_usage": {model: tokens}, "lm_calls", "cache_hits"}` up to now; a cached answer is a call, too."""
         return {
             "lm_usage": self.tracker.get_total_tokens(),
             "lm_calls": self._calls,

@@ -36,10 +36,8 @@ MAX_LMS = 64
 CALLS_PER_LM = 100
 # Options of dspy.LM that are Python objects, which JSON cannot give.
 _OBJECT_OPTIONS = ("async_engine", "callbacks", "launch_kwargs", "prompt_cache", "provider", "train_kwargs")
-# As DSPy drops them when it loads a state, and what is no keyword argument of dspy.LM.
-_NOT_FROM_STATES = frozenset(
-    ("api_base", "base_url", "model_list", "engine", LM_CLASS_STATE_KEY, "finetuning_model", *_OBJECT_OPTIONS)
-)
+# Of a saved LM: how it was made, where DSPy's own choice will do, and what is no keyword argument of dspy.LM.
+_NOT_FROM_STATES = frozenset(("engine", LM_CLASS_STATE_KEY, "finetuning_model", *_OBJECT_OPTIONS))
 _ADAPTERS = dict(zip(ADAPTERS, (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter), strict=True))
 
 
@@ -121,11 +119,14 @@ class Models:
         return pool
 
     def saved_pool(self, state: dict[str, Any]) -> LMPool:
-        """The LMs for the state of one that DSPy saved: where it is, and its key, are not taken from there."""
-        return self.pool({name: value for name, value in state.items() if name not in _NOT_FROM_STATES})
+        """The LMs for the state of one that DSPy saved. Raises `InvalidArgs`."""
+        try:
+            return self.pool({name: value for name, value in state.items() if name not in _NOT_FROM_STATES})
+        except InvalidArgs as error:
+            raise InvalidArgs(f"state: {error}") from None
 
     def adapter(self, given: object) -> dspy.Adapter:
-        """A new adapter: its name, or `{"name": "two_step", "extraction_model": {"model": …}}`. Raises `InvalidArgs`."""
+        """A new adapter: by name, or `{"name": "two_step", "extraction_model": {"model": …}}`. Raises `InvalidArgs`."""
         if isinstance(given, str) and given in _ADAPTERS:
             return _ADAPTERS[given]()
         two_step = '{"name": "two_step", "extraction_model": {"model": …}}'
@@ -169,6 +170,10 @@ def translate(error: Exception) -> BridgeError | None:
         began = " ".join(str(error.lm_response).split())[:200]
         text = f"the LM's answer did not fit the signature: {problem}; expected {', '.join(wanted)}; it began {began!r}"
         return OutputInvalid(text)
+    if isinstance(error, dspy.CodeInterpreterError):
+        # Not what the code did: its errors go to the LM. The sandbox is missing, or did not start.
+        said = str(error).strip().split("\n", 1)[0]
+        return SetupFailed(f"the sandbox for code failed: {said}; DSPy's own needs Deno 2: pip install 'dspy[deno]'")
     if isinstance(error, dspy.LMConfigurationError):
         return LMNotConfigured(str(error))
     if isinstance(error, dspy.LMError):

@@ -10,6 +10,7 @@ from dspy_bridge import models, modules, signatures, states, tools
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.metering import Meter
+from dspy_bridge.runners import CodeRunner
 from dspy_bridge.streaming import Stream
 
 
@@ -32,7 +33,7 @@ class Program:
         if self._saved_lm is not None and self._lm is None:
             self._lm = lms.saved_pool(self._saved_lm)
         if definition.get("demos") is not None:
-            states.read_demos(definition["demos"], module, signature)
+            states.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
         self._config = definition.get("config") or {}
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
@@ -76,7 +77,9 @@ class Program:
         settings: dict[str, Any] = {}
         told = None
         if stream:
-            told = Stream(self._runner.module, self._text_fields, dspy.settings.adapter, call)
+            module = self._runner.module
+            on_loop = hasattr(module, "aforward") and not isinstance(self._runner, CodeRunner)
+            told = Stream(module, self._text_fields, call, on_loop=on_loop)
             settings = told.settings()
         if isinstance(call.meter, Meter):
             settings["usage_tracker"] = call.meter.tracker

@@ -25,13 +25,18 @@ def learn(options: object) -> None:
     """Remember the secrets among `options` (nested keyword arguments of an LM)."""
     if isinstance(options, dict):
         for name, value in options.items():
-            if isinstance(value, str) and _SECRET_NAME.search(str(name)):
+            if isinstance(value, str) and names_secret(str(name)):
                 _remember(value)
             else:
                 learn(value)
     elif isinstance(options, list):
         for item in options:
             learn(item)
+
+
+def names_secret(name: str) -> bool:
+    """Whether what has this name is secret, if it is a text."""
+    return _SECRET_NAME.search(name) is not None
 
 
 def learn_environment() -> None:

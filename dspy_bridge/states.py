@@ -1,8 +1,9 @@
-"""A program's learned state, in and out: what DSPy's `save` writes, and demos. JSON only, never pickle. Imports DSPy."""
+"""A program's learned state, in and out: what DSPy's `save` writes, and demos. JSON only, no pickle. Imports DSPy."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import jiter
 import pydantic
 from dspy.utils.saving import get_dependency_versions
 
+from dspy_bridge import media, redaction
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 
 # A state holds texts: a larger file is something else.
@@ -19,6 +21,11 @@ MAX_STATE_BYTES = 64 * 1024 * 1024
 MAX_DEMOS = 10_000
 # What DSPy writes of a predictor; it would set any other key as an attribute, methods included.
 _KEYS = frozenset(("traces", "train", "demos", "signature", "lm", "fields"))
+_KEY_NAMES = ", ".join(sorted(_KEYS))
+# Where an LM is, and what it is told beside the prompt: a state that somebody gave must not send prompts elsewhere.
+_NOT_FROM_STATES = frozenset(("api_base", "base_url", "model_list", "headers", "extra_headers"))
+# What DSPy writes for a field without a description.
+_NO_DESCRIPTION = re.compile(r"\$\{(\w+)\}")
 
 
 def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | None:
@@ -38,6 +45,10 @@ def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | 
 def _read_file(path: object, state_dir: str | None) -> Any:
     if not isinstance(path, str) or not path or "\0" in path:
         raise InvalidArgs("state_path: expected text")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise InvalidArgs("state_path: no name that a file can have") from None
     if state_dir is None:
         raise NotAllowed("state_path: DSPY_BRIDGE_STATE_DIR names the folder for states; it is not set")
     folder = os.path.realpath(state_dir)
@@ -48,11 +59,14 @@ def _read_file(path: object, state_dir: str | None) -> Any:
     try:
         # A pipe would be waited for.
         descriptor = os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        with open(descriptor, "rb") as file:
+        try:
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_STATE_BYTES:
                 raise InvalidArgs(f"state_path: expected a file of at most {MAX_STATE_BYTES} bytes")
-            return jiter.from_json(file.read(MAX_STATE_BYTES))
+            with open(descriptor, "rb", closefd=False) as file:
+                return jiter.from_json(file.read(MAX_STATE_BYTES))
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise InvalidArgs(f"state_path: cannot be read: {error.strerror}") from None
     except ValueError:
@@ -62,20 +76,27 @@ def _read_file(path: object, state_dir: str | None) -> Any:
 def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     """Give a module its state; returns the state of the LM that it was saved with, if any. Raises `InvalidArgs`."""
     wanted = dict(module.named_parameters())
-    given = {name: value for name, value in state.items() if name != "metadata"}
-    if given.keys() != wanted.keys():
-        raise InvalidArgs(f"state: of another program: expected {_names(wanted)}, got {_names(given)}")
+    state = {name: value for name, value in state.items() if name != "metadata"}
+    if _is_flat(module):
+        if state.keys().isdisjoint(_KEYS):
+            raise InvalidArgs(f"state: of another program: expected {_KEY_NAMES}, got {_names(state)}")
+    elif state.keys() != wanted.keys():
+        raise InvalidArgs(f"state: of another program: expected {_names(wanted)}, got {_names(state)}")
+    given = _by_predictor(module, state)
     for name, parameter in wanted.items():
-        _check(given[name], parameter, f"state.{name}")
-    lms = [lm for lm in (saved["lm"] for saved in given.values()) if lm is not None]
+        _check(given[name], parameter, "state" if _is_flat(module) else f"state.{name}")
+    lms = [_without_place(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
     if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
         raise InvalidArgs("state: its predictors have different LMs; expected one, or none")
     # Which LM it is called with is the program's business: one of a predictor's own would win over a call's.
     without = {name: {**saved, "lm": None} for name, saved in given.items()}
     try:
-        module.load_state(without)
+        module.load_state(without["self"] if _is_flat(module) else without)
+        for predictor in module.predictors():
+            # Now rather than with every execute.
+            dspy.ChatAdapter().format_demos(predictor.signature, predictor.demos)
     except Exception as error:
-        raise InvalidArgs(f"state: DSPy cannot load it: {type(error).__name__}: {error}") from None
+        raise InvalidArgs(f"state: DSPy cannot load it: {type(error).__name__}: {error}") from error
     return lms[0] if lms else None
 
 
@@ -83,12 +104,36 @@ def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
     """What DSPy's `save` writes to a file; `lm`: what `load` gave."""
     state: dict[str, Any] = module.dump_state()
     if lm is not None:
-        state = {name: {**saved, "lm": lm} for name, saved in state.items()}
+        given = {name: {**saved, "lm": lm} for name, saved in _by_predictor(module, state).items()}
+        state = given["self"] if _is_flat(module) else given
     return {**state, "metadata": {"dependency_versions": get_dependency_versions()}}
 
 
-def read_demos(demos: object, module: dspy.Module, signature: type[dspy.Signature]) -> None:
-    """Give the demos of a `create_program` to the predictors that write the program's outputs. Raises `InvalidArgs`."""
+def _is_flat(module: dspy.Module) -> bool:
+    """Of a Predict alone DSPy writes the one predictor's state, without a name for it."""
+    return isinstance(module, dspy.Predict)
+
+
+def _by_predictor(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any]:
+    return {"self": state} if _is_flat(module) else state
+
+
+def _without_place(lm: dict[str, Any]) -> dict[str, Any]:
+    """An LM's state without what says where it is, and without secrets."""
+    return {
+        name: value
+        for name, value in lm.items()
+        if name not in _NOT_FROM_STATES and not (isinstance(value, str) and redaction.names_secret(name))
+    }
+
+
+def read_demos(
+    demos: object, module: dspy.Module, signature: type[dspy.Signature], files_dir: str | None = None
+) -> None:
+    """Give the demos of a `create_program` to the predictors that write the program's outputs.
+
+    `files_dir`: the folder that paths in them may lead to. Raises `InvalidArgs` or `NotAllowed`.
+    """
     if not isinstance(demos, list):
         raise InvalidArgs('demos: expected a list of objects such as {"question": "…", "answer": "…"}')
     if len(demos) > MAX_DEMOS:
@@ -97,13 +142,16 @@ def read_demos(demos: object, module: dspy.Module, signature: type[dspy.Signatur
     predictors = [found for found in module.predictors() if outputs <= found.signature.output_fields.keys()]
     if not predictors:
         raise InvalidArgs("demos: no predictor of this module writes the signature's outputs; give a state instead")
-    fields = predictors[-1].signature.fields
+    fields = {
+        name: pydantic.TypeAdapter(media.accepting(field.rebuild_annotation(), files_dir))
+        for name, field in predictors[-1].signature.fields.items()
+    }
     read = [_demo(demo, fields, f"demos[{index}]") for index, demo in enumerate(demos)]
     for predictor in predictors:
         predictor.demos = [dict(demo) for demo in read]
 
 
-def _demo(demo: object, fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _demo(demo: object, fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
     if not isinstance(demo, dict) or not demo:
         raise InvalidArgs(f"{where}: expected an object of fields")
     read = {}
@@ -111,10 +159,12 @@ def _demo(demo: object, fields: Mapping[str, Any], where: str) -> dict[str, Any]
         if name not in fields:
             raise InvalidArgs(f"{where}.{name}: unknown field; expected {', '.join(fields)}")
         try:
-            read[name] = pydantic.TypeAdapter(fields[name].rebuild_annotation()).validate_python(value)
+            read[name] = fields[name].validate_python(value)
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             raise InvalidArgs(f"{where}.{name}: {first['msg']}") from None
+        except (TypeError, ValueError) as error:
+            raise InvalidArgs(f"{where}.{name}: {error}") from None
     return read
 
 
@@ -123,13 +173,14 @@ def _check(saved: object, parameter: Any, where: str) -> None:
         raise InvalidArgs(f"{where}: expected an object")
     for key in saved:
         if key not in _KEYS:
-            raise InvalidArgs(f"{where}: unknown key {key!r}; expected {', '.join(sorted(_KEYS))}")
+            raise InvalidArgs(f"{where}: unknown key {key!r}; expected {_KEY_NAMES}")
     for key in ("traces", "train", "demos"):
-        if not isinstance(saved.get(key), list) or not all(isinstance(item, dict) for item in saved["demos"]):
-            raise InvalidArgs(f"{where}.{key}: expected a list of objects")
+        if not isinstance(saved.get(key), list):
+            raise InvalidArgs(f"{where}.{key}: expected a list")
+    if not all(isinstance(demo, dict) for demo in saved["demos"]):
+        raise InvalidArgs(f"{where}.demos: expected a list of objects")
     if saved.get("lm") is not None and not isinstance(saved["lm"], dict):
         raise InvalidArgs(f"{where}.lm: expected an object or null")
-    saved.setdefault("lm", None)
     _check_signature(saved.get("signature"), parameter.signature, f"{where}.signature")
     names = parameter.signature.fields
     for index, demo in enumerate(saved["demos"]):
@@ -147,10 +198,15 @@ def _check_signature(saved: object, signature: type[dspy.Signature], where: str)
         texts = (field.get("prefix"), field.get("description")) if isinstance(field, dict) else (None,)
         if not all(isinstance(text, str) for text in texts):
             raise InvalidArgs(f"{where}.fields[{index}]: expected an object with prefix and description, texts")
-    # DSPy writes no names; a prefix is made of the name unless somebody chose another.
+    # DSPy writes no names; a prefix is made of the name unless somebody chose another, an optimizer for one, and the
+    # description names the field where there is none.
     wanted = [field["prefix"] for field in signature.dump_state()["fields"]]
     got = [field["prefix"] for field in fields]
-    if len(got) != len(wanted) or not set(got) & set(wanted):
+    same = len(got) == len(wanted) and not set(got).isdisjoint(wanted)
+    for name, field in zip(signature.fields, fields, strict=False):
+        described = _NO_DESCRIPTION.fullmatch(field["description"])
+        same = same and (described is None or described[1] == name)
+    if not same:
         raise InvalidArgs(f"{where}: of another signature: expected fields {_texts(wanted)}, got {_texts(got)}")
 
 

@@ -1,84 +1,151 @@
-"""One execute's stream: what DSPy's field listeners hear goes to the caller as it comes. Imports DSPy.
+"""One execute's stream: the fields of an LM's answer go to the caller as they come. Imports DSPy.
 
-DSPy sends the chunks of an LM's answer to `send_stream` of its settings, awaited by the very task that reads from the
+DSPy sends the pieces of an LM's answer to `send_stream` of its settings, awaited by the very task that reads from the
 provider: a caller that does not take more stops that reading, and nothing is stored in between.
 """
 
 from __future__ import annotations
 
+import asyncio
+from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
-from dspy.streaming import StatusMessage, StreamListener
+from dspy.clients import call_context
+from dspy.streaming import StatusMessage
 from dspy.utils.callback import BaseCallback
 
+from dspy_bridge import answers
 from dspy_bridge.calls import Call
+from dspy_bridge.json_answers import JSONReader
+from dspy_bridge.loop_lm import LoopLM
 
-# Adapters whose answers DSPy's listeners can read. None is the chat adapter.
-_READABLE = frozenset((None, "ChatAdapter", "JSONAdapter", "XMLAdapter"))
+_READERS: dict[type, type[answers.Reader]] = {
+    dspy.ChatAdapter: answers.ChatReader,
+    dspy.JSONAdapter: JSONReader,
+    dspy.XMLAdapter: answers.XMLReader,
+}
+# What DSPy's modules let an LM write before the outputs.
+_BEFORE = ("reasoning", "rationale")
+
+
+class _Answer:
+    """The answer to one LM call; other adapters' than those above nobody can read."""
+
+    def __init__(self, adapter: dspy.Adapter) -> None:
+        self.format = _READERS.get(type(adapter))
+        self.reader: answers.Reader | None = None
+
+
+# DSPy's own notes on what was shown. Not public: without it, nothing of a stream is tried again.
+_PROGRESS = getattr(call_context, "_adapter_calls", None)
+
+# Of the LM call that is about to be made in this context, or under way.
+_answer: ContextVar[_Answer | None] = ContextVar("answer", default=None)
 
 
 class Stream:
     """What is told of one execute. In DSPy's settings it takes the place of the stream that `dspy.streamify` makes."""
 
-    def __init__(self, module: dspy.Module, fields: list[str], adapter: dspy.Adapter | None, call: Call) -> None:
-        """`fields`: the program's outputs, as far as they are texts.
+    def __init__(self, module: dspy.Module, fields: list[str], call: Call, *, on_loop: bool) -> None:
+        """`fields`: the program's outputs, as far as they are texts. `on_loop`: the module does not run in a thread.
 
-        With them the reasoning is told that comes from the same predictor. What other predictors write is no output.
+        With the fields the reasoning is told that comes from the same predictor. What other predictors write is no
+        output; of several that write the same one, the last is taken for the one whose answer counts.
         """
         self._call = call
-        self._fields = [*fields, "reasoning"]
-        # Chunks told by field, which listeners hold back where they may be part of a marker.
-        self._told: set[str] = set()
-        self._listeners: dict[int, list[StreamListener]] = {}
-        kind = None if adapter is None else type(adapter).__name__
-        for name, predictor in module.named_predictors() if kind in _READABLE else ():
+        self._loop = asyncio.get_running_loop()
+        self._on_loop = on_loop
+        self._fields = list(dict.fromkeys((*fields, *_BEFORE)))
+        self._told: dict[str, list[str]] = {}
+        # By predictor.
+        self._heard: dict[int, set[str]] = {}
+        self._predictors: list[dspy.Predict] = []
+        left = set(self._fields)
+        for predictor in reversed(module.predictors()):
             outputs = predictor.signature.output_fields
-            heard = [field for field in outputs if field in self._fields and outputs[field].annotation is str]
-            if any(field in fields for field in heard):
-                # New for each execute: one ends with its first answer (stanfordnlp/dspy issue 8425). A predictor may be
-                # called several times in one, so each starts over after that.
-                self._listeners[id(predictor)] = [
-                    StreamListener(field, predict=predictor, predict_name=name, allow_reuse=True) for field in heard
-                ]
+            heard = {name for name in left if name in outputs and outputs[name].annotation is str}
+            # From a thread only these LMs can stream.
+            streams = on_loop or isinstance(predictor.lm or dspy.settings.lm, LoopLM)
+            # DSPy refuses to stream decisions.
+            if streams and not heard.isdisjoint(fields) and not predictor.fields:
+                self._heard[id(predictor)] = heard
+                self._predictors.append(predictor)
+                left -= heard
 
     def settings(self) -> dict[str, Any]:
         """DSPy's settings for the execute."""
         return {
-            "send_stream": self if self._listeners else None,
-            "stream_listeners": [listener for listeners in self._listeners.values() for listener in listeners],
-            "callbacks": [*dspy.settings.callbacks, _Steps(self._call)],
+            "send_stream": self if self._predictors or self._on_loop else None,
+            # All that DSPy wants to know of a listener: whose answers to send. Without any it would send all.
+            "stream_listeners": [SimpleNamespace(predict=predictor) for predictor in self._predictors or (None,)],
+            "callbacks": [*dspy.settings.callbacks, _Watch(self._call)],
         }
 
     async def send(self, value: Any) -> None:
-        """Called by DSPy with each chunk of an LM's answer, and by modules with what they want to be told."""
+        """Called by DSPy with each piece of an LM's answer, and by modules with what they want to be told."""
         if isinstance(value, StatusMessage):
-            await self._call.tell({"status": value.message})
+            # DSPy's helper for sync code sends it on an event loop of its own.
+            if asyncio.get_running_loop() is self._loop:
+                await self._call.tell({"status": str(value.message)})
+            else:
+                self._call.note({"status": str(value.message)})
             return
-        for listener in self._listeners.get(getattr(value, "predict_id", None) or 0, ()):
-            await self._chunk(listener.receive(value))
+        told = False
+        for field, text in self._read(value):
+            told = True
+            self._told.setdefault(field, []).append(text)
+            await self._call.tell({"field": field, "chunk": text})
+        _allow_another_try(told)
+
+    def _read(self, piece: Any) -> list[answers.Told]:
+        answer = _answer.get()
+        heard = self._heard.get(getattr(piece, "predict_id", None) or 0)
+        if heard is None or answer is None or answer.format is None or not piece.choices:
+            return []
+        choice = piece.choices[0]
+        if getattr(choice, "index", 0):
+            return []
+        if answer.reader is None:
+            answer.reader = answer.format(heard)
+        told = list(answer.reader.feed(choice.delta.content or ""))
+        if choice.finish_reason is not None:
+            # What follows is another completion (`n`); the first one is the result.
+            answer.format = None
+        return told
 
     async def finish(self, outputs: dict[str, Any]) -> None:
-        """The execute is over: what was held back, and whole what did not come in chunks (from a cache, say)."""
-        for listeners in self._listeners.values():
-            for listener in listeners:
-                await self._chunk(listener.finalize())
+        """The execute is over: what was not told in pieces is told now, whole (from a cache, say) or the rest."""
+        await asyncio.sleep(0)  # what another thread has noted goes first
         for field in self._fields:
             text = outputs.get(field)
-            if field not in self._told and isinstance(text, str) and text:
-                await self._call.tell({"field": field, "chunk": text})
-
-    async def _chunk(self, heard: Any) -> None:
-        if heard is not None and heard.chunk:
-            self._told.add(heard.signature_field_name)
-            await self._call.tell({"field": heard.signature_field_name, "chunk": str(heard.chunk)})
+            if isinstance(text, str) and (rest := answers.rest("".join(self._told.get(field, ())), text)):
+                await self._call.tell({"field": field, "chunk": rest})
 
 
-class _Steps(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
-    """Tells which tools are called. DSPy's own callback for that blocks the event loop until its message is taken."""
+def _allow_another_try(told: bool) -> None:
+    """An adapter tries again, in JSON, if the answer cannot be read, but not once something of it was shown.
+
+    DSPy takes any piece for shown; here that is only what the caller was told.
+    """
+    for progress in () if _PROGRESS is None else _PROGRESS.get():
+        progress.told = told or getattr(progress, "told", False)
+        progress.emitted = progress.told
+
+
+class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
+    """Notes which format an answer will have, and tells which tools are called.
+
+    DSPy's own callback for tools blocks the event loop until its message is taken.
+    """
 
     def __init__(self, call: Call) -> None:
         self._call = call
+
+    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        """Called by DSPy in the context of the LM call that follows."""
+        _answer.set(_Answer(instance))
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if instance.name != "finish":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = str | tuple[int, dict[str, Any]] | Iterator[str]
+Answer = str | tuple[int, dict[str, Any]] | Iterator[str | bytes]
 
 
 class _Server(ThreadingHTTPServer):
@@ -20,7 +20,8 @@ class _Server(ThreadingHTTPServer):
 class LMServer:
     """Answers each chat completion with what `answer(request)` gives: the text, or a status and a body.
 
-    To a request that asks for a stream a text goes in small pieces, an iterator in its own, each when it is there.
+    To a request that asks for a stream a text goes in small pieces, an iterator in its own, each when it is there;
+    bytes go as they are.
 
     `requests`: all bodies received. `authorizations`: the headers. `gate`: while cleared, answers are held back.
     """
@@ -60,13 +61,15 @@ class LMServer:
                 except OSError:
                     owner.closed_by_client.release()
 
-            def _stream(self, model: str, given: Iterator[str]) -> None:
+            def _stream(self, model: str, given: Iterator[str | bytes]) -> None:
                 self.close_connection = True
                 head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
                 try:
                     self.wfile.write(head.encode())
                     for piece in given:
-                        self.wfile.write(event(model, {"role": "assistant", "content": piece}, None))
+                        if isinstance(piece, str):
+                            piece = event(model, {"role": "assistant", "content": piece}, None)
+                        self.wfile.write(piece)
                     self.wfile.write(event(model, {}, "stop") + b"data: [DONE]\n\n")
                 except OSError:
                     owner.closed_by_client.release()
@@ -85,7 +88,11 @@ class LMServer:
 
         while not self.gate.wait(0.01):
             readable, _, _ = select.select([connection], [], [], 0)
-            if readable and connection.recv(1, 2) == b"":  # MSG_PEEK
+            try:
+                closed = bool(readable) and connection.recv(1, 2) == b""  # MSG_PEEK
+            except OSError:
+                closed = True
+            if closed:
                 self.closed_by_client.release()
                 return False
         return True
@@ -132,3 +139,9 @@ def chat(**fields: object) -> str:
     """An answer in the format of DSPy's chat adapter."""
     parts = [f"[[ ## {name} ## ]]\n{value}" for name, value in fields.items()]
     return "\n\n".join([*parts, "[[ ## completed ## ]]"])
+
+
+def script(*answers: Answer) -> Callable[[dict[str, Any]], Answer]:
+    """What an LM answers, one request after the other; the last answer again and again."""
+    left = list(answers)
+    return lambda _request: left.pop(0) if len(left) > 1 else left[0]

@@ -10,7 +10,7 @@ def set_experiment(name: str) -> None:
         told.write(f"experiment {name}\n")
 
 
-class dspy:  # noqa: N801 - as MLflow names it
+class dspy:
     @staticmethod
     def autolog() -> None:
         with open(os.environ["MLFLOW_TOLD"], "a") as told:

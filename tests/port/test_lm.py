@@ -70,6 +70,72 @@ def test_a_default_adapter(start_lm: Any) -> None:
     assert len(server.requests) == 1
 
 
+FORMATS = {"chat": chat(answer="Paris"), "json": '{"answer": "Paris"}', "xml": "<answer>Paris</answer>"}
+
+
+def test_every_adapter_and_that_of_two_steps(start_lm: Any) -> None:
+    """Each asks in its own format; with two steps another LM reads the first one's answer."""
+    server = start_lm(lambda request: FORMATS[request["model"].removeprefix("in-")])
+    with Peer(env=lm_env(start_lm())) as peer:
+        for name in FORMATS:
+            lm = {"model": f"openai/in-{name}", **server.options()}
+            peer.call("create_program", {**QA, "lm": lm, "adapter": name})
+            assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
+        assert len(server.requests) == 3, "none was asked twice"
+        prompts = [str(request["messages"]) for request in server.requests]
+        assert ["[[ ## answer ## ]]" in prompt for prompt in prompts] == [True, False, False]
+        assert "<answer>" in prompts[2]
+        lm = {"model": "openai/in-json", **server.options()}
+        small = {"model": "openai/in-chat", **server.options(temperature=0.25)}
+        adapter = {"name": "two_step", "extraction_model": small}
+        peer.call("create_program", {**QA, "lm": lm, "adapter": adapter, "config": {"temperature": 0.5}})
+        reply = peer.call("execute_program", ASK, meta=True)
+        assert reply["result"] == {"answer": "Paris"}
+        assert reply["meta"]["lm_calls"] == 2
+        assert sorted(reply["meta"]["lm_usage"]) == ["openai/in-chat", "openai/in-json"]
+    first, second = server.requests[3:]
+    assert (first["model"], first["temperature"]) == ("in-json", 0.5)
+    assert (second["model"], second["temperature"]) == ("in-chat", 0.25)
+    assert FORMATS["json"] in second["messages"][-1]["content"], "it reads what the first one wrote"
+
+
+def test_adapters_that_there_are_not(echo_peer: Peer) -> None:
+    two_step = {"name": "two_step", "extraction_model": {"model": "openai/x"}}
+    for adapter in (
+        "two_step", "baml", 5, [], {}, {"name": "chat"}, {"name": "two_step"}, {"name": "two_step", "more": 1},
+        {**two_step, "extraction_model": "openai/x"}, {**two_step, "extraction_model": {}}, {**two_step, "more": 1},
+        {**two_step, "extraction_model": {"model": "openai/x", "num_retries": -1}},
+    ):  # fmt: skip
+        reply = echo_peer.call("create_program", {**QA, "adapter": adapter})
+        assert reply["error_type"] == "invalid_args", (adapter, reply)
+        assert "adapter" in reply["error"] or "lm" in reply["error"]
+
+
+def test_a_key_that_nobody_gave_is_the_environments(start_lm: Any) -> None:
+    """By provider, as DSPy looks for it; one that was given wins."""
+    server = start_lm()
+    options = {name: value for name, value in server.options().items() if name != "api_key"}
+    with Peer(env={"OPENAI_API_KEY": "sk-from-environment-1"}) as peer:
+        peer.call("create_program", {**QA, "lm": {"model": "openai/x", **options}})
+        assert peer.call("execute_program", ASK)["success"]
+        assert peer.call("execute_program", {**ASK, "lm": {"model": "openai/x", **server.options()}})["success"]
+    assert server.authorizations == ["Bearer sk-from-environment-1", f"Bearer {KEY}"]
+
+
+def test_options_of_an_lm_and_config_of_a_call_are_what_the_lm_is_asked_with(start_lm: Any) -> None:
+    server = start_lm()
+    with Peer(env=lm_env(start_lm())) as peer:
+        lm = {"model": "openai/x", **server.options(temperature=0.1, top_p=0.5, stop=["END"], max_tokens=50)}
+        peer.call("create_program", {**QA, "lm": lm})
+        config = {"temperature": 0.7, "max_tokens": 10, "seed": 4}
+        for args in (ASK, {**ASK, "config": config}, ASK):
+            assert peer.call("execute_program", args)["success"]
+    wanted = {"temperature": 0.1, "top_p": 0.5, "stop": ["END"], "max_completion_tokens": 50}
+    first, second, third = ({name: request.get(name) for name in (*wanted, "seed")} for request in server.requests)
+    assert first == third == {**wanted, "seed": None}, "a call's config is gone with the call"
+    assert second == {**wanted, "temperature": 0.7, "max_completion_tokens": 10, "seed": 4}
+
+
 @pytest.mark.parametrize(
     ("answer", "error_type", "retryable"),
     [

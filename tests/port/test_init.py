@@ -1,0 +1,146 @@
+"""`DSPY_BRIDGE_INIT`: callbacks and LMs of the host's own, set up with `dspy.configure`, hold for every execute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import lm_env
+from lm_server import LMServer, chat
+from peer import ROOT, Peer
+
+HOST = """
+import dspy, json, os
+from dspy.utils.callback import BaseCallback
+
+class Counter(BaseCallback):
+    def __init__(self):
+        self.counts = {}
+    def count(self, what):
+        self.counts[what] = self.counts.get(what, 0) + 1
+        with open(os.environ["TOLD"], "w") as file:
+            json.dump(self.counts, file)
+    def on_lm_start(self, call_id, instance, inputs):
+        self.count("lm_start")
+    def on_lm_end(self, call_id, outputs, exception=None):
+        self.count("lm_end" if exception is None else "lm_failed")
+    def on_module_start(self, call_id, instance, inputs):
+        self.count(type(instance).__name__)
+
+def counting():
+    dspy.configure(callbacks=[Counter()])
+
+class Broken(BaseCallback):
+    def on_lm_start(self, call_id, instance, inputs):
+        raise RuntimeError("a callback's defect")
+
+def broken_callback():
+    dspy.configure(callbacks=[Broken()])
+
+def own_lm():
+    options = json.loads(os.environ["OWN"])
+    dspy.configure(lm=dspy.LM("openai/hosts", **options), track_usage=True)
+
+def raises():
+    raise RuntimeError("no tracing here")
+"""
+
+QA = {"id": "qa", "signature": "question -> answer"}
+ASK = {"program_id": "qa", "inputs": {"question": "Where?"}}
+COMPARE = {**QA, "id": "mcc", "program_type": "multi_chain_comparison", "options": {"M": 1}}
+COMPARED = {"program_id": "mcc", "inputs": {"question": "?", "completions": [{"reasoning": "r", "answer": "a"}]}}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+    """Starts a peer with an init of `host`."""
+    (tmp_path / "host.py").write_text(HOST)
+    peers = []
+
+    def start(init: str, **env: str) -> Peer:
+        path = f"{ROOT}:{tmp_path}"
+        given = {"DSPY_BRIDGE_INIT": f"host:{init}", "PYTHONPATH": path, "TOLD": str(tmp_path / "told"), **env}
+        peers.append(Peer(env=given))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.__exit__()
+
+
+def read(peer: Peer, id: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    frames = []
+    while "stream" in (frame := peer.receive()):
+        frames.append(frame["stream"])
+    assert frame["id"] == id
+    return frames, frame
+
+
+def test_a_callback_hears_of_every_lm_call(start: Callable[..., Peer], start_lm: Any, tmp_path: Path) -> None:
+    """Plain, streamed, with meta, in a thread, in a batch, from the cache, with `offline/echo`, failing."""
+    server: LMServer = start_lm(lambda request: (
+        (400, {"error": {"message": "no", "type": "error", "code": None}})
+        if "fail" in str(request["messages"]) else chat(answer="Paris", rationale="r")
+    ))  # fmt: skip
+    peer = start("counting", **lm_env(server))
+    assert peer.call("create_program", QA)["success"] and peer.call("create_program", COMPARE)["success"]
+    told = tmp_path / "told"
+    calls = 0
+    for args, envelope, more in (
+        (ASK, {}, 1),
+        (ASK, {"stream": True}, 1),
+        (ASK, {"meta": True}, 1),
+        (ASK, {"stream": True, "meta": True}, 1),
+        (COMPARED, {}, 1),
+        (COMPARED, {"stream": True, "meta": True}, 1),
+        ({**ASK, "inputs": [{"question": "a"}] * 3}, {"meta": True, "stream": True}, 3),
+        ({**ASK, "lm": {"model": "offline/echo"}}, {"stream": True, "meta": True}, 1),
+        ({**ASK, "lm": {"model": "openai/x", **server.options(cache=True)}}, {}, 1),
+        ({**ASK, "lm": {"model": "openai/x", **server.options(cache=True)}}, {"stream": True}, 1),
+    ):
+        calls += more
+        _, reply = read(peer, peer.request("execute_program", args, **envelope))
+        assert reply["success"], reply
+        assert reply.get("meta", {"lm_calls": more})["lm_calls"] == more
+        counts = json.loads(told.read_text())
+        assert (counts["lm_start"], counts["lm_end"]) == (calls, calls), (args, envelope)
+    assert counts["MultiChainComparison"] == 2
+    assert peer.call("execute_program", {**ASK, "inputs": {"question": "fail"}}, meta=True)["error_type"] == "lm_error"
+    assert json.loads(told.read_text())["lm_failed"] == 1
+
+
+def test_a_callback_that_raises_breaks_nothing(start: Callable[..., Peer], start_lm: Any) -> None:
+    peer = start("broken_callback", **lm_env(start_lm()))
+    assert peer.call("create_program", QA)["success"]
+    frames, reply = read(peer, peer.request("execute_program", ASK, stream=True, meta=True))
+    assert reply["result"] == {"answer": "Paris"} and reply["meta"]["lm_calls"] == 1
+    assert "".join(frame["chunk"] for frame in frames) == "Paris"
+
+
+def test_an_lm_of_the_hosts_own_answers_and_streams(start: Callable[..., Peer], start_lm: Any) -> None:
+    """In a thread it cannot stream: what it says is told whole."""
+    server = start_lm(chat(answer="Paris, in France", rationale="It is known."))
+    peer = start("own_lm", OWN=json.dumps(server.options()))
+    assert peer.call("create_program", QA)["success"] and peer.call("create_program", COMPARE)["success"]
+    frames, reply = read(peer, peer.request("execute_program", ASK, stream=True, meta=True))
+    assert reply["result"] == {"answer": "Paris, in France"} and len(frames) > 3
+    assert reply["meta"]["lm_usage"]["openai/hosts"]["completion_tokens"] == 7
+    frames, reply = read(peer, peer.request("execute_program", COMPARED, stream=True, meta=True))
+    assert reply["result"] == {"answer": "Paris, in France", "rationale": "It is known."}, reply
+    assert {frame["field"]: frame["chunk"] for frame in frames} == reply["result"]
+    assert reply["meta"]["lm_calls"] == 1
+
+
+def test_after_an_init_that_raises_executes_say_so_too(start: Callable[..., Peer]) -> None:
+    """Those that wait for the program; once its create has failed there is none."""
+    peer = start("raises", DSPY_BRIDGE_LM="offline/echo")
+    create, execute = peer.request("create_program", QA), peer.request("execute_program", ASK)
+    many = peer.request("execute_program", {**ASK, "inputs": [{"question": "a"}]})
+    replies = peer.receive_all(3)
+    for id in (create, execute, many):
+        assert replies[id]["error_type"] == "internal" and "no tracing here" in replies[id]["error"]
+    assert peer.call("execute_program", ASK)["error_type"] == "program_not_found"
+    assert peer.call("ping")["success"] and peer.call("get_stats")["result"]["in_flight"] == 0

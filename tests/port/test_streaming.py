@@ -1,0 +1,567 @@
+"""Streams of executes: the fields of an LM's answer as the LM writes them. One peer and one loopback LM for all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+from conftest import lm_env
+from lm_server import Answer, LMServer, chat, event, pieces
+from peer import PATIENCE, ROOT, Peer
+
+HOST = '''
+import asyncio, dspy
+from dspy.streaming.messages import sync_send_to_stream
+
+class TwoSteps(dspy.Module):
+    """A draft, then the answer: both write the field that the program gives."""
+    def __init__(self, signature):
+        super().__init__()
+        self.draft = dspy.ChainOfThought(signature)
+        self.last = dspy.Predict("question, draft -> answer, confidence")
+    async def aforward(self, question):
+        draft = (await self.draft.acall(question=question)).answer
+        return await self.last.acall(question=question, draft=draft)
+
+class Sync(dspy.Module):
+    def __init__(self, signature):
+        super().__init__()
+        self.inner = TwoSteps(signature)
+    def forward(self, question):
+        draft = self.inner.draft(question=question).answer
+        return self.inner.last(question=question, draft=draft)
+
+class Both(dspy.Module):
+    """Two at once; one of them is the program's."""
+    def __init__(self, signature):
+        super().__init__()
+        self.title = dspy.Predict("question -> title")
+        self.answer = dspy.Predict(signature)
+    async def aforward(self, question):
+        title, answer = await asyncio.gather(self.title.acall(question=question), self.answer.acall(question=question))
+        return dspy.Prediction(answer=answer.answer, title=title.title)
+
+class Threaded(dspy.Module):
+    """A thread of its own, with a sync call."""
+    def __init__(self, signature):
+        super().__init__()
+        self.inner = dspy.Predict(signature)
+    async def aforward(self, question):
+        return await asyncio.to_thread(self.inner, question=question)
+
+class Says(dspy.Module):
+    async def aforward(self, question):
+        await dspy.settings.send_stream.send(dspy.streaming.StatusMessage("thinking"))
+        sync_send_to_stream(dspy.settings.send_stream, dspy.streaming.StatusMessage("in sync"))
+        return dspy.Prediction(answer=question)
+'''
+
+Frames = list[dict[str, Any]]
+
+
+class Stage:
+    """The peer, and the LM that answers it with `answer` (a function of the request, or the answer)."""
+
+    def __init__(self, folder: Any) -> None:
+        (folder / "host.py").write_text(HOST)
+        self.answer: Callable[[dict[str, Any]], Answer] | str = chat(answer="Paris")
+        self.server = LMServer(lambda request: self.answer(request) if callable(self.answer) else self.answer)
+        env = {"DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": f"{ROOT}:{folder}"}
+        self.peer = Peer(env={**lm_env(self.server), **env})
+        self._ids = itertools.count()
+
+    def create(self, program_type: str = "predict", signature: Any = "question -> answer", **args: Any) -> str:
+        id = f"p{next(self._ids)}"
+        args = {"id": id, "signature": signature, "program_type": program_type, **args}
+        reply = self.peer.call("create_program", args)
+        assert reply["success"], reply
+        return id
+
+    def start(self, program: str, inputs: Any = None, args: dict[str, Any] | None = None, **envelope: Any) -> int:
+        asked = {"program_id": program, "inputs": inputs or {"question": "Where?"}, **(args or {})}
+        return self.peer.request("execute_program", asked, **{"stream": True, **envelope})
+
+    def read(self, id: int) -> tuple[Frames, dict[str, Any]]:
+        """What is streamed, and the reply."""
+        frames: Frames = []
+        while "stream" in (frame := self.peer.receive()):
+            assert frame["id"] == id
+            frames.append(frame["stream"])
+        assert frame["id"] == id
+        return frames, frame
+
+    def run(self, program: str, inputs: Any = None, **more: Any) -> tuple[Frames, dict[str, Any]]:
+        return self.read(self.start(program, inputs, **more))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("host"))
+    with stage.peer:
+        yield stage
+    stage.server.stop()
+
+
+@pytest.fixture
+def stage(stages: Stage) -> Stage:
+    stages.answer = chat(answer="Paris")
+    stages.server.requests.clear()
+    assert stages.peer.call("cleanup")["success"]
+    return stages
+
+
+def joined(frames: Frames) -> dict[str, str]:
+    """The texts by field."""
+    texts: dict[str, str] = {}
+    for frame in frames:
+        if "field" in frame:
+            assert frame.keys() == {"field", "chunk"} and frame["chunk"]
+            texts[frame["field"]] = texts.get(frame["field"], "") + frame["chunk"]
+    return texts
+
+
+def in_json(**fields: object) -> str:
+    return json.dumps(fields)
+
+
+def in_xml(**fields: object) -> str:
+    def escaped(value: object) -> str:
+        return str(value).replace("&", "&amp;").replace("<", "&lt;")
+
+    return "\n\n".join(f"<{name}>\n{escaped(value)}\n</{name}>" for name, value in fields.items())
+
+
+FORMATS = {"chat": chat, "json": in_json, "xml": in_xml}
+TEXTS = [
+    "Paris",
+    "  It is\n\n  Paris,\tin France. \n",
+    "see [[1]], [[ ## and # ]]",
+    'he said "Paris, \\"Paris\\"", {twice}',
+    "a < b & c > d </e>",
+    "Übergrößenträger 😀 \u2028 \\n",
+]
+
+
+def split(text: str, by: int | str) -> Iterator[str]:
+    if isinstance(by, int):
+        return iter([text[at : at + by] for at in range(0, len(text), by)])
+    return iter(text.splitlines(keepends=True) if by == "lines" else [text])
+
+
+@pytest.mark.parametrize("adapter", FORMATS)
+@pytest.mark.parametrize("by", [1, 4, "lines", "whole"])
+def test_the_chunks_of_a_field_joined_are_the_field_of_the_reply(stage: Stage, adapter: str, by: int | str) -> None:
+    program = stage.create("chain_of_thought", adapter=adapter)
+    for text, other in zip(TEXTS, TEXTS[1:] + TEXTS[:1], strict=True):
+        answer = FORMATS[adapter](reasoning=other, answer=text)
+        stage.answer = lambda _request, answer=answer: split(answer, by)
+        frames, reply = stage.run(program)
+        assert reply["success"], reply
+        assert joined(frames) == reply["result"]
+        assert reply["result"]["answer"].strip() == text.strip().replace(
+            "\u2028", "\n" if adapter == "chat" else "\u2028"
+        )
+        assert [name for name, _ in itertools.groupby(frame["field"] for frame in frames)] == ["reasoning", "answer"]
+        if by == 1:
+            assert len(frames) > len(text.split())
+    assert len(stage.server.requests) == len(TEXTS)
+    assert all(request["stream"] for request in stage.server.requests)
+
+
+def test_the_first_chunk_is_there_while_the_lm_still_writes(stage: Stage) -> None:
+    """The LM goes on only when the caller has what it wrote before."""
+    read = threading.Semaphore(0)
+
+    def answer(_request: Any) -> Iterator[str]:
+        yield "[[ ## answer ## ]]\nIt "
+        for word in ("is ", "Paris."):
+            assert read.acquire(timeout=PATIENCE)
+            yield word
+        assert read.acquire(timeout=PATIENCE)
+        yield "\n\n[[ ## completed ## ]]"
+
+    stage.answer = answer
+    id = stage.start(stage.create())
+    for chunk in ("It", " is", " Paris."):
+        assert stage.peer.receive() == {"id": id, "stream": {"field": "answer", "chunk": chunk}}
+        read.release()
+    assert stage.read(id) == ([], {"id": id, "success": True, "result": {"answer": "It is Paris."}})
+
+
+def test_a_program_streams_on_its_hundredth_call_as_on_its_first(stage: Stage) -> None:
+    program = stage.create("chain_of_thought")
+    stage.answer = chat(reasoning="It is known.", answer="Paris, in France")
+    runs = [stage.run(program) for _ in range(100)]
+    first = runs[0][0]
+    assert len(first) > 4 and all(frames == first for frames, _ in runs)
+
+
+def test_without_stream_nothing_is_streamed_and_the_lm_is_asked_for_no_stream(stage: Stage) -> None:
+    program = stage.create()
+    assert stage.run(program, stream=False)[0] == [] and stage.run(program, stream=None)[0] == []
+    assert not any(request.get("stream") for request in stage.server.requests)
+
+
+def test_other_commands_ignore_it(stage: Stage) -> None:
+    stage.create()
+    for name, args in (("ping", {}), ("list_programs", {"details": True}), ("get_stats", {}), ("cleanup", {})):
+        assert stage.peer.call(name, args, stream=True)["success"]
+    assert stage.peer.call("create_program", {"id": "x", "signature": "q -> a"}, stream=True)["success"]
+    assert stage.peer.call("execute_program", {"program_id": "gone", "inputs": {}}, stream=True)["error_type"] == (
+        "program_not_found"
+    )
+
+
+def test_fields_that_are_no_texts_are_in_the_reply_only(stage: Stage) -> None:
+    program = stage.create(signature="question -> answer: str, score: float, tags: list[str]")
+    stage.answer = chat(answer="Paris", score="0.5", tags='["a"]')
+    frames, reply = stage.run(program)
+    assert joined(frames) == {"answer": "Paris"}
+    assert reply["result"] == {"answer": "Paris", "score": 0.5, "tags": ["a"]}
+    frames, reply = stage.run(stage.create(signature="question -> score: float"))
+    assert frames == [] and reply["result"] == {"score": 0.5}
+    assert [bool(request.get("stream")) for request in stage.server.requests] == [True, False], "nothing to stream"
+
+
+def test_what_the_cache_answers_is_one_chunk(stage: Stage) -> None:
+    program = stage.create("chain_of_thought", lm={"model": "openai/cached", **stage.server.options(cache=True)})
+    stage.answer = chat(reasoning="It is known.", answer="Paris, in France")
+    frames, reply = stage.run(program, meta=True)
+    assert len(frames) > 4 and reply["meta"]["cache_hits"] == 0
+    frames, again = stage.run(program, meta=True)
+    assert frames == [
+        {"field": "answer", "chunk": "Paris, in France"},
+        {"field": "reasoning", "chunk": "It is known."},
+    ]
+    assert again["result"] == reply["result"] and again["meta"]["cache_hits"] == 1
+    assert len(stage.server.requests) == 1
+
+
+def test_a_failure_of_the_lm_is_the_reply_after_what_came_before_it(stage: Stage) -> None:
+    def answer(_request: Any) -> Iterator[str | bytes]:
+        yield "[[ ## answer ## ]]\nPar"
+        yield b'data: {"error": {"message": "overloaded", "type": "server_error", "code": 503}}\n\n'
+
+    stage.answer = answer
+    frames, reply = stage.run(stage.create())
+    assert frames == [{"field": "answer", "chunk": "Par"}]
+    assert reply["error_type"] == "lm_error", reply
+
+
+def test_a_connection_lost_in_the_middle_is_an_lm_error(stage: Stage) -> None:
+    def answer(_request: Any) -> Iterator[str]:
+        yield "[[ ## answer ## ]]\nPar"
+        raise ConnectionAbortedError
+
+    stage.answer = answer
+    frames, reply = stage.run(stage.create())
+    assert frames == [{"field": "answer", "chunk": "Par"}]
+    assert reply["error_type"] == "lm_error", reply
+    assert stage.server.closed_by_client.acquire(timeout=PATIENCE)
+
+
+def test_an_error_before_the_first_piece_is_the_only_frame(stage: Stage) -> None:
+    stage.answer = lambda _request: (429, {"error": {"message": "slow down", "type": "error", "code": None}})
+    frames, reply = stage.run(stage.create())
+    assert frames == [] and (reply["error_type"], reply["retryable"]) == ("lm_error", True)
+
+
+def test_an_answer_that_does_not_fit_is_told_as_such_after_its_chunks(stage: Stage) -> None:
+    """Once something was shown there is no second try: it would be shown twice."""
+    stage.answer = chat(answer="Paris", count="many")
+    frames, reply = stage.run(stage.create(signature="question -> answer, count: int"))
+    assert joined(frames) == {"answer": "Paris"} and reply["error_type"] == "output_invalid"
+    assert len(stage.server.requests) == 1
+
+
+def test_an_answer_in_the_wrong_format_is_asked_for_again_in_json_and_streamed(stage: Stage) -> None:
+    """As without a stream: nothing of the first answer was shown."""
+    answers = iter(["Paris, I think.", '{"answer": "Paris, in \\"France\\""}'])
+    stage.answer = lambda _request: next(answers)
+    frames, reply = stage.run(stage.create())
+    assert reply["result"] == {"answer": 'Paris, in "France"'} == joined(frames)
+    assert len(frames) > 2 and len(stage.server.requests) == 2
+
+
+def test_json_that_is_repaired_is_told_whole_in_the_end(stage: Stage) -> None:
+    stage.answer = '{"reasoning": "He said "hi" to me", "answer": Paris}'
+    frames, reply = stage.run(stage.create("chain_of_thought", adapter="json"))
+    assert reply["success"] and reply["result"]["answer"] == "Paris"
+    assert joined(frames) == reply["result"]
+
+
+def test_two_step_streams_what_is_extracted(stage: Stage) -> None:
+    def answer(request: dict[str, Any]) -> str:
+        return chat(answer="Paris, in France") if request["model"] == "small" else "It is Paris, in France."
+
+    stage.answer = answer
+    small = {"model": "openai/small", **stage.server.options()}
+    program = stage.create(adapter={"name": "two_step", "extraction_model": small})
+    frames, reply = stage.run(program, meta=True)
+    assert joined(frames) == reply["result"] == {"answer": "Paris, in France"} and len(frames) > 2
+    assert [request["model"] for request in stage.server.requests] == ["stub-model", "small"]
+    assert reply["meta"]["lm_calls"] == 2
+    assert set(reply["meta"]["lm_usage"]) == {"openai/stub-model", "openai/small"}
+
+
+def test_react_tells_its_steps_then_its_fields(stage: Stage) -> None:
+    steps = iter(
+        [
+            chat(next_thought="Look.", next_tool_name="search", next_tool_args='{"query": "France"}'),
+            chat(next_thought="Enough.", next_tool_name="finish", next_tool_args="{}"),
+            chat(reasoning="It was found.", answer="Paris, in France"),
+        ]
+    )
+    stage.answer = lambda _request: next(steps)
+    program = stage.create("react", tools=[{"name": "search", "description": "s", "args": {"query": {"type": "str"}}}])
+    id = stage.start(program, meta=True)
+    assert stage.peer.receive() == {"id": id, "stream": {"status": "calling tool search"}}
+    asked = stage.peer.receive()["tool_call"]
+    assert (asked["name"], asked["args"]) == ("search", {"query": "France"})
+    stage.peer.send({"tool_result": {"call_id": asked["call_id"], "success": True, "result": "Paris"}})
+    frames, reply = stage.read(id)
+    assert joined(frames) == {"reasoning": "It was found.", "answer": "Paris, in France"}
+    assert not any("status" in frame for frame in frames), "the end is no tool"
+    assert len(frames) > 4 and reply["result"]["answer"] == "Paris, in France"
+    assert reply["meta"]["lm_calls"] == 3
+
+
+def test_a_comparison_streams_from_its_thread(stage: Stage) -> None:
+    stage.answer = chat(rationale="Both agree.", answer="Paris, in France")
+    program = stage.create("multi_chain_comparison", options={"M": 2})
+    attempts = [{"reasoning": "r", "answer": "Paris"}, {"reasoning": "s", "answer": "Lyon"}]
+    frames, reply = stage.run(program, {"question": "Where?", "completions": attempts})
+    assert joined(frames) == {"rationale": "Both agree.", "answer": "Paris, in France"} == reply["result"]
+    assert len(frames) > 4
+
+
+@pytest.mark.parametrize("kind", ["best_of_n", "refine"])
+def test_the_best_of_several_is_told_when_it_is_chosen(stage: Stage, kind: str) -> None:
+    answers = iter(["Rome", "Paris", "Rome"])
+    stage.answer = lambda _request: (
+        chat(answer=next(answers)) if "advice" not in str(_request) else chat(discussion="d", advice="{}")
+    )
+    reward = {"field": "answer", "equals": "Paris"}
+    program = stage.create(kind, options={"N": 2, "threshold": 1.0, "reward": reward})
+    frames, reply = stage.run(program)
+    assert reply["result"]["answer"] == "Paris" and joined(frames) == {"answer": "Paris"}
+
+
+@pytest.mark.parametrize("kind", ["TwoSteps", "Sync"])
+def test_of_two_predictors_that_write_a_field_the_last_is_heard(stage: Stage, kind: str) -> None:
+    def answer(request: dict[str, Any]) -> str:
+        last = "`confidence`" in str(request["messages"])
+        return chat(answer="Paris, in France", confidence="no") if last else chat(reasoning="r", answer="a draft")
+
+    stage.answer = answer
+    frames, reply = stage.run(stage.create(f"host:{kind}"))
+    assert joined(frames) == {"answer": "Paris, in France"} and len(frames) > 2
+    assert reply["result"] == {"answer": "Paris, in France", "confidence": "no"}
+    assert [bool(request.get("stream")) for request in stage.server.requests] == [False, True]
+
+
+def test_of_two_predictors_at_once_the_programs_field_is_heard(stage: Stage) -> None:
+    def answer(request: dict[str, Any]) -> str:
+        return chat(title="On Paris") if "`title`" in str(request["messages"]) else chat(answer="Paris, in France")
+
+    stage.answer = answer
+    frames, reply = stage.run(stage.create("host:Both"))
+    assert joined(frames) == {"answer": "Paris, in France"} and len(frames) > 2
+    assert reply["result"] == {"answer": "Paris, in France", "title": "On Paris"}
+
+
+def test_what_a_thread_of_the_modules_own_asks_is_told_whole(stage: Stage) -> None:
+    stage.answer = chat(answer="Paris, in France")
+    frames, reply = stage.run(stage.create("host:Threaded"))
+    assert reply["result"] == {"answer": "Paris, in France"}, reply
+    assert frames == [{"field": "answer", "chunk": "Paris, in France"}]
+
+
+def test_the_first_of_several_completions_is_told(stage: Stage) -> None:
+    answers = itertools.cycle(["[[ ## answer ## ]]\nParis, in France", chat(answer="Lyon"), chat(answer="Nice")])
+    stage.answer = lambda _request: next(answers)
+    frames, reply = stage.run(stage.create(), args={"config": {"n": 3}}, meta=True)
+    assert joined(frames) == reply["result"] == {"answer": "Paris, in France"}
+    assert reply["meta"]["lm_usage"]["openai/stub-model"]["completion_tokens"] == 21
+
+
+def test_completions_in_one_answer_are_told_apart(stage: Stage) -> None:
+    """LiteLLM asks for all at once, and their pieces come as the LM has them."""
+
+    def answer(request: dict[str, Any]) -> Iterator[str | bytes]:
+        assert request["n"] == 2
+        for first, second in zip(
+            pieces(chat(answer="Paris, in France")), pieces(chat(answer="Lyons, in France")), strict=True
+        ):
+            for index, text in ((1, second), (0, first)):
+                choice = {"index": index, "delta": {"role": "assistant", "content": text}, "finish_reason": None}
+                chunk = {"id": "c1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [choice]}
+                yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+    stage.answer = answer
+    lm = {"model": "openai/other", "engine": "litellm", **stage.server.options()}
+    frames, reply = stage.run(stage.create(lm=lm), args={"config": {"n": 2}})
+    assert joined(frames) == reply["result"] == {"answer": "Paris, in France"} and len(frames) > 3
+
+
+def test_the_echo_lm_streams(stage: Stage) -> None:
+    frames, reply = stage.run(stage.create(lm={"model": "offline/echo"}), {"question": "Is this a stream?"})
+    assert joined(frames) == reply["result"] == {"answer": "echo: Is this a stream?"} and len(frames) > 2
+
+
+@pytest.mark.parametrize("kind", ["chain_of_thought", "multi_chain_comparison"])
+def test_lms_that_go_by_litellm_stream_as_well(stage: Stage, kind: str) -> None:
+    """DSPy's way where its own client does not know the provider."""
+    before = "reasoning" if kind == "chain_of_thought" else "rationale"
+    stage.answer = chat(**{before: "It is known.", "answer": "Paris, in France"})
+    lm = {"model": "openai/other", "engine": "litellm", **stage.server.options()}
+    inputs: dict[str, Any] = {"question": "Where?"}
+    if kind == "multi_chain_comparison":
+        inputs["completions"] = [{"reasoning": "r", "answer": "a"}] * 3
+    frames, reply = stage.run(stage.create(kind, lm=lm), inputs, meta=True)
+    assert joined(frames) == reply["result"] == {before: "It is known.", "answer": "Paris, in France"}
+    assert len(frames) > 4 and reply["meta"]["lm_usage"]["openai/other"]["completion_tokens"] == 7
+
+
+def test_streams_at_once_keep_apart(stage: Stage) -> None:
+    """Thirty of one program, interleaved: each gets its own, in order, and nothing after its reply."""
+    begun = threading.Barrier(30)
+
+    def answer(request: dict[str, Any]) -> Iterator[str]:
+        number = request["messages"][-1]["content"].split("number ")[1].split()[0]
+        yield "[[ ## answer ## ]]\nnumber"
+        begun.wait(PATIENCE)
+        yield from pieces(f" {number} is mine\n\n[[ ## completed ## ]]")
+
+    stage.answer = answer
+    program = stage.create()
+    ids = {stage.start(program, {"question": f"number {n} ?"}): n for n in range(30)}
+    told: dict[int, Frames] = {id: [] for id in ids}
+    done: set[int] = set()
+    order = []
+    while len(done) < 30:
+        frame = stage.peer.receive()
+        id = frame["id"]
+        assert id not in done
+        order.append(id)
+        if "stream" in frame:
+            told[id].append(frame["stream"])
+        else:
+            assert joined(told[id]) == frame["result"] == {"answer": f"number {ids[id]} is mine"}
+            done.add(id)
+    assert len(list(itertools.groupby(order))) > 30
+
+
+def endless(taken: list[int], stop: threading.Event) -> Iterator[str]:
+    yield "[[ ## answer ## ]]\n"
+    while not stop.is_set():
+        taken[0] += 1
+        yield "word " * 200
+
+
+def test_an_owner_that_does_not_read_slows_the_lm_and_nothing_is_stored(stage: Stage) -> None:
+    """The LM writes without end: it gets no further than what the pipes hold, goes on with the reading, and is
+    closed by a cancel.
+    """
+    taken, stop = [0], threading.Event()
+    stage.answer = lambda _request: endless(taken, stop)
+    process = psutil.Process(stage.peer.process.pid)
+    id = stage.start(stage.create())
+    assert "stream" in stage.peer.receive()
+    stuck = wait_until_still(taken)
+    full = process.memory_info().rss
+    assert stuck * 1000 < 30_000_000, "more than pipes and sockets hold"
+    assert wait_until_still(taken) == stuck and process.memory_info().rss - full < 1_000_000
+    for _ in range(3000):
+        assert stage.peer.receive()["id"] == id
+    assert wait_until_still(taken) > stuck
+    stage.peer.send({"cancel": id})
+    frames, reply = stage.read(id)
+    assert frames and reply["error_type"] == "cancelled"
+    assert stage.server.closed_by_client.acquire(timeout=PATIENCE)
+    assert stage.peer.call("get_stats")["result"]["in_flight"] == 0
+    stop.set()
+
+
+def wait_until_still(taken: list[int]) -> int:
+    """The count once it has not changed for a third of a second."""
+    last, since, end = -1, 0.0, time.monotonic() + PATIENCE
+    while last != taken[0] or time.monotonic() - since < 0.3:
+        assert time.monotonic() < end, "it goes on and on"
+        if last != taken[0]:
+            last, since = taken[0], time.monotonic()
+        time.sleep(0.02)
+    return last
+
+
+def test_deadlines_hold_while_nobody_reads(stage: Stage) -> None:
+    taken, stop = [0], threading.Event()
+    stage.answer = lambda _request: endless(taken, stop)
+    id = stage.start(stage.create(), timeout_ms=700)
+    assert stage.server.closed_by_client.acquire(timeout=PATIENCE), "the peer, whose pipe is full, keeps the LM waiting"
+    frames, reply = stage.read(id)
+    assert frames and reply["error_type"] == "timeout"
+    stop.set()
+
+
+def test_a_deadline_in_mid_stream_closes_the_lms_request(stage: Stage) -> None:
+    late = threading.Event()
+
+    def answer(_request: Any) -> Iterator[str]:
+        yield "[[ ## answer ## ]]\nPar"
+        assert late.wait(PATIENCE)
+        yield from itertools.repeat("is ", 100_000)
+
+    stage.answer = answer
+    id = stage.start(stage.create(), timeout_ms=300, meta=True)
+    frames, reply = stage.read(id)
+    late.set()
+    assert joined(frames) == {"answer": "Par"}
+    assert reply["error_type"] == "timeout" and reply["meta"]["lm_calls"] == 1 and reply["meta"]["cache_hits"] == 0
+    assert stage.server.closed_by_client.acquire(timeout=PATIENCE)
+
+
+def test_meta_of_a_stream_has_the_tokens(stage: Stage) -> None:
+    _, reply = stage.run(stage.create(), meta=True)
+    meta = reply["meta"]
+    assert meta["lm_usage"]["openai/stub-model"]["completion_tokens"] == 7
+    assert (meta["lm_calls"], meta["cache_hits"]) == (1, 0) and meta["duration_ms"] > meta["queue_ms"] >= 0
+
+
+def test_a_module_tells_status_messages_of_its_own(stage: Stage) -> None:
+    """By DSPy's ways: what is sent to `send_stream`, and what its helper for sync code sends there."""
+    frames, reply = stage.run(stage.create("host:Says"))
+    assert reply["success"], reply
+    assert frames == [{"status": "thinking"}, {"status": "in sync"}, {"field": "answer", "chunk": "Where?"}]
+
+
+def test_the_end_of_input_lets_a_stream_finish(stage: Stage) -> None:
+    with Peer(env=lm_env(stage.server)) as peer:
+        peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
+        asked = {"program_id": "qa", "inputs": {"question": "q"}}
+        arrived = threading.Event()
+        go = threading.Event()
+
+        def answer(_request: Any) -> Iterator[str | bytes]:
+            yield "[[ ## answer ## ]]\nPa"
+            arrived.set()
+            assert go.wait(PATIENCE)
+            yield "ris\n[[ ## completed ## ]]"
+            yield event("m", {}, None)
+
+        stage.answer = answer
+        id = peer.request("execute_program", asked, stream=True)
+        assert arrived.wait(PATIENCE)
+        assert peer.receive()["stream"]["chunk"] == "Pa"
+        assert peer.process.stdin is not None
+        peer.process.stdin.close()
+        go.set()
+        assert peer.receive() == {"id": id, "stream": {"field": "answer", "chunk": "ris"}}
+        assert peer.receive()["result"] == {"answer": "Paris"}
+        assert peer.process.wait(PATIENCE) == 0
