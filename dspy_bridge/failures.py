@@ -21,7 +21,7 @@ def describe(error: BaseException, log_exception: Callable[[], str]) -> dict[str
     if isinstance(error, BridgeError):
         text = str(error) if error.exact else one_line(redaction.redact(one_line(str(error), _MOST_REDACTED)))
         return messages.failure(error.error_type, text, error.retryable)
-    # A defect of ours, or of code that the host brought along: its text may hold contents, so it goes to the log.
+    # A defect of ours, or of code that the host brought along: its text may hold contents. The log has its traceback.
     try:
         raise error
     except BaseException:

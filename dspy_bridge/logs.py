@@ -1,11 +1,11 @@
-"""Log records go to stderr, or as frames to the owner; never with a secret in them. Imported when first needed."""
+"""Log records go to stderr, or as frames to the owner; never with contents or secrets. Imported when first needed."""
 
 from __future__ import annotations
 
 import logging
 import os
 
-from dspy_bridge import messages, redaction
+from dspy_bridge import messages, redaction, withholding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ logger = logging.getLogger("dspy_bridge")
 
 class _Redacted(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redaction.redact(super().format(record))
+        return redaction.redact(super().format(withholding.without_contents(record)))
 
 
 class _Diverted(logging.Filter):

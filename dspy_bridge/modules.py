@@ -48,6 +48,11 @@ _OWN_FIELDS = {
 }
 
 
+def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
+    """Inputs that the program's type takes beside the signature's; they may be declared there all the same."""
+    return ComparisonRunner.extra if definition.get("program_type") == "multi_chain_comparison" else ()
+
+
 def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
     """The module of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
     program_type = definition.get("program_type", "predict")
@@ -61,11 +66,11 @@ def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Mode
     _check_fields(program_type, signature)
     taken = {"finish", *signature.input_fields, *signature.output_fields, *_OWN_FIELDS.get(program_type, ())}
     callers = tools.read(definition.get("tools"), taken)
-    if ":" in program_type:
+    if program_type not in TYPES:
         return Runner(_host_module(program_type, signature, given or {}, callers, lms), takes_config=False)
     chosen = options.read(program_type, given or {})
-    if callers and program_type not in _TAKE_TOOLS and chosen.get("module") != "react":
-        raise InvalidArgs(f"tools: {program_type} takes none")
+    if "module" in chosen:
+        _check_fields(chosen["module"], signature)
     return _make(program_type, signature, chosen, callers, lms)
 
 
@@ -78,13 +83,19 @@ def _make(
 ) -> Runner:
     kind = _kind(program_type)
     if program_type in ("best_of_n", "refine"):
-        inner = _make(chosen.pop("module"), signature, {}, callers, lms).module
         reward = rewards.read(chosen.pop("reward", None), signature)
-        return BestRunner(kind, inner, reward, chosen)
+        # Declared or not, the reward is no tool for the LM.
+        callers = [tool for tool in callers if tool.name != reward.tool]
+        inner = chosen.pop("module")
+        if callers and inner != "react":
+            raise InvalidArgs(f"tools: {program_type} of {inner} takes none but its reward")
+        return BestRunner(kind, _make(inner, signature, {}, callers, lms).module, reward, chosen)
+    if callers and program_type not in _TAKE_TOOLS:
+        raise InvalidArgs(f"tools: {program_type} takes none")
     if program_type == "multi_chain_comparison":
         return ComparisonRunner(kind(signature, **chosen))
     if program_type == "react":
-        return Runner(kind(signature, tools=list(callers), **chosen))
+        return Runner(kind(signature, tools=[tools.AgentTool(tool) for tool in callers], **chosen))
     if program_type == "rlm":
         if "sub_lm" in chosen:
             chosen["sub_lm"] = lms.pool(chosen["sub_lm"]).first
@@ -144,10 +155,21 @@ def _host_module(
         raise InvalidArgs(f"program_type: {path} cannot be loaded: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, dspy.Module)):
         raise InvalidArgs(f"program_type: {path} is no dspy.Module")
-    parameters = inspect.signature(inspect.getattr_static(kind, "__init__")).parameters
-    named = [name for name, parameter in parameters.items() if parameter.kind in _BY_NAME and name != "self"]
+    return kind(**_constructor_arguments(path, kind, signature, given, callers))
+
+
+def _constructor_arguments(
+    path: str,
+    kind: type[dspy.Module],
+    signature: type[dspy.Signature],
+    given: dict[str, Any],
+    callers: list[tools.HostTool],
+) -> dict[str, Any]:
+    parameters = list(inspect.signature(inspect.getattr_static(kind, "__init__")).parameters.values())[1:]
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind in _BY_NAME}
+    any_name = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     for option in given:
-        if option not in named or option in ("signature", "tools"):
+        if option in ("signature", "tools") or not (option in named or any_name):
             raise InvalidArgs(f"options.{option}: {path} takes no such argument")
     if callers and "tools" not in named:
         raise InvalidArgs(f"tools: the constructor of {path} takes none")
@@ -156,7 +178,10 @@ def _host_module(
         made["signature"] = signature
     if "tools" in named:
         made["tools"] = list(callers)
-    return kind(**made)
+    for name, parameter in named.items():
+        if parameter.default is inspect.Parameter.empty and name not in made:
+            raise InvalidArgs(f"options.{name}: missing; the constructor of {path} wants it")
+    return made
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

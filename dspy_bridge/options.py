@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,17 @@ from dspy_bridge.errors import InvalidArgs
 
 # Each run is an LM call at least; more than this is a mistake.
 MAX_RUNS = 1000
+# Each is a field more, and their time grows with the square: DSPy takes 0.1 s for 100 and 18 s for 1000, and creates
+# wait for each other.
+MAX_COMPARED = 100
 # The modules that best_of_n and refine may run several times.
 INNER_MODULES = ("predict", "chain_of_thought", "react")
 
 
-def _whole(least: int) -> Callable[[Any], Any]:
+def _count(most: int = MAX_RUNS) -> Callable[[Any], Any]:
     def read(value: Any) -> int:
-        if type(value) is not int or not least <= value <= MAX_RUNS:
-            raise ValueError(f"expected a whole number from {least} to {MAX_RUNS}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"expected a whole number from 1 to {most}")
         return value
 
     return read
@@ -29,7 +33,8 @@ def _size(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float):
+    # The limits of a float: a number of 400 digits is one in JSON.
+    if type(value) not in (int, float) or not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError("expected a number")
     return float(value)
 
@@ -48,24 +53,24 @@ def _inner(value: Any) -> str:
 
 # By program type: the option's name here, as DSPy's constructor has it, and how it is read.
 _BEST = {
-    "n": ("N", _whole(1)),
+    "n": ("N", _count()),
     "threshold": ("threshold", _number),
-    "fail_count": ("fail_count", _whole(1)),
+    "fail_count": ("fail_count", _count()),
     "reward": ("reward", _object),
     "module": ("module", _inner),
 }
 _OPTIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "predict": {},
     "chain_of_thought": {},
-    "react": {"max_iters": ("max_iters", _whole(1))},
+    "react": {"max_iters": ("max_iters", _count())},
     "best_of_n": _BEST,
     "refine": _BEST,
-    "multi_chain_comparison": {"m": ("M", _whole(1)), "temperature": ("temperature", _number)},
-    "program_of_thought": {"max_iters": ("max_iters", _whole(1))},
-    "code_act": {"max_iters": ("max_iters", _whole(1))},
+    "multi_chain_comparison": {"m": ("M", _count(MAX_COMPARED)), "temperature": ("temperature", _number)},
+    "program_of_thought": {"max_iters": ("max_iters", _count())},
+    "code_act": {"max_iters": ("max_iters", _count())},
     "rlm": {
-        "max_iters": ("max_iters", _whole(1)),
-        "max_llm_calls": ("max_llm_calls", _whole(1)),
+        "max_iters": ("max_iters", _count()),
+        "max_llm_calls": ("max_llm_calls", _count()),
         "max_output_chars": ("max_output_chars", _size),
         "sub_lm": ("sub_lm", _object),
     },
@@ -88,6 +93,8 @@ def read(program_type: str, given: dict[str, Any]) -> dict[str, Any]:
             expected = f"expected {', '.join(known)}" if known else "it takes none"
             raise InvalidArgs(f"options.{name}: {program_type} has no such option; {expected}")
         keyword, check = option
+        if name != keyword and keyword in given:
+            raise InvalidArgs(f"options.{name}: given twice, as {name} and as {keyword}")
         try:
             chosen[keyword] = check(value)
         except ValueError as error:

@@ -20,13 +20,15 @@ class Program:
     def __init__(self, definition: dict[str, Any], lms: models.Models) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs` or `NotAllowed`."""
         self._lms = lms
-        self._contract = signatures.build(definition["signature"], files_dir=lms.settings.files_dir)
+        left_out = modules.extra_inputs(definition)
+        self._contract = signatures.build(definition["signature"], files_dir=lms.settings.files_dir, left_out=left_out)
         signature = self._contract.signature
         adapter = definition.get("adapter")
         self._adapter = None if adapter is None else lms.adapter(adapter)
         lm = definition.get("lm")
         self._lm = None if lm is None else lms.pool(lm)
         self._runner = modules.build(definition, signature, lms)
+        self._of_dspy = definition.get("program_type", "predict") in modules.TYPES
         module = self._runner.module
         state = states.read(definition, lms.settings.state_dir)
         self._saved_lm = None if state is None else states.load(module, state)
@@ -70,7 +72,9 @@ class Program:
                 outputs = await self._run(values, call, stream)
         except Exception as error:
             raise self._known(error, config, lm) from error
-        self._contract.check_outputs(outputs)
+        # An LM that calls tools, natively, writes nothing else.
+        if not outputs.get("tool_calls"):
+            self._contract.check_outputs(outputs)
         return outputs
 
     async def _run(self, values: dict[str, Any], call: Call, stream: bool) -> dict[str, Any]:
@@ -110,7 +114,7 @@ class Program:
         if _came_through(error, "dspy.adapters", "format"):
             return unfit
         given = [name for name, value in (("config", config or self._config), ("lm", lm or self._lm)) if value]
-        if given and isinstance(error, (AttributeError, TypeError, ValueError, OverflowError)):
+        if given and self._of_dspy and isinstance(error, (AttributeError, TypeError, ValueError, OverflowError)):
             # DSPy checks LM settings where it uses them, with Python's own errors.
             return InvalidArgs(f"{' or '.join(given)}: {error}")
         # From the prompt to a provider's request, settings of the LM included.

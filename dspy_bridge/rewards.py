@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import dspy
@@ -16,7 +17,7 @@ class Reward:
     """`reward(inputs, prediction)` in a worker thread; `text` tells an LM what it rewards."""
 
     def __init__(self, tool: str | None, field: str | None, equals: Any) -> None:
-        self._tool = tool
+        self.tool = tool
         self._field = field
         self._equals = equals
         self.text = f"{field} == {encode_value(equals).decode()}" if tool is None else f"{tool}(inputs, outputs)"
@@ -24,14 +25,15 @@ class Reward:
     def __call__(self, inputs: dict[str, Any], prediction: dspy.Prediction) -> float:
         """Raises `ToolFailed`."""
         outputs = _plain(dict(prediction.items()))
-        if self._tool is None:
+        if self.tool is None:
             return 1.0 if outputs.get(self._field) == self._equals else 0.0
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})
         job = sync_threads.current.get()
         assert job is not None, "rewards are given in worker threads"
-        value = job.on_loop(tools.asking.get().ask(self._tool, {"inputs": fields, "outputs": outputs}))
-        if not isinstance(value, (int, float)):
-            raise ToolFailed(f"{self._tool}: expected a number as the reward")
+        value = job.on_loop(tools.asking.get().ask(self.tool, {"inputs": fields, "outputs": outputs}))
+        # True and false, as many rewards are, count as 1 and 0.
+        if not isinstance(value, (int, float)) or not -sys.float_info.max <= value <= sys.float_info.max:
+            raise ToolFailed(f"{self.tool}: expected a number as the reward")
         return float(value)
 
 
@@ -46,7 +48,7 @@ def read(given: dict[str, Any] | None, signature: type[dspy.Signature]) -> Rewar
         return Reward(given["tool"], None, None)
     if given.keys() != {"field", "equals"}:
         raise InvalidArgs(f"options.reward: {wanted}")
-    if given["field"] not in signature.output_fields:
+    if given["field"] not in list(signature.output_fields):  # a list compares, whatever it is
         raise InvalidArgs(f"options.reward.field: expected one of {', '.join(signature.output_fields)}")
     return Reward(None, given["field"], given["equals"])
 

@@ -1,15 +1,19 @@
-"""How a program's module is called: on the event loop where it can, in a worker thread where it is sync. Imports DSPy."""
+"""How a program's module is called: on the event loop, or in a worker thread where it is sync. Imports DSPy."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import dspy
+from dspy.predict.refine import OfferFeedback
+from dspy.primitives.code_interpreter import CodeInterpreterError
 
-from dspy_bridge import sync_threads
-from dspy_bridge.errors import InvalidArgs, OutputInvalid
+from dspy_bridge import sandboxes, sync_threads
+from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.rewards import Reward
 from dspy_bridge.sync_threads import THREADS
 from dspy_bridge.tools import HostTool
@@ -39,7 +43,20 @@ class Runner:
         module = self.module
         if hasattr(module, "aforward"):
             return await module.acall(**values)
-        return await THREADS.run(lambda: module(**values))
+        return await in_thread(lambda: module(**values))
+
+
+async def in_thread(work: Callable[[], Any]) -> Any:
+    """Run `work` in a worker thread, with DSPy's context of now."""
+
+    def run() -> Any:
+        try:
+            return work()
+        except StopIteration as error:
+            # A future cannot hold one: whoever waits for it would wait for ever.
+            raise RuntimeError("the module raised StopIteration") from error
+
+    return await THREADS.run(run)
 
 
 class ToolCallRunner(Runner):
@@ -55,11 +72,10 @@ class ToolCallRunner(Runner):
         self._tools = {tool.name: tool for tool in callers}
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
-        """Native function calling is the adapter's to ask for."""
-        kind = type(chosen or dspy.settings.adapter or dspy.ChatAdapter())
-        if kind in (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter):
-            return kind(use_native_function_calling=True)
-        return chosen
+        """Native function calling is the adapter's to ask for, where the LM has it."""
+        adapter = copy.copy(chosen or dspy.settings.adapter or dspy.ChatAdapter())
+        adapter.use_native_function_calling = True
+        return adapter
 
     async def run(self, values: dict[str, Any]) -> Any:
         """The prediction, its `tool_calls` with the results; those of one answer run at once."""
@@ -100,34 +116,40 @@ class ComparisonRunner(Runner):
 
 
 class CodeRunner(Runner):
-    """Modules that run code in a sandbox: always in a thread, since they wait for it there."""
+    """Modules that run code: always in a thread, since they wait for their sandbox there."""
 
     async def run(self, values: dict[str, Any]) -> Any:
         """As `Runner`'s; giving up ends the sandbox, too."""
         factory = dspy.settings.get("interpreter_factory") or dspy.PythonInterpreter
+        ending = sandboxes.Ending()
 
         def make() -> Any:
             interpreter = factory()
             job = sync_threads.current.get()
             if job is not None:
-                job.on_give_up(lambda: _end(interpreter))
+                ending.comes_with(job, interpreter)
             return interpreter
+
+        def work() -> Any:
+            try:
+                return self.module(**values)
+            finally:
+                ending.returned.set()
 
         # RLM tells its LM what the sandbox can do.
         make.execution_instructions = getattr(factory, "execution_instructions", "")  # type: ignore[attr-defined]
         # Fields that may be absent are None for code.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        with dspy.context(interpreter_factory=make):
-            return await THREADS.run(lambda: self.module(**values))
-
-
-def _end(interpreter: Any) -> None:
-    """From another thread than its own, which waits for it and goes on when its process is gone."""
-    process = getattr(interpreter, "deno_process", None)
-    if process is not None:
-        process.kill()
-    elif not isinstance(interpreter, dspy.PythonInterpreter):
-        interpreter.shutdown()
+        try:
+            with dspy.context(interpreter_factory=make):
+                return await in_thread(work)
+        except CodeInterpreterError as error:
+            raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
+        except RuntimeError as error:
+            # ProgramOfThought has no type of its own for it.
+            if not str(error).startswith("Max hops reached"):
+                raise
+            raise OutputInvalid(f"the code that the LM wrote failed each time: {error}") from error
 
 
 class BestRunner(Runner):
@@ -145,9 +167,13 @@ class BestRunner(Runner):
         """The best prediction; if there is none, the last failure is raised."""
         failures = _Failures()
         module = self._made(_Attempt(self._inner, failures), lambda *args: _guarded(failures, self._reward, *args))
+        adapter = _without_advice_in_errors(dspy.settings.adapter or dspy.ChatAdapter(), failures)
         # DSPy adds to the trace whatever the setting; None, which keeps it from growing, would be a TypeError.
-        with dspy.context(trace=[]):
-            prediction = await THREADS.run(lambda: module(**values))
+        with dspy.context(trace=[], adapter=adapter):
+            try:
+                prediction = await in_thread(lambda: module(**values))
+            except _Failed:
+                raise failures[-1] from None
         if prediction is None:
             raise failures[-1] if failures else OutputInvalid("no attempt gave an answer")
         return prediction
@@ -180,9 +206,29 @@ class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
         return _guarded(self.failures, self.inner, **values)
 
 
+class _Failed(Exception):
+    """What DSPy sees of a failure that is kept elsewhere."""
+
+
 def _guarded(failures: _Failures, work: Any, *args: Any, **values: Any) -> Any:
     try:
         return work(*args, **values)
     except Exception as error:
         failures.append(error)
-        raise RuntimeError(type(error).__name__) from None
+        raise _Failed(type(error).__name__) from None
+
+
+def _without_advice_in_errors(adapter: dspy.Adapter, failures: _Failures) -> dspy.Adapter:
+    """The same for the LM call of Refine's own, whose failures DSPy prints too."""
+
+    class Guarded(type(adapter)):  # type: ignore[misc]  # DSPy ships no types
+        # Refine makes another of the same class, without arguments.
+        def __init__(self) -> None:
+            self.__dict__.update(adapter.__dict__)
+
+        def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+            if signature is OfferFeedback:
+                return _guarded(failures, adapter, lm, lm_kwargs, signature, demos, inputs)
+            return adapter(lm, lm_kwargs, signature, demos, inputs)
+
+    return Guarded()

@@ -119,11 +119,33 @@ def _handle_signals(reading: int) -> threading.Event:
     threading.Thread(target=insist, name="dspy_bridge-signals", daemon=True).start()
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, end_of_input)
+    _keep_from_forks(wake_read, wake_write)
     mode = os.fstat(reading).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         # Ctrl-C in iex reaches the whole foreground process group; what stops us is the end of input.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return terminated
+
+
+def _keep_from_forks(*fds: int) -> None:
+    """A fork, as multiprocessing makes them, has our handlers and this pipe: what ends it must not end us."""
+    masks = threading.local()
+
+    def hold() -> None:
+        # Until the fork has a handling of its own, whatever comes for it waits.
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def forget() -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for fd in fds:
+            os.close(fd)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=forget)
 
 
 def _drain(writer: Writer, dispatcher: Dispatcher, seconds: float) -> None:

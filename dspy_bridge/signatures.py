@@ -76,10 +76,11 @@ class Contract:
                 raise OutputInvalid(f"the LM's answer did not fit the signature: {name}: {_reason(error)}") from None
 
 
-def build(definition: object, *, files_dir: str | None = None) -> Contract:
+def build(definition: object, *, files_dir: str | None = None, left_out: tuple[str, ...] = ()) -> Contract:
     """The signature of a `create_program`: DSPy's string form, or `{"inputs", "outputs", "instructions"?}`.
 
-    `files_dir`: the folder that paths in inputs may lead to; none if None. Raises `InvalidArgs`, naming the field.
+    `files_dir`: the folder that paths in inputs may lead to; none if None. `left_out`: inputs that may be declared and
+    are no fields. Raises `InvalidArgs`, naming the field.
     """
     instructions = None
     if isinstance(definition, str):
@@ -93,6 +94,7 @@ def build(definition: object, *, files_dir: str | None = None) -> Contract:
             raise InvalidArgs("signature.instructions: expected text")
     else:
         raise InvalidArgs('signature: expected text ("question -> answer") or an object with inputs and outputs')
+    inputs = [field for field in inputs if field.name not in left_out]
     if not outputs:
         raise InvalidArgs("signature.outputs: expected at least one field")
     if len(inputs) + len(outputs) > MAX_FIELDS:

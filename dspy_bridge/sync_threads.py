@@ -31,7 +31,7 @@ class Job:
     """One call in a worker thread, as that thread sees it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._lock = threading.Lock()
         self._given_up = False
         self._waiting: set[Future[Any]] = set()
@@ -40,15 +40,19 @@ class Job:
     def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the event loop, where it can be cancelled, and wait for it. For the worker thread."""
         import asyncio
+        from concurrent.futures import CancelledError
 
         with self._lock:
             if self._given_up:
                 work.close()
                 raise asyncio.CancelledError("nobody waits for this call any more")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
             self._waiting.add(future)
         try:
             return future.result()
+        except CancelledError:
+            # That of futures is an Exception, which the code in the thread would take for a failure and go on.
+            raise asyncio.CancelledError("nobody waits for this call any more") from None
         finally:
             self._waiting.discard(future)
 

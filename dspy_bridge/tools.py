@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import keyword
 import re
@@ -9,12 +10,16 @@ from contextvars import ContextVar
 from typing import Any
 
 import dspy
+import pydantic
+from dspy.adapters.types.tool import convert_input_schema_to_tool_args
 
 from dspy_bridge import sync_threads
 from dspy_bridge.annotations import read_type
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed
 
+# What `dspy.Tool` and its callbacks call arguments of their own.
+_NOT_AS_ARGUMENT = ("self", "instance")
 # As providers with native function calling want them.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
@@ -30,8 +35,23 @@ class HostTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
         """From a sync module, in its worker thread."""
         job = sync_threads.current.get()
         if job is None:
-            raise ToolFailed(f"{self.name}: called outside of an execute")
+            raise ToolFailed(f"{self.name}: expected to be called in an execute's thread, or awaited with acall")
         return job.on_loop(self.acall(**arguments))
+
+
+class AgentTool(HostTool):
+    """The same for ReAct, which fails on a list of anything but text as the result."""
+
+    def __init__(self, tool: HostTool) -> None:
+        super().__init__(tool.func, name=tool.name, desc=tool.desc, args=tool.args, arg_types=tool.arg_types)
+
+    async def acall(self, **arguments: Any) -> Any:
+        """As `HostTool`'s."""
+        result = await super().acall(**arguments)
+        if isinstance(result, list) and not all(isinstance(item, str) for item in result):
+            # Any other sequence goes to the LM as JSON; in a reply it is a list again.
+            return tuple(result)
+        return result
 
 
 def read(definitions: object, taken: set[str]) -> list[HostTool]:
@@ -39,7 +59,7 @@ def read(definitions: object, taken: set[str]) -> list[HostTool]:
     if definitions is None:
         return []
     if not isinstance(definitions, list):
-        raise InvalidArgs('tools: expected a list of objects such as {"name": "search", "description": "…", "args": {}}')
+        raise InvalidArgs('tools: expected a list of objects such as {"name": "search", "args": {}}')
     if len(definitions) > MAX_TOOLS:
         raise InvalidArgs(f"tools: expected at most {MAX_TOOLS}")
     tools: dict[str, HostTool] = {}
@@ -47,7 +67,7 @@ def read(definitions: object, taken: set[str]) -> list[HostTool]:
         where = f"tools[{index}]"
         name = _name(definition, where)
         if name in taken:
-            raise InvalidArgs(f"{where}.name: {name!r} is taken, by a field of the signature or by DSPy; choose another")
+            raise InvalidArgs(f"{where}.name: {name!r} is taken, by a field or by DSPy; choose another")
         if name in tools:
             raise InvalidArgs(f"{where}.name: {name!r} is used twice; expected distinct names")
         tools[name] = _tool(name, definition, where)
@@ -73,34 +93,55 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
     args = definition.get("args", {})
     if not isinstance(args, dict):
         raise InvalidArgs(f'{where}.args: expected an object such as {{"query": {{"type": "str"}}}}')
-    parameters = []
-    descriptions = {}
+    types: dict[str, Any] = {}
+    schemas = {}
     for arg, given in args.items():
         here = f"{where}.args.{arg}"
         if not arg.isidentifier() or keyword.iskeyword(arg):
             raise InvalidArgs(f"{here}: no name for an argument; expected letters, digits and _, no keyword")
+        if arg in _NOT_AS_ARGUMENT:
+            raise InvalidArgs(f"{here}: {arg!r} is an argument of DSPy's own; choose another name")
         # A type alone will do.
         given = given if isinstance(given, dict) else {"type": given}
         for key in given:
             if key not in ("type", "description", "desc"):
-                raise InvalidArgs(f"{here}: unknown key {key!r}; expected type, description; a JSON Schema goes into type")
-        annotation = read_type(given.get("type"), f"{here}.type")
-        parameters.append(inspect.Parameter(arg, inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
-        if text := _description(given, here):
-            descriptions[arg] = text
+                raise InvalidArgs(f"{here}: unknown key {key!r}; expected type (or a JSON Schema there), description")
+        types[arg] = read_type(given.get("type"), f"{here}.type")
+        schemas[arg] = _schema(types[arg], _description(given, here), f"{here}.type")
 
     async def ask(**arguments: Any) -> Any:
         missing = [arg for arg in args if arg not in arguments]
         if missing:
             raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(args)}")
-        return await asking.get().ask(name, arguments)
+        return await _ask(name, arguments)
 
     # What DSPy reads of a function.
     ask.__name__ = name
     ask.__doc__ = described
-    ask.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect's own protocol
-    ask.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return HostTool(ask, name=name, desc=described or None, arg_desc=descriptions)
+    ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # inspect's own protocol
+        [inspect.Parameter(arg, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for arg, kind in types.items()]
+    )
+    # Given, since DSPy would read them without what constrains them.
+    return HostTool(ask, name=name, desc=described or None, args=schemas, arg_types=types)
+
+
+def _schema(annotation: Any, description: str, where: str) -> dict[str, Any]:
+    try:
+        schema = pydantic.TypeAdapter(annotation).json_schema()
+        # References go: DSPy and providers want each argument by itself.
+        flat, _, _ = convert_input_schema_to_tool_args({"properties": {"it": schema}, "$defs": schema.get("$defs", {})})
+    except (pydantic.PydanticUserError, RecursionError):
+        raise InvalidArgs(f"{where}: no type for an argument; expected one with a JSON Schema, not recursive") from None
+    return {**flat["it"], "description": description} if description else flat["it"]
+
+
+async def _ask(name: str, arguments: dict[str, Any]) -> Any:
+    question = asking.get().ask(name, arguments)
+    job = sync_threads.current.get()
+    if job is None or job.loop is asyncio.get_running_loop():
+        return await question
+    # A loop that a worker thread has started for it, as RLM does: the answer comes to the peer's own.
+    return await asyncio.to_thread(job.on_loop, question)
 
 
 def _description(given: dict[str, Any], where: str) -> str:

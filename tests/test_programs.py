@@ -11,7 +11,8 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_bridge import echo, models, programs
+from dspy_bridge import echo, models
+from dspy_bridge.runners import Runner
 from dspy_bridge.settings import Settings
 
 
@@ -31,10 +32,11 @@ class SyncOnly(dspy.Module):
 def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() -> None:
     """Two calls meet inside `forward` while the loop stays free; both see the LM of their caller's context."""
     module = SyncOnly(threading.Barrier(3))
+    runner = Runner(module)
 
     async def calls() -> list[Any]:
         with dspy.context(lm=echo.EchoLM(), callbacks=[echo.WatchFormat()]):
-            running = [asyncio.create_task(programs.run(module, {"question": text})) for text in ("a", "b")]
+            running = [asyncio.create_task(runner.run({"question": text})) for text in ("a", "b")]
             await asyncio.to_thread(module.meet.wait, 20)
             return await asyncio.gather(*running)
 

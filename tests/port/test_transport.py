@@ -153,6 +153,30 @@ def test_stray_output_never_reaches_the_frames(tmp_path: Any) -> None:
     assert all(text in log for text in ("python print", "raw write", "from a child")) and "stray" not in log
 
 
+FORKS = """
+import os, signal
+def init():
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+"""
+
+
+def test_sigterm_ends_a_fork_of_the_hosts_and_not_the_peer(tmp_path: Any) -> None:
+    """As when a multiprocessing.Process is terminated: the fork has the peer's signal handlers."""
+    (tmp_path / "forks.py").write_text(FORKS)
+    env = {"DSPY_BRIDGE_INIT": "forks:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        # A byte in the pipe for signals would have become a SIGTERM of the peer after 20 ms.
+        with pytest.raises(subprocess.TimeoutExpired):
+            peer.process.wait(0.1)
+        assert peer.call("execute_program", ASK)["success"]
+
+
 def test_what_was_received_is_answered_after_the_end_of_input() -> None:
     """One write of all requests, then end of input: every request has its reply, then exit 0."""
     with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:

@@ -12,7 +12,7 @@ from conftest import lm_env
 from peer import PATIENCE, ROOT, Peer
 
 HOST = '''
-import dspy, os, sys, threading, time
+import asyncio, dspy, os, sys, threading, time
 
 class Shout(dspy.Module):
     def __init__(self, signature):
@@ -41,9 +41,73 @@ class Busy(dspy.Module):
             pass
         return "counted"
 
+class Mute(Exception):
+    def __str__(self):
+        raise KeyboardInterrupt
+
+RAISED = {
+    "exit": SystemExit(1), "value": ValueError("v"), "interrupt": KeyboardInterrupt(), "stop": StopIteration(3),
+    "generator": GeneratorExit(), "mute": Mute(), "memory": MemoryError(), "base": BaseException("b"),
+}
+
 class Raises(dspy.Module):
     def forward(self, question):
-        raise {"exit": SystemExit(1), "value": ValueError("v"), "interrupt": KeyboardInterrupt()}[question]
+        raise RAISED[question]
+
+class AsyncRaises(dspy.Module):
+    async def aforward(self, question):
+        raise RAISED[question]
+
+class Cancels(dspy.Module):
+    def forward(self, question):
+        raise asyncio.CancelledError
+
+def down(question):
+    return down(question)
+
+class Deep(dspy.Module):
+    def forward(self, question):
+        return down(question)
+
+class Unprintable:
+    def __str__(self):
+        raise SystemExit(1)
+    __repr__ = __str__
+
+class Returns(dspy.Module):
+    def forward(self, question):
+        deep = []
+        for _ in range(100_000):
+            deep = [deep]
+        cycle = {}
+        cycle["self"] = cycle
+        answer = {"unprintable": Unprintable(), "deep": deep, "cycle": cycle, "huge": 10**5000, "nan": float("nan"),
+                  "set": {1}, "class": Unprintable, "lone": "\\ud800", "bytes": b"ab"}[question]
+        return dspy.Prediction(answer=answer, more={question: answer})
+
+class AsyncReturns(Returns):
+    async def aforward(self, question):
+        return self.forward(question)
+
+class Odd(dspy.Module):
+    """Returns what is no prediction, with two fields to give."""
+    def forward(self, question):
+        return Unprintable()
+
+class Options(dspy.Module):
+    def __init__(self, signature, k, *, style="plain", **more):
+        super().__init__()
+        self.told = [type(signature).__name__, k, style, more]
+    def forward(self, question):
+        return dspy.Prediction(answer=self.told)
+
+class Strict(dspy.Module):
+    def __init__(self, k=1):
+        super().__init__()
+        if k > 1:
+            raise ValueError(f"k is {k}")
+    def forward(self, question):
+        return "strict"
 
 class Twice(dspy.Module):
     """Asks the LM, then again."""
@@ -59,6 +123,18 @@ class Twice(dspy.Module):
             finally:
                 open(os.environ["TOLD"], "a").write("ended\\n")
         return "done"
+
+class Catches(Twice):
+    """Takes whatever ends its LM call for a failure, and goes on."""
+    def forward(self, question):
+        for _ in range(3):
+            try:
+                self.inner(question=question)
+            except Exception as error:
+                open(os.environ["TOLD"], "a").write(f"went on after {type(error).__name__}\\n")
+            except BaseException:
+                open(os.environ["TOLD"], "a").write("ended\\n")
+                raise
 
 class Broken(dspy.Module):
     def __init__(self):
@@ -128,12 +204,106 @@ def test_none_is_allowed_by_default(start: Any) -> None:
     assert reply["error_type"] == "not_allowed" and "DSPY_BRIDGE_ALLOW_MODULES" in reply["error"]
 
 
-@pytest.mark.parametrize("question", ["exit", "value", "interrupt"])
-def test_whatever_they_raise_is_one_reply(start: Any, question: str) -> None:
+def test_whatever_they_raise_is_one_reply(start: Any) -> None:
     peer = start()
-    create(peer, "Raises")
-    assert peer.call("execute_program", ask("Raises", question))["error_type"] == "internal"
-    assert peer.call("ping")["success"]
+    for name in ("Raises", "AsyncRaises"):
+        create(peer, name)
+        for question in ("exit", "value", "interrupt", "stop", "generator", "mute", "memory", "base"):
+            reply = peer.call("execute_program", ask(name, question), timeout_ms=20_000)
+            assert reply["error_type"] == "internal", (name, question, reply)
+            assert peer.call("ping")["success"]
+    create(peer, "Cancels")
+    assert peer.call("execute_program", ask("Cancels", "x"))["error_type"] in ("cancelled", "internal")
+    create(peer, "Deep")
+    reply = peer.call("execute_program", ask("Deep", "x"))
+    assert reply["error_type"] == "internal" and "RecursionError" in reply["error"]
+    assert peer.call("get_stats")["result"]["threads"]["running"] == 0
+    assert peer.finish()[0] == 0
+
+
+def test_whatever_they_return_is_one_reply(start: Any) -> None:
+    peer = start()
+    answers = {
+        "unprintable": "<Unprintable: its str() raised SystemExit>",
+        "nan": None,
+        "set": [1],
+        "lone": "?",
+        "bytes": "YWI=",
+        "deep": ...,
+        "cycle": ...,
+        "huge": ...,
+        "class": ...,
+    }
+    for name in ("Returns", "AsyncReturns"):
+        create(peer, name)
+        for question, answer in answers.items():
+            reply = peer.call("execute_program", ask(name, question))
+            assert reply["success"], (name, question, reply)
+            if answer is not ...:
+                assert reply["result"] == {"answer": answer, "more": {question: answer}}
+    peer.call("create_program", {"id": "Odd", "signature": "question -> answer, more", "program_type": "host:Odd"})
+    reply = peer.call("execute_program", ask("Odd", "x"))
+    assert (
+        reply["error_type"] == "output_invalid" and "Unprintable" in reply["error"] and "answer, more" in reply["error"]
+    )
+    assert peer.finish()[0] == 0
+
+
+def test_options_go_to_the_constructor_by_name(start: Any) -> None:
+    peer = start()
+    made = {"id": "o", "signature": "question -> answer", "program_type": "host:Options"}
+    assert peer.call("create_program", {**made, "options": {"k": 3, "style": "s", "other": [1]}})["success"]
+    assert peer.call("execute_program", ask("o", "x"))["result"] == {
+        "answer": ["SignatureMeta", 3, "s", {"other": [1]}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "error_type", "named"),
+    [
+        ("Options", {}, "invalid_args", "options.k: missing"),
+        ("Options", {"options": {"k": 1, "signature": "a -> b"}}, "invalid_args", "options.signature"),
+        ("Options", {"options": {"k": 1, "tools": []}}, "invalid_args", "options.tools"),
+        ("Options", {"options": {"k": 1}, "tools": [{"name": "t"}]}, "invalid_args", "tools: the constructor"),
+        ("Strict", {"options": {"K": 1}}, "invalid_args", "options.K"),
+        ("Strict", {"options": {"self": 1}}, "invalid_args", "options.self"),
+        ("Strict", {"options": {"k": 2}}, "internal", "ValueError"),
+        ("Strict", {"options": {"k": "2"}}, "internal", "TypeError"),
+    ],
+)
+def test_what_the_constructor_does_not_take_is_refused(
+    building: Peer, name: str, more: dict[str, Any], error_type: str, named: str
+) -> None:
+    made = {"id": "bad", "signature": "question -> answer", "program_type": f"host:{name}", **more}
+    reply = building.call("create_program", made)
+    assert (reply.get("error_type"), named in reply["error"]) == (error_type, True), reply
+
+
+@pytest.fixture(scope="module")
+def building(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "host.py").write_text(HOST)
+    path = f"{ROOT}:{folder}"
+    with Peer(env={"DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": path, "TOLD": ""}) as peer:
+        yield peer
+
+
+def test_what_an_exception_quotes_is_not_in_the_log(start: Any) -> None:
+    """Its type and its traceback are."""
+    peer = start()
+    peer.call("create_program", {"id": "s", "signature": "question -> answer", "program_type": "host:Strict",
+                                 "options": {"k": 987654321}})  # fmt: skip
+    _, _, log = peer.finish()
+    assert "ValueError: k is …" in log and "host.py" in log and "987654321" not in log
+
+
+def test_what_they_raise_is_not_taken_for_a_fault_of_the_lms_settings(start: Any) -> None:
+    """Of DSPy's own modules a ValueError may be that; what a module of the host's raises is its own."""
+    peer = start()
+    args = {"signature": "question -> answer", "program_type": "host:Raises", "lm": {"model": "offline/echo"}}
+    peer.call("create_program", {"id": "Raises", **args})
+    reply = peer.call("execute_program", ask("Raises", "value"))
+    assert reply["error_type"] == "internal" and "ValueError" in reply["error"]
 
 
 @pytest.mark.parametrize("name", ["Sleeps", "Busy"])
@@ -194,3 +364,18 @@ def test_given_up_its_lm_request_is_closed_and_the_next_one_refused(start: Any, 
     server.gate.set()
     assert peer.call("execute_program", ask("Twice", "Why?"))["result"] == {"answer": "done"}
     assert len(server.requests) == 3
+
+
+def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, start_lm: Any, tmp_path: Path) -> None:
+    """What ends an LM call in its thread is no Exception, as on an event loop."""
+    server = start_lm()
+    server.gate.clear()
+    peer = start(**lm_env(server))
+    create(peer, "Catches")
+    assert peer.call("execute_program", ask("Catches", "Why?"), timeout_ms=500)["error_type"] == "timeout"
+    end = time.monotonic() + PATIENCE
+    while not ((tmp_path / "told").exists() and (tmp_path / "told").read_text()):
+        assert time.monotonic() < end
+        assert peer.call("ping")["success"]
+    assert (tmp_path / "told").read_text() == "ended\n"
+    assert len(server.requests) == 1

@@ -1,0 +1,292 @@
+"""Program types that run code which an LM wrote, in DSPy's local worker: a child process that needs no download.
+
+The sandbox that they have by default is DSPy's too (Deno), and is tried by hand: its first use downloads 100 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import lm_env
+from lm_server import chat, script
+from peer import PATIENCE, ROOT, Peer
+from tool_host import ToolError, execute
+
+INIT = f"""
+import dspy, sys
+from dspy.primitives.local_interpreter import LocalInterpreter
+def local():
+    dspy.configure(interpreter_factory=LocalInterpreter)
+class Broken:
+    def __init__(self):
+        raise dspy.CodeInterpreterError("there is no sandbox here\\nat all")
+def deno():
+    command = [sys.executable, {str(ROOT / "tests" / "fakes" / "deno.py")!r}]
+    dspy.configure(interpreter_factory=lambda: dspy.PythonInterpreter(deno_command=command))
+def slow_deno():
+    command = [sys.executable, {str(ROOT / "tests" / "fakes" / "deno.py")!r}, "slow"]
+    dspy.configure(interpreter_factory=lambda: dspy.PythonInterpreter(deno_command=command))
+def broken():
+    dspy.configure(interpreter_factory=Broken)
+"""
+CREATE = {"id": "x", "signature": "question -> answer"}
+ASK = {"program_id": "x", "inputs": {"question": "Why?"}}
+SEARCH = {"name": "search", "args": {"query": {"type": "str"}}}
+OOPS = (500, {"error": {"message": "oops"}})
+
+
+def code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+@pytest.fixture
+def start(tmp_path: Path, start_lm: Any) -> Iterator[Any]:
+    """Starts a peer that may run code, an LM that answers so, and a program."""
+    (tmp_path / "sandboxed.py").write_text(INIT)
+    peers: list[Peer] = []
+
+    def start(create: dict[str, Any], *answers: Any, init: str = "local") -> Any:
+        server = start_lm(script(*answers))
+        env = {
+            "DSPY_BRIDGE_ALLOW_CODE": "1",
+            "DSPY_BRIDGE_INIT": f"sandboxed:{init}",
+            "PYTHONPATH": f"{ROOT}:{tmp_path}",
+        }
+        peers.append(Peer(env={**lm_env(server), **env}))
+        reply = peers[-1].call("create_program", {**CREATE, **create})
+        assert reply["success"], reply
+        return peers[-1], server
+
+    yield start
+    for peer in peers:
+        peer.__exit__()
+
+
+def prompt(request: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in request["messages"])
+
+
+def workers(peer: Peer) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(peer.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # just gone
+            if re.search("local_interpreter_worker|fakes/deno", " ".join(child.cmdline())):
+                found.append(child)
+    return found
+
+
+POT = {"program_type": "program_of_thought"}
+
+
+def test_a_program_of_thought_runs_the_lms_code_and_has_it_mended(start: Any) -> None:
+    peer, server = start(
+        POT,
+        chat(reasoning="r", generated_code=code("answer = 1 / 0")),
+        chat(reasoning="r", generated_code=code("print(6 * 7)")),
+        chat(reasoning="r", answer="42"),
+    )
+    assert peer.call("execute_program", ASK)["result"] == {"reasoning": "r", "answer": "42"}
+    assert "division by zero" in prompt(server.requests[1]) and "42" in prompt(server.requests[2])
+    assert workers(peer) == []
+
+
+def test_code_that_fails_each_time_is_an_answer_that_does_not_fit(start: Any) -> None:
+    peer, server = start({**POT, "options": {"max_iters": 2}}, chat(reasoning="r", generated_code=code("1 / 0")))
+    reply = peer.call("execute_program", ASK)
+    assert reply["error_type"] == "output_invalid" and "division by zero" in reply["error"], reply
+    assert len(server.requests) == 2
+    _, _, log = peer.finish()
+    assert "Error in code execution: …" in log and "division" not in log
+
+
+def test_code_act_prints_what_it_finds_out(start: Any) -> None:
+    peer, server = start(
+        {"program_type": "code_act"},
+        chat(generated_code=code("found = 6 * 7"), finished="False"),
+        chat(generated_code=code("print(found)"), finished="True"),
+        chat(reasoning="r", answer="42"),
+    )
+    result = peer.call("execute_program", ASK)["result"]
+    assert result["answer"] == "42" and "42" in result["trajectory"]["code_output_1"]
+    assert "print(found)" in prompt(server.requests[2])
+
+
+def test_code_act_takes_its_config(start: Any) -> None:
+    peer, server = start(
+        {"program_type": "code_act", "options": {"max_iters": 1}},
+        chat(generated_code=code("1 / 0"), finished="False"),
+        chat(reasoning="r", answer="none"),
+    )
+    assert peer.call("execute_program", {**ASK, "config": {"temperature": 0.25}})["success"]
+    assert [request["temperature"] for request in server.requests] == [0.25, 0.25]
+
+
+def test_an_rlm_asks_tools_and_a_sub_lm_from_its_code(start: Any, start_lm: Any) -> None:
+    sub = start_lm("the sub-LM's word")
+    peer, server = start(
+        {
+            "program_type": "rlm",
+            "tools": [SEARCH],
+            "options": {"max_iters": 3, "sub_lm": {"model": "openai/sub", **sub.options()}},
+        },
+        chat(reasoning="r", code=code("found = search(query=question)", "print(found['at'], llm_query('Well?'))")),
+        chat(reasoning="r", code=code("SUBMIT(answer=found['at'])")),
+    )
+    reply, asked = execute(peer, ASK, {"search": lambda query: {"at": f"the {query} page"}})
+    assert asked == [("search", {"query": "Why?"})]
+    assert reply["result"]["answer"] == "the Why? page" and len(reply["result"]["trajectory"]) == 2
+    assert "the Why? page the sub-LM's word" in prompt(server.requests[1])
+    assert sub.requests[0]["model"] == "sub" and "Well?" in prompt(sub.requests[0])
+    told = prompt(server.requests[0])
+    assert "persistent local subprocess" in told and "Pyodide" not in told, "of the sandbox that there is"
+
+
+def test_a_tool_that_fails_is_an_error_in_the_code(start: Any) -> None:
+    def search(query: str) -> Any:
+        raise ToolError("no net")
+
+    peer, server = start(
+        {"program_type": "rlm", "tools": [SEARCH]},
+        chat(reasoning="r", code=code("print(search(query='a'))")),
+        chat(reasoning="r", code=code("SUBMIT(answer='gave up')")),
+    )
+    reply, _ = execute(peer, ASK, {"search": search})
+    assert reply["result"]["answer"] == "gave up" and "no net" in prompt(server.requests[1])
+
+
+def test_an_rlm_that_never_submits_is_asked_for_what_it_has(start: Any) -> None:
+    peer, server = start(
+        {"program_type": "rlm", "options": {"max_iters": 1, "max_output_chars": 20}},
+        chat(reasoning="r", code=code("print('x' * 1000)")),
+        chat(answer="not much"),
+    )
+    assert peer.call("execute_program", ASK)["result"]["answer"] == "not much"
+    assert "xxxxx" in prompt(server.requests[1]) and "x" * 21 not in prompt(server.requests[1])
+
+
+def test_its_calls_of_the_sub_lm_are_counted(start: Any) -> None:
+    peer, server = start(
+        {"program_type": "rlm", "options": {"max_llm_calls": 1}},
+        chat(reasoning="r", code=code("print(llm_query_batched(['a', 'b']))")),
+        chat(reasoning="r", code=code("SUBMIT(answer='gave up')")),
+    )
+    assert peer.call("execute_program", ASK)["result"]["answer"] == "gave up"
+    assert "limit exceeded" in prompt(server.requests[1]) and len(server.requests) == 2
+
+
+LOOPS = [
+    (POT, chat(reasoning="r", generated_code=code("while True:", "    pass"))),
+    ({"program_type": "code_act"}, chat(generated_code=code("while True:", "    pass"), finished="True")),
+    ({"program_type": "rlm"}, chat(reasoning="r", code=code("while True:", "    pass"))),
+]
+
+
+@pytest.mark.parametrize(("create", "looping"), LOOPS)
+@pytest.mark.parametrize("how", ["deadline", "cancel"])
+def test_code_that_does_not_end_is_ended_with_its_process(start: Any, create: Any, looping: str, how: str) -> None:
+    peer, _ = start(create, looping)
+    begin = time.monotonic()
+    id = peer.request("execute_program", ASK, **({"timeout_ms": 900} if how == "deadline" else {}))
+    while not workers(peer):
+        assert time.monotonic() < begin + PATIENCE
+    if how == "cancel":
+        peer.send({"cancel": id})
+    reply = peer.receive()
+    assert reply["error_type"] == ("timeout" if how == "deadline" else "cancelled")
+    assert how == "cancel" or 0.8 < time.monotonic() - begin < 1.4
+    while workers(peer) or peer.call("get_stats")["result"]["threads"]["running"]:
+        assert time.monotonic() < begin + PATIENCE
+
+
+@pytest.mark.parametrize(("create", "looping"), LOOPS)
+@pytest.mark.parametrize("init", ["deno", "slow_deno"])
+def test_a_sandbox_that_hears_nothing_is_killed(start: Any, create: Any, looping: str, init: str) -> None:
+    """DSPy's own is a process that is told to end, which one that is busy, or still starts, does not hear."""
+    peer, _ = start(create, looping, init=init)
+    begin = time.monotonic()
+    id = peer.request("execute_program", ASK)
+    while not workers(peer):
+        assert time.monotonic() < begin + PATIENCE
+    peer.send({"cancel": id})
+    assert peer.receive()["error_type"] == "cancelled"
+    while workers(peer) or peer.call("get_stats")["result"]["threads"]["running"]:
+        assert time.monotonic() < begin + PATIENCE
+
+
+def test_what_ends_a_sandbox_ends_too(start: Any) -> None:
+    peer, _ = start(*LOOPS[0])
+    process = psutil.Process(peer.process.pid)
+    threads = []
+    for _ in range(6):
+        assert peer.call("execute_program", ASK, timeout_ms=300)["error_type"] == "timeout"
+        while peer.call("get_stats")["result"]["threads"]["running"]:
+            pass
+        threads.append(process.num_threads())
+    end = time.monotonic() + PATIENCE
+    # One or the other of the event loop's own is made meanwhile.
+    while process.num_threads() > threads[1] + 1:
+        assert time.monotonic() < end, threads
+
+
+@pytest.mark.parametrize(("create", "_looping"), LOOPS)
+def test_the_lms_own_failure_is_told(start: Any, create: Any, _looping: str) -> None:
+    peer, _ = start(create, OOPS)
+    reply = peer.call("execute_program", ASK)
+    assert (reply["error_type"], reply["retryable"]) == ("lm_error", True)
+    assert workers(peer) == []
+
+
+@pytest.mark.parametrize(("create", "looping"), LOOPS)
+def test_a_sandbox_that_cannot_be_had_is_told_in_one_line(start: Any, create: Any, looping: str) -> None:
+    peer, _ = start(create, looping, init="broken")
+    reply = peer.call("execute_program", ASK)
+    assert reply["error"] == "the sandbox for the LM's code failed: there is no sandbox here at all"
+
+
+@pytest.mark.parametrize("create", [POT, {"program_type": "rlm"}])
+def test_a_config_per_call_is_refused_where_the_type_takes_none(start: Any, create: Any) -> None:
+    peer, server = start(create, "never asked")
+    reply = peer.call("execute_program", {**ASK, "config": {"temperature": 0.25}})
+    assert reply["error_type"] == "invalid_args" and "config" in reply["error"] and server.requests == []
+
+
+def test_inputs_that_may_be_left_out_are_none_in_the_code(start: Any) -> None:
+    signature = "question, hint: Optional[str] -> answer"
+    peer, _ = start(
+        {"program_type": "rlm", "signature": signature},
+        chat(reasoning="r", code=code("SUBMIT(answer=repr(hint))")),
+    )
+    assert peer.call("execute_program", ASK)["result"]["answer"] == "None"
+
+
+@pytest.mark.parametrize(
+    ("create", "named"),
+    [
+        ({"program_type": "rlm", "options": {"sub_lm": {}}}, "lm.model"),
+        ({"program_type": "rlm", "options": {"sub_lm": {"model": 5}}}, "lm.model"),
+        ({"program_type": "rlm", "signature": "llm_query -> answer"}, "llm_query"),
+        ({"program_type": "rlm", "signature": "question -> trajectory"}, "signature.outputs"),
+        ({"program_type": "rlm", "signature": "question -> final_reasoning"}, "signature.outputs"),
+        ({"program_type": "code_act", "signature": "finished -> answer"}, "signature.inputs"),
+        ({**POT, "signature": "previous_code -> answer"}, "signature.inputs"),
+        ({**POT, "signature": "interpreter -> answer"}, "signature.inputs"),
+        ({**POT, "options": {"max_iters": 0}}, "options.max_iters"),
+        ({**POT, "options": {"interpreter_factory": "x"}}, "options.interpreter_factory"),
+    ],
+)
+def test_what_they_cannot_be_built_of_is_refused(allowed: Peer, create: dict[str, Any], named: str) -> None:
+    reply = allowed.call("create_program", {**CREATE, "id": "bad", **create})
+    assert reply.get("error_type") == "invalid_args" and named in reply["error"], reply
+
+
+@pytest.fixture(scope="module")
+def allowed() -> Iterator[Peer]:
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_CODE": "1"}) as peer:
+        yield peer

@@ -1,0 +1,499 @@
+"""Tools that are functions of the caller's: how they are declared and called, and how they fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import lm_env
+from lm_server import chat, completion, script
+from peer import PATIENCE, ROOT, Peer
+from tool_host import ToolError, answer, execute
+
+SEARCH = {
+    "name": "search",
+    "description": "Finds pages.",
+    "args": {"query": {"type": "str", "description": "a few words"}, "most": {"type": "integer"}},
+}
+CREATE = {"id": "x", "signature": "question -> answer", "program_type": "react", "tools": [SEARCH]}
+ASK = {"program_id": "x", "inputs": {"question": "Why?"}}
+FINISH = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
+EXTRACT = chat(reasoning="r", answer="because")
+
+
+def step(name: str, args: Any) -> str:
+    return chat(next_thought="t", next_tool_name=name, next_tool_args=json.dumps(args))
+
+
+def prompt(request: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in request["messages"])
+
+
+def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
+    server = start_lm(script(step("search", {"query": "a", "most": 2}), FINISH, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        reply, asked = execute(peer, ASK, {"search": lambda query, most: [query, {"most": most}, None, 0.5]})
+    assert asked == [("search", {"query": "a", "most": 2})]
+    result = reply["result"]
+    assert (result["reasoning"], result["answer"]) == ("r", "because")
+    trajectory = result["trajectory"]
+    assert trajectory["observation_0"] == ["a", {"most": 2}, None, 0.5] and trajectory["tool_name_1"] == "finish"
+    first, second, _ = map(prompt, server.requests)
+    assert all(text in first for text in ("Finds pages.", "a few words", "search", "integer"))
+    assert '["a", {"most": 2}, null, 0.5]' in second
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ("text", "text"),
+        (["a", "b"], "[1] «a»\n[2] «b»"),
+        ([1, 2], "[1, 2]"),
+        ([None], "[null]"),
+        ([{"\n": 1}], '[{"\\n": 1}]'),
+        ({"a": [1]}, '{"a": [1]}'),
+        ([], "N/A"),
+        (None, "None"),
+        (True, "True"),
+        (10**400, str(10**400)),
+        ("[[ ## answer ## ]]\nno", "[[ ## answer ## ]]\nno"),
+    ],
+)
+def test_any_result_is_told_to_the_lm(start_lm: Any, result: Any, told: str) -> None:
+    server = start_lm(script(step("search", {"query": "a", "most": 2}), FINISH, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        reply, _ = execute(peer, ASK, {"search": lambda query, most: result})
+    assert reply["success"], reply
+    assert f"## observation_0 ## ]]\n{told}\n" in prompt(server.requests[1])
+
+
+WRONG_ARGUMENTS = [
+    ({"query": 5, "most": 1}, "Arg query is invalid: 5 is not of type 'string'"),
+    ({"query": "a", "most": "many"}, "Arg most is invalid: 'many' is not of type 'integer'"),
+    ({"query": "a", "most": 1.5}, "Arg most is invalid"),
+    ({"query": "a", "most": None}, "Arg most is invalid"),
+    ({"query": "a", "most": 1, "page": 2}, "Arg page is not in the tool's args"),
+    ({"query": "a"}, "search: missing most; expected query, most"),
+    ({}, "search: missing query, most"),
+    ({"self": 1}, "self"),
+]
+
+
+def test_arguments_that_do_not_fit_are_told_to_the_lm_and_not_to_the_caller(start_lm: Any) -> None:
+    steps = [step("search", args) for args, _ in WRONG_ARGUMENTS]
+    server = start_lm(script(*steps, FINISH, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        reply, asked = execute(peer, ASK, {})
+    assert asked == [] and reply["result"]["answer"] == "because"
+    for number, (_, text) in enumerate(WRONG_ARGUMENTS):
+        observation = reply["result"]["trajectory"][f"observation_{number}"]
+        assert observation.startswith("Execution error in search") and text in observation
+        assert text in prompt(server.requests[number + 1]), "the LM's next prompt has it"
+
+
+def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
+    def search(query: str, most: int) -> Any:
+        raise ToolError(f"no index for {query!r}")
+
+    server = start_lm(script(step("search", {"query": "a", "most": 1}), FINISH, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        reply, _ = execute(peer, ASK, {"search": search})
+        assert reply["result"]["answer"] == "because"
+        _, _, log = peer.finish()
+    assert "search: no index for 'a'" in prompt(server.requests[1]) and log == ""
+
+
+def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
+    """DSPy's own would have the provider's text, which may have the prompt."""
+    full = (400, {"error": {"message": "a secret of the caller's", "code": "context_length_exceeded"}})
+    server = start_lm(script(step("search", {"query": "a", "most": 1}), full, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        reply, _ = execute(peer, ASK, {"search": lambda query, most: "x"})
+        assert reply["result"]["answer"] == "because"
+        _, _, log = peer.finish()
+    assert "WARNING dspy.predict.react: Ending the trajectory: …" in log and "secret" not in log
+
+
+@pytest.mark.parametrize(
+    ("type_", "fits", "does_not"),
+    [
+        ("float", 1, "x"),
+        ("bool", True, "maybe"),
+        ("list[int]", [1, 2], [1, "x"]),
+        ("dict[str, int]", {"a": 1}, {"a": "x"}),
+        ("Literal['a', 'b']", "a", "c"),
+        ("Optional[int]", None, "x"),
+        ("probability", 0.5, 1.5),
+        ({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}, {"n": 1}, {"n": "x"}),
+        ({"type": "array", "items": {"enum": ["a", "b"]}}, ["a"], ["c"]),
+    ],
+)
+def test_arguments_have_the_types_that_fields_have(start_lm: Any, type_: Any, fits: Any, does_not: Any) -> None:
+    """They come to the caller as the LM gave them."""
+    server = start_lm(script(step("f", {"value": does_not}), step("f", {"value": fits}), FINISH, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        tool = {"name": "f", "args": {"value": {"type": type_}}}
+        assert peer.call("create_program", {**CREATE, "tools": [tool]})["success"]
+        reply, asked = execute(peer, ASK, {"f": lambda value: "fine"})
+    assert asked == [("f", {"value": fits})], reply
+
+
+def test_an_agent_ends_after_its_steps(start_lm: Any) -> None:
+    server = start_lm(script(*[step("search", {"query": "a", "most": 1})] * 2, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        assert peer.call("create_program", {**CREATE, "options": {"max_iters": 2}})["success"]
+        reply, asked = execute(peer, ASK, {"search": lambda query, most: "x"})
+        assert reply["result"]["answer"] == "because" and len(asked) == 2
+
+
+def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: Any) -> None:
+    """A late answer is nobody's; one that was never asked for is an error."""
+    server = start_lm(step("search", {"query": "a", "most": 1}))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        id = peer.request("execute_program", ASK, timeout_ms=300)
+        call = peer.receive()["tool_call"]
+        reply = peer.receive()
+        assert (reply["id"], reply["error_type"]) == (id, "timeout")
+        answer(peer, call, {"search": lambda query, most: "late"})
+        assert peer.call("ping")["success"]
+        peer.send({"tool_result": {"call_id": 99, "success": True, "result": 1}})
+        assert peer.receive()["error_type"] == "invalid_request"
+
+
+def test_executes_wait_for_their_tools_at_once(start_lm: Any) -> None:
+    """Twenty of one program, answered last first; each gets its own answer."""
+
+    def lm(request: dict[str, Any]) -> str:
+        last = request["messages"][-1]["content"]
+        if "observation_0" not in last:
+            question = last.split("## question ## ]]\n")[1].split("\n")[0]
+            return step("search", {"query": question, "most": 1})
+        if "observation_1" not in last:
+            return FINISH
+        return chat(reasoning="r", answer=last.split("## observation_0 ## ]]\n")[1].split("\n")[0])
+
+    server = start_lm(lm)
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        asks = [{"program_id": "x", "inputs": {"question": f"q{n}"}} for n in range(20)]
+        ids = {peer.request("execute_program", ask): f"found q{n}" for n, ask in enumerate(asks)}
+        calls = [peer.receive() for _ in ids]
+        assert {call["id"] for call in calls} == set(ids)
+        for call in reversed(calls):
+            answer(peer, call["tool_call"], {"search": lambda query, most: f"found {query}"})
+        replies = peer.receive_all(len(ids))
+        assert {id: reply["result"]["answer"] for id, reply in replies.items()} == ids
+
+
+def test_at_the_end_of_input_no_answer_can_come(start_lm: Any) -> None:
+    """The LM is told so, and the execute is answered."""
+    server = start_lm(script(step("search", {"query": "a", "most": 1}), FINISH, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        peer.request("execute_program", ASK)
+        assert "tool_call" in peer.receive()
+        code, rest, _ = peer.finish()
+    assert code == 0 and b'"because"' in rest
+    assert "end of input" in prompt(server.requests[1])
+
+
+def test_echo_calls_the_first_tool(echo_peer: Peer) -> None:
+    for program_type in ("react", "predict"):
+        echo_peer.call("create_program", {**CREATE, "program_type": program_type})
+        reply, asked = execute(echo_peer, ASK, {"search": lambda query, most: "found"})
+        assert reply["success"] and asked == [("search", {"query": "Why?", "most": 1})]
+
+
+# Native function calling.
+
+
+def tool_calls(*calls: tuple[str, str], text: str | None = None) -> tuple[int, dict[str, Any]]:
+    """An answer of OpenAI's API that asks for tools; arguments are JSON texts."""
+    body = completion("gpt-4o-mini", "")
+    message = body["choices"][0]["message"]
+    message["content"] = text
+    message["tool_calls"] = [
+        {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for n, (name, arguments) in enumerate(calls)
+    ]
+    body["choices"][0]["finish_reason"] = "tool_calls"
+    return 200, body
+
+
+@pytest.fixture
+def native(start_lm: Any) -> Iterator[Any]:
+    """Creates a program whose LM has function calling, and answers as given."""
+    with Peer() as peer:
+
+        def create(*answers: Any, model: str = "openai/gpt-4o-mini", **more: Any) -> Any:
+            server = start_lm(script(*answers))
+            lm = {"model": model, **server.options()}
+            made = {**CREATE, "program_type": "predict", "lm": lm, **more}
+            reply = peer.call("create_program", made)
+            assert reply["success"], reply
+            return peer, server
+
+        yield create
+
+
+@pytest.mark.parametrize("program_type", ["predict", "chain_of_thought"])
+def test_an_lm_with_function_calling_is_given_the_tools(native: Any, program_type: str) -> None:
+    said = tool_calls(("search", '{"query": "a", "most": 1}'))
+    peer, server = native(said, program_type=program_type)
+    reply, asked = execute(peer, ASK, {"search": lambda query, most: ["found", query]})
+    assert asked == [("search", {"query": "a", "most": 1})]
+    call = {"name": "search", "args": {"query": "a", "most": 1}, "result": ["found", "a"]}
+    assert reply["result"]["tool_calls"] == [call] and reply["result"]["answer"] is None
+    (request,) = server.requests
+    (tool,) = request["tools"]
+    assert tool["function"]["name"] == "search" and tool["function"]["description"] == "Finds pages."
+    parameters = tool["function"]["parameters"]
+    assert parameters["properties"]["query"] == {"type": "string", "description": "a few words"}
+    assert parameters["required"] == ["query", "most"]
+
+
+def test_an_answer_that_only_calls_tools_need_not_fit_the_other_outputs(native: Any) -> None:
+    """The LM has not written them: they are null, whatever they are constrained to."""
+    fields = {"inputs": [{"name": "question"}], "outputs": [{"name": "sure", "type": "probability"}]}
+    peer, _ = native(tool_calls(("search", '{"query": "a", "most": 1}')), signature=fields)
+    reply, _ = execute(peer, ASK, {"search": lambda query, most: "found"})
+    assert reply["result"]["sure"] is None and reply["result"]["tool_calls"][0]["result"] == "found"
+
+
+def test_all_calls_of_one_answer_run_at_once_and_keep_their_order(native: Any) -> None:
+    names = ["a", "b", "c"]
+    said = tool_calls(*((name, "{}") for name in names))
+    peer, _ = native(said, tools=[{"name": name} for name in names])
+    id = peer.request("execute_program", ASK)
+    calls = [peer.receive()["tool_call"] for _ in names]
+    for call in reversed(calls):
+        answer(peer, call, {name: lambda name=name: name.upper() for name in names})
+    reply = peer.receive()
+    assert reply["id"] == id
+    assert [call["result"] for call in reply["result"]["tool_calls"]] == ["A", "B", "C"]
+
+
+def test_a_call_that_fails_fails_alone(native: Any) -> None:
+    said = tool_calls(
+        ("search", '{"query": "a", "most": 1}'),
+        ("search", '{"query": "a", "most": "x"}'),
+        ("search", "{}"),
+        ("nowhere", "{}"),
+        ("fine", "{}"),
+    )
+    peer, _ = native(said, tools=[SEARCH, {"name": "fine"}])
+
+    def search(query: str, most: int) -> Any:
+        raise ToolError("no net")
+
+    reply, asked = execute(peer, ASK, {"search": search, "fine": lambda: 1})
+    assert [name for name, _ in asked] == ["search", "fine"]
+    calls = reply["result"]["tool_calls"]
+    errors = [call.get("error", "") for call in calls]
+    assert errors[0] == "search: no net" and "'x' is not of type" in errors[1] and "missing" in errors[2]
+    assert errors[3] == "there is no tool nowhere" and calls[4] == {"name": "fine", "args": {}, "result": 1}
+
+
+@pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "openai/no-such-model"])
+def test_an_lm_may_answer_without_a_tool(native: Any, model: str) -> None:
+    answered = chat(answer="because") if model == "openai/gpt-4o-mini" else chat(answer="because", tool_calls="[]")
+    peer, _ = native(answered, model=model)
+    reply, asked = execute(peer, ASK, {})
+    assert asked == [] and reply["result"]["answer"] == "because" and reply["result"]["tool_calls"] == []
+
+
+def test_an_lm_without_function_calling_asks_in_its_text(native: Any) -> None:
+    calls = json.dumps({"tool_calls": [{"name": "search", "args": {"query": "a", "most": 1}}]})
+    peer, server = native(chat(answer="soon", tool_calls=calls), model="openai/no-such-model")
+    reply, asked = execute(peer, ASK, {"search": lambda query, most: "found"})
+    assert asked == [("search", {"query": "a", "most": 1})]
+    assert reply["result"]["tool_calls"][0]["result"] == "found" and "tools" not in server.requests[0]
+    assert "Finds pages." in prompt(server.requests[0])
+
+
+@pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
+def test_native_calls_go_with_each_adapter(native: Any, adapter: str) -> None:
+    peer, server = native(tool_calls(("search", '{"query": "a", "most": 1}')), adapter=adapter)
+    reply, asked = execute(peer, ASK, {"search": lambda query, most: "found"})
+    assert len(asked) == 1 and reply["result"]["tool_calls"][0]["result"] == "found"
+    assert "tools" in server.requests[0]
+
+
+# Modules of the host's own.
+
+HOST = """
+import asyncio, threading, dspy
+
+class Sync(dspy.Module):
+    def __init__(self, tools, style="plain"):
+        super().__init__()
+        self.search = tools[0]
+        self.style = style
+    def forward(self, question):
+        if self.style == "plain":
+            return dspy.Prediction(answer=self.search(query=question, most=1))
+        if self.style == "loop":
+            async def all():
+                return await asyncio.gather(*(self.search.acall(query=question, most=n) for n in (1, 2)))
+            return dspy.Prediction(answer=asyncio.run(all()))
+        if self.style == "catches":
+            try:
+                self.search(query=question, most=1)
+            except Exception as error:
+                return dspy.Prediction(answer=str(error))
+        found = []
+        thread = threading.Thread(target=lambda: found.append(self.fails(question)))
+        thread.start(), thread.join()
+        return dspy.Prediction(answer=found[0])
+    def fails(self, question):
+        try:
+            return self.search(query=question, most=1)
+        except Exception as error:
+            return str(error)
+
+class Async(dspy.Module):
+    def __init__(self, signature, tools):
+        super().__init__()
+        self.tools = {tool.name: tool for tool in tools}
+    async def aforward(self, question):
+        found = await asyncio.gather(*(self.tools["search"].acall(query=question, most=n) for n in (1, 2)))
+        return dspy.Prediction(answer=found)
+
+class Wrong(Async):
+    async def aforward(self, question):
+        return self.tools["search"](query=question, most=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: Any) -> Iterator[Peer]:
+    folder: Path = tmp_path_factory.mktemp("tools")
+    (folder / "tooled.py").write_text(HOST)
+    path = f"{ROOT}:{folder}"
+    with Peer(
+        env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_MODULES": "tooled", "PYTHONPATH": path}
+    ) as peer:
+        yield peer
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "answered", "calls"),
+    [
+        ("Sync", {}, "Why? 1", 1),
+        ("Sync", {"style": "loop"}, ["Why? 1", "Why? 2"], 2),
+        ("Async", {}, ["Why? 1", "Why? 2"], 2),
+        ("Sync", {"style": "thread"}, "search: expected to be called in an execute's thread, or awaited with acall", 0),
+    ],
+)
+def test_modules_of_the_hosts_own_are_given_the_tools(
+    hosts: Peer, name: str, options: dict[str, Any], answered: Any, calls: int
+) -> None:
+    made = hosts.call("create_program", {**CREATE, "program_type": f"tooled:{name}", "options": options})
+    assert made["success"], made
+    reply, asked = execute(hosts, ASK, {"search": lambda query, most: f"{query} {most}"})
+    assert reply["result"] == {"answer": answered} and len(asked) == calls
+
+
+def test_a_tool_that_fails_in_a_module_of_the_hosts_own(hosts: Peer) -> None:
+    """It is an exception there; let through, it is the execute's error."""
+
+    def search(**_: Any) -> Any:
+        raise ToolError("no net")
+
+    for options, wanted in (({}, {"error_type": "tool_error", "error": "search: no net"}),
+                            ({"style": "catches"}, {"result": {"answer": "search: no net"}})):  # fmt: skip
+        hosts.call("create_program", {**CREATE, "program_type": "tooled:Sync", "options": options})
+        reply, _ = execute(hosts, ASK, {"search": search})
+        assert {name: reply.get(name) for name in wanted} == wanted
+    hosts.call("create_program", {**CREATE, "program_type": "tooled:Wrong"})
+    reply, _ = execute(hosts, ASK, {"search": search})
+    assert reply["error_type"] == "tool_error" and "acall" in reply["error"]
+
+
+def test_a_tool_call_from_a_thread_is_given_up_with_the_execute(hosts: Peer) -> None:
+    hosts.call("create_program", {**CREATE, "program_type": "tooled:Sync", "options": {"style": "loop"}})
+    hosts.request("execute_program", ASK, timeout_ms=300)
+    assert all("tool_call" in hosts.receive() for _ in range(2))
+    assert hosts.receive(PATIENCE)["error_type"] == "timeout"
+    while hosts.call("get_stats")["result"]["threads"]["running"]:
+        pass
+
+
+# What is refused.
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}
+RECURSIVE = {"$ref": "#/$defs/node", "$defs": {"node": NODE}}
+
+
+def bad(named: str, *tools: Any, **more: Any) -> Any:
+    return pytest.param({"tools": list(tools), **more}, named, id=f"{named}-{json.dumps(tools)[:60]}")
+
+
+@pytest.mark.parametrize(
+    ("create", "named"),
+    [
+        *(pytest.param({"tools": tools}, "tools: expected a list", id=str(tools)) for tools in (5, "search", {}, True)),
+        *(bad("tools[0]: expected an object", tool) for tool in (None, "search", 5, [])),
+        *(bad("tools[0].name: expected text", tool) for tool in ({}, {"name": ""}, {"name": 5}, {"name": None})),
+        *(bad("tools[0].name", {"name": name}) for name in ("a b", "1a", "ä", "a.b", "a" * 65, "-a", "a\n")),
+        bad("tools[0]: unknown key 'func'", {"name": "a", "func": "os.system"}),
+        bad("tools[0].description: expected text", {"name": "a", "description": 5}),
+        *(bad("tools[0].args: expected an object", {"name": "a", "args": args}) for args in (5, "q", [], None, True)),
+        *(bad("tools[0].args.", {"name": "a", "args": {arg: {}}}) for arg in ("", "a b", "class", "1", "self")),
+        bad("tools[0].args.q: unknown key 'required'", {"name": "a", "args": {"q": {"required": True}}}),
+        bad("tools[0].args.q.description", {"name": "a", "args": {"q": {"description": 1}}}),
+        *(
+            bad("tools[0].args.q.type", {"name": "a", "args": {"q": {"type": type_}}})
+            for type_ in ("nosuch", "os.system", "list[", 5, [], {"type": "nosuch"}, "", RECURSIVE)
+        ),
+        bad("tools[0].args.q.type", {"name": "a", "args": {"q": 5}}),
+        *(bad("tools[0].name: 'finish'", {"name": "finish"}, program_type=kind) for kind in ("react", "rlm")),
+        *(bad("tools[0].name", {"name": name}) for name in ("question", "answer", "trajectory", "next_thought")),
+        bad("tools[1].name: 'a' is used twice", {"name": "a"}, {"name": "a"}),
+        bad("tools: expected at most 128", *({"name": f"t{n}"} for n in range(129))),
+        bad("tools: code_act takes none", {"name": "a"}, program_type="code_act"),
+        bad("tools: program_of_thought takes none", {"name": "a"}, program_type="program_of_thought"),
+        bad("tools: multi_chain_comparison takes none", {"name": "a"}, program_type="multi_chain_comparison"),
+        bad("signature: with tools", {"name": "a"}, signature="tools -> answer", program_type="predict"),
+        bad("signature: with tools", {"name": "a"}, signature="question -> tool_calls", program_type="predict"),
+        bad("signature, tools: ", {"name": "llm_query"}, program_type="rlm"),
+        bad("signature, tools: ", {"name": "print"}, program_type="rlm"),
+        bad("signature, tools: ", {"name": "a-b"}, program_type="rlm"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_tool_is_refused_with_its_place(
+    allowing_code: Peer, create: dict[str, Any], named: str
+) -> None:
+    reply = allowing_code.call("create_program", {**CREATE, "id": "bad", **create})
+    assert reply.get("error_type") == "invalid_args", reply
+    assert named in reply["error"] and "\n" not in reply["error"]
+
+
+@pytest.fixture(scope="module")
+def allowing_code() -> Iterator[Peer]:
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_CODE": "1"}) as peer:
+        yield peer
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"name": "a"},
+        {"name": "a-b_9"},
+        {"name": "a", "description": None},
+        {"name": "a", "desc": "short"},
+        {"name": "a", "args": {"q": "str", "n": {}, "from_": {"type": None, "desc": "text"}}},
+        {"name": "a" * 64, "description": "ü" * 5000, "args": {f"arg{n}": {"type": "int"} for n in range(50)}},
+    ],
+)
+def test_what_may_be_left_out_of_a_tool(allowing_code: Peer, tool: dict[str, Any]) -> None:
+    assert allowing_code.call("create_program", {**CREATE, "tools": [tool]})["success"]
