@@ -98,10 +98,14 @@ def parse_type(text: str, where: str) -> Any:
 
 def parse(code: str, where: str, mode: str, shown: str) -> Any:
     """The syntax tree of `code`, in a mode of `ast.parse`. Raises `InvalidArgs`, which quotes `shown`."""
-    try:
-        return ast.parse(code, mode=mode)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise InvalidArgs(f"{where}: {short(shown)} cannot be read; expected a type such as str or list[int]") from None
+    while True:
+        try:
+            return ast.parse(code, mode=mode)
+        except SystemError:
+            continue  # another thread parses, too: python/cpython issue 106905, in 3.11 and before
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            text = f"{where}: {short(shown)} cannot be read; expected a type such as str or list[int]"
+            raise InvalidArgs(text) from None
 
 
 def resolve(node: ast.expr, where: str) -> Any:

@@ -97,7 +97,7 @@ class Dispatcher:
             error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
             return messages.encode_failure(error.id, messages.failure(error_type, failures.one_line(str(error))))
         if isinstance(request, messages.ToolResult) and not self._conversation.asked(request.call_id):
-            text = f"tool_result.call_id: there was no tool call {request.call_id}"
+            text = failures.one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
             return messages.encode_failure(None, messages.failure("invalid_request", text))
         if not isinstance(request, messages.Request):
             self._inbox.append(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -153,20 +153,23 @@ class CodeRunner(Runner):
 
 
 class BestRunner(Runner):
-    """BestOfN or Refine: a new one for each call, since they count failures in themselves."""
+    """BestOfN or Refine: a copy of it for each call, since they count failures in themselves."""
 
     def __init__(self, kind: Any, inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> None:
-        self._kind = kind
         self._inner = inner
         self._reward = reward
-        self._chosen = chosen
+        made = (
+            kind(module=inner, reward_fn=reward, **chosen) if kind is dspy.BestOfN else _refine(inner, reward, chosen)
+        )
         # Its predictors, and so its state, are the inner module's.
-        super().__init__(self._made(inner, reward))
+        super().__init__(made)
 
     async def run(self, values: dict[str, Any]) -> Any:
         """The best prediction; if there is none, the last failure is raised."""
         failures = _Failures()
-        module = self._made(_Attempt(self._inner, failures), lambda *args: _guarded(failures, self._reward, *args))
+        module = copy.copy(self.module)
+        module.module = _Attempt(self._inner, failures)
+        module.reward_fn = lambda *args: _guarded(failures, self._reward, *args)
         adapter = _without_advice_in_errors(dspy.settings.adapter or dspy.ChatAdapter(), failures)
         # DSPy adds to the trace whatever the setting; None, which keeps it from growing, would be a TypeError.
         with dspy.context(trace=[], adapter=adapter):
@@ -178,13 +181,35 @@ class BestRunner(Runner):
             raise failures[-1] if failures else OutputInvalid("no attempt gave an answer")
         return prediction
 
-    def _made(self, inner: dspy.Module, reward: Any) -> dspy.Module:
-        # A function whose source Refine can find; what the LM is told of it follows.
-        made = self._kind(module=inner, reward_fn=lambda inputs, prediction: reward(inputs, prediction), **self._chosen)
-        if hasattr(made, "reward_fn_code"):
-            made.module_code = inspect.getsource(type(self._inner))
-            made.reward_fn_code = self._reward.text
-        return made
+
+def _refine(inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> dspy.Module:
+    kind: Any = type(inner)
+    made = copy.copy(_refine_of(kind))
+    made.module, made.threshold, made.N = inner, chosen["threshold"], chosen["N"]
+    made.fail_count = chosen.get("fail_count", made.N)
+    made.reward_fn_code = reward.text
+    return made
+
+
+@functools.cache
+def _refine_of(kind: Any) -> dspy.Module:
+    """A Refine that has read the source of its module's class. That parses whole files: 10 ms or more each time."""
+
+    def reward(_inputs: Any, _prediction: Any) -> float:
+        """Refine wants the source of a reward, too."""
+        return 0.0
+
+    while True:
+        try:
+            return dspy.Refine(
+                module=kind("question -> answer", **_NEEDED.get(kind, {})), N=1, reward_fn=reward, threshold=1.0
+            )
+        except SystemError:
+            continue  # another thread parses, too: python/cpython issue 106905, in 3.11 and before
+
+
+# What a constructor wants beside a signature.
+_NEEDED: dict[type, dict[str, Any]] = {dspy.ReAct: {"tools": []}}
 
 
 class _Failures(list[Exception]):

@@ -36,9 +36,7 @@ class Undecided(Exception):
 
 # By command, what it may end in beside what every task may: a deadline where there is one, a cancel where one was sent.
 CREATE_ENDS = frozenset(("success", "invalid_args", "not_allowed"))
-EXECUTE_ENDS = frozenset(
-    ("success", "invalid_args", "program_not_found", "lm_not_configured", "lm_error", "output_invalid", "tool_error")
-)
+EXECUTE_ENDS = CREATE_ENDS | {"program_not_found", "lm_not_configured", "lm_error", "output_invalid", "tool_error"}
 CREATE_ARGS = (
     *("id", "signature", "program_type", "options", "lm", "adapter", "config", "tools", "demos", "state", "state_path"),
 )

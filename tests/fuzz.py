@@ -39,8 +39,8 @@ LOOK_EVERY = 2000
 # What the peer may grow by between the first tenth and the end. In 300,000 frames it was 15 MiB, in three steps (the
 # allocator's, and what DSPy imports late); the last 200,000 added 0.3.
 MAY_GROW = 32 << 20
-# Threads that may be added: DSPy's short steps are run by up to 64, as they come.
-MORE_THREADS = 8
+# Threads that may be added as they are needed: up to 64 for DSPy's short steps, up to 64 for modules that are sync.
+MORE_THREADS = 128
 # No mutated LM options may reach a network: what tries to finds a closed port of this machine.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 ENV = {"DSPY_BRIDGE_LM": ECHO, **dict.fromkeys(PROXIES, "http://127.0.0.1:9")}
