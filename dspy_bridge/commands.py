@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from dspy_bridge import __version__, messages
+from dspy_bridge import __version__, arguments, messages
 from dspy_bridge.calls import Call, Command
 from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
 from dspy_bridge.garbage import Garbage
@@ -68,25 +68,25 @@ class Commands:
 
     def create_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """`{"program_id", "status": "created"}` once the program is loaded."""
-        _refuse_unknown(args, _CREATE_ARGS)
-        id = _text(args, "id")
+        arguments.refuse_unknown(args, _CREATE_ARGS)
+        id = arguments.text(args, "id")
         if args.get("signature") is None:
             raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
-        _object(args, "config")
-        _object(args, "lm")
+        arguments.optional_object(args, "config")
+        arguments.optional_object(args, "lm")
         entry = self._registry.add(id, args)
         call.settle = lambda created: self._settle(entry, created)
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """The output fields of one call of a program; for a list of inputs `{"results": […]}`."""
-        _refuse_unknown(args, _EXECUTE_ARGS)
-        id = _text(args, "program_id")
+        arguments.refuse_unknown(args, _EXECUTE_ARGS)
+        id = arguments.text(args, "program_id")
         inputs = args.get("inputs")
         if not isinstance(inputs, (dict, list)):
             raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
-        config = _object(args, "config")
-        lm = _object(args, "lm")
+        config = arguments.optional_object(args, "config")
+        lm = arguments.optional_object(args, "lm")
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
@@ -96,9 +96,9 @@ class Commands:
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"programs": [ids]}`, with `details` or `state` also those; `program_ids` narrows both."""
-        details = _flag(args, "details")
-        state = _flag(args, "state")
-        ids = _ids(args)
+        details = arguments.flag(args, "details")
+        state = arguments.flag(args, "state")
+        ids = arguments.program_ids(args)
         wanted = None if ids is None else set(ids)
         entries = [entry for entry in self._registry.answered() if wanted is None or entry.id in wanted]
         listed: dict[str, Any] = {"programs": [entry.id for entry in entries]}
@@ -124,8 +124,8 @@ class Commands:
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
         # Misspelt, `program_ids` would remove all.
-        _refuse_unknown(args, ("program_ids",))
-        count = self._registry.remove(_ids(args))
+        arguments.refuse_unknown(args, ("program_ids",))
+        count = self._registry.remove(arguments.program_ids(args))
         self._removed(count)
         return {"status": "cleaned", "programs_removed": count}
 
@@ -262,37 +262,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def _refuse_unknown(args: dict[str, Any], known: tuple[str, ...]) -> None:
-    for name in args:
-        if name not in known:
-            raise InvalidArgs(f"{name}: unknown argument; expected {', '.join(known)}")
-
-
-def _text(args: dict[str, Any], name: str) -> str:
-    value = args.get(name)
-    if not isinstance(value, str) or not value:
-        raise InvalidArgs(f"{name}: expected text")
-    return value
-
-
-def _object(args: dict[str, Any], name: str) -> dict[str, Any] | None:
-    value = args.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise InvalidArgs(f"{name}: expected an object")
-    return value
-
-
-def _flag(args: dict[str, Any], name: str) -> bool:
-    value = args.get(name, False)
-    if not isinstance(value, bool):
-        raise InvalidArgs(f"{name}: expected true or false")
-    return value
-
-
-def _ids(args: dict[str, Any]) -> list[str] | None:
-    ids = args.get("program_ids")
-    if ids is not None and not (isinstance(ids, list) and all(isinstance(id, str) for id in ids)):
-        raise InvalidArgs("program_ids: expected a list of texts")
-    return ids
