@@ -12,7 +12,7 @@ defmodule DSPex.GuideTest do
   @tag :tmp_dir
   @tag timeout: 120_000
   test "every example of the guide is as it says", %{tmp_dir: dir} do
-    python = System.fetch_env!("DSPY_BRIDGE_PYTHON")
+    python = DSPex.Test.Helpers.python()
     told = Path.join(dir, "told")
     File.mkdir_p!(Path.join(dir, "states"))
     File.mkdir_p!(Path.join(dir, "files"))

@@ -21,6 +21,7 @@ defmodule DSPex.PythonBridge.Bridge do
   """
 
   alias DSPex.PythonBridge.{CallOptions, Caller, Error, Options, Protocol, Server}
+  alias DSPex.PythonBridge.Pool.Info
   alias DSPex.PythonBridge.{Stream, StreamedCall}
 
   # From the end of draining to the end of the last process.
@@ -83,8 +84,9 @@ defmodule DSPex.PythonBridge.Bridge do
   Replaces the peer: starts another, gives it the programs, then sends calls to it. The old one
   serves until then, and finishes what it was given; what it has not finished after
   `DSPY_BRIDGE_DRAIN_MS` (5 s where nothing is said) is sent again to the new one. No caller sees it, bar
-  those who said `retry: false`; a change of the programs that comes meanwhile, and what comes after it,
-  waits for the new one.
+  those whose calls are not finished by then and cannot be sent again, since they said `retry: false` or
+  have been given a chunk: `:python_process_died`. A change of the programs that comes meanwhile, and what
+  comes after it, waits for the new one.
 
   Returns once the new peer serves. If it does not come up, the old one goes on serving, and the
   error is a text that says why; if there was none to go on, the attempts go on.
@@ -202,8 +204,9 @@ defmodule DSPex.PythonBridge.Bridge do
       program was created with. The peer calls one with a map of arguments, string keys. What it
       returns is the tool's result, if it has a JSON form (`{:ok, term}` counts as `term`);
       `{:error, reason}`, and whatever it raises, throws or exits with, is an error that the program
-      is told in a line. Each call runs in a process of its own, several at once if the peer makes
-      them so, and is killed when the request is over. After the peer's death they are made anew.
+      is told: a text as `reason` as it is, all else in a line. Each call runs in a process of its own,
+      several at once if the peer makes them so, and is killed when the request is over. After the
+      peer's death they are made anew. Each call takes a copy of what the function has taken along.
     * `:on_chunk` – a function of one argument, called in this process with each map that comes before
       the reply, in order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of
       inputs each result, `%{"index" => …, "success" => …, …}`. Once it was called, the request is not
@@ -249,8 +252,13 @@ defmodule DSPex.PythonBridge.Bridge do
 
   For example, to write an answer while it is made:
 
-      for {:chunk, "answer", text} <- Bridge.stream(%{program_id: "qa", inputs: %{question: "Why?"}}),
-          do: IO.write(text)
+      for element <- Bridge.stream(%{program_id: "qa", inputs: %{question: "Why?"}}) do
+        case element do
+          {:chunk, "answer", text} -> IO.write(text)
+          {:error, error} -> IO.puts(:stderr, Exception.message(error))
+          _other -> :ok
+        end
+      end
 
   Nothing is sent before it is enumerated; each enumeration is an execute of its own. One that is not
   enumerated to its end cancels the execute, also by an exception or the death of the process.
@@ -286,8 +294,9 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec cast(server(), command(), map()) :: :ok | {:error, String.t()}
   def cast(server, command, args), do: Caller.send_only(server, command, args)
 
+  # A pool's supervisor would end by it.
   defp ask(server, question, otherwise, timeout \\ 5_000) do
-    GenServer.call(server, question, timeout)
+    if Info.fetch(server), do: otherwise, else: GenServer.call(server, question, timeout)
   catch
     # Any term may be given as a server: what is none raises.
     _kind, _not_running -> otherwise

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.CallOptions do
   @enforce_keys [:timeout, :on_chunk, :opts]
   defstruct [:timeout, :on_chunk, :opts]
 
-  @typedoc "`opts`: those of `DSPex.PythonBridge.Caller.exchange/5`."
+  @typedoc "`opts`: those of `DSPex.PythonBridge.Caller.exchange/5`, and `:tools`, if there are any."
   @type t :: %__MODULE__{
           timeout: timeout() | :default,
           on_chunk: (map() -> term()) | nil,
@@ -24,39 +24,37 @@ defmodule DSPex.PythonBridge.CallOptions do
   def new(opts, allowed) do
     with true <- Keyword.keyword?(opts),
          # Of an option given twice the first counts, as Keyword has it.
-         opts = Enum.uniq_by(opts, &elem(&1, 0)),
-         nil <- Enum.find_value(opts, &refusal(&1, allowed)) do
+         {:ok, opts} <- check(Enum.uniq_by(opts, &elem(&1, 0)), allowed) do
       {timeout, opts} = Keyword.pop(opts, :timeout, :default)
       {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
-      opts = [meta: true] ++ Enum.map(opts, &checked/1)
+      opts = [meta: true] ++ Keyword.reject(opts, &(&1 == {:tools, %{}}))
       {:ok, %__MODULE__{timeout: timeout, on_chunk: on_chunk, opts: opts}}
     else
       false -> {:error, Error.new(:invalid_request, "options: expected a keyword list")}
-      text -> {:error, Error.new(:invalid_request, text)}
+      {:error, text} -> {:error, Error.new(:invalid_request, text)}
     end
   end
 
-  defp refusal({key, value}, allowed) do
-    if key in allowed, do: refusal({key, value}), else: "#{inspect(key)}: there is no such option"
-  end
+  defp check([], _allowed), do: {:ok, []}
 
-  defp refusal({:timeout, _timeout}), do: nil
-  defp refusal({:retry, retry}) when is_boolean(retry), do: nil
-  defp refusal({:retry, _other}), do: ":retry: expected true or false"
-  defp refusal({:on_chunk, fun}) when is_function(fun, 1), do: nil
-  defp refusal({:on_chunk, _other}), do: ":on_chunk: expected a function of one argument"
-
-  defp refusal({:tools, tools}) do
-    case Tools.functions(tools) do
-      {:ok, _tools} -> nil
-      {:error, text} -> ":tools: #{text}"
+  defp check([{key, value} | opts], allowed) do
+    with true <- key in allowed,
+         {:ok, value} <- checked(key, value),
+         {:ok, opts} <- check(opts, allowed) do
+      {:ok, [{key, value} | opts]}
+    else
+      false -> {:error, "#{inspect(key)}: there is no such option"}
+      {:error, text} -> {:error, text}
     end
   end
 
-  defp checked({:tools, tools}) do
-    {:ok, functions} = Tools.functions(tools)
-    {:tools, functions}
-  end
+  defp checked(:timeout, timeout), do: {:ok, timeout}
+  defp checked(:retry, retry) when is_boolean(retry), do: {:ok, retry}
+  defp checked(:retry, _other), do: {:error, ":retry: expected true or false"}
+  defp checked(:on_chunk, fun) when is_function(fun, 1), do: {:ok, fun}
+  defp checked(:on_chunk, _other), do: {:error, ":on_chunk: expected a function of one argument"}
 
-  defp checked(option), do: option
+  defp checked(:tools, tools) do
+    with {:error, text} <- Tools.functions(tools), do: {:error, ":tools: #{text}"}
+  end
 end

@@ -2,10 +2,12 @@ defmodule DSPex.PythonBridge.Caller do
   @moduledoc """
   The way of one call, as far as it runs in the caller's process: arguments to bytes, to the
   bridge, and the reply's bytes to a result. It neither raises nor exits. With chunks or
-  tools, `DSPex.PythonBridge.StreamedCall` is the part in the middle.
+  tools, `DSPex.PythonBridge.StreamedCall` is the part in the middle; to a bridge of another node,
+  `DSPex.PythonBridge.Relay` is.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Programs, Protocol, Traffic}
+  alias DSPex.PythonBridge.{Error, Options, Programs, Protocol, Relay, Traffic}
+  alias DSPex.PythonBridge.Pool.Info
 
   @default_timeout 30_000
   # `receive` takes no longer timeout.
@@ -13,16 +15,18 @@ defmodule DSPex.PythonBridge.Caller do
   # A bridge answers questions at once.
   @longest_question_ms 1_000
 
-  @typedoc "A request that can be sent; `deadline` in monotonic ms."
+  @typedoc "In monotonic ms."
+  @type deadline :: integer() | :infinity
+  @typedoc "A request that can be sent."
   @type request :: %{
           dest: dest(),
-          deadline: integer() | :infinity,
+          deadline: deadline(),
           body: binary(),
           terms: Traffic.terms(),
           args: map()
         }
   @type dest :: pid() | {atom(), node()}
-  @type reply :: {:frame, binary()} | {:error, :timeout | Traffic.failure()}
+  @type reply :: {:frame, binary()} | {:error, :timeout | :relay_died | Traffic.failure()}
   @type result :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
 
   @doc """
@@ -46,20 +50,17 @@ defmodule DSPex.PythonBridge.Caller do
   def prepare(server, command, args, timeout, opts) do
     started = now()
 
-    with dest when dest != nil <- whereis(server),
+    with {:ok, dest} <- find(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       {:ok,
        %{
          dest: dest,
-         deadline: if(timeout == :infinity, do: :infinity, else: started + timeout),
+         deadline: deadline(started, timeout),
          body: body,
          terms: terms(opts, change(command, args)),
          args: args
        }}
-    else
-      nil -> {:error, Error.new(:bridge_not_running)}
-      {:error, error} -> {:error, error}
     end
   end
 
@@ -82,12 +83,17 @@ defmodule DSPex.PythonBridge.Caller do
   @spec send_only(GenServer.server(), Protocol.command(), map()) :: :ok | {:error, String.t()}
   def send_only(server, command, args) do
     with {:ok, body} <- Protocol.encode_body(command, args),
-         dest when dest != nil <- whereis(server) do
+         {:ok, dest} <- find(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
-      send(dest, {:request, nil, nil, timeout, body, terms([], change(command, args))})
+      request = {:request, nil, nil, timeout, body, terms([], change(command, args))}
+
+      # The connection to another node may have no room, for as long as that hangs.
+      with :nosuspend <- :erlang.send(dest, request, [:nosuspend]),
+           do: spawn(fn -> send(dest, request) end)
+
       :ok
     else
-      nil -> :ok
+      {:error, %Error{type: :bridge_not_running}} -> :ok
       {:error, error} -> {:error, error.message}
     end
   end
@@ -152,7 +158,7 @@ defmodule DSPex.PythonBridge.Caller do
   @spec send_and_wait(dest(), timeout(), binary(), Traffic.terms()) :: reply()
   # The alias is what makes a late reply harmless: it ends with the first reply or with demonitor,
   # and what is sent to it afterwards goes nowhere.
-  def send_and_wait(dest, timeout, body, terms) do
+  def send_and_wait(dest, timeout, body, terms) when is_pid(dest) and node(dest) == node() do
     ref = :erlang.monitor(:process, dest, alias: :reply_demonitor)
     send(dest, {:request, ref, self(), at_least_one(timeout), body, terms})
 
@@ -172,6 +178,14 @@ defmodule DSPex.PythonBridge.Caller do
             {:error, :timeout}
         end
     end
+  end
+
+  # A node that hangs holds up whoever sends to it, and whoever only watches a process of it: not the caller.
+  def send_and_wait(dest, timeout, body, terms) do
+    deadline = deadline(now(), timeout)
+    call = %{dest: dest, deadline: deadline, body: body, terms: terms}
+    {:over, reply} = call |> Relay.start(stream?: false, tools: %{}) |> Relay.next(deadline)
+    reply
   end
 
   @doc "What `send_and_wait/4` gave, as a result or an error."
@@ -195,12 +209,27 @@ defmodule DSPex.PythonBridge.Caller do
   end
 
   def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
+
+  def read({:error, :replaced}) do
+    text = "the Python process was replaced before it had replied, and the request, "
+    text = text <> "of which chunks were given or which said retry: false, was not sent again"
+    {:error, Error.new(:python_process_died, text)}
+  end
+
+  def read({:error, :relay_died}) do
+    text = "the process that made the call in the caller's place was killed"
+    {:error, Error.new(:cancelled, text)}
+  end
+
   def read({:error, type}), do: {:error, Error.new(type)}
 
   @doc "The ms that are left until a deadline."
-  @spec left(integer() | :infinity) :: timeout()
+  @spec left(deadline()) :: timeout()
   def left(:infinity), do: :infinity
   def left(deadline), do: max(deadline - now(), 0)
+
+  defp deadline(_from, :infinity), do: :infinity
+  defp deadline(from, timeout), do: from + timeout
 
   defp now, do: System.monotonic_time(:millisecond)
 
@@ -218,6 +247,19 @@ defmodule DSPex.PythonBridge.Caller do
   def check_timeout(_other, _dest) do
     text = "timeout: expected 0 to #{@max_timeout} ms or :infinity"
     {:error, Error.new(:invalid_request, text)}
+  end
+
+  defp find(server) do
+    case whereis(server) do
+      nil -> {:error, Error.new(:bridge_not_running)}
+      dest -> if Info.fetch(dest), do: {:error, a_pool(server)}, else: {:ok, dest}
+    end
+  end
+
+  # It would log what it is sent, and not answer.
+  defp a_pool(server) do
+    text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+    Error.new(:invalid_request, text)
   end
 
   # Any term may be given as a server; what is none, or cannot be reached, is not running.

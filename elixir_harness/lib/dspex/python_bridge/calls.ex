@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Calls do
       * `ref` – the caller's alias; nil: nobody waits
       * `watch` – what watches over it
       * `deadline` – monotonic ms, or `:infinity`
-      * `body` – of the request, kept to be sent again
+      * `body` – of the request, kept to be sent again, or for the change that it makes
       * `retry` – what is done about a peer's death: `:here` sends it again, `:never` fails,
         `:caller` tells the caller, who knows other peers
       * `what` – the change that it makes to the programs, if any
@@ -22,11 +22,12 @@ defmodule DSPex.PythonBridge.Calls do
       * `since` – when it was given to that
       * `stream?` – whether the caller takes chunks
       * `tools?` – whether it has given tools
+      * `begun?` – whether it has been given a chunk: the call cannot be begun anew
     """
 
     @enforce_keys [:ref, :watch, :deadline, :body, :retry, :what, :deaths]
     defstruct [:ref, :watch, :deadline, :body, :retry, :what, :deaths, :at, :since] ++
-                [stream?: false, tools?: false]
+                [stream?: false, tools?: false, begun?: false]
 
     @type t :: %__MODULE__{
             ref: reference() | nil,
@@ -39,7 +40,8 @@ defmodule DSPex.PythonBridge.Calls do
             at: port() | nil,
             since: integer() | nil,
             stream?: boolean(),
-            tools?: boolean()
+            tools?: boolean(),
+            begun?: boolean()
           }
   end
 

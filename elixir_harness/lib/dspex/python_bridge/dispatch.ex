@@ -64,12 +64,15 @@ defmodule DSPex.PythonBridge.Dispatch do
     end
   end
 
-  @doc "Sends a control frame to a peer, unless that is gone."
-  @spec control(Traffic.t(), port(), iodata()) :: Traffic.t()
-  def control(%Traffic{outboxes: outboxes, next_id: key} = traffic, port, frame) do
+  @doc """
+  Sends a control frame to a peer, unless that is gone. `about`: the call with whose end the frame, if it
+  still waits to be written then, becomes of no use.
+  """
+  @spec control(Traffic.t(), port(), iodata(), pos_integer() | nil) :: Traffic.t()
+  def control(%Traffic{outboxes: outboxes, next_id: key} = traffic, port, frame, about \\ nil) do
     case outboxes do
       %{^port => outbox} ->
-        outboxes = %{outboxes | port => Outbox.push_control(outbox, key, frame)}
+        outboxes = %{outboxes | port => Outbox.push_control(outbox, key, frame, about)}
         %{traffic | outboxes: outboxes, next_id: key + 1}
 
       _gone ->
@@ -168,11 +171,15 @@ defmodule DSPex.PythonBridge.Dispatch do
   defp none_serves(traffic),
     do: %{traffic | to: nil, suspects: Suspects.stop(traffic.suspects)}
 
+  # What has been begun was written.
+  defp sort_out(traffic, id, %Call{begun?: true}, how),
+    do: Traffic.fail(traffic, id, failure(how))
+
   defp sort_out(traffic, id, %Call{retry: :caller}, how),
     do: Traffic.fail(traffic, id, {:died, if(how == :died, do: :sent, else: :unsent)})
 
   defp sort_out(traffic, id, %Call{retry: :never}, how) when how in [:died, :replaced],
-    do: Traffic.fail(traffic, id, :python_process_died)
+    do: Traffic.fail(traffic, id, failure(how))
 
   defp sort_out(%{max_retries: most} = traffic, id, %Call{deaths: deaths}, :died)
        when deaths >= most,
@@ -182,6 +189,9 @@ defmodule DSPex.PythonBridge.Dispatch do
     call = %{call | at: nil, deaths: if(how == :died, do: call.deaths + 1, else: call.deaths)}
     hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
   end
+
+  defp failure(:died), do: :python_process_died
+  defp failure(:replaced), do: :replaced
 
   # Who knows other peers need not wait for this one's successor.
   defp release_callers(%Traffic{to: nil} = traffic) do

@@ -7,13 +7,10 @@ defmodule DSPex.PythonBridge.Interim do
   there, and what its first peer says, or is told, is about nothing any more.
   """
 
-  alias DSPex.PythonBridge.{Calls, Dispatch, ToolCall, Traffic}
+  alias DSPex.PythonBridge.{Calls, Dispatch, Outbox, ToolCall, Traffic}
   alias DSPex.PythonBridge.Calls.Call
 
-  @doc """
-  Hands a chunk to its caller; `:nobody` if there is none (any more). From the first chunk on the call
-  cannot be begun anew.
-  """
+  @doc "Hands a chunk to its caller; `:nobody` if there is none (any more)."
   @spec chunk(Traffic.t(), port(), pos_integer(), binary()) :: {:ok, Traffic.t()} | :nobody
   def chunk(%Traffic{calls: calls} = traffic, port, id, frame) do
     case Calls.get(calls, id) do
@@ -21,14 +18,18 @@ defmodule DSPex.PythonBridge.Interim do
         # What the receive in DSPex.PythonBridge.Relay waits for, as in the next function.
         send(call.ref, {call.ref, :chunk, frame})
 
-        if call.retry == :never,
+        if call.begun?,
           do: {:ok, traffic},
-          else: {:ok, %{traffic | calls: Calls.replace(calls, id, %{call | retry: :never})}}
+          else: {:ok, %{traffic | calls: Calls.replace(calls, id, begun(call))}}
 
       _none ->
         :nobody
     end
   end
+
+  # It is not sent again, so that only a change of the programs has any use for the body.
+  defp begun(%Call{what: nil} = call), do: %{call | begun?: true, body: ""}
+  defp begun(call), do: %{call | begun?: true}
 
   @doc "Has a tool called, or the peer told why it is not."
   @spec tool_call(Traffic.t(), ToolCall.t()) :: :ok
@@ -44,12 +45,26 @@ defmodule DSPex.PythonBridge.Interim do
 
   @doc """
   Sends the result of a tool to the peer that asked for it, if that still has the call of this id (nil:
-  in any case). To another peer the same `call_id` may mean another tool.
+  in any case).
   """
   @spec tool_result(Traffic.t(), port(), pos_integer() | nil, binary()) :: Traffic.t()
   def tool_result(%Traffic{} = traffic, port, id, frame) do
     if id == nil or match?(%Call{at: ^port}, Calls.get(traffic.calls, id)),
-      do: Dispatch.control(traffic, port, frame),
+      do: Dispatch.control(traffic, port, frame, id),
       else: traffic
   end
+
+  @doc """
+  A call is over: results of its tools that still wait to be written interest nobody. The calling process
+  is sent `{:dropped, bytes}` if there were any.
+  """
+  @spec over(Traffic.t(), pos_integer(), Call.t()) :: Traffic.t()
+  def over(%Traffic{outboxes: outboxes} = traffic, id, %Call{tools?: true, at: port})
+      when is_map_key(outboxes, port) do
+    {bytes, outbox} = Outbox.drop_about(Map.fetch!(outboxes, port), id)
+    if bytes > 0, do: send(self(), {:dropped, bytes})
+    %{traffic | outboxes: %{outboxes | port => outbox}}
+  end
+
+  def over(traffic, _id, _call), do: traffic
 end

@@ -8,20 +8,22 @@ defmodule DSPex.PythonBridge.Outbox do
   need be blamed for it when the peer dies (`close/1`). What the helper holds counts as written,
   since some of its bytes may be.
 
-  Keys are the order in the queue.
+  Keys are the order in the queue. `about` has the keys of control frames that belong to a call, by the
+  call's; some of them may have been written.
   """
 
   alias DSPex.PythonBridge.Protocol
 
   @enforce_keys [:port]
-  defstruct [:port, writer: nil, queue: :gb_trees.empty()]
+  defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
 
   @typep item ::
            {:request, deadline :: integer() | :infinity, body :: binary()} | {:control, iodata()}
   @opaque t :: %__MODULE__{
             port: port(),
             writer: {pid(), reference()} | nil,
-            queue: :gb_trees.tree(pos_integer(), item())
+            queue: :gb_trees.tree(pos_integer(), item()),
+            about: %{pos_integer() => [pos_integer()]}
           }
 
   @doc "An empty outbox of this port."
@@ -53,9 +55,18 @@ defmodule DSPex.PythonBridge.Outbox do
   def push_request(%__MODULE__{} = outbox, id, deadline, body),
     do: push(outbox, id, {:request, deadline, body})
 
-  @doc "Sends a control frame, or queues it in its place."
-  @spec push_control(t(), pos_integer(), iodata()) :: t()
-  def push_control(%__MODULE__{} = outbox, key, frame), do: push(outbox, key, {:control, frame})
+  @doc """
+  Sends a control frame, or queues it in its place. `about`: the key of the call that it belongs to, whose
+  end is told by `drop_about/2`.
+  """
+  @spec push_control(t(), pos_integer(), iodata(), pos_integer() | nil) :: t()
+  def push_control(%__MODULE__{} = outbox, key, frame, about \\ nil) do
+    pushed = push(outbox, key, {:control, frame})
+
+    if about == nil or not member?(pushed, key),
+      do: pushed,
+      else: %{pushed | about: Map.update(pushed.about, about, [key], &[key | &1])}
+  end
 
   @doc "Whether the frame of this key still waits to be written."
   @spec member?(t(), pos_integer()) :: boolean()
@@ -69,6 +80,22 @@ defmodule DSPex.PythonBridge.Outbox do
   @spec drop(t(), pos_integer()) :: t()
   def drop(%__MODULE__{} = outbox, key),
     do: %{outbox | queue: :gb_trees.delete_any(key, outbox.queue)}
+
+  @doc "Takes back the control frames that belong to a call, and gives their bytes."
+  @spec drop_about(t(), pos_integer()) :: {non_neg_integer(), t()}
+  def drop_about(%__MODULE__{about: about} = outbox, call) when is_map_key(about, call) do
+    {keys, about} = Map.pop!(about, call)
+    Enum.reduce(keys, {0, %{outbox | about: about}}, &take_out/2)
+  end
+
+  def drop_about(%__MODULE__{} = outbox, _call), do: {0, outbox}
+
+  defp take_out(key, {bytes, outbox}) do
+    case :gb_trees.take_any(key, outbox.queue) do
+      {{:control, frame}, queue} -> {bytes + IO.iodata_length(frame), %{outbox | queue: queue}}
+      :error -> {bytes, outbox}
+    end
+  end
 
   @doc "To be told of every `:DOWN` of a process: after the helper's, the next frames are sent."
   @spec written(t(), reference()) :: t()

@@ -1,74 +1,109 @@
 defmodule DSPex.PythonBridge.Relay do
   @moduledoc """
-  The process between a bridge and a caller that takes chunks, or has given tools: one for each such
-  call, which it makes in the caller's place.
+  The process between a bridge and a caller that takes chunks, or has given tools, or is not on the
+  bridge's node: one for each such call, which it makes in the caller's place.
 
   What comes before the reply waits here until the caller asks for it, one at a time, and not in the
   caller's mailbox: the caller may have a full one, may be at work with something else, or never come
   back. Tools run (`DSPex.PythonBridge.Tools`) whatever the caller does meanwhile.
 
   It ends with the call's last word, or with the caller, or when the caller has enough; the bridge, which
-  watches it as it does any caller, then cancels what is still under way. It is linked to neither.
+  watches it as it does any caller, then cancels what is still under way. It is linked to nobody.
   """
 
   alias DSPex.PythonBridge.{Caller, ToolCall, Tools}
 
-  @enforce_keys [:call, :ref, :tools, :timer]
-  defstruct [:call, :ref, :tools, :timer, :asked, :reply, chunks: :queue.new()]
+  # The relay itself is to be late first: it knows what has come.
+  @grace_ms 50
+  # `receive` takes no longer timeout.
+  @longest_ms 4_294_967_295
 
-  # asked: the caller's alias, while it waits. reply: what has come of the call, while chunks are left.
+  @enforce_keys [:dest, :ref, :watch, :tools, :timer]
+  defstruct [:dest, :ref, :watch, :tools, :timer, :asked, chunks: :queue.new()]
+
+  @typedoc "What of a request it takes to make the call."
+  @type call :: %{
+          :dest => Caller.dest(),
+          :deadline => Caller.deadline(),
+          :body => binary(),
+          :terms => DSPex.PythonBridge.Traffic.terms(),
+          optional(:args) => map()
+        }
+  # watch: the monitor of the caller. asked: the caller's alias, while it waits.
   @typep t :: %__MODULE__{
-           call: Caller.request(),
+           dest: Caller.dest(),
            ref: reference(),
+           watch: reference(),
            tools: Tools.t(),
            timer: reference() | nil,
            asked: reference() | nil,
-           reply: Caller.reply() | nil,
            chunks: :queue.queue(binary())
          }
 
   ## The caller's side
 
   @doc "Makes a call for the calling process."
-  @spec start(Caller.request(), stream?: boolean(), tools: Tools.functions()) :: pid()
+  @spec start(call(), stream?: boolean(), tools: Tools.functions()) :: pid()
   def start(call, stream?: stream?, tools: functions) do
     caller = self()
     # What tests and repositories find a process's owner by.
     callers = [caller | Process.get(:"$callers", [])]
     tools = Tools.new(functions, call.dest, callers)
     # A copy of the arguments would be one too many: they are in the body.
-    call = %{call | args: %{}}
+    call = Map.delete(call, :args)
     spawn(fn -> init(call, stream?, tools, caller) end)
   end
 
-  @doc "Waits for the next chunk's frame, or else for what has come of the call: then nothing follows."
-  @spec next(pid()) :: {:chunk, binary()} | {:over, Caller.reply()}
-  def next(relay) do
+  @doc """
+  Waits for the next chunk's frame, or else for what has come of the call: then nothing follows.
+
+  The relay keeps the time of the call. If it does not speak by the deadline, held up by the connection to
+  a node that hangs, say, it is ended, and its tools with it.
+  """
+  @spec next(pid(), Caller.deadline()) :: {:chunk, binary()} | {:over, Caller.reply()}
+  def next(relay, deadline) do
     ref = :erlang.monitor(:process, relay, alias: :reply_demonitor)
     send(relay, {:next, ref})
 
-    # It keeps the time of the call.
     receive do
       {^ref, element} -> element
-      {:DOWN, ^ref, :process, _relay, _reason} -> {:over, {:error, :bridge_not_running}}
+      {:DOWN, ^ref, :process, _relay, _reason} -> {:over, {:error, :relay_died}}
+    after
+      patience(Caller.left(deadline)) -> give_up(relay, ref)
+    end
+  end
+
+  defp patience(:infinity), do: :infinity
+  defp patience(left), do: min(left + @grace_ms, @longest_ms)
+
+  defp give_up(relay, ref) do
+    Process.demonitor(ref, [:flush])
+
+    # It may have come between the two.
+    receive do
+      {^ref, element} -> element
+    after
+      0 ->
+        stop(relay)
+        {:over, {:error, :timeout}}
     end
   end
 
   @doc "The caller has enough."
   @spec stop(pid()) :: :ok
   def stop(relay) do
-    send(relay, :stop)
+    # It may be held up. What is to follow is others' work: the bridge's, and the toolbox's.
+    Process.exit(relay, :kill)
     :ok
   end
 
   ## The process
 
   defp init(%{dest: dest} = call, stream?, tools, caller) do
-    # A tool that is ended from outside is to be answered, too.
-    Process.flag(:trap_exit, true)
     # Its messages are the caller's contents.
     Process.flag(:sensitive, true)
-    Process.monitor(caller)
+    watch = Process.monitor(caller)
+    Tools.attend(tools)
     # An alias for all that comes: :reply_demonitor would end with the first message.
     ref = :erlang.monitor(:process, dest, alias: :demonitor)
     left = Caller.left(call.deadline)
@@ -76,15 +111,14 @@ defmodule DSPex.PythonBridge.Relay do
     timeout = Caller.at_least_one(left)
     send(dest, {:request, ref, self(), timeout, call.body, call.terms, beside})
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
-    # It is as large as the request, which may take long.
-    loop(%__MODULE__{call: %{call | body: ""}, ref: ref, tools: tools, timer: timer})
+    loop(%__MODULE__{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer})
   end
 
   @spec loop(t()) :: :ok
-  defp loop(%__MODULE__{ref: ref, timer: timer} = state) do
+  defp loop(%__MODULE__{ref: ref, timer: timer, watch: watch} = state) do
     receive do
       {^ref, :chunk, frame} ->
-        answer(%{state | chunks: :queue.in(frame, state.chunks)})
+        hand_out(%{state | chunks: :queue.in(frame, state.chunks)})
 
       {^ref, :tool_call, %ToolCall{} = tool_call} ->
         loop(%{state | tools: Tools.run(state.tools, tool_call)})
@@ -96,26 +130,36 @@ defmodule DSPex.PythonBridge.Relay do
         over(state, {:error, :bridge_not_running})
 
       # What has come until then counts only if the reply is among it: the caller is to wait no longer.
-      {:timeout, ^timer, :deadline} when state.reply == nil ->
-        send(state.call.dest, {:abandon, ref})
+      {:timeout, ^timer, :deadline} ->
+        send(state.dest, {:abandon, ref})
         over(%{state | chunks: :queue.new()}, {:error, :timeout})
 
       {:next, asked} ->
-        answer(%{state | asked: asked})
+        hand_out(%{state | asked: asked})
 
-      {:answered, pid} ->
-        loop(%{state | tools: Tools.answered(state.tools, pid)})
+      {:answered, pid, answer} ->
+        loop(%{state | tools: Tools.answered(state.tools, pid, answer)})
 
-      {:EXIT, pid, reason} ->
-        loop(%{state | tools: Tools.exited(state.tools, pid, reason)})
+      {:DOWN, ^watch, :process, _caller, _reason} ->
+        Tools.stop(state.tools)
 
-      {:DOWN, _monitor, :process, _caller, _reason} ->
-        stopped(state)
-
-      :stop ->
-        stopped(state)
+      {:DOWN, _monitor, :process, pid, reason} ->
+        loop(%{state | tools: Tools.ended(state.tools, pid, reason)})
 
       _stale ->
+        loop(state)
+    end
+  end
+
+  defp hand_out(%__MODULE__{asked: nil} = state), do: loop(state)
+
+  defp hand_out(%__MODULE__{asked: asked} = state) do
+    case :queue.out(state.chunks) do
+      {{:value, frame}, chunks} ->
+        send(asked, {asked, {:chunk, frame}})
+        loop(%{state | asked: nil, chunks: chunks})
+
+      {:empty, _chunks} ->
         loop(state)
     end
   end
@@ -123,28 +167,26 @@ defmodule DSPex.PythonBridge.Relay do
   # The tools before the answer: who has that need not fear that one still begins something.
   defp over(state, reply) do
     Process.demonitor(state.ref, [:flush])
-    answer(%{state | reply: reply, tools: Tools.stop(state.tools)})
-  end
-
-  defp stopped(state) do
     Tools.stop(state.tools)
-    :ok
+    hand_over(state.asked, state.watch, :queue.to_list(state.chunks), reply)
   end
 
-  defp answer(%__MODULE__{asked: nil} = state), do: loop(state)
-
-  defp answer(%__MODULE__{asked: asked, reply: reply} = state) do
-    case :queue.out(state.chunks) do
-      {{:value, frame}, chunks} ->
-        send(asked, {asked, {:chunk, frame}})
-        loop(%{state | asked: nil, chunks: chunks})
-
-      {:empty, _chunks} when reply == nil ->
-        loop(state)
-
-      {:empty, _chunks} ->
-        send(asked, {asked, {:over, reply}})
-        :ok
+  # Whatever else comes, or has come, is too late.
+  defp hand_over(nil, watch, chunks, reply) do
+    receive do
+      {:next, asked} -> hand_over(asked, watch, chunks, reply)
+      {:DOWN, ^watch, :process, _caller, _reason} -> :ok
+      _stale -> hand_over(nil, watch, chunks, reply)
     end
+  end
+
+  defp hand_over(asked, watch, [frame | chunks], reply) do
+    send(asked, {asked, {:chunk, frame}})
+    hand_over(nil, watch, chunks, reply)
+  end
+
+  defp hand_over(asked, _watch, [], reply) do
+    send(asked, {asked, {:over, reply}})
+    :ok
   end
 end

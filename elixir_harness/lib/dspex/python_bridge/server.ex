@@ -125,6 +125,9 @@ defmodule DSPex.PythonBridge.Server do
 
   def handle_info(:collect, state), do: collect(state)
 
+  def handle_info({:dropped, bytes}, state) when bytes >= @big_bytes,
+    do: {:noreply, state, :hibernate}
+
   def handle_info({:timeout, timer, :acquit}, state),
     do: {:noreply, %{state | traffic: Dispatch.acquit(state.traffic, timer)}}
 
@@ -188,6 +191,10 @@ defmodule DSPex.PythonBridge.Server do
       receive do
         {:"$gen_call", from, :get_status} ->
           GenServer.reply(from, Report.status(state))
+          finish_calls(state, deadline)
+
+        {:"$gen_call", from, {:load_failure, id}} ->
+          GenServer.reply(from, state.load_failures[id])
           finish_calls(state, deadline)
 
         message ->

@@ -38,11 +38,11 @@ defmodule DSPex.PythonBridge.Stream do
   defp element(%{"status" => text}) when is_binary(text), do: {:status, text}
 
   defp element(%{"index" => index, "success" => true, "result" => result})
-       when is_integer(index),
+       when is_integer(index) and index >= 0 and is_map(result),
        do: {:item, index, {:ok, result}}
 
   defp element(%{"index" => index, "success" => false, "error" => text} = item)
-       when is_integer(index) and is_binary(text) do
+       when is_integer(index) and index >= 0 and is_binary(text) do
     {:item, index, {:error, Error.from_peer(item["error_type"], text, item["retryable"])}}
   end
 

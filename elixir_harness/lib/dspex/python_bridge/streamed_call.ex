@@ -19,17 +19,9 @@ defmodule DSPex.PythonBridge.StreamedCall do
 
   @doc "Makes the call and has `on_chunk`, if it is given, called with each chunk; gives what came of it."
   @spec run(request(), (map() -> term()) | nil) :: Caller.result()
-  def run({server, command, args, timeout, opts}, nil) do
-    with {:ok, call} <- Caller.prepare(server, command, args, timeout, opts) do
-      # Nothing comes before this.
-      {:over, reply} = Relay.next(Relay.start(call, stream?: false, tools: opts[:tools]))
-      Caller.conclude(call, reply)
-    end
-  end
-
   def run(request, on_chunk) do
     {:done, result} =
-      reduce(request, {:cont, nil}, fn
+      begin(request, on_chunk != nil, nil, fn
         {:chunk, chunk}, nil ->
           on_chunk.(chunk)
           {:cont, nil}
@@ -46,11 +38,12 @@ defmodule DSPex.PythonBridge.StreamedCall do
           Enumerable.result()
   def reduce(_request, {:halt, acc}, _fun), do: {:halted, acc}
   def reduce(request, {:suspend, acc}, fun), do: {:suspended, acc, &reduce(request, &1, fun)}
+  def reduce(request, {:cont, acc}, fun), do: begin(request, true, acc, fun)
 
-  def reduce({server, command, args, timeout, opts}, {:cont, acc}, fun) do
-    case Caller.prepare(server, command, args, timeout, [stream: true] ++ opts) do
+  defp begin({server, command, args, timeout, opts}, stream?, acc, fun) do
+    case Caller.prepare(server, command, args, timeout, [stream: stream?] ++ opts) do
       {:ok, call} ->
-        relay = Relay.start(call, stream?: true, tools: Keyword.get(opts, :tools, %{}))
+        relay = Relay.start(call, stream?: stream?, tools: Keyword.get(opts, :tools, %{}))
         # It is as large as the request, which may take long.
         go_on({%{call | body: ""}, relay}, {:cont, acc}, fun)
 
@@ -60,7 +53,7 @@ defmodule DSPex.PythonBridge.StreamedCall do
   end
 
   defp go_on({call, relay} = under_way, {:cont, acc}, fun) do
-    case Relay.next(relay) do
+    case Relay.next(relay, call.deadline) do
       {:chunk, frame} -> go_on(under_way, chunk(under_way, frame, acc, fun), fun)
       {:over, reply} -> last(fun.({:over, Caller.conclude(call, reply)}, acc))
     end

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.ToolCall do
   of one. The peer shows the text to its LM, so it is short and has no stack trace.
   """
 
-  alias DSPex.PythonBridge.{Error, Protocol}
+  alias DSPex.PythonBridge.{Error, Protocol, Toolbox}
 
   # Of what was raised, thrown or exited with.
   @max_text 500
@@ -25,31 +25,34 @@ defmodule DSPex.PythonBridge.ToolCall do
           frame: binary(),
           max_frame_bytes: pos_integer()
         }
+  @typedoc "For the bridge: the frame of a result, or that there is none."
+  @type answer :: {:tool_result, port(), pos_integer() | nil, binary()} | :unreadable_frame
   @typedoc "Takes the arguments, a map with string keys."
   @type tool :: (map() -> term())
   @type bridge :: pid() | {atom(), node()}
 
   @doc """
-  Calls the function, in the calling process, and sends the bridge the frame of the result. Then tells
-  `host`, the process that started this one.
+  Calls the function, in the calling process, and sends the answer to `host`, the process that started this
+  one.
   """
-  @spec run(t(), %{String.t() => tool()}, bridge(), {host :: pid(), callers :: [pid()]}) ::
-          :ok
-  def run(%__MODULE__{} = call, tools, bridge, {host, callers}) do
+  @spec run(t(), toolbox :: pid(), {host :: pid(), callers :: [pid()]}) :: :ok
+  def run(%__MODULE__{} = call, toolbox, {host, callers}) do
     Process.put(:"$callers", callers)
-    answer(call, bridge, &apply_tool(tools, &1, &2))
-    send(host, {:answered, self()})
+    send(host, {:answered, self(), answer(call, &apply_tool(toolbox, &1, &2))})
     :ok
   end
 
-  defp apply_tool(tools, name, args) do
-    case tools do
-      %{^name => function} ->
+  defp apply_tool(toolbox, name, args) do
+    case Toolbox.fetch(toolbox, name) do
+      {:ok, function} ->
         outcome(function, args)
 
-      _others ->
-        names = tools |> Map.keys() |> Enum.sort() |> Enum.join(", ")
+      {:error, names} ->
+        names = Enum.join(names, ", ")
         {:error, "tool #{brief(name)}: it was not given in :tools, which has #{names}"}
+
+      :over ->
+        {:error, over(name)}
     end
   end
 
@@ -71,33 +74,34 @@ defmodule DSPex.PythonBridge.ToolCall do
 
   def refuse(%__MODULE__{} = call, :over) do
     answer_aside(%{call | id: nil}, self(), fn name, _args ->
-      {:error, "tool #{brief(name)}: the call that it belongs to is over"}
+      {:error, over(name)}
     end)
   end
 
+  defp over(name), do: "tool #{brief(name)}: the call that it belongs to is over"
+
   # Not in the process that found it out: frames may be large.
   defp answer_aside(call, bridge, make) do
-    spawn(fn -> answer(call, bridge, make) end)
+    spawn(fn -> send(bridge, answer(call, make)) end)
     :ok
   end
 
   ## From frame to frame
 
-  defp answer(%__MODULE__{} = call, bridge, make) do
+  @spec answer(t(), (String.t(), map() -> {:ok, term()} | {:error, String.t()})) :: answer()
+  defp answer(%__MODULE__{} = call, make) do
     case Protocol.decode_tool_call(call.frame) do
       {:ok, call_id, name, args} ->
-        bring(call, bridge, result_frame(call, call_id, name, make.(name, args)))
+        {:tool_result, call.port, call.id, result_frame(call, call_id, name, make.(name, args))}
 
       {:error, call_id, text} ->
         {:ok, frame} = Protocol.encode_tool_result(call_id, {:error, text})
-        bring(call, bridge, frame)
+        {:tool_result, call.port, call.id, frame}
 
       {:error, _reason} ->
-        send(bridge, :unreadable_frame)
+        :unreadable_frame
     end
   end
-
-  defp bring(call, bridge, frame), do: send(bridge, {:tool_result, call.port, call.id, frame})
 
   defp result_frame(%__MODULE__{max_frame_bytes: max}, call_id, name, result) do
     case Protocol.encode_tool_result(call_id, result) do
@@ -130,8 +134,9 @@ defmodule DSPex.PythonBridge.ToolCall do
     kind, reason -> {:error, caught(kind, reason, __STACKTRACE__)}
   end
 
+  # A text is the function's own, meant as it is.
   defp text(reason) when is_binary(reason), do: reason
-  defp text(reason) when is_exception(reason), do: Exception.message(reason)
+  defp text(reason) when is_exception(reason), do: one_line(Exception.message(reason))
   defp text(reason), do: one_line(inspect(reason))
 
   # What is shown here is code of the host's, too: an exception's message, an inspection.
@@ -147,7 +152,20 @@ defmodule DSPex.PythonBridge.ToolCall do
   end
 
   defp shown(:throw, value, _stacktrace), do: "throw: #{inspect(value)}"
-  defp shown(:exit, reason, _stacktrace), do: "exit: #{Exception.format_exit(reason)}"
+
+  # What a process ends with that was raised in, or called another in vain, has its stack trace in it, or
+  # the arguments of that call: not for an LM's eyes.
+  defp shown(:exit, {error, stack}, _stacktrace) when is_exception(error) and is_list(stack),
+    do: shown(:error, error, stack)
+
+  defp shown(:exit, {reason, {module, function, args}}, _stacktrace)
+       when is_atom(module) and is_atom(function) and is_list(args),
+       do: shown(:exit, reason, [])
+
+  defp shown(:exit, {reason, [{_module, _function, _args, _where} | _]}, _stacktrace),
+    do: shown(:exit, reason, [])
+
+  defp shown(:exit, reason, _stacktrace), do: "exit: #{inspect(reason)}"
 
   defp one_line(text, max \\ @max_text) do
     text

@@ -1,19 +1,22 @@
 defmodule DSPex.PythonBridge.Tools do
   @moduledoc """
   The caller's functions that a peer may call while it executes a program, and the processes that run
-  them (`DSPex.PythonBridge.ToolCall`): part of the call's `DSPex.PythonBridge.Relay`, to whose process
-  they are linked.
+  them (`DSPex.PythonBridge.ToolCall`): part of the call's `DSPex.PythonBridge.Relay`, whose process starts
+  and ends them. The functions themselves are with `DSPex.PythonBridge.Toolbox`.
   """
 
-  alias DSPex.PythonBridge.{Caller, ToolCall}
+  alias DSPex.PythonBridge.{Caller, Toolbox, ToolCall}
 
-  @enforce_keys [:functions, :bridge, :callers]
-  defstruct [:functions, :bridge, :callers, :port, running: %{}]
+  @enforce_keys [:toolbox, :bridge, :callers]
+  defstruct [:toolbox, :bridge, :callers, :port, running: %{}]
 
   @type functions :: %{String.t() => ToolCall.tool()}
-  @typedoc "`port`: of the peer that has called last. `running`: what each process is to answer."
+  @typedoc """
+  `toolbox`: nil if there are no functions. `port`: of the peer that has called last. `running`: what each
+  process is to answer.
+  """
   @type t :: %__MODULE__{
-          functions: functions(),
+          toolbox: pid() | nil,
           bridge: Caller.dest(),
           callers: [pid()],
           port: port() | nil,
@@ -51,49 +54,67 @@ defmodule DSPex.PythonBridge.Tools do
 
   defp not_a_function(name), do: "#{name}: expected a function of one argument"
 
-  @doc "The tools of a call to a bridge; `callers` as `Task` has them, the caller first."
+  @doc "The tools of a call to a bridge; `callers` as `Task` has them, the calling process first."
   @spec new(functions(), Caller.dest(), [pid()]) :: t()
-  def new(functions, bridge, callers),
-    do: %__MODULE__{functions: functions, bridge: bridge, callers: callers}
+  def new(functions, bridge, callers) do
+    toolbox = if functions != %{}, do: Toolbox.open(functions)
+    %__MODULE__{toolbox: toolbox, bridge: bridge, callers: callers}
+  end
+
+  @doc "The calling process, which makes the call, is to run them."
+  @spec attend(t()) :: :ok
+  def attend(%__MODULE__{toolbox: nil}), do: :ok
+  def attend(%__MODULE__{toolbox: toolbox}), do: Toolbox.attend(toolbox)
 
   @doc "Whether there are any."
   @spec none?(t()) :: boolean()
-  def none?(%__MODULE__{functions: functions}), do: functions == %{}
+  def none?(%__MODULE__{toolbox: toolbox}), do: toolbox == nil
 
   @doc """
-  A peer calls a tool: it runs in a process of its own. `{:answered, pid}` comes to the calling process
-  when it has answered.
+  A peer calls a tool: it runs in a process of its own. `{:answered, pid, answer}` comes to the calling
+  process when it has an answer, and its `:DOWN` when it has ended.
   """
   @spec run(t(), ToolCall.t()) :: t()
   # What a peer that is gone has asked for interests nobody: the next one starts from the beginning.
   def run(%__MODULE__{port: before} = tools, %ToolCall{port: port} = call) when port != before do
-    run(%{stop(tools) | port: port}, call)
+    end_running(tools)
+    run(%{tools | running: %{}, port: port}, call)
   end
 
-  # The link is for an end of this process that is not foreseen here.
   def run(%__MODULE__{} = tools, call) do
-    args = [call, tools.functions, tools.bridge, {self(), tools.callers}]
-    pid = spawn_link(ToolCall, :run, args)
+    args = [call, tools.toolbox, {self(), tools.callers}]
+    {pid, _monitor} = spawn_monitor(ToolCall, :run, args)
     %{tools | running: Map.put(tools.running, pid, call)}
   end
 
-  @doc "A process has answered its call."
-  @spec answered(t(), pid()) :: t()
-  def answered(%__MODULE__{} = tools, pid),
-    do: %{tools | running: Map.delete(tools.running, pid)}
+  @doc "A process has the answer to its call: it is sent from here, so that there is one."
+  @spec answered(t(), pid(), ToolCall.answer()) :: t()
+  def answered(%__MODULE__{running: running} = tools, pid, answer)
+      when is_map_key(running, pid) do
+    send(tools.bridge, answer)
+    %{tools | running: Map.delete(running, pid)}
+  end
 
-  @doc "A process has ended. If it has not answered, by something that it was linked to, say, it is done here."
-  @spec exited(t(), pid(), term()) :: t()
-  def exited(%__MODULE__{} = tools, pid, reason) do
+  def answered(%__MODULE__{} = tools, _pid, _of_another_peer), do: tools
+
+  @doc "A process has ended. If it has not answered, because it was killed, say, it is done here."
+  @spec ended(t(), pid(), term()) :: t()
+  def ended(%__MODULE__{} = tools, pid, reason) do
     {call, running} = Map.pop(tools.running, pid)
     if call, do: ToolCall.fail(call, tools.bridge, reason)
     %{tools | running: running}
   end
 
-  @doc "Ends what runs. Nothing less would end a function that traps exits."
-  @spec stop(t()) :: t()
-  def stop(%__MODULE__{running: running} = tools) do
-    for {pid, _call} <- running, do: Process.exit(pid, :kill)
-    %{tools | running: %{}}
+  @doc "Ends what runs, and lets the functions go."
+  @spec stop(t()) :: :ok
+  def stop(%__MODULE__{toolbox: nil}), do: :ok
+
+  def stop(%__MODULE__{toolbox: toolbox} = tools) do
+    end_running(tools)
+    Toolbox.close(toolbox)
   end
+
+  # Nothing less would end a function that traps exits.
+  defp end_running(%__MODULE__{running: running}),
+    do: for({pid, _call} <- running, do: Process.exit(pid, :kill))
 end

@@ -10,9 +10,10 @@ defmodule DSPex.PythonBridge.Traffic do
   cancel takes one, too.
   """
 
-  alias DSPex.PythonBridge.{Calls, Dispatch, Options, Outbox, Programs, Protocol, Suspects}
+  alias DSPex.PythonBridge.{Calls, Dispatch, Interim, Options, Outbox, Programs, Protocol}
   alias DSPex.PythonBridge.Calls.Call
   alias DSPex.PythonBridge.Pool.Slots
+  alias DSPex.PythonBridge.Suspects
 
   # What request_frame/3 puts before a body, at most.
   @head_bytes 64
@@ -51,6 +52,7 @@ defmodule DSPex.PythonBridge.Traffic do
         }
   @type failure ::
           :python_process_died
+          | :replaced
           | :bridge_not_running
           | :overloaded
           | {:died, :sent | :unsent}
@@ -59,8 +61,6 @@ defmodule DSPex.PythonBridge.Traffic do
   @type terms :: {:here | :never | :caller, non_neg_integer(), Programs.change() | nil}
   @typedoc "What goes between a caller and the peer beside request and reply."
   @type beside :: %{stream?: boolean(), tools?: boolean()}
-
-  @nothing_beside %{stream?: false, tools?: false}
 
   @doc "Nothing is under way."
   @spec new(Options.t(), Programs.table()) :: t()
@@ -77,15 +77,13 @@ defmodule DSPex.PythonBridge.Traffic do
 
   @doc "Of a caller that wants only the reply."
   @spec nothing_beside() :: beside()
-  def nothing_beside, do: @nothing_beside
+  def nothing_beside, do: %{stream?: false, tools?: false}
 
   @doc """
   Takes a request on. `ref` is the caller's alias; both it and `pid` are nil for a cast. `timeout`
   is what is left to the caller, in ms.
   """
   @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary(), terms(), beside()) :: t()
-  def accept(traffic, ref, pid, timeout, body, terms, beside \\ @nothing_beside)
-
   def accept(%__MODULE__{to: nil} = traffic, ref, _pid, _, _, {:caller, _, _}, _beside),
     do: refuse(traffic, ref, {:died, :unsent}, :caller)
 
@@ -152,7 +150,7 @@ defmodule DSPex.PythonBridge.Traffic do
       {call, calls} ->
         unwatch(call.watch)
         done(traffic, call.retry)
-        Dispatch.withdraw(%{traffic | calls: calls}, id, call)
+        %{traffic | calls: calls} |> Interim.over(id, call) |> Dispatch.withdraw(id, call)
     end
   end
 
@@ -185,7 +183,8 @@ defmodule DSPex.PythonBridge.Traffic do
         unwatch(call.watch)
         done(traffic, call.retry)
         answer(call.ref, {:frame, frame})
-        {:ok, Dispatch.answered(%{traffic | calls: calls}, id)}
+        traffic = Interim.over(%{traffic | calls: calls}, id, call)
+        {:ok, Dispatch.answered(traffic, id)}
     end
   end
 
@@ -216,7 +215,7 @@ defmodule DSPex.PythonBridge.Traffic do
     unwatch(call.watch)
     done(traffic, call.retry)
     answer(call.ref, {:error, failure})
-    Dispatch.forget(%{traffic | calls: calls}, id, call)
+    %{traffic | calls: calls} |> Interim.over(id, call) |> Dispatch.forget(id, call)
   end
 
   ## Answers

@@ -64,7 +64,70 @@ defmodule DSPex.PythonBridge.InterimTest do
     traffic = Dispatch.lost(traffic, context.first, :replaced)
     assert Calls.size(traffic.calls) == 0
     ref = context.ref
+    assert_received {^ref, {:error, :replaced}}
+  end
+
+  test "a chunk takes neither the call's terms, by which it is counted out, nor a body that is needed",
+       %{first: first, traffic: traffic} do
+    ref = :erlang.alias()
+    beside = %{stream?: true, tools?: true}
+    terms = {:caller, 0, nil}
+    traffic = Traffic.accept(traffic, ref, self(), :infinity, "body", terms, beside)
+    change = {:here, 0, {:create, "p", nil}}
+    traffic = Traffic.accept(traffic, nil, self(), :infinity, "change", change, beside)
+    {:ok, traffic} = Interim.chunk(traffic, first, 2, @frame)
+    assert %{retry: :caller, body: "", begun?: true} = Calls.get(traffic.calls, 2)
+    traffic = %{traffic | calls: Calls.replace(traffic.calls, 3, begun(traffic, first))}
+    assert %{body: "change"} = Calls.get(traffic.calls, 3)
+    Dispatch.lost(traffic, first, :died)
+    # Its caller is not to try another peer.
     assert_received {^ref, {:error, :python_process_died}}
+  end
+
+  # A cast takes no chunks; the caller of a change may.
+  defp begun(traffic, port) do
+    call = %{Calls.get(traffic.calls, 3) | ref: :erlang.alias()}
+    traffic = %{traffic | calls: Calls.replace(traffic.calls, 3, call)}
+    {:ok, traffic} = Interim.chunk(traffic, port, 3, @frame)
+    Calls.get(traffic.calls, 3)
+  end
+
+  test "results that wait to be written go with their call, however that ends" do
+    # It does not read: what comes after the first requests waits.
+    args = [:binary, packet: 4, args: ["60"]]
+    port = Port.open({:spawn_executable, System.find_executable("sleep")}, args)
+    beside = %{stream?: false, tools?: true}
+    body = String.duplicate("x", 1_000_000)
+    {:ok, options} = Options.new([])
+
+    traffic =
+      Traffic.new(options, Programs.new()) |> Dispatch.attach(port) |> Dispatch.serve(port)
+
+    traffic =
+      for _ <- 1..5, reduce: traffic do
+        traffic ->
+          terms = {:here, 0, nil}
+          Traffic.accept(traffic, :erlang.alias(), self(), :infinity, body, terms, beside)
+      end
+
+    traffic =
+      for id <- 1..5, result <- [body, "small"], reduce: traffic do
+        traffic -> Interim.tool_result(traffic, port, id, result)
+      end
+
+    waiting = fn traffic -> traffic.outboxes[port].queue |> :gb_trees.size() end
+    before = waiting.(traffic)
+    assert before >= 13
+    {:ok, traffic} = Traffic.deliver(traffic, 5, "reply")
+    assert waiting.(traffic) == before - 2
+    traffic = Traffic.fail(traffic, 4, :bridge_not_running)
+    assert waiting.(traffic) == before - 4
+    # Its cancel takes the place of the two.
+    traffic = Traffic.abandon(traffic, 1)
+    assert waiting.(traffic) == before - 5
+    # By it the bridge knows that there is something to collect.
+    for _ <- 1..3, do: assert_received({:dropped, 1_000_005})
+    refute_received {:dropped, _bytes}
   end
 
   test "a tool is called for the peer that has the call; another is told that it is over",

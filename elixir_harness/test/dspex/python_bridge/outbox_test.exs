@@ -46,4 +46,22 @@ defmodule DSPex.PythonBridge.OutboxTest do
     assert Outbox.member?(rest, 3) and not Outbox.member?(rest, 1)
     assert Outbox.close(Outbox.drop(outbox, 1)) == [2]
   end
+
+  test "control frames that belong to a call can be taken back with it, if they wait" do
+    port = open()
+    outbox = Outbox.push_control(Outbox.new(port), 1, ~s({"id":0}), 7)
+    assert_receive {^port, {:data, _frame}}, 5_000
+    assert Outbox.drop_about(outbox, 7) == {0, outbox}
+
+    outbox =
+      Outbox.new(dead_port())
+      |> Outbox.push_control(2, ["fo", "ur"], 7)
+      |> Outbox.push_control(3, "{}", 8)
+      |> Outbox.push_control(4, "four", 7)
+      |> Outbox.push_control(5, "{}")
+
+    assert {8, outbox} = Outbox.drop_about(outbox, 7)
+    assert Enum.map(2..5, &Outbox.member?(outbox, &1)) == [false, true, false, true]
+    assert Outbox.drop_about(outbox, 7) == {0, outbox}
+  end
 end

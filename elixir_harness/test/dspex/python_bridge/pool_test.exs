@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.PoolTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
   alias DSPex.PythonBridge.Pool.{Info, Slots}
 
   defp who(opts \\ []), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
@@ -35,6 +35,35 @@ defmodule DSPex.PythonBridge.PoolTest do
   end
 
   defp as(agent, fun), do: Agent.get(agent, fn _ -> fun.() end)
+
+  test "a pool is no bridge: whoever takes it for one is told, and it is unharmed" do
+    pool = start_up(pool_size: 1)
+
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        for server <- [Pool, pool] do
+          assert {:error, %Error{type: :invalid_request, message: text}} =
+                   Bridge.request(server, :who, %{secret: "hush"}, timeout: 1_000)
+
+          assert text == "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+
+          assert Bridge.request(server, :who, %{}, tools: %{t: & &1}) ==
+                   {:error, elem(error(text), 1)}
+
+          assert [error(text)] == server |> Bridge.stream(%{}, []) |> Enum.to_list()
+          assert Bridge.call(server, :who, %{secret: "hush"}, 1_000) == {:error, text}
+          assert Bridge.cast(server, :who, %{secret: "hush"}) == {:error, text}
+          assert %{state: :failed} = Bridge.get_status(server)
+          assert {:error, :bridge_not_running} = Bridge.restart(server)
+        end
+      end)
+
+    refute log =~ "hush"
+    assert Process.whereis(Pool) == pool
+    assert {:ok, _} = Pool.call(:who)
+  end
+
+  defp error(text), do: {:error, Error.new(:invalid_request, text)}
 
   describe "start_link/1" do
     test "has 3 peers under the pool's usual name; the pool goes by its name or pid" do

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.StreamTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Relay}
 
   # Of the field n, with their numbers: ["count", 3].
   @count for n <- 0..2, do: %{"field" => "n", "chunk" => "#{n}"}
@@ -260,6 +260,9 @@ defmodule DSPex.PythonBridge.StreamTest do
         ["stream", %{status: "calling tool search"}],
         ["stream", %{of: "tomorrow"}],
         ["stream", %{field: "answer"}],
+        ["stream", %{index: -1, success: true, result: %{}}],
+        ["stream", %{index: 0, success: true, result: 5}],
+        ["stream", %{index: -1, success: false, error: "no"}],
         ["stream", %{index: 1, success: true, result: %{answer: "x"}}],
         ["stream", %{index: 0, success: false, error: "no", error_type: "timeout"}],
         ["reply", %{answer: "Paris"}]
@@ -380,6 +383,29 @@ defmodule DSPex.PythonBridge.StreamTest do
       assert messages() == []
     end
 
+    test "whose reply comes behind the timeout does not give it", %{bridge: bridge} do
+      stream = stream(bridge, [["count", 1], ["go", "on"], ["reply", %{}]], timeout: 500)
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      [relay] = eventually(fn -> relays() != [] && relays() end)
+      waiting = fn -> elem(Process.info(relay, :message_queue_len), 1) end
+      :erlang.suspend_process(relay)
+      eventually(fn -> waiting.() == 1 end)
+      go(bridge, "on")
+      eventually(fn -> waiting.() == 2 end)
+      :erlang.resume_process(relay)
+      eventually(fn -> waiting.() == 0 end)
+      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
+    end
+
+    # The call's process.
+    defp relays do
+      for pid <- Process.list(),
+          Process.info(pid, :parent) == {:parent, self()},
+          Process.info(pid, :current_function) == {:current_function, {Relay, :loop, 1}},
+          do: pid
+    end
+
     test "is cancelled on time, pulled or not", %{bridge: bridge} do
       stream = stream(bridge, [["count", 2], ["go", "on"]], timeout: 100)
       suspend = fn element, _acc -> {:suspend, element} end
@@ -448,6 +474,17 @@ defmodule DSPex.PythonBridge.StreamTest do
         end
 
       assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
+    end
+
+    test "ends with an error that says so when its peer is replaced after a chunk" do
+      bridge = start_again(env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
+      stream = stream(bridge, [["count", 1], ["go", "never"]], timeout: 20_000)
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      assert Bridge.restart(bridge) == :ok
+      assert {:suspended, {:error, error}, _} = next.({:cont, nil})
+      assert %Error{type: :python_process_died, message: text} = error
+      assert text =~ "was replaced"
     end
 
     test "calls tools while nobody pulls it", %{bridge: bridge} do

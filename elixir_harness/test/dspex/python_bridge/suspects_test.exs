@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
 
     traffic =
       Enum.reduce(refs, serve(traffic), fn {ref, n}, traffic ->
-        Traffic.accept(traffic, ref, self(), :infinity, "#{n}", {:here, 0, nil})
+        accept(traffic, ref, "#{n}", {:here, 0, nil})
       end)
 
     sent = rounds(traffic, MapSet.new(deadly, &"#{&1}"), %{})
@@ -29,6 +29,10 @@ defmodule DSPex.PythonBridge.SuspectsTest do
       end
 
     {answers, sent}
+  end
+
+  defp accept(traffic, ref, body, terms) do
+    Traffic.accept(traffic, ref, self(), :infinity, body, terms, Traffic.nothing_beside())
   end
 
   defp serve(traffic) do
@@ -101,7 +105,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
   test "fresh calls wait while suspects are tried; a ping does not" do
     {:ok, options} = Options.new(max_retries: 1)
     traffic = serve(Traffic.new(options, Programs.new()))
-    accept = &Traffic.accept(&1, nil, self(), :infinity, &2, {:here, &3, nil})
+    accept = &accept(&1, nil, &2, {:here, &3, nil})
     traffic = traffic |> accept.("suspect", 1) |> accept.("fresh", 0)
     traffic = accept.(traffic, ~s(,"command":"ping"}), 0)
 
@@ -117,7 +121,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
   test "a suspect that nobody waits for any more makes room for the next" do
     {:ok, options} = Options.new(max_retries: 1)
     traffic = serve(Traffic.new(options, Programs.new()))
-    accept = &Traffic.accept(&1, nil, self(), :infinity, &2, {:here, 1, nil})
+    accept = &accept(&1, nil, &2, {:here, 1, nil})
     traffic = traffic |> accept.("one") |> accept.("two") |> accept.("three")
     # One that waits, then the one on trial.
     traffic = traffic |> Traffic.abandon(2) |> Traffic.abandon(1)
@@ -129,7 +133,7 @@ defmodule DSPex.PythonBridge.SuspectsTest do
     {:ok, options} = Options.new(max_retries: 1)
     traffic = Dispatch.hold_changes(serve(Traffic.new(options, Programs.new())))
     create = {:here, 1, {:create, "p", nil}}
-    traffic = Traffic.accept(traffic, nil, self(), :infinity, "create", create)
+    traffic = accept(traffic, nil, "create", create)
     assert Calls.at(traffic.calls, traffic.to) == []
     traffic = Dispatch.serve(traffic, traffic.to)
     assert [{1, %{body: "create"}}] = Calls.at(traffic.calls, traffic.to)

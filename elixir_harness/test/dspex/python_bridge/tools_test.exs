@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.ToolsTest do
   import DSPex.Test.Helpers
   import ExUnit.CaptureLog
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool, Relay, Tools}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Relay, ToolCall, Tools}
   alias DSPex.Test.Exits
 
   doctest Tools
@@ -36,7 +36,8 @@ defmodule DSPex.PythonBridge.ToolsTest do
     calls = for {_function, n} <- numbered, do: ["tool", n, "tool#{n}", %{n: n}]
     waits = for {_function, n} <- numbered, do: ["result", n]
     tools = Map.new(numbered, fn {function, n} -> {"tool#{n}", function} end)
-    {:ok, results, _} = request(bridge, calls ++ waits ++ [["reply"]], tools: tools)
+    play = calls ++ waits ++ [["reply"]]
+    {:ok, results, _} = request(bridge, play, tools: tools, timeout: 10_000)
     for {_function, n} <- numbered, do: Map.delete(results["#{n}"], "call_id")
   end
 
@@ -56,11 +57,12 @@ defmodule DSPex.PythonBridge.ToolsTest do
   defp endless(test) do
     fn args ->
       Process.flag(:trap_exit, true)
-      {:links, [relay]} = Process.info(self(), :links)
-      send(test, {:running, args, self(), relay})
+      send(test, {:running, args, self(), relay_of(self())})
       Process.sleep(:infinity)
     end
   end
+
+  defp relay_of(tool), do: elem(Process.info(tool, :parent), 1)
 
   defp watch(count) do
     for _ <- 1..count do
@@ -101,7 +103,7 @@ defmodule DSPex.PythonBridge.ToolsTest do
 
       functions = [
         fn _ -> {:error, "as\nit is"} end,
-        fn _ -> {:error, %ArgumentError{message: "the message"}} end,
+        fn _ -> {:error, %ArgumentError{message: "the\nmessage"}} end,
         fn _ -> {:error, {:reason, 1}} end,
         fn _ -> raise ArgumentError, "two\n\n  lines" end,
         fn %{"m" => _} -> :never end,
@@ -109,6 +111,10 @@ defmodule DSPex.PythonBridge.ToolsTest do
         fn _ -> throw({:thrown, 1}) end,
         fn _ -> exit(:normal) end,
         fn _ -> exit({:shutdown, :mine}) end,
+        # What Task.await, GenServer.call and a process that an Erlang error ends have to say.
+        fn _ -> exit({{%ArgumentError{message: "boom"}, stack()}, {Task, :await, [:hidden]}}) end,
+        fn _ -> exit({:timeout, {GenServer, :call, [:server, :hidden, 5_000]}}) end,
+        fn _ -> exit({:badarg, stack()}) end,
         fn _ -> raise long end,
         fn _ -> raise "not \xFF text" end,
         fn _ -> raise %Exits.OnMessage{} end,
@@ -141,24 +147,28 @@ defmodule DSPex.PythonBridge.ToolsTest do
         "FunctionClauseError: no function clause matching",
         "ArgumentError: argument error",
         "throw: {:thrown, 1}",
-        "exit: normal",
-        "exit: shutdown: :mine",
+        "exit: :normal",
+        "exit: {:shutdown, :mine}",
+        "ArgumentError: boom",
+        "exit: :timeout",
+        "exit: :badarg",
         "RuntimeError: long long long",
         "RuntimeError: not � text",
         "error: a reason that cannot be shown",
         "exit: :inspect",
         "throw: a reason that cannot be shown",
-        "tool tool15: result: no JSON form for #PID",
-        "tool tool16: result: no JSON form for {:a, 1}",
-        "tool tool17: result: cannot be written as JSON",
-        "tool tool18: result: a text in it is not valid UTF-8",
-        "tool tool19: error: a text in it is not valid UTF-8",
-        "tool tool20: result: cannot be written as JSON"
+        "tool tool18: result: no JSON form for #PID",
+        "tool tool19: result: no JSON form for {:a, 1}",
+        "tool tool20: result: cannot be written as JSON",
+        "tool tool21: result: a text in it is not valid UTF-8",
+        "tool tool22: error: a text in it is not valid UTF-8",
+        "tool tool23: result: cannot be written as JSON"
       ]
 
       for {text, expected} <- Enum.zip(texts, expected) do
         assert String.starts_with?(text, expected)
         assert String.length(text) <= 500
+        refute text =~ "hidden"
         refute tl(texts) |> Enum.any?(&(&1 =~ "\n"))
       end
 
@@ -168,8 +178,15 @@ defmodule DSPex.PythonBridge.ToolsTest do
       end
     end
 
+    defp stack, do: [{__MODULE__, :hidden, [:hidden], [file: ~c"hidden.ex", line: 1]}]
+
     test "is an error, too, when its process is ended from outside" do
       ended = [
+        fn _ ->
+          {:links, links} = Process.info(self(), :links)
+          Enum.each(links, &Process.unlink/1)
+          Process.exit(self(), :kill)
+        end,
         fn _ -> Process.exit(self(), :kill) end,
         fn _ -> Process.exit(self(), :normal) end,
         fn _ ->
@@ -179,7 +196,7 @@ defmodule DSPex.PythonBridge.ToolsTest do
       ]
 
       texts = for %{"success" => false, "error" => text} <- results(start(), ended), do: text
-      assert texts == ["exit: killed", "exit: normal", "exit: :of_a_neighbour"]
+      assert texts == ["exit: :killed", "exit: :killed", "exit: :normal", "exit: :of_a_neighbour"]
     end
 
     test "is an error when its frame is too large" do
@@ -387,6 +404,42 @@ defmodule DSPex.PythonBridge.ToolsTest do
     end
   end
 
+  describe "tools that hold much" do
+    test "are copied each for its own calls, and not for the process that keeps the time" do
+      data = Enum.to_list(1..300_000)
+      words = fn pid -> elem(Process.info(pid, :total_heap_size), 1) end
+
+      tools = %{
+        large: fn _ -> length(data) end,
+        other: fn _ -> length(data) end,
+        small: fn _ -> [words.(self()), words.(relay_of(self()))] end
+      }
+
+      play = [["tool", 1, "large", %{}], ["tool", 2, "small", %{}], ["result", 1]]
+      play = play ++ [["result", 2], ["reply"]]
+      assert {:ok, results, _} = request(start(), play, tools: tools)
+      assert %{"1" => %{"result" => 300_000}, "2" => %{"result" => [own, relay]}} = results
+      # The list has 600,000 words.
+      assert own < 100_000
+      assert relay < 100_000
+    end
+  end
+
+  describe "one answer" do
+    test "is given to a call of a tool, whatever ends its process behind it" do
+      port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
+      running = %{self() => %ToolCall{port: port, id: 1, frame: "", max_frame_bytes: 1}}
+      tools = %Tools{toolbox: nil, bridge: self(), callers: [], port: port, running: running}
+      answer = {:tool_result, port, 1, "a frame"}
+      tools = Tools.answered(tools, self(), answer)
+      assert_received ^answer
+      assert Tools.ended(tools, self(), :killed) == tools
+      # Of the peer before.
+      assert Tools.answered(tools, self(), answer) == tools
+      refute_received ^answer
+    end
+  end
+
   describe "tools are dead, and their call's process is, after" do
     setup do
       bridge = start()
@@ -431,6 +484,65 @@ defmodule DSPex.PythonBridge.ToolsTest do
       {:ok, %{"heard" => heard}} = Bridge.call(bridge, :heard)
       assert [%{"cancel" => _id}] = heard
     end
+
+    test "the timeout, though the call's process is held up", %{bridge: bridge, open: open} do
+      task = async(bridge, open, opts(timeout: 300))
+      assert_receive {:running, _args, tool, relay}, 5_000
+      assert_receive {:running, _args, another, ^relay}, 5_000
+      monitors = for pid <- [tool, another, relay], do: Process.monitor(pid)
+      :erlang.suspend_process(relay)
+      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 2_000)
+      assert_dead(monitors)
+      eventually(fn -> status(bridge, :pending) == 0 end)
+    end
+
+    test "the death of the caller, though the call's process is held up", context do
+      opts = opts()
+      caller = spawn(fn -> request(context.bridge, context.open, opts) end)
+      assert_receive {:running, _args, tool, relay}, 5_000
+      assert_receive {:running, _args, another, ^relay}, 5_000
+      monitors = for pid <- [tool, another], do: Process.monitor(pid)
+      :erlang.suspend_process(relay)
+      Process.exit(caller, :kill)
+      assert_dead(monitors)
+      :erlang.resume_process(relay)
+      eventually(fn -> status(context.bridge, :pending) == 0 end)
+    end
+
+    test "the death of the call's process by force", %{bridge: bridge, open: open} do
+      task = async(bridge, open, opts())
+      assert_receive {:running, _args, tool, relay}, 5_000
+      assert_receive {:running, _args, another, ^relay}, 5_000
+      monitors = for pid <- [tool, another], do: Process.monitor(pid)
+      Process.exit(relay, :kill)
+      assert {:error, %Error{type: :cancelled, message: text}} = Task.await(task)
+      assert text =~ "was killed"
+      assert_dead(monitors)
+      eventually(fn -> status(bridge, :pending) == 0 end)
+    end
+
+    test "the timeout, when a tool is called behind it", %{bridge: bridge} do
+      play = [["count", 1], ["go", "on"], ["tool", 1, "t", %{}], ["go", "never"]]
+      stream = Bridge.stream(bridge, %{play: play}, opts(timeout: 500))
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, _, _}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      [relay] = relays(self())
+      :erlang.suspend_process(relay)
+      eventually(fn -> waiting(relay) == 1 end)
+      go(bridge, "on")
+      eventually(fn -> waiting(relay) == 2 end)
+      :erlang.resume_process(relay)
+      eventually(fn -> waiting(relay) == 0 end)
+      # None was begun.
+      assert for(pid <- Process.list(), Process.info(pid, :parent) == {:parent, relay}, do: pid) ==
+               []
+
+      monitor = Process.monitor(relay)
+      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
+      assert_dead([monitor])
+    end
+
+    defp waiting(pid), do: elem(Process.info(pid, :message_queue_len), 1)
 
     test "an exception of on_chunk", %{bridge: bridge, open: open} do
       on_chunk = fn _ -> raise ArgumentError, "mine" end
@@ -593,6 +705,28 @@ defmodule DSPex.PythonBridge.ToolsTest do
       send(tool, :finish)
       assert {:ok, %{"1" => %{"result" => "late"}}, _} = Task.await(task)
       assert_received {:chunk, %{"chunk" => "0"}}
+      assert Task.await(stop) == :ok
+    end
+
+    test "a stop while a tool runs: a program that is missing is told at once", context do
+      %{bridge: bridge, task: task, tool: tool} = context
+      play = [["tool", 2, "go", %{}], ["result", 2], ["fail", "program_not_found"]]
+      test = self()
+      go = fn _ -> send(test, {:go, self()}) && receive(do: (:go -> nil)) end
+      args = %{program_id: "p", play: play}
+
+      missing =
+        Task.async(fn -> Bridge.request(bridge, :execute_program, args, tools: %{go: go}) end)
+
+      assert_receive {:go, pid}, 5_000
+      stop = Task.async(fn -> Bridge.stop(bridge) end)
+      eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
+      # A second was waited for the reason.
+      {ms, result} = timed(fn -> send(pid, :go) && Task.await(missing) end)
+      assert {:error, %Error{type: :program_not_found}} = result
+      assert ms < 800
+      send(tool, :finish)
+      assert {:ok, _, _} = Task.await(task)
       assert Task.await(stop) == :ok
     end
   end

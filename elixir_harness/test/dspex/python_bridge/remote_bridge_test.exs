@@ -1,0 +1,75 @@
+defmodule DSPex.PythonBridge.RemoteBridgeTest do
+  @moduledoc "A bridge of another node, called without a pool."
+
+  # It makes this a distributed node.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.Test.Nodes
+
+  # More than the connection to a node takes before it makes those wait who send.
+  @big String.duplicate("x", 5_000_000)
+
+  setup do
+    Nodes.distribute()
+    node = Nodes.start()
+    spec = {Bridge, "plays" |> fake_opts() |> Keyword.put(:name, :far)}
+    {:ok, _} = Nodes.on(node, Supervisor, :start_child, [DSPex.ApplicationSupervisor, spec])
+    far = {:far, node}
+    eventually(fn -> Bridge.get_status(far).state == :running end, 20_000)
+    %{far: far, node: node}
+  end
+
+  test "is as one here, with its own errors, and leaves nothing behind", %{far: far} do
+    test = self()
+    assert {:ok, %{"starts" => 1}} = Bridge.call(far, :ping)
+    assert {:error, :timeout} = Bridge.call(far, :execute_program, %{play: [["go", "x"]]}, 50)
+    eventually(fn -> Bridge.get_status(far).pending == 0 end)
+    assert {:ok, %{"heard" => [%{"cancel" => _id}]}} = Bridge.call(far, :heard, %{}, :infinity)
+    play = [["count", 1], ["tool", 1, "where", %{}], ["result", 1], ["reply"]]
+    tools = %{where: fn _ -> send(test, {:on, node()}) && 1 end}
+
+    assert [{:chunk, "n", "0"}, {:ok, %{"1" => %{"result" => 1}}, _}] =
+             far |> Bridge.stream(%{play: play}, tools: tools) |> Enum.to_list()
+
+    assert_received {:on, node} when node == node()
+    assert Bridge.call({:nobody, elem(far, 1)}, :ping) == {:error, :bridge_not_running}
+    assert Process.info(self(), :messages) == {:messages, []}
+  end
+
+  test "whose node has stopped holds no caller past its timeout", %{far: far, node: node} do
+    os_pid = Nodes.on(node, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+    args = %{play: [], x: @big}
+
+    calls = [
+      fn -> Bridge.call(far, :execute_program, args, 300) end,
+      # The connection takes nothing more.
+      fn -> Bridge.call(far, :ping, %{}, 300) end,
+      fn -> Bridge.request(far, :execute_program, args, timeout: 300, tools: %{t: & &1}) end,
+      fn -> Bridge.cast(far, :execute_program, args) end
+    ]
+
+    try do
+      results =
+        for call <- calls do
+          task = Task.async(call)
+          Task.yield(task, 2_000) || Task.shutdown(task, :brutal_kill)
+        end
+
+      assert [
+               {:ok, {:error, :timeout}},
+               {:ok, {:error, :timeout}},
+               {:ok, {:error, %Error{type: :timeout}}},
+               {:ok, :ok}
+             ] = results
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
+
+    # Those of whom the bridge hears now are gone.
+    eventually(fn -> Bridge.get_status(far).pending <= 1 end, 10_000)
+  end
+end
