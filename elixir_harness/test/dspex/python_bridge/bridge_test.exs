@@ -686,7 +686,7 @@ defmodule DSPex.PythonBridge.BridgeTest do
     assert [{:in, {:request, _, _, 5, :redacted}}, {:in, _, :state}, :redacted, :redacted] = shown
     refute inspect(shown) =~ "the contents"
 
-    beside = Tuple.append(message, %{stream?: true, tools?: true})
+    beside = Tuple.insert_at(message, tuple_size(message), %{stream?: true, tools?: true})
     result = {:tool_result, hd(Port.list()), 1, "the contents"}
     %{log: shown} = Redaction.format_status(%{log: [{:in, beside}, {:in, result}]})
     assert [{:in, {:request, _, _, 5, :redacted}}, {:in, {:tool_result, _, 1, :redacted}}] = shown
