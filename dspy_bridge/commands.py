@@ -94,7 +94,7 @@ class Commands:
             return self._execute(entry, inputs, config, lm, call)
         return self._execute_all(entry, inputs, config, lm, call)
 
-    def list_programs(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
+    def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` or `state` also those; `program_ids` narrows both."""
         details = arguments.flag(args, "details")
         state = arguments.flag(args, "state")
@@ -103,8 +103,8 @@ class Commands:
         entries = [entry for entry in self._registry.answered() if wanted is None or entry.id in wanted]
         listed: dict[str, Any] = {"programs": [entry.id for entry in entries]}
         if details or state:
-            listed["details"] = [{**entry.details(), **(_state(entry) if state else {})} for entry in entries]
-        return listed
+            listed["details"] = [entry.details() for entry in entries]
+        return self._add_states(listed, entries) if state else listed
 
     def get_stats(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """Counts, sizes in bytes, times in seconds (uptime) and ms (quantiles)."""
@@ -170,6 +170,22 @@ class Commands:
             return await program.call(item, config, lm, call, stream=False)
 
         return {"results": await batch.run(inputs, one, call, stream=call.request.stream)}
+
+    async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+        """In a thread: a state may be large, and what tells it may be code of the host's own."""
+        import asyncio
+
+        for entry, detail in zip(entries, listed["details"], strict=True):
+            # It has been answered, and so it has been loaded.
+            program = await self._program(entry)
+            try:
+                detail["state"] = await asyncio.to_thread(program.state)
+            except Exception:
+                from dspy_bridge import logs
+
+                detail["state"] = None
+                logs.exception()
+        return listed
 
     async def _working(self, entry: Entry) -> tuple[Entry, Program]:
         """The program that an execute means: the one before, where the creation of the last one fails."""
@@ -243,12 +259,6 @@ def _meter() -> Any:
     from dspy_bridge.metering import Meter  # it imports DSPy, which is there by now
 
     return Meter()
-
-
-def _state(entry: Entry) -> dict[str, Any]:
-    """Of a program that has been answered, and so has been loaded."""
-    assert entry.loading is not None
-    return {"state": entry.loading.result().state()}
 
 
 def _versions() -> dict[str, str]:

@@ -64,7 +64,12 @@ class Conversation:
 
     async def ask(self, call: Call, name: str, args: dict[str, Any]) -> Any:
         """Have a tool of the caller's called; gives its result. Raises `ToolFailed` with the caller's text."""
+        import asyncio
+
         assert self._loop is not None
+        if call.answered:
+            # Code that has swallowed its cancellation: nobody would ever answer this.
+            raise asyncio.CancelledError("the execute is over")
         self._last_call_id += 1
         call_id = self._last_call_id
         payload = messages.encode_tool_call(call.request.id, call_id, name, args)
@@ -74,8 +79,7 @@ class Conversation:
         try:
             if self._hung_up:
                 raise ToolFailed(f"{name}: {_NOBODY}")
-            if not call.answered:
-                self._push(payload)
+            self._push(payload)
             result = await answer
         finally:
             del self._asked[call_id]

@@ -149,9 +149,9 @@ class Dispatcher:
     # On the loop's thread.
 
     def _run_loop(self) -> None:
-        import asyncio
+        from dspy_bridge.loop import Loop
 
-        loop = asyncio.new_event_loop()
+        loop = Loop()
         self._prepare_loop(loop)
         self._conversation.on(loop)
         # From here on `wake` goes through the loop; what came before it is taken first.
@@ -202,13 +202,15 @@ class Dispatcher:
         call.task.add_done_callback(lambda task: self._finished(call, task))
 
     def _finished(self, call: Call, task: asyncio.Task[Any]) -> None:
-        if task.cancelled():
-            self._answer(call, None, Cancelled("cancelled"))
-        else:
-            error = task.exception()
-            self._answer(call, task.result() if error is None else None, error)
-        if call.start is not None and not call.gave_turn:
-            self._turns.leave()
+        try:
+            if task.cancelled():
+                self._answer(call, None, Cancelled("cancelled"))
+            else:
+                error = task.exception()
+                self._answer(call, task.result() if error is None else None, error)
+        finally:
+            if call.start is not None and not call.gave_turn:
+                self._turns.leave()
 
     def _stop(self, call: Call, why: BridgeError) -> None:
         """Answer now; the work is cancelled, however long it takes to notice."""
@@ -258,13 +260,7 @@ class Dispatcher:
     def _reply(self, call: Call, result: Any, error: BaseException | None) -> bytes:
         request = call.request
         now = time.monotonic()
-        meta = None
-        if request.meta:
-            meta = {
-                "duration_ms": round((now - call.received) * 1000, 3),
-                "queue_ms": round((call.started - call.received) * 1000, 3),
-                **({"lm_usage": {}, "lm_calls": 0, "cache_hits": 0} if call.meter is None else call.meter.summary()),
-            }
+        meta = _meta(call, now) if request.meta else None
         payload = b""
         if error is None:
             try:
@@ -293,3 +289,17 @@ class Dispatcher:
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
         return failures.describe(error, self._log_exception)
+
+
+def _meta(call: Call, now: float) -> dict[str, Any]:
+    asked: dict[str, Any] = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0}
+    if call.meter is not None:
+        try:
+            asked = call.meter.summary()
+        except Exception:  # what an LM of the host's own says of its usage may be anything
+            pass
+    return {
+        "duration_ms": round((now - call.received) * 1000, 3),
+        "queue_ms": round((call.started - call.received) * 1000, 3),
+        **asked,
+    }

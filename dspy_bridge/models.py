@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import importlib
 import json
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 # A price list that the first LM call would fetch from the network (up to 32 MB); the packaged one will do.
@@ -42,22 +45,31 @@ _ADAPTERS = dict(zip(ADAPTERS, (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdap
 
 
 class LMPool:
-    """As many LMs with equal options as the calls in flight need. Lent and given back on the event loop only."""
+    """As many LMs with equal options as the calls in flight need. Lent and given back on the event loop only.
+
+    When nobody has it any more its connections are closed: by themselves they stay open for as long as the provider
+    likes, also those of an LM that is garbage.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
         """Raises `InvalidArgs`."""
         self._options = options
         self._lms = [_make_lm(dict(options))]
         self._in_flight = [0]
+        self._loops: list[asyncio.AbstractEventLoop] = []
+        weakref.finalize(self, _close, self._lms, self._loops).atexit = False
 
     @property
     def first(self) -> dspy.BaseLM:
-        """The LM that is always there."""
+        """The LM that is always there, for who needs one for long: it keeps the pool."""
+        self._lms[0].pool = self
         return self._lms[0]
 
     @contextmanager
     def lend(self) -> Iterator[dspy.BaseLM]:
         """An LM that has a connection to spare."""
+        if not self._loops:
+            self._loops.append(asyncio.get_running_loop())
         place = next((n for n, count in enumerate(self._in_flight) if count < CALLS_PER_LM), len(self._lms))
         if place == len(self._lms):
             self._lms.append(_make_lm(dict(self._options)))
@@ -67,6 +79,28 @@ class LMPool:
             yield self._lms[place]
         finally:
             self._in_flight[place] -= 1
+
+
+# Closings under way: a loop keeps no task by itself.
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
+    """On whichever thread the last one let go."""
+
+    async def close() -> None:
+        for lm in lms:
+            with suppress(Exception):  # connections that were broken already
+                await lm.aclose()
+
+    def start() -> None:
+        task = asyncio.get_running_loop().create_task(close())
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+    for loop in loops:
+        with suppress(RuntimeError):  # it is closed itself
+            loop.call_soon_threadsafe(start, context=contextvars.Context())
 
 
 class Models:

@@ -6,7 +6,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge import models, modules, signatures, states, tools
+from dspy_bridge import models, modules, redaction, signatures, states, tools
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.metering import Meter
@@ -37,6 +37,7 @@ class Program:
         if definition.get("demos") is not None:
             states.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
         self._config = definition.get("config") or {}
+        redaction.learn(self._config)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
         self._text_fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
@@ -65,6 +66,7 @@ class Program:
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
         if config:
+            redaction.learn(config)
             values["config"] = config
         tools.asking.set(call)
         try:

@@ -57,7 +57,7 @@ class Stream:
         self._call = call
         self._loop = asyncio.get_running_loop()
         self._on_loop = on_loop
-        self._fields = list(dict.fromkeys((*fields, *_BEFORE)))
+        self._fields = list(dict.fromkeys((*_BEFORE, *fields)))
         self._told: dict[str, list[str]] = {}
         # By predictor.
         self._heard: dict[int, set[str]] = {}

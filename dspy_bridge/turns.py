@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ class Turns:
         self._most = most
         self._most_waiting = most_waiting
         self.running = 0
-        self._waiting: deque[Callable[[], object]] = deque()
+        # In their order; who withdraws is found at once.
+        self._waiting: OrderedDict[Callable[[], object], None] = OrderedDict()
 
     @property
     def full(self) -> bool:
@@ -34,16 +35,17 @@ class Turns:
             self.running += 1
             start()
         else:
-            self._waiting.append(start)
+            self._waiting[start] = None
 
     def withdraw(self, start: Callable[[], object]) -> None:
         """`start`, which waits, is not to be called any more."""
-        self._waiting.remove(start)
+        del self._waiting[start]
 
     def leave(self) -> None:
         """A turn is over: the next one begins."""
         if self._waiting:
-            self._waiting.popleft()()
+            start, _ = self._waiting.popitem(last=False)
+            start()
         else:
             self.running -= 1
 

@@ -137,7 +137,9 @@ def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset
     if command == "cleanup":
         return done if good_ids and not set(args) - {"program_ids"} else refused
     if command == "list_programs":
-        return done if good_ids and all(isinstance(flag, bool) for flag in details) else refused
+        if not good_ids or not all(isinstance(flag, bool) for flag in details):
+            return refused
+        return (frozenset(("success",)) | late, False) if details[1] else done
     if command == "create_program":
         id, signature = args.get("id"), args.get("signature")
         if not isinstance(id, str) or not id or signature is None or not objects or set(args) - set(CREATE_ARGS):

@@ -131,6 +131,52 @@ def test_a_tool_call_that_is_not_answered_ends_with_the_deadline() -> None:
     assert not bench.dispatcher._conversation._asked
 
 
+def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None:
+    """Nobody would answer, and its turn would be gone for good."""
+    ended = threading.Event()
+
+    async def stubborn(args: dict[str, Any], call: Call) -> Any:
+        try:
+            await call.ask("a", {})
+        except asyncio.CancelledError:
+            try:
+                await call.ask("b", {})
+            finally:
+                ended.set()
+
+    bench = Bench(stubborn)
+    bench.request(1, timeout_ms=50)
+    bench.next_tool_call()
+    assert bench.next()["error_type"] == "timeout"
+    assert ended.wait(20)
+    bench.request(2)
+    assert bench.next_tool_call()["name"] == "a"
+    assert bench.dispatcher.load()["in_flight"] == 1
+
+
+def test_a_meter_that_fails_costs_no_reply_and_no_turn() -> None:
+    """What an LM of the host's own says of its usage may be anything."""
+
+    class Broken:
+        def summary(self) -> dict[str, Any]:
+            raise TypeError("unsupported operand")
+
+    async def work(args: dict[str, Any], call: Call) -> Any:
+        call.meter = Broken()
+        return "done"
+
+    bench = Bench(work, max_in_flight=1)
+    for id in (1, 2):
+        bench.request(id, meta=True)
+        reply = bench.next()
+        assert reply["result"] == "done"
+        assert {key: reply["meta"][key] for key in ("lm_usage", "lm_calls", "cache_hits")} == {
+            "lm_usage": {},
+            "lm_calls": 0,
+            "cache_hits": 0,
+        }
+
+
 def test_after_the_end_of_input_no_tool_is_waited_for() -> None:
     """Those asked before get the reason, those asked after it as well: the execute goes on to its reply."""
 

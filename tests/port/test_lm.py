@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat
@@ -358,3 +359,44 @@ def test_a_defect_is_internal_with_its_traceback_in_the_log(start_lm: Any, tmp_p
         _, _, log = peer.finish()
     assert f"internal error {reference}" in log and "host.py" in log
     assert KEY not in log + reply["error"] and "capital of France" not in log
+
+
+def test_lms_that_are_given_with_calls_leave_no_connections_behind(start_lm: Any) -> None:
+    """Those used last are kept for the next call; all others are closed, also in the provider."""
+    server = start_lm()
+    with Peer() as peer:
+        peer.call("create_program", QA)
+        process = psutil.Process(peer.process.pid)
+        counts = []
+        for round in range(3):
+            for number in range(70):
+                lm = {"model": "openai/x", **server.options(api_key=f"sk-own-key-{round}-{number}")}
+                assert peer.call("execute_program", {**ASK, "lm": lm})["success"]
+            counts.append(process.num_fds())
+        # Closing is a matter of the loop's next moments.
+        assert max(counts[1:]) <= counts[0] + 5, counts
+
+
+def test_replaced_programs_leave_no_connections_behind(start_lm: Any) -> None:
+    server = start_lm()
+    with Peer() as peer:
+        process = psutil.Process(peer.process.pid)
+        counts = []
+        for number in range(400):
+            lm = {"model": "openai/x", **server.options(api_key=f"sk-own-key-{number}")}
+            peer.call("create_program", {**QA, "lm": lm})
+            assert peer.call("execute_program", ASK)["success"]
+            counts.append(process.num_fds())
+        assert counts[-1] <= counts[99] + 5, counts
+
+
+@pytest.mark.parametrize("where", ["program", "call"])
+def test_a_key_in_config_is_a_secret_too(start_lm: Any, where: str) -> None:
+    """It goes to the provider, which may repeat it."""
+    server = start_lm(error(401, "Incorrect API key provided: mysecretvalue777"))
+    config = {"config": {"api_key": "mysecretvalue777"}}
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, **(config if where == "program" else {})})
+        reply = peer.call("execute_program", {**ASK, **(config if where == "call" else {})})
+        assert reply["error_type"] == "lm_error" and "mysecretvalue777" not in reply["error"]
+    assert server.authorizations == ["Bearer mysecretvalue777"]

@@ -136,6 +136,19 @@ class Catches(Twice):
                 open(os.environ["TOLD"], "a").write("ended\\n")
                 raise
 
+class Untold(dspy.Module):
+    """Its state is asked for, and never told, or not without a wait."""
+    def __init__(self, wait):
+        super().__init__()
+        self.wait = wait
+    def forward(self, question):
+        return "x"
+    def dump_state(self, json_mode=True):
+        if self.wait:
+            open(os.environ["TOLD"], "a").write("asked\\n")
+            time.sleep(1000)
+        raise ValueError("no state")
+
 class Broken(dspy.Module):
     def __init__(self):
         sys.exit(5)
@@ -379,3 +392,26 @@ def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, s
         assert peer.call("ping")["success"]
     assert (tmp_path / "told").read_text() == "ended\n"
     assert len(server.requests) == 1
+
+
+def test_a_state_that_cannot_be_told_is_null_and_the_others_are_told(start: Any) -> None:
+    peer = start()
+    args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
+    assert peer.call("create_program", {**args, "options": {"wait": False}})["success"]
+    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
+    untold, told = peer.call("list_programs", {"state": True})["result"]["details"]
+    assert untold["state"] is None and told["state"]["demos"] == []
+
+
+def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, tmp_path: Path) -> None:
+    peer = start()
+    args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
+    assert peer.call("create_program", {**args, "options": {"wait": True}})["success"]
+    asked = peer.request("list_programs", {"state": True}, timeout_ms=PATIENCE * 1000)
+    end = time.monotonic() + PATIENCE
+    while not (tmp_path / "told").exists():
+        assert time.monotonic() < end
+        assert peer.call("ping")["success"]
+    assert peer.call("list_programs")["result"] == {"programs": ["Untold"]}
+    peer.send({"cancel": asked})
+    assert peer.receive()["error_type"] == "cancelled"
