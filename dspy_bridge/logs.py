@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
+import threading
+import time
 
 from dspy_bridge import messages, redaction, withholding
 
@@ -12,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 logger = logging.getLogger("dspy_bridge")
+
+# Records that wait for stderr: some 2 MB of tracebacks.
+MAX_WAITING = 1000
+_FLUSH_SECONDS = 0.5
 
 
 class _Redacted(logging.Formatter):
@@ -30,6 +37,42 @@ class _Diverted(logging.Filter):
         if record.levelno >= self._handler.level:
             self._handler.handle(record)
         return False
+
+
+class _Stderr(logging.Handler):
+    """Writes on a thread of its own: a stderr that nobody reads any more must hold up no execute.
+
+    What it does not take meanwhile is kept up to a bound, then dropped.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
+        threading.Thread(target=self._write, name="dspy_bridge-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            pass
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Called by `logging` at the exit, too: what waits is written, if somebody reads it."""
+        end = time.monotonic() + _FLUSH_SECONDS
+        while self._lines.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def _write(self) -> None:
+        while True:
+            rest = (self._lines.get() + "\n").encode("utf-8", "replace")
+            try:
+                while rest:
+                    rest = rest[os.write(2, rest) :]
+            except OSError:
+                pass  # nobody reads the log; that must cost nobody a reply
+            self._lines.task_done()
 
 
 class _Frames(logging.Handler):
@@ -59,7 +102,7 @@ def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
         return
     handler: logging.Handler
     if send is None:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
     else:
         handler = _Frames(send)

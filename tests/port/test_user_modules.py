@@ -415,3 +415,12 @@ def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, tmp_path: Pat
     assert peer.call("list_programs")["result"] == {"programs": ["Untold"]}
     peer.send({"cancel": asked})
     assert peer.receive()["error_type"] == "cancelled"
+
+
+def test_a_stderr_that_nobody_reads_holds_up_no_execute(start: Any) -> None:
+    """Each failure logs a traceback; a pipe takes some dozens."""
+    peer = start()
+    create(peer, "Raises")
+    for _ in range(400):
+        assert peer.call("execute_program", ask("Raises", "value"), timeout_ms=20_000)["error_type"] == "internal"
+    assert peer.finish()[2].count("Traceback") > 50
