@@ -11,16 +11,16 @@ import binascii
 import mimetypes
 import os
 import re
-import stat
 import types
 from collections.abc import Callable
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
 import pydantic
-from pydantic_core import PydanticCustomError
 
-from dspy_bridge.errors import NotAllowed
+from dspy_bridge import files
+from dspy_bridge.errors import BridgeError
+from dspy_bridge.misfits import again, not_allowed, unfit
 
 # A file is read whole, becomes a third longer as base64 and then part of a request; providers take less than this.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -30,6 +30,9 @@ _URL = re.compile(r"https?://[^\s/]+\S*", re.IGNORECASE)
 _DATA_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
 _MIME = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
 
+# Reads one turn of a history; raises `InvalidArgs` or `NotAllowed`, whose text begins with the field.
+Turn = Callable[[dict[str, Any]], dict[str, Any]]
+
 
 class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
     """DSPy's own `format` keeps the last 32 images in a cache, however large they are."""
@@ -38,18 +41,20 @@ class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
         return [{"type": "image_url", "image_url": {"url": self.url}}]
 
 
-def accepting(annotation: Any, files_dir: str | None) -> Any:
+def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
     """The annotation, with what a request may give for each of DSPy's types in it.
 
-    Validation with it raises `NotAllowed` where a path leads out of `files_dir`.
+    `files_dir`: the folder that paths may lead to. `turn`: reads the turns of a history; as they are without.
     """
+    if annotation is dspy.History:
+        return Annotated[annotation, pydantic.BeforeValidator(lambda value: _history(value, turn))]
     read = _READERS.get(annotation) if isinstance(annotation, type) else None
     if read is not None:
         return Annotated[annotation, pydantic.BeforeValidator(lambda value: read(value, files_dir))]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin not in (list, dict, tuple, set, frozenset, Union, types.UnionType):
         return annotation
-    inner = tuple(argument if argument is ... else accepting(argument, files_dir) for argument in arguments)
+    inner = tuple(argument if argument is ... else accepting(argument, files_dir, turn) for argument in arguments)
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007 - built from values
     return origin[inner]
@@ -62,47 +67,51 @@ def _image(value: Any, files_dir: str | None) -> Any:
         return _Image(url=value)
     mime, data, _ = _content(value, files_dir, "image", "a URL, a data: URL")
     if not mime.startswith("image/"):
-        raise _unfit(f"expected an image, not {mime}")
+        raise unfit(f"expected an image, not {mime}")
     return _Image(url=f"data:{mime};base64,{data}")
 
 
 def _audio(value: Any, files_dir: str | None) -> Any:
     if isinstance(value, str) and _URL.fullmatch(value):
-        raise _unfit("LMs take no URL of audio, and nothing is fetched for them; expected a data: URL with its bytes")
+        raise unfit("LMs take no URL of audio, and nothing is fetched for them; expected a data: URL with its bytes")
     mime, data, _ = _content(value, files_dir, "audio", "a data: URL")
     if not mime.startswith("audio/"):
-        raise _unfit(f"expected audio, not {mime}")
+        raise unfit(f"expected audio, not {mime}")
     kind = mime.removeprefix("audio/").removeprefix("x-")
     return dspy.Audio(data=data, audio_format={"mpeg": "mp3", "wave": "wav"}.get(kind, kind))
 
 
 def _file(value: Any, files_dir: str | None) -> Any:
     if isinstance(value, str) and _URL.fullmatch(value):
-        raise _unfit("DSPy has no files by URL, and nothing is fetched for it; expected a data: URL with its bytes")
+        raise unfit("DSPy has no files by URL, and nothing is fetched for it; expected a data: URL with its bytes")
     if isinstance(value, dict) and "file_id" in value:
         if set(value) - {"file_id", "filename"} or not all(isinstance(text, str) for text in value.values()):
-            raise _unfit("expected file_id, which may have a filename, both text")
+            raise unfit("expected file_id, which may have a filename, both text")
         return dspy.File(**value)
     mime, data, filename = _content(value, files_dir, "file", "a data: URL, {file_id}")
     return dspy.File(file_data=f"data:{mime};base64,{data}", filename=filename)
 
 
-def _history(value: Any, _files_dir: str | None) -> Any:
+def _history(value: Any, turn: Turn | None) -> Any:
     if isinstance(value, dict) and set(value) == {"messages"}:
         value = value["messages"]
     if not isinstance(value, list):
-        raise _unfit("expected a list of turns, each an object with fields of the signature")
-    for index, turn in enumerate(value):
-        if not isinstance(turn, dict):
-            raise _unfit(f"turn {index}: expected an object with fields of the signature")
-    return dspy.History(messages=value)
+        raise unfit("expected a list of turns, each an object with fields of the signature")
+    turns = []
+    for index, given in enumerate(value):
+        if not isinstance(given, dict):
+            raise unfit(f"turn {index}: expected an object with fields of the signature")
+        try:
+            turns.append(given if turn is None else turn(given))
+        except BridgeError as error:
+            raise again(type(error)(f"turn {index}: {error}")) from None
+    return dspy.History(messages=turns)
 
 
 _READERS: dict[type, Callable[[Any, str | None], Any]] = {
     dspy.Image: _image,
     dspy.Audio: _audio,
     dspy.File: _file,
-    dspy.History: _history,
 }
 
 
@@ -112,25 +121,25 @@ def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[
         head, _, data = value.partition(",")
         found = _DATA_HEAD.fullmatch(head.strip())
         if found is None:
-            raise _unfit("the data: URL must say its MIME type and that it is base64: data:image/png;base64,…")
+            raise unfit("the data: URL must say its MIME type and that it is base64: data:image/png;base64,…")
         return found[1].lower(), _checked(data.strip()), None
     keys = set(value) if isinstance(value, dict) else set()
     named = {"filename"} if kind == "file" else set()
     if {"base64", "mime"} <= keys <= {"base64", "mime"} | named:
         mime, data = value["mime"], value["base64"]
         if not isinstance(mime, str) or not _MIME.fullmatch(mime):
-            raise _unfit("mime: expected a MIME type such as image/png")
+            raise unfit("mime: expected a MIME type such as image/png")
         if not isinstance(data, str):
-            raise _unfit("base64: expected text")
+            raise unfit("base64: expected text")
         return mime.lower(), _checked(data), _filename(value.get("filename"))
     if "path" in keys and keys <= {"path", "mime"} | named:
         return _from_disk(value, files_dir)
-    raise _unfit(f"expected {forms}, {{base64, mime}} or {{path}}")
+    raise unfit(f"expected {forms}, {{base64, mime}} or {{path}}")
 
 
 def _filename(value: object) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise _unfit("filename: expected text")
+        raise unfit("filename: expected text")
     return value
 
 
@@ -144,45 +153,21 @@ def _checked(data: str) -> str:
             if not piece or base64.b64encode(base64.b64decode(piece)) != piece or (piece[-1:] == b"=" and not ends):
                 raise binascii.Error
     except (binascii.Error, ValueError):
-        raise _unfit("the content is no base64 (standard alphabet, with padding, no line breaks)") from None
+        raise unfit("the content is no base64 (standard alphabet, with padding, no line breaks)") from None
     return data
 
 
 def _from_disk(value: dict[str, Any], files_dir: str | None) -> tuple[str, str, str | None]:
-    path = value["path"]
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise _unfit("path: expected the name of a file")
     if files_dir is None:
-        raise NotAllowed("path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them")
-    folder = os.path.realpath(files_dir)
-    # Links and `..` are resolved first; what is opened then is that very name, with no link at its end.
-    real = os.path.realpath(os.path.join(folder, path))
-    if os.path.commonpath((folder, real)) != folder:
-        raise NotAllowed("path: leads out of the folder of DSPY_BRIDGE_FILES_DIR")
+        refused = "files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"
+        raise not_allowed(f"path: {refused}")
+    try:
+        real, content = files.read(files_dir, value["path"], MAX_FILE_BYTES)
+    except files.Outside:
+        raise not_allowed("path: leads out of the folder of DSPY_BRIDGE_FILES_DIR") from None
+    except files.Unreadable as error:
+        raise unfit(f"path: {error}") from None
     mime = value.get("mime") or mimetypes.guess_type(real)[0]
     if not isinstance(mime, str) or not _MIME.fullmatch(mime):
-        raise _unfit("mime: expected a MIME type such as image/png, as the file's name tells none")
-    content = _read(real)
+        raise unfit("mime: expected a MIME type such as image/png, as the file's name tells none")
     return mime.lower(), base64.b64encode(content).decode(), _filename(value.get("filename")) or os.path.basename(real)
-
-
-def _read(real: str) -> bytes:
-    try:
-        # A pipe or a device would block or never end.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise _unfit(f"path: cannot be read: {error.strerror}") from None
-    try:
-        told = os.fstat(descriptor)
-        if not stat.S_ISREG(told.st_mode):
-            raise _unfit("path: expected a regular file")
-        if told.st_size > MAX_FILE_BYTES:
-            raise _unfit(f"path: expected a file of at most {MAX_FILE_BYTES} bytes")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_FILE_BYTES)
-    finally:
-        os.close(descriptor)
-
-
-def _unfit(text: str) -> PydanticCustomError:
-    return PydanticCustomError("media", "{text}", {"text": text})

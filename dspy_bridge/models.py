@@ -18,7 +18,6 @@ from typing import Any
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
-from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 
 from dspy_bridge import echo, logs, redaction
 from dspy_bridge.errors import (
@@ -39,8 +38,6 @@ MAX_LMS = 64
 CALLS_PER_LM = 100
 # Options of dspy.LM that are Python objects, which JSON cannot give.
 _OBJECT_OPTIONS = ("async_engine", "callbacks", "launch_kwargs", "prompt_cache", "provider", "train_kwargs")
-# Of a saved LM: how it was made, where DSPy's own choice will do, and what is no keyword argument of dspy.LM.
-_NOT_FROM_STATES = frozenset(("engine", LM_CLASS_STATE_KEY, "finetuning_model", *_OBJECT_OPTIONS))
 _ADAPTERS = dict(zip(ADAPTERS, (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter), strict=True))
 
 
@@ -155,7 +152,7 @@ class Models:
     def saved_pool(self, state: dict[str, Any]) -> LMPool:
         """The LMs for the state of one that DSPy saved. Raises `InvalidArgs`."""
         try:
-            return self.pool({name: value for name, value in state.items() if name not in _NOT_FROM_STATES})
+            return self.pool(state)
         except InvalidArgs as error:
             raise InvalidArgs(f"state: {error}") from None
 

@@ -8,7 +8,7 @@ import dspy
 
 from dspy_bridge import models, modules, redaction, signatures, states, tools
 from dspy_bridge.calls import Call
-from dspy_bridge.errors import InvalidArgs, OutputInvalid
+from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.metering import Meter
 from dspy_bridge.runners import CodeRunner
 from dspy_bridge.streaming import Stream
@@ -60,9 +60,7 @@ class Program:
         Raises `BridgeError`, or whatever a defect raises.
         """
         runner = self._runner
-        values = self._contract.check({name: value for name, value in inputs.items() if name not in runner.extra})
-        runner.check(inputs)
-        values.update((name, inputs[name]) for name in runner.extra)
+        values = self._checked(inputs)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
         if config:
@@ -78,6 +76,18 @@ class Program:
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
         return outputs
+
+    def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The values that the module is called with. Raises `InvalidArgs` or `NotAllowed`, naming all that is wrong."""
+        extra = self._runner.extra
+        wrong: list[BridgeError] = []
+        try:
+            self._runner.check(inputs)
+        except InvalidArgs as error:
+            wrong.append(error)
+        values = self._contract.check({name: value for name, value in inputs.items() if name not in extra}, wrong)
+        values.update((name, inputs[name]) for name in extra)
+        return values
 
     async def _run(self, values: dict[str, Any], call: Call, stream: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {}

@@ -8,8 +8,13 @@ from __future__ import annotations
 import os
 import re
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 MASK = "[redacted]"
 _SECRET_NAME = re.compile(r"(key|token|secret|password|authorization|credential)s?$", re.IGNORECASE)
+_HEADERS = frozenset(("headers", "extra_headers", "default_headers"))
 # Keys that are known by their look, also where a provider shows only their ends (sk-ab***yz).
 _LOOKS_SECRET = re.compile(r"\b(?:sk|pk|rk|gsk|xai)-[\w*.…-]{6,}|\bBearer\s+[\w.~+/=-]{6,}|\bAIza[\w-]{10,}")
 # Shorter values are no secrets, and cutting them out would hit ordinary words.
@@ -37,6 +42,21 @@ def learn(options: object) -> None:
 def names_secret(name: str) -> bool:
     """Whether what has this name is secret, if it is a text."""
     return _SECRET_NAME.search(name) is not None
+
+
+def without_secrets(value: Any) -> Any:
+    """Keyword arguments of an LM (nested, plain) without any secret, and without headers, which may hold any."""
+    if isinstance(value, dict):
+        return {
+            name: without_secrets(inner)
+            for name, inner in value.items()
+            # A number under such a name is a setting: max_tokens.
+            if str(name).lower() not in _HEADERS
+            and not (isinstance(inner, (str, bytes, dict, list)) and names_secret(str(name)))
+        }
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def learn_environment() -> None:

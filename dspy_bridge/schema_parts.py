@@ -14,6 +14,7 @@ from typing import Any
 import pydantic
 from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
+from dspy_bridge import schema_patterns
 from dspy_bridge import schema_words as words
 from dspy_bridge.errors import InvalidArgs
 
@@ -56,8 +57,8 @@ class _Converter:
         words.check(schema, where, is_root=schema is self._root)
         if "pattern" in schema:
             self._patterns.add(str(schema["pattern"]))
-        if len(self._patterns) > words.MAX_PATTERNS:
-            raise InvalidArgs(f"{self._where}: expected at most {words.MAX_PATTERNS} different patterns")
+        if len(self._patterns) > schema_patterns.MOST:
+            raise InvalidArgs(f"{self._where}: expected at most {schema_patterns.MOST} different patterns")
         told = {word: schema[word] for word in schema if word in words.TOLD}
         if "$ref" in schema:
             core, shown = self._follow(schema["$ref"], where, depth)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import math
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from pydantic_core import CoreSchema, PydanticCustomError, SchemaError, SchemaValidator, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
+from dspy_bridge import schema_patterns
 from dspy_bridge.errors import InvalidArgs
-
-# Distinct patterns in one schema. The regex library allows each 10 MB and so some 60 ms.
-MAX_PATTERNS = 50
 
 # Those that say something to the LM and ask nothing of a value.
 TOLD = frozenset(("title", "description", "default", "examples"))
@@ -160,14 +156,7 @@ def _text(schema: dict[str, Any], where: str) -> CoreSchema:
     limits = counts(schema, where, "minLength", "maxLength")
     core: CoreSchema = core_schema.str_schema(min_length=limits.get("minLength"), max_length=limits.get("maxLength"))
     if "pattern" in schema:
-        pattern = schema["pattern"]
-        try:
-            matcher = _matcher(pattern) if isinstance(pattern, str) else None
-        except SchemaError:
-            matcher = None
-        if matcher is None:
-            known = "a regular expression, without look-around and back references"
-            raise InvalidArgs(f"{where}.pattern: cannot be read; expected {known}")
+        matcher = schema_patterns.read(schema["pattern"], f"{where}.pattern")
         core = core_schema.no_info_after_validator_function(matcher, core)
     name = schema.get("format")
     if name not in _FORMATS:
@@ -179,12 +168,6 @@ def _text(schema: dict[str, Any], where: str) -> CoreSchema:
         return text
 
     return core_schema.no_info_after_validator_function(has_format, core)
-
-
-@functools.lru_cache(maxsize=MAX_PATTERNS)
-def _matcher(pattern: str) -> Callable[[str], Any]:
-    # Apart from the schema around it, which is compiled several times: a pattern can take 60 ms, with the lock held.
-    return SchemaValidator(core_schema.str_schema(pattern=pattern)).validate_python
 
 
 def _has_format(text: str, name: str) -> bool:
@@ -221,7 +204,20 @@ def _number(kind: str, schema: dict[str, Any], where: str) -> CoreSchema:
     if kind == "integer":
         return core_schema.int_schema(**bounds)
     core = core_schema.float_schema(**bounds, allow_inf_nan=False)
-    return core_schema.no_info_wrap_validator_function(_keep_whole, core)
+    # As floats, long whole numbers are multiples of anything.
+    by_whole = schema.get("multipleOf", 1) == int(schema.get("multipleOf", 1))
+    whole = SchemaValidator(_number("integer", schema, where)) if by_whole else None
+
+    def keep_whole(value: Any, check: Any) -> Any:
+        """A whole number stays one: as a float it would come back as 5.0, and a long one as another."""
+        if type(value) is not int:
+            return check(value)
+        if whole is not None:
+            return whole.validate_python(value)
+        check(value)
+        return value
+
+    return core_schema.no_info_wrap_validator_function(keep_whole, core)
 
 
 def _is_finite(value: float) -> bool:
@@ -229,9 +225,3 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number past any float
         return False
-
-
-def _keep_whole(value: Any, check: Any) -> Any:
-    """A whole number stays one: as a float it would come back as 5.0, and a long one as another."""
-    checked = check(value)
-    return value if type(value) is int else checked

@@ -18,6 +18,10 @@ from dspy_bridge.errors import InvalidArgs
 # Lists and objects inside each other in the whole text, values (default, enum) included. Frames end at 200.
 MAX_NESTING = 200
 
+# A number is a float here, as for the type text `float`: DSPy tells LMs of it best. 5 comes back as 5.0, from inside
+# lists and objects as 5. And where the type is not `str` alone, DSPy reads a text of an LM's answer as JSON again
+# before it is checked: of {"type": ["string", "integer"]}, "5" becomes 5 and "[1]" is refused. Only an adapter could
+# mend that.
 _SCALARS: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": type(None)}
 
 

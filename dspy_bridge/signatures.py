@@ -6,7 +6,6 @@ DSPy's own parser of string signatures imports modules that a type names, so no 
 from __future__ import annotations
 
 import ast
-import copy
 import json
 import keyword
 from typing import Annotated, Any, get_origin
@@ -14,66 +13,19 @@ from typing import Annotated, Any, get_origin
 import dspy
 import pydantic
 
-from dspy_bridge import media
 from dspy_bridge.annotations import PROBABILITY, parse, read_type, resolve
-from dspy_bridge.errors import InvalidArgs, OutputInvalid
-from dspy_bridge.schema_words import short
+from dspy_bridge.contracts import Contract, Turn, validator_of
+from dspy_bridge.errors import InvalidArgs
 
 # Python's parser holds the interpreter lock throughout: 16,000 characters take it some 30 ms.
 MAX_SIGNATURE_CHARS = 16_000
 MAX_FIELDS = 1000
 
 # Keyword arguments that Predict and its callers keep for themselves.
-_NOT_AS_INPUT = frozenset(("self", "instance", "signature", "demos", "config", "lm", "new_signature", "completions"))
-
-
-class Contract:
-    """A signature, and what its input values and constrained outputs are checked with.
-
-    `inputs`: name to a validator, None where any value will do; `outputs`: the same, constrained ones only.
-    `defaults`: those of inputs that may be left out.
-    """
-
-    __slots__ = ("defaults", "inputs", "outputs", "signature")
-
-    def __init__(self, signature: type[dspy.Signature]) -> None:
-        self.signature = signature
-        self.inputs: dict[str, pydantic.TypeAdapter[Any] | None] = {}
-        self.outputs: dict[str, pydantic.TypeAdapter[Any]] = {}
-        self.defaults: dict[str, Any] = {}
-
-    def check(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs as DSPy wants them. Values in errors are not quoted.
-
-        Raises `InvalidArgs`, which names every missing, unknown and unfit one at once, and `NotAllowed`.
-        """
-        wrong = [f"inputs.{_quoted(name)}: unknown field" for name in inputs if name not in self.inputs]
-        values = {}
-        for name, validator in self.inputs.items():
-            if name not in inputs and name not in self.defaults:
-                if validator is None or not _takes_none(validator):
-                    wrong.append(f"inputs.{name}: missing")
-                continue
-            value = inputs[name] if name in inputs else copy.deepcopy(self.defaults[name])
-            try:
-                values[name] = value if validator is None else validator.validate_python(value)
-            except (pydantic.ValidationError, TypeError, ValueError) as error:
-                wrong.append(f"inputs.{name}: {_reason(error)}")
-        if wrong:
-            expected = ", ".join(self.inputs) or "no inputs"
-            raise InvalidArgs(f"{'; '.join(wrong)}; expected {expected}")
-        return values
-
-    def check_outputs(self, outputs: dict[str, Any]) -> None:
-        """What DSPy does not check of an LM's answer, each value made one of its type in place.
-
-        Raises `OutputInvalid`, which names the field.
-        """
-        for name, constraint in self.outputs.items():
-            try:
-                outputs[name] = constraint.validate_python(outputs.get(name))
-            except pydantic.ValidationError as error:
-                raise OutputInvalid(f"the LM's answer did not fit the signature: {name}: {_reason(error)}") from None
+_NOT_AS_INPUT = frozenset(
+    # `prediction`: one that looks like OpenAI's predicted output would become a setting of the LM, out of the prompt.
+    ("self", "instance", "signature", "demos", "config", "lm", "new_signature", "completions", "prediction")
+)
 
 
 def build(definition: object, *, files_dir: str | None = None, left_out: tuple[str, ...] = ()) -> Contract:
@@ -132,10 +84,9 @@ def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | N
                 info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
             fields[field.name] = (field.annotation, info)
     contract = Contract(dspy.Signature(fields, instructions or None))
+    turn = Turn({field.name: field.annotation for field in (*inputs, *outputs)}, files_dir)
     for field in inputs:
-        plain = field.annotation in (str, Any)
-        annotation = media.accepting(field.annotation, files_dir)
-        contract.inputs[field.name] = None if plain else pydantic.TypeAdapter(annotation)
+        contract.inputs[field.name] = validator_of(field.annotation, files_dir, turn.read)
         if field.default:
             contract.defaults[field.name] = field.default["default"]
     for field in outputs:
@@ -216,24 +167,3 @@ def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
     return [
         (arg.arg, str if arg.annotation is None else resolve(arg.annotation, f"{here}.{arg.arg}")) for arg in given.args
     ]
-
-
-def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
-    try:
-        validator.validate_python(None)
-    except pydantic.ValidationError:
-        return False
-    return True
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong, without the value: pydantic's own text quotes it."""
-    if isinstance(error, pydantic.ValidationError):
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = "".join(f"[{short(part) if isinstance(part, str) else part}]" for part in first["loc"])
-        return f"{place}{' ' if place else ''}{first['msg']}"
-    return str(error)
-
-
-def _quoted(name: str) -> str:
-    return name if name.isidentifier() and len(name) <= 60 else short(name)

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Mapping
 from typing import Any
 
 import dspy
 import jiter
 import pydantic
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 from dspy.utils.saving import get_dependency_versions
 
-from dspy_bridge import media, redaction
+from dspy_bridge import files, media, misfits, redaction
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 
 # A state holds texts: a larger file is something else.
 MAX_STATE_BYTES = 64 * 1024 * 1024
-MAX_DEMOS = 10_000
+# DSPy writes them into every prompt anew, on the event loop: 500 take it 16 to 60 ms.
+MAX_DEMOS = 500
 # What DSPy writes of a predictor; it would set any other key as an attribute, methods included.
 _KEYS = frozenset(("traces", "train", "demos", "signature", "lm", "fields"))
 _KEY_NAMES = ", ".join(sorted(_KEYS))
-# Where an LM is, and what it is told beside the prompt: a state that somebody gave must not send prompts elsewhere.
-_NOT_FROM_STATES = frozenset(("api_base", "base_url", "model_list", "headers", "extra_headers"))
+# The program's own words and values, whatever these are called.
+_DATA = frozenset(("traces", "train", "demos", "signature"))
+# What is taken of a saved LM: which one, and how it is to write. A state that somebody gave must not send prompts
+# elsewhere, or more along with them, and providers have too many names for that to list.
+_LM_SETTINGS = frozenset(
+    (
+        *("model", "model_type", "cache", "num_retries", "rollout_id", "timeout", "use_developer_role"),
+        *("temperature", "max_tokens", "max_completion_tokens", "top_p", "top_k", "min_p", "n", "stop", "seed"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "top_logprobs"),
+        *("reasoning_effort", "thinking", "verbosity"),
+    )
+)
 # What DSPy writes for a field without a description.
 _NO_DESCRIPTION = re.compile(r"\$\{(\w+)\}")
 
@@ -43,32 +53,14 @@ def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | 
 
 
 def _read_file(path: object, state_dir: str | None) -> Any:
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise InvalidArgs("state_path: expected text")
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        raise InvalidArgs("state_path: no name that a file can have") from None
     if state_dir is None:
         raise NotAllowed("state_path: DSPY_BRIDGE_STATE_DIR names the folder for states; it is not set")
-    folder = os.path.realpath(state_dir)
-    # Links and .. are followed first: what counts is where the file is.
-    found = os.path.realpath(os.path.join(folder, path))
-    if os.path.commonpath((folder, found)) != folder:
-        raise NotAllowed("state_path: expected a file under DSPY_BRIDGE_STATE_DIR")
     try:
-        # A pipe would be waited for.
-        descriptor = os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        try:
-            about = os.fstat(descriptor)
-            if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_STATE_BYTES:
-                raise InvalidArgs(f"state_path: expected a file of at most {MAX_STATE_BYTES} bytes")
-            with open(descriptor, "rb", closefd=False) as file:
-                return jiter.from_json(file.read(MAX_STATE_BYTES))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise InvalidArgs(f"state_path: cannot be read: {error.strerror}") from None
+        return jiter.from_json(files.read(state_dir, path, MAX_STATE_BYTES)[1])
+    except files.Outside:
+        raise NotAllowed("state_path: leads out of the folder of DSPY_BRIDGE_STATE_DIR") from None
+    except files.Unreadable as error:
+        raise InvalidArgs(f"state_path: {error}") from None
     except ValueError:
         raise InvalidArgs("state_path: expected JSON, as DSPy's save writes it") from None
 
@@ -85,7 +77,9 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     given = _by_predictor(module, state)
     for name, parameter in wanted.items():
         _check(given[name], parameter, "state" if _is_flat(module) else f"state.{name}")
-    lms = [_without_place(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
+    if sum(len(saved["demos"]) for saved in given.values()) > MAX_DEMOS:
+        raise InvalidArgs(f"state: expected at most {MAX_DEMOS} demos in all")
+    lms = [_settings_of(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
     if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
         raise InvalidArgs("state: its predictors have different LMs; expected one, or none")
     # Which LM it is called with is the program's business: one of a predictor's own would win over a call's.
@@ -101,8 +95,8 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
-    """What DSPy's `save` writes to a file; `lm`: what `load` gave."""
-    state: dict[str, Any] = module.dump_state()
+    """What DSPy's `save` writes to a file, without secrets; `lm`: what `load` gave."""
+    state: dict[str, Any] = _without_secrets(module.dump_state())
     if lm is not None:
         given = {name: {**saved, "lm": lm} for name, saved in _by_predictor(module, state).items()}
         state = given["self"] if _is_flat(module) else given
@@ -118,12 +112,24 @@ def _by_predictor(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any]:
     return {"self": state} if _is_flat(module) else state
 
 
-def _without_place(lm: dict[str, Any]) -> dict[str, Any]:
-    """An LM's state without what says where it is, and without secrets."""
+def _settings_of(lm: dict[str, Any]) -> dict[str, Any]:
+    """What is taken of a saved LM. Raises `InvalidArgs`."""
+    if "://" in str(lm.get("model")):
+        # With some providers it is the address.
+        raise InvalidArgs("state: lm.model: expected a name; no address is taken from a state")
+    return {name: value for name, value in lm.items() if name in _LM_SETTINGS}
+
+
+def _without_secrets(state: Any, *, is_lm: bool = False) -> Any:
+    """A module's state, the LMs in it without their secrets. DSPy leaves out `api_key` alone."""
+    if isinstance(state, list):
+        return [_without_secrets(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    if is_lm or LM_CLASS_STATE_KEY in state:
+        return redaction.without_secrets(state)
     return {
-        name: value
-        for name, value in lm.items()
-        if name not in _NOT_FROM_STATES and not (isinstance(value, str) and redaction.names_secret(name))
+        name: value if name in _DATA else _without_secrets(value, is_lm=name == "lm") for name, value in state.items()
     }
 
 
@@ -160,11 +166,8 @@ def _demo(demo: object, fields: Mapping[str, pydantic.TypeAdapter[Any]], where: 
             raise InvalidArgs(f"{where}.{name}: unknown field; expected {', '.join(fields)}")
         try:
             read[name] = fields[name].validate_python(value)
-        except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            raise InvalidArgs(f"{where}.{name}: {first['msg']}") from None
         except (TypeError, ValueError) as error:
-            raise InvalidArgs(f"{where}.{name}: {error}") from None
+            raise misfits.describe(f"{where}.{name}", error) from None
     return read
 
 

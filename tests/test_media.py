@@ -62,11 +62,50 @@ def test_a_file(given: Any, part: dict[str, str]) -> None:
     assert take("file", given).format() == [{"type": "file", "file": part}]
 
 
+CHAT = {
+    "inputs": [{"name": "past", "type": "history"}, {"name": "photo", "type": "image | None"}, {"name": "question"}],
+    "outputs": [{"name": "answer"}, {"name": "sure", "type": "bool"}],
+}
+
+
+def history(given: Any, files_dir: Path | None = None) -> Any:
+    """The turns as a program with a history gets them."""
+    made = signatures.build(CHAT, files_dir=None if files_dir is None else str(files_dir))
+    return made.check({"past": given, "question": "?"})["past"]
+
+
 def test_a_history_is_a_list_of_turns() -> None:
-    turns = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    turns = [{"question": "a", "answer": "b", "sure": True}, {"question": "c"}, {"answer": 5, "reasoning": "r"}]
     for given in (turns, {"messages": turns}):
-        assert take("history", given) == dspy.History(messages=turns)
-    assert take("history", []).messages == []
+        assert history(given) == dspy.History(messages=turns)
+    assert history([]).messages == []
+
+
+def test_the_media_in_a_turn_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (turn,) = history([{"question": "a", "photo": {"path": "a.png"}, "sure": "yes"}], tmp_path).messages
+    assert isinstance(turn["photo"], dspy.Image) and turn["photo"].url.endswith("eA==") and turn["sure"] is True
+
+
+@pytest.mark.parametrize(
+    ("turn", "kind", "said"),
+    [
+        ({"other": 1}, InvalidArgs, "other: unknown field; expected photo, question, answer, sure"),
+        ({"question": "q", "x y": 1}, InvalidArgs, "'x y': unknown field; expected photo, question, answer, sure"),
+        ({"past": [], "question": "q"}, InvalidArgs, "past: unknown field; expected photo, question, answer, sure"),
+        ({}, InvalidArgs, "expected at least one of photo, question, answer, sure"),
+        ({"reasoning": "r"}, InvalidArgs, "expected at least one of photo, question, answer, sure"),
+        ({"question": None}, InvalidArgs, "question: expected text"),
+        ({"sure": "SECRET"}, InvalidArgs, "sure: Input should be a valid boolean, unable to interpret input"),
+        ({"photo": 5}, InvalidArgs, "photo: expected a URL, a data: URL, {base64, mime} or {path}"),
+        ({"photo": {"path": "../x.png"}}, NotAllowed, "photo: path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
+        (5, InvalidArgs, "expected an object with fields of the signature"),
+    ],
+)
+def test_what_is_wrong_with_a_turn_is_named(turn: Any, kind: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(kind) as caught:
+        history([{"question": "a"}, turn, {"nor": "this"}], tmp_path)
+    assert str(caught.value) == f"inputs.past: turn 1: {said}; expected past, photo, question"
 
 
 def test_containers_take_the_same_forms() -> None:
@@ -112,7 +151,6 @@ def test_containers_take_the_same_forms() -> None:
         ("data:image/png;base64,", "no base64"),
         ("data:image/png;base64,SECRET!!", "no base64"),
         ("data:image/png;base64", "no base64"),
-        ({"path": 5}, "path: expected"),
     ],
 )
 def test_what_is_none_of_it_is_named_and_never_quoted(kind: str, given: Any, text: str) -> None:
@@ -134,8 +172,8 @@ def test_what_is_none_of_it_is_named_and_never_quoted(kind: str, given: Any, tex
         ("file", {"base64": PNG, "mime": "text/plain", "filename": 5}, "filename: expected text"),
         ("history", "hello", "expected a list of turns"),
         ("history", {"messages": 5}, "expected a list of turns"),
-        ("history", [{"a": 1}, 5], "turn 1: expected an object"),
-        ("list[image]", ["https://example.org/x", "x"], "[1] expected"),
+        ("history", [5], "turn 0: expected an object"),
+        ("list[image]", ["https://example.org/x", "x"], "inputs.it[1]: expected"),
     ],
 )
 def test_what_does_not_fit_one_kind(kind: str, given: Any, text: str) -> None:
@@ -187,6 +225,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch
         ("gone.png", "path: cannot be read: No such file"),
         ("large.png", "at most 4 bytes"),
         ("unnamed", "mime: expected"),
+        (5, "path: expected the name"),
         ("a\0b", "path: expected the name"),
         ("x" * 5000 + ".png", "path: cannot be read"),
         ("", "path: expected the name"),

@@ -61,13 +61,17 @@ def test_equal_options_share_an_lm_and_only_so_many_are_kept(lms: models.Models)
 
 def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(lms: models.Models) -> None:
     pool = lms.pool({"model": "openai/many"})
-    for _ in range(2):
-        with ExitStack() as stack:
-            lent = [stack.enter_context(pool.lend()) for _ in range(models.CALLS_PER_LM * 2 + 1)]
-            assert len({id(lm) for lm in lent}) == 3
-            assert lent[0] is pool.first
-    with pool.lend() as lm:
-        assert lm is pool.first
+
+    async def lend() -> None:
+        for _ in range(2):
+            with ExitStack() as stack:
+                lent = [stack.enter_context(pool.lend()) for _ in range(models.CALLS_PER_LM * 2 + 1)]
+                assert len({id(lm) for lm in lent}) == 3
+                assert lent[0] is pool.first
+        with pool.lend() as lm:
+            assert lm is pool.first
+
+    asyncio.run(lend())
 
 
 def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(lms: models.Models) -> None:

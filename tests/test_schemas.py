@@ -8,12 +8,13 @@ import string
 import time
 from typing import Annotated, Any, Literal, get_origin
 
+import psutil
 import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_bridge import annotations, schema_parts, schema_words
+from dspy_bridge import annotations, schema_parts, schema_patterns, schema_words
 from dspy_bridge.errors import InvalidArgs
 
 AT = "signature.outputs[0].type"
@@ -147,6 +148,16 @@ def test_numbers_keep_their_kind() -> None:
     assert str(check({"type": "array", "items": {"type": "number"}}, values)) == str(values)
 
 
+def test_a_long_whole_number_is_a_multiple_or_none() -> None:
+    """As a float it is one of anything."""
+    for kind in ("number", "integer"):
+        schema = {"type": "array", "items": {"type": kind, "multipleOf": 3}}
+        assert check(schema, [3 * 10**20, -3, 0]) == [3 * 10**20, -3, 0]
+        with pytest.raises(pydantic.ValidationError):
+            check(schema, [10**20])
+    assert check({"type": "array", "items": {"type": "number", "multipleOf": 0.5}}, [2, 1.5]) == [2, 1.5]
+
+
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_name_is_a_property(name: str) -> None:
     """Those that are no names in Python or mean something to pydantic too."""
@@ -255,7 +266,8 @@ CYCLE = {"$ref": "#/$defs/a", "$defs": {"a": obj(b={"$ref": "#/$defs/b"}), "b": 
         ({"type": "string", "minLength": True}, ".minLength: expected a whole number"),
         ({"type": "string", "pattern": "("}, ".pattern: cannot be read"),
         ({"type": "string", "pattern": "(?=a)"}, ".pattern: cannot be read"),
-        ({"type": "string", "pattern": "((a{1000}){1000}){1000}"}, ".pattern: cannot be read"),
+        ({"type": "string", "pattern": "((a{1000}){1000}){1000}"}, ".pattern: too large"),
+        ({"type": "string", "pattern": "a" * 1001}, ".pattern: expected at most 1000 characters"),
         ({"type": "string", "pattern": None}, ".pattern: cannot be read"),
         ({"type": "string", "format": 5}, ".format: expected text"),
         ({"type": "integer", "minimum": "0"}, ".minimum: expected a number"),
@@ -350,16 +362,81 @@ def test_a_wide_schema_works_in_bounded_time() -> None:
     assert time.monotonic() - began < 5
 
 
-def test_patterns_that_cost_much_are_few() -> None:
-    """Each may take 60 ms and 10 MB; the same one is compiled once."""
+def test_patterns_that_cost_much_are_few_and_bounded() -> None:
+    """The same one is compiled once."""
     same = obj(**{f"p{n}": {"type": "string", "pattern": r"^\w{80}$"} for n in range(200)})
     began = time.monotonic()
     assert check(same, {"p7": "x" * 80}) and time.monotonic() - began < 1
-    many = obj(**{f"p{n}": {"type": "string", "pattern": f"^{n}"} for n in range(schema_words.MAX_PATTERNS)})
+    many = obj(**{f"p{n}": {"type": "string", "pattern": f"^{n}"} for n in range(schema_patterns.MOST)})
     assert check(many, {"p7": "7up"})
     many["properties"]["more"] = {"type": "string", "pattern": "x"}
-    with pytest.raises(InvalidArgs, match="at most 50 different patterns"):
+    with pytest.raises(InvalidArgs, match="at most 10 different patterns"):
         annotations.read_type(many, AT)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\p{Greek}{20}\pL{2}",
+        r"(?i:\PL){20}",
+        "(a{100}){100}",
+        "a{7000}",
+        "(?i)a{4000}",
+        ".{2000}",
+        r"\S{800}",
+        "(?:x{0,60}){150,}",
+        r"[](]\p{L}{20}",
+        r"(\p{L}\p{L}[](])?{10}",
+        r"(?P<n>\w{20}){200}",
+        "((((.{8}){8}){8}){8})",
+        r"(?x) \p{L} {20}",
+        "a{99999999999999999999}",
+    ],
+)
+def test_a_pattern_that_would_be_large_is_refused(pattern: str) -> None:
+    with pytest.raises(InvalidArgs, match=r"\.pattern: too large"):
+        annotations.read_type({"type": "string", "pattern": pattern}, AT)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (r"^[\w.+-]{1,64}@[\w-]{1,63}\.\w{2,24}$", "ada@example.org", "ada"),
+        (r"^[\w\s.,'-]{1,500}$", "Ada, nee", ""),
+        (r"^\w+$", "Ada_1", "é"),
+        (r"^\W+[^\w]+[^\W_]\D$", "é, 1x", "a"),
+        (r"^\d+$", "12", "१२"),
+        (r"^\p{L}+$", "Adaé", "1"),
+        (r"^\\w$", "\\w", "a"),
+        (r"^\+?[0-9 ()-]{5,30}$", "+49 (0) 12345", "x"),
+        (r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}$", "2026-01-01T00:00", "2026"),
+        (r"^[[:alpha:]]{1,100}$", "abc", "1"),
+        (r"^.{1,900}$", "x", ""),
+        (r"^\{5000\}[({]{2}$", "{5000}({", "{5000}"),
+    ],
+)
+def test_patterns_that_people_write_are_taken(pattern: str, good: str, bad: str) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    assert check(schema, good) == good
+    with pytest.raises(pydantic.ValidationError):
+        check(schema, bad)
+
+
+def test_patterns_take_no_memory_of_each_program() -> None:
+    """Of hundreds that are known, some MB are kept compiled."""
+
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    def heavy(n: int) -> dict[str, Any]:
+        return obj(**{f"p{m}": {"type": "string", "pattern": rf"^x{n}y{m}\w{{100}}.*\p{{L}}"} for m in range(10)})
+
+    alive = [annotations.read_type(heavy(0), AT)]
+    before = resident()
+    alive += [annotations.read_type(heavy(n), AT) for n in range(1, 40)]
+    assert resident() - before < 60_000_000
+    text = "x7y3" + "a" * 100 + "é"
+    assert pydantic.TypeAdapter(alive[7]).validate_python({"p3": text}) == {"p3": text}
 
 
 JSON = st.recursive(

@@ -91,13 +91,67 @@ def test_the_lm_that_it_was_saved_with_is_told_without_its_place_and_its_secrets
     served = KINDS[kind]()
     lm = states.load(served, copy.deepcopy(state))
     assert lm is not None and (lm["model"], lm["temperature"]) == ("openai/small", 0.3)
-    assert lm.keys().isdisjoint({"api_base", "api_key", "headers", "aws_secret_access_key"})
+    assert lm.keys() <= {"model", "model_type", "cache", "num_retries", "temperature", "max_tokens"}
     assert all(predictor.lm is None for predictor in served.predictors()), "a call's lm must win over it"
     sent = as_sent(served, lm)
     again = KINDS[kind]()
     assert states.load(again, sent) == lm and as_sent(again, lm) == sent
     again.load_state({name: value for name, value in sent.items() if name != "metadata"})
     assert [predictor.lm.model for predictor in again.predictors()] == ["openai/small"] * len(again.predictors())
+
+
+def test_only_how_an_lm_is_to_write_is_taken_from_a_state() -> None:
+    """Not where it is, nor what else is sent to it: providers have many names for these."""
+    harmless = {"model": "openai/small", "temperature": 0.3, "max_tokens": 9, "stop": ["x"], "use_developer_role": True}
+    elsewhere: dict[str, Any] = {
+        "extra_body": {"x": 1},
+        "extra_headers": {"x": "y"},
+        "azure_ad_token": "t0ken!",
+        "api_key": "k3y!!!",
+        "custom_llm_provider": "x",
+        "engine": "litellm",
+        "callbacks": [],
+        "_dspy_lm_class": "os.system",
+        "new": 1,
+        **dict.fromkeys(("api_base", "base_url", "azure_endpoint", "aws_bedrock_runtime_endpoint"), "http://evil/"),
+    }
+    state = {**GOOD, "lm": {**harmless, **elsewhere}}
+    module = dspy.Predict(QA)
+    lm = states.load(module, copy.deepcopy(state))
+    assert lm == harmless and as_sent(module, lm)["lm"] == harmless
+    with pytest.raises(InvalidArgs, match=r"state: lm\.model: expected a name"):
+        states.load(module, {**GOOD, "lm": {"model": "huggingface/https://evil/"}})
+
+
+def test_no_secret_of_a_hosts_lm_is_told() -> None:
+    """A module of the host's own may have LMs, with whatever providers take."""
+    module = Own()
+    secrets = {
+        "extra_headers": {"Authorization": "Bearer s3cret-1"},
+        "headers": {"x-auth": "s3cret-2"},
+        "default_headers": {"x-auth": "s3cret-3"},
+        "aws_secret_access_key": "s3cret-4",
+        "extra_body": {"api_key": "s3cret-5", "nested": [{"password": "s3cret-6"}], "size": 5},
+        "vertex_credentials": {"client": "s3cret-7"},
+        "azure_ad_token": "s3cret-8",
+    }
+    module.first.lm = dspy.LM("openai/x", max_tokens=77, region="eu", **secrets)
+    module.first.demos = [{"question": "q", "topic": "t", "token": "a word"}]
+    sent = as_sent(module)
+    assert "s3cret" not in json.dumps(sent)
+    lm = sent["first"]["lm"]
+    assert lm["max_tokens"] == 77 and lm["region"] == "eu" and lm["extra_body"] == {"nested": [{}], "size": 5}
+    assert sent["first"]["demos"] == module.first.demos
+
+
+def test_the_demos_of_a_state_are_bounded_in_all() -> None:
+    state = Own().dump_state()
+    for saved_predictor in state.values():
+        saved_predictor["demos"] = [{"question": "q"}] * 250
+    states.load(Own(), copy.deepcopy(state))
+    state["first"]["demos"].append({"question": "q"})
+    with pytest.raises(InvalidArgs, match="state: expected at most 500 demos in all"):
+        states.load(Own(), state)
 
 
 def test_a_saved_lm_of_only_some_predictors_is_refused(tmp_path: Path) -> None:
@@ -297,7 +351,7 @@ def test_demos_are_of_the_types_of_their_fields() -> None:
         ([{"question": "q", "n": 1}, {"other": 1}], r"demos\[1\].other: unknown field; expected question, n, answer"),
         ([{"n": "many"}], r"demos\[0\].n: "),
         ([{"question": 5}], r"demos\[0\].question: "),
-        ([{"answer": "a"}] * 10_001, "demos: expected at most 10000"),
+        ([{"answer": "a"}] * 501, "demos: expected at most 500"),
     ],
 )
 def test_demos_that_do_not_fit_are_named(demos: Any, said: str) -> None:

@@ -85,7 +85,8 @@ def test_dspy_types_are_taken_as_inputs(echo_peer: Peer) -> None:
         "outputs": [{"name": "answer"}],
     }
     assert echo_peer.call("create_program", {"id": "t", "signature": signature})["success"]
-    inputs = {"picture": "https://example.org/a.png", "past": {"messages": [{"picture": "x", "answer": "y"}]}}
+    turn = {"picture": "https://example.org/b.png", "answer": "y"}
+    inputs = {"picture": "https://example.org/a.png", "past": {"messages": [turn]}}
     assert echo_peer.call("execute_program", {"program_id": "t", "inputs": inputs})["success"]
 
 

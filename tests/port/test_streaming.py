@@ -236,8 +236,8 @@ def test_what_the_cache_answers_is_one_chunk(stage: Stage) -> None:
     assert len(frames) > 4 and reply["meta"]["cache_hits"] == 0
     frames, again = stage.run(program, meta=True)
     assert frames == [
-        {"field": "answer", "chunk": "Paris, in France"},
         {"field": "reasoning", "chunk": "It is known."},
+        {"field": "answer", "chunk": "Paris, in France"},
     ]
     assert again["result"] == reply["result"] and again["meta"]["cache_hits"] == 1
     assert len(stage.server.requests) == 1

@@ -125,7 +125,7 @@ def test_inputs_are_checked_before_any_lm_is_asked(start_lm: Any) -> None:
     assert reply["error_type"] == "invalid_args" and not server.requests
     for text in (
         "inputs.more: unknown",
-        "inputs.who: ['first-name'] Field required",
+        "inputs.who['first-name']: Field required",
         "inputs.pic: ",
         "inputs.log: miss",
     ):
@@ -245,3 +245,25 @@ def test_a_deep_schema_is_one_clear_error(peer: Peer, word: str, depth: int) -> 
 def test_a_type_that_is_none_is_named(peer: Peer, kind: Any, text: str) -> None:
     reply = create(peer, {"q": "str"}, {"a": kind})
     assert reply["error_type"] == "invalid_args" and text in reply["error"]
+
+
+def test_missing_completions_are_named_beside_all_else(peer: Peer) -> None:
+    more = {"program_type": "multi_chain_comparison", "options": {"M": 2}}
+    assert create(peer, {"question": "str"}, {"answer": "str"}, **more)["success"]
+    wanted = "inputs.completions: expected a list of 2 objects with reasoning and answer"
+    reply = execute(peer, w=1)
+    assert reply["error_type"] == "invalid_args"
+    assert reply["error"] == f"{wanted}; inputs.w: unknown field; inputs.question: missing; expected question"
+    assert execute(peer, question="Why?")["error"] == wanted
+
+
+def test_a_long_history_is_checked_and_an_image_in_it_sent(peer: Peer) -> None:
+    fields = {"past": "history", "photo": "Optional[image]", "question": "str"}
+    assert create(peer, fields, {"answer": "str"})["success"]
+    turns: list[Any] = [{"question": "q", "answer": "a"}] * 1000
+    assert execute(peer, past=[*turns, {"photo": {"base64": PNG, "mime": "image/png"}}], question="?")["success"]
+    reply = execute(peer, past=[*turns, {"photo": {"path": "/etc/hostname"}}], question="?", photo=5)
+    assert reply["error_type"] == "not_allowed"
+    assert (
+        "inputs.past: turn 1000: photo: path: " in reply["error"] and "inputs.photo: expected a URL" in reply["error"]
+    )
