@@ -246,7 +246,7 @@ class Commands:
         except BaseException as error:  # code of the host's and DSPy's own, which may raise anything
             from dspy_bridge import logs
 
-            why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be imported: {error}"
+            why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be set up: {error}"
             return SetupFailed(f"{why}; the peer's log has the traceback under {logs.exception()}")
 
 

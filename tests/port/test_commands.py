@@ -388,5 +388,5 @@ def test_without_dspy_everything_but_programs_works(tmp_path: Any) -> None:
     (tmp_path / "dspy.py").write_text("raise ImportError('broken on purpose')")
     with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as peer:
         reply = peer.call("create_program", QA)
-        assert reply["error_type"] == "internal" and "DSPy cannot be imported" in reply["error"]
+        assert reply["error_type"] == "internal" and "DSPy cannot be set up" in reply["error"]
         assert peer.call("ping")["success"] and peer.call("get_stats")["success"]

@@ -1,0 +1,224 @@
+"""For a program that runs Python through ErlPort 0.11: the six commands, with no port of their own.
+
+    {ok, Python} = python:start([{python_path, "…"}, {env, [{"DSPY_BRIDGE_LM", "openai/gpt-4o-mini"}]}]),
+    python:call(Python, 'dspy_bridge.erlport', call, [<<"ping">>, #{}])
+    python:call(Python, 'dspy_bridge.erlport', submit, [self(), make_ref(), <<"execute_program">>, Args])
+
+Behind both is the port's dispatcher, with its limits and errors. It takes requests and gives replies as JSON, so that
+is what terms become and what replies are made from. One per Python process, made by the first call; settings come from
+the environment alone. The process stays ErlPort's: its descriptors, signals and end are none of this module's business.
+
+ErlPort carries out one call at a time, on its main thread: while a `call` waits for an LM, every other call to the same
+Python waits too, whoever makes it, and nothing on this side can change that. `submit` returns at once, so any number
+of executes run beside each other, and who wants a reply waits for a message alone: it is the one for what asks an LM.
+
+Not to be had here: what is no command but stands beside one (`stream`, `meta`, `timeout_ms`, cancelling), and tools of
+the caller's, as a call has no way back while it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import queue
+import re
+import threading
+
+from dspy_bridge import failures, memory, messages
+from dspy_bridge.erlang_terms import NoCommand, Unfit, from_term, to_command, to_term
+from dspy_bridge.settings import SettingError
+from dspy_bridge.values import encode_value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+_NO_TOOLS = "tools need a port of their own: a call through ErlPort has no way back while it runs"
+# What a payload is, by its first two keys: nothing more is read of it on the event loop.
+_HEAD = re.compile(rb'\{"id":([0-9]+),"(success|tool_call)":')
+
+
+def call(command: Any, args: Any = None) -> dict[bytes, Any]:
+    """Carry out a command; returns its reply as a map with binary keys, errors too: nothing is raised.
+
+    Until it returns, ErlPort carries out no other call to this Python; what was submitted before goes on.
+    """
+    atom = _atom()
+    answer: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    _send(command, args, answer.put)
+    reply = _reply(answer.get(), atom)
+    memory.give_back()
+    return reply
+
+
+def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
+    """Return `ok` at once; the reply, as `call` would return it, comes to `pid` as `{dspy_reply, ref, map}`."""
+    atom = _atom()
+    _start_caster()
+    _send(command, args, lambda payload: _casts.put((pid, ref, payload)))
+    return atom(b"ok")
+
+
+class Peer:
+    """The dispatcher in ErlPort's process, and who waits for its replies. Any thread may send."""
+
+    def __init__(self) -> None:
+        """Raises `SettingError`."""
+        from dspy_bridge import settings
+        from dspy_bridge.commands import Commands
+        from dspy_bridge.dispatcher import Dispatcher
+
+        self.settings = settings.load(os.environ, {})
+        commands = Commands(self.settings, _setup_logs, lambda: self._dispatcher.load())
+        self._dispatcher: Dispatcher = Dispatcher(
+            commands.table(),
+            self._deliver,
+            max_in_flight=self.settings.max_in_flight,
+            max_queue=self.settings.max_queue,
+            max_frame_bytes=self.settings.max_frame_bytes,
+            log_exception=_log_exception,
+            prepare_loop=self._prepare_loop,
+        )
+        self._ids = itertools.count(1)
+        # Single steps on it are safe from any thread.
+        self._waiting: dict[int, Callable[[bytes], object]] = {}
+        # The dispatcher has one thread that reads. Here any thread may be that, one at a time.
+        self._reading = threading.Lock()
+
+    def send(self, command: str, args: Any, reply: Callable[[bytes], object]) -> None:
+        """Have a command carried out. `reply` gets the payload that the port would send, once, on any thread."""
+        id = next(self._ids)
+        payload = encode_value({"id": id, "command": command, "args": args})
+        memory.seen(len(payload))
+        self._waiting[id] = reply
+        try:
+            told = self._receive(payload)
+        except BaseException:  # no thread to be had for the loop, an interrupt
+            self._waiting.pop(id, None)
+            raise
+        if told is not None:
+            self._answer(id, told)
+
+    def _receive(self, payload: bytes) -> bytes | None:
+        from dspy_bridge.frames import TooLarge
+
+        fits = len(payload) <= self.settings.max_frame_bytes
+        with self._reading:
+            told = self._dispatcher.receive(payload if fits else TooLarge(len(payload)))
+            self._dispatcher.wake()
+        return told
+
+    def _answer(self, id: int, payload: bytes) -> None:
+        memory.seen(len(payload))
+        reply = self._waiting.pop(id, None)
+        if reply is not None:
+            reply(payload)
+
+    # On the event loop's thread.
+
+    def _deliver(self, payloads: Iterable[bytes]) -> None:
+        for payload in payloads:
+            head = _HEAD.match(payload)
+            assert head is not None, "streams are not asked for, and log frames not either"
+            if head[2] == b"success":
+                self._answer(int(head[1]), payload)
+            else:
+                asked = json.loads(payload)["tool_call"]
+                result = {"call_id": asked["call_id"], "success": False, "error": _NO_TOOLS}
+                self._receive(encode_value({"tool_result": result}))
+
+    def _prepare_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        from dspy_bridge import hops
+
+        loop.set_default_executor(hops.Executor(memory_cache_only=self.settings.disk_cache is None))
+
+
+_lock = threading.Lock()
+_peer: Peer | None = None
+# What `submit` has to tell. Not told on the event loop: ErlPort takes long to encode a large reply, and its pipe may be
+# full; neither is to hold up the other executes.
+_casts: queue.SimpleQueue[tuple[Any, Any, bytes]] = queue.SimpleQueue()
+_caster: threading.Thread | None = None
+
+
+def _the_peer() -> Peer:
+    """Raises `SettingError`, each time anew: the environment may have been mended."""
+    global _peer
+    with _lock:
+        if _peer is None:
+            _peer = Peer()
+        return _peer
+
+
+def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
+    """As `Peer.send`, from terms, and whatever goes wrong is the reply."""
+    try:
+        peer = _the_peer()
+        peer.send(to_command(command), from_term(args), reply)
+        return
+    except Unfit as unfit:
+        failure = messages.failure(unfit.error_type, failures.one_line(str(unfit)))
+    except NoCommand as error:
+        failure = messages.failure("invalid_request", str(error))
+    except SettingError as error:
+        failure = messages.failure("internal", failures.one_line(str(error)))
+    except Exception as error:
+        failure = failures.describe(error, _log_exception)
+    reply(messages.encode_failure(None, failure))
+
+
+def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:
+    """Not by jiter, which goes 200 levels deep: the result alone may have as many."""
+    try:
+        reply = json.loads(payload)
+        del reply["id"]
+        term: dict[bytes, Any] = to_term(reply, atom)
+    except Exception as error:
+        term = to_term(failures.describe(error, _log_exception), atom)
+    return term
+
+
+def _start_caster() -> None:
+    global _caster
+    with _lock:
+        if _caster is None:
+            _caster = threading.Thread(target=_cast_all, name="dspy_bridge-cast", daemon=True)
+            _caster.start()
+
+
+def _cast_all() -> None:
+    while True:
+        # In a function of its own: its locals would keep the last reply alive for as long as this waits.
+        _cast(*_casts.get())
+        memory.give_back()
+
+
+def _cast(pid: Any, ref: Any, payload: bytes) -> None:
+    atom = _atom()
+    try:
+        importlib.import_module("erlport.erlang").cast(pid, (atom(b"dspy_reply"), ref, _reply(payload, atom)))
+    except Exception:  # a pid that is none, or Erlang is gone: the others are still to be told
+        _log_exception()
+
+
+def _atom() -> Callable[[bytes], Any]:
+    """ErlPort's type of atoms. Its Python side comes with its Erlang package: outside of it there is none."""
+    atom: Callable[[bytes], Any] = importlib.import_module("erlport.erlterms").Atom
+    return atom
+
+
+def _setup_logs() -> None:
+    from dspy_bridge import logs
+
+    logs.setup("info" if _peer is None else _peer.settings.log_level, None)
+
+
+def _log_exception() -> str:
+    from dspy_bridge import logs
+
+    _setup_logs()
+    return logs.exception()

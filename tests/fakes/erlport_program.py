@@ -1,0 +1,199 @@
+"""A program that runs Python through ErlPort, without Erlang: `python erlport_program.py SCENARIO`.
+
+Each scenario, a function that takes nothing, is a process of its own, as DSPy is set up once per process, and raises if
+what it says is not so. What it reads is as Erlang would receive it. `tests/test_erlport.py` runs them all.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import erlport.erlang
+from erlport.erlterms import Atom, OpaqueObject, decode, encode
+from lm_server import Answer, LMServer, chat
+
+from dspy_bridge import erlport as bridge
+
+PID = OpaqueObject(b"pid", Atom(b"erlang"))
+PATIENCE = 60.0
+
+
+def call(command: Any, args: Any = None) -> dict[Any, Any]:
+    """`python:call(…, call, [command, args])`."""
+    return encode(bridge.call(decode(command), decode({} if args is None else args)))
+
+
+def submit(ref: Any, command: Any, args: Any) -> None:
+    """`python:call(…, submit, [pid, ref, command, args])`."""
+    assert encode(bridge.submit(PID, decode(ref), decode(command), decode(args))) == "ok"
+
+
+def received(count: int) -> dict[Any, dict[Any, Any]]:
+    """The next messages by their reference."""
+    replies = {}
+    for _ in range(count):
+        pid, (tag, ref, reply) = erlport.erlang.mailbox.get(timeout=PATIENCE)
+        assert pid is PID and tag == "dspy_reply" and ref not in replies
+        replies[ref] = reply
+    assert erlport.erlang.mailbox.empty()
+    return replies
+
+
+def lm(server: LMServer) -> dict[str, Any]:
+    """The argument `lm` that leads there."""
+    options = server.options()
+    return {
+        "model": b"openai/stub-model",
+        "api_base": options["api_base"].encode(),
+        "api_key": options["api_key"].encode(),
+        "cache": "false",
+        "num_retries": 0,
+    }
+
+
+def create(server: LMServer | None = None, **args: Any) -> None:
+    """A program `qa`."""
+    extra = {} if server is None else {"lm": lm(server)}
+    args = {"id": b"qa", "signature": b"question -> answer", **extra, **args}
+    assert call(b"create_program", args) == {
+        b"success": "true",
+        b"result": {b"program_id": b"qa", b"status": b"created"},
+    }
+
+
+def execute_args(number: int = 0) -> dict[str, Any]:
+    return {"program_id": b"qa", "inputs": {"question": b"q%d" % number}}
+
+
+def six_commands() -> None:
+    """What the port's users know, in Erlang's terms."""
+    result: Any = call(b"ping")[b"result"]
+    assert result[b"status"] == b"ok" and type(result[b"timestamp"]) is float
+    fields = {
+        "inputs": [{"name": "question"}],
+        "outputs": [{b"name": b"answer", "type": "string", "description": "nil"}],
+    }
+    create(signature=fields)
+    done = {b"success": "true", b"result": {b"answer": b"echo: gr\xc3\xbc\xc3\x9fe"}}
+    inputs = {"question": "grüße".encode()}
+    assert call("execute_program", {"program_id": "qa", "inputs": inputs}) == done
+    many: Any = call(b"execute_program", {"program_id": b"qa", "inputs": [inputs, {"question": 7}, 8]})
+    first, second, third = many[b"result"][b"results"]
+    assert first == done and second[b"success"] == "true"
+    assert third[b"success"] == "false" and third[b"error_type"] == b"invalid_args"
+    listed: Any = call(b"list_programs", {"details": "true"})
+    (detail,) = listed[b"result"][b"details"]
+    assert listed[b"result"][b"programs"] == [b"qa"] and detail[b"execution_count"] == 3
+    create()
+    replaced: Any = call(b"list_programs", {"details": "true"})
+    (detail,) = replaced[b"result"][b"details"]
+    assert detail[b"last_executed"] == "nil", "null is nil, not undefined"
+    stats: Any = call(b"get_stats")
+    assert stats[b"result"][b"programs_count"] == 1 and stats[b"result"][b"commands"][b"ping"][b"count"] == 1
+    assert call(b"cleanup") == {b"success": "true", b"result": {b"status": b"cleaned", b"programs_removed": 1}}
+    assert call(b"execute_program", execute_args()) == {
+        b"success": "false", b"error": b"Program not found: qa", b"error_type": b"program_not_found",
+    }  # fmt: skip
+
+
+def many_at_once() -> None:
+    """256 executes ask the LM before one of them is answered; pings are answered all the while."""
+    server = LMServer(lambda _request: chat(answer="Paris"))
+    create(server)
+    server.gate.clear()
+    for number in range(256):
+        submit(number, b"execute_program", execute_args(number))
+    for _ in range(256):
+        assert server.arrived.acquire(timeout=PATIENCE)
+    load: Any = call(b"get_stats")[b"result"]
+    assert load[b"in_flight"] == 256 and call(b"ping")[b"success"] == "true"
+    assert erlport.erlang.mailbox.empty()
+    server.gate.set()
+    replies = received(256)
+    assert sorted(replies) == list(range(256))
+    assert all(reply == {b"success": "true", b"result": {b"answer": b"Paris"}} for reply in replies.values())
+    server.stop()
+
+
+def a_call_holds_up_its_caller_only() -> None:
+    """While the main thread waits in `call`, what was submitted is told, and other threads' calls are answered."""
+    server = LMServer(lambda _request: chat(answer="Paris"))
+    create(server)
+    assert call(b"execute_program", execute_args())[b"success"] == "true"
+    assert server.arrived.acquire(timeout=PATIENCE)
+    server.gate.clear()
+    seen: list[Any] = []
+
+    def beside() -> None:
+        try:
+            assert server.arrived.acquire(timeout=PATIENCE), "the main thread's execute has come to the LM"
+            seen.append(call(b"ping")[b"success"])
+            submit(b"other", b"execute_program", {**execute_args(), "lm": {"model": b"offline/echo"}})
+            seen.append(received(1)[b"other"][b"result"])
+        finally:
+            server.gate.set()
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    assert call(b"execute_program", execute_args(1))[b"result"] == {b"answer": b"Paris"}
+    thread.join()
+    assert seen == ["true", {b"answer": b"echo: q0"}]
+    server.stop()
+
+
+def tools_are_told_that_they_need_a_port() -> None:
+    """The agent gets an error for the tool at once, and goes on."""
+    asked: list[str] = []
+
+    def answer(request: dict[str, Any]) -> Answer:
+        asked.append(str(request["messages"]))
+        if len(asked) == 1:
+            return chat(next_thought="look", next_tool_name="search", next_tool_args='{"text": "x"}')
+        if len(asked) == 2:
+            return chat(next_thought="enough", next_tool_name="finish", next_tool_args="{}")
+        return chat(reasoning="r", answer="none")
+
+    server = LMServer(answer)
+    tool = {"name": b"search", "description": b"d", "args": {"text": {"type": b"string"}}}
+    create(server, program_type=b"react", tools=[tool])
+    reply: Any = call(b"execute_program", execute_args())
+    assert reply[b"success"] == "true" and reply[b"result"][b"answer"] == b"none", reply
+    assert "tools need a port" in asked[1]
+    server.stop()
+
+
+def limits_are_those_of_the_environment() -> None:
+    """One runs, one waits (DSPY_BRIDGE_MAX_IN_FLIGHT, DSPY_BRIDGE_MAX_QUEUE), a third is too many."""
+    server = LMServer(lambda _request: chat(answer="Paris"))
+    create(server)
+    server.gate.clear()
+    submit("first", b"execute_program", execute_args(1))
+    assert server.arrived.acquire(timeout=PATIENCE)
+    submit("second", b"execute_program", execute_args(2))
+    submit("third", b"execute_program", execute_args(3))
+    assert received(1)["third"][b"error_type"] == b"overloaded"
+    server.gate.set()
+    assert {ref: reply[b"success"] for ref, reply in received(2).items()} == {"first": "true", "second": "true"}
+    server.stop()
+
+
+def a_cast_that_fails_is_logged() -> None:
+    """With its traceback; the next ones are made."""
+    assert encode(bridge.submit(b"no pid", 1, b"ping", {})) == "ok"
+    submit(2, b"ping", {})
+    assert received(1)[2][b"success"] == "true"
+
+
+def the_end_waits_for_no_lm() -> None:
+    """ErlPort's main returns when Erlang is gone; what still runs keeps no process alive."""
+    server = LMServer(lambda _request: chat(answer="Paris"))
+    create(server)
+    server.gate.clear()
+    submit(1, b"execute_program", execute_args())
+    assert server.arrived.acquire(timeout=PATIENCE)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
