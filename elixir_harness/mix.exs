@@ -16,7 +16,7 @@ defmodule DSPex.MixProject do
   def application do
     [
       mod: {DSPex.Application, []},
-      extra_applications: [:logger]
+      extra_applications: [:logger, telemetry: :optional]
     ]
   end
 

@@ -10,6 +10,8 @@ defmodule DSPex.Application do
 
   @impl Application
   def start(_type, _args) do
+    DSPex.PythonBridge.Telemetry.look()
+
     children =
       if Application.get_env(:dspex, :autostart, true),
         do: [DSPex.PythonBridge.Supervisor],

@@ -5,7 +5,9 @@ defmodule DSPex.Test.RawPeer do
   alias DSPex.Test.Helpers
 
   def open do
-    {:ok, options} = Options.new(Helpers.real_opts())
+    # Log records would stand among the replies.
+    env = %{"DSPY_BRIDGE_LOG_FRAMES" => "0"}
+    {:ok, options} = Options.new(Helpers.real_opts(env: env))
     {:ok, peer} = Peer.open(options)
     peer
   end

@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
   alias DSPex.PythonBridge.{CallOptions, Caller, Error, Options, Protocol, Server}
   alias DSPex.PythonBridge.Pool.Info
-  alias DSPex.PythonBridge.{Stream, StreamedCall}
+  alias DSPex.PythonBridge.{Stream, StreamedCall, Telemetry}
 
   # From the end of draining to the end of the last process.
   @ending_ms 2_000
@@ -165,7 +165,9 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec call(server(), command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, call_error()}
   def call(server, command, args, timeout) do
-    case Caller.exchange(server, command, args, timeout, []) do
+    exchange = fn -> Caller.exchange(server, command, args, timeout, []) end
+
+    case Telemetry.call(:bridge, server, command, args, exchange) do
       {:ok, _id, result, _meta} -> {:ok, result}
       {:error, error} -> {:error, Error.to_call_reason(error)}
     end
@@ -226,9 +228,11 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   defp make({server, command, args, timeout, opts} = request, options) do
-    if options.on_chunk || opts[:tools],
-      do: StreamedCall.run(request, options.on_chunk),
-      else: Caller.exchange(server, command, args, timeout, opts)
+    Telemetry.call(:bridge, server, command, args, fn ->
+      if options.on_chunk || opts[:tools],
+        do: StreamedCall.run(request, options.on_chunk),
+        else: Caller.exchange(server, command, args, timeout, opts)
+    end)
   end
 
   @doc "As `stream/3`, by the bridge named `DSPex.PythonBridge.Bridge`."

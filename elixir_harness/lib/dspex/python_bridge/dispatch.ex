@@ -187,7 +187,8 @@ defmodule DSPex.PythonBridge.Dispatch do
 
   defp sort_out(traffic, id, call, how) do
     call = %{call | at: nil, deaths: if(how == :died, do: call.deaths + 1, else: call.deaths)}
-    hold(%{traffic | calls: Calls.replace(traffic.calls, id, call)}, id, call)
+    resent = if how == :unsent, do: traffic.resent, else: traffic.resent + 1
+    hold(%{traffic | calls: Calls.replace(traffic.calls, id, call), resent: resent}, id, call)
   end
 
   defp failure(:died), do: :python_process_died

@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
   require Logger
 
-  alias DSPex.PythonBridge.{Bridge, Server}
+  alias DSPex.PythonBridge.{Bridge, Server, Telemetry}
 
   @defaults %{
     name: __MODULE__,
@@ -134,10 +134,10 @@ defmodule DSPex.PythonBridge.Monitor do
 
   @impl GenServer
   def init(options) do
-    # check: {pid, monitor} of the one that runs; waiting: who asked for it; next: who asked
-    # meanwhile and gets a check of their own.
+    # check: the monitor of the one that runs, since started; waiting: who asked for it; next: who
+    # asked meanwhile and gets a check of their own.
     state = Map.merge(@no_stats, %{options: options, check: nil, waiting: [], next: []})
-    {:ok, schedule(Map.put(state, :timer, nil))}
+    {:ok, schedule(Map.merge(state, %{timer: nil, started: nil}))}
   end
 
   @impl GenServer
@@ -157,6 +157,8 @@ defmodule DSPex.PythonBridge.Monitor do
   def handle_info({:DOWN, check, :process, _pid, reason}, %{check: check} = state) do
     state = %{state | check: nil, last_check: DateTime.utc_now(), checks: state.checks + 1}
     state = count(state, reason)
+    tell(state, reason)
+    state = restart_if_due(state, reason)
     Enum.each(state.waiting, &GenServer.reply(&1, health(state)))
 
     case state.next do
@@ -175,7 +177,7 @@ defmodule DSPex.PythonBridge.Monitor do
     # Of a forced check: the next comes one interval after it.
     if state.timer, do: :erlang.cancel_timer(state.timer, async: true, info: false)
     {_pid, check} = spawn_monitor(fn -> exit({:checked, check(bridge, timeout)}) end)
-    %{state | check: check, timer: nil}
+    %{state | check: check, started: System.monotonic_time(), timer: nil}
   end
 
   defp check(bridge, timeout) do
@@ -205,10 +207,12 @@ defmodule DSPex.PythonBridge.Monitor do
     Logger.warning(
       "monitor of bridge #{inspect(state.options.bridge)}, Python process " <>
         "#{bridge_status.os_pid || "none"}: no answer to a ping (#{describe(reason)}), " <>
-        if(counts?, do: "#{failures} in a row", else: "the bridge is #{bridge_status.state}")
+        if(counts?, do: "#{failures} in a row", else: "the bridge is #{bridge_status.state}"),
+      bridge: state.options.bridge,
+      os_pid: bridge_status.os_pid
     )
 
-    restart_if_due(%{state | status: :unhealthy, failures: failures}, reason)
+    %{state | status: :unhealthy, failures: failures}
   end
 
   defp count(state, {:checked, :overloaded}), do: state
@@ -220,10 +224,27 @@ defmodule DSPex.PythonBridge.Monitor do
   defp describe(reason) when is_atom(reason), do: reason
   defp describe(_text), do: "an error"
 
+  defp tell(state, reason) do
+    metadata = %{
+      bridge: state.options.bridge,
+      result: result(reason),
+      failures: state.failures
+    }
+
+    measurements = %{duration: System.monotonic_time() - state.started}
+    Telemetry.execute([:monitor, :check], measurements, metadata)
+  end
+
+  defp result({:checked, {:answered, _ms}}), do: :ok
+  defp result({:checked, {:missed, reason, _status}}) when is_atom(reason), do: reason
+  defp result({:checked, :overloaded}), do: :overloaded
+  defp result(_error_text_or_crash), do: :error
+
   # Asked from a process of its own: the monitor answers whatever the bridge does.
   defp restart_if_due(%{failures: failures, options: options} = state, reason)
        when failures >= options.max_failures do
-    if reason != :bridge_not_running, do: spawn(fn -> Server.replace(options.bridge) end)
+    gone? = match?({:checked, {:missed, :bridge_not_running, _status}}, reason)
+    unless gone?, do: spawn(fn -> Server.replace(options.bridge) end)
     %{state | failures: 0}
   end
 

@@ -20,6 +20,10 @@ defmodule DSPex.PythonBridge.Options do
 
   Defaults come from `config :dspex, :python_bridge, …`.
 
+  The peer's log records go to Logger (`DSPex.PythonBridge.PeerLog`), since `DSPY_BRIDGE_LOG_FRAMES=1` is in its
+  environment if nothing else is said there; with `env: %{"DSPY_BRIDGE_LOG_FRAMES" => "0"}` they go to
+  the standard error of the BEAM.
+
   The settings for the peer go into its environment, never into its arguments, which everybody on
   the machine can read. They may hold keys: `env` of the struct is a function, so that no
   inspection, state dump or crash report shows them; `seal/1` does the same to an option list.
@@ -35,6 +39,7 @@ defmodule DSPex.PythonBridge.Options do
   @max_timeout 4_294_967_295
   @default_drain_ms 5_000
   @secret [:lm_options, :env]
+  @log_frames "DSPY_BRIDGE_LOG_FRAMES"
 
   defstruct name: DSPex.PythonBridge.Bridge,
             python_executable: nil,
@@ -119,6 +124,15 @@ defmodule DSPex.PythonBridge.Options do
   @spec expected(atom(), String.t(), term()) :: String.t()
   def expected(key, what, value),
     do: "#{inspect(key)}: expected #{what}, got #{inspect(value, limit: 5, printable_limit: 80)}"
+
+  @doc "The same options for a peer whose log records are to go to its standard error."
+  @spec log_to_stderr(t()) :: t()
+  def log_to_stderr(%__MODULE__{env: env} = options) do
+    env = env.()
+    # A value that the peer refuses is to be refused again.
+    env = if env[@log_frames] == "1", do: %{env | @log_frames => "0"}, else: env
+    %{options | env: fn -> env end}
+  end
 
   @doc "The environment of the peer's, as a port takes it."
   @spec port_env(t()) :: [{charlist(), charlist()}]
@@ -233,7 +247,12 @@ defmodule DSPex.PythonBridge.Options do
     ]
     |> Enum.reject(fn {_name, value} -> is_nil(value) end)
     |> Enum.into(Map.get(Map.new(opts), :env, %{}))
+    |> log_frames(System.get_env(@log_frames))
   end
+
+  # Its records are for Logger, unless :env or the BEAM's own environment says something else.
+  defp log_frames(env, nil), do: Map.put_new(env, @log_frames, "1")
+  defp log_frames(env, _inherited), do: env
 
   defp lm_options_json(nil), do: nil
 

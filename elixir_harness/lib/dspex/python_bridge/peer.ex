@@ -51,8 +51,8 @@ defmodule DSPex.PythonBridge.Peer do
   end
 
   @doc """
-  The options of the port. Standard error is left alone: the peer's log goes where that of the
-  BEAM goes. `-u` is for scripts that print through Python's buffers.
+  The options of the port. Standard error is left alone: what the peer writes there itself goes where
+  that of the BEAM goes. `-u` is for scripts that print through Python's buffers.
 
   A peer that closes its output and lives on shows in nothing: with `:exit_status`, the runtime
   tells of the end of output only when the process ends, also if `:eof` is asked for. Its calls time

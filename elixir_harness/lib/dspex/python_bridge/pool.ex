@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Pool do
   is with `DSPex.PythonBridge.Pool.Keeper`; the processes are in `DSPex.PythonBridge.Pool.Tree`.
   """
 
-  alias DSPex.PythonBridge.{Bridge, Caller, Error, Options, Protocol}
+  alias DSPex.PythonBridge.{Bridge, Caller, Error, Options, Protocol, Telemetry}
   alias DSPex.PythonBridge.Pool.{Cluster, Info, Request, Route, Settings, Slots, Tree}
 
   @typedoc "The name of a pool, or what `start_link/1` gave."
@@ -98,17 +98,25 @@ defmodule DSPex.PythonBridge.Pool do
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
   def call(pool, command, args, timeout) do
+    exchange = fn -> exchange(pool, command, args, timeout) end
+
+    case Telemetry.call(:pool, pool, command, args, exchange) do
+      {:ok, _id, result, _meta} -> {:ok, result}
+      {:error, error} -> {:error, Error.to_call_reason(error)}
+    end
+  end
+
+  defp exchange(pool, command, args, timeout) do
     started = System.monotonic_time(:millisecond)
 
     with %Info{} = info <- Info.fetch(pool),
          {:ok, timeout} <- check_timeout(timeout, info),
-         {:ok, body} <- Protocol.encode_body(command, args),
-         request = Request.new(body, program(command, args), started, timeout),
-         {:ok, _id, result, _meta} <- carry_out(info, request, command, args) do
-      {:ok, result}
+         {:ok, body} <- Protocol.encode_body(command, args) do
+      request = Request.new(body, program(command, args), started, timeout)
+      carry_out(info, request, command, args)
     else
-      nil -> {:error, :bridge_not_running}
-      {:error, error} -> {:error, Error.to_call_reason(error)}
+      nil -> {:error, Error.new(:bridge_not_running)}
+      {:error, error} -> {:error, error}
     end
   end
 
@@ -145,7 +153,12 @@ defmodule DSPex.PythonBridge.Pool do
   when they need them, and other nodes are not told: better make and remove programs with `call/4`.
   """
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
-  def checkout(pool \\ __MODULE__), do: ask_keeper(pool, :checkout)
+  def checkout(pool \\ __MODULE__) do
+    started = System.monotonic_time()
+    answer = ask_keeper(pool, :checkout)
+    Telemetry.checkout(pool, answer, started)
+    answer
+  end
 
   @doc "As `checkin/2`, to the pool named `DSPex.PythonBridge.Pool`."
   @spec checkin(atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}

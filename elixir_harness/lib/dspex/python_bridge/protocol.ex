@@ -13,11 +13,20 @@ defmodule DSPex.PythonBridge.Protocol do
 
   # Longer ids are not ours; the limit keeps `route/1` cheap on any bytes.
   @max_id_digits 18
+  # Python's own, in its words.
+  @log_levels %{
+    "debug" => :debug,
+    "info" => :info,
+    "warning" => :warning,
+    "error" => :error,
+    "critical" => :critical
+  }
 
   @type id :: integer() | String.t()
   @type command :: atom() | String.t()
   @type reason ::
-          {:invalid_json | :not_a_reply | :not_a_chunk | :not_a_tool_call, String.t()}
+          {:invalid_json | :not_a_reply | :not_a_chunk | :not_a_tool_call | :not_a_log,
+           String.t()}
 
   ## Requests
 
@@ -115,17 +124,21 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   Whose frame this is, and of what kind, from its first bytes: the peer writes `id` as the first
   key, and `stream` or `tool_call` as the second; everything else is a reply. Ids that the bridge
-  never gives (texts, null, negative ones) are `:none`.
+  never gives (texts, null, negative ones) are `:none`. A log record is nobody's: `log` is its first
+  key.
 
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"success":true,"result":{}}))
       {:reply, 12}
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"stream":{"status":"…"}}))
       {:stream, 12}
+      iex> DSPex.PythonBridge.Protocol.route(~s({"log":{"level":"info"}}))
+      :log
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":null,"success":false}))
       :none
   """
-  @spec route(binary()) :: {:reply | :stream | :tool_call, non_neg_integer()} | :none
+  @spec route(binary()) :: {:reply | :stream | :tool_call, non_neg_integer()} | :log | :none
   def route(<<"{\"id\":", rest::binary>>), do: route_value(rest)
+  def route(<<"{\"log\":", _rest::binary>>), do: :log
   def route(frame) when is_binary(frame), do: :none
 
   # Python's own json.dumps writes a space here.
@@ -277,6 +290,31 @@ defmodule DSPex.PythonBridge.Protocol do
          [~s({"tool_result":{"call_id":), id_json, ~s(,"success":), success],
          [~s(,"), key, ~s(":), json, "}}"]
        ])}
+    end
+  end
+
+  ## Log records
+
+  @doc """
+  What a log record says: its level as Logger has it (`:info` if it is none that Python has by itself),
+  the name of its logger in Python, its message. Total.
+
+      iex> DSPex.PythonBridge.Protocol.decode_log(~s({"log":{"level":"warning","logger":"dspy","message":"slow"}}))
+      {:ok, :warning, "dspy", "slow"}
+  """
+  @spec decode_log(binary()) ::
+          {:ok, Logger.level(), String.t() | nil, String.t()} | {:error, reason()}
+  def decode_log(payload) when is_binary(payload) do
+    case Payload.decode(payload) do
+      {:ok, %{"log" => %{"message" => message} = record}} when is_binary(message) ->
+        logger = if is_binary(record["logger"]), do: record["logger"]
+        {:ok, Map.get(@log_levels, record["level"], :info), logger, message}
+
+      {:ok, _term} ->
+        {:error, {:not_a_log, "JSON, but no object with log and its message"}}
+
+      {:error, reason} ->
+        {:error, reason}
     end
   end
 

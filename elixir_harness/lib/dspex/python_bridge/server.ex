@@ -4,14 +4,15 @@ defmodule DSPex.PythonBridge.Server do
   `DSPex.PythonBridge.Bridge`; this module is for reading.
 
   It never waits for anything: requests and replies pass through `DSPex.PythonBridge.Traffic`, whose
-  writes do not block; encoding and decoding are the callers' work, killing is the reaper's. How peers
+  writes do not block; encoding and decoding are the callers' work, killing is the reaper's, logging what
+  peers log is `DSPex.PythonBridge.PeerLog`'s. How peers
   start, follow one another and end is in `DSPex.PythonBridge.Succession`.
   """
 
   use GenServer
 
-  alias DSPex.PythonBridge.{Backoff, Caller, Dispatch, Interim, Options, Peer, Programs}
-  alias DSPex.PythonBridge.{Protocol, Reaper, Redaction, Report, Succession, ToolCall}
+  alias DSPex.PythonBridge.{Backoff, Caller, Dispatch, Interim, Options, Peer, PeerLog, Programs}
+  alias DSPex.PythonBridge.{Protocol, Reaper, Redaction, Report, Succession, Telemetry, ToolCall}
   alias DSPex.PythonBridge.Traffic
   alias DSPex.PythonBridge.Pool.Slots
 
@@ -21,11 +22,12 @@ defmodule DSPex.PythonBridge.Server do
 
   # peer serves, next starts, old ones finish. load_deaths: of peers, by the stamp of the program
   # that they died of. load_failures: errors, by the program that the present peer could not load.
-  @enforce_keys [:options, :label, :reaper, :programs, :traffic]
+  @enforce_keys [:options, :label, :reaper, :peer_log, :programs, :traffic]
   defstruct [
     :options,
     :label,
     :reaper,
+    :peer_log,
     :programs,
     :traffic,
     :peer,
@@ -60,11 +62,13 @@ defmodule DSPex.PythonBridge.Server do
     Caller.remember_defaults(self(), options)
     with {slots, index, _keeper} <- options.slot, do: Slots.reset(slots, index)
     programs = options.programs || Programs.new()
+    Telemetry.look_once()
 
     state = %__MODULE__{
       options: options,
-      label: inspect(options.name || self()),
+      label: inspect(Report.name(options)),
       reaper: Reaper.start(self()),
+      peer_log: PeerLog.start(Report.name(options)),
       programs: programs,
       traffic: Traffic.new(options, programs)
     }
@@ -93,6 +97,7 @@ defmodule DSPex.PythonBridge.Server do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
       {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
       {:tool_call, id} -> state |> tool_called(port, id, frame) |> noreply(frame)
+      :log -> state |> logged(port, frame) |> noreply(frame)
       :none -> state |> unreadable_frame() |> noreply(frame)
     end
   end
@@ -166,14 +171,18 @@ defmodule DSPex.PythonBridge.Server do
   # BEAM from stopping.
   @impl GenServer
   def terminate(reason, state) do
-    peers = Enum.reject([state.peer, state.next | state.old], &is_nil/1)
+    peers = peers(state)
     state = if in_order?(reason), do: finish_calls(state), else: state
     if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
     Enum.each(peers, &Peer.close/1)
     Traffic.fail_all(state.traffic, :bridge_not_running, :all)
     Caller.forget_defaults(self())
     Reaper.finish(state.reaper)
+    # Of those that are left: others may have come to their end while calls were finished.
+    for peer <- peers(state), do: Report.down(state, peer, :stopped)
   end
+
+  defp peers(state), do: Enum.reject([state.peer, state.next | state.old], &is_nil/1)
 
   defp in_order?(reason), do: reason in [:normal, :shutdown] or match?({:shutdown, _}, reason)
 
@@ -287,6 +296,12 @@ defmodule DSPex.PythonBridge.Server do
     max = state.options.max_frame_bytes
     call = %ToolCall{port: port, id: id, frame: frame, max_frame_bytes: max}
     Interim.tool_call(state.traffic, call)
+    state
+  end
+
+  defp logged(state, port, frame) do
+    peer = Enum.find(peers(state), &(&1.port == port))
+    PeerLog.take(state.peer_log, frame, peer && peer.os_pid)
     state
   end
 

@@ -51,7 +51,8 @@ defmodule DSPex.PythonBridge.StartFailure do
         :binary,
         :exit_status,
         args: ["-c", @script, python, "-u", options.script_path],
-        env: Options.port_env(options)
+        # Its frames are lost.
+        env: options |> Options.log_to_stderr() |> Options.port_env()
       ])
 
     timer = Process.send_after(self(), {port, :too_long}, @timeout_ms)

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.StreamedCall do
   cancels the call in the peer.
   """
 
-  alias DSPex.PythonBridge.{Caller, Protocol, Relay}
+  alias DSPex.PythonBridge.{Caller, Protocol, Relay, Telemetry}
 
   @typedoc "The arguments of `DSPex.PythonBridge.Caller.exchange/5`, with `:tools` among the last."
   @type request ::
@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.StreamedCall do
   @spec run(request(), (map() -> term()) | nil) :: Caller.result()
   def run(request, on_chunk) do
     {:done, result} =
-      begin(request, on_chunk != nil, nil, fn
+      begin(request, {on_chunk != nil, nil}, nil, fn
         {:chunk, chunk}, nil ->
           on_chunk.(chunk)
           {:cont, nil}
@@ -38,43 +38,52 @@ defmodule DSPex.PythonBridge.StreamedCall do
           Enumerable.result()
   def reduce(_request, {:halt, acc}, _fun), do: {:halted, acc}
   def reduce(request, {:suspend, acc}, fun), do: {:suspended, acc, &reduce(request, &1, fun)}
-  def reduce(request, {:cont, acc}, fun), do: begin(request, true, acc, fun)
 
-  defp begin({server, command, args, timeout, opts}, stream?, acc, fun) do
+  def reduce({server, command, args, _timeout, _opts} = request, {:cont, acc}, fun),
+    do: begin(request, {true, Telemetry.begin(:bridge, server, command, args)}, acc, fun)
+
+  # Without a span it is the caller's to tell of the call.
+  defp begin({server, command, args, timeout, opts}, {stream?, span}, acc, fun) do
     case Caller.prepare(server, command, args, timeout, [stream: stream?] ++ opts) do
       {:ok, call} ->
         relay = Relay.start(call, stream?: stream?, tools: Keyword.get(opts, :tools, %{}))
         # It is as large as the request, which may take long.
-        go_on({%{call | body: ""}, relay}, {:cont, acc}, fun)
+        go_on({%{call | body: ""}, relay, span}, {:cont, acc}, fun)
 
-      {:error, error} ->
-        last(fun.({:over, {:error, error}}, acc))
+      {:error, _error} = result ->
+        over(result, span, acc, fun)
     end
   end
 
-  defp go_on({call, relay} = under_way, {:cont, acc}, fun) do
+  defp go_on({call, relay, span} = under_way, {:cont, acc}, fun) do
     case Relay.next(relay, call.deadline) do
       {:chunk, frame} -> go_on(under_way, chunk(under_way, frame, acc, fun), fun)
-      {:over, reply} -> last(fun.({:over, Caller.conclude(call, reply)}, acc))
+      {:over, reply} -> over(Caller.conclude(call, reply), span, acc, fun)
     end
   end
 
   defp go_on(under_way, {:suspend, acc}, fun),
     do: {:suspended, acc, &go_on(under_way, &1, fun)}
 
-  defp go_on({_call, relay}, {:halt, acc}, _fun) do
+  defp go_on({_call, relay, span}, {:halt, acc}, _fun) do
     Relay.stop(relay)
+    Telemetry.over(span, :cancelled)
     {:halted, acc}
+  end
+
+  defp over(result, span, acc, fun) do
+    Telemetry.over(span, result)
+    last(fun.({:over, result}, acc))
   end
 
   defp last({:cont, acc}), do: {:done, acc}
   defp last({:halt, acc}), do: {:halted, acc}
   defp last({:suspend, acc}), do: {:suspended, acc, &last/1}
 
-  defp chunk({call, relay}, frame, acc, fun) do
+  defp chunk({call, _relay, _span} = under_way, frame, acc, fun) do
     case Protocol.decode_chunk(frame) do
       {:ok, _id, chunk} ->
-        give(relay, {:chunk, chunk}, acc, fun)
+        give(under_way, {:chunk, chunk}, acc, fun)
 
       {:error, _reason} ->
         send(call.dest, :unreadable_frame)
@@ -82,11 +91,12 @@ defmodule DSPex.PythonBridge.StreamedCall do
     end
   end
 
-  defp give(relay, element, acc, fun) do
+  defp give({_call, relay, span}, element, acc, fun) do
     fun.(element, acc)
   catch
     kind, reason ->
       Relay.stop(relay)
+      Telemetry.failed(span, kind, reason, __STACKTRACE__)
       :erlang.raise(kind, reason, __STACKTRACE__)
   end
 end

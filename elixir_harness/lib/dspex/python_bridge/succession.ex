@@ -36,6 +36,7 @@ defmodule DSPex.PythonBridge.Succession do
         set_timer(state, state.options.start_timeout, :start_timeout)
 
       {:error, text} ->
+        Report.down(state, nil, :not_started, text)
         not_started(state, nil, text)
     end
   end
@@ -44,6 +45,7 @@ defmodule DSPex.PythonBridge.Succession do
   @spec own_reply(state(), pos_integer(), binary()) :: {:ok, state()} | :nobody
   def own_reply(%{next: %Peer{ping_id: id, up_at: nil} = next} = state, id, _frame) do
     Report.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
+    Report.up(state, next)
     {:ok, load_programs(%{state | next: Peer.up(next)})}
   end
 
@@ -83,15 +85,13 @@ defmodule DSPex.PythonBridge.Succession do
 
   @doc "A port has told of its peer's death, or the reaper has; stale news changes nothing."
   @spec lost(state(), port() | pos_integer(), String.t()) :: state()
-  def lost(%{next: %Peer{} = next} = state, which, why) when which in [next.port, next.os_pid] do
-    state = Loading.blame(end_peer(%{state | next: nil}, next, :died), next)
-    not_started(state, next, why)
-  end
+  def lost(%{next: %Peer{} = next} = state, which, why) when which in [next.port, next.os_pid],
+    do: lost_next(state, why, :died)
 
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
     # First: callers who are told of the death must not choose this peer again.
     tell_slot(state, :down)
-    state = %{end_peer(%{state | peer: nil}, peer, :died) | last_error: why}
+    state = %{end_peer(%{state | peer: nil}, peer, :died, why) | last_error: why}
 
     if state.next do
       Report.death(state, peer, :warning, why, "its successor is starting")
@@ -111,21 +111,30 @@ defmodule DSPex.PythonBridge.Succession do
 
       peer ->
         Report.death(state, peer, :warning, why, "another serves already")
-        end_peer(forget_old(state, peer), peer, :died)
+        end_peer(forget_old(state, peer), peer, :died, why)
     end
   end
 
+  defp lost_next(%{next: next} = state, why, reason) do
+    state = Loading.blame(end_peer(%{state | next: nil}, next, reason, why), next)
+    not_started(state, next, why)
+  end
+
   # The peer is gone, or must go now: with all that it started.
-  defp end_peer(state, peer, how) do
+  defp end_peer(%{traffic: before} = state, peer, reason, why) do
     Peer.close(peer)
     Reaper.kill(state.reaper, peer.os_pid)
-    %{state | traffic: Dispatch.lost(state.traffic, peer.port, how)}
+    how = if reason in [:replaced, :stopped], do: :replaced, else: :died
+    state = %{state | traffic: Dispatch.lost(before, peer.port, how)}
+    Report.down(state, peer, reason, why)
+    Report.resent(state, state.traffic.resent - before.resent, reason)
+    state
   end
 
   @doc "The bridge ends: a peer that starts will not be needed."
   @spec give_up_next(state()) :: state()
   def give_up_next(%{next: nil} = state), do: state
-  def give_up_next(%{next: next} = state), do: end_peer(%{state | next: nil}, next, :replaced)
+  def give_up_next(%{next: next} = state), do: end_peer(%{state | next: nil}, next, :stopped, nil)
 
   # A restart that fails leaves all as it was; without a peer, the attempts go on.
   defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
@@ -189,7 +198,7 @@ defmodule DSPex.PythonBridge.Succession do
   def replace(%{peer: %Peer{} = peer} = state) do
     Report.log(state, peer, :warning, "does not react and is replaced")
     tell_slot(state, :down)
-    state = %{end_peer(%{state | peer: nil}, peer, :died) | status: :restarting}
+    state = %{end_peer(%{state | peer: nil}, peer, :unresponsive, nil) | status: :restarting}
     if state.next, do: load_programs(state), else: open(%{state | backoff: Backoff.new()})
   end
 
@@ -226,6 +235,7 @@ defmodule DSPex.PythonBridge.Succession do
     else
       Peer.close(peer)
       Reaper.retire(state.reaper, peer.os_pid)
+      Report.down(state, peer, :replaced)
       state = forget_old(state, peer)
       %{state | traffic: Dispatch.lost(state.traffic, port, :replaced)}
     end
@@ -236,7 +246,7 @@ defmodule DSPex.PythonBridge.Succession do
   def drain_timeout(state, port) do
     case Enum.find(state.old, &(&1.port == port)) do
       nil -> state
-      peer -> end_peer(forget_old(state, peer), peer, :replaced)
+      peer -> end_peer(forget_old(state, peer), peer, :replaced, nil)
     end
   end
 
@@ -248,9 +258,9 @@ defmodule DSPex.PythonBridge.Succession do
   @spec timer_fired(state(), :open | :start_timeout | :load_timeout) :: state()
   def timer_fired(state, :open), do: open(state)
 
-  def timer_fired(%{next: next} = state, :start_timeout) do
+  def timer_fired(state, :start_timeout) do
     why = "no answer to its first ping within #{state.options.start_timeout} ms"
-    lost(state, next.port, why)
+    lost_next(state, why, :start_timeout)
   end
 
   # The peer before is so long at a change of the programs that they are loaded as they are.

@@ -30,12 +30,14 @@ defmodule DSPex.PythonBridge.Traffic do
     hold_changes?: false,
     outboxes: %{},
     late: %{},
+    resent: 0,
     next_id: 1
   ]
 
   @typedoc """
   `to`: the port of the peer that serves. `held`: ids of calls that are no suspects. `late`: changes to
-  the programs that nobody waits for any more, by id, with their peer's port.
+  the programs that nobody waits for any more, by id, with their peer's port. `resent`: how often a call
+  was, or is to be, sent again.
   """
   @type t :: %__MODULE__{
           max_retries: non_neg_integer(),
@@ -48,6 +50,7 @@ defmodule DSPex.PythonBridge.Traffic do
           hold_changes?: boolean(),
           outboxes: %{port() => Outbox.t()},
           late: %{pos_integer() => {port(), Programs.change(), binary()}},
+          resent: non_neg_integer(),
           next_id: pos_integer()
         }
   @type failure ::

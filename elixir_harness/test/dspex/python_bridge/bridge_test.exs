@@ -518,7 +518,7 @@ defmodule DSPex.PythonBridge.BridgeTest do
         bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
         call = Task.async(fn -> timed(fn -> Bridge.call(bridge, :ping, %{}, 500) end) end)
 
-        %{os_pid: nil, last_error: error} =
+        %{last_error: error} =
           eventually(fn ->
             status = Bridge.get_status(bridge)
             if status.state == :failed and status.last_error =~ unquote(text), do: status

@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert options.max_retries == 3
     assert options.max_frame_bytes == 64 * 1024 * 1024
     assert options.script_path == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-    assert options.env.() == %{}
+    assert options.env.() == %{"DSPY_BRIDGE_LOG_FRAMES" => "1"}
   end
 
   test "defaults come from the application's configuration, options go before it" do
@@ -87,6 +87,20 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert json =~ "\\u00E9" or json =~ "\\u00e9"
   end
 
+  test "the peer is told to send its log records as frames, unless :env says something about it" do
+    frames = fn opts ->
+      {:ok, options} = Options.new(opts)
+      {options.env.()["DSPY_BRIDGE_LOG_FRAMES"], Options.log_to_stderr(options).env.()}
+    end
+
+    assert {"1", %{"DSPY_BRIDGE_LOG_FRAMES" => "0", "A" => "b"}} = frames.(env: %{"A" => "b"})
+    env = %{"DSPY_BRIDGE_LOG_FRAMES" => "0"}
+    assert frames.(env: env) == {"0", env}
+    # What the peer refuses is its own to refuse.
+    env = %{"DSPY_BRIDGE_LOG_FRAMES" => "maybe"}
+    assert frames.(env: env) == {"maybe", env}
+  end
+
   test "no inspection shows secrets, sealed or not" do
     opts = [lm: "openai/x", lm_options: %{api_key: "sk-secret"}, env: %{"KEY" => "sk-secret"}]
     {:ok, options} = Options.new(opts)
@@ -107,7 +121,10 @@ defmodule DSPex.PythonBridge.OptionsTest do
                :exit_status,
                :use_stdio,
                args: ["-u", "/a/peer.py"],
-               env: [{~c"DSPY_BRIDGE_LM", ~c"offline/echo"}]
+               env: [
+                 {~c"DSPY_BRIDGE_LM", ~c"offline/echo"},
+                 {~c"DSPY_BRIDGE_LOG_FRAMES", ~c"1"}
+               ]
              ]
     end
 

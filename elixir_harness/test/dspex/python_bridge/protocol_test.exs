@@ -195,6 +195,7 @@ defmodule DSPex.PythonBridge.ProtocolTest do
         assert Protocol.route(bytes) == :none or match?({:reply, _}, Protocol.route(bytes))
         assert match?({:error, {_, _}}, Protocol.decode_chunk(bytes))
         assert match?({:error, {_, _}}, Protocol.decode_tool_call(bytes))
+        assert match?({:error, {_, _}}, Protocol.decode_log(bytes))
       end
     end
   end
@@ -235,6 +236,43 @@ defmodule DSPex.PythonBridge.ProtocolTest do
           ] do
         assert Protocol.route(frame) == :none
       end
+    end
+  end
+
+  describe "decode_log/1" do
+    test "knows Python's levels; all others are :info" do
+      for {level, meant} <- [
+            {"debug", :debug},
+            {"info", :info},
+            {"warning", :warning},
+            {"error", :error},
+            {"critical", :critical},
+            {"level 25", :info},
+            {"emergency", :info},
+            {nil, :info},
+            {%{}, :info}
+          ] do
+        frame = JSON.encode!(%{log: %{level: level, logger: "ž", message: "m", more: 1}})
+        assert Protocol.route(frame) == :log
+        assert Protocol.decode_log(frame) == {:ok, meant, "ž", "m"}
+      end
+
+      # As Python's json.dumps writes it.
+      assert Protocol.route(~s({"log": {"message": "m"}})) == :log
+      assert Protocol.decode_log(~s({"log": {"message": "m"}})) == {:ok, :info, nil, "m"}
+    end
+
+    test "gives errors for everything else, every cut of a good frame included" do
+      good = ~s({"log":{"level":"info","logger":"a","message":"ž"}})
+
+      for size <- 0..(byte_size(good) - 1) do
+        cut = binary_part(good, 0, size)
+        assert {:error, {:invalid_json, _}} = Protocol.decode_log(cut)
+        assert Protocol.route(cut) in [:none, :log]
+      end
+
+      for other <- ["[]", "{}", ~s({"log":1}), ~s({"log":{}}), ~s({"log":{"message":1}})],
+          do: assert({:error, {:not_a_log, _}} = Protocol.decode_log(other))
     end
   end
 

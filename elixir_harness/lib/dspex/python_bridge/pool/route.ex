@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   its bridge tells them apart, and do not take all peers down one after another.
   """
 
-  alias DSPex.PythonBridge.{Caller, Error, Protocol}
+  alias DSPex.PythonBridge.{Caller, Error, Protocol, Telemetry}
   alias DSPex.PythonBridge.Pool.{Info, Remote, Request, Slots}
 
   @typedoc "What `DSPex.PythonBridge.Caller.read/1` gives."
@@ -57,6 +57,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
         {:done, failed(:python_process_died)}
 
       {:error, {:died, :sent}} ->
+        resent(info, index)
         here(info, pass(%{request | deaths: request.deaths + 1}, index, since))
 
       {:error, :overloaded} ->
@@ -69,6 +70,11 @@ defmodule DSPex.PythonBridge.Pool.Route do
       {:error, _final} = reply ->
         {:done, Caller.read(reply)}
     end
+  end
+
+  defp resent(info, index) do
+    metadata = %{bridge: Info.bridge(info, index), pool: info.name, reason: :died}
+    Telemetry.execute([:bridge, :resend], %{count: 1}, metadata)
   end
 
   defp pass(request, index, since), do: %{request | passed: [{index, since} | request.passed]}

@@ -1,0 +1,375 @@
+defmodule DSPex.PythonBridge.TelemetryTest do
+  @moduledoc "Each event by real work; and that none of it matters to a host without `:telemetry`."
+
+  # Whether the host has it is known to the whole BEAM.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Monitor, Pool, Telemetry}
+  alias DSPex.Test.Telemetry, as: Host
+
+  @compile {:no_warn_undefined, :telemetry}
+
+  @start [:bridge, :call, :start]
+  @stop [:bridge, :call, :stop]
+  @exception [:bridge, :call, :exception]
+  @up [:bridge, :peer, :up]
+  @down [:bridge, :peer, :down]
+  @resend [:bridge, :resend]
+  @check [:monitor, :check]
+  @checkout [:pool, :checkout]
+
+  setup context do
+    if context[:without] do
+      :ok
+    else
+      Host.install()
+      on_exit(&Host.remove/0)
+      Host.attach()
+    end
+  end
+
+  defp start(opts, name \\ :observed) do
+    spec = Supervisor.child_spec({Bridge, [{:name, name} | opts]}, restart: :temporary)
+    bridge = start_supervised!(spec)
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    name
+  end
+
+  defp fake_bridge(fake, opts \\ []),
+    do: fake |> fake_opts(opts) |> Keyword.delete(:name) |> start()
+
+  defp start_pool(opts) do
+    opts = Keyword.merge(opts, name: :observed_pool)
+    start_supervised!({Pool, opts})
+    states = fn -> Enum.map(Pool.status(:observed_pool).peers, & &1.state) end
+    eventually(fn -> Enum.all?(states.(), &(&1 == :running)) end, 20_000)
+    :observed_pool
+  end
+
+  defp os_pid(bridge), do: Bridge.get_status(bridge).os_pid
+
+  defp events do
+    receive do
+      {event, measured, metadata} when is_list(event) -> [{event, measured, metadata} | events()]
+    after
+      0 -> []
+    end
+  end
+
+  defp of_calls,
+    do: for({[:bridge, :call | _] = event, _, metadata} <- events(), do: {event, metadata})
+
+  describe "[:bridge, :call]" do
+    test "is a span around call and request: names and the kind of the result, no contents" do
+      bridge = start(Keyword.delete(real_opts(), :name))
+      events()
+      secret = "the contents"
+      create = %{id: "qa", signature: %{inputs: [%{name: "q"}], outputs: [%{name: "a"}]}}
+      before = System.monotonic_time()
+      assert {:ok, _} = Bridge.call(bridge, :create_program, create, 20_000)
+      took = System.monotonic_time() - before
+
+      assert [
+               {@start, %{monotonic_time: started, system_time: _}, start},
+               {@stop, %{monotonic_time: ended, duration: duration}, stop}
+             ] = events()
+
+      assert ended - started == duration and duration <= took
+      assert duration > took / 2
+      assert %{bridge: :observed, pool: nil, command: "create_program", program_id: "qa"} = start
+      assert is_reference(start.telemetry_span_context)
+      assert stop == Map.put(start, :result, :ok)
+
+      args = %{program_id: "qa", inputs: %{q: secret}}
+      assert {:ok, _, _} = Bridge.request(bridge, "execute_program", args, timeout: 20_000)
+
+      assert [{@start, start}, {@stop, %{result: :ok, program_id: "qa"} = stop}] = of_calls()
+      assert start.command == "execute_program"
+      refute inspect([start, stop]) =~ secret
+
+      missing = %{program_id: "none", inputs: %{q: secret}}
+      assert {:error, "Program not found: none"} = Bridge.call(bridge, :execute_program, missing)
+      assert [_, {@stop, %{result: :program_not_found, program_id: "none"}}] = of_calls()
+
+      # A process is told by its name.
+      pid = Process.whereis(bridge)
+      assert {:error, _} = Bridge.call(pid, :no_such, %{}, 5_000)
+      assert [_, {@stop, %{bridge: :observed, result: :unknown_command}}] = of_calls()
+    end
+
+    test "tells of calls that were not made, too" do
+      assert Bridge.call(:nobody, :ping) == {:error, :bridge_not_running}
+      assert [{@start, _}, {@stop, stop}] = of_calls()
+      assert %{bridge: :nobody, command: "ping", result: :bridge_not_running} = stop
+      bridge = fake_bridge("silent")
+      events()
+      assert Bridge.call(bridge, :ping, %{}, 10) == {:error, :timeout}
+      assert [_, {@stop, %{result: :timeout}}] = of_calls()
+      assert {:error, _} = Bridge.call(bridge, {1}, %{}, 10)
+      assert [_, {@stop, %{result: :invalid_request, command: nil}}] = of_calls()
+      assert {:error, _} = Bridge.call(bridge, :execute_program, 5, 10)
+      assert [_, {@stop, %{result: :invalid_args, program_id: nil}}] = of_calls()
+    end
+
+    test "ends with :exception when what is called with a chunk raises; its contents are not told" do
+      bridge = fake_bridge("plays")
+      events()
+      play = %{play: [["count", 3], ["reply"]], program_id: "p"}
+
+      assert_raise ArgumentError, fn ->
+        on_chunk = fn chunk -> raise ArgumentError, inspect(chunk) end
+        Bridge.request(bridge, :execute_program, play, on_chunk: on_chunk)
+      end
+
+      assert [
+               {@start, _, start},
+               {@exception, %{duration: _, monotonic_time: _}, exception}
+             ] = events()
+
+      assert %{kind: :error, reason: ArgumentError, program_id: "p"} = exception
+      assert exception.telemetry_span_context == start.telemetry_span_context
+      assert Exception.format_stacktrace(exception.stacktrace) =~ "telemetry_test.exs"
+      refute inspect(exception) =~ "chunk\" =>"
+
+      assert catch_error(
+               Bridge.request(bridge, :execute_program, play, on_chunk: fn %{"x" => 1} -> 1 end)
+             )
+
+      assert [_, {@exception, exception}] = of_calls()
+      assert exception.reason == :function_clause
+      refute inspect(exception) =~ ~s("field")
+
+      assert catch_throw(
+               Enum.each(Bridge.stream(bridge, play), fn element -> throw({:seen, element}) end)
+             )
+
+      assert [_, {@exception, %{kind: :throw, reason: :seen}}] = of_calls()
+    end
+
+    test "is a span around each enumeration of a stream, from its first element asked for" do
+      bridge = fake_bridge("plays")
+      events()
+      stream = Bridge.stream(bridge, %{play: [["count", 3], ["reply"]], program_id: "p"})
+      assert of_calls() == []
+      assert [_, _, _, {:ok, _, _}] = Enum.to_list(stream)
+      assert [{@start, _}, {@stop, stop}] = of_calls()
+      assert %{bridge: :observed, command: "execute_program", result: :ok, program_id: "p"} = stop
+      assert [_] = Enum.take(stream, 1)
+      assert [{@start, _}, {@stop, %{result: :cancelled}}] = of_calls()
+      # Which suspends it.
+      assert [{_, 1}] = stream |> Stream.zip([1]) |> Enum.to_list()
+      assert [{@start, _}, {@stop, %{result: :cancelled}}] = of_calls()
+      assert [{:error, %Error{}}] = Enum.to_list(Bridge.stream(:nobody, %{}))
+      assert [{@start, _}, {@stop, %{result: :bridge_not_running}}] = of_calls()
+    end
+
+    test "is one span around Pool.call, whichever peers serve" do
+      pool = start_pool(Keyword.delete(real_opts(pool_size: 2), :name))
+      events()
+      create = %{id: "qa", signature: "question -> answer"}
+      assert {:ok, _} = Pool.call(pool, :create_program, create, 20_000)
+      assert [{@start, _}, {@stop, %{pool: ^pool, bridge: nil, result: :ok} = stop}] = of_calls()
+      assert %{command: "create_program", program_id: "qa"} = stop
+      assert {:ok, _} = Pool.call(Process.whereis(pool), :ping, %{}, 5_000)
+      assert [_, {@stop, %{pool: ^pool, result: :ok}}] = of_calls()
+      assert {:error, :timeout} = Pool.call(pool, :ping, %{}, 0)
+      assert [_, {@stop, %{result: :timeout}}] = of_calls()
+      assert {:error, :bridge_not_running} = Pool.call(:no_pool, :ping)
+      assert [_, {@stop, %{pool: :no_pool, result: :bridge_not_running}}] = of_calls()
+    end
+  end
+
+  describe "[:bridge, :peer]" do
+    test "tells when a peer is up, and why it is no more" do
+      bridge = fake_bridge("echo")
+      first = os_pid(bridge)
+      assert_received {@up, %{duration: duration}, up}
+      assert System.convert_time_unit(duration, :native, :millisecond) in 1..10_000
+      assert up == %{bridge: :observed, os_pid: first, reason: :start}
+
+      kill(first)
+      assert_receive {@down, %{uptime: uptime}, down}, 5_000
+      assert System.convert_time_unit(uptime, :native, :millisecond) >= 1
+      assert %{bridge: :observed, os_pid: ^first, reason: :died, was_up: true} = down
+      assert down.detail == "exit status 137"
+      assert_receive {@up, _, %{reason: :restart, os_pid: second}}, 10_000
+
+      eventually(fn -> Bridge.get_status(bridge).state == :running end)
+      assert Bridge.restart(bridge) == :ok
+      assert_receive {@up, _, %{reason: :restart, os_pid: third}}
+      assert_receive {@down, _, %{reason: :replaced, os_pid: ^second, detail: nil}}, 5_000
+
+      assert Bridge.stop(bridge) == :ok
+      assert_received {@down, _, %{reason: :stopped, os_pid: ^third, was_up: true}}
+      refute_received {@down, _, _}
+    end
+
+    test "tells of those that never were up" do
+      opts = "dies_at_start" |> fake_opts(max_retries: 0) |> Keyword.put(:name, :observed)
+      start_supervised!({Bridge, opts})
+      assert_receive {@down, _, %{reason: :died, was_up: false, os_pid: os_pid} = down}, 5_000
+      assert is_integer(os_pid) and down.detail == "exit status 3"
+      stop_supervised!(:observed)
+      events()
+
+      start_supervised!({Bridge, Keyword.put(opts, :python_executable, "/no/such")})
+      assert_receive {@down, %{uptime: 0}, %{reason: :not_started, os_pid: nil} = down}, 5_000
+      assert down.detail =~ "/no/such"
+      stop_supervised!(:observed)
+      events()
+
+      opts = Keyword.merge(fake_opts("silent"), name: :observed, start_timeout: 300)
+      start_supervised!({Bridge, [{:env, %{"FAKE_ANSWERS" => "0"}} | opts]})
+      assert_receive {@down, _, %{reason: :start_timeout, was_up: false}}, 5_000
+      refute_received {@up, _, _}
+    end
+  end
+
+  test "[:bridge, :resend] tells how many calls are sent again, and why" do
+    bridge = fake_bridge("silent")
+    calls = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 2_000) end)
+    once = Task.async(fn -> Bridge.request(bridge, :ping, %{}, retry: false) end)
+    eventually(fn -> Bridge.get_status(bridge).pending == 4 end)
+    kill(os_pid(bridge))
+    assert_receive {@resend, %{count: 3}, metadata}, 5_000
+    assert metadata == %{bridge: :observed, pool: nil, reason: :died}
+    assert {:error, %Error{type: :python_process_died}} = Task.await(once)
+    Task.await_many(calls)
+    refute_received {@resend, _, _}
+  end
+
+  test "[:bridge, :resend] comes from a pool's caller, too, with the name of the peer that died" do
+    pool = start_pool(fake_opts("silent", pool_size: 1))
+    call = Task.async(fn -> Pool.call(pool, :ping, %{}, 1_500) end)
+    [%{bridge: bridge, os_pid: os_pid}] = Pool.status(pool).peers
+    eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
+    kill(os_pid)
+    assert_receive {@resend, %{count: 1}, metadata}, 5_000
+    assert metadata == %{bridge: bridge, pool: pool, reason: :died}
+    Task.await(call)
+  end
+
+  test "[:monitor, :check] tells what each check found, also of the one that has the peer replaced" do
+    bridge = fake_bridge("silent", env: %{"FAKE_ANSWERS" => "2"})
+
+    monitor =
+      start_supervised!(
+        {Monitor,
+         name: nil, bridge: bridge, interval: 4_000_000_000, timeout: 300, max_failures: 2}
+      )
+
+    events()
+    check = fn -> Monitor.force_health_check(monitor) end
+    assert %{status: :healthy} = check.()
+    assert_received {@check, %{duration: duration}, metadata}
+    assert metadata == %{bridge: :observed, result: :ok, failures: 0}
+    assert System.convert_time_unit(duration, :native, :millisecond) < 300
+    assert %{failures: 1} = check.()
+    assert_received {@check, _, %{result: :timeout, failures: 1}}
+    assert %{failures: 0} = check.()
+    assert_received {@check, %{duration: duration}, %{result: :timeout, failures: 2}}
+    assert System.convert_time_unit(duration, :native, :millisecond) >= 300
+    assert_receive {@down, _, %{reason: :unresponsive}}, 5_000
+    stop_supervised!(:observed)
+    check.()
+    assert_received {@check, _, %{result: :bridge_not_running}}
+  end
+
+  test "[:pool, :checkout] tells who was lent, or why nobody" do
+    pool = start_pool(fake_opts("echo", pool_size: 1))
+    events()
+    assert {:ok, bridge} = Pool.checkout(pool)
+    assert_received {@checkout, %{duration: duration}, metadata}
+    assert is_integer(duration)
+    assert metadata == %{pool: pool, bridge: bridge, result: :ok}
+    assert {:error, :pool_exhausted} = Pool.checkout(pool)
+    assert_received {@checkout, _, %{result: :pool_exhausted, bridge: nil}}
+    assert {:error, :bridge_not_running} = Pool.checkout(:no_pool)
+    assert_received {@checkout, _, %{pool: :no_pool, result: :bridge_not_running}}
+  end
+
+  test "a handler that raises is detached, and hurts nobody" do
+    events = for event <- [@start, @stop, @up, @down], do: [:dspex | event]
+    test = self()
+
+    for event <- events do
+      :ok =
+        :telemetry.attach(
+          event,
+          event,
+          fn event, _, _, _ ->
+            send(test, {:raised, event})
+            raise "no"
+          end,
+          nil
+        )
+    end
+
+    bridge = fake_bridge("echo")
+    assert_received {:raised, [:dspex | @up]}
+    for _ <- 1..2, do: assert({:ok, _} = Bridge.call(bridge, :ping))
+    assert_received {:raised, [:dspex | @start]}
+    refute_received {:raised, [:dspex | @start]}
+    assert_received {:raised, [:dspex | @stop]}
+    kill(os_pid(bridge))
+    assert_receive {:raised, [:dspex | @down]}, 5_000
+    eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+    assert {:ok, _} = Bridge.call(bridge, :ping)
+  end
+
+  describe "a host without :telemetry" do
+    @describetag :without
+
+    defp work do
+      bridge = fake_bridge("plays")
+      assert {:ok, _} = Bridge.call(bridge, :heard)
+      assert {:ok, _, _} = Bridge.request(bridge, :heard)
+      play = %{play: [["count", 1], ["reply"]]}
+      assert [{:chunk, _, _}, {:ok, _, _}] = Enum.to_list(Bridge.stream(bridge, play))
+      assert [_] = Enum.take(Bridge.stream(bridge, play), 1)
+      monitor = start_supervised!({Monitor, name: nil, bridge: :nobody})
+      assert %{status: :unhealthy} = Monitor.force_health_check(monitor)
+
+      silent = start(Keyword.delete(fake_opts("silent"), :name), :silent)
+      call = Task.async(fn -> Bridge.call(silent, :ping, %{}, 1_000) end)
+      eventually(fn -> Bridge.get_status(silent).pending == 1 end)
+      kill(os_pid(silent))
+      assert Task.await(call) == {:error, :timeout}
+      assert Bridge.stop(silent) == :ok
+
+      pool = start_pool(fake_opts("echo", pool_size: 1))
+      assert {:ok, _} = Pool.call(pool, :ping, %{}, 5_000)
+      assert {:ok, _bridge} = Pool.checkout(pool)
+      assert Bridge.restart(bridge) == :ok
+      assert Bridge.stop(bridge) == :ok
+    end
+
+    test "is what the tests run on: nothing is told, and all is as ever" do
+      refute Code.ensure_loaded?(:telemetry)
+      refute Telemetry.look()
+      assert Telemetry.execute([:bridge, :resend], %{}, %{}) == :ok
+      assert Telemetry.begin(:bridge, :a, :ping, %{}) == nil
+      work()
+    end
+
+    test "also one that had it when this started" do
+      Host.install()
+      Host.take_away()
+      on_exit(&Host.remove/0)
+      assert Telemetry.look_once()
+      work()
+    end
+
+    test "is not asked again by each bridge, but by the application when it starts" do
+      Host.install()
+      on_exit(&Host.remove/0)
+      :persistent_term.put(Telemetry, false)
+      refute Telemetry.look_once()
+      :persistent_term.erase(Telemetry)
+      assert Telemetry.look_once()
+      assert :telemetry in Application.spec(:dspex, :optional_applications)
+    end
+  end
+end

@@ -1,0 +1,64 @@
+defmodule DSPex.Test.Telemetry do
+  @moduledoc """
+  A host that has `:telemetry`, for as long as a test wants one: the stand-in of telemetry.exs. For tests
+  that run alone.
+  """
+
+  @compile {:no_warn_undefined, :telemetry}
+
+  alias DSPex.PythonBridge.Telemetry
+
+  @source Path.join(__DIR__, "telemetry.exs")
+
+  @events [
+    [:bridge, :call, :start],
+    [:bridge, :call, :stop],
+    [:bridge, :call, :exception],
+    [:bridge, :peer, :up],
+    [:bridge, :peer, :down],
+    [:bridge, :resend],
+    [:monitor, :check],
+    [:pool, :checkout]
+  ]
+
+  @doc "The host has it from now on."
+  def install do
+    Code.compile_file(@source)
+    true = Telemetry.look()
+    :ok
+  end
+
+  @doc "The host has it no more."
+  def remove do
+    take_away()
+    false = Telemetry.look()
+    :ok
+  end
+
+  @doc "The module is gone, and nobody has been told."
+  def take_away do
+    :persistent_term.erase({:telemetry, :handlers})
+    :code.purge(:telemetry)
+    :code.delete(:telemetry)
+    :code.purge(:telemetry)
+    :ok
+  end
+
+  @doc "Has the calling process sent each event, without its prefix: `{event, measurements, metadata}`."
+  def attach do
+    owner = self()
+    events = for event <- @events, do: [:dspex | event]
+
+    :ok =
+      :telemetry.attach_many(
+        owner,
+        events,
+        fn [:dspex | event], measured, metadata, nil ->
+          send(owner, {event, measured, metadata})
+        end,
+        nil
+      )
+
+    ExUnit.Callbacks.on_exit(fn -> :telemetry.detach(owner) end)
+  end
+end
