@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test check fuzz soak bench format clean
+.PHONY: help setup elixir demo test check dialyzer fuzz soak bench format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -44,11 +44,24 @@ test: setup ## pytest and mix test
 	$(PY) -m pytest -q -n auto --maxprocesses 4
 	cd $(HARNESS) && mix test --warnings-as-errors
 
-check: setup ## lint, formats, types, warnings
+check: setup dialyzer ## lint, formats, types, warnings
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
+
+PLT := $(HARNESS)/_build/dialyzer.plt
+ELIXIR_LIB = $$(elixir -e 'IO.write(Path.expand(Path.dirname(:code.lib_dir(:elixir))))')
+
+dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40 s when it is first made)
+	@command -v dialyzer > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends erlang-dialyzer > /dev/null; } || \
+	  { echo "dialyzer is missing; it is part of OTP: sudo apt-get install erlang-dialyzer"; exit 1; }
+	cd $(HARNESS) && MIX_ENV=dev mix compile --warnings-as-errors
+	@# Its status is 2 for functions that OTP itself does not know.
+	@test -f $(PLT) || { lib=$(ELIXIR_LIB); ERL_LIBS=$$lib dialyzer --build_plt --output_plt $(PLT) --apps erts kernel stdlib crypto \
+	  -r $$lib/elixir/ebin $$lib/logger/ebin $$lib/mix/ebin > /dev/null; test -f $(PLT); }
+	ERL_LIBS=$(ELIXIR_LIB) dialyzer --quiet -Wno_unknown --plt $(PLT) -r $(HARNESS)/_build/dev/lib/dspex/ebin
 
 fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with more examples
 	$(PY) tests/fuzz.py $(FUZZ_FRAMES)

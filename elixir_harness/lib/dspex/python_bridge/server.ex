@@ -61,7 +61,7 @@ defmodule DSPex.PythonBridge.Server do
     Process.flag(:sensitive, true)
     Caller.remember_defaults(self(), options)
     with {slots, index, _keeper} <- options.slot, do: Slots.reset(slots, index)
-    programs = options.programs || Programs.new()
+    programs = if options.programs == nil, do: Programs.new(), else: options.programs
     Telemetry.look_once()
 
     state = %__MODULE__{

@@ -61,7 +61,10 @@ defmodule DSPex.PythonBridge.Traffic do
           | {:died, :sent | :unsent}
           | {:too_large, pos_integer(), pos_integer()}
   @typedoc "What is done about a death; how many there were already; the change that is asked for."
-  @type terms :: {:here | :never | :caller, non_neg_integer(), Programs.change() | nil}
+  @type terms ::
+          {:here | :never | :caller, non_neg_integer(), Programs.change() | repair() | nil}
+  @typedoc "Asked of a pool's keeper alone: see `DSPex.PythonBridge.Pool.Changes.ask/5`."
+  @type repair :: {:repair, pos_integer(), Programs.id()}
   @typedoc "What goes between a caller and the peer beside request and reply."
   @type beside :: %{stream?: boolean(), tools?: boolean()}
 

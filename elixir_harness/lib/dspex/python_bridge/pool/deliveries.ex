@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Pool.Deliveries do
   @typedoc "Who wants to know: see `DSPex.PythonBridge.Pool.Changes`."
   @type from :: term()
   @type reply :: {:frame, binary()} | {:error, term()}
-  @type what :: Programs.change() | {:repair, Slots.index(), Programs.id()}
+  @type what :: Programs.change() | {:repair, Slots.index(), Programs.change() | nil}
   @typedoc "A bridge, and whether its answer is waited for."
   @type target :: {Slots.index(), pid(), boolean()}
   @typedoc "A change that is over. `mixed?`: some peers made it and others refused."
