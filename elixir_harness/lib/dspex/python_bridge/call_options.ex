@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.CallOptions do
   `DSPex.PythonBridge.Bridge.stream/3` takes all but `:on_chunk`.
   """
 
-  alias DSPex.PythonBridge.{Error, Tools}
+  alias DSPex.PythonBridge.{Error, Options, Tools}
 
   @enforce_keys [:timeout, :on_chunk, :opts]
   defstruct [:timeout, :on_chunk, :opts]
@@ -43,7 +43,7 @@ defmodule DSPex.PythonBridge.CallOptions do
          {:ok, opts} <- check(opts, allowed) do
       {:ok, [{key, value} | opts]}
     else
-      false -> {:error, "#{inspect(key)}: there is no such option"}
+      false -> {:error, Options.unknown(key, allowed)}
       {:error, text} -> {:error, text}
     end
   end

@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
   require Logger
 
-  alias DSPex.PythonBridge.{Bridge, Server, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Options, Server, Telemetry}
 
   @defaults %{
     name: __MODULE__,
@@ -128,7 +128,7 @@ defmodule DSPex.PythonBridge.Monitor do
   defp refusal({key, value}) when is_map_key(@defaults, key),
     do: "#{inspect(key)}: #{inspect(value)} is not accepted"
 
-  defp refusal({key, _value}), do: "#{inspect(key)}: there is no such option"
+  defp refusal({key, _value}), do: Options.unknown(key, [:name | Map.keys(@defaults)])
 
   ## The process
 

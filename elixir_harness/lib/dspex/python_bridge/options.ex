@@ -40,6 +40,10 @@ defmodule DSPex.PythonBridge.Options do
   @default_drain_ms 5_000
   @secret [:lm_options, :env]
   @log_frames "DSPY_BRIDGE_LOG_FRAMES"
+  @known [:name, :python_executable, :script_path, :lm, :lm_options, :adapter, :env] ++
+           [:max_frame_bytes, :default_timeout, :max_retries, :max_pending, :start_timeout]
+  # Names that are nearer to each other than this are taken for one that was misspelt.
+  @alike 0.8
 
   defstruct name: DSPex.PythonBridge.Bridge,
             python_executable: nil,
@@ -125,6 +129,24 @@ defmodule DSPex.PythonBridge.Options do
   def expected(key, what, value),
     do: "#{inspect(key)}: expected #{what}, got #{inspect(value, limit: 5, printable_limit: 80)}"
 
+  @doc "The names of a bridge's options."
+  @spec known() :: [atom()]
+  def known, do: @known
+
+  @doc """
+  The text of a refusal of an option that there is not, with the nearest that there is.
+
+      iex> DSPex.PythonBridge.Options.unknown(:max_retrys, DSPex.PythonBridge.Options.known())
+      ":max_retrys: there is no such option; did you mean :max_retries?"
+  """
+  @spec unknown(atom(), [atom()]) :: String.t()
+  def unknown(key, known) do
+    text = "#{inspect(key)}: there is no such option"
+    nearness = &String.jaro_distance(Atom.to_string(key), Atom.to_string(&1))
+    nearest = Enum.max_by(known, nearness)
+    if nearness.(nearest) > @alike, do: "#{text}; did you mean #{inspect(nearest)}?", else: text
+  end
+
   @doc "The same options for a peer whose log records are to go to its standard error."
   @spec log_to_stderr(t()) :: t()
   def log_to_stderr(%__MODULE__{env: env} = options) do
@@ -200,7 +222,7 @@ defmodule DSPex.PythonBridge.Options do
     do: nil
 
   defp refusal({:programs, table}) when is_reference(table), do: nil
-  defp refusal({unknown, _value}), do: "#{inspect(unknown)}: there is no such option"
+  defp refusal({key, _value}), do: unknown(key, @known)
 
   defp text(key, value) do
     if is_binary(value) and value != "" and env_value?(value),

@@ -78,5 +78,5 @@ defmodule DSPex.PythonBridge.Supervisor do
     end
   end
 
-  defp refusal({key, _value}), do: "#{inspect(key)}: there is no such option"
+  defp refusal({key, _value}), do: Options.unknown(key, [:name, :bridge, :monitor])
 end

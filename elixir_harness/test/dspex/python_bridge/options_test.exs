@@ -140,4 +140,40 @@ defmodule DSPex.PythonBridge.OptionsTest do
       assert options.script_path == Path.expand("peer.py")
     end
   end
+
+  describe "an option that is misspelt is named with the nearest that there is" do
+    alias DSPex.PythonBridge.{Bridge, CallOptions, Monitor, Pool}
+
+    test "a bridge's, in its options and in the configuration" do
+      assert {:error, %ArgumentError{message: text}} = Options.new(max_retrys: 1)
+      assert text =~ ":max_retrys: there is no such option; did you mean :max_retries?"
+      assert {:error, %ArgumentError{message: text}} = Bridge.start_link(nmae: :x)
+      assert text =~ "did you mean :name?"
+    end
+
+    test "a pool's, be it its own or its bridges'" do
+      assert {:error, %ArgumentError{message: text}} = Pool.start_link(pool_sise: 1)
+      assert text =~ "did you mean :pool_size?"
+      assert {:error, %ArgumentError{message: text}} = Pool.start_link(lm_option: %{})
+      assert text =~ "did you mean :lm_options?"
+    end
+
+    test "a monitor's, a supervisor's, a call's" do
+      assert {:error, %ArgumentError{message: text}} = Monitor.start_link(intervall: 1)
+      assert text =~ "did you mean :interval?"
+
+      assert {:error, %ArgumentError{message: text}} =
+               DSPex.PythonBridge.Supervisor.start_link(bridges: [])
+
+      assert text =~ "did you mean :bridge?"
+      assert {:error, error} = CallOptions.new([timeuot: 5], [:timeout, :retry])
+      assert error.message =~ "did you mean :timeout?"
+    end
+
+    test "and one that is like none, alone" do
+      assert {:error, %ArgumentError{message: text}} = Options.new(colour: :red)
+      assert text =~ ":colour: there is no such option"
+      refute text =~ "did you mean"
+    end
+  end
 end

@@ -48,9 +48,10 @@ defmodule DSPex.PythonBridge.Pool.Settings do
   defp refusal({:cluster, name}) when is_atom(name) and name not in [true, false], do: nil
   defp refusal({:cluster, name}) when is_binary(name) and name != "", do: nil
   defp refusal({:cluster, other}), do: Options.expected(:cluster, "nil, an atom or a text", other)
-  # Of the bridge's, two are the pool's to give.
-  defp refusal({key, _value}) when key in [:slot, :programs],
-    do: "#{inspect(key)}: there is no such option"
 
-  defp refusal(_of_the_bridge), do: nil
+  # The values of those of its bridges are theirs to refuse.
+  defp refusal({key, _value}) do
+    if key not in Options.known(),
+      do: Options.unknown(key, [:pool_size, :cluster | Options.known()])
+  end
 end
