@@ -221,18 +221,18 @@ def test_a_sandbox_that_hears_nothing_is_killed(start: Any, create: Any, looping
 
 
 def test_what_ends_a_sandbox_ends_too(start: Any) -> None:
+    """A thread that stayed behind each time would show; one or the other of the peer's pools is made meanwhile."""
     peer, _ = start(*LOOPS[0])
     process = psutil.Process(peer.process.pid)
-    threads = []
-    for _ in range(6):
-        assert peer.call("execute_program", ASK, timeout_ms=300)["error_type"] == "timeout"
+    runs = 16
+    before = process.num_threads()
+    for _ in range(runs):
+        assert peer.call("execute_program", ASK, timeout_ms=200)["error_type"] == "timeout"
         while peer.call("get_stats")["result"]["threads"]["running"]:
             pass
-        threads.append(process.num_threads())
     end = time.monotonic() + PATIENCE
-    # One or the other of the event loop's own is made meanwhile.
-    while process.num_threads() > threads[1] + 1:
-        assert time.monotonic() < end, threads
+    while process.num_threads() > before + runs // 2:
+        assert time.monotonic() < end, (before, process.num_threads())
 
 
 @pytest.mark.parametrize(("create", "_looping"), LOOPS)
