@@ -148,9 +148,7 @@ class Commands:
     async def _execute(
         self, entry: Entry, inputs: dict[str, Any], config: dict[str, Any] | None, lm: dict[str, Any] | None, call: Call
     ) -> dict[str, Any]:
-        entry, program = await self._working(entry)
-        if call.request.meta:
-            call.meter = _meter()
+        entry, program = await self._working(entry, call)
         _count(entry)
         return await program.call(inputs, config, lm, call, stream=call.request.stream)
 
@@ -159,9 +157,7 @@ class Commands:
     ) -> dict[str, Any]:
         from dspy_bridge import batch
 
-        entry, program = await self._working(entry)
-        if call.request.meta:
-            call.meter = _meter()
+        entry, program = await self._working(entry, call)
 
         async def one(item: Any) -> dict[str, Any]:
             if not isinstance(item, dict):
@@ -187,13 +183,19 @@ class Commands:
                 logs.exception()
         return listed
 
-    async def _working(self, entry: Entry) -> tuple[Entry, Program]:
-        """The program that an execute means: the one before, where the creation of the last one fails."""
+    async def _working(self, entry: Entry, call: Call) -> tuple[Entry, Program]:
+        """The program that an execute means: the one before, where the creation of the last one fails.
+
+        From here on the call is metered, if it asks for that: meters need DSPy, which is there by now.
+        """
         import asyncio
 
         while True:
             try:
-                return entry, await self._program(entry)
+                program = await self._program(entry)
+                if call.request.meta:
+                    call.meter = _meter()
+                return entry, program
             except (SetupFailed, asyncio.CancelledError):
                 raise
             except BaseException:  # a constructor of the host's own may raise anything
@@ -256,7 +258,7 @@ def _count(entry: Entry) -> None:
 
 
 def _meter() -> Any:
-    from dspy_bridge.metering import Meter  # it imports DSPy, which is there by now
+    from dspy_bridge.metering import Meter
 
     return Meter()
 

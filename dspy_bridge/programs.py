@@ -10,7 +10,6 @@ from dspy_bridge import models, modules, redaction, signatures, states, tools
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.metering import Meter
-from dspy_bridge.runners import CodeRunner
 from dspy_bridge.streaming import Stream
 
 
@@ -93,9 +92,7 @@ class Program:
         settings: dict[str, Any] = {}
         told = None
         if stream:
-            module = self._runner.module
-            on_loop = hasattr(module, "aforward") and not isinstance(self._runner, CodeRunner)
-            told = Stream(module, self._text_fields, call, on_loop=on_loop)
+            told = Stream(self._runner.module, self._text_fields, call, on_loop=self._runner.on_loop)
             settings = told.settings()
         if isinstance(call.meter, Meter):
             settings["usage_tracker"] = call.meter.tracker

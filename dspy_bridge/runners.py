@@ -38,10 +38,15 @@ class Runner:
         """The adapter for a call, where one of the program's own was chosen or DSPy's default will not do."""
         return chosen
 
+    @property
+    def on_loop(self) -> bool:
+        """Whether calls run on the event loop, not in a thread."""
+        return hasattr(self.module, "aforward")
+
     async def run(self, values: dict[str, Any]) -> Any:
         """One call; gives the prediction."""
         module = self.module
-        if hasattr(module, "aforward"):
+        if self.on_loop:
             return await module.acall(**values)
         return await in_thread(lambda: module(**values))
 
@@ -117,6 +122,8 @@ class ComparisonRunner(Runner):
 
 class CodeRunner(Runner):
     """Modules that run code: always in a thread, since they wait for their sandbox there."""
+
+    on_loop = False
 
     async def run(self, values: dict[str, Any]) -> Any:
         """As `Runner`'s; giving up ends the sandbox, too."""
