@@ -6,17 +6,7 @@ defmodule DSPex.Test.SilentLM do
   """
 
   @doc "Starts it for the calling process; gives its port."
-  def start do
-    owner = self()
-
-    {:ok, listener} =
-      :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}, reuseaddr: true])
-
-    {:ok, port} = :inet.port(listener)
-    acceptor = spawn_link(fn -> accept(listener, owner) end)
-    :ok = :gen_tcp.controlling_process(listener, acceptor)
-    port
-  end
+  def start, do: DSPex.Test.Loopback.start(&serve/2)
 
   @doc "Bridge options that make it the LM."
   def lm_opts(port) do
@@ -24,13 +14,6 @@ defmodule DSPex.Test.SilentLM do
       lm: "openai/stub",
       lm_options: %{api_base: "http://127.0.0.1:#{port}/v1", api_key: "not-a-key", cache: false}
     ]
-  end
-
-  defp accept(listener, owner) do
-    {:ok, socket} = :gen_tcp.accept(listener)
-    pid = spawn(fn -> serve(socket, owner) end)
-    :ok = :gen_tcp.controlling_process(socket, pid)
-    accept(listener, owner)
   end
 
   defp serve(socket, owner) do

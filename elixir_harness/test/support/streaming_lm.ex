@@ -6,38 +6,13 @@ defmodule DSPex.Test.StreamingLM do
   """
 
   @doc "Starts it for the calling process; gives its port."
-  def start do
-    owner = self()
-
-    {:ok, listener} =
-      :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}, reuseaddr: true])
-
-    {:ok, port} = :inet.port(listener)
-    acceptor = spawn_link(fn -> accept(listener, owner) end)
-    :ok = :gen_tcp.controlling_process(listener, acceptor)
-    port
-  end
+  def start, do: DSPex.Test.Loopback.start(&serve(&1, &2, ""))
 
   @doc "Streams a piece of the answer."
   def say(lm, text), do: send(lm, {:say, %{role: "assistant", content: text}, nil})
 
   @doc "The answer is over."
   def finish(lm), do: send(lm, {:say, %{}, "stop"})
-
-  defp accept(listener, owner) do
-    {:ok, socket} = :gen_tcp.accept(listener)
-
-    pid =
-      spawn(fn ->
-        receive do
-          :go -> serve(socket, owner, "")
-        end
-      end)
-
-    :ok = :gen_tcp.controlling_process(socket, pid)
-    send(pid, :go)
-    accept(listener, owner)
-  end
 
   defp serve(socket, owner, read) do
     case :gen_tcp.recv(socket, 0) do

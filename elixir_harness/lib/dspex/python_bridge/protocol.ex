@@ -227,17 +227,13 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec decode_chunk(binary()) :: {:ok, id(), map()} | {:error, reason()}
   def decode_chunk(payload) when is_binary(payload) do
-    case Payload.decode(payload) do
-      {:ok, %{"id" => id, "stream" => %{} = chunk}} when is_integer(id) or is_binary(id) ->
-        {:ok, id, chunk}
-
-      {:ok, _term} ->
-        {:error, {:not_a_chunk, "JSON, but no object with id and stream"}}
-
-      {:error, reason} ->
-        {:error, reason}
-    end
+    with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
   end
+
+  defp to_chunk(%{"id" => id, "stream" => %{} = chunk}) when is_integer(id) or is_binary(id),
+    do: {:ok, id, chunk}
+
+  defp to_chunk(_term), do: {:error, {:not_a_chunk, "JSON, but no object with id and stream"}}
 
   @doc """
   What tool the peer calls: `{:ok, call_id, name, args}`, or `{:error, call_id, text}` for a call
@@ -251,18 +247,15 @@ defmodule DSPex.PythonBridge.Protocol do
   @spec decode_tool_call(binary()) ::
           {:ok, id(), String.t(), map()} | {:error, id(), String.t()} | {:error, reason()}
   def decode_tool_call(payload) when is_binary(payload) do
-    case Payload.decode(payload) do
-      {:ok, %{"tool_call" => %{"call_id" => call_id} = call}}
-      when is_integer(call_id) or is_binary(call_id) ->
-        to_tool_call(call_id, call)
-
-      {:ok, _term} ->
-        {:error, {:not_a_tool_call, "JSON, but no object with tool_call and its call_id"}}
-
-      {:error, reason} ->
-        {:error, reason}
-    end
+    with {:ok, term} <- Payload.decode(payload), do: to_tool_call(term)
   end
+
+  defp to_tool_call(%{"tool_call" => %{"call_id" => call_id} = call})
+       when is_integer(call_id) or is_binary(call_id),
+       do: to_tool_call(call_id, call)
+
+  defp to_tool_call(_term),
+    do: {:error, {:not_a_tool_call, "JSON, but no object with tool_call and its call_id"}}
 
   defp to_tool_call(call_id, %{"name" => name, "args" => %{} = args}) when is_binary(name),
     do: {:ok, call_id, name, args}
