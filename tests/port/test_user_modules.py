@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,14 @@ def start(tmp_path: Path) -> Iterator[Any]:
 
 def create(peer: Peer, name: str) -> dict[str, Any]:
     return peer.call("create_program", {"id": name, "signature": "question -> answer", "program_type": f"host:{name}"})
+
+
+def pinged_until(peer: Peer, happened: Callable[[], object]) -> None:
+    """Until then every ping is answered."""
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end
+        assert peer.call("ping")["success"]
 
 
 def ask(name: str, question: str) -> dict[str, Any]:
@@ -369,10 +377,7 @@ def test_given_up_its_lm_request_is_closed_and_the_next_one_refused(start: Any, 
     create(peer, "Twice")
     assert peer.call("execute_program", ask("Twice", "Why?"), timeout_ms=500)["error_type"] == "timeout"
     assert server.closed_by_client.acquire(timeout=PATIENCE)
-    end = time.monotonic() + PATIENCE
-    while not (tmp_path / "told").exists():
-        assert time.monotonic() < end
-        assert peer.call("ping")["success"]
+    pinged_until(peer, lambda: (tmp_path / "told").exists())
     assert len(server.requests) == 1
     server.gate.set()
     assert peer.call("execute_program", ask("Twice", "Why?"))["result"] == {"answer": "done"}
@@ -386,10 +391,7 @@ def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, s
     peer = start(**lm_env(server))
     create(peer, "Catches")
     assert peer.call("execute_program", ask("Catches", "Why?"), timeout_ms=500)["error_type"] == "timeout"
-    end = time.monotonic() + PATIENCE
-    while not ((tmp_path / "told").exists() and (tmp_path / "told").read_text()):
-        assert time.monotonic() < end
-        assert peer.call("ping")["success"]
+    pinged_until(peer, lambda: (tmp_path / "told").exists() and (tmp_path / "told").read_text())
     assert (tmp_path / "told").read_text() == "ended\n"
     assert len(server.requests) == 1
 
@@ -408,10 +410,7 @@ def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, tmp_path: Pat
     args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
     assert peer.call("create_program", {**args, "options": {"wait": True}})["success"]
     asked = peer.request("list_programs", {"state": True}, timeout_ms=PATIENCE * 1000)
-    end = time.monotonic() + PATIENCE
-    while not (tmp_path / "told").exists():
-        assert time.monotonic() < end
-        assert peer.call("ping")["success"]
+    pinged_until(peer, lambda: (tmp_path / "told").exists())
     assert peer.call("list_programs")["result"] == {"programs": ["Untold"]}
     peer.send({"cancel": asked})
     assert peer.receive()["error_type"] == "cancelled"
