@@ -1,12 +1,14 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test check dialyzer fuzz soak bench format clean
+.PHONY: help setup elixir demo test test-install check dialyzer docs fuzz soak bench lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 HARNESS := elixir_harness
+# The versions that are tested, and that `mix dspex.setup` installs.
+PINS := $(HARNESS)/priv/python/requirements.txt
 # The tests and the demo of the harness run the peer with this interpreter.
 export DSPY_BRIDGE_PYTHON := $(CURDIR)/$(PY)
 
@@ -16,12 +18,12 @@ help: ## what can be made
 setup: $(VENV)/.installed elixir ## .venv with the package and its tools; Elixir through apt where it is missing
 
 # Made anew when the dependencies change.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; install it, or name one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed; install python3-venv (Debian, Ubuntu) and try again"; rm -rf $(VENV); exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[dev]'
 	@touch $@
 
 elixir:
@@ -71,10 +73,19 @@ soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
 bench: setup ## the table of the README: ratios against baselines in the same run, some 2 minutes
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }
 	$(PY) tests/bench/run.py
+
+lock: setup ## the newest versions that fit, pinned for every Python that is supported
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
+	  pyproject.toml -o $(PINS)
+
+package: setup ## dist/: the wheel and the sdist; priv/python/package, which the Hex package carries
+	rm -rf dist
+	$(PY) -m build --quiet --installer uv
+	cd $(HARNESS) && MIX_ENV=dev mix compile
 
 format: setup ## write the formats
 	$(PY) -m ruff format .

@@ -50,6 +50,14 @@ def test_away_from_the_checkout_with_the_package_installed(tmp_path: Path, insta
     assert reply["success"] and f"from {installed}/dspy_bridge/__init__.py" in log
 
 
+def test_away_from_the_checkout_with_the_copy_beside_it(tmp_path: Path, installed: Path) -> None:
+    """As in a release and in a package from Hex; it wins over another version that is installed."""
+    copy = Path(shutil.copy(SCRIPT, tmp_path / "dspy_bridge.py"))
+    shutil.copytree(ROOT / "dspy_bridge", tmp_path / "package" / "dspy_bridge")
+    reply, log = serve(copy, f"{installed}:{DEPENDENCIES}")
+    assert reply["success"] and f"from {tmp_path}/package/dspy_bridge/__init__.py" in log
+
+
 @pytest.mark.parametrize("flag", ["--version", "--selftest"])
 def test_as_a_plain_script_from_the_root_directory(flag: str) -> None:
     command = [sys.executable, "-S", str(SCRIPT), flag]

@@ -1,6 +1,7 @@
 """The script that DSPex opens as a port: it finds the package `dspy_bridge` and runs it. No behaviour of its own.
 
-The package lies in the checkout around this file, or else is installed where the interpreter finds it.
+The package lies in the checkout around this file, or in the folder `package` beside it (of a release, or a package from
+Hex), or else is installed where the interpreter finds it.
 """
 
 import os
@@ -13,8 +14,10 @@ CHECKOUT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 def find_package() -> None:
     """Put the package on the path. A script of this name would otherwise find itself when it imports `dspy_bridge`."""
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder or os.getcwd()) != HERE]
-    if os.path.isfile(os.path.join(CHECKOUT, "dspy_bridge", "__main__.py")):
-        sys.path.insert(0, CHECKOUT)
+    for folder in (CHECKOUT, os.path.join(HERE, "package")):
+        if os.path.isfile(os.path.join(folder, "dspy_bridge", "__main__.py")):
+            sys.path.insert(0, folder)
+            break
 
 
 class DSPyBridge:
