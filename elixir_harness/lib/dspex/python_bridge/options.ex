@@ -283,15 +283,19 @@ defmodule DSPex.PythonBridge.Options do
     json
   end
 
-  # ASCII only: what other characters become in a child's environment depends on the locale.
+  # ASCII only: what other characters become in a child's environment depends on the locale. By hand: OTP 26
+  # has no `:json`.
   defp ascii_json(options) do
-    {:ok, JSON.encode!(Map.new(options), &ascii_encoder/2)}
+    {:ok, for(<<char::utf8 <- JSON.encode!(Map.new(options))>>, into: "", do: ascii(char))}
   catch
     _kind, _reason -> :error
   end
 
-  defp ascii_encoder(text, _encoder) when is_binary(text),
-    do: :json.encode_binary_escape_all(text)
+  defp ascii(char) when char < 128, do: <<char>>
 
-  defp ascii_encoder(other, encoder), do: JSON.protocol_encode(other, encoder)
+  defp ascii(char) do
+    for <<unit::binary-size(2) <- :unicode.characters_to_binary([char], :utf8, :utf16)>>,
+      into: "",
+      do: "\\u" <> Base.encode16(unit)
+  end
 end
