@@ -1,0 +1,178 @@
+defmodule DSPex.PythonBridge.Top do
+  @moduledoc """
+  What the bridges of a node are at, one by one. `mix dspex.top` shows it; where there is no Mix:
+
+      iex> DSPex.PythonBridge.Top.print()
+
+      $ bin/my_app rpc "DSPex.PythonBridge.Top.print()"
+
+  All bridges are found, whoever started them (`DSPex.PythonBridge.Top.Finder`), at no cost to their
+  calls. All peers are asked at once for their `get_stats`, each for a short time only: of one that does
+  not answer, what it alone knows is nil, and the others wait for it no longer than that.
+
+  What is asked here is not told by telemetry, and not among the counted calls.
+  """
+
+  alias DSPex.PythonBridge.{Bridge, Caller}
+  alias DSPex.PythonBridge.Top.{Finder, Remote, Table}
+
+  # A peer answers in a millisecond, behind a big frame in some ten.
+  @stats_ms 500
+
+  @typedoc """
+  One bridge and its peer. nil is what could not be learned: while a peer starts, or when it does not
+  answer.
+
+    * `bridge` – its name, or its pid where it has none, as `inspect/1` writes them
+    * `pool`, `number` – of a member of a pool: the pool's name, and its place there; else nil
+    * `state`, `os_pid`, `pending`, `restarts`, `uptime_ms` – see
+      `DSPex.PythonBridge.Bridge.get_status/1`; `state` is nil where the bridge does not answer
+    * `in_flight`, `queued` – executes that run, and that wait for their turn, in the peer
+    * `p50_ms`, `p99_ms` – of the last 1000 executes; nil before the first
+    * `rss_bytes` – the peer's memory
+    * `executes`, `calls` – since the peer's start; `calls` are of all commands but `get_stats`
+    * `stats_at_ms` – when the peer counted them, in ms since its start, by its own clock
+    * `calls_per_s` – see `with_rates/2`
+  """
+  @type peer :: %{
+          bridge: String.t(),
+          pool: String.t() | nil,
+          number: pos_integer() | nil,
+          state: :starting | :running | :restarting | :failed | nil,
+          os_pid: pos_integer() | nil,
+          pending: non_neg_integer() | nil,
+          restarts: non_neg_integer() | nil,
+          uptime_ms: non_neg_integer() | nil,
+          in_flight: non_neg_integer() | nil,
+          queued: non_neg_integer() | nil,
+          p50_ms: number() | nil,
+          p99_ms: number() | nil,
+          rss_bytes: non_neg_integer() | nil,
+          executes: non_neg_integer() | nil,
+          calls: non_neg_integer() | nil,
+          stats_at_ms: non_neg_integer() | nil,
+          calls_per_s: float() | nil
+        }
+  @typedoc "`time` is in ISO 8601, UTC; the peers are in the order of their names."
+  @type snapshot :: %{node: node(), time: String.t(), peers: [peer()]}
+
+  @unknown Map.new(
+             [:state, :os_pid, :pending, :restarts, :uptime_ms, :in_flight, :queued, :p50_ms] ++
+               [:p99_ms, :rss_bytes, :executes, :calls, :stats_at_ms, :calls_per_s],
+             &{&1, nil}
+           )
+  @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
+
+  @doc """
+  How the bridges of this node are now, `calls_per_s` aside.
+
+  Options: `:timeout`, how long a peer is waited for, in ms; 500. It takes twice that at most, and only
+  if the process of a bridge does not answer.
+  """
+  @spec snapshot([{:timeout, pos_integer()}]) :: snapshot()
+  def snapshot(opts \\ []) do
+    timeout = Keyword.get(opts, :timeout, @stats_ms)
+    found = Finder.bridges()
+    time = DateTime.utc_now() |> DateTime.truncate(:second) |> DateTime.to_iso8601()
+    %{node: node(), time: time, peers: ask_all(found, timeout)}
+  end
+
+  @doc """
+  A snapshot with the calls of each peer per second since an earlier one of the same node; nil for a peer
+  that is another by now, and where either has no counts.
+  """
+  @spec with_rates(snapshot(), snapshot()) :: snapshot()
+  def with_rates(%{peers: peers} = snapshot, %{peers: earlier}) do
+    earlier = Map.new(earlier, &{{&1.bridge, &1.os_pid}, &1})
+
+    rate = fn peer ->
+      %{peer | calls_per_s: rate(peer, Map.get(earlier, {peer.bridge, peer.os_pid}))}
+    end
+
+    %{snapshot | peers: Enum.map(peers, rate)}
+  end
+
+  defp rate(%{calls: calls, stats_at_ms: at}, %{calls: calls_then, stats_at_ms: then})
+       when is_integer(calls) and is_integer(calls_then) and at > then,
+       do: Float.round((calls - calls_then) * 1_000 / (at - then), 2)
+
+  defp rate(_peer, _unknown), do: nil
+
+  @doc """
+  Prints the table of this node's bridges. It takes a second, for the calls per second, and
+  `mix help dspex.top` says what the columns are.
+  """
+  @spec print() :: :ok
+  def print do
+    case Remote.observe(node()) do
+      {:ok, snapshot} -> IO.write(Table.render(snapshot))
+      {:error, text} -> IO.puts(text)
+    end
+  end
+
+  ## One peer
+
+  defp ask_all(found, timeout) do
+    found
+    |> Task.async_stream(&ask(&1, timeout),
+      max_concurrency: max(length(found), 1),
+      timeout: 2 * timeout,
+      on_timeout: :kill_task,
+      zip_input_on_exit: true
+    )
+    |> Enum.map(fn
+      {:ok, peer} -> peer
+      # Somebody suspended the bridge.
+      {:exit, {bridge, _reason}} -> unknown(bridge)
+    end)
+  end
+
+  defp ask(bridge, timeout) do
+    status = bridge.server |> Bridge.get_status() |> Map.take(@status)
+    peer = Map.merge(unknown(bridge), status)
+
+    # In any other state the question would wait for a peer.
+    if status.state == :running,
+      do: Map.merge(peer, stats(bridge.server, timeout)),
+      else: peer
+  end
+
+  defp unknown(bridge), do: Map.merge(@unknown, Map.take(bridge, [:bridge, :pool, :number]))
+
+  # Not by Bridge.call: hosts' handlers of telemetry are to hear of the hosts' calls. If the peer dies,
+  # its successor is not to be asked again.
+  defp stats(server, timeout) do
+    case Caller.exchange(server, :get_stats, %{}, timeout, retry: false) do
+      {:ok, _id, %{} = stats, _meta} -> figures(stats)
+      _no_answer -> %{}
+    end
+  end
+
+  # A script of the host's own may answer anything.
+  defp figures(
+         %{"in_flight" => in_flight, "queued" => queued, "uptime" => uptime} =
+           %{"memory_usage" => %{"rss" => rss}, "commands" => %{} = commands}
+       )
+       when is_integer(in_flight) and is_integer(queued) and is_number(uptime) and is_integer(rss) do
+    executes = Map.get(commands, "execute_program")
+
+    %{
+      in_flight: in_flight,
+      queued: queued,
+      p50_ms: ms(executes, "p50_ms"),
+      p99_ms: ms(executes, "p99_ms"),
+      rss_bytes: rss,
+      executes: count(executes),
+      calls: commands |> Map.delete("get_stats") |> Map.values() |> Enum.sum_by(&count/1),
+      stats_at_ms: round(uptime * 1_000)
+    }
+  end
+
+  defp figures(_other), do: %{}
+
+  defp count(%{"count" => count}) when is_integer(count), do: count
+  defp count(_none), do: 0
+
+  defp ms(%{} = command, key), do: with(ms when not is_number(ms) <- command[key], do: nil)
+  defp ms(_none, _key), do: nil
+end

@@ -1,0 +1,94 @@
+defmodule DSPex.PythonBridge.Top.Table do
+  @moduledoc """
+  A snapshot of `DSPex.PythonBridge.Top` as a table of text; nil is shown as `-`.
+  """
+
+  alias DSPex.PythonBridge.Top
+
+  # Names within the library are shown without it: a line is to fit into 100 columns.
+  @prefix "DSPex.PythonBridge."
+
+  @header ["bridge", "state", "pid", "pending", "in flight", "queued", "p50", "p99"] ++
+            ["memory", "restarts", "calls/s", "uptime"]
+
+  # What a terminal shows two columns wide: Hangul, kana, Chinese characters, full-width forms, emoji.
+  @wide [0x1100..0x115F, 0x2E80..0xA4CF, 0xAC00..0xD7A3, 0xF900..0xFAFF, 0xFE30..0xFE6F] ++
+          [0xFF00..0xFF60, 0xFFE0..0xFFE6, 0x1F300..0x1F64F, 0x1F900..0x1F9FF, 0x20000..0x3FFFD]
+
+  @doc ~S"""
+  The table: a line that says which node and when, the columns' names, a line for each peer.
+
+      iex> snapshot = %{node: :app@host, time: "2026-01-01T00:00:00Z", peers: []}
+      iex> IO.iodata_to_binary(DSPex.PythonBridge.Top.Table.render(snapshot))
+      "app@host  2026-01-01T00:00:00Z\nno bridges run here\n"
+  """
+  @spec render(Top.snapshot()) :: iodata()
+  def render(%{node: node, time: time, peers: []}),
+    do: [heading(node, time), "no bridges run here\n"]
+
+  def render(%{node: node, time: time, peers: peers}) do
+    lines = [@header | Enum.map(peers, &line/1)]
+    widths = Enum.zip_with(lines, fn column -> column |> Enum.map(&width/1) |> Enum.max() end)
+    [heading(node, time), Enum.map(lines, &aligned(&1, widths))]
+  end
+
+  defp heading(node, time), do: [to_string(node), "  ", time, "\n"]
+
+  ## Cells
+
+  defp line(peer) do
+    [
+      name(peer),
+      cell(peer.state, &to_string/1),
+      cell(peer.os_pid, &to_string/1),
+      cell(peer.pending, &to_string/1),
+      cell(peer.in_flight, &to_string/1),
+      cell(peer.queued, &to_string/1),
+      cell(peer.p50_ms, &ms/1),
+      cell(peer.p99_ms, &ms/1),
+      cell(peer.rss_bytes, &bytes/1),
+      cell(peer.restarts, &to_string/1),
+      cell(peer.calls_per_s, &decimal/1),
+      cell(peer.uptime_ms, &duration/1)
+    ]
+  end
+
+  defp name(%{pool: pool, number: number}) when pool != nil, do: "#{short(pool)} #{number}"
+  defp name(%{bridge: bridge}), do: short(bridge)
+
+  defp short(@prefix <> rest), do: rest
+  defp short(name), do: name
+
+  defp cell(nil, _text), do: "-"
+  defp cell(value, text), do: text.(value)
+
+  defp ms(ms) when ms < 999.5, do: decimal(ms) <> " ms"
+  defp ms(ms), do: decimal(ms / 1_000) <> " s"
+
+  defp bytes(bytes) when bytes < 9_999_500_000, do: decimal(bytes / 1_000_000) <> " MB"
+  defp bytes(bytes), do: decimal(bytes / 1_000_000_000) <> " GB"
+
+  defp duration(ms) when ms < 60_000, do: "#{div(ms, 1_000)} s"
+  defp duration(ms) when ms < 3_600_000, do: "#{div(ms, 60_000)} min"
+  defp duration(ms) when ms < 172_800_000, do: "#{div(ms, 3_600_000)} h"
+  defp duration(ms), do: "#{div(ms, 86_400_000)} d"
+
+  # Two digits at least.
+  defp decimal(n) when n < 9.95, do: :erlang.float_to_binary(n / 1, decimals: 1)
+  defp decimal(n), do: n |> round() |> Integer.to_string()
+
+  ## Columns: names and states on the left, numbers on the right
+
+  defp aligned([name, state | numbers], [name_width, state_width | widths]) do
+    numbers = Enum.zip_with(numbers, widths, &[" ", blanks(&1, &2), &1])
+    [name, blanks(name, name_width), "  ", state, blanks(state, state_width), numbers, "\n"]
+  end
+
+  defp blanks(text, width), do: String.duplicate(" ", width - width(text))
+
+  # In columns of a terminal.
+  defp width(text), do: text |> String.graphemes() |> Enum.sum_by(&grapheme_width/1)
+
+  defp grapheme_width(<<char::utf8, _marks::binary>>),
+    do: if(Enum.any?(@wide, &(char in &1)), do: 2, else: 1)
+end

@@ -1,0 +1,171 @@
+defmodule Mix.Tasks.Dspex.Top do
+  @shortdoc "Shows the running bridges: calls, times, memory"
+
+  @moduledoc """
+  Shows the bridges of a node in a table, once a second, until it is ended (Ctrl-C twice).
+
+      $ mix dspex.top --node my_app@10.0.0.7
+      my_app@10.0.0.7  2026-01-01T00:00:00Z
+      bridge  state     pid pending in flight queued    p50   p99 memory restarts calls/s uptime
+      Pool 1  running 40117      12        12      0 812 ms 2.1 s 141 MB        0      14  3 min
+      Pool 2  running 40120      11        11      0 797 ms 2.0 s 139 MB        1      13   41 s
+
+    * `--node NAME@HOST` – a running node that has `:dspex`. Without it, the application of this project
+      is started, and its bridges are shown
+    * `--cookie COOKIE` – the node's cookie. Without it, the environment's `RELEASE_COOKIE`, which `ps`
+      does not show, or else that of `~/.erlang.cookie`
+    * `--once` – one table, after a second; its `calls/s` are of that second
+    * `--json` – an object on one line in place of each table: `node`, `time`, and `peers`, a list whose
+      keys are those of `t:DSPex.PythonBridge.Top.peer/0`
+
+  The columns: calls that wait for a reply in the BEAM (`pending`), executes that run in Python
+  (`in flight`) or wait for their turn there (`queued`), the median and the 99th percentile of the last
+  1000 executes, the memory of the Python process, how often another one was started, calls per second
+  since the last look, of all commands but `get_stats` (by which all this is learned), and how long the
+  process has run. `-` is what is not known: of a peer that starts, say, or does not answer within half a
+  second.
+
+  A node that cannot be reached, or has no `:dspex`, is told of in one line, and the exit status is 1. One
+  that is lost while it is watched is looked for once a second, and each time that is said: with `--json`
+  by an object that has `error` in place of `peers`.
+
+  To look at a node, this one takes a name; it stays hidden from the node's cluster. Where there is no
+  Mix: `DSPex.PythonBridge.Top.print/0`.
+  """
+
+  use Mix.Task
+
+  alias DSPex.PythonBridge.Top
+  alias DSPex.PythonBridge.Top.{Remote, Table}
+
+  @switches [node: :string, cookie: :string, once: :boolean, json: :boolean]
+  @names for {name, _type} <- @switches, do: "--#{name}"
+  @second 1_000
+
+  @impl Mix.Task
+  @spec run([String.t()]) :: :ok
+  def run(args) do
+    options = parse(args)
+    node = if options[:node], do: connect(options), else: start(options)
+
+    if options[:once],
+      do: node |> Remote.observe() |> or_raise() |> show(options),
+      else: node |> Remote.snapshot() |> or_raise() |> watch(node, options)
+  end
+
+  ## Arguments
+
+  # What was given may be a cookie: only names of switches are repeated.
+  defp parse(args) do
+    case OptionParser.parse(args, strict: @switches) do
+      {options, [], []} -> check(options)
+      {_options, _rest, [{switch, value} | _]} -> refuse(refusal(switch, value))
+      {_options, _rest, []} -> refuse("all arguments are switches")
+    end
+  end
+
+  defp check(options) do
+    if options[:cookie] && !options[:node], do: refuse("--cookie goes with --node"), else: options
+  end
+
+  defp refusal(switch, value) do
+    cond do
+      switch not in @names -> "#{switch}: there is no such switch"
+      value == nil -> "#{switch}: its value is missing"
+      true -> "#{switch}: it takes no value"
+    end
+  end
+
+  @spec refuse(String.t()) :: no_return()
+  defp refuse(text), do: Mix.raise("#{text}; see mix help dspex.top")
+
+  ## The node
+
+  defp connect(options) do
+    # An empty variable is none.
+    from_env = with "" <- System.get_env("RELEASE_COOKIE", ""), do: nil
+    or_raise(Remote.connect(options[:node], options[:cookie] || from_env))
+  end
+
+  defp start(options) do
+    shell = Mix.shell()
+    if options[:json], do: keep_output_clean()
+    Mix.Task.run("app.start")
+    Mix.shell(shell)
+    node()
+  end
+
+  # What is compiled says so, and what runs logs, to standard output, where only JSON is to be.
+  defp keep_output_clean do
+    Mix.shell(Mix.Shell.Quiet)
+    Mix.Task.run("app.config")
+
+    # A host that has said where its logs go has its way.
+    with handler when is_list(handler) <- Application.get_env(:logger, :default_handler, []),
+         config = Map.new(handler[:config] || []),
+         false <- is_map_key(config, :file) or Keyword.has_key?(handler, :module) do
+      config = Map.put(config, :type, :standard_error)
+      Application.put_env(:logger, :default_handler, Keyword.put(handler, :config, config))
+    end
+  end
+
+  defp or_raise({:ok, value}), do: value
+  defp or_raise({:error, text}), do: Mix.raise(text)
+
+  ## What is shown
+
+  @spec watch(Top.snapshot(), node(), keyword()) :: no_return()
+  defp watch(snapshot, node, options) do
+    show(snapshot, options)
+    watch(snapshot, node, options, now())
+  end
+
+  @spec watch(Top.snapshot(), node(), keyword(), integer()) :: no_return()
+  defp watch(earlier, node, options, last) do
+    Process.sleep(max(last + @second - now(), 0))
+    started = now()
+
+    case Remote.snapshot(node) do
+      {:ok, snapshot} ->
+        snapshot |> Top.with_rates(earlier) |> show(options)
+        watch(snapshot, node, options, started)
+
+      {:error, text} ->
+        show_error(node, text, options)
+        watch(earlier, node, options, started)
+    end
+  end
+
+  defp show(snapshot, options),
+    do: if(options[:json], do: put_json(snapshot), else: put(Table.render(snapshot), options))
+
+  defp show_error(node, text, options) do
+    time = DateTime.utc_now() |> DateTime.truncate(:second) |> DateTime.to_iso8601()
+
+    if options[:json],
+      do: put_json(%{node: node, time: time, error: text}),
+      else: put([to_string(node), "  ", time, "\n", text, "; trying again\n"], options)
+  end
+
+  defp put_json(map), do: write([JSON.encode!(map), "\n"])
+
+  defp put(text, options) do
+    if !options[:once] and terminal?(),
+      do: write([IO.ANSI.clear(), IO.ANSI.home(), text]),
+      else: write([text, "\n"])
+  end
+
+  # Whoever read it, `head` say, has enough.
+  defp write(text) do
+    IO.write(text)
+  catch
+    :error, :terminated -> exit({:shutdown, 0})
+  end
+
+  defp terminal? do
+    options = :io.getopts()
+    is_list(options) and Keyword.get(options, :stdout, false)
+  end
+
+  defp now, do: System.monotonic_time(:millisecond)
+end

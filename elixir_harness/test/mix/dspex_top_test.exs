@@ -1,0 +1,248 @@
+defmodule Mix.Tasks.Dspex.TopTest do
+  @moduledoc "`mix dspex.top`: in this BEAM, and as the command that it is."
+
+  # It makes this a distributed node.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureIO
+
+  alias DSPex.PythonBridge.Bridge
+  alias DSPex.Test.Nodes
+  alias Mix.Tasks.Dspex.Top
+
+  setup_all do
+    Nodes.distribute()
+    :ok
+  end
+
+  setup do
+    put_system_env("RELEASE_COOKIE", nil)
+  end
+
+  defp node_with_bridge do
+    node = Nodes.start()
+    spec = {Bridge, real_opts(name: :far)}
+    {:ok, _} = Nodes.on(node, Supervisor, :start_child, [DSPex.ApplicationSupervisor, spec])
+    eventually(fn -> Bridge.get_status({:far, node}).state == :running end, 20_000)
+    node
+  end
+
+  # It would log the connections that it refuses.
+  defp quiet(node) do
+    :ok = Nodes.on(node, :logger, :set_primary_config, [:level, :none])
+    node
+  end
+
+  # The command itself: the lines that it wrote, errors included, and its exit status. In this project,
+  # where it is no dependency's, mix compiles first if anything has changed.
+  defp mix(args, env \\ []) do
+    env = [{"MIX_ENV", "test"} | env]
+    {output, status} = System.cmd("mix", ["dspex.top" | args], env: env, stderr_to_stdout: true)
+    {output |> String.trim() |> String.split("\n"), status}
+  end
+
+  # Runs until the test is over; gives the device that it writes to.
+  defp watch(args) do
+    {:ok, io} = StringIO.open("")
+    watch(args, io)
+    io
+  end
+
+  defp watch(args, device) do
+    start_supervised!(
+      {Task,
+       fn ->
+         Process.group_leader(self(), device)
+         Top.run(args)
+       end}
+    )
+  end
+
+  defp lines(io), do: io |> StringIO.contents() |> elem(1) |> String.split("\n", trim: true)
+  defp refusal(args), do: assert_raise(Mix.Error, fn -> Top.run(args) end).message
+
+  describe "the command" do
+    test "shows a node by name and cookie, as JSON and as a table" do
+      node = node_with_bridge()
+      # Not that of ~/.erlang.cookie; who is connected stays so.
+      cookie = "cookie#{System.unique_integer([:positive])}"
+      true = Nodes.on(node, :erlang, :set_cookie, [String.to_atom(cookie)])
+      args = ["--node", Atom.to_string(node), "--once"]
+      assert {lines, 0} = mix(["--json" | args], [{"RELEASE_COOKIE", cookie}])
+      assert %{"node" => name, "time" => time, "peers" => [peer]} = JSON.decode!(List.last(lines))
+      assert name == Atom.to_string(node)
+      assert {:ok, _time, 0} = DateTime.from_iso8601(time)
+      assert %{"bridge" => ":far", "state" => "running"} = peer
+      assert peer["calls_per_s"] == 0.0
+      assert %{"pool" => nil, "in_flight" => 0, "queued" => 0, "rss_bytes" => rss} = peer
+      assert rss > 10_000_000
+      assert peer["os_pid"] == Bridge.get_status({:far, node}).os_pid
+
+      assert {lines, 0} = mix(args ++ ["--cookie", cookie])
+      assert [heading, "bridge " <> _, ":far    running " <> _] = Enum.take(lines, -3)
+      assert heading =~ ~r/\A#{node}  \d{4}-/
+    end
+
+    test "says in one line that the cookie is not the node's, and fails" do
+      node = quiet(Nodes.start())
+      args = ["--node", Atom.to_string(node), "--cookie", "no-such-cookie"]
+      assert {lines, 1} = mix(args)
+
+      assert List.last(lines) ==
+               "** (Mix) #{node} cannot be reached: epmd on 127.0.0.1 knows it, " <>
+                 "but it takes no connection; is the cookie its own?"
+    end
+  end
+
+  describe "a node that cannot be shown" do
+    test "is not there: who is" do
+      node = Nodes.start()
+      [name, _host] = node |> Atom.to_string() |> String.split("@")
+      text = refusal(["--node", "nobody@127.0.0.1"])
+
+      assert text =~
+               "nobody@127.0.0.1 cannot be reached: epmd on 127.0.0.1 knows no nobody, but "
+
+      assert text =~ name
+      text = refusal(["--node", "nobody@no-host.invalid"])
+      assert text == "nobody@no-host.invalid cannot be reached: there is no host no-host.invalid"
+    end
+
+    test "has no :dspex" do
+      args = [~c"-setcookie", Atom.to_charlist(Node.get_cookie())]
+      name = %{name: :peer.random_name(~c"bare"), host: ~c"127.0.0.1", longnames: true}
+      {:ok, _peer, node} = :peer.start_link(Map.put(name, :args, args))
+      text = refusal(["--node", Atom.to_string(node)])
+
+      assert text ==
+               "#{node} has no :dspex, or one that is older than DSPex.PythonBridge.Top"
+    end
+
+    test "does not answer" do
+      node = Nodes.start()
+      os_pid = Nodes.on(node, System, :pid, [])
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+
+      try do
+        # It may still have answered the first question.
+        args = ["--node", Atom.to_string(node), "--once"]
+        assert refusal(args) =~ "#{node} does not answer within "
+      after
+        {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+      end
+    end
+
+    test "has no bridges: that is no error" do
+      node = Nodes.start()
+      args = ["--node", Atom.to_string(node), "--once"]
+      assert capture_io(fn -> Top.run(args) end) =~ "\nno bridges run here\n"
+    end
+  end
+
+  test "switches and values that cannot be right are named, values that may be a cookie are not" do
+    help = "; see mix help dspex.top"
+    assert refusal(["--nod", "a@b"]) == "--nod: there is no such switch" <> help
+    assert refusal(["--cokie=secret"]) == "--cokie: there is no such switch" <> help
+    assert refusal(["--cokie", "secret"]) == "--cokie: there is no such switch" <> help
+    assert refusal(["--node"]) == "--node: its value is missing" <> help
+    assert refusal(["--once=secret"]) == "--once: it takes no value" <> help
+    assert refusal(["secret"]) == "all arguments are switches" <> help
+    assert refusal(["--cookie", "secret"]) == "--cookie goes with --node" <> help
+    assert refusal(["--node", "here"]) == ~s(node: expected name@host, got "here")
+    assert refusal(["--node", "a@b c"]) == ~s(node: expected name@host, got "a@b c")
+    assert refusal(["--node", "a@" <> String.duplicate("b", 254)]) =~ "node: expected name@host"
+    long = String.duplicate("secret", 50)
+    assert refusal(["--node", "a@b", "--cookie", long]) == "cookie: expected 1 to 255 characters"
+    assert refusal(["--node", "a@b", "--cookie", ""]) == "cookie: expected 1 to 255 characters"
+  end
+
+  describe "without --node" do
+    test "the bridges of this BEAM are shown" do
+      bridge = start_supervised!({Bridge, real_opts()})
+      eventually(fn -> Bridge.get_status(bridge).state == :running end, 20_000)
+      shell = Mix.shell()
+      json = capture_io(fn -> Top.run(["--once", "--json"]) end)
+      assert %{"peers" => peers} = JSON.decode!(json)
+      assert %{"calls" => 1} = Enum.find(peers, &(&1["bridge"] == inspect(bridge)))
+      assert Mix.shell() == shell
+    end
+  end
+
+  describe "without --once" do
+    test "tables come one after another; the second has calls per second" do
+      node = node_with_bridge()
+      io = watch(["--node", Atom.to_string(node)])
+      eventually(fn -> length(lines(io)) >= 6 end, 20_000)
+      [_, header, first, _, header, second | _] = lines(io)
+      assert first =~ ~r/ 0 +- +\d+ s$/
+      assert second =~ ~r/ 0 +0.0 +\d+ s$/
+      refute elem(StringIO.contents(io), 1) =~ "\e"
+    end
+
+    test "on a terminal each table takes the place of the last" do
+      test = self()
+      node = Atom.to_string(Nodes.start())
+      watch(["--node", node], spawn_link(fn -> terminal(test) end))
+      for _ <- 1..2, do: assert_receive({:shown, "\e[2J\e[H" <> ^node <> "  " <> _}, 20_000)
+    end
+
+    test "a node that is lost is looked for until it is back, and that is said" do
+      node = quiet(node_with_bridge())
+      io = watch(["--json", "--node", Atom.to_string(node)])
+      maps = fn -> Enum.map(lines(io), &JSON.decode!/1) end
+      eventually(fn -> match?([%{"peers" => [_]} | _], maps.()) end, 20_000)
+
+      Nodes.split(node, fn ->
+        eventually(fn -> Enum.count(maps.(), & &1["error"]) >= 2 end, 20_000)
+      end)
+
+      lost = Enum.find(maps.(), & &1["error"])
+      assert lost["error"] =~ "#{node} cannot be reached: "
+      assert lost["node"] == Atom.to_string(node)
+      assert {:ok, _time, 0} = DateTime.from_iso8601(lost["time"])
+      eventually(fn -> match?(%{"peers" => [_]}, List.last(maps.())) end, 20_000)
+    end
+
+    test "a table's place is taken by a line while the node is lost" do
+      node = node_with_bridge()
+      io = watch(["--node", Atom.to_string(node)])
+      eventually(fn -> lines(io) != [] end, 20_000)
+      Nodes.stop(node)
+      eventually(fn -> List.last(lines(io)) =~ "; trying again" end, 20_000)
+      assert Enum.at(lines(io), -2) =~ ~r/\A#{node}  \d{4}-/
+      [name, _host] = node |> Atom.to_string() |> String.split("@")
+
+      assert List.last(lines(io)) =~
+               "#{node} cannot be reached: epmd on 127.0.0.1 knows no #{name}"
+    end
+
+    test "it ends when nobody reads what it writes any more" do
+      node = Nodes.start()
+      gone = spawn(fn -> :ok end)
+      eventually(fn -> not Process.alive?(gone) end)
+
+      {pid, ref} =
+        spawn_monitor(fn ->
+          Process.group_leader(self(), gone)
+          Top.run(["--node", Atom.to_string(node)])
+        end)
+
+      assert_receive {:DOWN, ^ref, :process, ^pid, {:shutdown, 0}}, 20_000
+    end
+  end
+
+  # An output device that says it is one.
+  defp terminal(test) do
+    receive do
+      {:io_request, from, ref, {:put_chars, :unicode, chars}} ->
+        send(test, {:shown, IO.chardata_to_string(chars)})
+        send(from, {:io_reply, ref, :ok})
+
+      {:io_request, from, ref, :getopts} ->
+        send(from, {:io_reply, ref, [stdout: true]})
+    end
+
+    terminal(test)
+  end
+end
