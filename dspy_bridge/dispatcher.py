@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 
-from dspy_bridge import failures, memory, messages
+from dspy_bridge import failures, memory, messages, tracing
 from dspy_bridge.calls import Call, Command, Host
 from dspy_bridge.conversation import Conversation
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
@@ -103,6 +103,12 @@ class Dispatcher:
             self._inbox.append(request)
             return None
         call = Call(request, received, self._host)
+        if request.traceparent is None:
+            return self._begin(call)
+        return tracing.context(request.traceparent).run(self._begin, call)
+
+    def _begin(self, call: Call) -> bytes | None:
+        request = call.request
         command = self._commands.get(request.command)
         try:
             if command is None:
@@ -197,9 +203,11 @@ class Dispatcher:
     def _start(self, call: Call) -> None:
         assert self._loop is not None and call.work is not None
         call.started = time.monotonic()
-        call.task = self._loop.create_task(call.work)
+        # Not in the context of what starts it: that may be the end of another call, which has a trace of its own.
+        context = tracing.context(call.request.traceparent)
+        call.task = context.run(self._loop.create_task, call.work)
         # Not code around `work` in the task: a task that is cancelled before its first step runs none of it.
-        call.task.add_done_callback(lambda task: self._finished(call, task))
+        call.task.add_done_callback(lambda task: self._finished(call, task), context=context)
 
     def _finished(self, call: Call, task: asyncio.Task[Any]) -> None:
         try:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 
-from dspy_bridge import messages, redaction, withholding
+from dspy_bridge import messages, redaction, tracing, withholding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,15 @@ _FLUSH_SECONDS = 0.5
 class _Redacted(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return redaction.redact(super().format(withholding.without_contents(record)))
+
+
+class _Traced(logging.Filter):
+    """On a handler: its records have `trace`, for the line, of the request that they were made for."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        traceparent = tracing.current()
+        record.trace = "" if traceparent is None else f" traceparent={traceparent}"
+        return True
 
 
 class _Diverted(logging.Filter):
@@ -84,7 +93,8 @@ class _Frames(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._send([messages.encode_log(record.levelname.lower(), record.name, self.format(record))])
+            level, text = record.levelname.lower(), self.format(record)
+            self._send([messages.encode_log(level, record.name, text, tracing.current())])
         except Exception:
             self.handleError(record)
 
@@ -103,7 +113,8 @@ def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
     handler: logging.Handler
     if send is None:
         handler = _Stderr()
-        handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
+        handler.addFilter(_Traced())
+        handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(trace)s: %(message)s"))
     else:
         handler = _Frames(send)
         handler.setFormatter(_Redacted("%(message)s"))

@@ -28,6 +28,10 @@ _PLAIN_PING = (
 _PING_PAYLOAD = re.compile(_PLAIN_PING).fullmatch
 _PING_PACKET = re.compile(rb"\x00\x00\x00([\x00-\xff])" + _PLAIN_PING).fullmatch
 
+# https://www.w3.org/TR/trace-context/: of version 00 nothing may follow, of later ones what they like.
+_TRACE_IDS = "(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+_TRACEPARENT = f"00-{_TRACE_IDS}|(?!00|ff)[0-9a-f]{{2}}-{_TRACE_IDS}(?:-[!-~]{{0,199}})?"
+
 # Packets of pings and pongs that go the short way are at most this long: their length has one byte.
 QUICK_BYTES = 256
 _PONG = b'{"id":%b,"success":true,"result":{"status":"ok","timestamp":%.6f}}'
@@ -52,9 +56,9 @@ class NotAMessage(MessageError):
 
 
 class Request:
-    """One command. `timeout_ms`: the deadline counted from receipt, or None."""
+    """One command. `timeout_ms`: the deadline counted from receipt, or None. `traceparent`: its trace, or None."""
 
-    __slots__ = ("args", "command", "id", "meta", "stream", "timeout_ms")
+    __slots__ = ("args", "command", "id", "meta", "stream", "timeout_ms", "traceparent")
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class Request:
         timeout_ms: float | None = None,
         stream: bool = False,
         meta: bool = False,
+        traceparent: str | None = None,
     ) -> None:
         self.id = id
         self.command = command
@@ -71,6 +76,7 @@ class Request:
         self.timeout_ms = timeout_ms
         self.stream = stream
         self.meta = meta
+        self.traceparent = traceparent
 
 
 class Encoded(bytes):
@@ -119,7 +125,13 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         args = {}
     elif type(args) is not dict:
         raise NotAMessage(f"args: expected an object, got {_json_name(args)}", id)
-    if len(message) <= 4 and "timeout_ms" not in message and "stream" not in message and "meta" not in message:
+    if (
+        len(message) <= 4
+        and "timeout_ms" not in message
+        and "stream" not in message
+        and "meta" not in message
+        and "traceparent" not in message
+    ):
         return Request(id, command, args)
     timeout_ms = message.get("timeout_ms")
     if timeout_ms is not None and not (type(timeout_ms) in (int, float) and timeout_ms > 0):
@@ -130,7 +142,11 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         if type(flag) is not bool:
             raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
         flags.append(flag)
-    return Request(id, command, args, timeout_ms, flags[0], flags[1])
+    traceparent = message.get("traceparent")
+    if traceparent is not None and not _is_traceparent(traceparent):
+        text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
+        raise NotAMessage(f"traceparent: {text}", id)
+    return Request(id, command, args, timeout_ms, flags[0], flags[1], traceparent)
 
 
 def _cancel(message: dict[str, Any]) -> Cancel:
@@ -217,9 +233,12 @@ def encode_tool_call(id: Id, call_id: int, name: str, args: dict[str, Any]) -> b
     return b'{"id":' + _encode_id(id) + b',"tool_call":' + encode_value(call) + b"}"
 
 
-def encode_log(level: str, logger: str, message: str) -> bytes:
+def encode_log(level: str, logger: str, message: str, traceparent: str | None) -> bytes:
     """The payload of a log record (`DSPY_BRIDGE_LOG_FRAMES`)."""
-    return encode_value({"log": {"level": level, "logger": logger, "message": message}})
+    record = {"level": level, "logger": logger, "message": message}
+    if traceparent is not None:
+        record["traceparent"] = traceparent
+    return encode_value({"log": record})
 
 
 def _loads(payload: bytes) -> Any:
@@ -257,6 +276,11 @@ def _readable_id(payload: bytes) -> Id | None:
 
 def _is_id(value: object) -> TypeGuard[Id]:
     return type(value) is int or type(value) is str
+
+
+def _is_traceparent(value: object) -> bool:
+    # The pattern is read when the first one comes, not before the first ping.
+    return type(value) is str and re.fullmatch(_TRACEPARENT, value) is not None
 
 
 def _json_name(value: object) -> str:

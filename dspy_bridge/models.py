@@ -19,7 +19,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
 
-from dspy_bridge import echo, logs, redaction
+from dspy_bridge import echo, logs, redaction, tracing
 from dspy_bridge.errors import (
     BridgeError,
     InvalidArgs,
@@ -109,6 +109,7 @@ class Models:
         self._default: LMPool | None = None
         self._lock = threading.Lock()
         logs.adopt("dspy")
+        _carry_traces()
         redaction.learn_environment()
         self.settings = settings
         self._configure(settings)
@@ -182,6 +183,8 @@ class Models:
             settings: dict[str, Any] = {"lm": lm}
             if adapter is not None:
                 settings["adapter"] = adapter
+            if (traceparent := tracing.current()) is not None:
+                settings[tracing.TRACEPARENT] = traceparent
             if isinstance(lm, echo.EchoLM):
                 settings["callbacks"] = [*dspy.settings.callbacks, echo.WatchFormat()]
             stack.enter_context(dspy.context(**settings))
@@ -210,6 +213,16 @@ def translate(error: Exception) -> BridgeError | None:
     if isinstance(error, dspy.LMError):
         return LMFailed(f"{type(error).__name__}: {error}", dspy.is_retryable_lm_error(error))
     return None
+
+
+def _carry_traces() -> None:
+    try:
+        from dspy_bridge import trace_headers
+
+        trace_headers.install()
+    except (AttributeError, ImportError):
+        # Another DSPy than the tested ones, with other names inside: all else works.
+        logs.logger.warning("with this DSPy no traceparent reaches LMs", exc_info=True)
 
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:

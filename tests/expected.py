@@ -116,12 +116,28 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
         return refused(key)
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
         return refused(key)
+    if not _may_be_traceparent(message.get("traceparent")):
+        return refused(key)
     ends, at_once = _ends(command, args, timeout is not None)
     tells = ends & {"success", "unknown_command", "program_not_found"}
     if tells and (len(payload) > 2000 or command == "list_programs"):
         # Its reply may be longer than it is, and past the limit.
         ends |= {"frame_too_large"}
     return Owed(payload, (key,), ends, command, args, *flags, at_once)
+
+
+def _may_be_traceparent(value: Any) -> bool:
+    if value is None:
+        return True
+    parts = value.split("-", 4) if isinstance(value, str) else []
+    hexes = all(set(part) <= set("0123456789abcdef") for part in parts[:4])
+    if [len(part) for part in parts[:4]] != [2, 32, 16, 2] or not hexes or parts[0] == "ff":
+        return False
+    if not parts[1].strip("0") or not parts[2].strip("0"):
+        return False
+    more = "".join(parts[4:])
+    later = parts[0] != "00" and len(value) <= 255 and all("!" <= sign <= "~" for sign in more)
+    return later or len(parts) == 4
 
 
 def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset[str], bool]:

@@ -144,6 +144,7 @@ ENVELOPES: list[dict[str, Any]] = [
     {"timeout_ms": 0.001},
     {"stream": True, "meta": False, "timestamp": "2026-01-01T00:00:00Z"},
     {"stream": True, "meta": True},
+    {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"},
 ]
 BROKEN = [payload for payload in map(vector_payload, vectors("malformed")) if len(payload) < 10_000]
 # Values of every kind that is wrong somewhere, and texts that are no JSON at all.
@@ -171,7 +172,8 @@ BAD = [
     *("[" * 400 + "]" * 400, '{"a":' * 1200, "\x00", "[1,]", '{"a"}', "//"),
 ]
 KEYS = [
-    *("id", "command", "args", "timeout_ms", "meta", "stream", "cancel", "program_id", "inputs", "config", "lm"),
+    *("id", "command", "args", "timeout_ms", "meta", "stream", "traceparent", "cancel", "program_id", "inputs", "lm"),
+    "config",
     *("signature", "program_type", "adapter", "outputs", "name", "type", "desc", "description", "instructions", "n"),
     *("options", "tools", "demos", "state", "state_path", "args", "reward", "n", "completions", "$ref", "properties"),
     *("tool_result", "call_id", "success", "result", "items", "required", "enum", "default", "traces", "fields"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dspy_bridge import tracing
 from dspy_bridge.calls import Command
 from dspy_bridge.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, Overloaded
@@ -111,6 +112,36 @@ def test_errors_of_handlers_become_replies() -> None:
     undone, first, second = bench.logged
     assert undone == "undone" and first.endswith("ZeroDivisionError") and second.endswith("SystemExit")
     assert first.split()[0] in crash["error"]
+
+
+def test_work_and_what_is_logged_of_its_failure_are_in_the_trace_of_their_request() -> None:
+    """On either thread, and where one request's end starts another, the traces being held apart."""
+    first, second = (f"00-{digit * 32}-{digit * 16}-01" for digit in "ab")
+
+    class Traced(Bench):
+        def _log(self) -> str:
+            self.logged.append(f"failed in {tracing.current()}")
+            return "reference"
+
+        async def _work(self, args: dict[str, Any], call: Any) -> Any:
+            await super()._work(args, call)
+            return str(tracing.current())
+
+    bench = Traced(max_in_flight=1, max_queue=9)
+    bench.feed({"id": 1, "command": "crash", "traceparent": first}, {"id": 2, "command": "crash"})
+    assert bench.logged == [f"failed in {first}", "failed in None"]
+    bench.feed(
+        {**work(1, hold=True), "traceparent": first},
+        {**work(2, **{"raise": "base"}), "traceparent": second},
+        work(3),
+        work(4, **{"raise": "base"}),
+        {**work(5), "traceparent": first},
+    )
+    bench.started.get(timeout=20)
+    bench.release()
+    replies = {reply["id"]: reply for reply in (bench.next() for _ in range(5))}
+    assert [replies[id].get("result") for id in (1, 3, 5)] == [first, "None", first]
+    assert [line for line in bench.logged[2:] if "failed" in line] == [f"failed in {second}", "failed in None"]
 
 
 def test_a_frame_that_was_too_large_is_told_without_an_id() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dspy_bridge import logs
+from dspy_bridge import logs, tracing
 
 NAMES = ("", "LiteLLM", "dspy", "httpx", "host")
 
@@ -44,6 +44,18 @@ def test_debug_is_for_the_peer_and_the_host_not_for_what_tells_prompts(frames: l
     for name in ("LiteLLM", "dspy", "dspy.clients.cache", "httpx", "host", "dspy_bridge"):
         logging.getLogger(name).debug("prompt")
     assert [record["logger"] for record in frames] == ["host", "dspy_bridge"]
+
+
+def test_a_record_has_the_trace_of_the_request_that_it_was_made_for(frames: list[Any]) -> None:
+    """Also those that take another way out."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for name in ("host", "LiteLLM"):
+        tracing.context(trace).run(logging.getLogger(name).error, "with")
+        tracing.context(None).run(logging.getLogger(name).error, "without")
+        logging.getLogger(name).error("without")
+    assert [(record["message"], record.get("traceparent", "none")) for record in frames] == [
+        ("with", trace), ("without", "none"), ("without", "none")
+    ] * 2  # fmt: skip
 
 
 def test_a_second_setup_changes_nothing(frames: list[Any]) -> None:

@@ -124,6 +124,32 @@ def test_timeouts_flags_and_cancels_are_read() -> None:
         messages.decode(b'{"cancel":null}')
 
 
+@pytest.mark.parametrize("vector", vectors("traceparents"), ids=lambda v: v["name"])
+@pytest.mark.parametrize("more", [{}, {"args": {}, "timeout_ms": 5, "meta": True}], ids=["alone", "beside others"])
+def test_a_trace_is_read_or_refused_under_the_requests_id(vector: dict[str, Any], more: dict[str, Any]) -> None:
+    payload = json.dumps({"id": 7, "command": "x", **more, "traceparent": vector["value"]}).encode()
+    if vector["valid"]:
+        request = messages.decode(payload)
+        assert isinstance(request, Request) and request.traceparent == vector["value"]
+    else:
+        kind, id, text = reply_error(payload)
+        assert (kind, id) == ("invalid_request", 7) and text.startswith("traceparent: expected a W3C trace context")
+
+
+@pytest.mark.parametrize("more", [{}, {"traceparent": None}, {"timestamp": "x", "meta": False}])
+def test_without_a_trace_there_is_none(more: dict[str, Any]) -> None:
+    request = messages.decode(json.dumps({"id": 7, "command": "x", **more}).encode())
+    assert isinstance(request, Request) and request.traceparent is None
+
+
+def test_a_ping_with_a_trace_takes_the_long_way() -> None:
+    trace = b'"traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01","timestamp"'
+    payload = (QUICK % 12).replace(b'"timestamp"', trace)
+    assert messages.quick_pong(payload, 1.5) is None
+    assert messages.quick_packet(len(payload).to_bytes(4, "big") + payload, 1.5) is None
+    assert isinstance(messages.decode(payload), Request)
+
+
 @pytest.mark.parametrize("digits", [18, 19, 20, 40, 4300])
 @pytest.mark.parametrize("sign", ["", "-"])
 def test_integers_of_up_to_4300_digits_are_exact_both_ways(digits: int, sign: str) -> None:

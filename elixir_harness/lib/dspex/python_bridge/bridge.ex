@@ -35,6 +35,7 @@ defmodule DSPex.PythonBridge.Bridge do
           {:timeout, timeout() | :default}
           | {:retry, boolean()}
           | {:tools, %{(atom() | String.t()) => (map() -> term())}}
+          | {:traceparent, String.t() | nil}
   @type request_option :: stream_option() | {:on_chunk, (map() -> term())}
   @type status :: %{
           required(:state) => :starting | :running | :restarting | :failed,
@@ -209,6 +210,10 @@ defmodule DSPex.PythonBridge.Bridge do
       is told: a text as `reason` as it is, all else in a line. Each call runs in a process of its own,
       several at once if the peer makes them so, and is killed when the request is over. After the
       peer's death they are made anew. Each call takes a copy of what the function has taken along.
+    * `:traceparent` – the [W3C trace context](https://www.w3.org/TR/trace-context/) that the call belongs
+      to, such as `"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"`; nil, or nothing said: none. It
+      is a header of the HTTP requests that LM calls of the execute make, and metadata of what Python logs
+      for it.
     * `:on_chunk` – a function of one argument, called in this process with each map that comes before
       the reply, in order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of
       inputs each result, `%{"index" => …, "success" => …, …}`. Once it was called, the request is not
@@ -220,7 +225,8 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec request(server(), command(), map(), [request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args, opts) do
-    with {:ok, options} <- CallOptions.new(opts, [:timeout, :retry, :tools, :on_chunk]),
+    with {:ok, options} <-
+           CallOptions.new(opts, [:timeout, :retry, :tools, :traceparent, :on_chunk]),
          request = {server, command, args, options.timeout, options.opts},
          {:ok, _id, result, meta} <- make(request, options) do
       {:ok, result, meta}
@@ -267,13 +273,13 @@ defmodule DSPex.PythonBridge.Bridge do
   Nothing is sent before it is enumerated; each enumeration is an execute of its own. One that is not
   enumerated to its end cancels the execute, also by an exception or the death of the process.
 
-  Options: `:timeout`, for the whole execute, `:retry` and `:tools`, as for `request/4`. While the
-  consumer does other things, the execute goes on, and what comes of it is kept; if the result comes in
-  time, all of it is given, however late it is asked for.
+  Options: `:timeout`, for the whole execute, `:retry`, `:tools` and `:traceparent`, as for `request/4`.
+  While the consumer does other things, the execute goes on, and what comes of it is kept; if the result
+  comes in time, all of it is given, however late it is asked for.
   """
   @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(Stream.element())
   def stream(server, args, opts) do
-    case CallOptions.new(opts, [:timeout, :retry, :tools]) do
+    case CallOptions.new(opts, [:timeout, :retry, :tools, :traceparent]) do
       {:ok, options} ->
         Stream.new({server, :execute_program, args, options.timeout, options.opts})
 

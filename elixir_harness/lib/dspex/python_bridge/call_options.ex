@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.CallOptions do
          {:ok, opts} <- check(Enum.uniq_by(opts, &elem(&1, 0)), allowed) do
       {timeout, opts} = Keyword.pop(opts, :timeout, :default)
       {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
-      opts = [meta: true] ++ Keyword.reject(opts, &(&1 == {:tools, %{}}))
+      opts = [meta: true] ++ Keyword.reject(opts, &(&1 in [tools: %{}, traceparent: nil]))
       {:ok, %__MODULE__{timeout: timeout, on_chunk: on_chunk, opts: opts}}
     else
       false -> {:error, Error.new(:invalid_request, "options: expected a keyword list")}
@@ -57,4 +57,24 @@ defmodule DSPex.PythonBridge.CallOptions do
   defp checked(:tools, tools) do
     with {:error, text} <- Tools.functions(tools), do: {:error, ":tools: #{text}"}
   end
+
+  defp checked(:traceparent, nil), do: {:ok, nil}
+
+  defp checked(:traceparent, value) do
+    expected = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case"
+
+    if traceparent?(value),
+      do: {:ok, value},
+      else: {:error, ":traceparent: #{expected}, no id of zeros alone, or nil"}
+  end
+
+  # https://www.w3.org/TR/trace-context/: in version 00 that is all, later ones may tell more.
+  defp traceparent?(<<"00", _rest::binary>> = text) when byte_size(text) > 55, do: false
+
+  defp traceparent?(text) when is_binary(text),
+    do:
+      text =~
+        ~r/\A(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,199})?\z/
+
+  defp traceparent?(_other), do: false
 end

@@ -42,6 +42,7 @@ defmodule DSPex.PythonBridge.PeerLog do
 
     pid =
       spawn(fn ->
+        # DSPex.PythonBridge.Top.Finder tells a bridge, and its name, by this label.
         Process.set_label({__MODULE__, bridge})
         loop({bridge, counters, Process.monitor(owner)}, now() - @report_ms)
       end)
@@ -114,9 +115,8 @@ defmodule DSPex.PythonBridge.PeerLog do
       else: max(reported + @report_ms - now(), 0)
   end
 
-  defp log({:ok, level, logger, message}, bridge, os_pid, _counters) do
-    Logger.log(level, cut(message), bridge: bridge, os_pid: os_pid, python_logger: logger)
-  end
+  defp log({:ok, level, message, metadata}, bridge, os_pid, _counters),
+    do: Logger.log(level, cut(message), [bridge: bridge, os_pid: os_pid] ++ metadata)
 
   defp log({:error, _reason}, _bridge, _os_pid, counters),
     do: :atomics.add(counters, @dropped, 1)

@@ -57,8 +57,8 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   All of a request that comes after its id (and deadline), for `request_frame/3`.
 
-  Options: `meta: true` asks for `meta` in the reply, `stream: true` for what comes before it. The
-  error names what has no JSON form.
+  Options: `meta: true` asks for `meta` in the reply, `stream: true` for what comes before it;
+  `:traceparent` is a W3C trace context, checked already. The error names what has no JSON form.
 
       iex> {:ok, body} = DSPex.PythonBridge.Protocol.encode_body("ping", %{n: 1})
       iex> String.starts_with?(body, ~s(,"command":"ping","args":{"n":1},"timestamp":"))
@@ -82,7 +82,11 @@ defmodule DSPex.PythonBridge.Protocol do
   defp wishes([]), do: ""
 
   defp wishes(opts) do
-    for key <- [:meta, :stream], opts[key], into: "", do: ~s(,"#{key}":true)
+    flags = for key <- [:meta, :stream], opts[key], into: "", do: ~s(,"#{key}":true)
+
+    if trace = opts[:traceparent],
+      do: flags <> ~s(,"traceparent":) <> JSON.encode!(trace),
+      else: flags
   end
 
   @doc """
@@ -290,24 +294,33 @@ defmodule DSPex.PythonBridge.Protocol do
 
   @doc """
   What a log record says: its level as Logger has it (`:info` if it is none that Python has by itself),
-  the name of its logger in Python, its message. Total.
+  its message, and as metadata the name of its logger in Python, and the `traceparent` of the request that
+  it was made for, if that has one. Total.
 
       iex> DSPex.PythonBridge.Protocol.decode_log(~s({"log":{"level":"warning","logger":"dspy","message":"slow"}}))
-      {:ok, :warning, "dspy", "slow"}
+      {:ok, :warning, "slow", [python_logger: "dspy"]}
   """
   @spec decode_log(binary()) ::
-          {:ok, Logger.level(), String.t() | nil, String.t()} | {:error, reason()}
+          {:ok, Logger.level(), String.t(), keyword(String.t() | nil)} | {:error, reason()}
   def decode_log(payload) when is_binary(payload) do
     case Payload.decode(payload) do
       {:ok, %{"log" => %{"message" => message} = record}} when is_binary(message) ->
-        logger = if is_binary(record["logger"]), do: record["logger"]
-        {:ok, Map.get(@log_levels, record["level"], :info), logger, message}
+        {:ok, Map.get(@log_levels, record["level"], :info), message, log_metadata(record)}
 
       {:ok, _term} ->
         {:error, {:not_a_log, "JSON, but no object with log and its message"}}
 
       {:error, reason} ->
         {:error, reason}
+    end
+  end
+
+  defp log_metadata(record) do
+    logger = [python_logger: if(is_binary(record["logger"]), do: record["logger"])]
+
+    case record do
+      %{"traceparent" => trace} when is_binary(trace) -> [traceparent: trace] ++ logger
+      _untraced -> logger
     end
   end
 

@@ -63,6 +63,20 @@ defmodule DSPex.PythonBridge.PeerLogTest do
     assert_receive {:logged, :error, ^traceback, _meta}, 5_000
   end
 
+  test "one that was made for a request with a trace has it", %{name: name} do
+    bridge = start(name)
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+    log(bridge, [
+      Map.put(record("error", "with"), :traceparent, trace),
+      record("error", "without")
+    ])
+
+    assert_receive {:logged, :error, "with", %{traceparent: ^trace, python_logger: "a.b"}}, 5_000
+    assert_receive {:logged, :error, "without", meta}, 5_000
+    refute Map.has_key?(meta, :traceparent)
+  end
+
   test "one of an unknown level is :info, which this Logger drops; none is an unreadable frame",
        %{name: name} do
     bridge = start(name)

@@ -91,6 +91,16 @@ defmodule DSPex.PythonBridge.ProtocolTest do
       end
     end
 
+    test "tells the trace, when there is one" do
+      trace = ~S(01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-"\x)
+
+      for {opts, told} <- [{[traceparent: trace, meta: true], trace}, {[meta: true], nil}] do
+        {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
+        sent = JSON.decode!(~s({"id":1) <> body)
+        assert {sent["traceparent"], sent["meta"], sent["command"]} == {told, true, "ping"}
+      end
+    end
+
     test "keeps integers of any size" do
       n = Integer.pow(7, 500)
       {:ok, body} = Protocol.encode_body(:ping, %{n: n})
@@ -254,12 +264,23 @@ defmodule DSPex.PythonBridge.ProtocolTest do
           ] do
         frame = JSON.encode!(%{log: %{level: level, logger: "ž", message: "m", more: 1}})
         assert Protocol.route(frame) == :log
-        assert Protocol.decode_log(frame) == {:ok, meant, "ž", "m"}
+        assert Protocol.decode_log(frame) == {:ok, meant, "m", [python_logger: "ž"]}
       end
 
       # As Python's json.dumps writes it.
       assert Protocol.route(~s({"log": {"message": "m"}})) == :log
-      assert Protocol.decode_log(~s({"log": {"message": "m"}})) == {:ok, :info, nil, "m"}
+
+      assert Protocol.decode_log(~s({"log": {"message": "m"}})) ==
+               {:ok, :info, "m", [python_logger: nil]}
+    end
+
+    test "tells the trace, if there is a text" do
+      for {trace, told} <- [{"00-a-b-01", "00-a-b-01"}, {nil, nil}, {5, nil}] do
+        frame = JSON.encode!(%{log: %{logger: "a", message: "m", traceparent: trace}})
+        assert {:ok, :info, "m", metadata} = Protocol.decode_log(frame)
+        assert metadata[:traceparent] == told
+        assert Keyword.has_key?(metadata, :traceparent) == (told != nil)
+      end
     end
 
     test "gives errors for everything else, every cut of a good frame included" do
