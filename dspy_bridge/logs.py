@@ -27,11 +27,11 @@ class _Redacted(logging.Formatter):
 
 
 class _Traced(logging.Filter):
-    """On a handler: its records have `trace`, for the line, of the request that they were made for."""
+    """On a handler: its records have `of_trace`, for the line, of the request that they were made for."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         traceparent = tracing.current()
-        record.trace = "" if traceparent is None else f" traceparent={traceparent}"
+        record.of_trace = "" if traceparent is None else f" traceparent={traceparent}"
         return True
 
 
@@ -114,7 +114,7 @@ def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
     if send is None:
         handler = _Stderr()
         handler.addFilter(_Traced())
-        handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(trace)s: %(message)s"))
+        handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(of_trace)s: %(message)s"))
     else:
         handler = _Frames(send)
         handler.setFormatter(_Redacted("%(message)s"))

@@ -29,14 +29,17 @@ _LITELLM_CALLS = [
 
 @functools.cache
 def install() -> None:
-    """Does it; once in a process."""
-    for transport in (StdlibTransport, StdlibAsyncTransport):
-        transport.stream = _sending(transport.stream)
-    for name in _LITELLM_CALLS:
-        setattr(dspy_lm, name, _calling(getattr(dspy_lm, name)))
-    # Of calls with a typed `Request`, as a host's own module may make them.
-    for engine in (LiteLLMEngine, AsyncLiteLLMEngine):
-        engine._arguments = _arguments(engine._arguments)
+    """Does it; once in a process. All of it or nothing: raises `AttributeError` first."""
+    places: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        (StdlibTransport, "stream", _sending),
+        (StdlibAsyncTransport, "stream", _sending),
+        *((dspy_lm, name, _calling) for name in _LITELLM_CALLS),
+        # Of calls with a typed `Request`, as a host's own module may make them.
+        (LiteLLMEngine, "_arguments", _arguments),
+        (AsyncLiteLLMEngine, "_arguments", _arguments),
+    ]
+    for place, name, carrying in [(place, name, wrap(getattr(place, name))) for place, name, wrap in places]:
+        setattr(place, name, carrying)
 
 
 def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,16 +71,18 @@ def _arguments(arguments: Callable[..., dict[str, Any]]) -> Callable[..., dict[s
 
 
 def _with_header(options: dict[str, Any]) -> dict[str, Any]:
-    """LiteLLM's keyword arguments, with the header. One of the LM's own gives way: that of the call says more."""
+    """LiteLLM's keyword arguments, with the header. One of the LM's own gives way: that of the call says more.
+
+    Among `headers`, not `extra_headers`: those LiteLLM also puts into the body that some providers get.
+    """
     traceparent = tracing.current()
     if traceparent is None:
         return options
-    carrying = {**options, "extra_headers": options.get("extra_headers") or {}}
+    carrying = {**options, "headers": options.get("headers") or {}}
     for key in ("headers", "extra_headers"):
         # What is no dict is LiteLLM's to refuse.
         if isinstance(given := carrying.get(key), dict):
             carrying[key] = {name: value for name, value in given.items() if name.lower() != tracing.TRACEPARENT}
-    # LiteLLM sends both; of the same name, this one.
-    if isinstance(extra := carrying["extra_headers"], dict):
-        extra[tracing.TRACEPARENT] = traceparent
+    if isinstance(headers := carrying["headers"], dict):
+        headers[tracing.TRACEPARENT] = traceparent
     return carrying

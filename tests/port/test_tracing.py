@@ -223,6 +223,21 @@ def test_the_other_apis_of_litellm_have_it_too(start_lm: Any, model_type: str) -
     assert [traceparents for _, traceparents in server.asked] == [[FIRST], None]
 
 
+def test_it_is_a_header_and_nothing_in_the_body(start_lm: Any) -> None:
+    """LiteLLM writes extra headers into the body that some providers get, and they may refuse it for that."""
+    server = start_lm()
+    with Peer() as peer:
+        for model in ("azure_ai/x", "openai/x"):
+            assert peer.call("create_program", {**QA, "lm": {"model": model, **server.options(engine="litellm")}})[
+                "success"
+            ]
+            for envelope in ({"traceparent": FIRST}, {}):
+                assert peer.call("execute_program", ask("one"), **envelope)["success"]
+            traced, plain = server.requests[-2:]
+            assert traced == plain and "extra_headers" not in traced, model
+    assert [traceparents for _, traceparents in server.asked] == [[FIRST], None] * 2
+
+
 def test_a_header_of_the_lms_own_gives_way_the_others_stay(start_lm: Any) -> None:
     """Whatever its case, with OpenAI's client and LiteLLM's own. A call without a trace sends it."""
     server = start_lm()
@@ -348,11 +363,32 @@ def test_an_lm_that_takes_no_headers_is_left_alone(start: Callable[..., Peer], e
     assert reply["success"], reply
 
 
+# As if it could not be imported, and as if the last of the places were not there.
+OTHER_NAMES = {
+    "import": "import sys; sys.modules['dspy_bridge.trace_headers'] = None",
+    "attribute": """
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.util import find_spec
+
+class Renames(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "dspy_bridge.trace_headers":
+            sys.meta_path.remove(self)
+            from dspy.clients.engines import AsyncLiteLLMEngine
+            del AsyncLiteLLMEngine._arguments
+            return find_spec(name)
+
+sys.meta_path.insert(0, Renames())
+""",
+}
+
+
+@pytest.mark.parametrize("other", OTHER_NAMES)
 def test_with_a_dspy_of_other_names_inside_all_works_but_the_header(
-    start: Callable[..., Peer], start_lm: Any, tmp_path: Path
+    start: Callable[..., Peer], start_lm: Any, tmp_path: Path, other: str
 ) -> None:
-    """As if what puts it there could not be imported."""
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['dspy_bridge.trace_headers'] = None")
+    (tmp_path / "sitecustomize.py").write_text(OTHER_NAMES[other])
     server = start_lm()
     peer = start(**lm_env(server))
     assert peer.call("create_program", QA)["success"]

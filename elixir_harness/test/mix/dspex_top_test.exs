@@ -91,7 +91,7 @@ defmodule Mix.Tasks.Dspex.TopTest do
 
       assert List.last(lines) ==
                "** (Mix) #{node} cannot be reached: epmd on 127.0.0.1 knows it, " <>
-                 "but it takes no connection; is the cookie its own?"
+                 "but it takes no connection; is the cookie its own, and the host written as in its name?"
     end
   end
 

@@ -148,12 +148,14 @@ defmodule DSPex.PythonBridge.Top do
     end
   end
 
-  # A script of the host's own may answer anything.
+  # A script of the host's own may answer anything: numbers that cannot be right, too.
+  defguardp is_amount(n) when is_number(n) and n >= 0 and n < 1.0e15
+
   defp figures(
          %{"in_flight" => in_flight, "queued" => queued, "uptime" => uptime} =
            %{"memory_usage" => %{"rss" => rss}, "commands" => %{} = commands}
        )
-       when is_integer(in_flight) and is_integer(queued) and is_number(uptime) and is_integer(rss) do
+       when is_amount(in_flight) and is_amount(queued) and is_amount(uptime) and is_amount(rss) do
     executes = Map.get(commands, "execute_program")
 
     %{
@@ -170,9 +172,9 @@ defmodule DSPex.PythonBridge.Top do
 
   defp figures(_other), do: %{}
 
-  defp count(%{"count" => count}) when is_integer(count), do: count
+  defp count(%{"count" => count}) when is_amount(count), do: count
   defp count(_none), do: 0
 
-  defp ms(%{} = command, key), do: with(ms when not is_number(ms) <- command[key], do: nil)
+  defp ms(%{} = command, key), do: with(ms when not is_amount(ms) <- command[key], do: nil)
   defp ms(_none, _key), do: nil
 end

@@ -164,6 +164,19 @@ defmodule DSPex.PythonBridge.TopTest do
       :sys.resume(hangs)
     end
 
+    test "has nothing of a peer whose numbers cannot be right, and all of its neighbours" do
+      for uptime <- ["1e308", "-1"] do
+        name = :"uptime #{uptime}"
+        env = %{"FAKE_MINE" => "/dev/null", "FAKE_THEIRS" => "/", "FAKE_UPTIME" => uptime}
+        fake("together", name, env: env)
+        assert %{state: :running} = peer = peer(name)
+        assert blank?(peer)
+
+        assert [_head | _rows] =
+                 String.split(IO.iodata_to_binary(Table.render(Top.snapshot())), "\n")
+      end
+    end
+
     test "waits for no peer that does not serve yet" do
       opts = [start_timeout: 600_000, env: %{"FAKE_START_MS" => "600000"}]
       bridge = start_supervised!({Bridge, fake_opts("starts_late", opts)})

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Top.Finder do
   programs are in a table of `DSPex.PythonBridge.Programs`, which belongs to a bridge or to the
   supervisor that it is linked to, and beside each bridge runs its `DSPex.PythonBridge.PeerLog`, a
   child of its own that has its name in its label. Looking costs about a microsecond for each table of
-  the node and for each call in flight, and no process is asked.
+  the node and for each call in flight (more where its caller is running), and no process is sent anything.
   """
 
   alias DSPex.PythonBridge.{PeerLog, Programs}

@@ -59,7 +59,8 @@ defmodule DSPex.PythonBridge.Top.Remote do
 
       {:error, _long} ->
         {:error,
-         "cannot start Erlang's distribution here: is there a ~/.erlang.cookie, or a place for one?"}
+         "cannot start Erlang's distribution here: is there a ~/.erlang.cookie, or a place for one? OTP wants it, " <>
+           "whatever --cookie says"}
     end
   end
 
@@ -94,7 +95,7 @@ defmodule DSPex.PythonBridge.Top.Remote do
 
   defp why(name, host, {:ok, names}) do
     if List.keymember?(names, to_charlist(name), 0),
-      do: "epmd on #{host} knows it, but it takes no connection; is the cookie its own?",
+      do: "epmd on #{host} knows it, but it takes no connection; is the cookie its own, and the host written as in its name?",
       else: "epmd on #{host} knows no #{name}" <> known(names)
   end
 
