@@ -14,28 +14,126 @@ defmodule DSPex.PythonBridge.Interpreter do
   A path is expanded; a name without a slash is looked up on the `PATH`.
   """
 
+  @in_venv ["bin/python3", "bin/python"]
+  @typedoc "What decides, in the order above."
+  @type source :: :option | :virtual_env | :dspy_venv | :python_executable | :path
+
+  @setup "`mix dspex.setup` makes it"
+
   @doc """
   The absolute path of the interpreter, or a text that says what was looked for.
   """
   @spec find(String.t() | nil) :: {:ok, Path.t()} | {:error, String.t()}
   def find(option \\ nil) do
+    with {:ok, path, _source} <- locate(option), do: {:ok, path}
+  end
+
+  @doc "As `find/1`, with what decided."
+  @spec locate(String.t() | nil) :: {:ok, Path.t(), source()} | {:error, String.t()}
+  def locate(option \\ nil) do
     cond do
-      option ->
-        executable(option, "python_executable")
-
-      venv = configured_venv() ->
-        in_venv(venv, "virtual_env")
-
-      venv = env("DSPY_VENV") ->
-        in_venv(venv, "DSPY_VENV")
-
-      path = env("PYTHON_EXECUTABLE") ->
-        executable(path, "PYTHON_EXECUTABLE")
-
-      true ->
-        executable("python3", "no interpreter is configured and the default")
+      option -> option |> executable("python_executable") |> by(:option)
+      venv = configured_venv() -> venv |> of_venv("virtual_env") |> by(:virtual_env)
+      venv = env("DSPY_VENV") -> venv |> of_venv("DSPY_VENV") |> by(:dspy_venv)
+      true -> base()
     end
   end
+
+  @doc "What a virtual environment is made of where nobody names an interpreter: the last two of the list."
+  @spec base() :: {:ok, Path.t(), source()} | {:error, String.t()}
+  def base do
+    cond do
+      path = env("PYTHON_EXECUTABLE") ->
+        path |> executable("PYTHON_EXECUTABLE") |> by(:python_executable)
+
+      path = System.find_executable("python3") ->
+        {:ok, path, :path}
+
+      true ->
+        {:error,
+         "no Python found: no interpreter is configured, and there is no python3 on the PATH"}
+    end
+  end
+
+  @doc """
+  What decided, for people.
+
+      iex> DSPex.PythonBridge.Interpreter.describe(:path)
+      "the first python3 on the PATH"
+  """
+  @spec describe(source()) :: String.t()
+  def describe(:option), do: "the option :python_executable"
+  def describe(:virtual_env), do: "virtual_env in config :dspex, :python_environment"
+  def describe(:dspy_venv), do: "the environment variable DSPY_VENV"
+  def describe(:python_executable), do: "the environment variable PYTHON_EXECUTABLE"
+  def describe(:path), do: "the first python3 on the PATH"
+
+  @doc """
+  The absolute path of an interpreter: of a file, if there is a slash in `name`, else of a program on the `PATH`. `whose` is
+  what the error says that named it.
+  """
+  @spec executable(String.t(), String.t()) :: {:ok, Path.t()} | {:error, String.t()}
+  def executable(name, whose) do
+    path =
+      if String.contains?(name, "/"),
+        do: existing(Path.expand(name)),
+        else: System.find_executable(name)
+
+    if path,
+      do: {:ok, path},
+      else: {:error, "no Python found: #{whose} names #{not_there(name)}"}
+  end
+
+  defp not_there(name) do
+    if String.contains?(name, "/"),
+      do: "#{Path.expand(name)}, which is no file" <> relative(name),
+      else: "#{name}, which is not on the PATH"
+  end
+
+  @doc "The interpreter in the folder of a virtual environment; nil if there is none, or none any more."
+  @spec in_venv(Path.t()) :: Path.t() | nil
+  def in_venv(folder), do: Enum.find_value(@in_venv, &existing(Path.join(folder, &1)))
+
+  @doc """
+  Where the interpreter of a virtual environment was, whose link leads nowhere; nil if there is no such link.
+  """
+  @spec gone(Path.t()) :: Path.t() | nil
+  def gone(folder) do
+    Enum.find_value(@in_venv, fn name ->
+      with {:ok, "/" <> _ = target} <- File.read_link(Path.join(folder, name)),
+           do: if(not File.exists?(target), do: target),
+           else: (_no_link -> nil)
+    end)
+  end
+
+  @doc "The folder of `config :dspex, :python_environment, virtual_env: …` as it stands there; nil if none."
+  @spec configured_venv() :: String.t() | nil
+  def configured_venv do
+    # A wrong type here is EnvironmentCheck's to tell; the look-up only takes what it can use.
+    with config when is_list(config) <- Application.get_env(:dspex, :python_environment, []),
+         {:virtual_env, venv} when is_binary(venv) and venv != "" <-
+           List.keyfind(config, :virtual_env, 0) do
+      venv
+    else
+      _unset -> nil
+    end
+  end
+
+  @doc """
+  What to say of a path that was given as a relative one and has nothing at its place: where it was looked
+  for, and what would hold anywhere. Empty for any other.
+  """
+  @spec relative(String.t()) :: String.t()
+  def relative(path) do
+    if Path.type(path) == :relative and not String.starts_with?(path, "~"),
+      do:
+        "; it was given as #{inspect(path)} and looked for from #{File.cwd!()}, where the BEAM was started: " <>
+          "give an absolute path, in a file in config/ Path.expand(#{inspect(from_config(path))}, __DIR__)",
+      else: ""
+  end
+
+  # In one folder below the project's, where it is likely to have been started when that path was found.
+  defp from_config(path), do: Path.join("..", String.trim_leading(path, "./"))
 
   @doc """
   Why `Port.open/2` did not start an interpreter, from what it raised. Nothing else of that is
@@ -50,37 +148,29 @@ defmodule DSPex.PythonBridge.Interpreter do
 
   def start_failure(_error), do: "the system does not accept its path or environment"
 
-  defp executable(path, source) do
-    found =
-      if String.contains?(path, "/"),
-        do: existing(Path.expand(path)),
-        else: System.find_executable(path)
+  defp by({:ok, path}, source), do: {:ok, path, source}
+  defp by({:error, text}, _source), do: {:error, text}
 
-    if found, do: {:ok, found}, else: {:error, "no Python found: #{source} names #{path}"}
+  defp of_venv(venv, whose) do
+    folder = Path.expand(venv)
+
+    if path = in_venv(folder),
+      do: {:ok, path},
+      else: {:error, "no Python found: #{whose} names #{folder}, #{what_lacks(folder, venv)}"}
   end
 
-  defp in_venv(venv, source) do
-    venv = Path.expand(venv)
+  defp what_lacks(folder, venv) do
+    hint = if relative(venv) == "", do: " (#{@setup})", else: relative(venv)
 
-    case Enum.find_value(["bin/python3", "bin/python"], &existing(Path.join(venv, &1))) do
-      nil -> {:error, "no Python found: #{source} names #{venv}, which has no bin/python"}
-      path -> {:ok, path}
+    cond do
+      target = gone(folder) -> "whose bin/python is a link to #{target}, which is gone" <> hint
+      File.exists?(folder) -> "which has no bin/python" <> hint
+      true -> "which has no bin/python: there is no such folder" <> hint
     end
   end
 
   # Links stay as they are: a venv's python is a link, and finds its venv by the link's place.
   defp existing(path), do: if(File.regular?(path), do: path)
-
-  # A wrong type here is EnvironmentCheck's to tell; the look-up only takes what it can use.
-  defp configured_venv do
-    with config when is_list(config) <- Application.get_env(:dspex, :python_environment, []),
-         {:virtual_env, venv} when is_binary(venv) and venv != "" <-
-           List.keyfind(config, :virtual_env, 0) do
-      venv
-    else
-      _unset -> nil
-    end
-  end
 
   # An empty variable is an unset one, as shells have it.
   defp env(name) do

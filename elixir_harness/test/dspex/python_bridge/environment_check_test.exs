@@ -4,7 +4,9 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.EnvironmentCheck
+  alias DSPex.PythonBridge.{EnvironmentCheck, Probe}
+
+  doctest Probe
 
   @moduletag :tmp_dir
 
@@ -133,6 +135,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
           {:python_environment, [required_packages: "dspy"], ["required_packages"]},
           {:python_environment, [required_packages: ["--help"]], ["required_packages"]},
           {:python_environment, [venv: "x"], ["venv"]},
+          {:python_environment, [virtual_enf: "x"], ["did you mean :virtual_env?"]},
           {:python_environment, :text, ["python_environment", "keyword list"]},
           {:python_bridge, [max_retries: -1], [":python_bridge", ":max_retries"]},
           {:python_bridge, [lm: 5], [":python_bridge", ":lm"]},
@@ -175,6 +178,52 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     # Another script brings what it needs.
     script(dir, "class DSPyBridge:\n    def handle_command(self): pass\ndef main(): pass\n")
     assert {:ok, _} = EnvironmentCheck.validate_environment()
+  end
+
+  test "the package dspy_bridge is found where the drop-in finds it: in a checkout, beside it, installed",
+       %{
+         tmp_dir: dir
+       } do
+    folder = Path.join(dir, "a/b/c")
+    script = Path.join(folder, "dspy_bridge.py")
+    File.mkdir_p!(folder)
+    File.cp!(Application.app_dir(:dspex, "priv/python/dspy_bridge.py"), script)
+    # Without site-packages nothing is installed.
+    python = interpreter(dir, "exec #{python()} -I -S \"$@\"\n")
+
+    found = fn ->
+      {:ok, probe} = Probe.run(python, script, [])
+      probe.bridge
+    end
+
+    assert found.() == false
+
+    installed = Path.join(dir, "site")
+    package(installed)
+    interpreter(dir, "PYTHONPATH=#{installed} exec #{python()} -S \"$@\"\n")
+    assert found.() == installed
+
+    beside = Path.join(folder, "package")
+    package(beside)
+    assert found.() == beside
+
+    package(dir)
+    assert found.() == dir
+
+    # The peer that starts is the same one's.
+    assert {dir <> "\n", 0} == System.cmd(python, [script])
+  end
+
+  # One that says where it is.
+  defp package(folder) do
+    File.mkdir_p!(Path.join(folder, "dspy_bridge"))
+    File.write!(Path.join(folder, "dspy_bridge/__init__.py"), "")
+
+    File.write!(Path.join(folder, "dspy_bridge/__main__.py"), """
+    import os
+    def main():
+        print(os.path.dirname(os.path.dirname(__file__)))
+    """)
   end
 
   test "leaves the caller's mailbox and links alone" do

@@ -1,0 +1,60 @@
+defmodule DSPex.PythonBridge.Doctor.Folders do
+  @moduledoc false
+  # Whether the folders that the peer's settings name are there, and may be read or written by this user.
+
+  alias DSPex.PythonBridge.{Interpreter, Options}
+
+  @read ["DSPY_BRIDGE_STATE_DIR", "DSPY_BRIDGE_FILES_DIR"]
+  @write ["DSPY_BRIDGE_DISK_CACHE"]
+
+  @spec check(Options.t()) :: {:ok | :failed, String.t(), String.t() | nil, true | nil}
+  def check(options) do
+    folders =
+      for name <- @read ++ @write,
+          folder = String.trim(options.env.()[name] || System.get_env(name, "")),
+          folder != "",
+          do: {name, folder, problem(name, Path.expand(folder))}
+
+    case for {name, folder, problem} when problem != nil <- folders, do: {name, folder, problem} do
+      [] when folders == [] ->
+        {:ok, "none are set", nil, true}
+
+      [] ->
+        {:ok, Enum.map_join(folders, ", ", fn {name, path, nil} -> "#{name} #{path}" end), nil,
+         true}
+
+      failed ->
+        texts =
+          for {name, folder, problem} <- failed,
+              do:
+                "#{name} names #{Path.expand(folder)}, #{problem}" <> Interpreter.relative(folder)
+
+        {:failed, Enum.join(texts, "; "), "make the folder, or correct :env or the environment",
+         nil}
+    end
+  end
+
+  defp problem(name, path) do
+    case File.stat(path) do
+      {:ok, %{type: :directory, access: access}} -> no_access(name, access)
+      {:ok, _file} -> "which is no folder"
+      {:error, :enoent} when name in @write -> not_to_be_made(Path.dirname(path))
+      {:error, reason} -> "where there is no folder: #{:file.format_error(reason)}"
+    end
+  end
+
+  defp no_access(name, access) when name in @read,
+    do: if(access not in [:read, :read_write], do: "which this user may not read")
+
+  defp no_access(_name, access),
+    do: if(access != :read_write, do: "which this user may not write to")
+
+  # A cache's folder is made when it is needed.
+  defp not_to_be_made(parent) do
+    case File.stat(parent) do
+      {:ok, %{type: :directory, access: :read_write}} -> nil
+      {:error, :enoent} -> not_to_be_made(Path.dirname(parent))
+      _other -> "which cannot be made in #{parent}"
+    end
+  end
+end

@@ -1,0 +1,113 @@
+defmodule DSPex.PythonBridge.Doctor.Peer do
+  @moduledoc false
+  # A peer with the host's settings, in a bridge of its own: whether it answers a ping, and a program of its.
+
+  alias DSPex.PythonBridge.{Bridge, Options, StartFailure}
+
+  # It imports nothing heavy; a host that gives it less time means that.
+  @start_ms 15_000
+  # DSPy is imported for the first time, perhaps from a cold disk, and compiled.
+  @program_ms 60_000
+  @poll_ms 20
+  @filter :dspex_doctor
+
+  @spec ping(keyword(), Options.t()) :: {:ok | :failed, String.t(), String.t() | nil, pid() | nil}
+  def ping(opts, options) do
+    start_ms = min(@start_ms, options.start_timeout)
+    # Nobody else's name; one failure to start is enough to tell.
+    opts = Keyword.merge(opts, name: nil, max_retries: 0, start_timeout: start_ms)
+    started = now()
+    {:ok, bridge} = Bridge.start_link(opts)
+    # What it logs is told as a check's result.
+    :logger.add_primary_filter(@filter, {&not_of/2, bridge})
+    # The bridge is to end it sooner, with more to say.
+    ping = spawn_monitor(fn -> exit({:pong, Bridge.call(bridge, :ping, %{}, 2 * start_ms)}) end)
+
+    case await(ping, bridge) do
+      {:pong, {:ok, _pong}} ->
+        {:ok, "answered #{now() - started} ms after its start", nil, bridge}
+
+      failure ->
+        stop(bridge)
+
+        {:failed, why(failure, options),
+         "its settings are those of the bridge, :env among them, and DSPY_BRIDGE_* of the environment",
+         nil}
+    end
+  end
+
+  # A call waits for a peer that does not start; the bridge's state tells sooner.
+  defp await({pid, ref} = ping, bridge) do
+    receive do
+      {:DOWN, ^ref, :process, _pid, reason} -> reason
+    after
+      @poll_ms ->
+        case Bridge.get_status(bridge) do
+          %{state: :failed, last_error: why} ->
+            Process.demonitor(ref, [:flush])
+            Process.exit(pid, :kill)
+            {:not_started, why}
+
+          _starting ->
+            await(ping, bridge)
+        end
+    end
+  end
+
+  defp why({:pong, {:error, reason}}, _options), do: "#{reason}"
+
+  defp why({:not_started, "exit" <> _status = why}, options) do
+    # The bridge may not have had it yet.
+    line = StartFailure.last_line(options, self())
+    "the peer does not start: " <> (line || why)
+  end
+
+  defp why({:not_started, why}, _options), do: "the peer does not start: #{why}"
+
+  defp not_of(%{meta: %{bridge: bridge}}, bridge), do: :stop
+  defp not_of(_event, _bridge), do: :ignore
+
+  @spec program(pid()) :: {:ok | :failed, String.t(), String.t() | nil, true | nil}
+  def program(bridge) do
+    # The LM comes with the program, so that the host's own settings stay as they are, and are tried.
+    create = %{id: "doctor", signature: "question -> answer", lm: %{model: "offline/echo"}}
+    execute = %{program_id: "doctor", inputs: %{question: "How are you?"}}
+    started = now()
+
+    with {:ok, _created} <- Bridge.call(bridge, :create_program, create, @program_ms),
+         {:ok, %{"answer" => _text}} <-
+           Bridge.call(bridge, :execute_program, execute, @program_ms) do
+      {:ok, "offline/echo answered; with the import of DSPy it took #{now() - started} ms", nil,
+       true}
+    else
+      {:error, :timeout} ->
+        {:failed, "no answer within #{@program_ms} ms",
+         "see whether `import dspy` ends in that Python", nil}
+
+      {:error, reason} ->
+        {:failed, "#{reason}", advice(reason), nil}
+    end
+  end
+
+  defp advice("DSPY_BRIDGE_LM" <> _rest), do: "correct :lm and :lm_options of the bridge"
+  defp advice("DSPY_BRIDGE_INIT" <> _rest), do: "correct the function that DSPY_BRIDGE_INIT names"
+  defp advice(_reason), do: "`python -m dspy_bridge --selftest` with that Python tells more"
+
+  @spec stop(pid() | nil) :: :ok
+  def stop(nil), do: :ok
+
+  def stop(bridge) do
+    Bridge.stop(bridge)
+    :logger.remove_primary_filter(@filter)
+    Process.unlink(bridge)
+
+    # Of a caller that traps exits.
+    receive do
+      {:EXIT, ^bridge, _reason} -> :ok
+    after
+      0 -> :ok
+    end
+  end
+
+  defp now, do: System.monotonic_time(:millisecond)
+end

@@ -1,0 +1,97 @@
+defmodule DSPex.PythonBridge.OsCommand do
+  @moduledoc """
+  A program of the system, run to its end: what it printed and how it ended, bounded in size and time.
+
+  It runs in a process of its own, so that the messages of its port are nobody else's. When its time is over
+  or its caller dies, it is killed with all that it started.
+  """
+
+  alias DSPex.PythonBridge.{Interpreter, OsProcess}
+
+  # Of what it prints the end counts: errors stand there.
+  @max_output_bytes 65_536
+
+  # The shell waits for the program; its child waits for the end of the port, which comes with the end of the
+  # BEAM, of which the program itself would know nothing.
+  @guard """
+  exec 3<&0
+  "$0" "$@" </dev/null 2>&1 3<&- & work=$!
+  (read -r _ <&3; kill -9 -$$) >/dev/null 2>&1 & watch=$!
+  wait $work; status=$?
+  kill -9 $watch
+  exit $status
+  """
+
+  @type result ::
+          {:exit, status :: non_neg_integer(), output :: String.t()} | {:error, String.t()}
+
+  @doc """
+  Runs `executable`, with its standard error among its output. Why it could not be run, or that it took
+  too long, is an error.
+
+    * `:limit_ms` – how long it may take (default 15 000 ms)
+    * `:env` – more environment, as a port takes it
+    * `:tick` – `{ms, fun}`: the function is called, in this process, each time that many ms have passed
+  """
+  @spec run(Path.t(), [String.t()], keyword()) :: result()
+  def run(executable, args, opts \\ []) do
+    caller = self()
+    limit_ms = Keyword.get(opts, :limit_ms, 15_000)
+    env = Keyword.get(opts, :env, [])
+    {tick_ms, tick} = Keyword.get(opts, :tick, {:infinity, fn -> :ok end})
+    work = fn -> exit({:ran, run(executable, args, env, limit_ms, caller)}) end
+    {_pid, ref} = spawn_monitor(work)
+    await(ref, tick_ms, tick)
+  end
+
+  @doc "As `run/3`, for a program that changes things: it does not outlive the BEAM."
+  @spec run_guarded(Path.t(), [String.t()], keyword()) :: result()
+  def run_guarded(executable, args, opts \\ []),
+    do: run("/bin/sh", ["-c", @guard, executable | args], opts)
+
+  @doc "The last line of an output that is not empty, cut short; nil if there is none."
+  @spec last_line(String.t()) :: String.t() | nil
+  def last_line(output) do
+    if line = output |> String.split("\n", trim: true) |> List.last(),
+      do: String.slice(line, 0, 200)
+  end
+
+  defp await(ref, tick_ms, tick) do
+    receive do
+      {:DOWN, ^ref, :process, _pid, {:ran, result}} -> result
+      {:DOWN, ^ref, :process, _pid, _crash} -> {:error, "the check failed"}
+    after
+      tick_ms ->
+        tick.()
+        await(ref, tick_ms, tick)
+    end
+  end
+
+  defp run(executable, args, env, limit_ms, caller) do
+    Process.monitor(caller)
+    Process.send_after(self(), :too_long, limit_ms)
+    options = [:binary, :exit_status, :stderr_to_stdout, args: args, env: env]
+    port = Port.open({:spawn_executable, executable}, options)
+    # nil if it has ended already.
+    {:os_pid, os_pid} = Port.info(port, :os_pid) || {:os_pid, nil}
+
+    with :killed <- collect(port, ""),
+         Port.close(port),
+         if(os_pid, do: OsProcess.kill_group(os_pid, OsProcess.start_time(os_pid))),
+         do: {:error, "no answer within #{limit_ms} ms"}
+  rescue
+    error in [ErlangError, ArgumentError] -> {:error, Interpreter.start_failure(error)}
+  end
+
+  defp collect(port, output) do
+    receive do
+      {^port, {:data, data}} -> collect(port, tail(output <> data))
+      {^port, {:exit_status, status}} -> {:exit, status, String.replace_invalid(output)}
+      :too_long -> :killed
+      {:DOWN, _ref, :process, _caller, _reason} -> :killed
+    end
+  end
+
+  defp tail(output) when byte_size(output) <= @max_output_bytes, do: output
+  defp tail(output), do: binary_part(output, byte_size(output), -@max_output_bytes)
+end

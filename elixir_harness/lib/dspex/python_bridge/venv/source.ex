@@ -1,0 +1,76 @@
+defmodule DSPex.PythonBridge.Venv.Source do
+  @moduledoc false
+  # What is to be installed: the pins of requirements.txt, and the peer's package.
+
+  @peer "dspy-bridge"
+  @pin ~r/\A([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)\s*(;?)/
+
+  @enforce_keys [:requirements, :package, :pins, :stamp]
+  defstruct [:requirements, :package, :pins, :stamp]
+
+  @typedoc """
+  `pins`: the versions of each distribution, and whether it is always wanted or only where a marker says so; `stamp`: another
+  one for other contents.
+  """
+  @type t :: %__MODULE__{
+          requirements: Path.t(),
+          package: Path.t(),
+          pins: %{String.t() => [{version :: String.t(), :always | :sometimes}]},
+          stamp: String.t()
+        }
+
+  @spec read(Path.t()) :: {:ok, t()} | {:error, String.t()}
+  def read(folder) do
+    requirements = Path.join(folder, "requirements.txt")
+    package = Path.join(folder, "package")
+
+    with {:ok, text} <- File.read(requirements),
+         true <- File.regular?(Path.join(package, "pyproject.toml")) do
+      stamp = stamp([requirements | files(package)], folder)
+
+      {:ok,
+       %__MODULE__{requirements: requirements, package: package, pins: pins(text), stamp: stamp}}
+    else
+      _missing ->
+        {:error,
+         "#{folder} lacks requirements.txt or package: compile the dependency :dspex again"}
+    end
+  end
+
+  # No wildcard: the folder's own path may have its characters in it.
+  defp files(package) do
+    paths = :filelib.fold_files(to_charlist(package), ~c".*", true, &[to_string(&1) | &2], [])
+    Enum.reject(paths, &String.contains?(&1, "__pycache__"))
+  end
+
+  defp stamp(paths, folder) do
+    parts =
+      for path <- Enum.sort(paths),
+          do: [Path.relative_to(path, folder), 0, :erlang.md5(File.read!(path))]
+
+    parts |> :erlang.md5() |> Base.encode16(case: :lower)
+  end
+
+  defp pins(text) do
+    pins =
+      for line <- String.split(text, "\n"),
+          [_all, name, version, marker] <- [Regex.run(@pin, line)],
+          do: {name, {version, if(marker == "", do: :always, else: :sometimes)}}
+
+    Enum.group_by(pins, &elem(&1, 0), &elem(&1, 1))
+  end
+
+  @doc "The distributions to ask an interpreter for."
+  @spec names(t()) :: [String.t()]
+  def names(%__MODULE__{pins: pins}), do: [@peer | Map.keys(pins)]
+
+  @doc "Whether what an interpreter has, by its versions, is what is to be installed."
+  @spec installed?(t(), %{String.t() => String.t()}) :: boolean()
+  def installed?(%__MODULE__{pins: pins}, found),
+    do:
+      is_map_key(found, @peer) and
+        Enum.all?(pins, fn {name, pins} -> fits?(pins, found[name]) end)
+
+  defp fits?(pins, nil), do: Enum.all?(pins, &match?({_version, :sometimes}, &1))
+  defp fits?(pins, found), do: Enum.any?(pins, &match?({^found, _when}, &1))
+end

@@ -1,0 +1,59 @@
+defmodule Mix.Tasks.Dspex.Doctor do
+  @shortdoc "Checks whether DSPy programs can run here, and says what to do"
+  @moduledoc """
+  Checks whether DSPy programs can run here: the configuration, the interpreter and its packages, the peer, a ping, a
+  program by an LM that needs no network, and whether the configured LM has its key.
+
+      $ mix dspex.doctor
+      $ mix dspex.doctor --json
+
+  Each line is a check: ✓ is well, ✗ has failed, with what to do, – is a note or a check that was
+  skipped, since one that it builds on has failed. The exit status is 1 if any has failed.
+
+  The host's configuration is loaded, its application not started. No request is made to an LM.
+
+  With `--json` standard output holds one line, an object
+  `{"ok": …, "checks": [{"name", "status", "found", "advice"}, …]}` with a status of `ok`, `failed`, `note` or `skipped`. What
+  Mix itself has to say before it runs a task, such as that it compiles dependencies anew, `MIX_QUIET=1` holds back.
+
+  `DSPex.PythonBridge.Doctor` has the checks one by one, and how to make them in a release.
+  """
+
+  use Mix.Task
+
+  alias DSPex.PythonBridge.{Doctor, Interpreter}
+
+  @impl Mix.Task
+  def run(args) do
+    json? = arguments(args)
+    Mix.DSPex.load_config(quiet: json?)
+    unless tell(json?), do: exit({:shutdown, 1})
+  end
+
+  defp arguments(args) do
+    case OptionParser.parse!(args, strict: [json: :boolean]) do
+      {switches, []} ->
+        Keyword.get(switches, :json, false)
+
+      {_switches, [word | _rest]} ->
+        Mix.raise("mix dspex.doctor takes no #{word}; see mix help dspex.doctor")
+    end
+  end
+
+  defp tell(true) do
+    checks = Doctor.run(hint: hint())
+    # Also when the shell is quiet.
+    IO.puts(Doctor.to_json(checks))
+    Doctor.ok?(checks)
+  end
+
+  defp tell(false), do: Doctor.print([hint: hint()], &Mix.shell().info/1)
+
+  # What dspex.setup has made is of no use unless it is named.
+  defp hint do
+    venv = Mix.DSPex.default_venv()
+
+    if Interpreter.in_venv(venv),
+      do: "the one in #{venv} is not configured: #{Mix.DSPex.config_line(venv)}"
+  end
+end

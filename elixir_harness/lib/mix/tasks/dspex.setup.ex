@@ -1,0 +1,87 @@
+defmodule Mix.Tasks.Dspex.Setup do
+  @shortdoc "Makes a virtual environment with DSPy and the Python peer"
+  @moduledoc """
+  Makes a Python virtual environment with the peer `dspy_bridge` and all that it depends on, DSPy first, in the versions
+  that it is tested with; then runs `mix dspex.doctor` with it.
+
+      $ mix dspex.setup
+      $ mix dspex.setup --path /opt/dspy_venv --python python3.12
+
+    * `--path` – the folder; otherwise that of `config :dspex, :python_environment, virtual_env: …`, or
+      `_build/dspex_venv`
+    * `--python` – the interpreter that it is made of, 3.10 or newer; otherwise that of the environment variable
+      `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
+
+  It uses [uv](https://docs.astral.sh/uv) where that is on the `PATH`, else the interpreter's own `venv` and `pip`; both take packages
+  from where they are configured to.
+
+  Run again it does what is left to do: nothing, or to install what another version of `:dspex` needs. An environment that it
+  made is made anew if that was broken off, or its Python is gone; one that it did not make is added to, never
+  removed; a folder that is something else is refused.
+
+  The exit status is the doctor's.
+  """
+
+  use Mix.Task
+
+  alias DSPex.PythonBridge.{Configuration, Doctor, Interpreter, Venv}
+
+  @impl Mix.Task
+  def run(args) do
+    switches = arguments(args)
+    Mix.DSPex.load_config()
+    folder = Path.expand(switches[:path] || configured() || Mix.DSPex.default_venv())
+
+    case Venv.make(folder, python: switches[:python], progress: &Mix.shell().info/1) do
+      {:ok, python} -> finish(folder, python)
+      {:error, text} -> Mix.raise(text)
+    end
+  end
+
+  defp arguments(args) do
+    case OptionParser.parse!(args, strict: [path: :string, python: :string]) do
+      {switches, []} ->
+        switches
+
+      {_switches, [word | _rest]} ->
+        Mix.raise("mix dspex.setup takes no #{word}; did you mean --path #{word}?")
+    end
+  end
+
+  # A folder that is not meant must not be made.
+  defp configured do
+    case Configuration.required_packages() do
+      {:ok, _packages} -> Interpreter.configured_venv()
+      {:error, text} -> Mix.raise(text)
+    end
+  end
+
+  defp finish(folder, python) do
+    ok? = Doctor.print([python_executable: python], &Mix.shell().info/1)
+    unless used?(python), do: Mix.shell().info(how_to_use(folder))
+    unless ok?, do: exit({:shutdown, 1})
+  end
+
+  # Whether it is what bridges of this host will start.
+  defp used?(python), do: Interpreter.find(named()) == {:ok, python}
+
+  defp named do
+    with {:ok, options} <- Configuration.bridge(),
+         do: options.python_executable,
+         else: (_wrong -> nil)
+  end
+
+  defp how_to_use(folder) do
+    first =
+      if named(),
+        do: " and remove :python_executable from :python_bridge, which comes first",
+        else: ""
+
+    """
+
+    To use it, have this in config/config.exs#{first}:
+
+        #{Mix.DSPex.config_line(folder)}
+    """
+  end
+end

@@ -1,0 +1,192 @@
+defmodule Mix.Tasks.DspexTasksTest do
+  # What they print and how they exit; what they find and make is tested where that is done.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureIO
+
+  alias Mix.Tasks.Dspex.{Doctor, Setup}
+
+  @moduletag :tmp_dir
+
+  setup %{tmp_dir: dir} do
+    shell = Mix.shell()
+    Mix.shell(Mix.Shell.Process)
+    on_exit(fn -> Mix.shell(shell) end)
+    put_system_env("DSPY_VENV", nil)
+    put_system_env("PYTHON_EXECUTABLE", python())
+    put_system_env("MIX_BUILD_PATH", Path.join(dir, "build"))
+    put_config(:python_environment, [])
+    put_config(:python_bridge, lm: "offline/echo")
+  end
+
+  # What a task printed, and its exit status.
+  defp run(task, args) do
+    status =
+      try do
+        task.run(args)
+        0
+      catch
+        :exit, {:shutdown, status} -> status
+      end
+
+    {printed(), status}
+  end
+
+  defp printed do
+    receive do
+      {:mix_shell, :info, [line]} -> line <> "\n" <> printed()
+    after
+      0 -> ""
+    end
+  end
+
+  # A uv that makes an environment with what the interpreter of the tests has, and installs nothing.
+  defp uv(dir) do
+    bin = Path.join(dir, "bin")
+    File.mkdir_p!(bin)
+
+    File.write!(Path.join(bin, "uv"), """
+    #!/bin/sh
+    test "$1" = venv || exit 0
+    for folder; do :; done
+    #{python()} -m venv --without-pip "$folder"
+    cd "$folder"/lib/python3.*/site-packages
+    #{python()} -c 'import site; print(site.getsitepackages()[0])' > all.pth
+    """)
+
+    File.chmod!(Path.join(bin, "uv"), 0o755)
+    put_system_env("PATH", "#{bin}:#{System.get_env("PATH")}")
+  end
+
+  defp venv(folder) do
+    File.mkdir_p!(Path.join(folder, "bin"))
+    File.ln_s!(python(), Path.join(folder, "bin/python"))
+    folder
+  end
+
+  describe "dspex.doctor" do
+    test "prints each check, and exits with 0" do
+      {text, status} = run(Doctor, [])
+      assert status == 0
+      assert text =~ ~r/^✓ configuration /
+      assert text =~ "✓ lm            offline/echo"
+      assert String.ends_with?(text, "\nAll is well.\n")
+    end
+
+    test "exits with 1 when any has failed" do
+      put_config(:python_bridge, max_retrys: 1)
+      {text, status} = run(Doctor, [])
+      assert status == 1
+      assert text =~ "✗ configuration " and text =~ "did you mean :max_retries?"
+    end
+
+    test "--json: one object, the status, and nothing else, also of a quiet Mix" do
+      Mix.shell(Mix.Shell.Quiet)
+      assert {%{"ok" => true, "checks" => [%{"name" => "configuration"} | _rest]}, 0} = json()
+      put_system_env("PYTHON_EXECUTABLE", "/no/such/python")
+      assert {%{"ok" => false}, 1} = json()
+      assert printed() == ""
+    end
+
+    defp json do
+      me = self()
+      text = capture_io(fn -> send(me, run(Doctor, ["--json"])) end)
+      assert_received {"", status}
+      assert [_one_line] = String.split(text, "\n", trim: true)
+      {JSON.decode!(text), status}
+    end
+
+    test "tells of an environment that dspex.setup has made, and nobody named", %{tmp_dir: dir} do
+      folder = venv(Path.join(dir, "build/dspex_venv"))
+      {text, 0} = run(Doctor, [])
+      assert text =~ "– interpreter "
+      line = ~s|config :dspex, :python_environment, virtual_env: |
+      path = Path.relative_to(folder, Path.expand("config"), force: true)
+
+      assert text =~
+               "the one in #{folder} is not configured: #{line}Path.expand(\"#{path}\", __DIR__)"
+
+      # There is nothing in it.
+      put_config(:python_environment, virtual_env: folder)
+      {text, 1} = run(Doctor, [])
+      assert text =~ "✓ interpreter " and not (text =~ "is not configured")
+    end
+
+    test "refuses what it does not know" do
+      assert_raise OptionParser.ParseError, ~r/--jsn/, fn -> Doctor.run(["--jsn"]) end
+      assert_raise Mix.Error, ~r/takes no now/, fn -> Doctor.run(["now"]) end
+    end
+  end
+
+  describe "dspex.setup" do
+    test "makes it where it is by default, has the doctor look at it, and tells how to use it", %{
+      tmp_dir: dir
+    } do
+      uv(dir)
+      folder = Path.join(dir, "build/dspex_venv")
+      {text, status} = run(Setup, [])
+      assert status == 0
+      assert text =~ "making #{folder} with uv"
+      assert text =~ "✓ interpreter   #{folder}/bin/python3"
+      assert text =~ "✓ program "
+      path = Path.relative_to(folder, Path.expand("config"), force: true)
+
+      assert text =~
+               "To use it, have this in config/config.exs:\n\n    config :dspex, :python_environment, " <>
+                 "virtual_env: Path.expand(\"#{path}\", __DIR__)\n"
+    end
+
+    test "makes the one that is configured, and has nothing to tell then", %{tmp_dir: dir} do
+      uv(dir)
+      folder = Path.join(dir, "mine")
+      put_config(:python_environment, virtual_env: folder)
+      {text, 0} = run(Setup, [])
+      assert text =~ "making #{folder}" and not (text =~ "To use it")
+    end
+
+    test "--path: makes it there; another interpreter that comes first is told of", %{
+      tmp_dir: dir
+    } do
+      uv(dir)
+      put_config(:python_bridge, python_executable: python())
+      folder = Path.join(dir, "there")
+      {text, 0} = run(Setup, ["--path", Path.relative_to_cwd(folder), "--python", python()])
+      assert text =~ "making #{folder} with uv from #{python()}, Python 3."
+      assert text =~ "and remove :python_executable from :python_bridge, which comes first"
+    end
+
+    test "exits with 1 when the doctor finds something", %{tmp_dir: dir} do
+      uv(dir)
+      put_config(:python_bridge, adapter: "no_such")
+      {text, status} = run(Setup, [])
+      assert status == 1
+      assert text =~ "✗ ping " and text =~ "To use it"
+    end
+
+    test "one line when nothing can be made, and of a configuration that cannot be right", %{
+      tmp_dir: dir
+    } do
+      assert_raise Mix.Error, ~r/^no Python found: --python names \/no\/python.*$/, fn ->
+        Setup.run(["--python", "/no/python"])
+      end
+
+      put_config(:python_environment, virtual_env: 5)
+
+      assert_raise Mix.Error, ~r/virtual_env: expected the path of a folder/, fn ->
+        Setup.run([])
+      end
+
+      assert_raise Mix.Error, ~r/did you mean --path #{dir}\?/, fn -> Setup.run([dir]) end
+      refute File.exists?(Path.join(dir, "build/dspex_venv"))
+    end
+  end
+
+  test "by default the environment is beside the builds of all environments of Mix" do
+    put_system_env("MIX_BUILD_PATH", nil)
+    assert Mix.DSPex.default_venv() == Path.expand("_build/dspex_venv")
+    line = Mix.DSPex.config_line(Path.expand("_build/dspex_venv"))
+    assert String.ends_with?(line, ~s|virtual_env: Path.expand("../_build/dspex_venv", __DIR__)|)
+    assert Mix.DSPex.config_line("/opt/venv") =~ ~s(virtual_env: "/opt/venv")
+  end
+end
