@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _serve(chosen: Settings, reading: int, writing: int) -> None:
-    from dspy_bridge import server
+    from dspy_bridge import memory, server
     from dspy_bridge.commands import Commands
     from dspy_bridge.dispatcher import Dispatcher
     from dspy_bridge.writer import Writer
@@ -95,6 +95,8 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         when_room=writer.when_room,
     )
     gc.enable()
+    # The watchdog, which runs by now, is to outlive this.
+    memory.give_way()
     server.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 
 

@@ -1,13 +1,15 @@
-"""Large payloads and glibc, which has to be told what to do with their memory. Elsewhere this does nothing.
+"""What the system is told of memory. Where it does not listen (another libc, another kernel) this does nothing.
 
-By itself glibc adapts to the largest block freed so far, up to 32 MB: blocks below stay with it, and whether a megabyte
-is fetched from the system and given back for every payload changes from run to run. Fixed limits make 1 MB of arguments
-take 0.55 ms instead of 0.6 or 1.1, and after ten executes with 8 MB of text the peer had 12 MB more instead of 77.
+Large payloads: by itself glibc adapts to the largest block freed so far, up to 32 MB: blocks below stay with it, and
+whether a megabyte is fetched from the system and given back for every payload changes from run to run. Fixed limits
+make 1 MB of arguments take 0.55 ms instead of 0.6 or 1.1, and after ten executes with 8 MB of text the peer had 12 MB
+more instead of 77.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import time
 
 TYPE_CHECKING = False
@@ -23,11 +25,34 @@ _SECONDS_BETWEEN = 0.25
 # mallopt's names for: keep at most so much free memory at the end of the heap; blocks from here on have no heap.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
+# 0 is what processes have, 1000 the most.
+_OOM_SCORE = 500
+_OOM_FILE = "/proc/self/oom_score_adj"
+
 # Whether something large has passed since.
 due = False
 _last = 0.0
 _tuned = False
 _libc: Any = None
+
+
+def give_way() -> None:
+    """Where memory runs out, Linux is to kill this process and not the BEAM, which would start another one.
+
+    It would take the largest, which may be either. A score that is higher already stays. What is started from here on
+    has it, too.
+    """
+    try:
+        file = os.open(_OOM_FILE, os.O_RDWR)
+    except OSError:
+        return  # no Linux, or no /proc
+    try:
+        if int(os.read(file, 16)) < _OOM_SCORE:
+            os.write(file, b"%d" % _OOM_SCORE)
+    except (OSError, ValueError):
+        pass  # more is not at stake
+    finally:
+        os.close(file)
 
 
 def seen(length: int) -> None:

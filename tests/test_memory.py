@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +69,26 @@ def test_where_it_cannot_be_done_nothing_happens(monkeypatch: pytest.MonkeyPatch
     memory.seen(memory.LARGE_BYTES)
     memory.give_back()
     assert not memory.due and memory._libc is None
+
+
+@pytest.mark.parametrize(("before", "after"), [("0", "500"), ("-100\n", "500"), ("500\n", "500"), ("900\n", "900")])
+def test_it_gives_way_unless_it_does_more_than_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str, after: str
+) -> None:
+    file = tmp_path / "oom_score_adj"
+    file.write_text(before)
+    write = os.write
+    # A file keeps what was there before; the one of the kernel does not.
+    monkeypatch.setattr(memory.os, "write", lambda fd, data: (os.ftruncate(fd, 0), write(fd, data))[1])
+    monkeypatch.setattr(memory, "_OOM_FILE", str(file))
+    memory.give_way()
+    assert file.read_text().strip().strip("\0") == after.strip()
+
+
+def test_without_such_a_file_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_OOM_FILE", str(tmp_path / "none"))
+    memory.give_way()
+    (tmp_path / "odd").write_text("odd")
+    monkeypatch.setattr(memory, "_OOM_FILE", str(tmp_path / "odd"))
+    memory.give_way()
+    assert (tmp_path / "odd").read_text() == "odd"

@@ -1,6 +1,7 @@
 """Answers `get_stats` only once the file FAKE_THEIRS is there; makes FAKE_MINE when asked. Others at once.
 
-Its uptime is FAKE_UPTIME, 6.5 s if nothing is said. Two of them, each with the other's file, answer if both are asked before either has answered.
+Its uptime is FAKE_UPTIME, 6.5 s if nothing is said. Two of them, each with the other's file, answer if both are asked
+before either has answered.
 """
 
 import os
@@ -17,4 +18,7 @@ for request in requests():
         time.sleep(0.01)
     commands = {"ping": {"count": 3}, "get_stats": {"count": 7}}
     load = {"in_flight": 1, "queued": 2, "commands": commands}
-    reply(request, {"memory_usage": {"rss": 4_000_000, "vms": 5}, "uptime": float(os.environ.get("FAKE_UPTIME", "6.5")), **load})
+    reply(
+        request,
+        {"memory_usage": {"rss": 4_000_000, "vms": 5}, "uptime": float(os.environ.get("FAKE_UPTIME", "6.5")), **load},
+    )

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import lm_env
 from peer import PATIENCE, ROOT, Peer, contains, frame, payloads, vector_payload, vectors
@@ -39,6 +41,18 @@ def test_a_malformed_payload_costs_one_error_reply(peer: Peer, vector: dict[str,
     assert (reply["id"], reply["success"], reply["error_type"]) == (vector["id"], False, vector["error_type"])
     assert vector.get("error_has", "") in reply["error"] and "\n" not in reply["error"]
     assert after["id"] == "after" and after["success"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other kernel has it")
+def test_where_memory_runs_out_it_is_taken_before_its_owner_and_its_watchdog(peer: Peer) -> None:
+    def score(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    assert peer.call("ping")["success"]
+    own = score(os.getpid())
+    assert score(peer.process.pid) == max(own, 500)
+    (watchdog,) = psutil.Process(peer.process.pid).children()
+    assert score(watchdog.pid) == own
 
 
 def test_ping_has_the_time_as_a_float(peer: Peer) -> None:
