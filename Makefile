@@ -13,7 +13,7 @@ PINS := $(HARNESS)/priv/python/requirements.txt
 export DSPY_BRIDGE_PYTHON := $(CURDIR)/$(PY)
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed elixir ## .venv with the package and its tools; Elixir through apt where it is missing
 
@@ -46,6 +46,9 @@ test: setup ## pytest and mix test
 	$(PY) -m pytest -q -n auto --maxprocesses 4
 	cd $(HARNESS) && mix test --warnings-as-errors
 
+test-install: setup ## a new user's first hour: a Mix application of its own, with what the packages carry
+	$(PY) -m pytest -q tests/install
+
 check: setup dialyzer ## lint, formats, types, warnings
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -64,6 +67,18 @@ dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40
 	@test -f $(PLT) || { lib=$(ELIXIR_LIB); ERL_LIBS=$$lib dialyzer --build_plt --output_plt $(PLT) --apps erts kernel stdlib crypto \
 	  -r $$lib/elixir/ebin $$lib/logger/ebin $$lib/mix/ebin > /dev/null; test -f $(PLT); }
 	ERL_LIBS=$(ELIXIR_LIB) dialyzer --quiet -Wno_unknown --plt $(PLT) -r $(HARNESS)/_build/dev/lib/dspex/ebin
+
+# Debian's ex_doc lies beside Elixir's own libraries; another is found as Mix finds it.
+MIX_DOCS = ERL_LIBS=$(ELIXIR_LIB) mix
+
+docs: setup ## elixir_harness/doc: the guides and every module, as HTML that needs no network
+	@cd $(HARNESS) && { $(MIX_DOCS) help docs > /dev/null 2>&1 || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends elixir-ex-doc > /dev/null; } || \
+	  { echo "ex_doc is missing; it is a package of Debian: sudo apt-get install elixir-ex-doc"; exit 1; }; }
+	@# Of a reference that leads nowhere it only warns.
+	cd $(HARNESS) && mkdir -p _build && MIX_ENV=dev $(MIX_DOCS) docs > _build/docs.log 2>&1 || { cat _build/docs.log; exit 1; }
+	@! grep -q 'warning:' $(HARNESS)/_build/docs.log || { cat $(HARNESS)/_build/docs.log; exit 1; }
+	@echo "$(HARNESS)/doc/index.html"
 
 fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with more examples
 	$(PY) tests/fuzz.py $(FUZZ_FRAMES)
@@ -86,6 +101,8 @@ package: setup ## dist/: the wheel and the sdist; priv/python/package, which the
 	rm -rf dist
 	$(PY) -m build --quiet --installer uv
 	cd $(HARNESS) && MIX_ENV=dev mix compile
+	@cd $(HARNESS) && if mix help hex.build > /dev/null 2>&1; then mix hex.build --output ../dist/dspex.tar; \
+	else echo "no Hex here: dist/ has the Python packages alone"; fi
 
 format: setup ## write the formats
 	$(PY) -m ruff format .

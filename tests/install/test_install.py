@@ -1,0 +1,266 @@
+"""The first hour of a new user, in a Mix application outside the checkout: `make test-install`.
+
+The application depends on the files of the Hex package and on nothing else, and has the Python that `mix dspex.setup`
+makes. The tests stand in the order of that hour; what takes long is made once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lm_server import LMServer
+from peer import ROOT
+
+from dspy_bridge import __version__
+
+pytestmark = pytest.mark.timeout(400)
+
+HARNESS = ROOT / "elixir_harness"
+# What a developer of this project may have set, and a new user has not.
+OURS = re.compile("DSPY_|DSPEX_|MIX_|PYTHON|VIRTUAL_ENV")
+KEY = "sk-wrong-0123456789abcdef"
+
+
+def run(*command: str | Path, cwd: Path, given: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """One command as a user types it; its output and errors together."""
+    clean = {name: value for name, value in os.environ.items() if not OURS.match(name)}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**clean, "LANG": "C.UTF-8", **env},
+        input=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def elixir(app: Path, code: str, **env: str) -> str:
+    """What a script prints in the running application."""
+    (app / "script.exs").write_text("alias DSPex.PythonBridge.Bridge\n" + code)
+    done = run("mix", "run", "script.exs", cwd=app, **env)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the Hex package, as Hex would unpack them."""
+    target = tmp_path_factory.mktemp("hex") / "dspex"
+    code = """
+    for pattern <- Mix.Project.config()[:package][:files],
+        path <- Path.wildcard(pattern, match_dot: true),
+        file <- [path | Path.wildcard(path <> "/**/*")],
+        File.regular?(file),
+        do: IO.puts("FILE " <> file)
+    """
+    done = run("mix", "run", "--no-start", "-e", code, cwd=HARNESS)
+    assert done.returncode == 0, done.stdout
+    files = re.findall("^FILE (.*)$", done.stdout, re.MULTILINE)
+    assert "mix.exs" in files and "priv/python/package/dspy_bridge/server.py" in files
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (target / file).write_bytes((HARNESS / file).read_bytes())
+    return target
+
+
+@pytest.fixture(scope="module")
+def app(package: Path) -> Path:
+    """`mix new`, and the dependency in its mix.exs."""
+    done = run("mix", "new", "shop", "--sup", cwd=package.parent)
+    assert done.returncode == 0, done.stdout
+    folder = package.parent / "shop"
+    mix_exs = (folder / "mix.exs").read_text()
+    changed = mix_exs.replace("defp deps do\n    [", 'defp deps do\n    [\n      {:dspex, path: "../dspex"}')
+    assert changed != mix_exs
+    (folder / "mix.exs").write_text(changed)
+    done = run("mix", "compile", "--warnings-as-errors", cwd=folder)
+    assert done.returncode == 0 and "warning" not in done.stdout, done.stdout
+    return folder
+
+
+def configure(app: Path, *lines: str) -> None:
+    (app / "config").mkdir(exist_ok=True)
+    (app / "config" / "config.exs").write_text("\n".join(["import Config", *lines, ""]))
+
+
+@pytest.fixture(scope="module")
+def ready(app: Path) -> Path:
+    """After `mix dspex.setup`, with the lines in the configuration that it asks for, and an LM."""
+    done = run("mix", "dspex.setup", cwd=app)
+    assert done.returncode == 0, done.stdout
+    lines = re.findall(r"^ *(config :dspex, :python_environment, .*)$", done.stdout, re.MULTILINE)
+    assert len(lines) == 1, done.stdout
+    configure(app, *lines, 'config :dspex, :python_bridge, lm: "offline/echo"')
+    return app
+
+
+def test_the_doctor_says_first_what_to_do(app: Path) -> None:
+    """The Python that happens to be on the PATH has no DSPy."""
+    bare = app.parent / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    done = run("mix", "dspex.doctor", cwd=app, PYTHON_EXECUTABLE=str(bare / "bin" / "python"))
+    assert done.returncode == 1
+    assert "dspy" in done.stdout and "mix dspex.setup" in done.stdout
+
+
+def test_after_setup_the_doctor_is_content(ready: Path) -> None:
+    done = run("mix", "dspex.doctor", "--json", cwd=ready, MIX_QUIET="1")
+    assert done.returncode == 0, done.stdout
+    report = json.loads(done.stdout)
+    assert report["ok"] and {check["status"] for check in report["checks"]} <= {"ok", "note"}, report
+
+
+def test_setup_once_more_has_nothing_to_do(ready: Path) -> None:
+    python = ready / "_build" / "dspex_venv" / "pyvenv.cfg"
+    before = python.stat().st_mtime_ns
+    done = run("mix", "dspex.setup", cwd=ready)
+    assert done.returncode == 0, done.stdout
+    assert python.stat().st_mtime_ns == before and "config :dspex" not in done.stdout
+
+
+def test_setup_with_uv(app: Path) -> None:
+    """Where it is on the PATH."""
+    tools = app.parent / "tools"
+    tools.mkdir()
+    (tools / "uv").symlink_to(Path(sys.executable).with_name("uv"))
+    path = f"{tools}:{os.environ['PATH']}"
+    done = run("mix", "dspex.setup", "--path", "with_uv", "--python", sys.executable, cwd=app, PATH=path)
+    assert done.returncode == 0, done.stdout
+    assert "uv" in (app / "with_uv" / "pyvenv.cfg").read_text()
+    done = run(app / "with_uv" / "bin" / "python", "-m", "dspy_bridge", "--selftest", cwd=Path("/"))
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_python_of_setup_has_the_pinned_versions_and_the_peer(ready: Path) -> None:
+    python = ready / "_build" / "dspex_venv" / "bin" / "python"
+    done = run(python, "-m", "dspy_bridge", "--version", cwd=Path("/"))
+    assert done.stdout == f"dspy_bridge {__version__}\n"
+    code = "from importlib.metadata import version; print(version('dspy'))"
+    pin = re.search("^dspy==(.*)$", (HARNESS / "priv/python/requirements.txt").read_text(), re.MULTILINE)
+    assert pin is not None and run(python, "-c", code, cwd=Path("/")).stdout.strip() == pin[1]
+
+
+def test_a_first_call_in_iex(ready: Path) -> None:
+    given = 'DSPex.PythonBridge.Bridge.call(:ping) |> elem(1) |> Map.get("status") |> then(&"it is #{&1}")\n'
+    done = run("iex", "-S", "mix", cwd=ready, given=given)
+    assert '"it is ok"' in done.stdout, done.stdout
+
+
+def test_a_typed_program(ready: Path) -> None:
+    code = """
+    {:ok, %{"status" => "created"}} =
+      Bridge.call(:create_program, %{
+        id: "triage",
+        program_type: "chain_of_thought",
+        signature: %{
+          inputs: [%{name: "ticket", type: "string"}],
+          outputs: [
+            %{name: "team", type: "Literal['billing', 'support']"},
+            %{name: "urgent", type: "boolean"}
+          ]
+        }
+      })
+
+    {:ok, answer} = Bridge.call(:execute_program, %{program_id: "triage", inputs: %{ticket: "Charged twice!"}})
+    IO.inspect({answer["team"] in ["billing", "support"], is_boolean(answer["urgent"]), is_binary(answer["reasoning"])})
+    """
+    assert "{true, true, true}" in elixir(ready, code)
+
+
+@pytest.fixture
+def lm() -> Iterator[LMServer]:
+    """A provider that knows one key, which nobody here has; its refusal repeats what it was given, as OpenAI's does."""
+    server = LMServer(
+        lambda _request: (401, {"error": {"message": f"Incorrect API key provided: {KEY}.", "code": "invalid_api_key"}})
+    )
+    yield server
+    server.stop()
+
+
+def test_a_wrong_key(ready: Path, lm: LMServer) -> None:
+    """A typed error, not worth a retry, that does not repeat the key."""
+    code = f"""
+    {{:ok, _}} = Bridge.call(:create_program, %{{id: "qa", signature: "question -> answer",
+      lm: %{{model: "openai/gpt-4o-mini", api_base: {json.dumps(lm.url)}, api_key: {json.dumps(KEY)}}}}})
+
+    args = %{{program_id: "qa", inputs: %{{question: "Why?"}}}}
+    {{:error, error}} = Bridge.request(Bridge, :execute_program, args, [])
+    IO.inspect({{error.type, error.retryable}})
+    IO.puts(error.message)
+    """
+    text = elixir(ready, code)
+    assert "{:lm_error, false}" in text and KEY not in text
+    assert lm.authorizations[0] == f"Bearer {KEY}"
+    assert "Incorrect API key provided" in text
+
+
+def test_a_killed_peer(ready: Path) -> None:
+    """The call after it is answered, by another Python that has the program."""
+    code = """
+    {:ok, _} = Bridge.call(:create_program, %{id: "qa", signature: "question -> answer"})
+    %{os_pid: first} = Bridge.get_status()
+    {_, 0} = System.cmd("kill", ["-9", "#{first}"])
+    {:ok, %{"answer" => _}} = Bridge.call(:execute_program, %{program_id: "qa", inputs: %{question: "Still there?"}})
+    %{os_pid: second} = Bridge.get_status()
+    IO.puts("another: #{second != first}")
+    """
+    assert "another: true" in elixir(ready, code)
+
+
+def test_a_misspelt_setting_is_named_with_the_nearest(ready: Path) -> None:
+    config = ready / "config" / "config.exs"
+    before = config.read_text()
+    try:
+        config.write_text(before + "\nconfig :dspex, :python_bridge, default_timeuot: 5_000\n")
+        done = run("mix", "dspex.doctor", cwd=ready)
+        assert done.returncode == 1 and "default_timeuot" in done.stdout and ":default_timeout" in done.stdout
+        done = run("mix", "run", "-e", "1", cwd=ready)
+        assert done.returncode != 0 and "did you mean :default_timeout?" in done.stdout
+    finally:
+        config.write_text(before)
+
+
+def test_a_release_runs_without_the_sources(ready: Path, package: Path) -> None:
+    """priv has the peer; the interpreter is where the configuration says."""
+    done = run("mix", "release", "--quiet", cwd=ready, MIX_ENV="prod")
+    assert done.returncode == 0, done.stdout
+    away = package.with_name("away")
+    package.rename(away)
+    try:
+        code = """
+        {:ok, _} = Application.ensure_all_started(:shop)
+        alias DSPex.PythonBridge.Bridge
+        {:ok, _} = Bridge.call(:create_program, %{id: "qa", signature: "question -> answer: int"})
+        IO.inspect(Bridge.call(:execute_program, %{program_id: "qa", inputs: %{question: "How many?"}}))
+        """
+        bin = ready / "_build" / "prod" / "rel" / "shop" / "bin" / "shop"
+        done = run(bin, "eval", code, cwd=Path("/"))
+        assert '{:ok, %{"answer" => ' in done.stdout, done.stdout
+    finally:
+        away.rename(package)
+
+
+def test_the_wheel_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    """Built, installed with what it depends on, and driven from the root directory."""
+    uv = Path(sys.executable).with_name("uv")
+    done = run(sys.executable, "-m", "build", "--wheel", "--installer", "uv", "--outdir", tmp_path, ROOT, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    python = tmp_path / "venv" / "bin" / "python"
+    assert run(uv, "venv", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path).returncode == 0
+    (wheel,) = tmp_path.glob("*.whl")
+    done = run(uv, "pip", "install", "--python", python, wheel, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    done = run(python, "-m", "dspy_bridge", "--selftest", cwd=Path("/"))
+    assert done.returncode == 0, done.stdout
+    done = run(python.with_name("dspy-bridge"), "--version", cwd=Path("/"))
+    assert done.stdout == f"dspy_bridge {__version__}\n"
