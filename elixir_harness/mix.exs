@@ -12,9 +12,16 @@ defmodule Mix.Tasks.Compile.DspexPython do
 
   @impl Mix.Task.Compiler
   def run(_args) do
-    if Enum.all?(["dspy_bridge/__main__.py" | @project], &File.regular?(in_checkout(&1))),
-      do: bundle(),
-      else: {:noop, []}
+    cond do
+      Enum.all?(["dspy_bridge/__main__.py" | @project], &File.regular?(in_checkout(&1))) ->
+        bundle()
+
+      File.regular?(Path.join(@package, "dspy_bridge/__main__.py")) ->
+        {:noop, []}
+
+      true ->
+        {:noop, [warn("the Python peer is neither in priv nor beside this project")]}
+    end
   end
 
   @impl Mix.Task.Compiler
@@ -22,29 +29,69 @@ defmodule Mix.Tasks.Compile.DspexPython do
     do: if(File.regular?(in_checkout("dspy_bridge/__main__.py")), do: File.rm_rf!(@package))
 
   defp bundle do
-    wanted = Enum.sort(@project ++ modules(@checkout))
+    wanted = @project ++ modules(@checkout)
     changed = Enum.reject(wanted, &same?/1)
     gone = modules(@package) -- wanted
-    File.mkdir_p!(Path.join(@package, "dspy_bridge"))
-    Enum.each(changed, &File.cp!(in_checkout(&1), Path.join(@package, &1)))
-    Enum.each(gone, &File.rm!(Path.join(@package, &1)))
+    Enum.each(changed, &copy!/1)
+    # Another mix, of another environment, may be at the same.
+    Enum.each(gone, &File.rm(Path.join(@package, &1)))
     {if(changed == [] and gone == [], do: :noop, else: :ok), []}
+  rescue
+    # Bridges find the peer in the checkout all the same.
+    error in [File.Error, File.RenameError] -> {:noop, [warn(Exception.message(error))]}
+  end
+
+  # Whole at any moment, and without the mode of what may be read-only there.
+  defp copy!(file) do
+    target = Path.join(@package, file)
+    File.mkdir_p!(Path.dirname(target))
+    File.write!("#{target}.#{System.pid()}", File.read!(in_checkout(file)))
+    File.rename!("#{target}.#{System.pid()}", target)
   end
 
   defp modules(folder) do
-    for path <- Path.wildcard(Path.join(folder, "dspy_bridge/*.{py,typed}")),
-        do: Path.relative_to(path, folder)
+    with {:ok, files} <- File.ls(Path.join(folder, "dspy_bridge")) do
+      for file <- files, Path.extname(file) in [".py", ".typed"], do: "dspy_bridge/#{file}"
+    else
+      {:error, _none} -> []
+    end
   end
 
   defp same?(file), do: File.read(in_checkout(file)) == File.read(Path.join(@package, file))
 
   defp in_checkout(file), do: Path.join(@checkout, file)
+
+  defp warn(text) do
+    message = "priv has no copy of the Python peer for a release: #{text}"
+    Mix.shell().error("warning: " <> message)
+
+    %Mix.Task.Compiler.Diagnostic{
+      compiler_name: "dspex_python",
+      file: __ENV__.file,
+      message: message,
+      position: 0,
+      severity: :warning
+    }
+  end
 end
 
 defmodule DSPex.MixProject do
   use Mix.Project
 
   @version "0.1.0"
+  @pages [
+    {"getting-started", "Start"},
+    {"guide", "Start"},
+    {"deploying", "In production"},
+    {"settings", "In production"},
+    {"errors", "In production"},
+    {"telemetry", "In production"},
+    {"cluster", "In production"},
+    {"how-it-works", "Inside"},
+    {"protocol", "Inside"},
+    {"coming-from", "Coming from"},
+    {"erlport", "Coming from"}
+  ]
 
   def project do
     [
@@ -56,6 +103,7 @@ defmodule DSPex.MixProject do
       compilers: [:dspex_python | Mix.compilers()],
       start_permanent: Mix.env() == :prod,
       deps: [],
+      docs: &docs/0,
       package: package()
     ]
   end
@@ -86,4 +134,65 @@ defmodule DSPex.MixProject do
       ]
     ]
   end
+
+  # `make docs`.
+  defp docs do
+    [
+      main: "readme",
+      formatters: ["html"],
+      extras:
+        ["../README.md"] ++
+          Enum.map(@pages, fn {page, _group} -> "../docs/#{page}.md" end) ++ ["../CHANGELOG.md"],
+      groups_for_extras:
+        for group <- ["Start", "In production", "Inside", "Coming from"] do
+          {group, for({page, ^group} <- @pages, do: "../docs/#{page}.md")}
+        end,
+      groups_for_modules: [
+        Calls: [DSPex.PythonBridge.Bridge, DSPex.PythonBridge.Pool, DSPex.PythonBridge.Error],
+        "Starting and setting": [
+          DSPex.Application,
+          DSPex.PythonBridge.Supervisor,
+          DSPex.PythonBridge.Options,
+          DSPex.PythonBridge.Interpreter
+        ],
+        "Looking at it": [
+          DSPex.PythonBridge.Monitor,
+          DSPex.PythonBridge.Telemetry,
+          DSPex.PythonBridge.Top,
+          DSPex.PythonBridge.Doctor,
+          DSPex.PythonBridge.EnvironmentCheck
+        ],
+        "The wire": [DSPex.PythonBridge.Protocol],
+        "How it is made": ~r/./
+      ],
+      nest_modules_by_prefix: [DSPex.PythonBridge],
+      # The pictures of the pages.
+      assets: %{"../docs" => "docs"},
+      before_closing_body_tag: &diagrams/1
+    ]
+  end
+
+  # Diagrams are text. They are drawn where there is a network and the script is the one that is meant
+  # here; elsewhere they are shown as they stand.
+  defp diagrams(:html) do
+    """
+    <script defer src="https://cdn.jsdelivr.net/npm/mermaid@11.17.2/dist/mermaid.min.js" crossorigin="anonymous"
+      integrity="sha384-EOXBFmc3gx5mb+vn0vPvvGqACToJD24hhacX5Yx+8NUUQrHIle/Qi5Bg9o3zKwW2"></script>
+    <script>
+      window.addEventListener("exdoc:loaded", () => {
+        if (!window.mermaid) return;
+        const theme = document.body.className.includes("dark") ? "dark" : "default";
+        mermaid.initialize({startOnLoad: false, theme: theme});
+        document.querySelectorAll("pre code.mermaid").forEach((code, number) =>
+          mermaid.render("mermaid-" + number, code.textContent).then(({svg}) => {
+            const drawn = document.createElement("div");
+            drawn.innerHTML = svg;
+            code.parentElement.replaceWith(drawn);
+          }));
+      });
+    </script>
+    """
+  end
+
+  defp diagrams(_other), do: ""
 end

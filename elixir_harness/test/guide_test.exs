@@ -1,60 +1,51 @@
 defmodule DSPex.GuideTest do
-  @moduledoc "docs/guide.md runs as it stands: its Elixir here, its Python where it says."
+  @moduledoc """
+  The pages run as they stand: their Elixir here, in order, and the guide's Python where it says. What cannot be
+  had here is the LM that some of them name: `offline/echo` takes its place.
+  """
 
-  # It changes the working directory, as a reader would.
+  # They change the working directory, as a reader would, and use the names that are the defaults.
   use ExUnit.Case, async: false
+
+  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Monitor, Options, Pool}
+  alias DSPex.Test.Helpers
 
   @root Path.expand("../..", __DIR__)
   @guide Path.join(@root, "docs/guide.md")
   @external_resource @guide
   @sections ~w(1 2 3 4 5 6 7 8 9 10 11)
+  @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/settings.md docs/errors.md docs/coming-from.md
+            docs/cluster.md)
+  # The reader of this page has the application's own Bridge and Monitor.
+  @in_application "docs/getting-started.md"
+
+  setup do
+    Helpers.put_config(:python_bridge, python_executable: Helpers.python())
+    # A page shows what its absence looks like.
+    Helpers.put_system_env("OPENAI_API_KEY", nil)
+    on_exit(fn -> Enum.each([Bridge, Pool], &Bridge.stop/1) end)
+  end
 
   @tag :tmp_dir
   @tag timeout: 120_000
   test "every example of the guide is as it says", %{tmp_dir: dir} do
-    python = DSPex.Test.Helpers.python()
     told = Path.join(dir, "told")
     File.mkdir_p!(Path.join(dir, "states"))
     File.mkdir_p!(Path.join(dir, "files"))
     File.write!(Path.join(dir, "files/cat.png"), <<0x89, "PNG\r\n">>)
     File.cp!(Path.join(@root, "tests/fakes/mlflow.py"), Path.join(dir, "mlflow.py"))
-    before = Application.get_env(:dspex, :python_bridge)
-    Application.put_env(:dspex, :python_bridge, python_executable: python)
-    System.put_env("MLFLOW_TOLD", told)
+    Helpers.put_system_env("MLFLOW_TOLD", told)
     cwd = File.cwd!()
     File.cd!(dir)
-
-    on_exit(fn ->
-      File.cd!(cwd)
-      System.delete_env("MLFLOW_TOLD")
-
-      if before,
-        do: Application.put_env(:dspex, :python_bridge, before),
-        else: Application.delete_env(:dspex, :python_bridge)
-
-      DSPex.PythonBridge.Bridge.stop()
-    end)
+    on_exit(fn -> File.cd!(cwd) end)
 
     text = File.read!(@guide)
-    blocks = Regex.scan(~r/^```(elixir|python)\n(.*?)^```$/ms, text, capture: :all_but_first)
     # What a reader would have in place before the Bridge starts.
-    for ["python", code] <- blocks, do: place(code, dir)
+    for code <- blocks(text, "python"), do: place(code, dir)
     {:ok, script} = File.read(Path.join(dir, "optimize.py"))
-    {output, 0} = System.cmd(python, ["-c", script], cd: dir, stderr_to_stdout: true)
+    {output, 0} = System.cmd(Helpers.python(), ["-c", script], cd: dir, stderr_to_stdout: true)
     assert is_binary(output)
-
-    env = Code.env_for_eval([])
-
-    Enum.reduce(blocks, {[], env}, fn
-      ["elixir", code], {binding, env} ->
-        quoted = Code.string_to_quoted!(code, file: @guide)
-        {_value, binding, env} = Code.eval_quoted_with_env(quoted, binding, env)
-        {binding, env}
-
-      ["python", _code], so_far ->
-        so_far
-    end)
-
+    run(blocks(text, "elixir"), @guide)
     assert File.read!(told) == "experiment triage\nautolog\n"
   end
 
@@ -62,6 +53,77 @@ defmodule DSPex.GuideTest do
     sections = Regex.split(~r/^## (?=\d+\. )/m, File.read!(@guide)) |> tl()
     assert Enum.map(sections, &(&1 |> String.split(".") |> hd())) == @sections
     assert Enum.all?(sections, &(&1 =~ "```elixir" or &1 =~ "```python"))
+  end
+
+  for page <- @pages do
+    @external_resource Path.join(@root, page)
+
+    @tag timeout: 120_000
+    test "every example of #{page} is as it says" do
+      file = Path.join(@root, unquote(page))
+      if unquote(page) == @in_application, do: start_application()
+      blocks = file |> File.read!() |> blocks("elixir")
+      assert blocks != []
+
+      blocks
+      |> Enum.map(&String.replace(&1, ~s(lm: "openai/gpt-4o-mini"), ~s(lm: "offline/echo")))
+      |> run(file)
+    end
+  end
+
+  defp start_application do
+    start_supervised!({DSPex.PythonBridge.Supervisor, bridge: [lm: "offline/echo"]})
+    {:ok, _} = Bridge.call(:ping)
+  end
+
+  defp blocks(text, language) do
+    ~r/^```#{language}\n(.*?)^```$/ms
+    |> Regex.scan(text, capture: :all_but_first)
+    |> List.flatten()
+  end
+
+  # One after another, each with what those before it have bound.
+  defp run(blocks, file) do
+    Enum.reduce(blocks, {[], Code.env_for_eval([])}, fn code, {binding, env} ->
+      cond do
+        code =~ ~r/^import Config$/m ->
+          configuration(code, file)
+          {binding, env}
+
+        # A part of a file that belongs to Mix.
+        code =~ ~r/\A# mix\.exs\n/ ->
+          Code.string_to_quoted!(code, file: file)
+          {binding, env}
+
+        true ->
+          quoted = Code.string_to_quoted!(code, file: file)
+          {_value, binding, env} = Code.eval_quoted_with_env(quoted, binding, env)
+          {binding, env}
+      end
+    end)
+  end
+
+  # As the application would read it when it starts.
+  defp configuration(code, file) do
+    [dspex: config] = Config.Reader.eval!(Path.rootname(file) <> ".exs", code, env: :prod)
+    assert config != []
+    Enum.each(config, &accepted/1)
+  end
+
+  defp accepted({:autostart, autostart?}), do: assert(is_boolean(autostart?))
+  defp accepted({:python_bridge, opts}), do: assert({:ok, _} = Options.new(opts))
+  defp accepted({:python_bridge_monitor, opts}), do: assert({:ok, _} = Monitor.options(opts))
+
+  # No such folder is here; of a setting that it does not know, the check would speak first.
+  defp accepted({:python_environment, settings}) do
+    Helpers.put_config(:python_environment, settings)
+    Helpers.put_config(:python_bridge, [])
+
+    assert {:error, "no Python found: virtual_env names " <> _} =
+             EnvironmentCheck.validate_environment()
+
+    Application.put_env(:dspex, :python_bridge, python_executable: Helpers.python())
+    Application.delete_env(:dspex, :python_environment)
   end
 
   defp place(code, dir) do

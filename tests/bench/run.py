@@ -1,6 +1,7 @@
 """`make bench`: runs bench.exs pinned to one CPU and free, prints the table of the README, writes bench.json.
 
-Each figure is a ratio within one run; the machine is told beside them. `--readme` also puts the table into the README.
+Each figure is a ratio within one run; the machine is told beside them. `--readme` also puts the table into the README,
+what the sidecar reached into docs/coming-from.md, and draws docs/bench.svg.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +136,36 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
+def lines(head: tuple[str, ...], table: Iterable[tuple[str, ...]]) -> str:
+    """A table of Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in [head, ("---",) * len(head), *table])
+
+
+def put(page: Path, mark: str, text: str) -> None:
+    """Replaces what stands between two marks."""
+    marked = re.compile(rf"(<!-- {mark} -->\n).*(<!-- /{mark} -->)", re.DOTALL)
+    page.write_text(marked.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page.read_text()))
+
+
+def publish(figures: dict[str, Any], table: str) -> None:
+    """The figures, wherever they stand."""
+    from chart import bars, draw
+
+    put(ROOT / "README.md", "bench", table)
+    beside = [(bar.what, bar.reached, bar.sidecar, f"{bar.shown}x") for bar in bars(figures)]
+    put(ROOT / "docs/coming-from.md", "sidecar", lines(("what", "this", "HTTP sidecar", "times"), beside))
+    draw(figures)
+
+
 def main() -> None:
     """Measure, print, write."""
     figures = {**measure("pinned"), **measure("free")}
-    head = ("what", "against", "goal", "reached", "HTTP sidecar")
-    table = [head, ("---",) * len(head), *rows(figures)]
-    print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in table))  # noqa: T201
+    table = lines(("what", "against", "goal", "reached", "HTTP sidecar"), rows(figures))
+    print(f"\n{table}")  # noqa: T201
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     (ROOT / "bench.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
     if "--readme" in sys.argv:
-        lines = "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in table)
-        readme = ROOT / "README.md"
-        marked = re.compile(r"(<!-- bench -->\n).*(<!-- /bench -->)", re.DOTALL)
-        readme.write_text(marked.sub(lambda marks: f"{marks[1]}{lines}\n{marks[2]}", readme.read_text()))
+        publish(figures, table)
 
 
 if __name__ == "__main__":

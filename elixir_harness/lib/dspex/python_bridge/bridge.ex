@@ -58,7 +58,7 @@ defmodule DSPex.PythonBridge.Bridge do
   Python that cannot be started is no such error: see `DSPex.PythonBridge.Server` for what happens
   then.
   """
-  @spec start_link(keyword()) :: GenServer.on_start() | {:error, ArgumentError.t()}
+  @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
     with {:ok, options} <- Options.new(opts) do
       GenServer.start_link(Server, options, if(options.name, do: [name: options.name], else: []))

@@ -60,7 +60,12 @@ defmodule DSPex.PythonBridge.Error do
   @spec new(:timeout | :overloaded | :python_process_died | :bridge_not_running) :: t()
   def new(type), do: new(type, Map.fetch!(@local_messages, type))
 
-  @doc "An error of this side with a text of its own."
+  @doc """
+  An error of this side with a text of its own.
+
+      iex> DSPex.PythonBridge.Error.new(:overloaded, "1 executes run and 0 wait already").retryable
+      true
+  """
   @spec new(type(), String.t()) :: t()
   def new(type, message) do
     %__MODULE__{type: type, message: message, retryable: type in @retryable}
@@ -84,6 +89,12 @@ defmodule DSPex.PythonBridge.Error do
   @doc """
   What `DSPex.PythonBridge.Bridge.call/4` gives for this error: an atom where the caller can act
   on it, else the text.
+
+      iex> DSPex.PythonBridge.Error.to_call_reason(DSPex.PythonBridge.Error.new(:timeout))
+      :timeout
+      iex> error = DSPex.PythonBridge.Error.from_peer("program_not_found", "Program not found: qa", nil)
+      iex> DSPex.PythonBridge.Error.to_call_reason(error)
+      "Program not found: qa"
   """
   @spec to_call_reason(t()) ::
           :timeout | :overloaded | :python_process_died | :bridge_not_running | String.t()

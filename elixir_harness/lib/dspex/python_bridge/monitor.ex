@@ -72,7 +72,7 @@ defmodule DSPex.PythonBridge.Monitor do
   Starts a monitor; the first check comes after one interval. An option that cannot be right gives
   `{:error, %ArgumentError{}}` with a text that names it.
   """
-  @spec start_link(keyword()) :: GenServer.on_start() | {:error, ArgumentError.t()}
+  @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
     with {:ok, options} <- options(opts) do
       GenServer.start_link(
@@ -98,8 +98,14 @@ defmodule DSPex.PythonBridge.Monitor do
   @spec reset_stats(GenServer.server()) :: :ok
   def reset_stats(monitor \\ __MODULE__), do: GenServer.call(monitor, :reset)
 
-  @doc "The options in full, or the error that names the one that cannot be right."
-  @spec options(keyword()) :: {:ok, map()} | {:error, ArgumentError.t()}
+  @doc """
+  The options in full, or the error that names the one that cannot be right.
+
+      iex> {:ok, options} = DSPex.PythonBridge.Monitor.options(interval: 10_000)
+      iex> {options.interval, options.timeout, options.max_failures}
+      {10000, 5000, 3}
+  """
+  @spec options(keyword()) :: {:ok, map()} | {:error, Exception.t()}
   def options(opts \\ []) do
     config = Application.get_env(:dspex, :python_bridge_monitor, [])
 

@@ -80,8 +80,15 @@ defmodule DSPex.PythonBridge.Options do
   @doc """
   Options from a keyword list over the application's configuration, or the error that names the
   one that cannot be right.
+
+      iex> {:ok, options} = DSPex.PythonBridge.Options.new(lm: "openai/gpt-4o-mini", max_retries: 1)
+      iex> {options.max_retries, options.default_timeout}
+      {1, 30000}
+      iex> {:error, error} = DSPex.PythonBridge.Options.new(max_retries: -1)
+      iex> Exception.message(error)
+      "python bridge: :max_retries: expected 0 or more, got -1"
   """
-  @spec new(keyword()) :: {:ok, t()} | {:error, ArgumentError.t()}
+  @spec new(keyword()) :: {:ok, t()} | {:error, Exception.t()}
   def new(opts \\ []) do
     with {:ok, config} <- keyword(Application.get_env(:dspex, :python_bridge, []), "config"),
          {:ok, opts} <- keyword(opts, "options") do
@@ -98,6 +105,10 @@ defmodule DSPex.PythonBridge.Options do
   @doc """
   The option list with its secret values wrapped in functions, which `new/1` takes as well. A
   supervisor logs the arguments of a child that it restarts: those must not show keys.
+
+      iex> [lm_options: sealed] = DSPex.PythonBridge.Options.seal(lm_options: [api_key: "sk-…"])
+      iex> is_function(sealed, 0)
+      true
   """
   @spec seal(keyword()) :: keyword()
   def seal(opts) when is_list(opts) do
@@ -114,7 +125,7 @@ defmodule DSPex.PythonBridge.Options do
   names what cannot, after `whose`.
   """
   @spec check(term(), String.t(), ({atom(), term()} -> String.t() | nil)) ::
-          :ok | {:error, ArgumentError.t()}
+          :ok | {:error, Exception.t()}
   def check(opts, whose, refusal) do
     text =
       if Keyword.keyword?(opts),
@@ -124,7 +135,12 @@ defmodule DSPex.PythonBridge.Options do
     if text, do: {:error, ArgumentError.exception("#{whose}: #{text}")}, else: :ok
   end
 
-  @doc "The text of a refusal: what was expected of an option, and what it got, cut short."
+  @doc """
+  The text of a refusal: what was expected of an option, and what it got, cut short.
+
+      iex> DSPex.PythonBridge.Options.expected(:max_pending, "1 or more", 0)
+      ":max_pending: expected 1 or more, got 0"
+  """
   @spec expected(atom(), String.t(), term()) :: String.t()
   def expected(key, what, value),
     do: "#{inspect(key)}: expected #{what}, got #{inspect(value, limit: 5, printable_limit: 80)}"

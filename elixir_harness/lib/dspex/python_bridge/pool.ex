@@ -46,7 +46,7 @@ defmodule DSPex.PythonBridge.Pool do
   again after a peer died with it. Returns before the interpreters run. An option that cannot be right
   gives `{:error, %ArgumentError{}}` with a text that names it.
   """
-  @spec start_link(keyword()) :: Supervisor.on_start() | {:error, ArgumentError.t()}
+  @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
     with {:ok, settings} <- Settings.new(opts), do: Tree.start_link(settings)
   end

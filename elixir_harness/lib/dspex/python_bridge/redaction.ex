@@ -40,7 +40,7 @@ defmodule DSPex.PythonBridge.Redaction do
   defp leaves(_other), do: []
 
   @doc "For `c:GenServer.format_status/1`."
-  @spec format_status(GenServer.format_status()) :: GenServer.format_status()
+  @spec format_status(map()) :: map()
   def format_status(status) do
     Map.new(status, fn
       {:state, %{traffic: _} = state} ->

@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   own as `{:error, %ArgumentError{}}`, of a child's inside the supervisor's usual
   `{:error, {:shutdown, {:failed_to_start_child, id, %ArgumentError{}}}}`.
   """
-  @spec start_link(keyword()) :: Supervisor.on_start() | {:error, ArgumentError.t()}
+  @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
     with :ok <- Options.check(opts, "python bridge supervisor", &refusal/1) do
       # The supervisor's state has them in it.

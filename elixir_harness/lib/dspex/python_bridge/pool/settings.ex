@@ -23,7 +23,7 @@ defmodule DSPex.PythonBridge.Pool.Settings do
         }
 
   @doc "Settings from options, or the error that names the one that cannot be right."
-  @spec new(term()) :: {:ok, t()} | {:error, ArgumentError.t()}
+  @spec new(term()) :: {:ok, t()} | {:error, Exception.t()}
   def new(opts) do
     with :ok <- Options.check(opts, "python pool", &refusal/1),
          {own, bridge} = Keyword.split(opts, [:name, :pool_size, :cluster]),

@@ -95,7 +95,9 @@ defmodule DSPex.PythonBridge.Top.Remote do
 
   defp why(name, host, {:ok, names}) do
     if List.keymember?(names, to_charlist(name), 0),
-      do: "epmd on #{host} knows it, but it takes no connection; is the cookie its own, and the host written as in its name?",
+      do:
+        "epmd on #{host} knows it, but it takes no connection; " <>
+          "is the cookie its own, and the host written as in its name?",
       else: "epmd on #{host} knows no #{name}" <> known(names)
   end
 
