@@ -100,8 +100,9 @@ class _Frames(logging.Handler):
 
 
 # At debug level these tell whole prompts and answers.
-_TALKATIVE = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router", "asyncio", "dspy", "httpcore", "httpx", "openai", "urllib3")
-# These bring a handler of their own when they are imported, long after this.
+_TALKATIVE = ("asyncio", "dspy", "httpcore", "httpx", "openai", "urllib3")
+# These tell of each call, at info, that it is one; and bring a handler of their own when they are imported, long after
+# this.
 _OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
 
 
@@ -125,6 +126,7 @@ def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(max(logging.INFO, root.level))
     for name in _OWN_HANDLERS:
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
         logging.getLogger(name).addFilter(_Diverted(handler))
     logging.captureWarnings(True)
 

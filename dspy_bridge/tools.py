@@ -40,14 +40,19 @@ class HostTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
 
 
 class AgentTool(HostTool):
-    """The same for ReAct, which fails on a list of anything but text as the result."""
+    """The same for ReAct, which fails on a list of anything but text as the result, and tells the LM of an exception
+    with its traceback: paths of this machine, and nothing that an LM can use.
+    """
 
     def __init__(self, tool: HostTool) -> None:
         super().__init__(tool.func, name=tool.name, desc=tool.desc, args=tool.args, arg_types=tool.arg_types)
 
-    async def acall(self, **arguments: Any) -> Any:
-        """As `HostTool`'s."""
-        result = await super().acall(**arguments)
+    async def acall(self, /, **arguments: Any) -> Any:
+        """As `HostTool`'s; what goes wrong is the observation."""
+        try:
+            result = await super().acall(**arguments)
+        except Exception as error:
+            return f"Execution error in {self.name}: {error}"
         if isinstance(result, list) and not all(isinstance(item, str) for item in result):
             # Any other sequence goes to the LM as JSON; in a reply it is a list again.
             return tuple(result)

@@ -46,6 +46,13 @@ def test_debug_is_for_the_peer_and_the_host_not_for_what_tells_prompts(frames: l
     assert [record["logger"] for record in frames] == ["host", "dspy_bridge"]
 
 
+def test_that_a_call_is_made_is_no_news(frames: list[Any]) -> None:
+    """LiteLLM tells of each at info."""
+    for name in ("LiteLLM", "LiteLLM Router", "host"):
+        logging.getLogger(name).info("completion()")
+    assert [record["logger"] for record in frames] == ["host"]
+
+
 def test_a_record_has_the_trace_of_the_request_that_it_was_made_for(frames: list[Any]) -> None:
     """Also those that take another way out."""
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

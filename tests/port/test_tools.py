@@ -93,7 +93,8 @@ def test_arguments_that_do_not_fit_are_told_to_the_lm_and_not_to_the_caller(star
     assert asked == [] and reply["result"]["answer"] == "because"
     for number, (_, text) in enumerate(WRONG_ARGUMENTS):
         observation = reply["result"]["trajectory"][f"observation_{number}"]
-        assert observation.startswith("Execution error in search") and text in observation
+        assert observation.startswith("Execution error in search: ") and text in observation
+        assert "Traceback" not in observation and ".py" not in observation
         assert text in prompt(server.requests[number + 1]), "the LM's next prompt has it"
 
 
@@ -107,7 +108,7 @@ def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
         reply, _ = execute(peer, ASK, {"search": search})
         assert reply["result"]["answer"] == "because"
         _, _, log = peer.finish()
-    assert "search: no index for 'a'" in prompt(server.requests[1]) and log == ""
+    assert "Execution error in search: search: no index for 'a'\n" in prompt(server.requests[1]) and log == ""
 
 
 def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
