@@ -77,11 +77,19 @@ defmodule Mix.Tasks.Dspex.Setup do
         do: " and remove :python_executable from :python_bridge, which comes first",
         else: ""
 
+    # `mix new` makes none.
+    file = Mix.Project.config()[:config_path]
+
+    {where, import_line} =
+      if File.exists?(file),
+        do: {"have this in #{file}", ""},
+        else: {"make #{file} with this", "import Config\n\n    "}
+
     """
 
-    To use it, have this in config/config.exs#{first}:
+    To use it, #{where}#{first}:
 
-        #{Mix.DSPex.config_line(folder)}
+        #{import_line}#{Mix.DSPex.config_line(folder)}
     """
   end
 end
