@@ -71,7 +71,7 @@ dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40
 # Debian's ex_doc lies beside Elixir's own libraries; another is found as Mix finds it.
 MIX_DOCS = ERL_LIBS=$(ELIXIR_LIB) mix
 
-docs: setup ## elixir_harness/doc: the guides and every module, as HTML that needs no network
+docs: setup ## elixir_harness/doc: the guides and every module, as HTML; their diagrams are drawn where there is a network
 	@cd $(HARNESS) && { $(MIX_DOCS) help docs > /dev/null 2>&1 || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends elixir-ex-doc > /dev/null; } || \
 	  { echo "ex_doc is missing; it is a package of Debian: sudo apt-get install elixir-ex-doc"; exit 1; }; }

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import dspy
 import pytest
+from dspy.clients.backend_selection import select_backend
 from peer import ROOT
 
 from dspy_bridge import errors
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXUNIT = ROOT / "elixir_harness" / "test" / "dspex" / "python_bridge"
 
 
 def without_code(page: Path) -> str:
@@ -38,6 +40,52 @@ def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
 def test_the_readme_leads_to_every_page() -> None:
     text = PAGES[0].read_text()
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_code_says_its_language(page: Path) -> None:
+    """ex_doc takes one that does not for Elixir."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert all(fences[::2]) and not any(fences[1::2])
+
+
+def test_each_row_of_what_happens_is_a_test() -> None:
+    """By the file and the name in its last column."""
+    rows = table("docs/how-it-works.md", "what happens")
+    assert len(rows) > 20
+    for when, (_, test) in rows.items():
+        file, name = test.split(": ", 1)
+        if file.startswith("test_"):
+            assert f"def {name}(" in (ROOT / "tests" / "port" / f"{file}.py").read_text(), when
+        else:
+            assert f'test "{name}"' in (EXUNIT / f"{file}_test.exs").read_text(), when
+
+
+def test_the_providers_that_deploying_md_counts_for_litellm_are_served_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the others by DSPy's own engine, which the figures of the pages are with."""
+    page = (ROOT / "docs" / "deploying.md").read_text()
+    section = page.split("### LiteLLM")[1].split("\n| ")[0]
+    own, litellm = section.split("They are\n")
+    names = re.compile(r"`(\w+)/…`")
+    assert len(names.findall(own)) == 9 and len(names.findall(litellm)) == 7
+
+    def native(provider: str, **options: object) -> bool:
+        return bool(select_backend(dspy.LM(f"{provider}/some-model", api_key="x", **options)).native)
+
+    assert {name for name in names.findall(own) if not native(name)} == set()
+    assert native("openai", api_base="http://127.0.0.1/v1")
+    # Azure has no address but that of the host's own.
+    assert {name for name in names.findall(litellm) if native(name, api_base="http://127.0.0.1/v1")} == set()
+    for option in ("headers", "extra_headers", "organization", "extra_query", "api_version"):
+        assert f"`{option}`" in litellm and not native("openai", **{option: {}}), option
+    assert not native("openai", model_type="text")
+    for variable in ("OPENAI_BASE_URL", "OPENAI_API_BASE"):
+        with monkeypatch.context() as environment:
+            environment.setenv(variable, "http://127.0.0.1/v1")
+            assert variable in litellm and not native("openai"), variable
 
 
 def table(page: str, mark: str) -> dict[str, list[str]]:

@@ -1,23 +1,36 @@
-"""What the README says of the tests is so."""
+"""What a newcomer reads first."""
 
 from __future__ import annotations
 
 import re
 
 from peer import ROOT
+from test_docs import table
 
-EXUNIT = ROOT / "elixir_harness" / "test" / "dspex" / "python_bridge"
+README = (ROOT / "README.md").read_text()
+# What a forge shows of a line of code without scrolling.
+COLUMNS = 90
 
 
-def test_each_row_of_what_happens_is_a_test() -> None:
-    """By the file and the name in its last column."""
-    table = re.search("<!-- what happens -->\n(.*)<!-- /what happens -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert table is not None
-    rows = table[1].splitlines()[2:]
-    assert len(rows) > 20
-    for row in rows:
-        file, name = row.rstrip("| ").rpartition(" | ")[2].split(": ", 1)
-        if file.startswith("test_"):
-            assert f"def {name}(" in (ROOT / "tests" / "port" / f"{file}.py").read_text(), row
-        else:
-            assert f'test "{name}"' in (EXUNIT / f"{file}_test.exs").read_text(), row
+def test_what_happens_in_short_is_what_happens() -> None:
+    """Rows of the table in how-it-works.md, where each is a test."""
+    short, whole = table("README.md", "what happens, in short"), table("docs/how-it-works.md", "what happens")
+    assert len(short) == 5
+    assert {when: [*then, whole[when][-1]] for when, then in short.items()} == {when: whole[when] for when in short}
+
+
+def test_its_code_is_read_without_scrolling() -> None:
+    blocks = re.findall(r"^```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 5
+    assert [line for block in blocks for line in block.splitlines() if len(line) > COLUMNS] == []
+
+
+def test_the_two_commands_of_a_clone_are_in_it() -> None:
+    assert re.findall(r"^make (\w+) ", README, re.MULTILINE) == ["demo", "test"]
+
+
+def test_each_program_that_is_called_is_created_before() -> None:
+    """But one, whose absence is shown."""
+    created = re.findall(r"\bid: \"(\w+)\"", README)
+    called = re.findall(r"program_id: \"(\w+)\"", README)
+    assert [name for name in called if name not in created] == ["tirage"]

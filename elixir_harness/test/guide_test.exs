@@ -7,6 +7,9 @@ defmodule DSPex.GuideTest do
   # They change the working directory, as a reader would, and use the names that are the defaults.
   use ExUnit.Case, async: false
 
+  import ExUnit.CaptureIO
+  import ExUnit.CaptureLog
+
   alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Monitor, Options, Pool}
   alias DSPex.Test.Helpers
 
@@ -16,11 +19,13 @@ defmodule DSPex.GuideTest do
   @sections ~w(1 2 3 4 5 6 7 8 9 10 11)
   @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/settings.md docs/errors.md docs/coming-from.md
             docs/cluster.md)
-  # The reader of this page has the application's own Bridge and Monitor.
-  @in_application "docs/getting-started.md"
+  # The readers of these have the application's own Bridge and Monitor.
+  @in_application ~w(README.md docs/getting-started.md)
+  @telemetry Path.join(@root, "docs/telemetry.md")
+  @external_resource @telemetry
 
   setup do
-    Helpers.put_config(:python_bridge, python_executable: Helpers.python())
+    Helpers.put_config(:python_bridge, python_executable: Helpers.python(), lm: "offline/echo")
     # A page shows what its absence looks like.
     Helpers.put_system_env("OPENAI_API_KEY", nil)
     on_exit(fn -> Enum.each([Bridge, Pool], &Bridge.stop/1) end)
@@ -30,9 +35,6 @@ defmodule DSPex.GuideTest do
   @tag timeout: 120_000
   test "every example of the guide is as it says", %{tmp_dir: dir} do
     told = Path.join(dir, "told")
-    File.mkdir_p!(Path.join(dir, "states"))
-    File.mkdir_p!(Path.join(dir, "files"))
-    File.write!(Path.join(dir, "files/cat.png"), <<0x89, "PNG\r\n">>)
     File.cp!(Path.join(@root, "tests/fakes/mlflow.py"), Path.join(dir, "mlflow.py"))
     Helpers.put_system_env("MLFLOW_TOLD", told)
     cwd = File.cwd!()
@@ -40,7 +42,9 @@ defmodule DSPex.GuideTest do
     on_exit(fn -> File.cd!(cwd) end)
 
     text = File.read!(@guide)
-    # What a reader would have in place before the Bridge starts.
+    # What a reader has in place before the Bridge starts.
+    [commands] = blocks(text, "sh")
+    {_output, 0} = System.cmd("sh", ["-e", "-c", commands])
     for code <- blocks(text, "python"), do: place(code, dir)
     {:ok, script} = File.read(Path.join(dir, "optimize.py"))
     {output, 0} = System.cmd(Helpers.python(), ["-c", script], cd: dir, stderr_to_stdout: true)
@@ -61,19 +65,45 @@ defmodule DSPex.GuideTest do
     @tag timeout: 120_000
     test "every example of #{page} is as it says" do
       file = Path.join(@root, unquote(page))
-      if unquote(page) == @in_application, do: start_application()
+      if unquote(page) in @in_application, do: start([DSPex.PythonBridge.Supervisor])
       blocks = file |> File.read!() |> blocks("elixir")
       assert blocks != []
 
       blocks
       |> Enum.map(&String.replace(&1, ~s(lm: "openai/gpt-4o-mini"), ~s(lm: "offline/echo")))
-      |> run(file)
+      |> then(&capture_io(fn -> run(&1, file) end))
     end
   end
 
-  defp start_application do
-    start_supervised!({DSPex.PythonBridge.Supervisor, bridge: [lm: "offline/echo"]})
-    {:ok, _} = Bridge.call(:ping)
+  test "the handler of telemetry.md names a program where there is one" do
+    [handler | _metrics] = @telemetry |> File.read!() |> blocks("elixir")
+
+    # The host of the page has the package; here its stand-in may have been loaded by another test.
+    {[{module, _code}], warnings} =
+      Code.with_diagnostics(fn -> Code.compile_string(handler, @telemetry) end)
+
+    assert Enum.all?(warnings, &(&1.message =~ ":telemetry.attach_many/4 is undefined"))
+    stop = [:dspex, :bridge, :call, :stop]
+    metadata = %{command: "ping", program_id: nil, result: :timeout}
+
+    log = fn metadata ->
+      capture_log(fn -> module.handle(stop, %{duration: 0}, metadata, nil) end)
+    end
+
+    assert log.(metadata) =~ "ping: timeout after 0 ms"
+
+    assert log.(%{metadata | command: "execute_program", program_id: "qa"}) =~
+             "execute_program of qa: timeout"
+
+    assert log.(%{metadata | result: :ok}) == ""
+  end
+
+  # A tree that a page shows takes the place of the one before it.
+  defp start(children) do
+    _not_found = stop_supervised(:tree)
+    supervisor = {Supervisor, :start_link, [children, [strategy: :one_for_one]]}
+    start_supervised!(%{id: :tree, start: supervisor, type: :supervisor})
+    assert children != []
   end
 
   defp blocks(text, language) do
@@ -98,6 +128,7 @@ defmodule DSPex.GuideTest do
         true ->
           quoted = Code.string_to_quoted!(code, file: file)
           {_value, binding, env} = Code.eval_quoted_with_env(quoted, binding, env)
+          if code =~ ~r/^children = /m, do: start(binding[:children])
           {binding, env}
       end
     end)
@@ -116,13 +147,14 @@ defmodule DSPex.GuideTest do
 
   # No such folder is here; of a setting that it does not know, the check would speak first.
   defp accepted({:python_environment, settings}) do
+    bridge = Application.fetch_env!(:dspex, :python_bridge)
     Helpers.put_config(:python_environment, settings)
     Helpers.put_config(:python_bridge, [])
 
     assert {:error, "no Python found: virtual_env names " <> _} =
              EnvironmentCheck.validate_environment()
 
-    Application.put_env(:dspex, :python_bridge, python_executable: Helpers.python())
+    Application.put_env(:dspex, :python_bridge, bridge)
     Application.delete_env(:dspex, :python_environment)
   end
 

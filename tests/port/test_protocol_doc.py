@@ -42,7 +42,7 @@ def test_every_example_is_what_the_peer_does(echo_peer: Peer) -> None:
 
 
 def test_the_frame_made_by_hand() -> None:
-    found = re.search(r"```sh\n(.*?)\n```\n\n```\n(.*?)\n```", PAGE, re.DOTALL)
+    found = re.search(r"```sh\n(.*?)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
     assert found is not None
     command = found[1].replace("python", sys.executable)
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
