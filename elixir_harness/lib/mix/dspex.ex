@@ -28,11 +28,20 @@ defmodule Mix.DSPex do
     Path.join(root, "dspex_venv")
   end
 
+  @doc "The file of the host's configuration, and whether it is there: `mix new` makes none."
+  @spec config_file() :: {:there | :missing, Path.t()}
+  def config_file do
+    file = Mix.Project.config()[:config_path]
+    {if(File.exists?(file), do: :there, else: :missing), file}
+  end
+
   @doc "The line that names a virtual environment in the host's configuration."
   @spec config_line(Path.t()) :: String.t()
   def config_line(folder) do
-    config = Path.dirname(Path.expand(Mix.Project.config()[:config_path]))
-    inside? = String.starts_with?(folder, File.cwd!() <> "/")
+    {_there, file} = config_file()
+    config = Path.dirname(Path.expand(file))
+    # A child of an umbrella has the file of the umbrella's.
+    inside? = String.starts_with?(folder, Path.dirname(config) <> "/")
 
     value =
       if inside?,

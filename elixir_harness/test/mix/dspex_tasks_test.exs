@@ -105,7 +105,7 @@ defmodule Mix.Tasks.DspexTasksTest do
       path = Path.relative_to(folder, Path.expand("config"), force: true)
 
       assert text =~
-               "the one in #{folder} is not configured: #{line}Path.expand(\"#{path}\", __DIR__)"
+               "the one in #{folder} is not configured: #{line}Path.expand(\"#{path}\", __DIR__), in config/config.exs\n"
 
       # There is nothing in it.
       put_config(:python_environment, virtual_env: folder)
@@ -128,7 +128,7 @@ defmodule Mix.Tasks.DspexTasksTest do
       {text, status} = run(Setup, [])
       assert status == 0
       assert text =~ "making #{folder} with uv"
-      assert text =~ "✓ interpreter   #{folder}/bin/python3"
+      assert text =~ "✓ interpreter   #{folder}/bin/python3 (the one that was set up)\n"
       assert text =~ "✓ program "
       path = Path.relative_to(folder, Path.expand("config"), force: true)
 
@@ -188,5 +188,71 @@ defmodule Mix.Tasks.DspexTasksTest do
     line = Mix.DSPex.config_line(Path.expand("_build/dspex_venv"))
     assert String.ends_with?(line, ~s|virtual_env: Path.expand("../_build/dspex_venv", __DIR__)|)
     assert Mix.DSPex.config_line("/opt/venv") =~ ~s(virtual_env: "/opt/venv")
+  end
+
+  # Another project, in the folder `dir`.
+  defp in_project(dir, config, fun) do
+    name = Module.concat(__MODULE__, "Project#{System.unique_integer([:positive])}")
+    config = Macro.escape([app: :another, version: "0.1.0"] ++ config)
+    Module.create(name, quote(do: def(project, do: unquote(config))), Macro.Env.location(__ENV__))
+    File.mkdir_p!(dir)
+    Mix.Project.push(name)
+
+    try do
+      File.cd!(dir, fun)
+    after
+      Mix.Project.pop()
+      # Mix tells once of what project the next lines are; those are another test's.
+      Mix.shell().print_app()
+    end
+  end
+
+  test "in a child of an umbrella the line is for the umbrella's file, its paths from there", %{
+    tmp_dir: dir
+  } do
+    child = [config_path: "../../config/config.exs", build_path: "../../_build"]
+
+    in_project(Path.join(dir, "apps/child"), child, fn ->
+      line = Mix.DSPex.config_line(Path.join(dir, "_build/dspex_venv"))
+
+      assert String.ends_with?(
+               line,
+               ~s|virtual_env: Path.expand("../_build/dspex_venv", __DIR__)|
+             )
+
+      assert Mix.DSPex.config_file() == {:missing, "../../config/config.exs"}
+    end)
+  end
+
+  test "a project without a configuration is told how it begins", %{tmp_dir: dir} do
+    venv(Path.join(dir, "build/dspex_venv"))
+    without = [aliases: ["app.config": &__MODULE__.compiled/1]]
+
+    in_project(dir, without, fn ->
+      {text, _status} = run(Doctor, [])
+
+      assert text =~
+               "virtual_env: Path.expand(\"../build/dspex_venv\", __DIR__), in config/config.exs " <>
+                 "(beginning with `import Config`)\n"
+    end)
+  end
+
+  def compiled(_args), do: Mix.shell().info("Compiling 1 file (.ex)")
+
+  test "what Mix tells of while it loads the configuration is held back for --json alone", %{
+    tmp_dir: dir
+  } do
+    in_project(dir, [aliases: ["app.config": &__MODULE__.compiled/1]], fn ->
+      me = self()
+      text = capture_io(fn -> send(me, {:told, run(Doctor, ["--json"])}) end)
+      assert %{"checks" => _all} = JSON.decode!(text)
+      assert_received {:told, {"", _status}}
+      assert Mix.shell() == Mix.Shell.Process
+    end)
+
+    in_project(dir, [aliases: ["app.config": &__MODULE__.compiled/1]], fn ->
+      Mix.DSPex.load_config()
+      assert_received {:mix_shell, :info, ["Compiling" <> _]}
+    end)
   end
 end

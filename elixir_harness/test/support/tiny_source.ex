@@ -61,7 +61,9 @@ defmodule DSPex.Test.TinySource do
       # It would be split at spaces.
       "PIP_FIND_LINKS" => url(Path.join(folder, "wheels")),
       "PIP_CONSTRAINT" => nil,
-      "PIP_CONFIG_FILE" => "/dev/null"
+      "PIP_CONFIG_FILE" => "/dev/null",
+      # Whatever is wrong with what is tested, the Python of the machine stays as it is.
+      "PIP_REQUIRE_VIRTUALENV" => "1"
     }
   end
 

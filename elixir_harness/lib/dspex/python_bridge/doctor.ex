@@ -19,6 +19,8 @@ defmodule DSPex.PythonBridge.Doctor do
   | `program` | a program of that peer answers, by `offline/echo`: DSPy works |
   | `lm` | the default LM's name, and whether the key that it needs is set, never its value; nothing is sent to it |
 
+  Options given in code, as to a bridge in a supervisor of the host's, are not seen: hand them to `print/1` or `run/1`.
+
   It starts a bridge of its own, without a name, and stops it. Nothing of the host needs to run. All of it is bounded
   in time: a few seconds, at most three minutes where all that can hang does.
   """
@@ -43,6 +45,7 @@ defmodule DSPex.PythonBridge.Doctor do
 
     * `:each` – a function that is called with each check as it is made
     * `:hint` – a text for whoever has configured no interpreter
+    * `:decided` – what is said to have decided on the interpreter, if not the configuration has
   """
   @spec run(keyword()) :: [check()]
   def run(opts \\ []) do
@@ -50,10 +53,11 @@ defmodule DSPex.PythonBridge.Doctor do
     Application.load(:dspex)
     {each, opts} = Keyword.pop(opts, :each, fn _check -> :ok end)
     {hint, opts} = Keyword.pop(opts, :hint)
+    {decided, opts} = Keyword.pop(opts, :decided)
 
     first = [
       {"configuration", [], fn _facts -> configuration(opts) end},
-      {"interpreter", ["configuration"], &interpreter(&1, hint)},
+      {"interpreter", ["configuration"], &interpreter(&1, hint, decided)},
       {"version", ["interpreter"], &version/1}
     ]
 
@@ -150,17 +154,22 @@ defmodule DSPex.PythonBridge.Doctor do
       else: {:failed, Enum.join(problems, "; "), "correct it in config/", facts}
   end
 
-  defp interpreter(facts, hint) do
+  defp interpreter(facts, hint, decided) do
     case Interpreter.locate(facts["configuration"].options.python_executable) do
       {:ok, python, source} ->
         advice = about(source, hint)
-        found = "#{python} (#{Interpreter.describe(source)})"
+        found = "#{python} (#{decided || Interpreter.describe(source)})"
         {if(advice, do: :note, else: :ok), found, advice, python}
 
       {:error, text} ->
-        {:failed, text,
-         hint || "name one that is there; `mix dspex.setup` makes a virtual environment", nil}
+        {:failed, text, hint || "name one that is there#{with_setup()}", nil}
     end
+  end
+
+  # A folder that is configured it would take, whatever that is.
+  defp with_setup do
+    path = if Interpreter.configured_venv(), do: " --path FOLDER", else: ""
+    "; `mix dspex.setup#{path}` makes a virtual environment"
   end
 
   defp about(:option, _hint), do: nil
@@ -179,13 +188,18 @@ defmodule DSPex.PythonBridge.Doctor do
     case EnvironmentCheck.probe(python, required(config), config.options) do
       {:ok, probe} ->
         if text = Probe.too_old(probe),
-          do: {:failed, text, "use Python #{Probe.min_python()} or newer", nil},
+          do: {:failed, text, newer(), nil},
           else: {:ok, probe.version, nil, probe}
 
       {:error, text} ->
         {:failed, text, "see whether #{python} runs by itself: #{python} --version", nil}
     end
   end
+
+  defp newer,
+    do:
+      "use Python #{Probe.min_python()} or newer: `mix dspex.setup --path FOLDER --python PYTHON` makes a virtual " <>
+        "environment of one"
 
   defp packages(facts) do
     for name <- required(facts["configuration"]),

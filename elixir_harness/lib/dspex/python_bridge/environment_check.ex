@@ -95,8 +95,10 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
         {:ok, versions}
 
       missing ->
-        {:error,
-         "missing in #{probe.python}: #{list(missing)} (pip install #{Enum.join(missing, " ")})"}
+        todo =
+          if probe.venv?, do: "install them there", else: "`mix dspex.setup` makes an environment"
+
+        {:error, "missing in #{probe.python}: #{list(missing)} (#{todo})"}
     end
   end
 

@@ -15,10 +15,10 @@ defmodule DSPex.PythonBridge.Interpreter do
   """
 
   @in_venv ["bin/python3", "bin/python"]
+  # As many links as the system follows.
+  @links 40
   @typedoc "What decides, in the order above."
   @type source :: :option | :virtual_env | :dspy_venv | :python_executable | :path
-
-  @setup "`mix dspex.setup` makes it"
 
   @doc """
   The absolute path of the interpreter, or a text that says what was looked for.
@@ -85,9 +85,13 @@ defmodule DSPex.PythonBridge.Interpreter do
   end
 
   defp not_there(name) do
-    if String.contains?(name, "/"),
-      do: "#{Path.expand(name)}, which is no file" <> relative(name),
-      else: "#{name}, which is not on the PATH"
+    path = Path.expand(name)
+
+    cond do
+      not String.contains?(name, "/") -> "#{name}, which is not on the PATH"
+      File.stat(path) == {:error, :eacces} -> "#{path}, which this user may not reach"
+      true -> "#{path}, which is no file" <> relative(name)
+    end
   end
 
   @doc "The interpreter in the folder of a virtual environment; nil if there is none, or none any more."
@@ -95,15 +99,39 @@ defmodule DSPex.PythonBridge.Interpreter do
   def in_venv(folder), do: Enum.find_value(@in_venv, &existing(Path.join(folder, &1)))
 
   @doc """
-  Where the interpreter of a virtual environment was, whose link leads nowhere; nil if there is no such link.
+  Why there is no interpreter in the folder of a virtual environment; nil if there is one. `:gone`: a link to it, perhaps by
+  way of others, leads to a path where nothing is; `:out_of_reach`: this user may not look at that path.
   """
-  @spec gone(Path.t()) :: Path.t() | nil
-  def gone(folder) do
-    Enum.find_value(@in_venv, fn name ->
-      with {:ok, "/" <> _ = target} <- File.read_link(Path.join(folder, name)),
-           do: if(not File.exists?(target), do: target),
-           else: (_no_link -> nil)
-    end)
+  @spec lack(Path.t()) :: nil | {:gone | :out_of_reach, Path.t()} | :none
+  def lack(folder) do
+    cond do
+      in_venv(folder) ->
+        nil
+
+      File.stat(folder) == {:error, :eacces} ->
+        {:out_of_reach, folder}
+
+      true ->
+        @in_venv |> Enum.map(&ending(Path.join(folder, &1))) |> Enum.find(:none, &is_tuple/1)
+    end
+  end
+
+  defp ending(path) do
+    case {File.stat(path), File.read_link(path)} do
+      {{:error, :enoent}, {:ok, _target}} -> {:gone, target(path, @links)}
+      {{:error, :eacces}, _link} -> {:out_of_reach, target(path, @links)}
+      _no_link -> :none
+    end
+  end
+
+  # As far as the links can be followed.
+  defp target(path, 0), do: path
+
+  defp target(path, links) do
+    case File.read_link(path) do
+      {:ok, target} -> target |> Path.expand(Path.dirname(path)) |> target(links - 1)
+      {:error, _reason} -> path
+    end
   end
 
   @doc "The folder of `config :dspex, :python_environment, virtual_env: …` as it stands there; nil if none."
@@ -156,17 +184,56 @@ defmodule DSPex.PythonBridge.Interpreter do
 
     if path = in_venv(folder),
       do: {:ok, path},
-      else: {:error, "no Python found: #{whose} names #{folder}, #{what_lacks(folder, venv)}"}
+      else:
+        {:error, "no Python found: #{whose} names #{folder}, #{what_lacks(folder, venv, whose)}"}
   end
 
-  defp what_lacks(folder, venv) do
-    hint = if relative(venv) == "", do: " (#{@setup})", else: relative(venv)
+  # With what to do; for a relative path that is to give another.
+  defp what_lacks(folder, venv, whose) do
+    # Of that variable dspex.setup knows nothing.
+    path = if whose == "DSPY_VENV", do: " --path #{folder}", else: ""
+    {text, todo} = why(folder, "`mix dspex.setup#{path}` makes it")
+    hint = if relative(venv) == "", do: " (#{todo})", else: relative(venv)
+    text <> hint
+  end
 
-    cond do
-      target = gone(folder) -> "whose bin/python is a link to #{target}, which is gone" <> hint
-      File.exists?(folder) -> "which has no bin/python" <> hint
-      true -> "which has no bin/python: there is no such folder" <> hint
+  defp why(folder, setup) do
+    anew = "remove it, and #{setup} anew"
+
+    case {lack(folder), File.ls(folder)} do
+      {{:gone, target}, _names} ->
+        {"whose bin/python is a link to #{target}, which is gone", anew}
+
+      {{:out_of_reach, target}, _names} ->
+        out_of_reach(target, folder)
+
+      {_none, {:error, :enoent}} ->
+        {"which has no bin/python: there is no such folder", setup}
+
+      {_none, {:error, :enotdir}} ->
+        {"which is no folder", "name another"}
+
+      {_none, {:ok, []}} ->
+        {"which has no bin/python", setup}
+
+      {_none, {:error, _reason}} ->
+        {"which has no bin/python", "name another"}
+
+      {_none, {:ok, names}} ->
+        if "pyvenv.cfg" in names,
+          do: {"which has no bin/python", anew},
+          else: {"which has no bin/python, and is no virtual environment", "name another"}
     end
+  end
+
+  defp out_of_reach(target, folder) do
+    if target == folder or String.starts_with?(target, folder <> "/"),
+      do:
+        {"which this user may not reach",
+         "it needs the permission x of that folder, its bin, and those above"},
+      else:
+        {"whose bin/python is a link to #{target}, which this user may not reach",
+         "make it of a Python that this user may run, such as the system's"}
   end
 
   # Links stay as they are: a venv's python is a link, and finds its venv by the link's place.

@@ -2,9 +2,11 @@ defmodule DSPex.PythonBridge.OsCommand do
   @moduledoc """
   A program of the system, run to its end: what it printed and how it ended, bounded in size and time.
 
-  It runs in a process of its own, so that the messages of its port are nobody else's. When its time is over
-  or its caller dies, it is killed with all that it started.
+  It runs in a process of its own, so that the messages of its port are nobody else's. When its time is over,
+  its caller dies, or the whole BEAM ends, it is killed with all that it started.
   """
+
+  import Bitwise, only: [&&&: 2]
 
   alias DSPex.PythonBridge.{Interpreter, OsProcess}
 
@@ -31,23 +33,44 @@ defmodule DSPex.PythonBridge.OsCommand do
 
     * `:limit_ms` – how long it may take (default 15 000 ms)
     * `:env` – more environment, as a port takes it
+    * `:cd` – the folder that it is started in (default: that of the BEAM)
     * `:tick` – `{ms, fun}`: the function is called, in this process, each time that many ms have passed
   """
   @spec run(Path.t(), [String.t()], keyword()) :: result()
   def run(executable, args, opts \\ []) do
     caller = self()
     limit_ms = Keyword.get(opts, :limit_ms, 15_000)
-    env = Keyword.get(opts, :env, [])
+    port_opts = Keyword.take(opts, [:env, :cd])
     {tick_ms, tick} = Keyword.get(opts, :tick, {:infinity, fn -> :ok end})
-    work = fn -> exit({:ran, run(executable, args, env, limit_ms, caller)}) end
-    {_pid, ref} = spawn_monitor(work)
-    await(ref, tick_ms, tick)
+
+    with :ok <- executable(executable) do
+      work = fn -> exit({:ran, run(executable, args, port_opts, limit_ms, caller)}) end
+      {_pid, ref} = spawn_monitor(work)
+      await(ref, tick_ms, tick)
+    end
   end
 
-  @doc "As `run/3`, for a program that changes things: it does not outlive the BEAM."
-  @spec run_guarded(Path.t(), [String.t()], keyword()) :: result()
-  def run_guarded(executable, args, opts \\ []),
-    do: run("/bin/sh", ["-c", @guard, executable | args], opts)
+  # The shell would say it in its own words, and as an exit status.
+  defp executable(path) do
+    case File.stat(path) do
+      {:ok, %{type: :regular, mode: mode}} when (mode &&& 0o111) != 0 -> :ok
+      {:ok, _no_program} -> {:error, reason(:eacces)}
+      {:error, reason} -> {:error, reason(reason)}
+    end
+  end
+
+  defp reason(reason), do: reason |> :file.format_error() |> to_string()
+
+  @doc """
+  A time in ms, for people: in the greatest unit that it is whole in.
+
+      iex> for ms <- [1_500, 15_000, 1_800_000], do: DSPex.PythonBridge.OsCommand.time(ms)
+      ["1500 ms", "15 s", "30 min"]
+  """
+  @spec time(pos_integer()) :: String.t()
+  def time(ms) when rem(ms, 60_000) == 0, do: "#{div(ms, 60_000)} min"
+  def time(ms) when rem(ms, 1_000) == 0, do: "#{div(ms, 1_000)} s"
+  def time(ms), do: "#{ms} ms"
 
   @doc "The last line of an output that is not empty, cut short; nil if there is none."
   @spec last_line(String.t()) :: String.t() | nil
@@ -67,18 +90,19 @@ defmodule DSPex.PythonBridge.OsCommand do
     end
   end
 
-  defp run(executable, args, env, limit_ms, caller) do
+  defp run(executable, args, port_opts, limit_ms, caller) do
     Process.monitor(caller)
     Process.send_after(self(), :too_long, limit_ms)
-    options = [:binary, :exit_status, :stderr_to_stdout, args: args, env: env]
-    port = Port.open({:spawn_executable, executable}, options)
+    args = ["-c", @guard, executable | args]
+    options = [:binary, :exit_status, :stderr_to_stdout, args: args] ++ port_opts
+    port = Port.open({:spawn_executable, "/bin/sh"}, options)
     # nil if it has ended already.
     {:os_pid, os_pid} = Port.info(port, :os_pid) || {:os_pid, nil}
 
     with :killed <- collect(port, ""),
          Port.close(port),
          if(os_pid, do: OsProcess.kill_group(os_pid, OsProcess.start_time(os_pid))),
-         do: {:error, "no answer within #{limit_ms} ms"}
+         do: {:error, "no answer within #{time(limit_ms)}"}
   rescue
     error in [ErlangError, ArgumentError] -> {:error, Interpreter.start_failure(error)}
   end

@@ -25,6 +25,8 @@ defmodule DSPex.PythonBridge.Probe do
               answer["found"][name] = metadata.version(name)
           except Exception:
               pass
+      answer["prefix"] = os.path.realpath(sys.prefix)
+      answer["venv"] = sys.prefix != sys.base_prefix
       answer["modules"] = [name for name in ("ensurepip", "pip", "venv") if util.find_spec(name)]
       here = os.path.dirname(os.path.realpath(sys.argv[1]))
       checkout = os.path.dirname(os.path.dirname(os.path.dirname(here)))
@@ -42,15 +44,18 @@ defmodule DSPex.PythonBridge.Probe do
   """
 
   @enforce_keys [:python, :version]
-  defstruct [:python, :version, found: %{}, bridge: true, modules: []]
+  defstruct [:python, :version, :prefix, venv?: false, found: %{}, bridge: true, modules: []]
 
   @typedoc """
   `found`: versions by the distributions that were asked for and are there; `bridge`: the folder of the
-  package `dspy_bridge`, false where there is none; `modules`: those of ensurepip, pip and venv that there are.
+  package `dspy_bridge`, false where there is none; `modules`: those of ensurepip, pip and venv that there are;
+  `prefix`: the folder that it installs into, without links; `venv?`: whether that is a virtual environment.
   """
   @type t :: %__MODULE__{
           python: Path.t(),
           version: String.t(),
+          prefix: Path.t() | nil,
+          venv?: boolean(),
           found: %{String.t() => String.t()},
           bridge: String.t() | boolean(),
           modules: [String.t()]
@@ -81,6 +86,22 @@ defmodule DSPex.PythonBridge.Probe do
       do: "Python too old: #{python} is #{version}, needed is #{min_python()}"
   end
 
+  @doc """
+  Whether what the interpreter installs goes into `folder`. That of a folder that is no virtual environment, or not any more,
+  is the one that it was made of.
+  """
+  @spec of?(t(), Path.t()) :: boolean()
+  def of?(%__MODULE__{prefix: nil}, _folder), do: false
+  def of?(%__MODULE__{prefix: prefix}, folder), do: place(prefix) == place(folder)
+
+  # By more than one path it is the same.
+  defp place(folder) do
+    case File.stat(folder) do
+      {:ok, %{major_device: device, inode: inode}} -> {device, inode}
+      {:error, _reason} -> folder
+    end
+  end
+
   @doc "The oldest version that will do."
   @spec min_python() :: String.t()
   def min_python, do: "#{elem(@min_python, 0)}.#{elem(@min_python, 1)}"
@@ -88,16 +109,15 @@ defmodule DSPex.PythonBridge.Probe do
   defp read(output, python) do
     case answer(output) do
       %{"version" => version, "found" => found} = all ->
-        bridge = Map.get(all, "bridge", true)
-        modules = Map.get(all, "modules", [])
-
         {:ok,
          %__MODULE__{
            python: python,
            version: version,
+           prefix: all["prefix"],
+           venv?: Map.get(all, "venv", false),
            found: found,
-           bridge: bridge,
-           modules: modules
+           bridge: Map.get(all, "bridge", true),
+           modules: Map.get(all, "modules", [])
          }}
 
       _other ->

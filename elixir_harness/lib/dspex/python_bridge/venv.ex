@@ -5,11 +5,12 @@ defmodule DSPex.PythonBridge.Venv do
 
   A file in it, `dspex_setup.json`, tells whether this module made the environment, and what is installed. It is written
   before each step and after the last, so that one that was broken off is seen. What this module did not make it adds to, and
-  never removes.
+  never removes. It removes what it made only where that is half made, or its Python is gone: whatever else is wrong
+  may pass. It installs only where the folder's interpreter installs into the folder, and alone.
   """
 
-  alias DSPex.PythonBridge.{Interpreter, Probe}
-  alias DSPex.PythonBridge.Venv.{Installer, Marker, Source}
+  alias DSPex.PythonBridge.Interpreter
+  alias DSPex.PythonBridge.Venv.{Installer, Lock, Marker, Source}
 
   @doc """
   Makes the environment in `folder`, or brings it up to date, and gives its interpreter. An error is a text for people: one line,
@@ -21,67 +22,60 @@ defmodule DSPex.PythonBridge.Venv do
   """
   @spec make(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
   def make(folder, opts \\ []) do
+    folder = Path.expand(folder)
     installer = Installer.new(Keyword.get(opts, :progress, fn _line -> :ok end))
+    source = Path.expand(opts[:source] || Application.app_dir(:dspex, "priv/python"))
 
-    with {:ok, source} <-
-           Source.read(opts[:source] || Application.app_dir(:dspex, "priv/python")),
-         {:ok, marker} <- Marker.read(folder),
-         {:ok, wanted} <- wanted(installer, opts[:python]),
-         {:ok, marker} <- environment(folder, marker, wanted, installer),
-         do: packages(folder, marker, source, installer)
+    # Read before it is written to: what is something else stays as it is.
+    with {:ok, source} <- Source.read(source),
+         {:ok, _marker} <- Marker.read(folder),
+         do: Lock.hold(folder, fn -> alone(folder, source, opts[:python], installer) end)
   end
 
-  # Whoever names an interpreter wants that, also in an environment that is there.
+  defp alone(folder, source, python, installer) do
+    with {:ok, wanted} <- wanted(installer, python),
+         {:ok, marker} <- Marker.read(folder),
+         {:ok, marker} <- environment(folder, marker, wanted, installer),
+         {:ok, probe} <- Installer.probe(folder, Source.names(source)),
+         :ok <- fits(folder, probe, wanted),
+         do: packages(folder, marker, source, probe, installer)
+  end
+
+  # Whoever names an interpreter wants that.
   defp wanted(_installer, nil), do: {:ok, nil}
   defp wanted(installer, python), do: Installer.base(installer, python)
 
   ## The environment
 
-  defp environment(folder, marker, wanted, installer) do
-    case {marker, problem(folder, marker, wanted)} do
-      {:nothing, _none} ->
-        create(folder, wanted, installer)
+  defp environment(folder, :nothing, wanted, installer), do: create(folder, wanted, installer)
 
-      {marker, nil} ->
+  defp environment(folder, marker, wanted, installer) do
+    case {broken(folder, marker), marker, Marker.foreign(folder)} do
+      {nil, marker, _foreign} ->
         {:ok, marker}
 
-      {%Marker{made?: true}, why} ->
-        create_anew(folder, why, wanted, installer)
+      {why, %Marker{made?: true}, []} ->
+        installer.progress.("making #{folder} anew: #{why}")
+        create(folder, wanted, installer)
 
-      {_not_ours, why} ->
-        {:error, "#{folder} was not made by dspex.setup, and #{why}: " <> elsewhere()}
+      {why, %Marker{made?: true}, foreign} ->
+        {:error,
+         "#{folder} is to be made anew, as #{why}, but holds what dspex.setup did not make " <>
+           "(#{Enum.join(foreign, ", ")}): " <> Installer.elsewhere()}
+
+      {why, _not_ours, _foreign} ->
+        {:error, "#{folder} was not made by dspex.setup, and #{why}: " <> Installer.elsewhere()}
     end
   end
 
-  defp elsewhere, do: "remove it yourself, or name another with --path"
+  # Why nothing but making it anew will help; nil if anything else may.
+  defp broken(_folder, %Marker{made?: true, installed: nil}), do: "it is half made"
 
-  # Why what is there cannot be used; nil if it can.
-  defp problem(_folder, :nothing, _wanted), do: nil
-  defp problem(_folder, %Marker{made?: true, installed: nil}, _wanted), do: "it is half made"
-
-  defp problem(folder, _marker, wanted) do
-    with python when python != nil <- Interpreter.in_venv(folder),
-         {:ok, probe} <- Probe.run(python, folder, []) do
-      Probe.too_old(probe) || another(probe, wanted)
-    else
-      nil -> lacks_python(folder)
-      {:error, text} -> text
+  defp broken(folder, _marker) do
+    case Interpreter.lack(folder) do
+      {:gone, target} -> "its Python, #{target}, is gone"
+      _another_or_none -> nil
     end
-  end
-
-  defp lacks_python(folder) do
-    if target = Interpreter.gone(folder),
-      do: "its Python, #{target}, is gone",
-      else: "it has no bin/python"
-  end
-
-  defp another(_probe, nil), do: nil
-  defp another(%{version: version}, %{version: version}), do: nil
-  defp another(probe, wanted), do: "it is of Python #{probe.version}, not #{wanted.version}"
-
-  defp create_anew(folder, why, wanted, installer) do
-    installer.progress.("making #{folder} anew: #{why}")
-    create(folder, wanted, installer)
   end
 
   defp create(folder, wanted, installer) do
@@ -94,33 +88,38 @@ defmodule DSPex.PythonBridge.Venv do
          do: {:ok, marker}
   end
 
+  defp fits(folder, probe, wanted) do
+    if wanted == nil or wanted.version == probe.version,
+      do: :ok,
+      else:
+        {:error,
+         "#{folder} is of Python #{probe.version}, not #{wanted.version}: remove it, or name another with --path"}
+  end
+
   ## The packages
 
-  defp packages(folder, marker, source, installer) do
-    with python when python != nil <- Interpreter.in_venv(folder),
-         {:ok, probe} <- Probe.run(python, folder, Source.names(source)) do
-      if marker.installed == source.stamp and Source.installed?(source, probe.found) do
-        installer.progress.("#{folder} has all that it needs")
-        {:ok, python}
-      else
-        install(folder, marker, source, probe, installer)
-      end
+  defp packages(folder, marker, source, probe, installer) do
+    if marker.installed == source.stamp and Source.installed?(source, probe.found) do
+      installer.progress.("#{folder} has all that it needs")
+      {:ok, probe.python}
     else
-      nil -> {:error, "#{folder}: #{lacks_python(folder)}; " <> elsewhere()}
-      {:error, text} -> {:error, text}
+      install(folder, marker, source, probe, installer)
     end
   end
 
   defp install(folder, marker, source, probe, installer) do
     with :ok <- Marker.write(folder, %{marker | installed: nil, begun?: true}) do
-      case Installer.install(installer, probe, source, marker.begun?) do
+      case Installer.install(installer, folder, source, marker.begun?) do
         :ok ->
           with :ok <- Marker.write(folder, %{marker | installed: source.stamp, begun?: false}),
                do: {:ok, probe.python}
 
         # One that fails in order leaves what was there.
-        {:error, text} ->
+        {:failed, text} ->
           Marker.write(folder, marker)
+          {:error, text}
+
+        {:error, text} ->
           {:error, text}
       end
     end

@@ -10,7 +10,8 @@ defmodule Mix.Tasks.Dspex.Doctor do
   Each line is a check: ✓ is well, ✗ has failed, with what to do, – is a note or a check that was
   skipped, since one that it builds on has failed. The exit status is 1 if any has failed.
 
-  The host's configuration is loaded, its application not started. No request is made to an LM.
+  The host's configuration is loaded, its application not started. No request is made to an LM. Options given in code, as to a
+  bridge in a supervisor of the host's, are not seen: hand them to `DSPex.PythonBridge.Doctor.print/1`.
 
   With `--json` standard output holds one line, an object
   `{"ok": …, "checks": [{"name", "status", "found", "advice"}, …]}` with a status of `ok`, `failed`, `note` or `skipped`. What
@@ -54,6 +55,10 @@ defmodule Mix.Tasks.Dspex.Doctor do
     venv = Mix.DSPex.default_venv()
 
     if Interpreter.in_venv(venv),
-      do: "the one in #{venv} is not configured: #{Mix.DSPex.config_line(venv)}"
+      do:
+        "the one in #{venv} is not configured: #{Mix.DSPex.config_line(venv)}, in #{where(Mix.DSPex.config_file())}"
   end
+
+  defp where({:there, file}), do: file
+  defp where({:missing, file}), do: "#{file} (beginning with `import Config`)"
 end

@@ -13,11 +13,12 @@ defmodule Mix.Tasks.Dspex.Setup do
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
 
   It uses [uv](https://docs.astral.sh/uv) where that is on the `PATH`, else the interpreter's own `venv` and `pip`; both take packages
-  from where they are configured to.
+  from where they are configured to, for the user or the system: a `pyproject.toml` or `uv.toml` of the project is none of theirs.
 
   Run again it does what is left to do: nothing, or to install what another version of `:dspex` needs. An environment that it
-  made is made anew if that was broken off, or its Python is gone; one that it did not make is added to, never
-  removed; a folder that is something else is refused.
+  made is made anew if that was broken off, or its Python is gone, and nothing but what it made is in the folder. One that it did
+  not make is added to, never removed. All else is refused: a folder that is no environment, one of another Python than the
+  `--python` that is named, one at which another `mix dspex.setup` is at work.
 
   The exit status is the doctor's.
   """
@@ -57,7 +58,8 @@ defmodule Mix.Tasks.Dspex.Setup do
   end
 
   defp finish(folder, python) do
-    ok? = Doctor.print([python_executable: python], &Mix.shell().info/1)
+    opts = [python_executable: python, decided: "the one that was set up"]
+    ok? = Doctor.print(opts, &Mix.shell().info/1)
     unless used?(python), do: Mix.shell().info(how_to_use(folder))
     unless ok?, do: exit({:shutdown, 1})
   end
@@ -77,13 +79,11 @@ defmodule Mix.Tasks.Dspex.Setup do
         do: " and remove :python_executable from :python_bridge, which comes first",
         else: ""
 
-    # `mix new` makes none.
-    file = Mix.Project.config()[:config_path]
-
     {where, import_line} =
-      if File.exists?(file),
-        do: {"have this in #{file}", ""},
-        else: {"make #{file} with this", "import Config\n\n    "}
+      case Mix.DSPex.config_file() do
+        {:there, file} -> {"have this in #{file}", ""}
+        {:missing, file} -> {"make #{file} with this", "import Config\n\n    "}
+      end
 
     """
 

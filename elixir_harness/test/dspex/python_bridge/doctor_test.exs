@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.DoctorTest do
 
   alias DSPex.PythonBridge.Doctor
   alias DSPex.PythonBridge.Doctor.Packages
+  alias DSPex.Test.Nodes
 
   @moduletag :tmp_dir
 
@@ -79,15 +80,44 @@ defmodule DSPex.PythonBridge.DoctorTest do
       refute processes =~ script
     end
 
+    test "nothing of it is logged, neither here nor, by rpc, where the caller is" do
+      Nodes.distribute()
+      node = Nodes.start()
+      level = Logger.level()
+      on_exit(fn -> Logger.configure(level: level) end)
+      opts = [python_executable: python(), lm: "offline/echo"]
+      me = self()
+
+      log =
+        capture_log(fn ->
+          Logger.configure(level: :debug)
+
+          for on <- [node(), node] do
+            Nodes.on(on, Logger, :configure, [[level: :debug]])
+            send(me, {:made, Nodes.on(on, Doctor, :run, [opts])})
+            filters = Nodes.on(on, :logger, :get_primary_config, []).filters
+            refute Keyword.has_key?(filters, :dspex_doctor)
+          end
+        end)
+
+      for _on <- [1, 2], do: assert_received({:made, checks} when length(checks) == 11)
+      refute log =~ "bridge"
+    end
+
     test "works with the host's application not running", %{tmp_dir: dir} do
       code = """
-      false = List.keymember?(Application.started_applications(), :dspex, 0)
-      IO.puts DSPex.PythonBridge.Doctor.print(lm: "offline/echo")
+      false = List.keymember?(Application.loaded_applications(), :dspex, 0)
+      IO.puts DSPex.PythonBridge.Doctor.print()
       """
 
-      args = ["-pa", Application.app_dir(:dspex, "ebin"), "-e", code]
+      # As that of a release.
+      config = Path.join(dir, "sys.config")
+      File.write!(config, ~s([{dspex, [{python_bridge, [{lm, <<"offline/echo">>}]}]}].))
+
+      args = ["--erl", "-config sys", "-pa", Application.app_dir(:dspex, "ebin"), "-e", code]
       assert {output, 0} = System.cmd("elixir", args, cd: dir, stderr_to_stdout: true)
       assert output =~ "offline/echo answered"
+      assert output =~ "lm            offline/echo, which is built in"
       assert output =~ "All is well.\ntrue\n"
     end
   end
@@ -146,6 +176,19 @@ defmodule DSPex.PythonBridge.DoctorTest do
       assert statuses(checks, ~w(script folders)) == [:ok, :ok]
     end
 
+    test "in a folder that dspex.setup would refuse: another is to be named", %{tmp_dir: dir} do
+      put_config(:python_environment, virtual_env: dir)
+      File.write!(Path.join(dir, "thesis.txt"), "x")
+      assert %{status: :failed, found: found, advice: advice} = run()["interpreter"]
+      assert found =~ "is no virtual environment (name another)"
+      assert advice =~ "`mix dspex.setup --path FOLDER` makes a virtual environment"
+    end
+
+    test "what has decided may be told by the caller" do
+      opts = [python_executable: python(), decided: "by me"]
+      assert run(opts)["interpreter"].found == "#{python()} (by me)"
+    end
+
     test "a relative path that holds only from here is noted", %{tmp_dir: dir} do
       venv = Path.relative_to_cwd(dir)
       File.mkdir_p!(Path.join(dir, "bin"))
@@ -167,6 +210,7 @@ defmodule DSPex.PythonBridge.DoctorTest do
       checks = run()
       assert %{status: :failed, found: found, advice: advice} = checks["version"]
       assert found =~ "3.8.10, needed is 3.10" and advice =~ "3.10 or newer"
+      assert advice =~ "mix dspex.setup --path FOLDER --python PYTHON"
       assert checks["dspy"].found == "needs version"
     end
 
@@ -178,19 +222,38 @@ defmodule DSPex.PythonBridge.DoctorTest do
 
   describe "packages" do
     test "a virtual environment that lacks them, for real", %{tmp_dir: dir} do
-      venv = Path.join(dir, "venv")
+      venv = Path.join(dir, "venv of mine")
       {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
       put_config(:python_environment, virtual_env: venv)
       checks = run()
       assert %{status: :failed, found: found, advice: advice} = checks["dspy"]
       assert found == "not installed in #{venv}/bin/python3"
-
-      assert advice =~ "mix dspex.setup" and
-               advice =~ "#{venv}/bin/python3 -m pip install 'dspy>="
+      assert advice =~ "mix dspex.setup"
+      # As it has no pip.
+      assert advice =~ "uv pip install --python '#{venv}/bin/python3' 'dspy>="
 
       assert checks["psutil"].status == :failed
       assert checks["ping"].found == "needs dspy"
       assert statuses(checks, ~w(program lm)) == [:skipped, :skipped]
+    end
+
+    test "how to install them by pip into an environment, never into a shared Python", %{
+      tmp_dir: dir
+    } do
+      put_config(:python_environment, required_packages: ["mlflow"])
+
+      answer = %{version: "3.11.0", found: %{psutil: "5.9"}, modules: ["pip"]}
+      python = says(dir, Map.put(answer, :venv, true))
+      checks = run()
+      assert checks["mlflow"].advice == "#{python} -m pip install 'mlflow'"
+      assert checks["dspy"].advice =~ "or: #{python} -m pip install 'dspy>="
+
+      says(dir, Map.put(answer, :venv, false))
+      checks = run()
+      assert checks["dspy"].advice == "`mix dspex.setup` makes an environment with it"
+
+      assert checks["mlflow"].advice ==
+               "`mix dspex.setup` makes a virtual environment; install 'mlflow' there"
     end
 
     test "versions that are not tested", %{tmp_dir: dir} do
@@ -208,7 +271,7 @@ defmodule DSPex.PythonBridge.DoctorTest do
       put_config(:python_environment, required_packages: ["dspy-ai", "no-such-package"])
       checks = run()
       assert checks["no-such-package"].status == :failed
-      assert checks["no-such-package"].advice == "#{python()} -m pip install 'no-such-package'"
+      assert checks["no-such-package"].advice =~ "pip install"
       assert checks["dspy"].status == :ok
       refute Map.has_key?(checks, "dspy-ai")
     end
@@ -273,15 +336,21 @@ defmodule DSPex.PythonBridge.DoctorTest do
       assert found =~ "DSPY_BRIDGE_STATE_DIR names #{File.cwd!()}/no/states, where there is no"
       assert found =~ ~s(it was given as "no/states")
       assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is no folder"
-      assert found =~ "DSPY_BRIDGE_DISK_CACHE names #{file}/cache"
+
+      assert found =~
+               "DSPY_BRIDGE_DISK_CACHE names #{file}/cache, which cannot be made in #{file}"
     end
   end
 
   describe "the peer" do
     test "one that refuses its settings: its own words" do
       checks = run(adapter: "no_such")
-      assert %{status: :failed, found: found} = checks["ping"]
+      assert %{status: :failed, found: found, advice: advice} = checks["ping"]
       assert found =~ "the peer does not start: dspy_bridge: DSPY_BRIDGE_ADAPTER"
+
+      assert advice =~ "correct what it names: an option of the bridge" and
+               advice =~ "mix dspex.setup"
+
       assert checks["program"].found == "needs ping"
     end
 
@@ -300,8 +369,9 @@ defmodule DSPex.PythonBridge.DoctorTest do
       assert capture_log(fn -> send(me, run(opts)) end) == ""
       assert :logger.get_primary_config().filters == filters
       assert_received %{"ping" => _} = checks
-      assert %{status: :failed, found: found} = checks["ping"]
+      assert %{status: :failed, found: found, advice: advice} = checks["ping"]
       assert found =~ "the peer does not start: no answer to its first ping within 1000 ms"
+      assert advice =~ ":start_timeout gives it more time"
       os_pid = File.read!(pid)
       eventually(fn -> not alive?(os_pid) end)
     end

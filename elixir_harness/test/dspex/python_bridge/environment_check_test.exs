@@ -49,6 +49,19 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert Map.keys(report.packages) == ["dspy", "psutil"]
   end
 
+  test "where an interpreter installs: into its environment, by whichever path", %{tmp_dir: dir} do
+    venv = Path.join(dir, "venv")
+    {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
+    File.ln_s!(venv, Path.join(dir, "link"))
+    {:ok, probe} = Probe.run(Path.join(dir, "link/bin/python"), "", [])
+    assert probe.venv? and Probe.of?(probe, venv) and Probe.of?(probe, Path.join(dir, "link"))
+    refute Probe.of?(probe, dir)
+
+    File.rm!(Path.join(venv, "pyvenv.cfg"))
+    {:ok, probe} = Probe.run(Path.join(venv, "bin/python"), "", [])
+    refute probe.venv? or Probe.of?(probe, venv)
+  end
+
   test "it imports nothing heavy" do
     {ms, {:ok, _}} = timed(fn -> EnvironmentCheck.validate_environment() end)
     # Importing dspy takes 600 ms and more.
@@ -69,7 +82,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     path = Path.join(dir, "python3")
     File.write!(path, "no program")
     put_system_env("PYTHON_EXECUTABLE", path)
-    assert error() =~ "#{path} cannot be run: permission denied"
+    assert error() == "#{path} cannot be run: permission denied"
   end
 
   test "an interpreter that fails", %{tmp_dir: dir} do
@@ -90,7 +103,9 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
   test "no dspy, no psutil: all that is missing, by name", %{tmp_dir: dir} do
     interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}}'))
     assert error() =~ "missing in"
-    assert error() =~ "`dspy`, `psutil`"
+    assert error() =~ "`dspy`, `psutil` (`mix dspex.setup` makes an environment)"
+    interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}, "venv": true}'))
+    assert error() =~ "`dspy`, `psutil` (install them there)"
   end
 
   test "required packages that the real interpreter lacks, bar those it has" do

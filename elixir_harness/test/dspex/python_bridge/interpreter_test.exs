@@ -3,6 +3,7 @@ defmodule DSPex.PythonBridge.InterpreterTest do
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
+  import ExUnit.CaptureIO
 
   alias DSPex.PythonBridge.{Bridge, Interpreter}
 
@@ -114,13 +115,111 @@ defmodule DSPex.PythonBridge.InterpreterTest do
     end
   end
 
-  test "a virtual environment whose Python is gone: which that was", %{tmp_dir: dir} do
-    File.mkdir_p!(Path.join(dir, "bin"))
-    File.ln_s!("/no/such/python3.9", Path.join(dir, "bin/python"))
-    File.ln_s!("python", Path.join(dir, "bin/python3"))
-    put_config(:python_environment, virtual_env: dir)
-    assert {:error, text} = Interpreter.find()
-    assert text =~ "#{dir}, whose bin/python is a link to /no/such/python3.9, which is gone"
+  describe "a virtual environment without a Python: why, and what to do" do
+    setup %{tmp_dir: dir} do
+      put_config(:python_environment, virtual_env: Path.join(dir, "venv"))
+      File.mkdir_p!(Path.join(dir, "venv"))
+      %{venv: Path.join(dir, "venv")}
+    end
+
+    defp link(venv, name, target) do
+      File.mkdir_p!(Path.join(venv, "bin"))
+      File.ln_s!(target, Path.join([venv, "bin", name]))
+    end
+
+    defp said(venv) do
+      {:error, text} = Interpreter.find()
+      String.replace_prefix(text, "no Python found: virtual_env names #{venv}, ", "")
+    end
+
+    test "it is gone, at the end of any number of links", %{venv: venv} do
+      link(venv, "python3.9", "/no/such/python3.9")
+      link(venv, "python3", "python3.9")
+      link(venv, "python", "../bin/python3")
+      assert Interpreter.lack(venv) == {:gone, "/no/such/python3.9"}
+
+      assert said(venv) ==
+               "whose bin/python is a link to /no/such/python3.9, which is gone " <>
+                 "(remove it, and `mix dspex.setup` makes it anew)"
+    end
+
+    test "of the variable DSPY_VENV dspex.setup is to be told", %{venv: venv} do
+      put_config(:python_environment, [])
+      put_system_env("DSPY_VENV", venv)
+
+      assert Interpreter.find() ==
+               {:error,
+                "no Python found: DSPY_VENV names #{venv}, which has no bin/python " <>
+                  "(`mix dspex.setup --path #{venv}` makes it)"}
+    end
+
+    test "links in a circle are none", %{venv: venv} do
+      link(venv, "python", "python3")
+      link(venv, "python3", "python")
+      assert Interpreter.lack(venv) == :none
+      assert said(venv) =~ "which has no bin/python"
+    end
+
+    test "there is one", %{venv: venv} do
+      link(venv, "python3", "/no/such/python")
+      link(venv, "python", python())
+      assert Interpreter.lack(venv) == nil
+    end
+
+    test "nothing is there, or an empty folder: dspex.setup makes it", %{venv: venv} do
+      assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
+      File.rmdir!(venv)
+
+      assert said(venv) ==
+               "which has no bin/python: there is no such folder (`mix dspex.setup` makes it)"
+    end
+
+    test "it is something else, which dspex.setup would refuse", %{venv: venv} do
+      File.write!(Path.join(venv, "thesis.txt"), "x")
+      assert said(venv) == "which has no bin/python, and is no virtual environment (name another)"
+      File.write!(Path.join(venv, "pyvenv.cfg"), "")
+
+      assert said(venv) =~
+               "which has no bin/python (remove it, and `mix dspex.setup` makes it anew)"
+
+      File.rm_rf!(venv)
+      File.write!(venv, "x")
+      assert said(venv) == "which is no folder (name another)"
+    end
+
+    # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.
+    defp as_another(venv, hidden) do
+      File.chmod!(hidden, 0)
+      on_exit(fn -> File.chmod!(hidden, 0o755) end)
+
+      code =
+        "Application.put_env(:dspex, :python_environment, virtual_env: #{inspect(venv)})\n" <>
+          "{:error, text} = DSPex.PythonBridge.Interpreter.find()\nIO.puts(text)"
+
+      if File.ls(hidden) == {:error, :eacces} do
+        capture_io(fn -> Code.eval_string(code) end) |> String.trim()
+      else
+        user = ["--reuid=65534", "--regid=65534", "--clear-groups", "elixir"]
+        args = user ++ ["-pa", Application.app_dir(:dspex, "ebin"), "-e", code]
+        {text, 0} = System.cmd("setpriv", args, env: %{"HOME" => "/"}, cd: "/")
+        String.trim(text)
+      end
+    end
+
+    test "this user may not reach it", %{tmp_dir: dir, venv: venv} do
+      hidden = Path.join(dir, "hidden")
+      File.mkdir_p!(Path.join(hidden, "venv/bin"))
+      File.write!(Path.join(hidden, "python3"), "")
+      link(venv, "python3", Path.join(hidden, "python3"))
+
+      assert as_another(venv, hidden) ==
+               "no Python found: virtual_env names #{venv}, whose bin/python is a link to #{hidden}/python3, " <>
+                 "which this user may not reach (make it of a Python that this user may run, such as the system's)"
+
+      assert as_another("#{hidden}/venv", hidden) ==
+               "no Python found: virtual_env names #{hidden}/venv, which this user may not reach " <>
+                 "(it needs the permission x of that folder, its bin, and those above)"
+    end
   end
 
   test "no Python at all", %{tmp_dir: dir} do

@@ -5,6 +5,8 @@ defmodule DSPex.PythonBridge.OsCommandTest do
 
   alias DSPex.PythonBridge.OsCommand
 
+  doctest OsCommand
+
   @moduletag :tmp_dir
 
   defp sh(script, opts \\ []), do: OsCommand.run("/bin/sh", ["-c", script], opts)
@@ -33,12 +35,15 @@ defmodule DSPex.PythonBridge.OsCommandTest do
 
   test "a program that cannot be run is an error", %{tmp_dir: dir} do
     assert OsCommand.run(Path.join(dir, "none"), []) == {:error, "no such file or directory"}
+    File.write!(Path.join(dir, "text"), "echo no program")
+    assert OsCommand.run(Path.join(dir, "text"), []) == {:error, "permission denied"}
+    assert OsCommand.run(dir, []) == {:error, "permission denied"}
   end
 
   test "one that takes too long is killed, with its children", %{tmp_dir: dir} do
     task = Task.async(fn -> sh(hanging(dir), limit_ms: 1_000) end)
     pids = pids(dir)
-    assert Task.await(task) == {:error, "no answer within 1000 ms"}
+    assert Task.await(task) == {:error, "no answer within 1 s"}
     eventually(fn -> not Enum.any?(pids, &alive?/1) end)
   end
 
@@ -68,32 +73,29 @@ defmodule DSPex.PythonBridge.OsCommandTest do
     refute_received _anything
   end
 
-  describe "guarded" do
-    test "the status and the output are the program's" do
-      assert OsCommand.run_guarded("/bin/sh", ["-c", "echo \"$0\" $1; exit 4", "a b", "c"]) ==
-               {:exit, 4, "a b c\n"}
-    end
+  test "arguments are the program's as they are" do
+    assert OsCommand.run("/bin/sh", ["-c", "echo \"$0\" $1; exit 4", "a b", "c"]) ==
+             {:exit, 4, "a b c\n"}
+  end
 
-    test "the program does not outlive the BEAM", %{tmp_dir: dir} do
-      code =
-        "DSPex.PythonBridge.OsCommand.run_guarded(\"/bin/sh\", [\"-c\", #{inspect(hanging(dir))}])"
+  test "is started in the folder that is named, with no input", %{tmp_dir: dir} do
+    assert sh("pwd; read line; echo $?", cd: dir) == {:exit, 0, "#{dir}\n1\n"}
+  end
 
-      beam =
-        Port.open({:spawn_executable, System.find_executable("elixir")}, [
-          :binary,
-          args: [
-            "-pa",
-            Application.app_dir(:dspex, "ebin"),
-            "-e",
-            "IO.puts System.pid(); " <> code
-          ]
-        ])
+  test "does not outlive the BEAM", %{tmp_dir: dir} do
+    code = "DSPex.PythonBridge.OsCommand.run(\"/bin/sh\", [\"-c\", #{inspect(hanging(dir))}])"
+    ebin = Application.app_dir(:dspex, "ebin")
 
-      assert_receive {^beam, {:data, os_pid}}, 30_000
-      pids = pids(dir)
-      assert Enum.all?(pids, &alive?/1)
-      kill(String.trim(os_pid))
-      eventually(fn -> not Enum.any?(pids, &alive?/1) end)
-    end
+    beam =
+      Port.open({:spawn_executable, System.find_executable("elixir")}, [
+        :binary,
+        args: ["-pa", ebin, "-e", "IO.puts System.pid(); " <> code]
+      ])
+
+    assert_receive {^beam, {:data, os_pid}}, 30_000
+    pids = pids(dir)
+    assert Enum.all?(pids, &alive?/1)
+    kill(String.trim(os_pid))
+    eventually(fn -> not Enum.any?(pids, &alive?/1) end)
   end
 end

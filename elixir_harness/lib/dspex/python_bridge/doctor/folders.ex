@@ -36,10 +36,17 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
 
   defp problem(name, path) do
     case File.stat(path) do
-      {:ok, %{type: :directory, access: access}} -> no_access(name, access)
-      {:ok, _file} -> "which is no folder"
-      {:error, :enoent} when name in @write -> not_to_be_made(Path.dirname(path))
-      {:error, reason} -> "where there is no folder: #{:file.format_error(reason)}"
+      {:ok, %{type: :directory, access: access}} ->
+        no_access(name, access)
+
+      {:ok, _file} ->
+        "which is no folder"
+
+      {:error, reason} when name in @write and reason in [:enoent, :enotdir] ->
+        not_to_be_made(Path.dirname(path))
+
+      {:error, reason} ->
+        "where there is no folder: #{:file.format_error(reason)}"
     end
   end
 
@@ -53,7 +60,7 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
   defp not_to_be_made(parent) do
     case File.stat(parent) do
       {:ok, %{type: :directory, access: :read_write}} -> nil
-      {:error, :enoent} -> not_to_be_made(Path.dirname(parent))
+      {:error, reason} when reason in [:enoent, :enotdir] -> not_to_be_made(Path.dirname(parent))
       _other -> "which cannot be made in #{parent}"
     end
   end

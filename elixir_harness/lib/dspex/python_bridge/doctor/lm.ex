@@ -10,9 +10,12 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   # Of what a provider may need, what nothing else stands in for: an address has a default, and clouds have roles.
   @key ~r/_(API_KEY|API_TOKEN|AUTH_TOKEN)\z/
 
+  # The folder that it is started in is no place to find modules, first of all no dspy: that may be a part of the host's project.
   # A provider that DSPy's own engine serves has its key looked up by that engine's rules; others by LiteLLM's.
   # needs: what an empty environment lacks; lacks: what this one does; why: in DSPy's own words.
   @script """
+  import sys
+  sys.path[:] = [p for p in sys.path if p]
   import json, os
   os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
   for name in [name for name, value in os.environ.items() if not value]:
@@ -54,7 +57,9 @@ defmodule DSPex.PythonBridge.Doctor.LM do
       except Exception:
           answer["known"] = False
           return
-      answer["lacks"] = litellm.validate_environment(model, options.get("api_key"), address)["missing_keys"]
+      missing = litellm.validate_environment(model, options.get("api_key"), address)["missing_keys"]
+      given = [name.upper() for name, value in options.items() if value]
+      answer["lacks"] = [name for name in missing if not name.endswith(tuple("_" + option for option in given))]
       os.environ.clear()
       answer["needs"] = litellm.validate_environment(model)["missing_keys"]
 
@@ -75,8 +80,8 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   def check(python, options) do
     case setting("DSPY_BRIDGE_LM", options) do
       "" ->
-        {:note, "no default LM is configured",
-         ~s(config :dspex, :python_bridge, lm: "openai/gpt-4o-mini"; or each program or call names its own),
+        {:note, "config :dspex, :python_bridge has no default LM",
+         ~s(config :dspex, :python_bridge, lm: "openai/gpt-4o-mini"; or each bridge, program or call names its own),
          true}
 
       "offline/echo" ->
@@ -112,7 +117,9 @@ defmodule DSPex.PythonBridge.Doctor.LM do
 
   defp unknown(model, why, options) do
     text = "#{model}: whether its key is set could not be told: #{why}"
-    {:note, Redaction.redact(text, options), nil, true}
+
+    {:failed, Redaction.redact(text, options),
+     "see whether `import dspy, litellm` works in that Python", nil}
   end
 
   defp facts(model, options) do
@@ -147,7 +154,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   defp result(%{"engine" => "dspy", "why" => why} = answer, facts) when why != nil do
     case answer["lacks"] do
       [] ->
-        {:failed, "DSPy will refuse it: " <> why, "do as it says, or give api_key in :lm_options"}
+        {:failed, "DSPy will refuse it: " <> why, "do as it says" <> options(facts.model)}
 
       names ->
         {:failed, "its key is not set", set(names, facts)}
@@ -186,6 +193,12 @@ defmodule DSPex.PythonBridge.Doctor.LM do
     do:
       "set #{Enum.join(names, " or ")} in the environment of the BEAM, or api_key in :lm_options" <>
         keyless(facts)
+
+  # By LiteLLM, whose words those are not.
+  defp options("azure/" <> _name),
+    do: ", or give api_key, api_base and api_version in :lm_options"
+
+  defp options(_model), do: ""
 
   defp keyless(%{address?: true}), do: ~s(; for a server that needs none, any text will do)
   defp keyless(_facts), do: ""

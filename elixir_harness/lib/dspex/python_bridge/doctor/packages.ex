@@ -36,9 +36,31 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
     end
   end
 
-  defp advice(package, probe) do
+  # Into a Python that is the system's, or shared, nothing is to be installed.
+  defp advice(package, %Probe{venv?: true} = probe) do
     setup = if package in needed(), do: "`mix dspex.setup` makes an environment with it, or: "
-    "#{setup}#{probe.python} -m pip install '#{requirement(package)}'"
+    python = quoted(probe.python)
+
+    # uv makes environments without pip.
+    install =
+      if "pip" in probe.modules,
+        do: "#{python} -m pip install",
+        else: "uv pip install --python #{python}"
+
+    "#{setup}#{install} '#{requirement(package)}'"
+  end
+
+  defp advice(package, _probe) do
+    if package in needed(),
+      do: "`mix dspex.setup` makes an environment with it",
+      else:
+        "`mix dspex.setup` makes a virtual environment; install '#{requirement(package)}' there"
+  end
+
+  defp quoted(path) do
+    if path =~ ~r{\A[\w/.,:=@+-]+\z},
+      do: path,
+      else: "'" <> String.replace(path, "'", "'\\''") <> "'"
   end
 
   defp fits?(package, version) do

@@ -2,7 +2,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   @moduledoc false
   # A peer with the host's settings, in a bridge of its own: whether it answers a ping, and a program of its.
 
-  alias DSPex.PythonBridge.{Bridge, Options, StartFailure}
+  alias DSPex.PythonBridge.{Bridge, Options, OsCommand, StartFailure}
 
   # It imports nothing heavy; a host that gives it less time means that.
   @start_ms 15_000
@@ -17,9 +17,9 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
     # Nobody else's name; one failure to start is enough to tell.
     opts = Keyword.merge(opts, name: nil, max_retries: 0, start_timeout: start_ms)
     started = now()
-    {:ok, bridge} = Bridge.start_link(opts)
     # What it logs is told as a check's result.
-    :logger.add_primary_filter(@filter, {&not_of/2, bridge})
+    :logger.add_primary_filter(@filter, {&not_of_child/2, self()})
+    {:ok, bridge} = start_here(opts)
     # The bridge is to end it sooner, with more to say.
     ping = spawn_monitor(fn -> exit({:pong, Bridge.call(bridge, :ping, %{}, 2 * start_ms)}) end)
 
@@ -30,9 +30,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
       failure ->
         stop(bridge)
 
-        {:failed, why(failure, options),
-         "its settings are those of the bridge, :env among them, and DSPY_BRIDGE_* of the environment",
-         nil}
+        {:failed, why(failure, options), advice_of_start(failure), nil}
     end
   end
 
@@ -64,8 +62,32 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   defp why({:not_started, why}, _options), do: "the peer does not start: #{why}"
 
-  defp not_of(%{meta: %{bridge: bridge}}, bridge), do: :stop
-  defp not_of(_event, _bridge), do: :ignore
+  # The events of a process whose group leader is elsewhere, as that of a caller by rpc is, are sent there past the filters of
+  # this node.
+  defp start_here(opts) do
+    leader = Process.group_leader()
+    Process.group_leader(self(), Process.whereis(:user) || leader)
+
+    try do
+      Bridge.start_link(opts)
+    after
+      Process.group_leader(self(), leader)
+    end
+  end
+
+  defp not_of_child(%{meta: %{bridge: bridge}}, parent) when node(bridge) == node(),
+    do: if(Process.info(bridge, :parent) == {:parent, parent}, do: :stop, else: :ignore)
+
+  defp not_of_child(_event, _parent), do: :ignore
+
+  defp advice_of_start({:not_started, "exit" <> _status}),
+    do:
+      "correct what it names: an option of the bridge, :env among them, DSPY_BRIDGE_* of the environment, or, if it is a " <>
+        "module, the Python, as `mix dspex.setup` does"
+
+  defp advice_of_start(_no_answer),
+    do:
+      "see whether `python -m dspy_bridge --selftest` with that Python ends; :start_timeout gives it more time"
 
   @spec program(pid()) :: {:ok | :failed, String.t(), String.t() | nil, true | nil}
   def program(bridge) do
@@ -81,7 +103,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
        true}
     else
       {:error, :timeout} ->
-        {:failed, "no answer within #{@program_ms} ms",
+        {:failed, "no answer within #{OsCommand.time(@program_ms)}",
          "see whether `import dspy` ends in that Python", nil}
 
       {:error, reason} ->

@@ -8,13 +8,17 @@ defmodule DSPex.PythonBridge.Venv.Installer do
 
   # All of DSPy takes 20 to 60 s by a good line.
   @time_limit_ms 30 * 60_000
-  @sign_of_life_ms 10_000
   @error_lines 15
 
   @enforce_keys [:progress]
-  defstruct [:progress, :uv]
+  # sign_of_life_ms: how long a step may be silent.
+  defstruct [:progress, :uv, sign_of_life_ms: 10_000]
 
-  @type t :: %__MODULE__{progress: (String.t() -> term()), uv: Path.t() | nil}
+  @type t :: %__MODULE__{
+          progress: (String.t() -> term()),
+          uv: Path.t() | nil,
+          sign_of_life_ms: pos_integer()
+        }
 
   @spec new((String.t() -> term())) :: t()
   def new(progress), do: %__MODULE__{progress: progress, uv: System.find_executable("uv")}
@@ -63,7 +67,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   @spec create(t(), Path.t(), Probe.t() | nil) :: :ok | {:error, String.t()}
   def create(%__MODULE__{uv: nil} = installer, folder, base) do
     line = "making #{folder} from #{base.python}, Python #{base.version}"
-    step(installer, line, base.python, ["-m", "venv", folder])
+    made(step(installer, line, base.python, ["-m", "venv", folder]))
   end
 
   def create(%__MODULE__{uv: uv} = installer, folder, base) do
@@ -74,45 +78,98 @@ defmodule DSPex.PythonBridge.Venv.Installer do
 
     # Existing is the marker.
     args = ["venv", "--quiet", "--allow-existing", "--python", python, folder]
-    step(installer, "making #{folder} with uv" <> of, uv, args)
+    made(step(installer, "making #{folder} with uv" <> of, uv, args))
   end
 
-  @doc "Installs into the environment of the interpreter that was probed; `reinstall?`: what is there may be broken."
-  @spec install(t(), Probe.t(), Source.t(), boolean()) :: :ok | {:error, String.t()}
-  def install(installer, probe, source, reinstall?) do
+  defp made(:ok), do: :ok
+  defp made({_how, text}), do: {:error, text}
+
+  @doc """
+  What the folder's interpreter says of itself, with the versions of `names`: an error if it is too old, or installs anywhere but
+  into the folder.
+  """
+  @spec probe(Path.t(), [String.t()]) :: {:ok, Probe.t()} | {:error, String.t()}
+  def probe(folder, names) do
+    with {:ok, python} <- python(folder),
+         {:ok, probe} <- Probe.run(python, folder, names) do
+      cond do
+        text = Probe.too_old(probe) ->
+          {:error, "#{text}: #{elsewhere()}"}
+
+        not Probe.of?(probe, folder) ->
+          {:error,
+           "#{folder} is no virtual environment any more, its Python would install into #{probe.prefix}: #{elsewhere()}"}
+
+        true ->
+          {:ok, probe}
+      end
+    end
+  end
+
+  defp python(folder) do
+    case Interpreter.lack(folder) do
+      nil -> {:ok, Interpreter.in_venv(folder)}
+      {:out_of_reach, path} -> {:error, "#{folder}: its Python, #{path}, this user may not reach"}
+      _none -> {:error, "#{folder} has no bin/python: #{elsewhere()}"}
+    end
+  end
+
+  @doc "What is to be done where this program may do nothing."
+  @spec elsewhere() :: String.t()
+  def elsewhere, do: "remove it yourself, or name another with --path"
+
+  @doc """
+  Installs into the environment in the folder; `reinstall?`: what is there may be broken. Of a step that has ended, in
+  whichever way, what was there is left whole: `:failed`.
+  """
+  @spec install(t(), Path.t(), Source.t(), boolean()) ::
+          :ok | {:failed, String.t()} | {:error, String.t()}
+  def install(installer, folder, source, reinstall?) do
     count = map_size(source.pins)
     line = "installing #{count} packages with #{tool(installer)}: this may take a minute"
     packages = if(reinstall?, do: [reinstall(installer)], else: []) ++ ["-r", source.requirements]
     # Always: it may have changed under the same version.
     peer = ["--no-deps", reinstall(installer), "dspy-bridge @ file://" <> encode(source.package)]
 
-    with :ok <- ensure_pip(installer, probe),
-         :ok <- pip(installer, line, probe.python, packages),
-         do: pip(installer, "installing the peer, dspy_bridge", probe.python, peer)
+    with :ok <- ensure_pip(installer, folder),
+         :ok <- pip(installer, line, folder, packages),
+         do: pip(installer, "installing the peer, dspy_bridge", folder, peer)
   end
 
   # As a path, one with a semicolon or a bracket in it would be read as something else.
   defp encode(path), do: URI.encode(path, &(&1 == ?/ or URI.char_unreserved?(&1)))
 
   # uv makes environments without it.
-  defp ensure_pip(%__MODULE__{uv: nil} = installer, probe) do
-    if "pip" in probe.modules,
-      do: :ok,
-      else: step(installer, "installing pip", probe.python, ["-m", "ensurepip"])
+  defp ensure_pip(%__MODULE__{uv: nil} = installer, folder) do
+    with {:ok, probe} <- again(folder) do
+      if "pip" in probe.modules,
+        do: :ok,
+        else: step(installer, "installing pip", probe.python, ["-m", "ensurepip"])
+    end
   end
 
-  defp ensure_pip(_uv, _probe), do: :ok
+  defp ensure_pip(_uv, _folder), do: :ok
+
+  defp pip(installer, line, folder, args) do
+    with {:ok, probe} <- again(folder) do
+      {program, first} = install_by(installer, probe.python)
+      step(installer, line, program, first ++ args)
+    end
+  end
+
+  # Before each step: minutes may have passed since the last, and the one that it was made of must stay as it is.
+  defp again(folder) do
+    with {:error, text} <- probe(folder, []), do: {:failed, text}
+  end
 
   # Compiled now: the user that runs the peer later may not write there.
-  defp pip(%__MODULE__{uv: nil} = installer, line, python, args) do
+  defp install_by(%__MODULE__{uv: nil}, python) do
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    step(installer, line, python, ["-m", "pip", "install"] ++ quiet ++ args)
+    {python, ["-m", "pip", "install"] ++ quiet}
   end
 
-  defp pip(%__MODULE__{uv: uv} = installer, line, python, args) do
-    options = ["--quiet", "--compile-bytecode", "--python", python]
-    step(installer, line, uv, ["pip", "install"] ++ options ++ args)
-  end
+  defp install_by(%__MODULE__{uv: uv}, python),
+    do: {uv, ["pip", "install", "--quiet", "--compile-bytecode", "--python", python]}
 
   defp reinstall(%__MODULE__{uv: nil}), do: "--force-reinstall"
   defp reinstall(_uv), do: "--reinstall"
@@ -128,23 +185,31 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       installer.progress.("  still at it after #{System.monotonic_time(:second) - started} s")
     end
 
-    opts = [limit_ms: @time_limit_ms, tick: {@sign_of_life_ms, tick}]
+    # uv reads settings in the folder that it is started in, and Python modules.
+    opts = [
+      limit_ms: @time_limit_ms,
+      tick: {installer.sign_of_life_ms, tick},
+      cd: "/",
+      env: [{~c"PIP_REQUIRE_VIRTUALENV", ~c"1"}]
+    ]
 
-    case OsCommand.run_guarded(program, args, opts) do
+    case OsCommand.run(program, args, opts) do
       {:exit, 0, _output} -> :ok
-      {:exit, status, output} -> failed(program, "exit status #{status}", output)
-      {:error, why} -> failed(program, why, "")
+      # Higher ones are signals: it was killed.
+      {:exit, status, output} when status < 128 -> {:failed, failure(program, status, output)}
+      {:exit, status, output} -> {:error, failure(program, status, output)}
+      {:error, why} -> {:error, "#{program} failed (#{why})"}
     end
   end
 
-  defp failed(program, why, output) do
+  defp failure(program, status, output) do
     said =
       output
       |> String.split("\n", trim: true)
       |> Enum.take(-@error_lines)
       |> Enum.map_join(&"\n  #{&1}")
 
-    {:error, "#{program} failed (#{why}):" <> redact(said)}
+    "#{program} failed (exit status #{status}):" <> redact(said)
   end
 
   # Addresses of package indexes may have a name and a password in them.

@@ -5,6 +5,9 @@ defmodule DSPex.PythonBridge.Venv.Marker do
   @file_name "dspex_setup.json"
   # Written beside it and moved: it is never seen half written.
   @draft "." <> @file_name
+  @lock ".dspex_setup.lock"
+  # What venv and uv make in a folder. Whatever else is there is somebody's.
+  @made ~w(bin lib lib64 include share pyvenv.cfg .gitignore .lock CACHEDIR.TAG)
 
   # made?: by us, so that it may be made anew; installed: the stamp of what is; begun?: an installation was,
   # and not ended.
@@ -17,7 +20,7 @@ defmodule DSPex.PythonBridge.Venv.Marker do
   def read(folder) do
     case File.ls(folder) do
       {:error, :enoent} -> {:ok, :nothing}
-      {:ok, names} -> known(folder, names -- [@draft])
+      {:ok, names} -> known(folder, names -- [@draft, @lock])
       {:error, :enotdir} -> {:error, "#{folder} is no folder; name another with --path"}
       {:error, reason} -> {:error, "#{folder} cannot be read: #{:file.format_error(reason)}"}
     end
@@ -65,10 +68,18 @@ defmodule DSPex.PythonBridge.Venv.Marker do
     end
   end
 
-  @doc "Removes all but the marker from a folder that has one: whenever that is broken off, it is known whose it is."
+  @doc "Where the lock of the folder is, for `Lock`."
+  @spec lock(Path.t()) :: Path.t()
+  def lock(folder), do: Path.join(folder, @lock)
+
+  @doc "What is in the folder that neither venv, uv nor this program made: not to be removed."
+  @spec foreign(Path.t()) :: [String.t()]
+  def foreign(folder), do: Enum.sort(File.ls!(folder) -- [@file_name, @draft, @lock | @made])
+
+  @doc "Removes what venv and uv make, not the marker: whenever that is broken off, it is known whose it is."
   @spec clear(Path.t()) :: :ok | {:error, String.t()}
   def clear(folder) do
-    for name <- File.ls!(folder), name != @file_name, reduce: :ok do
+    for name <- @made, reduce: :ok do
       :ok -> remove(Path.join(folder, name))
       error -> error
     end

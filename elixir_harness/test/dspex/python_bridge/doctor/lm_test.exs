@@ -10,8 +10,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
   @moduletag :tmp_dir
 
   @key "sk-0123456789abcdef"
-  @unset ~w(DSPY_BRIDGE_LM OPENAI_API_KEY GEMINI_API_KEY GOOGLE_API_KEY MISTRAL_API_KEY AWS_ACCESS_KEY_ID
-            AWS_SECRET_ACCESS_KEY AWS_PROFILE AWS_ROLE_ARN)
+  @unset ~w(DSPY_BRIDGE_LM OPENAI_API_KEY GEMINI_API_KEY GOOGLE_API_KEY MISTRAL_API_KEY)
 
   # Nobody's keys but those of the test.
   defp check(model, opts \\ [], python \\ python()) do
@@ -31,7 +30,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
   end
 
   test "none configured is a note, with the line for it" do
-    assert {:note, "no default LM is configured", advice} = check(nil)
+    assert {:note, "config :dspex, :python_bridge has no default LM", advice} = check(nil)
     assert advice =~ "config :dspex, :python_bridge, lm: "
   end
 
@@ -67,30 +66,47 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
 
   test "one that DSPy refuses for another reason: its own words" do
     env = Map.new(~w(AZURE_OPENAI_RESOURCE AZURE_OPENAI_ENDPOINT AZURE_API_BASE), &{&1, ""})
-    assert {:failed, found, _advice} = check("azure/gpt-4", env: env)
+    assert {:failed, found, advice} = check("azure/gpt-4", env: env)
     assert found =~ "DSPy will refuse it: " and found =~ "AZURE_OPENAI_RESOURCE"
+    assert advice == "do as it says, or give api_key, api_base and api_version in :lm_options"
   end
 
-  describe "of a provider that LiteLLM serves" do
-    test "with and without its key; an empty variable is none", %{tmp_dir: dir} do
-      assert check("mistral/x", env: %{"MISTRAL_API_KEY" => @key}) ==
-               {:ok, "mistral/x: its key is set, MISTRAL_API_KEY", nil}
+  test "a folder of that name where the BEAM was started is not DSPy", %{tmp_dir: dir} do
+    File.mkdir_p!(Path.join(dir, "dspy"))
+    File.write!(Path.join(dir, "dspy/__init__.py"), "raise SystemExit('the host\'s')")
+    python = interpreter(dir, "cd #{dir} && exec #{python()} \"$@\"")
 
-      python = interpreter(dir, "MISTRAL_API_KEY= exec #{python()} \"$@\"")
-      assert {:failed, "mistral/x: its key is not set", advice} = check("mistral/x", [], python)
-      assert advice =~ "set MISTRAL_API_KEY"
-    end
+    assert check("ollama_chat/llama3", [], python) ==
+             {:ok, "ollama_chat/llama3: needs no key", nil}
+  end
 
-    test "that may find an identity elsewhere: a note" do
-      assert {:note, found, nil} = check("bedrock/anthropic.claude")
-      assert found =~ "AWS_ACCESS_KEY_ID"
-    end
+  # LiteLLM takes seconds to import.
+  test "of a provider that LiteLLM serves: without a key, an empty one, with what options give, misspelt",
+       %{tmp_dir: dir} do
+    empty = interpreter(dir, "MISTRAL_API_KEY= exec #{python()} \"$@\"")
+    azure = %{"AZURE_API_KEY" => "", "AZURE_API_BASE" => "", "AZURE_API_VERSION" => ""}
+    options = %{api_key: @key, api_base: "https://x", api_version: "2024"}
 
-    test "that there is not, as it is misspelt" do
-      assert {:failed, found, advice} = check("opnai/gpt-4o")
-      assert found == "opnai/gpt-4o: neither DSPy nor LiteLLM knows its provider"
-      assert advice =~ "openai/gpt-4o-mini"
-    end
+    cases = [
+      fn -> check("mistral/x", [], empty) end,
+      fn -> check("azure/x", env: azure, lm_options: options) end,
+      fn -> check("opnai/gpt-4o") end
+    ]
+
+    results = Task.async_stream(cases, & &1.(), timeout: 60_000)
+
+    assert [ok: mistral, ok: given, ok: misspelt] =
+             Enum.to_list(results)
+
+    assert {:failed, "mistral/x: its key is not set", advice} = mistral
+    assert advice =~ "set MISTRAL_API_KEY"
+
+    assert given ==
+             {:ok, "azure/x: its key is set, in :lm_options or DSPY_BRIDGE_LM_OPTIONS", nil}
+
+    assert {:failed, found, advice} = misspelt
+    assert found == "opnai/gpt-4o: neither DSPy nor LiteLLM knows its provider"
+    assert advice =~ "openai/gpt-4o-mini"
   end
 
   describe "with an interpreter that says" do
@@ -103,6 +119,26 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
       assert found =~ "DSPY_BRIDGE_INIT may bring it"
     end
 
+    test "LiteLLM finds a key: which", %{tmp_dir: dir} do
+      python = says(dir, %{engine: "litellm", known: true, lacks: [], set: ["MISTRAL_API_KEY"]})
+      text = "mistral/x: its key is set, MISTRAL_API_KEY"
+      assert check("mistral/x", [], python) == {:ok, text, nil}
+    end
+
+    test "LiteLLM misses an identity, which may be elsewhere: a note", %{tmp_dir: dir} do
+      python = says(dir, %{engine: "litellm", known: true, lacks: ["AWS_ACCESS_KEY_ID"], set: []})
+      text = "bedrock/x: not set: AWS_ACCESS_KEY_ID; it may find what it needs elsewhere"
+      assert check("bedrock/x", [], python) == {:note, text, nil}
+    end
+
+    test "DSPy's words, with a key in them: without it", %{tmp_dir: dir} do
+      python = says(dir, %{refused: "ValueError: no such key: #{@key}"})
+      assert {:failed, found, _advice} = check("openai/x", [lm_options: %{api_key: @key}], python)
+
+      assert found ==
+               "openai/x: DSPy refuses it or its options: ValueError: no such key: [redacted]"
+    end
+
     test "LiteLLM misses a key: a server of one's own may need none", %{tmp_dir: dir} do
       python = says(dir, %{engine: "litellm", known: true, lacks: ["MISTRAL_API_KEY"], set: []})
       options = [lm_options: %{api_base: "http://127.0.0.1:1/v1"}]
@@ -111,12 +147,16 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
       assert advice =~ "any text will do"
     end
 
-    test "nothing of it: a note with its last line, secrets aside", %{tmp_dir: dir} do
+    test "nothing of it: it has failed, with its last line, secrets aside", %{tmp_dir: dir} do
       python = interpreter(dir, "echo \"no dspy here: $SOME_API_KEY\" >&2; exit 1")
-      assert {:note, found, nil} = check("openai/x", [env: %{"SOME_API_KEY" => @key}], python)
+
+      assert {:failed, found, advice} =
+               check("openai/x", [env: %{"SOME_API_KEY" => @key}], python)
 
       assert found =~
                "openai/x: whether its key is set could not be told: no dspy here: [redacted]"
+
+      assert advice =~ "import dspy"
     end
   end
 end

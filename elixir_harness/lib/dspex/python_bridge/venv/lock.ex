@@ -1,0 +1,94 @@
+defmodule DSPex.PythonBridge.Venv.Lock do
+  @moduledoc false
+  # One at a time at a folder: a link in it, whose target tells who is at work. To make a link is one step, with
+  # what it says.
+
+  alias DSPex.PythonBridge.OsProcess
+  alias DSPex.PythonBridge.Venv.Marker
+
+  # Another may end, and remove the folder, between two looks at it.
+  @attempts 10
+  # Where nothing can be written nothing can be done: all that is left is to look.
+  @read_only [:eacces, :eperm, :erofs]
+
+  @doc """
+  What `fun` gives, with the folder to itself; an error while another is at work on it. A folder that was not there is made, and
+  removed again if nothing is in it.
+  """
+  @spec hold(Path.t(), (-> result)) :: result | {:error, String.t()} when result: term()
+  def hold(folder, fun), do: hold(folder, fun, @attempts)
+
+  defp hold(folder, fun, attempts) do
+    new? = not File.dir?(folder)
+
+    with :ok <- File.mkdir_p(folder),
+         :ok <- take(folder, Marker.lock(folder)) do
+      try do
+        fun.()
+      after
+        File.rm(Marker.lock(folder))
+        if new?, do: File.rmdir(folder)
+      end
+    else
+      :read_only ->
+        fun.()
+
+      {:error, :enoent} when attempts > 1 ->
+        hold(folder, fun, attempts - 1)
+
+      {:error, text} when is_binary(text) ->
+        {:error, text}
+
+      {:error, reason} ->
+        {:error, "#{folder} cannot be written to: #{:file.format_error(reason)}"}
+    end
+  end
+
+  defp take(folder, lock) do
+    with {:error, :eexist} <- File.ln_s(holder(), lock),
+         {:ok, holder} <- File.read_link(lock),
+         {os_pid, started, pid} <- parse(holder) do
+      if ended?(os_pid, started, pid),
+        do: take_over(folder, lock, holder),
+        else: {:error, "another dspex.setup (process #{os_pid}) is at work on #{folder}"}
+    else
+      {:error, reason} when reason in @read_only -> :read_only
+      :unknown -> {:error, "#{lock} is not what dspex.setup made: remove it yourself"}
+      ok_or_error -> ok_or_error
+    end
+  end
+
+  # Moved first, and looked at again: it may be another's by now.
+  defp take_over(folder, lock, holder) do
+    mine = "#{lock}.#{System.pid()}"
+
+    with :ok <- File.rename(lock, mine) do
+      if File.read_link(mine) == {:ok, holder}, do: File.rm(mine), else: File.rename(mine, lock)
+      take(folder, lock)
+    end
+  end
+
+  defp holder do
+    os_pid = String.to_integer(System.pid())
+    "#{os_pid} #{OsProcess.start_time(os_pid)} #{:erlang.pid_to_list(self())}"
+  end
+
+  defp parse(holder) do
+    case Regex.run(~r/\A(\d+) (\d*) (<[\d.]+>)\z/, holder, capture: :all_but_first) do
+      [os_pid, started, pid] -> {String.to_integer(os_pid), started, to_charlist(pid)}
+      nil -> :unknown
+    end
+  end
+
+  defp ended?(os_pid, started, pid) do
+    if "#{os_pid}" == System.pid() and started == "#{OsProcess.start_time(os_pid)}",
+      do: not Process.alive?(:erlang.list_to_pid(pid)),
+      else: gone?(os_pid, started)
+  end
+
+  # Without /proc the number alone has to do.
+  defp gone?(os_pid, ""),
+    do: match?({_, 1}, System.cmd("/bin/sh", ["-c", "kill -0 #{os_pid} 2>/dev/null"]))
+
+  defp gone?(os_pid, started), do: OsProcess.gone?(os_pid, started)
+end
