@@ -206,12 +206,16 @@ def test_failures_are_streamed_like_results(desk: Desk) -> None:
 
 def test_a_deadline_in_the_middle_ends_it_all(desk: Desk) -> None:
     """What was streamed is there; the LM's requests are closed, and those that waited are never sent."""
-    waiting = threading.Event()
+    waiting, through = threading.Event(), threading.Event()
 
     def answer(request: dict[str, Any]) -> Answer:
         if question(request) == "slow":
+            # Not before the quick one: the gate is for all.
+            through.wait(PATIENCE)
             desk.server.gate.clear()
             waiting.wait(PATIENCE)
+        else:
+            through.set()
         return echo(request)
 
     desk.answer = answer
