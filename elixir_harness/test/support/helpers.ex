@@ -101,4 +101,27 @@ defmodule DSPex.Test.Helpers do
     System.put_env(%{name => value})
     ExUnit.Callbacks.on_exit(fn -> System.put_env(%{name => before}) end)
   end
+
+  @doc "For the test: of all that is configured or in the environment only the interpreter of the tests."
+  def only_python(_context) do
+    put_system_env("DSPY_VENV", nil)
+    put_system_env("PYTHON_EXECUTABLE", python())
+    put_config(:python_environment, [])
+    put_config(:python_bridge, [])
+  end
+
+  @doc "An interpreter that is a shell script."
+  def interpreter(dir, script) do
+    path = Path.join(dir, "python3")
+    File.write!(path, "#!/bin/sh\n" <> script)
+    File.chmod!(path, 0o755)
+    path
+  end
+
+  @doc "The same, as that of the environment for one test."
+  def use_interpreter(dir, script) do
+    path = interpreter(dir, script)
+    put_system_env("PYTHON_EXECUTABLE", path)
+    path
+  end
 end

@@ -15,12 +15,7 @@ defmodule DSPex.PythonBridge.DoctorTest do
   @names ~w(configuration interpreter version dspy psutil script package folders ping program lm)
   @key "sk-0123456789abcdef"
 
-  setup do
-    put_system_env("DSPY_VENV", nil)
-    put_system_env("PYTHON_EXECUTABLE", python())
-    put_config(:python_environment, [])
-    put_config(:python_bridge, [])
-  end
+  setup :only_python
 
   # By name.
   defp run(opts \\ []) do
@@ -31,16 +26,7 @@ defmodule DSPex.PythonBridge.DoctorTest do
 
   defp statuses(checks, names), do: for(name <- names, do: checks[name].status)
 
-  # An interpreter that is a shell script.
-  defp interpreter(dir, script) do
-    path = Path.join(dir, "python3")
-    File.write!(path, "#!/bin/sh\n" <> script)
-    File.chmod!(path, 0o755)
-    put_system_env("PYTHON_EXECUTABLE", path)
-    path
-  end
-
-  defp says(dir, answer), do: interpreter(dir, "echo 'DSPEX #{JSON.encode!(answer)}'")
+  defp says(dir, answer), do: use_interpreter(dir, "echo 'DSPEX #{JSON.encode!(answer)}'")
 
   # A peer's script by its looks.
   defp peer(dir, source) do
@@ -215,7 +201,7 @@ defmodule DSPex.PythonBridge.DoctorTest do
     end
 
     test "one that cannot be run", %{tmp_dir: dir} do
-      python = interpreter(dir, "echo broken >&2; exit 9")
+      python = use_interpreter(dir, "echo broken >&2; exit 9")
       assert run()["version"].found == "#{python} cannot be run: exit status 9: broken"
     end
   end

@@ -10,26 +10,12 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
 
   @moduletag :tmp_dir
 
-  setup do
-    put_system_env("DSPY_VENV", nil)
-    put_system_env("PYTHON_EXECUTABLE", python())
-    put_config(:python_environment, [])
-    put_config(:python_bridge, [])
-  end
+  setup :only_python
 
   defp error do
     assert {:error, text} = EnvironmentCheck.validate_environment()
     assert String.printable?(text)
     text
-  end
-
-  # An interpreter that is a shell script.
-  defp interpreter(dir, script) do
-    path = Path.join(dir, "python3")
-    File.write!(path, "#!/bin/sh\n" <> script)
-    File.chmod!(path, 0o755)
-    put_system_env("PYTHON_EXECUTABLE", path)
-    path
   end
 
   defp script(dir, source) do
@@ -86,25 +72,25 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
   end
 
   test "an interpreter that fails", %{tmp_dir: dir} do
-    path = interpreter(dir, "echo 'cannot load libpython' >&2; exit 127")
+    path = use_interpreter(dir, "echo 'cannot load libpython' >&2; exit 127")
     assert error() =~ "#{path} cannot be run: exit status 127: cannot load libpython"
   end
 
   test "an interpreter that is no Python", %{tmp_dir: dir} do
-    path = interpreter(dir, "echo hello")
+    path = use_interpreter(dir, "echo hello")
     assert error() =~ "#{path} cannot be run: it is no Python: hello"
   end
 
   test "a Python that is too old", %{tmp_dir: dir} do
-    path = interpreter(dir, ~S(echo 'DSPEX {"version": "3.9.1", "found": {}}'))
+    path = use_interpreter(dir, ~S(echo 'DSPEX {"version": "3.9.1", "found": {}}'))
     assert error() =~ "Python too old: #{path} is 3.9.1, needed is 3.10"
   end
 
   test "no dspy, no psutil: all that is missing, by name", %{tmp_dir: dir} do
-    interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}}'))
+    use_interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}}'))
     assert error() =~ "missing in"
     assert error() =~ "`dspy`, `psutil` (`mix dspex.setup` makes an environment)"
-    interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}, "venv": true}'))
+    use_interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}, "venv": true}'))
     assert error() =~ "`dspy`, `psutil` (install them there)"
   end
 
@@ -121,7 +107,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert {:ok, %{packages: %{"dspy-ai" => version}, dspy_version: version}} =
              EnvironmentCheck.validate_environment()
 
-    interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {"dspy-ai": "2.6.0"}}'))
+    use_interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {"dspy-ai": "2.6.0"}}'))
     put_config(:python_environment, required_packages: ["dspy"])
     assert {:ok, %{dspy_version: "2.6.0"}} = EnvironmentCheck.validate_environment()
   end
@@ -167,7 +153,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
   end
 
   test "only the line of the answer counts, whatever else is printed", %{tmp_dir: dir} do
-    interpreter(dir, """
+    use_interpreter(dir, """
     echo 'DSPEX is nice'; echo 'warning: DSPEX {'
     echo 'DSPEX {"version": "3.11.0", "found": {"dspy": "3.0", "psutil": "6"}}'; echo bye
     """)
@@ -179,7 +165,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     drop_in = File.read!(Application.app_dir(:dspex, "priv/python/dspy_bridge.py"))
     path = script(dir, drop_in)
     text = ~S("version": "3.11.0", "found": {"dspy": "3.0", "psutil": "6"})
-    python = interpreter(dir, "echo 'DSPEX {#{text}, \"bridge\": false}'")
+    python = use_interpreter(dir, "echo 'DSPEX {#{text}, \"bridge\": false}'")
     assert error() =~ "the package dspy_bridge is neither beside #{path}"
     assert error() =~ "nor installed in #{python}"
 
@@ -204,7 +190,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     File.mkdir_p!(folder)
     File.cp!(Application.app_dir(:dspex, "priv/python/dspy_bridge.py"), script)
     # Without site-packages nothing is installed.
-    python = interpreter(dir, "exec #{python()} -I -S \"$@\"\n")
+    python = use_interpreter(dir, "exec #{python()} -I -S \"$@\"\n")
 
     found = fn ->
       {:ok, probe} = Probe.run(python, script, [])
@@ -215,7 +201,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
 
     installed = Path.join(dir, "site")
     package(installed)
-    interpreter(dir, "PYTHONPATH=#{installed} exec #{python()} -S \"$@\"\n")
+    use_interpreter(dir, "PYTHONPATH=#{installed} exec #{python()} -S \"$@\"\n")
     assert found.() == installed
 
     beside = Path.join(folder, "package")

@@ -21,14 +21,6 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     {status, found, advice}
   end
 
-  # An interpreter that is a shell script.
-  defp interpreter(dir, script) do
-    path = Path.join(dir, "python3")
-    File.write!(path, "#!/bin/sh\n" <> script)
-    File.chmod!(path, 0o755)
-    path
-  end
-
   test "none configured is a note, with the line for it" do
     assert {:note, "config :dspex, :python_bridge has no default LM", advice} = check(nil)
     assert advice =~ "config :dspex, :python_bridge, lm: "
