@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peer import vector_payload, vectors
+from peer import frame, vector_payload, vectors
 
 from dspy_bridge import messages
 from dspy_bridge.messages import Cancel, NotAMessage, NotJSON, Request
@@ -172,6 +172,22 @@ def test_a_ping_as_bridge_writes_it_is_answered_by_its_bytes() -> None:
         assert json.loads(reply) == wanted and reply.startswith(b'{"id":')
 
 
+@pytest.mark.parametrize("digits", [1, 17, 18, 19, 20, 21, 300])
+@pytest.mark.parametrize("first", ["1", "9", "-1"])
+def test_an_id_of_any_length_is_exact_by_each_way(digits: int, first: str) -> None:
+    """The short ways take ids of up to 18 digits, which fit a machine word as they do; all others go the long way."""
+    id = int(first + "8" * (digits - 1))
+    payload = QUICK % id
+    by_bytes, by_packet = messages.quick_pong(payload, 1.5), messages.quick_packet(frame(payload), 1.5)
+    short = digits <= 18 and id > 0
+    assert (by_bytes is not None, by_packet is not None) == (short, short)
+    request = messages.decode(payload)
+    assert isinstance(request, Request) and request.id == id
+    pong = messages.encode_result(request.id, messages.pong(1.5))
+    assert json.loads(pong)["id"] == id
+    assert not short or (by_bytes, by_packet) == (pong, frame(pong))
+
+
 @given(st.integers(0, 90), st.binary(min_size=1, max_size=3))
 def test_what_the_short_way_answers_the_long_way_takes_as_a_ping_with_that_id(at: int, junk: bytes) -> None:
     good = QUICK % 12
@@ -188,3 +204,12 @@ def test_a_run_of_digits_in_a_text_stays_text() -> None:
     request = messages.decode(b'{"id":1,"command":"x","args":{"n":"' + b"7" * 50 + b'","x":0.1234567890123456789}}')
     assert isinstance(request, Request)
     assert request.args == {"n": "7" * 50, "x": 0.1234567890123456789}
+
+
+@pytest.mark.parametrize("unit", [b"1" * 4300 + b" ", b"9" * 100 + b",", b"1 ", b'"id":', b"{", b'"', b" ", b"-", b"\\", b"\xff"])
+@pytest.mark.parametrize("start", [b"", b'{"id":7,"args":', b'{"id":', b'{"id":"'])
+def test_what_is_no_json_is_refused_in_linear_time(start: bytes, unit: bytes) -> None:
+    """16 MB of digit runs took a search for integers that are too long 3 minutes: this test's timeout."""
+    payload = start + unit * (16_000_000 // len(unit)) + b"!"
+    with pytest.raises(NotJSON, match="^expected JSON"):
+        messages.decode(payload)

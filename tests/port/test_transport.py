@@ -122,6 +122,18 @@ def test_the_limit_holds_for_pings_in_the_form_of_bridge_too(together: bool) -> 
                     assert peer.receive().get("error_type") == error_type
 
 
+def test_pings_with_ids_of_any_length_get_them_back_alone_or_together(peer: Peer) -> None:
+    ids = [int(first + "8" * (digits - 1)) for digits in (17, 18, 19, 20) for first in ("1", "9")]
+    pings = [
+        b'{"id":%d,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}' % id for id in ids
+    ]
+    for ping, id in zip(pings, ids, strict=True):
+        peer.send(ping)
+        assert peer.receive()["id"] == id
+    peer.send(*pings)
+    assert [peer.receive()["id"] for _ in ids] == ids
+
+
 def test_a_reply_over_the_limit_becomes_an_error_with_its_id() -> None:
     with Peer("--max-frame-bytes", "600", "--lm", "offline/echo") as peer:
         peer.call("create_program", {"id": "qa", "signature": "question -> answer, again"})
