@@ -218,7 +218,7 @@ def _union(cores: list[CoreSchema]) -> CoreSchema:
 def _fits(core: CoreSchema, value: Any) -> bool:
     try:
         # Strict, as a schema means it; from JSON text, where a list may still become a tuple.
-        SchemaValidator(core).validate_json(json.dumps(value), strict=True)
+        SchemaValidator(core).validate_json(json.dumps(value), strict=True, context=schema_patterns.Budget())
     except (pydantic.ValidationError, ValueError):
         return False
     return True

@@ -1,7 +1,10 @@
-r"""The `pattern` of JSON Schemas. Matched by Rust's library, which takes linear time whatever a pattern is; pure.
+r"""The `pattern` of JSON Schemas. Matched by Rust's library, which never backtracks; pure.
 
-Compiled, one could take 16 MB, and pydantic keeps the last 50 that anybody compiled: no cleanup gives them back. So
-each is bounded, and types know their patterns as text, lest every program keeps its own.
+Compiled, one could take 12 MB, and pydantic keeps the last 50 that anybody compiled: no cleanup gives them back. And a
+text costs its length times the size of its pattern, with Python's lock held: 36 s for 0.1 MB of text and a pattern as
+large as Rust takes. So both are bounded, and types know their patterns as text, lest every program keeps its own.
+Programs are made on the loader's thread, their values checked where these come in; either way everybody waits for one
+pattern: 10 ms at most while it is compiled, some 0.1 s while it is matched.
 As JSON Schema says, \w and \d are ASCII's, as in JavaScript and Elixir. Unicode's \w is 60 KB wherever it stands.
 """
 
@@ -9,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
-from pydantic_core import SchemaError, SchemaValidator, core_schema
+from pydantic import ValidationInfo
+from pydantic_core import PydanticCustomError, SchemaError, SchemaValidator, core_schema
 
 from dspy_bridge.errors import InvalidArgs
 
@@ -25,35 +30,59 @@ MAX_SIZE = 6000
 _WIDE = 6  # any character, or any but some
 _UNICODE = 400  # a set of Unicode's: hundreds of ranges
 
+# That size times the characters of a text: 5 to 14 ns each, where text and pattern were made for it.
+MAX_WORK = 10_000_000
+# What all texts of one value may take, in seconds: 10 MB of those that people write.
+MAX_SECONDS = 0.25
+
 _ASCII = {"w": "[0-9A-Za-z_]", "W": "[^0-9A-Za-z_]", "d": "[0-9]", "D": "[^0-9]"}
-_TOKEN = re.compile(
-    r"""
-    (?P<class> \[ (?P<not> \^? ) \]? ) | (?P<end> \] )
-    | (?P<open> \( (?: \? (?: P?< \w+ > | (?P<flags> [A-Za-z-]* ) :? ) )? ) | (?P<close> \) )
-    | \{ \s* (?P<least> \d* ) \s* ,? \s* (?P<most> \d* ) \s* \}
-    | (?P<unicode> \\ [pP] (?: \{ [^}]* \} | . ) ) | (?P<wide> \\ [sS] | [^\0-\x7f] ) | (?P<any> \. )
-    | (?P<free> [*+?|^$] )
-    | \\ . | .
-    """,
-    re.VERBOSE | re.DOTALL,
-)
 
 
-def read(pattern: object, where: str) -> Callable[[str], Any]:
-    """What checks a text against a pattern: gives the text, or raises a `ValidationError`. Raises `InvalidArgs`."""
+class Budget:
+    """The time that the patterns of one value have left. The validation's context."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds = MAX_SECONDS
+
+
+def read(pattern: object, where: str) -> Callable[[str, ValidationInfo], str]:
+    """What checks a text against a pattern, in a validation whose context is a `Budget`: gives the text, or raises.
+
+    Raises `InvalidArgs`.
+    """
     unknown = f"{where}: cannot be read; expected a regular expression, without look-around and back references"
     if not isinstance(pattern, str):
         raise InvalidArgs(unknown)
     if len(pattern) > MAX_CHARS:
         raise InvalidArgs(f"{where}: expected at most {MAX_CHARS} characters")
     rust = re.sub(r"\\(.)", lambda found: _ASCII.get(found[1], found[0]), pattern, flags=re.DOTALL)
-    if _size(rust) > MAX_SIZE:
+    size = _size(rust)
+    if size > MAX_SIZE:
         raise InvalidArgs(f"{where}: too large, its repetitions written out; bound a text with maxLength")
     try:
         _compiled(rust)
     except SchemaError:
         raise InvalidArgs(unknown) from None
-    return lambda text: _compiled(rust)(text)
+    longest = int(MAX_WORK / max(size, 1))
+
+    def match(text: str, info: ValidationInfo) -> str:
+        if len(text) > longest:
+            told = "Input should have at most {longest} characters, for its pattern"
+            raise PydanticCustomError("pattern_work", told, {"longest": longest})
+        budget = info.context
+        assert isinstance(budget, Budget)
+        if budget.seconds < 0:
+            raise PydanticCustomError("pattern_work", "Input should take its patterns less time")
+        began = time.thread_time()
+        try:
+            matched: str = _compiled(rust)(text)
+            return matched
+        finally:
+            budget.seconds -= time.thread_time() - began
+
+    return match
 
 
 @functools.lru_cache(maxsize=MOST)
@@ -62,42 +91,68 @@ def _compiled(pattern: str) -> Callable[[str], Any]:
 
 
 def _size(pattern: str) -> float:
-    """How large it is with `{…}` written out. Of what cannot be read it may be anything."""
-    groups = [0.0]
-    last = 0.0
+    """How large it is with `{…}` written out, in one pass over it. Of what Rust will not read it may be anything."""
+    groups = [0.0]  # of what is open; classes are groups, too
+    last = 0.0  # what a `{…}` here would repeat
     in_class = 0
     cases = 1
-    for token in _TOKEN.finditer(pattern):
-        if token["class"]:
+    at = 0
+    while at < len(pattern):
+        sign = pattern[at]
+        at += 1
+        size = _WIDE if sign > "\x7f" else 0.25 if in_class else 1  # in a class, ASCII's are ranges of one step
+        if sign == "[":
             in_class += 1
-            groups.append(_WIDE if token["not"] else 1)
-        elif token["open"] and not in_class:
-            if "x" in (token["flags"] or ""):
-                return MAX_SIZE + 1  # comments may hold anything
-            cases += "i" in (token["flags"] or "") and cases == 1
+            negated = pattern.startswith("^", at)
+            groups.append(_WIDE if negated else 1)
+            at += negated
+            at += pattern.startswith("]", at)  # the first one is a character
+            continue
+        if sign == "(" and not in_class:
             groups.append(1)
-        elif (token["end"] and in_class) or (token["close"] and not in_class):
-            in_class -= 1 if in_class else 0
-            last = groups.pop()
+            if pattern.startswith("?", at):
+                head, at = _until(":)>", pattern, at)
+                if "<" not in head:
+                    if "x" in head:
+                        return MAX_SIZE + 1  # comments may hold anything
+                    cases = 2 if "i" in head else cases
+            continue
+        if sign == "]" if in_class else sign == ")":
+            in_class = max(0, in_class - 1)
+            size = groups.pop()
             groups = groups or [0.0]
-            groups[-1] += last
-        elif token["least"] is not None and not in_class:
-            times = max(int(token["least"] or 0), int(token["most"] or 0), 1)
-            groups[-1] += last * (times - 1)
-            last *= times
-        elif not (token["free"] and not in_class):
-            # In a class, ASCII's are ranges of one step.
-            last = (
-                _UNICODE
-                if token["unicode"]
-                else _WIDE
-                if token["wide"]
-                else 0.25
-                if in_class
-                else _WIDE
-                if token["any"]
-                else 1
-            )
-            last *= 2 if token[0] == r"\S" else 1
-            groups[-1] += last
+        elif sign == "\\":
+            size, at = _escape(pattern, at)
+        elif not in_class and sign == "{":
+            counts, at = _until("}", pattern, at)
+            times = max((min(int(n), MAX_SIZE + 1) for n in counts.split(",") if n.strip().isdecimal()), default=1)
+            size = last * max(0, times - 1)
+            groups[-1] += size
+            last += size
+            continue
+        elif not in_class and sign in "*+?|^$":
+            continue
+        elif not in_class and sign == ".":
+            size = _WIDE
+        last = size
+        groups[-1] += size
     return sum(groups) * cases
+
+
+def _escape(pattern: str, at: int) -> tuple[float, int]:
+    """The size of what is escaped at `at`, and where it ends."""
+    kind = pattern[at : at + 1]
+    at += 1
+    if kind not in ("p", "P", "x", "u", "U"):
+        return {"s": _WIDE, "S": 2 * _WIDE}.get(kind, 1), at
+    if pattern.startswith("{", at):
+        at = _until("}", pattern, at)[1]
+    else:
+        at += {"x": 2, "u": 4, "U": 8}.get(kind, 1)
+    return _UNICODE if kind in "pP" else _WIDE, at
+
+
+def _until(ends: str, pattern: str, at: int) -> tuple[str, int]:
+    """What stands before the next of `ends`, and where it goes on: behind a brace, at all else."""
+    end = next((n for n in range(at, len(pattern)) if pattern[n] in ends), len(pattern))
+    return pattern[at:end], end + (ends == "}")

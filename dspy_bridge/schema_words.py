@@ -157,7 +157,7 @@ def _text(schema: dict[str, Any], where: str) -> CoreSchema:
     core: CoreSchema = core_schema.str_schema(min_length=limits.get("minLength"), max_length=limits.get("maxLength"))
     if "pattern" in schema:
         matcher = schema_patterns.read(schema["pattern"], f"{where}.pattern")
-        core = core_schema.no_info_after_validator_function(matcher, core)
+        core = core_schema.with_info_after_validator_function(matcher, core)
     name = schema.get("format")
     if name not in _FORMATS:
         return core

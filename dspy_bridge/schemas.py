@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union
 import pydantic
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
-from dspy_bridge import schema_parts, schema_words
+from dspy_bridge import schema_parts, schema_patterns, schema_words
 from dspy_bridge.errors import InvalidArgs
 
 # Lists and objects inside each other in the whole text, values (default, enum) included. Frames end at 200.
@@ -33,8 +33,12 @@ def to_annotation(schema: dict[str, Any], where: str) -> Any:
     """
     _refuse_deep(schema, where)
     core, shown = schema_parts.convert(schema, where)
-    validate = staticmethod(SchemaValidator(core).validate_python)
-    shape = type(_name_of(shown), (_Shape,), {"validate": validate, "shown": json.dumps(shown)})
+    validator = SchemaValidator(core)
+
+    def validate(value: Any) -> Any:
+        return validator.validate_python(value, context=schema_patterns.Budget())
+
+    shape = type(_name_of(shown), (_Shape,), {"validate": staticmethod(validate), "shown": json.dumps(shown)})
     try:
         pydantic.TypeAdapter(shape).json_schema()
     except Exception as error:  # pydantic follows any "$ref" in it, one that is data included

@@ -206,10 +206,12 @@ def test_a_run_of_digits_in_a_text_stays_text() -> None:
     assert request.args == {"n": "7" * 50, "x": 0.1234567890123456789}
 
 
-@pytest.mark.parametrize("unit", [b"1" * 4300 + b" ", b"9" * 100 + b",", b"1 ", b'"id":', b"{", b'"', b" ", b"-", b"\\", b"\xff"])
+@pytest.mark.parametrize(
+    "unit", [b"1" * 4300 + b" ", b"9" * 100 + b",", b"1 ", b'"id":', b"{", b'"', b" ", b"-", b"\\", b"\xff"]
+)
 @pytest.mark.parametrize("start", [b"", b'{"id":7,"args":', b'{"id":', b'{"id":"'])
 def test_what_is_no_json_is_refused_in_linear_time(start: bytes, unit: bytes) -> None:
     """16 MB of digit runs took a search for integers that are too long 3 minutes: this test's timeout."""
     payload = start + unit * (16_000_000 // len(unit)) + b"!"
-    with pytest.raises(NotJSON, match="^expected JSON"):
+    with pytest.raises(NotJSON, match="expected JSON"):
         messages.decode(payload)

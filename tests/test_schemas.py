@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import re
 import string
 import time
@@ -13,6 +15,7 @@ import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from dspy_bridge import annotations, schema_parts, schema_patterns, schema_words
 from dspy_bridge.errors import InvalidArgs
@@ -420,6 +423,107 @@ def test_patterns_that_people_write_are_taken(pattern: str, good: str, bad: str)
     assert check(schema, good) == good
     with pytest.raises(pydantic.ValidationError):
         check(schema, bad)
+
+
+@pytest.mark.parametrize(
+    "unit", ["{", "(", "[^", "(?", "(?<", r"\p{", r"\p", r"\x{", "{1,", "{ ", "[(", "a{" + "9" * 500]
+)
+def test_a_pattern_is_weighed_in_one_pass(unit: str) -> None:
+    """`{` and 400 spaces took 7 s, with Python's lock held, and 700 took minutes: this test's timeout."""
+    for start, filler in itertools.product(("", "{", "[", r"a\p{", "(?"), (" ", "1", unit)):
+        for size in (schema_patterns.MAX_CHARS, 1000 * schema_patterns.MAX_CHARS):
+            pattern = (start + unit + filler * (size // len(filler)))[:size]
+            try:
+                annotations.read_type({"type": "string", "pattern": pattern}, AT)
+            except InvalidArgs as error:
+                assert str(error).startswith(f"{AT}.pattern: ")
+
+
+ATOMS = [
+    *(
+        "a",
+        "k",
+        ".",
+        "é",
+        "^",
+        "$",
+        r"\b",
+        r"\(",
+        r"\{",
+        "[a-z]",
+        "[^a]",
+        "[]a]",
+        "[^](]",
+        "[a[(]b]",
+        "[(){9}]",
+        r"[\]{9}]",
+    ),
+    *(
+        r"\pL",
+        r"\p{Greek}",
+        r"\PL",
+        r"\s",
+        r"\S",
+        r"\x{1F600}",
+        r"\u4e00",
+        r"\xe9",
+        r"[[:alpha:]\pL(]",
+        r"[\w--\pN]",
+        r"[^\PL]",
+    ),
+]
+REPEATED = ["{2}", "{9}", "{100}", "{1,7}", "{3,}", "{0,5}", "{ 4 , 6 }", "{2}?", "*", "+", "?"]
+GROUPS = ["(%s)", "(?:%s)", "(?P<ix>%s)", "(?<x>%s)", "(?i:%s)", "(?s:%s)", "(?i)%s"]
+PATTERNS = st.recursive(
+    st.sampled_from(ATOMS),
+    lambda inner: (
+        st.builds(str.__add__, inner, inner)
+        | st.builds("{}|{}".format, inner, inner)
+        | st.builds(str.__mod__, st.sampled_from(GROUPS), inner)
+        | st.builds("(?:{}){}".format, inner, st.sampled_from(REPEATED))
+        | st.builds(str.__add__, st.sampled_from(ATOMS), st.sampled_from(REPEATED))
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PATTERNS)
+def test_no_pattern_is_larger_than_it_was_weighed(pattern: str) -> None:
+    """Rust refuses what takes 10 MB: 30,000 by the weight here never do, so 6,000 take 2 MB at most."""
+    size = schema_patterns._size(pattern)
+    if size <= schema_patterns.MAX_SIZE:
+        repeated = f"(?:{pattern}){{{int(30_000 / max(size, 1))}}}"
+        try:
+            SchemaValidator(core_schema.str_schema(pattern=repeated))
+        except SchemaError as error:
+            assert "size limit" not in str(error)
+
+
+# Each position may begin a match, which 500 more characters decide.
+SLOW = {"type": "string", "pattern": "[ab]*a[ab]{500}c"}
+
+
+def test_a_text_that_its_pattern_would_take_long_for_is_refused() -> None:
+    """10 MB took half a minute, with Python's lock held."""
+    text = "".join(random.Random(1).choices("ab", k=1_000_000))
+    with pytest.raises(pydantic.ValidationError, match="at most 13271 characters, for its pattern"):
+        check(SLOW, 10 * text)
+    assert check({"type": "string", "pattern": "^[^<>]*$"}, text) == text
+
+
+def test_texts_that_their_patterns_would_together_take_long_for_are_refused() -> None:
+    """50 MB took minutes: this test's timeout. Thousands that people write pass."""
+    text = "".join(random.Random(1).choices("ab", k=10_000))
+    slow: dict[str, Any] = {"type": "array", "items": SLOW}
+    with pytest.raises(pydantic.ValidationError) as caught:
+        check(slow, [text] * 5000)
+    assert caught.value.errors()[-1]["msg"] == "Input should take its patterns less time"
+    with pytest.raises(InvalidArgs, match="default: does not fit"):
+        annotations.read_type({**slow, "default": [text] * 5000}, AT)
+    emails = [f"ada.{n}@example.org" for n in range(10_000)]
+    plain = {"type": "array", "items": {"type": "string", "pattern": r"^[\w.+-]{1,64}@[\w-]{1,63}\.\w{2,24}$"}}
+    assert check(plain, emails) == emails
 
 
 def test_patterns_take_no_memory_of_each_program() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,29 @@ def test_a_deep_schema_is_one_clear_error(peer: Peer, word: str, depth: int) -> 
         assert reply["error_type"] == "invalid_args" and "signature.outputs[0].type" in reply["error"]
         assert "nested too deep" in reply["error"]
     assert peer.call("ping")["success"]
+
+
+def test_patterns_and_texts_made_to_take_long_stop_nobody_else() -> None:
+    """700 spaces in a pattern stopped every ping for minutes, and these texts every deadline for half a minute."""
+    patterns = ["{" + " " * 700, "(((a{99}){99}){99})", "(?i)" + r"\PL" * 300, "a{" + "9" * 900 + "}", "(?" * 500]
+    slow = {"type": "array", "items": {"type": "string", "pattern": "[ab]*a[ab]{500}c"}}
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        assert create(peer, {"texts": slow}, {"a": "str"})["success"]
+        for pattern in patterns:
+            signature = {"inputs": [], "outputs": [{"name": "a", "type": {"type": "string", "pattern": pattern}}]}
+            made = peer.request("create_program", {"id": "x", "signature": signature})
+            pinged = peer.request("ping")
+            replies = {reply["id"]: reply for reply in (peer.receive(10), peer.receive(10))}
+            assert replies[pinged]["success"] and replies[made]["error_type"] == "invalid_args"
+        texts = ["ab" + "".join(random.Random(1).choices("ab", k=10_000))] * 600
+        ids = [
+            peer.request("execute_program", {"program_id": "p", "inputs": {"texts": texts}}),
+            peer.request("execute_program", {"program_id": "p", "inputs": {"texts": []}}, timeout_ms=5000),
+            peer.request("ping"),
+        ]
+        replies = {reply["id"]: reply for reply in (peer.receive(10) for _ in ids)}
+        assert replies[ids[0]]["error_type"] == "invalid_args" and "should match pattern" in replies[ids[0]]["error"]
+        assert replies[ids[1]]["success"] and replies[ids[2]]["success"]
 
 
 @pytest.mark.parametrize(
