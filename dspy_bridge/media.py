@@ -26,7 +26,7 @@ from dspy_bridge.misfits import again, not_allowed, unfit
 MAX_FILE_BYTES = 64 * 1024 * 1024
 # Base64 is checked in pieces: in one, 27 MB would hold Python's lock for 50 ms.
 _PIECE = 1 << 20
-_URL = re.compile(r"https?://[^\s/]+\S*", re.IGNORECASE)
+_URL = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
 _DATA_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
 _MIME = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
 
