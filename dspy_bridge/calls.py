@@ -61,7 +61,7 @@ class Call:
         self.task: asyncio.Task[Any] | None = None
         self.handle: asyncio.TimerHandle | None = None
         # What its turn begins with.
-        self.start: Callable[[], object] | None = None
+        self.start: Callable[[], bool] | None = None
         self.meter: Any = None
         self.gave_turn = False
         self.settle: Callable[[bool], object] | None = None

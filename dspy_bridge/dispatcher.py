@@ -200,7 +200,7 @@ class Dispatcher:
         else:
             self._start(call)
 
-    def _start(self, call: Call) -> None:
+    def _start(self, call: Call) -> bool:
         assert self._loop is not None and call.work is not None
         call.started = time.monotonic()
         # Not in the context of what starts it: that may be the end of another call, which has a trace of its own.
@@ -208,6 +208,7 @@ class Dispatcher:
         call.task = context.run(self._loop.create_task, call.work)
         # Not code around `work` in the task: a task that is cancelled before its first step runs none of it.
         call.task.add_done_callback(lambda task: self._finished(call, task), context=context)
+        return True
 
     def _finished(self, call: Call, task: asyncio.Task[Any]) -> None:
         try:

@@ -17,7 +17,7 @@ class Turns:
         self._most_waiting = most_waiting
         self.running = 0
         # In their order; who withdraws is found at once.
-        self._waiting: OrderedDict[Callable[[], object], None] = OrderedDict()
+        self._waiting: OrderedDict[Callable[[], bool], None] = OrderedDict()
 
     @property
     def full(self) -> bool:
@@ -29,47 +29,48 @@ class Turns:
         """How many wait."""
         return len(self._waiting)
 
-    def enter(self, start: Callable[[], object]) -> None:
-        """Call `start` when a turn is free, perhaps now. Who started calls `leave` at its end."""
-        if self.running < self._most:
-            self.running += 1
-            start()
-        else:
-            self._waiting[start] = None
+    def enter(self, start: Callable[[], bool]) -> None:
+        """Call `start` when a turn is free, perhaps now. It returns whether it takes the turn: then `leave` is called
+        at its end.
+        """
+        self._waiting[start] = None
+        self._give()
 
-    def withdraw(self, start: Callable[[], object]) -> None:
+    def withdraw(self, start: Callable[[], bool]) -> None:
         """`start`, which waits, is not to be called any more."""
         del self._waiting[start]
 
     def leave(self) -> None:
         """A turn is over: the next one begins."""
-        if self._waiting:
+        self.running -= 1
+        self._give()
+
+    def _give(self) -> None:
+        # A loop: thousands may refuse their turn in a row, when thousands were cancelled at once.
+        while self._waiting and self.running < self._most:
             start, _ = self._waiting.popitem(last=False)
-            start()
-        else:
-            self.running -= 1
+            self.running += 1
+            if not start():
+                self.running -= 1
 
     async def take(self) -> None:
         """Wait for a turn of one's own: for calls that need one after another."""
         import asyncio
 
         turn = asyncio.get_running_loop().create_future()
-        came = False
 
-        def start() -> None:
-            nonlocal came
-            came = True
+        def start() -> bool:
             if turn.cancelled():
-                self.leave()
-            else:
-                turn.set_result(None)
+                return False
+            turn.set_result(None)
+            return True
 
         self.enter(start)
         try:
             await turn
         except asyncio.CancelledError:
-            if not came:
-                self.withdraw(start)
-            elif not turn.cancelled():
+            if turn.cancelled():
+                self._waiting.pop(start, None)  # unless its turn has come meanwhile, and was refused
+            else:
                 self.leave()  # cancelled in the moment in which its turn had come
             raise
