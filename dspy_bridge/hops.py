@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-_STEPS = frozenset(("capabilities", "prepare", "_price_result"))
+# Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
+_STEPS = frozenset(("prepare", "_price_result"))
 # With a disk cache these wait for the disk.
 _CACHE_STEPS = frozenset(("_cached", "_store"))
-_MODULES = frozenset(("dspy.clients.capabilities", "dspy.clients.execution"))
+_MODULE = "dspy.clients.execution"
 # Seconds that the loop may be held up, and short runs in a thread before that is tried.
 SHORT = 0.002
 TRIES = 5
@@ -60,7 +61,7 @@ class Executor(ThreadPoolExecutor):
         """What `fn` is, if it is such a step as `asyncio.to_thread` sends it: `partial(context.run, step, lm, …)`."""
         parts: tuple[Any, ...] = getattr(fn, "args", ())
         step = parts[0] if parts else None
-        if getattr(step, "__module__", None) not in _MODULES or getattr(step, "__name__", None) not in self._steps:
+        if getattr(step, "__module__", None) != _MODULE or getattr(step, "__name__", None) not in self._steps:
             return None
         return (step, getattr(parts[1], "model", None)) if len(parts) > 1 else None
 

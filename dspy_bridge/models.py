@@ -109,7 +109,8 @@ class Models:
         self._default: LMPool | None = None
         self._lock = threading.Lock()
         logs.adopt("dspy")
-        _carry_traces()
+        _install("litellm_import", "the first call by LiteLLM holds up all others")
+        _install("trace_headers", "no traceparent reaches LMs")
         redaction.learn_environment()
         self.settings = settings
         self._configure(settings)
@@ -215,14 +216,12 @@ def translate(error: Exception) -> BridgeError | None:
     return None
 
 
-def _carry_traces() -> None:
+def _install(name: str, without: str) -> None:
     try:
-        from dspy_bridge import trace_headers
-
-        trace_headers.install()
+        importlib.import_module(f"dspy_bridge.{name}").install()
     except (AttributeError, ImportError):
         # Another DSPy than the tested ones, with other names inside: all else works.
-        logs.logger.warning("with this DSPy no traceparent reaches LMs", exc_info=True)
+        logs.logger.warning("with this DSPy %s", without, exc_info=True)
 
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
