@@ -34,6 +34,8 @@ _CREATE_ARGS = (
     "state",
     "state_path",
 )
+# What made DSPy's set-up fail may pass. Until it is tried again, whoever needs it is told of the last failure.
+_SETUP_AGAIN_SECONDS = 1.0
 _EXECUTE_ARGS = ("program_id", "inputs", "config", "lm")
 
 
@@ -47,7 +49,9 @@ class Commands:
         self._load = load
         self._started = time.monotonic()
         self._registry = Registry()
-        self._models: Models | SetupFailed | None = None
+        self._models: Models | None = None
+        # Why there are none, and when that was.
+        self._setup_failed: tuple[str, float] | None = None
         self._loader: Any = None
         self._garbage = Garbage()
 
@@ -228,8 +232,6 @@ class Commands:
     def _make(self, definition: dict[str, Any]) -> Program:
         if self._models is None:
             self._models = self._load_dspy()
-        if isinstance(self._models, SetupFailed):
-            raise SetupFailed(str(self._models))
         from dspy_bridge.programs import Program
 
         program = Program(definition, self._models)
@@ -237,19 +239,23 @@ class Commands:
             self._garbage.settle()
         return program
 
-    def _load_dspy(self) -> Models | SetupFailed:
+    def _load_dspy(self) -> Models:
+        if self._setup_failed is not None and time.monotonic() < self._setup_failed[1] + _SETUP_AGAIN_SECONDS:
+            raise SetupFailed(self._setup_failed[0])
         self._setup()
         try:
             from dspy_bridge.models import Models
 
             models = Models(self._settings)
-            self._garbage.settle()  # DSPy itself is half a million objects
-            return models
         except BaseException as error:  # code of the host's and DSPy's own, which may raise anything
             from dspy_bridge import logs
 
             why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be set up: {error}"
-            return SetupFailed(f"{why}; the peer's log has the traceback under {logs.exception()}")
+            why = f"{why}; the peer's log has the traceback under {logs.exception()}"
+            self._setup_failed = why, time.monotonic()
+            raise SetupFailed(why) from None
+        self._garbage.settle()  # DSPy itself is half a million objects
+        return models
 
 
 def _count(entry: Entry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import lm_env
 from lm_server import LMServer, chat
-from peer import ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 
 HOST = """
 import dspy, json, os
@@ -45,6 +46,8 @@ def own_lm():
     dspy.configure(lm=dspy.LM("openai/hosts", **options), track_usage=True)
 
 def raises():
+    with open(os.environ["TOLD"], "a") as file:
+        file.write("called\\n")
     raise RuntimeError("no tracing here")
 """
 
@@ -144,3 +147,29 @@ def test_after_an_init_that_raises_executes_say_so_too(start: Callable[..., Peer
         assert replies[id]["error_type"] == "internal" and "no tracing here" in replies[id]["error"]
     assert peer.call("execute_program", ASK)["error_type"] == "program_not_found"
     assert peer.call("ping")["success"] and peer.call("get_stats")["result"]["in_flight"] == 0
+
+
+def test_a_set_up_that_fails_is_tried_again_once_a_second(start: Callable[..., Peer], tmp_path: Path) -> None:
+    """And no more often: it may take seconds, in which no program can be loaded."""
+    peer = start("raises", DSPY_BRIDGE_LM="offline/echo")
+    told, begun, end = tmp_path / "told", 0.0, time.monotonic() + PATIENCE
+    while not told.exists() or len(told.read_text().splitlines()) < 3:
+        assert time.monotonic() < end
+        reply = peer.call("create_program", QA)
+        assert reply["error_type"] == "internal" and "no tracing here" in reply["error"]
+        begun = begun or time.monotonic()
+    assert time.monotonic() - begun > 1.5
+
+
+def test_once_what_was_wrong_is_mended_programs_are_loaded(tmp_path: Path) -> None:
+    """A disk that was full, say: here there is a file where the cache is to have a folder of its own."""
+    in_the_way = tmp_path / "000"
+    in_the_way.write_text("")
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_DISK_CACHE": str(tmp_path)}) as peer:
+        reply = peer.call("create_program", QA)
+        assert reply["error_type"] == "internal" and "DSPy cannot be set up" in reply["error"]
+        in_the_way.unlink()
+        end = time.monotonic() + PATIENCE
+        while not peer.call("create_program", QA)["success"]:
+            assert time.monotonic() < end
+        assert peer.call("execute_program", ASK)["success"]
