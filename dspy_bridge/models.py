@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import importlib
 import json
 import os
@@ -48,25 +49,23 @@ class LMPool:
     likes, also those of an LM that is garbage.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        """Raises `InvalidArgs`."""
+    def __init__(self, options: dict[str, Any], loops: list[asyncio.AbstractEventLoop]) -> None:
+        """`loops`: where its LMs are called, known by then at the latest. Raises `InvalidArgs`."""
         self._options = options
         self._lms = [_make_lm(dict(options))]
         self._in_flight = [0]
-        self._loops: list[asyncio.AbstractEventLoop] = []
-        weakref.finalize(self, _close, self._lms, self._loops).atexit = False
+        weakref.finalize(self, _close, self._lms, loops).atexit = False
 
-    @property
-    def first(self) -> dspy.BaseLM:
-        """The LM that is always there, for who needs one for long: it keeps the pool."""
-        self._lms[0].pool = self
-        return self._lms[0]
+    def lasting(self) -> dspy.BaseLM:
+        """An LM for who needs one for long: it keeps the pool."""
+        # A copy shares the connections. The LMs themselves must not lead to the pool: its finalizer has them.
+        lm = copy.copy(self._lms[0])
+        lm.pool = self
+        return lm
 
     @contextmanager
     def lend(self) -> Iterator[dspy.BaseLM]:
         """An LM that has a connection to spare."""
-        if not self._loops:
-            self._loops.append(asyncio.get_running_loop())
         place = next((n for n, count in enumerate(self._in_flight) if count < CALLS_PER_LM), len(self._lms))
         if place == len(self._lms):
             self._lms.append(_make_lm(dict(self._options)))
@@ -106,7 +105,9 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         """Configure DSPy and call the host's `init`. Raises `SetupFailed`."""
         self._pools: OrderedDict[str, LMPool] = OrderedDict()
-        self._default: LMPool | None = None
+        self._default: tuple[LMPool, dspy.BaseLM] | None = None
+        # Where calls run: noted by the first.
+        self.loops: list[asyncio.AbstractEventLoop] = []
         self._lock = threading.Lock()
         logs.adopt("dspy")
         _install("litellm_import", "the first call by LiteLLM holds up all others")
@@ -132,8 +133,9 @@ class Models:
             dspy.configure(adapter=_ADAPTERS[settings.adapter]())
         if settings.lm is not None:
             try:
-                self._default = self.pool({**settings.lm_options, "model": settings.lm})
-                dspy.configure(lm=self._default.first)
+                pool = self.pool({**settings.lm_options, "model": settings.lm})
+                self._default = pool, pool.lasting()
+                dspy.configure(lm=self._default[1])
             except InvalidArgs as error:
                 raise SetupFailed(f"DSPY_BRIDGE_LM, DSPY_BRIDGE_LM_OPTIONS: {error}") from None
 
@@ -144,7 +146,7 @@ class Models:
             pool = self._pools.get(key)
             if pool is None:
                 redaction.learn(options)
-                pool = self._pools[key] = LMPool(options)
+                pool = self._pools[key] = LMPool(options, self.loops)
                 if len(self._pools) > MAX_LMS:
                     self._pools.popitem(last=False)
             else:
@@ -168,15 +170,17 @@ class Models:
         model = given.get("extraction_model")
         if not isinstance(model, dict) or given.keys() != {"name", "extraction_model"}:
             raise InvalidArgs(f"adapter: expected {two_step}")
-        return dspy.TwoStepAdapter(self.pool(model).first)
+        return dspy.TwoStepAdapter(self.pool(model).lasting())
 
     @contextmanager
     def context(self, pool: LMPool | None, adapter: dspy.Adapter | None) -> Iterator[None]:
         """DSPy's settings for one call; without a pool the default LM's. Raises `LMNotConfigured`."""
+        if (loop := asyncio.get_running_loop()) not in self.loops:
+            self.loops.append(loop)
         with ExitStack() as stack:
             lm = dspy.settings.lm
-            if pool is None and self._default is not None and lm is self._default.first:
-                pool = self._default
+            if pool is None and self._default is not None and lm is self._default[1]:
+                pool = self._default[0]
             if pool is not None:
                 lm = stack.enter_context(pool.lend())
             if lm is None:

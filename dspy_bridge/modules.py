@@ -98,7 +98,7 @@ def _make(
         return Runner(kind(signature, tools=[tools.AgentTool(tool) for tool in callers], **chosen))
     if program_type == "rlm":
         if "sub_lm" in chosen:
-            chosen["sub_lm"] = lms.pool(chosen["sub_lm"]).first
+            chosen["sub_lm"] = lms.pool(chosen["sub_lm"]).lasting()
         return CodeRunner(_checked(kind, signature, tools=list(callers), **chosen), takes_config=False)
     if program_type == "code_act":
         return CodeRunner(_checked(kind, signature, tools=[], **chosen))

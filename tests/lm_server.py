@@ -24,6 +24,7 @@ class LMServer:
     bytes go as they are.
 
     `requests`: all bodies received. `authorizations`: the headers. `gate`: while cleared, answers are held back.
+    `ended`: released with each connection that has ended.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
@@ -33,6 +34,7 @@ class LMServer:
         self.gate.set()
         self.arrived = threading.Semaphore(0)
         self.closed_by_client = threading.Semaphore(0)
+        self.ended = threading.Semaphore(0)
         self._answer = answer
         owner = self
 
@@ -73,6 +75,10 @@ class LMServer:
                     self.wfile.write(event(model, {}, "stop") + b"data: [DONE]\n\n")
                 except OSError:
                     owner.closed_by_client.release()
+
+            def finish(self) -> None:
+                super().finish()
+                owner.ended.release()
 
             def log_message(self, *_: object) -> None:
                 pass

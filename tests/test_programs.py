@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import os
 import threading
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
 import dspy
 import pytest
+from peer import PATIENCE
 
 from dspy_bridge import echo, models
+from dspy_bridge.programs import Program
 from dspy_bridge.runners import Runner
 from dspy_bridge.settings import Settings
 
@@ -62,16 +67,76 @@ def test_equal_options_share_an_lm_and_only_so_many_are_kept(lms: models.Models)
 def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(lms: models.Models) -> None:
     pool = lms.pool({"model": "openai/many"})
 
-    async def lend() -> None:
-        for _ in range(2):
-            with ExitStack() as stack:
-                lent = [stack.enter_context(pool.lend()) for _ in range(models.CALLS_PER_LM * 2 + 1)]
-                assert len({id(lm) for lm in lent}) == 3
-                assert lent[0] is pool.first
-        with pool.lend() as lm:
-            assert lm is pool.first
+    for _ in range(2):
+        with ExitStack() as stack:
+            lent = [stack.enter_context(pool.lend()) for _ in range(models.CALLS_PER_LM * 2 + 1)]
+            assert len({id(lm) for lm in lent}) == 3
+    with pool.lend() as lm:
+        assert lm is lent[0]
 
-    asyncio.run(lend())
+
+@pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
+def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(lms: models.Models, end: type[BaseException]) -> None:
+    """Lost places would have each later call open connections of its own."""
+    pool = lms.pool({"model": "openai/places"})
+    with pool.lend() as first:
+        pass
+    for _ in range(models.CALLS_PER_LM):
+        with pytest.raises(end), pool.lend():
+            raise end
+    with pool.lend() as lm:
+        assert lm is first
+
+
+def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(lms: models.Models, start_lm: Any) -> None:
+    """Not only its first: each has a connection to the provider, which would stay open."""
+    server = start_lm()
+
+    async def use() -> None:
+        pool = models.LMPool({"model": "openai/x", **server.options()}, lms.loops)
+        with lms.context(pool, None), ExitStack() as stack:
+            lent = [stack.enter_context(pool.lend()) for _ in range(models.CALLS_PER_LM * 2)]
+            for lm in {id(lm): lm for lm in lent}.values():
+                await lm.acall("hello")
+        del pool
+        for _ in range(3):
+            assert await asyncio.to_thread(server.ended.acquire, timeout=PATIENCE)
+
+    asyncio.run(use())
+
+
+TWO_STEP = {"adapter": {"name": "two_step", "extraction_model": {}}}
+RLM = {"program_type": "rlm", "options": {"sub_lm": {}}}
+
+
+@pytest.mark.parametrize("kind", [TWO_STEP, RLM], ids=["two_step", "rlm"])
+def test_a_second_lm_of_a_program_that_is_gone_is_closed(
+    lms: models.Models, start_lm: Any, kind: dict[str, Any]
+) -> None:
+    """What a two-step adapter or an RLM holds is an LM: it keeps its pool for as long, and no longer."""
+    server = start_lm()
+    definition: dict[str, Any] = json.loads(json.dumps({"signature": "question -> answer", **kind}))
+    second = definition.get("options", {}).get("sub_lm", definition.get("adapter", {}).get("extraction_model"))
+    second.update(server.options(model="openai/second"))
+    lms.settings = Settings({"allow_code": "1"})
+
+    async def use() -> None:
+        program = Program(definition, lms)
+        pool = weakref.ref(lms.pool(second))
+        for number in range(models.MAX_LMS):
+            lms.pool({"model": f"openai/m{number}"})
+        assert pool() is not None, "the program has it"
+        with lms.context(lms.pool({"model": "offline/echo"}), None):
+            await second_of(program).acall("hello")
+        del program
+        gc.collect()
+        assert pool() is None
+        assert await asyncio.to_thread(server.ended.acquire, timeout=PATIENCE)
+
+    def second_of(program: Any) -> Any:
+        return program._adapter.extraction_model if program._adapter else program._runner.module.sub_lm
+
+    asyncio.run(use())
 
 
 def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(lms: models.Models) -> None:
