@@ -69,8 +69,9 @@ class ChatReader(Reader):
         self._seen: set[str] = set()
         self._field: str | None = None
         self._text = _Stripped()
-        # The line so far, as long as it may be a header; None once it is text.
+        # The line so far without the white space before it, as long as it may be a header; None once it is text.
         self._line: str | None = ""
+        self._indent = 0
         self._after_header = False
         # A carriage return, which may be half a line break.
         self._half = ""
@@ -89,15 +90,21 @@ class ChatReader(Reader):
         if self._line is None:
             yield from self._tell(part)
             return
+        if not self._line:
+            # Of white space nothing shows unless text follows, so there is nothing to wait for.
+            text = part.lstrip()
+            space = len(part) - len(text)
+            self._indent += space
+            yield from self._tell(part[:space])
+            part = text
         self._line += part
-        stripped = self._line.lstrip()
-        header = _HEADER.match(stripped)
+        header = _HEADER.match(self._line)
         if header is not None:
             self._begin(header[1])
             # With spaces before the header DSPy cuts as many characters too early.
-            part, self._line, self._after_header = self._line[header.end() :], None, True
+            part, self._line, self._after_header = self._line[max(0, header.end() - self._indent) :], None, True
             yield from self._tell(part)
-        elif not _BEGUN_HEADER.fullmatch(stripped):
+        elif not _BEGUN_HEADER.fullmatch(self._line):
             part, self._line = self._line, None
             yield from self._tell(part)
 
@@ -112,13 +119,17 @@ class ChatReader(Reader):
             yield from self._tell(self._line)
         if self._after_header:
             self._text.trim()
-        self._line, self._after_header = "", False
+        self._line, self._indent, self._after_header = "", 0, False
         # Whatever broke the line.
         yield from self._tell("\n")
 
     def _tell(self, text: str) -> Iterator[Told]:
         if self._field is not None and (visible := self._text.add(text)):
             yield self._field, visible
+
+
+# The parser looks at an unfinished tag from its beginning with each piece. Longer ones (in bytes) are no field's.
+_LONGEST_TAG = 1000
 
 
 class XMLReader(Reader):
@@ -131,22 +142,28 @@ class XMLReader(Reader):
         self._text = _Stripped()
         self._depth = 0
         self._told: list[Told] = []
-        parser = expat.ParserCreate()
+        parser = expat.ParserCreate("utf-8")
         if hasattr(parser, "SetReparseDeferralEnabled"):
             parser.SetReparseDeferralEnabled(False)  # it would hold text back
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
         parser.CharacterDataHandler = self._characters
         self._parser: expat.XMLParserType | None = parser
-        parser.Parse("<all>", False)
+        parser.Parse(b"<all>", False)
+        self._fed = len(b"<all>")
 
     def feed(self, piece: str) -> Iterator[Told]:
         """As `Reader`'s."""
         if self._parser is not None:
             try:
-                self._parser.Parse(piece, False)
+                data = piece.encode()
+                self._parser.Parse(data, False)
             except (expat.ExpatError, UnicodeEncodeError):
                 self._parser = None
+            else:
+                self._fed += len(data)
+                if self._fed - self._parser.CurrentByteIndex > _LONGEST_TAG:
+                    self._parser = None
         told, self._told = self._told, []
         texts: dict[str, list[str]] = {}
         for field, text in told:

@@ -134,6 +134,41 @@ def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> No
             list(reading.feed(filling))
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("name", "begin", "filling"),
+    [
+        *(("chat", begin, filling) for begin in ("", "[[ ## first ## ]]\na\n") for filling in (" ", "[", "\n")),
+        *(("json", '{"first": "', filling) for filling in ("a", "\\")),
+        *(("json", '{"x": [', filling) for filling in ("[", '"', " ")),
+        *(("xml", begin, filling) for begin in ("<first a='", "<!--", "<", "<first>") for filling in ("a", " ")),
+    ],
+)
+def test_a_million_times_the_same_is_read_as_fast_as_a_text(name: str, begin: str, filling: str) -> None:
+    """Whatever may still become something else must not be looked at from its beginning again: that takes minutes."""
+    reading = READERS[name][0](FIELDS)
+    list(reading.feed(begin) if begin else ())
+    for _ in range(250_000):
+        list(reading.feed(filling * 4))
+
+
+def test_a_tag_of_usual_length_is_waited_for_and_one_without_end_is_not() -> None:
+    usual, endless = f"<first a='{'x' * 500}'>", f"<first a='{'x' * 5000}'>"
+    assert read(XMLReader, list(f"{usual}text</first>"))["first"] == "text"
+    assert read(XMLReader, list(f"{endless}text</first>"))["first"] == ""
+    long = "words, 😀 & words\n\n" * 1000 + "end"
+    for size in (1, 3, 5000):
+        answer = f"<first>{long.replace('&', '&amp;')}</first>"
+        assert read(XMLReader, [answer[at : at + size] for at in range(0, len(answer), size)])["first"] == long
+
+
+@pytest.mark.parametrize("indent", ["   ", "\t", " " * 16, " " * 17, " " * 18, " " * 40])
+def test_white_space_before_a_header_is_cut_as_dspy_cuts_it(indent: str) -> None:
+    answer = f"[[ ## first ## ]]\na\n{indent}[[ ## second ## ]] text\n"
+    wanted = parsed(READERS["chat"][1], answer)
+    assert read(ChatReader, [answer]) == read(ChatReader, list(answer)) == wanted
+
+
 @given(st.text(max_size=5), st.text(max_size=5))
 def test_the_rest_is_what_makes_it_whole_or_nothing(told: str, more: str) -> None:
     assert rest(told, told + more) == more
