@@ -120,24 +120,51 @@ class Program:
         if known is not None:
             return known
         unfit = InvalidArgs(f"inputs: DSPy cannot write them into a prompt: {error}")
-        if _came_through(error, "dspy.adapters", "format"):
+        way = _way(error)
+        if _came_through(way, "dspy.adapters", "format"):
             return unfit
         given = [name for name, value in (("config", config or self._config), ("lm", lm or self._lm)) if value]
-        if given and self._of_dspy and isinstance(error, (AttributeError, TypeError, ValueError, OverflowError)):
-            # DSPy checks LM settings where it uses them, with Python's own errors.
+        if given and self._of_dspy and _is_of_settings(error, way):
             return InvalidArgs(f"{' or '.join(given)}: {error}")
         # From the prompt to a provider's request, settings of the LM included.
-        if _came_through(error, "dspy.clients.execution", "_canonical"):
+        if _came_through(way, "dspy.clients.execution", "_canonical"):
             return unfit
         return error
 
 
-def _came_through(error: Exception, package: str, function: str) -> bool:
-    """Whether it was raised below that function of DSPy's, which takes less than the types of inputs allow."""
+# Where DSPy checks settings of an LM. Should it name one otherwise, what is wrong with them becomes `internal`.
+_CHECKS = (
+    ("dspy.predict.predict", "_forward_preprocess"),
+    ("dspy.clients.execution", "prepare"),
+    ("dspy.clients.execution", "_select_engine"),
+)
+# Where it calls an LM with settings as keyword arguments: by package and function.
+_CALLS = (("dspy.adapters", ("acall", "__call__")), ("dspy.clients.engines", ("complete_legacy",)))
+
+
+def _is_of_settings(error: Exception, way: list[tuple[str, str]]) -> bool:
+    """Whether DSPy refused settings of an LM, which it does with Python's own errors.
+
+    An LM's or an adapter's code may raise the same, with contents in the text: that is a defect.
+    """
+    module, function = way[-1]
+    if isinstance(error, TypeError) and any(module.startswith(where) and function in names for where, names in _CALLS):
+        return True
+    known = isinstance(error, (AttributeError, TypeError, ValueError, OverflowError))
+    return known and module.startswith("dspy.") and any(_came_through(way, *check) for check in _CHECKS)
+
+
+def _way(error: Exception) -> list[tuple[str, str]]:
+    """The module and function of each frame that it came through, that which raised it last."""
+    way = []
     traceback = error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith(package):
-            return True
+        way.append((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
         traceback = traceback.tb_next
-    return False
+    return way
+
+
+def _came_through(way: list[tuple[str, str]], package: str, function: str) -> bool:
+    """Whether it was raised below that function of DSPy's, which takes less than the types of inputs allow."""
+    return any(name == function and module.startswith(package) for module, name in way)

@@ -49,6 +49,30 @@ def raises():
     with open(os.environ["TOLD"], "a") as file:
         file.write("called\\n")
     raise RuntimeError("no tracing here")
+
+ERRORS = {"value": ValueError, "type": TypeError, "attribute": AttributeError, "overflow": OverflowError}
+
+def fail(text):
+    for name, kind in ERRORS.items():
+        if name in text:
+            raise kind("a defect with " + text)
+
+class FailingLM(dspy.BaseLM):
+    async def aforward(self, prompt=None, messages=None, temperature=None):
+        fail(messages[-1]["content"])
+
+class FailingAdapter(dspy.ChatAdapter):
+    def format(self, signature, demos, inputs):
+        return [{"role": "user", "content": inputs["question"]}]
+    def parse(self, signature, completion):
+        fail(completion)
+        return {"answer": completion}
+
+def failing_lm():
+    dspy.configure(lm=FailingLM("host/own"), adapter=FailingAdapter())
+
+def failing_adapter():
+    dspy.configure(adapter=FailingAdapter())
 """
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -173,3 +197,33 @@ def test_once_what_was_wrong_is_mended_programs_are_loaded(tmp_path: Path) -> No
         while not peer.call("create_program", QA)["success"]:
             assert time.monotonic() < end
         assert peer.call("execute_program", ASK)["success"]
+
+
+DEFECTS = ("value", "type", "attribute", "overflow")
+
+
+def test_a_defect_of_an_adapter_is_no_argument_error_whatever_was_given(start: Callable[..., Peer]) -> None:
+    """Its text holds what an LM wrote: it stays here, the log has the traceback."""
+    peer = start("failing_adapter", DSPY_BRIDGE_LM="offline/echo")
+    assert peer.call("create_program", QA)["success"]
+    for word in DEFECTS:
+        for given in ({}, {"config": {"temperature": 0.5}}, {"lm": {"model": "offline/echo", "temperature": 0.5}}):
+            reply = peer.call("execute_program", {**ASK, **given, "inputs": {"question": f"{word} private"}})
+            assert reply["error_type"] == "internal" and "private" not in reply["error"], (word, given, reply)
+            reference = reply["error"].split()[-1]
+    reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
+    assert reply["error_type"] == "invalid_args" and reply["error"].startswith("config: ")
+    _, _, log = peer.finish()
+    assert f"internal error {reference}" in log and log.count("host.py") >= 12 and "private" not in log
+
+
+def test_a_defect_of_an_lm_is_no_argument_error_whatever_was_given(start: Callable[..., Peer]) -> None:
+    peer = start("failing_lm")
+    assert peer.call("create_program", QA)["success"]
+    for word in DEFECTS:
+        for given in ({}, {"config": {"temperature": 0.5}}):
+            reply = peer.call("execute_program", {**ASK, **given, "inputs": {"question": f"{word} private"}})
+            assert reply["error_type"] == "internal" and "private" not in reply["error"], (word, given, reply)
+    for config in ({"n": -1}, {"stop": ["x"]}, {"messages": []}):
+        reply = peer.call("execute_program", {**ASK, "config": config})
+        assert reply["error_type"] == "invalid_args" and reply["error"].startswith("config: "), (config, reply)
