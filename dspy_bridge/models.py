@@ -66,6 +66,7 @@ class LMPool:
     @contextmanager
     def lend(self) -> Iterator[dspy.BaseLM]:
         """An LM that has a connection to spare."""
+        redaction.learn(self._options)  # as long as it is in use it is not forgotten
         place = next((n for n, count in enumerate(self._in_flight) if count < CALLS_PER_LM), len(self._lms))
         if place == len(self._lms):
             self._lms.append(_make_lm(dict(self._options)))
@@ -113,6 +114,7 @@ class Models:
         _install("litellm_import", "the first call by LiteLLM holds up all others")
         _install("trace_headers", "no traceparent reaches LMs")
         redaction.learn_environment()
+        redaction.learn(settings.lm_options, for_good=True)
         self.settings = settings
         self._configure(settings)
         if settings.init is not None:

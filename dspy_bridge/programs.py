@@ -62,8 +62,8 @@ class Program:
         values = self._checked(inputs)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
+        redaction.learn([self._config, config])
         if config:
-            redaction.learn(config)
             values["config"] = config
         tools.asking.set(call)
         try:

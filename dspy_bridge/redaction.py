@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import OrderedDict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,26 +18,43 @@ _SECRET_NAME = re.compile(r"(key|token|secret|password|authorization|credential)
 _HEADERS = frozenset(("headers", "extra_headers", "default_headers"))
 # Keys that are known by their look, also where a provider shows only their ends (sk-ab***yz).
 _LOOKS_SECRET = re.compile(r"\b(?:sk|pk|rk|gsk|xai)-[\w*.…-]{6,}|\bBearer\s+[\w.~+/=-]{6,}|\bAIza[\w-]{10,}")
+# What an address holds before its host: a user and a password, or a token.
+_USER = re.compile(r"""(?<=://)[^\s/?#"'<>\\]+(?=@)""")
+# What may stand before a key where it is sent.
+_SCHEMES = frozenset(("bearer", "basic", "token", "apikey"))
 # Shorter values are no secrets, and cutting them out would hit ordinary words.
 _SHORTEST = 6
 
 # A host that gives each call a key of its own must not make the peer grow.
 _MOST = 1000
 
-_known: dict[str, None] = {}
+# Those of the environment and the settings.
+_kept: dict[str, None] = {}
+# All others, the least recently used first.
+_known: OrderedDict[str, None] = OrderedDict()
 
 
-def learn(options: object) -> None:
-    """Remember the secrets among `options` (nested keyword arguments of an LM)."""
+def learn(options: object, *, for_good: bool = False) -> None:
+    """Remember the secrets among `options` (nested keyword arguments of an LM); `for_good`: whatever else comes."""
     if isinstance(options, dict):
         for name, value in options.items():
             if isinstance(value, str) and names_secret(str(name)):
-                _remember(value)
-            else:
-                learn(value)
+                _remember(value, for_good)
+                scheme, _, key = value.partition(" ")
+                if scheme.lower() in _SCHEMES:
+                    _remember(key.strip(), for_good)
+            learn(value, for_good=for_good)
     elif isinstance(options, list):
         for item in options:
-            learn(item)
+            learn(item, for_good=for_good)
+    elif isinstance(options, str) and "://" in options:
+        from urllib.parse import unquote
+
+        for user in _USER.findall(options):
+            password = user.partition(":")[2]
+            # A user alone may be a word: only where it stands before a host is it one.
+            for secret in (user if password else f"{user}@", password, unquote(password)):
+                _remember(secret, for_good)
 
 
 def names_secret(name: str) -> bool:
@@ -61,19 +79,25 @@ def without_secrets(value: Any) -> Any:
 
 def learn_environment() -> None:
     """Remember the secrets in the environment: values of `OPENAI_API_KEY`, `HF_TOKEN` and their like."""
-    learn(dict(os.environ))
+    learn(dict(os.environ), for_good=True)
 
 
 def redact(text: str) -> str:
     """`text` without any secret that is known or looks like one."""
-    for secret in tuple(_known):
+    # Of secrets within others the longest first, else a part of it would stay.
+    for secret in sorted((*_kept, *_known), key=len, reverse=True):
         if secret in text:
             text = text.replace(secret, MASK)
-    return _LOOKS_SECRET.sub(MASK, text)
+    return _LOOKS_SECRET.sub(MASK, _USER.sub(MASK, text))
 
 
-def _remember(secret: str) -> None:
-    if len(secret) >= _SHORTEST:
-        _known[secret] = None
-        if len(_known) > _MOST:
-            _known.pop(next(iter(_known)), None)
+def _remember(secret: str, for_good: bool) -> None:
+    if len(secret) < _SHORTEST:
+        return
+    if for_good:
+        _kept[secret] = None
+        return
+    _known[secret] = None
+    _known.move_to_end(secret)
+    if len(_known) > _MOST:
+        _known.popitem(last=False)
