@@ -70,8 +70,10 @@ _DOTTED = {
 _GENERICS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("list", "List", "set", "Set", "frozenset", "FrozenSet", "Optional"), (1, 1)),
     **dict.fromkeys(("dict", "Dict"), (2, 2)),
-    **dict.fromkeys(("tuple", "Tuple", "Union", "Literal"), (1, 1000)),
+    **dict.fromkeys(("tuple", "Tuple", "Union", "union", "Literal"), (1, 1000)),
 }
+# DSPex writes its types so: list<string>, dict<string,any>, union<integer|float>.
+_ANGLES = str.maketrans("<>", "[]")
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 
 
@@ -93,7 +95,9 @@ def parse_type(text: str, where: str) -> Any:
     """The annotation for a type text. Raises `InvalidArgs`, which names `where`."""
     if len(text) > MAX_TYPE_CHARS:
         raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
-    return resolve(parse(text.strip(), where, "eval", text).body, where)
+    # What is quoted is a value, of a Literal.
+    code = text if "'" in text or '"' in text else text.translate(_ANGLES)
+    return resolve(parse(code.strip(), where, "eval", text).body, where)
 
 
 def parse(code: str, where: str, mode: str, shown: str) -> Any:
@@ -147,7 +151,7 @@ def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
     types = tuple(_type_of(argument, where) for argument in arguments)
     if name == "Optional":
         return Optional[types[0]]  # noqa: UP045 - built from values
-    if name == "Union":
+    if name in ("Union", "union"):
         return Union[types]  # noqa: UP007 - built from values
     container: Any = _CONTAINERS[name.lower()]
     return container[types]

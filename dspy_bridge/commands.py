@@ -36,7 +36,8 @@ _CREATE_ARGS = (
 )
 # What made DSPy's set-up fail may pass. Until it is tried again, whoever needs it is told of the last failure.
 _SETUP_AGAIN_SECONDS = 1.0
-_EXECUTE_ARGS = ("program_id", "inputs", "config", "lm")
+# DSPex's adapter sends `options` to a bridge that never read them: they are accepted, and unused.
+_EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "options")
 
 
 class Commands:

@@ -20,6 +20,8 @@ from dspy_bridge.errors import InvalidArgs
 # Python's parser holds the interpreter lock throughout: 16,000 characters take it some 30 ms.
 MAX_SIGNATURE_CHARS = 16_000
 MAX_FIELDS = 1000
+# DSPy's own name for signatures that have none.
+_NAME = "StringSignature"
 
 # Keyword arguments that Predict and its callers keep for themselves.
 _NOT_AS_INPUT = frozenset(
@@ -31,19 +33,22 @@ _NOT_AS_INPUT = frozenset(
 def build(definition: object, *, files_dir: str | None = None, left_out: tuple[str, ...] = ()) -> Contract:
     """The signature of a `create_program`: DSPy's string form, or `{"inputs", "outputs", "instructions"?}`.
 
+    DSPex also sends `name`, that of the signature's class, and `description`: instructions where there are none.
     `files_dir`: the folder that paths in inputs may lead to; none if None. `left_out`: inputs that may be declared and
     are no fields. Raises `InvalidArgs`, naming the field.
     """
-    instructions = None
+    instructions = name = None
     if isinstance(definition, str):
         inputs, outputs = _parse_string(definition)
     elif isinstance(definition, dict):
-        _refuse_unknown(definition, ("inputs", "outputs", "instructions"), "signature")
+        _refuse_unknown(definition, ("inputs", "outputs", "instructions", "name", "description"), "signature")
         inputs = _read_fields(definition.get("inputs"), "signature.inputs")
         outputs = _read_fields(definition.get("outputs"), "signature.outputs")
-        instructions = definition.get("instructions")
-        if instructions is not None and not isinstance(instructions, str):
-            raise InvalidArgs("signature.instructions: expected text")
+        description = _optional_text(definition, "description")
+        instructions = _optional_text(definition, "instructions") or description
+        name = _optional_text(definition, "name")
+        if name is not None and not name.isprintable():
+            raise InvalidArgs("signature.name: expected a name on one line")
     else:
         raise InvalidArgs('signature: expected text ("question -> answer") or an object with inputs and outputs')
     inputs = [field for field in inputs if field.name not in left_out]
@@ -51,7 +56,7 @@ def build(definition: object, *, files_dir: str | None = None, left_out: tuple[s
         raise InvalidArgs("signature.outputs: expected at least one field")
     if len(inputs) + len(outputs) > MAX_FIELDS:
         raise InvalidArgs(f"signature: expected at most {MAX_FIELDS} fields")
-    return _contract(inputs, outputs, instructions, files_dir)
+    return _contract(inputs, outputs, instructions, name or _NAME, files_dir)
 
 
 class _Field:
@@ -67,7 +72,9 @@ class _Field:
         self.where = where
 
 
-def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | None, files_dir: str | None) -> Contract:
+def _contract(
+    inputs: list[_Field], outputs: list[_Field], instructions: str | None, name: str, files_dir: str | None
+) -> Contract:
     fields: dict[str, Any] = {}
     for group, make in ((inputs, dspy.InputField), (outputs, dspy.OutputField)):
         for field in group:
@@ -83,7 +90,7 @@ def _contract(inputs: list[_Field], outputs: list[_Field], instructions: str | N
                 schema = json.dumps(pydantic.TypeAdapter(field.annotation).json_schema(), ensure_ascii=False)
                 info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
             fields[field.name] = (field.annotation, info)
-    contract = Contract(dspy.Signature(fields, instructions or None))
+    contract = Contract(dspy.Signature(fields, instructions or None, name))
     turn = Turn({field.name: field.annotation for field in (*inputs, *outputs)}, files_dir)
     for field in inputs:
         contract.inputs[field.name] = validator_of(field.annotation, files_dir, turn.read)
@@ -116,6 +123,13 @@ def _read_fields(fields: object, where: str) -> list[_Field]:
             default = {"default": kind["default"]} if "default" in kind else None
         read.append(_Field(field.get("name"), annotation, description, here, default))
     return read
+
+
+def _optional_text(definition: dict[str, Any], key: str) -> str | None:
+    value = definition.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InvalidArgs(f"signature.{key}: expected text")
+    return value
 
 
 def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -123,6 +123,32 @@ def test_a_path_that_is_not_allowed_is_named_beside_all_else_that_is_wrong(tmp_p
             f"inputs.w: unknown field; inputs.photos[1]: {said}; "
             "inputs.n: Input should be a valid integer, unable to parse string as an integer; expected photos, n"
         )
+
+
+def test_a_name_and_a_description_are_the_signatures_own() -> None:
+    """Of the description only where there are no instructions."""
+    definition = {"name": "MyApp.Answers", "description": "Answer.", "inputs": [], "outputs": [field("answer")]}
+    made = signatures.build(definition).signature
+    assert (made.__name__, made.instructions) == ("MyApp.Answers", "Answer.")
+    assert signatures.build({**definition, "instructions": "Be brief."}).signature.instructions == "Be brief."
+    plain = signatures.build({**definition, "name": None, "description": ""}).signature
+    assert plain.instructions == "Given the fields , produce the fields `answer`."
+    for key, value in (("name", 5), ("name", "a\x00b"), ("description", ["x"])):
+        with pytest.raises(InvalidArgs, match=rf"signature\.{key}: expected"):
+            signatures.build({**definition, key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("list<string>", list[str]),
+        ("dict<string, list<integer>>", dict[str, list[int]]),
+        ("union<integer|float>", int | float),
+        ("Literal['<a>']", Literal["<a>"]),
+    ],
+)
+def test_types_in_angle_brackets_are_dspexs(text: str, kind: Any) -> None:
+    assert contract(outputs=(field("it", text),)).signature.output_fields["it"].annotation == kind
 
 
 def test_the_reserved_names_are_still_refused() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peer import ROOT, Peer
+from peer import ROOT, Peer, contains, vectors
 
 SCRIPT = ROOT / "elixir_harness" / "priv" / "python" / "dspy_bridge.py"
 # Run with -S, the interpreter sees these dependencies but not the checkout, where a link to it may be installed.
@@ -96,3 +96,18 @@ def test_frames_go_through_the_script() -> None:
         assert peer.call("create_program", {"id": "qa", "signature": "q -> a"})["success"]
         reply = peer.call("execute_program", {"program_id": "qa", "inputs": {"q": json.dumps("x")}})
         assert reply["result"] == {"a": 'echo: "x"'}
+
+
+def test_it_serves_what_dspex_sends() -> None:
+    """Messages in the shapes that DSPex's first bridge sent (July 2025): its tests, adapter, scripts and termination.
+
+    They build on each other; the ids count up as its did.
+    """
+    with Peer(command=[sys.executable, str(SCRIPT)], env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        for id, vector in enumerate(vectors("dspex"), 1):
+            request = {"id": id, "timestamp": "2025-07-13T12:00:00.123456Z", **vector}
+            wanted = {"id": request["id"], **request.pop("reply")}
+            del request["name"]
+            peer.send(request)
+            reply = peer.receive()
+            assert contains(reply, wanted), (vector["name"], reply)
