@@ -20,7 +20,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
 
-from dspy_bridge import echo, logs, redaction, tracing
+from dspy_bridge import adapters, echo, logs, redaction, tracing
 from dspy_bridge.errors import (
     BridgeError,
     InvalidArgs,
@@ -187,9 +187,8 @@ class Models:
                 lm = stack.enter_context(pool.lend())
             if lm is None:
                 raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
-            settings: dict[str, Any] = {"lm": lm}
-            if adapter is not None:
-                settings["adapter"] = adapter
+            chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
+            settings = {"lm": lm, "adapter": adapters.guarded(chosen, strict=self.settings.strict_fields)}
             if (traceparent := tracing.current()) is not None:
                 settings[tracing.TRACEPARENT] = traceparent
             if isinstance(lm, echo.EchoLM):

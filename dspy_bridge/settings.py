@@ -46,6 +46,7 @@ class Settings:
     lm: str | None
     lm_options: dict[str, Any]
     adapter: str | None
+    strict_fields: bool
     max_in_flight: int
     max_queue: int
     cache_entries: int
@@ -148,6 +149,7 @@ SETTINGS = (
     Setting("lm", _text, "", "the default LM as DSPy names it (openai/gpt-4o-mini); offline/echo needs no network"),
     Setting("lm_options", _object, "{}", "JSON keyword arguments of dspy.LM; in the environment, as ps shows flags"),
     Setting("adapter", _adapter, "", f"the default adapter: {', '.join(ADAPTERS)}; DSPy's own choice if unset"),
+    Setting("strict_fields", _flag, "1", "0: of a field that an answer has twice, DSPy's choice is taken, silently"),
     Setting("max_in_flight", _whole(1), "256", "executes running at once; more wait their turn"),
     Setting("max_queue", _whole(0), "10000", "executes waiting; past it they are refused as overloaded"),
     Setting("cache_entries", _whole(0), "10000", "LM answers kept in memory; 0: none"),

@@ -16,7 +16,7 @@ from dspy.clients import call_context
 from dspy.streaming import StatusMessage
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge import answers
+from dspy_bridge import adapters, answers
 from dspy_bridge.calls import Call
 from dspy_bridge.json_answers import JSONReader
 from dspy_bridge.loop_lm import LoopLM
@@ -25,6 +25,9 @@ _READERS: dict[type, type[answers.Reader]] = {
     dspy.ChatAdapter: answers.ChatReader,
     dspy.JSONAdapter: JSONReader,
     dspy.XMLAdapter: answers.XMLReader,
+    adapters.ChatAdapter: answers.ChatReader,
+    adapters.JSONAdapter: JSONReader,
+    adapters.XMLAdapter: answers.XMLReader,
 }
 # What DSPy's modules let an LM write before the outputs.
 _BEFORE = ("reasoning", "rationale")

@@ -1,0 +1,233 @@
+"""DSPy's adapters, guarded: text of inputs forges no field, and an answer that contradicts itself is refused.
+
+They mark fields with plain text, and take the first field of a name that an answer has. So text that quotes a mark, of
+an input or of an LM that repeats one, could begin the next field in the middle of another.
+
+Prompts without marks in their inputs are DSPy's to the byte. Nothing here but public names of DSPy's: an adapter of the
+host's own class is left as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import Any
+
+import dspy
+import pydantic
+from dspy.adapters.utils import format_field_value
+from dspy.utils.callback import BaseCallback
+
+from dspy_bridge import markers
+from dspy_bridge.errors import OutputInvalid
+
+Signature = type[dspy.Signature]
+Clean = Callable[[str], str]
+
+# Large, and no text of a prompt.
+_MEDIA = (dspy.Image, dspy.Audio, dspy.File)
+
+
+def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
+    """A copy of an adapter that is one of DSPy's own; `strict`: its answers must not contradict themselves."""
+    kind = _GUARDED.get(type(adapter))
+    if kind is None:
+        return adapter
+    made = kind.__new__(kind)
+    made.__dict__.update(adapter.__dict__, strict=strict)
+    return made
+
+
+def _heard_once(kind: Any) -> Any:
+    """DSPy wraps `format` and `parse` of each subclass once more: callbacks would hear of each call twice."""
+    for name in ("format", "parse"):
+        made = vars(kind).get(name)
+        if made is not None:
+            setattr(kind, name, getattr(made, "__wrapped__", made))
+    return kind
+
+
+class _Formatted(str):
+    """Text that an adapter has made of fields (a ReAct's trajectory): its marks are its own."""
+
+    __slots__ = ()
+
+
+def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """LMs get no type of ours."""
+    return [
+        {**message, "content": str(message["content"])} if type(message.get("content")) is _Formatted else message
+        for message in messages
+    ]
+
+
+@_heard_once
+class ChatAdapter(dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
+    strict = True
+
+    def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
+        return _plain(super().format(signature, demos, inputs))
+
+    def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> str:
+        inputs = _cleaned(signature.input_fields, inputs, markers.without_headers)
+        return _Formatted(super().format_user_message_content(signature, inputs, *args, **options))
+
+    def format_assistant_message_content(self, signature: Signature, outputs: Any, *args: Any, **options: Any) -> Any:
+        outputs = _cleaned(signature.output_fields, outputs, markers.without_headers)
+        return super().format_assistant_message_content(signature, outputs, *args, **options)
+
+    def parse(self, signature: Signature, completion: str) -> Any:
+        fields = super().parse(signature, completion)
+        if self.strict:
+            _refuse(_contradicted(signature, completion))
+        return fields
+
+
+@_heard_once
+class XMLAdapter(dspy.XMLAdapter):  # type: ignore[misc]
+    strict = True
+
+    def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
+        # DSPy takes an `entry` for the field that its attribute names.
+        names = {*signature.output_fields, "entry"}
+        inputs = _cleaned(signature.input_fields, inputs, lambda text: markers.without_tags(text, names))
+        return super().format_user_message_content(signature, inputs, *args, **options)
+
+    def parse(self, signature: Signature, completion: str) -> Any:
+        fields = super().parse(signature, completion)
+        if self.strict:
+            found = markers.tagged(completion)
+            counts = Counter(name for name, _ in found)
+            outputs = signature.output_fields.items()
+            once = {name for name, info in outputs if counts[name] > 1 and not _is_list(info.annotation)}
+            _refuse(markers.contradicted(pair for pair in found if pair[0] in once))
+        return fields
+
+
+@_heard_once
+class JSONAdapter(dspy.JSONAdapter):  # type: ignore[misc]
+    """Text within JSON is quoted, so that it forges nothing; there are only keys that come twice."""
+
+    strict = True
+
+    def parse(self, signature: Signature, completion: str) -> Any:
+        fields = super().parse(signature, completion)
+        if self.strict:
+            pairs = markers.keyed(completion)
+            _refuse(markers.contradicted(pair for pair in pairs if pair[0] in signature.output_fields))
+        return fields
+
+
+@_heard_once
+class TwoStepAdapter(dspy.TwoStepAdapter):  # type: ignore[misc]
+    """Its second step is an adapter of DSPy's that nobody can choose: what that one reads is watched."""
+
+    strict = True
+
+    def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
+        demos = [_cleaned(signature.fields, demo, markers.without_headers) for demo in demos]
+        return super().format(signature, demos, _cleaned(signature.input_fields, inputs, markers.without_headers))
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        answers = _Answers()
+        with answers.watched():
+            made = super().__call__(*args, **options)
+        answers.check(self.strict)
+        return made
+
+    async def acall(self, *args: Any, **options: Any) -> Any:
+        answers = _Answers()
+        with answers.watched():
+            made = await super().acall(*args, **options)
+        answers.check(self.strict)
+        return made
+
+
+class _Answers(BaseCallback):  # type: ignore[misc]
+    """Notes what was wrong with the last answer that was read. DSPy swallows what a callback raises."""
+
+    def __init__(self) -> None:
+        self._wrong: str | None = None
+
+    def watched(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = dspy.context(callbacks=[*dspy.settings.callbacks, self])
+        return context
+
+    def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        chat = type(instance) is dspy.ChatAdapter
+        self._wrong = _contradicted(inputs["signature"], inputs["completion"]) if chat else None
+
+    def check(self, strict: bool) -> None:
+        if strict:
+            _refuse(self._wrong)
+
+
+_GUARDED: dict[type, Any] = {
+    dspy.ChatAdapter: ChatAdapter,
+    dspy.JSONAdapter: JSONAdapter,
+    dspy.XMLAdapter: XMLAdapter,
+    dspy.TwoStepAdapter: TwoStepAdapter,
+}
+
+
+def _refuse(name: str | None) -> None:
+    if name is not None:
+        raise OutputInvalid(f"the LM's answer did not fit the signature: it has {name} twice, with different values")
+
+
+def _contradicted(signature: Signature, completion: str) -> str | None:
+    fields = signature.output_fields
+    # An empty `completed` is the end of the answer, whatever field has that name.
+    sections = (pair for pair in markers.headed(completion) if pair[0] in fields and pair != ("completed", ""))
+    return markers.contradicted(sections)
+
+
+def _is_list(annotation: Any) -> bool:
+    """Of those DSPy reads each element as one item of a list."""
+    schema = pydantic.TypeAdapter(annotation).json_schema()
+    return "array" in (schema.get("type"), *(choice.get("type") for choice in schema.get("anyOf", ())))
+
+
+def _cleaned(fields: Any, values: Any, clean: Clean) -> dict[str, Any]:
+    """The values of a signature's fields, without the marks that `clean` removes."""
+    made = dict(values)
+    for name, info in fields.items():
+        if name in made:
+            made[name] = _clean_field(info, made[name], clean)
+    return made
+
+
+def _clean_field(info: Any, value: Any, clean: Clean) -> Any:
+    if type(value) is _Formatted:
+        return str(value)
+    if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
+        # As it will stand in the prompt: what RLM's code has printed, say.
+        text = format_field_value(field_info=info, value=value)
+        cleaned = clean(text)
+        return value if cleaned == text else cleaned
+    return _clean(value, clean)
+
+
+def _clean(value: Any, clean: Clean) -> Any:
+    """The very same object if it holds no mark: a copy of a set may have another order."""
+    if isinstance(value, str):
+        cleaned = clean(value)
+        return value if cleaned == value else cleaned
+    if isinstance(value, dict):
+        keys, items = _clean_all(value, clean), _clean_all(value.values(), clean)
+        if keys is None and items is None:
+            return value
+        return dict(zip(keys or value, items or value.values(), strict=True))
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            found = _clean_all(value, clean)
+            return value if found is None else kind(found)
+    return value
+
+
+def _clean_all(values: Collection[Any], clean: Clean) -> list[Any] | None:
+    """The values without marks; None if there were none."""
+    made = [_clean(value, clean) for value in values]
+    return None if all(map(operator.is_, made, values)) else made

@@ -1,0 +1,104 @@
+"""What separates the fields of prompts and answers: how text that only quotes it is made harmless, and how answers are
+split at it. Pure, and linear in the text: no regular expressions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Set
+from typing import Any
+from xml.etree import ElementTree
+
+# `dspy.ChatAdapter` takes a line that begins with `[[ ## name ## ]]` for the beginning of a field.
+_OPEN, _CLOSE = "[[ ## ", " ## ]]"
+
+
+def without_headers(text: str) -> str:
+    """The text with `(( ## name ## ))` for each `[[ ## name ## ]]`."""
+    if _OPEN not in text:
+        return text
+    before, *rest = text.split(_OPEN)
+    parts = [before]
+    for piece in rest:
+        name, closed, after = piece.partition(_CLOSE)
+        parts += ("(( ## ", name, " ## ))", after) if closed and _is_word(name) else (_OPEN, piece)
+    return "".join(parts)
+
+
+def without_tags(text: str, names: Set[str]) -> str:
+    """The text with `&lt;` before each XML tag of those names: what an LM copies of it is read as text again."""
+    if "<" not in text:
+        return text
+    before, *rest = text.split("<")
+    parts = [before]
+    for piece in rest:
+        parts += ("&lt;" if _tag(piece) in names else "<", piece)
+    return "".join(parts)
+
+
+def headed(answer: str) -> Iterator[tuple[str, str]]:
+    """The sections of an answer, each with its header's name, as `dspy.ChatAdapter` splits it."""
+    name: str | None = None
+    lines: list[str] = []
+    for line in answer.splitlines():
+        found = _header(line.strip())
+        if found is None:
+            lines.append(line)
+            continue
+        if name is not None:
+            yield name, "\n".join(lines).strip()
+        # DSPy cuts there also if spaces stand before the header.
+        name, lines = found, [line[len(_OPEN) + len(found) + len(_CLOSE) :].strip()]
+    if name is not None:
+        yield name, "\n".join(lines).strip()
+
+
+def keyed(answer: str) -> list[tuple[str, Any]]:
+    """The keys and values of the first JSON object in an answer, equal keys included; none if it is no JSON."""
+    pairs: list[tuple[str, Any]] = []
+
+    def closed(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal pairs
+        pairs = found  # the outermost object is closed last
+        return dict(found)
+
+    try:
+        json.JSONDecoder(object_pairs_hook=closed).raw_decode(answer, max(0, answer.find("{")))
+    except (ValueError, RecursionError):
+        return []  # DSPy repairs it, or not
+    return pairs
+
+
+def tagged(answer: str) -> list[tuple[str, str]]:
+    """The elements of an answer, each with its name, as `dspy.XMLAdapter` reads them."""
+    found = []
+    for child in ElementTree.fromstring(f"<all>{answer}</all>"):
+        child.tail = None
+        name = child.get("key", child.tag) if child.tag == "entry" else child.tag
+        found.append((name, ElementTree.tostring(child, encoding="unicode").strip()))
+    return found
+
+
+def contradicted(values: Iterable[tuple[str, Any]]) -> str | None:
+    """The first name that has two different values."""
+    first: dict[str, Any] = {}
+    return next((name for name, value in values if first.setdefault(name, value) != value), None)
+
+
+def _header(line: str) -> str | None:
+    if not line.startswith(_OPEN):
+        return None
+    name, closed, _ = line[len(_OPEN) :].partition(_CLOSE)
+    return name if closed and _is_word(name) else None
+
+
+def _is_word(name: str) -> bool:
+    r"""What `\w+` matches."""
+    return name.replace("_", "a").isalnum()
+
+
+def _tag(piece: str) -> str:
+    """The name of the tag whose `<` stands before `piece`."""
+    inside = piece.removeprefix("/").partition(">")[0]
+    # A space first is none of a tag, but of `a < b`.
+    return "" if inside[:1].isspace() else (inside.split(None, 1) or [""])[0].partition("/")[0]
