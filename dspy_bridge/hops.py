@@ -14,6 +14,8 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from dspy_bridge.daemon_threads import DaemonThreads
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,11 +34,15 @@ _MOST = 1000
 
 
 class Executor(ThreadPoolExecutor):
-    """To be set as a loop's default executor; used from that loop's thread."""
+    """To be set as a loop's default executor; used from that loop's thread.
+
+    asyncio takes nothing but a `ThreadPoolExecutor` for that. Threads of that class's own are never started.
+    """
 
     def __init__(self, *, memory_cache_only: bool) -> None:
+        super().__init__(1)
         # More than Python's usual six: a host's own code may sit in some.
-        super().__init__(64, "dspy_bridge-hop")
+        self._daemons = DaemonThreads(64, "dspy_bridge-hop")
         self._steps = _STEPS | _CACHE_STEPS if memory_cache_only else _STEPS
         self._short_runs: dict[Any, int] = {}
 
@@ -44,9 +50,9 @@ class Executor(ThreadPoolExecutor):
         """As `ThreadPoolExecutor`'s; the future may be done already."""
         kind = self._kind(fn)
         if kind is None:
-            return super().submit(fn, *args, **kwargs)
+            return self._daemons.submit(fn, *args, **kwargs)
         if self._short_runs.get(kind, 0) < TRIES:
-            return super().submit(self._try, kind, fn)
+            return self._daemons.submit(self._try, kind, fn)
         future: Future[Any] = Future()
         begin = time.perf_counter()
         try:

@@ -15,8 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Coroutine
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import Future
     from typing import Any, TypeVar
+
+    from dspy_bridge.daemon_threads import DaemonThreads
 
     T = TypeVar("T")
 
@@ -85,7 +87,7 @@ class SyncThreads:
 
     def __init__(self, most: int = MAX_THREADS) -> None:
         self._most = most
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: DaemonThreads | None = None
         self._lock = threading.Lock()
         self._running = 0
         self._abandoned = 0
@@ -95,10 +97,11 @@ class SyncThreads:
         """Run `work` in a thread, with the caller's context variables; cancelling gives it up."""
         import asyncio
         import contextvars
-        from concurrent.futures import ThreadPoolExecutor
+
+        from dspy_bridge.daemon_threads import DaemonThreads
 
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._most, "dspy_bridge-sync")
+            self._pool = DaemonThreads(self._most, "dspy_bridge-sync")
         job = Job(asyncio.get_running_loop())
         context = contextvars.copy_context()
         context.run(current.set, job)

@@ -1,0 +1,63 @@
+"""Worker threads that do not hold up the end of the process.
+
+Python waits for the threads of a `ThreadPoolExecutor` before it exits, however long their work takes. The port program
+exits without asking; in ErlPort's process, whose end is ErlPort's, they would keep it for as long as they like.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from concurrent.futures import Executor, Future
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+class DaemonThreads(Executor):
+    """At most `most` threads, each started when all others have something to do."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._unfinished = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As `ThreadPoolExecutor`'s. Raises RuntimeError if a thread is needed and there is none to be had."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._threads <= self._unfinished and self._threads < self._most:
+                name = f"{self._name}_{self._threads}"
+                threading.Thread(target=self._work, name=name, daemon=True).start()
+                self._threads += 1
+            self._unfinished += 1
+        self._queue.put((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            # In a function of its own: its locals would keep the last work alive for as long as this waits.
+            self._carry_out(*self._queue.get())
+
+    def _carry_out(self, future: Future[Any], work: Callable[[], Any]) -> None:
+        result, error = None, None
+        wanted = future.set_running_or_notify_cancel()
+        if wanted:
+            try:
+                result = work()
+            except BaseException as raised:  # whoever waits is told
+                error = raised
+        with self._lock:
+            # Before anybody is told: what they submit then finds this thread free.
+            self._unfinished -= 1
+        if error is not None:
+            future.set_exception(error)
+            # Its traceback has this frame, and this frame would have it.
+            del error, future
+        elif wanted:
+            future.set_result(result)
