@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 _INT_LIMIT = 10**MAX_INT_DIGITS
 # What is nested deeper is refused here, with its place: jiter reads 200 levels, and one is the request around this.
 MAX_LEVELS = 199
+# First bytes of a pid and of a reference (an alias is one) in the external term format, which is how ErlPort hands them
+# over; the second of each is that of OTP 22 and older.
+_PIDS_AND_REFERENCES = (b"X", b"g", b"Z", b"r")
 # Of the place of a term, at most this many steps are told.
 _MOST_STEPS = 20
 
@@ -39,8 +42,8 @@ def from_term(term: Any, depth: int = 1) -> Any:
     """
     # Beside what arrives by itself: str, as a decoder that the program has set may make it.
     if isinstance(term, bytes):
-        # The only subclass that arrives is Atom. ErlPort makes true, false and undefined Python's own.
-        return None if type(term) is not bytes and term in (b"nil", b"undefined") else _text(term)
+        # ErlPort makes true, false and undefined Python's own.
+        return None if _is_atom(term) and term in (b"nil", b"undefined") else _text(term)
     if term is None or isinstance(term, (bool, str)):
         return term
     if isinstance(term, int):
@@ -82,22 +85,38 @@ def to_term(value: Any, atom: Callable[[bytes], Any], in_list: bool = False) -> 
     return value
 
 
-class NoCommand(Exception):
-    """What was given as a command is no text."""
+class WrongCall(Exception):
+    """What was given as a command or as a receiver cannot be one."""
 
 
 def to_command(term: Any) -> str:
-    """A binary, an atom or a charlist. Raises `NoCommand`."""
+    """A binary, an atom or a charlist. Raises `WrongCall`."""
     try:
         if isinstance(term, bytes):
-            return term.decode()
+            return _text(term)
         if isinstance(term, str):
             return term
         if isinstance(term, list):
             return "".join(map(chr, term))
-    except (TypeError, ValueError, OverflowError):
+    except (Unfit, TypeError, ValueError, OverflowError):
         pass
-    raise NoCommand(f"command: expected text, a binary, an atom or a charlist, got {_name(term)}")
+    name = "a binary that is not UTF-8" if isinstance(term, bytes) else _name(term)
+    raise WrongCall(f"command: expected text, a binary, an atom or a charlist, got {name}")
+
+
+def check_receiver(term: Any) -> None:
+    """Raises `WrongCall` for a receiver that `!` may refuse in Erlang, which ends ErlPort's instance and all in it.
+
+    That is anything but an address, and a registered name: it may be gone when the reply comes. `{name, node}` is
+    never refused.
+    """
+    # "erlang" marks what is Erlang's own: pids, references, ports, funs.
+    if getattr(term, "language", None) == b"erlang" and term.data[:1] in _PIDS_AND_REFERENCES:
+        return
+    if isinstance(term, tuple) and len(term) == 2 and all(map(_is_atom, term)) and b"@" in term[1]:
+        return
+    why = ": that name may be gone when the reply comes" if _is_atom(term) else ""
+    raise WrongCall(f"pid: expected a pid, an alias or {{name, node}}, got {_name(term)}{why}")
 
 
 def _object(term: dict[Any, Any], depth: int) -> dict[str, Any]:
@@ -128,7 +147,15 @@ def _key(key: Any) -> str:
     raise Unfit(f"expected keys that are binaries, atoms or integers, got {_name(key)}")
 
 
+def _is_atom(term: Any) -> bool:
+    """Atom is the only subclass of bytes that arrives."""
+    return isinstance(term, bytes) and type(term) is not bytes
+
+
 def _text(term: bytes) -> str:
+    if _is_atom(term):
+        # How ErlPort has Erlang send them. One that has no Latin-1 form ends Python while ErlPort reads it.
+        return term.decode("latin-1")
     try:
         return term.decode()
     except UnicodeDecodeError as bad:
@@ -143,12 +170,14 @@ def _checked(term: int) -> int:
 
 
 def _name(term: Any) -> str:
+    if _is_atom(term):
+        return "an atom"
     if isinstance(term, tuple):
         return "a tuple"
     if isinstance(term, list):
         return "an improper list" if hasattr(term, "tail") else "a list"
     names = {type(None): "undefined", bool: "a boolean", int: "a number", float: "a number", dict: "a map"}
-    names[bytes] = "a binary that is not UTF-8"
+    names[bytes] = names[str] = "text"
     for kind, name in names.items():
         if isinstance(term, kind):
             return name

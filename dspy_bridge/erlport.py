@@ -27,7 +27,7 @@ import re
 import threading
 
 from dspy_bridge import failures, memory, messages
-from dspy_bridge.erlang_terms import NoCommand, Unfit, from_term, to_command, to_term
+from dspy_bridge.erlang_terms import Unfit, WrongCall, check_receiver, from_term, to_command, to_term
 from dspy_bridge.settings import SettingError
 from dspy_bridge.values import encode_value
 
@@ -56,8 +56,15 @@ def call(command: Any, args: Any = None) -> dict[bytes, Any]:
 
 
 def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
-    """Return `ok` at once; the reply, as `call` would return it, comes to `pid` as `{dspy_reply, ref, map}`."""
+    """Return `ok` at once; the reply, as `call` would return it, comes to `pid` as `{dspy_reply, ref, map}`.
+
+    `pid` may be an alias or `{name, node}`. Anything else has nowhere to send a reply to: the error is returned.
+    """
     atom = _atom()
+    try:
+        check_receiver(pid)
+    except WrongCall as error:
+        return _reply(messages.encode_failure(None, messages.failure("invalid_request", str(error))), atom)
     _start_caster()
     _send(command, args, lambda payload: _casts.put((pid, ref, payload)))
     return atom(b"ok")
@@ -162,7 +169,7 @@ def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
         return
     except Unfit as unfit:
         failure = messages.failure(unfit.error_type, failures.one_line(str(unfit)))
-    except NoCommand as error:
+    except WrongCall as error:
         failure = messages.failure("invalid_request", str(error))
     except SettingError as error:
         failure = messages.failure("internal", failures.one_line(str(error)))
@@ -201,7 +208,9 @@ def _cast(pid: Any, ref: Any, payload: bytes) -> None:
     atom = _atom()
     try:
         importlib.import_module("erlport.erlang").cast(pid, (atom(b"dspy_reply"), ref, _reply(payload, atom)))
-    except Exception:  # a pid that is none, or Erlang is gone: the others are still to be told
+    except EOFError:  # ErlPort's word for: Erlang is gone, and with it all who waited
+        pass
+    except Exception:  # a reference that ErlPort cannot encode: the others are still to be told
         _log_exception()
 
 

@@ -11,12 +11,12 @@ import threading
 from typing import Any
 
 import erlport.erlang
-from erlport.erlterms import Atom, OpaqueObject, decode, encode
+from erlport.erlterms import Opaque, decode, encode
 from lm_server import Answer, LMServer, chat
 
 from dspy_bridge import erlport as bridge
 
-PID = OpaqueObject(b"pid", Atom(b"erlang"))
+PID = Opaque(Opaque.PID)
 PATIENCE = 60.0
 
 
@@ -27,7 +27,7 @@ def call(command: Any, args: Any = None) -> dict[Any, Any]:
 
 def submit(ref: Any, command: Any, args: Any) -> None:
     """`python:call(…, submit, [pid, ref, command, args])`."""
-    assert encode(bridge.submit(PID, decode(ref), decode(command), decode(args))) == "ok"
+    assert encode(bridge.submit(decode(PID), decode(ref), decode(command), decode(args))) == "ok"
 
 
 def received(count: int) -> dict[Any, dict[Any, Any]]:
@@ -35,7 +35,7 @@ def received(count: int) -> dict[Any, dict[Any, Any]]:
     replies = {}
     for _ in range(count):
         pid, (tag, ref, reply) = erlport.erlang.mailbox.get(timeout=PATIENCE)
-        assert pid is PID and tag == "dspy_reply" and ref not in replies
+        assert pid == PID and tag == "dspy_reply" and ref not in replies
         replies[ref] = reply
     assert erlport.erlang.mailbox.empty()
     return replies
@@ -179,9 +179,23 @@ def limits_are_those_of_the_environment() -> None:
     server.stop()
 
 
+def a_receiver_that_is_none_is_refused() -> None:
+    """The instance goes on, and with it what others have submitted."""
+    server = LMServer(lambda _request: chat(answer="Paris"))
+    create(server)
+    server.gate.clear()
+    submit(1, b"execute_program", execute_args())
+    refused: Any = encode(bridge.submit(decode("gone"), 2, b"ping", {}))
+    server.gate.set()
+    assert refused[b"error_type"] == b"invalid_request"
+    assert received(1)[1][b"success"] == "true" and erlport.erlang.ended == []
+    server.stop()
+
+
 def a_cast_that_fails_is_logged() -> None:
     """With its traceback; the next ones are made."""
-    assert encode(bridge.submit(b"no pid", 1, b"ping", {})) == "ok"
+    no_term = threading.Lock()  # Erlang has no such reference: what went wrong is ErlPort's to say
+    assert encode(bridge.submit(decode(PID), no_term, b"ping", {})) == "ok"
     submit(2, b"ping", {})
     assert received(1)[2][b"success"] == "true"
 
@@ -193,6 +207,18 @@ def the_end_waits_for_no_lm() -> None:
     server.gate.clear()
     submit(1, b"execute_program", execute_args())
     assert server.arrived.acquire(timeout=PATIENCE)
+
+
+def the_end_waits_for_no_thread_of_ours() -> None:
+    """A module with only a sync `forward`, and a step of an async one that has gone to the event loop's threads."""
+    import never_returns
+
+    for number, module in enumerate(("Sync", "Threaded")):
+        assert call(b"create_program", {
+            "id": b"qa", "signature": b"question -> answer", "program_type": f"never_returns:{module}".encode(),
+        })[b"success"] == "true"  # fmt: skip
+        submit(number, b"execute_program", execute_args())
+        assert never_returns.entered.acquire(timeout=PATIENCE)
 
 
 if __name__ == "__main__":

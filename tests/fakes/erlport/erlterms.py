@@ -1,6 +1,7 @@
 """ErlPort's types, and both ways through them.
 
-Of what Erlang has, here and in the tests, a binary is written as bytes and an atom as str.
+Of what Erlang has, here and in the tests, a binary is written as bytes, an atom as str, and what arrives opaque as
+`Opaque`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ class Atom(bytes):
         return f"Atom({super().__repr__()})"
 
 
+class MutationError(Exception):
+    """What arrives cannot be changed."""
+
+
 def _immutable(self: object, *_: object, **__: object) -> None:
-    raise TypeError(f"mutation disallowed on {type(self).__name__}")
+    raise MutationError(f"mutation disallowed on {type(self).__name__}")
 
 
 class List(list[Any]):
@@ -33,11 +38,10 @@ class List(list[Any]):
 
     __slots__ = ()
 
-    append = extend = insert = pop = remove = sort = __setitem__ = __delitem__ = _immutable  # type: ignore[assignment]
+    append = extend = insert = pop = remove = sort = reverse = __setitem__ = _immutable  # type: ignore[assignment]
 
-    def to_string(self) -> str:
-        """The text, if this is a charlist; TypeError if it is none."""
-        return "".join(map(chr, self))
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
 
 
 class ImproperList(list[Any]):
@@ -55,13 +59,40 @@ class Map(dict[Any, Any]):
 
     __setitem__ = __delitem__ = pop = popitem = clear = update = setdefault = _immutable  # type: ignore[assignment]
 
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
 
 class OpaqueObject:
-    """What stays Erlang's: pids, references, funs. They go back as they came."""
+    """What stays Erlang's: pids, references, ports, funs. They go back as they came."""
 
     def __init__(self, data: bytes, language: Atom) -> None:
         self.data = data
         self.language = language
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is OpaqueObject and (self.data, self.language) == (other.data, other.language)
+
+    def __hash__(self) -> int:
+        return hash((self.data, self.language))
+
+
+class Opaque:
+    """A pid, reference, port or fun of Erlang's, by what its encoding begins with."""
+
+    PID, OLD_PID, REFERENCE, OLD_REFERENCE, PORT, FUN = b"X", b"g", b"Z", b"r", b"x", b"p"
+
+    def __init__(self, kind: bytes, number: int = 0) -> None:
+        self.encoding = kind + b"d\x00\x0dnonode@nohost" + number.to_bytes(12, "big")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opaque) and self.encoding == other.encoding
+
+    def __hash__(self) -> int:
+        return hash(self.encoding)
+
+    def __repr__(self) -> str:
+        return f"Opaque({self.encoding!r})"
 
 
 class Killed(BaseException):
@@ -82,40 +113,65 @@ _SPECIAL: dict[str, Any] = {"true": True, "false": False, "undefined": None}
 
 
 def decode(term: Any) -> Any:
-    """From Erlang to Python."""
+    """From Erlang to Python, whose end is whatever goes wrong."""
+    try:
+        return _decode(term)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Killed(f"unsupported data: {error}") from error
+
+
+def _decode(term: Any) -> Any:
     if isinstance(term, str):
-        return _SPECIAL[term] if term in _SPECIAL else Atom(term.encode())
+        return _SPECIAL[term] if term in _SPECIAL else Atom(term.encode("latin-1"))
     if type(term) is list:
-        return List(decode(item) for item in term)
+        return List(_decode(item) for item in term)
     if type(term) is dict:
-        return Map({decode(key): decode(item) for key, item in term.items()})
+        return Map({_decode(key): _decode(item) for key, item in term.items()})
     if type(term) is tuple:
-        return tuple(decode(item) for item in term)
-    assert type(term) in (bytes, int, float, OpaqueObject), f"not how a term is written here: {term!r}"
+        return tuple(_decode(item) for item in term)
+    if type(term) is ImproperList:
+        return ImproperList([_decode(item) for item in term], _decode(term.tail))
+    if type(term) is Opaque:
+        return OpaqueObject(term.encoding, Atom(b"erlang"))
+    assert type(term) in (bytes, int, float), f"not how a term is written here: {term!r}"
     return term
 
 
-def encode(value: Any, in_list: bool = False) -> Any:
-    """From Python to Erlang."""
+def encode(value: Any) -> Any:
+    """From Python to Erlang. ValueError for what has no pickle."""
     kind = type(value)
     if kind is str:
         return [ord(letter) for letter in value]
     if value is None:
         return "undefined"
     if kind is bool:
-        return int(value) if in_list else str(value).lower()
+        return str(value).lower()
     if kind is Atom:
-        return value.decode()
+        return value.decode("latin-1")
     if kind is float:
         if value - value != 0.0:
             raise Killed("Erlang has no such float")
         return value
-    if kind in (bytes, int, OpaqueObject):
+    if kind in (bytes, int):
         return value
+    if kind is OpaqueObject:
+        opaque = Opaque(b"")
+        opaque.encoding = value.data
+        return opaque
     if kind in (list, List):
-        return [encode(item, in_list=True) for item in value]
+        if len(value) <= 65535 and all(isinstance(item, int) and 0 <= item <= 255 for item in value):
+            return [int(item) for item in value]
+        return [encode(item) for item in value]
     if kind is tuple:
         return tuple(encode(item) for item in value)
+    if kind is ImproperList:
+        return ImproperList([encode(item) for item in value], encode(value.tail))
     if kind in (dict, Map):
         return {encode(key): encode(item) for key, item in value.items()}
+    import pickle
+
+    try:
+        pickle.dumps(value, 2)
+    except Exception:
+        raise ValueError(f"unsupported data type: {kind}") from None
     return Pickle(value)
