@@ -141,6 +141,60 @@ defmodule DSPex.DocsTest do
     end
   end
 
+  ## The protocol
+
+  @tag timeout: 120_000
+  test "protocol.md's port answers, and nothing once it is closed: both its ends are" do
+    [_, code] = Regex.run(~r/^```elixir\n(.*?)^```/ms, page("protocol"))
+
+    # Were the input alone at its end, the peer would wait for its execute: for a minute here.
+    given = [
+      {"/path/to/python", Helpers.python()},
+      {"openai/gpt-4o-mini", "offline/echo"},
+      {"env: [", "env: [{~c\"DSPY_BRIDGE_DRAIN_MS\", ~c\"60000\"}, "}
+    ]
+
+    code = Enum.reduce(given, code, fn {part, other}, code -> replace_one(code, part, other) end)
+    {pong, binding} = Code.eval_string(code)
+    assert %{"id" => 1, "success" => true} = JSON.decode!(pong)
+    port = Keyword.fetch!(binding, :port)
+    {:os_pid, os_pid} = Port.info(port, :os_pid)
+
+    assert %{"success" => true} =
+             ask(port, %{
+               id: 2,
+               command: "create_program",
+               args: %{
+                 id: "a",
+                 signature: "q -> a",
+                 program_type: "react",
+                 tools: [%{name: "search", args: %{}}]
+               }
+             })
+
+    # It waits for the tool, and would for ever.
+    assert %{"tool_call" => %{"call_id" => 1}} =
+             ask(port, %{
+               id: 3,
+               command: "execute_program",
+               args: %{program_id: "a", inputs: %{q: "x"}}
+             })
+
+    true = Port.close(port)
+    Helpers.eventually(fn -> not Helpers.alive?(os_pid) end)
+  end
+
+  defp replace_one(text, part, other) do
+    assert [before, rest] = String.split(text, part)
+    before <> other <> rest
+  end
+
+  defp ask(port, message) do
+    true = Port.command(port, JSON.encode!(message))
+    assert_receive {^port, {:data, frame}}, 60_000
+    JSON.decode!(frame)
+  end
+
   ## Errors
 
   # Of errors.md: each type, what it says, and whether the same may succeed another time.
