@@ -77,6 +77,17 @@ def test_each_dependency_is_pinned_to_one_version_that_fits() -> None:
         assert pin.operator == "==" and need.specifier.contains(pin.version)
 
 
+def test_the_pins_hold_for_every_python_that_is_supported() -> None:
+    """Each in one version or, where a marker says so, in none; DSPy and its LM client are in all."""
+    versions = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert len(versions) > 3
+    for version in versions:
+        python = {"python_version": version, "python_full_version": f"{version}.1"}
+        names = [pin.name for pin in PINS if pin.marker is None or pin.marker.evaluate(python)]
+        assert len(names) == len(set(names))
+        assert {"dspy", "jiter", "orjson", "psutil", "litellm", "openai"} <= set(names), version
+
+
 def test_these_tests_run_with_the_pinned_versions() -> None:
     """Else the pins are not the tested versions that `mix dspex.setup` promises."""
     installed = {name: metadata.version(name) for name in HERE}

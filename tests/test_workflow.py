@@ -21,11 +21,20 @@ def test_its_matrix_is_what_the_package_says_it_supports() -> None:
     versions = re.findall(r"Python :: (3\.\d+)", project)
     matrix = WORKFLOW["jobs"]["test"]["strategy"]["matrix"]
     assert matrix["python"] == versions
-    assert matrix["otp"] == ["26", "27"]
+    assert matrix["otp"] == ["26", "27", "28"]
+    # Elixir's own table: 1.18 is for OTP 25 to 27, 1.19 for 26 to 28.
+    assert {pair["otp"]: pair["elixir"] for pair in matrix["include"]} == {"26": "1.18", "27": "1.18", "28": "1.19"}
 
 
 def test_every_expression_names_something_that_is_there() -> None:
     """A misspelt matrix key is an empty text on the forge, not an error."""
     job = WORKFLOW["jobs"]["test"]
     used = set(re.findall(r"matrix\.(\w+)", str(job)))
-    assert used == set(job["strategy"]["matrix"])
+    matrix = job["strategy"]["matrix"]
+    assert used == {*matrix, *(key for pair in matrix["include"] for key in pair)} - {"include"}
+
+
+def test_make_check_looks_for_what_otp_28_refuses() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert recipe is not None and "mix test test/attribute_regexes_test.exs" in recipe[1]
