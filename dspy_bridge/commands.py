@@ -217,10 +217,10 @@ class Commands:
         if entry.loading is None:
             loop = asyncio.get_running_loop()
             if self._loader is None:
-                from concurrent.futures import ThreadPoolExecutor
+                from dspy_bridge.daemon_threads import DaemonThreads
 
                 # One thread: DSPy lets only the thread that configured it first configure it again.
-                self._loader = ThreadPoolExecutor(1, "dspy_bridge-loader")
+                self._loader = DaemonThreads(1, "dspy_bridge-loader")
             load = loop.run_in_executor(self._loader, self._make, entry.definition)
             entry.loading = load
             # Whoever waited for it may have given up: a failure that nobody hears of is no news for the log.

@@ -210,15 +210,16 @@ def the_end_waits_for_no_lm() -> None:
 
 
 def the_end_waits_for_no_thread_of_ours() -> None:
-    """A module with only a sync `forward`, and a step of an async one that has gone to the event loop's threads."""
+    """That of a sync `forward`, that of a step that an async module sends to a thread, that which loads programs."""
     import never_returns
 
     for number, module in enumerate(("Sync", "Threaded")):
-        assert call(b"create_program", {
-            "id": b"qa", "signature": b"question -> answer", "program_type": f"never_returns:{module}".encode(),
-        })[b"success"] == "true"  # fmt: skip
+        create(program_type=f"never_returns:{module}".encode())
         submit(number, b"execute_program", execute_args())
         assert never_returns.entered.acquire(timeout=PATIENCE)
+    args = {"id": b"other", "signature": b"question -> answer", "program_type": b"never_returns:Constructor"}
+    submit(b"create", b"create_program", args)
+    assert never_returns.entered.acquire(timeout=PATIENCE)
 
 
 if __name__ == "__main__":

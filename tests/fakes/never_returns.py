@@ -23,6 +23,14 @@ class Sync(dspy.Module):
         _sit()
 
 
+class Constructor(dspy.Module):
+    """Its constructor is what never returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _sit()
+
+
 class Threaded(dspy.Module):
     """An async one, with a thread of asyncio's."""
 

@@ -291,17 +291,17 @@ def test_a_log_that_nobody_reads_costs_no_reply(start_lm: Any) -> None:
 
 
 HANGS = """
-import time
+import atexit, time
 def init():
-    time.sleep(60)
+    atexit.register(time.sleep, 60)
 """
 
 
 def test_the_owners_death_is_noticed_while_the_peer_ends(tmp_path: Any) -> None:
-    """All is answered, but a thread still hangs: the peer stays for the rest of its time, and for its owner only."""
+    """All is answered, but an exit handler hangs: the peer stays for the rest of its time, and for its owner only."""
     (tmp_path / "host.py").write_text(HANGS)
     with Peer(env={"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
-        assert peer.call("create_program", CREATE, timeout_ms=1000)["error_type"] == "timeout"
+        assert peer.call("create_program", CREATE)["success"]
         assert peer.process.stdin is not None and peer.process.stdout is not None
         peer.process.stdin.close()
         with pytest.raises(subprocess.TimeoutExpired):
