@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Pool do
   """
 
   alias DSPex.PythonBridge.{Bridge, Caller, Error, Options, Protocol, Telemetry}
-  alias DSPex.PythonBridge.Pool.{Cluster, Info, Request, Route, Settings, Slots, Tree}
+  alias DSPex.PythonBridge.Pool.{Cluster, Info, Keeper, Request, Route, Settings, Slots, Tree}
 
   @typedoc "The name of a pool, or what `start_link/1` gave."
   @type pool :: atom() | pid()
@@ -93,7 +93,8 @@ defmodule DSPex.PythonBridge.Pool do
   up have too much to do.
 
   `create_program` and `cleanup` are carried out by all peers, and on all nodes of the cluster. When
-  such a call times out, they may still be, later.
+  such a call times out, or gives `:bridge_not_running` since the pool's keeper ended meanwhile, they may
+  still be, later.
   """
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
@@ -124,14 +125,18 @@ defmodule DSPex.PythonBridge.Pool do
   defp check_timeout(timeout, info), do: Caller.check_timeout(timeout, info.pid)
 
   defp carry_out(info, request, command, args) do
-    with what when what != nil <- Caller.change(command, args),
-         keeper when is_pid(keeper) <- Process.whereis(Info.keeper(info.name)) do
-      keeper
-      |> Caller.send_and_wait(Request.left(request), request.body, {:never, 0, what})
-      |> Caller.read()
-    else
+    case Caller.change(command, args) do
       nil -> Route.run(info, request)
+      change -> change(Keeper.await(info.name, request.deadline), request, change)
     end
+  end
+
+  defp change(nil, _request, _change), do: {:error, Error.new(:bridge_not_running)}
+
+  defp change(keeper, request, change) do
+    keeper
+    |> Caller.send_and_wait(Request.left(request), request.body, {:never, 0, change})
+    |> Caller.read()
   end
 
   defp program(command, args) when command in [:execute_program, "execute_program"],

@@ -41,6 +41,18 @@ defmodule DSPex.PythonBridge.PoolProgramsTest do
     end
   end
 
+  defp execute(id), do: Pool.call(@pool, :execute_program, %{program_id: id}, 5_000)
+
+  # Behind the pool's back.
+  defp forget_all do
+    for %{bridge: bridge} <- peers() do
+      body = ~s(,"command":"cleanup","args":{}})
+      send(bridge, {:request, nil, nil, 5_000, body, {:here, 0, nil}})
+    end
+
+    assert programs() == [%{}]
+  end
+
   defp known, do: Programs.definitions(Info.fetch(@pool).programs)
 
   test "all peers that are up have a program when its creation is answered", %{tmp_dir: dir} do
@@ -173,19 +185,84 @@ defmodule DSPex.PythonBridge.PoolProgramsTest do
   test "a program that one peer lacks is created there on the way", %{tmp_dir: dir} do
     start_up(dir)
     {:ok, _} = create("one")
-    execute = fn -> Pool.call(@pool, :execute_program, %{program_id: :one}, 5_000) end
+    forget_all()
+    assert {:ok, %{"signature" => "q -> a"}} = execute("one")
+    {:ok, _} = Pool.call(@pool, :cleanup)
+    assert execute("one") == {:error, "Program not found: one"}
+  end
 
-    # Behind the pool's back.
-    for %{bridge: bridge} <- peers() do
-      body = ~s(,"command":"cleanup","args":{}})
-      send(bridge, {:request, nil, nil, 5_000, body, {:here, 0, nil}})
+  describe "while the keeper is being started again" do
+    @describetag :capture_log
+
+    # Its supervisor reads no message until it is told to go on.
+    defp kill_keeper do
+      keeper = Process.whereis(Info.keeper(@pool))
+      watch = Process.monitor(keeper)
+      :sys.suspend(@pool)
+      Process.exit(keeper, :kill)
+      assert_receive {:DOWN, ^watch, :process, ^keeper, :killed}
     end
 
-    assert programs() == [%{}]
-    assert {:ok, %{"signature" => "q -> a"}} = execute.()
-    {:ok, _} = Pool.call(@pool, :cleanup)
-    assert execute.() == {:error, "Program not found: one"}
+    test "changes wait for it, and then hold for all peers", %{tmp_dir: dir} do
+      start_up(dir)
+      {:ok, _} = create("old")
+      kill_keeper()
+      creation = Task.async(fn -> create("one") end)
+      cleanup = Task.async(fn -> Pool.call(@pool, :cleanup, %{program_ids: ["old"]}, 5_000) end)
+      refute Task.yield(creation, 50) || Task.yield(cleanup, 50)
+      :sys.resume(@pool)
+      assert {:ok, %{"status" => "created"}} = Task.await(creation)
+      assert {:ok, %{"status" => "cleaned"}} = Task.await(cleanup)
+      assert programs() == [%{"one" => "q -> a"}]
+      assert [{"one", _, _}] = known()
+    end
+
+    test "changes that have no time to wait for it are not made, and say so", %{tmp_dir: dir} do
+      start_up(dir)
+      {:ok, _} = create("old")
+      kill_keeper()
+      {ms, result} = timed(fn -> create("one", "q -> a", 50) end)
+      assert result == {:error, :bridge_not_running}
+      assert ms < 1_000
+      assert Pool.call(@pool, :cleanup, %{}, 0) == {:error, :bridge_not_running}
+      :sys.resume(@pool)
+      assert programs() == [%{"old" => "q -> a"}]
+      assert [{"old", _, _}] = known()
+    end
+
+    test "an execute of a program that one peer lacks waits for it", %{tmp_dir: dir} do
+      start_up(dir, pool_size: 1)
+      {:ok, _} = create("one")
+      forget_all()
+      kill_keeper()
+      execution = Task.async(fn -> execute("one") end)
+      refute Task.yield(execution, 50)
+      :sys.resume(@pool)
+      assert {:ok, %{"signature" => "q -> a"}} = Task.await(execution)
+    end
   end
+
+  @tag :capture_log
+  test "a change whose keeper ends is never said to be made; where it was begun, it goes on",
+       %{tmp_dir: dir} do
+    start_up(dir, pool_size: 2)
+    {:ok, _} = create("one")
+    [_quick, slow] = peers()
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{slow.os_pid}"])
+    creation = Task.async(fn -> create("one", "b -> c") end)
+    eventually(fn -> match?([%{pending: 0}, %{pending: 1}], peers()) and updated?() end)
+    keeper = Process.whereis(Info.keeper(@pool))
+    Process.exit(keeper, :kill)
+    assert Task.await(creation) == {:error, :bridge_not_running}
+    eventually(fn -> Process.whereis(Info.keeper(@pool)) not in [keeper, nil] end)
+    # Else the one peer would have the new definition and the other the old.
+    assert [%{pending: 0}, %{pending: 1}] = peers()
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{slow.os_pid}"])
+    assert programs() == [%{"one" => "b -> c"}]
+  end
+
+  defp updated?,
+    do: match?([{"one", _stamp, _body}], known()) and elem(hd(known()), 2) =~ "b -> c"
 
   test "arguments that every peer refuses change nothing", %{tmp_dir: dir} do
     start_supervised!({Pool, real_opts(name: @pool, pool_size: 1)})

@@ -19,8 +19,8 @@ defmodule DSPex.PythonBridge.Pool.Changes do
   # Of removals that are in the table, with the stamps that they have there.
   @long_ago {0, 0, :nobody}
 
-  @enforce_keys [:info]
-  defstruct [:info, deliveries: Deliveries.new(), latest: 0, undo: %{}]
+  @enforce_keys [:info, :deliveries]
+  defstruct [:info, :deliveries, latest: 0, undo: %{}]
 
   @typedoc """
   Who wants to know: a caller (its alias), `GenServer.call/3`'s, another node's keeper with its number for
@@ -46,7 +46,7 @@ defmodule DSPex.PythonBridge.Pool.Changes do
 
   @doc "No change is under way."
   @spec new(Info.t()) :: t()
-  def new(%Info{} = info), do: %__MODULE__{info: info}
+  def new(%Info{pid: pid} = info), do: %__MODULE__{info: info, deliveries: Deliveries.new(pid)}
 
   @doc """
   A caller asks for a change, or for a missing program to be created again at one bridge.

@@ -16,7 +16,8 @@ defmodule DSPex.PythonBridge.Pool.Deliveries do
   # it in the table of programs.
   @lifetime_ms 60_000
 
-  defstruct next: 1, under_way: %{}, refs: %{}
+  @enforce_keys [:owner]
+  defstruct [:owner, next: 1, under_way: %{}, refs: %{}]
 
   @typedoc "Who wants to know: see `DSPex.PythonBridge.Pool.Changes`."
   @type from :: term()
@@ -35,20 +36,24 @@ defmodule DSPex.PythonBridge.Pool.Deliveries do
           mixed?: boolean()
         }
   @opaque t :: %__MODULE__{
+            owner: pid(),
             next: pos_integer(),
             under_way: %{pos_integer() => map()},
             refs: %{reference() => pos_integer()}
           }
 
-  @doc "No change is under way."
-  @spec new() :: t()
-  def new, do: %__MODULE__{}
+  @doc """
+  No change is under way. `owner`: the process with whose end bridges cancel the changes that they were
+  sent. Not the keeper's: some bridges may have made a change already when that ends.
+  """
+  @spec new(owner :: pid()) :: t()
+  def new(owner), do: %__MODULE__{owner: owner}
 
   @doc "Sends a change to bridges."
   @spec start(t(), from(), what(), binary(), timeout(), [target()]) :: {t(), [over()]}
   def start(%__MODULE__{next: id} = deliveries, from, what, body, timeout, targets) do
     lifetime = max(timeout, @lifetime_ms)
-    sent = Map.new(targets, &send_to(&1, what, body, lifetime))
+    sent = Map.new(targets, &send_to(&1, deliveries.owner, what, body, lifetime))
 
     change = %{
       id: id,
@@ -67,9 +72,9 @@ defmodule DSPex.PythonBridge.Pool.Deliveries do
   end
 
   # :infinity is greater than any number, as an atom.
-  defp send_to({_index, pid, _waited?} = target, what, body, lifetime) do
+  defp send_to({_index, pid, _waited?} = target, owner, what, body, lifetime) do
     ref = :erlang.monitor(:process, pid, alias: :reply_demonitor)
-    send(pid, {:request, ref, self(), lifetime, body, {:here, 0, known(what)}})
+    send(pid, {:request, ref, owner, lifetime, body, {:here, 0, known(what)}})
     {ref, target}
   end
 

@@ -4,15 +4,19 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   must see alike; loans; callers that wait until something can serve them; other nodes. Calls pass it by.
 
   It never waits for anything. If it ends by a defect, its supervisor starts it again: loans are in a
-  table, waiting callers come again by themselves, and changes under way fail as `:bridge_not_running`.
+  table, waiting callers come again by themselves, new changes wait for it, and of those under way the
+  caller gets `:bridge_not_running`, while the bridges go on with them.
   """
 
   use GenServer
 
-  alias DSPex.PythonBridge.{Programs, Protocol}
+  alias DSPex.PythonBridge.{Caller, Programs, Protocol}
   alias DSPex.PythonBridge.Pool.{Changes, Cluster, Info, Loans, Slots}
 
   @enforce_keys [:info, :changes, :cluster]
+  # How soon a keeper that is being started again is looked for anew.
+  @restart_ms 5
+
   # waiting: callers' aliases, with the monitors of their processes.
   defstruct [:info, :changes, :cluster, waiting: %{}]
 
@@ -22,12 +26,32 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
     do: GenServer.start_link(__MODULE__, info, name: Info.keeper(info.name))
 
   @doc """
-  Takes over a definition from another node, and waits until the peers here that are ready have it, or
-  until the time is over.
+  The process of a pool's keeper. One that is being started again is waited for, until the deadline; nil
+  if it is not there by then, or the pool has ended.
   """
-  @spec adopt(Info.t(), Programs.definition(), timeout()) :: :ok
-  def adopt(%Info{} = info, definition, timeout) do
-    GenServer.call(Info.keeper(info.name), {:adopt, definition}, timeout)
+  @spec await(atom(), Caller.deadline()) :: pid() | nil
+  def await(pool, deadline) do
+    with nil <- Process.whereis(Info.keeper(pool)) do
+      left = Caller.left(deadline)
+
+      # An atom is greater than any number.
+      if left > 0 and Info.fetch(pool) != nil do
+        Process.sleep(min(@restart_ms, left))
+        await(pool, deadline)
+      end
+    end
+  end
+
+  @doc """
+  Takes over a definition from another node, and waits until the peers here that are ready have it, or
+  until the deadline.
+  """
+  @spec adopt(Info.t(), Programs.definition(), Caller.deadline()) :: :ok
+  def adopt(%Info{} = info, definition, deadline) do
+    case await(info.name, deadline) do
+      nil -> :ok
+      keeper -> GenServer.call(keeper, {:adopt, definition}, Caller.left(deadline))
+    end
   catch
     # Whether the program is there will show.
     :exit, _no_answer -> :ok

@@ -175,7 +175,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
   end
 
   defp serve(info, request, definition) do
-    if definition, do: Keeper.adopt(info, definition, Request.left(request))
+    if definition, do: Keeper.adopt(info, definition, request.deadline)
 
     case Route.here(info, request) do
       {:done, reply} -> {:done, reply}

@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   """
 
   alias DSPex.PythonBridge.{Caller, Error, Protocol, Telemetry}
-  alias DSPex.PythonBridge.Pool.{Info, Remote, Request, Slots}
+  alias DSPex.PythonBridge.Pool.{Info, Keeper, Remote, Request, Slots}
 
   @typedoc "What `DSPex.PythonBridge.Caller.read/1` gives."
   @type reply :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
@@ -109,13 +109,15 @@ defmodule DSPex.PythonBridge.Pool.Route do
   defp judge(_info, _request, _index, _since, reply), do: {:done, reply}
 
   defp repair(info, request, index, reply) do
-    case create_at(info, request, index) do
+    keeper = Keeper.await(info.name, request.deadline)
+
+    case create_at(keeper, request, index) do
       {:ok, _id, _created, _meta} ->
         try_slot(info, %{request | repaired: [index | request.repaired]}, index)
 
-      # The pool has no such program, or its bridge has just ended.
-      {:error, %Error{type: :bridge_not_running}} ->
-        {:done, reply}
+      # The pool has no such program, or its bridge has just ended; or the keeper has.
+      {:error, %Error{type: :bridge_not_running}} when keeper != nil ->
+        if Process.alive?(keeper), do: {:done, reply}, else: repair(info, request, index, reply)
 
       # Then that is why it is missing.
       refusal ->
@@ -123,16 +125,12 @@ defmodule DSPex.PythonBridge.Pool.Route do
     end
   end
 
-  # By the keeper, which knows what the program is now, and in the order of all changes.
-  defp create_at(info, request, index) do
-    case Process.whereis(Info.keeper(info.name)) do
-      nil ->
-        failed(:bridge_not_running)
+  defp create_at(nil, _request, _index), do: failed(:bridge_not_running)
 
-      keeper ->
-        terms = {:never, 0, {:repair, index, request.program}}
-        Caller.read(Caller.send_and_wait(keeper, Request.left(request), "", terms))
-    end
+  # By the keeper, which knows what the program is now, and in the order of all changes.
+  defp create_at(keeper, request, index) do
+    terms = {:never, 0, {:repair, index, request.program}}
+    Caller.read(Caller.send_and_wait(keeper, Request.left(request), "", terms))
   end
 
   ## Nobody can serve now
