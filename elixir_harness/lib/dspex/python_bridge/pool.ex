@@ -24,6 +24,9 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.{Bridge, Caller, Error, Options, Protocol, Telemetry}
   alias DSPex.PythonBridge.Pool.{Cluster, Info, Keeper, Request, Route, Settings, Slots, Tree}
 
+  # The keeper answers at once, unless it is being started again.
+  @keeper_ms 5_000
+
   @typedoc "The name of a pool, or what `start_link/1` gave."
   @type pool :: atom() | pid()
   @type status :: %{peers: [peer()], nodes: [node()]}
@@ -160,7 +163,7 @@ defmodule DSPex.PythonBridge.Pool do
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
   def checkout(pool \\ __MODULE__) do
     started = System.monotonic_time()
-    answer = ask_keeper(pool, :checkout)
+    answer = with_info(pool, &Keeper.checkout(&1, @keeper_ms))
     Telemetry.checkout(pool, answer, started)
     answer
   end
@@ -173,15 +176,13 @@ defmodule DSPex.PythonBridge.Pool do
   Gives a lent bridge back; any process may. An error text if it is none of the pool's, or not lent.
   """
   @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
-  def checkin(pool, bridge), do: ask_keeper(pool, {:checkin, bridge})
+  def checkin(pool, bridge), do: with_info(pool, &Keeper.checkin(&1, bridge, @keeper_ms))
 
-  defp ask_keeper(pool, question) do
+  defp with_info(pool, fun) do
     case Info.fetch(pool) do
       nil -> {:error, :bridge_not_running}
-      info -> GenServer.call(Info.keeper(info.name), question)
+      info -> fun.(info)
     end
-  catch
-    :exit, _not_running -> {:error, :bridge_not_running}
   end
 
   @doc """

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.PoolTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Pool.{Info, Slots}
+  alias DSPex.PythonBridge.Pool.{Info, Keeper, Slots}
 
   defp who(opts \\ []), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
 
@@ -363,6 +363,37 @@ defmodule DSPex.PythonBridge.PoolTest do
       assert Pool.checkout() == {:error, :pool_exhausted}
       Process.exit(second, :kill)
       assert eventually(fn -> match?({:ok, ^bridge}, Pool.checkout()) end)
+    end
+
+    test "what is lent to a borrower that has given up waiting for it is free again" do
+      pool = start_up(pool_size: 2)
+      {:ok, other} = as(borrower = other_process(), fn -> Pool.checkout() end)
+      :sys.suspend(Pool.Keeper)
+      give_up = fn -> Keeper.checkout(Info.fetch(pool), 20) end
+      assert as(borrower, give_up) == {:error, :bridge_not_running}
+      next = other_process()
+      caller = Task.async(fn -> as(next, fn -> Pool.checkout() end) end)
+      :sys.resume(Pool.Keeper)
+      # The borrower lives, and what it had before it has still.
+      assert {:ok, bridge} = Task.await(caller)
+      assert bridge != other
+      assert Pool.checkout() == {:error, :pool_exhausted}
+      assert for(p <- Pool.status().peers, p.checked_out, do: p.bridge) == bridges()
+    end
+
+    @tag :capture_log
+    test "wait for the keeper while it is being started again" do
+      pool = start_up(pool_size: 1)
+      keeper = Process.whereis(Pool.Keeper)
+      :sys.suspend(pool)
+      Process.exit(keeper, :kill)
+      eventually(fn -> Process.whereis(Pool.Keeper) == nil end)
+      borrower = other_process()
+      loan = Task.async(fn -> as(borrower, fn -> Pool.checkout() end) end)
+      refute Task.yield(loan, 50)
+      :sys.resume(pool)
+      assert {:ok, bridge} = Task.await(loan)
+      assert Pool.checkin(bridge) == :ok
     end
 
     test "with all peers lent, calls wait until one is given back" do

@@ -16,6 +16,8 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   @enforce_keys [:info, :changes, :cluster]
   # How soon a keeper that is being started again is looked for anew.
   @restart_ms 5
+  # For so long past its timeout a caller looks for a keeper that may have lent it something unheard.
+  @undo_ms 50
 
   # waiting: callers' aliases, with the monitors of their processes.
   defstruct [:info, :changes, :cluster, waiting: %{}]
@@ -40,6 +42,38 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
         await(pool, deadline)
       end
     end
+  end
+
+  @doc """
+  Lends a bridge to the calling process. If that has given up after `timeout` ms, or the keeper has ended,
+  a loan that was made all the same is undone.
+  """
+  @spec checkout(Info.t(), timeout()) ::
+          {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
+  def checkout(%Info{name: name} = info, timeout) do
+    ref = make_ref()
+
+    with {:error, :bridge_not_running} = error <- ask(info, {:checkout, ref}, timeout) do
+      # Behind the question, if that is still there to be read; or to the next keeper, which has the table.
+      keeper = await(name, now() + @undo_ms)
+      if keeper, do: GenServer.cast(keeper, {:unheard, ref})
+      error
+    end
+  end
+
+  @doc "Gives a bridge back, whoever has it."
+  @spec checkin(Info.t(), term(), timeout()) :: :ok | {:error, String.t() | :bridge_not_running}
+  def checkin(%Info{} = info, bridge, timeout), do: ask(info, {:checkin, bridge}, timeout)
+
+  defp ask(%Info{name: name}, question, timeout) do
+    deadline = now() + timeout
+
+    case await(name, deadline) do
+      nil -> {:error, :bridge_not_running}
+      keeper -> GenServer.call(keeper, question, Caller.left(deadline))
+    end
+  catch
+    :exit, _no_answer -> {:error, :bridge_not_running}
   end
 
   @doc """
@@ -87,8 +121,8 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   ## Loans
 
   @impl GenServer
-  def handle_call(:checkout, {borrower, _tag}, state) do
-    case Loans.lend(state.info, borrower) do
+  def handle_call({:checkout, ref}, {borrower, _tag}, state) do
+    case Loans.lend(state.info, borrower, ref) do
       nil -> {:reply, {:error, :pool_exhausted}, state}
       bridge -> {:reply, {:ok, bridge}, serves_less(state)}
     end
@@ -106,6 +140,13 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   def handle_call({:adopt, {id, stamp, body}}, from, state) do
     change = {:create, id, stamp}
     {:noreply, made(state, Changes.adopt(state.changes, {:call, from}, change, body))}
+  end
+
+  @impl GenServer
+  def handle_cast({:unheard, ref}, state) do
+    if Loans.undo(state.info, ref),
+      do: {:noreply, serves_more(state)},
+      else: {:noreply, state}
   end
 
   # As a bridge is asked. A caller that gives up is not remembered: its alias then leads nowhere.
@@ -259,4 +300,6 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
     if monitor, do: Process.demonitor(monitor, [:flush])
     %{state | waiting: waiting}
   end
+
+  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -9,8 +9,8 @@ defmodule DSPex.PythonBridge.Pool.Loans do
   @doc "Watches the borrowers that the table tells of: for a new keeper."
   @spec restore(Info.t()) :: :ok
   def restore(%Info{loans: loans}) do
-    for {index, borrower, _monitor_of_the_old} <- :ets.tab2list(loans) do
-      :ets.insert(loans, {index, borrower, watch(borrower, index)})
+    for {index, borrower, _monitor_of_the_old, ref} <- :ets.tab2list(loans) do
+      :ets.insert(loans, {index, borrower, watch(borrower, index), ref})
     end
 
     :ok
@@ -18,17 +18,17 @@ defmodule DSPex.PythonBridge.Pool.Loans do
 
   @doc """
   Lends a bridge: the least busy one of those that are ready, else one whose peer is not up yet; nil
-  if all are lent.
+  if all are lent. `ref` is what the borrower knows the loan by.
   """
-  @spec lend(Info.t(), pid()) :: atom() | nil
-  def lend(%Info{slots: slots, loans: loans} = info, borrower) do
+  @spec lend(Info.t(), pid(), reference()) :: atom() | nil
+  def lend(%Info{slots: slots, loans: loans} = info, borrower, ref) do
     case Slots.pick(slots) || starting(info) do
       nil ->
         nil
 
       index ->
         Slots.lend(slots, index)
-        :ets.insert(loans, {index, borrower, watch(borrower, index)})
+        :ets.insert(loans, {index, borrower, watch(borrower, index), ref})
         Info.bridge(info, index)
     end
   end
@@ -57,7 +57,7 @@ defmodule DSPex.PythonBridge.Pool.Loans do
 
   defp end_loan(%Info{loans: loans} = info, index) do
     case :ets.lookup(loans, index) do
-      [{_index, _borrower, monitor}] ->
+      [{_index, _borrower, monitor, _ref}] ->
         Process.demonitor(monitor, [:flush])
         :ets.delete(loans, index)
         Slots.unlend(info.slots, index)
@@ -67,10 +67,19 @@ defmodule DSPex.PythonBridge.Pool.Loans do
     end
   end
 
+  @doc "The borrower never heard of the loan that it asked for by `ref`; whether there is one."
+  @spec undo(Info.t(), reference()) :: boolean()
+  def undo(%Info{loans: loans} = info, ref) do
+    case :ets.match(loans, {:"$1", :_, :_, ref}) do
+      [[index]] -> end_loan(info, index) == :ok
+      [] -> false
+    end
+  end
+
   @doc "The borrower watched by `monitor` is gone; whether it still had the bridge."
   @spec borrower_gone(Info.t(), Slots.index(), reference()) :: boolean()
   def borrower_gone(%Info{loans: loans} = info, index, monitor) do
-    match?([{_index, _borrower, ^monitor}], :ets.lookup(loans, index)) and
+    match?([{_index, _borrower, ^monitor, _ref}], :ets.lookup(loans, index)) and
       end_loan(info, index) == :ok
   end
 
