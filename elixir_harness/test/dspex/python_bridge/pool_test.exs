@@ -408,6 +408,8 @@ defmodule DSPex.PythonBridge.PoolTest do
       {:ok, %{"pid" => pid}} = Bridge.call(one, :who)
       assert Pool.checkin(one) == :ok
       assert Enum.uniq(Task.await_many(callers)) == [pid]
+      # Those that were woken are remembered no more: nobody would ever forget them.
+      assert :sys.get_state(Pool.Keeper).waiting == %{}
     end
 
     test "a caller that waits and ends is forgotten" do
