@@ -103,6 +103,31 @@ defmodule DSPex.PythonBridge.Programs do
   @spec export(table()) :: exported()
   def export(table), do: :ets.tab2list(table)
 
+  @doc "Whether a term is such a list, as far as one can see: it may come from another version."
+  @spec exported?(term()) :: boolean()
+  def exported?(rows), do: all?(rows, &row?/1)
+
+  defp row?({{:program, id}, stamp, body}), do: id?(id) and stamp?(stamp) and is_binary(body)
+  defp row?({{:removed, id}, stamp, nil}), do: id?(id) and stamp?(stamp)
+  defp row?({:removed_all, stamp, nil}), do: stamp?(stamp)
+  defp row?(_other), do: false
+
+  @doc "Whether a term is a change that has its stamp."
+  @spec change?(term()) :: boolean()
+  def change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
+  def change?({:cleanup, :all, stamp}), do: stamp?(stamp)
+  def change?({:cleanup, ids, stamp}), do: all?(ids, &id?/1) and stamp?(stamp)
+  def change?(_other), do: false
+
+  defp id?(id), do: is_binary(id) and String.valid?(id)
+
+  defp stamp?({time, count, node}),
+    do: is_integer(time) and is_integer(count) and is_atom(node)
+
+  defp stamp?(_other), do: false
+
+  defp all?(list, fun), do: is_list(list) and not List.improper?(list) and Enum.all?(list, fun)
+
   @doc "Takes over what another table knows better; gives what changed by it, oldest first."
   @spec merge(table(), exported()) :: {[definition()], removed :: [id()]}
   def merge(table, exported) do

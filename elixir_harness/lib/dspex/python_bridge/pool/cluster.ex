@@ -1,18 +1,17 @@
 defmodule DSPex.PythonBridge.Pool.Cluster do
   @moduledoc """
   What a keeper knows of the keepers on other nodes, and tells them. They find each other by a group
-  of `:pg`, which follows nodes that come and go, and speak by plain messages:
-
-    * `{:hello, keeper, name, serves?, programs}` when two meet: all that each knows of programs
-    * `{:serves, keeper, name, serves?}`: whether a call may be sent there, told at each change
-    * `{:change, keeper, id, change, body}` and back `{:changed, id, keeper}`: one change to them
+  of `:pg`, which follows nodes that come and go, and speak by the messages of
+  `DSPex.PythonBridge.Pool.ClusterMessage`.
 
   Nothing is sent that would hold the keeper up. To a node whose connection takes no more, the hello is
   sent again until it does, which makes up for all else that did not get through.
   """
 
-  alias DSPex.PythonBridge.Pool.{Info, Slots}
+  alias DSPex.PythonBridge.Pool.{ClusterMessage, Info, Slots}
   alias DSPex.PythonBridge.Programs
+
+  require Logger
 
   # Not that of the pool's module, which is a pool's name: scopes are processes of that name.
   @scope __MODULE__
@@ -21,11 +20,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   @longest_wait_ms 3_000
 
   @enforce_keys [:group, :scope, :pg]
-  defstruct [:group, :scope, :pg, members: MapSet.new(), behind: MapSet.new(), waits: %{}]
+  defstruct [:group, :scope, :pg, members: MapSet.new(), behind: MapSet.new(), waits: %{}] ++
+              [older: %{}, puzzled?: false]
 
   @typedoc """
   `scope`: the monitor of `:pg`'s process; `pg`: its reference for this group. `members`: keepers of the
   group but this one. `behind`: those that get another hello. `waits`: changes that others are making.
+  `older`: the versions of those that speak an older one. `puzzled?`: something was not understood.
   """
   @type t :: %__MODULE__{
           group: atom() | String.t(),
@@ -33,7 +34,9 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
           pg: reference(),
           members: MapSet.t(pid()),
           behind: MapSet.t(pid()),
-          waits: %{pos_integer() => map()}
+          waits: %{pos_integer() => map()},
+          older: %{pid() => ClusterMessage.version()},
+          puzzled?: boolean()
         }
 
   @doc "Joins the pool's cluster; nil if it has none."
@@ -79,7 +82,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
     gone = MapSet.new(keepers)
     members = MapSet.difference(cluster.members, gone)
     behind = MapSet.difference(cluster.behind, gone)
-    cluster = %{cluster | members: members, behind: behind}
+    older = Map.drop(cluster.older, keepers)
+    cluster = %{cluster | members: members, behind: behind, older: older}
 
     Enum.reduce(keepers, {cluster, []}, fn keeper, {cluster, done} ->
       Enum.reduce(Map.keys(cluster.waits), {cluster, done}, fn id, {cluster, done} ->
@@ -93,6 +97,32 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   @spec left_all(t(), Info.t()) :: {t(), done :: [map()]}
   def left_all(%__MODULE__{} = cluster, info),
     do: left(cluster, info, MapSet.to_list(cluster.members))
+
+  @doc """
+  Another keeper has spoken in this version. One that turns out to be of an older one has not understood
+  what it was told, and is greeted again.
+  """
+  @spec heard(t(), Info.t(), pid(), ClusterMessage.version()) :: t()
+  def heard(%__MODULE__{older: older} = cluster, info, keeper, version) do
+    if version == version(cluster, keeper),
+      do: cluster,
+      else: greet(%{cluster | older: Map.put(older, keeper, version)}, info, [keeper])
+  end
+
+  defp version(cluster, keeper), do: Map.get(cluster.older, keeper, ClusterMessage.version())
+
+  @doc "Something was said that is not understood here, by a keeper of a newer version as it seems."
+  @spec puzzled(t(), Info.t()) :: t()
+  def puzzled(%__MODULE__{puzzled?: true} = cluster, _info), do: cluster
+
+  def puzzled(%__MODULE__{} = cluster, info) do
+    Logger.warning(
+      "pool #{inspect(info.name)}: a message of its cluster is not understood and ignored, as all such " <>
+        "will be; messages up to version #{ClusterMessage.version()} are understood here"
+    )
+
+    %{cluster | puzzled?: true}
+  end
 
   @doc "What another keeper has said of itself; whether calls can be sent there."
   @spec note(Info.t(), pid(), atom(), boolean()) :: boolean()
@@ -188,11 +218,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
 
   # A keeper that could not be told is behind; one whose node is gone will leave, or greet anew.
   defp tell(cluster, keepers, message) do
-    failed = Enum.filter(keepers, &(:erlang.send(&1, message, [:nosuspend, :noconnect]) != :ok))
+    failed = Enum.reject(keepers, &told?(&1, ClusterMessage.pack(message, version(cluster, &1))))
 
     if failed != [] and MapSet.size(cluster.behind) == 0,
       do: :erlang.send_after(@again_ms, self(), :greet_again)
 
     %{cluster | behind: Enum.into(failed, cluster.behind)}
   end
+
+  defp told?(keeper, message),
+    do: :erlang.send(keeper, message, [:nosuspend, :noconnect]) == :ok
 end

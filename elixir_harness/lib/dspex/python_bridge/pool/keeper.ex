@@ -11,7 +11,9 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   use GenServer
 
   alias DSPex.PythonBridge.{Caller, Programs, Protocol}
-  alias DSPex.PythonBridge.Pool.{Changes, Cluster, Info, Loans, Slots}
+  alias DSPex.PythonBridge.Pool.{Changes, Cluster, ClusterMessage, Info, Loans, Slots}
+
+  require ClusterMessage
 
   @enforce_keys [:info, :changes, :cluster]
   # How soon a keeper that is being started again is looked for anew.
@@ -202,19 +204,17 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
 
   ## Other nodes
 
-  def handle_info({:hello, keeper, name, serves?, exported}, state) do
-    state = note_other(state, keeper, name, serves?)
-    {:noreply, made(state, Changes.merge(state.changes, exported))}
+  def handle_info(message, %{cluster: %Cluster{} = cluster} = state)
+      when ClusterMessage.is_message(message) do
+    case ClusterMessage.read(message) do
+      {:ok, said, version, keeper} ->
+        cluster = Cluster.heard(cluster, state.info, keeper, version)
+        {:noreply, said(%{state | cluster: cluster}, said)}
+
+      :unknown ->
+        {:noreply, %{state | cluster: Cluster.puzzled(cluster, state.info)}}
+    end
   end
-
-  def handle_info({:serves, keeper, name, serves?}, state),
-    do: {:noreply, note_other(state, keeper, name, serves?)}
-
-  def handle_info({:change, keeper, id, what, body}, state),
-    do: {:noreply, made(state, Changes.adopt(state.changes, {:node, keeper, id}, what, body))}
-
-  def handle_info({:changed, id, keeper}, state),
-    do: {:noreply, made_there(state, Cluster.changed(state.cluster, id, keeper))}
 
   def handle_info({:timeout, _timer, {:spread, id}}, state),
     do: {:noreply, made_there(state, Cluster.expired(state.cluster, id))}
@@ -235,6 +235,22 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   end
 
   def handle_info(_stale, state), do: {:noreply, state}
+
+  ## What other nodes say
+
+  defp said(state, {:hello, keeper, name, serves?, exported}) do
+    state = note_other(state, keeper, name, serves?)
+    made(state, Changes.merge(state.changes, exported))
+  end
+
+  defp said(state, {:serves, keeper, name, serves?}),
+    do: note_other(state, keeper, name, serves?)
+
+  defp said(state, {:change, keeper, id, what, body}),
+    do: made(state, Changes.adopt(state.changes, {:node, keeper, id}, what, body))
+
+  defp said(state, {:changed, id, keeper}),
+    do: made_there(state, Cluster.changed(state.cluster, id, keeper))
 
   ## A change is over
 
