@@ -11,6 +11,11 @@ defmodule DSPex.PythonBridge.Monitor do
   bridge itself keeps its time (`:start_timeout`) and makes the attempts: such a miss makes the health `:unhealthy` and leads to nothing. An answer that too
   many calls wait (`:overloaded`) says nothing of the peer's health and leaves it as it was.
 
+  The monitor of a pool's bridge is told when a call was given up, by its caller's timeout or death, and
+  the peer has sent nothing since. It then asks at once, and again each fifth of the timeout until an answer comes, without
+  waiting for the earlier ones: each has its full timeout, but `:max_failures` of them are missed within
+  8 s instead of minutes (with the defaults), and the peer is replaced.
+
   Options, with defaults from `config :dspex, :python_bridge_monitor`:
 
   | option | default | what |
@@ -141,8 +146,10 @@ defmodule DSPex.PythonBridge.Monitor do
   @impl GenServer
   def init(options) do
     # check: the monitor of the one that runs, since started; waiting: who asked for it; next: who
-    # asked meanwhile and gets a check of their own.
+    # asked meanwhile and gets a check of their own. doubt: the timer of the next ping that may be due,
+    # pings: when those in doubt were sent, by their monitors, told?: whether there is need of another.
     state = Map.merge(@no_stats, %{options: options, check: nil, waiting: [], next: []})
+    state = Map.merge(state, %{doubt: nil, pings: %{}, told?: false})
     {:ok, schedule(Map.merge(state, %{timer: nil, started: nil}))}
   end
 
@@ -155,16 +162,18 @@ defmodule DSPex.PythonBridge.Monitor do
 
   def handle_call(:check, from, state), do: {:noreply, %{state | next: [from | state.next]}}
 
+  # From the bridge, if that is a pool's.
+  @impl GenServer
+  def handle_cast(:unanswered, %{doubt: nil} = state), do: {:noreply, ask_again(state)}
+  def handle_cast(:unanswered, state), do: {:noreply, %{state | told?: true}}
+
   @impl GenServer
   def handle_info({:timeout, timer, :check}, %{timer: timer, check: nil} = state),
     do: {:noreply, start_check(state)}
 
   # The check ran in a process of its own; its exit reason is what it found.
   def handle_info({:DOWN, check, :process, _pid, reason}, %{check: check} = state) do
-    state = %{state | check: nil, last_check: DateTime.utc_now(), checks: state.checks + 1}
-    state = count(state, reason)
-    tell(state, reason)
-    state = restart_if_due(state, reason)
+    state = checked(%{state | check: nil}, reason, state.started)
     Enum.each(state.waiting, &GenServer.reply(&1, health(state)))
 
     case state.next do
@@ -173,18 +182,55 @@ defmodule DSPex.PythonBridge.Monitor do
     end
   end
 
+  def handle_info({:DOWN, ping, :process, _pid, reason}, state)
+      when is_map_key(state.pings, ping) do
+    {sent, pings} = Map.pop!(state.pings, ping)
+    state = checked(%{state | pings: pings}, reason, sent)
+    # Only as long as all are missed.
+    {:noreply, if(missed?(reason) and state.failures > 0, do: state, else: forget_pings(state))}
+  end
+
+  def handle_info({:timeout, timer, :doubt}, %{doubt: timer} = state) do
+    state = %{state | doubt: nil}
+    {:noreply, if(state.told? or state.pings != %{}, do: ask_again(state), else: state)}
+  end
+
   def handle_info(_stale, state), do: {:noreply, state}
+
+  defp ask_again(%{options: options} = state) do
+    {_pid, ping} = start_ping(options)
+    timer = :erlang.start_timer(max(div(options.timeout, 5), 1), self(), :doubt)
+    pings = Map.put(state.pings, ping, System.monotonic_time())
+    %{state | doubt: timer, told?: false, pings: pings}
+  end
+
+  defp forget_pings(state) do
+    Enum.each(state.pings, fn {ping, _sent} -> Process.demonitor(ping, [:flush]) end)
+    %{state | pings: %{}}
+  end
+
+  defp missed?({:checked, {:missed, _reason, %{state: :running}}}), do: true
+  defp missed?(_answered_or_else), do: false
+
+  defp checked(state, reason, started) do
+    state = %{state | last_check: DateTime.utc_now(), checks: state.checks + 1}
+    state = count(state, reason)
+    tell(state, reason, started)
+    restart_if_due(state, reason)
+  end
 
   defp schedule(state),
     do: %{state | timer: :erlang.start_timer(state.options.interval, self(), :check)}
 
   defp start_check(state) do
-    %{bridge: bridge, timeout: timeout} = state.options
     # Of a forced check: the next comes one interval after it.
     if state.timer, do: :erlang.cancel_timer(state.timer, async: true, info: false)
-    {_pid, check} = spawn_monitor(fn -> exit({:checked, check(bridge, timeout)}) end)
+    {_pid, check} = start_ping(state.options)
     %{state | check: check, started: System.monotonic_time(), timer: nil}
   end
+
+  defp start_ping(%{bridge: bridge, timeout: timeout}),
+    do: spawn_monitor(fn -> exit({:checked, check(bridge, timeout)}) end)
 
   defp check(bridge, timeout) do
     started = System.monotonic_time(:microsecond)
@@ -230,14 +276,14 @@ defmodule DSPex.PythonBridge.Monitor do
   defp describe(reason) when is_atom(reason), do: reason
   defp describe(_text), do: "an error"
 
-  defp tell(state, reason) do
+  defp tell(state, reason, started) do
     metadata = %{
       bridge: state.options.bridge,
       result: result(reason),
       failures: state.failures
     }
 
-    measurements = %{duration: System.monotonic_time() - state.started}
+    measurements = %{duration: System.monotonic_time() - started}
     Telemetry.execute([:monitor, :check], measurements, metadata)
   end
 

@@ -74,8 +74,8 @@ defmodule DSPex.PythonBridge.Options do
           slot: slot() | nil,
           programs: Programs.table() | nil
         }
-  @typedoc "A bridge's place in its pool, and the name of the process to tell of its state."
-  @type slot :: {Slots.t(), index :: pos_integer(), keeper :: atom()}
+  @typedoc "A bridge's place in its pool, and the names of the processes to tell of its state, and of silence."
+  @type slot :: {Slots.t(), index :: pos_integer(), keeper :: atom(), monitor :: atom()}
 
   @doc """
   Options from a keyword list over the application's configuration, or the error that names the
@@ -234,8 +234,9 @@ defmodule DSPex.PythonBridge.Options do
   defp refusal({:max_pending, n}) when is_integer(n) and n > 0, do: nil
   defp refusal({:max_pending, other}), do: expected(:max_pending, "1 or more", other)
 
-  defp refusal({:slot, {_slots, index, keeper}}) when is_integer(index) and is_atom(keeper),
-    do: nil
+  defp refusal({:slot, {_slots, index, keeper, monitor}})
+       when is_integer(index) and is_atom(keeper) and is_atom(monitor),
+       do: nil
 
   defp refusal({:programs, table}) when is_reference(table), do: nil
   defp refusal({key, _value}), do: unknown(key, @known)

@@ -60,7 +60,7 @@ defmodule DSPex.PythonBridge.Server do
     # Keeps the queued messages, which have what callers sent in them, out of crash reports.
     Process.flag(:sensitive, true)
     Caller.remember_defaults(self(), options)
-    with {slots, index, _keeper} <- options.slot, do: Slots.reset(slots, index)
+    with {slots, index, _keeper, _monitor} <- options.slot, do: Slots.reset(slots, index)
     programs = if options.programs == nil, do: Programs.new(), else: options.programs
     Telemetry.look_once()
 
@@ -90,8 +90,14 @@ defmodule DSPex.PythonBridge.Server do
   @impl GenServer
   def handle_cast(:replace, state), do: {:noreply, Succession.replace(state)}
 
-  # The two hot paths first.
+  # The two hot paths first; before them what makes them the only ones again.
   @impl GenServer
+  def handle_info(
+        {port, {:data, _frame}} = message,
+        %{traffic: %{silent?: true, to: port}} = state
+      ),
+      do: handle_info(message, %{state | traffic: Traffic.heard(state.traffic)})
+
   def handle_info({port, {:data, frame}}, state) when is_port(port) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)

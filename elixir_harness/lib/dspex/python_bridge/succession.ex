@@ -288,7 +288,7 @@ defmodule DSPex.PythonBridge.Succession do
 
   defp tell_slot(%{options: %{slot: nil}}, _slot_state), do: :ok
 
-  defp tell_slot(%{options: %{slot: {slots, index, keeper}}}, slot_state) do
+  defp tell_slot(%{options: %{slot: {slots, index, keeper, _monitor}}}, slot_state) do
     Slots.put_state(slots, index, slot_state)
 
     with pid when is_pid(pid) <- Process.whereis(keeper),

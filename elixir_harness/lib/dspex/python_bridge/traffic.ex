@@ -27,6 +27,7 @@ defmodule DSPex.PythonBridge.Traffic do
     :to,
     calls: Calls.new(),
     held: :gb_sets.empty(),
+    silent?: false,
     hold_changes?: false,
     outboxes: %{},
     late: %{},
@@ -35,7 +36,8 @@ defmodule DSPex.PythonBridge.Traffic do
   ]
 
   @typedoc """
-  `to`: the port of the peer that serves. `held`: ids of calls that are no suspects. `late`: changes to
+  `to`: the port of the peer that serves. `silent?`: of a pool's bridge, whether that peer has sent nothing
+  since a call of its was given up. `held`: ids of calls that are no suspects. `late`: changes to
   the programs that nobody waits for any more, by id, with their peer's port. `resent`: how often a call
   was, or is to be, sent again.
   """
@@ -47,6 +49,7 @@ defmodule DSPex.PythonBridge.Traffic do
           to: port() | nil,
           calls: Calls.t(),
           held: :gb_sets.set(pos_integer()),
+          silent?: boolean(),
           hold_changes?: boolean(),
           outboxes: %{port() => Outbox.t()},
           late: %{pos_integer() => {port(), Programs.change(), binary()}},
@@ -156,8 +159,30 @@ defmodule DSPex.PythonBridge.Traffic do
       {call, calls} ->
         unwatch(call.watch)
         done(traffic, call.retry)
-        %{traffic | calls: calls} |> Interim.over(id, call) |> Dispatch.withdraw(id, call)
+        traffic = suspect_silence(%{traffic | calls: calls}, call)
+        traffic |> Interim.over(id, call) |> Dispatch.withdraw(id, call)
     end
+  end
+
+  # A peer that hangs would look idle: each call that is given up is counted out. One that does not will say
+  # something soon, be it that the call was cancelled.
+  defp suspect_silence(
+         %__MODULE__{slot: {slots, index, _keeper, monitor}, to: port} = traffic,
+         %Call{at: port}
+       )
+       when port != nil do
+    Slots.silent(slots, index)
+    GenServer.cast(monitor, :unanswered)
+    %{traffic | silent?: true}
+  end
+
+  defp suspect_silence(traffic, _call), do: traffic
+
+  @doc "The peer that serves has sent something."
+  @spec heard(t()) :: t()
+  def heard(%__MODULE__{slot: {slots, index, _keeper, _monitor}} = traffic) do
+    Slots.heard(slots, index)
+    %{traffic | silent?: false}
   end
 
   # A caller keeps its own time and is watched for its death; a cast has nobody who would.
@@ -235,7 +260,7 @@ defmodule DSPex.PythonBridge.Traffic do
   end
 
   # The pool's caller has counted it in.
-  defp done(%__MODULE__{slot: {slots, index, _keeper}}, :caller), do: Slots.done(slots, index)
+  defp done(%__MODULE__{slot: {slots, index, _, _}}, :caller), do: Slots.done(slots, index)
   defp done(_traffic, _retry), do: :ok
 
   defp now, do: System.monotonic_time(:millisecond)

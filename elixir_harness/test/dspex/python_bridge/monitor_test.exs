@@ -99,6 +99,48 @@ defmodule DSPex.PythonBridge.MonitorTest do
     eventually(fn -> Bridge.get_status(bridge).restarts >= 1 end)
   end
 
+  test "told of a call that was given up, it asks at once and again, each time with its full timeout" do
+    bridge = start_bridge(fake_opts("silent"))
+    monitor = start_monitor(bridge, timeout: 500, max_failures: 3)
+    old = Bridge.get_status(bridge).os_pid
+
+    {ms, _} =
+      timed(fn ->
+        GenServer.cast(monitor, :unanswered)
+        # It does not wait for one answer before it asks for the next.
+        eventually(fn -> Bridge.get_status(bridge).pending >= 3 end)
+        eventually(fn -> Bridge.get_status(bridge).os_pid != old end)
+      end)
+
+    # The full timeout for the third, too, 200 ms after the first.
+    assert ms >= 690
+    assert %{checks: checks, success_rate: +0.0} = Monitor.get_health_status(monitor)
+    assert checks >= 3
+  end
+
+  test "told of many calls, it asks no more often; answered, it asks no more" do
+    bridge = start_bridge(fake_opts("echo"))
+    monitor = start_monitor(bridge, timeout: 2_000)
+    for _ <- 1..1_000, do: GenServer.cast(monitor, :unanswered)
+    eventually(fn -> Monitor.get_health_status(monitor).checks == 2 end)
+    eventually(fn -> :sys.get_state(monitor).doubt == nil end)
+    assert %{checks: 2, success_rate: 1.0} = Monitor.get_health_status(monitor)
+  end
+
+  @tag :tmp_dir
+  test "told of a call while the peer starts, it asks once, and leaves it to the bridge", %{
+    tmp_dir: dir
+  } do
+    opts = fake_opts("waits_for_a_file", env: %{"FAKE_FILE" => Path.join(dir, "start")})
+    bridge = start_supervised!({Bridge, opts})
+    monitor = start_monitor(bridge, timeout: 100, max_failures: 1)
+    GenServer.cast(monitor, :unanswered)
+    eventually(fn -> Monitor.get_health_status(monitor).checks == 1 end)
+    eventually(fn -> :sys.get_state(monitor).doubt == nil end)
+    assert %{checks: 1, failures: 0} = Monitor.get_health_status(monitor)
+    assert %{state: :starting, restarts: 0} = Bridge.get_status(bridge)
+  end
+
   test "a peer that is busy with LM calls is left alone, and its pings are answered" do
     opts = SilentLM.lm_opts(SilentLM.start())
     bridge = start_bridge(real_opts(opts))

@@ -50,6 +50,55 @@ defmodule DSPex.PythonBridge.PoolSlotsTest do
     assert Slots.pick(slots, [3], :longest_up) == 1
   end
 
+  test "picks one that is silent last, however busy the others are, and however long it has been up" do
+    slots = Slots.new(3)
+    for index <- [1, 2, 3], do: Slots.put_state(slots, index, :ready)
+    Slots.silent(slots, 1)
+    take(slots, 2, 1_000)
+    take(slots, 3, 1_001)
+    assert for(_ <- 1..5, uniq: true, do: Slots.pick(slots)) == [2]
+    assert Slots.pick(slots, [2]) == 3
+    assert Slots.pick(slots, [2, 3]) == 1
+    assert Slots.pick(slots, [], :longest_up) == 2
+    assert Slots.pick(slots, [2, 3], :longest_up) == 1
+    assert Slots.any?(slots)
+    Slots.heard(slots, 1)
+    assert Slots.pick(slots) == 1
+    assert Slots.pick(slots, [], :longest_up) == 1
+  end
+
+  test "of those that are silent it picks the least busy" do
+    slots = ready(2)
+    for index <- [1, 2], do: Slots.silent(slots, index)
+    take(slots, 1, 2)
+    take(slots, 2, 1)
+    assert for(_ <- 1..3, uniq: true, do: Slots.pick(slots)) == [2]
+  end
+
+  test "silence touches no count, and ends with a new peer and with a new life of the bridge" do
+    slots = ready(2)
+    life = Slots.take(slots, 1)
+    for _ <- 1..2, do: Slots.silent(slots, 1)
+    assert Slots.busy(slots, 1) == 1
+    assert Slots.take(slots, 1) == life
+    Slots.done(slots, 1)
+    for _ <- 1..3, do: Slots.give_back(slots, 1, life)
+    assert Slots.busy(slots, 1) == 0
+    assert Slots.pick(slots, [2]) == 1
+    assert for(_ <- 1..3, uniq: true, do: Slots.pick(slots)) == [2]
+    Slots.put_state(slots, 1, :ready)
+    take(slots, 2, 1)
+    assert Slots.pick(slots) == 1
+
+    Slots.silent(slots, 1)
+    Slots.reset(slots, 1)
+    Slots.put_state(slots, 1, :ready)
+    assert Slots.pick(slots) == 1
+    assert Slots.take(slots, 1) == life + 1
+    for _ <- 1..2, do: Slots.heard(slots, 1)
+    assert Slots.busy(slots, 1) == 1
+  end
+
   test "calls that are over are counted out, and never below none" do
     slots = ready(2)
     take(slots, 1, 2)

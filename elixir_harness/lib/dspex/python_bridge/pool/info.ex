@@ -46,6 +46,10 @@ defmodule DSPex.PythonBridge.Pool.Info do
   @spec bridge(t(), Slots.index()) :: atom()
   def bridge(%__MODULE__{bridges: bridges}, index), do: elem(bridges, index - 1)
 
+  @doc "The name of the monitor of a slot's bridge."
+  @spec monitor(atom(), Slots.index()) :: atom()
+  def monitor(name, index), do: Module.concat(name, "Monitor#{index}")
+
   @doc "The name of the keeper."
   @spec keeper(atom()) :: atom()
   def keeper(name), do: Module.concat(name, "Keeper")

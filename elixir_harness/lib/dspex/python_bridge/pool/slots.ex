@@ -8,7 +8,9 @@ defmodule DSPex.PythonBridge.Pool.Slots do
     * calls: how many the bridge has. Up by callers, before they send (`take/2`), down by the bridge
       (`done/2`). Its upper half counts the bridge's lives: a call that was counted for a bridge which
       then never got it is taken back by its caller, and only if the bridge is still in that life
-      (`give_back/3`); a new life starts at 0 anyhow (`reset/2`)
+      (`give_back/3`); a new life starts at 0 anyhow (`reset/2`). The bit between the two, which makes
+      the bridge look busier than any other, is set by the bridge when a call of its was given up and its
+      peer has sent nothing since (`silent/2`, `heard/2`)
     * ready: 0, or a number that grows from one readiness to the next, so that the smallest is
       the peer that has been up longest. By the bridge
     * lent: 0 or 1. By the pool's keeper
@@ -19,7 +21,9 @@ defmodule DSPex.PythonBridge.Pool.Slots do
   import Bitwise
 
   @lives_shift 32
-  @calls_mask (1 <<< @lives_shift) - 1
+  @silent 1 <<< (@lives_shift - 1)
+  @calls_mask @silent - 1
+  @rank_mask @silent ||| @calls_mask
   # Word 1 tells where the next search starts, so that bridges with equally many calls take turns.
   @turn 1
   @words_per_slot 3
@@ -52,8 +56,18 @@ defmodule DSPex.PythonBridge.Pool.Slots do
   @spec put_state(t(), index(), state()) :: :ok
   def put_state({ref, _size}, index, :down), do: :atomics.put(ref, ready(index), 0)
 
-  def put_state({ref, _size}, index, :ready),
-    do: :atomics.put(ref, ready(index), System.unique_integer([:positive, :monotonic]))
+  def put_state({ref, _size} = slots, index, :ready) do
+    heard(slots, index)
+    :atomics.put(ref, ready(index), System.unique_integer([:positive, :monotonic]))
+  end
+
+  @doc "A call was given up that the bridge's peer had, and the peer has sent nothing since."
+  @spec silent(t(), index()) :: :ok
+  def silent({ref, _size}, index), do: change(ref, calls(index), &(&1 ||| @silent))
+
+  @doc "The bridge's peer has sent something."
+  @spec heard(t(), index()) :: :ok
+  def heard({ref, _size}, index), do: change(ref, calls(index), &(&1 &&& bnot(@silent)))
 
   @doc "A call that was counted by `take/2` is over."
   @spec done(t(), index()) :: :ok
@@ -63,7 +77,7 @@ defmodule DSPex.PythonBridge.Pool.Slots do
 
   @doc """
   A slot for the next call: ready, not lent and not among the excluded ones; nil if there is none.
-  Of those the least busy one, or the one that has been up longest.
+  Of those the least busy one, or the one that has been up longest; one that is silent only if there is no other.
   """
   @spec pick(t(), [index()], :least_busy | :longest_up) :: index() | nil
   def pick({ref, size}, excluded \\ [], preference \\ :least_busy) do
@@ -138,8 +152,11 @@ defmodule DSPex.PythonBridge.Pool.Slots do
     end
   end
 
-  defp rank(ref, index, :least_busy), do: :atomics.get(ref, calls(index)) &&& @calls_mask
-  defp rank(ref, index, :longest_up), do: :atomics.get(ref, ready(index))
+  defp rank(ref, index, :least_busy), do: :atomics.get(ref, calls(index)) &&& @rank_mask
+
+  # Far more than there are readinesses.
+  defp rank(ref, index, :longest_up),
+    do: :atomics.get(ref, ready(index)) + ((:atomics.get(ref, calls(index)) &&& @silent) <<< 32)
 
   # Never below 0, which would take from the lives.
   defp one_less(word) when (word &&& @calls_mask) == 0, do: word

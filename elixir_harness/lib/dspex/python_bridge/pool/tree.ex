@@ -45,7 +45,7 @@ defmodule DSPex.PythonBridge.Pool.Tree do
       Enum.flat_map(Slots.indexes(info.slots), fn index ->
         [
           {Bridge, bridge_options(info, index)},
-          {Monitor, name: nil, bridge: Info.bridge(info, index)}
+          {Monitor, name: Info.monitor(info.name, index), bridge: Info.bridge(info, index)}
         ]
       end)
 
@@ -60,7 +60,7 @@ defmodule DSPex.PythonBridge.Pool.Tree do
   defp bridge_options(%Info{settings: settings} = info, index) do
     [
       name: Info.bridge(info, index),
-      slot: {info.slots, index, Info.keeper(info.name)},
+      slot: {info.slots, index, Info.keeper(info.name), Info.monitor(info.name, index)},
       programs: info.programs
     ] ++ settings.bridge
   end
