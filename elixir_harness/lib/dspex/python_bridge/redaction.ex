@@ -7,7 +7,6 @@ defmodule DSPex.PythonBridge.Redaction do
 
   alias DSPex.PythonBridge.Options
 
-  @telling ~r/KEY|TOKEN|SECRET|PASSW|AUTH|CREDENTIAL|OPTIONS/i
   # Shorter ones are no keys, and are words that a text may need.
   @shortest 8
 
@@ -19,7 +18,7 @@ defmodule DSPex.PythonBridge.Redaction do
   def redact(text, %Options{} = options) do
     secrets =
       for {name, value} <- Map.merge(System.get_env(), options.env.()),
-          name =~ @telling,
+          name =~ ~r/KEY|TOKEN|SECRET|PASSW|AUTH|CREDENTIAL|OPTIONS/i,
           secret <- [value | texts(value)],
           String.length(secret) >= @shortest,
           do: secret

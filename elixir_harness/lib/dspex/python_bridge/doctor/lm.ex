@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   # DSPy is imported, and LiteLLM.
   @time_limit_ms 60_000
   # Of what a provider may need, what nothing else stands in for: an address has a default, and clouds have roles.
-  @key ~r/_(API_KEY|API_TOKEN|AUTH_TOKEN)\z/
+  @keys ["_API_KEY", "_API_TOKEN", "_AUTH_TOKEN"]
 
   # The folder that it is started in is no place to find modules, first of all no dspy: that may be a part of the host's project.
   # A provider that DSPy's own engine serves has its key looked up by that engine's rules; others by LiteLLM's.
@@ -174,7 +174,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   defp result(%{"lacks" => []}, _facts), do: {:ok, "no variable is known that it needs", nil}
 
   defp result(%{"lacks" => lacks}, facts) do
-    keys = Enum.filter(lacks, &(&1 =~ @key))
+    keys = Enum.filter(lacks, &String.ends_with?(&1, @keys))
 
     cond do
       keys == [] ->

@@ -3,7 +3,6 @@ defmodule DSPex.PythonBridge.Venv.Source do
   # What is to be installed: the pins of requirements.txt, and the peer's package.
 
   @peer "dspy-bridge"
-  @pin ~r/\A([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)\s*(;?)/
 
   @enforce_keys [:requirements, :package, :pins, :stamp]
   defstruct [:requirements, :package, :pins, :stamp]
@@ -52,9 +51,11 @@ defmodule DSPex.PythonBridge.Venv.Source do
   end
 
   defp pins(text) do
+    pin = ~r/\A([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)\s*(;?)/
+
     pins =
       for line <- String.split(text, "\n"),
-          [_all, name, version, marker] <- [Regex.run(@pin, line)],
+          [_all, name, version, marker] <- [Regex.run(pin, line)],
           do: {name, {version, if(marker == "", do: :always, else: :sometimes)}}
 
     Enum.group_by(pins, &elem(&1, 0), &elem(&1, 1))
