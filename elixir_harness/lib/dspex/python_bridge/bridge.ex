@@ -21,11 +21,12 @@ defmodule DSPex.PythonBridge.Bridge do
   """
 
   alias DSPex.PythonBridge.{CallOptions, Caller, Error, Options, Protocol, Server}
-  alias DSPex.PythonBridge.Pool.Info
   alias DSPex.PythonBridge.{Stream, StreamedCall, Telemetry}
 
   # From the end of draining to the end of the last process.
   @ending_ms 2_000
+  # A bridge answers questions at once.
+  @question_ms 5_000
 
   @type server :: GenServer.server()
   @type command :: Protocol.command()
@@ -104,7 +105,8 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
-    GenServer.stop(server)
+    with {:ok, bridge} <- find(server), do: GenServer.stop(bridge)
+    :ok
   catch
     _kind, _not_running -> :ok
   end
@@ -304,11 +306,29 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec cast(server(), command(), map()) :: :ok | {:error, String.t()}
   def cast(server, command, args), do: Caller.send_only(server, command, args)
 
-  # A pool's supervisor would end by it.
-  defp ask(server, question, otherwise, timeout \\ 5_000) do
-    if Info.fetch(server), do: otherwise, else: GenServer.call(server, question, timeout)
+  defp ask(server, question, otherwise, timeout \\ @question_ms) do
+    with {:ok, bridge} <- find(server),
+         answer when answer != {:error, :unknown_call} <-
+           GenServer.call(bridge, question, timeout) do
+      answer
+    else
+      _another -> otherwise
+    end
   catch
     # Any term may be given as a server: what is none raises.
     _kind, _not_running -> otherwise
   end
+
+  # On its own node, where it can be told from a process of another kind: a supervisor would end by a question
+  # that it does not know.
+  defp find(server) do
+    case Caller.find(server) do
+      {:ok, {name, node}} -> find_there(node, name)
+      {:ok, pid} when node(pid) != node() -> find_there(node(pid), pid)
+      here_or_not -> here_or_not
+    end
+  end
+
+  defp find_there(node, server),
+    do: :erpc.call(node, Caller, :find, [server], @question_ms)
 end

@@ -249,12 +249,26 @@ defmodule DSPex.PythonBridge.Caller do
     {:error, Error.new(:invalid_request, text)}
   end
 
-  defp find(server) do
-    case whereis(server) do
-      nil -> {:error, Error.new(:bridge_not_running)}
-      dest -> if Info.fetch(dest), do: {:error, a_pool(server)}, else: {:ok, dest}
+  @doc """
+  Where the messages for a bridge go. A process of this node that is not a bridge is none of its kind that is not
+  running: it would log what it is sent, or end by it.
+  """
+  @spec find(term()) :: {:ok, dest()} | {:error, Error.t()}
+  def find(server) do
+    dest = whereis(server)
+
+    cond do
+      bridge?(dest) -> {:ok, dest}
+      dest != nil and Info.fetch(dest) != nil -> {:error, a_pool(server)}
+      true -> {:error, Error.new(:bridge_not_running)}
     end
   end
+
+  # What is on another node is known there.
+  defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
+    do: :persistent_term.get({__MODULE__, pid}, nil) != nil
+
+  defp bridge?(dest), do: dest != nil
 
   # It would log what it is sent, and not answer.
   defp a_pool(server) do
@@ -276,16 +290,13 @@ defmodule DSPex.PythonBridge.Caller do
 
   ## The bridge's default timeout, which callers must know without asking it
 
-  # A persistent term costs the caller 0.05 µs and is only there where it says something else than
-  # the usual. A bridge that is killed leaves its own behind: a few words.
+  # A persistent term costs the caller 0.05 µs. That there is one is how a bridge is told from another process.
   @doc "To be called by the bridge of this pid when it starts."
   @spec remember_defaults(pid(), Options.t()) :: :ok
-  def remember_defaults(_pid, %Options{default_timeout: @default_timeout}), do: :ok
-
   def remember_defaults(pid, %Options{default_timeout: timeout}),
     do: :persistent_term.put({__MODULE__, pid}, timeout)
 
-  @doc "To be called by the bridge of this pid when it ends."
+  @doc "To be called when the bridge of this pid ends: by itself, or by its reaper if it was killed."
   @spec forget_defaults(pid()) :: :ok
   def forget_defaults(pid) do
     :persistent_term.erase({__MODULE__, pid})

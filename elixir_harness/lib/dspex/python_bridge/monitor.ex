@@ -37,10 +37,11 @@ defmodule DSPex.PythonBridge.Monitor do
   """
 
   use GenServer
+  use DSPex.PythonBridge.Guard
 
   require Logger
 
-  alias DSPex.PythonBridge.{Bridge, Options, Server, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Guard, Options, Server, Telemetry}
 
   @defaults %{
     name: __MODULE__,
@@ -88,20 +89,45 @@ defmodule DSPex.PythonBridge.Monitor do
     end
   end
 
-  @doc "How the peer is, by the checks so far; answered at once, also while a check runs."
+  @doc """
+  How the peer is, by the checks so far; answered at once, also while a check runs.
+
+  As the other functions here, it raises an `ArgumentError` if the process is not a monitor, and exits if there
+  is none.
+  """
   @spec get_health_status(GenServer.server()) :: health()
-  def get_health_status(monitor \\ __MODULE__), do: GenServer.call(monitor, :health)
+  def get_health_status(monitor \\ __MODULE__), do: ask(monitor, :health, 5_000)
 
   @doc """
   Makes a check now, which counts like any other, and gives the health after it. Waits at most the
   monitor's timeout for it, and for a check that is under way.
   """
   @spec force_health_check(GenServer.server()) :: health()
-  def force_health_check(monitor \\ __MODULE__), do: GenServer.call(monitor, :check, :infinity)
+  def force_health_check(monitor \\ __MODULE__), do: ask(monitor, :check, :infinity)
 
   @doc "Forgets all checks so far: the health is as before the first."
   @spec reset_stats(GenServer.server()) :: :ok
-  def reset_stats(monitor \\ __MODULE__), do: GenServer.call(monitor, :reset)
+  def reset_stats(monitor \\ __MODULE__), do: ask(monitor, :reset, 5_000)
+
+  # A process of another kind may end by a call that it does not know, a supervisor would. Here it can be told
+  # by the function that it began with; of another node, by its answer.
+  defp ask(monitor, question, timeout) do
+    pid = GenServer.whereis(monitor)
+
+    with false <- is_pid(pid) and node(pid) == node() and another?(pid),
+         answer when answer != {:error, :unknown_call} <-
+           GenServer.call(monitor, question, timeout) do
+      answer
+    else
+      _another -> raise ArgumentError, "#{inspect(monitor)} is not a monitor of a bridge"
+    end
+  end
+
+  # One that has just ended is for the call to tell.
+  defp another?(pid) do
+    Process.alive?(pid) and
+      not match?({__MODULE__, :init, _arity}, :proc_lib.translate_initial_call(pid))
+  end
 
   @doc """
   The options in full, or the error that names the one that cannot be right.
@@ -162,17 +188,24 @@ defmodule DSPex.PythonBridge.Monitor do
 
   def handle_call(:check, from, state), do: {:noreply, %{state | next: [from | state.next]}}
 
+  def handle_call(question, from, state) do
+    Guard.drop({:"$gen_call", from, question}, __MODULE__)
+    {:noreply, state}
+  end
+
   # From the bridge, if that is a pool's.
   @impl GenServer
   def handle_cast(:unanswered, %{doubt: nil} = state), do: {:noreply, ask_again(state)}
   def handle_cast(:unanswered, state), do: {:noreply, %{state | told?: true}}
+  def handle_cast(message, state), do: drop(message, state)
 
   @impl GenServer
   def handle_info({:timeout, timer, :check}, %{timer: timer, check: nil} = state),
     do: {:noreply, start_check(state)}
 
   # The check ran in a process of its own; its exit reason is what it found.
-  def handle_info({:DOWN, check, :process, _pid, reason}, %{check: check} = state) do
+  def handle_info({:DOWN, check, :process, _pid, reason}, %{check: check} = state)
+      when is_reference(check) do
     state = checked(%{state | check: nil}, reason, state.started)
     Enum.each(state.waiting, &GenServer.reply(&1, health(state)))
 
@@ -195,7 +228,14 @@ defmodule DSPex.PythonBridge.Monitor do
     {:noreply, if(state.told? or state.pings != %{}, do: ask_again(state), else: state)}
   end
 
-  def handle_info(_stale, state), do: {:noreply, state}
+  # Of a timer that was cancelled too late.
+  def handle_info({:timeout, _timer, :check}, state), do: {:noreply, state}
+  def handle_info(message, state), do: drop(message, state)
+
+  defp drop(message, state) do
+    Guard.drop(message, __MODULE__)
+    {:noreply, state}
+  end
 
   defp ask_again(%{options: options} = state) do
     {_pid, ping} = start_ping(options)

@@ -1,6 +1,7 @@
 defmodule DSPex.PythonBridge.PeerLog do
   @moduledoc """
-  The log records of a bridge's peers, on their way to Logger: a process beside each bridge.
+  The log records of a bridge's peers, on their way to Logger: a process beside each bridge. If it is killed,
+  the bridge starts another (`replace/1`).
 
   Records come as frames (`DSPY_BRIDGE_LOG_FRAMES`). Decoding them takes time, and so does a Logger that is
   overloaded, which holds up whoever logs: the bridge must not be at it. It only counts a frame in and
@@ -8,9 +9,14 @@ defmodule DSPex.PythonBridge.PeerLog do
   keeps of what it gets is the host's to configure.
   """
 
+  # As a GenServer it rests in code of OTP's: a loop of its own would be killed when this module is loaded
+  # for the second time.
+  use GenServer
+  use DSPex.PythonBridge.Guard
+
   require Logger
 
-  alias DSPex.PythonBridge.Protocol
+  alias DSPex.PythonBridge.{Guard, Protocol}
 
   # As many as the peer itself keeps for a standard error that nobody reads.
   @max_waiting 1_000
@@ -27,27 +33,37 @@ defmodule DSPex.PythonBridge.PeerLog do
   @bytes 2
   @dropped 3
 
-  @enforce_keys [:pid, :counters]
+  @enforce_keys [:pid, :monitor, :counters, :bridge]
   defstruct @enforce_keys
 
-  @type t :: %__MODULE__{pid: pid(), counters: :atomics.atomics_ref()}
+  @type t :: %__MODULE__{
+          pid: pid(),
+          monitor: reference(),
+          counters: :atomics.atomics_ref(),
+          bridge: bridge()
+        }
   @typedoc "What records are told apart by: the bridge's name, or its pid if it has none."
   @type bridge :: GenServer.name() | pid()
 
-  @doc "Starts it for the calling process, a bridge's; it ends with that, when all is logged."
+  @doc """
+  Starts it for the calling process, a bridge's, which monitors it; it ends with that, when all is logged.
+  """
   @spec start(bridge()) :: t()
   def start(bridge) do
-    owner = self()
     counters = :atomics.new(3, [])
+    {:ok, pid} = GenServer.start(__MODULE__, {bridge, self(), counters})
+    monitor = Process.monitor(pid)
+    %__MODULE__{pid: pid, monitor: monitor, counters: counters, bridge: bridge}
+  end
 
-    pid =
-      spawn(fn ->
-        # DSPex.PythonBridge.Top.Finder tells a bridge, and its name, by this label.
-        Process.set_label({__MODULE__, bridge})
-        loop({bridge, counters, Process.monitor(owner)}, now() - @report_ms)
-      end)
-
-    %__MODULE__{pid: pid, counters: counters}
+  @doc "Another one for one that has ended; what that had not logged yet counts as dropped."
+  @spec replace(t()) :: t()
+  def replace(%__MODULE__{counters: counters, bridge: bridge}) do
+    log = start(bridge)
+    lost = :atomics.get(counters, @records) + :atomics.get(counters, @dropped)
+    :atomics.add(log.counters, @dropped, lost)
+    if lost > 0, do: send(log.pid, :report)
+    log
   end
 
   @doc "Takes a frame of the peer with this OS pid. Never blocks."
@@ -75,37 +91,64 @@ defmodule DSPex.PythonBridge.PeerLog do
   ## The process
 
   # What is dropped while records wait is seen after the last of them.
-  defp loop({bridge, counters, owner} = state, reported) do
-    receive do
-      {:record, os_pid, frame} ->
-        size = byte_size(frame)
-        log(Protocol.decode_log(frame), bridge, os_pid, counters)
-        :atomics.sub(counters, @bytes, size)
-        :atomics.sub(counters, @records, 1)
-        next(state, reported, size)
-
-      # Behind all that it has sent.
-      {:DOWN, ^owner, :process, _pid, _reason} ->
-        report(bridge, counters)
-
-      _stale ->
-        loop(state, reported)
-    after
-      patience(counters, reported) ->
-        report(bridge, counters)
-        loop(state, now())
-    end
+  @impl GenServer
+  def init({bridge, owner, counters}) do
+    # DSPex.PythonBridge.Top.Finder tells a bridge, and its name, by this label.
+    Process.set_label({__MODULE__, bridge})
+    state = %{bridge: bridge, owner: Process.monitor(owner), counters: counters}
+    {:ok, Map.put(state, :reported, now() - @report_ms)}
   end
 
-  # In a function of its own, where the frame is garbage already.
-  defp next({bridge, counters, _owner} = state, reported, size) do
-    if size >= @big_bytes, do: :erlang.garbage_collect()
+  @impl GenServer
+  def handle_call(question, from, state) do
+    Guard.drop({:"$gen_call", from, question}, __MODULE__)
+    noreply(state)
+  end
 
-    if patience(counters, reported) == 0 do
-      report(bridge, counters)
-      loop(state, now())
-    else
-      loop(state, reported)
+  @impl GenServer
+  def handle_cast(message, state) do
+    Guard.drop(message, __MODULE__)
+    noreply(state)
+  end
+
+  @impl GenServer
+  def handle_info({:record, os_pid, frame}, %{counters: counters} = state)
+      when is_binary(frame) do
+    size = byte_size(frame)
+    log(Protocol.decode_log(frame), state.bridge, os_pid, counters)
+    :atomics.sub(counters, @bytes, size)
+    :atomics.sub(counters, @records, 1)
+    if size >= @big_bytes, do: {:noreply, state, {:continue, :collect}}, else: noreply(state)
+  end
+
+  # Behind all that it has sent.
+  def handle_info({:DOWN, owner, :process, _pid, _reason}, %{owner: owner} = state) do
+    report(state.bridge, state.counters)
+    {:stop, :normal, state}
+  end
+
+  def handle_info(what, state) when what in [:timeout, :report], do: noreply(state)
+
+  def handle_info(message, state) do
+    Guard.drop(message, __MODULE__)
+    noreply(state)
+  end
+
+  # Where the frame is garbage already.
+  @impl GenServer
+  def handle_continue(:collect, state) do
+    :erlang.garbage_collect()
+    noreply(state)
+  end
+
+  defp noreply(%{counters: counters} = state) do
+    case patience(counters, state.reported) do
+      0 ->
+        report(state.bridge, counters)
+        {:noreply, %{state | reported: now()}}
+
+      patience ->
+        {:noreply, state, patience}
     end
   end
 

@@ -112,12 +112,17 @@ defmodule DSPex.PythonBridge.Programs do
   defp row?({:removed_all, stamp, nil}), do: stamp?(stamp)
   defp row?(_other), do: false
 
-  @doc "Whether a term is a change that has its stamp."
+  @doc "Whether a term is a change, with a stamp or without: requests that ask for one come from anywhere."
   @spec change?(term()) :: boolean()
-  def change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
-  def change?({:cleanup, :all, stamp}), do: stamp?(stamp)
-  def change?({:cleanup, ids, stamp}), do: all?(ids, &id?/1) and stamp?(stamp)
-  def change?(_other), do: false
+  def change?({kind, ids, nil}), do: stamped_change?({kind, ids, {0, 0, nil}})
+  def change?(change), do: stamped_change?(change)
+
+  @doc "Whether a term is a change that has its stamp."
+  @spec stamped_change?(term()) :: boolean()
+  def stamped_change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
+  def stamped_change?({:cleanup, :all, stamp}), do: stamp?(stamp)
+  def stamped_change?({:cleanup, ids, stamp}), do: all?(ids, &id?/1) and stamp?(stamp)
+  def stamped_change?(_other), do: false
 
   defp id?(id), do: is_binary(id) and String.valid?(id)
 

@@ -12,9 +12,16 @@ defmodule DSPex.PythonBridge.Reaper do
   The runtime tells of a peer's death only when nobody holds its standard output any more, and a
   child that the peer forked may. So the reaper also looks whether the peer is there (where there
   is a `/proc`) and sends its owner `{:peer_gone, os_pid}` once if not.
+
+  Its peers are in a table that the bridge inherits if the reaper is killed: `replace/2` starts another
+  with it. It is a `GenServer`, which rests in code of OTP's: one that waited in a loop of its own would be
+  killed when this module is loaded for the second time.
   """
 
-  alias DSPex.PythonBridge.OsProcess
+  use GenServer
+  use DSPex.PythonBridge.Guard
+
+  alias DSPex.PythonBridge.{Caller, Guard, OsProcess}
 
   # A peer that behaves is gone in a few milliseconds after end of input. The promise is 1 s; on a
   # loaded machine the killing itself takes some of that.
@@ -26,20 +33,30 @@ defmodule DSPex.PythonBridge.Reaper do
   # which says more, is then long there, if it comes at all.
   @look_ms 100
 
-  # peers: OS pid => start time. missing: the peers found gone by the last look; told: the owner
-  # knows.
-  @enforce_keys [:owner, :monitor]
-  defstruct [:owner, :monitor, peers: %{}, missing: [], told: []]
+  # peers: a table of OS pids with start times. missing: the peers found gone by the last look; told:
+  # the owner knows.
+  @enforce_keys [:owner, :monitor, :peers]
+  defstruct [:owner, :monitor, :peers, missing: [], told: []]
 
   @doc "Starts the reaper of the process `owner`."
   @spec start(pid()) :: pid()
-  def start(owner) do
-    spawn(fn ->
-      Process.set_label({__MODULE__, owner})
-      # An application that stops takes all processes along whose group leader is its own.
-      Process.group_leader(self(), Process.whereis(:init))
-      loop(%__MODULE__{owner: owner, monitor: Process.monitor(owner)})
-    end)
+  def start(owner), do: start(owner, [], [])
+
+  @doc """
+  Starts a reaper in place of one that was killed, for the calling process, its owner, which got the table by
+  `{:"ETS-TRANSFER", table, reaper, Reaper}`. `os_pids`: the peers that the owner has. Whatever else is in the
+  table was to be ended, and is.
+  """
+  @spec replace(:ets.tid(), [pos_integer() | nil]) :: pid()
+  def replace(table, os_pids) do
+    peers = :ets.tab2list(table)
+    :ets.delete(table)
+    start(self(), peers, os_pids)
+  end
+
+  defp start(owner, peers, os_pids) do
+    {:ok, pid} = GenServer.start(__MODULE__, {owner, peers, os_pids})
+    pid
   end
 
   @doc "Tells of a peer to watch over."
@@ -90,43 +107,97 @@ defmodule DSPex.PythonBridge.Reaper do
 
     receive do
       {^done, :done} -> :ok
-      {:DOWN, ^done, :process, _pid, _reason} -> :ok
+      {:DOWN, ^done, :process, _pid, _reason} -> ask_another(reaper, question, timeout)
     after
       timeout -> :ok
     end
   end
 
-  ## The process
-
-  defp loop(%{monitor: monitor} = state) do
+  # The table came before the news of its death.
+  defp ask_another(reaper, question, timeout) do
     receive do
-      {:watch, os_pid} ->
-        loop(put_in(state.peers[os_pid], OsProcess.start_time(os_pid)))
-
-      {:kill, os_pid} ->
-        {started, peers} = Map.pop(state.peers, os_pid)
-        OsProcess.kill_group(os_pid, started)
-        loop(%{state | peers: peers})
-
-      {{:finish, grace}, done} ->
-        wait_until_gone(state.peers, now() + grace)
-        kill_groups(state.peers)
-        send(done, {done, :done})
-        loop(%{state | peers: %{}})
-
-      {:DOWN, ^monitor, :process, _pid, _reason} ->
-        wait_until_gone(state.peers, now() + @grace_ms)
-        kill_groups(state.peers)
-
-      _other ->
-        loop(state)
+      {:"ETS-TRANSFER", table, ^reaper, __MODULE__} ->
+        table |> replace([]) |> ask(question, timeout)
     after
-      if(state.peers == %{}, do: :infinity, else: @look_ms) -> loop(look(state))
+      0 -> :ok
     end
   end
 
+  ## The process
+
+  @impl GenServer
+  def init({owner, peers, os_pids}) do
+    Process.set_label({__MODULE__, owner})
+    # An application that stops takes all processes along whose group leader is its own.
+    Process.group_leader(self(), Process.whereis(:init))
+    table = :ets.new(__MODULE__, [:private, {:heir, owner, __MODULE__}])
+    :ets.insert(table, peers)
+    for {os_pid, _started} <- peers, os_pid not in os_pids, do: retire(self(), os_pid)
+    for os_pid <- os_pids, not :ets.member(table, os_pid), do: watch(self(), os_pid)
+    noreply(%__MODULE__{owner: owner, monitor: Process.monitor(owner), peers: table}, :ok)
+  end
+
+  @impl GenServer
+  def handle_call(question, from, state) do
+    Guard.drop({:"$gen_call", from, question}, __MODULE__)
+    noreply(state)
+  end
+
+  @impl GenServer
+  def handle_cast(message, state) do
+    Guard.drop(message, __MODULE__)
+    noreply(state)
+  end
+
+  @impl GenServer
+  def handle_info({:watch, os_pid}, state) when is_integer(os_pid) and os_pid > 0 do
+    :ets.insert(state.peers, {os_pid, OsProcess.start_time(os_pid)})
+    noreply(state)
+  end
+
+  # Only what it watches over: anyone can send a number.
+  def handle_info({:kill, os_pid}, state) do
+    kill_groups(:ets.take(state.peers, os_pid))
+    noreply(state)
+  end
+
+  def handle_info({{:finish, grace}, done}, state)
+      when grace in [0, @finish_grace_ms] and is_reference(done) do
+    finish_all(state, grace)
+    send(done, {done, :done})
+    noreply(state)
+  end
+
+  def handle_info({:DOWN, monitor, :process, _pid, _reason}, %{monitor: monitor} = state) do
+    # One that was killed has not done so itself.
+    Caller.forget_defaults(state.owner)
+    finish_all(state, @grace_ms)
+    {:stop, :normal, state}
+  end
+
+  def handle_info(:timeout, state), do: noreply(look(state))
+
+  def handle_info(message, state) do
+    Guard.drop(message, __MODULE__)
+    noreply(state)
+  end
+
+  defp noreply(state, how \\ :noreply) do
+    if :ets.info(state.peers, :size) == 0,
+      do: {how, state},
+      else: {how, state, @look_ms}
+  end
+
+  defp finish_all(state, grace) do
+    peers = :ets.tab2list(state.peers)
+    wait_until_gone(peers, now() + grace)
+    kill_groups(peers)
+    :ets.delete_all_objects(state.peers)
+  end
+
   defp look(state) do
-    gone = for {os_pid, started} <- state.peers, OsProcess.gone?(os_pid, started), do: os_pid
+    peers = :ets.tab2list(state.peers)
+    gone = for {os_pid, started} <- peers, OsProcess.gone?(os_pid, started), do: os_pid
     news = for os_pid <- gone, os_pid in state.missing, os_pid not in state.told, do: os_pid
     Enum.each(news, &send(state.owner, {:peer_gone, &1}))
     %{state | missing: gone, told: Enum.filter(state.told ++ news, &(&1 in gone))}

@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Relay do
   watches it as it does any caller, then cancels what is still under way. It is linked to nobody.
   """
 
-  alias DSPex.PythonBridge.{Caller, ToolCall, Tools}
+  alias DSPex.PythonBridge.{Caller, Guard, ToolCall, Tools}
 
   # The relay itself is to be late first: it knows what has come.
   @grace_ms 50
@@ -51,7 +51,7 @@ defmodule DSPex.PythonBridge.Relay do
     tools = Tools.new(functions, call.dest, callers)
     # A copy of the arguments would be one too many: they are in the body.
     call = Map.delete(call, :args)
-    spawn(fn -> init(call, stream?, tools, caller) end)
+    spawn(fn -> Guard.run(fn -> init(call, stream?, tools, caller) end) end)
   end
 
   @doc """
@@ -134,7 +134,7 @@ defmodule DSPex.PythonBridge.Relay do
         send(state.dest, {:abandon, ref})
         over(%{state | chunks: :queue.new()}, {:error, :timeout})
 
-      {:next, asked} ->
+      {:next, asked} when is_reference(asked) ->
         hand_out(%{state | asked: asked})
 
       {:answered, pid, answer} ->
@@ -146,7 +146,12 @@ defmodule DSPex.PythonBridge.Relay do
       {:DOWN, _monitor, :process, pid, reason} ->
         loop(%{state | tools: Tools.ended(state.tools, pid, reason)})
 
-      _stale ->
+      # Of a timer that was cancelled too late.
+      {:timeout, _timer, :deadline} ->
+        loop(state)
+
+      other ->
+        Guard.drop(other, __MODULE__)
         loop(state)
     end
   end
@@ -174,7 +179,7 @@ defmodule DSPex.PythonBridge.Relay do
   # Whatever else comes, or has come, is too late.
   defp hand_over(nil, watch, chunks, reply) do
     receive do
-      {:next, asked} -> hand_over(asked, watch, chunks, reply)
+      {:next, asked} when is_reference(asked) -> hand_over(asked, watch, chunks, reply)
       {:DOWN, ^watch, :process, _caller, _reason} -> :ok
       _stale -> hand_over(nil, watch, chunks, reply)
     end

@@ -10,8 +10,20 @@ defmodule DSPex.PythonBridge.Server do
   """
 
   use GenServer
+  use DSPex.PythonBridge.Guard
 
-  alias DSPex.PythonBridge.{Backoff, Caller, Dispatch, Interim, Options, Peer, PeerLog, Programs}
+  alias DSPex.PythonBridge.{
+    Backoff,
+    Caller,
+    Dispatch,
+    Guard,
+    Interim,
+    Options,
+    Peer,
+    PeerLog,
+    Programs
+  }
+
   alias DSPex.PythonBridge.{Protocol, Reaper, Redaction, Report, Succession, Telemetry, ToolCall}
   alias DSPex.PythonBridge.Traffic
   alias DSPex.PythonBridge.Pool.Slots
@@ -19,6 +31,15 @@ defmodule DSPex.PythonBridge.Server do
   # Frames from this size on are not left to the next garbage collection: in a bridge with nothing to
   # do it may never come, and they would stay. Collecting costs far less than such a frame.
   @big_bytes 1_000_000
+
+  # Anyone can send anything: a request that no caller here makes must not end the bridge.
+  defguardp is_caller(ref, pid, timeout)
+            when (is_reference(ref) and is_pid(pid) and
+                    (timeout == :infinity or timeout in 0..4_294_967_295)) or
+                   (ref == nil and pid == nil and timeout in 0..4_294_967_295)
+
+  defguardp is_terms(retry, deaths)
+            when retry in [:here, :never, :caller] and is_integer(deaths) and deaths >= 0
 
   # peer serves, next starts, old ones finish. load_deaths: of peers, by the stamp of the program
   # that they died of. load_failures: errors, by the program that the present peer could not load.
@@ -87,8 +108,14 @@ defmodule DSPex.PythonBridge.Server do
 
   def handle_call(:restart, from, state), do: {:noreply, Succession.restart(state, from)}
 
+  def handle_call(question, from, state) do
+    Guard.drop({:"$gen_call", from, question}, __MODULE__)
+    {:noreply, state}
+  end
+
   @impl GenServer
   def handle_cast(:replace, state), do: {:noreply, Succession.replace(state)}
+  def handle_cast(message, state), do: drop(message, state)
 
   # The two hot paths first; before them what makes them the only ones again.
   @impl GenServer
@@ -98,7 +125,7 @@ defmodule DSPex.PythonBridge.Server do
       ),
       do: handle_info(message, %{state | traffic: Traffic.heard(state.traffic)})
 
-  def handle_info({port, {:data, frame}}, state) when is_port(port) do
+  def handle_info({port, {:data, frame}}, state) when is_port(port) and is_binary(frame) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
       {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
@@ -108,13 +135,20 @@ defmodule DSPex.PythonBridge.Server do
     end
   end
 
-  def handle_info({:request, ref, pid, timeout, body, terms}, state),
-    do: request_came(state, ref, pid, timeout, body, terms, Traffic.nothing_beside())
+  def handle_info({:request, ref, pid, timeout, body, {retry, deaths, _what} = terms}, state)
+      when is_caller(ref, pid, timeout) and is_binary(body) and is_terms(retry, deaths),
+      do: request_came(state, ref, pid, timeout, body, terms, Traffic.nothing_beside())
 
-  def handle_info({:request, ref, pid, timeout, body, terms, beside}, state),
-    do: request_came(state, ref, pid, timeout, body, terms, beside)
+  def handle_info(
+        {:request, ref, pid, timeout, body, {retry, deaths, _what} = terms, beside},
+        state
+      )
+      when is_caller(ref, pid, timeout) and is_binary(body) and is_terms(retry, deaths) and
+             is_boolean(beside.stream?) and is_boolean(beside.tools?),
+      do: request_came(state, ref, pid, timeout, body, terms, beside)
 
-  def handle_info({:tool_result, port, id, frame}, state) do
+  def handle_info({:tool_result, port, id, frame}, state)
+      when is_port(port) and is_binary(frame) do
     traffic = Interim.tool_result(state.traffic, port, id, frame)
     noreply(%{state | traffic: traffic}, frame)
   end
@@ -123,12 +157,21 @@ defmodule DSPex.PythonBridge.Server do
   def handle_info(:unreadable_frame, state), do: {:noreply, unreadable_frame(state)}
 
   # The caller's timeout passed; the caller died; nobody answered a cast.
-  def handle_info({:abandon, ref}, state), do: abandon(state, ref)
+  def handle_info({:abandon, ref}, state) when is_reference(ref), do: abandon(state, ref)
 
   def handle_info({{:caller_down, id}, _ref, :process, _pid, _reason}, state),
     do: abandon(state, id)
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
+
+  # What belongs to a bridge is killed only from outside, and started again.
+  def handle_info({:"ETS-TRANSFER", table, reaper, Reaper}, %{reaper: reaper} = state) do
+    os_pids = for peer <- peers(state), do: peer.os_pid
+    {:noreply, %{state | reaper: Reaper.replace(table, os_pids)}}
+  end
+
+  def handle_info({:DOWN, log, :process, _pid, _reason}, %{peer_log: %{monitor: log}} = state),
+    do: {:noreply, %{state | peer_log: PeerLog.replace(state.peer_log)}}
 
   # An outbox's helper has written.
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
@@ -136,38 +179,45 @@ defmodule DSPex.PythonBridge.Server do
 
   def handle_info(:collect, state), do: collect(state)
 
-  def handle_info({:dropped, bytes}, state) when bytes >= @big_bytes,
+  def handle_info({:dropped, bytes}, state) when is_integer(bytes) and bytes >= @big_bytes,
     do: {:noreply, state, :hibernate}
+
+  def handle_info({:dropped, _few}, state), do: {:noreply, state}
 
   def handle_info({:timeout, timer, :acquit}, state),
     do: {:noreply, %{state | traffic: Dispatch.acquit(state.traffic, timer)}}
 
-  def handle_info({:timeout, timer, what}, %{timer: timer} = state),
+  def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
     do: {:noreply, Succession.timer_fired(%{state | timer: nil}, what)}
+
+  # Of a timer that was cancelled too late.
+  def handle_info({:timeout, _timer, _what}, state), do: {:noreply, state}
 
   def handle_info({:drain_timeout, port}, state),
     do: {:noreply, Succession.drain_timeout(state, port)}
 
-  def handle_info({:start_failure, next, why, explanation, then}, state),
-    do: {:noreply, Succession.explained(state, next, why, explanation, then)}
+  def handle_info({:start_failure, %Peer{} = next, why, explanation, then}, state)
+      when is_binary(why) and (is_binary(explanation) or explanation == nil) and is_binary(then),
+      do: {:noreply, Succession.explained(state, next, why, explanation, then)}
 
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be
   # written), or both, in either order. The first ends the peer's time here; the second no longer
   # matches any peer's port.
-  def handle_info({port, {:exit_status, code}}, state) when is_port(port),
+  def handle_info({port, {:exit_status, code}}, state) when is_port(port) and is_integer(code),
     do: {:noreply, lost(state, port, "exit status #{code}")}
 
-  def handle_info({:EXIT, port, reason}, state) when is_port(port),
+  def handle_info({:EXIT, port, reason}, state) when is_port(port) and is_atom(reason),
     do: {:noreply, lost(state, port, "its port closed: #{inspect(reason)}")}
 
   # A child of the peer's holds its output open, so that the port tells nothing.
-  def handle_info({:peer_gone, os_pid}, state), do: {:noreply, lost(state, os_pid, "it is gone")}
+  def handle_info({:peer_gone, os_pid}, state) when is_integer(os_pid),
+    do: {:noreply, lost(state, os_pid, "it is gone")}
 
-  # A process linked to this one that is not its parent (the parent's exit never gets here).
-  def handle_info({:EXIT, pid, reason}, state) when is_pid(pid) and reason != :normal,
-    do: {:stop, reason, state}
+  # A process has linked itself to the bridge, and ended. Everyone else's calls go on. (The parent's exit
+  # never gets here.)
+  def handle_info({:EXIT, pid, :normal}, state) when is_pid(pid), do: {:noreply, state}
 
-  def handle_info(_stale, state), do: {:noreply, state}
+  def handle_info(message, state), do: drop(message, state)
 
   ## The end
 
@@ -212,6 +262,10 @@ defmodule DSPex.PythonBridge.Server do
           GenServer.reply(from, state.load_failures[id])
           finish_calls(state, deadline)
 
+        # Whoever asked for something else hears that the bridge has ended.
+        {:"$gen_call", _from, _question} ->
+          finish_calls(state, deadline)
+
         message ->
           message |> handle_info(state) |> state_of() |> finish_calls(deadline)
       after
@@ -228,14 +282,22 @@ defmodule DSPex.PythonBridge.Server do
 
   defp now, do: System.monotonic_time(:millisecond)
 
+  defp drop(message, state) do
+    Guard.drop(message, __MODULE__)
+    {:noreply, state}
+  end
+
   ## Requests
 
   # A pool's keeper has all bridges make a change of the programs, or none.
   defp of_keeper?({_retry, _deaths, {_kind, _ids, stamp}}), do: stamp != nil
   defp of_keeper?(_terms), do: false
 
-  defp request_came(state, ref, pid, timeout, body, {retry, _deaths, _what} = terms, beside) do
+  defp request_came(state, ref, pid, timeout, body, {retry, _deaths, what} = terms, beside) do
     cond do
+      what != nil and not Programs.change?(what) ->
+        drop({:request, ref, pid, timeout, body, terms, beside}, state)
+
       state.status == :stopping ->
         refuse(state, ref, :bridge_not_running, body, retry)
 

@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Toolbox do
   relay no time to do so. Nothing depends on links, which a function may cut or survive.
   """
 
-  alias DSPex.PythonBridge.Tools
+  alias DSPex.PythonBridge.{Guard, Tools}
 
   @enforce_keys [:functions, :caller, :relay]
   defstruct [:functions, :caller, :relay, users: %{}]
@@ -28,7 +28,7 @@ defmodule DSPex.PythonBridge.Toolbox do
   @spec open(Tools.functions()) :: pid()
   def open(functions) do
     caller = self()
-    spawn(fn -> init(functions, caller) end)
+    spawn(fn -> Guard.run(fn -> init(functions, caller) end) end)
   end
 
   @doc "The calling process is the relay. Without one, it gives nothing to anybody."
@@ -68,7 +68,7 @@ defmodule DSPex.PythonBridge.Toolbox do
     monitor = Process.monitor(caller)
 
     receive do
-      {:relay, relay} ->
+      {:relay, relay} when is_pid(relay) ->
         Process.monitor(relay)
         loop(%__MODULE__{functions: functions, caller: caller, relay: relay})
 
@@ -80,7 +80,7 @@ defmodule DSPex.PythonBridge.Toolbox do
   @spec loop(t()) :: :ok
   defp loop(%__MODULE__{users: users} = state) do
     receive do
-      {:fetch, user, ref, name} ->
+      {:fetch, user, ref, name} when is_pid(user) and is_reference(ref) ->
         # Their end may be in the queue behind many such requests.
         if Process.alive?(state.relay) and Process.alive?(state.caller),
           do: loop(give(state, user, ref, name)),
@@ -89,8 +89,12 @@ defmodule DSPex.PythonBridge.Toolbox do
       {:DOWN, monitor, :process, _user, _reason} when is_map_key(users, monitor) ->
         loop(%{state | users: Map.delete(users, monitor)})
 
-      {:DOWN, _monitor, :process, _relay_or_caller, _reason} ->
+      {:DOWN, _monitor, :process, pid, _reason} when pid in [state.relay, state.caller] ->
         end_all(users)
+
+      other ->
+        Guard.drop(other, __MODULE__)
+        loop(state)
     end
   end
 

@@ -663,9 +663,10 @@ defmodule DSPex.PythonBridge.BridgeTest do
     log =
       ExUnit.CaptureLog.capture_log(fn ->
         monitor = Process.monitor(bridge)
+        # What a function is called with that has no clause for it is in the exit reason.
+        :sys.replace_state(bridge, &update_in(&1.traffic.calls, fn calls -> {:broken, calls} end))
         :sys.suspend(bridge)
-        # Not a request that anybody can make: it brings the process down while it handles it.
-        send(bridge, {:request, make_ref(), {:no, :pid, 1}, 5, "the contents", {:here, 0, nil}})
+        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
         # This one is then still in its mailbox.
         :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
         # A crash report shows these.

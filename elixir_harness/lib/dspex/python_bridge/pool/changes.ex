@@ -48,6 +48,14 @@ defmodule DSPex.PythonBridge.Pool.Changes do
   @spec new(Info.t()) :: t()
   def new(%Info{pid: pid} = info), do: %__MODULE__{info: info, deliveries: Deliveries.new(pid)}
 
+  @doc "Whether `ask/5` can be asked for this: requests come from anywhere."
+  @spec asked?(term(), Info.t()) :: boolean()
+  def asked?({:repair, index, id}, info),
+    do: is_integer(index) and index in Slots.indexes(info.slots) and is_binary(id)
+
+  def asked?({_kind, _ids, nil} = change, _info), do: Programs.change?(change)
+  def asked?(_other, _info), do: false
+
   @doc """
   A caller asks for a change, or for a missing program to be created again at one bridge.
   """

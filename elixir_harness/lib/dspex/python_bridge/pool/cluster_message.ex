@@ -54,7 +54,7 @@ defmodule DSPex.PythonBridge.Pool.ClusterMessage do
     do: is_pid(keeper) and is_atom(name) and is_boolean(serves?)
 
   defp valid?({:change, keeper, id, change, body}),
-    do: is_pid(keeper) and is_integer(id) and Programs.change?(change) and is_binary(body)
+    do: is_pid(keeper) and is_integer(id) and Programs.stamped_change?(change) and is_binary(body)
 
   defp valid?({:changed, id, keeper}), do: is_integer(id) and is_pid(keeper)
   defp valid?(_other), do: false

@@ -9,8 +9,9 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   """
 
   use GenServer
+  use DSPex.PythonBridge.Guard
 
-  alias DSPex.PythonBridge.{Caller, Programs, Protocol}
+  alias DSPex.PythonBridge.{Caller, Guard, Programs, Protocol}
   alias DSPex.PythonBridge.Pool.{Changes, Cluster, ClusterMessage, Info, Loans, Slots}
 
   require ClusterMessage
@@ -139,10 +140,16 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
 
   ## Changes to the programs
 
-  def handle_call({:adopt, {id, stamp, body}}, from, state) do
+  def handle_call({:adopt, {id, {_, _, _} = stamp, body}} = question, from, state)
+      when is_binary(body) do
     change = {:create, id, stamp}
-    {:noreply, made(state, Changes.adopt(state.changes, {:call, from}, change, body))}
+
+    if Programs.change?(change),
+      do: {:noreply, made(state, Changes.adopt(state.changes, {:call, from}, change, body))},
+      else: drop({:"$gen_call", from, question}, state)
   end
+
+  def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
 
   @impl GenServer
   def handle_cast({:unheard, ref}, state) do
@@ -151,10 +158,17 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
       else: {:noreply, state}
   end
 
+  def handle_cast(message, state), do: drop(message, state)
+
   # As a bridge is asked. A caller that gives up is not remembered: its alias then leads nowhere.
   @impl GenServer
-  def handle_info({:request, ref, _pid, timeout, body, {_retry, _deaths, what}}, state),
-    do: {:noreply, made(state, Changes.ask(state.changes, ref, timeout, body, what))}
+  def handle_info({:request, ref, pid, timeout, body, {_retry, _deaths, what}} = message, state)
+      when is_reference(ref) and is_pid(pid) and is_binary(body) and
+             (timeout == :infinity or timeout in 0..4_294_967_295) do
+    if Changes.asked?(what, state.info),
+      do: {:noreply, made(state, Changes.ask(state.changes, ref, timeout, body, what))},
+      else: drop(message, state)
+  end
 
   # What bridges answer.
   def handle_info({ref, reply}, state) when is_reference(ref),
@@ -186,7 +200,9 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   ## Callers that wait
 
   # What they tried may have changed before their message got here.
-  def handle_info({:wait, ref, pid, passed, passed_nodes}, state) do
+  def handle_info({:wait, ref, pid, passed, passed_nodes}, state)
+      when is_reference(ref) and is_pid(pid) and length(passed) >= 0 and
+             length(passed_nodes) >= 0 do
     if Slots.any?(state.info.slots, passed) or
          :ets.tab2list(state.info.others) -- passed_nodes != [] do
       send(ref, {ref, :changed})
@@ -216,10 +232,10 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
     end
   end
 
-  def handle_info({:timeout, _timer, {:spread, id}}, state),
+  def handle_info({:timeout, _timer, {:spread, id}}, %{cluster: %Cluster{}} = state),
     do: {:noreply, made_there(state, Cluster.expired(state.cluster, id))}
 
-  def handle_info(:greet_again, state),
+  def handle_info(:greet_again, %{cluster: %Cluster{}} = state),
     do: {:noreply, %{state | cluster: Cluster.again(state.cluster, state.info)}}
 
   def handle_info({pg, :join, _group, keepers}, %{cluster: %{pg: pg}} = state),
@@ -234,7 +250,17 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
     {:noreply, %{state | cluster: Cluster.join(state.info)}}
   end
 
-  def handle_info(_stale, state), do: {:noreply, state}
+  # The scope of :pg before this one.
+  def handle_info({pg, what, _group, _keepers}, state)
+      when is_reference(pg) and what in [:join, :leave],
+      do: {:noreply, state}
+
+  def handle_info(message, state), do: drop(message, state)
+
+  defp drop(message, state) do
+    Guard.drop(message, __MODULE__)
+    {:noreply, state}
+  end
 
   ## What other nodes say
 
