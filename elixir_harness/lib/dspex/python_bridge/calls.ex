@@ -45,11 +45,14 @@ defmodule DSPex.PythonBridge.Calls do
           }
   end
 
-  defstruct by_id: %{}, by_ref: %{}
+  # counts: of each port that has calls, how many, and how many of them change the programs. Asked for
+  # with each reply, also while thousands wait.
+  defstruct by_id: %{}, by_ref: %{}, counts: %{}
 
   @type t :: %__MODULE__{
           by_id: %{pos_integer() => Call.t()},
-          by_ref: %{reference() => pos_integer()}
+          by_ref: %{reference() => pos_integer()},
+          counts: %{port() => {calls :: pos_integer(), changes :: non_neg_integer()}}
         }
 
   @doc "An empty table."
@@ -63,10 +66,15 @@ defmodule DSPex.PythonBridge.Calls do
   @doc "Adds a call under a new id."
   @spec put(t(), pos_integer(), Call.t()) :: t()
   def put(%__MODULE__{} = calls, id, %Call{ref: nil} = call),
-    do: %{calls | by_id: Map.put(calls.by_id, id, call)}
+    do: %{calls | by_id: Map.put(calls.by_id, id, call), counts: count(calls.counts, call, 1)}
 
-  def put(%__MODULE__{by_id: by_id, by_ref: by_ref}, id, %Call{ref: ref} = call),
-    do: %__MODULE__{by_id: Map.put(by_id, id, call), by_ref: Map.put(by_ref, ref, id)}
+  def put(%__MODULE__{} = calls, id, %Call{ref: ref} = call) do
+    %__MODULE__{
+      by_id: Map.put(calls.by_id, id, call),
+      by_ref: Map.put(calls.by_ref, ref, id),
+      counts: count(calls.counts, call, 1)
+    }
+  end
 
   @doc "The call of this id, or nil."
   @spec get(t(), pos_integer()) :: Call.t() | nil
@@ -78,15 +86,22 @@ defmodule DSPex.PythonBridge.Calls do
 
   @doc "Another state of a call that is there."
   @spec replace(t(), pos_integer(), Call.t()) :: t()
-  def replace(%__MODULE__{} = calls, id, %Call{} = call),
-    do: %{calls | by_id: %{calls.by_id | id => call}}
+  def replace(%__MODULE__{by_id: by_id, counts: counts} = calls, id, %Call{} = call) do
+    counts = counts |> count(Map.fetch!(by_id, id), -1) |> count(call, 1)
+    %{calls | by_id: %{by_id | id => call}, counts: counts}
+  end
 
   @doc "Takes a call out; nil if it is not there (any more)."
   @spec pop(t(), pos_integer()) :: {Call.t() | nil, t()}
   def pop(%__MODULE__{by_id: by_id, by_ref: by_ref} = calls, id) do
     case by_id do
       %{^id => %Call{ref: ref} = call} ->
-        {call, %__MODULE__{by_id: Map.delete(by_id, id), by_ref: Map.delete(by_ref, ref)}}
+        {call,
+         %__MODULE__{
+           by_id: Map.delete(by_id, id),
+           by_ref: Map.delete(by_ref, ref),
+           counts: count(calls.counts, call, -1)
+         }}
 
       _gone ->
         {nil, calls}
@@ -97,8 +112,31 @@ defmodule DSPex.PythonBridge.Calls do
   @spec id_of(t(), reference()) :: pos_integer() | nil
   def id_of(%__MODULE__{by_ref: by_ref}, ref), do: Map.get(by_ref, ref)
 
-  @doc "The calls given to `port`, oldest first; nil: those given to none."
+  @doc "Whether `port` has calls to answer."
+  @spec busy?(t(), port()) :: boolean()
+  def busy?(%__MODULE__{counts: counts}, port), do: is_map_key(counts, port)
+
+  @doc "Whether `port` has calls to answer that change the programs."
+  @spec changing?(t(), port()) :: boolean()
+  def changing?(%__MODULE__{counts: counts}, port),
+    do: match?(%{^port => {_calls, changes}} when changes > 0, counts)
+
+  @doc """
+  The calls given to `port`, oldest first; nil: those given to none. It looks at all calls: for what
+  happens once to a peer, not to a call.
+  """
   @spec at(t(), port() | nil) :: [{pos_integer(), Call.t()}]
   def at(%__MODULE__{by_id: by_id}, port),
     do: Enum.sort(for {id, %Call{at: ^port} = call} <- by_id, do: {id, call})
+
+  defp count(counts, %Call{at: nil}, _by), do: counts
+
+  defp count(counts, %Call{at: port, what: what}, by) do
+    {calls, changes} = Map.get(counts, port, {0, 0})
+
+    case calls + by do
+      0 -> Map.delete(counts, port)
+      calls -> Map.put(counts, port, {calls, if(what, do: changes + by, else: changes)})
+    end
+  end
 end

@@ -59,9 +59,13 @@ defmodule DSPex.PythonBridge.Dispatch do
     else
       traffic = control(traffic, call.at, Protocol.cancel_frame(id))
       # The peer may have made the change by then.
-      late = if call.what, do: %{id => {call.at, call.what, call.body}}, else: %{}
-      %{traffic | late: Map.merge(traffic.late, late)}
+      if call.what, do: late_change(traffic, id, call), else: traffic
     end
+  end
+
+  defp late_change(%Traffic{late: late} = traffic, id, call) do
+    of_port = late |> Map.get(call.at, %{}) |> Map.put(id, {call.what, call.body})
+    %{traffic | late: Map.put(late, call.at, of_port)}
   end
 
   @doc """
@@ -133,14 +137,12 @@ defmodule DSPex.PythonBridge.Dispatch do
 
   @doc "Whether a peer may still change its programs, by what it was given."
   @spec changing?(Traffic.t(), port()) :: boolean()
-  def changing?(%Traffic{} = traffic, port) do
-    Enum.any?(traffic.late, fn {_id, {at, _what, _body}} -> at == port end) or
-      Enum.any?(Calls.at(traffic.calls, port), fn {_id, call} -> call.what != nil end)
-  end
+  def changing?(%Traffic{} = traffic, port),
+    do: is_map_key(traffic.late, port) or Calls.changing?(traffic.calls, port)
 
   @doc "Whether a peer has calls to answer."
   @spec busy?(Traffic.t(), port()) :: boolean()
-  def busy?(%Traffic{} = traffic, port), do: Calls.at(traffic.calls, port) != []
+  def busy?(%Traffic{} = traffic, port), do: Calls.busy?(traffic.calls, port)
 
   @doc """
   A peer is gone. It `:died`: with each call in flight, or is `:replaced`, for which none is to blame.
@@ -155,8 +157,7 @@ defmodule DSPex.PythonBridge.Dispatch do
     {outbox, outboxes} = Map.pop!(traffic.outboxes, port)
     unwritten = MapSet.new(Outbox.close(outbox))
     calls = Calls.at(traffic.calls, port)
-    late = Map.reject(traffic.late, fn {_id, {at, _what, _body}} -> at == port end)
-    traffic = %{traffic | outboxes: outboxes, late: late}
+    traffic = %{traffic | outboxes: outboxes, late: Map.delete(traffic.late, port)}
     traffic = if traffic.to == port, do: none_serves(traffic), else: traffic
     traffic = if how == :died, do: learn(traffic, calls), else: traffic
 

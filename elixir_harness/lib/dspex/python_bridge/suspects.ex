@@ -19,20 +19,20 @@ defmodule DSPex.PythonBridge.Suspects do
   defstruct [
     :max_retries,
     :timer,
-    waiting: :gb_sets.empty(),
+    waiting: %{},
     on_trial: %{},
     trial?: false,
     acquit_ms: @acquit_ms
   ]
 
   @typedoc """
-  `waiting`: by the peers that died with them, fewest first, then by id. `on_trial`: those in flight of
-  which it is not known. `trial?`: whether everything else is held.
+  `waiting`: by the peers that died with them, a few numbers of which none has no id. `on_trial`: those in
+  flight of which it is not known. `trial?`: whether everything else is held.
   """
   @type t :: %__MODULE__{
           max_retries: non_neg_integer(),
           timer: reference() | nil,
-          waiting: :gb_sets.set({deaths :: pos_integer(), id()}),
+          waiting: %{(deaths :: pos_integer()) => :gb_sets.set(id())},
           on_trial: %{id() => true},
           trial?: boolean(),
           acquit_ms: pos_integer()
@@ -50,17 +50,27 @@ defmodule DSPex.PythonBridge.Suspects do
 
   @doc "A suspect waits to be tried."
   @spec add(t(), id(), pos_integer()) :: t()
-  def add(%__MODULE__{} = suspects, id, deaths),
-    do: %{suspects | waiting: :gb_sets.add({deaths, id}, suspects.waiting)}
+  def add(%__MODULE__{waiting: waiting} = suspects, id, deaths) do
+    alike = :gb_sets.add(id, Map.get(waiting, deaths, :gb_sets.empty()))
+    %{suspects | waiting: Map.put(waiting, deaths, alike)}
+  end
 
   @doc "It does so no longer."
   @spec drop(t(), id(), non_neg_integer()) :: t()
-  def drop(%__MODULE__{} = suspects, id, deaths),
-    do: %{suspects | waiting: :gb_sets.delete_any({deaths, id}, suspects.waiting)}
+  def drop(%__MODULE__{waiting: waiting} = suspects, id, deaths) when is_map_key(waiting, deaths),
+    do: leave_waiting(suspects, deaths, :gb_sets.delete_any(id, Map.fetch!(waiting, deaths)))
+
+  def drop(%__MODULE__{} = suspects, _id, _deaths), do: suspects
+
+  defp leave_waiting(%__MODULE__{waiting: waiting} = suspects, deaths, alike) do
+    if :gb_sets.is_empty(alike),
+      do: %{suspects | waiting: Map.delete(waiting, deaths)},
+      else: %{suspects | waiting: Map.put(waiting, deaths, alike)}
+  end
 
   @doc "Whether any waits."
   @spec any?(t()) :: boolean()
-  def any?(%__MODULE__{waiting: waiting}), do: not :gb_sets.is_empty(waiting)
+  def any?(%__MODULE__{waiting: waiting}), do: waiting != %{}
 
   @doc """
   The next group: of those with which the fewest peers died. With `left` retries after this one, n
@@ -74,12 +84,21 @@ defmodule DSPex.PythonBridge.Suspects do
   """
   @spec take_group(t()) :: {[id(), ...], t()}
   def take_group(%__MODULE__{waiting: waiting, max_retries: most} = suspects) do
-    {fewest, _id} = :gb_sets.smallest(waiting)
-    alike = waiting |> :gb_sets.to_list() |> Enum.take_while(&(elem(&1, 0) == fewest))
+    fewest = waiting |> Map.keys() |> Enum.min()
+    alike = Map.fetch!(waiting, fewest)
     left = max(most - fewest, 0)
-    group = Enum.take(alike, ceil(:math.pow(length(alike), left / (left + 1))))
-    waiting = :gb_sets.difference(waiting, :gb_sets.from_ordset(group))
-    {Enum.map(group, &elem(&1, 1)), %{suspects | waiting: waiting}}
+    # Not more than there are, whatever the rounding.
+    size = ceil(:math.pow(:gb_sets.size(alike), left / (left + 1)))
+    {group, alike} = take(alike, min(size, :gb_sets.size(alike)), [])
+    {group, leave_waiting(suspects, fewest, alike)}
+  end
+
+  # What a group costs depends on its size alone: alone, each of thousands is one.
+  defp take(ids, 0, taken), do: {Enum.reverse(taken), ids}
+
+  defp take(ids, count, taken) do
+    {id, ids} = :gb_sets.take_smallest(ids)
+    take(ids, count - 1, [id | taken])
   end
 
   @doc """

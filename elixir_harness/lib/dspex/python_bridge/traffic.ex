@@ -38,8 +38,8 @@ defmodule DSPex.PythonBridge.Traffic do
   @typedoc """
   `to`: the port of the peer that serves. `silent?`: of a pool's bridge, whether that peer has sent nothing
   since a call of its was given up. `held`: ids of calls that are no suspects. `late`: changes to
-  the programs that nobody waits for any more, by id, with their peer's port. `resent`: how often a call
-  was, or is to be, sent again.
+  the programs that nobody waits for any more, by their peer's port and by id; no port has none.
+  `resent`: how often a call was, or is to be, sent again.
   """
   @type t :: %__MODULE__{
           max_retries: non_neg_integer(),
@@ -52,7 +52,7 @@ defmodule DSPex.PythonBridge.Traffic do
           silent?: boolean(),
           hold_changes?: boolean(),
           outboxes: %{port() => Outbox.t()},
-          late: %{pos_integer() => {port(), Programs.change(), binary()}},
+          late: %{port() => %{pos_integer() => {Programs.change(), binary()}}},
           resent: non_neg_integer(),
           next_id: pos_integer()
         }
@@ -219,13 +219,18 @@ defmodule DSPex.PythonBridge.Traffic do
     end
   end
 
-  defp deliver_late(%__MODULE__{late: late} = traffic, id, frame) when is_map_key(late, id) do
-    {{_port, what, body}, late} = Map.pop!(late, id)
-    note_change(traffic, what, body, frame)
-    {:ok, %{traffic | late: late}}
-  end
+  defp deliver_late(%__MODULE__{late: late} = traffic, id, frame) do
+    case Enum.find(late, fn {_port, changes} -> is_map_key(changes, id) end) do
+      {port, changes} ->
+        {{what, body}, rest} = Map.pop!(changes, id)
+        note_change(traffic, what, body, frame)
+        late = if rest == %{}, do: Map.delete(late, port), else: %{late | port => rest}
+        {:ok, %{traffic | late: late}}
 
-  defp deliver_late(_traffic, _id, _frame), do: :nobody
+      nil ->
+        :nobody
+    end
+  end
 
   defp note_change(traffic, what, body, frame) do
     if Protocol.success?(frame), do: Programs.apply_change(traffic.programs, what, body)
