@@ -351,6 +351,26 @@ def test_cancelling_a_batch_cancels_all_its_items() -> None:
     assert bench.dispatcher.load()["in_flight"] == 0 and bench.dispatcher.load()["queued"] == 0
 
 
+def test_a_cancelled_batch_leaves_its_one_turn_to_the_execute_behind_it() -> None:
+    """No more and no less: what is queued behind that waits for its end."""
+    bench = Batches(max_in_flight=1)
+    bench.request(1, {"many": [0, 2, 4]})
+    assert bench.started.get(timeout=20) == 0
+    bench.request(2, {"one": 6})
+    bench.feed({"cancel": 1})
+    assert bench.next()["error_type"] == "cancelled"
+    assert bench.started.get(timeout=20) == 6
+    bench.request(3, {"one": 8})
+    bench.request(4, {"one": 1}, timeout_ms=1)
+    assert bench.next()["error_type"] == "timeout"
+    load = bench.dispatcher.load()
+    assert (load["in_flight"], load["queued"], bench.running) == (1, 1, 1) and bench.started.empty()
+    bench.release()
+    assert [bench.next(), bench.next()] == [{"id": id, "success": True, "result": 2 * id + 2} for id in (2, 3)]
+    load = bench.dispatcher.load()
+    assert (load["in_flight"], load["queued"], bench.most) == (0, 0, 1)
+
+
 def test_a_streamed_batch_tells_each_result_as_it_comes() -> None:
     bench = Batches()
     bench.request(1, {"many": [0, 1, 2]}, stream=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dspy_bridge import tracing
-from dspy_bridge.calls import Command
+from dspy_bridge.calls import Call, Command
 from dspy_bridge.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, Overloaded
 from dspy_bridge.frames import TooLarge
@@ -253,6 +253,26 @@ def test_equal_ids_in_flight_each_get_a_reply() -> None:
     bench.feed(work(1, n=1), work(1, n=2))
     assert sorted(bench.next()["result"]["n"] for _ in range(2)) == [1, 2]
     assert bench.dispatcher._calls == {}
+
+
+def test_a_cancel_reaches_the_second_of_two_with_equal_ids_when_the_first_has_answered() -> None:
+    bench = Bench()
+    bench.feed(work(1, n=1), work(1, hold=True))
+    assert bench.next()["result"] == {"n": 1}
+    assert bench.started.get(timeout=20) == bench.started.get(timeout=20) == 1
+    bench.feed({"cancel": 1})
+    assert bench.next()["error_type"] == "cancelled" and bench.cancelled.get(timeout=20) == 1
+
+
+def test_a_deadline_counts_from_the_receipt() -> None:
+    """Not from when the loop takes the call up, as it may be busy: here, an hour later."""
+    bench = Bench()
+    bench.dispatcher.receive(json.dumps({**work(1, hold=True), "timeout_ms": 3_600_000}).encode())
+    (call,) = bench.dispatcher._inbox
+    assert isinstance(call, Call)
+    call.received -= 3600
+    bench.dispatcher.wake()
+    assert bench.next()["error_type"] == "timeout"
 
 
 def test_idle_is_told_after_the_last_reply_was_sent() -> None:

@@ -15,9 +15,9 @@ import dspy
 import pytest
 from peer import PATIENCE
 
-from dspy_bridge import echo, models
+from dspy_bridge import echo, models, tools
 from dspy_bridge.programs import Program
-from dspy_bridge.runners import Runner
+from dspy_bridge.runners import Runner, ToolCallRunner
 from dspy_bridge.settings import Settings
 
 
@@ -151,3 +151,16 @@ def test_the_echo_lm_answers_a_plain_prompt_too() -> None:
     assert isinstance(lm, dspy.BaseLM)
     assert lm("hello") == ["echo: hello"]
     assert asyncio.run(lm.acall("hello")) == ["echo: hello"]
+
+
+def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> None:
+    """It asks for native function calling, in an adapter of its own: DSPy's default one is everybody's."""
+    (search,) = tools.read([{"name": "search"}], set())
+    runner = ToolCallRunner(dspy.Predict, dspy.Signature("question -> answer"), [search])
+    default, chosen = dspy.ChatAdapter(use_native_function_calling=False), dspy.JSONAdapter()
+    chosen.use_native_function_calling = False
+    with dspy.context(adapter=default):
+        for given, others in ((None, default), (chosen, chosen)):
+            own = runner.adapter(given)
+            assert type(own) is type(others) and own.use_native_function_calling
+            assert not others.use_native_function_calling

@@ -366,6 +366,37 @@ def test_without_proc_and_with_a_poll_that_tells_less(start: Any, tree: Any, hol
     all_gone(everything)
 
 
+UNMARKED = "import subprocess; subprocess.Popen(['sh', '-c', 'env -i setsid sleep 61; true'])"
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="no setsid here")
+@pytest.mark.parametrize("end", ["end of input", "owner", "peer"])
+def test_the_child_of_a_child_is_gone_too_without_environment_and_in_its_own_session(start: Any, end: str) -> None:
+    peer = start(after=UNMARKED)
+    below = until(
+        lambda: [one for one in psutil.Process(peer.process.pid).children(recursive=True) if is_unmarked(one)]
+    )
+    try:
+        assert os.getsid(below[0].pid) == below[0].pid
+        if end == "end of input":
+            close(peer, "stdin")
+        elif end == "owner":
+            close(peer, "stdin", "stdout")
+        else:
+            peer.process.kill()
+        until(lambda: is_gone(below[0]), PATIENCE if end == "end of input" else SOON)
+    finally:
+        for process in below:
+            process.kill()
+
+
+def is_unmarked(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline() == ["sleep", "61"]
+    except psutil.NoSuchProcess:
+        return False
+
+
 REFUSED = "def fork(): raise BlockingIOError(11, 'none left')\nos.fork = fork"
 
 

@@ -152,6 +152,23 @@ def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, progr
 
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+def test_of_attempts_that_fail_in_turn_the_last_is_told(start_lm: Any, program_type: str) -> None:
+    """Whether all were made, or the failures were too many before."""
+    told: list[str] = []
+
+    def fail(**_: Any) -> Any:
+        told.append(f"failure {len(told)}")
+        raise ToolError(told[-1])
+
+    with Peer(env=lm_env(start_lm(chat(answer="no")))) as peer:
+        for options, made in (({"n": 3}, 3), ({"n": 3, "fail_count": 1}, 2), ({"n": 2, "fail_count": 9}, 2)):
+            peer.call("create_program", {**CREATE, "program_type": program_type, "options": {**SCORE, **options}})
+            before = len(told)
+            reply, _ = execute(peer, ASK, {"score": fail})
+            assert len(told) - before == made and reply["error"] == f"score: {told[-1]}", (options, reply)
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
 def test_an_attempt_that_fails_is_only_one_attempt(start_lm: Any, program_type: str) -> None:
     server = start_lm(script(OOPS, chat(answer="yes")))
     with Peer(env=lm_env(server)) as peer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -216,6 +217,21 @@ def test_what_was_received_is_answered_after_the_end_of_input() -> None:
     assert all(reply["success"] for reply in replies)
 
 
+def test_a_reply_that_the_pipe_does_not_hold_is_written_before_the_exit() -> None:
+    """However late its owner reads it. What waits is less than would keep the end of input from being seen."""
+    size = 1_600_000
+    with Peer("--drain-ms", "60000") as peer:
+        peer.send({"id": "x" * size, "command": "ping"})
+        assert peer.process.stdin is not None and peer.process.stdout is not None
+        assert select.select([peer.process.stdout], [], [], PATIENCE)[0], "it has begun to answer"
+        peer.process.stdin.close()
+        # Far more than an exit takes.
+        with pytest.raises(subprocess.TimeoutExpired):
+            peer.process.wait(1)
+        assert len(peer.receive()["id"]) == size
+        assert peer.process.wait(PATIENCE) == 0
+
+
 def test_draining_ends_at_its_limit(start_lm: Any) -> None:
     server = start_lm()
     server.gate.clear()
@@ -398,6 +414,19 @@ def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
             while os.write(fd, one):
                 with pytest.raises(subprocess.TimeoutExpired):
                     peer.process.wait(0.01)
+        peer.terminate()
+        assert peer.process.wait(PATIENCE) == 0
+
+
+def test_sigterm_ends_a_peer_inside_a_read_whose_replies_nobody_reads() -> None:
+    """One small read that asks for many large replies."""
+    with Peer("--drain-ms", "100", env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        instructions = "x" * (1 << 20)
+        signature = {"inputs": [{"name": "q"}], "outputs": [{"name": "a"}], "instructions": instructions}
+        assert peer.call("create_program", {"id": "x", "signature": signature})["success"]
+        peer.send(*({"id": n, "command": "list_programs", "args": {"details": True}} for n in range(20)))
+        assert peer.process.stdout is not None
+        assert select.select([peer.process.stdout], [], [], PATIENCE)[0], "it has begun to answer"
         peer.terminate()
         assert peer.process.wait(PATIENCE) == 0
 
