@@ -6,6 +6,7 @@ What needs DSPy runs in processes of its own: `fakes/erlport_program.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import re
@@ -13,18 +14,19 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import fakes.erlport
 import pytest
 from fakes.erlport import erlang, erlterms
-from fakes.erlport.erlterms import Atom, ImproperList, Killed, Opaque, decode, encode
+from fakes.erlport.erlterms import Atom, ImproperList, Killed, Opaque, OpaqueObject, decode, encode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import ROOT
 
-from dspy_bridge import erlang_terms, erlport, failures, hops, logs, memory
+from dspy_bridge import erlang_terms, erlport, failures, hops, logs, memory, messages
 from dspy_bridge.calls import Call, Command
 from dspy_bridge.commands import Commands
 
@@ -226,6 +228,10 @@ def nested(depth: int) -> Any:
 
 def test_terms_nested_as_deep_as_the_port_takes_come_through_and_deeper_ones_are_refused(held: Held) -> None:
     """Nothing becomes text on its way for being deep, and the place stays short."""
+    for levels, read in ((erlang_terms.MAX_LEVELS, True), (erlang_terms.MAX_LEVELS + 1, False)):
+        args = b'{"a":' + b"[" * (levels - 1) + b"1" + b"]" * (levels - 1) + b"}"
+        with contextlib.nullcontext() if read else pytest.raises(messages.NotJSON):
+            messages.decode(b'{"id":1,"command":"echo","args":' + args + b"}")
     assert call(b"echo", nested(erlang_terms.MAX_LEVELS))[b"result"] == nested(erlang_terms.MAX_LEVELS)
     reply = call(b"echo", nested(erlang_terms.MAX_LEVELS + 1))
     assert reply[b"error_type"] == b"invalid_json" and b"nested deeper than 199 levels" in reply[b"error"]
@@ -255,6 +261,7 @@ def test_a_reply_may_be_deeper_than_a_request(held: Held, monkeypatch: pytest.Mo
         ([float("nan"), float("inf")], ["nil", "nil"]),
         (float("-inf"), "nil"),
         ("\ud800", b"?"),
+        ({"\ud800": [1.5]}, {b"?": [1.5]}),
     ],
 )
 def test_what_erlang_receives(value: Any, term: Any) -> None:
@@ -500,6 +507,12 @@ def test_a_receiver_that_may_end_the_instance_is_refused(held: Held, receiver: A
     assert erlang.ended == [] and erlang.mailbox.empty()
 
 
+def test_an_object_of_another_language_is_no_receiver(held: Held) -> None:
+    """Whatever its data looks like: Erlang would get an opaque tuple to send to."""
+    ruby = OpaqueObject(Opaque(Opaque.PID).encoding, Atom(b"ruby"))
+    assert encode(erlport.submit(ruby, 1, b"later", {}))[b"error_type"] == b"invalid_request"
+
+
 PIDS_AND_REFERENCES = [Opaque(kind) for kind in (Opaque.PID, Opaque.OLD_PID, Opaque.REFERENCE, Opaque.OLD_REFERENCE)]
 
 
@@ -600,11 +613,36 @@ def test_memory_of_what_is_large_is_given_back_as_at_a_port(held: Held, monkeypa
     assert given_back.get(timeout=20) == "dspy_bridge-cast"
 
 
-def test_the_event_loop_takes_its_hops_as_at_a_port(held: Held) -> None:
+def test_many_that_are_submitted_are_told_by_one_thread(held: Held) -> None:
+    for number in range(20):
+        submit(number, b"echo")
+    assert sorted(received()[0] for _ in range(20)) == list(range(20))
+    assert [thread.name for thread in threading.enumerate()].count("dspy_bridge-cast") == 1
+
+
+def test_of_what_has_been_told_nothing_is_kept(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the next one comes: it may be large."""
+    ref = decode(Opaque(Opaque.REFERENCE))
+    gone = weakref.finalize(ref, int)
+    kept: queue.Queue[bool] = queue.Queue()
+    monkeypatch.setattr(memory, "give_back", lambda: kept.put(gone.alive))
+    assert encode(erlport.submit(decode(PID), ref, b"echo", {})) == "ok"
+    del ref
+    assert kept.get(timeout=20) is False
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_the_event_loop_takes_its_hops_as_at_a_port(
+    held: Held, disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a disk cache, steps that may wait for the disk are none that run in place."""
+    if disk:
+        monkeypatch.setenv("DSPY_BRIDGE_DISK_CACHE", str(tmp_path))
     call(b"later")
     assert erlport._peer is not None
     loop: Any = erlport._peer._dispatcher._loop
-    assert type(loop._default_executor) is hops.Executor
+    executor = loop._default_executor
+    assert type(executor) is hops.Executor and (executor._steps >= hops._CACHE_STEPS) == (not disk)
 
 
 def test_requests_of_several_threads_enter_the_dispatcher_one_at_a_time(held: Held) -> None:

@@ -55,7 +55,7 @@ def test_args_are_nested_as_deep_as_it_says_and_no_deeper(echo_peer: Peer) -> No
     found = re.search(r"`args` may be nested ([0-9]+) levels deep, itself the first", PAGE)
     assert found is not None
     for lists, success in ((int(found[1]) - 1, True), (int(found[1]), False)):
-        echo_peer.send(b'{"id":7,"command":"ping","args":{"a":' + b"[" * lists + b"]" * lists + b"}}")
+        echo_peer.send(b'{"id":7,"command":"ping","args":{"a":' + b"[" * lists + b"1" + b"]" * lists + b"}}")
         reply = echo_peer.receive()
         assert (reply["id"], reply["success"]) == (7, success)
     assert reply["error_type"] == "invalid_json"
