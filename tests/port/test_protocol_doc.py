@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from peer import ROOT, Peer
+from peer import ROOT, Peer, contains
 
 from dspy_bridge import messages
 
@@ -41,6 +41,7 @@ def test_every_example_is_what_the_peer_does(echo_peer: Peer) -> None:
         else:
             got = echo_peer.receive()
             assert same(got, json.loads(payload)), f"{sent}\ngave {json.dumps(got)}"
+            assert len({"success", "stream", "tool_call", "log"} & set(got)) == 1
 
 
 def test_the_frame_made_by_hand() -> None:
@@ -86,6 +87,12 @@ def test_half_of_a_surrogate_pair_is_no_text_and_the_last_of_two_keys_counts(ech
     assert echo_peer.receive()["error_type"] == "invalid_json"
     echo_peer.send(b'{"id": 1, "command": "ping", "id": 2}')
     assert echo_peer.receive()["id"] == 2
+
+
+def test_numbers_with_a_point_and_null_are_no_ids(echo_peer: Peer) -> None:
+    for id in ("1.0", "null"):
+        echo_peer.send(b'{"id": %s, "command": "ping"}' % id.encode())
+        assert contains(echo_peer.receive(), {"id": None, "error_type": "invalid_request"})
 
 
 def test_arguments_that_are_not_known_are_refused_where_it_says(echo_peer: Peer) -> None:
