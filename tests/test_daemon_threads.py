@@ -68,13 +68,12 @@ def test_of_what_is_done_nothing_is_kept() -> None:
     gc.disable()
     try:
         for fail in (False, True):
-            big = Big()
-            gone = weakref.finalize(big, int)
+            big, gone = Big(), threading.Event()
+            weakref.finalize(big, gone.set)
             future: Future[Any] = threads.submit(work, big, fail)
             assert (future.exception(PATIENCE) is not None) == fail
-            threads.submit(int).result(PATIENCE)
             del big, future
-            assert not gone.alive
+            assert gone.wait(PATIENCE)
     finally:
         gc.enable()
 
