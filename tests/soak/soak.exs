@@ -1,4 +1,4 @@
-# A long run of everything at once, for `make soak`: many callers of all kinds, peers that are killed at random, and
+# A long run of everything at once, for `make soak`: many callers of all kinds, peers that are killed at random or hang, and
 # at the end the books: what was sent was answered, nothing grew, nothing is left. Exit status 1 if anything is amiss.
 #
 # A bridge that is never killed (:steady) is what memory is measured by; the others are killed, restarted, crashed.
@@ -23,6 +23,7 @@ defmodule Soak do
     stop = :atomics.new(1, [])
     workers = for n <- 1..@workers, do: spawn_monitor(fn -> work(n, tally, stop) end)
     killer = spawn_link(fn -> kill_now_and_then(tally) end)
+    spawn_link(fn -> harm_the_pool(tally, stop) end)
 
     # What is filled once (caches, pools of threads) is full by then.
     sleep(seconds / 3)
@@ -73,8 +74,19 @@ defmodule Soak do
 
   defp targets, do: [:steady, :restless, :pool]
 
+  defp call(:pool, command, args, timeout) when command in [:create_program, :cleanup],
+    do: change_pool(command, args, timeout, 100)
+
   defp call(:pool, command, args, timeout), do: Pool.call(:pool, command, args, timeout)
   defp call(bridge, command, args, timeout), do: Bridge.call(bridge, command, args, timeout)
+
+  # A keeper that is killed with a change under way says that it may not have been made; never that it has.
+  defp change_pool(command, args, timeout, tries) do
+    case Pool.call(:pool, command, args, timeout) do
+      {:error, :bridge_not_running} when tries > 1 -> change_pool(command, args, timeout, tries - 1)
+      result -> result
+    end
+  end
 
   defp create(target, id, type \\ "predict"),
     do: call(target, :create_program, %{id: id, signature: "question -> answer", program_type: type}, 60_000)
@@ -203,6 +215,24 @@ defmodule Soak do
 
     count(tally, :kills)
     kill_now_and_then(tally)
+  end
+
+  # What only a pool has: a keeper, killed under creations and cleanups (more than three times in 5 s would end the pool);
+  # and a monitor that is told when calls to a peer time out: calls of 60 s are answered though theirs hangs.
+  defp harm_the_pool(tally, stop) do
+    Process.sleep(Enum.random(2_000..3_000))
+
+    if Enum.random(1..5) == 1 do
+      os_pid = Enum.random(Pool.status(:pool).peers).os_pid
+      if os_pid, do: System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"], stderr_to_stdout: true)
+      count(tally, :hangs)
+    else
+      keeper = Process.whereis(Pool.Info.keeper(:pool))
+      if keeper, do: Process.exit(keeper, :kill)
+      count(tally, :keeper_kills)
+    end
+
+    if :atomics.get(stop, 1) == 0, do: harm_the_pool(tally, stop)
   end
 
   defp kill_peer(bridge) do
