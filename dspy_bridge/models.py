@@ -20,7 +20,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
 
-from dspy_bridge import adapters, echo, logs, redaction, tracing
+from dspy_bridge import adapters, answer_limit, echo, logs, redaction, tracing
 from dspy_bridge.errors import (
     BridgeError,
     InvalidArgs,
@@ -111,8 +111,9 @@ class Models:
         self.loops: list[asyncio.AbstractEventLoop] = []
         self._lock = threading.Lock()
         logs.adopt("dspy")
+        answer_limit.most = settings.max_lm_bytes
         _install("litellm_import", "the first call by LiteLLM holds up all others")
-        _install("trace_headers", "no traceparent reaches LMs")
+        _install("trace_headers", "no traceparent reaches LMs, and their answers have no limit")
         redaction.learn_environment()
         redaction.learn(settings.lm_options, for_good=True)
         self.settings = settings

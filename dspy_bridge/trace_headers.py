@@ -3,8 +3,9 @@
 DSPy has no place for a header of one call. Among an LM's options it would be part of the cache's key, so that the cache
 would never hit, and would have LiteLLM called instead of DSPy's own engine. So it is added where a request goes out,
 behind the cache and the history: in the transports of DSPy's engine, and where DSPy calls LiteLLM. There each attempt
-comes by, of every LM that is DSPy's, on the event loop and in threads. None of these is public: should a DSPy name one
-otherwise, the tests fail, and a peer says so and goes without.
+comes by, of every LM that is DSPy's, on the event loop and in threads. In the same places its answer is counted
+(`answer_limit`). None of these is public: should a DSPy name one otherwise, the tests fail, and a peer says so and goes
+without both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dspy._vendor.lm15.transports import StdlibAsyncTransport, StdlibTransport
 from dspy.clients import lm as dspy_lm
 from dspy.clients.engines import AsyncLiteLLMEngine, LiteLLMEngine
 
-from dspy_bridge import tracing
+from dspy_bridge import answer_limit, tracing
 
 _LITELLM_CALLS = [
     prefix + suffix
@@ -31,30 +32,34 @@ _LITELLM_CALLS = [
 def install() -> None:
     """Does it; once in a process. All of it or nothing: raises `AttributeError` first."""
     places: list[tuple[Any, str, Callable[[Any], Any]]] = [
-        (StdlibTransport, "stream", _sending),
-        (StdlibAsyncTransport, "stream", _sending),
+        (StdlibTransport, "stream", functools.partial(_sending, answer_limit.counted)),
+        (StdlibAsyncTransport, "stream", functools.partial(_sending, answer_limit.Counted)),
         *((dspy_lm, name, _calling) for name in _LITELLM_CALLS),
         # Of calls with a typed `Request`, as a host's own module may make them.
         (LiteLLMEngine, "_arguments", _arguments),
         (AsyncLiteLLMEngine, "_arguments", _arguments),
+        (LiteLLMEngine, "complete", answer_limit.limiting),
+        (AsyncLiteLLMEngine, "complete", answer_limit.limiting),
     ]
     for place, name, carrying in [(place, name, wrap(getattr(place, name))) for place, name, wrap in places]:
         setattr(place, name, carrying)
 
 
-def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
+def _sending(count: Callable[[Any], Any], stream: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stream)
     def send(self: Any, request: Any) -> Any:
         if (traceparent := tracing.current()) is not None:
             # There is no other of that name: an LM with headers of its own goes through LiteLLM.
             headers = [*request.headers, (tracing.TRACEPARENT, traceparent)]
             request = dataclasses.replace(request, headers=headers)
-        return stream(self, request)
+        return count(stream(self, request))
 
     return send
 
 
 def _calling(call: Callable[..., Any]) -> Callable[..., Any]:
+    call = answer_limit.limiting(call)
+
     @functools.wraps(call)
     def carry(request: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return call(_with_header(request), *args, **kwargs)

@@ -394,7 +394,10 @@ def test_with_a_dspy_of_other_names_inside_all_works_but_the_header(
     assert peer.call("create_program", QA)["success"]
     assert peer.call("execute_program", ask("one"), traceparent=FIRST)["result"] == {"answer": "Paris"}
     assert server.asked == [("one", None)]
-    assert "WARNING dspy_bridge: with this DSPy no traceparent reaches LMs\n" in peer.finish()[2]
+    assert (
+        "WARNING dspy_bridge: with this DSPy no traceparent reaches LMs, and their answers have no limit\n"
+        in peer.finish()[2]
+    )
 
 
 LOGGED = [
