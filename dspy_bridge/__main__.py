@@ -70,7 +70,12 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     def setup_logs() -> None:
         from dspy_bridge import logs
 
-        logs.setup(chosen.log_level, writer.send if chosen.log_frames else None)
+        logs.setup(chosen.log_level, send_log if chosen.log_frames else None)
+
+    def send_log(payload: bytes) -> None:
+        # Records wait in a bounded queue of their own, not among the replies.
+        writer.wait_for_room(lambda: False)
+        writer.send([payload])
 
     def log_exception() -> str:
         from dspy_bridge import logs

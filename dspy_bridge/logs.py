@@ -12,12 +12,13 @@ from dspy_bridge import messages, redaction, tracing, withholding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 logger = logging.getLogger("dspy_bridge")
 
-# Records that wait for stderr: some 2 MB of tracebacks.
-MAX_WAITING = 1000
+# Records that wait for stderr, or for their frames to be read; and what each counts beside its text.
+MAX_WAITING_BYTES = 2 << 20
+_ITEM_BYTES = 200
 _FLUSH_SECONDS = 0.5
 
 
@@ -48,55 +49,75 @@ class _Diverted(logging.Filter):
         return False
 
 
-class _Stderr(logging.Handler):
-    """Writes on a thread of its own: a stderr that nobody reads any more must hold up no execute.
+class _Queued(logging.Handler):
+    """Writes on a thread of its own: a reader that is slow, or gone, holds up nobody who logs.
 
-    What it does not take meanwhile is kept up to a bound, then dropped.
+    Who logs may be a finalizer, on any thread and within any lock: so nothing is locked here but what such a one may
+    lock again, and the queue is one of those. What waits is bounded; past that records are dropped, and counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
-        threading.Thread(target=self._write, name="dspy_bridge-log", daemon=True).start()
+        self._items: queue.SimpleQueue[tuple[int, str, str, str, str | None]] = queue.SimpleQueue()
+        # Each is changed by one side alone: these within the handler's lock, the others by the thread.
+        self._taken = self._dropped = 0
+        self._written = self._told = 0
+        threading.Thread(target=self._write_all, name="dspy_bridge-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._lines.put_nowait(self.format(record))
-        except queue.Full:
-            pass
+            if self._taken - self._written >= MAX_WAITING_BYTES:
+                self._dropped += 1
+                return
+            text = self.format(record)
+            size = len(text) + _ITEM_BYTES
+            self._taken += size
+            self._items.put((size, record.levelname.lower(), record.name, text, tracing.current()))
         except Exception:
             self.handleError(record)
 
     def flush(self) -> None:
         """Called by `logging` at the exit, too: what waits is written, if somebody reads it."""
         end = time.monotonic() + _FLUSH_SECONDS
-        while self._lines.unfinished_tasks and time.monotonic() < end:
+        while self._written != self._taken and time.monotonic() < end:
             time.sleep(0.005)
 
-    def _write(self) -> None:
+    def _write_all(self) -> None:
         while True:
-            rest = (self._lines.get() + "\n").encode("utf-8", "replace")
-            try:
-                while rest:
-                    rest = rest[os.write(2, rest) :]
-            except OSError:
-                pass  # nobody reads the log; that must cost nobody a reply
-            self._lines.task_done()
+            size, level, name, text, traceparent = self._items.get()
+            self._write(level, name, text, traceparent)
+            dropped = self._dropped - self._told
+            if dropped and self._items.empty():
+                self._told += dropped
+                text = f"{dropped} log records were dropped: nobody read them in time"
+                record = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (), None)
+                self.filter(record)
+                self._write("warning", logger.name, self.format(record), None)
+            self._written += size
+
+    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
+        raise NotImplementedError
 
 
-class _Frames(logging.Handler):
+class _Stderr(_Queued):
+    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
+        rest = (text + "\n").encode("utf-8", "replace")
+        try:
+            while rest:
+                rest = rest[os.write(2, rest) :]
+        except OSError:
+            pass  # nobody reads the log; that must cost nobody a reply
+
+
+class _Frames(_Queued):
     """Each record is a frame, a traceback included."""
 
-    def __init__(self, send: Callable[[Iterable[bytes]], None]) -> None:
-        super().__init__()
+    def __init__(self, send: Callable[[bytes], None]) -> None:
         self._send = send
+        super().__init__()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            level, text = record.levelname.lower(), self.format(record)
-            self._send([messages.encode_log(level, record.name, text, tracing.current())])
-        except Exception:
-            self.handleError(record)
+    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
+        self._send(messages.encode_log(level, name, text, traceparent))
 
 
 # At debug level these tell whole prompts and answers.
@@ -106,8 +127,11 @@ _TALKATIVE = ("asyncio", "dspy", "httpcore", "httpx", "openai", "urllib3")
 _OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
 
 
-def setup(level: str, send: Callable[[Iterable[bytes]], None] | None) -> None:
-    """Send records of `level` and above to stderr, or through `send` as frames. Later calls change nothing."""
+def setup(level: str, send: Callable[[bytes], None] | None) -> None:
+    """Send records of `level` and above to stderr, or as frames through `send`, which may wait for their reader.
+
+    Later calls change nothing.
+    """
     root = logging.getLogger()
     if any(isinstance(handler.formatter, _Redacted) for handler in root.handlers):
         return

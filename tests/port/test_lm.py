@@ -338,11 +338,12 @@ def test_log_records_as_frames(tmp_path: Any) -> None:
     env = {"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_LOG_FRAMES": "1"}
     with Peer("--log-level", "warning", env=env) as peer:
         peer.request("create_program", QA)
-        first, second = peer.receive()["log"], peer.receive()["log"]
+        frames = [peer.receive() for _ in range(3)]
+        first, second = (frame["log"] for frame in frames if "log" in frame)
         assert first == {"level": "warning", "logger": "host", "message": "with a key: [redacted]"}
         assert (second["level"], second["logger"]) == ("error", "dspy.host")
         assert second["message"].startswith("told\nTraceback") and "ZeroDivisionError" in second["message"]
-        assert peer.receive()["success"]
+        assert any(frame.get("success") for frame in frames)
         assert peer.finish() == (0, b"", "")
 
 

@@ -162,13 +162,18 @@ def ask(question: str, **args: Any) -> dict[str, Any]:
     return {"program_id": "qa", "inputs": {"question": question}, **args}
 
 
-def reply_of(peer: Peer, id: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The reply, and what came before it."""
-    frames = []
-    while "success" not in (frame := peer.receive()):
-        frames.append(frame)
-    assert frame["id"] == id
-    return frame, frames
+def reply_of(peer: Peer, id: int, logged: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The reply, and what came before it; of log records, which go their own way, so many are waited for."""
+    frames: list[dict[str, Any]] = []
+    reply: dict[str, Any] | None = None
+    while reply is None or sum("log" in frame for frame in frames) < logged:
+        frame = peer.receive()
+        if "success" in frame:
+            reply = frame
+        else:
+            frames.append(frame)
+    assert reply["id"] == id
+    return reply, frames
 
 
 # Options of an LM, and how to know the way that DSPy takes with them: its own engine has no headers.
@@ -411,18 +416,18 @@ def test_log_frames_tell_it_and_those_of_others_do_not(start: Callable[..., Peer
     for program, traceparent in LOGGED:
         assert peer.call("create_program", {**QA, "program_type": program})["success"]
         envelope = {} if traceparent is None else {"traceparent": traceparent}
-        reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), **envelope))
+        reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), **envelope), 1)
         assert reply["result"] == {"answer": str(traceparent)}, "the module sees it, too"
         said = {"level": "warning", "logger": "host", "message": "at work on one", **envelope}
         assert frames == [{"log": said}]
     assert peer.call("create_program", {**QA, "program_type": "host:Parallel"})["success"]
-    reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), traceparent=THIRD))
+    reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), traceparent=THIRD), 2)
     assert [frame["log"].get("traceparent") for frame in frames] == [THIRD] * 2
     assert peer.call("create_program", {**QA, "program_type": "host:Raises"})["success"]
     inputs = [{"question": "one"}, {"question": "two"}]
     for args, failed in ((ask("one"), 1), ({"program_id": "qa", "inputs": inputs}, 2)):
         for envelope in ({"traceparent": FIRST}, {}):
-            _, frames = reply_of(peer, peer.request("execute_program", args, **envelope))
+            _, frames = reply_of(peer, peer.request("execute_program", args, **envelope), failed)
             assert [frame["log"]["logger"] for frame in frames] == ["dspy_bridge"] * failed
             assert [frame["log"].get("traceparent") for frame in frames] == [envelope.get("traceparent")] * failed
 
@@ -442,10 +447,11 @@ def test_a_callback_of_the_hosts_hears_it_in_threads_too(start: Callable[..., Pe
     """What a callback for OpenTelemetry needs to go on with the trace."""
     server = start_lm()
     peer = start(**lm_env(server), DSPY_BRIDGE_INIT="host:callback", DSPY_BRIDGE_LOG_FRAMES="1")
-    for program in ("predict", "host:Sync", "host:Parallel"):
+    for program, logged in (("predict", 1), ("host:Sync", 1), ("host:Parallel", 4)):
         assert peer.call("create_program", {**QA, "program_type": program})["success"]
         for traceparent in (FIRST, None):
-            _, frames = reply_of(peer, peer.request("execute_program", ask("one"), traceparent=traceparent))
+            id = peer.request("execute_program", ask("one"), traceparent=traceparent)
+            _, frames = reply_of(peer, id, logged)
             said = {frame["log"]["message"] for frame in frames} - {"at work on x", "at work on y"}
             assert said == {f"lm_start {traceparent}"}, program
 
