@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import subprocess
 import sys
@@ -88,6 +89,20 @@ def test_no_thread_to_be_had_raises_and_is_tried_again(monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError, match="no thread"):
             threads.submit(int)
     assert threads.submit(int).result(PATIENCE) == 0
+
+
+def test_the_package_starts_no_thread_that_holds_up_the_end() -> None:
+    """Neither in an executor of Python's own nor by hand."""
+    found = []
+    for path in sorted((ROOT / "dspy_bridge").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            daemon = any(given.arg == "daemon" and ast.unparse(given.value) == "True" for given in node.keywords)
+            if name == "ThreadPoolExecutor" or (name == "Thread" and not daemon):
+                found.append(f"{path.name}:{node.lineno}: {name}")
+    assert found == []
 
 
 def test_the_process_ends_while_they_work() -> None:
