@@ -88,7 +88,8 @@ defmodule DSPex.PythonBridge.Bridge do
   `DSPY_BRIDGE_DRAIN_MS` (5 s where nothing is said) is sent again to the new one. No caller sees it, bar
   those whose calls are not finished by then and cannot be sent again, since they said `retry: false` or
   have been given a chunk: `:python_process_died`. A change of the programs that comes meanwhile, and what
-  comes after it, waits for the new one.
+  comes after it, waits for the new one. A program that was left out since peers died while they loaded it is
+  tried again.
 
   Returns once the new peer serves. If it does not come up, the old one goes on serving, and the
   error is a text that says why; if there was none to go on, the attempts go on.

@@ -3,50 +3,96 @@ defmodule DSPex.PythonBridge.Loading do
   A peer that starts is given the programs that earlier ones acknowledged: part of
   `DSPex.PythonBridge.Succession`.
 
-  A program that does not load fails alone: the bridge remembers why, for those who execute it. One of
-  whose loading peers die is left out after `max_retries` further attempts. Which one that is shows
-  only if they are loaded one by one, so after a first death they are.
+  A program that does not load fails alone: the bridge remembers why, for those who execute it. Which one
+  a peer dies of shows only if they are loaded one by one, so after a first death they are. One of which
+  `max_retries` further peers in a row die is left out. It is tried again, one by one, by a peer that starts
+  a minute later at the earliest, or after a restart; if that dies of it, too, after twice the time.
   """
 
   alias DSPex.PythonBridge.{Dispatch, Error, Peer, Programs, Protocol, Report, Server}
 
   @type state :: %Server{}
+  @typedoc "The peers in a row that died of a program, and when it may be given to one again, in monotonic ms."
+  @type deaths :: {pos_integer(), again_at :: integer()}
+
+  # How long a program is left out at first, and at most: each attempt may cost all others the start of
+  # a peer.
+  @again_ms 60_000
+  @longest_ms 3_600_000
+  # Past the longest; the exponent need not grow with the count.
+  @max_doublings 6
 
   @doc "Gives the peer that starts the first of its programs, or all; whether it has all it needs."
   @spec begin(state()) :: {:loaded | :loading, state()}
   def begin(%{next: next} = state) do
-    {deadly, definitions} =
-      state.programs
-      |> Programs.definitions()
-      |> Enum.split_with(fn {_id, stamp, _body} -> deadly?(state, stamp) end)
+    definitions = Programs.definitions(state.programs)
+    # Nothing is remembered of a program that was removed or defined anew.
+    deaths = Map.take(state.load_deaths, for({_id, stamp, _body} <- definitions, do: stamp))
+    now = now()
 
+    {left_out, definitions} =
+      Enum.split_with(definitions, fn {_id, stamp, _body} ->
+        match?(%{^stamp => {_count, again_at}} when again_at > now, deaths)
+      end)
+
+    careful? = Enum.any?(definitions, fn {_id, stamp, _body} -> is_map_key(deaths, stamp) end)
     died = Error.new(:python_process_died)
-    failures = Map.new(deadly, fn {id, _stamp, _body} -> {id, load_error(id, died)} end)
-    next = %{next | loads: %{}, to_load: definitions}
-    go_on(%{state | next: next, load_failures: failures})
+
+    failures = Map.new(left_out, fn {id, _stamp, _body} -> {id, load_error(id, died)} end)
+    next = %{next | loads: %{}, to_load: definitions, load_failures: failures}
+    careful? = state.load_carefully? or careful?
+    go_on(%{state | next: next, load_deaths: deaths, load_carefully?: careful?})
   end
 
   @doc "The reply to a load has come."
   @spec answered(state(), pos_integer(), binary()) :: {:loaded | :loading, state()}
   def answered(%{next: next} = state, request_id, frame) do
-    {{id, _stamp}, loads} = Map.pop!(next.loads, request_id)
-    go_on(note(%{state | next: %{next | loads: loads}}, id, frame))
+    {{id, stamp}, loads} = Map.pop!(next.loads, request_id)
+    # The peer has outlived it.
+    deaths = Map.delete(state.load_deaths, stamp)
+    go_on(note(%{state | next: %{next | loads: loads}, load_deaths: deaths}, id, frame))
   end
 
   @doc "Gives the peer the rest at once: somebody does not wait any longer."
   @spec hurry(state()) :: state()
   def hurry(%{next: next} = state), do: load(state, next.to_load, [])
 
-  @doc "A peer died while it was loading."
-  @spec blame(state(), Peer.t()) :: state()
-  def blame(state, %Peer{loads: loads}) when loads in [nil, %{}], do: state
+  @doc "A peer died while it was loading. Gives the program that is left out from now on, if any."
+  @spec blame(state(), Peer.t()) :: {Programs.id() | nil, state()}
+  def blame(state, %Peer{loads: loads}) when loads in [nil, %{}], do: {nil, state}
 
   # One of many may even be loaded, and its answer be lost with the peer.
-  def blame(%{load_carefully?: false} = state, _peer), do: %{state | load_carefully?: true}
+  def blame(%{load_carefully?: false} = state, _peer),
+    do: {nil, %{state | load_carefully?: true}}
 
-  def blame(state, %Peer{loads: loads}) do
-    [{_id, stamp}] = Map.values(loads)
-    %{state | load_deaths: Map.update(state.load_deaths, stamp, 1, &(&1 + 1))}
+  def blame(%{options: %{max_retries: most}} = state, %Peer{loads: loads} = peer) do
+    [{id, stamp}] = Map.values(loads)
+    {before, _again_at} = Map.get(state.load_deaths, stamp, {0, now()})
+    count = before + 1
+    wait = if count > most, do: wait_ms(count - most - 1), else: 0
+    if wait > 0, do: report_left_out(state, peer, id, count, wait)
+    deaths = Map.put(state.load_deaths, stamp, {count, now() + wait})
+    {if(wait > 0, do: id), %{state | load_deaths: deaths}}
+  end
+
+  defp wait_ms(attempts),
+    do: min(@again_ms * 2 ** min(attempts, @max_doublings), @longest_ms)
+
+  defp report_left_out(state, peer, id, count, wait) do
+    text =
+      "program #{shown(id)} is left out: #{count} Python processes in a row died while they " <>
+        "loaded it; it is tried again by one that starts in #{div(wait, 1_000)} s or later, by " <>
+        "Bridge.restart, or when it is created anew"
+
+    Report.log(state, peer, :error, text)
+  end
+
+  @doc "Somebody wants all programs tried again, those that were left out, too."
+  @spec try_all(state()) :: state()
+  def try_all(state) do
+    now = now()
+    deaths = Map.new(state.load_deaths, fn {stamp, {count, _later}} -> {stamp, {count, now}} end)
+    %{state | load_deaths: deaths}
   end
 
   defp go_on(%{next: %Peer{loads: loads, to_load: to_load}} = state) do
@@ -74,7 +120,7 @@ defmodule DSPex.PythonBridge.Loading do
       {:error, _id, %Error{} = error} ->
         error = load_error(id, error)
         Report.log(state, state.next, :warning, error.message)
-        %{state | load_failures: Map.put(state.load_failures, id, error)}
+        put_in(state.next.load_failures[id], error)
 
       _loaded ->
         state
@@ -82,8 +128,10 @@ defmodule DSPex.PythonBridge.Loading do
   end
 
   defp load_error(id, error),
-    do: %{error | message: "program #{id} could not be loaded again: #{error.message}"}
+    do: %{error | message: "program #{shown(id)} could not be loaded again: #{error.message}"}
 
-  defp deadly?(state, stamp),
-    do: Map.get(state.load_deaths, stamp, 0) > state.options.max_retries
+  # A line, whatever the id is.
+  defp shown(id), do: id |> inspect(printable_limit: 100) |> String.trim("\"")
+
+  defp now, do: System.monotonic_time(:millisecond)
 end

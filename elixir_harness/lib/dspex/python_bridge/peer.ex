@@ -4,16 +4,18 @@ defmodule DSPex.PythonBridge.Peer do
   opened it.
   """
 
-  alias DSPex.PythonBridge.{Interpreter, Options, Programs}
+  alias DSPex.PythonBridge.{Error, Interpreter, Options, Programs}
 
   # Peers that last for this long are started at most every two seconds: that is no storm.
   @lasting_ms 2_000
 
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads, to_load: [], answered?: false]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads] ++
+              [to_load: [], load_failures: %{}, answered?: false]
 
   # up_at: of its first reply; loads: the programs that it was given, by request id, and has not
-  # acknowledged yet; nil: it was given none so far; to_load: those that it is still to be given.
+  # acknowledged yet; nil: it was given none so far; to_load: those that it is still to be given;
+  # load_failures: why those that it does not have could not be loaded.
 
   @type t :: %__MODULE__{
           port: port(),
@@ -23,6 +25,7 @@ defmodule DSPex.PythonBridge.Peer do
           up_at: integer() | nil,
           loads: %{pos_integer() => {Programs.id(), Programs.stamp()}} | nil,
           to_load: [Programs.definition()],
+          load_failures: %{Programs.id() => Error.t()},
           answered?: boolean()
         }
 

@@ -41,8 +41,8 @@ defmodule DSPex.PythonBridge.Server do
   defguardp is_terms(retry, deaths)
             when retry in [:here, :never, :caller] and is_integer(deaths) and deaths >= 0
 
-  # peer serves, next starts, old ones finish. load_deaths: of peers, by the stamp of the program
-  # that they died of. load_failures: errors, by the program that the present peer could not load.
+  # peer serves, next starts, old ones finish. load_deaths: see Loading, by the stamp of the program.
+  # load_failures: errors, by the program that the present peer could not load.
   @enforce_keys [:options, :label, :reaper, :peer_log, :programs, :traffic]
   defstruct [
     :options,

@@ -75,6 +75,7 @@ defmodule DSPex.PythonBridge.Succession do
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
+    state = %{state | load_failures: next.load_failures}
     if state.big?, do: send(self(), :collect)
     state = %{state | traffic: Dispatch.serve(state.traffic, next.port)}
     tell_slot(state, :ready)
@@ -116,8 +117,15 @@ defmodule DSPex.PythonBridge.Succession do
   end
 
   defp lost_next(%{next: next} = state, why, reason) do
-    state = Loading.blame(end_peer(%{state | next: nil}, next, reason, why), next)
-    not_started(state, next, why)
+    {left_out, state} = Loading.blame(end_peer(%{state | next: nil}, next, reason, why), next)
+
+    # Nothing is lost by a restart without it if the present one does not have it either.
+    if state.peer && is_map_key(state.load_failures, left_out) do
+      Report.death(state, next, :warning, why, "another starts, without the program")
+      open(state)
+    else
+      not_started(state, next, why)
+    end
   end
 
   # The peer is gone, or must go now: with all that it started.
@@ -184,7 +192,7 @@ defmodule DSPex.PythonBridge.Succession do
   @doc "Has the peer followed by another; `from` is answered when that serves, or does not."
   @spec restart(state(), GenServer.from()) :: state()
   def restart(state, from) do
-    state = %{state | restarts_waiting: [from | state.restarts_waiting]}
+    state = Loading.try_all(%{state | restarts_waiting: [from | state.restarts_waiting]})
 
     cond do
       state.next -> state

@@ -1,0 +1,27 @@
+"""Dies while it is given the program `frail`, the times whose numbers are in FAKE_DIES: `2 3` are the second and third.
+
+The times are counted in FAKE_FILE, over all peers. Programs are kept as ids; executes tell whether theirs is there.
+"""
+
+import json
+import os
+
+from frames import reply, requests, write_raw
+
+programs = []
+for request in requests():
+    command, args = request["command"], request["args"]
+    if command == "create_program":
+        if args["id"] == "frail":
+            with open(os.environ["FAKE_FILE"], "a+") as file:
+                file.write("x")
+                time = file.tell()
+            if str(time) in os.environ["FAKE_DIES"].split():
+                os._exit(6)
+        programs.append(args["id"])
+        reply(request, {"program_id": args["id"], "status": "created"})
+    elif command == "execute_program" and args["program_id"] not in programs:
+        error = {"error": "Program not found: " + args["program_id"], "error_type": "program_not_found"}
+        write_raw(json.dumps({"id": request["id"], "success": False, **error}).encode())
+    else:
+        reply(request, {"programs": programs, "pid": os.getpid()})
