@@ -118,7 +118,7 @@ defmodule DSPex.PythonBridge.Caller do
   """
   @spec change(Protocol.command(), map()) :: Programs.change() | nil
   def change(command, args) when command in [:create_program, "create_program"] do
-    with id when id != nil <- text(argument(args, :id)), do: {:create, id, nil}
+    with id when id != nil <- text(argument(args, :id)), do: {:create, :binary.copy(id), nil}
   end
 
   def change(command, args) when command in [:cleanup, "cleanup"] do
@@ -131,7 +131,9 @@ defmodule DSPex.PythonBridge.Caller do
 
   def change(_command, _args), do: nil
 
-  defp cleanup(ids), do: unless(nil in ids, do: {:cleanup, ids, nil})
+  # Ids are kept, for as long as their programs are: without what they may be parts of.
+  defp cleanup(ids),
+    do: unless(nil in ids, do: {:cleanup, Enum.map(ids, &:binary.copy/1), nil})
 
   @doc "The program that the arguments of an execute name; nil if the peer will refuse them."
   @spec program_id(map()) :: Programs.id() | nil
