@@ -30,7 +30,7 @@ defmodule DSPex.PythonBridge.Options do
   """
 
   alias DSPex.PythonBridge.Pool.Slots
-  alias DSPex.PythonBridge.Programs
+  alias DSPex.PythonBridge.{Programs, Sealed}
 
   @default_max_frame_bytes 64 * 1024 * 1024
   # {:packet, 4} of a port carries no more.
@@ -113,7 +113,7 @@ defmodule DSPex.PythonBridge.Options do
   @spec seal(keyword()) :: keyword()
   def seal(opts) when is_list(opts) do
     Enum.map(opts, fn
-      {key, value} when key in @secret and not is_function(value, 0) -> {key, fn -> value end}
+      {key, value} when key in @secret and not is_function(value, 0) -> {key, Sealed.new(value)}
       other -> other
     end)
   end
@@ -169,7 +169,7 @@ defmodule DSPex.PythonBridge.Options do
     env = env.()
     # A value that the peer refuses is to be refused again.
     env = if env[@log_frames] == "1", do: %{env | @log_frames => "0"}, else: env
-    %{options | env: fn -> env end}
+    %{options | env: Sealed.new(env)}
   end
 
   @doc "The environment of the peer's, as a port takes it."
@@ -262,7 +262,11 @@ defmodule DSPex.PythonBridge.Options do
     opts
     |> Keyword.drop([:lm, :lm_options, :adapter, :env, :script_path])
     |> then(&struct!(__MODULE__, &1))
-    |> Map.merge(%{script_path: Path.expand(script), env: fn -> env end, drain_ms: drain_ms(env)})
+    |> Map.merge(%{
+      script_path: Path.expand(script),
+      env: Sealed.new(env),
+      drain_ms: drain_ms(env)
+    })
   end
 
   # What the peer itself takes; one that it will refuse is its own to refuse.

@@ -12,7 +12,7 @@ defmodule DSPex.PythonBridge.Outbox do
   call's; some of them may have been written.
   """
 
-  alias DSPex.PythonBridge.Protocol
+  alias DSPex.PythonBridge.{Guard, Protocol}
 
   @enforce_keys [:port]
   defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
@@ -145,14 +145,14 @@ defmodule DSPex.PythonBridge.Outbox do
 
   # Writing needs no ownership of the port.
   defp start_writer(port, frame) do
-    spawn_monitor(fn ->
-      try do
-        Port.command(port, frame)
-      rescue
-        # The port died under the write.
-        ArgumentError -> :ok
-      end
-    end)
+    spawn_monitor(fn -> Guard.run(fn -> write_waiting(port, frame) end) end)
+  end
+
+  defp write_waiting(port, frame) do
+    Port.command(port, frame)
+  rescue
+    # The port died under the write.
+    ArgumentError -> :ok
   end
 
   # The peer takes no deadline of 0; one that has passed is cancelled by its caller at any moment.

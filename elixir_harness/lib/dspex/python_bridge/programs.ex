@@ -8,7 +8,12 @@ defmodule DSPex.PythonBridge.Programs do
   bridges write one table, and several nodes tell each other theirs. A removal therefore leaves a
   note behind, a tombstone; so many are kept that only a change that is long on its way could be
   mistaken for news.
+
+  Any process can read the table, since several write it. Definitions may hold keys (`lm`), so they are sealed
+  in it (`DSPex.PythonBridge.Sealed`).
   """
+
+  alias DSPex.PythonBridge.Sealed
 
   @max_tombstones 10_000
 
@@ -20,7 +25,7 @@ defmodule DSPex.PythonBridge.Programs do
   @type change :: {:create, id(), stamp() | nil} | {:cleanup, :all | [id()], stamp() | nil}
   @opaque exported :: [tuple()]
 
-  # Rows: {{:program, id}, stamp, body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}.
+  # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}.
 
   @doc "An empty table of the calling process."
   @spec new() :: table()
@@ -43,7 +48,7 @@ defmodule DSPex.PythonBridge.Programs do
   """
   @spec put(table(), id(), stamp(), binary()) :: boolean()
   def put(table, id, stamp, body) do
-    news? = replace(table, {:program, id}, stamp, body)
+    news? = replace(table, {:program, id}, stamp, Sealed.new(body))
 
     # Looked at after the writing: a removal writes its note first, so one of the two sees the other.
     if stamp < removed_at(table, id) do
@@ -86,7 +91,7 @@ defmodule DSPex.PythonBridge.Programs do
   @spec get(table(), id()) :: {stamp(), binary()} | nil
   def get(table, id) do
     case :ets.lookup(table, {:program, id}) do
-      [{_key, stamp, body}] -> {stamp, body}
+      [{_key, stamp, sealed}] -> {stamp, sealed.()}
       [] -> nil
     end
   end
@@ -96,12 +101,18 @@ defmodule DSPex.PythonBridge.Programs do
   def definitions(table) do
     table
     |> :ets.select([{{{:program, :"$1"}, :"$2", :"$3"}, [], [{{:"$1", :"$2", :"$3"}}]}])
+    |> Enum.map(fn {id, stamp, sealed} -> {id, stamp, sealed.()} end)
     |> Enum.sort_by(fn {_id, stamp, _body} -> stamp end)
   end
 
   @doc "All that is known, removals included, for `merge/2` of another node."
   @spec export(table()) :: exported()
-  def export(table), do: :ets.tab2list(table)
+  def export(table) do
+    Enum.map(:ets.tab2list(table), fn
+      {{:program, id}, stamp, sealed} -> {{:program, id}, stamp, sealed.()}
+      removed -> removed
+    end)
+  end
 
   @doc "Whether a term is such a list, as far as one can see: it may come from another version."
   @spec exported?(term()) :: boolean()

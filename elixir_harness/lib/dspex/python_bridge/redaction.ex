@@ -38,40 +38,54 @@ defmodule DSPex.PythonBridge.Redaction do
   defp leaves(list) when is_list(list), do: Enum.flat_map(list, &leaves/1)
   defp leaves(_other), do: []
 
-  @doc "For `c:GenServer.format_status/1`."
+  @doc "For `c:GenServer.format_status/1`. What it does not know it does not show."
   @spec format_status(map()) :: map()
   def format_status(status) do
     Map.new(status, fn
-      {:state, %{traffic: _} = state} ->
-        {:state, %{state | traffic: :redacted, next: next(state)}}
+      {:state, %{traffic: _, load_failures: _, next: next} = state} ->
+        {:state, %{state | traffic: :redacted, load_failures: :redacted, next: next(next)}}
+
+      {:state, _broken} ->
+        {:state, :redacted}
 
       {:message, message} ->
         {:message, message(message)}
 
-      {:log, log} ->
+      {:log, log} when is_list(log) ->
         {:log, Enum.map(log, &log_event/1)}
 
+      # Of what raised, it has nothing already: see DSPex.PythonBridge.Guard.
       other ->
         other
     end)
   end
 
   # Definitions that it is still to be given.
-  defp next(%{next: nil}), do: nil
-  defp next(%{next: next}), do: %{next | to_load: :redacted}
+  defp next(%{to_load: _} = next), do: %{next | to_load: :redacted}
+  defp next(nil), do: nil
+  defp next(_broken), do: :redacted
 
   defp message({:request, ref, pid, timeout, _body, _terms}),
-    do: {:request, ref, pid, timeout, :redacted}
+    do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}
 
   defp message({:request, ref, pid, timeout, _body, _terms, _beside}),
-    do: {:request, ref, pid, timeout, :redacted}
+    do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}
 
-  defp message({:tool_result, port, id, _frame}), do: {:tool_result, port, id, :redacted}
-  defp message({port, {:data, _frame}}) when is_port(port), do: {port, {:data, :redacted}}
-  defp message(message), do: message
+  defp message(message) when is_tuple(message),
+    do: message |> Tuple.to_list() |> Enum.map(&plain/1) |> List.to_tuple()
+
+  defp message(message), do: plain(message)
+
+  # What cannot hold any contents.
+  defp plain(term)
+       when is_atom(term) or is_pid(term) or is_reference(term) or is_port(term) or
+              is_integer(term),
+       do: term
+
+  defp plain(_contents), do: :redacted
 
   # The events of :sys.log/2.
   defp log_event({:in, message}), do: {:in, message(message)}
-  defp log_event({:in, message, state}), do: {:in, message(message), state}
+  defp log_event({:in, message, state}), do: {:in, message(message), plain(state)}
   defp log_event(_event), do: :redacted
 end

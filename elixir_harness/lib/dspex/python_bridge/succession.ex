@@ -14,7 +14,18 @@ defmodule DSPex.PythonBridge.Succession do
   other is `old`: it finishes what it has, and is ended.
   """
 
-  alias DSPex.PythonBridge.{Backoff, Dispatch, Loading, Peer, Protocol, Reaper, Report, Server}
+  alias DSPex.PythonBridge.{
+    Backoff,
+    Dispatch,
+    Guard,
+    Loading,
+    Peer,
+    Protocol,
+    Reaper,
+    Report,
+    Server
+  }
+
   alias DSPex.PythonBridge.StartFailure
   alias DSPex.PythonBridge.Pool.Slots
 
@@ -169,10 +180,14 @@ defmodule DSPex.PythonBridge.Succession do
   defp explain(state, %Peer{up_at: nil} = next, "exit" <> _status = why, then) do
     owner = self()
 
-    spawn(fn ->
-      line = StartFailure.last_line(state.options, owner)
+    options = state.options
+
+    ask = fn ->
+      line = StartFailure.last_line(options, owner)
       send(owner, {:start_failure, next, why, line && "#{why}: #{line}", then})
-    end)
+    end
+
+    spawn(fn -> Guard.run(ask) end)
   end
 
   defp explain(state, next, why, then), do: Report.death(state, next, :warning, why, then)

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.ToolCall do
   of one. The peer shows the text to its LM, so it is short and has no stack trace.
   """
 
-  alias DSPex.PythonBridge.{Error, Protocol, Toolbox}
+  alias DSPex.PythonBridge.{Error, Guard, Protocol, Toolbox}
 
   # Of what was raised, thrown or exited with.
   @max_text 500
@@ -38,7 +38,8 @@ defmodule DSPex.PythonBridge.ToolCall do
   @spec run(t(), toolbox :: pid(), {host :: pid(), callers :: [pid()]}) :: :ok
   def run(%__MODULE__{} = call, toolbox, {host, callers}) do
     Process.put(:"$callers", callers)
-    send(host, {:answered, self(), answer(call, &apply_tool(toolbox, &1, &2))})
+    answer = Guard.run(fn -> answer(call, &apply_tool(toolbox, &1, &2)) end)
+    send(host, {:answered, self(), answer})
     :ok
   end
 
@@ -82,7 +83,7 @@ defmodule DSPex.PythonBridge.ToolCall do
 
   # Not in the process that found it out: frames may be large.
   defp answer_aside(call, bridge, make) do
-    spawn(fn -> send(bridge, answer(call, make)) end)
+    spawn(fn -> Guard.run(fn -> send(bridge, answer(call, make)) end) end)
     :ok
   end
 

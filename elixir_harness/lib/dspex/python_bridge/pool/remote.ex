@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
   the proxy, cancels the request in its peer. A node that vanishes ends the courier through the link.
   """
 
-  alias DSPex.PythonBridge.{Error, Programs}
+  alias DSPex.PythonBridge.{Error, Guard, Programs}
   alias DSPex.PythonBridge.Pool.{Info, Keeper, Request, Route}
 
   # A node that has not even started the proxy by then has stopped, or is as good as out of reach: the
@@ -164,13 +164,16 @@ defmodule DSPex.PythonBridge.Pool.Remote do
   @doc false
   @spec proxy(pid(), atom(), Request.t(), Programs.definition() | nil) :: :ok
   def proxy(courier, name, request, definition) do
-    result =
-      case Info.fetch(name) do
-        nil -> {:nobody, request.deaths, false}
-        info -> serve(info, Request.unpack(request), definition)
-      end
+    Guard.run(fn ->
+      result =
+        case Info.fetch(name) do
+          nil -> {:nobody, request.deaths, false}
+          info -> serve(info, Request.unpack(request), definition)
+        end
 
-    send(courier, {:served, result})
+      send(courier, {:served, result})
+    end)
+
     :ok
   end
 
