@@ -199,6 +199,20 @@ defmodule DSPex.PythonBridge.PeerLogTest do
     eventually(fn -> not Process.alive?(pid) end)
   end
 
+  test "what comes after its process was killed is logged, what waited in it is counted",
+       %{name: name} do
+    bridge = start(name)
+    pid = :sys.get_state(bridge).peer_log.pid
+    :erlang.suspend_process(pid)
+    log(bridge, for(n <- 1..5, do: record("error", "lost #{n}")))
+    Process.exit(pid, :kill)
+    eventually(fn -> :sys.get_state(bridge).peer_log.pid != pid end)
+    log(bridge, [record("error", "after it")])
+    assert_receive {:logged, :error, "after it", %{bridge: ^name}}, 5_000
+    assert_receive {:logged, :warning, "bridge" <> text, _meta}, 5_000
+    assert text =~ "log records of the Python process dropped: 5"
+  end
+
   @tag :tmp_dir
   test "the real peer's come this way, a traceback as one record", %{name: name, tmp_dir: dir} do
     File.write!(Path.join(dir, "tells.py"), """

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.ReaperTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{OsProcess, Reaper}
+  alias DSPex.PythonBridge.{Bridge, OsProcess, Reaper}
 
   # A process of the system, leader of its own group, with a child in it.
   defp start_process do
@@ -81,5 +81,80 @@ defmodule DSPex.PythonBridge.ReaperTest do
     Process.exit(owner, :kill)
     assert_receive {:DOWN, ^monitor, :process, ^reaper, :normal}, 2_000
     eventually(fn -> not alive?(os_pid) and not alive?(child) end)
+  end
+
+  describe "one that is killed" do
+    # As the bridge does, whose place this process takes.
+    defp kill_reaper(reaper) do
+      Process.exit(reaper, :kill)
+      assert_receive {:"ETS-TRANSFER", table, ^reaper, Reaper}
+      table
+    end
+
+    test "is followed by one that knows its peers, and ends those that were to be ended" do
+      {kept, kept_child} = start_process()
+      {retired, retired_child} = start_process()
+      reaper = Reaper.start(self())
+      for os_pid <- [kept, retired], do: Reaper.watch(reaper, os_pid)
+      # What it would have been told has gone with it.
+      Reaper.retire(reaper, retired)
+      %Reaper{} = :sys.get_state(reaper)
+      next = Reaper.replace(kill_reaper(reaper), [kept])
+      eventually(fn -> not alive?(retired) and not alive?(retired_child) end)
+      assert alive?(kept) and alive?(kept_child)
+      assert Reaper.finish(next) == :ok
+      eventually(fn -> not alive?(kept) and not alive?(kept_child) end)
+    end
+
+    test "is followed by one that watches over a peer of which it had not heard" do
+      {os_pid, child} = start_process()
+      table = kill_reaper(Reaper.start(self()))
+      next = Reaper.replace(table, [nil, os_pid])
+      Reaper.kill_all(next)
+      eventually(fn -> not alive?(os_pid) and not alive?(child) end)
+    end
+
+    test "leaves nothing when its owner is about to end" do
+      {os_pid, child} = start_process()
+      reaper = Reaper.start(self())
+      Reaper.watch(reaper, os_pid)
+      %Reaper{} = :sys.get_state(reaper)
+      monitor = Process.monitor(reaper)
+      Process.exit(reaper, :kill)
+      assert_receive {:DOWN, ^monitor, :process, ^reaper, :killed}
+      assert Reaper.finish(reaper) == :ok
+      eventually(fn -> not alive?(os_pid) and not alive?(child) end)
+    end
+
+    test "is followed in a bridge: no orphan when that is killed, too" do
+      {:ok, bridge} =
+        start_supervised(
+          Supervisor.child_spec({Bridge, fake_opts("stubborn")}, restart: :temporary)
+        )
+
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 10_000)
+      %{os_pid: os_pid} = Bridge.get_status(bridge)
+
+      for _ <- 1..2 do
+        reaper = :sys.get_state(bridge).reaper
+        Process.exit(reaper, :kill)
+        eventually(fn -> :sys.get_state(bridge).reaper != reaper end)
+      end
+
+      assert alive?(os_pid)
+      Process.exit(bridge, :kill)
+      eventually(fn -> not alive?(os_pid) and not alive?(child) end)
+    end
+  end
+
+  test "takes a peer for gone only when the second look in a row finds it so" do
+    # A number that no process has.
+    {:ok, reaper, _ms} = Reaper.init({self(), [{4_194_305, :ended}], [4_194_305]})
+    {:noreply, reaper, _ms} = Reaper.handle_info(:timeout, reaper)
+    refute_received {:peer_gone, _os_pid}
+    {:noreply, reaper, _ms} = Reaper.handle_info(:timeout, reaper)
+    assert_received {:peer_gone, 4_194_305}
+    {:noreply, _reaper, _ms} = Reaper.handle_info(:timeout, reaper)
+    refute_received {:peer_gone, _os_pid}
   end
 end
