@@ -55,6 +55,7 @@ class Commands:
         self._setup_failed: tuple[str, float] | None = None
         self._loader: Any = None
         self._garbage = Garbage()
+        self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Command]:
         """The commands by name."""
@@ -115,6 +116,9 @@ class Commands:
         """Counts, sizes in bytes, times in seconds (uptime) and ms (quantiles)."""
         import psutil
 
+        if self._versions is None:
+            # 2 ms on the reading thread; what is installed does not change under a process that runs it.
+            self._versions = _versions()
         memory = psutil.Process().memory_info()
         return {
             "programs_count": len(self._registry.answered()),
@@ -123,7 +127,7 @@ class Commands:
             **self._load(),
             "threads": THREADS.counts(),
             "pid": os.getpid(),
-            "versions": _versions(),
+            "versions": self._versions,
         }
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:

@@ -239,8 +239,9 @@ class Dispatcher:
         if call.handle is not None:
             call.handle.cancel()
         if call.task is None and call.work is not None:
-            # Never started: closing it spares the warning that nobody awaited it.
+            # Never started: closing it spares the warning that nobody awaited it. All of its time was waiting.
             call.work.close()
+            call.started = time.monotonic()
         if self._calls.get(call.request.id) is call:
             del self._calls[call.request.id]
         self._push(self._reply(call, result, error))

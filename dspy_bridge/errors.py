@@ -10,10 +10,21 @@ class BridgeError(Exception):
     """A failure that its caller is told as it is. Anything else that is raised is a defect: `internal`."""
 
     error_type = "internal"
-    # Clients match on the text: it is not to be touched.
+    # Clients match on the text: it is not to be touched by whoever writes it into a reply.
     exact = False
     # Whether the same request may succeed later; told only where the protocol has it (lm_error).
     retryable: bool | None = None
+
+
+# The longest name that an error quotes whole, and what would break its line or move a terminal's cursor.
+_MOST_NAMED = 4096
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
+
+def _named(name: str) -> str:
+    """A name as the caller gave it; escaped and cut only where it is none that an error's one line can hold."""
+    name = name if len(name) <= _MOST_NAMED else f"{name[: _MOST_NAMED - 1]}…"
+    return name.translate(_CONTROLS)
 
 
 class InvalidArgs(BridgeError):
@@ -29,7 +40,7 @@ class UnknownCommand(BridgeError):
     exact = True
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"Unknown command: {name}")
+        super().__init__(f"Unknown command: {_named(name)}")
 
 
 class FrameTooLarge(BridgeError):
@@ -45,7 +56,7 @@ class ProgramNotFound(BridgeError):
     exact = True
 
     def __init__(self, id: str) -> None:
-        super().__init__(f"Program not found: {id}")
+        super().__init__(f"Program not found: {_named(id)}")
 
 
 class LMNotConfigured(BridgeError):

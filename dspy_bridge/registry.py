@@ -6,6 +6,7 @@ it defined, loaded or not; loading happens later, on the event loop, once for wh
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -28,11 +29,14 @@ class Entry:
         "id",
         "last_executed",
         "loading",
+        "number",
         "previous",
     )
 
-    def __init__(self, id: str, definition: dict[str, Any], previous: Entry | None) -> None:
+    def __init__(self, id: str, number: int, definition: dict[str, Any], previous: Entry | None) -> None:
         self.id = id
+        # Of all entries in the order in which they were made: the system's clock may be set back.
+        self.number = number
         self.definition = definition
         self.previous = previous
         self.created_at = time.time()
@@ -61,11 +65,12 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
+        self._numbers = itertools.count()
 
     def add(self, id: str, definition: dict[str, Any]) -> Entry:
         """Define `id` anew. What it was before stays until `confirm`, and comes back with `discard`."""
         with self._lock:
-            entry = Entry(id, definition, self._entries.pop(id, None))
+            entry = Entry(id, next(self._numbers), definition, self._entries.pop(id, None))
             self._entries[id] = entry
             return entry
 
@@ -111,7 +116,7 @@ class Registry:
                     seen = seen.previous
                 if seen is not None:
                     found.append(seen)
-        return sorted(found, key=lambda entry: entry.created_at)
+        return sorted(found, key=lambda entry: entry.number)
 
 
 def working(entry: Entry) -> Entry | None:

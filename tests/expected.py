@@ -13,6 +13,8 @@ from typing import Any
 # The peer's `--max-frame-bytes`: small, so that frames past it can be sent often.
 LIMIT = 1 << 16
 MAX_ERROR_CHARS = 2000
+# A name of 4096 characters, each of them escaped.
+MAX_EXACT_CHARS = 6 * 4096 + 30
 MAX_DIGITS = 4300
 # Nesting up to the first is read, past the second refused; what is between is the parser's business.
 DEPTH_READ, DEPTH_REFUSED = 200, 250
@@ -308,9 +310,9 @@ def _check_error(reply: dict[str, Any], payload: bytes) -> None:
     text, kind = reply["error"], reply.get("error_type")
     if reply["success"] is not False or not isinstance(text, str) or not isinstance(kind, str):
         raise Failure(f"an error of another form: {payload[:500]!r}")
-    # These repeat what they were sent as it was.
-    exact = kind in ("unknown_command", "program_not_found")
-    if not exact and (not text or text.splitlines() != [text] or len(text) > MAX_ERROR_CHARS):
-        raise Failure(f"an error's text is not one line of at most {MAX_ERROR_CHARS} characters: {payload[:3000]!r}")
+    # These repeat what they were sent as it was, bar control characters.
+    most = MAX_EXACT_CHARS if kind in ("unknown_command", "program_not_found") else MAX_ERROR_CHARS
+    if not text or text.splitlines() != [text] or len(text) > most:
+        raise Failure(f"an error's text is not one line of at most {most} characters: {payload[:3000]!r}")
     if ("retryable" in reply) != (kind == "lm_error"):
         raise Failure(f"retryable belongs to lm_error alone: {payload[:500]!r}")

@@ -230,6 +230,23 @@ def test_waiting_requests_start_in_order_as_places_come_free() -> None:
     assert [bench.next()["id"] for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
+def test_a_call_that_never_got_its_turn_was_queued_all_the_time() -> None:
+    bench = Bench(max_in_flight=1)
+    bench.feed(work(1, hold=True))
+    bench.started.get(timeout=20)
+    bench.feed({**work(2), "timeout_ms": 50, "meta": True}, {**work(3), "meta": True})
+    late = bench.next()
+    assert (late["id"], late["error_type"]) == (2, "timeout")
+    assert 50 <= late["meta"]["queue_ms"] <= late["meta"]["duration_ms"]
+    bench.feed({"cancel": 3})
+    cancelled = bench.next()
+    assert (cancelled["id"], cancelled["error_type"]) == (3, "cancelled")
+    assert 0 < cancelled["meta"]["queue_ms"] <= cancelled["meta"]["duration_ms"]
+    (quick,) = bench.feed({"id": 4, "command": "quick", "meta": True})
+    assert quick is not None and quick["meta"]["queue_ms"] == 0
+    bench.release()
+
+
 def test_deadlines_of_any_length_are_taken() -> None:
     bench = Bench(max_in_flight=9)
     for id, timeout in enumerate((1e-9, 10**300, 1e300, 86_400_000)):

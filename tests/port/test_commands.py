@@ -232,6 +232,19 @@ def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
         assert module_peer.call(id)["error"] == f"Unknown command: {id}"
 
 
+def test_a_name_that_no_line_can_hold_is_escaped_and_cut(module_peer: Peer) -> None:
+    """A megabyte came back whole, and line breaks as they were."""
+    for name, told in (
+        ("a\nb\r\x00\x1b[31m\u2028c", r"a\nb\r\x00\x1b[31m\u2028c"),
+        ("x" * 1_000_000, "x" * 4095 + "…"),
+        ("\n" * 1_000_000, r"\n" * 4095 + "…"),
+    ):
+        reply = module_peer.call("execute_program", {"program_id": name, "inputs": {}})
+        assert (reply["error"], reply["error_type"]) == (f"Program not found: {told}", "program_not_found")
+        reply = module_peer.call(name)
+        assert (reply["error"], reply["error_type"]) == (f"Unknown command: {told}", "unknown_command")
+
+
 def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(echo_peer: Peer) -> None:
     """All in one write, so that none has been answered when the next one is read."""
     ask = {"program_id": "qa", "inputs": {"question": "x"}}
