@@ -89,10 +89,16 @@ class Dispatcher:
                 self._pings.add(time.monotonic() - received, False)
                 return pong
         if isinstance(frame, TooLarge):
+            if frame.no_memory:
+                return _no_memory(None, frame.length)
             text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
+            if not memory.room_for(frame):
+                return _no_memory(messages.readable_id(frame), len(frame))
             request = messages.decode(frame)
+        except MemoryError:
+            return _no_memory(messages.readable_id(frame), len(frame))
         except messages.MessageError as error:
             error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
             return messages.encode_failure(error.id, messages.failure(error_type, failures.one_line(str(error))))
@@ -299,6 +305,11 @@ class Dispatcher:
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
         return failures.describe(error, self._log_exception)
+
+
+def _no_memory(id: messages.Id | None, length: int) -> bytes:
+    text = f"frame of {length} bytes: there is not enough memory to read it; send less at once"
+    return messages.encode_failure(id, messages.failure(FrameTooLarge.error_type, text))
 
 
 def _meta(call: Call, now: float) -> dict[str, Any]:

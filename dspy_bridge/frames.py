@@ -10,21 +10,25 @@ HEADER_BYTES = 4
 
 
 class TooLarge:
-    """Stands in the stream for a frame that was longer than allowed and has been read past."""
+    """Stands in the stream for a frame that was longer than allowed, or than there was memory for (`no_memory`).
 
-    __slots__ = ("length",)
+    It has been read past, or will be.
+    """
 
-    def __init__(self, length: int) -> None:
+    __slots__ = ("length", "no_memory")
+
+    def __init__(self, length: int, no_memory: bool = False) -> None:
         self.length = length
+        self.no_memory = no_memory
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TooLarge) and other.length == self.length
+        return isinstance(other, TooLarge) and (other.length, other.no_memory) == (self.length, self.no_memory)
 
     def __hash__(self) -> int:
         return hash(self.length)
 
     def __repr__(self) -> str:
-        return f"TooLarge({self.length})"
+        return f"TooLarge({self.length}, {self.no_memory})"
 
 
 def header(length: int) -> bytes:
@@ -71,16 +75,17 @@ class FrameDecoder:
                 position += step
                 if self._have < wanted:
                     break
-                whole = b"".join(self._parts)
+                whole = self._joined()
                 self._parts.clear()
                 self._have = 0
             else:
                 whole = data[position : position + step]
                 position += step
             if self._length >= 0:
+                out.append(TooLarge(self._length, no_memory=True) if whole is None else whole)
                 self._length = -1
-                out.append(whole)
                 continue
+            assert whole is not None
             length = int.from_bytes(whole, "big")
             if length > self._max_bytes:
                 # Told at once: its sender learns of the refusal before the last byte has come.
@@ -91,6 +96,26 @@ class FrameDecoder:
             else:
                 self._length = length
         return out
+
+    def give_up(self) -> TooLarge | None:
+        """Drop what has been collected of a frame, as there is no memory for the rest, which will be read past.
+
+        None if there is no such frame.
+        """
+        if self._length < 0:
+            return None
+        refused = TooLarge(self._length, no_memory=True)
+        self._skip = self._length - self._have
+        self._parts.clear()
+        self._have, self._length = 0, -1
+        return refused
+
+    def _joined(self) -> bytes | None:
+        """The parts as one; None if there is no memory for it, which the parts themselves may have taken."""
+        try:
+            return b"".join(self._parts)
+        except MemoryError:
+            return None
 
     @property
     def mid_frame(self) -> bool:

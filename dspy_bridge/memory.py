@@ -65,6 +65,28 @@ def seen(length: int) -> None:
             due = True
 
 
+def room_for(payload: bytes) -> bool:
+    """Whether there is memory for what a payload holds, where the address space has a limit (`ulimit -v`).
+
+    To be asked before it is read: the parser is written in Rust, which ends the process where it gets none.
+    """
+    if len(payload) < TUNE_BYTES:
+        return True
+    try:
+        import resource
+
+        if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+            return True
+        # At most: a character past 16 bits makes a text four times as long, twice for a moment; and what objects, lists
+        # and their items take beside it.
+        texts = (2 if payload.isascii() and b"\\u" not in payload else 6) * len(payload)
+        objects, lists, items = payload.count(b"{"), payload.count(b"["), payload.count(b",")
+        bytes(texts + 256 * objects + 160 * lists + 128 * items)  # asked for, never touched
+    except MemoryError:
+        return False
+    return True
+
+
 def give_back() -> None:
     """Collect and trim if something large passed, and not a moment ago. To be called when one may have been dropped."""
     global due, _last
@@ -88,6 +110,6 @@ def _tune() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * LARGE_BYTES)
         _ = libc.malloc_trim
-    except (ImportError, OSError, AttributeError):
+    except (ImportError, OSError, AttributeError, MemoryError):
         return  # no glibc
     _libc = libc

@@ -246,7 +246,7 @@ def _loads(payload: bytes) -> Any:
     try:
         return jiter.from_json(payload, allow_inf_nan=False)
     except ValueError as error:
-        raise NotJSON(_why_not_json(payload, error), _readable_id(payload)) from None
+        raise NotJSON(_why_not_json(payload, error), readable_id(payload)) from None
 
 
 def _why_not_json(payload: bytes, error: Exception) -> str:
@@ -265,8 +265,8 @@ def _why_not_json(payload: bytes, error: Exception) -> str:
     return f"expected JSON: {error}"
 
 
-def _readable_id(payload: bytes) -> Id | None:
-    """The id that an otherwise unreadable payload starts with: its caller gets the error instead of waiting."""
+def readable_id(payload: bytes) -> Id | None:
+    """The id that a payload starts with that cannot be read: its caller gets the error instead of waiting."""
     match = _FIRST_KEY_ID.match(payload)
     if match is None:
         return None

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # library then asks the system for it. Inside a large frame it is worth that.
 SMALL_READ_BYTES = 1 << 16
 LARGE_READ_BYTES = PIPE_BYTES
+# Where memory is short and no frame that is being read has it: whoever has it may give it back.
+_SECONDS_WITHOUT_MEMORY = 0.05
 
 
 def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes: int, drain_ms: int) -> None:
@@ -38,16 +40,25 @@ def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes:
     read, quick, send_packet = os.read, dispatcher.quick, writer.send_packet
     inside_frame = False
     try:
-        while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
-            if not inside_frame and (packet := quick(data)) is not None:
-                send_packet(packet)
-            else:
-                _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
-                inside_frame = decoder.mid_frame
-            if writer.full:
-                writer.wait_for_room(terminated.is_set)
-            if memory.due:
-                memory.give_back()
+        while True:
+            try:
+                while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
+                    if not inside_frame and (packet := quick(data)) is not None:
+                        send_packet(packet)
+                    else:
+                        _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
+                        inside_frame = decoder.mid_frame
+                    if writer.full:
+                        writer.wait_for_room(terminated.is_set)
+                    if memory.due:
+                        memory.give_back()
+                break
+            except MemoryError:
+                # For the buffer of a read: nothing was read.
+                refused = decoder.give_up()
+                _serve_frames([refused] if refused else [], writer, dispatcher, terminated)
+                if refused is None:
+                    time.sleep(_SECONDS_WITHOUT_MEMORY)
     except OSError as error:
         # A socket whose other end was reset; for a pipe this does not happen.
         log(f"end of input: {error.strerror}")

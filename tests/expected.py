@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,9 +75,9 @@ class Owed:
             return f"expected {' or '.join(sorted(self.ends))}, got {end}"
         if ("meta" in reply) != self.meta:
             return f"meta: {'missing' if self.meta else 'not asked for'}"
-        if end == "unknown_command" and reply["error"] != f"Unknown command: {self.command}":
+        if end == "unknown_command" and reply["error"] != f"Unknown command: {_named(self.command)}":
             return "the text of an unknown command"
-        if end == "program_not_found" and reply["error"] != f"Program not found: {self.args['program_id']}":
+        if end == "program_not_found" and reply["error"] != f"Program not found: {_named(self.args['program_id'])}":
             return "the text of an unknown program"
         if end == "success" and not _fits(self.command, self.args, reply["result"]):
             return "the result is none of this command"
@@ -126,6 +127,13 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
         # Its reply may be longer than it is, and past the limit.
         ends |= {"frame_too_large"}
     return Owed(payload, (key,), ends, command, args, *flags, at_once)
+
+
+def _named(name: str | None) -> str:
+    """A name as an error's one line has it."""
+    name = name or ""
+    shown = name if len(name) <= 4096 else name[:4095] + "…"
+    return "".join(repr(sign)[1:-1] if unicodedata.category(sign) in ("Cc", "Zl", "Zp") else sign for sign in shown)
 
 
 def _may_be_traceparent(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from peer import frame
@@ -55,3 +56,13 @@ def test_a_frame_over_the_limit_is_not_stored() -> None:
 
 def test_a_frame_of_length_zero_is_a_frame() -> None:
     assert FrameDecoder(10).feed(frame(b"") + frame(b"a")) == [b"", b"a"]
+
+
+@pytest.mark.parametrize("have", [0, 1, 9])
+def test_a_frame_that_is_given_up_is_read_past_and_the_next_one_kept(have: int) -> None:
+    decoder = FrameDecoder(100)
+    assert decoder.give_up() is None
+    assert decoder.feed(b"\0\0") == [] and decoder.give_up() is None, "half a header is no frame"
+    assert decoder.feed(b"\0\x0a" + b"x" * have) == []
+    assert decoder.give_up() == TooLarge(10, no_memory=True) and decoder.mid_frame
+    assert decoder.feed(b"x" * (10 - have) + b"\0\0\0\2ab") == [b"ab"] and not decoder.mid_frame

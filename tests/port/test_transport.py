@@ -111,6 +111,40 @@ def test_a_frame_over_the_limit_is_read_past_and_the_next_one_served() -> None:
             assert served["success"]
 
 
+def limited_to(megabytes: int) -> list[str]:
+    """A peer's command with a limit to its address space."""
+    limit = f'ulimit -v {megabytes * 1024}; exec "$@"'
+    return ["bash", "-c", limit, "limited", sys.executable, "-m", "dspy_bridge"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
+def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
+    with Peer(command=limited_to(400)) as peer:
+        for id in range(3):
+            peer.send(b'{"id":%d,"command":"ping","args":{"a":"%b"}}' % (id, b"x" * 60_000_000))
+            assert peer.receive()["success"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
+@pytest.mark.parametrize(
+    ("megabytes", "content"),
+    [
+        (130, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
+        (200, b'"' + b"x" * 60_000_000 + b'"'),
+        (300, b"[" + b"1," * 30_000_000 + b"1]"),
+        (300, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
+    ],
+    ids=["frame", "text", "list", "objects"],
+)
+def test_a_frame_that_there_is_no_memory_for_is_refused_and_the_next_one_served(megabytes: int, content: bytes) -> None:
+    with Peer(command=limited_to(megabytes)) as peer:
+        for id in range(2):
+            peer.send(b'{"id":%d,"command":"ping","args":{"a":%b}}' % (id, content), {"id": "next", "command": "ping"})
+            refused, served = peer.receive(), peer.receive()
+            assert refused["error_type"] == "frame_too_large" and "not enough memory" in refused["error"]
+            assert refused["id"] in (id, None) and served["id"] == "next" and served["success"]
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_the_limit_holds_for_pings_in_the_form_of_bridge_too(together: bool) -> None:
     """These are known by their bytes and answered on a shorter way, alone in a read or among others."""
