@@ -92,7 +92,8 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     dispatcher = Dispatcher(
         commands.table(),
         writer.send,
-        max_in_flight=chosen.max_in_flight,
+        # An execute has a connection to its LM.
+        max_in_flight=min(chosen.max_in_flight, descriptors.spare()),
         max_queue=chosen.max_queue,
         max_frame_bytes=chosen.max_frame_bytes,
         log_exception=log_exception,

@@ -18,6 +18,8 @@ from typing import Any
 
 import dspy
 
+from dspy_bridge import connections
+
 # In bytes, of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
 # What is unpacked at once: a chunk of 64 KB may hold 64 MB.
@@ -79,16 +81,22 @@ class Counted:
         self._opening = opening
 
     def __await__(self) -> Any:
-        return self._open(self._opening).__await__()
+        return self._open().__await__()
 
     async def __aenter__(self) -> Any:
-        return await self._open(self._opening.__aenter__())
+        return await self._open()
 
     async def __aexit__(self, *raised: Any) -> Any:
         return await self._opening.__aexit__(*raised)
 
-    async def _open(self, opened: Any) -> Any:
-        response = await opened
+    async def _open(self) -> Any:
+        try:
+            response = await self._opening.__aenter__()
+        except Exception as error:
+            if not connections.ran_out(error):
+                raise
+            await connections.close_idle()
+            response = await self._opening.__aenter__()
         try:
             _packing(response.headers_all("content-encoding"))
         except LMAnswerRefused:

@@ -6,9 +6,19 @@ descriptor 0 finds the end of input: neither can break the protocol.
 
 import fcntl
 import os
+import resource
 
 # What Linux lets any user ask for. With pipes of 64 KB, 1 MB of arguments takes a tenth longer.
 PIPE_BYTES = 1 << 20
+
+# What the peer itself has open, at most: 13 when programs are loaded, more while something is imported or looked up.
+RESERVED = 32
+
+
+def spare() -> int:
+    """How many connections the limit of open files leaves room for; at least one."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1_000_000 if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED)
 
 
 def take() -> tuple[int, int]:

@@ -75,7 +75,7 @@ class Peer:
 
     def __init__(self) -> None:
         """Raises `SettingError`."""
-        from dspy_bridge import settings
+        from dspy_bridge import descriptors, settings
         from dspy_bridge.commands import Commands
         from dspy_bridge.dispatcher import Dispatcher
 
@@ -84,7 +84,7 @@ class Peer:
         self._dispatcher: Dispatcher = Dispatcher(
             commands.table(),
             self._deliver,
-            max_in_flight=self.settings.max_in_flight,
+            max_in_flight=min(self.settings.max_in_flight, descriptors.spare()),
             max_queue=self.settings.max_queue,
             max_frame_bytes=self.settings.max_frame_bytes,
             log_exception=_log_exception,

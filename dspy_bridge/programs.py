@@ -6,7 +6,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge import models, modules, redaction, signatures, states, tools
+from dspy_bridge import connections, models, modules, redaction, signatures, states, tools
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.metering import Meter
@@ -70,6 +70,8 @@ class Program:
             with self._lms.context(self._lm if lm is None else self._lms.pool(lm), runner.adapter(self._adapter)):
                 outputs = await self._run(values, call, stream)
         except Exception as error:
+            if connections.ran_out(error):
+                await connections.close_idle()
             raise self._known(error, config, lm) from error
         # An LM that calls tools, natively, writes nothing else.
         if not outputs.get("tool_calls"):

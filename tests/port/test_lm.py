@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import psutil
@@ -294,6 +295,55 @@ def test_more_than_one_hundred_calls_reach_the_lm_at_once(start_lm: Any) -> None
             assert server.arrived.acquire(timeout=PATIENCE)
         server.gate.set()
         assert all(reply["success"] for reply in peer.receive_all(150).values())
+
+
+def with_files(most: int) -> list[str]:
+    """The command of a peer that may have so many files open."""
+    return ["sh", "-c", f'ulimit -n {most} && exec "$0" "$@"', sys.executable, "-m", "dspy_bridge"]
+
+
+def test_a_burst_past_the_limit_of_open_files_waits_its_turn(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server), command=with_files(64)) as peer:
+        peer.call("create_program", QA)
+        for _ in range(200):
+            peer.request("execute_program", ASK)
+        for _ in range(20):
+            assert server.arrived.acquire(timeout=PATIENCE)
+        server.gate.set()
+        assert all(reply["success"] for reply in peer.receive_all(200).values())
+        # The connections of the burst are idle, and all that there may be.
+        for number in range(25):
+            lm = {"model": f"openai/m{number}", **server.options(temperature=number / 100)}
+            assert peer.call("execute_program", {**ASK, "lm": lm})["success"]
+        assert peer.call("execute_program", ASK)["success"]
+
+
+def test_when_descriptors_run_out_idle_connections_are_closed_for_whoever_needs_one(start_lm: Any) -> None:
+    """Also those of an LM that is being called meanwhile, after that; the calls themselves go on."""
+    busy, other = start_lm(), start_lm()
+    with Peer(env=lm_env(busy), command=with_files(64)) as peer:
+        peer.call("create_program", QA)
+        busy.gate.clear()
+        ids = [peer.request("execute_program", ASK) for _ in range(31)]
+        for _ in ids:
+            assert busy.arrived.acquire(timeout=PATIENCE)
+        busy.gate.set()
+        assert all(reply["success"] for reply in peer.receive_all(31).values())
+        busy.gate.clear()
+        held = peer.request("execute_program", ASK)
+        assert busy.arrived.acquire(timeout=PATIENCE)
+        # Each has a connection of its own, of which none is used again.
+        lms = [{"model": f"openai/m{number}", **other.options(temperature=number / 100)} for number in range(25)]
+        for lm in lms:
+            reply = peer.call("execute_program", {**ASK, "lm": lm})
+            assert reply["success"], reply
+        busy.gate.set()
+        assert peer.receive()["id"] == held
+        for _ in range(30):
+            assert busy.ended.acquire(timeout=PATIENCE), "idle ones of the busy LM"
+        assert peer.call("execute_program", ASK)["success"]
 
 
 def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, tmp_path: Any) -> None:
