@@ -7,12 +7,14 @@ Nobody asks for compressed answers here, but some gateways send them.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -143,11 +145,14 @@ def limiting(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def limited(*args: Any, **kwargs: Any) -> Any:
+        _watch_clients()
         with _limits():
             return call(*args, **kwargs)
 
     @functools.wraps(call)
     async def alimited(*args: Any, **kwargs: Any) -> Any:
+        if not _watched.is_set():
+            await asyncio.to_thread(_watch_clients)  # an import, as a rule
         with _limits():
             return await call(*args, **kwargs)
 
@@ -156,8 +161,6 @@ def limiting(call: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _limits() -> Iterator[None]:
-    for name in ("httpx", "httpx2"):
-        _watch(name)
     call = _Call()
     token = _call.set(call)
     try:
@@ -171,15 +174,24 @@ def _limits() -> Iterator[None]:
         raise call.refused
 
 
-@functools.cache
-def _watch(name: str) -> None:
-    """Once in a process: have the clients of httpx count what they get for LiteLLM. Their other users see no change."""
-    try:
-        httpx = importlib.import_module(name)
-    except ImportError:
-        return
+# Set once the clients are watched; threads may want that at once.
+_watched = threading.Event()
+_watching = threading.Lock()
 
-    class Body(httpx.SyncByteStream):  # type: ignore[misc,name-defined]
+
+def _watch_clients() -> None:
+    """Once in a process: have the clients of httpx count what they get for LiteLLM. Their other users see no change."""
+    with _watching:
+        if _watched.is_set():
+            return
+        for name in ("httpx", "httpx2"):
+            with suppress(ImportError):
+                _watch(importlib.import_module(name))
+        _watched.set()
+
+
+def _watch(httpx: Any) -> None:
+    class Body(httpx.SyncByteStream):  # type: ignore[misc]
         def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
             self._pieces = pieces
             self._stream = stream
@@ -191,7 +203,7 @@ def _watch(name: str) -> None:
         def close(self) -> None:
             self._stream.close()
 
-    class AsyncBody(httpx.AsyncByteStream):  # type: ignore[misc,name-defined]
+    class AsyncBody(httpx.AsyncByteStream):  # type: ignore[misc]
         def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
             self._pieces = pieces
             self._stream = stream
