@@ -9,9 +9,7 @@ host's own class is left as it is.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,7 +22,6 @@ from dspy_bridge import markers
 from dspy_bridge.errors import OutputInvalid
 
 Signature = type[dspy.Signature]
-Clean = Callable[[str], str]
 
 # Large, and no text of a prompt.
 _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
@@ -190,7 +187,7 @@ def _is_list(annotation: Any) -> bool:
     return "array" in (schema.get("type"), *(choice.get("type") for choice in schema.get("anyOf", ())))
 
 
-def _cleaned(fields: Any, values: Any, clean: Clean) -> dict[str, Any]:
+def _cleaned(fields: Any, values: Any, clean: markers.Change) -> dict[str, Any]:
     """The values of a signature's fields, without the marks that `clean` removes."""
     made = dict(values)
     for name, info in fields.items():
@@ -199,7 +196,7 @@ def _cleaned(fields: Any, values: Any, clean: Clean) -> dict[str, Any]:
     return made
 
 
-def _clean_field(info: Any, value: Any, clean: Clean) -> Any:
+def _clean_field(info: Any, value: Any, clean: markers.Change) -> Any:
     if type(value) is _Formatted:
         return str(value)
     if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
@@ -207,27 +204,4 @@ def _clean_field(info: Any, value: Any, clean: Clean) -> Any:
         text = format_field_value(field_info=info, value=value)
         cleaned = clean(text)
         return value if cleaned == text else cleaned
-    return _clean(value, clean)
-
-
-def _clean(value: Any, clean: Clean) -> Any:
-    """The very same object if it holds no mark: a copy of a set may have another order."""
-    if isinstance(value, str):
-        cleaned = clean(value)
-        return value if cleaned == value else cleaned
-    if isinstance(value, dict):
-        keys, items = _clean_all(value, clean), _clean_all(value.values(), clean)
-        if keys is None and items is None:
-            return value
-        return dict(zip(keys or value, items or value.values(), strict=True))
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            found = _clean_all(value, clean)
-            return value if found is None else kind(found)
-    return value
-
-
-def _clean_all(values: Collection[Any], clean: Clean) -> list[Any] | None:
-    """The values without marks; None if there were none."""
-    made = [_clean(value, clean) for value in values]
-    return None if all(map(operator.is_, made, values)) else made
+    return markers.changed(value, clean)

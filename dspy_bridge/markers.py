@@ -5,12 +5,18 @@ split at it. Pure, and linear in the text: no regular expressions.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Set
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from typing import Any
 from xml.etree import ElementTree
 
+Change = Callable[[str], str]
+
 # `dspy.ChatAdapter` takes a line that begins with `[[ ## name ## ]]` for the beginning of a field.
 _OPEN, _CLOSE = "[[ ## ", " ## ]]"
+# DSPy takes what follows this in any prompt, up to its end, for parts of a message: images by their URLs, say. It looks
+# for the ends by a pattern that is quadratic where there are none: 64 KB hold the interpreter lock for 3 s.
+_TYPE = "<<CUSTOM-TYPE-START-IDENTIFIER>>"
 
 
 def without_headers(text: str) -> str:
@@ -23,6 +29,37 @@ def without_headers(text: str) -> str:
         name, closed, after = piece.partition(_CLOSE)
         parts += ("(( ## ", name, " ## ))", after) if closed and _is_word(name) else (_OPEN, piece)
     return "".join(parts)
+
+
+def without_types(text: str) -> str:
+    """The text with nothing that DSPy takes for the beginning of an image or the like."""
+    return text.replace(_TYPE, "((CUSTOM-TYPE-START-IDENTIFIER))")
+
+
+def changed(value: Any, change: Change) -> Any:
+    """A value with each text in it changed, keys too. Objects that are no plain containers are left as they are.
+
+    The very same value if nothing is changed: the copy of a set may have another order.
+    """
+    if isinstance(value, str):
+        text = change(value)
+        return value if text == value else text
+    if isinstance(value, dict):
+        keys, items = _changed_all(value, change), _changed_all(value.values(), change)
+        if keys is None and items is None:
+            return value
+        return dict(zip(keys or value, items or value.values(), strict=True))
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            found = _changed_all(value, change)
+            return value if found is None else kind(found)
+    return value
+
+
+def _changed_all(values: Collection[Any], change: Change) -> list[Any] | None:
+    """None if nothing is changed."""
+    made = [changed(value, change) for value in values]
+    return None if all(map(operator.is_, made, values)) else made
 
 
 def without_tags(text: str, names: Set[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge import connections, models, modules, redaction, signatures, states, tools
+from dspy_bridge import connections, markers, models, modules, redaction, signatures, states, tools
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.metering import Meter
@@ -88,7 +88,7 @@ class Program:
             wrong.append(error)
         values = self._contract.check({name: value for name, value in inputs.items() if name not in extra}, wrong)
         values.update((name, inputs[name]) for name in extra)
-        return values
+        return {name: _without_types(value) for name, value in values.items()}
 
     async def _run(self, values: dict[str, Any], call: Call, stream: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {}
@@ -132,6 +132,14 @@ class Program:
         if _came_through(way, "dspy.clients.execution", "_canonical"):
             return unfit
         return error
+
+
+def _without_types(value: Any) -> Any:
+    """Texts of a request are texts: an image among them is an object by now."""
+    if isinstance(value, dspy.History):
+        turns = markers.changed(value.messages, markers.without_types)
+        return value if turns is value.messages else dspy.History(messages=turns)
+    return markers.changed(value, markers.without_types)
 
 
 # Where DSPy checks settings of an LM. Should it name one otherwise, what is wrong with them becomes `internal`.

@@ -13,7 +13,7 @@ import dspy
 import pydantic
 from dspy.adapters.types.tool import convert_input_schema_to_tool_args
 
-from dspy_bridge import sync_threads
+from dspy_bridge import markers, sync_threads
 from dspy_bridge.annotations import read_type
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed
@@ -141,6 +141,14 @@ def _schema(annotation: Any, description: str, where: str) -> dict[str, Any]:
 
 
 async def _ask(name: str, arguments: dict[str, Any]) -> Any:
+    """The caller's answer, which will stand in a prompt as text."""
+    try:
+        return markers.changed(await _answer(name, arguments), markers.without_types)
+    except ToolFailed as error:
+        raise ToolFailed(markers.without_types(str(error))) from None
+
+
+async def _answer(name: str, arguments: dict[str, Any]) -> Any:
     question = asking.get().ask(name, arguments)
     job = sync_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():

@@ -69,6 +69,14 @@ def test_a_megabyte_of_anything_is_read_once(text: str) -> None:
     markers.keyed(text)
 
 
+def test_a_value_is_changed_in_all_its_texts_or_stays_the_very_same() -> None:
+    value = {"k": ["v", ("v", {"v"}, frozenset("v"))], "n": [1, None, 2.5], "v": b"v"}
+    assert markers.changed(value, lambda text: text) is value
+    wanted = {"k": ["w", ("w", {"w"}, frozenset("w"))], "n": [1, None, 2.5], "w": b"v"}
+    made = markers.changed(value, lambda text: text.replace("v", "w"))
+    assert made == wanted and made["n"] is value["n"]
+
+
 def test_equal_keys_of_an_object_are_all_seen() -> None:
     assert markers.keyed('```json\n{"a": {"b": 1, "b": 2}, "c": [1], "a": 3}\n```') == [
         ("a", {"b": 2}),
