@@ -261,7 +261,39 @@ defmodule Bench do
 
     many(lm)
     waiting()
+    restart()
   end
+
+  # 16,000 calls that one peer has, from the moment that it answers: another serves by then, or none.
+  defp restart do
+    rounds = for _ <- 1..5, do: %{without: held(fn _bridge -> :ok end), with: held(&Bridge.restart/1)}
+    [without, with] = for key <- [:without, :with], do: median(Enum.map(rounds, & &1[key]))
+    tell("16,000 in a restart", %{ratio: with / without, ms: with})
+  end
+
+  defp held(meanwhile) do
+    go = Path.join(System.tmp_dir!(), "dspy_bridge_bench_#{System.unique_integer([:positive])}")
+    env = %{"FAKE_FILE" => go, "DSPY_BRIDGE_DRAIN_MS" => "600000"}
+    holds = Path.expand("../fakes/holds.py", @here)
+    {:ok, bridge} = Bridge.start_link(name: nil, python_executable: python(), script_path: holds, env: env)
+    calls = for _ <- 1..16_000, do: Task.async(fn -> {:ok, _} = Bridge.call(bridge, :hold, %{}, :infinity) end)
+    wait_until(fn -> Bridge.get_status(bridge).pending == 16_000 end)
+    # It has read them all.
+    {:ok, _} = Bridge.call(bridge, :ping, %{}, 60_000)
+    :ok = meanwhile.(bridge)
+
+    {ms, _} =
+      ms(fn ->
+        File.write!(go, "")
+        Task.await_many(calls, :infinity)
+      end)
+
+    stop_bridge(bridge)
+    File.rm!(go)
+    ms
+  end
+
+  defp wait_until(fun), do: fun.() || (Process.sleep(5) && wait_until(fun))
 
   # Small pings of one process while another sends 5 MB at a time.
   defp beside_large(bridge) do
