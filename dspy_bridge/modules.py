@@ -46,6 +46,14 @@ _OWN_FIELDS = {
         ("trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory")
     ),
 }
+# Inputs and outputs that would be arguments of DSPy's own functions on their way.
+_OWN_ARGUMENTS = {
+    ("react", "inputs"): frozenset(("module",)),
+    ("react", "outputs"): frozenset(("self",)),
+    ("code_act", "inputs"): frozenset(("module",)),
+    ("code_act", "outputs"): frozenset(("self",)),
+    ("rlm", "outputs"): frozenset(("self",)),
+}
 
 
 def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
@@ -127,12 +135,12 @@ def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.
 
 
 def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
-    own = _OWN_FIELDS.get(program_type, frozenset())
     for where, fields, free in (
         ("inputs", signature.input_fields, ()),
         # An answer's reasoning may be declared: it is the same field.
         ("outputs", signature.output_fields, ("reasoning",)),
     ):
+        own = _OWN_FIELDS.get(program_type, frozenset()) | _OWN_ARGUMENTS.get((program_type, where), frozenset())
         for name in fields:
             attempt = program_type == "multi_chain_comparison" and name.startswith("reasoning_attempt_")
             if (name in own or attempt) and name not in free:

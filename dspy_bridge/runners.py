@@ -242,7 +242,8 @@ class _Failed(Exception):
     """What DSPy sees of a failure that is kept elsewhere."""
 
 
-def _guarded(failures: _Failures, work: Any, *args: Any, **values: Any) -> Any:
+def _guarded(failures: _Failures, work: Any, /, *args: Any, **values: Any) -> Any:
+    # A signature's input may have any name, also that of a parameter here.
     try:
         return work(*args, **values)
     except Exception as error:

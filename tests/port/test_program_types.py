@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import dspy
 import psutil
 import pytest
 from conftest import lm_env
@@ -377,3 +380,45 @@ def test_completions_may_be_declared_among_the_inputs(echo_peer: Peer, signature
     assert set(reply["result"]) == {"rationale", "answer"}
     refused = echo_peer.call("create_program", {"id": "p", "signature": signature})
     assert refused["error_type"] == "invalid_args" and "completions" in refused["error"]
+
+
+def parameters() -> list[str]:
+    """Names of parameters of functions that inputs or outputs pass through as keyword arguments."""
+    folders = (Path(dspy.__file__).parent / "predict", Path(dspy.__file__).parent / "primitives")
+    sources = [*(path for folder in folders for path in folder.glob("*.py")), ROOT / "dspy_bridge" / "runners.py"]
+    names: set[str] = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.args.kwarg:
+                given = node.args
+                some = (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)
+                names |= {arg.arg for arg in some if arg is not None}
+    return sorted(names)
+
+
+def test_a_field_of_any_name_works_or_is_refused(echo_peer: Peer) -> None:
+    """An input `module` of a ReAct and an output `self` were `internal`, `work` and `failures` of a best_of_n lost."""
+
+    def create(program_type: str, inputs: list[str], outputs: list[str]) -> dict[str, Any]:
+        fields = {"inputs": [{"name": name} for name in inputs], "outputs": [{"name": name} for name in outputs]}
+        options = {"options": {"n": 1, **YES}} if program_type == "best_of_n" else {}
+        more = {"signature": fields, "program_type": program_type, **options}
+        return echo_peer.call("create_program", {"id": "named", **more})
+
+    names = parameters()
+    assert {"module", "self", "failures"} <= set(names)
+    for program_type in ("predict", "react", "best_of_n"):
+        taken: tuple[list[str], list[str]] = ([], [])
+        for name in names:
+            replies = (create(program_type, [name], ["answer"]), create(program_type, ["q"], [name, "answer"]))
+            for reply, some in zip(replies, taken, strict=True):
+                if reply["success"]:
+                    some.append(name)
+                else:
+                    assert reply["error_type"] == "invalid_args" and repr(name) in reply["error"]
+        assert min(map(len, taken)) > 10
+        for inputs, outputs in ((taken[0], []), (["q"], taken[1])):
+            assert create(program_type, inputs, [*outputs, "answer"])["success"]
+            ask = {"program_id": "named", "inputs": dict.fromkeys(inputs, "x")}
+            reply = echo_peer.call("execute_program", ask)
+            assert reply["success"], (program_type, outputs, reply)
