@@ -32,9 +32,9 @@ class Host:
 class Call:
     """One request from its receipt to its reply.
 
-    For its handler: `request`; `host`; `meter`, whose `summary()` goes into meta; `gave_turn`, for a coroutine that has
-    given its turn to a part of itself; `settle`, called with whether the reply is a success, just before it is sent and
-    whatever the reason.
+    For its handler: `request` and its `size` in bytes; `host`; `meter`, whose `summary()` goes into meta; `gave_turn`,
+    for a coroutine that has given its turn to a part of itself; `settle`, called with whether the reply is a success,
+    just before it is sent and whatever the reason.
     """
 
     __slots__ = (
@@ -46,14 +46,16 @@ class Call:
         "received",
         "request",
         "settle",
+        "size",
         "start",
         "started",
         "task",
         "work",
     )
 
-    def __init__(self, request: Request, received: float, host: Host) -> None:
+    def __init__(self, request: Request, received: float, host: Host, size: int = 0) -> None:
         self.request = request
+        self.size = size
         self.received = received
         self.host = host
         self.started = received

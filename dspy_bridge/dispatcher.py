@@ -108,7 +108,7 @@ class Dispatcher:
         if not isinstance(request, messages.Request):
             self._inbox.append(request)
             return None
-        call = Call(request, received, self._host)
+        call = Call(request, received, self._host, len(frame))
         if request.traceparent is None:
             return self._begin(call)
         return tracing.context(request.traceparent).run(self._begin, call)

@@ -35,4 +35,4 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
             # In a thread of the module's own. There DSPy could stream only to a loop of its kind.
             with dspy.context(send_stream=None), self.use.call():
                 return super().__call__(*args, **kwargs)
-        return job.on_loop(self.acall(*args, **kwargs))
+        return job.on_lm_loop(self.acall(*args, **kwargs))

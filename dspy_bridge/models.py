@@ -20,7 +20,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
 
-from dspy_bridge import adapters, answer_limit, echo, logs, redaction, tracing
+from dspy_bridge import adapters, answer_limit, echo, large, logs, redaction, tracing
 from dspy_bridge.errors import (
     BridgeError,
     InvalidArgs,
@@ -95,7 +95,7 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
         _closing.add(task)
         task.add_done_callback(_closing.discard)
 
-    for loop in loops:
+    for loop in (*loops, *large.loops()):
         with suppress(RuntimeError):  # it is closed itself
             loop.call_soon_threadsafe(start, context=contextvars.Context())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge import connections, markers, models, modules, redaction, signatures, states, tools
+from dspy_bridge import connections, large, markers, models, modules, redaction, signatures, states, tools
 from dspy_bridge.calls import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.metering import Meter
@@ -59,7 +59,7 @@ class Program:
         Raises `BridgeError`, or whatever a defect raises.
         """
         runner = self._runner
-        values = self._checked(inputs)
+        values = await self._read(inputs, call)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
         redaction.learn([self._config, config])
@@ -77,6 +77,18 @@ class Program:
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
         return outputs
+
+    async def _read(self, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
+        """As `_checked`, where that holds up nobody else; notes whether they are large."""
+        may_name_files = self._lms.settings.files_dir is not None and any(
+            isinstance(value, (dict, list)) for value in inputs.values()
+        )
+        if call.size < large.LARGE and not may_name_files:
+            return self._checked(inputs)
+        values, are_large = await large.in_thread(lambda: _weighed(self._checked(inputs)))
+        # Of a host's own module nobody knows whether its `forward` does what its `aforward` does.
+        large.here.set(are_large and (self._of_dspy or not self._runner.on_loop))
+        return values
 
     def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The values that the module is called with. Raises `InvalidArgs` or `NotAllowed`, naming all that is wrong."""
@@ -132,6 +144,10 @@ class Program:
         if _came_through(way, "dspy.clients.execution", "_canonical"):
             return unfit
         return error
+
+
+def _weighed(values: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    return values, large.is_large(values)
 
 
 def _without_types(value: Any) -> Any:

@@ -12,7 +12,7 @@ import dspy
 from dspy.predict.refine import OfferFeedback
 from dspy.primitives.code_interpreter import CodeInterpreterError
 
-from dspy_bridge import sandboxes, sync_threads
+from dspy_bridge import large, sandboxes, sync_threads
 from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.rewards import Reward
 from dspy_bridge.sync_threads import THREADS
@@ -40,8 +40,8 @@ class Runner:
 
     @property
     def on_loop(self) -> bool:
-        """Whether calls run on the event loop, not in a thread."""
-        return hasattr(self.module, "aforward")
+        """Whether calls run on the event loop, not in a thread: the large ones of DSPy's modules never do."""
+        return hasattr(self.module, "aforward") and not large.here.get()
 
     async def run(self, values: dict[str, Any]) -> Any:
         """One call; gives the prediction."""

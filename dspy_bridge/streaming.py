@@ -99,7 +99,11 @@ class Stream:
         for field, text in self._read(value):
             told = True
             self._told.setdefault(field, []).append(text)
-            await self._call.tell({"field": field, "chunk": text})
+            telling = self._call.tell({"field": field, "chunk": text})
+            if asyncio.get_running_loop() is self._loop:
+                await telling
+            else:
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(telling, self._loop))
         _allow_another_try(told)
 
     def _read(self, piece: Any) -> list[answers.Told]:

@@ -32,8 +32,9 @@ SWITCH_INTERVAL = 0.0005
 class Job:
     """One call in a worker thread, as that thread sees it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, lm_loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self._lm_loop = lm_loop
         self._lock = threading.Lock()
         self._given_up = False
         self._waiting: set[Future[Any]] = set()
@@ -41,6 +42,13 @@ class Job:
 
     def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the event loop, where it can be cancelled, and wait for it. For the worker thread."""
+        return self._on(self.loop, work)
+
+    def on_lm_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same where this call's LMs are asked: of a large one that would hold up the event loop."""
+        return self._on(self._lm_loop, work)
+
+    def _on(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
         import asyncio
         from concurrent.futures import CancelledError
 
@@ -48,7 +56,7 @@ class Job:
             if self._given_up:
                 work.close()
                 raise asyncio.CancelledError("nobody waits for this call any more")
-            future = asyncio.run_coroutine_threadsafe(work, self.loop)
+            future = asyncio.run_coroutine_threadsafe(work, loop)
             self._waiting.add(future)
         try:
             return future.result()
@@ -98,11 +106,13 @@ class SyncThreads:
         import asyncio
         import contextvars
 
+        from dspy_bridge import large
         from dspy_bridge.daemon_threads import DaemonThreads
 
         if self._pool is None:
             self._pool = DaemonThreads(self._most, "dspy_bridge-sync")
-        job = Job(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        job = Job(loop, large.loop() if large.here.get() else loop)
         context = contextvars.copy_context()
         context.run(current.set, job)
         future = self._pool.submit(self._counted, lambda: context.run(work))

@@ -161,6 +161,13 @@ def test_what_is_none_of_it_is_named_and_never_quoted(kind: str, given: Any, tex
     assert "SECR" not in error and "etc" not in error and "AAAA" not in error
 
 
+@pytest.mark.parametrize("kind", ["image", "audio", "file"])
+def test_a_long_url_that_is_none_is_refused_at_once(kind: str) -> None:
+    """Its time grows with its length, not with the square."""
+    with pytest.raises(InvalidArgs):
+        take(kind, "http://" + "a" * 2_000_000 + " b")
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "text"),
     [

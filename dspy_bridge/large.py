@@ -1,0 +1,87 @@
+"""Executes with large inputs, off the event loop. No DSPy here.
+
+There they would make all other calls and deadlines late: writing an image of 50 MB into a prompt and a request takes
+seconds, and a file may lie on a disk that answers late. So files are read and large inputs checked in threads of this
+module; DSPy's module then runs in a worker thread, and its LM is asked on a second event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from dspy_bridge import hops
+from dspy_bridge.daemon_threads import DaemonThreads
+from dspy_bridge.loop import Loop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+# Characters, about.
+LARGE = 1 << 20
+# A disk that does not answer can take them all: then only executes with files or large inputs wait.
+_READERS = 8
+
+# Whether the execute that this context belongs to is large.
+here: ContextVar[bool] = ContextVar("large", default=False)
+
+
+def is_large(values: Any) -> bool:
+    """Whether there are `LARGE` characters or items in it; media count with their content."""
+    left, inside = LARGE, [values]
+    while inside and left > 0:
+        value = inside.pop()
+        if isinstance(value, (str, bytes)):
+            left -= len(value)
+        elif isinstance(value, dict):
+            inside.extend(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            inside.extend(value)
+        elif hasattr(value, "__dict__"):
+            inside.append(vars(value))
+        left -= 1
+    return left <= 0
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run `work`, which reads files or looks at large inputs. Cancelling leaves it to its end."""
+    return await asyncio.get_running_loop().run_in_executor(_readers(), work)
+
+
+@functools.cache
+def _readers() -> DaemonThreads:
+    return DaemonThreads(_READERS, "dspy_bridge-reader")
+
+
+_loop: asyncio.AbstractEventLoop | None = None
+_starting = threading.Lock()
+
+
+def loop() -> asyncio.AbstractEventLoop:
+    """The second event loop, which runs from now on."""
+    global _loop
+    with _starting:
+        if _loop is None:
+            _loop = Loop()
+            _loop.set_default_executor(hops.Executor(memory_cache_only=False))
+            threading.Thread(target=_run, args=(_loop,), name="dspy_bridge-large", daemon=True).start()
+        return _loop
+
+
+def loops() -> list[asyncio.AbstractEventLoop]:
+    """The second event loop, if it runs."""
+    return [] if _loop is None else [_loop]
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            continue  # out of a task, which has kept it for whoever waits

@@ -1,0 +1,89 @@
+"""Executes with large inputs are as others are, on other threads: streams, tools, deadlines, lists, connections."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import psutil
+from conftest import lm_env
+from lm_server import chat, script
+from peer import PATIENCE, Peer
+from tool_host import execute
+
+QA = {"id": "qa", "signature": "question -> answer"}
+LARGE = "x" * (1 << 21)
+ASK = {"program_id": "qa", "inputs": {"question": LARGE}}
+ANSWER = " ".join(f"word{n}" for n in range(50))
+
+
+def test_the_lm_gets_all_of_it_and_its_answer_is_streamed_in_order(start_lm: Any) -> None:
+    server = start_lm(chat(answer=ANSWER))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        id = peer.request("execute_program", ASK, stream=True, meta=True)
+        told = ""
+        while "stream" in (frame := peer.receive()):
+            told += frame["stream"]["chunk"]
+        assert frame["id"] == id and told == ANSWER == frame["result"]["answer"]
+        assert frame["meta"]["lm_calls"] == 1
+        assert peer.call("execute_program", ASK)["result"] == {"answer": ANSWER}
+    assert all(LARGE in json.dumps(request["messages"]) for request in server.requests)
+
+
+def test_a_cancel_closes_the_lms_request(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        id = peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        peer.send({"cancel": id})
+        assert peer.receive()["error_type"] == "cancelled"
+        assert server.closed_by_client.acquire(timeout=PATIENCE)
+
+
+def test_an_agent_asks_its_tools(start_lm: Any) -> None:
+    step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')
+    finish = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
+    server = start_lm(script(step, finish, chat(reasoning="r", answer="yes")))
+    with Peer(env=lm_env(server)) as peer:
+        search = {"name": "search", "args": {"q": {"type": "str"}}}
+        assert peer.call("create_program", {**QA, "program_type": "react", "tools": [search]})["success"]
+        reply, asked = execute(peer, ASK, {"search": lambda q: f"found {q}"})
+    assert asked == [("search", {"q": "a"})] and reply["result"]["answer"] == "yes"
+    assert reply["result"]["trajectory"]["observation_0"] == "found a"
+
+
+def test_large_and_small_inputs_of_one_list(start_lm: Any) -> None:
+    server = start_lm()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        inputs = [{"question": "a"}, {"question": LARGE}, {"other": LARGE}, {"question": "b"}]
+        results = peer.call("execute_program", {"program_id": "qa", "inputs": inputs})["result"]["results"]
+    assert [result["success"] for result in results] == [True, True, False, True]
+    assert results[2]["error_type"] == "invalid_args" and len(server.requests) == 3
+
+
+def test_its_connections_are_closed_with_the_lm(start_lm: Any) -> None:
+    """As those of others: once so many other LMs have been used that this one is forgotten."""
+    server = start_lm()
+    with Peer(env=lm_env(start_lm())) as peer:
+        peer.call("create_program", QA)
+        own = {**ASK, "lm": {"model": "openai/own", **server.options()}}
+        assert peer.call("execute_program", own)["success"]
+        port = int(server.url.split(":")[2].split("/")[0])
+        process = psutil.Process(peer.process.pid)
+
+        def connected() -> bool:
+            return any(one.raddr and one.raddr.port == port for one in process.net_connections())
+
+        assert connected()
+        for n in range(70):
+            lm = {"model": f"openai/m{n}", "num_retries": 0, "api_key": "sk-none", "api_base": "http://127.0.0.1:9/v1"}
+            peer.call("execute_program", {**ASK, "inputs": {"question": "x"}, "lm": lm})
+        for _ in range(1000):
+            if not connected():
+                break
+            assert peer.call("ping")["success"]
+        assert not connected()
