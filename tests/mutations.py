@@ -82,6 +82,26 @@ PROGRAMS: dict[str, dict[str, Any]] = {
         },
         "adapter": {"name": "two_step", "extraction_model": {"model": ECHO}},
     },
+    "patterned": {
+        "signature": {
+            "inputs": [
+                {
+                    "name": "texts",
+                    "type": {"type": "array", "items": {"type": "string", "pattern": "^[ab]*a[ab]{0,500}$"}},
+                }
+            ],
+            "outputs": [
+                {
+                    "name": "code",
+                    "type": {
+                        "type": "string",
+                        "pattern": r"^\w+: [^\d]{1,40}(?:\p{Greek}|$)",
+                        "examples": ["echo: code"],
+                    },
+                }
+            ],
+        }
+    },
     "learned": {
         "signature": "question -> answer",
         "demos": [{"question": "q", "answer": "a"}],
@@ -113,6 +133,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "refined": {"question": "Why?"},
     "judge": {"question": "Why?", "completions": [{"reasoning": "r", "answer": "a"}, {"rationale": "s", "answer": 2}]},
     "schema": {"order": {"first-name": "A", "n": 5, "more": [1]}},
+    "patterned": {"texts": ["ab", "a"]},
     "learned": {"question": "Why?"},
 }
 REQUESTS: list[dict[str, Any]] = [
@@ -180,6 +201,28 @@ KEYS = [
     *("details", "program_ids", "temperature", "max_tokens", "cache", "rollout_id", "api_key", "model", "question"),
     *("", "\u0000", "two\n lines \u2028 of it", "k" * 3000),
 ]
+# What a careless expression, or a guard before one, takes long for: the beginning of a pattern, and what goes on.
+STARTS = ["", "{", "[", "(", r"a\p{", "(?", "(?P<", "[^", "a{", "(?i:"]
+UNITS = [
+    " ",
+    "{",
+    "(",
+    "[",
+    "(?",
+    "1",
+    "{1,",
+    r"\p{",
+    r"\pL",
+    "a{99}",
+    "(a{9}",
+    "(a|b)*",
+    "[ab]{500}",
+    "a?",
+    r"\\",
+    "|",
+    "é",
+]
+ENDS = ["", "}", ")", "]", "){99}", "c", " !", ")" * 50]
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[-+0-9.eE]+|[a-zA-Z]+|[\[\]{}:,]|\s+|.', re.DOTALL)
 
 
@@ -195,6 +238,8 @@ class Frames:
         rng = self._random
         if rng.random() < 0.0005:
             return b"x" * (LIMIT + rng.randrange(1, 1000))
+        if rng.random() < 0.005:
+            return self._slow()
         if rng.random() < 0.05:
             payload = re.sub(rb'("id":\s*)[17]\b', rb"\g<1>%d" % self._number(), rng.choice(BROKEN))
             return self._bytes(payload)
@@ -207,6 +252,30 @@ class Frames:
                 message = self._values(message)
             return self._write(message)
         return (self._tokens if way < 0.85 else self._bytes)(self._write(message))
+
+    def _slow(self) -> bytes:
+        """What is made to take long: patterns, texts for them, texts for a regular expression, runs of digits."""
+        rng = self._random
+        way = rng.randrange(4)
+        if way == 0:
+            size = rng.choice((200, 1000, 1001, 20_000))
+            unit = rng.choice(UNITS)
+            pattern = (rng.choice(STARTS) + unit * (size // len(unit)))[:size] + rng.choice(ENDS)
+            field = {"name": "a", "type": {"type": "string", "pattern": pattern}}
+            args = {"id": "slow", "signature": {"inputs": [], "outputs": [field]}}
+            return self._write({"id": self._id(), "command": "create_program", "args": args})
+        if way == 1:
+            size = rng.choice((100, 5000, 40_000))
+            texts = ["".join(rng.choices("ab", k=size)) for _ in range(40_000 // size)]
+            args = {"program_id": "patterned", "inputs": {"texts": texts}}
+            return self._write({"id": self._id(), "command": "execute_program", "args": args, "timeout_ms": 60_000})
+        if way == 2:
+            text = rng.choice(("https://", "data:", "data:a/b;")) + rng.choice("a/;. =") * 40_000 + rng.choice(" \n,x")
+            args = {"program_id": "media", "inputs": {"picture": text, "past": []}}
+            return self._write({"id": self._id(), "command": "execute_program", "args": args})
+        run = b"7" * rng.choice((1, 100, MAX_DIGITS - 1, MAX_DIGITS)) + rng.choice((b" ", b",", b".", b"e", b"-"))
+        start = rng.choice((b"", b'{"id":%d,"x":' % self._number(), b'{"id":', b'{"id":"%d","x":[' % self._number()))
+        return start + run * (50_000 // len(run)) + rng.choice((b"", b"!", b"}", b"1]}"))
 
     def _message(self) -> dict[str, Any]:
         rng = self._random

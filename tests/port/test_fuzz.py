@@ -19,6 +19,14 @@ def test_mutated_frames_each_get_their_reply() -> None:
     assert all(summary.kinds[kind] > 50 for kind in reached), summary
 
 
+def test_among_them_are_some_that_are_made_to_take_long() -> None:
+    frames = Frames(6)
+    some = [frames.next() for _ in range(4000)]
+    assert sum(b'"slow"' in payload for payload in some) > 2, "patterns"
+    assert sum(b"ababb" in payload for payload in some) > 2, "texts for a pattern"
+    assert sum(b"7" * 90 in payload for payload in some) > 2, "runs of digits"
+
+
 def test_a_seed_always_gives_the_same_frames() -> None:
     one, same, other = Frames(1), Frames(1), Frames(2)
     first = [one.next() for _ in range(200)]
