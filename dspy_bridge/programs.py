@@ -137,6 +137,10 @@ class Program:
         way = _way(error)
         if _came_through(way, "dspy.adapters", "format"):
             return unfit
+        if _came_through(way, "dspy.adapters", "parse") and way[-1][0].partition(".")[0] in _JSON_READERS:
+            return OutputInvalid(
+                f"the LM's answer could not be read as JSON: {type(error).__name__}, as of what is nested too deeply"
+            )
         given = [name for name, value in (("config", config or self._config), ("lm", lm or self._lm)) if value]
         if given and self._of_dspy and _is_of_settings(error, way):
             return InvalidArgs(f"{' or '.join(given)}: {error}")
@@ -158,6 +162,8 @@ def _without_types(value: Any) -> Any:
     return markers.changed(value, markers.without_types)
 
 
+# What DSPy's adapters read JSON with. Of what is nested too deeply they raise errors of their own.
+_JSON_READERS = ("json", "json_repair")
 # Where DSPy checks settings of an LM. Should it name one otherwise, what is wrong with them becomes `internal`.
 _CHECKS = (
     ("dspy.predict.predict", "_forward_preprocess"),

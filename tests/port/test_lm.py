@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import lm_env
-from lm_server import chat
+from lm_server import chat, script
 from peer import PATIENCE, ROOT, Peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -178,6 +178,18 @@ def test_an_lm_that_cannot_be_reached() -> None:
         peer.call("create_program", QA)
         reply = peer.call("execute_program", ASK)
         assert (reply["error_type"], reply["retryable"]) == ("lm_error", True)
+
+
+def test_an_answer_that_is_nested_too_deeply_to_be_read_is_the_lms_fault(start_lm: Any) -> None:
+    """Whatever settings were given, and whatever DSPy's reader of JSON raises."""
+    answers = ["{" * 500, '{"answer":' * 50_000, "[" * 50_000]
+    server = start_lm(script(*[answer for answer in answers for _ in range(2)]))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "adapter": "json"})
+        for answer in answers:
+            for more in ({}, {"config": {"temperature": 0.5}}):
+                reply = peer.call("execute_program", {**ASK, **more})
+                assert reply["error_type"] == "output_invalid", (answer[:20], more, reply)
 
 
 def test_whoever_an_api_base_names_shows_in_no_error_and_no_log() -> None:
