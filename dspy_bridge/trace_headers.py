@@ -19,7 +19,7 @@ from dspy._vendor.lm15.transports import StdlibAsyncTransport, StdlibTransport
 from dspy.clients import lm as dspy_lm
 from dspy.clients.engines import AsyncLiteLLMEngine, LiteLLMEngine
 
-from dspy_bridge import answer_limit, tracing
+from dspy_bridge import answer_limit, litellm_limit, tracing
 
 _LITELLM_CALLS = [
     prefix + suffix
@@ -38,8 +38,8 @@ def install() -> None:
         # Of calls with a typed `Request`, as a host's own module may make them.
         (LiteLLMEngine, "_arguments", _arguments),
         (AsyncLiteLLMEngine, "_arguments", _arguments),
-        (LiteLLMEngine, "complete", answer_limit.limiting),
-        (AsyncLiteLLMEngine, "complete", answer_limit.limiting),
+        (LiteLLMEngine, "complete", litellm_limit.limiting),
+        (AsyncLiteLLMEngine, "complete", litellm_limit.limiting),
     ]
     for place, name, carrying in [(place, name, wrap(getattr(place, name))) for place, name, wrap in places]:
         setattr(place, name, carrying)
@@ -58,7 +58,7 @@ def _sending(count: Callable[[Any], Any], stream: Callable[..., Any]) -> Callabl
 
 
 def _calling(call: Callable[..., Any]) -> Callable[..., Any]:
-    call = answer_limit.limiting(call)
+    call = litellm_limit.limiting(call)
 
     @functools.wraps(call)
     def carry(request: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

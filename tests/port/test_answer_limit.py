@@ -11,13 +11,14 @@ from http.server import BaseHTTPRequestHandler
 from threading import Semaphore, Thread
 from typing import Any
 
+import dspy
 import httpx
 import psutil
 import pytest
 from lm_server import _Server, chat, completion, event
 from peer import PATIENCE, Peer
 
-from dspy_bridge import answer_limit
+from dspy_bridge import answer_limit, litellm_limit, trace_headers
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "?"}}
@@ -174,6 +175,20 @@ def test_other_users_of_httpx_have_no_limit(send: Any, monkeypatch: pytest.Monke
 
         for _ in range(2):
             with pytest.raises(answer_limit.LMAnswerRefused):
-                answer_limit.limiting(ask)()
+                litellm_limit.limiting(ask)()
             assert ask() == 5000
         assert len(client.event_hooks["response"]) == 1
+
+
+@ON_BOTH_WAYS
+def test_sync_calls_have_the_same_limit(send: Any, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """As a module's own threads make them, with LMs of any kind."""
+    trace_headers.install()
+    monkeypatch.setattr(answer_limit, "most", LIMIT)
+    data = [answer("short", False), b" " * LIMIT]
+    short, long = send("", lambda _: iter(data[:1])), send("", lambda _: iter(data))
+    lms = [dspy.LM("openai/x", cache=False, num_retries=2, **sender.options, **WAYS[way]) for sender in (short, long)]
+    assert lms[0]("hello") == ["short"]
+    with pytest.raises(answer_limit.LMAnswerRefused):
+        lms[1]("hello")
+    assert long.requests == 1
