@@ -4,8 +4,8 @@ Python alone cannot promise that: a SIGKILL leaves it no moment, a C call that h
 peer makes itself leader of a process group and forks this watchdog while it is small and has one thread. It sleeps
 until
 
-- the peer is gone, however it went: then it kills what it left: its group, and what bears its mark, a variable in the
-  environment of all that it starts;
+- the peer is gone, however it went, be it with its whole group, in which the watchdog is not: then it kills what it
+  left: its group, and what bears its mark, a variable in the environment of all that it starts;
 - the owner is gone, which it is when both descriptors of frames have no other end any more: then the peer has a grace
   to leave by itself, after which it is killed, and with it its descendants and its group;
 - the peer, about to leave, asks for the end of its descendants: then these are killed, also those that are in a session
@@ -81,7 +81,12 @@ def start(reading: int, writing: int) -> tuple[int, ...]:
         try:
             os.close(_ask)
             os.close(_answer)
-            _watch(asked, answers, reading, writing)
+            leads = os.getpgrp() == _peer
+            try:
+                os.setpgid(0, 0)
+            except OSError:
+                pass
+            _watch(asked, answers, reading, writing, leads)
         finally:
             os._exit(0)
     os.close(asked)
@@ -104,18 +109,21 @@ def end_children() -> None:
     _kill_descendants(spared=_watchdog)
 
 
-def _watch(asked: int, answers: int, reading: int, writing: int) -> None:
-    """Wait for the end of the peer or its owner, then end the rest, this process included."""
+def _watch(asked: int, answers: int, reading: int, writing: int, leads: bool) -> None:
+    """Wait for the end of the peer or its owner, then end the rest. `leads`: the peer has a group of its own."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _wait(asked, answers, {reading: select.POLLIN, writing: select.POLLOUT})
-    # As long as it is our parent, its number is nobody else's. The group's is not either: we are in it.
+    # As long as it is our parent, its number is nobody else's; just after its end, hardly anybody's.
     alive = os.getppid() == _peer
     _kill_descendants(spared=os.getpid(), peer_alive=alive)
     if alive:
         os.kill(_peer, signal.SIGKILL)
-    if os.getpgrp() == _peer:
-        os.killpg(_peer, signal.SIGKILL)
+    if leads:
+        try:
+            os.killpg(_peer, signal.SIGKILL)
+        except OSError:
+            pass  # nobody is left in it
 
 
 def _wait(asked: int, answers: int, frames: dict[int, int]) -> None:

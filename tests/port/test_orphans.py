@@ -313,15 +313,25 @@ def test_a_sigkill(start: Any, tree: Any, after: str, forks: int, before: str) -
     """
     peer = start(before=before, after=after)
     everything = tree(peer.process.pid, 1 + forks)
-    group = until(lambda: group_of(everything, 3))
-    watchdog = watchdog_of(group)
-    expected = [process for process in everything if process in group or is_child(process)]
+    group = until(lambda: group_of(everything, 2))
+    # A fork that stays has a session of its own.
+    session = os.getsid(peer.process.pid)
+    (watchdog,) = [p for p in everything if not is_child(p) and p not in group and os.getsid(p.pid) == session]
+    expected = [process for process in everything if process in [watchdog, *group] or is_child(process)]
     assert len(expected) == len(everything) - forks
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         watchdog.send_signal(number)
     peer.process.kill()
     assert select.select([peer.process.stdout], [], [], SOON)[0] and peer.process.stdout.read() == b""
     all_gone(expected)
+
+
+def test_a_sigkill_of_its_group(start: Any, tree: Any) -> None:
+    """As a bridge ends one that hangs: what is in a session of its own is gone, too."""
+    peer = start()
+    everything = tree(peer.process.pid)
+    os.killpg(peer.process.pid, signal.SIGKILL)
+    all_gone(everything)
 
 
 NO_GROUP = "def refuse(*_): raise OSError\nos.setpgid = refuse"
