@@ -6,7 +6,8 @@ defmodule DSPex.PythonBridge.Loading do
   A program that does not load fails alone: the bridge remembers why, for those who execute it. Which one
   a peer dies of shows only if they are loaded one by one, so after a first death they are. One of which
   `max_retries` further peers in a row die is left out. It is tried again, one by one, by a peer that starts
-  a minute later at the earliest, or after a restart; if that dies of it, too, after twice the time.
+  a minute later at the earliest, or after a restart; if that dies of it, too, after twice the time. Order is
+  kept, but those of which peers died come last.
   """
 
   alias DSPex.PythonBridge.{Dispatch, Error, Peer, Programs, Protocol, Report, Server}
@@ -35,11 +36,21 @@ defmodule DSPex.PythonBridge.Loading do
         match?(%{^stamp => {_count, again_at}} when again_at > now, deaths)
       end)
 
-    careful? = Enum.any?(definitions, fn {_id, stamp, _body} -> is_map_key(deaths, stamp) end)
+    # Those that were blamed most come last: the first of all takes the import of DSPy along, and is blamed
+    # for a peer that anything else kills meanwhile. What kills does so wherever it comes.
+    count = fn {_id, stamp, _body} -> deaths |> Map.get(stamp, {0, now}) |> elem(0) end
+    careful? = Enum.any?(definitions, &(count.(&1) > 0))
     died = Error.new(:python_process_died)
 
     failures = Map.new(left_out, fn {id, _stamp, _body} -> {id, load_error(id, died)} end)
-    next = %{next | loads: %{}, to_load: definitions, load_failures: failures}
+
+    next = %{
+      next
+      | loads: %{},
+        to_load: Enum.sort_by(definitions, count),
+        load_failures: failures
+    }
+
     careful? = state.load_carefully? or careful?
     go_on(%{state | next: next, load_deaths: deaths, load_carefully?: careful?})
   end

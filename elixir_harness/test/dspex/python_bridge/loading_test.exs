@@ -47,9 +47,26 @@ defmodule DSPex.PythonBridge.LoadingTest do
 
     for series <- 1..5 do
       kill_peer(bridge)
-      assert {:ok, %{"programs" => ["first", "frail", "last"]}} = execute(bridge, "frail")
+      assert {:ok, %{"programs" => ["first", "last", "frail"]}} = execute(bridge, "frail")
       assert times(dir) == 1 + 3 * series
     end
+  end
+
+  test "peers that die while they load whatever comes first are not blamed on one program", %{
+    tmp_dir: dir
+  } do
+    bridge = start(dir, [0])
+    %{os_pid: os_pid, restarts: restarts} = Bridge.get_status(bridge)
+    # It answers its first request, and dies at once.
+    script = :sys.get_state(bridge).options.script_path
+    :sys.replace_state(bridge, &put_in(&1.options.script_path, fake("up_then_dies")))
+    kill(os_pid)
+
+    # The first accuses none, the next the first program, the third another.
+    eventually(fn -> Bridge.get_status(bridge).restarts >= restarts + 3 end, 20_000)
+    :sys.replace_state(bridge, &put_in(&1.options.script_path, script))
+    assert {:ok, %{"programs" => programs}} = execute(bridge, "frail")
+    assert Enum.sort(programs) == ["first", "frail", "last"]
   end
 
   test "one that was left out is named in the log, with what brings it back", %{tmp_dir: dir} do
@@ -68,7 +85,7 @@ defmodule DSPex.PythonBridge.LoadingTest do
     kill_peer(bridge)
     assert execute(bridge, "frail") == {:error, :python_process_died}
     assert Bridge.restart(bridge) == :ok
-    assert {:ok, %{"programs" => ["first", "frail", "last"]}} = execute(bridge, "frail")
+    assert {:ok, %{"programs" => ["first", "last", "frail"]}} = execute(bridge, "frail")
     # Nothing of it is remembered.
     assert :sys.get_state(bridge).load_deaths == %{}
   end
@@ -85,7 +102,7 @@ defmodule DSPex.PythonBridge.LoadingTest do
     assert pid != old
     assert execute(bridge, "frail") == {:error, :python_process_died}
     assert Bridge.restart(bridge) == :ok
-    assert {:ok, %{"programs" => ["first", "frail", "last"]}} = execute(bridge, "frail")
+    assert {:ok, %{"programs" => ["first", "last", "frail"]}} = execute(bridge, "frail")
   end
 
   test "a restart fails as long as its peers die of one that the present peer has", %{
