@@ -22,7 +22,17 @@ defmodule DSPex.PythonBridge.Pool do
   """
 
   alias DSPex.PythonBridge.{Bridge, Caller, Error, Options, Protocol, Telemetry}
-  alias DSPex.PythonBridge.Pool.{Cluster, Info, Keeper, Request, Route, Settings, Slots, Tree}
+
+  alias DSPex.PythonBridge.Pool.{
+    Cluster,
+    Info,
+    KeeperClient,
+    Request,
+    Route,
+    Settings,
+    Slots,
+    Tree
+  }
 
   # The keeper answers at once, unless it is being started again.
   @keeper_ms 5_000
@@ -130,7 +140,7 @@ defmodule DSPex.PythonBridge.Pool do
   defp carry_out(info, request, command, args) do
     case Caller.change(command, args) do
       nil -> Route.run(info, request)
-      change -> change(Keeper.await(info.name, request.deadline), request, change)
+      change -> change(KeeperClient.await(info.name, request.deadline), request, change)
     end
   end
 
@@ -163,7 +173,7 @@ defmodule DSPex.PythonBridge.Pool do
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
   def checkout(pool \\ __MODULE__) do
     started = System.monotonic_time()
-    answer = with_info(pool, &Keeper.checkout(&1, @keeper_ms))
+    answer = with_info(pool, &KeeperClient.checkout(&1, @keeper_ms))
     Telemetry.checkout(pool, answer, started)
     answer
   end
@@ -176,7 +186,7 @@ defmodule DSPex.PythonBridge.Pool do
   Gives a lent bridge back; any process may. An error text if it is none of the pool's, or not lent.
   """
   @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
-  def checkin(pool, bridge), do: with_info(pool, &Keeper.checkin(&1, bridge, @keeper_ms))
+  def checkin(pool, bridge), do: with_info(pool, &KeeperClient.checkin(&1, bridge, @keeper_ms))
 
   defp with_info(pool, fun) do
     case Info.fetch(pool) do

@@ -35,6 +35,22 @@ defmodule DSPex.PythonBridge.Programs do
   @spec stamp() :: stamp()
   def stamp, do: {System.system_time(:microsecond), System.unique_integer([:monotonic]), node()}
 
+  @doc "Whether a term is a change, be it without a stamp yet."
+  @spec change?(term()) :: boolean()
+  def change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
+  def change?({:cleanup, :all, stamp}), do: stamp?(stamp)
+  def change?({:cleanup, ids, stamp}), do: all?(ids, &id?/1) and stamp?(stamp)
+  def change?(_other), do: false
+
+  defp id?(id), do: is_binary(id) and String.valid?(id)
+
+  defp stamp?({time, count, node}),
+    do: is_integer(time) and is_integer(count) and is_atom(node)
+
+  defp stamp?(stamp), do: stamp == nil
+
+  defp all?(list, fun), do: is_list(list) and not List.improper?(list) and Enum.all?(list, fun)
+
   @doc """
   Keeps a definition: `body` is what `DSPex.PythonBridge.Protocol.encode_body/3` made of it. Gives
   whether it was news; one that is older than what is known, a removal included, is none.
@@ -118,31 +134,11 @@ defmodule DSPex.PythonBridge.Programs do
   @spec exported?(term()) :: boolean()
   def exported?(rows), do: all?(rows, &row?/1)
 
+  defp row?({_key, nil, _body}), do: false
   defp row?({{:program, id}, stamp, body}), do: id?(id) and stamp?(stamp) and is_binary(body)
   defp row?({{:removed, id}, stamp, nil}), do: id?(id) and stamp?(stamp)
   defp row?({:removed_all, stamp, nil}), do: stamp?(stamp)
   defp row?(_other), do: false
-
-  @doc "Whether a term is a change, with a stamp or without: requests that ask for one come from anywhere."
-  @spec change?(term()) :: boolean()
-  def change?({kind, ids, nil}), do: stamped_change?({kind, ids, {0, 0, nil}})
-  def change?(change), do: stamped_change?(change)
-
-  @doc "Whether a term is a change that has its stamp."
-  @spec stamped_change?(term()) :: boolean()
-  def stamped_change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
-  def stamped_change?({:cleanup, :all, stamp}), do: stamp?(stamp)
-  def stamped_change?({:cleanup, ids, stamp}), do: all?(ids, &id?/1) and stamp?(stamp)
-  def stamped_change?(_other), do: false
-
-  defp id?(id), do: is_binary(id) and String.valid?(id)
-
-  defp stamp?({time, count, node}),
-    do: is_integer(time) and is_integer(count) and is_atom(node)
-
-  defp stamp?(_other), do: false
-
-  defp all?(list, fun), do: is_list(list) and not List.improper?(list) and Enum.all?(list, fun)
 
   @doc "Takes over what another table knows better; gives what changed by it, oldest first."
   @spec merge(table(), exported()) :: {[definition()], removed :: [id()]}

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.PoolTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Pool.{Info, Keeper, Slots}
+  alias DSPex.PythonBridge.Pool.{Info, KeeperClient, Slots}
 
   defp who(opts \\ []), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
 
@@ -369,7 +369,7 @@ defmodule DSPex.PythonBridge.PoolTest do
       pool = start_up(pool_size: 2)
       {:ok, other} = as(borrower = other_process(), fn -> Pool.checkout() end)
       :sys.suspend(Pool.Keeper)
-      give_up = fn -> Keeper.checkout(Info.fetch(pool), 20) end
+      give_up = fn -> KeeperClient.checkout(Info.fetch(pool), 20) end
       assert as(borrower, give_up) == {:error, :bridge_not_running}
       next = other_process()
       caller = Task.async(fn -> as(next, fn -> Pool.checkout() end) end)

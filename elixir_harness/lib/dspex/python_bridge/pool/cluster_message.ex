@@ -53,8 +53,8 @@ defmodule DSPex.PythonBridge.Pool.ClusterMessage do
   defp valid?({:serves, keeper, name, serves?}),
     do: is_pid(keeper) and is_atom(name) and is_boolean(serves?)
 
-  defp valid?({:change, keeper, id, change, body}),
-    do: is_pid(keeper) and is_integer(id) and Programs.stamped_change?(change) and is_binary(body)
+  defp valid?({:change, keeper, id, {_kind, _ids, stamp} = change, body}) when stamp != nil,
+    do: is_pid(keeper) and is_integer(id) and Programs.change?(change) and is_binary(body)
 
   defp valid?({:changed, id, keeper}), do: is_integer(id) and is_pid(keeper)
   defp valid?(_other), do: false

@@ -4,24 +4,20 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   must see alike; loans; callers that wait until something can serve them; other nodes. Calls pass it by.
 
   It never waits for anything. If it ends by a defect, its supervisor starts it again: loans are in a
-  table, waiting callers come again by themselves, new changes wait for it, and of those under way the
-  caller gets `:bridge_not_running`, while the bridges go on with them.
+  table, waiting callers come again by themselves, new changes wait for it
+  (`DSPex.PythonBridge.Pool.KeeperClient`), and of those under way the caller gets `:bridge_not_running`,
+  while the bridges go on with them.
   """
 
   use GenServer
   use DSPex.PythonBridge.Guard
 
-  alias DSPex.PythonBridge.{Caller, Guard, Programs, Protocol}
+  alias DSPex.PythonBridge.{Guard, Programs, Protocol}
   alias DSPex.PythonBridge.Pool.{Changes, Cluster, ClusterMessage, Info, Loans, Slots}
 
   require ClusterMessage
 
   @enforce_keys [:info, :changes, :cluster]
-  # How soon a keeper that is being started again is looked for anew.
-  @restart_ms 5
-  # For so long past its timeout a caller looks for a keeper that may have lent it something unheard.
-  @undo_ms 50
-
   # waiting: callers' aliases, with the monitors of their processes.
   defstruct [:info, :changes, :cluster, waiting: %{}]
 
@@ -29,70 +25,6 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   @spec start_link(Info.t()) :: GenServer.on_start()
   def start_link(%Info{} = info),
     do: GenServer.start_link(__MODULE__, info, name: Info.keeper(info.name))
-
-  @doc """
-  The process of a pool's keeper. One that is being started again is waited for, until the deadline; nil
-  if it is not there by then, or the pool has ended.
-  """
-  @spec await(atom(), Caller.deadline()) :: pid() | nil
-  def await(pool, deadline) do
-    with nil <- Process.whereis(Info.keeper(pool)) do
-      left = Caller.left(deadline)
-
-      # An atom is greater than any number.
-      if left > 0 and Info.fetch(pool) != nil do
-        Process.sleep(min(@restart_ms, left))
-        await(pool, deadline)
-      end
-    end
-  end
-
-  @doc """
-  Lends a bridge to the calling process. If that has given up after `timeout` ms, or the keeper has ended,
-  a loan that was made all the same is undone.
-  """
-  @spec checkout(Info.t(), timeout()) ::
-          {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
-  def checkout(%Info{name: name} = info, timeout) do
-    ref = make_ref()
-
-    with {:error, :bridge_not_running} = error <- ask(info, {:checkout, ref}, timeout) do
-      # Behind the question, if that is still there to be read; or to the next keeper, which has the table.
-      keeper = await(name, now() + @undo_ms)
-      if keeper, do: GenServer.cast(keeper, {:unheard, ref})
-      error
-    end
-  end
-
-  @doc "Gives a bridge back, whoever has it."
-  @spec checkin(Info.t(), term(), timeout()) :: :ok | {:error, String.t() | :bridge_not_running}
-  def checkin(%Info{} = info, bridge, timeout), do: ask(info, {:checkin, bridge}, timeout)
-
-  defp ask(%Info{name: name}, question, timeout) do
-    deadline = now() + timeout
-
-    case await(name, deadline) do
-      nil -> {:error, :bridge_not_running}
-      keeper -> GenServer.call(keeper, question, Caller.left(deadline))
-    end
-  catch
-    :exit, _no_answer -> {:error, :bridge_not_running}
-  end
-
-  @doc """
-  Takes over a definition from another node, and waits until the peers here that are ready have it, or
-  until the deadline.
-  """
-  @spec adopt(Info.t(), Programs.definition(), Caller.deadline()) :: :ok
-  def adopt(%Info{} = info, definition, deadline) do
-    case await(info.name, deadline) do
-      nil -> :ok
-      keeper -> GenServer.call(keeper, {:adopt, definition}, Caller.left(deadline))
-    end
-  catch
-    # Whether the program is there will show.
-    :exit, _no_answer -> :ok
-  end
 
   @impl GenServer
   def init(%Info{} = info) do
@@ -124,7 +56,7 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   ## Loans
 
   @impl GenServer
-  def handle_call({:checkout, ref}, {borrower, _tag}, state) do
+  def handle_call({:checkout, ref}, {borrower, _tag}, state) when is_reference(ref) do
     case Loans.lend(state.info, borrower, ref) do
       nil -> {:reply, {:error, :pool_exhausted}, state}
       bridge -> {:reply, {:ok, bridge}, serves_less(state)}
@@ -152,7 +84,7 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
 
   @impl GenServer
-  def handle_cast({:unheard, ref}, state) do
+  def handle_cast({:unheard, ref}, state) when is_reference(ref) do
     if Loans.undo(state.info, ref),
       do: {:noreply, serves_more(state)},
       else: {:noreply, state}
@@ -342,6 +274,4 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
     if monitor, do: Process.demonitor(monitor, [:flush])
     %{state | waiting: waiting}
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

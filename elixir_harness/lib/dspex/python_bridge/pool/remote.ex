@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
   """
 
   alias DSPex.PythonBridge.{Error, Guard, Programs}
-  alias DSPex.PythonBridge.Pool.{Info, Keeper, Request, Route}
+  alias DSPex.PythonBridge.Pool.{Info, KeeperClient, Request, Route}
 
   # A node that has not even started the proxy by then has stopped, or is as good as out of reach: the
   # runtime itself would take a minute to find out. A large request may take longer, on a slow network.
@@ -178,7 +178,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
   end
 
   defp serve(info, request, definition) do
-    if definition, do: Keeper.adopt(info, definition, request.deadline)
+    if definition, do: KeeperClient.adopt(info, definition, request.deadline)
 
     case Route.here(info, request) do
       {:done, reply} -> {:done, reply}

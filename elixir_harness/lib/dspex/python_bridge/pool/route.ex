@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   """
 
   alias DSPex.PythonBridge.{Caller, Error, Protocol, Telemetry}
-  alias DSPex.PythonBridge.Pool.{Info, Keeper, Remote, Request, Slots}
+  alias DSPex.PythonBridge.Pool.{Info, KeeperClient, Remote, Request, Slots}
 
   @typedoc "What `DSPex.PythonBridge.Caller.read/1` gives."
   @type reply :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
@@ -109,7 +109,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   defp judge(_info, _request, _index, _since, reply), do: {:done, reply}
 
   defp repair(info, request, index, reply) do
-    keeper = Keeper.await(info.name, request.deadline)
+    keeper = KeeperClient.await(info.name, request.deadline)
 
     case create_at(keeper, request, index) do
       {:ok, _id, _created, _meta} ->
