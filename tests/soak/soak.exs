@@ -152,15 +152,7 @@ defmodule Soak do
     end
   end
 
-  # A program of the caller's own: there from its creation to its removal, whatever dies meanwhile.
-  defp one(dice, n, target, tally) when dice <= 82 do
-    id = "own #{n}"
-    expect(tally, fn -> create(target, id) end)
-    expect(tally, fn -> execute(target, id) end)
-    expect(tally, fn -> call(target, :cleanup, %{program_ids: [id]}, 60_000) end)
-    expect(tally, fn -> execute(target, id) end, {:error, "Program not found: #{id}"})
-    expect(tally, fn -> call(target, :list_programs, %{}, 60_000) end)
-  end
+  defp one(dice, n, target, tally) when dice <= 82, do: own("own #{n}", target, tally)
 
   # Too late for most.
   defp one(dice, _n, target, tally) when dice <= 92 do
@@ -182,6 +174,15 @@ defmodule Soak do
         Process.exit(pid, :kill)
         receive(do: ({:DOWN, ^ref, :process, ^pid, _reason} -> :ok))
     end
+  end
+
+  # A program of the caller's own: there from its creation to its removal, whatever dies meanwhile.
+  defp own(id, target, tally) do
+    expect(tally, fn -> create(target, id) end)
+    expect(tally, fn -> execute(target, id) end)
+    expect(tally, fn -> call(target, :cleanup, %{program_ids: [id]}, 60_000) end)
+    expect(tally, fn -> execute(target, id) end, {:error, "Program not found: #{id}"})
+    expect(tally, fn -> call(target, :list_programs, %{}, 60_000) end)
   end
 
   defp expect(tally, fun, wanted \\ :ok) do
@@ -217,22 +218,36 @@ defmodule Soak do
     kill_now_and_then(tally)
   end
 
-  # What only a pool has: a keeper, killed under creations and cleanups (more than three times in 5 s would end the pool);
-  # and a monitor that is told when calls to a peer time out: calls of 60 s are answered though theirs hangs.
+  # What only a pool has. Its keeper is killed under creations and cleanups, and is away for a moment (more than three
+  # deaths in 5 s would end the pool). Peers of it hang: calls that time out there tell its monitor.
   defp harm_the_pool(tally, stop) do
+    if Enum.random(1..4) == 1, do: hang_a_peer(tally), else: kill_the_keeper(tally)
     Process.sleep(Enum.random(2_000..3_000))
-
-    if Enum.random(1..5) == 1 do
-      os_pid = Enum.random(Pool.status(:pool).peers).os_pid
-      if os_pid, do: System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"], stderr_to_stdout: true)
-      count(tally, :hangs)
-    else
-      keeper = Process.whereis(Pool.Info.keeper(:pool))
-      if keeper, do: Process.exit(keeper, :kill)
-      count(tally, :keeper_kills)
-    end
-
     if :atomics.get(stop, 1) == 0, do: harm_the_pool(tally, stop)
+  end
+
+  defp kill_the_keeper(tally) do
+    tasks = for n <- 1..8, do: Task.async(fn -> own("kept #{n}", :pool, tally) end)
+    Process.sleep(Enum.random(0..50))
+    :sys.suspend(:pool)
+    with keeper when is_pid(keeper) <- Process.whereis(Pool.Info.keeper(:pool)), do: Process.exit(keeper, :kill)
+    Process.sleep(Enum.random(0..50))
+    :sys.resume(:pool)
+    Task.await_many(tasks, :infinity)
+    count(tally, :keeper_kills)
+  end
+
+  defp hang_a_peer(tally) do
+    with [_ | _] = running <- for(%{state: :running} = peer <- Pool.status(:pool).peers, do: peer) do
+      %{os_pid: os_pid, bridge: bridge} = Enum.random(running)
+      System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"], stderr_to_stdout: true)
+      # One call that times out is enough.
+      Bridge.call(bridge, :ping, %{}, 50)
+      started = now()
+      eventually(fn -> Bridge.get_status(bridge).os_pid != os_pid end)
+      if now() - started > 10_000, do: count(tally, {:hung_for, now() - started})
+      count(tally, :hangs)
+    end
   end
 
   defp kill_peer(bridge) do
