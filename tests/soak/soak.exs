@@ -23,7 +23,8 @@ defmodule Soak do
     stop = :atomics.new(1, [])
     workers = for n <- 1..@workers, do: spawn_monitor(fn -> work(n, tally, stop) end)
     killer = spawn_link(fn -> kill_now_and_then(tally) end)
-    spawn_link(fn -> harm_the_pool(tally, stop) end)
+    # What it has begun is to be over before the end.
+    workers = [spawn_monitor(fn -> harm_the_pool(tally, stop) end) | workers]
 
     # What is filled once (caches, pools of threads) is full by then.
     sleep(seconds / 3)

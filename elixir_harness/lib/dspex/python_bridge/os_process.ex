@@ -12,6 +12,17 @@ defmodule DSPex.PythonBridge.OsProcess do
   @kill_attempts 20
   @kill_pause_ms 100
 
+  # The shell's own kill: a program of that name is not everywhere. The peer's watchdog, which is in the group,
+  # has a moment to end what the peer started in sessions of their own: it takes some ms.
+  @kill_script """
+  kill -9 "$0" 2>/dev/null
+  for _ in 1 2 3 4 5 6 7 8; do
+    kill -0 "-$0" 2>/dev/null || exit 0
+    sleep 0.02
+  done
+  kill -9 "-$0" 2>/dev/null
+  """
+
   @typedoc "Of a process that had ended before it was looked at: `:ended`. Without `/proc`: nil."
   @type start_time :: String.t() | :ended | nil
 
@@ -54,9 +65,7 @@ defmodule DSPex.PythonBridge.OsProcess do
 
   defp kill_group(os_pid, start_time, attempts) do
     if start_time(os_pid) in [start_time, :ended, nil] do
-      # The shell's own kill: a program of that name is not everywhere.
-      script = "kill -9 -#{os_pid} 2>/dev/null || kill -9 #{os_pid} 2>/dev/null"
-      System.cmd("/bin/sh", ["-c", script])
+      System.cmd("/bin/sh", ["-c", @kill_script, Integer.to_string(os_pid)])
     end
 
     :ok

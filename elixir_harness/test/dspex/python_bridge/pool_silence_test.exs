@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.PoolSilenceTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
+  alias DSPex.PythonBridge.{Bridge, Monitor, Pool, Server}
   alias DSPex.PythonBridge.Pool.Info
   alias DSPex.Test.SilentLM
 
@@ -79,6 +79,21 @@ defmodule DSPex.PythonBridge.PoolSilenceTest do
     assert Task.await(waiting, 60_000) == Bridge.get_status(hung.bridge).os_pid
     assert Bridge.get_status(hung.bridge).restarts == 1
     eventually(fn -> not alive?(hung.os_pid) end)
+  end
+
+  @tag :tmp_dir
+  test "what it started goes with it, be it in a session of its own", %{tmp_dir: dir} do
+    file = Path.join(dir, "child")
+    opts = fake_opts("has_a_watchdog", env: %{"FAKE_FILE" => file}) |> Keyword.delete(:name)
+    [hung] = start_up(opts ++ [pool_size: 1])
+    child = file |> File.read!() |> String.to_integer()
+    on_exit(fn -> System.cmd("/bin/sh", ["-c", "kill -9 #{child}"], stderr_to_stdout: true) end)
+    assert alive?(child)
+    stop(hung.os_pid)
+    # As the monitor does.
+    Server.replace(hung.bridge)
+    eventually(fn -> not alive?(hung.os_pid) end)
+    eventually(fn -> not alive?(child) end)
   end
 
   test "one that waits for an LM answers pings, and is left alone" do
