@@ -10,8 +10,8 @@ defmodule DSPex.PythonBridge.Reaper do
   group is killed, with what the peer started; also when the peer itself is gone.
 
   The runtime tells of a peer's death only when nobody holds its standard output any more, and a
-  child that the peer forked may. So the reaper also looks whether the peer is there (where there
-  is a `/proc`) and sends its owner `{:peer_gone, os_pid}` once if not.
+  child that the peer forked may. So the reaper also looks whether the peer is there and sends its
+  owner `{:peer_gone, os_pid}` once if not.
 
   Its peers are in a table that the bridge inherits if the reaper is killed: `replace/2` starts another
   with it. It is a `GenServer`, which rests in code of OTP's: one that waited in a loop of its own would be
@@ -32,11 +32,13 @@ defmodule DSPex.PythonBridge.Reaper do
   # A look takes 20 µs. Only the second that finds the peer gone counts: the runtime's own message,
   # which says more, is then long there, if it comes at all.
   @look_ms 100
+  # Without /proc each look starts a process.
+  @dear_look_ms 1_000
 
   # peers: a table of OS pids with start times. missing: the peers found gone by the last look; told:
   # the owner knows.
-  @enforce_keys [:owner, :monitor, :peers]
-  defstruct [:owner, :monitor, :peers, missing: [], told: []]
+  @enforce_keys [:owner, :monitor, :peers, :look_ms]
+  defstruct [:owner, :monitor, :peers, :look_ms, missing: [], told: []]
 
   @doc "Starts the reaper of the process `owner`."
   @spec start(pid()) :: pid()
@@ -134,7 +136,9 @@ defmodule DSPex.PythonBridge.Reaper do
     :ets.insert(table, peers)
     for {os_pid, _started} <- peers, os_pid not in os_pids, do: retire(self(), os_pid)
     for os_pid <- os_pids, not :ets.member(table, os_pid), do: watch(self(), os_pid)
-    noreply(%__MODULE__{owner: owner, monitor: Process.monitor(owner), peers: table}, :ok)
+    look_ms = if OsProcess.cheap?(), do: @look_ms, else: @dear_look_ms
+    monitor = Process.monitor(owner)
+    noreply(%__MODULE__{owner: owner, monitor: monitor, peers: table, look_ms: look_ms}, :ok)
   end
 
   @impl GenServer
@@ -185,7 +189,7 @@ defmodule DSPex.PythonBridge.Reaper do
   defp noreply(state, how \\ :noreply) do
     if :ets.info(state.peers, :size) == 0,
       do: {how, state},
-      else: {how, state, @look_ms}
+      else: {how, state, state.look_ms}
   end
 
   defp finish_all(state, grace) do
@@ -203,7 +207,6 @@ defmodule DSPex.PythonBridge.Reaper do
     %{state | missing: gone, told: Enum.filter(state.told ++ news, &(&1 in gone))}
   end
 
-  # Without /proc nothing is ever known to be gone, and the grace passes.
   defp wait_until_gone(peers, deadline) do
     unless Enum.all?(peers, fn {os_pid, started} -> OsProcess.gone?(os_pid, started) end) or
              now() >= deadline do

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.ReaperTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, OsProcess, Reaper}
+  alias DSPex.PythonBridge.{Bridge, Caller, OsProcess, Reaper}
 
   # A process of the system, leader of its own group, with a child in it.
   defp start_process do
@@ -145,6 +145,14 @@ defmodule DSPex.PythonBridge.ReaperTest do
       Process.exit(bridge, :kill)
       eventually(fn -> not alive?(os_pid) and not alive?(child) end)
     end
+  end
+
+  test "gives back the persistent term of a bridge that is killed" do
+    opts = fake_opts("silent", default_timeout: 1_234)
+    {:ok, bridge} = start_supervised(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
+    assert :persistent_term.get({Caller, bridge}) == 1_234
+    Process.exit(bridge, :kill)
+    eventually(fn -> :persistent_term.get({Caller, bridge}, nil) == nil end)
   end
 
   test "takes a peer for gone only when the second look in a row finds it so" do
