@@ -6,9 +6,12 @@ defmodule DSPex.PythonBridge.CrashReportTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Pool, Protocol, Relay, ToolCall, Toolbox}
+  alias DSPex.PythonBridge.{Bridge, Guard, Pool, Protocol, Relay, Sealed, ToolCall, Toolbox}
   alias DSPex.PythonBridge.Pool.Info
   alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
+
+  doctest Guard
+  doctest Sealed
 
   @secret "sk-planted-secret"
 
