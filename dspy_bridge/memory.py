@@ -73,7 +73,10 @@ def room_for(payload: bytes) -> bool:
     if len(payload) < TUNE_BYTES:
         return True
     try:
-        import resource
+        try:
+            import resource
+        except ImportError:
+            return True  # a system without limits
 
         if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
             return True
