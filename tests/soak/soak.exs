@@ -1,12 +1,18 @@
-# A long run of everything at once, for `make soak`: many callers of all kinds, peers that are killed at random or hang, and
-# at the end the books: what was sent was answered, nothing grew, nothing is left. Exit status 1 if anything is amiss.
+# A long run of everything at once, for `make soak`: many callers of all kinds, peers that are killed or hang at random,
+# a pool's keeper that is killed, restarts and deaths under thousands of calls, requests meant to stop the peer for all
+# others, and at the end the counts are verified: what was sent was answered, nothing grew, nothing is left. Exit status 1
+# if anything is amiss.
 #
 # A bridge that is never killed (:steady) is what memory is measured by; the others are killed, restarted, crashed.
+# :crowded has thousands of calls at a time, and ends of its peer that are few enough for each of them to outlive.
 
 defmodule Soak do
   alias DSPex.PythonBridge.{Bridge, Pool}
 
   @workers 24
+  @crowd 3_000
+  # A peer that hangs takes 12 s of it, and may not be the last.
+  @patience 120_000
   @growth 1.05
 
   def run do
@@ -14,23 +20,24 @@ defmodule Soak do
     minutes = System.get_env("SOAK_MINUTES", "10") |> Float.parse() |> elem(0)
     seconds = minutes * 60
     start_bridges()
-    for target <- targets(), {id, type} <- [{"qa", "predict"}, {"nap", "host:Nap"}, {"parent", "host:Parent"}],
+    for target <- [:crowded | targets()], {id, type} <- [{"qa", "predict"}, {"nap", "host:Nap"}, {"parent", "host:Parent"}],
         do: {:ok, _} = create(target, id, type)
 
-    for target <- targets(), do: {:ok, _} = call(target, :create_program, agent(), 60_000)
+    for target <- targets(), do: {:ok, _} = call(target, :create_program, agent(), @patience)
 
     tally = :ets.new(:tally, [:public, write_concurrency: true])
     stop = :atomics.new(1, [])
     workers = for n <- 1..@workers, do: spawn_monitor(fn -> work(n, tally, stop) end)
+    workers = [spawn_monitor(fn -> speak_raw(open_raw(), tally, stop) end) | workers]
     killer = spawn_link(fn -> kill_now_and_then(tally) end)
     # What it has begun is to be over before the end.
     workers = [spawn_monitor(fn -> harm_the_pool(tally, stop) end) | workers]
 
     # What is filled once (caches, pools of threads) is full by then.
-    sleep(seconds / 3)
+    crowds(tally, seconds / 3)
     before = measure()
     IO.puts("after #{round(seconds / 3)} s: #{calls(tally)} calls, #{inspect(before)}")
-    sleep(seconds * 2 / 3)
+    crowds(tally, seconds * 2 / 3)
 
     :atomics.put(stop, 1, 1)
     Process.unlink(killer)
@@ -60,11 +67,15 @@ defmodule Soak do
     Application.put_env(:dspex, :autostart, false)
     {:ok, _} = Application.ensure_all_started(:dspex)
     Logger.configure(level: :error)
-    opts = [lm: "offline/echo", env: env(), python_executable: System.get_env("DSPY_BRIDGE_PYTHON")]
+    # Also those of the pool: what hangs is replaced within 12 s.
+    Application.put_env(:dspex, :python_bridge_monitor, interval: 1_000, timeout: 3_000)
+    # One that hangs while it starts is not the monitor's: within that time, too.
+    opts = [lm: "offline/echo", start_timeout: 10_000, env: env(), python_executable: System.get_env("DSPY_BRIDGE_PYTHON")]
 
     children = [
       {Bridge, [name: :steady] ++ opts},
-      {DSPex.PythonBridge.Supervisor, name: :tree, bridge: [name: :restless] ++ opts, monitor: [name: :monitor, interval: 1_000]},
+      {DSPex.PythonBridge.Supervisor, name: :tree, bridge: [name: :restless] ++ opts, monitor: [name: :monitor]},
+      {DSPex.PythonBridge.Supervisor, name: :crowded_tree, bridge: [name: :crowded] ++ opts, monitor: [name: :crowded_monitor]},
       {Pool, [name: :pool, pool_size: 3] ++ opts}
     ]
 
@@ -73,6 +84,7 @@ defmodule Soak do
 
   defp stop_bridges, do: Supervisor.stop(:soak)
 
+  # Of single callers.
   defp targets, do: [:steady, :restless, :pool]
 
   defp call(:pool, command, args, timeout) when command in [:create_program, :cleanup],
@@ -90,7 +102,7 @@ defmodule Soak do
   end
 
   defp create(target, id, type \\ "predict"),
-    do: call(target, :create_program, %{id: id, signature: "question -> answer", program_type: type}, 60_000)
+    do: call(target, :create_program, %{id: id, signature: "question -> answer", program_type: type}, @patience)
 
   defp agent do
     %{
@@ -101,22 +113,24 @@ defmodule Soak do
     }
   end
 
-  defp execute(target, id, timeout \\ 60_000),
+  defp execute(target, id, timeout \\ @patience),
     do: call(target, :execute_program, %{program_id: id, inputs: %{question: "#{System.unique_integer()}"}}, timeout)
 
   ## Callers
 
   defp work(n, tally, stop) do
     target = Enum.random(targets())
+    # For the report of what is wrong.
+    Process.put(:target, target)
     one(Enum.random(1..100), n, target, tally)
     if :atomics.get(stop, 1) == 0, do: work(n, tally, stop), else: :ok
   end
 
-  defp one(dice, _n, target, tally) when dice <= 30, do: expect(tally, fn -> call(target, :ping, %{}, 60_000) end)
+  defp one(dice, _n, target, tally) when dice <= 30, do: expect(tally, fn -> call(target, :ping, %{}, @patience) end)
   defp one(dice, _n, target, tally) when dice <= 60, do: expect(tally, fn -> execute(target, "qa") end)
   defp one(dice, _n, target, tally) when dice <= 65, do: expect(tally, fn -> execute(target, "nap") end)
   defp one(dice, _n, target, tally) when dice <= 67, do: expect(tally, fn -> execute(target, "parent") end)
-  defp one(dice, _n, target, tally) when dice <= 69, do: expect(tally, fn -> call(target, :get_stats, %{}, 60_000) end)
+  defp one(dice, _n, target, tally) when dice <= 69, do: expect(tally, fn -> call(target, :get_stats, %{}, @patience) end)
 
   # An agent whose tool is here, asked again by the next peer where the first dies.
   defp one(dice, _n, target, tally) when dice <= 73 and target != :pool do
@@ -124,7 +138,7 @@ defmodule Soak do
     args = %{program_id: "agent", inputs: %{question: "#{System.unique_integer()}"}}
 
     expect(tally, fn ->
-      case Bridge.request(target, :execute_program, args, timeout: 60_000, tools: %{look: tool}) do
+      case Bridge.request(target, :execute_program, args, timeout: @patience, tools: %{look: tool}) do
         {:ok, %{"trajectory" => %{"observation_0" => "seen: " <> _}} = result, _meta} -> {:ok, result}
         other -> other
       end
@@ -134,7 +148,7 @@ defmodule Soak do
   # A stream, read to its end or not. Its peer's death after the first chunk ends it; before, it is begun anew.
   defp one(dice, _n, target, tally) when dice <= 77 and target != :pool do
     args = %{program_id: "qa", inputs: %{question: "one two three four five #{System.unique_integer()}"}}
-    stream = Bridge.stream(target, args, timeout: 60_000)
+    stream = Bridge.stream(target, args, timeout: @patience)
 
     if Enum.random([true, false]) do
       Enum.take(stream, Enum.random(0..3))
@@ -154,6 +168,31 @@ defmodule Soak do
   end
 
   defp one(dice, n, target, tally) when dice <= 82, do: own("own #{n}", target, tally)
+  # What would stop the peer for all others, were it searched by a backtracking or quadratic search. How such a pattern
+  # is answered is not the matter here.
+  defp one(83, _n, target, tally) do
+    args = %{id: "bad #{System.unique_integer()}", signature: %{inputs: [%{name: "q"}], outputs: [%{name: "a", type: bad_schema()}]}}
+
+    expect(tally, fn ->
+      case call(target, :create_program, args, @patience) do
+        {:error, text} when is_binary(text) -> {:ok, :refused}
+        {:ok, _} -> call(target, :cleanup, %{program_ids: [args.id]}, @patience)
+        other -> other
+      end
+    end)
+  end
+
+  # An integer with more digits than Python reads.
+  defp one(84, _n, target, tally) do
+    digits = Enum.random(4_301..20_000)
+
+    expect(tally, fn ->
+      case call(target, :ping, %{n: Integer.pow(10, digits)}, @patience) do
+        {:error, text} when is_binary(text) -> {:ok, :refused}
+        other -> other
+      end
+    end)
+  end
 
   # Too late for most.
   defp one(dice, _n, target, tally) when dice <= 92 do
@@ -181,10 +220,104 @@ defmodule Soak do
   defp own(id, target, tally) do
     expect(tally, fn -> create(target, id) end)
     expect(tally, fn -> execute(target, id) end)
-    expect(tally, fn -> call(target, :cleanup, %{program_ids: [id]}, 60_000) end)
+    expect(tally, fn -> call(target, :cleanup, %{program_ids: [id]}, @patience) end)
     expect(tally, fn -> execute(target, id) end, {:error, "Program not found: #{id}"})
-    expect(tally, fn -> call(target, :list_programs, %{}, 60_000) end)
+    expect(tally, fn -> call(target, :list_programs, %{}, @patience) end)
   end
+
+  defp bad_schema do
+    length = Enum.random(1..700)
+    runs = ["{" <> String.duplicate(" ", length), String.duplicate("(a*)*", length) <> "b", String.duplicate("(", length)]
+    runs = ["(?=" <> String.duplicate("a{1,", length), String.duplicate("[", length), String.duplicate("\\", length) | runs]
+    %{type: "string", pattern: Enum.random(runs)}
+  end
+
+  ## A client without Bridge
+
+  # A peer behind a bare port, which is sent what Bridge would not send.
+  defp open_raw do
+    script = Path.expand("../../elixir_harness/priv/python/dspy_bridge.py", __DIR__)
+    env = for {name, value} <- env(), do: {String.to_charlist(name), String.to_charlist(value)}
+    Port.open({:spawn_executable, System.get_env("DSPY_BRIDGE_PYTHON")}, [{:packet, 4}, :binary, args: [script], env: env])
+  end
+
+  # Runs of digits in what is not JSON; the ping behind each is answered in its turn.
+  defp speak_raw(port, tally, stop) do
+    digits = String.duplicate("1", Enum.random(1..1_000_000))
+    Port.command(port, Enum.random([digits, ~s({"id":1,"n":) <> digits, ~s({"id":1,"n":) <> digits <> "x}", "-" <> digits <> ".e"]))
+    Port.command(port, ~s({"id":"after","command":"ping"}))
+    expect(tally, fn -> raw_reply(port, %{"error_type" => "invalid_json"}) end)
+    expect(tally, fn -> raw_reply(port, %{"id" => "after", "success" => true}) end)
+    Process.sleep(500)
+    if :atomics.get(stop, 1) == 0, do: speak_raw(port, tally, stop), else: Port.close(port)
+  end
+
+  defp raw_reply(port, wanted) do
+    receive do
+      {^port, {:data, frame}} ->
+        reply = JSON.decode!(frame)
+        if Map.take(reply, Map.keys(wanted)) == wanted, do: {:ok, wanted}, else: Map.delete(reply, "result")
+    after
+      5_000 -> {:no_reply, wanted}
+    end
+  end
+
+  ## Thousands of callers at once
+
+  # One crowd after another, for so many seconds; none is left when it returns.
+  defp crowds(tally, seconds) do
+    until = now() + round(seconds * 1_000)
+    Stream.repeatedly(fn -> crowd(tally) end) |> Enum.find(fn _ -> Process.sleep(1_000) && now() >= until end)
+  end
+
+  # While the peer has them all: a restart, its death, a hang, the deaths of a third of the callers.
+  defp crowd(tally) do
+    callers =
+      for n <- 1..@crowd, into: %{} do
+        {pid, ref} = spawn_monitor(fn -> in_crowd(rem(n, 3), tally) end)
+        {ref, {rem(n, 3), pid}}
+      end
+
+    eventually(fn -> Bridge.get_status(:crowded).pending > div(@crowd, 4) end, 10_000)
+
+    case Enum.random(1..6) do
+      n when n <= 3 -> {:ok, _} = {Bridge.restart(:crowded), count(tally, :restarts_in_a_crowd)}
+      4 -> kill_peer(:crowded)
+      5 -> hang_peer(:crowded)
+      6 -> :ok
+    end
+
+    for {_ref, {0, pid}} <- callers, do: Process.exit(pid, :kill)
+    for {ref, {_kind, pid}} <- callers, do: receive(do: ({:DOWN, ^ref, :process, ^pid, reason} -> note_crowd_end(tally, reason)))
+    count(tally, :crowds)
+  end
+
+  # Killed unless it was quicker; all its answer in time; too late for most.
+  defp in_crowd(0, tally) do
+    count(tally, :abandoned)
+    execute(:crowded, "nap")
+  end
+
+  defp in_crowd(1, tally) do
+    Process.put(:target, :crowded)
+    expect(tally, fn -> execute(:crowded, "nap") end)
+  end
+
+  defp in_crowd(2, tally) do
+    Process.put(:target, :crowded)
+
+    expect(tally, fn ->
+      case execute(:crowded, "nap", Enum.random(0..5_000)) do
+        {:error, :timeout} -> {:ok, :too_late}
+        other -> other
+      end
+    end)
+  end
+
+  defp note_crowd_end(_tally, :killed), do: :ok
+  defp note_crowd_end(tally, reason), do: note_end(tally, reason)
+
+  ## Counting
 
   defp expect(tally, fun, wanted \\ :ok) do
     count(tally, :sent)
@@ -192,7 +325,7 @@ defmodule Soak do
     case fun.() do
       {:ok, _result} when wanted == :ok -> count(tally, :ok)
       ^wanted -> count(tally, :as_expected)
-      other -> count(tally, {:wrong, wanted, other})
+      other -> count(tally, {:wrong, Process.get(:target), wanted, other})
     end
 
     count(tally, :answered)
@@ -208,11 +341,13 @@ defmodule Soak do
   defp kill_now_and_then(tally) do
     Process.sleep(Enum.random(300..2_000))
 
-    case Enum.random(1..10) do
+    case Enum.random(1..12) do
       n when n <= 4 -> kill_peer(:restless)
       n when n <= 8 -> kill_peer(Enum.random(Pool.status(:pool).peers).bridge)
       9 -> Bridge.restart(:restless)
-      10 -> Process.exit(Process.whereis(Enum.random(Pool.status(:pool).peers).bridge) || self(), :kill)
+      10 -> hang_peer(:restless)
+      11 -> hang_peer(Enum.random(Pool.status(:pool).peers).bridge)
+      12 -> Process.exit(Process.whereis(Enum.random(Pool.status(:pool).peers).bridge) || self(), :kill)
     end
 
     count(tally, :kills)
@@ -251,20 +386,25 @@ defmodule Soak do
     end
   end
 
-  defp kill_peer(bridge) do
+  defp kill_peer(bridge), do: signal("-9", bridge)
+
+  # It is replaced.
+  defp hang_peer(bridge), do: signal("-STOP", bridge)
+
+  defp signal(signal, bridge) do
     with os_pid when os_pid != nil <- Bridge.get_status(bridge).os_pid,
-         do: System.cmd("/bin/sh", ["-c", "kill -9 #{os_pid}"], stderr_to_stdout: true)
+         do: System.cmd("/bin/sh", ["-c", "kill #{signal} #{os_pid}"], stderr_to_stdout: true)
   end
 
   ## The books
 
   defp settle do
-    for target <- targets(), do: {:ok, _} = call(target, :ping, %{}, 60_000)
-    eventually(fn -> Bridge.get_status(:steady).pending == 0 and Bridge.get_status(:restless).pending == 0 end)
+    for target <- targets(), do: {:ok, _} = call(target, :ping, %{}, @patience)
+    eventually(fn -> Enum.all?([:steady, :restless, :crowded], &(Bridge.get_status(&1).pending == 0)) end)
   end
 
   defp measure do
-    {:ok, stats} = Bridge.call(:steady, :get_stats, %{}, 60_000)
+    {:ok, stats} = Bridge.call(:steady, :get_stats, %{}, @patience)
     Enum.each(Process.list(), &:erlang.garbage_collect/1)
     peer = Bridge.get_status(:steady).os_pid
 
@@ -336,7 +476,6 @@ defmodule Soak do
     end
   end
 
-  defp sleep(seconds), do: Process.sleep(round(seconds * 1_000))
   defp now, do: System.monotonic_time(:millisecond)
 end
 
