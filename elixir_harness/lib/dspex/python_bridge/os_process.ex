@@ -13,16 +13,8 @@ defmodule DSPex.PythonBridge.OsProcess do
   @kill_attempts 20
   @kill_pause_ms 100
 
-  # The shell's own kill: a program of that name is not everywhere. The peer's watchdog, which is in the group,
-  # has a moment to end what the peer started in sessions of their own: it takes some ms.
-  @kill_script """
-  kill -9 "$0" 2>/dev/null
-  for _ in 1 2 3 4 5 6 7 8; do
-    kill -0 "-$0" 2>/dev/null || exit 0
-    sleep 0.02
-  done
-  kill -9 "-$0" 2>/dev/null
-  """
+  # The shell's own kill: a program of that name is not everywhere. The peer's watchdog is in a group of its own.
+  @kill_script ~s(kill -9 "-$0" 2>/dev/null || kill -9 "$0" 2>/dev/null)
 
   @typedoc "Of a process that had ended before it was looked at: `:ended`. Where it cannot be known: nil."
   @type start_time :: String.t() | :ended | nil
