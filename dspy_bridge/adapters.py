@@ -18,7 +18,7 @@ import pydantic
 from dspy.adapters.utils import format_field_value
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge import markers
+from dspy_bridge import json_repairs, markers
 from dspy_bridge.errors import OutputInvalid
 
 Signature = type[dspy.Signature]
@@ -81,6 +81,10 @@ class ChatAdapter(dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no type
             _refuse(_contradicted(signature, completion))
         return fields
 
+    def _make_json_adapter_fallback(self) -> dspy.Adapter:
+        """DSPy's own name for it. Where DSPy has another, its fallback is not guarded."""
+        return guarded(super()._make_json_adapter_fallback(), strict=self.strict)
+
 
 @_heard_once
 class XMLAdapter(dspy.XMLAdapter):  # type: ignore[misc]
@@ -110,6 +114,9 @@ class JSONAdapter(dspy.JSONAdapter):  # type: ignore[misc]
     strict = True
 
     def parse(self, signature: Signature, completion: str) -> Any:
+        if json_repairs.is_long(completion) and not isinstance(json_repairs.first_value(completion), dict):
+            # DSPy searches a list for an object with a pattern that takes the square of the length.
+            raise json_repairs.TooMuchToRepair
         fields = super().parse(signature, completion)
         if self.strict:
             pairs = markers.keyed(completion)

@@ -20,7 +20,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
 
-from dspy_bridge import adapters, answer_limit, echo, large, logs, redaction, tracing
+from dspy_bridge import adapters, answer_limit, echo, json_repairs, large, logs, redaction, tracing
 from dspy_bridge.errors import (
     BridgeError,
     InvalidArgs,
@@ -113,6 +113,7 @@ class Models:
         logs.adopt("dspy")
         answer_limit.most = settings.max_lm_bytes
         _install("litellm_import", "the first call by LiteLLM holds up all others")
+        _install("json_repairs", "an LM's broken JSON can hold up all other calls")
         _install("trace_headers", "no traceparent reaches LMs, and their answers have no limit")
         redaction.learn_environment()
         redaction.learn(settings.lm_options, for_good=True)
@@ -211,6 +212,8 @@ def translate(error: Exception) -> BridgeError | None:
         began = " ".join(str(error.lm_response).split())[:200]
         text = f"the LM's answer did not fit the signature: {problem}; expected {', '.join(wanted)}; it began {began!r}"
         return OutputInvalid(text)
+    if isinstance(error, json_repairs.TooMuchToRepair):
+        return OutputInvalid(f"the LM's answer did not fit the signature: {error}")
     if isinstance(error, dspy.CodeInterpreterError):
         # Not what the code did: its errors go to the LM. The sandbox is missing, or did not start.
         said = str(error).strip().split("\n", 1)[0]

@@ -144,3 +144,15 @@ def test_an_adapter_of_the_hosts_own_is_used_as_it_is(start_lm: Any, tmp_path: A
         assert peer.call("execute_program", ASK)["result"] == {"summary": "It says: Good.", "safe": True}
     (request,) = server.requests
     assert "as the host likes it" in str(request["messages"]) and TEXT in asked(request)
+
+
+def test_the_json_that_is_asked_for_after_a_chat_answer_failed_is_watched_as_well(start_lm: Any) -> None:
+    """A key that comes twice there, or text that would take long to be repaired: others are served meanwhile."""
+    twice = '{"summary": "s", "safe": false, "safe": true}'
+    server = start_lm(script("no marks", twice, "no marks", '["' * 500_000))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", JUDGE)
+        errors = [peer.call("execute_program", ASK) for _ in range(2)]
+        assert [error["error_type"] for error in errors] == ["output_invalid"] * 2
+        assert "safe twice" in errors[0]["error"] and "too many" in errors[1]["error"]
+    assert len(server.requests) == 4
