@@ -79,7 +79,10 @@ async def close_idle() -> None:
 
 def ran_out(error: BaseException | None) -> bool:
     """Whether it was raised for want of descriptors: what was to be opened was not, and nothing was sent."""
-    while error is not None:
+    # User code that raises one exception object again and again makes a ring of what led to it.
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, OSError):
             if error.errno in _RAN_OUT or any(text in str(error) for text in _TEXTS):
                 return True

@@ -257,7 +257,7 @@ def _why_not_json(payload: bytes, error: Exception) -> str:
     if "number out of range" in str(error):
         # Only the parser knows which digits are a number: to look for them again, in what may be of any form, costs
         # more than it can tell.
-        return f"expected JSON with integers of at most {MAX_INT_DIGITS} digits: {error}"
+        return f"expected JSON with integers of at most {MAX_INT_DIGITS} digits"
     try:
         payload.decode()
     except UnicodeDecodeError as bad:

@@ -43,7 +43,7 @@ EXECUTE_ENDS = CREATE_ENDS | {"program_not_found", "lm_not_configured", "lm_erro
 CREATE_ARGS = (
     *("id", "signature", "program_type", "options", "lm", "adapter", "config", "tools", "demos", "state", "state_path"),
 )
-EXECUTE_ARGS = ("program_id", "inputs", "config", "lm")
+EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "options")
 
 # No peer makes so many in a run.
 MOST_TOOL_CALLS = 10**9

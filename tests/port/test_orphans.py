@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -397,7 +398,8 @@ def test_the_child_of_a_child_is_gone_too_without_environment_and_in_its_own_ses
         until(lambda: is_gone(below[0]), PATIENCE if end == "end of input" else SOON)
     finally:
         for process in below:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def is_unmarked(process: psutil.Process) -> bool:

@@ -207,11 +207,15 @@ defmodule DSPex.PythonBridge.IntegrationTest do
 
     test "64 MiB both ways at once, and other callers meanwhile" do
       bridge = start()
-      name = String.duplicate("x", 64 * 1024 * 1024 - 1_000)
+      id = String.duplicate("x", 64 * 1024 * 1024 - 1_000)
       pings = Task.async(fn -> for _ <- 1..200, do: Bridge.call(bridge, :ping, %{}, 20_000) end)
 
-      # An unknown command comes back in the error's text.
-      assert {:error, "Unknown command: " <> ^name} = Bridge.call(bridge, name, %{}, 60_000)
+      # A program's id comes back.
+      definition = %{id: id, signature: "question -> answer"}
+
+      assert {:ok, %{"program_id" => ^id}} =
+               Bridge.call(bridge, :create_program, definition, 60_000)
+
       assert Enum.all?(Task.await(pings, 60_000), &match?({:ok, %{"status" => "ok"}}, &1))
     end
   end
