@@ -18,7 +18,7 @@ import pydantic
 from dspy.adapters.utils import format_field_value
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge import json_repairs, markers
+from dspy_bridge import markers
 from dspy_bridge.errors import OutputInvalid
 
 Signature = type[dspy.Signature]
@@ -114,9 +114,6 @@ class JSONAdapter(dspy.JSONAdapter):  # type: ignore[misc]
     strict = True
 
     def parse(self, signature: Signature, completion: str) -> Any:
-        if json_repairs.is_long(completion) and not isinstance(json_repairs.first_value(completion), dict):
-            # DSPy searches a list for an object with a pattern that takes the square of the length.
-            raise json_repairs.TooMuchToRepair
         fields = super().parse(signature, completion)
         if self.strict:
             pairs = markers.keyed(completion)

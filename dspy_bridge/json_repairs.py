@@ -1,51 +1,86 @@
-"""What DSPy may have repaired of JSON that an LM wrote. Imports `json_repair`, which DSPy reads such text with.
+"""What DSPy may have repaired of JSON that an LM broke. Imports DSPy, and `json_repair`, which it reads such text with.
 
-Repairing takes the square of the length where much is opened and not closed: 64 KB of `["` held the event loop for
-minutes. Text that is JSON takes no repair and has no limit; other text is refused where it could take longer than a
-fraction of a second.
+To repair some texts takes the square of their length, on the event loop: 8 KB of `["` held up every other call for
+seconds. How long one takes shows only on the way, so the steps are counted: `json_repair` looks at a text character by
+character. Text that is JSON takes no step.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
+import dspy
 import json_repair
 
-_OPENINGS = "{[("
-# Openings times characters: 0.3 s for `["` a thousand times over.
-_MOST_WORK = 4_000_000
+# 0.3 to 0.5 s. What people's LMs break takes some five steps a character.
+MOST_STEPS = 1_000_000
+# Characters times braces: below, DSPy's own search takes a fraction of a second.
+_SHORT = 1_000_000
 
 
 class TooMuchToRepair(ValueError):
-    """Broken JSON that would take too long to repair."""
+    """Broken JSON that would take too long to repair, or is nested too deeply."""
 
     def __init__(self) -> None:
-        super().__init__("expected JSON, got text that opens too many objects and lists to be repaired")
+        super().__init__("expected JSON, got text that takes too long to repair or is nested too deeply")
+
+
+class _Counted(str):
+    """A text that counts the characters it is asked for."""
+
+    __slots__ = ("_left",)
+    _left: int
+
+    def __new__(cls, text: str) -> _Counted:
+        made = super().__new__(cls, text)
+        made._left = MOST_STEPS
+        return made
+
+    def __getitem__(self, key: Any) -> str:
+        found = str.__getitem__(self, key)
+        self._left -= len(found) or 1
+        if self._left < 0:
+            raise TooMuchToRepair
+        return found
 
 
 @functools.cache
 def install() -> None:
-    """Limit `json_repair.loads`, once in a process. Raises `AttributeError` where there is no such function."""
-    loads = json_repair.loads
+    """Limit `json_repair.loads` and `dspy.JSONAdapter`, once in a process. Raises `AttributeError` without them."""
+    loads, parse = json_repair.loads, dspy.JSONAdapter.parse
 
     @functools.wraps(loads)
-    def limited(json_str: Any = "", *args: Any, **options: Any) -> Any:
-        return first_value(json_str) if is_long(json_str) else loads(json_str, *args, **options)
+    def counted(json_str: Any = "", *args: Any, **options: Any) -> Any:
+        text = _Counted(json_str) if type(json_str) is str else json_str
+        value: Any = loads(text, *args, **options)
+        return str(value) if type(value) is _Counted else value
 
-    json_repair.loads = limited
+    @functools.wraps(parse)
+    def with_an_object(self: Any, signature: Any, completion: str) -> Any:
+        return parse(self, signature, _object_in(completion))
+
+    json_repair.loads, dspy.JSONAdapter.parse = counted, with_an_object
 
 
-def is_long(text: Any) -> bool:
-    """Whether to repair it could take too long."""
-    return isinstance(text, str) and len(text) * sum(map(text.count, _OPENINGS)) > _MOST_WORK
-
-
-def first_value(text: str) -> Any:
-    """The first object or list in a text, which is left as it is otherwise. Raises `TooMuchToRepair`."""
-    start = min((at for at in map(text.find, "{[") if at >= 0), default=0)
+def _object_in(completion: str) -> str:
+    """What DSPy reads of an answer. Where there is no object at once it looks for the first braces that match, by a
+    recursive pattern that takes the square of the length; here in one pass."""
+    if len(completion) * completion.count("{") <= _SHORT:
+        return completion
     try:
-        return json.JSONDecoder().raw_decode(text, start)[0]
+        if isinstance(json_repair.loads(completion), dict):
+            return completion
     except (ValueError, RecursionError):
         raise TooMuchToRepair from None
+    opened: list[int] = []
+    first: tuple[int, int] | None = None
+    for at, sign in enumerate(completion):
+        if sign == "{":
+            opened.append(at)
+        elif sign == "}" and opened:
+            start = opened.pop()
+            first = (start, at + 1) if first is None or start < first[0] else first
+    if first is None:
+        raise TooMuchToRepair
+    return completion[slice(*first)]

@@ -137,7 +137,9 @@ class Program:
         way = _way(error)
         if _came_through(way, "dspy.adapters", "format"):
             return unfit
-        if _came_through(way, "dspy.adapters", "parse") and way[-1][0].partition(".")[0] in _JSON_READERS:
+        if _came_through(way, "dspy.adapters", "parse") and any(
+            module.partition(".")[0] in _JSON_READERS for module, _ in way
+        ):
             return OutputInvalid(
                 f"the LM's answer could not be read as JSON: {type(error).__name__}, as of what is nested too deeply"
             )

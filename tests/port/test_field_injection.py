@@ -154,5 +154,5 @@ def test_the_json_that_is_asked_for_after_a_chat_answer_failed_is_watched_as_wel
         peer.call("create_program", JUDGE)
         errors = [peer.call("execute_program", ASK) for _ in range(2)]
         assert [error["error_type"] for error in errors] == ["output_invalid"] * 2
-        assert "safe twice" in errors[0]["error"] and "too many" in errors[1]["error"]
+        assert "safe twice" in errors[0]["error"] and "too long" in errors[1]["error"]
     assert len(server.requests) == 4
