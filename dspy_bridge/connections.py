@@ -5,6 +5,7 @@ Without that a burst of calls that reached the limit left nothing for anybody el
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -30,6 +31,8 @@ class Use:
         self._lock = threading.Lock()
         self._count = 0
         self._close_after = False
+        # Event loops that it was called on: each has connections of its own.
+        self._loops: list[asyncio.AbstractEventLoop] = []
 
     def __reduce__(self) -> Any:
         """A deep copy of an LM opens connections of its own."""
@@ -40,11 +43,19 @@ class Use:
         """For as long as a call runs. Any thread."""
         with self._lock:
             self._count += 1
+            with suppress(RuntimeError):  # a call without a loop
+                if (loop := asyncio.get_running_loop()) not in self._loops:
+                    self._loops.append(loop)
         try:
             yield
         finally:
             with self._lock:
                 self._count -= 1
+
+    def loops(self) -> list[asyncio.AbstractEventLoop]:
+        """Those that it was called on."""
+        with self._lock:
+            return list(self._loops)
 
     def may_close(self) -> bool:
         """Whether nothing is under way, so that all connections are idle; if not, they are to be closed after that."""
@@ -68,13 +79,21 @@ def register(lm: Any) -> None:
 
 
 async def close_idle() -> None:
-    """Close the connections of all LMs that nobody is calling. For the event loop on which they are called."""
+    """Close the connections of all LMs that nobody is calling."""
     with _lock:
         lms = list(_lms)
     for lm in lms:
         if lm.use.may_close():
-            with suppress(Exception):  # connections that were broken already
-                await lm.aclose()
+            await close(lm)
+
+
+async def close(lm: Any) -> None:
+    """Close the connections of an LM that nobody is calling, on each event loop that has some."""
+    here = asyncio.get_running_loop()
+    for loop in lm.use.loops() or [here]:
+        with suppress(Exception):  # connections that were broken already
+            closing = lm.aclose()
+            await (closing if loop is here else asyncio.wrap_future(asyncio.run_coroutine_threadsafe(closing, loop)))
 
 
 def ran_out(error: BaseException | None) -> bool:

@@ -45,12 +45,17 @@ class DaemonThreads(Executor):
             self._carry_out(*self._queue.get())
 
     def _carry_out(self, future: Future[Any], work: Callable[[], Any]) -> None:
-        result, error = None, None
+        result: Any = None
+        error: BaseException | None = None
         wanted = future.set_running_or_notify_cancel()
         if wanted:
             try:
                 result = work()
-            except BaseException as raised:  # whoever waits is told
+            except StopIteration as raised:
+                # asyncio's futures take none: its waiter would wait for ever.
+                error = RuntimeError("StopIteration was raised")
+                error.__cause__ = raised
+            except BaseException as raised:  # its waiter gets it
                 error = raised
         with self._lock:
             # Before anybody is told: what they submit then finds this thread free.

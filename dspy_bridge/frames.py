@@ -70,7 +70,14 @@ class FrameDecoder:
             wanted = HEADER_BYTES if self._length < 0 else self._length
             step = min(wanted - self._have, end - position)
             if self._have or step < wanted:
-                self._parts.append(data[position : position + step])
+                try:
+                    self._parts.append(data[position : position + step])
+                except MemoryError:
+                    # Here, not at the reader's: the frames that `out` has are to be served, and what follows is there.
+                    if (refused := self.give_up()) is None:
+                        raise
+                    out.append(refused)
+                    continue
                 self._have += step
                 position += step
                 if self._have < wanted:

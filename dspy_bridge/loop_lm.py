@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import dspy
@@ -25,8 +24,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
                 return await super().acall(*args, **kwargs)
         finally:
             if self.use.to_close():
-                with suppress(Exception):  # connections that were broken already
-                    await self.aclose()
+                await connections.close(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""

@@ -97,7 +97,8 @@ def _remember(secret: str, for_good: bool) -> None:
     if for_good:
         _kept[secret] = None
         return
+    # Any thread: another may have removed it between two steps.
+    _known.pop(secret, None)
     _known[secret] = None
-    _known.move_to_end(secret)
-    if len(_known) > _MOST:
+    while len(_known) > _MOST:
         _known.popitem(last=False)

@@ -53,15 +53,7 @@ class Runner:
 
 async def in_thread(work: Callable[[], Any]) -> Any:
     """Run `work` in a worker thread, with DSPy's context of now."""
-
-    def run() -> Any:
-        try:
-            return work()
-        except StopIteration as error:
-            # A future cannot hold one: whoever waits for it would wait for ever.
-            raise RuntimeError("the module raised StopIteration") from error
-
-    return await THREADS.run(run)
+    return await THREADS.run(work)
 
 
 class ToolCallRunner(Runner):

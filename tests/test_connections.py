@@ -9,6 +9,7 @@ import itertools
 import os
 import resource
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -89,3 +90,33 @@ def test_what_is_spare_is_the_limit_less_what_the_peer_needs(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
     assert descriptors.spare() == wanted
+
+
+def test_connections_are_closed_on_each_event_loop_that_has_some() -> None:
+    """Executes with large inputs have a loop of their own."""
+    other = asyncio.new_event_loop()
+    thread = threading.Thread(target=other.run_forever)
+    thread.start()
+    closed: list[asyncio.AbstractEventLoop] = []
+
+    class Noted(LM):
+        async def aclose(self) -> None:
+            closed.append(asyncio.get_running_loop())
+
+    async def call(lm: LM) -> None:
+        with lm.use.call():
+            pass
+
+    async def scenario() -> None:
+        lm = Noted()
+        await call(lm)
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(lm), other))
+        await connections.close_idle()
+        assert closed == [asyncio.get_running_loop(), other]
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        other.call_soon_threadsafe(other.stop)
+        thread.join()
+        other.close()

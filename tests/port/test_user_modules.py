@@ -63,6 +63,10 @@ class Cancels(dspy.Module):
     def forward(self, question):
         raise asyncio.CancelledError
 
+class Stops(dspy.Module):
+    def __init__(self, signature):
+        next(iter(()))
+
 def down(question):
     return down(question)
 
@@ -269,6 +273,13 @@ def test_whatever_they_return_is_one_reply(start: Any) -> None:
         reply["error_type"] == "output_invalid" and "Unprintable" in reply["error"] and "answer, more" in reply["error"]
     )
     assert peer.finish()[0] == 0
+
+
+def test_a_constructor_that_raises_stop_iteration_is_told(start: Any) -> None:
+    """asyncio's futures hold none: the create was never answered."""
+    peer = start()
+    args = {"id": "x", "signature": "question -> answer", "program_type": "host:Stops"}
+    assert peer.call("create_program", args)["error_type"] == "internal"
 
 
 def test_options_go_to_the_constructor_by_name(start: Any) -> None:
