@@ -97,14 +97,14 @@ class XMLAdapter(dspy.XMLAdapter):  # type: ignore[misc]
         return super().format_user_message_content(signature, inputs, *args, **options)
 
     def parse(self, signature: Signature, completion: str) -> Any:
-        fields = super().parse(signature, completion)
         if self.strict:
+            # First: of what is no text DSPy makes a list of such a field, and says that it does not fit.
             found = markers.tagged(completion)
             counts = Counter(name for name, _ in found)
             outputs = signature.output_fields.items()
             once = {name for name, info in outputs if counts[name] > 1 and not _is_list(info.annotation)}
             _refuse(markers.contradicted(pair for pair in found if pair[0] in once))
-        return fields
+        return super().parse(signature, completion)
 
 
 @_heard_once
@@ -116,8 +116,7 @@ class JSONAdapter(dspy.JSONAdapter):  # type: ignore[misc]
     def parse(self, signature: Signature, completion: str) -> Any:
         fields = super().parse(signature, completion)
         if self.strict:
-            pairs = markers.keyed(completion)
-            _refuse(markers.contradicted(pair for pair in pairs if pair[0] in signature.output_fields))
+            _refuse(_contradicted_json(signature, completion))
         return fields
 
 
@@ -157,8 +156,8 @@ class _Answers(BaseCallback):  # type: ignore[misc]
         return context
 
     def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        chat = type(instance) is dspy.ChatAdapter
-        self._wrong = _contradicted(inputs["signature"], inputs["completion"]) if chat else None
+        contradicted = {dspy.ChatAdapter: _contradicted, dspy.JSONAdapter: _contradicted_json}.get(type(instance))
+        self._wrong = contradicted and contradicted(inputs["signature"], inputs["completion"])
 
     def check(self, strict: bool) -> None:
         if strict:
@@ -183,6 +182,10 @@ def _contradicted(signature: Signature, completion: str) -> str | None:
     # An empty `completed` is the end of the answer, whatever field has that name.
     sections = (pair for pair in markers.headed(completion) if pair[0] in fields and pair != ("completed", ""))
     return markers.contradicted(sections)
+
+
+def _contradicted_json(signature: Signature, completion: str) -> str | None:
+    return markers.contradicted(pair for pair in markers.keyed(completion) if pair[0] in signature.output_fields)
 
 
 def _is_list(annotation: Any) -> bool:

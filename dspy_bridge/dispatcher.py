@@ -90,18 +90,18 @@ class Dispatcher:
                 return pong
         if isinstance(frame, TooLarge):
             if frame.no_memory:
-                return _no_memory(None, frame.length)
+                return messages.encode_failure(None, _no_memory(frame.length))
             text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
             if not memory.room_for(frame):
-                return _no_memory(messages.readable_id(frame), len(frame))
+                return self._unread(frame, messages.readable_id(frame), _no_memory(len(frame)))
             request = messages.decode(frame)
         except MemoryError:
-            return _no_memory(messages.readable_id(frame), len(frame))
+            return self._unread(frame, messages.readable_id(frame), _no_memory(len(frame)))
         except messages.MessageError as error:
             error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
-            return messages.encode_failure(error.id, messages.failure(error_type, failures.one_line(str(error))))
+            return self._unread(frame, error.id, messages.failure(error_type, failures.one_line(str(error))))
         if isinstance(request, messages.ToolResult) and not self._conversation.asked(request.call_id):
             text = failures.one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
             return messages.encode_failure(None, messages.failure("invalid_request", text))
@@ -112,6 +112,14 @@ class Dispatcher:
         if request.traceparent is None:
             return self._begin(call)
         return tracing.context(request.traceparent).run(self._begin, call)
+
+    def _unread(self, frame: bytes, id: messages.Id | None, failure: dict[str, Any]) -> bytes | None:
+        """The reply to a frame that cannot be read; what a tool gave is refused where its call waits."""
+        call_id = messages.readable_call_id(frame)
+        if call_id is None or not self._conversation.asked(call_id):
+            return messages.encode_failure(id, failure)
+        self._inbox.append(messages.ToolResult(call_id, None, failure["error"]))
+        return None
 
     def _begin(self, call: Call) -> bytes | None:
         request = call.request
@@ -307,9 +315,9 @@ class Dispatcher:
         return failures.describe(error, self._log_exception)
 
 
-def _no_memory(id: messages.Id | None, length: int) -> bytes:
+def _no_memory(length: int) -> dict[str, Any]:
     text = f"frame of {length} bytes: there is not enough memory to read it; send less at once"
-    return messages.encode_failure(id, messages.failure(FrameTooLarge.error_type, text))
+    return messages.failure(FrameTooLarge.error_type, text)
 
 
 def _meta(call: Call, now: float) -> dict[str, Any]:

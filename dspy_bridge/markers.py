@@ -107,9 +107,13 @@ def keyed(answer: str) -> list[tuple[str, Any]]:
 
 
 def tagged(answer: str) -> list[tuple[str, str]]:
-    """The elements of an answer, each with its name, as `dspy.XMLAdapter` reads them."""
+    """The elements of an answer, each with its name, as `dspy.XMLAdapter` reads them; none if it is no XML."""
     found = []
-    for child in ElementTree.fromstring(f"<all>{answer}</all>"):
+    try:
+        elements = ElementTree.fromstring(f"<all>{answer}</all>")
+    except ElementTree.ParseError:
+        return []  # DSPy refuses it
+    for child in elements:
         child.tail = None
         name = child.get("key", child.tag) if child.tag == "entry" else child.tag
         found.append((name, ElementTree.tostring(child, encoding="unicode").strip()))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _EXTERNAL_TERM_FORMAT = 131
 _FIRST_KEY_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]')
 
+_FIRST_KEY_TOOL_RESULT = re.compile(rb'\s*\{\s*"tool_result"\s*:\s*\{\s*"call_id"\s*:\s*([0-9]{1,18})\s*[,}]')
+
 # Digits alone in `id` and `timeout_ms`, and no value that could be wrong anywhere. Up to 18 digits, which any counter
 # of a BEAM has; a longer id could make the pong longer than a packet of `QUICK_BYTES`.
 _PLAIN_PING = (
@@ -275,6 +277,12 @@ def readable_id(payload: bytes) -> Id | None:
     except ValueError:
         return None
     return id if _is_id(id) else None
+
+
+def readable_call_id(payload: bytes) -> int | None:
+    """The tool call that an otherwise unreadable payload starts with: its program gets the error instead of waiting."""
+    match = _FIRST_KEY_TOOL_RESULT.match(payload)
+    return None if match is None else int(match[1])
 
 
 def _is_id(value: object) -> TypeGuard[Id]:

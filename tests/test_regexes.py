@@ -65,6 +65,10 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         lambda text: messages._FIRST_KEY_ID.match(text.encode()),
         [' { "id" : -12 ,', ' { "id" : "ab" }'],
     ),
+    "messages:_FIRST_KEY_TOOL_RESULT": (
+        lambda text: messages.readable_call_id(text.encode()),
+        [' { "tool_result" : { "call_id" : 12 ,'],
+    ),
     "messages:_PING_PAYLOAD": (lambda text: messages._PING_PAYLOAD(text.encode()), [PING]),
     "messages:_PING_PACKET": (lambda text: messages._PING_PACKET(text.encode()), ["\0\0\0a" + PING]),
     "messages:_is_traceparent": (messages._is_traceparent, [TRACE]),

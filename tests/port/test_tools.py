@@ -72,6 +72,25 @@ def test_any_result_is_told_to_the_lm(start_lm: Any, result: Any, told: str) -> 
     assert f"## observation_0 ## ]]\n{told}\n" in prompt(server.requests[1])
 
 
+UNREADABLE = [(b"1" * 5000, "at most 4300 digits"), (b"[" * 300 + b"]" * 300, "recursion limit"), (b"\xff", "UTF-8")]
+
+
+def test_a_result_that_cannot_be_read_is_an_observation(start_lm: Any) -> None:
+    """Nobody else could answer that call: the program waited for its deadline."""
+    searches = [step("search", {"query": "a", "most": 2})] * len(UNREADABLE)
+    server = start_lm(script(*searches, FINISH, EXTRACT))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        id = peer.request("execute_program", ASK)
+        for result, _ in UNREADABLE:
+            call_id = peer.receive()["tool_call"]["call_id"]
+            peer.send(b'{"tool_result":{"call_id":%d,"success":true,"result":%b}}' % (call_id, result))
+        reply = peer.receive()
+        assert reply["id"] == id and reply["success"], reply
+    observed = [prompt(request) for request in server.requests[1:]]
+    assert all(text in seen for (_, text), seen in zip(UNREADABLE, observed, strict=False))
+
+
 WRONG_ARGUMENTS = [
     ({"query": 5, "most": 1}, "Arg query is invalid: 5 is not of type 'string'"),
     ({"query": "a", "most": "many"}, "Arg most is invalid: 'many' is not of type 'integer'"),
