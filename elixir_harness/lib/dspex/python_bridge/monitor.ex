@@ -14,7 +14,8 @@ defmodule DSPex.PythonBridge.Monitor do
   The monitor of a pool's bridge is told when a call was given up, by its caller's timeout or death, and
   the peer has sent nothing since. It then asks at once, and again each fifth of the timeout until an answer comes, without
   waiting for the earlier ones: each has its full timeout, but `:max_failures` of them are missed within
-  8 s instead of minutes (with the defaults), and the peer is replaced.
+  8 s instead of minutes (with the defaults), and the peer is replaced. As soon as the peer sends anything, the doubt is
+  over and its misses do not count: they were of pings that waited behind what the peer had not read yet.
 
   Options, with defaults from `config :dspex, :python_bridge_monitor`:
 
@@ -56,6 +57,7 @@ defmodule DSPex.PythonBridge.Monitor do
   @no_stats %{
     status: :unknown,
     failures: 0,
+    doubted: 0,
     missed: nil,
     last_check: nil,
     checks: 0,
@@ -173,9 +175,10 @@ defmodule DSPex.PythonBridge.Monitor do
   def init(options) do
     # check: the monitor of the one that runs, since started; waiting: who asked for it; next: who
     # asked meanwhile and gets a check of their own. doubt: the timer of the next ping that may be due,
-    # pings: when those in doubt were sent, by their monitors, told?: whether there is need of another.
+    # pings: when those in doubt were sent, by their monitors, told?: whether there is need of another;
+    # outdated: pings since which the peer has sent something. doubted: how many of the failures were of pings.
     state = Map.merge(@no_stats, %{options: options, check: nil, waiting: [], next: []})
-    state = Map.merge(state, %{doubt: nil, pings: %{}, told?: false})
+    state = Map.merge(state, %{doubt: nil, pings: %{}, outdated: %{}, told?: false})
     {:ok, schedule(Map.merge(state, %{timer: nil, started: nil}))}
   end
 
@@ -193,10 +196,19 @@ defmodule DSPex.PythonBridge.Monitor do
     {:noreply, state}
   end
 
-  # From the bridge, if that is a pool's.
+  # Both from the bridge, if that is a pool's.
   @impl GenServer
   def handle_cast(:unanswered, %{doubt: nil} = state), do: {:noreply, ask_again(state)}
   def handle_cast(:unanswered, state), do: {:noreply, %{state | told?: true}}
+
+  # Their answers are still welcome: nothing else tells that the peer is healthy again.
+  def handle_cast(:heard, state) do
+    outdated = Map.merge(state.outdated, state.pings)
+    failures = state.failures - state.doubted
+    state = %{state | told?: false, pings: %{}, outdated: outdated}
+    {:noreply, %{state | failures: failures, doubted: 0}}
+  end
+
   def handle_cast(message, state), do: drop(message, state)
 
   @impl GenServer
@@ -206,7 +218,7 @@ defmodule DSPex.PythonBridge.Monitor do
   # The check ran in a process of its own; its exit reason is what it found.
   def handle_info({:DOWN, check, :process, _pid, reason}, %{check: check} = state)
       when is_reference(check) do
-    state = checked(%{state | check: nil}, reason, state.started)
+    state = checked(%{state | check: nil}, reason, state.started, 0)
     Enum.each(state.waiting, &GenServer.reply(&1, health(state)))
 
     case state.next do
@@ -218,9 +230,19 @@ defmodule DSPex.PythonBridge.Monitor do
   def handle_info({:DOWN, ping, :process, _pid, reason}, state)
       when is_map_key(state.pings, ping) do
     {sent, pings} = Map.pop!(state.pings, ping)
-    state = checked(%{state | pings: pings}, reason, sent)
+    state = checked(%{state | pings: pings}, reason, sent, 1)
     # Only as long as all are missed.
     {:noreply, if(missed?(reason) and state.failures > 0, do: state, else: forget_pings(state))}
+  end
+
+  def handle_info({:DOWN, ping, :process, _pid, reason}, state)
+      when is_map_key(state.outdated, ping) do
+    {sent, outdated} = Map.pop!(state.outdated, ping)
+    state = %{state | outdated: outdated}
+
+    if missed?(reason),
+      do: {:noreply, state},
+      else: {:noreply, state |> checked(reason, sent, 1) |> forget_pings()}
   end
 
   def handle_info({:timeout, timer, :doubt}, %{doubt: timer} = state) do
@@ -245,16 +267,20 @@ defmodule DSPex.PythonBridge.Monitor do
   end
 
   defp forget_pings(state) do
-    Enum.each(state.pings, fn {ping, _sent} -> Process.demonitor(ping, [:flush]) end)
-    %{state | pings: %{}}
+    for pings <- [state.pings, state.outdated],
+        {ping, _sent} <- pings,
+        do: Process.demonitor(ping, [:flush])
+
+    %{state | pings: %{}, outdated: %{}}
   end
 
   defp missed?({:checked, {:missed, _reason, %{state: :running}}}), do: true
   defp missed?(_answered_or_else), do: false
 
-  defp checked(state, reason, started) do
+  # in_doubt: 1 for a ping in doubt, 0 for a regular check.
+  defp checked(state, reason, started, in_doubt) do
     state = %{state | last_check: DateTime.utc_now(), checks: state.checks + 1}
-    state = count(state, reason)
+    state = count(state, reason, in_doubt)
     tell(state, reason, started)
     restart_if_due(state, reason)
   end
@@ -282,19 +308,24 @@ defmodule DSPex.PythonBridge.Monitor do
     end
   end
 
-  defp count(state, {:checked, {:answered, ms}}) do
+  defp count(state, {:checked, {:answered, ms}}, _in_doubt) do
     times = Enum.take([ms | state.response_times], @window)
-    state = %{state | status: :healthy, failures: 0, response_times: times}
+    state = %{state | status: :healthy, failures: 0, doubted: 0, response_times: times}
     %{state | answered: state.answered + 1}
   end
 
-  defp count(state, {:checked, {:missed, reason, bridge_status}}) do
+  defp count(state, {:checked, {:missed, reason, bridge_status}}, in_doubt) do
     # A bridge that is not there is counted, too, but there is nothing that could be restarted.
     counts? = bridge_status.state == :running or reason == :bridge_not_running
     # Those of a peer that has been replaced meanwhile are not its successor's.
-    so_far = if bridge_status.os_pid == state.missed, do: state.failures, else: 0
+    same? = bridge_status.os_pid == state.missed
+    {so_far, doubted} = if same?, do: {state.failures, state.doubted}, else: {0, 0}
     failures = if counts?, do: so_far + 1, else: state.failures
-    state = if counts?, do: %{state | missed: bridge_status.os_pid}, else: state
+
+    state =
+      if counts?,
+        do: %{state | missed: bridge_status.os_pid, doubted: doubted + in_doubt},
+        else: state
 
     Logger.warning(
       "monitor of bridge #{inspect(state.options.bridge)}, Python process " <>
@@ -307,10 +338,10 @@ defmodule DSPex.PythonBridge.Monitor do
     %{state | status: :unhealthy, failures: failures}
   end
 
-  defp count(state, {:checked, :overloaded}), do: state
+  defp count(state, {:checked, :overloaded}, _in_doubt), do: state
 
   # The check itself failed, which no peer can cause.
-  defp count(state, _crash), do: %{state | status: :unhealthy}
+  defp count(state, _crash, _in_doubt), do: %{state | status: :unhealthy}
 
   # A peer's error text may repeat what was sent.
   defp describe(reason) when is_atom(reason), do: reason
@@ -337,7 +368,7 @@ defmodule DSPex.PythonBridge.Monitor do
        when failures >= options.max_failures do
     gone? = match?({:checked, {:missed, :bridge_not_running, _status}}, reason)
     unless gone?, do: spawn(fn -> Server.replace(options.bridge) end)
-    %{state | failures: 0}
+    %{state | failures: 0, doubted: 0}
   end
 
   defp restart_if_due(state, _reason), do: state

@@ -178,10 +178,11 @@ defmodule DSPex.PythonBridge.Traffic do
 
   defp suspect_silence(traffic, _call), do: traffic
 
-  @doc "The peer that serves has sent something."
+  @doc "The peer that serves has sent something, for the first time since it was suspected of silence."
   @spec heard(t()) :: t()
-  def heard(%__MODULE__{slot: {slots, index, _keeper, _monitor}} = traffic) do
+  def heard(%__MODULE__{slot: {slots, index, _keeper, monitor}} = traffic) do
     Slots.heard(slots, index)
+    GenServer.cast(monitor, :heard)
     %{traffic | silent?: false}
   end
 

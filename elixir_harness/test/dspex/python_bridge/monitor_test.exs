@@ -127,6 +127,26 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{checks: 2, success_rate: 1.0} = Monitor.get_health_status(monitor)
   end
 
+  test "told that the peer has sent something, it forgets what it asked in doubt, but no check" do
+    bridge = start_bridge(fake_opts("silent"))
+    monitor = start_monitor(bridge, timeout: 200, max_failures: 1_000)
+    assert %{failures: 1} = Monitor.force_health_check(monitor)
+    GenServer.cast(monitor, :unanswered)
+    eventually(fn -> Monitor.get_health_status(monitor).failures > 2 end)
+
+    GenServer.cast(monitor, :unanswered)
+    GenServer.cast(monitor, :heard)
+    assert %{failures: 1, checks: checks} = Monitor.get_health_status(monitor)
+    # Neither the pings under way count nor are there others.
+    eventually(fn -> :sys.get_state(monitor).doubt == nil end)
+    eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
+    assert %{failures: 1, checks: ^checks} = Monitor.get_health_status(monitor)
+
+    assert %{failures: 2} = Monitor.force_health_check(monitor)
+    GenServer.cast(monitor, :heard)
+    assert %{failures: 2} = Monitor.get_health_status(monitor)
+  end
+
   @tag :tmp_dir
   test "told of a call while the peer starts, it asks once, and leaves it to the bridge", %{
     tmp_dir: dir
