@@ -313,6 +313,22 @@ defmodule DSPex.PythonBridge.PoolTest do
       assert {:ok, _} = Task.await(caller, 20_000)
       assert {:ok, ^bridge} = Pool.checkout()
     end
+
+    test "in the middle of a loan, before anybody has it, leaves no bridge lent to nobody" do
+      start_up(pool_size: 2)
+      {:ok, mine} = Pool.checkout()
+      %{slots: slots} = Info.fetch(Pool)
+
+      # As far as a keeper has got that was killed before it noted the borrower, or after it had forgotten him.
+      for index <- Slots.indexes(slots), do: Slots.lend(slots, index)
+      keeper = Process.whereis(Pool.Keeper)
+      Process.exit(keeper, :kill)
+      eventually(fn -> Process.whereis(Pool.Keeper) not in [keeper, nil] end)
+
+      assert {:ok, other} = Pool.checkout()
+      assert Enum.sort([mine, other]) == bridges()
+      assert Pool.checkout() == {:error, :pool_exhausted}
+    end
   end
 
   describe "checkout and checkin" do

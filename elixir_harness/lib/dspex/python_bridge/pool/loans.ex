@@ -6,9 +6,16 @@ defmodule DSPex.PythonBridge.Pool.Loans do
 
   alias DSPex.PythonBridge.Pool.{Info, Slots}
 
-  @doc "Watches the borrowers that the table tells of: for a new keeper."
+  @doc """
+  Watches the borrowers that the table tells of: for a new keeper. A loan that the old one was killed in the
+  middle of is over: nobody has heard of it, or it was given back.
+  """
   @spec restore(Info.t()) :: :ok
-  def restore(%Info{loans: loans}) do
+  def restore(%Info{loans: loans, slots: slots}) do
+    for index <- Slots.indexes(slots),
+        not :ets.member(loans, index),
+        do: Slots.unlend(slots, index)
+
     for {index, borrower, _monitor_of_the_old, ref} <- :ets.tab2list(loans) do
       :ets.insert(loans, {index, borrower, watch(borrower, index), ref})
     end
