@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Caller do
   `DSPex.PythonBridge.Relay` is.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Programs, Protocol, Relay, Traffic}
+  alias DSPex.PythonBridge.{Error, Options, Programs, Protocol, Relay, Server, Traffic}
   alias DSPex.PythonBridge.Pool.Info
 
   @default_timeout 30_000
@@ -266,11 +266,15 @@ defmodule DSPex.PythonBridge.Caller do
     end
   end
 
-  # What is on another node is known there.
+  # What is on another node is known there. A bridge is registered before it runs; once it does, its dictionary, and
+  # with it what it began with, is hidden, but by then it has told its defaults: whoever saw neither looks again.
   defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
-    do: :persistent_term.get({__MODULE__, pid}, nil) != nil
+    do: told_defaults?(pid) or begins?(pid) or told_defaults?(pid)
 
   defp bridge?(dest), do: dest != nil
+
+  defp told_defaults?(pid), do: :persistent_term.get({__MODULE__, pid}, nil) != nil
+  defp begins?(pid), do: match?({Server, :init, 1}, :proc_lib.translate_initial_call(pid))
 
   # It would log what it is sent, and not answer.
   defp a_pool(server) do
@@ -292,8 +296,8 @@ defmodule DSPex.PythonBridge.Caller do
 
   ## The bridge's default timeout, which callers must know without asking it
 
-  # A persistent term costs the caller 0.05 µs. That there is one is how a bridge is told from another process.
-  @doc "To be called by the bridge of this pid when it starts."
+  # A persistent term costs the caller 0.05 µs. That there is one is how a bridge that runs is told from another process.
+  @doc "To be called by the bridge of this pid when it starts, before it makes itself `:sensitive`."
   @spec remember_defaults(pid(), Options.t()) :: :ok
   def remember_defaults(pid, %Options{default_timeout: timeout}),
     do: :persistent_term.put({__MODULE__, pid}, timeout)

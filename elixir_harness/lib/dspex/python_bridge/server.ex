@@ -78,9 +78,9 @@ defmodule DSPex.PythonBridge.Server do
   @impl GenServer
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
+    Caller.remember_defaults(self(), options)
     # Keeps the queued messages, which have what callers sent in them, out of crash reports.
     Process.flag(:sensitive, true)
-    Caller.remember_defaults(self(), options)
     with {slots, index, _keeper, _monitor} <- options.slot, do: Slots.reset(slots, index)
     programs = if options.programs == nil, do: Programs.new(), else: options.programs
     Telemetry.look_once()
