@@ -324,12 +324,16 @@ defmodule DSPex.PythonBridge.Bridge do
   # that it does not know.
   defp find(server) do
     case Caller.find(server) do
-      {:ok, {name, node}} -> find_there(node, name)
-      {:ok, pid} when node(pid) != node() -> find_there(node(pid), pid)
+      {:ok, {name, node} = far} -> find_there(node, name, far)
+      {:ok, pid} when node(pid) != node() -> find_there(node(pid), pid, pid)
       here_or_not -> here_or_not
     end
   end
 
-  defp find_there(node, server),
-    do: :erpc.call(node, Caller, :find, [server], @question_ms)
+  # A node of an older version has no such function: then the server is asked unchecked.
+  defp find_there(node, server, as_given) do
+    :erpc.call(node, Caller, :find, [server], @question_ms)
+  catch
+    :error, {:exception, :undef, [{Caller, :find, _, _} | _]} -> {:ok, as_given}
+  end
 end

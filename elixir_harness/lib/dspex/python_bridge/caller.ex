@@ -296,7 +296,8 @@ defmodule DSPex.PythonBridge.Caller do
 
   ## The bridge's default timeout, which callers must know without asking it
 
-  # A persistent term costs the caller 0.05 µs. That there is one is how a bridge that runs is told from another process.
+  # A persistent term costs the caller 0.05 µs. That there is one is how a bridge that runs is told from another
+  # process.
   @doc "To be called by the bridge of this pid when it starts, before it makes itself `:sensitive`."
   @spec remember_defaults(pid(), Options.t()) :: :ok
   def remember_defaults(pid, %Options{default_timeout: timeout}),
