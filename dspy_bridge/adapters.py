@@ -9,7 +9,9 @@ host's own class is left as it is.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -60,20 +62,40 @@ def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-@_heard_once
-class ChatAdapter(dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
+class _Cleaning:
+    """What all that write fields into a prompt have in common. Values are cleaned of types in DSPy's own notation, too:
+    an LM's words, which come back in the trajectory of an agent, are text."""
+
     strict = True
+    # Whether marks in what has been formatted before (an agent's trajectory) are to be cleaned once more.
+    _formatted_is_cleaned = False
+
+    def _clean_input(self, _signature: Signature, text: str) -> str:
+        return text
+
+    def _clean_output(self, text: str) -> str:
+        return text
 
     def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
-        return _plain(super().format(signature, demos, inputs))
+        return _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
 
-    def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> str:
-        inputs = _cleaned(signature.input_fields, inputs, markers.without_headers)
-        return _Formatted(super().format_user_message_content(signature, inputs, *args, **options))
+    def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
+        clean = functools.partial(self._clean_input, signature)
+        inputs = _cleaned(signature.input_fields, inputs, clean, clean if self._formatted_is_cleaned else str)
+        return _Formatted(super().format_user_message_content(signature, inputs, *args, **options))  # type: ignore[misc]
 
     def format_assistant_message_content(self, signature: Signature, outputs: Any, *args: Any, **options: Any) -> Any:
-        outputs = _cleaned(signature.output_fields, outputs, markers.without_headers)
-        return super().format_assistant_message_content(signature, outputs, *args, **options)
+        outputs = _cleaned(signature.output_fields, outputs, self._clean_output)
+        return super().format_assistant_message_content(signature, outputs, *args, **options)  # type: ignore[misc]
+
+
+@_heard_once
+class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
+    def _clean_input(self, _signature: Signature, text: str) -> str:
+        return markers.without_headers(text)
+
+    def _clean_output(self, text: str) -> str:
+        return markers.without_headers(text)
 
     def parse(self, signature: Signature, completion: str) -> Any:
         fields = super().parse(signature, completion)
@@ -87,14 +109,13 @@ class ChatAdapter(dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no type
 
 
 @_heard_once
-class XMLAdapter(dspy.XMLAdapter):  # type: ignore[misc]
-    strict = True
+class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
+    # The tags of a trajectory are its inputs'; the outputs of the next step are known only here.
+    _formatted_is_cleaned = True
 
-    def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
+    def _clean_input(self, signature: Signature, text: str) -> str:
         # DSPy takes an `entry` for the field that its attribute names.
-        names = {*signature.output_fields, "entry"}
-        inputs = _cleaned(signature.input_fields, inputs, lambda text: markers.without_tags(text, names))
-        return super().format_user_message_content(signature, inputs, *args, **options)
+        return markers.without_tags(text, {*signature.output_fields, "entry"})
 
     def parse(self, signature: Signature, completion: str) -> Any:
         if self.strict:
@@ -108,10 +129,8 @@ class XMLAdapter(dspy.XMLAdapter):  # type: ignore[misc]
 
 
 @_heard_once
-class JSONAdapter(dspy.JSONAdapter):  # type: ignore[misc]
-    """Text within JSON is quoted, so that it forges nothing; there are only keys that come twice."""
-
-    strict = True
+class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
+    """Text within JSON is quoted, so that it forges no field; there are only keys that come twice."""
 
     def parse(self, signature: Signature, completion: str) -> Any:
         fields = super().parse(signature, completion)
@@ -146,7 +165,10 @@ class TwoStepAdapter(dspy.TwoStepAdapter):  # type: ignore[misc]
 
 
 class _Answers(BaseCallback):  # type: ignore[misc]
-    """Notes what was wrong with the last answer that was read. DSPy swallows what a callback raises."""
+    """Notes what was wrong with the last answer that was read. DSPy swallows what a callback raises.
+
+    What the first step has written is cleaned in place: it is a text.
+    """
 
     def __init__(self) -> None:
         self._wrong: str | None = None
@@ -154,6 +176,11 @@ class _Answers(BaseCallback):  # type: ignore[misc]
     def watched(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = dspy.context(callbacks=[*dspy.settings.callbacks, self])
         return context
+
+    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if type(instance) in (dspy.ChatAdapter, dspy.JSONAdapter):
+            values = inputs["inputs"]
+            values.update(_cleaned(inputs["signature"].input_fields, values, markers.without_headers))
 
     def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         contradicted = {dspy.ChatAdapter: _contradicted, dspy.JSONAdapter: _contradicted_json}.get(type(instance))
@@ -194,21 +221,23 @@ def _is_list(annotation: Any) -> bool:
     return "array" in (schema.get("type"), *(choice.get("type") for choice in schema.get("anyOf", ())))
 
 
-def _cleaned(fields: Any, values: Any, clean: markers.Change) -> dict[str, Any]:
+def _cleaned(
+    fields: Any, values: Any, clean: markers.Change, clean_formatted: Callable[[str], str] = str
+) -> dict[str, Any]:
     """The values of a signature's fields, without the marks that `clean` removes."""
     made = dict(values)
     for name, info in fields.items():
         if name in made:
-            made[name] = _clean_field(info, made[name], clean)
+            made[name] = _clean_field(info, made[name], clean, clean_formatted)
     return made
 
 
-def _clean_field(info: Any, value: Any, clean: markers.Change) -> Any:
+def _clean_field(info: Any, value: Any, clean: markers.Change, clean_formatted: Callable[[str], str]) -> Any:
     if type(value) is _Formatted:
-        return str(value)
+        return clean_formatted(str(value))
     if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
         # As it will stand in the prompt: what RLM's code has printed, say.
         text = format_field_value(field_info=info, value=value)
-        cleaned = clean(text)
+        cleaned = clean(text if isinstance(value, dspy.Type) else markers.without_types(text))
         return value if cleaned == text else cleaned
-    return markers.changed(value, clean)
+    return markers.changed(value, lambda text: clean(markers.without_types(text)))

@@ -137,11 +137,14 @@ class Program:
         way = _way(error)
         if _came_through(way, "dspy.adapters", "format"):
             return unfit
-        if _came_through(way, "dspy.adapters", "parse") and any(
-            module.partition(".")[0] in _JSON_READERS for module, _ in way
+        read = any(
+            name == "parse" and module.startswith(("dspy.adapters", "dspy_bridge.adapters")) for module, name in way
+        )
+        if read and (
+            isinstance(error, RecursionError) or any(module.partition(".")[0] in _JSON_READERS for module, _ in way)
         ):
             return OutputInvalid(
-                f"the LM's answer could not be read as JSON: {type(error).__name__}, as of what is nested too deeply"
+                f"the LM's answer could not be read: {type(error).__name__}, as of what is nested too deeply"
             )
         given = [name for name, value in (("config", config or self._config), ("lm", lm or self._lm)) if value]
         if given and self._of_dspy and _is_of_settings(error, way):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+from xml.sax.saxutils import escape
 
 import pytest
 from conftest import lm_env
@@ -126,6 +128,51 @@ def test_what_a_tool_answers_is_text_as_well(start_lm: Any) -> None:
             peer.send({"tool_result": {"call_id": call_id, **result}})
         assert peer.receive()["success"]
     assert all(isinstance(message["content"], str) for request in server.requests for message in request["messages"])
+
+
+@pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
+def test_what_an_lm_says_is_text_where_it_comes_back(start_lm: Any, adapter: str) -> None:
+    """In the trajectory of an agent and in demos. Of beginnings alone DSPy would look for the end of each."""
+
+    def says(**fields: Any) -> str:
+        if adapter == "json":
+            return json.dumps(fields)
+        return (
+            chat(**fields) if adapter == "chat" else "".join(f"<{key}>{value}</{key}>" for key, value in fields.items())
+        )
+
+    def step(thought: str, tool: str) -> str:
+        args: Any = {"query": thought} if adapter == "json" else "{}"
+        return says(
+            next_thought=escape(thought) if adapter == "xml" else thought, next_tool_name=tool, next_tool_args=args
+        )
+
+    many = "<<CUSTOM-TYPE-START-IDENTIFIER>>" * 30_000
+    answer = says(reasoning="r", summary="s", safe=False)
+    server = start_lm(script(step(TYPE, "search"), step(many, "search"), step("done", "finish"), answer, answer))
+    with Peer(env=lm_env(server)) as peer:
+        tools = [{"name": "search", "args": {}}]
+        peer.call("create_program", {**JUDGE, "program_type": "react", "tools": tools, "adapter": adapter})
+        peer.request("execute_program", {**ASK, "inputs": {"text": "Why?"}})
+        while "tool_call" in (reply := peer.receive()):
+            peer.send({"tool_result": {"call_id": reply["tool_call"]["call_id"], "success": True, "result": "x"}})
+        assert reply["success"], reply
+        demos = [{"text": TYPE, "summary": many, "safe": True}]
+        peer.call("create_program", {**JUDGE, "demos": demos, "adapter": adapter, "program_type": "chain_of_thought"})
+        assert peer.call("execute_program", {**ASK, "inputs": {"text": "Why?"}})["success"]
+    assert len(server.requests) == 5
+    assert all(isinstance(message["content"], str) for request in server.requests for message in request["messages"])
+
+
+def test_what_the_first_of_two_steps_says_is_text_for_the_second(start_lm: Any) -> None:
+    server = start_lm(lambda request: TYPE + TEXT if request["model"] == "writes" else chat(summary="s", safe=False))
+    adapter = {"name": "two_step", "extraction_model": {"model": "openai/reads", **server.options()}}
+    with Peer(env=lm_env(server)) as peer:
+        lm = {"model": "openai/writes", **server.options()}
+        peer.call("create_program", {**JUDGE, "lm": lm, "adapter": adapter})
+        assert peer.call("execute_program", ASK)["result"] == {"summary": "s", "safe": False}
+    assert isinstance(server.requests[1]["messages"][-1]["content"], str)
+    assert "(( ## safe ## ))" in asked(server.requests[1])
 
 
 OWN = """

@@ -182,11 +182,14 @@ def test_an_lm_that_cannot_be_reached() -> None:
 
 def test_an_answer_that_is_nested_too_deeply_to_be_read_is_the_lms_fault(start_lm: Any) -> None:
     """Whatever settings were given, and whatever DSPy's reader of JSON raises."""
-    answers = ["{" * 500, '{"answer":' * 50_000, "[" * 50_000]
+    xml = "<answer>" + "<b>" * 20_000 + "</b>" * 20_000 + "</answer>"
+    answers = ["{" * 500, '{"answer":' * 50_000, "[" * 50_000, xml]
     server = start_lm(script(*[answer for answer in answers for _ in range(2)]))
     with Peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, "adapter": "json"})
         for answer in answers:
+            if answer is xml:
+                peer.call("create_program", {**QA, "adapter": "xml"})
             for more in ({}, {"config": {"temperature": 0.5}}):
                 reply = peer.call("execute_program", {**ASK, **more})
                 assert reply["error_type"] == "output_invalid", (answer[:20], more, reply)
