@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Characters, about.
+# Characters, about: with what has most of anything, the event loop is held for some 70 ms.
 LARGE = 1 << 20
+# What else costs as much as how many characters, to check it and to write it into a prompt.
+_VALUE, _CONTAINER, _MESSAGE = 10, 100, 1000
+# So many bytes of a request hold nothing large, whatever they are: an empty message has three.
+NEVER_LARGE = LARGE // 512
 # A disk that does not answer can take them all: then only executes with files or large inputs wait.
 _READERS = 8
 
@@ -33,20 +37,28 @@ here: ContextVar[bool] = ContextVar("large", default=False)
 
 
 def is_large(values: Any) -> bool:
-    """Whether there are `LARGE` characters or items in it; media count with their content."""
+    """Whether there are `LARGE` characters in it, or values that cost as much; media count with their content."""
     left, inside = LARGE, [values]
-    while inside and left > 0:
+    while inside:
         value = inside.pop()
+        more: Any = ()
         if isinstance(value, (str, bytes)):
             left -= len(value)
         elif isinstance(value, dict):
-            inside.extend(value.values())
+            # A history's, before and after it is checked.
+            messages = value.get("messages")
+            left -= _CONTAINER + (_MESSAGE * len(messages) if isinstance(messages, list) else 0)
+            more = value.values()
         elif isinstance(value, (list, tuple, set, frozenset)):
-            inside.extend(value)
+            left -= _CONTAINER
+            more = value
         elif hasattr(value, "__dict__"):
-            inside.append(vars(value))
-        left -= 1
-    return left <= 0
+            more = (vars(value),)
+        left -= _VALUE * len(more)
+        if left <= 0:
+            return True
+        inside.extend(more)
+    return False
 
 
 async def in_thread(work: Callable[[], T]) -> T:

@@ -83,7 +83,8 @@ class Program:
         may_name_files = self._lms.settings.files_dir is not None and any(
             isinstance(value, (dict, list)) for value in inputs.values()
         )
-        if call.size < large.LARGE and not may_name_files:
+        small = call.size < large.NEVER_LARGE or (call.size < large.LARGE and not large.is_large(inputs))
+        if small and not may_name_files:
             return self._checked(inputs)
         values, are_large = await large.in_thread(lambda: _weighed(self._checked(inputs)))
         # Of a host's own module nobody knows whether its `forward` does what its `aforward` does.

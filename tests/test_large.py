@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -120,6 +121,40 @@ def test_a_file_is_read_elsewhere(content: bytes, tmp_path: Path, monkeypatch: p
     assert (threads["format"] == "MainThread") == (content == b"small")
 
 
+TURNS = [{"question": "x", "answer": "y"}] * 2000
+
+
+@pytest.mark.parametrize(
+    ("definition", "inputs"),
+    [
+        ({"signature": "talk: dspy.History, question -> answer"}, {"question": "x", "talk": {"messages": TURNS}}),
+        ({"signature": "context: Any -> answer"}, {"context": [{"a": {"b": 1}}] * 10_000}),
+        ({"signature": "context: list[int] -> answer"}, {"context": [1] * 200_000}),
+    ],
+    ids=["history", "nested", "list"],
+)
+def test_many_small_values_are_written_elsewhere_though_their_frame_is_small(
+    definition: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    """Each costs far more than its characters."""
+    size = len(json.dumps(inputs))
+    assert size < large.LARGE
+    outputs, threads = call(definition, inputs, size)
+    assert outputs["answer"] == "Paris"
+    assert threads["format"].startswith("dspy_bridge-sync") and threads["lm"] == "dspy_bridge-large"
+
+
+@pytest.mark.parametrize("value", [[[]], [{}], [1], {"messages": [{}]}], ids=["list", "object", "number", "message"])
+def test_no_frame_that_is_not_looked_at_holds_what_is_large(value: Any) -> None:
+    """The densest values that JSON has, as many as go into such a frame."""
+    items = value["messages"] if isinstance(value, dict) else value
+    size = len(json.dumps(items[0])) + 1
+    items *= large.NEVER_LARGE // size
+    assert not large.is_large(value)
+    items *= 600
+    assert large.is_large(value)
+
+
 def test_what_is_large() -> None:
     for value in (
         LARGE,
@@ -127,8 +162,13 @@ def test_what_is_large() -> None:
         [LARGE],
         {"a": {"b": [1, LARGE]}},
         [0] * len(LARGE),
+        [[]] * 10_000,
+        [{"a": {"b": 1}}] * 10_000,
+        dict.fromkeys(map(str, range(200_000))),
+        {"talk": {"messages": TURNS}},
+        dspy.History(messages=TURNS),
         media._Image(url="http://" + LARGE),
     ):
         assert large.is_large(value)
-    for value in (LARGE[:-100], 5, None, [1] * 1000, {"a": dspy.History(messages=[])}, int, {1, 2}):
+    for value in (LARGE[:-100], 5, None, [1] * 1000, [{"a": 1}] * 1000, {"a": dspy.History(messages=[])}, int, {1, 2}):
         assert not large.is_large(value)
