@@ -48,6 +48,8 @@ async def run(
             task = asyncio.get_running_loop().create_task(one(index))
             tasks.add(task)
             task.add_done_callback(ended)
+            # Until it first waits, its inputs are checked and written into a prompt: not hundreds of them at a stretch.
+            await asyncio.sleep(0)
         while tasks:
             await asyncio.wait(tasks)
     finally:

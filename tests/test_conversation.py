@@ -338,6 +338,33 @@ def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
     assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
 
 
+def test_each_item_of_a_batch_begins_in_a_turn_of_the_loop_of_its_own() -> None:
+    """Hundreds may run at once, and until they first wait, their inputs are checked and written into prompts."""
+    turns: list[int] = [0]
+    begun: list[int] = []
+
+    async def work(_item: int) -> None:
+        begun.append(turns[0])
+
+    async def many(args: dict[str, Any], call: Call) -> Any:
+        watch = asyncio.create_task(_count(turns))
+        try:
+            return await batch.run(args["many"], work, call, stream=False)
+        finally:
+            watch.cancel()
+
+    bench = Bench(many, max_in_flight=256)
+    bench.request(1, {"many": list(range(100))})
+    assert len(bench.next()["result"]) == 100
+    assert len(set(begun)) == 100
+
+
+async def _count(turns: list[int]) -> None:
+    while True:
+        turns[0] += 1
+        await asyncio.sleep(0)
+
+
 def test_cancelling_a_batch_cancels_all_its_items() -> None:
     bench = Batches(max_in_flight=2)
     bench.request(1, {"many": [0, 2, 4, 6]})
