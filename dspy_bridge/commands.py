@@ -164,7 +164,7 @@ class Commands:
     async def _execute_all(
         self, entry: Entry, inputs: list[Any], config: dict[str, Any] | None, lm: dict[str, Any] | None, call: Call
     ) -> dict[str, Any]:
-        from dspy_bridge import batch
+        from dspy_bridge import batch, large
 
         entry, program = await self._working(entry, call)
 
@@ -172,7 +172,7 @@ class Commands:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
             _count(entry)
-            return await program.call(item, config, lm, call, stream=False)
+            return await program.call(item, config, lm, call, stream=False, limit=large.LARGE_IN_BATCH)
 
         return {"results": await batch.run(inputs, one, call, stream=call.request.stream)}
 

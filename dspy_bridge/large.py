@@ -25,10 +25,12 @@ T = TypeVar("T")
 
 # Characters, about: with what has most of anything, the event loop is held for some 70 ms.
 LARGE = 1 << 20
+# Of one input of a batch: between two steps of another execute there may be several of those.
+LARGE_IN_BATCH = LARGE // 4
 # What else costs as much as how many characters, to check it and to write it into a prompt.
 _VALUE, _CONTAINER, _MESSAGE = 10, 100, 1000
 # So many bytes of a request hold nothing large, whatever they are: an empty message has three.
-NEVER_LARGE = LARGE // 512
+NEVER_LARGE = LARGE_IN_BATCH // 512
 # A disk that does not answer can take them all: then only executes with files or large inputs wait.
 _READERS = 8
 
@@ -36,9 +38,9 @@ _READERS = 8
 here: ContextVar[bool] = ContextVar("large", default=False)
 
 
-def is_large(values: Any) -> bool:
-    """Whether there are `LARGE` characters in it, or values that cost as much; media count with their content."""
-    left, inside = LARGE, [values]
+def is_large(values: Any, limit: int = LARGE) -> bool:
+    """Whether there are `limit` characters in it, or values that cost as much; media count with their content."""
+    left, inside = limit, [values]
     while inside:
         value = inside.pop()
         more: Any = ()

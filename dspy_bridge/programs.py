@@ -53,13 +53,14 @@ class Program:
         call: Call,
         *,
         stream: bool,
+        limit: int = large.LARGE,
     ) -> dict[str, Any]:
-        """Run on `inputs` and give the output fields; `stream`: tell of it meanwhile.
+        """Run on `inputs` and give the output fields; `stream`: tell of it meanwhile; `limit`: what is large.
 
         Raises `BridgeError`, or whatever a defect raises.
         """
         runner = self._runner
-        values = await self._read(inputs, call)
+        values = await self._read(inputs, call, limit)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
         redaction.learn([self._config, config])
@@ -78,15 +79,15 @@ class Program:
             self._contract.check_outputs(outputs)
         return outputs
 
-    async def _read(self, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
+    async def _read(self, inputs: dict[str, Any], call: Call, limit: int) -> dict[str, Any]:
         """As `_checked`, where that holds up nobody else; notes whether they are large."""
         may_name_files = self._lms.settings.files_dir is not None and any(
             isinstance(value, (dict, list)) for value in inputs.values()
         )
-        small = call.size < large.NEVER_LARGE or (call.size < large.LARGE and not large.is_large(inputs))
+        small = call.size < large.NEVER_LARGE or not large.is_large(inputs, limit)
         if small and not may_name_files:
             return self._checked(inputs)
-        values, are_large = await large.in_thread(lambda: _weighed(self._checked(inputs)))
+        values, are_large = await large.in_thread(lambda: _weighed(self._checked(inputs), limit))
         # Of a host's own module nobody knows whether its `forward` does what its `aforward` does.
         large.here.set(are_large and (self._of_dspy or not self._runner.on_loop))
         return values
@@ -156,8 +157,8 @@ class Program:
         return error
 
 
-def _weighed(values: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    return values, large.is_large(values)
+def _weighed(values: dict[str, Any], limit: int) -> tuple[dict[str, Any], bool]:
+    return values, large.is_large(values, limit)
 
 
 def _without_types(value: Any) -> Any:

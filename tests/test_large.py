@@ -7,6 +7,7 @@ import base64
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import dspy
@@ -15,6 +16,7 @@ from dspy.utils.callback import BaseCallback
 from lm_server import LMServer, chat
 
 from dspy_bridge import files, large, media, models
+from dspy_bridge.commands import Commands
 from dspy_bridge.programs import Program
 from dspy_bridge.settings import Settings
 
@@ -38,6 +40,9 @@ class Size:
     """What a program asks of its call; `told`: each item of the stream, and where it was told."""
 
     meter = None
+    gave_turn = False
+    host = SimpleNamespace(turns=SimpleNamespace(leave=lambda: None))
+    request = SimpleNamespace(stream=False, meta=False)
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -144,14 +149,35 @@ def test_many_small_values_are_written_elsewhere_though_their_frame_is_small(
     assert threads["format"].startswith("dspy_bridge-sync") and threads["lm"] == "dspy_bridge-large"
 
 
+def test_of_a_batch_less_is_large() -> None:
+    """Hundreds may be under way at once, and each of their steps holds up an execute beside them."""
+    inputs = {"context": [{"a": {"b": 1}}] * 3000}
+    watch = Threads()
+    settings = Settings({"lm": "offline/echo"})
+    commands = Commands(settings, lambda: None, dict)
+    commands._models = models.Models(settings)  # by the thread that does it in the other tests, too
+    call = cast(Any, Size(len(json.dumps(inputs))))
+
+    async def main() -> None:
+        await commands.create_program({"id": "p", "signature": "context: Any -> answer"}, call)
+        for given in (inputs, [inputs]):
+            with dspy.context(callbacks=[watch]):
+                await commands.execute_program({"program_id": "p", "inputs": given}, call)
+            threads.append(watch.names["format"])
+
+    threads: list[str] = []
+    asyncio.run(main())
+    assert threads[0] == "MainThread" and threads[1].startswith("dspy_bridge-sync")
+
+
 @pytest.mark.parametrize("value", [[[]], [{}], [1], {"messages": [{}]}], ids=["list", "object", "number", "message"])
 def test_no_frame_that_is_not_looked_at_holds_what_is_large(value: Any) -> None:
     """The densest values that JSON has, as many as go into such a frame."""
     items = value["messages"] if isinstance(value, dict) else value
     size = len(json.dumps(items[0])) + 1
     items *= large.NEVER_LARGE // size
-    assert not large.is_large(value)
-    items *= 600
+    assert not large.is_large(value, large.LARGE_IN_BATCH)
+    items *= 2400
     assert large.is_large(value)
 
 
