@@ -23,6 +23,8 @@ _NOT_AS_ARGUMENT = ("self", "instance")
 # As providers with native function calling want them.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
+# Of one tool. An execute in which it is called holds the event loop for 0.4 ms with each.
+MAX_ARGS = 100
 
 # The execute that this context belongs to: a program's tools are the same for all its executes.
 asking: ContextVar[Call] = ContextVar("asking")
@@ -98,6 +100,8 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
     args = definition.get("args", {})
     if not isinstance(args, dict):
         raise InvalidArgs(f'{where}.args: expected an object such as {{"query": {{"type": "str"}}}}')
+    if len(args) > MAX_ARGS:
+        raise InvalidArgs(f"{where}.args: expected at most {MAX_ARGS}")
     types: dict[str, Any] = {}
     schemas = {}
     for arg, given in args.items():
