@@ -15,6 +15,8 @@ from dspy_bridge.schema_words import short
 
 # What DSPy's modules answer beside a signature's outputs: an answer is a turn of a history as it came.
 _OF_MODULES = frozenset(("reasoning", "rationale", "trajectory", "final_reasoning", "tool_calls"))
+# So many unknown inputs are named in an error, and the rest counted.
+_NAMED = 20
 
 
 class Contract:
@@ -35,12 +37,13 @@ class Contract:
     def check(self, inputs: dict[str, Any], others: Sequence[BridgeError] = ()) -> dict[str, Any]:
         """The inputs as DSPy wants them. Values in errors are not quoted.
 
-        `others`: what else is wrong with the request. Raises `InvalidArgs` or `NotAllowed`, which names every missing,
-        unknown and unfit input at once.
+        `others`: what else is wrong with the request. Raises `InvalidArgs` or `NotAllowed`, which names every missing
+        and unfit input, and the unknown ones as far as they are few, at once.
         """
-        wrong: list[BridgeError] = [
-            InvalidArgs(f"inputs.{_quoted(name)}: unknown field") for name in inputs if name not in self.inputs
-        ]
+        unknown = [name for name in inputs if name not in self.inputs]
+        wrong: list[BridgeError] = [InvalidArgs(f"inputs.{_quoted(name)}: unknown field") for name in unknown[:_NAMED]]
+        if len(unknown) > _NAMED:
+            wrong.append(InvalidArgs(f"inputs: {len(unknown) - _NAMED} more unknown fields"))
         values = {}
         for name, validator in self.inputs.items():
             if name not in inputs and name not in self.defaults:
