@@ -44,7 +44,9 @@ def test_of_many_unknown_inputs_the_first_are_named_and_the_rest_counted() -> No
     """A reply has no room for more, and making a text of each of a million took ten seconds."""
     error = refused(contract(field("q")), dict.fromkeys([f"x{n}" for n in range(10_000)]))
     assert error.startswith("inputs.x0: unknown field; inputs.x1: unknown field; ")
-    assert error.endswith("; inputs.x19: unknown field; inputs: 9980 more unknown fields; inputs.q: missing; expected q")
+    assert error.endswith(
+        "; inputs.x19: unknown field; inputs: 9980 more unknown fields; inputs.q: missing; expected q"
+    )
 
 
 def test_long_names_are_cut() -> None:
