@@ -7,6 +7,7 @@ provider: a caller that does not take more stops that reading, and nothing is st
 from __future__ import annotations
 
 import asyncio
+import time
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,8 @@ _READERS: dict[type, type[answers.Reader]] = {
 }
 # What DSPy's modules let an LM write before the outputs.
 _BEFORE = ("reasoning", "rationale")
+# An LM that never waits leaves the event loop to others this often, in seconds.
+_STRETCH = 0.005
 
 
 class _Answer:
@@ -60,6 +63,7 @@ class Stream:
         self._call = call
         self._loop = asyncio.get_running_loop()
         self._on_loop = on_loop
+        self._left = time.monotonic()
         self._fields = list(dict.fromkeys((*_BEFORE, *fields)))
         self._told: dict[str, list[str]] = {}
         # By predictor.
@@ -105,6 +109,9 @@ class Stream:
             else:
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(telling, self._loop))
         _allow_another_try(told)
+        if time.monotonic() - self._left > _STRETCH:
+            await asyncio.sleep(0)
+            self._left = time.monotonic()
 
     def _read(self, piece: Any) -> list[answers.Told]:
         answer = _answer.get()
