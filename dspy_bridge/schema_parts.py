@@ -23,6 +23,8 @@ from dspy_bridge.errors import InvalidArgs
 MAX_DEPTH = 64
 # Schemas in all, references followed: a few lines of references to references can mean billions. 10,000 take 0.4 s.
 MAX_SCHEMAS = 10_000
+# Values of its enums in all, references followed. An LM is told them with each execute: 300,000 take 0.7 s.
+MAX_VALUES = 10_000
 
 # What checks the values of a schema, and how it is shown.
 Part = tuple[CoreSchema, dict[str, Any]]
@@ -38,6 +40,7 @@ class _Converter:
         self._root = root
         self._where = where
         self._count = 0
+        self._values = 0
         self._following: list[str] = []
         self._patterns: set[str] = set()
 
@@ -116,6 +119,9 @@ class _Converter:
 
     def _one_value(self, schema: dict[str, Any], where: str) -> Part:
         values = words.values(schema, where)
+        self._values += len(values)
+        if self._values > MAX_VALUES:
+            raise InvalidArgs(f"{where}.enum: expected at most {MAX_VALUES} values of enums, references followed")
         if "type" in schema:
             kinds = words.kinds(schema, where)
             allowed = _union([self._kind(kind, {}, where, 0)[0] for kind in kinds])
