@@ -1,23 +1,29 @@
 """Dies while it is given the program `frail`, the times whose numbers are in FAKE_DIES: `2 3` are the second and third.
 
 The times are counted in FAKE_FILE, over all peers. Programs are kept as ids; executes tell whether theirs is there.
+The program that the file FAKE_FILE.holds names is not answered as long as it does.
 """
 
 import json
 import os
+import time
+from pathlib import Path
 
 from frames import reply, requests, write_raw
 
 programs = []
+holds = Path(os.environ["FAKE_FILE"] + ".holds")
 for request in requests():
     command, args = request["command"], request["args"]
     if command == "create_program":
         if args["id"] == "frail":
             with open(os.environ["FAKE_FILE"], "a+") as file:
                 file.write("x")
-                time = file.tell()
-            if str(time) in os.environ["FAKE_DIES"].split():
+                count = file.tell()
+            if str(count) in os.environ["FAKE_DIES"].split():
                 os._exit(6)
+        while holds.exists() and holds.read_text() == args["id"]:
+            time.sleep(0.01)
         programs.append(args["id"])
         reply(request, {"program_id": args["id"], "status": "created"})
     elif command == "execute_program" and args["program_id"] not in programs:

@@ -15,7 +15,7 @@ defmodule DSPex.PythonBridge.Peer do
 
   # up_at: of its first reply; loads: the programs that it was given, by request id, and has not
   # acknowledged yet; nil: it was given none so far; to_load: those that it is still to be given;
-  # load_failures: why those that it does not have could not be loaded.
+  # load_failures: why those that it does not have could not be loaded, by their stamps.
 
   @type t :: %__MODULE__{
           port: port(),
@@ -25,7 +25,7 @@ defmodule DSPex.PythonBridge.Peer do
           up_at: integer() | nil,
           loads: %{pos_integer() => {Programs.id(), Programs.stamp()}} | nil,
           to_load: [Programs.definition()],
-          load_failures: %{Programs.id() => Error.t()},
+          load_failures: %{Programs.stamp() => Error.t()},
           answered?: boolean()
         }
 

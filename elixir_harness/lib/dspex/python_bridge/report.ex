@@ -9,9 +9,9 @@ defmodule DSPex.PythonBridge.Report do
   alias DSPex.PythonBridge.{Bridge, Options, Peer, PeerLog, Server, Telemetry, Traffic}
 
   @typedoc """
-  Why a peer is no more: `:died` by itself; `:start_timeout`, no answer to its first ping; `:unresponsive`,
-  replaced by the monitor; `:replaced` by a restart; `:stopped` with the bridge; `:not_started`, it never
-  was.
+  Why a peer is no more: `:died` by itself; `:start_timeout`, no answer to its first ping, or, beside one that
+  serves, to a program that it was given; `:unresponsive`, replaced by the monitor; `:replaced` by a restart;
+  `:stopped` with the bridge; `:not_started`, it never was.
   """
   @type end_reason ::
           :died | :start_timeout | :unresponsive | :replaced | :stopped | :not_started

@@ -18,6 +18,7 @@ defmodule DSPex.PythonBridge.Server do
     Dispatch,
     Guard,
     Interim,
+    Loading,
     Options,
     Peer,
     PeerLog,
@@ -42,7 +43,9 @@ defmodule DSPex.PythonBridge.Server do
             when retry in [:here, :never, :caller] and is_integer(deaths) and deaths >= 0
 
   # peer serves, next starts, old ones finish. load_deaths: see Loading, by the stamp of the program.
-  # load_failures: errors, by the program that the present peer could not load.
+  # load_failures: errors, by the stamp of the program that the present peer could not load.
+  # again_timer: when another peer is started for those that were left out. restarts_later: those who asked for
+  # a restart when a peer was loading without them.
   @enforce_keys [:options, :label, :reaper, :peer_log, :programs, :traffic]
   defstruct [
     :options,
@@ -58,6 +61,8 @@ defmodule DSPex.PythonBridge.Server do
     status: :starting,
     old: [],
     restarts_waiting: [],
+    restarts_later: [],
+    again_timer: nil,
     backoff: Backoff.new(),
     load_deaths: %{},
     load_failures: %{},
@@ -104,7 +109,7 @@ defmodule DSPex.PythonBridge.Server do
   def handle_call(:get_status, _from, state), do: {:reply, Report.status(state), state}
 
   def handle_call({:load_failure, id}, _from, state),
-    do: {:reply, state.load_failures[id], state}
+    do: {:reply, Loading.failure(state, id), state}
 
   def handle_call(:restart, from, state), do: {:noreply, Succession.restart(state, from)}
 
@@ -190,6 +195,10 @@ defmodule DSPex.PythonBridge.Server do
   def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
     do: {:noreply, Succession.timer_fired(%{state | timer: nil}, what)}
 
+  def handle_info({:timeout, timer, :try_again}, %{again_timer: timer} = state)
+      when is_reference(timer),
+      do: {:noreply, Succession.try_left_out(%{state | again_timer: nil})}
+
   # Of a timer that was cancelled too late.
   def handle_info({:timeout, _timer, _what}, state), do: {:noreply, state}
 
@@ -245,7 +254,8 @@ defmodule DSPex.PythonBridge.Server do
   defp finish_calls(state) do
     traffic = Traffic.fail_all(state.traffic, :bridge_not_running, :held)
     # Nothing is started any more, nor taken over, and what a death gives back is not sent again.
-    state = Succession.give_up_next(%{state | status: :stopping, traffic: traffic, timer: nil})
+    state = %{state | status: :stopping, traffic: traffic, timer: nil, again_timer: nil}
+    state = Succession.give_up_next(state)
     finish_calls(state, now() + state.options.drain_ms)
   end
 
@@ -259,7 +269,7 @@ defmodule DSPex.PythonBridge.Server do
           finish_calls(state, deadline)
 
         {:"$gen_call", from, {:load_failure, id}} ->
-          GenServer.reply(from, state.load_failures[id])
+          GenServer.reply(from, Loading.failure(state, id))
           finish_calls(state, deadline)
 
         # Whoever asked for something else hears that the bridge has ended.

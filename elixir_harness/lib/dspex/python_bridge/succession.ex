@@ -48,7 +48,7 @@ defmodule DSPex.PythonBridge.Succession do
 
       {:error, text} ->
         Report.down(state, nil, :not_started, text)
-        not_started(state, nil, text)
+        not_started(Loading.put_off(state), nil, text)
     end
   end
 
@@ -86,7 +86,7 @@ defmodule DSPex.PythonBridge.Succession do
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
-    state = %{state | load_failures: next.load_failures}
+    state = Loading.plan(%{state | load_failures: next.load_failures})
     if state.big?, do: send(self(), :collect)
     state = %{state | traffic: Dispatch.serve(state.traffic, next.port)}
     tell_slot(state, :ready)
@@ -128,10 +128,10 @@ defmodule DSPex.PythonBridge.Succession do
   end
 
   defp lost_next(%{next: next} = state, why, reason) do
-    {left_out, state} = Loading.blame(end_peer(%{state | next: nil}, next, reason, why), next)
+    {left_out?, state} = Loading.blame(end_peer(%{state | next: nil}, next, reason, why), next)
 
-    # Nothing is lost by a restart without it if the present one does not have it either.
-    if state.peer && is_map_key(state.load_failures, left_out) do
+    # Nothing is lost by a restart without it: the present one does not have it either.
+    if left_out? and state.peer != nil and state.restarts_waiting != [] do
       Report.death(state, next, :warning, why, "another starts, without the program")
       open(state)
     else
@@ -158,7 +158,8 @@ defmodule DSPex.PythonBridge.Succession do
   # A restart that fails leaves all as it was; without a peer, the attempts go on.
   defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
     Report.death(state, next, :warning, why, "the present one goes on")
-    state = %{cancel_timer(state) | traffic: Dispatch.serve(state.traffic, peer.port)}
+    state = Loading.plan(cancel_timer(state))
+    state = %{state | traffic: Dispatch.serve(state.traffic, peer.port)}
     answer_restarts(state, {:error, "the new Python process did not start: #{why}"})
   end
 
@@ -207,14 +208,36 @@ defmodule DSPex.PythonBridge.Succession do
   @doc "Has the peer followed by another; `from` is answered when that serves, or does not."
   @spec restart(state(), GenServer.from()) :: state()
   def restart(state, from) do
+    if Loading.without_some?(state),
+      do: %{state | restarts_later: [from | state.restarts_later]},
+      else: restart_now(state, from)
+  end
+
+  defp restart_now(state, from) do
     state = Loading.try_all(%{state | restarts_waiting: [from | state.restarts_waiting]})
 
     cond do
       state.next -> state
-      state.peer -> open(%{state | traffic: Dispatch.hold_changes(state.traffic)})
+      state.peer -> open_beside(state)
       true -> open(%{cancel_timer(state) | backoff: Backoff.new()})
     end
   end
+
+  defp open_beside(state), do: open(%{state | traffic: Dispatch.hold_changes(state.traffic)})
+
+  @doc "The time has come to try those programs again that were left out: as in a restart that nobody waits for."
+  @spec try_left_out(state()) :: state()
+  def try_left_out(%{next: nil, peer: %Peer{} = peer} = state) do
+    if Loading.due?(state) do
+      Report.log(state, peer, :info, "another is started, and given what was left out")
+      open_beside(state)
+    else
+      Loading.plan(state)
+    end
+  end
+
+  # The one that starts brings it along, or another is planned when it serves or has failed.
+  def try_left_out(state), do: state
 
   @doc "Ends a peer that does not react, and starts another."
   @spec replace(state()) :: state()
@@ -230,7 +253,8 @@ defmodule DSPex.PythonBridge.Succession do
 
   defp answer_restarts(state, answer) do
     Enum.each(state.restarts_waiting, &GenServer.reply(&1, answer))
-    %{state | restarts_waiting: []}
+    later = state.restarts_later
+    Enum.reduce(later, %{state | restarts_waiting: [], restarts_later: []}, &restart(&2, &1))
   end
 
   defp drain(state, peer) do
@@ -289,6 +313,12 @@ defmodule DSPex.PythonBridge.Succession do
   # The peer before is so long at a change of the programs that they are loaded as they are.
   def timer_fired(%{next: %Peer{loads: nil}} = state, :load_timeout),
     do: state |> Loading.begin() |> take_over_or_wait()
+
+  # It was started for what was left out, and nobody waits: it must not serve if it may be about to die of it.
+  def timer_fired(%{peer: %Peer{}, restarts_waiting: []} = state, :load_timeout) do
+    why = "a program has been loading for #{state.options.start_timeout} ms"
+    lost_next(state, why, :start_timeout)
+  end
 
   # Whether the peer still reacts is the monitor's to find out; calls have timeouts of their own.
   def timer_fired(%{next: next} = state, :load_timeout) do

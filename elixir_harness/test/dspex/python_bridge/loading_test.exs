@@ -159,11 +159,166 @@ defmodule DSPex.PythonBridge.LoadingTest do
     assert {:ok, _} = execute(bridge, "frail")
   end
 
+  describe "while the present peer serves, a program that was left out" do
+    test "is tried by another beside it, which takes over if it loads", %{tmp_dir: dir} do
+      bridge = start(dir, [2, 3, 4])
+      kill_peer(bridge)
+      assert again_in(bridge) in 50_000..60_000
+      assert timer_in(bridge) in 50_000..60_000
+      %{os_pid: old} = Bridge.get_status(bridge)
+      hold(dir, "frail")
+      time_has_come(bridge)
+      # It is being given to the other.
+      eventually(fn -> times(dir) == 5 end, 20_000)
+      assert {:ok, %{"pid" => ^old}} = execute(bridge, "first")
+      let_go(dir)
+      eventually(fn -> match?({:ok, _}, execute(bridge, "frail")) end, 20_000)
+
+      assert {:ok, %{"programs" => ["first", "last", "frail"], "pid" => pid}} =
+               execute(bridge, "frail")
+
+      assert pid != old
+      assert %{load_deaths: deaths, again_timer: nil} = :sys.get_state(bridge)
+      assert deaths == %{}
+    end
+
+    test "of which that dies again leaves all as it was, and waits for twice the time", %{
+      tmp_dir: dir
+    } do
+      bridge = start(dir, [2, 3, 4, 5])
+      kill_peer(bridge)
+      %{os_pid: pid, restarts: restarts} = Bridge.get_status(bridge)
+
+      log =
+        capture_log(fn ->
+          time_has_come(bridge)
+          eventually(fn -> times(dir) == 5 and :sys.get_state(bridge).next == nil end, 20_000)
+        end)
+
+      assert log =~ "the present one goes on"
+      # One attempt, and no other peer without it.
+      assert %{os_pid: ^pid, state: :running, restarts: later} = Bridge.get_status(bridge)
+      assert later == restarts + 1
+      assert again_in(bridge) in 100_000..120_000
+      assert timer_in(bridge) in 100_000..120_000
+      assert execute(bridge, "frail") == {:error, :python_process_died}
+      # Changes are held no longer.
+      assert {:ok, _} = create(bridge, "another")
+      time_has_come(bridge)
+      eventually(fn -> match?({:ok, _}, execute(bridge, "frail")) end, 20_000)
+    end
+
+    test "that hangs there, or whose peer does not even start, does not end the present one", %{
+      tmp_dir: dir
+    } do
+      bridge = start(dir, [2, 3, 4])
+      kill_peer(bridge)
+      %{os_pid: pid} = Bridge.get_status(bridge)
+      timeout = :sys.get_state(bridge).options.start_timeout
+      hold(dir, "frail")
+      :sys.replace_state(bridge, &put_in(&1.options.start_timeout, 1_000))
+      time_has_come(bridge)
+      eventually(fn -> times(dir) == 5 and :sys.get_state(bridge).next == nil end, 20_000)
+      assert again_in(bridge) in 100_000..120_000
+      :sys.replace_state(bridge, &put_in(&1.options.start_timeout, timeout))
+      let_go(dir)
+
+      script = :sys.get_state(bridge).options.script_path
+      %{restarts: restarts} = Bridge.get_status(bridge)
+      :sys.replace_state(bridge, &put_in(&1.options.script_path, fake("dies_at_start")))
+      time_has_come(bridge)
+
+      eventually(
+        fn ->
+          Bridge.get_status(bridge).restarts > restarts and :sys.get_state(bridge).next == nil
+        end,
+        20_000
+      )
+
+      assert again_in(bridge) in 200_000..240_000
+      assert {:ok, %{"pid" => ^pid}} = execute(bridge, "first")
+      :sys.replace_state(bridge, &put_in(&1.options.script_path, script))
+      time_has_come(bridge)
+      eventually(fn -> match?({:ok, _}, execute(bridge, "frail")) end, 20_000)
+    end
+
+    test "is not tried once it is removed or defined anew, nor while another starts", %{
+      tmp_dir: dir
+    } do
+      bridge = start(dir, [2, 3, 4, 6, 7, 8])
+      kill_peer(bridge)
+      %{restarts: restarts} = Bridge.get_status(bridge)
+      assert {:ok, _} = create(bridge, "frail")
+      time_has_come(bridge)
+      assert %{next: nil, again_timer: nil} = :sys.get_state(bridge)
+      assert Bridge.get_status(bridge).restarts == restarts
+
+      kill_peer(bridge)
+      assert times(dir) == 8
+      %{restarts: restarts} = Bridge.get_status(bridge)
+      hold(dir, "first")
+      restart = Task.async(fn -> Bridge.restart(bridge) end)
+      eventually(fn -> match?(%{next: %{loads: %{}}}, :sys.get_state(bridge)) end, 20_000)
+      time_has_come(bridge)
+      assert Bridge.get_status(bridge).restarts == restarts + 1
+      let_go(dir)
+      assert Task.await(restart, 20_000) == :ok
+      assert {:ok, _} = execute(bridge, "frail")
+      assert Bridge.get_status(bridge).restarts == restarts + 1
+    end
+  end
+
+  test "nothing is started for what was left out once the bridge ends", %{tmp_dir: dir} do
+    bridge = start(dir, [2, 3, 4])
+    kill_peer(bridge)
+    %{restarts: restarts} = Bridge.get_status(bridge)
+    pass_time(bridge)
+    %{again_timer: timer} = :sys.get_state(bridge)
+    hold(dir, "held")
+    creation = Task.async(fn -> create(bridge, "held") end)
+    eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
+    stop = Task.async(fn -> Bridge.stop(bridge) end)
+    # One that came before waits behind the creation.
+    eventually(fn -> Bridge.call(bridge, :ping, %{}, 100) == {:error, :bridge_not_running} end)
+    send(bridge, {:timeout, timer, :try_again})
+    assert %{restarts: ^restarts, pending: 1} = Bridge.get_status(bridge)
+    let_go(dir)
+    assert {:ok, _} = Task.await(creation)
+    assert Task.await(stop) == :ok
+  end
+
+  test "a restart that finds one loading without it already has another follow that one", %{
+    tmp_dir: dir
+  } do
+    bridge = start(dir, [2, 3, 4])
+    kill_peer(bridge)
+    hold(dir, "first")
+    kill(Bridge.get_status(bridge).os_pid)
+
+    eventually(
+      fn -> match?(%{peer: nil, next: %{loads: %{}}}, :sys.get_state(bridge)) end,
+      20_000
+    )
+
+    restarts = for _ <- 1..2, do: Task.async(fn -> Bridge.restart(bridge) end)
+    eventually(fn -> length(:sys.get_state(bridge).restarts_later) == 2 end)
+    let_go(dir)
+    assert Task.await_many(restarts, 20_000) == [:ok, :ok]
+    assert {:ok, %{"programs" => ["first", "last", "frail"]}} = execute(bridge, "frail")
+    assert times(dir) == 5
+  end
+
+  # While the file names it, no peer answers that it was given this program.
+  defp hold(dir, id), do: File.write!(Path.join(dir, "times.holds"), id)
+  defp let_go(dir), do: File.rm!(Path.join(dir, "times.holds"))
+
   # The bridge's own notes: nobody is to wait for a minute here.
   defp again_in(bridge) do
     [{_stamp, {_count, again_at}}] = Map.to_list(:sys.get_state(bridge).load_deaths)
     again_at - System.monotonic_time(:millisecond)
   end
+
+  defp timer_in(bridge), do: :erlang.read_timer(:sys.get_state(bridge).again_timer)
 
   defp pass_time(bridge) do
     :sys.replace_state(bridge, fn state ->
@@ -172,5 +327,13 @@ defmodule DSPex.PythonBridge.LoadingTest do
 
       %{state | load_deaths: deaths}
     end)
+  end
+
+  # As `pass_time/1`, and the timer fires, if there is one.
+  defp time_has_come(bridge) do
+    pass_time(bridge)
+    send(bridge, {:timeout, Map.get(:sys.get_state(bridge), :again_timer), :try_again})
+    # Which has been read.
+    :sys.get_state(bridge)
   end
 end
