@@ -169,6 +169,55 @@ defmodule DSPex.PythonBridge.ClusterMessagesTest do
     assert_receive {:dspex_cluster, 2, {:hello, ^keeper, @pool, true, _programs}}
   end
 
+  describe "a keeper that has left, or has not joined yet," do
+    test "is not greeted for what it says, and forgotten if it does not join", context do
+      %{keeper: keeper} = context
+      {node, gone} = gone_keeper()
+      change = {:change, gone, 7, {:cleanup, ["one"], Programs.stamp()}, ""}
+      # It cannot be told that the change was made.
+      for said <- [{:hello, gone, :gone, true, []}, {:serves, gone, :gone, true}, change],
+          do: send(keeper, said)
+
+      assert alive(keeper)
+      assert cluster().behind == MapSet.new()
+      # One timer, whatever it says; as if it fired.
+      assert [{^gone, timer}] = Map.to_list(cluster().strangers)
+      assert :erlang.cancel_timer(timer) in 1..10_000
+      send(keeper, {:stranger, gone})
+      assert alive(keeper)
+      assert cluster().strangers == %{}
+      assert {cluster().older, PoolProbe.serving(@pool)} == {%{}, []}
+      refute node in Node.list()
+    end
+
+    test "is known by what it said when it joins", context do
+      %{keeper: keeper} = context
+      # Of the version before: its hello overtakes the news that it has joined.
+      send(keeper, {:hello, self(), :other, true, []})
+      assert alive(keeper)
+      refute_received {:hello, _keeper, _name, _serves, _programs}
+      join(context.cluster)
+      assert_receive {:hello, ^keeper, @pool, true, []}
+      refute_received {:dspex_cluster, _version, _message}
+      send(keeper, {:stranger, self()})
+      assert alive(keeper)
+      assert [{_pid, _since, :other}] = PoolProbe.serving(@pool)
+      assert cluster().older == %{self() => 1}
+    end
+  end
+
+  defp cluster, do: :sys.get_state(Info.keeper(@pool)).cluster
+
+  # Of a node that nobody is connected to: as a process of this node in the external format, with another name.
+  defp gone_keeper do
+    node = :"gone@nowhere.invalid"
+    name = Atom.to_string(node)
+    <<131, 88, 119, size, _own::binary-size(size), rest::binary>> = :erlang.term_to_binary(self())
+    pid = :erlang.binary_to_term(<<131, 88, 119, byte_size(name), name::binary, rest::binary>>)
+    ^node = node(pid)
+    {node, pid}
+  end
+
   test "a change that is made after hearing of a later clock's wins over what that made",
        context do
     # An hour ahead, and more than this node has counted in that microsecond.

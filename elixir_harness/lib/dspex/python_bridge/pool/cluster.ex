@@ -18,15 +18,18 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   @again_ms 1_000
   # A change waits so long for other nodes to have made it, too.
   @longest_wait_ms 3_000
+  # The news that a keeper has joined comes by :pg, at times after its hello, but not so long.
+  @stranger_ms 10_000
 
   @enforce_keys [:group, :scope, :pg]
   defstruct [:group, :scope, :pg, members: MapSet.new(), behind: MapSet.new(), waits: %{}] ++
-              [older: %{}, puzzled?: false]
+              [older: %{}, strangers: %{}, puzzled?: false]
 
   @typedoc """
   `scope`: the monitor of `:pg`'s process; `pg`: its reference for this group. `members`: keepers of the
   group but this one. `behind`: those that get another hello. `waits`: changes that others are making.
-  `older`: the versions of those that speak an older one. `puzzled?`: something was not understood.
+  `older`: the versions of those that speak an older one. `strangers`: timers of those that have spoken and
+  are not members. `puzzled?`: something was not understood.
   """
   @type t :: %__MODULE__{
           group: atom() | String.t(),
@@ -36,6 +39,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
           behind: MapSet.t(pid()),
           waits: %{pos_integer() => map()},
           older: %{pid() => ClusterMessage.version()},
+          strangers: %{pid() => reference()},
           puzzled?: boolean()
         }
 
@@ -100,13 +104,38 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
 
   @doc """
   Another keeper has spoken in this version. One that turns out to be of an older one has not understood
-  what it was told, and is greeted again.
+  what it was told, and is greeted again. One that is not of the group is about to join, and then greeted, or
+  has left: what it said is forgotten if it does not join, at `{:stranger, keeper}`, which comes to the calling
+  process.
   """
   @spec heard(t(), Info.t(), pid(), ClusterMessage.version()) :: t()
   def heard(%__MODULE__{older: older} = cluster, info, keeper, version) do
-    if version == version(cluster, keeper),
-      do: cluster,
-      else: greet(%{cluster | older: Map.put(older, keeper, version)}, info, [keeper])
+    member? = MapSet.member?(cluster.members, keeper)
+    cluster = if member?, do: cluster, else: stranger(cluster, keeper)
+
+    cond do
+      version == version(cluster, keeper) -> cluster
+      member? -> greet(%{cluster | older: Map.put(older, keeper, version)}, info, [keeper])
+      true -> %{cluster | older: Map.put(older, keeper, version)}
+    end
+  end
+
+  defp stranger(%{strangers: strangers} = cluster, keeper) when is_map_key(strangers, keeper),
+    do: cluster
+
+  defp stranger(%{strangers: strangers} = cluster, keeper) do
+    timer = :erlang.send_after(@stranger_ms, self(), {:stranger, keeper})
+    %{cluster | strangers: Map.put(strangers, keeper, timer)}
+  end
+
+  @doc "A keeper that was not of the group when it spoke should have joined by now."
+  @spec joined_by_now(t(), Info.t(), pid()) :: {t(), done :: [map()]}
+  def joined_by_now(%__MODULE__{} = cluster, info, keeper) do
+    cluster = %{cluster | strangers: Map.delete(cluster.strangers, keeper)}
+
+    if MapSet.member?(cluster.members, keeper),
+      do: {cluster, []},
+      else: left(cluster, info, [keeper])
   end
 
   defp version(cluster, keeper), do: Map.get(cluster.older, keeper, ClusterMessage.version())
@@ -216,9 +245,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
 
   ## Messages
 
-  # A keeper that could not be told is behind; one whose node is gone will leave, or greet anew.
+  # A member that could not be told is behind; one whose node is gone will leave, or greet anew. One that is not
+  # a member is greeted when it joins, if ever.
   defp tell(cluster, keepers, message) do
-    failed = Enum.reject(keepers, &told?(&1, ClusterMessage.pack(message, version(cluster, &1))))
+    failed =
+      for keeper <- keepers,
+          not told?(keeper, ClusterMessage.pack(message, version(cluster, keeper))),
+          MapSet.member?(cluster.members, keeper),
+          do: keeper
 
     if failed != [] and MapSet.size(cluster.behind) == 0,
       do: :erlang.send_after(@again_ms, self(), :greet_again)

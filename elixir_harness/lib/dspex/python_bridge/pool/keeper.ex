@@ -167,6 +167,9 @@ defmodule DSPex.PythonBridge.Pool.Keeper do
   def handle_info({:timeout, _timer, {:spread, id}}, %{cluster: %Cluster{}} = state),
     do: {:noreply, made_there(state, Cluster.expired(state.cluster, id))}
 
+  def handle_info({:stranger, keeper}, %{cluster: %Cluster{}} = state) when is_pid(keeper),
+    do: {:noreply, made_there(state, Cluster.joined_by_now(state.cluster, state.info, keeper))}
+
   def handle_info(:greet_again, %{cluster: %Cluster{}} = state),
     do: {:noreply, %{state | cluster: Cluster.again(state.cluster, state.info)}}
 
