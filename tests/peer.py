@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Long enough for DSPy's import on a busy machine; no test waits for it to pass.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def frame(payload: bytes) -> bytes:

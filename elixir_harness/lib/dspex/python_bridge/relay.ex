@@ -18,8 +18,9 @@ defmodule DSPex.PythonBridge.Relay do
   # `receive` takes no longer timeout.
   @longest_ms 4_294_967_295
 
-  @enforce_keys [:dest, :ref, :watch, :tools, :timer]
-  defstruct [:dest, :ref, :watch, :tools, :timer, :asked, chunks: :queue.new()]
+  # A queue as a default would be a literal, which Dialyzer takes for no queue.
+  @enforce_keys [:dest, :ref, :watch, :tools, :timer, :chunks]
+  defstruct [:dest, :ref, :watch, :tools, :timer, :asked, :chunks]
 
   @typedoc "What of a request it takes to make the call."
   @type call :: %{
@@ -111,7 +112,16 @@ defmodule DSPex.PythonBridge.Relay do
     timeout = Caller.at_least_one(left)
     send(dest, {:request, ref, self(), timeout, call.body, call.terms, beside})
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
-    loop(%__MODULE__{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer})
+    chunks = :queue.new()
+
+    loop(%__MODULE__{
+      dest: dest,
+      ref: ref,
+      watch: watch,
+      tools: tools,
+      timer: timer,
+      chunks: chunks
+    })
   end
 
   @spec loop(t()) :: :ok
