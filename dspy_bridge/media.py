@@ -41,6 +41,18 @@ class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
         return [{"type": "image_url", "image_url": {"url": self.url}}]
 
 
+class _FirstError:
+    """Of a list or a set: one error is told. Pydantic would make one of each item, of a million in seconds, with
+    Python's lock held. Its own `FailFast` cannot stand in a union.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "fail_fast": True}
+
+
+_FIRST_ERROR = _FirstError()
+
+
 def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
     """The annotation, with what a request may give for each of DSPy's types in it.
 
@@ -57,7 +69,7 @@ def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) 
     inner = tuple(argument if argument is ... else accepting(argument, files_dir, turn) for argument in arguments)
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007 - built from values
-    return origin[inner]
+    return origin[inner] if origin is dict else Annotated[origin[inner], _FIRST_ERROR]
 
 
 def _image(value: Any, files_dir: str | None) -> Any:

@@ -173,7 +173,8 @@ class _Converter:
             item, shown_item = self.convert(schema.get("items", True), f"{where}.items", depth + 1)
             if "items" in schema:
                 shown["items"] = shown_item
-            core = core_schema.list_schema(item, min_length=limits.get("minItems"), max_length=limits.get("maxItems"))
+            least, most = limits.get("minItems"), limits.get("maxItems")
+            core = core_schema.list_schema(item, min_length=least, max_length=most, fail_fast=True)
         if words.flag(schema, "uniqueItems", where):
             core = core_schema.no_info_after_validator_function(_distinct, core)
         return core, shown

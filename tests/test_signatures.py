@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import pytest
 
 from dspy_bridge import signatures
@@ -47,6 +48,20 @@ def test_of_many_unknown_inputs_the_first_are_named_and_the_rest_counted() -> No
     assert error.endswith(
         "; inputs.x19: unknown field; inputs: 9980 more unknown fields; inputs.q: missing; expected q"
     )
+
+
+TEXTS = {"type": "array", "items": {"type": "string"}}
+
+
+@pytest.mark.parametrize("kind", ["list[str]", "set[str]", "dict[str, list[str]]", "Optional[list[str]]", TEXTS])
+def test_of_a_list_that_fits_nowhere_one_error_is_made(kind: Any) -> None:
+    """One for each of a million items took two seconds and hundreds of megabytes, and one is told."""
+    value = {"x": [1] * 10} if "dict" in kind else list(range(10))
+    validator = contract(field("q", kind)).inputs["q"]
+    assert validator is not None
+    with pytest.raises(pydantic.ValidationError) as caught:
+        validator.validate_python(value)
+    assert caught.value.error_count() <= 2  # that it is not None is another
 
 
 def test_long_names_are_cut() -> None:
