@@ -73,8 +73,11 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     "messages:_PING_PACKET": (lambda text: messages._PING_PACKET(text.encode()), ["\0\0\0a" + PING]),
     "messages:_is_traceparent": (messages._is_traceparent, [TRACE]),
     "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
-    "redaction:_USER": (redaction.redact, ["https://ab:cd@ef"]),
-    "redaction:_LOOKS_SECRET": (redaction.redact, ["x sk-abcdef", "Bearer  abcdef", "AIzaabcdefghij"]),
+    "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),
+    "redaction:_LOOKS_SECRET": (
+        lambda text: redaction._LOOKS_SECRET.sub("", text),
+        ["x sk-abcdef", "Bearer  abcdef", "AIzaabcdefghij"],
+    ),
     "schema_parts:_follow": (_refers, ["#/$defs/ab"]),
     "schema_patterns:read": (lambda text: re.sub(r"\\(.)", "", text, flags=re.DOTALL), [r"\w"]),
     "schema_words:_FORMATS": (
