@@ -84,6 +84,9 @@ class Owed:
         return None
 
 
+_UNREADABLE_TOOL_RESULT = re.compile(rb'\s*\{\s*"tool_result"\s*:\s*\{\s*"call_id"\s*:\s*([0-9]{1,18})\s*[,}]')
+
+
 def owed(payload: bytes) -> Owed | None:
     """What a frame must get; None for a cancel, which has no reply. Raises `Undecided`."""
     if len(payload) > LIMIT:
@@ -91,6 +94,9 @@ def owed(payload: bytes) -> Owed | None:
     try:
         message = read_json(payload)
     except ValueError:
+        answered = _UNREADABLE_TOOL_RESULT.match(payload)
+        if answered and 0 < int(answered[1]) < MOST_TOOL_CALLS:
+            raise Undecided from None  # the program that waits for it, if any, gets the error
         return Owed(payload, leading_ids(payload), frozenset(("invalid_json",)))
     return _owed_for(payload, message)
 
