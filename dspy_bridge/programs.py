@@ -148,7 +148,9 @@ class Program:
             return OutputInvalid(
                 f"the LM's answer could not be read: {type(error).__name__}, as of what is nested too deeply"
             )
-        given = [name for name, value in (("config", config or self._config), ("lm", lm or self._lm)) if value]
+        second = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
+        settings = (("config", config or self._config), ("lm", lm or self._lm), ("adapter", second))
+        given = [name for name, value in settings if value]
         if given and self._of_dspy and _is_of_settings(error, way):
             return InvalidArgs(f"{' or '.join(given)}: {error}")
         # From the prompt to a provider's request, settings of the LM included.

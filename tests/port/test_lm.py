@@ -483,3 +483,13 @@ def test_a_key_in_config_is_a_secret_too(start_lm: Any, where: str) -> None:
         reply = peer.call("execute_program", {**ASK, **(config if where == "call" else {})})
         assert reply["error_type"] == "lm_error" and "mysecretvalue777" not in reply["error"]
     assert server.authorizations == ["Bearer mysecretvalue777"]
+
+
+def test_what_is_wrong_with_the_lm_of_an_adapter_is_an_argument_error(start_lm: Any) -> None:
+    """DSPy checks its settings when it asks it; the text is DSPy's."""
+    server = start_lm()
+    model = {"model": "openai/x", **server.options(), "n": 0}
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "adapter": {"name": "two_step", "extraction_model": model}})
+        reply = peer.call("execute_program", ASK)
+        assert reply["error_type"] == "invalid_args" and reply["error"].startswith("adapter: "), reply
