@@ -34,7 +34,7 @@ _CREATE_ARGS = (
     "state",
     "state_path",
 )
-# What made DSPy's set-up fail may pass. Until it is tried again, whoever needs it is told of the last failure.
+# What made DSPy's set-up fail may pass. Until the next attempt, requests get the last failure.
 _SETUP_AGAIN_SECONDS = 1.0
 # DSPex's adapter sends `options` to a bridge that never read them: they are accepted, and unused.
 _EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "options")

@@ -58,7 +58,7 @@ class DaemonThreads(Executor):
             except BaseException as raised:  # its waiter gets it
                 error = raised
         with self._lock:
-            # Before anybody is told: what they submit then finds this thread free.
+            # Before the future is done: what its waiter submits then finds this thread free.
             self._unfinished -= 1
         if error is not None:
             future.set_exception(error)

@@ -98,4 +98,4 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
         except (SystemExit, KeyboardInterrupt):
-            continue  # out of a task, which has kept it for whoever waits
+            continue  # out of a task, which keeps it for its waiter

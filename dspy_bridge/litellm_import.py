@@ -55,7 +55,7 @@ async def _imported() -> None:
     if _importing is None or (_importing.done() and _importing.exception() is not None):
         _importing = Future()
         Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
-    # Shielded: whoever gives up waiting does not stop it for the others.
+    # Shielded: a waiter that is cancelled does not stop it for the others.
     await asyncio.shield(asyncio.wrap_future(_importing))
 
 

@@ -23,7 +23,7 @@ from dspy_bridge.errors import InvalidArgs
 MAX_DEPTH = 64
 # Schemas in all, references followed: a few lines of references to references can mean billions. 10,000 take 0.4 s.
 MAX_SCHEMAS = 10_000
-# Values of its enums in all, references followed. An LM is told them with each execute: 300,000 take 0.7 s.
+# Values of its enums in all, references followed. They are in the prompt of each run: 300,000 take 0.7 s.
 MAX_VALUES = 10_000
 
 # What checks the values of a schema, and how it is shown.
