@@ -5,7 +5,7 @@ import subprocess
 
 from frames import reply, requests
 
-from dspy_bridge import watchdog
+from dspy_bridge.port import watchdog
 
 watchdog.start(0, 1)
 null = subprocess.DEVNULL
