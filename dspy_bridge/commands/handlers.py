@@ -9,7 +9,7 @@ from dspy_bridge import __version__
 from dspy_bridge.commands import arguments
 from dspy_bridge.commands.program_registry import Entry, Registry, working
 from dspy_bridge.dispatch.call import Call, Command
-from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
+from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed, refuse_unknown
 from dspy_bridge.runtime.gc_freeze import Garbage
 from dspy_bridge.runtime.worker_threads import THREADS
 from dspy_bridge.wire import messages
@@ -76,7 +76,7 @@ class Commands:
 
     def create_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """`{"program_id", "status": "created"}` once the program is loaded."""
-        arguments.refuse_unknown(args, _CREATE_ARGS)
+        refuse_unknown(args, _CREATE_ARGS)
         id = arguments.text(args, "id")
         if args.get("signature") is None:
             raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
@@ -88,7 +88,7 @@ class Commands:
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """The output fields of one call of a program; for a list of inputs `{"results": […]}`."""
-        arguments.refuse_unknown(args, _EXECUTE_ARGS)
+        refuse_unknown(args, _EXECUTE_ARGS)
         id = arguments.text(args, "program_id")
         inputs = args.get("inputs")
         if not isinstance(inputs, (dict, list)):
@@ -135,7 +135,7 @@ class Commands:
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
         # Misspelt, `program_ids` would remove all.
-        arguments.refuse_unknown(args, ("program_ids",))
+        refuse_unknown(args, ("program_ids",))
         count = self._registry.remove(arguments.program_ids(args))
         self._removed(count)
         return {"status": "cleaned", "programs_removed": count}
