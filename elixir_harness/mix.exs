@@ -150,7 +150,7 @@ defmodule DSPex.MixProject do
           DSPex.Application,
           DSPex.PythonBridge.Supervisor,
           DSPex.PythonBridge.Options,
-          DSPex.PythonBridge.Interpreter
+          DSPex.PythonBridge.Python.Interpreter
         ],
         "Looking at it": [
           DSPex.PythonBridge.Monitor,

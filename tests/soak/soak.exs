@@ -366,7 +366,7 @@ defmodule Soak do
     tasks = for n <- 1..8, do: Task.async(fn -> own("kept #{n}", :pool, tally) end)
     Process.sleep(Enum.random(0..50))
     :sys.suspend(:pool)
-    with keeper when is_pid(keeper) <- Process.whereis(Pool.Info.keeper(:pool)), do: Process.exit(keeper, :kill)
+    with keeper when is_pid(keeper) <- Process.whereis(Pool.Handle.keeper(:pool)), do: Process.exit(keeper, :kill)
     Process.sleep(Enum.random(0..50))
     :sys.resume(:pool)
     Task.await_many(tasks, :infinity)

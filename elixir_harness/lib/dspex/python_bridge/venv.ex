@@ -9,8 +9,8 @@ defmodule DSPex.PythonBridge.Venv do
   may pass. It installs only where the folder's interpreter installs into the folder, and alone.
   """
 
-  alias DSPex.PythonBridge.Interpreter
-  alias DSPex.PythonBridge.Venv.{Installer, Lock, Marker, Source}
+  alias DSPex.PythonBridge.Python.Interpreter
+  alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Source}
 
   @doc """
   Makes the environment in `folder`, or brings it up to date, and gives its interpreter. An error is a text for people: one line,
@@ -28,13 +28,13 @@ defmodule DSPex.PythonBridge.Venv do
 
     # Read before it is written to: what is something else stays as it is.
     with {:ok, source} <- Source.read(source),
-         {:ok, _marker} <- Marker.read(folder),
+         {:ok, _marker} <- Manifest.read(folder),
          do: Lock.hold(folder, fn -> alone(folder, source, opts[:python], installer) end)
   end
 
   defp alone(folder, source, python, installer) do
     with {:ok, wanted} <- wanted(installer, python),
-         {:ok, marker} <- Marker.read(folder),
+         {:ok, marker} <- Manifest.read(folder),
          {:ok, marker} <- environment(folder, marker, wanted, installer),
          {:ok, probe} <- Installer.probe(folder, Source.names(source)),
          :ok <- fits(folder, probe, wanted),
@@ -50,15 +50,15 @@ defmodule DSPex.PythonBridge.Venv do
   defp environment(folder, :nothing, wanted, installer), do: create(folder, wanted, installer)
 
   defp environment(folder, marker, wanted, installer) do
-    case {broken(folder, marker), marker, Marker.foreign(folder)} do
+    case {broken(folder, marker), marker, Manifest.foreign(folder)} do
       {nil, marker, _foreign} ->
         {:ok, marker}
 
-      {why, %Marker{made?: true}, []} ->
+      {why, %Manifest{made?: true}, []} ->
         installer.progress.("making #{folder} anew: #{why}")
         create(folder, wanted, installer)
 
-      {why, %Marker{made?: true}, foreign} ->
+      {why, %Manifest{made?: true}, foreign} ->
         {:error,
          "#{folder} is to be made anew, as #{why}, but holds what dspex.setup did not make " <>
            "(#{Enum.join(foreign, ", ")}): " <> Installer.elsewhere()}
@@ -69,7 +69,7 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   # Why nothing but making it anew will help; nil if anything else may.
-  defp broken(_folder, %Marker{made?: true, installed: nil}), do: "it is half made"
+  defp broken(_folder, %Manifest{made?: true, installed: nil}), do: "it is half made"
 
   defp broken(folder, _marker) do
     case Interpreter.lack(folder) do
@@ -79,11 +79,11 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   defp create(folder, wanted, installer) do
-    marker = %Marker{made?: true}
+    marker = %Manifest{made?: true}
 
     with {:ok, base} <- if(wanted, do: {:ok, wanted}, else: Installer.base(installer, nil)),
-         :ok <- Marker.write(folder, marker),
-         :ok <- Marker.clear(folder),
+         :ok <- Manifest.write(folder, marker),
+         :ok <- Manifest.clear(folder),
          :ok <- Installer.create(installer, folder, base),
          do: {:ok, marker}
   end
@@ -108,15 +108,15 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   defp install(folder, marker, source, probe, installer) do
-    with :ok <- Marker.write(folder, %{marker | installed: nil, begun?: true}) do
+    with :ok <- Manifest.write(folder, %{marker | installed: nil, begun?: true}) do
       case Installer.install(installer, folder, source, marker.begun?) do
         :ok ->
-          with :ok <- Marker.write(folder, %{marker | installed: source.stamp, begun?: false}),
+          with :ok <- Manifest.write(folder, %{marker | installed: source.stamp, begun?: false}),
                do: {:ok, probe.python}
 
         # One that fails in order leaves what was there.
         {:failed, text} ->
-          Marker.write(folder, marker)
+          Manifest.write(folder, marker)
           {:error, text}
 
         {:error, text} ->
