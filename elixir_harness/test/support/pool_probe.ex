@@ -4,7 +4,7 @@ defmodule DSPex.Test.PoolProbe do
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
   alias DSPex.PythonBridge.Pool.Handle
 
-  @doc "The keepers of other nodes that calls may be sent to."
+  @doc "The coordinators of other nodes that calls may be sent to."
   def serving(pool), do: :ets.tab2list(Handle.fetch(pool).others)
 
   @doc "The ids of the programs in the pool's table."

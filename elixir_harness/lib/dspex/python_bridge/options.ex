@@ -76,7 +76,8 @@ defmodule DSPex.PythonBridge.Options do
           programs: Programs.Store.table() | nil
         }
   @typedoc "A bridge's place in its pool, and the names of the processes to tell of its state, and of silence."
-  @type slot :: {LoadCounters.t(), index :: pos_integer(), keeper :: atom(), monitor :: atom()}
+  @type slot ::
+          {LoadCounters.t(), index :: pos_integer(), coordinator :: atom(), monitor :: atom()}
 
   @doc """
   Options from a keyword list over the application's configuration, or the error that names the
@@ -235,8 +236,8 @@ defmodule DSPex.PythonBridge.Options do
   defp refusal({:max_pending, n}) when is_integer(n) and n > 0, do: nil
   defp refusal({:max_pending, other}), do: expected(:max_pending, "1 or more", other)
 
-  defp refusal({:slot, {_slots, index, keeper, monitor}})
-       when is_integer(index) and is_atom(keeper) and is_atom(monitor),
+  defp refusal({:slot, {_counters, index, coordinator, monitor}})
+       when is_integer(index) and is_atom(coordinator) and is_atom(monitor),
        do: nil
 
   defp refusal({:programs, table}) when is_reference(table), do: nil

@@ -27,8 +27,8 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
 
-  # The keeper answers at once, unless it is being started again.
-  @keeper_ms 5_000
+  # The coordinator answers at once, unless it is being started again.
+  @coordinator_ms 5_000
 
   @typedoc "The name of a pool, or what `start_link/1` gave."
   @type pool :: atom() | pid()
@@ -99,7 +99,7 @@ defmodule DSPex.PythonBridge.Pool do
   up have too much to do.
 
   `create_program` and `cleanup` are carried out by all peers, and on all nodes of the cluster. When
-  such a call times out, or gives `:bridge_not_running` since the pool's keeper ended meanwhile, they may
+  such a call times out, or gives `:bridge_not_running` since the pool's coordinator ended meanwhile, they may
   still be, later.
   """
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
@@ -116,31 +116,31 @@ defmodule DSPex.PythonBridge.Pool do
   defp exchange(pool, command, args, timeout) do
     started = System.monotonic_time(:millisecond)
 
-    with %Handle{} = info <- Handle.fetch(pool),
-         {:ok, timeout} <- check_timeout(timeout, info),
+    with %Handle{} = handle <- Handle.fetch(pool),
+         {:ok, timeout} <- check_timeout(timeout, handle),
          {:ok, body} <- Protocol.encode_body(command, args) do
       request = Request.new(body, program(command, args), started, timeout)
-      carry_out(info, request, command, args)
+      carry_out(handle, request, command, args)
     else
       nil -> {:error, Error.new(:bridge_not_running)}
       {:error, error} -> {:error, error}
     end
   end
 
-  defp check_timeout(:default, info), do: {:ok, info.settings.default_timeout}
-  defp check_timeout(timeout, info), do: Caller.check_timeout(timeout, info.pid)
+  defp check_timeout(:default, handle), do: {:ok, handle.settings.default_timeout}
+  defp check_timeout(timeout, handle), do: Caller.check_timeout(timeout, handle.pid)
 
-  defp carry_out(info, request, command, args) do
+  defp carry_out(handle, request, command, args) do
     case Caller.change(command, args) do
-      nil -> Router.run(info, request)
-      change -> change(CoordinatorClient.await(info.name, request.deadline), request, change)
+      nil -> Router.run(handle, request)
+      change -> change(CoordinatorClient.await(handle.name, request.deadline), request, change)
     end
   end
 
   defp change(nil, _request, _change), do: {:error, Error.new(:bridge_not_running)}
 
-  defp change(keeper, request, change) do
-    keeper
+  defp change(coordinator, request, change) do
+    coordinator
     |> Caller.send_and_wait(Request.left(request), request.body, {:never, 0, change})
     |> Caller.read()
   end
@@ -166,7 +166,7 @@ defmodule DSPex.PythonBridge.Pool do
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
   def checkout(pool \\ __MODULE__) do
     started = System.monotonic_time()
-    answer = with_info(pool, &CoordinatorClient.checkout(&1, @keeper_ms))
+    answer = with_info(pool, &CoordinatorClient.checkout(&1, @coordinator_ms))
     Telemetry.checkout(pool, answer, started)
     answer
   end
@@ -180,12 +180,12 @@ defmodule DSPex.PythonBridge.Pool do
   """
   @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
   def checkin(pool, bridge),
-    do: with_info(pool, &CoordinatorClient.checkin(&1, bridge, @keeper_ms))
+    do: with_info(pool, &CoordinatorClient.checkin(&1, bridge, @coordinator_ms))
 
   defp with_info(pool, fun) do
     case Handle.fetch(pool) do
       nil -> {:error, :bridge_not_running}
-      info -> fun.(info)
+      handle -> fun.(handle)
     end
   end
 
@@ -199,20 +199,20 @@ defmodule DSPex.PythonBridge.Pool do
       nil ->
         %{peers: [], nodes: []}
 
-      info ->
+      handle ->
         %{
-          peers: Enum.map(LoadCounters.indexes(info.slots), &peer(info, &1)),
-          nodes: Membership.nodes(info)
+          peers: Enum.map(LoadCounters.indexes(handle.counters), &peer(handle, &1)),
+          nodes: Membership.nodes(handle)
         }
     end
   end
 
-  defp peer(info, index) do
-    bridge = Handle.bridge(info, index)
+  defp peer(handle, index) do
+    bridge = Handle.bridge(handle, index)
 
     bridge
     |> Bridge.get_status()
     |> Map.take([:os_pid, :state, :pending])
-    |> Map.merge(%{bridge: bridge, checked_out: LoadCounters.lent?(info.slots, index)})
+    |> Map.merge(%{bridge: bridge, checked_out: LoadCounters.lent?(handle.counters, index)})
   end
 end

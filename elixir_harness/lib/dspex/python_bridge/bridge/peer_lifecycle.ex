@@ -31,10 +31,10 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       {:ok, peer} ->
         Reaper.watch(state.reaper, peer.os_pid)
         {:ok, ping} = Protocol.encode_body(:ping, %{})
-        traffic = Dispatcher.attach(state.traffic, peer.port)
-        {ping_id, traffic} = Dispatcher.own_request(traffic, peer.port, ping)
+        in_flight = Dispatcher.attach(state.in_flight, peer.port)
+        {ping_id, in_flight} = Dispatcher.own_request(in_flight, peer.port, ping)
         next = %{peer | ping_id: ping_id}
-        state = %{state | next: next, traffic: traffic, opened: state.opened + 1}
+        state = %{state | next: next, in_flight: in_flight, opened: state.opened + 1}
         set_timer(state, state.options.start_timeout, :start_timeout)
 
       {:error, text} ->
@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   @doc "To be called when the serving peer has answered something: the next one may wait for that."
   @spec load_programs(state()) :: state()
   def load_programs(%{next: %Peer{up_at: up_at, loads: nil}} = state) when up_at != nil do
-    if state.peer && Dispatcher.changing?(state.traffic, state.peer.port),
+    if state.peer && Dispatcher.changing?(state.in_flight, state.peer.port),
       do: wait_for_loads(state),
       else: state |> ProgramReplay.begin() |> take_over_or_wait()
   end
@@ -79,7 +79,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
     state = ProgramReplay.plan(%{state | load_failures: next.load_failures})
     if state.big?, do: send(self(), :collect)
-    state = %{state | traffic: Dispatcher.serve(state.traffic, next.port)}
+    state = %{state | in_flight: Dispatcher.serve(state.in_flight, next.port)}
     tell_slot(state, :ready)
     answer_restarts(if(before, do: drain(state, before), else: state), :ok)
   end
@@ -132,13 +132,13 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   end
 
   # The peer is gone, or must go now: with all that it started.
-  defp end_peer(%{traffic: before} = state, peer, reason, why) do
+  defp end_peer(%{in_flight: before} = state, peer, reason, why) do
     Peer.close(peer)
     Reaper.kill(state.reaper, peer.os_pid)
     how = if reason in [:replaced, :stopped], do: :replaced, else: :died
-    state = %{state | traffic: Dispatcher.lost(before, peer.port, how)}
+    state = %{state | in_flight: Dispatcher.lost(before, peer.port, how)}
     Status.down(state, peer, reason, why)
-    Status.resent(state, state.traffic.resent - before.resent, reason)
+    Status.resent(state, state.in_flight.resent - before.resent, reason)
     state
   end
 
@@ -151,7 +151,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
     Status.death(state, next, :warning, why, "the present one goes on")
     state = ProgramReplay.plan(cancel_timer(state))
-    state = %{state | traffic: Dispatcher.serve(state.traffic, peer.port)}
+    state = %{state | in_flight: Dispatcher.serve(state.in_flight, peer.port)}
     answer_restarts(state, {:error, "the new Python process did not start: #{why}"})
   end
 
@@ -215,7 +215,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
   end
 
-  defp open_beside(state), do: open(%{state | traffic: Dispatcher.hold_changes(state.traffic)})
+  defp open_beside(state),
+    do: open(%{state | in_flight: Dispatcher.hold_changes(state.in_flight)})
 
   @doc "The time has come to try those programs again that were left out: as in a restart that nobody waits for."
   @spec try_left_out(state()) :: state()
@@ -254,7 +255,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     state = %{state | old: [peer | state.old]}
 
     # What changes the programs must reach the peer that serves.
-    if Dispatcher.changing?(state.traffic, peer.port) do
+    if Dispatcher.changing?(state.in_flight, peer.port) do
       drain_timeout(state, peer.port)
     else
       Process.send_after(self(), {:drain_timeout, peer.port}, state.options.drain_ms)
@@ -269,14 +270,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def drained(state, port) do
     peer = Enum.find(state.old, &(&1.port == port))
 
-    if peer == nil or Dispatcher.busy?(state.traffic, port) do
+    if peer == nil or Dispatcher.busy?(state.in_flight, port) do
       state
     else
       Peer.close(peer)
       Reaper.retire(state.reaper, peer.os_pid)
       Status.down(state, peer, :replaced)
       state = forget_old(state, peer)
-      %{state | traffic: Dispatcher.lost(state.traffic, port, :replaced)}
+      %{state | in_flight: Dispatcher.lost(state.in_flight, port, :replaced)}
     end
   end
 
@@ -333,10 +334,10 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   defp tell_slot(%{options: %{slot: nil}}, _slot_state), do: :ok
 
-  defp tell_slot(%{options: %{slot: {slots, index, keeper, _monitor}}}, slot_state) do
-    LoadCounters.put_state(slots, index, slot_state)
+  defp tell_slot(%{options: %{slot: {counters, index, coordinator, _monitor}}}, slot_state) do
+    LoadCounters.put_state(counters, index, slot_state)
 
-    with pid when is_pid(pid) <- Process.whereis(keeper),
+    with pid when is_pid(pid) <- Process.whereis(coordinator),
          do: send(pid, {:slot, index, slot_state})
 
     :ok

@@ -215,14 +215,14 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
   end
 
   defp load(%{next: next} = state, definitions, rest) do
-    {loads, traffic} =
-      Enum.map_reduce(definitions, state.traffic, fn {id, stamp, body}, traffic ->
-        {request_id, traffic} = Dispatcher.own_request(traffic, next.port, body)
-        {{request_id, {id, stamp}}, traffic}
+    {loads, in_flight} =
+      Enum.map_reduce(definitions, state.in_flight, fn {id, stamp, body}, in_flight ->
+        {request_id, in_flight} = Dispatcher.own_request(in_flight, next.port, body)
+        {{request_id, {id, stamp}}, in_flight}
       end)
 
     next = %{next | loads: Map.merge(next.loads, Map.new(loads)), to_load: rest}
-    %{state | next: next, traffic: traffic}
+    %{state | next: next, in_flight: in_flight}
   end
 
   defp note(state, id, stamp, frame) do

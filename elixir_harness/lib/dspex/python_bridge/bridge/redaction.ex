@@ -42,8 +42,8 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
   @spec format_status(map()) :: map()
   def format_status(status) do
     Map.new(status, fn
-      {:state, %{traffic: _, load_failures: _, next: next} = state} ->
-        {:state, %{state | traffic: :redacted, load_failures: :redacted, next: next(next)}}
+      {:state, %{in_flight: _, load_failures: _, next: next} = state} ->
+        {:state, %{state | in_flight: :redacted, load_failures: :redacted, next: next(next)}}
 
       {:state, _broken} ->
         {:state, :redacted}

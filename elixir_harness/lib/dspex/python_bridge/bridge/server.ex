@@ -47,14 +47,14 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # load_failures: errors, by the stamp of the program that the present peer could not load.
   # again_timer: when another peer is started for those that were left out. restarts_later: those who asked for
   # a restart when a peer was loading without them.
-  @enforce_keys [:options, :label, :reaper, :peer_log, :programs, :traffic]
+  @enforce_keys [:options, :label, :reaper, :log_forwarder, :programs, :in_flight]
   defstruct [
     :options,
     :label,
     :reaper,
-    :peer_log,
+    :log_forwarder,
     :programs,
-    :traffic,
+    :in_flight,
     :peer,
     :next,
     :timer,
@@ -87,7 +87,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     Caller.remember_defaults(self(), options)
     # Keeps the queued messages, which have what callers sent in them, out of crash reports.
     Process.flag(:sensitive, true)
-    with {slots, index, _keeper, _monitor} <- options.slot, do: LoadCounters.reset(slots, index)
+
+    with {counters, index, _coordinator, _monitor} <- options.slot,
+         do: LoadCounters.reset(counters, index)
+
     programs = if options.programs == nil, do: Programs.Store.new(), else: options.programs
     Telemetry.look_once()
 
@@ -95,9 +98,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       options: options,
       label: inspect(Status.name(options)),
       reaper: Reaper.start(self()),
-      peer_log: LogForwarder.start(Status.name(options)),
+      log_forwarder: LogForwarder.start(Status.name(options)),
       programs: programs,
-      traffic: InFlight.new(options, programs)
+      in_flight: InFlight.new(options, programs)
     }
 
     {:ok, state, {:continue, :open}}
@@ -127,9 +130,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @impl GenServer
   def handle_info(
         {port, {:data, _frame}} = message,
-        %{traffic: %{silent?: true, to: port}} = state
+        %{in_flight: %{silent?: true, to: port}} = state
       ),
-      do: handle_info(message, %{state | traffic: InFlight.heard(state.traffic)})
+      do: handle_info(message, %{state | in_flight: InFlight.heard(state.in_flight)})
 
   def handle_info({port, {:data, frame}}, state) when is_port(port) and is_binary(frame) do
     case Protocol.route(frame) do
@@ -155,8 +158,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:tool_result, port, id, frame}, state)
       when is_port(port) and is_binary(frame) do
-    traffic = Calls.Events.tool_result(state.traffic, port, id, frame)
-    noreply(%{state | traffic: traffic}, frame)
+    in_flight = Calls.Events.tool_result(state.in_flight, port, id, frame)
+    noreply(%{state | in_flight: in_flight}, frame)
   end
 
   # From who was to decode a chunk or a tool call.
@@ -176,12 +179,15 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     {:noreply, %{state | reaper: Reaper.replace(table, os_pids)}}
   end
 
-  def handle_info({:DOWN, log, :process, _pid, _reason}, %{peer_log: %{monitor: log}} = state),
-    do: {:noreply, %{state | peer_log: LogForwarder.replace(state.peer_log)}}
+  def handle_info(
+        {:DOWN, log, :process, _pid, _reason},
+        %{log_forwarder: %{monitor: log}} = state
+      ),
+      do: {:noreply, %{state | log_forwarder: LogForwarder.replace(state.log_forwarder)}}
 
-  # An outbox's helper has written.
+  # A send queue's helper has written.
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
-    do: collect(%{state | traffic: Dispatcher.written(state.traffic, monitor)})
+    do: collect(%{state | in_flight: Dispatcher.written(state.in_flight, monitor)})
 
   def handle_info(:collect, state), do: collect(state)
 
@@ -191,7 +197,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info({:dropped, _few}, state), do: {:noreply, state}
 
   def handle_info({:timeout, timer, :acquit}, state),
-    do: {:noreply, %{state | traffic: Dispatcher.acquit(state.traffic, timer)}}
+    do: {:noreply, %{state | in_flight: Dispatcher.acquit(state.in_flight, timer)}}
 
   def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
     do: {:noreply, PeerLifecycle.timer_fired(%{state | timer: nil}, what)}
@@ -241,7 +247,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     state = if in_order?(reason), do: finish_calls(state), else: state
     if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
     Enum.each(peers, &Peer.close/1)
-    InFlight.fail_all(state.traffic, :bridge_not_running, :all)
+    InFlight.fail_all(state.in_flight, :bridge_not_running, :all)
     Caller.forget_defaults(self())
     Reaper.finish(state.reaper)
     # Of those that are left: others may have come to their end while calls were finished.
@@ -253,15 +259,15 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp in_order?(reason), do: reason in [:normal, :shutdown] or match?({:shutdown, _}, reason)
 
   defp finish_calls(state) do
-    traffic = InFlight.fail_all(state.traffic, :bridge_not_running, :held)
+    in_flight = InFlight.fail_all(state.in_flight, :bridge_not_running, :held)
     # Nothing is started any more, nor taken over, and what a death gives back is not sent again.
-    state = %{state | status: :stopping, traffic: traffic, timer: nil, again_timer: nil}
+    state = %{state | status: :stopping, in_flight: in_flight, timer: nil, again_timer: nil}
     state = PeerLifecycle.give_up_next(state)
     finish_calls(state, now() + state.options.drain_ms)
   end
 
   defp finish_calls(state, deadline) do
-    if InFlight.pending(state.traffic) == 0 do
+    if InFlight.pending(state.in_flight) == 0 do
       state
     else
       receive do
@@ -300,9 +306,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   ## Requests
 
-  # A pool's keeper has all bridges make a change of the programs, or none.
-  defp of_keeper?({_retry, _deaths, {_kind, _ids, stamp}}), do: stamp != nil
-  defp of_keeper?(_terms), do: false
+  # A pool's coordinator has all bridges make a change of the programs, or none.
+  defp of_coordinator?({_retry, _deaths, {_kind, _ids, stamp}}), do: stamp != nil
+  defp of_coordinator?(_terms), do: false
 
   defp request_came(state, ref, pid, timeout, body, {retry, _deaths, what} = terms, beside) do
     cond do
@@ -312,21 +318,22 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       state.status == :stopping ->
         refuse(state, ref, :bridge_not_running, body, retry)
 
-      InFlight.pending(state.traffic) >= state.options.max_pending and not of_keeper?(terms) ->
+      InFlight.pending(state.in_flight) >= state.options.max_pending and
+          not of_coordinator?(terms) ->
         refuse(state, ref, :overloaded, body, retry)
 
-      not InFlight.fits?(state.traffic, timeout, body, state.options.max_frame_bytes) ->
+      not InFlight.fits?(state.in_flight, timeout, body, state.options.max_frame_bytes) ->
         size = {:too_large, byte_size(body), state.options.max_frame_bytes}
         refuse(state, ref, size, body, retry)
 
       true ->
-        traffic = InFlight.accept(state.traffic, ref, pid, timeout, body, terms, beside)
-        noreply(%{state | traffic: traffic}, body)
+        in_flight = InFlight.accept(state.in_flight, ref, pid, timeout, body, terms, beside)
+        noreply(%{state | in_flight: in_flight}, body)
     end
   end
 
   defp refuse(state, ref, failure, body, retry),
-    do: noreply(%{state | traffic: InFlight.refuse(state.traffic, ref, failure, retry)}, body)
+    do: noreply(%{state | in_flight: InFlight.refuse(state.in_flight, ref, failure, retry)}, body)
 
   # Hibernation is a collection that spares nothing, not even the message just handled.
   defp noreply(state, bytes) when byte_size(bytes) < @big_bytes, do: {:noreply, state}
@@ -334,7 +341,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   # Again when a big request that had to queue may have been written: once, not for every frame.
   defp collect(%{big?: true} = state) do
-    if Dispatcher.all_written?(state.traffic),
+    if Dispatcher.all_written?(state.in_flight),
       do: {:noreply, %{state | big?: false}, :hibernate},
       else: {:noreply, state}
   end
@@ -342,7 +349,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp collect(state), do: {:noreply, state}
 
   defp abandon(state, id_or_ref) do
-    state = %{state | traffic: InFlight.abandon(state.traffic, id_or_ref)}
+    state = %{state | in_flight: InFlight.abandon(state.in_flight, id_or_ref)}
     state = Enum.reduce(state.old, state, &PeerLifecycle.drained(&2, &1.port))
     # It may have been the change that the next peer waited for.
     {:noreply, PeerLifecycle.load_programs(state)}
@@ -351,9 +358,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   ## Replies
 
   defp reply_came(state, port, id, frame) do
-    case InFlight.deliver(state.traffic, id, frame) do
-      {:ok, traffic} ->
-        call_answered(%{state | traffic: traffic}, port)
+    case InFlight.deliver(state.in_flight, id, frame) do
+      {:ok, in_flight} ->
+        call_answered(%{state | in_flight: in_flight}, port)
 
       :nobody ->
         case PeerLifecycle.own_reply(state, id, frame) do
@@ -365,8 +372,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   end
 
   defp chunk_came(state, port, id, frame) do
-    case Calls.Events.chunk(state.traffic, port, id, frame) do
-      {:ok, traffic} -> %{state | traffic: traffic}
+    case Calls.Events.chunk(state.in_flight, port, id, frame) do
+      {:ok, in_flight} -> %{state | in_flight: in_flight}
       :nobody -> %{state | late_replies: state.late_replies + 1}
     end
   end
@@ -374,13 +381,13 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp tool_called(state, port, id, frame) do
     max = state.options.max_frame_bytes
     call = %Invocation{port: port, id: id, frame: frame, max_frame_bytes: max}
-    Calls.Events.tool_call(state.traffic, call)
+    Calls.Events.tool_call(state.in_flight, call)
     state
   end
 
   defp logged(state, port, frame) do
     peer = Enum.find(peers(state), &(&1.port == port))
-    LogForwarder.take(state.peer_log, frame, peer && peer.os_pid)
+    LogForwarder.take(state.log_forwarder, frame, peer && peer.os_pid)
     state
   end
 
@@ -409,8 +416,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         state
 
       peer ->
-        traffic = Dispatcher.lost(state.traffic, peer.port, :died)
-        %{state | traffic: InFlight.fail_all(traffic, :python_process_died, :held)}
+        in_flight = Dispatcher.lost(state.in_flight, peer.port, :died)
+        %{state | in_flight: InFlight.fail_all(in_flight, :python_process_died, :held)}
     end
   end
 

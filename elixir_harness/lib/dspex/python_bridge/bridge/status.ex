@@ -31,7 +31,7 @@ defmodule DSPex.PythonBridge.Bridge.Status do
       # One that ends still has its peer, until it is answered.
       state: if(state.status == :stopping, do: :running, else: state.status),
       os_pid: peer && peer.os_pid,
-      pending: InFlight.pending(state.traffic),
+      pending: InFlight.pending(state.in_flight),
       restarts: max(state.opened - 1, 0),
       uptime_ms: if(peer, do: Peer.uptime_ms(peer), else: 0),
       late_replies: state.late_replies,

@@ -14,15 +14,15 @@ defmodule DSPex.PythonBridge.Calls.Events do
 
   @doc "Hands a chunk to its caller; `:nobody` if there is none (any more)."
   @spec chunk(InFlight.t(), port(), pos_integer(), binary()) :: {:ok, InFlight.t()} | :nobody
-  def chunk(%InFlight{calls: calls} = traffic, port, id, frame) do
+  def chunk(%InFlight{calls: calls} = in_flight, port, id, frame) do
     case Calls.Table.get(calls, id) do
       %Call{at: ^port, stream?: true} = call ->
         # What the receive in DSPex.PythonBridge.Client.StreamProxy waits for, as in the next function.
         send(call.ref, {call.ref, :chunk, frame})
 
         if call.begun?,
-          do: {:ok, traffic},
-          else: {:ok, %{traffic | calls: Calls.Table.replace(calls, id, begun(call))}}
+          do: {:ok, in_flight},
+          else: {:ok, %{in_flight | calls: Calls.Table.replace(calls, id, begun(call))}}
 
       _none ->
         :nobody
@@ -50,10 +50,10 @@ defmodule DSPex.PythonBridge.Calls.Events do
   in any case).
   """
   @spec tool_result(InFlight.t(), port(), pos_integer() | nil, binary()) :: InFlight.t()
-  def tool_result(%InFlight{} = traffic, port, id, frame) do
-    if id == nil or match?(%Call{at: ^port}, Calls.Table.get(traffic.calls, id)),
-      do: Dispatcher.control(traffic, port, frame, id),
-      else: traffic
+  def tool_result(%InFlight{} = in_flight, port, id, frame) do
+    if id == nil or match?(%Call{at: ^port}, Calls.Table.get(in_flight.calls, id)),
+      do: Dispatcher.control(in_flight, port, frame, id),
+      else: in_flight
   end
 
   @doc """
@@ -61,12 +61,12 @@ defmodule DSPex.PythonBridge.Calls.Events do
   is sent `{:dropped, bytes}` if there were any.
   """
   @spec over(InFlight.t(), pos_integer(), Call.t()) :: InFlight.t()
-  def over(%InFlight{outboxes: outboxes} = traffic, id, %Call{tools?: true, at: port})
-      when is_map_key(outboxes, port) do
-    {bytes, outbox} = SendQueue.drop_about(Map.fetch!(outboxes, port), id)
+  def over(%InFlight{send_queues: send_queues} = in_flight, id, %Call{tools?: true, at: port})
+      when is_map_key(send_queues, port) do
+    {bytes, send_queue} = SendQueue.drop_about(Map.fetch!(send_queues, port), id)
     if bytes > 0, do: send(self(), {:dropped, bytes})
-    %{traffic | outboxes: %{outboxes | port => outbox}}
+    %{in_flight | send_queues: %{send_queues | port => send_queue}}
   end
 
-  def over(traffic, _id, _call), do: traffic
+  def over(in_flight, _id, _call), do: in_flight
 end

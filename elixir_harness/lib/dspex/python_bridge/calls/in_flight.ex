@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   between a request and its reply, in `DSPex.PythonBridge.Calls.Events`.
 
   Ids grow for as long as the bridge lives, over all its peers, so that no reply can be taken for
-  another's. They are also the keys of the outboxes and of what is held, whose order they are; a
+  another's. They are also the keys of the send queues and of what is held, whose order they are; a
   cancel takes one, too.
   """
 
@@ -17,18 +17,18 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   # What request_frame/3 puts before a body, at most.
   @head_bytes 64
 
-  @enforce_keys [:max_retries, :programs, :slot, :suspects]
+  @enforce_keys [:max_retries, :programs, :slot, :quarantine]
   defstruct [
     :max_retries,
     :programs,
     :slot,
-    :suspects,
+    :quarantine,
     :to,
     calls: Calls.Table.new(),
     held: :gb_sets.empty(),
     silent?: false,
     hold_changes?: false,
-    outboxes: %{},
+    send_queues: %{},
     late: %{},
     resent: 0,
     next_id: 1
@@ -44,13 +44,13 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
           max_retries: non_neg_integer(),
           programs: Programs.Store.table(),
           slot: Options.slot() | nil,
-          suspects: Quarantine.t(),
+          quarantine: Quarantine.t(),
           to: port() | nil,
           calls: Calls.Table.t(),
           held: :gb_sets.set(pos_integer()),
           silent?: boolean(),
           hold_changes?: boolean(),
-          outboxes: %{port() => SendQueue.t()},
+          send_queues: %{port() => SendQueue.t()},
           late: %{port() => %{pos_integer() => {Programs.Store.change(), binary()}}},
           resent: non_neg_integer(),
           next_id: pos_integer()
@@ -65,7 +65,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   @typedoc "What is done about a death; how many there were already; the change that is asked for."
   @type terms ::
           {:here | :never | :caller, non_neg_integer(), Programs.Store.change() | repair() | nil}
-  @typedoc "Asked of a pool's keeper alone: see `DSPex.PythonBridge.Pool.ProgramChanges.ask/5`."
+  @typedoc "Asked of a pool's coordinator alone: see `DSPex.PythonBridge.Pool.ProgramChanges.ask/5`."
   @type repair :: {:repair, pos_integer(), Programs.Store.id()}
   @typedoc "What goes between a caller and the peer beside request and reply."
   @type beside :: %{stream?: boolean(), tools?: boolean()}
@@ -77,7 +77,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
       max_retries: options.max_retries,
       programs: programs,
       slot: options.slot,
-      suspects: Quarantine.new(options.max_retries)
+      quarantine: Quarantine.new(options.max_retries)
     }
   end
 
@@ -92,10 +92,10 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   is what is left to the caller, in ms.
   """
   @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary(), terms(), beside()) :: t()
-  def accept(%__MODULE__{to: nil} = traffic, ref, _pid, _, _, {:caller, _, _}, _beside),
-    do: refuse(traffic, ref, {:died, :unsent}, :caller)
+  def accept(%__MODULE__{to: nil} = in_flight, ref, _pid, _, _, {:caller, _, _}, _beside),
+    do: refuse(in_flight, ref, {:died, :unsent}, :caller)
 
-  def accept(%__MODULE__{next_id: id} = traffic, ref, pid, timeout, body, terms, beside) do
+  def accept(%__MODULE__{next_id: id} = in_flight, ref, pid, timeout, body, terms, beside) do
     {retry, deaths, what} = terms
     now = now()
 
@@ -111,15 +111,15 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
       tools?: beside.tools?
     }
 
-    Dispatcher.offer(%{traffic | next_id: id + 1}, id, call, now)
+    Dispatcher.offer(%{in_flight | next_id: id + 1}, id, call, now)
   end
 
   @doc "Tells a caller at once that its request was not taken on."
   @spec refuse(t(), reference() | nil, failure(), :here | :never | :caller) :: t()
-  def refuse(%__MODULE__{} = traffic, ref, failure, retry) do
-    done(traffic, retry)
+  def refuse(%__MODULE__{} = in_flight, ref, failure, retry) do
+    done(in_flight, retry)
     answer(ref, {:error, failure})
-    traffic
+    in_flight
   end
 
   @doc """
@@ -142,47 +142,47 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   if it still waits to be written, else cancelled in the peer, whose answer will find nobody.
   """
   @spec abandon(t(), pos_integer() | reference()) :: t()
-  def abandon(%__MODULE__{} = traffic, ref) when is_reference(ref) do
-    case Calls.Table.id_of(traffic.calls, ref) do
+  def abandon(%__MODULE__{} = in_flight, ref) when is_reference(ref) do
+    case Calls.Table.id_of(in_flight.calls, ref) do
       # The reply went out first; it was sent to an alias that is no more.
-      nil -> traffic
-      id -> abandon(traffic, id)
+      nil -> in_flight
+      id -> abandon(in_flight, id)
     end
   end
 
-  def abandon(%__MODULE__{} = traffic, id) do
-    case Calls.Table.pop(traffic.calls, id) do
+  def abandon(%__MODULE__{} = in_flight, id) do
+    case Calls.Table.pop(in_flight.calls, id) do
       {nil, _calls} ->
-        traffic
+        in_flight
 
       {call, calls} ->
         unwatch(call.watch)
-        done(traffic, call.retry)
-        traffic = suspect_silence(%{traffic | calls: calls}, call)
-        traffic |> Calls.Events.over(id, call) |> Dispatcher.withdraw(id, call)
+        done(in_flight, call.retry)
+        in_flight = suspect_silence(%{in_flight | calls: calls}, call)
+        in_flight |> Calls.Events.over(id, call) |> Dispatcher.withdraw(id, call)
     end
   end
 
   # A peer that hangs would look idle: each call that is given up is counted out. One that does not will say
   # something soon, be it that the call was cancelled.
   defp suspect_silence(
-         %__MODULE__{slot: {slots, index, _keeper, monitor}, to: port} = traffic,
+         %__MODULE__{slot: {counters, index, _coordinator, monitor}, to: port} = in_flight,
          %Call{at: port}
        )
        when port != nil do
-    LoadCounters.silent(slots, index)
+    LoadCounters.silent(counters, index)
     GenServer.cast(monitor, :unanswered)
-    %{traffic | silent?: true}
+    %{in_flight | silent?: true}
   end
 
-  defp suspect_silence(traffic, _call), do: traffic
+  defp suspect_silence(in_flight, _call), do: in_flight
 
   @doc "The peer that serves has sent something, for the first time since it was suspected of silence."
   @spec heard(t()) :: t()
-  def heard(%__MODULE__{slot: {slots, index, _keeper, monitor}} = traffic) do
-    LoadCounters.heard(slots, index)
+  def heard(%__MODULE__{slot: {counters, index, _coordinator, monitor}} = in_flight) do
+    LoadCounters.heard(counters, index)
     GenServer.cast(monitor, :heard)
-    %{traffic | silent?: false}
+    %{in_flight | silent?: false}
   end
 
   # A caller keeps its own time and is watched for its death; a cast has nobody who would.
@@ -204,54 +204,56 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
   @doc "Hands a reply to its caller; `:nobody` if there is none (any more)."
   @spec deliver(t(), pos_integer(), binary()) :: {:ok, t()} | :nobody
-  def deliver(%__MODULE__{} = traffic, id, frame) do
-    case Calls.Table.pop(traffic.calls, id) do
+  def deliver(%__MODULE__{} = in_flight, id, frame) do
+    case Calls.Table.pop(in_flight.calls, id) do
       {nil, _calls} ->
-        deliver_late(traffic, id, frame)
+        deliver_late(in_flight, id, frame)
 
       {call, calls} ->
-        if call.what, do: note_change(traffic, call.what, call.body, frame)
+        if call.what, do: note_change(in_flight, call.what, call.body, frame)
         unwatch(call.watch)
-        done(traffic, call.retry)
+        done(in_flight, call.retry)
         answer(call.ref, {:frame, frame})
-        traffic = Calls.Events.over(%{traffic | calls: calls}, id, call)
-        {:ok, Dispatcher.answered(traffic, id)}
+        in_flight = Calls.Events.over(%{in_flight | calls: calls}, id, call)
+        {:ok, Dispatcher.answered(in_flight, id)}
     end
   end
 
-  defp deliver_late(%__MODULE__{late: late} = traffic, id, frame) do
+  defp deliver_late(%__MODULE__{late: late} = in_flight, id, frame) do
     case Enum.find(late, fn {_port, changes} -> is_map_key(changes, id) end) do
       {port, changes} ->
         {{what, body}, rest} = Map.pop!(changes, id)
-        note_change(traffic, what, body, frame)
+        note_change(in_flight, what, body, frame)
         late = if rest == %{}, do: Map.delete(late, port), else: %{late | port => rest}
-        {:ok, %{traffic | late: late}}
+        {:ok, %{in_flight | late: late}}
 
       nil ->
         :nobody
     end
   end
 
-  defp note_change(traffic, what, body, frame) do
-    if Protocol.success?(frame), do: Programs.Store.apply_change(traffic.programs, what, body)
+  defp note_change(in_flight, what, body, frame) do
+    if Protocol.success?(frame), do: Programs.Store.apply_change(in_flight.programs, what, body)
   end
 
   @doc "Calls fail: all, or those that no peer has been given."
   @spec fail_all(t(), failure(), :all | :held) :: t()
-  def fail_all(%__MODULE__{} = traffic, failure, which) do
-    for {id, %Call{at: at}} <- traffic.calls.by_id, which == :all or at == nil, reduce: traffic do
-      traffic -> fail(traffic, id, failure)
+  def fail_all(%__MODULE__{} = in_flight, failure, which) do
+    for {id, %Call{at: at}} <- in_flight.calls.by_id,
+        which == :all or at == nil,
+        reduce: in_flight do
+      in_flight -> fail(in_flight, id, failure)
     end
   end
 
   @doc "A call fails."
   @spec fail(t(), pos_integer(), failure()) :: t()
-  def fail(%__MODULE__{} = traffic, id, failure) do
-    {call, calls} = Calls.Table.pop(traffic.calls, id)
+  def fail(%__MODULE__{} = in_flight, id, failure) do
+    {call, calls} = Calls.Table.pop(in_flight.calls, id)
     unwatch(call.watch)
-    done(traffic, call.retry)
+    done(in_flight, call.retry)
     answer(call.ref, {:error, failure})
-    %{traffic | calls: calls} |> Calls.Events.over(id, call) |> Dispatcher.forget(id, call)
+    %{in_flight | calls: calls} |> Calls.Events.over(id, call) |> Dispatcher.forget(id, call)
   end
 
   ## Answers
@@ -265,8 +267,10 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   end
 
   # The pool's caller has counted it in.
-  defp done(%__MODULE__{slot: {slots, index, _, _}}, :caller), do: LoadCounters.done(slots, index)
-  defp done(_traffic, _retry), do: :ok
+  defp done(%__MODULE__{slot: {counters, index, _, _}}, :caller),
+    do: LoadCounters.done(counters, index)
+
+  defp done(_in_flight, _retry), do: :ok
 
   defp now, do: System.monotonic_time(:millisecond)
 end

@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
       peer has sent nothing since (`silent/2`, `heard/2`)
     * ready: 0, or a number that grows from one readiness to the next, so that the smallest is
       the peer that has been up longest. By the bridge
-    * lent: 0 or 1. By the pool's keeper
+    * lent: 0 or 1. By the pool's coordinator
 
   What is read here is a hint: a bridge may die right after it. Whoever acts upon it gets the error.
   """
@@ -47,8 +47,8 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
 
   @doc "A bridge's process starts: it has no calls, and no peer."
   @spec reset(t(), index()) :: :ok
-  def reset({ref, _size} = slots, index) do
-    put_state(slots, index, :down)
+  def reset({ref, _size} = counters, index) do
+    put_state(counters, index, :down)
     change(ref, calls(index), fn word -> ((word >>> @lives_shift) + 1) <<< @lives_shift end)
   end
 
@@ -56,8 +56,8 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   @spec put_state(t(), index(), state()) :: :ok
   def put_state({ref, _size}, index, :down), do: :atomics.put(ref, ready(index), 0)
 
-  def put_state({ref, _size} = slots, index, :ready) do
-    heard(slots, index)
+  def put_state({ref, _size} = counters, index, :ready) do
+    heard(counters, index)
     :atomics.put(ref, ready(index), System.unique_integer([:positive, :monotonic]))
   end
 
@@ -115,7 +115,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
     end)
   end
 
-  ## The keeper's side
+  ## The coordinator's side
 
   @doc "Calls leave this bridge alone from now on."
   @spec lend(t(), index()) :: :ok

@@ -50,22 +50,23 @@ defmodule DSPex.PythonBridge.Calls.Quarantine do
 
   @doc "A suspect waits to be tried."
   @spec add(t(), id(), pos_integer()) :: t()
-  def add(%__MODULE__{waiting: waiting} = suspects, id, deaths) do
+  def add(%__MODULE__{waiting: waiting} = quarantine, id, deaths) do
     alike = :gb_sets.add(id, Map.get(waiting, deaths, :gb_sets.empty()))
-    %{suspects | waiting: Map.put(waiting, deaths, alike)}
+    %{quarantine | waiting: Map.put(waiting, deaths, alike)}
   end
 
   @doc "It does so no longer."
   @spec drop(t(), id(), non_neg_integer()) :: t()
-  def drop(%__MODULE__{waiting: waiting} = suspects, id, deaths) when is_map_key(waiting, deaths),
-    do: leave_waiting(suspects, deaths, :gb_sets.delete_any(id, Map.fetch!(waiting, deaths)))
+  def drop(%__MODULE__{waiting: waiting} = quarantine, id, deaths)
+      when is_map_key(waiting, deaths),
+      do: leave_waiting(quarantine, deaths, :gb_sets.delete_any(id, Map.fetch!(waiting, deaths)))
 
-  def drop(%__MODULE__{} = suspects, _id, _deaths), do: suspects
+  def drop(%__MODULE__{} = quarantine, _id, _deaths), do: quarantine
 
-  defp leave_waiting(%__MODULE__{waiting: waiting} = suspects, deaths, alike) do
+  defp leave_waiting(%__MODULE__{waiting: waiting} = quarantine, deaths, alike) do
     if :gb_sets.is_empty(alike),
-      do: %{suspects | waiting: Map.delete(waiting, deaths)},
-      else: %{suspects | waiting: Map.put(waiting, deaths, alike)}
+      do: %{quarantine | waiting: Map.delete(waiting, deaths)},
+      else: %{quarantine | waiting: Map.put(waiting, deaths, alike)}
   end
 
   @doc "Whether any waits."
@@ -77,20 +78,20 @@ defmodule DSPex.PythonBridge.Calls.Quarantine do
   suspects take the fewest rounds in groups of n to the power of left / (left + 1).
 
       iex> alias DSPex.PythonBridge.Calls.Quarantine
-      iex> suspects = Enum.reduce(1..16, Quarantine.new(3), &Quarantine.add(&2, &1, 2))
-      iex> {group, _rest} = Quarantine.take_group(suspects)
+      iex> quarantine = Enum.reduce(1..16, Quarantine.new(3), &Quarantine.add(&2, &1, 2))
+      iex> {group, _rest} = Quarantine.take_group(quarantine)
       iex> group
       [1, 2, 3, 4]
   """
   @spec take_group(t()) :: {[id(), ...], t()}
-  def take_group(%__MODULE__{waiting: waiting, max_retries: most} = suspects) do
+  def take_group(%__MODULE__{waiting: waiting, max_retries: most} = quarantine) do
     fewest = waiting |> Map.keys() |> Enum.min()
     alike = Map.fetch!(waiting, fewest)
     left = max(most - fewest, 0)
     # Not more than there are, whatever the rounding.
     size = ceil(:math.pow(:gb_sets.size(alike), left / (left + 1)))
     {group, alike} = take(alike, min(size, :gb_sets.size(alike)), [])
-    {group, leave_waiting(suspects, fewest, alike)}
+    {group, leave_waiting(quarantine, fewest, alike)}
   end
 
   # What a group costs depends on its size alone: alone, each of thousands is one.
@@ -106,10 +107,10 @@ defmodule DSPex.PythonBridge.Calls.Quarantine do
   when they have outlived their time.
   """
   @spec try_out(t(), [id()]) :: t()
-  def try_out(%__MODULE__{} = suspects, ids) do
-    suspects = stop(suspects)
-    timer = :erlang.start_timer(suspects.acquit_ms, self(), :acquit)
-    %{suspects | trial?: true, timer: timer, on_trial: Map.from_keys(ids, true)}
+  def try_out(%__MODULE__{} = quarantine, ids) do
+    quarantine = stop(quarantine)
+    timer = :erlang.start_timer(quarantine.acquit_ms, self(), :acquit)
+    %{quarantine | trial?: true, timer: timer, on_trial: Map.from_keys(ids, true)}
   end
 
   @doc "Whether some are being tried."
@@ -118,27 +119,27 @@ defmodule DSPex.PythonBridge.Calls.Quarantine do
 
   @doc "One was answered, or is not waited for any more."
   @spec leave(t(), id()) :: t()
-  def leave(%__MODULE__{} = suspects, id),
-    do: %{suspects | on_trial: Map.delete(suspects.on_trial, id)}
+  def leave(%__MODULE__{} = quarantine, id),
+    do: %{quarantine | on_trial: Map.delete(quarantine.on_trial, id)}
 
   @doc "The timer has fired; one of an earlier trial changes nothing."
   @spec acquit(t(), reference()) :: t()
-  def acquit(%__MODULE__{timer: timer} = suspects, timer),
-    do: %{suspects | on_trial: %{}, timer: nil}
+  def acquit(%__MODULE__{timer: timer} = quarantine, timer),
+    do: %{quarantine | on_trial: %{}, timer: nil}
 
-  def acquit(%__MODULE__{} = suspects, _earlier), do: suspects
+  def acquit(%__MODULE__{} = quarantine, _earlier), do: quarantine
 
   @doc "The trial is over, or the peer is."
   @spec stop(t()) :: t()
-  def stop(%__MODULE__{trial?: false} = suspects), do: suspects
+  def stop(%__MODULE__{trial?: false} = quarantine), do: quarantine
 
-  def stop(%__MODULE__{} = suspects) do
-    if suspects.timer, do: :erlang.cancel_timer(suspects.timer, async: true, info: false)
-    %{suspects | trial?: false, timer: nil, on_trial: %{}}
+  def stop(%__MODULE__{} = quarantine) do
+    if quarantine.timer, do: :erlang.cancel_timer(quarantine.timer, async: true, info: false)
+    %{quarantine | trial?: false, timer: nil, on_trial: %{}}
   end
 
   @doc "A peer died so many ms after it was given what it died of, at most: next time is like it."
   @spec learn(t(), non_neg_integer()) :: t()
-  def learn(%__MODULE__{} = suspects, ms),
-    do: %{suspects | acquit_ms: min(max(@acquit_ms, 2 * ms), @longest_acquit_ms)}
+  def learn(%__MODULE__{} = quarantine, ms),
+    do: %{quarantine | acquit_ms: min(max(@acquit_ms, 2 * ms), @longest_acquit_ms)}
 end

@@ -27,42 +27,42 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
             about: %{pos_integer() => [pos_integer()]}
           }
 
-  @doc "An empty outbox of this port."
+  @doc "An empty send queue of this port."
   @spec new(port()) :: t()
   def new(port), do: %__MODULE__{port: port}
 
   @doc "Takes back the requests that were not written; gives their ids."
   @spec take_back(t()) :: {[pos_integer()], t()}
-  def take_back(%__MODULE__{} = outbox) do
+  def take_back(%__MODULE__{} = send_queue) do
     {requests, controls} =
-      Enum.split_with(:gb_trees.to_list(outbox.queue), &match?({_key, {:request, _, _}}, &1))
+      Enum.split_with(:gb_trees.to_list(send_queue.queue), &match?({_key, {:request, _, _}}, &1))
 
-    {Enum.map(requests, &elem(&1, 0)), %{outbox | queue: :gb_trees.from_orddict(controls)}}
+    {Enum.map(requests, &elem(&1, 0)), %{send_queue | queue: :gb_trees.from_orddict(controls)}}
   end
 
   @doc "Lets the port go; gives the ids of the requests that were not written."
   @spec close(t()) :: [pos_integer()]
-  def close(%__MODULE__{} = outbox) do
-    with {pid, monitor} <- outbox.writer do
+  def close(%__MODULE__{} = send_queue) do
+    with {pid, monitor} <- send_queue.writer do
       Process.demonitor(monitor, [:flush])
       Process.exit(pid, :kill)
     end
 
-    outbox |> take_back() |> elem(0)
+    send_queue |> take_back() |> elem(0)
   end
 
   @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`."
   @spec push_request(t(), pos_integer(), integer() | :infinity, binary()) :: t()
-  def push_request(%__MODULE__{} = outbox, id, deadline, body),
-    do: push(outbox, id, {:request, deadline, body})
+  def push_request(%__MODULE__{} = send_queue, id, deadline, body),
+    do: push(send_queue, id, {:request, deadline, body})
 
   @doc """
   Sends a control frame, or queues it in its place. `about`: the key of the call that it belongs to, whose
   end is told by `drop_about/2`.
   """
   @spec push_control(t(), pos_integer(), iodata(), pos_integer() | nil) :: t()
-  def push_control(%__MODULE__{} = outbox, key, frame, about \\ nil) do
-    pushed = push(outbox, key, {:control, frame})
+  def push_control(%__MODULE__{} = send_queue, key, frame, about \\ nil) do
+    pushed = push(send_queue, key, {:control, frame})
 
     if about == nil or not member?(pushed, key),
       do: pushed,
@@ -79,54 +79,58 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
 
   @doc "Takes a frame back that still waits to be written."
   @spec drop(t(), pos_integer()) :: t()
-  def drop(%__MODULE__{} = outbox, key),
-    do: %{outbox | queue: :gb_trees.delete_any(key, outbox.queue)}
+  def drop(%__MODULE__{} = send_queue, key),
+    do: %{send_queue | queue: :gb_trees.delete_any(key, send_queue.queue)}
 
   @doc "Takes back the control frames that belong to a call, and gives their bytes."
   @spec drop_about(t(), pos_integer()) :: {non_neg_integer(), t()}
-  def drop_about(%__MODULE__{about: about} = outbox, call) when is_map_key(about, call) do
+  def drop_about(%__MODULE__{about: about} = send_queue, call) when is_map_key(about, call) do
     {keys, about} = Map.pop!(about, call)
-    Enum.reduce(keys, {0, %{outbox | about: about}}, &take_out/2)
+    Enum.reduce(keys, {0, %{send_queue | about: about}}, &take_out/2)
   end
 
-  def drop_about(%__MODULE__{} = outbox, _call), do: {0, outbox}
+  def drop_about(%__MODULE__{} = send_queue, _call), do: {0, send_queue}
 
-  defp take_out(key, {bytes, outbox}) do
-    case :gb_trees.take_any(key, outbox.queue) do
-      {{:control, frame}, queue} -> {bytes + IO.iodata_length(frame), %{outbox | queue: queue}}
-      :error -> {bytes, outbox}
+  defp take_out(key, {bytes, send_queue}) do
+    case :gb_trees.take_any(key, send_queue.queue) do
+      {{:control, frame}, queue} ->
+        {bytes + IO.iodata_length(frame), %{send_queue | queue: queue}}
+
+      :error ->
+        {bytes, send_queue}
     end
   end
 
   @doc "To be told of every `:DOWN` of a process: after the helper's, the next frames are sent."
   @spec written(t(), reference()) :: t()
-  def written(%__MODULE__{writer: {_pid, monitor}} = outbox, monitor),
-    do: drain(%{outbox | writer: nil})
+  def written(%__MODULE__{writer: {_pid, monitor}} = send_queue, monitor),
+    do: drain(%{send_queue | writer: nil})
 
-  def written(%__MODULE__{} = outbox, _monitor), do: outbox
+  def written(%__MODULE__{} = send_queue, _monitor), do: send_queue
 
   # The queue is empty whenever there is no helper: see drain/1.
-  defp push(%__MODULE__{writer: nil} = outbox, key, item) do
-    case write(outbox, frame(key, item)) do
-      %__MODULE__{} = outbox -> outbox
-      :port_gone -> queue(outbox, key, item)
+  defp push(%__MODULE__{writer: nil} = send_queue, key, item) do
+    case write(send_queue, frame(key, item)) do
+      %__MODULE__{} = send_queue -> send_queue
+      :port_gone -> queue(send_queue, key, item)
     end
   end
 
-  defp push(%__MODULE__{} = outbox, key, item), do: queue(outbox, key, item)
+  defp push(%__MODULE__{} = send_queue, key, item), do: queue(send_queue, key, item)
 
-  defp queue(outbox, key, item), do: %{outbox | queue: :gb_trees.insert(key, item, outbox.queue)}
+  defp queue(send_queue, key, item),
+    do: %{send_queue | queue: :gb_trees.insert(key, item, send_queue.queue)}
 
-  defp drain(%__MODULE__{} = outbox) do
-    if outbox.writer == nil and not :gb_trees.is_empty(outbox.queue) do
-      {key, item, rest} = :gb_trees.take_smallest(outbox.queue)
+  defp drain(%__MODULE__{} = send_queue) do
+    if send_queue.writer == nil and not :gb_trees.is_empty(send_queue.queue) do
+      {key, item, rest} = :gb_trees.take_smallest(send_queue.queue)
 
-      case write(outbox, frame(key, item)) do
+      case write(send_queue, frame(key, item)) do
         %__MODULE__{} = written -> drain(%{written | queue: rest})
-        :port_gone -> outbox
+        :port_gone -> send_queue
       end
     else
-      outbox
+      send_queue
     end
   end
 
@@ -136,10 +140,10 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   # port_command without :nosuspend, Port.command and send/2 would suspend the bridge itself for as
   # long as the peer does not read. A port that has just died raises, for this frame and all after it;
   # the message about its death is on its way, and they are for the next peer.
-  defp write(%__MODULE__{port: port} = outbox, frame) do
+  defp write(%__MODULE__{port: port} = send_queue, frame) do
     if :erlang.port_command(port, frame, [:nosuspend]),
-      do: outbox,
-      else: %{outbox | writer: start_writer(port, frame)}
+      do: send_queue,
+      else: %{send_queue | writer: start_writer(port, frame)}
   rescue
     ArgumentError -> :port_gone
   end

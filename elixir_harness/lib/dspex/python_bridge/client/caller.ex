@@ -29,7 +29,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
           args: map()
         }
   @type dest :: pid() | {atom(), node()}
-  @type reply :: {:frame, binary()} | {:error, :timeout | :relay_died | InFlight.failure()}
+  @type reply :: {:frame, binary()} | {:error, :timeout | :proxy_died | InFlight.failure()}
   @type result :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
 
   @doc """
@@ -224,7 +224,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, Error.new(:python_process_died, text)}
   end
 
-  def read({:error, :relay_died}) do
+  def read({:error, :proxy_died}) do
     text = "the process that made the call in the caller's place was killed"
     {:error, Error.new(:cancelled, text)}
   end

@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Tools.Invocation
 
-  # The relay itself is to be late first: it knows what has come.
+  # The proxy itself is to be late first: it knows what has come.
   @grace_ms 50
   # `receive` takes no longer timeout.
   @longest_ms 4_294_967_295
@@ -61,26 +61,26 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   @doc """
   Waits for the next chunk's frame, or else for what has come of the call: then nothing follows.
 
-  The relay keeps the time of the call. If it does not speak by the deadline, held up by the connection to
+  The proxy keeps the time of the call. If it does not speak by the deadline, held up by the connection to
   a node that hangs, say, it is ended, and its tools with it.
   """
   @spec next(pid(), Caller.deadline()) :: {:chunk, binary()} | {:over, Caller.reply()}
-  def next(relay, deadline) do
-    ref = :erlang.monitor(:process, relay, alias: :reply_demonitor)
-    send(relay, {:next, ref})
+  def next(proxy, deadline) do
+    ref = :erlang.monitor(:process, proxy, alias: :reply_demonitor)
+    send(proxy, {:next, ref})
 
     receive do
       {^ref, element} -> element
-      {:DOWN, ^ref, :process, _relay, _reason} -> {:over, {:error, :relay_died}}
+      {:DOWN, ^ref, :process, _proxy, _reason} -> {:over, {:error, :proxy_died}}
     after
-      patience(Caller.left(deadline)) -> give_up(relay, ref)
+      patience(Caller.left(deadline)) -> give_up(proxy, ref)
     end
   end
 
   defp patience(:infinity), do: :infinity
   defp patience(left), do: min(left + @grace_ms, @longest_ms)
 
-  defp give_up(relay, ref) do
+  defp give_up(proxy, ref) do
     Process.demonitor(ref, [:flush])
 
     # It may have come between the two.
@@ -88,16 +88,16 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
       {^ref, element} -> element
     after
       0 ->
-        stop(relay)
+        stop(proxy)
         {:over, {:error, :timeout}}
     end
   end
 
   @doc "The caller has enough."
   @spec stop(pid()) :: :ok
-  def stop(relay) do
-    # It may be held up. What is to follow is others' work: the bridge's, and the toolbox's.
-    Process.exit(relay, :kill)
+  def stop(proxy) do
+    # It may be held up. What is to follow is others' work: the bridge's, and the function holder's.
+    Process.exit(proxy, :kill)
     :ok
   end
 

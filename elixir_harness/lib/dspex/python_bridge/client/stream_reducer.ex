@@ -47,17 +47,17 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   defp begin({server, command, args, timeout, opts}, {stream?, span}, acc, fun) do
     case Caller.prepare(server, command, args, timeout, [stream: stream?] ++ opts) do
       {:ok, call} ->
-        relay = StreamProxy.start(call, stream?: stream?, tools: Keyword.get(opts, :tools, %{}))
+        proxy = StreamProxy.start(call, stream?: stream?, tools: Keyword.get(opts, :tools, %{}))
         # It is as large as the request, which may take long.
-        go_on({%{call | body: ""}, relay, span}, {:cont, acc}, fun)
+        go_on({%{call | body: ""}, proxy, span}, {:cont, acc}, fun)
 
       {:error, _error} = result ->
         over(result, span, acc, fun)
     end
   end
 
-  defp go_on({call, relay, span} = under_way, {:cont, acc}, fun) do
-    case StreamProxy.next(relay, call.deadline) do
+  defp go_on({call, proxy, span} = under_way, {:cont, acc}, fun) do
+    case StreamProxy.next(proxy, call.deadline) do
       {:chunk, frame} -> go_on(under_way, chunk(under_way, frame, acc, fun), fun)
       {:over, reply} -> over(Caller.conclude(call, reply), span, acc, fun)
     end
@@ -66,8 +66,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   defp go_on(under_way, {:suspend, acc}, fun),
     do: {:suspended, acc, &go_on(under_way, &1, fun)}
 
-  defp go_on({_call, relay, span}, {:halt, acc}, _fun) do
-    StreamProxy.stop(relay)
+  defp go_on({_call, proxy, span}, {:halt, acc}, _fun) do
+    StreamProxy.stop(proxy)
     Telemetry.over(span, :cancelled)
     {:halted, acc}
   end
@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   defp last({:halt, acc}), do: {:halted, acc}
   defp last({:suspend, acc}), do: {:suspended, acc, &last/1}
 
-  defp chunk({call, _relay, _span} = under_way, frame, acc, fun) do
+  defp chunk({call, _proxy, _span} = under_way, frame, acc, fun) do
     case Protocol.decode_chunk(frame) do
       {:ok, _id, chunk} ->
         give(under_way, {:chunk, chunk}, acc, fun)
@@ -92,11 +92,11 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     end
   end
 
-  defp give({_call, relay, span}, element, acc, fun) do
+  defp give({_call, proxy, span}, element, acc, fun) do
     fun.(element, acc)
   catch
     kind, reason ->
-      StreamProxy.stop(relay)
+      StreamProxy.stop(proxy)
       Telemetry.failed(span, kind, reason, __STACKTRACE__)
       :erlang.raise(kind, reason, __STACKTRACE__)
   end

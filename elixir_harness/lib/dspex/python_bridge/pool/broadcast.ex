@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Pool.Broadcast do
   @moduledoc """
-  Changes to the programs on their way to the bridges of the pool. Used by the keeper's process, which
+  Changes to the programs on their way to the bridges of the pool. Used by the coordinator's process, which
   thereby is what puts them in one order: each bridge is sent each change, in the order in which they
   were started here, and sends it again by itself if its peer dies.
 
@@ -45,16 +45,16 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
 
   @doc """
   No change is under way. `owner`: the process with whose end bridges cancel the changes that they were
-  sent. Not the keeper's: some bridges may have made a change already when that ends.
+  sent. Not the coordinator's: some bridges may have made a change already when that ends.
   """
   @spec new(owner :: pid()) :: t()
   def new(owner), do: %__MODULE__{owner: owner}
 
   @doc "Sends a change to bridges."
   @spec start(t(), from(), what(), binary(), timeout(), [target()]) :: {t(), [over()]}
-  def start(%__MODULE__{next: id} = deliveries, from, what, body, timeout, targets) do
+  def start(%__MODULE__{next: id} = broadcast, from, what, body, timeout, targets) do
     lifetime = max(timeout, @lifetime_ms)
-    sent = Map.new(targets, &send_to(&1, deliveries.owner, what, body, lifetime))
+    sent = Map.new(targets, &send_to(&1, broadcast.owner, what, body, lifetime))
 
     change = %{
       id: id,
@@ -68,8 +68,8 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
       timer: lifetime != :infinity && :erlang.start_timer(lifetime, self(), {:delivery, id})
     }
 
-    refs = Enum.into(sent, deliveries.refs, fn {ref, _target} -> {ref, id} end)
-    settle(%{deliveries | next: id + 1, refs: refs}, change)
+    refs = Enum.into(sent, broadcast.refs, fn {ref, _target} -> {ref, id} end)
+    settle(%{broadcast | next: id + 1, refs: refs}, change)
   end
 
   # :infinity is greater than any number, as an atom.
@@ -91,15 +91,15 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
 
   @doc "A bridge has answered, or is gone. Of a reply that is not known, nothing comes."
   @spec answered(t(), reference(), reply()) :: {t(), [over()]}
-  def answered(%__MODULE__{} = deliveries, ref, reply) do
-    case Map.pop(deliveries.refs, ref) do
+  def answered(%__MODULE__{} = broadcast, ref, reply) do
+    case Map.pop(broadcast.refs, ref) do
       {nil, _refs} ->
-        {deliveries, []}
+        {broadcast, []}
 
       {id, refs} ->
-        change = Map.fetch!(deliveries.under_way, id)
+        change = Map.fetch!(broadcast.under_way, id)
         change = note(%{change | sent: Map.delete(change.sent, ref)}, reply)
-        settle(%{deliveries | refs: refs}, change)
+        settle(%{broadcast | refs: refs}, change)
     end
   end
 
@@ -116,53 +116,53 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
 
   @doc "The peer of a slot is not up any more: its answers are not waited for."
   @spec down(t(), LoadCounters.index()) :: {t(), [over()]}
-  def down(%__MODULE__{under_way: under_way} = deliveries, index) do
-    Enum.reduce(under_way, {deliveries, []}, fn {_id, change}, {deliveries, over} ->
+  def down(%__MODULE__{under_way: under_way} = broadcast, index) do
+    Enum.reduce(under_way, {broadcast, []}, fn {_id, change}, {broadcast, over} ->
       sent =
         Map.new(change.sent, fn
           {ref, {^index, pid, true}} -> {ref, {index, pid, false}}
           other -> other
         end)
 
-      {deliveries, more} = settle(deliveries, %{change | sent: sent})
-      {deliveries, more ++ over}
+      {broadcast, more} = settle(broadcast, %{change | sent: sent})
+      {broadcast, more ++ over}
     end)
   end
 
   @doc "The timer of a change has fired: peers that have not got it by now are given the table."
   @spec expired(t(), pos_integer()) :: {t(), [over()]}
-  def expired(%__MODULE__{} = deliveries, id) do
-    case deliveries.under_way do
+  def expired(%__MODULE__{} = broadcast, id) do
+    case broadcast.under_way do
       %{^id => change} ->
         for {ref, {_index, pid, _waited?}} <- change.sent do
           Process.demonitor(ref, [:flush])
           send(pid, {:abandon, ref})
         end
 
-        refs = Map.drop(deliveries.refs, Map.keys(change.sent))
+        refs = Map.drop(broadcast.refs, Map.keys(change.sent))
         change = %{change | sent: %{}, failure: change.failure || {:error, :timeout}}
-        settle(%{deliveries | refs: refs}, change)
+        settle(%{broadcast | refs: refs}, change)
 
       _over ->
-        {deliveries, []}
+        {broadcast, []}
     end
   end
 
   # A change stays here until all bridges have answered; it is over, once, before that.
-  defp settle(deliveries, %{from: from} = change) do
+  defp settle(broadcast, %{from: from} = change) do
     over? = from != :told and over?(change)
     over = if over?, do: [summary(change)], else: []
     change = if over?, do: %{change | from: :told}, else: change
-    {put(deliveries, change), over}
+    {put(broadcast, change), over}
   end
 
-  defp put(deliveries, %{id: id, sent: sent, timer: timer}) when sent == %{} do
+  defp put(broadcast, %{id: id, sent: sent, timer: timer}) when sent == %{} do
     if timer, do: :erlang.cancel_timer(timer, async: true, info: false)
-    %{deliveries | under_way: Map.delete(deliveries.under_way, id)}
+    %{broadcast | under_way: Map.delete(broadcast.under_way, id)}
   end
 
-  defp put(deliveries, change),
-    do: %{deliveries | under_way: Map.put(deliveries.under_way, change.id, change)}
+  defp put(broadcast, change),
+    do: %{broadcast | under_way: Map.put(broadcast.under_way, change.id, change)}
 
   defp over?(%{sent: sent}) when sent == %{}, do: true
 

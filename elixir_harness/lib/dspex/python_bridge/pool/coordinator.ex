@@ -20,32 +20,36 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   require Cluster.Message
 
-  @enforce_keys [:info, :changes, :cluster]
+  @enforce_keys [:handle, :changes, :cluster]
   # waiting: callers' aliases, with the monitors of their processes.
-  defstruct [:info, :changes, :cluster, waiting: %{}]
+  defstruct [:handle, :changes, :cluster, waiting: %{}]
 
-  @doc "Starts the keeper of a pool."
+  @doc "Starts the coordinator of a pool."
   @spec start_link(Handle.t()) :: GenServer.on_start()
-  def start_link(%Handle{} = info),
-    do: GenServer.start_link(__MODULE__, info, name: Handle.keeper(info.name))
+  def start_link(%Handle{} = handle),
+    do: GenServer.start_link(__MODULE__, handle, name: Handle.coordinator(handle.name))
 
   @impl GenServer
-  def init(%Handle{} = info) do
+  def init(%Handle{} = handle) do
     # For terminate/2.
     Process.flag(:trap_exit, true)
     # Keeps definitions in queued messages out of crash reports.
     Process.flag(:sensitive, true)
-    Handle.publish(info)
-    Checkouts.restore(info)
+    Handle.publish(handle)
+    Checkouts.restore(handle)
 
     {:ok,
-     %__MODULE__{info: info, changes: ProgramChanges.new(info), cluster: Membership.join(info)}}
+     %__MODULE__{
+       handle: handle,
+       changes: ProgramChanges.new(handle),
+       cluster: Membership.join(handle)
+     }}
   end
 
   # In good order, or because the supervisor was killed: the pool ends. After a defect it goes on.
   @impl GenServer
   def terminate(reason, state) when reason in [:normal, :shutdown, :killed],
-    do: Handle.withdraw(state.info)
+    do: Handle.withdraw(state.handle)
 
   def terminate(_defect, _state), do: :ok
 
@@ -62,14 +66,14 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   @impl GenServer
   def handle_call({:checkout, ref}, {borrower, _tag}, state) when is_reference(ref) do
-    case Checkouts.lend(state.info, borrower, ref) do
+    case Checkouts.lend(state.handle, borrower, ref) do
       nil -> {:reply, {:error, :pool_exhausted}, state}
       bridge -> {:reply, {:ok, bridge}, serves_less(state)}
     end
   end
 
   def handle_call({:checkin, bridge}, _from, state) do
-    case Checkouts.take_back(state.info, bridge) do
+    case Checkouts.take_back(state.handle, bridge) do
       :ok -> {:reply, :ok, serves_more(state)}
       {:error, text} -> {:reply, {:error, text}, state}
     end
@@ -91,7 +95,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   @impl GenServer
   def handle_cast({:unheard, ref}, state) when is_reference(ref) do
-    if Checkouts.undo(state.info, ref),
+    if Checkouts.undo(state.handle, ref),
       do: {:noreply, serves_more(state)},
       else: {:noreply, state}
   end
@@ -103,7 +107,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def handle_info({:request, ref, pid, timeout, body, {_retry, _deaths, what}} = message, state)
       when is_reference(ref) and is_pid(pid) and is_binary(body) and
              (timeout == :infinity or timeout in 0..4_294_967_295) do
-    if ProgramChanges.asked?(what, state.info),
+    if ProgramChanges.asked?(what, state.handle),
       do: {:noreply, made(state, ProgramChanges.ask(state.changes, ref, timeout, body, what))},
       else: drop(message, state)
   end
@@ -130,7 +134,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   end
 
   def handle_info({{:borrower_gone, index}, monitor, :process, _pid, _reason}, state) do
-    if Checkouts.borrower_gone(state.info, index, monitor),
+    if Checkouts.borrower_gone(state.handle, index, monitor),
       do: {:noreply, serves_more(state)},
       else: {:noreply, state}
   end
@@ -141,8 +145,8 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def handle_info({:wait, ref, pid, passed, passed_nodes}, state)
       when is_reference(ref) and is_pid(pid) and length(passed) >= 0 and
              length(passed_nodes) >= 0 do
-    if LoadCounters.any?(state.info.slots, passed) or
-         :ets.tab2list(state.info.others) -- passed_nodes != [] do
+    if LoadCounters.any?(state.handle.counters, passed) or
+         :ets.tab2list(state.handle.others) -- passed_nodes != [] do
       send(ref, {ref, :changed})
       {:noreply, state}
     else
@@ -161,38 +165,42 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def handle_info(message, %{cluster: %Membership{} = cluster} = state)
       when Cluster.Message.is_message(message) do
     case Cluster.Message.read(message) do
-      {:ok, said, version, keeper} ->
-        cluster = Membership.heard(cluster, state.info, keeper, version)
+      {:ok, said, version, coordinator} ->
+        cluster = Membership.heard(cluster, state.handle, coordinator, version)
         {:noreply, said(%{state | cluster: cluster}, said)}
 
       :unknown ->
-        {:noreply, %{state | cluster: Membership.puzzled(cluster, state.info)}}
+        {:noreply, %{state | cluster: Membership.puzzled(cluster, state.handle)}}
     end
   end
 
   def handle_info({:timeout, _timer, {:spread, id}}, %{cluster: %Membership{}} = state),
     do: {:noreply, made_there(state, Membership.expired(state.cluster, id))}
 
-  def handle_info({:stranger, keeper}, %{cluster: %Membership{}} = state) when is_pid(keeper),
-    do: {:noreply, made_there(state, Membership.joined_by_now(state.cluster, state.info, keeper))}
+  def handle_info({:stranger, coordinator}, %{cluster: %Membership{}} = state)
+      when is_pid(coordinator),
+      do:
+        {:noreply,
+         made_there(state, Membership.joined_by_now(state.cluster, state.handle, coordinator))}
 
   def handle_info(:greet_again, %{cluster: %Membership{}} = state),
-    do: {:noreply, %{state | cluster: Membership.again(state.cluster, state.info)}}
+    do: {:noreply, %{state | cluster: Membership.again(state.cluster, state.handle)}}
 
-  def handle_info({pg, :join, _group, keepers}, %{cluster: %{pg: pg}} = state),
-    do: {:noreply, %{state | cluster: Membership.joined(state.cluster, state.info, keepers)}}
+  def handle_info({pg, :join, _group, coordinators}, %{cluster: %{pg: pg}} = state),
+    do:
+      {:noreply, %{state | cluster: Membership.joined(state.cluster, state.handle, coordinators)}}
 
-  def handle_info({pg, :leave, _group, keepers}, %{cluster: %{pg: pg}} = state),
-    do: {:noreply, made_there(state, Membership.left(state.cluster, state.info, keepers))}
+  def handle_info({pg, :leave, _group, coordinators}, %{cluster: %{pg: pg}} = state),
+    do: {:noreply, made_there(state, Membership.left(state.cluster, state.handle, coordinators))}
 
   # The scope's process is gone, and with it what it knew.
   def handle_info({:scope_down, scope, :process, _, _}, %{cluster: %{scope: scope}} = state) do
-    state = made_there(state, Membership.left_all(state.cluster, state.info))
-    {:noreply, %{state | cluster: Membership.join(state.info)}}
+    state = made_there(state, Membership.left_all(state.cluster, state.handle))
+    {:noreply, %{state | cluster: Membership.join(state.handle)}}
   end
 
   # The scope of :pg before this one.
-  def handle_info({pg, what, _group, _keepers}, state)
+  def handle_info({pg, what, _group, _coordinators}, state)
       when is_reference(pg) and what in [:join, :leave],
       do: {:noreply, state}
 
@@ -205,19 +213,19 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   ## What other nodes say
 
-  defp said(state, {:hello, keeper, name, serves?, exported}) do
-    state = note_other(state, keeper, name, serves?)
+  defp said(state, {:hello, coordinator, name, serves?, exported}) do
+    state = note_other(state, coordinator, name, serves?)
     made(state, ProgramChanges.merge(state.changes, exported))
   end
 
-  defp said(state, {:serves, keeper, name, serves?}),
-    do: note_other(state, keeper, name, serves?)
+  defp said(state, {:serves, coordinator, name, serves?}),
+    do: note_other(state, coordinator, name, serves?)
 
-  defp said(state, {:change, keeper, id, what, body}),
-    do: made(state, ProgramChanges.adopt(state.changes, {:node, keeper, id}, what, body))
+  defp said(state, {:change, coordinator, id, what, body}),
+    do: made(state, ProgramChanges.adopt(state.changes, {:node, coordinator, id}, what, body))
 
-  defp said(state, {:changed, id, keeper}),
-    do: made_there(state, Membership.changed(state.cluster, id, keeper))
+  defp said(state, {:changed, id, coordinator}),
+    do: made_there(state, Membership.changed(state.cluster, id, coordinator))
 
   ## A change is over
 
@@ -240,8 +248,8 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   defp success?(%{reply: {:frame, frame}}), do: Protocol.success?(frame)
   defp success?(_error), do: false
 
-  defp tell(state, %{from: {:node, keeper, id}}),
-    do: %{state | cluster: Membership.confirm(state.cluster, keeper, id)}
+  defp tell(state, %{from: {:node, coordinator, id}}),
+    do: %{state | cluster: Membership.confirm(state.cluster, coordinator, id)}
 
   defp tell(state, change) do
     case change.from do
@@ -256,7 +264,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   ## Who can serve
 
   defp serves_more(state),
-    do: wake(%{state | cluster: Membership.announce(state.cluster, state.info)})
+    do: wake(%{state | cluster: Membership.announce(state.cluster, state.handle)})
 
   defp wake(state) do
     for {ref, monitor} <- state.waiting do
@@ -269,13 +277,13 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   # Callers see it in the slots; other nodes need only hear when nothing is left.
   defp serves_less(state) do
-    if LoadCounters.any?(state.info.slots),
+    if LoadCounters.any?(state.handle.counters),
       do: state,
-      else: %{state | cluster: Membership.announce(state.cluster, state.info)}
+      else: %{state | cluster: Membership.announce(state.cluster, state.handle)}
   end
 
-  defp note_other(state, keeper, name, serves?) do
-    if Membership.note(state.info, keeper, name, serves?), do: wake(state), else: state
+  defp note_other(state, coordinator, name, serves?) do
+    if Membership.note(state.handle, coordinator, name, serves?), do: wake(state), else: state
   end
 
   defp waits_no_more(state, ref) do

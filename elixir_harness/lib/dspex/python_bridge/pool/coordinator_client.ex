@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   @moduledoc """
-  How a process asks a pool's keeper for something, on the keeper's node. A keeper that is being started again
+  How a process asks a pool's coordinator for something, on the coordinator's node. A coordinator that is being started again
   is waited for: it takes no more than a moment, or else the pool ends with it.
   """
 
@@ -8,18 +8,18 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Pool.Handle
 
-  # How soon a keeper that is being started again is looked for anew.
+  # How soon a coordinator that is being started again is looked for anew.
   @restart_ms 5
-  # For so long past its timeout a caller looks for a keeper that may have lent it something unheard.
+  # For so long past its timeout a caller looks for a coordinator that may have lent it something unheard.
   @undo_ms 50
 
   @doc """
-  The process of a pool's keeper. One that is being started again is waited for, until the deadline; nil
+  The process of a pool's coordinator. One that is being started again is waited for, until the deadline; nil
   if it is not there by then, or the pool has ended.
   """
   @spec await(atom(), Caller.deadline()) :: pid() | nil
   def await(pool, deadline) do
-    with nil <- Process.whereis(Handle.keeper(pool)) do
+    with nil <- Process.whereis(Handle.coordinator(pool)) do
       left = Caller.left(deadline)
 
       # An atom is greater than any number.
@@ -31,18 +31,18 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   end
 
   @doc """
-  Lends a bridge to the calling process. If that has given up after `timeout` ms, or the keeper has ended,
+  Lends a bridge to the calling process. If that has given up after `timeout` ms, or the coordinator has ended,
   a loan that was made all the same is undone.
   """
   @spec checkout(Handle.t(), non_neg_integer()) ::
           {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
-  def checkout(%Handle{name: name} = info, timeout) do
+  def checkout(%Handle{name: name} = handle, timeout) do
     ref = make_ref()
 
-    with {:error, :bridge_not_running} = error <- ask(info, {:checkout, ref}, timeout) do
-      # Behind the question, if that is still there to be read; or to the next keeper, which has the table.
-      keeper = await(name, now() + @undo_ms)
-      if keeper, do: GenServer.cast(keeper, {:unheard, ref})
+    with {:error, :bridge_not_running} = error <- ask(handle, {:checkout, ref}, timeout) do
+      # Behind the question, if that is still there to be read; or to the next coordinator, which has the table.
+      coordinator = await(name, now() + @undo_ms)
+      if coordinator, do: GenServer.cast(coordinator, {:unheard, ref})
       error
     end
   end
@@ -50,14 +50,14 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   @doc "Gives a bridge back, whoever has it."
   @spec checkin(Handle.t(), term(), non_neg_integer()) ::
           :ok | {:error, String.t() | :bridge_not_running}
-  def checkin(%Handle{} = info, bridge, timeout), do: ask(info, {:checkin, bridge}, timeout)
+  def checkin(%Handle{} = handle, bridge, timeout), do: ask(handle, {:checkin, bridge}, timeout)
 
   defp ask(%Handle{name: name}, question, timeout) do
     deadline = now() + timeout
 
     case await(name, deadline) do
       nil -> {:error, :bridge_not_running}
-      keeper -> GenServer.call(keeper, question, Caller.left(deadline))
+      coordinator -> GenServer.call(coordinator, question, Caller.left(deadline))
     end
   catch
     :exit, _no_answer -> {:error, :bridge_not_running}
@@ -68,10 +68,10 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   until the deadline.
   """
   @spec adopt(Handle.t(), Programs.Store.definition(), Caller.deadline()) :: :ok
-  def adopt(%Handle{} = info, definition, deadline) do
-    case await(info.name, deadline) do
+  def adopt(%Handle{} = handle, definition, deadline) do
+    case await(handle.name, deadline) do
       nil -> :ok
-      keeper -> GenServer.call(keeper, {:adopt, definition}, Caller.left(deadline))
+      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Caller.left(deadline))
     end
   catch
     # Whether the program is there will show.

@@ -2,28 +2,28 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   @moduledoc """
   What callers need to know of a pool, found by its name or its pid without asking a process.
 
-  It is a persistent term from the pool's start until its keeper ends in good order, which is before
+  It is a persistent term from the pool's start until its coordinator ends in good order, which is before
   the bridges end: new calls are turned away while those under way are still answered.
   """
 
   alias DSPex.PythonBridge.{Pool, Programs}
   alias DSPex.PythonBridge.Calls.LoadCounters
 
-  @enforce_keys [:name, :pid, :bridges, :slots, :programs, :others, :loans, :settings]
+  @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :checkouts, :settings]
   defstruct @enforce_keys
 
   @typedoc """
-  `bridges`: their names, in the order of the slots. `others`: a table of the keepers of other nodes
-  that can serve, see `DSPex.PythonBridge.Pool.Cluster.Membership`. `loans`: see `DSPex.PythonBridge.Pool.Checkouts`.
+  `bridges`: their names, in the order of the slots. `others`: a table of the coordinators of other nodes
+  that can serve, see `DSPex.PythonBridge.Pool.Cluster.Membership`. `checkouts`: see `DSPex.PythonBridge.Pool.Checkouts`.
   """
   @type t :: %__MODULE__{
           name: atom(),
           pid: pid(),
           bridges: tuple(),
-          slots: LoadCounters.t(),
+          counters: LoadCounters.t(),
           programs: Programs.Store.table(),
           others: :ets.tid(),
-          loans: :ets.tid(),
+          checkouts: :ets.tid(),
           settings: Pool.Options.t()
         }
 
@@ -34,10 +34,10 @@ defmodule DSPex.PythonBridge.Pool.Handle do
       name: name,
       pid: self(),
       bridges: List.to_tuple(for n <- 1..size, do: Module.concat(name, "Bridge#{n}")),
-      slots: LoadCounters.new(size),
+      counters: LoadCounters.new(size),
       programs: Programs.Store.new(),
       others: :ets.new(__MODULE__, [:public, read_concurrency: true]),
-      loans: :ets.new(__MODULE__, [:public]),
+      checkouts: :ets.new(__MODULE__, [:public]),
       settings: settings
     }
   end
@@ -50,9 +50,9 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   @spec monitor(atom(), LoadCounters.index()) :: atom()
   def monitor(name, index), do: Module.concat(name, "Monitor#{index}")
 
-  @doc "The name of the keeper."
-  @spec keeper(atom()) :: atom()
-  def keeper(name), do: Module.concat(name, "Coordinator")
+  @doc "The name of the coordinator."
+  @spec coordinator(atom()) :: atom()
+  def coordinator(name), do: Module.concat(name, "Coordinator")
 
   @doc "The name of the supervisor of the bridges."
   @spec bridges_supervisor(atom()) :: atom()
@@ -60,16 +60,16 @@ defmodule DSPex.PythonBridge.Pool.Handle do
 
   @doc "Tells callers of the pool."
   @spec publish(t()) :: :ok
-  def publish(%__MODULE__{} = info) do
-    :persistent_term.put({__MODULE__, info.pid}, info)
-    :persistent_term.put({__MODULE__, info.name}, info)
+  def publish(%__MODULE__{} = handle) do
+    :persistent_term.put({__MODULE__, handle.pid}, handle)
+    :persistent_term.put({__MODULE__, handle.name}, handle)
   end
 
   @doc "Callers find the pool no more."
   @spec withdraw(t()) :: :ok
-  def withdraw(%__MODULE__{} = info) do
-    :persistent_term.erase({__MODULE__, info.pid})
-    :persistent_term.erase({__MODULE__, info.name})
+  def withdraw(%__MODULE__{} = handle) do
+    :persistent_term.erase({__MODULE__, handle.pid})
+    :persistent_term.erase({__MODULE__, handle.name})
     :ok
   end
 
@@ -77,7 +77,7 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   @spec fetch(term()) :: t() | nil
   def fetch(pool) do
     # One that was killed has withdrawn nothing.
-    with %__MODULE__{pid: pid} = info <- :persistent_term.get({__MODULE__, pool}, nil),
-         do: if(Process.alive?(pid), do: info)
+    with %__MODULE__{pid: pid} = handle <- :persistent_term.get({__MODULE__, pool}, nil),
+         do: if(Process.alive?(pid), do: handle)
   end
 end

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   @moduledoc """
   `create_program` and `cleanup`, which hold for all peers of the pool and all nodes of its cluster.
-  Used by the keeper's process.
+  Used by the coordinator's process.
 
   Each change gets a stamp here, later than all that this node has seen, whatever the clocks of other
   nodes: who changes a program after having heard of another change to it, wins over that. A cleanup
@@ -20,11 +20,11 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   # Of removals that are in the table, with the stamps that they have there.
   @long_ago {0, 0, :nobody}
 
-  @enforce_keys [:info, :deliveries]
-  defstruct [:info, :deliveries, latest: 0, undo: %{}]
+  @enforce_keys [:handle, :broadcast]
+  defstruct [:handle, :broadcast, latest: 0, undo: %{}]
 
   @typedoc """
-  Who wants to know: a caller (its alias), `GenServer.call/3`'s, another node's keeper with its number for
+  Who wants to know: a caller (its alias), `GenServer.call/3`'s, another node's coordinator with its number for
   the change, the pool itself, which made one for all nodes; nobody.
   """
   @type from ::
@@ -38,8 +38,8 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   under way, by its stamp.
   """
   @type t :: %__MODULE__{
-          info: Handle.t(),
-          deliveries: Broadcast.t(),
+          handle: Handle.t(),
+          broadcast: Broadcast.t(),
           latest: integer(),
           undo: %{Programs.Store.stamp() => [Programs.Store.definition()]}
         }
@@ -47,12 +47,13 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
 
   @doc "No change is under way."
   @spec new(Handle.t()) :: t()
-  def new(%Handle{pid: pid} = info), do: %__MODULE__{info: info, deliveries: Broadcast.new(pid)}
+  def new(%Handle{pid: pid} = handle),
+    do: %__MODULE__{handle: handle, broadcast: Broadcast.new(pid)}
 
   @doc "Whether `ask/5` can be asked for this: requests come from anywhere."
   @spec asked?(term(), Handle.t()) :: boolean()
-  def asked?({:repair, index, id}, info),
-    do: is_integer(index) and index in LoadCounters.indexes(info.slots) and is_binary(id)
+  def asked?({:repair, index, id}, handle),
+    do: is_integer(index) and index in LoadCounters.indexes(handle.counters) and is_binary(id)
 
   def asked?({_kind, _ids, nil} = change, _info), do: Programs.Store.change?(change)
   def asked?(_other, _info), do: false
@@ -70,14 +71,14 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   def ask(changes, ref, timeout, body, {:cleanup, ids, nil}) do
     {stamp, changes} = stamp(changes)
     changes = remember(changes, stamp, ids)
-    Programs.Store.remove(changes.info.programs, ids, stamp)
+    Programs.Store.remove(changes.handle.programs, ids, stamp)
     start(changes, {:caller, ref}, {:cleanup, ids, stamp}, body, timeout)
   end
 
   # Without a definition or the bridge: as if nobody had answered.
   def ask(changes, ref, timeout, _no_body, {:repair, index, id}) do
     {what, body, indexes} =
-      case Programs.Store.get(changes.info.programs, id) do
+      case Programs.Store.get(changes.handle.programs, id) do
         {stamp, body} -> {{:create, id, stamp}, body, [index]}
         nil -> {nil, "", []}
       end
@@ -88,13 +89,13 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   @doc "Another node has made a change; over at once if a later one is known here."
   @spec adopt(t(), from(), Programs.Store.change(), binary()) :: result()
   def adopt(%__MODULE__{} = changes, from, {:create, id, stamp} = what, body) do
-    if Programs.Store.put(changes.info.programs, id, stamp, body),
+    if Programs.Store.put(changes.handle.programs, id, stamp, body),
       do: changes |> seen(stamp) |> start(from, what, body, 0),
       else: start(changes, from, what, body, 0, [])
   end
 
   def adopt(changes, from, {:cleanup, ids, stamp}, _body) do
-    programs = changes.info.programs
+    programs = changes.handle.programs
     before = ids(programs)
     Programs.Store.remove(programs, ids, stamp)
     changes |> seen(stamp) |> clean_peers(from, before -- ids(programs), stamp)
@@ -103,7 +104,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   @doc "Another node has told all that it knows."
   @spec merge(t(), Programs.Store.exported()) :: result()
   def merge(%__MODULE__{} = changes, exported) do
-    {created, removed} = Programs.Store.merge(changes.info.programs, exported)
+    {created, removed} = Programs.Store.merge(changes.handle.programs, exported)
 
     for {id, stamp, body} <- created, reduce: clean_peers(changes, :nobody, removed, @long_ago) do
       {changes, over} ->
@@ -115,38 +116,38 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   @doc "As `DSPex.PythonBridge.Pool.Broadcast.answered/3`."
   @spec answered(t(), reference(), Broadcast.reply()) :: result()
   def answered(%__MODULE__{} = changes, ref, reply),
-    do: conclude(changes, Broadcast.answered(changes.deliveries, ref, reply))
+    do: conclude(changes, Broadcast.answered(changes.broadcast, ref, reply))
 
   @doc "As `DSPex.PythonBridge.Pool.Broadcast.down/2`."
   @spec down(t(), LoadCounters.index()) :: result()
   def down(%__MODULE__{} = changes, index),
-    do: conclude(changes, Broadcast.down(changes.deliveries, index))
+    do: conclude(changes, Broadcast.down(changes.broadcast, index))
 
   @doc "As `DSPex.PythonBridge.Pool.Broadcast.expired/2`."
   @spec expired(t(), pos_integer()) :: result()
   def expired(%__MODULE__{} = changes, id),
-    do: conclude(changes, Broadcast.expired(changes.deliveries, id))
+    do: conclude(changes, Broadcast.expired(changes.broadcast, id))
 
   defp start(changes, from, what, body, timeout, indexes \\ nil) do
-    targets = targets(changes.info, indexes || LoadCounters.indexes(changes.info.slots))
-    conclude(changes, Broadcast.start(changes.deliveries, from, what, body, timeout, targets))
+    targets = targets(changes.handle, indexes || LoadCounters.indexes(changes.handle.counters))
+    conclude(changes, Broadcast.start(changes.broadcast, from, what, body, timeout, targets))
   end
 
-  defp targets(info, indexes) do
-    for index <- indexes, pid = Process.whereis(Handle.bridge(info, index)) do
-      {index, pid, LoadCounters.ready_since(info.slots, index) > 0}
+  defp targets(handle, indexes) do
+    for index <- indexes, pid = Process.whereis(Handle.bridge(handle, index)) do
+      {index, pid, LoadCounters.ready_since(handle.counters, index) > 0}
     end
   end
 
   # By name, since peers may have later ones by now. The table knows already.
   defp clean_peers(changes, from, ids, stamp) do
     {:ok, body} = Protocol.encode_body(:cleanup, %{program_ids: ids})
-    indexes = if ids == [], do: [], else: LoadCounters.indexes(changes.info.slots)
+    indexes = if ids == [], do: [], else: LoadCounters.indexes(changes.handle.counters)
     start(changes, from, {:cleanup, ids, stamp}, body, 0, indexes)
   end
 
-  defp conclude(changes, {deliveries, over}) do
-    for change <- over, reduce: {%{changes | deliveries: deliveries}, over} do
+  defp conclude(changes, {broadcast, over}) do
+    for change <- over, reduce: {%{changes | broadcast: broadcast}, over} do
       {changes, over} ->
         {before, changes} = forget(changes, change)
         {changes, more} = correct(changes, change, before)
@@ -158,20 +159,20 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   defp correct(changes, %{mixed?: true, from: {:caller, _}, what: {:create, id, _}}, [before]) do
     {_id, _stamp, body} = before
     {stamp, changes} = stamp(changes)
-    Programs.Store.put(changes.info.programs, id, stamp, body)
+    Programs.Store.put(changes.handle.programs, id, stamp, body)
     start(changes, :pool, {:create, id, stamp}, body, 0)
   end
 
   defp correct(changes, %{mixed?: true, from: {:caller, _}, what: {:create, id, _}}, []) do
     {stamp, changes} = stamp(changes)
-    Programs.Store.remove(changes.info.programs, [id], stamp)
+    Programs.Store.remove(changes.handle.programs, [id], stamp)
     clean_peers(changes, :pool, [id], stamp)
   end
 
   # A removal that came from another node while peers were making it: it was not in the table then.
   defp correct(changes, %{what: {:create, id, _stamp}, reply: {:frame, _}}, _before) do
-    if Programs.Store.get(changes.info.programs, id) ||
-         Broadcast.creating?(changes.deliveries, id),
+    if Programs.Store.get(changes.handle.programs, id) ||
+         Broadcast.creating?(changes.broadcast, id),
        do: {changes, []},
        else: clean_peers(changes, :nobody, [id], @long_ago)
   end
@@ -194,7 +195,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
     for {id, _stamp, body} <- definitions, reduce: changes do
       changes ->
         {stamp, changes} = stamp(changes)
-        Programs.Store.put(changes.info.programs, id, stamp, body)
+        Programs.Store.put(changes.handle.programs, id, stamp, body)
         changes
     end
   end
@@ -202,7 +203,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   ## What there was before
 
   defp remember(changes, stamp, ids) do
-    programs = changes.info.programs
+    programs = changes.handle.programs
 
     before =
       if ids == :all,

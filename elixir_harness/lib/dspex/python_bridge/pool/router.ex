@@ -18,15 +18,15 @@ defmodule DSPex.PythonBridge.Pool.Router do
   @typedoc "What `DSPex.PythonBridge.Client.Caller.read/1` gives."
   @type reply :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
 
-  # How soon the keeper, which is being started again, is looked for anew.
-  @keeper_ms 5
+  # How soon the coordinator, which is being started again, is looked for anew.
+  @coordinator_ms 5
 
   @doc "Brings the call to a peer, here or elsewhere."
   @spec run(Handle.t(), Request.t()) :: reply()
-  def run(%Handle{} = info, %Request{} = request) do
-    with {:nobody, request} <- here(info, request),
-         {:nobody, request} <- RemoteCall.elsewhere(info, request) do
-      if request.overloaded?, do: failed(:overloaded), else: wait(info, request)
+  def run(%Handle{} = handle, %Request{} = request) do
+    with {:nobody, request} <- here(handle, request),
+         {:nobody, request} <- RemoteCall.elsewhere(handle, request) do
+      if request.overloaded?, do: failed(:overloaded), else: wait(handle, request)
     else
       {:done, reply} -> reply
     end
@@ -34,45 +34,45 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   @doc "The same for as long as a peer of this node can serve, without waiting for one."
   @spec here(Handle.t(), Request.t()) :: {:done, reply()} | {:nobody, Request.t()}
-  def here(%Handle{} = info, %Request{} = request) do
+  def here(%Handle{} = handle, %Request{} = request) do
     preference = if request.deaths == 0, do: :least_busy, else: :longest_up
 
-    case LoadCounters.pick(info.slots, passed(info, request), preference) do
+    case LoadCounters.pick(handle.counters, passed(handle, request), preference) do
       nil -> {:nobody, request}
-      index -> try_slot(info, request, index)
+      index -> try_slot(handle, request, index)
     end
   end
 
   # A slot that has become ready again since may be tried again.
   defp passed(_info, %Request{passed: []}), do: []
 
-  defp passed(info, %Request{passed: passed}),
+  defp passed(handle, %Request{passed: passed}),
     do:
       for(
         {index, since} <- passed,
-        LoadCounters.ready_since(info.slots, index) == since,
+        LoadCounters.ready_since(handle.counters, index) == since,
         do: index
       )
 
-  defp try_slot(info, request, index) do
-    since = LoadCounters.ready_since(info.slots, index)
+  defp try_slot(handle, request, index) do
+    since = LoadCounters.ready_since(handle.counters, index)
 
-    case ask(info, request, index) do
+    case ask(handle, request, index) do
       {:frame, _bytes} = reply ->
-        judge(info, request, index, since, Caller.read(reply))
+        judge(handle, request, index, since, Caller.read(reply))
 
-      {:error, {:died, :sent}} when request.deaths >= info.settings.max_retries ->
+      {:error, {:died, :sent}} when request.deaths >= handle.settings.max_retries ->
         {:done, failed(:python_process_died)}
 
       {:error, {:died, :sent}} ->
-        resent(info, index)
-        here(info, pass(%{request | deaths: request.deaths + 1}, index, since))
+        resent(handle, index)
+        here(handle, pass(%{request | deaths: request.deaths + 1}, index, since))
 
       {:error, :overloaded} ->
-        here(info, pass(%{request | overloaded?: true}, index, since))
+        here(handle, pass(%{request | overloaded?: true}, index, since))
 
       {:error, gone} when gone in [{:died, :unsent}, :bridge_not_running] ->
-        here(info, pass(request, index, since))
+        here(handle, pass(request, index, since))
 
       # Its time has passed, or it is too large.
       {:error, _final} = reply ->
@@ -80,8 +80,8 @@ defmodule DSPex.PythonBridge.Pool.Router do
     end
   end
 
-  defp resent(info, index) do
-    metadata = %{bridge: Handle.bridge(info, index), pool: info.name, reason: :died}
+  defp resent(handle, index) do
+    metadata = %{bridge: Handle.bridge(handle, index), pool: handle.name, reason: :died}
     Telemetry.execute([:bridge, :resend], %{count: 1}, metadata)
   end
 
@@ -89,46 +89,48 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   # Counted before it is sent; the bridge counts it out when it is over, in whatever way, unless it
   # never got it.
-  defp ask(info, request, index) do
-    case Process.whereis(Handle.bridge(info, index)) do
+  defp ask(handle, request, index) do
+    case Process.whereis(Handle.bridge(handle, index)) do
       nil ->
         {:error, :bridge_not_running}
 
       pid ->
-        life = LoadCounters.take(info.slots, index)
+        life = LoadCounters.take(handle.counters, index)
         terms = {:caller, request.deaths, nil}
         reply = Caller.send_and_wait(pid, Request.left(request), request.body, terms)
 
         if reply == {:error, :bridge_not_running},
-          do: LoadCounters.give_back(info.slots, index, life)
+          do: LoadCounters.give_back(handle.counters, index, life)
 
         reply
     end
   end
 
   # Two errors of a peer's can be mended: by another peer, and by the definition.
-  defp judge(info, request, index, since, {:error, %Error{type: :overloaded}}),
-    do: here(info, pass(%{request | overloaded?: true}, index, since))
+  defp judge(handle, request, index, since, {:error, %Error{type: :overloaded}}),
+    do: here(handle, pass(%{request | overloaded?: true}, index, since))
 
-  defp judge(info, request, index, _since, {:error, %Error{type: :program_not_found}} = reply)
+  defp judge(handle, request, index, _since, {:error, %Error{type: :program_not_found}} = reply)
        when request.program != nil do
     if index in request.repaired,
       do: {:done, reply},
-      else: repair(info, request, index, reply)
+      else: repair(handle, request, index, reply)
   end
 
   defp judge(_info, _request, _index, _since, reply), do: {:done, reply}
 
-  defp repair(info, request, index, reply) do
-    keeper = CoordinatorClient.await(info.name, request.deadline)
+  defp repair(handle, request, index, reply) do
+    coordinator = CoordinatorClient.await(handle.name, request.deadline)
 
-    case create_at(keeper, request, index) do
+    case create_at(coordinator, request, index) do
       {:ok, _id, _created, _meta} ->
-        try_slot(info, %{request | repaired: [index | request.repaired]}, index)
+        try_slot(handle, %{request | repaired: [index | request.repaired]}, index)
 
-      # The pool has no such program, or its bridge has just ended; or the keeper has.
-      {:error, %Error{type: :bridge_not_running}} when keeper != nil ->
-        if Process.alive?(keeper), do: {:done, reply}, else: repair(info, request, index, reply)
+      # The pool has no such program, or its bridge has just ended; or the coordinator has.
+      {:error, %Error{type: :bridge_not_running}} when coordinator != nil ->
+        if Process.alive?(coordinator),
+          do: {:done, reply},
+          else: repair(handle, request, index, reply)
 
       # Then that is why it is missing.
       refusal ->
@@ -138,27 +140,27 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   defp create_at(nil, _request, _index), do: failed(:bridge_not_running)
 
-  # By the keeper, which knows what the program is now, and in the order of all changes.
-  defp create_at(keeper, request, index) do
+  # By the coordinator, which knows what the program is now, and in the order of all changes.
+  defp create_at(coordinator, request, index) do
     terms = {:never, 0, {:repair, index, request.program}}
-    Caller.read(Caller.send_and_wait(keeper, Request.left(request), "", terms))
+    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), "", terms))
   end
 
   ## Nobody can serve now
 
-  # The keeper is told what was tried, since it may have changed before the message gets there.
-  defp wait(info, request) do
-    keeper = Handle.keeper(info.name)
-    ref = :erlang.monitor(:process, keeper, alias: :reply_demonitor)
-    tell(keeper, {:wait, ref, self(), request.passed, request.passed_nodes})
+  # The coordinator is told what was tried, since it may have changed before the message gets there.
+  defp wait(handle, request) do
+    coordinator = Handle.coordinator(handle.name)
+    ref = :erlang.monitor(:process, coordinator, alias: :reply_demonitor)
+    tell(coordinator, {:wait, ref, self(), request.passed, request.passed_nodes})
 
     receive do
-      {^ref, :changed} -> again(info.name, request)
-      {:DOWN, ^ref, :process, _keeper, _reason} -> wait_for_keeper(info.name, request)
+      {^ref, :changed} -> again(handle.name, request)
+      {:DOWN, ^ref, :process, _coordinator, _reason} -> wait_for_coordinator(handle.name, request)
     after
       Request.left(request) ->
         Process.demonitor(ref, [:flush])
-        tell(keeper, {:abandon, ref})
+        tell(coordinator, {:abandon, ref})
 
         # It may have come between the two.
         receive do
@@ -170,10 +172,10 @@ defmodule DSPex.PythonBridge.Pool.Router do
   end
 
   # It is being started again, unless the pool has ended.
-  defp wait_for_keeper(name, request) do
+  defp wait_for_coordinator(name, request) do
     receive do
     after
-      min(@keeper_ms, Request.left(request)) -> :ok
+      min(@coordinator_ms, Request.left(request)) -> :ok
     end
 
     if Request.left(request) == 0, do: failed(:timeout), else: again(name, request)
@@ -183,7 +185,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
   defp again(name, request) do
     case Handle.fetch(name) do
       nil -> failed(:bridge_not_running)
-      info -> run(info, Request.renew(request))
+      handle -> run(handle, Request.renew(request))
     end
   end
 

@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Pool.Supervisor do
   @moduledoc """
-  The processes of a pool: its bridges and their monitors, below a supervisor of their own, and its keeper. This
+  The processes of a pool: its bridges and their monitors, below a supervisor of their own, and its coordinator. This
   supervisor owns the tables, so that programs and loans outlive all of them.
 
   The bridges come first, so that they end last: see `DSPex.PythonBridge.Pool.Handle`. Theirs is a
@@ -25,8 +25,8 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
 
   @impl Supervisor
   def init(%Pool.Options{name: name, size: size} = settings) do
-    info = Handle.new(settings)
-    Handle.publish(info)
+    handle = Handle.new(settings)
+    Handle.publish(handle)
 
     bridges =
       {DynamicSupervisor,
@@ -35,34 +35,37 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
        max_restarts: @deaths_per_bridge * size,
        max_seconds: 5}
 
-    starter = %{id: :starter, start: {__MODULE__, :start_bridges, [info]}}
-    Supervisor.init([bridges, starter, {Coordinator, info}], strategy: :rest_for_one)
+    starter = %{id: :starter, start: {__MODULE__, :start_bridges, [handle]}}
+    Supervisor.init([bridges, starter, {Coordinator, handle}], strategy: :rest_for_one)
   end
 
   @doc "Starts the bridges and their monitors below their supervisor. No process of its own: a step in the start."
   @spec start_bridges(Handle.t()) :: :ignore | {:error, term()}
-  def start_bridges(%Handle{} = info) do
+  def start_bridges(%Handle{} = handle) do
     children =
-      Enum.flat_map(LoadCounters.indexes(info.slots), fn index ->
+      Enum.flat_map(LoadCounters.indexes(handle.counters), fn index ->
         [
-          {Bridge, bridge_options(info, index)},
-          {Monitor, name: Handle.monitor(info.name, index), bridge: Handle.bridge(info, index)}
+          {Bridge, bridge_options(handle, index)},
+          {Monitor,
+           name: Handle.monitor(handle.name, index), bridge: Handle.bridge(handle, index)}
         ]
       end)
 
     Enum.find_value(children, :ignore, fn child ->
-      case DynamicSupervisor.start_child(Handle.bridges_supervisor(info.name), child) do
+      case DynamicSupervisor.start_child(Handle.bridges_supervisor(handle.name), child) do
         {:ok, _pid} -> nil
         {:error, reason} -> {:error, reason}
       end
     end)
   end
 
-  defp bridge_options(%Handle{settings: settings} = info, index) do
+  defp bridge_options(%Handle{settings: settings} = handle, index) do
     [
-      name: Handle.bridge(info, index),
-      slot: {info.slots, index, Handle.keeper(info.name), Handle.monitor(info.name, index)},
-      programs: info.programs
+      name: Handle.bridge(handle, index),
+      slot:
+        {handle.counters, index, Handle.coordinator(handle.name),
+         Handle.monitor(handle.name, index)},
+      programs: handle.programs
     ] ++ settings.bridge
   end
 end

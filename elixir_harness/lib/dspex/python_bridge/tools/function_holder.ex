@@ -4,24 +4,24 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   `DSPex.PythonBridge.Client.StreamProxy`.
 
   It hands each process of a tool (`DSPex.PythonBridge.Tools.Invocation`) the one function that it is to run. That
-  is a copy, of all that the function has taken along, and may take long: the relay, which keeps the time
+  is a copy, of all that the function has taken along, and may take long: the proxy, which keeps the time
   of the call and ends its tools, must not be at it.
 
-  Who has been given a function is ended here if the relay, or the caller, comes to an end that leaves the
-  relay no time to do so. Nothing depends on links, which a function may cut or survive.
+  Who has been given a function is ended here if the proxy, or the caller, comes to an end that leaves the
+  proxy no time to do so. Nothing depends on links, which a function may cut or survive.
   """
 
   alias DSPex.PythonBridge.Tools
   alias DSPex.PythonBridge.OTP.ServerGuard
 
-  @enforce_keys [:functions, :caller, :relay]
-  defstruct [:functions, :caller, :relay, users: %{}]
+  @enforce_keys [:functions, :caller, :proxy]
+  defstruct [:functions, :caller, :proxy, users: %{}]
 
   # users: the processes that have been given a function, by their monitors.
   @typep t :: %__MODULE__{
            functions: Tools.Runner.functions(),
            caller: pid(),
-           relay: pid(),
+           proxy: pid(),
            users: %{reference() => pid()}
          }
 
@@ -32,10 +32,10 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     spawn(fn -> ServerGuard.run(fn -> init(functions, caller) end) end)
   end
 
-  @doc "The calling process is the relay. Without one, it gives nothing to anybody."
+  @doc "The calling process is the proxy. Without one, it gives nothing to anybody."
   @spec attend(pid()) :: :ok
-  def attend(toolbox) do
-    send(toolbox, {:relay, self()})
+  def attend(holder) do
+    send(holder, {:proxy, self()})
     :ok
   end
 
@@ -44,20 +44,20 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   the call is.
   """
   @spec fetch(pid(), String.t()) :: {:ok, (map() -> term())} | {:error, [String.t()]} | :over
-  def fetch(toolbox, name) do
-    ref = :erlang.monitor(:process, toolbox, alias: :reply_demonitor)
-    send(toolbox, {:fetch, self(), ref, name})
+  def fetch(holder, name) do
+    ref = :erlang.monitor(:process, holder, alias: :reply_demonitor)
+    send(holder, {:fetch, self(), ref, name})
 
     receive do
       {^ref, answer} -> answer
-      {:DOWN, ^ref, :process, _toolbox, _reason} -> :over
+      {:DOWN, ^ref, :process, _holder, _reason} -> :over
     end
   end
 
-  @doc "It is needed no more; the users are the relay's to end."
+  @doc "It is needed no more; the users are the proxy's to end."
   @spec close(pid()) :: :ok
-  def close(toolbox) do
-    Process.exit(toolbox, :kill)
+  def close(holder) do
+    Process.exit(holder, :kill)
     :ok
   end
 
@@ -69,9 +69,9 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     monitor = Process.monitor(caller)
 
     receive do
-      {:relay, relay} when is_pid(relay) ->
-        Process.monitor(relay)
-        loop(%__MODULE__{functions: functions, caller: caller, relay: relay})
+      {:proxy, proxy} when is_pid(proxy) ->
+        Process.monitor(proxy)
+        loop(%__MODULE__{functions: functions, caller: caller, proxy: proxy})
 
       {:DOWN, ^monitor, :process, _caller, _reason} ->
         :ok
@@ -83,14 +83,14 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     receive do
       {:fetch, user, ref, name} when is_pid(user) and is_reference(ref) ->
         # Their end may be in the queue behind many such requests.
-        if Process.alive?(state.relay) and Process.alive?(state.caller),
+        if Process.alive?(state.proxy) and Process.alive?(state.caller),
           do: loop(give(state, user, ref, name)),
           else: end_all(users)
 
       {:DOWN, monitor, :process, _user, _reason} when is_map_key(users, monitor) ->
         loop(%{state | users: Map.delete(users, monitor)})
 
-      {:DOWN, _monitor, :process, pid, _reason} when pid in [state.relay, state.caller] ->
+      {:DOWN, _monitor, :process, pid, _reason} when pid in [state.proxy, state.caller] ->
         end_all(users)
 
       other ->

@@ -37,16 +37,16 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   Calls the function, in the calling process, and sends the answer to `host`, the process that started this
   one.
   """
-  @spec run(t(), toolbox :: pid(), {host :: pid(), callers :: [pid()]}) :: :ok
-  def run(%__MODULE__{} = call, toolbox, {host, callers}) do
+  @spec run(t(), holder :: pid(), {host :: pid(), callers :: [pid()]}) :: :ok
+  def run(%__MODULE__{} = call, holder, {host, callers}) do
     Process.put(:"$callers", callers)
-    answer = ServerGuard.run(fn -> answer(call, &apply_tool(toolbox, &1, &2)) end)
+    answer = ServerGuard.run(fn -> answer(call, &apply_tool(holder, &1, &2)) end)
     send(host, {:answered, self(), answer})
     :ok
   end
 
-  defp apply_tool(toolbox, name, args) do
-    case FunctionHolder.fetch(toolbox, name) do
+  defp apply_tool(holder, name, args) do
+    case FunctionHolder.fetch(holder, name) do
       {:ok, function} ->
         outcome(function, args)
 

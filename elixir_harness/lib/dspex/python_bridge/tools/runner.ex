@@ -8,16 +8,16 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
 
-  @enforce_keys [:toolbox, :bridge, :callers]
-  defstruct [:toolbox, :bridge, :callers, :port, running: %{}]
+  @enforce_keys [:holder, :bridge, :callers]
+  defstruct [:holder, :bridge, :callers, :port, running: %{}]
 
   @type functions :: %{String.t() => Invocation.tool()}
   @typedoc """
-  `toolbox`: nil if there are no functions. `port`: of the peer that has called last. `running`: what each
+  `function holder`: nil if there are no functions. `port`: of the peer that has called last. `running`: what each
   process is to answer.
   """
   @type t :: %__MODULE__{
-          toolbox: pid() | nil,
+          holder: pid() | nil,
           bridge: Caller.dest(),
           callers: [pid()],
           port: port() | nil,
@@ -58,18 +58,18 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   @doc "The tools of a call to a bridge; `callers` as `Task` has them, the calling process first."
   @spec new(functions(), Caller.dest(), [pid()]) :: t()
   def new(functions, bridge, callers) do
-    toolbox = if functions != %{}, do: FunctionHolder.open(functions)
-    %__MODULE__{toolbox: toolbox, bridge: bridge, callers: callers}
+    holder = if functions != %{}, do: FunctionHolder.open(functions)
+    %__MODULE__{holder: holder, bridge: bridge, callers: callers}
   end
 
   @doc "The calling process, which makes the call, is to run them."
   @spec attend(t()) :: :ok
-  def attend(%__MODULE__{toolbox: nil}), do: :ok
-  def attend(%__MODULE__{toolbox: toolbox}), do: FunctionHolder.attend(toolbox)
+  def attend(%__MODULE__{holder: nil}), do: :ok
+  def attend(%__MODULE__{holder: holder}), do: FunctionHolder.attend(holder)
 
   @doc "Whether there are any."
   @spec none?(t()) :: boolean()
-  def none?(%__MODULE__{toolbox: toolbox}), do: toolbox == nil
+  def none?(%__MODULE__{holder: holder}), do: holder == nil
 
   @doc """
   A peer calls a tool: it runs in a process of its own. `{:answered, pid, answer}` comes to the calling
@@ -84,7 +84,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   end
 
   def run(%__MODULE__{} = tools, call) do
-    args = [call, tools.toolbox, {self(), tools.callers}]
+    args = [call, tools.holder, {self(), tools.callers}]
     {pid, _monitor} = spawn_monitor(Invocation, :run, args)
     %{tools | running: Map.put(tools.running, pid, call)}
   end
@@ -109,11 +109,11 @@ defmodule DSPex.PythonBridge.Tools.Runner do
 
   @doc "Ends what runs, and lets the functions go."
   @spec stop(t()) :: :ok
-  def stop(%__MODULE__{toolbox: nil}), do: :ok
+  def stop(%__MODULE__{holder: nil}), do: :ok
 
-  def stop(%__MODULE__{toolbox: toolbox} = tools) do
+  def stop(%__MODULE__{holder: holder} = tools) do
     end_running(tools)
-    FunctionHolder.close(toolbox)
+    FunctionHolder.close(holder)
   end
 
   # Nothing less would end a function that traps exits.

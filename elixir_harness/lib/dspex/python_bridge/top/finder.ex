@@ -45,10 +45,10 @@ defmodule DSPex.PythonBridge.Top.Finder do
       nil ->
         for pid <- [owner | linked(owner)], name = name(pid), do: found(pid, name)
 
-      info ->
-        for index <- LoadCounters.indexes(info.slots) do
-          name = Handle.bridge(info, index)
-          %{found(name, name) | pool: inspect(info.name), number: index}
+      handle ->
+        for index <- LoadCounters.indexes(handle.counters) do
+          name = Handle.bridge(handle, index)
+          %{found(name, name) | pool: inspect(handle.name), number: index}
         end
     end
   end

@@ -697,7 +697,11 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       ExUnit.CaptureLog.capture_log(fn ->
         monitor = Process.monitor(bridge)
         # What a function is called with that has no clause for it is in the exit reason.
-        :sys.replace_state(bridge, &update_in(&1.traffic.calls, fn calls -> {:broken, calls} end))
+        :sys.replace_state(
+          bridge,
+          &update_in(&1.in_flight.calls, fn calls -> {:broken, calls} end)
+        )
+
         :sys.suspend(bridge)
         :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
         # This one is then still in its mailbox.

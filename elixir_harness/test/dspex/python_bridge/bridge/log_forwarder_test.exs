@@ -192,7 +192,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
 
   test "what was sent before the bridge ended is still logged, and nothing stays", %{name: name} do
     bridge = start(name)
-    pid = :sys.get_state(bridge).peer_log.pid
+    pid = :sys.get_state(bridge).log_forwarder.pid
     records = for n <- 1..100, do: record("error", "last words #{n}")
     log(bridge, records)
     Process.exit(bridge, :kill)
@@ -203,11 +203,11 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
   test "what comes after its process was killed is logged, what waited in it is counted",
        %{name: name} do
     bridge = start(name)
-    pid = :sys.get_state(bridge).peer_log.pid
+    pid = :sys.get_state(bridge).log_forwarder.pid
     :erlang.suspend_process(pid)
     log(bridge, for(n <- 1..5, do: record("error", "lost #{n}")))
     Process.exit(pid, :kill)
-    eventually(fn -> :sys.get_state(bridge).peer_log.pid != pid end)
+    eventually(fn -> :sys.get_state(bridge).log_forwarder.pid != pid end)
     log(bridge, [record("error", "after it")])
     assert_receive {:logged, :error, "after it", %{bridge: ^name}}, 5_000
     assert_receive {:logged, :warning, "bridge" <> text, _meta}, 5_000

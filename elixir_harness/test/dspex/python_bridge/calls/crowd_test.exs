@@ -17,96 +17,96 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
     @count 30_000
 
     # A peer that reads everything and answers nothing by itself.
-    defp attach(traffic) do
+    defp attach(in_flight) do
       args = ["-c", "cat > /dev/null 2> /dev/null; :"]
       port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-      {port, Dispatcher.attach(traffic, port)}
+      {port, Dispatcher.attach(in_flight, port)}
     end
 
     # A peer that has all the calls, and the next one.
     defp crowd(max_retries, change) do
       {:ok, options} = Options.new(max_retries: max_retries)
-      {port, traffic} = attach(InFlight.new(options, Programs.Store.new()))
+      {port, in_flight} = attach(InFlight.new(options, Programs.Store.new()))
 
-      traffic =
-        each(Dispatcher.serve(traffic, port), fn _, traffic ->
+      in_flight =
+        each(Dispatcher.serve(in_flight, port), fn _, in_flight ->
           terms = {:here, 0, change}
           nothing = InFlight.nothing_beside()
-          InFlight.accept(traffic, make_ref(), self(), :infinity, "body", terms, nothing)
+          InFlight.accept(in_flight, make_ref(), self(), :infinity, "body", terms, nothing)
         end)
 
-      {next, traffic} = attach(written(traffic))
-      {port, next, traffic}
+      {next, in_flight} = attach(written(in_flight))
+      {port, next, in_flight}
     end
 
     # A call that still waits to be written would be taken back.
-    defp written(traffic) do
-      if Dispatcher.all_written?(traffic) do
-        traffic
+    defp written(in_flight) do
+      if Dispatcher.all_written?(in_flight) do
+        in_flight
       else
         assert_receive {:DOWN, monitor, :process, _pid, _reason}, 10_000
-        written(Dispatcher.written(traffic, monitor))
+        written(Dispatcher.written(in_flight, monitor))
       end
     end
 
-    defp each(traffic, fun), do: Enum.reduce(1..@count, traffic, fun)
+    defp each(in_flight, fun), do: Enum.reduce(1..@count, in_flight, fun)
 
     # A failed assertion would show all of it.
-    defp busy?(traffic, port, wanted), do: true = Dispatcher.busy?(traffic, port) == wanted
+    defp busy?(in_flight, port, wanted), do: true = Dispatcher.busy?(in_flight, port) == wanted
 
-    defp changing?(traffic, port, wanted),
-      do: true = Dispatcher.changing?(traffic, port) == wanted
+    defp changing?(in_flight, port, wanted),
+      do: true = Dispatcher.changing?(in_flight, port) == wanted
 
     test "after each reply it is known whether an old peer has more to answer" do
-      {old, next, traffic} = crowd(3, nil)
+      {old, next, in_flight} = crowd(3, nil)
 
-      traffic =
-        traffic
+      in_flight =
+        in_flight
         |> Dispatcher.serve(next)
-        |> each(fn id, traffic ->
-          busy?(traffic, old, true)
-          {:ok, traffic} = InFlight.deliver(traffic, id, "reply")
-          traffic
+        |> each(fn id, in_flight ->
+          busy?(in_flight, old, true)
+          {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+          in_flight
         end)
 
-      busy?(traffic, old, false)
+      busy?(in_flight, old, false)
     end
 
     test "so it is after each call that is given up, and whether the peer may still change programs" do
-      {old, _next, traffic} = crowd(3, {:create, "p", nil})
+      {old, _next, in_flight} = crowd(3, {:create, "p", nil})
 
-      traffic =
-        each(traffic, fn id, traffic ->
-          busy?(traffic, old, true)
-          InFlight.abandon(traffic, id)
+      in_flight =
+        each(in_flight, fn id, in_flight ->
+          busy?(in_flight, old, true)
+          InFlight.abandon(in_flight, id)
         end)
 
-      busy?(traffic, old, false)
+      busy?(in_flight, old, false)
 
       # What nobody waits for any more is answered all the same.
-      traffic =
-        each(traffic, fn id, traffic ->
-          changing?(traffic, old, true)
-          {:ok, traffic} = InFlight.deliver(traffic, id, "reply")
-          traffic
+      in_flight =
+        each(in_flight, fn id, in_flight ->
+          changing?(in_flight, old, true)
+          {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+          in_flight
         end)
 
-      changing?(traffic, old, false)
+      changing?(in_flight, old, false)
     end
 
     test "after a death each is given to the next peer alone, where that must be, and answered" do
-      {dead, next, traffic} = crowd(1, nil)
+      {dead, next, in_flight} = crowd(1, nil)
 
-      traffic =
-        traffic
+      in_flight =
+        in_flight
         |> Dispatcher.lost(dead, :died)
         |> Dispatcher.serve(next)
-        |> each(fn id, traffic ->
-          {:ok, traffic} = InFlight.deliver(traffic, id, "reply")
-          traffic
+        |> each(fn id, in_flight ->
+          {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+          in_flight
         end)
 
-      assert InFlight.pending(traffic) == 0
+      assert InFlight.pending(in_flight) == 0
     end
   end
 

@@ -13,83 +13,83 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
       {:ok, options} = Options.new(max_retries: 0)
       args = ["-c", "cat > /dev/null 2> /dev/null; :"]
       port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-      traffic = InFlight.new(options, Programs.Store.new()) |> Dispatcher.attach(port)
-      %{traffic: Dispatcher.serve(traffic, port), held: traffic, port: port}
+      in_flight = InFlight.new(options, Programs.Store.new()) |> Dispatcher.attach(port)
+      %{in_flight: Dispatcher.serve(in_flight, port), held: in_flight, port: port}
     end
 
     @create {:create, "p", nil}
 
     # One whose caller lives for as long as the test, and a cast.
-    defp accept(traffic, change \\ nil) do
+    defp accept(in_flight, change \\ nil) do
       caller = spawn_link(fn -> Process.sleep(:infinity) end)
       [call, cast] = [make_ref(), nil]
       terms = {:here, 0, change}
       nothing = InFlight.nothing_beside()
 
-      traffic =
-        traffic
+      in_flight =
+        in_flight
         |> InFlight.accept(call, caller, :infinity, "body", terms, nothing)
         |> InFlight.accept(cast, nil, 600_000, "body", terms, nothing)
 
       assert monitors() == [process: caller]
-      {call, timers(traffic), traffic}
+      {call, timers(in_flight), in_flight}
     end
 
-    defp timers(traffic),
-      do: for({_id, %{watch: {:timer, timer}}} <- traffic.calls.by_id, do: timer)
+    defp timers(in_flight),
+      do: for({_id, %{watch: {:timer, timer}}} <- in_flight.calls.by_id, do: timer)
 
     defp monitors, do: Process.info(self(), :monitors) |> elem(1)
 
-    defp nothing_left({_call, timers, _before}, traffic) do
-      assert traffic.calls == Calls.Table.new()
-      assert :gb_sets.is_empty(traffic.held)
-      refute Quarantine.any?(traffic.suspects)
-      assert traffic.late == %{}
+    defp nothing_left({_call, timers, _before}, in_flight) do
+      assert in_flight.calls == Calls.Table.new()
+      assert :gb_sets.is_empty(in_flight.held)
+      refute Quarantine.any?(in_flight.quarantine)
+      assert in_flight.late == %{}
       assert monitors() == []
       # Cancelled without waiting for it.
       for timer <- timers, do: eventually(fn -> Process.read_timer(timer) == false end)
     end
 
-    test "when it is answered", %{traffic: traffic} do
-      accepted = {_call, _timers, traffic} = accept(traffic, @create)
-      {:ok, traffic} = InFlight.deliver(traffic, 1, "reply")
-      {:ok, traffic} = InFlight.deliver(traffic, 2, "reply")
-      nothing_left(accepted, traffic)
+    test "when it is answered", %{in_flight: in_flight} do
+      accepted = {_call, _timers, in_flight} = accept(in_flight, @create)
+      {:ok, in_flight} = InFlight.deliver(in_flight, 1, "reply")
+      {:ok, in_flight} = InFlight.deliver(in_flight, 2, "reply")
+      nothing_left(accepted, in_flight)
     end
 
-    test "when its caller's time is over and the caller lives on", %{traffic: traffic} do
-      accepted = {call, _timers, traffic} = accept(traffic)
-      nothing_left(accepted, traffic |> InFlight.abandon(call) |> InFlight.abandon(2))
+    test "when its caller's time is over and the caller lives on", %{in_flight: in_flight} do
+      accepted = {call, _timers, in_flight} = accept(in_flight)
+      nothing_left(accepted, in_flight |> InFlight.abandon(call) |> InFlight.abandon(2))
     end
 
-    test "nor when the peer tells later that it has made its change", %{traffic: traffic} do
-      accepted = {call, _timers, traffic} = accept(traffic, @create)
-      traffic = traffic |> InFlight.abandon(call) |> InFlight.abandon(2)
-      assert traffic.late != %{}
-      {:ok, traffic} = InFlight.deliver(traffic, 1, "reply")
-      {:ok, traffic} = InFlight.deliver(traffic, 2, "reply")
-      nothing_left(accepted, traffic)
+    test "nor when the peer tells later that it has made its change", %{in_flight: in_flight} do
+      accepted = {call, _timers, in_flight} = accept(in_flight, @create)
+      in_flight = in_flight |> InFlight.abandon(call) |> InFlight.abandon(2)
+      assert in_flight.late != %{}
+      {:ok, in_flight} = InFlight.deliver(in_flight, 1, "reply")
+      {:ok, in_flight} = InFlight.deliver(in_flight, 2, "reply")
+      nothing_left(accepted, in_flight)
     end
 
-    test "nor when that peer dies first", %{traffic: traffic, port: port} do
-      accepted = {call, _timers, traffic} = accept(traffic, @create)
-      traffic = traffic |> InFlight.abandon(call) |> InFlight.abandon(2)
-      nothing_left(accepted, Dispatcher.lost(traffic, port, :died))
+    test "nor when that peer dies first", %{in_flight: in_flight, port: port} do
+      accepted = {call, _timers, in_flight} = accept(in_flight, @create)
+      in_flight = in_flight |> InFlight.abandon(call) |> InFlight.abandon(2)
+      nothing_left(accepted, Dispatcher.lost(in_flight, port, :died))
     end
 
-    test "when it has not been sent and is given up", %{held: traffic} do
-      accepted = {call, _timers, traffic} = accept(traffic)
-      nothing_left(accepted, traffic |> InFlight.abandon(call) |> InFlight.abandon(2))
+    test "when it has not been sent and is given up", %{held: in_flight} do
+      accepted = {call, _timers, in_flight} = accept(in_flight)
+      nothing_left(accepted, in_flight |> InFlight.abandon(call) |> InFlight.abandon(2))
     end
 
-    test "when it fails with its peer", %{traffic: traffic, port: port} do
-      accepted = {_call, _timers, traffic} = accept(traffic, @create)
-      nothing_left(accepted, Dispatcher.lost(traffic, port, :died))
+    test "when it fails with its peer", %{in_flight: in_flight, port: port} do
+      accepted = {_call, _timers, in_flight} = accept(in_flight, @create)
+      nothing_left(accepted, Dispatcher.lost(in_flight, port, :died))
     end
 
-    test "when the bridge ends", %{held: traffic} do
-      accepted = {_call, _timers, traffic} = accept(traffic)
-      nothing_left(accepted, InFlight.fail_all(traffic, :bridge_not_running, :all))
+    test "when the bridge ends", %{held: in_flight} do
+      accepted = {_call, _timers, in_flight} = accept(in_flight)
+      nothing_left(accepted, InFlight.fail_all(in_flight, :bridge_not_running, :all))
     end
   end
 
@@ -107,7 +107,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
       assert %{pending: 0} = Bridge.get_status(bridge)
       {:monitored_by, watchers} = Process.info(self(), :monitored_by)
       refute bridge in watchers
-      assert state(bridge).traffic.calls == Calls.Table.new()
+      assert state(bridge).in_flight.calls == Calls.Table.new()
     end
 
     test "a peer that serves is timed no longer: at its start, after a restart, after one that failed",

@@ -12,15 +12,15 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
   # call's answer, and how often each was sent.
   defp play(count, deadly, max_retries) do
     {:ok, options} = Options.new(max_retries: max_retries)
-    traffic = InFlight.new(options, Programs.Store.new())
+    in_flight = InFlight.new(options, Programs.Store.new())
     refs = Map.new(1..count, fn n -> {:erlang.alias(), n} end)
 
-    traffic =
-      Enum.reduce(refs, serve(traffic), fn {ref, n}, traffic ->
-        accept(traffic, ref, "#{n}", {:here, 0, nil})
+    in_flight =
+      Enum.reduce(refs, serve(in_flight), fn {ref, n}, in_flight ->
+        accept(in_flight, ref, "#{n}", {:here, 0, nil})
       end)
 
-    sent = rounds(traffic, MapSet.new(deadly, &"#{&1}"), %{})
+    sent = rounds(in_flight, MapSet.new(deadly, &"#{&1}"), %{})
 
     answers =
       for {ref, n} <- refs, into: %{} do
@@ -32,41 +32,41 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
     {answers, sent}
   end
 
-  defp accept(traffic, ref, body, terms) do
-    InFlight.accept(traffic, ref, self(), :infinity, body, terms, InFlight.nothing_beside())
+  defp accept(in_flight, ref, body, terms) do
+    InFlight.accept(in_flight, ref, self(), :infinity, body, terms, InFlight.nothing_beside())
   end
 
-  defp serve(traffic) do
+  defp serve(in_flight) do
     # It takes all, and answers nothing by itself.
     args = ["-c", "while read -r line; do :; done"]
     port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-    traffic |> Dispatcher.attach(port) |> Dispatcher.serve(port)
+    in_flight |> Dispatcher.attach(port) |> Dispatcher.serve(port)
   end
 
-  defp rounds(traffic, deadly, sent) do
-    in_flight = for {id, call} <- Calls.Table.at(traffic.calls, traffic.to), do: {id, call.body}
+  defp rounds(in_flight, deadly, sent) do
+    at_peer = for {id, call} <- Calls.Table.at(in_flight.calls, in_flight.to), do: {id, call.body}
 
     cond do
-      in_flight == [] ->
-        assert InFlight.pending(traffic) == 0
-        Port.close(traffic.to)
+      at_peer == [] ->
+        assert InFlight.pending(in_flight) == 0
+        Port.close(in_flight.to)
         sent
 
-      Enum.any?(in_flight, fn {_id, n} -> n in deadly end) ->
-        port = traffic.to
+      Enum.any?(at_peer, fn {_id, n} -> n in deadly end) ->
+        port = in_flight.to
 
         sent =
-          for {_id, n} <- in_flight, reduce: sent, do: (sent -> Map.update(sent, n, 1, &(&1 + 1)))
+          for {_id, n} <- at_peer, reduce: sent, do: (sent -> Map.update(sent, n, 1, &(&1 + 1)))
 
-        traffic = Dispatcher.lost(traffic, port, :died)
+        in_flight = Dispatcher.lost(in_flight, port, :died)
         Port.close(port)
-        rounds(serve(traffic), deadly, sent)
+        rounds(serve(in_flight), deadly, sent)
 
       true ->
         # One answer at a time: what else is in flight then is with what follows.
-        {id, _n} = Enum.random(in_flight)
-        {:ok, traffic} = InFlight.deliver(traffic, id, "reply")
-        rounds(traffic, deadly, sent)
+        {id, _n} = Enum.random(at_peer)
+        {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+        rounds(in_flight, deadly, sent)
     end
   end
 
@@ -94,50 +94,50 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
   end
 
   test "who outlives the time that the last peer had is acquitted, and the next are tried" do
-    suspects = Enum.reduce(1..4, Quarantine.new(2), &Quarantine.add(&2, &1, 2))
-    {[1], suspects} = Quarantine.take_group(suspects)
-    suspects = Quarantine.try_out(suspects, [1])
-    assert Quarantine.trying?(suspects)
+    quarantine = Enum.reduce(1..4, Quarantine.new(2), &Quarantine.add(&2, &1, 2))
+    {[1], quarantine} = Quarantine.take_group(quarantine)
+    quarantine = Quarantine.try_out(quarantine, [1])
+    assert Quarantine.trying?(quarantine)
     assert_receive {:timeout, timer, :acquit}, 5_000
-    assert Quarantine.trying?(Quarantine.acquit(suspects, make_ref()))
-    refute Quarantine.trying?(Quarantine.acquit(suspects, timer))
+    assert Quarantine.trying?(Quarantine.acquit(quarantine, make_ref()))
+    refute Quarantine.trying?(Quarantine.acquit(quarantine, timer))
   end
 
   test "fresh calls wait while suspects are tried; a ping does not" do
     {:ok, options} = Options.new(max_retries: 1)
-    traffic = serve(InFlight.new(options, Programs.Store.new()))
+    in_flight = serve(InFlight.new(options, Programs.Store.new()))
     accept = &accept(&1, nil, &2, {:here, &3, nil})
-    traffic = traffic |> accept.("suspect", 1) |> accept.("fresh", 0)
-    traffic = accept.(traffic, ~s(,"command":"ping"}), 0)
+    in_flight = in_flight |> accept.("suspect", 1) |> accept.("fresh", 0)
+    in_flight = accept.(in_flight, ~s(,"command":"ping"}), 0)
 
-    in_flight = fn traffic ->
-      for {_id, call} <- Calls.Table.at(traffic.calls, traffic.to), do: call.body
+    at_peer = fn in_flight ->
+      for {_id, call} <- Calls.Table.at(in_flight.calls, in_flight.to), do: call.body
     end
 
-    assert in_flight.(traffic) == ["suspect", ~s(,"command":"ping"})]
-    {:ok, traffic} = InFlight.deliver(traffic, 1, "reply")
-    assert in_flight.(traffic) == ["fresh", ~s(,"command":"ping"})]
+    assert at_peer.(in_flight) == ["suspect", ~s(,"command":"ping"})]
+    {:ok, in_flight} = InFlight.deliver(in_flight, 1, "reply")
+    assert at_peer.(in_flight) == ["fresh", ~s(,"command":"ping"})]
   end
 
   test "a suspect that nobody waits for any more makes room for the next" do
     {:ok, options} = Options.new(max_retries: 1)
-    traffic = serve(InFlight.new(options, Programs.Store.new()))
+    in_flight = serve(InFlight.new(options, Programs.Store.new()))
     accept = &accept(&1, nil, &2, {:here, 1, nil})
-    traffic = traffic |> accept.("one") |> accept.("two") |> accept.("three")
+    in_flight = in_flight |> accept.("one") |> accept.("two") |> accept.("three")
     # One that waits, then the one on trial.
-    traffic = traffic |> InFlight.abandon(2) |> InFlight.abandon(1)
-    assert [{3, %{body: "three"}}] = Calls.Table.at(traffic.calls, traffic.to)
-    assert InFlight.pending(traffic) == 1
+    in_flight = in_flight |> InFlight.abandon(2) |> InFlight.abandon(1)
+    assert [{3, %{body: "three"}}] = Calls.Table.at(in_flight.calls, in_flight.to)
+    assert InFlight.pending(in_flight) == 1
   end
 
   test "a suspect waits while the programs are being given to the next peer" do
     {:ok, options} = Options.new(max_retries: 1)
-    traffic = Dispatcher.hold_changes(serve(InFlight.new(options, Programs.Store.new())))
+    in_flight = Dispatcher.hold_changes(serve(InFlight.new(options, Programs.Store.new())))
     create = {:here, 1, {:create, "p", nil}}
-    traffic = accept(traffic, nil, "create", create)
-    assert Calls.Table.at(traffic.calls, traffic.to) == []
-    traffic = Dispatcher.serve(traffic, traffic.to)
-    assert [{1, %{body: "create"}}] = Calls.Table.at(traffic.calls, traffic.to)
+    in_flight = accept(in_flight, nil, "create", create)
+    assert Calls.Table.at(in_flight.calls, in_flight.to) == []
+    in_flight = Dispatcher.serve(in_flight, in_flight.to)
+    assert [{1, %{body: "create"}}] = Calls.Table.at(in_flight.calls, in_flight.to)
   end
 
   test "a call that was long under way when its peer died does not hold all others for as long" do

@@ -388,19 +388,19 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       stream = stream(bridge, [["count", 1], ["go", "on"], ["reply", %{}]], timeout: 500)
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      [relay] = eventually(fn -> relays() != [] && relays() end)
-      waiting = fn -> elem(Process.info(relay, :message_queue_len), 1) end
-      :erlang.suspend_process(relay)
+      [proxy] = eventually(fn -> proxies() != [] && proxies() end)
+      waiting = fn -> elem(Process.info(proxy, :message_queue_len), 1) end
+      :erlang.suspend_process(proxy)
       eventually(fn -> waiting.() == 1 end)
       go(bridge, "on")
       eventually(fn -> waiting.() == 2 end)
-      :erlang.resume_process(relay)
+      :erlang.resume_process(proxy)
       eventually(fn -> waiting.() == 0 end)
       assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
     end
 
     # The call's process.
-    defp relays do
+    defp proxies do
       for pid <- Process.list(),
           Process.info(pid, :parent) == {:parent, self()},
           Process.info(pid, :current_function) == {:current_function, {StreamProxy, :loop, 1}},

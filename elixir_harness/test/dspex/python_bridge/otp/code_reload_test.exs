@@ -25,7 +25,7 @@ defmodule DSPex.PythonBridge.OTP.CodeReloadTest do
     {:ok, bridge} = start_supervised(spec)
     {:ok, _} = Bridge.call(bridge, :ping, %{}, 10_000)
     %{os_pid: os_pid} = Bridge.get_status(bridge)
-    %{reaper: reaper, peer_log: log} = :sys.get_state(bridge)
+    %{reaper: reaper, log_forwarder: log} = :sys.get_state(bridge)
     for _ <- 1..3, do: reload_all()
     for pid <- [bridge, reaper, log.pid], do: assert(Process.alive?(pid))
     assert %{os_pid: ^os_pid, restarts: 0} = Bridge.get_status(bridge)

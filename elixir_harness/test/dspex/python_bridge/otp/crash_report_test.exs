@@ -102,15 +102,15 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
 
   # In what is broken are bodies; what does not fit is in the reason, the stack trace or the message.
   @ways [
-    {[:traffic, :calls], :request},
-    {[:traffic, :outboxes], :request},
-    {[:traffic], :request},
-    {[:traffic], :call},
-    {[:traffic], :port},
-    {[:traffic], :unknown},
+    {[:in_flight, :calls], :request},
+    {[:in_flight, :send_queues], :request},
+    {[:in_flight], :request},
+    {[:in_flight], :call},
+    {[:in_flight], :port},
+    {[:in_flight], :unknown},
     {[:restarts_waiting], :restart},
     {[:options], :terminate},
-    {[:traffic], :terminate}
+    {[:in_flight], :terminate}
   ]
 
   test "of a bridge: not in the log, the reports or the reason", %{test: name} do
@@ -155,38 +155,38 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
     send(bridge, {port, {:data, ~s({"id":7,"success":true,"result":"#{@secret}"})}})
   end
 
-  test "of a pool's keeper", %{test: name} do
+  test "of a pool's coordinator", %{test: name} do
     opts = "plays" |> fake_opts(pool_size: 1, lm_options: %{api_key: @secret})
     pool = start_supervised!({Pool, Keyword.put(opts, :name, name)})
     create = %{id: "qa", signature: @secret}
 
     for {path, message} <- [
-          {[:changes, :deliveries], {:timeout, make_ref(), {:delivery, 1}}},
+          {[:changes, :broadcast], {:timeout, make_ref(), {:delivery, 1}}},
           {[:changes], {:slot, 1, :down}},
-          {[:info], {:wait, make_ref(), self(), [], []}},
-          {[:info], :stop}
+          {[:handle], {:wait, make_ref(), self(), [], []}},
+          {[:handle], :stop}
         ] do
       {:ok, _} =
         eventually(fn ->
           with {:error, _} <- Pool.call(pool, :create_program, create), do: nil
         end)
 
-      keeper = Process.whereis(Handle.keeper(name))
+      coordinator = Process.whereis(Handle.coordinator(name))
 
       reason =
-        crash(keeper, fn ->
-          break(keeper, Enum.map(path, &key/1))
-          refute_secret(:sys.get_status(keeper))
-          :sys.log(keeper, true)
-          send(keeper, {make_ref(), {:frame, @secret}})
+        crash(coordinator, fn ->
+          break(coordinator, Enum.map(path, &key/1))
+          refute_secret(:sys.get_status(coordinator))
+          :sys.log(coordinator, true)
+          send(coordinator, {make_ref(), {:frame, @secret}})
 
           if message == :stop,
-            do: spawn(fn -> GenServer.stop(keeper, :shutdown) end),
-            else: send(keeper, message)
+            do: spawn(fn -> GenServer.stop(coordinator, :shutdown) end),
+            else: send(coordinator, message)
         end)
 
       refute_secret(reason)
-      eventually(fn -> Process.whereis(Handle.keeper(name)) not in [nil, keeper] end)
+      eventually(fn -> Process.whereis(Handle.coordinator(name)) not in [nil, coordinator] end)
     end
 
     log = logged()
@@ -205,13 +205,13 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
 
     crash(StreamProxy.start(call, stream?: true, tools: %{}), fn -> :ok end)
 
-    toolbox = FunctionHolder.open({:broken, @secret})
-    FunctionHolder.attend(toolbox)
-    crash(toolbox, fn -> assert FunctionHolder.fetch(toolbox, "t") == :over end)
+    holder = FunctionHolder.open({:broken, @secret})
+    FunctionHolder.attend(holder)
+    crash(holder, fn -> assert FunctionHolder.fetch(holder, "t") == :over end)
 
     # This process is the bridge; its frame is none.
-    relay = StreamProxy.start(%{call | dest: self()}, stream?: false, tools: %{"t" => & &1})
-    assert_receive {:request, ref, ^relay, :infinity, @secret, _terms, _beside}
+    proxy = StreamProxy.start(%{call | dest: self()}, stream?: false, tools: %{"t" => & &1})
+    assert_receive {:request, ref, ^proxy, :infinity, @secret, _terms, _beside}
     frame = {:broken, @secret}
     call = %Invocation{port: hd(Port.list()), id: 1, frame: frame, max_frame_bytes: 1_000}
     # One process for the call, another for the answer that it owes.
@@ -219,7 +219,7 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
     send(ref, {ref, :tool_call, call})
     for _ <- 1..2, do: assert_receive({:trace, _pid, :exit, {:function_clause, _stack}}, 5_000)
     :erlang.trace(:new_processes, false, [:procs])
-    StreamProxy.stop(relay)
+    StreamProxy.stop(proxy)
 
     log = logged()
     assert log =~ inspect(&Protocol.decode_tool_call/1) |> String.trim_leading("&")
@@ -234,7 +234,7 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
     refute_secret(:sys.get_status(bridge))
     break(bridge, [key(:next)])
     refute_secret(:sys.get_status(bridge))
-    break(bridge, [key(:traffic)])
+    break(bridge, [key(:in_flight)])
     refute_secret(:sys.get_status(bridge))
     :sys.replace_state(bridge, &{:broken, &1})
     refute_secret(:sys.get_status(bridge))

@@ -79,7 +79,7 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
         {:next, :nobody},
         {:answered, me, @contents},
         {:fetch, :nobody, :ref, "name"},
-        {:relay, :x},
+        {:proxy, :x},
         {:record, nil, {:no, :frame}},
         {:record, 1},
         {:watch, :x},
@@ -157,7 +157,7 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
 
   test "none ends what belongs to a bridge" do
     bridge = start_bridge()
-    %{reaper: reaper, peer_log: log} = :sys.get_state(bridge)
+    %{reaper: reaper, log_forwarder: log} = :sys.get_state(bridge)
     os_pid = Bridge.get_status(bridge).os_pid
     for pid <- [reaper, log.pid], do: assert_one_line(pester(pid), pid)
     assert alive?(os_pid)
@@ -171,16 +171,16 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
     assert %{status: :healthy} = Monitor.force_health_check(monitor)
   end
 
-  test "none ends a keeper or a bridge of a pool", %{test: name} do
+  test "none ends a coordinator or a bridge of a pool", %{test: name} do
     pool = start_pool(name)
-    keeper = Process.whereis(Handle.keeper(name))
-    assert_one_line(pester(keeper), keeper)
+    coordinator = Process.whereis(Handle.coordinator(name))
+    assert_one_line(pester(coordinator), coordinator)
     assert {:ok, bridge} = Pool.checkout(pool)
     assert :ok = Pool.checkin(pool, bridge)
     bridge = Process.whereis(bridge)
     assert_one_line(pester(bridge), bridge)
     assert {:ok, _} = Pool.call(pool, :ping)
-    assert Process.whereis(Handle.keeper(name)) == keeper
+    assert Process.whereis(Handle.coordinator(name)) == coordinator
   end
 
   test "none ends a call with chunks and tools, or stays in a mailbox" do
@@ -191,12 +191,12 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
     opts = [tools: %{t: tool}, on_chunk: &send(test, {:chunk, &1["chunk"]})]
     call = Task.async(fn -> Bridge.request(bridge, :execute_program, %{play: play}, opts) end)
     assert_receive {:tool, running}, 5_000
-    {:parent, relay} = Process.info(running, :parent)
-    # It watches the process of the tool, as the relay does; the other one is the bridge.
+    {:parent, proxy} = Process.info(running, :parent)
+    # It watches the process of the tool, as the proxy does; the other one is the bridge.
     {:monitored_by, watchers} = Process.info(running, :monitored_by)
-    [toolbox] = watchers -- [relay]
+    [holder] = watchers -- [proxy]
 
-    for pid <- [relay, toolbox] do
+    for pid <- [proxy, holder] do
       assert_one_line(pester(pid), pid)
       assert {:messages, []} = {:messages, :erlang.process_info(pid, :messages) |> elem(1)}
       assert {:message_queue_len, 0} = Process.info(pid, :message_queue_len)
@@ -231,14 +231,14 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
     bridge = start_bridge()
     pool = start_pool(name)
     monitor = start_supervised!({Monitor, name: nil, bridge: bridge, interval: 600_000})
-    keeper = Process.whereis(Handle.keeper(name))
+    coordinator = Process.whereis(Handle.coordinator(name))
     foreign = start_supervised!({Agent, fn -> nil end})
     supervisor = start_supervised!({DynamicSupervisor, strategy: :one_for_one})
-    processes = [bridge, pool, monitor, keeper, foreign, supervisor]
+    processes = [bridge, pool, monitor, coordinator, foreign, supervisor]
 
     log =
       capture_log(fn ->
-        for server <- [monitor, keeper, foreign, supervisor, Handle.bridges_supervisor(name)] do
+        for server <- [monitor, coordinator, foreign, supervisor, Handle.bridges_supervisor(name)] do
           assert {:error, :bridge_not_running} =
                    Bridge.call(server, :ping, %{a: @contents}, 60_000)
 
@@ -253,7 +253,7 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
           assert :ok = Bridge.stop(server)
         end
 
-        for server <- [pool, bridge, keeper, foreign, supervisor],
+        for server <- [pool, bridge, coordinator, foreign, supervisor],
             ask <- [
               &Monitor.get_health_status/1,
               &Monitor.force_health_check/1,
@@ -262,7 +262,7 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
           assert_raise ArgumentError, ~r/is not a monitor of a bridge/, fn -> ask.(server) end
         end
 
-        for server <- [bridge, monitor, keeper, foreign, supervisor] do
+        for server <- [bridge, monitor, coordinator, foreign, supervisor] do
           assert {:error, :bridge_not_running} = Pool.call(server, :ping)
           assert {:error, :bridge_not_running} = Pool.checkout(server)
           assert {:error, :bridge_not_running} = Pool.checkin(server, bridge)

@@ -196,16 +196,16 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
 
     test "counts a call out however it ends" do
       start_up(pool_size: 1, max_frame_bytes: 100_000)
-      %{slots: slots} = Handle.fetch(Pool)
+      %{counters: counters} = Handle.fetch(Pool)
       assert {:ok, _} = Pool.call(:who)
-      assert LoadCounters.busy(slots, 1) == 0
+      assert LoadCounters.busy(counters, 1) == 0
       assert Pool.call(:hold, %{}, 20) == {:error, :timeout}
       assert {:error, text} = Pool.call(:who, %{text: String.duplicate("x", 200_000)})
       assert text =~ "max_frame_bytes"
       held = hold()
-      eventually(fn -> LoadCounters.busy(slots, 1) == 1 end)
+      eventually(fn -> LoadCounters.busy(counters, 1) == 1 end)
       Task.shutdown(held, :brutal_kill)
-      eventually(fn -> LoadCounters.busy(slots, 1) == 0 end)
+      eventually(fn -> LoadCounters.busy(counters, 1) == 0 end)
     end
 
     test "waits for the first peer within its timeout" do
@@ -280,8 +280,8 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert for(task <- held, do: Task.yield(task, 0)) == [nil, nil]
       Enum.each(held, &Task.shutdown(&1, :brutal_kill))
       eventually(fn -> pending() == [0, 0] end)
-      %{slots: slots} = Handle.fetch(Pool)
-      eventually(fn -> for(index <- [1, 2], do: LoadCounters.busy(slots, index)) == [0, 0] end)
+      %{counters: counters} = Handle.fetch(Pool)
+      eventually(fn -> for(index <- [1, 2], do: LoadCounters.busy(counters, index)) == [0, 0] end)
     end
 
     test "goes on when bridges end all the time" do
@@ -296,7 +296,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
     end
   end
 
-  describe "the keeper's end" do
+  describe "the coordinator's end" do
     test "loses no loan and no caller that waits" do
       start_up(pool_size: 1)
       borrower = other_process()
@@ -304,9 +304,9 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       caller = Task.async(fn -> Pool.call(:who, %{}, 20_000) end)
       eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
 
-      keeper = Process.whereis(Pool.Coordinator)
-      Process.exit(keeper, :kill)
-      eventually(fn -> Process.whereis(Pool.Coordinator) not in [keeper, nil] end)
+      coordinator = Process.whereis(Pool.Coordinator)
+      Process.exit(coordinator, :kill)
+      eventually(fn -> Process.whereis(Pool.Coordinator) not in [coordinator, nil] end)
       eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
       assert Pool.checkout() == {:error, :pool_exhausted}
 
@@ -318,13 +318,13 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
     test "in the middle of a loan, before anybody has it, leaves no bridge lent to nobody" do
       start_up(pool_size: 2)
       {:ok, mine} = Pool.checkout()
-      %{slots: slots} = Handle.fetch(Pool)
+      %{counters: counters} = Handle.fetch(Pool)
 
-      # As far as a keeper has got that was killed before it noted the borrower, or after it had forgotten him.
-      for index <- LoadCounters.indexes(slots), do: LoadCounters.lend(slots, index)
-      keeper = Process.whereis(Pool.Coordinator)
-      Process.exit(keeper, :kill)
-      eventually(fn -> Process.whereis(Pool.Coordinator) not in [keeper, nil] end)
+      # As far as a coordinator has got that was killed before it noted the borrower, or after it had forgotten him.
+      for index <- LoadCounters.indexes(counters), do: LoadCounters.lend(counters, index)
+      coordinator = Process.whereis(Pool.Coordinator)
+      Process.exit(coordinator, :kill)
+      eventually(fn -> Process.whereis(Pool.Coordinator) not in [coordinator, nil] end)
 
       assert {:ok, other} = Pool.checkout()
       assert Enum.sort([mine, other]) == bridges()
@@ -399,11 +399,11 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
     end
 
     @tag :capture_log
-    test "wait for the keeper while it is being started again" do
+    test "wait for the coordinator while it is being started again" do
       pool = start_up(pool_size: 1)
-      keeper = Process.whereis(Pool.Coordinator)
+      coordinator = Process.whereis(Pool.Coordinator)
       :sys.suspend(pool)
-      Process.exit(keeper, :kill)
+      Process.exit(coordinator, :kill)
       eventually(fn -> Process.whereis(Pool.Coordinator) == nil end)
       borrower = other_process()
       loan = Task.async(fn -> as(borrower, fn -> Pool.checkout() end) end)

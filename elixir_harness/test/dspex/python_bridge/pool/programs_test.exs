@@ -191,22 +191,22 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert execute("one") == {:error, "Program not found: one"}
   end
 
-  describe "while the keeper is being started again" do
+  describe "while the coordinator is being started again" do
     @describetag :capture_log
 
     # Its supervisor reads no message until it is told to go on.
-    defp kill_keeper do
-      keeper = Process.whereis(Handle.keeper(@pool))
-      watch = Process.monitor(keeper)
+    defp kill_coordinator do
+      coordinator = Process.whereis(Handle.coordinator(@pool))
+      watch = Process.monitor(coordinator)
       :sys.suspend(@pool)
-      Process.exit(keeper, :kill)
-      assert_receive {:DOWN, ^watch, :process, ^keeper, :killed}
+      Process.exit(coordinator, :kill)
+      assert_receive {:DOWN, ^watch, :process, ^coordinator, :killed}
     end
 
     test "changes wait for it, and then hold for all peers", %{tmp_dir: dir} do
       start_up(dir)
       {:ok, _} = create("old")
-      kill_keeper()
+      kill_coordinator()
       creation = Task.async(fn -> create("one") end)
       cleanup = Task.async(fn -> Pool.call(@pool, :cleanup, %{program_ids: ["old"]}, 5_000) end)
       refute Task.yield(creation, 50) || Task.yield(cleanup, 50)
@@ -220,7 +220,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     test "changes that have no time to wait for it are not made, and say so", %{tmp_dir: dir} do
       start_up(dir)
       {:ok, _} = create("old")
-      kill_keeper()
+      kill_coordinator()
       {ms, result} = timed(fn -> create("one", "q -> a", 50) end)
       assert result == {:error, :bridge_not_running}
       assert ms < 1_000
@@ -234,7 +234,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
       start_up(dir, pool_size: 1)
       {:ok, _} = create("one")
       forget_all()
-      kill_keeper()
+      kill_coordinator()
       execution = Task.async(fn -> execute("one") end)
       refute Task.yield(execution, 50)
       :sys.resume(@pool)
@@ -243,7 +243,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
   end
 
   @tag :capture_log
-  test "a change whose keeper ends is never said to be made; where it was begun, it goes on",
+  test "a change whose coordinator ends is never said to be made; where it was begun, it goes on",
        %{tmp_dir: dir} do
     start_up(dir, pool_size: 2)
     {:ok, _} = create("one")
@@ -251,10 +251,10 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{slow.os_pid}"])
     creation = Task.async(fn -> create("one", "b -> c") end)
     eventually(fn -> match?([%{pending: 0}, %{pending: 1}], peers()) and updated?() end)
-    keeper = Process.whereis(Handle.keeper(@pool))
-    Process.exit(keeper, :kill)
+    coordinator = Process.whereis(Handle.coordinator(@pool))
+    Process.exit(coordinator, :kill)
     assert Task.await(creation) == {:error, :bridge_not_running}
-    eventually(fn -> Process.whereis(Handle.keeper(@pool)) not in [keeper, nil] end)
+    eventually(fn -> Process.whereis(Handle.coordinator(@pool)) not in [coordinator, nil] end)
     # Else the one peer would have the new definition and the other the old.
     assert [%{pending: 0}, %{pending: 1}] = peers()
     {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{slow.os_pid}"])

@@ -96,8 +96,8 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
 
     # Nothing is left of it: every call was counted out.
     all_up()
-    %{slots: slots} = Handle.fetch(@pool)
-    assert for(index <- 1..3, do: LoadCounters.busy(slots, index)) == [0, 0, 0]
+    %{counters: counters} = Handle.fetch(@pool)
+    assert for(index <- 1..3, do: LoadCounters.busy(counters, index)) == [0, 0, 0]
     assert for(%{pending: pending} <- peers(), do: pending) == [0, 0, 0]
   end
 
@@ -147,13 +147,13 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     all_have("qa")
     %{os_pid: os_pid, bridge: bridge} = hd(peers())
     kill(os_pid)
-    %{slots: slots} = Handle.fetch(@pool)
-    eventually(fn -> LoadCounters.ready_since(slots, 1) == 0 end)
+    %{counters: counters} = Handle.fetch(@pool)
+    eventually(fn -> LoadCounters.ready_since(counters, 1) == 0 end)
 
     # Until it is ready all go to the other.
     served = fn ->
       {:ok, _} = execute("qa", "?")
-      LoadCounters.ready_since(slots, 1) > 0
+      LoadCounters.ready_since(counters, 1) > 0
     end
 
     eventually(served, 20_000)

@@ -59,17 +59,17 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   defp endless(test) do
     fn args ->
       Process.flag(:trap_exit, true)
-      send(test, {:running, args, self(), relay_of(self())})
+      send(test, {:running, args, self(), proxy_of(self())})
       Process.sleep(:infinity)
     end
   end
 
-  defp relay_of(tool), do: elem(Process.info(tool, :parent), 1)
+  defp proxy_of(tool), do: elem(Process.info(tool, :parent), 1)
 
   defp watch(count) do
     for _ <- 1..count do
-      assert_receive {:running, _args, tool, relay}, 5_000
-      for pid <- [tool, relay], do: Process.monitor(pid)
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      for pid <- [tool, proxy], do: Process.monitor(pid)
     end
     |> List.flatten()
   end
@@ -414,16 +414,16 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       tools = %{
         large: fn _ -> length(data) end,
         other: fn _ -> length(data) end,
-        small: fn _ -> [words.(self()), words.(relay_of(self()))] end
+        small: fn _ -> [words.(self()), words.(proxy_of(self()))] end
       }
 
       play = [["tool", 1, "large", %{}], ["tool", 2, "small", %{}], ["result", 1]]
       play = play ++ [["result", 2], ["reply"]]
       assert {:ok, results, _} = request(start(), play, tools: tools)
-      assert %{"1" => %{"result" => 300_000}, "2" => %{"result" => [own, relay]}} = results
+      assert %{"1" => %{"result" => 300_000}, "2" => %{"result" => [own, proxy]}} = results
       # The list has 600,000 words.
       assert own < 100_000
-      assert relay < 100_000
+      assert proxy < 100_000
     end
   end
 
@@ -433,7 +433,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       running = %{self() => %Invocation{port: port, id: 1, frame: "", max_frame_bytes: 1}}
 
       tools = %Tools.Runner{
-        toolbox: nil,
+        holder: nil,
         bridge: self(),
         callers: [],
         port: port,
@@ -497,10 +497,10 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
     test "the timeout, though the call's process is held up", %{bridge: bridge, open: open} do
       task = async(bridge, open, opts(timeout: 300))
-      assert_receive {:running, _args, tool, relay}, 5_000
-      assert_receive {:running, _args, another, ^relay}, 5_000
-      monitors = for pid <- [tool, another, relay], do: Process.monitor(pid)
-      :erlang.suspend_process(relay)
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      assert_receive {:running, _args, another, ^proxy}, 5_000
+      monitors = for pid <- [tool, another, proxy], do: Process.monitor(pid)
+      :erlang.suspend_process(proxy)
       assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 2_000)
       assert_dead(monitors)
       eventually(fn -> status(bridge, :pending) == 0 end)
@@ -509,22 +509,22 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     test "the death of the caller, though the call's process is held up", context do
       opts = opts()
       caller = spawn(fn -> request(context.bridge, context.open, opts) end)
-      assert_receive {:running, _args, tool, relay}, 5_000
-      assert_receive {:running, _args, another, ^relay}, 5_000
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      assert_receive {:running, _args, another, ^proxy}, 5_000
       monitors = for pid <- [tool, another], do: Process.monitor(pid)
-      :erlang.suspend_process(relay)
+      :erlang.suspend_process(proxy)
       Process.exit(caller, :kill)
       assert_dead(monitors)
-      :erlang.resume_process(relay)
+      :erlang.resume_process(proxy)
       eventually(fn -> status(context.bridge, :pending) == 0 end)
     end
 
     test "the death of the call's process by force", %{bridge: bridge, open: open} do
       task = async(bridge, open, opts())
-      assert_receive {:running, _args, tool, relay}, 5_000
-      assert_receive {:running, _args, another, ^relay}, 5_000
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      assert_receive {:running, _args, another, ^proxy}, 5_000
       monitors = for pid <- [tool, another], do: Process.monitor(pid)
-      Process.exit(relay, :kill)
+      Process.exit(proxy, :kill)
       assert {:error, %Error{type: :cancelled, message: text}} = Task.await(task)
       assert text =~ "was killed"
       assert_dead(monitors)
@@ -536,18 +536,18 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       stream = Bridge.stream(bridge, %{play: play}, opts(timeout: 500))
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, {:chunk, _, _}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      [relay] = relays(self())
-      :erlang.suspend_process(relay)
-      eventually(fn -> waiting(relay) == 1 end)
+      [proxy] = proxies(self())
+      :erlang.suspend_process(proxy)
+      eventually(fn -> waiting(proxy) == 1 end)
       go(bridge, "on")
-      eventually(fn -> waiting(relay) == 2 end)
-      :erlang.resume_process(relay)
-      eventually(fn -> waiting(relay) == 0 end)
+      eventually(fn -> waiting(proxy) == 2 end)
+      :erlang.resume_process(proxy)
+      eventually(fn -> waiting(proxy) == 0 end)
       # None was begun.
-      assert for(pid <- Process.list(), Process.info(pid, :parent) == {:parent, relay}, do: pid) ==
+      assert for(pid <- Process.list(), Process.info(pid, :parent) == {:parent, proxy}, do: pid) ==
                []
 
-      monitor = Process.monitor(relay)
+      monitor = Process.monitor(proxy)
       assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
       assert_dead([monitor])
     end
@@ -579,13 +579,13 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       stream = Bridge.stream(bridge, %{play: play}, opts())
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, _, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      assert_receive {:running, _args, tool, relay}, 5_000
+      assert_receive {:running, _args, tool, proxy}, 5_000
       monitor = Process.monitor(tool)
       go(bridge, "on")
       assert_receive {:DOWN, ^monitor, :process, _, _}, 5_000
-      assert Process.alive?(relay)
+      assert Process.alive?(proxy)
       assert {:suspended, {:ok, %{}, _}, _} = next.({:cont, nil})
-      monitor = Process.monitor(relay)
+      monitor = Process.monitor(proxy)
       assert_dead([monitor])
     end
 
@@ -614,13 +614,13 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       bridge = start_supervised!({Bridge, fake_opts("plays", max_pending: 1)}, id: :full)
       held = async(bridge, [["go", "on"], ["reply", %{}]], opts())
       eventually(fn -> status(bridge, :pending) == 1 end)
-      eventually(fn -> match?([_relay], relays(held.pid)) end)
+      eventually(fn -> match?([_proxy], proxies(held.pid)) end)
       assert {:error, %Error{type: :overloaded}} = request(bridge, [], opts())
-      eventually(fn -> relays(self()) == [] end)
+      eventually(fn -> proxies(self()) == [] end)
       Task.shutdown(held, :brutal_kill)
     end
 
-    defp relays(caller) do
+    defp proxies(caller) do
       for pid <- Process.list(),
           Process.info(pid, :parent) == {:parent, caller},
           {:current_function, {StreamProxy, :loop, 1}} <- [Process.info(pid, :current_function)],

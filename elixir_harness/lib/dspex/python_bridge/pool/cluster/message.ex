@@ -1,11 +1,11 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.Message do
   @moduledoc """
-  The messages between the keepers of a cluster, whose nodes may run different versions of this code: during
+  The messages between the coordinators of a cluster, whose nodes may run different versions of this code: during
   a rolling upgrade they do.
 
-    * `{:hello, keeper, name, serves?, programs}` when two meet: all that each knows of programs
-    * `{:serves, keeper, name, serves?}`: whether a call may be sent there, at each change
-    * `{:change, keeper, id, change, body}` and back `{:changed, id, keeper}`: one change of the programs
+    * `{:hello, coordinator, name, serves?, programs}` when two meet: all that each knows of programs
+    * `{:serves, coordinator, name, serves?}`: whether a call may be sent there, at each change
+    * `{:change, coordinator, id, change, body}` and back `{:changed, id, coordinator}`: one change of the programs
 
   Since version 2 a message goes as `{:dspex_cluster, version, message}`. Version 1 sends the same messages
   bare, and drops what it does not know: it is understood, and spoken to in its own way as soon as it has
@@ -39,26 +39,28 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Message do
   def pack(message, @version), do: {@tag, @version, message}
 
   @doc "What was said, in which version and by whom; `:unknown` if this version cannot know what is meant."
-  @spec read(term()) :: {:ok, t(), version(), keeper :: pid()} | :unknown
+  @spec read(term()) :: {:ok, t(), version(), coordinator :: pid()} | :unknown
   def read({@tag, @version, message}), do: checked(message, @version)
   def read(message), do: checked(message, 1)
 
   defp checked(message, version) do
-    if valid?(message), do: {:ok, message, version, keeper(message)}, else: :unknown
+    if valid?(message), do: {:ok, message, version, coordinator(message)}, else: :unknown
   end
 
-  defp valid?({:hello, keeper, name, serves?, programs}),
-    do: valid?({:serves, keeper, name, serves?}) and Programs.Store.exported?(programs)
+  defp valid?({:hello, coordinator, name, serves?, programs}),
+    do: valid?({:serves, coordinator, name, serves?}) and Programs.Store.exported?(programs)
 
-  defp valid?({:serves, keeper, name, serves?}),
-    do: is_pid(keeper) and is_atom(name) and is_boolean(serves?)
+  defp valid?({:serves, coordinator, name, serves?}),
+    do: is_pid(coordinator) and is_atom(name) and is_boolean(serves?)
 
-  defp valid?({:change, keeper, id, {_kind, _ids, stamp} = change, body}) when stamp != nil,
-    do: is_pid(keeper) and is_integer(id) and Programs.Store.change?(change) and is_binary(body)
+  defp valid?({:change, coordinator, id, {_kind, _ids, stamp} = change, body}) when stamp != nil,
+    do:
+      is_pid(coordinator) and is_integer(id) and Programs.Store.change?(change) and
+        is_binary(body)
 
-  defp valid?({:changed, id, keeper}), do: is_integer(id) and is_pid(keeper)
+  defp valid?({:changed, id, coordinator}), do: is_integer(id) and is_pid(coordinator)
   defp valid?(_other), do: false
 
-  defp keeper({:changed, _id, keeper}), do: keeper
-  defp keeper(message), do: elem(message, 1)
+  defp coordinator({:changed, _id, coordinator}), do: coordinator
+  defp coordinator(message), do: elem(message, 1)
 end

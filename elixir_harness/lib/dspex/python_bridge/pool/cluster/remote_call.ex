@@ -22,52 +22,52 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   @spec elsewhere(Handle.t(), Request.t()) :: {:done, Router.reply()} | {:nobody, Request.t()}
   def elsewhere(%Handle{settings: %{cluster: nil}}, request), do: {:nobody, request}
 
-  def elsewhere(%Handle{} = info, %Request{} = request) do
-    case serving(info) -- request.passed_nodes do
+  def elsewhere(%Handle{} = handle, %Request{} = request) do
+    case serving(handle) -- request.passed_nodes do
       [] -> {:nobody, request}
-      others -> try_node(info, request, Enum.random(others), nil)
+      others -> try_node(handle, request, Enum.random(others), nil)
     end
   end
 
   # The tables are the pool's, which may end at any time.
-  defp serving(info) do
-    :ets.tab2list(info.others)
+  defp serving(handle) do
+    :ets.tab2list(handle.others)
   rescue
     ArgumentError -> []
   end
 
-  defp definition(info, program) do
-    Programs.Store.get(info.programs, program)
+  defp definition(handle, program) do
+    Programs.Store.get(handle.programs, program)
   rescue
     ArgumentError -> nil
   end
 
-  defp try_node(info, request, {keeper, _since, name} = other, definition) do
-    case carry(node(keeper), name, request, definition) do
+  defp try_node(handle, request, {coordinator, _since, name} = other, definition) do
+    case carry(node(coordinator), name, request, definition) do
       {:done, reply} ->
-        if definition == nil, do: repair(info, request, other, reply), else: {:done, reply}
+        if definition == nil, do: repair(handle, request, other, reply), else: {:done, reply}
 
       {:nobody, deaths, overloaded?} ->
         overloaded? = request.overloaded? or overloaded?
-        pass(info, %{request | deaths: deaths, overloaded?: overloaded?}, other)
+        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other)
 
       :vanished ->
-        pass(info, request, other)
+        pass(handle, request, other)
     end
   end
 
   # A node of this one may be able to serve again by now.
-  defp pass(info, request, other) do
+  defp pass(handle, request, other) do
     request = %{request | passed_nodes: [other | request.passed_nodes]}
-    with {:nobody, request} <- Router.here(info, request), do: elsewhere(info, request)
+    with {:nobody, request} <- Router.here(handle, request), do: elsewhere(handle, request)
   end
 
   # The program may be known here and not yet there.
-  defp repair(info, request, other, {:error, %Error{type: :program_not_found}} = reply)
+  defp repair(handle, request, other, {:error, %Error{type: :program_not_found}} = reply)
        when request.program != nil do
-    case definition(info, request.program) do
+    case definition(handle, request.program) do
       nil -> {:done, reply}
-      {stamp, body} -> try_node(info, request, other, {request.program, stamp, body})
+      {stamp, body} -> try_node(handle, request, other, {request.program, stamp, body})
     end
   end
 
@@ -169,7 +169,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
       result =
         case Handle.fetch(name) do
           nil -> {:nobody, request.deaths, false}
-          info -> serve(info, Request.unpack(request), definition)
+          handle -> serve(handle, Request.unpack(request), definition)
         end
 
       send(courier, {:served, result})
@@ -178,10 +178,10 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     :ok
   end
 
-  defp serve(info, request, definition) do
-    if definition, do: CoordinatorClient.adopt(info, definition, request.deadline)
+  defp serve(handle, request, definition) do
+    if definition, do: CoordinatorClient.adopt(handle, definition, request.deadline)
 
-    case Router.here(info, request) do
+    case Router.here(handle, request) do
       {:done, reply} -> {:done, reply}
       {:nobody, request} -> {:nobody, request.deaths, request.overloaded?}
     end

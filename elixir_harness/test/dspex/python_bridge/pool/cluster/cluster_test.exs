@@ -39,7 +39,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     node
   end
 
-  # Up, and known to be up by the keeper.
+  # Up, and known to be up by the coordinator.
   defp up_on(node) do
     eventually(fn -> Enum.all?(peers_on(node), &(&1.state == :running)) end, 20_000)
   end
@@ -116,8 +116,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     start_here(context.cluster, pool_size: 1)
     {borrower, _lent} = lend_all_on(node())
     waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
-    keeper = Handle.keeper(@pool)
-    eventually(fn -> map_size(:sys.get_state(keeper).waiting) == 1 end)
+    coordinator = Handle.coordinator(@pool)
+    eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
 
     # A node that joins.
     there = start_there(context.cluster, pool_size: 1)
@@ -128,7 +128,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     {borrower_there, _lent} = lend_all_on(there)
     eventually(fn -> serving_on(node()) == [] end)
     waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
-    eventually(fn -> map_size(:sys.get_state(keeper).waiting) == 1 end)
+    eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
     send(borrower_there, :end)
     assert {:ok, %{"pid" => ^pid}} = Task.await(waiting, 60_000)
     send(borrower, :end)
@@ -229,8 +229,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
 
       # One that has time left is not lost there: it goes on when this node can serve it.
       waiting = Task.async(fn -> call(:who, %{}, 30_000) end)
-      keeper = Handle.keeper(@pool)
-      eventually(fn -> map_size(:sys.get_state(keeper).waiting) == 1 end)
+      coordinator = Handle.coordinator(@pool)
+      eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
       send(borrower, :end)
       assert {:ok, _} = Task.await(waiting)
 

@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
   @moduledoc """
-  What keepers say to each other, in this and in other versions. The other keeper is the test's process: a member of
+  What coordinators say to each other, in this and in other versions. The other coordinator is the test's process: a member of
   the cluster's group on this node.
   """
 
@@ -21,10 +21,10 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     opts = "who" |> fake_opts() |> Keyword.merge(name: @pool, cluster: cluster, pool_size: 1)
     start_supervised!({Pool, opts})
     eventually(fn -> match?([%{state: :running}], Pool.status(@pool).peers) end)
-    %{cluster: cluster, keeper: Process.whereis(Handle.keeper(@pool))}
+    %{cluster: cluster, coordinator: Process.whereis(Handle.coordinator(@pool))}
   end
 
-  # From then on the keeper tells this process what it tells any other.
+  # From then on the coordinator tells this process what it tells any other.
   defp join(cluster), do: :ok = :pg.join(Cluster, cluster, self())
 
   defp create(id, signature \\ "q -> a"),
@@ -35,10 +35,10 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     body
   end
 
-  # The keeper has read all that was sent to it before.
-  defp alive(keeper) do
-    :sys.get_state(Handle.keeper(@pool))
-    Process.whereis(Handle.keeper(@pool)) == keeper
+  # The coordinator has read all that was sent to it before.
+  defp alive(coordinator) do
+    :sys.get_state(Handle.coordinator(@pool))
+    Process.whereis(Handle.coordinator(@pool)) == coordinator
   end
 
   defp known, do: PoolProbe.known(@pool)
@@ -49,7 +49,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
   end
 
   test "what is not understood is ignored, and logged once without its contents", context do
-    %{keeper: keeper} = context
+    %{coordinator: coordinator} = context
     stamp = Programs.Store.stamp()
     me = self()
 
@@ -90,17 +90,17 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     log =
       log(fn ->
         for malformed <- hellos ++ others do
-          send(keeper, malformed)
-          send(keeper, {:dspex_cluster, 2, malformed})
+          send(coordinator, malformed)
+          send(coordinator, {:dspex_cluster, 2, malformed})
         end
 
         # Of versions to come, of which nothing is known here.
         for version <- [3, 4, 1, 0, "hush", nil],
-            do: send(keeper, {:dspex_cluster, version, {:hello, me, :pool, true, []}})
+            do: send(coordinator, {:dspex_cluster, version, {:hello, me, :pool, true, []}})
 
-        send(keeper, {:dspex_cluster, 3, self(), %{hush: "hush"}})
-        send(keeper, {:dspex_cluster})
-        assert alive(keeper)
+        send(coordinator, {:dspex_cluster, 3, self(), %{hush: "hush"}})
+        send(coordinator, {:dspex_cluster})
+        assert alive(coordinator)
       end)
 
     assert [line] = log
@@ -111,53 +111,61 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     assert known() == ["one"]
   end
 
-  test "keepers of this version number their messages", %{keeper: keeper} = context do
+  test "coordinators of this version number their messages",
+       %{coordinator: coordinator} = context do
     join(context.cluster)
-    assert_receive {:dspex_cluster, 2, {:hello, ^keeper, @pool, true, []}}
+    assert_receive {:dspex_cluster, 2, {:hello, ^coordinator, @pool, true, []}}
     stamp = Programs.Store.stamp()
     hello = {:hello, self(), :other, true, [{{:program, "one"}, stamp, body("one", "q -> a")}]}
-    send(keeper, Cluster.Message.pack(hello, 2))
+    send(coordinator, Cluster.Message.pack(hello, 2))
     eventually(fn -> PoolProbe.programs(@pool) == [%{"one" => "q -> a"}] end)
     assert [{_pid, _since, :other}] = PoolProbe.serving(@pool)
 
     creation = Task.async(fn -> create("two") end)
-    assert_receive {:dspex_cluster, 2, {:change, ^keeper, id, {:create, "two", _stamp}, _body}}
+
+    assert_receive {:dspex_cluster, 2,
+                    {:change, ^coordinator, id, {:create, "two", _stamp}, _body}}
+
     refute Task.yield(creation, 50)
-    send(keeper, {:dspex_cluster, 2, {:changed, id, self()}})
+    send(coordinator, {:dspex_cluster, 2, {:changed, id, self()}})
     assert {:ok, _} = Task.await(creation)
 
     change = {:change, self(), 7, {:cleanup, ["one"], Programs.Store.stamp()}, ""}
-    send(keeper, {:dspex_cluster, 2, change})
-    assert_receive {:dspex_cluster, 2, {:changed, 7, ^keeper}}
+    send(coordinator, {:dspex_cluster, 2, change})
+    assert_receive {:dspex_cluster, 2, {:changed, 7, ^coordinator}}
     assert known() == ["two"]
-    send(keeper, {:dspex_cluster, 2, {:serves, self(), :other, false}})
-    assert alive(keeper)
+    send(coordinator, {:dspex_cluster, 2, {:serves, self(), :other, false}})
+    assert alive(coordinator)
     assert PoolProbe.serving(@pool) == []
   end
 
   test "one of the version before, which numbers nothing, is understood, and spoken to as it speaks",
-       %{keeper: keeper} = context do
+       %{coordinator: coordinator} = context do
     {:ok, _} = create("one")
     join(context.cluster)
     # Which it would not understand.
-    assert_receive {:dspex_cluster, 2, {:hello, ^keeper, @pool, true, _programs}}
+    assert_receive {:dspex_cluster, 2, {:hello, ^coordinator, @pool, true, _programs}}
 
     assert log(fn ->
              stamp = Programs.Store.stamp()
              programs = [{{:program, "two"}, stamp, body("two", "q -> a")}]
-             send(keeper, {:hello, self(), :other, true, programs})
-             assert_receive {:hello, ^keeper, @pool, true, programs}
+             send(coordinator, {:hello, self(), :other, true, programs})
+             assert_receive {:hello, ^coordinator, @pool, true, programs}
              assert Enum.any?(programs, &match?({{:program, "one"}, _stamp, _body}, &1))
              eventually(fn -> map_size(hd(PoolProbe.programs(@pool))) == 2 end)
 
              creation = Task.async(fn -> create("three") end)
-             assert_receive {:change, ^keeper, id, {:create, "three", _stamp}, _body}
+             assert_receive {:change, ^coordinator, id, {:create, "three", _stamp}, _body}
              refute Task.yield(creation, 50)
-             send(keeper, {:changed, id, self()})
+             send(coordinator, {:changed, id, self()})
              assert {:ok, _} = Task.await(creation)
 
-             send(keeper, {:change, self(), 7, {:cleanup, ["one"], Programs.Store.stamp()}, ""})
-             assert_receive {:changed, 7, ^keeper}
+             send(
+               coordinator,
+               {:change, self(), 7, {:cleanup, ["one"], Programs.Store.stamp()}, ""}
+             )
+
+             assert_receive {:changed, 7, ^coordinator}
              assert Enum.sort(known()) == ["three", "two"]
              refute_received {:dspex_cluster, _version, _message}
            end) == []
@@ -166,50 +174,50 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     :ok = :pg.leave(Cluster, context.cluster, self())
     eventually(fn -> PoolProbe.serving(@pool) == [] end)
     join(context.cluster)
-    assert_receive {:dspex_cluster, 2, {:hello, ^keeper, @pool, true, _programs}}
+    assert_receive {:dspex_cluster, 2, {:hello, ^coordinator, @pool, true, _programs}}
   end
 
-  describe "a keeper that has left, or has not joined yet," do
+  describe "a coordinator that has left, or has not joined yet," do
     test "is not greeted for what it says, and forgotten if it does not join", context do
-      %{keeper: keeper} = context
-      {node, gone} = gone_keeper()
+      %{coordinator: coordinator} = context
+      {node, gone} = gone_coordinator()
       change = {:change, gone, 7, {:cleanup, ["one"], Programs.Store.stamp()}, ""}
       # It cannot be told that the change was made.
       for said <- [{:hello, gone, :gone, true, []}, {:serves, gone, :gone, true}, change],
-          do: send(keeper, said)
+          do: send(coordinator, said)
 
-      assert alive(keeper)
+      assert alive(coordinator)
       assert cluster().behind == MapSet.new()
       # One timer, whatever it says; as if it fired.
       assert [{^gone, timer}] = Map.to_list(cluster().strangers)
       assert :erlang.cancel_timer(timer) in 1..10_000
-      send(keeper, {:stranger, gone})
-      assert alive(keeper)
+      send(coordinator, {:stranger, gone})
+      assert alive(coordinator)
       assert cluster().strangers == %{}
       assert {cluster().older, PoolProbe.serving(@pool)} == {%{}, []}
       refute node in Node.list()
     end
 
     test "is known by what it said when it joins", context do
-      %{keeper: keeper} = context
+      %{coordinator: coordinator} = context
       # Of the version before: its hello overtakes the news that it has joined.
-      send(keeper, {:hello, self(), :other, true, []})
-      assert alive(keeper)
-      refute_received {:hello, _keeper, _name, _serves, _programs}
+      send(coordinator, {:hello, self(), :other, true, []})
+      assert alive(coordinator)
+      refute_received {:hello, _coordinator, _name, _serves, _programs}
       join(context.cluster)
-      assert_receive {:hello, ^keeper, @pool, true, []}
+      assert_receive {:hello, ^coordinator, @pool, true, []}
       refute_received {:dspex_cluster, _version, _message}
-      send(keeper, {:stranger, self()})
-      assert alive(keeper)
+      send(coordinator, {:stranger, self()})
+      assert alive(coordinator)
       assert [{_pid, _since, :other}] = PoolProbe.serving(@pool)
       assert cluster().older == %{self() => 1}
     end
   end
 
-  defp cluster, do: :sys.get_state(Handle.keeper(@pool)).cluster
+  defp cluster, do: :sys.get_state(Handle.coordinator(@pool)).cluster
 
   # Of a node that nobody is connected to: as a process of this node in the external format, with another name.
-  defp gone_keeper do
+  defp gone_coordinator do
     node = :"gone@nowhere.invalid"
     name = Atom.to_string(node)
     <<131, 88, 119, size, _own::binary-size(size), rest::binary>> = :erlang.term_to_binary(self())
@@ -224,7 +232,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     {time, _count, _node} = Programs.Store.stamp()
     stamp = {time + 3_600_000_000, 1 <<< 62, :"zzz@another.host"}
     hello = {:hello, self(), :other, false, [{{:program, "one"}, stamp, body("one", "b -> c")}]}
-    send(context.keeper, Cluster.Message.pack(hello, 2))
+    send(context.coordinator, Cluster.Message.pack(hello, 2))
     eventually(fn -> PoolProbe.programs(@pool) == [%{"one" => "b -> c"}] end)
 
     assert {:ok, _} = create("one")
