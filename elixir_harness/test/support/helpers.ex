@@ -16,7 +16,10 @@ defmodule DSPex.Test.Helpers do
   end
 
   @doc "A port program with one bad habit."
-  def fake(name), do: Path.join([@root, "tests", "fakes", "#{name}.py"])
+  def fake(name) do
+    [path] = Path.wildcard(Path.join(@root, "tests/fakes/**/#{name}.py"))
+    path
+  end
 
   @doc "Options for a bridge without a name, to a fake."
   def fake_opts(name, opts \\ []),
