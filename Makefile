@@ -84,7 +84,7 @@ docs: setup ## elixir_harness/doc: the guides and every module, as HTML; their d
 
 fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with more examples
 	$(PY) tests/fuzz.py $(FUZZ_FRAMES)
-	STATEFUL_EXAMPLES=2000 $(PY) -m pytest -q tests/port/test_stateful.py
+	STATEFUL_EXAMPLES=2000 $(PY) -m pytest -q tests/end_to_end/commands/test_stateful.py
 
 soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then the books: lost 0, grown 0, left 0
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 
-from dspy_bridge import descriptors, settings, watchdog
-from dspy_bridge.values import MAX_INT_DIGITS
+from dspy_bridge import settings
+from dspy_bridge.port import stdio, watchdog
+from dspy_bridge.wire.json_values import MAX_INT_DIGITS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,30 +48,31 @@ def main() -> int:
         return _refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
     # Before anything that might print is imported.
     try:
-        reading, writing = descriptors.take()
+        reading, writing = stdio.take()
     except OSError:
         return _refuse("stdin or stdout is closed: this program is opened by a port")
     # Nothing that the imports to come leave is garbage; looking for some would cost the first ping 0.7 ms.
     gc.disable()
     # Before there are threads, and before much is imported: a fork has it all.
     own = watchdog.start(reading, writing)
-    descriptors.keep_from_children(reading, writing, *own)
+    stdio.keep_from_children(reading, writing, *own)
     _serve(chosen, reading, writing)
     return 0
 
 
 def _serve(chosen: Settings, reading: int, writing: int) -> None:
-    from dspy_bridge import memory, server
-    from dspy_bridge.commands import Commands
-    from dspy_bridge.dispatcher import Dispatcher
-    from dspy_bridge.writer import Writer
+    from dspy_bridge.commands.handlers import Commands
+    from dspy_bridge.dispatch.dispatcher import Dispatcher
+    from dspy_bridge.port import reader
+    from dspy_bridge.port.frame_writer import Writer
+    from dspy_bridge.runtime import allocator
 
-    writer = Writer(writing, server.exit_now)
+    writer = Writer(writing, reader.exit_now)
 
     def setup_logs() -> None:
-        from dspy_bridge import logs
+        from dspy_bridge.logs import peer_log
 
-        logs.setup(chosen.log_level, send_log if chosen.log_frames else None)
+        peer_log.setup(chosen.log_level, send_log if chosen.log_frames else None)
 
     def send_log(payload: bytes) -> None:
         # Records wait in a bounded queue of their own, not among the replies.
@@ -78,22 +80,22 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         writer.send([payload])
 
     def log_exception() -> str:
-        from dspy_bridge import logs
+        from dspy_bridge.logs import peer_log
 
         setup_logs()
-        return logs.exception()
+        return peer_log.exception()
 
     def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
-        from dspy_bridge import hops
+        from dspy_bridge.runtime import inline_executor
 
-        loop.set_default_executor(hops.Executor(memory_cache_only=chosen.disk_cache is None))
+        loop.set_default_executor(inline_executor.Executor(memory_cache_only=chosen.disk_cache is None))
 
     commands = Commands(chosen, setup_logs, lambda: dispatcher.load())
     dispatcher = Dispatcher(
         commands.table(),
         writer.send,
         # An execute has a connection to its LM.
-        max_in_flight=min(chosen.max_in_flight, descriptors.spare()),
+        max_in_flight=min(chosen.max_in_flight, stdio.spare()),
         max_queue=chosen.max_queue,
         max_frame_bytes=chosen.max_frame_bytes,
         log_exception=log_exception,
@@ -102,8 +104,8 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     )
     gc.enable()
     # The watchdog, which runs by now, is to outlive this.
-    memory.give_way()
-    server.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
+    allocator.give_way()
+    reader.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 
 
 def _parser() -> argparse.ArgumentParser:

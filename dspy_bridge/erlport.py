@@ -26,10 +26,12 @@ import queue
 import re
 import threading
 
-from dspy_bridge import failures, memory, messages
-from dspy_bridge.erlang_terms import Unfit, WrongCall, check_receiver, from_term, to_command, to_term
+from dspy_bridge.dispatch import error_replies
+from dspy_bridge.runtime import allocator
 from dspy_bridge.settings import SettingError
-from dspy_bridge.values import encode_value
+from dspy_bridge.wire import messages
+from dspy_bridge.wire.erlport_terms import Unfit, WrongCall, check_receiver, from_term, to_command, to_term
+from dspy_bridge.wire.json_values import encode_value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def call(command: Any, args: Any = None) -> dict[bytes, Any]:
     answer: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     _send(command, args, answer.put)
     reply = _reply(answer.get(), atom)
-    memory.give_back()
+    allocator.give_back()
     return reply
 
 
@@ -75,16 +77,17 @@ class Peer:
 
     def __init__(self) -> None:
         """Raises `SettingError`."""
-        from dspy_bridge import descriptors, settings
-        from dspy_bridge.commands import Commands
-        from dspy_bridge.dispatcher import Dispatcher
+        from dspy_bridge import settings
+        from dspy_bridge.commands.handlers import Commands
+        from dspy_bridge.dispatch.dispatcher import Dispatcher
+        from dspy_bridge.port import stdio
 
         self.settings = settings.load(os.environ, {})
         commands = Commands(self.settings, _setup_logs, lambda: self._dispatcher.load())
         self._dispatcher: Dispatcher = Dispatcher(
             commands.table(),
             self._deliver,
-            max_in_flight=min(self.settings.max_in_flight, descriptors.spare()),
+            max_in_flight=min(self.settings.max_in_flight, stdio.spare()),
             max_queue=self.settings.max_queue,
             max_frame_bytes=self.settings.max_frame_bytes,
             log_exception=_log_exception,
@@ -100,7 +103,7 @@ class Peer:
         """Have a command carried out. `reply` gets the payload that the port would send, once, on any thread."""
         id = next(self._ids)
         payload = encode_value({"id": id, "command": command, "args": args})
-        memory.seen(len(payload))
+        allocator.seen(len(payload))
         self._waiting[id] = reply
         try:
             told = self._receive(payload)
@@ -111,7 +114,7 @@ class Peer:
             self._answer(id, told)
 
     def _receive(self, payload: bytes) -> bytes | None:
-        from dspy_bridge.frames import TooLarge
+        from dspy_bridge.wire.frames import TooLarge
 
         fits = len(payload) <= self.settings.max_frame_bytes
         with self._reading:
@@ -120,7 +123,7 @@ class Peer:
         return told
 
     def _answer(self, id: int, payload: bytes) -> None:
-        memory.seen(len(payload))
+        allocator.seen(len(payload))
         reply = self._waiting.pop(id, None)
         if reply is not None:
             reply(payload)
@@ -139,9 +142,9 @@ class Peer:
                 self._receive(encode_value({"tool_result": result}))
 
     def _prepare_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        from dspy_bridge import hops
+        from dspy_bridge.runtime import inline_executor
 
-        loop.set_default_executor(hops.Executor(memory_cache_only=self.settings.disk_cache is None))
+        loop.set_default_executor(inline_executor.Executor(memory_cache_only=self.settings.disk_cache is None))
 
 
 _lock = threading.Lock()
@@ -168,13 +171,13 @@ def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
         peer.send(to_command(command), from_term(args), reply)
         return
     except Unfit as unfit:
-        failure = messages.failure(unfit.error_type, failures.one_line(str(unfit)))
+        failure = messages.failure(unfit.error_type, error_replies.one_line(str(unfit)))
     except WrongCall as error:
         failure = messages.failure("invalid_request", str(error))
     except SettingError as error:
-        failure = messages.failure("internal", failures.one_line(str(error)))
+        failure = messages.failure("internal", error_replies.one_line(str(error)))
     except Exception as error:
-        failure = failures.describe(error, _log_exception)
+        failure = error_replies.describe(error, _log_exception)
     reply(messages.encode_failure(None, failure))
 
 
@@ -185,7 +188,7 @@ def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:
         del reply["id"]
         term: dict[bytes, Any] = to_term(reply, atom)
     except Exception as error:
-        term = to_term(failures.describe(error, _log_exception), atom)
+        term = to_term(error_replies.describe(error, _log_exception), atom)
     return term
 
 
@@ -201,7 +204,7 @@ def _cast_all() -> None:
     while True:
         # In a function of its own: its locals would keep the last reply alive for as long as this waits.
         _cast(*_casts.get())
-        memory.give_back()
+        allocator.give_back()
 
 
 def _cast(pid: Any, ref: Any, payload: bytes) -> None:
@@ -221,13 +224,13 @@ def _atom() -> Callable[[bytes], Any]:
 
 
 def _setup_logs() -> None:
-    from dspy_bridge import logs
+    from dspy_bridge.logs import peer_log
 
-    logs.setup("info" if _peer is None else _peer.settings.log_level, None)
+    peer_log.setup("info" if _peer is None else _peer.settings.log_level, None)
 
 
 def _log_exception() -> str:
-    from dspy_bridge import logs
+    from dspy_bridge.logs import peer_log
 
     _setup_logs()
-    return logs.exception()
+    return peer_log.exception()

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from dspy_bridge import frames
+from dspy_bridge.wire import frames
 
 SECONDS = 60
 

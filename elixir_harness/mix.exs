@@ -50,11 +50,8 @@ defmodule Mix.Tasks.Compile.DspexPython do
   end
 
   defp modules(folder) do
-    with {:ok, files} <- File.ls(Path.join(folder, "dspy_bridge")) do
-      for file <- files, Path.extname(file) in [".py", ".typed"], do: "dspy_bridge/#{file}"
-    else
-      {:error, _none} -> []
-    end
+    for file <- Path.wildcard(Path.join(folder, "dspy_bridge/**/*.{py,typed}")),
+        do: Path.relative_to(file, folder)
   end
 
   defp same?(file), do: File.read(in_checkout(file)) == File.read(Path.join(@package, file))
@@ -135,7 +132,7 @@ defmodule DSPex.MixProject do
         "priv/python/requirements.txt",
         # Made by the compiler above. By patterns: Python leaves its bytecode there.
         "priv/python/package/{pyproject.toml,README.md,LICENSE}",
-        "priv/python/package/dspy_bridge/*.{py,typed}"
+        "priv/python/package/dspy_bridge/**/*.{py,typed}"
       ]
     ]
   end
@@ -159,7 +156,7 @@ defmodule DSPex.MixProject do
           DSPex.Application,
           DSPex.PythonBridge.Supervisor,
           DSPex.PythonBridge.Options,
-          DSPex.PythonBridge.Interpreter
+          DSPex.PythonBridge.Python.Interpreter
         ],
         "Looking at it": [
           DSPex.PythonBridge.Monitor,

@@ -3,7 +3,8 @@ defmodule DSPex.DocsTest do
 
   use ExUnit.Case, async: true
 
-  alias DSPex.PythonBridge.{Bridge, Caller, Error, Monitor, Options, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Monitor, Options, Pool}
+  alias DSPex.PythonBridge.Client.Caller
   alias DSPex.Test.{Helpers, Loopback, RawPeer}
 
   @root Path.expand("../..", __DIR__)
@@ -74,7 +75,7 @@ defmodule DSPex.DocsTest do
         Enum.any?(texts, &example?/1),
         do:
           assert(
-            tests =~ ~r/^  doctest #{module |> Module.split() |> List.last()}$/m,
+            tests =~ ~r/^  doctest ([\w.]+\.)?#{module |> Module.split() |> List.last()}$/m,
             inspect(module)
           )
   end

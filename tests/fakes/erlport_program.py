@@ -1,7 +1,7 @@
 """A program that runs Python through ErlPort, without Erlang: `python erlport_program.py SCENARIO`.
 
 Each scenario, a function that takes nothing, is a process of its own, as DSPy is set up once per process, and raises if
-what it says is not so. What it reads is as Erlang would receive it. `tests/test_erlport.py` runs them all.
+what it says is not so. What it reads is as Erlang would receive it. `tests/root/test_erlport.py` runs them all.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ defmodule DSPex.PythonBridge.Telemetry do
   # The host brings it, or does not.
   @compile {:no_warn_undefined, :telemetry}
 
-  alias DSPex.PythonBridge.{Caller, Error}
+  alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Client.Caller
 
   @typedoc "A call that is under way; nil: of which nobody is told."
   @type span :: {started :: integer(), metadata :: map()} | nil

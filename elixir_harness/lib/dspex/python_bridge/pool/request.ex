@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Pool.Request do
   and what has been tried.
   """
 
-  alias DSPex.PythonBridge.Pool.Slots
+  alias DSPex.PythonBridge.Calls.LoadCounters
 
   @enforce_keys [:body, :program, :deadline]
   defstruct [
@@ -29,10 +29,10 @@ defmodule DSPex.PythonBridge.Pool.Request do
           program: String.t() | nil,
           deadline: integer() | :infinity,
           deaths: non_neg_integer(),
-          passed: [{Slots.index(), since :: non_neg_integer()}],
+          passed: [{LoadCounters.index(), since :: non_neg_integer()}],
           passed_nodes: [tuple()],
           overloaded?: boolean(),
-          repaired: [Slots.index()]
+          repaired: [LoadCounters.index()]
         }
 
   @doc "A new call; `started` and `timeout` in ms."

@@ -4,8 +4,8 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.Doctor.LM
   alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Doctor.LM
 
   @moduletag :tmp_dir
 

@@ -1,0 +1,245 @@
+"""DSPy's adapters, guarded: text of inputs forges no field, and an answer that contradicts itself is refused.
+
+They mark fields with plain text, and take the first field of a name that an answer has. So text that quotes a mark, of
+an input or of an LM that repeats one, could begin the next field in the middle of another.
+
+Prompts without marks in their inputs are DSPy's to the byte. Nothing here but public names of DSPy's: an adapter of the
+host's own class is left as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import dspy
+import pydantic
+from dspy.adapters.utils import format_field_value
+from dspy.utils.callback import BaseCallback
+
+from dspy_bridge.errors import OutputInvalid
+from dspy_bridge.lm import field_markers
+
+Signature = type[dspy.Signature]
+
+# Large, and no text of a prompt.
+_MEDIA = (dspy.Image, dspy.Audio, dspy.File)
+
+
+def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
+    """A copy of an adapter that is one of DSPy's own; `strict`: its answers must not contradict themselves."""
+    kind = _GUARDED.get(type(adapter))
+    if kind is None:
+        return adapter
+    made = kind.__new__(kind)
+    made.__dict__.update(adapter.__dict__, strict=strict)
+    return made
+
+
+def _heard_once(kind: Any) -> Any:
+    """DSPy wraps `format` and `parse` of each subclass once more: callbacks would hear of each call twice."""
+    for name in ("format", "parse"):
+        made = vars(kind).get(name)
+        if made is not None:
+            setattr(kind, name, getattr(made, "__wrapped__", made))
+    return kind
+
+
+class _Formatted(str):
+    """Text that an adapter has made of fields (a ReAct's trajectory): its marks are its own."""
+
+    __slots__ = ()
+
+
+def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """LMs get no type of ours."""
+    return [
+        {**message, "content": str(message["content"])} if type(message.get("content")) is _Formatted else message
+        for message in messages
+    ]
+
+
+class _Cleaning:
+    """What all that write fields into a prompt have in common. Values are cleaned of types in DSPy's own notation, too:
+    an LM's words, which come back in the trajectory of an agent, are text."""
+
+    strict = True
+    # Whether marks in what has been formatted before (an agent's trajectory) are to be cleaned once more.
+    _formatted_is_cleaned = False
+
+    def _clean_input(self, _signature: Signature, text: str) -> str:
+        return text
+
+    def _clean_output(self, text: str) -> str:
+        return text
+
+    def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
+        return _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
+
+    def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
+        clean = functools.partial(self._clean_input, signature)
+        inputs = _cleaned(signature.input_fields, inputs, clean, clean if self._formatted_is_cleaned else str)
+        return _Formatted(super().format_user_message_content(signature, inputs, *args, **options))  # type: ignore[misc]
+
+    def format_assistant_message_content(self, signature: Signature, outputs: Any, *args: Any, **options: Any) -> Any:
+        outputs = _cleaned(signature.output_fields, outputs, self._clean_output)
+        return super().format_assistant_message_content(signature, outputs, *args, **options)  # type: ignore[misc]
+
+
+@_heard_once
+class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
+    def _clean_input(self, _signature: Signature, text: str) -> str:
+        return field_markers.without_headers(text)
+
+    def _clean_output(self, text: str) -> str:
+        return field_markers.without_headers(text)
+
+    def parse(self, signature: Signature, completion: str) -> Any:
+        fields = super().parse(signature, completion)
+        if self.strict:
+            _refuse(_contradicted(signature, completion))
+        return fields
+
+    def _make_json_adapter_fallback(self) -> dspy.Adapter:
+        """DSPy's own name for it. Where DSPy has another, its fallback is not guarded."""
+        return guarded(super()._make_json_adapter_fallback(), strict=self.strict)
+
+
+@_heard_once
+class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
+    # The tags of a trajectory are its inputs'; the outputs of the next step are known only here.
+    _formatted_is_cleaned = True
+
+    def _clean_input(self, signature: Signature, text: str) -> str:
+        # DSPy takes an `entry` for the field that its attribute names.
+        return field_markers.without_tags(text, {*signature.output_fields, "entry"})
+
+    def parse(self, signature: Signature, completion: str) -> Any:
+        if self.strict:
+            # First: of what is no text DSPy makes a list of such a field, and says that it does not fit.
+            found = field_markers.tagged(completion)
+            counts = Counter(name for name, _ in found)
+            outputs = signature.output_fields.items()
+            once = {name for name, info in outputs if counts[name] > 1 and not _is_list(info.annotation)}
+            _refuse(field_markers.contradicted(pair for pair in found if pair[0] in once))
+        return super().parse(signature, completion)
+
+
+@_heard_once
+class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
+    """Text within JSON is quoted, so that it forges no field; there are only keys that come twice."""
+
+    def parse(self, signature: Signature, completion: str) -> Any:
+        fields = super().parse(signature, completion)
+        if self.strict:
+            _refuse(_contradicted_json(signature, completion))
+        return fields
+
+
+@_heard_once
+class TwoStepAdapter(dspy.TwoStepAdapter):  # type: ignore[misc]
+    """Its second step is an adapter of DSPy's that nobody can choose: what that one reads is watched."""
+
+    strict = True
+
+    def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
+        demos = [_cleaned(signature.fields, demo, field_markers.without_headers) for demo in demos]
+        return super().format(signature, demos, _cleaned(signature.input_fields, inputs, field_markers.without_headers))
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        answers = _Answers()
+        with answers.watched():
+            made = super().__call__(*args, **options)
+        answers.check(self.strict)
+        return made
+
+    async def acall(self, *args: Any, **options: Any) -> Any:
+        answers = _Answers()
+        with answers.watched():
+            made = await super().acall(*args, **options)
+        answers.check(self.strict)
+        return made
+
+
+class _Answers(BaseCallback):  # type: ignore[misc]
+    """Notes what was wrong with the last answer that was read. DSPy swallows what a callback raises.
+
+    What the first step has written is cleaned in place: it is a text.
+    """
+
+    def __init__(self) -> None:
+        self._wrong: str | None = None
+
+    def watched(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = dspy.context(callbacks=[*dspy.settings.callbacks, self])
+        return context
+
+    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if type(instance) in (dspy.ChatAdapter, dspy.JSONAdapter):
+            values = inputs["inputs"]
+            values.update(_cleaned(inputs["signature"].input_fields, values, field_markers.without_headers))
+
+    def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        contradicted = {dspy.ChatAdapter: _contradicted, dspy.JSONAdapter: _contradicted_json}.get(type(instance))
+        self._wrong = contradicted and contradicted(inputs["signature"], inputs["completion"])
+
+    def check(self, strict: bool) -> None:
+        if strict:
+            _refuse(self._wrong)
+
+
+_GUARDED: dict[type, Any] = {
+    dspy.ChatAdapter: ChatAdapter,
+    dspy.JSONAdapter: JSONAdapter,
+    dspy.XMLAdapter: XMLAdapter,
+    dspy.TwoStepAdapter: TwoStepAdapter,
+}
+
+
+def _refuse(name: str | None) -> None:
+    if name is not None:
+        raise OutputInvalid(f"the LM's answer did not fit the signature: it has {name} twice, with different values")
+
+
+def _contradicted(signature: Signature, completion: str) -> str | None:
+    fields = signature.output_fields
+    # An empty `completed` is the end of the answer, whatever field has that name.
+    sections = (pair for pair in field_markers.headed(completion) if pair[0] in fields and pair != ("completed", ""))
+    return field_markers.contradicted(sections)
+
+
+def _contradicted_json(signature: Signature, completion: str) -> str | None:
+    return field_markers.contradicted(
+        pair for pair in field_markers.keyed(completion) if pair[0] in signature.output_fields
+    )
+
+
+def _is_list(annotation: Any) -> bool:
+    """Of those DSPy reads each element as one item of a list."""
+    schema = pydantic.TypeAdapter(annotation).json_schema()
+    return "array" in (schema.get("type"), *(choice.get("type") for choice in schema.get("anyOf", ())))
+
+
+def _cleaned(
+    fields: Any, values: Any, clean: field_markers.Change, clean_formatted: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """The values of a signature's fields, without the marks that `clean` removes."""
+    made = dict(values)
+    for name, info in fields.items():
+        if name in made:
+            made[name] = _clean_field(info, made[name], clean, clean_formatted)
+    return made
+
+
+def _clean_field(info: Any, value: Any, clean: field_markers.Change, clean_formatted: Callable[[str], str]) -> Any:
+    if type(value) is _Formatted:
+        return clean_formatted(str(value))
+    if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
+        # As it will stand in the prompt: what RLM's code has printed, say.
+        text = format_field_value(field_info=info, value=value)
+        cleaned = clean(text if isinstance(value, dspy.Type) else field_markers.without_types(text))
+        return value if cleaned == text else cleaned
+    return field_markers.changed(value, lambda text: clean(field_markers.without_types(text)))

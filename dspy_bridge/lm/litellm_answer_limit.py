@@ -1,0 +1,170 @@
+"""The limit on an LM's answer where LiteLLM reads it: over httpx, or httpx2, which newer OpenAI clients use.
+
+By public ways: a hook of the client's on responses, and a body in place of a response's own. LiteLLM and the clients
+that it uses turn errors into their own, and try again, so the refusal is kept for the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import inspect
+import threading
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any
+
+from dspy_bridge.lm.answer_limit import Count, LMAnswerRefused, packing
+
+# What is unpacked at once: a chunk of 64 KB may hold 64 MB.
+_AT_ONCE = 64 * 1024
+# Window bits with which zlib takes both gzip's headers and its own.
+_GZIP_OR_DEFLATE = 47
+
+
+class _Call:
+    def __init__(self) -> None:
+        self.refused: LMAnswerRefused | None = None
+
+
+_call: ContextVar[_Call | None] = ContextVar("lm_call", default=None)
+
+
+def limiting(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls LiteLLM, sync or async, with all that it reads meanwhile counted."""
+
+    @functools.wraps(call)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        _watch_clients()
+        with _limits():
+            return call(*args, **kwargs)
+
+    @functools.wraps(call)
+    async def alimited(*args: Any, **kwargs: Any) -> Any:
+        if not _watched.is_set():
+            await asyncio.to_thread(_watch_clients)  # an import, as a rule
+        with _limits():
+            return await call(*args, **kwargs)
+
+    return alimited if inspect.iscoroutinefunction(call) else limited
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    call = _Call()
+    token = _call.set(call)
+    try:
+        yield
+    except Exception:
+        if call.refused is None:
+            raise
+    finally:
+        _call.reset(token)
+    if call.refused is not None:
+        raise call.refused
+
+
+# Set once the clients are watched; threads may want that at once.
+_watched = threading.Event()
+_watching = threading.Lock()
+
+
+def _watch_clients() -> None:
+    """Once in a process: have the clients of httpx count what they get for LiteLLM. Their other users see no change."""
+    with _watching:
+        if _watched.is_set():
+            return
+        for name in ("httpx", "httpx2"):
+            with suppress(ImportError):
+                _watch(importlib.import_module(name))
+        _watched.set()
+
+
+def _watch(httpx: Any) -> None:
+    class Body(httpx.SyncByteStream):  # type: ignore[misc]
+        def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
+            self._pieces = pieces
+            self._stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            for chunk in self._stream:
+                yield from self._pieces(chunk)
+
+        def close(self) -> None:
+            self._stream.close()
+
+    class AsyncBody(httpx.AsyncByteStream):  # type: ignore[misc]
+        def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
+            self._pieces = pieces
+            self._stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for chunk in self._stream:
+                for piece in self._pieces(chunk):
+                    yield piece
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    def watch(response: Any) -> None:
+        if (call := _call.get()) is not None:
+            response.stream = Body(_reader(call, response), response.stream)
+
+    async def awatch(response: Any) -> None:
+        if (call := _call.get()) is not None:
+            response.stream = AsyncBody(_reader(call, response), response.stream)
+
+    for client, hook in ((httpx.Client, watch), (httpx.AsyncClient, awatch)):
+        client.send = _hooked(client.send, hook)
+
+
+def _hooked(send: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(send)
+    def hooked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if _call.get() is not None:
+            hooks = self.event_hooks
+            if hook not in hooks["response"]:
+                self.event_hooks = {**hooks, "response": [hook, *hooks["response"]]}
+            # What was set for this request may be signed.
+            if request.headers.get("accept-encoding") == self.headers.get("accept-encoding"):
+                request.headers["accept-encoding"] = "identity"
+        return send(self, request, *args, **kwargs)
+
+    return hooked
+
+
+def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
+    """What unpacks and counts the chunks of a body; httpx is left nothing to unpack, which it does without a limit."""
+    packed, unpacked, unpack = Count(), Count(), None
+    try:
+        coding = packing(response.headers.get_list("content-encoding"))
+        if coding in ("gzip", "x-gzip", "deflate"):
+            unpack = zlib.decompressobj(_GZIP_OR_DEFLATE)
+            del response.headers["content-encoding"]
+        elif coding is not None:
+            raise LMAnswerRefused(f"the answer is packed as {coding!r}, though that was not asked for")
+    except LMAnswerRefused as error:
+        call.refused = error
+        raise
+
+    def pieces(chunk: bytes) -> Iterator[bytes]:
+        try:
+            packed.add(chunk)
+            if unpack is None:
+                yield chunk
+            # What follows the end of what is packed is dropped, as httpx does.
+            while unpack is not None and not unpack.eof:
+                piece = unpack.decompress(chunk, _AT_ONCE)
+                unpacked.add(piece)
+                yield piece
+                chunk = unpack.unconsumed_tail
+                if not chunk and len(piece) < _AT_ONCE:
+                    return
+        except LMAnswerRefused as error:
+            call.refused = error
+            raise
+
+    return pieces

@@ -1,0 +1,148 @@
+"""The one place that writes frames. Any thread may send; none waits for the reader of the pipe but the one that reads.
+
+A send writes to the pipe at once, from whichever thread it came: no hop to another thread while the pipe has room. When
+it has none, what is left waits here and a thread of this module's own writes it as room comes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+
+from dspy_bridge.runtime import allocator
+from dspy_bridge.wire.frames import header
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+# Past this many waiting bytes no more requests are read (`wait_for_room`).
+HIGH_WATER_BYTES = 1 << 20
+# Smaller payloads are joined, so that a batch is one write; larger ones are not worth copying.
+_JOIN_BELOW_BYTES = 1 << 16
+
+
+class Writer:
+    """Frames to `fd`, whole and in the order sent. `on_gone` is called, on any thread, when its reader is gone."""
+
+    def __init__(self, fd: int, on_gone: Callable[[], None]) -> None:
+        os.set_blocking(fd, False)
+        self.fd = fd
+        self._on_gone = on_gone
+        self._lock = threading.Lock()
+        # Frees readers waiting for room, wakes the thread that writes what waits.
+        self._changed = threading.Condition(self._lock)
+        self._waiting: list[memoryview] = []
+        self._waiting_bytes = 0
+        # Whether as much waits as may.
+        self.full = False
+        # To be called when it is full no longer.
+        self._on_room: list[Callable[[], object]] = []
+        self._thread: threading.Thread | None = None
+
+    def send(self, payloads: Iterable[bytes]) -> None:
+        """Write each payload as a frame; never blocks. What the pipe does not take now is written later."""
+        chunks: list[bytes] = []
+        small: list[bytes] = []
+        for payload in payloads:
+            length = len(payload)
+            small.append(header(length))
+            if length < _JOIN_BELOW_BYTES:
+                small.append(payload)
+            else:
+                allocator.seen(length)
+                chunks += (b"".join(small), payload)
+                small = []
+        if small:
+            chunks.append(b"".join(small))
+        with self._lock:
+            for chunk in chunks:
+                self._put(chunk)
+
+    def send_packet(self, packet: bytes) -> None:
+        """As `send` of one payload that has its length before it already."""
+        with self._lock:
+            self._put(packet)
+
+    def wait_for_room(self, given_up: Callable[[], bool]) -> None:
+        """Return once less than `HIGH_WATER_BYTES` wait, or `given_up()` is true.
+
+        This is how an owner that does not read stops being read from.
+        """
+        with self._lock:
+            while self.full and not given_up():
+                # A signal handler cannot notify: it runs on this thread, which may hold the lock.
+                self._changed.wait(0.1)
+
+    def when_room(self, callback: Callable[[], object]) -> bool:
+        """False if there is room; else `callback` is called once there is, on a thread of this module's."""
+        with self._lock:
+            if self.full:
+                self._on_room.append(callback)
+            return self.full
+
+    def wait_until_written(self, timeout: float) -> None:
+        """Return once nothing waits, or after `timeout` seconds."""
+        with self._lock:
+            self._changed.wait_for(lambda: not self._waiting, timeout)
+
+    def _put(self, chunk: bytes) -> None:
+        rest = memoryview(chunk) if self._waiting else self._write(chunk)
+        if rest is not None:
+            self._waiting.append(rest)
+            self._waiting_bytes += len(rest)
+            self.full = self._waiting_bytes >= HIGH_WATER_BYTES
+            self._have_thread_write()
+
+    def _write(self, chunk: bytes | memoryview) -> memoryview | None:
+        """Write what the pipe takes; return the rest, None if that is nothing."""
+        while True:
+            try:
+                written = os.write(self.fd, chunk)
+            except BlockingIOError:
+                return memoryview(chunk)
+            except OSError:
+                # EPIPE, or whatever else ended it: there is nobody left to write to.
+                self._on_gone()
+                return None
+            if written == len(chunk):
+                return None
+            chunk = memoryview(chunk)[written:]
+
+    def _have_thread_write(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_waiting, name="dspy_bridge-writer", daemon=True)
+            self._thread.start()
+        else:
+            self._changed.notify_all()
+
+    def _write_waiting(self) -> None:
+        poller = select.poll()
+        poller.register(self.fd, select.POLLOUT)
+        while True:
+            with self._lock:
+                while not self._waiting:
+                    self._changed.wait()
+            # Outside the lock: the pipe may stay full for long, and senders must not wait for it.
+            poller.poll()
+            with self._lock:
+                self._write_what_fits()
+                self._changed.notify_all()
+                found_room, self._on_room = ([], self._on_room) if self.full else (self._on_room, [])
+            for callback in found_room:
+                callback()
+            if allocator.due:
+                allocator.give_back()
+
+    def _write_what_fits(self) -> None:
+        # A function of its own: its locals would keep the last large payload alive for as long as the thread waits.
+        while self._waiting:
+            chunk = self._waiting[0]
+            rest = self._write(chunk)
+            self._waiting_bytes -= len(chunk) - (0 if rest is None else len(rest))
+            self.full = self._waiting_bytes >= HIGH_WATER_BYTES
+            if rest is not None:
+                self._waiting[0] = rest
+                break
+            del self._waiting[0]

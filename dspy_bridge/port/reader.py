@@ -1,0 +1,190 @@
+"""The port program: reads frames on the main thread, hands each to the dispatcher, ends as its owner would want.
+
+What can be answered at once is answered right here, many frames a read and one write for all of their replies; the rest
+runs on the dispatcher's event loop, so that reading never waits for an LM or for DSPy's import.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import stat
+import threading
+import time
+
+from dspy_bridge.port import watchdog
+from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, Writer
+from dspy_bridge.port.stdio import PIPE_BYTES
+from dspy_bridge.runtime import allocator
+from dspy_bridge.wire.frames import FrameDecoder, TooLarge
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from dspy_bridge.dispatch.dispatcher import Dispatcher
+
+# Room for a read. Python makes a buffer of that size each time: one past 128 KB costs a small read 10 µs, as the C
+# library then asks the system for it. Inside a large frame it is worth that.
+SMALL_READ_BYTES = 1 << 16
+LARGE_READ_BYTES = PIPE_BYTES
+# Where memory is short and no frame that is being read has it: whoever has it may give it back.
+_SECONDS_WITHOUT_MEMORY = 0.05
+
+
+def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes: int, drain_ms: int) -> None:
+    """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
+    terminated = _handle_signals(reading)
+    decoder = FrameDecoder(max_frame_bytes)
+    # Names of this function's own are found sooner: with the flag, 0.4 µs of a ping's 2.
+    read, quick, send_packet = os.read, dispatcher.quick, writer.send_packet
+    inside_frame = False
+    try:
+        while True:
+            try:
+                while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
+                    if not inside_frame and (packet := quick(data)) is not None:
+                        send_packet(packet)
+                    else:
+                        _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
+                        inside_frame = decoder.mid_frame
+                    if writer.full:
+                        writer.wait_for_room(terminated.is_set)
+                    if allocator.due:
+                        allocator.give_back()
+                break
+            except MemoryError:
+                # For the buffer of a read: nothing was read.
+                refused = decoder.give_up()
+                _serve_frames([refused] if refused else [], writer, dispatcher, terminated)
+                if refused is None:
+                    time.sleep(_SECONDS_WITHOUT_MEMORY)
+    except OSError as error:
+        # A socket whose other end was reset; for a pipe this does not happen.
+        log(f"end of input: {error.strerror}")
+    if decoder.mid_frame:
+        log("end of input inside a frame: it was dropped")
+    _drain(writer, dispatcher, drain_ms / 1000)
+
+
+def exit_now() -> None:
+    """The reader of our replies is gone: nothing that still runs here, or was started here, is of use to anybody."""
+    try:
+        watchdog.end_children()
+    finally:
+        os._exit(0)
+
+
+def log(line: str) -> None:
+    """One line on stderr. For what must be said without logging, which costs 10 ms to import."""
+    try:
+        os.write(2, f"dspy_bridge[{os.getpid()}]: {line}\n".encode())
+    except OSError:
+        pass  # nobody reads the log; that must cost nobody a reply
+
+
+def _serve_frames(
+    frames: list[bytes | TooLarge], writer: Writer, dispatcher: Dispatcher, terminated: threading.Event
+) -> None:
+    """What one read brought: one write for all replies that are there at once, one wake-up for the rest."""
+    replies: list[bytes] = []
+    size = 0
+    for frame in frames:
+        if isinstance(frame, bytes):
+            allocator.seen(len(frame))
+        reply = dispatcher.receive(frame)
+        if reply is not None:
+            replies.append(reply)
+            size += len(reply)
+            if size >= HIGH_WATER_BYTES:
+                # Small requests may have large replies: those of one read must not pile up either.
+                writer.send(replies)
+                replies, size = [], 0
+                dispatcher.wake()
+                writer.wait_for_room(terminated.is_set)
+    if replies:
+        writer.send(replies)
+    dispatcher.wake()
+
+
+def _handle_signals(reading: int) -> threading.Event:
+    """Make SIGTERM the end of input; the event tells that it came."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    terminated = threading.Event()
+    reader = threading.get_ident()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+
+    def end_of_input(_signal: int, _frame: FrameType | None) -> None:
+        # The read under way is interrupted by the signal and repeated by Python (PEP 475), then on this descriptor.
+        os.dup2(null, reading, inheritable=False)
+        terminated.set()
+
+    def insist() -> None:
+        # A signal that comes just before the read starts interrupts nothing, and Python runs handlers on no other
+        # thread. Only C code notes it, in this pipe: then it is sent again until it has been noticed.
+        while os.read(wake_read, 1):
+            while not terminated.wait(0.02):
+                signal.pthread_kill(reader, signal.SIGTERM)
+
+    threading.Thread(target=insist, name="dspy_bridge-signals", daemon=True).start()
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, end_of_input)
+    _keep_from_forks(wake_read, wake_write)
+    mode = os.fstat(reading).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        # Ctrl-C in iex reaches the whole foreground process group; what stops us is the end of input.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return terminated
+
+
+def _keep_from_forks(*fds: int) -> None:
+    """A fork, as multiprocessing makes them, has our handlers and this pipe: what ends it must not end us."""
+    masks = threading.local()
+
+    def hold() -> None:
+        # Until the fork has a handling of its own, whatever comes for it waits.
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def forget() -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for fd in fds:
+            os.close(fd)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=forget)
+
+
+def _drain(writer: Writer, dispatcher: Dispatcher, seconds: float) -> None:
+    """Let received work finish and be written, unless nobody is left to read it."""
+    end = time.monotonic() + seconds
+    idle_read, idle_write = os.pipe()
+    dispatcher.when_idle(lambda: os.write(idle_write, b"."))
+    poller = select.poll()
+    poller.register(idle_read, select.POLLIN)
+    # With no events asked for, poll still tells POLLERR: the reading end of the pipe was closed.
+    poller.register(writer.fd, 0)
+    while (left := end - time.monotonic()) > 0:
+        ready = poller.poll(left * 1000)
+        if any(fd == writer.fd for fd, _ in ready):
+            exit_now()
+        if ready:
+            writer.wait_until_written(max(0.0, end - time.monotonic()))
+            break
+    else:
+        log(f"end of input: {dispatcher.unfinished()} requests were still running after {seconds:g} s")
+    # Exit handlers (tracing exporters flush there) get what is left of the time, as long as the owner is there.
+    end = max(end, time.monotonic() + 0.5)
+    threading.Thread(target=_exit_by, args=(end, writer.fd), name="dspy_bridge-exit", daemon=True).start()
+
+
+def _exit_by(end: float, writing: int) -> None:
+    poller = select.poll()
+    poller.register(writing, 0)
+    poller.poll(max(0.0, end - time.monotonic()) * 1000)
+    exit_now()

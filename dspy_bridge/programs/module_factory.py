@@ -1,0 +1,195 @@
+"""Program types to DSPy's modules, each with the options of its own constructor. Imports DSPy.
+
+What a type needs beside its module is here, too: where it runs, and what its calls take or give beside the fields.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import dspy
+
+from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.lm.dspy_setup import Models
+from dspy_bridge.programs import module_options, remote_tools, rewards
+from dspy_bridge.programs.runners import BestRunner, CodeRunner, ComparisonRunner, Runner, ToolCallRunner
+
+# Name to DSPy's class.
+TYPES = {
+    "predict": "Predict",
+    "chain_of_thought": "ChainOfThought",
+    "react": "ReAct",
+    "best_of_n": "BestOfN",
+    "refine": "Refine",
+    "multi_chain_comparison": "MultiChainComparison",
+    "program_of_thought": "ProgramOfThought",
+    "code_act": "CodeAct",
+    "rlm": "RLM",
+}
+_RUN_CODE = frozenset(("program_of_thought", "code_act", "rlm"))
+_TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
+# What DSPy's modules call fields and arguments of their own, which a signature's would replace.
+_OWN_FIELDS = {
+    "predict": frozenset[str](),
+    "chain_of_thought": frozenset(("reasoning",)),
+    "react": frozenset(("trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning")),
+    "best_of_n": frozenset[str](),
+    "refine": frozenset(("hint_",)),
+    "multi_chain_comparison": frozenset(("rationale",)),
+    "program_of_thought": frozenset(
+        ("generated_code", "previous_code", "error", "final_generated_code", "code_output", "reasoning", "interpreter")
+    ),
+    "code_act": frozenset(("trajectory", "generated_code", "finished", "max_iters", "reasoning", "interpreter")),
+    "rlm": frozenset(
+        ("trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory")
+    ),
+}
+# Inputs and outputs that would be arguments of DSPy's own functions on their way.
+_OWN_ARGUMENTS = {
+    ("react", "inputs"): frozenset(("module",)),
+    ("react", "outputs"): frozenset(("self",)),
+    ("code_act", "inputs"): frozenset(("module",)),
+    ("code_act", "outputs"): frozenset(("self",)),
+    ("rlm", "outputs"): frozenset(("self",)),
+}
+
+
+def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
+    """Inputs that the program's type takes beside the signature's; they may be declared there all the same."""
+    return ComparisonRunner.extra if definition.get("program_type") == "multi_chain_comparison" else ()
+
+
+def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
+    """The module of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
+    program_type = definition.get("program_type", "predict")
+    if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
+        raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
+    given = definition.get("options")
+    if given is not None and not isinstance(given, dict):
+        raise InvalidArgs("options: expected an object of the module's settings")
+    if program_type in _RUN_CODE and not lms.settings.allow_code:
+        raise NotAllowed(f"program_type: {program_type} runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
+    _check_fields(program_type, signature)
+    taken = {"finish", *signature.input_fields, *signature.output_fields, *_OWN_FIELDS.get(program_type, ())}
+    callers = remote_tools.read(definition.get("tools"), taken)
+    if program_type not in TYPES:
+        return Runner(_host_module(program_type, signature, given or {}, callers, lms), takes_config=False)
+    chosen = module_options.read(program_type, given or {})
+    if "module" in chosen:
+        _check_fields(chosen["module"], signature)
+    return _make(program_type, signature, chosen, callers, lms)
+
+
+def _make(
+    program_type: str,
+    signature: type[dspy.Signature],
+    chosen: dict[str, Any],
+    callers: list[remote_tools.HostTool],
+    lms: Models,
+) -> Runner:
+    kind = _kind(program_type)
+    if program_type in ("best_of_n", "refine"):
+        reward = rewards.read(chosen.pop("reward", None), signature)
+        # Declared or not, the reward is no tool for the LM.
+        callers = [tool for tool in callers if tool.name != reward.tool]
+        inner = chosen.pop("module")
+        if callers and inner != "react":
+            raise InvalidArgs(f"tools: {program_type} of {inner} takes none but its reward")
+        return BestRunner(kind, _make(inner, signature, {}, callers, lms).module, reward, chosen)
+    if callers and program_type not in _TAKE_TOOLS:
+        raise InvalidArgs(f"tools: {program_type} takes none")
+    if program_type == "multi_chain_comparison":
+        return ComparisonRunner(kind(signature, **chosen))
+    if program_type == "react":
+        return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in callers], **chosen))
+    if program_type == "rlm":
+        if "sub_lm" in chosen:
+            chosen["sub_lm"] = lms.pool(chosen["sub_lm"]).lasting()
+        return CodeRunner(_checked(kind, signature, tools=list(callers), **chosen), takes_config=False)
+    if program_type == "code_act":
+        return CodeRunner(_checked(kind, signature, tools=[], **chosen))
+    if program_type == "program_of_thought":
+        return CodeRunner(_checked(kind, signature, **chosen), takes_config=False)
+    return ToolCallRunner(kind, signature, callers) if callers else Runner(kind(signature))
+
+
+def _kind(program_type: str) -> Any:
+    """DSPy's class; those marked for removal are gone from later versions."""
+    name = TYPES[program_type]
+    kind = getattr(dspy, name, None)
+    if kind is None:
+        raise InvalidArgs(
+            f"program_type: {program_type} needs dspy.{name}, which DSPy {dspy.__version__} does not have"
+        )
+    return kind
+
+
+def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.Module:
+    """Modules that run code check names themselves: a tool or a field must not hide a function of the sandbox."""
+    try:
+        return kind(signature, **chosen)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgs(f"signature, tools: {error}") from None
+
+
+def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
+    for where, fields, free in (
+        ("inputs", signature.input_fields, ()),
+        # An answer's reasoning may be declared: it is the same field.
+        ("outputs", signature.output_fields, ("reasoning",)),
+    ):
+        own = _OWN_FIELDS.get(program_type, frozenset()) | _OWN_ARGUMENTS.get((program_type, where), frozenset())
+        for name in fields:
+            attempt = program_type == "multi_chain_comparison" and name.startswith("reasoning_attempt_")
+            if (name in own or attempt) and name not in free:
+                raise InvalidArgs(
+                    f"signature.{where}: {program_type} has a field {name!r} of its own; choose another name"
+                )
+
+
+def _host_module(
+    path: str, signature: type[dspy.Signature], given: dict[str, Any], callers: list[remote_tools.HostTool], lms: Models
+) -> dspy.Module:
+    """A module of the host's own: `package.module:Class`, made with what its constructor takes of what there is."""
+    allowed = lms.settings.allow_modules
+    if not any(path == prefix or path.startswith((f"{prefix}.", f"{prefix}:")) for prefix in allowed):
+        raise NotAllowed(f"program_type: {path} is not covered by DSPY_BRIDGE_ALLOW_MODULES")
+    module, _, name = path.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InvalidArgs(f"program_type: {path} cannot be loaded: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, dspy.Module)):
+        raise InvalidArgs(f"program_type: {path} is no dspy.Module")
+    return kind(**_constructor_arguments(path, kind, signature, given, callers))
+
+
+def _constructor_arguments(
+    path: str,
+    kind: type[dspy.Module],
+    signature: type[dspy.Signature],
+    given: dict[str, Any],
+    callers: list[remote_tools.HostTool],
+) -> dict[str, Any]:
+    parameters = list(inspect.signature(inspect.getattr_static(kind, "__init__")).parameters.values())[1:]
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind in _BY_NAME}
+    any_name = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    for option in given:
+        if option in ("signature", "tools") or not (option in named or any_name):
+            raise InvalidArgs(f"options.{option}: {path} takes no such argument")
+    if callers and "tools" not in named:
+        raise InvalidArgs(f"tools: the constructor of {path} takes none")
+    made = dict(given)
+    if "signature" in named:
+        made["signature"] = signature
+    if "tools" in named:
+        made["tools"] = list(callers)
+    for name, parameter in named.items():
+        if parameter.default is inspect.Parameter.empty and name not in made:
+            raise InvalidArgs(f"options.{name}: missing; the constructor of {path} wants it")
+    return made
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

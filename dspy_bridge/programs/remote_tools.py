@@ -1,0 +1,171 @@
+"""Tools that are functions of the caller's: their definitions to `dspy.Tool`s that ask for them. Imports DSPy."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import keyword
+import re
+from contextvars import ContextVar
+from typing import Any
+
+import dspy
+import pydantic
+from dspy.adapters.types.tool import convert_input_schema_to_tool_args
+
+from dspy_bridge.dispatch.call import Call
+from dspy_bridge.errors import InvalidArgs, ToolFailed
+from dspy_bridge.lm import field_markers
+from dspy_bridge.runtime import worker_threads
+from dspy_bridge.signatures.type_parser import read_type
+
+# What `dspy.Tool` and its callbacks call arguments of their own.
+_NOT_AS_ARGUMENT = ("self", "instance")
+# As providers with native function calling want them.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+MAX_TOOLS = 128
+# Of one tool. An execute in which it is called holds the event loop for 0.4 ms with each.
+MAX_ARGS = 100
+
+# The execute that this context belongs to: a program's tools are the same for all its executes.
+asking: ContextVar[Call] = ContextVar("asking")
+
+
+class HostTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
+    """A tool that the caller of the execute runs. DSPy checks the arguments before it is called."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        """From a sync module, in its worker thread."""
+        job = worker_threads.current.get()
+        if job is None:
+            raise ToolFailed(f"{self.name}: expected to be called in an execute's thread, or awaited with acall")
+        return job.on_loop(self.acall(**arguments))
+
+
+class AgentTool(HostTool):
+    """The same for ReAct, which fails on a list of anything but text as the result, and tells the LM of an exception
+    with its traceback: paths of this machine, and nothing that an LM can use.
+    """
+
+    def __init__(self, tool: HostTool) -> None:
+        super().__init__(tool.func, name=tool.name, desc=tool.desc, args=tool.args, arg_types=tool.arg_types)
+
+    async def acall(self, /, **arguments: Any) -> Any:
+        """As `HostTool`'s; what goes wrong is the observation."""
+        try:
+            result = await super().acall(**arguments)
+        except Exception as error:
+            return f"Execution error in {self.name}: {error}"
+        if isinstance(result, list) and not all(isinstance(item, str) for item in result):
+            # Any other sequence goes to the LM as JSON; in a reply it is a list again.
+            return tuple(result)
+        return result
+
+
+def read(definitions: object, taken: set[str]) -> list[HostTool]:
+    """The tools of a `create_program`; `taken`: names that none may have. Raises `InvalidArgs`, naming the field."""
+    if definitions is None:
+        return []
+    if not isinstance(definitions, list):
+        raise InvalidArgs('tools: expected a list of objects such as {"name": "search", "args": {}}')
+    if len(definitions) > MAX_TOOLS:
+        raise InvalidArgs(f"tools: expected at most {MAX_TOOLS}")
+    tools: dict[str, HostTool] = {}
+    for index, definition in enumerate(definitions):
+        where = f"tools[{index}]"
+        name = _name(definition, where)
+        if name in taken:
+            raise InvalidArgs(f"{where}.name: {name!r} is taken, by a field or by DSPy; choose another")
+        if name in tools:
+            raise InvalidArgs(f"{where}.name: {name!r} is used twice; expected distinct names")
+        tools[name] = _tool(name, definition, where)
+    return list(tools.values())
+
+
+def _name(definition: object, where: str) -> str:
+    if not isinstance(definition, dict):
+        raise InvalidArgs(f"{where}: expected an object with name, description and args")
+    for key in definition:
+        if key not in ("name", "description", "desc", "args"):
+            raise InvalidArgs(f"{where}: unknown key {key!r}; expected name, description, args")
+    name = definition.get("name")
+    if not isinstance(name, str) or not name:
+        raise InvalidArgs(f"{where}.name: expected text")
+    if not _NAME.fullmatch(name):
+        raise InvalidArgs(f"{where}.name: {name[:80]!r} is no name for a tool; expected up to 64 letters, digits, _, -")
+    return name
+
+
+def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
+    described = _description(definition, where)
+    args = definition.get("args", {})
+    if not isinstance(args, dict):
+        raise InvalidArgs(f'{where}.args: expected an object such as {{"query": {{"type": "str"}}}}')
+    if len(args) > MAX_ARGS:
+        raise InvalidArgs(f"{where}.args: expected at most {MAX_ARGS}")
+    types: dict[str, Any] = {}
+    schemas = {}
+    for arg, given in args.items():
+        here = f"{where}.args.{arg}"
+        if not arg.isidentifier() or keyword.iskeyword(arg):
+            raise InvalidArgs(f"{here}: no name for an argument; expected letters, digits and _, no keyword")
+        if arg in _NOT_AS_ARGUMENT:
+            raise InvalidArgs(f"{here}: {arg!r} is an argument of DSPy's own; choose another name")
+        # A type alone will do.
+        given = given if isinstance(given, dict) else {"type": given}
+        for key in given:
+            if key not in ("type", "description", "desc"):
+                raise InvalidArgs(f"{here}: unknown key {key!r}; expected type (or a JSON Schema there), description")
+        types[arg] = read_type(given.get("type"), f"{here}.type")
+        schemas[arg] = _schema(types[arg], _description(given, here), f"{here}.type")
+
+    async def ask(**arguments: Any) -> Any:
+        missing = [arg for arg in args if arg not in arguments]
+        if missing:
+            raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(args)}")
+        return await _ask(name, arguments)
+
+    # What DSPy reads of a function.
+    ask.__name__ = name
+    ask.__doc__ = described
+    ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # inspect's own protocol
+        [inspect.Parameter(arg, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for arg, kind in types.items()]
+    )
+    # Given, since DSPy would read them without what constrains them.
+    return HostTool(ask, name=name, desc=described or None, args=schemas, arg_types=types)
+
+
+def _schema(annotation: Any, description: str, where: str) -> dict[str, Any]:
+    try:
+        schema = pydantic.TypeAdapter(annotation).json_schema()
+        # References go: DSPy and providers want each argument by itself.
+        flat, _, _ = convert_input_schema_to_tool_args({"properties": {"it": schema}, "$defs": schema.get("$defs", {})})
+    except (pydantic.PydanticUserError, RecursionError):
+        raise InvalidArgs(f"{where}: no type for an argument; expected one with a JSON Schema, not recursive") from None
+    return {**flat["it"], "description": description} if description else flat["it"]
+
+
+async def _ask(name: str, arguments: dict[str, Any]) -> Any:
+    """The caller's answer, which will stand in a prompt as text."""
+    try:
+        return field_markers.changed(await _answer(name, arguments), field_markers.without_types)
+    except ToolFailed as error:
+        raise ToolFailed(field_markers.without_types(str(error))) from None
+
+
+async def _answer(name: str, arguments: dict[str, Any]) -> Any:
+    question = asking.get().ask(name, arguments)
+    job = worker_threads.current.get()
+    if job is None or job.loop is asyncio.get_running_loop():
+        return await question
+    # A loop that a worker thread has started for it, as RLM does: the answer comes to the peer's own.
+    return await asyncio.to_thread(job.on_loop, question)
+
+
+def _description(given: dict[str, Any], where: str) -> str:
+    text = given.get("description", given.get("desc", ""))
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InvalidArgs(f"{where}.description: expected text")
+    return text

@@ -1,0 +1,59 @@
+"""Rewards of best_of_n and refine: a function of the caller's, or a field and the value that it should have."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import dspy
+import jiter
+
+from dspy_bridge.errors import InvalidArgs, ToolFailed
+from dspy_bridge.programs import remote_tools
+from dspy_bridge.runtime import worker_threads
+from dspy_bridge.wire.json_values import encode_value
+
+
+class Reward:
+    """`reward(inputs, prediction)` in a worker thread; `text` tells an LM what it rewards."""
+
+    def __init__(self, tool: str | None, field: str | None, equals: Any) -> None:
+        self.tool = tool
+        self._field = field
+        self._equals = equals
+        self.text = f"{field} == {encode_value(equals).decode()}" if tool is None else f"{tool}(inputs, outputs)"
+
+    def __call__(self, inputs: dict[str, Any], prediction: dspy.Prediction) -> float:
+        """Raises `ToolFailed`."""
+        outputs = _plain(dict(prediction.items()))
+        if self.tool is None:
+            return 1.0 if outputs.get(self._field) == self._equals else 0.0
+        fields = _plain({name: value for name, value in inputs.items() if name != "config"})
+        job = worker_threads.current.get()
+        assert job is not None, "rewards are given in worker threads"
+        value = job.on_loop(remote_tools.asking.get().ask(self.tool, {"inputs": fields, "outputs": outputs}))
+        # True and false, as many rewards are, count as 1 and 0.
+        if not isinstance(value, (int, float)) or not -sys.float_info.max <= value <= sys.float_info.max:
+            raise ToolFailed(f"{self.tool}: expected a number as the reward")
+        return float(value)
+
+
+def read(given: dict[str, Any] | None, signature: type[dspy.Signature]) -> Reward:
+    """The reward of `options.reward`. Raises `InvalidArgs`."""
+    wanted = 'expected {"tool": name} or {"field": name, "equals": value}'
+    if given is None:
+        raise InvalidArgs(f"options.reward: missing; {wanted}")
+    if given.keys() == {"tool"}:
+        if not isinstance(given["tool"], str) or not given["tool"]:
+            raise InvalidArgs("options.reward.tool: expected the name of a tool")
+        return Reward(given["tool"], None, None)
+    if given.keys() != {"field", "equals"}:
+        raise InvalidArgs(f"options.reward: {wanted}")
+    if given["field"] not in list(signature.output_fields):  # a list compares, whatever it is
+        raise InvalidArgs(f"options.reward.field: expected one of {', '.join(signature.output_fields)}")
+    return Reward(None, given["field"], given["equals"])
+
+
+def _plain(values: dict[str, Any]) -> Any:
+    """As a reply would have them."""
+    return jiter.from_json(encode_value(values))

@@ -1,0 +1,41 @@
+"""Sandboxes of modules that run code which an LM wrote: their end, when nobody waits for it any more. Imports DSPy."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import dspy
+
+from dspy_bridge.runtime.worker_threads import Job
+
+# A sandbox of DSPy's may just be starting, and have no process yet that could be ended.
+_AGAIN_SECONDS = 0.05
+
+
+class Ending:
+    """The end of what one call's sandboxes run, from its thread or from another."""
+
+    def __init__(self) -> None:
+        # That thread has returned: there is nothing left to end.
+        self.returned = threading.Event()
+
+    def comes_with(self, job: Job, interpreter: Any) -> None:
+        """Have `interpreter` end when `job` is given up, which happens on the event loop: nothing may wait there."""
+        if not isinstance(interpreter, dspy.PythonInterpreter):
+            # DSPy's LocalInterpreter, for one, can be ended once only, and not while it starts.
+            interpreter.start()
+        job.on_give_up(lambda: threading.Thread(target=self._end, args=(interpreter,), daemon=True).start())
+
+    def _end(self, interpreter: Any) -> None:
+        while not self.returned.is_set():
+            if isinstance(interpreter, dspy.PythonInterpreter):
+                # Its own shutdown is a message, which a busy sandbox does not read.
+                process = interpreter.deno_process
+                if process is not None:
+                    process.kill()
+            else:
+                with contextlib.suppress(Exception):  # the host's own; nobody is left to tell
+                    interpreter.shutdown()
+            self.returned.wait(_AGAIN_SECONDS)

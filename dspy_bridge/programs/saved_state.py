@@ -1,0 +1,222 @@
+"""A program's learned state, in and out: what DSPy's `save` writes, and demos. JSON only, no pickle. Imports DSPy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import dspy
+import jiter
+import pydantic
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY
+from dspy.utils.saving import get_dependency_versions
+
+from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.logs import redaction
+from dspy_bridge.signatures import confined_files, media, validation_errors
+
+# A state holds texts: a larger file is something else.
+MAX_STATE_BYTES = 64 * 1024 * 1024
+# DSPy writes them into every prompt anew, on the event loop: 500 take it 16 to 60 ms.
+MAX_DEMOS = 500
+# What DSPy writes of a predictor; it would set any other key as an attribute, methods included.
+_KEYS = frozenset(("traces", "train", "demos", "signature", "lm", "fields"))
+_KEY_NAMES = ", ".join(sorted(_KEYS))
+# The program's own words and values, whatever these are called.
+_DATA = frozenset(("traces", "train", "demos", "signature"))
+# What is taken of a saved LM: which one, and how it is to write. A state that somebody gave must not send prompts
+# elsewhere, or more along with them, and providers have too many names for that to list.
+_LM_SETTINGS = frozenset(
+    (
+        *("model", "model_type", "cache", "num_retries", "rollout_id", "timeout", "use_developer_role"),
+        *("temperature", "max_tokens", "max_completion_tokens", "top_p", "top_k", "min_p", "n", "stop", "seed"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "top_logprobs"),
+        *("reasoning_effort", "thinking", "verbosity"),
+    )
+)
+# What DSPy writes for a field without a description.
+_NO_DESCRIPTION = re.compile(r"\$\{(\w+)\}")
+
+
+def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | None:
+    """The state that a `create_program` gives, if any. Raises `InvalidArgs` or `NotAllowed`."""
+    state, path = definition.get("state"), definition.get("state_path")
+    if state is not None and path is not None:
+        raise InvalidArgs("state, state_path: expected one of them")
+    if path is not None:
+        state, where = _read_file(path, state_dir), "state_path"
+    else:
+        where = "state"
+    if state is not None and not isinstance(state, dict):
+        raise InvalidArgs(f"{where}: expected an object, as DSPy's save writes it")
+    return state
+
+
+def _read_file(path: object, state_dir: str | None) -> Any:
+    if state_dir is None:
+        raise NotAllowed("state_path: DSPY_BRIDGE_STATE_DIR names the folder for states; it is not set")
+    try:
+        return jiter.from_json(confined_files.read(state_dir, path, MAX_STATE_BYTES)[1])
+    except confined_files.Outside:
+        raise NotAllowed("state_path: leads out of the folder of DSPY_BRIDGE_STATE_DIR") from None
+    except confined_files.Unreadable as error:
+        raise InvalidArgs(f"state_path: {error}") from None
+    except ValueError:
+        raise InvalidArgs("state_path: expected JSON, as DSPy's save writes it") from None
+
+
+def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Give a module its state; returns the state of the LM that it was saved with, if any. Raises `InvalidArgs`."""
+    wanted = dict(module.named_parameters())
+    state = {name: value for name, value in state.items() if name != "metadata"}
+    if _is_flat(module):
+        if state.keys().isdisjoint(_KEYS):
+            raise InvalidArgs(f"state: of another program: expected {_KEY_NAMES}, got {_names(state)}")
+    elif state.keys() != wanted.keys():
+        raise InvalidArgs(f"state: of another program: expected {_names(wanted)}, got {_names(state)}")
+    given = _by_predictor(module, state)
+    for name, parameter in wanted.items():
+        _check(given[name], parameter, "state" if _is_flat(module) else f"state.{name}")
+    if sum(len(saved["demos"]) for saved in given.values()) > MAX_DEMOS:
+        raise InvalidArgs(f"state: expected at most {MAX_DEMOS} demos in all")
+    lms = [_settings_of(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
+    if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
+        raise InvalidArgs("state: its predictors have different LMs; expected one, or none")
+    # Which LM it is called with is the program's business: one of a predictor's own would win over a call's.
+    without = {name: {**saved, "lm": None} for name, saved in given.items()}
+    try:
+        module.load_state(without["self"] if _is_flat(module) else without)
+        for predictor in module.predictors():
+            # Now rather than with every execute.
+            dspy.ChatAdapter().format_demos(predictor.signature, predictor.demos)
+    except Exception as error:
+        raise InvalidArgs(f"state: DSPy cannot load it: {type(error).__name__}: {error}") from error
+    return lms[0] if lms else None
+
+
+def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
+    """What DSPy's `save` writes to a file, without secrets; `lm`: what `load` gave."""
+    state: dict[str, Any] = _without_secrets(module.dump_state())
+    if lm is not None:
+        given = {name: {**saved, "lm": lm} for name, saved in _by_predictor(module, state).items()}
+        state = given["self"] if _is_flat(module) else given
+    return {**state, "metadata": {"dependency_versions": get_dependency_versions()}}
+
+
+def _is_flat(module: dspy.Module) -> bool:
+    """Of a Predict alone DSPy writes the one predictor's state, without a name for it."""
+    return isinstance(module, dspy.Predict)
+
+
+def _by_predictor(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any]:
+    return {"self": state} if _is_flat(module) else state
+
+
+def _settings_of(lm: dict[str, Any]) -> dict[str, Any]:
+    """What is taken of a saved LM. Raises `InvalidArgs`."""
+    if "://" in str(lm.get("model")):
+        # With some providers it is the address.
+        raise InvalidArgs("state: lm.model: expected a name; no address is taken from a state")
+    return {name: value for name, value in lm.items() if name in _LM_SETTINGS}
+
+
+def _without_secrets(state: Any, *, is_lm: bool = False) -> Any:
+    """A module's state, the LMs in it without their secrets. DSPy leaves out `api_key` alone."""
+    if isinstance(state, list):
+        return [_without_secrets(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    if is_lm or LM_CLASS_STATE_KEY in state:
+        return redaction.without_secrets(state)
+    return {
+        name: value if name in _DATA else _without_secrets(value, is_lm=name == "lm") for name, value in state.items()
+    }
+
+
+def read_demos(
+    demos: object, module: dspy.Module, signature: type[dspy.Signature], files_dir: str | None = None
+) -> None:
+    """Give the demos of a `create_program` to the predictors that write the program's outputs.
+
+    `files_dir`: the folder that paths in them may lead to. Raises `InvalidArgs` or `NotAllowed`.
+    """
+    if not isinstance(demos, list):
+        raise InvalidArgs('demos: expected a list of objects such as {"question": "…", "answer": "…"}')
+    if len(demos) > MAX_DEMOS:
+        raise InvalidArgs(f"demos: expected at most {MAX_DEMOS}")
+    outputs = signature.output_fields.keys()
+    predictors = [found for found in module.predictors() if outputs <= found.signature.output_fields.keys()]
+    if not predictors:
+        raise InvalidArgs("demos: no predictor of this module writes the signature's outputs; give a state instead")
+    fields = {
+        name: pydantic.TypeAdapter(media.accepting(field.rebuild_annotation(), files_dir))
+        for name, field in predictors[-1].signature.fields.items()
+    }
+    read = [_demo(demo, fields, f"demos[{index}]") for index, demo in enumerate(demos)]
+    for predictor in predictors:
+        predictor.demos = [dict(demo) for demo in read]
+
+
+def _demo(demo: object, fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
+    if not isinstance(demo, dict) or not demo:
+        raise InvalidArgs(f"{where}: expected an object of fields")
+    read = {}
+    for name, value in demo.items():
+        if name not in fields:
+            raise InvalidArgs(f"{where}.{name}: unknown field; expected {', '.join(fields)}")
+        try:
+            read[name] = fields[name].validate_python(value)
+        except (TypeError, ValueError) as error:
+            raise validation_errors.describe(f"{where}.{name}", error) from None
+    return read
+
+
+def _check(saved: object, parameter: Any, where: str) -> None:
+    if not isinstance(saved, dict):
+        raise InvalidArgs(f"{where}: expected an object")
+    for key in saved:
+        if key not in _KEYS:
+            raise InvalidArgs(f"{where}: unknown key {key!r}; expected {_KEY_NAMES}")
+    for key in ("traces", "train", "demos"):
+        if not isinstance(saved.get(key), list):
+            raise InvalidArgs(f"{where}.{key}: expected a list")
+    if not all(isinstance(demo, dict) for demo in saved["demos"]):
+        raise InvalidArgs(f"{where}.demos: expected a list of objects")
+    if saved.get("lm") is not None and not isinstance(saved["lm"], dict):
+        raise InvalidArgs(f"{where}.lm: expected an object or null")
+    _check_signature(saved.get("signature"), parameter.signature, f"{where}.signature")
+    names = parameter.signature.fields
+    for index, demo in enumerate(saved["demos"]):
+        # An optimizer's demos may have fewer fields, and some of the training set's besides.
+        if not any(name in names for name in demo):
+            expected = ", ".join(names)
+            raise InvalidArgs(f"{where}.demos[{index}]: for another signature: expected fields of {expected}")
+
+
+def _check_signature(saved: object, signature: type[dspy.Signature], where: str) -> None:
+    fields = saved.get("fields") if isinstance(saved, dict) else None
+    if not isinstance(saved, dict) or not isinstance(saved.get("instructions"), str) or not isinstance(fields, list):
+        raise InvalidArgs(f"{where}: expected an object with instructions and fields")
+    for index, field in enumerate(fields):
+        texts = (field.get("prefix"), field.get("description")) if isinstance(field, dict) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise InvalidArgs(f"{where}.fields[{index}]: expected an object with prefix and description, texts")
+    # DSPy writes no names; a prefix is made of the name unless somebody chose another, an optimizer for one, and the
+    # description names the field where there is none.
+    wanted = [field["prefix"] for field in signature.dump_state()["fields"]]
+    got = [field["prefix"] for field in fields]
+    same = len(got) == len(wanted) and not set(got).isdisjoint(wanted)
+    for name, field in zip(signature.fields, fields, strict=False):
+        described = _NO_DESCRIPTION.fullmatch(field["description"])
+        same = same and (described is None or described[1] == name)
+    if not same:
+        raise InvalidArgs(f"{where}: of another signature: expected fields {_texts(wanted)}, got {_texts(got)}")
+
+
+def _names(named: Mapping[str, Any]) -> str:
+    return ", ".join(named) or "nothing"
+
+
+def _texts(texts: list[str]) -> str:
+    return ", ".join(text.rstrip(":") for text in texts) or "none"

@@ -1,0 +1,153 @@
+"""Worker threads for modules that have only a sync `forward`. No DSPy here.
+
+A thread cannot be killed. What can be done once nobody waits for it any more: its LM request is cancelled, its next one
+refused, and it is counted as abandoned until it returns. There are only so many threads, so code that never returns
+can take them all, but nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextvars import ContextVar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Coroutine
+    from concurrent.futures import Future
+    from typing import Any, TypeVar
+
+    from dspy_bridge.runtime.daemon_threads import DaemonThreads
+
+    T = TypeVar("T")
+
+# Not the event loop's own executor: every async LM call of DSPy passes through that one.
+MAX_THREADS = 64
+# How long a busy thread keeps the interpreter from the others, in seconds. The slowest ping beside 8 busy threads took
+# 165 ms at Python's own 0.005 and 32 ms at this; beside 64 of them 438 and 143 ms.
+SWITCH_INTERVAL = 0.0005
+
+
+class Job:
+    """One call in a worker thread, as that thread sees it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, lm_loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lm_loop = lm_loop
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._waiting: set[Future[Any]] = set()
+        self._endings: list[Callable[[], object]] = []
+
+    def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the event loop, where it can be cancelled, and wait for it. For the worker thread."""
+        return self._on(self.loop, work)
+
+    def on_lm_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same where this call's LMs are asked: of a large one that would hold up the event loop."""
+        return self._on(self._lm_loop, work)
+
+    def _on(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+        import asyncio
+        from concurrent.futures import CancelledError
+
+        with self._lock:
+            if self._given_up:
+                work.close()
+                raise asyncio.CancelledError("nobody waits for this call any more")
+            future = asyncio.run_coroutine_threadsafe(work, loop)
+            self._waiting.add(future)
+        try:
+            return future.result()
+        except CancelledError:
+            # That of futures is an Exception, which the code in the thread would take for a failure and go on.
+            raise asyncio.CancelledError("nobody waits for this call any more") from None
+        finally:
+            self._waiting.discard(future)
+
+    def on_give_up(self, end: Callable[[], object]) -> None:
+        """Call `end` when nobody waits any more, at once if that is so: it ends what this thread has started."""
+        with self._lock:
+            self._endings.append(end)
+            given_up = self._given_up
+        if given_up:
+            end()
+
+    def give_up(self) -> None:
+        """Nobody waits any more: stop what runs on the loop, refuse what would follow."""
+        with self._lock:
+            self._given_up = True
+            waiting = list(self._waiting)
+            endings = list(self._endings)
+        for future in waiting:
+            future.cancel()
+        for end in endings:
+            end()
+
+
+# The job whose worker thread this is; threads that it starts with its context count as it.
+current: ContextVar[Job | None] = ContextVar("job", default=None)
+
+
+class SyncThreads:
+    """At most `most` worker threads."""
+
+    def __init__(self, most: int = MAX_THREADS) -> None:
+        self._most = most
+        self._pool: DaemonThreads | None = None
+        self._lock = threading.Lock()
+        self._running = 0
+        self._abandoned = 0
+        self._usual_interval = sys.getswitchinterval()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in a thread, with the caller's context variables; cancelling gives it up."""
+        import asyncio
+        import contextvars
+
+        from dspy_bridge.runtime import large_inputs
+        from dspy_bridge.runtime.daemon_threads import DaemonThreads
+
+        if self._pool is None:
+            self._pool = DaemonThreads(self._most, "dspy_bridge-sync")
+        loop = asyncio.get_running_loop()
+        job = Job(loop, large_inputs.loop() if large_inputs.here.get() else loop)
+        context = contextvars.copy_context()
+        context.run(current.set, job)
+        future = self._pool.submit(self._counted, lambda: context.run(work))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            job.give_up()
+            with self._lock:
+                abandoned = future.running()
+                self._abandoned += abandoned
+            if abandoned:
+                future.add_done_callback(self._returned)
+            raise
+
+    def counts(self) -> dict[str, int]:
+        """`{"running", "abandoned", "max"}`; the abandoned ones are among the running."""
+        return {"running": self._running, "abandoned": self._abandoned, "max": self._most}
+
+    def _counted(self, work: Callable[[], T]) -> T:
+        self._count(1)
+        try:
+            return work()
+        finally:
+            self._count(-1)
+
+    def _count(self, step: int) -> None:
+        with self._lock:
+            self._running += step
+            busy = self._running > 0
+            # Only while code that may be busy runs: more switches cost everything else a little.
+            sys.setswitchinterval(SWITCH_INTERVAL if busy else self._usual_interval)
+
+    def _returned(self, _future: Future[Any]) -> None:
+        with self._lock:
+            self._abandoned -= 1
+
+
+THREADS = SyncThreads()

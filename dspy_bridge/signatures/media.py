@@ -1,0 +1,185 @@
+"""Images, audio, files and conversations as a request gives them, to DSPy's objects. Imports DSPy.
+
+Nothing is fetched, and no file is read but in the one folder that a setting names: a URL goes to the LM's provider
+as it is, where the provider takes one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import mimetypes
+import os
+import re
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import dspy
+import pydantic
+
+from dspy_bridge.errors import BridgeError
+from dspy_bridge.signatures import confined_files
+from dspy_bridge.signatures.validation_errors import again, not_allowed, unfit
+
+# A file is read whole, becomes a third longer as base64 and then part of a request; providers take less than this.
+MAX_FILE_BYTES = 64 * 1024 * 1024
+# Base64 is checked in pieces: in one, 27 MB would hold Python's lock for 50 ms.
+_PIECE = 1 << 20
+_URL = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
+_DATA_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
+_MIME = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
+
+# Reads one turn of a history; raises `InvalidArgs` or `NotAllowed`, whose text begins with the field.
+Turn = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
+    """DSPy's own `format` keeps the last 32 images in a cache, however large they are."""
+
+    def format(self) -> list[dict[str, Any]]:
+        return [{"type": "image_url", "image_url": {"url": self.url}}]
+
+
+class _FirstError:
+    """Of a list or a set: one error is told. Pydantic would make one of each item, of a million in seconds, with
+    Python's lock held. Its own `FailFast` cannot stand in a union.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "fail_fast": True}
+
+
+_FIRST_ERROR = _FirstError()
+
+
+def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
+    """The annotation, with what a request may give for each of DSPy's types in it.
+
+    `files_dir`: the folder that paths may lead to. `turn`: reads the turns of a history; as they are without.
+    """
+    if annotation is dspy.History:
+        return Annotated[annotation, pydantic.BeforeValidator(lambda value: _history(value, turn))]
+    read = _READERS.get(annotation) if isinstance(annotation, type) else None
+    if read is not None:
+        return Annotated[annotation, pydantic.BeforeValidator(lambda value: read(value, files_dir))]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin not in (list, dict, tuple, set, frozenset, Union, types.UnionType):
+        return annotation
+    inner = tuple(argument if argument is ... else accepting(argument, files_dir, turn) for argument in arguments)
+    if origin in (Union, types.UnionType):
+        return Union[inner]  # noqa: UP007 - built from values
+    return origin[inner] if origin is dict else Annotated[origin[inner], _FIRST_ERROR]
+
+
+def _image(value: Any, files_dir: str | None) -> Any:
+    if isinstance(value, dict) and set(value) == {"url"}:
+        value = value["url"]
+    if isinstance(value, str) and _URL.fullmatch(value):
+        return _Image(url=value)
+    mime, data, _ = _content(value, files_dir, "image", "a URL, a data: URL")
+    if not mime.startswith("image/"):
+        raise unfit(f"expected an image, not {mime}")
+    return _Image(url=f"data:{mime};base64,{data}")
+
+
+def _audio(value: Any, files_dir: str | None) -> Any:
+    if isinstance(value, str) and _URL.fullmatch(value):
+        raise unfit("LMs take no URL of audio, and nothing is fetched for them; expected a data: URL with its bytes")
+    mime, data, _ = _content(value, files_dir, "audio", "a data: URL")
+    if not mime.startswith("audio/"):
+        raise unfit(f"expected audio, not {mime}")
+    kind = mime.removeprefix("audio/").removeprefix("x-")
+    return dspy.Audio(data=data, audio_format={"mpeg": "mp3", "wave": "wav"}.get(kind, kind))
+
+
+def _file(value: Any, files_dir: str | None) -> Any:
+    if isinstance(value, str) and _URL.fullmatch(value):
+        raise unfit("DSPy has no files by URL, and nothing is fetched for it; expected a data: URL with its bytes")
+    if isinstance(value, dict) and "file_id" in value:
+        if set(value) - {"file_id", "filename"} or not all(isinstance(text, str) for text in value.values()):
+            raise unfit("expected file_id, which may have a filename, both text")
+        return dspy.File(**value)
+    mime, data, filename = _content(value, files_dir, "file", "a data: URL, {file_id}")
+    return dspy.File(file_data=f"data:{mime};base64,{data}", filename=filename)
+
+
+def _history(value: Any, turn: Turn | None) -> Any:
+    if isinstance(value, dict) and set(value) == {"messages"}:
+        value = value["messages"]
+    if not isinstance(value, list):
+        raise unfit("expected a list of turns, each an object with fields of the signature")
+    turns = []
+    for index, given in enumerate(value):
+        if not isinstance(given, dict):
+            raise unfit(f"turn {index}: expected an object with fields of the signature")
+        try:
+            turns.append(given if turn is None else turn(given))
+        except BridgeError as error:
+            raise again(type(error)(f"turn {index}: {error}")) from None
+    return dspy.History(messages=turns)
+
+
+_READERS: dict[type, Callable[[Any, str | None], Any]] = {
+    dspy.Image: _image,
+    dspy.Audio: _audio,
+    dspy.File: _file,
+}
+
+
+def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:
+    """The MIME type, base64 text and name of what was given."""
+    if isinstance(value, str) and value[:5].lower() == "data:":
+        head, _, data = value.partition(",")
+        found = _DATA_HEAD.fullmatch(head.strip())
+        if found is None:
+            raise unfit("the data: URL must say its MIME type and that it is base64: data:image/png;base64,…")
+        return found[1].lower(), _checked(data.strip()), None
+    keys = set(value) if isinstance(value, dict) else set()
+    named = {"filename"} if kind == "file" else set()
+    if {"base64", "mime"} <= keys <= {"base64", "mime"} | named:
+        mime, data = value["mime"], value["base64"]
+        if not isinstance(mime, str) or not _MIME.fullmatch(mime):
+            raise unfit("mime: expected a MIME type such as image/png")
+        if not isinstance(data, str):
+            raise unfit("base64: expected text")
+        return mime.lower(), _checked(data), _filename(value.get("filename"))
+    if "path" in keys and keys <= {"path", "mime"} | named:
+        return _from_disk(value, files_dir)
+    raise unfit(f"expected {forms}, {{base64, mime}} or {{path}}")
+
+
+def _filename(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise unfit("filename: expected text")
+    return value
+
+
+def _checked(data: str) -> str:
+    """Base64 text as it is. Raises if it is none."""
+    try:
+        for start in range(0, max(len(data), 1), _PIECE):
+            piece = data[start : start + _PIECE].encode("ascii")
+            # Python's reader skips what it does not know; the way back shows it. It is faster than any look at each.
+            ends = start + _PIECE >= len(data)
+            if not piece or base64.b64encode(base64.b64decode(piece)) != piece or (piece[-1:] == b"=" and not ends):
+                raise binascii.Error
+    except (binascii.Error, ValueError):
+        raise unfit("the content is no base64 (standard alphabet, with padding, no line breaks)") from None
+    return data
+
+
+def _from_disk(value: dict[str, Any], files_dir: str | None) -> tuple[str, str, str | None]:
+    if files_dir is None:
+        refused = "files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"
+        raise not_allowed(f"path: {refused}")
+    try:
+        real, content = confined_files.read(files_dir, value["path"], MAX_FILE_BYTES)
+    except confined_files.Outside:
+        raise not_allowed("path: leads out of the folder of DSPY_BRIDGE_FILES_DIR") from None
+    except confined_files.Unreadable as error:
+        raise unfit(f"path: {error}") from None
+    mime = value.get("mime") or mimetypes.guess_type(real)[0]
+    if not isinstance(mime, str) or not _MIME.fullmatch(mime):
+        raise unfit("mime: expected a MIME type such as image/png, as the file's name tells none")
+    return mime.lower(), base64.b64encode(content).decode(), _filename(value.get("filename")) or os.path.basename(real)

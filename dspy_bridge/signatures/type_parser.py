@@ -1,0 +1,180 @@
+"""Type texts to annotations: Python's, DSPex's and DSPy's names for types. Parsed, never evaluated or imported."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import typing
+from typing import Annotated, Any, Literal, Optional, Union
+
+import dspy
+import pydantic
+
+from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.signatures.json_schema import annotation
+from dspy_bridge.signatures.json_schema.keywords import short
+
+# Longer texts are no types that anybody wrote; the parser's recursion stays far from Python's limit.
+MAX_TYPE_CHARS = 2000
+
+PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+_NAMES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "bytes": bytes,
+    "list": list,
+    "dict": dict[str, Any],
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "None": type(None),
+    "Any": Any,
+    "List": list,
+    "Dict": dict[str, Any],
+    "Tuple": tuple,
+    "Set": set,
+    "FrozenSet": frozenset,
+    "datetime": datetime.datetime,
+    "date": datetime.date,
+    "time": datetime.time,
+    # DSPex's names.
+    "string": str,
+    "integer": int,
+    "boolean": bool,
+    "any": Any,
+    "map": dict[str, Any],
+    "atom": str,
+    "probability": PROBABILITY,
+    "confidence_score": PROBABILITY,
+    "embedding": list[float],
+    "reasoning_chain": list[str],
+    # DSPy's own types.
+    "image": dspy.Image,
+    "audio": dspy.Audio,
+    "file": dspy.File,
+    "history": dspy.History,
+    "Image": dspy.Image,
+    "Audio": dspy.Audio,
+    "File": dspy.File,
+    "History": dspy.History,
+}
+_DOTTED = {
+    "typing": typing.__all__,
+    "dspy": ["Image", "Audio", "File", "History"],
+    "datetime": ["datetime", "date", "time"],
+}
+# Name to the least and most type arguments that it takes.
+_GENERICS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("list", "List", "set", "Set", "frozenset", "FrozenSet", "Optional"), (1, 1)),
+    **dict.fromkeys(("dict", "Dict"), (2, 2)),
+    **dict.fromkeys(("tuple", "Tuple", "Union", "union", "Literal"), (1, 1000)),
+}
+# DSPex writes its types so: list<string>, dict<string,any>, union<integer|float>.
+_ANGLES = str.maketrans("<>", "[]")
+_CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
+
+
+def read_type(value: object, where: str) -> Any:
+    """The annotation for a type as a request gives it: a text, a JSON Schema object, None for `str`.
+
+    Raises `InvalidArgs`, which names `where` or a place in it.
+    """
+    if value is None:
+        return str
+    if isinstance(value, str):
+        return parse_type(value, where)
+    if isinstance(value, dict):
+        return annotation.to_annotation(value, where)
+    raise InvalidArgs(f"{where}: expected text such as str, list[int] or Literal['a', 'b'], or a JSON Schema object")
+
+
+def parse_type(text: str, where: str) -> Any:
+    """The annotation for a type text. Raises `InvalidArgs`, which names `where`."""
+    if len(text) > MAX_TYPE_CHARS:
+        raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
+    # What is quoted is a value, of a Literal.
+    code = text if "'" in text or '"' in text else text.translate(_ANGLES)
+    return resolve(parse(code.strip(), where, "eval", text).body, where)
+
+
+def parse(code: str, where: str, mode: str, shown: str) -> Any:
+    """The syntax tree of `code`, in a mode of `ast.parse`. Raises `InvalidArgs`, which quotes `shown`."""
+    while True:
+        try:
+            return ast.parse(code, mode=mode)
+        except SystemError:
+            continue  # another thread parses, too: python/cpython issue 106905, in 3.11 and before
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            text = f"{where}: {short(shown)} cannot be read; expected a type such as str or list[int]"
+            raise InvalidArgs(text) from None
+
+
+def resolve(node: ast.expr, where: str) -> Any:
+    """The annotation that a node of a syntax tree stands for. Raises `InvalidArgs`."""
+    try:
+        return _type_of(node, where)
+    except RecursionError:
+        raise InvalidArgs(f"{where}: nested too deep") from None
+    except TypeError:
+        # list[...] and Union[...] check their arguments themselves, for example Literal inside a set twice.
+        raise InvalidArgs(f"{where}: {short(ast.unparse(node))} is no type") from None
+
+
+def _type_of(node: ast.expr, where: str) -> Any:
+    if isinstance(node, ast.Constant) and node.value is None:
+        return type(None)
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        name = _name_of(node)
+        if name in _NAMES:
+            return _NAMES[name]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return Union[_type_of(node.left, where), _type_of(node.right, where)]  # noqa: UP007 - built from values
+    elif isinstance(node, ast.Subscript):
+        name = _name_of(node.value)
+        if name in _GENERICS:
+            arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            return _generic(name, arguments, where)
+    raise InvalidArgs(f"{where}: unknown type {short(ast.unparse(node))}; expected one such as str, int, list[str]")
+
+
+def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
+    least, most = _GENERICS[name]
+    if not least <= len(arguments) <= most:
+        raise InvalidArgs(f"{where}: {name}[…] takes {most} type{'s' if most > 1 else ''}, got {len(arguments)}")
+    if name == "Literal":
+        return Literal[tuple(_literal(argument, where) for argument in arguments)]
+    if name in ("tuple", "Tuple") and len(arguments) == 2 and _is_ellipsis(arguments[1]):
+        return tuple[_type_of(arguments[0], where), ...]  # type: ignore[misc]  # built from values
+    types = tuple(_type_of(argument, where) for argument in arguments)
+    if name == "Optional":
+        return Optional[types[0]]  # noqa: UP045 - built from values
+    if name in ("Union", "union"):
+        return Union[types]  # noqa: UP007 - built from values
+    container: Any = _CONTAINERS[name.lower()]
+    return container[types]
+
+
+def _literal(node: ast.expr, where: str) -> str | int | bool | None:
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):
+        value = ...
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    raise InvalidArgs(f"{where}: Literal takes texts, whole numbers, booleans and None, got {short(ast.unparse(node))}")
+
+
+def _name_of(node: ast.expr) -> str:
+    """The name in a name node; a dotted one without its module where that is typing, dspy or datetime."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.attr in _DOTTED.get(node.value.id, ()) else ""
+    return ""
+
+
+def _is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is ...

@@ -1,0 +1,132 @@
+"""What the inputs of a call, and the outputs that an LM gives, are checked with. Imports DSPy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import dspy
+import pydantic
+
+from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
+from dspy_bridge.signatures import media, validation_errors
+from dspy_bridge.signatures.json_schema.keywords import short
+
+# What DSPy's modules answer beside a signature's outputs: an answer is a turn of a history as it came.
+_OF_MODULES = frozenset(("reasoning", "rationale", "trajectory", "final_reasoning", "tool_calls"))
+# So many unknown inputs are named in an error, and the rest counted.
+_NAMED = 20
+
+
+class Contract:
+    """A signature, and what its input values and constrained outputs are checked with.
+
+    `inputs`: name to a validator, None where any value will do; `outputs`: the same, constrained ones only.
+    `defaults`: those of inputs that may be left out.
+    """
+
+    __slots__ = ("defaults", "inputs", "outputs", "signature")
+
+    def __init__(self, signature: type[dspy.Signature]) -> None:
+        self.signature = signature
+        self.inputs: dict[str, pydantic.TypeAdapter[Any] | None] = {}
+        self.outputs: dict[str, pydantic.TypeAdapter[Any]] = {}
+        self.defaults: dict[str, Any] = {}
+
+    def check(self, inputs: dict[str, Any], others: Sequence[BridgeError] = ()) -> dict[str, Any]:
+        """The inputs as DSPy wants them. Values in errors are not quoted.
+
+        `others`: what else is wrong with the request. Raises `InvalidArgs` or `NotAllowed`, which names every missing
+        and unfit input, and the unknown ones as far as they are few, at once.
+        """
+        unknown = [name for name in inputs if name not in self.inputs]
+        wrong: list[BridgeError] = [InvalidArgs(f"inputs.{_quoted(name)}: unknown field") for name in unknown[:_NAMED]]
+        if len(unknown) > _NAMED:
+            wrong.append(InvalidArgs(f"inputs: {len(unknown) - _NAMED} more unknown fields"))
+        values = {}
+        for name, validator in self.inputs.items():
+            if name not in inputs and name not in self.defaults:
+                if validator is None or not _takes_none(validator):
+                    wrong.append(InvalidArgs(f"inputs.{name}: missing"))
+                continue
+            value = inputs[name] if name in inputs else copy.deepcopy(self.defaults[name])
+            try:
+                values[name] = value if validator is None else validator.validate_python(value)
+            except (TypeError, ValueError) as error:
+                wrong.append(validation_errors.describe(f"inputs.{name}", error))
+        if wrong or others:
+            expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if wrong else ""
+            raise validation_errors.together([*others, *wrong], expected)
+        return values
+
+    def check_outputs(self, outputs: dict[str, Any]) -> None:
+        """What DSPy does not check of an LM's answer, each value made one of its type in place.
+
+        Raises `OutputInvalid`, which names the field.
+        """
+        for name, constraint in self.outputs.items():
+            try:
+                outputs[name] = constraint.validate_python(outputs.get(name))
+            except pydantic.ValidationError as error:
+                raise OutputInvalid(
+                    f"the LM's answer did not fit the signature: {validation_errors.describe(name, error)}"
+                ) from None
+
+
+class Turn:
+    """Reads turns of a history: values of the signature's fields, of inputs and of outputs, each of its type."""
+
+    def __init__(self, fields: dict[str, Any], files_dir: str | None) -> None:
+        self._fields = {name: kind for name, kind in fields.items() if kind is not dspy.History}
+        self._files_dir = files_dir
+        self._validators: dict[str, pydantic.TypeAdapter[Any] | None] | None = None
+
+    def read(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """The turn as DSPy wants it. Raises `InvalidArgs` or `NotAllowed`, naming the field."""
+        if self._validators is None:  # most signatures have no history
+            self._validators = {name: validator_of(kind, self._files_dir) for name, kind in self._fields.items()}
+        values = {}
+        expected = ", ".join(self._validators)
+        for name, value in turn.items():
+            if name not in self._validators and name not in _OF_MODULES:
+                raise InvalidArgs(f"{_quoted(name)}: unknown field; expected {expected}")
+            validator = self._validators.get(name)
+            try:
+                values[name] = value if validator is None else validator.validate_python(value)
+            except (TypeError, ValueError) as error:
+                raise validation_errors.describe(name, error) from None
+        if values.keys().isdisjoint(self._validators):
+            raise InvalidArgs(f"expected at least one of {expected}")
+        return values
+
+
+def _some(value: Any) -> Any:
+    if value is None:
+        raise validation_errors.unfit("expected text")
+    return value
+
+
+# DSPy writes any value as text, but for None, which the LM would read as the word.
+_TEXT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(_some)])
+
+
+def validator_of(
+    annotation: Any, files_dir: str | None, turn: media.Turn | None = None
+) -> pydantic.TypeAdapter[Any] | None:
+    """What checks the values of an input of that type; None where any will do."""
+    if annotation is str:
+        return _TEXT
+    return None if annotation is Any else pydantic.TypeAdapter(media.accepting(annotation, files_dir, turn))
+
+
+def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
+    try:
+        validator.validate_python(None)
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+def _quoted(name: str) -> str:
+    return name if name.isidentifier() and len(name) <= 60 else short(name)

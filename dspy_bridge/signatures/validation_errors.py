@@ -1,0 +1,49 @@
+"""What is wrong with a value: as a validator of ours raises it, and as a request is told of it."""
+
+from __future__ import annotations
+
+import pydantic
+from pydantic_core import PydanticCustomError
+
+from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed
+from dspy_bridge.signatures.json_schema.keywords import short
+
+_NOT_ALLOWED = "not_allowed"
+
+
+def unfit(text: str) -> PydanticCustomError:
+    """For a validator to raise: the value is none of its type."""
+    return PydanticCustomError("unfit", "{text}", {"text": text})
+
+
+def not_allowed(text: str) -> PydanticCustomError:
+    """For a validator to raise: the settings of this peer do not allow the value."""
+    return PydanticCustomError(_NOT_ALLOWED, "{text}", {"text": text})
+
+
+def again(error: BridgeError) -> PydanticCustomError:
+    """For a validator to raise: what `describe` made of an error further inside."""
+    return not_allowed(str(error)) if isinstance(error, NotAllowed) else unfit(str(error))
+
+
+def describe(where: str, error: Exception) -> BridgeError:
+    """An error of a validator as one of ours. The value is not in it: pydantic's own text quotes it."""
+    if not isinstance(error, pydantic.ValidationError):
+        return InvalidArgs(f"{where}: {error}")
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    refused = next((one for one in found if one["type"] == _NOT_ALLOWED), None)
+    first = refused or found[0]
+    place = "".join(
+        f"[{short(part) if isinstance(part, str) else part}]"
+        for part in first["loc"]
+        # Which type of a union it would be, by pydantic's own name.
+        if not (isinstance(part, str) and part.startswith("function-"))
+    )
+    text = f"{where}{place}: {first['msg']}"
+    return InvalidArgs(text) if refused is None else NotAllowed(text)
+
+
+def together(found: list[BridgeError], more: str) -> BridgeError:
+    """Several errors as one, with the type that says most."""
+    kind = NotAllowed if any(isinstance(error, NotAllowed) for error in found) else InvalidArgs
+    return kind("; ".join(map(str, found)) + more)

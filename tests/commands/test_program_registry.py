@@ -1,0 +1,79 @@
+"""registry: what an id means, in the order in which the frames about it came."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from dspy_bridge.commands.program_registry import Registry, working
+
+DEFINITION = {"signature": "q -> a"}
+
+
+def listed(registry: Registry) -> list[str]:
+    return [entry.id for entry in registry.answered()]
+
+
+def test_a_definition_is_found_at_once_and_listed_once_answered() -> None:
+    registry = Registry()
+    entry = registry.add("x", DEFINITION)
+    assert registry.get("x") is entry and listed(registry) == []
+    registry.confirm(entry)
+    assert listed(registry) == ["x"]
+
+
+def test_a_failed_replacement_brings_back_what_was_before() -> None:
+    registry = Registry()
+    first = registry.add("x", DEFINITION)
+    registry.confirm(first)
+    second = registry.add("x", DEFINITION)
+    third = registry.add("x", DEFINITION)
+    assert listed(registry) == ["x"], "the answered one is still what a list tells"
+    registry.discard(second)
+    assert registry.get("x") is third and working(second) is first
+    registry.discard(third)
+    assert registry.get("x") is first
+    registry.discard(third)
+    assert registry.get("x") is first, "discarding twice changes nothing"
+
+
+def test_a_failed_first_definition_leaves_nothing() -> None:
+    registry = Registry()
+    entry = registry.add("x", DEFINITION)
+    registry.discard(entry)
+    assert registry.get("x") is None and working(entry) is None
+
+
+def test_what_was_cleaned_up_does_not_come_back() -> None:
+    """A cleanup takes along a create that has not been answered, and what that one would have fallen back to."""
+    registry = Registry()
+    registry.confirm(registry.add("x", DEFINITION))
+    pending = registry.add("x", DEFINITION)
+    assert registry.remove(None) == 1
+    registry.discard(pending)
+    assert registry.get("x") is None
+    registry.confirm(pending)
+    assert listed(registry) == []
+
+
+def test_the_order_is_that_of_creation_also_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000, 0, -100))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    registry = Registry()
+    for id in ("c", "a", "b"):
+        registry.confirm(registry.add(id, DEFINITION))
+    assert listed(registry) == ["c", "a", "b"]
+    # Of one that is being replaced, what was answered is listed where it was.
+    replacing = registry.add("c", DEFINITION)
+    assert listed(registry) == ["c", "a", "b"]
+    registry.confirm(replacing)
+    assert listed(registry) == ["a", "b", "c"]
+
+
+def test_a_replaced_program_counts_as_new_and_keeps_no_predecessor() -> None:
+    registry = Registry()
+    for id in ("a", "b", "a"):
+        entry = registry.add(id, DEFINITION)
+        registry.confirm(entry)
+    assert listed(registry) == ["b", "a"] and entry.previous is None

@@ -1,0 +1,431 @@
+"""What goes between an execute under way and its caller: streams, tool calls, turns. No DSPy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from dspy_bridge.commands import batch
+from dspy_bridge.dispatch.call import Call, Command
+from dspy_bridge.dispatch.dispatcher import Dispatcher
+from dspy_bridge.errors import ToolFailed
+
+Work = Callable[[dict[str, Any], Call], Any]
+
+
+class Bench:
+    """A dispatcher of one command, `work`, and the frames that it sends."""
+
+    def __init__(self, work: Work, *, full: bool = False, **limits: int) -> None:
+        self.frames: queue.Queue[dict[str, Any]] = queue.Queue()
+        # Called when there is room again.
+        self.waiting_for_room: queue.Queue[Callable[[], object]] = queue.Queue()
+        self.full = full
+        handler = Command(work, limited=True)
+        limits = {"max_in_flight": 4, "max_queue": 10, "max_frame_bytes": 10_000, **limits}
+        self.dispatcher = Dispatcher(
+            {"work": handler}, self._send, log_exception=lambda: "r", when_room=self._when_room, **limits
+        )
+
+    def _send(self, payloads: Iterable[bytes]) -> None:
+        for payload in payloads:
+            self.frames.put(json.loads(payload))
+
+    def _when_room(self, callback: Callable[[], object]) -> bool:
+        if self.full:
+            self.waiting_for_room.put(callback)
+        return self.full
+
+    def feed(self, *messages: dict[str, Any]) -> list[Any]:
+        given = [self.dispatcher.receive(json.dumps(message).encode()) for message in messages]
+        self.dispatcher.wake()
+        return [reply and json.loads(reply) for reply in given]
+
+    def request(self, id: int, args: dict[str, Any] | None = None, **more: Any) -> None:
+        assert self.feed({"id": id, "command": "work", "args": args or {}, **more}) == [None]
+
+    def next(self) -> dict[str, Any]:
+        return self.frames.get(timeout=20)
+
+    def next_tool_call(self) -> dict[str, Any]:
+        return self.next()["tool_call"]
+
+
+async def ask_twice(args: dict[str, Any], call: Call) -> Any:
+    """Two tools at once; what failed is told as text."""
+    answers = await asyncio.gather(call.ask("a", {"n": 1}), call.ask("b", args), return_exceptions=True)
+    return [str(answer) if isinstance(answer, ToolFailed) else answer for answer in answers]
+
+
+def test_tools_are_asked_at_once_and_answered_in_any_order() -> None:
+    bench = Bench(ask_twice)
+    bench.request(7)
+    calls = {call["name"]: call for call in (bench.next_tool_call(), bench.next_tool_call())}
+    assert calls["a"]["args"] == {"n": 1} and calls["b"]["args"] == {}
+    bench.feed({"tool_result": {"call_id": calls["b"]["call_id"], "success": False, "error": "no\nluck"}})
+    bench.feed({"tool_result": {"call_id": calls["a"]["call_id"], "success": True, "result": {"x": [1]}}})
+    assert bench.next() == {"id": 7, "success": True, "result": [{"x": [1]}, "b: no\nluck"]}
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"success": None}, "tool_result.success: expected true or false"),
+        ({"success": False}, "tool_result.error: expected text"),
+        ({"success": False, "error": 5}, "tool_result.error: expected text"),
+    ],
+)
+def test_a_result_that_cannot_be_read_is_that_tools_failure(result: dict[str, Any], said: str) -> None:
+    """Somebody waits for it: an error to nobody would leave the execute waiting."""
+    bench = Bench(ask_twice)
+    bench.request(1)
+    calls = [bench.next_tool_call(), bench.next_tool_call()]
+    for call in calls:
+        assert bench.feed({"tool_result": {"call_id": call["call_id"], **result}}) == [None]
+    assert bench.next()["result"] == [f"a: {said}", f"b: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("result", "named"),
+    [
+        ([], "tool_result: expected an object"),
+        ({"success": True}, "tool_result.call_id: expected the number"),
+        ({"call_id": "1", "success": True}, "tool_result.call_id: expected the number"),
+        ({"call_id": True, "success": True}, "tool_result.call_id: expected the number"),
+        ({"call_id": 1, "success": True}, "tool_result.call_id: there was no tool call 1"),
+        ({"call_id": 0, "success": True}, "tool_result.call_id: there was no tool call 0"),
+        ({"call_id": 10**4000, "success": True}, "tool_result.call_id: there was no tool call 1000"),
+    ],
+)
+def test_a_result_for_nobody_is_one_error_without_an_id(result: Any, named: str) -> None:
+    """A tool_result that answers no tool call is a defect of the host's, which is told."""
+    (reply,) = Bench(ask_twice).feed({"tool_result": result})
+    assert (reply["id"], reply["success"], reply["error_type"]) == (None, False, "invalid_request")
+    assert reply["error"].startswith(named) and len(reply["error"]) <= 2000
+
+
+def test_a_late_or_second_result_is_dropped() -> None:
+    """An execute may end while its tools still run: their results find nobody, which is no error."""
+    bench = Bench(ask_twice)
+    bench.request(1)
+    calls = [bench.next_tool_call(), bench.next_tool_call()]
+    assert bench.feed({"cancel": 1}) == [None]
+    assert bench.next()["error_type"] == "cancelled"
+    results = [{"tool_result": {"call_id": call["call_id"], "success": True}} for call in calls * 2]
+    assert bench.feed(*results) == [None] * 4
+    bench.request(2)
+    assert bench.next_tool_call()["call_id"] == 3
+
+
+def test_a_tool_call_that_is_not_answered_ends_with_the_deadline() -> None:
+    bench = Bench(ask_twice)
+    bench.request(1, timeout_ms=50)
+    bench.next_tool_call(), bench.next_tool_call()
+    assert bench.next()["error_type"] == "timeout"
+    assert not bench.dispatcher._conversation._asked
+
+
+def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None:
+    """Nobody would answer, and its turn would be gone for good."""
+    ended = threading.Event()
+
+    async def stubborn(args: dict[str, Any], call: Call) -> Any:
+        try:
+            await call.ask("a", {})
+        except asyncio.CancelledError:
+            try:
+                await call.ask("b", {})
+            finally:
+                ended.set()
+
+    bench = Bench(stubborn)
+    bench.request(1, timeout_ms=50)
+    bench.next_tool_call()
+    assert bench.next()["error_type"] == "timeout"
+    assert ended.wait(20)
+    bench.request(2)
+    assert bench.next_tool_call()["name"] == "a"
+    assert bench.dispatcher.load()["in_flight"] == 1
+
+
+def test_a_meter_that_fails_costs_no_reply_and_no_turn() -> None:
+    """What an LM of the host's own says of its usage may be anything."""
+
+    class Broken:
+        def summary(self) -> dict[str, Any]:
+            raise TypeError("unsupported operand")
+
+    async def work(args: dict[str, Any], call: Call) -> Any:
+        call.meter = Broken()
+        return "done"
+
+    bench = Bench(work, max_in_flight=1)
+    for id in (1, 2):
+        bench.request(id, meta=True)
+        reply = bench.next()
+        assert reply["result"] == "done"
+        assert {key: reply["meta"][key] for key in ("lm_usage", "lm_calls", "cache_hits")} == {
+            "lm_usage": {},
+            "lm_calls": 0,
+            "cache_hits": 0,
+        }
+
+
+def test_after_the_end_of_input_no_tool_is_waited_for() -> None:
+    """Those asked before get the reason, those asked after it as well: the execute goes on to its reply."""
+
+    async def ask_again(args: dict[str, Any], call: Call) -> Any:
+        return [await ask_twice(args, call), await ask_twice(args, call)]
+
+    bench = Bench(ask_again)
+    bench.request(1)
+    bench.next_tool_call(), bench.next_tool_call()
+    idle = threading.Event()
+    bench.dispatcher.when_idle(idle.set)
+    first, second = bench.next()["result"]
+    assert first == second == [f"{name}: the end of input has come; no answer can" for name in "ab"]
+    assert idle.wait(20)
+
+
+def test_arguments_too_large_for_a_frame_are_that_tools_failure() -> None:
+    async def ask(args: dict[str, Any], call: Call) -> Any:
+        return await call.ask("a", {"n": "x" * 20_000})
+
+    bench = Bench(ask)
+    bench.request(1)
+    reply = bench.next()
+    assert reply["error_type"] == "frame_too_large" and "tool a" in reply["error"]
+
+
+def test_a_stream_is_in_order_before_its_reply() -> None:
+    async def tell(args: dict[str, Any], call: Call) -> Any:
+        for n in range(100):
+            await call.tell({"n": n})
+        return "done"
+
+    bench = Bench(tell)
+    bench.request(3)
+    assert [bench.next() for _ in range(100)] == [{"id": 3, "stream": {"n": n}} for n in range(100)]
+    assert bench.next()["result"] == "done"
+
+
+def test_nothing_is_told_after_the_reply() -> None:
+    """Work that is cancelled may go on for a moment: what it tells then is nobody's."""
+    ended = threading.Event()
+
+    async def stubborn(args: dict[str, Any], call: Call) -> Any:
+        await call.tell({"n": 1})
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await call.tell({"n": 2})
+            call.note({"n": 3})
+            ended.set()
+
+    bench = Bench(stubborn)
+    bench.request(1)
+    assert bench.next()["stream"] == {"n": 1}
+    bench.feed({"cancel": 1})
+    assert bench.next()["error_type"] == "cancelled"
+    assert ended.wait(20)
+    bench.request(2)
+    assert bench.next() == {"id": 2, "stream": {"n": 1}}
+
+
+def test_a_stream_waits_while_nobody_reads_and_goes_on_when_somebody_does() -> None:
+    told = []
+
+    async def tell(args: dict[str, Any], call: Call) -> Any:
+        for n in range(3):
+            await call.tell({"n": n})
+            told.append(n)
+        return "done"
+
+    bench = Bench(tell, full=True)
+    bench.request(1)
+    assert bench.next()["stream"] == {"n": 0}
+    room = bench.waiting_for_room.get(timeout=20)
+    assert told == [] and bench.frames.empty()
+    bench.full = False
+    room()
+    assert [bench.next()["stream"]["n"] for _ in range(2)] == [1, 2]
+    assert bench.next()["result"] == "done"
+
+
+def test_a_stream_that_waits_for_room_can_be_cancelled() -> None:
+    async def tell(args: dict[str, Any], call: Call) -> Any:
+        await call.tell({"n": 0})
+
+    bench = Bench(tell, full=True)
+    bench.request(1)
+    bench.next()
+    bench.waiting_for_room.get(timeout=20)
+    bench.feed({"cancel": 1})
+    assert bench.next()["error_type"] == "cancelled"
+
+
+def test_an_item_too_large_for_a_frame_becomes_an_error_in_its_place() -> None:
+    async def tell(args: dict[str, Any], call: Call) -> Any:
+        await call.tell({"index": 5, "success": True, "result": "x" * 20_000})
+        return "done"
+
+    bench = Bench(tell)
+    bench.request(1)
+    item = bench.next()["stream"]
+    assert (item["index"], item["success"], item["error_type"]) == (5, False, "frame_too_large")
+    assert "result" not in item and bench.next()["success"]
+
+
+class Batches(Bench):
+    """`{"many": [items]}`: each waits for the gate and gives itself, an odd one fails."""
+
+    def __init__(self, **limits: int) -> None:
+        self.gate = asyncio.Event()
+        self.running = 0
+        self.most = 0
+        self.started: queue.Queue[int] = queue.Queue()
+        super().__init__(self._work, **limits)
+
+    async def _work(self, args: dict[str, Any], call: Call) -> Any:
+        if "many" in args:
+            return await batch.run(args["many"], self._one, call, stream=call.request.stream)
+        return await self._one(args["one"])
+
+    async def _one(self, item: int) -> int:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.started.put(item)
+        try:
+            await self.gate.wait()
+        finally:
+            self.running -= 1
+        if item % 2:
+            raise {1: ToolFailed("odd"), 3: SystemExit(3)}.get(item, ZeroDivisionError())
+        return item
+
+    def release(self) -> None:
+        assert self.dispatcher._loop is not None
+        self.dispatcher._loop.call_soon_threadsafe(self.gate.set)
+
+
+def test_a_batch_gives_each_result_in_order_and_keeps_to_the_limit() -> None:
+    bench = Batches(max_in_flight=3)
+    bench.request(1, {"many": [0, 1, 2, 3, 4, 5, 6, 8]})
+    assert {bench.started.get(timeout=20) for _ in range(3)} == {0, 1, 2}
+    bench.release()
+    results = bench.next()["result"]
+    assert [result.get("result") for result in results] == [0, None, 2, None, 4, None, 6, 8]
+    assert results[1] == {"success": False, "error": "odd", "error_type": "tool_error"}
+    assert [results[at]["error_type"] for at in (3, 5)] == ["internal", "internal"]
+    assert bench.most == 3 and bench.dispatcher.load()["in_flight"] == 0
+
+
+def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
+    """A batch waits for one turn at a time: thousands of inputs hold nobody up for long."""
+    bench = Batches(max_in_flight=1)
+    bench.request(1, {"many": list(range(0, 200, 2))})
+    assert bench.started.get(timeout=20) == 0
+    bench.request(2, {"one": 1000})
+    bench.release()
+    order = [bench.started.get(timeout=20) for _ in range(100)]
+    assert order.index(1000) <= 1
+    assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
+
+
+def test_each_item_of_a_batch_begins_in_a_turn_of_the_loop_of_its_own() -> None:
+    """Hundreds may run at once, and until they first wait, their inputs are checked and written into prompts."""
+    turns: list[int] = [0]
+    begun: list[int] = []
+
+    async def work(_item: int) -> None:
+        begun.append(turns[0])
+
+    async def many(args: dict[str, Any], call: Call) -> Any:
+        watch = asyncio.create_task(_count(turns))
+        try:
+            return await batch.run(args["many"], work, call, stream=False)
+        finally:
+            watch.cancel()
+
+    bench = Bench(many, max_in_flight=256)
+    bench.request(1, {"many": list(range(100))})
+    assert len(bench.next()["result"]) == 100
+    assert len(set(begun)) == 100
+
+
+async def _count(turns: list[int]) -> None:
+    while True:
+        turns[0] += 1
+        await asyncio.sleep(0)
+
+
+def test_cancelling_a_batch_cancels_all_its_items() -> None:
+    bench = Batches(max_in_flight=2)
+    bench.request(1, {"many": [0, 2, 4, 6]})
+    assert {bench.started.get(timeout=20) for _ in range(2)} == {0, 2}
+    bench.feed({"cancel": 1})
+    assert bench.next()["error_type"] == "cancelled"
+    bench.release()
+    bench.request(2, {"one": 8})
+    assert bench.next() == {"id": 2, "success": True, "result": 8}
+    assert bench.started.get(timeout=20) == 8 and bench.started.empty()
+    assert bench.dispatcher.load()["in_flight"] == 0 and bench.dispatcher.load()["queued"] == 0
+
+
+def test_a_cancelled_batch_leaves_its_one_turn_to_the_execute_behind_it() -> None:
+    """No more and no less: what is queued behind that waits for its end."""
+    bench = Batches(max_in_flight=1)
+    bench.request(1, {"many": [0, 2, 4]})
+    assert bench.started.get(timeout=20) == 0
+    bench.request(2, {"one": 6})
+    bench.feed({"cancel": 1})
+    assert bench.next()["error_type"] == "cancelled"
+    assert bench.started.get(timeout=20) == 6
+    bench.request(3, {"one": 8})
+    bench.request(4, {"one": 1}, timeout_ms=1)
+    assert bench.next()["error_type"] == "timeout"
+    load = bench.dispatcher.load()
+    assert (load["in_flight"], load["queued"], bench.running) == (1, 1, 1) and bench.started.empty()
+    bench.release()
+    assert [bench.next(), bench.next()] == [{"id": id, "success": True, "result": 2 * id + 2} for id in (2, 3)]
+    load = bench.dispatcher.load()
+    assert (load["in_flight"], load["queued"], bench.most) == (0, 0, 1)
+
+
+def test_a_streamed_batch_tells_each_result_as_it_comes() -> None:
+    bench = Batches()
+    bench.request(1, {"many": [0, 1, 2]}, stream=True)
+    for _ in range(3):
+        bench.started.get(timeout=20)
+    bench.release()
+    items = [bench.next()["stream"] for _ in range(3)]
+    results = bench.next()["result"]
+    for item in items:
+        assert {"index": item["index"], **results[item["index"]]} == item
+    assert {item["index"] for item in items} == {0, 1, 2}
+
+
+def test_an_empty_batch_has_no_results() -> None:
+    bench = Batches()
+    bench.request(1, {"many": []})
+    bench.feed({"id": 2, "command": "work", "args": {"many": []}})
+    assert bench.next()["result"] == []
+
+
+def test_a_batch_counts_as_one_in_the_queue() -> None:
+    """With the queue full it is refused at once, like any execute."""
+    bench = Batches(max_in_flight=1, max_queue=1)
+    bench.request(1, {"one": 0})
+    bench.started.get(timeout=20)
+    bench.request(2, {"many": [2] * 50})
+    bench.request(3, {"many": [2]})
+    refused = bench.next()
+    assert (refused["id"], refused["error_type"]) == (3, "overloaded")
+    bench.release()
+    assert {bench.next()["id"], bench.next()["id"]} == {1, 2}

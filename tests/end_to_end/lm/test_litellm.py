@@ -1,0 +1,121 @@
+"""LiteLLM takes seconds to import. Whatever sends a call there for the first time, nobody else waits for it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from conftest import lm_env
+from peer import ROOT, Peer
+
+QA = {"id": "qa", "signature": "question -> answer"}
+ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
+
+# LiteLLM's import begins, and never ends.
+HELD = """
+import os, time
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+import sys
+
+class Held(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "litellm":
+            return None
+        spec = PathFinder.find_spec(name)
+        spec.loader.exec_module = hold
+        return spec
+
+def hold(module):
+    open(os.path.join(os.path.dirname(__file__), "begun"), "w").close()
+    time.sleep(1000)
+
+sys.meta_path.insert(0, Held())
+"""
+HOST = """
+import dspy
+from dspy.lm15 import Message, Request
+
+class Typed(dspy.Module):
+    async def aforward(self, question):
+        lm = dspy.settings.lm.copy(engine="litellm")
+        response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
+        return dspy.Prediction(answer=response.text)
+
+class InThread(dspy.Module):
+    def forward(self, question):
+        return dspy.Predict("question -> answer")(question=question)
+"""
+
+
+def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_path: Path) -> None:
+    """By each way that leads there: what an LM or a call is set to, a stream, modules of the host's own."""
+    (tmp_path / "sitecustomize.py").write_text(HELD)
+    (tmp_path / "host.py").write_text(HOST)
+    server = start_lm()
+    lm = {"model": "openai/stub-model", **server.options()}
+    env = {**lm_env(server), "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_ALLOW_MODULES": "host"}
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        # By then the short steps of calls with this model run on the event loop.
+        ({**ASK, "config": {"extra_headers": {"X-Own": "1"}}}, {}),
+        ({**ASK, "lm": {**lm, "foo": 1}}, {}),
+        ({**ASK, "config": {"max_tokens": -5}}, {}),
+        ({**ASK, "lm": {**lm, "engine": "litellm"}}, {}),
+        ({**ASK, "lm": {**lm, "engine": "litellm"}}, {"stream": True}),
+        ({**ASK, "lm": {**lm, "model": "unheard-of/model"}}, {}),
+        ({**ASK, "lm": {**lm, "model_type": "text"}}, {}),
+        ({**ASK, "program_id": "Typed"}, {}),
+        ({**ASK, "program_id": "Typed"}, {"stream": True}),
+        ({**ASK, "program_id": "InThread", "lm": {**lm, "foo": 2}}, {}),
+    ]
+    with Peer(env=env) as peer:
+        assert peer.call("create_program", QA)["success"]
+        for name in ("Typed", "InThread"):
+            assert peer.call("create_program", {**QA, "id": name, "program_type": f"host:{name}"})["success"]
+        for _ in range(10):
+            assert peer.call("execute_program", ASK)["success"]
+        asked = len(server.requests)
+        for args, envelope in ways:
+            late = peer.request("execute_program", args, timeout_ms=300, **envelope)
+            held = peer.request("execute_program", args, **envelope)
+            reply = peer.receive(10)
+            assert (reply["id"], reply.get("error_type")) == (late, "timeout"), (args, reply)
+            assert peer.call("execute_program", ASK)["success"], args
+            peer.send({"cancel": held})
+            reply = peer.receive(10)
+            assert (reply["id"], reply["error_type"]) == (held, "cancelled"), args
+        assert (tmp_path / "begun").exists() and len(server.requests) == asked + len(ways)
+
+
+def test_the_first_call_by_litellm_is_answered_and_holds_nobody_up(start_lm: Any) -> None:
+    """With LiteLLM itself: pings, executes and a deadline, as long as it is imported."""
+    server = start_lm()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", QA)
+        peer.call("execute_program", ASK)
+        begun = time.monotonic()
+        first = peer.request("execute_program", {**ASK, "lm": {"model": "openai/m", **server.options(foo=1)}})
+        slowest, rounds, answer = 0.0, 0, None
+        while answer is None:
+            sent = time.monotonic()
+            wanted = {peer.request("ping"), peer.request("execute_program", ASK)}
+            wanted.add(peer.request("execute_program", ASK, timeout_ms=1))
+            while wanted:
+                reply = peer.receive()
+                if reply["id"] == first:
+                    answer = reply
+                wanted.discard(reply["id"])
+            slowest, rounds = max(slowest, time.monotonic() - sent), rounds + 1
+        took = time.monotonic() - begun
+        assert answer["result"] == {"answer": "Paris"}
+        assert rounds > 3 and slowest < took / 3, f"{slowest:.1f} s of {took:.1f} s"
+
+
+def test_with_a_dspy_of_other_names_inside_all_works(start_lm: Any, tmp_path: Path) -> None:
+    """It only is as it is in DSPy: the first call by LiteLLM holds up the others, and the log says so."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['dspy_bridge.lm.litellm_loading'] = None")
+    with Peer(env={**lm_env(start_lm()), "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
+        assert peer.call("create_program", QA)["success"]
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
+        assert "WARNING dspy_bridge: with this DSPy the first call by LiteLLM holds up" in peer.finish()[2]

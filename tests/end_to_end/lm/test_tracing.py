@@ -1,0 +1,474 @@
+"""`traceparent`: a W3C trace context goes with a request to the LM's HTTP requests, the log and the host's own code."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PARIS, lm_env
+from lm_server import Answer, LMServer, chat, script
+from peer import PATIENCE, ROOT, Peer
+
+FIRST = "00-" + "a" * 32 + "-" + "1" * 16 + "-01"
+SECOND = "00-" + "b" * 32 + "-" + "2" * 16 + "-00"
+THIRD = "00-" + "c" * 32 + "-" + "3" * 16 + "-01"
+QA = {"id": "qa", "signature": "question -> answer"}
+
+HOST = '''
+import logging, pickle
+import dspy
+from dspy.lm15 import Message, Request
+from dspy.utils.callback import BaseCallback
+from dspy_bridge import tracing
+
+log = logging.getLogger("host")
+
+class Hears(BaseCallback):
+    def on_lm_start(self, call_id, instance, inputs):
+        log.warning("lm_start %s", tracing.current())
+
+def callback():
+    dspy.configure(callbacks=[Hears()])
+
+class Tells(dspy.Module):
+    async def aforward(self, question):
+        log.warning("at work on %s", question)
+        return dspy.Prediction(answer=str(tracing.current()))
+
+class TellsInThread(dspy.Module):
+    def forward(self, question):
+        log.warning("at work on %s", question)
+        return dspy.Prediction(answer=str(tracing.current()))
+
+class Raises(dspy.Module):
+    async def aforward(self, question):
+        raise KeyError(question)
+
+class Sync(dspy.Module):
+    def __init__(self, signature):
+        super().__init__()
+        self.inner = dspy.Predict(signature)
+    def forward(self, question):
+        return self.inner(question=question)
+
+class Parallel(Sync):
+    """In threads of DSPy's."""
+    def forward(self, question):
+        def one(question):
+            log.warning("at work on %s", question)
+            return self.inner(question=question)
+        first, _ = dspy.Parallel(num_threads=2, disable_progress_bar=True)([(one, {"question": q}) for q in "xy"])
+        return first
+
+class OwnLM(dspy.Module):
+    """With an LM of DSPy's that the peer has not made."""
+    async def aforward(self, question):
+        lm = dspy.LM(dspy.settings.lm.model, **{**dspy.settings.lm.kwargs, "cache": False, "num_retries": 0})
+        with dspy.context(lm=lm):
+            return await dspy.Predict("question -> answer").acall(question=question)
+
+class Typed(dspy.Module):
+    """By a request of DSPy's own type."""
+    async def aforward(self, question):
+        lm = dspy.settings.lm
+        response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
+        return dspy.Prediction(answer=response.text)
+
+class History(dspy.Module):
+    async def aforward(self, question):
+        lm = dspy.settings.lm
+        with dspy.context(disable_history=False, max_history_size=10):
+            await dspy.Predict("question -> answer").acall(question=question)
+        cached = pickle.dumps(list(dspy.cache.memory_cache.values()))
+        return dspy.Prediction(answer=f"{lm.history} {lm.dump_state()} {cached}")
+
+class Fixed(dspy.BaseLM):
+    """Takes no headers."""
+    def forward(self, prompt=None, messages=None, **kwargs):
+        assert "extra_headers" not in kwargs and "headers" not in kwargs
+        from types import SimpleNamespace as Some
+        choice = Some(message=Some(content="[[ ## answer ## ]]\\nfixed"), finish_reason="stop")
+        return Some(choices=[choice], usage={}, model="fixed")
+    async def aforward(self, prompt=None, messages=None, **kwargs):
+        return self.forward(prompt, messages, **kwargs)
+
+def own_lm():
+    dspy.configure(lm=Fixed(model="fixed"))
+'''
+
+
+class TracedLM(LMServer):
+    """`asked`: of each request the question in it and the values of its header, in the order of the answers."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
+        self.asked: list[tuple[str, list[str] | None]] = []
+        # Headers of the last request, by header.
+        self.headers: dict[str, str] = {}
+        connection = threading.local()
+
+        def noted(request: dict[str, Any]) -> Answer:
+            said = re.findall(r"\[\[ ## question ## \]\]\s*(\w+)", json.dumps(request).replace("\\n", "\n"))
+            self.asked.append((said[-1] if said else "", connection.traceparents))
+            return answer(request)
+
+        super().__init__(noted)
+        handler: Any = self._server.RequestHandlerClass
+        plain, server = handler.do_POST, self
+
+        def do_post(self: Any) -> None:
+            connection.traceparents = self.headers.get_all("traceparent")
+            server.headers = {name.lower(): value for name, value in self.headers.items()}
+            plain(self)
+
+        handler.do_POST = do_post
+
+
+@pytest.fixture
+def start_lm() -> Iterator[Callable[..., TracedLM]]:
+    """Starts loopback LMs that note the header."""
+    servers = []
+
+    def start(answer: Callable[[dict[str, Any]], Answer] | Answer = PARIS) -> TracedLM:
+        servers.append(TracedLM(answer if callable(answer) else lambda _request: answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+    """Starts a peer that has `host`."""
+    (tmp_path / "host.py").write_text(HOST)
+    peers = []
+
+    def start(**env: str) -> Peer:
+        peers.append(Peer(env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_ALLOW_MODULES": "host", **env}))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.__exit__()
+
+
+def ask(question: str, **args: Any) -> dict[str, Any]:
+    return {"program_id": "qa", "inputs": {"question": question}, **args}
+
+
+def reply_of(peer: Peer, id: int, logged: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The reply, and what came before it; of log records, which go their own way, so many are waited for."""
+    frames: list[dict[str, Any]] = []
+    reply: dict[str, Any] | None = None
+    while reply is None or sum("log" in frame for frame in frames) < logged:
+        frame = peer.receive()
+        if "success" in frame:
+            reply = frame
+        else:
+            frames.append(frame)
+    assert reply["id"] == id
+    return reply, frames
+
+
+# Options of an LM, and how to know the way that DSPy takes with them: its own engine has no headers.
+WAYS: dict[str, tuple[dict[str, Any], str]] = {
+    "its own engine": ({}, "lm15"),
+    "LiteLLM": ({"extra_headers": {"X-Own": "1"}}, "DSPy"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_execute_has_its_own_header_and_one_without_has_none(start_lm: Any, way: str, stream: bool) -> None:
+    """At the same time, over the same connections."""
+    options, agent = WAYS[way]
+    server = start_lm()
+    with Peer(env=lm_env(server, **options)) as peer:
+        assert peer.call("create_program", QA)["success"]
+        for _again in range(2):
+            server.gate.clear()
+            given: list[tuple[str, dict[str, str]]] = [
+                ("one", {"traceparent": FIRST}), ("two", {"traceparent": SECOND}), ("none", {})
+            ]  # fmt: skip
+            ids = {peer.request("execute_program", ask(name), stream=stream, **more) for name, more in given}
+            for _ in ids:
+                assert server.arrived.acquire(timeout=PATIENCE)
+            server.gate.set()
+            while ids:
+                frame = peer.receive()
+                if "success" in frame:
+                    assert frame["result"] == {"answer": "Paris"}, frame
+                    ids.remove(frame["id"])
+        assert sorted(server.asked) == sorted([("one", [FIRST]), ("two", [SECOND]), ("none", None)] * 2)
+        assert server.headers["user-agent"].startswith(agent)
+
+
+@pytest.mark.parametrize("model_type", ["text", "responses"])
+def test_the_other_apis_of_litellm_have_it_too(start_lm: Any, model_type: str) -> None:
+    text = {"object": "text_completion", "choices": [{"index": 0, "text": PARIS, "finish_reason": "stop"}]}
+    said = {"type": "message", "id": "m", "status": "completed", "role": "assistant"}
+    response = {
+        "object": "response", "created_at": 0, "status": "completed", "parallel_tool_calls": False, "tools": [],
+        "output": [{**said, "content": [{"type": "output_text", "text": PARIS, "annotations": []}]}],
+    }  # fmt: skip
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2, "input_tokens": 1, "output_tokens": 1}
+    body = {"id": "c1", "created": 0, "model": "m", "usage": usage, **(text if model_type == "text" else response)}
+    server = start_lm((200, body))
+    with Peer(env=lm_env(server, engine="litellm", model_type=model_type)) as peer:
+        assert peer.call("create_program", QA)["success"]
+        reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
+        assert reply.get("result") == {"answer": "Paris"}, reply
+        assert peer.call("execute_program", ask("two"))["success"]
+    assert [traceparents for _, traceparents in server.asked] == [[FIRST], None]
+
+
+def test_it_is_a_header_and_nothing_in_the_body(start_lm: Any) -> None:
+    """LiteLLM writes extra headers into the body that some providers get, and they may refuse it for that."""
+    server = start_lm()
+    with Peer() as peer:
+        for model in ("azure_ai/x", "openai/x"):
+            assert peer.call("create_program", {**QA, "lm": {"model": model, **server.options(engine="litellm")}})[
+                "success"
+            ]
+            for envelope in ({"traceparent": FIRST}, {}):
+                assert peer.call("execute_program", ask("one"), **envelope)["success"]
+            traced, plain = server.requests[-2:]
+            assert traced == plain and "extra_headers" not in traced, model
+    assert [traceparents for _, traceparents in server.asked] == [[FIRST], None] * 2
+
+
+def test_a_header_of_the_lms_own_gives_way_the_others_stay(start_lm: Any) -> None:
+    """Whatever its case, with OpenAI's client and LiteLLM's own. A call without a trace sends it."""
+    server = start_lm()
+    with Peer() as peer:
+        for model, key in itertools.product(("openai/x", "mistral/x"), ("headers", "extra_headers")):
+            lm = {"model": model, **server.options(**{key: {"Traceparent": THIRD, "X-Own": "1"}})}
+            assert peer.call("create_program", {**QA, "lm": lm})["success"]
+            for envelope, wanted in (({"traceparent": FIRST}, FIRST), ({}, THIRD)):
+                reply = peer.call("execute_program", ask("one"), **envelope)
+                assert reply["success"], reply
+                assert server.asked.pop() == ("one", [wanted]), (model, key)
+                assert server.headers["x-own"] == "1"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_cache_hits_whatever_the_trace(start_lm: Any, way: str) -> None:
+    server = start_lm()
+    with Peer(env=lm_env(server, cache=True, **WAYS[way][0])) as peer:
+        assert peer.call("create_program", QA)["success"]
+        for envelope in ({"traceparent": FIRST}, {"traceparent": SECOND}, {}):
+            reply = peer.call("execute_program", ask("one"), meta=True, **envelope)
+            assert reply["result"] == {"answer": "Paris"}
+            assert reply["meta"]["cache_hits"] == ("traceparent" not in envelope or envelope["traceparent"] == SECOND)
+    assert server.asked == [("one", [FIRST])]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_neither_history_nor_cache_nor_state_keeps_it(start: Callable[..., Peer], start_lm: Any, way: str) -> None:
+    server = start_lm()
+    peer = start(**lm_env(server, cache=True, **WAYS[way][0]))
+    assert peer.call("create_program", {**QA, "program_type": "host:History"})["success"]
+    reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
+    kept = reply["result"]["answer"]
+    assert kept.count("Paris") > 1 and "'uuid'" in kept, "there is a history, and a cache"
+    assert "a" * 32 not in kept
+    assert peer.call("create_program", {**QA, "lm": {"model": "openai/x", **server.options()}})["success"]
+    assert peer.call("execute_program", ask("two"), traceparent=FIRST)["success"]
+    listed = peer.call("list_programs", {"state": True, "details": True}, traceparent=FIRST)
+    assert "state" in listed["result"]["details"][0] and "a" * 32 not in str(listed)
+    assert server.asked == [("one", [FIRST]), ("two", [FIRST])]
+
+
+def test_every_lm_call_of_an_agent_has_it(start_lm: Any) -> None:
+    step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": '{"at": "it"}'}
+    done = {**step, "next_tool_name": "finish", "next_tool_args": "{}"}
+    server = start_lm(script(chat(**step), chat(**step), chat(**done), chat(reasoning="Seen.", answer="Paris")))
+    tool = {"name": "look", "description": "Looks.", "args": {"at": {"type": "str"}}}
+    with Peer(env=lm_env(server)) as peer:
+        assert peer.call("create_program", {**QA, "program_type": "react", "tools": [tool]})["success"]
+        peer.request("execute_program", ask("one"), traceparent=FIRST)
+        for _ in range(2):
+            call = peer.receive()["tool_call"]
+            peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "a city"}})
+        assert peer.receive()["result"]["answer"] == "Paris"
+    assert server.asked == [("one", [FIRST])] * 4
+
+
+def test_so_has_every_try(start_lm: Any) -> None:
+    """After a failure of the LM's, in the adapter's other format, of a best of n, a refinement and of two steps."""
+    busy = (503, {"error": {"message": "busy", "type": "error", "code": None}})
+    server = start_lm(script(busy, "Paris, I think.", '{"answer": "Paris"}'))
+    with Peer(env=lm_env(server, num_retries=1)) as peer:
+        assert peer.call("create_program", QA)["success"]
+        assert peer.call("execute_program", ask("one"), traceparent=FIRST)["success"]
+    assert server.asked == [("one", [FIRST])] * 3
+    advice = chat(answer="Paris", discussion="None.", advice="{}")
+    reward = {"n": 2, "reward": {"field": "answer", "equals": "Rome"}}
+    programs: tuple[tuple[dict[str, Any], int], ...] = (
+        ({"program_type": "best_of_n", "options": reward}, 2),
+        ({"program_type": "refine", "options": reward}, 3),
+        ({"adapter": {"name": "two_step", "extraction_model": {"model": "openai/x"}}}, 2),
+    )
+    for program, calls in programs:
+        server = start_lm(advice)
+        if "adapter" in program:
+            program["adapter"]["extraction_model"] |= server.options()
+        with Peer(env=lm_env(server)) as peer:
+            assert peer.call("create_program", {**QA, **program})["success"]
+            assert peer.call("execute_program", ask("one"), traceparent=FIRST)["success"]
+        assert [traceparents for _, traceparents in server.asked] == [[FIRST]] * calls, program
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("module", ["Sync", "Parallel", "OwnLM", "Typed"])
+def test_modules_of_the_hosts_own_have_it(start: Callable[..., Peer], start_lm: Any, module: str, way: str) -> None:
+    """In a thread, in threads that DSPy starts there, with LMs of their own, by requests of DSPy's own type."""
+    server = start_lm()
+    peer = start(**lm_env(server, **WAYS[way][0]))
+    assert peer.call("create_program", {**QA, "program_type": f"host:{module}"})["success"]
+    for envelope in ({"traceparent": FIRST}, {}):
+        reply = peer.call("execute_program", ask("one"), **envelope)
+        assert "Paris" in reply["result"]["answer"], reply
+        wanted = [FIRST] if envelope else None
+        assert [traceparents for _, traceparents in server.asked] == [wanted] * (2 if module == "Parallel" else 1)
+        server.asked.clear()
+
+
+def test_each_input_of_a_list_has_it_and_whoever_comes_after_it_has_not(start_lm: Any) -> None:
+    """With one turn for all, the end of one of the list's starts the next request."""
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env={**lm_env(server), "DSPY_BRIDGE_MAX_IN_FLIGHT": "1"}) as peer:
+        assert peer.call("create_program", QA)["success"]
+        many = {"program_id": "qa", "inputs": [{"question": "one"}, {"question": "two"}]}
+        peer.request("execute_program", many, traceparent=FIRST)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        for _ in range(2):
+            peer.request("execute_program", ask("none"))
+        peer.request("execute_program", ask("other"), traceparent=SECOND)
+        while peer.call("get_stats")["result"]["queued"] < 4:
+            pass
+        server.gate.set()
+        assert all(reply["success"] for reply in peer.receive_all(4).values())
+    wanted = [("one", [FIRST]), ("two", [FIRST]), ("none", None), ("none", None), ("other", [SECOND])]
+    assert sorted(server.asked, key=str) == sorted(wanted, key=str)
+
+
+@pytest.mark.parametrize("env", [{"DSPY_BRIDGE_LM": "offline/echo"}, {"DSPY_BRIDGE_INIT": "host:own_lm"}])
+def test_an_lm_that_takes_no_headers_is_left_alone(start: Callable[..., Peer], env: dict[str, str]) -> None:
+    peer = start(**env)
+    assert peer.call("create_program", QA)["success"]
+    reply, _ = reply_of(peer, peer.request("execute_program", ask("one"), traceparent=FIRST, stream=True))
+    assert reply["success"], reply
+
+
+# As if it could not be imported, and as if the last of the places were not there.
+OTHER_NAMES = {
+    "import": "import sys; sys.modules['dspy_bridge.lm.trace_headers'] = None",
+    "attribute": """
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.util import find_spec
+
+class Renames(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "dspy_bridge.lm.trace_headers":
+            sys.meta_path.remove(self)
+            from dspy.clients.engines import AsyncLiteLLMEngine
+            del AsyncLiteLLMEngine._arguments
+            return find_spec(name)
+
+sys.meta_path.insert(0, Renames())
+""",
+}
+
+
+@pytest.mark.parametrize("other", OTHER_NAMES)
+def test_with_a_dspy_of_other_names_inside_all_works_but_the_header(
+    start: Callable[..., Peer], start_lm: Any, tmp_path: Path, other: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OTHER_NAMES[other])
+    server = start_lm()
+    peer = start(**lm_env(server))
+    assert peer.call("create_program", QA)["success"]
+    assert peer.call("execute_program", ask("one"), traceparent=FIRST)["result"] == {"answer": "Paris"}
+    assert server.asked == [("one", None)]
+    assert (
+        "WARNING dspy_bridge: with this DSPy no traceparent reaches LMs, and their answers have no limit\n"
+        in peer.finish()[2]
+    )
+
+
+LOGGED = [
+    ("host:Tells", FIRST), ("host:TellsInThread", SECOND), ("host:Tells", None), ("host:TellsInThread", None)
+]  # fmt: skip
+
+
+def test_log_frames_tell_it_and_those_of_others_do_not(start: Callable[..., Peer]) -> None:
+    """The host's own records, from its code on the loop and in threads, and the peer's."""
+    peer = start(DSPY_BRIDGE_LM="offline/echo", DSPY_BRIDGE_LOG_FRAMES="1")
+    for program, traceparent in LOGGED:
+        assert peer.call("create_program", {**QA, "program_type": program})["success"]
+        envelope = {} if traceparent is None else {"traceparent": traceparent}
+        reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), **envelope), 1)
+        assert reply["result"] == {"answer": str(traceparent)}, "the module sees it, too"
+        said = {"level": "warning", "logger": "host", "message": "at work on one", **envelope}
+        assert frames == [{"log": said}]
+    assert peer.call("create_program", {**QA, "program_type": "host:Parallel"})["success"]
+    reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), traceparent=THIRD), 2)
+    assert [frame["log"].get("traceparent") for frame in frames] == [THIRD] * 2
+    assert peer.call("create_program", {**QA, "program_type": "host:Raises"})["success"]
+    inputs = [{"question": "one"}, {"question": "two"}]
+    for args, failed in ((ask("one"), 1), ({"program_id": "qa", "inputs": inputs}, 2)):
+        for envelope in ({"traceparent": FIRST}, {}):
+            _, frames = reply_of(peer, peer.request("execute_program", args, **envelope), failed)
+            assert [frame["log"]["logger"] for frame in frames] == ["dspy_bridge"] * failed
+            assert [frame["log"].get("traceparent") for frame in frames] == [envelope.get("traceparent")] * failed
+
+
+def test_lines_on_stderr_tell_it_and_those_of_others_do_not(start: Callable[..., Peer]) -> None:
+    peer = start(DSPY_BRIDGE_LM="offline/echo")
+    for program, traceparent in LOGGED:
+        assert peer.call("create_program", {**QA, "program_type": program})["success"]
+        assert peer.call("execute_program", ask("one"), traceparent=traceparent)["success"]
+    pid = peer.process.pid
+    _, _, log = peer.finish()
+    wanted = [f" traceparent={traceparent}" if traceparent else "" for _, traceparent in LOGGED]
+    assert log.splitlines() == [f"dspy_bridge[{pid}] WARNING host{trace}: at work on one" for trace in wanted]
+
+
+def test_a_callback_of_the_hosts_hears_it_in_threads_too(start: Callable[..., Peer], start_lm: Any) -> None:
+    """What a callback for OpenTelemetry needs to go on with the trace."""
+    server = start_lm()
+    peer = start(**lm_env(server), DSPY_BRIDGE_INIT="host:callback", DSPY_BRIDGE_LOG_FRAMES="1")
+    for program, logged in (("predict", 1), ("host:Sync", 1), ("host:Parallel", 4)):
+        assert peer.call("create_program", {**QA, "program_type": program})["success"]
+        for traceparent in (FIRST, None):
+            id = peer.request("execute_program", ask("one"), traceparent=traceparent)
+            _, frames = reply_of(peer, id, logged)
+            said = {frame["log"]["message"] for frame in frames} - {"at work on x", "at work on y"}
+            assert said == {f"lm_start {traceparent}"}, program
+
+
+@pytest.mark.parametrize("command", ["ping", "list_programs", "get_stats", "cleanup", "execute_program"])
+def test_what_is_none_is_refused_under_the_requests_id(echo_peer: Peer, command: str) -> None:
+    refused = (
+        "traceparent: expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
+    )
+    for value in (FIRST.upper(), "", 5, {}, FIRST + "\r\nx: y"):
+        reply = echo_peer.call(command, traceparent=value)
+        assert (reply["error_type"], reply["error"]) == ("invalid_request", refused)
+
+
+def test_every_command_takes_one(echo_peer: Peer) -> None:
+    for command, args in (
+        ("ping", {}), ("create_program", QA), ("execute_program", ask("one")), ("list_programs", {}),
+        ("get_stats", {}), ("cleanup", {}),
+    ):  # fmt: skip
+        assert echo_peer.call(command, args, traceparent=FIRST)["success"], command

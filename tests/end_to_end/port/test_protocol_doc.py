@@ -1,0 +1,112 @@
+"""docs/protocol.md says what the peer does: every example on the page is run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+from peer import ROOT, Peer, contains
+
+from dspy_bridge.wire import messages
+
+PAGE = (ROOT / "docs" / "protocol.md").read_text()
+EXAMPLES = re.findall(r"```json (send|receive)\n(.*?)\n```", PAGE, re.DOTALL)
+# Values that differ from run to run: only their type is compared.
+VARY = {
+    "timestamp", "duration_ms", "queue_ms", "created_at", "last_executed", "rss", "vms", "uptime", "p50_ms", "p99_ms",
+    "pid", "dspy_bridge", "python", "dspy", "psutil", "cloudpickle",
+}  # fmt: skip
+
+
+def same(got: Any, said: Any, name: str = "") -> bool:
+    if name in VARY:
+        return type(got) is type(said)
+    if isinstance(said, dict):
+        return isinstance(got, dict) and set(got) == set(said) and all(same(got[k], said[k], k) for k in said)
+    if isinstance(said, list):
+        return len(got) == len(said) and all(same(g, s) for g, s in zip(got, said, strict=True))
+    return type(got) is type(said) and got == said
+
+
+def test_every_example_is_what_the_peer_does(echo_peer: Peer) -> None:
+    assert len(EXAMPLES) > 50
+    sent = "nothing"
+    for direction, payload in EXAMPLES:
+        if direction == "send":
+            sent = payload
+            echo_peer.send(payload.encode())
+        else:
+            got = echo_peer.receive()
+            assert same(got, json.loads(payload)), f"{sent}\ngave {json.dumps(got)}"
+            assert len({"success", "stream", "tool_call", "log"} & set(got)) == 1
+
+
+def test_the_frame_made_by_hand() -> None:
+    found = re.search(r"```sh\n(.*?)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
+    assert found is not None
+    command = found[1].replace("python", sys.executable)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == found[2].strip()
+
+
+def test_args_are_nested_as_deep_as_it_says_and_no_deeper(echo_peer: Peer) -> None:
+    found = re.search(r"`args` may be nested ([0-9]+) levels deep, itself the first", PAGE)
+    assert found is not None
+    for lists, success in ((int(found[1]) - 1, True), (int(found[1]), False)):
+        echo_peer.send(b'{"id":7,"command":"ping","args":{"a":' + b"[" * lists + b"1" + b"]" * lists + b"}}")
+        reply = echo_peer.receive()
+        assert (reply["id"], reply["success"]) == (7, success)
+    assert reply["error_type"] == "invalid_json"
+
+
+def test_replies_have_no_more_levels_than_it_says() -> None:
+    found = re.search(r"Replies have at most ([0-9]+) levels: a result with more is cut at ([0-9]+)", PAGE)
+    assert found is not None
+    most = 0
+    value: Any = 1
+    for _ in range(int(found[1]) + 1):
+        value = [value]
+        payload = messages.encode_result(1, value)
+        # In an empty frame of text a "[" is a level.
+        most = max(most, payload.count(b"[") + 1)
+    assert most <= int(found[1])
+    assert payload.count(b"[") == int(found[2]) + 1 and b"nested deeper than " + found[2].encode() in payload
+
+
+def test_requests_without_a_deadline_have_none() -> None:
+    """The page says to set one."""
+    request = messages.decode(b'{"id": 1, "command": "execute_program"}')
+    assert isinstance(request, messages.Request) and request.timeout_ms is None
+
+
+def test_half_of_a_surrogate_pair_is_no_text_and_the_last_of_two_keys_counts(echo_peer: Peer) -> None:
+    echo_peer.send(b'{"id": 1, "command": "ping", "args": {"a": "\\ud800"}}')
+    assert echo_peer.receive()["error_type"] == "invalid_json"
+    echo_peer.send(b'{"id": 1, "command": "ping", "id": 2}')
+    assert echo_peer.receive()["id"] == 2
+
+
+def test_numbers_with_a_point_and_null_are_no_ids(echo_peer: Peer) -> None:
+    for id in ("1.0", "null"):
+        echo_peer.send(b'{"id": %s, "command": "ping"}' % id.encode())
+        assert contains(echo_peer.receive(), {"id": None, "error_type": "invalid_request"})
+
+
+def test_arguments_that_are_not_known_are_refused_where_it_says(echo_peer: Peer) -> None:
+    args = {"id": "x", "signature": "a -> b", "program_id": "x", "inputs": {}}
+    for name in ("create_program", "execute_program", "cleanup"):
+        assert echo_peer.call(name, {**args, "program_idz": []})["error_type"] == "invalid_args"
+    for name in ("ping", "list_programs", "get_stats"):
+        assert echo_peer.call(name, {"program_idz": []})["success"]
+    assert echo_peer.call("cleanup", {"program_ids": ["nobody"]})["success"]
+    assert echo_peer.call("list_programs", {"program_ids": ["nobody"]})["result"] == {"programs": []}
+
+
+def test_every_error_type_is_in_the_table() -> None:
+    from dspy_bridge import errors
+
+    types = {kind.error_type for kind in vars(errors).values() if isinstance(kind, type)}
+    assert all(f"| `{kind}` |" in PAGE for kind in types | {"invalid_json", "invalid_request"})

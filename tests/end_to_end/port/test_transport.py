@@ -1,0 +1,510 @@
+"""The peer as a port program: frames and nothing else on its stdout, and an end when its owner wants or is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import lm_env
+from peer import PATIENCE, ROOT, Peer, contains, frame, payloads, vector_payload, vectors
+
+CREATE = {"id": "qa", "signature": "question -> answer"}
+ASK = {"program_id": "qa", "inputs": {"question": "x"}}
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    """A peer that stays, as it should, whatever these tests send to it."""
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        yield peer
+
+
+@pytest.mark.parametrize("vector", vectors("requests"), ids=lambda v: v["name"])
+def test_good_requests_get_their_replies(peer: Peer, vector: dict[str, Any]) -> None:
+    peer.send(vector["payload"])
+    reply = peer.receive()
+    assert contains(reply, vector["reply"]), reply
+
+
+@pytest.mark.parametrize("vector", vectors("malformed"), ids=lambda v: v["name"])
+def test_a_malformed_payload_costs_one_error_reply(peer: Peer, vector: dict[str, Any]) -> None:
+    peer.send(vector_payload(vector), {"id": "after", "command": "ping"})
+    reply, after = peer.receive(), peer.receive()
+    assert list(reply) == ["id", "success", "error", "error_type"]
+    assert (reply["id"], reply["success"], reply["error_type"]) == (vector["id"], False, vector["error_type"])
+    assert vector.get("error_has", "") in reply["error"] and "\n" not in reply["error"]
+    assert after["id"] == "after" and after["success"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other kernel has it")
+def test_where_memory_runs_out_it_is_taken_before_its_owner_and_its_watchdog(peer: Peer) -> None:
+    def score(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    assert peer.call("ping")["success"]
+    own = score(os.getpid())
+    assert score(peer.process.pid) == max(own, 500)
+    (watchdog,) = psutil.Process(peer.process.pid).children()
+    assert score(watchdog.pid) == own
+
+
+def test_ping_has_the_time_as_a_float(peer: Peer) -> None:
+    result = peer.call("ping")["result"]
+    assert result["status"] == "ok" and type(result["timestamp"]) is float
+
+
+def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
+    """Neither DSPy nor what costs more than a millisecond or two; see messages for orjson."""
+    code = (
+        "import sys, runpy; sys.argv = ['dspy_bridge']\n"
+        "from dspy_bridge.port import reader\n"
+        "log = reader.log\n"
+        "reader.log = lambda line: log(' '.join(sys.modules))\n"
+        "runpy.run_module('dspy_bridge', run_name='__main__')\n"
+    )
+    with Peer(command=[sys.executable, "-c", code]) as peer:
+        peer.send({"id": 1, "command": "ping"})
+        assert peer.receive()["success"]
+        # Inside a frame: something is logged at the end.
+        peer.send_bytes(b"x")
+        code, _, imported = peer.finish()
+    assert code == 0 and "dspy_bridge.port.frame_writer" in imported
+    heavy = {"dspy", "pydantic", "asyncio", "logging", "orjson", "json", "typing", "dataclasses", "argparse", "psutil"}
+    assert heavy & set(imported.split()) == set()
+
+
+@pytest.mark.parametrize("how", ["del fcntl.F_SETPIPE_SZ", "fcntl.F_SETPIPE_SZ = 999_999"])
+def test_pipes_that_cannot_be_enlarged_serve_as_well(how: str) -> None:
+    """As on macOS, or where the system grants no more."""
+    code = f"import fcntl, runpy, sys\nif hasattr(fcntl, 'F_SETPIPE_SZ'): {how}\nsys.argv = ['dspy_bridge']\n"
+    code += "runpy.run_module('dspy_bridge', run_name='__main__')"
+    with Peer(command=[sys.executable, "-c", code]) as peer:
+        text = "x" * 300_000
+        peer.send({"id": text, "command": "ping"}, {"id": 2, "command": "ping"})
+        assert peer.receive()["id"] == text and peer.receive()["id"] == 2
+
+
+def test_a_truncated_frame_at_the_end_of_input_is_logged(echo_peer: Peer) -> None:
+    echo_peer.send({"id": 1, "command": "ping"})
+    assert echo_peer.receive()["success"]
+    echo_peer.send_bytes((100).to_bytes(4, "big") + b"only this")
+    code, rest, log = echo_peer.finish()
+    assert (code, rest) == (0, b"")
+    assert "inside a frame" in log and "only this" not in log
+
+
+def test_a_frame_over_the_limit_is_read_past_and_the_next_one_served() -> None:
+    with Peer("--max-frame-bytes", "1000") as peer:
+        for length in (1001, 5_000_000):
+            peer.send(b"x" * length, {"id": 1, "command": "ping"})
+            refused, served = peer.receive(), peer.receive()
+            assert (refused["id"], refused["error_type"]) == (None, "frame_too_large")
+            assert str(length) in refused["error"] and "1000" in refused["error"]
+            assert served["success"]
+
+
+def limited_to(megabytes: int) -> list[str]:
+    """A peer's command with a limit to its address space."""
+    limit = f'ulimit -v {megabytes * 1024}; exec "$@"'
+    return ["bash", "-c", limit, "limited", sys.executable, "-m", "dspy_bridge"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
+def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
+    with Peer(command=limited_to(400)) as peer:
+        for id in range(3):
+            peer.send(b'{"id":%d,"command":"ping","args":{"a":"%b"}}' % (id, b"x" * 60_000_000))
+            assert peer.receive()["success"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
+@pytest.mark.parametrize(
+    ("megabytes", "content"),
+    [
+        (130, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
+        (200, b'"' + b"x" * 60_000_000 + b'"'),
+        (300, b"[" + b"1," * 30_000_000 + b"1]"),
+        (300, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
+    ],
+    ids=["frame", "text", "list", "objects"],
+)
+def test_a_frame_that_there_is_no_memory_for_is_refused_and_the_next_one_served(megabytes: int, content: bytes) -> None:
+    with Peer(command=limited_to(megabytes)) as peer:
+        for id in range(2):
+            peer.send(b'{"id":%d,"command":"ping","args":{"a":%b}}' % (id, content), {"id": "next", "command": "ping"})
+            refused, served = peer.receive(), peer.receive()
+            assert refused["error_type"] == "frame_too_large" and "not enough memory" in refused["error"]
+            assert refused["id"] in (id, None) and served["id"] == "next" and served["success"]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_limit_holds_for_pings_in_the_form_of_bridge_too(together: bool) -> None:
+    """These are known by their bytes and answered on a shorter way, alone in a read or among others."""
+    ping = b'{"id":1,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
+    for limit, error_type in ((50, "frame_too_large"), (len(ping) - 1, "frame_too_large"), (200, None)):
+        with Peer("--max-frame-bytes", str(limit)) as peer:
+            for _ in range(2):
+                peer.send(*[ping] * (2 if together else 1))
+                for _ in range(2 if together else 1):
+                    assert peer.receive().get("error_type") == error_type
+
+
+def test_pings_with_ids_of_any_length_get_them_back_alone_or_together(peer: Peer) -> None:
+    ids = [int(first + "8" * (digits - 1)) for digits in (17, 18, 19, 20) for first in ("1", "9")]
+    pings = [
+        b'{"id":%d,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}' % id for id in ids
+    ]
+    for ping, id in zip(pings, ids, strict=True):
+        peer.send(ping)
+        assert peer.receive()["id"] == id
+    peer.send(*pings)
+    assert [peer.receive()["id"] for _ in ids] == ids
+
+
+def test_a_reply_over_the_limit_becomes_an_error_with_its_id() -> None:
+    with Peer("--max-frame-bytes", "600", "--lm", "offline/echo") as peer:
+        peer.call("create_program", {"id": "qa", "signature": "question -> answer, again"})
+        reply = peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "x" * 400}})
+        assert reply["error_type"] == "frame_too_large"
+        assert peer.call("ping")["success"]
+
+
+PRINTS = """
+import os, subprocess, sys
+PROBE = '''
+import os
+for fd in range(3, 64):
+    try:
+        os.write(fd, b"stray")
+    except OSError:
+        pass
+'''
+def init():
+    print("python print")
+    os.write(1, b"raw write")
+    os.system("echo from a child")
+    subprocess.run([sys.executable, "-c", PROBE], check=False, close_fds=False)
+    child = os.fork()
+    if child == 0:
+        exec(PROBE)
+        os._exit(0)
+    os.waitpid(child, 0)
+    sys.stdout.flush()
+    assert sys.stdin.read() == ""
+"""
+
+
+def test_stray_output_never_reaches_the_frames(tmp_path: Any) -> None:
+    """Python, C-level and child-process output all land on stderr; children inherit no frame descriptor."""
+    (tmp_path / "printer.py").write_text(PRINTS)
+    env = {"DSPY_BRIDGE_INIT": "printer:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        assert peer.call("execute_program", ASK)["success"]
+        code, rest, log = peer.finish()
+    assert (code, rest) == (0, b"")
+    assert all(text in log for text in ("python print", "raw write", "from a child")) and "stray" not in log
+
+
+FORKS = """
+import os, signal
+def init():
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+"""
+
+
+def test_sigterm_ends_a_fork_of_the_hosts_and_not_the_peer(tmp_path: Any) -> None:
+    """As when a multiprocessing.Process is terminated: the fork has the peer's signal handlers."""
+    (tmp_path / "forks.py").write_text(FORKS)
+    env = {"DSPY_BRIDGE_INIT": "forks:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        # A byte in the pipe for signals would have become a SIGTERM of the peer after 20 ms.
+        with pytest.raises(subprocess.TimeoutExpired):
+            peer.process.wait(0.1)
+        assert peer.call("execute_program", ASK)["success"]
+
+
+def test_what_was_received_is_answered_after_the_end_of_input() -> None:
+    """One write of all requests, then end of input: every request has its reply, then exit 0."""
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        create = {"id": 1, "command": "create_program", "args": CREATE}
+        asks = [{"id": n, "command": "execute_program", "args": ASK} for n in range(2, 22)]
+        peer.send(create, *asks)
+        code, rest, _ = peer.finish()
+    replies = payloads(rest)
+    assert code == 0
+    assert sorted(reply["id"] for reply in replies) == list(range(1, 22))
+    assert all(reply["success"] for reply in replies)
+
+
+def test_a_reply_that_the_pipe_does_not_hold_is_written_before_the_exit() -> None:
+    """However late its owner reads it. What waits is less than would keep the end of input from being seen."""
+    size = 1_600_000
+    with Peer("--drain-ms", "60000") as peer:
+        peer.send({"id": "x" * size, "command": "ping"})
+        assert peer.process.stdin is not None and peer.process.stdout is not None
+        assert select.select([peer.process.stdout], [], [], PATIENCE)[0], "it has begun to answer"
+        peer.process.stdin.close()
+        # Far more than an exit takes.
+        with pytest.raises(subprocess.TimeoutExpired):
+            peer.process.wait(1)
+        assert len(peer.receive()["id"]) == size
+        assert peer.process.wait(PATIENCE) == 0
+
+
+def test_draining_ends_at_its_limit(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env={**lm_env(server), "DSPY_BRIDGE_DRAIN_MS": "200"}) as peer:
+        peer.call("create_program", CREATE)
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        code, rest, log = peer.finish()
+    assert (code, rest) == (0, b"")
+    assert "1 requests were still running" in log
+
+
+def test_sigterm_is_like_the_end_of_input(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        peer.terminate()
+        server.gate.set()
+        assert peer.receive()["result"] == {"answer": "Paris"}
+        assert peer.process.wait(PATIENCE) == 0
+
+
+ELSEWHERE = """
+import os, runpy, signal, sys, threading
+def strike():
+    open(os.environ["FIFO"]).read()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=strike, daemon=True).start()
+sys.argv = ["dspy_bridge"]
+runpy.run_module("dspy_bridge", run_name="__main__")
+"""
+
+
+def test_a_sigterm_that_interrupts_no_read_is_noticed(tmp_path: Any) -> None:
+    """As one does that falls just before a read starts; here, one that another thread gets."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with Peer(command=[sys.executable, "-c", ELSEWHERE], env={"FIFO": str(fifo)}) as peer:
+        assert peer.call("ping")["success"]
+        fifo.write_text("now")
+        assert peer.process.wait(PATIENCE) == 0
+
+
+def test_small_requests_with_large_replies_do_not_pile_up(echo_peer: Peer) -> None:
+    """What one read brings may ask for a gigabyte."""
+    for number in range(50):
+        echo_peer.call("create_program", {"id": str(number), "signature": "q -> a" + " " * 10_000})
+    small = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    lists = [{"id": n, "command": "list_programs", "args": {"details": True}} for n in range(400)]
+    echo_peer.send(*lists, {"id": "last", "command": "get_stats"})
+    for _ in lists:
+        assert echo_peer.receive()["success"]
+    assert echo_peer.receive()["result"]["memory_usage"]["rss"] < small + (60 << 20)
+
+
+def test_a_log_that_nobody_reads_costs_no_reply(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        assert peer.process.stderr is not None and peer.process.stdin is not None
+        peer.process.stderr.close()
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        peer.send_bytes(b"half a header"[:3])
+        peer.process.stdin.close()
+        server.gate.set()
+        assert peer.receive()["result"] == {"answer": "Paris"}
+        assert peer.process.wait(PATIENCE) == 0
+
+
+HANGS = """
+import atexit, time
+def init():
+    atexit.register(time.sleep, 60)
+"""
+
+
+def test_the_owners_death_is_noticed_while_the_peer_ends(tmp_path: Any) -> None:
+    """All is answered, but an exit handler hangs: the peer stays for the rest of its time, and for its owner only."""
+    (tmp_path / "host.py").write_text(HANGS)
+    with Peer(env={"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        assert peer.process.stdin is not None and peer.process.stdout is not None
+        peer.process.stdin.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            peer.process.wait(0.2)
+        peer.process.stdout.close()
+        assert peer.process.wait(2) == 0
+
+
+def test_a_stdin_that_was_left_non_blocking_is_read() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    command = [sys.executable, "-m", "dspy_bridge"]
+    process = subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE, cwd=ROOT)
+    os.close(reading)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    os.write(writing, frame(b'{"id":1,"command":"ping"}'))
+    os.close(writing)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert payloads(out)[0]["success"] and process.returncode == 0
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
+def test_closed_standard_descriptors(closed: str) -> None:
+    """Without input or output there is nothing to serve; without a log there is."""
+    script = f'printf \'\\000\\000\\000\\031{{"id":1,"command":"ping"}}\' | {sys.executable} -m dspy_bridge {closed}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=ROOT, check=False)
+    if closed.startswith("2"):
+        assert done.returncode == 0 and payloads(done.stdout)[0]["success"]
+    else:
+        assert done.returncode == 2 and b"is closed" in done.stderr and done.stdout == b""
+
+
+def test_sigint_is_ignored_where_stdin_is_a_pipe(echo_peer: Peer) -> None:
+    """A Ctrl-C in iex reaches the whole process group."""
+    assert echo_peer.call("ping")["success"]
+    echo_peer.process.send_signal(2)
+    assert echo_peer.call("ping")["success"]
+
+
+def test_the_peer_goes_at_once_when_its_reader_is_gone(start_lm: Any) -> None:
+    """The owner was killed: both pipes close, whatever is in flight."""
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", CREATE)
+        peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        assert peer.process.stdin is not None and peer.process.stdout is not None
+        peer.process.stdout.close()
+        peer.process.stdin.close()
+        # Far below the 5 s that draining would take.
+        assert peer.process.wait(2) == 0
+
+
+def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
+    """The pipe's own backpressure: writing blocks after a bounded amount, and all is served once replies are read."""
+    with Peer() as peer:
+        assert peer.process.stdin is not None
+        fd = peer.process.stdin.fileno()
+        os.set_blocking(fd, False)
+        one = frame(json.dumps({"id": "x" * 50_000, "command": "ping"}).encode())
+        data, sent = one * 200, 0
+        stuck = 0
+        while sent < len(data) and stuck < 20:
+            try:
+                sent += os.write(fd, data[sent : sent + 65536])
+                stuck = 0
+            except BlockingIOError:
+                # Half a second without any room, in steps: the peer has stopped reading.
+                stuck += 1
+                with pytest.raises(subprocess.TimeoutExpired):
+                    peer.process.wait(0.025)
+        # 1 MiB each: both pipes, the read under way, replies below the mark, and those of one read past it.
+        assert sent <= 5 << 20
+        os.set_blocking(fd, True)
+        whole = -(-sent // len(one))
+        for _ in range(sent // len(one)):
+            assert peer.receive()["success"]
+        peer.send_bytes(data[sent : whole * len(one)])
+        peer.send({"id": "last", "command": "ping"})
+        while peer.receive()["id"] != "last":
+            pass
+
+
+def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
+    with Peer("--drain-ms", "100") as peer:
+        assert peer.call("ping")["success"]
+        assert peer.process.stdin is not None
+        fd = peer.process.stdin.fileno()
+        os.set_blocking(fd, False)
+        one = frame(json.dumps({"id": "x" * 50_000, "command": "ping"}).encode())
+        with pytest.raises(BlockingIOError):
+            while os.write(fd, one):
+                with pytest.raises(subprocess.TimeoutExpired):
+                    peer.process.wait(0.01)
+        peer.terminate()
+        assert peer.process.wait(PATIENCE) == 0
+
+
+def test_sigterm_ends_a_peer_inside_a_read_whose_replies_nobody_reads() -> None:
+    """One small read that asks for many large replies."""
+    with Peer("--drain-ms", "100", env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        instructions = "x" * (1 << 20)
+        signature = {"inputs": [{"name": "q"}], "outputs": [{"name": "a"}], "instructions": instructions}
+        assert peer.call("create_program", {"id": "x", "signature": signature})["success"]
+        peer.send(*({"id": n, "command": "list_programs", "args": {"details": True}} for n in range(20)))
+        assert peer.process.stdout is not None
+        assert select.select([peer.process.stdout], [], [], PATIENCE)[0], "it has begun to answer"
+        peer.terminate()
+        assert peer.process.wait(PATIENCE) == 0
+
+
+def test_a_terminal_is_told_what_this_is() -> None:
+    import pty
+
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "dspy_bridge"]
+    done = subprocess.run(command, stdin=terminal, capture_output=True, cwd=ROOT, check=False)
+    os.close(master)
+    os.close(terminal)
+    assert done.returncode == 2 and b"--selftest" in done.stderr and done.stdout == b""
+
+
+@pytest.mark.parametrize("count", [1, 400])
+def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int) -> None:
+    peer.send(*({"id": n, "command": ("ping", "list_programs", "nope")[n % 3]} for n in range(count)))
+    replies = peer.receive_all(count)
+    assert sorted(replies) == list(range(count))
+    assert all(reply["success"] == (id % 3 != 2) for id, reply in replies.items())
+
+
+def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(echo_peer: Peer) -> None:
+    text = "x" * ((64 << 20) - 100)
+    data = b'{"id":"%b","command":"ping"}' % text.encode()
+    echo_peer.call("get_stats")  # imports what it needs
+    before = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    for _ in range(10):
+        echo_peer.send(data)
+        payload = echo_peer.receive_payload()
+        assert payload.startswith(b'{"id":"xxx') and len(payload) > len(text)
+    end = time.monotonic() + PATIENCE
+    while (after := echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
+        assert time.monotonic() < end, (before, after)
+
+
+def test_a_big_execute_both_ways_whose_memory_is_given_back(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})
+    ask = {"program_id": "qa", "inputs": {"q": "x" * (8 << 20)}}
+    echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"q": "x"}})
+    before = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    for _ in range(10):
+        assert len(echo_peer.call("execute_program", ask)["result"]["a"]) > 8 << 20
+    end = time.monotonic() + PATIENCE
+    while (after := echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
+        assert time.monotonic() < end, (before, after)

@@ -1,0 +1,427 @@
+"""Program types: each by DSPy's own module, with its own settings. The LM is on loopback and keeps the prompts."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import dspy
+import psutil
+import pytest
+from conftest import lm_env
+from lm_server import chat, script
+from peer import PATIENCE, ROOT, Peer
+from tool_host import ToolError, execute
+
+CREATE = {"id": "x", "signature": "question -> answer"}
+ASK = {"program_id": "x", "inputs": {"question": "Why?"}}
+OOPS = (500, {"error": {"message": "oops"}})
+SCORE = {"reward": {"tool": "score"}}
+YES = {"reward": {"field": "answer", "equals": "yes"}}
+SECRET = "a secret of the caller's"
+
+
+def prompts(server: Any) -> list[str]:
+    return [json.dumps(request["messages"], ensure_ascii=False) for request in server.requests]
+
+
+def score(inputs: dict[str, Any], outputs: dict[str, Any]) -> float:
+    return {"no": 0, "perhaps": 0.5, "yes": 1}[outputs["answer"]]
+
+
+def test_chain_of_thought_reasons_first(start_lm: Any) -> None:
+    server = start_lm(chat(reasoning="because", answer="yes"))
+    with Peer(env=lm_env(server)) as peer:
+        assert peer.call("create_program", {**CREATE, "program_type": "chain_of_thought"})["success"]
+        assert peer.call("execute_program", ASK)["result"] == {"reasoning": "because", "answer": "yes"}
+    assert "reasoning" in prompts(server)[0]
+
+
+def test_best_of_n_stops_at_the_threshold(start_lm: Any) -> None:
+    """Each attempt is an LM call of its own, which no cache answers."""
+    server = start_lm(script(*(chat(answer=answer) for answer in ("no", "perhaps", "yes"))))
+    with Peer(env=lm_env(server, cache=True, temperature=0)) as peer:
+        options = {**SCORE, "n": 5, "threshold": 0.5}
+        assert peer.call("create_program", {**CREATE, "program_type": "best_of_n", "options": options})["success"]
+        reply, asked = execute(peer, {**ASK, "config": {"top_p": 0.5}}, {"score": score})
+        assert reply["result"] == {"answer": "perhaps"}
+    assert asked == [
+        ("score", {"inputs": {"question": "Why?"}, "outputs": {"answer": answer}}) for answer in ("no", "perhaps")
+    ]
+    assert [(request["temperature"], request["top_p"]) for request in server.requests] == [(1.0, 0.5)] * 2
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+def test_the_best_is_taken_where_none_is_good_enough(start_lm: Any, program_type: str) -> None:
+    answers = {"best_of_n": ("no", "perhaps", "no"), "refine": ("no", "advice", "perhaps", "advice", "no")}
+    advice = chat(discussion="d", advice='{"inner": "be bolder"}')
+    said = [advice if answer == "advice" else chat(answer=answer) for answer in answers[program_type]]
+    server = start_lm(script(*said))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**CREATE, "program_type": program_type, "options": {**SCORE, "N": 3}})
+        reply, asked = execute(peer, ASK, {"score": score})
+        assert reply["result"] == {"answer": "perhaps"} and len(asked) == 3
+    assert len(server.requests) == len(said)
+
+
+def test_refine_gives_the_lm_its_advice(start_lm: Any) -> None:
+    advice = chat(discussion="d", advice='{"inner": "be bolder"}')
+    server = start_lm(script(chat(answer="no"), advice, chat(answer="yes")))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**CREATE, "program_type": "refine", "options": YES})
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
+    first, advising, second = prompts(server)
+    assert 'answer == \\"yes\\"' in advising.replace("\\\\", "\\") and "class Predict" in advising
+    assert "be bolder" in second and "be bolder" not in first
+
+
+@pytest.mark.parametrize(
+    ("signature", "answer", "equals"),
+    [
+        ("question -> answer: int", "7", 7),
+        ("question -> answer: float", "0.5", 0.5),
+        ("question -> answer: bool", "True", True),
+        ("question -> answer: list[str]", '["a", "b"]', ["a", "b"]),
+        ("question -> answer: dict[str, int]", '{"a": 1}', {"a": 1}),
+        ("question -> answer: Optional[int]", "null", None),
+    ],
+)
+def test_a_field_is_compared_as_a_reply_would_have_it(start_lm: Any, signature: str, answer: str, equals: Any) -> None:
+    server = start_lm(chat(answer=answer))
+    with Peer(env=lm_env(server)) as peer:
+        options = {"reward": {"field": "answer", "equals": equals}}
+        create = {"id": "x", "signature": signature, "program_type": "best_of_n", "options": options}
+        assert peer.call("create_program", create)["success"]
+        assert peer.call("execute_program", ASK)["result"] == {"answer": equals}
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+def test_they_run_other_modules_too(start_lm: Any, program_type: str) -> None:
+    """A ReAct with a tool of its own; the reward may be declared among the tools and is none for the LM."""
+    step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')
+    finish = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
+    server = start_lm(script(step, finish, chat(reasoning="r", answer="yes")))
+    with Peer(env=lm_env(server)) as peer:
+        search = {"name": "search", "args": {"q": {"type": "str"}}}
+        options = {**SCORE, "module": "react"}
+        create = {**CREATE, "program_type": program_type, "options": options, "tools": [search, {"name": "score"}]}
+        assert peer.call("create_program", create)["success"]
+        reply, asked = execute(peer, ASK, {"search": lambda q: f"found {q}", "score": score})
+        assert reply["result"]["answer"] == "yes"
+    assert [name for name, _ in asked] == ["search", "score"]
+    assert asked[1][1]["outputs"]["trajectory"]["observation_0"] == "found a"
+    assert "found a" in prompts(server)[1] and "score" not in prompts(server)[0]
+
+
+def giving(reward: Any) -> Any:
+    def give(**_: Any) -> Any:
+        if isinstance(reward, ToolError):
+            raise reward
+        return reward
+
+    return give
+
+
+FAILURES = [
+    (OOPS, 1, {"error_type": "lm_error", "retryable": True}),
+    ((401, {"error": {"message": "oops"}}), 1, {"error_type": "lm_error", "retryable": False}),
+    (SECRET, 1, {"error_type": "output_invalid"}),
+    (chat(answer="no"), ToolError(SECRET), {"error_type": "tool_error", "error": f"score: {SECRET}"}),
+    (chat(answer="no"), SECRET, {"error_type": "tool_error", "error": "score: expected a number as the reward"}),
+    (chat(answer="no"), None, {"error_type": "tool_error"}),
+    (chat(answer="no"), [1], {"error_type": "tool_error"}),
+    (chat(answer="no"), 10**400, {"error_type": "tool_error"}),
+]
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, program_type: str, n: int) -> None:
+    """And what DSPy prints of it has no contents."""
+    with Peer() as peer:
+        for answer, reward, wanted in FAILURES:
+            lm = {"model": "openai/stub", **start_lm(answer).options()}
+            options = {**SCORE, "n": n}
+            peer.call("create_program", {**CREATE, "program_type": program_type, "options": options, "lm": lm})
+            reply, _ = execute(peer, ASK, {"score": giving(reward)})
+            assert not reply["success"] and {name: reply.get(name) for name in wanted} == wanted, reply
+        _, _, log = peer.finish()
+    assert log.count("failed") == n * len(FAILURES) and SECRET not in log and "oops" not in log
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+def test_of_attempts_that_fail_in_turn_the_last_is_told(start_lm: Any, program_type: str) -> None:
+    """Whether all were made, or the failures were too many before."""
+    told: list[str] = []
+
+    def fail(**_: Any) -> Any:
+        told.append(f"failure {len(told)}")
+        raise ToolError(told[-1])
+
+    with Peer(env=lm_env(start_lm(chat(answer="no")))) as peer:
+        for options, made in (({"n": 3}, 3), ({"n": 3, "fail_count": 1}, 2), ({"n": 2, "fail_count": 9}, 2)):
+            peer.call("create_program", {**CREATE, "program_type": program_type, "options": {**SCORE, **options}})
+            before = len(told)
+            reply, _ = execute(peer, ASK, {"score": fail})
+            assert len(told) - before == made and reply["error"] == f"score: {told[-1]}", (options, reply)
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+def test_an_attempt_that_fails_is_only_one_attempt(start_lm: Any, program_type: str) -> None:
+    server = start_lm(script(OOPS, chat(answer="yes")))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**CREATE, "program_type": program_type, "options": YES})
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
+
+
+def test_an_advice_that_cannot_be_read_is_one_attempt_and_not_in_the_log(start_lm: Any) -> None:
+    server = start_lm(script(chat(answer="no"), SECRET, SECRET, chat(answer="yes")))
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**CREATE, "program_type": "refine", "options": YES})
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
+        _, _, log = peer.finish()
+    assert "failed" in log and SECRET not in log
+
+
+@pytest.mark.parametrize("adapter", ["json", {"name": "two_step", "extraction_model": {"model": "offline/echo"}}])
+def test_refine_keeps_the_adapter_that_was_chosen(start_lm: Any, adapter: Any) -> None:
+    """Also where DSPy would make another of its class without what it needs."""
+    server = start_lm(script('{"answer": "no"}', '{"discussion": "d", "advice": {"inner": "a"}}', '{"answer": "yes"}'))
+    with Peer(env=lm_env(server)) as peer:
+        create = {**CREATE, "program_type": "refine", "options": {**YES, "n": 2}, "adapter": adapter}
+        assert peer.call("create_program", create)["success"]
+        reply = peer.call("execute_program", ASK)
+        assert reply["success"], reply
+    assert len(server.requests) == 3 and "## completed ##" not in prompts(server)[0]
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+def test_demos_state_and_config_reach_every_attempt(start_lm: Any, program_type: str) -> None:
+    server = start_lm(script(chat(answer="no"), chat(answer="yes")))
+    create = {**CREATE, "program_type": program_type, "options": YES}
+    # Refine's own call in between cannot be read here, which is one attempt.
+    with Peer(env=lm_env(server)) as peer:
+        demos = [{"question": "How?", "answer": "like so"}]
+        assert peer.call("create_program", {**create, "demos": demos, "config": {"max_tokens": 77}})["success"]
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
+        state = peer.call("list_programs", {"state": True})["result"]["details"][0]["state"]
+        again = peer.call("create_program", {**create, "id": "y", "state": state})
+        assert again["success"], again
+        assert peer.call("execute_program", {**ASK, "program_id": "y"})["result"] == {"answer": "yes"}
+    attempts = [text for text in prompts(server) if "Why?" in text and "discussion" not in text]
+    assert len(attempts) >= 3 and all("like so" in text for text in attempts)
+    assert server.requests[0]["max_completion_tokens"] == 77
+
+
+COMPLETIONS = [{"reasoning": f"because of {n}", "answer": n} for n in range(3)]
+
+
+@pytest.mark.parametrize("signature", ["question -> answer", "question -> hint, answer"])
+def test_multi_chain_comparison_compares_what_it_is_given(start_lm: Any, signature: str) -> None:
+    """By the last output field; a rationale is as good as a reasoning."""
+    server = start_lm(chat(rationale="all told", hint="h", answer="2"))
+    with Peer(env=lm_env(server)) as peer:
+        create = {"id": "x", "signature": signature, "program_type": "multi_chain_comparison"}
+        options = {"m": 4, "temperature": 0.25}
+        assert peer.call("create_program", {**create, "options": options})["success"]
+        completions = [*COMPLETIONS, {"rationale": "why not", "answer": 2, "more": None}]
+        asked = {**ASK, "inputs": {"question": "Why?", "completions": completions}}
+        result = peer.call("execute_program", asked)["result"]
+        assert (result["rationale"], result["answer"]) == ("all told", "2")
+    (request,) = server.requests
+    assert request["temperature"] == 0.25
+    assert all(text in prompts(server)[0] for text in ("because of 0", "prediction is 1", "why not"))
+
+
+@pytest.fixture(scope="module")
+def comparing() -> Iterator[Peer]:
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        peer.call("create_program", {**CREATE, "program_type": "multi_chain_comparison"})
+        yield peer
+
+
+@pytest.mark.parametrize(
+    "completions",
+    [
+        None,
+        [],
+        "abc",
+        {"reasoning": "r", "answer": "a"},
+        COMPLETIONS[:2],
+        COMPLETIONS * 2,
+        [*COMPLETIONS[:2], "third"],
+        [*COMPLETIONS[:2], {"reasoning": "r"}],
+        [*COMPLETIONS[:2], {"answer": "a"}],
+        [*COMPLETIONS[:2], {"answer": "a", "reasoning": 5}],
+        [*COMPLETIONS[:2], {"answer": "a", "reasoning": None}],
+    ],
+)
+def test_completions_of_another_shape_are_refused(comparing: Peer, completions: Any) -> None:
+    inputs = {"question": "Why?", **({} if completions is None else {"completions": completions})}
+    reply = comparing.call("execute_program", {**ASK, "inputs": inputs})
+    assert reply["error_type"] == "invalid_args"
+    wanted = "inputs.completions: expected a list of 3 objects with reasoning and answer"
+    assert reply["error"] == wanted
+
+
+def bad(named: str, error_type: str = "invalid_args", **create: Any) -> Any:
+    return pytest.param(create, named, error_type, id=f"{named}-{json.dumps(create)[:60]}")
+
+
+def rewarded(reward: Any) -> dict[str, Any]:
+    return {"program_type": "best_of_n", "options": {"reward": reward}}
+
+
+@pytest.mark.parametrize(
+    ("create", "named", "error_type"),
+    [
+        *(bad("program_type", program_type=value) for value in ("", "best", "Predict", 5, None, [], {}, True)),
+        *(bad("options", options=value) for value in (5, "n", [], True, [{"n": 1}])),
+        *(
+            bad("DSPY_BRIDGE_ALLOW_CODE", "not_allowed", program_type=value)
+            for value in ("program_of_thought", "code_act", "rlm")
+        ),
+        bad("options.n", options={"n": 1}),
+        bad("options.max_iters", program_type="react", options={"max_iters": 0}),
+        bad("options.reward: missing", program_type="best_of_n"),
+        bad("options.reward: missing", program_type="refine", options={"n": 2}),
+        *(
+            bad("options.reward: expected", **rewarded(reward))
+            for reward in ({}, {"tool": "a", "field": "answer"}, {"field": "answer"}, {"equals": 1}, {"x": 1}, [], "a")
+        ),
+        *(bad("options.reward.tool", **rewarded({"tool": tool})) for tool in ("", None, 5, [])),
+        *(
+            bad("options.reward.field", **rewarded({"field": field, "equals": 1}))
+            for field in ("question", "x", "", None, 5, ["answer"], {})
+        ),
+        bad("signature.inputs", signature="reasoning -> answer", program_type="chain_of_thought"),
+        bad("signature.inputs", signature="trajectory -> answer", program_type="react"),
+        bad("signature.outputs", signature="question -> trajectory", program_type="react"),
+        bad("signature.inputs", signature="trajectory -> answer", program_type="refine",
+            options={**YES, "module": "react"}),
+        bad("signature.inputs", signature="hint_ -> answer", program_type="refine", options=YES),
+        bad("signature.inputs", signature="reasoning_attempt_1 -> answer", program_type="multi_chain_comparison"),
+        bad("signature.outputs", signature="question -> rationale, answer", program_type="multi_chain_comparison"),
+        bad("tools: multi_chain_comparison", program_type="multi_chain_comparison", tools=[{"name": "search"}]),
+        bad("tools: best_of_n", program_type="best_of_n", options=YES, tools=[{"name": "search"}]),
+        bad("tools: refine", program_type="refine", options={**SCORE, "module": "chain_of_thought"},
+            tools=[{"name": "search"}, {"name": "score"}]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_refused_with_the_fields_name(
+    comparing: Peer, create: dict[str, Any], named: str, error_type: str
+) -> None:
+    reply = comparing.call("create_program", {**CREATE, "id": "bad", **create})
+    assert reply.get("error_type") == error_type, reply
+    assert named in reply["error"] and "\n" not in reply["error"]
+
+
+def test_a_type_that_this_dspy_lacks_is_told_with_its_version(tmp_path: Any) -> None:
+    (tmp_path / "older.py").write_text("import dspy\ndef init():\n    del dspy.MultiChainComparison\n")
+    env = {"DSPY_BRIDGE_INIT": "older:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        reply = peer.call("create_program", {**CREATE, "program_type": "multi_chain_comparison"})
+        assert reply["error_type"] == "invalid_args"
+        assert f"DSPy {version('dspy')}" in reply["error"] and "dspy.MultiChainComparison" in reply["error"]
+
+
+@pytest.mark.parametrize(
+    ("create", "inputs"),
+    [
+        ({"program_type": "best_of_n", "options": YES}, {}),
+        ({"program_type": "refine", "options": YES}, {}),
+        ({"program_type": "multi_chain_comparison"}, {"completions": COMPLETIONS}),
+    ],
+)
+def test_a_deadline_closes_the_request_of_a_module_in_a_thread(start_lm: Any, create: Any, inputs: Any) -> None:
+    """And no other is made: the thread comes back."""
+    server = start_lm(chat(answer="no"))
+    server.gate.clear()
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**CREATE, **create})
+        reply = peer.call("execute_program", {**ASK, "inputs": {**ASK["inputs"], **inputs}}, timeout_ms=300)
+        assert reply["error_type"] == "timeout"
+        assert server.closed_by_client.acquire(timeout=PATIENCE)
+        while peer.call("get_stats")["result"]["threads"]["running"]:
+            pass
+    assert len(server.requests) == 1
+
+
+def test_sockets_do_not_pile_up(start_lm: Any) -> None:
+    """Each attempt has a copy of the LM."""
+    server = start_lm(chat(answer="no"))
+    with Peer(env=lm_env(server)) as peer:
+        create = {**CREATE, "program_type": "best_of_n", "options": YES}
+        assert peer.call("create_program", create)["success"]
+        process = psutil.Process(peer.process.pid)
+        counts = []
+        for _ in range(3):
+            for _ in range(10):
+                assert peer.call("execute_program", ASK)["success"]
+            counts.append(process.num_fds())
+        assert counts[2] <= counts[0] + 2, counts
+
+
+@pytest.mark.parametrize("signature", [
+    "question, completions: list[dict[str, str]] -> answer",
+    {"inputs": [{"name": "question"}, {"name": "completions", "type": "list[Any]"}], "outputs": [{"name": "answer"}]},
+])  # fmt: skip
+def test_completions_may_be_declared_among_the_inputs(echo_peer: Peer, signature: Any) -> None:
+    """They are no field of the prompt: the attempts made of them are."""
+    args = {"id": "p", "signature": signature, "program_type": "multi_chain_comparison", "options": {"m": 1}}
+    assert echo_peer.call("create_program", args)["success"]
+    inputs = {"question": "Why?", "completions": [{"reasoning": "r", "answer": "a"}]}
+    reply = echo_peer.call("execute_program", {"program_id": "p", "inputs": inputs})
+    assert set(reply["result"]) == {"rationale", "answer"}
+    refused = echo_peer.call("create_program", {"id": "p", "signature": signature})
+    assert refused["error_type"] == "invalid_args" and "completions" in refused["error"]
+
+
+def parameters() -> list[str]:
+    """Names of parameters of functions that inputs or outputs pass through as keyword arguments."""
+    folders = (Path(dspy.__file__).parent / "predict", Path(dspy.__file__).parent / "primitives")
+    sources = [
+        *(path for folder in folders for path in folder.glob("*.py")),
+        ROOT / "dspy_bridge" / "programs" / "runners.py",
+    ]
+    names: set[str] = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.args.kwarg:
+                given = node.args
+                some = (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)
+                names |= {arg.arg for arg in some if arg is not None}
+    return sorted(names)
+
+
+def test_a_field_of_any_name_works_or_is_refused(echo_peer: Peer) -> None:
+    """An input `module` of a ReAct and an output `self` were `internal`, `work` and `failures` of a best_of_n lost."""
+
+    def create(program_type: str, inputs: list[str], outputs: list[str]) -> dict[str, Any]:
+        fields = {"inputs": [{"name": name} for name in inputs], "outputs": [{"name": name} for name in outputs]}
+        options = {"options": {"n": 1, **YES}} if program_type == "best_of_n" else {}
+        more = {"signature": fields, "program_type": program_type, **options}
+        return echo_peer.call("create_program", {"id": "named", **more})
+
+    names = parameters()
+    assert {"module", "self", "failures"} <= set(names)
+    for program_type in ("predict", "react", "best_of_n"):
+        taken: tuple[list[str], list[str]] = ([], [])
+        for name in names:
+            replies = (create(program_type, [name], ["answer"]), create(program_type, ["q"], [name, "answer"]))
+            for reply, some in zip(replies, taken, strict=True):
+                if reply["success"]:
+                    some.append(name)
+                else:
+                    assert reply["error_type"] == "invalid_args" and repr(name) in reply["error"]
+        assert min(map(len, taken)) > 10
+        for inputs, outputs in ((taken[0], []), (["q"], taken[1])):
+            assert create(program_type, inputs, [*outputs, "answer"])["success"]
+            ask = {"program_id": "named", "inputs": dict.fromkeys(inputs, "x")}
+            reply = echo_peer.call("execute_program", ask)
+            assert reply["success"], (program_type, outputs, reply)

@@ -1,0 +1,111 @@
+"""json_repairs: JSON that an LM broke is repaired as DSPy has it, unless that would take the square of its length."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import dspy
+import json_repair
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspy_bridge.lm import json_repair_limit
+from dspy_bridge.lm.guarded_adapters import guarded
+from dspy_bridge.lm.json_repair_limit import TooMuchToRepair
+
+json_repair_limit.install()
+
+# Before there was a limit, each took from a minute to hours, a hundredth of it seconds.
+ENDLESS = ['["', "{", "[{", "(", "{[(", '["{",']
+COUNTED = dspy.Signature("question -> items: dict[str, int]")
+TYPED = dspy.Signature("question -> items: list[str]")
+ADAPTERS = [dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()]
+
+
+def answer(adapter: dspy.Adapter, text: str) -> str:
+    return {dspy.ChatAdapter: f"[[ ## items ## ]]\n{text}", dspy.XMLAdapter: f"<items>{text}</items>"}.get(
+        type(adapter), text
+    )
+
+
+@pytest.mark.parametrize("text", [*(unit * (1_000_000 // len(unit)) for unit in ENDLESS), '["' + '" a' * 300_000])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.timeout(20)
+def test_a_megabyte_that_cannot_be_repaired_in_time_is_refused(adapter: dspy.Adapter, text: str) -> None:
+    with pytest.raises((TooMuchToRepair, RecursionError, dspy.AdapterParseError)):
+        guarded(adapter, strict=True).parse(COUNTED, answer(adapter, text))
+
+
+@given(st.lists(st.sampled_from([*"[]{}()\"':,a1 #/", '\\"', "//", "/*", "```"]), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=20)
+def test_no_text_takes_it_long(units: list[str]) -> None:
+    """By the time of the processor, and with a margin: without a limit some of these take minutes."""
+    unit = "".join(units)
+    for text in (unit * (30_000 // len(unit)), '["' + unit * (30_000 // len(unit)), '{"a": ' + unit * 3_000):
+        began = time.thread_time()
+        with suppress(ValueError, RecursionError):
+            json_repair.loads(text)
+        assert time.thread_time() - began < 10
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", [json.dumps(["{"] * 100_000), "[" + '"{",' * 30_000 + '""]'])
+@pytest.mark.parametrize("adapter", [guarded(dspy.JSONAdapter(), strict=True), dspy.JSONAdapter()])
+def test_a_list_of_braces_is_searched_for_an_object_in_one_pass(adapter: dspy.Adapter, text: str) -> None:
+    """It is JSON, so that nothing is to be repaired. An adapter that DSPy or a host's module makes is limited, too."""
+    with pytest.raises((TooMuchToRepair, RecursionError, dspy.AdapterParseError)):
+        adapter.parse(TYPED, text)
+
+
+@given(st.text(alphabet="{}a", max_size=12))
+def test_the_object_that_is_found_is_dspys(text: str) -> None:
+    """DSPy's own pattern, on texts that are short enough for it."""
+    dspys = regex.search(r"\{(?:[^{}]|(?R))*\}", text, regex.DOTALL)
+    ours = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_repair_limit, "_SHORT", -1)
+        patch.setattr(json_repair, "loads", lambda _text: [])
+        with suppress(TooMuchToRepair):
+            ours = json_repair_limit._object_in(text)
+    assert ours == (None if dspys is None else dspys[0])
+
+
+ITEMS = [{"name": f"item {n}", "more": [n, n + 1]} for n in range(300)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text,
+        lambda text: text[:-1] + ",}",
+        lambda text: f"As in [1], here it is: {text}",
+        lambda text: f"Here it is:\n```json\n{text}\n```\nDone.",
+        lambda text: f"[{text}]",
+        lambda text: text[:-2],
+    ],
+)
+def test_what_an_lm_breaks_by_chance_is_repaired_as_ever(change: Callable[[str], str]) -> None:
+    """300 objects in 14 KB; the adapters of a program and DSPy's own."""
+    signature = dspy.Signature("question -> items: list[dict]")
+    text = change(json.dumps({"items": ITEMS}))
+    for adapter in (dspy.JSONAdapter(), guarded(dspy.JSONAdapter(), strict=True)):
+        assert adapter.parse(signature, text) == {"items": ITEMS}
+
+
+def test_what_is_json_has_no_limit() -> None:
+    items = [f"{{[({n}" for n in range(100_000)]
+    assert json_repair.loads(json.dumps(items)) == items
+    chat = guarded(dspy.ChatAdapter(), strict=True)
+    assert chat.parse(TYPED, f"[[ ## items ## ]]\n{json.dumps(items)}") == {"items": items}
+
+
+@pytest.mark.parametrize("text", ["", "plain", "{'items': ['a', 'b'", "[1, 2", "1.5e3", '"a'])
+def test_what_comes_out_is_the_same_and_of_no_type_of_ours(text: str) -> None:
+    assert json_repair.loads(text) == json_repair.repair_json(text, return_objects=True)
+    assert type(json_repair.loads(text)).__module__ == "builtins"
+    assert isinstance(json_repair.loads(text, logging=True), tuple)

@@ -1,0 +1,157 @@
+"""logs: one way out for all records, and no prompts at debug level."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from peer import ROOT
+
+from dspy_bridge import tracing
+from dspy_bridge.logs import peer_log
+from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, Writer
+from dspy_bridge.wire.frames import FrameDecoder
+
+NAMES = ("", "LiteLLM", "dspy", "httpx", "host")
+
+
+def ours() -> Any:
+    return next(handler for handler in logging.getLogger().handlers if isinstance(handler, peer_log._Queued))
+
+
+@pytest.fixture
+def frames() -> Iterator[Callable[[], list[Any]]]:
+    """Gives what was logged up to now, at debug level; everything is put back afterwards."""
+    loggers = [logging.getLogger(name) for name in NAMES]
+    before = [(logger.level, list(logger.handlers), list(logger.filters), logger.propagate) for logger in loggers]
+    for handler in list(loggers[0].handlers):
+        loggers[0].removeHandler(handler)
+    sent: list[Any] = []
+    peer_log.setup("debug", lambda payload: sent.append(json.loads(payload)["log"]))
+
+    def written() -> list[Any]:
+        for _ in range(60):
+            ours().flush()  # waits for the thread that writes, but not for ever
+        return sent
+
+    yield written
+    logging.captureWarnings(False)
+    for logger, (level, handlers, filters, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:], logger.filters[:], logger.propagate = handlers, filters, propagate
+
+
+def test_a_library_that_brings_its_own_handler_later_is_heard_once(
+    frames: Callable[[], list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = logging.getLogger("LiteLLM")
+    library.addHandler(logging.StreamHandler())
+    library.warning("with a key: sk-1234567890")
+    assert frames() == [{"level": "warning", "logger": "LiteLLM", "message": "with a key: [redacted]"}]
+    assert capsys.readouterr().err == ""
+
+
+def test_debug_is_for_the_peer_and_the_host_not_for_what_tells_prompts(frames: Callable[[], list[Any]]) -> None:
+    for name in ("LiteLLM", "dspy", "dspy.clients.cache", "httpx", "host", "dspy_bridge"):
+        logging.getLogger(name).debug("prompt")
+    assert [record["logger"] for record in frames()] == ["host", "dspy_bridge"]
+
+
+def test_that_a_call_is_made_is_no_news(frames: Callable[[], list[Any]]) -> None:
+    """LiteLLM tells of each at info."""
+    for name in ("LiteLLM", "LiteLLM Router", "host"):
+        logging.getLogger(name).info("completion()")
+    assert [record["logger"] for record in frames()] == ["host"]
+
+
+def test_a_record_has_the_trace_of_the_request_that_it_was_made_for(frames: Callable[[], list[Any]]) -> None:
+    """Also those that take another way out."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for name in ("host", "LiteLLM"):
+        tracing.context(trace).run(logging.getLogger(name).error, "with")
+        tracing.context(None).run(logging.getLogger(name).error, "without")
+        logging.getLogger(name).error("without")
+    assert [(record["message"], record.get("traceparent", "none")) for record in frames()] == [
+        ("with", trace), ("without", "none"), ("without", "none")
+    ] * 2  # fmt: skip
+
+
+def test_a_second_setup_changes_nothing(frames: Callable[[], list[Any]]) -> None:
+    peer_log.setup("error", None)
+    logging.getLogger("host").info("once")
+    assert len(frames()) == 1
+
+
+def test_records_that_nobody_reads_are_dropped_and_counted_once(
+    frames: Callable[[], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As frames: what waits is bounded, here and among the replies, and what is read then is whole and in order."""
+    reading, writing = os.pipe()
+    writer = Writer(writing, lambda: None)
+
+    def send(payload: bytes) -> None:
+        writer.wait_for_room(lambda: False)
+        writer.send([payload])
+
+    handler = ours()
+    monkeypatch.setattr(handler, "_send", send)
+    count, text = 4000, "x" * 5000
+    for number in range(count):
+        logging.getLogger("host").warning("%d %s", number, text)
+    # Some are in the pipe; 20 MB were logged.
+    kept = handler._items.qsize() * len(text)
+    assert kept <= peer_log.MAX_WAITING_BYTES and writer._waiting_bytes < HIGH_WATER_BYTES + 2 * len(text)
+    decoder, numbers, dropped = FrameDecoder(1 << 20), [], []
+    while not dropped:
+        for payload in decoder.feed(os.read(reading, 1 << 20)):
+            record = json.loads(payload)["log"]  # type: ignore[arg-type]  # none is too large
+            (dropped if record["logger"] == "dspy_bridge" else numbers).append(record["message"].split()[0])
+    assert numbers == [str(number) for number in range(len(numbers))]
+    assert len(numbers) + int(dropped[0]) == count and int(dropped[0]) > count / 2
+    os.close(writing)
+    os.close(reading)
+
+
+def test_a_finalizer_may_log_within_any_lock_of_the_writer(frames: Callable[[], list[Any]]) -> None:
+    writer = Writer(os.open(os.devnull, os.O_WRONLY), lambda: None)
+    handler = ours()
+
+    class Loud:
+        def __del__(self) -> None:
+            logging.getLogger("host").warning("gone")
+
+    def work() -> None:
+        with writer._lock, handler.lock:
+            Loud()
+
+    handler._send = lambda payload: writer.send([payload])
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+FINALIZERS = """
+import gc, logging
+from dspy_bridge.logs import peer_log
+peer_log.setup("info", None)
+gc.callbacks.append(lambda phase, _: logging.getLogger("host").warning("collected"))
+gc.set_threshold(1)
+for _ in range(300):
+    logging.getLogger("host").warning("said")
+gc.callbacks.clear()
+gc.enable()
+"""
+
+
+def test_a_collection_may_log_while_a_record_is_on_its_way_to_stderr() -> None:
+    """Each record here makes garbage to be collected, and each collection logs."""
+    done = subprocess.run([sys.executable, "-c", FINALIZERS], cwd=ROOT, capture_output=True, timeout=30, check=True)
+    assert done.stderr.count(b"WARNING host: said") == 300 and b"WARNING host: collected" in done.stderr

@@ -1,0 +1,384 @@
+"""States of programs: what DSPy saves is loaded and given back as it was; anything else is one `InvalidArgs`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.programs import saved_state
+from dspy_bridge.wire import messages
+
+# Of DSPy's own modules.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'prefix' argument:DeprecationWarning")
+
+QA = dspy.Signature("question -> answer")
+
+
+def search(query: str) -> str:
+    """A tool."""
+    return query
+
+
+class Own(dspy.Module):
+    """A user's, with two predictors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = dspy.Predict("question -> topic")
+        self.rest = [dspy.ChainOfThought("question, topic -> answer")]
+
+
+KINDS: dict[str, Callable[[], dspy.Module]] = {
+    "predict": lambda: dspy.Predict(QA),
+    "chain_of_thought": lambda: dspy.ChainOfThought(QA),
+    "react": lambda: dspy.ReAct(QA, tools=[search]),
+    "best_of_n": lambda: dspy.BestOfN(dspy.ChainOfThought(QA), N=2, reward_fn=lambda *_: 1.0, threshold=1.0),
+    "multi_chain_comparison": lambda: dspy.MultiChainComparison(QA, M=2),
+    "own": Own,
+}
+
+
+def learned(kind: str) -> dspy.Module:
+    """A module as an optimizer would leave it."""
+    module = KINDS[kind]()
+    for number, predictor in enumerate(module.predictors()):
+        predictor.signature = predictor.signature.with_instructions(f"Learned {number}.")
+        predictor.demos = [
+            dspy.Example(augmented=True, **{name: f"{name} {number}" for name in predictor.signature.fields}),
+            dspy.Example(question="Why?", answer="So.").with_inputs("question"),
+        ]
+    return module
+
+
+def saved(module: dspy.Module, folder: Path) -> dict[str, Any]:
+    module.save(folder / "state.json")
+    state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
+    return state
+
+
+def as_sent(module: dspy.Module, lm: dict[str, Any] | None = None) -> Any:
+    """As `list_programs` sends it."""
+    return json.loads(messages.encode_result(1, saved_state.dump(module, lm), None))["result"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_dspy_saves_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+    state = saved(learned(kind), tmp_path)
+    module = KINDS[kind]()
+    assert saved_state.load(module, copy.deepcopy(state)) is None
+    assert as_sent(module) == state
+    for predictor, original in zip(module.predictors(), learned(kind).predictors(), strict=True):
+        assert predictor.signature.instructions == original.signature.instructions
+        assert [dict(demo) for demo in predictor.demos] == [dict(demo) for demo in original.demos]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lm_that_it_was_saved_with_is_told_without_its_place_and_its_secrets(kind: str, tmp_path: Path) -> None:
+    module = learned(kind)
+    module.set_lm(dspy.LM("openai/small", api_key="sk-test-0123456789", api_base="http://x", temperature=0.3))
+    state = saved(module, tmp_path)
+    assert "sk-test" not in json.dumps(state)
+    for predictor in [state] if kind == "predict" else [state[name] for name in state if name != "metadata"]:
+        predictor["lm"] |= {"api_key": "sk-test-0123456789", "headers": {"x": "y"}, "aws_secret_access_key": "s3cr3t"}
+    served = KINDS[kind]()
+    lm = saved_state.load(served, copy.deepcopy(state))
+    assert lm is not None and (lm["model"], lm["temperature"]) == ("openai/small", 0.3)
+    assert lm.keys() <= {"model", "model_type", "cache", "num_retries", "temperature", "max_tokens"}
+    assert all(predictor.lm is None for predictor in served.predictors()), "a call's lm must win over it"
+    sent = as_sent(served, lm)
+    again = KINDS[kind]()
+    assert saved_state.load(again, sent) == lm and as_sent(again, lm) == sent
+    again.load_state({name: value for name, value in sent.items() if name != "metadata"})
+    assert [predictor.lm.model for predictor in again.predictors()] == ["openai/small"] * len(again.predictors())
+
+
+def test_only_how_an_lm_is_to_write_is_taken_from_a_state() -> None:
+    """Not where it is, nor what else is sent to it: providers have many names for these."""
+    harmless = {"model": "openai/small", "temperature": 0.3, "max_tokens": 9, "stop": ["x"], "use_developer_role": True}
+    elsewhere: dict[str, Any] = {
+        "extra_body": {"x": 1},
+        "extra_headers": {"x": "y"},
+        "azure_ad_token": "t0ken!",
+        "api_key": "k3y!!!",
+        "custom_llm_provider": "x",
+        "engine": "litellm",
+        "callbacks": [],
+        "_dspy_lm_class": "os.system",
+        "new": 1,
+        **dict.fromkeys(("api_base", "base_url", "azure_endpoint", "aws_bedrock_runtime_endpoint"), "http://evil/"),
+    }
+    state = {**GOOD, "lm": {**harmless, **elsewhere}}
+    module = dspy.Predict(QA)
+    lm = saved_state.load(module, copy.deepcopy(state))
+    assert lm == harmless and as_sent(module, lm)["lm"] == harmless
+    with pytest.raises(InvalidArgs, match=r"state: lm\.model: expected a name"):
+        saved_state.load(module, {**GOOD, "lm": {"model": "huggingface/https://evil/"}})
+
+
+def test_no_secret_of_a_hosts_lm_is_told() -> None:
+    """A module of the host's own may have LMs, with whatever providers take."""
+    module = Own()
+    secrets = {
+        "extra_headers": {"Authorization": "Bearer s3cret-1"},
+        "headers": {"x-auth": "s3cret-2"},
+        "default_headers": {"x-auth": "s3cret-3"},
+        "aws_secret_access_key": "s3cret-4",
+        "extra_body": {"api_key": "s3cret-5", "nested": [{"password": "s3cret-6"}], "size": 5},
+        "vertex_credentials": {"client": "s3cret-7"},
+        "azure_ad_token": "s3cret-8",
+    }
+    module.first.lm = dspy.LM("openai/x", max_tokens=77, region="eu", **secrets)
+    module.first.demos = [{"question": "q", "topic": "t", "token": "a word"}]
+    sent = as_sent(module)
+    assert "s3cret" not in json.dumps(sent)
+    lm = sent["first"]["lm"]
+    assert lm["max_tokens"] == 77 and lm["region"] == "eu" and lm["extra_body"] == {"nested": [{}], "size": 5}
+    assert sent["first"]["demos"] == module.first.demos
+
+
+def test_the_demos_of_a_state_are_bounded_in_all() -> None:
+    state = Own().dump_state()
+    for saved_predictor in state.values():
+        saved_predictor["demos"] = [{"question": "q"}] * 250
+    saved_state.load(Own(), copy.deepcopy(state))
+    state["first"]["demos"].append({"question": "q"})
+    with pytest.raises(InvalidArgs, match="state: expected at most 500 demos in all"):
+        saved_state.load(Own(), state)
+
+
+def test_a_saved_lm_of_only_some_predictors_is_refused(tmp_path: Path) -> None:
+    module = learned("own")
+    module.first.set_lm(dspy.LM("openai/small"))
+    with pytest.raises(InvalidArgs, match="different LMs"):
+        saved_state.load(Own(), saved(module, tmp_path))
+    module.rest[0].set_lm(dspy.LM("openai/large"))
+    with pytest.raises(InvalidArgs, match="different LMs"):
+        saved_state.load(Own(), saved(module, tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", KINDS)
+def test_a_state_of_another_type_is_refused(kind: str, other: str, tmp_path: Path) -> None:
+    if kind != other:
+        with pytest.raises(InvalidArgs, match="of another"):
+            saved_state.load(KINDS[kind](), saved(learned(other), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "signature", ["question -> verdict", "query -> answer", "question -> answer, more", "context, question -> answer"]
+)
+def test_a_state_of_another_signature_is_refused(signature: str, tmp_path: Path) -> None:
+    for module in (dspy.Predict(signature), dspy.ChainOfThought(signature)):
+        kind = "predict" if isinstance(module, dspy.Predict) else "chain_of_thought"
+        with pytest.raises(InvalidArgs, match="of another signature"):
+            saved_state.load(KINDS[kind](), saved(module, tmp_path))
+
+
+def test_descriptions_do_not_make_another_signature_the_same(tmp_path: Path) -> None:
+    other = dspy.Signature("text -> summary").with_updated_fields("text", desc="long")
+    other = other.with_updated_fields("summary", desc="short")
+    with pytest.raises(InvalidArgs, match="of another signature"):
+        saved_state.load(dspy.Predict(QA), saved(dspy.Predict(other), tmp_path))
+
+
+def test_what_an_optimizer_changes_of_a_signature_is_no_other_signature(tmp_path: Path) -> None:
+    """COPRO gives the last field a prefix of its own; a field may have a description here and none there."""
+    signature = QA.with_instructions("Be brief.").with_updated_fields("answer", prefix="In short:")
+    described = QA.with_updated_fields("question", desc="about the world")
+    for module in (dspy.Predict(signature), dspy.Predict(described)):
+        served = dspy.Predict(QA)
+        saved_state.load(served, saved(module, tmp_path))
+        assert as_sent(served) == saved(module, tmp_path)
+
+
+def replaced(state: dict[str, Any], path: list[str | int], value: Any) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    place: Any = state
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return state
+
+
+GOOD = learned("predict").dump_state()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (["acall"], "x", "unknown key 'acall'"),
+        (["__class__"], "x", "unknown key '__class__'"),
+        (["signature"], None, "state.signature: expected an object"),
+        (["signature", "instructions"], 5, "state.signature: expected an object with instructions"),
+        (["signature", "fields"], {}, "state.signature: expected an object with instructions and fields"),
+        (["signature", "fields", 0], "x", r"state.signature.fields\[0\]: expected an object with prefix"),
+        (["signature", "fields", 1, "prefix"], None, r"state.signature.fields\[1\]: expected"),
+        (["signature", "fields", 1, "description"], "${other}", "of another signature"),
+        (["traces"], None, "state.traces: expected a list"),
+        (["train"], {}, "state.train: expected a list"),
+        (["demos"], 5, "state.demos: expected a list"),
+        (["demos"], {}, "state.demos: expected a list"),
+        (["demos", 0], [], "state.demos: expected a list of objects"),
+        (["demos", 0], {}, r"state.demos\[0\]: for another signature"),
+        (["demos", 1], {"query": "x"}, r"state.demos\[1\]: for another signature"),
+        (["lm"], "openai/x", "state.lm: expected an object or null"),
+        (["fields"], 5, "DSPy cannot load it"),
+        (["fields"], {"answer": {"threshold": 0.5}}, "DSPy cannot load it"),
+    ],
+)
+def test_what_is_wrong_is_named(path: list[str | int], value: Any, said: str) -> None:
+    module = dspy.Predict(QA)
+    before = as_sent(module)
+    with pytest.raises(InvalidArgs, match=said):
+        saved_state.load(module, replaced(GOOD, path, value))
+    assert as_sent(module) == before and module.acall.__name__ == "acall"
+
+
+def test_demos_that_no_prompt_can_hold_are_refused_at_once() -> None:
+    """Rather than with every execute."""
+    with pytest.raises(InvalidArgs, match="DSPy cannot load it"):
+        saved_state.load(dspy.Predict(QA), replaced(GOOD, ["demos", 1], {"question": [None], "answer": "a"}))
+
+
+def test_a_missing_part_is_named_but_the_lm_which_old_states_lack() -> None:
+    for key in GOOD:
+        state = {name: value for name, value in GOOD.items() if name != key}
+        if key == "lm":
+            assert saved_state.load(dspy.Predict(QA), state) is None
+        else:
+            with pytest.raises(InvalidArgs, match=key):
+                saved_state.load(dspy.Predict(QA), state)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=8) | st.sampled_from([*GOOD, "predict", "self", "metadata"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.text(max_size=8) | st.sampled_from([*GOOD, "predict"]), JSON))
+@settings(deadline=None)
+def test_any_object_is_loaded_or_refused(kind: str, state: dict[str, Any]) -> None:
+    try:
+        saved_state.load(KINDS[kind](), state)
+    except InvalidArgs:
+        return
+    raise AssertionError("that is no state")
+
+
+STATES = {"predict": GOOD, **{kind: learned(kind).dump_state() for kind in ("chain_of_thought", "react", "own")}}
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A good state with something in it replaced, removed or renamed."""
+    kind = draw(st.sampled_from(sorted(STATES)))
+    state = copy.deepcopy(STATES[kind])
+    for _ in range(draw(st.integers(1, 2))):
+        place: Any = state
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if not isinstance(place[key], (dict, list)) or draw(st.integers(0, 3)) == 0:
+                place[key] = draw(JSON)
+                if isinstance(place, dict) and draw(st.booleans()):
+                    place[draw(st.text(max_size=8))] = place.pop(key)
+                break
+            place = place[key]
+    return kind, state
+
+
+@given(mutated())
+@settings(deadline=None, max_examples=300)
+def test_a_damaged_state_is_refused_or_serves(case: tuple[str, dict[str, Any]]) -> None:
+    """What is loaded can be written into prompts and given back."""
+    kind, state = case
+    module = KINDS[kind]()
+    try:
+        lm = saved_state.load(module, state)
+    except InvalidArgs:
+        return
+    as_sent(module, lm)
+    for predictor in module.predictors():
+        inputs = dict.fromkeys(predictor.signature.input_fields, "x")
+        for adapter in (dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()):
+            assert adapter.format(predictor.signature, predictor.demos, inputs)
+
+
+@given(JSON, st.sampled_from(["question -> answer", "a: int, b: list[str] -> answer: bool"]))
+@settings(deadline=None)
+def test_any_json_as_demos_is_taken_or_refused(demos: Any, text: str) -> None:
+    signature = dspy.Signature(text)
+    module = dspy.Predict(signature)
+    try:
+        saved_state.read_demos(demos, module, signature)
+    except InvalidArgs as error:
+        assert str(error).startswith("demos")
+    else:
+        assert dspy.ChatAdapter().format(module.signature, module.demos, dict.fromkeys(signature.input_fields, 1))
+
+
+def test_demos_are_of_the_types_of_their_fields() -> None:
+    signature = dspy.Signature("question, n: int -> answer, tags: list[str]")
+    module = dspy.ChainOfThought(signature)
+    demo = {"question": "Why?", "n": 3, "answer": "So.", "tags": ["a"], "reasoning": "Because."}
+    saved_state.read_demos([demo, {"answer": "b"}], module, signature)
+    assert module.predictors()[0].demos == [demo, {"answer": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("demos", "said"),
+    [
+        ({}, "demos: expected a list"),
+        ([5], r"demos\[0\]: expected an object"),
+        ([{}], r"demos\[0\]: expected an object"),
+        ([{"question": "q", "n": 1}, {"other": 1}], r"demos\[1\].other: unknown field; expected question, n, answer"),
+        ([{"n": "many"}], r"demos\[0\].n: "),
+        ([{"question": 5}], r"demos\[0\].question: "),
+        ([{"answer": "a"}] * 501, "demos: expected at most 500"),
+    ],
+)
+def test_demos_that_do_not_fit_are_named(demos: Any, said: str) -> None:
+    signature = dspy.Signature("question, n: int -> answer")
+    with pytest.raises(InvalidArgs, match=said):
+        saved_state.read_demos(demos, dspy.Predict(signature), signature)
+
+
+def test_demos_of_a_module_that_does_not_write_the_outputs_are_refused() -> None:
+    with pytest.raises(InvalidArgs, match="give a state instead"):
+        saved_state.read_demos([{"question": "q"}], Own(), dspy.Signature("question -> verdict"))
+
+
+def test_a_file_in_a_demo_is_read_only_where_files_may_be(tmp_path: Path) -> None:
+    signature = dspy.Signature("picture: dspy.Image -> answer")
+    (tmp_path / "secret.png").write_bytes(b"\x89PNG secret")
+    demo = {"picture": {"path": str(tmp_path / "secret.png")}, "answer": "a"}
+    for files_dir in (None, str(tmp_path / "elsewhere")):
+        with pytest.raises((InvalidArgs, NotAllowed)):
+            saved_state.read_demos([demo], dspy.Predict(signature), signature, files_dir)
+    module = dspy.Predict(signature)
+    saved_state.read_demos([demo], module, signature, str(tmp_path))
+    assert module.demos[0]["picture"].url.startswith("data:image/png;base64,")
+
+
+def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    """Half a character does not come through JSON, but what comes may have no form in the file system's encoding."""
+    with pytest.raises(InvalidArgs, match="no name that a file can have"):
+        saved_state.read({"state_path": "\ud800"}, str(tmp_path))

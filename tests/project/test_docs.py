@@ -1,0 +1,154 @@
+"""Compares the pages with what they describe: links, errors, figures, the map of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import dspy
+import pytest
+from dspy.clients.backend_selection import select_backend
+from peer import ROOT
+
+from dspy_bridge import errors
+
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXUNIT = ROOT / "elixir_harness" / "test" / "dspex" / "python_bridge"
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of its headings, as forges make them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = README.read_text()
+    pages = [page.relative_to(ROOT).as_posix() for page in PAGES[1:]]
+    assert [page for page in pages if f"({page})" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_code_says_its_language(page: Path) -> None:
+    """ex_doc renders a block without a language as Elixir."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert all(fences[::2]) and not any(fences[1::2])
+
+
+def test_each_row_of_what_happens_is_a_test() -> None:
+    """Its last column names the file and the test."""
+    rows = table("docs/how-it-works.md", "what happens")
+    assert len(rows) > 20
+    for when, (_, test) in rows.items():
+        file, name = test.split(": ", 1)
+        if file.startswith("test_"):
+            assert f"def {name}(" in next((ROOT / "tests").rglob(f"{file}.py")).read_text(), when
+        else:
+            assert f'test "{name}"' in next(EXUNIT.rglob(f"{file}_test.exs")).read_text(), when
+
+
+def test_the_providers_that_deploying_md_counts_for_litellm_are_served_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others are served by DSPy's own engine, with which the figures of the pages were measured."""
+    page = (ROOT / "docs" / "deploying.md").read_text()
+    section = page.split("### LiteLLM")[1].split("\n| ")[0]
+    own, litellm = section.split("They are\n")
+    names = re.compile(r"`(\w+)/…`")
+    assert len(names.findall(own)) == 9 and len(names.findall(litellm)) == 7
+
+    def native(provider: str, **options: object) -> bool:
+        return bool(select_backend(dspy.LM(f"{provider}/some-model", api_key="x", **options)).native)
+
+    assert {name for name in names.findall(own) if not native(name)} == set()
+    assert native("openai", api_base="http://127.0.0.1/v1")
+    # Azure has no default address.
+    assert {name for name in names.findall(litellm) if native(name, api_base="http://127.0.0.1/v1")} == set()
+    for option in ("headers", "extra_headers", "organization", "extra_query", "api_version"):
+        assert f"`{option}`" in litellm and not native("openai", **{option: {}}), option
+    assert not native("openai", model_type="text")
+    for variable in ("OPENAI_BASE_URL", "OPENAI_API_BASE"):
+        with monkeypatch.context() as environment:
+            environment.setenv(variable, "http://127.0.0.1/v1")
+            assert variable in litellm and not native("openai"), variable
+
+
+def table(page: str, mark: str) -> dict[str, list[str]]:
+    """The rows between two marks, by their first cell."""
+    found = re.search(f"<!-- {mark} -->\n(.*)<!-- /{mark} -->", (ROOT / page).read_text(), re.DOTALL)
+    assert found is not None
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_three_lines_of_speed_have_figures_of_the_bench() -> None:
+    """`make bench` writes them with the table."""
+    bench = table("docs/performance.md", "bench")
+    found = re.search("<!-- speed -->\n(.*)<!-- /speed -->", README.read_text(), re.DOTALL)
+    assert found is not None
+    ping, runs, waiting = found[1].splitlines()
+    figures = re.compile(r"\d+(?:\.\d+)?(?:x| µs|/s| s\b)")
+    of = {
+        ping: bench["`Bridge.call(:ping)` round trip"],
+        runs.replace(" runs per second", "/s"): bench["500 runs, 64 in flight, LM free"],
+        waiting.replace("takes 1 s", ""): bench["512 runs of 1 s at once"],
+    }
+    for line, row in of.items():
+        assert len(figures.findall(line)) >= 2
+        assert [figure for figure in figures.findall(line) if figure not in " ".join(row)] == []
+
+
+def test_the_figures_next_to_the_sidecar_are_those_of_the_bench() -> None:
+    """One run writes the table of performance.md, coming-from.md and the chart."""
+    bench, compared = table("docs/performance.md", "bench"), table("docs/coming-from.md", "sidecar")
+    rows = {
+        "start to first ping": "start to first ping",
+        "pings of 256 callers": "256 processes calling `Bridge.call(:ping)`",
+        "ping round trip": "`Bridge.call(:ping)` round trip",
+        "ping with 1 MB": "ping with 1 MB of arguments",
+        "runs, LM free": "500 runs, 64 in flight, LM free",
+    }
+    assert set(rows) == set(compared)
+    chart = re.findall(r"<text[^>]*>([^<]*)</text>", (ROOT / "docs" / "bench.svg").read_text())
+    for what, row in rows.items():
+        reached, sidecar, times = compared[what]
+        assert sidecar == bench[row][3]
+        assert reached in bench[row][2]
+        assert what in chart and f"{times}: {reached}, sidecar {sidecar}" in chart
+
+
+def rows_of_errors() -> dict[str, str]:
+    return dict(re.findall(r"^\| `:(\w+)` \| (.*) \|$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE))
+
+
+def test_every_error_type_has_a_row_in_errors_md() -> None:
+    """The types of the peer; ExUnit compares those of the Elixir side."""
+    types = {kind.error_type for kind in vars(errors).values() if isinstance(kind, type)}
+    assert len(types) > 10 and {*types, "invalid_json", "invalid_request"} <= set(rows_of_errors())
+
+
+def test_what_errors_md_says_of_lm_errors_is_what_dspy_says_of_them() -> None:
+    again, never = re.split("It is false for", rows_of_errors()["lm_error"].split("`retryable` is true for")[1])
+    kinds = re.compile(r"`(\w+Error)`")
+    assert len(kinds.findall(again)) == 4 and len(kinds.findall(never)) == 5
+    for text, retryable in ((again, True), (never, False)):
+        for name in kinds.findall(text):
+            kind = getattr(dspy, name)
+            assert dspy.is_retryable_lm_error(kind.__new__(kind)) is retryable, name

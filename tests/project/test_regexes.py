@@ -1,0 +1,128 @@
+"""Every regular expression of the package, on texts that its callers, LMs and tools may send: linear time.
+
+Python's `re` tries every way to match before it gives up, with the interpreter's lock held: of the wrong expression
+and a megabyte that means hours, in which the peer answers nobody.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dspy_bridge
+from dspy_bridge.logs import content_filter, redaction
+from dspy_bridge.programs import remote_tools, saved_state
+from dspy_bridge.signatures import media
+from dspy_bridge.signatures.json_schema import annotation, keywords
+from dspy_bridge.signatures.json_schema import converter as json_schema_converter
+from dspy_bridge.streaming import field_parsers, json_fields
+from dspy_bridge.wire import messages
+
+SOURCES = sorted(Path(dspy_bridge.__file__).parent.rglob("*.py"))
+# A text is this long. What is quadratic would take minutes for it: the test's timeout.
+SIZE = 100_000
+
+
+def _refers(text: str) -> None:
+    converter = json_schema_converter._Converter({"$defs": {}}, "type")
+    with pytest.raises(Exception, match="type"):
+        converter._follow(text, "type", 0)
+
+
+def _words(text: str) -> None:
+    re.findall(r"\s*\S+|\s+", text)
+
+
+UUID = "0d9c1b4e-0c4e-4c7b-9a53-1f7a3f8a1c11"
+TRACE = "01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more"
+PING = '{"id":12,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
+# Where it stands, by module and the name that it is assigned to or used in: what meets it there, and what it takes.
+USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
+    "field_parsers:_HEADER": (lambda text: field_parsers._HEADER.match(text), ["[[ ## ab ## ]]"]),
+    "field_parsers:_BEGUN_HEADER": (lambda text: field_parsers._BEGUN_HEADER.fullmatch(text), ["[[ ## ab ## ]]"]),
+    "echo_lm:stream": (_words, ["ab  cd"]),
+    "json_fields:_ESCAPE": (lambda text: json_fields._ESCAPE.match(text), [r"\u00e9"]),
+    "json_fields:_BEGUN_ESCAPE": (lambda text: json_fields._BEGUN_ESCAPE.fullmatch(text), [r"\u00e"]),
+    "json_fields:_PAIR": (lambda text: json_fields._PAIR.match(text), [r"\ud83d\udc0e"]),
+    "json_fields:_HIGH": (lambda text: json_fields._HIGH.match(text), [r"\ud83d"]),
+    "json_fields:_PLAIN": (lambda text: json_fields._PLAIN.match(text), ["ab"]),
+    "json_fields:_DEEP": (lambda text: json_fields._DEEP.match(text), ["ab"]),
+    "media:_URL": (lambda text: media._URL.fullmatch(text), ["https://ab/cd"]),
+    "media:_DATA_HEAD": (lambda text: media._DATA_HEAD.fullmatch(text), ["data:a/b;c=d;e=f;base64"]),
+    "media:_MIME": (lambda text: media._MIME.fullmatch(text), ["a/b"]),
+    "messages:_FIRST_KEY_ID": (
+        lambda text: messages._FIRST_KEY_ID.match(text.encode()),
+        [' { "id" : -12 ,', ' { "id" : "ab" }'],
+    ),
+    "messages:_FIRST_KEY_TOOL_RESULT": (
+        lambda text: messages.readable_call_id(text.encode()),
+        [' { "tool_result" : { "call_id" : 12 ,'],
+    ),
+    "messages:_PING_PAYLOAD": (lambda text: messages._PING_PAYLOAD(text.encode()), [PING]),
+    "messages:_PING_PACKET": (lambda text: messages._PING_PACKET(text.encode()), ["\0\0\0a" + PING]),
+    "messages:_is_traceparent": (messages._is_traceparent, [TRACE]),
+    "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
+    "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),
+    "redaction:_LOOKS_SECRET": (
+        lambda text: redaction._LOOKS_SECRET.sub("", text),
+        ["x sk-abcdef", "Bearer  abcdef", "AIzaabcdefghij"],
+    ),
+    "converter:_follow": (_refers, ["#/$defs/ab"]),
+    "patterns:read": (lambda text: re.sub(r"\\(.)", "", text, flags=re.DOTALL), [r"\w"]),
+    "keywords:_FORMATS": (
+        lambda text: [keywords._has_format(text, name) for name in keywords._FORMATS],
+        ["2026-01-01", "10:00:00.12+02:00", "2026-01-01T10:00:00.12Z", UUID],
+    ),
+    "annotation:_name_of": (lambda text: annotation._name_of({"title": text}), ["a b"]),
+    "saved_state:_NO_DESCRIPTION": (lambda text: saved_state._NO_DESCRIPTION.fullmatch(text), ["${ab}"]),
+    "remote_tools:_NAME": (lambda text: remote_tools._NAME.fullmatch(text), ["ab"]),
+    "content_filter:_PLACEHOLDER": (lambda text: content_filter._PLACEHOLDER.sub("", text), ["%% %5.1d"]),
+}
+# Those that read what the peer itself has written.
+OF_OUR_OWN = {"erlport:_HEAD"}
+
+
+def uses(source: Path) -> set[str]:
+    """Where a module uses `re`: module and the function, or the name that the expression gets."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST, place: str) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            place = node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and place == "":
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            place = target.id if isinstance(target, ast.Name) else ""
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "re":
+            found.add(f"{source.stem}:{place}")
+        for child in ast.iter_child_nodes(node):
+            visit(child, place)
+
+    visit(ast.parse(source.read_text()), "")
+    return found
+
+
+def test_each_is_known_here() -> None:
+    """Whoever adds one says here what meets it, and what it takes."""
+    assert set().union(*map(uses, SOURCES)) == USES.keys() | OF_OUR_OWN
+    imported = [
+        source.name for source in SOURCES if re.search(r"^\s*from re import|^\s*import regex", source.read_text(), re.M)
+    ]
+    assert not imported
+
+
+@pytest.mark.parametrize("place", USES)
+def test_no_text_takes_it_long(place: str) -> None:
+    """Each character that it takes, and each two, again and again, and then something that it does not take."""
+    meet, samples = USES[place]
+    for sample in samples:
+        meet(sample)
+        for at in range(len(sample)):
+            for unit in (sample[at], sample[at : at + 2], sample[: at + 1]):
+                head = sample[:at] + unit * (SIZE // len(unit))
+                for end in ("", " ", "\0", '"', "é"):
+                    meet(head + end)

@@ -1,0 +1,689 @@
+"""erlport: terms to JSON and back, and the dispatcher behind `call` and `submit`. ErlPort is a stand-in.
+
+What needs DSPy runs in processes of its own: `fakes/erlport_program.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import fakes.erlport
+import pytest
+from fakes.erlport import erlang, erlterms
+from fakes.erlport.erlterms import Atom, ImproperList, Killed, Opaque, OpaqueObject, decode, encode
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peer import ROOT
+
+from dspy_bridge import erlport
+from dspy_bridge.commands.handlers import Commands
+from dspy_bridge.dispatch import error_replies
+from dspy_bridge.dispatch.call import Call, Command
+from dspy_bridge.logs import peer_log
+from dspy_bridge.runtime import allocator, inline_executor
+from dspy_bridge.wire import erlport_terms, messages
+
+PID = Opaque(Opaque.PID, 1)
+FAKES = ROOT / "tests" / "fakes"
+SCENARIOS = re.findall(r"^def (\w+)\(\) -> None:", (FAKES / "erlport_program.py").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that ErlPort has just started."""
+    for name in [name for name in os.environ if name.startswith("DSPY_BRIDGE_")]:
+        monkeypatch.delenv(name)
+    for name, module in (("erlport", fakes.erlport), ("erlport.erlterms", erlterms), ("erlport.erlang", erlang)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(erlport, "_peer", None)
+    monkeypatch.setattr(peer_log, "setup", lambda level, send: None)
+    monkeypatch.setattr(erlang, "mailbox", queue.Queue())
+    monkeypatch.setattr(erlang, "ended", [])
+
+
+class Held:
+    """Commands of the test's own.
+
+    `echo`, `twice` and `later` (on the event loop) give their args, `hold` too once released; `ask` what a tool says;
+    `alone` whether no other thread was in it.
+    """
+
+    def __init__(self) -> None:
+        self.started = threading.Semaphore(0)
+        self.release = threading.Event()
+        self.one_at_a_time = threading.Lock()
+
+    def table(self) -> dict[str, Command]:
+        return {
+            "echo": Command(lambda args, call: args),
+            "twice": Command(lambda args, call: [args, args]),
+            "later": Command(self._later),
+            "hold": Command(self._hold, limited=True),
+            "ask": Command(self._ask),
+            "alone": Command(self._alone),
+            "crash": Command(lambda args, call: 1 / 0),
+        }
+
+    def _alone(self, args: dict[str, Any], call: Call) -> bool:
+        alone = self.one_at_a_time.acquire(blocking=False)
+        if alone:
+            self.started.release()
+            self.release.wait(0.05)
+            self.one_at_a_time.release()
+        return alone
+
+    async def _later(self, args: dict[str, Any], call: Call) -> Any:
+        return args
+
+    async def _hold(self, args: dict[str, Any], call: Call) -> Any:
+        self.started.release()
+        assert await asyncio.to_thread(self.release.wait, 20)
+        return args
+
+    async def _ask(self, args: dict[str, Any], call: Call) -> Any:
+        return await call.ask("search", {"text": "x"})
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """The commands of `Held` in place of the six."""
+    held = Held()
+    monkeypatch.setattr(Commands, "table", lambda self: held.table())
+    return held
+
+
+def call(command: Any, args: Any = None) -> Any:
+    """`python:call(…, call, [command, args])`, in Erlang's terms."""
+    return encode(erlport.call(decode(command), decode({} if args is None else args)))
+
+
+def submit_to(receiver: Any, ref: Any, command: Any, args: Any = None) -> Any:
+    """`python:call(…, submit, [receiver, ref, command, args])`."""
+    args = {} if args is None else args
+    return encode(erlport.submit(decode(receiver), decode(ref), decode(command), decode(args)))
+
+
+def submit(ref: Any, command: Any, args: Any = None) -> None:
+    assert submit_to(PID, ref, command, args) == "ok"
+
+
+def received() -> tuple[Any, Any]:
+    """The next message's reference and map."""
+    pid, (tag, ref, reply) = erlang.mailbox.get(timeout=20)
+    assert pid == PID and tag == "dspy_reply"
+    return ref, reply
+
+
+# Terms are written as in the stand-in: a binary is bytes, an atom str.
+
+
+@pytest.mark.parametrize(
+    ("term", "value"),
+    [
+        (b"gr\xc3\xbc\xc3\x9fe", "grüße"),
+        (b"", ""),
+        (b"nil", "nil"),
+        (b"undefined", "undefined"),
+        ("nil", None),
+        ("undefined", None),
+        ("true", True),
+        ("false", False),
+        (b"true", "true"),
+        ("grün", "grün"),
+        ({"größe": "ÿ"}, {"größe": "ÿ"}),
+        ("chain_of_thought", "chain_of_thought"),
+        ("null", "null"),
+        (0, 0),
+        (1.5, 1.5),
+        (-0.0, -0.0),
+        (10**4299, 10**4299),
+        ([], []),
+        ([1, "true", "nil", [b"x"]], [1, True, None, ["x"]]),
+        ([104, 105], [104, 105]),
+        ({}, {}),
+        ({"atom": 1, b"binary": 2, 3: 4, "nil": 5, "true": 6, "undefined": 7},
+         {"atom": 1, "binary": 2, "3": 4, "nil": 5, "true": 6, "undefined": 7}),
+        ({-1: {b"a": [{}]}}, {"-1": {"a": [{}]}}),
+    ],
+)  # fmt: skip
+def test_what_arrives_is_read_as_its_sender_means_it(term: Any, value: Any) -> None:
+    got = erlport_terms.from_term(decode(term))
+    assert repr(got) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("term", "place", "why", "error_type"),
+    [
+        ({b"a": {"b": [1, (1, 2)]}}, "args.a.b[1]: ", "got a tuple", "invalid_args"),
+        ({b"a": [PID]}, "args.a[0]: ", "does not convert (OpaqueObject)", "invalid_args"),
+        ({b"a": b"\xff"}, "args.a: ", "UTF-8: invalid byte at 0", "invalid_json"),
+        ({b"a": b"ab\xc3"}, "args.a: ", "UTF-8: invalid byte at 2", "invalid_json"),
+        ({b"a": {b"\xff": 1}}, "args.a: ", "UTF-8", "invalid_json"),
+        ({b"a": {1.5: 1}}, "args.a: ", "keys that are binaries, atoms or integers, got a number", "invalid_args"),
+        ({b"a": {(1,): 1}}, "args.a: ", "keys that are binaries, atoms or integers, got a tuple", "invalid_args"),
+        ({b"a": {1: 1, b"1": 2}}, "args.a: ", "two of its keys are the text '1'", "invalid_args"),
+        ({b"a": 10**4300}, "args.a: ", "at most 4300 digits", "invalid_json"),
+        ({b"a": -(10**4300)}, "args.a: ", "at most 4300 digits", "invalid_json"),
+        ({10**4300: 1}, "args: ", "at most 4300 digits", "invalid_json"),
+        ((), "args: ", "got a tuple", "invalid_args"),
+        (PID, "args: ", "OpaqueObject", "invalid_args"),
+    ],
+)
+def test_what_has_no_json_form_is_refused_with_its_place(
+    held: Held, term: Any, place: str, why: str, error_type: str
+) -> None:
+    reply = call(b"echo", term)
+    assert reply[b"success"] == "false" and reply[b"error_type"] == error_type.encode()
+    text = reply[b"error"].decode()
+    assert text.startswith(place) and why in text
+
+
+def test_an_improper_list_and_objects_of_python_are_refused(held: Held) -> None:
+    """Python objects come back as themselves from a trip through Erlang."""
+    for term, why in ((ImproperList([1], 2), "an improper list"), (ImproperList([1], None), "an improper list"),
+                      (held, "(Held)"), ({1, 2}, "(set)")):  # fmt: skip
+        reply = encode(erlport.call(b"echo", {b"a": [0, term]}))
+        assert reply[b"error"].startswith(b"args.a[1]: ") and why.encode() in reply[b"error"]
+
+
+def test_what_ends_python_before_it_gets_here() -> None:
+    """Atoms beyond Latin-1: docs/erlport.md warns of them, nothing here can help."""
+    for term in ("日本", {"a": ["ł"]}):
+        with pytest.raises(Killed):
+            decode(term)
+
+
+def test_of_an_atom_and_a_binary_as_keys_one_is_lost_before_it_gets_here() -> None:
+    """They are equal in Python: with ErlPort's dict one is gone."""
+    assert erlport_terms.from_term(decode({"a": 1, b"a": 2})) == {"a": 2}
+
+
+def test_undefined_is_null_also_where_erlport_leaves_it_an_atom() -> None:
+    assert erlport_terms.from_term(Atom(b"undefined")) is None
+
+
+def test_what_a_decoder_of_the_programs_made_text_is_text(held: Held) -> None:
+    """As with `erlport.erlang.set_decoder`."""
+    assert encode(erlport.call("echo", {"a": ["b"]})) == {b"success": "true", b"result": {b"a": [b"b"]}}
+
+
+def test_an_error_is_one_line_of_bounded_length_whatever_the_keys(held: Held) -> None:
+    error = call(b"echo", {b"a\n" + b"b" * 5000: ()})[b"error"].decode()
+    assert error.startswith("args.a bbb") and len(error) <= error_replies.MAX_ERROR_CHARS
+
+
+def nested(depth: int) -> Any:
+    term: Any = 1
+    for _ in range(depth - 1):
+        term = [term]
+    return {b"a": term}
+
+
+def test_terms_nested_as_deep_as_the_port_takes_come_through_and_deeper_ones_are_refused(held: Held) -> None:
+    """Nothing becomes text on its way for being deep, and the place stays short."""
+    for levels, read in ((erlport_terms.MAX_LEVELS, True), (erlport_terms.MAX_LEVELS + 1, False)):
+        args = b'{"a":' + b"[" * (levels - 1) + b"1" + b"]" * (levels - 1) + b"}"
+        with contextlib.nullcontext() if read else pytest.raises(messages.NotJSON):
+            messages.decode(b'{"id":1,"command":"echo","args":' + args + b"}")
+    assert call(b"echo", nested(erlport_terms.MAX_LEVELS))[b"result"] == nested(erlport_terms.MAX_LEVELS)
+    reply = call(b"echo", nested(erlport_terms.MAX_LEVELS + 1))
+    assert reply[b"error_type"] == b"invalid_json" and b"nested deeper than 199 levels" in reply[b"error"]
+    assert reply[b"error"].startswith(b"args.a[0][0]") and len(reply[b"error"]) < 200
+
+
+def test_a_reply_may_be_deeper_than_a_request(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its envelope adds levels to what values may have."""
+    inner = erlport_terms.from_term(decode(nested(erlport_terms.MAX_LEVELS)))
+    monkeypatch.setattr(Commands, "table", lambda self: {"deep": Command(lambda args, call: {"a": [[inner, inner]]})})
+    assert call(b"deep") == {b"success": "true", b"result": {b"a": [[nested(erlport_terms.MAX_LEVELS)] * 2]}}
+
+
+@pytest.mark.parametrize(
+    ("value", "term"),
+    [
+        ("grüße", "grüße".encode()),
+        ("", b""),
+        ("nil", b"nil"),
+        (None, "nil"),
+        (True, "true"),
+        ({"a": False, "b": None}, {b"a": "false", b"b": "nil"}),
+        ([True, False], ["true", "false"]),
+        ([None, [True], {"a": [False]}], ["nil", ["true"], {b"a": ["false"]}]),
+        ([1, 0, 255], [1, 0, 255]),
+        ({"": [1.5, -(2**100)]}, {b"": [1.5, -(2**100)]}),
+        ([float("nan"), float("inf")], ["nil", "nil"]),
+        (float("-inf"), "nil"),
+        ("\ud800", b"?"),
+        ({"\ud800": [1.5]}, {b"?": [1.5]}),
+    ],
+)
+def test_what_erlang_receives(value: Any, term: Any) -> None:
+    got = encode(erlport_terms.to_term(value, Atom))
+    assert repr(got) == repr(term)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+def as_erlang(value: Any) -> Any:
+    """A JSON value as Elixir programs write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "nil", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, list):
+        return [as_erlang(item) for item in value]
+    if isinstance(value, dict):
+        return {key.encode(): as_erlang(item) for key, item in value.items()}
+    return value
+
+
+@given(JSON)
+def test_any_json_value_goes_to_erlang_and_comes_back(value: Any) -> None:
+    term = encode(erlport_terms.to_term(value, Atom))
+    assert repr(term) == repr(as_erlang(value)), "no 1 for true, no undefined, no pickle"
+    assert repr(erlport_terms.from_term(decode(term))) == repr(value)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.text(), JSON))
+def test_any_map_goes_through_the_dispatcher_and_comes_back(held: Held, value: dict[str, Any]) -> None:
+    """Bytes of JSON in between lose nothing, be it answered at once or by the event loop."""
+    sent = as_erlang(value)
+    for command in (b"echo", b"later"):
+        reply = call(command, sent)
+        assert repr(reply) == repr({b"success": "true", b"result": sent})
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.binary().map(Atom)
+    | st.just(decode(PID))
+    | st.builds(object),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.binary() | st.integers() | st.floats() | st.booleans() | st.none(), inner)
+        | st.builds(ImproperList, st.lists(inner, min_size=1), inner)
+    ),
+    max_leaves=10,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ANYTHING, ANYTHING)
+def test_whatever_is_handed_over_nothing_is_raised_and_a_map_comes_back(held: Held, command: Any, args: Any) -> None:
+    for reply in (encode(erlport.call(command, args)), encode(erlport.call(b"echo", args))):
+        assert reply[b"success"] in ("true", "false")
+        if reply[b"success"] == "false":
+            assert type(reply[b"error"]) is bytes and type(reply[b"error_type"]) is bytes
+
+
+def test_an_atom_as_a_command_is_read_as_an_atom() -> None:
+    assert call("grün")[b"error"] == "Unknown command: grün".encode()
+
+
+@pytest.mark.parametrize("command", [b"echo", "echo", [101, 99, 104, 111]])
+def test_a_command_is_a_binary_an_atom_or_a_charlist(held: Held, command: Any) -> None:
+    assert call(command, {b"a": 1}) == {b"success": "true", b"result": {b"a": 1}}
+
+
+@pytest.mark.parametrize("command", [1, 1.5, "true", "undefined", b"\xff", (b"echo",), [-1], [b"e"], [2**70], {}, PID])
+def test_any_other_is_an_invalid_request(held: Held, command: Any) -> None:
+    reply = call(command)
+    assert reply[b"success"] == "false" and reply[b"error_type"] == b"invalid_request"
+    assert reply[b"error"].startswith(b"command: expected text, a binary, an atom or a charlist, got ")
+
+
+@pytest.mark.parametrize("name", [b"nope", "nil", []])
+def test_an_unknown_command_is_told_in_the_exact_text(name: Any) -> None:
+    text = {b"nope": "nope", "nil": "nil"}.get(name, "") if name else ""
+    error = f"Unknown command: {text}".encode()
+    assert call(name) == {b"success": "false", b"error": error, b"error_type": b"unknown_command"}
+
+
+def test_args_may_be_left_out_or_nil_and_must_be_a_map_else(held: Held) -> None:
+    empty = {b"success": "true", b"result": {}}
+    assert encode(erlport.call(b"echo")) == encode(erlport.call(b"echo", None)) == call(b"echo", "nil") == empty
+    for args in ([], b"", 1, "true"):
+        reply = call(b"echo", args)
+        assert reply[b"error_type"] == b"invalid_request" and reply[b"error"].startswith(b"args: expected an object")
+
+
+def test_a_defect_is_an_internal_error_without_its_text(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    reply = call(b"crash")
+    assert reply[b"error_type"] == b"internal" and b"reference-1" in reply[b"error"]
+    assert b"division" not in reply[b"error"]
+
+
+def test_a_defect_of_the_conversion_is_an_internal_error_too(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    monkeypatch.setattr(erlport, "encode_value", lambda value: 1 / 0)
+    assert call(b"echo")[b"error_type"] == b"internal"
+    assert erlport._peer is not None and not erlport._peer._waiting
+
+
+def test_no_thread_to_be_had_is_an_internal_error_and_nobody_is_left_waiting(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is in the dispatcher by then; what becomes of it later finds nobody and harms no other."""
+    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    call(b"echo")
+    assert erlport._peer is not None
+    dispatcher = erlport._peer._dispatcher
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatcher, "wake", lambda: 1 / 0)
+        assert call(b"later", {b"a": 1})[b"error_type"] == b"internal"
+    assert not erlport._peer._waiting
+    assert call(b"later", {b"a": 2})[b"result"] == {b"a": 2}
+
+
+def test_requests_and_replies_past_the_longest_frame_get_the_ports_errors(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those are counted as they would be at a port: the JSON, with its envelope."""
+    monkeypatch.setenv("DSPY_BRIDGE_MAX_FRAME_BYTES", "200")
+    room = 200 - len('{"id":1,"command":"echo","args":{"a":""}}')
+    assert call(b"echo", {b"a": b"x" * room})[b"success"] == "true"
+    submit(b"r", b"twice", {b"a": b"x" * 100})
+    assert received()[1][b"error_type"] == b"frame_too_large"
+    assert b"the reply has" in call(b"twice", {b"a": b"x" * 100})[b"error"]
+    too_long = {
+        b"success": "false",
+        b"error": b"frame of 201 bytes: expected at most 200",
+        b"error_type": b"frame_too_large",
+    }
+    assert call(b"echo", {b"a": b"x" * (room + 1)}) == too_long
+    submit(b"r", b"echo", {b"a": b"x" * (room + 1)})
+    assert received() == (b"r", too_long)
+
+
+def test_a_setting_that_cannot_be_read_is_told_by_every_call_until_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPY_BRIDGE_MAX_QUEUE", "many")
+    text = b"DSPY_BRIDGE_MAX_QUEUE (--max-queue): expected a whole number of at least 0"
+    wrong = {b"success": "false", b"error": text, b"error_type": b"internal"}
+    submit(b"ref", b"ping")
+    assert call(b"ping") == wrong and received() == (b"ref", wrong)
+    monkeypatch.setenv("DSPY_BRIDGE_MAX_QUEUE", "5")
+    assert call(b"ping")[b"success"] == "true"
+    assert erlport._peer is not None and erlport._peer.settings.max_queue == 5
+
+
+def test_submit_tells_each_under_its_reference_errors_too(held: Held) -> None:
+    """A reference goes back as it came: make_ref() is opaque, and others are whatever the program likes."""
+    ref = Opaque(Opaque.REFERENCE)
+    for number, given_ref in enumerate((ref, b"binary", "atom", "größe", 7, ("tuple", 1), [1, 2], {b"a": 1})):
+        submit(given_ref, b"later", {b"n": number})
+        got, reply = received()
+        assert got == given_ref and reply == {b"success": "true", b"result": {b"n": number}}
+    submit(1, b"later", {b"n": (1,)})
+    assert received()[1][b"error_type"] == b"invalid_args"
+    submit(2, 5)
+    assert received()[1][b"error_type"] == b"invalid_request"
+    submit(3, b"nope")
+    assert received()[1][b"error_type"] == b"unknown_command"
+
+
+def test_what_is_submitted_runs_beside_each_other_within_the_limits(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPY_BRIDGE_MAX_IN_FLIGHT", "3")
+    monkeypatch.setenv("DSPY_BRIDGE_MAX_QUEUE", "1")
+    for number in range(5):
+        submit(number, b"hold", {b"n": number})
+    assert all(held.started.acquire(timeout=20) for _ in range(3))
+    ref, reply = received()
+    assert ref == 4 and reply[b"error_type"] == b"overloaded"
+    held.release.set()
+    assert {received()[0] for _ in range(4)} == {0, 1, 2, 3}
+
+
+def test_a_call_that_waits_holds_up_its_own_thread_only(held: Held) -> None:
+    waiting: queue.Queue[Any] = queue.Queue()
+    thread = threading.Thread(target=lambda: waiting.put(call(b"hold", {b"n": 1})))
+    thread.start()
+    assert held.started.acquire(timeout=20)
+    assert call(b"later", {b"n": 2})[b"result"] == {b"n": 2}
+    submit(3, b"later", {b"n": 3})
+    assert received()[1][b"result"] == {b"n": 3}
+    assert waiting.empty()
+    held.release.set()
+    assert waiting.get(timeout=20)[b"result"] == {b"n": 1}
+    thread.join()
+
+
+def test_a_cast_that_hangs_holds_up_no_call(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ErlPort's pipe may be full: the event loop must not be what waits for it."""
+    hangs, go_on = threading.Event(), threading.Event()
+    went_on: queue.Queue[bool] = queue.Queue()
+
+    def cast(pid: Any, message: Any) -> None:
+        hangs.set()
+        went_on.put(go_on.wait(5))
+
+    monkeypatch.setattr(erlang, "cast", cast)
+    submit(1, b"later")
+    assert hangs.wait(20)
+    assert call(b"later")[b"success"] == "true"
+    go_on.set()
+    assert went_on.get(timeout=20), "the call did not wait for the cast's end"
+
+
+NAMES = ("gone", "nil", "true", "undefined", "größe")
+OTHERS = (b"binary", 5, 1.5, [1], {}, (), ("gone",), ("gone", "node"), ("a", b"n@h"), (PID, "n@h"), ("a", "n@h", 1),
+          Opaque(Opaque.PORT), Opaque(Opaque.FUN))  # fmt: skip
+
+
+@pytest.mark.parametrize("receiver", [*NAMES, *OTHERS], ids=repr)
+def test_a_receiver_that_may_end_the_instance_is_refused(held: Held, receiver: Any) -> None:
+    """Erlang raises for a name that nobody has (any more) and for what is no address: it ends with all that runs.
+
+    A port takes messages of its owner's alone, and {name, node} needs a node: those would be lost without a word.
+    """
+    submit(1, b"hold", {b"n": 1})
+    assert held.started.acquire(timeout=20)
+    refused = submit_to(receiver, 2, b"later")
+    assert refused[b"success"] == "false" and refused[b"error_type"] == b"invalid_request"
+    assert refused[b"error"].startswith(b"pid: expected a pid, an alias or {name, node}, got ")
+    held.release.set()
+    assert received() == (1, {b"success": "true", b"result": {b"n": 1}})
+    assert erlang.ended == [] and erlang.mailbox.empty()
+
+
+def test_an_object_of_another_language_is_no_receiver(held: Held) -> None:
+    """Whatever its data looks like: Erlang would get an opaque tuple to send to."""
+    ruby = OpaqueObject(Opaque(Opaque.PID).encoding, Atom(b"ruby"))
+    assert encode(erlport.submit(ruby, 1, b"later", {}))[b"error_type"] == b"invalid_request"
+
+
+PIDS_AND_REFERENCES = [Opaque(kind) for kind in (Opaque.PID, Opaque.OLD_PID, Opaque.REFERENCE, Opaque.OLD_REFERENCE)]
+
+
+@pytest.mark.parametrize("receiver", [*PIDS_AND_REFERENCES, ("gone", "nonode@nohost")], ids=repr)
+def test_a_pid_an_alias_and_a_name_with_its_node_are_sent_to(held: Held, receiver: Any) -> None:
+    """Of pids and references also the encodings of OTP 22 and older. None of these raises, whoever is gone."""
+    assert submit_to(receiver, 1, b"later") == "ok"
+    assert erlang.mailbox.get(timeout=20)[0] == receiver
+
+
+def test_a_cast_that_fails_is_logged_and_the_next_are_made(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a reference that ErlPort cannot encode."""
+    logged: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(peer_log, "exception", lambda: logged.put(type(sys.exc_info()[1]).__name__) or "reference")
+    assert encode(erlport.submit(decode(PID), threading.Lock(), b"later", {})) == "ok"
+    submit(2, b"later")
+    assert received()[0] == 2 and logged.get(timeout=20) == "ValueError"
+
+
+def test_that_erlang_is_gone_is_no_defect_to_be_logged(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[Any] = []
+    monkeypatch.setattr(peer_log, "exception", lambda: logged.append(sys.exc_info()[1]) or "reference")
+    hung_up = threading.Event()
+
+    def gone(pid: Any, message: Any) -> None:
+        hung_up.set()
+        raise EOFError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(erlang, "cast", gone)
+        submit(1, b"later")
+        assert hung_up.wait(20)
+    submit(2, b"later")
+    assert received()[0] == 2 and logged == []
+
+
+def test_a_tools_question_is_answered_at_once_with_an_error(held: Held) -> None:
+    reply = call(b"ask")
+    assert reply[b"error_type"] == b"tool_error" and b"search: tools need a port of their own" in reply[b"error"]
+    submit(1, b"ask")
+    assert received()[1] == reply
+
+
+def test_first_calls_from_many_threads_make_one_peer_and_all_are_counted(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[erlport.Peer] = []
+
+    class Counted(erlport.Peer):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+            time.sleep(0.05)  # the others get here meanwhile
+
+    monkeypatch.setattr(erlport, "Peer", Counted)
+    meet = threading.Barrier(8)
+    wrong: list[Any] = []
+
+    def work(thread: int) -> None:
+        meet.wait(20)
+        for number in range(50):
+            for command in (b"echo", b"later"):
+                args = {b"n": [thread, number]}
+                if (reply := call(command, args)) != {b"success": "true", b"result": args}:
+                    wrong.append(reply)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and len(made) == 1 and not made[0]._waiting
+    counts = {name: stats["count"] for name, stats in made[0]._dispatcher.load()["commands"].items()}
+    assert counts == {"echo": 400, "later": 400}
+
+
+def test_records_have_the_level_of_the_environment_and_go_to_stderr(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no frames that they could go as."""
+    monkeypatch.setenv("DSPY_BRIDGE_LOG_LEVEL", "error")
+    monkeypatch.setenv("DSPY_BRIDGE_LOG_FRAMES", "1")
+    asked: list[Any] = []
+    monkeypatch.setattr(peer_log, "setup", lambda level, send: asked.append((level, send)))
+    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    call(b"crash")
+    assert asked == [("error", None)]
+
+
+def test_memory_of_what_is_large_is_given_back_as_at_a_port(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    given_back: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(allocator, "seen", seen.append)
+    monkeypatch.setattr(allocator, "give_back", lambda: given_back.put(threading.current_thread().name))
+    call(b"twice", {b"a": b"x" * 1000})
+    assert seen[0] > 1000 and seen[1] > 2000 and given_back.get(timeout=20) == threading.current_thread().name
+    submit(1, b"echo")
+    assert given_back.get(timeout=20) == "dspy_bridge-cast"
+
+
+def test_many_that_are_submitted_are_told_by_one_thread(held: Held) -> None:
+    for number in range(20):
+        submit(number, b"echo")
+    assert sorted(received()[0] for _ in range(20)) == list(range(20))
+    assert [thread.name for thread in threading.enumerate()].count("dspy_bridge-cast") == 1
+
+
+def test_of_what_has_been_told_nothing_is_kept(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the next one comes: it may be large."""
+    ref = decode(Opaque(Opaque.REFERENCE))
+    gone = weakref.finalize(ref, int)
+    kept: queue.Queue[bool] = queue.Queue()
+    monkeypatch.setattr(allocator, "give_back", lambda: kept.put(gone.alive))
+    assert encode(erlport.submit(decode(PID), ref, b"echo", {})) == "ok"
+    del ref
+    assert kept.get(timeout=20) is False
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_the_event_loop_takes_its_hops_as_at_a_port(
+    held: Held, disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a disk cache, steps that may wait for the disk are none that run in place."""
+    if disk:
+        monkeypatch.setenv("DSPY_BRIDGE_DISK_CACHE", str(tmp_path))
+    call(b"later")
+    assert erlport._peer is not None
+    loop: Any = erlport._peer._dispatcher._loop
+    executor = loop._default_executor
+    assert type(executor) is inline_executor.Executor and (executor._steps >= inline_executor._CACHE_STEPS) == (
+        not disk
+    )
+
+
+def test_requests_of_several_threads_enter_the_dispatcher_one_at_a_time(held: Held) -> None:
+    """It is made for one thread that reads."""
+    first: queue.Queue[Any] = queue.Queue()
+    thread = threading.Thread(target=lambda: first.put(call(b"alone")))
+    thread.start()
+    assert held.started.acquire(timeout=20)
+    assert call(b"alone")[b"result"] == "true"
+    assert first.get(timeout=20)[b"result"] == "true"
+    thread.join()
+
+
+def test_outside_of_erlport_importing_is_fine_and_calling_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "erlport.erlterms", None)
+    with pytest.raises(ModuleNotFoundError, match=r"erlport\.erlterms"):
+        erlport.call(b"ping", {})
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_program_with_dspy(scenario: str, tmp_path: Path) -> None:
+    """See there for what each says. Nothing is printed; what there is to log goes to stderr."""
+    (tmp_path / "erlport").symlink_to(FAKES / "erlport")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("DSPY_BRIDGE_")}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", tmp_path)))
+    env["DSPY_BRIDGE_LM"] = "offline/echo"
+    env["DSPY_BRIDGE_ALLOW_MODULES"] = "never_returns"
+    if scenario == "limits_are_those_of_the_environment":
+        env["DSPY_BRIDGE_MAX_IN_FLIGHT"] = env["DSPY_BRIDGE_MAX_QUEUE"] = "1"
+    command = [sys.executable, str(FAKES / "erlport_program.py"), scenario]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()
+    log = done.stderr.decode()
+    if scenario == "a_cast_that_fails_is_logged":
+        assert re.match(r"dspy_bridge\[[0-9]+\] ERROR dspy_bridge: internal error \w{8}\nTraceback", log)
+        assert re.search(r"\nValueError: unsupported data type: \S+\n$", log)
+    else:
+        assert log == ""

@@ -1,0 +1,120 @@
+"""daemon_threads: an executor like Python's own, less the wait for its threads at the end of the process."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import pytest
+from peer import ROOT
+
+from dspy_bridge.runtime.daemon_threads import DaemonThreads
+
+PATIENCE = 20.0
+
+
+def test_arguments_results_and_errors_of_any_kind_get_through() -> None:
+    threads = DaemonThreads(1, "test")
+    assert threads.submit(lambda *args, **kwargs: (args, kwargs), 1, fn=2).result(PATIENCE) == ((1,), {"fn": 2})
+    with pytest.raises(SystemExit):
+        threads.submit(sys.exit, 3).result(PATIENCE)
+    assert threads.submit(lambda: threading.current_thread().name).result(PATIENCE) == "test_0"
+
+
+def test_work_runs_beside_each_other_up_to_the_limit_and_what_is_cancelled_first_never_does() -> None:
+    threads = DaemonThreads(3, "test")
+    meet, release = threading.Barrier(4), threading.Event()
+
+    def work() -> bool:
+        meet.wait(PATIENCE)
+        return release.wait(PATIENCE)
+
+    running = [threads.submit(work) for _ in range(3)]
+    meet.wait(PATIENCE)
+    ran: list[str] = []
+    unwanted, late = threads.submit(ran.append, "unwanted"), threads.submit(ran.append, "late")
+    assert not late.running() and unwanted.cancel() and not running[0].cancel()
+    release.set()
+    assert all(future.result(PATIENCE) for future in running)
+    late.result(PATIENCE)
+    assert ran == ["late"]
+    with pytest.raises(CancelledError):
+        unwanted.result(PATIENCE)
+
+
+def test_a_thread_that_has_answered_is_used_again_before_another_is_started() -> None:
+    """Also by who is told of the answer and goes on at once."""
+    threads = DaemonThreads(64, "test")
+    for _ in range(200):
+        threads.submit(int).result(PATIENCE)
+    assert threads._threads == 1
+
+
+def test_of_what_is_done_nothing_is_kept() -> None:
+    """Not by a thread that waits for more, nor by the traceback of an error."""
+
+    class Big:
+        pass
+
+    def work(big: Big, fail: bool) -> int:
+        return 1 // (not fail)
+
+    threads = DaemonThreads(1, "test")
+    gc.disable()
+    try:
+        for fail in (False, True):
+            big, gone = Big(), threading.Event()
+            weakref.finalize(big, gone.set)
+            future: Future[Any] = threads.submit(work, big, fail)
+            assert (future.exception(PATIENCE) is not None) == fail
+            del big, future
+            assert gone.wait(PATIENCE)
+    finally:
+        gc.enable()
+
+
+def test_no_thread_to_be_had_raises_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("no thread")
+
+    threads = DaemonThreads(1, "test")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError, match="no thread"):
+            threads.submit(int)
+    assert threads.submit(int).result(PATIENCE) == 0
+
+
+def test_the_package_starts_no_thread_that_holds_up_the_end() -> None:
+    """Neither in an executor of Python's own nor by hand."""
+    found = []
+    for path in sorted((ROOT / "dspy_bridge").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            daemon = any(given.arg == "daemon" and ast.unparse(given.value) == "True" for given in node.keywords)
+            if name == "ThreadPoolExecutor" or (name == "Thread" and not daemon):
+                found.append(f"{path.name}:{node.lineno}: {name}")
+    assert found == []
+
+
+def test_the_process_ends_while_they_work() -> None:
+    """Python's own executor would have it wait for ever."""
+    program = """
+import threading
+from dspy_bridge.runtime.daemon_threads import DaemonThreads
+started = threading.Event()
+DaemonThreads(1, "test").submit(lambda: (started.set(), threading.Event().wait()))
+assert started.wait(20)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=30, check=False, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,30 @@
+"""loop: what is under way when a connection is opened does not live as long as the connection."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+
+from dspy_bridge.runtime.event_loop import Loop
+
+under_way: contextvars.ContextVar[str] = contextvars.ContextVar("under_way", default="nothing")
+
+
+def test_callbacks_of_descriptors_have_an_empty_context() -> None:
+    read, write = os.pipe()
+    loop = Loop()
+    found: list[str] = []
+
+    async def register() -> None:
+        under_way.set("an execute and its arguments")
+        loop.add_reader(read, lambda: (found.append(under_way.get()), loop.stop()))
+        loop.add_writer(write, lambda: (found.append(under_way.get()), loop.remove_writer(write)))
+        os.write(write, b".")
+
+    loop.create_task(register())
+    loop.run_forever()
+    loop.remove_reader(read)
+    loop.close()
+    os.close(read)
+    os.close(write)
+    assert sorted(set(found)) == ["nothing"]

@@ -1,0 +1,202 @@
+"""signatures: what a contract checks of inputs before any LM is asked, and of what the LM answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import pytest
+
+from dspy_bridge.errors import InvalidArgs, NotAllowed, OutputInvalid
+from dspy_bridge.signatures import builder
+
+PERSON = {
+    "type": "object",
+    "properties": {"first-name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["first-name"],
+}
+
+
+def field(name: str, kind: Any = None, **more: Any) -> dict[str, Any]:
+    return {"name": name, **({} if kind is None else {"type": kind}), **more}
+
+
+def contract(*inputs: dict[str, Any], outputs: tuple[dict[str, Any], ...] = (field("answer"),)) -> builder.Contract:
+    return builder.build({"inputs": list(inputs), "outputs": list(outputs)})
+
+
+def refused(made: builder.Contract, inputs: dict[str, Any]) -> str:
+    with pytest.raises(InvalidArgs) as caught:
+        made.check(inputs)
+    return str(caught.value)
+
+
+def test_all_that_is_wrong_with_inputs_is_named_at_once() -> None:
+    made = contract(field("q"), field("n", "int"), field("who", PERSON))
+    error = refused(made, {"n": "SECRET", "who": {"age": 5}, "w": 1, "a b": 2})
+    assert error == (
+        "inputs.w: unknown field; inputs.'a b': unknown field; inputs.q: missing; inputs.n: Input should be a valid "
+        "integer, unable to parse string as an integer; inputs.who['first-name']: Field required; expected q, n, who"
+    )
+
+
+def test_of_many_unknown_inputs_the_first_are_named_and_the_rest_counted() -> None:
+    """A reply has no room for more, and making a text of each of a million took ten seconds."""
+    error = refused(contract(field("q")), dict.fromkeys([f"x{n}" for n in range(10_000)]))
+    assert error.startswith("inputs.x0: unknown field; inputs.x1: unknown field; ")
+    assert error.endswith(
+        "; inputs.x19: unknown field; inputs: 9980 more unknown fields; inputs.q: missing; expected q"
+    )
+
+
+TEXTS = {"type": "array", "items": {"type": "string"}}
+
+
+@pytest.mark.parametrize("kind", ["list[str]", "set[str]", "dict[str, list[str]]", "Optional[list[str]]", TEXTS])
+def test_of_a_list_that_fits_nowhere_one_error_is_made(kind: Any) -> None:
+    """One for each of a million items took two seconds and hundreds of megabytes, and one is told."""
+    value = {"x": [1] * 10} if "dict" in kind else list(range(10))
+    validator = contract(field("q", kind)).inputs["q"]
+    assert validator is not None
+    with pytest.raises(pydantic.ValidationError) as caught:
+        validator.validate_python(value)
+    assert caught.value.error_count() <= 2  # that it is not None is another
+
+
+def test_long_names_are_cut() -> None:
+    assert len(refused(contract(field("q")), {"x" * 100_000: 1})) < 200
+    assert (
+        len(refused(contract(field("q", {**PERSON, "additionalProperties": False})), {"q": {"x" * 100_000: 1}})) < 300
+    )
+
+
+def test_values_are_converted_as_pydantic_does() -> None:
+    made = contract(field("n", "int"), field("tags", "list[float]"), field("who", PERSON))
+    values = made.check({"n": "5", "tags": [1, "2.5"], "who": {"first-name": "Ada", "more": None}})
+    assert values == {"n": 5, "tags": [1.0, 2.5], "who": {"first-name": "Ada", "more": None}}
+    assert type(values["who"]) is dict
+
+
+def test_an_input_that_may_be_none_may_be_left_out_and_one_with_a_default_gets_it() -> None:
+    made = contract(
+        field("maybe", "Optional[str]"),
+        field("n", {"type": "integer", "default": 3}),
+        field("tags", {"type": "array", "items": {"type": "string"}, "default": []}),
+        field("null", {"type": ["string", "null"]}),
+        field("any", {"default": []}),
+    )
+    values = made.check({})
+    assert values == {"n": 3, "tags": [], "any": []}
+    values["tags"].append("x")
+    values["any"].append("x")
+    assert made.check({}) == {"n": 3, "tags": [], "any": []}, "each call has a default of its own"
+
+
+def test_a_description_of_the_schema_is_the_fields_unless_it_has_one() -> None:
+    described = {"type": "string", "description": "theirs"}
+    made = contract(field("a", described), field("b", described, description="mine"))
+    told = {name: info.json_schema_extra["desc"] for name, info in made.signature.input_fields.items()}
+    assert told == {"a": "theirs", "b": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("probability", 0.5, 1.5),
+        ({"type": "integer", "minimum": 0}, 0, -1),
+        ({"type": "string", "pattern": "^a"}, "ab", "b"),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, {"x": 1}, {"x": "y"}),
+        ({"type": ["string", "null"], "minLength": 2}, None, "a"),
+    ],
+)
+def test_what_dspy_does_not_check_of_an_answer_is_checked(kind: Any, good: Any, bad: Any) -> None:
+    made = contract(outputs=(field("it", kind), field("other")))
+    outputs = {"it": good, "other": "x"}
+    made.check_outputs(outputs)
+    assert outputs == {"it": good, "other": "x"}
+    with pytest.raises(OutputInvalid, match=r"the LM's answer did not fit the signature: it(\['x'\])?: "):
+        made.check_outputs({"it": bad, "other": "x"})
+
+
+def test_an_answer_of_texts_becomes_one_of_its_type() -> None:
+    """XML has nothing but texts, and DSPy does not look into a map."""
+    outputs = {"it": {"a": "5"}}
+    contract(outputs=(field("it", {"additionalProperties": {"type": "integer"}}),)).check_outputs(outputs)
+    assert outputs == {"it": {"a": 5}}
+
+
+def test_null_is_no_text() -> None:
+    """DSPy would write None. Whatever else is written as text is taken as it is."""
+    made = contract(field("q"), field("any", "any"), field("maybe", "Optional[str]"))
+    assert refused(made, {"q": None, "any": 1}).startswith("inputs.q: expected text; expected ")
+    for value in ("", 5, 2.5, False, ["a"], {"a": None}):
+        assert made.check({"q": value, "any": None, "maybe": None}) == {"q": value, "any": None, "maybe": None}
+
+
+def test_a_path_that_is_not_allowed_is_named_beside_all_else_that_is_wrong(tmp_path: Path) -> None:
+    definition = {"inputs": [field("photos", "list[image]"), field("n", "int")], "outputs": [field("answer")]}
+    photos = ["https://example.org/a.png", {"path": "../secret.png"}]
+    for files_dir, said in (
+        (str(tmp_path), "path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
+        (None, "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"),
+    ):
+        with pytest.raises(NotAllowed) as caught:
+            builder.build(definition, files_dir=files_dir).check({"photos": photos, "n": "x", "w": 1})
+        assert str(caught.value) == (
+            f"inputs.w: unknown field; inputs.photos[1]: {said}; "
+            "inputs.n: Input should be a valid integer, unable to parse string as an integer; expected photos, n"
+        )
+
+
+def test_a_name_and_a_description_are_the_signatures_own() -> None:
+    """Of the description only where there are no instructions."""
+    definition = {"name": "MyApp.Answers", "description": "Answer.", "inputs": [], "outputs": [field("answer")]}
+    made = builder.build(definition).signature
+    assert (made.__name__, made.instructions) == ("MyApp.Answers", "Answer.")
+    assert builder.build({**definition, "instructions": "Be brief."}).signature.instructions == "Be brief."
+    plain = builder.build({**definition, "name": None, "description": ""}).signature
+    assert plain.instructions == "Given the fields , produce the fields `answer`."
+    for key, value in (("name", 5), ("name", "a\x00b"), ("description", ["x"])):
+        with pytest.raises(InvalidArgs, match=rf"signature\.{key}: expected"):
+            builder.build({**definition, key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("list<string>", list[str]),
+        ("dict<string, list<integer>>", dict[str, list[int]]),
+        ("union<integer|float>", int | float),
+        ("Literal['<a>']", Literal["<a>"]),
+    ],
+)
+def test_types_in_angle_brackets_are_dspexs(text: str, kind: Any) -> None:
+    assert contract(outputs=(field("it", text),)).signature.output_fields["it"].annotation == kind
+
+
+def test_the_reserved_names_are_still_refused() -> None:
+    for name in ("completions", "config", "lm", "demos", "prediction"):
+        with pytest.raises(InvalidArgs, match=name):
+            contract(field(name, PERSON))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("__import__('os').system('x')", "signature.inputs[0].type: unknown type"),
+        ("list[", "signature.inputs[0].type: 'list[' cannot be read"),
+        ("Literal[open('x')]", "signature.inputs[0].type: Literal takes texts"),
+        ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),
+        ("list[image, image]", "signature.inputs[0].type: list[…] takes 1 type"),
+        ("(lambda: 1)()", "signature.inputs[0].type: unknown type"),
+        ({"type": "object", "properties": {"x": {"foo": 1}}}, "signature.inputs[0].type.properties.x: unknown word"),
+        (5, "signature.inputs[0].type: expected text such as str"),
+        (True, "signature.inputs[0].type: expected text such as str"),
+        ([], "signature.inputs[0].type: expected text such as str"),
+    ],
+)
+def test_a_type_that_is_none_is_named(kind: Any, text: str) -> None:
+    with pytest.raises(InvalidArgs) as caught:
+        contract(field("q", kind))
+    assert str(caught.value).startswith(text), str(caught.value)

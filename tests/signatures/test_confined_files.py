@@ -1,0 +1,96 @@
+"""files: what is read is in the folder, also while somebody changes the way there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspy_bridge.signatures import confined_files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """`in/sub/a` is to be read, `out/a` is not."""
+    for name in ("in/sub", "out"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a").write_bytes(name.encode())
+    return tmp_path
+
+
+def test_a_file_is_read_and_told_where_it_is(folder: Path) -> None:
+    for path in ("sub/a", "./sub/../sub/a", str(folder / "in/sub/a")):
+        assert confined_files.read(str(folder / "in"), path, 10) == (os.path.realpath(folder / "in/sub/a"), b"in/sub")
+
+
+def test_a_folder_that_is_a_link_itself(folder: Path) -> None:
+    (folder / "link").symlink_to("in")
+    assert confined_files.read(str(folder / "link"), "sub/a", 10)[1] == b"in/sub"
+    assert confined_files.read("/", str(folder / "out/a"), 10)[1] == b"out"
+
+
+@pytest.mark.parametrize("knows_places", [True, False])
+@pytest.mark.parametrize("swapped", ["sub", "a"])
+def test_a_link_that_comes_between_leads_nowhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, swapped: str, knows_places: bool
+) -> None:
+    """After the path was looked at and before it is opened, a folder on the way becomes a link."""
+    opened = os.open
+
+    def swap_first(path: Any, *args: Any, **more: Any) -> int:
+        place = folder / "in/sub" / ("" if swapped == "sub" else "a")
+        if not place.is_symlink() and str(path).endswith("/a"):
+            place.rename(folder / "aside")
+            place.symlink_to(folder / ("out" if swapped == "sub" else "out/a"))
+        return opened(path, *args, **more)
+
+    monkeypatch.setattr(os, "open", swap_first)
+    if not knows_places:
+        monkeypatch.setattr(os, "readlink", _no_proc(os.readlink))
+    with pytest.raises((confined_files.Outside, confined_files.Unreadable)):
+        confined_files.read(str(folder / "in"), "sub/a", 10)
+
+
+def test_where_the_system_does_not_tell_a_place_files_are_read_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "readlink", _no_proc(os.readlink))
+    assert confined_files.read(str(folder / "in"), "sub/a", 10)[1] == b"in/sub"
+
+
+def _no_proc(readlink: Any) -> Any:
+    def without(path: Any, **more: Any) -> Any:
+        if str(path).startswith("/proc/self/fd"):
+            raise FileNotFoundError(2, "No such file")
+        return readlink(path, **more)
+
+    return without
+
+
+def test_a_way_that_changes_while_it_is_looked_at_is_no_defect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was a link just now is none any more."""
+
+    def fails(_path: Any, **_more: Any) -> str:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os.path, "realpath", fails)
+    with pytest.raises(confined_files.Unreadable, match="cannot be read: Invalid argument"):
+        confined_files.read(str(folder / "in"), "sub/a", 10)
+
+
+def test_nothing_stays_open(folder: Path) -> None:
+    os.mkfifo(folder / "in/pipe")
+    before = os.listdir("/dev/fd")
+    for path, most in (("sub/a", 10), ("sub/a", 2), ("sub", 10), ("pipe", 10), ("gone", 10)):
+        try:
+            confined_files.read(str(folder / "in"), path, most)
+        except confined_files.Unreadable:
+            pass
+    assert len(os.listdir("/dev/fd")) == len(before)
+
+
+def test_a_folder_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(confined_files.Unreadable, match="cannot be read: No such file"):
+        confined_files.read(str(folder / "gone"), "a", 10)

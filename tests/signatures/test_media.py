@@ -1,0 +1,253 @@
+"""media: images, audio, files and conversations become DSPy's objects, and nothing is fetched or read unasked."""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+
+from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.signatures import builder, media
+
+PNG = base64.b64encode(b"\x89PNG and so on").decode()
+
+
+def take(kind: str, value: Any, files_dir: Path | None = None) -> Any:
+    """The value as a program with one input of that type gets it."""
+    folder = None if files_dir is None else str(files_dir)
+    definition = {"inputs": [{"name": "it", "type": kind}], "outputs": [{"name": "a"}]}
+    return builder.build(definition, files_dir=folder).check({"it": value})["it"]
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("https://example.org/a.png", "https://example.org/a.png"),
+        ({"url": "http://example.org/a.png?b=c"}, "http://example.org/a.png?b=c"),
+        (f"data:image/png;base64,{PNG}", f"data:image/png;base64,{PNG}"),
+        (f"data:image/svg+xml;charset=utf-8;base64,{PNG}", f"data:image/svg+xml;base64,{PNG}"),
+        ({"base64": PNG, "mime": "image/png"}, f"data:image/png;base64,{PNG}"),
+    ],
+)
+def test_an_image(given: Any, url: str) -> None:
+    image = take("image", given)
+    assert isinstance(image, dspy.Image) and image.url == url
+    assert image.format() == [{"type": "image_url", "image_url": {"url": url}}]
+
+
+@pytest.mark.parametrize("mime", ["audio/wav", "audio/x-wav", "audio/wave"])
+def test_audio(mime: str) -> None:
+    for given in (f"data:{mime};base64,{PNG}", {"base64": PNG, "mime": mime}):
+        assert take("audio", given).format() == [{"type": "input_audio", "input_audio": {"data": PNG, "format": "wav"}}]
+    assert take("audio", {"base64": PNG, "mime": "audio/mpeg"}).audio_format == "mp3", "as OpenAI names it"
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (f"data:application/pdf;base64,{PNG}", {"file_data": f"data:application/pdf;base64,{PNG}"}),
+        (
+            {"base64": PNG, "mime": "text/plain", "filename": "a.txt"},
+            {"file_data": f"data:text/plain;base64,{PNG}", "filename": "a.txt"},
+        ),
+        ({"file_id": "file-1"}, {"file_id": "file-1"}),
+    ],
+)
+def test_a_file(given: Any, part: dict[str, str]) -> None:
+    assert take("file", given).format() == [{"type": "file", "file": part}]
+
+
+CHAT = {
+    "inputs": [{"name": "past", "type": "history"}, {"name": "photo", "type": "image | None"}, {"name": "question"}],
+    "outputs": [{"name": "answer"}, {"name": "sure", "type": "bool"}],
+}
+
+
+def history(given: Any, files_dir: Path | None = None) -> Any:
+    """The turns as a program with a history gets them."""
+    made = builder.build(CHAT, files_dir=None if files_dir is None else str(files_dir))
+    return made.check({"past": given, "question": "?"})["past"]
+
+
+def test_a_history_is_a_list_of_turns() -> None:
+    turns = [{"question": "a", "answer": "b", "sure": True}, {"question": "c"}, {"answer": 5, "reasoning": "r"}]
+    for given in (turns, {"messages": turns}):
+        assert history(given) == dspy.History(messages=turns)
+    assert history([]).messages == []
+
+
+def test_the_media_in_a_turn_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (turn,) = history([{"question": "a", "photo": {"path": "a.png"}, "sure": "yes"}], tmp_path).messages
+    assert isinstance(turn["photo"], dspy.Image) and turn["photo"].url.endswith("eA==") and turn["sure"] is True
+
+
+@pytest.mark.parametrize(
+    ("turn", "kind", "said"),
+    [
+        ({"other": 1}, InvalidArgs, "other: unknown field; expected photo, question, answer, sure"),
+        ({"question": "q", "x y": 1}, InvalidArgs, "'x y': unknown field; expected photo, question, answer, sure"),
+        ({"past": [], "question": "q"}, InvalidArgs, "past: unknown field; expected photo, question, answer, sure"),
+        ({}, InvalidArgs, "expected at least one of photo, question, answer, sure"),
+        ({"reasoning": "r"}, InvalidArgs, "expected at least one of photo, question, answer, sure"),
+        ({"question": None}, InvalidArgs, "question: expected text"),
+        ({"sure": "SECRET"}, InvalidArgs, "sure: Input should be a valid boolean, unable to interpret input"),
+        ({"photo": 5}, InvalidArgs, "photo: expected a URL, a data: URL, {base64, mime} or {path}"),
+        ({"photo": {"path": "../x.png"}}, NotAllowed, "photo: path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
+        (5, InvalidArgs, "expected an object with fields of the signature"),
+    ],
+)
+def test_what_is_wrong_with_a_turn_is_named(turn: Any, kind: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(kind) as caught:
+        history([{"question": "a"}, turn, {"nor": "this"}], tmp_path)
+    assert str(caught.value) == f"inputs.past: turn 1: {said}; expected past, photo, question"
+
+
+def test_containers_take_the_same_forms() -> None:
+    one = {"base64": PNG, "mime": "image/png"}
+    assert [image.url[:5] for image in take("list[image]", [one, "https://e.org/x"])] == ["data:", "https"]
+    assert take("dict[str, image]", {"a": one})["a"].url.startswith("data:")
+    assert take("tuple[image, ...]", [one])[0].url.startswith("data:")
+    assert take("Optional[image]", None) is None and take("image | None", one).url.startswith("data:")
+    assert isinstance(take("list[dict[str, audio]]", [{"a": {"base64": PNG, "mime": "audio/wav"}}])[0]["a"], dspy.Audio)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "file"])
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (5, "expected"),
+        (None, "expected"),
+        ([], "expected"),
+        ({}, "expected"),
+        ("", "expected"),
+        ("/etc/passwd", "expected"),
+        ("file:///etc/passwd", "expected"),
+        ("ftp://example.org/x", "expected"),
+        ("http://", "expected"),
+        ({"base64": PNG}, "expected"),
+        ({"base64": PNG, "mime": "image/png", "more": 1}, "expected"),
+        ({"url": "https://example.org/x", "download": True}, "expected"),
+        ({"base64": PNG, "mime": "png"}, "mime: expected a MIME type"),
+        ({"base64": PNG, "mime": "image/png\r\nX: y"}, "mime: expected a MIME type"),
+        ({"base64": PNG, "mime": 5}, "mime: expected a MIME type"),
+        ({"base64": 5, "mime": "image/png"}, "base64: expected text"),
+        ({"base64": "", "mime": "image/png"}, "no base64"),
+        ({"base64": "SECRET!!", "mime": "image/png"}, "no base64"),
+        ({"base64": "SECRE", "mime": "image/png"}, "no base64"),
+        ({"base64": "SEC\nRET=", "mime": "image/png"}, "no base64"),
+        ({"base64": "AA==AAAA", "mime": "image/png"}, "no base64"),
+        ({"base64": "SECRÉTTT", "mime": "image/png"}, "no base64"),
+        ({"base64": "A" * (1 << 20) + "!!!!", "mime": "image/png"}, "no base64"),
+        ({"base64": "A" * ((1 << 20) - 2) + "==AAAA", "mime": "image/png"}, "no base64"),
+        ("data:,SECRET", "must say its MIME type and that it is base64"),
+        ("data:image/png,SECRET", "must say its MIME type and that it is base64"),
+        ("data:;base64,SECR", "must say its MIME type and that it is base64"),
+        ("data:image/png;base64,", "no base64"),
+        ("data:image/png;base64,SECRET!!", "no base64"),
+        ("data:image/png;base64", "no base64"),
+    ],
+)
+def test_what_is_none_of_it_is_named_and_never_quoted(kind: str, given: Any, text: str) -> None:
+    with pytest.raises(InvalidArgs) as caught:
+        take(kind, given)
+    error = str(caught.value)
+    assert error.startswith("inputs.it: ") and text in error and len(error) < 300
+    assert "SECR" not in error and "etc" not in error and "AAAA" not in error
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "file"])
+def test_a_long_url_that_is_none_is_refused_at_once(kind: str) -> None:
+    """Its time grows with its length, not with the square."""
+    with pytest.raises(InvalidArgs):
+        take(kind, "http://" + "a" * 2_000_000 + " b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "text"),
+    [
+        ("image", {"base64": PNG, "mime": "text/html"}, "expected an image, not text/html"),
+        ("audio", {"base64": PNG, "mime": "image/png"}, "expected audio, not image/png"),
+        ("audio", "https://example.org/a.wav", "nothing is fetched"),
+        ("file", "https://example.org/a.pdf", "nothing is fetched"),
+        ("file", {"file_id": 5}, "file_id"),
+        ("file", {"base64": PNG, "mime": "text/plain", "filename": 5}, "filename: expected text"),
+        ("history", "hello", "expected a list of turns"),
+        ("history", {"messages": 5}, "expected a list of turns"),
+        ("history", [5], "turn 0: expected an object"),
+        ("list[image]", ["https://example.org/x", "x"], "inputs.it[1]: expected"),
+    ],
+)
+def test_what_does_not_fit_one_kind(kind: str, given: Any, text: str) -> None:
+    with pytest.raises(InvalidArgs) as caught:
+        take(kind, given)
+    assert text in str(caught.value), str(caught.value)
+
+
+def test_without_the_setting_no_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    for path in (str(tmp_path / "a.png"), "a.png", "/etc/passwd"):
+        with pytest.raises(NotAllowed, match="DSPY_BRIDGE_FILES_DIR"):
+            take("image", {"path": path})
+
+
+def test_a_file_in_the_folder_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.bin").write_bytes(b"x")
+    for path in ("a.png", str(tmp_path / "a.png"), "sub/../a.png"):
+        assert take("image", {"path": path}, tmp_path).url == "data:image/png;base64,eA=="
+    assert take("file", {"path": "a.png"}, tmp_path).filename == "a.png"
+    assert take("audio", {"path": "b.bin", "mime": "audio/wav"}, tmp_path).data == "eA=="
+
+
+def test_links_and_dots_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (tmp_path / "in-not").mkdir()
+    (tmp_path / "in-not" / "a.png").write_bytes(b"secret")
+    (folder / "link.png").symlink_to(tmp_path / "in-not" / "a.png")
+    (folder / "sub").symlink_to(tmp_path / "in-not")
+    for path in ("../in-not/a.png", "link.png", "sub/a.png", str(tmp_path / "in-not" / "a.png"), "/etc/hostname"):
+        with pytest.raises(NotAllowed, match="out of the folder"):
+            take("image", {"path": path}, folder)
+    (folder / "b.png").write_bytes(b"x")
+    (folder / "inside.png").symlink_to(folder / "b.png")
+    assert take("image", {"path": "inside.png"}, folder).url.endswith("eA==")
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "large.png").write_bytes(b"12345")
+    (tmp_path / "unnamed").write_bytes(b"1")
+    monkeypatch.setattr(media, "MAX_FILE_BYTES", 4)
+    for path, text in [
+        ("pipe.png", "expected a regular file"),
+        ("dir.png", "expected a regular file"),
+        ("gone.png", "path: cannot be read: No such file"),
+        ("large.png", "at most 4 bytes"),
+        ("unnamed", "mime: expected"),
+        (5, "path: expected the name"),
+        ("a\0b", "path: expected the name"),
+        ("x" * 5000 + ".png", "path: cannot be read"),
+        ("", "path: expected the name"),
+    ]:
+        with pytest.raises(InvalidArgs) as caught:
+            take("image", {"path": path}, tmp_path)
+        assert text in str(caught.value), str(caught.value)
+
+
+def test_an_image_of_20_mb_is_checked_quickly_and_kept_by_no_cache() -> None:
+    """DSPy's own `format` holds the last 32 images whatever their size."""
+    data = base64.b64encode(os.urandom(20_000_000)).decode()
+    before = dspy.Image.format.cache_info().currsize
+    began = time.monotonic()
+    image = take("image", {"base64": data, "mime": "image/png"})
+    assert time.monotonic() - began < 2
+    assert image.format()[0]["image_url"]["url"].endswith(data[-100:])
+    assert dspy.Image.format.cache_info().currsize == before

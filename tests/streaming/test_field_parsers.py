@@ -1,0 +1,176 @@
+"""Readers of answers: in whatever pieces one comes, what is told of a field is what DSPy's parser gives for it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import dspy
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dspy_bridge.streaming.field_parsers import ChatReader, Reader, XMLReader, rest
+from dspy_bridge.streaming.json_fields import JSONReader
+
+SIGNATURE = dspy.Signature("question -> first, second")
+FIELDS = ("first", "second")
+READERS: dict[str, tuple[type[Reader], dspy.Adapter]] = {
+    "chat": (ChatReader, dspy.ChatAdapter()),
+    "json": (JSONReader, dspy.JSONAdapter()),
+    "xml": (XMLReader, dspy.XMLAdapter()),
+}
+
+
+def read(reader: type[Reader], pieces: list[str]) -> dict[str, str]:
+    reading = reader(FIELDS)
+    told = dict.fromkeys(FIELDS, "")
+    for piece in pieces:
+        for field, text in reading.feed(piece):
+            assert text
+            told[field] += text
+    return told
+
+
+def split(answer: str, cuts: list[int]) -> list[str]:
+    edges = sorted({0, len(answer), *(cut % (len(answer) + 1) for cut in cuts)})
+    return [answer[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def parsed(adapter: dspy.Adapter, answer: str) -> dict[str, str]:
+    """What DSPy makes of it in the end; no case for these tests if that is nothing."""
+    try:
+        return adapter.parse(SIGNATURE, answer)
+    except dspy.AdapterParseError:
+        assume(False)
+        raise
+
+
+CUTS = st.lists(st.integers(0, 10_000), max_size=12) | st.just(list(range(10_000)))
+# Markers in halves, white space of all kinds, quotes, escapes, entities, what is not ASCII.
+SCRAPS = st.sampled_from(
+    ["[[", "]]", " ## ", "[[ ## first ## ]]", "[[ ## x ## ]]", "[[ ## sec", "\n", "\r\n", "\r", "\u2028", "  ", "\t",
+     "a", "word", '"', "\\", "\\n", "{", "}", ",", ":", '"second":', "</", "<", "&", "&amp;", "<b>x</b>", "😀", "#"]
+)  # fmt: skip
+TEXT = st.lists(SCRAPS, max_size=8).map("".join) | st.text(max_size=20)
+
+
+@given(TEXT, TEXT, st.sampled_from(["", "Sure!\n", " [[ ## \n"]), CUTS)
+@settings(deadline=None, max_examples=400)
+def test_chat(first: str, second: str, before: str, cuts: list[int]) -> None:
+    answer = f"{before}[[ ## first ## ]]\n{first}\n\n[[ ## second ## ]]{second}\n\n[[ ## completed ## ]]"
+    wanted = parsed(READERS["chat"][1], answer)
+    assert read(ChatReader, split(answer, cuts)) == wanted
+
+
+@given(TEXT, TEXT, st.booleans(), st.sampled_from(["", "```json\n", "Sure: "]), CUTS)
+@settings(deadline=None, max_examples=400)
+def test_json(first: str, second: str, ascii: bool, before: str, cuts: list[int]) -> None:
+    fields = {"other": [1, {"first": "no", "}": "]"}], "n": -1.5, "first": first, "": None, "second": second, "z": "é"}
+    answer = before + json.dumps(fields, ensure_ascii=ascii, indent=None if ascii else 2)
+    assert read(JSONReader, split(answer, cuts)) == {"first": first, "second": second}
+
+
+@given(TEXT, TEXT, CUTS)
+@settings(deadline=None, max_examples=400)
+def test_xml(first: str, second: str, cuts: list[int]) -> None:
+    def escaped(text: str) -> str:
+        return text.replace("&", "&amp;").replace("<", "&lt;")
+
+    answer = f"Sure!\n<first>\n{escaped(first)}\n</first>\n<x>no</x><second>{escaped(second)}</second>"
+    wanted = parsed(READERS["xml"][1], answer)
+    assert read(XMLReader, split(answer, cuts)) == wanted
+
+
+@given(st.sampled_from(sorted(READERS)), st.lists(SCRAPS | st.sampled_from(
+    ['{"first": "', '", "second": "', '"}', "<first>", "</first>", "<second>", "</second>", "[[ ## second ## ]]\n"]
+), max_size=15).map("".join), CUTS)  # fmt: skip
+@settings(deadline=None, max_examples=400)
+def test_whatever_an_lm_writes_costs_no_error_and_is_told_the_same_in_any_pieces(
+    name: str, answer: str, cuts: list[int]
+) -> None:
+    reader = READERS[name][0]
+    assert read(reader, split(answer, cuts)) == read(reader, [answer] if answer else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "field", "told"),
+    [
+        # Each what DSPy's own listeners get wrong, and at which moment a text is told.
+        ("chat", "[[ ## first ## ]]\nsee [[1]] and [[ ## x", "first", "see [[1]] and [[ ## x"),
+        ("chat", "[[ ## first ## ]]\nPar", "first", "Par"),
+        ("chat", "[[ ## first ## ]]\nParis\n[[ ## s", "first", "Paris"),
+        ("chat", "[[ ## first ## ]] Paris  \n\n", "first", "Paris"),
+        ("chat", "[[ ## first ## ]] It is  \nParis. ", "first", "It is\nParis."),
+        ("chat", "[[ ## first ## ]]\na\n[[ ## second ## ]]\nb\n[[ ## first ## ]]\nc", "first", "a"),
+        ("json", r'{"first": "say \"hi\"\n\u00e9', "first", 'say "hi"\né'),
+        ("json", '{"first": "a \\', "first", "a "),
+        ("json", r'{"first": "\ud83d', "first", ""),
+        ("json", r'{"first": "\ud83d\ude00', "first", "😀"),
+        ("json", r'{"first": "\ud83dx', "first", "\ud83dx"),
+        ("json", '{"first": "a", "first": "b"', "first", "a"),
+        ("json", '{"first": "He said "hi" to me", "second": "b"}', "first", "He said "),
+        ("json", '{"first": "a" "second": "b"', "second", "b"),
+        ("json", '{"first" "a", "second": "b"', "second", ""),
+        ("json", '{"first": 5, "second": "b"', "second", "b"),
+        ("xml", "<first>\n a &lt; b &amp; c", "first", "a < b & c"),
+        ("xml", "<first>a<b>c</b>d</first><second>e</second>", "first", "a"),
+        ("xml", "<first>a & b</first>", "first", "a"),
+    ],
+)
+def test_what_is_told_so_far(name: str, answer: str, field: str, told: str) -> None:
+    for pieces in ([answer], list(answer)):
+        assert read(READERS[name][0], pieces)[field] == told
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> None:
+    """A reader that looked at all it had read with each piece would take minutes."""
+    begin = {"chat": "[[ ## first ## ]]\n", "json": '{"x": ["', "xml": "<first>"}[name]
+    for filling in ("ab c", "\n   ", "[ \\n"):
+        reading = READERS[name][0](FIELDS)
+        list(reading.feed(begin))
+        for _ in range(100_000):
+            list(reading.feed(filling))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("name", "begin", "filling"),
+    [
+        *(("chat", begin, filling) for begin in ("", "[[ ## first ## ]]\na\n") for filling in (" ", "[", "\n")),
+        *(("json", '{"first": "', filling) for filling in ("a", "\\")),
+        *(("json", '{"x": [', filling) for filling in ("[", '"', " ")),
+        *(("xml", begin, filling) for begin in ("<first a='", "<!--", "<", "<first>") for filling in ("a", " ")),
+    ],
+)
+def test_a_million_times_the_same_is_read_as_fast_as_a_text(name: str, begin: str, filling: str) -> None:
+    """Whatever may still become something else must not be looked at from its beginning again: that takes minutes."""
+    reading = READERS[name][0](FIELDS)
+    list(reading.feed(begin) if begin else ())
+    for _ in range(250_000):
+        list(reading.feed(filling * 4))
+
+
+def test_a_tag_of_usual_length_is_waited_for_and_one_without_end_is_not() -> None:
+    usual, endless = f"<first a='{'x' * 500}'>", f"<first a='{'x' * 5000}'>"
+    assert read(XMLReader, list(f"{usual}text</first>"))["first"] == "text"
+    assert read(XMLReader, list(f"{endless}text</first>"))["first"] == ""
+    long = "words, 😀 & words\n\n" * 1000 + "end"
+    for size in (1, 3, 5000):
+        answer = f"<first>{long.replace('&', '&amp;')}</first>"
+        assert read(XMLReader, [answer[at : at + size] for at in range(0, len(answer), size)])["first"] == long
+
+
+@pytest.mark.parametrize("indent", ["   ", "\t", " " * 16, " " * 17, " " * 18, " " * 40])
+def test_white_space_before_a_header_is_cut_as_dspy_cuts_it(indent: str) -> None:
+    answer = f"[[ ## first ## ]]\na\n{indent}[[ ## second ## ]] text\n"
+    wanted = parsed(READERS["chat"][1], answer)
+    assert read(ChatReader, [answer]) == read(ChatReader, list(answer)) == wanted
+
+
+@given(st.text(max_size=5), st.text(max_size=5))
+def test_the_rest_is_what_makes_it_whole_or_nothing(told: str, more: str) -> None:
+    assert rest(told, told + more) == more
+    if not more.startswith(told):
+        assert rest(told, more) == ""

@@ -1,0 +1,86 @@
+"""frames: any split of the stream gives the same frames; what is too long is read past, not stored."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peer import frame
+
+from dspy_bridge.wire.frames import FrameDecoder, TooLarge
+
+PAYLOADS = st.lists(st.binary(max_size=40), max_size=12)
+
+
+def cut(data: bytes, at: list[int]) -> list[bytes]:
+    edges = sorted({0, len(data), *(position % (len(data) + 1) for position in at)})
+    return [data[a:b] for a, b in pairwise(edges)]
+
+
+@given(PAYLOADS, st.lists(st.integers(0, 10_000)))
+def test_any_split_gives_every_payload_once_and_in_order(payloads: list[bytes], at: list[int]) -> None:
+    decoder = FrameDecoder(1000)
+    stream = b"".join(frame(payload) for payload in payloads)
+    assert [got for chunk in cut(stream, at) for got in decoder.feed(chunk)] == payloads
+    assert not decoder.mid_frame
+
+
+@given(PAYLOADS, st.binary(min_size=1, max_size=40), st.integers(1, 43))
+def test_a_stream_that_ends_inside_a_frame_is_told_apart(whole: list[bytes], last: bytes, missing: int) -> None:
+    decoder = FrameDecoder(1000)
+    packet = frame(last)
+    cut_short = packet[: max(1, len(packet) - missing)]
+    assert decoder.feed(b"".join(frame(p) for p in whole) + cut_short) == whole
+    assert decoder.mid_frame
+
+
+@given(st.lists(st.binary(max_size=12), max_size=10), st.lists(st.integers(0, 10_000)))
+def test_a_frame_over_the_limit_is_skipped_and_the_next_one_served(payloads: list[bytes], at: list[int]) -> None:
+    decoder = FrameDecoder(6)
+    stream = b"".join(frame(payload) for payload in payloads)
+    wanted = [payload if len(payload) <= 6 else TooLarge(len(payload)) for payload in payloads]
+    assert [got for chunk in cut(stream, at) for got in decoder.feed(chunk)] == wanted
+
+
+def test_a_frame_over_the_limit_is_not_stored() -> None:
+    """A hostile length must not cost memory: nothing of the payload is kept while it passes."""
+    decoder = FrameDecoder(10)
+    assert decoder.feed((0xFFFFFFFF).to_bytes(4, "big")) == [TooLarge(0xFFFFFFFF)]
+    for _ in range(100):
+        assert decoder.feed(b"x" * 10_000) == []
+        assert decoder._parts == []
+    assert decoder.mid_frame
+
+
+def test_a_frame_of_length_zero_is_a_frame() -> None:
+    assert FrameDecoder(10).feed(frame(b"") + frame(b"a")) == [b"", b"a"]
+
+
+@pytest.mark.parametrize("have", [0, 1, 9])
+def test_a_frame_that_is_given_up_is_read_past_and_the_next_one_kept(have: int) -> None:
+    decoder = FrameDecoder(100)
+    assert decoder.give_up() is None
+    assert decoder.feed(b"\0\0") == [] and decoder.give_up() is None, "half a header is no frame"
+    assert decoder.feed(b"\0\x0a" + b"x" * have) == []
+    assert decoder.give_up() == TooLarge(10, no_memory=True) and decoder.mid_frame
+    assert decoder.feed(b"x" * (10 - have) + b"\0\0\0\2ab") == [b"ab"] and not decoder.mid_frame
+
+
+class Short(bytes):
+    """There is no memory for a piece of it of five bytes or more."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice) and len(range(*key.indices(len(self)))) > 4:
+            raise MemoryError
+        return bytes(self)[key]
+
+
+def test_a_piece_that_there_is_no_memory_for_costs_its_frame_alone() -> None:
+    """Neither those behind it in the same read nor those after that."""
+    decoder = FrameDecoder(100)
+    assert decoder.feed(b"\0\0\0\x0axxx") == []
+    assert decoder.feed(Short(b"xxxxxxx\0\0\0\2ab\0\0\0\x03abc")) == [TooLarge(10, no_memory=True), b"ab", b"abc"]
+    assert decoder.feed(b"\0\0\0\1c") == [b"c"]
