@@ -54,7 +54,8 @@ defmodule DSPex.PythonBridge.Pool do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with {:ok, settings} <- Pool.Options.new(opts), do: Pool.Supervisor.start_link(settings)
+    with {:ok, settings} <- Pool.Options.new(opts, __MODULE__),
+         do: Pool.Supervisor.start_link(settings)
   end
 
   @doc """
