@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.Pool.Handle do
 
   alias DSPex.PythonBridge.{Pool, Programs}
   alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.OTP.Registry
 
   @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :checkouts, :settings]
   defstruct @enforce_keys
@@ -61,23 +62,22 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   @doc "Tells callers of the pool."
   @spec publish(t()) :: :ok
   def publish(%__MODULE__{} = handle) do
-    :persistent_term.put({__MODULE__, handle.pid}, handle)
-    :persistent_term.put({__MODULE__, handle.name}, handle)
+    Registry.put(:pool, handle.pid, handle)
+    Registry.put(:pool, handle.name, handle)
   end
 
   @doc "Callers find the pool no more."
   @spec withdraw(t()) :: :ok
   def withdraw(%__MODULE__{} = handle) do
-    :persistent_term.erase({__MODULE__, handle.pid})
-    :persistent_term.erase({__MODULE__, handle.name})
-    :ok
+    Registry.delete(:pool, handle.pid)
+    Registry.delete(:pool, handle.name)
   end
 
   @doc "What is known of the pool of this name or pid; nil if there is none on this node."
   @spec fetch(term()) :: t() | nil
   def fetch(pool) do
     # One that was killed has withdrawn nothing.
-    with %__MODULE__{pid: pid} = handle <- :persistent_term.get({__MODULE__, pool}, nil),
+    with %__MODULE__{pid: pid} = handle <- Registry.get(:pool, pool),
          do: if(Process.alive?(pid), do: handle)
   end
 end

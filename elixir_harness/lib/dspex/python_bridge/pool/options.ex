@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
   `DSPex.PythonBridge.Options`, before any bridge is started.
   """
 
-  alias DSPex.PythonBridge.{Options, Pool}
+  alias DSPex.PythonBridge.Options
 
   # More Python processes than any machine has room for; each is an atom, too.
   @max_size 1_000
@@ -22,15 +22,15 @@ defmodule DSPex.PythonBridge.Pool.Options do
           max_retries: non_neg_integer()
         }
 
-  @doc "Settings from options, or the error that names the one that cannot be right."
-  @spec new(term()) :: {:ok, t()} | {:error, Exception.t()}
-  def new(opts) do
+  @doc "Settings from options, or the error that names the one that is wrong; `default`: the pool's name if none is given."
+  @spec new(term(), atom()) :: {:ok, t()} | {:error, Exception.t()}
+  def new(opts, default) do
     with :ok <- Options.check(opts, "python pool", &refusal/1),
          {own, bridge} = Keyword.split(opts, [:name, :pool_size, :cluster]),
          {:ok, options} <- Options.new([name: nil] ++ bridge) do
       {:ok,
        %__MODULE__{
-         name: Keyword.get(own, :name, Pool),
+         name: Keyword.get(own, :name, default),
          size: Keyword.get(own, :pool_size, 3),
          cluster: own[:cluster],
          bridge: Options.seal(bridge),

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   @moduledoc """
   The way of one call to another node of the cluster. Two processes carry it: a courier on this node,
-  and a proxy on the other, which does there what a caller does (`DSPex.PythonBridge.Pool.Router`).
+  and a proxy on the other, which does there what a caller does (`DSPex.PythonBridge.Pool.LocalCall`).
 
   The courier is what may be held up, by a connection whose buffer is full or a node that has stopped;
   the caller waits for its message and no longer than its timeout. The two are linked, and the courier
@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
 
   alias DSPex.PythonBridge.{Error, Programs}
   alias DSPex.PythonBridge.OTP.ServerGuard
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router}
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
 
   # A node that has not even started the proxy by then has stopped, or is as good as out of reach: the
   # runtime itself would take a minute to find out. A large request may take longer, on a slow network.
@@ -19,10 +19,10 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   @bytes_per_ms 5_000
 
   @doc "Brings the call to another node, if there is one that can serve it."
-  @spec elsewhere(Handle.t(), Request.t()) :: {:done, Router.reply()} | {:nobody, Request.t()}
-  def elsewhere(%Handle{settings: %{cluster: nil}}, request), do: {:nobody, request}
+  @spec run(Handle.t(), Request.t()) :: {:done, LocalCall.reply()} | {:nobody, Request.t()}
+  def run(%Handle{settings: %{cluster: nil}}, request), do: {:nobody, request}
 
-  def elsewhere(%Handle{} = handle, %Request{} = request) do
+  def run(%Handle{} = handle, %Request{} = request) do
     case serving(handle) -- request.passed_nodes do
       [] -> {:nobody, request}
       others -> try_node(handle, request, Enum.random(others), nil)
@@ -59,7 +59,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   # A node of this one may be able to serve again by now.
   defp pass(handle, request, other) do
     request = %{request | passed_nodes: [other | request.passed_nodes]}
-    with {:nobody, request} <- Router.here(handle, request), do: elsewhere(handle, request)
+    with {:nobody, request} <- LocalCall.run(handle, request), do: run(handle, request)
   end
 
   # The program may be known here and not yet there.
@@ -181,7 +181,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   defp serve(handle, request, definition) do
     if definition, do: CoordinatorClient.adopt(handle, definition, request.deadline)
 
-    case Router.here(handle, request) do
+    case LocalCall.run(handle, request) do
       {:done, reply} -> {:done, reply}
       {:nobody, request} -> {:nobody, request.deaths, request.overloaded?}
     end
