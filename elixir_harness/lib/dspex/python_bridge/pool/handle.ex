@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.Pool.Handle do
 
   alias DSPex.PythonBridge.{Pool, Programs}
   alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.OTP.Registry
 
   @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :checkouts, :settings]
   defstruct @enforce_keys
@@ -60,23 +61,22 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   @doc "Makes the pool known to callers."
   @spec publish(t()) :: :ok
   def publish(%__MODULE__{} = handle) do
-    :persistent_term.put({__MODULE__, handle.pid}, handle)
-    :persistent_term.put({__MODULE__, handle.name}, handle)
+    Registry.put(:pool, handle.pid, handle)
+    Registry.put(:pool, handle.name, handle)
   end
 
   @doc "From now on callers do not find the pool."
   @spec withdraw(t()) :: :ok
   def withdraw(%__MODULE__{} = handle) do
-    :persistent_term.erase({__MODULE__, handle.pid})
-    :persistent_term.erase({__MODULE__, handle.name})
-    :ok
+    Registry.delete(:pool, handle.pid)
+    Registry.delete(:pool, handle.name)
   end
 
   @doc "The handle of the pool of this name or pid; nil if there is none on this node."
   @spec fetch(term()) :: t() | nil
   def fetch(pool) do
     # A pool that was killed has not withdrawn its handle.
-    with %__MODULE__{pid: pid} = handle <- :persistent_term.get({__MODULE__, pool}, nil),
+    with %__MODULE__{pid: pid} = handle <- Registry.get(:pool, pool),
          do: if(Process.alive?(pid), do: handle)
   end
 end
