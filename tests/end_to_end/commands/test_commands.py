@@ -339,6 +339,7 @@ def test_get_stats(echo_peer: Peer) -> None:
     executes = stats["commands"]["execute_program"]
     assert (executes["count"], executes["errors"]) == (2, 1) and 0 < executes["p50_ms"] <= executes["p99_ms"]
     assert stats["versions"]["dspy"].startswith("3.")
+    assert isinstance(stats["degraded"], list)
 
 
 def test_quick_commands_do_not_wait_for_dspy_or_an_lm(start_lm: Any) -> None:

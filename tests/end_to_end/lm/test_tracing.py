@@ -368,43 +368,6 @@ def test_an_lm_that_takes_no_headers_is_left_alone(start: Callable[..., Peer], e
     assert reply["success"], reply
 
 
-# As if it could not be imported, and as if the last of the places were not there.
-OTHER_NAMES = {
-    "import": "import sys; sys.modules['dspy_bridge.lm.trace_headers'] = None",
-    "attribute": """
-import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.util import find_spec
-
-class Renames(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "dspy_bridge.lm.trace_headers":
-            sys.meta_path.remove(self)
-            from dspy.clients.engines import AsyncLiteLLMEngine
-            del AsyncLiteLLMEngine._arguments
-            return find_spec(name)
-
-sys.meta_path.insert(0, Renames())
-""",
-}
-
-
-@pytest.mark.parametrize("other", OTHER_NAMES)
-def test_with_a_dspy_of_other_names_inside_all_works_but_the_header(
-    start: Callable[..., Peer], start_lm: Any, tmp_path: Path, other: str
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(OTHER_NAMES[other])
-    server = start_lm()
-    peer = start(**lm_env(server))
-    assert peer.call("create_program", QA)["success"]
-    assert peer.call("execute_program", ask("one"), traceparent=FIRST)["result"] == {"answer": "Paris"}
-    assert server.asked == [("one", None)]
-    assert (
-        "WARNING dspy_bridge: with this DSPy no traceparent reaches LMs, and their answers have no limit\n"
-        in peer.finish()[2]
-    )
-
-
 LOGGED = [
     ("host:Tells", FIRST), ("host:TellsInThread", SECOND), ("host:Tells", None), ("host:TellsInThread", None)
 ]  # fmt: skip
