@@ -15,10 +15,10 @@ defmodule DSPex.Test.Helpers do
       if File.exists?(venv), do: venv, else: System.find_executable("python3")
   end
 
-  @doc "A port program with one bad habit."
+  @doc "A port program with one bad habit; for a name that no file has, a path that does not exist."
   def fake(name) do
-    [path] = Path.wildcard(Path.join(@root, "tests/fakes/**/#{name}.py"))
-    path
+    fakes = Path.join(@root, "tests/fakes")
+    List.first(Path.wildcard("#{fakes}/**/#{name}.py"), "#{fakes}/#{name}.py")
   end
 
   @doc "Options for a bridge without a name, to a fake."
