@@ -84,6 +84,7 @@ defmodule DSPex.MixProject do
     {"guide/lms", "Guide"},
     {"guide/own-modules", "Guide"},
     {"deploying", "In production"},
+    {"security", "In production"},
     {"settings", "In production"},
     {"errors", "In production"},
     {"telemetry", "In production"},
