@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
   """
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
 
   # For so long at least a peer that is not up may get a change late. One that starts after that finds
   # it in the table of programs.
@@ -75,7 +75,13 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
   # :infinity is greater than any number, as an atom.
   defp send_to({_index, pid, _waited?} = target, owner, what, body, lifetime) do
     ref = :erlang.monitor(:process, pid, alias: :reply_demonitor)
-    send(pid, {:request, ref, owner, lifetime, body, {:here, 0, known(what)}})
+
+    send(
+      pid,
+      {:request,
+       %Request{ref: ref, pid: owner, timeout: lifetime, body: body, change: known(what)}}
+    )
+
     {ref, target}
   end
 

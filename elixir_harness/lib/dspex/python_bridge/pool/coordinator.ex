@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Pool.{Checkouts, Cluster, Handle, ProgramChanges}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
@@ -104,12 +104,11 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   # As a bridge is asked. A caller that gives up is not remembered: its alias then leads nowhere.
   @impl GenServer
-  def handle_info({:request, ref, pid, timeout, body, {_retry, _deaths, what}} = message, state)
-      when is_reference(ref) and is_pid(pid) and is_binary(body) and
-             (timeout == :infinity or timeout in 0..4_294_967_295) do
-    if ProgramChanges.asked?(what, state.handle),
-      do: {:noreply, made(state, ProgramChanges.ask(state.changes, ref, timeout, body, what))},
-      else: drop(message, state)
+  def handle_info({:request, request} = message, state) do
+    if Request.valid?(request) and request.ref != nil and
+         ProgramChanges.asked?(request.change, state.handle),
+       do: {:noreply, made(state, ProgramChanges.ask(state.changes, request))},
+       else: drop(message, state)
   end
 
   # What bridges answer.

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   """
 
   alias DSPex.PythonBridge.Programs
-  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Pool.Handle
 
   # How soon a coordinator that is being started again is looked for anew.
@@ -17,10 +17,10 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   The process of a pool's coordinator. One that is being started again is waited for, until the deadline; nil
   if it is not there by then, or the pool has ended.
   """
-  @spec await(atom(), Caller.deadline()) :: pid() | nil
+  @spec await(atom(), Deadline.t()) :: pid() | nil
   def await(pool, deadline) do
     with nil <- Process.whereis(Handle.coordinator(pool)) do
-      left = Caller.left(deadline)
+      left = Deadline.left(deadline)
 
       # An atom is greater than any number.
       if left > 0 and Handle.fetch(pool) != nil do
@@ -41,7 +41,7 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
 
     with {:error, :bridge_not_running} = error <- ask(handle, {:checkout, ref}, timeout) do
       # Behind the question, if that is still there to be read; or to the next coordinator, which has the table.
-      coordinator = await(name, now() + @undo_ms)
+      coordinator = await(name, Deadline.new(@undo_ms))
       if coordinator, do: GenServer.cast(coordinator, {:unheard, ref})
       error
     end
@@ -53,11 +53,11 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   def checkin(%Handle{} = handle, bridge, timeout), do: ask(handle, {:checkin, bridge}, timeout)
 
   defp ask(%Handle{name: name}, question, timeout) do
-    deadline = now() + timeout
+    deadline = Deadline.new(timeout)
 
     case await(name, deadline) do
       nil -> {:error, :bridge_not_running}
-      coordinator -> GenServer.call(coordinator, question, Caller.left(deadline))
+      coordinator -> GenServer.call(coordinator, question, Deadline.left(deadline))
     end
   catch
     :exit, _no_answer -> {:error, :bridge_not_running}
@@ -67,16 +67,14 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   Takes over a definition from another node, and waits until the peers here that are ready have it, or
   until the deadline.
   """
-  @spec adopt(Handle.t(), Programs.Store.definition(), Caller.deadline()) :: :ok
+  @spec adopt(Handle.t(), Programs.Store.definition(), Deadline.t()) :: :ok
   def adopt(%Handle{} = handle, definition, deadline) do
     case await(handle.name, deadline) do
       nil -> :ok
-      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Caller.left(deadline))
+      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Deadline.left(deadline))
     end
   catch
     # Whether the program is there will show.
     :exit, _no_answer -> :ok
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -14,7 +14,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   """
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.Pool.{Broadcast, Handle}
 
   # Of removals that are in the table, with the stamps that they have there.
@@ -50,7 +50,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   def new(%Handle{pid: pid} = handle),
     do: %__MODULE__{handle: handle, broadcast: Broadcast.new(pid)}
 
-  @doc "Whether `ask/5` can be asked for this: requests come from anywhere."
+  @doc "Whether `ask/2` can be asked for this: requests come from anywhere."
   @spec asked?(term(), Handle.t()) :: boolean()
   def asked?({:repair, index, id}, handle),
     do: is_integer(index) and index in LoadCounters.indexes(handle.counters) and is_binary(id)
@@ -61,14 +61,17 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   @doc """
   A caller asks for a change, or for a missing program to be created again at one bridge.
   """
-  @spec ask(t(), reference(), timeout(), binary(), Broadcast.what() | tuple()) :: result()
-  def ask(%__MODULE__{} = changes, ref, timeout, body, {:create, id, nil}) do
+  @spec ask(t(), Request.t()) :: result()
+  def ask(%__MODULE__{} = changes, %Request{ref: ref, timeout: timeout, body: body} = request),
+    do: ask(changes, ref, timeout, body, request.change)
+
+  defp ask(changes, ref, timeout, body, {:create, id, nil}) do
     {stamp, changes} = stamp(changes)
     changes = remember(changes, stamp, [id])
     start(changes, {:caller, ref}, {:create, id, stamp}, body, timeout)
   end
 
-  def ask(changes, ref, timeout, body, {:cleanup, ids, nil}) do
+  defp ask(changes, ref, timeout, body, {:cleanup, ids, nil}) do
     {stamp, changes} = stamp(changes)
     changes = remember(changes, stamp, ids)
     Programs.Store.remove(changes.handle.programs, ids, stamp)
@@ -76,7 +79,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   end
 
   # Without a definition or the bridge: as if nobody had answered.
-  def ask(changes, ref, timeout, _no_body, {:repair, index, id}) do
+  defp ask(changes, ref, timeout, _no_body, {:repair, index, id}) do
     {what, body, indexes} =
       case Programs.Store.get(changes.handle.programs, id) do
         {stamp, body} -> {{:create, id, stamp}, body, [index]}
