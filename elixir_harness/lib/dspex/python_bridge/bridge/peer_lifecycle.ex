@@ -15,12 +15,12 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   """
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.Bridge.{Backoff, Peer, ProgramReplay, Server, StartDiagnosis, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, LoadCounters}
+  alias DSPex.PythonBridge.Bridge.{Backoff, Peer, ProgramReplay, StartDiagnosis, State, Status}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, LoadCounters}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
 
-  @type state :: %Server{}
+  @type state :: State.t()
 
   ## Start
 
@@ -31,7 +31,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       {:ok, peer} ->
         Reaper.watch(state.reaper, peer.os_pid)
         {:ok, ping} = Protocol.encode_body(:ping, %{})
-        in_flight = Dispatcher.attach(state.in_flight, peer.port)
+        in_flight = Handover.attach(state.in_flight, peer.port)
         {ping_id, in_flight} = Dispatcher.own_request(in_flight, peer.port, ping)
         next = %{peer | ping_id: ping_id}
         state = %{state | next: next, in_flight: in_flight, opened: state.opened + 1}
@@ -58,7 +58,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def own_reply(_state, _id, _frame), do: :nobody
 
   # The programs must not change while they are handed over: the peer that still serves first
-  # answers what it was given, and is given no more of that kind (Dispatcher.hold_changes/1).
+  # answers what it was given, and is given no more of that kind (Handover.hold_changes/1).
   @doc "To be called when the serving peer has answered something: the next one may wait for that."
   @spec load_programs(state()) :: state()
   def load_programs(%{next: %Peer{up_at: up_at, loads: nil}} = state) when up_at != nil do
@@ -79,7 +79,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
     state = ProgramReplay.plan(%{state | load_failures: next.load_failures})
     if state.big?, do: send(self(), :collect)
-    state = %{state | in_flight: Dispatcher.serve(state.in_flight, next.port)}
+    state = %{state | in_flight: Handover.serve(state.in_flight, next.port)}
     tell_slot(state, :ready)
     answer_restarts(if(before, do: drain(state, before), else: state), :ok)
   end
@@ -136,7 +136,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     Peer.close(peer)
     Reaper.kill(state.reaper, peer.os_pid)
     how = if reason in [:replaced, :stopped], do: :replaced, else: :died
-    state = %{state | in_flight: Dispatcher.lost(before, peer.port, how)}
+    state = %{state | in_flight: Handover.lost(before, peer.port, how)}
     Status.down(state, peer, reason, why)
     Status.resent(state, state.in_flight.resent - before.resent, reason)
     state
@@ -151,7 +151,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
     Status.death(state, next, :warning, why, "the present one goes on")
     state = ProgramReplay.plan(cancel_timer(state))
-    state = %{state | in_flight: Dispatcher.serve(state.in_flight, peer.port)}
+    state = %{state | in_flight: Handover.serve(state.in_flight, peer.port)}
     answer_restarts(state, {:error, "the new Python process did not start: #{why}"})
   end
 
@@ -216,7 +216,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   end
 
   defp open_beside(state),
-    do: open(%{state | in_flight: Dispatcher.hold_changes(state.in_flight)})
+    do: open(%{state | in_flight: Handover.hold_changes(state.in_flight)})
 
   @doc "The time has come to try those programs again that were left out: as in a restart that nobody waits for."
   @spec try_left_out(state()) :: state()
@@ -277,7 +277,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       Reaper.retire(state.reaper, peer.os_pid)
       Status.down(state, peer, :replaced)
       state = forget_old(state, peer)
-      %{state | in_flight: Dispatcher.lost(state.in_flight, port, :replaced)}
+      %{state | in_flight: Handover.lost(state.in_flight, port, :replaced)}
     end
   end
 

@@ -12,10 +12,10 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
   """
 
   alias DSPex.PythonBridge.{Error, Programs, Protocol}
-  alias DSPex.PythonBridge.Bridge.{Peer, Server, Status}
+  alias DSPex.PythonBridge.Bridge.{Peer, State, Status}
   alias DSPex.PythonBridge.Calls.Dispatcher
 
-  @type state :: %Server{}
+  @type state :: State.t()
   @typedoc "The peers in a row that died of a program, and when it may be given to one again, in monotonic ms."
   @type deaths :: {pos_integer(), again_at :: integer()}
 

@@ -65,10 +65,7 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
   defp next(nil), do: nil
   defp next(_broken), do: :redacted
 
-  defp message({:request, ref, pid, timeout, _body, _terms}),
-    do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}
-
-  defp message({:request, ref, pid, timeout, _body, _terms, _beside}),
+  defp message({:request, %{ref: ref, pid: pid, timeout: timeout}}),
     do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}
 
   defp message(message) when is_tuple(message),

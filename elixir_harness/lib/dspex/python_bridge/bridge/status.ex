@@ -6,8 +6,8 @@ defmodule DSPex.PythonBridge.Bridge.Status do
 
   require Logger
 
-  alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
-  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, Server}
+  alias DSPex.PythonBridge.{Bridge, Telemetry}
+  alias DSPex.PythonBridge.Bridge.{Peer, State}
   alias DSPex.PythonBridge.Calls.InFlight
 
   @typedoc """
@@ -18,12 +18,8 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   @type end_reason ::
           :died | :start_timeout | :unresponsive | :replaced | :stopped | :not_started
 
-  @doc "What the bridge, whose process calls this, is called: its pid if it has no name."
-  @spec name(Options.t()) :: LogForwarder.bridge()
-  def name(%Options{name: name}), do: name || self()
-
   @doc "For `DSPex.PythonBridge.Bridge.get_status/1`."
-  @spec status(%Server{}) :: Bridge.status()
+  @spec status(State.t()) :: Bridge.status()
   def status(state) do
     peer = state.peer || state.next
 
@@ -41,23 +37,23 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   end
 
   @doc "Logs a peer's death, or that there is none, and what is done about it."
-  @spec death(%Server{}, Peer.t() | nil, Logger.level(), String.t(), String.t()) :: :ok
+  @spec death(State.t(), Peer.t() | nil, Logger.level(), String.t(), String.t()) :: :ok
   def death(state, peer, level, why, next),
     do: log(state, peer, level, "#{what_happened(peer)}: #{why}; #{next}")
 
   @doc "Logs a text, with the bridge's name and the peer's number before it."
-  @spec log(%Server{}, Peer.t() | nil, Logger.level(), String.t()) :: :ok
+  @spec log(State.t(), Peer.t() | nil, Logger.level(), String.t()) :: :ok
   def log(state, peer, level, text) do
     os_pid = peer && peer.os_pid
     text = "bridge #{state.label}, Python process #{os_pid || "none"}: #{text}"
-    Logger.log(level, text, bridge: name(state.options), os_pid: os_pid)
+    Logger.log(level, text, bridge: State.name(state.options), os_pid: os_pid)
   end
 
   @doc "Tells that a peer has answered its first ping."
-  @spec up(%Server{}, Peer.t()) :: :ok
+  @spec up(State.t(), Peer.t()) :: :ok
   def up(state, peer) do
     duration = System.convert_time_unit(Peer.uptime_ms(peer), :millisecond, :native)
-    metadata = %{bridge: name(state.options), os_pid: peer.os_pid, reason: reason(state)}
+    metadata = %{bridge: State.name(state.options), os_pid: peer.os_pid, reason: reason(state)}
     Telemetry.execute([:bridge, :peer, :up], %{duration: duration}, metadata)
   end
 
@@ -66,13 +62,13 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   defp reason(_state), do: :restart
 
   @doc "Tells that a peer is no more, or (nil) that none could be started; `why`: more of the reason."
-  @spec down(%Server{}, Peer.t() | nil, end_reason(), String.t() | nil) :: :ok
+  @spec down(State.t(), Peer.t() | nil, end_reason(), String.t() | nil) :: :ok
   def down(state, peer, reason, why \\ nil) do
     uptime_ms = if peer, do: Peer.uptime_ms(peer), else: 0
     uptime = System.convert_time_unit(uptime_ms, :millisecond, :native)
 
     metadata = %{
-      bridge: name(state.options),
+      bridge: State.name(state.options),
       os_pid: peer && peer.os_pid,
       reason: reason,
       detail: why,
@@ -83,11 +79,11 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   end
 
   @doc "Tells of calls that are sent again, if there are any, after a peer's end."
-  @spec resent(%Server{}, non_neg_integer(), end_reason()) :: :ok
+  @spec resent(State.t(), non_neg_integer(), end_reason()) :: :ok
   def resent(_state, 0, _reason), do: :ok
 
   def resent(state, count, reason) do
-    metadata = %{bridge: name(state.options), pool: nil, reason: reason}
+    metadata = %{bridge: State.name(state.options), pool: nil, reason: reason}
     Telemetry.execute([:bridge, :resend], %{count: count}, metadata)
   end
 

@@ -112,16 +112,12 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
     :ok
   end
 
-  defp refuse({:request, ref, _pid, _timeout, _body, _terms}), do: not_running(ref)
-  defp refuse({:request, ref, _pid, _timeout, _body, _terms, _beside}), do: not_running(ref)
-  defp refuse({:"$gen_call", {pid, _tag} = from, _question}) when is_pid(pid), do: unknown(from)
-  defp refuse(_message), do: :ok
-
-  # What the receive in DSPex.PythonBridge.Client.Caller waits for.
-  defp not_running(ref) when is_reference(ref),
+  # DSPex.PythonBridge.Client.Caller waits for it.
+  defp refuse({:request, %{ref: ref}}) when is_reference(ref),
     do: send(ref, {ref, {:error, :bridge_not_running}})
 
-  defp not_running(_no_alias), do: :ok
+  defp refuse({:"$gen_call", {pid, _tag} = from, _question}) when is_pid(pid),
+    do: GenServer.reply(from, {:error, :unknown_call})
 
-  defp unknown(from), do: GenServer.reply(from, {:error, :unknown_call})
+  defp refuse(_message), do: :ok
 end
