@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -11,6 +12,21 @@ from lm_server import Answer, LMServer, chat
 from peer import Peer
 
 PARIS = chat(answer="Paris")
+# What `make test-dspy` has installed.
+DSPY = tuple(int(part) for part in version("dspy").split(".")[:2])
+
+
+class LacksFeature(Exception):
+    """Raised by a test that has seen the peer refuse what this older DSPy does not have: it ends there, and passes."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Ends a test that raised `LacksFeature`."""
+    try:
+        return (yield)
+    except LacksFeature:
+        return True
 
 
 @pytest.fixture

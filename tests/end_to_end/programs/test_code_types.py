@@ -14,15 +14,15 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import lm_env
+from conftest import DSPY, LacksFeature, lm_env
 from lm_server import chat, script
 from peer import PATIENCE, ROOT, Peer
 from tool_host import ToolError, execute
 
 INIT = f"""
 import dspy, sys
-from dspy.primitives.local_interpreter import LocalInterpreter
 def local():
+    from dspy.primitives.local_interpreter import LocalInterpreter
     dspy.configure(interpreter_factory=LocalInterpreter)
 class Broken:
     def __init__(self):
@@ -61,6 +61,9 @@ def start(tmp_path: Path, start_lm: Any) -> Iterator[Any]:
         }
         peers.append(Peer(env={**lm_env(server), **env}))
         reply = peers[-1].call("create_program", {**CREATE, **create})
+        if init == "local" and DSPY < (3, 4):
+            assert "No module named 'dspy.primitives.local_interpreter'" in reply["error"]
+            raise LacksFeature
         assert reply["success"], reply
         return peers[-1], server
 
