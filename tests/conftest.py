@@ -94,3 +94,29 @@ def lent(lms: list[Server], kind: Callable[..., Server]) -> Iterator[Callable[..
 def lm_env(server: LMServer, **options: Any) -> dict[str, str]:
     """Settings of a peer that asks `server`."""
     return {"DSPY_BRIDGE_LM": "openai/stub-model", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options(**options))}
+
+
+class Deselected:
+    """Says at the end how many tests were not selected, which pytest-xdist keeps to itself."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.count = 0
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.count += len(items)
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["deselected"] = self.count
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        # Each process collects all tests.
+        self.count = node.workeroutput.get("deselected", 0)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.count:
+            terminalreporter.write_line(f"{self.count} deselected")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Deselected(config))

@@ -229,6 +229,7 @@ def test_a_sandbox_that_hears_nothing_is_killed(start: Any, create: Any, looping
         assert time.monotonic() < begin + PATIENCE
 
 
+@pytest.mark.slow
 def test_what_ends_a_sandbox_ends_too(start: Any) -> None:
     """A thread that stayed behind each time would show; one or the other of the peer's pools is made meanwhile."""
     peer, _ = start(*LOOPS[0])
