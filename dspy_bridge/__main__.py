@@ -65,13 +65,14 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     from dspy_bridge.port import reader
     from dspy_bridge.port.frame_writer import Writer
     from dspy_bridge.runtime import allocator
+    from dspy_bridge.wire import messages
 
     writer = Writer(writing, reader.exit_now)
 
-    def send_log(payload: bytes) -> None:
+    def send_log(level: str, logger: str, message: str, traceparent: str | None) -> None:
         # Records wait in a bounded queue of their own, not among the replies.
         writer.wait_for_room(lambda: False)
-        writer.send([payload])
+        writer.send([messages.encode_log(level, logger, message, traceparent)])
 
     dispatcher = app.build_dispatcher(chosen, writer.send, send_log=send_log, when_room=writer.when_room)
     gc.enable()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
 
+    from dspy_bridge.logs.peer_log import SendRecord
     from dspy_bridge.settings import Settings
 
 
@@ -18,12 +19,12 @@ def build_dispatcher(
     settings: Settings,
     send: Callable[[Iterable[bytes]], None],
     *,
-    send_log: Callable[[bytes], None] | None = None,
+    send_log: SendRecord | None = None,
     when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
 ) -> Dispatcher:
     """The dispatcher of the six commands. `send` and `when_room` are as for `Dispatcher`.
 
-    `send_log` sends a log record's payload, where the settings ask for log frames; without it all go to stderr.
+    `send_log` sends a log record to the owner, where the settings ask for log frames; without it all go to stderr.
     """
     if not settings.log_frames:
         send_log = None
@@ -48,14 +49,14 @@ def build_dispatcher(
     return dispatcher
 
 
-def set_up_logs(level: str, send: Callable[[bytes], None] | None = None) -> None:
+def set_up_logs(level: str, send: SendRecord | None = None) -> None:
     """As `peer_log.setup`."""
     from dspy_bridge.logs import peer_log
 
     peer_log.setup(level, send)
 
 
-def log_exception(level: str, send: Callable[[bytes], None] | None = None) -> str:
+def log_exception(level: str, send: SendRecord | None = None) -> str:
     """Log the exception being handled; returns its reference. Sets up logging if nothing has yet."""
     from dspy_bridge.logs import peer_log
 

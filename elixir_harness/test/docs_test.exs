@@ -4,7 +4,6 @@ defmodule DSPex.DocsTest do
   use ExUnit.Case, async: true
 
   alias DSPex.PythonBridge.{Bridge, Error, Monitor, Options, Pool}
-  alias DSPex.PythonBridge.Client.Caller
   alias DSPex.Test.{Helpers, Loopback, RawPeer}
 
   @root Path.expand("../..", __DIR__)
@@ -62,7 +61,6 @@ defmodule DSPex.DocsTest do
     List.keymember?(specs, {name, arity}, 0)
   end
 
-  doctest Caller
   doctest Monitor
   doctest Options
 
@@ -89,7 +87,7 @@ defmodule DSPex.DocsTest do
   @said [:python_executable, :script_path, :lm, :lm_options, :adapter, :env]
 
   test "settings.md lists every option, with its default" do
-    {:ok, options} = Options.new()
+    {:ok, options} = Options.new([], Bridge)
     assert Enum.sort(Keyword.keys(listed("A Bridge"))) == Enum.sort(Options.known())
 
     for {option, default} <- listed("A Bridge"),

@@ -25,7 +25,7 @@ defmodule DSPex.PythonBridge.Doctor do
   in time: a few seconds, at most three minutes where all that can hang does.
   """
 
-  alias DSPex.PythonBridge.{EnvironmentCheck, Options, Python}
+  alias DSPex.PythonBridge.{EnvironmentCheck, Monitor, Options, Python}
   alias DSPex.PythonBridge.Doctor.{Folders, LM, Packages, Peer}
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
 
@@ -141,7 +141,8 @@ defmodule DSPex.PythonBridge.Doctor do
 
   defp configuration(opts) do
     results = [Python.Config.required_packages(), Python.Config.bridge(opts)]
-    others = [Python.Config.monitor(), Python.Config.keys()]
+    monitor = Python.Config.checked(Monitor.options(), :python_bridge_monitor)
+    others = [monitor, Python.Config.keys()]
     problems = for {:error, text} <- results ++ others, do: text
 
     # With those two the rest can be told, whatever else is wrong.

@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     * `:required_packages` – distribution names, as `pip` has them (default `["dspy", "psutil"]`)
   """
 
-  alias DSPex.PythonBridge.{Options, Python}
+  alias DSPex.PythonBridge.{Monitor, Options, Python}
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
 
   # What makes a script the bridge's own.
@@ -34,7 +34,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   def validate_environment do
     with {:ok, required} <- Python.Config.required_packages(),
          {:ok, options} <- Python.Config.bridge(),
-         {:ok, _monitor} <- Python.Config.monitor(),
+         {:ok, _monitor} <- Python.Config.checked(Monitor.options(), :python_bridge_monitor),
          {:ok, python} <- Interpreter.find(options.python_executable),
          {:ok, source} <- script(options.script_path),
          {:ok, probe} <- probe(python, required, options),

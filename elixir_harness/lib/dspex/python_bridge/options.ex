@@ -46,7 +46,7 @@ defmodule DSPex.PythonBridge.Options do
   # Names that are nearer to each other than this are taken for one that was misspelt.
   @alike 0.8
 
-  defstruct name: DSPex.PythonBridge.Bridge,
+  defstruct name: nil,
             python_executable: nil,
             script_path: nil,
             env: nil,
@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.Options do
 
   @doc """
   Options from a keyword list over the application's configuration, or the error that names the
-  one that cannot be right.
+  one that is not accepted. `name` is the bridge's where neither gives one.
 
       iex> {:ok, options} = DSPex.PythonBridge.Options.new(lm: "openai/gpt-4o-mini", max_retries: 1)
       iex> {options.max_retries, options.default_timeout}
@@ -90,12 +90,13 @@ defmodule DSPex.PythonBridge.Options do
       iex> Exception.message(error)
       "python bridge: :max_retries: expected 0 or more, got -1"
   """
-  @spec new(keyword()) :: {:ok, t()} | {:error, Exception.t()}
-  def new(opts \\ []) do
+  @spec new(keyword(), GenServer.name() | nil) :: {:ok, t()} | {:error, Exception.t()}
+  def new(opts \\ [], name \\ nil) do
     with {:ok, config} <- keyword(Application.get_env(:dspex, :python_bridge, []), "config"),
          {:ok, opts} <- keyword(opts, "options") do
       # Of an option given twice the first counts, as Keyword has it.
-      merged = (opts ++ config) |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&unseal/1)
+      merged =
+        (opts ++ config ++ [name: name]) |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&unseal/1)
 
       case Enum.find_value(merged, &refusal/1) do
         nil -> {:ok, build(merged)}

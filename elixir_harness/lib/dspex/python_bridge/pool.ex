@@ -26,6 +26,7 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
+  alias DSPex.PythonBridge.Programs.Change
 
   # The coordinator answers at once, unless it is being started again.
   @coordinator_ms 5_000
@@ -54,7 +55,8 @@ defmodule DSPex.PythonBridge.Pool do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with {:ok, settings} <- Pool.Options.new(opts), do: Pool.Supervisor.start_link(settings)
+    with {:ok, settings} <- Pool.Options.new(opts, __MODULE__),
+         do: Pool.Supervisor.start_link(settings)
   end
 
   @doc """
@@ -131,7 +133,7 @@ defmodule DSPex.PythonBridge.Pool do
   defp check_timeout(timeout, handle), do: Caller.check_timeout(timeout, handle.pid)
 
   defp carry_out(handle, request, command, args) do
-    case Caller.change(command, args) do
+    case Change.new(command, args) do
       nil -> Router.run(handle, request)
       change -> change(CoordinatorClient.await(handle.name, request.deadline), request, change)
     end
@@ -146,7 +148,7 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   defp program(command, args) when command in [:execute_program, "execute_program"],
-    do: Caller.program_id(args)
+    do: Change.program_id(command, args)
 
   defp program(_command, _args), do: nil
 

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
   alias DSPex.PythonBridge.Bridge.Peer
 
   test "what is not said has its default" do
-    assert {:ok, options} = Options.new([])
+    assert {:ok, options} = Options.new([], Bridge)
     assert options.name == Bridge
     assert options.default_timeout == 30_000
     assert options.max_retries == 3

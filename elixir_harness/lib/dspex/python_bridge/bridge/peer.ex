@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   opened it.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Programs}
+  alias DSPex.PythonBridge.{Error, OS, Options, Programs}
   alias DSPex.PythonBridge.Python.Interpreter
 
   # Peers that last for this long are started at most every two seconds: that is no storm.
@@ -51,7 +51,7 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
     end
   rescue
     error in [ErlangError, ArgumentError] ->
-      {:error, "the interpreter cannot be started: #{Interpreter.start_failure(error)}"}
+      {:error, "the interpreter cannot be started: #{OS.Command.start_failure(error)}"}
   end
 
   @doc """

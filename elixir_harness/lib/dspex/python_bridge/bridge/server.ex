@@ -25,9 +25,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   }
 
   alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, LoadCounters}
-  alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.OS.Reaper
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Registry, ServerGuard}
   alias DSPex.PythonBridge.Tools.Invocation
 
   # Frames from this size on are not left to the next garbage collection: in a bridge with nothing to
@@ -84,7 +83,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @impl GenServer
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
-    Caller.remember_defaults(self(), options)
+    entry = %{name: Status.name(options), default_timeout: options.default_timeout}
+    Registry.put(:bridge, self(), entry)
     # Keeps the queued messages, which have what callers sent in them, out of crash reports.
     Process.flag(:sensitive, true)
 
@@ -248,7 +248,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
     Enum.each(peers, &Peer.close/1)
     InFlight.fail_all(state.in_flight, :bridge_not_running, :all)
-    Caller.forget_defaults(self())
+    Registry.delete(:bridge, self())
     Reaper.finish(state.reaper)
     # Of those that are left: others may have come to their end while calls were finished.
     for peer <- peers(state), do: Status.down(state, peer, :stopped)

@@ -6,11 +6,14 @@ defmodule DSPex.PythonBridge.Client.Caller do
   `DSPex.PythonBridge.Client.StreamProxy` is.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Programs, Protocol}
-  alias DSPex.PythonBridge.Bridge.Server
+  alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Calls.InFlight
   alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.Programs.Change
+
+  # The module of a bridge's process: a name only, since the room `bridge` depends on this one.
+  @server :"Elixir.DSPex.PythonBridge.Bridge.Server"
 
   @default_timeout 30_000
   # `receive` takes no longer timeout.
@@ -61,7 +64,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
          dest: dest,
          deadline: deadline(started, timeout),
          body: body,
-         terms: terms(opts, change(command, args)),
+         terms: terms(opts, Change.new(command, args)),
          args: args
        }}
     end
@@ -88,7 +91,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     with {:ok, body} <- Protocol.encode_body(command, args),
          {:ok, dest} <- find(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
-      request = {:request, nil, nil, timeout, body, terms([], change(command, args))}
+      request = {:request, nil, nil, timeout, body, terms([], Change.new(command, args))}
 
       # The connection to another node may have no room, for as long as that hangs.
       with :nosuspend <- :erlang.send(dest, request, [:nosuspend]),
@@ -108,50 +111,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp terms(opts, change),
     do: {if(Keyword.get(opts, :retry, true), do: :here, else: :never), 0, change}
 
-  @doc """
-  The change that a command makes to the programs, if the peer carries it out; nil for most. Arguments
-  that the peer will refuse anyway make none.
-
-      iex> DSPex.PythonBridge.Client.Caller.change(:create_program, %{id: :qa, signature: "q -> a"})
-      {:create, "qa", nil}
-      iex> DSPex.PythonBridge.Client.Caller.change("cleanup", %{"program_ids" => ["qa"]})
-      {:cleanup, ["qa"], nil}
-      iex> DSPex.PythonBridge.Client.Caller.change(:ping, %{})
-      nil
-  """
-  @spec change(Protocol.command(), map()) :: Programs.Store.change() | nil
-  def change(command, args) when command in [:create_program, "create_program"] do
-    with id when id != nil <- text(argument(args, :id)), do: {:create, :binary.copy(id), nil}
-  end
-
-  def change(command, args) when command in [:cleanup, "cleanup"] do
-    case {argument(args, :program_ids), Map.drop(args, [:program_ids, "program_ids"])} do
-      {nil, none} when none == %{} -> {:cleanup, :all, nil}
-      {ids, none} when is_list(ids) and none == %{} -> cleanup(Enum.map(ids, &text/1))
-      _refused -> nil
-    end
-  end
-
-  def change(_command, _args), do: nil
-
-  # Ids are kept, for as long as their programs are: without what they may be parts of.
-  defp cleanup(ids),
-    do: unless(nil in ids, do: {:cleanup, Enum.map(ids, &:binary.copy/1), nil})
-
-  @doc "The program that the arguments of an execute name; nil if the peer will refuse them."
-  @spec program_id(map()) :: Programs.Store.id() | nil
-  def program_id(args), do: text(argument(args, :program_id))
-
-  # What JSON makes of an atom.
-  defp text(id) when is_atom(id) and id not in [nil, true, false], do: Atom.to_string(id)
-  defp text(id) when is_binary(id), do: id
-  defp text(_refused), do: nil
-
-  defp argument(args, name), do: Map.get(args, name, Map.get(args, Atom.to_string(name)))
-
   # A program that its peer could not load again is missing there; the bridge knows why.
   defp load_failure(dest, args, left) do
-    with id when id != nil <- program_id(args),
+    with id when id != nil <- Change.program_id(:execute_program, args),
          do: GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
   catch
     :exit, _no_answer -> nil
@@ -267,7 +229,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
     cond do
       bridge?(dest) -> {:ok, dest}
-      dest != nil and Handle.fetch(dest) != nil -> {:error, a_pool(server)}
+      dest != nil and Registry.get(:pool, dest) != nil -> {:error, a_pool(server)}
       true -> {:error, Error.new(:bridge_not_running)}
     end
   end
@@ -275,12 +237,12 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # What is on another node is known there. A bridge is registered before it runs; once it does, its dictionary, and
   # with it what it began with, is hidden, but by then it has told its defaults: whoever saw neither looks again.
   defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
-    do: told_defaults?(pid) or begins?(pid) or told_defaults?(pid)
+    do: registered?(pid) or begins?(pid) or registered?(pid)
 
   defp bridge?(dest), do: dest != nil
 
-  defp told_defaults?(pid), do: :persistent_term.get({__MODULE__, pid}, nil) != nil
-  defp begins?(pid), do: match?({Server, :init, 1}, :proc_lib.translate_initial_call(pid))
+  defp registered?(pid), do: Registry.get(:bridge, pid) != nil
+  defp begins?(pid), do: match?({@server, :init, 1}, :proc_lib.translate_initial_call(pid))
 
   # It would log what it is sent, and not answer.
   defp a_pool(server) do
@@ -300,21 +262,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
     _kind, _reason -> nil
   end
 
-  ## The bridge's default timeout, which callers must know without asking it
-
-  # A persistent term costs the caller 0.05 µs. That there is one is how a bridge that runs is told from another
-  # process.
-  @doc "To be called by the bridge of this pid when it starts, before it makes itself `:sensitive`."
-  @spec remember_defaults(pid(), Options.t()) :: :ok
-  def remember_defaults(pid, %Options{default_timeout: timeout}),
-    do: :persistent_term.put({__MODULE__, pid}, timeout)
-
-  @doc "To be called when the bridge of this pid ends: by itself, or by its reaper if it was killed."
-  @spec forget_defaults(pid()) :: :ok
-  def forget_defaults(pid) do
-    :persistent_term.erase({__MODULE__, pid})
-    :ok
+  defp default_timeout(dest) do
+    case Registry.get(:bridge, dest) do
+      %{default_timeout: timeout} -> timeout
+      nil -> @default_timeout
+    end
   end
-
-  defp default_timeout(dest), do: :persistent_term.get({__MODULE__, dest}, @default_timeout)
 end

@@ -9,7 +9,6 @@ defmodule DSPex.PythonBridge.OS.Command do
   import Bitwise, only: [&&&: 2]
 
   alias DSPex.PythonBridge.OS
-  alias DSPex.PythonBridge.Python.Interpreter
 
   # Of what it prints the end counts: errors stand there.
   @max_output_bytes 65_536
@@ -63,6 +62,18 @@ defmodule DSPex.PythonBridge.OS.Command do
   defp reason(reason), do: reason |> :file.format_error() |> to_string()
 
   @doc """
+  Why `Port.open/2` did not start a program, from the exception that it raised. Only its kind is reported: the
+  exception may hold the environment of the program.
+  """
+  @spec start_failure(Exception.t()) :: String.t()
+  def start_failure(%ErlangError{original: reason}) when is_atom(reason), do: reason(reason)
+
+  def start_failure(%SystemLimitError{}),
+    do: "the runtime has no more ports (see +Q of erl), or the system no more processes"
+
+  def start_failure(_error), do: "the system does not accept its path or environment"
+
+  @doc """
   A time in ms, for people: in the greatest unit that it is whole in.
 
       iex> for ms <- [1_500, 15_000, 1_800_000], do: DSPex.PythonBridge.OS.Command.time(ms)
@@ -105,7 +116,7 @@ defmodule DSPex.PythonBridge.OS.Command do
          if(os_pid, do: OS.Process.kill_group(os_pid, OS.Process.start_time(os_pid))),
          do: {:error, "no answer within #{time(limit_ms)}"}
   rescue
-    error in [ErlangError, ArgumentError] -> {:error, Interpreter.start_failure(error)}
+    error in [ErlangError, ArgumentError] -> {:error, start_failure(error)}
   end
 
   defp collect(port, output) do

@@ -22,8 +22,7 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.OS
-  alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Registry, ServerGuard}
 
   # A peer that behaves is gone in a few milliseconds after end of input. The promise is 1 s; on a
   # loaded machine the killing itself takes some of that.
@@ -176,7 +175,7 @@ defmodule DSPex.PythonBridge.OS.Reaper do
 
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, %{monitor: monitor} = state) do
     # One that was killed has not done so itself.
-    Caller.forget_defaults(state.owner)
+    Registry.delete(:bridge, state.owner)
     finish_all(state, @grace_ms)
     {:stop, :normal, state}
   end

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Python.Config do
   The configuration of the application `:dspex`, looked at as a whole: what cannot be right in it, by its key.
   """
 
-  alias DSPex.PythonBridge.{Monitor, Options}
+  alias DSPex.PythonBridge.Options
 
   @environment [:virtual_env, :required_packages]
   @default_packages ["dspy", "psutil"]
@@ -26,11 +26,16 @@ defmodule DSPex.PythonBridge.Python.Config do
 
   @doc "The options of a bridge: `opts` over `config :dspex, :python_bridge`."
   @spec bridge(keyword()) :: {:ok, Options.t()} | {:error, String.t()}
-  def bridge(opts \\ []), do: named(Options.new(opts), :python_bridge)
+  def bridge(opts \\ []), do: checked(Options.new(opts), :python_bridge)
 
-  @doc "Whether `config :dspex, :python_bridge_monitor` can be right."
-  @spec monitor() :: {:ok, map()} | {:error, String.t()}
-  def monitor, do: named(Monitor.options(), :python_bridge_monitor)
+  @doc "Options that were checked, or the text of their error, which names the key of the configuration."
+  @spec checked({:ok, options} | {:error, Exception.t()}, atom()) ::
+          {:ok, options} | {:error, String.t()}
+        when options: term()
+  def checked({:ok, options}, _key), do: {:ok, options}
+
+  def checked({:error, error}, key),
+    do: {:error, "config :dspex, #{inspect(key)}: " <> Exception.message(error)}
 
   @doc """
   What is wrong with the keys themselves: one that is likely to be another, misspelt. Keys that are like none
@@ -69,9 +74,4 @@ defmodule DSPex.PythonBridge.Python.Config do
   end
 
   defp refusal({key, _value}), do: Options.unknown(key, @environment)
-
-  defp named({:ok, options}, _key), do: {:ok, options}
-
-  defp named({:error, error}, key),
-    do: {:error, "config :dspex, #{inspect(key)}: " <> Exception.message(error)}
 end

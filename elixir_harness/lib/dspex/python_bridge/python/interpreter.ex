@@ -163,19 +163,6 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   # In one folder below the project's, where it is likely to have been started when that path was found.
   defp from_config(path), do: Path.join("..", String.trim_leading(path, "./"))
 
-  @doc """
-  Why `Port.open/2` did not start an interpreter, from what it raised. Nothing else of that is
-  told: it may hold the environment that the peer was to have.
-  """
-  @spec start_failure(Exception.t()) :: String.t()
-  def start_failure(%ErlangError{original: reason}) when is_atom(reason),
-    do: reason |> :file.format_error() |> to_string()
-
-  def start_failure(%SystemLimitError{}),
-    do: "the runtime has no more ports (see +Q of erl), or the system no more processes"
-
-  def start_failure(_error), do: "the system does not accept its path or environment"
-
   defp by({:ok, path}, source), do: {:ok, path, source}
   defp by({:error, text}, _source), do: {:error, text}
 

@@ -4,8 +4,9 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, OS}
-  alias DSPex.PythonBridge.Client.Caller
+
   alias DSPex.PythonBridge.OS.Reaper
+  alias DSPex.PythonBridge.OTP.Registry
 
   # A process of the system, leader of its own group, with a child in it.
   defp start_process do
@@ -149,12 +150,12 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     end
   end
 
-  test "gives back the persistent term of a bridge that is killed" do
+  test "removes a bridge that was killed from the registry" do
     opts = fake_opts("silent", default_timeout: 1_234)
     {:ok, bridge} = start_supervised(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
-    assert :persistent_term.get({Caller, bridge}) == 1_234
+    assert %{default_timeout: 1_234} = Registry.get(:bridge, bridge)
     Process.exit(bridge, :kill)
-    eventually(fn -> :persistent_term.get({Caller, bridge}, nil) == nil end)
+    eventually(fn -> Registry.get(:bridge, bridge) == nil end)
   end
 
   test "takes a peer for gone only when the second look in a row finds it so" do

@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
   alias DSPex.PythonBridge.Programs
 
   doctest Programs.Store
+  doctest Programs.Change
 
   defp ids(table), do: for({id, _stamp, _body} <- Programs.Store.definitions(table), do: id)
 

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Protocol}
-  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.Programs.Change
   alias DSPex.PythonBridge.Protocol.Payload
 
   # Bytes in which no text has a part.
@@ -88,8 +88,8 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
 
   test "a program's id is kept without what it is a part of" do
     id = binary_part(String.duplicate(@text, 5_000), 0, byte_size(@text))
-    assert {:create, @text, nil} = holds_little(Caller.change(:create_program, %{id: id}))
+    assert {:create, @text, nil} = holds_little(Change.new(:create_program, %{id: id}))
     args = %{program_ids: [id]}
-    assert {:cleanup, [@text], nil} = holds_little(Caller.change(:cleanup, args))
+    assert {:cleanup, [@text], nil} = holds_little(Change.new(:cleanup, args))
   end
 end
