@@ -89,7 +89,7 @@ fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with
 soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then the books: lost 0, grown 0, left 0
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
-bench: setup ## the table of the README: ratios against baselines in the same run, some 2 minutes
+bench: setup ## the table of docs/performance.md: ratios against baselines in the same run, some 2 minutes
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }

@@ -8,6 +8,7 @@ from typing import Any
 
 import dspy
 
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.runtime.worker_threads import Job
 
 # A sandbox of DSPy's may just be starting, and have no process yet that could be ended.
@@ -32,7 +33,7 @@ class Ending:
         while not self.returned.is_set():
             if isinstance(interpreter, dspy.PythonInterpreter):
                 # Its own shutdown is a message, which a busy sandbox does not read.
-                process = interpreter.deno_process
+                process = getattr(interpreter, dspy_internals.SANDBOX_PROCESS.attribute, None)
                 if process is not None:
                     process.kill()
             else:

@@ -69,7 +69,7 @@ def test_the_object_that_is_found_is_dspys(text: str) -> None:
     ours = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_repair_limit, "_SHORT", -1)
-        patch.setattr(json_repair, "loads", lambda _text: [])
+        patch.setattr(json_repair_limit, "_loads", lambda _text: [])
         with suppress(TooMuchToRepair):
             ours = json_repair_limit._object_in(text)
     assert ours == (None if dspys is None else dspys[0])

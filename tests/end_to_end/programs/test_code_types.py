@@ -9,6 +9,7 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from conftest import lm_env
 from lm_server import chat, script
 from peer import PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
 from tool_host import ToolError, execute
 
 INIT = f"""
@@ -46,27 +48,31 @@ def code(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sandboxed")
+    (folder / "sandboxed.py").write_text(INIT)
+    return folder
+
+
 @pytest.fixture
-def start(tmp_path: Path, start_lm: Any) -> Iterator[Any]:
+def start(folder: Path, start_lm: Any) -> Iterator[Any]:
     """Starts a peer that may run code, an LM that answers so, and a program."""
-    (tmp_path / "sandboxed.py").write_text(INIT)
-    peers: list[Peer] = []
+    with ExitStack() as peers:
 
-    def start(create: dict[str, Any], *answers: Any, init: str = "local") -> Any:
-        server = start_lm(script(*answers))
-        env = {
-            "DSPY_BRIDGE_ALLOW_CODE": "1",
-            "DSPY_BRIDGE_INIT": f"sandboxed:{init}",
-            "PYTHONPATH": f"{ROOT}:{tmp_path}",
-        }
-        peers.append(Peer(env={**lm_env(server), **env}))
-        reply = peers[-1].call("create_program", {**CREATE, **create})
-        assert reply["success"], reply
-        return peers[-1], server
+        def start(create: dict[str, Any], *answers: Any, init: str = "local") -> Any:
+            server = start_lm(script(*answers))
+            env = {
+                "DSPY_BRIDGE_ALLOW_CODE": "1",
+                "DSPY_BRIDGE_INIT": f"sandboxed:{init}",
+                "PYTHONPATH": f"{ROOT}:{folder}",
+            }
+            peer = peers.enter_context(shared_peer(env={**lm_env(server), **env}))
+            reply = peer.call("create_program", {**CREATE, **create})
+            assert reply["success"], reply
+            return peer, server
 
-    yield start
-    for peer in peers:
-        peer.__exit__()
+        yield start
 
 
 def prompt(request: dict[str, Any]) -> str:

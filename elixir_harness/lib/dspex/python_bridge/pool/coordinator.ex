@@ -1,27 +1,24 @@
 defmodule DSPex.PythonBridge.Pool.Coordinator do
-  @moduledoc """
-  The process of a pool for all that needs an order or a memory: changes to the programs, which all peers
-  must see alike; loans; callers that wait until something can serve them; other nodes. Calls pass it by.
-
-  It never waits for anything. If it ends by a defect, its supervisor starts it again: loans are in a
-  table, waiting callers come again by themselves, new changes wait for it
-  (`DSPex.PythonBridge.Pool.CoordinatorClient`), and of those under way the caller gets `:bridge_not_running`,
-  while the bridges go on with them.
-  """
+  @moduledoc false
+  # The process of a pool for everything that needs an order or a memory: changes to the programs, which all peers must
+  # get alike; checkouts; callers that wait until a peer can serve them; the coordinators of other nodes. Calls do not
+  # go through it.
+  #
+  # It never waits for anything. If it crashes, its supervisor restarts it: checkouts are in a table, waiting callers
+  # ask again, new changes wait for it (`DSPex.PythonBridge.Pool.CoordinatorClient`). The callers of changes that were
+  # under way get `:bridge_not_running`, while the bridges go on with these.
 
   use GenServer
   use DSPex.PythonBridge.OTP.ServerGuard
 
-  alias DSPex.PythonBridge.{Programs, Protocol}
   alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.OTP.ServerGuard
-  alias DSPex.PythonBridge.Pool.{Checkouts, Cluster, Handle, ProgramChanges}
-  alias DSPex.PythonBridge.Pool.Cluster.Membership
-
-  require Cluster.Message
+  alias DSPex.PythonBridge.Pool.{Checkouts, Handle, ProgramChanges}
+  alias DSPex.PythonBridge.Pool.Cluster.{IncomingChanges, Membership}
+  alias DSPex.PythonBridge.Programs
 
   @enforce_keys [:handle, :changes, :cluster]
-  # waiting: callers' aliases, with the monitors of their processes.
+  # waiting: the aliases of callers, with the monitors of their processes.
   defstruct [:handle, :changes, :cluster, waiting: %{}]
 
   @doc "Starts the coordinator of a pool."
@@ -37,21 +34,16 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     Process.flag(:sensitive, true)
     Handle.publish(handle)
     Checkouts.restore(handle)
-
-    {:ok,
-     %__MODULE__{
-       handle: handle,
-       changes: ProgramChanges.new(handle),
-       cluster: Membership.join(handle)
-     }}
+    changes = ProgramChanges.new(handle)
+    {:ok, %__MODULE__{handle: handle, changes: changes, cluster: Membership.join(handle)}}
   end
 
-  # In good order, or because the supervisor was killed: the pool ends. After a defect it goes on.
+  # The pool ends, in order or since its supervisor was killed. After a crash it goes on.
   @impl GenServer
   def terminate(reason, state) when reason in [:normal, :shutdown, :killed],
     do: Handle.withdraw(state.handle)
 
-  def terminate(_defect, _state), do: :ok
+  def terminate(_crash, _state), do: :ok
 
   @impl GenServer
   def format_status(status) do
@@ -62,32 +54,31 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     end)
   end
 
-  ## Loans
+  ## Checkouts
 
   @impl GenServer
   def handle_call({:checkout, ref}, {borrower, _tag}, state) when is_reference(ref) do
-    case Checkouts.lend(state.handle, borrower, ref) do
+    case Checkouts.check_out(state.handle, borrower, ref) do
       nil -> {:reply, {:error, :pool_exhausted}, state}
       bridge -> {:reply, {:ok, bridge}, serves_less(state)}
     end
   end
 
   def handle_call({:checkin, bridge}, _from, state) do
-    case Checkouts.take_back(state.handle, bridge) do
+    case Checkouts.check_in(state.handle, bridge) do
       :ok -> {:reply, :ok, serves_more(state)}
       {:error, text} -> {:reply, {:error, text}, state}
     end
   end
 
-  ## Changes to the programs
-
+  # A definition that came with a call from another node.
   def handle_call({:adopt, {id, {_, _, _} = stamp, body}} = question, from, state)
       when is_binary(body) do
     change = {:create, id, stamp}
 
     if Programs.Store.change?(change),
       do:
-        {:noreply, made(state, ProgramChanges.adopt(state.changes, {:call, from}, change, body))},
+        {:noreply, made(state, IncomingChanges.adopt(state.changes, {:call, from}, change, body))},
       else: drop({:"$gen_call", from, question}, state)
   end
 
@@ -102,16 +93,18 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   def handle_cast(message, state), do: drop(message, state)
 
-  # As a bridge is asked. A caller that gives up is not remembered: its alias then leads nowhere.
+  ## Changes to the programs
+
+  # The message that a bridge gets. Callers that give up are not remembered: sending to their alias does nothing then.
   @impl GenServer
   def handle_info({:request, request} = message, state) do
     if Request.valid?(request) and request.ref != nil and
-         ProgramChanges.asked?(request.change, state.handle),
+         ProgramChanges.valid?(request.change, state.handle),
        do: {:noreply, made(state, ProgramChanges.ask(state.changes, request))},
        else: drop(message, state)
   end
 
-  # What bridges answer.
+  # A bridge has answered.
   def handle_info({ref, reply}, state) when is_reference(ref),
     do: {:noreply, made(state, ProgramChanges.answered(state.changes, ref, reply))}
 
@@ -140,7 +133,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   ## Callers that wait
 
-  # What they tried may have changed before their message got here.
+  # What they have tried may have changed before their message was read.
   def handle_info({:wait, ref, pid, passed, passed_nodes}, state)
       when is_reference(ref) and is_pid(pid) and length(passed) >= 0 and
              length(passed_nodes) >= 0 do
@@ -159,98 +152,51 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def handle_info({{:waiter_gone, ref}, _monitor, :process, _pid, _reason}, state),
     do: {:noreply, waits_no_more(state, ref)}
 
-  ## Other nodes
-
-  def handle_info(message, %{cluster: %Membership{} = cluster} = state)
-      when Cluster.Message.is_message(message) do
-    case Cluster.Message.read(message) do
-      {:ok, said, version, coordinator} ->
-        cluster = Membership.heard(cluster, state.handle, coordinator, version)
-        {:noreply, said(%{state | cluster: cluster}, said)}
-
-      :unknown ->
-        {:noreply, %{state | cluster: Membership.puzzled(cluster, state.handle)}}
+  def handle_info(message, state) do
+    case Membership.handle_info(state.cluster, state.handle, message) do
+      :unknown -> drop(message, state)
+      cluster_and_events -> {:noreply, cluster(state, cluster_and_events)}
     end
   end
-
-  def handle_info({:timeout, _timer, {:spread, id}}, %{cluster: %Membership{}} = state),
-    do: {:noreply, made_there(state, Membership.expired(state.cluster, id))}
-
-  def handle_info({:stranger, coordinator}, %{cluster: %Membership{}} = state)
-      when is_pid(coordinator),
-      do:
-        {:noreply,
-         made_there(state, Membership.joined_by_now(state.cluster, state.handle, coordinator))}
-
-  def handle_info(:greet_again, %{cluster: %Membership{}} = state),
-    do: {:noreply, %{state | cluster: Membership.again(state.cluster, state.handle)}}
-
-  def handle_info({pg, :join, _group, coordinators}, %{cluster: %{pg: pg}} = state),
-    do:
-      {:noreply, %{state | cluster: Membership.joined(state.cluster, state.handle, coordinators)}}
-
-  def handle_info({pg, :leave, _group, coordinators}, %{cluster: %{pg: pg}} = state),
-    do: {:noreply, made_there(state, Membership.left(state.cluster, state.handle, coordinators))}
-
-  # The scope's process is gone, and with it what it knew.
-  def handle_info({:scope_down, scope, :process, _, _}, %{cluster: %{scope: scope}} = state) do
-    state = made_there(state, Membership.left_all(state.cluster, state.handle))
-    {:noreply, %{state | cluster: Membership.join(state.handle)}}
-  end
-
-  # The scope of :pg before this one.
-  def handle_info({pg, what, _group, _coordinators}, state)
-      when is_reference(pg) and what in [:join, :leave],
-      do: {:noreply, state}
-
-  def handle_info(message, state), do: drop(message, state)
 
   defp drop(message, state) do
     ServerGuard.drop(message, __MODULE__)
     {:noreply, state}
   end
 
-  ## What other nodes say
+  ## Other nodes
 
-  defp said(state, {:hello, coordinator, name, serves?, exported}) do
-    state = note_other(state, coordinator, name, serves?)
-    made(state, ProgramChanges.merge(state.changes, exported))
-  end
+  defp cluster(state, {cluster, events}),
+    do: Enum.reduce(events, %{state | cluster: cluster}, &event/2)
 
-  defp said(state, {:serves, coordinator, name, serves?}),
-    do: note_other(state, coordinator, name, serves?)
+  defp event({:merge, programs}, state),
+    do: made(state, IncomingChanges.merge(state.changes, programs))
 
-  defp said(state, {:change, coordinator, id, what, body}),
-    do: made(state, ProgramChanges.adopt(state.changes, {:node, coordinator, id}, what, body))
+  defp event({:adopt, from, change, body}, state),
+    do: made(state, IncomingChanges.adopt(state.changes, from, change, body))
 
-  defp said(state, {:changed, id, coordinator}),
-    do: made_there(state, Membership.changed(state.cluster, id, coordinator))
+  defp event(:serves, state), do: wake(state)
+  defp event({:done, change}, state), do: reply(state, change)
 
   ## A change is over
 
-  defp made(state, {changes, over}),
-    do: over |> Enum.reverse() |> Enum.reduce(%{state | changes: changes}, &made_here(&2, &1))
-
-  # One of this node is made on the others, too, before anybody is told of its success.
-  defp made_here(state, change) do
-    if ours?(change) and success?(change),
-      do: made_there(state, Membership.spread(state.cluster, change)),
-      else: tell(state, change)
+  # One of this node is sent to the other nodes before its caller gets the reply.
+  defp made(state, {changes, over}) do
+    for change <- Enum.reverse(over), reduce: %{state | changes: changes} do
+      state ->
+        if ours?(change) and ProgramChanges.success?(change),
+          do: cluster(state, Membership.spread(state.cluster, change)),
+          else: reply(state, change)
+    end
   end
 
-  defp made_there(state, {cluster, over}),
-    do: Enum.reduce(over, %{state | cluster: cluster}, &tell(&2, &1))
-
-  defp ours?(%{what: {:repair, _index, _change}}), do: false
+  defp ours?(%{change: {:repair, _index, _change}}), do: false
   defp ours?(%{from: from}), do: from == :pool or match?({:caller, _ref}, from)
 
-  defp success?(%{reply: {:frame, frame}}), do: Protocol.success?(frame)
-  defp success?(_error), do: false
-
-  defp tell(state, %{from: {:node, coordinator, id}}),
+  defp reply(state, %{from: {:node, coordinator, id}}),
     do: %{state | cluster: Membership.confirm(state.cluster, coordinator, id)}
 
-  defp tell(state, change) do
+  defp reply(state, change) do
     case change.from do
       {:caller, ref} -> send(ref, {ref, change.reply})
       {:call, from} -> GenServer.reply(from, :ok)
@@ -274,15 +220,11 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     %{state | waiting: %{}}
   end
 
-  # Callers see it in the slots; other nodes need only hear when nothing is left.
+  # Callers see it in the slots; other nodes only need to know when no peer is left.
   defp serves_less(state) do
     if LoadCounters.any?(state.handle.counters),
       do: state,
       else: %{state | cluster: Membership.announce(state.cluster, state.handle)}
-  end
-
-  defp note_other(state, coordinator, name, serves?) do
-    if Membership.note(state.handle, coordinator, name, serves?), do: wake(state), else: state
   end
 
   defp waits_no_more(state, ref) do

@@ -1,22 +1,17 @@
 defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
-  @moduledoc """
-  How a process asks a pool's coordinator for something, on the coordinator's node. A coordinator that is being started again
-  is waited for: it takes no more than a moment, or else the pool ends with it.
-  """
+  @moduledoc false
+  # Calls to a pool's coordinator from its node. They wait for a coordinator that is being restarted, which takes a
+  # moment, or else ends the pool.
 
-  alias DSPex.PythonBridge.Programs
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Pool.Handle
 
-  # How soon a coordinator that is being started again is looked for anew.
+  # The interval at which a coordinator that is being restarted is looked for.
   @restart_ms 5
-  # For so long past its timeout a caller looks for a coordinator that may have lent it something unheard.
+  # A caller looks so long past its timeout for a coordinator that may have checked out a bridge for it.
   @undo_ms 50
 
-  @doc """
-  The process of a pool's coordinator. One that is being started again is waited for, until the deadline; nil
-  if it is not there by then, or the pool has ended.
-  """
+  @doc "The coordinator's process; nil if there is none by the deadline, or the pool has ended."
   @spec await(atom(), Deadline.t()) :: pid() | nil
   def await(pool, deadline) do
     with nil <- Process.whereis(Handle.coordinator(pool)) do
@@ -31,8 +26,8 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   end
 
   @doc """
-  Lends a bridge to the calling process. If that has given up after `timeout` ms, or the coordinator has ended,
-  a loan that was made all the same is undone.
+  Checks out a bridge for the calling process. If that has stopped waiting after `timeout` ms, or the coordinator has
+  ended, a checkout that was made nevertheless is undone.
   """
   @spec checkout(Handle.t(), non_neg_integer()) ::
           {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
@@ -40,14 +35,14 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
     ref = make_ref()
 
     with {:error, :bridge_not_running} = error <- ask(handle, {:checkout, ref}, timeout) do
-      # Behind the question, if that is still there to be read; or to the next coordinator, which has the table.
+      # It is read after the question, or by the next coordinator, which has the table.
       coordinator = await(name, Deadline.new(@undo_ms))
       if coordinator, do: GenServer.cast(coordinator, {:unheard, ref})
       error
     end
   end
 
-  @doc "Gives a bridge back, whoever has it."
+  @doc "Checks in a bridge, whoever has it."
   @spec checkin(Handle.t(), term(), non_neg_integer()) ::
           :ok | {:error, String.t() | :bridge_not_running}
   def checkin(%Handle{} = handle, bridge, timeout), do: ask(handle, {:checkin, bridge}, timeout)
@@ -61,20 +56,5 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
     end
   catch
     :exit, _no_answer -> {:error, :bridge_not_running}
-  end
-
-  @doc """
-  Takes over a definition from another node, and waits until the peers here that are ready have it, or
-  until the deadline.
-  """
-  @spec adopt(Handle.t(), Programs.Store.definition(), Deadline.t()) :: :ok
-  def adopt(%Handle{} = handle, definition, deadline) do
-    case await(handle.name, deadline) do
-      nil -> :ok
-      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Deadline.left(deadline))
-    end
-  catch
-    # Whether the program is there will show.
-    :exit, _no_answer -> :ok
   end
 end

@@ -1,10 +1,9 @@
 defmodule DSPex.PythonBridge.Pool.Handle do
-  @moduledoc """
-  What callers need to know of a pool, found by its name or its pid without asking a process.
-
-  It is a persistent term from the pool's start until its coordinator ends in good order, which is before
-  the bridges end: new calls are turned away while those under way are still answered.
-  """
+  @moduledoc false
+  # What callers need to know about a pool: a persistent term, found by the pool's name or pid without asking a process.
+  #
+  # It is there from the pool's start until its coordinator ends in order, which is before the bridges end: new calls are
+  # refused while those under way are still answered.
 
   alias DSPex.PythonBridge.{Pool, Programs}
   alias DSPex.PythonBridge.Calls.LoadCounters
@@ -14,8 +13,8 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   defstruct @enforce_keys
 
   @typedoc """
-  `bridges`: their names, in the order of the slots. `others`: a table of the coordinators of other nodes
-  that can serve, see `DSPex.PythonBridge.Pool.Cluster.Membership`. `checkouts`: see `DSPex.PythonBridge.Pool.Checkouts`.
+  `bridges`: their names, in the order of the slots. `others`: a table of the coordinators of other nodes that can
+  serve, written by `DSPex.PythonBridge.Pool.Cluster.Membership`. `checkouts`: see `DSPex.PythonBridge.Pool.Checkouts`.
   """
   @type t :: %__MODULE__{
           name: atom(),
@@ -28,7 +27,7 @@ defmodule DSPex.PythonBridge.Pool.Handle do
           settings: Pool.Options.t()
         }
 
-  @doc "Everything that belongs to a new pool; its tables belong to the calling process."
+  @doc "The handle of a new pool, whose tables belong to the calling process."
   @spec new(Pool.Options.t()) :: t()
   def new(%Pool.Options{name: name, size: size} = settings) do
     %__MODULE__{
@@ -59,24 +58,24 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   @spec bridges_supervisor(atom()) :: atom()
   def bridges_supervisor(name), do: Module.concat(name, "Bridges")
 
-  @doc "Tells callers of the pool."
+  @doc "Makes the pool known to callers."
   @spec publish(t()) :: :ok
   def publish(%__MODULE__{} = handle) do
     Registry.put(:pool, handle.pid, handle)
     Registry.put(:pool, handle.name, handle)
   end
 
-  @doc "Callers find the pool no more."
+  @doc "From now on callers do not find the pool."
   @spec withdraw(t()) :: :ok
   def withdraw(%__MODULE__{} = handle) do
     Registry.delete(:pool, handle.pid)
     Registry.delete(:pool, handle.name)
   end
 
-  @doc "What is known of the pool of this name or pid; nil if there is none on this node."
+  @doc "The handle of the pool of this name or pid; nil if there is none on this node."
   @spec fetch(term()) :: t() | nil
   def fetch(pool) do
-    # One that was killed has withdrawn nothing.
+    # A pool that was killed has not withdrawn its handle.
     with %__MODULE__{pid: pid} = handle <- Registry.get(:pool, pool),
          do: if(Process.alive?(pid), do: handle)
   end

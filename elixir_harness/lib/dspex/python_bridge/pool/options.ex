@@ -1,12 +1,11 @@
 defmodule DSPex.PythonBridge.Pool.Options do
-  @moduledoc """
-  The options of a pool, checked once: its own here, those of its bridges by
-  `DSPex.PythonBridge.Options`, before any bridge is started.
-  """
+  @moduledoc false
+  # The options of a pool, checked before any bridge starts: its own here, those of its bridges by
+  # `DSPex.PythonBridge.Options`.
 
   alias DSPex.PythonBridge.Options
 
-  # More Python processes than any machine has room for; each is an atom, too.
+  # More Python processes than any machine has room for. Each has an atom, too.
   @max_size 1_000
 
   @enforce_keys [:name, :size, :cluster, :bridge, :default_timeout, :max_retries]
@@ -40,7 +39,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
     end
   end
 
-  # Its bridges, and what callers know of it, have names made of it.
+  # The names of its bridges are made from it.
   defp refusal({:name, name}) when is_atom(name) and name not in [nil, true, false], do: nil
   defp refusal({:name, other}), do: Options.expected(:name, "an atom", other)
   defp refusal({:pool_size, n}) when n in 1..@max_size, do: nil
@@ -49,7 +48,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
   defp refusal({:cluster, name}) when is_binary(name) and name != "", do: nil
   defp refusal({:cluster, other}), do: Options.expected(:cluster, "nil, an atom or a text", other)
 
-  # The values of those of its bridges are theirs to refuse.
+  # The values of the bridges' options are checked by these.
   defp refusal({key, _value}) do
     if key not in Options.known(),
       do: Options.unknown(key, [:pool_size, :cluster | Options.known()])

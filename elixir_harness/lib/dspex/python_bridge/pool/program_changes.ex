@@ -1,46 +1,40 @@
 defmodule DSPex.PythonBridge.Pool.ProgramChanges do
-  @moduledoc """
-  `create_program` and `cleanup`, which hold for all peers of the pool and all nodes of its cluster.
-  Used by the coordinator's process.
-
-  Each change gets a stamp here, later than all that this node has seen, whatever the clocks of other
-  nodes: who changes a program after having heard of another change to it, wins over that. A cleanup
-  takes its programs from the table at once, so that no peer is given them any more; a definition
-  gets there when a peer has acknowledged it (the bridge puts it there), or has it from another node.
-
-  Whoever asked for a change may give up waiting; the change goes on, so that the peers stay alike. A
-  definition that some peers took and others refused is replaced by the one before, if there was one, or
-  removed again; a cleanup that no peer made is undone.
-  """
+  @moduledoc false
+  # `create_program` and `cleanup`, which hold for all peers of the pool. The coordinator's process uses it. Changes that
+  # other nodes have made come through `DSPex.PythonBridge.Pool.Cluster.IncomingChanges`.
+  #
+  # Each change gets a stamp that orders it after all earlier ones. A cleanup removes its programs from the table at
+  # once, so that no peer is given them any more; a bridge puts a definition there when its peer has acknowledged it.
+  #
+  # A change goes on when its caller stops waiting, so that the peers stay alike. A definition that some peers took and
+  # others refused is replaced by the one before, or removed if there was none; a cleanup that no peer made is undone.
 
   alias DSPex.PythonBridge.{Programs, Protocol}
   alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.Pool.{Broadcast, Handle}
+  alias DSPex.PythonBridge.Pool.Cluster.Clock
 
-  # Of removals that are in the table, with the stamps that they have there.
+  # Of removals that the table has already, each with a stamp of its own.
   @long_ago {0, 0, :nobody}
 
   @enforce_keys [:handle, :broadcast]
-  defstruct [:handle, :broadcast, latest: 0, undo: %{}]
+  defstruct [:handle, :broadcast, clock: 0, undo: %{}]
 
   @typedoc """
-  Who wants to know: a caller (its alias), `GenServer.call/3`'s, another node's coordinator with its number for
-  the change, the pool itself, which made one for all nodes; nobody.
+  Who gets the outcome: a caller (its alias), a caller of `GenServer.call/3`, another node's coordinator with its number
+  for the change, the pool itself, which made a change for all nodes, or nobody.
   """
   @type from ::
           {:caller, reference()}
           | {:call, GenServer.from()}
-          | {:node, pid(), pos_integer()}
+          | {:node, pid(), integer()}
           | :pool
           | :nobody
-  @typedoc """
-  `latest`: the greatest time of a stamp that was seen. `undo`: the definitions before a change that is
-  under way, by its stamp.
-  """
+  @typedoc "`undo`: the definitions before a change that is under way, by its stamp."
   @type t :: %__MODULE__{
           handle: Handle.t(),
           broadcast: Broadcast.t(),
-          latest: integer(),
+          clock: Clock.t(),
           undo: %{Programs.Store.stamp() => [Programs.Store.definition()]}
         }
   @type result :: {t(), [Broadcast.over()]}
@@ -50,13 +44,17 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   def new(%Handle{pid: pid} = handle),
     do: %__MODULE__{handle: handle, broadcast: Broadcast.new(pid)}
 
-  @doc "Whether `ask/2` can be asked for this: requests come from anywhere."
-  @spec asked?(term(), Handle.t()) :: boolean()
-  def asked?({:repair, index, id}, handle),
+  @doc "The stamp for removals that the table has already."
+  @spec long_ago() :: Programs.Store.stamp()
+  def long_ago, do: @long_ago
+
+  @doc "Whether a term is a change for `ask/2`: requests come from anywhere."
+  @spec valid?(term(), Handle.t()) :: boolean()
+  def valid?({:repair, index, id}, handle),
     do: is_integer(index) and index in LoadCounters.indexes(handle.counters) and is_binary(id)
 
-  def asked?({_kind, _ids, nil} = change, _info), do: Programs.Store.change?(change)
-  def asked?(_other, _info), do: false
+  def valid?({_kind, _ids, nil} = change, _handle), do: Programs.Store.change?(change)
+  def valid?(_other, _handle), do: false
 
   @doc """
   A caller asks for a change, or for a missing program to be created again at one bridge.
@@ -68,53 +66,45 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   defp ask(changes, ref, timeout, body, {:create, id, nil}) do
     {stamp, changes} = stamp(changes)
     changes = remember(changes, stamp, [id])
-    start(changes, {:caller, ref}, {:create, id, stamp}, body, timeout)
+    start(changes, {:caller, ref}, {:create, id, stamp}, body, timeout, all(changes))
   end
 
   defp ask(changes, ref, timeout, body, {:cleanup, ids, nil}) do
     {stamp, changes} = stamp(changes)
     changes = remember(changes, stamp, ids)
     Programs.Store.remove(changes.handle.programs, ids, stamp)
-    start(changes, {:caller, ref}, {:cleanup, ids, stamp}, body, timeout)
+    start(changes, {:caller, ref}, {:cleanup, ids, stamp}, body, timeout, all(changes))
   end
 
-  # Without a definition or the bridge: as if nobody had answered.
+  # Without a definition it goes to no bridge, which is over at once as if the bridge were not running.
   defp ask(changes, ref, timeout, _no_body, {:repair, index, id}) do
-    {what, body, indexes} =
+    {change, body, indexes} =
       case Programs.Store.get(changes.handle.programs, id) do
         {stamp, body} -> {{:create, id, stamp}, body, [index]}
         nil -> {nil, "", []}
       end
 
-    start(changes, {:caller, ref}, {:repair, index, what}, body, timeout, indexes)
+    start(changes, {:caller, ref}, {:repair, index, change}, body, timeout, indexes)
   end
 
-  @doc "Another node has made a change; over at once if a later one is known here."
-  @spec adopt(t(), from(), Programs.Store.change(), binary()) :: result()
-  def adopt(%__MODULE__{} = changes, from, {:create, id, stamp} = what, body) do
-    if Programs.Store.put(changes.handle.programs, id, stamp, body),
-      do: changes |> seen(stamp) |> start(from, what, body, 0),
-      else: start(changes, from, what, body, 0, [])
+  @doc "Sends a change that nobody waits for longer than needed to all bridges, or those of these slots."
+  @spec deliver(t(), from(), Programs.Store.change(), binary(), [LoadCounters.index()] | nil) ::
+          result()
+  def deliver(%__MODULE__{} = changes, from, change, body, indexes \\ nil),
+    do: start(changes, from, change, body, 0, indexes || all(changes))
+
+  @doc "Removes programs that the table has no more from the peers: by name, since a peer may have a later one."
+  @spec clean_peers(t(), from(), [Programs.Store.id()], Programs.Store.stamp()) :: result()
+  def clean_peers(%__MODULE__{} = changes, from, ids, stamp) do
+    {:ok, body} = Protocol.encode_body(:cleanup, %{program_ids: ids})
+    indexes = if ids == [], do: [], else: all(changes)
+    deliver(changes, from, {:cleanup, ids, stamp}, body, indexes)
   end
 
-  def adopt(changes, from, {:cleanup, ids, stamp}, _body) do
-    programs = changes.handle.programs
-    before = ids(programs)
-    Programs.Store.remove(programs, ids, stamp)
-    changes |> seen(stamp) |> clean_peers(from, before -- ids(programs), stamp)
-  end
-
-  @doc "Another node has told all that it knows."
-  @spec merge(t(), Programs.Store.exported()) :: result()
-  def merge(%__MODULE__{} = changes, exported) do
-    {created, removed} = Programs.Store.merge(changes.handle.programs, exported)
-
-    for {id, stamp, body} <- created, reduce: clean_peers(changes, :nobody, removed, @long_ago) do
-      {changes, over} ->
-        {changes, more} = changes |> seen(stamp) |> start(:nobody, {:create, id, stamp}, body, 0)
-        {changes, more ++ over}
-    end
-  end
+  @doc "Takes in the stamp of a change that was made elsewhere: later ones of this node get later stamps."
+  @spec seen(t(), Programs.Store.stamp()) :: t()
+  def seen(%__MODULE__{} = changes, stamp),
+    do: %{changes | clock: Clock.seen(changes.clock, stamp)}
 
   @doc "As `DSPex.PythonBridge.Pool.Broadcast.answered/3`."
   @spec answered(t(), reference(), Broadcast.reply()) :: result()
@@ -131,22 +121,15 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   def expired(%__MODULE__{} = changes, id),
     do: conclude(changes, Broadcast.expired(changes.broadcast, id))
 
-  defp start(changes, from, what, body, timeout, indexes \\ nil) do
-    targets = targets(changes.handle, indexes || LoadCounters.indexes(changes.handle.counters))
-    conclude(changes, Broadcast.start(changes.broadcast, from, what, body, timeout, targets))
-  end
+  defp all(changes), do: LoadCounters.indexes(changes.handle.counters)
 
-  defp targets(handle, indexes) do
-    for index <- indexes, pid = Process.whereis(Handle.bridge(handle, index)) do
-      {index, pid, LoadCounters.ready_since(handle.counters, index) > 0}
-    end
-  end
+  defp start(%{handle: handle} = changes, from, change, body, timeout, indexes) do
+    targets =
+      for index <- indexes,
+          pid = Process.whereis(Handle.bridge(handle, index)),
+          do: {index, pid, LoadCounters.ready_since(handle.counters, index) > 0}
 
-  # By name, since peers may have later ones by now. The table knows already.
-  defp clean_peers(changes, from, ids, stamp) do
-    {:ok, body} = Protocol.encode_body(:cleanup, %{program_ids: ids})
-    indexes = if ids == [], do: [], else: LoadCounters.indexes(changes.handle.counters)
-    start(changes, from, {:cleanup, ids, stamp}, body, 0, indexes)
+    conclude(changes, Broadcast.start(changes.broadcast, from, change, body, timeout, targets))
   end
 
   defp conclude(changes, {broadcast, over}) do
@@ -158,52 +141,46 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
     end
   end
 
-  # Only where it was made: what another node has is not for this one to remove.
-  defp correct(changes, %{mixed?: true, from: {:caller, _}, what: {:create, id, _}}, [before]) do
+  # Only on the node where the change was made.
+  defp correct(changes, %{mixed?: true, from: {:caller, _}, change: {:create, id, _}}, [before]) do
     {_id, _stamp, body} = before
-    {stamp, changes} = stamp(changes)
-    Programs.Store.put(changes.handle.programs, id, stamp, body)
-    start(changes, :pool, {:create, id, stamp}, body, 0)
+    {stamp, changes} = put_back(changes, before)
+    deliver(changes, :pool, {:create, id, stamp}, body)
   end
 
-  defp correct(changes, %{mixed?: true, from: {:caller, _}, what: {:create, id, _}}, []) do
+  defp correct(changes, %{mixed?: true, from: {:caller, _}, change: {:create, id, _}}, []) do
     {stamp, changes} = stamp(changes)
     Programs.Store.remove(changes.handle.programs, [id], stamp)
     clean_peers(changes, :pool, [id], stamp)
   end
 
   # A removal that came from another node while peers were making it: it was not in the table then.
-  defp correct(changes, %{what: {:create, id, _stamp}, reply: {:frame, _}}, _before) do
+  defp correct(changes, %{change: {:create, id, _stamp}, reply: {:frame, _}}, _before) do
     if Programs.Store.get(changes.handle.programs, id) ||
          Broadcast.creating?(changes.broadcast, id),
        do: {changes, []},
        else: clean_peers(changes, :nobody, [id], @long_ago)
   end
 
-  # Nobody made it: the peers have their programs still, and so must the table.
+  # No peer made it: they still have their programs, and so must the table.
   defp correct(
          changes,
-         %{mixed?: false, from: {:caller, _}, what: {:cleanup, _, _}} = change,
+         %{mixed?: false, from: {:caller, _}, change: {:cleanup, _, _}} = over,
          before
        ) do
-    if success?(change.reply), do: {changes, []}, else: {put_back(changes, before), []}
+    if success?(over),
+      do: {changes, []},
+      else: {Enum.reduce(before, changes, &elem(put_back(&2, &1), 1)), []}
   end
 
-  defp correct(changes, _change, _before), do: {changes, []}
+  defp correct(changes, _over, _before), do: {changes, []}
 
-  defp success?({:frame, frame}), do: Protocol.success?(frame)
-  defp success?(_error), do: false
+  @doc "Whether a change that is over was made."
+  @spec success?(Broadcast.over()) :: boolean()
+  def success?(%{reply: {:frame, frame}}), do: Protocol.success?(frame)
+  def success?(_error), do: false
 
-  defp put_back(changes, definitions) do
-    for {id, _stamp, body} <- definitions, reduce: changes do
-      changes ->
-        {stamp, changes} = stamp(changes)
-        Programs.Store.put(changes.handle.programs, id, stamp, body)
-        changes
-    end
-  end
-
-  ## What there was before
+  ## The definitions before a change
 
   defp remember(changes, stamp, ids) do
     programs = changes.handle.programs
@@ -221,22 +198,21 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
     %{changes | undo: Map.put(changes.undo, stamp, before)}
   end
 
-  defp forget(changes, %{what: {kind, _ids, stamp}}) when kind in [:create, :cleanup] do
+  defp forget(changes, %{change: {kind, _ids, stamp}}) when kind in [:create, :cleanup] do
     {before, undo} = Map.pop(changes.undo, stamp, [])
     {before, %{changes | undo: undo}}
   end
 
   defp forget(changes, _repair), do: {[], changes}
 
-  defp ids(programs), do: for({id, _stamp, _body} <- Programs.Store.definitions(programs), do: id)
-
-  ## Stamps
-
-  defp stamp(changes) do
-    {time, count, node} = Programs.Store.stamp()
-    stamp = {max(time, changes.latest + 1), count, node}
-    {stamp, seen(changes, stamp)}
+  defp put_back(changes, {id, _stamp, body}) do
+    {stamp, changes} = stamp(changes)
+    Programs.Store.put(changes.handle.programs, id, stamp, body)
+    {stamp, changes}
   end
 
-  defp seen(changes, {time, _count, _node}), do: %{changes | latest: max(time, changes.latest)}
+  defp stamp(changes) do
+    {stamp, clock} = Clock.stamp(changes.clock)
+    {stamp, %{changes | clock: clock}}
+  end
 end

@@ -1,12 +1,10 @@
 defmodule DSPex.PythonBridge.Pool.Supervisor do
-  @moduledoc """
-  The processes of a pool: its bridges and their monitors, below a supervisor of their own, and its coordinator. This
-  supervisor owns the tables, so that programs and loans outlive all of them.
-
-  The bridges come first, so that they end last: see `DSPex.PythonBridge.Pool.Handle`. Theirs is a
-  `DynamicSupervisor` since that ends its children all at once; one after another, each with its
-  time to finish, they would take long.
-  """
+  @moduledoc false
+  # The processes of a pool: its bridges and their monitors, under a supervisor of their own, and its coordinator. This
+  # supervisor owns the tables, so programs and checkouts outlive all of them.
+  #
+  # The bridges start first, so they end last: see `DSPex.PythonBridge.Pool.Handle`. They have a `DynamicSupervisor`
+  # since that ends its children all at once; one after another, each with its time to finish, they would take long.
 
   use Supervisor
 
@@ -14,8 +12,8 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Pool.{Coordinator, Handle}
 
-  # A peer's death ends no bridge. Bridges themselves end when something kills them, or by a defect;
-  # each of them may do so this often in 5 s before the whole pool starts anew.
+  # A peer's death ends no bridge. Bridges end when they are killed or crash; each may do so this often in 5 s before the
+  # whole pool restarts.
   @deaths_per_bridge 20
 
   @doc "Starts the processes of a pool."
@@ -39,7 +37,7 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
     Supervisor.init([bridges, starter, {Coordinator, handle}], strategy: :rest_for_one)
   end
 
-  @doc "Starts the bridges and their monitors below their supervisor. No process of its own: a step in the start."
+  @doc "Starts the bridges and their monitors under their supervisor. A step of the start, not a process."
   @spec start_bridges(Handle.t()) :: :ignore | {:error, term()}
   def start_bridges(%Handle{} = handle) do
     children =

@@ -1,16 +1,15 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.Message do
-  @moduledoc """
-  The messages between the coordinators of a cluster, whose nodes may run different versions of this code: during
-  a rolling upgrade they do.
-
-    * `{:hello, coordinator, name, serves?, programs}` when two meet: all that each knows of programs
-    * `{:serves, coordinator, name, serves?}`: whether a call may be sent there, at each change
-    * `{:change, coordinator, id, change, body}` and back `{:changed, id, coordinator}`: one change of the programs
-
-  Since version 2 a message goes as `{:dspex_cluster, version, message}`. Version 1 sends the same messages
-  bare, and drops what it does not know: it is understood, and spoken to in its own way as soon as it has
-  been heard. What comes after version 2 has to do the same.
-  """
+  @moduledoc false
+  # The messages between the coordinators of a cluster, whose nodes run different versions of this code during a
+  # rolling upgrade.
+  #
+  #   * `{:hello, coordinator, name, serves?, programs}` when two meet: the whole table of programs
+  #   * `{:serves, coordinator, name, serves?}`: whether calls may be sent there, at each change
+  #   * `{:change, coordinator, id, change, body}` and back `{:changed, id, coordinator}`: one change of the programs
+  #
+  # Since version 2 a message is sent as `{:dspex_cluster, version, message}`. Version 1 sends the same messages bare, and
+  # drops what it does not know: it is understood, and sent version 1 as soon as it has sent something. Later
+  # versions have to do the same.
 
   alias DSPex.PythonBridge.Programs
 
@@ -24,7 +23,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Message do
           | {:change, pid(), integer(), Programs.Store.change(), binary()}
           | {:changed, integer(), pid()}
 
-  @doc "Whether a term is meant as such a message, of whatever version."
+  @doc "Whether a term looks like such a message, of any version."
   defguard is_message(term)
            when is_tuple(term) and tuple_size(term) > 0 and
                   elem(term, 0) in [@tag, :hello, :serves, :change, :changed]
@@ -38,7 +37,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Message do
   def pack(message, 1), do: message
   def pack(message, @version), do: {@tag, @version, message}
 
-  @doc "What was said, in which version and by whom; `:unknown` if this version cannot know what is meant."
+  @doc "The message, its version and its sender; `:unknown` if this version does not understand it."
   @spec read(term()) :: {:ok, t(), version(), coordinator :: pid()} | :unknown
   def read({@tag, @version, message}), do: checked(message, @version)
   def read(message), do: checked(message, 1)

@@ -1,24 +1,23 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
-  @moduledoc """
-  The way of one call to another node of the cluster. Two processes carry it: a courier on this node,
-  and a proxy on the other, which does there what a caller does (`DSPex.PythonBridge.Pool.LocalCall`).
-
-  The courier is what may be held up, by a connection whose buffer is full or a node that has stopped;
-  the caller waits for its message and no longer than its timeout. The two are linked, and the courier
-  watches the caller: when the caller gives up or dies, so do they, and the bridge there, which watches
-  the proxy, cancels the request in its peer. A node that vanishes ends the courier through the link.
-  """
+  @moduledoc false
+  # One call to another node of the cluster, by two processes: a courier on this node, and a proxy on the other one,
+  # which makes the call there (`DSPex.PythonBridge.Pool.LocalCall`).
+  #
+  # The courier may block, on a connection whose buffer is full or a node that has stopped; the caller only waits for
+  # the courier's message, until its timeout. The two processes are linked, and the courier monitors the caller: if the
+  # caller gives up or dies, both end, and the bridge there, which monitors the proxy, cancels the request in its peer.
+  # The link ends the courier when the other node is lost.
 
   alias DSPex.PythonBridge.{Error, Programs}
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
 
-  # A node that has not even started the proxy by then has stopped, or is as good as out of reach: the
-  # runtime itself would take a minute to find out. A large request may take longer, on a slow network.
+  # A node that has not started the proxy by then has stopped or cannot be reached: the runtime itself takes a minute
+  # to notice. A large request may take longer, on a slow network.
   @reach_ms 2_000
   @bytes_per_ms 5_000
 
-  @doc "Brings the call to another node, if there is one that can serve it."
+  @doc "Runs the call on another node, if there is one that can serve it."
   @spec run(Handle.t(), Request.t()) :: {:done, LocalCall.reply()} | {:nobody, Request.t()}
   def run(%Handle{settings: %{cluster: nil}}, request), do: {:nobody, request}
 
@@ -56,13 +55,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     end
   end
 
-  # A node of this one may be able to serve again by now.
+  # A peer of this node may be able to serve again by now.
   defp pass(handle, request, other) do
     request = %{request | passed_nodes: [other | request.passed_nodes]}
     with {:nobody, request} <- LocalCall.run(handle, request), do: run(handle, request)
   end
 
-  # The program may be known here and not yet there.
+  # The program may be in the table here and not yet there.
   defp repair(handle, request, other, {:error, %Error{type: :program_not_found}} = reply)
        when request.program != nil do
     case definition(handle, request.program) do
@@ -71,13 +70,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     end
   end
 
-  defp repair(_info, _request, _other, reply), do: {:done, reply}
+  defp repair(_handle, _request, _other, reply), do: {:done, reply}
 
   ## On this node
 
-  # As in DSPex.PythonBridge.Client.Caller, what comes to the alias too late goes nowhere.
+  # A message that is sent to the alias too late is dropped by the runtime.
   defp carry(node, name, request, definition) do
-    args = [self(), node, [name, Request.pack(request), definition]]
+    args = [self(), node, [name, pack(request), definition]]
     how = [monitor: [alias: :demonitor]]
     {courier, ref} = :erlang.spawn_opt(__MODULE__, :courier, args, how)
     send(courier, {:reply_to, ref})
@@ -110,6 +109,17 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     end
   end
 
+  # With the time that is left in place of the deadline: the other node has another clock.
+  defp pack(request) do
+    left = Request.left(request)
+    %{request | deadline: left, passed: [], passed_nodes: [], repaired: []}
+  end
+
+  defp unpack(%{deadline: :infinity} = request), do: request
+
+  defp unpack(request),
+    do: %{request | deadline: System.monotonic_time(:millisecond) + request.deadline}
+
   defp flush(ref) do
     receive do
       {^ref, _too_late} -> flush(ref)
@@ -132,7 +142,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     end
   end
 
-  # Here it may be held up.
+  # This may block.
   defp carry_to(ref, watch, node, args) do
     spawned = :erlang.spawn_request(node, __MODULE__, :proxy, [self() | args], [:link])
 
@@ -169,7 +179,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
       result =
         case Handle.fetch(name) do
           nil -> {:nobody, request.deaths, false}
-          handle -> serve(handle, Request.unpack(request), definition)
+          handle -> serve(handle, unpack(request), definition)
         end
 
       send(courier, {:served, result})
@@ -179,11 +189,22 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   end
 
   defp serve(handle, request, definition) do
-    if definition, do: CoordinatorClient.adopt(handle, definition, request.deadline)
+    if definition, do: adopt(handle, definition, request.deadline)
 
     case LocalCall.run(handle, request) do
       {:done, reply} -> {:done, reply}
       {:nobody, request} -> {:nobody, request.deaths, request.overloaded?}
     end
+  end
+
+  # Waits until the peers here that are ready have the program.
+  defp adopt(handle, definition, deadline) do
+    case CoordinatorClient.await(handle.name, deadline) do
+      nil -> :ok
+      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Deadline.left(deadline))
+    end
+  catch
+    # The call shows whether the program is there.
+    :exit, _no_answer -> :ok
   end
 end
