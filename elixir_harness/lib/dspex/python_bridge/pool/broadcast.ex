@@ -73,16 +73,8 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
 
   defp send_to({_index, pid, _waited?} = target, owner, change, body, lifetime) do
     ref = :erlang.monitor(:process, pid, alias: :reply_demonitor)
-
-    request = %Request{
-      ref: ref,
-      pid: owner,
-      timeout: lifetime,
-      body: body,
-      change: to_bridge(change)
-    }
-
-    send(pid, {:request, request})
+    request = %Request{ref: ref, pid: owner, timeout: lifetime, body: body}
+    send(pid, {:request, %{request | change: to_bridge(change)}})
     {ref, target}
   end
 
