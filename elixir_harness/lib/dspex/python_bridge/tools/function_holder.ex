@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   # function may remove, or survive by trapping exits.
 
   alias DSPex.PythonBridge.Tools
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
 
   @enforce_keys [:functions, :caller, :proxy]
   defstruct [:functions, :caller, :proxy, users: %{}]
@@ -43,12 +43,11 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   """
   @spec fetch(pid(), String.t()) :: {:ok, (map() -> term())} | {:error, [String.t()]} | :over
   def fetch(holder, name) do
-    ref = :erlang.monitor(:process, holder, alias: :reply_demonitor)
-    send(holder, {:fetch, self(), ref, name})
+    user = self()
 
-    receive do
-      {^ref, answer} -> answer
-      {:DOWN, ^ref, :process, _holder, _reason} -> :over
+    case Ask.ask(holder, :infinity, &{:fetch, user, &1, name}) do
+      {:ok, answer} -> answer
+      :down -> :over
     end
   end
 
