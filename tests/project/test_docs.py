@@ -15,6 +15,10 @@ from dspy_bridge import errors
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXUNIT = ROOT / "elixir_harness" / "test" / "dspex" / "python_bridge"
+PEER = ROOT / "dspy_bridge"
+BRIDGE = ROOT / "elixir_harness" / "lib" / "dspex" / "python_bridge"
+# Not in the repository.
+IGNORED = {"__pycache__", ".hypothesis", ".pytest_cache", "_build"}
 
 
 def without_code(page: Path) -> str:
@@ -90,12 +94,46 @@ def test_the_providers_that_deploying_md_counts_for_litellm_are_served_by_it(
             assert variable in litellm and not native("openai"), variable
 
 
-def table(page: str, mark: str) -> dict[str, list[str]]:
-    """The rows between two marks, by their first cell."""
+def rows_of(page: str, mark: str) -> list[list[str]]:
+    """The cells of the table between two marks, without its head."""
     found = re.search(f"<!-- {mark} -->\n(.*)<!-- /{mark} -->", (ROOT / page).read_text(), re.DOTALL)
     assert found is not None
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
-    return {row[0]: row[1:] for row in rows}
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
+
+
+def table(page: str, mark: str) -> dict[str, list[str]]:
+    """The rows between two marks, by their first cell."""
+    return {row[0]: row[1:] for row in rows_of(page, mark)}
+
+
+def folders(root: Path) -> set[str]:
+    """The folders that have files in the repository, relative to `root`."""
+    files = (path for path in root.rglob("*") if path.is_file() and not IGNORED & set(path.parts))
+    return {file.parent.relative_to(root).as_posix() for file in files}
+
+
+@pytest.mark.parametrize("root", [PEER, BRIDGE], ids=lambda root: root.name)
+def test_the_map_has_every_folder_and_no_other(root: Path) -> None:
+    described = [cells[0].strip("`") for cells in rows_of("docs/how-it-works.md", f"map of {root.name}")]
+    assert len(described) > 10 and sorted(described) == sorted(folders(root))
+
+
+@pytest.mark.parametrize("walk", ["one request", "one pool call", "one change"])
+def test_each_step_of_a_walk_through_the_code_is_a_function(walk: str) -> None:
+    steps = rows_of("docs/how-it-works.md", walk)
+    assert len(steps) > 3
+    for file, function, _ in steps:
+        path = (PEER if file.endswith(".py`") else BRIDGE) / file.strip("`")
+        pattern = rf"^ *(async def|def|defp) {function.strip('`')}\b"
+        assert re.search(pattern, path.read_text(), re.MULTILINE), (file, function)
+
+
+@pytest.mark.parametrize("root", ["dspy_bridge", "elixir_harness/lib", "tests", "docs"])
+def test_no_folder_has_more_than_16_files(root: str) -> None:
+    """One can be read at a glance."""
+    for folder in folders(ROOT / root):
+        files = [path for path in (ROOT / root / folder).iterdir() if path.is_file() and path.suffix != ".pyc"]
+        assert len(files) <= 16, (folder, len(files))
 
 
 def test_the_three_lines_of_speed_have_figures_of_the_bench() -> None:

@@ -303,6 +303,7 @@ def test_cleanup_of_some(echo_peer: Peer) -> None:
     assert echo_peer.call("cleanup", {"program_ids": [1]})["error_type"] == "invalid_args"
 
 
+@pytest.mark.slow
 def test_programs_that_were_replaced_or_removed_take_no_memory(fresh_echo_peer: Peer) -> None:
     """They are frozen out of garbage collections while they are there, and collected when they are not."""
 

@@ -445,6 +445,7 @@ def test_a_defect_is_internal_with_its_traceback_in_the_log(start_lm: Any, tmp_p
     assert KEY not in log + reply["error"] and "capital of France" not in log
 
 
+@pytest.mark.slow
 def test_lms_that_are_given_with_calls_leave_no_connections_behind(start_lm: Any) -> None:
     """Those used last are kept for the next call; all others are closed, also in the provider."""
     server = start_lm()
@@ -461,6 +462,7 @@ def test_lms_that_are_given_with_calls_leave_no_connections_behind(start_lm: Any
         assert max(counts[1:]) <= counts[0] + 5, counts
 
 
+@pytest.mark.slow
 def test_replaced_programs_leave_no_connections_behind(start_lm: Any) -> None:
     server = start_lm()
     with Peer() as peer:

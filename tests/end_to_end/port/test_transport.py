@@ -484,6 +484,7 @@ def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int)
     assert all(reply["success"] == (id % 3 != 2) for id, reply in replies.items())
 
 
+@pytest.mark.slow
 def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
     text = "x" * ((64 << 20) - 100)
     data = b'{"id":"%b","command":"ping"}' % text.encode()
@@ -498,6 +499,7 @@ def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: 
         assert time.monotonic() < end, (before, after)
 
 
+@pytest.mark.slow
 def test_a_big_execute_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
     fresh_echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})
     ask = {"program_id": "qa", "inputs": {"q": "x" * (8 << 20)}}

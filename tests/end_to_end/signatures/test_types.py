@@ -185,6 +185,7 @@ def test_a_path_is_read_in_the_folder_of_the_setting_alone(start_lm: Any, tmp_pa
     assert parts_of(server.requests[-1])[0]["image_url"]["url"] == "data:image/png;base64,eA=="
 
 
+@pytest.mark.slow
 def test_an_image_of_20_mb_reaches_the_lm_and_no_log_or_reply(start_lm: Any) -> None:
     """Each in seconds, in a few copies of its size, and what follows valid base64 is still seen."""
     data = base64.b64encode(os.urandom(20_000_000)).decode()
