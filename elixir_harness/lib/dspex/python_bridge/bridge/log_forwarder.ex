@@ -94,7 +94,6 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   # What is dropped while records wait is seen after the last of them.
   @impl GenServer
   def init({bridge, owner, counters}) do
-    # DSPex.PythonBridge.Top.Finder tells a bridge, and its name, by this label.
     Process.set_label({__MODULE__, bridge})
     state = %{bridge: bridge, owner: Process.monitor(owner), counters: counters}
     {:ok, Map.put(state, :reported, now() - @report_ms)}
