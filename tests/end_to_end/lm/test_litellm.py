@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import lm_env
 from peer import ROOT, Peer
 
@@ -88,6 +89,7 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
         assert (tmp_path / "begun").exists() and len(server.requests) == asked + len(ways)
 
 
+@pytest.mark.slow
 def test_the_first_call_by_litellm_is_answered_and_holds_nobody_up(start_lm: Any) -> None:
     """With LiteLLM itself: pings, executes and a deadline, as long as it is imported."""
     server = start_lm()
@@ -110,12 +112,3 @@ def test_the_first_call_by_litellm_is_answered_and_holds_nobody_up(start_lm: Any
         took = time.monotonic() - begun
         assert answer["result"] == {"answer": "Paris"}
         assert rounds > 3 and slowest < took / 3, f"{slowest:.1f} s of {took:.1f} s"
-
-
-def test_with_a_dspy_of_other_names_inside_all_works(start_lm: Any, tmp_path: Path) -> None:
-    """It only is as it is in DSPy: the first call by LiteLLM holds up the others, and the log says so."""
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['dspy_bridge.lm.litellm_loading'] = None")
-    with Peer(env={**lm_env(start_lm()), "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
-        assert peer.call("create_program", QA)["success"]
-        assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
-        assert "WARNING dspy_bridge: with this DSPy the first call by LiteLLM holds up" in peer.finish()[2]

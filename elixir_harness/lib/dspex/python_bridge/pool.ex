@@ -21,9 +21,10 @@ defmodule DSPex.PythonBridge.Pool do
   is with `DSPex.PythonBridge.Pool.Coordinator`; the processes are in `DSPex.PythonBridge.Pool.Supervisor`.
   """
 
-  alias DSPex.PythonBridge.{Bridge, Error, Options, Pool, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Calls, Error, Options, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
   alias DSPex.PythonBridge.Programs.Change
@@ -116,7 +117,7 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   defp exchange(pool, command, args, timeout) do
-    started = System.monotonic_time(:millisecond)
+    started = Deadline.now()
 
     with %Handle{} = handle <- Handle.fetch(pool),
          {:ok, timeout} <- check_timeout(timeout, handle),
@@ -142,9 +143,8 @@ defmodule DSPex.PythonBridge.Pool do
   defp change(nil, _request, _change), do: {:error, Error.new(:bridge_not_running)}
 
   defp change(coordinator, request, change) do
-    coordinator
-    |> Caller.send_and_wait(Request.left(request), request.body, {:never, 0, change})
-    |> Caller.read()
+    sent = %Calls.Request{body: request.body, change: change}
+    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), sent))
   end
 
   defp program(command, args) when command in [:execute_program, "execute_program"],

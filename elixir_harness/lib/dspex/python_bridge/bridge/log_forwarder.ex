@@ -1,35 +1,32 @@
 defmodule DSPex.PythonBridge.Bridge.LogForwarder do
-  @moduledoc """
-  The log records of a bridge's peers, on their way to Logger: a process beside each bridge. If it is killed,
-  the bridge starts another (`replace/1`).
+  @moduledoc false
+  # The process that logs the records of a bridge's peers with Logger. If it is killed, the bridge starts another
+  # (`replace/1`).
+  #
+  # Records come as frames (`DSPY_BRIDGE_LOG_FRAMES`). Decoding takes time, and an overloaded Logger blocks whoever
+  # logs, so the bridge only counts a frame and sends it here. Past a limit it drops frames, and the number of dropped
+  # ones is logged.
 
-  Records come as frames (`DSPY_BRIDGE_LOG_FRAMES`). Decoding them takes time, and so does a Logger that is
-  overloaded, which holds up whoever logs: the bridge must not be at it. It only counts a frame in and
-  sends it here. Past a bound it drops it, and the log says how many were dropped. What Logger in turn
-  keeps of what it gets is the host's to configure.
-  """
-
-  # As a GenServer it rests in code of OTP's: a loop of its own would be killed when this module is loaded
-  # for the second time.
+  # A GenServer waits in OTP's code: a loop of its own would be killed when this module is loaded a second time.
   use GenServer
   use DSPex.PythonBridge.OTP.ServerGuard
 
   require Logger
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
 
-  # As many as the peer itself keeps for a standard error that nobody reads.
+  # The number that the peer keeps when nobody reads its standard error.
   @max_waiting 1_000
   @max_waiting_bytes 8_000_000
-  # Of one message; a traceback has some thousand.
+  # Of one message; a traceback has a few thousand.
   @max_bytes 65_536
-  # What a frame of this size leaves behind is not left to the next garbage collection.
+  # A frame of this size is collected at once.
   @big_bytes 1_000_000
-  # Between two words on what was dropped.
+  # Between two reports of dropped records.
   @report_ms 1_000
 
-  # Places among the counters.
+  # Indexes of the counters.
   @records 1
   @bytes 2
   @dropped 3
@@ -43,12 +40,10 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
           counters: :atomics.atomics_ref(),
           bridge: bridge()
         }
-  @typedoc "What records are told apart by: the bridge's name, or its pid if it has none."
+  @typedoc "The bridge's name, or its pid if it has none."
   @type bridge :: GenServer.name() | pid()
 
-  @doc """
-  Starts it for the calling process, a bridge's, which monitors it; it ends with that, when all is logged.
-  """
+  @doc "Starts it for the calling process, a bridge. It ends after the bridge, when all is logged."
   @spec start(bridge()) :: t()
   def start(bridge) do
     counters = :atomics.new(3, [])
@@ -57,7 +52,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     %__MODULE__{pid: pid, monitor: monitor, counters: counters, bridge: bridge}
   end
 
-  @doc "Another one for one that has ended; what that had not logged yet counts as dropped."
+  @doc "Starts another after one has ended; what that one had not logged counts as dropped."
   @spec replace(t()) :: t()
   def replace(%__MODULE__{counters: counters, bridge: bridge}) do
     log = start(bridge)
@@ -67,7 +62,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     log
   end
 
-  @doc "Takes a frame of the peer with this OS pid. Never blocks."
+  @doc "Forwards a frame of the peer with this OS pid. It never blocks."
   @spec take(t(), binary(), pos_integer() | nil) :: :ok
   def take(%__MODULE__{pid: pid, counters: counters}, frame, os_pid) do
     size = byte_size(frame)
@@ -83,7 +78,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     :ok
   end
 
-  # One alone may be as large as a frame may be.
+  # A single record may be as large as a frame.
   defp room?(0, _bytes, _size), do: true
 
   defp room?(records, bytes, size),
@@ -91,24 +86,12 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
 
   ## The process
 
-  # What is dropped while records wait is seen after the last of them.
+  # Records that are dropped while others wait are reported after the last of those.
   @impl GenServer
   def init({bridge, owner, counters}) do
     Process.set_label({__MODULE__, bridge})
     state = %{bridge: bridge, owner: Process.monitor(owner), counters: counters}
-    {:ok, Map.put(state, :reported, now() - @report_ms)}
-  end
-
-  @impl GenServer
-  def handle_call(question, from, state) do
-    ServerGuard.drop({:"$gen_call", from, question}, __MODULE__)
-    noreply(state)
-  end
-
-  @impl GenServer
-  def handle_cast(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    noreply(state)
+    {:ok, Map.put(state, :reported, Deadline.now() - @report_ms)}
   end
 
   @impl GenServer
@@ -121,7 +104,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     if size >= @big_bytes, do: {:noreply, state, {:continue, :collect}}, else: noreply(state)
   end
 
-  # Behind all that it has sent.
+  # After all that the bridge has sent.
   def handle_info({:DOWN, owner, :process, _pid, _reason}, %{owner: owner} = state) do
     report(state.bridge, state.counters)
     {:stop, :normal, state}
@@ -134,7 +117,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     noreply(state)
   end
 
-  # Where the frame is garbage already.
+  # A callback of its own, in which the frame is garbage already.
   @impl GenServer
   def handle_continue(:collect, state) do
     :erlang.garbage_collect()
@@ -145,7 +128,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     case patience(counters, state.reported) do
       0 ->
         report(state.bridge, counters)
-        {:noreply, %{state | reported: now()}}
+        {:noreply, %{state | reported: Deadline.now()}}
 
       patience ->
         {:noreply, state, patience}
@@ -155,7 +138,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   defp patience(counters, reported) do
     if :atomics.get(counters, @dropped) == 0,
       do: :infinity,
-      else: max(reported + @report_ms - now(), 0)
+      else: max(reported + @report_ms - Deadline.now(), 0)
   end
 
   defp log({:ok, level, message, metadata}, bridge, os_pid, _counters),
@@ -164,7 +147,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   defp log({:error, _reason}, _bridge, _os_pid, counters),
     do: :atomics.add(counters, @dropped, 1)
 
-  # A copy: the whole would be kept for as long as any handler keeps the part.
+  # A copy: a part would keep the whole message alive as long as a handler keeps it.
   defp cut(message) when byte_size(message) <= @max_bytes, do: message
 
   defp cut(message) do
@@ -172,7 +155,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     "#{part} … (cut: #{byte_size(message)} bytes)"
   end
 
-  # At most three bytes of one that is not whole.
+  # Removes the at most three bytes of a character that was cut.
   defp whole_characters(text) do
     Enum.find_value(0..3, text, fn bytes ->
       part = binary_part(text, 0, byte_size(text) - bytes)
@@ -190,6 +173,4 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
         Logger.warning("bridge #{inspect(bridge)}: #{text}", bridge: bridge)
     end
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

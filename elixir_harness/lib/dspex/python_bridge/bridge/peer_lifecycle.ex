@@ -1,37 +1,33 @@
 defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
-  @moduledoc """
-  How one peer follows another: part of the bridge's process, over its state
-  (`DSPex.PythonBridge.Bridge.Server`).
-
-  A peer that starts is `next`. It is up when it has answered the bridge's own ping; it is then given
-  the programs that earlier ones had; when it has acknowledged them all, it is `peer` and serves. So
-  no call ever finds its programs missing.
-
-  When the `peer` dies, a `next` is started, after a delay that grows while there is none that is of
-  any use (`DSPex.PythonBridge.Bridge.Backoff`). It is never given up: calls wait within their own timeouts.
-
-  A restart starts a `next` beside a `peer` that goes on serving. When the new one takes over, the
-  other is `old`: it finishes what it has, and is ended.
-  """
+  @moduledoc false
+  # How one peer follows another: part of the bridge's process, over its state.
+  #
+  # A peer that starts is `next`. It is up when it has answered the bridge's own ping; then it is given the programs
+  # that earlier peers had; when it has acknowledged them all, it becomes `peer` and serves. So no call finds its
+  # programs missing.
+  #
+  # When the `peer` dies, a `next` is started, after a delay that grows while no peer is of any use
+  # (`DSPex.PythonBridge.Bridge.Backoff`). The bridge never gives up: calls wait within their own timeouts.
+  #
+  # A restart starts a `next` while the `peer` goes on serving. When the new one takes over, the other is `old`: it
+  # finishes its calls, and is ended.
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.Bridge.{Backoff, Peer, ProgramReplay, Server, StartDiagnosis, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, LoadCounters}
+  alias DSPex.PythonBridge.Bridge.{Backoff, Peer, ProgramReplay, StartDiagnosis, State, Status}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, LoadCounters}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
-
-  @type state :: %Server{}
 
   ## Start
 
   @doc "Starts a peer."
-  @spec open(state()) :: state()
+  @spec open(State.t()) :: State.t()
   def open(state) do
     case Peer.open(state.options) do
       {:ok, peer} ->
         Reaper.watch(state.reaper, peer.os_pid)
         {:ok, ping} = Protocol.encode_body(:ping, %{})
-        in_flight = Dispatcher.attach(state.in_flight, peer.port)
+        in_flight = Handover.attach(state.in_flight, peer.port)
         {ping_id, in_flight} = Dispatcher.own_request(in_flight, peer.port, ping)
         next = %{peer | ping_id: ping_id}
         state = %{state | next: next, in_flight: in_flight, opened: state.opened + 1}
@@ -43,8 +39,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
   end
 
-  @doc "A reply that no call waits for: one to the bridge's own requests, or else too late."
-  @spec own_reply(state(), pos_integer(), binary()) :: {:ok, state()} | :nobody
+  @doc "Handles the reply to a request of the bridge itself; `:nobody` for one that comes too late."
+  @spec own_reply(State.t(), pos_integer(), binary()) :: {:ok, State.t()} | :nobody
   def own_reply(%{next: %Peer{ping_id: id, up_at: nil} = next} = state, id, _frame) do
     Status.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
     Status.up(state, next)
@@ -57,10 +53,10 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   def own_reply(_state, _id, _frame), do: :nobody
 
-  # The programs must not change while they are handed over: the peer that still serves first
-  # answers what it was given, and is given no more of that kind (Dispatcher.hold_changes/1).
-  @doc "To be called when the serving peer has answered something: the next one may wait for that."
-  @spec load_programs(state()) :: state()
+  # The programs must not change while they are loaded: the peer that still serves first answers the changes that it
+  # has, and is given no more of them (Handover.hold_changes/1).
+  @doc "To be called when the serving peer has answered something: the next peer may wait for that."
+  @spec load_programs(State.t()) :: State.t()
   def load_programs(%{next: %Peer{up_at: up_at, loads: nil}} = state) when up_at != nil do
     if state.peer && Dispatcher.changing?(state.in_flight, state.peer.port),
       do: wait_for_loads(state),
@@ -72,33 +68,33 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   defp take_over_or_wait({:loaded, state}), do: take_over(state)
   defp take_over_or_wait({:loading, state}), do: wait_for_loads(state)
 
-  # From one sign of life to the next: what is loaded may be slow, and many.
+  # It starts again with each program that is loaded: they may be slow, and many.
   defp wait_for_loads(state), do: set_timer(state, state.options.start_timeout, :load_timeout)
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
     state = ProgramReplay.plan(%{state | load_failures: next.load_failures})
     if state.big?, do: send(self(), :collect)
-    state = %{state | in_flight: Dispatcher.serve(state.in_flight, next.port)}
-    tell_slot(state, :ready)
+    state = %{state | in_flight: Handover.serve(state.in_flight, next.port)}
+    put_slot(state, :ready)
     answer_restarts(if(before, do: drain(state, before), else: state), :ok)
   end
 
   ## End
 
-  @doc "A port has told of its peer's death, or the reaper has; stale news changes nothing."
-  @spec lost(state(), port() | pos_integer(), String.t()) :: state()
+  @doc "Handles the death of a peer, by its port or OS pid; a peer that is gone already changes nothing."
+  @spec lost(State.t(), port() | pos_integer(), String.t()) :: State.t()
   def lost(%{next: %Peer{} = next} = state, which, why) when which in [next.port, next.os_pid],
     do: lost_next(state, why, :died)
 
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
-    # First: callers who are told of the death must not choose this peer again.
-    tell_slot(state, :down)
+    # First, so that callers who get the error do not choose this peer again.
+    put_slot(state, :down)
     state = %{end_peer(%{state | peer: nil}, peer, :died, why) | last_error: why}
 
     if state.next do
       Status.death(state, peer, :warning, why, "its successor is starting")
-      # Which waits no longer for this one's last changes.
+      # It need not wait for the last changes of this one any longer.
       load_programs(%{state | status: :restarting})
     else
       {delay, state} = try_again(state, not Peer.of_use?(peer))
@@ -122,7 +118,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     {left_out?, state} =
       ProgramReplay.blame(end_peer(%{state | next: nil}, next, reason, why), next)
 
-    # Nothing is lost by a restart without it: the present one does not have it either.
+    # A restart without the program loses nothing: the present peer does not have it either.
     if left_out? and state.peer != nil and state.restarts_waiting != [] do
       Status.death(state, next, :warning, why, "another starts, without the program")
       open(state)
@@ -131,27 +127,27 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
   end
 
-  # The peer is gone, or must go now: with all that it started.
+  # The peer is gone, or is killed now, with all that it started.
   defp end_peer(%{in_flight: before} = state, peer, reason, why) do
     Peer.close(peer)
     Reaper.kill(state.reaper, peer.os_pid)
     how = if reason in [:replaced, :stopped], do: :replaced, else: :died
-    state = %{state | in_flight: Dispatcher.lost(before, peer.port, how)}
+    state = %{state | in_flight: Handover.lost(before, peer.port, how)}
     Status.down(state, peer, reason, why)
     Status.resent(state, state.in_flight.resent - before.resent, reason)
     state
   end
 
-  @doc "The bridge ends: a peer that starts will not be needed."
-  @spec give_up_next(state()) :: state()
+  @doc "Ends a peer that starts, since the bridge ends."
+  @spec give_up_next(State.t()) :: State.t()
   def give_up_next(%{next: nil} = state), do: state
   def give_up_next(%{next: next} = state), do: end_peer(%{state | next: nil}, next, :stopped, nil)
 
-  # A restart that fails leaves all as it was; without a peer, the attempts go on.
+  # A restart that fails changes nothing; without a peer, the attempts go on.
   defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
     Status.death(state, next, :warning, why, "the present one goes on")
     state = ProgramReplay.plan(cancel_timer(state))
-    state = %{state | in_flight: Dispatcher.serve(state.in_flight, peer.port)}
+    state = %{state | in_flight: Handover.serve(state.in_flight, peer.port)}
     answer_restarts(state, {:error, "the new Python process did not start: #{why}"})
   end
 
@@ -168,28 +164,26 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     {delay, set_timer(%{state | backoff: backoff, status: status}, delay, :open)}
   end
 
-  # One that wrote why it will not start wrote it to standard error, which is not ours to read: it is
-  # asked again. That takes a moment, and the log has one line.
+  # A peer writes why it does not start to standard error, which the bridge does not read: another process starts it
+  # again for that line. The log waits for it, to have one entry.
   defp explain(state, %Peer{up_at: nil} = next, "exit" <> _status = why, then) do
-    owner = self()
+    {owner, options} = {self(), state.options}
 
-    options = state.options
-
-    ask = fn ->
+    diagnose = fn ->
       line = StartDiagnosis.last_line(options, owner)
       send(owner, {:start_failure, next, why, line && "#{why}: #{line}", then})
     end
 
-    spawn(fn -> ServerGuard.run(ask) end)
+    spawn(fn -> ServerGuard.run(diagnose) end)
   end
 
   defp explain(state, next, why, then), do: Status.death(state, next, :warning, why, then)
 
-  @doc "What a peer that did not start has to say about it."
-  @spec explained(state(), Peer.t(), String.t(), String.t() | nil, String.t()) :: state()
+  @doc "Logs why a peer did not start, with the line that it wrote, if any."
+  @spec explained(State.t(), Peer.t(), String.t(), String.t() | nil, String.t()) :: State.t()
   def explained(state, next, why, explanation, then) do
     Status.death(state, next, :warning, explanation || why, then)
-    # Meanwhile something else may have happened.
+    # Something else may have happened meanwhile.
     if state.last_error == why and explanation,
       do: %{state | last_error: explanation},
       else: state
@@ -197,8 +191,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   ## Restart
 
-  @doc "Has the peer followed by another; `from` is answered when that serves, or does not."
-  @spec restart(state(), GenServer.from()) :: state()
+  @doc "Starts a peer that replaces the present one; `from` is answered when it serves, or has failed."
+  @spec restart(State.t(), GenServer.from()) :: State.t()
   def restart(state, from) do
     if ProgramReplay.without_some?(state),
       do: %{state | restarts_later: [from | state.restarts_later]},
@@ -210,38 +204,38 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
     cond do
       state.next -> state
-      state.peer -> open_beside(state)
+      state.peer -> open_next(state)
       true -> open(%{cancel_timer(state) | backoff: Backoff.new()})
     end
   end
 
-  defp open_beside(state),
-    do: open(%{state | in_flight: Dispatcher.hold_changes(state.in_flight)})
+  defp open_next(state),
+    do: open(%{state | in_flight: Handover.hold_changes(state.in_flight)})
 
-  @doc "The time has come to try those programs again that were left out: as in a restart that nobody waits for."
-  @spec try_left_out(state()) :: state()
+  @doc "Tries programs again that were left out, as by a restart that nobody waits for."
+  @spec try_left_out(State.t()) :: State.t()
   def try_left_out(%{next: nil, peer: %Peer{} = peer} = state) do
     if ProgramReplay.due?(state) do
       Status.log(state, peer, :info, "another is started, and given what was left out")
-      open_beside(state)
+      open_next(state)
     else
       ProgramReplay.plan(state)
     end
   end
 
-  # The one that starts brings it along, or another is planned when it serves or has failed.
+  # The peer that starts loads them, or another attempt is planned when it serves or has failed.
   def try_left_out(state), do: state
 
-  @doc "Ends a peer that does not react, and starts another."
-  @spec replace(state()) :: state()
+  @doc "Kills a peer that does not react, and starts another."
+  @spec replace(State.t()) :: State.t()
   def replace(%{peer: %Peer{} = peer} = state) do
     Status.log(state, peer, :warning, "does not react and is replaced")
-    tell_slot(state, :down)
+    put_slot(state, :down)
     state = %{end_peer(%{state | peer: nil}, peer, :unresponsive, nil) | status: :restarting}
     if state.next, do: load_programs(state), else: open(%{state | backoff: Backoff.new()})
   end
 
-  # One that starts is watched over already.
+  # A peer that starts has its own timeout.
   def replace(state), do: state
 
   defp answer_restarts(state, answer) do
@@ -254,7 +248,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     Status.log(state, peer, :info, "another has taken over")
     state = %{state | old: [peer | state.old]}
 
-    # What changes the programs must reach the peer that serves.
+    # Changes of the programs must reach the peer that serves.
     if Dispatcher.changing?(state.in_flight, peer.port) do
       drain_timeout(state, peer.port)
     else
@@ -263,8 +257,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
   end
 
-  @doc "An old peer may have answered its last call."
-  @spec drained(state(), port()) :: state()
+  @doc "Ends an old peer if it has answered its last call."
+  @spec drained(State.t(), port()) :: State.t()
   def drained(%{old: []} = state, _port), do: state
 
   def drained(state, port) do
@@ -277,12 +271,12 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       Reaper.retire(state.reaper, peer.os_pid)
       Status.down(state, peer, :replaced)
       state = forget_old(state, peer)
-      %{state | in_flight: Dispatcher.lost(state.in_flight, port, :replaced)}
+      %{state | in_flight: Handover.lost(state.in_flight, port, :replaced)}
     end
   end
 
-  @doc "An old peer has had its time."
-  @spec drain_timeout(state(), port()) :: state()
+  @doc "Kills an old peer whose time to finish is over."
+  @spec drain_timeout(State.t(), port()) :: State.t()
   def drain_timeout(state, port) do
     case Enum.find(state.old, &(&1.port == port)) do
       nil -> state
@@ -292,10 +286,10 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   defp forget_old(state, peer), do: %{state | old: List.delete(state.old, peer)}
 
-  ## Time: a peer that starts has one thing to wait for at a time
+  ## The timer: a peer that starts waits for one thing at a time
 
-  @doc "The timer has fired that this module has set."
-  @spec timer_fired(state(), :open | :start_timeout | :load_timeout) :: state()
+  @doc "Handles the timer that this module has set."
+  @spec timer_fired(State.t(), :open | :start_timeout | :load_timeout) :: State.t()
   def timer_fired(state, :open), do: open(state)
 
   def timer_fired(state, :start_timeout) do
@@ -303,17 +297,17 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     lost_next(state, why, :start_timeout)
   end
 
-  # The peer before is so long at a change of the programs that they are loaded as they are.
+  # The peer before takes too long for a change of the programs: they are loaded as they are.
   def timer_fired(%{next: %Peer{loads: nil}} = state, :load_timeout),
     do: state |> ProgramReplay.begin() |> take_over_or_wait()
 
-  # It was started for what was left out, and nobody waits: it must not serve if it may be about to die of it.
+  # It was started for programs that were left out, and nobody waits: it must not serve if one of them may kill it.
   def timer_fired(%{peer: %Peer{}, restarts_waiting: []} = state, :load_timeout) do
     why = "a program has been loading for #{state.options.start_timeout} ms"
     lost_next(state, why, :start_timeout)
   end
 
-  # Whether the peer still reacts is the monitor's to find out; calls have timeouts of their own.
+  # The monitor finds out whether the peer still reacts; calls have their own timeouts.
   def timer_fired(%{next: next} = state, :load_timeout) do
     text =
       "a program has been loading for #{state.options.start_timeout} ms; calls wait no longer"
@@ -332,9 +326,9 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     %{state | timer: nil}
   end
 
-  defp tell_slot(%{options: %{slot: nil}}, _slot_state), do: :ok
+  defp put_slot(%{options: %{slot: nil}}, _slot_state), do: :ok
 
-  defp tell_slot(%{options: %{slot: {counters, index, coordinator, _monitor}}}, slot_state) do
+  defp put_slot(%{options: %{slot: {counters, index, coordinator, _monitor}}}, slot_state) do
     LoadCounters.put_state(counters, index, slot_state)
 
     with pid when is_pid(pid) <- Process.whereis(coordinator),

@@ -1,18 +1,16 @@
 defmodule DSPex.PythonBridge.Bridge.Redaction do
-  @moduledoc """
-  What crash reports, `:sys.get_status/1` and error texts may show of a bridge's process: how it is,
-  never what passes through it. (Secrets among the options are not in the state as such: see
-  `DSPex.PythonBridge.Options`.)
-  """
+  @moduledoc false
+  # Removes secrets and contents from what crash reports, `:sys.get_status/1` and error texts show of a bridge.
+  # (Secrets among the options are sealed in the state: see `DSPex.PythonBridge.Options`.)
 
   alias DSPex.PythonBridge.Options
 
-  # Shorter ones are no keys, and are words that a text may need.
+  # Shorter strings are not keys, and may be words of the text.
   @shortest 8
 
   @doc """
-  A text of the peer's without what it may have of keys: the texts in `:lm_options`, and the values of
-  the environment, `:env` and the BEAM's own, whose names tell of one.
+  Removes keys from a text of the peer: the strings in `:lm_options`, and the values of the environment, `:env` and
+  the BEAM's own, whose names indicate a secret.
   """
   @spec redact(String.t(), Options.t()) :: String.t()
   def redact(text, %Options{} = options) do
@@ -38,7 +36,7 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
   defp leaves(list) when is_list(list), do: Enum.flat_map(list, &leaves/1)
   defp leaves(_other), do: []
 
-  @doc "For `c:GenServer.format_status/1`. What it does not know it does not show."
+  @doc "For `c:GenServer.format_status/1`. What it does not know is not shown."
   @spec format_status(map()) :: map()
   def format_status(status) do
     Map.new(status, fn
@@ -54,21 +52,18 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
       {:log, log} when is_list(log) ->
         {:log, Enum.map(log, &log_event/1)}
 
-      # Of what raised, it has nothing already: see DSPex.PythonBridge.OTP.ServerGuard.
+      # The reason has no contents: see DSPex.PythonBridge.OTP.ServerGuard.
       other ->
         other
     end)
   end
 
-  # Definitions that it is still to be given.
+  # Its definitions of programs.
   defp next(%{to_load: _} = next), do: %{next | to_load: :redacted}
   defp next(nil), do: nil
   defp next(_broken), do: :redacted
 
-  defp message({:request, ref, pid, timeout, _body, _terms}),
-    do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}
-
-  defp message({:request, ref, pid, timeout, _body, _terms, _beside}),
+  defp message({:request, %{ref: ref, pid: pid, timeout: timeout}}),
     do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}
 
   defp message(message) when is_tuple(message),
@@ -76,7 +71,7 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
 
   defp message(message), do: plain(message)
 
-  # What cannot hold any contents.
+  # Terms that cannot have contents.
   defp plain(term)
        when is_atom(term) or is_pid(term) or is_reference(term) or is_port(term) or
               is_integer(term),

@@ -1,34 +1,29 @@
 defmodule DSPex.PythonBridge.Bridge.Status do
-  @moduledoc """
-  What a bridge tells of itself, to those who ask, to the log and by telemetry: how it is, never what
-  passes through it.
-  """
+  @moduledoc false
+  # What a bridge reports of its state, to callers, in the log and by telemetry. It never has contents of requests or
+  # replies.
 
   require Logger
 
-  alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
-  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, Server}
+  alias DSPex.PythonBridge.{Bridge, Telemetry}
+  alias DSPex.PythonBridge.Bridge.{Peer, State}
   alias DSPex.PythonBridge.Calls.InFlight
 
   @typedoc """
-  Why a peer is no more: `:died` by itself; `:start_timeout`, no answer to its first ping, or, beside one that
-  serves, to a program that it was given; `:unresponsive`, replaced by the monitor; `:replaced` by a restart;
-  `:stopped` with the bridge; `:not_started`, it never was.
+  Why a peer has ended: `:died`, by itself; `:start_timeout`, it did not answer its first ping, or, while another
+  serves, did not load a program in time; `:unresponsive`, replaced by the monitor; `:replaced` by a restart;
+  `:stopped` with the bridge; `:not_started`, it could not be started.
   """
   @type end_reason ::
           :died | :start_timeout | :unresponsive | :replaced | :stopped | :not_started
 
-  @doc "What the bridge, whose process calls this, is called: its pid if it has no name."
-  @spec name(Options.t()) :: LogForwarder.bridge()
-  def name(%Options{name: name}), do: name || self()
-
-  @doc "For `DSPex.PythonBridge.Bridge.get_status/1`."
-  @spec status(%Server{}) :: Bridge.status()
+  @doc "The result of `DSPex.PythonBridge.Bridge.get_status/1`."
+  @spec status(State.t()) :: Bridge.status()
   def status(state) do
     peer = state.peer || state.next
 
     %{
-      # One that ends still has its peer, until it is answered.
+      # While a bridge ends, its peer still answers.
       state: if(state.status == :stopping, do: :running, else: state.status),
       os_pid: peer && peer.os_pid,
       pending: InFlight.pending(state.in_flight),
@@ -40,56 +35,53 @@ defmodule DSPex.PythonBridge.Bridge.Status do
     }
   end
 
-  @doc "Logs a peer's death, or that there is none, and what is done about it."
-  @spec death(%Server{}, Peer.t() | nil, Logger.level(), String.t(), String.t()) :: :ok
+  @doc "Logs a peer's death, or that none could be started, and what the bridge does about it."
+  @spec death(State.t(), Peer.t() | nil, Logger.level(), String.t(), String.t()) :: :ok
   def death(state, peer, level, why, next),
     do: log(state, peer, level, "#{what_happened(peer)}: #{why}; #{next}")
 
-  @doc "Logs a text, with the bridge's name and the peer's number before it."
-  @spec log(%Server{}, Peer.t() | nil, Logger.level(), String.t()) :: :ok
+  @doc "Logs a line that starts with the bridge's name and the peer's OS pid."
+  @spec log(State.t(), Peer.t() | nil, Logger.level(), String.t()) :: :ok
   def log(state, peer, level, text) do
     os_pid = peer && peer.os_pid
     text = "bridge #{state.label}, Python process #{os_pid || "none"}: #{text}"
-    Logger.log(level, text, bridge: name(state.options), os_pid: os_pid)
+    Logger.log(level, text, bridge: State.name(state.options), os_pid: os_pid)
   end
 
-  @doc "Tells that a peer has answered its first ping."
-  @spec up(%Server{}, Peer.t()) :: :ok
+  @doc "Emits the event of a peer that has answered its first ping."
+  @spec up(State.t(), Peer.t()) :: :ok
   def up(state, peer) do
-    duration = System.convert_time_unit(Peer.uptime_ms(peer), :millisecond, :native)
-    metadata = %{bridge: name(state.options), os_pid: peer.os_pid, reason: reason(state)}
-    Telemetry.execute([:bridge, :peer, :up], %{duration: duration}, metadata)
+    # The first peer, or one that follows another.
+    reason = if state.opened == 1, do: :start, else: :restart
+    metadata = %{bridge: State.name(state.options), os_pid: peer.os_pid, reason: reason}
+    Telemetry.execute([:bridge, :peer, :up], %{duration: uptime(peer)}, metadata)
   end
 
-  # The first, or one that follows another.
-  defp reason(%{opened: 1}), do: :start
-  defp reason(_state), do: :restart
-
-  @doc "Tells that a peer is no more, or (nil) that none could be started; `why`: more of the reason."
-  @spec down(%Server{}, Peer.t() | nil, end_reason(), String.t() | nil) :: :ok
-  def down(state, peer, reason, why \\ nil) do
-    uptime_ms = if peer, do: Peer.uptime_ms(peer), else: 0
-    uptime = System.convert_time_unit(uptime_ms, :millisecond, :native)
-
+  @doc "Emits the event of a peer that has ended, or (nil) could not be started."
+  @spec down(State.t(), Peer.t() | nil, end_reason(), detail :: String.t() | nil) :: :ok
+  def down(state, peer, reason, detail \\ nil) do
     metadata = %{
-      bridge: name(state.options),
+      bridge: State.name(state.options),
       os_pid: peer && peer.os_pid,
       reason: reason,
-      detail: why,
+      detail: detail,
       was_up: peer != nil and peer.up_at != nil
     }
 
-    Telemetry.execute([:bridge, :peer, :down], %{uptime: uptime}, metadata)
+    Telemetry.execute([:bridge, :peer, :down], %{uptime: uptime(peer)}, metadata)
   end
 
-  @doc "Tells of calls that are sent again, if there are any, after a peer's end."
-  @spec resent(%Server{}, non_neg_integer(), end_reason()) :: :ok
+  @doc "Emits the event of calls that are sent again after a peer's end, if there are any."
+  @spec resent(State.t(), non_neg_integer(), end_reason()) :: :ok
   def resent(_state, 0, _reason), do: :ok
 
   def resent(state, count, reason) do
-    metadata = %{bridge: name(state.options), pool: nil, reason: reason}
+    metadata = %{bridge: State.name(state.options), pool: nil, reason: reason}
     Telemetry.execute([:bridge, :resend], %{count: count}, metadata)
   end
+
+  defp uptime(nil), do: 0
+  defp uptime(peer), do: System.convert_time_unit(Peer.uptime_ms(peer), :millisecond, :native)
 
   defp what_happened(nil), do: "not started"
   defp what_happened(%Peer{up_at: nil}), do: "died before it was up"

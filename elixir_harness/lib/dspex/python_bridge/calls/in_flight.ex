@@ -1,44 +1,33 @@
 defmodule DSPex.PythonBridge.Calls.InFlight do
-  @moduledoc """
-  What goes between callers and peers: ids are given here, calls wait here, and each is answered
-  here, once. Part of the bridge's process; it sends messages, but knows nothing of how peers come
-  and go. Which call is sent to which peer, and when, is in `DSPex.PythonBridge.Calls.Dispatcher`; what is said
-  between a request and its reply, in `DSPex.PythonBridge.Calls.Events`.
-
-  Ids grow for as long as the bridge lives, over all its peers, so that no reply can be taken for
-  another's. They are also the keys of the send queues and of what is held, whose order they are; a
-  cancel takes one, too.
-  """
+  @moduledoc false
+  # The state of all calls of a bridge, and how a call ends. It sends messages, but does not depend on how peers
+  # start and end.
+  #
+  # Ids grow as long as the bridge lives, over all its peers, so that no reply is taken for another's. They are
+  # also the keys, and the order, of the send queues and of the calls that are held; a control frame takes one, too.
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, LoadCounters, Quarantine, SendQueue}
-  alias DSPex.PythonBridge.Calls.Table.Call
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Quarantine, Request, SendQueue}
 
-  # What request_frame/3 puts before a body, at most.
+  # The longest head that request_frame/3 puts before a body.
   @head_bytes 64
 
   @enforce_keys [:max_retries, :programs, :slot, :quarantine]
-  defstruct [
-    :max_retries,
-    :programs,
-    :slot,
-    :quarantine,
-    :to,
-    calls: Calls.Table.new(),
-    held: :gb_sets.empty(),
-    silent?: false,
-    hold_changes?: false,
-    send_queues: %{},
-    late: %{},
-    resent: 0,
-    next_id: 1
-  ]
+  defstruct [:max_retries, :programs, :slot, :quarantine, :to] ++
+              [calls: Calls.Table.new(), held: :gb_sets.empty(), send_queues: %{}] ++
+              [
+                cancelled_changes: %{},
+                silent?: false,
+                hold_changes?: false,
+                resent: 0,
+                next_id: 1
+              ]
 
   @typedoc """
-  `to`: the port of the peer that serves. `silent?`: of a pool's bridge, whether that peer has sent nothing
-  since a call of its was given up. `held`: ids of calls that are no suspects. `late`: changes to
-  the programs that nobody waits for any more, by their peer's port and by id; no port has none.
-  `resent`: how often a call was, or is to be, sent again.
+  `to`: the port of the peer that serves. `held`: the ids of the calls that no peer has, but for suspects.
+  `cancelled_changes`: changes of the programs that were sent and whose callers wait no longer, by the port
+  of their peer and by id; no port has an empty map. `silent?`: in a pool, whether the peer has sent nothing since
+  a call to it was given up. `resent`: how many times a call was sent again, or will be.
   """
   @type t :: %__MODULE__{
           max_retries: non_neg_integer(),
@@ -48,29 +37,15 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
           to: port() | nil,
           calls: Calls.Table.t(),
           held: :gb_sets.set(pos_integer()),
+          send_queues: %{port() => SendQueue.t()},
+          cancelled_changes: %{port() => %{pos_integer() => {Programs.Store.change(), binary()}}},
           silent?: boolean(),
           hold_changes?: boolean(),
-          send_queues: %{port() => SendQueue.t()},
-          late: %{port() => %{pos_integer() => {Programs.Store.change(), binary()}}},
           resent: non_neg_integer(),
           next_id: pos_integer()
         }
-  @type failure ::
-          :python_process_died
-          | :replaced
-          | :bridge_not_running
-          | :overloaded
-          | {:died, :sent | :unsent}
-          | {:too_large, pos_integer(), pos_integer()}
-  @typedoc "What is done about a death; how many there were already; the change that is asked for."
-  @type terms ::
-          {:here | :never | :caller, non_neg_integer(), Programs.Store.change() | repair() | nil}
-  @typedoc "Asked of a pool's coordinator alone: see `DSPex.PythonBridge.Pool.ProgramChanges.ask/5`."
-  @type repair :: {:repair, pos_integer(), Programs.Store.id()}
-  @typedoc "What goes between a caller and the peer beside request and reply."
-  @type beside :: %{stream?: boolean(), tools?: boolean()}
 
-  @doc "Nothing is under way."
+  @doc "The state without calls."
   @spec new(Options.t(), Programs.Store.table()) :: t()
   def new(options, programs) do
     %__MODULE__{
@@ -81,196 +56,103 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
     }
   end
 
-  ## Callers
-
-  @doc "Of a caller that wants only the reply."
-  @spec nothing_beside() :: beside()
-  def nothing_beside, do: %{stream?: false, tools?: false}
-
-  @doc """
-  Takes a request on. `ref` is the caller's alias; both it and `pid` are nil for a cast. `timeout`
-  is what is left to the caller, in ms.
-  """
-  @spec accept(t(), reference() | nil, pid() | nil, timeout(), binary(), terms(), beside()) :: t()
-  def accept(%__MODULE__{to: nil} = in_flight, ref, _pid, _, _, {:caller, _, _}, _beside),
-    do: refuse(in_flight, ref, {:died, :unsent}, :caller)
-
-  def accept(%__MODULE__{next_id: id} = in_flight, ref, pid, timeout, body, terms, beside) do
-    {retry, deaths, what} = terms
-    now = now()
-
-    call = %Call{
-      ref: ref,
-      watch: watch(pid, id, timeout),
-      deadline: if(timeout == :infinity, do: :infinity, else: now + timeout),
-      body: body,
-      retry: retry,
-      what: stamped(what),
-      deaths: deaths,
-      stream?: beside.stream?,
-      tools?: beside.tools?
-    }
-
-    Dispatcher.offer(%{in_flight | next_id: id + 1}, id, call, now)
-  end
-
-  @doc "Tells a caller at once that its request was not taken on."
-  @spec refuse(t(), reference() | nil, failure(), :here | :never | :caller) :: t()
-  def refuse(%__MODULE__{} = in_flight, ref, failure, retry) do
-    done(in_flight, retry)
-    answer(ref, {:error, failure})
-    in_flight
-  end
-
-  @doc """
-  Whether a request fits into a frame of at most `max` bytes: exactly, but only near the limit is
-  the head counted out.
-  """
-  @spec fits?(t(), timeout(), binary(), pos_integer()) :: boolean()
-  def fits?(%__MODULE__{}, _timeout, body, max) when byte_size(body) + @head_bytes <= max,
-    do: true
-
-  def fits?(%__MODULE__{next_id: id}, timeout, body, max),
-    do: IO.iodata_length(Protocol.request_frame(id, timeout, body)) <= max
-
-  @doc "How many calls wait for a reply."
+  @doc "The number of calls that wait for a reply."
   @spec pending(t()) :: non_neg_integer()
   def pending(%__MODULE__{calls: calls}), do: Calls.Table.size(calls)
 
   @doc """
-  Nobody waits for this call any more: by id, or by the caller's alias. Its request is taken back
-  if it still waits to be written, else cancelled in the peer, whose answer will find nobody.
+  Whether a request fits into a frame of at most `max` bytes. This is exact; the head is only written out
+  for sizes near the limit.
   """
-  @spec abandon(t(), pos_integer() | reference()) :: t()
-  def abandon(%__MODULE__{} = in_flight, ref) when is_reference(ref) do
-    case Calls.Table.id_of(in_flight.calls, ref) do
-      # The reply went out first; it was sent to an alias that is no more.
-      nil -> in_flight
-      id -> abandon(in_flight, id)
-    end
+  @spec fits?(t(), Request.t(), pos_integer()) :: boolean()
+  def fits?(%__MODULE__{}, %Request{body: body}, max) when byte_size(body) + @head_bytes <= max,
+    do: true
+
+  def fits?(%__MODULE__{next_id: id}, %Request{timeout: timeout, body: body}, max),
+    do: IO.iodata_length(Protocol.request_frame(id, timeout, body)) <= max
+
+  @doc "Refuses a request that was not accepted."
+  @spec refuse(t(), Request.t(), Request.failure()) :: t()
+  def refuse(%__MODULE__{} = in_flight, %Request{} = request, failure) do
+    count_out(in_flight, request)
+    answer(request, {:error, failure})
+    in_flight
   end
 
-  def abandon(%__MODULE__{} = in_flight, id) do
-    case Calls.Table.pop(in_flight.calls, id) do
-      {nil, _calls} ->
-        in_flight
-
-      {call, calls} ->
-        unwatch(call.watch)
-        done(in_flight, call.retry)
-        in_flight = suspect_silence(%{in_flight | calls: calls}, call)
-        in_flight |> Calls.Events.over(id, call) |> Dispatcher.withdraw(id, call)
-    end
-  end
-
-  # A peer that hangs would look idle: each call that is given up is counted out. One that does not will say
-  # something soon, be it that the call was cancelled.
-  defp suspect_silence(
-         %__MODULE__{slot: {counters, index, _coordinator, monitor}, to: port} = in_flight,
-         %Call{at: port}
-       )
-       when port != nil do
-    LoadCounters.silent(counters, index)
-    GenServer.cast(monitor, :unanswered)
-    %{in_flight | silent?: true}
-  end
-
-  defp suspect_silence(in_flight, _call), do: in_flight
-
-  @doc "The peer that serves has sent something, for the first time since it was suspected of silence."
-  @spec heard(t()) :: t()
-  def heard(%__MODULE__{slot: {counters, index, _coordinator, monitor}} = in_flight) do
-    LoadCounters.heard(counters, index)
-    GenServer.cast(monitor, :heard)
-    %{in_flight | silent?: false}
-  end
-
-  # A caller keeps its own time and is watched for its death; a cast has nobody who would.
-  defp watch(nil, id, timeout), do: {:timer, :erlang.start_timer(timeout, self(), {:cast, id})}
-
-  defp watch(pid, id, _timeout),
-    do: {:monitor, :erlang.monitor(:process, pid, tag: {:caller_down, id})}
-
-  # No flush: a message that either has sent already will find its call gone.
-  defp unwatch({:monitor, ref}), do: Process.demonitor(ref)
-  defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
-
-  # In the order in which this bridge got them, unless a pool has given them one.
-  defp stamped(nil), do: nil
-  defp stamped({kind, ids, nil}), do: {kind, ids, Programs.Store.stamp()}
-  defp stamped(change), do: change
-
-  ## Replies
-
-  @doc "Hands a reply to its caller; `:nobody` if there is none (any more)."
-  @spec deliver(t(), pos_integer(), binary()) :: {:ok, t()} | :nobody
-  def deliver(%__MODULE__{} = in_flight, id, frame) do
-    case Calls.Table.pop(in_flight.calls, id) do
-      {nil, _calls} ->
-        deliver_late(in_flight, id, frame)
-
-      {call, calls} ->
-        if call.what, do: note_change(in_flight, call.what, call.body, frame)
-        unwatch(call.watch)
-        done(in_flight, call.retry)
-        answer(call.ref, {:frame, frame})
-        in_flight = Calls.Events.over(%{in_flight | calls: calls}, id, call)
-        {:ok, Dispatcher.answered(in_flight, id)}
-    end
-  end
-
-  defp deliver_late(%__MODULE__{late: late} = in_flight, id, frame) do
-    case Enum.find(late, fn {_port, changes} -> is_map_key(changes, id) end) do
-      {port, changes} ->
-        {{what, body}, rest} = Map.pop!(changes, id)
-        note_change(in_flight, what, body, frame)
-        late = if rest == %{}, do: Map.delete(late, port), else: %{late | port => rest}
-        {:ok, %{in_flight | late: late}}
-
-      nil ->
-        :nobody
-    end
-  end
-
-  defp note_change(in_flight, what, body, frame) do
-    if Protocol.success?(frame), do: Programs.Store.apply_change(in_flight.programs, what, body)
-  end
-
-  @doc "Calls fail: all, or those that no peer has been given."
-  @spec fail_all(t(), failure(), :all | :held) :: t()
+  @doc "Fails all calls, or only those that no peer has."
+  @spec fail_all(t(), Request.failure(), :all | :held) :: t()
   def fail_all(%__MODULE__{} = in_flight, failure, which) do
-    for {id, %Call{at: at}} <- in_flight.calls.by_id,
+    for {id, %Request{at: at}} <- in_flight.calls.by_id,
         which == :all or at == nil,
         reduce: in_flight do
       in_flight -> fail(in_flight, id, failure)
     end
   end
 
-  @doc "A call fails."
-  @spec fail(t(), pos_integer(), failure()) :: t()
+  @doc "Fails a call, held or not."
+  @spec fail(t(), pos_integer(), Request.failure()) :: t()
   def fail(%__MODULE__{} = in_flight, id, failure) do
-    {call, calls} = Calls.Table.pop(in_flight.calls, id)
-    unwatch(call.watch)
-    done(in_flight, call.retry)
-    answer(call.ref, {:error, failure})
-    %{in_flight | calls: calls} |> Calls.Events.over(id, call) |> Dispatcher.forget(id, call)
+    {request, in_flight} = take_out(in_flight, id)
+    answer(request, {:error, failure})
+    release(in_flight, id, request)
   end
 
-  ## Answers
+  @doc "Removes a call from the held ones, if it is one of them."
+  @spec release(t(), pos_integer(), Request.t()) :: t()
+  def release(%__MODULE__{} = in_flight, id, %Request{at: nil, deaths: deaths}) do
+    held = :gb_sets.delete_any(id, in_flight.held)
+    %{in_flight | held: held, quarantine: Quarantine.drop(in_flight.quarantine, id, deaths)}
+  end
 
-  # What the caller's receive in DSPex.PythonBridge.Client.Caller waits for.
-  defp answer(nil, _reply), do: :ok
+  def release(in_flight, _id, _request), do: in_flight
 
-  defp answer(ref, reply) do
+  @doc "Takes a call out of the table, the first step of each end; nil if another end has taken it."
+  @spec take_out(t(), pos_integer()) :: {Request.t() | nil, t()}
+  def take_out(%__MODULE__{calls: calls} = in_flight, id) do
+    case Calls.Table.pop(calls, id) do
+      {nil, _calls} ->
+        {nil, in_flight}
+
+      {request, calls} ->
+        unwatch(request.watch)
+        count_out(in_flight, request)
+        {request, drop_results(%{in_flight | calls: calls}, id, request)}
+    end
+  end
+
+  # For each reply.
+  @compile {:inline, unwatch: 1, count_out: 2, drop_results: 3}
+
+  # No flush: a message that either has already sent will find no call.
+  defp unwatch({:monitor, ref}), do: Process.demonitor(ref)
+  defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
+
+  # The caller has counted it in.
+  defp count_out(%__MODULE__{slot: {counters, index, _, _}}, %Request{retry: :pool}),
+    do: LoadCounters.done(counters, index)
+
+  defp count_out(_in_flight, _request), do: :ok
+
+  # Results of its tools that still wait to be written. The bridge is sent `{:dropped, bytes}`, to collect garbage.
+  defp drop_results(
+         %__MODULE__{send_queues: send_queues} = in_flight,
+         id,
+         %Request{tools?: true, at: port}
+       )
+       when is_map_key(send_queues, port) do
+    {bytes, send_queue} = SendQueue.drop_about(Map.fetch!(send_queues, port), id)
+    if bytes > 0, do: send(self(), {:dropped, bytes})
+    %{in_flight | send_queues: %{send_queues | port => send_queue}}
+  end
+
+  defp drop_results(in_flight, _id, _request), do: in_flight
+
+  @doc "Sends the caller its reply; DSPex.PythonBridge.Client.Caller waits for it."
+  @spec answer(Request.t(), Request.reply()) :: :ok
+  def answer(%Request{ref: nil}, _reply), do: :ok
+
+  def answer(%Request{ref: ref}, reply) do
     send(ref, {ref, reply})
     :ok
   end
-
-  # The pool's caller has counted it in.
-  defp done(%__MODULE__{slot: {counters, index, _, _}}, :caller),
-    do: LoadCounters.done(counters, index)
-
-  defp done(_in_flight, _retry), do: :ok
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -13,13 +13,13 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   """
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
 
   @enforce_keys [:port]
   defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
 
   @typep item ::
-           {:request, deadline :: integer() | :infinity, body :: binary()} | {:control, iodata()}
+           {:request, Deadline.t(), body :: binary()} | {:control, iodata()}
   @opaque t :: %__MODULE__{
             port: port(),
             writer: {pid(), reference()} | nil,
@@ -52,7 +52,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   end
 
   @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`."
-  @spec push_request(t(), pos_integer(), integer() | :infinity, binary()) :: t()
+  @spec push_request(t(), pos_integer(), Deadline.t(), binary()) :: t()
   def push_request(%__MODULE__{} = send_queue, id, deadline, body),
     do: push(send_queue, id, {:request, deadline, body})
 
@@ -160,7 +160,6 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     ArgumentError -> :ok
   end
 
-  # The peer takes no deadline of 0; one that has passed is cancelled by its caller at any moment.
-  defp left(:infinity), do: :infinity
-  defp left(deadline), do: max(deadline - System.monotonic_time(:millisecond), 1)
+  # The peer takes no timeout of 0. The caller of a request whose time is over cancels it at any moment.
+  defp left(deadline), do: max(Deadline.left(deadline), 1)
 end

@@ -1,56 +1,17 @@
 defmodule DSPex.PythonBridge.Calls.Table do
-  @moduledoc """
-  The calls that wait for a reply, by id (the peer's name for a call) and by reference (the
-  caller's name for it). A call is in the table until exactly one of these takes it out: its
-  reply, its caller's timeout, its caller's death, a peer's death that it may not outlive. Whoever
-  comes later finds nothing: that is how every race between them ends.
-  """
+  @moduledoc false
+  # The calls that wait for a reply, by id, which the peer uses, and by reference, which the caller uses. A call is
+  # in the table until exactly one of these takes it out: its reply, its caller's timeout, its caller's death, the
+  # death of a peer. Whichever comes later finds nothing: all races between them end like that.
 
-  defmodule Call do
-    @moduledoc """
-    One call:
+  alias DSPex.PythonBridge.Calls.Request
 
-      * `ref` – the caller's alias; nil: nobody waits
-      * `watch` – what watches over it
-      * `deadline` – monotonic ms, or `:infinity`
-      * `body` – of the request, kept to be sent again, or for the change that it makes
-      * `retry` – what is done about a peer's death: `:here` sends it again, `:never` fails,
-        `:caller` tells the caller, who knows other peers
-      * `what` – the change that it makes to the programs, if any
-      * `deaths` – the peers that died with it
-      * `at` – the port that it was given to; nil: to none yet
-      * `since` – when it was given to that
-      * `stream?` – whether the caller takes chunks
-      * `tools?` – whether it has given tools
-      * `begun?` – whether it has been given a chunk: the call cannot be begun anew
-    """
-
-    @enforce_keys [:ref, :watch, :deadline, :body, :retry, :what, :deaths]
-    defstruct [:ref, :watch, :deadline, :body, :retry, :what, :deaths, :at, :since] ++
-                [stream?: false, tools?: false, begun?: false]
-
-    @type t :: %__MODULE__{
-            ref: reference() | nil,
-            watch: {:monitor, reference()} | {:timer, reference()},
-            deadline: integer() | :infinity,
-            body: binary(),
-            retry: :here | :never | :caller,
-            what: DSPex.PythonBridge.Programs.Store.change() | nil,
-            deaths: non_neg_integer(),
-            at: port() | nil,
-            since: integer() | nil,
-            stream?: boolean(),
-            tools?: boolean(),
-            begun?: boolean()
-          }
-  end
-
-  # counts: of each port that has calls, how many, and how many of them change the programs. Asked for
-  # with each reply, also while thousands wait.
+  # counts: for each port with calls, the number of its calls, and of those that change the programs. It is read with
+  # each reply, also while thousands wait.
   defstruct by_id: %{}, by_ref: %{}, counts: %{}
 
   @type t :: %__MODULE__{
-          by_id: %{pos_integer() => Call.t()},
+          by_id: %{pos_integer() => Request.t()},
           by_ref: %{reference() => pos_integer()},
           counts: %{port() => {calls :: pos_integer(), changes :: non_neg_integer()}}
         }
@@ -59,48 +20,45 @@ defmodule DSPex.PythonBridge.Calls.Table do
   @spec new() :: t()
   def new, do: %__MODULE__{}
 
-  @doc "How many calls wait."
+  @doc "The number of calls."
   @spec size(t()) :: non_neg_integer()
   def size(%__MODULE__{by_id: by_id}), do: map_size(by_id)
 
   @doc "Adds a call under a new id."
-  @spec put(t(), pos_integer(), Call.t()) :: t()
-  def put(%__MODULE__{} = calls, id, %Call{ref: nil} = call),
-    do: %{calls | by_id: Map.put(calls.by_id, id, call), counts: count(calls.counts, call, 1)}
-
-  def put(%__MODULE__{} = calls, id, %Call{ref: ref} = call) do
+  @spec put(t(), pos_integer(), Request.t()) :: t()
+  def put(%__MODULE__{} = calls, id, %Request{ref: ref} = request) do
     %__MODULE__{
-      by_id: Map.put(calls.by_id, id, call),
-      by_ref: Map.put(calls.by_ref, ref, id),
-      counts: count(calls.counts, call, 1)
+      by_id: Map.put(calls.by_id, id, request),
+      by_ref: if(ref, do: Map.put(calls.by_ref, ref, id), else: calls.by_ref),
+      counts: count(calls.counts, request, 1)
     }
   end
 
-  @doc "The call of this id, or nil."
-  @spec get(t(), pos_integer()) :: Call.t() | nil
+  @doc "The call of an id, or nil."
+  @spec get(t(), pos_integer()) :: Request.t() | nil
   def get(%__MODULE__{by_id: by_id}, id), do: Map.get(by_id, id)
 
-  @doc "The call of this id, which is there."
-  @spec fetch!(t(), pos_integer()) :: Call.t()
+  @doc "The call of an id that is in the table."
+  @spec fetch!(t(), pos_integer()) :: Request.t()
   def fetch!(%__MODULE__{by_id: by_id}, id), do: Map.fetch!(by_id, id)
 
-  @doc "Another state of a call that is there."
-  @spec replace(t(), pos_integer(), Call.t()) :: t()
-  def replace(%__MODULE__{by_id: by_id, counts: counts} = calls, id, %Call{} = call) do
-    counts = counts |> count(Map.fetch!(by_id, id), -1) |> count(call, 1)
-    %{calls | by_id: %{by_id | id => call}, counts: counts}
+  @doc "Replaces a call that is in the table."
+  @spec replace(t(), pos_integer(), Request.t()) :: t()
+  def replace(%__MODULE__{by_id: by_id, counts: counts} = calls, id, %Request{} = request) do
+    counts = counts |> count(Map.fetch!(by_id, id), -1) |> count(request, 1)
+    %{calls | by_id: %{by_id | id => request}, counts: counts}
   end
 
-  @doc "Takes a call out; nil if it is not there (any more)."
-  @spec pop(t(), pos_integer()) :: {Call.t() | nil, t()}
+  @doc "Takes a call out; nil if it is not there (any longer)."
+  @spec pop(t(), pos_integer()) :: {Request.t() | nil, t()}
   def pop(%__MODULE__{by_id: by_id, by_ref: by_ref} = calls, id) do
     case by_id do
-      %{^id => %Call{ref: ref} = call} ->
-        {call,
+      %{^id => %Request{ref: ref} = request} ->
+        {request,
          %__MODULE__{
            by_id: Map.delete(by_id, id),
            by_ref: Map.delete(by_ref, ref),
-           counts: count(calls.counts, call, -1)
+           counts: count(calls.counts, request, -1)
          }}
 
       _gone ->
@@ -108,7 +66,7 @@ defmodule DSPex.PythonBridge.Calls.Table do
     end
   end
 
-  @doc "The id of the call that its caller knows by `ref`; nil if it is not there (any more)."
+  @doc "The id of the call of a caller's reference; nil if it is not there (any longer)."
   @spec id_of(t(), reference()) :: pos_integer() | nil
   def id_of(%__MODULE__{by_ref: by_ref}, ref), do: Map.get(by_ref, ref)
 
@@ -122,21 +80,21 @@ defmodule DSPex.PythonBridge.Calls.Table do
     do: match?(%{^port => {_calls, changes}} when changes > 0, counts)
 
   @doc """
-  The calls given to `port`, oldest first; nil: those given to none. It looks at all calls: for what
-  happens once to a peer, not to a call.
+  The calls of `port`, oldest first; with nil, those that no peer has. It reads the whole table, so it is for what
+  happens once for each peer, not for each call.
   """
-  @spec at(t(), port() | nil) :: [{pos_integer(), Call.t()}]
+  @spec at(t(), port() | nil) :: [{pos_integer(), Request.t()}]
   def at(%__MODULE__{by_id: by_id}, port),
-    do: Enum.sort(for {id, %Call{at: ^port} = call} <- by_id, do: {id, call})
+    do: Enum.sort(for {id, %Request{at: ^port} = request} <- by_id, do: {id, request})
 
-  defp count(counts, %Call{at: nil}, _by), do: counts
+  defp count(counts, %Request{at: nil}, _by), do: counts
 
-  defp count(counts, %Call{at: port, what: what}, by) do
+  defp count(counts, %Request{at: port, change: change}, by) do
     {calls, changes} = Map.get(counts, port, {0, 0})
 
     case calls + by do
       0 -> Map.delete(counts, port)
-      calls -> Map.put(counts, port, {calls, if(what, do: changes + by, else: changes)})
+      calls -> Map.put(counts, port, {calls, if(change, do: changes + by, else: changes)})
     end
   end
 end

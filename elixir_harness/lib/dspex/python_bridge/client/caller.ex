@@ -1,117 +1,84 @@
 defmodule DSPex.PythonBridge.Client.Caller do
-  @moduledoc """
-  The way of one call, as far as it runs in the caller's process: arguments to bytes, to the
-  bridge, and the reply's bytes to a result. It neither raises nor exits. With chunks or
-  tools, `DSPex.PythonBridge.Client.StreamReducer` is the part in the middle; to a bridge of another node,
-  `DSPex.PythonBridge.Client.StreamProxy` is.
-  """
+  @moduledoc false
+  # The part of a call that runs in the caller's process: arguments to bytes, to the bridge, and the bytes of the
+  # reply to a result. It neither raises nor exits. With chunks or tools, `DSPex.PythonBridge.Client.StreamReducer`
+  # is the part in the middle; to a bridge of another node, `DSPex.PythonBridge.Client.StreamProxy` is.
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Calls.InFlight
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.OTP.{Deadline, Registry}
   alias DSPex.PythonBridge.Programs.Change
 
   # The module of a bridge's process: a name only, since the room `bridge` depends on this one.
   @server :"Elixir.DSPex.PythonBridge.Bridge.Server"
-
   @default_timeout 30_000
-  # `receive` takes no longer timeout.
+  # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
   # A bridge answers questions at once.
   @longest_question_ms 1_000
 
-  @typedoc "In monotonic ms."
-  @type deadline :: integer() | :infinity
-  @typedoc "A request that can be sent."
-  @type request :: %{
+  @typedoc "A call that is prepared, or under way."
+  @type call :: %{
           dest: dest(),
-          deadline: deadline(),
-          body: binary(),
-          terms: InFlight.terms(),
+          deadline: Deadline.t(),
+          request: Request.t() | nil,
           args: map()
         }
   @type dest :: pid() | {atom(), node()}
-  @type reply :: {:frame, binary()} | {:error, :timeout | :proxy_died | InFlight.failure()}
   @type result :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
 
   @doc """
   Sends a command and waits for its reply. `timeout` is in ms, `:infinity`, or `:default` for the
-  bridge's own. Options: `retry: false`, and those of
-  `DSPex.PythonBridge.Protocol.encode_body/3`.
+  bridge's own. Options: `retry: false`, and those of `DSPex.PythonBridge.Protocol.encode_body/3`.
   """
   @spec exchange(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           result()
   def exchange(server, command, args, timeout, opts) do
-    with {:ok, request} <- prepare(server, command, args, timeout, opts) do
-      # Writing a large request takes time, too.
-      left = left(request.deadline)
-      conclude(request, send_and_wait(request.dest, left, request.body, request.terms))
+    with {:ok, call} <- prepare(server, command, args, timeout, opts) do
+      # Encoding a large request takes time, too.
+      conclude(call, send_and_wait(call.dest, Deadline.left(call.deadline), call.request))
     end
   end
 
-  @doc "All that is done before a request is sent. The arguments are those of `exchange/5`."
+  @doc "Prepares a call up to the sending of its request. The arguments are those of `exchange/5`."
   @spec prepare(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
-          {:ok, request()} | {:error, Error.t()}
+          {:ok, call()} | {:error, Error.t()}
   def prepare(server, command, args, timeout, opts) do
-    started = now()
+    started = Deadline.now()
 
     with {:ok, dest} <- find(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
-      {:ok,
-       %{
-         dest: dest,
-         deadline: deadline(started, timeout),
-         body: body,
-         terms: terms(opts, Change.new(command, args)),
-         args: args
-       }}
+      deadline = Deadline.new(timeout, started)
+      request = request(body, Change.new(command, args), opts)
+      {:ok, %{dest: dest, deadline: deadline, request: request, args: args}}
     end
   end
 
-  @doc "All that is done when the reply has come, or will not."
-  @spec conclude(request(), reply()) :: result()
+  # The usual options first: they need no lookup.
+  defp request(body, change, opts) when opts in [[], [meta: true]],
+    do: %Request{body: body, change: change}
+
+  defp request(body, change, opts) do
+    retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
+    stream? = Keyword.get(opts, :stream, false)
+    %Request{body: body, change: change, retry: retry, stream?: stream?}
+  end
+
+  @doc "Makes a reply the result of its call."
+  @spec conclude(call(), Request.reply()) :: result()
   def conclude(%{dest: dest, args: args, deadline: deadline}, reply) do
     case read(reply) do
       {:error, %Error{type: :program_not_found} = error} ->
-        {:error, load_failure(dest, args, left(deadline)) || error}
+        {:error, load_failure(dest, args, Deadline.left(deadline)) || error}
 
       result ->
         result
     end
   end
 
-  @doc """
-  Sends a command whose reply nobody waits for. The bridge keeps its time: a cast has no caller
-  that would.
-  """
-  @spec send_only(GenServer.server(), Protocol.command(), map()) :: :ok | {:error, String.t()}
-  def send_only(server, command, args) do
-    with {:ok, body} <- Protocol.encode_body(command, args),
-         {:ok, dest} <- find(server) do
-      timeout = with :infinity <- default_timeout(dest), do: @max_timeout
-      request = {:request, nil, nil, timeout, body, terms([], Change.new(command, args))}
-
-      # The connection to another node may have no room, for as long as that hangs.
-      with :nosuspend <- :erlang.send(dest, request, [:nosuspend]),
-           do: spawn(fn -> send(dest, request) end)
-
-      :ok
-    else
-      {:error, %Error{type: :bridge_not_running}} -> :ok
-      {:error, error} -> {:error, error.message}
-    end
-  end
-
-  # The usual terms are made when this is compiled.
-  defp terms([], nil), do: {:here, 0, nil}
-  defp terms([meta: true], nil), do: {:here, 0, nil}
-
-  defp terms(opts, change),
-    do: {if(Keyword.get(opts, :retry, true), do: :here, else: :never), 0, change}
-
-  # A program that its peer could not load again is missing there; the bridge knows why.
+  # A program that could not be loaded again is missing in the peer; the bridge knows the reason.
   defp load_failure(dest, args, left) do
     with id when id != nil <- Change.program_id(:execute_program, args),
          do: GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
@@ -120,14 +87,34 @@ defmodule DSPex.PythonBridge.Client.Caller do
   end
 
   @doc """
-  Sends a body to a bridge and waits for what comes back, at most `timeout` ms.
+  Sends a command whose reply nobody waits for. A cast has no caller that keeps its time, so the bridge does.
   """
-  @spec send_and_wait(dest(), timeout(), binary(), InFlight.terms()) :: reply()
-  # The alias is what makes a late reply harmless: it ends with the first reply or with demonitor,
-  # and what is sent to it afterwards goes nowhere.
-  def send_and_wait(dest, timeout, body, terms) when is_pid(dest) and node(dest) == node() do
+  @spec send_only(GenServer.server(), Protocol.command(), map()) :: :ok | {:error, String.t()}
+  def send_only(server, command, args) do
+    with {:ok, body} <- Protocol.encode_body(command, args),
+         {:ok, dest} <- find(server) do
+      timeout = with :infinity <- default_timeout(dest), do: @max_timeout
+      request = %Request{body: body, change: Change.new(command, args), timeout: timeout}
+      message = {:request, request}
+
+      # The connection to another node may have no room, for as long as that hangs.
+      with :nosuspend <- :erlang.send(dest, message, [:nosuspend]),
+           do: spawn(fn -> send(dest, message) end)
+
+      :ok
+    else
+      {:error, %Error{type: :bridge_not_running}} -> :ok
+      {:error, error} -> {:error, error.message}
+    end
+  end
+
+  @doc "Sends a request to a bridge or a pool's coordinator and waits for the reply, at most `timeout` ms."
+  @spec send_and_wait(dest(), timeout(), Request.t()) :: Request.reply()
+  # The alias makes a late reply harmless: it ends with the first reply or with demonitor, and what is sent to it
+  # afterwards goes nowhere.
+  def send_and_wait(dest, timeout, request) when is_pid(dest) and node(dest) == node() do
     ref = :erlang.monitor(:process, dest, alias: :reply_demonitor)
-    send(dest, {:request, ref, self(), at_least_one(timeout), body, terms})
+    send(dest, {:request, %{request | ref: ref, pid: self(), timeout: timeout}})
 
     receive do
       {^ref, reply} -> reply
@@ -147,19 +134,16 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # A node that hangs holds up whoever sends to it, and whoever only watches a process of it: not the caller.
-  def send_and_wait(dest, timeout, body, terms) do
-    deadline = deadline(now(), timeout)
-    call = %{dest: dest, deadline: deadline, body: body, terms: terms}
-
-    {:over, reply} =
-      call |> StreamProxy.start(stream?: false, tools: %{}) |> StreamProxy.next(deadline)
-
+  # A node that hangs suspends whoever sends to it, or monitors a process of it: not the caller.
+  def send_and_wait(dest, timeout, request) do
+    deadline = Deadline.new(timeout)
+    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, %{})
+    {:over, reply} = StreamProxy.next(proxy, deadline)
     reply
   end
 
-  @doc "What `send_and_wait/4` gave, as a result or an error."
-  @spec read(reply()) :: result()
+  @doc "Makes a reply a result, or an error."
+  @spec read(Request.reply()) :: result()
   def read({:frame, frame}) do
     case Protocol.decode_reply(frame) do
       {:ok, _id, _result, _meta} = reply ->
@@ -181,8 +165,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
 
   def read({:error, :replaced}) do
-    text = "the Python process was replaced before it had replied, and the request, "
-    text = text <> "of which chunks were given or which said retry: false, was not sent again"
+    text =
+      "the Python process was replaced before it had replied, and the request, of which chunks " <>
+        "were given or which said retry: false, was not sent again"
+
     {:error, Error.new(:python_process_died, text)}
   end
 
@@ -193,23 +179,8 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   def read({:error, type}), do: {:error, Error.new(type)}
 
-  @doc "The ms that are left until a deadline."
-  @spec left(deadline()) :: timeout()
-  def left(:infinity), do: :infinity
-  def left(deadline), do: max(deadline - now(), 0)
-
-  defp deadline(_from, :infinity), do: :infinity
-  defp deadline(from, timeout), do: from + timeout
-
-  defp now, do: System.monotonic_time(:millisecond)
-
-  @doc "The timeout as it goes with a request: the peer takes no deadline of 0."
-  @spec at_least_one(timeout()) :: timeout()
-  def at_least_one(0), do: 1
-  def at_least_one(timeout), do: timeout
-
-  @doc "The timeout in ms that is meant, or an error: it has to be one that `receive` takes."
-  @spec check_timeout(term(), pid() | {atom(), node()}) :: {:ok, timeout()} | {:error, Error.t()}
+  @doc "A timeout in ms, `:default` resolved, or the error for one that `receive` does not take."
+  @spec check_timeout(term(), dest()) :: {:ok, timeout()} | {:error, Error.t()}
   def check_timeout(:default, dest), do: {:ok, default_timeout(dest)}
   def check_timeout(:infinity, _dest), do: {:ok, :infinity}
   def check_timeout(ms, _dest) when ms in 0..@max_timeout, do: {:ok, ms}
@@ -219,9 +190,16 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, Error.new(:invalid_request, text)}
   end
 
+  defp default_timeout(dest) do
+    case Registry.get(:bridge, dest) do
+      %{default_timeout: timeout} -> timeout
+      nil -> @default_timeout
+    end
+  end
+
   @doc """
-  Where the messages for a bridge go. A process of this node that is not a bridge is none of its kind that is not
-  running: it would log what it is sent, or end by it.
+  The address of a bridge. A process of this node that is not a bridge counts as a bridge that is not running: it
+  would log what it is sent, or end by it.
   """
   @spec find(term()) :: {:ok, dest()} | {:error, Error.t()}
   def find(server) do
@@ -234,8 +212,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # What is on another node is known there. A bridge is registered before it runs; once it does, its dictionary, and
-  # with it what it began with, is hidden, but by then it has told its defaults: whoever saw neither looks again.
+  # Only its own node can tell for a process of another node. A bridge has its name before it runs and registers
+  # itself. Until then the module of its process shows what it is; afterwards that is hidden (`:sensitive`). If it
+  # changed from one to the other between the two looks, the third look finds it.
   defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
     do: registered?(pid) or begins?(pid) or registered?(pid)
 
@@ -244,13 +223,12 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp registered?(pid), do: Registry.get(:bridge, pid) != nil
   defp begins?(pid), do: match?({@server, :init, 1}, :proc_lib.translate_initial_call(pid))
 
-  # It would log what it is sent, and not answer.
   defp a_pool(server) do
     text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
     Error.new(:invalid_request, text)
   end
 
-  # Any term may be given as a server; what is none, or cannot be reached, is not running.
+  # Any term may be given as a server; one that is none, or cannot be reached, is not running.
   defp whereis(server) do
     case GenServer.whereis(server) do
       pid when is_pid(pid) -> pid
@@ -258,14 +236,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
       _none -> nil
     end
   catch
-    # A registry is code of the host's: it may raise, exit or throw.
+    # A registry is user code: it may raise, exit or throw.
     _kind, _reason -> nil
-  end
-
-  defp default_timeout(dest) do
-    case Registry.get(:bridge, dest) do
-      %{default_timeout: timeout} -> timeout
-      nil -> @default_timeout
-    end
   end
 end

@@ -1,41 +1,39 @@
 defmodule DSPex.PythonBridge.Client.StreamProxy do
-  @moduledoc """
-  The process between a bridge and a caller that takes chunks, or has given tools, or is not on the
-  bridge's node: one for each such call, which it makes in the caller's place.
+  @moduledoc false
+  # The process between a bridge and a caller that takes chunks, has given tools, or is on another node: one for each
+  # such call, which it makes in the caller's place.
+  #
+  # What comes before the reply waits here, and not in the caller's mailbox, until the caller asks for it: the caller
+  # may have a full mailbox, be busy with something else, or never come back. Tools run
+  # (`DSPex.PythonBridge.Tools.Runner`) whatever the caller does meanwhile.
+  #
+  # It ends with the reply, with the caller, or when the caller stops it; the bridge, which monitors it as any caller,
+  # then cancels the call. It has no links.
 
-  What comes before the reply waits here until the caller asks for it, one at a time, and not in the
-  caller's mailbox: the caller may have a full one, may be at work with something else, or never come
-  back. Tools run (`DSPex.PythonBridge.Tools.Runner`) whatever the caller does meanwhile.
-
-  It ends with the call's last word, or with the caller, or when the caller has enough; the bridge, which
-  watches it as it does any caller, then cancels what is still under way. It is linked to nobody.
-  """
-
+  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
   alias DSPex.PythonBridge.Tools
-  alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Tools.Invocation
 
-  # The proxy itself is to be late first: it knows what has come.
+  # The proxy times out first: it knows what has come.
   @grace_ms 50
-  # `receive` takes no longer timeout.
+  # The longest timeout of `receive`.
   @longest_ms 4_294_967_295
 
-  # A queue as a default would be a literal, which Dialyzer takes for no queue.
+  # A queue as a default would be a literal, which Dialyzer does not take for a queue.
   @enforce_keys [:dest, :ref, :watch, :tools, :timer, :chunks]
   defstruct [:dest, :ref, :watch, :tools, :timer, :asked, :chunks]
 
-  @typedoc "What of a request it takes to make the call."
+  @typedoc "The part of a prepared call that it needs to make it."
   @type call :: %{
-          :dest => Caller.dest(),
-          :deadline => Caller.deadline(),
-          :body => binary(),
-          :terms => DSPex.PythonBridge.Calls.InFlight.terms(),
+          :dest => Invocation.bridge(),
+          :deadline => Deadline.t(),
+          :request => Request.t(),
           optional(:args) => map()
         }
   # watch: the monitor of the caller. asked: the caller's alias, while it waits.
   @typep t :: %__MODULE__{
-           dest: Caller.dest(),
+           dest: Invocation.bridge(),
            ref: reference(),
            watch: reference(),
            tools: Tools.Runner.t(),
@@ -44,27 +42,27 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
            chunks: :queue.queue(binary())
          }
 
-  ## The caller's side
+  ## In the caller's process
 
   @doc "Makes a call for the calling process."
-  @spec start(call(), stream?: boolean(), tools: Tools.Runner.functions()) :: pid()
-  def start(call, stream?: stream?, tools: functions) do
+  @spec start(call(), Tools.Runner.functions()) :: pid()
+  def start(call, functions) do
     caller = self()
-    # What tests and repositories find a process's owner by.
+    # By these tests and repositories find the owner of a process.
     callers = [caller | Process.get(:"$callers", [])]
     tools = Tools.Runner.new(functions, call.dest, callers)
-    # A copy of the arguments would be one too many: they are in the body.
+    # The arguments are in the body already: they would be copied for nothing.
     call = Map.delete(call, :args)
-    spawn(fn -> ServerGuard.run(fn -> init(call, stream?, tools, caller) end) end)
+    spawn(fn -> ServerGuard.run(fn -> init(call, tools, caller) end) end)
   end
 
   @doc """
-  Waits for the next chunk's frame, or else for what has come of the call: then nothing follows.
+  Waits for the frame of the next chunk, or for the reply, after which nothing follows.
 
-  The proxy keeps the time of the call. If it does not speak by the deadline, held up by the connection to
-  a node that hangs, say, it is ended, and its tools with it.
+  The proxy keeps the time of the call. If it does not answer by the deadline, suspended by the connection to
+  a node that hangs, for example, it is killed, and its tools with it.
   """
-  @spec next(pid(), Caller.deadline()) :: {:chunk, binary()} | {:over, Caller.reply()}
+  @spec next(pid(), Deadline.t()) :: {:chunk, binary()} | {:over, Request.reply()}
   def next(proxy, deadline) do
     ref = :erlang.monitor(:process, proxy, alias: :reply_demonitor)
     send(proxy, {:next, ref})
@@ -73,7 +71,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
       {^ref, element} -> element
       {:DOWN, ^ref, :process, _proxy, _reason} -> {:over, {:error, :proxy_died}}
     after
-      patience(Caller.left(deadline)) -> give_up(proxy, ref)
+      patience(Deadline.left(deadline)) -> give_up(proxy, ref)
     end
   end
 
@@ -93,38 +91,31 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
-  @doc "The caller has enough."
+  @doc "Ends a proxy whose caller needs no more."
   @spec stop(pid()) :: :ok
   def stop(proxy) do
-    # It may be held up. What is to follow is others' work: the bridge's, and the function holder's.
+    # It may be suspended. The rest is done by the bridge and by the holder of the functions.
     Process.exit(proxy, :kill)
     :ok
   end
 
   ## The process
 
-  defp init(%{dest: dest} = call, stream?, tools, caller) do
-    # Its messages are the caller's contents.
+  defp init(%{dest: dest} = call, tools, caller) do
+    # Its messages have the caller's contents.
     Process.flag(:sensitive, true)
     watch = Process.monitor(caller)
     Tools.Runner.attend(tools)
-    # An alias for all that comes: :reply_demonitor would end with the first message.
+    # One alias for all messages: :reply_demonitor would end with the first.
     ref = :erlang.monitor(:process, dest, alias: :demonitor)
-    left = Caller.left(call.deadline)
-    beside = %{stream?: stream?, tools?: not Tools.Runner.none?(tools)}
-    timeout = Caller.at_least_one(left)
-    send(dest, {:request, ref, self(), timeout, call.body, call.terms, beside})
+    left = Deadline.left(call.deadline)
+    tools? = not Tools.Runner.none?(tools)
+    request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
+    send(dest, {:request, request})
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
     chunks = :queue.new()
-
-    loop(%__MODULE__{
-      dest: dest,
-      ref: ref,
-      watch: watch,
-      tools: tools,
-      timer: timer,
-      chunks: chunks
-    })
+    state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer, chunks: chunks}
+    loop(struct!(__MODULE__, state))
   end
 
   @spec loop(t()) :: :ok
@@ -142,7 +133,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
       {:DOWN, ^ref, :process, _bridge, _reason} ->
         over(state, {:error, :bridge_not_running})
 
-      # What has come until then counts only if the reply is among it: the caller is to wait no longer.
+      # Chunks that wait only count with a reply behind them: the caller's time is over.
       {:timeout, ^timer, :deadline} ->
         send(state.dest, {:abandon, ref})
         over(%{state | chunks: :queue.new()}, {:error, :timeout})
@@ -159,7 +150,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
       {:DOWN, _monitor, :process, pid, reason} ->
         loop(%{state | tools: Tools.Runner.ended(state.tools, pid, reason)})
 
-      # Of a timer that was cancelled too late.
+      # The timer was cancelled too late.
       {:timeout, _timer, :deadline} ->
         loop(state)
 
@@ -182,14 +173,14 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
-  # The tools before the answer: who has that need not fear that one still begins something.
+  # The tools end before the reply is sent: once the caller has it, no tool starts anything.
   defp over(state, reply) do
     Process.demonitor(state.ref, [:flush])
     Tools.Runner.stop(state.tools)
     hand_over(state.asked, state.watch, :queue.to_list(state.chunks), reply)
   end
 
-  # Whatever else comes, or has come, is too late.
+  # Any other message is too late.
   defp hand_over(nil, watch, chunks, reply) do
     receive do
       {:next, asked} when is_reference(asked) -> hand_over(asked, watch, chunks, reply)

@@ -1,13 +1,10 @@
 defmodule DSPex.PythonBridge.Client.StreamReducer do
-  @moduledoc """
-  One call with chunks, or tools, as the caller's process sees it: between its preparation and its
-  conclusion, which are `DSPex.PythonBridge.Client.Caller`'s. What is under way meanwhile is with a process of
-  its own, `DSPex.PythonBridge.Client.StreamProxy`.
-
-  With chunks it is a reduction, as `Enumerable` has it: a function is given one element after the other,
-  and says after each whether to go on. Whatever ends it early, the function's own exception included,
-  cancels the call in the peer.
-  """
+  @moduledoc false
+  # One call with chunks, or tools, in the caller's process: between its preparation and its conclusion, which are
+  # `DSPex.PythonBridge.Client.Caller`'s. What happens meanwhile is the work of `DSPex.PythonBridge.Client.StreamProxy`.
+  #
+  # With chunks it is a reduction as `Enumerable` defines it: a function gets one element after the other and says
+  # after each whether to go on. Whatever ends it early, an exception of that function included, cancels the call.
 
   alias DSPex.PythonBridge.{Protocol, Telemetry}
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
@@ -15,10 +12,10 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   @typedoc "The arguments of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` among the last."
   @type request ::
           {GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()}
-  @typedoc "A chunk as the peer wrote it, string keys; or, last, what came of the call."
+  @typedoc "A chunk as the peer wrote it, with string keys; the last element is the result."
   @type element :: {:chunk, map()} | {:over, Caller.result()}
 
-  @doc "Makes the call and has `on_chunk`, if it is given, called with each chunk; gives what came of it."
+  @doc "Makes the call, calls `on_chunk` with each chunk, and returns the result."
   @spec run(request(), (map() -> term()) | nil) :: Caller.result()
   def run(request, on_chunk) do
     {:done, result} =
@@ -34,7 +31,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     result
   end
 
-  @doc "The call as a reduction over its elements. Nothing is sent before the first is asked for."
+  @doc "Reduces the call over its elements. Nothing is sent before the first is asked for."
   @spec reduce(request(), Enumerable.acc(), (element(), term() -> Enumerable.acc())) ::
           Enumerable.result()
   def reduce(_request, {:halt, acc}, _fun), do: {:halted, acc}
@@ -43,13 +40,13 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   def reduce({server, command, args, _timeout, _opts} = request, {:cont, acc}, fun),
     do: begin(request, {true, Telemetry.begin(:bridge, server, command, args)}, acc, fun)
 
-  # Without a span it is the caller's to tell of the call.
+  # Without a span, the events of the call are its caller's to emit.
   defp begin({server, command, args, timeout, opts}, {stream?, span}, acc, fun) do
     case Caller.prepare(server, command, args, timeout, [stream: stream?] ++ opts) do
       {:ok, call} ->
-        proxy = StreamProxy.start(call, stream?: stream?, tools: Keyword.get(opts, :tools, %{}))
-        # It is as large as the request, which may take long.
-        go_on({%{call | body: ""}, proxy, span}, {:cont, acc}, fun)
+        proxy = StreamProxy.start(call, Keyword.get(opts, :tools, %{}))
+        # The body is large, and the call may take long.
+        go_on({%{call | request: nil}, proxy, span}, {:cont, acc}, fun)
 
       {:error, _error} = result ->
         over(result, span, acc, fun)

@@ -8,8 +8,6 @@ defmodule DSPex.PythonBridge.OS.Command do
 
   import Bitwise, only: [&&&: 2]
 
-  alias DSPex.PythonBridge.OS
-
   # Of what it prints the end counts: errors stand there.
   @max_output_bytes 65_536
 
@@ -18,7 +16,7 @@ defmodule DSPex.PythonBridge.OS.Command do
   @guard """
   exec 3<&0
   "$0" "$@" </dev/null 2>&1 3<&- & work=$!
-  (read -r _ <&3; kill -9 -$$) >/dev/null 2>&1 & watch=$!
+  (read -r _ <&3; kill -9 -$work; kill -9 $work -$$) >/dev/null 2>&1 & watch=$!
   wait $work; status=$?
   kill -9 $watch
   exit $status
@@ -34,17 +32,18 @@ defmodule DSPex.PythonBridge.OS.Command do
     * `:limit_ms` – how long it may take (default 15 000 ms)
     * `:env` – more environment, as a port takes it
     * `:cd` – the folder that it is started in (default: that of the BEAM)
+    * `:owner` – a process with which it ends, too (default: the caller)
     * `:tick` – `{ms, fun}`: the function is called, in this process, each time that many ms have passed
   """
   @spec run(Path.t(), [String.t()], keyword()) :: result()
   def run(executable, args, opts \\ []) do
-    caller = self()
+    owners = Enum.uniq([self(), Keyword.get(opts, :owner, self())])
     limit_ms = Keyword.get(opts, :limit_ms, 15_000)
     port_opts = Keyword.take(opts, [:env, :cd])
     {tick_ms, tick} = Keyword.get(opts, :tick, {:infinity, fn -> :ok end})
 
     with :ok <- executable(executable) do
-      work = fn -> exit({:ran, run(executable, args, port_opts, limit_ms, caller)}) end
+      work = fn -> exit({:ran, run(executable, args, port_opts, limit_ms, owners)}) end
       {_pid, ref} = spawn_monitor(work)
       await(ref, tick_ms, tick)
     end
@@ -84,11 +83,11 @@ defmodule DSPex.PythonBridge.OS.Command do
   def time(ms) when rem(ms, 1_000) == 0, do: "#{div(ms, 1_000)} s"
   def time(ms), do: "#{ms} ms"
 
-  @doc "The last line of an output that is not empty, cut short; nil if there is none."
-  @spec last_line(String.t()) :: String.t() | nil
-  def last_line(output) do
-    if line = output |> String.split("\n", trim: true) |> List.last(),
-      do: String.slice(line, 0, 200)
+  @doc "The last line of an output that is not blank, cut to `max` characters; nil if there is none."
+  @spec last_line(String.t(), pos_integer()) :: String.t() | nil
+  def last_line(output, max \\ 200) do
+    lines = for line <- String.split(output, ["\n", "\r"]), String.trim(line) != "", do: line
+    if line = List.last(lines), do: String.slice(line, 0, max)
   end
 
   defp await(ref, tick_ms, tick) do
@@ -102,32 +101,38 @@ defmodule DSPex.PythonBridge.OS.Command do
     end
   end
 
-  defp run(executable, args, port_opts, limit_ms, caller) do
-    Process.monitor(caller)
+  defp run(executable, args, port_opts, limit_ms, owners) do
+    Enum.each(owners, &Process.monitor/1)
     Process.send_after(self(), :too_long, limit_ms)
     args = ["-c", @guard, executable | args]
     options = [:binary, :exit_status, :stderr_to_stdout, args: args] ++ port_opts
     port = Port.open({:spawn_executable, "/bin/sh"}, options)
-    # nil if it has ended already.
-    {:os_pid, os_pid} = Port.info(port, :os_pid) || {:os_pid, nil}
-
-    with :killed <- collect(port, ""),
-         Port.close(port),
-         if(os_pid, do: OS.Process.kill_group(os_pid, OS.Process.start_time(os_pid))),
-         do: {:error, "no answer within #{time(limit_ms)}"}
+    # The end of this process closes the port, by which the guard kills what still runs.
+    with :killed <- collect(port, ""), do: {:error, "no answer within #{time(limit_ms)}"}
   rescue
     error in [ErlangError, ArgumentError] -> {:error, start_failure(error)}
   end
 
   defp collect(port, output) do
     receive do
-      {^port, {:data, data}} -> collect(port, tail(output <> data))
-      {^port, {:exit_status, status}} -> {:exit, status, String.replace_invalid(output)}
-      :too_long -> :killed
-      {:DOWN, _ref, :process, _caller, _reason} -> :killed
+      {^port, {:data, data}} ->
+        collect(port, tail(output <> data))
+
+      {^port, {:exit_status, status}} ->
+        {:exit, status, output |> whole_lines() |> String.replace_invalid()}
+
+      :too_long ->
+        :killed
+
+      {:DOWN, _ref, :process, _caller, _reason} ->
+        :killed
     end
   end
 
   defp tail(output) when byte_size(output) <= @max_output_bytes, do: output
   defp tail(output), do: binary_part(output, byte_size(output), -@max_output_bytes)
+
+  # What remains of the first line of a cut output may start with a part of a secret, which is not recognised as one.
+  defp whole_lines(output) when byte_size(output) < @max_output_bytes, do: output
+  defp whole_lines(output), do: output |> String.split("\n", parts: 2) |> Enum.at(1, "")
 end

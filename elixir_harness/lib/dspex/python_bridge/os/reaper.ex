@@ -143,18 +143,6 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   end
 
   @impl GenServer
-  def handle_call(question, from, state) do
-    ServerGuard.drop({:"$gen_call", from, question}, __MODULE__)
-    noreply(state)
-  end
-
-  @impl GenServer
-  def handle_cast(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    noreply(state)
-  end
-
-  @impl GenServer
   def handle_info({:watch, os_pid}, state) when is_integer(os_pid) and os_pid > 0 do
     :ets.insert(state.peers, {os_pid, OS.Process.start_time(os_pid)})
     noreply(state)

@@ -1,15 +1,14 @@
 defmodule DSPex.PythonBridge.OTP.Sealed do
-  @moduledoc """
-  A value that may hold secrets, in a function: where it is stored or printed it does not show.
-
-  Such a function belongs to the code that made it, and whoever holds it is killed when that code is loaded
-  for the second time, unless the new code is the same. So it is made here, where nothing else changes.
-  """
+  @moduledoc false
+  # A value that may hold secrets, wrapped in a function, so that printing and logging do not show it.
+  #
+  # A function belongs to the code that made it, and a process that holds one is killed when that code is loaded
+  # a second time, unless the new code is the same. So it is made in this module, which does not change.
 
   @type t(value) :: (-> value)
 
   @doc """
-  Seals a value; a call of the function gives it back.
+  Seals a value; a call of the function returns it.
 
       iex> sealed = DSPex.PythonBridge.OTP.Sealed.new("sk-…")
       iex> {inspect(sealed) =~ "sk-", sealed.()}

@@ -1,30 +1,42 @@
 defmodule DSPex.PythonBridge.OTP.ServerGuard do
-  @moduledoc """
-  What each process here does about a crash, and about a message that is not for it.
-
-  When a function raises, the runtime puts the arguments that no clause matched, the value that did not
-  match, or the exception's message into the exit reason. From there they get into the log, the
-  supervisor's reports and the messages of everyone who monitors the process. Here they are requests,
-  replies and keys. `use DSPex.PythonBridge.OTP.ServerGuard` in a `GenServer` turns whatever its callbacks raise
-  into an exit reason that names only the kind of error and the place in the code; `run/1` does so in a
-  process without callbacks.
-  """
+  @moduledoc false
+  # What each process here does about a crash, and about a message that is not for it.
+  #
+  # When a function raises, the runtime puts the arguments that no clause matched, the value that did not match, or the
+  # exception's message into the exit reason. From there they get into the log, the supervisor's reports and to all who
+  # monitor the process. Here they are requests, replies and keys. `use DSPex.PythonBridge.OTP.ServerGuard` in a
+  # `GenServer` turns what its callbacks raise into an exit reason that has only the kind of error and the place in the
+  # code; `run/1` does so in a process without callbacks. A `GenServer` that has no calls, or no casts, gets them in
+  # its `handle_info/2`, whose last clause drops them.
 
   require Logger
 
   @callbacks [handle_call: 3, handle_cast: 2, handle_info: 2, handle_continue: 2]
 
-  @typedoc "As the runtime has it, so that it is logged and shown as usual."
+  @typedoc "In the runtime's form, so that it is logged as usual."
   @type reason :: {kind :: term(), Exception.stacktrace()}
 
-  defmacro __using__(_opts), do: quote(do: @before_compile(unquote(__MODULE__)))
+  defmacro __using__(_opts) do
+    quote do
+      @before_compile unquote(__MODULE__)
+
+      @impl GenServer
+      def handle_call(question, from, state),
+        do: handle_info({:"$gen_call", from, question}, state)
+
+      @impl GenServer
+      def handle_cast(message, state), do: handle_info({:"$gen_cast", message}, state)
+
+      defoverridable handle_call: 3, handle_cast: 2
+    end
+  end
 
   defmacro __before_compile__(env) do
     callbacks = for {name, arity} <- @callbacks, defined?(env, name, arity), do: {name, arity}
     [Enum.map(callbacks, &stopping/1), if(defined?(env, :terminate, 2), do: ending())]
   end
 
-  # By the module itself: what `use GenServer` defines is not to be built upon.
+  # By the module itself, not by `use GenServer`.
   defp defined?(env, name, arity) do
     case Module.get_definition(env.module, {name, arity}) do
       {:v1, :def, meta, _clauses} -> meta[:context] != GenServer
@@ -61,7 +73,7 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
     end
   end
 
-  @doc "Calls a function; if it raises, exits or throws, the calling process ends, with one line in the log."
+  @doc "Calls a function; if it raises, exits or throws, the calling process ends with one line in the log."
   @spec run((-> result)) :: result when result: term()
   def run(function) do
     function.()
@@ -73,7 +85,7 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
   end
 
   @doc """
-  What was raised, thrown or exited with, without contents.
+  The reason of an exception, throw or exit, without contents.
 
       iex> DSPex.PythonBridge.OTP.ServerGuard.strip({:badmatch, "secret"}, [{Mod, :fun, ["secret"], [line: 7]}])
       {{:badmatch, :redacted}, [{Mod, :fun, 1, [line: 7]}]}
@@ -94,12 +106,12 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
   defp arity(args) when is_list(args), do: length(args)
   defp arity(arity), do: arity
 
-  # More may be there: what explains the error, with the arguments in it.
+  # Other entries explain the error, with the arguments in them.
   defp place(where), do: Keyword.take(where, [:file, :line])
 
   @doc """
-  Drops a message that is not for the calling process. The first that a process gets is logged, without
-  its contents. Someone who waits for an answer is given one: it may be meant for a process of another kind.
+  Drops a message that is not for the calling process. The first one is logged, without its contents. A caller that
+  waits for an answer gets one: the message may be meant for a process of another kind.
   """
   @spec drop(term(), module()) :: :ok
   def drop(message, module) do
@@ -112,16 +124,12 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
     :ok
   end
 
-  defp refuse({:request, ref, _pid, _timeout, _body, _terms}), do: not_running(ref)
-  defp refuse({:request, ref, _pid, _timeout, _body, _terms, _beside}), do: not_running(ref)
-  defp refuse({:"$gen_call", {pid, _tag} = from, _question}) when is_pid(pid), do: unknown(from)
-  defp refuse(_message), do: :ok
-
-  # What the receive in DSPex.PythonBridge.Client.Caller waits for.
-  defp not_running(ref) when is_reference(ref),
+  # DSPex.PythonBridge.Client.Caller waits for it.
+  defp refuse({:request, %{ref: ref}}) when is_reference(ref),
     do: send(ref, {ref, {:error, :bridge_not_running}})
 
-  defp not_running(_no_alias), do: :ok
+  defp refuse({:"$gen_call", {pid, _tag} = from, _question}) when is_pid(pid),
+    do: GenServer.reply(from, {:error, :unknown_call})
 
-  defp unknown(from), do: GenServer.reply(from, {:error, :unknown_call})
+  defp refuse(_message), do: :ok
 end

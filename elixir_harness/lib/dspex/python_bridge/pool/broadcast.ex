@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
   # first success.
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
 
   # A peer that is not up may get a change this late, or later if its caller waits longer. One that starts after that
   # gets it from the table of programs.
@@ -73,7 +73,8 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
 
   defp send_to({_index, pid, _waited?} = target, owner, change, body, lifetime) do
     ref = :erlang.monitor(:process, pid, alias: :reply_demonitor)
-    send(pid, {:request, ref, owner, lifetime, body, {:here, 0, to_bridge(change)}})
+    request = %Request{ref: ref, pid: owner, timeout: lifetime, body: body}
+    send(pid, {:request, %{request | change: to_bridge(change)}})
     {ref, target}
   end
 

@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   use GenServer
   use DSPex.PythonBridge.OTP.ServerGuard
 
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Pool.{Checkouts, Handle, ProgramChanges}
   alias DSPex.PythonBridge.Pool.Cluster.{IncomingChanges, Membership}
@@ -97,12 +97,11 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   # The message that a bridge gets. Callers that give up are not remembered: sending to their alias does nothing then.
   @impl GenServer
-  def handle_info({:request, ref, pid, timeout, body, {_retry, _deaths, change}} = message, state)
-      when is_reference(ref) and is_pid(pid) and is_binary(body) and
-             (timeout == :infinity or timeout in 0..4_294_967_295) do
-    if ProgramChanges.valid?(change, state.handle),
-      do: {:noreply, made(state, ProgramChanges.ask(state.changes, ref, timeout, body, change))},
-      else: drop(message, state)
+  def handle_info({:request, request} = message, state) do
+    if Request.valid?(request) and request.ref != nil and
+         ProgramChanges.valid?(request.change, state.handle),
+       do: {:noreply, made(state, ProgramChanges.ask(state.changes, request))},
+       else: drop(message, state)
   end
 
   # A bridge has answered.

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   # Calls to a pool's coordinator from its node. They wait for a coordinator that is being restarted, which takes a
   # moment, or else ends the pool.
 
-  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Pool.Handle
 
   # The interval at which a coordinator that is being restarted is looked for.
@@ -12,10 +12,10 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   @undo_ms 50
 
   @doc "The coordinator's process; nil if there is none by the deadline, or the pool has ended."
-  @spec await(atom(), Caller.deadline()) :: pid() | nil
+  @spec await(atom(), Deadline.t()) :: pid() | nil
   def await(pool, deadline) do
     with nil <- Process.whereis(Handle.coordinator(pool)) do
-      left = Caller.left(deadline)
+      left = Deadline.left(deadline)
 
       # An atom is greater than any number.
       if left > 0 and Handle.fetch(pool) != nil do
@@ -36,7 +36,7 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
 
     with {:error, :bridge_not_running} = error <- ask(handle, {:checkout, ref}, timeout) do
       # It is read after the question, or by the next coordinator, which has the table.
-      coordinator = await(name, now() + @undo_ms)
+      coordinator = await(name, Deadline.new(@undo_ms))
       if coordinator, do: GenServer.cast(coordinator, {:unheard, ref})
       error
     end
@@ -48,15 +48,13 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
   def checkin(%Handle{} = handle, bridge, timeout), do: ask(handle, {:checkin, bridge}, timeout)
 
   defp ask(%Handle{name: name}, question, timeout) do
-    deadline = now() + timeout
+    deadline = Deadline.new(timeout)
 
     case await(name, deadline) do
       nil -> {:error, :bridge_not_running}
-      coordinator -> GenServer.call(coordinator, question, Caller.left(deadline))
+      coordinator -> GenServer.call(coordinator, question, Deadline.left(deadline))
     end
   catch
     :exit, _no_answer -> {:error, :bridge_not_running}
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   # up. Until then it goes to the peer that has been up longest, so that all such requests meet in one bridge,
   # which finds out which of them kills (`DSPex.PythonBridge.Calls.Quarantine`), and the other peers stay up.
 
-  alias DSPex.PythonBridge.{Error, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Calls, Error, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request}
@@ -75,8 +75,8 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
 
       pid ->
         life = LoadCounters.take(handle.counters, index)
-        terms = {:caller, request.deaths, nil}
-        reply = Caller.send_and_wait(pid, Request.left(request), request.body, terms)
+        sent = %Calls.Request{body: request.body, retry: :pool, deaths: request.deaths}
+        reply = Caller.send_and_wait(pid, Request.left(request), sent)
 
         if reply == {:error, :bridge_not_running},
           do: LoadCounters.give_back(handle.counters, index, life)
@@ -121,7 +121,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   defp create_at(nil, _request, _index), do: {:error, Error.new(:bridge_not_running)}
 
   defp create_at(coordinator, request, index) do
-    terms = {:never, 0, {:repair, index, request.program}}
-    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), "", terms))
+    repair = %Calls.Request{body: "", change: {:repair, index, request.program}}
+    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), repair))
   end
 end

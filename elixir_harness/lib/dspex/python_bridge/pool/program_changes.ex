@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   # others refused is replaced by the one before, or removed if there was none; a cleanup that no peer made is undone.
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.Pool.{Broadcast, Handle}
   alias DSPex.PythonBridge.Pool.Cluster.Clock
 
@@ -48,7 +48,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   @spec long_ago() :: Programs.Store.stamp()
   def long_ago, do: @long_ago
 
-  @doc "Whether a term is a change for `ask/5`: requests come from anywhere."
+  @doc "Whether a term is a change for `ask/2`: requests come from anywhere."
   @spec valid?(term(), Handle.t()) :: boolean()
   def valid?({:repair, index, id}, handle),
     do: is_integer(index) and index in LoadCounters.indexes(handle.counters) and is_binary(id)
@@ -59,14 +59,17 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   @doc """
   A caller asks for a change, or for a missing program to be created again at one bridge.
   """
-  @spec ask(t(), reference(), timeout(), binary(), Broadcast.change() | tuple()) :: result()
-  def ask(%__MODULE__{} = changes, ref, timeout, body, {:create, id, nil}) do
+  @spec ask(t(), Request.t()) :: result()
+  def ask(%__MODULE__{} = changes, %Request{ref: ref, timeout: timeout, body: body} = request),
+    do: ask(changes, ref, timeout, body, request.change)
+
+  defp ask(changes, ref, timeout, body, {:create, id, nil}) do
     {stamp, changes} = stamp(changes)
     changes = remember(changes, stamp, [id])
     start(changes, {:caller, ref}, {:create, id, stamp}, body, timeout, all(changes))
   end
 
-  def ask(changes, ref, timeout, body, {:cleanup, ids, nil}) do
+  defp ask(changes, ref, timeout, body, {:cleanup, ids, nil}) do
     {stamp, changes} = stamp(changes)
     changes = remember(changes, stamp, ids)
     Programs.Store.remove(changes.handle.programs, ids, stamp)
@@ -74,7 +77,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   end
 
   # Without a definition it goes to no bridge, which is over at once as if the bridge were not running.
-  def ask(changes, ref, timeout, _no_body, {:repair, index, id}) do
+  defp ask(changes, ref, timeout, _no_body, {:repair, index, id}) do
     {change, body, indexes} =
       case Programs.Store.get(changes.handle.programs, id) do
         {stamp, body} -> {{:create, id, stamp}, body, [index]}

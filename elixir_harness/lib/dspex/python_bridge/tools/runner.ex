@@ -5,7 +5,6 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   and ends them. The functions themselves are with `DSPex.PythonBridge.Tools.FunctionHolder`.
   """
 
-  alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
 
   @enforce_keys [:holder, :bridge, :callers]
@@ -18,7 +17,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   """
   @type t :: %__MODULE__{
           holder: pid() | nil,
-          bridge: Caller.dest(),
+          bridge: Invocation.bridge(),
           callers: [pid()],
           port: port() | nil,
           running: %{pid() => Invocation.t()}
@@ -56,7 +55,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   defp not_a_function(name), do: "#{name}: expected a function of one argument"
 
   @doc "The tools of a call to a bridge; `callers` as `Task` has them, the calling process first."
-  @spec new(functions(), Caller.dest(), [pid()]) :: t()
+  @spec new(functions(), Invocation.bridge(), [pid()]) :: t()
   def new(functions, bridge, callers) do
     holder = if functions != %{}, do: FunctionHolder.open(functions)
     %__MODULE__{holder: holder, bridge: bridge, callers: callers}

@@ -9,6 +9,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
 
   alias DSPex.PythonBridge.{Bridge, Error, Protocol}
   alias DSPex.PythonBridge.Bridge.Redaction
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.Test.Exits
 
   defmodule Names do
@@ -718,16 +719,19 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
   end
 
   test "no event that :sys.log/2 keeps is shown as it was" do
-    message = {:request, make_ref(), self(), 5, "the contents", {:here, 0, nil}}
+    request = %Request{ref: make_ref(), pid: self(), timeout: 5, body: "the contents"}
+    message = {:request, request}
     events = [{:in, message}, {:in, message, :state}, {:noreply, "the contents"}, "the contents"]
     %{log: shown} = Redaction.format_status(%{log: events})
     assert [{:in, {:request, _, _, 5, :redacted}}, {:in, _, :state}, :redacted, :redacted] = shown
     refute inspect(shown) =~ "the contents"
 
-    beside = Tuple.insert_at(message, tuple_size(message), %{stream?: true, tools?: true})
     result = {:tool_result, hd(Port.list()), 1, "the contents"}
-    %{log: shown} = Redaction.format_status(%{log: [{:in, beside}, {:in, result}]})
-    assert [{:in, {:request, _, _, 5, :redacted}}, {:in, {:tool_result, _, 1, :redacted}}] = shown
+
+    %{log: shown} =
+      Redaction.format_status(%{log: [{:in, {:request, "the contents"}}, {:in, result}]})
+
+    assert [{:in, {:request, :redacted}}, {:in, {:tool_result, _, 1, :redacted}}] = shown
   end
 
   test "log lines name the bridge and the Python process" do

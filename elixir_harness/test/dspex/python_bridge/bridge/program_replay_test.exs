@@ -140,6 +140,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     assert {:ok, _} = execute(bridge, "frail")
   end
 
+  @tag :slow
   test "after a while the next peer is given it; if it dies of it again, after a longer while", %{
     tmp_dir: dir
   } do

@@ -8,8 +8,8 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Options, Programs}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight}
+  alias DSPex.PythonBridge.{Bridge, Calls, Options, Programs}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, Request}
 
   @moduletag timeout: 30_000
 
@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
     defp attach(in_flight) do
       args = ["-c", "cat > /dev/null 2> /dev/null; :"]
       port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-      {port, Dispatcher.attach(in_flight, port)}
+      {port, Handover.attach(in_flight, port)}
     end
 
     # A peer that has all the calls, and the next one.
@@ -29,10 +29,9 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
       {port, in_flight} = attach(InFlight.new(options, Programs.Store.new()))
 
       in_flight =
-        each(Dispatcher.serve(in_flight, port), fn _, in_flight ->
-          terms = {:here, 0, change}
-          nothing = InFlight.nothing_beside()
-          InFlight.accept(in_flight, make_ref(), self(), :infinity, "body", terms, nothing)
+        each(Handover.serve(in_flight, port), fn _, in_flight ->
+          request = %Request{ref: make_ref(), pid: self(), body: "body", change: change}
+          Calls.accept(in_flight, request)
         end)
 
       {next, in_flight} = attach(written(in_flight))
@@ -62,10 +61,10 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
 
       in_flight =
         in_flight
-        |> Dispatcher.serve(next)
+        |> Handover.serve(next)
         |> each(fn id, in_flight ->
           busy?(in_flight, old, true)
-          {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+          {:ok, in_flight} = Calls.deliver(in_flight, id, "reply")
           in_flight
         end)
 
@@ -78,7 +77,7 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
       in_flight =
         each(in_flight, fn id, in_flight ->
           busy?(in_flight, old, true)
-          InFlight.abandon(in_flight, id)
+          Calls.abandon(in_flight, id)
         end)
 
       busy?(in_flight, old, false)
@@ -87,7 +86,7 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
       in_flight =
         each(in_flight, fn id, in_flight ->
           changing?(in_flight, old, true)
-          {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+          {:ok, in_flight} = Calls.deliver(in_flight, id, "reply")
           in_flight
         end)
 
@@ -99,10 +98,10 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
 
       in_flight =
         in_flight
-        |> Dispatcher.lost(dead, :died)
-        |> Dispatcher.serve(next)
+        |> Handover.lost(dead, :died)
+        |> Handover.serve(next)
         |> each(fn id, in_flight ->
-          {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+          {:ok, in_flight} = Calls.deliver(in_flight, id, "reply")
           in_flight
         end)
 

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
   use ExUnit.Case, async: true
 
   alias DSPex.PythonBridge.{Calls, Options, Programs}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight}
+  alias DSPex.PythonBridge.Calls.{Handover, InFlight, Request}
   alias DSPex.PythonBridge.Tools.Invocation
 
   @frame "a frame"
@@ -14,13 +14,13 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     {:ok, options} = Options.new(max_retries: 3)
     ref = :erlang.alias()
     [first, second] = for _ <- 1..2, do: open()
-    beside = %{stream?: true, tools?: true}
+    request = %Request{ref: ref, pid: self(), body: ~s(,"n":1}), stream?: true, tools?: true}
 
     in_flight =
       InFlight.new(options, Programs.Store.new())
-      |> Dispatcher.attach(first)
-      |> Dispatcher.serve(first)
-      |> InFlight.accept(ref, self(), :infinity, ~s(,"n":1}), {:here, 0, nil}, beside)
+      |> Handover.attach(first)
+      |> Handover.serve(first)
+      |> Calls.accept(request)
 
     assert_receive {^first, {:data, _request}}, 5_000
     %{in_flight: in_flight, ref: ref, first: first, second: second}
@@ -31,8 +31,8 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
   end
 
   defp second_serves(%{in_flight: in_flight, first: first, second: second}) do
-    in_flight = in_flight |> Dispatcher.attach(second) |> Dispatcher.serve(second)
-    in_flight = Dispatcher.lost(in_flight, first, :replaced)
+    in_flight = in_flight |> Handover.attach(second) |> Handover.serve(second)
+    in_flight = Handover.lost(in_flight, first, :replaced)
     assert_receive {^second, {:data, _request}}, 5_000
     in_flight
   end
@@ -64,7 +64,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
 
   test "a call whose caller was given a chunk does not go to the next peer", context do
     {:ok, in_flight} = Calls.Events.chunk(context.in_flight, context.first, 1, @frame)
-    in_flight = Dispatcher.lost(in_flight, context.first, :replaced)
+    in_flight = Handover.lost(in_flight, context.first, :replaced)
     assert Calls.Table.size(in_flight.calls) == 0
     ref = context.ref
     assert_received {^ref, {:error, :replaced}}
@@ -73,27 +73,27 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
   test "a chunk takes neither the call's terms, by which it is counted out, nor a body that is needed",
        %{first: first, in_flight: in_flight} do
     ref = :erlang.alias()
-    beside = %{stream?: true, tools?: true}
-    terms = {:caller, 0, nil}
-    in_flight = InFlight.accept(in_flight, ref, self(), :infinity, "body", terms, beside)
-    change = {:here, 0, {:create, "p", nil}}
-    in_flight = InFlight.accept(in_flight, nil, self(), :infinity, "change", change, beside)
+    request = %Request{ref: ref, pid: self(), body: "body", retry: :pool, stream?: true}
+    in_flight = Calls.accept(in_flight, request)
+    change = {:create, "p", nil}
+    request = %{request | ref: nil, body: "change", change: change, retry: :bridge}
+    in_flight = Calls.accept(in_flight, request)
     {:ok, in_flight} = Calls.Events.chunk(in_flight, first, 2, @frame)
-    assert %{retry: :caller, body: "", begun?: true} = Calls.Table.get(in_flight.calls, 2)
+    assert %{retry: :pool, body: "", streamed?: true} = Calls.Table.get(in_flight.calls, 2)
 
     in_flight = %{
       in_flight
-      | calls: Calls.Table.replace(in_flight.calls, 3, begun(in_flight, first))
+      | calls: Calls.Table.replace(in_flight.calls, 3, streamed(in_flight, first))
     }
 
     assert %{body: "change"} = Calls.Table.get(in_flight.calls, 3)
-    Dispatcher.lost(in_flight, first, :died)
+    Handover.lost(in_flight, first, :died)
     # Its caller is not to try another peer.
     assert_received {^ref, {:error, :python_process_died}}
   end
 
   # A cast takes no chunks; the caller of a change may.
-  defp begun(in_flight, port) do
+  defp streamed(in_flight, port) do
     call = %{Calls.Table.get(in_flight.calls, 3) | ref: :erlang.alias()}
     in_flight = %{in_flight | calls: Calls.Table.replace(in_flight.calls, 3, call)}
     {:ok, in_flight} = Calls.Events.chunk(in_flight, port, 3, @frame)
@@ -104,20 +104,19 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     # It does not read: what comes after the first requests waits.
     args = [:binary, packet: 4, args: ["60"]]
     port = Port.open({:spawn_executable, System.find_executable("sleep")}, args)
-    beside = %{stream?: false, tools?: true}
     body = String.duplicate("x", 1_000_000)
     {:ok, options} = Options.new([])
 
     in_flight =
       InFlight.new(options, Programs.Store.new())
-      |> Dispatcher.attach(port)
-      |> Dispatcher.serve(port)
+      |> Handover.attach(port)
+      |> Handover.serve(port)
 
     in_flight =
       for _ <- 1..5, reduce: in_flight do
         in_flight ->
-          terms = {:here, 0, nil}
-          InFlight.accept(in_flight, :erlang.alias(), self(), :infinity, body, terms, beside)
+          request = %Request{ref: :erlang.alias(), pid: self(), body: body, tools?: true}
+          Calls.accept(in_flight, request)
       end
 
     in_flight =
@@ -128,12 +127,12 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     waiting = fn in_flight -> in_flight.send_queues[port].queue |> :gb_trees.size() end
     before = waiting.(in_flight)
     assert before >= 13
-    {:ok, in_flight} = InFlight.deliver(in_flight, 5, "reply")
+    {:ok, in_flight} = Calls.deliver(in_flight, 5, "reply")
     assert waiting.(in_flight) == before - 2
     in_flight = InFlight.fail(in_flight, 4, :bridge_not_running)
     assert waiting.(in_flight) == before - 4
     # Its cancel takes the place of the two.
-    in_flight = InFlight.abandon(in_flight, 1)
+    in_flight = Calls.abandon(in_flight, 1)
     assert waiting.(in_flight) == before - 5
     # By it the bridge knows that there is something to collect.
     for _ <- 1..3, do: assert_received({:dropped, 1_000_005})
@@ -173,7 +172,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
   test "a result of a call that is over goes nowhere; a refusal does not need the call",
        context do
     %{first: first} = context
-    {:ok, in_flight} = InFlight.deliver(context.in_flight, 1, "reply")
+    {:ok, in_flight} = Calls.deliver(context.in_flight, 1, "reply")
     in_flight = Calls.Events.tool_result(in_flight, first, 1, @frame)
     Calls.Events.tool_result(in_flight, first, nil, "refused")
     assert_receive {^first, {:data, frame}}, 5_000

@@ -6,15 +6,15 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Calls, Options, Programs}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Quarantine}
+  alias DSPex.PythonBridge.Calls.{Handover, InFlight, Quarantine, Request}
 
   describe "a call leaves nothing of itself" do
     setup do
       {:ok, options} = Options.new(max_retries: 0)
       args = ["-c", "cat > /dev/null 2> /dev/null; :"]
       port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-      in_flight = InFlight.new(options, Programs.Store.new()) |> Dispatcher.attach(port)
-      %{in_flight: Dispatcher.serve(in_flight, port), held: in_flight, port: port}
+      in_flight = InFlight.new(options, Programs.Store.new()) |> Handover.attach(port)
+      %{in_flight: Handover.serve(in_flight, port), held: in_flight, port: port}
     end
 
     @create {:create, "p", nil}
@@ -22,14 +22,13 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
     # One whose caller lives for as long as the test, and a cast.
     defp accept(in_flight, change \\ nil) do
       caller = spawn_link(fn -> Process.sleep(:infinity) end)
-      [call, cast] = [make_ref(), nil]
-      terms = {:here, 0, change}
-      nothing = InFlight.nothing_beside()
+      call = make_ref()
+      cast = %Request{timeout: 600_000, body: "body", change: change}
 
       in_flight =
         in_flight
-        |> InFlight.accept(call, caller, :infinity, "body", terms, nothing)
-        |> InFlight.accept(cast, nil, 600_000, "body", terms, nothing)
+        |> Calls.accept(%{cast | ref: call, pid: caller, timeout: :infinity})
+        |> Calls.accept(cast)
 
       assert monitors() == [process: caller]
       {call, timers(in_flight), in_flight}
@@ -44,7 +43,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
       assert in_flight.calls == Calls.Table.new()
       assert :gb_sets.is_empty(in_flight.held)
       refute Quarantine.any?(in_flight.quarantine)
-      assert in_flight.late == %{}
+      assert in_flight.cancelled_changes == %{}
       assert monitors() == []
       # Cancelled without waiting for it.
       for timer <- timers, do: eventually(fn -> Process.read_timer(timer) == false end)
@@ -52,39 +51,39 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
 
     test "when it is answered", %{in_flight: in_flight} do
       accepted = {_call, _timers, in_flight} = accept(in_flight, @create)
-      {:ok, in_flight} = InFlight.deliver(in_flight, 1, "reply")
-      {:ok, in_flight} = InFlight.deliver(in_flight, 2, "reply")
+      {:ok, in_flight} = Calls.deliver(in_flight, 1, "reply")
+      {:ok, in_flight} = Calls.deliver(in_flight, 2, "reply")
       nothing_left(accepted, in_flight)
     end
 
     test "when its caller's time is over and the caller lives on", %{in_flight: in_flight} do
       accepted = {call, _timers, in_flight} = accept(in_flight)
-      nothing_left(accepted, in_flight |> InFlight.abandon(call) |> InFlight.abandon(2))
+      nothing_left(accepted, in_flight |> Calls.abandon(call) |> Calls.abandon(2))
     end
 
     test "nor when the peer tells later that it has made its change", %{in_flight: in_flight} do
       accepted = {call, _timers, in_flight} = accept(in_flight, @create)
-      in_flight = in_flight |> InFlight.abandon(call) |> InFlight.abandon(2)
-      assert in_flight.late != %{}
-      {:ok, in_flight} = InFlight.deliver(in_flight, 1, "reply")
-      {:ok, in_flight} = InFlight.deliver(in_flight, 2, "reply")
+      in_flight = in_flight |> Calls.abandon(call) |> Calls.abandon(2)
+      assert in_flight.cancelled_changes != %{}
+      {:ok, in_flight} = Calls.deliver(in_flight, 1, "reply")
+      {:ok, in_flight} = Calls.deliver(in_flight, 2, "reply")
       nothing_left(accepted, in_flight)
     end
 
     test "nor when that peer dies first", %{in_flight: in_flight, port: port} do
       accepted = {call, _timers, in_flight} = accept(in_flight, @create)
-      in_flight = in_flight |> InFlight.abandon(call) |> InFlight.abandon(2)
-      nothing_left(accepted, Dispatcher.lost(in_flight, port, :died))
+      in_flight = in_flight |> Calls.abandon(call) |> Calls.abandon(2)
+      nothing_left(accepted, Handover.lost(in_flight, port, :died))
     end
 
     test "when it has not been sent and is given up", %{held: in_flight} do
       accepted = {call, _timers, in_flight} = accept(in_flight)
-      nothing_left(accepted, in_flight |> InFlight.abandon(call) |> InFlight.abandon(2))
+      nothing_left(accepted, in_flight |> Calls.abandon(call) |> Calls.abandon(2))
     end
 
     test "when it fails with its peer", %{in_flight: in_flight, port: port} do
       accepted = {_call, _timers, in_flight} = accept(in_flight, @create)
-      nothing_left(accepted, Dispatcher.lost(in_flight, port, :died))
+      nothing_left(accepted, Handover.lost(in_flight, port, :died))
     end
 
     test "when the bridge ends", %{held: in_flight} do

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
   use ExUnit.Case, async: true
 
   alias DSPex.PythonBridge.{Calls, Options, Programs}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Quarantine}
+  alias DSPex.PythonBridge.Calls.{Handover, InFlight, Quarantine, Request}
 
   doctest Quarantine
 
@@ -17,7 +17,7 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
 
     in_flight =
       Enum.reduce(refs, serve(in_flight), fn {ref, n}, in_flight ->
-        accept(in_flight, ref, "#{n}", {:here, 0, nil})
+        accept(in_flight, ref, "#{n}")
       end)
 
     sent = rounds(in_flight, MapSet.new(deadly, &"#{&1}"), %{})
@@ -32,15 +32,16 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
     {answers, sent}
   end
 
-  defp accept(in_flight, ref, body, terms) do
-    InFlight.accept(in_flight, ref, self(), :infinity, body, terms, InFlight.nothing_beside())
+  defp accept(in_flight, ref, body, deaths \\ 0, change \\ nil) do
+    request = %Request{ref: ref, pid: self(), body: body, deaths: deaths, change: change}
+    Calls.accept(in_flight, request)
   end
 
   defp serve(in_flight) do
     # It takes all, and answers nothing by itself.
     args = ["-c", "while read -r line; do :; done"]
     port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-    in_flight |> Dispatcher.attach(port) |> Dispatcher.serve(port)
+    in_flight |> Handover.attach(port) |> Handover.serve(port)
   end
 
   defp rounds(in_flight, deadly, sent) do
@@ -58,14 +59,14 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
         sent =
           for {_id, n} <- at_peer, reduce: sent, do: (sent -> Map.update(sent, n, 1, &(&1 + 1)))
 
-        in_flight = Dispatcher.lost(in_flight, port, :died)
+        in_flight = Handover.lost(in_flight, port, :died)
         Port.close(port)
         rounds(serve(in_flight), deadly, sent)
 
       true ->
         # One answer at a time: what else is in flight then is with what follows.
         {id, _n} = Enum.random(at_peer)
-        {:ok, in_flight} = InFlight.deliver(in_flight, id, "reply")
+        {:ok, in_flight} = Calls.deliver(in_flight, id, "reply")
         rounds(in_flight, deadly, sent)
     end
   end
@@ -106,7 +107,7 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
   test "fresh calls wait while suspects are tried; a ping does not" do
     {:ok, options} = Options.new(max_retries: 1)
     in_flight = serve(InFlight.new(options, Programs.Store.new()))
-    accept = &accept(&1, nil, &2, {:here, &3, nil})
+    accept = &accept(&1, nil, &2, &3)
     in_flight = in_flight |> accept.("suspect", 1) |> accept.("fresh", 0)
     in_flight = accept.(in_flight, ~s(,"command":"ping"}), 0)
 
@@ -115,28 +116,27 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
     end
 
     assert at_peer.(in_flight) == ["suspect", ~s(,"command":"ping"})]
-    {:ok, in_flight} = InFlight.deliver(in_flight, 1, "reply")
+    {:ok, in_flight} = Calls.deliver(in_flight, 1, "reply")
     assert at_peer.(in_flight) == ["fresh", ~s(,"command":"ping"})]
   end
 
   test "a suspect that nobody waits for any more makes room for the next" do
     {:ok, options} = Options.new(max_retries: 1)
     in_flight = serve(InFlight.new(options, Programs.Store.new()))
-    accept = &accept(&1, nil, &2, {:here, 1, nil})
+    accept = &accept(&1, nil, &2, 1)
     in_flight = in_flight |> accept.("one") |> accept.("two") |> accept.("three")
     # One that waits, then the one on trial.
-    in_flight = in_flight |> InFlight.abandon(2) |> InFlight.abandon(1)
+    in_flight = in_flight |> Calls.abandon(2) |> Calls.abandon(1)
     assert [{3, %{body: "three"}}] = Calls.Table.at(in_flight.calls, in_flight.to)
     assert InFlight.pending(in_flight) == 1
   end
 
   test "a suspect waits while the programs are being given to the next peer" do
     {:ok, options} = Options.new(max_retries: 1)
-    in_flight = Dispatcher.hold_changes(serve(InFlight.new(options, Programs.Store.new())))
-    create = {:here, 1, {:create, "p", nil}}
-    in_flight = accept(in_flight, nil, "create", create)
+    in_flight = Handover.hold_changes(serve(InFlight.new(options, Programs.Store.new())))
+    in_flight = accept(in_flight, nil, "create", 1, {:create, "p", nil})
     assert Calls.Table.at(in_flight.calls, in_flight.to) == []
-    in_flight = Dispatcher.serve(in_flight, in_flight.to)
+    in_flight = Handover.serve(in_flight, in_flight.to)
     assert [{1, %{body: "create"}}] = Calls.Table.at(in_flight.calls, in_flight.to)
   end
 

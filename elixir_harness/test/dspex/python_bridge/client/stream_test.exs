@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Client.StreamTest do
   @moduledoc """
   What comes before a reply: `:on_chunk` and `Bridge.stream`, with a peer that streams what it is told
-  to (tests/fakes/plays.py). Named after the races.
+  to (tests/fakes/replies/plays.py). Named after the races.
   """
 
   use ExUnit.Case, async: true

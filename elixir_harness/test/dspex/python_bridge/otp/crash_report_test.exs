@@ -9,6 +9,7 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
   alias DSPex.PythonBridge.{Bridge, Pool, Protocol}
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Sealed, ServerGuard}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
   alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
@@ -199,19 +200,18 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
     call = %{
       dest: :nobody_of_this_name,
       deadline: :infinity,
-      body: @secret,
-      terms: {:here, 0, nil}
+      request: %Request{body: @secret, stream?: true}
     }
 
-    crash(StreamProxy.start(call, stream?: true, tools: %{}), fn -> :ok end)
+    crash(StreamProxy.start(call, %{}), fn -> :ok end)
 
     holder = FunctionHolder.open({:broken, @secret})
     FunctionHolder.attend(holder)
     crash(holder, fn -> assert FunctionHolder.fetch(holder, "t") == :over end)
 
     # This process is the bridge; its frame is none.
-    proxy = StreamProxy.start(%{call | dest: self()}, stream?: false, tools: %{"t" => & &1})
-    assert_receive {:request, ref, ^proxy, :infinity, @secret, _terms, _beside}
+    proxy = StreamProxy.start(%{call | dest: self()}, %{"t" => & &1})
+    assert_receive {:request, %Request{ref: ref, pid: ^proxy, body: @secret, tools?: true}}
     frame = {:broken, @secret}
     call = %Invocation{port: hd(Port.list()), id: 1, frame: frame, max_frame_bytes: 1_000}
     # One process for the call, another for the answer that it owes.

@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
   import ExUnit.CaptureLog
 
   alias DSPex.PythonBridge.{Bridge, Error, Monitor, Pool}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.Pool.Handle
@@ -17,10 +18,10 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
   defp messages(port, stranger) do
     ref = make_ref()
     me = self()
-    here = {:here, 0, nil}
+    request = %Request{ref: ref, pid: me, timeout: 5, body: @contents}
 
     [:any, {}, {:any}, @contents, %{}, [1 | 2], 1.5, ref, me] ++
-      [{:request}, {:request, 1, 2}, {:request, 1, 2, 3, 4, 5}, {:request, 1, 2, 3, 4, 5, 6}] ++
+      [{:request}, {:request, 1}, {:request, %{}}, {:request, 1, 2}, request] ++
       for what <- [
             {:create, 5, nil},
             {:create, "x", :stamp},
@@ -30,19 +31,20 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
             {:repair, 70, "x"},
             :what
           ] do
-        {:request, ref, me, 5, @contents, {:here, 0, what}}
+        {:request, %{request | change: what}}
       end ++
       [
-        {:request, ref, {:no, :pid}, 5, @contents, here},
-        {:request, ref, me, 5, {:no, :body}, here},
-        {:request, ref, me, :soon, @contents, here},
-        {:request, ref, me, -1, @contents, here},
-        {:request, :no_ref, me, 5, @contents, here},
-        {:request, nil, nil, :infinity, @contents, here},
-        {:request, ref, me, 5, @contents, {:here, :many, nil}},
-        {:request, ref, me, 5, @contents, {:there, 0, nil}},
-        {:request, ref, me, 5, @contents, here, :beside},
-        {:request, ref, me, 5, @contents, here, %{stream?: 1, tools?: 2}},
+        {:request, %{request | pid: {:no, :pid}}},
+        {:request, %{request | body: {:no, :body}}},
+        {:request, %{request | timeout: :soon}},
+        {:request, %{request | timeout: -1}},
+        {:request, %{request | ref: :no_ref}},
+        {:request, %{request | ref: nil, pid: nil, timeout: :infinity}},
+        {:request, %{request | deaths: :many}},
+        {:request, %{request | retry: :there}},
+        {:request, %{request | stream?: 1}},
+        {:request, %{request | tools?: 2}},
+        {:request, Map.from_struct(request)},
         {:tool_result, port, nil, {:no, :frame}},
         {:tool_result, :port, nil, @contents},
         {:tool_result, 1},
@@ -281,7 +283,7 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
 
     log =
       capture_log(fn ->
-        refused = Caller.send_and_wait(monitor, :infinity, @contents, {:here, 0, nil})
+        refused = Caller.send_and_wait(monitor, :infinity, %Request{body: @contents})
         assert refused == {:error, :bridge_not_running}
       end)
 

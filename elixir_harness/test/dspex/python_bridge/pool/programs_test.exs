@@ -6,6 +6,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Pool.Handle
 
   @moduletag :tmp_dir
@@ -47,7 +48,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
   defp forget_all do
     for %{bridge: bridge} <- peers() do
       body = ~s(,"command":"cleanup","args":{}})
-      send(bridge, {:request, nil, nil, 5_000, body, {:here, 0, nil}})
+      send(bridge, {:request, %Request{body: body, timeout: 5_000}})
     end
 
     assert programs() == [%{}]

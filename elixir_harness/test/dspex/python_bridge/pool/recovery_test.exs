@@ -53,6 +53,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
 
   defp peers, do: Pool.status(@pool).peers
 
+  @tag :slow
   test "a pool of 3, one peer killed every 300 ms under 50 callers: none sees an error", %{
     tmp_dir: dir
   } do
@@ -101,6 +102,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert for(%{pending: pending} <- peers(), do: pending) == [0, 0, 0]
   end
 
+  @tag :slow
   test "one that kills each time among good ones: these are answered, it is given up", %{
     tmp_dir: dir
   } do
@@ -120,6 +122,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert log |> String.split("\n", trim: true) |> length() == 4
   end
 
+  @tag :slow
   test "after the death of one of two peers the next execute is answered by the other, at once",
        %{tmp_dir: dir} do
     start(dir, pool_size: 2)

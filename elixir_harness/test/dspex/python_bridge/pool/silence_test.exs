@@ -70,6 +70,7 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
   end
 
   @tag :capture_log
+  @tag :slow
   test "it is replaced within 10 s by default" do
     [hung] = start_up(who(pool_size: 1))
     stop(hung.os_pid)

@@ -51,6 +51,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
     assert Programs.Store.merge(one, Programs.Store.export(two)) == {[], []}
   end
 
+  @tag :slow
   test "the notes of removals are bounded" do
     table = Programs.Store.new()
     for n <- 1..25_000, do: Programs.Store.remove(table, ["#{n}"], Programs.Store.stamp())

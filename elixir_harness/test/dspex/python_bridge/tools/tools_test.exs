@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Tools.ToolsTest do
   @moduledoc """
   Functions of the caller's that the peer calls, with a peer that calls what it is told to
-  (tests/fakes/plays.py). Named after the races.
+  (tests/fakes/replies/plays.py). Named after the races.
   """
 
   use ExUnit.Case, async: true

@@ -9,8 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   # The link ends the courier when the other node is lost.
 
   alias DSPex.PythonBridge.{Error, Programs}
-  alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
 
   # A node that has not started the proxy by then has stopped or cannot be reached: the runtime itself takes a minute
@@ -202,7 +201,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   defp adopt(handle, definition, deadline) do
     case CoordinatorClient.await(handle.name, deadline) do
       nil -> :ok
-      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Caller.left(deadline))
+      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Deadline.left(deadline))
     end
   catch
     # The call shows whether the program is there.

@@ -214,6 +214,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     Enum.each(held, &Task.shutdown(&1, :brutal_kill))
   end
 
+  @tag :slow
   test "a node that has stopped holds no caller past its timeout", context do
     start_here(context.cluster, pool_size: 1)
     there = start_there(context.cluster, pool_size: 1)
