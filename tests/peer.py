@@ -40,7 +40,7 @@ class Peer:
             cwd=cwd,
             bufsize=0,
         )
-        self._ids = itertools.count(1)
+        self.ids = itertools.count(1)
         self._bytes = bytearray()
 
     def __enter__(self) -> Peer:
@@ -67,7 +67,7 @@ class Peer:
 
     def request(self, name: str, args: dict[str, Any] | None = None, **envelope: Any) -> int:
         """Send a command under the next id, which is returned."""
-        id = next(self._ids)
+        id = next(self.ids)
         self.send({"id": id, "command": name, "args": args or {}, **envelope})
         return id
 
@@ -90,6 +90,10 @@ class Peer:
     def receive_all(self, count: int) -> dict[Any, dict[str, Any]]:
         """The next `count` replies by their id."""
         return {reply["id"]: reply for reply in (self.receive() for _ in range(count))}
+
+    def idle(self) -> bool:
+        """Whether nothing that it has sent is still to be read."""
+        return not self._bytes and not select.select([self.process.stdout], [], [], 0)[0]
 
     def _read(self, count: int, patience: float) -> bytes:
         assert self.process.stdout is not None

@@ -1,4 +1,8 @@
-"""An answer in JSON read as it comes, by a parser that stops wherever the next piece is needed. Pure."""
+"""A streaming parser of an LM's answer in JSON. Pure.
+
+`jiter` reads unfinished JSON too, but each time from the beginning, and of JSON with an error in it nothing: what is
+sent would depend on how the answer comes in pieces.
+"""
 
 from __future__ import annotations
 
@@ -8,49 +12,43 @@ from collections.abc import Generator, Iterable, Iterator
 
 from dspy_bridge.streaming.field_parsers import Reader, Told
 
-# What must stand after a backslash; what could still become that.
-_ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
-_BEGUN_ESCAPE = re.compile(r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?")
-# Characters past 16 bits are two escapes.
-_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
-_HIGH = re.compile(r"\\u[dD][89abAB]")
-_PLAIN = re.compile(r'[^"\\]+')
-# Within an object or a list nobody wants to hear of.
-_DEEP = re.compile(r'[^"{}\[\]]*')
+_HIGH = r"[dD][89abAB][0-9a-fA-F]{2}"
+# Characters and whole escapes of a string; half a surrogate pair only when it is known what follows. As many as `re`
+# takes little memory for: 60 bytes each.
+_TEXT = re.compile(
+    rf'(?:[^"\\]+|\\["\\/bfnrt]|\\u(?!{_HIGH})[0-9a-fA-F]{{4}}|\\u{_HIGH}(?=[^\\]|\\[^u]|\\u.{{4}})){{1,10000}}',
+    re.DOTALL,
+)
+# What may still become an escape.
+_UNFINISHED = re.compile(rf"(?:\\(?:u[0-9a-fA-F]{{0,3}}|u{_HIGH}(?:\\(?:u.{{0,3}})?)?)?)?", re.DOTALL)
+_NESTED = re.compile(r'[^"{}\[\]]*')
 _SPACE = " \t\r\n"
 
 
-class _Unreadable(Exception):
-    """This is no JSON; DSPy may find something in it at the end."""
-
-
 class JSONReader(Reader):
-    """The texts among the values of the first object: as `dspy.JSONAdapter` reads what is JSON."""
+    """Reads the string values of the first object, as `dspy.JSONAdapter` does when the answer is valid JSON."""
 
     def __init__(self, fields: Iterable[str]) -> None:
         super().__init__(fields)
         self._buffer = ""
         self._at = 0
-        # A parser that gives None wherever it needs more.
-        self._parts: Iterator[Told | None] = self._read()
-        self._over = False
+        # Gives None wherever it needs more of the answer. Gone after the object, and after an error: DSPy may find
+        # something in the answer at the end.
+        self._parts: Iterator[Told | None] | None = self._read()
 
     def feed(self, piece: str) -> Iterator[Told]:
         """As `Reader`'s."""
-        if self._over:
+        if self._parts is None:
             return
         self._buffer, self._at = self._buffer[self._at :] + piece, 0
-        told: dict[str, list[str]] = {}
         try:
             for part in self._parts:
                 if part is None:
-                    break
-                told.setdefault(part[0], []).append(part[1])
-            else:
-                self._over = True
-        except _Unreadable:
-            self._over = True
-        yield from ((field, "".join(texts)) for field, texts in told.items())
+                    return
+                yield part
+        except ValueError:
+            pass
+        self._parts = None
 
     def _read(self) -> Iterator[Told | None]:
         while (yield from self._next()) != "{":
@@ -58,29 +56,18 @@ class JSONReader(Reader):
         self._at += 1
         seen = set()
         while (yield from self._next(_SPACE + ",")) != "}":
-            key: list[str] = []
-            for part in self._string():
-                if part is None:
-                    yield None
-                else:
-                    key.append(part)
-            name = "".join(key)
+            name = yield from self._string()
             if (yield from self._next(_SPACE)) != ":":
-                raise _Unreadable
+                raise ValueError
             self._at += 1
             if (yield from self._next(_SPACE)) == '"':
-                wanted = name in self.fields and name not in seen
-                for part in self._string():
-                    if part is None:
-                        yield None
-                    elif wanted:
-                        yield name, part
+                yield from self._string(name if name in self.fields and name not in seen else None)
             else:
                 yield from self._skip_value()
             seen.add(name)
 
     def _next(self, skipped: str = "") -> Generator[None, None, str]:
-        """The next character that is not to be skipped; it stays where it is."""
+        """The next character that is not to be skipped; it stays unread."""
         while True:
             while self._at == len(self._buffer):
                 yield None
@@ -88,46 +75,37 @@ class JSONReader(Reader):
                 return self._buffer[self._at]
             self._at += 1
 
-    def _string(self) -> Iterator[str | None]:
-        """The text of a string in parts, from its first quote to past its last."""
+    def _string(self, field: str | None = None) -> Generator[Told | None, None, str]:
+        """Reads a string, quotes included: gives its parts as those of `field`, else returns it."""
         if self._buffer[self._at] != '"':
-            raise _Unreadable
+            raise ValueError
         self._at += 1
-        while (yield from self._next()) != '"':
-            plain = _PLAIN.match(self._buffer, self._at)
-            if plain is None:
-                yield from self._escape()
-            else:
-                self._at = plain.end()
-                yield plain[0]
-        self._at += 1
-
-    def _escape(self) -> Iterator[str | None]:
-        while True:
-            ahead = self._buffer[self._at : self._at + 12]
-            escape = _PAIR.match(ahead) or _ESCAPE.match(ahead)
-            undecided = ahead if escape is None else ahead[6:] if len(escape[0]) == 6 and _HIGH.match(ahead) else "."
-            if _BEGUN_ESCAPE.fullmatch(undecided):
+        whole = ""
+        while not self._buffer.startswith('"', self._at):
+            if text := _TEXT.match(self._buffer, self._at):
+                self._at = text.end()
+                part = json.loads(f'"{text[0]}"', strict=False)
+                if field is None:
+                    whole += part
+                else:
+                    yield field, part
+            elif _UNFINISHED.fullmatch(self._buffer, self._at):
                 yield None
-            elif escape is None:
-                raise _Unreadable
             else:
-                self._at += len(escape[0])
-                yield json.loads(f'"{escape[0]}"')
-                return
+                raise ValueError
+        self._at += 1
+        return whole
 
-    def _skip_value(self) -> Iterator[None]:
-        """Past a value that is no string, to the comma or brace after it."""
+    def _skip_value(self) -> Iterator[Told | None]:
+        """Past a value that is not a string, to the comma or brace after it."""
         depth = 0
         while True:
             here = yield from self._next()
             if depth == 0 and here in ",}":
                 return
             if here == '"':
-                for part in self._string():
-                    if part is None:
-                        yield None
+                yield from self._string()
                 continue
             depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(here, 0)
-            other = _DEEP.match(self._buffer, self._at + 1)
+            other = _NESTED.match(self._buffer, self._at + 1)
             self._at = other.end() if other and depth > 0 else self._at + 1

@@ -154,6 +154,7 @@ def test_no_more_run_at_once_than_may(desk: Desk) -> None:
     assert [question(request) for request in desk.server.requests].index("single") < 30
 
 
+@pytest.mark.slow
 def test_ten_thousand_items(desk: Desk) -> None:
     lm = {"model": "offline/echo"}
     desk.peer.call("create_program", {"id": "many", "signature": "question -> answer", "lm": lm})

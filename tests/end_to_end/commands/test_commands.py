@@ -245,10 +245,10 @@ def test_a_name_that_no_line_can_hold_is_escaped_and_cut(module_peer: Peer) -> N
         assert (reply["error"], reply["error_type"]) == (f"Unknown command: {told}", "unknown_command")
 
 
-def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(echo_peer: Peer) -> None:
+def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(fresh_echo_peer: Peer) -> None:
     """All in one write, so that none has been answered when the next one is read."""
     ask = {"program_id": "qa", "inputs": {"question": "x"}}
-    echo_peer.send(
+    fresh_echo_peer.send(
         {"id": "before", "command": "execute_program", "args": ask},
         {"id": "create", "command": "create_program", "args": QA},
         {"id": "list", "command": "list_programs"},
@@ -256,12 +256,12 @@ def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(echo_
         {"id": "cleanup", "command": "cleanup"},
         {"id": "after", "command": "execute_program", "args": ask},
     )
-    replies = echo_peer.receive_all(6)
+    replies = fresh_echo_peer.receive_all(6)
     assert replies["before"]["error"] == replies["after"]["error"] == "Program not found: qa"
     assert replies["create"]["success"] and replies["execute"]["result"] == {"answer": "echo: x"}
     assert replies["list"]["result"] == {"programs": []}, "what has not been answered is not listed"
     assert replies["cleanup"]["result"] == {"status": "cleaned", "programs_removed": 1}
-    assert echo_peer.call("list_programs")["result"] == {"programs": []}
+    assert fresh_echo_peer.call("list_programs")["result"] == {"programs": []}
 
 
 def test_an_existing_id_is_replaced_and_a_failed_replacement_changes_nothing(echo_peer: Peer) -> None:
@@ -303,18 +303,19 @@ def test_cleanup_of_some(echo_peer: Peer) -> None:
     assert echo_peer.call("cleanup", {"program_ids": [1]})["error_type"] == "invalid_args"
 
 
-def test_programs_that_were_replaced_or_removed_take_no_memory(echo_peer: Peer) -> None:
+@pytest.mark.slow
+def test_programs_that_were_replaced_or_removed_take_no_memory(fresh_echo_peer: Peer) -> None:
     """They are frozen out of garbage collections while they are there, and collected when they are not."""
 
     def rss() -> int:
-        return echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+        return fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
 
     def create(ids: list[str]) -> None:
         for at in range(0, len(ids), 50):
             some = ids[at : at + 50]
-            echo_peer.send(*({"id": id, "command": "create_program", "args": {**QA, "id": id}} for id in some))
+            fresh_echo_peer.send(*({"id": id, "command": "create_program", "args": {**QA, "id": id}} for id in some))
             for _ in some:
-                assert echo_peer.receive()["success"]
+                assert fresh_echo_peer.receive()["success"]
 
     create(["same"] * 600)
     before = rss()
@@ -323,17 +324,17 @@ def test_programs_that_were_replaced_or_removed_take_no_memory(echo_peer: Peer) 
     create([str(n) for n in range(1500)])
     full = rss()
     assert full - before > 15 << 20
-    assert echo_peer.call("cleanup")["result"]["programs_removed"] == 1501
+    assert fresh_echo_peer.call("cleanup")["result"]["programs_removed"] == 1501
     create([str(n) for n in range(1500)])
     assert rss() - full < 8 << 20, "the second 1,500 take the place of the first"
 
 
-def test_get_stats(echo_peer: Peer) -> None:
-    echo_peer.call("create_program", QA)
-    echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "x"}})
-    echo_peer.call("execute_program", {"program_id": "qa", "inputs": {}})
-    stats = echo_peer.call("get_stats")["result"]
-    assert stats["programs_count"] == 1 and stats["pid"] == echo_peer.process.pid
+def test_get_stats(fresh_echo_peer: Peer) -> None:
+    fresh_echo_peer.call("create_program", QA)
+    fresh_echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "x"}})
+    fresh_echo_peer.call("execute_program", {"program_id": "qa", "inputs": {}})
+    stats = fresh_echo_peer.call("get_stats")["result"]
+    assert stats["programs_count"] == 1 and stats["pid"] == fresh_echo_peer.process.pid
     assert stats["memory_usage"]["rss"] > 10**7 and stats["memory_usage"]["vms"] > 10**7
     assert (stats["in_flight"], stats["queued"]) == (0, 0) and 0 < stats["uptime"] < 60
     executes = stats["commands"]["execute_program"]

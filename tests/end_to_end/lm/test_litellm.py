@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import lm_env
 from peer import ROOT, Peer
 
@@ -88,6 +89,7 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
         assert (tmp_path / "begun").exists() and len(server.requests) == asked + len(ways)
 
 
+@pytest.mark.slow
 def test_the_first_call_by_litellm_is_answered_and_holds_nobody_up(start_lm: Any) -> None:
     """With LiteLLM itself: pings, executes and a deadline, as long as it is imported."""
     server = start_lm()

@@ -7,13 +7,15 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PARIS, lm_env
+from conftest import PARIS, lent, lm_env
 from lm_server import Answer, LMServer, chat, script
 from peer import PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
 
 FIRST = "00-" + "a" * 32 + "-" + "1" * 16 + "-01"
 SECOND = "00-" + "b" * 32 + "-" + "2" * 16 + "-00"
@@ -107,55 +109,63 @@ class TracedLM(LMServer):
     """`asked`: of each request the question in it and the values of its header, in the order of the answers."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
-        self.asked: list[tuple[str, list[str] | None]] = []
-        # Headers of the last request, by header.
-        self.headers: dict[str, str] = {}
-        connection = threading.local()
-
-        def noted(request: dict[str, Any]) -> Answer:
-            said = re.findall(r"\[\[ ## question ## \]\]\s*(\w+)", json.dumps(request).replace("\\n", "\n"))
-            self.asked.append((said[-1] if said else "", connection.traceparents))
-            return answer(request)
-
-        super().__init__(noted)
+        self._connection = threading.local()
+        super().__init__(answer)
         handler: Any = self._server.RequestHandlerClass
         plain, server = handler.do_POST, self
 
         def do_post(self: Any) -> None:
-            connection.traceparents = self.headers.get_all("traceparent")
+            server._connection.traceparents = self.headers.get_all("traceparent")
             server.headers = {name.lower(): value for name, value in self.headers.items()}
             plain(self)
 
         handler.do_POST = do_post
 
+    def serve(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
+        self.asked: list[tuple[str, list[str] | None]] = []
+        # Headers of the last request, by header.
+        self.headers: dict[str, str] = {}
 
-@pytest.fixture
-def start_lm() -> Iterator[Callable[..., TracedLM]]:
-    """Starts loopback LMs that note the header."""
-    servers = []
+        def noted(request: dict[str, Any]) -> Answer:
+            said = re.findall(r"\[\[ ## question ## \]\]\s*(\w+)", json.dumps(request).replace("\\n", "\n"))
+            self.asked.append((said[-1] if said else "", self._connection.traceparents))
+            return answer(request)
 
-    def start(answer: Callable[[dict[str, Any]], Answer] | Answer = PARIS) -> TracedLM:
-        servers.append(TracedLM(answer if callable(answer) else lambda _request: answer))
-        return servers[-1]
+        super().serve(noted)
 
-    yield start
+
+@pytest.fixture(scope="module")
+def traced_lms() -> Iterator[list[TracedLM]]:
+    servers: list[TracedLM] = []
+    yield servers
     for server in servers:
         server.stop()
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+def start_lm(traced_lms: list[TracedLM]) -> Iterator[Callable[..., TracedLM]]:
+    """Starts loopback LMs that note the header."""
+    with lent(traced_lms, TracedLM) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("host")
+    (folder / "host.py").write_text(HOST)
+    return folder
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Callable[..., Peer]]:
     """Starts a peer that has `host`."""
-    (tmp_path / "host.py").write_text(HOST)
-    peers = []
+    with ExitStack() as peers:
 
-    def start(**env: str) -> Peer:
-        peers.append(Peer(env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_ALLOW_MODULES": "host", **env}))
-        return peers[-1]
+        def start(**env: str) -> Peer:
+            env = {"PYTHONPATH": f"{ROOT}:{folder}", "DSPY_BRIDGE_ALLOW_MODULES": "host", **env}
+            return peers.enter_context(shared_peer(env=env))
 
-    yield start
-    for peer in peers:
-        peer.__exit__()
+        yield start
 
 
 def ask(question: str, **args: Any) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def test_each_execute_has_its_own_header_and_one_without_has_none(start_lm: Any,
     """At the same time, over the same connections."""
     options, agent = WAYS[way]
     server = start_lm()
-    with Peer(env=lm_env(server, **options)) as peer:
+    with shared_peer(env=lm_env(server, **options)) as peer:
         assert peer.call("create_program", QA)["success"]
         for _again in range(2):
             server.gate.clear()
@@ -231,7 +241,7 @@ def test_the_other_apis_of_litellm_have_it_too(start_lm: Any, model_type: str) -
 def test_it_is_a_header_and_nothing_in_the_body(start_lm: Any) -> None:
     """LiteLLM writes extra headers into the body that some providers get, and they may refuse it for that."""
     server = start_lm()
-    with Peer() as peer:
+    with shared_peer() as peer:
         for model in ("azure_ai/x", "openai/x"):
             assert peer.call("create_program", {**QA, "lm": {"model": model, **server.options(engine="litellm")}})[
                 "success"
@@ -246,7 +256,7 @@ def test_it_is_a_header_and_nothing_in_the_body(start_lm: Any) -> None:
 def test_a_header_of_the_lms_own_gives_way_the_others_stay(start_lm: Any) -> None:
     """Whatever its case, with OpenAI's client and LiteLLM's own. A call without a trace sends it."""
     server = start_lm()
-    with Peer() as peer:
+    with shared_peer() as peer:
         for model, key in itertools.product(("openai/x", "mistral/x"), ("headers", "extra_headers")):
             lm = {"model": model, **server.options(**{key: {"Traceparent": THIRD, "X-Own": "1"}})}
             assert peer.call("create_program", {**QA, "lm": lm})["success"]
@@ -290,7 +300,7 @@ def test_every_lm_call_of_an_agent_has_it(start_lm: Any) -> None:
     done = {**step, "next_tool_name": "finish", "next_tool_args": "{}"}
     server = start_lm(script(chat(**step), chat(**step), chat(**done), chat(reasoning="Seen.", answer="Paris")))
     tool = {"name": "look", "description": "Looks.", "args": {"at": {"type": "str"}}}
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         assert peer.call("create_program", {**QA, "program_type": "react", "tools": [tool]})["success"]
         peer.request("execute_program", ask("one"), traceparent=FIRST)
         for _ in range(2):
@@ -319,7 +329,7 @@ def test_so_has_every_try(start_lm: Any) -> None:
         server = start_lm(advice)
         if "adapter" in program:
             program["adapter"]["extraction_model"] |= server.options()
-        with Peer(env=lm_env(server)) as peer:
+        with shared_peer(env=lm_env(server)) as peer:
             assert peer.call("create_program", {**QA, **program})["success"]
             assert peer.call("execute_program", ask("one"), traceparent=FIRST)["success"]
         assert [traceparents for _, traceparents in server.asked] == [[FIRST]] * calls, program

@@ -11,8 +11,8 @@ defmodule DSPex.PythonBridge.Bridge do
   supervisor (`{Bridge, opts}`, or all of `DSPex.PythonBridge.Supervisor`); several need names of
   their own.
 
-  Requests are written and replies read in the caller's process (`DSPex.PythonBridge.Caller`), so
-  that a 5 MB reply costs no other caller anything; `DSPex.PythonBridge.Server` is the bridge's own.
+  Requests are written and replies read in the caller's process (`DSPex.PythonBridge.Client.Caller`), so
+  that a 5 MB reply costs no other caller anything; `DSPex.PythonBridge.Bridge.Server` is the bridge's own.
 
   Commands are atoms or texts; `args` are maps with a JSON form; results have string keys.
   Timeouts are milliseconds or `:infinity`. They are sent along, so that the peer does not work on
@@ -20,8 +20,9 @@ defmodule DSPex.PythonBridge.Bridge do
   functions that call ends the caller.
   """
 
-  alias DSPex.PythonBridge.{CallOptions, Caller, Error, Options, Protocol, Server}
-  alias DSPex.PythonBridge.{Stream, StreamedCall, Telemetry}
+  alias DSPex.PythonBridge.{Client, Error, Options, Protocol, Telemetry}
+  alias DSPex.PythonBridge.Bridge.Server
+  alias DSPex.PythonBridge.Client.{Caller, EventStream, StreamReducer}
 
   # From the end of draining to the end of the last process.
   @ending_ms 2_000
@@ -56,12 +57,12 @@ defmodule DSPex.PythonBridge.Bridge do
 
   Returns before the interpreter runs; calls made meanwhile wait for it within their own timeouts.
   An option that cannot be right gives `{:error, %ArgumentError{}}` with a text that names it. A
-  Python that cannot be started is no such error: see `DSPex.PythonBridge.Server` for what happens
+  Python that cannot be started is no such error: see `DSPex.PythonBridge.Bridge.Server` for what happens
   then.
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with {:ok, options} <- Options.new(opts) do
+    with {:ok, options} <- Options.new(opts, __MODULE__) do
       GenServer.start_link(Server, options, if(options.name, do: [name: options.name], else: []))
     end
   end
@@ -229,7 +230,7 @@ defmodule DSPex.PythonBridge.Bridge do
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args, opts) do
     with {:ok, options} <-
-           CallOptions.new(opts, [:timeout, :retry, :tools, :traceparent, :on_chunk]),
+           Client.Options.new(opts, [:timeout, :retry, :tools, :traceparent, :on_chunk]),
          request = {server, command, args, options.timeout, options.opts},
          {:ok, _id, result, meta} <- make(request, options) do
       {:ok, result, meta}
@@ -239,17 +240,17 @@ defmodule DSPex.PythonBridge.Bridge do
   defp make({server, command, args, timeout, opts} = request, options) do
     Telemetry.call(:bridge, server, command, args, fn ->
       if options.on_chunk || opts[:tools],
-        do: StreamedCall.run(request, options.on_chunk),
+        do: StreamReducer.run(request, options.on_chunk),
         else: Caller.exchange(server, command, args, timeout, opts)
     end)
   end
 
   @doc "As `stream/3`, by the bridge named `DSPex.PythonBridge.Bridge`."
-  @spec stream(map()) :: Enumerable.t(Stream.element())
+  @spec stream(map()) :: Enumerable.t(EventStream.element())
   def stream(args), do: stream(__MODULE__, args, [])
 
   @doc "`stream(args, opts)` or `stream(server, args)`: as `stream/3`."
-  @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(Stream.element())
+  @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(EventStream.element())
   def stream(server, args) when is_map(args), do: stream(server, args, [])
   def stream(args, opts), do: stream(__MODULE__, args, opts)
 
@@ -280,11 +281,11 @@ defmodule DSPex.PythonBridge.Bridge do
   While the consumer does other things, the execute goes on, and what comes of it is kept; if the result
   comes in time, all of it is given, however late it is asked for.
   """
-  @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(Stream.element())
+  @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(EventStream.element())
   def stream(server, args, opts) do
-    case CallOptions.new(opts, [:timeout, :retry, :tools, :traceparent]) do
+    case Client.Options.new(opts, [:timeout, :retry, :tools, :traceparent]) do
       {:ok, options} ->
-        Stream.new({server, :execute_program, args, options.timeout, options.opts})
+        EventStream.new({server, :execute_program, args, options.timeout, options.opts})
 
       {:error, error} ->
         [error: error]

@@ -38,11 +38,13 @@ defmodule DSPex.PythonBridge.Monitor do
   """
 
   use GenServer
-  use DSPex.PythonBridge.Guard
+  use DSPex.PythonBridge.OTP.ServerGuard
 
   require Logger
 
-  alias DSPex.PythonBridge.{Bridge, Guard, Options, Server, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
+  alias DSPex.PythonBridge.Bridge.Server
+  alias DSPex.PythonBridge.OTP.ServerGuard
 
   @defaults %{
     name: __MODULE__,
@@ -192,7 +194,7 @@ defmodule DSPex.PythonBridge.Monitor do
   def handle_call(:check, from, state), do: {:noreply, %{state | next: [from | state.next]}}
 
   def handle_call(question, from, state) do
-    Guard.drop({:"$gen_call", from, question}, __MODULE__)
+    ServerGuard.drop({:"$gen_call", from, question}, __MODULE__)
     {:noreply, state}
   end
 
@@ -255,7 +257,7 @@ defmodule DSPex.PythonBridge.Monitor do
   def handle_info(message, state), do: drop(message, state)
 
   defp drop(message, state) do
-    Guard.drop(message, __MODULE__)
+    ServerGuard.drop(message, __MODULE__)
     {:noreply, state}
   end
 

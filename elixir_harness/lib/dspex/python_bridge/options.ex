@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Options do
   | option | default | what |
   | --- | --- | --- |
   | `:name` | `DSPex.PythonBridge.Bridge` | how the bridge is registered; nil for not at all |
-  | `:python_executable` | see `DSPex.PythonBridge.Interpreter` | path, or a name on the `PATH` |
+  | `:python_executable` | see `DSPex.PythonBridge.Python.Interpreter` | path, or a name on the `PATH` |
   | `:script_path` | the drop-in in `priv/python` | the peer's script |
   | `:lm` | the peer's own setting | the default LM, as DSPy names it |
   | `:lm_options` | none | map or keyword list of `dspy.LM` arguments (`api_key`, …) |
@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.Options do
 
   Defaults come from `config :dspex, :python_bridge, …`.
 
-  The peer's log records go to Logger (`DSPex.PythonBridge.PeerLog`), since `DSPY_BRIDGE_LOG_FRAMES=1` is in its
+  The peer's log records go to Logger (`DSPex.PythonBridge.Bridge.LogForwarder`), since `DSPY_BRIDGE_LOG_FRAMES=1` is in its
   environment if nothing else is said there; with `env: %{"DSPY_BRIDGE_LOG_FRAMES" => "0"}` they go to
   the standard error of the BEAM.
 
@@ -29,8 +29,9 @@ defmodule DSPex.PythonBridge.Options do
   inspection, state dump or crash report shows them; `seal/1` does the same to an option list.
   """
 
-  alias DSPex.PythonBridge.Pool.Slots
-  alias DSPex.PythonBridge.{Programs, Sealed}
+  alias DSPex.PythonBridge.Programs
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.OTP.Sealed
 
   @default_max_frame_bytes 64 * 1024 * 1024
   # {:packet, 4} of a port carries no more.
@@ -45,7 +46,7 @@ defmodule DSPex.PythonBridge.Options do
   # Names that are nearer to each other than this are taken for one that was misspelt.
   @alike 0.8
 
-  defstruct name: DSPex.PythonBridge.Bridge,
+  defstruct name: nil,
             python_executable: nil,
             script_path: nil,
             env: nil,
@@ -72,14 +73,15 @@ defmodule DSPex.PythonBridge.Options do
           start_timeout: pos_integer(),
           drain_ms: non_neg_integer(),
           slot: slot() | nil,
-          programs: Programs.table() | nil
+          programs: Programs.Store.table() | nil
         }
   @typedoc "A bridge's place in its pool, and the names of the processes to tell of its state, and of silence."
-  @type slot :: {Slots.t(), index :: pos_integer(), keeper :: atom(), monitor :: atom()}
+  @type slot ::
+          {LoadCounters.t(), index :: pos_integer(), coordinator :: atom(), monitor :: atom()}
 
   @doc """
   Options from a keyword list over the application's configuration, or the error that names the
-  one that cannot be right.
+  one that is not accepted. `name` is the bridge's where neither gives one.
 
       iex> {:ok, options} = DSPex.PythonBridge.Options.new(lm: "openai/gpt-4o-mini", max_retries: 1)
       iex> {options.max_retries, options.default_timeout}
@@ -88,12 +90,13 @@ defmodule DSPex.PythonBridge.Options do
       iex> Exception.message(error)
       "python bridge: :max_retries: expected 0 or more, got -1"
   """
-  @spec new(keyword()) :: {:ok, t()} | {:error, Exception.t()}
-  def new(opts \\ []) do
+  @spec new(keyword(), GenServer.name() | nil) :: {:ok, t()} | {:error, Exception.t()}
+  def new(opts \\ [], name \\ nil) do
     with {:ok, config} <- keyword(Application.get_env(:dspex, :python_bridge, []), "config"),
          {:ok, opts} <- keyword(opts, "options") do
       # Of an option given twice the first counts, as Keyword has it.
-      merged = (opts ++ config) |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&unseal/1)
+      merged =
+        (opts ++ config ++ [name: name]) |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&unseal/1)
 
       case Enum.find_value(merged, &refusal/1) do
         nil -> {:ok, build(merged)}
@@ -234,8 +237,8 @@ defmodule DSPex.PythonBridge.Options do
   defp refusal({:max_pending, n}) when is_integer(n) and n > 0, do: nil
   defp refusal({:max_pending, other}), do: expected(:max_pending, "1 or more", other)
 
-  defp refusal({:slot, {_slots, index, keeper, monitor}})
-       when is_integer(index) and is_atom(keeper) and is_atom(monitor),
+  defp refusal({:slot, {_counters, index, coordinator, monitor}})
+       when is_integer(index) and is_atom(coordinator) and is_atom(monitor),
        do: nil
 
   defp refusal({:programs, table}) when is_reference(table), do: nil

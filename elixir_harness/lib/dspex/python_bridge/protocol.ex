@@ -9,7 +9,8 @@ defmodule DSPex.PythonBridge.Protocol do
   its first bytes (`route/1`).
   """
 
-  alias DSPex.PythonBridge.{Error, Payload}
+  alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Protocol.Payload
 
   # Longer ids are not ours; the limit keeps `route/1` cheap on any bytes.
   @max_id_digits 18

@@ -56,7 +56,7 @@ defmodule DSPex.PythonBridge.Supervisor do
     bridge = Keyword.get(opts, :bridge, [])
     monitor = Keyword.put_new(Keyword.get(opts, :monitor, []), :bridge, bridge_name(bridge))
     # This process's, so that they outlive the bridge.
-    programs = Programs.new()
+    programs = Programs.Store.new()
     children = [{Bridge, [programs: programs] ++ bridge}, {Monitor, monitor}]
     Supervisor.init(children, strategy: :one_for_one)
   end

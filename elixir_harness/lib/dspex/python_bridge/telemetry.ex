@@ -9,7 +9,8 @@ defmodule DSPex.PythonBridge.Telemetry do
   # The host brings it, or does not.
   @compile {:no_warn_undefined, :telemetry}
 
-  alias DSPex.PythonBridge.{Caller, Error}
+  alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Programs.Change
 
   @typedoc "A call that is under way; nil: of which nobody is told."
   @type span :: {started :: integer(), metadata :: map()} | nil
@@ -96,7 +97,7 @@ defmodule DSPex.PythonBridge.Telemetry do
         bridge: nil,
         pool: nil,
         command: command(command),
-        program_id: program_id(command, args),
+        program_id: Change.program_id(command, args),
         telemetry_span_context: make_ref()
       }
 
@@ -159,17 +160,6 @@ defmodule DSPex.PythonBridge.Telemetry do
   defp command(command) when is_atom(command), do: Atom.to_string(command)
   defp command(command) when is_binary(command), do: command
   defp command(_refused), do: nil
-
-  defp program_id(command, args)
-       when command in [:execute_program, "execute_program"] and is_map(args),
-       do: Caller.program_id(args)
-
-  defp program_id(command, args)
-       when command in [:create_program, "create_program"] and is_map(args) do
-    with {:create, id, _stamp} <- Caller.change(command, args), do: id
-  end
-
-  defp program_id(_command, _args), do: nil
 
   # A process is told by its name, if it has one, as its own events are.
   defp name({name, node}) when node == node(), do: name

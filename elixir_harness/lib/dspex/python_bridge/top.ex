@@ -13,7 +13,8 @@ defmodule DSPex.PythonBridge.Top do
   What is asked here is not told by telemetry, and not among the counted calls.
   """
 
-  alias DSPex.PythonBridge.{Bridge, Caller}
+  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Top.{Finder, Remote, Table}
 
   # A peer answers in a millisecond, behind a big frame in some ten.

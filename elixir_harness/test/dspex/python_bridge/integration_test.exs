@@ -205,6 +205,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
                Bridge.call(bridge, :execute_program, execute(String.duplicate("x", 5_000_000)))
     end
 
+    @tag :slow
     test "64 MiB both ways at once, and other callers meanwhile" do
       bridge = start()
       id = String.duplicate("x", 64 * 1024 * 1024 - 1_000)
@@ -254,6 +255,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       assert Bridge.get_status(bridge).pending == 0
     end
 
+    @tag :slow
     test "the peer killed: every request is made again by the next, which has the program", %{
       bridge: bridge
     } do
@@ -270,6 +272,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
     end
 
+    @tag :slow
     test "stop leaves no process, busy as it is", %{bridge: bridge} do
       spawn(fn -> Bridge.call(bridge, :execute_program, execute("?"), 30_000) end)
       assert_receive {:lm_request, _line}, 10_000

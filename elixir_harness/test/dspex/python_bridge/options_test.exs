@@ -4,10 +4,11 @@ defmodule DSPex.PythonBridge.OptionsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Options, Peer}
+  alias DSPex.PythonBridge.{Bridge, Options}
+  alias DSPex.PythonBridge.Bridge.Peer
 
   test "what is not said has its default" do
-    assert {:ok, options} = Options.new([])
+    assert {:ok, options} = Options.new([], Bridge)
     assert options.name == Bridge
     assert options.default_timeout == 30_000
     assert options.max_retries == 3
@@ -142,7 +143,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
   end
 
   describe "an option that is misspelt is named with the nearest that there is" do
-    alias DSPex.PythonBridge.{Bridge, CallOptions, Monitor, Pool}
+    alias DSPex.PythonBridge.{Bridge, Client, Monitor, Pool}
 
     test "a bridge's, in its options and in the configuration" do
       assert {:error, %ArgumentError{message: text}} = Options.new(max_retrys: 1)
@@ -166,7 +167,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
                DSPex.PythonBridge.Supervisor.start_link(bridges: [])
 
       assert text =~ "did you mean :bridge?"
-      assert {:error, error} = CallOptions.new([timeuot: 5], [:timeout, :retry])
+      assert {:error, error} = Client.Options.new([timeuot: 5], [:timeout, :retry])
       assert error.message =~ "did you mean :timeout?"
     end
 

@@ -3,14 +3,16 @@ defmodule DSPex.PythonBridge.Top.Finder do
   The bridges of this node: those of pools, of supervisors, and bare ones, with a name or without.
 
   There is no list of them to keep, and they hide their own process dictionaries. But the definitions of
-  programs are in a table of `DSPex.PythonBridge.Programs`, which belongs to a bridge or to the
-  supervisor that it is linked to, and beside each bridge runs its `DSPex.PythonBridge.PeerLog`, a
+  programs are in a table of `DSPex.PythonBridge.Programs.Store`, which belongs to a bridge or to the
+  supervisor that it is linked to, and beside each bridge runs its `DSPex.PythonBridge.Bridge.LogForwarder`, a
   child of its own that has its name in its label. Looking costs about a microsecond for each table of
   the node and for each call in flight (more where its caller is running), and no process is sent anything.
   """
 
-  alias DSPex.PythonBridge.{PeerLog, Programs}
-  alias DSPex.PythonBridge.Pool.{Info, Slots}
+  alias DSPex.PythonBridge.Programs
+  alias DSPex.PythonBridge.Bridge.LogForwarder
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.Handle
 
   @typedoc "`server` is what the functions of `DSPex.PythonBridge.Bridge` take; the rest is text."
   @type found :: %{
@@ -32,21 +34,21 @@ defmodule DSPex.PythonBridge.Top.Finder do
   # A table that has gone meanwhile has no owner.
   defp owners do
     for table <- :ets.all(),
-        :ets.info(table, :name) == Programs,
+        :ets.info(table, :name) == Programs.Store,
         owner when is_pid(owner) <- [:ets.info(table, :owner)],
         uniq: true,
         do: owner
   end
 
   defp bridges_of(owner) do
-    case Info.fetch(owner) do
+    case Handle.fetch(owner) do
       nil ->
         for pid <- [owner | linked(owner)], name = name(pid), do: found(pid, name)
 
-      info ->
-        for index <- Slots.indexes(info.slots) do
-          name = Info.bridge(info, index)
-          %{found(name, name) | pool: inspect(info.name), number: index}
+      handle ->
+        for index <- LoadCounters.indexes(handle.counters) do
+          name = Handle.bridge(handle, index)
+          %{found(name, name) | pool: inspect(handle.name), number: index}
         end
     end
   end
@@ -72,7 +74,7 @@ defmodule DSPex.PythonBridge.Top.Finder do
   # OTP 26 has no function that reads a label.
   defp label(pid) do
     with {:dictionary, dictionary} <- Process.info(pid, :dictionary),
-         {_key, {PeerLog, name}} <- List.keyfind(dictionary, :"$process_label", 0),
+         {_key, {LogForwarder, name}} <- List.keyfind(dictionary, :"$process_label", 0),
          do: name,
          else: (_other -> nil)
   end
