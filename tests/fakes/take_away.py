@@ -94,16 +94,21 @@ def hide_in_class(owner: type, attribute: str) -> None:
     owner.__getattr__ = __getattr__  # type: ignore[attr-defined]
 
 
+hidden_settings: set[str] = set()
+
+
 def hide_setting(owner: Any, attribute: str) -> None:
     """DSPy itself has it still."""
-    before = owner.__getattr__
+    if not hidden_settings:
+        before = owner.__getattr__
 
-    def __getattr__(self: Any, name: str) -> Any:
-        if name == attribute and of_the_bridge():
-            raise AttributeError(name)
-        return before(self, name)
+        def __getattr__(self: Any, name: str) -> Any:
+            if name in hidden_settings and of_the_bridge():
+                raise AttributeError(name)
+            return before(self, name)
 
-    owner.__getattr__ = __getattr__
+        owner.__getattr__ = __getattr__
+    hidden_settings.add(attribute)
 
 
 sys.meta_path.insert(0, AtFirstUse())

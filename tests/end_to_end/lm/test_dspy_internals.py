@@ -72,7 +72,7 @@ def all_work(peer: Peer, taken: list[dspy_internals.Name]) -> None:
     assert result["answer"] == "echo: Why?"
     gone = sorted({*GONE_ALREADY, *(name.dotted for name in taken)})
     assert peer.call("get_stats")["result"]["degraded"] == gone
-    warnings = WARNING.findall(peer.finish()[2])
+    warnings = WARNING.findall(peer.finish_whole()[2])
     assert len(warnings) == (1 if gone else 0)
     assert all(name in warnings[0] for name in gone)
 
@@ -115,4 +115,4 @@ def test_without_a_name_below_litellm_an_lm_is_asked_by_it(
     assert peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": lm})["success"]
     assert run(peer, "qa")[0] == {"answer": "Paris"}
     assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
-    assert len(WARNING.findall(peer.finish()[2])) == (2 if GONE_ALREADY else 1)
+    assert len(WARNING.findall(peer.finish_whole()[2])) == (2 if GONE_ALREADY else 1)
