@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test test-install check dialyzer docs fuzz soak bench lock package format clean
+.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak bench lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,8 @@ HARNESS := elixir_harness
 PINS := $(HARNESS)/priv/python/requirements.txt
 # The tests and the demo of the harness run the peer with this interpreter.
 export DSPY_BRIDGE_PYTHON := $(CURDIR)/$(PY)
+# Without bytecode in $(VENV) each of hundreds of peers would compile DSPy again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -23,7 +25,9 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	  { echo "Python 3.10 or newer is needed; install it, or name one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed; install python3-venv (Debian, Ubuntu) and try again"; rm -rf $(VENV); exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[dev]'
+	@# uv installs all of it in the time that pip takes to look for it.
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) uv
+	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[dev]'
 	@touch $@
 
 elixir:
@@ -41,10 +45,21 @@ elixir:
 demo: setup ## Elixir, port, DSPy, answer: with the built-in LM, or DSPY_BRIDGE_LM=openai/gpt-4o-mini
 	@cd $(HARNESS) && mix run --no-start demo.exs
 
-# Most of pytest's time is peers that import DSPy: two at a time take 2:40 instead of 4:40.
-test: setup ## pytest and mix test
-	$(PY) -m pytest -q -n auto --maxprocesses 4
-	cd $(HARNESS) && mix test --warnings-as-errors
+test: setup ## pytest and mix test, without what takes long
+	@tests/both quick
+
+test-slow: setup ## the others of them: storms, long recoveries, megabytes, thousands of frames
+	@tests/both slow
+
+test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy: VERSION=3.3.1, or VERSION=pre for the newest pre-release
+	@test -n "$(VERSION)" || { echo "name a version: make test-dspy VERSION=3.3.1"; exit 1; }
+	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(VENV)/dspy-$(VERSION)
+	@# The other pins hold for DSPy's releases; a pre-release may need what is newer.
+	@grep -v '^dspy==' $(if $(filter pre,$(VERSION)),/dev/null,$(PINS)) > $(VENV)/dspy-$(VERSION)/pins.txt || true
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/dspy-$(VERSION)/bin/python -c $(VENV)/dspy-$(VERSION)/pins.txt \
+	  -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
+	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
+	  $(addprefix tests/end_to_end/,lm programs streaming commands)
 
 test-install: setup ## a new user's first hour: a Mix application of its own, with what the packages carry
 	$(PY) -m pytest -q tests/install
@@ -54,6 +69,8 @@ check: setup dialyzer ## lint, formats, types, warnings
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
+	@# No module imports one that imports it, by whatever way.
+	cd $(HARNESS) && MIX_ENV=test mix xref graph --format cycles --fail-above 0
 	@# What OTP 28 refuses to compile shows on older ones too.
 	cd $(HARNESS) && mix test test/attribute_regexes_test.exs
 
@@ -89,7 +106,7 @@ fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with
 soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then the books: lost 0, grown 0, left 0
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
-bench: setup ## the table of the README: ratios against baselines in the same run, some 2 minutes
+bench: setup ## the table of docs/performance.md: ratios against baselines in the same run, some 2 minutes
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }

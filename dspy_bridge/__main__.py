@@ -9,12 +9,12 @@ import sys
 
 from dspy_bridge import settings
 from dspy_bridge.port import stdio, watchdog
+from dspy_bridge.port.stderr import refuse
 from dspy_bridge.wire.json_values import MAX_INT_DIGITS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    import asyncio
     from collections.abc import Mapping
     from typing import NoReturn
 
@@ -34,7 +34,7 @@ def main() -> int:
         if unknown:
             # Their values may be secrets.
             names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-            return _refuse(f"unknown arguments {' '.join(names)}; --help lists all")
+            return refuse(f"unknown arguments {' '.join(names)}; --help lists all")
         if arguments.selftest:
             from dspy_bridge import selftest
 
@@ -43,14 +43,14 @@ def main() -> int:
     try:
         chosen = settings.load(os.environ, flags)
     except settings.SettingError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     if os.isatty(0):
-        return _refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
+        return refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
     # Before anything that might print is imported.
     try:
         reading, writing = stdio.take()
     except OSError:
-        return _refuse("stdin or stdout is closed: this program is opened by a port")
+        return refuse("stdin or stdout is closed: this program is opened by a port")
     # Nothing that the imports to come leave is garbage; looking for some would cost the first ping 0.7 ms.
     gc.disable()
     # Before there are threads, and before much is imported: a fork has it all.
@@ -61,47 +61,20 @@ def main() -> int:
 
 
 def _serve(chosen: Settings, reading: int, writing: int) -> None:
-    from dspy_bridge.commands.handlers import Commands
-    from dspy_bridge.dispatch.dispatcher import Dispatcher
+    from dspy_bridge import app
     from dspy_bridge.port import reader
     from dspy_bridge.port.frame_writer import Writer
     from dspy_bridge.runtime import allocator
+    from dspy_bridge.wire import messages
 
     writer = Writer(writing, reader.exit_now)
 
-    def setup_logs() -> None:
-        from dspy_bridge.logs import peer_log
-
-        peer_log.setup(chosen.log_level, send_log if chosen.log_frames else None)
-
-    def send_log(payload: bytes) -> None:
+    def send_log(level: str, logger: str, message: str, traceparent: str | None) -> None:
         # Records wait in a bounded queue of their own, not among the replies.
         writer.wait_for_room(lambda: False)
-        writer.send([payload])
+        writer.send([messages.encode_log(level, logger, message, traceparent)])
 
-    def log_exception() -> str:
-        from dspy_bridge.logs import peer_log
-
-        setup_logs()
-        return peer_log.exception()
-
-    def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
-        from dspy_bridge.runtime import inline_executor
-
-        loop.set_default_executor(inline_executor.Executor(memory_cache_only=chosen.disk_cache is None))
-
-    commands = Commands(chosen, setup_logs, lambda: dispatcher.load())
-    dispatcher = Dispatcher(
-        commands.table(),
-        writer.send,
-        # An execute has a connection to its LM.
-        max_in_flight=min(chosen.max_in_flight, stdio.spare()),
-        max_queue=chosen.max_queue,
-        max_frame_bytes=chosen.max_frame_bytes,
-        log_exception=log_exception,
-        prepare_loop=prepare_loop,
-        when_room=writer.when_room,
-    )
+    dispatcher = app.build_dispatcher(chosen, writer.send, send_log=send_log, when_room=writer.when_room)
     gc.enable()
     # The watchdog, which runs by now, is to outlive this.
     allocator.give_way()
@@ -116,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            sys.exit(_refuse(message))
+            sys.exit(refuse(message))
 
     parser = Parser(
         prog="python -m dspy_bridge",
@@ -138,11 +111,6 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{setting.help} [{setting.variable}; {default}]",
         )
     return parser
-
-
-def _refuse(why: str) -> int:
-    os.write(2, f"dspy_bridge: {why}\n".encode())
-    return 2
 
 
 if __name__ == "__main__":

@@ -26,16 +26,17 @@ import queue
 import re
 import threading
 
+from dspy_bridge import app, settings
 from dspy_bridge.dispatch import error_replies
 from dspy_bridge.runtime import allocator
 from dspy_bridge.settings import SettingError
 from dspy_bridge.wire import messages
 from dspy_bridge.wire.erlport_terms import Unfit, WrongCall, check_receiver, from_term, to_command, to_term
+from dspy_bridge.wire.frames import TooLarge
 from dspy_bridge.wire.json_values import encode_value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterable
     from typing import Any
 
@@ -77,22 +78,8 @@ class Peer:
 
     def __init__(self) -> None:
         """Raises `SettingError`."""
-        from dspy_bridge import settings
-        from dspy_bridge.commands.handlers import Commands
-        from dspy_bridge.dispatch.dispatcher import Dispatcher
-        from dspy_bridge.port import stdio
-
         self.settings = settings.load(os.environ, {})
-        commands = Commands(self.settings, _setup_logs, lambda: self._dispatcher.load())
-        self._dispatcher: Dispatcher = Dispatcher(
-            commands.table(),
-            self._deliver,
-            max_in_flight=min(self.settings.max_in_flight, stdio.spare()),
-            max_queue=self.settings.max_queue,
-            max_frame_bytes=self.settings.max_frame_bytes,
-            log_exception=_log_exception,
-            prepare_loop=self._prepare_loop,
-        )
+        self._dispatcher = app.build_dispatcher(self.settings, self._deliver)
         self._ids = itertools.count(1)
         # Single steps on it are safe from any thread.
         self._waiting: dict[int, Callable[[bytes], object]] = {}
@@ -114,8 +101,6 @@ class Peer:
             self._answer(id, told)
 
     def _receive(self, payload: bytes) -> bytes | None:
-        from dspy_bridge.wire.frames import TooLarge
-
         fits = len(payload) <= self.settings.max_frame_bytes
         with self._reading:
             told = self._dispatcher.receive(payload if fits else TooLarge(len(payload)))
@@ -140,11 +125,6 @@ class Peer:
                 asked = json.loads(payload)["tool_call"]
                 result = {"call_id": asked["call_id"], "success": False, "error": _NO_TOOLS}
                 self._receive(encode_value({"tool_result": result}))
-
-    def _prepare_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        from dspy_bridge.runtime import inline_executor
-
-        loop.set_default_executor(inline_executor.Executor(memory_cache_only=self.settings.disk_cache is None))
 
 
 _lock = threading.Lock()
@@ -223,14 +203,5 @@ def _atom() -> Callable[[bytes], Any]:
     return atom
 
 
-def _setup_logs() -> None:
-    from dspy_bridge.logs import peer_log
-
-    peer_log.setup("info" if _peer is None else _peer.settings.log_level, None)
-
-
 def _log_exception() -> str:
-    from dspy_bridge.logs import peer_log
-
-    _setup_logs()
-    return peer_log.exception()
+    return app.log_exception("info" if _peer is None else _peer.settings.log_level)

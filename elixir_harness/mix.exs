@@ -78,13 +78,19 @@ defmodule DSPex.MixProject do
   @version "0.1.0"
   @pages [
     {"getting-started", "Start"},
-    {"guide", "Start"},
+    {"guide/signatures", "Guide"},
+    {"guide/agents", "Guide"},
+    {"guide/streaming", "Guide"},
+    {"guide/lms", "Guide"},
+    {"guide/own-modules", "Guide"},
     {"deploying", "In production"},
+    {"security", "In production"},
     {"settings", "In production"},
     {"errors", "In production"},
     {"telemetry", "In production"},
     {"cluster", "In production"},
     {"how-it-works", "Inside"},
+    {"performance", "Inside"},
     {"protocol", "Inside"},
     {"coming-from", "Coming from"},
     {"erlport", "Coming from"}
@@ -139,9 +145,10 @@ defmodule DSPex.MixProject do
       formatters: ["html"],
       extras:
         ["../README.md"] ++
-          Enum.map(@pages, fn {page, _group} -> "../docs/#{page}.md" end) ++ ["../CHANGELOG.md"],
+          Enum.map(@pages, fn {page, _group} -> "../docs/#{page}.md" end) ++
+          ["../CONTRIBUTING.md", "../CHANGELOG.md"],
       groups_for_extras:
-        for group <- ["Start", "In production", "Inside", "Coming from"] do
+        for group <- ["Start", "Guide", "In production", "Inside", "Coming from"] do
           {group, for({page, ^group} <- @pages, do: "../docs/#{page}.md")}
         end,
       groups_for_modules: [
@@ -150,7 +157,7 @@ defmodule DSPex.MixProject do
           DSPex.Application,
           DSPex.PythonBridge.Supervisor,
           DSPex.PythonBridge.Options,
-          DSPex.PythonBridge.Interpreter
+          DSPex.PythonBridge.Python.Interpreter
         ],
         "Looking at it": [
           DSPex.PythonBridge.Monitor,

@@ -1,39 +1,123 @@
-"""Fixtures: a peer with `offline/echo`, a loopback LM and a peer that asks it."""
+"""Fixtures: peers with `offline/echo`, and loopback LMs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pytest
 from lm_server import Answer, LMServer, chat
-from peer import Peer
+from peer import DSPY, Peer
+from shared_peers import close, shared_peer
 
 PARIS = chat(answer="Paris")
+Server = TypeVar("Server", bound=LMServer)
+
+
+# Options of an LM that DSPy asks by LiteLLM; DSPy 3.3 asks all so.
+BY_LITELLM: dict[str, Any] = {"engine": "litellm"} if DSPY >= (3, 4) else {}
+
+
+class LacksFeature(Exception):
+    """Raised by a test that has seen the peer refuse what this older DSPy does not have: it ends there, and passes."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Ends a test that raised `LacksFeature`."""
+    try:
+        return (yield)
+    except LacksFeature:
+        return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_peer_is_left() -> Iterator[None]:
+    yield
+    close()
 
 
 @pytest.fixture
 def echo_peer() -> Iterator[Peer]:
-    """A peer whose LM is `offline/echo`."""
-    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+    """A peer whose LM is `offline/echo`. Other tests may have used it."""
+    with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
         yield peer
 
 
 @pytest.fixture
-def start_lm() -> Iterator[Callable[..., LMServer]]:
-    """Starts loopback LMs."""
-    servers = []
+def fresh_echo_peer() -> Iterator[Peer]:
+    """A peer whose LM is `offline/echo`, just started."""
+    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+        yield peer
 
-    def start(answer: Callable[[dict[str, Any]], Answer] | Answer = PARIS) -> LMServer:
-        servers.append(LMServer(answer if callable(answer) else lambda _request: answer))
-        return servers[-1]
 
-    yield start
+@pytest.fixture(scope="session")
+def lms() -> Iterator[list[LMServer]]:
+    """Loopback LMs that no test uses at present."""
+    servers: list[LMServer] = []
+    yield servers
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def start_lm(lms: list[LMServer]) -> Iterator[Callable[..., LMServer]]:
+    """Starts loopback LMs."""
+    with lent(lms, LMServer) as start:
+        yield start
+
+
+@contextmanager
+def lent(lms: list[Server], kind: Callable[..., Server]) -> Iterator[Callable[..., Server]]:
+    """Starts LMs, or reuses those of earlier tests.
+
+    The first has the same address each time, so that tests can share a peer that asks it.
+    """
+    used: list[Server] = []
+
+    def start(answer: Callable[[dict[str, Any]], Answer] | Answer = PARIS) -> Server:
+        answers = answer if callable(answer) else lambda _request: answer
+        if len(used) == len(lms):
+            lms.append(kind(answers))
+        used.append(lms[len(used)])
+        used[-1].serve(answers)
+        return used[-1]
+
+    yield start
+    for number, server in enumerate(used):
+        if not server.becomes_idle(1):
+            server.stop()
+            lms[number] = kind(lambda _request: PARIS)
 
 
 def lm_env(server: LMServer, **options: Any) -> dict[str, str]:
     """Settings of a peer that asks `server`."""
     return {"DSPY_BRIDGE_LM": "openai/stub-model", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options(**options))}
+
+
+class Deselected:
+    """Says at the end how many tests were not selected, which pytest-xdist keeps to itself."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.count = 0
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.count += len(items)
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["deselected"] = self.count
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        # Each process collects all tests.
+        self.count = node.workeroutput.get("deselected", 0)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.count:
+            terminalreporter.write_line(f"{self.count} deselected")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Deselected(config))

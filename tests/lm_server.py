@@ -24,24 +24,33 @@ class LMServer:
     bytes go as they are.
 
     `requests`: all bodies received. `authorizations`: the headers. `gate`: while cleared, answers are held back.
-    `ended`: released with each connection that has ended.
+    `ended`: released with each connection that was opened since `serve` and has ended.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.authorizations: list[str | None] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.arrived = threading.Semaphore(0)
-        self.closed_by_client = threading.Semaphore(0)
-        self.ended = threading.Semaphore(0)
-        self._answer = answer
+        self._idle = threading.Condition()
+        self._answering = 0
+        self.serve(answer)
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def setup(self) -> None:
+                super().setup()
+                self._ended = owner.ended
+
             def do_POST(self) -> None:
+                with owner._idle:
+                    owner._answering += 1
+                try:
+                    self._answer()
+                finally:
+                    with owner._idle:
+                        owner._answering -= 1
+                        owner._idle.notify_all()
+
+            def _answer(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 owner.requests.append(body)
                 owner.authorizations.append(self.headers.get("Authorization"))
@@ -78,7 +87,7 @@ class LMServer:
 
             def finish(self) -> None:
                 super().finish()
-                owner.ended.release()
+                self._ended.release()
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -87,6 +96,23 @@ class LMServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def serve(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
+        """Answer like this from now on, and forget what was received before."""
+        self.requests: list[dict[str, Any]] = []
+        self.authorizations: list[str | None] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.arrived = threading.Semaphore(0)
+        self.closed_by_client = threading.Semaphore(0)
+        self.ended = threading.Semaphore(0)
+        self._answer = answer
+
+    def becomes_idle(self, patience: float) -> bool:
+        """Let held answers go; whether all requests are answered in time."""
+        self.gate.set()
+        with self._idle:
+            return self._idle.wait_for(lambda: self._answering == 0, patience)
 
     def _wait_for_gate(self, connection: Any) -> bool:
         """True once the gate is open, False if the client closes its connection first."""

@@ -119,6 +119,7 @@ class Commands:
             "threads": THREADS.counts(),
             "pid": os.getpid(),
             "versions": self._versions,
+            "degraded": [] if self._models is None else self._models.degraded(),
         }
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Dispatcher:
         max_queue: int,
         max_frame_bytes: int,
         log_exception: Callable[[], str],
+        when_room: Callable[[Callable[[], object]], bool],
         prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
-        when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
     ) -> None:
         """`send` writes reply payloads from any thread; `log_exception` logs the current one and gives its reference.
 

@@ -1,7 +1,7 @@
-"""`offline/echo`: an LM that needs no network, for demos, self-tests and CI. It knows nothing and answers at once.
+"""`offline/echo`: an LM without a network, for demos, self-tests and CI. It answers at once.
 
-It is a real `dspy.LM` on an engine of ours, so a call takes DSPy's whole way: adapter, LM, parser. What the adapter
-was asked to format tells the engine which fields to answer; text fields echo the inputs, others get a value of their
+It is a `dspy.LM` on an engine of ours, so a call passes all of DSPy: adapter, LM, parser. A callback notes what the
+adapter formats, so the engine knows which fields to answer: text fields echo the inputs, others get a value of their
 type, always the same for the same question.
 """
 
@@ -11,28 +11,26 @@ import re
 import types
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dspy
 import pydantic
-from dspy.lm15 import (
-    Message,
-    Request,
-    Response,
-    StreamDeltaEvent,
-    StreamEndEvent,
-    StreamStartEvent,
-    TextDelta,
-    TextPart,
-    Usage,
-)
 from dspy.utils.callback import BaseCallback
 
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
+
+try:
+    from dspy import lm15
+except ImportError:  # DSPy 3.3, where an LM has no engine
+    lm15 = None
+# Whether an LM's `engine` may be chosen.
+ENGINES = lm15 is not None
 
 NAME = "offline/echo"
 
-# Of the LM call that is about to be made in this context: its adapter, signature and inputs.
+# Adapter, signature and inputs of the LM call that this context makes next.
 _asked: ContextVar[tuple[dspy.Adapter, type[dspy.Signature], dict[str, Any]] | None] = ContextVar("asked", default=None)
 
 _BY_FORMAT = {
@@ -47,24 +45,50 @@ _BY_FORMAT = {
 
 
 class WatchFormat(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
-    """A DSPy callback that must be active where `EchoLM` answers: it notes what the adapter formats."""
+    """A DSPy callback, which `EchoLM` needs: it notes what the adapter formats."""
 
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Called by DSPy in the context of the LM call that follows."""
-        # An adapter's `format` that calls its parent's shows here twice, the second time without names.
+        # A `format` that calls its parent's comes here twice, the second time without names.
         if "signature" in inputs and "inputs" in inputs:
             _asked.set((instance, inputs["signature"], inputs["inputs"]))
 
 
-class EchoLM(LoopLM):
+class _WithoutEngine:
+    """The methods by which an LM answers in DSPy 3.3, in OpenAI's format."""
+
+    supports_function_calling = supports_reasoning = supports_response_schema = False
+    supported_params: frozenset[str] = frozenset()
+
+    def forward(self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **_options: Any) -> Any:
+        text, usage = _reply([str(message.get("content")) for message in messages or [{"content": prompt}]])
+        message = SimpleNamespace(content=text, provider_specific_fields={})
+        names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
+        return SimpleNamespace(
+            model=NAME,
+            choices=[SimpleNamespace(index=0, message=message, finish_reason="stop")],
+            usage={name: usage[given] for name, given in names.items()},
+        )
+
+    async def aforward(self, *args: Any, **options: Any) -> Any:
+        response = self.forward(*args, **options)
+        stream = dspy_internals.SEND_STREAM.there and dspy.settings[dspy_internals.SEND_STREAM.attribute]
+        if stream:
+            for word in _words(response.choices[0].message.content):
+                choice = SimpleNamespace(delta=SimpleNamespace(content=word), finish_reason=None)
+                predictor = dspy.settings[dspy_internals.CALLER_PREDICT.attribute]
+                await stream.send(SimpleNamespace(predict_id=id(predictor), choices=[choice]))
+        return response
+
+
+class EchoLM(*((LoopLM,) if lm15 is not None else (_WithoutEngine, LoopLM))):  # type: ignore[misc]
     """For demos, self-tests and CI: no network, no model, the same answer to the same question."""
 
     def __init__(self, **options: Any) -> None:
-        """`options`: those of `dspy.LM`; what configures a connection has nothing to configure here."""
-        engine = _Engine()
+        """`options`: those of `dspy.LM`; those of a connection are ignored."""
         options = {name: value for name, value in options.items() if name not in _CONNECTION}
-        options.setdefault("cache", False)
-        super().__init__(NAME, engine=engine, async_engine=_AsyncEngine(engine), **options)
+        engines = {} if lm15 is None else {"engine": _Engine(), "async_engine": _AsyncEngine()}
+        super().__init__(NAME, **{"cache": False, **options, **engines})
 
 
 _CONNECTION = frozenset(
@@ -73,29 +97,39 @@ _CONNECTION = frozenset(
 
 
 class _Engine:
-    def complete(self, request: Request) -> Response:
-        asked = _asked.get()
-        text = _echo(request.messages[-1].text or "") if asked is None else _answer(*asked)
-        words = sum(len((message.text or "").split()) for message in request.messages)
-        usage = Usage(input_tokens=words, output_tokens=len(text.split()), total_tokens=words + len(text.split()))
-        return Response(
-            id=None, model=NAME, message=Message.assistant([TextPart(text)]), finish_reason="stop", usage=usage
+    def complete(self, request: Any) -> Any:
+        text, usage = _reply([message.text or "" for message in request.messages])
+        return lm15.Response(
+            id=None,
+            model=NAME,
+            message=lm15.Message.assistant([lm15.TextPart(text)]),
+            finish_reason="stop",
+            usage=lm15.Usage(**usage),
         )
 
 
 class _AsyncEngine:
-    def __init__(self, engine: _Engine) -> None:
-        self._engine = engine
+    async def complete(self, request: Any) -> Any:
+        return _Engine().complete(request)
 
-    async def complete(self, request: Request) -> Response:
-        return self._engine.complete(request)
+    async def stream(self, request: Any) -> AsyncIterator[Any]:
+        response = _Engine().complete(request)
+        yield lm15.StreamStartEvent(model=NAME)
+        for word in _words(response.message.text or ""):
+            yield lm15.StreamDeltaEvent(lm15.TextDelta(word))
+        yield lm15.StreamEndEvent(finish_reason="stop", usage=response.usage)
 
-    async def stream(self, request: Request) -> AsyncIterator[Any]:
-        response = self._engine.complete(request)
-        yield StreamStartEvent(model=NAME)
-        for word in re.findall(r"\s*\S+|\s+", response.message.text or ""):
-            yield StreamDeltaEvent(TextDelta(word))
-        yield StreamEndEvent(finish_reason="stop", usage=response.usage)
+
+def _reply(texts: list[str]) -> tuple[str, dict[str, int]]:
+    """The answer to messages, and how many words it took."""
+    asked = _asked.get()
+    text = _echo(texts[-1]) if asked is None else _answer(*asked)
+    read, written = sum(len(given.split()) for given in texts), len(text.split())
+    return text, {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\s*\S+|\s+", text)
 
 
 def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict[str, Any]) -> str:
@@ -120,12 +154,11 @@ def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict
 
 
 def _react_step(signature: type[dspy.Signature], inputs: dict[str, Any], said: str) -> dict[str, Any]:
-    """Of a ReAct: its first tool is called once, text arguments echo the first input, then it is finished."""
+    """For a ReAct: it calls its first tool once, with text arguments that echo the first input, then finishes."""
     if "next_tool_name" not in signature.output_fields:
         return {}
-    tools: dict[str, dspy.Tool] = next(
-        (module.tools for module in dspy.settings.caller_modules or () if hasattr(module, "tools")), {}
-    )
+    callers = dspy.settings[dspy_internals.CALLER_MODULES.attribute] if dspy_internals.CALLER_MODULES.there else None
+    tools: dict[str, dspy.Tool] = next((module.tools for module in callers or () if hasattr(module, "tools")), {})
     name, tool = next(iter(tools.items()), ("finish", None))
     if tool is None or inputs.get("trajectory"):
         return {"next_tool_name": "finish", "next_tool_args": {}}
@@ -145,7 +178,7 @@ def _echo(text: str) -> str:
 
 
 def _typed(annotation: Any, name: str) -> Any:
-    """The plainest value of a type: containers by their arguments, all else by its JSON schema."""
+    """A simple value of a type: containers by their arguments, all else by its JSON schema."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return arguments[0]
@@ -162,7 +195,7 @@ def _typed(annotation: Any, name: str) -> Any:
 
 
 def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth: int = 0) -> Any:
-    """The plainest value that fits a JSON schema as pydantic writes it."""
+    """A simple value that fits a JSON schema as pydantic writes it."""
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
     if "const" in schema or "enum" in schema:
@@ -206,7 +239,7 @@ def _object(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> 
     properties = schema.get("properties", {})
     required = schema.get("required", ())
     if properties:
-        # Of a type that contains itself only what must be there.
+        # Deep in a type that contains itself only what is required.
         names = [name for name in properties if depth <= 8 or name in required]
         return {name: _value(properties[name], definitions, name, depth + 1) for name in names}
     values = schema.get("additionalProperties")

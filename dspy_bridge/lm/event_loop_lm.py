@@ -1,4 +1,4 @@
-"""A `dspy.LM` that is called on the event loop, wherever the call came from: there it can be stopped and can stream."""
+"""An LM whose sync calls, made in a worker thread, run on the event loop: there they can stream and be cancelled."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import connections
+from dspy_bridge.lm import connections, dspy_internals
 from dspy_bridge.runtime import worker_threads
 
 
 class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
-    """A `dspy.LM` whose sync calls, made in a worker thread, run on the event loop: there they can be cancelled."""
+    """A `dspy.LM` that also counts its calls: connections of one that has none can be closed (`connections`)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,7 +31,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         """As `dspy.LM`'s."""
         job = worker_threads.current.get()
         if job is None:
-            # In a thread of the module's own. There DSPy could stream only to a loop of its kind.
-            with dspy.context(send_stream=None), self.use.call():
+            # In a thread that the module started. There DSPy could stream only to an event loop of its own kind.
+            with dspy.context(**{dspy_internals.SEND_STREAM.attribute: None}), self.use.call():
                 return super().__call__(*args, **kwargs)
         return job.on_lm_loop(self.acall(*args, **kwargs))

@@ -1,15 +1,15 @@
-"""DSPy's adapters, guarded: text of inputs forges no field, and an answer that contradicts itself is refused.
+"""Subclasses of DSPy's adapters: quoted field markers in inputs are made harmless, contradicting answers are refused.
 
-They mark fields with plain text, and take the first field of a name that an answer has. So text that quotes a mark, of
-an input or of an LM that repeats one, could begin the next field in the middle of another.
+Adapters mark fields with plain text and take the first field of each name in an answer. So text that quotes a marker,
+of an input or of an LM that repeats it, could begin the next field in the middle of another.
 
-Prompts without marks in their inputs are DSPy's to the byte. Nothing here but public names of DSPy's: an adapter of the
-host's own class is left as it is.
+Prompts whose inputs have no markers are DSPy's to the byte. Adapters of any other class are left as they are.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,20 +17,19 @@ from typing import Any
 
 import dspy
 import pydantic
-from dspy.adapters.utils import format_field_value
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm import field_markers
+from dspy_bridge.lm import dspy_internals, field_markers
 
 Signature = type[dspy.Signature]
 
-# Large, and no text of a prompt.
+# Large, and not text in a prompt.
 _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
 
 
 def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
-    """A copy of an adapter that is one of DSPy's own; `strict`: its answers must not contradict themselves."""
+    """A guarded copy of one of DSPy's adapters; `strict`: answers that contradict themselves are refused."""
     kind = _GUARDED.get(type(adapter))
     if kind is None:
         return adapter
@@ -39,8 +38,8 @@ def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
     return made
 
 
-def _heard_once(kind: Any) -> Any:
-    """DSPy wraps `format` and `parse` of each subclass once more: callbacks would hear of each call twice."""
+def _callbacks_once(kind: Any) -> Any:
+    """Remove DSPy's wrapper from a subclass's `format` and `parse`: with it callbacks would get each call twice."""
     for name in ("format", "parse"):
         made = vars(kind).get(name)
         if made is not None:
@@ -49,13 +48,13 @@ def _heard_once(kind: Any) -> Any:
 
 
 class _Formatted(str):
-    """Text that an adapter has made of fields (a ReAct's trajectory): its marks are its own."""
+    """Text that an adapter made of fields (a ReAct's trajectory): its markers are the adapter's own."""
 
     __slots__ = ()
 
 
 def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """LMs get no type of ours."""
+    """Messages with plain strings: LMs get no type of ours."""
     return [
         {**message, "content": str(message["content"])} if type(message.get("content")) is _Formatted else message
         for message in messages
@@ -63,11 +62,13 @@ def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class _Cleaning:
-    """What all that write fields into a prompt have in common. Values are cleaned of types in DSPy's own notation, too:
-    an LM's words, which come back in the trajectory of an agent, are text."""
+    """Cleans the values of fields before they are written into a prompt.
+
+    DSPy's notation for images and the like is cleaned, too: it may come from an LM, by the trajectory of an agent.
+    """
 
     strict = True
-    # Whether marks in what has been formatted before (an agent's trajectory) are to be cleaned once more.
+    # Whether text that was formatted before (an agent's trajectory) is cleaned once more.
     _formatted_is_cleaned = False
 
     def _clean_input(self, _signature: Signature, text: str) -> str:
@@ -89,7 +90,7 @@ class _Cleaning:
         return super().format_assistant_message_content(signature, outputs, *args, **options)  # type: ignore[misc]
 
 
-@_heard_once
+@_callbacks_once
 class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
     def _clean_input(self, _signature: Signature, text: str) -> str:
         return field_markers.without_headers(text)
@@ -103,23 +104,19 @@ class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy sh
             _refuse(_contradicted(signature, completion))
         return fields
 
-    def _make_json_adapter_fallback(self) -> dspy.Adapter:
-        """DSPy's own name for it. Where DSPy has another, its fallback is not guarded."""
-        return guarded(super()._make_json_adapter_fallback(), strict=self.strict)
 
-
-@_heard_once
+@_callbacks_once
 class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
     # The tags of a trajectory are its inputs'; the outputs of the next step are known only here.
     _formatted_is_cleaned = True
 
     def _clean_input(self, signature: Signature, text: str) -> str:
-        # DSPy takes an `entry` for the field that its attribute names.
+        # DSPy reads an `entry` as the field that its attribute names.
         return field_markers.without_tags(text, {*signature.output_fields, "entry"})
 
     def parse(self, signature: Signature, completion: str) -> Any:
         if self.strict:
-            # First: of what is no text DSPy makes a list of such a field, and says that it does not fit.
+            # Before DSPy reads it: DSPy makes a list of a repeated field and refuses that as the wrong type.
             found = field_markers.tagged(completion)
             counts = Counter(name for name, _ in found)
             outputs = signature.output_fields.items()
@@ -128,9 +125,9 @@ class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
         return super().parse(signature, completion)
 
 
-@_heard_once
+@_callbacks_once
 class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
-    """Text within JSON is quoted, so that it forges no field; there are only keys that come twice."""
+    """JSON quotes text, so text begins no field; only a key may come twice."""
 
     def parse(self, signature: Signature, completion: str) -> Any:
         fields = super().parse(signature, completion)
@@ -139,9 +136,9 @@ class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
         return fields
 
 
-@_heard_once
+@_callbacks_once
 class TwoStepAdapter(dspy.TwoStepAdapter):  # type: ignore[misc]
-    """Its second step is an adapter of DSPy's that nobody can choose: what that one reads is watched."""
+    """Its second step is an adapter of DSPy's own choice: a callback checks what that one reads."""
 
     strict = True
 
@@ -165,9 +162,9 @@ class TwoStepAdapter(dspy.TwoStepAdapter):  # type: ignore[misc]
 
 
 class _Answers(BaseCallback):  # type: ignore[misc]
-    """Notes what was wrong with the last answer that was read. DSPy swallows what a callback raises.
+    """Notes the contradiction in the last answer that was read: DSPy swallows what a callback raises.
 
-    What the first step has written is cleaned in place: it is a text.
+    It also cleans, in place, the text of the first step.
     """
 
     def __init__(self) -> None:
@@ -191,6 +188,18 @@ class _Answers(BaseCallback):  # type: ignore[misc]
             _refuse(self._wrong)
 
 
+def _guarded_fallback(self: Any) -> dspy.Adapter:
+    """Called by DSPy where it handles an error of `parse`."""
+    if isinstance(sys.exc_info()[1], OutputInvalid):
+        raise  # DSPy 3.3 would ask again
+    return guarded(dspy_internals.JSON_FALLBACK.value(self), strict=self.strict)
+
+
+if dspy_internals.JSON_FALLBACK.there:
+    for _kind in (ChatAdapter, XMLAdapter):
+        setattr(_kind, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
+
+
 _GUARDED: dict[type, Any] = {
     dspy.ChatAdapter: ChatAdapter,
     dspy.JSONAdapter: JSONAdapter,
@@ -206,7 +215,7 @@ def _refuse(name: str | None) -> None:
 
 def _contradicted(signature: Signature, completion: str) -> str | None:
     fields = signature.output_fields
-    # An empty `completed` is the end of the answer, whatever field has that name.
+    # An empty `completed` ends the answer, also if a field has that name.
     sections = (pair for pair in field_markers.headed(completion) if pair[0] in fields and pair != ("completed", ""))
     return field_markers.contradicted(sections)
 
@@ -218,7 +227,7 @@ def _contradicted_json(signature: Signature, completion: str) -> str | None:
 
 
 def _is_list(annotation: Any) -> bool:
-    """Of those DSPy reads each element as one item of a list."""
+    """Whether DSPy reads each element as one item of a list."""
     schema = pydantic.TypeAdapter(annotation).json_schema()
     return "array" in (schema.get("type"), *(choice.get("type") for choice in schema.get("anyOf", ())))
 
@@ -226,7 +235,7 @@ def _is_list(annotation: Any) -> bool:
 def _cleaned(
     fields: Any, values: Any, clean: field_markers.Change, clean_formatted: Callable[[str], str] = str
 ) -> dict[str, Any]:
-    """The values of a signature's fields, without the marks that `clean` removes."""
+    """The values of a signature's fields, without the markers that `clean` removes."""
     made = dict(values)
     for name, info in fields.items():
         if name in made:
@@ -238,8 +247,10 @@ def _clean_field(info: Any, value: Any, clean: field_markers.Change, clean_forma
     if type(value) is _Formatted:
         return clean_formatted(str(value))
     if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
-        # As it will stand in the prompt: what RLM's code has printed, say.
-        text = format_field_value(field_info=info, value=value)
+        # As in the prompt: for instance what RLM's code has printed.
+        if not dspy_internals.FORMAT_VALUE.there:
+            return value
+        text = dspy_internals.FORMAT_VALUE.value(field_info=info, value=value)
         cleaned = clean(text if isinstance(value, dspy.Type) else field_markers.without_types(text))
         return value if cleaned == text else cleaned
     return field_markers.changed(value, lambda text: clean(field_markers.without_types(text)))

@@ -1,19 +1,19 @@
-"""What DSPy may have repaired of JSON that an LM broke. Imports DSPy, and `json_repair`, which it reads such text with.
+"""A limit on the repair of broken JSON from an LM, which DSPy does with `json_repair`.
 
-To repair some texts takes the square of their length, on the event loop: 8 KB of `["` held up every other call for
-seconds. How long one takes shows only on the way, so the steps are counted: `json_repair` looks at a text character by
-character. Text that is JSON takes no step.
+Some texts take the square of their length to repair, on the event loop: 8 KB of `["` held up every other call for
+seconds. How long one takes shows only on the way, so steps are counted: `json_repair` reads a text character by
+character. Valid JSON takes no step.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-import dspy
-import json_repair
+from dspy_bridge.lm import dspy_internals
 
-# 0.3 to 0.5 s. What people's LMs break takes some five steps a character.
+# 0.3 to 0.5 s. What LMs break in practice takes some five steps a character.
 MOST_STEPS = 1_000_000
 # Characters times braces: below, DSPy's own search takes a fraction of a second.
 _SHORT = 1_000_000
@@ -27,7 +27,7 @@ class TooMuchToRepair(ValueError):
 
 
 class _Counted(str):
-    """A text that counts the characters it is asked for."""
+    """A string that counts the characters that are read of it."""
 
     __slots__ = ("_left",)
     _left: int
@@ -45,31 +45,40 @@ class _Counted(str):
         return found
 
 
-@functools.cache
 def install() -> None:
-    """Limit `json_repair.loads` and `dspy.JSONAdapter`, once in a process. Raises `AttributeError` without them."""
-    loads, parse = json_repair.loads, dspy.JSONAdapter.parse
+    """Limit `json_repair.loads` and `dspy.JSONAdapter`, once in a process."""
+    dspy_internals.JSON_REPAIR.wrap(lambda _loads_all: _loads)
+    dspy_internals.JSON_PARSE.wrap(_parsing_an_object)
 
+
+def _counting(loads: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loads)
     def counted(json_str: Any = "", *args: Any, **options: Any) -> Any:
         text = _Counted(json_str) if type(json_str) is str else json_str
         value: Any = loads(text, *args, **options)
         return str(value) if type(value) is _Counted else value
 
+    return counted
+
+
+_loads = _counting(dspy_internals.JSON_REPAIR.value) if dspy_internals.JSON_REPAIR.there else None
+
+
+def _parsing_an_object(parse: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(parse)
-    def with_an_object(self: Any, signature: Any, completion: str) -> Any:
+    def parsed(self: Any, signature: Any, completion: str) -> Any:
         return parse(self, signature, _object_in(completion))
 
-    json_repair.loads, dspy.JSONAdapter.parse = counted, with_an_object
+    return parsed
 
 
 def _object_in(completion: str) -> str:
-    """What DSPy reads of an answer. Where there is no object at once it looks for the first braces that match, by a
-    recursive pattern that takes the square of the length; here in one pass."""
+    """The part of an answer that DSPy reads. Where the answer is not an object, DSPy searches the first matching braces
+    by a recursive pattern that takes the square of the length; this takes one pass."""
     if len(completion) * completion.count("{") <= _SHORT:
         return completion
     try:
-        if isinstance(json_repair.loads(completion), dict):
+        if _loads is not None and isinstance(_loads(completion), dict):
             return completion
     except (ValueError, RecursionError):
         raise TooMuchToRepair from None

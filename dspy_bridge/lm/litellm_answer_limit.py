@@ -1,22 +1,23 @@
 """The limit on an LM's answer where LiteLLM reads it: over httpx, or httpx2, which newer OpenAI clients use.
 
-By public ways: a hook of the client's on responses, and a body in place of a response's own. LiteLLM and the clients
-that it uses turn errors into their own, and try again, so the refusal is kept for the end.
+A response hook of the client replaces the body of each response by one that counts. LiteLLM and the clients below it
+turn errors into their own and try again, so the refusal is kept and raised at the end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
+import importlib.util
 import inspect
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.answer_limit import Count, LMAnswerRefused, packing
 
 # What is unpacked at once: a chunk of 64 KB may hold 64 MB.
@@ -34,7 +35,7 @@ _call: ContextVar[_Call | None] = ContextVar("lm_call", default=None)
 
 
 def limiting(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls LiteLLM, sync or async, with all that it reads meanwhile counted."""
+    """`call`, which calls LiteLLM, sync or async, with everything counted that is read during it."""
 
     @functools.wraps(call)
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -67,23 +68,22 @@ def _limits() -> Iterator[None]:
         raise call.refused
 
 
-# Set once the clients are watched; threads may want that at once.
 _watched = threading.Event()
 _watching = threading.Lock()
 
 
 def _watch_clients() -> None:
-    """Once in a process: have the clients of httpx count what they get for LiteLLM. Their other users see no change."""
+    """Once in a process: httpx's clients count what they receive for LiteLLM. Their other users see no change."""
     with _watching:
         if _watched.is_set():
             return
-        for name in ("httpx", "httpx2"):
-            with suppress(ImportError):
-                _watch(importlib.import_module(name))
+        for library, sends in dspy_internals.HTTP_SENDS.items():
+            if importlib.util.find_spec(library) is not None:
+                _watch(importlib.import_module(library), *sends)
         _watched.set()
 
 
-def _watch(httpx: Any) -> None:
+def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Name) -> None:
     class Body(httpx.SyncByteStream):  # type: ignore[misc]
         def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
             self._pieces = pieces
@@ -117,18 +117,20 @@ def _watch(httpx: Any) -> None:
         if (call := _call.get()) is not None:
             response.stream = AsyncBody(_reader(call, response), response.stream)
 
-    for client, hook in ((httpx.Client, watch), (httpx.AsyncClient, awatch)):
-        client.send = _hooked(client.send, hook)
+    send.wrap(functools.partial(_hooked, watch))
+    async_send.wrap(functools.partial(_hooked, awatch))
 
 
-def _hooked(send: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+def _hooked(hook: Callable[..., Any], send: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(send)
     def hooked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if _call.get() is not None:
+        if (call := _call.get()) is not None:
+            if call.refused is not None:
+                raise call.refused  # LiteLLM tries again
             hooks = self.event_hooks
             if hook not in hooks["response"]:
                 self.event_hooks = {**hooks, "response": [hook, *hooks["response"]]}
-            # What was set for this request may be signed.
+            # A value set for this request alone may be signed.
             if request.headers.get("accept-encoding") == self.headers.get("accept-encoding"):
                 request.headers["accept-encoding"] = "identity"
         return send(self, request, *args, **kwargs)
@@ -137,7 +139,7 @@ def _hooked(send: Callable[..., Any], hook: Callable[..., Any]) -> Callable[...,
 
 
 def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
-    """What unpacks and counts the chunks of a body; httpx is left nothing to unpack, which it does without a limit."""
+    """Unpacks and counts the chunks of a body: httpx, which unpacks without a limit, finds nothing left to unpack."""
     packed, unpacked, unpack = Count(), Count(), None
     try:
         coding = packing(response.headers.get_list("content-encoding"))
@@ -155,7 +157,7 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
             packed.add(chunk)
             if unpack is None:
                 yield chunk
-            # What follows the end of what is packed is dropped, as httpx does.
+            # As httpx does, drop what follows the end of the packed data.
             while unpack is not None and not unpack.eof:
                 piece = unpack.decompress(chunk, _AT_ONCE)
                 unpacked.add(piece)

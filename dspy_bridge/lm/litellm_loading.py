@@ -1,8 +1,7 @@
-"""LiteLLM, which takes seconds to import, is imported in a thread before an async call needs it. Imports DSPy.
+"""Imports LiteLLM, which takes seconds, in a thread before an async call needs it.
 
-DSPy decides with each call whether its own engine can serve it, and imports LiteLLM in the middle of the first call for
-which it cannot: on the event loop, where every other call and every deadline would wait for it. All such calls go
-through DSPy's engine for LiteLLM, whose methods wait for the thread here.
+DSPy imports it in the middle of the first call that its own engine cannot serve: on the event loop, where every other
+call and every deadline would wait for it.
 """
 
 from __future__ import annotations
@@ -13,55 +12,56 @@ import importlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
-from dspy.clients.engines import AsyncLiteLLMEngine
-
 _importing: Future[None] | None = None
+_lock = Lock()
 
 
-@functools.cache
-def install() -> None:
-    """Does it; once in a process. All of it or nothing: raises `AttributeError` first."""
-    engine: Any = AsyncLiteLLMEngine
-    complete, complete_legacy, stream = engine.complete, engine.complete_legacy, engine.stream
-    engine.complete, engine.complete_legacy, engine.stream = _after(complete), _after(complete_legacy), _behind(stream)
+def after_import(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The coroutine function `call`, run once LiteLLM is imported."""
 
-
-def _after(complete: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(complete)
-    async def call(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(call)
+    async def wait_and_call(*args: Any, **kwargs: Any) -> Any:
         await _imported()
-        return await complete(*args, **kwargs)
+        return await call(*args, **kwargs)
 
-    return call
+    return wait_and_call
 
 
-def _behind(stream: Callable[..., Any]) -> Callable[..., Any]:
+def streaming_after_import(stream: Callable[..., Any]) -> Callable[..., Any]:
+    """The async generator function `stream`, run once LiteLLM is imported."""
+
     @functools.wraps(stream)
-    async def events(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def wait_and_stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         await _imported()
-        async with aclosing(stream(*args, **kwargs)) as given:
-            async for event in given:
+        async with aclosing(stream(*args, **kwargs)) as events:
+            async for event in events:
                 yield event
 
-    return events
+    return wait_and_stream
 
 
 async def _imported() -> None:
-    """Return once LiteLLM is there. Raises what its import raises; the next call tries again."""
+    """Return once LiteLLM is imported. Raises what its import raises; the next call tries again."""
+    # Shielded: a cancelled waiter does not stop it for the others.
+    await asyncio.shield(asyncio.wrap_future(start()))
+
+
+def start() -> Future[None]:
+    """Start the import, unless it is under way or done."""
     global _importing
-    if _importing is None or (_importing.done() and _importing.exception() is not None):
-        _importing = Future()
-        Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
-    # Shielded: a waiter that is cancelled does not stop it for the others.
-    await asyncio.shield(asyncio.wrap_future(_importing))
+    with _lock:
+        if _importing is None or (_importing.done() and _importing.exception() is not None):
+            _importing = Future()
+            Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
+        return _importing
 
 
 def _import(done: Future[None]) -> None:
     try:
         importlib.import_module("litellm")
         done.set_result(None)
-    except BaseException as error:  # a package of many others' code, which may raise anything
+    except BaseException as error:  # many packages' code, which may raise anything
         done.set_exception(error)

@@ -10,11 +10,13 @@ import time
 
 from dspy_bridge import tracing
 from dspy_bridge.logs import content_filter, redaction
-from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    # Level, logger, message, and the traceparent if there is one.
+    SendRecord = Callable[[str, str, str, str | None], None]
 
 logger = logging.getLogger("dspy_bridge")
 
@@ -114,12 +116,12 @@ class _Stderr(_Queued):
 class _Frames(_Queued):
     """Each record is a frame, a traceback included."""
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(self, send: SendRecord) -> None:
         self._send = send
         super().__init__()
 
     def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
-        self._send(messages.encode_log(level, name, text, traceparent))
+        self._send(level, name, text, traceparent)
 
 
 # At debug level these tell whole prompts and answers.
@@ -129,7 +131,7 @@ _TALKATIVE = ("asyncio", "dspy", "httpcore", "httpx", "openai", "urllib3")
 _OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
 
 
-def setup(level: str, send: Callable[[bytes], None] | None) -> None:
+def setup(level: str, send: SendRecord | None) -> None:
     """Send records of `level` and above to stderr, or as frames through `send`, which may wait for their reader.
 
     Later calls change nothing.

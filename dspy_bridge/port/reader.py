@@ -15,6 +15,7 @@ import time
 
 from dspy_bridge.port import watchdog
 from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, Writer
+from dspy_bridge.port.stderr import log
 from dspy_bridge.port.stdio import PIPE_BYTES
 from dspy_bridge.runtime import allocator
 from dspy_bridge.wire.frames import FrameDecoder, TooLarge
@@ -74,14 +75,6 @@ def exit_now() -> None:
         watchdog.end_children()
     finally:
         os._exit(0)
-
-
-def log(line: str) -> None:
-    """One line on stderr. For what must be said without logging, which costs 10 ms to import."""
-    try:
-        os.write(2, f"dspy_bridge[{os.getpid()}]: {line}\n".encode())
-    except OSError:
-        pass  # nobody reads the log; that must cost nobody a reply
 
 
 def _serve_frames(

@@ -24,6 +24,8 @@ import signal
 import sys
 import time
 
+from dspy_bridge.port.stderr import log
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,9 +72,7 @@ def start(reading: int, writing: int) -> tuple[int, ...]:
         asked, _ask, _answer, answers = fds
         _watchdog = os.fork()
     except OSError as error:
-        from dspy_bridge.port import reader
-
-        reader.log(f"no watchdog: {error.strerror}; what is started here may be left when this process is killed")
+        log(f"no watchdog: {error.strerror}; what is started here may be left when this process is killed")
         for fd in fds:
             os.close(fd)
         _ask = _answer = None

@@ -7,9 +7,9 @@ import functools
 from typing import Any
 
 import dspy
-from dspy.predict.refine import OfferFeedback
 
 from dspy_bridge.errors import OutputInvalid
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import runners
 from dspy_bridge.programs.rewards import Reward
 
@@ -115,7 +115,7 @@ def _without_advice_in_errors(adapter: dspy.Adapter, failures: _Failures) -> dsp
             self.__dict__.update(adapter.__dict__)
 
         def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-            if signature is OfferFeedback:
+            if signature is dspy_internals.OFFER_FEEDBACK.value:
                 return _guarded(failures, adapter, lm, lm_kwargs, signature, demos, inputs)
             return adapter(lm, lm_kwargs, signature, demos, inputs)
 

@@ -12,8 +12,9 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.dspy_setup import Models
-from dspy_bridge.programs import module_options, remote_tools, rewards
+from dspy_bridge.programs import module_options, remote_tools, rewards, sandbox
 from dspy_bridge.programs.best_of import BestRunner
 from dspy_bridge.programs.runners import CodeRunner, ComparisonRunner, Runner, ToolCallRunner
 
@@ -30,6 +31,8 @@ TYPES = {
     "rlm": "RLM",
 }
 _RUN_CODE = frozenset(("program_of_thought", "code_act", "rlm"))
+# Undocumented names that a type cannot do without.
+_NEEDS = {"best_of_n": dspy_internals.BEST_OF_N, "refine": dspy_internals.REFINE}
 _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
 # What DSPy's modules call fields and arguments of their own, which a signature's would replace.
 _OWN_FIELDS = {
@@ -102,7 +105,8 @@ def _make(
     if callers and program_type not in _TAKE_TOOLS:
         raise InvalidArgs(f"tools: {program_type} takes none")
     if program_type == "multi_chain_comparison":
-        return ComparisonRunner(kind(signature, **chosen))
+        count = chosen.setdefault("M", 3)
+        return ComparisonRunner(kind(signature, **chosen), list(signature.output_fields)[-1], count)
     if program_type == "react":
         return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in callers], **chosen))
     if program_type == "rlm":
@@ -120,17 +124,17 @@ def _kind(program_type: str) -> Any:
     """DSPy's class; those marked for removal are gone from later versions."""
     name = TYPES[program_type]
     kind = getattr(dspy, name, None)
-    if kind is None:
-        raise InvalidArgs(
-            f"program_type: {program_type} needs dspy.{name}, which DSPy {dspy.__version__} does not have"
-        )
+    missing = [f"dspy.{name}"] if kind is None else [it.dotted for it in _NEEDS.get(program_type, ()) if not it.there]
+    if missing:
+        without = f"which DSPy {dspy.__version__} does not have; DSPy 3.4.1 does"
+        raise InvalidArgs(f"program_type: {program_type} needs {missing[0]}, {without}")
     return kind
 
 
 def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.Module:
     """Modules that run code check names themselves: a tool or a field must not hide a function of the sandbox."""
     try:
-        return kind(signature, **chosen)
+        return kind(signature, interpreter_factory=sandbox.Factory(), **chosen)
     except (TypeError, ValueError) as error:
         raise InvalidArgs(f"signature, tools: {error}") from None
 

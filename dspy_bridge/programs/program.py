@@ -8,7 +8,7 @@ import dspy
 
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
-from dspy_bridge.lm import connections, dspy_setup, field_markers
+from dspy_bridge.lm import connections, dspy_errors, dspy_setup, field_markers
 from dspy_bridge.lm.usage import Meter
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, remote_tools, saved_state
@@ -77,7 +77,7 @@ class Program:
         except Exception as error:
             if connections.ran_out(error):
                 await connections.close_idle()
-            raise self._known(error, config, lm) from error
+            raise dspy_errors.translate(error, self._settings_given(config, lm)) from error
         # An LM that calls tools, natively, writes nothing else.
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
@@ -115,7 +115,7 @@ class Program:
             told = Stream(self._runner.module, self._text_fields, call, on_loop=self._runner.on_loop)
             settings = told.settings()
         if isinstance(call.meter, Meter):
-            settings["usage_tracker"] = call.meter.tracker
+            settings.update(call.meter.settings())
             settings["callbacks"] = [*settings.get("callbacks", dspy.settings.callbacks), call.meter]
         if not settings:
             return self._outputs(await self._runner.run(values))
@@ -134,34 +134,13 @@ class Program:
         kind = type(prediction).__name__
         raise OutputInvalid(f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}")
 
-    def _known(self, error: Exception, config: dict[str, Any] | None, lm: dict[str, Any] | None) -> Exception:
-        """The error of ours for one that came out of DSPy, or itself."""
-        known = dspy_setup.translate(error)
-        if known is not None:
-            return known
-        unfit = InvalidArgs(f"inputs: DSPy cannot write them into a prompt: {error}")
-        way = _way(error)
-        if _came_through(way, "dspy.adapters", "format"):
-            return unfit
-        read = any(
-            name == "parse" and module.startswith(("dspy.adapters", "dspy_bridge.lm.guarded_adapters"))
-            for module, name in way
-        )
-        if read and (
-            isinstance(error, RecursionError) or any(module.partition(".")[0] in _JSON_READERS for module, _ in way)
-        ):
-            return OutputInvalid(
-                f"the LM's answer could not be read: {type(error).__name__}, as of what is nested too deeply"
-            )
-        second = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
-        settings = (("config", config or self._config), ("lm", lm or self._lm), ("adapter", second))
-        given = [name for name, value in settings if value]
-        if given and self._of_dspy and _is_of_settings(error, way):
-            return InvalidArgs(f"{' or '.join(given)}: {error}")
-        # From the prompt to a provider's request, settings of the LM included.
-        if _came_through(way, "dspy.clients.execution", "_canonical"):
-            return unfit
-        return error
+    def _settings_given(self, config: dict[str, Any] | None, lm: dict[str, Any] | None) -> list[str]:
+        """The arguments that became settings of DSPy's modules."""
+        if not self._of_dspy:
+            return []
+        adapter = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
+        given = {"config": config or self._config, "lm": lm or self._lm, "adapter": adapter}
+        return [name for name, value in given.items() if value]
 
 
 def _weighed(values: dict[str, Any], limit: int) -> tuple[dict[str, Any], bool]:
@@ -174,43 +153,3 @@ def _without_types(value: Any) -> Any:
         turns = field_markers.changed(value.messages, field_markers.without_types)
         return value if turns is value.messages else dspy.History(messages=turns)
     return field_markers.changed(value, field_markers.without_types)
-
-
-# What DSPy's adapters read JSON with. Of what is nested too deeply they raise errors of their own.
-_JSON_READERS = ("json", "json_repair")
-# Where DSPy checks settings of an LM. Should it name one otherwise, what is wrong with them becomes `internal`.
-_CHECKS = (
-    ("dspy.predict.predict", "_forward_preprocess"),
-    ("dspy.clients.execution", "prepare"),
-    ("dspy.clients.execution", "_select_engine"),
-)
-# Where it calls an LM with settings as keyword arguments: by package and function.
-_CALLS = (("dspy.adapters", ("acall", "__call__")), ("dspy.clients.engines", ("complete_legacy",)))
-
-
-def _is_of_settings(error: Exception, way: list[tuple[str, str]]) -> bool:
-    """Whether DSPy refused settings of an LM, which it does with Python's own errors.
-
-    An LM's or an adapter's code may raise the same, with contents in the text: that is a defect.
-    """
-    module, function = way[-1]
-    if isinstance(error, TypeError) and any(module.startswith(where) and function in names for where, names in _CALLS):
-        return True
-    known = isinstance(error, (AttributeError, TypeError, ValueError, OverflowError))
-    return known and module.startswith("dspy.") and any(_came_through(way, *check) for check in _CHECKS)
-
-
-def _way(error: Exception) -> list[tuple[str, str]]:
-    """The module and function of each frame that it came through, that which raised it last."""
-    way = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        way.append((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
-        traceback = traceback.tb_next
-    return way
-
-
-def _came_through(way: list[tuple[str, str]], package: str, function: str) -> bool:
-    """Whether it was raised below that function of DSPy's, which takes less than the types of inputs allow."""
-    return any(name == function and module.startswith(package) for module, name in way)

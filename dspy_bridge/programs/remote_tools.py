@@ -11,11 +11,10 @@ from typing import Any
 
 import dspy
 import pydantic
-from dspy.adapters.types.tool import convert_input_schema_to_tool_args
 
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
-from dspy_bridge.lm import field_markers
+from dspy_bridge.lm import dspy_internals, field_markers
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.signatures.type_parser import read_type
 
@@ -134,11 +133,13 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
 def _schema(annotation: Any, description: str, where: str) -> dict[str, Any]:
     try:
         schema = pydantic.TypeAdapter(annotation).json_schema()
-        # References go: DSPy and providers want each argument by itself.
-        flat, _, _ = convert_input_schema_to_tool_args({"properties": {"it": schema}, "$defs": schema.get("$defs", {})})
+        if dspy_internals.TOOL_SCHEMAS.there:
+            # References are replaced: DSPy and providers want each argument by itself.
+            whole = {"properties": {"it": schema}, "$defs": schema.get("$defs", {})}
+            schema = dspy_internals.TOOL_SCHEMAS.value(whole)[0]["it"]
     except (pydantic.PydanticUserError, RecursionError):
         raise InvalidArgs(f"{where}: no type for an argument; expected one with a JSON Schema, not recursive") from None
-    return {**flat["it"], "description": description} if description else flat["it"]
+    return {**schema, "description": description} if description else schema
 
 
 async def _ask(name: str, arguments: dict[str, Any]) -> Any:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import dspy
-from dspy.primitives.code_interpreter import CodeInterpreterError
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import HostTool
-from dspy_bridge.runtime import large_inputs, worker_threads
+from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import THREADS
 
 
@@ -96,15 +96,19 @@ class ComparisonRunner(Runner):
 
     extra = ("completions",)
 
+    def __init__(self, module: dspy.Module, answer: str, count: int) -> None:
+        """`answer`: the output that is compared; `count`: how many answers DSPy wants."""
+        super().__init__(module)
+        self._answer, self._count = answer, count
+
     def check(self, inputs: dict[str, Any]) -> None:
         """`completions`: as many as M, each with its reasoning and its answer."""
         completions = inputs.get("completions")
-        answer = self.module.last_key
-        wanted = f"inputs.completions: expected a list of {self.module.M} objects with reasoning and {answer}"
-        if not isinstance(completions, list) or len(completions) != self.module.M:
+        wanted = f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
+        if not isinstance(completions, list) or len(completions) != self._count:
             raise InvalidArgs(wanted)
         for completion in completions:
-            if not isinstance(completion, dict) or answer not in completion:
+            if not isinstance(completion, dict) or self._answer not in completion:
                 raise InvalidArgs(wanted)
             if not isinstance(completion.get("rationale", completion.get("reasoning")), str):
                 raise InvalidArgs(wanted)
@@ -116,34 +120,24 @@ class CodeRunner(Runner):
     on_loop = False
 
     async def run(self, values: dict[str, Any]) -> Any:
-        """As `Runner`'s; giving up ends the sandbox, too."""
-        factory = dspy.settings.get("interpreter_factory") or dspy.PythonInterpreter
-        ending = sandbox.Ending()
-
-        def make() -> Any:
-            interpreter = factory()
-            job = worker_threads.current.get()
-            if job is not None:
-                ending.comes_with(job, interpreter)
-            return interpreter
+        """As `Runner`'s; a cancelled call ends its sandbox, too."""
 
         def work() -> Any:
+            ending = sandbox.Ending()
+            sandbox.current.set(ending)
             try:
                 return self.module(**values)
             finally:
                 ending.returned.set()
 
-        # RLM tells its LM what the sandbox can do.
-        make.execution_instructions = getattr(factory, "execution_instructions", "")  # type: ignore[attr-defined]
         # Fields that may be absent are None for code.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
         try:
-            with dspy.context(interpreter_factory=make):
-                return await in_thread(work)
-        except CodeInterpreterError as error:
+            return await in_thread(work)
+        except dspy.CodeInterpreterError as error:
             raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
         except RuntimeError as error:
             # ProgramOfThought has no type of its own for it.
-            if not str(error).startswith("Max hops reached"):
+            if not str(error).startswith(dspy_internals.NO_MORE_HOPS):
                 raise
             raise OutputInvalid(f"the code that the LM wrote failed each time: {error}") from error

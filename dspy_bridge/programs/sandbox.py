@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from contextvars import ContextVar
 from typing import Any
 
 import dspy
 
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.runtime import worker_threads
 from dspy_bridge.runtime.worker_threads import Job
 
 # A sandbox of DSPy's may just be starting, and have no process yet that could be ended.
@@ -32,10 +35,34 @@ class Ending:
         while not self.returned.is_set():
             if isinstance(interpreter, dspy.PythonInterpreter):
                 # Its own shutdown is a message, which a busy sandbox does not read.
-                process = interpreter.deno_process
+                process = getattr(interpreter, dspy_internals.SANDBOX_PROCESS.attribute, None)
                 if process is not None:
                     process.kill()
             else:
                 with contextlib.suppress(Exception):  # the host's own; nobody is left to tell
                     interpreter.shutdown()
             self.returned.wait(_AGAIN_SECONDS)
+
+
+# Of the call that this thread runs.
+current: ContextVar[Ending] = ContextVar("ending")
+
+
+class Factory:
+    """Creates the interpreters of a module, of the kind that `dspy.configure(interpreter_factory=…)` chose."""
+
+    @property
+    def execution_instructions(self) -> str:
+        """What RLM tells its LM about the sandbox."""
+        return str(getattr(self._chosen(), "execution_instructions", ""))
+
+    def __call__(self) -> Any:
+        interpreter = self._chosen()()
+        job = worker_threads.current.get()
+        if job is not None:
+            current.get().comes_with(job, interpreter)
+        return interpreter
+
+    @staticmethod
+    def _chosen() -> Any:
+        return dspy.settings.get("interpreter_factory") or dspy.PythonInterpreter

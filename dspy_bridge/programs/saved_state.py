@@ -9,10 +9,9 @@ from typing import Any
 import dspy
 import jiter
 import pydantic
-from dspy.clients.base_lm import LM_CLASS_STATE_KEY
-from dspy.utils.saving import get_dependency_versions
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed, refuse_unknown
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.logs import redaction
 from dspy_bridge.signatures import confined_files, media, validation_errors
 
@@ -100,7 +99,8 @@ def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
     if lm is not None:
         given = {name: {**saved, "lm": lm} for name, saved in _by_predictor(module, state).items()}
         state = given["self"] if _is_flat(module) else given
-    return {**state, "metadata": {"dependency_versions": get_dependency_versions()}}
+    versions = dspy_internals.DEPENDENCY_VERSIONS
+    return {**state, "metadata": {"dependency_versions": versions.value() if versions.there else {}}}
 
 
 def _is_flat(module: dspy.Module) -> bool:
@@ -126,7 +126,7 @@ def _without_secrets(state: Any, *, is_lm: bool = False) -> Any:
         return [_without_secrets(item) for item in state]
     if not isinstance(state, dict):
         return state
-    if is_lm or LM_CLASS_STATE_KEY in state:
+    if is_lm or dspy_internals.LM_CLASS_KEY.value in state:
         return redaction.without_secrets(state)
     return {
         name: value if name in _DATA else _without_secrets(value, is_lm=name == "lm") for name, value in state.items()

@@ -4,33 +4,37 @@ DSPy sends parts of each LM call (preparing it, looking into the cache, pricing 
 hops of some 100 µs each, beside busy threads more, for steps of some 10 µs. Which executor those go to may be chosen.
 With 64 executes in flight this makes them 12 % faster.
 
-A step runs in place only if it is one of those below and was short in a thread several times before, for the same
-model: the first one may import a provider's library. One that takes long in place sends its kind back to the threads.
-Should DSPy rename one, it goes through a thread as before.
+A step runs in place only if `allow` names it and it was short in a thread several times before, for the same model: the
+first one may import a provider's library. One that takes long in place sends its kind back to the threads.
 """
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import FunctionType
 
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
-# Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
-_STEPS = frozenset(("prepare", "_price_result"))
-# With a disk cache these wait for the disk.
-_CACHE_STEPS = frozenset(("_cached", "_store"))
-_MODULE = "dspy.clients.execution"
+# The functions that may run in place, and those that may unless there is a disk cache, which they wait for.
+_steps: frozenset[FunctionType] = frozenset()
+_cache_steps: frozenset[FunctionType] = frozenset()
 # Seconds that the loop may be held up, and short runs in a thread before that is tried.
 SHORT = 0.002
 TRIES = 5
 # Kinds of steps that are remembered; a host that makes up model names must not make the peer grow.
 _MOST = 1000
+
+
+def allow(steps: Iterable[FunctionType], cache_steps: Iterable[FunctionType]) -> None:
+    """The functions that may run in place, each with an LM as its first argument; `cache_steps` look into the cache."""
+    global _steps, _cache_steps
+    _steps, _cache_steps = frozenset(steps), frozenset(cache_steps)
 
 
 class Executor(ThreadPoolExecutor):
@@ -43,7 +47,7 @@ class Executor(ThreadPoolExecutor):
         super().__init__(1)
         # More than Python's usual six: a host's own code may sit in some.
         self._daemons = DaemonThreads(64, "dspy_bridge-hop")
-        self._steps = _STEPS | _CACHE_STEPS if memory_cache_only else _STEPS
+        self._memory_cache_only = memory_cache_only
         self._short_runs: dict[Any, int] = {}
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -67,9 +71,11 @@ class Executor(ThreadPoolExecutor):
         """What `fn` is, if it is such a step as `asyncio.to_thread` sends it: `partial(context.run, step, lm, …)`."""
         parts: tuple[Any, ...] = getattr(fn, "args", ())
         step = parts[0] if parts else None
-        if getattr(step, "__module__", None) != _MODULE or getattr(step, "__name__", None) not in self._steps:
+        if not isinstance(step, FunctionType) or len(parts) < 2:
             return None
-        return (step, getattr(parts[1], "model", None)) if len(parts) > 1 else None
+        if step not in _steps and not (self._memory_cache_only and step in _cache_steps):
+            return None
+        return step, getattr(parts[1], "model", None)
 
     def _try(self, kind: Any, fn: Callable[[], Any]) -> Any:
         # CPU time: beside busy threads the clock says little about a step. Waiting shows once it runs in place.

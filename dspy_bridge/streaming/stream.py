@@ -13,12 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import dspy
-from dspy.clients import call_context
 from dspy.streaming import StatusMessage
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.lm import guarded_adapters
+from dspy_bridge.lm import dspy_internals, guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.streaming import field_parsers
 from dspy_bridge.streaming.json_fields import JSONReader
@@ -45,9 +44,6 @@ class _Answer:
         self.reader: field_parsers.Reader | None = None
 
 
-# DSPy's own notes on what was shown. Not public: without it, nothing of a stream is tried again.
-_PROGRESS = getattr(call_context, "_adapter_calls", None)
-
 # Of the LM call that is about to be made in this context, or under way.
 _answer: ContextVar[_Answer | None] = ContextVar("answer", default=None)
 
@@ -70,26 +66,29 @@ class Stream:
         # By predictor.
         self._heard: dict[int, set[str]] = {}
         self._predictors: list[dspy.Predict] = []
+        self._in_pieces = dspy_internals.SEND_STREAM.there and dspy_internals.STREAM_LISTENERS.there
         left = set(self._fields)
         for predictor in reversed(module.predictors()):
             outputs = predictor.signature.output_fields
             heard = {name for name in left if name in outputs and outputs[name].annotation is str}
             # From a thread only these LMs can stream.
             streams = on_loop or isinstance(predictor.lm or dspy.settings.lm, LoopLM)
-            # DSPy refuses to stream decisions.
-            if streams and not heard.isdisjoint(fields) and not predictor.fields:
+            # DSPy refuses to stream decisions, which its 3.3 does not have.
+            if streams and not heard.isdisjoint(fields) and not getattr(predictor, "fields", None):
                 self._heard[id(predictor)] = heard
                 self._predictors.append(predictor)
                 left -= heard
 
     def settings(self) -> dict[str, Any]:
         """DSPy's settings for the execute."""
-        return {
-            "send_stream": self if self._predictors or self._on_loop else None,
+        settings: dict[str, Any] = {"callbacks": [*dspy.settings.callbacks, _Watch(self._call)]}
+        if self._in_pieces:
+            stream = self if self._predictors or self._on_loop else None
             # All that DSPy wants to know of a listener: whose answers to send. Without any it would send all.
-            "stream_listeners": [SimpleNamespace(predict=predictor) for predictor in self._predictors or (None,)],
-            "callbacks": [*dspy.settings.callbacks, _Watch(self._call)],
-        }
+            listeners = [SimpleNamespace(predict=predictor) for predictor in self._predictors or (None,)]
+            settings[dspy_internals.SEND_STREAM.attribute] = stream
+            settings[dspy_internals.STREAM_LISTENERS.attribute] = listeners
+        return settings
 
     async def send(self, value: Any) -> None:
         """Called by DSPy with each piece of an LM's answer, and by modules with what they want to be told."""
@@ -144,7 +143,7 @@ def _allow_another_try(told: bool) -> None:
 
     DSPy takes any piece for shown; here that is only what the caller was told.
     """
-    for progress in () if _PROGRESS is None else _PROGRESS.get():
+    for progress in dspy_internals.ADAPTER_CALLS.value.get() if dspy_internals.ADAPTER_CALLS.there else ():
         progress.told = told or getattr(progress, "told", False)
         progress.emitted = progress.told
 

@@ -3,7 +3,7 @@ defmodule DSPex.DocsTest do
 
   use ExUnit.Case, async: true
 
-  alias DSPex.PythonBridge.{Bridge, Caller, Error, Monitor, Options, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Monitor, Options, Pool}
   alias DSPex.Test.{Helpers, Loopback, RawPeer}
 
   @root Path.expand("../..", __DIR__)
@@ -61,7 +61,6 @@ defmodule DSPex.DocsTest do
     List.keymember?(specs, {name, arity}, 0)
   end
 
-  doctest Caller
   doctest Monitor
   doctest Options
 
@@ -74,7 +73,7 @@ defmodule DSPex.DocsTest do
         Enum.any?(texts, &example?/1),
         do:
           assert(
-            tests =~ ~r/^  doctest #{module |> Module.split() |> List.last()}$/m,
+            tests =~ ~r/^  doctest ([\w.]+\.)?#{module |> Module.split() |> List.last()}$/m,
             inspect(module)
           )
   end
@@ -88,7 +87,7 @@ defmodule DSPex.DocsTest do
   @said [:python_executable, :script_path, :lm, :lm_options, :adapter, :env]
 
   test "settings.md lists every option, with its default" do
-    {:ok, options} = Options.new()
+    {:ok, options} = Options.new([], Bridge)
     assert Enum.sort(Keyword.keys(listed("A Bridge"))) == Enum.sort(Options.known())
 
     for {option, default} <- listed("A Bridge"),

@@ -1,10 +1,10 @@
 defmodule DSPex.GuideTest do
   @moduledoc """
-  The pages run as they stand: their Elixir here, in order, and the guide's Python where it says. What cannot be
-  had here is the LM that some of them name: `offline/echo` takes its place.
+  Runs the Elixir code of the pages, in order, and the Python of the guide. `offline/echo` takes the place of the LMs
+  that some pages name.
   """
 
-  # They change the working directory, as a reader would, and use the names that are the defaults.
+  # The guide changes the working directory, as a reader would, and the pages use the default names.
   use ExUnit.Case, async: false
 
   import ExUnit.CaptureIO
@@ -14,11 +14,9 @@ defmodule DSPex.GuideTest do
   alias DSPex.Test.Helpers
 
   @root Path.expand("../..", __DIR__)
-  @guide Path.join(@root, "docs/guide.md")
-  @external_resource @guide
-  @sections ~w(1 2 3 4 5 6 7 8 9 10 11)
-  @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/settings.md docs/errors.md docs/coming-from.md
-            docs/cluster.md)
+  @guide ~w(signatures agents streaming lms own-modules)
+  @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/security.md docs/settings.md docs/errors.md
+            docs/coming-from.md docs/cluster.md)
   # The readers of these have the application's own Bridge and Monitor.
   @in_application ~w(README.md docs/getting-started.md)
   @telemetry Path.join(@root, "docs/telemetry.md")
@@ -26,44 +24,65 @@ defmodule DSPex.GuideTest do
 
   setup do
     Helpers.put_config(:python_bridge, python_executable: Helpers.python(), lm: "offline/echo")
-    # A page shows what its absence looks like.
+    # A page shows the error of a missing key.
     Helpers.put_system_env("OPENAI_API_KEY", nil)
-    on_exit(fn -> Enum.each([Bridge, Pool], &Bridge.stop/1) end)
+    on_exit(fn -> Enum.each([Bridge, Pool], &stop/1) end)
   end
 
-  @tag :tmp_dir
-  @tag timeout: 120_000
-  test "every example of the guide is as it says", %{tmp_dir: dir} do
-    told = Path.join(dir, "told")
-    File.cp!(Path.join(@root, "tests/fakes/mlflow.py"), Path.join(dir, "mlflow.py"))
-    Helpers.put_system_env("MLFLOW_TOLD", told)
+  # Its name is free afterwards, also if the exit of the test has begun to stop it.
+  defp stop(name) do
+    if pid = Process.whereis(name) do
+      ref = Process.monitor(pid)
+      Bridge.stop(name)
+      assert_receive {:DOWN, ^ref, :process, ^pid, _reason}, 10_000
+    end
+  end
+
+  for page <- @guide do
+    file = Path.join(@root, "docs/guide/#{page}.md")
+    @external_resource file
+
+    @tag :tmp_dir
+    @tag timeout: 120_000
+    test "every example of the guide's #{page} runs as shown", %{tmp_dir: dir} do
+      text = File.read!(unquote(file))
+      set_up(text, dir)
+      run(blocks(text, "elixir"), unquote(file))
+
+      if unquote(page) == "lms",
+        do: assert(File.read!(Path.join(dir, "recorded")) == "experiment triage\nautolog\n")
+    end
+  end
+
+  # Does what the page asks of its reader before the Bridge starts: folders, files, MLflow, the optimizer.
+  defp set_up(text, dir) do
     cwd = File.cwd!()
     File.cd!(dir)
     on_exit(fn -> File.cd!(cwd) end)
+    File.cp!(Path.join(@root, "tests/fakes/mlflow.py"), Path.join(dir, "mlflow.py"))
+    Helpers.put_system_env("MLFLOW_TOLD", Path.join(dir, "recorded"))
 
-    text = File.read!(@guide)
-    # What a reader has in place before the Bridge starts.
-    [commands] = blocks(text, "sh")
-    {_output, 0} = System.cmd("sh", ["-e", "-c", commands])
-    for code <- blocks(text, "python"), do: place(code, dir)
-    {:ok, script} = File.read(Path.join(dir, "optimize.py"))
-    {output, 0} = System.cmd(Helpers.python(), ["-c", script], cd: dir, stderr_to_stdout: true)
-    assert is_binary(output)
-    run(blocks(text, "elixir"), @guide)
-    assert File.read!(told) == "experiment triage\nautolog\n"
+    for commands <- blocks(text, "sh"), do: {_, 0} = System.cmd("sh", ["-e", "-c", commands])
+
+    for code <- blocks(text, "python"), file = place(code, dir), file =~ "optimize.py" do
+      assert {_output, 0} = System.cmd(Helpers.python(), [file], stderr_to_stdout: true)
+    end
   end
 
-  test "each section has an example" do
-    sections = Regex.split(~r/^## (?=\d+\. )/m, File.read!(@guide)) |> tl()
-    assert Enum.map(sections, &(&1 |> String.split(".") |> hd())) == @sections
-    assert Enum.all?(sections, &(&1 =~ "```elixir" or &1 =~ "```python"))
+  test "each page of the guide is tested, and each section has an example" do
+    pages = Path.wildcard(Path.join(@root, "docs/guide/*.md"))
+    assert Enum.sort(@guide) == Enum.sort(Enum.map(pages, &Path.basename(&1, ".md")))
+
+    for page <- pages, section <- tl(Regex.split(~r/^## /m, File.read!(page))) do
+      assert section =~ ~r/^```(elixir|python)$/m, "#{page}: #{hd(String.split(section, "\n"))}"
+    end
   end
 
   for page <- @pages do
     @external_resource Path.join(@root, page)
 
     @tag timeout: 120_000
-    test "every example of #{page} is as it says" do
+    test "every example of #{page} runs as shown" do
       file = Path.join(@root, unquote(page))
       if unquote(page) in @in_application, do: start([DSPex.PythonBridge.Supervisor])
       blocks = file |> File.read!() |> blocks("elixir")
@@ -78,7 +97,7 @@ defmodule DSPex.GuideTest do
   test "the handler of telemetry.md names a program where there is one" do
     [handler | _metrics] = @telemetry |> File.read!() |> blocks("elixir")
 
-    # The host of the page has the package; here its stand-in may have been loaded by another test.
+    # The application of the page has :telemetry. Here another test may have loaded its stand-in.
     {[{module, _code}], warnings} =
       Code.with_diagnostics(fn -> Code.compile_string(handler, @telemetry) end)
 
@@ -98,7 +117,7 @@ defmodule DSPex.GuideTest do
     assert log.(%{metadata | result: :ok}) == ""
   end
 
-  # A tree that a page shows takes the place of the one before it.
+  # Each supervision tree of a page replaces the one before it.
   defp start(children) do
     _not_found = stop_supervised(:tree)
     supervisor = {Supervisor, :start_link, [children, [strategy: :one_for_one]]}
@@ -112,7 +131,7 @@ defmodule DSPex.GuideTest do
     |> List.flatten()
   end
 
-  # One after another, each with what those before it have bound.
+  # One after another, each with the bindings of those before it.
   defp run(blocks, file) do
     Enum.reduce(blocks, {[], Code.env_for_eval([])}, fn code, {binding, env} ->
       cond do
@@ -134,7 +153,7 @@ defmodule DSPex.GuideTest do
     end)
   end
 
-  # As the application would read it when it starts.
+  # As the application reads it at its start.
   defp configuration(code, file) do
     [dspex: config] = Config.Reader.eval!(Path.rootname(file) <> ".exs", code, env: :prod)
     assert config != []
@@ -145,7 +164,7 @@ defmodule DSPex.GuideTest do
   defp accepted({:python_bridge, opts}), do: assert({:ok, _} = Options.new(opts))
   defp accepted({:python_bridge_monitor, opts}), do: assert({:ok, _} = Monitor.options(opts))
 
-  # No such folder is here; of a setting that it does not know, the check would speak first.
+  # The folder does not exist here. The check would report an unknown setting first.
   defp accepted({:python_environment, settings}) do
     bridge = Application.fetch_env!(:dspex, :python_bridge)
     Helpers.put_config(:python_environment, settings)
@@ -163,5 +182,6 @@ defmodule DSPex.GuideTest do
     file = Path.join(dir, path)
     File.mkdir_p!(Path.dirname(file))
     File.write!(file, code)
+    file
   end
 end

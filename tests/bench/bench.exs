@@ -274,7 +274,7 @@ defmodule Bench do
   defp held(meanwhile) do
     go = Path.join(System.tmp_dir!(), "dspy_bridge_bench_#{System.unique_integer([:positive])}")
     env = %{"FAKE_FILE" => go, "DSPY_BRIDGE_DRAIN_MS" => "600000"}
-    holds = Path.expand("../fakes/holds.py", @here)
+    holds = Path.expand("../fakes/replies/holds.py", @here)
     {:ok, bridge} = Bridge.start_link(name: nil, python_executable: python(), script_path: holds, env: env)
     calls = for _ <- 1..16_000, do: Task.async(fn -> {:ok, _} = Bridge.call(bridge, :hold, %{}, :infinity) end)
     wait_until(fn -> Bridge.get_status(bridge).pending == 16_000 end)

@@ -1,6 +1,6 @@
 """docs/bench.svg: how many times as fast as the HTTP sidecar, from the figures of `make bench`.
 
-`run.py --readme` draws it with the table of the README. `chart.py bench.json` draws it again from what a run wrote.
+`run.py --publish` draws it from the run; `chart.py bench.json` draws it again from the file that a run wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BAR = "#2f81f7"
 
 
 class Bar(NamedTuple):
-    """`times`: how many times as fast; `reached` and `sidecar`: the two figures as the README's table has them."""
+    """`times`: how many times as fast; `reached` and `sidecar`: the two figures, as docs/performance.md shows them."""
 
     what: str
     times: float
@@ -48,7 +48,7 @@ def bars(f: dict[str, Any]) -> list[Bar]:
         Bar("ping round trip", sidecar_trip / trip, f"{trip:.1f} µs", f"{sidecar_trip:.0f} µs"),
         Bar("ping with 1 MB", sidecar_big / big, f"{big:.2f} ms", f"{sidecar_big:.1f} ms"),
         Bar(
-            "executes, LM free",
+            "runs, LM free",
             sidecar_executes / executes,
             f"{500_000 / executes:.0f}/s",
             f"{500_000 / sidecar_executes:.0f}/s",

@@ -1,7 +1,8 @@
-"""`make bench`: runs bench.exs pinned to one CPU and free, prints the table of the README, writes bench.json.
+"""`make bench`: runs bench.exs pinned to one CPU and free, prints the table of docs/performance.md, writes bench.json.
 
-Each figure is a ratio within one run; the machine is told beside them. `--readme` also puts the table into the README,
-what the sidecar reached into docs/coming-from.md, and draws docs/bench.svg.
+Each figure is a ratio within one run; bench.json also names the machine. `--publish` writes the table into
+docs/performance.md, three lines of it into the README, the sidecar's figures into docs/coming-from.md, and draws
+docs/bench.svg.
 """
 
 from __future__ import annotations
@@ -91,14 +92,14 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
             f"{f['sidecar calls per s'] / 1000:.1f}k/s",
         ),
         (
-            "ping beside 5 MB requests, p99",
+            "ping during 5 MB requests, p99",
             "a 5 MB request",
             "–",
             f"{f['beside 5 MB']['ping_p99_ms']:.1f} ms ({f['beside 5 MB']['large_ms']:.1f} ms)",
             "",
         ),
         (
-            "500 executes, 64 in flight, LM free",
+            "500 runs, 64 in flight, LM free",
             "plain DSPy",
             "≥ 1.0x",
             f"{executes['ratio']:.2f}x ({500_000 / executes['bridge']:.0f}/s)",
@@ -112,7 +113,7 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
             "",
         ),
         (
-            "512 executes of 1 s at once",
+            "512 runs of 1 s at once",
             "what LM and plain DSPy's rate allow",
             "≥ 0.95x",
             f"{many['possible_ms'] / many['ms']:.2f}x"
@@ -120,14 +121,14 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
             "",
         ),
         (
-            "320 executes of 0.2 s, 64 in flight",
+            "320 runs of 0.2 s, 64 in flight",
             "one after another",
             "≥ 25x, ping p99 < 30 ms",
             f"{waiting['ratio']:.0f}x, ping p99 {waiting['ping_p99_ms']:.1f} ms",
             "",
         ),
         (
-            "executes with 10,000 programs",
+            "runs with 10,000 programs",
             "with one",
             "≤ 1.05x the time",
             f"{programs['ratio']:.2f}x, {programs['bytes_each'] / 1024:.0f} KB a program",
@@ -143,6 +144,19 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
+def in_short(f: dict[str, Any]) -> str:
+    """The three lines of the README."""
+    executes, many = f["500 executes ms"], f["512 of 1 s"]
+    return (
+        f"- A `Bridge.call` of a ping takes {f['round trip us']['bridge']:.1f} µs; over an HTTP sidecar it takes"
+        f" {f['sidecar round trip us']:.0f} µs.\n"
+        f"- With an LM that costs nothing it makes {500_000 / executes['bridge']:.0f} runs per second,"
+        f" {executes['ratio']:.2f}x of plain DSPy; the sidecar makes {500_000 / f['sidecar 500 executes ms']:.0f}/s.\n"
+        f"- 512 runs of an LM that takes 1 s finish in {many['ms'] / 1000:.1f} s; with one `dspy.LM` alone they take"
+        f" {many['alone_ms'] / 1000:.1f} s."
+    )
+
+
 def lines(head: tuple[str, ...], table: Iterable[tuple[str, ...]]) -> str:
     """A table of Markdown."""
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in [head, ("---",) * len(head), *table])
@@ -155,12 +169,13 @@ def put(page: Path, mark: str, text: str) -> None:
 
 
 def publish(figures: dict[str, Any], table: str) -> None:
-    """The figures, wherever they stand."""
+    """Writes the figures into every page that has them."""
     from chart import bars, draw
 
-    put(ROOT / "README.md", "bench", table)
-    beside = [(bar.what, bar.reached, bar.sidecar, f"{bar.shown}x") for bar in bars(figures)]
-    put(ROOT / "docs/coming-from.md", "sidecar", lines(("what", "this", "HTTP sidecar", "times"), beside))
+    put(ROOT / "docs/performance.md", "bench", table)
+    put(ROOT / "README.md", "speed", in_short(figures))
+    compared = [(bar.what, bar.reached, bar.sidecar, f"{bar.shown}x") for bar in bars(figures)]
+    put(ROOT / "docs/coming-from.md", "sidecar", lines(("what", "this", "HTTP sidecar", "times"), compared))
     draw(figures)
 
 
@@ -171,7 +186,7 @@ def main() -> None:
     print(f"\n{table}")  # noqa: T201
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     (ROOT / "bench.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
-    if "--readme" in sys.argv:
+    if "--publish" in sys.argv:
         publish(figures, table)
 
 

@@ -38,7 +38,9 @@ class Bench:
             "value": Command(lambda args, call: object.__new__(Unwritable)),
         }
         limits = {"max_in_flight": 2, "max_queue": 2, "max_frame_bytes": 1000, **limits}
-        self.dispatcher = Dispatcher(table, self._send, log_exception=self._log, **limits)
+        self.dispatcher = Dispatcher(
+            table, self._send, log_exception=self._log, when_room=lambda callback: False, **limits
+        )
 
     def _log(self) -> str:
         reference = f"reference-{len(self.logged)}"

@@ -1,4 +1,4 @@
-"""Stands in for MLflow in the test of docs/guide.md: it notes that it was asked to trace."""
+"""A stand-in for MLflow in the test of docs/guide/lms.md: it records the calls that would start the tracing."""
 
 from __future__ import annotations
 

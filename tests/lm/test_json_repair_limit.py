@@ -36,6 +36,7 @@ def answer(adapter: dspy.Adapter, text: str) -> str:
 @pytest.mark.parametrize("text", [*(unit * (1_000_000 // len(unit)) for unit in ENDLESS), '["' + '" a' * 300_000])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.timeout(20)
+@pytest.mark.slow
 def test_a_megabyte_that_cannot_be_repaired_in_time_is_refused(adapter: dspy.Adapter, text: str) -> None:
     with pytest.raises((TooMuchToRepair, RecursionError, dspy.AdapterParseError)):
         guarded(adapter, strict=True).parse(COUNTED, answer(adapter, text))
@@ -43,6 +44,7 @@ def test_a_megabyte_that_cannot_be_repaired_in_time_is_refused(adapter: dspy.Ada
 
 @given(st.lists(st.sampled_from([*"[]{}()\"':,a1 #/", '\\"', "//", "/*", "```"]), min_size=1, max_size=8))
 @settings(deadline=None, max_examples=20)
+@pytest.mark.slow
 def test_no_text_takes_it_long(units: list[str]) -> None:
     """By the time of the processor, and with a margin: without a limit some of these take minutes."""
     unit = "".join(units)
@@ -69,7 +71,7 @@ def test_the_object_that_is_found_is_dspys(text: str) -> None:
     ours = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_repair_limit, "_SHORT", -1)
-        patch.setattr(json_repair, "loads", lambda _text: [])
+        patch.setattr(json_repair_limit, "_loads", lambda _text: [])
         with suppress(TooMuchToRepair):
             ours = json_repair_limit._object_in(text)
     assert ours == (None if dspys is None else dspys[0])

@@ -17,6 +17,7 @@ from peer import ROOT
 from dspy_bridge import tracing
 from dspy_bridge.logs import peer_log
 from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, Writer
+from dspy_bridge.wire import messages
 from dspy_bridge.wire.frames import FrameDecoder
 
 NAMES = ("", "LiteLLM", "dspy", "httpx", "host")
@@ -34,7 +35,7 @@ def frames() -> Iterator[Callable[[], list[Any]]]:
     for handler in list(loggers[0].handlers):
         loggers[0].removeHandler(handler)
     sent: list[Any] = []
-    peer_log.setup("debug", lambda payload: sent.append(json.loads(payload)["log"]))
+    peer_log.setup("debug", lambda *record: sent.append(json.loads(messages.encode_log(*record))["log"]))
 
     def written() -> list[Any]:
         for _ in range(60):
@@ -96,9 +97,9 @@ def test_records_that_nobody_reads_are_dropped_and_counted_once(
     reading, writing = os.pipe()
     writer = Writer(writing, lambda: None)
 
-    def send(payload: bytes) -> None:
+    def send(*record: Any) -> None:
         writer.wait_for_room(lambda: False)
-        writer.send([payload])
+        writer.send([messages.encode_log(*record)])
 
     handler = ours()
     monkeypatch.setattr(handler, "_send", send)
@@ -131,7 +132,7 @@ def test_a_finalizer_may_log_within_any_lock_of_the_writer(frames: Callable[[], 
         with writer._lock, handler.lock:
             Loud()
 
-    handler._send = lambda payload: writer.send([payload])
+    handler._send = lambda *record: writer.send([messages.encode_log(*record)])
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)

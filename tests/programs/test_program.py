@@ -16,7 +16,7 @@ import dspy
 import pytest
 from peer import PATIENCE
 
-from dspy_bridge.lm import dspy_setup, echo_lm
+from dspy_bridge.lm import dspy_setup, echo_lm, lm_pool
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.programs.program import Program
 from dspy_bridge.programs.runners import Runner, ToolCallRunner
@@ -71,9 +71,9 @@ def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(
 
     for _ in range(2):
         with ExitStack() as stack:
-            lent = [stack.enter_context(pool.lend()) for _ in range(dspy_setup.CALLS_PER_LM * 2 + 1)]
+            lent = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2 + 1)]
             assert len({id(lm) for lm in lent}) == 3
-    with pool.lend() as lm:
+    with pool.checkout() as lm:
         assert lm is lent[0]
 
 
@@ -83,12 +83,12 @@ def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(
 ) -> None:
     """Lost places would have each later call open connections of its own."""
     pool = lms.pool({"model": "openai/places"})
-    with pool.lend() as first:
+    with pool.checkout() as first:
         pass
-    for _ in range(dspy_setup.CALLS_PER_LM):
-        with pytest.raises(end), pool.lend():
+    for _ in range(lm_pool.CALLS_PER_LM):
+        with pytest.raises(end), pool.checkout():
             raise end
-    with pool.lend() as lm:
+    with pool.checkout() as lm:
         assert lm is first
 
 
@@ -97,9 +97,9 @@ def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(lms: dspy_setu
     server = start_lm()
 
     async def use() -> None:
-        pool = dspy_setup.LMPool({"model": "openai/x", **server.options()}, lms.loops)
+        pool = lm_pool.LMPool({"model": "openai/x", **server.options()}, lms.loops)
         with lms.context(pool, None), ExitStack() as stack:
-            lent = [stack.enter_context(pool.lend()) for _ in range(dspy_setup.CALLS_PER_LM * 2)]
+            lent = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2)]
             for lm in {id(lm): lm for lm in lent}.values():
                 await lm.acall("hello")
         del pool

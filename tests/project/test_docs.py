@@ -1,4 +1,4 @@
-"""What the pages say is so, where it can be looked up: links, errors, figures."""
+"""Compares the pages with what they describe: links, errors, figures, the map of the code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from peer import ROOT
 
 from dspy_bridge import errors
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXUNIT = ROOT / "elixir_harness" / "test" / "dspex" / "python_bridge"
+PEER = ROOT / "dspy_bridge"
+BRIDGE = ROOT / "elixir_harness" / "lib" / "dspex" / "python_bridge"
+# Not in the repository.
+IGNORED = {"__pycache__", ".hypothesis", ".pytest_cache", "_build"}
 
 
 def without_code(page: Path) -> str:
@@ -21,7 +26,7 @@ def without_code(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Those of its headings, as forges make them."""
+    """The anchors of its headings, as forges make them."""
     headings = re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -38,20 +43,21 @@ def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
 
 
 def test_the_readme_leads_to_every_page() -> None:
-    text = PAGES[0].read_text()
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text] == []
+    text = README.read_text()
+    pages = [page.relative_to(ROOT).as_posix() for page in PAGES[1:]]
+    assert [page for page in pages if f"({page})" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_code_says_its_language(page: Path) -> None:
-    """ex_doc takes one that does not for Elixir."""
+    """ex_doc renders a block without a language as Elixir."""
     fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
     assert len(fences) % 2 == 0
     assert all(fences[::2]) and not any(fences[1::2])
 
 
 def test_each_row_of_what_happens_is_a_test() -> None:
-    """By the file and the name in its last column."""
+    """Its last column names the file and the test."""
     rows = table("docs/how-it-works.md", "what happens")
     assert len(rows) > 20
     for when, (_, test) in rows.items():
@@ -65,7 +71,7 @@ def test_each_row_of_what_happens_is_a_test() -> None:
 def test_the_providers_that_deploying_md_counts_for_litellm_are_served_by_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the others by DSPy's own engine, which the figures of the pages are with."""
+    """The others are served by DSPy's own engine, with which the figures of the pages were measured."""
     page = (ROOT / "docs" / "deploying.md").read_text()
     section = page.split("### LiteLLM")[1].split("\n| ")[0]
     own, litellm = section.split("They are\n")
@@ -77,7 +83,7 @@ def test_the_providers_that_deploying_md_counts_for_litellm_are_served_by_it(
 
     assert {name for name in names.findall(own) if not native(name)} == set()
     assert native("openai", api_base="http://127.0.0.1/v1")
-    # Azure has no address but that of the host's own.
+    # Azure has no default address.
     assert {name for name in names.findall(litellm) if native(name, api_base="http://127.0.0.1/v1")} == set()
     for option in ("headers", "extra_headers", "organization", "extra_query", "api_version"):
         assert f"`{option}`" in litellm and not native("openai", **{option: {}}), option
@@ -88,28 +94,85 @@ def test_the_providers_that_deploying_md_counts_for_litellm_are_served_by_it(
             assert variable in litellm and not native("openai"), variable
 
 
-def table(page: str, mark: str) -> dict[str, list[str]]:
-    """The rows between two marks, by their first cell."""
+def rows_of(page: str, mark: str) -> list[list[str]]:
+    """The cells of the table between two marks, without its head."""
     found = re.search(f"<!-- {mark} -->\n(.*)<!-- /{mark} -->", (ROOT / page).read_text(), re.DOTALL)
     assert found is not None
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
-    return {row[0]: row[1:] for row in rows}
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
 
 
-def test_the_figures_beside_the_sidecar_are_those_of_the_bench() -> None:
-    """One run writes the README's table, coming-from.md and the chart."""
-    bench, beside = table("README.md", "bench"), table("docs/coming-from.md", "sidecar")
+def table(page: str, mark: str) -> dict[str, list[str]]:
+    """The rows between two marks, by their first cell."""
+    return {row[0]: row[1:] for row in rows_of(page, mark)}
+
+
+def folders(root: Path) -> set[str]:
+    """The folders that have files in the repository, relative to `root`."""
+    files = (path for path in root.rglob("*") if path.is_file() and not IGNORED & set(path.parts))
+    return {file.parent.relative_to(root).as_posix() for file in files}
+
+
+@pytest.mark.parametrize("root", [PEER, BRIDGE], ids=lambda root: root.name)
+def test_the_map_has_every_folder_and_no_other(root: Path) -> None:
+    described = [cells[0].strip("`") for cells in rows_of("docs/how-it-works.md", f"map of {root.name}")]
+    assert len(described) > 10 and sorted(described) == sorted(folders(root))
+
+
+@pytest.mark.parametrize("walk", ["one request", "one pool call", "one change"])
+def test_each_step_of_a_walk_through_the_code_is_a_function(walk: str) -> None:
+    steps = rows_of("docs/how-it-works.md", walk)
+    assert len(steps) > 3
+    for file, function, _ in steps:
+        path = (PEER if file.endswith(".py`") else BRIDGE) / file.strip("`")
+        pattern = rf"^ *(async def|def|defp) {function.strip('`')}\b"
+        assert re.search(pattern, path.read_text(), re.MULTILINE), (file, function)
+
+
+def test_every_file_that_contributing_md_names_exists() -> None:
+    named = re.findall(r"`((?:dspy_bridge|elixir_harness|tests|docs)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("root", ["dspy_bridge", "elixir_harness/lib", "tests", "docs"])
+def test_no_folder_has_more_than_16_files(root: str) -> None:
+    """One can be read at a glance."""
+    for folder in folders(ROOT / root):
+        files = [path for path in (ROOT / root / folder).iterdir() if path.is_file() and path.suffix != ".pyc"]
+        assert len(files) <= 16, (folder, len(files))
+
+
+def test_the_three_lines_of_speed_have_figures_of_the_bench() -> None:
+    """`make bench` writes them with the table."""
+    bench = table("docs/performance.md", "bench")
+    found = re.search("<!-- speed -->\n(.*)<!-- /speed -->", README.read_text(), re.DOTALL)
+    assert found is not None
+    ping, runs, waiting = found[1].splitlines()
+    figures = re.compile(r"\d+(?:\.\d+)?(?:x| µs|/s| s\b)")
+    of = {
+        ping: bench["`Bridge.call(:ping)` round trip"],
+        runs.replace(" runs per second", "/s"): bench["500 runs, 64 in flight, LM free"],
+        waiting.replace("takes 1 s", ""): bench["512 runs of 1 s at once"],
+    }
+    for line, row in of.items():
+        assert len(figures.findall(line)) >= 2
+        assert [figure for figure in figures.findall(line) if figure not in " ".join(row)] == []
+
+
+def test_the_figures_next_to_the_sidecar_are_those_of_the_bench() -> None:
+    """One run writes the table of performance.md, coming-from.md and the chart."""
+    bench, compared = table("docs/performance.md", "bench"), table("docs/coming-from.md", "sidecar")
     rows = {
         "start to first ping": "start to first ping",
         "pings of 256 callers": "256 processes calling `Bridge.call(:ping)`",
         "ping round trip": "`Bridge.call(:ping)` round trip",
         "ping with 1 MB": "ping with 1 MB of arguments",
-        "executes, LM free": "500 executes, 64 in flight, LM free",
+        "runs, LM free": "500 runs, 64 in flight, LM free",
     }
-    assert set(rows) == set(beside)
+    assert set(rows) == set(compared)
     chart = re.findall(r"<text[^>]*>([^<]*)</text>", (ROOT / "docs" / "bench.svg").read_text())
     for what, row in rows.items():
-        reached, sidecar, times = beside[what]
+        reached, sidecar, times = compared[what]
         assert sidecar == bench[row][3]
         assert reached in bench[row][2]
         assert what in chart and f"{times}: {reached}, sidecar {sidecar}" in chart
@@ -120,7 +183,7 @@ def rows_of_errors() -> dict[str, str]:
 
 
 def test_every_error_type_has_a_row_in_errors_md() -> None:
-    """Those of the peer; the ones of the Elixir side are looked up by its own tests."""
+    """The types of the peer; ExUnit compares those of the Elixir side."""
     types = {kind.error_type for kind in vars(errors).values() if isinstance(kind, type)}
     assert len(types) > 10 and {*types, "invalid_json", "invalid_request"} <= set(rows_of_errors())
 

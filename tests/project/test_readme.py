@@ -1,4 +1,4 @@
-"""What a newcomer reads first."""
+"""The README: its code, its commands, its table."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from peer import ROOT
 from test_docs import table
 
 README = (ROOT / "README.md").read_text()
-# What a forge shows of a line of code without scrolling.
+# A forge shows lines of this length without scrolling.
 COLUMNS = 90
 
 
 def test_what_happens_in_short_is_what_happens() -> None:
-    """Rows of the table in how-it-works.md, where each is a test."""
+    """Its rows are those of how-it-works.md, where each names a test."""
     short, whole = table("README.md", "what happens, in short"), table("docs/how-it-works.md", "what happens")
     assert len(short) == 5
     assert {when: [*then, whole[when][-1]] for when, then in short.items()} == {when: whole[when] for when in short}
@@ -30,7 +30,7 @@ def test_the_two_commands_of_a_clone_are_in_it() -> None:
 
 
 def test_each_program_that_is_called_is_created_before() -> None:
-    """But one, whose absence is shown."""
+    """Except one, whose error is shown."""
     created = re.findall(r"\bid: \"(\w+)\"", README)
     called = re.findall(r"program_id: \"(\w+)\"", README)
     assert [name for name in called if name not in created] == ["tirage"]

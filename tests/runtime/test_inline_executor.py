@@ -1,11 +1,11 @@
-"""hops: DSPy's short steps run in place once they have shown to be short; nothing else does."""
+"""inline_executor: the steps it may run in place do so once they were short several times; nothing else does."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -17,15 +17,22 @@ class LM:
         self.model = model
 
 
-def step(name: str, work: Callable[[], object] = lambda: None) -> Callable[[LM], bool]:
-    """A function that looks like DSPy's; tells whether it ran on the loop's thread."""
+def step(work: Callable[[], object] = lambda: None, *, in_cache: bool = False) -> Callable[[LM], bool]:
+    """A function that may run in place; returns whether it ran on the loop's thread."""
 
     def run(_lm: LM) -> bool:
         work()
         return threading.current_thread() is threading.main_thread()
 
-    run.__name__, run.__module__ = name, "dspy.clients.execution"
+    inline_executor.allow(*(([], [run]) if in_cache else ([run], [])))  # type: ignore[list-item]
     return run
+
+
+@pytest.fixture(autouse=True)
+def steps_as_before() -> Iterator[None]:
+    before = inline_executor._steps, inline_executor._cache_steps
+    yield
+    inline_executor.allow(*before)
 
 
 def in_place(*calls: tuple[Callable[..., bool], LM], memory_cache_only: bool = True) -> list[bool]:
@@ -38,7 +45,7 @@ def in_place(*calls: tuple[Callable[..., bool], LM], memory_cache_only: bool = T
 
 
 def test_a_short_step_of_dspy_runs_in_place_after_some_tries_for_each_model() -> None:
-    prepare, one, other = step("prepare"), LM("one"), LM("other")
+    prepare, one, other = step(), LM("one"), LM("other")
     calls = [(prepare, one)] * (inline_executor.TRIES + 2) + [(prepare, other)]
     assert in_place(*calls) == [False] * inline_executor.TRIES + [True, True, False]
 
@@ -49,21 +56,25 @@ def test_a_step_that_was_long_never_does() -> None:
         while time.thread_time() < end:
             pass
 
-    assert in_place(*[(step("prepare", busy), LM("m"))] * (inline_executor.TRIES + 2)) == [False] * (
-        inline_executor.TRIES + 2
-    )
+    assert in_place(*[(step(busy), LM("m"))] * (inline_executor.TRIES + 2)) == [False] * (inline_executor.TRIES + 2)
 
 
 def test_one_that_waits_in_place_goes_back_to_the_threads() -> None:
-    waits = step("prepare", lambda: threading.Event().wait(inline_executor.SHORT * 2))
+    waits = step(lambda: threading.Event().wait(inline_executor.SHORT * 2))
     found = in_place(*[(waits, LM("m"))] * (inline_executor.TRIES + 2))
     assert found == [False] * inline_executor.TRIES + [True, False]
 
 
-@pytest.mark.parametrize(("name", "memory_only"), [("users_own", True), ("_cached", False), ("_store", False)])
-def test_other_code_and_a_cache_on_disk_stay_in_threads(name: str, memory_only: bool) -> None:
-    calls = [(step(name), LM("m"))] * (inline_executor.TRIES + 2)
-    assert in_place(*calls, memory_cache_only=memory_only) == [False] * (inline_executor.TRIES + 2)
+@pytest.mark.parametrize("memory_only", [True, False])
+def test_a_cache_on_disk_stays_in_threads(memory_only: bool) -> None:
+    calls = [(step(in_cache=True), LM("m"))] * (inline_executor.TRIES + 1)
+    assert in_place(*calls, memory_cache_only=memory_only) == [False] * inline_executor.TRIES + [memory_only]
+
+
+def test_other_code_stays_in_threads() -> None:
+    users_own = step()
+    inline_executor.allow([], [])
+    assert in_place(*[(users_own, LM("m"))] * (inline_executor.TRIES + 2)) == [False] * (inline_executor.TRIES + 2)
 
 
 def test_what_it_raises_reaches_who_waits() -> None:
@@ -72,19 +83,9 @@ def test_what_it_raises_reaches_who_waits() -> None:
 
     async def main() -> None:
         asyncio.get_running_loop().set_default_executor(inline_executor.Executor(memory_cache_only=True))
-        function = step("prepare", fail)
+        function = step(fail)
         for _ in range(inline_executor.TRIES + 2):
             with pytest.raises(KeyError):
                 await asyncio.to_thread(function, LM("m"))
 
     asyncio.run(main())
-
-
-def test_dspys_own_steps_are_known() -> None:
-    """Should DSPy rename them, executes get slower: look for their new names."""
-    from dspy.clients import execution
-
-    assert (
-        execution.__name__ == inline_executor._MODULE
-        and set(vars(execution)) >= inline_executor._STEPS | inline_executor._CACHE_STEPS
-    )

@@ -1,5 +1,5 @@
 # A long run of everything at once, for `make soak`: many callers of all kinds, peers that are killed or hang at random,
-# a pool's keeper that is killed, restarts and deaths under thousands of calls, requests meant to stop the peer for all
+# a pool's coordinator that is killed, restarts and deaths under thousands of calls, requests meant to stop the peer for all
 # others, and at the end the counts are verified: what was sent was answered, nothing grew, nothing is left. Exit status 1
 # if anything is amiss.
 #
@@ -93,7 +93,7 @@ defmodule Soak do
   defp call(:pool, command, args, timeout), do: Pool.call(:pool, command, args, timeout)
   defp call(bridge, command, args, timeout), do: Bridge.call(bridge, command, args, timeout)
 
-  # A keeper that is killed with a change under way says that it may not have been made; never that it has.
+  # A coordinator that is killed with a change under way says that it may not have been made; never that it has.
   defp change_pool(command, args, timeout, tries) do
     case Pool.call(:pool, command, args, timeout) do
       {:error, :bridge_not_running} when tries > 1 -> change_pool(command, args, timeout, tries - 1)
@@ -354,23 +354,23 @@ defmodule Soak do
     kill_now_and_then(tally)
   end
 
-  # What only a pool has. Its keeper is killed under creations and cleanups, and is away for a moment (more than three
+  # What only a pool has. Its coordinator is killed under creations and cleanups, and is away for a moment (more than three
   # deaths in 5 s would end the pool). Peers of it hang: calls that time out there tell its monitor.
   defp harm_the_pool(tally, stop) do
-    if Enum.random(1..4) == 1, do: hang_a_peer(tally), else: kill_the_keeper(tally)
+    if Enum.random(1..4) == 1, do: hang_a_peer(tally), else: kill_the_coordinator(tally)
     Process.sleep(Enum.random(2_000..3_000))
     if :atomics.get(stop, 1) == 0, do: harm_the_pool(tally, stop)
   end
 
-  defp kill_the_keeper(tally) do
+  defp kill_the_coordinator(tally) do
     tasks = for n <- 1..8, do: Task.async(fn -> own("kept #{n}", :pool, tally) end)
     Process.sleep(Enum.random(0..50))
     :sys.suspend(:pool)
-    with keeper when is_pid(keeper) <- Process.whereis(Pool.Info.keeper(:pool)), do: Process.exit(keeper, :kill)
+    with coordinator when is_pid(coordinator) <- Process.whereis(Pool.Handle.coordinator(:pool)), do: Process.exit(coordinator, :kill)
     Process.sleep(Enum.random(0..50))
     :sys.resume(:pool)
     Task.await_many(tasks, :infinity)
-    count(tally, :keeper_kills)
+    count(tally, :coordinator_kills)
   end
 
   defp hang_a_peer(tally) do

@@ -144,6 +144,7 @@ def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> No
         *(("xml", begin, filling) for begin in ("<first a='", "<!--", "<", "<first>") for filling in ("a", " ")),
     ],
 )
+@pytest.mark.slow
 def test_a_million_times_the_same_is_read_as_fast_as_a_text(name: str, begin: str, filling: str) -> None:
     """Whatever may still become something else must not be looked at from its beginning again: that takes minutes."""
     reading = READERS[name][0](FIELDS)

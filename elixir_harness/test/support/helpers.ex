@@ -15,8 +15,11 @@ defmodule DSPex.Test.Helpers do
       if File.exists?(venv), do: venv, else: System.find_executable("python3")
   end
 
-  @doc "A port program with one bad habit."
-  def fake(name), do: Path.join([@root, "tests", "fakes", "#{name}.py"])
+  @doc "A port program with one bad habit; for a name that no file has, a path that does not exist."
+  def fake(name) do
+    fakes = Path.join(@root, "tests/fakes")
+    List.first(Path.wildcard("#{fakes}/**/#{name}.py"), "#{fakes}/#{name}.py")
+  end
 
   @doc "Options for a bridge without a name, to a fake."
   def fake_opts(name, opts \\ []),

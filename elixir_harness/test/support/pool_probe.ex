@@ -2,14 +2,15 @@ defmodule DSPex.Test.PoolProbe do
   @moduledoc "Looks into a pool, on the node where it runs."
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
-  alias DSPex.PythonBridge.Pool.Info
+  alias DSPex.PythonBridge.Pool.Handle
 
-  @doc "The keepers of other nodes that calls may be sent to."
-  def serving(pool), do: :ets.tab2list(Info.fetch(pool).others)
+  @doc "The coordinators of other nodes that calls may be sent to."
+  def serving(pool), do: :ets.tab2list(Handle.fetch(pool).others)
 
   @doc "The ids of the programs in the pool's table."
   def known(pool),
-    do: for({id, _stamp, _body} <- Programs.definitions(Info.fetch(pool).programs), do: id)
+    do:
+      for({id, _stamp, _body} <- Programs.Store.definitions(Handle.fetch(pool).programs), do: id)
 
   @doc "What each peer tells of its programs."
   def programs(pool) do

@@ -1,7 +1,8 @@
 defmodule DSPex.Test.RawPeer do
   @moduledoc "The real peer behind a bare port: any bytes in, decoded replies out."
 
-  alias DSPex.PythonBridge.{Options, Peer}
+  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Bridge.Peer
   alias DSPex.Test.Helpers
 
   def open do

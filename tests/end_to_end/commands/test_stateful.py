@@ -666,6 +666,7 @@ def describes(told: dict[str, Any], version: Version) -> bool:
 
 
 @pytest.mark.timeout(600 + 10 * EXAMPLES)
+@pytest.mark.slow
 def test_the_peer_does_what_its_model_says() -> None:
     session = Session()
     machine = type("Runs", (Runs,), {"session": session})

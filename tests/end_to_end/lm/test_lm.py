@@ -11,6 +11,7 @@ import pytest
 from conftest import lm_env
 from lm_server import chat, script
 from peer import PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
@@ -38,7 +39,7 @@ def test_an_answer_of_an_lm(start_lm: Any) -> None:
 
 
 def test_meta_tells_times_and_tokens(start_lm: Any) -> None:
-    with Peer(env=lm_env(start_lm())) as peer:
+    with shared_peer(env=lm_env(start_lm())) as peer:
         peer.call("create_program", QA)
         meta = peer.call("execute_program", ASK, meta=True)["meta"]
         assert 0 <= meta["queue_ms"] < meta["duration_ms"]
@@ -50,7 +51,7 @@ def test_meta_tells_times_and_tokens(start_lm: Any) -> None:
 
 def test_lm_adapter_and_config_of_a_program_and_of_a_call(start_lm: Any) -> None:
     default, own = start_lm(), start_lm('{"answer": "Rome"}')
-    with Peer(env=lm_env(default)) as peer:
+    with shared_peer(env=lm_env(default)) as peer:
         lm = {"model": "openai/own", **own.options(max_tokens=77)}
         peer.call("create_program", {**QA, "lm": lm, "adapter": "json", "config": {"temperature": 0.5}})
         assert peer.call("execute_program", ASK)["result"] == {"answer": "Rome"}
@@ -79,7 +80,7 @@ FORMATS = {"chat": chat(answer="Paris"), "json": '{"answer": "Paris"}', "xml": "
 def test_every_adapter_and_that_of_two_steps(start_lm: Any) -> None:
     """Each asks in its own format; with two steps another LM reads the first one's answer."""
     server = start_lm(lambda request: FORMATS[request["model"].removeprefix("in-")])
-    with Peer(env=lm_env(start_lm())) as peer:
+    with shared_peer(env=lm_env(start_lm())) as peer:
         for name in FORMATS:
             lm = {"model": f"openai/in-{name}", **server.options()}
             peer.call("create_program", {**QA, "lm": lm, "adapter": name})
@@ -127,7 +128,7 @@ def test_a_key_that_nobody_gave_is_the_environments(start_lm: Any) -> None:
 
 def test_options_of_an_lm_and_config_of_a_call_are_what_the_lm_is_asked_with(start_lm: Any) -> None:
     server = start_lm()
-    with Peer(env=lm_env(start_lm())) as peer:
+    with shared_peer(env=lm_env(start_lm())) as peer:
         lm = {"model": "openai/x", **server.options(temperature=0.1, top_p=0.5, stop=["END"], max_tokens=50)}
         peer.call("create_program", {**QA, "lm": lm})
         config = {"temperature": 0.7, "max_tokens": 10, "seed": 4}
@@ -185,7 +186,7 @@ def test_an_answer_that_is_nested_too_deeply_to_be_read_is_the_lms_fault(start_l
     xml = "<answer>" + "<b>" * 20_000 + "</b>" * 20_000 + "</answer>"
     answers = ["{" * 500, '{"answer":' * 50_000, "[" * 50_000, xml]
     server = start_lm(script(*[answer for answer in answers for _ in range(2)]))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, "adapter": "json"})
         for answer in answers:
             if answer is xml:
@@ -229,7 +230,7 @@ def test_options_that_the_lm_refuses_are_told_with_the_first_program() -> None:
 
 
 def test_a_config_that_makes_no_sense_is_an_argument_error(start_lm: Any) -> None:
-    with Peer(env=lm_env(start_lm())) as peer:
+    with shared_peer(env=lm_env(start_lm())) as peer:
         peer.call("create_program", QA)
         reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
         assert reply["error_type"] == "invalid_args" and "config" in reply["error"], reply
@@ -240,7 +241,7 @@ def test_a_config_that_makes_no_sense_is_an_argument_error(start_lm: Any) -> Non
 def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any) -> None:
     server = start_lm()
     server.gate.clear()
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", QA)
         reply = peer.call("execute_program", ASK, timeout_ms=300)
         assert reply["error_type"] == "timeout" and "300 ms" in reply["error"]
@@ -251,7 +252,7 @@ def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any)
 def test_a_cancel_stops_the_request_and_has_no_reply_of_its_own(start_lm: Any) -> None:
     server = start_lm()
     server.gate.clear()
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", QA)
         id = peer.request("execute_program", ASK)
         assert server.arrived.acquire(timeout=PATIENCE)
@@ -290,7 +291,7 @@ def test_executes_run_at_once(start_lm: Any) -> None:
     """Forty are asked before the first is answered."""
     server = start_lm()
     server.gate.clear()
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", QA)
         ids = [peer.request("execute_program", ASK) for _ in range(40)]
         for _ in ids:
@@ -303,7 +304,7 @@ def test_more_than_one_hundred_calls_reach_the_lm_at_once(start_lm: Any) -> None
     """Where a dspy.LM alone stops: it keeps 100 connections."""
     server = start_lm()
     server.gate.clear()
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", QA)
         ids = [peer.request("execute_program", ASK) for _ in range(150)]
         for _ in ids:
@@ -444,6 +445,7 @@ def test_a_defect_is_internal_with_its_traceback_in_the_log(start_lm: Any, tmp_p
     assert KEY not in log + reply["error"] and "capital of France" not in log
 
 
+@pytest.mark.slow
 def test_lms_that_are_given_with_calls_leave_no_connections_behind(start_lm: Any) -> None:
     """Those used last are kept for the next call; all others are closed, also in the provider."""
     server = start_lm()
@@ -460,6 +462,7 @@ def test_lms_that_are_given_with_calls_leave_no_connections_behind(start_lm: Any
         assert max(counts[1:]) <= counts[0] + 5, counts
 
 
+@pytest.mark.slow
 def test_replaced_programs_leave_no_connections_behind(start_lm: Any) -> None:
     server = start_lm()
     with Peer() as peer:
@@ -478,7 +481,7 @@ def test_a_key_in_config_is_a_secret_too(start_lm: Any, where: str) -> None:
     """It goes to the provider, which may repeat it."""
     server = start_lm(error(401, "Incorrect API key provided: mysecretvalue777"))
     config = {"config": {"api_key": "mysecretvalue777"}}
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, **(config if where == "program" else {})})
         reply = peer.call("execute_program", {**ASK, **(config if where == "call" else {})})
         assert reply["error_type"] == "lm_error" and "mysecretvalue777" not in reply["error"]
@@ -489,7 +492,7 @@ def test_what_is_wrong_with_the_lm_of_an_adapter_is_an_argument_error(start_lm: 
     """DSPy checks its settings when it asks it; the text is DSPy's."""
     server = start_lm()
     model = {"model": "openai/x", **server.options(), "n": 0}
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, "adapter": {"name": "two_step", "extraction_model": model}})
         reply = peer.call("execute_program", ASK)
         assert reply["error_type"] == "invalid_args" and reply["error"].startswith("adapter: "), reply

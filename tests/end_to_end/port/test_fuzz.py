@@ -11,6 +11,7 @@ from mutations import Frames
 from peer import vector_payload, vectors
 
 
+@pytest.mark.slow
 def test_mutated_frames_each_get_their_reply() -> None:
     summary = fuzz.run(4000, seed=6)
     assert summary.sent > 4000

@@ -31,15 +31,15 @@ def same(got: Any, said: Any, name: str = "") -> bool:
     return type(got) is type(said) and got == said
 
 
-def test_every_example_is_what_the_peer_does(echo_peer: Peer) -> None:
+def test_every_example_is_what_the_peer_does(fresh_echo_peer: Peer) -> None:
     assert len(EXAMPLES) > 50
     sent = "nothing"
     for direction, payload in EXAMPLES:
         if direction == "send":
             sent = payload
-            echo_peer.send(payload.encode())
+            fresh_echo_peer.send(payload.encode())
         else:
-            got = echo_peer.receive()
+            got = fresh_echo_peer.receive()
             assert same(got, json.loads(payload)), f"{sent}\ngave {json.dumps(got)}"
             assert len({"success", "stream", "tool_call", "log"} & set(got)) == 1
 

@@ -92,11 +92,11 @@ def test_pipes_that_cannot_be_enlarged_serve_as_well(how: str) -> None:
         assert peer.receive()["id"] == text and peer.receive()["id"] == 2
 
 
-def test_a_truncated_frame_at_the_end_of_input_is_logged(echo_peer: Peer) -> None:
-    echo_peer.send({"id": 1, "command": "ping"})
-    assert echo_peer.receive()["success"]
-    echo_peer.send_bytes((100).to_bytes(4, "big") + b"only this")
-    code, rest, log = echo_peer.finish()
+def test_a_truncated_frame_at_the_end_of_input_is_logged(fresh_echo_peer: Peer) -> None:
+    fresh_echo_peer.send({"id": 1, "command": "ping"})
+    assert fresh_echo_peer.receive()["success"]
+    fresh_echo_peer.send_bytes((100).to_bytes(4, "big") + b"only this")
+    code, rest, log = fresh_echo_peer.finish()
     assert (code, rest) == (0, b"")
     assert "inside a frame" in log and "only this" not in log
 
@@ -312,16 +312,16 @@ def test_a_sigterm_that_interrupts_no_read_is_noticed(tmp_path: Any) -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
-def test_small_requests_with_large_replies_do_not_pile_up(echo_peer: Peer) -> None:
+def test_small_requests_with_large_replies_do_not_pile_up(fresh_echo_peer: Peer) -> None:
     """What one read brings may ask for a gigabyte."""
     for number in range(50):
-        echo_peer.call("create_program", {"id": str(number), "signature": "q -> a" + " " * 10_000})
-    small = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+        fresh_echo_peer.call("create_program", {"id": str(number), "signature": "q -> a" + " " * 10_000})
+    small = fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
     lists = [{"id": n, "command": "list_programs", "args": {"details": True}} for n in range(400)]
-    echo_peer.send(*lists, {"id": "last", "command": "get_stats"})
+    fresh_echo_peer.send(*lists, {"id": "last", "command": "get_stats"})
     for _ in lists:
-        assert echo_peer.receive()["success"]
-    assert echo_peer.receive()["result"]["memory_usage"]["rss"] < small + (60 << 20)
+        assert fresh_echo_peer.receive()["success"]
+    assert fresh_echo_peer.receive()["result"]["memory_usage"]["rss"] < small + (60 << 20)
 
 
 def test_a_log_that_nobody_reads_costs_no_reply(start_lm: Any) -> None:
@@ -385,11 +385,11 @@ def test_closed_standard_descriptors(closed: str) -> None:
         assert done.returncode == 2 and b"is closed" in done.stderr and done.stdout == b""
 
 
-def test_sigint_is_ignored_where_stdin_is_a_pipe(echo_peer: Peer) -> None:
+def test_sigint_is_ignored_where_stdin_is_a_pipe(fresh_echo_peer: Peer) -> None:
     """A Ctrl-C in iex reaches the whole process group."""
-    assert echo_peer.call("ping")["success"]
-    echo_peer.process.send_signal(2)
-    assert echo_peer.call("ping")["success"]
+    assert fresh_echo_peer.call("ping")["success"]
+    fresh_echo_peer.process.send_signal(2)
+    assert fresh_echo_peer.call("ping")["success"]
 
 
 def test_the_peer_goes_at_once_when_its_reader_is_gone(start_lm: Any) -> None:
@@ -484,27 +484,29 @@ def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int)
     assert all(reply["success"] == (id % 3 != 2) for id, reply in replies.items())
 
 
-def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(echo_peer: Peer) -> None:
+@pytest.mark.slow
+def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
     text = "x" * ((64 << 20) - 100)
     data = b'{"id":"%b","command":"ping"}' % text.encode()
-    echo_peer.call("get_stats")  # imports what it needs
-    before = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    fresh_echo_peer.call("get_stats")  # imports what it needs
+    before = fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
     for _ in range(10):
-        echo_peer.send(data)
-        payload = echo_peer.receive_payload()
+        fresh_echo_peer.send(data)
+        payload = fresh_echo_peer.receive_payload()
         assert payload.startswith(b'{"id":"xxx') and len(payload) > len(text)
     end = time.monotonic() + PATIENCE
-    while (after := echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
+    while (after := fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
         assert time.monotonic() < end, (before, after)
 
 
-def test_a_big_execute_both_ways_whose_memory_is_given_back(echo_peer: Peer) -> None:
-    echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})
+@pytest.mark.slow
+def test_a_big_execute_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
+    fresh_echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})
     ask = {"program_id": "qa", "inputs": {"q": "x" * (8 << 20)}}
-    echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"q": "x"}})
-    before = echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
+    fresh_echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"q": "x"}})
+    before = fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
     for _ in range(10):
-        assert len(echo_peer.call("execute_program", ask)["result"]["a"]) > 8 << 20
+        assert len(fresh_echo_peer.call("execute_program", ask)["result"]["a"]) > 8 << 20
     end = time.monotonic() + PATIENCE
-    while (after := echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
+    while (after := fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
         assert time.monotonic() < end, (before, after)

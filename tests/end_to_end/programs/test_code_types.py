@@ -9,20 +9,22 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import lm_env
+from conftest import LacksFeature, lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import DSPY, PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
 from tool_host import ToolError, execute
 
 INIT = f"""
 import dspy, sys
-from dspy.primitives.local_interpreter import LocalInterpreter
 def local():
+    from dspy.primitives.local_interpreter import LocalInterpreter
     dspy.configure(interpreter_factory=LocalInterpreter)
 class Broken:
     def __init__(self):
@@ -46,27 +48,34 @@ def code(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sandboxed")
+    (folder / "sandboxed.py").write_text(INIT)
+    return folder
+
+
 @pytest.fixture
-def start(tmp_path: Path, start_lm: Any) -> Iterator[Any]:
+def start(folder: Path, start_lm: Any) -> Iterator[Any]:
     """Starts a peer that may run code, an LM that answers so, and a program."""
-    (tmp_path / "sandboxed.py").write_text(INIT)
-    peers: list[Peer] = []
+    with ExitStack() as peers:
 
-    def start(create: dict[str, Any], *answers: Any, init: str = "local") -> Any:
-        server = start_lm(script(*answers))
-        env = {
-            "DSPY_BRIDGE_ALLOW_CODE": "1",
-            "DSPY_BRIDGE_INIT": f"sandboxed:{init}",
-            "PYTHONPATH": f"{ROOT}:{tmp_path}",
-        }
-        peers.append(Peer(env={**lm_env(server), **env}))
-        reply = peers[-1].call("create_program", {**CREATE, **create})
-        assert reply["success"], reply
-        return peers[-1], server
+        def start(create: dict[str, Any], *answers: Any, init: str = "local") -> Any:
+            server = start_lm(script(*answers))
+            env = {
+                "DSPY_BRIDGE_ALLOW_CODE": "1",
+                "DSPY_BRIDGE_INIT": f"sandboxed:{init}",
+                "PYTHONPATH": f"{ROOT}:{folder}",
+            }
+            peer = peers.enter_context(shared_peer(env={**lm_env(server), **env}))
+            reply = peer.call("create_program", {**CREATE, **create})
+            if init == "local" and DSPY < (3, 4):
+                assert "No module named 'dspy.primitives.local_interpreter'" in reply["error"]
+                raise LacksFeature
+            assert reply["success"], reply
+            return peer, server
 
-    yield start
-    for peer in peers:
-        peer.__exit__()
+        yield start
 
 
 def prompt(request: dict[str, Any]) -> str:
@@ -220,6 +229,7 @@ def test_a_sandbox_that_hears_nothing_is_killed(start: Any, create: Any, looping
         assert time.monotonic() < begin + PATIENCE
 
 
+@pytest.mark.slow
 def test_what_ends_a_sandbox_ends_too(start: Any) -> None:
     """A thread that stayed behind each time would show; one or the other of the peer's pools is made meanwhile."""
     peer, _ = start(*LOOPS[0])

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import DSPY, PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
 from tool_host import ToolError, execute
 
 CREATE = {"id": "x", "signature": "question -> answer"}
@@ -35,7 +36,7 @@ def score(inputs: dict[str, Any], outputs: dict[str, Any]) -> float:
 
 def test_chain_of_thought_reasons_first(start_lm: Any) -> None:
     server = start_lm(chat(reasoning="because", answer="yes"))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         assert peer.call("create_program", {**CREATE, "program_type": "chain_of_thought"})["success"]
         assert peer.call("execute_program", ASK)["result"] == {"reasoning": "because", "answer": "yes"}
     assert "reasoning" in prompts(server)[0]
@@ -61,7 +62,7 @@ def test_the_best_is_taken_where_none_is_good_enough(start_lm: Any, program_type
     advice = chat(discussion="d", advice='{"inner": "be bolder"}')
     said = [advice if answer == "advice" else chat(answer=answer) for answer in answers[program_type]]
     server = start_lm(script(*said))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**CREATE, "program_type": program_type, "options": {**SCORE, "N": 3}})
         reply, asked = execute(peer, ASK, {"score": score})
         assert reply["result"] == {"answer": "perhaps"} and len(asked) == 3
@@ -71,7 +72,7 @@ def test_the_best_is_taken_where_none_is_good_enough(start_lm: Any, program_type
 def test_refine_gives_the_lm_its_advice(start_lm: Any) -> None:
     advice = chat(discussion="d", advice='{"inner": "be bolder"}')
     server = start_lm(script(chat(answer="no"), advice, chat(answer="yes")))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**CREATE, "program_type": "refine", "options": YES})
         assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
     first, advising, second = prompts(server)
@@ -92,7 +93,7 @@ def test_refine_gives_the_lm_its_advice(start_lm: Any) -> None:
 )
 def test_a_field_is_compared_as_a_reply_would_have_it(start_lm: Any, signature: str, answer: str, equals: Any) -> None:
     server = start_lm(chat(answer=answer))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         options = {"reward": {"field": "answer", "equals": equals}}
         create = {"id": "x", "signature": signature, "program_type": "best_of_n", "options": options}
         assert peer.call("create_program", create)["success"]
@@ -106,7 +107,7 @@ def test_they_run_other_modules_too(start_lm: Any, program_type: str) -> None:
     step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')
     finish = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
     server = start_lm(script(step, finish, chat(reasoning="r", answer="yes")))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         search = {"name": "search", "args": {"q": {"type": "str"}}}
         options = {**SCORE, "module": "react"}
         create = {**CREATE, "program_type": program_type, "options": options, "tools": [search, {"name": "score"}]}
@@ -163,7 +164,7 @@ def test_of_attempts_that_fail_in_turn_the_last_is_told(start_lm: Any, program_t
         told.append(f"failure {len(told)}")
         raise ToolError(told[-1])
 
-    with Peer(env=lm_env(start_lm(chat(answer="no")))) as peer:
+    with shared_peer(env=lm_env(start_lm(chat(answer="no")))) as peer:
         for options, made in (({"n": 3}, 3), ({"n": 3, "fail_count": 1}, 2), ({"n": 2, "fail_count": 9}, 2)):
             peer.call("create_program", {**CREATE, "program_type": program_type, "options": {**SCORE, **options}})
             before = len(told)
@@ -174,7 +175,7 @@ def test_of_attempts_that_fail_in_turn_the_last_is_told(start_lm: Any, program_t
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
 def test_an_attempt_that_fails_is_only_one_attempt(start_lm: Any, program_type: str) -> None:
     server = start_lm(script(OOPS, chat(answer="yes")))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**CREATE, "program_type": program_type, "options": YES})
         assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
 
@@ -192,7 +193,7 @@ def test_an_advice_that_cannot_be_read_is_one_attempt_and_not_in_the_log(start_l
 def test_refine_keeps_the_adapter_that_was_chosen(start_lm: Any, adapter: Any) -> None:
     """Also where DSPy would make another of its class without what it needs."""
     server = start_lm(script('{"answer": "no"}', '{"discussion": "d", "advice": {"inner": "a"}}', '{"answer": "yes"}'))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         create = {**CREATE, "program_type": "refine", "options": {**YES, "n": 2}, "adapter": adapter}
         assert peer.call("create_program", create)["success"]
         reply = peer.call("execute_program", ASK)
@@ -205,7 +206,7 @@ def test_demos_state_and_config_reach_every_attempt(start_lm: Any, program_type:
     server = start_lm(script(chat(answer="no"), chat(answer="yes")))
     create = {**CREATE, "program_type": program_type, "options": YES}
     # Refine's own call in between cannot be read here, which is one attempt.
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         demos = [{"question": "How?", "answer": "like so"}]
         assert peer.call("create_program", {**create, "demos": demos, "config": {"max_tokens": 77}})["success"]
         assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
@@ -215,7 +216,7 @@ def test_demos_state_and_config_reach_every_attempt(start_lm: Any, program_type:
         assert peer.call("execute_program", {**ASK, "program_id": "y"})["result"] == {"answer": "yes"}
     attempts = [text for text in prompts(server) if "Why?" in text and "discussion" not in text]
     assert len(attempts) >= 3 and all("like so" in text for text in attempts)
-    assert server.requests[0]["max_completion_tokens"] == 77
+    assert server.requests[0]["max_completion_tokens" if DSPY >= (3, 4) else "max_tokens"] == 77
 
 
 COMPLETIONS = [{"reasoning": f"because of {n}", "answer": n} for n in range(3)]
@@ -225,7 +226,7 @@ COMPLETIONS = [{"reasoning": f"because of {n}", "answer": n} for n in range(3)]
 def test_multi_chain_comparison_compares_what_it_is_given(start_lm: Any, signature: str) -> None:
     """By the last output field; a rationale is as good as a reasoning."""
     server = start_lm(chat(rationale="all told", hint="h", answer="2"))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         create = {"id": "x", "signature": signature, "program_type": "multi_chain_comparison"}
         options = {"m": 4, "temperature": 0.25}
         assert peer.call("create_program", {**create, "options": options})["success"]
@@ -342,7 +343,7 @@ def test_a_deadline_closes_the_request_of_a_module_in_a_thread(start_lm: Any, cr
     """And no other is made: the thread comes back."""
     server = start_lm(chat(answer="no"))
     server.gate.clear()
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**CREATE, **create})
         reply = peer.call("execute_program", {**ASK, "inputs": {**ASK["inputs"], **inputs}}, timeout_ms=300)
         assert reply["error_type"] == "timeout"

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_server import LMServer, chat
 from peer import ROOT, Peer
+from shared_peers import shared_peer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'prefix' argument:DeprecationWarning")
 
@@ -244,7 +245,7 @@ def test_states_are_told_only_when_asked_for(served: Served) -> None:
 
 
 def test_a_state_dir_is_needed_for_state_path() -> None:
-    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+    with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
         reply = peer.call("create_program", {"id": "p", "signature": QA, "state_path": "/etc/passwd"})
         assert reply["error_type"] == "not_allowed" and "DSPY_BRIDGE_STATE_DIR" in reply["error"]
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import lm_env
 from lm_server import chat, completion, script
 from peer import PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
 from tool_host import ToolError, answer, execute
 
 SEARCH = {
@@ -34,7 +35,7 @@ def prompt(request: dict[str, Any]) -> str:
 
 def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
     server = start_lm(script(step("search", {"query": "a", "most": 2}), FINISH, EXTRACT))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         assert peer.call("create_program", CREATE)["success"]
         reply, asked = execute(peer, ASK, {"search": lambda query, most: [query, {"most": most}, None, 0.5]})
     assert asked == [("search", {"query": "a", "most": 2})]
@@ -65,7 +66,7 @@ def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
 )
 def test_any_result_is_told_to_the_lm(start_lm: Any, result: Any, told: str) -> None:
     server = start_lm(script(step("search", {"query": "a", "most": 2}), FINISH, EXTRACT))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
         reply, _ = execute(peer, ASK, {"search": lambda query, most: result})
     assert reply["success"], reply
@@ -79,7 +80,7 @@ def test_a_result_that_cannot_be_read_is_an_observation(start_lm: Any) -> None:
     """Nobody else could answer that call: the program waited for its deadline."""
     searches = [step("search", {"query": "a", "most": 2})] * len(UNREADABLE)
     server = start_lm(script(*searches, FINISH, EXTRACT))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
         id = peer.request("execute_program", ASK)
         for result, _ in UNREADABLE:
@@ -106,7 +107,7 @@ WRONG_ARGUMENTS = [
 def test_arguments_that_do_not_fit_are_told_to_the_lm_and_not_to_the_caller(start_lm: Any) -> None:
     steps = [step("search", args) for args, _ in WRONG_ARGUMENTS]
     server = start_lm(script(*steps, FINISH, EXTRACT))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
         reply, asked = execute(peer, ASK, {})
     assert asked == [] and reply["result"]["answer"] == "because"
@@ -132,7 +133,15 @@ def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
 
 def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
     """DSPy's own would have the provider's text, which may have the prompt."""
-    full = (400, {"error": {"message": "a secret of the caller's", "code": "context_length_exceeded"}})
+    full = (
+        400,
+        {
+            "error": {
+                "message": "a secret of the caller's; maximum context length exceeded",
+                "code": "context_length_exceeded",
+            }
+        },
+    )
     server = start_lm(script(step("search", {"query": "a", "most": 1}), full, EXTRACT))
     with Peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
@@ -159,7 +168,7 @@ def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
 def test_arguments_have_the_types_that_fields_have(start_lm: Any, type_: Any, fits: Any, does_not: Any) -> None:
     """They come to the caller as the LM gave them."""
     server = start_lm(script(step("f", {"value": does_not}), step("f", {"value": fits}), FINISH, EXTRACT))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         tool = {"name": "f", "args": {"value": {"type": type_}}}
         assert peer.call("create_program", {**CREATE, "tools": [tool]})["success"]
         reply, asked = execute(peer, ASK, {"f": lambda value: "fine"})
@@ -168,7 +177,7 @@ def test_arguments_have_the_types_that_fields_have(start_lm: Any, type_: Any, fi
 
 def test_an_agent_ends_after_its_steps(start_lm: Any) -> None:
     server = start_lm(script(*[step("search", {"query": "a", "most": 1})] * 2, EXTRACT))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         assert peer.call("create_program", {**CREATE, "options": {"max_iters": 2}})["success"]
         reply, asked = execute(peer, ASK, {"search": lambda query, most: "x"})
         assert reply["result"]["answer"] == "because" and len(asked) == 2
@@ -177,7 +186,7 @@ def test_an_agent_ends_after_its_steps(start_lm: Any) -> None:
 def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: Any) -> None:
     """A late answer is nobody's; one that was never asked for is an error."""
     server = start_lm(step("search", {"query": "a", "most": 1}))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
         id = peer.request("execute_program", ASK, timeout_ms=300)
         call = peer.receive()["tool_call"]
@@ -185,7 +194,7 @@ def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: 
         assert (reply["id"], reply["error_type"]) == (id, "timeout")
         answer(peer, call, {"search": lambda query, most: "late"})
         assert peer.call("ping")["success"]
-        peer.send({"tool_result": {"call_id": 99, "success": True, "result": 1}})
+        peer.send({"tool_result": {"call_id": 10**6, "success": True, "result": 1}})
         assert peer.receive()["error_type"] == "invalid_request"
 
 
@@ -202,7 +211,7 @@ def test_executes_wait_for_their_tools_at_once(start_lm: Any) -> None:
         return chat(reasoning="r", answer=last.split("## observation_0 ## ]]\n")[1].split("\n")[0])
 
     server = start_lm(lm)
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
         asks = [{"program_id": "x", "inputs": {"question": f"q{n}"}} for n in range(20)]
         ids = {peer.request("execute_program", ask): f"found q{n}" for n, ask in enumerate(asks)}
@@ -252,7 +261,7 @@ def tool_calls(*calls: tuple[str, str], text: str | None = None) -> tuple[int, d
 @pytest.fixture
 def native(start_lm: Any) -> Iterator[Any]:
     """Creates a program whose LM has function calling, and answers as given."""
-    with Peer() as peer:
+    with shared_peer() as peer:
 
         def create(*answers: Any, model: str = "openai/gpt-4o-mini", **more: Any) -> Any:
             server = start_lm(script(*answers))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import lm_env
 from peer import PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
 
 HOST = '''
 import asyncio, dspy, os, sys, threading, time
@@ -163,21 +165,31 @@ class NoModule:
 '''
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("host")
+    (folder / "host.py").write_text(HOST)
+    return folder
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
+def told(folder: Path) -> Path:
+    """What the modules write to."""
+    (folder / "told").unlink(missing_ok=True)
+    return folder / "told"
+
+
+@pytest.fixture
+def start(folder: Path, told: Path) -> Iterator[Any]:
     """Starts a peer that may load `host`."""
-    (tmp_path / "host.py").write_text(HOST)
-    peers = []
+    with ExitStack() as peers:
 
-    def start(*flags: str, **env: str) -> Peer:
-        path = f"{ROOT}:{tmp_path}"
-        settings = {"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": path, **env}
-        peers.append(Peer(*flags, env={**settings, "TOLD": str(tmp_path / "told")}))
-        return peers[-1]
+        def start(*flags: str, **env: str) -> Peer:
+            path = f"{ROOT}:{folder}"
+            settings = {"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": path}
+            return peers.enter_context(shared_peer(*flags, env={**settings, **env, "TOLD": str(told)}))
 
-    yield start
-    for peer in peers:
-        peer.__exit__()
+        yield start
 
 
 def create(peer: Peer, name: str) -> dict[str, Any]:
@@ -313,11 +325,8 @@ def test_what_the_constructor_does_not_take_is_refused(
 
 
 @pytest.fixture(scope="module")
-def building(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "host.py").write_text(HOST)
-    path = f"{ROOT}:{folder}"
-    with Peer(env={"DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": path, "TOLD": ""}) as peer:
+def building(folder: Path) -> Iterator[Peer]:
+    with Peer(env={"DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": f"{ROOT}:{folder}", "TOLD": ""}) as peer:
         yield peer
 
 
@@ -382,29 +391,29 @@ def test_code_that_never_returns_takes_all_threads_but_nothing_else(start: Any) 
     assert peer.finish()[0] == 0
 
 
-def test_given_up_its_lm_request_is_closed_and_the_next_one_refused(start: Any, start_lm: Any, tmp_path: Path) -> None:
+def test_given_up_its_lm_request_is_closed_and_the_next_one_refused(start: Any, start_lm: Any, told: Path) -> None:
     server = start_lm()
     server.gate.clear()
     peer = start(**lm_env(server))
     create(peer, "Twice")
     assert peer.call("execute_program", ask("Twice", "Why?"), timeout_ms=500)["error_type"] == "timeout"
     assert server.closed_by_client.acquire(timeout=PATIENCE)
-    pinged_until(peer, lambda: (tmp_path / "told").exists())
+    pinged_until(peer, lambda: told.exists())
     assert len(server.requests) == 1
     server.gate.set()
     assert peer.call("execute_program", ask("Twice", "Why?"))["result"] == {"answer": "done"}
     assert len(server.requests) == 3
 
 
-def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, start_lm: Any, tmp_path: Path) -> None:
+def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, start_lm: Any, told: Path) -> None:
     """What ends an LM call in its thread is no Exception, as on an event loop."""
     server = start_lm()
     server.gate.clear()
     peer = start(**lm_env(server))
     create(peer, "Catches")
     assert peer.call("execute_program", ask("Catches", "Why?"), timeout_ms=500)["error_type"] == "timeout"
-    pinged_until(peer, lambda: (tmp_path / "told").exists() and (tmp_path / "told").read_text())
-    assert (tmp_path / "told").read_text() == "ended\n"
+    pinged_until(peer, lambda: told.exists() and told.read_text())
+    assert told.read_text() == "ended\n"
     assert len(server.requests) == 1
 
 
@@ -417,12 +426,12 @@ def test_a_state_that_cannot_be_told_is_null_and_the_others_are_told(start: Any)
     assert untold["state"] is None and told["state"]["demos"] == []
 
 
-def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, tmp_path: Path) -> None:
+def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, told: Path) -> None:
     peer = start()
     args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
     assert peer.call("create_program", {**args, "options": {"wait": True}})["success"]
     asked = peer.request("list_programs", {"state": True}, timeout_ms=PATIENCE * 1000)
-    pinged_until(peer, lambda: (tmp_path / "told").exists())
+    pinged_until(peer, lambda: told.exists())
     assert peer.call("list_programs")["result"] == {"programs": ["Untold"]}
     peer.send({"cancel": asked})
     assert peer.receive()["error_type"] == "cancelled"

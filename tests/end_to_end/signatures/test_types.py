@@ -15,6 +15,7 @@ import pytest
 from conftest import lm_env
 from lm_server import chat
 from peer import Peer
+from shared_peers import shared_peer
 
 PERSON = {
     "type": "object",
@@ -69,7 +70,7 @@ def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_
         "xml": f"<who>\n{answer}\n</who>",
     }
     server = start_lm(answers[adapter])
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         assert create(peer, {"about": PERSON}, {"who": PERSON}, adapter=adapter)["success"]
         assert execute(peer, about=ADA)["result"] == {"who": {**ADA, "age": 18}}
     (request,) = server.requests
@@ -82,7 +83,7 @@ def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_
 
 def test_constraints_of_a_plain_type_are_told_and_checked(start_lm: Any) -> None:
     server = start_lm(chat(code="abc"))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         create(peer, {"q": "str"}, {"code": {"type": "string", "pattern": "^[A-Z]+$", "description": "in capitals"}})
         reply = execute(peer, q="x")
     assert reply["error_type"] == "output_invalid" and ": code: String should match pattern" in reply["error"]
@@ -91,7 +92,7 @@ def test_constraints_of_a_plain_type_are_told_and_checked(start_lm: Any) -> None
 
 def test_an_answer_that_does_not_fit_a_schema_is_output_invalid(start_lm: Any) -> None:
     server = start_lm(chat(who=json.dumps({"first-name": "Ada", "class": "ugly"})))
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         create(peer, {"q": "str"}, {"who": PERSON})
         assert execute(peer, q="x")["error_type"] == "output_invalid"
 
@@ -120,7 +121,7 @@ def test_the_echo_lm_answers_any_schema(peer: Peer, adapter: str) -> None:
 
 def test_inputs_are_checked_before_any_lm_is_asked(start_lm: Any) -> None:
     server = start_lm()
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         create(peer, {"who": PERSON, "pic": "image", "log": "history"}, {"answer": "str"})
         reply = execute(peer, who={"class": "SECRET"}, pic="/etc/passwd", more=1)
     assert reply["error_type"] == "invalid_args" and not server.requests
@@ -144,7 +145,7 @@ def test_media_arrive_at_the_lm_as_parts_of_their_own(start_lm: Any, adapter: st
     answers = {"chat": chat(answer="ok"), "json": '{"answer": "ok"}', "xml": "<answer>ok</answer>"}
     server = start_lm(answers[adapter])
     kinds = {"url": "image", "pics": "list[image]", "sound": "audio", "paper": "file", "no": "Optional[image]"}
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         assert create(peer, kinds, {"answer": "str"}, adapter=adapter)["success"]
         reply = execute(
             peer,
@@ -164,7 +165,7 @@ def test_media_arrive_at_the_lm_as_parts_of_their_own(start_lm: Any, adapter: st
 
 def test_turns_of_a_history_are_messages(start_lm: Any) -> None:
     server = start_lm()
-    with Peer(env=lm_env(server)) as peer:
+    with shared_peer(env=lm_env(server)) as peer:
         create(peer, {"question": "str", "log": "history"}, {"answer": "str"})
         assert execute(peer, question="And now?", log=[{"question": "Before?", "answer": "Rome"}])["success"]
     messages = server.requests[0]["messages"]
@@ -184,6 +185,7 @@ def test_a_path_is_read_in_the_folder_of_the_setting_alone(start_lm: Any, tmp_pa
     assert parts_of(server.requests[-1])[0]["image_url"]["url"] == "data:image/png;base64,eA=="
 
 
+@pytest.mark.slow
 def test_an_image_of_20_mb_reaches_the_lm_and_no_log_or_reply(start_lm: Any) -> None:
     """Each in seconds, in a few copies of its size, and what follows valid base64 is still seen."""
     data = base64.b64encode(os.urandom(20_000_000)).decode()
@@ -234,7 +236,7 @@ def test_patterns_and_texts_made_to_take_long_stop_nobody_else() -> None:
     """700 spaces in a pattern stopped every ping for minutes, and these texts every deadline for half a minute."""
     patterns = ["{" + " " * 700, "(((a{99}){99}){99})", "(?i)" + r"\PL" * 300, "a{" + "9" * 900 + "}", "(?" * 500]
     slow = {"type": "array", "items": {"type": "string", "pattern": "[ab]*a[ab]{500}c"}}
-    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+    with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
         assert create(peer, {"texts": slow}, {"a": "str"})["success"]
         for pattern in patterns:
             signature = {"inputs": [], "outputs": [{"name": "a", "type": {"type": "string", "pattern": pattern}}]}

@@ -25,8 +25,9 @@ defmodule DSPex.PythonBridge.Doctor do
   in time: a few seconds, at most three minutes where all that can hang does.
   """
 
-  alias DSPex.PythonBridge.{Configuration, EnvironmentCheck, Interpreter, Options, Probe}
+  alias DSPex.PythonBridge.{EnvironmentCheck, Monitor, Options, Python}
   alias DSPex.PythonBridge.Doctor.{Folders, LM, Packages, Peer}
+  alias DSPex.PythonBridge.Python.{Interpreter, Probe}
 
   @typedoc """
   `status`: `:note` is something to know that may be as it should; `:skipped`: it builds on a check that failed.
@@ -139,8 +140,9 @@ defmodule DSPex.PythonBridge.Doctor do
   ## The checks that are no module of their own
 
   defp configuration(opts) do
-    results = [Configuration.required_packages(), Configuration.bridge(opts)]
-    others = [Configuration.monitor(), Configuration.keys()]
+    results = [Python.Config.required_packages(), Python.Config.bridge(opts)]
+    monitor = Python.Config.checked(Monitor.options(), :python_bridge_monitor)
+    others = [monitor, Python.Config.keys()]
     problems = for {:error, text} <- results ++ others, do: text
 
     # With those two the rest can be told, whatever else is wrong.

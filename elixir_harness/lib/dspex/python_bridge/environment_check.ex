@@ -10,7 +10,8 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     * `:required_packages` – distribution names, as `pip` has them (default `["dspy", "psutil"]`)
   """
 
-  alias DSPex.PythonBridge.{Configuration, Interpreter, Options, Probe}
+  alias DSPex.PythonBridge.{Monitor, Options, Python}
+  alias DSPex.PythonBridge.Python.{Interpreter, Probe}
 
   # What makes a script the bridge's own.
   @script_texts ["class DSPyBridge", "def handle_command", "def main():"]
@@ -31,9 +32,9 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   """
   @spec validate_environment() :: {:ok, report()} | {:error, String.t()}
   def validate_environment do
-    with {:ok, required} <- Configuration.required_packages(),
-         {:ok, options} <- Configuration.bridge(),
-         {:ok, _monitor} <- Configuration.monitor(),
+    with {:ok, required} <- Python.Config.required_packages(),
+         {:ok, options} <- Python.Config.bridge(),
+         {:ok, _monitor} <- Python.Config.checked(Monitor.options(), :python_bridge_monitor),
          {:ok, python} <- Interpreter.find(options.python_executable),
          {:ok, source} <- script(options.script_path),
          {:ok, probe} <- probe(python, required, options),

@@ -17,25 +17,20 @@ defmodule DSPex.PythonBridge.Pool do
   Pools of the same `:cluster` on connected nodes serve each other's calls when they cannot serve their
   own, and know each other's programs: see docs/cluster.md.
 
-  Calls choose and send in the caller's process (`DSPex.PythonBridge.Pool.Route`); what needs an order
-  is with `DSPex.PythonBridge.Pool.Keeper`; the processes are in `DSPex.PythonBridge.Pool.Tree`.
+  Calls choose and send in the caller's process (`DSPex.PythonBridge.Pool.Router`); what needs an order
+  is with `DSPex.PythonBridge.Pool.Coordinator`; the processes are in `DSPex.PythonBridge.Pool.Supervisor`.
   """
 
-  alias DSPex.PythonBridge.{Bridge, Caller, Error, Options, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Calls, Error, Options, Pool, Protocol, Telemetry}
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router}
+  alias DSPex.PythonBridge.Pool.Cluster.Membership
+  alias DSPex.PythonBridge.Programs.Change
 
-  alias DSPex.PythonBridge.Pool.{
-    Cluster,
-    Info,
-    KeeperClient,
-    Request,
-    Route,
-    Settings,
-    Slots,
-    Tree
-  }
-
-  # The keeper answers at once, unless it is being started again.
-  @keeper_ms 5_000
+  # The coordinator answers at once, unless it is being started again.
+  @coordinator_ms 5_000
 
   @typedoc "The name of a pool, or what `start_link/1` gave."
   @type pool :: atom() | pid()
@@ -61,7 +56,8 @@ defmodule DSPex.PythonBridge.Pool do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with {:ok, settings} <- Settings.new(opts), do: Tree.start_link(settings)
+    with {:ok, settings} <- Pool.Options.new(opts, __MODULE__),
+         do: Pool.Supervisor.start_link(settings)
   end
 
   @doc """
@@ -106,7 +102,7 @@ defmodule DSPex.PythonBridge.Pool do
   up have too much to do.
 
   `create_program` and `cleanup` are carried out by all peers, and on all nodes of the cluster. When
-  such a call times out, or gives `:bridge_not_running` since the pool's keeper ended meanwhile, they may
+  such a call times out, or gives `:bridge_not_running` since the pool's coordinator ended meanwhile, they may
   still be, later.
   """
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
@@ -121,39 +117,38 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   defp exchange(pool, command, args, timeout) do
-    started = System.monotonic_time(:millisecond)
+    started = Deadline.now()
 
-    with %Info{} = info <- Info.fetch(pool),
-         {:ok, timeout} <- check_timeout(timeout, info),
+    with %Handle{} = handle <- Handle.fetch(pool),
+         {:ok, timeout} <- check_timeout(timeout, handle),
          {:ok, body} <- Protocol.encode_body(command, args) do
       request = Request.new(body, program(command, args), started, timeout)
-      carry_out(info, request, command, args)
+      carry_out(handle, request, command, args)
     else
       nil -> {:error, Error.new(:bridge_not_running)}
       {:error, error} -> {:error, error}
     end
   end
 
-  defp check_timeout(:default, info), do: {:ok, info.settings.default_timeout}
-  defp check_timeout(timeout, info), do: Caller.check_timeout(timeout, info.pid)
+  defp check_timeout(:default, handle), do: {:ok, handle.settings.default_timeout}
+  defp check_timeout(timeout, handle), do: Caller.check_timeout(timeout, handle.pid)
 
-  defp carry_out(info, request, command, args) do
-    case Caller.change(command, args) do
-      nil -> Route.run(info, request)
-      change -> change(KeeperClient.await(info.name, request.deadline), request, change)
+  defp carry_out(handle, request, command, args) do
+    case Change.new(command, args) do
+      nil -> Router.run(handle, request)
+      change -> change(CoordinatorClient.await(handle.name, request.deadline), request, change)
     end
   end
 
   defp change(nil, _request, _change), do: {:error, Error.new(:bridge_not_running)}
 
-  defp change(keeper, request, change) do
-    keeper
-    |> Caller.send_and_wait(Request.left(request), request.body, {:never, 0, change})
-    |> Caller.read()
+  defp change(coordinator, request, change) do
+    sent = %Calls.Request{body: request.body, change: change}
+    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), sent))
   end
 
   defp program(command, args) when command in [:execute_program, "execute_program"],
-    do: Caller.program_id(args)
+    do: Change.program_id(command, args)
 
   defp program(_command, _args), do: nil
 
@@ -173,7 +168,7 @@ defmodule DSPex.PythonBridge.Pool do
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
   def checkout(pool \\ __MODULE__) do
     started = System.monotonic_time()
-    answer = with_info(pool, &KeeperClient.checkout(&1, @keeper_ms))
+    answer = with_info(pool, &CoordinatorClient.checkout(&1, @coordinator_ms))
     Telemetry.checkout(pool, answer, started)
     answer
   end
@@ -186,12 +181,13 @@ defmodule DSPex.PythonBridge.Pool do
   Gives a lent bridge back; any process may. An error text if it is none of the pool's, or not lent.
   """
   @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
-  def checkin(pool, bridge), do: with_info(pool, &KeeperClient.checkin(&1, bridge, @keeper_ms))
+  def checkin(pool, bridge),
+    do: with_info(pool, &CoordinatorClient.checkin(&1, bridge, @coordinator_ms))
 
   defp with_info(pool, fun) do
-    case Info.fetch(pool) do
+    case Handle.fetch(pool) do
       nil -> {:error, :bridge_not_running}
-      info -> fun.(info)
+      handle -> fun.(handle)
     end
   end
 
@@ -201,21 +197,27 @@ defmodule DSPex.PythonBridge.Pool do
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do
-    case Info.fetch(pool) do
+    case Handle.fetch(pool) do
       nil ->
         %{peers: [], nodes: []}
 
-      info ->
-        %{peers: Enum.map(Slots.indexes(info.slots), &peer(info, &1)), nodes: Cluster.nodes(info)}
+      handle ->
+        %{
+          peers: Enum.map(LoadCounters.indexes(handle.counters), &peer(handle, &1)),
+          nodes: Membership.nodes(handle)
+        }
     end
   end
 
-  defp peer(info, index) do
-    bridge = Info.bridge(info, index)
+  defp peer(handle, index) do
+    bridge = Handle.bridge(handle, index)
 
     bridge
     |> Bridge.get_status()
     |> Map.take([:os_pid, :state, :pending])
-    |> Map.merge(%{bridge: bridge, checked_out: Slots.lent?(info.slots, index)})
+    |> Map.merge(%{
+      bridge: bridge,
+      checked_out: LoadCounters.checked_out?(handle.counters, index)
+    })
   end
 end

@@ -9,8 +9,8 @@ defmodule DSPex.PythonBridge.Venv do
   may pass. It installs only where the folder's interpreter installs into the folder, and alone.
   """
 
-  alias DSPex.PythonBridge.Interpreter
-  alias DSPex.PythonBridge.Venv.{Installer, Lock, Marker, Source}
+  alias DSPex.PythonBridge.Python.Interpreter
+  alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Source}
 
   @doc """
   Makes the environment in `folder`, or brings it up to date, and gives its interpreter. An error is a text for people: one line,
@@ -28,17 +28,17 @@ defmodule DSPex.PythonBridge.Venv do
 
     # Read before it is written to: what is something else stays as it is.
     with {:ok, source} <- Source.read(source),
-         {:ok, _marker} <- Marker.read(folder),
+         {:ok, _manifest} <- Manifest.read(folder),
          do: Lock.hold(folder, fn -> alone(folder, source, opts[:python], installer) end)
   end
 
   defp alone(folder, source, python, installer) do
     with {:ok, wanted} <- wanted(installer, python),
-         {:ok, marker} <- Marker.read(folder),
-         {:ok, marker} <- environment(folder, marker, wanted, installer),
+         {:ok, manifest} <- Manifest.read(folder),
+         {:ok, manifest} <- environment(folder, manifest, wanted, installer),
          {:ok, probe} <- Installer.probe(folder, Source.names(source)),
          :ok <- fits(folder, probe, wanted),
-         do: packages(folder, marker, source, probe, installer)
+         do: packages(folder, manifest, source, probe, installer)
   end
 
   # Whoever names an interpreter wants that.
@@ -49,16 +49,16 @@ defmodule DSPex.PythonBridge.Venv do
 
   defp environment(folder, :nothing, wanted, installer), do: create(folder, wanted, installer)
 
-  defp environment(folder, marker, wanted, installer) do
-    case {broken(folder, marker), marker, Marker.foreign(folder)} do
-      {nil, marker, _foreign} ->
-        {:ok, marker}
+  defp environment(folder, manifest, wanted, installer) do
+    case {broken(folder, manifest), manifest, Manifest.foreign(folder)} do
+      {nil, manifest, _foreign} ->
+        {:ok, manifest}
 
-      {why, %Marker{made?: true}, []} ->
+      {why, %Manifest{made?: true}, []} ->
         installer.progress.("making #{folder} anew: #{why}")
         create(folder, wanted, installer)
 
-      {why, %Marker{made?: true}, foreign} ->
+      {why, %Manifest{made?: true}, foreign} ->
         {:error,
          "#{folder} is to be made anew, as #{why}, but holds what dspex.setup did not make " <>
            "(#{Enum.join(foreign, ", ")}): " <> Installer.elsewhere()}
@@ -69,9 +69,9 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   # Why nothing but making it anew will help; nil if anything else may.
-  defp broken(_folder, %Marker{made?: true, installed: nil}), do: "it is half made"
+  defp broken(_folder, %Manifest{made?: true, installed: nil}), do: "it is half made"
 
-  defp broken(folder, _marker) do
+  defp broken(folder, _manifest) do
     case Interpreter.lack(folder) do
       {:gone, target} -> "its Python, #{target}, is gone"
       _another_or_none -> nil
@@ -79,13 +79,13 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   defp create(folder, wanted, installer) do
-    marker = %Marker{made?: true}
+    manifest = %Manifest{made?: true}
 
     with {:ok, base} <- if(wanted, do: {:ok, wanted}, else: Installer.base(installer, nil)),
-         :ok <- Marker.write(folder, marker),
-         :ok <- Marker.clear(folder),
+         :ok <- Manifest.write(folder, manifest),
+         :ok <- Manifest.clear(folder),
          :ok <- Installer.create(installer, folder, base),
-         do: {:ok, marker}
+         do: {:ok, manifest}
   end
 
   defp fits(folder, probe, wanted) do
@@ -98,25 +98,26 @@ defmodule DSPex.PythonBridge.Venv do
 
   ## The packages
 
-  defp packages(folder, marker, source, probe, installer) do
-    if marker.installed == source.stamp and Source.installed?(source, probe.found) do
+  defp packages(folder, manifest, source, probe, installer) do
+    if manifest.installed == source.stamp and Source.installed?(source, probe.found) do
       installer.progress.("#{folder} has all that it needs")
       {:ok, probe.python}
     else
-      install(folder, marker, source, probe, installer)
+      install(folder, manifest, source, probe, installer)
     end
   end
 
-  defp install(folder, marker, source, probe, installer) do
-    with :ok <- Marker.write(folder, %{marker | installed: nil, begun?: true}) do
-      case Installer.install(installer, folder, source, marker.begun?) do
+  defp install(folder, manifest, source, probe, installer) do
+    with :ok <- Manifest.write(folder, %{manifest | installed: nil, begun?: true}) do
+      case Installer.install(installer, folder, source, manifest.begun?) do
         :ok ->
-          with :ok <- Marker.write(folder, %{marker | installed: source.stamp, begun?: false}),
+          with :ok <-
+                 Manifest.write(folder, %{manifest | installed: source.stamp, begun?: false}),
                do: {:ok, probe.python}
 
         # One that fails in order leaves what was there.
         {:failed, text} ->
-          Marker.write(folder, marker)
+          Manifest.write(folder, manifest)
           {:error, text}
 
         {:error, text} ->

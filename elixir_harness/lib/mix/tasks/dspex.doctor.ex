@@ -22,7 +22,8 @@ defmodule Mix.Tasks.Dspex.Doctor do
 
   use Mix.Task
 
-  alias DSPex.PythonBridge.{Doctor, Interpreter}
+  alias DSPex.PythonBridge.Doctor
+  alias DSPex.PythonBridge.Python.Interpreter
 
   @impl Mix.Task
   def run(args) do

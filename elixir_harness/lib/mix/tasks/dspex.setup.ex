@@ -25,7 +25,8 @@ defmodule Mix.Tasks.Dspex.Setup do
 
   use Mix.Task
 
-  alias DSPex.PythonBridge.{Configuration, Doctor, Interpreter, Venv}
+  alias DSPex.PythonBridge.{Doctor, Python, Venv}
+  alias DSPex.PythonBridge.Python.Interpreter
 
   @impl Mix.Task
   def run(args) do
@@ -51,7 +52,7 @@ defmodule Mix.Tasks.Dspex.Setup do
 
   # A folder that is not meant must not be made.
   defp configured do
-    case Configuration.required_packages() do
+    case Python.Config.required_packages() do
       {:ok, _packages} -> Interpreter.configured_venv()
       {:error, text} -> Mix.raise(text)
     end
@@ -68,7 +69,7 @@ defmodule Mix.Tasks.Dspex.Setup do
   defp used?(python), do: Interpreter.find(named()) == {:ok, python}
 
   defp named do
-    with {:ok, options} <- Configuration.bridge(),
+    with {:ok, options} <- Python.Config.bridge(),
          do: options.python_executable,
          else: (_wrong -> nil)
   end

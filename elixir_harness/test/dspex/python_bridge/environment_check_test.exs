@@ -4,7 +4,8 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{EnvironmentCheck, Probe}
+  alias DSPex.PythonBridge.EnvironmentCheck
+  alias DSPex.PythonBridge.Python.Probe
 
   doctest Probe
 

@@ -4,10 +4,11 @@ defmodule DSPex.PythonBridge.OptionsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Options, Peer}
+  alias DSPex.PythonBridge.{Bridge, Options}
+  alias DSPex.PythonBridge.Bridge.Peer
 
   test "what is not said has its default" do
-    assert {:ok, options} = Options.new([])
+    assert {:ok, options} = Options.new([], Bridge)
     assert options.name == Bridge
     assert options.default_timeout == 30_000
     assert options.max_retries == 3
@@ -142,11 +143,11 @@ defmodule DSPex.PythonBridge.OptionsTest do
   end
 
   describe "an option that is misspelt is named with the nearest that there is" do
-    alias DSPex.PythonBridge.{Bridge, CallOptions, Monitor, Pool}
+    alias DSPex.PythonBridge.{Bridge, Client, Monitor, Pool}
 
     test "a bridge's, in its options and in the configuration" do
       assert {:error, %ArgumentError{message: text}} = Options.new(max_retrys: 1)
-      assert text =~ ":max_retrys: there is no such option; did you mean :max_retries?"
+      assert text =~ "unknown option :max_retrys, did you mean :max_retries?"
       assert {:error, %ArgumentError{message: text}} = Bridge.start_link(nmae: :x)
       assert text =~ "did you mean :name?"
     end
@@ -166,13 +167,13 @@ defmodule DSPex.PythonBridge.OptionsTest do
                DSPex.PythonBridge.Supervisor.start_link(bridges: [])
 
       assert text =~ "did you mean :bridge?"
-      assert {:error, error} = CallOptions.new([timeuot: 5], [:timeout, :retry])
+      assert {:error, error} = Client.Options.new([timeuot: 5], [:timeout, :retry])
       assert error.message =~ "did you mean :timeout?"
     end
 
     test "and one that is like none, alone" do
       assert {:error, %ArgumentError{message: text}} = Options.new(colour: :red)
-      assert text =~ ":colour: there is no such option"
+      assert text =~ "unknown option :colour"
       refute text =~ "did you mean"
     end
   end

@@ -2,7 +2,8 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
   @moduledoc false
   # Whether the folders that the peer's settings name are there, and may be read or written by this user.
 
-  alias DSPex.PythonBridge.{Interpreter, Options}
+  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Python.Interpreter
 
   @read ["DSPY_BRIDGE_STATE_DIR", "DSPY_BRIDGE_FILES_DIR"]
   @write ["DSPY_BRIDGE_DISK_CACHE"]

@@ -3,7 +3,9 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   # The default LM: its name, and whether the key that it needs is set, never its value. Which that is DSPy and
   # LiteLLM are asked, in the environment that the peer is to have. No request is made.
 
-  alias DSPex.PythonBridge.{Options, OsCommand, Probe, Redaction}
+  alias DSPex.PythonBridge.{OS, Options}
+  alias DSPex.PythonBridge.Bridge.Redaction
+  alias DSPex.PythonBridge.Python.Probe
 
   # DSPy is imported, and LiteLLM.
   @time_limit_ms 60_000
@@ -99,13 +101,13 @@ defmodule DSPex.PythonBridge.Doctor.LM do
     env = Options.port_env(options)
 
     with {:exit, 0, output} <-
-           OsCommand.run(python, ["-c", @script], env: env, limit_ms: @time_limit_ms),
+           OS.Command.run(python, ["-c", @script], env: env, limit_ms: @time_limit_ms),
          %{} = answer <- Probe.answer(output) do
       {status, found, advice} = result(answer, facts(model, options))
       {status, Redaction.redact("#{model}: #{found}", options), advice, true}
     else
       {:exit, _status, output} ->
-        unknown(model, OsCommand.last_line(output) || "no reason", options)
+        unknown(model, OS.Command.last_line(output) || "no reason", options)
 
       {:error, why} ->
         unknown(model, why, options)

@@ -2,10 +2,11 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
   @moduledoc false
   # Whether a distribution is installed, and for those that the peer needs, whether in a version that it works with.
 
-  alias DSPex.PythonBridge.{EnvironmentCheck, Probe}
+  alias DSPex.PythonBridge.EnvironmentCheck
+  alias DSPex.PythonBridge.Python.Probe
 
   # As in pyproject.toml, of which a test holds them against.
-  @ranges [{"dspy", "3.4.1", "3.5"}, {"psutil", "5.9", nil}]
+  @ranges [{"dspy", "3.3.1", "4"}, {"psutil", "5.9", nil}]
 
   @spec needed() :: [String.t()]
   def needed, do: for({name, _least, _below} <- @ranges, do: name)

@@ -2,7 +2,8 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   @moduledoc false
   # A peer with the host's settings, in a bridge of its own: whether it answers a ping, and a program of its.
 
-  alias DSPex.PythonBridge.{Bridge, Options, OsCommand, StartFailure}
+  alias DSPex.PythonBridge.{Bridge, OS, Options}
+  alias DSPex.PythonBridge.Bridge.StartDiagnosis
 
   # It imports nothing heavy; a host that gives it less time means that.
   @start_ms 15_000
@@ -56,7 +57,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   defp why({:not_started, "exit" <> _status = why}, options) do
     # The bridge may not have had it yet.
-    line = StartFailure.last_line(options, self())
+    line = StartDiagnosis.last_line(options, self())
     "the peer does not start: " <> (line || why)
   end
 
@@ -103,7 +104,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
        true}
     else
       {:error, :timeout} ->
-        {:failed, "no answer within #{OsCommand.time(@program_ms)}",
+        {:failed, "no answer within #{OS.Command.time(@program_ms)}",
          "see whether `import dspy` ends in that Python", nil}
 
       {:error, reason} ->

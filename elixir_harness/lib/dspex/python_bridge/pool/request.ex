@@ -1,10 +1,8 @@
 defmodule DSPex.PythonBridge.Pool.Request do
-  @moduledoc """
-  One call on its way through a pool, in the caller's process: what is asked, how long there is,
-  and what has been tried.
-  """
+  @moduledoc false
+  # A call on its way through a pool, in the caller's process: the request, its deadline, and what was tried.
 
-  alias DSPex.PythonBridge.Pool.Slots
+  alias DSPex.PythonBridge.Calls.LoadCounters
 
   @enforce_keys [:body, :program, :deadline]
   defstruct [
@@ -19,20 +17,19 @@ defmodule DSPex.PythonBridge.Pool.Request do
   ]
 
   @typedoc """
-  `program`: the id of the program that is to be executed, if one is. `deaths`: peers that died with the
-  call. `passed`: slots that could not serve it, with their readiness at that time; `passed_nodes`: rows
-  of the table of other nodes that could not. `repaired`: slots where the program was missing, and was
-  created.
+  `program`: the id of the program of an `execute_program`. `deaths`: peers that died with the call. `passed`: slots
+  that could not serve it, with their readiness at that time; `passed_nodes`: rows of the table of other nodes
+  that could not. `repaired`: slots where the program was missing and was created.
   """
   @type t :: %__MODULE__{
           body: binary(),
           program: String.t() | nil,
           deadline: integer() | :infinity,
           deaths: non_neg_integer(),
-          passed: [{Slots.index(), since :: non_neg_integer()}],
+          passed: [{LoadCounters.index(), since :: non_neg_integer()}],
           passed_nodes: [tuple()],
           overloaded?: boolean(),
-          repaired: [Slots.index()]
+          repaired: [LoadCounters.index()]
         }
 
   @doc "A new call; `started` and `timeout` in ms."
@@ -40,22 +37,12 @@ defmodule DSPex.PythonBridge.Pool.Request do
   def new(body, program, started, timeout),
     do: %__MODULE__{body: body, program: program, deadline: deadline(started, timeout)}
 
-  @doc "What is left of the caller's timeout, in ms."
+  @doc "The ms that are left of the caller's timeout."
   @spec left(t()) :: timeout()
   def left(%__MODULE__{deadline: :infinity}), do: :infinity
   def left(%__MODULE__{deadline: deadline}), do: max(deadline - now(), 0)
 
-  @doc "The same for another node, whose clock is another: with what is left in place of the deadline."
-  @spec pack(t()) :: t()
-  def pack(%__MODULE__{} = request),
-    do: %{request | deadline: left(request), passed: [], passed_nodes: [], repaired: []}
-
-  @doc "What `pack/1` has packed, on the other node."
-  @spec unpack(t()) :: t()
-  def unpack(%__MODULE__{} = request),
-    do: %{request | deadline: deadline(now(), request.deadline)}
-
-  @doc "Something has changed: all may be tried again."
+  @doc "Something has changed: everything may be tried again."
   @spec renew(t()) :: t()
   def renew(%__MODULE__{} = request), do: %{request | passed: [], passed_nodes: []}
 

@@ -3,7 +3,9 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   # The programs of others that make an environment and install into it: uv where there is one, else the
   # interpreter's own venv and pip.
 
-  alias DSPex.PythonBridge.{Interpreter, Options, OsCommand, Probe, Redaction}
+  alias DSPex.PythonBridge.{OS, Options}
+  alias DSPex.PythonBridge.Bridge.Redaction
+  alias DSPex.PythonBridge.Python.{Interpreter, Probe}
   alias DSPex.PythonBridge.Venv.Source
 
   # All of DSPy takes 20 to 60 s by a good line.
@@ -193,7 +195,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       env: [{~c"PIP_REQUIRE_VIRTUALENV", ~c"1"}]
     ]
 
-    case OsCommand.run(program, args, opts) do
+    case OS.Command.run(program, args, opts) do
       {:exit, 0, _output} -> :ok
       # Higher ones are signals: it was killed.
       {:exit, status, output} when status < 128 -> {:failed, failure(program, status, output)}

@@ -3,8 +3,8 @@ defmodule DSPex.PythonBridge.Venv.Lock do
   # One at a time at a folder: a link in it, whose target tells who is at work. To make a link is one step, with
   # what it says.
 
-  alias DSPex.PythonBridge.OsProcess
-  alias DSPex.PythonBridge.Venv.Marker
+  alias DSPex.PythonBridge.OS
+  alias DSPex.PythonBridge.Venv.Manifest
 
   # Another may end, and remove the folder, between two looks at it.
   @attempts 10
@@ -22,11 +22,11 @@ defmodule DSPex.PythonBridge.Venv.Lock do
     new? = not File.dir?(folder)
 
     with :ok <- File.mkdir_p(folder),
-         :ok <- take(folder, Marker.lock(folder)) do
+         :ok <- take(folder, Manifest.lock(folder)) do
       try do
         fun.()
       after
-        File.rm(Marker.lock(folder))
+        File.rm(Manifest.lock(folder))
         if new?, do: File.rmdir(folder)
       end
     else
@@ -70,7 +70,7 @@ defmodule DSPex.PythonBridge.Venv.Lock do
 
   defp holder do
     os_pid = String.to_integer(System.pid())
-    "#{os_pid} #{OsProcess.start_time(os_pid)} #{:erlang.pid_to_list(self())}"
+    "#{os_pid} #{OS.Process.start_time(os_pid)} #{:erlang.pid_to_list(self())}"
   end
 
   defp parse(holder) do
@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.Venv.Lock do
   end
 
   defp ended?(os_pid, started, pid) do
-    if "#{os_pid}" == System.pid() and started == "#{OsProcess.start_time(os_pid)}",
+    if "#{os_pid}" == System.pid() and started == "#{OS.Process.start_time(os_pid)}",
       do: not Process.alive?(:erlang.list_to_pid(pid)),
       else: gone?(os_pid, started)
   end
@@ -90,5 +90,5 @@ defmodule DSPex.PythonBridge.Venv.Lock do
   defp gone?(os_pid, ""),
     do: match?({_, 1}, System.cmd("/bin/sh", ["-c", "kill -0 #{os_pid} 2>/dev/null"]))
 
-  defp gone?(os_pid, started), do: OsProcess.gone?(os_pid, started)
+  defp gone?(os_pid, started), do: OS.Process.gone?(os_pid, started)
 end

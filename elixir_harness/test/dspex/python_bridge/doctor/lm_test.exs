@@ -4,8 +4,8 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.Doctor.LM
   alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Doctor.LM
 
   @moduletag :tmp_dir
 
@@ -73,6 +73,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
   end
 
   # LiteLLM takes seconds to import.
+  @tag :slow
   test "of a provider that LiteLLM serves: without a key, an empty one, with what options give, misspelt",
        %{tmp_dir: dir} do
     empty = interpreter(dir, "MISTRAL_API_KEY= exec #{python()} \"$@\"")

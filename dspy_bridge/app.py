@@ -1,0 +1,64 @@
+"""Builds the dispatcher that the port program and `erlport` share. Logging is set up when first needed."""
+
+from __future__ import annotations
+
+from dspy_bridge.commands.handlers import Commands
+from dspy_bridge.dispatch.dispatcher import Dispatcher
+from dspy_bridge.port import stdio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable
+
+    from dspy_bridge.logs.peer_log import SendRecord
+    from dspy_bridge.settings import Settings
+
+
+def build_dispatcher(
+    settings: Settings,
+    send: Callable[[Iterable[bytes]], None],
+    *,
+    send_log: SendRecord | None = None,
+    when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
+) -> Dispatcher:
+    """The dispatcher of the six commands. `send` and `when_room` are as for `Dispatcher`.
+
+    `send_log` sends a log record to the owner, where the settings ask for log frames; without it all go to stderr.
+    """
+    if not settings.log_frames:
+        send_log = None
+
+    def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
+        from dspy_bridge.runtime import inline_executor
+
+        loop.set_default_executor(inline_executor.Executor(memory_cache_only=settings.disk_cache is None))
+
+    commands = Commands(settings, lambda: set_up_logs(settings.log_level, send_log), lambda: dispatcher.load())
+    dispatcher = Dispatcher(
+        commands.table(),
+        send,
+        # A run has a connection to its LM.
+        max_in_flight=min(settings.max_in_flight, stdio.spare()),
+        max_queue=settings.max_queue,
+        max_frame_bytes=settings.max_frame_bytes,
+        log_exception=lambda: log_exception(settings.log_level, send_log),
+        when_room=when_room,
+        prepare_loop=prepare_loop,
+    )
+    return dispatcher
+
+
+def set_up_logs(level: str, send: SendRecord | None = None) -> None:
+    """As `peer_log.setup`."""
+    from dspy_bridge.logs import peer_log
+
+    peer_log.setup(level, send)
+
+
+def log_exception(level: str, send: SendRecord | None = None) -> str:
+    """Log the exception being handled; returns its reference. Sets up logging if nothing has yet."""
+    from dspy_bridge.logs import peer_log
+
+    peer_log.setup(level, send)
+    return peer_log.exception()

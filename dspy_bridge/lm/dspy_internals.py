@@ -1,0 +1,193 @@
+"""Every name of DSPy, LiteLLM and other libraries that they do not document: the one place that touches them.
+
+Each is looked up once. Where a release has renamed or changed one, a feature is off or slower, as the name's `without`
+says: the log has one warning, `get_stats` lists the name under `degraded`, and everything else works. Imports DSPy.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+
+from dspy_bridge.logs import peer_log
+
+
+class Name:
+    """A name that may be gone: `module:attribute.attribute`."""
+
+    def __init__(self, path: str, without: str, *takes: str, of_instances: bool = False, lazy: bool = False) -> None:
+        """`takes`: the first parameters of a function; `of_instances`: an attribute that a class's `__init__` sets;
+        `lazy`: its library is imported late, so `check` leaves it out."""
+        self.module, _, self.path = path.partition(":")
+        self.dotted = path.replace(":", ".")
+        self.without = without
+        self.takes = takes
+        self._of_instances = of_instances
+        self.lazy = lazy
+        self._wrapped = False
+        names.append(self)
+
+    @functools.cached_property
+    def value(self) -> Any:
+        """What has this name; None if nothing has, or something that is called in another way."""
+        try:
+            if self._of_instances:
+                made = inspect.unwrap(self._find(self.path.rpartition(".")[0]).__init__).__code__
+                if self.attribute in made.co_names:
+                    return self.attribute
+            else:
+                found = self._find(self.path)
+                if not self.takes or tuple(inspect.signature(found).parameters)[: len(self.takes)] == self.takes:
+                    return found
+        except (AttributeError, ImportError, TypeError, ValueError):
+            pass
+        degraded.append(self.dotted)
+        if self.lazy:
+            _warn([self])
+        return None
+
+    @property
+    def there(self) -> bool:
+        """Whether it can be used."""
+        return self.value is not None or self.dotted not in degraded
+
+    @property
+    def attribute(self) -> str:
+        """The last part of its path."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def frame(self) -> tuple[str, str]:
+        """The module and the function that a traceback has for it."""
+        return getattr(self.value, "__module__", self.module), self.attribute
+
+    def wrap(self, wrapper: Callable[[Any], Any]) -> None:
+        """Put `wrapper(function)` in the function's place, once in a process."""
+        if self.there and not self._wrapped:
+            self._wrapped = True
+            setattr(self._find(self.path.rpartition(".")[0]), self.attribute, wrapper(self.value))
+
+    def _find(self, path: str) -> Any:
+        found = importlib.import_module(self.module)
+        for attribute in path.split(".") if path else ():
+            found = getattr(found, attribute)
+        return found
+
+
+names: list[Name] = []
+# Those that cannot be used, by dotted path.
+degraded: list[str] = []
+
+
+def check() -> None:
+    """Look up all names; one warning says which are gone, and what is off without them."""
+    gone = [name for name in names if not name.lazy and not name.there]
+    if gone:
+        _warn(gone)
+
+
+def _warn(gone: list[Name]) -> None:
+    losses: dict[str, list[str]] = {}
+    for name in gone:
+        losses.setdefault(name.without, []).append(name.dotted)
+    lost = "; ".join(f"{without} ({', '.join(found)})" for without, found in losses.items())
+    peer_log.logger.warning("names inside DSPy %s are not as expected: %s", dspy.__version__, lost)
+
+
+# What LMs are sent: by DSPy's own transports, and by LiteLLM.
+_OUTGOING = "LM requests carry no traceparent and their answers have no limit"
+TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
+ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
+_CALLS = ("completion", "text_completion", "responses_completion")
+LITELLM_CALLS = [Name(f"dspy.clients.lm:litellm_{call}", _OUTGOING, "request") for call in _CALLS]
+ASYNC_LITELLM_CALLS = [Name(f"dspy.clients.lm:alitellm_{call}", _OUTGOING, "request") for call in _CALLS]
+# Of calls with a typed `Request`, which your application's modules may make.
+LITELLM_ARGUMENTS = [
+    Name(f"dspy.clients.engines:{engine}._arguments", _OUTGOING, "self", "request")
+    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+]
+LITELLM_ENGINE = Name("dspy.clients.engines:LiteLLMEngine.complete", _OUTGOING, "self", "request")
+ASYNC_LITELLM_ENGINE = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete", _OUTGOING, "self", "request")
+ASYNC_LITELLM_STREAM = Name(
+    "dspy.clients.engines:AsyncLiteLLMEngine.stream",
+    "the import of LiteLLM may hold up other calls",
+    *("self", "request"),
+)
+# By library: of its client and of its async client.
+HTTP_SENDS = {
+    library: tuple(
+        Name(f"{library}:{client}.send", _OUTGOING, "self", "request", lazy=True)
+        for client in ("Client", "AsyncClient")
+    )
+    for library in ("httpx", "httpx2")
+}
+
+# How answers are read.
+_REPAIR = "an LM's broken JSON may hold up other calls"
+JSON_REPAIR = Name("json_repair:loads", _REPAIR, "json_str")
+JSON_PARSE = Name("dspy:JSONAdapter.parse", _REPAIR, "self", "signature", "completion")
+JSON_FALLBACK = Name(
+    "dspy:ChatAdapter._make_json_adapter_fallback",
+    "second answers, in JSON, are not checked for contradictions",
+    "self",
+)
+FORMAT_VALUE = Name(
+    "dspy.adapters.utils:format_field_value", "objects that quote field headers are not cleaned", "field_info", "value"
+)
+
+# What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
+_SLOWER = "LM calls are slower"
+_EXECUTION = "dspy.clients.execution"
+PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
+PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
+CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
+
+# Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.
+_UNKNOWN = "some errors in settings and inputs are `internal`"
+SELECT_ENGINE = Name(f"{_EXECUTION}:_select_engine", _UNKNOWN, "lm", "call")
+CANONICAL = Name(f"{_EXECUTION}:_canonical", _UNKNOWN, "call")
+PREPROCESS = Name("dspy:Predict._forward_preprocess", _UNKNOWN, "self")
+COMPLETE_LEGACY = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete_legacy", _UNKNOWN, "self", "lm", "request")
+
+# Streams.
+_WHOLE = "streamed fields come in one piece"
+SEND_STREAM = Name("dspy:settings.send_stream", _WHOLE)
+STREAM_LISTENERS = Name("dspy:settings.stream_listeners", _WHOLE)
+ADAPTER_CALLS = Name(
+    "dspy.clients.call_context:_adapter_calls", "a streamed answer that cannot be read is not asked for again"
+)
+
+# Counts of tokens.
+_UNCOUNTED = "`meta` has no token counts and no cache hits"
+USAGE_TRACKER = Name("dspy.utils.usage_tracker:UsageTracker", _UNCOUNTED)
+USAGE_SETTING = Name("dspy:settings.usage_tracker", _UNCOUNTED)
+
+# Programs.
+CALLER_PREDICT = Name("dspy:settings.caller_predict", "offline/echo streams nothing in DSPy 3.3")
+CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")
+LM_CLASS_KEY = Name("dspy.clients.base_lm:LM_CLASS_STATE_KEY", "an LM inside a saved state is found by its place alone")
+DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved states have no versions")
+TOOL_SCHEMAS = Name(
+    "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"
+)
+OFFER_FEEDBACK = Name("dspy.predict.refine:OfferFeedback", "the log may quote why Refine got no advice")
+SANDBOX_PROCESS = Name(
+    "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
+)
+# `runners` copies a BestOfN or Refine and sets these.
+_BEST = ("module", "reward_fn", "threshold", "N", "fail_count")
+BEST_OF_N = [Name(f"dspy:BestOfN.{attribute}", "best_of_n is refused", of_instances=True) for attribute in _BEST]
+REFINE = [
+    Name(f"dspy:Refine.{attribute}", "refine is refused", of_instances=True) for attribute in (*_BEST, "reward_fn_code")
+]
+# How the RuntimeError of a ProgramOfThought begins whose code failed each time.
+NO_MORE_HOPS = "Max hops reached"
+
+# Connections, kept open, must not keep the context in which they were opened: see `runtime/event_loop`.
+for _method in ("_add_reader", "_add_writer"):
+    Name(f"asyncio:SelectorEventLoop.{_method}", "memory of a call stays while connections it opened do", "self")

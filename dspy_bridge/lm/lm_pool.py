@@ -1,0 +1,110 @@
+"""Pools of LMs: as many with equal options as the calls in flight need, since each has only so many connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import wait
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import dspy
+
+from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm import echo_lm, litellm_loading
+from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.runtime import large_inputs
+
+# The connections that one dspy.LM opens at most. A call past them would wait for another's end, so it gets another LM
+# with the same options: 512 calls of 1 s ran at 85/s with one LM and at 235/s with six.
+CALLS_PER_LM = 100
+# Options of dspy.LM that are Python objects, which JSON cannot give.
+_OBJECT_OPTIONS = ("async_engine", "callbacks", "launch_kwargs", "prompt_cache", "provider", "train_kwargs")
+
+
+class LMPool:
+    """LMs with equal options, checked out and in on the event loop.
+
+    When nothing refers to it any more its connections are closed: else they stay open for as long as the provider
+    likes, even those of an LM that is garbage.
+    """
+
+    def __init__(self, options: dict[str, Any], loops: list[asyncio.AbstractEventLoop]) -> None:
+        """`loops`: where its LMs are called; filled later. Raises `InvalidArgs`."""
+        self._options = options
+        self._lms = [_make_lm(dict(options))]
+        self._in_flight = [0]
+        weakref.finalize(self, _close, self._lms, loops).atexit = False
+
+    def lasting(self) -> dspy.BaseLM:
+        """An LM to keep: it keeps the pool."""
+        # A copy shares the connections. The LMs themselves must not lead to the pool: its finalizer has them.
+        lm = copy.copy(self._lms[0])
+        lm.pool = self
+        return lm
+
+    @contextmanager
+    def checkout(self) -> Iterator[dspy.BaseLM]:
+        """An LM with a free connection."""
+        place = next((n for n, count in enumerate(self._in_flight) if count < CALLS_PER_LM), len(self._lms))
+        if place == len(self._lms):
+            self._lms.append(_make_lm(dict(self._options)))
+            self._in_flight.append(0)
+        self._in_flight[place] += 1
+        try:
+            yield self._lms[place]
+        finally:
+            self._in_flight[place] -= 1
+
+
+# A loop keeps no reference to its tasks.
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
+    """Called on any thread."""
+
+    async def close() -> None:
+        for lm in lms:
+            with suppress(Exception):  # connections that were broken already
+                await lm.aclose()
+
+    def start() -> None:
+        task = asyncio.get_running_loop().create_task(close())
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+    for loop in (*loops, *large_inputs.loops()):
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(start, context=contextvars.Context())
+
+
+def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
+    model = options.pop("model", None)
+    if not isinstance(model, str) or not model:
+        raise InvalidArgs('lm.model: expected text such as "openai/gpt-4o-mini"')
+    for name in _OBJECT_OPTIONS:
+        if name in options:
+            raise InvalidArgs(f"lm.{name}: cannot be given as JSON")
+    if "engine" in options and not echo_lm.ENGINES:
+        raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
+    try:
+        if model == echo_lm.NAME:
+            return echo_lm.EchoLM(**options)
+        if not echo_lm.ENGINES:
+            _import_litellm()
+        return LoopLM(model, **options)
+    except (TypeError, ValueError, dspy.LMError) as error:
+        raise InvalidArgs(f"lm: {error}") from None
+
+
+def _import_litellm() -> None:
+    """Every LM of DSPy 3.3 needs it; calls should not wait for it. A failure is raised by the call."""
+    importing = litellm_loading.start()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        wait([importing])

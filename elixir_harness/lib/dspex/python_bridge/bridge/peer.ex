@@ -1,0 +1,108 @@
+defmodule DSPex.PythonBridge.Bridge.Peer do
+  @moduledoc false
+  # One Python process behind one port, from its start to its end. It belongs to the process that opened it.
+
+  alias DSPex.PythonBridge.{Error, Options, OS, Programs}
+  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Python.Interpreter
+
+  # The death of a peer that has lasted so long is not an early one: such peers start every two seconds at most.
+  @lasting_ms 2_000
+
+  @enforce_keys [:port, :os_pid, :opened_at]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads] ++
+              [to_load: [], load_failures: %{}, answered?: false]
+
+  @typedoc """
+  `up_at`: when it answered its first ping. `answered?`: whether it has answered a call. `loads`: the programs that it
+  was given and has not acknowledged, by request id; nil: it has been given none. `to_load`: those that it is still to
+  be given. `load_failures`: why programs could not be loaded, by their stamps.
+  """
+  @type t :: %__MODULE__{
+          port: port(),
+          os_pid: pos_integer() | nil,
+          opened_at: integer(),
+          ping_id: pos_integer() | nil,
+          up_at: integer() | nil,
+          loads: %{pos_integer() => {Programs.Store.id(), Programs.Store.stamp()}} | nil,
+          to_load: [Programs.Store.definition()],
+          load_failures: %{Programs.Store.stamp() => Error.t()},
+          answered?: boolean()
+        }
+
+  @doc """
+  Starts the interpreter with the script. The error says why it could not be started: there is no interpreter, or the
+  system does not run it. Whether the script works shows later, by the peer's first reply or its death.
+  """
+  @spec open(Options.t()) :: {:ok, t()} | {:error, String.t()}
+  def open(%Options{} = options) do
+    with {:ok, python} <- Interpreter.find(options.python_executable) do
+      port = Port.open({:spawn_executable, python}, port_options(options))
+      # nil if the process has ended already: its death is then in the mailbox.
+      {:os_pid, os_pid} = Port.info(port, :os_pid) || {:os_pid, nil}
+      {:ok, %__MODULE__{port: port, os_pid: os_pid, opened_at: Deadline.now()}}
+    end
+  rescue
+    error in [ErlangError, ArgumentError] ->
+      {:error, "the interpreter cannot be started: #{OS.Command.start_failure(error)}"}
+  end
+
+  @doc """
+  The options of the port. Standard error is the BEAM's. `-u` is for scripts that print through Python's buffers.
+
+  A peer that closes its output and lives on is not noticed here: with `:exit_status`, the runtime reports the end of
+  output only when the process ends, even with `:eof`. Its calls time out, and the monitor replaces it.
+  """
+  @spec port_options(Options.t()) :: list()
+  def port_options(%Options{} = options) do
+    [
+      {:packet, 4},
+      :binary,
+      :exit_status,
+      :use_stdio,
+      args: ["-u", options.script_path],
+      env: Options.port_env(options)
+    ]
+  end
+
+  @doc """
+  Closes the port: end of input for the peer. No message about the port comes after it, except those already in
+  the mailbox. It ends no process: see `DSPex.PythonBridge.OS.Reaper`.
+  """
+  @spec close(t()) :: :ok
+  def close(%__MODULE__{port: port}) do
+    Process.unlink(port)
+    Port.close(port)
+    :ok
+  rescue
+    # It was closed already.
+    ArgumentError -> :ok
+  end
+
+  @doc """
+  Whether output to the peer is still queued. Closing the port then closes nothing: the runtime keeps the pipe until
+  all is written, and does not itself stop before.
+  """
+  @spec blocked?(t()) :: boolean()
+  def blocked?(%__MODULE__{port: port}) do
+    case Port.info(port, :queue_size) do
+      {:queue_size, bytes} -> bytes > 0
+      nil -> false
+    end
+  end
+
+  @doc "Marks a peer that has answered its first ping."
+  @spec up(t()) :: t()
+  def up(%__MODULE__{} = peer), do: %{peer | up_at: Deadline.now()}
+
+  @doc "Whether the peer was of use. One that only answered its first ping may be broken, and die at once each time."
+  @spec of_use?(t()) :: boolean()
+  def of_use?(%__MODULE__{up_at: nil}), do: false
+
+  def of_use?(%__MODULE__{up_at: up_at, answered?: answered?}),
+    do: answered? or Deadline.now() - up_at >= @lasting_ms
+
+  @doc "Milliseconds since the peer was opened."
+  @spec uptime_ms(t()) :: non_neg_integer()
+  def uptime_ms(%__MODULE__{opened_at: opened_at}), do: Deadline.now() - opened_at
+end

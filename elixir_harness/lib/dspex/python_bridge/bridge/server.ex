@@ -1,0 +1,348 @@
+defmodule DSPex.PythonBridge.Bridge.Server do
+  @moduledoc false
+  # The process of a bridge: it owns the ports of its peers and routes frames by id. Its interface is
+  # `DSPex.PythonBridge.Bridge`.
+  #
+  # It never waits: requests and replies pass through `DSPex.PythonBridge.Calls`, whose writes do not block; callers
+  # encode and decode, the reaper kills, `DSPex.PythonBridge.Bridge.LogForwarder` logs what peers log. How peers
+  # start, follow one another and end is in `DSPex.PythonBridge.Bridge.PeerLifecycle`.
+
+  use GenServer
+  use DSPex.PythonBridge.OTP.ServerGuard
+
+  alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol, Telemetry}
+  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle, ProgramReplay}
+  alias DSPex.PythonBridge.Bridge.{Redaction, State, Status}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters, Request}
+  alias DSPex.PythonBridge.OS.Reaper
+  alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
+  alias DSPex.PythonBridge.Tools.Invocation
+
+  # Frames from this size on are collected at once: an idle bridge may not have another garbage collection for long.
+  # A collection costs far less than such a frame.
+  @big_bytes 1_000_000
+
+  @doc "Kills and replaces a peer that does not react; its calls are sent again. For the monitor."
+  @spec replace(GenServer.server()) :: :ok
+  def replace(bridge), do: GenServer.cast(bridge, :replace)
+
+  @impl GenServer
+  def init(%Options{} = options) do
+    Process.flag(:trap_exit, true)
+    entry = %{name: State.name(options), default_timeout: options.default_timeout}
+    # Before it is sensitive: see DSPex.PythonBridge.Client.Caller.find/1.
+    Registry.put(:bridge, self(), entry)
+    # Keeps queued messages, which have the callers' contents, out of crash reports.
+    Process.flag(:sensitive, true)
+
+    with {counters, index, _coordinator, _monitor} <- options.slot,
+         do: LoadCounters.reset(counters, index)
+
+    programs = if options.programs == nil, do: Programs.Store.new(), else: options.programs
+    Telemetry.look_once()
+
+    state = %State{
+      options: options,
+      label: inspect(State.name(options)),
+      reaper: Reaper.start(self()),
+      log_forwarder: LogForwarder.start(State.name(options)),
+      programs: programs,
+      in_flight: InFlight.new(options, programs)
+    }
+
+    {:ok, state, {:continue, :open}}
+  end
+
+  @impl GenServer
+  def handle_continue(:open, state), do: {:noreply, PeerLifecycle.open(state)}
+
+  @impl GenServer
+  def handle_call(:get_status, _from, state), do: {:reply, Status.status(state), state}
+
+  def handle_call({:load_failure, id}, _from, state),
+    do: {:reply, ProgramReplay.failure(state, id), state}
+
+  def handle_call(:restart, from, state), do: {:noreply, PeerLifecycle.restart(state, from)}
+  def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
+
+  @impl GenServer
+  def handle_cast(:replace, state), do: {:noreply, PeerLifecycle.replace(state)}
+  def handle_cast(message, state), do: drop(message, state)
+
+  # The two hot paths come first. This clause only matches until the peer is heard again.
+  @impl GenServer
+  def handle_info(
+        {port, {:data, _frame}} = message,
+        %{in_flight: %{silent?: true, to: port}} = state
+      ),
+      do: handle_info(message, %{state | in_flight: Calls.heard(state.in_flight)})
+
+  def handle_info({port, {:data, frame}}, state) when is_port(port) and is_binary(frame) do
+    case Protocol.route(frame) do
+      {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
+      {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
+      {:tool_call, id} -> state |> tool_called(port, id, frame) |> noreply(frame)
+      :log -> state |> logged(port, frame) |> noreply(frame)
+      :none -> state |> unreadable_frame() |> noreply(frame)
+    end
+  end
+
+  def handle_info({:request, request} = message, state) do
+    if Request.valid?(request) and
+         (request.change == nil or Programs.Store.change?(request.change)),
+       do: state |> request_came(request) |> noreply(request.body),
+       else: drop(message, state)
+  end
+
+  def handle_info({:tool_result, port, id, frame}, state)
+      when is_port(port) and is_binary(frame) do
+    in_flight = Calls.Events.tool_result(state.in_flight, port, id, frame)
+    noreply(%{state | in_flight: in_flight}, frame)
+  end
+
+  # From a caller, or a tool, that could not decode a chunk or a tool call.
+  def handle_info(:unreadable_frame, state), do: {:noreply, unreadable_frame(state)}
+
+  # The caller's timeout has passed; the caller has died; a cast had no reply in time.
+  def handle_info({:abandon, ref}, state) when is_reference(ref), do: abandon(state, ref)
+
+  def handle_info({{:caller_down, id}, _ref, :process, _pid, _reason}, state),
+    do: abandon(state, id)
+
+  def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
+
+  # The reaper and the log forwarder only end if something kills them, and are started again.
+  def handle_info({:"ETS-TRANSFER", table, reaper, Reaper}, %{reaper: reaper} = state) do
+    os_pids = for peer <- State.peers(state), do: peer.os_pid
+    {:noreply, %{state | reaper: Reaper.replace(table, os_pids)}}
+  end
+
+  def handle_info({:DOWN, log, :process, _pid, _why}, %{log_forwarder: %{monitor: log}} = state),
+    do: {:noreply, %{state | log_forwarder: LogForwarder.replace(state.log_forwarder)}}
+
+  # The writer of a send queue has written.
+  def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
+    do: collect(%{state | in_flight: Dispatcher.written(state.in_flight, monitor)})
+
+  def handle_info(:collect, state), do: collect(state)
+
+  def handle_info({:dropped, bytes}, state) when is_integer(bytes) and bytes >= @big_bytes,
+    do: {:noreply, state, :hibernate}
+
+  def handle_info({:dropped, _few}, state), do: {:noreply, state}
+
+  def handle_info({:timeout, timer, :acquit}, state),
+    do: {:noreply, %{state | in_flight: Dispatcher.acquit(state.in_flight, timer)}}
+
+  def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
+    do: {:noreply, PeerLifecycle.timer_fired(%{state | timer: nil}, what)}
+
+  def handle_info({:timeout, timer, :try_again}, %{again_timer: timer} = state)
+      when is_reference(timer),
+      do: {:noreply, PeerLifecycle.try_left_out(%{state | again_timer: nil})}
+
+  # A timer that was cancelled too late.
+  def handle_info({:timeout, _timer, _what}, state), do: {:noreply, state}
+
+  def handle_info({:drain_timeout, port}, state),
+    do: {:noreply, PeerLifecycle.drain_timeout(state, port)}
+
+  def handle_info({:start_failure, %Peer{} = next, why, explanation, then}, state)
+      when is_binary(why) and (is_binary(explanation) or explanation == nil) and is_binary(then),
+      do: {:noreply, PeerLifecycle.explained(state, next, why, explanation, then)}
+
+  # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be written), or
+  # both, in either order. The first removes the peer; the second matches no peer's port any longer.
+  def handle_info({port, {:exit_status, code}}, state) when is_port(port) and is_integer(code),
+    do: {:noreply, lost(state, port, "exit status #{code}")}
+
+  def handle_info({:EXIT, port, reason}, state) when is_port(port) and is_atom(reason),
+    do: {:noreply, lost(state, port, "its port closed: #{inspect(reason)}")}
+
+  # A child of the peer holds its output open, so the port does not report its end.
+  def handle_info({:peer_gone, os_pid}, state) when is_integer(os_pid),
+    do: {:noreply, lost(state, os_pid, "it is gone")}
+
+  # A process has linked itself to the bridge, and ended. (The parent's exit never gets here.)
+  def handle_info({:EXIT, pid, :normal}, state) when is_pid(pid), do: {:noreply, state}
+
+  def handle_info(message, state), do: drop(message, state)
+
+  ## The end
+
+  # In a normal shutdown, calls that the peer has are answered first. Then the peer sees end of input and may leave;
+  # what has not left soon is killed before this process ends, since the BEAM may stop next. A peer that does not
+  # read would not see the end of its input, and would keep the BEAM from stopping.
+  @impl GenServer
+  def terminate(reason, state) do
+    peers = State.peers(state)
+    state = if normal?(reason), do: finish_calls(state), else: state
+    if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
+    Enum.each(peers, &Peer.close/1)
+    InFlight.fail_all(state.in_flight, :bridge_not_running, :all)
+    Registry.delete(:bridge, self())
+    Reaper.finish(state.reaper)
+    # Others may have ended while calls were finished.
+    for peer <- State.peers(state), do: Status.down(state, peer, :stopped)
+  end
+
+  defp normal?(reason), do: reason in [:normal, :shutdown] or match?({:shutdown, _}, reason)
+
+  defp finish_calls(state) do
+    in_flight = InFlight.fail_all(state.in_flight, :bridge_not_running, :held)
+    # From now on no peer starts or takes over, and calls of a peer that dies are not sent again.
+    state = %{state | status: :stopping, in_flight: in_flight, timer: nil, again_timer: nil}
+    state |> PeerLifecycle.give_up_next() |> finish_calls(Deadline.new(state.options.drain_ms))
+  end
+
+  defp finish_calls(state, deadline) do
+    if InFlight.pending(state.in_flight) == 0 do
+      state
+    else
+      receive do
+        {:"$gen_call", from, question} ->
+          finish_question(question, from, state)
+          finish_calls(state, deadline)
+
+        message ->
+          message |> handle_info(state) |> state_of() |> finish_calls(deadline)
+      after
+        Deadline.left(deadline) -> state
+      end
+    end
+  end
+
+  # Other callers receive the end of the bridge.
+  defp finish_question(question, from, state) do
+    with true <- question == :get_status or match?({:load_failure, _id}, question),
+         {:reply, answer, _state} <- handle_call(question, from, state),
+         do: GenServer.reply(from, answer)
+  end
+
+  defp state_of({:stop, _reason, state}), do: state
+  defp state_of(noreply), do: elem(noreply, 1)
+
+  @impl GenServer
+  defdelegate format_status(status), to: Redaction
+
+  defp drop(message, state) do
+    ServerGuard.drop(message, __MODULE__)
+    {:noreply, state}
+  end
+
+  ## Requests
+
+  defp request_came(state, request) do
+    max = state.options.max_frame_bytes
+
+    cond do
+      state.status == :stopping ->
+        refuse(state, request, :bridge_not_running)
+
+      InFlight.pending(state.in_flight) >= state.options.max_pending and
+          not of_coordinator?(request) ->
+        refuse(state, request, :overloaded)
+
+      not InFlight.fits?(state.in_flight, request, max) ->
+        refuse(state, request, {:too_large, byte_size(request.body), max})
+
+      true ->
+        %{state | in_flight: Calls.accept(state.in_flight, request)}
+    end
+  end
+
+  # A pool's coordinator changes the programs of all bridges, or of none.
+  defp of_coordinator?(%Request{change: {_kind, _ids, stamp}}), do: stamp != nil
+  defp of_coordinator?(_request), do: false
+
+  defp refuse(state, request, failure),
+    do: %{state | in_flight: InFlight.refuse(state.in_flight, request, failure)}
+
+  # Hibernation collects everything, even the message just handled.
+  defp noreply(state, bytes) when byte_size(bytes) < @big_bytes, do: {:noreply, state}
+  defp noreply(state, _big), do: {:noreply, %{state | big?: true}, :hibernate}
+
+  # Once more when a large request that had to queue may have been written: once, not for each frame.
+  defp collect(%{big?: true} = state) do
+    if Dispatcher.all_written?(state.in_flight),
+      do: {:noreply, %{state | big?: false}, :hibernate},
+      else: {:noreply, state}
+  end
+
+  defp collect(state), do: {:noreply, state}
+
+  defp abandon(state, id_or_ref) do
+    state = %{state | in_flight: Calls.abandon(state.in_flight, id_or_ref)}
+    state = Enum.reduce(state.old, state, &PeerLifecycle.drained(&2, &1.port))
+    # It may have been the change that the next peer waits for.
+    {:noreply, PeerLifecycle.load_programs(state)}
+  end
+
+  ## Replies
+
+  defp reply_came(state, port, id, frame) do
+    case Calls.deliver(state.in_flight, id, frame) do
+      {:ok, in_flight} ->
+        call_answered(%{state | in_flight: in_flight}, port)
+
+      :nobody ->
+        case PeerLifecycle.own_reply(state, id, frame) do
+          {:ok, state} -> state
+          # Too late, a second one, or never asked for.
+          :nobody -> %{state | late_replies: state.late_replies + 1}
+        end
+    end
+  end
+
+  defp chunk_came(state, port, id, frame) do
+    case Calls.Events.chunk(state.in_flight, port, id, frame) do
+      {:ok, in_flight} -> %{state | in_flight: in_flight}
+      :nobody -> %{state | late_replies: state.late_replies + 1}
+    end
+  end
+
+  defp tool_called(state, port, id, frame) do
+    max = state.options.max_frame_bytes
+    call = %Invocation{port: port, id: id, frame: frame, max_frame_bytes: max}
+    Calls.Events.tool_call(state.in_flight, call)
+    state
+  end
+
+  defp logged(state, port, frame) do
+    peer = Enum.find(State.peers(state), &(&1.port == port))
+    LogForwarder.take(state.log_forwarder, frame, peer && peer.os_pid)
+    state
+  end
+
+  # The usual case first: there is one peer, and it has answered before.
+  defp call_answered(%{peer: %{port: port, answered?: true}, next: nil} = state, port), do: state
+
+  defp call_answered(%{peer: %{port: port} = peer} = state, port),
+    do: PeerLifecycle.load_programs(%{state | peer: %{peer | answered?: true}})
+
+  defp call_answered(state, port), do: PeerLifecycle.drained(state, port)
+
+  # The first is logged, the rest counted: a peer may send many.
+  defp unreadable_frame(state) do
+    if state.unreadable_frames == 0 do
+      text = "sent a frame without a readable id, or not readable itself; more are only counted"
+      Status.log(state, state.peer || state.next, :warning, text)
+    end
+
+    %{state | unreadable_frames: state.unreadable_frames + 1}
+  end
+
+  # While the bridge ends, no peer follows.
+  defp lost(%{status: :stopping} = state, which, _why) do
+    case Enum.find(State.peers(state), &(which in [&1.port, &1.os_pid])) do
+      nil ->
+        state
+
+      peer ->
+        in_flight = Handover.lost(state.in_flight, peer.port, :died)
+        %{state | in_flight: InFlight.fail_all(in_flight, :python_process_died, :held)}
+    end
+  end
+
+  defp lost(state, which, why), do: PeerLifecycle.lost(state, which, why)
+end

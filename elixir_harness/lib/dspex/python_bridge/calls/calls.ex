@@ -1,0 +1,118 @@
+defmodule DSPex.PythonBridge.Calls do
+  @moduledoc false
+  # Part of the process of a bridge: requests come in here and are answered here, each exactly once. Which peer
+  # gets which request, and when, is `DSPex.PythonBridge.Calls.Dispatcher`'s; what is sent between a request and its
+  # reply is `DSPex.PythonBridge.Calls.Events`'.
+
+  alias DSPex.PythonBridge.{Calls, Programs, Protocol}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, LoadCounters, Request}
+  alias DSPex.PythonBridge.OTP.Deadline
+
+  @doc "Accepts a request."
+  @spec accept(InFlight.t(), Request.t()) :: InFlight.t()
+  def accept(%InFlight{to: nil} = in_flight, %Request{retry: :pool} = request),
+    do: InFlight.refuse(in_flight, request, {:died, :unsent})
+
+  def accept(%InFlight{next_id: id} = in_flight, %Request{} = request) do
+    now = Deadline.now()
+
+    request = %{
+      request
+      | watch: watch(request, id),
+        deadline: Deadline.new(request.timeout, now),
+        change: request.change && stamped(request.change),
+        at: nil,
+        streamed?: false
+    }
+
+    Dispatcher.offer(%{in_flight | next_id: id + 1}, id, request, now)
+  end
+
+  # A caller keeps its own time, and is monitored; a cast has no caller that could.
+  defp watch(%Request{pid: nil, timeout: timeout}, id),
+    do: {:timer, :erlang.start_timer(timeout, self(), {:cast, id})}
+
+  defp watch(%Request{pid: pid}, id),
+    do: {:monitor, :erlang.monitor(:process, pid, tag: {:caller_down, id})}
+
+  # In the order in which this bridge gets them, unless a pool has stamped them.
+  defp stamped({kind, ids, nil}), do: {kind, ids, Programs.Store.stamp()}
+  defp stamped(change), do: change
+
+  @doc """
+  Ends a call, by its id or the alias of its caller, that nobody waits for any longer. A request that still waits to
+  be written is taken back; another is cancelled in the peer, whose reply is then dropped.
+  """
+  @spec abandon(InFlight.t(), pos_integer() | reference()) :: InFlight.t()
+  def abandon(%InFlight{} = in_flight, ref) when is_reference(ref) do
+    case Calls.Table.id_of(in_flight.calls, ref) do
+      # The reply was sent first; the alias has ended.
+      nil -> in_flight
+      id -> abandon(in_flight, id)
+    end
+  end
+
+  def abandon(%InFlight{} = in_flight, id) do
+    case InFlight.take_out(in_flight, id) do
+      {nil, in_flight} ->
+        in_flight
+
+      {request, in_flight} ->
+        in_flight |> suspect_silence(request) |> Dispatcher.withdraw(id, request)
+    end
+  end
+
+  # A peer that hangs would look idle, since each abandoned call is counted out. A peer that works sends
+  # something soon, if only the reply to the cancel.
+  defp suspect_silence(
+         %InFlight{slot: {counters, index, _coordinator, monitor}, to: port} = in_flight,
+         %Request{at: port}
+       )
+       when port != nil do
+    LoadCounters.silent(counters, index)
+    GenServer.cast(monitor, :unanswered)
+    %{in_flight | silent?: true}
+  end
+
+  defp suspect_silence(in_flight, _request), do: in_flight
+
+  @doc "Ends the suspicion of silence: the peer that serves has sent something."
+  @spec heard(InFlight.t()) :: InFlight.t()
+  def heard(%InFlight{slot: {counters, index, _coordinator, monitor}} = in_flight) do
+    LoadCounters.heard(counters, index)
+    GenServer.cast(monitor, :heard)
+    %{in_flight | silent?: false}
+  end
+
+  @doc "Sends a reply to its caller; `:nobody` if no call has this id (any longer)."
+  @spec deliver(InFlight.t(), pos_integer(), binary()) :: {:ok, InFlight.t()} | :nobody
+  def deliver(%InFlight{} = in_flight, id, frame) do
+    case InFlight.take_out(in_flight, id) do
+      {nil, in_flight} ->
+        deliver_cancelled(in_flight, id, frame)
+
+      {request, in_flight} ->
+        if request.change, do: note_change(in_flight, request.change, request.body, frame)
+        InFlight.answer(request, {:frame, frame})
+        {:ok, Dispatcher.answered(in_flight, id)}
+    end
+  end
+
+  defp deliver_cancelled(%InFlight{cancelled_changes: cancelled} = in_flight, id, frame) do
+    case Enum.find(cancelled, fn {_port, changes} -> is_map_key(changes, id) end) do
+      {port, changes} ->
+        {{change, body}, rest} = Map.pop!(changes, id)
+        note_change(in_flight, change, body, frame)
+        rest = if rest == %{}, do: Map.delete(cancelled, port), else: %{cancelled | port => rest}
+        {:ok, %{in_flight | cancelled_changes: rest}}
+
+      nil ->
+        :nobody
+    end
+  end
+
+  defp note_change(in_flight, change, body, frame) do
+    if Protocol.success?(frame),
+      do: Programs.Store.apply_change(in_flight.programs, change, body)
+  end
+end

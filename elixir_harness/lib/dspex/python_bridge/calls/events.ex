@@ -1,0 +1,52 @@
+defmodule DSPex.PythonBridge.Calls.Events do
+  @moduledoc false
+  # What a peer and a caller send each other between a request and its reply. All of it belongs to a call at one
+  # peer: after the call has been sent to another peer, messages to or from its earlier peer are ignored.
+
+  alias DSPex.PythonBridge.Calls
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
+  alias DSPex.PythonBridge.Tools.Invocation
+
+  @doc "Sends a chunk to its caller; `:nobody` if no caller takes it (any longer)."
+  @spec chunk(InFlight.t(), port(), pos_integer(), binary()) :: {:ok, InFlight.t()} | :nobody
+  def chunk(%InFlight{calls: calls} = in_flight, port, id, frame) do
+    case Calls.Table.get(calls, id) do
+      %Request{at: ^port, stream?: true} = request ->
+        # DSPex.PythonBridge.Client.StreamProxy waits for it, and for the tool calls below.
+        send(request.ref, {request.ref, :chunk, frame})
+
+        if request.streamed?,
+          do: {:ok, in_flight},
+          else: {:ok, %{in_flight | calls: Calls.Table.replace(calls, id, streamed(request))}}
+
+      _none ->
+        :nobody
+    end
+  end
+
+  # It is not sent again, so only a change of the programs needs the body.
+  defp streamed(%Request{change: nil} = request), do: %{request | streamed?: true, body: ""}
+  defp streamed(request), do: %{request | streamed?: true}
+
+  @doc "Passes a tool call to the caller that has the tools, or refuses it."
+  @spec tool_call(InFlight.t(), Invocation.t()) :: :ok
+  def tool_call(%InFlight{calls: calls}, %Invocation{id: id, port: port} = tool_call) do
+    case Calls.Table.get(calls, id) do
+      %Request{at: ^port, tools?: true, ref: ref} -> send(ref, {ref, :tool_call, tool_call})
+      %Request{at: ^port} -> Invocation.refuse(tool_call, :not_given)
+      _none -> Invocation.refuse(tool_call, :over)
+    end
+
+    :ok
+  end
+
+  @doc """
+  Sends the result of a tool to the peer that called it, if that still has the call of this id (nil: in any case).
+  """
+  @spec tool_result(InFlight.t(), port(), pos_integer() | nil, binary()) :: InFlight.t()
+  def tool_result(%InFlight{} = in_flight, port, id, frame) do
+    if id == nil or match?(%Request{at: ^port}, Calls.Table.get(in_flight.calls, id)),
+      do: Dispatcher.control(in_flight, port, frame, id),
+      else: in_flight
+  end
+end

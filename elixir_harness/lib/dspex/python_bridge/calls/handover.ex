@@ -1,0 +1,117 @@
+defmodule DSPex.PythonBridge.Calls.Handover do
+  @moduledoc false
+  # What the start and end of a peer do to the calls: a peer that serves is given the held ones, and when it dies its
+  # calls are held for the next one, `max_retries` times at most.
+
+  alias DSPex.PythonBridge.Calls
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Quarantine, Request, SendQueue}
+  alias DSPex.PythonBridge.OTP.Deadline
+
+  @doc "Adds a peer that was started. Until `serve/2` only `Dispatcher.own_request/3` sends to it."
+  @spec attach(InFlight.t(), port()) :: InFlight.t()
+  def attach(%InFlight{} = in_flight, port),
+    do: %{in_flight | send_queues: Map.put(in_flight.send_queues, port, SendQueue.new(port))}
+
+  @doc "Sends calls to this peer from now on, the held ones first."
+  @spec serve(InFlight.t(), port()) :: InFlight.t()
+  def serve(%InFlight{} = in_flight, port) do
+    in_flight =
+      if in_flight.to in [nil, port], do: in_flight, else: take_back(in_flight, in_flight.to)
+
+    quarantine = Quarantine.stop(in_flight.quarantine)
+    Dispatcher.advance(%{in_flight | to: port, hold_changes?: false, quarantine: quarantine})
+  end
+
+  # Requests that still wait to be written to one peer go to the next.
+  defp take_back(%InFlight{send_queues: send_queues} = in_flight, port) do
+    {ids, send_queue} = SendQueue.take_back(Map.fetch!(send_queues, port))
+    in_flight = %{in_flight | send_queues: %{send_queues | port => send_queue}}
+
+    # The bridge's own requests are not in the table, and were for that peer only.
+    for id <- ids, request = Calls.Table.get(in_flight.calls, id), reduce: in_flight do
+      in_flight -> hold(in_flight, id, %{request | at: nil})
+    end
+  end
+
+  @doc """
+  Holds calls that change the programs, and all after the first of them, until `serve/2`: the programs are about to
+  be loaded into another peer.
+  """
+  @spec hold_changes(InFlight.t()) :: InFlight.t()
+  def hold_changes(%InFlight{} = in_flight), do: %{in_flight | hold_changes?: true}
+
+  @doc """
+  Removes a peer. It `:died`, which any call in flight may have caused, or was `:replaced`, which none has. Each
+  of its calls is sent again or fails, as its caller asked for; what was not written to it is held.
+  """
+  @spec lost(InFlight.t(), port(), :died | :replaced) :: InFlight.t()
+  def lost(%InFlight{send_queues: send_queues} = in_flight, port, _how)
+      when not is_map_key(send_queues, port),
+      do: in_flight
+
+  def lost(%InFlight{} = in_flight, port, how) do
+    {send_queue, send_queues} = Map.pop!(in_flight.send_queues, port)
+    unwritten = MapSet.new(SendQueue.close(send_queue))
+    calls = Calls.Table.at(in_flight.calls, port)
+    cancelled = Map.delete(in_flight.cancelled_changes, port)
+    in_flight = %{in_flight | send_queues: send_queues, cancelled_changes: cancelled}
+    in_flight = if in_flight.to == port, do: none_serves(in_flight), else: in_flight
+    in_flight = if how == :died, do: learn(in_flight, calls), else: in_flight
+
+    calls
+    |> Enum.reduce(in_flight, fn {id, request}, in_flight ->
+      lost_call(in_flight, id, request, if(id in unwritten, do: :unsent, else: how))
+    end)
+    |> release_pools()
+    |> Dispatcher.advance()
+  end
+
+  defp none_serves(in_flight),
+    do: %{in_flight | to: nil, quarantine: Quarantine.stop(in_flight.quarantine)}
+
+  # What was streamed from was written.
+  defp lost_call(in_flight, id, %Request{streamed?: true}, how),
+    do: InFlight.fail(in_flight, id, failure(how))
+
+  defp lost_call(in_flight, id, %Request{retry: :pool}, how),
+    do: InFlight.fail(in_flight, id, {:died, if(how == :died, do: :sent, else: :unsent)})
+
+  defp lost_call(in_flight, id, %Request{retry: :never}, how) when how in [:died, :replaced],
+    do: InFlight.fail(in_flight, id, failure(how))
+
+  defp lost_call(%{max_retries: most} = in_flight, id, %Request{deaths: deaths}, :died)
+       when deaths >= most,
+       do: InFlight.fail(in_flight, id, :python_process_died)
+
+  defp lost_call(in_flight, id, request, :unsent), do: hold(in_flight, id, %{request | at: nil})
+
+  defp lost_call(in_flight, id, %Request{deaths: deaths} = request, how) do
+    deaths = if how == :died, do: deaths + 1, else: deaths
+    in_flight = %{in_flight | resent: in_flight.resent + 1}
+    hold(in_flight, id, %{request | at: nil, deaths: deaths})
+  end
+
+  defp hold(%InFlight{calls: calls} = in_flight, id, request) do
+    in_flight = %{in_flight | calls: Calls.Table.replace(calls, id, request)}
+    Dispatcher.hold(in_flight, id, request)
+  end
+
+  defp failure(:died), do: :python_process_died
+  defp failure(:replaced), do: :replaced
+
+  # A pool knows other peers, and need not wait for the next one.
+  defp release_pools(%InFlight{to: nil} = in_flight) do
+    for {id, %Request{retry: :pool}} <- Calls.Table.at(in_flight.calls, nil), reduce: in_flight do
+      in_flight -> InFlight.fail(in_flight, id, {:died, :unsent})
+    end
+  end
+
+  defp release_pools(in_flight), do: in_flight
+
+  defp learn(in_flight, []), do: in_flight
+
+  defp learn(in_flight, calls) do
+    first = calls |> Enum.map(fn {_id, request} -> request.since end) |> Enum.min()
+    %{in_flight | quarantine: Quarantine.learn(in_flight.quarantine, Deadline.now() - first)}
+  end
+end

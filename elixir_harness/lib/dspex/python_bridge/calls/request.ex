@@ -1,0 +1,74 @@
+defmodule DSPex.PythonBridge.Calls.Request do
+  @moduledoc false
+  # One request, from its caller through a bridge to a peer. The caller sends `{:request, request}` to the
+  # bridge, which fills in the last five fields, keeps the struct until the reply, and sends the body to a peer.
+  #
+  #   * `ref`, `pid`: the caller's alias and process; both nil for a cast, whose reply nobody waits for
+  #   * `timeout`: the ms that are left to the caller
+  #   * `body`: all of the frame but its head. It is kept to be sent again, or for the change that it makes
+  #   * `change`: the change that it makes to the programs, if any
+  #   * `retry`: what happens when a peer dies with it: the bridge sends it again (`:bridge`), it fails (`:never`),
+  #     or the caller, which knows other peers, is told (`:pool`)
+  #   * `deaths`: how many peers have died with it
+  #   * `stream?`, `tools?`: whether the caller takes chunks, and whether it has given tools
+  #   * `watch`: the monitor of the caller, or the timer of a cast
+  #   * `deadline`: `timeout` in the bridge's time
+  #   * `at`, `since`: the port of the peer that has it, nil if none has, and since when
+  #   * `streamed?`: whether the caller has been sent a chunk; if so, the request is not sent again
+
+  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Programs.Store
+
+  # The longest timeout of `receive`.
+  @max_timeout 4_294_967_295
+
+  @enforce_keys [:body]
+  defstruct [:ref, :pid, :body, :change, :watch, :deadline, :at, :since] ++
+              [timeout: :infinity, retry: :bridge, deaths: 0] ++
+              [stream?: false, tools?: false, streamed?: false]
+
+  @type t :: %__MODULE__{
+          ref: reference() | nil,
+          pid: pid() | nil,
+          timeout: timeout(),
+          body: binary(),
+          change: Store.change() | repair() | nil,
+          retry: retry(),
+          deaths: non_neg_integer(),
+          stream?: boolean(),
+          tools?: boolean(),
+          watch: {:monitor, reference()} | {:timer, reference()} | nil,
+          deadline: Deadline.t() | nil,
+          at: port() | nil,
+          since: integer() | nil,
+          streamed?: boolean()
+        }
+  @type retry :: :bridge | :never | :pool
+  @typedoc "Only for the coordinator of a pool: see `DSPex.PythonBridge.Pool.ProgramChanges.ask/2`."
+  @type repair :: {:repair, pos_integer(), Store.id()}
+  @typedoc "What the caller gets: `{ref, reply}`."
+  @type reply :: {:frame, binary()} | {:error, :timeout | :proxy_died | failure()}
+  @type failure ::
+          :python_process_died
+          | :replaced
+          | :bridge_not_running
+          | :overloaded
+          | {:died, :sent | :unsent}
+          | {:too_large, pos_integer(), pos_integer()}
+
+  defguardp is_timeout(timeout) when timeout == :infinity or timeout in 0..@max_timeout
+
+  defguardp is_caller(ref, pid, timeout)
+            when (is_reference(ref) and is_pid(pid) and is_timeout(timeout)) or
+                   (ref == nil and pid == nil and timeout in 0..@max_timeout)
+
+  @doc "Whether a term is a request as a caller sends it, but for its change: anything may be sent to a process."
+  @spec valid?(term()) :: boolean()
+  def valid?(%__MODULE__{ref: ref, pid: pid, timeout: timeout, deaths: deaths} = request)
+      when is_caller(ref, pid, timeout) and is_binary(request.body) and
+             request.retry in [:bridge, :never, :pool] and is_integer(deaths) and deaths >= 0 and
+             is_boolean(request.stream?) and is_boolean(request.tools?),
+      do: true
+
+  def valid?(_other), do: false
+end

@@ -1,0 +1,162 @@
+defmodule DSPex.PythonBridge.Calls.SendQueue do
+  @moduledoc false
+  # The frames on their way to one peer. It never blocks the process that uses it: a frame for which the pipe has no
+  # room is written by a writer process, which the runtime suspends until there is room, and all later frames queue
+  # behind it.
+  #
+  # A frame in the queue has not been written, so it can be taken back (`drop/2`), and did not kill the peer
+  # (`close/1`). The frame of the writer counts as written, since some of its bytes may be.
+  #
+  # Keys are the order in the queue. `about` has the keys of the control frames that belong to a call, by the call's
+  # key; some of them may have been written.
+
+  alias DSPex.PythonBridge.Protocol
+  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
+
+  @enforce_keys [:port]
+  defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
+
+  @typep item ::
+           {:request, Deadline.t(), body :: binary()} | {:control, iodata()}
+  @opaque t :: %__MODULE__{
+            port: port(),
+            writer: {pid(), reference()} | nil,
+            queue: :gb_trees.tree(pos_integer(), item()),
+            about: %{pos_integer() => [pos_integer()]}
+          }
+
+  @doc "An empty send queue for a port."
+  @spec new(port()) :: t()
+  def new(port), do: %__MODULE__{port: port}
+
+  @doc "Takes back the requests that were not written; returns their ids."
+  @spec take_back(t()) :: {[pos_integer()], t()}
+  def take_back(%__MODULE__{} = send_queue) do
+    {requests, controls} =
+      Enum.split_with(:gb_trees.to_list(send_queue.queue), &match?({_key, {:request, _, _}}, &1))
+
+    {Enum.map(requests, &elem(&1, 0)), %{send_queue | queue: :gb_trees.from_orddict(controls)}}
+  end
+
+  @doc "Ends the writer; returns the ids of the requests that were not written."
+  @spec close(t()) :: [pos_integer()]
+  def close(%__MODULE__{} = send_queue) do
+    with {pid, monitor} <- send_queue.writer do
+      Process.demonitor(monitor, [:flush])
+      Process.exit(pid, :kill)
+    end
+
+    send_queue |> take_back() |> elem(0)
+  end
+
+  @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`."
+  @spec push_request(t(), pos_integer(), Deadline.t(), binary()) :: t()
+  def push_request(%__MODULE__{} = send_queue, id, deadline, body),
+    do: push(send_queue, id, {:request, deadline, body})
+
+  @doc """
+  Sends a control frame, or queues it. `about`: the key of the call that it belongs to, for `drop_about/2`.
+  """
+  @spec push_control(t(), pos_integer(), iodata(), pos_integer() | nil) :: t()
+  def push_control(%__MODULE__{} = send_queue, key, frame, about \\ nil) do
+    pushed = push(send_queue, key, {:control, frame})
+
+    if about == nil or not member?(pushed, key),
+      do: pushed,
+      else: %{pushed | about: Map.update(pushed.about, about, [key], &[key | &1])}
+  end
+
+  @doc "Whether the frame of a key still waits to be written."
+  @spec member?(t(), pos_integer()) :: boolean()
+  def member?(%__MODULE__{queue: queue}, key), do: :gb_trees.is_defined(key, queue)
+
+  @doc "Whether no frame waits to be written, except that of the writer."
+  @spec empty?(t()) :: boolean()
+  def empty?(%__MODULE__{queue: queue}), do: :gb_trees.is_empty(queue)
+
+  @doc "Takes a frame back that still waits to be written."
+  @spec drop(t(), pos_integer()) :: t()
+  def drop(%__MODULE__{} = send_queue, key),
+    do: %{send_queue | queue: :gb_trees.delete_any(key, send_queue.queue)}
+
+  @doc "Takes back the control frames that belong to a call; returns their size."
+  @spec drop_about(t(), pos_integer()) :: {non_neg_integer(), t()}
+  def drop_about(%__MODULE__{about: about} = send_queue, call) when is_map_key(about, call) do
+    {keys, about} = Map.pop!(about, call)
+    Enum.reduce(keys, {0, %{send_queue | about: about}}, &take_out/2)
+  end
+
+  def drop_about(%__MODULE__{} = send_queue, _call), do: {0, send_queue}
+
+  defp take_out(key, {bytes, send_queue}) do
+    case :gb_trees.take_any(key, send_queue.queue) do
+      {{:control, frame}, queue} ->
+        {bytes + IO.iodata_length(frame), %{send_queue | queue: queue}}
+
+      :error ->
+        {bytes, send_queue}
+    end
+  end
+
+  @doc "To be called with each `:DOWN` of a process: after the writer's, the next frames are sent."
+  @spec written(t(), reference()) :: t()
+  def written(%__MODULE__{writer: {_pid, monitor}} = send_queue, monitor),
+    do: drain(%{send_queue | writer: nil})
+
+  def written(%__MODULE__{} = send_queue, _monitor), do: send_queue
+
+  # Without a writer the queue is empty: see drain/1.
+  defp push(%__MODULE__{writer: nil} = send_queue, key, item) do
+    case write(send_queue, frame(key, item)) do
+      %__MODULE__{} = send_queue -> send_queue
+      :port_gone -> queue(send_queue, key, item)
+    end
+  end
+
+  defp push(%__MODULE__{} = send_queue, key, item), do: queue(send_queue, key, item)
+
+  defp queue(send_queue, key, item),
+    do: %{send_queue | queue: :gb_trees.insert(key, item, send_queue.queue)}
+
+  defp drain(%__MODULE__{} = send_queue) do
+    if send_queue.writer == nil and not :gb_trees.is_empty(send_queue.queue) do
+      {key, item, rest} = :gb_trees.take_smallest(send_queue.queue)
+
+      case write(send_queue, frame(key, item)) do
+        %__MODULE__{} = written -> drain(%{written | queue: rest})
+        :port_gone -> send_queue
+      end
+    else
+      send_queue
+    end
+  end
+
+  defp frame(_key, {:control, frame}), do: frame
+  defp frame(id, {:request, deadline, body}), do: Protocol.request_frame(id, left(deadline), body)
+
+  # port_command without :nosuspend, Port.command and send/2 would suspend the bridge as long as the peer does not read.
+  # A port that has just died raises, for this frame and all after it; the message about its death is on its way, and
+  # they go to the next peer.
+  defp write(%__MODULE__{port: port} = send_queue, frame) do
+    if :erlang.port_command(port, frame, [:nosuspend]),
+      do: send_queue,
+      else: %{send_queue | writer: start_writer(port, frame)}
+  rescue
+    ArgumentError -> :port_gone
+  end
+
+  # Writing needs no ownership of the port.
+  defp start_writer(port, frame) do
+    spawn_monitor(fn -> ServerGuard.run(fn -> write_waiting(port, frame) end) end)
+  end
+
+  defp write_waiting(port, frame) do
+    Port.command(port, frame)
+  rescue
+    # The port died under the write.
+    ArgumentError -> :ok
+  end
+
+  # The peer takes no timeout of 0. The caller of a request whose time is over cancels it at any moment.
+  defp left(deadline), do: max(Deadline.left(deadline), 1)
+end

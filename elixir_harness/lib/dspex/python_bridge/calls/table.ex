@@ -1,0 +1,100 @@
+defmodule DSPex.PythonBridge.Calls.Table do
+  @moduledoc false
+  # The calls that wait for a reply, by id, which the peer uses, and by reference, which the caller uses. A call is
+  # in the table until exactly one of these takes it out: its reply, its caller's timeout, its caller's death, the
+  # death of a peer. Whichever comes later finds nothing: all races between them end like that.
+
+  alias DSPex.PythonBridge.Calls.Request
+
+  # counts: for each port with calls, the number of its calls, and of those that change the programs. It is read with
+  # each reply, also while thousands wait.
+  defstruct by_id: %{}, by_ref: %{}, counts: %{}
+
+  @type t :: %__MODULE__{
+          by_id: %{pos_integer() => Request.t()},
+          by_ref: %{reference() => pos_integer()},
+          counts: %{port() => {calls :: pos_integer(), changes :: non_neg_integer()}}
+        }
+
+  @doc "An empty table."
+  @spec new() :: t()
+  def new, do: %__MODULE__{}
+
+  @doc "The number of calls."
+  @spec size(t()) :: non_neg_integer()
+  def size(%__MODULE__{by_id: by_id}), do: map_size(by_id)
+
+  @doc "Adds a call under a new id."
+  @spec put(t(), pos_integer(), Request.t()) :: t()
+  def put(%__MODULE__{} = calls, id, %Request{ref: ref} = request) do
+    %__MODULE__{
+      by_id: Map.put(calls.by_id, id, request),
+      by_ref: if(ref, do: Map.put(calls.by_ref, ref, id), else: calls.by_ref),
+      counts: count(calls.counts, request, 1)
+    }
+  end
+
+  @doc "The call of an id, or nil."
+  @spec get(t(), pos_integer()) :: Request.t() | nil
+  def get(%__MODULE__{by_id: by_id}, id), do: Map.get(by_id, id)
+
+  @doc "The call of an id that is in the table."
+  @spec fetch!(t(), pos_integer()) :: Request.t()
+  def fetch!(%__MODULE__{by_id: by_id}, id), do: Map.fetch!(by_id, id)
+
+  @doc "Replaces a call that is in the table."
+  @spec replace(t(), pos_integer(), Request.t()) :: t()
+  def replace(%__MODULE__{by_id: by_id, counts: counts} = calls, id, %Request{} = request) do
+    counts = counts |> count(Map.fetch!(by_id, id), -1) |> count(request, 1)
+    %{calls | by_id: %{by_id | id => request}, counts: counts}
+  end
+
+  @doc "Takes a call out; nil if it is not there (any longer)."
+  @spec pop(t(), pos_integer()) :: {Request.t() | nil, t()}
+  def pop(%__MODULE__{by_id: by_id, by_ref: by_ref} = calls, id) do
+    case by_id do
+      %{^id => %Request{ref: ref} = request} ->
+        {request,
+         %__MODULE__{
+           by_id: Map.delete(by_id, id),
+           by_ref: Map.delete(by_ref, ref),
+           counts: count(calls.counts, request, -1)
+         }}
+
+      _gone ->
+        {nil, calls}
+    end
+  end
+
+  @doc "The id of the call of a caller's reference; nil if it is not there (any longer)."
+  @spec id_of(t(), reference()) :: pos_integer() | nil
+  def id_of(%__MODULE__{by_ref: by_ref}, ref), do: Map.get(by_ref, ref)
+
+  @doc "Whether `port` has calls to answer."
+  @spec busy?(t(), port()) :: boolean()
+  def busy?(%__MODULE__{counts: counts}, port), do: is_map_key(counts, port)
+
+  @doc "Whether `port` has calls to answer that change the programs."
+  @spec changing?(t(), port()) :: boolean()
+  def changing?(%__MODULE__{counts: counts}, port),
+    do: match?(%{^port => {_calls, changes}} when changes > 0, counts)
+
+  @doc """
+  The calls of `port`, oldest first; with nil, those that no peer has. It reads the whole table, so it is for what
+  happens once for each peer, not for each call.
+  """
+  @spec at(t(), port() | nil) :: [{pos_integer(), Request.t()}]
+  def at(%__MODULE__{by_id: by_id}, port),
+    do: Enum.sort(for {id, %Request{at: ^port} = request} <- by_id, do: {id, request})
+
+  defp count(counts, %Request{at: nil}, _by), do: counts
+
+  defp count(counts, %Request{at: port, change: change}, by) do
+    {calls, changes} = Map.get(counts, port, {0, 0})
+
+    case calls + by do
+      0 -> Map.delete(counts, port)
+      calls -> Map.put(counts, port, {calls, if(change, do: changes + by, else: changes)})
+    end
+  end
+end

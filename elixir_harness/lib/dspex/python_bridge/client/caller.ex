@@ -1,0 +1,234 @@
+defmodule DSPex.PythonBridge.Client.Caller do
+  @moduledoc false
+  # The part of a call that runs in the caller's process: arguments to bytes, to the bridge, and the bytes of the
+  # reply to a result. It neither raises nor exits. With chunks or tools, `DSPex.PythonBridge.Client.StreamReducer`
+  # is the part in the middle; to a bridge of another node, `DSPex.PythonBridge.Client.StreamProxy` is.
+
+  alias DSPex.PythonBridge.{Error, Protocol}
+  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Client.StreamProxy
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
+  alias DSPex.PythonBridge.Programs.Change
+
+  # The module of a bridge's process: a name only, since the room `bridge` depends on this one.
+  @server :"Elixir.DSPex.PythonBridge.Bridge.Server"
+  @default_timeout 30_000
+  # The longest timeout of `receive`.
+  @max_timeout 4_294_967_295
+  # A bridge answers questions at once.
+  @longest_question_ms 1_000
+
+  @typedoc "A call that is prepared, or under way."
+  @type call :: %{
+          dest: dest(),
+          deadline: Deadline.t(),
+          request: Request.t() | nil,
+          args: map()
+        }
+  @type dest :: pid() | {atom(), node()}
+  @type result :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
+
+  @doc """
+  Sends a command and waits for its reply. `timeout` is in ms, `:infinity`, or `:default` for the
+  bridge's own. Options: `retry: false`, and those of `DSPex.PythonBridge.Protocol.encode_body/3`.
+  """
+  @spec exchange(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
+          result()
+  def exchange(server, command, args, timeout, opts) do
+    with {:ok, call} <- prepare(server, command, args, timeout, opts) do
+      # Encoding a large request takes time, too.
+      conclude(call, send_and_wait(call.dest, Deadline.left(call.deadline), call.request))
+    end
+  end
+
+  @doc "Prepares a call up to the sending of its request. The arguments are those of `exchange/5`."
+  @spec prepare(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
+          {:ok, call()} | {:error, Error.t()}
+  def prepare(server, command, args, timeout, opts) do
+    started = Deadline.now()
+
+    with {:ok, dest} <- find(server),
+         {:ok, timeout} <- check_timeout(timeout, dest),
+         {:ok, body} <- Protocol.encode_body(command, args, opts) do
+      deadline = Deadline.new(timeout, started)
+      request = request(body, Change.new(command, args), opts)
+      {:ok, %{dest: dest, deadline: deadline, request: request, args: args}}
+    end
+  end
+
+  # The usual options first: they need no lookup.
+  defp request(body, change, opts) when opts in [[], [meta: true]],
+    do: %Request{body: body, change: change}
+
+  defp request(body, change, opts) do
+    retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
+    stream? = Keyword.get(opts, :stream, false)
+    %Request{body: body, change: change, retry: retry, stream?: stream?}
+  end
+
+  @doc "Makes a reply the result of its call."
+  @spec conclude(call(), Request.reply()) :: result()
+  def conclude(%{dest: dest, args: args, deadline: deadline}, reply) do
+    case read(reply) do
+      {:error, %Error{type: :program_not_found} = error} ->
+        {:error, load_failure(dest, args, Deadline.left(deadline)) || error}
+
+      result ->
+        result
+    end
+  end
+
+  # A program that could not be loaded again is missing in the peer; the bridge knows the reason.
+  defp load_failure(dest, args, left) do
+    with id when id != nil <- Change.program_id(:execute_program, args),
+         do: GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
+  catch
+    :exit, _no_answer -> nil
+  end
+
+  @doc """
+  Sends a command whose reply nobody waits for. A cast has no caller that keeps its time, so the bridge does.
+  """
+  @spec send_only(GenServer.server(), Protocol.command(), map()) :: :ok | {:error, String.t()}
+  def send_only(server, command, args) do
+    with {:ok, body} <- Protocol.encode_body(command, args),
+         {:ok, dest} <- find(server) do
+      timeout = with :infinity <- default_timeout(dest), do: @max_timeout
+      request = %Request{body: body, change: Change.new(command, args), timeout: timeout}
+      message = {:request, request}
+
+      # The connection to another node may have no room, for as long as that hangs.
+      with :nosuspend <- :erlang.send(dest, message, [:nosuspend]),
+           do: spawn(fn -> send(dest, message) end)
+
+      :ok
+    else
+      {:error, %Error{type: :bridge_not_running}} -> :ok
+      {:error, error} -> {:error, error.message}
+    end
+  end
+
+  @doc "Sends a request to a bridge or a pool's coordinator and waits for the reply, at most `timeout` ms."
+  @spec send_and_wait(dest(), timeout(), Request.t()) :: Request.reply()
+  def send_and_wait(dest, timeout, request) when is_pid(dest) and node(dest) == node() do
+    message = fn ref -> {:request, %{request | ref: ref, pid: self(), timeout: timeout}} end
+
+    case Ask.ask(dest, timeout, message) do
+      {:ok, reply} ->
+        reply
+
+      :down ->
+        {:error, :bridge_not_running}
+
+      {:timeout, ref} ->
+        send(dest, {:abandon, ref})
+        {:error, :timeout}
+    end
+  end
+
+  # A node that hangs suspends whoever sends to it, or monitors a process of it: not the caller.
+  def send_and_wait(dest, timeout, request) do
+    deadline = Deadline.new(timeout)
+    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, %{})
+    {:over, reply} = StreamProxy.next(proxy, deadline)
+    reply
+  end
+
+  @doc "Makes a reply a result, or an error."
+  @spec read(Request.reply()) :: result()
+  def read({:frame, frame}) do
+    case Protocol.decode_reply(frame) do
+      {:ok, _id, _result, _meta} = reply ->
+        reply
+
+      {:error, _id, error} ->
+        {:error, error}
+
+      {:error, {_kind, text}} ->
+        {:error, Error.new(:internal, "the peer sent no valid reply: #{text}")}
+    end
+  end
+
+  def read({:error, {:too_large, size, limit}}) do
+    text = "the request has #{size} bytes; max_frame_bytes is #{limit}"
+    {:error, Error.new(:frame_too_large, text)}
+  end
+
+  def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
+
+  def read({:error, :replaced}) do
+    text =
+      "the Python process was replaced before it had replied, and the request, of which chunks " <>
+        "were given or which said retry: false, was not sent again"
+
+    {:error, Error.new(:python_process_died, text)}
+  end
+
+  def read({:error, :proxy_died}) do
+    text = "the process that made the call in the caller's place was killed"
+    {:error, Error.new(:cancelled, text)}
+  end
+
+  def read({:error, type}), do: {:error, Error.new(type)}
+
+  @doc "A timeout in ms, `:default` resolved, or the error for one that `receive` does not take."
+  @spec check_timeout(term(), dest()) :: {:ok, timeout()} | {:error, Error.t()}
+  def check_timeout(:default, dest), do: {:ok, default_timeout(dest)}
+  def check_timeout(:infinity, _dest), do: {:ok, :infinity}
+  def check_timeout(ms, _dest) when ms in 0..@max_timeout, do: {:ok, ms}
+
+  def check_timeout(_other, _dest) do
+    text = "timeout: expected 0 to #{@max_timeout} ms or :infinity"
+    {:error, Error.new(:invalid_request, text)}
+  end
+
+  defp default_timeout(dest) do
+    case Registry.get(:bridge, dest) do
+      %{default_timeout: timeout} -> timeout
+      nil -> @default_timeout
+    end
+  end
+
+  @doc """
+  The address of a bridge. A process of this node that is not a bridge counts as a bridge that is not running: it
+  would log what it is sent, or end by it.
+  """
+  @spec find(term()) :: {:ok, dest()} | {:error, Error.t()}
+  def find(server) do
+    dest = whereis(server)
+
+    cond do
+      bridge?(dest) -> {:ok, dest}
+      dest != nil and Registry.get(:pool, dest) != nil -> {:error, a_pool(server)}
+      true -> {:error, Error.new(:bridge_not_running)}
+    end
+  end
+
+  # Only its own node can tell for a process of another node. A bridge has its name before it runs and registers
+  # itself. Until then the module of its process shows what it is; afterwards that is hidden (`:sensitive`). If it
+  # changed from one to the other between the two looks, the third look finds it.
+  defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
+    do: registered?(pid) or begins?(pid) or registered?(pid)
+
+  defp bridge?(dest), do: dest != nil
+
+  defp registered?(pid), do: Registry.get(:bridge, pid) != nil
+  defp begins?(pid), do: match?({@server, :init, 1}, :proc_lib.translate_initial_call(pid))
+
+  defp a_pool(server) do
+    text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+    Error.new(:invalid_request, text)
+  end
+
+  # Any term may be given as a server; one that is none, or cannot be reached, is not running.
+  defp whereis(server) do
+    case GenServer.whereis(server) do
+      pid when is_pid(pid) -> pid
+      {name, node} when is_atom(name) and is_atom(node) -> if Node.alive?(), do: {name, node}
+      _none -> nil
+    end
+  catch
+    # A registry is user code: it may raise, exit or throw.
+    _kind, _reason -> nil
+  end
+end

@@ -1,0 +1,190 @@
+defmodule DSPex.PythonBridge.Client.StreamProxy do
+  @moduledoc false
+  # The process between a bridge and a caller that takes chunks, has given tools, or is on another node: one for each
+  # such call, which it makes in the caller's place.
+  #
+  # What comes before the reply waits here, and not in the caller's mailbox, until the caller asks for it: the caller
+  # may have a full mailbox, be busy with something else, or never come back. Tools run
+  # (`DSPex.PythonBridge.Tools.Runner`) whatever the caller does meanwhile.
+  #
+  # It ends with the reply, with the caller, or when the caller stops it; the bridge, which monitors it as any caller,
+  # then cancels the call. It has no links.
+
+  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
+  alias DSPex.PythonBridge.Tools
+  alias DSPex.PythonBridge.Tools.Invocation
+
+  # The proxy times out first: it knows what has come.
+  @grace_ms 50
+  # The longest timeout of `receive`.
+  @longest_ms 4_294_967_295
+
+  # A queue as a default would be a literal, which Dialyzer does not take for a queue.
+  @enforce_keys [:dest, :ref, :watch, :tools, :timer, :chunks]
+  defstruct [:dest, :ref, :watch, :tools, :timer, :asked, :chunks]
+
+  @typedoc "The part of a prepared call that it needs to make it."
+  @type call :: %{
+          :dest => Invocation.bridge(),
+          :deadline => Deadline.t(),
+          :request => Request.t(),
+          optional(:args) => map()
+        }
+  # watch: the monitor of the caller. asked: the caller's alias, while it waits.
+  @typep t :: %__MODULE__{
+           dest: Invocation.bridge(),
+           ref: reference(),
+           watch: reference(),
+           tools: Tools.Runner.t(),
+           timer: reference() | nil,
+           asked: reference() | nil,
+           chunks: :queue.queue(binary())
+         }
+
+  ## In the caller's process
+
+  @doc "Makes a call for the calling process."
+  @spec start(call(), Tools.Runner.functions()) :: pid()
+  def start(call, functions) do
+    caller = self()
+    # By these tests and repositories find the owner of a process.
+    callers = [caller | Process.get(:"$callers", [])]
+    tools = Tools.Runner.new(functions, call.dest, callers)
+    # The arguments are in the body already: they would be copied for nothing.
+    call = Map.delete(call, :args)
+    spawn(fn -> ServerGuard.run(fn -> init(call, tools, caller) end) end)
+  end
+
+  @doc """
+  Waits for the frame of the next chunk, or for the reply, after which nothing follows.
+
+  The proxy keeps the time of the call. If it does not answer by the deadline, suspended by the connection to
+  a node that hangs, for example, it is killed, and its tools with it.
+  """
+  @spec next(pid(), Deadline.t()) :: {:chunk, binary()} | {:over, Request.reply()}
+  def next(proxy, deadline) do
+    case Ask.ask(proxy, patience(Deadline.left(deadline)), &{:next, &1}) do
+      {:ok, element} ->
+        element
+
+      :down ->
+        {:over, {:error, :proxy_died}}
+
+      {:timeout, _ref} ->
+        stop(proxy)
+        {:over, {:error, :timeout}}
+    end
+  end
+
+  defp patience(:infinity), do: :infinity
+  defp patience(left), do: min(left + @grace_ms, @longest_ms)
+
+  @doc "Ends a proxy whose caller needs no more."
+  @spec stop(pid()) :: :ok
+  def stop(proxy) do
+    # It may be suspended. The rest is done by the bridge and by the holder of the functions.
+    Process.exit(proxy, :kill)
+    :ok
+  end
+
+  ## The process
+
+  defp init(%{dest: dest} = call, tools, caller) do
+    # Its messages have the caller's contents.
+    Process.flag(:sensitive, true)
+    watch = Process.monitor(caller)
+    Tools.Runner.attend(tools)
+    # One alias for all messages: :reply_demonitor would end with the first.
+    ref = :erlang.monitor(:process, dest, alias: :demonitor)
+    left = Deadline.left(call.deadline)
+    tools? = not Tools.Runner.none?(tools)
+    request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
+    send(dest, {:request, request})
+    timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
+    chunks = :queue.new()
+    state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer, chunks: chunks}
+    loop(struct!(__MODULE__, state))
+  end
+
+  @spec loop(t()) :: :ok
+  defp loop(%__MODULE__{ref: ref, timer: timer, watch: watch} = state) do
+    receive do
+      {^ref, :chunk, frame} ->
+        hand_out(%{state | chunks: :queue.in(frame, state.chunks)})
+
+      {^ref, :tool_call, %Invocation{} = tool_call} ->
+        loop(%{state | tools: Tools.Runner.run(state.tools, tool_call)})
+
+      {^ref, reply} ->
+        over(state, reply)
+
+      {:DOWN, ^ref, :process, _bridge, _reason} ->
+        over(state, {:error, :bridge_not_running})
+
+      # Chunks that wait only count with a reply behind them: the caller's time is over.
+      {:timeout, ^timer, :deadline} ->
+        send(state.dest, {:abandon, ref})
+        over(%{state | chunks: :queue.new()}, {:error, :timeout})
+
+      {:next, asked} when is_reference(asked) ->
+        hand_out(%{state | asked: asked})
+
+      {:answered, pid, answer} ->
+        loop(%{state | tools: Tools.Runner.answered(state.tools, pid, answer)})
+
+      {:DOWN, ^watch, :process, _caller, _reason} ->
+        Tools.Runner.stop(state.tools)
+
+      {:DOWN, _monitor, :process, pid, reason} ->
+        loop(%{state | tools: Tools.Runner.ended(state.tools, pid, reason)})
+
+      # The timer was cancelled too late.
+      {:timeout, _timer, :deadline} ->
+        loop(state)
+
+      other ->
+        ServerGuard.drop(other, __MODULE__)
+        loop(state)
+    end
+  end
+
+  defp hand_out(%__MODULE__{asked: nil} = state), do: loop(state)
+
+  defp hand_out(%__MODULE__{asked: asked} = state) do
+    case :queue.out(state.chunks) do
+      {{:value, frame}, chunks} ->
+        send(asked, {asked, {:chunk, frame}})
+        loop(%{state | asked: nil, chunks: chunks})
+
+      {:empty, _chunks} ->
+        loop(state)
+    end
+  end
+
+  # The tools end before the reply is sent: once the caller has it, no tool starts anything.
+  defp over(state, reply) do
+    Process.demonitor(state.ref, [:flush])
+    Tools.Runner.stop(state.tools)
+    hand_over(state.asked, state.watch, :queue.to_list(state.chunks), reply)
+  end
+
+  # Any other message is too late.
+  defp hand_over(nil, watch, chunks, reply) do
+    receive do
+      {:next, asked} when is_reference(asked) -> hand_over(asked, watch, chunks, reply)
+      {:DOWN, ^watch, :process, _caller, _reason} -> :ok
+      _stale -> hand_over(nil, watch, chunks, reply)
+    end
+  end
+
+  defp hand_over(asked, watch, [frame | chunks], reply) do
+    send(asked, {asked, {:chunk, frame}})
+    hand_over(nil, watch, chunks, reply)
+  end
+
+  defp hand_over(asked, _watch, [], reply) do
+    send(asked, {asked, {:over, reply}})
+    :ok
+  end
+end

@@ -1,0 +1,138 @@
+defmodule DSPex.PythonBridge.OS.Command do
+  @moduledoc """
+  A program of the system, run to its end: what it printed and how it ended, bounded in size and time.
+
+  It runs in a process of its own, so that the messages of its port are nobody else's. When its time is over,
+  its caller dies, or the whole BEAM ends, it is killed with all that it started.
+  """
+
+  import Bitwise, only: [&&&: 2]
+
+  # Of what it prints the end counts: errors stand there.
+  @max_output_bytes 65_536
+
+  # The shell waits for the program; its child waits for the end of the port, which comes with the end of the
+  # BEAM, of which the program itself would know nothing.
+  @guard """
+  exec 3<&0
+  "$0" "$@" </dev/null 2>&1 3<&- & work=$!
+  (read -r _ <&3; kill -9 -$work; kill -9 $work -$$) >/dev/null 2>&1 & watch=$!
+  wait $work; status=$?
+  kill -9 $watch
+  exit $status
+  """
+
+  @type result ::
+          {:exit, status :: non_neg_integer(), output :: String.t()} | {:error, String.t()}
+
+  @doc """
+  Runs `executable`, with its standard error among its output. Why it could not be run, or that it took
+  too long, is an error.
+
+    * `:limit_ms` – how long it may take (default 15 000 ms)
+    * `:env` – more environment, as a port takes it
+    * `:cd` – the folder that it is started in (default: that of the BEAM)
+    * `:owner` – a process with which it ends, too (default: the caller)
+    * `:tick` – `{ms, fun}`: the function is called, in this process, each time that many ms have passed
+  """
+  @spec run(Path.t(), [String.t()], keyword()) :: result()
+  def run(executable, args, opts \\ []) do
+    owners = Enum.uniq([self(), Keyword.get(opts, :owner, self())])
+    limit_ms = Keyword.get(opts, :limit_ms, 15_000)
+    port_opts = Keyword.take(opts, [:env, :cd])
+    {tick_ms, tick} = Keyword.get(opts, :tick, {:infinity, fn -> :ok end})
+
+    with :ok <- executable(executable) do
+      work = fn -> exit({:ran, run(executable, args, port_opts, limit_ms, owners)}) end
+      {_pid, ref} = spawn_monitor(work)
+      await(ref, tick_ms, tick)
+    end
+  end
+
+  # The shell would say it in its own words, and as an exit status.
+  defp executable(path) do
+    case File.stat(path) do
+      {:ok, %{type: :regular, mode: mode}} when (mode &&& 0o111) != 0 -> :ok
+      {:ok, _no_program} -> {:error, reason(:eacces)}
+      {:error, reason} -> {:error, reason(reason)}
+    end
+  end
+
+  defp reason(reason), do: reason |> :file.format_error() |> to_string()
+
+  @doc """
+  Why `Port.open/2` did not start a program, from the exception that it raised. Only its kind is reported: the
+  exception may hold the environment of the program.
+  """
+  @spec start_failure(Exception.t()) :: String.t()
+  def start_failure(%ErlangError{original: reason}) when is_atom(reason), do: reason(reason)
+
+  def start_failure(%SystemLimitError{}),
+    do: "the runtime has no more ports (see +Q of erl), or the system no more processes"
+
+  def start_failure(_error), do: "the system does not accept its path or environment"
+
+  @doc """
+  A time in ms, for people: in the greatest unit that it is whole in.
+
+      iex> for ms <- [1_500, 15_000, 1_800_000], do: DSPex.PythonBridge.OS.Command.time(ms)
+      ["1500 ms", "15 s", "30 min"]
+  """
+  @spec time(pos_integer()) :: String.t()
+  def time(ms) when rem(ms, 60_000) == 0, do: "#{div(ms, 60_000)} min"
+  def time(ms) when rem(ms, 1_000) == 0, do: "#{div(ms, 1_000)} s"
+  def time(ms), do: "#{ms} ms"
+
+  @doc "The last line of an output that is not blank, cut to `max` characters; nil if there is none."
+  @spec last_line(String.t(), pos_integer()) :: String.t() | nil
+  def last_line(output, max \\ 200) do
+    lines = for line <- String.split(output, ["\n", "\r"]), String.trim(line) != "", do: line
+    if line = List.last(lines), do: String.slice(line, 0, max)
+  end
+
+  defp await(ref, tick_ms, tick) do
+    receive do
+      {:DOWN, ^ref, :process, _pid, {:ran, result}} -> result
+      {:DOWN, ^ref, :process, _pid, _crash} -> {:error, "the check failed"}
+    after
+      tick_ms ->
+        tick.()
+        await(ref, tick_ms, tick)
+    end
+  end
+
+  defp run(executable, args, port_opts, limit_ms, owners) do
+    Enum.each(owners, &Process.monitor/1)
+    Process.send_after(self(), :too_long, limit_ms)
+    args = ["-c", @guard, executable | args]
+    options = [:binary, :exit_status, :stderr_to_stdout, args: args] ++ port_opts
+    port = Port.open({:spawn_executable, "/bin/sh"}, options)
+    # The end of this process closes the port, by which the guard kills what still runs.
+    with :killed <- collect(port, ""), do: {:error, "no answer within #{time(limit_ms)}"}
+  rescue
+    error in [ErlangError, ArgumentError] -> {:error, start_failure(error)}
+  end
+
+  defp collect(port, output) do
+    receive do
+      {^port, {:data, data}} ->
+        collect(port, tail(output <> data))
+
+      {^port, {:exit_status, status}} ->
+        {:exit, status, output |> whole_lines() |> String.replace_invalid()}
+
+      :too_long ->
+        :killed
+
+      {:DOWN, _ref, :process, _caller, _reason} ->
+        :killed
+    end
+  end
+
+  defp tail(output) when byte_size(output) <= @max_output_bytes, do: output
+  defp tail(output), do: binary_part(output, byte_size(output), -@max_output_bytes)
+
+  # What remains of the first line of a cut output may start with a part of a secret, which is not recognised as one.
+  defp whole_lines(output) when byte_size(output) < @max_output_bytes, do: output
+  defp whole_lines(output), do: output |> String.split("\n", parts: 2) |> Enum.at(1, "")
+end

@@ -1,0 +1,210 @@
+defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
+  @moduledoc false
+  # One call to another node of the cluster, by two processes: a courier on this node, and a proxy on the other one,
+  # which makes the call there (`DSPex.PythonBridge.Pool.LocalCall`).
+  #
+  # The courier may block, on a connection whose buffer is full or a node that has stopped; the caller only waits for
+  # the courier's message, until its timeout. The two processes are linked, and the courier monitors the caller: if the
+  # caller gives up or dies, both end, and the bridge there, which monitors the proxy, cancels the request in its peer.
+  # The link ends the courier when the other node is lost.
+
+  alias DSPex.PythonBridge.{Error, Programs}
+  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
+
+  # A node that has not started the proxy by then has stopped or cannot be reached: the runtime itself takes a minute
+  # to notice. A large request may take longer, on a slow network.
+  @reach_ms 2_000
+  @bytes_per_ms 5_000
+
+  @doc "Runs the call on another node, if there is one that can serve it."
+  @spec run(Handle.t(), Request.t()) :: {:done, LocalCall.reply()} | {:nobody, Request.t()}
+  def run(%Handle{settings: %{cluster: nil}}, request), do: {:nobody, request}
+
+  def run(%Handle{} = handle, %Request{} = request) do
+    case serving(handle) -- request.passed_nodes do
+      [] -> {:nobody, request}
+      others -> try_node(handle, request, Enum.random(others), nil)
+    end
+  end
+
+  # The tables are the pool's, which may end at any time.
+  defp serving(handle) do
+    :ets.tab2list(handle.others)
+  rescue
+    ArgumentError -> []
+  end
+
+  defp definition(handle, program) do
+    Programs.Store.get(handle.programs, program)
+  rescue
+    ArgumentError -> nil
+  end
+
+  defp try_node(handle, request, {coordinator, _since, name} = other, definition) do
+    case carry(node(coordinator), name, request, definition) do
+      {:done, reply} ->
+        if definition == nil, do: repair(handle, request, other, reply), else: {:done, reply}
+
+      {:nobody, deaths, overloaded?} ->
+        overloaded? = request.overloaded? or overloaded?
+        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other)
+
+      :vanished ->
+        pass(handle, request, other)
+    end
+  end
+
+  # A peer of this node may be able to serve again by now.
+  defp pass(handle, request, other) do
+    request = %{request | passed_nodes: [other | request.passed_nodes]}
+    with {:nobody, request} <- LocalCall.run(handle, request), do: run(handle, request)
+  end
+
+  # The program may be in the table here and not yet there.
+  defp repair(handle, request, other, {:error, %Error{type: :program_not_found}} = reply)
+       when request.program != nil do
+    case definition(handle, request.program) do
+      nil -> {:done, reply}
+      {stamp, body} -> try_node(handle, request, other, {request.program, stamp, body})
+    end
+  end
+
+  defp repair(_handle, _request, _other, reply), do: {:done, reply}
+
+  ## On this node
+
+  # A message that is sent to the alias too late is dropped by the runtime.
+  defp carry(node, name, request, definition) do
+    args = [self(), node, [name, pack(request), definition]]
+    how = [monitor: [alias: :demonitor]]
+    {courier, ref} = :erlang.spawn_opt(__MODULE__, :courier, args, how)
+    send(courier, {:reply_to, ref})
+    result = wait_for_proxy(request, ref)
+    Process.exit(courier, :kill)
+    Process.demonitor(ref, [:flush])
+    flush(ref)
+    result
+  end
+
+  defp wait_for_proxy(request, ref) do
+    left = Request.left(request)
+    reach_ms = @reach_ms + div(byte_size(request.body), @bytes_per_ms)
+
+    receive do
+      {^ref, :reached} -> wait_for_result(request, ref)
+      {:DOWN, ^ref, :process, _courier, _reason} -> :vanished
+    after
+      # An atom is greater than any number.
+      min(left, reach_ms) -> if left <= reach_ms, do: timeout(), else: :vanished
+    end
+  end
+
+  defp wait_for_result(request, ref) do
+    receive do
+      {^ref, {:served, result}} -> result
+      {:DOWN, ^ref, :process, _courier, _reason} -> :vanished
+    after
+      Request.left(request) -> timeout()
+    end
+  end
+
+  # With the time that is left in place of the deadline: the other node has another clock.
+  defp pack(request) do
+    left = Request.left(request)
+    %{request | deadline: left, passed: [], passed_nodes: [], repaired: []}
+  end
+
+  defp unpack(%{deadline: :infinity} = request), do: request
+
+  defp unpack(request),
+    do: %{request | deadline: System.monotonic_time(:millisecond) + request.deadline}
+
+  defp flush(ref) do
+    receive do
+      {^ref, _too_late} -> flush(ref)
+    after
+      0 -> :ok
+    end
+  end
+
+  defp timeout, do: {:done, {:error, Error.new(:timeout)}}
+
+  @doc false
+  @spec courier(pid(), node(), list()) :: :ok
+  def courier(caller, node, args) do
+    Process.flag(:trap_exit, true)
+    watch = Process.monitor(caller)
+
+    receive do
+      {:reply_to, ref} -> carry_to(ref, watch, node, args)
+      {:DOWN, ^watch, :process, _caller, _reason} -> :ok
+    end
+  end
+
+  # This may block.
+  defp carry_to(ref, watch, node, args) do
+    spawned = :erlang.spawn_request(node, __MODULE__, :proxy, [self() | args], [:link])
+
+    receive do
+      {:spawn_reply, ^spawned, :ok, _proxy} ->
+        send(ref, {ref, :reached})
+        bring_back(ref, watch)
+
+      # No such node, or another version of this module there.
+      {:spawn_reply, ^spawned, :error, _reason} ->
+        :ok
+
+      {:DOWN, ^watch, :process, _caller, _reason} ->
+        exit(:shutdown)
+    end
+  end
+
+  defp bring_back(ref, watch) do
+    receive do
+      {:served, _result} = served -> send(ref, {ref, served})
+      {:EXIT, _proxy, _reason} -> :ok
+      {:DOWN, ^watch, :process, _caller, _reason} -> exit(:shutdown)
+    end
+
+    :ok
+  end
+
+  ## On the other node
+
+  @doc false
+  @spec proxy(pid(), atom(), Request.t(), Programs.Store.definition() | nil) :: :ok
+  def proxy(courier, name, request, definition) do
+    ServerGuard.run(fn ->
+      result =
+        case Handle.fetch(name) do
+          nil -> {:nobody, request.deaths, false}
+          handle -> serve(handle, unpack(request), definition)
+        end
+
+      send(courier, {:served, result})
+    end)
+
+    :ok
+  end
+
+  defp serve(handle, request, definition) do
+    if definition, do: adopt(handle, definition, request.deadline)
+
+    case LocalCall.run(handle, request) do
+      {:done, reply} -> {:done, reply}
+      {:nobody, request} -> {:nobody, request.deaths, request.overloaded?}
+    end
+  end
+
+  # Waits until the peers here that are ready have the program.
+  defp adopt(handle, definition, deadline) do
+    case CoordinatorClient.await(handle.name, deadline) do
+      nil -> :ok
+      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Deadline.left(deadline))
+    end
+  catch
+    # The call shows whether the program is there.
+    :exit, _no_answer -> :ok
+  end
+end

@@ -1,0 +1,127 @@
+defmodule DSPex.PythonBridge.Pool.LocalCall do
+  @moduledoc false
+  # One call to the peers of this node, in the caller's process: to the least busy one, and to the next if that
+  # one fails.
+  #
+  # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it is given
+  # up. Until then it goes to the peer that has been up longest, so that all such requests meet in one bridge,
+  # which finds out which of them kills (`DSPex.PythonBridge.Calls.Quarantine`), and the other peers stay up.
+
+  alias DSPex.PythonBridge.{Calls, Error, Protocol, Telemetry}
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request}
+
+  @typedoc "A result of `DSPex.PythonBridge.Client.Caller.read/1`."
+  @type reply :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
+
+  @doc "Sends the call to peers of this node as long as one can serve it, without waiting for one."
+  @spec run(Handle.t(), Request.t()) :: {:done, reply()} | {:nobody, Request.t()}
+  def run(%Handle{} = handle, %Request{} = request) do
+    preference = if request.deaths == 0, do: :least_busy, else: :longest_up
+
+    case LoadCounters.pick(handle.counters, passed(handle, request), preference) do
+      nil -> {:nobody, request}
+      index -> try_slot(handle, request, index)
+    end
+  end
+
+  # A slot that has become ready again since may be tried again.
+  defp passed(_handle, %Request{passed: []}), do: []
+
+  defp passed(handle, %Request{passed: passed}),
+    do:
+      for(
+        {index, since} <- passed,
+        LoadCounters.ready_since(handle.counters, index) == since,
+        do: index
+      )
+
+  defp try_slot(handle, request, index) do
+    since = LoadCounters.ready_since(handle.counters, index)
+
+    case ask(handle, request, index) do
+      {:frame, _bytes} = reply ->
+        judge(handle, request, index, since, Caller.read(reply))
+
+      {:error, {:died, :sent}} when request.deaths >= handle.settings.max_retries ->
+        {:done, {:error, Error.new(:python_process_died)}}
+
+      {:error, {:died, :sent}} ->
+        metadata = %{bridge: Handle.bridge(handle, index), pool: handle.name, reason: :died}
+        Telemetry.execute([:bridge, :resend], %{count: 1}, metadata)
+        run(handle, pass(%{request | deaths: request.deaths + 1}, index, since))
+
+      {:error, :overloaded} ->
+        run(handle, pass(%{request | overloaded?: true}, index, since))
+
+      {:error, gone} when gone in [{:died, :unsent}, :bridge_not_running] ->
+        run(handle, pass(request, index, since))
+
+      # Its time has passed, or it is too large.
+      {:error, _final} = reply ->
+        {:done, Caller.read(reply)}
+    end
+  end
+
+  defp pass(request, index, since), do: %{request | passed: [{index, since} | request.passed]}
+
+  # The caller counts the call before it sends it. The bridge counts it out at its end; if the bridge never got
+  # it, the caller does.
+  defp ask(handle, request, index) do
+    case Process.whereis(Handle.bridge(handle, index)) do
+      nil ->
+        {:error, :bridge_not_running}
+
+      pid ->
+        life = LoadCounters.take(handle.counters, index)
+        sent = %Calls.Request{body: request.body, retry: :pool, deaths: request.deaths}
+        reply = Caller.send_and_wait(pid, Request.left(request), sent)
+
+        if reply == {:error, :bridge_not_running},
+          do: LoadCounters.give_back(handle.counters, index, life)
+
+        reply
+    end
+  end
+
+  # Two errors of a peer can be repaired: `overloaded` by another peer, a missing program by its definition.
+  defp judge(handle, request, index, since, {:error, %Error{type: :overloaded}}),
+    do: run(handle, pass(%{request | overloaded?: true}, index, since))
+
+  defp judge(handle, request, index, _since, {:error, %Error{type: :program_not_found}} = reply)
+       when request.program != nil do
+    if index in request.repaired,
+      do: {:done, reply},
+      else: repair(handle, request, index, reply)
+  end
+
+  defp judge(_handle, _request, _index, _since, reply), do: {:done, reply}
+
+  # By the coordinator, which has the program's current definition and orders all changes.
+  defp repair(handle, request, index, reply) do
+    coordinator = CoordinatorClient.await(handle.name, request.deadline)
+
+    case create_at(coordinator, request, index) do
+      {:ok, _id, _created, _meta} ->
+        try_slot(handle, %{request | repaired: [index | request.repaired]}, index)
+
+      # The pool has no such program, or its bridge has just ended; or the coordinator has.
+      {:error, %Error{type: :bridge_not_running}} when coordinator != nil ->
+        if Process.alive?(coordinator),
+          do: {:done, reply},
+          else: repair(handle, request, index, reply)
+
+      # The reason why the program is missing.
+      refusal ->
+        {:done, refusal}
+    end
+  end
+
+  defp create_at(nil, _request, _index), do: {:error, Error.new(:bridge_not_running)}
+
+  defp create_at(coordinator, request, index) do
+    repair = %Calls.Request{body: "", change: {:repair, index, request.program}}
+    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), repair))
+  end
+end

@@ -1,0 +1,206 @@
+defmodule DSPex.PythonBridge.Programs.Store do
+  @moduledoc false
+  # The definitions of programs that peers have acknowledged, for their successors: a table of the process that makes
+  # it, a supervisor for example, which survives the bridges that use it.
+  #
+  # A definition is the body of the request that made it. Each change has a stamp; of two changes of one program the one
+  # with the later stamp counts, in whatever order they come. So several bridges can write one table, and several nodes
+  # can exchange theirs. A removal leaves a tombstone; so many are kept that only a change that is under way very long
+  # could be taken for a new one.
+  #
+  # Any process can read the table, since several write it. Definitions may hold keys (`lm`), so they are sealed
+  # (`DSPex.PythonBridge.OTP.Sealed`).
+
+  alias DSPex.PythonBridge.OTP.Sealed
+
+  @max_tombstones 10_000
+
+  @type table :: :ets.tid()
+  @type id :: String.t()
+  @typedoc "Microseconds since 1970, and what orders changes of the same microsecond."
+  @type stamp :: {integer(), integer(), node()}
+  @type definition :: {id(), stamp(), body :: binary()}
+  @type change :: {:create, id(), stamp() | nil} | {:cleanup, :all | [id()], stamp() | nil}
+  @opaque exported :: [tuple()]
+
+  # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}.
+
+  @doc "An empty table of the calling process."
+  @spec new() :: table()
+  def new, do: :ets.new(__MODULE__, [:set, :public, read_concurrency: true])
+
+  @doc "A stamp of the present time, later than all earlier ones of this node."
+  @spec stamp() :: stamp()
+  def stamp, do: {System.system_time(:microsecond), System.unique_integer([:monotonic]), node()}
+
+  @doc "Whether a term is a change, with or without a stamp."
+  @spec change?(term()) :: boolean()
+  def change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
+  def change?({:cleanup, :all, stamp}), do: stamp?(stamp)
+  def change?({:cleanup, ids, stamp}), do: all?(ids, &id?/1) and stamp?(stamp)
+  def change?(_other), do: false
+
+  defp id?(id), do: is_binary(id) and String.valid?(id)
+
+  defp stamp?({time, count, node}),
+    do: is_integer(time) and is_integer(count) and is_atom(node)
+
+  defp stamp?(stamp), do: stamp == nil
+
+  defp all?(list, fun), do: is_list(list) and not List.improper?(list) and Enum.all?(list, fun)
+
+  @doc """
+  Stores a definition; `body` comes from `DSPex.PythonBridge.Protocol.encode_body/3`. Returns false if the table has a
+  later change of the program, or a later removal.
+
+      iex> alias DSPex.PythonBridge.Programs.Store
+      iex> table = Store.new()
+      iex> [first, second] = [Store.stamp(), Store.stamp()]
+      iex> {Store.put(table, "qa", second, "new"), Store.put(table, "qa", first, "old")}
+      {true, false}
+      iex> [{"qa", ^second, "new"}] = Store.definitions(table)
+  """
+  @spec put(table(), id(), stamp(), binary()) :: boolean()
+  def put(table, id, stamp, body) do
+    news? = replace(table, {:program, id}, stamp, Sealed.new(body))
+
+    # Read after the write: a removal writes its tombstone first, so one of the two sees the other.
+    if stamp < removed_at(table, id) do
+      delete_older(table, {:program, id}, removed_at(table, id))
+      false
+    else
+      news?
+    end
+  end
+
+  @doc "Removes all definitions, or those of these ids, that are older than `stamp`."
+  @spec remove(table(), :all | [id()], stamp()) :: :ok
+  def remove(table, :all, stamp) do
+    replace(table, :removed_all, stamp, nil)
+    delete_older(table, {:program, :_}, stamp)
+    # The row above includes these tombstones.
+    delete_older(table, {:removed, :_}, stamp)
+  end
+
+  def remove(table, ids, stamp) do
+    for id <- ids, do: remove_one(table, id, stamp)
+    prune(table)
+  end
+
+  defp remove_one(table, id, stamp) do
+    replace(table, {:removed, id}, stamp, nil)
+    delete_older(table, {:program, id}, stamp)
+  end
+
+  @doc "Makes a change that a peer has acknowledged; `body` is the request's."
+  @spec apply_change(table(), change(), binary()) :: :ok
+  def apply_change(table, {:create, id, stamp}, body) do
+    put(table, id, stamp, body)
+    :ok
+  end
+
+  def apply_change(table, {:cleanup, ids, stamp}, _body), do: remove(table, ids, stamp)
+
+  @doc "The definition of `id`, or nil."
+  @spec get(table(), id()) :: {stamp(), binary()} | nil
+  def get(table, id) do
+    case :ets.lookup(table, {:program, id}) do
+      [{_key, stamp, sealed}] -> {stamp, sealed.()}
+      [] -> nil
+    end
+  end
+
+  @doc "All definitions, oldest first."
+  @spec definitions(table()) :: [definition()]
+  def definitions(table) do
+    table
+    |> :ets.select([{{{:program, :"$1"}, :"$2", :"$3"}, [], [{{:"$1", :"$2", :"$3"}}]}])
+    |> Enum.map(fn {id, stamp, sealed} -> {id, stamp, sealed.()} end)
+    |> Enum.sort_by(fn {_id, stamp, _body} -> stamp end)
+  end
+
+  @doc "The whole table, removals included, for `merge/2` on another node."
+  @spec export(table()) :: exported()
+  def export(table) do
+    Enum.map(:ets.tab2list(table), fn
+      {{:program, id}, stamp, sealed} -> {{:program, id}, stamp, sealed.()}
+      removed -> removed
+    end)
+  end
+
+  @doc "Whether a term has the form of an exported table: it may come from another version."
+  @spec exported?(term()) :: boolean()
+  def exported?(rows), do: all?(rows, &row?/1)
+
+  defp row?({_key, nil, _body}), do: false
+  defp row?({{:program, id}, stamp, body}), do: id?(id) and stamp?(stamp) and is_binary(body)
+  defp row?({{:removed, id}, stamp, nil}), do: id?(id) and stamp?(stamp)
+  defp row?({:removed_all, stamp, nil}), do: stamp?(stamp)
+  defp row?(_other), do: false
+
+  @doc "Adopts the later changes of another table; returns what they changed, oldest first."
+  @spec merge(table(), exported()) :: {[definition()], removed :: [id()]}
+  def merge(table, exported) do
+    before = for {id, _stamp, _body} <- definitions(table), into: MapSet.new(), do: id
+
+    for {key, stamp, nil} <- exported do
+      case key do
+        :removed_all -> remove(table, :all, stamp)
+        {:removed, id} -> remove_one(table, id, stamp)
+      end
+    end
+
+    prune(table)
+
+    changed =
+      for {{:program, id}, stamp, body} <- exported,
+          put(table, id, stamp, body),
+          do: {id, stamp, body}
+
+    removed = for id <- before, get(table, id) == nil, do: id
+    {Enum.sort_by(changed, fn {_id, stamp, _body} -> stamp end), removed}
+  end
+
+  # Atomic: a later row is not overwritten by an earlier one.
+  defp replace(table, key, stamp, body) do
+    row = {key, stamp, body}
+
+    # Tuples are code in a match specification, except in its pattern; a replacement must have the same key.
+    same_key = {:element, 1, :"$_"}
+
+    :ets.insert_new(table, row) or
+      :ets.select_replace(table, [
+        {{key, :"$1", :_}, [{:<, :"$1", {:const, stamp}}],
+         [{{same_key, {:const, stamp}, {:const, body}}}]}
+      ]) == 1
+  end
+
+  defp delete_older(table, key, stamp) do
+    :ets.select_delete(table, [{{key, :"$1", :_}, [{:<, :"$1", {:const, stamp}}], [true]}])
+    :ok
+  end
+
+  # nil is smaller than any stamp: in the order of terms, atoms come before tuples.
+  defp removed_at(table, id) do
+    [:removed_all, {:removed, id}]
+    |> Enum.map(fn key ->
+      case :ets.lookup(table, key) do
+        [{_key, stamp, nil}] -> stamp
+        [] -> nil
+      end
+    end)
+    |> Enum.max()
+  end
+
+  defp prune(table) do
+    tombstones = :ets.select_count(table, [{{{:removed, :_}, :_, :_}, [], [true]}])
+
+    if tombstones > @max_tombstones do
+      # By half, so that it is rarely done.
+      stamps = :ets.select(table, [{{{:removed, :_}, :"$1", :_}, [], [:"$1"]}])
+      delete_older(table, {:removed, :_}, Enum.at(Enum.sort(stamps), div(tombstones, 2)))
+    end
+
+    :ok
+  end
+end

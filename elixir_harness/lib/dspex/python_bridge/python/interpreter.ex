@@ -1,0 +1,236 @@
+defmodule DSPex.PythonBridge.Python.Interpreter do
+  @moduledoc """
+  Which Python to use. The bridge and the environment check both ask here, so that the check
+  speaks of the interpreter that the bridge will start.
+
+  The first of these that is set decides, and must then exist:
+
+    1. the option `:python_executable`
+    2. `config :dspex, :python_environment, virtual_env: "…"` (its `bin/python3` or `bin/python`)
+    3. the environment variable `DSPY_VENV` (the same)
+    4. the environment variable `PYTHON_EXECUTABLE`
+    5. `python3` on the `PATH`
+
+  A path is expanded; a name without a slash is looked up on the `PATH`.
+  """
+
+  @in_venv ["bin/python3", "bin/python"]
+  # As many links as the system follows.
+  @links 40
+  @typedoc "What decides, in the order above."
+  @type source :: :option | :virtual_env | :dspy_venv | :python_executable | :path
+
+  @doc """
+  The absolute path of the interpreter, or a text that says what was looked for.
+  """
+  @spec find(String.t() | nil) :: {:ok, Path.t()} | {:error, String.t()}
+  def find(option \\ nil) do
+    with {:ok, path, _source} <- locate(option), do: {:ok, path}
+  end
+
+  @doc "As `find/1`, with what decided."
+  @spec locate(String.t() | nil) :: {:ok, Path.t(), source()} | {:error, String.t()}
+  def locate(option \\ nil) do
+    cond do
+      option -> option |> executable("python_executable") |> by(:option)
+      venv = configured_venv() -> venv |> of_venv("virtual_env") |> by(:virtual_env)
+      venv = env("DSPY_VENV") -> venv |> of_venv("DSPY_VENV") |> by(:dspy_venv)
+      true -> base()
+    end
+  end
+
+  @doc "What a virtual environment is made of where nobody names an interpreter: the last two of the list."
+  @spec base() :: {:ok, Path.t(), source()} | {:error, String.t()}
+  def base do
+    cond do
+      path = env("PYTHON_EXECUTABLE") ->
+        path |> executable("PYTHON_EXECUTABLE") |> by(:python_executable)
+
+      path = System.find_executable("python3") ->
+        {:ok, path, :path}
+
+      true ->
+        {:error,
+         "no Python found: no interpreter is configured, and there is no python3 on the PATH"}
+    end
+  end
+
+  @doc """
+  What decided, for people.
+
+      iex> DSPex.PythonBridge.Python.Interpreter.describe(:path)
+      "the first python3 on the PATH"
+  """
+  @spec describe(source()) :: String.t()
+  def describe(:option), do: "the option :python_executable"
+  def describe(:virtual_env), do: "virtual_env in config :dspex, :python_environment"
+  def describe(:dspy_venv), do: "the environment variable DSPY_VENV"
+  def describe(:python_executable), do: "the environment variable PYTHON_EXECUTABLE"
+  def describe(:path), do: "the first python3 on the PATH"
+
+  @doc """
+  The absolute path of an interpreter: of a file, if there is a slash in `name`, else of a program on the `PATH`. `whose` is
+  what the error says that named it.
+  """
+  @spec executable(String.t(), String.t()) :: {:ok, Path.t()} | {:error, String.t()}
+  def executable(name, whose) do
+    path =
+      if String.contains?(name, "/"),
+        do: existing(Path.expand(name)),
+        else: System.find_executable(name)
+
+    if path,
+      do: {:ok, path},
+      else: {:error, "no Python found: #{whose} names #{not_there(name)}"}
+  end
+
+  defp not_there(name) do
+    path = Path.expand(name)
+
+    cond do
+      not String.contains?(name, "/") -> "#{name}, which is not on the PATH"
+      File.stat(path) == {:error, :eacces} -> "#{path}, which this user may not reach"
+      true -> "#{path}, which is no file" <> relative(name)
+    end
+  end
+
+  @doc "The interpreter in the folder of a virtual environment; nil if there is none, or none any more."
+  @spec in_venv(Path.t()) :: Path.t() | nil
+  def in_venv(folder), do: Enum.find_value(@in_venv, &existing(Path.join(folder, &1)))
+
+  @doc """
+  Why there is no interpreter in the folder of a virtual environment; nil if there is one. `:gone`: a link to it, perhaps by
+  way of others, leads to a path where nothing is; `:out_of_reach`: this user may not look at that path.
+  """
+  @spec lack(Path.t()) :: nil | {:gone | :out_of_reach, Path.t()} | :none
+  def lack(folder) do
+    cond do
+      in_venv(folder) ->
+        nil
+
+      File.stat(folder) == {:error, :eacces} ->
+        {:out_of_reach, folder}
+
+      true ->
+        @in_venv |> Enum.map(&ending(Path.join(folder, &1))) |> Enum.find(:none, &is_tuple/1)
+    end
+  end
+
+  defp ending(path) do
+    case {File.stat(path), File.read_link(path)} do
+      {{:error, :enoent}, {:ok, _target}} -> {:gone, target(path, @links)}
+      {{:error, :eacces}, _link} -> {:out_of_reach, target(path, @links)}
+      _no_link -> :none
+    end
+  end
+
+  # As far as the links can be followed.
+  defp target(path, 0), do: path
+
+  defp target(path, links) do
+    case File.read_link(path) do
+      {:ok, target} -> target |> Path.expand(Path.dirname(path)) |> target(links - 1)
+      {:error, _reason} -> path
+    end
+  end
+
+  @doc "The folder of `config :dspex, :python_environment, virtual_env: …` as it stands there; nil if none."
+  @spec configured_venv() :: String.t() | nil
+  def configured_venv do
+    # A wrong type here is EnvironmentCheck's to tell; the look-up only takes what it can use.
+    with config when is_list(config) <- Application.get_env(:dspex, :python_environment, []),
+         {:virtual_env, venv} when is_binary(venv) and venv != "" <-
+           List.keyfind(config, :virtual_env, 0) do
+      venv
+    else
+      _unset -> nil
+    end
+  end
+
+  @doc """
+  What to say of a path that was given as a relative one and has nothing at its place: where it was looked
+  for, and what would hold anywhere. Empty for any other.
+  """
+  @spec relative(String.t()) :: String.t()
+  def relative(path) do
+    if Path.type(path) == :relative and not String.starts_with?(path, "~"),
+      do:
+        "; it was given as #{inspect(path)} and looked for from #{File.cwd!()}, where the BEAM was started: " <>
+          "give an absolute path, in a file in config/ Path.expand(#{inspect(from_config(path))}, __DIR__)",
+      else: ""
+  end
+
+  # In one folder below the project's, where it is likely to have been started when that path was found.
+  defp from_config(path), do: Path.join("..", String.trim_leading(path, "./"))
+
+  defp by({:ok, path}, source), do: {:ok, path, source}
+  defp by({:error, text}, _source), do: {:error, text}
+
+  defp of_venv(venv, whose) do
+    folder = Path.expand(venv)
+
+    if path = in_venv(folder),
+      do: {:ok, path},
+      else:
+        {:error, "no Python found: #{whose} names #{folder}, #{what_lacks(folder, venv, whose)}"}
+  end
+
+  # With what to do; for a relative path that is to give another.
+  defp what_lacks(folder, venv, whose) do
+    # Of that variable dspex.setup knows nothing.
+    path = if whose == "DSPY_VENV", do: " --path #{folder}", else: ""
+    {text, todo} = why(folder, "`mix dspex.setup#{path}` makes it")
+    hint = if relative(venv) == "", do: " (#{todo})", else: relative(venv)
+    text <> hint
+  end
+
+  defp why(folder, setup) do
+    anew = "remove it, and #{setup} anew"
+
+    case {lack(folder), File.ls(folder)} do
+      {{:gone, target}, _names} ->
+        {"whose bin/python is a link to #{target}, which is gone", anew}
+
+      {{:out_of_reach, target}, _names} ->
+        out_of_reach(target, folder)
+
+      {_none, {:error, :enoent}} ->
+        {"which has no bin/python: there is no such folder", setup}
+
+      {_none, {:error, :enotdir}} ->
+        {"which is no folder", "name another"}
+
+      {_none, {:ok, []}} ->
+        {"which has no bin/python", setup}
+
+      {_none, {:error, _reason}} ->
+        {"which has no bin/python", "name another"}
+
+      {_none, {:ok, names}} ->
+        if "pyvenv.cfg" in names,
+          do: {"which has no bin/python", anew},
+          else: {"which has no bin/python, and is no virtual environment", "name another"}
+    end
+  end
+
+  defp out_of_reach(target, folder) do
+    if target == folder or String.starts_with?(target, folder <> "/"),
+      do:
+        {"which this user may not reach",
+         "it needs the permission x of that folder, its bin, and those above"},
+      else:
+        {"whose bin/python is a link to #{target}, which this user may not reach",
+         "make it of a Python that this user may run, such as the system's"}
+  end
+
+  # Links stay as they are: a venv's python is a link, and finds its venv by the link's place.
+  defp existing(path), do: if(File.regular?(path), do: path)
+
+  # An empty variable is an unset one, as shells have it.
+  defp env(name) do
+    case System.get_env(name, "") do
+      "" -> nil
+      value -> value
+    end
+  end
+end

@@ -1,0 +1,148 @@
+defmodule DSPex.PythonBridge.Python.Probe do
+  @moduledoc """
+  What an interpreter says of itself, from one launch that imports nothing heavy: its version, the installed
+  distributions, where the peer's package is.
+  """
+
+  alias DSPex.PythonBridge.OS
+
+  @min_python {3, 10}
+  # Tens of milliseconds, on a cold disk a few seconds.
+  @time_limit_ms 15_000
+
+  # Runs on any Python that can be found, so it must be valid for old ones, too. The folder it is
+  # started in is no place to find modules. The package dspy_bridge is looked for where the drop-in
+  # script looks.
+  @script """
+  import sys
+  sys.path[:] = [p for p in sys.path if p]
+  answer = {"version": ".".join(str(n) for n in sys.version_info[:3]), "found": {}, "bridge": True}
+  if sys.version_info >= (3, 8):
+      import os
+      from importlib import metadata, util
+      for name in sys.argv[2:]:
+          try:
+              answer["found"][name] = metadata.version(name)
+          except Exception:
+              pass
+      answer["prefix"] = os.path.realpath(sys.prefix)
+      answer["venv"] = sys.prefix != sys.base_prefix
+      answer["modules"] = [name for name in ("ensurepip", "pip", "venv") if util.find_spec(name)]
+      here = os.path.dirname(os.path.realpath(sys.argv[1]))
+      checkout = os.path.dirname(os.path.dirname(os.path.dirname(here)))
+      for folder in (checkout, os.path.join(here, "package")):
+          if os.path.isfile(os.path.join(folder, "dspy_bridge", "__main__.py")):
+              answer["bridge"] = folder
+              break
+      else:
+          sys.path[:] = [p for p in sys.path if os.path.realpath(p) != here]
+          spec = util.find_spec("dspy_bridge")
+          origin = spec and spec.origin
+          answer["bridge"] = os.path.dirname(os.path.dirname(origin)) if origin else bool(spec)
+  import json
+  print("\\nDSPEX " + json.dumps(answer))
+  """
+
+  @enforce_keys [:python, :version]
+  defstruct [:python, :version, :prefix, venv?: false, found: %{}, bridge: true, modules: []]
+
+  @typedoc """
+  `found`: versions by the distributions that were asked for and are there; `bridge`: the folder of the
+  package `dspy_bridge`, false where there is none; `modules`: those of ensurepip, pip and venv that there are;
+  `prefix`: the folder that it installs into, without links; `venv?`: whether that is a virtual environment.
+  """
+  @type t :: %__MODULE__{
+          python: Path.t(),
+          version: String.t(),
+          prefix: Path.t() | nil,
+          venv?: boolean(),
+          found: %{String.t() => String.t()},
+          bridge: String.t() | boolean(),
+          modules: [String.t()]
+        }
+
+  @doc """
+  Asks the interpreter `python`, at most 15 s, for `distributions`, and for the package of the peer's script.
+  `env` is more environment, as a port takes it. Errors are texts.
+  """
+  @spec run(Path.t(), Path.t(), [String.t()], [{charlist(), charlist()}]) ::
+          {:ok, t()} | {:error, String.t()}
+  def run(python, script_path, distributions, env \\ []) do
+    args = ["-c", @script, script_path | distributions]
+
+    case OS.Command.run(python, args, env: env, limit_ms: @time_limit_ms) do
+      {:exit, 0, output} -> read(output, python)
+      {:exit, status, output} -> cannot(python, "exit status #{status}#{last_line(output)}")
+      {:error, why} -> cannot(python, why)
+    end
+  end
+
+  @doc "Why the interpreter is too old for the peer; nil if it is not."
+  @spec too_old(t()) :: String.t() | nil
+  def too_old(%__MODULE__{python: python, version: version}) do
+    [major, minor | _rest] = version |> String.split(".") |> Enum.map(&String.to_integer/1)
+
+    if {major, minor} < @min_python,
+      do: "Python too old: #{python} is #{version}, needed is #{min_python()}"
+  end
+
+  @doc """
+  Whether what the interpreter installs goes into `folder`. That of a folder that is no virtual environment, or not any more,
+  is the one that it was made of.
+  """
+  @spec of?(t(), Path.t()) :: boolean()
+  def of?(%__MODULE__{prefix: nil}, _folder), do: false
+  def of?(%__MODULE__{prefix: prefix}, folder), do: place(prefix) == place(folder)
+
+  # By more than one path it is the same.
+  defp place(folder) do
+    case File.stat(folder) do
+      {:ok, %{major_device: device, inode: inode}} -> {device, inode}
+      {:error, _reason} -> folder
+    end
+  end
+
+  @doc "The oldest version that will do."
+  @spec min_python() :: String.t()
+  def min_python, do: "#{elem(@min_python, 0)}.#{elem(@min_python, 1)}"
+
+  defp read(output, python) do
+    case answer(output) do
+      %{"version" => version, "found" => found} = all ->
+        {:ok,
+         %__MODULE__{
+           python: python,
+           version: version,
+           prefix: all["prefix"],
+           venv?: Map.get(all, "venv", false),
+           found: found,
+           bridge: Map.get(all, "bridge", true),
+           modules: Map.get(all, "modules", [])
+         }}
+
+      _other ->
+        cannot(python, "it is no Python#{last_line(output)}")
+    end
+  end
+
+  @doc """
+  The object in the first line of an output that starts with `DSPEX `; nil if there is none. Other lines may
+  stand around it: warnings, what a sitecustomize prints.
+
+      iex> DSPex.PythonBridge.Python.Probe.answer("hello\\nDSPEX {\\"version\\": \\"3.11.0\\"}\\n")
+      %{"version" => "3.11.0"}
+  """
+  @spec answer(String.t()) :: map() | nil
+  def answer(output) do
+    answers = for "DSPEX {" <> answer <- String.split(output, "\n"), do: "{" <> answer
+
+    with [answer | _rest] <- answers,
+         {:ok, object} <- JSON.decode(String.trim(answer)),
+         do: object,
+         else: (_none -> nil)
+  end
+
+  defp cannot(python, why), do: {:error, "#{python} cannot be run: #{why}"}
+
+  defp last_line(output), do: if(line = OS.Command.last_line(output), do: ": " <> line, else: "")
+end

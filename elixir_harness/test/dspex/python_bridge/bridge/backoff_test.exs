@@ -1,0 +1,34 @@
+defmodule DSPex.PythonBridge.Bridge.BackoffTest do
+  use ExUnit.Case, async: true
+
+  alias DSPex.PythonBridge.Bridge.Backoff
+
+  doctest Backoff
+
+  test "delays double from 50 ms to 5 s" do
+    assert delays(Backoff.new(), 10) == [50, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]
+  end
+
+  test "after a peer that was of use, the count begins again" do
+    {50, backoff} = Backoff.died(Backoff.new(), true)
+    {100, backoff} = Backoff.died(backoff, true)
+    assert {50, backoff} = Backoff.died(backoff, false)
+    assert delays(backoff, 2) == [50, 100]
+  end
+
+  test "more early deaths in a row than are said to be bad luck are hopeless" do
+    {_, one} = Backoff.died(Backoff.new(), true)
+    assert Backoff.hopeless?(one, 0)
+    refute Backoff.hopeless?(one, 1)
+    refute Backoff.hopeless?(Backoff.new(), 0)
+    {_, none} = Backoff.died(one, false)
+    refute Backoff.hopeless?(none, 0)
+  end
+
+  defp delays(_backoff, 0), do: []
+
+  defp delays(backoff, n) do
+    {delay, backoff} = Backoff.died(backoff, true)
+    [delay | delays(backoff, n - 1)]
+  end
+end

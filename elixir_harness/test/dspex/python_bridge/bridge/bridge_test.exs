@@ -1,0 +1,750 @@
+defmodule DSPex.PythonBridge.Bridge.BridgeTest do
+  @moduledoc """
+  The bridge against peers with one bad habit each (tests/fakes). Named after the races.
+  """
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Protocol}
+  alias DSPex.PythonBridge.Bridge.Redaction
+  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.Test.Exits
+
+  defmodule Names do
+    @moduledoc "A registry that keeps who is registered from going on until it is told to."
+
+    def whereis_name({name, _told}), do: Process.whereis(name) || :undefined
+
+    def register_name({name, told}, pid) do
+      Process.register(pid, name)
+      send(told, {:registered, pid})
+      receive do: (:go_on -> :yes)
+    end
+  end
+
+  # temporary: what ends stays ended, and the test can look.
+  defp start(fake, opts) do
+    bridge =
+      start_supervised!(
+        Supervisor.child_spec({Bridge, fake_opts(fake, opts)}, restart: :temporary)
+      )
+
+    bridge
+  end
+
+  defp start_up(fake, opts \\ []) do
+    bridge = start(fake, opts)
+    eventually(fn -> Bridge.get_status(bridge).state == :running end)
+    bridge
+  end
+
+  defp pending(bridge), do: Bridge.get_status(bridge).pending
+  defp os_pid(bridge), do: Bridge.get_status(bridge).os_pid
+
+  defp messages do
+    {:messages, messages} = Process.info(self(), :messages)
+    messages
+  end
+
+  describe "start" do
+    test "start_link returns before the interpreter runs, and calls wait for it" do
+      {ms, bridge} = timed(fn -> start("starts_late", env: %{"FAKE_START_MS" => "300"}) end)
+      assert ms < 100
+      assert %{state: :starting, pending: 0, restarts: 0} = Bridge.get_status(bridge)
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      assert %{state: :running} = Bridge.get_status(bridge)
+    end
+
+    test "a bridge whose name is registered is running, though it has not begun yet" do
+      name = __MODULE__.Named
+
+      callers =
+        Task.async(fn ->
+          assert_receive {:registered, bridge}, 5_000
+          call = Task.async(fn -> Bridge.call(name, :echo, %{a: 1}) end)
+          status = Task.async(fn -> Bridge.get_status(name) end)
+          waiting = fn -> Process.info(bridge, :message_queue_len) == {:message_queue_len, 2} end
+          # Both, or neither: who is told at once that it is not running waits for nothing.
+          eventually(fn -> waiting.() or not Process.alive?(call.pid) end)
+          send(bridge, :go_on)
+          {Task.await(call), Task.await(status)}
+        end)
+
+      via = {:via, __MODULE__.Names, {name, callers.pid}}
+      start_supervised!({Bridge, "echo" |> fake_opts() |> Keyword.put(:name, via)})
+      assert {{:ok, %{"args" => %{"a" => 1}}}, %{state: :starting}} = Task.await(callers)
+    end
+
+    test "a call that waits for the start times out on time, and is never sent" do
+      bridge = start("starts_late", env: %{"FAKE_START_MS" => "400"})
+      {ms, result} = timed(fn -> Bridge.call(bridge, :ping, %{}, 100) end)
+      assert result == {:error, :timeout}
+      assert ms < 200
+      eventually(fn -> Bridge.get_status(bridge).state == :running end)
+      assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+      # Only the start's own ping and this one were answered.
+      assert %{pending: 0, late_replies: 0} = Bridge.get_status(bridge)
+    end
+
+    @tag :tmp_dir
+    test "calls that came before the start are sent in their order, with what is left of their time",
+         %{tmp_dir: dir} do
+      file = Path.join(dir, "start")
+      bridge = start("waits_for_a_file", env: %{"FAKE_FILE" => file})
+
+      tasks =
+        for n <- 1..20 do
+          task = Task.async(fn -> Bridge.call(bridge, :echo, %{n: n}, 20_000) end)
+          eventually(fn -> pending(bridge) == n end)
+          task
+        end
+
+      File.write!(file, "")
+
+      # The first that came to the peer is the bridge's own ping.
+      for {{:ok, reply}, n} <- tasks |> Task.await_many() |> Enum.zip(1..20) do
+        assert %{"args" => %{"n" => ^n}, "before" => ^n, "timeout_ms" => left} = reply
+        assert left < 20_000 and left > 10_000
+      end
+    end
+
+    test "a peer that never answers its first ping is replaced after start_timeout" do
+      bridge =
+        start("silent", start_timeout: 100, env: %{"FAKE_ANSWERS" => "0"})
+
+      first = os_pid(bridge)
+      eventually(fn -> Bridge.get_status(bridge).restarts > 0 end)
+      eventually(fn -> not alive?(first) end)
+      assert %{state: :restarting, last_error: text} = Bridge.get_status(bridge)
+      assert text =~ "first ping"
+    end
+  end
+
+  describe "call/4" do
+    test "takes commands as atoms and texts, servers as pids and names of all kinds" do
+      {:ok, _} = start_supervised({Registry, keys: :unique, name: __MODULE__.Registry})
+
+      for name <- [
+            __MODULE__.Named,
+            {:global, make_ref()},
+            {:via, Registry, {__MODULE__.Registry, 1}}
+          ] do
+        bridge =
+          start_supervised!({Bridge, Keyword.put(fake_opts("echo"), :name, name)}, id: name)
+
+        assert {:ok, %{"args" => %{"a" => 1}}} = Bridge.call(name, :echo, %{a: 1}, 5_000)
+        assert {:ok, %{"args" => %{}}} = Bridge.call(bridge, "echo", %{}, :infinity)
+        assert {:ok, %{"args" => %{"b" => 1}}} = Bridge.call(name, :echo, %{b: 1})
+        assert {:ok, %{"args" => %{}}} = Bridge.call(name, :echo)
+      end
+    end
+
+    test "sends the caller's timeout along, and none for :infinity" do
+      bridge = start_up("echo")
+      assert {:ok, %{"timeout_ms" => ms}} = Bridge.call(bridge, :echo, %{}, 4_000)
+      assert ms in 3_900..4_000
+      assert {:ok, %{"timeout_ms" => nil}} = Bridge.call(bridge, :echo, %{}, :infinity)
+    end
+
+    test "default_timeout is that of the bridge" do
+      bridge = start_up("echo", default_timeout: 7_000)
+      assert {:ok, %{"timeout_ms" => ms}} = Bridge.call(bridge, :echo, %{})
+      assert ms in 6_900..7_000
+      silent = start_supervised!({Bridge, fake_opts("silent", default_timeout: 50)}, id: :silent)
+      eventually(fn -> Bridge.get_status(silent).state == :running end)
+      assert Bridge.call(silent, :ping) == {:error, :timeout}
+    end
+
+    test "never exits or raises, whatever it is given" do
+      bridge = start_up("echo")
+
+      for args <- [%{a: self()}, %{a: {1}}, %{a: <<255>>}, [], nil, 5, "text"] do
+        assert {:error, "args: " <> _} = Bridge.call(bridge, :echo, args, 1_000)
+      end
+
+      for command <- [nil, 5, %{}, {:a}] do
+        assert {:error, "command: " <> _} = Bridge.call(bridge, command, %{}, 1_000)
+      end
+
+      for timeout <- [-1, 1.5, :soon, nil, 5_000_000_000] do
+        assert {:error, "timeout: " <> _} = Bridge.call(bridge, :echo, %{}, timeout)
+      end
+
+      for args <- [%{a: %Exits.OnInspect{}}, %{a: %Exits.OnEncode{}}] do
+        assert {:error, "args: " <> _} = Bridge.call(bridge, :echo, args, 1_000)
+      end
+
+      assert {:error, :timeout} = Bridge.call(start_up_silent(), :ping, %{}, 0)
+
+      for server <- [
+            :nobody,
+            "text",
+            nil,
+            5,
+            {:global, :nobody},
+            {:via, NoSuchModule, 1},
+            {:via, Exits.OnWhereis, 1},
+            {:nobody, :"nobody@nowhere.invalid"},
+            {:nobody, 5},
+            spawn(fn -> :ok end)
+          ] do
+        assert Bridge.call(server, :ping, %{}, 1_000) == {:error, :bridge_not_running}
+        assert Bridge.cast(server, :ping, %{}) == :ok
+        assert %{state: :failed, os_pid: nil} = Bridge.get_status(server)
+        assert Bridge.restart(server) == {:error, :bridge_not_running}
+        assert Bridge.stop(server) == :ok
+      end
+
+      assert messages() == []
+    end
+
+    defp start_up_silent do
+      bridge = start_supervised!({Bridge, fake_opts("silent")}, id: make_ref())
+      eventually(fn -> Bridge.get_status(bridge).state == :running end)
+      bridge
+    end
+
+    test "a request over max_frame_bytes fails before it is sent" do
+      bridge = start_up("echo", max_frame_bytes: 1_000)
+
+      assert {:error, text} =
+               Bridge.call(bridge, :echo, %{a: String.duplicate("x", 1_000)}, 1_000)
+
+      assert text =~ "max_frame_bytes is 1000"
+
+      assert {:error, %Error{type: :frame_too_large}} =
+               Bridge.request(bridge, :echo, %{a: String.duplicate("x", 1_000)}, timeout: 1_000)
+
+      assert {:ok, _} = Bridge.call(bridge, :echo, %{a: String.duplicate("x", 800)}, 1_000)
+    end
+
+    test "a request of exactly max_frame_bytes is sent" do
+      {:ok, body} = Protocol.encode_body(:echo, %{a: ""})
+      # The start's ping had id 1.
+      size = fn id -> IO.iodata_length(Protocol.request_frame(id, :infinity, body)) end
+      bridge = start_up("echo", max_frame_bytes: 1_000)
+      fits = String.duplicate("x", 1_000 - size.(2))
+      assert {:ok, _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
+      assert {:error, _} = Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
+    end
+
+    test "nothing of a call stays in the bridge: no monitor, no big frame" do
+      bridge = start_up("echo")
+      info = fn what -> bridge |> Process.info(what) |> elem(1) end
+      before = info.(:monitors)
+
+      for _ <- 1..20, do: {:ok, _} = Bridge.call(bridge, :echo, %{}, 5_000)
+      eventually(fn -> info.(:monitors) == before end)
+
+      # After big ones the bridge has nothing more to do that would make it collect its garbage.
+      big = %{a: String.duplicate("x", 5_000_000)}
+
+      assert {:ok, _} =
+               fn -> Bridge.call(bridge, :echo, big, 20_000) end
+               |> Task.async()
+               |> Task.await(20_000)
+
+      eventually(fn -> info.(:monitors) == before end)
+
+      held = fn ->
+        for {_id, size, _refs} <- info.(:binary), reduce: 0, do: (sum -> sum + size)
+      end
+
+      eventually(fn -> held.() < 1_000_000 end)
+    end
+
+    test "a bridge that stops under a call that takes too long answers :bridge_not_running" do
+      bridge = start_up("silent", env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
+      task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
+      eventually(fn -> pending(bridge) == 1 end)
+      :ok = Bridge.stop(bridge)
+      assert Task.await(task) == {:error, :bridge_not_running}
+    end
+  end
+
+  describe "request/4" do
+    test "gives meta, and errors as structs" do
+      bridge = start_up("echo")
+      assert {:ok, %{"args" => %{"a" => 1}}, %{}} = Bridge.request(bridge, :echo, %{a: 1}, [])
+
+      assert {:error, %Error{type: :invalid_args}} =
+               Bridge.request(bridge, :echo, %{a: self()}, [])
+
+      assert {:error, %Error{type: :bridge_not_running, retryable: true}} =
+               Bridge.request(:nobody, :ping, %{}, [])
+
+      assert {:error, %Error{type: :timeout}} =
+               Bridge.request(start_up_silent(), :ping, %{}, timeout: 20)
+    end
+
+    test "refuses an option it does not know, by name" do
+      assert {:error, %Error{type: :invalid_request, message: message}} =
+               Bridge.request(:any, :ping, %{}, patience: 5)
+
+      assert message =~ ":patience"
+      assert {:error, %Error{message: message}} = Bridge.request(:any, :ping, %{}, 5)
+      assert message =~ "keyword list"
+    end
+  end
+
+  describe "cast/3" do
+    test "returns at once and leaves nothing behind" do
+      bridge = start_up("echo")
+      assert Bridge.cast(bridge, :echo, %{a: 1}) == :ok
+      assert Bridge.cast(bridge, :echo) == :ok
+      eventually(fn -> pending(bridge) == 0 end)
+      assert Bridge.cast(:nobody, :echo, %{}) == :ok
+      assert {:error, "args: " <> _} = Bridge.cast(bridge, :echo, %{a: self()})
+      assert messages() == []
+    end
+
+    test "one that is never answered is given up after default_timeout" do
+      bridge = start_up("silent", default_timeout: 50)
+      :ok = Bridge.cast(bridge, :ping, %{})
+      assert pending(bridge) == 1
+      eventually(fn -> pending(bridge) == 0 end)
+    end
+  end
+
+  describe "races of a call" do
+    test "timeout, then the late reply: dropped and counted, the mailbox stays empty" do
+      bridge = start_up("late")
+      assert Bridge.call(bridge, :late, %{}, 50) == {:error, :timeout}
+      assert pending(bridge) == 0
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      eventually(fn -> Bridge.get_status(bridge).late_replies == 1 end)
+      assert messages() == []
+    end
+
+    test "a late reply within the timeout reaches its own caller" do
+      bridge = start_up("late")
+      task = Task.async(fn -> Bridge.call(bridge, :late, %{}, 5_000) end)
+      eventually(fn -> pending(bridge) == 1 end)
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      assert Task.await(task) == {:ok, %{"late" => true}}
+      assert %{late_replies: 0, pending: 0} = Bridge.get_status(bridge)
+    end
+
+    test "the caller dies: its call is gone, the bridge lives" do
+      bridge = start_up("late")
+      {pid, monitor} = spawn_monitor(fn -> Bridge.call(bridge, :late, %{}, :infinity) end)
+      eventually(fn -> pending(bridge) == 1 end)
+      Process.exit(pid, :kill)
+      assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}
+      eventually(fn -> pending(bridge) == 0 end)
+      assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+      eventually(fn -> Bridge.get_status(bridge).late_replies == 1 end)
+    end
+
+    test "answers that come twice, and under ids that nobody has: first one counts" do
+      bridge = start_up("twice")
+
+      for _ <- 1..20,
+          do: assert({:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000))
+
+      eventually(fn -> Bridge.get_status(bridge).late_replies == 40 end)
+      assert messages() == []
+    end
+
+    test "frames that are no replies are dropped, logged once, and hurt nobody" do
+      bridge = start_up("garbage")
+
+      log =
+        ExUnit.CaptureLog.capture_log(fn ->
+          for _ <- 1..10, do: assert({:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000))
+        end)
+
+      assert Bridge.get_status(bridge).unreadable_frames == 40
+      assert log |> String.split("without a readable id") |> length() == 2
+      refute log =~ "Traceback"
+    end
+
+    test "a reply that is no JSON is an error for its own caller" do
+      bridge = start_up("garbage")
+      assert {:error, text} = Bridge.call(bridge, :broken, %{}, 5_000)
+      assert text =~ "no valid reply"
+      assert {:error, %Error{type: :internal}} = Bridge.request(bridge, :broken, %{}, [])
+      assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+    end
+
+    test "past max_pending a call is :overloaded at once; room comes back" do
+      bridge = start_up("silent", max_pending: 3)
+      tasks = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 300) end)
+      eventually(fn -> pending(bridge) == 3 end)
+      {ms, result} = timed(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
+      assert result == {:error, :overloaded}
+      assert ms < 50
+      assert Task.await_many(tasks) == List.duplicate({:error, :timeout}, 3)
+      assert pending(bridge) == 0
+    end
+  end
+
+  describe "a peer that does not read" do
+    @describetag :tmp_dir
+
+    setup %{tmp_dir: dir} = context do
+      file = Path.join(dir, "read from now on")
+      # Time for what it has, when it is replaced or stopped.
+      env = %{"FAKE_FILE" => file, "DSPY_BRIDGE_DRAIN_MS" => "100"}
+      bridge = start_up("never_reads", env: env)
+      # More than any pipe holds.
+      big = %{a: String.duplicate("x", 3_000_000)}
+
+      blocked =
+        Task.async(fn -> Bridge.call(bridge, :big, big, context[:call_timeout] || 5_000) end)
+
+      eventually(fn -> pending(bridge) == 1 end)
+      %{bridge: bridge, blocked: blocked, marker: file}
+    end
+
+    @tag call_timeout: 600
+    test "get_status answers at once, calls time out on time", %{bridge: bridge, blocked: blocked} do
+      tasks =
+        for _ <- 1..100,
+            do: Task.async(fn -> timed(fn -> Bridge.call(bridge, :ping, %{}, 200) end) end)
+
+      for _ <- 1..20 do
+        {ms, %{state: :running}} = timed(fn -> Bridge.get_status(bridge) end)
+        assert ms < 500
+      end
+
+      for {ms, result} <- Task.await_many(tasks) do
+        assert result == {:error, :timeout}
+        # The promise is 100 ms past the timeout; a loaded machine is not held to it.
+        assert ms < 2_000
+      end
+
+      assert Task.await(blocked) == {:error, :timeout}
+      assert pending(bridge) == 0
+    end
+
+    for {how, restart} <- [{"killed", false}, {"restarted", true}] do
+      test "#{how}: what waits behind the blocked pipe goes to the next peer", context do
+        %{bridge: bridge, blocked: blocked, marker: file} = context
+
+        # The first in line is in the hands of the helper that writes; the second still waits.
+        [held, waiting] =
+          for n <- 2..3 do
+            task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
+            eventually(fn -> pending(bridge) == n end)
+            task
+          end
+
+        File.write!(file, "")
+        old = os_pid(bridge)
+        if unquote(restart), do: Bridge.restart(bridge), else: kill(old)
+        # It had not even been written: the next peer has it at once.
+        assert {:ok, %{"status" => "ok"}} = Task.await(waiting)
+        # These two may have been seen by the peer: they go once that is gone.
+        assert {:ok, %{"status" => "ok"}} = Task.await(blocked)
+        assert {:ok, %{"status" => "ok"}} = Task.await(held)
+        assert %{restarts: 1, pending: 0, late_replies: 0} = Bridge.get_status(bridge)
+        eventually(fn -> not alive?(old) end)
+      end
+    end
+
+    test "stop ends after the time to finish, and the peer is gone within a second", %{
+      bridge: bridge,
+      blocked: blocked
+    } do
+      os_pid = os_pid(bridge)
+      {ms, :ok} = timed(fn -> Bridge.stop(bridge) end)
+      assert ms < 1_000
+      assert Task.await(blocked) == {:error, :bridge_not_running}
+      {ms, _} = timed(fn -> eventually(fn -> not alive?(os_pid) end) end)
+      assert ms < 1_000
+    end
+  end
+
+  describe "the peer's death" do
+    @describetag :tmp_dir
+
+    test "with no retries, all in flight are told at once, the next peer serves" do
+      bridge = start_up("silent", env: %{"FAKE_ANSWERS" => "1"}, max_retries: 0)
+      tasks = for _ <- 1..20, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 10_000) end)
+      eventually(fn -> pending(bridge) == 20 end)
+      old = os_pid(bridge)
+      kill(old)
+      {ms, results} = timed(fn -> Task.await_many(tasks) end)
+      assert results == List.duplicate({:error, :python_process_died}, 20)
+      assert ms < 500
+
+      eventually(fn ->
+        match?(%{state: :running, restarts: 1, pending: 0}, Bridge.get_status(bridge))
+      end)
+
+      refute os_pid(bridge) == old
+    end
+
+    test "with calls still queued: they wait for the next peer", %{tmp_dir: dir} do
+      file = Path.join(dir, "there")
+      bridge = start("needs_a_file", env: %{"FAKE_FILE" => file}, max_retries: 10)
+      task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 10_000) end)
+      eventually(fn -> match?(%{pending: 1, state: :restarting}, Bridge.get_status(bridge)) end)
+      File.write!(file, "")
+      assert {:ok, _} = Task.await(task, 10_000)
+      assert %{state: :running, last_error: nil} = Bridge.get_status(bridge)
+    end
+
+    test "in the middle of a frame" do
+      bridge = start_up("dies_mid_frame", max_retries: 1)
+      assert Bridge.call(bridge, :ping, %{}, 5_000) == {:error, :python_process_died}
+      eventually(fn -> Bridge.get_status(bridge).state == :running end)
+    end
+
+    test "by halves, closing its output and living on: calls time out, a restart rids of it" do
+      bridge = start_up("closes_stdout", env: %{"DSPY_BRIDGE_DRAIN_MS" => "100"})
+      old = os_pid(bridge)
+      assert Bridge.call(bridge, :ping, %{}, 100) == {:error, :timeout}
+      assert Bridge.restart(bridge) == :ok
+      eventually(fn -> not alive?(old) end, 1_000)
+      eventually(fn -> Bridge.get_status(bridge).state == :running end)
+    end
+
+    test "unseen by the runtime, since a child holds the output: noticed all the same" do
+      bridge = start_up("forks")
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      kill(os_pid(bridge))
+      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+      assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+      eventually(fn -> not alive?(child) end)
+    end
+
+    test "right after its first ping, again and again: :failed, after max_retries" do
+      bridge = start("up_then_dies", max_retries: 2)
+      eventually(fn -> Bridge.get_status(bridge).state == :failed end)
+      assert %{restarts: 2, last_error: "exit status 7"} = Bridge.get_status(bridge)
+    end
+
+    test "after it has answered calls, again and again: it always comes back" do
+      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 0)
+
+      for n <- 1..5 do
+        assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+        assert Bridge.call(bridge, :die, %{}, 5_000) == {:error, :python_process_died}
+        eventually(fn -> match?(%{state: :running, restarts: ^n}, Bridge.get_status(bridge)) end)
+      end
+    end
+
+    test "again and again: each death is one restart, however many messages tell of it" do
+      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 4)
+      assert Bridge.call(bridge, :die, %{}, 10_000) == {:error, :python_process_died}
+      eventually(fn -> match?(%{state: :running, restarts: 5}, Bridge.get_status(bridge)) end)
+    end
+  end
+
+  describe "a peer that cannot start" do
+    for {name, opts, text} <- [
+          {"dies at start", [fake: "dies_at_start", env: %{"FAKE_SAYS" => "why"}],
+           "exit status 3: why"},
+          {"exits 0 at once", [fake: "exits_0"], "exit status 0"},
+          {"has no script", [fake: "no_such_script"], "No such file or directory"},
+          {"has no interpreter", [fake: "echo", python_executable: "/no/such/python"],
+           "/no/such/python"},
+          {"has an interpreter that is none", [fake: "echo", python_executable: "/etc/passwd"],
+           "permission denied"}
+        ] do
+      test "#{name}: tried again and again, :failed with the reason after max_retries, calls wait" do
+        {fake, opts} = Keyword.pop(unquote(Macro.escape(opts)), :fake)
+        opts = Keyword.merge(fake_opts(fake, max_retries: 2), opts)
+        bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
+        call = Task.async(fn -> timed(fn -> Bridge.call(bridge, :ping, %{}, 500) end) end)
+
+        %{last_error: error} =
+          eventually(fn ->
+            status = Bridge.get_status(bridge)
+            if status.state == :failed and status.last_error =~ unquote(text), do: status
+          end)
+
+        assert error =~ unquote(text)
+        assert {ms, {:error, :timeout}} = Task.await(call)
+        # The promise is 100 ms past the timeout; a loaded machine is not held to it.
+        assert ms < 3_000
+        assert %{pending: 0} = Bridge.get_status(bridge)
+      end
+    end
+
+    test "one Logger line an attempt says why, secrets aside" do
+      log =
+        ExUnit.CaptureLog.capture_log(fn ->
+          env = %{"FAKE_SAYS" => "no such key: sk-secret-1", "SOME_KEY" => "sk-secret-1"}
+          bridge = start("dies_at_start", max_retries: 0, env: env)
+          eventually(fn -> Bridge.get_status(bridge).restarts == 2 end)
+          stop_supervised!(Bridge)
+        end)
+
+      lines = for line <- String.split(log, "\n"), line =~ "died before it was up", do: line
+      assert length(lines) in 2..3
+
+      for line <- lines,
+          do: assert(line =~ "exit status 3: no such key: [redacted]; next attempt")
+    end
+
+    test "the calls meanwhile wait within their own timeouts" do
+      bridge = start("dies_at_start", max_retries: 20)
+      {ms, result} = timed(fn -> Bridge.call(bridge, :ping, %{}, 200) end)
+      assert result == {:error, :timeout}
+      assert ms < 300
+      assert %{state: :restarting, pending: 0} = Bridge.get_status(bridge)
+    end
+
+    @tag :tmp_dir
+    test "restart/1 begins anew, also when it has failed", %{tmp_dir: dir} do
+      file = Path.join(dir, "there")
+      bridge = start("needs_a_file", env: %{"FAKE_FILE" => file}, max_retries: 0)
+      eventually(fn -> Bridge.get_status(bridge).state == :failed end)
+      File.write!(file, "")
+      assert Bridge.restart(bridge) == :ok
+      assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
+    end
+  end
+
+  describe "restart/1" do
+    test "replaces the peer, and kills the old one" do
+      bridge = start_up("stubborn")
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      old = os_pid(bridge)
+      assert Bridge.restart(bridge) == :ok
+      assert {:ok, %{"child" => _}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      assert %{restarts: 1, os_pid: new} = Bridge.get_status(bridge)
+      assert new != old
+      eventually(fn -> not alive?(old) and not alive?(child) end, 1_000)
+      assert alive?(new)
+    end
+
+    test "many at once end in one good peer, and no old one" do
+      bridge = start_up("echo")
+
+      pids =
+        for _ <- 1..10,
+            do:
+              (
+                Bridge.restart(bridge)
+                os_pid(bridge)
+              )
+
+      assert {:ok, _} = Bridge.call(bridge, :echo, %{}, 5_000)
+      eventually(fn -> Enum.filter(pids, &alive?/1) == [os_pid(bridge)] end)
+    end
+
+    test "says when the bridge is not running" do
+      assert Bridge.restart(:nobody) == {:error, :bridge_not_running}
+    end
+  end
+
+  describe "no process is left" do
+    test "after stop, by a peer that behaves: at once" do
+      bridge = start_up("echo")
+      os_pid = os_pid(bridge)
+      assert alive?(os_pid)
+      assert Bridge.stop(bridge) == :ok
+      {ms, _} = timed(fn -> eventually(fn -> not alive?(os_pid) end) end)
+      assert ms < 500
+      assert Bridge.stop(bridge) == :ok
+      assert Bridge.stop(:nobody) == :ok
+    end
+
+    test "after stop, by one that ignores end of input and SIGTERM, nor by its child: within a second" do
+      bridge = start_up("stubborn")
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      os_pid = os_pid(bridge)
+      assert alive?(child)
+      assert Bridge.stop(bridge) == :ok
+      # They have been sent their end; the system carries that out.
+      eventually(fn -> not alive?(os_pid) and not alive?(child) end, 500)
+    end
+
+    test "after stop, by a peer that leaves a child behind" do
+      bridge = start_up("leaves_a_child")
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      assert Bridge.stop(bridge) == :ok
+      # It has been sent its end; the system carries that out.
+      eventually(fn -> not alive?(child) end, 500)
+    end
+
+    test "after the bridge was killed" do
+      bridge = start_up("stubborn")
+      os_pid = os_pid(bridge)
+      Process.exit(bridge, :kill)
+      # The promise is 1 s, the grace within it 0.7 s; a loaded machine is not held to it.
+      eventually(fn -> not alive?(os_pid) end)
+    end
+
+    test "of a peer that died itself: its child goes, too" do
+      bridge = start_up("stubborn")
+      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+      kill(os_pid(bridge))
+      eventually(fn -> not alive?(child) end)
+    end
+  end
+
+  test "no report of the bridge shows secrets or what passes through it" do
+    opts =
+      fake_opts("never_reads", lm_options: %{api_key: "sk-secret"}, env: %{"KEY" => "sk-secret"})
+
+    {:ok, bridge} = start_supervised(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
+    eventually(fn -> Bridge.get_status(bridge).state == :running end)
+    :ok = Bridge.cast(bridge, :big, %{a: String.duplicate("x", 3_000_000)})
+    :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
+
+    refute inspect(:sys.get_state(bridge), limit: :infinity) =~ "sk-secret"
+    status = inspect(:sys.get_status(bridge), limit: :infinity, printable_limit: :infinity)
+    refute status =~ "sk-secret"
+    refute status =~ "the contents"
+
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        monitor = Process.monitor(bridge)
+        # What a function is called with that has no clause for it is in the exit reason.
+        :sys.replace_state(
+          bridge,
+          &update_in(&1.in_flight.calls, fn calls -> {:broken, calls} end)
+        )
+
+        :sys.suspend(bridge)
+        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
+        # This one is then still in its mailbox.
+        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
+        # A crash report shows these.
+        assert {:messages, []} = Process.info(bridge, :messages)
+        :sys.resume(bridge)
+        assert_receive {:DOWN, ^monitor, :process, ^bridge, _reason}
+      end)
+
+    assert log =~ "terminating"
+    refute log =~ "sk-secret"
+    refute log =~ "the contents"
+  end
+
+  test "no event that :sys.log/2 keeps is shown as it was" do
+    request = %Request{ref: make_ref(), pid: self(), timeout: 5, body: "the contents"}
+    message = {:request, request}
+    events = [{:in, message}, {:in, message, :state}, {:noreply, "the contents"}, "the contents"]
+    %{log: shown} = Redaction.format_status(%{log: events})
+    assert [{:in, {:request, _, _, 5, :redacted}}, {:in, _, :state}, :redacted, :redacted] = shown
+    refute inspect(shown) =~ "the contents"
+
+    result = {:tool_result, hd(Port.list()), 1, "the contents"}
+
+    %{log: shown} =
+      Redaction.format_status(%{log: [{:in, {:request, "the contents"}}, {:in, result}]})
+
+    assert [{:in, {:request, :redacted}}, {:in, {:tool_result, _, 1, :redacted}}] = shown
+  end
+
+  test "log lines name the bridge and the Python process" do
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        bridge = start_up("silent")
+        os_pid = os_pid(bridge)
+        kill(os_pid)
+        eventually(fn -> Bridge.get_status(bridge).restarts == 1 end)
+        send(self(), {:named, "bridge #{inspect(bridge)}, Python process #{os_pid}: died"})
+      end)
+
+    assert_received {:named, text}
+    assert log =~ text
+  end
+end

@@ -1,0 +1,261 @@
+defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
+  @moduledoc "Log records of the peer's in Logger."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.Bridge.LogForwarder
+
+  # A handler of its own for each test's bridge. The tests' Logger drops what is below :warning.
+  setup context do
+    owner = self()
+    id = :"#{context.test}"
+    config = %{owner: owner, bridge: id}
+    :ok = :logger.add_handler(id, __MODULE__.Handler, %{config: config})
+    on_exit(fn -> :logger.remove_handler(id) end)
+    %{name: id}
+  end
+
+  defmodule Handler do
+    @moduledoc false
+    def log(%{level: level, msg: msg, meta: %{bridge: bridge} = meta}, %{
+          config: %{owner: owner, bridge: bridge}
+        }) do
+      {:string, text} = msg
+      send(owner, {:logged, level, IO.chardata_to_string(text), meta})
+    end
+
+    def log(_event, _config), do: :ok
+  end
+
+  defp start(name) do
+    bridge = start_supervised!({Bridge, Keyword.put(fake_opts("plays"), :name, name)})
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    bridge
+  end
+
+  defp log(bridge, records), do: send_frames(bridge, Enum.map(records, &JSON.encode!(%{log: &1})))
+
+  defp send_frames(bridge, frames) do
+    play = for(frame <- frames, do: ["raw", frame]) ++ [["reply"]]
+    {:ok, _} = Bridge.call(bridge, :execute_program, %{play: play}, 20_000)
+  end
+
+  defp record(level, message, logger \\ "a.b"),
+    do: %{level: level, logger: logger, message: message}
+
+  test "each reaches Logger with its level, the names of its logger and its bridge", %{name: name} do
+    bridge = start(name)
+    os_pid = Bridge.get_status(bridge).os_pid
+
+    for level <- [:warning, :error, :critical] do
+      log(bridge, [record(level, "something #{level}")])
+      text = "something #{level}"
+      assert_receive {:logged, ^level, ^text, meta}, 5_000
+      assert %{python_logger: "a.b", bridge: ^name, os_pid: ^os_pid, application: :dspex} = meta
+    end
+
+    traceback =
+      "it failed\nTraceback (most recent call last):\n  File \"x.py\", line 1\nValueError: é"
+
+    log(bridge, [record("error", traceback)])
+    assert_receive {:logged, :error, ^traceback, _meta}, 5_000
+  end
+
+  test "one that was made for a request with a trace has it", %{name: name} do
+    bridge = start(name)
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+    log(bridge, [
+      Map.put(record("error", "with"), :traceparent, trace),
+      record("error", "without")
+    ])
+
+    assert_receive {:logged, :error, "with", %{traceparent: ^trace, python_logger: "a.b"}}, 5_000
+    assert_receive {:logged, :error, "without", meta}, 5_000
+    refute Map.has_key?(meta, :traceparent)
+  end
+
+  test "one of an unknown level is :info, which this Logger drops; none is an unreadable frame",
+       %{name: name} do
+    bridge = start(name)
+
+    log(bridge, [record("loud", "x"), record("debug", "x"), record(nil, "x"), record("info", "x")])
+
+    log(bridge, [%{level: "error", message: "no logger"}])
+    assert_receive {:logged, :error, "no logger", %{python_logger: nil}}, 5_000
+
+    frames = [
+      ~s({"log":),
+      ~s({"log":5}),
+      ~s({"log":{"message":5}}),
+      ~s({"log":{"level":"error"}})
+    ]
+
+    send_frames(bridge, frames)
+    # The first at once, the others together.
+    assert_receive {:logged, :warning, first, _meta}, 5_000
+    assert first =~ "log records of the Python process dropped: "
+    [_, dropped] = Regex.run(~r/dropped: (\d)/, first)
+
+    if dropped != "4" do
+      rest = "dropped: #{4 - String.to_integer(dropped)}"
+      assert_receive {:logged, :warning, second, _meta}, 5_000
+      assert second =~ rest
+    end
+
+    assert Bridge.get_status(bridge).unreadable_frames == 0
+    refute_received {:logged, _, "x", _}
+  end
+
+  test "a long message is cut, between characters", %{name: name} do
+    bridge = start(name)
+    log(bridge, [record("error", "x" <> String.duplicate("é", 1_000_000))])
+    assert_receive {:logged, :error, text, _meta}, 5_000
+    assert String.valid?(text)
+    assert byte_size(text) in 65_000..66_000
+    assert String.ends_with?(text, "é … (cut: 2000001 bytes)")
+    log(bridge, [record("error", String.duplicate("y", 65_536))])
+    assert_receive {:logged, :error, text, _meta}, 5_000
+    assert byte_size(text) == 65_536
+  end
+
+  test "a peer that logs like mad holds up no call, and what is too much is dropped and counted",
+       %{name: name} do
+    # As slow as a Logger gets that is overloaded.
+    owner = self()
+    slow = :"#{name} slow"
+    :ok = :logger.add_handler(slow, __MODULE__.Slow, %{config: %{bridge: name, owner: owner}})
+    on_exit(fn -> :logger.remove_handler(slow) end)
+    bridge = start(name)
+
+    records = for n <- 1..20_000, do: record("warning", "record #{n}")
+    flood = Task.async(fn -> log(bridge, records) end)
+    assert_receive {:slowed, pid}, 5_000
+    {ms, {:ok, _}} = timed(fn -> Task.await(flood, 20_000) end)
+    assert ms < 10_000
+    {ms, {:ok, _}} = timed(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
+    assert ms < 500
+    assert %{pending: 0, unreadable_frames: 0, late_replies: 0} = Bridge.get_status(bridge)
+    {:message_queue_len, waiting} = Process.info(pid, :message_queue_len)
+    assert waiting <= 1_000
+    :logger.remove_handler(slow)
+    {logged, dropped} = account({0, 0}, 20_000)
+    assert logged + dropped == 20_000
+    assert dropped > 15_000
+  end
+
+  defmodule Slow do
+    @moduledoc false
+    def log(%{meta: %{bridge: bridge}}, %{config: %{bridge: bridge, owner: owner}}) do
+      send(owner, {:slowed, self()})
+      Process.sleep(100)
+    end
+
+    def log(_event, _config), do: :ok
+  end
+
+  # Records that came, and those that are said not to.
+  defp account({logged, dropped}, all) when logged + dropped >= all, do: {logged, dropped}
+
+  defp account({logged, dropped}, all) do
+    receive do
+      {:logged, :warning, "record " <> _n, _meta} ->
+        account({logged + 1, dropped}, all)
+
+      {:logged, :warning, line, _meta} ->
+        [_, count] = Regex.run(~r/Python process dropped: (\d+)/, line)
+        account({logged, dropped + String.to_integer(count)}, all)
+    after
+      5_000 -> {logged, dropped}
+    end
+  end
+
+  test "large records that wait are bounded by their bytes" do
+    log = LogForwarder.start(:nobody)
+    :erlang.suspend_process(log.pid)
+    frame = JSON.encode!(%{log: record("info", String.duplicate("x", 3_000_000))})
+    for _ <- 1..10, do: LogForwarder.take(log, frame, nil)
+    assert Process.info(log.pid, :message_queue_len) == {:message_queue_len, 2}
+    :erlang.resume_process(log.pid)
+    eventually(fn -> Process.info(log.pid, :message_queue_len) == {:message_queue_len, 0} end)
+    # There is room again; one alone may be larger.
+    frame = JSON.encode!(%{log: record("info", String.duplicate("x", 9_000_000))})
+    eventually(fn -> :atomics.get(log.counters, 1) == 0 end)
+    :erlang.suspend_process(log.pid)
+    LogForwarder.take(log, frame, nil)
+    assert Process.info(log.pid, :message_queue_len) == {:message_queue_len, 1}
+    :erlang.resume_process(log.pid)
+  end
+
+  test "what was sent before the bridge ended is still logged, and nothing stays", %{name: name} do
+    bridge = start(name)
+    pid = :sys.get_state(bridge).log_forwarder.pid
+    records = for n <- 1..100, do: record("error", "last words #{n}")
+    log(bridge, records)
+    Process.exit(bridge, :kill)
+    assert_receive {:logged, :error, "last words 100", _meta}, 5_000
+    eventually(fn -> not Process.alive?(pid) end)
+  end
+
+  test "what comes after its process was killed is logged, what waited in it is counted",
+       %{name: name} do
+    bridge = start(name)
+    pid = :sys.get_state(bridge).log_forwarder.pid
+    :erlang.suspend_process(pid)
+    log(bridge, for(n <- 1..5, do: record("error", "lost #{n}")))
+    Process.exit(pid, :kill)
+    eventually(fn -> :sys.get_state(bridge).log_forwarder.pid != pid end)
+    log(bridge, [record("error", "after it")])
+    assert_receive {:logged, :error, "after it", %{bridge: ^name}}, 5_000
+    assert_receive {:logged, :warning, "bridge" <> text, _meta}, 5_000
+    assert text =~ "log records of the Python process dropped: 5"
+  end
+
+  @tag :tmp_dir
+  test "the real peer's come this way, a traceback as one record", %{name: name, tmp_dir: dir} do
+    File.write!(Path.join(dir, "tells.py"), """
+    import logging
+
+    def start():
+        logging.getLogger("my.app").warning("to be seen")
+        try:
+            1 / 0
+        except ZeroDivisionError:
+            logging.getLogger("my.app").exception("failed")
+    """)
+
+    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "tells:start"}
+    bridge = start_supervised!({Bridge, real_opts(name: name, env: env)})
+    create = %{id: "qa", signature: "question -> answer"}
+    assert {:ok, _} = Bridge.call(bridge, :create_program, create, 30_000)
+    assert_receive {:logged, :warning, "to be seen", %{python_logger: "my.app"}}, 5_000
+    assert_receive {:logged, :error, text, %{python_logger: "my.app"}}, 5_000
+    assert ["failed", "Traceback (most recent call last):" | rest] = String.split(text, "\n")
+    assert List.last(rest) =~ "ZeroDivisionError"
+  end
+
+  @tag :tmp_dir
+  test "with DSPY_BRIDGE_LOG_FRAMES=0 they do not", %{name: name, tmp_dir: dir} do
+    File.write!(Path.join(dir, "tells.py"), """
+    import logging
+
+    def start():
+        # To a place of its own, that the tests' output stays clean.
+        import os
+        os.dup2(os.open(os.environ["TOLD"], os.O_CREAT | os.O_WRONLY), 2)
+        logging.getLogger("my.app").warning("to be seen")
+    """)
+
+    told = Path.join(dir, "told")
+    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "tells:start", "TOLD" => told}
+    env = Map.put(env, "DSPY_BRIDGE_LOG_FRAMES", "0")
+    bridge = start_supervised!({Bridge, real_opts(name: name, env: env)})
+    create = %{id: "qa", signature: "question -> answer"}
+    assert {:ok, _} = Bridge.call(bridge, :create_program, create, 30_000)
+    eventually(fn -> File.read!(told) =~ "WARNING my.app: to be seen" end)
+    refute_received {:logged, _, _, %{python_logger: _}}
+  end
+end

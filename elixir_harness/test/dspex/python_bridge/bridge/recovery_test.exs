@@ -1,0 +1,344 @@
+defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
+  @moduledoc "What is left of calls and programs when a peer dies: all that can be kept."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.Test.SilentLM
+
+  @moduletag :tmp_dir
+
+  defp start(opts), do: start_supervised!({Bridge, opts})
+
+  defp start_up(opts) do
+    bridge = start(opts)
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 20_000)
+    bridge
+  end
+
+  # A peer with the modules of tests/fakes/host.py.
+  defp host_opts(dir, opts \\ []) do
+    env = %{
+      "PYTHONPATH" => Path.dirname(fake("host")),
+      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
+      "FAKE_LOG" => Path.join(dir, "log"),
+      "FAKE_FILE" => Path.join(dir, "spoilt")
+    }
+
+    real_opts([env: env] ++ opts)
+  end
+
+  defp create(bridge, id, type \\ "predict") do
+    args = %{id: id, signature: "question -> answer", program_type: type}
+    {:ok, %{"status" => "created"}} = Bridge.call(bridge, :create_program, args, 30_000)
+  end
+
+  defp execute(bridge, id, question \\ "?", timeout \\ 30_000) do
+    args = %{program_id: id, inputs: %{question: question}}
+    Bridge.call(bridge, :execute_program, args, timeout)
+  end
+
+  defp noted(dir, name) do
+    case File.read(Path.join(dir, "log")) do
+      {:ok, log} -> for line <- String.split(log, "\n"), String.starts_with?(line, name), do: line
+      {:error, :enoent} -> []
+    end
+  end
+
+  defp kill_peer(bridge), do: kill(Bridge.get_status(bridge).os_pid)
+
+  describe "calls in flight" do
+    test "are sent to the successor, with what is left of their time", %{tmp_dir: dir} do
+      bridge = start_up(fake_opts("answers_the_second_time", env: %{"FAKE_FILE" => dir <> "/f"}))
+      call = Task.async(fn -> Bridge.call(bridge, :echo, %{}, 10_000) end)
+      assert {:ok, %{"timeout_ms" => left, "first_ms" => first}} = Task.await(call, 10_000)
+      assert left < first
+      assert %{restarts: 1, pending: 0, late_replies: 0} = Bridge.get_status(bridge)
+    end
+
+    test "time out on time all the same" do
+      bridge = start_up(fake_opts("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}))
+      {ms, result} = timed(fn -> Bridge.call(bridge, :die, %{}, 60) end)
+      assert result == {:error, :timeout}
+      assert ms < 1_000
+    end
+
+    test "are not sent again with retry: false" do
+      bridge = start_up(fake_opts("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}))
+
+      assert {:error, %Error{type: :python_process_died, retryable: true}} =
+               Bridge.request(bridge, :die, %{}, retry: false, timeout: 10_000)
+
+      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+    end
+
+    @tag :slow
+    test "one that kills each time is sent 1 + max_retries times; its neighbours lose nothing", %{
+      tmp_dir: dir
+    } do
+      bridge = start(host_opts(dir))
+      create(bridge, "nap", "host:Nap")
+      create(bridge, "deadly", "host:Deadly")
+
+      tasks =
+        for n <- 1..21 do
+          Task.async(fn ->
+            if n == 11, do: execute(bridge, "deadly", "0"), else: execute(bridge, "nap", "#{n}")
+          end)
+        end
+
+      results = Task.await_many(tasks, 60_000)
+      assert {{:error, :python_process_died}, good} = List.pop_at(results, 10)
+      assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
+      assert length(noted(dir, "deadly")) == 4
+      eventually(fn -> match?(%{pending: 0, state: :running}, Bridge.get_status(bridge)) end)
+    end
+
+    @tag :slow
+    test "and new ones, too, while one kills after some time", %{tmp_dir: dir} do
+      bridge = start(host_opts(dir, max_retries: 2))
+      create(bridge, "nap", "host:Nap")
+      create(bridge, "deadly", "host:Deadly")
+      deadly = Task.async(fn -> execute(bridge, "deadly", "0.2") end)
+
+      neighbours =
+        for n <- 1..8 do
+          Task.async(fn -> for m <- 1..4, do: {{n, m}, execute(bridge, "nap", "#{n} #{m}")} end)
+        end
+
+      assert Task.await(deadly, 60_000) == {:error, :python_process_died}
+      assert length(noted(dir, "deadly")) == 3
+
+      for answers <- Task.await_many(neighbours, 60_000), {{n, m}, answer} <- answers do
+        assert answer == {:ok, %{"answer" => "#{n} #{m}"}}
+      end
+    end
+  end
+
+  describe "programs" do
+    test "come back before the next call is served, in their order, with their last definition",
+         %{
+           tmp_dir: dir
+         } do
+      bridge = start(host_opts(dir))
+      create(bridge, "one")
+      create(bridge, "two")
+      create(bridge, "one", "host:Nap")
+      create(bridge, "three")
+      {:ok, _} = Bridge.call(bridge, :cleanup, %{program_ids: ["two"]})
+      {:ok, %{"programs" => before}} = Bridge.call(bridge, :list_programs)
+      assert Enum.sort(before) == ["one", "three"]
+
+      kill_peer(bridge)
+      assert {:ok, %{"programs" => ^before}} = Bridge.call(bridge, :list_programs)
+      assert execute(bridge, "one", "same") == {:ok, %{"answer" => "same"}}
+      assert execute(bridge, "two") == {:error, "Program not found: two"}
+
+      {:ok, _} = Bridge.call(bridge, :cleanup)
+      kill_peer(bridge)
+      assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
+    end
+
+    test "a definition that the peer refused is not kept", %{tmp_dir: dir} do
+      bridge = start(host_opts(dir))
+      create(bridge, "one")
+      args = %{id: "one", signature: "question -> answer: nonsense"}
+      assert {:error, _text} = Bridge.call(bridge, :create_program, args)
+      kill_peer(bridge)
+      assert {:ok, %{"answer" => _}} = execute(bridge, "one")
+    end
+
+    @tag :slow
+    test "one that no longer loads makes only its own executes fail, with the reason", %{
+      tmp_dir: dir
+    } do
+      bridge = start(host_opts(dir))
+      create(bridge, "good")
+      create(bridge, "spoilable", "host:Spoilable")
+      assert {:ok, _} = execute(bridge, "spoilable")
+      File.write!(Path.join(dir, "spoilt"), "raise")
+      kill_peer(bridge)
+      assert {:error, text} = execute(bridge, "spoilable")
+      assert text =~ "program spoilable could not be loaded again: "
+      assert text =~ "ValueError"
+      assert {:ok, _} = execute(bridge, "good")
+      assert execute(bridge, "other") == {:error, "Program not found: other"}
+      # The definition is still there: what keeps it from loading may go away.
+      File.rm!(Path.join(dir, "spoilt"))
+      kill_peer(bridge)
+      assert {:ok, _} = execute(bridge, "spoilable")
+    end
+
+    @tag :slow
+    test "one whose loading kills the peer, too: it is given up after max_retries", %{
+      tmp_dir: dir
+    } do
+      bridge = start(host_opts(dir, max_retries: 1))
+      create(bridge, "good")
+      create(bridge, "spoilable", "host:Spoilable")
+      create(bridge, "better")
+      File.write!(Path.join(dir, "spoilt"), "exit")
+      kill_peer(bridge)
+      assert {:ok, _} = execute(bridge, "good")
+      assert {:ok, _} = execute(bridge, "better")
+      # Once among the others, then alone.
+      assert length(noted(dir, "spoilt")) == 3
+      assert execute(bridge, "spoilable") == {:error, :python_process_died}
+    end
+
+    test "a create under way is made by the successor; one that nobody waits for is none", %{
+      tmp_dir: dir
+    } do
+      file = Path.join(dir, "f")
+      bridge = start_up(fake_opts("answers_the_second_time", env: %{"FAKE_FILE" => file}))
+      args = %{id: "x", signature: "q -> a"}
+      assert {:ok, _} = Bridge.call(bridge, :create_program, args, 10_000)
+      # This peer answers everything.
+      kill_peer(bridge)
+      assert {:ok, %{"seen" => ["ping", "create_program", "look"]}} = Bridge.call(bridge, :look)
+    end
+  end
+
+  describe "restart/1" do
+    @tag :slow
+    test "no caller sees it" do
+      bridge = start_up(real_opts())
+      create(bridge, "qa")
+      stop = :atomics.new(1, [])
+
+      callers =
+        for _ <- 1..20 do
+          Task.async(fn ->
+            Stream.repeatedly(fn -> execute(bridge, "qa") end)
+            |> Enum.take_while(fn result ->
+              assert {:ok, %{"answer" => _}} = result
+              :atomics.get(stop, 1) == 0
+            end)
+            |> length()
+          end)
+        end
+
+      pids =
+        for _ <- 1..3 do
+          assert Bridge.restart(bridge) == :ok
+          Bridge.get_status(bridge).os_pid
+        end
+
+      :atomics.put(stop, 1, 1)
+      assert Enum.all?(Task.await_many(callers, 20_000), &(&1 > 0))
+      assert length(Enum.uniq(pids)) == 3
+      assert %{restarts: 3, pending: 0, late_replies: 0} = Bridge.get_status(bridge)
+      eventually(fn -> Enum.filter(pids, &alive?/1) == [Bridge.get_status(bridge).os_pid] end)
+    end
+
+    test "the old peer finishes what it has; programs made meanwhile are not lost", %{
+      tmp_dir: dir
+    } do
+      bridge = start(host_opts(dir))
+      create(bridge, "nap", "host:Nap")
+      %{os_pid: old} = Bridge.get_status(bridge)
+      napping = Task.async(fn -> execute(bridge, "nap", "slept") end)
+      eventually(fn -> match?({:ok, %{"in_flight" => 1}}, Bridge.call(bridge, :get_stats)) end)
+      restart = Task.async(fn -> Bridge.restart(bridge) end)
+      eventually(fn -> Bridge.get_status(bridge).restarts == 1 end)
+      create(bridge, "meanwhile")
+      assert {:ok, _} = execute(bridge, "meanwhile")
+      assert Task.await(restart, 20_000) == :ok
+      assert Task.await(napping) == {:ok, %{"answer" => "slept"}}
+      assert Bridge.call(bridge, :list_programs) == {:ok, %{"programs" => ["nap", "meanwhile"]}}
+      eventually(fn -> not alive?(old) end)
+    end
+
+    test "what the old peer does not finish in its time is sent to the new one" do
+      opts = SilentLM.lm_opts(SilentLM.start()) ++ [env: %{"DSPY_BRIDGE_DRAIN_MS" => "100"}]
+      bridge = start_up(real_opts(opts))
+      create(bridge, "qa")
+      caller = spawn(fn -> execute(bridge, "qa") end)
+
+      never = [retry: false, timeout: 30_000]
+      args = %{program_id: "qa", inputs: %{question: "once only"}}
+      once = Task.async(fn -> Bridge.request(bridge, :execute_program, args, never) end)
+      for _ <- 1..2, do: assert_receive({:lm_request, _line}, 10_000)
+      assert Bridge.restart(bridge) == :ok
+      assert_receive {:lm_request, _line}, 10_000
+      assert {:error, %Error{type: :python_process_died}} = Task.await(once)
+      assert Bridge.get_status(bridge).pending == 1
+      Process.exit(caller, :kill)
+      eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
+    end
+
+    test "leaves the old peer at work if the new one does not start", %{tmp_dir: dir} do
+      file = Path.join(dir, "there")
+      File.write!(file, "")
+      bridge = start_up(fake_opts("needs_a_file", env: %{"FAKE_FILE" => file}))
+      %{os_pid: old} = Bridge.get_status(bridge)
+      File.rm!(file)
+      assert {:error, text} = Bridge.restart(bridge)
+      assert text =~ "exit status 4"
+      assert {:ok, _} = Bridge.call(bridge, :ping)
+      assert %{os_pid: ^old, state: :running} = Bridge.get_status(bridge)
+      File.write!(file, "")
+      assert Bridge.restart(bridge) == :ok
+      assert {:ok, _} = Bridge.call(bridge, :ping)
+    end
+
+    test "while the old peer dies: the calls go to the new one", %{tmp_dir: dir} do
+      bridge = start(host_opts(dir))
+      create(bridge, "nap", "host:Nap")
+      %{os_pid: old} = Bridge.get_status(bridge)
+      napping = for n <- 1..5, do: Task.async(fn -> execute(bridge, "nap", "#{n}") end)
+      restart = Task.async(fn -> Bridge.restart(bridge) end)
+      eventually(fn -> Bridge.get_status(bridge).restarts == 1 end)
+      kill(old)
+
+      for {task, n} <- Enum.zip(napping, 1..5),
+          do: assert(Task.await(task) == {:ok, %{"answer" => "#{n}"}})
+
+      assert Task.await(restart) == :ok
+      assert %{restarts: 1} = Bridge.get_status(bridge)
+    end
+  end
+
+  describe "stop" do
+    test "lets the peer answer what it has", %{tmp_dir: dir} do
+      bridge = start(host_opts(dir))
+      create(bridge, "nap", "host:Nap")
+      napping = for n <- 1..5, do: Task.async(fn -> execute(bridge, "nap", "#{n}") end)
+      eventually(fn -> match?({:ok, %{"in_flight" => 5}}, Bridge.call(bridge, :get_stats)) end)
+      %{os_pid: os_pid} = Bridge.get_status(bridge)
+      # As a supervisor stops it.
+      :ok = stop_supervised(Bridge)
+
+      for {task, n} <- Enum.zip(napping, 1..5),
+          do: assert(Task.await(task) == {:ok, %{"answer" => "#{n}"}})
+
+      eventually(fn -> not alive?(os_pid) end)
+    end
+
+    test "takes on nothing new, and still tells how it is", %{tmp_dir: dir} do
+      bridge = start(host_opts(dir))
+      create(bridge, "nap", "host:Nap")
+      napping = Task.async(fn -> execute(bridge, "nap", "slept") end)
+      eventually(fn -> match?({:ok, %{"in_flight" => 1}}, Bridge.call(bridge, :get_stats)) end)
+      stopping = Task.async(fn -> Bridge.stop(bridge) end)
+      eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
+      assert %{state: :running, pending: 1} = Bridge.get_status(bridge)
+      assert Task.await(napping) == {:ok, %{"answer" => "slept"}}
+      assert Task.await(stopping) == :ok
+    end
+
+    test "gives up on what dies meanwhile" do
+      bridge = start_up(fake_opts("silent"))
+      call = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 10_000) end)
+      eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
+      %{os_pid: os_pid} = Bridge.get_status(bridge)
+      stopping = Task.async(fn -> Bridge.stop(bridge) end)
+      eventually(fn -> Bridge.call(bridge, :ping, %{}, 50) == {:error, :bridge_not_running} end)
+      kill(os_pid)
+      assert Task.await(call) == {:error, :python_process_died}
+      assert Task.await(stopping) == :ok
+    end
+  end
+end

@@ -1,0 +1,128 @@
+defmodule DSPex.PythonBridge.Calls.RacesTest do
+  @moduledoc "Two things at once, of which a bridge has to survive both: named after them."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.Bridge
+
+  @moduletag :tmp_dir
+
+  defp start(opts) do
+    bridge =
+      start_supervised!(
+        Supervisor.child_spec({Bridge, fake_opts("slow", opts)}, restart: :temporary)
+      )
+
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    bridge
+  end
+
+  defp async(bridge, command, args, timeout \\ 30_000),
+    do: Task.async(fn -> Bridge.call(bridge, command, args, timeout) end)
+
+  defp slow(bridge, seconds, timeout \\ 30_000), do: async(bridge, :slow, %{s: seconds}, timeout)
+  defp pending(bridge, n), do: eventually(fn -> Bridge.get_status(bridge).pending == n end)
+
+  # Nobody is told this; the tests are about moments that have to be met.
+  defp next(bridge), do: eventually(fn -> :sys.get_state(bridge).next end)
+
+  test "a restart waits for a change, and the peer dies: the next one serves at once" do
+    bridge = start(start_timeout: 25_000)
+    create = async(bridge, :create_program, %{id: "p", wait: 60})
+    pending(bridge, 1)
+    restart = Task.async(fn -> Bridge.restart(bridge) end)
+    eventually(fn -> match?(%{up_at: at} when at != nil, next(bridge)) end)
+    kill(Bridge.get_status(bridge).os_pid)
+    assert {:ok, _} = Bridge.call(bridge, :echo, %{}, 10_000)
+    assert Task.await(restart) == :ok
+    # The change was begun again.
+    assert {:ok, %{"programs" => ["p"]}} = Bridge.call(bridge, :echo)
+    Task.shutdown(create, :brutal_kill)
+  end
+
+  test "a restart waits for a change, and that is withdrawn: the next one serves at once" do
+    bridge = start(start_timeout: 25_000)
+    create = async(bridge, :create_program, %{id: "p", wait: 1}, 100)
+    pending(bridge, 1)
+    restart = Task.async(fn -> Bridge.restart(bridge) end)
+    assert Task.await(create) == {:error, :timeout}
+    assert Task.await(restart, 10_000) == :ok
+    # What the old one did all the same, it had acknowledged by then.
+    assert {:ok, %{"programs" => ["p"]}} = Bridge.call(bridge, :echo)
+  end
+
+  test "a peer that stops reading while it is given its programs, and a restart", %{tmp_dir: dir} do
+    bridge =
+      start(
+        start_timeout: 500,
+        env: %{"FAKE_FILE" => Path.join(dir, "starts"), "DSPY_BRIDGE_DRAIN_MS" => "50"}
+      )
+
+    # More than any pipe holds.
+    for n <- 1..10,
+        do:
+          {:ok, _} =
+            Bridge.call(bridge, :create_program, %{id: "#{n}", x: String.duplicate("x", 300_000)})
+
+    kill(Bridge.get_status(bridge).os_pid)
+
+    eventually(
+      fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end,
+      10_000
+    )
+
+    assert Bridge.restart(bridge) == :ok
+    assert {:ok, %{"programs" => programs}} = Bridge.call(bridge, :echo, %{}, 10_000)
+    assert programs == for(n <- 1..10, do: "#{n}")
+  end
+
+  test "stop while an old peer finishes, which dies: all is answered" do
+    bridge = start(env: %{"DSPY_BRIDGE_DRAIN_MS" => "20000"})
+    %{os_pid: old} = Bridge.get_status(bridge)
+    again = slow(bridge, 2)
+    pending(bridge, 1)
+    assert Bridge.restart(bridge) == :ok
+    kept = slow(bridge, 1)
+    # Its timeout is one more thing to happen then.
+    given_up = slow(bridge, 60, 800)
+    pending(bridge, 3)
+    stop = Task.async(fn -> Bridge.stop(bridge) end)
+    eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
+    kill(old)
+    assert Task.await(given_up) == {:error, :timeout}
+    assert {:ok, _} = Task.await(kept)
+    # By the peer that still serves.
+    assert {:ok, _} = Task.await(again)
+    assert Task.await(stop, 10_000) == :ok
+  end
+
+  test "stop while the next peer starts: it does not take over" do
+    bridge = start([])
+    %{os_pid: old} = Bridge.get_status(bridge)
+    kept = slow(bridge, 1)
+    pending(bridge, 1)
+    restart = Task.async(fn -> Bridge.restart(bridge) end)
+    %{os_pid: next} = next(bridge)
+    stop = Task.async(fn -> Bridge.stop(bridge) end)
+    eventually(fn -> not alive?(next) end)
+    assert Bridge.call(bridge, :ping) == {:error, :bridge_not_running}
+    assert {:ok, _} = Task.await(kept)
+    assert Task.await(stop) == :ok
+    assert Task.await(restart) == {:error, :bridge_not_running}
+    eventually(fn -> not alive?(old) end)
+  end
+
+  test "a change held by a restart times out: what is held behind it is sent", %{tmp_dir: dir} do
+    env = %{"FAKE_FILE" => Path.join(dir, "starts"), "FAKE_HANGS" => "1"}
+    bridge = start(start_timeout: 25_000, env: env)
+    spawn(fn -> Bridge.restart(bridge) end)
+    next(bridge)
+    create = async(bridge, :create_program, %{id: "p"}, 300)
+    pending(bridge, 1)
+    echo = async(bridge, :echo, %{})
+    assert Task.await(create) == {:error, :timeout}
+    assert {:ok, %{"programs" => []}} = Task.await(echo)
+  end
+end

@@ -1,0 +1,306 @@
+defmodule DSPex.PythonBridge.Client.RealStreamsTest do
+  @moduledoc "Streams, tools and lists of inputs with the real peer."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.Test.{SilentLM, StreamingLM}
+
+  @qa %{id: "qa", signature: "question -> answer"}
+  @ask %{program_id: "qa", inputs: %{question: "Why?"}}
+  @agent %{
+    id: "agent",
+    signature: "question -> answer",
+    program_type: "react",
+    options: %{max_iters: 3},
+    tools: [
+      %{name: "search", description: "finds", args: %{query: %{type: "string"}, n: "int"}}
+    ]
+  }
+  @ask_agent %{program_id: "agent", inputs: %{question: "Why?"}}
+
+  @shared __MODULE__.Bridge
+
+  setup_all do
+    start_supervised!({Bridge, real_opts(name: @shared, default_timeout: 20_000)})
+    :ok
+  end
+
+  # The bridge that the tests share, with these programs alone.
+  defp start(programs) do
+    {:ok, _} = Bridge.call(@shared, :cleanup)
+    create(@shared, programs)
+  end
+
+  defp start_own(programs, opts \\ []) do
+    {Bridge, real_opts([default_timeout: 20_000] ++ opts)}
+    |> start_supervised!()
+    |> create(programs)
+  end
+
+  defp create(bridge, programs) do
+    for program <- programs, do: {:ok, _} = Bridge.call(bridge, :create_program, program)
+    bridge
+  end
+
+  defp start_streaming do
+    start_own([@qa], SilentLM.lm_opts(StreamingLM.start()))
+  end
+
+  describe "a stream" do
+    test "has its first chunk while the LM still writes" do
+      bridge = start_streaming()
+      test = self()
+
+      reader =
+        Task.async(fn ->
+          for element <- Bridge.stream(bridge, @ask), do: send(test, {:element, element})
+        end)
+
+      assert_receive {:lm_request, lm}, 10_000
+      StreamingLM.say(lm, "[[ ## answer ## ]]\n")
+      StreamingLM.say(lm, "Because ")
+      StreamingLM.say(lm, "of ")
+      assert_receive {:element, {:chunk, "answer", "Because"}}, 10_000
+      StreamingLM.say(lm, "physics.")
+      StreamingLM.say(lm, "\n\n[[ ## completed ## ]]")
+      StreamingLM.finish(lm)
+      Task.await(reader, 10_000)
+      assert_received {:element, {:ok, %{"answer" => "Because of physics."}, %{"lm_calls" => 1}}}
+    end
+
+    test "that is halted early closes the LM's request" do
+      bridge = start_streaming()
+      test = self()
+
+      reader =
+        Task.async(fn ->
+          [first] = bridge |> Bridge.stream(@ask) |> Enum.take(1)
+          send(test, :halted)
+          first
+        end)
+
+      assert_receive {:lm_request, lm}, 10_000
+      for text <- ["[[ ## answer ## ]]\n", "Because ", "of "], do: StreamingLM.say(lm, text)
+      assert_receive :halted, 10_000
+      assert_receive {:lm_closed, ^lm}, 10_000
+      assert {:chunk, "answer", "Because"} = Task.await(reader)
+      assert eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
+    end
+
+    test "ends with its consumer, and so does the LM's request" do
+      bridge = start_streaming()
+      consumer = spawn(fn -> bridge |> Bridge.stream(@ask) |> Enum.to_list() end)
+      assert_receive {:lm_request, lm}, 10_000
+      Process.exit(consumer, :kill)
+      assert_receive {:lm_closed, ^lm}, 10_000
+    end
+
+    test "that outlives its timeout ends with it" do
+      bridge = start_streaming()
+
+      reader =
+        Task.async(fn -> bridge |> Bridge.stream(@ask, timeout: 1500) |> Enum.to_list() end)
+
+      assert_receive {:lm_request, lm}, 10_000
+      StreamingLM.say(lm, "[[ ## answer ## ]]\nBecause ")
+      assert {:error, %Error{type: :timeout}} = reader |> Task.await(10_000) |> List.last()
+      assert_receive {:lm_closed, ^lm}, 10_000
+    end
+
+    test "of chain of thought has both fields under their names, in the LM's order" do
+      bridge = start([Map.put(@qa, :program_type, "chain_of_thought")])
+      elements = bridge |> Bridge.stream(@ask) |> Enum.to_list()
+      {:ok, %{"reasoning" => reasoning, "answer" => answer}, _meta} = List.last(elements)
+      assert for({:chunk, "reasoning", text} <- elements, into: "", do: text) == reasoning
+      assert for({:chunk, "answer", text} <- elements, into: "", do: text) == answer
+      fields = for({:chunk, field, _} <- elements, do: field) |> Enum.dedup()
+      assert fields == ["reasoning", "answer"]
+    end
+
+    test "comes on the hundredth call as on the first" do
+      bridge = start([@qa])
+
+      counts =
+        for _ <- 1..100 do
+          bridge |> Bridge.stream(@ask) |> Enum.count(&match?({:chunk, "answer", _}, &1))
+        end
+
+      assert hd(counts) > 1
+      assert Enum.uniq(counts) == [hd(counts)]
+    end
+
+    test "of a list of inputs has each result" do
+      bridge = start([@qa])
+      args = %{program_id: "qa", inputs: [%{question: "a"}, %{x: 1}, %{question: "c"}]}
+      elements = bridge |> Bridge.stream(args) |> Enum.to_list()
+      {:ok, %{"results" => [one, two, three]}, _meta} = List.last(elements)
+      items = for {:item, index, result} <- elements, into: %{}, do: {index, result}
+      assert items[0] == {:ok, one["result"]}
+      assert {:error, %Error{type: :invalid_args, message: text}} = items[1]
+      assert text == two["error"]
+      assert items[2] == {:ok, three["result"]}
+    end
+
+    test "goes on from a pool's lent bridge" do
+      pool = :"#{__MODULE__}.Pool"
+      start_supervised!({Pool, real_opts(name: pool, pool_size: 1)})
+      {:ok, _} = Pool.call(pool, :create_program, @qa, 20_000)
+      {:ok, bridge} = Pool.checkout(pool)
+      elements = bridge |> Bridge.stream(@ask) |> Enum.to_list()
+      assert {:ok, %{"answer" => _}, _meta} = List.last(elements)
+      assert Enum.any?(elements, &match?({:chunk, "answer", _}, &1))
+    end
+  end
+
+  describe "tools" do
+    test "are asked with arguments of their types; the LM sees what they give" do
+      bridge = start([@agent])
+
+      search = fn %{"query" => "Why?", "n" => n} when is_integer(n) ->
+        %{found: [n, "ž"]}
+      end
+
+      assert {:ok, %{"trajectory" => trajectory, "answer" => _}, %{"lm_calls" => 3}} =
+               Bridge.request(bridge, :execute_program, @ask_agent, tools: %{search: search})
+
+      assert %{"observation_0" => %{"found" => [_, "ž"]}, "tool_name_1" => "finish"} = trajectory
+    end
+
+    test "that fail are an observation" do
+      bridge = start([@agent])
+
+      for {tool, seen} <- [
+            {fn _ -> raise "on fire" end, "on fire"},
+            {fn _ -> exit(:gone) end, "gone"},
+            {fn _ -> {:error, "not today"} end, "not today"},
+            {fn _ -> {1, 2} end, "no JSON form"}
+          ] do
+        assert {:ok, %{"trajectory" => %{"observation_0" => observation}}, _meta} =
+                 Bridge.request(bridge, :execute_program, @ask_agent, tools: %{search: tool})
+
+        assert observation =~ seen
+      end
+    end
+
+    test "that are not given are an observation, too" do
+      bridge = start([@agent])
+
+      assert {:ok, %{"trajectory" => %{"observation_0" => observation}}} =
+               Bridge.call(bridge, :execute_program, @ask_agent)
+
+      assert observation =~ "search" and observation =~ ":tools"
+    end
+
+    test "steps are told, and come before what follows from them" do
+      bridge = start([@agent])
+      tools = %{"search" => fn _ -> "found" end}
+      elements = bridge |> Bridge.stream(@ask_agent, tools: tools) |> Enum.to_list()
+      assert [{:status, "calling tool search"} | rest] = elements
+      assert Enum.any?(rest, &match?({:chunk, "answer", _}, &1))
+    end
+
+    test "run on while nobody pulls the stream" do
+      bridge = start([@agent])
+      test = self()
+
+      tool = fn _ ->
+        send(test, :called)
+        "found"
+      end
+
+      stream = Bridge.stream(bridge, @ask_agent, tools: %{search: tool})
+
+      # The first element is taken, the next is not asked for until the tool was called.
+      Enum.reduce(stream, :first, fn
+        {:status, _}, :first -> assert_receive :called, 10_000
+        _element, acc -> acc
+      end)
+    end
+
+    test "that run at the deadline end with the execute" do
+      bridge = start([@agent])
+      test = self()
+
+      tool = fn _ ->
+        send(test, {:tool, self()})
+        Process.sleep(:infinity)
+      end
+
+      assert {:error, %Error{type: :timeout}} =
+               Bridge.request(bridge, :execute_program, @ask_agent,
+                 tools: %{search: tool},
+                 timeout: 1_000
+               )
+
+      assert_received {:tool, pid}
+      refute Process.alive?(pid)
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping)
+    end
+
+    test "of an agent are asked again by the next peer when theirs dies" do
+      bridge = start_own([@agent])
+      test = self()
+
+      tool = fn _ ->
+        send(test, {:tool, self()})
+
+        receive do
+          :go -> "found"
+        end
+      end
+
+      request =
+        Task.async(fn ->
+          Bridge.request(bridge, :execute_program, @ask_agent, tools: %{search: tool})
+        end)
+
+      assert_receive {:tool, first}, 10_000
+      kill(Bridge.get_status(bridge).os_pid)
+      assert_receive {:tool, second}, 10_000
+      assert first != second
+      send(second, :go)
+      assert {:ok, %{"trajectory" => trajectory}, _meta} = Task.await(request, 20_000)
+      assert trajectory["observation_0"] == "found"
+      refute Process.alive?(first)
+    end
+
+    test "reward the best of several answers" do
+      program = %{
+        id: "best",
+        signature: "question -> answer",
+        program_type: "best_of_n",
+        options: %{n: 3, threshold: 10, reward: %{tool: "judge"}}
+      }
+
+      bridge = start([program])
+      test = self()
+
+      judge = fn %{"inputs" => %{"question" => "Why?"}, "outputs" => %{"answer" => answer}} ->
+        send(test, {:judged, answer})
+        String.length(answer) / 100
+      end
+
+      args = %{program_id: "best", inputs: %{question: "Why?"}}
+
+      assert {:ok, %{"answer" => answer}, %{"lm_calls" => 3}} =
+               Bridge.request(bridge, :execute_program, args, tools: %{judge: judge})
+
+      for _ <- 1..3, do: assert_received({:judged, ^answer})
+    end
+  end
+
+  test "a program's state goes out of one bridge and into another" do
+    demos = [%{question: "Well?", answer: "WELL!"}]
+    bridge = start_own([Map.put(@qa, :demos, demos)])
+
+    assert {:ok, %{"details" => [%{"state" => %{"demos" => [%{"answer" => "WELL!"}]} = state}]}} =
+             Bridge.call(bridge, :list_programs, %{program_ids: ["qa"], state: true})
+
+    stop_supervised!(Bridge)
+    bridge = start_own([Map.put(@qa, :state, state)])
+    assert {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, @ask)
+  end
+end

@@ -1,0 +1,126 @@
+defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
+  @moduledoc "A bridge of another node, called without a pool."
+
+  # It makes this a distributed node.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.Test.Nodes
+
+  # More than the connection to a node takes before it makes those wait who send.
+  @big String.duplicate("x", 5_000_000)
+
+  setup do
+    Nodes.distribute()
+    node = Nodes.start()
+    spec = {Bridge, "plays" |> fake_opts() |> Keyword.put(:name, :far)}
+    {:ok, _} = Nodes.on(node, Supervisor, :start_child, [DSPex.ApplicationSupervisor, spec])
+    far = {:far, node}
+    eventually(fn -> Bridge.get_status(far).state == :running end, 20_000)
+    %{far: far, node: node}
+  end
+
+  # Its `Caller` then has no find/1 that others may call, as before there was one.
+  defp make_older(node) do
+    {_, code, file} = :code.get_object_code(Caller)
+
+    {:ok, {_, [debug_info: {:debug_info_v1, backend, data}]}} =
+      :beam_lib.chunks(code, [:debug_info])
+
+    {:ok, forms} = backend.debug_info(:erlang_v1, Caller, data, [])
+
+    older =
+      for form <- forms do
+        with {:attribute, at, :export, functions} <- form,
+             do: {:attribute, at, :export, List.delete(functions, {:find, 1})}
+      end
+
+    {:ok, Caller, older} = :compile.forms(older, [:return_errors])
+    {:module, Caller} = Nodes.on(node, :code, :load_binary, [Caller, file, older])
+    refute Nodes.on(node, :erlang, :function_exported, [Caller, :find, 1])
+  end
+
+  test "is as one here, with its own errors, and leaves nothing behind", %{far: far} do
+    test = self()
+    assert {:ok, %{"starts" => 1}} = Bridge.call(far, :ping)
+    assert {:error, :timeout} = Bridge.call(far, :execute_program, %{play: [["go", "x"]]}, 50)
+    eventually(fn -> Bridge.get_status(far).pending == 0 end)
+    assert {:ok, %{"heard" => [%{"cancel" => _id}]}} = Bridge.call(far, :heard, %{}, :infinity)
+    play = [["count", 1], ["tool", 1, "where", %{}], ["result", 1], ["reply"]]
+    tools = %{where: fn _ -> send(test, {:on, node()}) && 1 end}
+
+    assert [{:chunk, "n", "0"}, {:ok, %{"1" => %{"result" => 1}}, _}] =
+             far |> Bridge.stream(%{play: play}, tools: tools) |> Enum.to_list()
+
+    assert_received {:on, node} when node == node()
+    assert Bridge.call({:nobody, elem(far, 1)}, :ping) == {:error, :bridge_not_running}
+    assert Process.info(self(), :messages) == {:messages, []}
+  end
+
+  test "is told there from a process of another kind, which is unharmed", %{node: node} do
+    supervisor = Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor])
+
+    for server <- [{DSPex.ApplicationSupervisor, node}, supervisor] do
+      assert %{state: :failed, os_pid: nil} = Bridge.get_status(server)
+      assert Bridge.restart(server) == {:error, :bridge_not_running}
+      assert Bridge.stop(server) == :ok
+    end
+
+    assert Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor]) == supervisor
+  end
+
+  test "whose node has an older version is asked as it was given", %{far: far, node: node} do
+    make_older(node)
+    pid = Nodes.on(node, Process, :whereis, [:far])
+
+    for server <- [far, pid] do
+      assert %{state: :running, restarts: restarts} = Bridge.get_status(server)
+      assert Bridge.restart(server) == :ok
+      assert %{restarts: now} = Bridge.get_status(server)
+      assert now == restarts + 1
+    end
+
+    assert %{state: :failed} = Bridge.get_status({:nobody, node})
+    assert Bridge.restart({:nobody, node}) == {:error, :bridge_not_running}
+    assert Bridge.stop({:nobody, node}) == :ok
+    assert Bridge.stop(far) == :ok
+    refute Nodes.on(node, Process, :alive?, [pid])
+  end
+
+  test "whose node has stopped holds no caller past its timeout", %{far: far, node: node} do
+    os_pid = Nodes.on(node, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+    args = %{play: [], x: @big}
+
+    calls = [
+      fn -> Bridge.call(far, :execute_program, args, 300) end,
+      # The connection takes nothing more.
+      fn -> Bridge.call(far, :ping, %{}, 300) end,
+      fn -> Bridge.request(far, :execute_program, args, timeout: 300, tools: %{t: & &1}) end,
+      fn -> Bridge.cast(far, :execute_program, args) end
+    ]
+
+    try do
+      results =
+        for call <- calls do
+          task = Task.async(call)
+          Task.yield(task, 2_000) || Task.shutdown(task, :brutal_kill)
+        end
+
+      assert [
+               {:ok, {:error, :timeout}},
+               {:ok, {:error, :timeout}},
+               {:ok, {:error, %Error{type: :timeout}}},
+               {:ok, :ok}
+             ] = results
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
+
+    # Those of whom the bridge hears now are gone.
+    eventually(fn -> Bridge.get_status(far).pending <= 1 end, 10_000)
+  end
+end

@@ -1,0 +1,536 @@
+defmodule DSPex.PythonBridge.Client.StreamTest do
+  @moduledoc """
+  What comes before a reply: `:on_chunk` and `Bridge.stream`, with a peer that streams what it is told
+  to (tests/fakes/replies/plays.py). Named after the races.
+  """
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.Client.StreamProxy
+
+  # Of the field n, with their numbers: ["count", 3].
+  @count for n <- 0..2, do: %{"field" => "n", "chunk" => "#{n}"}
+
+  setup tags do
+    opts = Map.get(tags, :bridge, [])
+    spec = Supervisor.child_spec({Bridge, fake_opts("plays", opts)}, restart: :temporary)
+    bridge = start_supervised!(spec)
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    %{bridge: bridge}
+  end
+
+  defp in_dir(dir, opts \\ []), do: [env: %{"FAKE_FILE" => Path.join(dir, "starts")}] ++ opts
+
+  defp start_again(opts) do
+    bridge = start_supervised!({Bridge, fake_opts("plays", opts)}, id: make_ref())
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    bridge
+  end
+
+  defp request(bridge, play, opts),
+    do: Bridge.request(bridge, :execute_program, %{play: play}, opts)
+
+  defp stream(bridge, play, opts \\ []), do: Bridge.stream(bridge, %{play: play}, opts)
+  defp go(bridge, name), do: Bridge.cast(bridge, :go, %{name: name})
+  defp to(pid), do: [on_chunk: &send(pid, {:chunk, self(), &1})]
+  defp status(bridge, key), do: Map.fetch!(Bridge.get_status(bridge), key)
+
+  defp cancelled(bridge) do
+    {:ok, %{"heard" => heard}} = Bridge.call(bridge, :heard)
+    for %{"cancel" => id} <- heard, do: id
+  end
+
+  defp last_id(bridge) do
+    {:ok, %{"id" => id}} = Bridge.call(bridge, :heard)
+    id
+  end
+
+  defp messages do
+    {:messages, messages} = Process.info(self(), :messages)
+    messages
+  end
+
+  defp received do
+    for {:chunk, _pid, chunk} <- messages(), do: chunk
+  end
+
+  describe "request/4 with :on_chunk" do
+    test "has it called in the caller's process with each map as it is, in order", context do
+      chunks = [
+        %{"field" => "answer", "chunk" => "Pá"},
+        %{"status" => "calling tool search"},
+        %{"index" => 3, "success" => true, "result" => %{"answer" => "x"}},
+        %{"of" => "tomorrow"}
+      ]
+
+      play =
+        Enum.map(chunks, &["stream", &1]) ++ [["count", 3], ["reply", %{"answer" => "Paris"}]]
+
+      assert {:ok, %{"answer" => "Paris"}, meta} = request(context.bridge, play, to(self()))
+      assert meta == %{"asked" => ["stream", "meta"]}
+      assert received() == chunks ++ @count
+      assert Enum.all?(messages(), &match?({:chunk, pid, _} when pid == self(), &1))
+      assert %{late_replies: 0, pending: 0} = Bridge.get_status(context.bridge)
+    end
+
+    test "asks for chunks only when it is given", %{bridge: bridge} do
+      play = [["count", 2], ["reply", %{}]]
+      assert {:ok, %{}, %{"asked" => ["meta"]}} = request(bridge, play, [])
+      assert {:ok, %{}} = Bridge.call(bridge, :execute_program, %{play: play})
+      assert messages() == []
+      # Those that come unasked are nobody's.
+      assert status(bridge, :late_replies) == 4
+    end
+
+    test "gives the peer's errors as without it", %{bridge: bridge} do
+      play = [["count", 1], ["fail", "lm_error"]]
+      assert {:error, %Error{type: :lm_error}} = request(bridge, play, to(self()))
+      assert received() == Enum.take(@count, 1)
+    end
+
+    test "refuses options that cannot be right, and names them", %{bridge: bridge} do
+      for {opts, name} <- [
+            {[on_chunk: fn -> :ok end], ":on_chunk"},
+            {[on_chunk: nil], ":on_chunk"},
+            {[retry: 1], ":retry"},
+            {[tools: [search: 1]], ":tools"},
+            {[on_chunks: & &1], ":on_chunks"},
+            {[timeout: -1, on_chunk: & &1], "timeout"},
+            {:on_chunk, "options"}
+          ] do
+        assert {:error, %Error{type: :invalid_request, message: text}} = request(bridge, [], opts)
+        assert text =~ name
+      end
+
+      assert {:error, %Error{type: :bridge_not_running}} = request(:nobody, [], to(self()))
+
+      assert {:error, %Error{type: :invalid_args}} =
+               Bridge.request(bridge, :ping, %{a: self()}, to(self()))
+    end
+
+    for {kind, raise} <- [
+          error: quote(do: raise(ArgumentError, "mine")),
+          throw: quote(do: throw(:mine)),
+          exit: quote(do: exit(:mine))
+        ] do
+      test "cancels the execute when it ends by #{kind}, and hands that on", %{bridge: bridge} do
+        play = [["count", 3], ["go", "on"], ["count", 3], ["reply", %{}]]
+
+        on_chunk = fn chunk ->
+          send(self(), {:chunk, self(), chunk})
+          if chunk["chunk"] == "1", do: unquote(raise)
+        end
+
+        try do
+          request(bridge, play, on_chunk: on_chunk)
+          flunk("it was not handed on")
+        catch
+          unquote(kind), reason -> assert reason in [:mine, %ArgumentError{message: "mine"}]
+        end
+
+        assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
+        assert status(bridge, :pending) == 0
+        go(bridge, "on")
+        # Three chunks and the reply, at least; of the first three one or none.
+        eventually(fn -> status(bridge, :late_replies) >= 4 end)
+        assert received() == Enum.take(@count, 2)
+        assert length(messages()) == 2
+      end
+    end
+
+    test "with a chunk and the reply after the timeout: both come too late", %{bridge: bridge} do
+      play = [["go", "on"], ["count", 1], ["reply", %{}]]
+      opts = [timeout: 50] ++ to(self())
+      {ms, result} = timed(fn -> request(bridge, play, opts) end)
+      assert {:error, %Error{type: :timeout}} = result
+      assert ms < 1_000
+      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
+      go(bridge, "on")
+      eventually(fn -> status(bridge, :late_replies) == 2 end)
+      assert messages() == []
+    end
+
+    test "with a chunk after the reply: it comes too late", %{bridge: bridge} do
+      assert {:ok, %{}, _} = request(bridge, [["reply", %{}], ["count", 1]], to(self()))
+      eventually(fn -> status(bridge, :late_replies) == 1 end)
+      assert messages() == []
+    end
+
+    test "with a function that is at work when the time is over: what came in time is given",
+         %{bridge: bridge} do
+      test = self()
+      started = System.monotonic_time(:millisecond)
+
+      on_chunk = fn chunk ->
+        # All of it waits in the mailbox by then.
+        eventually(fn -> status(bridge, :pending) == 0 end)
+        eventually(fn -> System.monotonic_time(:millisecond) > started + 300 end)
+        send(test, {:chunk, self(), chunk})
+      end
+
+      play = [["count", 3], ["reply", %{}]]
+      assert {:ok, %{}, _} = request(bridge, play, timeout: 300, on_chunk: on_chunk)
+      assert received() == @count
+      assert length(messages()) == 3
+      assert cancelled(bridge) == []
+    end
+
+    test "with a function that is slower than the chunks come: the timeout holds", context do
+      %{bridge: bridge} = context
+      slow = fn _chunk -> receive(do: (:never -> :ok), after: (5 -> :ok)) end
+      opts = [timeout: 200, on_chunk: slow]
+      {ms, result} = timed(fn -> request(bridge, [["count", 2_000], ["go", "on"]], opts) end)
+      assert {:error, %Error{type: :timeout}} = result
+      assert ms < 1_000
+      assert messages() == []
+    end
+
+    test "with a frame that is no chunk: it is counted, and the rest goes on", %{bridge: bridge} do
+      garbage =
+        for end_of <- [~s({"field":), "[]}", "1}"], do: ["raw", ~s({"id":ID,"stream":) <> end_of]
+
+      play = garbage ++ [["count", 1], ["reply", %{}]]
+
+      log =
+        ExUnit.CaptureLog.capture_log(fn ->
+          assert {:ok, %{}, _} = request(bridge, play, to(self()))
+          # It has logged the first by then.
+          assert status(bridge, :unreadable_frames) == 3
+        end)
+
+      assert received() == Enum.take(@count, 1)
+      assert log =~ "not readable"
+    end
+
+    test "with a bridge that is killed after a chunk", %{bridge: bridge} do
+      opts = [timeout: 10_000, on_chunk: fn _chunk -> Process.exit(bridge, :kill) end]
+      result = request(bridge, [["count", 1], ["go", "on"]], opts)
+      assert {:error, %Error{type: :bridge_not_running}} = result
+      assert messages() == []
+    end
+
+    @tag :tmp_dir
+    test "with a peer that dies after a chunk: it is not sent again", %{tmp_dir: dir} do
+      bridge = start_again(in_dir(dir))
+      play = [["first", [["count", 1], ["go", "die"], ["die"]], [["reply", %{}]]]]
+      opts = [on_chunk: fn _chunk -> go(bridge, "die") end]
+      assert {:error, %Error{type: :python_process_died}} = request(bridge, play, opts)
+    end
+
+    @tag :tmp_dir
+    test "with a peer that dies before a chunk: it is sent again", %{tmp_dir: dir} do
+      bridge = start_again(in_dir(dir))
+      play = [["first", [["die"]], [["count", 3], ["reply", %{"again" => true}]]]]
+      assert {:ok, %{"again" => true}, _} = request(bridge, play, to(self()))
+      assert received() == @count
+    end
+
+    test "is served while stop/1 waits for it", %{bridge: bridge} do
+      test = self()
+
+      on_chunk = fn
+        %{"chunk" => "0"} ->
+          spawn(fn -> send(test, {:stopped, Bridge.stop(bridge)}) end)
+          eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
+          send(test, :stopping)
+
+        chunk ->
+          send(test, {:chunk, self(), chunk})
+      end
+
+      # The tool is what the peer waits for: nothing else gets to it any more.
+      wait = fn _args ->
+        eventually(fn -> :stopping in elem(Process.info(test, :messages), 1) end)
+      end
+
+      play = [["count", 1], ["tool", 1, "wait", %{}], ["result", 1], ["count", 3], ["reply", %{}]]
+      opts = [on_chunk: on_chunk, tools: %{wait: wait}]
+      assert {:ok, %{}, _} = request(bridge, play, opts)
+      assert received() == Enum.drop(@count, 1)
+      assert_receive {:stopped, :ok}, 5_000
+    end
+  end
+
+  describe "stream/3" do
+    test "gives chunks, statuses and items, and the result last", %{bridge: bridge} do
+      play = [
+        ["stream", %{field: "answer", chunk: "Par"}],
+        ["stream", %{status: "calling tool search"}],
+        ["stream", %{of: "tomorrow"}],
+        ["stream", %{field: "answer"}],
+        ["stream", %{index: -1, success: true, result: %{}}],
+        ["stream", %{index: 0, success: true, result: 5}],
+        ["stream", %{index: -1, success: false, error: "no"}],
+        ["stream", %{index: 1, success: true, result: %{answer: "x"}}],
+        ["stream", %{index: 0, success: false, error: "no", error_type: "timeout"}],
+        ["reply", %{answer: "Paris"}]
+      ]
+
+      assert [
+               {:chunk, "answer", "Par"},
+               {:status, "calling tool search"},
+               {:item, 1, {:ok, %{"answer" => "x"}}},
+               {:item, 0, {:error, %Error{type: :timeout, message: "no"}}},
+               {:ok, %{"answer" => "Paris"}, %{"asked" => ["stream", "meta"]}}
+             ] = Enum.to_list(stream(bridge, play))
+
+      assert messages() == []
+    end
+
+    test "sends nothing before it is enumerated, and each time anew", %{bridge: bridge} do
+      id = last_id(bridge)
+      stream = stream(bridge, [["count", 1], ["reply", %{}]])
+      assert Enum.take(stream, 0) == []
+      assert last_id(bridge) == id + 1
+      assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Enum.to_list(stream)
+      assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Enum.to_list(stream)
+      assert last_id(bridge) == id + 4
+    end
+
+    test "gives a chunk as soon as it has come", %{bridge: bridge} do
+      play = for n <- 1..3, step <- [["count", 1], ["go", "#{n}"]], do: step
+
+      # The peer goes on when it has been seen.
+      assert [1, 2, 3, {:ok, %{}, _}] =
+               stream(bridge, play ++ [["reply", %{}]], timeout: 10_000)
+               |> Stream.transform(1, fn
+                 {:chunk, "n", "0"}, n ->
+                   go(bridge, "#{n}")
+                   {[n], n + 1}
+
+                 last, n ->
+                   {[last], n}
+               end)
+               |> Enum.to_list()
+    end
+
+    test "cancels the execute when it is halted early", %{bridge: bridge} do
+      play = [["count", 3], ["go", "on"], ["count", 1], ["reply", %{}]]
+      assert [{:chunk, "n", "0"}, {:chunk, "n", "1"}] = Enum.take(stream(bridge, play), 2)
+      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
+      assert status(bridge, :pending) == 0
+      go(bridge, "on")
+      eventually(fn -> status(bridge, :late_replies) >= 2 end)
+      assert messages() == []
+    end
+
+    test "cancels the execute when its consumer raises", %{bridge: bridge} do
+      play = [["count", 3], ["go", "on"]]
+
+      assert_raise ArgumentError, "mine", fn ->
+        Enum.each(stream(bridge, play), fn _ -> raise ArgumentError, "mine" end)
+      end
+
+      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
+      assert status(bridge, :pending) == 0
+      assert messages() == []
+    end
+
+    test "cancels the execute when its consumer is killed", %{bridge: bridge} do
+      test = self()
+
+      consumer =
+        spawn(fn ->
+          Enum.each(stream(bridge, [["count", 1], ["go", "on"]]), fn _ ->
+            send(test, :consuming)
+            Process.sleep(:infinity)
+          end)
+        end)
+
+      assert_receive :consuming, 5_000
+      assert status(bridge, :pending) == 1
+      Process.exit(consumer, :kill)
+      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
+      assert status(bridge, :pending) == 0
+    end
+
+    test "can be pulled by hand: halted between two pulls, it is cancelled", %{bridge: bridge} do
+      play = [["count", 3], ["go", "on"]]
+      stream = stream(bridge, play)
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, nil, next} = Enumerable.reduce(stream, {:suspend, nil}, suspend)
+      assert status(bridge, :pending) == 0
+      {:suspended, {:chunk, "n", "0"}, next} = next.({:cont, nil})
+      {:suspended, {:chunk, "n", "1"}, next} = next.({:cont, nil})
+      assert cancelled(bridge) == []
+      assert {:halted, nil} = next.({:halt, nil})
+      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
+      assert messages() == []
+      assert [{{:chunk, "n", "0"}, 1}, {{:chunk, "n", "1"}, 2}] = Enum.zip(stream, [1, 2])
+      assert [_, _] = eventually(fn -> match?([_, _], cancelled(bridge)) && cancelled(bridge) end)
+      assert messages() == []
+    end
+
+    test "that is pulled after its time is over gives what came in time", %{bridge: bridge} do
+      stream = stream(bridge, [["count", 3], ["reply", %{}]], timeout: 300)
+      suspend = fn element, acc -> {:suspend, [element | acc]} end
+      started = System.monotonic_time(:millisecond)
+      {:suspended, acc, next} = Enumerable.reduce(stream, {:cont, []}, suspend)
+      eventually(fn -> System.monotonic_time(:millisecond) > started + 300 end)
+      {:suspended, acc, next} = next.({:cont, acc})
+      {:suspended, acc, next} = next.({:cont, acc})
+      {:suspended, acc, next} = next.({:cont, acc})
+      assert [{:ok, %{}, _}, {_, _, "2"}, {_, _, "1"}, {_, _, "0"}] = acc
+      assert {:done, ^acc} = next.({:cont, acc})
+      assert messages() == []
+      # And one that did not come in time can be halted, too.
+      {:suspended, _, next} = Enumerable.reduce(stream, {:cont, []}, suspend)
+      eventually(fn -> System.monotonic_time(:millisecond) > started + 700 end)
+      {:suspended, _, next} = next.({:cont, []})
+      assert {:halted, nil} = next.({:halt, nil})
+      assert messages() == []
+    end
+
+    test "whose reply comes behind the timeout does not give it", %{bridge: bridge} do
+      stream = stream(bridge, [["count", 1], ["go", "on"], ["reply", %{}]], timeout: 500)
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      [proxy] = eventually(fn -> proxies() != [] && proxies() end)
+      waiting = fn -> elem(Process.info(proxy, :message_queue_len), 1) end
+      :erlang.suspend_process(proxy)
+      eventually(fn -> waiting.() == 1 end)
+      go(bridge, "on")
+      eventually(fn -> waiting.() == 2 end)
+      :erlang.resume_process(proxy)
+      eventually(fn -> waiting.() == 0 end)
+      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
+    end
+
+    # The call's process.
+    defp proxies do
+      for pid <- Process.list(),
+          Process.info(pid, :parent) == {:parent, self()},
+          Process.info(pid, :current_function) == {:current_function, {StreamProxy, :loop, 1}},
+          do: pid
+    end
+
+    test "is cancelled on time, pulled or not", %{bridge: bridge} do
+      stream = stream(bridge, [["count", 2], ["go", "on"]], timeout: 100)
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end, 1_000)
+      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
+    end
+
+    test "whose bridge dies after the reply gives the reply", %{bridge: bridge} do
+      stream = stream(bridge, [["count", 2], ["reply", %{}]])
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      eventually(fn -> status(bridge, :pending) == 0 end)
+      monitor = Process.monitor(bridge)
+      Process.exit(bridge, :kill)
+      assert_receive {:DOWN, ^monitor, _, _, _}, 5_000
+      assert {:suspended, {:chunk, "n", "1"}, next} = next.({:cont, nil})
+      assert {:suspended, {:ok, %{}, _}, _} = next.({:cont, nil})
+    end
+
+    test "gives errors as its last element", %{bridge: bridge} do
+      assert [error: %Error{type: :lm_error}] =
+               Enum.to_list(stream(bridge, [["fail", "lm_error"]]))
+
+      {ms, elements} =
+        timed(fn -> Enum.to_list(stream(bridge, [["count", 1], ["go", ""]], timeout: 100)) end)
+
+      assert [{:chunk, "n", "0"}, {:error, %Error{type: :timeout}}] = elements
+      assert ms < 1_000
+      assert [error: %Error{type: :bridge_not_running}] = Enum.to_list(stream(:nobody, []))
+      assert [error: %Error{type: :invalid_args}] = Enum.to_list(Bridge.stream(bridge, %{a: {1}}))
+      assert [error: %Error{}] = Enum.take(Bridge.stream(%{}, timeout: -1), 1)
+      assert [error: %Error{}] = Enum.take(Bridge.stream(bridge, [], []), 1)
+      assert messages() == []
+    end
+
+    test "gives bad options as its one element", %{bridge: bridge} do
+      for {opts, name} <- [
+            {[on_chunk: & &1], ":on_chunk"},
+            {[retry: nil], ":retry"},
+            {[tools: %{1 => & &1}], ":tools"},
+            {[timeout: :soon], "timeout"},
+            {[1], "options"}
+          ] do
+        assert [error: %Error{type: :invalid_request, message: text}] =
+                 Enum.to_list(Bridge.stream(bridge, %{}, opts))
+
+        assert text =~ name
+      end
+
+      assert [error: %Error{type: :invalid_request}] = Enum.to_list(Bridge.stream(%{}, a: 1))
+    end
+
+    @tag :tmp_dir
+    test "ends with an error when the peer dies after a chunk", %{tmp_dir: dir} do
+      bridge = start_again(in_dir(dir))
+
+      play = fn first ->
+        [["first", first ++ [["go", "die"], ["die"]], [["count", 1], ["reply", %{}]]]]
+      end
+
+      elements =
+        for element <- stream(bridge, play.([["count", 1]])) do
+          if match?({:chunk, _, _}, element), do: go(bridge, "die")
+          element
+        end
+
+      assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
+    end
+
+    test "ends with an error that says so when its peer is replaced after a chunk" do
+      bridge = start_again(env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
+      stream = stream(bridge, [["count", 1], ["go", "never"]], timeout: 20_000)
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      assert Bridge.restart(bridge) == :ok
+      assert {:suspended, {:error, error}, _} = next.({:cont, nil})
+      assert %Error{type: :python_process_died, message: text} = error
+      assert text =~ "was replaced"
+    end
+
+    test "calls tools while nobody pulls it", %{bridge: bridge} do
+      test = self()
+      tools = %{tell: &send(test, {:told, &1})}
+      play = [["count", 1], ["tool", 1, "tell", %{a: 1}], ["result", 1], ["reply"]]
+      suspend = fn element, _acc -> {:suspend, element} end
+
+      {:suspended, {:chunk, "n", "0"}, next} =
+        Enumerable.reduce(stream(bridge, play, tools: tools), {:cont, nil}, suspend)
+
+      assert_receive {:told, %{"a" => 1}}, 5_000
+      eventually(fn -> status(bridge, :pending) == 0 end)
+      assert {:suspended, {:ok, %{"1" => %{"success" => false}}, _}, _} = next.({:cont, nil})
+    end
+
+    test "is the same with a bridge that a pool has lent" do
+      name = Module.concat(__MODULE__, Pool)
+      opts = Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)
+      start_supervised!({Pool, opts})
+      {:ok, bridge} = Pool.checkout(name)
+      play = [["count", 1], ["tool", 1, "t", %{}], ["result", 1], ["reply"]]
+
+      assert [{:chunk, "n", "0"}, {:ok, %{"1" => %{"result" => "r"}}, _}] =
+               Enum.to_list(stream(bridge, play, tools: %{"t" => fn %{} -> "r" end}))
+
+      assert {:ok, %{}, _} = request(bridge, play, [tools: %{t: fn _ -> 1 end}] ++ to(self()))
+    end
+  end
+
+  test "a full mailbox makes no chunk slow", %{bridge: bridge} do
+    play = [["count", 2_000], ["reply", %{}]]
+    on_chunk = fn -> request(bridge, play, on_chunk: fn _ -> :ok end) end
+    # Suspended after each.
+    zipped = fn -> Enum.zip(stream(bridge, play), 1..5_000) end
+
+    runs = fn ->
+      for run <- [on_chunk, zipped], do: Enum.min(for _ <- 1..3, do: elem(timed(run), 0))
+    end
+
+    empty = runs.()
+    for n <- 1..100_000, do: send(self(), {:other, n})
+    full = runs.()
+    # Each search through it takes some 0.5 ms: 1 s for all.
+    for {ms, before} <- Enum.zip(full, empty), do: assert(ms < 3 * before + 200)
+    assert {:message_queue_len, 100_000} = Process.info(self(), :message_queue_len)
+  end
+end

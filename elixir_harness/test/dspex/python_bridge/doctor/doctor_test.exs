@@ -1,0 +1,412 @@
+defmodule DSPex.PythonBridge.Doctor.DoctorTest do
+  # The checks read the application's configuration.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureIO
+  import ExUnit.CaptureLog
+
+  alias DSPex.PythonBridge.Doctor
+  alias DSPex.PythonBridge.Doctor.Packages
+  alias DSPex.Test.Nodes
+
+  @moduletag :tmp_dir
+
+  @names ~w(configuration interpreter version dspy psutil script package folders ping program lm)
+  @key "sk-0123456789abcdef"
+
+  setup :only_python
+
+  # By name.
+  defp run(opts \\ []) do
+    checks = Doctor.run(opts)
+    assert Doctor.ok?(checks) == Enum.all?(checks, &(&1.status != :failed))
+    Map.new(checks, &{&1.name, &1})
+  end
+
+  defp statuses(checks, names), do: for(name <- names, do: checks[name].status)
+
+  defp says(dir, answer), do: use_interpreter(dir, "echo 'DSPEX #{JSON.encode!(answer)}'")
+
+  # A peer's script by its looks.
+  defp peer(dir, source) do
+    path = Path.join(dir, "peer.py")
+    File.write!(path, "# class DSPyBridge, def handle_command, def main():\n" <> source)
+    path
+  end
+
+  describe "a good environment" do
+    test "each check, in its order, as it is made; real DSPy answers" do
+      me = self()
+      checks = Doctor.run(lm: "offline/echo", each: &send(me, &1))
+      assert Enum.map(checks, & &1.name) == @names
+      assert Enum.map(checks, & &1.status) == List.duplicate(:ok, 11)
+      assert Enum.map(checks, & &1.advice) == List.duplicate(nil, 11)
+      for check <- checks, do: assert_received(^check)
+      checks = Map.new(checks, &{&1.name, &1.found})
+      assert checks["interpreter"] =~ "#{python()} (the environment variable PYTHON_EXECUTABLE)"
+      assert checks["version"] =~ ~r/^3\.\d+\.\d+$/
+      assert checks["dspy"] =~ ~r/^3\.4\./
+      assert checks["script"] == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
+      assert checks["ping"] =~ ~r/^answered \d+ ms after its start$/
+      assert checks["program"] =~ "offline/echo answered"
+    end
+
+    test "nothing of it is left: no process, no message; no name is taken", %{tmp_dir: dir} do
+      Process.flag(:trap_exit, true)
+      Process.register(self(), :doctor_test)
+      put_config(:python_bridge, name: :doctor_test)
+      script = peer(dir, File.read!(Application.app_dir(:dspex, "priv/python/dspy_bridge.py")))
+      before = Process.list()
+      checks = run(script_path: script, lm: "offline/echo")
+      assert %{status: :ok} = checks["program"]
+      refute_received _anything
+      eventually(fn -> Process.list() -- before == [] end)
+      {processes, 0} = System.cmd("ps", ["-eo", "args"])
+      refute processes =~ script
+    end
+
+    test "nothing of it is logged, neither here nor, by rpc, where the caller is" do
+      Nodes.distribute()
+      node = Nodes.start()
+      level = Logger.level()
+      on_exit(fn -> Logger.configure(level: level) end)
+      opts = [python_executable: python(), lm: "offline/echo"]
+      me = self()
+
+      log =
+        capture_log(fn ->
+          Logger.configure(level: :debug)
+
+          for on <- [node(), node] do
+            Nodes.on(on, Logger, :configure, [[level: :debug]])
+            send(me, {:made, Nodes.on(on, Doctor, :run, [opts])})
+            filters = Nodes.on(on, :logger, :get_primary_config, []).filters
+            refute Keyword.has_key?(filters, :dspex_doctor)
+          end
+        end)
+
+      for _on <- [1, 2], do: assert_received({:made, checks} when length(checks) == 11)
+      refute log =~ "bridge"
+    end
+
+    test "works with the host's application not running", %{tmp_dir: dir} do
+      code = """
+      false = List.keymember?(Application.loaded_applications(), :dspex, 0)
+      IO.puts DSPex.PythonBridge.Doctor.print()
+      """
+
+      # As that of a release.
+      config = Path.join(dir, "sys.config")
+      File.write!(config, ~s([{dspex, [{python_bridge, [{lm, <<"offline/echo">>}]}]}].))
+
+      args = ["--erl", "-config sys", "-pa", Application.app_dir(:dspex, "ebin"), "-e", code]
+      assert {output, 0} = System.cmd("elixir", args, cd: dir, stderr_to_stdout: true)
+      assert output =~ "offline/echo answered"
+      assert output =~ "lm            offline/echo, which is built in"
+      assert output =~ "All is well.\ntrue\n"
+    end
+  end
+
+  describe "the configuration" do
+    test "misspelt keys, with the nearest; all that is wrong at once; the rest is checked" do
+      put_config(:python_bridg, lm: "x")
+      put_config(:python_bridge_monitor, intervall: 5)
+      checks = run()
+      assert %{status: :failed, found: text} = checks["configuration"]
+      assert text =~ "unknown option :python_bridg, did you mean :python_bridge?"
+      assert text =~ "unknown option :intervall, did you mean :interval?"
+      assert checks["program"].status == :ok
+    end
+
+    test "keys of the host's own are none of ours" do
+      put_config(:something_else, 1)
+      assert run()["configuration"].status == :ok
+    end
+
+    test "wrong types, and a misspelt option: what builds on them is skipped" do
+      for {key, value, text} <- [
+            {:python_bridge, [max_retrys: 1], "unknown option :max_retrys, did you mean"},
+            {:python_bridge, [lm: 5], ":lm: expected a string, got 5"},
+            {:python_bridge, "lm", "expected a keyword list"},
+            {:python_environment, [virtual_env: 5], "virtual_env: expected the path of a folder"},
+            {:python_environment, [virtualenv: "x"], "did you mean :virtual_env?"}
+          ] do
+        before = Application.get_env(:dspex, key)
+        Application.put_env(:dspex, key, value)
+        checks = run()
+        Application.put_env(:dspex, key, before)
+        assert %{status: :failed, found: found} = checks["configuration"]
+        assert found =~ inspect(key) and found =~ text
+        assert checks["interpreter"].found == "needs configuration"
+        assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 10)
+      end
+    end
+
+    test "autostart of another type" do
+      put_config(:autostart, "false")
+      assert run()["configuration"].found =~ ":autostart: expected true or false, got \"false\""
+    end
+  end
+
+  describe "the interpreter" do
+    test "none" do
+      put_system_env("PYTHON_EXECUTABLE", "/no/such/python")
+      checks = run()
+      assert %{status: :failed, found: found, advice: advice} = checks["interpreter"]
+      assert found =~ "PYTHON_EXECUTABLE names /no/such/python"
+      assert advice =~ "mix dspex.setup"
+      skipped = ~w(version dspy psutil package ping program lm)
+      assert statuses(checks, skipped) == List.duplicate(:skipped, 7)
+      assert statuses(checks, ~w(script folders)) == [:ok, :ok]
+    end
+
+    test "in a folder that dspex.setup would refuse: another is to be named", %{tmp_dir: dir} do
+      put_config(:python_environment, virtual_env: dir)
+      File.write!(Path.join(dir, "thesis.txt"), "x")
+      assert %{status: :failed, found: found, advice: advice} = run()["interpreter"]
+      assert found =~ "is no virtual environment (name another)"
+      assert advice =~ "`mix dspex.setup --path FOLDER` makes a virtual environment"
+    end
+
+    test "what has decided may be told by the caller" do
+      opts = [python_executable: python(), decided: "by me"]
+      assert run(opts)["interpreter"].found == "#{python()} (by me)"
+    end
+
+    test "a relative path that holds only from here is noted", %{tmp_dir: dir} do
+      venv = Path.relative_to_cwd(dir)
+      File.mkdir_p!(Path.join(dir, "bin"))
+      File.ln_s!(python(), Path.join(dir, "bin/python"))
+      put_config(:python_environment, virtual_env: venv)
+      assert %{status: :note, found: found, advice: advice} = run()["interpreter"]
+      assert found == "#{dir}/bin/python (virtual_env in config :dspex, :python_environment)"
+      assert advice =~ inspect(venv) and advice =~ "__DIR__"
+    end
+
+    test "the hint is for whoever has configured none" do
+      assert %{status: :note, advice: "look"} = run(hint: "look")["interpreter"]
+      named = run(hint: "look", python_executable: python())["interpreter"]
+      assert %{status: :ok, advice: nil} = named
+    end
+
+    test "too old", %{tmp_dir: dir} do
+      says(dir, %{version: "3.8.10", found: %{}})
+      checks = run()
+      assert %{status: :failed, found: found, advice: advice} = checks["version"]
+      assert found =~ "3.8.10, needed is 3.10" and advice =~ "3.10 or newer"
+      assert advice =~ "mix dspex.setup --path FOLDER --python PYTHON"
+      assert checks["dspy"].found == "needs version"
+    end
+
+    test "one that cannot be run", %{tmp_dir: dir} do
+      python = use_interpreter(dir, "echo broken >&2; exit 9")
+      assert run()["version"].found == "#{python} cannot be run: exit status 9: broken"
+    end
+  end
+
+  describe "packages" do
+    test "a virtual environment that lacks them, for real", %{tmp_dir: dir} do
+      venv = Path.join(dir, "venv of mine")
+      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
+      put_config(:python_environment, virtual_env: venv)
+      checks = run()
+      assert %{status: :failed, found: found, advice: advice} = checks["dspy"]
+      assert found == "not installed in #{venv}/bin/python3"
+      assert advice =~ "mix dspex.setup"
+      # As it has no pip.
+      assert advice =~ "uv pip install --python '#{venv}/bin/python3' 'dspy>="
+
+      assert checks["psutil"].status == :failed
+      assert checks["ping"].found == "needs dspy"
+      assert statuses(checks, ~w(program lm)) == [:skipped, :skipped]
+    end
+
+    test "how to install them by pip into an environment, never into a shared Python", %{
+      tmp_dir: dir
+    } do
+      put_config(:python_environment, required_packages: ["mlflow"])
+
+      answer = %{version: "3.11.0", found: %{psutil: "5.9"}, modules: ["pip"]}
+      python = says(dir, Map.put(answer, :venv, true))
+      checks = run()
+      assert checks["mlflow"].advice == "#{python} -m pip install 'mlflow'"
+      assert checks["dspy"].advice =~ "or: #{python} -m pip install 'dspy>="
+
+      says(dir, Map.put(answer, :venv, false))
+      checks = run()
+      assert checks["dspy"].advice == "`mix dspex.setup` makes an environment with it"
+
+      assert checks["mlflow"].advice ==
+               "`mix dspex.setup` makes a virtual environment; install 'mlflow' there"
+    end
+
+    test "versions that are not tested", %{tmp_dir: dir} do
+      for {dspy, status} <-
+            [{"3.3.0", :failed}, {"3.3.1", :ok}, {"3.3.12", :ok}] ++
+              [{"4.0.0rc1", :failed}, {"4.1", :failed}, {"3.5.2.post1", :ok}] do
+        says(dir, %{version: "3.11.0", found: %{dspy: dspy, psutil: "5.9"}})
+        checks = run()
+        assert {dspy, checks["dspy"].status} == {dspy, status}
+        assert checks["psutil"].status == :ok
+      end
+    end
+
+    test "what the configuration requires beside them" do
+      put_config(:python_environment, required_packages: ["dspy-ai", "no-such-package"])
+      checks = run()
+      assert checks["no-such-package"].status == :failed
+      assert checks["no-such-package"].advice =~ "pip install"
+      assert checks["dspy"].status == :ok
+      refute Map.has_key?(checks, "dspy-ai")
+    end
+
+    test "what is needed is what the package says" do
+      project = File.read!(Application.app_dir(:dspex, "priv/python/package/pyproject.toml"))
+
+      for package <- Packages.needed(),
+          do: assert(project =~ ~s("#{Packages.requirement(package)}"))
+    end
+  end
+
+  describe "the script" do
+    test "that is not there, by a relative path: where it was looked for" do
+      put_config(:python_bridge, script_path: "no/peer.py")
+      checks = run()
+      assert %{status: :failed, found: found} = checks["script"]
+      assert found =~ "script not found: #{File.cwd!()}/no/peer.py"
+      assert found =~ ~s|Path.expand("../no/peer.py", __DIR__)|
+      assert checks["package"].found == "needs script"
+    end
+
+    test "that cannot be read", %{tmp_dir: dir} do
+      # A folder: permissions would not keep root out.
+      checks = run(script_path: dir)
+      assert %{status: :failed, found: found, advice: advice} = checks["script"]
+      assert found =~ "script not readable: #{dir}"
+      assert advice =~ "readable for this user"
+    end
+
+    test "whose package is nowhere", %{tmp_dir: dir} do
+      script = peer(dir, "from dspy_bridge import x\n")
+      says(dir, %{version: "3.11.0", found: %{dspy: "3.4.1", psutil: "6"}, bridge: false})
+      checks = run(script_path: script)
+      assert %{status: :failed, found: found, advice: advice} = checks["package"]
+      assert found =~ "neither beside #{script}" and advice =~ "mix dspex.setup"
+      assert checks["ping"].found == "needs package"
+    end
+  end
+
+  describe "folders" do
+    defp folders(env), do: run(env: env, start_timeout: 1)["folders"]
+
+    test "that are set are told of; a cache's need not be there yet", %{tmp_dir: dir} do
+      cache = Path.join(dir, "not/yet")
+      env = %{"DSPY_BRIDGE_STATE_DIR" => dir, "DSPY_BRIDGE_DISK_CACHE" => cache}
+      assert %{status: :ok, found: found} = folders(env)
+      assert found == "DSPY_BRIDGE_STATE_DIR #{dir}, DSPY_BRIDGE_DISK_CACHE #{cache}"
+    end
+
+    test "that are not there, or no folders, each by its setting", %{tmp_dir: dir} do
+      file = Path.join(dir, "file")
+      File.write!(file, "")
+
+      env = %{
+        "DSPY_BRIDGE_STATE_DIR" => "no/states",
+        "DSPY_BRIDGE_FILES_DIR" => file,
+        "DSPY_BRIDGE_DISK_CACHE" => Path.join(file, "cache")
+      }
+
+      assert %{status: :failed, found: found} = folders(env)
+      assert found =~ "DSPY_BRIDGE_STATE_DIR names #{File.cwd!()}/no/states, where there is no"
+      assert found =~ ~s(it was given as "no/states")
+      assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is no folder"
+
+      assert found =~
+               "DSPY_BRIDGE_DISK_CACHE names #{file}/cache, which cannot be made in #{file}"
+    end
+  end
+
+  describe "the peer" do
+    test "one that refuses its settings: its own words" do
+      checks = run(adapter: "no_such")
+      assert %{status: :failed, found: found, advice: advice} = checks["ping"]
+      assert found =~ "the peer does not start: dspy_bridge: DSPY_BRIDGE_ADAPTER"
+
+      assert advice =~ "correct what it names: an option of the bridge" and
+               advice =~ "mix dspex.setup"
+
+      assert checks["program"].found == "needs ping"
+    end
+
+    test "one that hangs is an answer that does not come, and is killed; it is not logged as well",
+         %{
+           tmp_dir: dir
+         } do
+      pid = Path.join(dir, "pid")
+
+      hangs =
+        "import os, time\nopen(#{inspect(pid)}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+
+      filters = :logger.get_primary_config().filters
+      me = self()
+      opts = [script_path: peer(dir, hangs), start_timeout: 1_000]
+      assert capture_log(fn -> send(me, run(opts)) end) == ""
+      assert :logger.get_primary_config().filters == filters
+      assert_received %{"ping" => _} = checks
+      assert %{status: :failed, found: found, advice: advice} = checks["ping"]
+      assert found =~ "the peer does not start: no answer to its first ping within 1000 ms"
+      assert advice =~ ":start_timeout gives it more time"
+      os_pid = File.read!(pid)
+      eventually(fn -> not alive?(os_pid) end)
+    end
+
+    test "one whose DSPy does not work: what the program says, and whose setting it is" do
+      checks = run(env: %{"DSPY_BRIDGE_INIT" => "no_such_module:init"})
+      assert checks["ping"].status == :ok
+      assert %{status: :failed, found: found, advice: advice} = checks["program"]
+      assert found =~ "DSPY_BRIDGE_INIT no_such_module:init"
+      assert advice =~ "DSPY_BRIDGE_INIT"
+    end
+
+    test "LM options that DSPy refuses, by either check, without what is secret in them" do
+      checks = run(lm: "openai/x", lm_options: %{num_retries: "many", api_key: @key})
+      assert %{status: :failed, found: found, advice: advice} = checks["program"]
+      assert found =~ "DSPY_BRIDGE_LM_OPTIONS: lm: num_retries" and advice =~ ":lm_options"
+      assert %{status: :failed, found: found} = checks["lm"]
+      assert found =~ "openai/x: DSPy refuses it or its options: ValueError: num_retries"
+      refute inspect(checks) =~ @key
+    end
+  end
+
+  describe "in print" do
+    setup do
+      put_system_env("PYTHON_EXECUTABLE", "/no/such/python")
+    end
+
+    test "a line for each check, and one with what to do" do
+      text = capture_io(fn -> refute Doctor.print() end)
+      assert text =~ "✓ configuration its keys and types are right\n"
+      assert text =~ ~r/✗ interpreter   no Python found: .*\n {16}-> name one/
+      assert text =~ "– version       skipped: needs interpreter\n"
+      assert text =~ ~r/\n1 check failed\.\n\z/
+    end
+
+    test "in ASCII where the terminal has no more" do
+      text = capture_io([encoding: :latin1], fn -> refute Doctor.print() end)
+      assert text =~ "ok   configuration "
+      assert text =~ ~r/\nFAIL interpreter   no Python found: .*\n {19}-> /
+      assert text =~ "\n-    version       skipped: needs interpreter\n"
+      assert for(<<byte <- text>>, byte > 127, do: byte) == []
+    end
+
+    test "as JSON" do
+      checks = Doctor.run()
+      json = JSON.decode!(Doctor.to_json(checks))
+      assert %{"ok" => false, "checks" => [first | _rest] = all} = json
+      assert first["name"] == "configuration" and first["status"] == "ok"
+      assert Enum.map(all, & &1["name"]) == @names
+      for check <- all, do: assert(Map.keys(check) == ~w(advice found name status))
+    end
+  end
+end

@@ -1,0 +1,101 @@
+defmodule DSPex.PythonBridge.OS.CommandTest do
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.OS
+
+  doctest OS.Command
+
+  @moduletag :tmp_dir
+
+  defp sh(script, opts \\ []), do: OS.Command.run("/bin/sh", ["-c", script], opts)
+
+  # A shell and its child, which write their numbers and hang.
+  defp hanging(dir), do: "sleep 600 & echo $$ $! > #{dir}/pids; wait"
+
+  defp pids(dir) do
+    eventually(fn ->
+      with {:ok, text} <- File.read(Path.join(dir, "pids")),
+           [_shell, _child] = pids <- String.split(text),
+           do: pids,
+           else: (_not_yet -> nil)
+    end)
+  end
+
+  test "gives the exit status and what was printed, errors among it" do
+    assert sh("echo out; echo err >&2; exit 3") == {:exit, 3, "out\nerr\n"}
+  end
+
+  test "gives the end of an output that is too long, and as text" do
+    assert {:exit, 0, output} = sh("yes | head -c 200000; printf 'end\\377'")
+    assert byte_size(output) <= 65_600
+    assert String.ends_with?(output, "end" <> "\uFFFD")
+  end
+
+  test "a program that cannot be run is an error", %{tmp_dir: dir} do
+    assert OS.Command.run(Path.join(dir, "none"), []) == {:error, "no such file or directory"}
+    File.write!(Path.join(dir, "text"), "echo no program")
+    assert OS.Command.run(Path.join(dir, "text"), []) == {:error, "permission denied"}
+    assert OS.Command.run(dir, []) == {:error, "permission denied"}
+  end
+
+  test "one that takes too long is killed, with its children", %{tmp_dir: dir} do
+    task = Task.async(fn -> sh(hanging(dir), limit_ms: 1_000) end)
+    pids = pids(dir)
+    assert Task.await(task) == {:error, "no answer within 1 s"}
+    eventually(fn -> not Enum.any?(pids, &alive?/1) end)
+  end
+
+  test "one whose caller dies is killed, with its children", %{tmp_dir: dir} do
+    caller = spawn(fn -> sh(hanging(dir)) end)
+    pids = pids(dir)
+    Process.exit(caller, :kill)
+    eventually(fn -> not Enum.any?(pids, &alive?/1) end)
+  end
+
+  test "ticks in its caller while it runs", %{tmp_dir: dir} do
+    me = self()
+
+    tick = fn ->
+      send(me, {:tick, self()})
+      File.touch!(Path.join(dir, "go"))
+    end
+
+    script = "until test -e #{dir}/go; do sleep 0.01; done; echo gone"
+    assert {:exit, 0, "gone\n"} = sh(script, tick: {50, tick})
+    assert_received {:tick, ^me}
+  end
+
+  test "leaves the mailbox of its caller alone" do
+    Process.flag(:trap_exit, true)
+    sh("echo x")
+    refute_received _anything
+  end
+
+  test "arguments are the program's as they are" do
+    assert OS.Command.run("/bin/sh", ["-c", "echo \"$0\" $1; exit 4", "a b", "c"]) ==
+             {:exit, 4, "a b c\n"}
+  end
+
+  test "is started in the folder that is named, with no input", %{tmp_dir: dir} do
+    assert sh("pwd; read line; echo $?", cd: dir) == {:exit, 0, "#{dir}\n1\n"}
+  end
+
+  test "does not outlive the BEAM", %{tmp_dir: dir} do
+    code = "DSPex.PythonBridge.OS.Command.run(\"/bin/sh\", [\"-c\", #{inspect(hanging(dir))}])"
+    ebin = Application.app_dir(:dspex, "ebin")
+
+    beam =
+      Port.open({:spawn_executable, System.find_executable("elixir")}, [
+        :binary,
+        args: ["-pa", ebin, "-e", "IO.puts System.pid(); " <> code]
+      ])
+
+    assert_receive {^beam, {:data, os_pid}}, 30_000
+    pids = pids(dir)
+    assert Enum.all?(pids, &alive?/1)
+    kill(String.trim(os_pid))
+    eventually(fn -> not Enum.any?(pids, &alive?/1) end)
+  end
+end

@@ -1,0 +1,296 @@
+defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
+  @moduledoc """
+  Pools of one cluster on several nodes: this one, and others that the tests start on loopback.
+  """
+
+  # It makes this a distributed node.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Pool, Programs, Protocol}
+  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.Test.{Nodes, PoolProbe}
+
+  @pool __MODULE__.Pool
+
+  setup_all do
+    Nodes.distribute()
+    :ok
+  end
+
+  setup do
+    # No test hears of another's pools.
+    %{cluster: "cluster #{System.unique_integer([:positive])}"}
+  end
+
+  defp who(cluster, opts),
+    do: "who" |> fake_opts() |> Keyword.merge([name: @pool, cluster: cluster] ++ opts)
+
+  defp start_here(cluster, opts \\ []) do
+    start_supervised!({Pool, who(cluster, opts)})
+    up_on(node())
+  end
+
+  defp start_there(cluster, opts \\ []) do
+    node = Nodes.start()
+    Nodes.start_pool(node, who(cluster, opts))
+    up_on(node)
+    node
+  end
+
+  # Up, and known to be up by the coordinator.
+  defp up_on(node) do
+    eventually(fn -> Enum.all?(peers_on(node), &(&1.state == :running)) end, 20_000)
+  end
+
+  defp on(node, module, function, args), do: Nodes.on(node, module, function, args)
+  defp peers_on(node), do: on(node, Pool, :status, [@pool]).peers
+
+  defp call_on(node, command, args, ms \\ 10_000),
+    do: on(node, Pool, :call, [@pool, command, args, ms])
+
+  defp call(command, args \\ %{}, ms \\ 10_000), do: Pool.call(@pool, command, args, ms)
+  defp os_pids_on(node), do: for(%{os_pid: os_pid} <- peers_on(node), do: os_pid)
+  defp nodes_on(node), do: on(node, Pool, :status, [@pool]).nodes
+
+  defp see_each_other(nodes) do
+    eventually(fn -> Enum.all?(nodes, &(nodes_on(&1) == Enum.sort(nodes))) end)
+    others = length(nodes) - 1
+    # What is told when they meet, too: who can serve.
+    eventually(fn -> Enum.all?(nodes, &(length(serving_on(&1)) == others)) end)
+  end
+
+  defp serving_on(node), do: on(node, PoolProbe, :serving, [@pool])
+  defp known_on(node), do: on(node, PoolProbe, :known, [@pool])
+  defp programs_on(node), do: on(node, PoolProbe, :programs, [@pool])
+  defp lend_all_on(node), do: on(node, PoolProbe, :lend_all, [@pool])
+
+  defp create(id, signature \\ "q -> a"), do: %{id: id, signature: signature}
+
+  test "a call that no peer here can serve is served on another node, and here again later",
+       context do
+    start_here(context.cluster)
+    there = start_there(context.cluster)
+    see_each_other([node(), there])
+    {:ok, %{"pid" => pid}} = call(:who)
+    assert pid in os_pids_on(node())
+
+    {borrower, lent} = lend_all_on(node())
+    assert Enum.all?(lent, &match?({:ok, _}, &1))
+    assert Pool.checkout(@pool) == {:error, :pool_exhausted}
+    pids = for _ <- 1..10, do: elem(call(:who), 1)["pid"]
+    assert Enum.uniq(pids) -- os_pids_on(there) == []
+    # Errors and limits are the same from there.
+    assert {:error, "Program not found: none"} = call(:execute_program, %{program_id: "none"})
+    {ms, result} = timed(fn -> call(:hold, %{}, 100) end)
+    assert result == {:error, :timeout}
+    assert ms < 1_000
+    eventually(fn -> Enum.all?(peers_on(there), &(&1.pending == 0)) end)
+    refute_received _stray
+
+    Process.exit(borrower, :kill)
+    eventually(fn -> elem(call(:who), 1)["pid"] in os_pids_on(node()) end)
+  end
+
+  test "a full queue here sends calls there; full queues everywhere refuse them", context do
+    start_here(context.cluster, pool_size: 1, max_pending: 1)
+    there = start_there(context.cluster, pool_size: 1, max_pending: 1)
+    see_each_other([node(), there])
+    here = Task.async(fn -> call(:hold, %{}, 60_000) end)
+    eventually(fn -> match?([%{pending: 1}], peers_on(node())) end)
+    {:ok, %{"pid" => pid}} = call(:who)
+    assert [pid] == os_pids_on(there)
+
+    remote = Task.async(fn -> call(:hold, %{}, 60_000) end)
+    eventually(fn -> match?([%{pending: 1}], peers_on(there)) end)
+    assert call(:who) == {:error, :overloaded}
+    # A caller's death frees the place there, too.
+    Task.shutdown(remote, :brutal_kill)
+    # The monitor, which is told of it, asks at once: its ping may have the place for a moment.
+    eventually(fn -> match?({:ok, _}, call(:who)) end)
+    Task.shutdown(here, :brutal_kill)
+  end
+
+  test "with nobody here or there, calls wait for whoever comes first", context do
+    start_here(context.cluster, pool_size: 1)
+    {borrower, _lent} = lend_all_on(node())
+    waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
+    coordinator = Handle.coordinator(@pool)
+    eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
+
+    # A node that joins.
+    there = start_there(context.cluster, pool_size: 1)
+    {:ok, %{"pid" => pid}} = Task.await(waiting, 60_000)
+    assert [pid] == os_pids_on(there)
+
+    # A node that is there already, and gets a peer back.
+    {borrower_there, _lent} = lend_all_on(there)
+    eventually(fn -> serving_on(node()) == [] end)
+    waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
+    eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
+    send(borrower_there, :end)
+    assert {:ok, %{"pid" => ^pid}} = Task.await(waiting, 60_000)
+    send(borrower, :end)
+  end
+
+  test "programs are made and removed on all nodes; one that joins late is given them", context do
+    start_here(context.cluster, pool_size: 2)
+    assert {:ok, _} = call(:create_program, create("one"))
+    there = start_there(context.cluster, pool_size: 2)
+    see_each_other([node(), there])
+
+    eventually(fn ->
+      programs_on(there) == List.duplicate(%{"one" => "q -> a"}, 2)
+    end)
+
+    # Answered when all nodes have it, whoever is asked.
+    assert {:ok, _} = call(:create_program, create("two"))
+    assert {:ok, _} = call_on(there, :create_program, create("one", "b -> c"))
+    both = List.duplicate(%{"one" => "b -> c", "two" => "q -> a"}, 2)
+    assert programs_on(node()) == both
+    assert programs_on(there) == both
+
+    third = start_there(context.cluster, pool_size: 1)
+    see_each_other([node(), there, third])
+    eventually(fn -> programs_on(third) == tl(both) end)
+
+    assert {:ok, _} = call_on(there, :cleanup, %{program_ids: ["two"]})
+    for node <- [node(), there, third], do: assert(known_on(node) == ["one"])
+    assert {:ok, _} = call(:cleanup)
+    for node <- [node(), there, third], do: assert(known_on(node) == [])
+
+    for node <- [node(), there, third],
+        do: assert(Enum.all?(programs_on(node), &(&1 == %{})))
+  end
+
+  test "what all peers refuse reaches no other node", context do
+    start_here(context.cluster, pool_size: 1, env: %{"FAKE_FILE" => "/"})
+    there = start_there(context.cluster, pool_size: 1)
+    see_each_other([node(), there])
+    assert call(:create_program, create("one", "one -> only")) == {:error, "signature: not here"}
+    assert {:ok, _} = call(:create_program, create("two"))
+    assert known_on(there) == ["two"]
+  end
+
+  test "a program that is missing where the call is served is created there on the way",
+       context do
+    start_here(context.cluster, pool_size: 1)
+    there = start_there(context.cluster, pool_size: 1)
+    see_each_other([node(), there])
+
+    # Known here alone, as when the news is still on its way.
+    {:ok, body} = Protocol.encode_body(:create_program, create("one"))
+    true = Programs.Store.put(Handle.fetch(@pool).programs, "one", Programs.Store.stamp(), body)
+    {borrower, _lent} = lend_all_on(node())
+
+    assert {:ok, %{"pid" => pid, "signature" => "q -> a"}} =
+             call(:execute_program, %{program_id: "one"})
+
+    assert [pid] == os_pids_on(there)
+    assert known_on(there) == ["one"]
+    assert call(:execute_program, %{program_id: "two"}) == {:error, "Program not found: two"}
+    send(borrower, :end)
+  end
+
+  test "a node that vanishes has its calls served by another", context do
+    start_here(context.cluster, pool_size: 1)
+    [first, second] = for _ <- 1..2, do: start_there(context.cluster, pool_size: 1)
+    see_each_other([node(), first, second])
+    {borrower, _lent} = lend_all_on(node())
+    held = for _ <- 1..6, do: Task.async(fn -> call(:hold, %{}, 60_000) end)
+
+    pending = fn node -> hd(peers_on(node)).pending end
+    eventually(fn -> pending.(first) + pending.(second) == 6 end)
+    Nodes.stop(first)
+    eventually(fn -> pending.(second) == 6 end)
+    assert for(task <- held, do: Task.yield(task, 0)) == List.duplicate(nil, 6)
+    eventually(fn -> nodes_on(node()) == Enum.sort([node(), second]) end)
+
+    # The last other one: they come back to this one as soon as it can serve them.
+    Nodes.stop(second)
+    send(borrower, :end)
+    eventually(fn -> pending.(node()) == 6 end)
+    Enum.each(held, &Task.shutdown(&1, :brutal_kill))
+  end
+
+  @tag :slow
+  test "a node that has stopped holds no caller past its timeout", context do
+    start_here(context.cluster, pool_size: 1)
+    there = start_there(context.cluster, pool_size: 1)
+    see_each_other([node(), there])
+    {borrower, _lent} = lend_all_on(node())
+    os_pid = on(there, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+
+    try do
+      {ms, result} = timed(fn -> call(:who, %{text: String.duplicate("x", 20_000_000)}, 300) end)
+      assert result == {:error, :timeout}
+      assert ms < 1_500
+
+      # One that has time left is not lost there: it goes on when this node can serve it.
+      waiting = Task.async(fn -> call(:who, %{}, 30_000) end)
+      coordinator = Handle.coordinator(@pool)
+      eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
+      send(borrower, :end)
+      assert {:ok, _} = Task.await(waiting)
+
+      # Changes are answered as soon as they have been waited for, and made here.
+      {ms, result} = timed(fn -> call(:create_program, create("one"), 1_000) end)
+      assert {:ok, %{"status" => "created"}} = result
+      assert ms < 1_100
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
+
+    # It hears of what it missed.
+    eventually(fn -> known_on(there) == ["one"] end, 10_000)
+    eventually(fn -> programs_on(there) == [%{"one" => "q -> a"}] end)
+  end
+
+  test "after a split the later change counts, on both sides", context do
+    start_here(context.cluster, pool_size: 1)
+    there = start_there(context.cluster, pool_size: 1)
+    see_each_other([node(), there])
+    for id <- ["one", "two"], do: assert({:ok, _} = call(:create_program, create(id)))
+
+    Nodes.split(there, fn ->
+      eventually(fn -> nodes_on(node()) == [node()] end)
+      assert {:ok, _} = call(:create_program, create("one", "here -> first"))
+
+      {:ok, _} =
+        Nodes.aside(there, Pool, :call, [
+          @pool,
+          :create_program,
+          create("one", "there -> last"),
+          5_000
+        ])
+
+      {:ok, _} = Nodes.aside(there, Pool, :call, [@pool, :create_program, create("three"), 5_000])
+      assert {:ok, _} = call(:cleanup, %{program_ids: ["two"]})
+    end)
+
+    see_each_other([node(), there])
+    all = [%{"one" => "there -> last", "three" => "q -> a"}]
+    eventually(fn -> programs_on(node()) == all and programs_on(there) == all end)
+  end
+
+  test "pools of other clusters, and of none, are left alone", context do
+    start_here(context.cluster, pool_size: 1)
+    Nodes.start_pool(node = Nodes.start(), who("another", pool_size: 1))
+    up_on(node)
+    alone = Nodes.start()
+    Nodes.start_pool(alone, who(nil, pool_size: 1))
+    up_on(alone)
+    assert {:ok, _} = call(:create_program, create("one"))
+
+    for other <- [node, alone] do
+      assert nodes_on(other) == [other]
+      assert known_on(other) == []
+    end
+
+    {borrower, _lent} = lend_all_on(node())
+    assert call(:who, %{}, 100) == {:error, :timeout}
+    send(borrower, :end)
+  end
+end

@@ -1,0 +1,471 @@
+defmodule DSPex.PythonBridge.Pool.PoolTest do
+  # The default name.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle}
+
+  defp who(opts \\ []), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
+
+  defp start(opts), do: start_supervised!({Pool, who(opts)})
+
+  defp start_up(opts \\ []) do
+    pool = start(opts)
+    eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end)
+    pool
+  end
+
+  defp bridges(pool \\ Pool), do: Enum.map(Pool.status(pool).peers, & &1.bridge)
+
+  defp pid_of(pool \\ Pool) do
+    {:ok, %{"pid" => pid}} = Pool.call(pool, :who)
+    pid
+  end
+
+  # A call that no peer answers.
+  defp hold(pool \\ Pool), do: Task.async(fn -> Pool.call(pool, :hold, %{}, 60_000) end)
+
+  defp pending, do: Pool.status().peers |> Enum.map(& &1.pending) |> Enum.sort()
+
+  # A process that does as it is told, for as long as the test runs.
+  defp other_process do
+    start_supervised!({Agent, fn -> nil end}, id: make_ref())
+  end
+
+  defp as(agent, fun), do: Agent.get(agent, fn _ -> fun.() end)
+
+  test "a pool is no bridge: whoever takes it for one is told, and it is unharmed" do
+    pool = start_up(pool_size: 1)
+
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        for server <- [Pool, pool] do
+          assert {:error, %Error{type: :invalid_request, message: text}} =
+                   Bridge.request(server, :who, %{secret: "hush"}, timeout: 1_000)
+
+          assert text == "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+
+          assert Bridge.request(server, :who, %{}, tools: %{t: & &1}) ==
+                   {:error, elem(error(text), 1)}
+
+          assert [error(text)] == server |> Bridge.stream(%{}, []) |> Enum.to_list()
+          assert Bridge.call(server, :who, %{secret: "hush"}, 1_000) == {:error, text}
+          assert Bridge.cast(server, :who, %{secret: "hush"}) == {:error, text}
+          assert %{state: :failed} = Bridge.get_status(server)
+          assert {:error, :bridge_not_running} = Bridge.restart(server)
+        end
+      end)
+
+    refute log =~ "hush"
+    assert Process.whereis(Pool) == pool
+    assert {:ok, _} = Pool.call(:who)
+  end
+
+  defp error(text), do: {:error, Error.new(:invalid_request, text)}
+
+  describe "start_link/1" do
+    test "has 3 peers under the pool's usual name; the pool goes by its name or pid" do
+      pool = start_up()
+      assert Process.whereis(Pool) == pool
+      assert [Pool.Bridge1, Pool.Bridge2, Pool.Bridge3] = bridges()
+      assert bridges(pool) == bridges()
+      assert Pool.status().nodes == [node()]
+      os_pids = Enum.map(Pool.status().peers, & &1.os_pid)
+      assert length(Enum.uniq(os_pids)) == 3
+      assert pid_of(pool) in os_pids
+
+      assert {:ok, %{"pid" => _}} = Pool.call(:who)
+      assert {:ok, %{"pid" => _}} = Pool.call("who", %{})
+      assert {:ok, %{"pid" => _}} = Pool.call(Pool, "who")
+      assert {:ok, %{"pid" => _}} = Pool.call(:who, %{}, 5_000)
+      assert {:ok, %{"pid" => _}} = Pool.call(pool, :who, %{})
+      assert {:ok, %{"pid" => _}} = Pool.call(pool, :who, %{}, :infinity)
+    end
+
+    test "has as many as it is told, under any name, beside others" do
+      start_up(pool_size: 1, name: :one_peer)
+      start_up(pool_size: 2, name: :two_peers)
+      assert length(bridges(:one_peer)) == 1
+      assert length(bridges(:two_peers)) == 2
+
+      assert pid_of(:one_peer) not in for(
+               %{os_pid: pid} <- Pool.status(:two_peers).peers,
+               do: pid
+             )
+    end
+
+    test "refuses what cannot be right with a text that names it" do
+      for {opts, text} <- [
+            {[pool_size: 0], ":pool_size"},
+            {[pool_size: "3"], ":pool_size"},
+            {[pool_size: 100_000], ":pool_size"},
+            {[name: nil], ":name"},
+            {[name: {:global, :pool}], ":name"},
+            {[cluster: 5], ":cluster"},
+            {[cluster: ""], ":cluster"},
+            {[lm: 5], ":lm"},
+            {[slot: 1], ":slot"},
+            {[no_such: 1], ":no_such"},
+            {:text, "keyword"}
+          ] do
+        assert {:error, %ArgumentError{message: message}} = Pool.start_link(opts)
+        assert message =~ text
+      end
+    end
+
+    test "a second of the same name is refused, and the first goes on" do
+      pool = start_up(pool_size: 1)
+      assert {:error, {:already_started, ^pool}} = Pool.start_link(who())
+      assert pid_of() == pid_of(pool)
+    end
+
+    test "no report shows secrets" do
+      opts = who(pool_size: 1, lm_options: %{api_key: "sk-secret"})
+      refute inspect(Pool.child_spec(opts), limit: :infinity) =~ "sk-secret"
+      pool = start_supervised!({Pool, opts})
+
+      log =
+        ExUnit.CaptureLog.capture_log(fn ->
+          bridge = Process.whereis(Pool.Bridge1)
+          Process.exit(bridge, :kill)
+          eventually(fn -> Process.whereis(Pool.Bridge1) not in [bridge, nil] end)
+          Process.exit(Process.whereis(Pool.Coordinator), :kill)
+          eventually(fn -> Process.whereis(Pool.Coordinator) end)
+        end)
+
+      assert log =~ "start_link"
+      refute log =~ "sk-secret"
+
+      for process <- [pool, Pool.Bridges, Pool.Coordinator] do
+        refute inspect(:sys.get_state(process), limit: :infinity) =~ "sk-secret"
+        refute inspect(:sys.get_status(process), limit: :infinity) =~ "sk-secret"
+      end
+    end
+
+    test "a pool that was killed is not running" do
+      Process.flag(:trap_exit, true)
+
+      {:ok, pool} =
+        Pool.start_link(fake_opts("echo") |> Keyword.merge(name: __MODULE__.Killed, pool_size: 1))
+
+      assert {:ok, _} = Pool.call(__MODULE__.Killed, :ping, %{}, 10_000)
+      Process.exit(pool, :kill)
+      assert_receive {:EXIT, ^pool, :killed}
+
+      for pool <- [pool, __MODULE__.Killed],
+          command <- [:ping, :cleanup],
+          do: assert(Pool.call(pool, command) == {:error, :bridge_not_running})
+    end
+
+    test "a pool that ends leaves no process, and calls to it get an answer" do
+      pool = start_up()
+      os_pids = Enum.map(Pool.status().peers, & &1.os_pid)
+      held = hold()
+      eventually(fn -> Enum.sum(pending()) == 1 end)
+      stop_supervised!(Pool)
+      assert {:error, :bridge_not_running} = Task.await(held)
+      assert Enum.filter(os_pids, &alive?/1) == []
+
+      for pool <- [pool, Pool, :no_such_pool, self(), "no pool"] do
+        assert Pool.call(pool, :who, %{}, 1_000) == {:error, :bridge_not_running}
+        assert Pool.checkout(pool) == {:error, :bridge_not_running}
+        assert Pool.checkin(pool, Pool.Bridge1) == {:error, :bridge_not_running}
+        assert Pool.status(pool) == %{peers: [], nodes: []}
+      end
+
+      assert Handle.fetch(pool) == nil
+    end
+  end
+
+  describe "call/4" do
+    test "goes to the least busy peer" do
+      start_up()
+      held = for _ <- 1..6, do: hold()
+      eventually(fn -> pending() == [2, 2, 2] end)
+      more = hold()
+      eventually(fn -> pending() == [2, 2, 3] end)
+      busiest = Enum.find(Pool.status().peers, &(&1.pending == 3))
+      pids = for _ <- 1..10, do: pid_of()
+      assert busiest.os_pid not in pids
+      Enum.each([more | held], &Task.shutdown(&1, :brutal_kill))
+      eventually(fn -> pending() == [0, 0, 0] end)
+    end
+
+    test "counts a call out however it ends" do
+      start_up(pool_size: 1, max_frame_bytes: 100_000)
+      %{counters: counters} = Handle.fetch(Pool)
+      assert {:ok, _} = Pool.call(:who)
+      assert LoadCounters.busy(counters, 1) == 0
+      assert Pool.call(:hold, %{}, 20) == {:error, :timeout}
+      assert {:error, text} = Pool.call(:who, %{text: String.duplicate("x", 200_000)})
+      assert text =~ "max_frame_bytes"
+      held = hold()
+      eventually(fn -> LoadCounters.busy(counters, 1) == 1 end)
+      Task.shutdown(held, :brutal_kill)
+      eventually(fn -> LoadCounters.busy(counters, 1) == 0 end)
+    end
+
+    test "waits for the first peer within its timeout" do
+      start(script_path: fake("starts_late"), env: %{"FAKE_START_MS" => "300"})
+      {ms, result} = timed(fn -> Pool.call(:ping, %{}, 50) end)
+      assert result == {:error, :timeout}
+      assert ms < 200
+      assert {:ok, %{"status" => "ok"}} = Pool.call(:ping, %{}, 20_000)
+      refute_received _stray
+    end
+
+    test "takes timeouts as a bridge does" do
+      start_up(pool_size: 1, default_timeout: 50)
+      {ms, result} = timed(fn -> Pool.call(:hold) end)
+      assert result == {:error, :timeout}
+      assert ms >= 50 and ms < 1_000
+      assert Pool.call(:hold, %{}, 0) == {:error, :timeout}
+      assert {:error, "timeout: " <> _} = Pool.call(:who, %{}, -1)
+      assert {:error, "args: " <> _} = Pool.call(Pool, :who, %{f: {1}}, 50)
+    end
+
+    test "has one too many refused only when all peers have enough" do
+      start_up(pool_size: 2, max_pending: 2)
+      held = for _ <- 1..4, do: hold()
+      eventually(fn -> pending() == [2, 2] end)
+      assert Pool.call(:who) == {:error, :overloaded}
+      Task.shutdown(hd(held), :brutal_kill)
+      # The monitor, which is told of it, asks at once: its ping may have the place for a moment.
+      for _ <- 1..5, do: eventually(fn -> match?({:ok, _}, Pool.call(:who)) end)
+      # So does the peer's own word for it.
+      Task.shutdown(Enum.at(held, 1), :brutal_kill)
+      assert Pool.call(:overloaded) == {:error, :overloaded}
+    end
+
+    test "moves to another peer when its own dies" do
+      start_up(pool_size: 2)
+      held = for _ <- 1..4, do: hold()
+      eventually(fn -> pending() == [2, 2] end)
+      [dying, other] = Pool.status().peers
+      kill(dying.os_pid)
+
+      # All four are at the other one before the dead one has a successor.
+      eventually(fn -> Bridge.get_status(other.bridge).pending == 4 end)
+      assert for(task <- held, do: Task.yield(task, 0)) == [nil, nil, nil, nil]
+      eventually(fn -> Bridge.get_status(dying.bridge).state == :running end)
+      assert {:ok, _} = Pool.call(:who)
+    end
+
+    test "is given up after 1 + max_retries peers" do
+      start_up(pool_size: 2, max_retries: 2)
+      assert Pool.call(:die, %{}, 20_000) == {:error, :python_process_died}
+      restarts = for bridge <- bridges(), do: Bridge.get_status(bridge).restarts
+      eventually(fn -> Enum.all?(Pool.status().peers, &(&1.state == :running)) end)
+      assert Enum.sum(for bridge <- bridges(), do: Bridge.get_status(bridge).restarts) == 3
+      assert Enum.sum(restarts) in 2..3
+      assert {:ok, _} = Pool.call(:who)
+    end
+
+    test "goes on when a bridge's own process ends; it comes back" do
+      start_up(pool_size: 2)
+      held = for _ <- 1..2, do: hold()
+      eventually(fn -> pending() == [1, 1] end)
+
+      for bridge <- bridges() do
+        pid = Process.whereis(bridge)
+        Process.exit(pid, :kill)
+        assert {:ok, _} = Pool.call(:who)
+        eventually(fn -> Bridge.get_status(bridge).state == :running end)
+      end
+
+      # One of them has seen both bridges end.
+      assert for(task <- held, do: Task.yield(task, 0)) == [nil, nil]
+      Enum.each(held, &Task.shutdown(&1, :brutal_kill))
+      eventually(fn -> pending() == [0, 0] end)
+      %{counters: counters} = Handle.fetch(Pool)
+      eventually(fn -> for(index <- [1, 2], do: LoadCounters.busy(counters, index)) == [0, 0] end)
+    end
+
+    test "goes on when bridges end all the time" do
+      pool = start_up(pool_size: 3)
+
+      for _ <- 1..30, bridge <- bridges() do
+        with pid when is_pid(pid) <- Process.whereis(bridge), do: Process.exit(pid, :kill)
+      end
+
+      assert {:ok, _} = Pool.call(:who, %{}, 20_000)
+      assert Process.whereis(Pool) == pool
+    end
+  end
+
+  describe "the coordinator's end" do
+    test "loses no loan and no caller that waits" do
+      start_up(pool_size: 1)
+      borrower = other_process()
+      {:ok, bridge} = as(borrower, fn -> Pool.checkout() end)
+      caller = Task.async(fn -> Pool.call(:who, %{}, 20_000) end)
+      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
+
+      coordinator = Process.whereis(Pool.Coordinator)
+      Process.exit(coordinator, :kill)
+      eventually(fn -> Process.whereis(Pool.Coordinator) not in [coordinator, nil] end)
+      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
+      assert Pool.checkout() == {:error, :pool_exhausted}
+
+      Process.exit(borrower, :kill)
+      assert {:ok, _} = Task.await(caller, 20_000)
+      assert {:ok, ^bridge} = Pool.checkout()
+    end
+
+    test "in the middle of a loan, before anybody has it, leaves no bridge lent to nobody" do
+      start_up(pool_size: 2)
+      {:ok, mine} = Pool.checkout()
+      %{counters: counters} = Handle.fetch(Pool)
+
+      # As far as a coordinator has got that was killed before it noted the borrower, or after it had forgotten him.
+      for index <- LoadCounters.indexes(counters), do: LoadCounters.check_out(counters, index)
+      coordinator = Process.whereis(Pool.Coordinator)
+      Process.exit(coordinator, :kill)
+      eventually(fn -> Process.whereis(Pool.Coordinator) not in [coordinator, nil] end)
+
+      assert {:ok, other} = Pool.checkout()
+      assert Enum.sort([mine, other]) == bridges()
+      assert Pool.checkout() == {:error, :pool_exhausted}
+    end
+  end
+
+  describe "checkout and checkin" do
+    test "lend a peer that calls then leave alone" do
+      start_up(pool_size: 2)
+      assert {:ok, bridge} = Pool.checkout()
+      assert {:ok, %{"pid" => mine}} = Bridge.call(bridge, :who)
+      refute mine in for(_ <- 1..10, do: pid_of())
+
+      assert [true, false] =
+               Enum.sort_by(for(p <- Pool.status().peers, do: p.checked_out), &(not &1))
+
+      assert Pool.checkin(bridge) == :ok
+      assert mine in for(_ <- 1..10, do: pid_of())
+    end
+
+    test "give no more than there are, at once; any process may give back, by name or pid" do
+      start_up(pool_size: 2)
+      {:ok, one} = Pool.checkout()
+      {:ok, two} = Pool.checkout()
+      assert Enum.sort([one, two]) == bridges()
+      {ms, result} = timed(fn -> Pool.checkout() end)
+      assert result == {:error, :pool_exhausted}
+      assert ms < 100
+      assert as(other_process(), fn -> Pool.checkin(Process.whereis(one)) end) == :ok
+      assert {:ok, ^one} = Pool.checkout()
+    end
+
+    test "say what is wrong" do
+      start_up(pool_size: 1)
+      assert {:error, text} = Pool.checkin(:no_bridge)
+      assert text =~ ":no_bridge is no bridge of the pool"
+      assert {:error, "this is no bridge" <> _} = Pool.checkin(Pool, "text")
+      assert {:error, text} = Pool.checkin(Pool.Bridge1)
+      assert text =~ "is not checked out"
+      {:ok, bridge} = Pool.checkout()
+      assert Pool.checkin(bridge) == :ok
+      assert {:error, _} = Pool.checkin(bridge)
+    end
+
+    test "a borrower's death gives back; an earlier borrower's does not" do
+      start_up(pool_size: 1)
+      [first, second] = [other_process(), other_process()]
+      {:ok, bridge} = as(first, fn -> Pool.checkout() end)
+      assert Pool.checkin(bridge) == :ok
+      {:ok, ^bridge} = as(second, fn -> Pool.checkout() end)
+      Process.exit(first, :kill)
+      assert Pool.checkout() == {:error, :pool_exhausted}
+      Process.exit(second, :kill)
+      assert eventually(fn -> match?({:ok, ^bridge}, Pool.checkout()) end)
+    end
+
+    test "what is lent to a borrower that has given up waiting for it is free again" do
+      pool = start_up(pool_size: 2)
+      {:ok, other} = as(borrower = other_process(), fn -> Pool.checkout() end)
+      :sys.suspend(Pool.Coordinator)
+      give_up = fn -> CoordinatorClient.checkout(Handle.fetch(pool), 20) end
+      assert as(borrower, give_up) == {:error, :bridge_not_running}
+      next = other_process()
+      caller = Task.async(fn -> as(next, fn -> Pool.checkout() end) end)
+      :sys.resume(Pool.Coordinator)
+      # The borrower lives, and what it had before it has still.
+      assert {:ok, bridge} = Task.await(caller)
+      assert bridge != other
+      assert Pool.checkout() == {:error, :pool_exhausted}
+      assert for(p <- Pool.status().peers, p.checked_out, do: p.bridge) == bridges()
+    end
+
+    @tag :capture_log
+    test "wait for the coordinator while it is being started again" do
+      pool = start_up(pool_size: 1)
+      coordinator = Process.whereis(Pool.Coordinator)
+      :sys.suspend(pool)
+      Process.exit(coordinator, :kill)
+      eventually(fn -> Process.whereis(Pool.Coordinator) == nil end)
+      borrower = other_process()
+      loan = Task.async(fn -> as(borrower, fn -> Pool.checkout() end) end)
+      refute Task.yield(loan, 50)
+      :sys.resume(pool)
+      assert {:ok, bridge} = Task.await(loan)
+      assert Pool.checkin(bridge) == :ok
+    end
+
+    test "with all peers lent, calls wait until one is given back" do
+      start_up(pool_size: 2)
+      {:ok, one} = Pool.checkout()
+      {:ok, _two} = Pool.checkout()
+      {ms, result} = timed(fn -> Pool.call(:who, %{}, 50) end)
+      assert result == {:error, :timeout}
+      assert ms < 1_000
+      callers = for _ <- 1..5, do: Task.async(fn -> pid_of() end)
+      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 5 end)
+      {:ok, %{"pid" => pid}} = Bridge.call(one, :who)
+      assert Pool.checkin(one) == :ok
+      assert Enum.uniq(Task.await_many(callers)) == [pid]
+      # Those that were woken are remembered no more: nobody would ever forget them.
+      assert :sys.get_state(Pool.Coordinator).waiting == %{}
+    end
+
+    test "a caller that waits and ends is forgotten" do
+      start_up(pool_size: 1)
+      {:ok, _bridge} = Pool.checkout()
+      caller = Task.async(fn -> Pool.call(:who, %{}, 60_000) end)
+      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
+      Task.shutdown(caller, :brutal_kill)
+      eventually(fn -> :sys.get_state(Pool.Coordinator).waiting == %{} end)
+      assert Pool.call(:who, %{}, 20) == {:error, :timeout}
+      eventually(fn -> :sys.get_state(Pool.Coordinator).waiting == %{} end)
+    end
+
+    test "lend a peer that is not up yet: calls to it wait, and so do the pool's" do
+      start(script_path: fake("starts_late"), env: %{"FAKE_START_MS" => "300"}, pool_size: 1)
+      assert {:ok, bridge} = Pool.checkout()
+      assert Pool.checkout() == {:error, :pool_exhausted}
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping)
+      assert Pool.call(:ping, %{}, 20) == {:error, :timeout}
+      assert Pool.checkin(bridge) == :ok
+      assert {:ok, _} = Pool.call(:ping)
+    end
+
+    test "prefer a peer that is up" do
+      start_up(pool_size: 2)
+      [one, two] = Pool.status().peers
+      kill(one.os_pid)
+      eventually(fn -> Bridge.get_status(one.bridge).state != :running end)
+      assert {:ok, bridge} = Pool.checkout()
+      assert bridge == two.bridge
+    end
+
+    test "a lent bridge survives its peer" do
+      start_up(pool_size: 1)
+      {:ok, bridge} = Pool.checkout()
+      kill(Bridge.get_status(bridge).os_pid)
+      assert {:ok, _} = Bridge.call(bridge, :who)
+      assert Pool.call(:who, %{}, 20) == {:error, :timeout}
+      assert Pool.checkout() == {:error, :pool_exhausted}
+    end
+  end
+end

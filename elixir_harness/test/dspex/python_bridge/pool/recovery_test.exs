@@ -1,0 +1,187 @@
+defmodule DSPex.PythonBridge.Pool.RecoveryTest do
+  @moduledoc "Real peers of a pool die, one after another or all the time; callers do not notice."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Pool}
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.Handle
+
+  @moduletag :tmp_dir
+  @pool __MODULE__.Pool
+
+  # The modules of tests/fakes/host.py.
+  defp start(dir, opts) do
+    env = %{
+      "PYTHONPATH" => Path.dirname(fake("host")),
+      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
+      "FAKE_LOG" => Path.join(dir, "log")
+    }
+
+    start_supervised!({Pool, real_opts([name: @pool, env: env] ++ opts)})
+  end
+
+  defp create(id, type \\ "predict") do
+    args = %{id: id, signature: "question -> answer", program_type: type}
+    {:ok, %{"status" => "created"}} = Pool.call(@pool, :create_program, args, 60_000)
+  end
+
+  defp execute(id, question),
+    do:
+      Pool.call(@pool, :execute_program, %{program_id: id, inputs: %{question: question}}, 60_000)
+
+  defp all_up, do: eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 30_000)
+
+  # A creation is answered when those that were up have the program: at the start, the first.
+  defp all_have(id) do
+    all_up()
+
+    for %{bridge: bridge} <- peers() do
+      eventually(
+        fn -> match?({:ok, %{"programs" => [^id]}}, Bridge.call(bridge, :list_programs)) end,
+        30_000
+      )
+    end
+  end
+
+  # Of a death it may not know yet.
+  defp up_again?(bridge, old) do
+    match?(%{state: :running, os_pid: new} when new != old, Bridge.get_status(bridge))
+  end
+
+  defp peers, do: Pool.status(@pool).peers
+  defp running, do: for(%{state: :running, os_pid: os_pid} <- peers(), do: os_pid)
+  defp two_or_more([_, _ | _] = some), do: some
+  defp two_or_more(_fewer), do: nil
+
+  @tag :slow
+  test "a pool of 3 under 50 callers, one peer killed whenever two serve: none sees an error", %{
+    tmp_dir: dir
+  } do
+    start(dir, pool_size: 3)
+    create("qa")
+    all_have("qa")
+    stop = :atomics.new(1, [])
+
+    callers =
+      for n <- 1..50 do
+        Task.async(fn ->
+          Stream.iterate(1, &(&1 + 1))
+          |> Enum.reduce_while(0, fn m, count ->
+            text = "#{n} #{m}"
+            assert execute("qa", text) == {:ok, %{"answer" => "echo: " <> text}}
+            if :atomics.get(stop, 1) == 1, do: {:halt, count + 1}, else: {:cont, count + 1}
+          end)
+        end)
+      end
+
+    rounds = String.to_integer(System.get_env("POOL_STORM_ROUNDS", "8"))
+
+    for n <- 1..rounds do
+      # One is left that serves: a call that is hit 1 + max_retries times is given up.
+      running = eventually(fn -> two_or_more(running()) end, 30_000)
+      os_pid = Enum.at(running, rem(n, length(running)))
+      kill(os_pid)
+      eventually(fn -> os_pid not in running() end)
+    end
+
+    :atomics.put(stop, 1, 1)
+    answered = callers |> Task.await_many(60_000) |> Enum.sum()
+    assert answered >= 50
+
+    # Nothing is left of it: every call was counted out.
+    all_up()
+    %{counters: counters} = Handle.fetch(@pool)
+    assert for(index <- 1..3, do: LoadCounters.busy(counters, index)) == [0, 0, 0]
+    assert for(%{pending: pending} <- peers(), do: pending) == [0, 0, 0]
+  end
+
+  @tag :slow
+  test "one that kills each time among good ones: these are answered, it is given up", %{
+    tmp_dir: dir
+  } do
+    start(dir, pool_size: 3)
+    create("nap", "host:Nap")
+    create("deadly", "host:Deadly")
+
+    tasks =
+      for n <- 1..21 do
+        Task.async(fn -> if n == 11, do: execute("deadly", "0"), else: execute("nap", "#{n}") end)
+      end
+
+    {deadly, good} = tasks |> Task.await_many(60_000) |> List.pop_at(10)
+    assert deadly == {:error, :python_process_died}
+    assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
+    log = File.read!(Path.join(dir, "log"))
+    assert log |> String.split("\n", trim: true) |> length() == 4
+  end
+
+  @tag :slow
+  test "after the death of one of two peers the next execute is answered by the other, at once",
+       %{tmp_dir: dir} do
+    start(dir, pool_size: 2)
+    create("qa")
+    all_have("qa")
+
+    for n <- 0..3 do
+      %{os_pid: os_pid, bridge: bridge} = Enum.at(peers(), rem(n, 2))
+      kill(os_pid)
+      {ms, result} = timed(fn -> execute("qa", "still there?") end)
+      assert result == {:ok, %{"answer" => "echo: still there?"}}
+      # The goal is 50 ms; a new peer needs some 900.
+      refute up_again?(bridge, os_pid)
+
+      if System.get_env("POOL_TIMES"),
+        do: IO.puts("execute after kill -9: #{Float.round(ms, 1)} ms")
+
+      eventually(fn -> up_again?(bridge, os_pid) end, 20_000)
+    end
+  end
+
+  test "a replaced peer is given no execute before it has the programs", %{tmp_dir: dir} do
+    start(dir, pool_size: 2)
+    create("qa")
+    all_have("qa")
+    %{os_pid: os_pid, bridge: bridge} = hd(peers())
+    kill(os_pid)
+    %{counters: counters} = Handle.fetch(@pool)
+    eventually(fn -> LoadCounters.ready_since(counters, 1) == 0 end)
+
+    # Until it is ready all go to the other.
+    served = fn ->
+      {:ok, _} = execute("qa", "?")
+      LoadCounters.ready_since(counters, 1) > 0
+    end
+
+    eventually(served, 20_000)
+    {:ok, %{"programs" => ["qa"]}} = Bridge.call(bridge, :list_programs)
+    {:ok, stats} = Bridge.call(bridge, :get_stats)
+
+    %{"create_program" => %{"count" => created, "errors" => 0, "p50_ms" => ms}} =
+      stats["commands"]
+
+    # A program that an execute had missed would have been created twice.
+    assert created == 1
+
+    # The last may have come just after it was ready; had it come before, it would have waited as long
+    # as the creation, which imports DSPy.
+    with %{"count" => executed} = executes <- stats["commands"]["execute_program"] do
+      assert executed == 1
+      assert executes["errors"] == 0
+      assert executes["p99_ms"] < ms / 2
+    end
+  end
+
+  test "both peers of two dead: calls wait for the first that comes back", %{tmp_dir: dir} do
+    start(dir, pool_size: 2)
+    create("qa")
+    all_have("qa")
+    for %{os_pid: os_pid} <- peers(), do: kill(os_pid)
+    results = for n <- 1..8, do: Task.async(fn -> execute("qa", "#{n}") end)
+
+    assert Task.await_many(results, 60_000) ==
+             for(n <- 1..8, do: {:ok, %{"answer" => "echo: #{n}"}})
+  end
+end

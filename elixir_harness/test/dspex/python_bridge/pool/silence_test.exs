@@ -1,0 +1,118 @@
+defmodule DSPex.PythonBridge.Pool.SilenceTest do
+  @moduledoc "A peer of a pool that hangs: calls leave it alone, and its monitor, told of it, has it replaced soon."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
+  alias DSPex.PythonBridge.Bridge.Server
+  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.Test.SilentLM
+
+  @pool __MODULE__.Pool
+
+  defp start_up(opts) do
+    start_supervised!({Pool, [name: @pool] ++ opts})
+    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+    peers()
+  end
+
+  defp who(opts), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
+  defp peers, do: Pool.status(@pool).peers
+  defp signal(name, os_pid), do: {_, 0} = System.cmd("/bin/sh", ["-c", "kill -#{name} #{os_pid}"])
+
+  # It is to be gone with its bridge, whatever the test does.
+  defp stop(os_pid) do
+    signal("STOP", os_pid)
+    on_exit(fn -> System.cmd("/bin/sh", ["-c", "kill -9 #{os_pid}"], stderr_to_stdout: true) end)
+  end
+
+  defp ask(timeout) do
+    case Pool.call(@pool, :who, %{}, timeout) do
+      {:ok, %{"pid" => os_pid}} -> os_pid
+      {:error, :timeout} -> :timeout
+    end
+  end
+
+  test "one whose call has timed out is tried last, until it has answered something" do
+    [hung, other] = start_up(who(pool_size: 2))
+    stop(hung.os_pid)
+    # They take turns.
+    assert :timeout in for(_ <- 1..2, do: ask(200))
+    assert for(_ <- 1..20, uniq: true, do: ask(5_000)) == [other.os_pid]
+
+    # However busy the others are.
+    held = for _ <- 1..5, do: Task.async(fn -> Pool.call(@pool, :hold, %{}, 60_000) end)
+    eventually(fn -> Bridge.get_status(other.bridge).pending == 5 end)
+    assert ask(5_000) == other.os_pid
+
+    # Last is not never.
+    assert {:ok, lent} = Pool.checkout(@pool)
+    assert lent == other.bridge
+    assert ask(50) == :timeout
+    assert Pool.checkin(@pool, lent) == :ok
+
+    signal("CONT", hung.os_pid)
+    eventually(fn -> ask(5_000) == hung.os_pid end)
+    assert Bridge.get_status(hung.bridge).restarts == 0
+    Enum.each(held, &Task.shutdown(&1, :brutal_kill))
+  end
+
+  test "so is one whose call was given up by a caller that died" do
+    [hung, other] = start_up(who(pool_size: 2))
+    stop(hung.os_pid)
+    caller = Task.async(fn -> Bridge.call(hung.bridge, :hold, %{}, 60_000) end)
+    eventually(fn -> Bridge.get_status(hung.bridge).pending == 1 end)
+    Task.shutdown(caller, :brutal_kill)
+    eventually(fn -> Bridge.get_status(hung.bridge).pending == 0 end)
+    assert for(_ <- 1..20, uniq: true, do: ask(5_000)) == [other.os_pid]
+  end
+
+  @tag :capture_log
+  @tag :slow
+  test "it is replaced within 10 s by default" do
+    [hung] = start_up(who(pool_size: 1))
+    stop(hung.os_pid)
+    assert ask(50) == :timeout
+    # A call waits for that.
+    waiting = Task.async(fn -> ask(60_000) end)
+    eventually(fn -> Bridge.get_status(hung.bridge).os_pid != hung.os_pid end, 10_000)
+    assert Task.await(waiting, 60_000) == Bridge.get_status(hung.bridge).os_pid
+    assert Bridge.get_status(hung.bridge).restarts == 1
+    eventually(fn -> not alive?(hung.os_pid) end)
+  end
+
+  @tag :tmp_dir
+  test "what it started goes with it, be it in a session of its own", %{tmp_dir: dir} do
+    file = Path.join(dir, "child")
+    opts = fake_opts("has_a_watchdog", env: %{"FAKE_FILE" => file}) |> Keyword.delete(:name)
+    [hung] = start_up(opts ++ [pool_size: 1])
+    child = file |> File.read!() |> String.to_integer()
+    on_exit(fn -> System.cmd("/bin/sh", ["-c", "kill -9 #{child}"], stderr_to_stdout: true) end)
+    assert alive?(child)
+    stop(hung.os_pid)
+    # As the monitor does.
+    Server.replace(hung.bridge)
+    eventually(fn -> not alive?(hung.os_pid) end)
+    eventually(fn -> not alive?(child) end)
+  end
+
+  test "one that waits for an LM answers pings, and is left alone" do
+    opts = SilentLM.start() |> SilentLM.lm_opts() |> real_opts() |> Keyword.delete(:name)
+    [peer] = start_up(opts ++ [pool_size: 1])
+    program = %{id: "qa", signature: "question -> answer"}
+    {:ok, _} = Pool.call(@pool, :create_program, program, 30_000)
+    execute = %{program_id: "qa", inputs: %{question: "?"}}
+
+    for _ <- 1..10 do
+      assert Pool.call(@pool, :execute_program, execute, 50) == {:error, :timeout}
+    end
+
+    # Where the peer's deadline came first it has answered, and its monitor has heard of nothing.
+    health = Monitor.force_health_check(Handle.monitor(@pool, 1))
+    assert %{status: :healthy, success_rate: 1.0} = health
+    assert [%{state: :running, os_pid: os_pid}] = peers()
+    assert os_pid == peer.os_pid
+  end
+end

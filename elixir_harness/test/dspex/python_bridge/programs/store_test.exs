@@ -1,0 +1,83 @@
+defmodule DSPex.PythonBridge.Programs.StoreTest do
+  use ExUnit.Case, async: true
+
+  alias DSPex.PythonBridge.Programs
+
+  doctest Programs.Store
+  doctest Programs.Change
+
+  defp ids(table), do: for({id, _stamp, _body} <- Programs.Store.definitions(table), do: id)
+
+  test "definitions are told oldest first; one that is replaced is as old as its last" do
+    table = Programs.Store.new()
+    for id <- ["a", "b", "c"], do: Programs.Store.put(table, id, Programs.Store.stamp(), id)
+    true = Programs.Store.put(table, "a", Programs.Store.stamp(), "new")
+    assert ids(table) == ["b", "c", "a"]
+    assert {_stamp, "new"} = Programs.Store.get(table, "a")
+    assert Programs.Store.get(table, "d") == nil
+  end
+
+  test "any order of changes ends in the same: the latest of each program counts" do
+    stamps = for _ <- 1..4, do: Programs.Store.stamp()
+    [s1, s2, s3, s4] = stamps
+
+    changes = [
+      {{:create, "a", s1}, "a1"},
+      {{:cleanup, ["a"], s2}, ""},
+      {{:create, "b", s2}, "b2"},
+      {{:cleanup, :all, s3}, ""},
+      {{:create, "a", s4}, "a4"}
+    ]
+
+    for order <- permutations(changes) do
+      table = Programs.Store.new()
+      for {what, body} <- order, do: Programs.Store.apply_change(table, what, body)
+      assert Programs.Store.definitions(table) == [{"a", s4, "a4"}]
+      :ets.delete(table)
+    end
+  end
+
+  test "merging tells what is new, both ways to the same end" do
+    [one, two] = [Programs.Store.new(), Programs.Store.new()]
+    [s1, s2, s3, s4] = for _ <- 1..4, do: Programs.Store.stamp()
+    for table <- [one, two], id <- ["both", "gone"], do: Programs.Store.put(table, id, s1, id)
+    Programs.Store.put(one, "mine", s2, "mine")
+    Programs.Store.put(two, "both", s3, "newer")
+    Programs.Store.remove(two, ["gone"], s4)
+    exports = {Programs.Store.export(one), Programs.Store.export(two)}
+    assert Programs.Store.merge(one, elem(exports, 1)) == {[{"both", s3, "newer"}], ["gone"]}
+    assert Programs.Store.merge(two, elem(exports, 0)) == {[{"mine", s2, "mine"}], []}
+    assert Programs.Store.definitions(one) == Programs.Store.definitions(two)
+    assert Programs.Store.merge(one, Programs.Store.export(two)) == {[], []}
+  end
+
+  @tag :slow
+  test "the notes of removals are bounded" do
+    table = Programs.Store.new()
+    for n <- 1..25_000, do: Programs.Store.remove(table, ["#{n}"], Programs.Store.stamp())
+    assert :ets.info(table, :size) <= 10_000
+    # The last is still known.
+    refute Programs.Store.put(table, "25000", {0, 0, node()}, "old")
+  end
+
+  test "many writers at once: none overwrites what is later" do
+    table = Programs.Store.new()
+
+    tasks =
+      for _ <- 1..8 do
+        Task.async(fn -> for _ <- 1..500, do: put_now(table) end)
+      end
+
+    last = tasks |> Task.await_many() |> List.flatten() |> Enum.max()
+    assert {^last, _body} = Programs.Store.get(table, "a")
+  end
+
+  defp put_now(table) do
+    stamp = Programs.Store.stamp()
+    Programs.Store.put(table, "a", stamp, "x")
+    stamp
+  end
+
+  defp permutations([]), do: [[]]
+  defp permutations(list), do: for(x <- list, rest <- permutations(list -- [x]), do: [x | rest])
+end

@@ -1,0 +1,391 @@
+defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Error, Protocol}
+  alias DSPex.PythonBridge.Protocol.Payload
+
+  doctest Protocol
+  doctest Payload
+
+  describe "encode_request/3" do
+    for vector <- vectors("requests.json") do
+      @vector vector
+      test "gives the payload of the wire example: #{vector["name"]}" do
+        %{"id" => id, "command" => command, "args" => args} = @vector
+        sent = id |> Protocol.encode_request(command, args) |> JSON.decode!()
+
+        # Keys that the example has of its own are there to be ignored by a peer.
+        wanted = Map.take(@vector["payload"], ["id", "command", "args"])
+        assert Map.take(sent, Map.keys(wanted)) == wanted
+        assert Map.keys(sent) == ["args", "command", "id", "timestamp"]
+        assert {:ok, %DateTime{}, 0} = DateTime.from_iso8601(sent["timestamp"])
+      end
+    end
+
+    test "has id as its first key, whatever the id" do
+      assert ~s({"id":"a","command") <> _ = Protocol.encode_request("a", :ping, %{})
+      assert ~s({"id":-1,"command") <> _ = Protocol.encode_request(-1, "ping", %{})
+    end
+
+    test "takes commands as atoms and as texts" do
+      for command <- [:ping, "ping"] do
+        assert %{"command" => "ping"} = JSON.decode!(Protocol.encode_request(1, command, %{}))
+      end
+    end
+
+    test "raises ArgumentError for what cannot be a request" do
+      for {id, command, args} <- [
+            {1.5, :ping, %{}},
+            {nil, :ping, %{}},
+            {1, nil, %{}},
+            {1, 5, %{}},
+            {1, :ping, []},
+            {1, :ping, %{pid: self()}}
+          ] do
+        assert_raise ArgumentError, fn -> Protocol.encode_request(id, command, args) end
+      end
+    end
+
+    test "the timestamp is the present time in UTC" do
+      %{"timestamp" => text} = JSON.decode!(Protocol.encode_request(1, :ping, %{}))
+      {:ok, time, 0} = DateTime.from_iso8601(text)
+      assert abs(DateTime.diff(DateTime.utc_now(), time)) <= 2
+    end
+  end
+
+  describe "encode_body/3" do
+    test "says what in the arguments has no JSON form, and never raises" do
+      for {args, text} <- [
+            {%{a: self()}, "no JSON form for #PID"},
+            {%{a: {1, 2}}, "no JSON form for {1, 2}"},
+            {%{a: %{b: [fn -> 1 end]}}, "no JSON form for #Function"},
+            {%{a: <<255>>}, "not valid UTF-8"},
+            {%{a: "cut " <> <<0xC5>>}, "not valid UTF-8"},
+            {%{<<255>> => 1}, "not valid UTF-8"},
+            {%{a: [1 | 2]}, "cannot be written"},
+            {%{{1, 2} => 1}, "no JSON form"},
+            {%{a: %URI{}}, "no JSON form"},
+            {[a: 1], "expected a map"},
+            {nil, "expected a map"},
+            {"text", "expected a map"}
+          ] do
+        assert {:error, %Error{type: :invalid_args, message: message}} =
+                 Protocol.encode_body(:ping, args)
+
+        assert message =~ "args: "
+        assert message =~ text
+      end
+    end
+
+    test "keeps a value's text short in the error" do
+      {:error, error} = Protocol.encode_body(:ping, %{a: {String.duplicate("secret", 1000)}})
+      assert byte_size(error.message) < 200
+    end
+
+    test "asks for meta, and for chunks, when told to" do
+      for opts <- [[], [meta: true], [stream: true, meta: true], [meta: false, retry: true]] do
+        {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
+        asked = ~s({"id":1) |> Kernel.<>(body) |> JSON.decode!() |> Map.take(["meta", "stream"])
+        assert asked == for({key, true} <- opts, key != :retry, into: %{}, do: {"#{key}", true})
+      end
+    end
+
+    test "tells the trace, when there is one" do
+      trace = ~S(01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-"\x)
+
+      for {opts, told} <- [{[traceparent: trace, meta: true], trace}, {[meta: true], nil}] do
+        {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
+        sent = JSON.decode!(~s({"id":1) <> body)
+        assert {sent["traceparent"], sent["meta"], sent["command"]} == {told, true, "ping"}
+      end
+    end
+
+    test "keeps integers of any size" do
+      n = Integer.pow(7, 500)
+      {:ok, body} = Protocol.encode_body(:ping, %{n: n})
+      assert %{"args" => %{"n" => ^n}} = JSON.decode!(~s({"id":1) <> body)
+    end
+  end
+
+  describe "request_frame/3" do
+    test "puts id and deadline before the body" do
+      {:ok, body} = Protocol.encode_body(:ping, %{a: 1})
+      request = 5 |> Protocol.request_frame(250, body) |> IO.iodata_to_binary() |> JSON.decode!()
+
+      assert %{"id" => 5, "timeout_ms" => 250, "command" => "ping", "args" => %{"a" => 1}} =
+               request
+
+      request = 5 |> Protocol.request_frame(:infinity, body) |> IO.iodata_to_binary()
+      refute request =~ "timeout_ms"
+    end
+  end
+
+  describe "decode_response/1 and decode_reply/1" do
+    for vector <- vectors("replies.json") do
+      @vector vector
+      test "on the wire example: #{vector["name"]}" do
+        %{"payload" => payload, "decoded" => decoded} = @vector
+
+        case decoded do
+          %{"malformed" => true} ->
+            assert {:error, {kind, text}} = Protocol.decode_response(payload)
+            assert kind in [:invalid_json, :not_a_reply] and is_binary(text)
+            assert {:error, {^kind, ^text}} = Protocol.decode_reply(payload)
+
+          %{"ok" => true, "id" => id, "result" => result} ->
+            assert Protocol.decode_response(payload) == {:ok, id, result}
+            assert Protocol.decode_reply(payload) == {:ok, id, result, decoded["meta"] || %{}}
+
+          %{"ok" => false, "id" => id, "error" => text} ->
+            assert Protocol.decode_response(payload) == {:error, id, text}
+            assert {:error, ^id, %Error{} = error} = Protocol.decode_reply(payload)
+            assert Atom.to_string(error.type) == decoded["error_type"]
+            assert error.message == text
+            assert error.retryable == (decoded["retryable"] || false)
+        end
+      end
+    end
+
+    test "an error type that is not known does not become an atom" do
+      payload =
+        ~s({"id":1,"success":false,"error":"x","error_type":"made_up_#{System.unique_integer()}"})
+
+      assert {:error, 1, %Error{type: :internal}} = Protocol.decode_reply(payload)
+    end
+
+    test "an error type that is no text is no trouble" do
+      payload = ~s({"id":1,"success":false,"error":"x","error_type":[1],"retryable":"yes"})
+
+      assert {:error, 1, %Error{type: :internal, retryable: false}} =
+               Protocol.decode_reply(payload)
+    end
+
+    test "nesting a million deep gives an answer" do
+      assert {:error, {:invalid_json, _}} =
+               Protocol.decode_response(String.duplicate("[", 1_000_000))
+
+      deep = String.duplicate("[", 100_000) <> String.duplicate("]", 100_000)
+      assert {:error, {:not_a_reply, _}} = Protocol.decode_response(deep)
+    end
+
+    test "an integer past the system's limit gives an answer" do
+      digits = String.duplicate("9", 5_000_000)
+      assert {:error, {:invalid_json, _}} = Protocol.decode_response(~s({"id":#{digits}}))
+    end
+
+    test "every cut of a good reply gives an error, and a route that is right or none" do
+      good = ~s({"id":1234,"success":true,"result":{"a":"ž \\" 🐎","b":[1.5,null,true]},"meta":{}})
+
+      for size <- 0..(byte_size(good) - 1) do
+        cut = binary_part(good, 0, size)
+        assert {:error, {:invalid_json, _}} = Protocol.decode_response(cut)
+        assert Protocol.route(cut) in [:none, {:reply, 1234}]
+      end
+    end
+
+    test "any bytes give one of the three answers (seeded)" do
+      :rand.seed(:exsss, {1, 2, 3})
+      good = ~s({"id":7,"success":false,"error":"x","error_type":"timeout","retryable":false})
+
+      for round <- 1..3_000 do
+        bytes = if rem(round, 2) == 0, do: :rand.bytes(:rand.uniform(64)), else: mutate(good)
+
+        case Protocol.decode_response(bytes) do
+          {:ok, id, _result} ->
+            assert is_integer(id) or is_binary(id)
+
+          {:error, id, text} ->
+            assert (is_integer(id) or is_binary(id) or is_nil(id)) and is_binary(text)
+
+          {:error, {kind, text}} ->
+            assert is_atom(kind) and is_binary(text)
+        end
+
+        assert Protocol.route(bytes) == :none or match?({:reply, _}, Protocol.route(bytes))
+        assert match?({:error, {_, _}}, Protocol.decode_chunk(bytes))
+        assert match?({:error, {_, _}}, Protocol.decode_tool_call(bytes))
+        assert match?({:error, {_, _}}, Protocol.decode_log(bytes))
+      end
+    end
+  end
+
+  describe "route/1" do
+    test "finds an integer id with and without a space before it" do
+      assert Protocol.route(~s({"id":0,"x":1})) == {:reply, 0}
+      assert Protocol.route(~s({"id": 42, "x": 1})) == {:reply, 42}
+      assert Protocol.route(~s({"id":42})) == {:reply, 42}
+    end
+
+    test "tells chunks and calls of tools by the second key" do
+      assert Protocol.route(~s({"id":7,"stream":{}})) == {:stream, 7}
+      assert Protocol.route(~s({"id": 7, "stream": {}})) == {:stream, 7}
+      assert Protocol.route(~s({"id":7,"tool_call":{}})) == {:tool_call, 7}
+      assert Protocol.route(~s({"id": 7, "tool_call": {}})) == {:tool_call, 7}
+      # A reply, whatever is in it; and no number is no call of ours.
+      assert Protocol.route(~s({"id":7,"success":true,"stream":{}})) == {:reply, 7}
+      assert Protocol.route(~s({"id":7,"streams":{}})) == {:reply, 7}
+      assert Protocol.route(~s({"id":null,"stream":{}})) == :none
+      assert Protocol.route(~s({"id":"7","tool_call":{}})) == :none
+      assert Protocol.route(~s({"stream":{},"id":7})) == :none
+    end
+
+    test "knows no other ids than those the bridge gives" do
+      for frame <- [
+            "",
+            "hello",
+            ~s({"id":),
+            ~s({"id":12),
+            ~s({"id":"12","x":1}),
+            ~s({"id":null,"x":1}),
+            ~s({"id":-1,"x":1}),
+            ~s({"id":1.5,"x":1}),
+            ~s({"x":1,"id":1}),
+            ~s([1]),
+            ~s({"id":) <> String.duplicate("9", 1_000_000) <> "}"
+          ] do
+        assert Protocol.route(frame) == :none
+      end
+    end
+  end
+
+  describe "decode_log/1" do
+    test "knows Python's levels; all others are :info" do
+      for {level, meant} <- [
+            {"debug", :debug},
+            {"info", :info},
+            {"warning", :warning},
+            {"error", :error},
+            {"critical", :critical},
+            {"level 25", :info},
+            {"emergency", :info},
+            {nil, :info},
+            {%{}, :info}
+          ] do
+        frame = JSON.encode!(%{log: %{level: level, logger: "ž", message: "m", more: 1}})
+        assert Protocol.route(frame) == :log
+        assert Protocol.decode_log(frame) == {:ok, meant, "m", [python_logger: "ž"]}
+      end
+
+      # As Python's json.dumps writes it.
+      assert Protocol.route(~s({"log": {"message": "m"}})) == :log
+
+      assert Protocol.decode_log(~s({"log": {"message": "m"}})) ==
+               {:ok, :info, "m", [python_logger: nil]}
+    end
+
+    test "tells the trace, if there is a text" do
+      for {trace, told} <- [{"00-a-b-01", "00-a-b-01"}, {nil, nil}, {5, nil}] do
+        frame = JSON.encode!(%{log: %{logger: "a", message: "m", traceparent: trace}})
+        assert {:ok, :info, "m", metadata} = Protocol.decode_log(frame)
+        assert metadata[:traceparent] == told
+        assert Keyword.has_key?(metadata, :traceparent) == (told != nil)
+      end
+    end
+
+    test "gives errors for everything else, every cut of a good frame included" do
+      good = ~s({"log":{"level":"info","logger":"a","message":"ž"}})
+
+      for size <- 0..(byte_size(good) - 1) do
+        cut = binary_part(good, 0, size)
+        assert {:error, {:invalid_json, _}} = Protocol.decode_log(cut)
+        assert Protocol.route(cut) in [:none, :log]
+      end
+
+      for other <- ["[]", "{}", ~s({"log":1}), ~s({"log":{}}), ~s({"log":{"message":1}})],
+          do: assert({:error, {:not_a_log, _}} = Protocol.decode_log(other))
+    end
+  end
+
+  describe "decode_chunk/1 and decode_tool_call/1" do
+    test "give what is in the frame, whatever else is" do
+      chunk = %{"field" => "answer", "chunk" => "ž 🐎", "of" => ["tomorrow"]}
+      frame = JSON.encode!(%{id: 7, stream: chunk, more: 1})
+      assert Protocol.decode_chunk(frame) == {:ok, 7, chunk}
+      call = %{call_id: "c", name: "t", args: %{a: %{b: [nil]}}, more: 1}
+      frame = JSON.encode!(%{id: 7, tool_call: call, more: 1})
+      assert Protocol.decode_tool_call(frame) == {:ok, "c", "t", %{"a" => %{"b" => [nil]}}}
+    end
+
+    test "give errors for everything else, every cut of a good frame included" do
+      chunk = ~s({"id":7,"stream":{"field":"answer","chunk":"ž"}})
+      call = ~s({"id":7,"tool_call":{"call_id":7,"name":"t","args":{"a":"ž"}}})
+
+      for {good, decode, kind} <- [
+            {chunk, &Protocol.decode_chunk/1, :stream},
+            {call, &Protocol.decode_tool_call/1, :tool_call}
+          ] do
+        assert elem(decode.(good), 0) == :ok
+
+        for size <- 0..(byte_size(good) - 1) do
+          cut = binary_part(good, 0, size)
+          assert {:error, {:invalid_json, _}} = decode.(cut)
+          assert Protocol.route(cut) in [:none, {:reply, 7}, {kind, 7}]
+        end
+
+        for other <- [
+              "[]",
+              "1",
+              "{}",
+              ~s({"id":7}),
+              ~s({"stream":{}}),
+              ~s({"id":7,"stream":[]}),
+              ~s({"id":null,"stream":{}}),
+              ~s({"id":7,"tool_call":[]}),
+              ~s({"id":7,"tool_call":{"name":"t"}}),
+              ~s({"id":7,"tool_call":{"call_id":null}}),
+              ~s({"id":7,"tool_call":{"call_id":1.5}})
+            ] do
+          assert {:error, {reason, text}} = decode.(other)
+          assert reason in [:not_a_chunk, :not_a_tool_call] and is_binary(text)
+        end
+      end
+    end
+
+    test "any bytes give an answer (seeded)" do
+      :rand.seed(:exsss, {4, 5, 6})
+      chunk = ~s({"id":7,"stream":{"field":"answer","chunk":"x"}})
+      call = ~s({"id":7,"tool_call":{"call_id":7,"name":"t","args":{"a":1}}})
+
+      for _ <- 1..3_000, good <- [chunk, call] do
+        bytes = mutate(good)
+        assert elem(Protocol.decode_chunk(bytes), 0) in [:ok, :error]
+        assert elem(Protocol.decode_tool_call(bytes), 0) in [:ok, :error]
+        assert Protocol.route(bytes) |> is_atom() or is_integer(elem(Protocol.route(bytes), 1))
+      end
+    end
+  end
+
+  describe "encode_tool_result/2" do
+    test "names what has no JSON form, in results and in error texts" do
+      for {result, text} <- [
+            {{:ok, self()}, "result: no JSON form"},
+            {{:ok, <<255>>}, "result: a text in it is not valid UTF-8"},
+            {{:error, <<255>>}, "error: a text in it is not valid UTF-8"}
+          ] do
+        assert {:error, %Error{message: message}} = Protocol.encode_tool_result(7, result)
+        assert message =~ text
+      end
+    end
+
+    test "repeats the call_id as it was" do
+      for id <- [0, -1, Integer.pow(7, 100), "a \"b\""] do
+        {:ok, frame} = Protocol.encode_tool_result(id, {:ok, nil})
+        assert %{"tool_result" => result} = JSON.decode!(frame)
+        assert result == %{"call_id" => id, "success" => true, "result" => nil}
+      end
+    end
+  end
+
+  defp mutate(bytes) do
+    at = :rand.uniform(byte_size(bytes)) - 1
+    <<before::binary-size(^at), _byte, rest::binary>> = bytes
+
+    case :rand.uniform(3) do
+      1 -> before <> rest
+      2 -> before <> :rand.bytes(1) <> rest
+      3 -> before <> :rand.bytes(3) <> binary_part(bytes, at, byte_size(bytes) - at)
+    end
+  end
+end

@@ -1,0 +1,233 @@
+defmodule DSPex.PythonBridge.Python.InterpreterTest do
+  # The look-up reads the system's environment.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureIO
+
+  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.Python.Interpreter
+
+  doctest Interpreter
+
+  @moduletag :tmp_dir
+
+  setup do
+    put_config(:python_environment, [])
+    put_system_env("DSPY_VENV", nil)
+    put_system_env("PYTHON_EXECUTABLE", nil)
+  end
+
+  defp venv(dir, name, interpreter \\ "python3") do
+    path = Path.join([dir, name, "bin", interpreter])
+    File.mkdir_p!(Path.dirname(path))
+    File.write!(path, "")
+    {Path.join(dir, name), path}
+  end
+
+  test "the option, the configured venv, DSPY_VENV, PYTHON_EXECUTABLE, PATH: in this order", %{
+    tmp_dir: dir
+  } do
+    assert Interpreter.find() == {:ok, System.find_executable("python3")}
+
+    {_, by_variable} = venv(dir, "a")
+    put_system_env("PYTHON_EXECUTABLE", by_variable)
+    assert Interpreter.find() == {:ok, by_variable}
+
+    {dspy_venv, in_dspy_venv} = venv(dir, "b")
+    put_system_env("DSPY_VENV", dspy_venv)
+    assert Interpreter.find() == {:ok, in_dspy_venv}
+
+    {configured, in_configured} = venv(dir, "c", "python")
+    put_config(:python_environment, virtual_env: configured)
+    assert Interpreter.find() == {:ok, in_configured}
+
+    {_, option} = venv(dir, "d")
+    assert Interpreter.find(option) == {:ok, option}
+  end
+
+  test "a relative path is expanded, a bare name is looked up on the PATH", %{tmp_dir: dir} do
+    {_, path} = venv(dir, "a")
+    relative = Path.relative_to_cwd(path)
+    assert Interpreter.find("./" <> relative) == {:ok, path}
+    assert Interpreter.find("sh") == {:ok, System.find_executable("sh")}
+  end
+
+  test "what is set but not there is an error that says so, never skipped", %{tmp_dir: dir} do
+    assert {:error, text} = Interpreter.find("/no/such/python")
+    assert text =~ "no Python found" and text =~ "/no/such/python"
+    assert {:error, text} = Interpreter.find("no-such-python")
+    assert text =~ "no-such-python"
+
+    put_system_env("PYTHON_EXECUTABLE", "/no/such/python")
+    assert {:error, text} = Interpreter.find()
+    assert text =~ "PYTHON_EXECUTABLE"
+
+    put_system_env("DSPY_VENV", dir)
+    assert {:error, text} = Interpreter.find()
+    assert text =~ "DSPY_VENV" and text =~ dir
+
+    put_config(:python_environment, virtual_env: "/no/venv")
+    assert {:error, text} = Interpreter.find()
+    assert text =~ "virtual_env" and text =~ "/no/venv"
+  end
+
+  test "an empty variable is an unset one" do
+    put_system_env("DSPY_VENV", "")
+    put_system_env("PYTHON_EXECUTABLE", "")
+    assert Interpreter.find() == {:ok, System.find_executable("python3")}
+  end
+
+  test "what decided is told" do
+    assert {:ok, _path, :path} = Interpreter.locate()
+    assert {:ok, _path, :option} = Interpreter.locate("sh")
+    put_system_env("PYTHON_EXECUTABLE", System.find_executable("sh"))
+    assert {:ok, path, :python_executable} = Interpreter.locate()
+    assert Interpreter.base() == {:ok, path, :python_executable}
+  end
+
+  describe "a relative path that leads nowhere: where it was looked for, and what holds from anywhere" do
+    test "in the configuration" do
+      put_config(:python_environment, virtual_env: "_build/no_such_venv")
+      assert {:error, text} = Interpreter.find()
+      assert text =~ Path.join(File.cwd!(), "_build/no_such_venv")
+      assert text =~ ~s(it was given as "_build/no_such_venv" and looked for from #{File.cwd!()},)
+      assert text =~ ~s|Path.expand("../_build/no_such_venv", __DIR__)|
+    end
+
+    test "in an option, and in the text of a bridge that cannot start" do
+      assert {:error, text} = Interpreter.find("./venv/bin/python")
+      assert text =~ Path.expand("venv/bin/python") <> ", which is no file"
+      assert text =~ ~s|Path.expand("../venv/bin/python", __DIR__)|
+
+      bridge = start_supervised!({Bridge, name: nil, python_executable: "./venv/bin/python"})
+      assert %{last_error: ^text} = eventually(fn -> with_error(Bridge.get_status(bridge)) end)
+    end
+
+    defp with_error(status), do: if(status.last_error, do: status)
+
+    test "but not an absolute one, nor one in the home folder" do
+      for path <- ["/no/venv", "~/no/such/venv"] do
+        put_config(:python_environment, virtual_env: path)
+        assert {:error, text} = Interpreter.find()
+        refute text =~ "__DIR__"
+        assert text =~ "there is no such folder" and text =~ "mix dspex.setup"
+      end
+    end
+  end
+
+  describe "a virtual environment without a Python: why, and what to do" do
+    setup %{tmp_dir: dir} do
+      put_config(:python_environment, virtual_env: Path.join(dir, "venv"))
+      File.mkdir_p!(Path.join(dir, "venv"))
+      %{venv: Path.join(dir, "venv")}
+    end
+
+    defp link(venv, name, target) do
+      File.mkdir_p!(Path.join(venv, "bin"))
+      File.ln_s!(target, Path.join([venv, "bin", name]))
+    end
+
+    defp said(venv) do
+      {:error, text} = Interpreter.find()
+      String.replace_prefix(text, "no Python found: virtual_env names #{venv}, ", "")
+    end
+
+    test "it is gone, at the end of any number of links", %{venv: venv} do
+      link(venv, "python3.9", "/no/such/python3.9")
+      link(venv, "python3", "python3.9")
+      link(venv, "python", "../bin/python3")
+      assert Interpreter.lack(venv) == {:gone, "/no/such/python3.9"}
+
+      assert said(venv) ==
+               "whose bin/python is a link to /no/such/python3.9, which is gone " <>
+                 "(remove it, and `mix dspex.setup` makes it anew)"
+    end
+
+    test "of the variable DSPY_VENV dspex.setup is to be told", %{venv: venv} do
+      put_config(:python_environment, [])
+      put_system_env("DSPY_VENV", venv)
+
+      assert Interpreter.find() ==
+               {:error,
+                "no Python found: DSPY_VENV names #{venv}, which has no bin/python " <>
+                  "(`mix dspex.setup --path #{venv}` makes it)"}
+    end
+
+    test "links in a circle are none", %{venv: venv} do
+      link(venv, "python", "python3")
+      link(venv, "python3", "python")
+      assert Interpreter.lack(venv) == :none
+      assert said(venv) =~ "which has no bin/python"
+    end
+
+    test "there is one", %{venv: venv} do
+      link(venv, "python3", "/no/such/python")
+      link(venv, "python", python())
+      assert Interpreter.lack(venv) == nil
+    end
+
+    test "nothing is there, or an empty folder: dspex.setup makes it", %{venv: venv} do
+      assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
+      File.rmdir!(venv)
+
+      assert said(venv) ==
+               "which has no bin/python: there is no such folder (`mix dspex.setup` makes it)"
+    end
+
+    test "it is something else, which dspex.setup would refuse", %{venv: venv} do
+      File.write!(Path.join(venv, "thesis.txt"), "x")
+      assert said(venv) == "which has no bin/python, and is no virtual environment (name another)"
+      File.write!(Path.join(venv, "pyvenv.cfg"), "")
+
+      assert said(venv) =~
+               "which has no bin/python (remove it, and `mix dspex.setup` makes it anew)"
+
+      File.rm_rf!(venv)
+      File.write!(venv, "x")
+      assert said(venv) == "which is no folder (name another)"
+    end
+
+    # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.
+    defp as_another(venv, hidden) do
+      File.chmod!(hidden, 0)
+      on_exit(fn -> File.chmod!(hidden, 0o755) end)
+
+      code =
+        "Application.put_env(:dspex, :python_environment, virtual_env: #{inspect(venv)})\n" <>
+          "{:error, text} = DSPex.PythonBridge.Python.Interpreter.find()\nIO.puts(text)"
+
+      if File.ls(hidden) == {:error, :eacces} do
+        capture_io(fn -> Code.eval_string(code) end) |> String.trim()
+      else
+        user = ["--reuid=65534", "--regid=65534", "--clear-groups", "elixir"]
+        args = user ++ ["-pa", Application.app_dir(:dspex, "ebin"), "-e", code]
+        {text, 0} = System.cmd("setpriv", args, env: %{"HOME" => "/"}, cd: "/")
+        String.trim(text)
+      end
+    end
+
+    test "this user may not reach it", %{tmp_dir: dir, venv: venv} do
+      hidden = Path.join(dir, "hidden")
+      File.mkdir_p!(Path.join(hidden, "venv/bin"))
+      File.write!(Path.join(hidden, "python3"), "")
+      link(venv, "python3", Path.join(hidden, "python3"))
+
+      assert as_another(venv, hidden) ==
+               "no Python found: virtual_env names #{venv}, whose bin/python is a link to #{hidden}/python3, " <>
+                 "which this user may not reach (make it of a Python that this user may run, such as the system's)"
+
+      assert as_another("#{hidden}/venv", hidden) ==
+               "no Python found: virtual_env names #{hidden}/venv, which this user may not reach " <>
+                 "(it needs the permission x of that folder, its bin, and those above)"
+    end
+  end
+
+  test "no Python at all", %{tmp_dir: dir} do
+    put_system_env("PATH", dir)
+
+    assert Interpreter.find() ==
+             {:error,
+              "no Python found: no interpreter is configured, and there is no python3 on the PATH"}
+  end
+end

@@ -1,0 +1,743 @@
+defmodule DSPex.PythonBridge.Tools.ToolsTest do
+  @moduledoc """
+  Functions of the caller's that the peer calls, with a peer that calls what it is told to
+  (tests/fakes/replies/plays.py). Named after the races.
+  """
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureLog
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Tools}
+  alias DSPex.PythonBridge.Client.StreamProxy
+  alias DSPex.PythonBridge.Tools.Invocation
+  alias DSPex.Test.Exits
+
+  doctest Tools.Runner
+
+  defp start(opts \\ []) do
+    spec = Supervisor.child_spec({Bridge, fake_opts("plays", opts)}, restart: :temporary)
+    bridge = start_supervised!(spec)
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    bridge
+  end
+
+  defp start_again_opts(dir), do: [env: %{"FAKE_FILE" => Path.join(dir, "starts")}]
+
+  defp request(bridge, play, opts),
+    do: Bridge.request(bridge, :execute_program, %{play: play}, opts)
+
+  defp async(bridge, play, opts), do: Task.async(fn -> request(bridge, play, opts) end)
+  defp go(bridge, name), do: Bridge.cast(bridge, :go, %{name: name})
+  defp status(bridge, key), do: Map.fetch!(Bridge.get_status(bridge), key)
+
+  # One call of each of these functions, all under way at once; what the peer is told of them.
+  defp results(bridge, functions) do
+    numbered = Enum.with_index(functions, 1)
+    calls = for {_function, n} <- numbered, do: ["tool", n, "tool#{n}", %{n: n}]
+    waits = for {_function, n} <- numbered, do: ["result", n]
+    tools = Map.new(numbered, fn {function, n} -> {"tool#{n}", function} end)
+    play = calls ++ waits ++ [["reply"]]
+    {:ok, results, _} = request(bridge, play, tools: tools, timeout: 10_000)
+    for {_function, n} <- numbered, do: Map.delete(results["#{n}"], "call_id")
+  end
+
+  defp ok(result), do: %{"success" => true, "result" => result}
+
+  # What the peer has been told of tools, the cancels left out.
+  defp told(bridge) do
+    {:ok, %{"heard" => heard}} = Bridge.call(bridge, :heard)
+    for %{"tool_result" => result} <- heard, do: result
+  end
+
+  defp told(bridge, call_id) do
+    eventually(fn -> Enum.find(told(bridge), &(&1["call_id"] == call_id)) end)
+  end
+
+  # Tells its process, and that of its call, and does what only a kill can end.
+  defp endless(test) do
+    fn args ->
+      Process.flag(:trap_exit, true)
+      send(test, {:running, args, self(), proxy_of(self())})
+      Process.sleep(:infinity)
+    end
+  end
+
+  defp proxy_of(tool), do: elem(Process.info(tool, :parent), 1)
+
+  defp watch(count) do
+    for _ <- 1..count do
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      for pid <- [tool, proxy], do: Process.monitor(pid)
+    end
+    |> List.flatten()
+  end
+
+  defp assert_dead(monitors) do
+    for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, :process, _pid, _reason}, 5_000)
+  end
+
+  describe "what a function does" do
+    test "is a result if it has a JSON form" do
+      functions = [
+        fn %{"n" => 1} -> "a text" end,
+        fn _ -> {:ok, %{a: [1, nil, true]}} end,
+        fn _ -> nil end,
+        fn _ -> :ok end,
+        & &1,
+        fn _ -> %{success: false} end
+      ]
+
+      assert results(start(), functions) ==
+               [
+                 ok("a text"),
+                 ok(%{"a" => [1, nil, true]}),
+                 ok(nil),
+                 ok("ok"),
+                 ok(%{"n" => 5}),
+                 ok(%{"success" => false})
+               ]
+    end
+
+    test "is an error in one line otherwise, and nothing is logged" do
+      long = String.duplicate("long\n", 100_000)
+
+      functions = [
+        fn _ -> {:error, "as\nit is"} end,
+        fn _ -> {:error, %ArgumentError{message: "the\nmessage"}} end,
+        fn _ -> {:error, {:reason, 1}} end,
+        fn _ -> raise ArgumentError, "two\n\n  lines" end,
+        fn %{"m" => _} -> :never end,
+        fn _ -> :erlang.error(:badarg) end,
+        fn _ -> throw({:thrown, 1}) end,
+        fn _ -> exit(:normal) end,
+        fn _ -> exit({:shutdown, :mine}) end,
+        # What Task.await, GenServer.call and a process that an Erlang error ends have to say.
+        fn _ -> exit({{%ArgumentError{message: "boom"}, stack()}, {Task, :await, [:hidden]}}) end,
+        fn _ -> exit({:timeout, {GenServer, :call, [:server, :hidden, 5_000]}}) end,
+        fn _ -> exit({:badarg, stack()}) end,
+        fn _ -> raise long end,
+        fn _ -> raise "not \xFF text" end,
+        fn _ -> raise %Exits.OnMessage{} end,
+        fn _ -> {:error, %Exits.OnInspect{}} end,
+        fn _ -> throw(%Exits.OnInspect{}) end,
+        fn _ -> self() end,
+        fn _ -> {:a, 1} end,
+        fn _ -> [1 | 2] end,
+        fn _ -> <<255>> end,
+        fn _ -> {:error, <<255>>} end,
+        fn _ -> %Exits.OnEncode{} end
+      ]
+
+      bridge = start()
+
+      {texts, log} =
+        with_log(fn ->
+          for result <- results(bridge, functions) do
+            assert %{"success" => false, "error" => text} = result
+            assert map_size(result) == 2
+            text
+          end
+        end)
+
+      expected = [
+        "as\nit is",
+        "the message",
+        "{:reason, 1}",
+        "ArgumentError: two lines",
+        "FunctionClauseError: no function clause matching",
+        "ArgumentError: argument error",
+        "throw: {:thrown, 1}",
+        "exit: :normal",
+        "exit: {:shutdown, :mine}",
+        "ArgumentError: boom",
+        "exit: :timeout",
+        "exit: :badarg",
+        "RuntimeError: long long long",
+        "RuntimeError: not � text",
+        "error: a reason that cannot be shown",
+        "exit: :inspect",
+        "throw: a reason that cannot be shown",
+        "tool tool18: result: no JSON form for #PID",
+        "tool tool19: result: no JSON form for {:a, 1}",
+        "tool tool20: result: cannot be written as JSON",
+        "tool tool21: result: a text in it is not valid UTF-8",
+        "tool tool22: error: a text in it is not valid UTF-8",
+        "tool tool23: result: cannot be written as JSON"
+      ]
+
+      for {text, expected} <- Enum.zip(texts, expected) do
+        assert String.starts_with?(text, expected)
+        assert String.length(text) <= 500
+        refute text =~ "hidden"
+        refute tl(texts) |> Enum.any?(&(&1 =~ "\n"))
+      end
+
+      # Others may log meanwhile.
+      for contents <- ["long", "two", "thrown", "mine", "ToolCall", "Exits"] do
+        refute log =~ contents
+      end
+    end
+
+    defp stack, do: [{__MODULE__, :hidden, [:hidden], [file: ~c"hidden.ex", line: 1]}]
+
+    test "is an error, too, when its process is ended from outside" do
+      ended = [
+        fn _ ->
+          {:links, links} = Process.info(self(), :links)
+          Enum.each(links, &Process.unlink/1)
+          Process.exit(self(), :kill)
+        end,
+        fn _ -> Process.exit(self(), :kill) end,
+        fn _ -> Process.exit(self(), :normal) end,
+        fn _ ->
+          spawn_link(fn -> exit(:of_a_neighbour) end)
+          Process.sleep(:infinity)
+        end
+      ]
+
+      texts = for %{"success" => false, "error" => text} <- results(start(), ended), do: text
+      assert texts == ["exit: :killed", "exit: :killed", "exit: :normal", "exit: :of_a_neighbour"]
+    end
+
+    test "is an error when its frame is too large" do
+      bridge = start(max_frame_bytes: 1_000)
+      big = String.duplicate("x", 1_000)
+      exact = String.duplicate("x", 1_000 - byte_size(frame("")))
+
+      assert [ok, over, error] =
+               results(bridge, [fn _ -> exact end, fn _ -> big end, fn _ -> {:error, big} end])
+
+      assert ok == ok(exact)
+      for %{"error" => text} <- [over, error], do: assert(text =~ "max_frame_bytes is 1000")
+    end
+
+    defp frame(result),
+      do: ~s({"tool_result":{"call_id":1,"success":true,"result":#{JSON.encode!(result)}}})
+
+    test "may be as large as a frame, and holds nobody up" do
+      bridge = start()
+      big = String.duplicate("x", 5_000_000)
+      assert [%{"result" => ^big}] = results(bridge, [fn _ -> big end])
+    end
+
+    test "is done beside the caller, who is known to it" do
+      test = self()
+
+      tools = %{
+        where: fn _ ->
+          send(test, {:where, self(), Process.get(:"$callers"), Process.info(self(), :links)}) &&
+            1
+        end
+      }
+
+      Process.put(:"$callers", [:before])
+      play = [["tool", 1, "where", %{}], ["result", 1], ["reply", %{}]]
+      assert {:ok, %{}, _} = request(start(), play, tools: tools)
+      assert_received {:where, pid, [^test, :before], {:links, links}}
+      assert pid != test and test not in links
+    end
+
+    test "may be a call to the same bridge" do
+      bridge = start()
+
+      assert [%{"result" => 1}] =
+               results(bridge, [fn _ -> elem(Bridge.call(bridge, :ping), 1)["starts"] end])
+    end
+  end
+
+  describe "options" do
+    test ":tools that cannot be right are refused, and named" do
+      for {tools, text} <- [
+            {[search: & &1], ":tools: expected a map"},
+            {nil, ":tools: expected a map"},
+            {%URI{}, ":tools: expected a map"},
+            {%{search: fn -> 1 end}, ":tools: search: expected a function of one argument"},
+            {%{"search" => "search"}, ":tools: search: expected a function of one argument"},
+            {%{1 => & &1}, ":tools: expected names"},
+            {%{nil => & &1}, ":tools: expected names"},
+            {%{<<255>> => & &1}, ":tools: expected names"},
+            {%{:search => & &1, "search" => & &1}, ":tools: search: there twice"}
+          ] do
+        assert {:error, %Error{type: :invalid_request, message: message}} =
+                 Bridge.request(:nobody, :execute_program, %{}, tools: tools)
+
+        assert String.starts_with?(message, text)
+      end
+    end
+
+    test "other options and errors are as without tools" do
+      bridge = start()
+      tools = [tools: %{t: & &1}]
+      assert {:error, %Error{type: :lm_error}} = request(bridge, [["fail", "lm_error"]], tools)
+      assert {:error, %Error{type: :bridge_not_running}} = request(:nobody, [], tools)
+
+      assert {:error, %Error{type: :invalid_args}} =
+               Bridge.request(bridge, :ping, %{a: {}}, tools)
+
+      assert {:error, %Error{type: :invalid_request}} =
+               request(bridge, [], [timeout: -1] ++ tools)
+
+      assert {:ok, %{}, %{"asked" => ["meta"]}} = request(bridge, [["reply", %{}]], tools)
+      {ms, result} = timed(fn -> request(bridge, [["go", "on"]], [timeout: 60] ++ tools) end)
+      assert {:error, %Error{type: :timeout}} = result
+      assert ms < 1_000
+      assert {:messages, []} = Process.info(self(), :messages)
+    end
+  end
+
+  describe "a tool that is not there" do
+    test "is refused, by its name, whoever made the call" do
+      bridge = start()
+      play = fn n -> [["tool", n, "search", %{}], ["result", n], ["reply", %{}]] end
+      args = fn n -> %{play: play.(n)} end
+      text = "tool search: :tools was not given for this call"
+      assert {:ok, %{}} = Bridge.call(bridge, :execute_program, args.(1), 10_000)
+      assert {:ok, %{}, _} = request(bridge, play.(2), on_chunk: & &1)
+      assert {:ok, %{}, _} = request(bridge, play.(3), tools: %{})
+      assert :ok = Bridge.cast(bridge, :execute_program, args.(4))
+      for n <- 1..4, do: assert(%{"success" => false, "error" => ^text} = told(bridge, n))
+      tools = %{"b" => & &1, a: & &1}
+      assert {:ok, %{}, _} = request(bridge, play.(5), tools: tools)
+      text = "tool search: it was not given in :tools, which has a, b"
+      assert %{"success" => false, "error" => ^text} = told(bridge, 5)
+
+      name = Module.concat(__MODULE__, Pool)
+      start_supervised!({Pool, Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)})
+      assert {:ok, %{}} = Pool.call(name, :execute_program, args.(6), 10_000)
+    end
+
+    test "for a call that is over, or that there never was, is refused" do
+      bridge = start()
+
+      raw = fn id, call_id ->
+        ["raw", ~s({"id":#{id},"tool_call":{"call_id":#{call_id},"name":"search","args":{}}})]
+      end
+
+      play = [["reply", %{}], raw.("ID", 1), raw.(999_999, 2), raw.("ID", ~s("three"))]
+      assert {:ok, %{}, _} = request(bridge, play, tools: %{search: & &1})
+      # The next request of the bridge's own gets none either.
+      for id <- [1, 2, "three"] do
+        assert %{"success" => false, "error" => text} = told(bridge, id)
+        assert text == "tool search: the call that it belongs to is over"
+      end
+
+      assert %{late_replies: 0, unreadable_frames: 0} = Bridge.get_status(bridge)
+    end
+
+    test "as the call cannot be read: it is answered if that can be done, else counted" do
+      bridge = start()
+
+      bad = fn text -> ["raw", ~s({"id":ID,"tool_call":) <> text] end
+
+      play = [
+        bad.("{"),
+        bad.("1}"),
+        bad.(~s({"name":"t","args":{}}})),
+        bad.(~s({"call_id":null,"name":"t","args":{}}})),
+        bad.(~s({"call_id":1,"args":{}}})),
+        bad.(~s({"call_id":2,"name":"t","args":[]}})),
+        bad.(~s({"call_id":3,"name":7,"args":{}}})),
+        ["result", 1],
+        ["result", 2],
+        ["result", 3],
+        ["reply"]
+      ]
+
+      {results, log} =
+        with_log(fn ->
+          {:ok, results, _} = request(bridge, play, tools: %{t: fn _ -> 1 end})
+          eventually(fn -> status(bridge, :unreadable_frames) == 4 end)
+          results
+        end)
+
+      for n <- ["1", "2", "3"] do
+        assert %{"success" => false, "error" => "tool_call: " <> _} = results[n]
+      end
+
+      assert log =~ "not readable"
+    end
+  end
+
+  describe "at once" do
+    test "several tools of one execute run" do
+      test = self()
+      # Each waits for the other, under two names of one function.
+      tool = fn %{"i" => i} ->
+        send(test, {:at, i, self()})
+        receive do: (:go -> i)
+      end
+
+      play =
+        for(n <- 1..2, do: ["tool", n, "t#{n}", %{i: n}]) ++
+          [["result", 1], ["result", 2], ["reply"]]
+
+      task = async(start(), play, tools: %{t1: tool, t2: tool})
+      assert_receive {:at, 1, one}, 5_000
+      assert_receive {:at, 2, two}, 5_000
+      assert one != two
+      send(two, :go)
+      send(one, :go)
+      assert {:ok, %{"1" => %{"result" => 1}, "2" => %{"result" => 2}}, _} = Task.await(task)
+    end
+
+    test "tools run while the caller is at work with a chunk" do
+      test = self()
+
+      on_chunk = fn chunk ->
+        receive do: (:told -> send(test, {:chunk, chunk}))
+      end
+
+      tell = fn _ -> send(test, :told) && nil end
+      play = [["count", 1], ["tool", 1, "tell", %{}], ["result", 1], ["reply", %{}]]
+      assert {:ok, %{}, _} = request(start(), play, tools: %{tell: tell}, on_chunk: on_chunk)
+      assert_received {:chunk, %{"chunk" => "0"}}
+    end
+
+    test "tools of two executes with the same names do not meet" do
+      bridge = start()
+      play = fn n -> [["tool", n, "who", %{}], ["result", n], ["reply"]] end
+      tasks = for n <- 1..20, do: async(bridge, play.(n), tools: %{who: fn _ -> n end})
+
+      for {{:ok, results, _}, n} <- tasks |> Task.await_many() |> Enum.zip(1..20) do
+        assert results["#{n}"]["result"] == n
+      end
+    end
+  end
+
+  describe "tools that hold much" do
+    test "are copied each for its own calls, and not for the process that keeps the time" do
+      data = Enum.to_list(1..300_000)
+      words = fn pid -> elem(Process.info(pid, :total_heap_size), 1) end
+
+      tools = %{
+        large: fn _ -> length(data) end,
+        other: fn _ -> length(data) end,
+        small: fn _ -> [words.(self()), words.(proxy_of(self()))] end
+      }
+
+      play = [["tool", 1, "large", %{}], ["tool", 2, "small", %{}], ["result", 1]]
+      play = play ++ [["result", 2], ["reply"]]
+      assert {:ok, results, _} = request(start(), play, tools: tools)
+      assert %{"1" => %{"result" => 300_000}, "2" => %{"result" => [own, proxy]}} = results
+      # The list has 600,000 words.
+      assert own < 100_000
+      assert proxy < 100_000
+    end
+  end
+
+  describe "one answer" do
+    test "is given to a call of a tool, whatever ends its process behind it" do
+      port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
+      running = %{self() => %Invocation{port: port, id: 1, frame: "", max_frame_bytes: 1}}
+
+      tools = %Tools.Runner{
+        holder: nil,
+        bridge: self(),
+        callers: [],
+        port: port,
+        running: running
+      }
+
+      answer = {:tool_result, port, 1, "a frame"}
+      tools = Tools.Runner.answered(tools, self(), answer)
+      assert_received ^answer
+      assert Tools.Runner.ended(tools, self(), :killed) == tools
+      # Of the peer before.
+      assert Tools.Runner.answered(tools, self(), answer) == tools
+      refute_received ^answer
+    end
+  end
+
+  describe "tools are dead, and their call's process is, after" do
+    setup do
+      bridge = start()
+      %{bridge: bridge, open: [["tool", 1, "t", %{}], ["tool", 2, "t", %{}], ["go", "on"]]}
+    end
+
+    defp opts(more \\ []), do: [tools: %{t: endless(self())}] ++ more
+
+    test "the reply", %{bridge: bridge, open: open} do
+      task = async(bridge, open ++ [["reply", %{}]], opts())
+      monitors = watch(2)
+      refute_received {:DOWN, _, _, _, _}
+      go(bridge, "on")
+      assert {:ok, %{}, _} = Task.await(task)
+      assert_dead(monitors)
+      assert told(bridge) == []
+    end
+
+    test "an error reply", %{bridge: bridge, open: open} do
+      task = async(bridge, open ++ [["fail", "timeout"]], opts())
+      monitors = watch(2)
+      go(bridge, "on")
+      assert {:error, %Error{type: :timeout}} = Task.await(task)
+      assert_dead(monitors)
+    end
+
+    test "the timeout", %{bridge: bridge, open: open} do
+      task = async(bridge, open, opts(timeout: 200))
+      monitors = watch(2)
+      assert {:error, %Error{type: :timeout}} = Task.await(task)
+      assert_dead(monitors)
+      eventually(fn -> status(bridge, :pending) == 0 end)
+    end
+
+    test "the death of the caller", %{bridge: bridge, open: open} do
+      opts = opts()
+      caller = spawn(fn -> request(bridge, open, opts) end)
+      monitors = watch(2)
+      Process.exit(caller, :kill)
+      assert_dead(monitors)
+      eventually(fn -> status(bridge, :pending) == 0 end)
+      {:ok, %{"heard" => heard}} = Bridge.call(bridge, :heard)
+      assert [%{"cancel" => _id}] = heard
+    end
+
+    test "the timeout, though the call's process is held up", %{bridge: bridge, open: open} do
+      task = async(bridge, open, opts(timeout: 300))
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      assert_receive {:running, _args, another, ^proxy}, 5_000
+      monitors = for pid <- [tool, another, proxy], do: Process.monitor(pid)
+      :erlang.suspend_process(proxy)
+      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 2_000)
+      assert_dead(monitors)
+      eventually(fn -> status(bridge, :pending) == 0 end)
+    end
+
+    test "the death of the caller, though the call's process is held up", context do
+      opts = opts()
+      caller = spawn(fn -> request(context.bridge, context.open, opts) end)
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      assert_receive {:running, _args, another, ^proxy}, 5_000
+      monitors = for pid <- [tool, another], do: Process.monitor(pid)
+      :erlang.suspend_process(proxy)
+      Process.exit(caller, :kill)
+      assert_dead(monitors)
+      :erlang.resume_process(proxy)
+      eventually(fn -> status(context.bridge, :pending) == 0 end)
+    end
+
+    test "the death of the call's process by force", %{bridge: bridge, open: open} do
+      task = async(bridge, open, opts())
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      assert_receive {:running, _args, another, ^proxy}, 5_000
+      monitors = for pid <- [tool, another], do: Process.monitor(pid)
+      Process.exit(proxy, :kill)
+      assert {:error, %Error{type: :cancelled, message: text}} = Task.await(task)
+      assert text =~ "was killed"
+      assert_dead(monitors)
+      eventually(fn -> status(bridge, :pending) == 0 end)
+    end
+
+    test "the timeout, when a tool is called behind it", %{bridge: bridge} do
+      play = [["count", 1], ["go", "on"], ["tool", 1, "t", %{}], ["go", "never"]]
+      stream = Bridge.stream(bridge, %{play: play}, opts(timeout: 500))
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, {:chunk, _, _}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      [proxy] = proxies(self())
+      :erlang.suspend_process(proxy)
+      eventually(fn -> waiting(proxy) == 1 end)
+      go(bridge, "on")
+      eventually(fn -> waiting(proxy) == 2 end)
+      :erlang.resume_process(proxy)
+      eventually(fn -> waiting(proxy) == 0 end)
+      # None was begun.
+      assert for(pid <- Process.list(), Process.info(pid, :parent) == {:parent, proxy}, do: pid) ==
+               []
+
+      monitor = Process.monitor(proxy)
+      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
+      assert_dead([monitor])
+    end
+
+    defp waiting(pid), do: elem(Process.info(pid, :message_queue_len), 1)
+
+    test "an exception of on_chunk", %{bridge: bridge, open: open} do
+      on_chunk = fn _ -> raise ArgumentError, "mine" end
+      opts = opts(on_chunk: on_chunk)
+      play = open ++ [["count", 1], ["go", "never"]]
+      task = Task.async(fn -> catch_error(request(bridge, play, opts)) end)
+      monitors = watch(2)
+      go(bridge, "on")
+      assert %ArgumentError{} = Task.await(task)
+      assert_dead(monitors)
+    end
+
+    test "a stream that is halted", %{bridge: bridge, open: open} do
+      stream = Bridge.stream(bridge, %{play: [["count", 1]] ++ open}, opts())
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, _, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      monitors = watch(2)
+      next.({:halt, nil})
+      assert_dead(monitors)
+    end
+
+    test "the reply to a stream that nobody pulls: the tools", %{bridge: bridge, open: open} do
+      play = [["count", 1]] ++ open ++ [["reply", %{}]]
+      stream = Bridge.stream(bridge, %{play: play}, opts())
+      suspend = fn element, _acc -> {:suspend, element} end
+      {:suspended, _, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
+      assert_receive {:running, _args, tool, proxy}, 5_000
+      monitor = Process.monitor(tool)
+      go(bridge, "on")
+      assert_receive {:DOWN, ^monitor, :process, _, _}, 5_000
+      assert Process.alive?(proxy)
+      assert {:suspended, {:ok, %{}, _}, _} = next.({:cont, nil})
+      monitor = Process.monitor(proxy)
+      assert_dead([monitor])
+    end
+
+    test "the end of the bridge, in order or not", %{bridge: bridge, open: open} do
+      for ending <- [&Bridge.stop/1, &Process.exit(&1, :kill)] do
+        bridge =
+          start_supervised!(
+            Supervisor.child_spec(
+              {Bridge, fake_opts("plays", env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})},
+              restart: :temporary,
+              id: make_ref()
+            )
+          )
+
+        task = async(bridge, open, opts())
+        monitors = watch(2)
+        ending.(bridge)
+        assert {:error, %Error{type: :bridge_not_running}} = Task.await(task)
+        assert_dead(monitors)
+      end
+
+      assert status(bridge, :pending) == 0
+    end
+
+    test "a refusal of the bridge" do
+      bridge = start_supervised!({Bridge, fake_opts("plays", max_pending: 1)}, id: :full)
+      held = async(bridge, [["go", "on"], ["reply", %{}]], opts())
+      eventually(fn -> status(bridge, :pending) == 1 end)
+      eventually(fn -> match?([_proxy], proxies(held.pid)) end)
+      assert {:error, %Error{type: :overloaded}} = request(bridge, [], opts())
+      eventually(fn -> proxies(self()) == [] end)
+      Task.shutdown(held, :brutal_kill)
+    end
+
+    defp proxies(caller) do
+      for pid <- Process.list(),
+          Process.info(pid, :parent) == {:parent, caller},
+          {:current_function, {StreamProxy, :loop, 1}} <- [Process.info(pid, :current_function)],
+          do: pid
+    end
+  end
+
+  describe "the peer's death" do
+    @describetag :tmp_dir
+
+    # Two slow tools; after the death, one more under the first one's call_id.
+    setup %{tmp_dir: dir} do
+      bridge = start(start_again_opts(dir))
+      test = self()
+
+      slow = fn args ->
+        send(test, {:running, args, self(), self()})
+        receive do: (:finish -> "slow")
+      end
+
+      first = [["tool", 1, "slow", %{}], ["tool", 2, "slow", %{}], ["go", "never"]]
+      again = [["go", "on"], ["tool", 1, "fast", %{}], ["result", 1], ["go", "end"], ["reply"]]
+      tools = %{slow: slow, fast: fn _ -> "fast" end}
+      task = async(bridge, [["first", first, again]], tools: tools)
+      assert_receive {:running, _, one, _}, 5_000
+      assert_receive {:running, _, two, _}, 5_000
+      kill(status(bridge, :os_pid))
+      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+      %{bridge: bridge, one: one, two: two, task: task}
+    end
+
+    test "while a tool runs: its result is not brought to the next peer", context do
+      monitor = Process.monitor(context.one)
+      send(context.one, :finish)
+      send(context.two, :finish)
+      assert_receive {:DOWN, ^monitor, :process, _, :normal}, 5_000
+      # The call is with the next peer by then.
+      assert status(context.bridge, :pending) == 1
+      assert told(context.bridge) == []
+      for name <- ["on", "end"], do: go(context.bridge, name)
+      assert {:ok, results, _} = Task.await(context.task)
+      assert %{"1" => %{"call_id" => 1, "success" => true, "result" => "fast"}} == results
+    end
+
+    test "while a tool runs: it is ended when the next peer calls its first", context do
+      monitors = for pid <- [context.one, context.two], do: Process.monitor(pid)
+      assert told(context.bridge) == []
+      assert Process.alive?(context.one) and Process.alive?(context.two)
+      go(context.bridge, "on")
+      # Before the end of the execute, which would end them anyway.
+      for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, _, _, :killed}, 5_000)
+      go(context.bridge, "end")
+      assert {:ok, %{"1" => %{"result" => "fast"}}, _} = Task.await(context.task)
+      assert [%{"call_id" => 1}] = told(context.bridge)
+    end
+  end
+
+  describe "an end that waits" do
+    setup do
+      bridge = start(env: %{"DSPY_BRIDGE_DRAIN_MS" => "20000"})
+      test = self()
+
+      tool = fn _ ->
+        send(test, {:running, self()})
+        receive do: (:finish -> "late")
+      end
+
+      play = [["tool", 1, "t", %{}], ["result", 1], ["count", 1], ["reply"]]
+      opts = [tools: %{t: tool}, on_chunk: &send(test, {:chunk, &1})]
+      task = async(bridge, play, opts)
+      assert_receive {:running, pid}, 5_000
+      %{bridge: bridge, task: task, tool: pid}
+    end
+
+    test "a restart while a tool runs: the old peer gets its result, and its chunks are given",
+         %{bridge: bridge, task: task, tool: tool} do
+      old = status(bridge, :os_pid)
+      assert Bridge.restart(bridge) == :ok
+      assert status(bridge, :os_pid) != old
+      send(tool, :finish)
+      assert {:ok, %{"1" => %{"result" => "late"}}, _} = Task.await(task)
+      assert_received {:chunk, %{"chunk" => "0"}}
+      assert told(bridge) == []
+      assert %{late_replies: 0, pending: 0} = Bridge.get_status(bridge)
+      eventually(fn -> not alive?(old) end)
+    end
+
+    test "a stop while a tool runs: the peer gets its result", context do
+      %{bridge: bridge, task: task, tool: tool} = context
+      stop = Task.async(fn -> Bridge.stop(bridge) end)
+      eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
+      send(tool, :finish)
+      assert {:ok, %{"1" => %{"result" => "late"}}, _} = Task.await(task)
+      assert_received {:chunk, %{"chunk" => "0"}}
+      assert Task.await(stop) == :ok
+    end
+
+    test "a stop while a tool runs: a program that is missing is told at once", context do
+      %{bridge: bridge, task: task, tool: tool} = context
+      play = [["tool", 2, "go", %{}], ["result", 2], ["fail", "program_not_found"]]
+      test = self()
+      go = fn _ -> send(test, {:go, self()}) && receive(do: (:go -> nil)) end
+      args = %{program_id: "p", play: play}
+
+      missing =
+        Task.async(fn -> Bridge.request(bridge, :execute_program, args, tools: %{go: go}) end)
+
+      assert_receive {:go, pid}, 5_000
+      stop = Task.async(fn -> Bridge.stop(bridge) end)
+      eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
+      # A second was waited for the reason.
+      {ms, result} = timed(fn -> send(pid, :go) && Task.await(missing) end)
+      assert {:error, %Error{type: :program_not_found}} = result
+      assert ms < 800
+      send(tool, :finish)
+      assert {:ok, _, _} = Task.await(task)
+      assert Task.await(stop) == :ok
+    end
+  end
+end

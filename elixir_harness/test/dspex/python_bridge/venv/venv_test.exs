@@ -1,0 +1,609 @@
+defmodule DSPex.PythonBridge.Venv.VenvTest do
+  # Real environments, by the interpreter's own venv and pip; uv is a script here, which tells what it was given.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{OS, Venv}
+  alias DSPex.PythonBridge.Venv.{Installer, Lock, Source}
+  alias DSPex.Test.TinySource
+
+  @moduletag :tmp_dir
+
+  # One by pip takes seconds to make: those that only use it have a copy.
+  setup_all do
+    dir = Path.join(System.tmp_dir!(), "dspex_venv_test_#{System.pid()}")
+    on_exit(fn -> File.rm_rf!(dir) end)
+    source = TinySource.make(Path.join(dir, "source"))
+    venv = Path.join(dir, "venv")
+    before = System.get_env()
+    System.put_env(Map.merge(TinySource.env(source), %{"PATH" => "/usr/bin:/bin"}))
+    made = make(venv, source, python: python())
+    System.put_env(Map.merge(Map.new(TinySource.env(source), fn {k, _} -> {k, nil} end), before))
+    %{by_pip: {venv, source, made}}
+  end
+
+  setup %{tmp_dir: dir} do
+    # Some 50 MB.
+    on_exit(fn -> File.rm_rf!(dir) end)
+    source = TinySource.make(Path.join(dir, "so;ur[ce], and more"))
+    for {name, value} <- TinySource.env(source), do: put_system_env(name, value)
+    put_system_env("PYTHON_EXECUTABLE", python())
+    # The programs of the system, without a uv.
+    put_system_env("PATH", "/usr/bin:/bin")
+    %{venv: Path.join(dir, "venv"), source: source, bin: Path.join(dir, "bin")}
+  end
+
+  # What it gives, and the lines that it told meanwhile.
+  defp make(venv, source, opts \\ []) do
+    me = self()
+    tag = make_ref()
+    result = Venv.make(venv, [source: source, progress: &send(me, {tag, &1})] ++ opts)
+    {result, lines(tag)}
+  end
+
+  defp lines(tag) do
+    receive do
+      {^tag, line} -> [line | lines(tag)]
+    after
+      0 -> []
+    end
+  end
+
+  defp refusal(venv, source, opts \\ []) do
+    {{:error, text}, _lines} = make(venv, source, opts)
+    text
+  end
+
+  defp python_says(venv, args) do
+    {output, 0} = System.cmd(Path.join(venv, "bin/python"), args)
+    String.trim(output)
+  end
+
+  defp tiny(venv), do: python_says(venv, ["-c", "import tiny; print(tiny.VERSION)"])
+  defp peer(venv), do: python_says(venv, ["-m", "dspy_bridge"])
+
+  # A program that is a shell script, before all others of its name.
+  defp program(bin, name, script) do
+    File.mkdir_p!(bin)
+    path = Path.join(bin, name)
+    File.write!(path, "#!/bin/sh\n" <> script)
+    File.chmod!(path, 0o755)
+    put_system_env("PATH", "#{bin}:/usr/bin:/bin")
+    path
+  end
+
+  defp number(file) do
+    eventually(fn ->
+      with {:ok, line} <- File.read(file),
+           [os_pid, ""] <- String.split(line, "\n"),
+           do: os_pid,
+           else: (_not_yet -> nil)
+    end)
+  end
+
+  # What was made by pip, in another place.
+  defp copy({venv, source, _made}, dir) do
+    File.cp_r!(source, Path.join(dir, "source"))
+    File.cp_r!(venv, Path.join(dir, "copy"))
+    {Path.join(dir, "copy"), Path.join(dir, "source")}
+  end
+
+  # One of ours whose files by uv are marked by `file`.
+  defp by_uv(venv, source, bin, file) do
+    uv(bin, source, "")
+    {{:ok, python}, _lines} = make(venv, source)
+    File.write!(Path.join(venv, file), "x")
+    python
+  end
+
+  defp killed_at(file, work) do
+    killed = spawn(work)
+    os_pid = number(file)
+    Process.exit(killed, :kill)
+    eventually(fn -> not alive?(os_pid) end)
+  end
+
+  defp installs(bin), do: length(Regex.scan(~r/^pip install/m, File.read!("#{bin}/log")))
+
+  # It makes environments, without pip; the rest is the script's.
+  defp uv(bin, source, script) do
+    program(bin, "uv", """
+    echo "$@" >> #{bin}/log
+    if [ "$1" = venv ]; then
+      for folder; do :; done
+      #{python()} -m venv --without-pip "$folder"
+      exit
+    fi
+    #{script}
+    """)
+
+    source
+  end
+
+  describe "with venv and pip" do
+    test "made, and complete at once", %{by_pip: {venv, source, {result, lines}}} do
+      assert result == {:ok, Path.join(venv, "bin/python3")}
+      assert [making, installing, peer] = Enum.reject(lines, &(&1 =~ "still at it"))
+      assert making =~ "making #{venv} from #{python()}, Python 3."
+      assert installing =~ "installing 2 packages with pip"
+      assert peer =~ "dspy_bridge"
+      assert {tiny(venv), peer(venv)} == {"1.0", "one"}
+
+      assert {{:ok, _python}, [line]} = make(venv, source)
+      assert line == "#{venv} has all that it needs"
+    end
+
+    test "brought up to date: pins, and the peer under the same version; what is missing",
+         %{by_pip: by_pip, tmp_dir: dir} do
+      {venv, source} = copy(by_pip, dir)
+      # Of the package the version stays: its files tell.
+      {:ok, %{stamp: stamp}} = Source.read(source)
+      TinySource.package(source, "two")
+      {:ok, %{stamp: another}} = Source.read(source)
+      assert another != stamp
+
+      TinySource.pin(source, "2.0")
+
+      assert {{:ok, _python}, ["installing 2" <> _, "installing the peer" <> _]} =
+               make(venv, source)
+
+      assert {tiny(venv), peer(venv)} == {"2.0", "two"}
+
+      # Somebody has removed it by hand.
+      for path <- Path.wildcard("#{venv}/lib/*/site-packages/tiny*"), do: File.rm_rf!(path)
+      assert {{:ok, _python}, ["installing" <> _ | _]} = make(venv, source)
+      assert tiny(venv) == "2.0"
+    end
+
+    test "one that somebody else made is added to; what was in it stays", %{
+      venv: venv,
+      source: source
+    } do
+      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
+      File.write!(Path.join(venv, "theirs.txt"), "x")
+      assert {{:ok, _python}, [pip | _]} = make(venv, source)
+      assert pip == "installing pip"
+      assert {tiny(venv), peer(venv)} == {"1.0", "one"}
+      assert {{:ok, _python}, [_has_all]} = make(venv, source)
+      assert File.read!(Path.join(venv, "theirs.txt")) == "x"
+    end
+
+    test "when pip fails: what it said, without passwords; what was there stays as it was", %{
+      by_pip: by_pip,
+      tmp_dir: dir
+    } do
+      {venv, source} = copy(by_pip, dir)
+      TinySource.pin(source, "3.0")
+
+      put_system_env(
+        "PIP_FIND_LINKS",
+        "#{System.get_env("PIP_FIND_LINKS")} http://joe:s3cr3t@127.0.0.1:9/simple"
+      )
+
+      put_system_env("PIP_RETRIES", "0")
+      text = refusal(venv, source)
+      assert text =~ "#{venv}/bin/python3 failed (exit status 1):\n  "
+      assert text =~ "No matching distribution found for tiny==3.0"
+      refute text =~ "s3cr3t"
+      assert tiny(venv) == "1.0"
+
+      TinySource.pin(source, "1.0")
+      assert {{:ok, _python}, [_has_all]} = make(venv, source)
+    end
+  end
+
+  describe "one of ours" do
+    test "that is half made, as it was killed at its first step, is made anew", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      script = ~s(case "$2" in venv\) echo $$ > #{bin}/pid; sleep 600;; esac\n)
+      hangs = program(bin, "python3", script <> ~s(exec #{python()} "$@"\n))
+      killed_at("#{bin}/pid", fn -> Venv.make(venv, source: source, python: hangs) end)
+      File.mkdir_p!(Path.join(venv, "lib/half"))
+
+      uv(bin, source, "")
+      assert {{:ok, _python}, ["making " <> anew | _]} = make(venv, source)
+      assert anew == "#{venv} anew: it is half made"
+      refute File.exists?(Path.join(venv, "lib/half"))
+    end
+
+    test "whose Python is gone, by way of a link to a link, is made anew", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      python = by_uv(venv, source, bin, "lib/old")
+      for name <- ["bin/python", "bin/python3"], do: File.rm(Path.join(venv, name))
+      File.ln_s!("python3.9", python)
+      File.ln_s!("/no/such/python3.9", Path.join(venv, "bin/python3.9"))
+      assert {{:ok, ^python}, ["making " <> anew | _]} = make(venv, source)
+      assert anew == "#{venv} anew: its Python, /no/such/python3.9, is gone"
+      refute File.exists?(Path.join(venv, "lib/old"))
+    end
+
+    test "whose installation a signal has ended is made anew", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      uv(bin, source, "kill -9 $$")
+      assert refusal(venv, source) =~ "uv failed (exit status 137):"
+      uv(bin, source, "")
+      {{:ok, python}, _lines} = make(venv, source)
+      File.write!(Path.join(venv, "lib/old"), "x")
+
+      # With what another version needs.
+      TinySource.pin(source, "2.0")
+      uv(bin, source, "kill -9 $$")
+      assert refusal(venv, source) =~ "uv failed (exit status 137):"
+      uv(bin, source, "")
+      assert {{:ok, ^python}, ["making " <> anew | _]} = make(venv, source)
+      assert anew == "#{venv} anew: it is half made"
+      refute File.exists?(Path.join(venv, "lib/old"))
+    end
+
+    test "that is to be made anew, and has files of another kind in it, is refused and stays", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      by_uv(venv, source, bin, "thesis.txt")
+      File.mkdir_p!(Path.join(venv, "src"))
+      for name <- ["bin/python", "bin/python3"], do: File.rm(Path.join(venv, name))
+      File.ln_s!("/no/such/python3.9", Path.join(venv, "bin/python"))
+      names = File.ls!(venv)
+
+      assert refusal(venv, source) ==
+               "#{venv} is to be made anew, as its Python, /no/such/python3.9, is gone, but holds what dspex.setup " <>
+                 "did not make (src, thesis.txt): remove it yourself, or name another with --path"
+
+      assert File.ls!(venv) == names
+    end
+
+    test "whose Python cannot be run, or not be found: that may pass, and it stays", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      python = by_uv(venv, source, bin, "lib/old")
+      installs = installs(bin)
+      File.rm!(python)
+      File.write!(python, "#!/bin/sh\necho no libpython >&2; exit 1\n")
+      File.chmod!(python, 0o755)
+
+      assert refusal(venv, source) ==
+               "#{python} cannot be run: exit status 1: no libpython"
+
+      for name <- ["bin/python", "bin/python3"], do: File.rm(Path.join(venv, name))
+      assert refusal(venv, source) =~ "#{venv} has no bin/python: remove it yourself"
+      assert File.exists?(Path.join(venv, "lib/old"))
+      assert installs(bin) == installs
+    end
+
+    test "that has lost its pyvenv.cfg: nothing goes into the Python that it was made of", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      by_uv(venv, source, bin, "lib/old")
+      installs = installs(bin)
+      File.rm!(Path.join(venv, "pyvenv.cfg"))
+      text = refusal(venv, source)
+      assert text =~ "#{venv} is no virtual environment any more, its Python would install into /"
+      refute text =~ "install into #{venv}"
+      assert text =~ "remove it yourself, or name another with --path"
+      assert installs(bin) == installs
+      assert File.exists?(Path.join(venv, "lib/old"))
+    end
+
+    test "that loses its pyvenv.cfg between two steps: the next is not made", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      uv(bin, source, "rm #{venv}/pyvenv.cfg")
+      assert refusal(venv, source) =~ "#{venv} is no virtual environment any more"
+      assert installs(bin) == 1
+    end
+
+    test "that is reached by way of a link is the same", %{venv: venv, source: source, bin: bin} do
+      uv(bin, source, "")
+      {{:ok, _python}, _lines} = make(venv, source)
+      File.ln_s!(venv, venv <> "_link")
+      assert {{:ok, _python}, _lines} = make(venv <> "_link", source)
+      assert installs(bin) == 4
+    end
+  end
+
+  describe "two at one folder" do
+    test "do not run at once, and one that was killed leaves it free", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      uv(bin, source, "echo $$ > #{bin}/pid; sleep 600")
+      first = spawn(fn -> Venv.make(venv, source: source) end)
+      os_pid = number("#{bin}/pid")
+
+      assert refusal(venv, source) ==
+               "another dspex.setup (process #{System.pid()}) is at work on #{venv}"
+
+      assert alive?(os_pid) and installs(bin) == 1
+      Process.exit(first, :kill)
+      eventually(fn -> not alive?(os_pid) end)
+      uv(bin, source, "")
+      assert {{:ok, _python}, ["making" <> _ | _]} = make(venv, source)
+    end
+
+    test "a lock of a process that has ended is taken over, of one that runs it holds", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      uv(bin, source, "")
+      lock = Path.join(venv, ".dspex_setup.lock")
+      sleeper = Port.open({:spawn_executable, "/bin/sleep"}, args: ["600"])
+      {:os_pid, os_pid} = Port.info(sleeper, :os_pid)
+      File.mkdir_p!(venv)
+
+      File.ln_s!("#{os_pid} #{OS.Process.start_time(os_pid)} <0.1.0>", lock)
+      text = "another dspex.setup (process #{os_pid}) is at work on #{venv}"
+      assert refusal(venv, source) == text
+      assert File.ls!(venv) == [".dspex_setup.lock"]
+
+      # Its number is another's by now; or nobody's.
+      for started <- ["1", ""] do
+        if started == "", do: kill(os_pid)
+        if started == "", do: eventually(fn -> not alive?(os_pid) end)
+        File.rm(lock)
+        File.ln_s!("#{os_pid} #{started} <0.1.0>", lock)
+        assert {{:ok, _python}, _lines} = make(venv, source)
+        assert {:error, :enoent} = File.read_link(lock)
+      end
+    end
+
+    test "a lock of another kind is nobody's to remove", %{venv: venv, source: source, bin: bin} do
+      uv(bin, source, "")
+      File.mkdir_p!(venv)
+      lock = Path.join(venv, ".dspex_setup.lock")
+      File.ln_s!("elsewhere", lock)
+      assert refusal(venv, source) == "#{lock} is not what dspex.setup made: remove it yourself"
+    end
+  end
+
+  describe "one of somebody else's" do
+    test "without a Python, or whose Python is gone, is not ours to remove", %{
+      venv: venv,
+      source: source
+    } do
+      File.mkdir_p!(Path.join(venv, "bin"))
+      File.write!(Path.join(venv, "pyvenv.cfg"), "")
+      remove = "remove it yourself, or name another with --path"
+      assert refusal(venv, source) == "#{venv} has no bin/python: " <> remove
+
+      File.ln_s!("/no/such/python3.9", Path.join(venv, "bin/python"))
+
+      assert refusal(venv, source) ==
+               "#{venv} was not made by dspex.setup, and its Python, /no/such/python3.9, is gone: " <>
+                 remove
+
+      assert Enum.sort(File.ls!(venv)) == ["bin", "pyvenv.cfg"]
+    end
+
+    test "whose Python is too old", %{venv: venv, source: source} do
+      File.mkdir_p!(Path.join(venv, "bin"))
+      File.write!(Path.join(venv, "pyvenv.cfg"), "")
+
+      python =
+        program(
+          Path.join(venv, "bin"),
+          "python",
+          ~S(echo 'DSPEX {"version": "3.8.1", "found": {}}')
+        )
+
+      assert refusal(venv, source) =~
+               "Python too old: #{python} is 3.8.1, needed is 3.10: remove it"
+    end
+  end
+
+  describe "a folder that is something else" do
+    test "is refused and stays as it is", %{venv: venv, source: source} do
+      File.mkdir_p!(venv)
+      File.write!(Path.join(venv, "thesis.txt"), "x")
+      assert refusal(venv, source) =~ "#{venv} is not empty, and no virtual environment"
+      assert File.ls!(venv) == ["thesis.txt"]
+    end
+
+    test "nothing, or an empty one, is what it was when nothing could be made", %{
+      venv: venv,
+      source: source
+    } do
+      put_system_env("PYTHON_EXECUTABLE", "/no/such/python")
+      assert refusal(venv, source) =~ "no Python found"
+      refute File.exists?(venv)
+      File.mkdir_p!(venv)
+      assert refusal(venv, source) =~ "no Python found"
+      assert File.ls!(venv) == []
+    end
+
+    test "one that cannot be written to may be looked at, which one that is not there cannot" do
+      # Of both systems the one that even root cannot write to.
+      read_only = Enum.find(["/sys", "/System"], &File.dir?/1)
+      assert Lock.hold(read_only, fn -> :ran end) == :ran
+      assert {:error, text} = Lock.hold("#{read_only}/venv", fn -> :ran end)
+      assert text =~ "#{read_only}/venv cannot be written to: "
+    end
+
+    test "a file, a place that cannot be", %{venv: venv, source: source} do
+      File.write!(venv, "x")
+      assert refusal(venv, source) =~ "#{venv} is no folder"
+      assert refusal(Path.join(venv, "below"), source) =~ "#{venv}/below is no folder"
+    end
+
+    test "one whose marker somebody wrote", %{venv: venv, source: source} do
+      File.mkdir_p!(venv)
+      File.write!(Path.join(venv, "dspex_setup.json"), "{}")
+      assert refusal(venv, source) =~ "#{venv}/dspex_setup.json is not what dspex.setup wrote"
+    end
+  end
+
+  describe "the interpreter" do
+    test "none, too old, or without what makes environments: one line with what to do", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      put_system_env("PYTHON_EXECUTABLE", nil)
+      put_system_env("PATH", bin)
+      text = refusal(venv, source)
+      assert text =~ "no Python found" and text =~ "install Python 3.10 or newer, or uv"
+
+      assert refusal(venv, source, python: "/no/python") =~
+               "--python names /no/python, which is no"
+
+      program(bin, "python3", ~S(echo 'DSPEX {"version": "3.8.1", "found": {}}'))
+      text = refusal(venv, source)
+      assert text =~ "Python too old: #{bin}/python3 is 3.8.1, needed is 3.10 or newer; install"
+
+      program(
+        bin,
+        "python3",
+        ~S(echo 'DSPEX {"version": "3.11.1", "found": {}, "modules": ["venv"]}')
+      )
+
+      text = refusal(venv, source)
+
+      assert text =~
+               "#{bin}/python3 can make no virtual environments, as it lacks the module ensurepip"
+
+      assert text =~ "python3-venv"
+      for text <- [text], do: refute(text =~ "\n")
+      refute File.exists?(venv)
+    end
+
+    test "that is named is not that of an environment that is there: refused", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      by_uv(venv, source, bin, "lib/old")
+      assert {{:ok, _python}, [_installing, _peer]} = make(venv, source, python: python())
+
+      another = program(bin, "python3.99", ~S(echo 'DSPEX {"version": "3.99.0", "found": {}}'))
+      text = refusal(venv, source, python: "python3.99")
+
+      assert text =~
+               ~r/\A#{venv} is of Python 3\.\d+\.\d+, not 3\.99\.0: remove it, or name another/
+
+      assert File.exists?(Path.join(venv, "lib/old"))
+
+      # A variable of the shell's has another purpose.
+      put_system_env("PYTHON_EXECUTABLE", another)
+      assert {{:ok, _python}, [_installing, _peer]} = make(venv, source)
+    end
+
+    test "that is named is what uv makes it of", %{venv: venv, source: source, bin: bin} do
+      another = program(bin, "python3.99", ~S(echo 'DSPEX {"version": "3.99.0", "found": {}}'))
+      uv(bin, source, "")
+      refusal(venv, source, python: "python3.99")
+      assert File.read!("#{bin}/log") =~ "--python #{another} #{venv}\n"
+    end
+  end
+
+  describe "with uv on the PATH" do
+    test "it makes and installs, of the Python that it chooses, or of the one that is named", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      put_system_env("PYTHON_EXECUTABLE", nil)
+      uv(bin, source, "")
+      # From anywhere.
+      {{:ok, python}, lines} = make(Path.relative_to_cwd(venv), source)
+      assert ["making " <> making, "installing 2 packages with uv" <> _, _peer] = lines
+      assert making == "#{venv} with uv"
+
+      assert [making, packages, peer] = String.split(File.read!("#{bin}/log"), "\n", trim: true)
+      assert making == "venv --quiet --allow-existing --python >=3.10 #{venv}"
+      install = "pip install --quiet --compile-bytecode --python #{python}"
+      assert packages == "#{install} -r #{source}/requirements.txt"
+
+      assert peer ==
+               "#{install} --no-deps --reinstall dspy-bridge @ #{TinySource.url(source)}/package"
+    end
+
+    test "an installation that was broken off in one that somebody else made is made sure of",
+         %{
+           venv: venv,
+           source: source,
+           bin: bin
+         } do
+      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
+      uv(bin, source, "echo $$ > #{bin}/pid; sleep 600")
+      killed_at("#{bin}/pid", fn -> Venv.make(venv, source: source) end)
+
+      uv(bin, source, "")
+      assert {{:ok, _python}, ["installing 2" <> _, _peer]} = make(venv, source)
+      assert File.read!("#{bin}/log") =~ "--reinstall -r #{source}/requirements.txt"
+    end
+
+    test "nothing in the folder that it is run from counts, and pip may only install into environments",
+         %{
+           venv: venv,
+           source: source,
+           bin: bin
+         } do
+      put_system_env("PIP_REQUIRE_VIRTUALENV", nil)
+      uv(bin, source, "echo $(pwd) $PIP_REQUIRE_VIRTUALENV >> #{bin}/pwd")
+      {{:ok, _python}, _lines} = make(venv, source)
+      assert File.read!("#{bin}/pwd") == "/ 1\n/ 1\n"
+    end
+
+    test "a step that takes long gives a sign of life", %{venv: venv, source: source, bin: bin} do
+      uv =
+        program(
+          uv(bin, source, "") && bin,
+          "slow_uv",
+          "until test -e #{bin}/go; do sleep 0.01; done"
+        )
+
+      me = self()
+
+      progress = fn line ->
+        send(me, line)
+        if line =~ "still at it", do: File.touch!("#{bin}/go")
+      end
+
+      installer = %Installer{progress: progress, uv: uv, sign_of_life_ms: 20}
+      assert Installer.create(installer, venv, nil) == :ok
+      assert_received "  still at it after 0 s"
+      assert Installer.new(progress).sign_of_life_ms == 10_000
+    end
+
+    test "when it fails: the end of what it said, without what is secret", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      put_system_env("UV_INDEX_PASSWORD", "another-s3cr3t")
+
+      uv(
+        bin,
+        source,
+        "seq 1 40; echo https://joe:s3c@r3t@host/simple and $UV_INDEX_PASSWORD >&2; exit 2"
+      )
+
+      text = refusal(venv, source)
+      assert text =~ "#{bin}/uv failed (exit status 2):\n  27\n"
+      assert String.ends_with?(text, "\n  https://[redacted]@host/simple and [redacted]")
+    end
+  end
+
+  test "a dependency that was not compiled: what to do", %{venv: venv, source: source} do
+    File.rm_rf!(Path.join(source, "package"))
+    assert refusal(venv, source) =~ "#{source} lacks requirements.txt or package: compile"
+  end
+end

@@ -1,0 +1,60 @@
+"""Peers that several tests use, one after the other. Most of a peer's time goes into its import of DSPy."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peer import Peer
+
+# Each takes some 90 MB.
+MOST = 4
+# Oldest first.
+_idle: dict[Any, Peer] = {}
+
+
+@contextmanager
+def shared_peer(*flags: str, env: dict[str, str] | None = None) -> Iterator[Peer]:
+    """A peer with these settings and without programs: one that an earlier test left as good as new, else a fresh one.
+
+    For tests that do not look at its log, cache, threads, descriptors or start.
+    """
+    settings = (flags, tuple(sorted((env or {}).items())))
+    peer = _idle.pop(settings, None) or Peer(*flags, env=env)
+    try:
+        yield peer
+        reusable = _reset(peer)
+    except BaseException:
+        peer.__exit__()
+        raise
+    if not reusable:
+        peer.__exit__()
+        return
+    _idle[settings] = peer
+    while len(_idle) > MOST:
+        _idle.pop(next(iter(_idle))).__exit__()
+
+
+def _reset(peer: Peer) -> bool:
+    """Remove its programs and read its log; whether it is idle, and owes nobody a frame."""
+    if peer.process.poll() is not None or not peer.idle():
+        return False
+    peer.call("cleanup")
+    stats = peer.call("get_stats")["result"]
+    if stats["in_flight"] or stats["queued"] or stats["threads"]["running"] or not peer.idle():
+        return False
+    assert peer.process.stderr is not None
+    while select.select([peer.process.stderr], [], [], 0)[0] and os.read(peer.process.stderr.fileno(), 1 << 16):
+        pass
+    peer.ids = itertools.count(1)
+    return True
+
+
+def close() -> None:
+    """End those that are left."""
+    while _idle:
+        _idle.popitem()[1].__exit__()
