@@ -98,12 +98,15 @@ class ComparisonRunner(Runner):
     def check(self, inputs: dict[str, Any]) -> None:
         """`completions` must be M objects, each with reasoning and answer."""
         completions = inputs.get("completions")
-        many = isinstance(completions, list) and len(completions) == self._count
-        if not many or not all(
-            isinstance(one, dict)
-            and self._answer in one
-            and isinstance(one.get("rationale", one.get("reasoning")), str)
-            for one in completions
+        if (
+            not isinstance(completions, list)
+            or len(completions) != self._count
+            or not all(
+                isinstance(one, dict)
+                and self._answer in one
+                and isinstance(one.get("rationale", one.get("reasoning")), str)
+                for one in completions
+            )
         ):
             raise InvalidArgs(
                 f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
