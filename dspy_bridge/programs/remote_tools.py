@@ -13,7 +13,7 @@ import dspy
 import pydantic
 from dspy.adapters.types.tool import convert_input_schema_to_tool_args
 
-from dspy_bridge.dispatch.call import Call
+from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed
 from dspy_bridge.lm import field_markers
 from dspy_bridge.runtime import worker_threads
@@ -28,7 +28,7 @@ MAX_TOOLS = 128
 MAX_ARGS = 100
 
 # The execute that this context belongs to: a program's tools are the same for all its executes.
-asking: ContextVar[Call] = ContextVar("asking")
+asking: ContextVar[Caller] = ContextVar("asking")
 
 
 class HostTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
@@ -154,7 +154,7 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    question = asking.get().ask(name, arguments)
+    question = asking.get().call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():
         return await question

@@ -33,7 +33,7 @@ TRIES = 5
 _MOST = 1000
 
 
-class Executor(ThreadPoolExecutor):
+class InlineExecutor(ThreadPoolExecutor):
     """To be set as a loop's default executor; used from that loop's thread.
 
     asyncio takes nothing but a `ThreadPoolExecutor` for that. Threads of that class's own are never started.
