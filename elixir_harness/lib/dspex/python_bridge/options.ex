@@ -29,9 +29,9 @@ defmodule DSPex.PythonBridge.Options do
   """
 
   alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Options.PeerEnv
   alias DSPex.PythonBridge.OTP.Sealed
   alias DSPex.PythonBridge.Programs
+  alias DSPex.PythonBridge.Protocol.PeerEnv
 
   @whose "python bridge"
   # The limit of {:packet, 4}.
