@@ -45,9 +45,9 @@ defmodule DSPex.PythonBridge.Options do
   @alike 0.8
 
   # slot: only in a pool. programs: the table of the bridge's supervisor, if it has one.
-  defstruct [:name, :python_executable, :script_path, :env, :slot, :programs, :drain_ms] ++
+  defstruct [:name, :python_executable, :script_path, :env, :slot, :programs] ++
               [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
-              [max_pending: 100_000, start_timeout: 30_000]
+              [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000]
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
