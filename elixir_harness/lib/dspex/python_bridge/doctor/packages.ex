@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
   alias DSPex.PythonBridge.Python.Probe
 
   # As in pyproject.toml, of which a test holds them against.
-  @ranges [{"dspy", "3.4.1", "3.5"}, {"psutil", "5.9", nil}]
+  @ranges [{"dspy", "3.3.1", "4"}, {"psutil", "5.9", nil}]
 
   @spec needed() :: [String.t()]
   def needed, do: for({name, _least, _below} <- @ranges, do: name)
