@@ -28,9 +28,7 @@ defmodule DSPex.PythonBridge.Options do
   them; `seal/1` does the same for an option list.
   """
 
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Sealed
-  alias DSPex.PythonBridge.Programs
   alias DSPex.PythonBridge.Protocol.PeerEnv
 
   @whose "python bridge"
@@ -60,12 +58,9 @@ defmodule DSPex.PythonBridge.Options do
           max_pending: pos_integer(),
           start_timeout: pos_integer(),
           drain_ms: non_neg_integer(),
-          slot: slot() | nil,
-          programs: Programs.Store.table() | nil
+          slot: tuple() | nil,
+          programs: :ets.tid() | nil
         }
-  @typedoc "A bridge's slot in its pool, and the names of the pool's coordinator and of the bridge's monitor."
-  @type slot ::
-          {LoadCounters.t(), index :: pos_integer(), coordinator :: atom(), monitor :: atom()}
   @typedoc "The text that refuses an option; nil for one that is accepted."
   @type refusal :: ({atom(), term()} -> String.t() | nil)
 
