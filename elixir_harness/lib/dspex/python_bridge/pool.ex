@@ -16,9 +16,6 @@ defmodule DSPex.PythonBridge.Pool do
 
   Pools of the same `:cluster` on connected nodes serve each other's calls when they cannot serve their
   own, and know each other's programs: see docs/cluster.md.
-
-  Calls choose and send in the caller's process (`DSPex.PythonBridge.Pool.Router`); what needs an order
-  is with `DSPex.PythonBridge.Pool.Coordinator`; the processes are in `DSPex.PythonBridge.Pool.Supervisor`.
   """
 
   alias DSPex.PythonBridge.{Bridge, Calls, Error, Options, Pool, Protocol, Telemetry}

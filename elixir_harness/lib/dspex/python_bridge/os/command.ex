@@ -1,10 +1,9 @@
 defmodule DSPex.PythonBridge.OS.Command do
-  @moduledoc """
-  A program of the system, run to its end: what it printed and how it ended, bounded in size and time.
-
-  It runs in a process of its own, so that the messages of its port are nobody else's. When its time is over,
-  its caller dies, or the whole BEAM ends, it is killed with all that it started.
-  """
+  @moduledoc false
+  # A program of the system, run to its end: what it printed and how it ended, bounded in size and time.
+  #
+  # It runs in a process of its own, so that the messages of its port are nobody else's. When its time is over,
+  # its caller dies, or the whole BEAM ends, it is killed with all that it started.
 
   import Bitwise, only: [&&&: 2]
 

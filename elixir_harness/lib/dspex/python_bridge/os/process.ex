@@ -1,11 +1,10 @@
 defmodule DSPex.PythonBridge.OS.Process do
-  @moduledoc """
-  Processes of the system, by their numbers: whether one is still there, and its end.
-
-  A number may have been given to another process meanwhile: what tells the two apart is the start
-  time in `/proc/PID/stat`. Without `/proc`, as on macOS, `kill -0` and `ps` are asked, which takes some
-  milliseconds; where there is no `ps` either, the number alone has to do.
-  """
+  @moduledoc false
+  # Processes of the system, by their numbers: whether one is still there, and its end.
+  #
+  # A number may have been given to another process meanwhile: what tells the two apart is the start
+  # time in `/proc/PID/stat`. Without `/proc`, as on macOS, `kill -0` and `ps` are asked, which takes some
+  # milliseconds; where there is no `ps` either, the number alone has to do.
 
   # The line has 52 numbers and a name.
   @stat_bytes 4_096

@@ -1,22 +1,21 @@
 defmodule DSPex.PythonBridge.OS.Reaper do
-  @moduledoc """
-  Sees to it that no Python process outlives its bridge, and that none dies unnoticed.
-
-  Closing a port only closes pipes: a peer that ignores end of input, hangs, or has a full pipe
-  stays. So each bridge has a reaper: a process without links, which therefore survives the
-  bridge however that ends, and kills by OS pid what is left after a grace.
-
-  A peer is the leader of its own process group (the runtime's forker makes it so), and the whole
-  group is killed, with what the peer started; also when the peer itself is gone.
-
-  The runtime tells of a peer's death only when nobody holds its standard output any more, and a
-  child that the peer forked may. So the reaper also looks whether the peer is there and sends its
-  owner `{:peer_gone, os_pid}` once if not.
-
-  Its peers are in a table that the bridge inherits if the reaper is killed: `replace/2` starts another
-  with it. It is a `GenServer`, which rests in code of OTP's: one that waited in a loop of its own would be
-  killed when this module is loaded for the second time.
-  """
+  @moduledoc false
+  # Sees to it that no Python process outlives its bridge, and that none dies unnoticed.
+  #
+  # Closing a port only closes pipes: a peer that ignores end of input, hangs, or has a full pipe
+  # stays. So each bridge has a reaper: a process without links, which therefore survives the
+  # bridge however that ends, and kills by OS pid what is left after a grace.
+  #
+  # A peer is the leader of its own process group (the runtime's forker makes it so), and the whole
+  # group is killed, with what the peer started; also when the peer itself is gone.
+  #
+  # The runtime tells of a peer's death only when nobody holds its standard output any more, and a
+  # child that the peer forked may. So the reaper also looks whether the peer is there and sends its
+  # owner `{:peer_gone, os_pid}` once if not.
+  #
+  # Its peers are in a table that the bridge inherits if the reaper is killed: `replace/2` starts another
+  # with it. It is a `GenServer`, which rests in code of OTP's: one that waited in a loop of its own would be
+  # killed when this module is loaded for the second time.
 
   use GenServer
   use DSPex.PythonBridge.OTP.ServerGuard

@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Python.Config do
-  @moduledoc """
-  The configuration of the application `:dspex`, looked at as a whole: what cannot be right in it, by its key.
-  """
+  @moduledoc false
+  # The configuration of the application `:dspex`, looked at as a whole: what cannot be right in it, by its key.
 
   alias DSPex.PythonBridge.Options
 

@@ -1,18 +1,17 @@
 defmodule DSPex.PythonBridge.Python.Interpreter do
-  @moduledoc """
-  Which Python to use. The bridge and the environment check both ask here, so that the check
-  speaks of the interpreter that the bridge will start.
-
-  The first of these that is set decides, and must then exist:
-
-    1. the option `:python_executable`
-    2. `config :dspex, :python_environment, virtual_env: "…"` (its `bin/python3` or `bin/python`)
-    3. the environment variable `DSPY_VENV` (the same)
-    4. the environment variable `PYTHON_EXECUTABLE`
-    5. `python3` on the `PATH`
-
-  A path is expanded; a name without a slash is looked up on the `PATH`.
-  """
+  @moduledoc false
+  # Which Python to use. The bridge and the environment check both ask here, so that the check
+  # speaks of the interpreter that the bridge will start.
+  #
+  # The first of these that is set decides, and must then exist:
+  #
+  #   1. the option `:python_executable`
+  #   2. `config :dspex, :python_environment, virtual_env: "…"` (its `bin/python3` or `bin/python`)
+  #   3. the environment variable `DSPY_VENV` (the same)
+  #   4. the environment variable `PYTHON_EXECUTABLE`
+  #   5. `python3` on the `PATH`
+  #
+  # A path is expanded; a name without a slash is looked up on the `PATH`.
 
   @in_venv ["bin/python3", "bin/python"]
   # As many links as the system follows.

@@ -1,8 +1,7 @@
 defmodule DSPex.PythonBridge.Python.Probe do
-  @moduledoc """
-  What an interpreter says of itself, from one launch that imports nothing heavy: its version, the installed
-  distributions, where the peer's package is.
-  """
+  @moduledoc false
+  # What an interpreter says of itself, from one launch that imports nothing heavy: its version, the installed
+  # distributions, where the peer's package is.
 
   alias DSPex.PythonBridge.OS
 
