@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Venv.VenvTest do
-  # Real environments, by the interpreter's own venv and pip; uv is a script here, which tells what it was given.
+  # Real environments, by the interpreter's own venv, pip and uv; elsewhere uv is a script, which tells what it was given.
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
@@ -121,12 +121,13 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     source
   end
 
-  describe "with venv and pip" do
+  describe "without uv on the PATH" do
     test "made, and complete at once", %{by_pip: {venv, source, {result, lines}}} do
       assert result == {:ok, Path.join(venv, "bin/python3")}
-      assert [making, installing, peer] = Enum.reject(lines, &(&1 =~ "still at it"))
+      assert [making, uv, installing, peer] = Enum.reject(lines, &(&1 =~ "still at it"))
       assert making =~ "making #{venv} from #{python()}, Python 3."
-      assert installing =~ "installing 2 packages with pip"
+      assert uv == "installing uv with pip"
+      assert installing =~ "installing 2 packages with uv"
       assert peer =~ "dspy_bridge"
       assert {tiny(venv), peer(venv)} == {"1.0", "one"}
 
@@ -156,36 +157,34 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert tiny(venv) == "2.0"
     end
 
-    test "one that somebody else made is added to; what was in it stays", %{
-      venv: venv,
-      source: source
-    } do
-      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
-      File.write!(Path.join(venv, "theirs.txt"), "x")
-      assert {{:ok, _python}, [pip | _]} = make(venv, source)
-      assert pip == "installing pip"
-      assert {tiny(venv), peer(venv)} == {"1.0", "one"}
-      assert {{:ok, _python}, [_has_all]} = make(venv, source)
-      assert File.read!(Path.join(venv, "theirs.txt")) == "x"
-    end
-
-    test "when pip fails: what it said, without passwords; what was there stays as it was", %{
-      by_pip: by_pip,
-      tmp_dir: dir
-    } do
-      {venv, source} = copy(by_pip, dir)
-      TinySource.pin(source, "3.0")
-
-      put_system_env(
-        "PIP_FIND_LINKS",
-        "#{System.get_env("PIP_FIND_LINKS")} http://joe:s3cr3t@127.0.0.1:9/simple"
-      )
-
-      put_system_env("PIP_RETRIES", "0")
+    test "pip cannot install it: half made, and made anew", %{venv: venv, source: source} do
+      for uv <- Path.wildcard("#{Path.dirname(source)}/*/wheels/uv*"), do: File.rm!(uv)
       text = refusal(venv, source)
       assert text =~ "#{venv}/bin/python3 failed (exit status 1):\n  "
-      assert text =~ "No matching distribution found for tiny==3.0"
-      refute text =~ "s3cr3t"
+      assert text =~ "No matching distribution found for uv"
+      assert {:error, _text} = elem(make(venv, source), 0)
+      assert {_error, ["making " <> anew | _]} = make(venv, source)
+      assert anew == "#{venv} anew: it is half made"
+    end
+
+    test "nor in an environment that one on the PATH has made: what to do", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      by_uv(venv, source, bin, "lib/old")
+      TinySource.pin(source, "2.0")
+      File.rm!(Path.join(bin, "uv"))
+      assert refusal(venv, source) =~ "there is no uv, neither on the PATH nor in #{venv}"
+      assert File.exists?(Path.join(venv, "lib/old"))
+    end
+
+    test "when uv fails: what was there stays as it was", %{by_pip: by_pip, tmp_dir: dir} do
+      {venv, source} = copy(by_pip, dir)
+      TinySource.pin(source, "3.0")
+      text = refusal(venv, source)
+      assert text =~ "#{venv}/bin/uv failed (exit status 1):\n  "
+      assert text =~ "tiny==3.0"
       assert tiny(venv) == "1.0"
 
       TinySource.pin(source, "1.0")
@@ -283,6 +282,18 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert installs(bin) == installs
     end
 
+    test "whose Python is too old", %{venv: venv, source: source, bin: bin} do
+      python = by_uv(venv, source, bin, "lib/old")
+      File.rm!(python)
+      File.write!(python, ~s(#!/bin/sh\necho 'DSPEX {"version": "3.8.1", "found": {}}'\n))
+      File.chmod!(python, 0o755)
+
+      assert refusal(venv, source) =~
+               "Python too old: #{python} is 3.8.1, needed is 3.10: remove it"
+
+      assert File.exists?(Path.join(venv, "lib/old"))
+    end
+
     test "that has lost its pyvenv.cfg: nothing goes into the Python that it was made of", %{
       venv: venv,
       source: source,
@@ -375,37 +386,14 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "one of somebody else's" do
-    test "without a Python, or whose Python is gone, is not ours to remove", %{
-      venv: venv,
-      source: source
-    } do
-      File.mkdir_p!(Path.join(venv, "bin"))
-      File.write!(Path.join(venv, "pyvenv.cfg"), "")
-      remove = "remove it yourself, or name another with --path"
-      assert refusal(venv, source) == "#{venv} has no bin/python: " <> remove
-
-      File.ln_s!("/no/such/python3.9", Path.join(venv, "bin/python"))
+    test "is refused and stays as it is", %{venv: venv, source: source} do
+      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
+      names = File.ls!(venv)
 
       assert refusal(venv, source) ==
-               "#{venv} was not made by dspex.setup, and its Python, /no/such/python3.9, is gone: " <>
-                 remove
+               "#{venv} is not empty, and was not made by dspex.setup; it stays as it is: name another with --path"
 
-      assert Enum.sort(File.ls!(venv)) == ["bin", "pyvenv.cfg"]
-    end
-
-    test "whose Python is too old", %{venv: venv, source: source} do
-      File.mkdir_p!(Path.join(venv, "bin"))
-      File.write!(Path.join(venv, "pyvenv.cfg"), "")
-
-      python =
-        program(
-          Path.join(venv, "bin"),
-          "python",
-          ~S(echo 'DSPEX {"version": "3.8.1", "found": {}}')
-        )
-
-      assert refusal(venv, source) =~
-               "Python too old: #{python} is 3.8.1, needed is 3.10: remove it"
+      assert File.ls!(venv) == names
     end
   end
 
@@ -413,7 +401,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     test "is refused and stays as it is", %{venv: venv, source: source} do
       File.mkdir_p!(venv)
       File.write!(Path.join(venv, "thesis.txt"), "x")
-      assert refusal(venv, source) =~ "#{venv} is not empty, and no virtual environment"
+      assert refusal(venv, source) =~ "#{venv} is not empty, and was not made by dspex.setup"
       assert File.ls!(venv) == ["thesis.txt"]
     end
 
@@ -533,21 +521,6 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
 
       assert peer ==
                "#{install} --no-deps --reinstall dspy-bridge @ #{TinySource.url(source)}/package"
-    end
-
-    test "an installation that was broken off in one that somebody else made is made sure of",
-         %{
-           venv: venv,
-           source: source,
-           bin: bin
-         } do
-      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
-      uv(bin, source, "echo $$ > #{bin}/pid; sleep 600")
-      killed_at("#{bin}/pid", fn -> Venv.make(venv, source: source) end)
-
-      uv(bin, source, "")
-      assert {{:ok, _python}, ["installing 2" <> _, _peer]} = make(venv, source)
-      assert File.read!("#{bin}/log") =~ "--reinstall -r #{source}/requirements.txt"
     end
 
     test "nothing in the folder that it is run from counts, and pip may only install into environments",
