@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test test-slow test-install check dialyzer docs fuzz soak bench lock package format clean
+.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak bench lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -50,6 +50,16 @@ test: setup ## pytest and mix test, without what takes long
 
 test-slow: setup ## the others of them: storms, long recoveries, megabytes, thousands of frames
 	@tests/both slow
+
+test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy: VERSION=3.3.1, or VERSION=pre for the newest pre-release
+	@test -n "$(VERSION)" || { echo "name a version: make test-dspy VERSION=3.3.1"; exit 1; }
+	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(VENV)/dspy-$(VERSION)
+	@# The other pins hold for DSPy's releases; a pre-release may need what is newer.
+	@grep -v '^dspy==' $(if $(filter pre,$(VERSION)),/dev/null,$(PINS)) > $(VENV)/dspy-$(VERSION)/pins.txt || true
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/dspy-$(VERSION)/bin/python -c $(VENV)/dspy-$(VERSION)/pins.txt \
+	  -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
+	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
+	  $(addprefix tests/end_to_end/,lm programs streaming commands)
 
 test-install: setup ## a new user's first hour: a Mix application of its own, with what the packages carry
 	$(PY) -m pytest -q tests/install

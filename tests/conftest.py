@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import pytest
 from lm_server import Answer, LMServer, chat
-from peer import Peer
+from peer import DSPY, Peer
 from shared_peers import close, shared_peer
 
 PARIS = chat(answer="Paris")
 Server = TypeVar("Server", bound=LMServer)
-# What `make test-dspy` has installed.
-DSPY = tuple(int(part) for part in version("dspy").split(".")[:2])
+
+
+# Options of an LM that DSPy asks by LiteLLM; DSPy 3.3 asks all so.
+BY_LITELLM: dict[str, Any] = {"engine": "litellm"} if DSPY >= (3, 4) else {}
 
 
 class LacksFeature(Exception):

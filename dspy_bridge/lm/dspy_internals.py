@@ -26,7 +26,7 @@ class Name:
         self.module, _, self.path = path.partition(":")
         self.dotted = path.replace(":", ".")
         self.without = without
-        self._takes = takes
+        self.takes = takes
         self._of_instances = of_instances
         self.lazy = lazy
         self._wrapped = False
@@ -42,7 +42,7 @@ class Name:
                     return self.attribute
             else:
                 found = self._find(self.path)
-                if not self._takes or tuple(inspect.signature(found).parameters)[: len(self._takes)] == self._takes:
+                if not self.takes or tuple(inspect.signature(found).parameters)[: len(self.takes)] == self.takes:
                     return found
         except (AttributeError, ImportError, TypeError, ValueError):
             pass

@@ -9,6 +9,7 @@ Prompts whose inputs have no markers are DSPy's to the byte. Adapters of any oth
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -104,14 +105,6 @@ class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy sh
         return fields
 
 
-def _guarded_fallback(self: ChatAdapter) -> dspy.Adapter:
-    return guarded(dspy_internals.JSON_FALLBACK.value(self), strict=self.strict)
-
-
-if dspy_internals.JSON_FALLBACK.there:
-    setattr(ChatAdapter, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
-
-
 @_callbacks_once
 class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
     # The tags of a trajectory are its inputs'; the outputs of the next step are known only here.
@@ -193,6 +186,18 @@ class _Answers(BaseCallback):  # type: ignore[misc]
     def check(self, strict: bool) -> None:
         if strict:
             _refuse(self._wrong)
+
+
+def _guarded_fallback(self: Any) -> dspy.Adapter:
+    """Called by DSPy where it handles an error of `parse`."""
+    if isinstance(sys.exc_info()[1], OutputInvalid):
+        raise  # DSPy 3.3 would ask again
+    return guarded(dspy_internals.JSON_FALLBACK.value(self), strict=self.strict)
+
+
+if dspy_internals.JSON_FALLBACK.there:
+    for _kind in (ChatAdapter, XMLAdapter):
+        setattr(_kind, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
 
 
 _GUARDED: dict[type, Any] = {

@@ -124,7 +124,9 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
 def _hooked(hook: Callable[..., Any], send: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(send)
     def hooked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if _call.get() is not None:
+        if (call := _call.get()) is not None:
+            if call.refused is not None:
+                raise call.refused  # LiteLLM tries again
             hooks = self.event_hooks
             if hook not in hooks["response"]:
                 self.event_hooks = {**hooks, "response": [hook, *hooks["response"]]}

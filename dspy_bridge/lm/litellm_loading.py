@@ -12,10 +12,11 @@ import importlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 _importing: Future[None] | None = None
+_lock = Lock()
 
 
 def after_import(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,12 +45,18 @@ def streaming_after_import(stream: Callable[..., Any]) -> Callable[..., Any]:
 
 async def _imported() -> None:
     """Return once LiteLLM is imported. Raises what its import raises; the next call tries again."""
-    global _importing
-    if _importing is None or (_importing.done() and _importing.exception() is not None):
-        _importing = Future()
-        Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
     # Shielded: a cancelled waiter does not stop it for the others.
-    await asyncio.shield(asyncio.wrap_future(_importing))
+    await asyncio.shield(asyncio.wrap_future(start()))
+
+
+def start() -> Future[None]:
+    """Start the import, unless it is under way or done."""
+    global _importing
+    with _lock:
+        if _importing is None or (_importing.done() and _importing.exception() is not None):
+            _importing = Future()
+            Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
+        return _importing
 
 
 def _import(done: Future[None]) -> None:

@@ -7,13 +7,14 @@ import contextvars
 import copy
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import echo_lm
+from dspy_bridge.lm import echo_lm, litellm_loading
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.runtime import large_inputs
 
@@ -91,6 +92,19 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     if "engine" in options and not echo_lm.ENGINES:
         raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
-        return echo_lm.EchoLM(**options) if model == echo_lm.NAME else LoopLM(model, **options)
+        if model == echo_lm.NAME:
+            return echo_lm.EchoLM(**options)
+        if not echo_lm.ENGINES:
+            _import_litellm()
+        return LoopLM(model, **options)
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
+
+
+def _import_litellm() -> None:
+    """Every LM of DSPy 3.3 needs it; calls should not wait for it. A failure is raised by the call."""
+    importing = litellm_loading.start()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        wait([importing])

@@ -26,7 +26,7 @@ def install() -> None:
     for call in dspy_internals.LITELLM_CALLS:
         call.wrap(lambda send: _calling(limiting(send)))
     for call in dspy_internals.ASYNC_LITELLM_CALLS:
-        call.wrap(lambda send: _calling(after_import(limiting(send))))
+        call.wrap(lambda send: after_import(_calling(limiting(send))))
     for arguments in dspy_internals.LITELLM_ARGUMENTS:
         arguments.wrap(_arguments)
     dspy_internals.LITELLM_ENGINE.wrap(limiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
 import yaml
 from peer import ROOT
 
@@ -14,6 +15,12 @@ WORKFLOW: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.
 def test_it_runs_the_two_commands() -> None:
     runs = [step.get("run") for step in WORKFLOW["jobs"]["test"]["steps"]]
     assert "make demo" in runs and "make test" in runs
+
+
+def test_what_make_test_leaves_out_runs_in_ci_too() -> None:
+    runs = [step.get("run") for step in WORKFLOW["jobs"]["test"]["steps"]]
+    assert "make test-slow" in runs
+    assert "\nmake test-slow\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_its_matrix_is_what_the_package_says_it_supports() -> None:
@@ -26,12 +33,25 @@ def test_its_matrix_is_what_the_package_says_it_supports() -> None:
     assert {pair["otp"]: pair["elixir"] for pair in matrix["include"]} == {"26": "1.18", "27": "1.18", "28": "1.19"}
 
 
-def test_every_expression_names_something_that_is_there() -> None:
+def test_it_runs_each_version_of_dspy_and_may_fail_with_a_pre_release_alone() -> None:
+    job = WORKFLOW["jobs"]["dspy"]
+    *versions, last = job["strategy"]["matrix"]["dspy"]
+    assert last == "pre" and job["continue-on-error"] == "${{ matrix.dspy == 'pre' }}"
+    assert job["steps"][-1]["run"] == "make test-dspy VERSION=${{ matrix.dspy }}"
+    oldest = re.search(r'"dspy>=([\d.]+),<4"', (ROOT / "pyproject.toml").read_text())
+    pins = (ROOT / "elixir_harness" / "priv" / "python" / "requirements.txt").read_text()
+    pinned = re.search(r"^dspy==([\d.]+)$", pins, re.MULTILINE)
+    assert oldest is not None and pinned is not None
+    assert versions[0] == oldest[1] and versions[-1] == pinned[1]
+
+
+@pytest.mark.parametrize("name", WORKFLOW["jobs"])
+def test_every_expression_names_something_that_is_there(name: str) -> None:
     """A misspelt matrix key is an empty text on the forge, not an error."""
-    job = WORKFLOW["jobs"]["test"]
+    job = WORKFLOW["jobs"][name]
     used = set(re.findall(r"matrix\.(\w+)", str(job)))
     matrix = job["strategy"]["matrix"]
-    assert used == {*matrix, *(key for pair in matrix["include"] for key in pair)} - {"include"}
+    assert used == {*matrix, *(key for pair in matrix.get("include", ()) for key in pair)} - {"include"}
 
 
 def test_make_check_looks_for_what_otp_28_refuses() -> None:

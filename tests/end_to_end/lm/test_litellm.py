@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lm_env
-from peer import ROOT, Peer
+from conftest import BY_LITELLM, lm_env
+from peer import DSPY, ROOT, Peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
@@ -36,10 +36,10 @@ sys.meta_path.insert(0, Held())
 """
 HOST = """
 import dspy
-from dspy.lm15 import Message, Request
 
 class Typed(dspy.Module):
     async def aforward(self, question):
+        from dspy.lm15 import Message, Request
         lm = dspy.settings.lm.copy(engine="litellm")
         response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
         return dspy.Prediction(answer=response.text)
@@ -62,8 +62,8 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
         ({**ASK, "config": {"extra_headers": {"X-Own": "1"}}}, {}),
         ({**ASK, "lm": {**lm, "foo": 1}}, {}),
         ({**ASK, "config": {"max_tokens": -5}}, {}),
-        ({**ASK, "lm": {**lm, "engine": "litellm"}}, {}),
-        ({**ASK, "lm": {**lm, "engine": "litellm"}}, {"stream": True}),
+        ({**ASK, "lm": {**lm, **BY_LITELLM}}, {}),
+        ({**ASK, "lm": {**lm, **BY_LITELLM}}, {"stream": True}),
         ({**ASK, "lm": {**lm, "model": "unheard-of/model"}}, {}),
         ({**ASK, "lm": {**lm, "model_type": "text"}}, {}),
         ({**ASK, "program_id": "Typed"}, {}),
@@ -71,6 +71,11 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
         ({**ASK, "program_id": "InThread", "lm": {**lm, "foo": 2}}, {}),
     ]
     with Peer(env=env) as peer:
+        if DSPY < (3, 4):
+            # Every LM needs it, so the create waits for it.
+            assert peer.call("create_program", QA, timeout_ms=3000)["error_type"] == "timeout"
+            assert (tmp_path / "begun").exists() and peer.call("ping")["success"]
+            return
         assert peer.call("create_program", QA)["success"]
         for name in ("Typed", "InThread"):
             assert peer.call("create_program", {**QA, "id": name, "program_type": f"host:{name}"})["success"]
@@ -111,4 +116,4 @@ def test_the_first_call_by_litellm_is_answered_and_holds_nobody_up(start_lm: Any
             slowest, rounds = max(slowest, time.monotonic() - sent), rounds + 1
         took = time.monotonic() - begun
         assert answer["result"] == {"answer": "Paris"}
-        assert rounds > 3 and slowest < took / 3, f"{slowest:.1f} s of {took:.1f} s"
+        assert DSPY < (3, 4) or (rounds > 3 and slowest < took / 3), f"{slowest:.1f} s of {took:.1f} s"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PARIS, lent, lm_env
+from conftest import BY_LITELLM, PARIS, lent, lm_env
 from lm_server import Answer, LMServer, chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import DSPY, PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
 FIRST = "00-" + "a" * 32 + "-" + "1" * 16 + "-01"
@@ -25,7 +25,6 @@ QA = {"id": "qa", "signature": "question -> answer"}
 HOST = '''
 import logging, pickle
 import dspy
-from dspy.lm15 import Message, Request
 from dspy.utils.callback import BaseCallback
 from dspy_bridge import tracing
 
@@ -78,6 +77,7 @@ class OwnLM(dspy.Module):
 class Typed(dspy.Module):
     """By a request of DSPy's own type."""
     async def aforward(self, question):
+        from dspy.lm15 import Message, Request
         lm = dspy.settings.lm
         response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
         return dspy.Prediction(answer=response.text)
@@ -188,7 +188,7 @@ def reply_of(peer: Peer, id: int, logged: int = 0) -> tuple[dict[str, Any], list
 
 # Options of an LM, and how to know the way that DSPy takes with them: its own engine has no headers.
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
-    "its own engine": ({}, "lm15"),
+    "its own engine": ({}, "lm15" if DSPY >= (3, 4) else "DSPy"),
     "LiteLLM": ({"extra_headers": {"X-Own": "1"}}, "DSPy"),
 }
 
@@ -230,7 +230,7 @@ def test_the_other_apis_of_litellm_have_it_too(start_lm: Any, model_type: str) -
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2, "input_tokens": 1, "output_tokens": 1}
     body = {"id": "c1", "created": 0, "model": "m", "usage": usage, **(text if model_type == "text" else response)}
     server = start_lm((200, body))
-    with Peer(env=lm_env(server, engine="litellm", model_type=model_type)) as peer:
+    with Peer(env=lm_env(server, **BY_LITELLM, model_type=model_type)) as peer:
         assert peer.call("create_program", QA)["success"]
         reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
         assert reply.get("result") == {"answer": "Paris"}, reply
@@ -243,7 +243,7 @@ def test_it_is_a_header_and_nothing_in_the_body(start_lm: Any) -> None:
     server = start_lm()
     with shared_peer() as peer:
         for model in ("azure_ai/x", "openai/x"):
-            assert peer.call("create_program", {**QA, "lm": {"model": model, **server.options(engine="litellm")}})[
+            assert peer.call("create_program", {**QA, "lm": {"model": model, **server.options(**BY_LITELLM)}})[
                 "success"
             ]
             for envelope in ({"traceparent": FIRST}, {}):
@@ -336,7 +336,7 @@ def test_so_has_every_try(start_lm: Any) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("module", ["Sync", "Parallel", "OwnLM", "Typed"])
+@pytest.mark.parametrize("module", ["Sync", "Parallel", "OwnLM", *(["Typed"] if DSPY >= (3, 4) else [])])
 def test_modules_of_the_hosts_own_have_it(start: Callable[..., Peer], start_lm: Any, module: str, way: str) -> None:
     """In a thread, in threads that DSPy starts there, with LMs of their own, by requests of DSPy's own type."""
     server = start_lm()

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import DSPY, LacksFeature, lm_env
+from conftest import LacksFeature, lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import DSPY, PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 from tool_host import ToolError, execute
 

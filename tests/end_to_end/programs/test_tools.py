@@ -133,7 +133,15 @@ def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
 
 def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
     """DSPy's own would have the provider's text, which may have the prompt."""
-    full = (400, {"error": {"message": "a secret of the caller's", "code": "context_length_exceeded"}})
+    full = (
+        400,
+        {
+            "error": {
+                "message": "a secret of the caller's; maximum context length exceeded",
+                "code": "context_length_exceeded",
+            }
+        },
+    )
     server = start_lm(script(step("search", {"query": "a", "most": 1}), full, EXTRACT))
     with Peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)

@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import lm_env
+from conftest import BY_LITELLM, lm_env
 from lm_server import Answer, LMServer, chat, event, pieces
-from peer import PATIENCE, ROOT, Peer
+from peer import DSPY, PATIENCE, ROOT, Peer
 
 HOST = '''
 import asyncio, dspy
@@ -273,11 +273,11 @@ def test_an_error_before_the_first_piece_is_the_only_frame(stage: Stage) -> None
 
 
 def test_an_answer_that_does_not_fit_is_told_as_such_after_its_chunks(stage: Stage) -> None:
-    """Once something was shown there is no second try: it would be shown twice."""
+    """Once something was shown there is no second try, since DSPy 3.4; what that writes is not shown."""
     stage.answer = chat(answer="Paris", count="many")
     frames, reply = stage.run(stage.create(signature="question -> answer, count: int"))
     assert joined(frames) == {"answer": "Paris"} and reply["error_type"] == "output_invalid"
-    assert len(stage.server.requests) == 1
+    assert len(stage.server.requests) == (1 if DSPY >= (3, 4) else 2)
 
 
 def test_an_answer_in_the_wrong_format_is_asked_for_again_in_json_and_streamed(stage: Stage) -> None:
@@ -388,7 +388,8 @@ def test_the_first_of_several_completions_is_told(stage: Stage) -> None:
     stage.answer = lambda _request: next(answers)
     frames, reply = stage.run(stage.create(), args={"config": {"n": 3}}, meta=True)
     assert joined(frames) == reply["result"] == {"answer": "Paris, in France"}
-    assert reply["meta"]["lm_usage"]["openai/stub-model"]["completion_tokens"] == 21
+    asked = 3 if DSPY >= (3, 4) else 1  # there all three are in one answer, if the LM gives as many
+    assert reply["meta"]["lm_usage"]["openai/stub-model"]["completion_tokens"] == 7 * asked
 
 
 def test_completions_in_one_answer_are_told_apart(stage: Stage) -> None:
@@ -405,7 +406,7 @@ def test_completions_in_one_answer_are_told_apart(stage: Stage) -> None:
                 yield b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
     stage.answer = answer
-    lm = {"model": "openai/other", "engine": "litellm", **stage.server.options()}
+    lm = {"model": "openai/other", **BY_LITELLM, **stage.server.options()}
     frames, reply = stage.run(stage.create(lm=lm), args={"config": {"n": 2}})
     assert joined(frames) == reply["result"] == {"answer": "Paris, in France"} and len(frames) > 3
 
@@ -420,7 +421,7 @@ def test_lms_that_go_by_litellm_stream_as_well(stage: Stage, kind: str) -> None:
     """DSPy's way where its own client does not know the provider."""
     before = "reasoning" if kind == "chain_of_thought" else "rationale"
     stage.answer = chat(**{before: "It is known.", "answer": "Paris, in France"})
-    lm = {"model": "openai/other", "engine": "litellm", **stage.server.options()}
+    lm = {"model": "openai/other", **BY_LITELLM, **stage.server.options()}
     inputs: dict[str, Any] = {"question": "Where?"}
     if kind == "multi_chain_comparison":
         inputs["completions"] = [{"reasoning": "r", "answer": "a"}] * 3
@@ -462,7 +463,8 @@ def endless(taken: list[int], stop: threading.Event) -> Iterator[str]:
     yield "[[ ## answer ## ]]\n"
     while not stop.is_set():
         taken[0] += 1
-        yield "word " * 200
+        # LiteLLM gives up an LM that says the same again and again.
+        yield f"{taken[0]:>5} " * 170
 
 
 def test_an_owner_that_does_not_read_slows_the_lm_and_nothing_is_stored(stage: Stage) -> None:

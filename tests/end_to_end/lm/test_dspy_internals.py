@@ -1,0 +1,118 @@
+"""Undocumented names inside DSPy: where any is gone or called otherwise, programs are created and run all the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peer import ROOT, Peer
+
+from dspy_bridge.lm import dspy_internals
+
+# Those that this DSPy has.
+NAMES = [name for name in dspy_internals.names if not name.lazy and name.there]
+LAZY = [name for name in dspy_internals.names if name.lazy and importlib.util.find_spec(name.module)]
+GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.lazy and not name.there)
+ASK = {"inputs": {"question": "Why?"}}
+TOOL = {"name": "look", "args": {"query": {"type": "str"}}}
+WARNING = re.compile(r"WARNING dspy_bridge: names inside DSPy \S+ are not as expected: .*")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
+    """Starts peers without these names."""
+    (tmp_path / "sitecustomize.py").write_text("import take_away")
+    peers: list[Peer] = []
+
+    def start(taken: Iterable[dspy_internals.Name], how: str = "gone") -> Peer:
+        env = {
+            "DSPY_BRIDGE_LM": "offline/echo",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes'}:{tmp_path}",
+            "TAKEN": " ".join(f"{name.module}:{name.path}" for name in taken),
+            "HOW": how,
+        }
+        peers.append(Peer(env=env))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.__exit__()
+
+
+def run(peer: Peer, program: str, tool_result: str = "42", **envelope: Any) -> tuple[dict[str, Any], list[Any]]:
+    """The result of a run, and what came before it."""
+    peer.request("execute_program", {"program_id": program, **ASK}, **envelope)
+    frames: list[Any] = []
+    while "success" not in (frame := peer.receive()):
+        frames.append(frame.get("stream") or frame["tool_call"])
+        if "tool_call" in frame:
+            answer = {"call_id": frame["tool_call"]["call_id"], "success": True, "result": tool_result}
+            peer.send({"tool_result": answer})
+    assert frame["success"], frame
+    return frame["result"], frames
+
+
+def all_work(peer: Peer, taken: list[dspy_internals.Name]) -> None:
+    """A create, an execute, a stream and a ReAct; and the names are where an operator sees them."""
+    for program_type, more in (("predict", {}), ("chain_of_thought", {}), ("react", {"tools": [TOOL]})):
+        create = {"id": program_type, "signature": "question -> answer", "program_type": program_type, **more}
+        reply = peer.call("create_program", create)
+        assert reply["success"], reply
+    for program in ("predict", "chain_of_thought"):
+        assert run(peer, program, meta=True)[0]["answer"] == "echo: Why?"
+    result, pieces = run(peer, "predict", stream=True)
+    assert result == {"answer": "echo: Why?"} == {"answer": "".join(piece["chunk"] for piece in pieces)}
+    result, _ = run(peer, "react")
+    without_tools = dspy_internals.CALLER_MODULES in taken
+    assert without_tools or result["trajectory"]["observation_0"] == "42", result
+    assert result["answer"] == "echo: Why?"
+    gone = sorted({*GONE_ALREADY, *(name.dotted for name in taken)})
+    assert peer.call("get_stats")["result"]["degraded"] == gone
+    warnings = WARNING.findall(peer.finish_whole()[2])
+    assert len(warnings) == (1 if gone else 0)
+    assert all(name in warnings[0] for name in gone)
+
+
+def test_with_all_names_nothing_is_degraded(start: Callable[..., Peer]) -> None:
+    all_work(start([]), [])
+
+
+@pytest.mark.parametrize("how", ["gone", "called"])
+def test_without_any_name_plain_programs_work(start: Callable[..., Peer], how: str) -> None:
+    """`called`: functions are there, and take other arguments."""
+    taken = NAMES if how == "gone" else [name for name in NAMES if name.takes]
+    all_work(start(taken, how), taken)
+
+
+def test_without_any_name_an_lm_is_asked(start: Callable[..., Peer], start_lm: Any) -> None:
+    """Its requests only have no traceparent."""
+    server = start_lm()
+    peer = start(NAMES)
+    lm = {"model": "openai/stub", **server.options()}
+    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": lm})["success"]
+    traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+    result, _ = run(peer, "qa", stream=True, traceparent=traceparent)
+    assert result == {"answer": "Paris"} and len(server.requests) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.dotted)
+def test_without_one_name_plain_programs_work(start: Callable[..., Peer], name: dspy_internals.Name) -> None:
+    all_work(start([name]), [name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAZY, ids=lambda name: name.dotted)
+def test_without_a_name_below_litellm_an_lm_is_asked_by_it(
+    start: Callable[..., Peer], start_lm: Any, name: dspy_internals.Name
+) -> None:
+    peer = start([name])
+    lm = {"model": "openai/stub", "extra_headers": {"X-Way": "litellm"}, **start_lm().options()}
+    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": lm})["success"]
+    assert run(peer, "qa")[0] == {"answer": "Paris"}
+    assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
+    assert len(WARNING.findall(peer.finish_whole()[2])) == (2 if GONE_ALREADY else 1)
