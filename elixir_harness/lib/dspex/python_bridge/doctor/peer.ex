@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   alias DSPex.PythonBridge.{Bridge, OS, Options}
   alias DSPex.PythonBridge.Bridge.StartDiagnosis
+  alias DSPex.PythonBridge.OTP.Deadline
 
   # It imports nothing heavy. A shorter :start_timeout is kept.
   @start_ms 15_000
@@ -17,7 +18,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
     start_ms = min(@start_ms, options.start_timeout)
     # Without a name, and without a second attempt.
     opts = Keyword.merge(opts, name: nil, max_retries: 0, start_timeout: start_ms)
-    started = now()
+    started = Deadline.now()
     # The check reports the failure that the bridge would log.
     :logger.add_primary_filter(@filter, {&not_of_child/2, self()})
     {:ok, bridge} = start_here(opts)
@@ -26,7 +27,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
     case await(ping, bridge) do
       {:pong, {:ok, _pong}} ->
-        {:ok, "answered #{now() - started} ms after its start", nil, bridge}
+        {:ok, "answered #{Deadline.now() - started} ms after its start", nil, bridge}
 
       failure ->
         stop(bridge)
@@ -94,13 +95,14 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
     # The program brings its LM, so the peer is tried with the application's own LM settings.
     create = %{id: "doctor", signature: "question -> answer", lm: %{model: "offline/echo"}}
     execute = %{program_id: "doctor", inputs: %{question: "How are you?"}}
-    started = now()
+    started = Deadline.now()
 
     with {:ok, _created} <- Bridge.call(bridge, :create_program, create, @program_ms),
          {:ok, %{"answer" => _text}} <-
            Bridge.call(bridge, :execute_program, execute, @program_ms) do
-      {:ok, "offline/echo answered; with the import of DSPy it took #{now() - started} ms", nil,
-       true}
+      {:ok,
+       "offline/echo answered; with the import of DSPy it took #{Deadline.now() - started} ms",
+       nil, true}
     else
       {:error, :timeout} ->
         {:failed, "no answer within #{OS.Command.time(@program_ms)}",
@@ -130,6 +132,4 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
       0 -> :ok
     end
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.OS
-  alias DSPex.PythonBridge.OTP.{Registry, ServerGuard}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, ServerGuard}
 
   # A peer usually ends a few milliseconds after the end of its input. The promise is 1 s; on a loaded machine the kill
   # itself takes a part of that.
@@ -99,25 +99,17 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   end
 
   defp ask(reaper, question, timeout) do
-    done = Process.monitor(reaper, alias: :reply_demonitor)
-    send(reaper, {question, done})
-
-    receive do
-      {^done, :done} -> :ok
-      {:DOWN, ^done, :process, _pid, _reason} -> ask_another(reaper, question, timeout)
-    after
-      timeout -> :ok
+    with :down <- Ask.ask(reaper, timeout, &{question, &1}) do
+      # The table has come before the :DOWN message.
+      receive do
+        {:"ETS-TRANSFER", table, ^reaper, __MODULE__} ->
+          table |> replace([]) |> ask(question, timeout)
+      after
+        0 -> :ok
+      end
     end
-  end
 
-  # The table has come before the :DOWN message.
-  defp ask_another(reaper, question, timeout) do
-    receive do
-      {:"ETS-TRANSFER", table, ^reaper, __MODULE__} ->
-        table |> replace([]) |> ask(question, timeout)
-    after
-      0 -> :ok
-    end
+    :ok
   end
 
   ## The process
@@ -177,7 +169,7 @@ defmodule DSPex.PythonBridge.OS.Reaper do
 
   defp finish_all(state, grace) do
     peers = :ets.tab2list(state.peers)
-    wait_until_gone(peers, now() + grace)
+    wait_until_gone(peers, Deadline.new(grace))
     kill_groups(peers)
     :ets.delete_all_objects(state.peers)
   end
@@ -192,7 +184,7 @@ defmodule DSPex.PythonBridge.OS.Reaper do
 
   defp wait_until_gone(peers, deadline) do
     unless Enum.all?(peers, fn {os_pid, started} -> OS.Process.gone?(os_pid, started) end) or
-             now() >= deadline do
+             Deadline.left(deadline) == 0 do
       Process.sleep(@finish_poll_ms)
       wait_until_gone(peers, deadline)
     end
@@ -200,6 +192,4 @@ defmodule DSPex.PythonBridge.OS.Reaper do
 
   defp kill_groups(peers),
     do: Enum.each(peers, fn {os_pid, started} -> OS.Process.kill_group(os_pid, started) end)
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
   # cluster; if none can either, a wait until that changes, and again from the start.
 
   alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.OTP.Ask
   alias DSPex.PythonBridge.Pool.{Handle, LocalCall, Request}
   alias DSPex.PythonBridge.Pool.Cluster.RemoteCall
 
@@ -25,24 +26,19 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   # What was tried goes along: it may have changed before the message is read.
   defp wait(handle, request) do
-    coordinator = Handle.coordinator(handle.name)
-    ref = :erlang.monitor(:process, coordinator, alias: :reply_demonitor)
-    notify(coordinator, {:wait, ref, self(), request.passed, request.passed_nodes})
+    coordinator = Process.whereis(Handle.coordinator(handle.name))
+    message = &{:wait, &1, self(), request.passed, request.passed_nodes}
 
-    receive do
-      {^ref, :changed} -> again(handle.name, request)
-      {:DOWN, ^ref, :process, _coordinator, _reason} -> wait_for_coordinator(handle.name, request)
-    after
-      Request.left(request) ->
-        Process.demonitor(ref, [:flush])
-        notify(coordinator, {:abandon, ref})
+    case coordinator && Ask.ask(coordinator, Request.left(request), message) do
+      {:ok, :changed} ->
+        again(handle.name, request)
 
-        # It may have come between the two.
-        receive do
-          {^ref, :changed} -> failed(:timeout)
-        after
-          0 -> failed(:timeout)
-        end
+      {:timeout, ref} ->
+        send(coordinator, {:abandon, ref})
+        failed(:timeout)
+
+      _no_coordinator ->
+        wait_for_coordinator(handle.name, request)
     end
   end
 
@@ -61,12 +57,4 @@ defmodule DSPex.PythonBridge.Pool.Router do
   end
 
   defp failed(type), do: {:error, Error.new(type)}
-
-  # Sending to a name that is not registered raises.
-  defp notify(name, message) do
-    case Process.whereis(name) do
-      nil -> :ok
-      pid -> send(pid, message)
-    end
-  end
 end
