@@ -122,7 +122,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "without uv on the PATH" do
-    test "made, and complete at once", %{by_pip: {venv, source, {result, lines}}} do
+    test "it is made, and complete at once", %{by_pip: {venv, source, {result, lines}}} do
       assert result == {:ok, Path.join(venv, "bin/python3")}
       assert [making, uv, installing, peer] = Enum.reject(lines, &(&1 =~ "still at it"))
       assert making =~ "making #{venv} from #{python()}, Python 3."
@@ -135,7 +135,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert line == "#{venv} has all that it needs"
     end
 
-    test "brought up to date: pins, and the peer under the same version; what is missing",
+    test "it is updated: pins, the peer under the same version, missing packages",
          %{by_pip: by_pip, tmp_dir: dir} do
       {venv, source} = copy(by_pip, dir)
       # Of the package the version stays: its files tell.
@@ -244,7 +244,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       refute File.exists?(Path.join(venv, "lib/old"))
     end
 
-    test "that is to be made anew, and has files of another kind in it, is refused and stays", %{
+    test "that has to be made anew, but has other files in it, is refused and stays", %{
       venv: venv,
       source: source,
       bin: bin
@@ -262,7 +262,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert File.ls!(venv) == names
     end
 
-    test "whose Python cannot be run, or not be found: that may pass, and it stays", %{
+    test "whose Python cannot be run, or is missing, stays: that may pass", %{
       venv: venv,
       source: source,
       bin: bin
@@ -349,7 +349,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert {{:ok, _python}, ["making" <> _ | _]} = make(venv, source)
     end
 
-    test "a lock of a process that has ended is taken over, of one that runs it holds", %{
+    test "a lock of a process that has ended is taken over, that of a running one is not", %{
       venv: venv,
       source: source,
       bin: bin
@@ -376,7 +376,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       end
     end
 
-    test "a lock of another kind is nobody's to remove", %{venv: venv, source: source, bin: bin} do
+    test "a lock of another kind is not removed", %{venv: venv, source: source, bin: bin} do
       uv(bin, source, "")
       File.mkdir_p!(venv)
       lock = Path.join(venv, ".dspex_setup.lock")
@@ -405,7 +405,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert File.ls!(venv) == ["thesis.txt"]
     end
 
-    test "nothing, or an empty one, is what it was when nothing could be made", %{
+    test "a missing or empty one stays so if nothing could be made", %{
       venv: venv,
       source: source
     } do
@@ -417,7 +417,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert File.ls!(venv) == []
     end
 
-    test "one that cannot be written to may be looked at, which one that is not there cannot" do
+    test "one that is read-only may be read, a missing one in it is an error" do
       # Of both systems the one that even root cannot write to.
       read_only = Enum.find(["/sys", "/System"], &File.dir?/1)
       assert Lock.hold(read_only, fn -> :ran end) == :ran
@@ -425,13 +425,13 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert text =~ "#{read_only}/venv cannot be written to: "
     end
 
-    test "a file, a place that cannot be", %{venv: venv, source: source} do
+    test "a file, or a path below a file", %{venv: venv, source: source} do
       File.write!(venv, "x")
       assert refusal(venv, source) =~ "#{venv} is no folder"
       assert refusal(Path.join(venv, "below"), source) =~ "#{venv}/below is no folder"
     end
 
-    test "one whose marker somebody wrote", %{venv: venv, source: source} do
+    test "one whose manifest somebody else wrote", %{venv: venv, source: source} do
       File.mkdir_p!(venv)
       File.write!(Path.join(venv, "dspex_setup.json"), "{}")
       assert refusal(venv, source) =~ "#{venv}/dspex_setup.json is not what dspex.setup wrote"
@@ -439,7 +439,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "the interpreter" do
-    test "none, too old, or without what makes environments: one line with what to do", %{
+    test "none, too old, or without venv: one line with what to do", %{
       venv: venv,
       source: source,
       bin: bin
@@ -472,7 +472,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       refute File.exists?(venv)
     end
 
-    test "that is named is not that of an environment that is there: refused", %{
+    test "that is named differs from that of the environment: refused", %{
       venv: venv,
       source: source,
       bin: bin
@@ -493,7 +493,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert {{:ok, _python}, [_installing, _peer]} = make(venv, source)
     end
 
-    test "that is named is what uv makes it of", %{venv: venv, source: source, bin: bin} do
+    test "that is named is passed to uv", %{venv: venv, source: source, bin: bin} do
       another = program(bin, "python3.99", ~S(echo 'DSPEX {"version": "3.99.0", "found": {}}'))
       uv(bin, source, "")
       refusal(venv, source, python: "python3.99")
@@ -502,7 +502,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "with uv on the PATH" do
-    test "it makes and installs, of the Python that it chooses, or of the one that is named", %{
+    test "it makes and installs, with the Python that it chooses", %{
       venv: venv,
       source: source,
       bin: bin
@@ -523,7 +523,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
                "#{install} --no-deps --reinstall dspy-bridge @ #{TinySource.url(source)}/package"
     end
 
-    test "nothing in the folder that it is run from counts, and pip may only install into environments",
+    test "it ignores the working directory, and pip may only install into environments",
          %{
            venv: venv,
            source: source,
@@ -535,7 +535,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert File.read!("#{bin}/pwd") == "/ 1\n/ 1\n"
     end
 
-    test "a step that takes long gives a sign of life", %{venv: venv, source: source, bin: bin} do
+    test "a long step reports that it is still running", %{venv: venv, source: source, bin: bin} do
       uv =
         program(
           uv(bin, source, "") && bin,
@@ -556,7 +556,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert Installer.new(progress).sign_of_life_ms == 10_000
     end
 
-    test "when it fails: the end of what it said, without what is secret", %{
+    test "when it fails: the end of its output, without secrets", %{
       venv: venv,
       source: source,
       bin: bin
