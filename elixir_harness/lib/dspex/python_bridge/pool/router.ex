@@ -5,11 +5,8 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Ask
-  alias DSPex.PythonBridge.Pool.{Handle, LocalCall, Request}
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
   alias DSPex.PythonBridge.Pool.Cluster.RemoteCall
-
-  # The interval at which a coordinator that is being restarted is looked for.
-  @coordinator_ms 5
 
   @doc "Runs the call on a peer of this or another node; waits for one until the request's deadline."
   @spec run(Handle.t(), Request.t()) :: LocalCall.reply()
@@ -37,15 +34,11 @@ defmodule DSPex.PythonBridge.Pool.Router do
         send(coordinator, {:abandon, ref})
         failed(:timeout)
 
+      # It is being restarted, unless the pool has ended.
       _no_coordinator ->
-        wait_for_coordinator(handle.name, request)
+        CoordinatorClient.await(handle.name, request.deadline)
+        if Request.left(request) == 0, do: failed(:timeout), else: again(handle.name, request)
     end
-  end
-
-  # It is being restarted, unless the pool has ended.
-  defp wait_for_coordinator(name, request) do
-    Process.sleep(min(@coordinator_ms, Request.left(request)))
-    if Request.left(request) == 0, do: failed(:timeout), else: again(name, request)
   end
 
   # The pool may have been restarted meanwhile, with other slots.
