@@ -98,7 +98,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert for(%{pending: pending} <- peers(), do: pending) == [0, 0, 0]
   end
 
-  test "one that kills each time among good ones: these are answered, it is given up", %{
+  test "a request that kills each time fails, those next to it are answered", %{
     tmp_dir: dir
   } do
     start(dir, pool_size: 3)
@@ -117,7 +117,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert log |> String.split("\n", trim: true) |> length() == 4
   end
 
-  test "after the death of one of two peers the next execute is answered by the other, at once",
+  test "after the death of one of two peers the other runs the next call at once",
        %{tmp_dir: dir} do
     start(dir, pool_size: 2)
     create("qa")
@@ -138,7 +138,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     end
   end
 
-  test "a replaced peer is given no execute before it has the programs", %{tmp_dir: dir} do
+  test "a replaced peer gets no run before it has the programs", %{tmp_dir: dir} do
     start(dir, pool_size: 2)
     create("qa")
     all_have("qa")
@@ -172,7 +172,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     end
   end
 
-  test "both peers of two dead: calls wait for the first that comes back", %{tmp_dir: dir} do
+  test "with both of two peers dead, calls wait for the first that is back", %{tmp_dir: dir} do
     start(dir, pool_size: 2)
     create("qa")
     all_have("qa")
