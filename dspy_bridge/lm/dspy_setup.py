@@ -95,7 +95,6 @@ class Models:
         with self._lock:
             pool = self._pools.get(key)
             if pool is None:
-                redaction.learn(options)
                 pool = self._pools[key] = LMPool(options, self.loops)
                 if len(self._pools) > MAX_LMS:
                     self._pools.popitem(last=False)
