@@ -37,6 +37,7 @@ class LMPool:
         """`loops`: where its LMs are called; filled later. Raises `InvalidArgs`."""
         self._options = options
         self._secrets = list(redaction.secrets(options))
+        redaction.remember(self._secrets)
         self._lms = [_make_lm(dict(options))]
         self._in_flight = [0]
         weakref.finalize(self, _close, self._lms, loops).atexit = False
