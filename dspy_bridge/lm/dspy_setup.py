@@ -19,6 +19,10 @@ import dspy
 
 from dspy_bridge import tracing
 from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
+
+if not hasattr(dspy, "LMError"):
+    raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
+
 from dspy_bridge.lm import (
     answer_limit,
     dspy_internals,

@@ -116,3 +116,12 @@ def test_without_a_name_below_litellm_an_lm_is_asked_by_it(
     assert run(peer, "qa")[0] == {"answer": "Paris"}
     assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
     assert len(WARNING.findall(peer.finish_whole()[2])) == (2 if GONE_ALREADY else 1)
+
+
+def test_a_dspy_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
+    """One without typed errors of LMs, as before 3.3."""
+    (tmp_path / "sitecustomize.py").write_text("import dspy; del dspy.LMError")
+    with Peer(env={"PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
+        reply = peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
+        assert reply["error_type"] == "internal"
+        assert re.match(r"DSPy [\d.]+ is too old; expected 3\.3\.1 or newer; the peer's log", reply["error"])
