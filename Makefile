@@ -69,6 +69,8 @@ check: setup dialyzer ## lint, formats, types, warnings
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
+	@# No module imports one that imports it, by whatever way.
+	cd $(HARNESS) && MIX_ENV=test mix xref graph --format cycles --fail-above 0
 	@# What OTP 28 refuses to compile shows on older ones too.
 	cd $(HARNESS) && mix test test/attribute_regexes_test.exs
 

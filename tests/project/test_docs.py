@@ -128,6 +128,12 @@ def test_each_step_of_a_walk_through_the_code_is_a_function(walk: str) -> None:
         assert re.search(pattern, path.read_text(), re.MULTILINE), (file, function)
 
 
+def test_every_file_that_contributing_md_names_exists() -> None:
+    named = re.findall(r"`((?:dspy_bridge|elixir_harness|tests|docs)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("root", ["dspy_bridge", "elixir_harness/lib", "tests", "docs"])
 def test_no_folder_has_more_than_16_files(root: str) -> None:
     """One can be read at a glance."""

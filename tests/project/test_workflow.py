@@ -17,6 +17,12 @@ def test_it_runs_the_two_commands() -> None:
     assert "make demo" in runs and "make test" in runs
 
 
+def test_what_make_test_leaves_out_runs_in_ci_too() -> None:
+    runs = [step.get("run") for step in WORKFLOW["jobs"]["test"]["steps"]]
+    assert "make test-slow" in runs
+    assert "\nmake test-slow\n" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_its_matrix_is_what_the_package_says_it_supports() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     versions = re.findall(r"Python :: (3\.\d+)", project)

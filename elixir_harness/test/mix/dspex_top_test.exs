@@ -16,10 +16,6 @@ defmodule Mix.Tasks.Dspex.TopTest do
     :ok
   end
 
-  setup do
-    put_system_env("RELEASE_COOKIE", nil)
-  end
-
   defp node_with_bridge do
     node = Nodes.start()
     spec = {Bridge, real_opts(name: :far)}
@@ -36,9 +32,10 @@ defmodule Mix.Tasks.Dspex.TopTest do
 
   # The command itself: the lines that it wrote, errors included, and its exit status. In this project,
   # where it is no dependency's, mix compiles first if anything has changed.
-  defp mix(args, env \\ []) do
-    env = [{"MIX_ENV", "test"} | env]
-    {output, status} = System.cmd("mix", ["dspex.top" | args], env: env, stderr_to_stdout: true)
+  defp mix(args, cookie) do
+    args = ["--cookie", cookie, "-S", "mix", "dspex.top" | args]
+    opts = [env: [{"MIX_ENV", "test"}], stderr_to_stdout: true]
+    {output, status} = System.cmd("elixir", args, opts)
     {output |> String.trim() |> String.split("\n"), status}
   end
 
@@ -69,7 +66,7 @@ defmodule Mix.Tasks.Dspex.TopTest do
       cookie = "cookie#{System.unique_integer([:positive])}"
       true = Nodes.on(node, :erlang, :set_cookie, [String.to_atom(cookie)])
       args = ["--node", Atom.to_string(node), "--once"]
-      assert {lines, 0} = mix(["--json" | args], [{"RELEASE_COOKIE", cookie}])
+      assert {lines, 0} = mix(["--json" | args], cookie)
       assert %{"node" => name, "time" => time, "peers" => [peer]} = JSON.decode!(List.last(lines))
       assert name == Atom.to_string(node)
       assert {:ok, _time, 0} = DateTime.from_iso8601(time)
@@ -79,34 +76,25 @@ defmodule Mix.Tasks.Dspex.TopTest do
       assert rss > 10_000_000
       assert peer["os_pid"] == Bridge.get_status({:far, node}).os_pid
 
-      assert {lines, 0} = mix(args ++ ["--cookie", cookie])
+      assert {lines, 0} = mix(args, cookie)
       assert [heading, "bridge " <> _, ":far    running " <> _] = Enum.take(lines, -3)
       assert heading =~ ~r/\A#{node}  \d{4}-/
     end
 
     test "says in one line that the cookie is not the node's, and fails" do
       node = quiet(Nodes.start())
-      args = ["--node", Atom.to_string(node), "--cookie", "no-such-cookie"]
-      assert {lines, 1} = mix(args)
+      assert {lines, 1} = mix(["--node", Atom.to_string(node)], "no-such-cookie")
 
       assert List.last(lines) ==
-               "** (Mix) #{node} cannot be reached: epmd on 127.0.0.1 knows it, " <>
-                 "but it takes no connection; is the cookie its own, and the host written as in its name?"
+               "** (Mix) #{node} cannot be reached: is it running, is that its whole name, and has this node its cookie?"
     end
   end
 
   describe "a node that cannot be shown" do
-    test "is not there: who is" do
-      node = Nodes.start()
-      [name, _host] = node |> Atom.to_string() |> String.split("@")
-      text = refusal(["--node", "nobody@127.0.0.1"])
-
-      assert text =~
-               "nobody@127.0.0.1 cannot be reached: epmd on 127.0.0.1 knows no nobody, but "
-
-      assert text =~ name
-      text = refusal(["--node", "nobody@no-host.invalid"])
-      assert text == "nobody@no-host.invalid cannot be reached: there is no host no-host.invalid"
+    test "is not there" do
+      for node <- ["nobody@127.0.0.1", "nobody@no-host.invalid"],
+          do:
+            assert(refusal(["--node", node]) =~ ~r/\A#{node} cannot be reached: is it running, /)
     end
 
     test "has no :dspex" do
@@ -140,21 +128,17 @@ defmodule Mix.Tasks.Dspex.TopTest do
     end
   end
 
-  test "switches and values that cannot be right are named, values that may be a cookie are not" do
+  test "switches and values that cannot be right are named, values that may be a secret are not" do
     help = "; see mix help dspex.top"
     assert refusal(["--nod", "a@b"]) == "--nod: there is no such switch" <> help
-    assert refusal(["--cokie=secret"]) == "--cokie: there is no such switch" <> help
-    assert refusal(["--cokie", "secret"]) == "--cokie: there is no such switch" <> help
+    assert refusal(["--cookie=secret"]) == "--cookie: there is no such switch" <> help
+    assert refusal(["--cookie", "secret"]) == "--cookie: there is no such switch" <> help
     assert refusal(["--node"]) == "--node: its value is missing" <> help
     assert refusal(["--once=secret"]) == "--once: it takes no value" <> help
     assert refusal(["secret"]) == "all arguments are switches" <> help
-    assert refusal(["--cookie", "secret"]) == "--cookie goes with --node" <> help
     assert refusal(["--node", "here"]) == ~s(node: expected name@host, got "here")
     assert refusal(["--node", "a@b c"]) == ~s(node: expected name@host, got "a@b c")
     assert refusal(["--node", "a@" <> String.duplicate("b", 254)]) =~ "node: expected name@host"
-    long = String.duplicate("secret", 50)
-    assert refusal(["--node", "a@b", "--cookie", long]) == "cookie: expected 1 to 255 characters"
-    assert refusal(["--node", "a@b", "--cookie", ""]) == "cookie: expected 1 to 255 characters"
   end
 
   describe "without --node" do
@@ -211,10 +195,7 @@ defmodule Mix.Tasks.Dspex.TopTest do
       Nodes.stop(node)
       eventually(fn -> List.last(lines(io)) =~ "; trying again" end, 20_000)
       assert Enum.at(lines(io), -2) =~ ~r/\A#{node}  \d{4}-/
-      [name, _host] = node |> Atom.to_string() |> String.split("@")
-
-      assert List.last(lines(io)) =~
-               "#{node} cannot be reached: epmd on 127.0.0.1 knows no #{name}"
+      assert List.last(lines(io)) =~ "#{node} cannot be reached: "
     end
 
     test "it ends when nobody reads what it writes any more" do

@@ -7,24 +7,21 @@ defmodule DSPex.PythonBridge.Bridge do
       {:ok, %{"answer" => _}} =
         Bridge.call(:execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
 
-  One bridge is one Python process that works on many calls at once. A bridge belongs under a
-  supervisor (`{Bridge, opts}`, or all of `DSPex.PythonBridge.Supervisor`); several need names of
-  their own.
+  A bridge is one Python process that works on many calls at once. It belongs under a supervisor: `{Bridge, opts}`, or
+  `DSPex.PythonBridge.Supervisor` with a monitor. Several bridges need different names.
 
-  Requests are written and replies read in the caller's process (`DSPex.PythonBridge.Client.Caller`), so
-  that a 5 MB reply costs no other caller anything; `DSPex.PythonBridge.Bridge.Server` is the bridge's own.
+  Requests are encoded and replies decoded in the caller's process, so that a 5 MB reply delays no other caller.
 
-  Commands are atoms or texts; `args` are maps with a JSON form; results have string keys.
-  Timeouts are milliseconds or `:infinity`. They are sent along, so that the peer does not work on
-  what nobody waits for; a caller that times out or dies has its request cancelled. None of the
-  functions that call ends the caller.
+  Commands are atoms or strings; `args` are maps with a JSON form; results have string keys. Timeouts are in
+  milliseconds, or `:infinity`. The peer receives them, too, and stops work whose time is over; if a caller times out
+  or dies, its request is cancelled. None of these functions exits or raises in the caller.
   """
 
   alias DSPex.PythonBridge.{Client, Error, Options, Protocol, Telemetry}
   alias DSPex.PythonBridge.Bridge.Server
   alias DSPex.PythonBridge.Client.{Caller, EventStream, StreamReducer}
 
-  # From the end of draining to the end of the last process.
+  # The time that a bridge may take to end, after its calls are finished.
   @ending_ms 2_000
   # A bridge answers questions at once.
   @question_ms 5_000
@@ -50,15 +47,14 @@ defmodule DSPex.PythonBridge.Bridge do
           optional(:last_error) => String.t() | nil
         }
 
-  ## Life
+  ## Start and end
 
   @doc """
   Starts a bridge. Options: see `DSPex.PythonBridge.Options`.
 
-  Returns before the interpreter runs; calls made meanwhile wait for it within their own timeouts.
-  An option that cannot be right gives `{:error, %ArgumentError{}}` with a text that names it. A
-  Python that cannot be started is no such error: see `DSPex.PythonBridge.Bridge.Server` for what happens
-  then.
+  It returns before the interpreter runs; calls wait for it within their own timeouts. A wrong option gives
+  `{:error, %ArgumentError{}}` with a text that names it. If Python cannot be started, the bridge logs the reason and
+  tries again, after a delay that grows from 50 ms to 5 s.
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
@@ -68,12 +64,12 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   @doc """
-  The child specification `{Bridge, opts}` of a supervisor; the id is the bridge's name. Keys among
-  the options do not show in the supervisor's reports.
+  The child specification of `{Bridge, opts}`; the id is the bridge's name. Secrets in the options do not show in the
+  supervisor's reports.
   """
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
-    # Options that cannot be right are start_link's to refuse.
+    # Wrong options are refused by start_link.
     drain_ms = with {:ok, options} <- Options.new(opts), do: options.drain_ms, else: (_ -> 0)
 
     %{
@@ -84,26 +80,25 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   @doc """
-  Replaces the peer: starts another, gives it the programs, then sends calls to it. The old one
-  serves until then, and finishes what it was given; what it has not finished after
-  `DSPY_BRIDGE_DRAIN_MS` (5 s where nothing is said) is sent again to the new one. No caller sees it, bar
-  those whose calls are not finished by then and cannot be sent again, since they said `retry: false` or
-  have been given a chunk: `:python_process_died`. A change of the programs that comes meanwhile, and what
-  comes after it, waits for the new one. A program that was left out since peers died while they loaded it is
-  tried again.
+  Replaces the peer: another one is started, gets the programs, and then the calls. The old peer serves until then and
+  finishes its calls; those that it has not finished after `DSPY_BRIDGE_DRAIN_MS` (5 s by default) are sent again to
+  the new one. Callers do not notice, except if their call is not finished by then and cannot be sent again, because of
+  `retry: false` or a chunk that was streamed: they get `:python_process_died`. A `create_program` or `cleanup` that
+  comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
+  loading them are tried again.
 
-  Returns once the new peer serves. If it does not come up, the old one goes on serving, and the
-  error is a text that says why; if there was none to go on, the attempts go on.
+  It returns once the new peer serves. If that does not start, the old one goes on serving, and the error is a text
+  with the reason; without an old peer, the attempts go on.
   """
   @spec restart(server()) :: :ok | {:error, :bridge_not_running | String.t()}
   def restart(server \\ __MODULE__),
     do: ask(server, :restart, {:error, :bridge_not_running}, :infinity)
 
   @doc """
-  Stops the bridge. Calls that the peer has are still answered, within `DSPY_BRIDGE_DRAIN_MS` (5 s where
-  nothing is said); calls that it has not, and later ones, get `:bridge_not_running`. Then the peer sees
-  the end of its input; if it is still there 0.6 s later it is killed, and so is all that it started,
-  before this returns. Also `:ok` if the bridge was not running.
+  Stops the bridge. Calls that the peer has are still answered, within `DSPY_BRIDGE_DRAIN_MS` (5 s by default); other
+  calls, and later ones, get `:bridge_not_running`. Then the peer sees the end of its input; if it has not ended 0.6 s
+  later it is killed, with all that it started, before this returns. It also returns `:ok` if the bridge was not
+  running.
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
@@ -114,22 +109,21 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   @doc """
-  How the bridge is; answered at once, whatever the peer does. (A bridge that does not answer within
-  5 s, which only one that somebody suspended does, counts as not running.)
+  The state of the bridge; answered at once, whatever the peer does. (A bridge that does not answer within 5 s, since
+  it was suspended, counts as not running.)
 
-    * `:state` – `:starting` (the first peer does not serve yet), `:running`, `:restarting` (between a
-      peer's death and the service of its successor), `:failed` (`max_retries` attempts in a row to
-      start one have failed; they go on, and calls wait; or the bridge is not running, in which
-      case only the first five keys are there, all 0 or nil)
+    * `:state` – `:starting` (the first peer does not serve yet), `:running`, `:restarting` (a peer has died and the
+      next does not serve yet), `:failed` (`max_retries` attempts in a row to start one have failed; they go on, and
+      calls wait; or the bridge is not running: then only the first five keys are there, all 0 or nil)
     * `:os_pid` – of the peer; nil while there is none
     * `:pending` – calls that wait for a reply, sent or not
     * `:restarts` – peers started after the first
     * `:uptime_ms` – of the present peer
-    * `:late_replies` – replies and chunks dropped because nobody waited (any more)
-    * `:unreadable_frames` – frames dropped because they had no readable id, or were chunks or calls of
-      tools that could not be read
-    * `:last_error` – why the last peer died, until the next serves: its exit status, and where it did
-      not come up, the last line that it writes to stderr
+    * `:late_replies` – replies and chunks that were dropped because no caller waited for them (any longer)
+    * `:unreadable_frames` – frames that were dropped because they had no readable id, or were chunks or tool calls
+      that could not be read
+    * `:last_error` – why the last peer died, until the next one serves: its exit status, and if it did not start, the
+      last line that it wrote to stderr
   """
   @spec get_status(server()) :: status()
   def get_status(server \\ __MODULE__) do
@@ -156,15 +150,15 @@ defmodule DSPex.PythonBridge.Bridge do
   def call(command, args, timeout), do: call(__MODULE__, command, args, timeout)
 
   @doc """
-  Has the peer carry out a command and waits for its reply, at most `timeout` ms (`:infinity` is
-  allowed; `:default`, or nothing said, is the `:default_timeout` of the bridge).
+  Sends a command to the peer and waits for its reply, at most `timeout` ms (or `:infinity`; `:default` is the
+  `:default_timeout` of the bridge).
 
     * `{:ok, result}`
-    * `{:error, message}` – the peer's text, or that of a request that could not be sent (no JSON
-      form, larger than `:max_frame_bytes`)
+    * `{:error, message}` – the peer's text, or why the request could not be sent (no JSON form, larger than
+      `:max_frame_bytes`)
     * `{:error, :timeout}` – here or in the peer, whichever was first
     * `{:error, :overloaded}` – too many calls wait, here or in the peer; nothing was done
-    * `{:error, :python_process_died}` – with the request, which was sent again `:max_retries` times
+    * `{:error, :python_process_died}` – while it had the request, which was sent again `:max_retries` times
     * `{:error, :bridge_not_running}`
   """
   @spec call(server(), command(), map(), timeout() | :default) ::
@@ -197,52 +191,47 @@ defmodule DSPex.PythonBridge.Bridge do
   def request(command, args, opts), do: request(__MODULE__, command, args, opts)
 
   @doc """
-  As `call/4`, with what the peer tells beside the result, and errors that say more:
-  `{:ok, result, meta}` or `{:error, %DSPex.PythonBridge.Error{}}`.
+  As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
+  `{:error, %DSPex.PythonBridge.Error{}}`.
 
   `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`.
 
   Options:
 
     * `:timeout` – ms, `:infinity` or `:default`
-    * `:retry` – true; false: when the peer dies with the request, it is not sent again but gives
+    * `:retry` – true by default; with false, the request is not sent again when the peer dies with it, but gives
       `:python_process_died`
-    * `:tools` – a map of functions of one argument by their names, atoms or texts: the tools that the
-      program was created with. The peer calls one with a map of arguments, string keys. What it
-      returns is the tool's result, if it has a JSON form (`{:ok, term}` counts as `term`);
-      `{:error, reason}`, and whatever it raises, throws or exits with, is an error that the program
-      is told: a text as `reason` as it is, all else in a line. Each call runs in a process of its own,
-      several at once if the peer makes them so, and is killed when the request is over. After the
-      peer's death they are made anew. Each call takes a copy of what the function has taken along.
-    * `:traceparent` – the [W3C trace context](https://www.w3.org/TR/trace-context/) that the call belongs
-      to, such as `"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"`; nil, or nothing said: none. It
-      is a header of the HTTP requests that LM calls of the execute make, and metadata of what Python logs
-      for it.
-    * `:on_chunk` – a function of one argument, called in this process with each map that comes before
-      the reply, in order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of
-      inputs each result, `%{"index" => …, "success" => …, …}`. Once it was called, the request is not
-      sent again when the peer dies. If it raises, the request is cancelled, and the exception is the
-      caller's.
+    * `:tools` – a map of functions of one argument by their names, atoms or strings: the tools that the program was
+      created with. The peer calls one with a map of arguments with string keys. The value that it returns is the tool's
+      result, if it has a JSON form (`{:ok, term}` counts as `term`). `{:error, reason}`, and what the function raises,
+      throws or exits with, becomes an error for the program: a string `reason` unchanged, all else on one line. Each
+      call runs in its own process, several at once if the peer asks for it, and is killed when the request is over.
+      After the peer's death they are made again. Each call copies what the function has captured.
+    * `:traceparent` – the [W3C trace context](https://www.w3.org/TR/trace-context/) of the call, such as
+      `"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"`; nil by default. The HTTP requests to the LM have it
+      as a header, and what Python logs for the call as metadata.
+    * `:on_chunk` – a function of one argument, called in this process with each map that comes before the reply, in
+      order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of inputs each result,
+      `%{"index" => …, "success" => …, …}`. After its first call the request is not sent again when the peer dies. If
+      it raises, the request is cancelled and the caller gets the exception.
 
-  An option that cannot be right gives an error of type `:invalid_request` that names it.
+  A wrong option gives an error of type `:invalid_request` that names it.
   """
   @spec request(server(), command(), map(), [request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args, opts) do
     with {:ok, options} <-
            Client.Options.new(opts, [:timeout, :retry, :tools, :traceparent, :on_chunk]),
-         request = {server, command, args, options.timeout, options.opts},
-         {:ok, _id, result, meta} <- make(request, options) do
+         exchange = fn -> exchange(server, command, args, options) end,
+         {:ok, _id, result, meta} <- Telemetry.call(:bridge, server, command, args, exchange) do
       {:ok, result, meta}
     end
   end
 
-  defp make({server, command, args, timeout, opts} = request, options) do
-    Telemetry.call(:bridge, server, command, args, fn ->
-      if options.on_chunk || opts[:tools],
-        do: StreamReducer.run(request, options.on_chunk),
-        else: Caller.exchange(server, command, args, timeout, opts)
-    end)
+  defp exchange(server, command, args, %{timeout: timeout, opts: opts} = options) do
+    if options.on_chunk || opts[:tools],
+      do: StreamReducer.run({server, command, args, timeout, opts}, options.on_chunk),
+      else: Caller.exchange(server, command, args, timeout, opts)
   end
 
   @doc "As `stream/3`, by the bridge named `DSPex.PythonBridge.Bridge`."
@@ -255,16 +244,15 @@ defmodule DSPex.PythonBridge.Bridge do
   def stream(args, opts), do: stream(__MODULE__, args, opts)
 
   @doc """
-  An `execute_program` as a lazy enumerable of what comes of it, as it comes:
+  Streams an `execute_program` call, as a lazy enumerable of:
 
     * `{:chunk, field, text}` – more of an output field
-    * `{:status, text}` – what the program is at
-    * `{:item, index, result}` – of a list of inputs, the result of that index, as `{:ok, fields}` or
+    * `{:status, text}` – the program's present step
+    * `{:item, index, result}` – for a list of inputs, the result of that index, as `{:ok, fields}` or
       `{:error, %DSPex.PythonBridge.Error{}}`
-    * last, and always, what `request/4` gives: `{:ok, result, meta}` or
-      `{:error, %DSPex.PythonBridge.Error{}}`
+    * always last, the result of `request/4`: `{:ok, result, meta}` or `{:error, %DSPex.PythonBridge.Error{}}`
 
-  For example, to write an answer while it is made:
+  For example, to print an answer as it is generated:
 
       for element <- Bridge.stream(%{program_id: "qa", inputs: %{question: "Why?"}}) do
         case element do
@@ -274,12 +262,12 @@ defmodule DSPex.PythonBridge.Bridge do
         end
       end
 
-  Nothing is sent before it is enumerated; each enumeration is an execute of its own. One that is not
-  enumerated to its end cancels the execute, also by an exception or the death of the process.
+  Nothing is sent before it is enumerated; each enumeration is a call of its own. If it is not enumerated to its end,
+  also because of an exception or the death of the process, the call is cancelled.
 
-  Options: `:timeout`, for the whole execute, `:retry`, `:tools` and `:traceparent`, as for `request/4`.
-  While the consumer does other things, the execute goes on, and what comes of it is kept; if the result
-  comes in time, all of it is given, however late it is asked for.
+  Options: `:timeout`, for the whole call, `:retry`, `:tools` and `:traceparent`, as for `request/4`. While the consumer
+  does other things the call goes on, and its elements are kept; if the result comes in time, the consumer gets all of
+  them, however late it asks.
   """
   @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(EventStream.element())
   def stream(server, args, opts) do
@@ -301,9 +289,8 @@ defmodule DSPex.PythonBridge.Bridge do
   def cast(server, command), do: cast(server, command, %{})
 
   @doc """
-  Sends a command whose reply nobody waits for; the bridge's `:default_timeout` bounds it. `:ok`
-  tells nothing of the peer, nor of the bridge; an error is the text of a request that cannot be
-  written.
+  Sends a command whose reply nobody waits for; the bridge's `:default_timeout` applies. `:ok` says nothing about the
+  peer or the bridge; an error says why the request could not be encoded.
   """
   @spec cast(server(), command(), map()) :: :ok | {:error, String.t()}
   def cast(server, command, args), do: Caller.send_only(server, command, args)
@@ -317,12 +304,12 @@ defmodule DSPex.PythonBridge.Bridge do
       _another -> otherwise
     end
   catch
-    # Any term may be given as a server: what is none raises.
+    # Any term may be given as a server, and may raise.
     _kind, _not_running -> otherwise
   end
 
-  # On its own node, where it can be told from a process of another kind: a supervisor would end by a question
-  # that it does not know.
+  # On the server's node, which knows whether it is a bridge: a process of another kind may end by a call that it does
+  # not know.
   defp find(server) do
     case Caller.find(server) do
       {:ok, {name, node} = far} -> find_there(node, name, far)
@@ -331,7 +318,7 @@ defmodule DSPex.PythonBridge.Bridge do
     end
   end
 
-  # A node of an older version has no such function: then the server is asked unchecked.
+  # A node of an older version does not have the function: then it is not checked.
   defp find_there(node, server, as_given) do
     :erpc.call(node, Caller, :find, [server], @question_ms)
   catch

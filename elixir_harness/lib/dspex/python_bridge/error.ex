@@ -1,16 +1,14 @@
 defmodule DSPex.PythonBridge.Error do
   @moduledoc """
-  Why a request has no result.
+  The error of a request.
 
-  `type` is what code decides by, `message` is for people. `retryable` tells whether the same
-  request may succeed if it is simply made again.
+  `type` is for code, `message` for people. `retryable` says whether the same request may succeed later.
 
-  Types are the `error_type` names of the protocol, of which this side gives some itself (a timeout
-  may pass here or there), and two that only this side can know: `:python_process_died` and
-  `:bridge_not_running`.
+  Types are the `error_type` names of the protocol, some of which also come from the Elixir side (a timeout, for
+  example), and two that only come from there: `:python_process_died` and `:bridge_not_running`.
   """
 
-  # A fixed table: text from outside never becomes an atom by itself.
+  # A fixed table, so that no string from outside becomes a new atom.
   @peer_types Map.new(
                 ~w(invalid_json invalid_request invalid_args unknown_command frame_too_large
                    program_not_found lm_not_configured lm_error output_invalid tool_error timeout
@@ -52,7 +50,7 @@ defmodule DSPex.PythonBridge.Error do
   @type t :: %__MODULE__{type: type(), message: String.t(), retryable: boolean()}
 
   @doc """
-  An error of this side, with the usual text of its type.
+  An error of the Elixir side, with the usual text of its type.
 
       iex> DSPex.PythonBridge.Error.new(:timeout)
       %DSPex.PythonBridge.Error{type: :timeout, message: "no reply within the timeout", retryable: false}
@@ -61,7 +59,7 @@ defmodule DSPex.PythonBridge.Error do
   def new(type), do: new(type, Map.fetch!(@local_messages, type))
 
   @doc """
-  An error of this side with a text of its own.
+  An error of the Elixir side with a text of its own.
 
       iex> DSPex.PythonBridge.Error.new(:overloaded, "1 executes run and 0 wait already").retryable
       true
@@ -72,8 +70,8 @@ defmodule DSPex.PythonBridge.Error do
   end
 
   @doc """
-  An error reply of the peer: `error_type` as text, the peer's message, and its `retryable` if it
-  sent one. A type that this version does not know is `:internal`.
+  The error of a reply: its `error_type` as a string, its message, and `retryable` if it has one. An unknown type
+  becomes `:internal`.
 
       iex> DSPex.PythonBridge.Error.from_peer("lm_error", "rate limit", true).retryable
       true
@@ -87,8 +85,8 @@ defmodule DSPex.PythonBridge.Error do
   end
 
   @doc """
-  What `DSPex.PythonBridge.Bridge.call/4` gives for this error: an atom where the caller can act
-  on it, else the text.
+  The reason that `DSPex.PythonBridge.Bridge.call/4` returns for this error: an atom if code can act on it, else the
+  text.
 
       iex> DSPex.PythonBridge.Error.to_call_reason(DSPex.PythonBridge.Error.new(:timeout))
       :timeout

@@ -215,6 +215,9 @@ defmodule DSPex.PythonBridge.Pool do
     bridge
     |> Bridge.get_status()
     |> Map.take([:os_pid, :state, :pending])
-    |> Map.merge(%{bridge: bridge, checked_out: LoadCounters.lent?(handle.counters, index)})
+    |> Map.merge(%{
+      bridge: bridge,
+      checked_out: LoadCounters.checked_out?(handle.counters, index)
+    })
   end
 end

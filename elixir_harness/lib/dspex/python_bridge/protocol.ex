@@ -1,20 +1,19 @@
 defmodule DSPex.PythonBridge.Protocol do
   @moduledoc """
-  Payloads in, terms out, and back: JSON in UTF-8, one object a frame. No process, no I/O; the
-  4-byte length in front of a payload is the port's business (`{:packet, 4}`).
+  Encodes and decodes payloads: JSON in UTF-8, one object a frame. It needs no process and does no I/O; the port adds
+  the 4-byte length of a frame (`{:packet, 4}`).
 
-  The work is split so that the bridge's process touches few bytes: the caller writes all of a
-  request but its head (`encode_body/3`) and decodes its own reply (`decode_reply/1`); the bridge
-  puts the head before it (`request_frame/3`) and finds whose frame it has, and of what kind, from
-  its first bytes (`route/1`).
+  The work is split so that the bridge's process reads few bytes: the caller encodes a request without its head
+  (`encode_body/3`) and decodes its own reply (`decode_reply/1`); the bridge adds the head (`request_frame/3`) and reads
+  the kind and id of a frame from its first bytes (`route/1`).
   """
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Protocol.Payload
 
-  # Longer ids are not ours; the limit keeps `route/1` cheap on any bytes.
+  # The bridge gives no longer ids; the limit keeps `route/1` cheap for any bytes.
   @max_id_digits 18
-  # Python's own, in its words.
+  # Those of Python.
   @log_levels %{
     "debug" => :debug,
     "info" => :info,
@@ -32,10 +31,9 @@ defmodule DSPex.PythonBridge.Protocol do
   ## Requests
 
   @doc """
-  The payload of a whole request. `id` is the first key; `timestamp` is now, UTC, ISO 8601.
+  The payload of a whole request. `id` is the first key; `timestamp` is the present time, UTC, ISO 8601.
 
-  Raises `ArgumentError` for what cannot be a request (an id that is neither integer nor text,
-  `args` that have no JSON form).
+  Raises `ArgumentError` for an id that is neither an integer nor a string, and for `args` without a JSON form.
 
       iex> payload = DSPex.PythonBridge.Protocol.encode_request(1, :ping, %{})
       iex> String.starts_with?(payload, ~s({"id":1,"command":"ping","args":{},"timestamp":"20))
@@ -52,14 +50,14 @@ defmodule DSPex.PythonBridge.Protocol do
   end
 
   def encode_request(_id, _command, _args) do
-    raise ArgumentError, "id: expected an integer or a text"
+    raise ArgumentError, "id: expected an integer or a string"
   end
 
   @doc """
-  All of a request that comes after its id (and deadline), for `request_frame/3`.
+  The part of a request after its id and deadline, for `request_frame/3`.
 
-  Options: `meta: true` asks for `meta` in the reply, `stream: true` for what comes before it;
-  `:traceparent` is a W3C trace context, checked already. The error names what has no JSON form.
+  Options: `meta: true` asks for `meta` in the reply, `stream: true` for chunks before it; `:traceparent` is a valid
+  W3C trace context. The error names the value that has no JSON form.
 
       iex> {:ok, body} = DSPex.PythonBridge.Protocol.encode_body("ping", %{n: 1})
       iex> String.starts_with?(body, ~s(,"command":"ping","args":{"n":1},"timestamp":"))
@@ -72,7 +70,7 @@ defmodule DSPex.PythonBridge.Protocol do
   def encode_body(command, args, opts \\ []) do
     with {:ok, command_json} <- encode_command(command),
          {:ok, args_json} <- encode_args(args) do
-      # One binary made at once is half the cost of a list of parts.
+      # One binary costs half as much as a list of parts.
       {:ok,
        <<",\"command\":", IO.iodata_to_binary(command_json)::binary, ",\"args\":",
          IO.iodata_to_binary(args_json)::binary, wishes(opts)::binary, ",\"timestamp\":\"",
@@ -91,8 +89,7 @@ defmodule DSPex.PythonBridge.Protocol do
   end
 
   @doc """
-  The payload of a request from its id, its deadline in milliseconds and the body that
-  `encode_body/3` made.
+  The payload of a request: its id, its deadline in milliseconds and the body of `encode_body/3`.
 
       iex> IO.iodata_to_binary(DSPex.PythonBridge.Protocol.request_frame(7, 250, ~s(,"command":"ping"})))
       ~s({"id":7,"timeout_ms":250,"command":"ping"})
@@ -116,7 +113,7 @@ defmodule DSPex.PythonBridge.Protocol do
   def ping?(body) when is_binary(body), do: false
 
   @doc """
-  The control frame that takes a request back. It has no reply of its own.
+  The control frame that cancels a request. It has no reply of its own.
 
       iex> IO.iodata_to_binary(DSPex.PythonBridge.Protocol.cancel_frame(7))
       ~s({"cancel":7})
@@ -127,10 +124,9 @@ defmodule DSPex.PythonBridge.Protocol do
   ## Replies
 
   @doc """
-  Whose frame this is, and of what kind, from its first bytes: the peer writes `id` as the first
-  key, and `stream` or `tool_call` as the second; everything else is a reply. Ids that the bridge
-  never gives (texts, null, negative ones) are `:none`. A log record is nobody's: `log` is its first
-  key.
+  The kind and id of a frame, from its first bytes: the peer writes `id` as the first key, and `stream` or `tool_call`
+  as the second; any other frame is a reply. Ids that the bridge does not give (strings, null, negative ones) are
+  `:none`. A log record has no id: `log` is its first key.
 
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"success":true,"result":{}}))
       {:reply, 12}
@@ -164,7 +160,7 @@ defmodule DSPex.PythonBridge.Protocol do
   defp route_kind(_rest, id), do: {:reply, id}
 
   @doc """
-  Whether a reply with a number as its id tells of success, from its first bytes.
+  Whether a reply with a number as its id is a success, from its first bytes.
 
       iex> DSPex.PythonBridge.Protocol.success?(~s({"id":12,"success":true,"result":{}}))
       true
@@ -173,9 +169,8 @@ defmodule DSPex.PythonBridge.Protocol do
   def success?(frame), do: frame =~ ~r/\A\{"id": ?\d+, ?"success": ?true/
 
   @doc """
-  What a reply says: `{:ok, id, result}`, `{:error, id, error_text}` (`id` is nil in an error that
-  the peer could give to nobody), or `{:error, reason}` for bytes that are no reply. Total: any
-  binary gives one of the three.
+  Decodes a reply: `{:ok, id, result}`, `{:error, id, error_text}` (`id` is nil if the peer could not read it), or
+  `{:error, reason}` for bytes that are not a reply. Total: any binary gives one of the three.
 
       iex> DSPex.PythonBridge.Protocol.decode_response(~s({"id":1,"success":true,"result":{"a":1}}))
       {:ok, 1, %{"a" => 1}}
@@ -195,8 +190,8 @@ defmodule DSPex.PythonBridge.Protocol do
   end
 
   @doc """
-  As `decode_response/1`, with nothing left out: `meta` (a map with string keys, empty when the
-  reply has none) and the error as `DSPex.PythonBridge.Error`.
+  As `decode_response/1`, with `meta` (a map with string keys, empty if the reply has none) and the error as
+  `DSPex.PythonBridge.Error`.
   """
   @spec decode_reply(binary()) ::
           {:ok, id(), term(), map()} | {:error, id() | nil, Error.t()} | {:error, reason()}
@@ -222,10 +217,10 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp to_reply(_term), do: {:error, {:not_a_reply, "JSON, but no object"}}
 
-  ## What comes before a reply
+  ## Frames before a reply
 
   @doc """
-  What a chunk says, as a map with string keys. Total: any binary gives a chunk or an error.
+  Decodes a chunk into a map with string keys. Total: any binary gives a chunk or an error.
 
       iex> DSPex.PythonBridge.Protocol.decode_chunk(~s({"id":12,"stream":{"field":"answer","chunk":"Par"}}))
       {:ok, 12, %{"field" => "answer", "chunk" => "Par"}}
@@ -241,8 +236,8 @@ defmodule DSPex.PythonBridge.Protocol do
   defp to_chunk(_term), do: {:error, {:not_a_chunk, "JSON, but no object with id and stream"}}
 
   @doc """
-  What tool the peer calls: `{:ok, call_id, name, args}`, or `{:error, call_id, text}` for a call
-  that can be answered but not made. Total.
+  Decodes a tool call: `{:ok, call_id, name, args}`, or `{:error, call_id, text}` for a call that can be answered but
+  not made. Total.
 
       iex> DSPex.PythonBridge.Protocol.decode_tool_call(~s({"id":12,"tool_call":{"call_id":7,"name":"search","args":{}}}))
       {:ok, 7, "search", %{}}
@@ -268,8 +263,8 @@ defmodule DSPex.PythonBridge.Protocol do
   defp to_tool_call(call_id, _call), do: {:error, call_id, "tool_call: expected a name and args"}
 
   @doc """
-  The control frame that brings a tool's result, or an error text, to the peer. The error says what
-  in them has no JSON form.
+  The control frame with a tool's result, or an error text, for the peer. The error names the value that has no JSON
+  form.
 
       iex> DSPex.PythonBridge.Protocol.encode_tool_result(7, {:ok, [1]})
       {:ok, ~s({"tool_result":{"call_id":7,"success":true,"result":[1]}})}
@@ -294,9 +289,8 @@ defmodule DSPex.PythonBridge.Protocol do
   ## Log records
 
   @doc """
-  What a log record says: its level as Logger has it (`:info` if it is none that Python has by itself),
-  its message, and as metadata the name of its logger in Python, and the `traceparent` of the request that
-  it was made for, if that has one. Total.
+  Decodes a log record: its level for Logger (`:info` for a level of its own), its message, and as metadata the name of
+  its logger in Python, and the `traceparent` of its request, if that has one. Total.
 
       iex> DSPex.PythonBridge.Protocol.decode_log(~s({"log":{"level":"warning","logger":"dspy","message":"slow"}}))
       {:ok, :warning, "slow", [python_logger: "dspy"]}
@@ -333,7 +327,7 @@ defmodule DSPex.PythonBridge.Protocol do
   defp encode_command(command) when is_binary(command), do: Payload.encode(command, "command")
 
   defp encode_command(_command),
-    do: {:error, Error.new(:invalid_request, "command: expected an atom or a text")}
+    do: {:error, Error.new(:invalid_request, "command: expected an atom or a string")}
 
   defp encode_args(args) when args == %{}, do: {:ok, "{}"}
   defp encode_args(args) when is_map(args), do: Payload.encode(args, "args")

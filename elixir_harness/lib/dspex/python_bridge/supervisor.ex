@@ -1,15 +1,15 @@
 defmodule DSPex.PythonBridge.Supervisor do
   @moduledoc """
-  A bridge and its monitor, for a host's own supervision tree:
+  A supervisor of a bridge and its monitor, for your application's supervision tree:
 
       children = [
         {DSPex.PythonBridge.Supervisor, bridge: [lm: "openai/gpt-4o-mini"], monitor: [interval: 10_000]}
       ]
 
-  Options: `:name` (default this module), `:bridge` (those of `DSPex.PythonBridge.Bridge`),
-  `:monitor` (those of `DSPex.PythonBridge.Monitor`; it watches this bridge).
+  Options: `:name` (default: this module), `:bridge` (options of the bridge, see `DSPex.PythonBridge.Options`),
+  `:monitor` (options of its `DSPex.PythonBridge.Monitor`).
 
-  The definitions of programs belong to the supervisor: they outlive the bridge.
+  The supervisor owns the definitions of programs: they survive the bridge.
   """
 
   use Supervisor
@@ -17,14 +17,13 @@ defmodule DSPex.PythonBridge.Supervisor do
   alias DSPex.PythonBridge.{Bridge, Monitor, Options, Programs}
 
   @doc """
-  Starts the two. An option that cannot be right gives an error that names it: of the supervisor's
-  own as `{:error, %ArgumentError{}}`, of a child's inside the supervisor's usual
-  `{:error, {:shutdown, {:failed_to_start_child, id, %ArgumentError{}}}}`.
+  Starts both. A wrong option gives an error that names it: `{:error, %ArgumentError{}}` for an option of the
+  supervisor, `{:error, {:shutdown, {:failed_to_start_child, id, %ArgumentError{}}}}` for one of a child.
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
     with :ok <- Options.check(opts, "python bridge supervisor", &refusal/1) do
-      # The supervisor's state has them in it.
+      # The supervisor keeps them in its state.
       {name, opts} = opts |> seal() |> Keyword.pop(:name, __MODULE__)
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
     end
@@ -33,7 +32,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   @doc "The child specification; the id is the supervisor's name."
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
-    # Keys in the bridge's options must not show in a report about this child.
+    # Secrets in the bridge's options must not show in a report about this child.
     %{
       id: if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__,
       start: {__MODULE__, :start_link, [seal(opts)]},
@@ -41,7 +40,7 @@ defmodule DSPex.PythonBridge.Supervisor do
     }
   end
 
-  # All of them: of an option given twice, both are kept.
+  # All of them: if an option is given twice, both are kept.
   defp seal(opts) when is_list(opts) do
     Enum.map(opts, fn
       {:bridge, bridge} -> {:bridge, Options.seal(bridge)}
@@ -55,7 +54,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   def init(opts) do
     bridge = Keyword.get(opts, :bridge, [])
     monitor = Keyword.put_new(Keyword.get(opts, :monitor, []), :bridge, bridge_name(bridge))
-    # This process's, so that they outlive the bridge.
+    # The table belongs to this process, so it survives the bridge.
     programs = Programs.Store.new()
     children = [{Bridge, [programs: programs] ++ bridge}, {Monitor, monitor}]
     Supervisor.init(children, strategy: :one_for_one)
@@ -63,7 +62,7 @@ defmodule DSPex.PythonBridge.Supervisor do
 
   defp bridge_name(opts) do
     config = Application.get_env(:dspex, :python_bridge, [])
-    # A configuration that is no keyword list is the bridge's to refuse.
+    # A configuration that is not a keyword list is refused by the bridge.
     config = if Keyword.keyword?(config), do: config, else: []
     Keyword.get(opts, :name, Keyword.get(config, :name, Bridge))
   end

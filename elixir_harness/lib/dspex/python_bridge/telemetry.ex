@@ -1,25 +1,25 @@
 defmodule DSPex.PythonBridge.Telemetry do
   @moduledoc """
-  The events under `[:dspex, …]`, for hosts that have `:telemetry`; docs/telemetry.md lists them.
+  The events under `[:dspex, …]`, for applications with `:telemetry`; docs/telemetry.md lists them.
 
-  The host's handlers run in the process that tells of something: the caller's, a bridge's, a
-  monitor's. What is told is how long something took and how it ended, never what passed through it.
+  Handlers run in the process that emits the event: a caller's, a bridge's, a monitor's. Events have durations and
+  outcomes, never contents of requests or replies.
   """
 
-  # The host brings it, or does not.
+  # Your application has it, or does not.
   @compile {:no_warn_undefined, :telemetry}
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Programs.Change
 
-  @typedoc "A call that is under way; nil: of which nobody is told."
+  @typedoc "A call that is running; nil without `:telemetry`."
   @type span :: {started :: integer(), metadata :: map()} | nil
 
-  ## Whether there is anybody to tell
+  ## Whether there is :telemetry
 
   @doc """
-  Looks whether the host has `:telemetry`, and remembers it: looking takes 16 µs where it is absent, a
-  persistent term 2 ns. For the start of the application.
+  Checks whether there is `:telemetry`, and remembers it: a check takes 16 µs if it is absent, a persistent term 2 ns.
+  For the start of the application.
   """
   @spec look() :: boolean()
   def look do
@@ -28,7 +28,7 @@ defmodule DSPex.PythonBridge.Telemetry do
     there?
   end
 
-  @doc "The same for the start of a bridge, should the application not have been started."
+  @doc "The same for the start of a bridge, if the application was not started."
   @spec look_once() :: boolean()
   def look_once do
     with nil <- :persistent_term.get(__MODULE__, nil), do: look()
@@ -38,39 +38,37 @@ defmodule DSPex.PythonBridge.Telemetry do
 
   ## Events
 
-  @doc "Tells of something, if there is anybody to tell; it never raises."
+  @doc "Emits an event, if there is `:telemetry`; it never raises."
   @spec execute([atom()], map(), map()) :: :ok
   def execute(event, measurements, metadata) do
-    if there?(), do: tell(event, measurements, metadata), else: :ok
+    if there?(), do: emit(event, measurements, metadata), else: :ok
   end
 
-  # A handler that raises is telemetry's own affair. What gets here is a telemetry that the host has
-  # stopped, or taken away.
-  defp tell(event, measurements, metadata) do
+  # Handlers that raise are handled by :telemetry. This is for a :telemetry that was stopped, or removed.
+  defp emit(event, measurements, metadata) do
     :telemetry.execute([:dspex | event], measurements, metadata)
     :ok
   catch
     _kind, _reason -> :ok
   end
 
-  @doc "Tells of a loan, asked for at `started`, in native time."
+  @doc "Emits the event of a checkout that was asked for at `started`, in native time."
   @spec checkout(term(), {:ok, atom()} | {:error, atom()}, integer()) :: :ok
   def checkout(pool, result, started) do
     if there?() do
-      {bridge, result} = lent(result)
+      {bridge, result} =
+        with {:ok, bridge} <- result, do: {bridge, :ok}, else: ({:error, reason} -> {nil, reason})
+
       metadata = %{pool: name(pool), bridge: bridge, result: result}
-      tell([:pool, :checkout], %{duration: System.monotonic_time() - started}, metadata)
+      emit([:pool, :checkout], %{duration: System.monotonic_time() - started}, metadata)
     else
       :ok
     end
   end
 
-  defp lent({:ok, bridge}), do: {bridge, :ok}
-  defp lent({:error, reason}), do: {nil, reason}
-
   ## Calls: a span each, as :telemetry.span/3 makes them
 
-  @doc "Makes a call to a bridge or a pool, and tells of it."
+  @doc "Makes a call to a bridge or a pool, with its events."
   @spec call(:bridge | :pool, term(), term(), term(), (-> result)) :: result
         when result: {:ok, term(), term(), map()} | {:error, Error.t()}
   def call(kind, server, command, args, fun) do
@@ -89,7 +87,7 @@ defmodule DSPex.PythonBridge.Telemetry do
       :erlang.raise(kind, reason, __STACKTRACE__)
   end
 
-  @doc "A call begins; to be followed by one of the next two."
+  @doc "Emits the start of a call; one of the next two functions emits its end."
   @spec begin(:bridge | :pool, term(), term(), term()) :: span()
   def begin(kind, server, command, args) do
     if there?() do
@@ -104,27 +102,27 @@ defmodule DSPex.PythonBridge.Telemetry do
       metadata = %{metadata | kind => name(server)}
       started = System.monotonic_time()
       measurements = %{monotonic_time: started, system_time: System.system_time()}
-      tell([:bridge, :call, :start], measurements, metadata)
+      emit([:bridge, :call, :start], measurements, metadata)
       {started, metadata}
     end
   end
 
-  @doc "A call is over, with a result, an error, or because the caller had enough: `:cancelled`."
+  @doc "Emits the end of a call: with a result or an error, or `:cancelled` by its caller."
   @spec over(span(), tuple() | :cancelled) :: :ok
   def over(nil, _result), do: :ok
 
   def over({started, metadata}, result) do
     metadata = Map.put(metadata, :result, result_type(result))
-    tell([:bridge, :call, :stop], since(started), metadata)
+    emit([:bridge, :call, :stop], since(started), metadata)
   end
 
-  @doc "A call has ended by an exception in the caller's own code, which got a chunk."
+  @doc "Emits the end of a call by an exception in the caller's code that takes the chunks."
   @spec failed(span(), :error | :exit | :throw, term(), Exception.stacktrace()) :: :ok
   def failed(nil, _kind, _reason, _stacktrace), do: :ok
 
   def failed({started, metadata}, kind, reason, stacktrace) do
     what = %{kind: kind, reason: kind_of(reason), stacktrace: without_args(stacktrace)}
-    tell([:bridge, :call, :exception], since(started), Map.merge(metadata, what))
+    emit([:bridge, :call, :exception], since(started), Map.merge(metadata, what))
   end
 
   defp since(started) do
@@ -136,7 +134,7 @@ defmodule DSPex.PythonBridge.Telemetry do
   defp result_type(:cancelled), do: :cancelled
   defp result_type(_ok), do: :ok
 
-  # What was raised or thrown may have in it what the peer said.
+  # An exception may have contents of a reply.
   defp kind_of(%module{} = error) when is_exception(error), do: module
   defp kind_of(reason) when is_atom(reason), do: reason
   defp kind_of(reason) when is_tuple(reason) and is_atom(elem(reason, 0)), do: elem(reason, 0)
@@ -155,13 +153,13 @@ defmodule DSPex.PythonBridge.Telemetry do
     end)
   end
 
-  ## What a call is told by
+  ## Metadata of a call
 
   defp command(command) when is_atom(command), do: Atom.to_string(command)
   defp command(command) when is_binary(command), do: command
   defp command(_refused), do: nil
 
-  # A process is told by its name, if it has one, as its own events are.
+  # The name of a process, if it has one, as in its own events.
   defp name({name, node}) when node == node(), do: name
 
   defp name(pid) when is_pid(pid) and node(pid) == node() do

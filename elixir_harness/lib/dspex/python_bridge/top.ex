@@ -1,35 +1,33 @@
 defmodule DSPex.PythonBridge.Top do
   @moduledoc """
-  What the bridges of a node are at, one by one. `mix dspex.top` shows it; where there is no Mix:
+  The state of all bridges of a node, however they were started. `mix dspex.top` shows it; without Mix:
 
       iex> DSPex.PythonBridge.Top.print()
 
       $ bin/my_app rpc "DSPex.PythonBridge.Top.print()"
 
-  All bridges are found, whoever started them (`DSPex.PythonBridge.Top.Finder`), at no cost to their
-  calls. All peers are asked at once for their `get_stats`, each for a short time only: of one that does
-  not answer, what it alone knows is nil, and the others wait for it no longer than that.
+  All peers are asked for their `get_stats` at once, with a short timeout: if a peer does not answer, the values
+  that only it has are nil.
 
-  What is asked here is not told by telemetry, and not among the counted calls.
+  These calls emit no telemetry events and are not among the counted calls.
   """
 
   alias DSPex.PythonBridge.Bridge
   alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.Top.{Finder, Remote, Table}
+  alias DSPex.PythonBridge.Top.{Finder, Table}
 
-  # A peer answers in a millisecond, behind a big frame in some ten.
+  # A peer answers in a millisecond, after a big frame in about ten.
   @stats_ms 500
 
   @typedoc """
-  One bridge and its peer. nil is what could not be learned: while a peer starts, or when it does not
-  answer.
+  One bridge and its peer. What is not known is nil: while a peer starts, or if it does not answer.
 
     * `bridge` – its name, or its pid where it has none, as `inspect/1` writes them
     * `pool`, `number` – of a member of a pool: the pool's name, and its place there; else nil
     * `state`, `os_pid`, `pending`, `restarts`, `uptime_ms` – see
       `DSPex.PythonBridge.Bridge.get_status/1`; `state` is nil where the bridge does not answer
-    * `in_flight`, `queued` – executes that run, and that wait for their turn, in the peer
-    * `p50_ms`, `p99_ms` – of the last 1000 executes; nil before the first
+    * `in_flight`, `queued` – `execute_program` calls that run, and that wait for a slot, in the peer
+    * `p50_ms`, `p99_ms` – of the last 1000 `execute_program` calls; nil before the first
     * `rss_bytes` – the peer's memory
     * `executes`, `calls` – since the peer's start; `calls` are of all commands but `get_stats`
     * `stats_at_ms` – when the peer counted them, in ms since its start, by its own clock
@@ -65,9 +63,9 @@ defmodule DSPex.PythonBridge.Top do
   @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
 
   @doc """
-  How the bridges of this node are now, `calls_per_s` aside.
+  The bridges of this node now, without `calls_per_s`.
 
-  Options: `:timeout`, how long a peer is waited for, in ms; 500. It takes twice that at most, and only
+  Options: `:timeout`, the time that a peer has to answer, in ms (default 500). It takes twice that at most, and only
   if the process of a bridge does not answer.
   """
   @spec snapshot([{:timeout, pos_integer()}]) :: snapshot()
@@ -79,8 +77,8 @@ defmodule DSPex.PythonBridge.Top do
   end
 
   @doc """
-  A snapshot with the calls of each peer per second since an earlier one of the same node; nil for a peer
-  that is another by now, and where either has no counts.
+  Adds the calls of each peer per second since an earlier snapshot of the same node; nil if the peer was replaced
+  since, or either snapshot has no counts.
   """
   @spec with_rates(snapshot(), snapshot()) :: snapshot()
   def with_rates(%{peers: peers} = snapshot, %{peers: earlier}) do
@@ -100,15 +98,14 @@ defmodule DSPex.PythonBridge.Top do
   defp rate(_peer, _unknown), do: nil
 
   @doc """
-  Prints the table of this node's bridges. It takes a second, for the calls per second, and
-  `mix help dspex.top` says what the columns are.
+  Prints the table of this node's bridges, and takes a second for the calls per second. `mix help dspex.top`
+  explains the columns.
   """
   @spec print() :: :ok
   def print do
-    case Remote.observe(node()) do
-      {:ok, snapshot} -> IO.write(Table.render(snapshot))
-      {:error, text} -> IO.puts(text)
-    end
+    earlier = snapshot()
+    Process.sleep(1_000)
+    IO.write(Table.render(with_rates(snapshot(), earlier)))
   end
 
   ## One peer
@@ -123,7 +120,7 @@ defmodule DSPex.PythonBridge.Top do
     )
     |> Enum.map(fn
       {:ok, peer} -> peer
-      # Somebody suspended the bridge.
+      # The bridge's process is suspended.
       {:exit, {bridge, _reason}} -> unknown(bridge)
     end)
   end
@@ -132,7 +129,7 @@ defmodule DSPex.PythonBridge.Top do
     status = bridge.server |> Bridge.get_status() |> Map.take(@status)
     peer = Map.merge(unknown(bridge), status)
 
-    # In any other state the question would wait for a peer.
+    # In any other state the call would wait for a peer.
     if status.state == :running,
       do: Map.merge(peer, stats(bridge.server, timeout)),
       else: peer
@@ -140,8 +137,7 @@ defmodule DSPex.PythonBridge.Top do
 
   defp unknown(bridge), do: Map.merge(@unknown, Map.take(bridge, [:bridge, :pool, :number]))
 
-  # Not by Bridge.call: hosts' handlers of telemetry are to hear of the hosts' calls. If the peer dies,
-  # its successor is not to be asked again.
+  # Not by Bridge.call, which emits telemetry events. If the peer dies, its successor is not asked.
   defp stats(server, timeout) do
     case Caller.exchange(server, :get_stats, %{}, timeout, retry: false) do
       {:ok, _id, %{} = stats, _meta} -> figures(stats)
@@ -149,7 +145,7 @@ defmodule DSPex.PythonBridge.Top do
     end
   end
 
-  # A script of the host's own may answer anything: numbers that cannot be right, too.
+  # Another peer script may answer anything.
   defguardp is_amount(n) when is_number(n) and n >= 0 and n < 1.0e15
 
   defp figures(

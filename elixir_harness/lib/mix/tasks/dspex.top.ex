@@ -12,25 +12,25 @@ defmodule Mix.Tasks.Dspex.Top do
 
     * `--node NAME@HOST` – a running node that has `:dspex`. Without it, the application of this project
       is started, and its bridges are shown
-    * `--cookie COOKIE` – the node's cookie. Without it, the environment's `RELEASE_COOKIE`, which `ps`
-      does not show, or else that of `~/.erlang.cookie`
     * `--once` – one table, after a second; its `calls/s` are of that second
     * `--json` – an object on one line in place of each table: `node`, `time`, and `peers`, a list whose
       keys are those of `t:DSPex.PythonBridge.Top.peer/0`
 
-  The columns: calls that wait for a reply in the BEAM (`pending`), executes that run in Python
-  (`in flight`) or wait for their turn there (`queued`), the median and the 99th percentile of the last
-  1000 executes, the memory of the Python process, how often another one was started, calls per second
-  since the last look, of all commands but `get_stats` (by which all this is learned), and how long the
-  process has run. `-` is what is not known: of a peer that starts, say, or does not answer within half a
-  second.
+  The columns: calls that wait for a reply in the BEAM (`pending`), `execute_program` calls that run in Python
+  (`in flight`) or wait for a slot there (`queued`), the median and the 99th percentile of the last 1000 of them, the
+  memory of the Python process, how often it was replaced, calls per second since the last table (of all
+  commands but `get_stats`, which this task uses), and how long the process has run. `-` is unknown: while a peer
+  starts, for example, or if it does not answer within half a second.
 
-  A node that cannot be reached, or has no `:dspex`, is told of in one line, and the exit status is 1. One
-  that is lost while it is watched is looked for once a second, and each time that is said: with `--json`
-  by an object that has `error` in place of `peers`.
+  If a node cannot be reached, or has no `:dspex`, one line says so, and the exit status is 1. If the connection
+  is lost later, it is tried again once a second, with a line each time; with `--json`, an object that has `error` in
+  place of `peers`.
 
-  To look at a node, this one takes a name; it stays hidden from the node's cluster. Where there is no
-  Mix: `DSPex.PythonBridge.Top.print/0`.
+  The cookie is that of `~/.erlang.cookie`, or the one that Elixir is started with:
+
+      $ elixir --cookie COOKIE -S mix dspex.top --node my_app@10.0.0.7
+
+  This node stays hidden from the other node's cluster. Without Mix: `DSPex.PythonBridge.Top.print/0`.
   """
 
   use Mix.Task
@@ -38,7 +38,7 @@ defmodule Mix.Tasks.Dspex.Top do
   alias DSPex.PythonBridge.Top
   alias DSPex.PythonBridge.Top.{Remote, Table}
 
-  @switches [node: :string, cookie: :string, once: :boolean, json: :boolean]
+  @switches [node: :string, once: :boolean, json: :boolean]
   @names for {name, _type} <- @switches, do: "--#{name}"
   @second 1_000
 
@@ -46,26 +46,20 @@ defmodule Mix.Tasks.Dspex.Top do
   @spec run([String.t()]) :: :ok
   def run(args) do
     options = parse(args)
-    node = if options[:node], do: connect(options), else: start(options)
-
-    if options[:once],
-      do: node |> Remote.observe() |> or_raise() |> show(options),
-      else: node |> Remote.snapshot() |> or_raise() |> watch(node, options)
+    node = if options[:node], do: or_raise(Remote.node(options[:node])), else: start(options)
+    first = or_raise(Remote.snapshot(node))
+    if options[:once], do: once(first, node, options), else: watch(first, node, options)
   end
 
   ## Arguments
 
-  # What was given may be a cookie: only names of switches are repeated.
+  # A value may be a secret that was given by mistake: errors only repeat names of switches.
   defp parse(args) do
     case OptionParser.parse(args, strict: @switches) do
-      {options, [], []} -> check(options)
+      {options, [], []} -> options
       {_options, _rest, [{switch, value} | _]} -> refuse(refusal(switch, value))
       {_options, _rest, []} -> refuse("all arguments are switches")
     end
-  end
-
-  defp check(options) do
-    if options[:cookie] && !options[:node], do: refuse("--cookie goes with --node"), else: options
   end
 
   defp refusal(switch, value) do
@@ -81,12 +75,6 @@ defmodule Mix.Tasks.Dspex.Top do
 
   ## The node
 
-  defp connect(options) do
-    # An empty variable is none.
-    from_env = with "" <- System.get_env("RELEASE_COOKIE", ""), do: nil
-    or_raise(Remote.connect(options[:node], options[:cookie] || from_env))
-  end
-
   defp start(options) do
     shell = Mix.shell()
     if options[:json], do: keep_output_clean()
@@ -95,12 +83,12 @@ defmodule Mix.Tasks.Dspex.Top do
     node()
   end
 
-  # What is compiled says so, and what runs logs, to standard output, where only JSON is to be.
+  # The compiler and Logger write to standard output, which must have JSON only.
   defp keep_output_clean do
     Mix.shell(Mix.Shell.Quiet)
     Mix.Task.run("app.config")
 
-    # A host that has said where its logs go has its way.
+    # Unless the project configures where its logs go.
     with handler when is_list(handler) <- Application.get_env(:logger, :default_handler, []),
          config = Map.new(handler[:config] || []),
          false <- is_map_key(config, :file) or Keyword.has_key?(handler, :module) do
@@ -112,7 +100,12 @@ defmodule Mix.Tasks.Dspex.Top do
   defp or_raise({:ok, value}), do: value
   defp or_raise({:error, text}), do: Mix.raise(text)
 
-  ## What is shown
+  ## Output
+
+  defp once(earlier, node, options) do
+    Process.sleep(@second)
+    node |> Remote.snapshot() |> or_raise() |> Top.with_rates(earlier) |> show(options)
+  end
 
   @spec watch(Top.snapshot(), node(), keyword()) :: no_return()
   defp watch(snapshot, node, options) do
@@ -155,7 +148,7 @@ defmodule Mix.Tasks.Dspex.Top do
       else: write([text, "\n"])
   end
 
-  # Whoever read it, `head` say, has enough.
+  # The reader, for example `head`, has gone.
   defp write(text) do
     IO.write(text)
   catch

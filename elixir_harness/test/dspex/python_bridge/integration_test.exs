@@ -17,6 +17,19 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     }
   }
 
+  @shared __MODULE__.Bridge
+
+  setup_all do
+    start_supervised!({Bridge, real_opts(name: @shared)})
+    :ok
+  end
+
+  # The bridge that the tests share, without programs.
+  defp shared do
+    {:ok, _} = Bridge.call(@shared, :cleanup, %{}, 20_000)
+    Process.whereis(@shared)
+  end
+
   defp start(opts \\ []), do: start_supervised!({Bridge, real_opts(opts)})
 
   defp execute(question, id \\ "qa"), do: %{program_id: id, inputs: %{question: question}}
@@ -24,13 +37,13 @@ defmodule DSPex.PythonBridge.IntegrationTest do
   describe "commands" do
     test "ping has a number as timestamp" do
       assert {:ok, %{"status" => "ok", "timestamp" => at}} =
-               Bridge.call(start(), :ping, %{}, 10_000)
+               Bridge.call(shared(), :ping, %{}, 10_000)
 
       assert_in_delta at, System.os_time(:second), 60
     end
 
     test "create, execute, list, stats, cleanup" do
-      bridge = start()
+      bridge = shared()
 
       assert {:ok, %{"program_id" => "qa", "status" => "created"}} =
                Bridge.call(bridge, :create_program, @qa)
@@ -49,7 +62,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
 
     test "typed fields come back as values of their types; chain of thought tells its reasoning" do
-      bridge = start()
+      bridge = shared()
 
       args = %{
         id: "n",
@@ -64,7 +77,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
 
     test "an unknown program and an unknown command say so" do
-      bridge = start()
+      bridge = shared()
 
       assert Bridge.call(bridge, :execute_program, execute("?", "nope")) ==
                {:error, "Program not found: nope"}
@@ -87,7 +100,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
 
     test "request/4 gives durations and the LM's usage" do
-      bridge = start()
+      bridge = shared()
       {:ok, _} = Bridge.call(bridge, :create_program, @qa)
 
       assert {:ok, %{"answer" => _}, meta} =
@@ -98,7 +111,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
 
     test "text and integers of any size come back exactly" do
-      bridge = start()
+      bridge = shared()
       {:ok, _} = Bridge.call(bridge, :create_program, @qa)
       id = "žluťoučký 🐎 \" \\ \n #{String.duplicate("9", 400)}"
       {:ok, %{"program_id" => ^id}} = Bridge.call(bridge, :create_program, %{@qa | id: id})
@@ -131,7 +144,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
 
   describe "many calls" do
     test "10 concurrent pings in 5 s" do
-      bridge = start()
+      bridge = shared()
       tasks = for _ <- 1..10, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
       for result <- Task.await_many(tasks, 5_000), do: assert({:ok, %{"status" => "ok"}} = result)
     end
@@ -198,7 +211,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
 
     test "a large request and a large reply" do
-      bridge = start()
+      bridge = shared()
       {:ok, _} = Bridge.call(bridge, :create_program, @qa)
 
       assert {:ok, %{"answer" => _}} =

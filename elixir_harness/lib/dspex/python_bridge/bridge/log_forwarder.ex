@@ -89,7 +89,6 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   # Records that are dropped while others wait are reported after the last of those.
   @impl GenServer
   def init({bridge, owner, counters}) do
-    # DSPex.PythonBridge.Top.Finder finds a bridge and its name by this label.
     Process.set_label({__MODULE__, bridge})
     state = %{bridge: bridge, owner: Process.monitor(owner), counters: counters}
     {:ok, Map.put(state, :reported, Deadline.now() - @report_ms)}

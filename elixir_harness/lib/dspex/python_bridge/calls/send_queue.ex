@@ -1,16 +1,14 @@
 defmodule DSPex.PythonBridge.Calls.SendQueue do
-  @moduledoc """
-  What is on its way to one peer. It never blocks the process that uses it: a frame that the pipe
-  has no room for is written by a helper process, which the runtime suspends until there is room,
-  and all later frames queue behind it.
-
-  What is in the queue has not been written, so it can still be taken back (`drop/2`), and nobody
-  need be blamed for it when the peer dies (`close/1`). What the helper holds counts as written,
-  since some of its bytes may be.
-
-  Keys are the order in the queue. `about` has the keys of control frames that belong to a call, by the
-  call's; some of them may have been written.
-  """
+  @moduledoc false
+  # The frames on their way to one peer. It never blocks the process that uses it: a frame for which the pipe has no
+  # room is written by a writer process, which the runtime suspends until there is room, and all later frames queue
+  # behind it.
+  #
+  # A frame in the queue has not been written, so it can be taken back (`drop/2`), and did not kill the peer
+  # (`close/1`). The frame of the writer counts as written, since some of its bytes may be.
+  #
+  # Keys are the order in the queue. `about` has the keys of the control frames that belong to a call, by the call's
+  # key; some of them may have been written.
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
@@ -27,11 +25,11 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
             about: %{pos_integer() => [pos_integer()]}
           }
 
-  @doc "An empty send queue of this port."
+  @doc "An empty send queue for a port."
   @spec new(port()) :: t()
   def new(port), do: %__MODULE__{port: port}
 
-  @doc "Takes back the requests that were not written; gives their ids."
+  @doc "Takes back the requests that were not written; returns their ids."
   @spec take_back(t()) :: {[pos_integer()], t()}
   def take_back(%__MODULE__{} = send_queue) do
     {requests, controls} =
@@ -40,7 +38,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     {Enum.map(requests, &elem(&1, 0)), %{send_queue | queue: :gb_trees.from_orddict(controls)}}
   end
 
-  @doc "Lets the port go; gives the ids of the requests that were not written."
+  @doc "Ends the writer; returns the ids of the requests that were not written."
   @spec close(t()) :: [pos_integer()]
   def close(%__MODULE__{} = send_queue) do
     with {pid, monitor} <- send_queue.writer do
@@ -57,8 +55,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     do: push(send_queue, id, {:request, deadline, body})
 
   @doc """
-  Sends a control frame, or queues it in its place. `about`: the key of the call that it belongs to, whose
-  end is told by `drop_about/2`.
+  Sends a control frame, or queues it. `about`: the key of the call that it belongs to, for `drop_about/2`.
   """
   @spec push_control(t(), pos_integer(), iodata(), pos_integer() | nil) :: t()
   def push_control(%__MODULE__{} = send_queue, key, frame, about \\ nil) do
@@ -69,11 +66,11 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
       else: %{pushed | about: Map.update(pushed.about, about, [key], &[key | &1])}
   end
 
-  @doc "Whether the frame of this key still waits to be written."
+  @doc "Whether the frame of a key still waits to be written."
   @spec member?(t(), pos_integer()) :: boolean()
   def member?(%__MODULE__{queue: queue}, key), do: :gb_trees.is_defined(key, queue)
 
-  @doc "Whether no frame waits to be written, bar what the helper holds."
+  @doc "Whether no frame waits to be written, except that of the writer."
   @spec empty?(t()) :: boolean()
   def empty?(%__MODULE__{queue: queue}), do: :gb_trees.is_empty(queue)
 
@@ -82,7 +79,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   def drop(%__MODULE__{} = send_queue, key),
     do: %{send_queue | queue: :gb_trees.delete_any(key, send_queue.queue)}
 
-  @doc "Takes back the control frames that belong to a call, and gives their bytes."
+  @doc "Takes back the control frames that belong to a call; returns their size."
   @spec drop_about(t(), pos_integer()) :: {non_neg_integer(), t()}
   def drop_about(%__MODULE__{about: about} = send_queue, call) when is_map_key(about, call) do
     {keys, about} = Map.pop!(about, call)
@@ -101,14 +98,14 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     end
   end
 
-  @doc "To be told of every `:DOWN` of a process: after the helper's, the next frames are sent."
+  @doc "To be called with each `:DOWN` of a process: after the writer's, the next frames are sent."
   @spec written(t(), reference()) :: t()
   def written(%__MODULE__{writer: {_pid, monitor}} = send_queue, monitor),
     do: drain(%{send_queue | writer: nil})
 
   def written(%__MODULE__{} = send_queue, _monitor), do: send_queue
 
-  # The queue is empty whenever there is no helper: see drain/1.
+  # Without a writer the queue is empty: see drain/1.
   defp push(%__MODULE__{writer: nil} = send_queue, key, item) do
     case write(send_queue, frame(key, item)) do
       %__MODULE__{} = send_queue -> send_queue
@@ -137,9 +134,9 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   defp frame(_key, {:control, frame}), do: frame
   defp frame(id, {:request, deadline, body}), do: Protocol.request_frame(id, left(deadline), body)
 
-  # port_command without :nosuspend, Port.command and send/2 would suspend the bridge itself for as
-  # long as the peer does not read. A port that has just died raises, for this frame and all after it;
-  # the message about its death is on its way, and they are for the next peer.
+  # port_command without :nosuspend, Port.command and send/2 would suspend the bridge as long as the peer does not read.
+  # A port that has just died raises, for this frame and all after it; the message about its death is on its way, and
+  # they go to the next peer.
   defp write(%__MODULE__{port: port} = send_queue, frame) do
     if :erlang.port_command(port, frame, [:nosuspend]),
       do: send_queue,

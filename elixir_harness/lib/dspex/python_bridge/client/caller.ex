@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.OTP.{Deadline, Registry}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.Change
 
   # The module of a bridge's process: a name only, since the room `bridge` depends on this one.
@@ -110,27 +110,19 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   @doc "Sends a request to a bridge or a pool's coordinator and waits for the reply, at most `timeout` ms."
   @spec send_and_wait(dest(), timeout(), Request.t()) :: Request.reply()
-  # The alias makes a late reply harmless: it ends with the first reply or with demonitor, and what is sent to it
-  # afterwards goes nowhere.
   def send_and_wait(dest, timeout, request) when is_pid(dest) and node(dest) == node() do
-    ref = :erlang.monitor(:process, dest, alias: :reply_demonitor)
-    send(dest, {:request, %{request | ref: ref, pid: self(), timeout: timeout}})
+    message = fn ref -> {:request, %{request | ref: ref, pid: self(), timeout: timeout}} end
 
-    receive do
-      {^ref, reply} -> reply
-      {:DOWN, ^ref, :process, _pid, _reason} -> {:error, :bridge_not_running}
-    after
-      timeout ->
-        Process.demonitor(ref, [:flush])
+    case Ask.ask(dest, timeout, message) do
+      {:ok, reply} ->
+        reply
 
-        # The reply may have come between the two.
-        receive do
-          {^ref, reply} -> reply
-        after
-          0 ->
-            send(dest, {:abandon, ref})
-            {:error, :timeout}
-        end
+      :down ->
+        {:error, :bridge_not_running}
+
+      {:timeout, ref} ->
+        send(dest, {:abandon, ref})
+        {:error, :timeout}
     end
   end
 

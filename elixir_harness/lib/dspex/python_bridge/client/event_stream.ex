@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Client.EventStream do
-  @moduledoc """
-  One execute as an enumerable: `DSPex.PythonBridge.Bridge.stream/3`.
-  """
+  @moduledoc false
+  # The enumerable of `DSPex.PythonBridge.Bridge.stream/3`.
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Client.StreamReducer
@@ -13,7 +12,7 @@ defmodule DSPex.PythonBridge.Client.EventStream do
           | {:ok, result :: term(), meta :: map()}
           | {:error, Error.t()}
 
-  @doc "The enumerable. A function, since what it holds is the caller's contents: it does not show."
+  @doc "The enumerable: a function, so that inspection does not show the caller's contents."
   @spec new(StreamReducer.request()) :: Enumerable.t(element())
   def new(request), do: &reduce(request, &1, &2)
 
@@ -47,6 +46,6 @@ defmodule DSPex.PythonBridge.Client.EventStream do
     {:item, index, {:error, Error.from_peer(item["error_type"], text, item["retryable"])}}
   end
 
-  # Of a later version of the peer.
+  # From a later version of the peer.
   defp element(_unknown), do: nil
 end

@@ -1,8 +1,7 @@
 defmodule DSPex.PythonBridge.Client.Options do
-  @moduledoc """
-  The options of one call, checked: those of `DSPex.PythonBridge.Bridge.request/4`, of which
-  `DSPex.PythonBridge.Bridge.stream/3` takes all but `:on_chunk`.
-  """
+  @moduledoc false
+  # The options of one call: those of `DSPex.PythonBridge.Bridge.request/4`, of which `DSPex.PythonBridge.Bridge.stream/3`
+  # takes all but `:on_chunk`.
 
   alias DSPex.PythonBridge.{Error, Options, Tools}
 
@@ -17,13 +16,13 @@ defmodule DSPex.PythonBridge.Client.Options do
         }
 
   @doc """
-  Checks options, of which only the `allowed` are there. The error names the one that cannot be right.
-  The timeout is checked when the call is made.
+  Checks options; only the `allowed` ones are accepted. The error names the wrong one. The timeout is checked when
+  the call is made.
   """
   @spec new(term(), [atom()]) :: {:ok, t()} | {:error, Error.t()}
   def new(opts, allowed) do
     with true <- Keyword.keyword?(opts),
-         # Of an option given twice the first counts, as Keyword has it.
+         # If an option is given twice the first counts, as for Keyword.
          {:ok, opts} <- check(Enum.uniq_by(opts, &elem(&1, 0)), allowed) do
       {timeout, opts} = Keyword.pop(opts, :timeout, :default)
       {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
@@ -68,7 +67,7 @@ defmodule DSPex.PythonBridge.Client.Options do
       else: {:error, ":traceparent: #{expected}, no id of zeros alone, or nil"}
   end
 
-  # https://www.w3.org/TR/trace-context/: in version 00 that is all, later ones may tell more.
+  # https://www.w3.org/TR/trace-context/: later versions than 00 may have more fields.
   defp traceparent?(<<"00", _rest::binary>> = text) when byte_size(text) > 55, do: false
 
   defp traceparent?(text) when is_binary(text),

@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # then cancels the call. It has no links.
 
   alias DSPex.PythonBridge.Calls.Request
-  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
   alias DSPex.PythonBridge.Tools
   alias DSPex.PythonBridge.Tools.Invocation
 
@@ -64,32 +64,21 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   """
   @spec next(pid(), Deadline.t()) :: {:chunk, binary()} | {:over, Request.reply()}
   def next(proxy, deadline) do
-    ref = :erlang.monitor(:process, proxy, alias: :reply_demonitor)
-    send(proxy, {:next, ref})
+    case Ask.ask(proxy, patience(Deadline.left(deadline)), &{:next, &1}) do
+      {:ok, element} ->
+        element
 
-    receive do
-      {^ref, element} -> element
-      {:DOWN, ^ref, :process, _proxy, _reason} -> {:over, {:error, :proxy_died}}
-    after
-      patience(Deadline.left(deadline)) -> give_up(proxy, ref)
+      :down ->
+        {:over, {:error, :proxy_died}}
+
+      {:timeout, _ref} ->
+        stop(proxy)
+        {:over, {:error, :timeout}}
     end
   end
 
   defp patience(:infinity), do: :infinity
   defp patience(left), do: min(left + @grace_ms, @longest_ms)
-
-  defp give_up(proxy, ref) do
-    Process.demonitor(ref, [:flush])
-
-    # It may have come between the two.
-    receive do
-      {^ref, element} -> element
-    after
-      0 ->
-        stop(proxy)
-        {:over, {:error, :timeout}}
-    end
-  end
 
   @doc "Ends a proxy whose caller needs no more."
   @spec stop(pid()) :: :ok

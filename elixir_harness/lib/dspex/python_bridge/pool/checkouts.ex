@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
   def restore(%Handle{checkouts: checkouts, counters: counters}) do
     for index <- LoadCounters.indexes(counters),
         not :ets.member(checkouts, index),
-        do: LoadCounters.unlend(counters, index)
+        do: LoadCounters.check_in(counters, index)
 
     for {index, borrower, _monitor_of_the_old, ref} <- :ets.tab2list(checkouts) do
       :ets.insert(checkouts, {index, borrower, watch(borrower, index), ref})
@@ -32,7 +32,7 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
   @spec check_out(Handle.t(), pid(), reference()) :: atom() | nil
   def check_out(%Handle{counters: counters, checkouts: checkouts} = handle, borrower, ref) do
     if index = LoadCounters.pick(counters) || starting(handle) do
-      LoadCounters.lend(counters, index)
+      LoadCounters.check_out(counters, index)
       :ets.insert(checkouts, {index, borrower, watch(borrower, index), ref})
       Handle.bridge(handle, index)
     end
@@ -42,7 +42,7 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
   defp starting(%Handle{counters: counters} = handle) do
     counters
     |> LoadCounters.indexes()
-    |> Enum.reject(&LoadCounters.lent?(counters, &1))
+    |> Enum.reject(&LoadCounters.checked_out?(counters, &1))
     |> Enum.min_by(&if(Process.whereis(Handle.bridge(handle, &1)), do: 0, else: 1), fn -> nil end)
   end
 
@@ -65,7 +65,7 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
       [{_index, _borrower, monitor, _ref}] ->
         Process.demonitor(monitor, [:flush])
         :ets.delete(checkouts, index)
-        LoadCounters.unlend(handle.counters, index)
+        LoadCounters.check_in(handle.counters, index)
 
       [] ->
         {:error, "#{inspect(Handle.bridge(handle, index))} is not checked out"}

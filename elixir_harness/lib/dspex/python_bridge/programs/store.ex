@@ -1,17 +1,15 @@
 defmodule DSPex.PythonBridge.Programs.Store do
-  @moduledoc """
-  The definitions that peers have acknowledged, to be given to their successors: a table that
-  belongs to the process that makes it, a supervisor, say, and outlives the bridges that use it.
-
-  Definitions are kept as the request bodies that made them. Each change has a stamp; of two changes
-  of one program the later stamp counts, in whatever order they come. That is what lets several
-  bridges write one table, and several nodes tell each other theirs. A removal therefore leaves a
-  note behind, a tombstone; so many are kept that only a change that is long on its way could be
-  mistaken for news.
-
-  Any process can read the table, since several write it. Definitions may hold keys (`lm`), so they are sealed
-  in it (`DSPex.PythonBridge.OTP.Sealed`).
-  """
+  @moduledoc false
+  # The definitions of programs that peers have acknowledged, for their successors: a table of the process that makes
+  # it, a supervisor for example, which survives the bridges that use it.
+  #
+  # A definition is the body of the request that made it. Each change has a stamp; of two changes of one program the one
+  # with the later stamp counts, in whatever order they come. So several bridges can write one table, and several nodes
+  # can exchange theirs. A removal leaves a tombstone; so many are kept that only a change that is under way very long
+  # could be taken for a new one.
+  #
+  # Any process can read the table, since several write it. Definitions may hold keys (`lm`), so they are sealed
+  # (`DSPex.PythonBridge.OTP.Sealed`).
 
   alias DSPex.PythonBridge.OTP.Sealed
 
@@ -19,7 +17,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   @type table :: :ets.tid()
   @type id :: String.t()
-  @typedoc "Microseconds since 1970, then what orders the changes of one of them."
+  @typedoc "Microseconds since 1970, and what orders changes of the same microsecond."
   @type stamp :: {integer(), integer(), node()}
   @type definition :: {id(), stamp(), body :: binary()}
   @type change :: {:create, id(), stamp() | nil} | {:cleanup, :all | [id()], stamp() | nil}
@@ -31,11 +29,11 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @spec new() :: table()
   def new, do: :ets.new(__MODULE__, [:set, :public, read_concurrency: true])
 
-  @doc "A stamp of now: later than all that this node gave before."
+  @doc "A stamp of the present time, later than all earlier ones of this node."
   @spec stamp() :: stamp()
   def stamp, do: {System.system_time(:microsecond), System.unique_integer([:monotonic]), node()}
 
-  @doc "Whether a term is a change, be it without a stamp yet."
+  @doc "Whether a term is a change, with or without a stamp."
   @spec change?(term()) :: boolean()
   def change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
   def change?({:cleanup, :all, stamp}), do: stamp?(stamp)
@@ -52,8 +50,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   defp all?(list, fun), do: is_list(list) and not List.improper?(list) and Enum.all?(list, fun)
 
   @doc """
-  Keeps a definition: `body` is what `DSPex.PythonBridge.Protocol.encode_body/3` made of it. Gives
-  whether it was news; one that is older than what is known, a removal included, is none.
+  Stores a definition; `body` comes from `DSPex.PythonBridge.Protocol.encode_body/3`. Returns false if the table has a
+  later change of the program, or a later removal.
 
       iex> alias DSPex.PythonBridge.Programs.Store
       iex> table = Store.new()
@@ -66,7 +64,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   def put(table, id, stamp, body) do
     news? = replace(table, {:program, id}, stamp, Sealed.new(body))
 
-    # Looked at after the writing: a removal writes its note first, so one of the two sees the other.
+    # Read after the write: a removal writes its tombstone first, so one of the two sees the other.
     if stamp < removed_at(table, id) do
       delete_older(table, {:program, id}, removed_at(table, id))
       false
@@ -75,12 +73,12 @@ defmodule DSPex.PythonBridge.Programs.Store do
     end
   end
 
-  @doc "Forgets all definitions, or those of these ids, that are older than `stamp`."
+  @doc "Removes all definitions, or those of these ids, that are older than `stamp`."
   @spec remove(table(), :all | [id()], stamp()) :: :ok
   def remove(table, :all, stamp) do
     replace(table, :removed_all, stamp, nil)
     delete_older(table, {:program, :_}, stamp)
-    # What they note is noted by the one above.
+    # The row above includes these tombstones.
     delete_older(table, {:removed, :_}, stamp)
   end
 
@@ -94,7 +92,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     delete_older(table, {:program, id}, stamp)
   end
 
-  @doc "Makes the change `what` that a peer has acknowledged; `body` is the request's."
+  @doc "Makes a change that a peer has acknowledged; `body` is the request's."
   @spec apply_change(table(), change(), binary()) :: :ok
   def apply_change(table, {:create, id, stamp}, body) do
     put(table, id, stamp, body)
@@ -121,7 +119,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     |> Enum.sort_by(fn {_id, stamp, _body} -> stamp end)
   end
 
-  @doc "All that is known, removals included, for `merge/2` of another node."
+  @doc "The whole table, removals included, for `merge/2` on another node."
   @spec export(table()) :: exported()
   def export(table) do
     Enum.map(:ets.tab2list(table), fn
@@ -130,7 +128,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     end)
   end
 
-  @doc "Whether a term is such a list, as far as one can see: it may come from another version."
+  @doc "Whether a term has the form of an exported table: it may come from another version."
   @spec exported?(term()) :: boolean()
   def exported?(rows), do: all?(rows, &row?/1)
 
@@ -140,7 +138,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   defp row?({:removed_all, stamp, nil}), do: stamp?(stamp)
   defp row?(_other), do: false
 
-  @doc "Takes over what another table knows better; gives what changed by it, oldest first."
+  @doc "Adopts the later changes of another table; returns what they changed, oldest first."
   @spec merge(table(), exported()) :: {[definition()], removed :: [id()]}
   def merge(table, exported) do
     before = for {id, _stamp, _body} <- definitions(table), into: MapSet.new(), do: id
@@ -163,10 +161,11 @@ defmodule DSPex.PythonBridge.Programs.Store do
     {Enum.sort_by(changed, fn {_id, stamp, _body} -> stamp end), removed}
   end
 
-  # Atomic: nobody's later row is overwritten by an earlier one.
+  # Atomic: a later row is not overwritten by an earlier one.
   defp replace(table, key, stamp, body) do
     row = {key, stamp, body}
-    # Tuples are code in a match specification, bar the pattern; a replacement must show its key.
+
+    # Tuples are code in a match specification, except in its pattern; a replacement must have the same key.
     same_key = {:element, 1, :"$_"}
 
     :ets.insert_new(table, row) or
@@ -181,7 +180,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     :ok
   end
 
-  # nil comes before all stamps: in the order of terms, atoms are before tuples.
+  # nil is smaller than any stamp: in the order of terms, atoms come before tuples.
   defp removed_at(table, id) do
     [:removed_all, {:removed, id}]
     |> Enum.map(fn key ->
@@ -197,7 +196,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     tombstones = :ets.select_count(table, [{{{:removed, :_}, :_, :_}, [], [true]}])
 
     if tombstones > @max_tombstones do
-      # By half, so that it is not done each time.
+      # By half, so that it is rarely done.
       stamps = :ets.select(table, [{{{:removed, :_}, :"$1", :_}, [], [:"$1"]}])
       delete_older(table, {:removed, :_}, Enum.at(Enum.sort(stamps), div(tombstones, 2)))
     end

@@ -1,17 +1,15 @@
 defmodule DSPex.PythonBridge.Protocol.Payload do
-  @moduledoc """
-  Terms to JSON and back, with errors as values: total on any term and any binary. What a payload
-  means is `DSPex.PythonBridge.Protocol`'s.
-  """
+  @moduledoc false
+  # Terms to JSON and back, with errors as values: total for any term and any binary.
 
   alias DSPex.PythonBridge.Error
 
-  # Copying adds half to the time that decoding takes where texts are short and many. A smaller payload
-  # is not worth that: what it keeps alive is no more than this.
+  # Copying makes decoding of many short strings take half as long again. Smaller payloads are not copied: they keep
+  # no more than this alive.
   @large_bytes 4_096
 
   @doc """
-  A term as JSON. The error names what has no JSON form, after `what`, which says where it was.
+  A term as JSON. The error names the value that has no JSON form, after `what`, which says where it is.
 
       iex> {:ok, json} = DSPex.PythonBridge.Protocol.Payload.encode(%{n: 1}, "args")
       iex> IO.iodata_to_binary(json)
@@ -21,7 +19,7 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
       "args: no JSON form for {1, 2}"
   """
   @spec encode(term(), String.t()) :: {:ok, iodata()} | {:error, Error.t()}
-  # Encoders are code of the caller's (a protocol): whatever one raises or throws is an error text.
+  # Encoders are user code (a protocol): what one raises or throws becomes an error.
   def encode(term, what) do
     {:ok, JSON.encode_to_iodata!(term)}
   catch
@@ -35,7 +33,7 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
       {:error, Error.new(:invalid_args, "#{what}: cannot be written as JSON")}
   end
 
-  # So is inspection.
+  # Inspection is user code, too.
   defp brief(value) do
     inspect(value, limit: 3, printable_limit: 40)
   catch
@@ -43,7 +41,7 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   end
 
   @doc """
-  What a payload says, or why it says nothing. No text in it keeps a large payload alive that is more than
+  The term of a payload, or why it is not JSON. No string in the term keeps a large payload alive that is more than
   twice its size.
 
       iex> DSPex.PythonBridge.Protocol.Payload.decode("[1]")
@@ -52,8 +50,8 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
       {:error, {:invalid_json, "not JSON: invalid byte at 0"}}
   """
   @spec decode(binary()) :: {:ok, term()} | {:error, {:invalid_json, String.t()}}
-  # JSON.decode/3 has no limit of depth and gives errors as tuples, but some input makes it raise
-  # (an integer past the system's limit): totality is made here.
+  # JSON.decode/3 has no limit of depth and returns errors as tuples, but raises for some input (an integer past the
+  # system's limit).
   def decode(payload) do
     case JSON.decode(payload, :none, decoders(byte_size(payload))) do
       {term, :none, ""} ->
@@ -74,7 +72,7 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   end
 
   defp decoders(size) when size < @large_bytes, do: []
-  # Texts without escapes are parts of the payload, not copies.
+  # Strings without escapes are parts of the payload, not copies.
   defp decoders(size), do: [string: &own(&1, div(size, 2))]
 
   defp own(text, half) when byte_size(text) < half, do: :binary.copy(text)

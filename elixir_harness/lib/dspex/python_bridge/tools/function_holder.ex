@@ -1,23 +1,22 @@
 defmodule DSPex.PythonBridge.Tools.FunctionHolder do
-  @moduledoc """
-  The process that holds the caller's functions while a call with tools is under way: one beside each such
-  `DSPex.PythonBridge.Client.StreamProxy`.
-
-  It hands each process of a tool (`DSPex.PythonBridge.Tools.Invocation`) the one function that it is to run. That
-  is a copy, of all that the function has taken along, and may take long: the proxy, which keeps the time
-  of the call and ends its tools, must not be at it.
-
-  Who has been given a function is ended here if the proxy, or the caller, comes to an end that leaves the
-  proxy no time to do so. Nothing depends on links, which a function may cut or survive.
-  """
+  @moduledoc false
+  # The process that holds the caller's functions during a call with tools: one for each
+  # `DSPex.PythonBridge.Client.StreamProxy` with tools.
+  #
+  # It sends each process of a tool (`DSPex.PythonBridge.Tools.Invocation`) the one function that it runs. That copies
+  # all that the function has captured, which may take long: the proxy, which keeps the time of the call and ends its
+  # tools, must not do it.
+  #
+  # If the proxy, or the caller, is killed and cannot end the tools, they are ended here. It uses no links, which a
+  # function may remove, or survive by trapping exits.
 
   alias DSPex.PythonBridge.Tools
-  alias DSPex.PythonBridge.OTP.ServerGuard
+  alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
 
   @enforce_keys [:functions, :caller, :proxy]
   defstruct [:functions, :caller, :proxy, users: %{}]
 
-  # users: the processes that have been given a function, by their monitors.
+  # users: the processes that have a function, by their monitors.
   @typep t :: %__MODULE__{
            functions: Tools.Runner.functions(),
            caller: pid(),
@@ -25,14 +24,14 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
            users: %{reference() => pid()}
          }
 
-  @doc "Starts it for the calling process, whose functions they are."
+  @doc "Starts it for the calling process, the caller."
   @spec open(Tools.Runner.functions()) :: pid()
   def open(functions) do
     caller = self()
     spawn(fn -> ServerGuard.run(fn -> init(functions, caller) end) end)
   end
 
-  @doc "The calling process is the proxy. Without one, it gives nothing to anybody."
+  @doc "Makes the calling process its proxy, without which it sends no function."
   @spec attend(pid()) :: :ok
   def attend(holder) do
     send(holder, {:proxy, self()})
@@ -40,21 +39,19 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   end
 
   @doc """
-  The function of this name, for the calling process to run; or the names that there are; or `:over`, when
-  the call is.
+  The function of a name, for the calling process to run; or the names that there are; or `:over` if the call is.
   """
   @spec fetch(pid(), String.t()) :: {:ok, (map() -> term())} | {:error, [String.t()]} | :over
   def fetch(holder, name) do
-    ref = :erlang.monitor(:process, holder, alias: :reply_demonitor)
-    send(holder, {:fetch, self(), ref, name})
+    user = self()
 
-    receive do
-      {^ref, answer} -> answer
-      {:DOWN, ^ref, :process, _holder, _reason} -> :over
+    case Ask.ask(holder, :infinity, &{:fetch, user, &1, name}) do
+      {:ok, answer} -> answer
+      :down -> :over
     end
   end
 
-  @doc "It is needed no more; the users are the proxy's to end."
+  @doc "Ends it. The proxy ends the tools."
   @spec close(pid()) :: :ok
   def close(holder) do
     Process.exit(holder, :kill)
@@ -64,7 +61,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   ## The process
 
   defp init(functions, caller) do
-    # What they hold is the caller's contents.
+    # The functions have the caller's contents.
     Process.flag(:sensitive, true)
     monitor = Process.monitor(caller)
 
@@ -82,7 +79,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   defp loop(%__MODULE__{users: users} = state) do
     receive do
       {:fetch, user, ref, name} when is_pid(user) and is_reference(ref) ->
-        # Their end may be in the queue behind many such requests.
+        # Their end may be in the mailbox behind many such messages.
         if Process.alive?(state.proxy) and Process.alive?(state.caller),
           do: loop(give(state, user, ref, name)),
           else: end_all(users)
@@ -100,7 +97,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   end
 
   defp give(%__MODULE__{functions: functions} = state, user, ref, name) do
-    # Before it has the function: it may be gone at once.
+    # Before it has the function: it may end at once.
     users = Map.put(state.users, Process.monitor(user), user)
 
     case functions do
@@ -111,7 +108,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     %{state | users: users}
   end
 
-  # Nothing less would end a function that traps exits.
+  # A function may trap exits.
   defp end_all(users) do
     for {_monitor, pid} <- users, do: Process.exit(pid, :kill)
     :ok

@@ -1,16 +1,15 @@
 defmodule DSPex.PythonBridge.Tools.Invocation do
-  @moduledoc """
-  One call of a tool by a peer, from its frame to the frame of the result, in a process of its own.
-
-  Whatever the function does, there is one answer: its result, or a text that says what came in place
-  of one. The peer shows the text to its LM, so it is short and has no stack trace.
-  """
+  @moduledoc false
+  # One call of a tool by a peer, from its frame to the frame of the result, in a process of its own.
+  #
+  # Whatever the function does, there is one answer: its result, or the text of an error. The peer shows the text to its
+  # LM, so it is short and has no stack trace.
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
-  # Of what was raised, thrown or exited with.
+  # Of the text of an error.
   @max_text 500
   @max_name 80
 
@@ -18,8 +17,8 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   defstruct [:port, :id, :frame, :max_frame_bytes]
 
   @typedoc """
-  `port`: of the peer that calls, the only one that is to get the result. `id`: of the call that it
-  executes; nil: the result is to be sent whether that is over or not.
+  `port`: of the peer that calls, the only one that gets the result. `id`: of the call that it executes; with nil the
+  result is sent even if that is over.
   """
   @type t :: %__MODULE__{
           port: port(),
@@ -27,7 +26,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
           frame: binary(),
           max_frame_bytes: pos_integer()
         }
-  @typedoc "For the bridge: the frame of a result, or that there is none."
+  @typedoc "The message to the bridge: the frame of a result, or that the call could not be read."
   @type answer :: {:tool_result, port(), pos_integer() | nil, binary()} | :unreadable_frame
   @typedoc "Takes the arguments, a map with string keys."
   @type tool :: (map() -> term())
@@ -59,31 +58,26 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
     end
   end
 
-  @doc "Answers a call whose process has ended without doing so."
+  @doc "Answers a call whose process has ended without an answer."
   @spec fail(t(), bridge(), reason :: term()) :: :ok
   def fail(%__MODULE__{} = call, bridge, reason),
     do: answer_aside(call, bridge, fn _name, _args -> {:error, caught(:exit, reason, [])} end)
 
   @doc """
-  For the bridge: answers a call that has nobody to make it, because the execute was called without
-  `:tools`, or is over.
+  Answers, for the bridge, a tool call that no process makes: the run was called without `:tools`, or is over.
   """
   @spec refuse(t(), :not_given | :over) :: :ok
-  def refuse(%__MODULE__{} = call, :not_given) do
+  def refuse(%__MODULE__{} = call, why) do
     answer_aside(%{call | id: nil}, self(), fn name, _args ->
-      {:error, "tool #{brief(name)}: :tools was not given for this call"}
-    end)
-  end
-
-  def refuse(%__MODULE__{} = call, :over) do
-    answer_aside(%{call | id: nil}, self(), fn name, _args ->
-      {:error, over(name)}
+      if why == :over,
+        do: {:error, over(name)},
+        else: {:error, "tool #{brief(name)}: :tools was not given for this call"}
     end)
   end
 
   defp over(name), do: "tool #{brief(name)}: the call that it belongs to is over"
 
-  # Not in the process that found it out: frames may be large.
+  # In a process of its own: frames may be large.
   defp answer_aside(call, bridge, make) do
     spawn(fn -> ServerGuard.run(fn -> send(bridge, answer(call, make)) end) end)
     :ok
@@ -125,8 +119,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
   ## From what a function does to a result
 
-  # Whatever it raises, throws or exits with is no end of this process, so that nothing is logged: the
-  # arguments would be, too.
+  # An exception must not end this process: it would be logged, with the arguments.
   defp outcome(function, args) do
     case function.(args) do
       {:ok, term} -> {:ok, term}
@@ -137,12 +130,12 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
     kind, reason -> {:error, caught(kind, reason, __STACKTRACE__)}
   end
 
-  # A text is the function's own, meant as it is.
+  # A string is meant for the LM as it is.
   defp text(reason) when is_binary(reason), do: reason
   defp text(reason) when is_exception(reason), do: one_line(Exception.message(reason))
   defp text(reason), do: one_line(inspect(reason))
 
-  # What is shown here is code of the host's, too: an exception's message, an inspection.
+  # Messages of exceptions and inspections are user code, too.
   defp caught(kind, reason, stacktrace) do
     one_line(shown(kind, reason, stacktrace))
   catch
@@ -156,8 +149,8 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
   defp shown(:throw, value, _stacktrace), do: "throw: #{inspect(value)}"
 
-  # What a process ends with that was raised in, or called another in vain, has its stack trace in it, or
-  # the arguments of that call: not for an LM's eyes.
+  # The exit reason of a process that raised has a stack trace, and that of a failed call its arguments: neither is for
+  # an LM.
   defp shown(:exit, {error, stack}, _stacktrace) when is_exception(error) and is_list(stack),
     do: shown(:error, error, stack)
 
@@ -172,7 +165,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
   defp one_line(text, max \\ @max_text) do
     text
-    # Before anything looks at all of it.
+    # First, since it may be very long.
     |> binary_part(0, min(byte_size(text), 4 * max))
     |> String.replace_invalid()
     |> String.replace(~r/[[:space:][:cntrl:]]+/u, " ")

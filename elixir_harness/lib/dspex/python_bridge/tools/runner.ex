@@ -1,9 +1,8 @@
 defmodule DSPex.PythonBridge.Tools.Runner do
-  @moduledoc """
-  The caller's functions that a peer may call while it executes a program, and the processes that run
-  them (`DSPex.PythonBridge.Tools.Invocation`): part of the call's `DSPex.PythonBridge.Client.StreamProxy`, whose process starts
-  and ends them. The functions themselves are with `DSPex.PythonBridge.Tools.FunctionHolder`.
-  """
+  @moduledoc false
+  # The caller's functions that a peer may call during a run, and the processes that run them
+  # (`DSPex.PythonBridge.Tools.Invocation`): part of `DSPex.PythonBridge.Client.StreamProxy`, whose process starts and ends
+  # them. `DSPex.PythonBridge.Tools.FunctionHolder` holds the functions.
 
   alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
 
@@ -12,8 +11,8 @@ defmodule DSPex.PythonBridge.Tools.Runner do
 
   @type functions :: %{String.t() => Invocation.tool()}
   @typedoc """
-  `function holder`: nil if there are no functions. `port`: of the peer that has called last. `running`: what each
-  process is to answer.
+  `holder`: nil if there are no functions. `port`: of the peer that has called last. `running`: the tool call of each
+  process.
   """
   @type t :: %__MODULE__{
           holder: pid() | nil,
@@ -24,7 +23,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
         }
 
   @doc """
-  Functions by the names that the peer knows, or the text that says what is wrong with them.
+  Functions by the names that the peer uses, or the text that refuses them.
 
       iex> {:ok, functions} = DSPex.PythonBridge.Tools.Runner.functions(%{search: fn %{"q" => q} -> q end})
       iex> Map.keys(functions)
@@ -38,10 +37,17 @@ defmodule DSPex.PythonBridge.Tools.Runner do
       text = name(name)
 
       cond do
-        text == nil -> {:halt, {:error, "expected names that are atoms or texts"}}
-        not is_function(function, 1) -> {:halt, {:error, not_a_function(text)}}
-        is_map_key(named, text) -> {:halt, {:error, "#{text}: there twice, as atom and as text"}}
-        true -> {:cont, {:ok, Map.put(named, text, function)}}
+        text == nil ->
+          {:halt, {:error, "expected names that are atoms or strings"}}
+
+        not is_function(function, 1) ->
+          {:halt, {:error, not_a_function(text)}}
+
+        is_map_key(named, text) ->
+          {:halt, {:error, "#{text}: there twice, as atom and as string"}}
+
+        true ->
+          {:cont, {:ok, Map.put(named, text, function)}}
       end
     end)
   end
@@ -54,14 +60,14 @@ defmodule DSPex.PythonBridge.Tools.Runner do
 
   defp not_a_function(name), do: "#{name}: expected a function of one argument"
 
-  @doc "The tools of a call to a bridge; `callers` as `Task` has them, the calling process first."
+  @doc "The tools of a call to a bridge; `callers` as for `Task`, the calling process first."
   @spec new(functions(), Invocation.bridge(), [pid()]) :: t()
   def new(functions, bridge, callers) do
     holder = if functions != %{}, do: FunctionHolder.open(functions)
     %__MODULE__{holder: holder, bridge: bridge, callers: callers}
   end
 
-  @doc "The calling process, which makes the call, is to run them."
+  @doc "Makes the calling process the one that runs them."
   @spec attend(t()) :: :ok
   def attend(%__MODULE__{holder: nil}), do: :ok
   def attend(%__MODULE__{holder: holder}), do: FunctionHolder.attend(holder)
@@ -71,11 +77,11 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   def none?(%__MODULE__{holder: holder}), do: holder == nil
 
   @doc """
-  A peer calls a tool: it runs in a process of its own. `{:answered, pid, answer}` comes to the calling
-  process when it has an answer, and its `:DOWN` when it has ended.
+  Runs a tool call in a process of its own. The calling process gets `{:answered, pid, answer}`, and `:DOWN` when it has
+  ended.
   """
   @spec run(t(), Invocation.t()) :: t()
-  # What a peer that is gone has asked for interests nobody: the next one starts from the beginning.
+  # Tool calls of an earlier peer are useless: the next one starts from the beginning.
   def run(%__MODULE__{port: before} = tools, %Invocation{port: port} = call)
       when port != before do
     end_running(tools)
@@ -88,7 +94,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
     %{tools | running: Map.put(tools.running, pid, call)}
   end
 
-  @doc "A process has the answer to its call: it is sent from here, so that there is one."
+  @doc "Sends the answer of a process to the bridge. It is sent from here, so that there is only one."
   @spec answered(t(), pid(), Invocation.answer()) :: t()
   def answered(%__MODULE__{running: running} = tools, pid, answer)
       when is_map_key(running, pid) do
@@ -98,7 +104,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
 
   def answered(%__MODULE__{} = tools, _pid, _of_another_peer), do: tools
 
-  @doc "A process has ended. If it has not answered, because it was killed, say, it is done here."
+  @doc "Handles the end of a process: if it was killed, for example, the answer is made here."
   @spec ended(t(), pid(), term()) :: t()
   def ended(%__MODULE__{} = tools, pid, reason) do
     {call, running} = Map.pop(tools.running, pid)
@@ -106,7 +112,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
     %{tools | running: running}
   end
 
-  @doc "Ends what runs, and lets the functions go."
+  @doc "Ends the running tools and the holder of the functions."
   @spec stop(t()) :: :ok
   def stop(%__MODULE__{holder: nil}), do: :ok
 
@@ -115,7 +121,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
     FunctionHolder.close(holder)
   end
 
-  # Nothing less would end a function that traps exits.
+  # A function may trap exits.
   defp end_running(%__MODULE__{running: running}),
     do: for({pid, _call} <- running, do: Process.exit(pid, :kill))
 end

@@ -1,11 +1,10 @@
 defmodule DSPex.PythonBridge.Top.Table do
-  @moduledoc """
-  A snapshot of `DSPex.PythonBridge.Top` as a table of text; nil is shown as `-`.
-  """
+  @moduledoc false
+  # A snapshot of `DSPex.PythonBridge.Top` as a table of text; nil is shown as `-`.
 
   alias DSPex.PythonBridge.Top
 
-  # Names within the library are shown without it: a line is to fit into 100 columns.
+  # Left out of the library's own names: a line should fit into 100 columns.
   @prefix "DSPex.PythonBridge."
 
   @header ["bridge", "state", "pid", "pending", "in flight", "queued", "p50", "p99"] ++

@@ -20,11 +20,11 @@ defmodule DSPex.PythonBridge.Calls.LoadCountersTest do
     assert LoadCounters.pick(counters) == nil
     refute LoadCounters.any?(counters)
     for index <- [2, 3, 4], do: LoadCounters.put_state(counters, index, :ready)
-    LoadCounters.lend(counters, 3)
-    assert LoadCounters.lent?(counters, 3) and not LoadCounters.lent?(counters, 2)
+    LoadCounters.check_out(counters, 3)
+    assert LoadCounters.checked_out?(counters, 3) and not LoadCounters.checked_out?(counters, 2)
     assert for(_ <- 1..20, uniq: true, do: LoadCounters.pick(counters, [4])) == [2]
     assert LoadCounters.pick(counters, [2, 4]) == nil
-    LoadCounters.unlend(counters, 3)
+    LoadCounters.check_in(counters, 3)
     assert LoadCounters.pick(counters, [2, 4]) == 3
     LoadCounters.put_state(counters, 3, :down)
     assert LoadCounters.pick(counters, [2, 4]) == nil

@@ -21,14 +21,32 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
   }
   @ask_agent %{program_id: "agent", inputs: %{question: "Why?"}}
 
-  defp start(programs, opts \\ []) do
-    bridge = start_supervised!({Bridge, real_opts([default_timeout: 20_000] ++ opts)})
+  @shared __MODULE__.Bridge
+
+  setup_all do
+    start_supervised!({Bridge, real_opts(name: @shared, default_timeout: 20_000)})
+    :ok
+  end
+
+  # The bridge that the tests share, with these programs alone.
+  defp start(programs) do
+    {:ok, _} = Bridge.call(@shared, :cleanup)
+    create(@shared, programs)
+  end
+
+  defp start_own(programs, opts \\ []) do
+    {Bridge, real_opts([default_timeout: 20_000] ++ opts)}
+    |> start_supervised!()
+    |> create(programs)
+  end
+
+  defp create(bridge, programs) do
     for program <- programs, do: {:ok, _} = Bridge.call(bridge, :create_program, program)
     bridge
   end
 
   defp start_streaming do
-    start([@qa], SilentLM.lm_opts(StreamingLM.start()))
+    start_own([@qa], SilentLM.lm_opts(StreamingLM.start()))
   end
 
   describe "a stream" do
@@ -223,7 +241,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
     end
 
     test "of an agent are asked again by the next peer when theirs dies" do
-      bridge = start([@agent])
+      bridge = start_own([@agent])
       test = self()
 
       tool = fn _ ->
@@ -276,13 +294,13 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
 
   test "a program's state goes out of one bridge and into another" do
     demos = [%{question: "Well?", answer: "WELL!"}]
-    bridge = start([Map.put(@qa, :demos, demos)])
+    bridge = start_own([Map.put(@qa, :demos, demos)])
 
     assert {:ok, %{"details" => [%{"state" => %{"demos" => [%{"answer" => "WELL!"}]} = state}]}} =
              Bridge.call(bridge, :list_programs, %{program_ids: ["qa"], state: true})
 
     stop_supervised!(Bridge)
-    bridge = start([Map.put(@qa, :state, state)])
+    bridge = start_own([Map.put(@qa, :state, state)])
     assert {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, @ask)
   end
 end

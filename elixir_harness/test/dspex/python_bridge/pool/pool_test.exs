@@ -321,7 +321,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       %{counters: counters} = Handle.fetch(Pool)
 
       # As far as a coordinator has got that was killed before it noted the borrower, or after it had forgotten him.
-      for index <- LoadCounters.indexes(counters), do: LoadCounters.lend(counters, index)
+      for index <- LoadCounters.indexes(counters), do: LoadCounters.check_out(counters, index)
       coordinator = Process.whereis(Pool.Coordinator)
       Process.exit(coordinator, :kill)
       eventually(fn -> Process.whereis(Pool.Coordinator) not in [coordinator, nil] end)

@@ -1,0 +1,68 @@
+defmodule DSPex.PythonBridge.Options.PeerEnv do
+  @moduledoc false
+  # The environment of a peer, made from the options of its bridge. What is not set here comes from the environment that
+  # the peer inherits.
+
+  @log_frames "DSPY_BRIDGE_LOG_FRAMES"
+  @drain "DSPY_BRIDGE_DRAIN_MS"
+  @default_drain_ms 5_000
+
+  @type t :: %{String.t() => String.t()}
+
+  @doc "The environment for options that were checked."
+  @spec new(keyword()) :: t()
+  def new(opts) do
+    lm_options =
+      with options when options != nil <- opts[:lm_options],
+           {:ok, json} <- json(options),
+           do: json
+
+    settings = %{
+      "DSPY_BRIDGE_LM" => opts[:lm],
+      "DSPY_BRIDGE_LM_OPTIONS" => lm_options,
+      "DSPY_BRIDGE_ADAPTER" => opts[:adapter] && to_string(opts[:adapter]),
+      "DSPY_BRIDGE_MAX_FRAME_BYTES" => opts[:max_frame_bytes] && "#{opts[:max_frame_bytes]}"
+    }
+
+    env = for {name, value} <- settings, value != nil, into: opts[:env] || %{}, do: {name, value}
+    # Log records go to Logger, unless :env or the BEAM's own environment has a value.
+    if System.get_env(@log_frames), do: env, else: Map.put_new(env, @log_frames, "1")
+  end
+
+  @doc "The same environment for a peer that logs to its standard error."
+  @spec log_to_stderr(t()) :: t()
+  # A value that the peer refuses stays, to be refused again.
+  def log_to_stderr(%{@log_frames => "1"} = env), do: %{env | @log_frames => "0"}
+  def log_to_stderr(env), do: env
+
+  @doc "How long a peer may finish its calls. A value that the peer does not accept is the peer's to refuse."
+  @spec drain_ms(t()) :: non_neg_integer()
+  def drain_ms(env) do
+    with text when text != nil <- env[@drain] || System.get_env(@drain),
+         {ms, ""} when ms >= 0 <- Integer.parse(text) do
+      ms
+    else
+      _none -> @default_drain_ms
+    end
+  end
+
+  @doc """
+  The arguments of `dspy.LM` as JSON, in ASCII only: what other characters become in an environment depends on the
+  locale.
+  """
+  @spec json(map() | keyword()) :: {:ok, String.t()} | :error
+  # By hand: OTP 26 has no `:json`.
+  def json(options) do
+    {:ok, for(<<char::utf8 <- JSON.encode!(Map.new(options))>>, into: "", do: ascii(char))}
+  catch
+    _kind, _reason -> :error
+  end
+
+  defp ascii(char) when char < 128, do: <<char>>
+
+  defp ascii(char) do
+    for <<unit::binary-size(2) <- :unicode.characters_to_binary([char], :utf8, :utf16)>>,
+      into: "",
+      do: "\\u" <> Base.encode16(unit)
+  end
+end
