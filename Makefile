@@ -57,7 +57,7 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	@# The other pins hold for DSPy's releases; a pre-release may need what is newer.
 	@grep -v '^dspy==' $(if $(filter pre,$(VERSION)),/dev/null,$(PINS)) > $(VENV)/dspy-$(VERSION)/pins.txt || true
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/dspy-$(VERSION)/bin/python -c $(VENV)/dspy-$(VERSION)/pins.txt \
-	  -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
+	  --upgrade-package dspy -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
 	  $(addprefix tests/end_to_end/,lm programs streaming commands)
 
