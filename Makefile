@@ -53,6 +53,8 @@ check: setup dialyzer ## lint, formats, types, warnings
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@if test -x $(VENV)/bin/lint-imports; then $(VENV)/bin/lint-imports --no-logo --no-cache; \
+	else echo "not checked: the imports between rooms; import-linter needs Python 3.11"; fi
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
 	@# What OTP 28 refuses to compile shows on older ones too.
 	cd $(HARNESS) && mix test test/attribute_regexes_test.exs
