@@ -68,6 +68,8 @@ check: setup dialyzer ## lint, formats, types, warnings
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@if test -x $(VENV)/bin/lint-imports; then $(VENV)/bin/lint-imports --no-logo --no-cache; \
+	else echo "not checked: the imports between rooms; import-linter needs Python 3.11"; fi
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
 	@# No module imports one that imports it, by whatever way.
 	cd $(HARNESS) && MIX_ENV=test mix xref graph --format cycles --fail-above 0
