@@ -10,8 +10,8 @@ from dspy_bridge.commands import arguments
 from dspy_bridge.commands.program_registry import Entry, Registry, working
 from dspy_bridge.dispatch.call import Call, Command
 from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed
-from dspy_bridge.runtime.gc_freeze import Garbage
-from dspy_bridge.runtime.worker_threads import THREADS
+from dspy_bridge.runtime.gc_freeze import GcFreezer
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
@@ -56,7 +56,8 @@ class Commands:
         # Why there are none, and when that was.
         self._setup_failed: tuple[str, float] | None = None
         self._loader: Any = None
-        self._garbage = Garbage()
+        self._garbage = GcFreezer()
+        self._threads = WorkerThreads()
         self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Command]:
@@ -83,7 +84,7 @@ class Commands:
         arguments.optional_object(args, "config")
         arguments.optional_object(args, "lm")
         entry = self._registry.add(id, args)
-        call.settle = lambda created: self._settle(entry, created)
+        call.on_reply = lambda created: self._settle(entry, created)
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
@@ -127,7 +128,7 @@ class Commands:
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._load(),
-            "threads": THREADS.counts(),
+            "threads": self._threads.counts(),
             "pid": os.getpid(),
             "versions": self._versions,
             "degraded": [] if self._models is None else self._models.degraded(),
@@ -189,11 +190,11 @@ class Commands:
             program = await self._program(entry)
             try:
                 detail["state"] = await asyncio.to_thread(program.state)
-            except Exception:
+            except Exception as error:
                 from dspy_bridge.logs import peer_log
 
                 detail["state"] = None
-                peer_log.exception()
+                peer_log.exception(error)
         return listed
 
     async def _working(self, entry: Entry, call: Call) -> tuple[Entry, Program]:
@@ -243,7 +244,7 @@ class Commands:
             self._models = self._load_dspy()
         from dspy_bridge.programs.program import Program
 
-        program = Program(definition, self._models)
+        program = Program(definition, self._models, self._threads)
         if self._garbage.loaded():
             self._garbage.settle()
         return program
@@ -260,7 +261,7 @@ class Commands:
             from dspy_bridge.logs import peer_log
 
             why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be set up: {error}"
-            why = f"{why}; the peer's log has the traceback under {peer_log.exception()}"
+            why = f"{why}; the peer's log has the traceback under {peer_log.exception(error)}"
             self._setup_failed = why, time.monotonic()
             raise SetupFailed(why) from None
         self._garbage.settle()  # DSPy itself is half a million objects

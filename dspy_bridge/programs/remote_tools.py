@@ -12,7 +12,7 @@ from typing import Any
 import dspy
 import pydantic
 
-from dspy_bridge.dispatch.call import Call
+from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed
 from dspy_bridge.lm import dspy_internals, field_markers
 from dspy_bridge.runtime import worker_threads
@@ -27,7 +27,7 @@ MAX_TOOLS = 128
 MAX_ARGS = 100
 
 # The execute that this context belongs to: a program's tools are the same for all its executes.
-asking: ContextVar[Call] = ContextVar("asking")
+asking: ContextVar[Caller] = ContextVar("asking")
 
 
 class HostTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
@@ -155,7 +155,7 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    question = asking.get().ask(name, arguments)
+    question = asking.get().call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():
         return await question

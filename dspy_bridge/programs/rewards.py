@@ -31,7 +31,7 @@ class Reward:
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})
         job = worker_threads.current.get()
         assert job is not None, "rewards are given in worker threads"
-        value = job.on_loop(remote_tools.asking.get().ask(self.tool, {"inputs": fields, "outputs": outputs}))
+        value = job.on_loop(remote_tools.asking.get().call_tool(self.tool, {"inputs": fields, "outputs": outputs}))
         # True and false, as many rewards are, count as 1 and 0.
         if not isinstance(value, (int, float)) or not -sys.float_info.max <= value <= sys.float_info.max:
             raise ToolFailed(f"{self.tool}: expected a number as the reward")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import dspy
@@ -16,7 +15,7 @@ from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import HostTool
 from dspy_bridge.programs.rewards import Reward
 from dspy_bridge.runtime import large_inputs
-from dspy_bridge.runtime.worker_threads import THREADS
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
 class Runner:
@@ -43,17 +42,12 @@ class Runner:
         """Whether calls run on the event loop, not in a thread: the large ones of DSPy's modules never do."""
         return hasattr(self.module, "aforward") and not large_inputs.here.get()
 
-    async def run(self, values: dict[str, Any]) -> Any:
-        """One call; gives the prediction."""
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
+        """One call; gives the prediction. Sync modules run in one of `threads`, with DSPy's context of now."""
         module = self.module
         if self.on_loop:
             return await module.acall(**values)
-        return await in_thread(lambda: module(**values))
-
-
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """Run `work` in a worker thread, with DSPy's context of now."""
-    return await THREADS.run(work)
+        return await threads.run(lambda: module(**values))
 
 
 class ToolCallRunner(Runner):
@@ -74,9 +68,9 @@ class ToolCallRunner(Runner):
         adapter.use_native_function_calling = True
         return adapter
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The prediction, its `tool_calls` with the results; those of one answer run at once."""
-        prediction = await super().run({**values, "tools": list(self._tools.values())})
+        prediction = await super().run({**values, "tools": list(self._tools.values())}, threads)
         asked = prediction.get("tool_calls")
         calls = [] if asked is None else asked.tool_calls
         prediction.tool_calls = await asyncio.gather(*(self._call(call.name, call.args) for call in calls))
@@ -121,7 +115,7 @@ class CodeRunner(Runner):
 
     on_loop = False
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """As `Runner`'s; a cancelled call ends its sandbox, too."""
 
         def work() -> Any:
@@ -135,7 +129,7 @@ class CodeRunner(Runner):
         # Fields that may be absent are None for code.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
         try:
-            return await in_thread(work)
+            return await threads.run(work)
         except dspy.CodeInterpreterError as error:
             raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
         except RuntimeError as error:
@@ -157,7 +151,7 @@ class BestRunner(Runner):
         # Its predictors, and so its state, are the inner module's.
         super().__init__(made)
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The best prediction; if there is none, the last failure is raised."""
         failures = _Failures()
         module = copy.copy(self.module)
@@ -167,7 +161,7 @@ class BestRunner(Runner):
         # DSPy adds to the trace whatever the setting; None, which keeps it from growing, would be a TypeError.
         with dspy.context(trace=[], adapter=adapter):
             try:
-                prediction = await in_thread(lambda: module(**values))
+                prediction = await threads.run(lambda: module(**values))
             except _Failed:
                 raise failures[-1] from None
         if prediction is None:

@@ -50,9 +50,11 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
   end
 
   test "it imports nothing heavy" do
-    {ms, {:ok, _}} = timed(fn -> EnvironmentCheck.validate_environment() end)
-    # Importing dspy takes 600 ms and more.
-    assert ms < 500
+    # Importing dspy takes 600 ms and more each time.
+    eventually(fn ->
+      {ms, {:ok, _}} = timed(fn -> EnvironmentCheck.validate_environment() end)
+      ms < 500
+    end)
   end
 
   test "no Python" do

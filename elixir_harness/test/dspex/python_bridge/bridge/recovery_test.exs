@@ -9,6 +9,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   alias DSPex.Test.SilentLM
 
   @moduletag :tmp_dir
+  @moduletag :slow
 
   defp start(opts), do: start_supervised!({Bridge, opts})
 
@@ -74,7 +75,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
     end
 
-    @tag :slow
     test "one that kills each time is sent 1 + max_retries times; its neighbours lose nothing", %{
       tmp_dir: dir
     } do
@@ -96,7 +96,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       eventually(fn -> match?(%{pending: 0, state: :running}, Bridge.get_status(bridge)) end)
     end
 
-    @tag :slow
     test "and new ones, too, while one kills after some time", %{tmp_dir: dir} do
       bridge = start(host_opts(dir, max_retries: 2))
       create(bridge, "nap", "host:Nap")
@@ -150,7 +149,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert {:ok, %{"answer" => _}} = execute(bridge, "one")
     end
 
-    @tag :slow
     test "one that no longer loads makes only its own executes fail, with the reason", %{
       tmp_dir: dir
     } do
@@ -171,7 +169,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert {:ok, _} = execute(bridge, "spoilable")
     end
 
-    @tag :slow
     test "one whose loading kills the peer, too: it is given up after max_retries", %{
       tmp_dir: dir
     } do
@@ -202,7 +199,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   end
 
   describe "restart/1" do
-    @tag :slow
     test "no caller sees it" do
       bridge = start_up(real_opts())
       create(bridge, "qa")

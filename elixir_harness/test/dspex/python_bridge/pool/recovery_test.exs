@@ -10,6 +10,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   alias DSPex.PythonBridge.Pool.Handle
 
   @moduletag :tmp_dir
+  @moduletag :slow
   @pool __MODULE__.Pool
 
   # The modules of tests/fakes/host.py.
@@ -56,7 +57,6 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   defp two_or_more([_, _ | _] = some), do: some
   defp two_or_more(_fewer), do: nil
 
-  @tag :slow
   test "a pool of 3 under 50 callers, one peer killed whenever two serve: none sees an error", %{
     tmp_dir: dir
   } do
@@ -98,7 +98,6 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert for(%{pending: pending} <- peers(), do: pending) == [0, 0, 0]
   end
 
-  @tag :slow
   test "a request that kills each time fails, those next to it are answered", %{
     tmp_dir: dir
   } do
@@ -118,7 +117,6 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert log |> String.split("\n", trim: true) |> length() == 4
   end
 
-  @tag :slow
   test "after the death of one of two peers the other runs the next call at once",
        %{tmp_dir: dir} do
     start(dir, pool_size: 2)
