@@ -9,13 +9,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def refuse_unknown(args: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Raises `InvalidArgs` for an argument that is none of `known`."""
-    for name in args:
-        if name not in known:
-            raise InvalidArgs(f"{name}: unknown argument; expected {', '.join(known)}")
-
-
 def text(args: dict[str, Any], name: str) -> str:
     """An argument that must be there, a text that is not empty. Raises `InvalidArgs`."""
     value = args.get(name)

@@ -18,7 +18,7 @@ from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.dispatch.reply_encoder import ReplyEncoder
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
 from dspy_bridge.runtime import allocator
-from dspy_bridge.wire import messages
+from dspy_bridge.wire import messages, pings
 from dspy_bridge.wire.frames import TooLarge
 
 TYPE_CHECKING = False
@@ -56,8 +56,9 @@ class Dispatcher:
         self._max_frame_bytes = max_frame_bytes
         self._prepare_loop = prepare_loop
         self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
+        self._pings = self._replies.pings
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
-        self._answers_pings = max_frame_bytes >= messages.QUICK_BYTES
+        self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
         # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -71,23 +72,20 @@ class Dispatcher:
         self._channel = CallChannel(self._push, when_room, max_frame_bytes)
         self._services = CallServices(self._channel, self._limiter, self._replies.describe)
 
-    def quick(self, data: bytes) -> bytes | None:
-        """The packet that answers `data`, if that is one ping known by its bytes; else None. On the reading thread."""
+    def answer_pings(self, data: bytes, send_packet: Callable[[bytes], None]) -> bytes:
+        """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
         received = time.monotonic()
-        packet = messages.quick_packet(data, time.time()) if self._answers_pings else None
-        if packet is not None:
-            # Without the lock: pings are counted and reported on the reading thread only.
-            self._replies.pings.add(time.monotonic() - received, False)
-        return packet
+        pongs, count, used = pings.answer(data, time.time())
+        if not count or not self._answers_pings:
+            return data
+        # Without the lock: pings are counted and reported on the reading thread only.
+        self._pings.add(time.monotonic() - received, False, count)
+        send_packet(pongs)
+        return data[used:]
 
     def receive(self, frame: bytes | TooLarge) -> bytes | None:
         """Take one frame, on the reading thread. Returns the reply if there is one already."""
         received = time.monotonic()
-        if isinstance(frame, bytes) and self._answers_pings:
-            pong = messages.quick_pong(frame, time.time())
-            if pong is not None:
-                self._replies.pings.add(time.monotonic() - received, False)
-                return pong
         if isinstance(frame, TooLarge):
             if frame.no_memory:
                 return messages.encode_failure(None, _no_memory(frame.length))

@@ -61,7 +61,7 @@ class FrameWriter:
                 self._put(chunk)
 
     def send_packet(self, packet: bytes) -> None:
-        """As `send` of one payload that has its length before it already."""
+        """As `send`, of one or more whole packets: each payload has its length before it."""
         with self._lock:
             self._put(packet)
 

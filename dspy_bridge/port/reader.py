@@ -38,16 +38,14 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
     """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
     terminated = _handle_signals(reading)
     decoder = FrameDecoder(max_frame_bytes)
-    # Names of this function's own are found sooner: with the flag, 0.4 µs of a ping's 2.
-    read, quick, send_packet = os.read, dispatcher.quick, writer.send_packet
+    # Local names, as they are found sooner.
+    read, answer_pings, send_packet = os.read, dispatcher.answer_pings, writer.send_packet
     inside_frame = False
     try:
         while True:
             try:
                 while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
-                    if not inside_frame and (packet := quick(data)) is not None:
-                        send_packet(packet)
-                    else:
+                    if inside_frame or (data := answer_pings(data, send_packet)):
                         _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
                         inside_frame = decoder.mid_frame
                     if writer.full:

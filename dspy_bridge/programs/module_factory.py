@@ -15,7 +15,8 @@ from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.dspy_setup import Models
 from dspy_bridge.programs import module_options, remote_tools, rewards, sandbox
-from dspy_bridge.programs.runners import BestRunner, CodeRunner, ComparisonRunner, Runner, ToolCallRunner
+from dspy_bridge.programs.best_of import BestRunner
+from dspy_bridge.programs.runners import CodeRunner, ComparisonRunner, Runner, ToolCallRunner
 
 # Name to DSPy's class.
 TYPES = {

@@ -13,7 +13,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.caller import Caller
-from dspy_bridge.errors import InvalidArgs, ToolFailed
+from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
 from dspy_bridge.lm import dspy_internals, field_markers
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.signatures.type_parser import read_type
@@ -84,9 +84,7 @@ def read(definitions: object, taken: set[str]) -> list[HostTool]:
 def _name(definition: object, where: str) -> str:
     if not isinstance(definition, dict):
         raise InvalidArgs(f"{where}: expected an object with name, description and args")
-    for key in definition:
-        if key not in ("name", "description", "desc", "args"):
-            raise InvalidArgs(f"{where}: unknown key {key!r}; expected name, description, args")
+    refuse_unknown(definition, ("name", "description", "desc", "args"), where)
     name = definition.get("name")
     if not isinstance(name, str) or not name:
         raise InvalidArgs(f"{where}.name: expected text")
@@ -112,9 +110,7 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
             raise InvalidArgs(f"{here}: {arg!r} is an argument of DSPy's own; choose another name")
         # A type alone will do.
         given = given if isinstance(given, dict) else {"type": given}
-        for key in given:
-            if key not in ("type", "description", "desc"):
-                raise InvalidArgs(f"{here}: unknown key {key!r}; expected type (or a JSON Schema there), description")
+        refuse_unknown(given, ("type", "description", "desc"), here)
         types[arg] = read_type(given.get("type"), f"{here}.type")
         schemas[arg] = _schema(types[arg], _description(given, here), f"{here}.type")
 

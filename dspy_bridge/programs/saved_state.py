@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
 import jiter
 import pydantic
 
-from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.errors import InvalidArgs, NotAllowed, refuse_unknown
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.logs import redaction
 from dspy_bridge.signatures import confined_files, media, validation_errors
@@ -21,7 +21,6 @@ MAX_STATE_BYTES = 64 * 1024 * 1024
 MAX_DEMOS = 500
 # What DSPy writes of a predictor; it would set any other key as an attribute, methods included.
 _KEYS = frozenset(("traces", "train", "demos", "signature", "lm", "fields"))
-_KEY_NAMES = ", ".join(sorted(_KEYS))
 # The program's own words and values, whatever these are called.
 _DATA = frozenset(("traces", "train", "demos", "signature"))
 # What is taken of a saved LM: which one, and how it is to write. A state that somebody gave must not send prompts
@@ -71,7 +70,7 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     state = {name: value for name, value in state.items() if name != "metadata"}
     if _is_flat(module):
         if state.keys().isdisjoint(_KEYS):
-            raise InvalidArgs(f"state: of another program: expected {_KEY_NAMES}, got {_names(state)}")
+            raise InvalidArgs(f"state: of another program: expected {_names(sorted(_KEYS))}, got {_names(state)}")
     elif state.keys() != wanted.keys():
         raise InvalidArgs(f"state: of another program: expected {_names(wanted)}, got {_names(state)}")
     given = _by_predictor(module, state)
@@ -175,9 +174,7 @@ def _demo(demo: object, fields: Mapping[str, pydantic.TypeAdapter[Any]], where: 
 def _check(saved: object, parameter: Any, where: str) -> None:
     if not isinstance(saved, dict):
         raise InvalidArgs(f"{where}: expected an object")
-    for key in saved:
-        if key not in _KEYS:
-            raise InvalidArgs(f"{where}: unknown key {key!r}; expected {_KEY_NAMES}")
+    refuse_unknown(saved, sorted(_KEYS), where)
     for key in ("traces", "train", "demos"):
         if not isinstance(saved.get(key), list):
             raise InvalidArgs(f"{where}.{key}: expected a list")
@@ -214,7 +211,7 @@ def _check_signature(saved: object, signature: type[dspy.Signature], where: str)
         raise InvalidArgs(f"{where}: of another signature: expected fields {_texts(wanted)}, got {_texts(got)}")
 
 
-def _names(named: Mapping[str, Any]) -> str:
+def _names(named: Iterable[str]) -> str:
     return ", ".join(named) or "nothing"
 
 

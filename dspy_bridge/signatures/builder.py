@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_origin
 import dspy
 import pydantic
 
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.errors import InvalidArgs, refuse_unknown
 from dspy_bridge.signatures.type_parser import PROBABILITY, parse, read_type, resolve
 from dspy_bridge.signatures.validation import Contract, Turn, validator_of
 
@@ -41,7 +41,7 @@ def build(definition: object, *, files_dir: str | None = None, left_out: tuple[s
     if isinstance(definition, str):
         inputs, outputs = _parse_string(definition)
     elif isinstance(definition, dict):
-        _refuse_unknown(definition, ("inputs", "outputs", "instructions", "name", "description"), "signature")
+        refuse_unknown(definition, ("inputs", "outputs", "instructions", "name", "description"), "signature")
         inputs = _read_fields(definition.get("inputs"), "signature.inputs")
         outputs = _read_fields(definition.get("outputs"), "signature.outputs")
         description = _optional_text(definition, "description")
@@ -111,7 +111,7 @@ def _read_fields(fields: object, where: str) -> list[_Field]:
         here = f"{where}[{index}]"
         if not isinstance(field, dict):
             raise InvalidArgs(f'{here}: expected an object such as {{"name": "question", "type": "str"}}')
-        _refuse_unknown(field, ("name", "type", "description", "desc"), here)
+        refuse_unknown(field, ("name", "type", "description", "desc"), here)
         description = field.get("description", field.get("desc"))
         if description is not None and not isinstance(description, str):
             raise InvalidArgs(f"{here}.description: expected text")
@@ -130,12 +130,6 @@ def _optional_text(definition: dict[str, Any], key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InvalidArgs(f"signature.{key}: expected text")
     return value
-
-
-def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise InvalidArgs(f"{where}: unknown key {key!r}; expected {', '.join(known)}")
 
 
 def _check_name(name: object, where: str) -> str:

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal, Optional, Union
 import dspy
 import pydantic
 
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.errors import InvalidArgs, short
 from dspy_bridge.signatures.json_schema import annotation
-from dspy_bridge.signatures.json_schema.keywords import short
 
 # Longer texts are no types that anybody wrote; the parser's recursion stays far from Python's limit.
 MAX_TYPE_CHARS = 2000

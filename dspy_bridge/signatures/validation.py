@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import dspy
 import pydantic
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
+from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, short
 from dspy_bridge.signatures import media, validation_errors
-from dspy_bridge.signatures.json_schema.keywords import short
 
 # What DSPy's modules answer beside a signature's outputs: an answer is a turn of a history as it came.
 _OF_MODULES = frozenset(("reasoning", "rationale", "trajectory", "final_reasoning", "tool_calls"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed
-from dspy_bridge.signatures.json_schema.keywords import short
+from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, short
 
 _NOT_ALLOWED = "not_allowed"
 

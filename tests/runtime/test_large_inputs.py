@@ -158,7 +158,7 @@ def test_of_a_batch_less_is_large() -> None:
     watch = Threads()
     settings = Settings({"lm": "offline/echo"})
     commands = Commands(settings, lambda: None, dict)
-    commands._models = dspy_setup.Models(settings)  # by the thread that does it in the other tests, too
+    commands._loader._models = dspy_setup.Models(settings)  # by the thread that does it in the other tests, too
     call = cast(Any, Size(len(json.dumps(inputs))))
 
     async def main() -> None:

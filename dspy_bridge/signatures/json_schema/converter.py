@@ -14,7 +14,7 @@ from typing import Any
 import pydantic
 from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.errors import InvalidArgs, short
 from dspy_bridge.signatures.json_schema import keywords as words
 from dspy_bridge.signatures.json_schema import patterns
 
@@ -127,7 +127,7 @@ class _Converter:
             allowed = _union([self._kind(kind, {}, where, 0)[0] for kind in kinds])
             for value in values:
                 if not _fits(allowed, value):
-                    raise InvalidArgs(f"{where}.type: {words.short(json.dumps(value))} is none of that type")
+                    raise InvalidArgs(f"{where}.type: {short(json.dumps(value))} is none of that type")
         return core_schema.literal_schema(values), {
             word: schema[word] for word in ("type", "enum", "const") if word in schema
         }

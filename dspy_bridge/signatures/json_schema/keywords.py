@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.errors import InvalidArgs, short
 from dspy_bridge.signatures.json_schema import patterns
 
 # Those that say something to the LM and ask nothing of a value.
@@ -41,11 +41,6 @@ _FORMATS = {
     "date-time": re.compile(f"{_DATE}[Tt ]{_TIME}", re.ASCII),
     "uuid": re.compile(f"{_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}}"),
 }
-
-
-def short(text: str) -> str:
-    """A text as an error quotes it."""
-    return repr(text if len(text) <= 60 else text[:59] + "…")
 
 
 def step(word: str, name: str) -> str:

@@ -388,7 +388,7 @@ def parameters() -> list[str]:
     folders = (Path(dspy.__file__).parent / "predict", Path(dspy.__file__).parent / "primitives")
     sources = [
         *(path for folder in folders for path in folder.glob("*.py")),
-        ROOT / "dspy_bridge" / "programs" / "runners.py",
+        *(ROOT / "dspy_bridge" / "programs" / name for name in ("runners.py", "best_of.py")),
     ]
     names: set[str] = set()
     for source in sources:

@@ -467,6 +467,7 @@ def endless(taken: list[int], stop: threading.Event) -> Iterator[str]:
         yield f"{taken[0]:>5} " * 170
 
 
+@pytest.mark.skipif(DSPY < (3, 4), reason="LiteLLM reads ahead")
 def test_an_owner_that_does_not_read_slows_the_lm_and_nothing_is_stored(stage: Stage) -> None:
     """The LM writes without end: it gets no further than what the pipes hold, goes on with the reading, and is
     closed by a cancel.

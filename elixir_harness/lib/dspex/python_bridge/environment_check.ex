@@ -73,14 +73,18 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     end
   end
 
-  @doc "Probes the interpreter for the required packages, in the environment that the peer gets."
+  # The next three are also for `DSPex.PythonBridge.Doctor`.
+
+  # What the interpreter says of the required packages, in the environment that the peer is to have.
+  @doc false
   @spec probe(Path.t(), [String.t()], Options.t()) :: {:ok, Probe.t()} | {:error, String.t()}
   def probe(python, required, options) do
     names = Enum.uniq(Enum.flat_map(required, &names/1))
     Probe.run(python, options.script_path, names, Options.port_env(options))
   end
 
-  @doc "The version of a package; nil if it is not installed."
+  # The version of a package that the probe was made for; nil if it is not installed.
+  @doc false
   @spec version(String.t(), Probe.t()) :: String.t() | nil
   def version(package, probe), do: Enum.find_value(names(package), &probe.found[&1])
 
@@ -103,9 +107,9 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     end
   end
 
-  @doc """
-  The folder of the peer's package; true if the folder is unknown, or if the script does not need the package.
-  """
+  # Where the peer's package is: a folder, or true if it is somewhere, or the script is one of another kind, which brings
+  # what it needs.
+  @doc false
   @spec bridge_package(Probe.t(), String.t(), Path.t()) ::
           {:ok, String.t() | true} | {:error, String.t()}
   def bridge_package(%Probe{bridge: false} = probe, source, script) do

@@ -71,7 +71,7 @@ defmodule DSPex.PythonBridge.Bridge.ShutdownTest do
     eventually(fn -> not Enum.any?(pids, &alive?/1) end)
   end
 
-  test "System.stop/0 is not held up by a peer that does not read, and leaves none" do
+  test "System.stop/0 is not delayed by a peer that does not read, and leaves none" do
     # The pings of the start and of the script.
     opts = fake_opts("never_reads", env: %{"FAKE_ANSWERS" => "2"})
 
