@@ -197,7 +197,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
     text = Enum.map_join(lines, &"\n  #{&1}")
     # URLs of package indexes may have a name and a password.
     text = Regex.replace(~r{://[^/\s]+@}, text, "://[redacted]@")
-    text = Redaction.redact(text, %Options{script_path: "", env: fn -> %{} end})
+    text = Redaction.redact(text, %Options{script_path: "", drain_ms: 0, env: fn -> %{} end})
     "#{program} failed (exit status #{status}):" <> text
   end
 end
