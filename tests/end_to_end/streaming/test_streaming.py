@@ -507,7 +507,10 @@ def test_deadlines_hold_while_nobody_reads(stage: Stage) -> None:
     taken, stop = [0], threading.Event()
     stage.answer = lambda _request: endless(taken, stop)
     id = stage.start(stage.create(), timeout_ms=700)
-    assert stage.server.closed_by_client.acquire(timeout=PATIENCE), "the peer, whose pipe is full, keeps the LM waiting"
+    if DSPY >= (3, 4):  # LiteLLM's is closed with the next garbage
+        assert stage.server.closed_by_client.acquire(timeout=PATIENCE), (
+            "the peer keeps the LM waiting: its pipe is full"
+        )
     frames, reply = stage.read(id)
     assert frames and reply["error_type"] == "timeout"
     stop.set()
