@@ -5,6 +5,10 @@ The text of an error is one line for people: what is wrong and what was expected
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class BridgeError(Exception):
     """A failure that its caller is told as it is. Anything else that is raised is a defect: `internal`."""
@@ -31,6 +35,19 @@ class InvalidArgs(BridgeError):
     """An argument of a command is missing or wrong."""
 
     error_type = "invalid_args"
+
+
+def short(text: str) -> str:
+    """A string as an error quotes it."""
+    return repr(text if len(text) <= 60 else text[:59] + "…")
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Raises `InvalidArgs` for a name that is not in `known`. `where`: the object that has it; an argument if empty."""
+    for name in given:
+        if name not in known:
+            text = f"{where}: unknown key {short(name)}" if where else f"{name}: unknown argument"
+            raise InvalidArgs(f"{text}; expected {', '.join(known)}")
 
 
 class UnknownCommand(BridgeError):

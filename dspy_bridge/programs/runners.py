@@ -1,11 +1,9 @@
-"""How a program's module is called: on the event loop, or in a worker thread where it is sync. Imports DSPy."""
+"""Runners call a program's module: on the event loop, or in a worker thread if it is sync. Imports DSPy."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import dspy
@@ -13,10 +11,9 @@ import dspy
 from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
-from dspy_bridge.programs.remote_tools import HostTool
-from dspy_bridge.programs.rewards import Reward
+from dspy_bridge.programs.remote_tools import RemoteTool
 from dspy_bridge.runtime import large_inputs
-from dspy_bridge.runtime.worker_threads import THREADS
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
 class Runner:
@@ -32,51 +29,46 @@ class Runner:
         self.takes_config = takes_config
 
     def check(self, inputs: dict[str, Any]) -> None:
-        """Check the extra inputs, before any LM is asked. Raises `InvalidArgs`."""
+        """Check the extra inputs before any LM call. Raises `InvalidArgs`."""
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
-        """The adapter for a call, where one of the program's own was chosen or DSPy's default will not do."""
+        """The adapter for a call; None for DSPy's default. `chosen`: the program's own."""
         return chosen
 
     @property
     def on_loop(self) -> bool:
-        """Whether calls run on the event loop, not in a thread: the large ones of DSPy's modules never do."""
+        """Whether calls run on the event loop. Calls with large inputs run in a thread."""
         return hasattr(self.module, "aforward") and not large_inputs.here.get()
 
-    async def run(self, values: dict[str, Any]) -> Any:
-        """One call; gives the prediction."""
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
+        """One call; returns the prediction."""
         module = self.module
         if self.on_loop:
             return await module.acall(**values)
-        return await in_thread(lambda: module(**values))
-
-
-async def in_thread(work: Callable[[], Any]) -> Any:
-    """Run `work` in a worker thread, with DSPy's context of now."""
-    return await THREADS.run(work)
+        return await threads.run(lambda: module(**values))
 
 
 class ToolCallRunner(Runner):
-    """Predict or ChainOfThought with tools: the LM says which to call, natively where it can, and they are called."""
+    """Predict or ChainOfThought with tools: runs the tool calls of the LM's answer, native ones if the LM has them."""
 
-    def __init__(self, kind: Any, signature: type[dspy.Signature], callers: list[HostTool]) -> None:
+    def __init__(self, kind: Any, signature: type[dspy.Signature], tools: list[RemoteTool]) -> None:
         for name in ("tools", "tool_calls"):
             if name in signature.fields:
                 raise InvalidArgs(f"signature: with tools, the field {name!r} is DSPy's; choose another name")
         signature = signature.append("tools", dspy.InputField(), list[dspy.Tool])
         signature = signature.append("tool_calls", dspy.OutputField(), dspy.ToolCalls)
         super().__init__(kind(signature))
-        self._tools = {tool.name: tool for tool in callers}
+        self._tools = {tool.name: tool for tool in tools}
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
-        """Native function calling is the adapter's to ask for, where the LM has it."""
+        """The chosen adapter with native function calling, which it uses if the LM has it."""
         adapter = copy.copy(chosen or dspy.settings.adapter or dspy.ChatAdapter())
         adapter.use_native_function_calling = True
         return adapter
 
-    async def run(self, values: dict[str, Any]) -> Any:
-        """The prediction, its `tool_calls` with the results; those of one answer run at once."""
-        prediction = await super().run({**values, "tools": list(self._tools.values())})
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
+        """The prediction, with results in its `tool_calls`; these run concurrently."""
+        prediction = await super().run({**values, "tools": list(self._tools.values())}, threads)
         asked = prediction.get("tool_calls")
         calls = [] if asked is None else asked.tool_calls
         prediction.tool_calls = await asyncio.gather(*(self._call(call.name, call.args) for call in calls))
@@ -89,39 +81,44 @@ class ToolCallRunner(Runner):
             return {**called, "error": f"there is no tool {name}"}
         try:
             return {**called, "result": await tool.acall(**args)}
-        except Exception as error:  # an observation, as in ReAct: what the LM got wrong fails nothing else
+        except Exception as error:  # an observation, as in ReAct: the other calls go on
             return {**called, "error": str(error)}
 
 
 class ComparisonRunner(Runner):
-    """MultiChainComparison: answers that there are already are compared."""
+    """MultiChainComparison: compares given completions."""
 
     extra = ("completions",)
 
     def __init__(self, module: dspy.Module, answer: str, count: int) -> None:
-        """`answer`: the output that is compared; `count`: how many answers DSPy wants."""
+        """`answer`: the output that is compared; `count`: how many completions DSPy wants."""
         super().__init__(module)
         self._answer, self._count = answer, count
 
     def check(self, inputs: dict[str, Any]) -> None:
-        """`completions`: as many as M, each with its reasoning and its answer."""
+        """`completions` must be M objects, each with reasoning and answer."""
         completions = inputs.get("completions")
-        wanted = f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
-        if not isinstance(completions, list) or len(completions) != self._count:
-            raise InvalidArgs(wanted)
-        for completion in completions:
-            if not isinstance(completion, dict) or self._answer not in completion:
-                raise InvalidArgs(wanted)
-            if not isinstance(completion.get("rationale", completion.get("reasoning")), str):
-                raise InvalidArgs(wanted)
+        if (
+            not isinstance(completions, list)
+            or len(completions) != self._count
+            or not all(
+                isinstance(one, dict)
+                and self._answer in one
+                and isinstance(one.get("rationale", one.get("reasoning")), str)
+                for one in completions
+            )
+        ):
+            raise InvalidArgs(
+                f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
+            )
 
 
 class CodeRunner(Runner):
-    """Modules that run code: always in a thread, since they wait for their sandbox there."""
+    """Modules that run code: always in a thread, where they wait for their sandbox."""
 
     on_loop = False
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """As `Runner`'s; a cancelled call ends its sandbox, too."""
 
         def work() -> Any:
@@ -132,122 +129,14 @@ class CodeRunner(Runner):
             finally:
                 ending.returned.set()
 
-        # Fields that may be absent are None for code.
+        # The code sees None for absent inputs.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
         try:
-            return await in_thread(work)
+            return await threads.run(work)
         except dspy.CodeInterpreterError as error:
             raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
         except RuntimeError as error:
-            # ProgramOfThought has no type of its own for it.
+            # ProgramOfThought has no exception type for it.
             if not str(error).startswith(dspy_internals.NO_MORE_HOPS):
                 raise
             raise OutputInvalid(f"the code that the LM wrote failed each time: {error}") from error
-
-
-class BestRunner(Runner):
-    """BestOfN or Refine: a copy of it for each call, since they count failures in themselves."""
-
-    def __init__(self, kind: Any, inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> None:
-        self._inner = inner
-        self._reward = reward
-        made = (
-            kind(module=inner, reward_fn=reward, **chosen) if kind is dspy.BestOfN else _refine(inner, reward, chosen)
-        )
-        # Its predictors, and so its state, are the inner module's.
-        super().__init__(made)
-
-    async def run(self, values: dict[str, Any]) -> Any:
-        """The best prediction; if there is none, the last failure is raised."""
-        failures = _Failures()
-        module = copy.copy(self.module)
-        module.module = _Attempt(self._inner, failures)
-        module.reward_fn = lambda *args: _guarded(failures, self._reward, *args)
-        adapter = _without_advice_in_errors(dspy.settings.adapter or dspy.ChatAdapter(), failures)
-        # DSPy adds to the trace whatever the setting; None, which keeps it from growing, would be a TypeError.
-        with dspy.context(trace=[], adapter=adapter):
-            try:
-                prediction = await in_thread(lambda: module(**values))
-            except _Failed:
-                raise failures[-1] from None
-        if prediction is None:
-            raise failures[-1] if failures else OutputInvalid("no attempt gave an answer")
-        return prediction
-
-
-def _refine(inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> dspy.Module:
-    kind: Any = type(inner)
-    made = copy.copy(_refine_of(kind))
-    made.module, made.threshold, made.N = inner, chosen["threshold"], chosen["N"]
-    made.fail_count = chosen.get("fail_count", made.N)
-    made.reward_fn_code = reward.text
-    return made
-
-
-@functools.cache
-def _refine_of(kind: Any) -> dspy.Module:
-    """A Refine that has read the source of its module's class. That parses whole files: 10 ms or more each time."""
-
-    def reward(_inputs: Any, _prediction: Any) -> float:
-        """Refine wants the source of a reward, too."""
-        return 0.0
-
-    while True:
-        try:
-            return dspy.Refine(
-                module=kind("question -> answer", **_NEEDED.get(kind, {})), N=1, reward_fn=reward, threshold=1.0
-            )
-        except SystemError:
-            continue  # another thread parses, too: python/cpython issue 106905, in 3.11 and before
-
-
-# What a constructor wants beside a signature.
-_NEEDED: dict[type, dict[str, Any]] = {dspy.ReAct: {"tools": []}}
-
-
-class _Failures(list[Exception]):
-    """What went wrong; shared by the copies that DSPy makes of a module for each attempt."""
-
-    def __deepcopy__(self, _memo: object) -> _Failures:
-        return self
-
-
-class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
-    """DSPy prints why an attempt failed: the text, which may hold contents, is kept here, out of the log."""
-
-    def __init__(self, inner: dspy.Module, failures: _Failures) -> None:
-        super().__init__()
-        self.inner = inner
-        self.failures = failures
-
-    def forward(self, **values: Any) -> Any:
-        return _guarded(self.failures, self.inner, **values)
-
-
-class _Failed(Exception):
-    """What DSPy sees of a failure that is kept elsewhere."""
-
-
-def _guarded(failures: _Failures, work: Any, /, *args: Any, **values: Any) -> Any:
-    # A signature's input may have any name, also that of a parameter here.
-    try:
-        return work(*args, **values)
-    except Exception as error:
-        failures.append(error)
-        raise _Failed(type(error).__name__) from None
-
-
-def _without_advice_in_errors(adapter: dspy.Adapter, failures: _Failures) -> dspy.Adapter:
-    """The same for the LM call of Refine's own, whose failures DSPy prints too."""
-
-    class Guarded(type(adapter)):  # type: ignore[misc]  # DSPy ships no types
-        # Refine makes another of the same class, without arguments.
-        def __init__(self) -> None:
-            self.__dict__.update(adapter.__dict__)
-
-        def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-            if signature is dspy_internals.OFFER_FEEDBACK.value:
-                return _guarded(failures, adapter, lm, lm_kwargs, signature, demos, inputs)
-            return adapter(lm, lm_kwargs, signature, demos, inputs)
-
-    return Guarded()

@@ -53,7 +53,9 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert Interpreter.find("sh") == {:ok, System.find_executable("sh")}
   end
 
-  test "what is set but not there is an error that says so, never skipped", %{tmp_dir: dir} do
+  test "a setting that names a missing interpreter is an error, and is not skipped", %{
+    tmp_dir: dir
+  } do
     assert {:error, text} = Interpreter.find("/no/such/python")
     assert text =~ "no Python found" and text =~ "/no/such/python"
     assert {:error, text} = Interpreter.find("no-such-python")
@@ -72,13 +74,13 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert text =~ "virtual_env" and text =~ "/no/venv"
   end
 
-  test "an empty variable is an unset one" do
+  test "an empty variable counts as unset" do
     put_system_env("DSPY_VENV", "")
     put_system_env("PYTHON_EXECUTABLE", "")
     assert Interpreter.find() == {:ok, System.find_executable("python3")}
   end
 
-  test "what decided is told" do
+  test "the setting that decided is named" do
     assert {:ok, _path, :path} = Interpreter.locate()
     assert {:ok, _path, :option} = Interpreter.locate("sh")
     put_system_env("PYTHON_EXECUTABLE", System.find_executable("sh"))
@@ -86,7 +88,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert Interpreter.base() == {:ok, path, :python_executable}
   end
 
-  describe "a relative path that leads nowhere: where it was looked for, and what holds from anywhere" do
+  describe "a relative path to nothing: where it was searched for, and what works everywhere" do
     test "in the configuration" do
       put_config(:python_environment, virtual_env: "_build/no_such_venv")
       assert {:error, text} = Interpreter.find()
@@ -144,7 +146,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
                  "(remove it, and `mix dspex.setup` makes it anew)"
     end
 
-    test "of the variable DSPY_VENV dspex.setup is to be told", %{venv: venv} do
+    test "for the variable DSPY_VENV dspex.setup needs --path", %{venv: venv} do
       put_config(:python_environment, [])
       put_system_env("DSPY_VENV", venv)
 
@@ -167,7 +169,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
       assert Interpreter.lack(venv) == nil
     end
 
-    test "nothing is there, or an empty folder: dspex.setup makes it", %{venv: venv} do
+    test "it is missing, or an empty folder: dspex.setup makes it", %{venv: venv} do
       assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
       File.rmdir!(venv)
 

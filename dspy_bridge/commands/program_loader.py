@@ -1,0 +1,90 @@
+"""Loads programs in a thread of its own; the first one imports DSPy and sets it up."""
+
+from __future__ import annotations
+
+import time
+
+from dspy_bridge.errors import SetupFailed
+from dspy_bridge.runtime.gc_freeze import GcFreezer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from dspy_bridge.commands.program_registry import Entry
+    from dspy_bridge.lm.dspy_setup import Models
+    from dspy_bridge.programs.program import Program
+    from dspy_bridge.runtime.worker_threads import WorkerThreads
+    from dspy_bridge.settings import Settings
+
+# The cause of a failed set-up may be temporary. Until the next attempt, requests get the last failure.
+_RETRY_SECONDS = 1.0
+
+
+class ProgramLoader:
+    """One per peer. DSPy lets only the thread that configured it first configure it again, so there is one thread."""
+
+    def __init__(self, settings: Settings, setup: Callable[[], None], threads: WorkerThreads) -> None:
+        """`setup` runs before DSPy is imported; `threads` are for modules without an async forward."""
+        self._settings = settings
+        self._setup = setup
+        self._threads = threads
+        self._models: Models | None = None
+        # The last failure, and when that was.
+        self._setup_failed: tuple[str, float] | None = None
+        self._thread: Any = None
+        self._garbage = GcFreezer()
+
+    async def load(self, entry: Entry) -> Program:
+        """The program of an entry, loaded once for all requests that need it. On the event loop."""
+        import asyncio
+
+        if entry.loading is None:
+            if self._thread is None:
+                from dspy_bridge.runtime.daemon_threads import DaemonThreads
+
+                self._thread = DaemonThreads(1, "dspy_bridge-loader")
+            load = asyncio.get_running_loop().run_in_executor(self._thread, self._make, entry.definition)
+            entry.loading = load
+            # All its waiters may be cancelled: asyncio would then log a failure as never retrieved.
+            load.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # A cancelled waiter does not stop it for the others.
+        return await asyncio.shield(entry.loading)
+
+    def degraded(self) -> list[str]:
+        """Names of the features that the installed DSPy does not allow; empty before it is imported."""
+        return [] if self._models is None else self._models.degraded()
+
+    def removed(self, count: int) -> None:
+        """So many programs have been removed: their memory can be collected. From any thread."""
+        if self._garbage.removed(count) and self._thread is not None:
+            self._thread.submit(self._garbage.settle)
+
+    def _make(self, definition: dict[str, Any]) -> Program:
+        if self._models is None:
+            self._models = self._load_dspy()
+        from dspy_bridge.programs.program import Program
+
+        program = Program(definition, self._models, self._threads)
+        if self._garbage.loaded():
+            self._garbage.settle()
+        return program
+
+    def _load_dspy(self) -> Models:
+        if self._setup_failed is not None and time.monotonic() < self._setup_failed[1] + _RETRY_SECONDS:
+            raise SetupFailed(self._setup_failed[0])
+        self._setup()
+        try:
+            from dspy_bridge.lm.dspy_setup import Models
+
+            models = Models(self._settings)
+        except BaseException as error:  # user code and DSPy's own may raise anything
+            from dspy_bridge.logs import peer_log
+
+            why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be set up: {error}"
+            why = f"{why}; the peer's log has the traceback under {peer_log.exception(error)}"
+            self._setup_failed = why, time.monotonic()
+            raise SetupFailed(why) from None
+        self._garbage.settle()  # DSPy itself is half a million objects
+        return models
