@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   @error_lines 15
 
   @enforce_keys [:progress]
-  # sign_of_life_ms: how long a step may be silent.
+  # sign_of_life_ms: the interval of progress lines during a step.
   defstruct [:progress, :uv, sign_of_life_ms: 10_000]
 
   @type t :: %__MODULE__{
@@ -108,7 +108,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
 
         not Probe.of?(probe, folder) ->
           {:error,
-           "#{folder} is no virtual environment any more, its Python would install into #{probe.prefix}: #{elsewhere()}"}
+           "#{folder} is not a virtual environment any more, its Python would install into #{probe.prefix}: #{elsewhere()}"}
 
         true ->
           {:ok, probe}

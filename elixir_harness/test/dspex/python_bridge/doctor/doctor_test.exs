@@ -319,7 +319,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :failed, found: found} = folders(env)
       assert found =~ "DSPY_BRIDGE_STATE_DIR names #{File.cwd!()}/no/states, where there is no"
       assert found =~ ~s(it was given as "no/states")
-      assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is no folder"
+      assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is not a folder"
 
       assert found =~
                "DSPY_BRIDGE_DISK_CACHE names #{file}/cache, which cannot be made in #{file}"
