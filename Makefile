@@ -57,7 +57,7 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	@# The other pins hold for DSPy's releases; a pre-release may need what is newer.
 	@grep -v '^dspy==' $(if $(filter pre,$(VERSION)),/dev/null,$(PINS)) > $(VENV)/dspy-$(VERSION)/pins.txt || true
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/dspy-$(VERSION)/bin/python -c $(VENV)/dspy-$(VERSION)/pins.txt \
-	  -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
+	  --upgrade-package dspy -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
 	  $(addprefix tests/end_to_end/,lm programs streaming commands)
 
@@ -68,6 +68,8 @@ check: setup dialyzer ## lint, formats, types, warnings
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@if test -x $(VENV)/bin/lint-imports; then $(VENV)/bin/lint-imports --no-logo --no-cache; \
+	else echo "not checked: the imports between rooms; import-linter needs Python 3.11"; fi
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
 	@# No module imports one that imports it, by whatever way.
 	cd $(HARNESS) && MIX_ENV=test mix xref graph --format cycles --fail-above 0

@@ -63,11 +63,11 @@ def main() -> int:
 def _serve(chosen: Settings, reading: int, writing: int) -> None:
     from dspy_bridge import app
     from dspy_bridge.port import reader
-    from dspy_bridge.port.frame_writer import Writer
+    from dspy_bridge.port.frame_writer import FrameWriter
     from dspy_bridge.runtime import allocator
     from dspy_bridge.wire import messages
 
-    writer = Writer(writing, reader.exit_now)
+    writer = FrameWriter(writing, reader.exit_now)
 
     def send_log(level: str, logger: str, message: str, traceparent: str | None) -> None:
         # Records wait in a bounded queue of their own, not among the replies.
@@ -77,7 +77,7 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     dispatcher = app.build_dispatcher(chosen, writer.send, send_log=send_log, when_room=writer.when_room)
     gc.enable()
     # The watchdog, which runs by now, is to outlive this.
-    allocator.give_way()
+    allocator.raise_oom_score()
     reader.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 
 

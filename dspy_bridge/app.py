@@ -32,7 +32,7 @@ def build_dispatcher(
     def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
         from dspy_bridge.runtime import inline_executor
 
-        loop.set_default_executor(inline_executor.Executor(memory_cache_only=settings.disk_cache is None))
+        loop.set_default_executor(inline_executor.InlineExecutor(memory_cache_only=settings.disk_cache is None))
 
     commands = Commands(settings, lambda: set_up_logs(settings.log_level, send_log), lambda: dispatcher.load())
     dispatcher = Dispatcher(
@@ -42,7 +42,7 @@ def build_dispatcher(
         max_in_flight=min(settings.max_in_flight, stdio.spare()),
         max_queue=settings.max_queue,
         max_frame_bytes=settings.max_frame_bytes,
-        log_exception=lambda: log_exception(settings.log_level, send_log),
+        log_exception=lambda error: log_exception(error, settings.log_level, send_log),
         when_room=when_room,
         prepare_loop=prepare_loop,
     )
@@ -56,9 +56,9 @@ def set_up_logs(level: str, send: SendRecord | None = None) -> None:
     peer_log.setup(level, send)
 
 
-def log_exception(level: str, send: SendRecord | None = None) -> str:
-    """Log the exception being handled; returns its reference. Sets up logging if nothing has yet."""
+def log_exception(error: BaseException, level: str, send: SendRecord | None = None) -> str:
+    """Log `error`; returns its reference. Sets up logging if nothing has yet."""
     from dspy_bridge.logs import peer_log
 
     peer_log.setup(level, send)
-    return peer_log.exception()
+    return peer_log.exception(error)

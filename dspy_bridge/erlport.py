@@ -54,7 +54,7 @@ def call(command: Any, args: Any = None) -> dict[bytes, Any]:
     answer: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     _send(command, args, answer.put)
     reply = _reply(answer.get(), atom)
-    allocator.give_back()
+    allocator.trim()
     return reply
 
 
@@ -90,7 +90,7 @@ class Peer:
         """Have a command carried out. `reply` gets the payload that the port would send, once, on any thread."""
         id = next(self._ids)
         payload = encode_value({"id": id, "command": command, "args": args})
-        allocator.seen(len(payload))
+        allocator.note_payload(len(payload))
         self._waiting[id] = reply
         try:
             told = self._receive(payload)
@@ -108,7 +108,7 @@ class Peer:
         return told
 
     def _answer(self, id: int, payload: bytes) -> None:
-        allocator.seen(len(payload))
+        allocator.note_payload(len(payload))
         reply = self._waiting.pop(id, None)
         if reply is not None:
             reply(payload)
@@ -184,7 +184,7 @@ def _cast_all() -> None:
     while True:
         # In a function of its own: its locals would keep the last reply alive for as long as this waits.
         _cast(*_casts.get())
-        allocator.give_back()
+        allocator.trim()
 
 
 def _cast(pid: Any, ref: Any, payload: bytes) -> None:
@@ -193,8 +193,8 @@ def _cast(pid: Any, ref: Any, payload: bytes) -> None:
         importlib.import_module("erlport.erlang").cast(pid, (atom(b"dspy_reply"), ref, _reply(payload, atom)))
     except EOFError:  # ErlPort's word for: Erlang is gone, and with it all who waited
         pass
-    except Exception:  # a reference that ErlPort cannot encode: the others are still to be told
-        _log_exception()
+    except Exception as error:  # a reference that ErlPort cannot encode must not stop the thread
+        _log_exception(error)
 
 
 def _atom() -> Callable[[bytes], Any]:
@@ -203,5 +203,5 @@ def _atom() -> Callable[[bytes], Any]:
     return atom
 
 
-def _log_exception() -> str:
-    return app.log_exception("info" if _peer is None else _peer.settings.log_level)
+def _log_exception(error: BaseException) -> str:
+    return app.log_exception(error, "info" if _peer is None else _peer.settings.log_level)

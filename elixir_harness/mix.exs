@@ -157,7 +157,7 @@ defmodule DSPex.MixProject do
           DSPex.Application,
           DSPex.PythonBridge.Supervisor,
           DSPex.PythonBridge.Options,
-          DSPex.PythonBridge.Python.Interpreter
+          DSPex.PythonBridge.Venv
         ],
         "Looking at it": [
           DSPex.PythonBridge.Monitor,
@@ -166,8 +166,7 @@ defmodule DSPex.MixProject do
           DSPex.PythonBridge.Doctor,
           DSPex.PythonBridge.EnvironmentCheck
         ],
-        "The wire": [DSPex.PythonBridge.Protocol],
-        "How it is made": ~r/./
+        "The wire": [DSPex.PythonBridge.Protocol]
       ],
       nest_modules_by_prefix: [DSPex.PythonBridge],
       # The pictures of the pages.

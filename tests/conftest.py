@@ -54,7 +54,7 @@ def fresh_echo_peer() -> Iterator[Peer]:
 
 
 @pytest.fixture(scope="session")
-def lms() -> Iterator[list[LMServer]]:
+def idle_lms() -> Iterator[list[LMServer]]:
     """Loopback LMs that no test uses at present."""
     servers: list[LMServer] = []
     yield servers
@@ -63,9 +63,9 @@ def lms() -> Iterator[list[LMServer]]:
 
 
 @pytest.fixture
-def start_lm(lms: list[LMServer]) -> Iterator[Callable[..., LMServer]]:
+def start_lm(idle_lms: list[LMServer]) -> Iterator[Callable[..., LMServer]]:
     """Starts loopback LMs."""
-    with lent(lms, LMServer) as start:
+    with lent(idle_lms, LMServer) as start:
         yield start
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+# The key of all of them, which nothing may log.
+KEY = "sk-test-0123456789"
 Answer = str | tuple[int, dict[str, Any]] | Iterator[str | bytes]
 
 
@@ -138,7 +140,7 @@ class LMServer:
 
     def options(self, **more: Any) -> dict[str, Any]:
         """Keyword arguments of dspy.LM that lead here."""
-        return {"api_base": self.url, "api_key": "sk-test-0123456789", "cache": False, "num_retries": 0, **more}
+        return {"api_base": self.url, "api_key": KEY, "cache": False, "num_retries": 0, **more}
 
 
 def event(model: str, delta: dict[str, Any], finish: str | None) -> bytes:

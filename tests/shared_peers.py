@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lm_server import KEY
 from peer import Peer
 
 # Each takes some 90 MB.
@@ -40,21 +41,33 @@ def shared_peer(*flags: str, env: dict[str, str] | None = None) -> Iterator[Peer
 
 
 def _reset(peer: Peer) -> bool:
-    """Remove its programs and read its log; whether it is idle, and owes nobody a frame."""
+    """Remove its programs and look through its log; whether it is idle, and owes nobody a frame."""
     if peer.process.poll() is not None or not peer.idle():
         return False
     peer.call("cleanup")
     stats = peer.call("get_stats")["result"]
     if stats["in_flight"] or stats["queued"] or stats["threads"]["running"] or not peer.idle():
         return False
-    assert peer.process.stderr is not None
-    while select.select([peer.process.stderr], [], [], 0)[0] and os.read(peer.process.stderr.fileno(), 1 << 16):
-        pass
+    assert KEY not in _log(peer)
     peer.ids = itertools.count(1)
     return True
 
 
+def _log(peer: Peer) -> str:
+    """What it has logged since this was last called."""
+    assert peer.process.stderr is not None
+    log = b""
+    while select.select([peer.process.stderr], [], [], 0)[0]:
+        data = os.read(peer.process.stderr.fileno(), 1 << 16)
+        if not data:
+            break
+        log += data
+    return log.decode(errors="replace")
+
+
 def close() -> None:
-    """End those that are left."""
+    """End those that are left; none has logged the LMs' key."""
     while _idle:
-        _idle.popitem()[1].__exit__()
+        _, peer = _idle.popitem()
+        with peer:
+            assert KEY not in peer.finish()[2]

@@ -21,7 +21,7 @@ async def run(
     other calls run in between. With `stream`, each result is also sent when it is ready, with its index.
     """
     results: list[Any] = [None] * len(items)
-    turns = call.host.turns
+    limiter = call.services.limiter
     tasks: set[asyncio.Task[None]] = set()
 
     async def one(index: int) -> None:
@@ -30,20 +30,20 @@ async def run(
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # user code may raise anything
-            results[index] = call.host.describe(error)
+            results[index] = call.services.describe(error)
         if stream:
-            await call.tell({"index": index, **results[index]})
+            await call.stream_item({"index": index, **results[index]})
 
     def ended(task: asyncio.Task[None]) -> None:
         tasks.discard(task)
         # Not at the end of `one`, which does not run if the task is cancelled before its first step.
-        turns.leave()
+        limiter.release()
 
     try:
         for index in range(len(items)):
-            if call.gave_turn:
-                await turns.take()
-            call.gave_turn = True
+            if call.slot_transferred:
+                await limiter.acquire()
+            call.slot_transferred = True
             task = asyncio.get_running_loop().create_task(one(index))
             tasks.add(task)
             task.add_done_callback(ended)

@@ -11,7 +11,7 @@ from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry, working
 from dspy_bridge.dispatch.call import Call, Command
 from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed, refuse_unknown
-from dspy_bridge.runtime.worker_threads import THREADS
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
@@ -47,7 +47,8 @@ class Commands:
         self._load = load
         self._started = time.monotonic()
         self._registry = Registry()
-        self._loader = ProgramLoader(settings, setup)
+        self._threads = WorkerThreads()
+        self._loader = ProgramLoader(settings, setup, self._threads)
         self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Command]:
@@ -74,7 +75,7 @@ class Commands:
         arguments.optional_object(args, "config")
         arguments.optional_object(args, "lm")
         entry = self._registry.add(id, args)
-        call.settle = lambda created: self._settle(entry, created)
+        call.on_reply = lambda created: self._settle(entry, created)
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
@@ -116,7 +117,7 @@ class Commands:
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._load(),
-            "threads": THREADS.counts(),
+            "threads": self._threads.counts(),
             "pid": os.getpid(),
             "versions": self._versions,
             "degraded": self._loader.degraded(),
@@ -173,11 +174,11 @@ class Commands:
             program = await self._loader.load(entry)
             try:
                 detail["state"] = await asyncio.to_thread(program.state)
-            except Exception:
+            except Exception as error:
                 from dspy_bridge.logs import peer_log
 
                 detail["state"] = None
-                peer_log.exception()
+                peer_log.exception(error)
         return listed
 
     async def _working(self, entry: Entry, call: Call) -> tuple[Entry, Program]:

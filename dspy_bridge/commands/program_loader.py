@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from dspy_bridge.errors import SetupFailed
-from dspy_bridge.runtime.gc_freeze import Garbage
+from dspy_bridge.runtime.gc_freeze import GcFreezer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dspy_bridge.commands.program_registry import Entry
     from dspy_bridge.lm.dspy_setup import Models
     from dspy_bridge.programs.program import Program
+    from dspy_bridge.runtime.worker_threads import WorkerThreads
     from dspy_bridge.settings import Settings
 
 # The cause of a failed set-up may be temporary. Until the next attempt, requests get the last failure.
@@ -24,15 +25,16 @@ _RETRY_SECONDS = 1.0
 class ProgramLoader:
     """One per peer. DSPy lets only the thread that configured it first configure it again, so there is one thread."""
 
-    def __init__(self, settings: Settings, setup: Callable[[], None]) -> None:
-        """`setup` runs before DSPy is imported."""
+    def __init__(self, settings: Settings, setup: Callable[[], None], threads: WorkerThreads) -> None:
+        """`setup` runs before DSPy is imported; `threads` are for modules without an async forward."""
         self._settings = settings
         self._setup = setup
+        self._threads = threads
         self._models: Models | None = None
         # The last failure, and when that was.
         self._setup_failed: tuple[str, float] | None = None
         self._thread: Any = None
-        self._garbage = Garbage()
+        self._garbage = GcFreezer()
 
     async def load(self, entry: Entry) -> Program:
         """The program of an entry, loaded once for all requests that need it. On the event loop."""
@@ -64,7 +66,7 @@ class ProgramLoader:
             self._models = self._load_dspy()
         from dspy_bridge.programs.program import Program
 
-        program = Program(definition, self._models)
+        program = Program(definition, self._models, self._threads)
         if self._garbage.loaded():
             self._garbage.settle()
         return program
@@ -81,7 +83,7 @@ class ProgramLoader:
             from dspy_bridge.logs import peer_log
 
             why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be set up: {error}"
-            why = f"{why}; the peer's log has the traceback under {peer_log.exception()}"
+            why = f"{why}; the peer's log has the traceback under {peer_log.exception(error)}"
             self._setup_failed = why, time.monotonic()
             raise SetupFailed(why) from None
         self._garbage.settle()  # DSPy itself is half a million objects

@@ -1,4 +1,4 @@
-"""What the dispatcher keeps of a request under way, and what it knows of a command."""
+"""A request in flight, and how a command is served."""
 
 from __future__ import annotations
 
@@ -8,85 +8,86 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from typing import Any
 
-    from dspy_bridge.dispatch.call_channel import Conversation
-    from dspy_bridge.dispatch.limiter import Turns
+    from dspy_bridge.dispatch.call_channel import CallChannel
+    from dspy_bridge.dispatch.limiter import Limiter
     from dspy_bridge.wire.messages import Request
 
 
-class Host:
-    """What the dispatcher has for the coroutines of calls, shared by all.
+class CallServices:
+    """What the dispatcher offers to all calls.
 
-    `turns`: for a call that takes its turns itself; `describe(error)`: what a reply would say of an exception.
+    `limiter`: for a call that acquires further slots itself. `describe(error)`: an exception as a reply shows it.
     """
 
-    __slots__ = ("conversation", "describe", "turns")
+    __slots__ = ("channel", "describe", "limiter")
 
     def __init__(
-        self, conversation: Conversation, turns: Turns, describe: Callable[[BaseException], dict[str, Any]]
+        self, channel: CallChannel, limiter: Limiter, describe: Callable[[BaseException], dict[str, Any]]
     ) -> None:
-        self.conversation = conversation
-        self.turns = turns
+        self.channel = channel
+        self.limiter = limiter
         self.describe = describe
 
 
 class Call:
     """One request from its receipt to its reply.
 
-    For its handler: `request` and its `size` in bytes; `host`; `meter`, whose `summary()` goes into meta; `gave_turn`,
-    for a coroutine that has given its turn to a part of itself; `settle`, called with whether the reply is a success,
-    just before it is sent and whatever the reason.
+    For its handler: `request` and its `size` in bytes; `services`; `meter`, whose `summary()` goes into meta;
+    `slot_transferred`, set by a call that has handed its slot to a sub-task, which releases it; `on_reply`, called with
+    whether the reply is a success, just before the reply is sent.
     """
 
     __slots__ = (
         "answered",
-        "gave_turn",
-        "handle",
-        "host",
+        "deadline",
+        "id",
         "meter",
+        "on_reply",
         "received",
         "request",
-        "settle",
+        "services",
         "size",
+        "slot_transferred",
         "start",
         "started",
         "task",
         "work",
     )
 
-    def __init__(self, request: Request, received: float, host: Host, size: int = 0) -> None:
+    def __init__(self, request: Request, received: float, services: CallServices, size: int = 0) -> None:
+        self.id = request.id
         self.request = request
         self.size = size
         self.received = received
-        self.host = host
+        self.services = services
         self.started = received
         self.work: Coroutine[Any, Any, Any] | None = None
         self.task: asyncio.Task[Any] | None = None
-        self.handle: asyncio.TimerHandle | None = None
-        # What its turn begins with.
+        self.deadline: asyncio.TimerHandle | None = None
+        # What the limiter calls when there is a slot.
         self.start: Callable[[], bool] | None = None
         self.meter: Any = None
-        self.gave_turn = False
-        self.settle: Callable[[bool], object] | None = None
+        self.slot_transferred = False
+        self.on_reply: Callable[[bool], object] | None = None
         self.answered = False
 
-    async def tell(self, item: dict[str, Any]) -> None:
-        """Send an item of the stream; slowed to what the caller takes. On the event loop."""
-        await self.host.conversation.tell(self, item)
+    # What follows is `Caller`.
 
-    def note(self, item: dict[str, Any]) -> None:
-        """Send an item of the stream, from any thread."""
-        self.host.conversation.note(self, item)
+    async def stream_item(self, item: dict[str, Any]) -> None:
+        await self.services.channel.stream_item(self, item)
 
-    async def ask(self, tool: str, args: dict[str, Any]) -> Any:
-        """Have a tool of the caller's called. Raises `ToolFailed`. On the event loop."""
-        return await self.host.conversation.ask(self, tool, args)
+    def stream_item_threadsafe(self, item: dict[str, Any]) -> None:
+        self.services.channel.stream_item_threadsafe(self, item)
+
+    async def call_tool(self, name: str, args: dict[str, Any]) -> Any:
+        return await self.services.channel.call_tool(self, name, args)
 
 
 class Command:
     """How one command is served.
 
-    `handler(args, call)` gives the result, or a coroutine that will. `limited`: its coroutine waits for its turn,
-    within the limits of what runs and waits.
+    `handler(args, call)` returns the result, or a coroutine that does. `limited`: the coroutine waits for a slot of the
+    limiter.
     """
 
     __slots__ = ("handler", "limited")

@@ -1,7 +1,7 @@
-"""What goes between an execute under way and its caller: chunks of a stream, questions to tools and their answers.
+"""The traffic between a running call and its client: items of its stream, tool calls and their results.
 
-Of the event loop's thread, but for `note`, `asked` and `hang_up`. Nothing is told after the reply; an answer that finds
-nobody, since the execute is over, is dropped.
+Runs on the event loop's thread, except where a method says otherwise. After a call's reply nothing more is sent for it,
+and the result of a tool that it called is dropped.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
-    from dspy_bridge.dispatch.call import Call
+    class OpenCall(Protocol):
+        """A call as the channel sees it."""
 
-_NOBODY = "the end of input has come; no answer can"
+        id: messages.Id
+        answered: bool
 
 
-class Conversation:
-    """The conversations of all calls; `push` sends a payload in the order of all, `when_room` is `Writer`'s."""
+_NO_ANSWER = "the end of input has come; no answer can"
+
+
+class CallChannel:
+    """The channel of all calls. `push` sends a payload in order with the replies; `when_room`: see `FrameWriter`."""
 
     def __init__(
         self,
@@ -37,89 +42,89 @@ class Conversation:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
         self._last_call_id = 0
-        self._asked: dict[int, asyncio.Future[messages.ToolResult]] = {}
-        self._hung_up = False
+        self._pending: dict[int, asyncio.Future[messages.ToolResult]] = {}
+        self._closed = False
 
-    def on(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The loop that all this happens on, called on its thread."""
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Set the event loop, on its thread."""
         self._loop = loop
         self._thread = threading.get_ident()
 
-    async def tell(self, call: Call, item: dict[str, Any]) -> None:
-        """Send an item of the call's stream. Returns once there is room for more: this slows the LM's own stream."""
-        self._tell(call, item)
+    async def stream_item(self, call: OpenCall, item: dict[str, Any]) -> None:
+        """Send an item of the call's stream. Returns when there is room for more, which slows the LM's own stream."""
+        self._send_item(call, item)
         while not call.answered:
             room = self._room()
             if room is None:
                 return
             await room
 
-    def note(self, call: Call, item: dict[str, Any]) -> None:
-        """The same from any thread, without waiting. For what is short and rare."""
+    def stream_item_threadsafe(self, call: OpenCall, item: dict[str, Any]) -> None:
+        """The same from any thread, without waiting: only for items that are short and rare."""
         assert self._loop is not None
         if threading.get_ident() == self._thread:
-            self._tell(call, item)  # in the order of what this thread sends besides
+            self._send_item(call, item)  # now, to keep the order of this thread's items
         else:
-            self._loop.call_soon_threadsafe(self._tell, call, item)
+            self._loop.call_soon_threadsafe(self._send_item, call, item)
 
-    async def ask(self, call: Call, name: str, args: dict[str, Any]) -> Any:
-        """Have a tool of the caller's called; gives its result. Raises `ToolFailed` with the caller's text."""
+    async def call_tool(self, call: OpenCall, name: str, args: dict[str, Any]) -> Any:
+        """The result of a tool of the client's. Raises `ToolFailed` with the client's error text."""
         import asyncio
 
         assert self._loop is not None
         if call.answered:
-            # Code that has swallowed its cancellation: nobody would ever answer this.
+            # Code that swallowed its cancellation: the client would never answer.
             raise asyncio.CancelledError("the execute is over")
         self._last_call_id += 1
         call_id = self._last_call_id
-        payload = messages.encode_tool_call(call.request.id, call_id, name, args)
+        payload = messages.encode_tool_call(call.id, call_id, name, args)
         if len(payload) > self._max_frame_bytes:
             raise FrameTooLarge(f"tool {name}: arguments of {len(payload)} bytes: at most {self._max_frame_bytes}")
-        answer = self._asked[call_id] = self._loop.create_future()
+        pending = self._pending[call_id] = self._loop.create_future()
         try:
-            if self._hung_up:
-                raise ToolFailed(f"{name}: {_NOBODY}")
+            if self._closed:
+                raise ToolFailed(f"{name}: {_NO_ANSWER}")
             self._push(payload)
-            result = await answer
+            result = await pending
         finally:
-            del self._asked[call_id]
+            del self._pending[call_id]
         if result.error is not None:
             raise ToolFailed(f"{name}: {result.error}")
         return result.value
 
-    def asked(self, call_id: int) -> bool:
-        """Whether there was ever such a tool call; from any thread."""
+    def made_call(self, call_id: int) -> bool:
+        """Whether there ever was such a tool call. From any thread."""
         return 0 < call_id <= self._last_call_id
 
-    def answer(self, result: messages.ToolResult) -> None:
-        """The caller has answered."""
-        asked = self._asked.get(result.call_id)
-        if asked is not None and not asked.done():
-            asked.set_result(result)
+    def deliver(self, result: messages.ToolResult) -> None:
+        """Hand the result to the tool call that waits for it, if one does."""
+        pending = self._pending.get(result.call_id)
+        if pending is not None and not pending.done():
+            pending.set_result(result)
 
-    def hang_up(self) -> None:
-        """The end of input: nothing that is asked can be answered any more. From any thread."""
-        self._hung_up = True
+    def close(self) -> None:
+        """Fail all tool calls, now and later: after the end of input none gets an answer. From any thread."""
+        self._closed = True
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._answer_all)
+            self._loop.call_soon_threadsafe(self._fail_pending)
 
-    def _answer_all(self) -> None:
-        for call_id in self._asked:
-            self.answer(messages.ToolResult(call_id, None, _NOBODY))
+    def _fail_pending(self) -> None:
+        for call_id in self._pending:
+            self.deliver(messages.ToolResult(call_id, None, _NO_ANSWER))
 
-    def _tell(self, call: Call, item: dict[str, Any]) -> None:
+    def _send_item(self, call: OpenCall, item: dict[str, Any]) -> None:
         if call.answered:
             return
-        payload = messages.encode_stream(call.request.id, item)
+        payload = messages.encode_stream(call.id, item)
         if len(payload) > self._max_frame_bytes:
             text = f"the item has {len(payload)} bytes: expected at most {self._max_frame_bytes}"
             failure = messages.failure(FrameTooLarge.error_type, text)
-            place: dict[str, Any] = {key: item[key] for key in ("index", "field") if key in item}
-            payload = messages.encode_stream(call.request.id, {**place, **failure})
+            which: dict[str, Any] = {key: item[key] for key in ("index", "field") if key in item}
+            payload = messages.encode_stream(call.id, {**which, **failure})
         self._push(payload)
 
     def _room(self) -> asyncio.Future[None] | None:
-        """Done when there is room; None if there is."""
+        """None if there is room now, else a future that is done when there is."""
         assert self._loop is not None
         loop = self._loop
         room: asyncio.Future[None] = loop.create_future()

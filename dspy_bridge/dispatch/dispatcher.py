@@ -1,7 +1,7 @@
-"""From a frame to its one reply: what is quick is answered at once, the rest is a task of its own on an event loop.
+"""From a frame to its one reply: quick commands are answered at once, others run as tasks on an event loop.
 
-`receive` runs on the reading thread. The loop has a thread of its own, started by the first request that needs it, and
-all bookkeeping of running and waiting requests happens there.
+`receive` runs on the reading thread. The event loop has a thread of its own, started by the first request that needs
+it; all bookkeeping of running and waiting requests happens there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections import deque
 
 from dspy_bridge import tracing
 from dspy_bridge.dispatch import error_replies
-from dspy_bridge.dispatch.call import Call, Command, Host
-from dspy_bridge.dispatch.call_channel import Conversation
-from dspy_bridge.dispatch.latency import CommandStats
-from dspy_bridge.dispatch.limiter import Turns
+from dspy_bridge.dispatch.call import Call, CallServices, Command
+from dspy_bridge.dispatch.call_channel import CallChannel
+from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.dispatch.reply_encoder import ReplyEncoder
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
 from dspy_bridge.runtime import allocator
-from dspy_bridge.wire import messages
+from dspy_bridge.wire import messages, pings
 from dspy_bridge.wire.frames import TooLarge
 
 TYPE_CHECKING = False
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
-# A deadline further away than this is none; it also keeps huge numbers out of the loop's clock.
+# A longer deadline counts as none, which keeps huge numbers out of the loop's clock.
 _LONGEST_MS = 10 * 365 * 86_400_000
 
 
@@ -42,55 +42,50 @@ class Dispatcher:
         max_in_flight: int,
         max_queue: int,
         max_frame_bytes: int,
-        log_exception: Callable[[], str],
+        log_exception: Callable[[BaseException], str],
         when_room: Callable[[Callable[[], object]], bool],
         prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
     ) -> None:
-        """`send` writes reply payloads from any thread; `log_exception` logs the current one and gives its reference.
+        """`send` writes reply payloads, from any thread. `log_exception` logs an exception and returns its reference.
 
-        `prepare_loop` gets the event loop before it runs, on its thread. `when_room(callback)` is false where there is
-        room for more to be sent; else the callback is called, on any thread, when there is.
+        `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
+        once there is. `prepare_loop` gets the event loop before it runs, on its thread.
         """
-        self._prepare_loop = prepare_loop
         self._commands = commands
         self._send = send
         self._max_frame_bytes = max_frame_bytes
-        # The short way does not look at the limit: it is for hosts whose limit no such ping and no pong comes near.
-        self._short_way = max_frame_bytes >= messages.QUICK_BYTES
-        self._log_exception = log_exception
-        self._pings = CommandStats()
-        self._stats = {"ping": self._pings}
-        self._stats_lock = threading.Lock()
-        # From the reading thread to the loop: calls and cancels, in the order received.
+        self._prepare_loop = prepare_loop
+        self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
+        self._pings = self._replies.pings
+        # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
+        self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
+        # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        # Of the loop's thread alone, like all below; their sizes may be read by any.
+        # The rest belongs to the loop's thread; any thread may read the counts.
         self._calls: dict[messages.Id, Call] = {}
-        self._turns = Turns(max_in_flight, max_queue)
+        self._limiter = Limiter(max_in_flight, max_queue)
         self._outbox: list[bytes] = []
         self._open = 0
         self._on_idle: Callable[[], object] | None = None
-        self._conversation = Conversation(self._push, when_room, max_frame_bytes)
-        self._host = Host(self._conversation, self._turns, self._describe)
+        self._channel = CallChannel(self._push, when_room, max_frame_bytes)
+        self._services = CallServices(self._channel, self._limiter, self._replies.describe)
 
-    def quick(self, data: bytes) -> bytes | None:
-        """The packet that answers `data`, if that is one ping known by its bytes; else None. On the reading thread."""
+    def answer_pings(self, data: bytes, send_packet: Callable[[bytes], None]) -> bytes:
+        """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
         received = time.monotonic()
-        packet = messages.quick_packet(data, time.time()) if self._short_way else None
-        if packet is not None:
-            # Without the lock: pings are counted and told on the reading thread only.
-            self._pings.add(time.monotonic() - received, False)
-        return packet
+        pongs, count, used = pings.answer(data, time.time())
+        if not count or not self._answers_pings:
+            return data
+        # Without the lock: pings are counted and reported on the reading thread only.
+        self._pings.add(time.monotonic() - received, False, count)
+        send_packet(pongs)
+        return data[used:]
 
     def receive(self, frame: bytes | TooLarge) -> bytes | None:
-        """Take one frame, on the reading thread. Returns the reply if it is there already."""
+        """Take one frame, on the reading thread. Returns the reply if there is one already."""
         received = time.monotonic()
-        if isinstance(frame, bytes) and self._short_way:
-            pong = messages.quick_pong(frame, time.time())
-            if pong is not None:
-                self._pings.add(time.monotonic() - received, False)
-                return pong
         if isinstance(frame, TooLarge):
             if frame.no_memory:
                 return messages.encode_failure(None, _no_memory(frame.length))
@@ -98,49 +93,26 @@ class Dispatcher:
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
             if not allocator.room_for(frame):
-                return self._unread(frame, messages.readable_id(frame), _no_memory(len(frame)))
+                return self._reject(frame, messages.readable_id(frame), _no_memory(len(frame)))
             request = messages.decode(frame)
         except MemoryError:
-            return self._unread(frame, messages.readable_id(frame), _no_memory(len(frame)))
+            return self._reject(frame, messages.readable_id(frame), _no_memory(len(frame)))
         except messages.MessageError as error:
             error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
-            return self._unread(frame, error.id, messages.failure(error_type, error_replies.one_line(str(error))))
-        if isinstance(request, messages.ToolResult) and not self._conversation.asked(request.call_id):
+            return self._reject(frame, error.id, messages.failure(error_type, error_replies.one_line(str(error))))
+        if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
             text = error_replies.one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
             return messages.encode_failure(None, messages.failure("invalid_request", text))
         if not isinstance(request, messages.Request):
             self._inbox.append(request)
             return None
-        call = Call(request, received, self._host, len(frame))
+        call = Call(request, received, self._services, len(frame))
         if request.traceparent is None:
             return self._begin(call)
         return tracing.context(request.traceparent).run(self._begin, call)
 
-    def _unread(self, frame: bytes, id: messages.Id | None, failure: dict[str, Any]) -> bytes | None:
-        """The reply to a frame that cannot be read; what a tool gave is refused where its call waits."""
-        call_id = messages.readable_call_id(frame)
-        if call_id is None or not self._conversation.asked(call_id):
-            return messages.encode_failure(id, failure)
-        self._inbox.append(messages.ToolResult(call_id, None, failure["error"]))
-        return None
-
-    def _begin(self, call: Call) -> bytes | None:
-        request = call.request
-        command = self._commands.get(request.command)
-        try:
-            if command is None:
-                raise UnknownCommand(request.command)
-            result = command.handler(request.args, call)
-        except BaseException as error:  # not even a SystemExit out of a handler may end the reading
-            return self._reply(call, None, error)
-        if hasattr(result, "send"):
-            call.work = result
-            self._inbox.append(call)
-            return None
-        return self._reply(call, result, None)
-
     def wake(self) -> None:
-        """Have the loop look at what `receive` took: once a batch of frames, as waking it costs a system call."""
+        """Let the loop take what `receive` left for it. Once per batch of frames, as it costs a system call."""
         if not self._inbox:
             return
         if self._thread is None:
@@ -154,37 +126,61 @@ class Dispatcher:
         if self._loop is None and not self._inbox:
             callback()
             return
-        self._conversation.hang_up()
+        self._channel.close()
         self._on_idle = callback
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._take_inbox)
 
     def unfinished(self) -> int:
-        """How many requests have not been answered."""
+        """The number of requests without a reply."""
         return self._open + len(self._inbox)
 
     def load(self) -> dict[str, Any]:
         """`{"in_flight", "queued", "commands": {name: {"count", "errors", "p50_ms", "p99_ms"}}}`."""
-        with self._stats_lock:
-            commands = {name: stats.summary() for name, stats in self._stats.items() if stats.count}
-        return {"in_flight": self._turns.running, "queued": self._turns.waiting, "commands": commands}
+        return {
+            "in_flight": self._limiter.running,
+            "queued": self._limiter.waiting,
+            "commands": self._replies.summaries(),
+        }
+
+    def _reject(self, frame: bytes, id: messages.Id | None, failure: dict[str, Any]) -> bytes | None:
+        """The reply to an unreadable frame. If it is the result of a tool call, that call fails instead."""
+        call_id = messages.readable_call_id(frame)
+        if call_id is None or not self._channel.made_call(call_id):
+            return messages.encode_failure(id, failure)
+        self._inbox.append(messages.ToolResult(call_id, None, failure["error"]))
+        return None
+
+    def _begin(self, call: Call) -> bytes | None:
+        command = self._commands.get(call.request.command)
+        try:
+            if command is None:
+                raise UnknownCommand(call.request.command)
+            result = command.handler(call.request.args, call)
+        except BaseException as error:  # not even a SystemExit out of a handler may end the reading
+            return self._replies.encode(call, None, error)
+        if hasattr(result, "send"):
+            call.work = result
+            self._inbox.append(call)
+            return None
+        return self._replies.encode(call, result, None)
 
     # On the loop's thread.
 
     def _run_loop(self) -> None:
-        from dspy_bridge.runtime.event_loop import Loop
+        from dspy_bridge.runtime.event_loop import EventLoop
 
-        loop = Loop()
+        loop = EventLoop()
         self._prepare_loop(loop)
-        self._conversation.on(loop)
-        # From here on `wake` goes through the loop; what came before it is taken first.
+        self._channel.attach(loop)
+        # From here on `wake` goes through the loop; what came before is taken first.
         self._loop = loop
         loop.call_soon(self._take_inbox)
         while True:
             try:
                 loop.run_forever()
             except (SystemExit, KeyboardInterrupt):
-                # asyncio lets these two out of a task through the loop; the task has kept it for its reply.
+                # asyncio lets these two out of a task through the loop; the task keeps them for its reply.
                 continue
 
     def _take_inbox(self) -> None:
@@ -193,34 +189,34 @@ class Dispatcher:
             if isinstance(item, Call):
                 self._admit(item)
             elif isinstance(item, messages.ToolResult):
-                self._conversation.answer(item)
+                self._channel.deliver(item)
             elif (call := self._calls.get(item.id)) is not None:
                 self._stop(call, Cancelled("cancelled by the caller"))
-        self._tell_idle()
+        self._report_idle()
 
     def _admit(self, call: Call) -> None:
         assert self._loop is not None
         self._open += 1
         limited = self._commands[call.request.command].limited
-        if limited and self._turns.full:
-            load = f"{self._turns.running} executes run and {self._turns.waiting} wait already"
+        if limited and self._limiter.full:
+            load = f"{self._limiter.running} executes run and {self._limiter.waiting} wait already"
             self._answer(call, None, Overloaded(load))
             return
-        self._calls[call.request.id] = call
+        self._calls[call.id] = call
         timeout_ms = call.request.timeout_ms
         if timeout_ms is not None and timeout_ms < _LONGEST_MS:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
-            call.handle = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
+            call.deadline = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
         if limited:
             call.start = lambda: self._start(call)
-            self._turns.enter(call.start)
+            self._limiter.submit(call.start)
         else:
             self._start(call)
 
     def _start(self, call: Call) -> bool:
         assert self._loop is not None and call.work is not None
         call.started = time.monotonic()
-        # Not in the context of what starts it: that may be the end of another call, which has a trace of its own.
+        # Not in the current context: this may run at the end of another call, which has a trace of its own.
         context = tracing.context(call.request.traceparent)
         call.task = context.run(self._loop.create_task, call.work)
         # Not code around `work` in the task: a task that is cancelled before its first step runs none of it.
@@ -235,33 +231,33 @@ class Dispatcher:
                 error = task.exception()
                 self._answer(call, task.result() if error is None else None, error)
         finally:
-            if call.start is not None and not call.gave_turn:
-                self._turns.leave()
+            if call.start is not None and not call.slot_transferred:
+                self._limiter.release()
 
     def _stop(self, call: Call, why: BridgeError) -> None:
-        """Answer now; the work is cancelled, however long it takes to notice."""
+        """Reply now and cancel the work, however long it takes to notice."""
         if call.answered or (call.task is not None and call.task.done()):
-            return  # what it has just finished is its answer
+            return  # the work has just finished, and its result is the reply
         self._answer(call, None, why)
         if call.task is not None:
             call.task.cancel()
         elif call.start is not None:
-            self._turns.withdraw(call.start)
+            self._limiter.withdraw(call.start)
 
     def _answer(self, call: Call, result: Any, error: BaseException | None) -> None:
         if call.answered:
             return
         call.answered = True
         self._open -= 1
-        if call.handle is not None:
-            call.handle.cancel()
+        if call.deadline is not None:
+            call.deadline.cancel()
         if call.task is None and call.work is not None:
-            # Never started: closing it spares the warning that nobody awaited it. All of its time was waiting.
+            # Never started: close it, else Python warns that it was never awaited. All of its time was waiting.
             call.work.close()
             call.started = time.monotonic()
-        if self._calls.get(call.request.id) is call:
-            del self._calls[call.request.id]
-        self._push(self._reply(call, result, error))
+        if self._calls.get(call.id) is call:
+            del self._calls[call.id]
+        self._push(self._replies.encode(call, result, error))
 
     def _push(self, payload: bytes) -> None:
         if not self._outbox:
@@ -270,68 +266,19 @@ class Dispatcher:
         self._outbox.append(payload)
 
     def _flush(self) -> None:
-        replies, self._outbox = self._outbox, []
-        self._send(replies)
-        if allocator.due:
-            del replies
-            allocator.give_back()
-        self._tell_idle()
+        payloads, self._outbox = self._outbox, []
+        self._send(payloads)
+        if allocator.trim_due:
+            del payloads
+            allocator.trim()
+        self._report_idle()
 
-    def _tell_idle(self) -> None:
+    def _report_idle(self) -> None:
         if self._on_idle is not None and self._open == 0 and not self._outbox and not self._inbox:
             self._on_idle()
             self._on_idle = None
-
-    # On either thread.
-
-    def _reply(self, call: Call, result: Any, error: BaseException | None) -> bytes:
-        request = call.request
-        now = time.monotonic()
-        meta = _meta(call, now) if request.meta else None
-        payload = b""
-        if error is None:
-            try:
-                payload = messages.encode_result(request.id, result, meta)
-                if len(payload) > self._max_frame_bytes:
-                    text = f"the reply has {len(payload)} bytes: expected at most {self._max_frame_bytes}"
-                    raise FrameTooLarge(text)
-            except BaseException as raised:  # a value's own code runs when it is encoded
-                error = raised
-        if call.settle is not None:
-            call.settle(error is None)
-        if error is not None:
-            payload = self._error(request.id, error, meta)
-        if request.command in self._commands:
-            with self._stats_lock:
-                self._stats.setdefault(request.command, CommandStats()).add(now - call.received, error is not None)
-        return payload
-
-    def _error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
-        payload = messages.encode_failure(id, self._describe(error), meta)
-        if len(payload) > self._max_frame_bytes:
-            # A limit of a few hundred bytes, or an id or a name that fills it.
-            text = "the error is too long for a frame"
-            payload = messages.encode_failure(id, messages.failure(FrameTooLarge.error_type, text))
-        return payload
-
-    def _describe(self, error: BaseException) -> dict[str, Any]:
-        return error_replies.describe(error, self._log_exception)
 
 
 def _no_memory(length: int) -> dict[str, Any]:
     text = f"frame of {length} bytes: there is not enough memory to read it; send less at once"
     return messages.failure(FrameTooLarge.error_type, text)
-
-
-def _meta(call: Call, now: float) -> dict[str, Any]:
-    asked: dict[str, Any] = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0}
-    if call.meter is not None:
-        try:
-            asked = call.meter.summary()
-        except Exception:  # what an LM of the host's own says of its usage may be anything
-            pass
-    return {
-        "duration_ms": round((now - call.received) * 1000, 3),
-        "queue_ms": round((call.started - call.received) * 1000, 3),
-        **asked,
-    }

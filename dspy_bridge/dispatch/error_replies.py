@@ -17,16 +17,13 @@ MAX_ERROR_CHARS = 2000
 _MOST_REDACTED = 10 * MAX_ERROR_CHARS
 
 
-def describe(error: BaseException, log_exception: Callable[[], str]) -> dict[str, Any]:
-    """`{"success": False, "error", "error_type"}`; `log_exception` logs the current one and gives its reference."""
+def describe(error: BaseException, log_exception: Callable[[BaseException], str]) -> dict[str, Any]:
+    """`{"success": False, "error", "error_type"}`. `log_exception` logs an exception and returns its reference."""
     if isinstance(error, BridgeError):
         text = str(error) if error.exact else one_line(redaction.redact(one_line(str(error), _MOST_REDACTED)))
         return messages.failure(error.error_type, text, error.retryable)
-    # A defect of ours, or of code that the host brought along: its text may hold contents. The log has its traceback.
-    try:
-        raise error
-    except BaseException:
-        reference = log_exception()
+    # A defect, ours or of user code. Its text may hold contents, so it goes to the log alone.
+    reference = log_exception(error)
     text = f"{type(error).__name__} in the peer; its log has the traceback under {reference}"
     return messages.failure("internal", text)
 

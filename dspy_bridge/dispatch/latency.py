@@ -1,10 +1,10 @@
-"""Per-command counts and latencies, in bounded memory."""
+"""Counts and latencies of a command, in bounded memory."""
 
 from __future__ import annotations
 
 from collections import deque
 
-# Quantiles tell of the last thousand calls of a command: 8 KB each, sorted in 0.1 ms when asked for.
+# Quantiles are those of the last thousand calls: 8 KB for each command, sorted in 0.1 ms on request.
 WINDOW = 1000
 
 
@@ -18,18 +18,21 @@ class CommandStats:
         self.errors = 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
-    def add(self, seconds: float, failed: bool) -> None:
-        """One call that took `seconds` from receipt to reply."""
-        self.count += 1
+    def add(self, seconds: float, failed: bool, count: int = 1) -> None:
+        """Count a call, or `count` of them, that took `seconds` from receipt to reply."""
+        self.count += count
         self.errors += failed
-        self._recent.append(seconds)
+        if count == 1:
+            self._recent.append(seconds)
+        else:
+            self._recent.extend([seconds] * count)
 
     def summary(self) -> dict[str, int | float]:
         """`{"count", "errors", "p50_ms", "p99_ms"}`, times in ms."""
         ordered = sorted(self._recent)
 
         def quantile(share: float) -> float:
-            # The nearest rank: of one call, that call. Rounded up without math, which the first ping would wait for.
+            # The nearest rank. Rounded up without `math`, whose import the first ping would wait for.
             return round(ordered[-int(-share * len(ordered) // 1) - 1] * 1000, 3)
 
         return {

@@ -1,4 +1,4 @@
-"""Whose turn it is: executes run up to a limit, the rest waits in order. Of the event loop's thread alone."""
+"""A semaphore with a bounded queue: limits how many runs are in flight. Used on the event loop's thread only."""
 
 from __future__ import annotations
 
@@ -9,68 +9,69 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Turns:
-    """At most `most` turns at once; up to `most_waiting` more may wait before `full`. The counts may be read by any."""
+class Limiter:
+    """At most `max_running` slots are taken at once; past `max_waiting` waiters it is `full`.
 
-    def __init__(self, most: int, most_waiting: int) -> None:
-        self._most = most
-        self._most_waiting = most_waiting
+    Waiters get slots in their order. Any thread may read the counts.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self._max_running = max_running
+        self._max_waiting = max_waiting
         self.running = 0
-        # In their order; who withdraws is found at once.
+        # Ordered, and a waiter that withdraws is found at once.
         self._waiting: OrderedDict[Callable[[], bool], None] = OrderedDict()
 
     @property
     def full(self) -> bool:
-        """Whether as many run and wait as may."""
-        return self.running >= self._most and len(self._waiting) >= self._most_waiting
+        """Whether all slots are taken and no more waiters fit."""
+        return self.running >= self._max_running and len(self._waiting) >= self._max_waiting
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """How many wait for a slot."""
         return len(self._waiting)
 
-    def enter(self, start: Callable[[], bool]) -> None:
-        """Call `start` when a turn is free, perhaps now. It returns whether it takes the turn: then `leave` is called
-        at its end.
-        """
+    def submit(self, start: Callable[[], bool]) -> None:
+        """Call `start` when a slot is free, perhaps now. It returns whether it takes the slot, to be released later."""
         self._waiting[start] = None
-        self._give()
+        self._start_waiting()
 
     def withdraw(self, start: Callable[[], bool]) -> None:
-        """`start`, which waits, is not to be called any more."""
+        """Remove the waiting `start`."""
         del self._waiting[start]
 
-    def leave(self) -> None:
-        """A turn is over: the next one begins."""
+    def release(self) -> None:
+        """Free a slot; the next waiter gets it."""
         self.running -= 1
-        self._give()
+        self._start_waiting()
 
-    def _give(self) -> None:
-        # A loop: thousands may refuse their turn in a row, when thousands were cancelled at once.
-        while self._waiting and self.running < self._most:
+    async def acquire(self) -> None:
+        """Wait for a slot."""
+        import asyncio
+
+        slot = asyncio.get_running_loop().create_future()
+
+        def start() -> bool:
+            if slot.cancelled():
+                return False
+            slot.set_result(None)
+            return True
+
+        self.submit(start)
+        try:
+            await slot
+        except asyncio.CancelledError:
+            if slot.cancelled():
+                self._waiting.pop(start, None)  # `start` may have been called meanwhile, and have refused
+            else:
+                self.release()  # cancelled just after it got the slot
+            raise
+
+    def _start_waiting(self) -> None:
+        # A loop, not recursion: after many cancels at once, thousands may refuse their slot in a row.
+        while self._waiting and self.running < self._max_running:
             start, _ = self._waiting.popitem(last=False)
             self.running += 1
             if not start():
                 self.running -= 1
-
-    async def take(self) -> None:
-        """Wait for a turn of one's own: for calls that need one after another."""
-        import asyncio
-
-        turn = asyncio.get_running_loop().create_future()
-
-        def start() -> bool:
-            if turn.cancelled():
-                return False
-            turn.set_result(None)
-            return True
-
-        self.enter(start)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                self._waiting.pop(start, None)  # unless its turn has come meanwhile, and was refused
-            else:
-                self.leave()  # cancelled in the moment in which its turn had come
-            raise

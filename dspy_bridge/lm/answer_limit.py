@@ -1,8 +1,7 @@
-"""A limit on what is read of one answer of an LM, whose length only its sender knows. Imports DSPy.
+"""A limit on the length of an LM's answer, counted while it is read and unpacked. Imports DSPy.
 
-Two ways lead to LMs: DSPy's own transports, here, and LiteLLM (`litellm_limit`). On both an answer is counted as it
-comes, unpacked; past the limit its connection is closed and the call fails for good. Nobody asks for compressed answers
-here, but some gateways send them.
+Here for DSPy's own transports; for LiteLLM see `litellm_answer_limit`. Past the limit the connection is closed and the
+call fails for good. Compressed answers are not asked for, but some gateways send them.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import dspy
 
 from dspy_bridge.lm import connections
 
-# In bytes, of each answer; set once, from the settings.
+# Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
 
 
 class LMAnswerRefused(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
-    """An answer is longer than the limit, or packed so that its length cannot be known. No reason to try again."""
+    """An answer is too long, or packed so that its length cannot be known. Not worth a retry."""
 
 
 class Count:
-    """What is left to be read of one answer."""
+    """Counts the bytes of one answer."""
 
     def __init__(self) -> None:
         self._left = most
@@ -37,7 +36,7 @@ class Count:
 
 
 def packing(values: list[str]) -> str | None:
-    """The one coding of a body, if any, by the values of its Content-Encoding headers."""
+    """The coding of a body, if any, from the values of its Content-Encoding headers."""
     codings = [coding.strip().lower() for value in values for coding in value.split(",")]
     codings = [coding for coding in codings if coding not in ("", "identity")]
     if len(codings) > 1:
@@ -46,9 +45,9 @@ def packing(values: list[str]) -> str | None:
 
 
 def counted(response: Any) -> Any:
-    """The response of a sync transport, with its body counted.
+    """The response of a sync transport with its body counted.
 
-    DSPy's transports unpack what they have read, at most 64 KB, at once: some 64 MB, where the limit is less.
+    DSPy's transports unpack the 64 KB that they read at once, which may be 64 MB: more than the limit.
     """
     try:
         packing(response.headers_all("content-encoding"))
@@ -65,11 +64,11 @@ def counted(response: Any) -> Any:
         finally:
             response.close()
 
-    return _again(response, chunks(), lambda _consumed: response.close())
+    return _with_body(response, chunks(), lambda _consumed: response.close())
 
 
 class Counted:
-    """What `stream` of an async transport gives, with its response's body counted: to be awaited, or a context."""
+    """What an async transport's `stream` returns, awaitable and a context manager, with the body counted."""
 
     def __init__(self, opening: Any) -> None:
         self._opening = opening
@@ -89,7 +88,7 @@ class Counted:
         except Exception as error:
             if not connections.ran_out(error):
                 raise
-            # Nothing has been sent.
+            # The connection was not opened, so nothing was sent.
             await connections.close_idle()
             response = await self._opening.__aenter__()
         try:
@@ -108,10 +107,10 @@ class Counted:
         async def release(_consumed: bool) -> None:
             await response.aclose()
 
-        return _again(response, chunks(), release)
+        return _with_body(response, chunks(), release)
 
 
-def _again(response: Any, chunks: Any, release: Callable[[bool], Any]) -> Any:
+def _with_body(response: Any, chunks: Any, release: Callable[[bool], Any]) -> Any:
     return type(response)(
         status=response.status,
         reason=response.reason,

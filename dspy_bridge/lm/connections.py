@@ -1,6 +1,6 @@
-"""Connections to LMs are kept open for the next call, and each is a descriptor: when these run out, idle ones go.
+"""Closes idle connections to LMs, which are kept open for the next call, when file descriptors run out.
 
-Without that a burst of calls that reached the limit left nothing for anybody else, for good. No DSPy here.
+Else a burst of calls that reached the limit would leave no descriptor for anything else, for good. No DSPy here.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# All LMs with connections of their own; they are made in any thread.
+# All LMs with connections of their own, created in any thread.
 _lms: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 _RAN_OUT = (errno.EMFILE, errno.ENFILE)
 _TEXTS = tuple(os.strerror(number) for number in _RAN_OUT)
-# A name is looked up with a few descriptors, and without them "not found".
+# Looking up a host name takes a few descriptors; without them the name is "not found".
 _FEW = 8
 
 
 class Use:
-    """How many calls an LM has under way; its copies, which share its connections, share this too."""
+    """Counts the calls of an LM in flight. Its copies share its connections, and this."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._count = 0
         self._close_after = False
-        # Event loops that it was called on: each has connections of its own.
+        # Each event loop that it was called on has connections of its own.
         self._loops: list[asyncio.AbstractEventLoop] = []
 
     def __reduce__(self) -> Any:
@@ -40,7 +40,7 @@ class Use:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """For as long as a call runs. Any thread."""
+        """Around a call, on any thread."""
         with self._lock:
             self._count += 1
             with suppress(RuntimeError):  # a call without a loop
@@ -53,18 +53,18 @@ class Use:
                 self._count -= 1
 
     def loops(self) -> list[asyncio.AbstractEventLoop]:
-        """Those that it was called on."""
+        """The event loops that it was called on."""
         with self._lock:
             return list(self._loops)
 
     def may_close(self) -> bool:
-        """Whether nothing is under way, so that all connections are idle; if not, they are to be closed after that."""
+        """Whether no call is in flight; if one is, `to_close` is true once after the last."""
         with self._lock:
             self._close_after = self._count > 0
             return self._count == 0
 
     def to_close(self) -> bool:
-        """Whether the last call is over that kept connections from being closed. True once."""
+        """Whether connections are to be closed that a call kept open. True once."""
         with self._lock:
             if self._count > 0 or not self._close_after:
                 return False
@@ -73,13 +73,13 @@ class Use:
 
 
 def register(lm: Any) -> None:
-    """`lm`: with a `use` and an `aclose()`, which closes its connections; it may be called again afterwards."""
+    """Add an LM with a `use` and an `aclose()`, which closes its connections and leaves it usable."""
     with _lock:
         _lms.add(lm)
 
 
 async def close_idle() -> None:
-    """Close the connections of all LMs that nobody is calling."""
+    """Close the connections of all LMs without a call in flight."""
     with _lock:
         lms = list(_lms)
     for lm in lms:
@@ -88,7 +88,7 @@ async def close_idle() -> None:
 
 
 async def close(lm: Any) -> None:
-    """Close the connections of an LM that nobody is calling, on each event loop that has some."""
+    """Close the connections of an LM without a call in flight, on each event loop that has some."""
     here = asyncio.get_running_loop()
     for loop in lm.use.loops() or [here]:
         with suppress(Exception):  # connections that were broken already
@@ -97,8 +97,8 @@ async def close(lm: Any) -> None:
 
 
 def ran_out(error: BaseException | None) -> bool:
-    """Whether it was raised for want of descriptors: what was to be opened was not, and nothing was sent."""
-    # User code that raises one exception object again and again makes a ring of what led to it.
+    """Whether an error came of missing descriptors: then no connection was opened and nothing was sent."""
+    # User code that raises one exception object again and again makes a ring of causes.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -112,7 +112,7 @@ def ran_out(error: BaseException | None) -> bool:
 
 
 def _few_are_left() -> bool:
-    """Fewer than that."""
+    """Whether fewer than `_FEW` descriptors are free."""
     taken: list[int] = []
     try:
         for _ in range(_FEW):

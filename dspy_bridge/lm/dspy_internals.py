@@ -27,7 +27,7 @@ class Name:
         self.dotted = path.replace(":", ".")
         self.without = without
         self.takes = takes
-        self._of_instances = of_instances
+        self.of_instances = of_instances
         self.lazy = lazy
         self._wrapped = False
         names.append(self)
@@ -36,7 +36,7 @@ class Name:
     def value(self) -> Any:
         """What has this name; None if nothing has, or something that is called in another way."""
         try:
-            if self._of_instances:
+            if self.of_instances:
                 made = inspect.unwrap(self._find(self.path.rpartition(".")[0]).__init__).__code__
                 if self.attribute in made.co_names:
                     return self.attribute

@@ -19,6 +19,10 @@ import dspy
 
 from dspy_bridge import tracing
 from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
+
+if not hasattr(dspy, "LMError"):
+    raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
+
 from dspy_bridge.lm import (
     answer_limit,
     dspy_internals,
@@ -95,7 +99,6 @@ class Models:
         with self._lock:
             pool = self._pools.get(key)
             if pool is None:
-                redaction.learn(options)
                 pool = self._pools[key] = LMPool(options, self.loops)
                 if len(self._pools) > MAX_LMS:
                     self._pools.popitem(last=False)

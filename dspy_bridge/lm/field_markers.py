@@ -1,5 +1,6 @@
-"""What separates the fields of prompts and answers: how text that only quotes it is made harmless, and how answers are
-split at it. Pure, and linear in the text: no regular expressions.
+"""Field markers, which separate the fields of prompts and answers: escapes them in text, and splits answers at them.
+
+Pure, and linear in the length of the text: no regular expressions.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from xml.etree import ElementTree
 
 Change = Callable[[str], str]
 
-# `dspy.ChatAdapter` takes a line that begins with `[[ ## name ## ]]` for the beginning of a field.
+# For `dspy.ChatAdapter` a field begins with a line that begins with `[[ ## name ## ]]`.
 _OPEN, _CLOSE = "[[ ## ", " ## ]]"
-# DSPy takes what follows this in any prompt, up to its end, for parts of a message: images by their URLs, say. It looks
-# for the ends by a pattern that is quadratic where there are none: 64 KB hold the interpreter lock for 3 s.
+# DSPy reads what follows this in a prompt, up to an end mark, as parts of a message, such as images by URL. Where there
+# are no end marks its pattern takes the square of the length: 64 KB hold the GIL for 3 s.
 _TYPE = "<<CUSTOM-TYPE-START-IDENTIFIER>>"
 
 
@@ -32,14 +33,14 @@ def without_headers(text: str) -> str:
 
 
 def without_types(text: str) -> str:
-    """The text with nothing that DSPy takes for the beginning of an image or the like."""
+    """The text without anything that DSPy reads as the beginning of an image or the like."""
     return text.replace(_TYPE, "((CUSTOM-TYPE-START-IDENTIFIER))")
 
 
 def changed(value: Any, change: Change) -> Any:
-    """A value with each text in it changed, keys too. Objects that are no plain containers are left as they are.
+    """A value with each string in it changed, keys too. Objects that are not plain containers stay as they are.
 
-    The very same value if nothing is changed: the copy of a set may have another order.
+    The same object if nothing is changed: the copy of a set may have another order.
     """
     if isinstance(value, str):
         text = change(value)
@@ -63,7 +64,7 @@ def _changed_all(values: Collection[Any], change: Change) -> list[Any] | None:
 
 
 def without_tags(text: str, names: Set[str]) -> str:
-    """The text with `&lt;` before each XML tag of those names: what an LM copies of it is read as text again."""
+    """The text with `&lt;` for the `<` of each XML tag of those names: if an LM copies it, it is read as text."""
     if "<" not in text:
         return text
     before, *rest = text.split("<")
@@ -91,7 +92,7 @@ def headed(answer: str) -> Iterator[tuple[str, str]]:
 
 
 def keyed(answer: str) -> list[tuple[str, Any]]:
-    """The keys and values of the first JSON object in an answer, equal keys included; none if it is no JSON."""
+    """The keys and values of the first JSON object in an answer, with repeated keys; none if it is not JSON."""
     pairs: list[tuple[str, Any]] = []
 
     def closed(found: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def keyed(answer: str) -> list[tuple[str, Any]]:
 
 
 def tagged(answer: str) -> list[tuple[str, str]]:
-    """The elements of an answer, each with its name, as `dspy.XMLAdapter` reads them; none if it is no XML."""
+    """The elements of an answer, each with its name, as `dspy.XMLAdapter` reads them; none if it is not XML."""
     found = []
     try:
         elements = ElementTree.fromstring(f"<all>{answer}</all>")
@@ -141,5 +142,5 @@ def _is_word(name: str) -> bool:
 def _tag(piece: str) -> str:
     """The name of the tag whose `<` stands before `piece`."""
     inside = piece.removeprefix("/").partition(">")[0]
-    # A space first is none of a tag, but of `a < b`.
+    # A leading space is not a tag's, but that of `a < b`.
     return "" if inside[:1].isspace() else (inside.split(None, 1) or [""])[0].partition("/")[0]

@@ -16,6 +16,7 @@ import dspy
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import echo_lm, litellm_loading
 from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.logs import redaction
 from dspy_bridge.runtime import large_inputs
 
 # The connections that one dspy.LM opens at most. A call past them would wait for another's end, so it gets another LM
@@ -35,6 +36,8 @@ class LMPool:
     def __init__(self, options: dict[str, Any], loops: list[asyncio.AbstractEventLoop]) -> None:
         """`loops`: where its LMs are called; filled later. Raises `InvalidArgs`."""
         self._options = options
+        self._secrets = list(redaction.secrets(options))
+        redaction.remember(self._secrets)
         self._lms = [_make_lm(dict(options))]
         self._in_flight = [0]
         weakref.finalize(self, _close, self._lms, loops).atexit = False
@@ -49,6 +52,7 @@ class LMPool:
     @contextmanager
     def checkout(self) -> Iterator[dspy.BaseLM]:
         """An LM with a free connection."""
+        redaction.remember(self._secrets)
         place = next((n for n, count in enumerate(self._in_flight) if count < CALLS_PER_LM), len(self._lms))
         if place == len(self._lms):
             self._lms.append(_make_lm(dict(self._options)))

@@ -166,8 +166,8 @@ def adopt(name: str) -> None:
     library.propagate = True
 
 
-def exception() -> str:
-    """Log the exception being handled; returns the reference under which, for its caller to be told."""
+def exception(error: BaseException) -> str:
+    """Log `error` with its traceback; returns the reference under which, for the caller to find it."""
     reference = os.urandom(4).hex()
-    logger.error("internal error %s", reference, exc_info=True)
+    logger.error("internal error %s", reference, exc_info=error)
     return reference

@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
 MASK = "[redacted]"
@@ -35,26 +36,30 @@ _known: OrderedDict[str, None] = OrderedDict()
 
 
 def learn(options: object, *, for_good: bool = False) -> None:
-    """Remember the secrets among `options` (nested keyword arguments of an LM); `for_good`: whatever else comes."""
+    """Remember the secrets among `options`; `for_good`: whatever else comes."""
+    remember(secrets(options), for_good=for_good)
+
+
+def secrets(options: object) -> Iterator[str]:
+    """The secrets among `options`, nested keyword arguments of an LM."""
     if isinstance(options, dict):
         for name, value in options.items():
             if isinstance(value, str) and names_secret(str(name)):
-                _remember(value, for_good)
+                yield value
                 scheme, _, key = value.partition(" ")
                 if scheme.lower() in _SCHEMES:
-                    _remember(key.strip(), for_good)
-            learn(value, for_good=for_good)
+                    yield key.strip()
+            yield from secrets(value)
     elif isinstance(options, list):
         for item in options:
-            learn(item, for_good=for_good)
+            yield from secrets(item)
     elif isinstance(options, str) and "://" in options:
         from urllib.parse import unquote
 
         for user in _USER.findall(options):
             password = user.partition(":")[2]
             # A user alone may be a word: only where it stands before a host is it one.
-            for secret in (user if password else f"{user}@", password, unquote(password)):
-                _remember(secret, for_good)
+            yield from (user if password else f"{user}@", password, unquote(password))
 
 
 def names_secret(name: str) -> bool:
@@ -91,14 +96,16 @@ def redact(text: str) -> str:
     return _LOOKS_SECRET.sub(MASK, _USER.sub(MASK, text))
 
 
-def _remember(secret: str, for_good: bool) -> None:
-    if len(secret) < _SHORTEST:
-        return
-    if for_good:
-        _kept[secret] = None
-        return
-    # Any thread: another may have removed it between two steps.
-    _known.pop(secret, None)
-    _known[secret] = None
-    while len(_known) > _MOST:
-        _known.popitem(last=False)
+def remember(found: Iterable[str], *, for_good: bool = False) -> None:
+    """Remember them: with each call, those in use are not the ones that are forgotten."""
+    for secret in found:
+        if len(secret) < _SHORTEST:
+            continue
+        if for_good:
+            _kept[secret] = None
+            continue
+        # Any thread: another may have removed it between two steps.
+        _known.pop(secret, None)
+        _known[secret] = None
+        while len(_known) > _MOST:
+            _known.popitem(last=False)

@@ -23,7 +23,7 @@ HIGH_WATER_BYTES = 1 << 20
 _JOIN_BELOW_BYTES = 1 << 16
 
 
-class Writer:
+class FrameWriter:
     """Frames to `fd`, whole and in the order sent. `on_gone` is called, on any thread, when its reader is gone."""
 
     def __init__(self, fd: int, on_gone: Callable[[], None]) -> None:
@@ -51,7 +51,7 @@ class Writer:
             if length < _JOIN_BELOW_BYTES:
                 small.append(payload)
             else:
-                allocator.seen(length)
+                allocator.note_payload(length)
                 chunks += (b"".join(small), payload)
                 small = []
         if small:
@@ -61,7 +61,7 @@ class Writer:
                 self._put(chunk)
 
     def send_packet(self, packet: bytes) -> None:
-        """As `send` of one payload that has its length before it already."""
+        """As `send`, of one or more whole packets: each payload has its length before it."""
         with self._lock:
             self._put(packet)
 
@@ -132,8 +132,8 @@ class Writer:
                 found_room, self._on_room = ([], self._on_room) if self.full else (self._on_room, [])
             for callback in found_room:
                 callback()
-            if allocator.due:
-                allocator.give_back()
+            if allocator.trim_due:
+                allocator.trim()
 
     def _write_what_fits(self) -> None:
         # A function of its own: its locals would keep the last large payload alive for as long as the thread waits.

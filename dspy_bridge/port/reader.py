@@ -14,7 +14,7 @@ import threading
 import time
 
 from dspy_bridge.port import watchdog
-from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, Writer
+from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, FrameWriter
 from dspy_bridge.port.stderr import log
 from dspy_bridge.port.stdio import PIPE_BYTES
 from dspy_bridge.runtime import allocator
@@ -34,26 +34,24 @@ LARGE_READ_BYTES = PIPE_BYTES
 _SECONDS_WITHOUT_MEMORY = 0.05
 
 
-def serve(reading: int, writer: Writer, dispatcher: Dispatcher, max_frame_bytes: int, drain_ms: int) -> None:
+def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_bytes: int, drain_ms: int) -> None:
     """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
     terminated = _handle_signals(reading)
     decoder = FrameDecoder(max_frame_bytes)
-    # Names of this function's own are found sooner: with the flag, 0.4 µs of a ping's 2.
-    read, quick, send_packet = os.read, dispatcher.quick, writer.send_packet
+    # Local names, as they are found sooner.
+    read, answer_pings, send_packet = os.read, dispatcher.answer_pings, writer.send_packet
     inside_frame = False
     try:
         while True:
             try:
                 while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
-                    if not inside_frame and (packet := quick(data)) is not None:
-                        send_packet(packet)
-                    else:
+                    if inside_frame or (data := answer_pings(data, send_packet)):
                         _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
                         inside_frame = decoder.mid_frame
                     if writer.full:
                         writer.wait_for_room(terminated.is_set)
-                    if allocator.due:
-                        allocator.give_back()
+                    if allocator.trim_due:
+                        allocator.trim()
                 break
             except MemoryError:
                 # For the buffer of a read: nothing was read.
@@ -78,14 +76,14 @@ def exit_now() -> None:
 
 
 def _serve_frames(
-    frames: list[bytes | TooLarge], writer: Writer, dispatcher: Dispatcher, terminated: threading.Event
+    frames: list[bytes | TooLarge], writer: FrameWriter, dispatcher: Dispatcher, terminated: threading.Event
 ) -> None:
     """What one read brought: one write for all replies that are there at once, one wake-up for the rest."""
     replies: list[bytes] = []
     size = 0
     for frame in frames:
         if isinstance(frame, bytes):
-            allocator.seen(len(frame))
+            allocator.note_payload(len(frame))
         reply = dispatcher.receive(frame)
         if reply is not None:
             replies.append(reply)
@@ -153,7 +151,7 @@ def _keep_from_forks(*fds: int) -> None:
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=forget)
 
 
-def _drain(writer: Writer, dispatcher: Dispatcher, seconds: float) -> None:
+def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float) -> None:
     """Let received work finish and be written, unless nobody is left to read it."""
     end = time.monotonic() + seconds
     idle_read, idle_write = os.pipe()

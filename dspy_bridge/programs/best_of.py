@@ -12,7 +12,7 @@ from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs.rewards import Reward
 from dspy_bridge.programs.runners import Runner
-from dspy_bridge.runtime.worker_threads import THREADS
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
 class BestRunner(Runner):
@@ -27,7 +27,7 @@ class BestRunner(Runner):
         # Its predictors and its state are those of the inner module.
         super().__init__(made)
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The best prediction; raises the last failure if there is none."""
         failures = _Failures()
         module = copy.copy(self.module)
@@ -37,7 +37,7 @@ class BestRunner(Runner):
         # DSPy appends to the trace even if it is off: None would be a TypeError.
         with dspy.context(trace=[], adapter=adapter):
             try:
-                prediction = await THREADS.run(lambda: module(**values))
+                prediction = await threads.run(lambda: module(**values))
             except _Failed:
                 raise failures[-1] from None
         if prediction is None:

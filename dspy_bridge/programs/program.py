@@ -6,13 +6,14 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.dispatch.call import Call
+from dspy_bridge.caller import Caller
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import connections, dspy_errors, dspy_setup, field_markers
 from dspy_bridge.lm.usage import Meter
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder
 from dspy_bridge.streaming.stream import Stream
 
@@ -20,9 +21,10 @@ from dspy_bridge.streaming.stream import Stream
 class Program:
     """A loaded program. Its runs may overlap: DSPy's modules keep no state of a call."""
 
-    def __init__(self, definition: dict[str, Any], lms: dspy_setup.Models) -> None:
+    def __init__(self, definition: dict[str, Any], lms: dspy_setup.Models, threads: WorkerThreads) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs` or `NotAllowed`."""
         self._lms = lms
+        self._threads = threads
         left_out = module_factory.extra_inputs(definition)
         self._contract = builder.build(definition["signature"], files_dir=lms.settings.files_dir, left_out=left_out)
         signature = self._contract.signature
@@ -54,7 +56,7 @@ class Program:
         inputs: dict[str, Any],
         config: dict[str, Any] | None,
         lm: dict[str, Any] | None,
-        call: Call,
+        call: Caller,
         *,
         stream: bool,
         limit: int = large_inputs.LARGE,
@@ -83,7 +85,7 @@ class Program:
             self._contract.check_outputs(outputs)
         return outputs
 
-    async def _read(self, inputs: dict[str, Any], call: Call, limit: int) -> dict[str, Any]:
+    async def _read(self, inputs: dict[str, Any], call: Caller, limit: int) -> dict[str, Any]:
         """As `_checked`, in a thread where that may take long; sets whether the inputs are large."""
         may_name_files = self._lms.settings.files_dir is not None and any(
             isinstance(value, (dict, list)) for value in inputs.values()
@@ -113,7 +115,7 @@ class Program:
         values.update((name, inputs[name]) for name in extra)
         return {name: _without_types(value) for name, value in values.items()}
 
-    async def _run(self, values: dict[str, Any], call: Call, stream: bool) -> dict[str, Any]:
+    async def _run(self, values: dict[str, Any], call: Caller, stream: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {}
         streaming = None
         if stream:
@@ -123,9 +125,9 @@ class Program:
             settings.update(call.meter.settings())
             settings["callbacks"] = [*settings.get("callbacks", dspy.settings.callbacks), call.meter]
         if not settings:
-            return self._outputs(await self._runner.run(values))
+            return self._outputs(await self._runner.run(values, self._threads))
         with dspy.context(**settings):
-            outputs = self._outputs(await self._runner.run(values))
+            outputs = self._outputs(await self._runner.run(values, self._threads))
             if streaming is not None:
                 await streaming.finish(outputs)
             return outputs

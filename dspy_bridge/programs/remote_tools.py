@@ -12,7 +12,7 @@ from typing import Any
 import dspy
 import pydantic
 
-from dspy_bridge.dispatch.call import Call
+from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
 from dspy_bridge.lm import dspy_internals, field_markers
 from dspy_bridge.runtime import worker_threads
@@ -28,7 +28,7 @@ MAX_TOOLS = 128
 MAX_ARGS = 100
 
 # The call that this context belongs to; all runs of a program share its tools.
-current_call: ContextVar[Call] = ContextVar("current_call")
+current_call: ContextVar[Caller] = ContextVar("current_call")
 
 
 class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
@@ -150,7 +150,7 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    question = current_call.get().ask(name, arguments)
+    question = current_call.get().call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():
         return await question

@@ -31,7 +31,9 @@ class Reward:
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})
         job = worker_threads.current.get()
         assert job is not None, "rewards are given in worker threads"
-        value = job.on_loop(remote_tools.current_call.get().ask(self.tool, {"inputs": fields, "outputs": outputs}))
+        value = job.on_loop(
+            remote_tools.current_call.get().call_tool(self.tool, {"inputs": fields, "outputs": outputs})
+        )
         # Many rewards are booleans: they count as 1 and 0.
         if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise ToolFailed(f"{self.tool}: expected a number as the reward")

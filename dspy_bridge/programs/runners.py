@@ -13,7 +13,7 @@ from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import RemoteTool
 from dspy_bridge.runtime import large_inputs
-from dspy_bridge.runtime.worker_threads import THREADS
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
 class Runner:
@@ -40,12 +40,12 @@ class Runner:
         """Whether calls run on the event loop. Calls with large inputs run in a thread."""
         return hasattr(self.module, "aforward") and not large_inputs.here.get()
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """One call; returns the prediction."""
         module = self.module
         if self.on_loop:
             return await module.acall(**values)
-        return await THREADS.run(lambda: module(**values))
+        return await threads.run(lambda: module(**values))
 
 
 class ToolCallRunner(Runner):
@@ -66,9 +66,9 @@ class ToolCallRunner(Runner):
         adapter.use_native_function_calling = True
         return adapter
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The prediction, with results in its `tool_calls`; these run concurrently."""
-        prediction = await super().run({**values, "tools": list(self._tools.values())})
+        prediction = await super().run({**values, "tools": list(self._tools.values())}, threads)
         asked = prediction.get("tool_calls")
         calls = [] if asked is None else asked.tool_calls
         prediction.tool_calls = await asyncio.gather(*(self._call(call.name, call.args) for call in calls))
@@ -118,7 +118,7 @@ class CodeRunner(Runner):
 
     on_loop = False
 
-    async def run(self, values: dict[str, Any]) -> Any:
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """As `Runner`'s; a cancelled call ends its sandbox, too."""
 
         def work() -> Any:
@@ -132,7 +132,7 @@ class CodeRunner(Runner):
         # The code sees None for absent inputs.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
         try:
-            return await THREADS.run(work)
+            return await threads.run(work)
         except dspy.CodeInterpreterError as error:
             raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
         except RuntimeError as error:

@@ -30,13 +30,13 @@ _OOM_SCORE = 500
 _OOM_FILE = "/proc/self/oom_score_adj"
 
 # Whether something large has passed since.
-due = False
+trim_due = False
 _last = 0.0
 _tuned = False
 _libc: Any = None
 
 
-def give_way() -> None:
+def raise_oom_score() -> None:
     """Where memory runs out, Linux is to kill this process and not the BEAM, which would start another one.
 
     It would take the largest, which may be either. A score that is higher already stays. What is started from here on
@@ -55,14 +55,14 @@ def give_way() -> None:
         os.close(file)
 
 
-def seen(length: int) -> None:
+def note_payload(length: int) -> None:
     """A payload of `length` bytes passed."""
-    global due
+    global trim_due
     if length >= TUNE_BYTES:
         if not _tuned:
             _tune()
         if length >= LARGE_BYTES:
-            due = True
+            trim_due = True
 
 
 def room_for(payload: bytes) -> bool:
@@ -90,12 +90,12 @@ def room_for(payload: bytes) -> bool:
     return True
 
 
-def give_back() -> None:
+def trim() -> None:
     """Collect and trim if something large passed, and not a moment ago. To be called when one may have been dropped."""
-    global due, _last
-    if not due or time.monotonic() - _last < _SECONDS_BETWEEN:
+    global trim_due, _last
+    if not trim_due or time.monotonic() - _last < _SECONDS_BETWEEN:
         return
-    due = False
+    trim_due = False
     # DSPy leaves an image in a cycle; by itself the collection that finds it came after up to 20 more of them.
     gc.collect()
     if _libc is not None:

@@ -12,7 +12,7 @@ import contextvars
 from typing import Any
 
 
-class Loop(asyncio.SelectorEventLoop):
+class EventLoop(asyncio.SelectorEventLoop):
     """Callbacks of descriptors get an empty context: transports need none."""
 
     # Where an asyncio has no such methods, these are never called.

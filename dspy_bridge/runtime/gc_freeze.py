@@ -14,7 +14,7 @@ import threading
 EVERY = 256
 
 
-class Garbage:
+class GcFreezer:
     """Counts programs loaded and removed; `settle` when it is due, on a thread where nobody waits."""
 
     def __init__(self) -> None:

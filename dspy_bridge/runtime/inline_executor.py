@@ -37,7 +37,7 @@ def allow(steps: Iterable[FunctionType], cache_steps: Iterable[FunctionType]) ->
     _steps, _cache_steps = frozenset(steps), frozenset(cache_steps)
 
 
-class Executor(ThreadPoolExecutor):
+class InlineExecutor(ThreadPoolExecutor):
     """To be set as a loop's default executor; used from that loop's thread.
 
     asyncio takes nothing but a `ThreadPoolExecutor` for that. Threads of that class's own are never started.

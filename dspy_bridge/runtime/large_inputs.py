@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
-from dspy_bridge.runtime.event_loop import Loop
+from dspy_bridge.runtime.event_loop import EventLoop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def loop() -> asyncio.AbstractEventLoop:
     global _loop
     with _starting:
         if _loop is None:
-            _loop = Loop()
-            _loop.set_default_executor(inline_executor.Executor(memory_cache_only=False))
+            _loop = EventLoop()
+            _loop.set_default_executor(inline_executor.InlineExecutor(memory_cache_only=False))
             threading.Thread(target=_run, args=(_loop,), name="dspy_bridge-large", daemon=True).start()
         return _loop
 

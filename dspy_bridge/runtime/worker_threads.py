@@ -90,7 +90,7 @@ class Job:
 current: ContextVar[Job | None] = ContextVar("job", default=None)
 
 
-class SyncThreads:
+class WorkerThreads:
     """At most `most` worker threads."""
 
     def __init__(self, most: int = MAX_THREADS) -> None:
@@ -148,6 +148,3 @@ class SyncThreads:
     def _returned(self, _future: Future[Any]) -> None:
         with self._lock:
             self._abandoned -= 1
-
-
-THREADS = SyncThreads()

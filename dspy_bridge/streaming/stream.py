@@ -16,7 +16,7 @@ import dspy
 from dspy.streaming import StatusMessage
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.dispatch.call import Call
+from dspy_bridge.caller import Caller
 from dspy_bridge.lm import dspy_internals, guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.streaming import field_parsers
@@ -51,7 +51,7 @@ _answer: ContextVar[_Answer | None] = ContextVar("answer", default=None)
 class Stream:
     """The stream of one call. In DSPy's settings it replaces the stream of `dspy.streamify`."""
 
-    def __init__(self, module: dspy.Module, fields: list[str], call: Call, *, on_loop: bool) -> None:
+    def __init__(self, module: dspy.Module, fields: list[str], call: Caller, *, on_loop: bool) -> None:
         """`fields`: the program's outputs of type `str`. `on_loop`: whether the module runs on the event loop.
 
         Streams these fields, and the reasoning of the same predictor. If several predictors write a field, the last one
@@ -95,15 +95,15 @@ class Stream:
         if isinstance(value, StatusMessage):
             # From sync code DSPy calls this on an event loop of its own.
             if asyncio.get_running_loop() is self._loop:
-                await self._call.tell({"status": str(value.message)})
+                await self._call.stream_item({"status": str(value.message)})
             else:
-                self._call.note({"status": str(value.message)})
+                self._call.stream_item_threadsafe({"status": str(value.message)})
             return
         sent = False
         for field, text in self._read(value):
             sent = True
             self._sent.setdefault(field, []).append(text)
-            sending = self._call.tell({"field": field, "chunk": text})
+            sending = self._call.stream_item({"field": field, "chunk": text})
             if asyncio.get_running_loop() is self._loop:
                 await sending
             else:
@@ -135,7 +135,7 @@ class Stream:
         for field in self._fields:
             text = outputs.get(field)
             if isinstance(text, str) and (rest := field_parsers.rest("".join(self._sent.get(field, ())), text)):
-                await self._call.tell({"field": field, "chunk": rest})
+                await self._call.stream_item({"field": field, "chunk": rest})
 
 
 def _correct_progress(sent: bool) -> None:
@@ -154,7 +154,7 @@ class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
     DSPy's own callback for tools blocks the event loop until its message is received.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Caller) -> None:
         self._call = call
 
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -163,4 +163,4 @@ class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if instance.name != "finish":
-            self._call.note({"status": f"calling tool {instance.name}"})
+            self._call.stream_item_threadsafe({"status": f"calling tool {instance.name}"})

@@ -30,7 +30,7 @@ class Bench:
         handler = Command(work, limited=True)
         limits = {"max_in_flight": 4, "max_queue": 10, "max_frame_bytes": 10_000, **limits}
         self.dispatcher = Dispatcher(
-            {"work": handler}, self._send, log_exception=lambda: "r", when_room=self._when_room, **limits
+            {"work": handler}, self._send, log_exception=lambda error: "r", when_room=self._when_room, **limits
         )
 
     def _send(self, payloads: Iterable[bytes]) -> None:
@@ -59,7 +59,7 @@ class Bench:
 
 async def ask_twice(args: dict[str, Any], call: Call) -> Any:
     """Two tools at once; what failed is told as text."""
-    answers = await asyncio.gather(call.ask("a", {"n": 1}), call.ask("b", args), return_exceptions=True)
+    answers = await asyncio.gather(call.call_tool("a", {"n": 1}), call.call_tool("b", args), return_exceptions=True)
     return [str(answer) if isinstance(answer, ToolFailed) else answer for answer in answers]
 
 
@@ -128,7 +128,7 @@ def test_a_tool_call_that_is_not_answered_ends_with_the_deadline() -> None:
     bench.request(1, timeout_ms=50)
     bench.next_tool_call(), bench.next_tool_call()
     assert bench.next()["error_type"] == "timeout"
-    assert not bench.dispatcher._conversation._asked
+    assert not bench.dispatcher._channel._pending
 
 
 def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None:
@@ -137,10 +137,10 @@ def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None
 
     async def stubborn(args: dict[str, Any], call: Call) -> Any:
         try:
-            await call.ask("a", {})
+            await call.call_tool("a", {})
         except asyncio.CancelledError:
             try:
-                await call.ask("b", {})
+                await call.call_tool("b", {})
             finally:
                 ended.set()
 
@@ -195,7 +195,7 @@ def test_after_the_end_of_input_no_tool_is_waited_for() -> None:
 
 def test_arguments_too_large_for_a_frame_are_that_tools_failure() -> None:
     async def ask(args: dict[str, Any], call: Call) -> Any:
-        return await call.ask("a", {"n": "x" * 20_000})
+        return await call.call_tool("a", {"n": "x" * 20_000})
 
     bench = Bench(ask)
     bench.request(1)
@@ -206,7 +206,7 @@ def test_arguments_too_large_for_a_frame_are_that_tools_failure() -> None:
 def test_a_stream_is_in_order_before_its_reply() -> None:
     async def tell(args: dict[str, Any], call: Call) -> Any:
         for n in range(100):
-            await call.tell({"n": n})
+            await call.stream_item({"n": n})
         return "done"
 
     bench = Bench(tell)
@@ -220,12 +220,12 @@ def test_nothing_is_told_after_the_reply() -> None:
     ended = threading.Event()
 
     async def stubborn(args: dict[str, Any], call: Call) -> Any:
-        await call.tell({"n": 1})
+        await call.stream_item({"n": 1})
         try:
             await asyncio.Event().wait()
         finally:
-            await call.tell({"n": 2})
-            call.note({"n": 3})
+            await call.stream_item({"n": 2})
+            call.stream_item_threadsafe({"n": 3})
             ended.set()
 
     bench = Bench(stubborn)
@@ -243,7 +243,7 @@ def test_a_stream_waits_while_nobody_reads_and_goes_on_when_somebody_does() -> N
 
     async def tell(args: dict[str, Any], call: Call) -> Any:
         for n in range(3):
-            await call.tell({"n": n})
+            await call.stream_item({"n": n})
             told.append(n)
         return "done"
 
@@ -260,7 +260,7 @@ def test_a_stream_waits_while_nobody_reads_and_goes_on_when_somebody_does() -> N
 
 def test_a_stream_that_waits_for_room_can_be_cancelled() -> None:
     async def tell(args: dict[str, Any], call: Call) -> Any:
-        await call.tell({"n": 0})
+        await call.stream_item({"n": 0})
 
     bench = Bench(tell, full=True)
     bench.request(1)
@@ -272,7 +272,7 @@ def test_a_stream_that_waits_for_room_can_be_cancelled() -> None:
 
 def test_an_item_too_large_for_a_frame_becomes_an_error_in_its_place() -> None:
     async def tell(args: dict[str, Any], call: Call) -> Any:
-        await call.tell({"index": 5, "success": True, "result": "x" * 20_000})
+        await call.stream_item({"index": 5, "success": True, "result": "x" * 20_000})
         return "done"
 
     bench = Bench(tell)

@@ -42,9 +42,9 @@ class Bench:
             table, self._send, log_exception=self._log, when_room=lambda callback: False, **limits
         )
 
-    def _log(self) -> str:
+    def _log(self, error: BaseException) -> str:
         reference = f"reference-{len(self.logged)}"
-        self.logged.append(f"{reference} {type(sys.exc_info()[1]).__name__}")
+        self.logged.append(f"{reference} {type(error).__name__}")
         return reference
 
     def _send(self, payloads: Iterable[bytes]) -> None:
@@ -52,11 +52,11 @@ class Bench:
             self.replies.put(json.loads(payload))
 
     def _bad(self, args: Any, call: Any) -> Any:
-        call.settle = lambda ok: self.logged.append("kept" if ok else "undone")
+        call.on_reply = lambda ok: self.logged.append("kept" if ok else "undone")
         raise InvalidArgs("x: expected\n  text")
 
     async def _work(self, args: dict[str, Any], call: Any) -> Any:
-        call.settle = lambda ok: self.logged.append("kept" if ok else "undone")
+        call.on_reply = lambda ok: self.logged.append("kept" if ok else "undone")
         self.started.put(call.request.id)
         try:
             if args.get("hold"):
@@ -121,7 +121,7 @@ def test_work_and_what_is_logged_of_its_failure_are_in_the_trace_of_their_reques
     first, second = (f"00-{digit * 32}-{digit * 16}-01" for digit in "ab")
 
     class Traced(Bench):
-        def _log(self) -> str:
+        def _log(self, error: BaseException) -> str:
             self.logged.append(f"failed in {tracing.current()}")
             return "reference"
 

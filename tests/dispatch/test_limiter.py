@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dspy_bridge.dispatch.limiter import Turns
+from dspy_bridge.dispatch.limiter import Limiter
 
 
 def test_as_many_run_as_may_and_the_rest_waits_in_order() -> None:
-    turns, begun = Turns(2, 2), []
+    limiter, begun = Limiter(2, 2), []
 
     def starter(n: int) -> Callable[[], bool]:
         def start() -> bool:
@@ -26,16 +26,16 @@ def test_as_many_run_as_may_and_the_rest_waits_in_order() -> None:
 
     starters = [starter(n) for n in range(4)]
     for start in starters:
-        assert not turns.full
-        turns.enter(start)
-    assert begun == [0, 1] and turns.full and (turns.running, turns.waiting) == (2, 2)
-    turns.withdraw(starters[2])
-    assert not turns.full
-    turns.leave()
-    assert begun == [0, 1, 3] and (turns.running, turns.waiting) == (2, 0)
-    turns.leave()
-    turns.leave()
-    assert turns.running == 0
+        assert not limiter.full
+        limiter.submit(start)
+    assert begun == [0, 1] and limiter.full and (limiter.running, limiter.waiting) == (2, 2)
+    limiter.withdraw(starters[2])
+    assert not limiter.full
+    limiter.release()
+    assert begun == [0, 1, 3] and (limiter.running, limiter.waiting) == (2, 0)
+    limiter.release()
+    limiter.release()
+    assert limiter.running == 0
 
 
 @pytest.mark.parametrize("moment", ["waiting", "has come", "has come too late"])
@@ -43,26 +43,26 @@ def test_a_turn_that_is_given_up_is_the_next_ones(moment: str) -> None:
     """While it waits; when its turn has come, but not been taken yet; when its turn comes after all."""
 
     async def scenario() -> None:
-        turns = Turns(1, 10)
-        await turns.take()
-        first, second = asyncio.create_task(turns.take()), asyncio.create_task(turns.take())
+        limiter = Limiter(1, 10)
+        await limiter.acquire()
+        first, second = asyncio.create_task(limiter.acquire()), asyncio.create_task(limiter.acquire())
         await asyncio.sleep(0)
-        assert (turns.running, turns.waiting) == (1, 2)
+        assert (limiter.running, limiter.waiting) == (1, 2)
         if moment == "has come":
-            turns.leave()
+            limiter.release()
             first.cancel()
         elif moment == "has come too late":
             first.cancel()
-            turns.leave()
+            limiter.release()
         else:
             first.cancel()
             await asyncio.wait([first])
-            assert turns.waiting == 1
-            turns.leave()
+            assert limiter.waiting == 1
+            limiter.release()
         await asyncio.wait_for(second, 5)
-        assert first.cancelled() and (turns.running, turns.waiting) == (1, 0)
-        turns.leave()
-        assert turns.running == 0
+        assert first.cancelled() and (limiter.running, limiter.waiting) == (1, 0)
+        limiter.release()
+        assert limiter.running == 0
 
     asyncio.run(scenario())
 
@@ -71,28 +71,28 @@ def test_however_many_give_up_at_once_the_turn_is_free() -> None:
     """The turn comes to each of them before it has noticed that it was cancelled."""
 
     async def scenario() -> None:
-        turns = Turns(1, 10_000)
-        await turns.take()
-        tasks = [asyncio.create_task(turns.take()) for _ in range(10_000)]
+        limiter = Limiter(1, 10_000)
+        await limiter.acquire()
+        tasks = [asyncio.create_task(limiter.acquire()) for _ in range(10_000)]
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
-        turns.leave()
-        assert (turns.running, turns.waiting) == (0, 0)
+        limiter.release()
+        assert (limiter.running, limiter.waiting) == (0, 0)
         await asyncio.wait(tasks)
-        assert (turns.running, turns.waiting) == (0, 0)
-        await asyncio.wait_for(turns.take(), 5)
+        assert (limiter.running, limiter.waiting) == (0, 0)
+        await asyncio.wait_for(limiter.acquire(), 5)
 
     asyncio.run(scenario())
 
 
-class TurnsInAnyOrder(RuleBasedStateMachine):
+class LimiterInAnyOrder(RuleBasedStateMachine):
     """Submit, acquire, release and cancel, with and without a step of the event loop in between."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.turns = Turns(3, 1_000_000)
+        self.limiter = Limiter(3, 1_000_000)
         # Who was called and has not left; who was not called yet. By what `enter` was given, or by their task.
         self.running: list[Any] = []
         self.waiting: list[Callable[[], bool]] = []
@@ -105,7 +105,7 @@ class TurnsInAnyOrder(RuleBasedStateMachine):
             if self.running:
                 self.release(0)
             self.settle()
-        assert (self.turns.running, self.turns.waiting) == (0, 0)
+        assert (self.limiter.running, self.limiter.waiting) == (0, 0)
         self.loop.close()
 
     @rule()
@@ -117,22 +117,22 @@ class TurnsInAnyOrder(RuleBasedStateMachine):
             return True
 
         self.waiting.append(start)
-        self.turns.enter(start)
+        self.limiter.submit(start)
 
     @rule()
     def acquire(self) -> None:
-        self.takers.append(self.loop.create_task(self.turns.take()))
+        self.takers.append(self.loop.create_task(self.limiter.acquire()))
 
     @precondition(lambda self: self.running)
     @rule(n=st.integers(0, 99))
     def release(self, n: int) -> None:
         self.running.pop(n % len(self.running))
-        self.turns.leave()
+        self.limiter.release()
 
     @precondition(lambda self: self.waiting)
     @rule(n=st.integers(0, 99))
     def withdraw(self, n: int) -> None:
-        self.turns.withdraw(self.waiting.pop(n % len(self.waiting)))
+        self.limiter.withdraw(self.waiting.pop(n % len(self.waiting)))
 
     @precondition(lambda self: self.takers)
     @rule(n=st.integers(0, 99))
@@ -151,14 +151,14 @@ class TurnsInAnyOrder(RuleBasedStateMachine):
     def settle(self) -> None:
         for _ in range(4):
             self.step()
-        assert self.turns.running == len(self.running), "none is lost"
-        assert self.turns.waiting == len(self.waiting) + len(self.takers)
-        assert self.turns.running == 3 or self.turns.waiting == 0, "a free one goes to whoever waits"
+        assert self.limiter.running == len(self.running), "none is lost"
+        assert self.limiter.waiting == len(self.waiting) + len(self.takers)
+        assert self.limiter.running == 3 or self.limiter.waiting == 0, "a free one goes to whoever waits"
 
     @invariant()
     def never_more_than_may(self) -> None:
-        assert len(self.running) <= self.turns.running <= 3
+        assert len(self.running) <= self.limiter.running <= 3
 
 
-TestTurnsInAnyOrder = TurnsInAnyOrder.TestCase
-TestTurnsInAnyOrder.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLimiterInAnyOrder = LimiterInAnyOrder.TestCase
+TestLimiterInAnyOrder.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

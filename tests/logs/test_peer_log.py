@@ -16,7 +16,7 @@ from peer import ROOT
 
 from dspy_bridge import tracing
 from dspy_bridge.logs import peer_log
-from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, Writer
+from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, FrameWriter
 from dspy_bridge.wire import messages
 from dspy_bridge.wire.frames import FrameDecoder
 
@@ -95,7 +95,7 @@ def test_records_that_nobody_reads_are_dropped_and_counted_once(
 ) -> None:
     """As frames: what waits is bounded, here and among the replies, and what is read then is whole and in order."""
     reading, writing = os.pipe()
-    writer = Writer(writing, lambda: None)
+    writer = FrameWriter(writing, lambda: None)
 
     def send(*record: Any) -> None:
         writer.wait_for_room(lambda: False)
@@ -121,7 +121,7 @@ def test_records_that_nobody_reads_are_dropped_and_counted_once(
 
 
 def test_a_finalizer_may_log_within_any_lock_of_the_writer(frames: Callable[[], list[Any]]) -> None:
-    writer = Writer(os.open(os.devnull, os.O_WRONLY), lambda: None)
+    writer = FrameWriter(os.open(os.devnull, os.O_WRONLY), lambda: None)
     handler = ours()
 
     class Loud:

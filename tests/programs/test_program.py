@@ -20,6 +20,7 @@ from dspy_bridge.lm import dspy_setup, echo_lm, lm_pool
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.programs.program import Program
 from dspy_bridge.programs.runners import Runner, ToolCallRunner
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
 
 
@@ -39,11 +40,11 @@ class SyncOnly(dspy.Module):
 def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() -> None:
     """Two calls meet inside `forward` while the loop stays free; both see the LM of their caller's context."""
     module = SyncOnly(threading.Barrier(3))
-    runner = Runner(module)
+    runner, threads = Runner(module), WorkerThreads()
 
     async def calls() -> list[Any]:
         with dspy.context(lm=echo_lm.EchoLM(), callbacks=[echo_lm.WatchFormat()]):
-            running = [asyncio.create_task(runner.run({"question": text})) for text in ("a", "b")]
+            running = [asyncio.create_task(runner.run({"question": text}, threads)) for text in ("a", "b")]
             await asyncio.to_thread(module.meet.wait, 20)
             return await asyncio.gather(*running)
 
@@ -125,7 +126,7 @@ def test_a_second_lm_of_a_program_that_is_gone_is_closed(
     models.settings = Settings({"allow_code": "1"})
 
     async def use() -> None:
-        program = Program(definition, models)
+        program = Program(definition, models, WorkerThreads())
         pool = weakref.ref(models.pool(second))
         for number in range(dspy_setup.MAX_LMS):
             models.pool({"model": f"openai/m{number}"})

@@ -92,7 +92,7 @@ class Held:
         return args
 
     async def _ask(self, args: dict[str, Any], call: Call) -> Any:
-        return await call.ask("search", {"text": "x"})
+        return await call.call_tool("search", {"text": "x"})
 
 
 @pytest.fixture
@@ -371,14 +371,14 @@ def test_args_may_be_left_out_or_nil_and_must_be_a_map_else(held: Held) -> None:
 
 
 def test_a_defect_is_an_internal_error_without_its_text(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
     reply = call(b"crash")
     assert reply[b"error_type"] == b"internal" and b"reference-1" in reply[b"error"]
     assert b"division" not in reply[b"error"]
 
 
 def test_a_defect_of_the_conversion_is_an_internal_error_too(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
     monkeypatch.setattr(erlport, "encode_value", lambda value: 1 / 0)
     assert call(b"echo")[b"error_type"] == b"internal"
     assert erlport._peer is not None and not erlport._peer._waiting
@@ -388,7 +388,7 @@ def test_no_thread_to_be_had_is_an_internal_error_and_nobody_is_left_waiting(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request is in the dispatcher by then; what becomes of it later finds nobody and harms no other."""
-    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
     call(b"echo")
     assert erlport._peer is not None
     dispatcher = erlport._peer._dispatcher
@@ -530,7 +530,7 @@ def test_a_pid_an_alias_and_a_name_with_its_node_are_sent_to(held: Held, receive
 def test_a_cast_that_fails_is_logged_and_the_next_are_made(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a reference that ErlPort cannot encode."""
     logged: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(peer_log, "exception", lambda: logged.put(type(sys.exc_info()[1]).__name__) or "reference")
+    monkeypatch.setattr(peer_log, "exception", lambda error: logged.put(type(error).__name__) or "reference")
     assert encode(erlport.submit(decode(PID), threading.Lock(), b"later", {})) == "ok"
     submit(2, b"later")
     assert received()[0] == 2 and logged.get(timeout=20) == "ValueError"
@@ -538,7 +538,7 @@ def test_a_cast_that_fails_is_logged_and_the_next_are_made(held: Held, monkeypat
 
 def test_that_erlang_is_gone_is_no_defect_to_be_logged(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[Any] = []
-    monkeypatch.setattr(peer_log, "exception", lambda: logged.append(sys.exc_info()[1]) or "reference")
+    monkeypatch.setattr(peer_log, "exception", lambda error: logged.append(error) or "reference")
     hung_up = threading.Event()
 
     def gone(pid: Any, message: Any) -> None:
@@ -601,7 +601,7 @@ def test_records_have_the_level_of_the_environment_and_go_to_stderr(
     monkeypatch.setenv("DSPY_BRIDGE_LOG_FRAMES", "1")
     asked: list[Any] = []
     monkeypatch.setattr(peer_log, "setup", lambda level, send: asked.append((level, send)))
-    monkeypatch.setattr(peer_log, "exception", lambda: "reference-1")
+    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
     call(b"crash")
     assert asked == [("error", None)]
 
@@ -609,8 +609,8 @@ def test_records_have_the_level_of_the_environment_and_go_to_stderr(
 def test_memory_of_what_is_large_is_given_back_as_at_a_port(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     given_back: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(allocator, "seen", seen.append)
-    monkeypatch.setattr(allocator, "give_back", lambda: given_back.put(threading.current_thread().name))
+    monkeypatch.setattr(allocator, "note_payload", seen.append)
+    monkeypatch.setattr(allocator, "trim", lambda: given_back.put(threading.current_thread().name))
     call(b"twice", {b"a": b"x" * 1000})
     assert seen[0] > 1000 and seen[1] > 2000 and given_back.get(timeout=20) == threading.current_thread().name
     submit(1, b"echo")
@@ -629,7 +629,7 @@ def test_of_what_has_been_told_nothing_is_kept(held: Held, monkeypatch: pytest.M
     ref = decode(Opaque(Opaque.REFERENCE))
     gone = weakref.finalize(ref, int)
     kept: queue.Queue[bool] = queue.Queue()
-    monkeypatch.setattr(allocator, "give_back", lambda: kept.put(gone.alive))
+    monkeypatch.setattr(allocator, "trim", lambda: kept.put(gone.alive))
     assert encode(erlport.submit(decode(PID), ref, b"echo", {})) == "ok"
     del ref
     assert kept.get(timeout=20) is False
@@ -646,7 +646,7 @@ def test_the_event_loop_takes_its_hops_as_at_a_port(
     assert erlport._peer is not None
     loop: Any = erlport._peer._dispatcher._loop
     executor = loop._default_executor
-    assert type(executor) is inline_executor.Executor and (executor._steps >= inline_executor._CACHE_STEPS) == (
+    assert type(executor) is inline_executor.InlineExecutor and (executor._steps >= inline_executor._CACHE_STEPS) == (
         not disk
     )
 

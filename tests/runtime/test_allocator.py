@@ -27,7 +27,7 @@ class LibC:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("due", False), ("_last", 0.0), ("_tuned", False), ("_libc", None)):
+    for name, value in (("trim_due", False), ("_last", 0.0), ("_tuned", False), ("_libc", None)):
         monkeypatch.setattr(allocator, name, value)
 
 
@@ -35,12 +35,12 @@ def test_told_once_and_trimmed_once_after_what_is_large(monkeypatch: pytest.Monk
     libc = LibC()
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
     for length in (allocator.TUNE_BYTES - 1, allocator.TUNE_BYTES, allocator.LARGE_BYTES - 1):
-        allocator.seen(length)
-        allocator.give_back()
+        allocator.note_payload(length)
+        allocator.trim()
     assert libc.asked == ["mallopt", "mallopt"]
-    allocator.seen(allocator.LARGE_BYTES)
-    allocator.give_back()
-    allocator.give_back()
+    allocator.note_payload(allocator.LARGE_BYTES)
+    allocator.trim()
+    allocator.trim()
     assert libc.asked == ["mallopt", "mallopt", "trim"]
 
 
@@ -48,12 +48,12 @@ def test_a_second_time_soon_after_waits_for_its_turn(monkeypatch: pytest.MonkeyP
     libc = LibC()
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
     for _ in range(2):
-        allocator.seen(allocator.LARGE_BYTES)
-        allocator.give_back()
-    assert libc.asked.count("trim") == 1 and allocator.due
+        allocator.note_payload(allocator.LARGE_BYTES)
+        allocator.trim()
+    assert libc.asked.count("trim") == 1 and allocator.trim_due
     monkeypatch.setattr(allocator, "_last", 0.0)
-    allocator.give_back()
-    assert libc.asked.count("trim") == 2 and not allocator.due
+    allocator.trim()
+    assert libc.asked.count("trim") == 2 and not allocator.trim_due
 
 
 @pytest.mark.parametrize("library", [object(), OSError("none")])
@@ -66,9 +66,9 @@ def test_where_it_cannot_be_done_nothing_happens(monkeypatch: pytest.MonkeyPatch
         return library
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    allocator.seen(allocator.LARGE_BYTES)
-    allocator.give_back()
-    assert not allocator.due and allocator._libc is None
+    allocator.note_payload(allocator.LARGE_BYTES)
+    allocator.trim()
+    assert not allocator.trim_due and allocator._libc is None
 
 
 @pytest.mark.parametrize(("before", "after"), [("0", "500"), ("-100\n", "500"), ("500\n", "500"), ("900\n", "900")])
@@ -81,14 +81,14 @@ def test_it_gives_way_unless_it_does_more_than_that(
     # A file keeps what was there before; the one of the kernel does not.
     monkeypatch.setattr(allocator.os, "write", lambda fd, data: (os.ftruncate(fd, 0), write(fd, data))[1])
     monkeypatch.setattr(allocator, "_OOM_FILE", str(file))
-    allocator.give_way()
+    allocator.raise_oom_score()
     assert file.read_text().strip().strip("\0") == after.strip()
 
 
 def test_without_such_a_file_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(allocator, "_OOM_FILE", str(tmp_path / "none"))
-    allocator.give_way()
+    allocator.raise_oom_score()
     (tmp_path / "odd").write_text("odd")
     monkeypatch.setattr(allocator, "_OOM_FILE", str(tmp_path / "odd"))
-    allocator.give_way()
+    allocator.raise_oom_score()
     assert (tmp_path / "odd").read_text() == "odd"

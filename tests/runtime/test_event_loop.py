@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextvars
 import os
 
-from dspy_bridge.runtime.event_loop import Loop
+from dspy_bridge.runtime.event_loop import EventLoop
 
 under_way: contextvars.ContextVar[str] = contextvars.ContextVar("under_way", default="nothing")
 
 
 def test_callbacks_of_descriptors_have_an_empty_context() -> None:
     read, write = os.pipe()
-    loop = Loop()
+    loop = EventLoop()
     found: list[str] = []
 
     async def register() -> None:

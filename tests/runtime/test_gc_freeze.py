@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dspy_bridge.runtime.gc_freeze import EVERY, Garbage
+from dspy_bridge.runtime.gc_freeze import EVERY, GcFreezer
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ class Cycle:
 
 
 def test_due_after_so_many_changes() -> None:
-    garbage = Garbage()
+    garbage = GcFreezer()
     assert [garbage.loaded() for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
     assert not garbage.removed(EVERY - 1) and garbage.removed(1)
     garbage.settle()
@@ -38,7 +38,7 @@ def test_due_after_so_many_changes() -> None:
 
 
 def test_loaded_objects_are_frozen_without_a_collection() -> None:
-    garbage = Garbage()
+    garbage = GcFreezer()
     gc.collect()
     Cycle()
     garbage.loaded()
@@ -50,7 +50,7 @@ def test_loaded_objects_are_frozen_without_a_collection() -> None:
 
 def test_removed_objects_are_collected_even_if_they_were_frozen() -> None:
     test_loaded_objects_are_frozen_without_a_collection()
-    garbage = Garbage()
+    garbage = GcFreezer()
     garbage.removed(1)
     garbage.settle()
     assert Cycle.alive == 0 and gc.get_freeze_count() > 0

@@ -37,7 +37,7 @@ def steps_as_before() -> Iterator[None]:
 
 def in_place(*calls: tuple[Callable[..., bool], LM], memory_cache_only: bool = True) -> list[bool]:
     async def main() -> list[bool]:
-        executor = inline_executor.Executor(memory_cache_only=memory_cache_only)
+        executor = inline_executor.InlineExecutor(memory_cache_only=memory_cache_only)
         asyncio.get_running_loop().set_default_executor(executor)
         return [await asyncio.to_thread(function, lm) for function, lm in calls]
 
@@ -82,7 +82,7 @@ def test_what_it_raises_reaches_who_waits() -> None:
         raise KeyError("x")
 
     async def main() -> None:
-        asyncio.get_running_loop().set_default_executor(inline_executor.Executor(memory_cache_only=True))
+        asyncio.get_running_loop().set_default_executor(inline_executor.InlineExecutor(memory_cache_only=True))
         function = step(fail)
         for _ in range(inline_executor.TRIES + 2):
             with pytest.raises(KeyError):

@@ -19,6 +19,7 @@ from dspy_bridge.commands.handlers import Commands
 from dspy_bridge.lm import dspy_setup
 from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
 from dspy_bridge.signatures import confined_files, media
 
@@ -42,15 +43,15 @@ class Size:
     """What a program asks of its call; `told`: each item of the stream, and where it was told."""
 
     meter = None
-    gave_turn = False
-    host = SimpleNamespace(turns=SimpleNamespace(leave=lambda: None))
+    slot_transferred = False
+    services = SimpleNamespace(limiter=SimpleNamespace(release=lambda: None))
     request = SimpleNamespace(stream=False, meta=False)
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.told: list[tuple[Any, str]] = []
 
-    async def tell(self, item: dict[str, Any]) -> None:
+    async def stream_item(self, item: dict[str, Any]) -> None:
         self.told.append((item, threading.current_thread().name))
 
 
@@ -69,7 +70,7 @@ def streamed(
     lms, given = dspy_setup.Models(Settings(settings)), Size(size)
 
     async def main() -> Any:
-        program = Program({"lm": {"model": "openai/m", **server.options()}, **definition}, lms)
+        program = Program({"lm": {"model": "openai/m", **server.options()}, **definition}, lms, WorkerThreads())
         with dspy.context(callbacks=[watch]):
             return await program.call(inputs, None, None, cast(Any, given), stream=stream)
 

@@ -9,6 +9,7 @@ import dspy
 
 from dspy_bridge.lm import dspy_setup
 from dspy_bridge.programs.program import Program
+from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
 
 
@@ -22,7 +23,7 @@ class FakeCall:
         self.turns: list[int] = []
         self.turn = 0
 
-    async def tell(self, item: dict[str, Any]) -> None:
+    async def stream_item(self, item: dict[str, Any]) -> None:
         assert item["field"] == "answer"
         self.turns.append(self.turn)
 
@@ -38,7 +39,9 @@ def test_a_stream_that_never_waits_yields_to_other_tasks() -> None:
 
     async def main() -> None:
         program = Program(
-            {"signature": "question -> answer", "lm": {"model": "offline/echo"}}, dspy_setup.Models(Settings({}))
+            {"signature": "question -> answer", "lm": {"model": "offline/echo"}},
+            dspy_setup.Models(Settings({})),
+            WorkerThreads(),
         )
         counting = asyncio.create_task(call.count())
         with dspy.context():

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peer import frame, vector_payload, vectors
 
-from dspy_bridge.wire import messages
+from dspy_bridge.wire import messages, pings
+from dspy_bridge.wire.frames import FrameDecoder
 from dspy_bridge.wire.messages import Cancel, NotAMessage, NotJSON, Request
 
 JSON = st.recursive(
@@ -142,11 +143,10 @@ def test_without_a_trace_there_is_none(more: dict[str, Any]) -> None:
     assert isinstance(request, Request) and request.traceparent is None
 
 
-def test_a_ping_with_a_trace_takes_the_long_way() -> None:
+def test_a_ping_with_a_trace_is_decoded() -> None:
     trace = b'"traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01","timestamp"'
     payload = (QUICK % 12).replace(b'"timestamp"', trace)
-    assert messages.quick_pong(payload, 1.5) is None
-    assert messages.quick_packet(len(payload).to_bytes(4, "big") + payload, 1.5) is None
+    assert pings.answer(frame(payload), 1.5) == (b"", 0, 0)
     assert isinstance(messages.decode(payload), Request)
 
 
@@ -164,40 +164,52 @@ def test_integers_of_up_to_4300_digits_are_exact_both_ways(digits: int, sign: st
 QUICK = b'{"id":%d,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
 
 
-def test_a_ping_as_bridge_writes_it_is_answered_by_its_bytes() -> None:
-    for id in (0, 7, 10**17):
-        reply = messages.quick_pong(QUICK % id, 12.5)
-        assert reply is not None and reply == messages.encode_result(id, messages.pong(12.5))
-        wanted = {"id": id, "success": True, "result": {"status": "ok", "timestamp": 12.5}}
-        assert json.loads(reply) == wanted and reply.startswith(b'{"id":')
+def test_pings_as_bridge_writes_them_are_answered_by_their_bytes() -> None:
+    ids = (0, 7, 10**17)
+    replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in ids]
+    packets = [frame(QUICK % id) for id in ids]
+    assert pings.answer(packets[1], 12.5) == (replies[1], 1, len(packets[1]))
+    data = b"".join(packets)
+    assert pings.answer(data, 12.5) == (b"".join(replies), len(ids), len(data))
+    for rest in (packets[0][:-1], frame(b'{"id":1,"command":"list_programs"}') + packets[0], b"\x00", b"\x00" * 9):
+        assert pings.answer(data + rest, 12.5) == (b"".join(replies), len(ids), len(data)), "what follows is left"
+        assert pings.answer(rest, 12.5) == (b"", 0, 0)
 
 
 @pytest.mark.parametrize("digits", [1, 17, 18, 19, 20, 21, 300])
 @pytest.mark.parametrize("first", ["1", "9", "-1"])
 def test_an_id_of_any_length_is_exact_by_each_way(digits: int, first: str) -> None:
-    """The short ways take ids of up to 18 digits, which fit a machine word as they do; all others go the long way."""
+    """The short way takes ids of up to 18 digits, which fit a machine word; all others are decoded."""
     id = int(first + "8" * (digits - 1))
     payload = QUICK % id
-    by_bytes, by_packet = messages.quick_pong(payload, 1.5), messages.quick_packet(frame(payload), 1.5)
+    reply, _, used = pings.answer(frame(payload), 1.5)
     short = digits <= 18 and id > 0
-    assert (by_bytes is not None, by_packet is not None) == (short, short)
+    assert used == (len(frame(payload)) if short else 0)
     request = messages.decode(payload)
     assert isinstance(request, Request) and request.id == id
     pong = messages.encode_result(request.id, messages.pong(1.5))
     assert json.loads(pong)["id"] == id
-    assert not short or (by_bytes, by_packet) == (pong, frame(pong))
+    assert reply == (frame(pong) if short else b"")
 
 
 @given(st.integers(0, 90), st.binary(min_size=1, max_size=3))
-def test_what_the_short_way_answers_the_long_way_takes_as_a_ping_with_that_id(at: int, junk: bytes) -> None:
+def test_what_is_answered_without_decoding_decodes_to_a_ping_with_that_id(at: int, junk: bytes) -> None:
     good = QUICK % 12
     payload = good[:at] + junk + good[at + len(junk) :]
-    reply = messages.quick_pong(payload, 1.5)
-    if reply is not None:
+    reply, _, _ = pings.answer(frame(payload), 1.5)
+    if reply:
         request = messages.decode(payload)
         assert isinstance(request, Request)
         assert (request.command, request.args, request.meta) == ("ping", {}, False)
-        assert json.loads(reply)["id"] == request.id
+        assert json.loads(reply[4:])["id"] == request.id
+
+
+@given(st.integers(0, 100), st.binary(min_size=1, max_size=3))
+def test_no_packet_of_another_length_is_answered_without_decoding(at: int, junk: bytes) -> None:
+    good = frame(QUICK % 12)
+    data = good[:at] + junk + good[at + len(junk) :]
+    _, count, used = pings.answer(data, 1.5)
+    assert count == len(FrameDecoder(1 << 20).feed(data[:used]))
 
 
 def test_a_run_of_digits_in_a_text_stays_text() -> None:

@@ -1,7 +1,6 @@
 defmodule DSPex.Application do
   @moduledoc """
-  Starts `DSPex.PythonBridge.Supervisor` with the application, unless a host wants it in its own
-  tree and says so:
+  Starts `DSPex.PythonBridge.Supervisor` with the application. To start it in your own supervision tree instead:
 
       config :dspex, autostart: false
   """

@@ -3,8 +3,8 @@ defmodule Mix.DSPex do
   # What the Mix tasks share.
 
   @doc """
-  Loads the host's configuration, and starts nothing of it. With `quiet: true` what is compiled for that is not told of:
-  standard output is to hold something else alone.
+  Loads the project's configuration without starting it. With `quiet: true` compiling prints nothing, to keep standard
+  output clean.
   """
   @spec load_config(keyword()) :: :ok
   def load_config(opts \\ []) do
@@ -19,28 +19,28 @@ defmodule Mix.DSPex do
     end
   end
 
-  @doc "Where the virtual environment is if nothing is said: in `_build`, for all environments of Mix."
+  @doc "The default folder of the virtual environment: in `_build`, one for all environments of Mix."
   @spec default_venv() :: Path.t()
   def default_venv do
     path = Mix.Project.build_path()
-    # Of MIX_BUILD_PATH the folder around it is none of ours.
+    # The parent folder of MIX_BUILD_PATH is not Mix's.
     root = if System.get_env("MIX_BUILD_PATH"), do: path, else: Path.dirname(path)
     Path.join(root, "dspex_venv")
   end
 
-  @doc "The file of the host's configuration, and whether it is there: `mix new` makes none."
+  @doc "The file of the project's configuration, and whether it exists: `mix new` makes none."
   @spec config_file() :: {:there | :missing, Path.t()}
   def config_file do
     file = Mix.Project.config()[:config_path]
     {if(File.exists?(file), do: :there, else: :missing), file}
   end
 
-  @doc "The line that names a virtual environment in the host's configuration."
+  @doc "The line in the configuration that names a virtual environment."
   @spec config_line(Path.t()) :: String.t()
   def config_line(folder) do
     {_there, file} = config_file()
     config = Path.dirname(Path.expand(file))
-    # A child of an umbrella has the file of the umbrella's.
+    # In an umbrella, the file is the umbrella's.
     inside? = String.starts_with?(folder, Path.dirname(config) <> "/")
 
     value =

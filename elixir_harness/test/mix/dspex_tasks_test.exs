@@ -97,7 +97,7 @@ defmodule Mix.Tasks.DspexTasksTest do
       {JSON.decode!(text), status}
     end
 
-    test "tells of an environment that dspex.setup has made, and nobody named", %{tmp_dir: dir} do
+    test "names an environment of dspex.setup that is not configured", %{tmp_dir: dir} do
       folder = venv(Path.join(dir, "build/dspex_venv"))
       {text, 0} = run(Doctor, [])
       assert text =~ "– interpreter "
@@ -113,14 +113,14 @@ defmodule Mix.Tasks.DspexTasksTest do
       assert text =~ "✓ interpreter " and not (text =~ "is not configured")
     end
 
-    test "refuses what it does not know" do
+    test "refuses unknown arguments" do
       assert_raise OptionParser.ParseError, ~r/--jsn/, fn -> Doctor.run(["--jsn"]) end
       assert_raise Mix.Error, ~r/takes no now/, fn -> Doctor.run(["now"]) end
     end
   end
 
   describe "dspex.setup" do
-    test "makes it where it is by default, has the doctor look at it, and tells how to use it", %{
+    test "makes it in the default folder, runs the doctor, and prints how to use it", %{
       tmp_dir: dir
     } do
       uv(dir)
@@ -137,7 +137,7 @@ defmodule Mix.Tasks.DspexTasksTest do
                  "virtual_env: Path.expand(\"#{path}\", __DIR__)\n"
     end
 
-    test "makes the one that is configured, and has nothing to tell then", %{tmp_dir: dir} do
+    test "makes the one that is configured, and prints no instructions then", %{tmp_dir: dir} do
       uv(dir)
       folder = Path.join(dir, "mine")
       put_config(:python_environment, virtual_env: folder)
@@ -145,7 +145,7 @@ defmodule Mix.Tasks.DspexTasksTest do
       assert text =~ "making #{folder}" and not (text =~ "To use it")
     end
 
-    test "--path: makes it there; another interpreter that comes first is told of", %{
+    test "--path: makes it there; names another interpreter that comes first", %{
       tmp_dir: dir
     } do
       uv(dir)
@@ -164,7 +164,7 @@ defmodule Mix.Tasks.DspexTasksTest do
       assert text =~ "✗ ping " and text =~ "To use it"
     end
 
-    test "one line when nothing can be made, and of a configuration that cannot be right", %{
+    test "one line if nothing can be made, or the configuration is wrong", %{
       tmp_dir: dir
     } do
       assert_raise Mix.Error, ~r/^no Python found: --python names \/no\/python.*$/, fn ->
@@ -182,7 +182,7 @@ defmodule Mix.Tasks.DspexTasksTest do
     end
   end
 
-  test "by default the environment is beside the builds of all environments of Mix" do
+  test "by default the environment is next to the builds of all environments of Mix" do
     put_system_env("MIX_BUILD_PATH", nil)
     assert Mix.DSPex.default_venv() == Path.expand("_build/dspex_venv")
     line = Mix.DSPex.config_line(Path.expand("_build/dspex_venv"))
@@ -207,7 +207,7 @@ defmodule Mix.Tasks.DspexTasksTest do
     end
   end
 
-  test "in a child of an umbrella the line is for the umbrella's file, its paths from there", %{
+  test "in a child of an umbrella the line is for the umbrella's file, with paths from there", %{
     tmp_dir: dir
   } do
     child = [config_path: "../../config/config.exs", build_path: "../../_build"]
@@ -224,7 +224,7 @@ defmodule Mix.Tasks.DspexTasksTest do
     end)
   end
 
-  test "a project without a configuration is told how it begins", %{tmp_dir: dir} do
+  test "a project without a configuration file gets its first line, too", %{tmp_dir: dir} do
     venv(Path.join(dir, "build/dspex_venv"))
     without = [aliases: ["app.config": &__MODULE__.compiled/1]]
 
@@ -239,7 +239,7 @@ defmodule Mix.Tasks.DspexTasksTest do
 
   def compiled(_args), do: Mix.shell().info("Compiling 1 file (.ex)")
 
-  test "what Mix tells of while it loads the configuration is held back for --json alone", %{
+  test "what Mix prints while it loads the configuration is suppressed for --json only", %{
     tmp_dir: dir
   } do
     in_project(dir, [aliases: ["app.config": &__MODULE__.compiled/1]], fn ->

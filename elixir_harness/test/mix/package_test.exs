@@ -11,7 +11,7 @@ defmodule DSPex.PackageTest do
     |> Enum.reject(&File.dir?/1)
   end
 
-  test "the files of the Hex package are all that a host needs, and nothing else" do
+  test "the Hex package has all files that an application needs, and no other" do
     peer =
       for path <- Path.wildcard(@checkout <> "/dspy_bridge/*.{py,typed}"),
           do: "dspy_bridge/" <> Path.basename(path)
@@ -26,7 +26,7 @@ defmodule DSPex.PackageTest do
     assert Enum.sort(listed()) == Enum.sort(Enum.filter(ours, &File.regular?/1) ++ carried)
   end
 
-  test "the peer that priv carries is the checkout's" do
+  test "the peer in priv is the checkout's" do
     for "priv/python/package/" <> file = path <- listed(),
         do: assert(File.read!(path) == File.read!(Path.join(@checkout, file)), file)
   end

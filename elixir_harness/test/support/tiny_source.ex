@@ -1,13 +1,21 @@
 defmodule DSPex.Test.TinySource do
   @moduledoc """
   What `DSPex.PythonBridge.Venv` installs, in small: one distribution, `tiny`, and a package `dspy-bridge` that builds itself. With
-  the settings of `env/1` pip takes both from the folder, without a network.
+  the settings of `env/1` uv takes both from the folder, without a network, and pip takes `uv` from there: a script that runs
+  the one of the tests' Python.
   """
 
   @doc "Makes it in `folder`, with `tiny` pinned to `version`."
   def make(folder, version \\ "1.0") do
     File.mkdir_p!(Path.join(folder, "wheels"))
-    for v <- ["1.0", "2.0"], do: wheel(Path.join(folder, "wheels"), "tiny", v)
+    for v <- ["1.0", "2.0"], do: wheel(folder, "tiny", v, [{"tiny.py", "VERSION = '#{v}'\n"}])
+    uv = Path.join(Path.dirname(DSPex.Test.Helpers.python()), "uv")
+
+    wheel(folder, "uv", "0.0", [
+      {"uv.py", "import os, sys\ndef main(): os.execv('#{uv}', ['uv'] + sys.argv[1:])\n"},
+      {"uv-0.0.dist-info/entry_points.txt", "[console_scripts]\nuv = uv:main\n"}
+    ])
+
     pin(folder, version)
     package(folder, "one")
     folder
@@ -54,12 +62,16 @@ defmodule DSPex.Test.TinySource do
     """)
   end
 
-  @doc "Environment variables, for pip."
+  @doc "Environment variables, for uv and pip."
   def env(folder) do
     %{
       "PIP_NO_INDEX" => "1",
       # It would be split at spaces.
       "PIP_FIND_LINKS" => url(Path.join(folder, "wheels")),
+      "UV_NO_INDEX" => "1",
+      "UV_FIND_LINKS" => url(Path.join(folder, "wheels")),
+      "UV_NO_CACHE" => "1",
+      "UV_NO_CONFIG" => "1",
       "PIP_CONSTRAINT" => nil,
       "PIP_CONFIG_FILE" => "/dev/null",
       # Whatever is wrong with what is tested, the Python of the machine stays as it is.
@@ -70,17 +82,16 @@ defmodule DSPex.Test.TinySource do
   @doc "A path as an address."
   def url(path), do: "file://" <> URI.encode(path, &(&1 == ?/ or URI.char_unreserved?(&1)))
 
-  defp wheel(folder, name, version) do
+  defp wheel(folder, name, version, files) do
     info = "#{name}-#{version}.dist-info"
 
     files = [
-      {"#{name}.py", "VERSION = '#{version}'\n"},
       {"#{info}/METADATA", "Metadata-Version: 2.1\nName: #{name}\nVersion: #{version}\n"},
       {"#{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"},
-      {"#{info}/RECORD", ""}
+      {"#{info}/RECORD", ""} | files
     ]
 
-    path = Path.join(folder, "#{name}-#{version}-py3-none-any.whl")
+    path = Path.join(folder, "wheels/#{name}-#{version}-py3-none-any.whl")
     entries = for {file, text} <- files, do: {to_charlist(file), text}
     {:ok, _path} = :zip.create(to_charlist(path), entries)
   end

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import DSPY, PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
 KEY = "sk-test-0123456789"
+# What an LM is asked with for `max_tokens`.
+MAX_TOKENS = "max_completion_tokens" if DSPY >= (3, 4) else "max_tokens"
 
 
 def error(status: int, message: str, code: str | None = None) -> tuple[int, dict[str, Any]]:
@@ -60,7 +63,7 @@ def test_lm_adapter_and_config_of_a_program_and_of_a_call(start_lm: Any) -> None
         assert peer.call("execute_program", {**ASK, "lm": other})["success"]
         assert peer.call("execute_program", {**ASK, "lm": {}})["error_type"] == "invalid_args"
     first, second, third = own.requests
-    assert (first["model"], first["max_completion_tokens"], first["temperature"]) == ("own", 77, 0.5)
+    assert (first["model"], first[MAX_TOKENS], first["temperature"]) == ("own", 77, 0.5)
     assert second["temperature"] == 0.9
     assert (third["model"], third["temperature"]) == ("third", 0.5)
     assert "JSON" in str(first["messages"]) and default.requests == []
@@ -108,7 +111,7 @@ def test_adapters_that_there_are_not(echo_peer: Peer) -> None:
     for adapter in (
         "two_step", "baml", 5, [], {}, {"name": "chat"}, {"name": "two_step"}, {"name": "two_step", "more": 1},
         {**two_step, "extraction_model": "openai/x"}, {**two_step, "extraction_model": {}}, {**two_step, "more": 1},
-        {**two_step, "extraction_model": {"model": "openai/x", "num_retries": -1}},
+        *([{**two_step, "extraction_model": {"model": "openai/x", "num_retries": -1}}] if DSPY >= (3, 4) else []),
     ):  # fmt: skip
         reply = echo_peer.call("create_program", {**QA, "adapter": adapter})
         assert reply["error_type"] == "invalid_args", (adapter, reply)
@@ -134,10 +137,10 @@ def test_options_of_an_lm_and_config_of_a_call_are_what_the_lm_is_asked_with(sta
         config = {"temperature": 0.7, "max_tokens": 10, "seed": 4}
         for args in (ASK, {**ASK, "config": config}, ASK):
             assert peer.call("execute_program", args)["success"]
-    wanted = {"temperature": 0.1, "top_p": 0.5, "stop": ["END"], "max_completion_tokens": 50}
+    wanted = {"temperature": 0.1, "top_p": 0.5, "stop": ["END"], MAX_TOKENS: 50}
     first, second, third = ({name: request.get(name) for name in (*wanted, "seed")} for request in server.requests)
     assert first == third == {**wanted, "seed": None}, "a call's config is gone with the call"
-    assert second == {**wanted, "temperature": 0.7, "max_completion_tokens": 10, "seed": 4}
+    assert second == {**wanted, "temperature": 0.7, MAX_TOKENS: 10, "seed": 4}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,8 @@ def test_options_of_an_lm_and_config_of_a_call_are_what_the_lm_is_asked_with(sta
     ],
 )
 def test_faults_of_the_lm_have_their_types(start_lm: Any, answer: Any, error_type: str, retryable: Any) -> None:
-    with Peer(env=lm_env(start_lm(answer))) as peer:
+    # No shared peer may log the key.
+    with shared_peer(env=lm_env(start_lm(answer))) as peer:
         fields = {"inputs": [{"name": "question"}], "outputs": [{"name": "answer", "type": "probability"}]}
         peer.call("create_program", {**QA, "signature": fields})
         reply = peer.call("execute_program", ASK)
@@ -167,8 +171,6 @@ def test_faults_of_the_lm_have_their_types(start_lm: Any, answer: Any, error_typ
         assert reply.get("retryable") == retryable
         assert "\n" not in reply["error"] and KEY not in reply["error"]
         assert peer.call("ping")["success"]
-        _, _, log = peer.finish()
-    assert KEY not in log
 
 
 def test_an_lm_that_cannot_be_reached() -> None:
@@ -218,21 +220,26 @@ def test_no_lm_and_no_key_are_told_as_such() -> None:
         reply = peer.call("execute_program", ASK)
         assert reply["error_type"] == "lm_not_configured" and "DSPY_BRIDGE_LM" in reply["error"]
         reply = peer.call("execute_program", {**ASK, "lm": {"model": "openai/x"}})
-        assert reply["error_type"] == "lm_not_configured", reply
+        # LiteLLM's word for it, by which DSPy 3.3 asks.
+        without_key = "lm_not_configured" if DSPY >= (3, 4) else "lm_error"
+        assert reply["error_type"] == without_key and "OPENAI_API_KEY" in reply["error"], reply
 
 
 def test_options_that_the_lm_refuses_are_told_with_the_first_program() -> None:
-    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": '{"num_retries": -1}'}
+    option = "num_retries" if DSPY >= (3, 4) else "engine"
+    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": f'{{"{option}": -1}}'}
     with Peer(env=env) as peer:
         reply = peer.call("create_program", QA)
         assert reply["error_type"] == "internal"
-        assert "DSPY_BRIDGE_LM_OPTIONS" in reply["error"] and "num_retries" in reply["error"]
+        assert "DSPY_BRIDGE_LM_OPTIONS" in reply["error"] and option in reply["error"]
 
 
 def test_a_config_that_makes_no_sense_is_an_argument_error(start_lm: Any) -> None:
     with shared_peer(env=lm_env(start_lm())) as peer:
         peer.call("create_program", QA)
         reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
+        if DSPY < (3, 4):
+            return  # there nobody looks at it before the LM does
         assert reply["error_type"] == "invalid_args" and "config" in reply["error"], reply
         reply = peer.call("execute_program", {**ASK, "lm": {"model": "openai/x", "n": True, "api_key": "sk-1234567"}})
         assert reply["error_type"] == "invalid_args" and "lm" in reply["error"], reply
@@ -318,6 +325,10 @@ def with_files(most: int) -> list[str]:
     return ["sh", "-c", f'ulimit -n {most} && exec "$0" "$@"', sys.executable, "-m", "dspy_bridge"]
 
 
+OWN_CONNECTIONS = pytest.mark.skipif(DSPY < (3, 4), reason="they are LiteLLM's, which the peer cannot close")
+
+
+@OWN_CONNECTIONS
 def test_a_burst_past_the_limit_of_open_files_waits_its_turn(start_lm: Any) -> None:
     server = start_lm()
     server.gate.clear()
@@ -336,6 +347,7 @@ def test_a_burst_past_the_limit_of_open_files_waits_its_turn(start_lm: Any) -> N
         assert peer.call("execute_program", ASK)["success"]
 
 
+@OWN_CONNECTIONS
 def test_when_descriptors_run_out_idle_connections_are_closed_for_whoever_needs_one(start_lm: Any) -> None:
     """Also those of an LM that is being called meanwhile, after that; the calls themselves go on."""
     busy, other = start_lm(), start_lm()
@@ -362,6 +374,11 @@ def test_when_descriptors_run_out_idle_connections_are_closed_for_whoever_needs_
         assert peer.call("execute_program", ASK)["success"]
 
 
+def written(home: Path) -> list[Path]:
+    """DSPy 3.3 makes a folder for its cache when it is imported."""
+    return [path for path in home.iterdir() if DSPY >= (3, 4) or path.name != ".dspy_cache"]
+
+
 def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, tmp_path: Any) -> None:
     server = start_lm()
     home = {"HOME": str(tmp_path)}
@@ -369,12 +386,12 @@ def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, 
         peer.call("create_program", QA)
         for _ in range(3):
             assert peer.call("execute_program", ASK)["success"]
-    assert len(server.requests) == 1 and list(tmp_path.iterdir()) == []
+    assert len(server.requests) == 1 and written(tmp_path) == []
     with Peer("--cache-entries", "0", env={**lm_env(server, cache=True), **home}) as peer:
         peer.call("create_program", QA)
         for _ in range(3):
             assert peer.call("execute_program", ASK)["success"]
-    assert len(server.requests) == 4 and list(tmp_path.iterdir()) == []
+    assert len(server.requests) == 4 and written(tmp_path) == []
 
 
 def test_a_disk_cache_outlives_the_peer(start_lm: Any, tmp_path: Any) -> None:
@@ -404,8 +421,9 @@ def test_log_records_as_frames(tmp_path: Any) -> None:
     env = {"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_LOG_FRAMES": "1"}
     with Peer("--log-level", "warning", env=env) as peer:
         peer.request("create_program", QA)
-        frames = [peer.receive() for _ in range(3)]
-        first, second = (frame["log"] for frame in frames if "log" in frame)
+        frames = [peer.receive() for _ in range(3 if DSPY >= (3, 4) else 4)]
+        logs = [frame["log"] for frame in frames if "log" in frame]
+        first, second = (log for log in logs if "names inside DSPy 3.3" not in log["message"])
         assert first == {"level": "warning", "logger": "host", "message": "with a key: [redacted]"}
         assert (second["level"], second["logger"]) == ("error", "dspy.host")
         assert second["message"].startswith("told\nTraceback") and "ZeroDivisionError" in second["message"]
@@ -489,10 +507,13 @@ def test_a_key_in_config_is_a_secret_too(start_lm: Any, where: str) -> None:
 
 
 def test_what_is_wrong_with_the_lm_of_an_adapter_is_an_argument_error(start_lm: Any) -> None:
-    """DSPy checks its settings when it asks it; the text is DSPy's."""
+    """DSPy checks its settings when it asks it, since 3.4; the text is DSPy's."""
     server = start_lm()
     model = {"model": "openai/x", **server.options(), "n": 0}
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, "adapter": {"name": "two_step", "extraction_model": model}})
         reply = peer.call("execute_program", ASK)
+        if DSPY < (3, 4):
+            assert "error_type" not in reply or reply["error_type"] in ("lm_error", "output_invalid")
+            return
         assert reply["error_type"] == "invalid_args" and reply["error"].startswith("adapter: "), reply

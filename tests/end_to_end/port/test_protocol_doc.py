@@ -13,7 +13,7 @@ from peer import ROOT, Peer, contains
 from dspy_bridge.wire import messages
 
 PAGE = (ROOT / "docs" / "protocol.md").read_text()
-EXAMPLES = re.findall(r"```json (send|receive)\n(.*?)\n```", PAGE, re.DOTALL)
+EXAMPLES = re.findall(r"^([→←])\n\n```json\n(.*?)\n```", PAGE, re.MULTILINE | re.DOTALL)
 # Values that differ from run to run: only their type is compared.
 VARY = {
     "timestamp", "duration_ms", "queue_ms", "created_at", "last_executed", "rss", "vms", "uptime", "p50_ms", "p99_ms",
@@ -35,7 +35,7 @@ def test_every_example_is_what_the_peer_does(fresh_echo_peer: Peer) -> None:
     assert len(EXAMPLES) > 50
     sent = "nothing"
     for direction, payload in EXAMPLES:
-        if direction == "send":
+        if direction == "→":
             sent = payload
             fresh_echo_peer.send(payload.encode())
         else:

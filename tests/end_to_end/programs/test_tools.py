@@ -137,7 +137,7 @@ def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
         400,
         {
             "error": {
-                "message": "a secret of the caller's; maximum context length exceeded",
+                "message": "a secret of the caller's; this model's maximum context length is 10 tokens",
                 "code": "context_length_exceeded",
             }
         },

@@ -372,9 +372,12 @@ def test_code_that_blocks_keeps_no_ping_and_no_deadline_waiting(start: Any, name
 def test_abandoned_threads_are_counted_until_they_return(start: Any) -> None:
     peer = start()
     create(peer, "Sleeps")
-    assert peer.call("execute_program", ask("Sleeps", "0.5"), timeout_ms=50)["error_type"] == "timeout"
-    assert peer.call("get_stats")["result"]["threads"] == {"running": 1, "abandoned": 1, "max": 64}
-    assert peer.call("execute_program", ask("Sleeps", "0.6"))["success"]
+    assert peer.call("execute_program", ask("Sleeps", "1"), timeout_ms=50)["error_type"] == "timeout"
+    # The reply is sent before the event loop has cancelled the run.
+    deadline = time.monotonic() + PATIENCE
+    while peer.call("get_stats")["result"]["threads"] != {"running": 1, "abandoned": 1, "max": 64}:
+        assert time.monotonic() < deadline
+    assert peer.call("execute_program", ask("Sleeps", "1.1"))["success"]
     assert peer.call("get_stats")["result"]["threads"] == {"running": 0, "abandoned": 0, "max": 64}
 
 

@@ -467,6 +467,7 @@ def endless(taken: list[int], stop: threading.Event) -> Iterator[str]:
         yield f"{taken[0]:>5} " * 170
 
 
+@pytest.mark.skipif(DSPY < (3, 4), reason="LiteLLM reads ahead")
 def test_an_owner_that_does_not_read_slows_the_lm_and_nothing_is_stored(stage: Stage) -> None:
     """The LM writes without end: it gets no further than what the pipes hold, goes on with the reading, and is
     closed by a cancel.
@@ -506,7 +507,10 @@ def test_deadlines_hold_while_nobody_reads(stage: Stage) -> None:
     taken, stop = [0], threading.Event()
     stage.answer = lambda _request: endless(taken, stop)
     id = stage.start(stage.create(), timeout_ms=700)
-    assert stage.server.closed_by_client.acquire(timeout=PATIENCE), "the peer, whose pipe is full, keeps the LM waiting"
+    if DSPY >= (3, 4):  # LiteLLM's is closed with the next garbage
+        assert stage.server.closed_by_client.acquire(timeout=PATIENCE), (
+            "the peer keeps the LM waiting: its pipe is full"
+        )
     frames, reply = stage.read(id)
     assert frames and reply["error_type"] == "timeout"
     stop.set()

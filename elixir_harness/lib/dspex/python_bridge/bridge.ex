@@ -36,6 +36,12 @@ defmodule DSPex.PythonBridge.Bridge do
           | {:tools, %{(atom() | String.t()) => (map() -> term())}}
           | {:traceparent, String.t() | nil}
   @type request_option :: stream_option() | {:on_chunk, (map() -> term())}
+  @type stream_element ::
+          {:chunk, field :: String.t(), text :: String.t()}
+          | {:status, String.t()}
+          | {:item, non_neg_integer(), {:ok, map()} | {:error, Error.t()}}
+          | {:ok, result :: term(), meta :: map()}
+          | {:error, Error.t()}
   @type status :: %{
           required(:state) => :starting | :running | :restarting | :failed,
           required(:os_pid) => pos_integer() | nil,
@@ -235,11 +241,11 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   @doc "As `stream/3`, by the bridge named `DSPex.PythonBridge.Bridge`."
-  @spec stream(map()) :: Enumerable.t(EventStream.element())
+  @spec stream(map()) :: Enumerable.t(stream_element())
   def stream(args), do: stream(__MODULE__, args, [])
 
   @doc "`stream(args, opts)` or `stream(server, args)`: as `stream/3`."
-  @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(EventStream.element())
+  @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(stream_element())
   def stream(server, args) when is_map(args), do: stream(server, args, [])
   def stream(args, opts), do: stream(__MODULE__, args, opts)
 
@@ -269,7 +275,7 @@ defmodule DSPex.PythonBridge.Bridge do
   does other things the call goes on, and its elements are kept; if the result comes in time, the consumer gets all of
   them, however late it asks.
   """
-  @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(EventStream.element())
+  @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(stream_element())
   def stream(server, args, opts) do
     case Client.Options.new(opts, [:timeout, :retry, :tools, :traceparent]) do
       {:ok, options} ->

@@ -1,28 +1,28 @@
 defmodule DSPex.PythonBridge.Doctor do
   @moduledoc """
-  A checklist: whether a bridge can work here, what was found, and for each failure what to do. `mix dspex.doctor`
-  prints it; without Mix, for example in a release:
+  Checks whether a bridge can work on this machine, and says what to do about each failure. `mix dspex.doctor` prints the
+  checks; without Mix, for example in a release:
 
       bin/my_app eval "DSPex.PythonBridge.Doctor.print() || System.halt(1)"
 
-  The checks, in their order; one that builds on a failed one is skipped:
+  The checks, in their order; a check that depends on a failed one is skipped:
 
-  | name | what |
+  | name | what is checked |
   | --- | --- |
-  | `configuration` | that of `:dspex`: keys, with the nearest right one of a misspelt one, and types |
-  | `interpreter` | which Python, and what decided |
-  | `version` | of that Python |
+  | `configuration` | keys and types in the configuration of `:dspex`, with a suggestion for a misspelt key |
+  | `interpreter` | which Python is used, and which setting decided |
+  | `version` | the version of that Python |
   | `dspy`, `psutil`, and what `required_packages` names | their versions |
   | `script`, `package` | the peer's script, and where its package `dspy_bridge` is |
   | `folders` | those of `DSPY_BRIDGE_STATE_DIR`, `DSPY_BRIDGE_FILES_DIR` and `DSPY_BRIDGE_DISK_CACHE`, where set |
-  | `ping` | a peer, started with the host's settings, answers |
-  | `program` | a program of that peer answers, by `offline/echo`: DSPy works |
-  | `lm` | the default LM's name, and whether the key that it needs is set, never its value; nothing is sent to it |
+  | `ping` | a peer that is started with your settings answers |
+  | `program` | a program with the LM `offline/echo` runs in that peer: DSPy works |
+  | `lm` | the default LM's name, and whether its key is set (the value is not shown); no request is made |
 
-  Options given in code, as to a bridge in a supervisor of the host's, are not seen: hand them to `print/1` or `run/1`.
+  Options that your code gives to a bridge are not known here: pass them to `print/1` or `run/1`.
 
-  It starts a bridge of its own, without a name, and stops it. Nothing of the host needs to run. All of it is bounded
-  in time: a few seconds, at most three minutes where all that can hang does.
+  It starts a bridge without a name and stops it; your application does not have to run. It takes a few seconds, at most
+  three minutes if everything hangs.
   """
 
   alias DSPex.PythonBridge.{EnvironmentCheck, Monitor, Options, Python}
@@ -30,8 +30,8 @@ defmodule DSPex.PythonBridge.Doctor do
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
 
   @typedoc """
-  `status`: `:note` is something to know that may be as it should; `:skipped`: it builds on a check that failed.
-  `advice`: what to do; nil if there is nothing to say.
+  `status`: `:note` is not an error but worth knowing; `:skipped`: it depends on a check that failed. `advice`: what to
+  do, or nil.
   """
   @type check :: %{
           name: String.t(),
@@ -41,16 +41,15 @@ defmodule DSPex.PythonBridge.Doctor do
         }
 
   @doc """
-  Makes the checks. Options: those of a bridge (`DSPex.PythonBridge.Options`), over the configuration of the
-  application, and
+  Runs the checks. Options: those of a bridge (`DSPex.PythonBridge.Options`), which override the configuration, and
 
-    * `:each` – a function that is called with each check as it is made
-    * `:hint` – a text for whoever has configured no interpreter
-    * `:decided` – what is said to have decided on the interpreter, if not the configuration has
+    * `:each` – a function that is called with each check when it is done
+    * `:hint` – the advice if no interpreter is configured
+    * `:decided` – what decided on the interpreter, if not the configuration
   """
   @spec run(keyword()) :: [check()]
   def run(opts \\ []) do
-    # In a release's `eval` nothing is loaded: its configuration would not be seen.
+    # A release's `eval` loads no application, and so no configuration.
     Application.load(:dspex)
     {each, opts} = Keyword.pop(opts, :each, fn _check -> :ok end)
     {hint, opts} = Keyword.pop(opts, :hint)
@@ -79,7 +78,7 @@ defmodule DSPex.PythonBridge.Doctor do
     checks ++ more ++ rest
   end
 
-  # A check gives its status, what it found, its advice, and what later ones build on; nil: nothing can.
+  # A check returns its status, what it found, its advice, and a fact for later checks; nil: these are skipped.
   defp check({name, needs, fun}, facts, each) do
     {status, found, advice, fact} =
       case Enum.find(needs, &(facts[&1] == nil)) do
@@ -92,13 +91,13 @@ defmodule DSPex.PythonBridge.Doctor do
     {check, Map.put(facts, name, fact)}
   end
 
-  @doc "Whether none has failed."
+  @doc "Whether no check has failed."
   @spec ok?([check()]) :: boolean()
   def ok?(checks), do: Enum.all?(checks, &(&1.status != :failed))
 
   @doc """
-  Makes the checks, with the options of `run/1`, and hands each to `puts` as lines of text, when it is made, and at the end
-  a summary. Gives whether none has failed.
+  Runs the checks, with the options of `run/1`, and passes each to `puts` as lines of text when it is done, and a
+  summary at the end. Returns whether no check has failed.
   """
   @spec print(keyword(), (String.t() -> term())) :: boolean()
   def print(opts \\ [], puts \\ &IO.puts/1) do
@@ -137,7 +136,7 @@ defmodule DSPex.PythonBridge.Doctor do
     end
   end
 
-  ## The checks that are no module of their own
+  ## The checks without a module of their own
 
   defp configuration(opts) do
     results = [Python.Config.required_packages(), Python.Config.bridge(opts)]
@@ -145,7 +144,7 @@ defmodule DSPex.PythonBridge.Doctor do
     others = [monitor, Python.Config.keys()]
     problems = for {:error, text} <- results ++ others, do: text
 
-    # With those two the rest can be told, whatever else is wrong.
+    # The other checks need those two only.
     facts =
       with [ok: required, ok: options] <- results,
            do: %{required: required, options: options},
@@ -168,7 +167,7 @@ defmodule DSPex.PythonBridge.Doctor do
     end
   end
 
-  # A folder that is configured it would take, whatever that is.
+  # Without --path it uses the configured folder.
   defp with_setup do
     path = if Interpreter.configured_venv(), do: " --path FOLDER", else: ""
     "; `mix dspex.setup#{path}` makes a virtual environment"
@@ -176,7 +175,7 @@ defmodule DSPex.PythonBridge.Doctor do
 
   defp about(:option, _hint), do: nil
 
-  # One that is found only from here.
+  # A relative path, which is found only from here.
   defp about(:virtual_env, _hint) do
     case Interpreter.relative(Interpreter.configured_venv()) do
       "" -> nil
@@ -208,7 +207,7 @@ defmodule DSPex.PythonBridge.Doctor do
         do: {name, ["version"], &Packages.check(name, &1["version"])}
   end
 
-  # The peer needs both, whatever the configuration requires; dspy-ai is its old name.
+  # The peer needs these, whatever the configuration requires; dspy-ai is the old name of dspy.
   defp required(nil), do: Packages.needed()
 
   defp required(%{required: required}),

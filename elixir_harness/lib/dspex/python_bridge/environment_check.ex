@@ -1,8 +1,8 @@
 defmodule DSPex.PythonBridge.EnvironmentCheck do
   @moduledoc """
-  Whether this machine has what the bridge needs, told before the first call fails:
-  the configuration, the interpreter, its version, the installed packages, the peer's script.
-  `DSPex.PythonBridge.Doctor` tells of each alone, and starts a peer.
+  Checks before the first call whether this machine has what a bridge needs: the configuration, the interpreter, its
+  version, the installed packages, the peer's script. `DSPex.PythonBridge.Doctor` reports each by itself, and starts
+  a peer.
 
   `config :dspex, :python_environment`:
 
@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   alias DSPex.PythonBridge.{Monitor, Options, Python}
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
 
-  # What makes a script the bridge's own.
+  # A script without these is not a peer's.
   @script_texts ["class DSPyBridge", "def handle_command", "def main():"]
 
   @type report :: %{
@@ -27,8 +27,8 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   @doc """
   Checks everything with one launch of the interpreter (at most 15 s; usually 50 ms).
 
-  `packages` of the result maps each required package to its version. The error is a text that
-  says what is wrong and what was expected.
+  `packages` of the result maps each required package to its version. An error is a text with what is wrong and what
+  was expected.
   """
   @spec validate_environment() :: {:ok, report()} | {:error, String.t()}
   def validate_environment do
@@ -55,14 +55,14 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     end
   end
 
-  @doc "The source of the peer's script, if it is one that a bridge can be used with."
+  @doc "The source of the peer's script, if it is one."
   @spec script(Path.t()) :: {:ok, String.t()} | {:error, String.t()}
   def script(path) do
     case File.read(path) do
       {:ok, source} ->
         case Enum.reject(@script_texts, &String.contains?(source, &1)) do
           [] -> {:ok, source}
-          missing -> {:error, "#{path} is no script of the bridge: it lacks #{list(missing)}"}
+          missing -> {:error, "#{path} is not a peer's script: it lacks #{list(missing)}"}
         end
 
       {:error, :enoent} ->
@@ -73,18 +73,22 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     end
   end
 
-  @doc "What the interpreter says of the required packages, in the environment that the peer is to have."
+  # The next three are also for `DSPex.PythonBridge.Doctor`.
+
+  # The required packages of the interpreter, in the environment that the peer gets.
+  @doc false
   @spec probe(Path.t(), [String.t()], Options.t()) :: {:ok, Probe.t()} | {:error, String.t()}
   def probe(python, required, options) do
     names = Enum.uniq(Enum.flat_map(required, &names/1))
     Probe.run(python, options.script_path, names, Options.port_env(options))
   end
 
-  @doc "The version of a package that the probe was made for; nil if it is not installed."
+  # The version of a package that the probe was made for; nil if it is not installed.
+  @doc false
   @spec version(String.t(), Probe.t()) :: String.t() | nil
   def version(package, probe), do: Enum.find_value(names(package), &probe.found[&1])
 
-  # DSPy was called dspy-ai once, and either name may be required or installed.
+  # dspy-ai is the old name of dspy: either may be required or installed.
   defp names(name) when name in ["dspy", "dspy-ai"], do: ["dspy", "dspy-ai"]
   defp names(name), do: [name]
 
@@ -103,17 +107,16 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     end
   end
 
-  @doc """
-  Where the peer's package is: a folder, or true if it is somewhere, or the script is one of another kind, which brings
-  what it needs.
-  """
+  # Where the peer's package is: a folder, or true if it is somewhere, or the script is one of another kind, which brings
+  # what it needs.
+  @doc false
   @spec bridge_package(Probe.t(), String.t(), Path.t()) ::
           {:ok, String.t() | true} | {:error, String.t()}
   def bridge_package(%Probe{bridge: false} = probe, source, script) do
     if String.contains?(source, "from dspy_bridge"),
       do:
         {:error,
-         "the package dspy_bridge is neither beside #{script}, as in a checkout or a Hex package, nor installed " <>
+         "the package dspy_bridge is neither next to #{script}, as in a checkout or a Hex package, nor installed " <>
            "in #{probe.python} (install it for that interpreter)"},
       else: {:ok, true}
   end

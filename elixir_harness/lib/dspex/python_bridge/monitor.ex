@@ -42,8 +42,7 @@ defmodule DSPex.PythonBridge.Monitor do
   require Logger
 
   alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
-  alias DSPex.PythonBridge.Bridge.Server
-  alias DSPex.PythonBridge.Monitor.Health
+  alias DSPex.PythonBridge.Bridge.{Health, Server}
   alias DSPex.PythonBridge.OTP.ServerGuard
 
   @defaults %{

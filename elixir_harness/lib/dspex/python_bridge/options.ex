@@ -28,10 +28,8 @@ defmodule DSPex.PythonBridge.Options do
   them; `seal/1` does the same for an option list.
   """
 
-  alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Options.PeerEnv
   alias DSPex.PythonBridge.OTP.Sealed
-  alias DSPex.PythonBridge.Programs
+  alias DSPex.PythonBridge.Protocol.PeerEnv
 
   @whose "python bridge"
   # The limit of {:packet, 4}.
@@ -45,9 +43,9 @@ defmodule DSPex.PythonBridge.Options do
   @alike 0.8
 
   # slot: only in a pool. programs: the table of the bridge's supervisor, if it has one.
-  defstruct [:name, :python_executable, :script_path, :env, :slot, :programs, :drain_ms] ++
+  defstruct [:name, :python_executable, :script_path, :env, :slot, :programs] ++
               [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
-              [max_pending: 100_000, start_timeout: 30_000]
+              [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000]
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
@@ -60,12 +58,9 @@ defmodule DSPex.PythonBridge.Options do
           max_pending: pos_integer(),
           start_timeout: pos_integer(),
           drain_ms: non_neg_integer(),
-          slot: slot() | nil,
-          programs: Programs.Store.table() | nil
+          slot: tuple() | nil,
+          programs: :ets.tid() | nil
         }
-  @typedoc "A bridge's slot in its pool, and the names of the pool's coordinator and of the bridge's monitor."
-  @type slot ::
-          {LoadCounters.t(), index :: pos_integer(), coordinator :: atom(), monitor :: atom()}
   @typedoc "The text that refuses an option; nil for one that is accepted."
   @type refusal :: ({atom(), term()} -> String.t() | nil)
 

@@ -1,24 +1,22 @@
 defmodule DSPex.PythonBridge.Pool do
   @moduledoc """
-  Several bridges as one: calls go to the least busy peer that is up, and on to another when that one
-  dies.
+  A pool of bridges: each call goes to the least busy peer that is up, and to another one if that dies.
 
       {:ok, _} = Pool.start_link(lm: "openai/gpt-4o-mini", pool_size: 3)
       {:ok, _} = Pool.call(:create_program, %{id: "qa", signature: "question -> answer"})
       {:ok, %{"answer" => _}} =
         Pool.call(:execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
 
-  A peer works on many calls at once, so one is enough for much; several are for more than one core,
-  and for the second that a new peer needs until it has imported DSPy: calls go to the others then.
+  A peer works on many calls at once, so one is often enough. Several use more than one core, and serve calls during the
+  second that a new peer needs to import DSPy.
 
-  `create_program` and `cleanup` hold for all peers, and a peer that is started again is given all
-  programs before it serves anything. A peer can be had for oneself: `checkout/1`.
+  `create_program` and `cleanup` apply to all peers, and a restarted peer gets all programs before it serves
+  anything. `checkout/1` reserves a peer for one process.
 
-  Pools of the same `:cluster` on connected nodes serve each other's calls when they cannot serve their
-  own, and know each other's programs: see docs/cluster.md.
+  Pools of the same `:cluster` on connected nodes serve each other's calls if they cannot serve their own, and share
+  their programs: see docs/cluster.md.
 
-  Calls choose and send in the caller's process (`DSPex.PythonBridge.Pool.Router`); what needs an order
-  is with `DSPex.PythonBridge.Pool.Coordinator`; the processes are in `DSPex.PythonBridge.Pool.Supervisor`.
+  The caller's process picks the peer and sends the call; no process of the pool is in between.
   """
 
   alias DSPex.PythonBridge.{Bridge, Calls, Error, Options, Pool, Protocol, Telemetry}
@@ -29,10 +27,10 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.Pool.Cluster.Membership
   alias DSPex.PythonBridge.Programs.Change
 
-  # The coordinator answers at once, unless it is being started again.
+  # The coordinator answers at once, unless it is being restarted.
   @coordinator_ms 5_000
 
-  @typedoc "The name of a pool, or what `start_link/1` gave."
+  @typedoc "The name of a pool, or its pid."
   @type pool :: atom() | pid()
   @type status :: %{peers: [peer()], nodes: [node()]}
   @type peer :: %{
@@ -44,15 +42,15 @@ defmodule DSPex.PythonBridge.Pool do
         }
 
   @doc """
-  Starts a pool. Options, beside those of `DSPex.PythonBridge.Options`, which hold for all its bridges:
+  Starts a pool. Options, in addition to those of `DSPex.PythonBridge.Options`, which apply to all its bridges:
 
-    * `:name` – an atom; this module if not given. The bridges have names made of it
-    * `:pool_size` – how many peers; 3
-    * `:cluster` – nil, or the name of the cluster, an atom or a text
+    * `:name` – an atom; by default this module. The names of the bridges are made from it
+    * `:pool_size` – the number of peers; by default 3
+    * `:cluster` – the name of the cluster, an atom or a string; by default nil, none
 
-  `:default_timeout` is that of the pool's calls, too, and `:max_retries` how often a call is sent
-  again after a peer died with it. Returns before the interpreters run. An option that cannot be right
-  gives `{:error, %ArgumentError{}}` with a text that names it.
+  `:default_timeout` is also that of the pool's calls, and `:max_retries` is how often a call is sent again after a peer
+  died with it. Returns before the interpreters run. A wrong option gives `{:error, %ArgumentError{}}` with a
+  text that names it.
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
@@ -61,8 +59,8 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   @doc """
-  The child specification `{Pool, opts}` of a supervisor; the id is the pool's name. Keys among the
-  options do not show in the supervisor's reports.
+  The child specification of `{Pool, opts}`; the id is the pool's name. Keys in the options do not show in the
+  supervisor's reports.
   """
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
@@ -94,16 +92,14 @@ defmodule DSPex.PythonBridge.Pool do
   def call(command, args, timeout), do: call(__MODULE__, command, args, timeout)
 
   @doc """
-  Has a peer of the pool carry out a command and waits for its reply, at most `timeout` ms. Arguments and
-  results are those of `DSPex.PythonBridge.Bridge.call/4`.
+  Sends a command to a peer of the pool and waits for the reply, at most `timeout` ms. Arguments and results are
+  those of `DSPex.PythonBridge.Bridge.call/4`.
 
-  While no peer here or on another node can serve, the call waits. `:python_process_died` only comes
-  after `max_retries` more peers than one have died with the request; `:overloaded`, when all that are
-  up have too much to do.
+  While no peer here or on another node can serve it, the call waits. `:python_process_died` is returned after
+  `max_retries + 1` peers have died with the request; `:overloaded` if all peers that are up are overloaded.
 
-  `create_program` and `cleanup` are carried out by all peers, and on all nodes of the cluster. When
-  such a call times out, or gives `:bridge_not_running` since the pool's coordinator ended meanwhile, they may
-  still be, later.
+  `create_program` and `cleanup` run on all peers, and on all nodes of the cluster. If such a call times out, or
+  returns `:bridge_not_running` since the pool's coordinator crashed meanwhile, the change may still be made later.
   """
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
@@ -152,23 +148,23 @@ defmodule DSPex.PythonBridge.Pool do
 
   defp program(_command, _args), do: nil
 
-  ## Loans
+  ## Checkouts
 
   @doc """
-  Lends a peer of this node: `{:ok, bridge}`. `call/4` leaves it alone until it is given back by
-  `checkin/2` or the borrower, who is the calling process, ends; what was under way is still answered.
+  Checks out a peer of this node: `{:ok, bridge}`. `call/4` does not use it until it is checked in by `checkin/2`, or the
+  calling process ends. Calls that it has already are still answered.
 
-  `bridge` is a name that any function of `DSPex.PythonBridge.Bridge` takes; it stays valid when the peer
-  is started again. A peer that is not up yet may be lent if no other is free: calls to it wait.
-  `{:error, :pool_exhausted}` at once when all are lent.
+  `bridge` is a name for the functions of `DSPex.PythonBridge.Bridge`; it stays valid when the peer is restarted. If
+  no other is free, a peer that is not up yet may be checked out: calls to it wait. If all are checked out, returns
+  `{:error, :pool_exhausted}` at once.
 
-  Programs that are made by the bridge itself are the pool's, too, but the other peers are given them only
-  when they need them, and other nodes are not told: better make and remove programs with `call/4`.
+  Programs that are created through the bridge itself belong to the pool, too, but the other peers get them only when
+  they need them, and other nodes do not: create and remove programs with `call/4`.
   """
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
   def checkout(pool \\ __MODULE__) do
     started = System.monotonic_time()
-    answer = with_info(pool, &CoordinatorClient.checkout(&1, @coordinator_ms))
+    answer = with_handle(pool, &CoordinatorClient.checkout(&1, @coordinator_ms))
     Telemetry.checkout(pool, answer, started)
     answer
   end
@@ -178,13 +174,13 @@ defmodule DSPex.PythonBridge.Pool do
   def checkin(bridge), do: checkin(__MODULE__, bridge)
 
   @doc """
-  Gives a lent bridge back; any process may. An error text if it is none of the pool's, or not lent.
+  Checks a bridge in; any process may. An error text if it is not a bridge of the pool, or not checked out.
   """
   @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
   def checkin(pool, bridge),
-    do: with_info(pool, &CoordinatorClient.checkin(&1, bridge, @coordinator_ms))
+    do: with_handle(pool, &CoordinatorClient.checkin(&1, bridge, @coordinator_ms))
 
-  defp with_info(pool, fun) do
+  defp with_handle(pool, fun) do
     case Handle.fetch(pool) do
       nil -> {:error, :bridge_not_running}
       handle -> fun.(handle)
@@ -192,8 +188,8 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   @doc """
-  How the pool is: its peers, as `DSPex.PythonBridge.Bridge.get_status/1` has them, and whether they are
-  lent; and the nodes that have a pool of its cluster, this one included.
+  The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, and whether they are checked
+  out; and the nodes that have a pool of its cluster, this one included.
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do

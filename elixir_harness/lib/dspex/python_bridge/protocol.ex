@@ -321,13 +321,12 @@ defmodule DSPex.PythonBridge.Protocol do
 
   ## Parts of a request
 
-  defp encode_command(command) when is_atom(command) and command not in [nil, true, false],
-    do: Payload.encode(Atom.to_string(command), "command")
-
-  defp encode_command(command) when is_binary(command), do: Payload.encode(command, "command")
-
-  defp encode_command(_command),
-    do: {:error, Error.new(:invalid_request, "command: expected an atom or a string")}
+  defp encode_command(command) do
+    case Payload.string(command) do
+      nil -> {:error, Error.new(:invalid_request, "command: expected an atom or a string")}
+      command -> Payload.encode(command, "command")
+    end
+  end
 
   defp encode_args(args) when args == %{}, do: {:ok, "{}"}
   defp encode_args(args) when is_map(args), do: Payload.encode(args, "args")

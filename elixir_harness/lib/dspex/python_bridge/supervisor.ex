@@ -60,12 +60,9 @@ defmodule DSPex.PythonBridge.Supervisor do
     Supervisor.init(children, strategy: :one_for_one)
   end
 
-  defp bridge_name(opts) do
-    config = Application.get_env(:dspex, :python_bridge, [])
-    # A configuration that is not a keyword list is refused by the bridge.
-    config = if Keyword.keyword?(config), do: config, else: []
-    Keyword.get(opts, :name, Keyword.get(config, :name, Bridge))
-  end
+  # Wrong options are refused by the bridge.
+  defp bridge_name(opts),
+    do: with({:ok, options} <- Options.new(opts, Bridge), do: options.name, else: (_ -> Bridge))
 
   defp refusal({:name, _name}), do: nil
 

@@ -10,7 +10,9 @@ defmodule DSPex.PythonBridge.Telemetry do
   @compile {:no_warn_undefined, :telemetry}
 
   alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Protocol.Payload
 
   @typedoc "A call that is running; nil without `:telemetry`."
   @type span :: {started :: integer(), metadata :: map()} | nil
@@ -34,6 +36,7 @@ defmodule DSPex.PythonBridge.Telemetry do
     with nil <- :persistent_term.get(__MODULE__, nil), do: look()
   end
 
+  @compile {:inline, there?: 0}
   defp there?, do: :persistent_term.get(__MODULE__, false)
 
   ## Events
@@ -94,7 +97,7 @@ defmodule DSPex.PythonBridge.Telemetry do
       metadata = %{
         bridge: nil,
         pool: nil,
-        command: command(command),
+        command: Payload.string(command),
         program_id: Change.program_id(command, args),
         telemetry_span_context: make_ref()
       }
@@ -121,7 +124,7 @@ defmodule DSPex.PythonBridge.Telemetry do
   def failed(nil, _kind, _reason, _stacktrace), do: :ok
 
   def failed({started, metadata}, kind, reason, stacktrace) do
-    what = %{kind: kind, reason: kind_of(reason), stacktrace: without_args(stacktrace)}
+    what = %{kind: kind, reason: kind_of(reason), stacktrace: ServerGuard.stacktrace(stacktrace)}
     emit([:bridge, :call, :exception], since(started), Map.merge(metadata, what))
   end
 
@@ -140,24 +143,7 @@ defmodule DSPex.PythonBridge.Telemetry do
   defp kind_of(reason) when is_tuple(reason) and is_atom(elem(reason, 0)), do: elem(reason, 0)
   defp kind_of(_contents), do: :other
 
-  defp without_args(stacktrace) do
-    Enum.map(stacktrace, fn
-      {module, function, args, where} when is_list(args) ->
-        {module, function, length(args), Keyword.drop(where, [:error_info])}
-
-      {function, args, where} when is_list(args) ->
-        {function, length(args), Keyword.drop(where, [:error_info])}
-
-      entry ->
-        entry
-    end)
-  end
-
   ## Metadata of a call
-
-  defp command(command) when is_atom(command), do: Atom.to_string(command)
-  defp command(command) when is_binary(command), do: command
-  defp command(_refused), do: nil
 
   # The name of a process, if it has one, as in its own events.
   defp name({name, node}) when node == node(), do: name

@@ -1,22 +1,22 @@
 defmodule DSPex.PythonBridge.Venv do
   @moduledoc """
-  A virtual environment with the peer and all that it depends on, in the versions that are tested: what
+  A virtual environment with the peer and everything that it depends on, in the versions that are tested: what
   `mix dspex.setup` makes.
 
-  A file in it, `dspex_setup.json`, tells whether this module made the environment, and what is installed. It is written
-  before each step and after the last, so that one that was broken off is seen. What this module did not make it adds to, and
-  never removes. It removes what it made only where that is half made, or its Python is gone: whatever else is wrong
-  may pass. It installs only where the folder's interpreter installs into the folder, and alone.
+  A file in it, `dspex_setup.json`, shows that this module made it, and what is installed. The file is written before the
+  first step and after the last, so an interrupted run is recognised. This module leaves alone what it did not make. It
+  replaces an environment of its own only if that is half made or its Python is gone: other errors may pass. It
+  only installs if the folder's interpreter installs into the folder. Two runs for one folder exclude each other.
   """
 
   alias DSPex.PythonBridge.Python.Interpreter
   alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Source}
 
   @doc """
-  Makes the environment in `folder`, or brings it up to date, and gives its interpreter. An error is a text for people: one line,
-  and where a program of others failed, what that said.
+  Makes the environment in `folder`, or brings it up to date, and returns its interpreter. An error is one line of text,
+  and the output of a program that failed, if any.
 
-    * `:python` – the interpreter to make it of: a path, or a name on the `PATH`
+    * `:python` – the interpreter to make it from: a path, or a name on the `PATH`
     * `:progress` – a function that is called with a line of text for each step
     * `:source` – the folder of `requirements.txt` and `package` (default: that in `priv`)
   """
@@ -26,52 +26,45 @@ defmodule DSPex.PythonBridge.Venv do
     installer = Installer.new(Keyword.get(opts, :progress, fn _line -> :ok end))
     source = Path.expand(opts[:source] || Application.app_dir(:dspex, "priv/python"))
 
-    # Read before it is written to: what is something else stays as it is.
+    # The lock writes into the folder: the folder is checked before.
     with {:ok, source} <- Source.read(source),
-         {:ok, _manifest} <- Manifest.read(folder),
-         do: Lock.hold(folder, fn -> alone(folder, source, opts[:python], installer) end)
+         {:ok, _installed} <- Manifest.read(folder),
+         do: Lock.hold(folder, fn -> make(folder, source, opts[:python], installer) end)
   end
 
-  defp alone(folder, source, python, installer) do
-    with {:ok, wanted} <- wanted(installer, python),
-         {:ok, manifest} <- Manifest.read(folder),
-         {:ok, manifest} <- environment(folder, manifest, wanted, installer),
+  defp make(folder, source, python, installer) do
+    with {:ok, wanted} <- if(python, do: Installer.base(installer, python), else: {:ok, nil}),
+         {:ok, installed} <- Manifest.read(folder),
+         {:ok, installed} <- environment(folder, installed, wanted, installer),
          {:ok, probe} <- Installer.probe(folder, Source.names(source)),
          :ok <- fits(folder, probe, wanted),
-         do: packages(folder, manifest, source, probe, installer)
+         do: packages(folder, installed, source, probe, installer)
   end
-
-  # Whoever names an interpreter wants that.
-  defp wanted(_installer, nil), do: {:ok, nil}
-  defp wanted(installer, python), do: Installer.base(installer, python)
 
   ## The environment
 
   defp environment(folder, :nothing, wanted, installer), do: create(folder, wanted, installer)
 
-  defp environment(folder, manifest, wanted, installer) do
-    case {broken(folder, manifest), manifest, Manifest.foreign(folder)} do
-      {nil, manifest, _foreign} ->
-        {:ok, manifest}
+  defp environment(folder, installed, wanted, installer) do
+    case {broken(folder, installed), Manifest.foreign(folder)} do
+      {nil, _foreign} ->
+        {:ok, installed}
 
-      {why, %Manifest{made?: true}, []} ->
+      {why, []} ->
         installer.progress.("making #{folder} anew: #{why}")
         create(folder, wanted, installer)
 
-      {why, %Manifest{made?: true}, foreign} ->
+      {why, foreign} ->
         {:error,
-         "#{folder} is to be made anew, as #{why}, but holds what dspex.setup did not make " <>
+         "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
            "(#{Enum.join(foreign, ", ")}): " <> Installer.elsewhere()}
-
-      {why, _not_ours, _foreign} ->
-        {:error, "#{folder} was not made by dspex.setup, and #{why}: " <> Installer.elsewhere()}
     end
   end
 
-  # Why nothing but making it anew will help; nil if anything else may.
-  defp broken(_folder, %Manifest{made?: true, installed: nil}), do: "it is half made"
+  # The reason why only making it anew helps, or nil.
+  defp broken(_folder, nil), do: "it is half made"
 
-  defp broken(folder, _manifest) do
+  defp broken(folder, _installed) do
     case Interpreter.lack(folder) do
       {:gone, target} -> "its Python, #{target}, is gone"
       _another_or_none -> nil
@@ -79,13 +72,11 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   defp create(folder, wanted, installer) do
-    manifest = %Manifest{made?: true}
-
     with {:ok, base} <- if(wanted, do: {:ok, wanted}, else: Installer.base(installer, nil)),
-         :ok <- Manifest.write(folder, manifest),
+         :ok <- Manifest.write(folder, nil),
          :ok <- Manifest.clear(folder),
          :ok <- Installer.create(installer, folder, base),
-         do: {:ok, manifest}
+         do: {:ok, nil}
   end
 
   defp fits(folder, probe, wanted) do
@@ -98,31 +89,28 @@ defmodule DSPex.PythonBridge.Venv do
 
   ## The packages
 
-  defp packages(folder, manifest, source, probe, installer) do
-    if manifest.installed == source.stamp and Source.installed?(source, probe.found) do
+  defp packages(folder, installed, source, probe, installer) do
+    if installed == source.stamp and Source.installed?(source, probe.found) do
       installer.progress.("#{folder} has all that it needs")
       {:ok, probe.python}
     else
-      install(folder, manifest, source, probe, installer)
+      install(folder, installed, source, probe, installer)
     end
   end
 
-  defp install(folder, manifest, source, probe, installer) do
-    with :ok <- Manifest.write(folder, %{manifest | installed: nil, begun?: true}) do
-      case Installer.install(installer, folder, source, manifest.begun?) do
-        :ok ->
-          with :ok <-
-                 Manifest.write(folder, %{manifest | installed: source.stamp, begun?: false}),
-               do: {:ok, probe.python}
+  defp install(folder, installed, source, probe, installer) do
+    with :ok <- Manifest.write(folder, nil),
+         :ok <- Installer.install(installer, folder, source),
+         :ok <- Manifest.write(folder, source.stamp) do
+      {:ok, probe.python}
+    else
+      # A program that failed by itself has left what was there.
+      {:failed, text} ->
+        Manifest.write(folder, installed)
+        {:error, text}
 
-        # One that fails in order leaves what was there.
-        {:failed, text} ->
-          Manifest.write(folder, manifest)
-          {:error, text}
-
-        {:error, text} ->
-          {:error, text}
-      end
+      {:error, text} ->
+        {:error, text}
     end
   end
 end

@@ -2,22 +2,22 @@ defmodule Mix.Tasks.Dspex.Doctor do
   @shortdoc "Checks whether DSPy programs can run here, and says what to do"
   @moduledoc """
   Checks whether DSPy programs can run here: the configuration, the interpreter and its packages, the peer, a ping, a
-  program by an LM that needs no network, and whether the configured LM has its key.
+  program with an LM that needs no network, and whether the configured LM has its key.
 
       $ mix dspex.doctor
       $ mix dspex.doctor --json
 
-  Each line is a check: ✓ is well, ✗ has failed, with what to do, – is a note or a check that was
-  skipped, since one that it builds on has failed. The exit status is 1 if any has failed.
+  Each line is a check: ✓ has passed, ✗ has failed, with what to do, – is a note, or was skipped since it depends on a
+  failed check. The exit status is 1 if any has failed.
 
-  The host's configuration is loaded, its application not started. No request is made to an LM. Options given in code, as to a
-  bridge in a supervisor of the host's, are not seen: hand them to `DSPex.PythonBridge.Doctor.print/1`.
+  The project's configuration is loaded, its application is not started. No request is made to an LM. Options that your
+  code gives to a bridge are not known here: pass them to `DSPex.PythonBridge.Doctor.print/1`.
 
-  With `--json` standard output holds one line, an object
-  `{"ok": …, "checks": [{"name", "status", "found", "advice"}, …]}` with a status of `ok`, `failed`, `note` or `skipped`. What
-  Mix itself has to say before it runs a task, such as that it compiles dependencies anew, `MIX_QUIET=1` holds back.
+  With `--json` standard output has one line, an object
+  `{"ok": …, "checks": [{"name", "status", "found", "advice"}, …]}` with a status of `ok`, `failed`, `note` or `skipped`.
+  `MIX_QUIET=1` suppresses what Mix itself prints before it runs a task.
 
-  `DSPex.PythonBridge.Doctor` has the checks one by one, and how to make them in a release.
+  `DSPex.PythonBridge.Doctor` describes each check, and how to run them in a release.
   """
 
   use Mix.Task
@@ -29,7 +29,7 @@ defmodule Mix.Tasks.Dspex.Doctor do
   def run(args) do
     json? = arguments(args)
     Mix.DSPex.load_config(quiet: json?)
-    unless tell(json?), do: exit({:shutdown, 1})
+    unless report(json?), do: exit({:shutdown, 1})
   end
 
   defp arguments(args) do
@@ -42,16 +42,16 @@ defmodule Mix.Tasks.Dspex.Doctor do
     end
   end
 
-  defp tell(true) do
+  defp report(true) do
     checks = Doctor.run(hint: hint())
-    # Also when the shell is quiet.
+    # Also if the shell is quiet.
     IO.puts(Doctor.to_json(checks))
     Doctor.ok?(checks)
   end
 
-  defp tell(false), do: Doctor.print([hint: hint()], &Mix.shell().info/1)
+  defp report(false), do: Doctor.print([hint: hint()], &Mix.shell().info/1)
 
-  # What dspex.setup has made is of no use unless it is named.
+  # An environment of dspex.setup is only used if it is configured.
   defp hint do
     venv = Mix.DSPex.default_venv()
 

@@ -1,24 +1,25 @@
 defmodule Mix.Tasks.Dspex.Setup do
   @shortdoc "Makes a virtual environment with DSPy and the Python peer"
   @moduledoc """
-  Makes a Python virtual environment with the peer `dspy_bridge` and all that it depends on, DSPy first, in the versions
-  that it is tested with; then runs `mix dspex.doctor` with it.
+  Makes a Python virtual environment with the peer `dspy_bridge` and everything that it depends on, above all DSPy, in the
+  versions that are tested; then runs `mix dspex.doctor` with it.
 
       $ mix dspex.setup
       $ mix dspex.setup --path /opt/dspy_venv --python python3.12
 
-    * `--path` – the folder; otherwise that of `config :dspex, :python_environment, virtual_env: …`, or
+    * `--path` – the folder; by default that of `config :dspex, :python_environment, virtual_env: …`, or
       `_build/dspex_venv`
-    * `--python` – the interpreter that it is made of, 3.10 or newer; otherwise that of the environment variable
+    * `--python` – the interpreter to make it from, 3.10 or newer; by default that of the environment variable
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
 
-  It uses [uv](https://docs.astral.sh/uv) where that is on the `PATH`, else the interpreter's own `venv` and `pip`; both take packages
-  from where they are configured to, for the user or the system: a `pyproject.toml` or `uv.toml` of the project is none of theirs.
+  It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the interpreter's own `venv` and `pip` make the
+  environment and install uv into it. The package index is uv's: PyPI, or that of `UV_DEFAULT_INDEX` or of the user's or
+  system's `uv.toml`. A `pyproject.toml` or `uv.toml` of the project is not read.
 
-  Run again it does what is left to do: nothing, or to install what another version of `:dspex` needs. An environment that it
-  made is made anew if that was broken off, or its Python is gone, and nothing but what it made is in the folder. One that it did
-  not make is added to, never removed. All else is refused: a folder that is no environment, one of another Python than the
-  `--python` that is named, one at which another `mix dspex.setup` is at work.
+  A second run does what is left to do: nothing, or it installs what another version of `:dspex` needs. It makes its
+  environment anew if an earlier run was interrupted or the Python is gone, and the folder has nothing else in it. It
+  refuses a folder that it did not make, an environment of another Python than `--python`, and a folder at which another
+  `mix dspex.setup` is at work.
 
   The exit status is the doctor's.
   """
@@ -50,7 +51,7 @@ defmodule Mix.Tasks.Dspex.Setup do
     end
   end
 
-  # A folder that is not meant must not be made.
+  # With a wrong configuration it would make the wrong folder.
   defp configured do
     case Python.Config.required_packages() do
       {:ok, _packages} -> Interpreter.configured_venv()
@@ -65,7 +66,7 @@ defmodule Mix.Tasks.Dspex.Setup do
     unless ok?, do: exit({:shutdown, 1})
   end
 
-  # Whether it is what bridges of this host will start.
+  # Whether the bridges of this project will start it.
   defp used?(python), do: Interpreter.find(named()) == {:ok, python}
 
   defp named do

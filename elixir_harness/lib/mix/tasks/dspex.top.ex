@@ -39,7 +39,6 @@ defmodule Mix.Tasks.Dspex.Top do
   alias DSPex.PythonBridge.Top.{Remote, Table}
 
   @switches [node: :string, once: :boolean, json: :boolean]
-  @names for {name, _type} <- @switches, do: "--#{name}"
   @second 1_000
 
   @impl Mix.Task
@@ -53,40 +52,27 @@ defmodule Mix.Tasks.Dspex.Top do
 
   ## Arguments
 
-  # A value may be a secret that was given by mistake: errors only repeat names of switches.
   defp parse(args) do
-    case OptionParser.parse(args, strict: @switches) do
-      {options, [], []} -> options
-      {_options, _rest, [{switch, value} | _]} -> refuse(refusal(switch, value))
-      {_options, _rest, []} -> refuse("all arguments are switches")
+    case OptionParser.parse!(args, strict: @switches) do
+      {options, []} ->
+        options
+
+      {_options, _words} ->
+        Mix.raise("mix dspex.top takes switches only; see mix help dspex.top")
     end
   end
-
-  defp refusal(switch, value) do
-    cond do
-      switch not in @names -> "#{switch}: there is no such switch"
-      value == nil -> "#{switch}: its value is missing"
-      true -> "#{switch}: it takes no value"
-    end
-  end
-
-  @spec refuse(String.t()) :: no_return()
-  defp refuse(text), do: Mix.raise("#{text}; see mix help dspex.top")
 
   ## The node
 
   defp start(options) do
-    shell = Mix.shell()
     if options[:json], do: keep_output_clean()
     Mix.Task.run("app.start")
-    Mix.shell(shell)
     node()
   end
 
   # The compiler and Logger write to standard output, which must have JSON only.
   defp keep_output_clean do
-    Mix.shell(Mix.Shell.Quiet)
-    Mix.Task.run("app.config")
+    Mix.DSPex.load_config(quiet: true)
 
     # Unless the project configures where its logs go.
     with handler when is_list(handler) <- Application.get_env(:logger, :default_handler, []),

@@ -36,7 +36,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert Map.keys(report.packages) == ["dspy", "psutil"]
   end
 
-  test "where an interpreter installs: into its environment, by whichever path", %{tmp_dir: dir} do
+  test "an interpreter installs into its environment, by any of its paths", %{tmp_dir: dir} do
     venv = Path.join(dir, "venv")
     {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
     File.ln_s!(venv, Path.join(dir, "link"))
@@ -50,9 +50,11 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
   end
 
   test "it imports nothing heavy" do
-    {ms, {:ok, _}} = timed(fn -> EnvironmentCheck.validate_environment() end)
-    # Importing dspy takes 600 ms and more.
-    assert ms < 500
+    # Importing dspy takes 600 ms and more each time.
+    eventually(fn ->
+      {ms, {:ok, _}} = timed(fn -> EnvironmentCheck.validate_environment() end)
+      ms < 500
+    end)
   end
 
   test "no Python" do
@@ -79,7 +81,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
 
   test "an interpreter that is no Python", %{tmp_dir: dir} do
     path = use_interpreter(dir, "echo hello")
-    assert error() =~ "#{path} cannot be run: it is no Python: hello"
+    assert error() =~ "#{path} cannot be run: it is not a Python: hello"
   end
 
   test "a Python that is too old", %{tmp_dir: dir} do
@@ -87,7 +89,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert error() =~ "Python too old: #{path} is 3.9.1, needed is 3.10"
   end
 
-  test "no dspy, no psutil: all that is missing, by name", %{tmp_dir: dir} do
+  test "no dspy, no psutil: all missing packages, by name", %{tmp_dir: dir} do
     use_interpreter(dir, ~S(echo 'DSPEX {"version": "3.11.0", "found": {}}'))
     assert error() =~ "missing in"
     assert error() =~ "`dspy`, `psutil` (`mix dspex.setup` makes an environment)"
@@ -95,7 +97,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert error() =~ "`dspy`, `psutil` (install them there)"
   end
 
-  test "required packages that the real interpreter lacks, bar those it has" do
+  test "only those required packages that the real interpreter lacks" do
     put_config(:python_environment, required_packages: ["psutil", "no-such-package", "nor-this"])
     text = error()
     assert text =~ "`no-such-package`, `nor-this`"
@@ -124,14 +126,14 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert error() =~ "script not readable: #{dir}"
   end
 
-  test "a script that is not the bridge's: what it lacks, by name", %{tmp_dir: dir} do
+  test "a script that is not a peer's: what it lacks, by name", %{tmp_dir: dir} do
     path = script(dir, "def main():\n    pass\n")
 
     assert error() =~
-             "#{path} is no script of the bridge: it lacks `class DSPyBridge`, `def handle_command`"
+             "#{path} is not a peer's script: it lacks `class DSPyBridge`, `def handle_command`"
   end
 
-  test "configuration that cannot be right, by key" do
+  test "wrong configuration, by key" do
     for {key, value, texts} <- [
           {:python_environment, [virtual_env: 5], ["python_environment", "virtual_env"]},
           {:python_environment, [required_packages: "dspy"], ["required_packages"]},
@@ -153,7 +155,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     Application.delete_env(:dspex, :python_bridge_monitor)
   end
 
-  test "only the line of the answer counts, whatever else is printed", %{tmp_dir: dir} do
+  test "other lines in the output are ignored", %{tmp_dir: dir} do
     use_interpreter(dir, """
     echo 'DSPEX is nice'; echo 'warning: DSPEX {'
     echo 'DSPEX {"version": "3.11.0", "found": {"dspy": "3.0", "psutil": "6"}}'; echo bye
@@ -162,12 +164,12 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert {:ok, %{python_version: "3.11.0"}} = EnvironmentCheck.validate_environment()
   end
 
-  test "the package dspy_bridge neither beside the script nor installed", %{tmp_dir: dir} do
+  test "the package dspy_bridge neither next to the script nor installed", %{tmp_dir: dir} do
     drop_in = File.read!(Application.app_dir(:dspex, "priv/python/dspy_bridge.py"))
     path = script(dir, drop_in)
     text = ~S("version": "3.11.0", "found": {"dspy": "3.0", "psutil": "6"})
     python = use_interpreter(dir, "echo 'DSPEX {#{text}, \"bridge\": false}'")
-    assert error() =~ "the package dspy_bridge is neither beside #{path}"
+    assert error() =~ "the package dspy_bridge is neither next to #{path}"
     assert error() =~ "nor installed in #{python}"
 
     # The system's Python has no such package.
@@ -182,7 +184,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert {:ok, _} = EnvironmentCheck.validate_environment()
   end
 
-  test "the package dspy_bridge is found where the drop-in finds it: in a checkout, beside it, installed",
+  test "the package dspy_bridge is found where the peer's script finds it: in a checkout, next to it, installed",
        %{
          tmp_dir: dir
        } do

@@ -246,15 +246,15 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     } do
       task =
         Task.async(fn ->
-          timed(fn -> Bridge.call(bridge, :execute_program, execute("?"), 1_500) end)
+          timed(fn -> Bridge.call(bridge, :execute_program, execute("?"), 3_000) end)
         end)
 
-      assert_receive {:lm_request, _line}, 1_400
+      assert_receive {:lm_request, _line}, 2_900
       {ms, {:ok, _}} = timed(fn -> Bridge.call(bridge, :ping, %{}, 1_000) end)
       assert ms < 250
       {ms, result} = Task.await(task)
       assert result == {:error, :timeout}
-      assert ms < 1_600
+      assert ms < 3_250
       assert_receive :lm_closed, 1_000
       eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
     end

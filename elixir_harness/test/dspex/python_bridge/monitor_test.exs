@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     start_supervised!({Monitor, opts})
   end
 
-  test "before the first check nothing is known" do
+  test "before the first check the health is unknown" do
     monitor = start_monitor(:nobody)
 
     assert Monitor.get_health_status(monitor) == %{
@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{status: :healthy, success_rate: 1.0} = Monitor.get_health_status(monitor)
   end
 
-  test "a peer that goes silent is replaced after max_failures misses, then counted from 0" do
+  test "a peer that does not answer is replaced after max_failures misses, which then count from 0" do
     # Answers the start's ping and two checks.
     bridge = start_bridge(fake_opts("silent", env: %{"FAKE_ANSWERS" => "3"}))
     monitor = start_monitor(bridge, max_failures: 3)
@@ -93,13 +93,13 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert Bridge.get_status(bridge).restarts == 1
   end
 
-  test "a peer that closed its output is replaced, by checks that come by themselves" do
+  test "a peer that closed its output is replaced by the regular checks" do
     bridge = start_bridge(fake_opts("closes_stdout"))
     start_monitor(bridge, interval: 20, timeout: 50, max_failures: 2)
     eventually(fn -> Bridge.get_status(bridge).restarts >= 1 end)
   end
 
-  test "told of a call that was given up, it asks at once and again, each time with its full timeout" do
+  test "after a call was given up it pings at once and again, each time with the full timeout" do
     bridge = start_bridge(fake_opts("silent"))
     monitor = start_monitor(bridge, timeout: 500, max_failures: 3)
     old = Bridge.get_status(bridge).os_pid
@@ -118,7 +118,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert checks >= 3
   end
 
-  test "told of many calls, it asks no more often; answered, it asks no more" do
+  test "after many such calls it pings no more often; after an answer it stops" do
     bridge = start_bridge(fake_opts("echo"))
     monitor = start_monitor(bridge, timeout: 2_000)
     for _ <- 1..1_000, do: GenServer.cast(monitor, :unanswered)
@@ -127,7 +127,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{checks: 2, success_rate: 1.0} = Monitor.get_health_status(monitor)
   end
 
-  test "told that the peer has sent something, it forgets what it asked in doubt, but no check" do
+  test "when the peer has sent something, missed pings in doubt do not count, but checks do" do
     bridge = start_bridge(fake_opts("silent"))
     monitor = start_monitor(bridge, timeout: 200, max_failures: 1_000)
     assert %{failures: 1} = Monitor.force_health_check(monitor)
@@ -148,7 +148,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   @tag :tmp_dir
-  test "told of a call while the peer starts, it asks once, and leaves it to the bridge", %{
+  test "after such a call while the peer starts it pings once, and leaves it to the bridge", %{
     tmp_dir: dir
   } do
     opts = fake_opts("waits_for_a_file", env: %{"FAKE_FILE" => Path.join(dir, "start")})
@@ -215,7 +215,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert n < 10
   end
 
-  test "a bridge with too many calls is busy, not ill" do
+  test "a bridge with too many calls is not unhealthy" do
     bridge = start_bridge(fake_opts("silent", max_pending: 1))
     monitor = start_monitor(bridge, max_failures: 1)
     task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 20_000) end)
@@ -235,7 +235,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{status: :healthy} = Monitor.force_health_check(monitor)
   end
 
-  test "a bridge that is not running is a miss, nothing worse" do
+  test "a bridge that is not running is a miss" do
     monitor = start_monitor(:nobody, max_failures: 2)
     assert %{status: :unhealthy, failures: 1} = Monitor.force_health_check(monitor)
     assert %{status: :unhealthy, failures: 0} = Monitor.force_health_check(monitor)
@@ -260,7 +260,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert is_float(last) and p50 > 0 and p50 <= p99
   end
 
-  test "an option that cannot be right is refused with a text that names it" do
+  test "a wrong option is refused with a text that names it" do
     for {key, value} <- [
           interval: 0,
           timeout: :infinity,

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
   alias DSPex.PythonBridge.{Bridge, Options}
   alias DSPex.PythonBridge.Bridge.Peer
 
-  test "what is not said has its default" do
+  test "an option that is not given has its default" do
     assert {:ok, options} = Options.new([], Bridge)
     assert options.name == Bridge
     assert options.default_timeout == 30_000
@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert {:ok, %Options{max_retries: 7, default_timeout: 5}} = Options.new(default_timeout: 5)
   end
 
-  test "an option that cannot be right is refused with a text that names it" do
+  test "a wrong option is refused with a text that names it" do
     for {opt, value} <- [
           name: "a text",
           python_executable: "",

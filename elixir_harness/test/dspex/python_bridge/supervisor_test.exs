@@ -83,7 +83,7 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     assert Bridge.call(:list_programs) == {:ok, %{"programs" => ["two"]}}
   end
 
-  test "an option that cannot be right is refused with a text that names it" do
+  test "a wrong option is refused with a text that names it" do
     for {opts, text} <- [
           {[bridges: 1], ":bridges"},
           {[bridge: 1], ":bridge"},

@@ -151,16 +151,9 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   defp cut(message) when byte_size(message) <= @max_bytes, do: message
 
   defp cut(message) do
-    part = message |> binary_part(0, @max_bytes) |> whole_characters()
+    # Without the bytes of a character that is cut.
+    part = message |> binary_part(0, @max_bytes) |> String.replace_invalid("")
     "#{part} … (cut: #{byte_size(message)} bytes)"
-  end
-
-  # Removes the at most three bytes of a character that was cut.
-  defp whole_characters(text) do
-    Enum.find_value(0..3, text, fn bytes ->
-      part = binary_part(text, 0, byte_size(text) - bytes)
-      if String.valid?(part), do: part
-    end)
   end
 
   defp report(bridge, counters) do

@@ -32,7 +32,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   @type t :: %__MODULE__{
           max_retries: non_neg_integer(),
           programs: Programs.Store.table(),
-          slot: Options.slot() | nil,
+          slot: LoadCounters.slot() | nil,
           quarantine: Quarantine.t(),
           to: port() | nil,
           calls: Calls.Table.t(),

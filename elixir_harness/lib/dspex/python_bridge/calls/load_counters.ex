@@ -29,6 +29,8 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   @typedoc "The slots of one pool."
   @opaque t :: {:atomics.atomics_ref(), pos_integer()}
   @type index :: pos_integer()
+  @typedoc "A bridge's slot in its pool, and the names of the pool's coordinator and of the bridge's monitor."
+  @type slot :: {t(), index(), coordinator :: atom(), monitor :: atom()}
   @type state :: :down | :ready
   @typedoc "The number of a life of a bridge's process."
   @type life :: non_neg_integer()

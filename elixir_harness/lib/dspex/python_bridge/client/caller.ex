@@ -208,12 +208,14 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # itself. Until then the module of its process shows what it is; afterwards that is hidden (`:sensitive`). If it
   # changed from one to the other between the two looks, the third look finds it.
   defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
-    do: registered?(pid) or begins?(pid) or registered?(pid)
+    do: Registry.get(:bridge, pid) != nil or begins?(pid)
 
   defp bridge?(dest), do: dest != nil
 
-  defp registered?(pid), do: Registry.get(:bridge, pid) != nil
-  defp begins?(pid), do: match?({@server, :init, 1}, :proc_lib.translate_initial_call(pid))
+  defp begins?(pid) do
+    match?({@server, :init, 1}, :proc_lib.translate_initial_call(pid)) or
+      Registry.get(:bridge, pid) != nil
+  end
 
   defp a_pool(server) do
     text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"

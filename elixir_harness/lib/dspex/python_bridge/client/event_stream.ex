@@ -5,15 +5,8 @@ defmodule DSPex.PythonBridge.Client.EventStream do
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Client.StreamReducer
 
-  @type element ::
-          {:chunk, field :: String.t(), text :: String.t()}
-          | {:status, String.t()}
-          | {:item, non_neg_integer(), {:ok, map()} | {:error, Error.t()}}
-          | {:ok, result :: term(), meta :: map()}
-          | {:error, Error.t()}
-
   @doc "The enumerable: a function, so that inspection does not show the caller's contents."
-  @spec new(StreamReducer.request()) :: Enumerable.t(element())
+  @spec new(StreamReducer.request()) :: Enumerable.t()
   def new(request), do: &reduce(request, &1, &2)
 
   defp reduce(request, acc, fun) do

@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Doctor.Folders do
   @moduledoc false
-  # Whether the folders that the peer's settings name are there, and may be read or written by this user.
+  # Whether the folders in the peer's settings exist, and this user may read or write them.
 
   alias DSPex.PythonBridge.Options
   alias DSPex.PythonBridge.Python.Interpreter
@@ -41,7 +41,7 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
         no_access(name, access)
 
       {:ok, _file} ->
-        "which is no folder"
+        "which is not a folder"
 
       {:error, reason} when name in @write and reason in [:enoent, :enotdir] ->
         not_to_be_made(Path.dirname(path))
@@ -57,7 +57,7 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
   defp no_access(_name, access),
     do: if(access != :read_write, do: "which this user may not write to")
 
-  # A cache's folder is made when it is needed.
+  # The cache's folder is made when it is needed.
   defp not_to_be_made(parent) do
     case File.stat(parent) do
       {:ok, %{type: :directory, access: :read_write}} -> nil

@@ -1,11 +1,11 @@
 defmodule DSPex.PythonBridge.Doctor.Packages do
   @moduledoc false
-  # Whether a distribution is installed, and for those that the peer needs, whether in a version that it works with.
+  # Whether a distribution is installed, and if the peer needs it, in a version that was tested.
 
   alias DSPex.PythonBridge.EnvironmentCheck
   alias DSPex.PythonBridge.Python.Probe
 
-  # As in pyproject.toml, of which a test holds them against.
+  # Those of pyproject.toml; a test compares them.
   @ranges [{"dspy", "3.3.1", "4"}, {"psutil", "5.9", nil}]
 
   @spec needed() :: [String.t()]
@@ -37,7 +37,7 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
     end
   end
 
-  # Into a Python that is the system's, or shared, nothing is to be installed.
+  # Nothing should be installed into the system's Python or a shared one.
   defp advice(package, %Probe{venv?: true} = probe) do
     setup = if package in needed(), do: "`mix dspex.setup` makes an environment with it, or: "
     python = quoted(probe.python)
@@ -74,7 +74,7 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
     end
   end
 
-  # The numbers decide: a candidate of 3.5 has what may not fit already.
+  # Only the numbers count: a release candidate of 4 is already too new.
   defp less?(one, other), do: numbers(one) < numbers(other)
 
   defp numbers(version) do

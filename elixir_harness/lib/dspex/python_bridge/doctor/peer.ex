@@ -1,13 +1,14 @@
 defmodule DSPex.PythonBridge.Doctor.Peer do
   @moduledoc false
-  # A peer with the host's settings, in a bridge of its own: whether it answers a ping, and a program of its.
+  # A peer with the application's settings, in a bridge of its own: whether it answers a ping and runs a program.
 
   alias DSPex.PythonBridge.{Bridge, OS, Options}
   alias DSPex.PythonBridge.Bridge.StartDiagnosis
+  alias DSPex.PythonBridge.OTP.Deadline
 
-  # It imports nothing heavy; a host that gives it less time means that.
+  # It imports nothing heavy. A shorter :start_timeout is kept.
   @start_ms 15_000
-  # DSPy is imported for the first time, perhaps from a cold disk, and compiled.
+  # The first import of DSPy, perhaps from a cold disk and without bytecode.
   @program_ms 60_000
   @poll_ms 20
   @filter :dspex_doctor
@@ -15,18 +16,18 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   @spec ping(keyword(), Options.t()) :: {:ok | :failed, String.t(), String.t() | nil, pid() | nil}
   def ping(opts, options) do
     start_ms = min(@start_ms, options.start_timeout)
-    # Nobody else's name; one failure to start is enough to tell.
+    # Without a name, and without a second attempt.
     opts = Keyword.merge(opts, name: nil, max_retries: 0, start_timeout: start_ms)
-    started = now()
-    # What it logs is told as a check's result.
+    started = Deadline.now()
+    # The check reports the failure that the bridge would log.
     :logger.add_primary_filter(@filter, {&not_of_child/2, self()})
     {:ok, bridge} = start_here(opts)
-    # The bridge is to end it sooner, with more to say.
+    # The bridge's start_timeout ends it sooner, with a better text.
     ping = spawn_monitor(fn -> exit({:pong, Bridge.call(bridge, :ping, %{}, 2 * start_ms)}) end)
 
     case await(ping, bridge) do
       {:pong, {:ok, _pong}} ->
-        {:ok, "answered #{now() - started} ms after its start", nil, bridge}
+        {:ok, "answered #{Deadline.now() - started} ms after its start", nil, bridge}
 
       failure ->
         stop(bridge)
@@ -35,7 +36,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
     end
   end
 
-  # A call waits for a peer that does not start; the bridge's state tells sooner.
+  # A call waits for a peer that does not start; the bridge's state shows it sooner.
   defp await({pid, ref} = ping, bridge) do
     receive do
       {:DOWN, ^ref, :process, _pid, reason} -> reason
@@ -63,8 +64,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   defp why({:not_started, why}, _options), do: "the peer does not start: #{why}"
 
-  # The events of a process whose group leader is elsewhere, as that of a caller by rpc is, are sent there past the filters of
-  # this node.
+  # Log events go to the node of the group leader, which for a caller by rpc is another one, without this node's filters.
   defp start_here(opts) do
     leader = Process.group_leader()
     Process.group_leader(self(), Process.whereis(:user) || leader)
@@ -92,16 +92,17 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   @spec program(pid()) :: {:ok | :failed, String.t(), String.t() | nil, true | nil}
   def program(bridge) do
-    # The LM comes with the program, so that the host's own settings stay as they are, and are tried.
+    # The program brings its LM, so the peer is tried with the application's own LM settings.
     create = %{id: "doctor", signature: "question -> answer", lm: %{model: "offline/echo"}}
     execute = %{program_id: "doctor", inputs: %{question: "How are you?"}}
-    started = now()
+    started = Deadline.now()
 
     with {:ok, _created} <- Bridge.call(bridge, :create_program, create, @program_ms),
          {:ok, %{"answer" => _text}} <-
            Bridge.call(bridge, :execute_program, execute, @program_ms) do
-      {:ok, "offline/echo answered; with the import of DSPy it took #{now() - started} ms", nil,
-       true}
+      {:ok,
+       "offline/echo answered; with the import of DSPy it took #{Deadline.now() - started} ms",
+       nil, true}
     else
       {:error, :timeout} ->
         {:failed, "no answer within #{OS.Command.time(@program_ms)}",
@@ -114,7 +115,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   defp advice("DSPY_BRIDGE_LM" <> _rest), do: "correct :lm and :lm_options of the bridge"
   defp advice("DSPY_BRIDGE_INIT" <> _rest), do: "correct the function that DSPY_BRIDGE_INIT names"
-  defp advice(_reason), do: "`python -m dspy_bridge --selftest` with that Python tells more"
+  defp advice(_reason), do: "`python -m dspy_bridge --selftest` with that Python shows more"
 
   @spec stop(pid() | nil) :: :ok
   def stop(nil), do: :ok
@@ -124,13 +125,11 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
     :logger.remove_primary_filter(@filter)
     Process.unlink(bridge)
 
-    # Of a caller that traps exits.
+    # If the caller traps exits.
     receive do
       {:EXIT, ^bridge, _reason} -> :ok
     after
       0 -> :ok
     end
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -1,18 +1,17 @@
 defmodule DSPex.PythonBridge.OS.Command do
-  @moduledoc """
-  A program of the system, run to its end: what it printed and how it ended, bounded in size and time.
-
-  It runs in a process of its own, so that the messages of its port are nobody else's. When its time is over,
-  its caller dies, or the whole BEAM ends, it is killed with all that it started.
-  """
+  @moduledoc false
+  # Runs a program of the system to its end, and returns its output and exit status, with a limit in size and time.
+  #
+  # A process of its own has the port. When its time is over, its caller dies, or the BEAM ends, the program is killed with
+  # all that it started.
 
   import Bitwise, only: [&&&: 2]
 
-  # Of what it prints the end counts: errors stand there.
+  # Of the output's end, where errors are.
   @max_output_bytes 65_536
 
-  # The shell waits for the program; its child waits for the end of the port, which comes with the end of the
-  # BEAM, of which the program itself would know nothing.
+  # The shell waits for the program; its child waits for the port to close, which happens also when the BEAM ends. The
+  # program itself would not notice.
   @guard """
   exec 3<&0
   "$0" "$@" </dev/null 2>&1 3<&- & work=$!
@@ -26,14 +25,14 @@ defmodule DSPex.PythonBridge.OS.Command do
           {:exit, status :: non_neg_integer(), output :: String.t()} | {:error, String.t()}
 
   @doc """
-  Runs `executable`, with its standard error among its output. Why it could not be run, or that it took
-  too long, is an error.
+  Runs `executable`; its standard error is part of its output. The error is a reason why it could not be started, or that
+  it took too long.
 
-    * `:limit_ms` – how long it may take (default 15 000 ms)
+    * `:limit_ms` – the time limit (default 15 000 ms)
     * `:env` – more environment, as a port takes it
-    * `:cd` – the folder that it is started in (default: that of the BEAM)
-    * `:owner` – a process with which it ends, too (default: the caller)
-    * `:tick` – `{ms, fun}`: the function is called, in this process, each time that many ms have passed
+    * `:cd` – the working directory (default: that of the BEAM)
+    * `:owner` – another process whose end kills it (default: the caller)
+    * `:tick` – `{ms, fun}`: calls the function in this process, each time that many ms have passed
   """
   @spec run(Path.t(), [String.t()], keyword()) :: result()
   def run(executable, args, opts \\ []) do
@@ -49,7 +48,7 @@ defmodule DSPex.PythonBridge.OS.Command do
     end
   end
 
-  # The shell would say it in its own words, and as an exit status.
+  # The shell would report it in its own words, and as an exit status.
   defp executable(path) do
     case File.stat(path) do
       {:ok, %{type: :regular, mode: mode}} when (mode &&& 0o111) != 0 -> :ok
@@ -73,7 +72,7 @@ defmodule DSPex.PythonBridge.OS.Command do
   def start_failure(_error), do: "the system does not accept its path or environment"
 
   @doc """
-  A time in ms, for people: in the greatest unit that it is whole in.
+  A time in ms as text, in the largest unit without a fraction.
 
       iex> for ms <- [1_500, 15_000, 1_800_000], do: DSPex.PythonBridge.OS.Command.time(ms)
       ["1500 ms", "15 s", "30 min"]

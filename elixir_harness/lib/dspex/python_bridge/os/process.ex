@@ -1,32 +1,30 @@
 defmodule DSPex.PythonBridge.OS.Process do
-  @moduledoc """
-  Processes of the system, by their numbers: whether one is still there, and its end.
-
-  A number may have been given to another process meanwhile: what tells the two apart is the start
-  time in `/proc/PID/stat`. Without `/proc`, as on macOS, `kill -0` and `ps` are asked, which takes some
-  milliseconds; where there is no `ps` either, the number alone has to do.
-  """
+  @moduledoc false
+  # Processes of the system, by OS pid: whether one is still there, and killing it.
+  #
+  # The system may have reused a pid: the start time in `/proc/PID/stat` tells two processes apart. Without `/proc`, as on
+  # macOS, `kill -0` and `ps` are used, which takes some milliseconds; without `ps`, the pid alone has to do.
 
   # The line has 52 numbers and a name.
   @stat_bytes 4_096
-  # What makes a kill fail (no port left, no memory) may pass.
+  # The reason why a kill fails (no port left, no memory) may pass.
   @kill_attempts 20
   @kill_pause_ms 100
 
-  # The shell's own kill: a program of that name is not everywhere. The peer's watchdog is in a group of its own.
+  # The shell's own kill: not every system has a program of that name. The peer's watchdog has a group of its own.
   @kill_script ~s(kill -9 "-$0" 2>/dev/null || kill -9 "$0" 2>/dev/null)
 
-  @typedoc "Of a process that had ended before it was looked at: `:ended`. Where it cannot be known: nil."
+  @typedoc "`:ended`: the process had ended before. nil: unknown."
   @type start_time :: String.t() | :ended | nil
 
-  @doc "Whether a look at a process is cheap: 20 µs, and not a process of its own."
+  @doc "Whether looking at a process is cheap: 20 µs, and no process is started for it."
   @spec cheap?() :: boolean()
   def cheap?, do: match?({:ok, _info}, :file.read_file_info(~c"#{proc()}/self", [:raw]))
 
-  # The tests hide it.
+  # Tests hide it.
   defp proc, do: Application.get_env(:dspex, :proc_root, "/proc")
 
-  @doc "When the process started: in the kernel's ticks, or as `ps` writes it."
+  @doc "The start time of a process: in the kernel's ticks, or as `ps` writes it."
   @spec start_time(pos_integer()) :: start_time()
   def start_time(os_pid) do
     case stat(os_pid) do
@@ -35,7 +33,7 @@ defmodule DSPex.PythonBridge.OS.Process do
     end
   end
 
-  # In UTC: summer time must not make another process of it.
+  # In UTC: a change of summer time must not change it.
   @ps """
   kill -0 "$0" 2>/dev/null || exit 3
   LC_ALL=C TZ=UTC ps -o lstart= -p "$0" 2>/dev/null
@@ -50,7 +48,7 @@ defmodule DSPex.PythonBridge.OS.Process do
   end
 
   @doc """
-  Whether the process that started at `start_time` is no more; a zombie is none, where that can be seen.
+  Whether the process that started at `start_time` has ended. A zombie has, where that can be seen.
   """
   @spec gone?(pos_integer(), start_time()) :: boolean()
   def gone?(_os_pid, :ended), do: true
@@ -68,7 +66,7 @@ defmodule DSPex.PythonBridge.OS.Process do
     end
   end
 
-  # A port that cannot be had tells nothing.
+  # Without a port nothing is known.
   defp shell(script, os_pid) do
     System.cmd("/bin/sh", ["-c", script, Integer.to_string(os_pid)])
   rescue
@@ -76,10 +74,9 @@ defmodule DSPex.PythonBridge.OS.Process do
   end
 
   @doc """
-  Kills the process group of `os_pid`, or the process alone where it has none of its own, if it is
-  still the process that started at `start_time`; if there is no such process any more, what it
-  left behind in its group, whose number is not reused while it has members. Takes some
-  milliseconds, and never raises.
+  Kills the process group of `os_pid`, or the process alone if it has no group of its own, if it is still the process that
+  started at `start_time`. If that has ended, kills what is left in its group, whose number is not reused while it has
+  members. Takes some milliseconds, and never raises.
   """
   @spec kill_group(pos_integer(), start_time()) :: :ok
   def kill_group(os_pid, start_time), do: kill_group(os_pid, start_time, @kill_attempts)
@@ -98,7 +95,7 @@ defmodule DSPex.PythonBridge.OS.Process do
       kill_group(os_pid, start_time, attempts - 1)
   end
 
-  # Read raw: with File.read/1, the file server is asked, which may be busy or gone.
+  # Raw: File.read/1 calls the file server, which may be busy or gone.
   defp stat(os_pid) do
     with {:ok, file} <- :file.open("#{proc()}/#{os_pid}/stat", [:read, :raw, :binary]) do
       line = :file.read(file, @stat_bytes)
@@ -109,8 +106,8 @@ defmodule DSPex.PythonBridge.OS.Process do
     end
   end
 
-  # The second field is the program's name in brackets and may hold anything; after it come the
-  # state and, as the 20th, the start time.
+  # The second field is the program's name in parentheses and may hold anything. After it come the state and, as the
+  # 20th, the start time.
   defp fields({:ok, line}) do
     case line |> String.split(")") |> List.last() |> String.split() do
       [state | _rest] = fields -> {:ok, state, Enum.at(fields, 19)}
@@ -118,6 +115,6 @@ defmodule DSPex.PythonBridge.OS.Process do
     end
   end
 
-  # The process ended under the reading.
+  # The process ended meanwhile.
   defp fields(_eof_or_error), do: :error
 end

@@ -93,7 +93,11 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
       {RuntimeError, []}
   """
   @spec strip(term(), Exception.stacktrace()) :: reason()
-  def strip(reason, stacktrace), do: {kind(reason), Enum.map(stacktrace, &entry/1)}
+  def strip(reason, stacktrace), do: {kind(reason), stacktrace(stacktrace)}
+
+  @doc "A stack trace without the arguments of calls."
+  @spec stacktrace(Exception.stacktrace()) :: Exception.stacktrace()
+  def stacktrace(stacktrace), do: Enum.map(stacktrace, &entry/1)
 
   defp kind(reason) when is_atom(reason), do: reason
   defp kind(%module{}), do: module

@@ -9,6 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
 
   alias DSPex.PythonBridge.{Programs, Protocol}
   alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
+  alias DSPex.PythonBridge.OTP.Deadline
 
   # A peer that is not up may get a change this late, or later if its caller waits longer. One that starts after that
   # gets it from the table of programs.
@@ -30,7 +31,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
           from: from(),
           change: change(),
           body: binary(),
-          deadline: integer() | :infinity,
+          deadline: Deadline.t(),
           reply: reply(),
           mixed?: boolean()
         }
@@ -60,7 +61,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
       from: from,
       change: change,
       body: body,
-      deadline: if(timeout == :infinity, do: :infinity, else: now() + timeout),
+      deadline: Deadline.new(timeout),
       sent: sent,
       success: nil,
       failure: nil,
@@ -179,6 +180,4 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
       mixed?: delivery.failure != nil and delivery.success != nil
     })
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -3,6 +3,7 @@ defmodule DSPex.PythonBridge.Pool.Request do
   # A call on its way through a pool, in the caller's process: the request, its deadline, and what was tried.
 
   alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.OTP.Deadline
 
   @enforce_keys [:body, :program, :deadline]
   defstruct [
@@ -24,7 +25,7 @@ defmodule DSPex.PythonBridge.Pool.Request do
   @type t :: %__MODULE__{
           body: binary(),
           program: String.t() | nil,
-          deadline: integer() | :infinity,
+          deadline: Deadline.t(),
           deaths: non_neg_integer(),
           passed: [{LoadCounters.index(), since :: non_neg_integer()}],
           passed_nodes: [tuple()],
@@ -35,19 +36,13 @@ defmodule DSPex.PythonBridge.Pool.Request do
   @doc "A new call; `started` and `timeout` in ms."
   @spec new(binary(), String.t() | nil, integer(), timeout()) :: t()
   def new(body, program, started, timeout),
-    do: %__MODULE__{body: body, program: program, deadline: deadline(started, timeout)}
+    do: %__MODULE__{body: body, program: program, deadline: Deadline.new(timeout, started)}
 
   @doc "The ms that are left of the caller's timeout."
   @spec left(t()) :: timeout()
-  def left(%__MODULE__{deadline: :infinity}), do: :infinity
-  def left(%__MODULE__{deadline: deadline}), do: max(deadline - now(), 0)
+  def left(%__MODULE__{deadline: deadline}), do: Deadline.left(deadline)
 
   @doc "Something has changed: everything may be tried again."
   @spec renew(t()) :: t()
   def renew(%__MODULE__{} = request), do: %{request | passed: [], passed_nodes: []}
-
-  defp deadline(_started, :infinity), do: :infinity
-  defp deadline(started, timeout), do: started + timeout
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

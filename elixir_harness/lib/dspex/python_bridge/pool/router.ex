@@ -4,11 +4,9 @@ defmodule DSPex.PythonBridge.Pool.Router do
   # cluster; if none can either, a wait until that changes, and again from the start.
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Pool.{Handle, LocalCall, Request}
+  alias DSPex.PythonBridge.OTP.Ask
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
   alias DSPex.PythonBridge.Pool.Cluster.RemoteCall
-
-  # The interval at which a coordinator that is being restarted is looked for.
-  @coordinator_ms 5
 
   @doc "Runs the call on a peer of this or another node; waits for one until the request's deadline."
   @spec run(Handle.t(), Request.t()) :: LocalCall.reply()
@@ -25,31 +23,22 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   # What was tried goes along: it may have changed before the message is read.
   defp wait(handle, request) do
-    coordinator = Handle.coordinator(handle.name)
-    ref = :erlang.monitor(:process, coordinator, alias: :reply_demonitor)
-    notify(coordinator, {:wait, ref, self(), request.passed, request.passed_nodes})
+    coordinator = Process.whereis(Handle.coordinator(handle.name))
+    message = &{:wait, &1, self(), request.passed, request.passed_nodes}
 
-    receive do
-      {^ref, :changed} -> again(handle.name, request)
-      {:DOWN, ^ref, :process, _coordinator, _reason} -> wait_for_coordinator(handle.name, request)
-    after
-      Request.left(request) ->
-        Process.demonitor(ref, [:flush])
-        notify(coordinator, {:abandon, ref})
+    case coordinator && Ask.ask(coordinator, Request.left(request), message) do
+      {:ok, :changed} ->
+        again(handle.name, request)
 
-        # It may have come between the two.
-        receive do
-          {^ref, :changed} -> failed(:timeout)
-        after
-          0 -> failed(:timeout)
-        end
+      {:timeout, ref} ->
+        send(coordinator, {:abandon, ref})
+        failed(:timeout)
+
+      # It is being restarted, unless the pool has ended.
+      _no_coordinator ->
+        CoordinatorClient.await(handle.name, request.deadline)
+        if Request.left(request) == 0, do: failed(:timeout), else: again(handle.name, request)
     end
-  end
-
-  # It is being restarted, unless the pool has ended.
-  defp wait_for_coordinator(name, request) do
-    Process.sleep(min(@coordinator_ms, Request.left(request)))
-    if Request.left(request) == 0, do: failed(:timeout), else: again(name, request)
   end
 
   # The pool may have been restarted meanwhile, with other slots.
@@ -61,12 +50,4 @@ defmodule DSPex.PythonBridge.Pool.Router do
   end
 
   defp failed(type), do: {:error, Error.new(type)}
-
-  # Sending to a name that is not registered raises.
-  defp notify(name, message) do
-    case Process.whereis(name) do
-      nil -> :ok
-      pid -> send(pid, message)
-    end
-  end
 end

@@ -3,6 +3,7 @@ defmodule DSPex.PythonBridge.Programs.Change do
   # What a command does to the programs, read from its arguments. Arguments that the peer will refuse do nothing.
 
   alias DSPex.PythonBridge.Programs.Store
+  alias DSPex.PythonBridge.Protocol.Payload
 
   @doc """
   The change that a command makes if the peer carries it out; nil for most commands.
@@ -17,13 +18,14 @@ defmodule DSPex.PythonBridge.Programs.Change do
   """
   @spec new(atom() | String.t(), map()) :: Store.change() | nil
   def new(command, args) when command in [:create_program, "create_program"] do
-    with id when id != nil <- string(argument(args, :id)), do: {:create, :binary.copy(id), nil}
+    with id when id != nil <- Payload.string(argument(args, :id)),
+         do: {:create, :binary.copy(id), nil}
   end
 
   def new(command, args) when command in [:cleanup, "cleanup"] do
     case {argument(args, :program_ids), Map.drop(args, [:program_ids, "program_ids"])} do
       {nil, none} when none == %{} -> {:cleanup, :all, nil}
-      {ids, none} when is_list(ids) and none == %{} -> cleanup(Enum.map(ids, &string/1))
+      {ids, none} when is_list(ids) and none == %{} -> cleanup(Enum.map(ids, &Payload.string/1))
       _refused -> nil
     end
   end
@@ -38,18 +40,18 @@ defmodule DSPex.PythonBridge.Programs.Change do
   @spec program_id(term(), term()) :: Store.id() | nil
   def program_id(command, args) when is_map(args) do
     cond do
-      command in [:execute_program, "execute_program"] -> string(argument(args, :program_id))
-      command in [:create_program, "create_program"] -> string(argument(args, :id))
-      true -> nil
+      command in [:execute_program, "execute_program"] ->
+        Payload.string(argument(args, :program_id))
+
+      command in [:create_program, "create_program"] ->
+        Payload.string(argument(args, :id))
+
+      true ->
+        nil
     end
   end
 
   def program_id(_command, _args), do: nil
-
-  # As JSON writes an atom.
-  defp string(id) when is_atom(id) and id not in [nil, true, false], do: Atom.to_string(id)
-  defp string(id) when is_binary(id), do: id
-  defp string(_refused), do: nil
 
   defp argument(args, name), do: Map.get(args, name, Map.get(args, Atom.to_string(name)))
 end

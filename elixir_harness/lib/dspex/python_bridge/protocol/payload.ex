@@ -40,6 +40,14 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
     _kind, _reason -> "a value that cannot be shown"
   end
 
+  @doc "A name as JSON writes it, of an atom or a string; nil for any other term."
+  @spec string(term()) :: String.t() | nil
+  def string(name) when is_atom(name) and name not in [nil, true, false],
+    do: Atom.to_string(name)
+
+  def string(name) when is_binary(name), do: name
+  def string(_other), do: nil
+
   @doc """
   The term of a payload, or why it is not JSON. No string in the term keeps a large payload alive that is more than
   twice its size.

@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Python.Config do
-  @moduledoc """
-  The configuration of the application `:dspex`, looked at as a whole: what cannot be right in it, by its key.
-  """
+  @moduledoc false
+  # Checks the configuration of the application `:dspex`. Errors name the key.
 
   alias DSPex.PythonBridge.Options
 
@@ -9,7 +8,7 @@ defmodule DSPex.PythonBridge.Python.Config do
   @default_packages ["dspy", "psutil"]
   @keys [:python_environment, :python_bridge, :python_bridge_monitor, :autostart]
 
-  @doc "The distributions that `config :dspex, :python_environment` requires, if that can be right."
+  @doc "The distributions that `config :dspex, :python_environment` requires."
   @spec required_packages() :: {:ok, [String.t()]} | {:error, String.t()}
   def required_packages do
     config = Application.get_env(:dspex, :python_environment, [])
@@ -38,8 +37,7 @@ defmodule DSPex.PythonBridge.Python.Config do
     do: {:error, "config :dspex, #{inspect(key)}: " <> Exception.message(error)}
 
   @doc """
-  What is wrong with the keys themselves: one that is likely to be another, misspelt. Keys that are like none
-  of ours are left alone: the host may have its own.
+  Finds misspelt keys. Keys that are not similar to any of these are ignored: your application may have its own.
   """
   @spec keys() :: :ok | {:error, String.t()}
   def keys do

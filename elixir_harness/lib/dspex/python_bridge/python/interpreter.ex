@@ -1,34 +1,30 @@
 defmodule DSPex.PythonBridge.Python.Interpreter do
-  @moduledoc """
-  Which Python to use. The bridge and the environment check both ask here, so that the check
-  speaks of the interpreter that the bridge will start.
-
-  The first of these that is set decides, and must then exist:
-
-    1. the option `:python_executable`
-    2. `config :dspex, :python_environment, virtual_env: "…"` (its `bin/python3` or `bin/python`)
-    3. the environment variable `DSPY_VENV` (the same)
-    4. the environment variable `PYTHON_EXECUTABLE`
-    5. `python3` on the `PATH`
-
-  A path is expanded; a name without a slash is looked up on the `PATH`.
-  """
+  @moduledoc false
+  # Finds the Python interpreter, for bridges and for the environment check.
+  #
+  # The first of these that is set decides, and must then exist:
+  #
+  #   1. the option `:python_executable`
+  #   2. `config :dspex, :python_environment, virtual_env: "…"` (its `bin/python3` or `bin/python`)
+  #   3. the environment variable `DSPY_VENV` (the same)
+  #   4. the environment variable `PYTHON_EXECUTABLE`
+  #   5. `python3` on the `PATH`
+  #
+  # A path is expanded; a name without a slash is searched for on the `PATH`.
 
   @in_venv ["bin/python3", "bin/python"]
-  # As many links as the system follows.
+  # As many as the system follows.
   @links 40
   @typedoc "What decides, in the order above."
   @type source :: :option | :virtual_env | :dspy_venv | :python_executable | :path
 
-  @doc """
-  The absolute path of the interpreter, or a text that says what was looked for.
-  """
+  @doc "The absolute path of the interpreter, or an error text."
   @spec find(String.t() | nil) :: {:ok, Path.t()} | {:error, String.t()}
   def find(option \\ nil) do
     with {:ok, path, _source} <- locate(option), do: {:ok, path}
   end
 
-  @doc "As `find/1`, with what decided."
+  @doc "As `find/1`, with the setting that decided."
   @spec locate(String.t() | nil) :: {:ok, Path.t(), source()} | {:error, String.t()}
   def locate(option \\ nil) do
     cond do
@@ -39,7 +35,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
-  @doc "What a virtual environment is made of where nobody names an interpreter: the last two of the list."
+  @doc "The interpreter to make a virtual environment from by default: the last two of the list."
   @spec base() :: {:ok, Path.t(), source()} | {:error, String.t()}
   def base do
     cond do
@@ -56,7 +52,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   end
 
   @doc """
-  What decided, for people.
+  The setting that decided, as text.
 
       iex> DSPex.PythonBridge.Python.Interpreter.describe(:path)
       "the first python3 on the PATH"
@@ -69,8 +65,8 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   def describe(:path), do: "the first python3 on the PATH"
 
   @doc """
-  The absolute path of an interpreter: of a file, if there is a slash in `name`, else of a program on the `PATH`. `whose` is
-  what the error says that named it.
+  The absolute path of an interpreter: of a file, if there is a slash in `name`, else of a program on the `PATH`. The
+  error starts with `whose`, the setting that has the name.
   """
   @spec executable(String.t(), String.t()) :: {:ok, Path.t()} | {:error, String.t()}
   def executable(name, whose) do
@@ -90,17 +86,17 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     cond do
       not String.contains?(name, "/") -> "#{name}, which is not on the PATH"
       File.stat(path) == {:error, :eacces} -> "#{path}, which this user may not reach"
-      true -> "#{path}, which is no file" <> relative(name)
+      true -> "#{path}, which is not a file" <> relative(name)
     end
   end
 
-  @doc "The interpreter in the folder of a virtual environment; nil if there is none, or none any more."
+  @doc "The interpreter in the folder of a virtual environment; nil if there is none."
   @spec in_venv(Path.t()) :: Path.t() | nil
   def in_venv(folder), do: Enum.find_value(@in_venv, &existing(Path.join(folder, &1)))
 
   @doc """
-  Why there is no interpreter in the folder of a virtual environment; nil if there is one. `:gone`: a link to it, perhaps by
-  way of others, leads to a path where nothing is; `:out_of_reach`: this user may not look at that path.
+  The reason why there is no interpreter in the folder of a virtual environment; nil if there is one. `:gone`: it is a
+  link, perhaps through others, to a path that does not exist; `:out_of_reach`: this user may not look at that path.
   """
   @spec lack(Path.t()) :: nil | {:gone | :out_of_reach, Path.t()} | :none
   def lack(folder) do
@@ -134,10 +130,10 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
-  @doc "The folder of `config :dspex, :python_environment, virtual_env: …` as it stands there; nil if none."
+  @doc "The folder of `config :dspex, :python_environment, virtual_env: …`, not expanded; nil if none."
   @spec configured_venv() :: String.t() | nil
   def configured_venv do
-    # A wrong type here is EnvironmentCheck's to tell; the look-up only takes what it can use.
+    # EnvironmentCheck reports wrong types.
     with config when is_list(config) <- Application.get_env(:dspex, :python_environment, []),
          {:virtual_env, venv} when is_binary(venv) and venv != "" <-
            List.keyfind(config, :virtual_env, 0) do
@@ -148,19 +144,19 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   end
 
   @doc """
-  What to say of a path that was given as a relative one and has nothing at its place: where it was looked
-  for, and what would hold anywhere. Empty for any other.
+  The explanation for a relative path where nothing was found: where it was searched for, and what works everywhere. Empty
+  for an absolute path.
   """
   @spec relative(String.t()) :: String.t()
   def relative(path) do
     if Path.type(path) == :relative and not String.starts_with?(path, "~"),
       do:
-        "; it was given as #{inspect(path)} and looked for from #{File.cwd!()}, where the BEAM was started: " <>
+        "; it was given as #{inspect(path)} and searched for from #{File.cwd!()}, where the BEAM was started: " <>
           "give an absolute path, in a file in config/ Path.expand(#{inspect(from_config(path))}, __DIR__)",
       else: ""
   end
 
-  # In one folder below the project's, where it is likely to have been started when that path was found.
+  # From config/, if the path was written for the project's folder.
   defp from_config(path), do: Path.join("..", String.trim_leading(path, "./"))
 
   defp by({:ok, path}, source), do: {:ok, path, source}
@@ -175,9 +171,9 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
         {:error, "no Python found: #{whose} names #{folder}, #{what_lacks(folder, venv, whose)}"}
   end
 
-  # With what to do; for a relative path that is to give another.
+  # With what to do: for a relative path, to write an absolute one.
   defp what_lacks(folder, venv, whose) do
-    # Of that variable dspex.setup knows nothing.
+    # dspex.setup does not read that variable.
     path = if whose == "DSPY_VENV", do: " --path #{folder}", else: ""
     {text, todo} = why(folder, "`mix dspex.setup#{path}` makes it")
     hint = if relative(venv) == "", do: " (#{todo})", else: relative(venv)
@@ -198,7 +194,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
         {"which has no bin/python: there is no such folder", setup}
 
       {_none, {:error, :enotdir}} ->
-        {"which is no folder", "name another"}
+        {"which is not a folder", "name another"}
 
       {_none, {:ok, []}} ->
         {"which has no bin/python", setup}
@@ -209,7 +205,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
       {_none, {:ok, names}} ->
         if "pyvenv.cfg" in names,
           do: {"which has no bin/python", anew},
-          else: {"which has no bin/python, and is no virtual environment", "name another"}
+          else: {"which has no bin/python, and is not a virtual environment", "name another"}
     end
   end
 
@@ -223,10 +219,10 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
          "make it of a Python that this user may run, such as the system's"}
   end
 
-  # Links stay as they are: a venv's python is a link, and finds its venv by the link's place.
+  # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.
   defp existing(path), do: if(File.regular?(path), do: path)
 
-  # An empty variable is an unset one, as shells have it.
+  # An empty variable counts as unset.
   defp env(name) do
     case System.get_env(name, "") do
       "" -> nil

@@ -1,8 +1,7 @@
 defmodule DSPex.PythonBridge.Python.Probe do
-  @moduledoc """
-  What an interpreter says of itself, from one launch that imports nothing heavy: its version, the installed
-  distributions, where the peer's package is.
-  """
+  @moduledoc false
+  # What an interpreter reports about itself, in one run that imports nothing heavy: its version, the installed
+  # distributions, the folder of the peer's package.
 
   alias DSPex.PythonBridge.OS
 
@@ -10,9 +9,8 @@ defmodule DSPex.PythonBridge.Python.Probe do
   # Tens of milliseconds, on a cold disk a few seconds.
   @time_limit_ms 15_000
 
-  # Runs on any Python that can be found, so it must be valid for old ones, too. The folder it is
-  # started in is no place to find modules. The package dspy_bridge is looked for where the drop-in
-  # script looks.
+  # It must be valid for old Pythons, too. Modules in the working directory do not count. The package dspy_bridge is
+  # searched for where the peer's script does.
   @script """
   import sys
   sys.path[:] = [p for p in sys.path if p]
@@ -47,9 +45,9 @@ defmodule DSPex.PythonBridge.Python.Probe do
   defstruct [:python, :version, :prefix, venv?: false, found: %{}, bridge: true, modules: []]
 
   @typedoc """
-  `found`: versions by the distributions that were asked for and are there; `bridge`: the folder of the
-  package `dspy_bridge`, false where there is none; `modules`: those of ensurepip, pip and venv that there are;
-  `prefix`: the folder that it installs into, without links; `venv?`: whether that is a virtual environment.
+  `found`: the versions of the distributions that are installed; `bridge`: the folder of the package `dspy_bridge`, false
+  if there is none; `modules`: which of ensurepip, pip and venv there are; `prefix`: the folder that it installs into,
+  without links; `venv?`: whether that is a virtual environment.
   """
   @type t :: %__MODULE__{
           python: Path.t(),
@@ -62,8 +60,8 @@ defmodule DSPex.PythonBridge.Python.Probe do
         }
 
   @doc """
-  Asks the interpreter `python`, at most 15 s, for `distributions`, and for the package of the peer's script.
-  `env` is more environment, as a port takes it. Errors are texts.
+  Probes the interpreter `python` for `distributions`, and for the package of the peer's script; takes at most 15 s.
+  `env` is more environment, as a port takes it.
   """
   @spec run(Path.t(), Path.t(), [String.t()], [{charlist(), charlist()}]) ::
           {:ok, t()} | {:error, String.t()}
@@ -77,7 +75,7 @@ defmodule DSPex.PythonBridge.Python.Probe do
     end
   end
 
-  @doc "Why the interpreter is too old for the peer; nil if it is not."
+  @doc "The error of an interpreter that is too old for the peer; nil if it is not."
   @spec too_old(t()) :: String.t() | nil
   def too_old(%__MODULE__{python: python, version: version}) do
     [major, minor | _rest] = version |> String.split(".") |> Enum.map(&String.to_integer/1)
@@ -87,14 +85,14 @@ defmodule DSPex.PythonBridge.Python.Probe do
   end
 
   @doc """
-  Whether what the interpreter installs goes into `folder`. That of a folder that is no virtual environment, or not any more,
-  is the one that it was made of.
+  Whether the interpreter installs into `folder`. Without its `pyvenv.cfg`, that of a virtual environment installs into
+  the Python that it was made from.
   """
   @spec of?(t(), Path.t()) :: boolean()
   def of?(%__MODULE__{prefix: nil}, _folder), do: false
   def of?(%__MODULE__{prefix: prefix}, folder), do: place(prefix) == place(folder)
 
-  # By more than one path it is the same.
+  # The same folder may have more than one path.
   defp place(folder) do
     case File.stat(folder) do
       {:ok, %{major_device: device, inode: inode}} -> {device, inode}
@@ -102,7 +100,7 @@ defmodule DSPex.PythonBridge.Python.Probe do
     end
   end
 
-  @doc "The oldest version that will do."
+  @doc "The oldest version that works."
   @spec min_python() :: String.t()
   def min_python, do: "#{elem(@min_python, 0)}.#{elem(@min_python, 1)}"
 
@@ -121,13 +119,13 @@ defmodule DSPex.PythonBridge.Python.Probe do
          }}
 
       _other ->
-        cannot(python, "it is no Python#{last_line(output)}")
+        cannot(python, "it is not a Python#{last_line(output)}")
     end
   end
 
   @doc """
-  The object in the first line of an output that starts with `DSPEX `; nil if there is none. Other lines may
-  stand around it: warnings, what a sitecustomize prints.
+  The JSON object in the first line that starts with `DSPEX `; nil if there is none. Other lines may be warnings, or
+  from a sitecustomize.
 
       iex> DSPex.PythonBridge.Python.Probe.answer("hello\\nDSPEX {\\"version\\": \\"3.11.0\\"}\\n")
       %{"version" => "3.11.0"}

@@ -33,14 +33,13 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   @type bridge :: pid() | {atom(), node()}
 
   @doc """
-  Calls the function, in the calling process, and sends the answer to `host`, the process that started this
-  one.
+  Calls the function, in the calling process, and sends the answer to the proxy that started it.
   """
-  @spec run(t(), holder :: pid(), {host :: pid(), callers :: [pid()]}) :: :ok
-  def run(%__MODULE__{} = call, holder, {host, callers}) do
+  @spec run(t(), holder :: pid(), {proxy :: pid(), callers :: [pid()]}) :: :ok
+  def run(%__MODULE__{} = call, holder, {proxy, callers}) do
     Process.put(:"$callers", callers)
     answer = ServerGuard.run(fn -> answer(call, &apply_tool(holder, &1, &2)) end)
-    send(host, {:answered, self(), answer})
+    send(proxy, {:answered, self(), answer})
     :ok
   end
 

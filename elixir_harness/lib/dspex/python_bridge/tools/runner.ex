@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   # (`DSPex.PythonBridge.Tools.Invocation`): part of `DSPex.PythonBridge.Client.StreamProxy`, whose process starts and ends
   # them. `DSPex.PythonBridge.Tools.FunctionHolder` holds the functions.
 
+  alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
 
   @enforce_keys [:holder, :bridge, :callers]
@@ -34,10 +35,10 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   @spec functions(term()) :: {:ok, functions()} | {:error, String.t()}
   def functions(tools) when is_map(tools) and not is_struct(tools) do
     Enum.reduce_while(tools, {:ok, %{}}, fn {name, function}, {:ok, named} ->
-      text = name(name)
+      text = Payload.string(name)
 
       cond do
-        text == nil ->
+        text == nil or not String.valid?(text) ->
           {:halt, {:error, "expected names that are atoms or strings"}}
 
         not is_function(function, 1) ->
@@ -53,10 +54,6 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   end
 
   def functions(_other), do: {:error, "expected a map of names to functions of one argument"}
-
-  defp name(name) when is_atom(name) and name not in [nil, true, false], do: Atom.to_string(name)
-  defp name(name) when is_binary(name), do: if(String.valid?(name), do: name)
-  defp name(_other), do: nil
 
   defp not_a_function(name), do: "#{name}: expected a function of one argument"
 

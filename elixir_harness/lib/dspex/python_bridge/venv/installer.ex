@@ -1,19 +1,19 @@
 defmodule DSPex.PythonBridge.Venv.Installer do
   @moduledoc false
-  # The programs of others that make an environment and install into it: uv where there is one, else the
-  # interpreter's own venv and pip.
+  # Makes an environment and installs into it, with uv. Where there is no uv on the PATH, the interpreter's own venv and
+  # pip make the environment and install uv into it.
 
   alias DSPex.PythonBridge.{OS, Options}
   alias DSPex.PythonBridge.Bridge.Redaction
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
   alias DSPex.PythonBridge.Venv.Source
 
-  # All of DSPy takes 20 to 60 s by a good line.
+  # All of DSPy takes 20 to 60 s on a good line.
   @time_limit_ms 30 * 60_000
   @error_lines 15
 
   @enforce_keys [:progress]
-  # sign_of_life_ms: how long a step may be silent.
+  # sign_of_life_ms: the interval of progress lines during a step.
   defstruct [:progress, :uv, sign_of_life_ms: 10_000]
 
   @type t :: %__MODULE__{
@@ -21,11 +21,13 @@ defmodule DSPex.PythonBridge.Venv.Installer do
           uv: Path.t() | nil,
           sign_of_life_ms: pos_integer()
         }
+  @typedoc "`:failed`: a program failed by itself, and has left what was there."
+  @type failure :: {:failed | :error, String.t()}
 
   @spec new((String.t() -> term())) :: t()
   def new(progress), do: %__MODULE__{progress: progress, uv: System.find_executable("uv")}
 
-  @doc "The interpreter to make an environment of, if it can; nil if that is uv's to choose."
+  @doc "The interpreter to make an environment from, if it can; nil if uv chooses it."
   @spec base(t(), String.t() | nil) :: {:ok, Probe.t() | nil} | {:error, String.t()}
   def base(%__MODULE__{uv: uv}, nil) do
     case Interpreter.base() do
@@ -66,10 +68,17 @@ defmodule DSPex.PythonBridge.Venv.Installer do
     do:
       "install Python #{Probe.min_python()} or newer, or uv, which brings one, or name one with --python"
 
+  @doc "Makes the environment."
   @spec create(t(), Path.t(), Probe.t() | nil) :: :ok | {:error, String.t()}
   def create(%__MODULE__{uv: nil} = installer, folder, base) do
     line = "making #{folder} from #{base.python}, Python #{base.version}"
-    made(step(installer, line, base.python, ["-m", "venv", folder]))
+    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "uv"]
+
+    with :ok <- step(installer, line, base.python, ["-m", "venv", folder]),
+         {:ok, probe} <- probe(folder, []),
+         :ok <- step(installer, "installing uv with pip", probe.python, pip),
+         do: :ok,
+         else: ({_how, text} -> {:error, text})
   end
 
   def create(%__MODULE__{uv: uv} = installer, folder, base) do
@@ -78,17 +87,16 @@ defmodule DSPex.PythonBridge.Venv.Installer do
         do: {" from #{base.python}, Python #{base.version}", base.python},
         else: {"", ">=" <> Probe.min_python()}
 
-    # Existing is the marker.
+    # The manifest is there already.
     args = ["venv", "--quiet", "--allow-existing", "--python", python, folder]
-    made(step(installer, "making #{folder} with uv" <> of, uv, args))
+
+    with {_how, text} <- step(installer, "making #{folder} with uv" <> of, uv, args),
+         do: {:error, text}
   end
 
-  defp made(:ok), do: :ok
-  defp made({_how, text}), do: {:error, text}
-
   @doc """
-  What the folder's interpreter says of itself, with the versions of `names`: an error if it is too old, or installs anywhere but
-  into the folder.
+  Probes the folder's interpreter, for the versions of `names`. An error if it is too old, or does not install into
+  the folder.
   """
   @spec probe(Path.t(), [String.t()]) :: {:ok, Probe.t()} | {:error, String.t()}
   def probe(folder, names) do
@@ -100,7 +108,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
 
         not Probe.of?(probe, folder) ->
           {:error,
-           "#{folder} is no virtual environment any more, its Python would install into #{probe.prefix}: #{elsewhere()}"}
+           "#{folder} is not a virtual environment any more, its Python would install into #{probe.prefix}: #{elsewhere()}"}
 
         true ->
           {:ok, probe}
@@ -116,68 +124,48 @@ defmodule DSPex.PythonBridge.Venv.Installer do
     end
   end
 
-  @doc "What is to be done where this program may do nothing."
+  @doc "What to do where this program may do nothing."
   @spec elsewhere() :: String.t()
   def elsewhere, do: "remove it yourself, or name another with --path"
 
-  @doc """
-  Installs into the environment in the folder; `reinstall?`: what is there may be broken. Of a step that has ended, in
-  whichever way, what was there is left whole: `:failed`.
-  """
-  @spec install(t(), Path.t(), Source.t(), boolean()) ::
-          :ok | {:failed, String.t()} | {:error, String.t()}
-  def install(installer, folder, source, reinstall?) do
+  @doc "Installs into the environment in the folder."
+  @spec install(t(), Path.t(), Source.t()) :: :ok | failure()
+  def install(installer, folder, source) do
     count = map_size(source.pins)
-    line = "installing #{count} packages with #{tool(installer)}: this may take a minute"
-    packages = if(reinstall?, do: [reinstall(installer)], else: []) ++ ["-r", source.requirements]
-    # Always: it may have changed under the same version.
-    peer = ["--no-deps", reinstall(installer), "dspy-bridge @ file://" <> encode(source.package)]
+    line = "installing #{count} packages with uv: this may take a minute"
+    # Always: the peer may have changed under the same version.
+    peer = ["--no-deps", "--reinstall", "dspy-bridge @ file://" <> encode(source.package)]
 
-    with :ok <- ensure_pip(installer, folder),
-         :ok <- pip(installer, line, folder, packages),
-         do: pip(installer, "installing the peer, dspy_bridge", folder, peer)
+    with {:ok, uv} <- uv(installer, folder),
+         :ok <- uv_pip(installer, uv, line, folder, ["-r", source.requirements]),
+         do: uv_pip(installer, uv, "installing the peer, dspy_bridge", folder, peer)
   end
+
+  defp uv(%__MODULE__{uv: nil}, folder) do
+    uv = Path.join(folder, "bin/uv")
+
+    if File.exists?(uv),
+      do: {:ok, uv},
+      else: {:failed, "there is no uv, neither on the PATH nor in #{folder}: install it"}
+  end
+
+  defp uv(%__MODULE__{uv: uv}, _folder), do: {:ok, uv}
 
   # As a path, one with a semicolon or a bracket in it would be read as something else.
   defp encode(path), do: URI.encode(path, &(&1 == ?/ or URI.char_unreserved?(&1)))
 
-  # uv makes environments without it.
-  defp ensure_pip(%__MODULE__{uv: nil} = installer, folder) do
-    with {:ok, probe} <- again(folder) do
-      if "pip" in probe.modules,
-        do: :ok,
-        else: step(installer, "installing pip", probe.python, ["-m", "ensurepip"])
+  # Probed before each step: minutes may have passed since the last, and nothing may go into the Python that the
+  # environment was made from. Compiled now: the user that runs the peer later may not write there.
+  defp uv_pip(installer, uv, line, folder, args) do
+    case probe(folder, []) do
+      {:ok, %{python: python}} ->
+        first = ["pip", "install", "--quiet", "--compile-bytecode", "--python", python]
+        step(installer, line, uv, first ++ args)
+
+      {:error, text} ->
+        {:failed, text}
     end
   end
-
-  defp ensure_pip(_uv, _folder), do: :ok
-
-  defp pip(installer, line, folder, args) do
-    with {:ok, probe} <- again(folder) do
-      {program, first} = install_by(installer, probe.python)
-      step(installer, line, program, first ++ args)
-    end
-  end
-
-  # Before each step: minutes may have passed since the last, and the one that it was made of must stay as it is.
-  defp again(folder) do
-    with {:error, text} <- probe(folder, []), do: {:failed, text}
-  end
-
-  # Compiled now: the user that runs the peer later may not write there.
-  defp install_by(%__MODULE__{uv: nil}, python) do
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    {python, ["-m", "pip", "install"] ++ quiet}
-  end
-
-  defp install_by(%__MODULE__{uv: uv}, python),
-    do: {uv, ["pip", "install", "--quiet", "--compile-bytecode", "--python", python]}
-
-  defp reinstall(%__MODULE__{uv: nil}), do: "--force-reinstall"
-  defp reinstall(_uv), do: "--reinstall"
-
-  defp tool(%__MODULE__{uv: nil}), do: "pip"
-  defp tool(_uv), do: "uv"
 
   defp step(installer, line, program, args) do
     installer.progress.(line)
@@ -187,7 +175,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       installer.progress.("  still at it after #{System.monotonic_time(:second) - started} s")
     end
 
-    # uv reads settings in the folder that it is started in, and Python modules.
+    # uv reads settings from the folder that it is started in, and Python modules.
     opts = [
       limit_ms: @time_limit_ms,
       tick: {installer.sign_of_life_ms, tick},
@@ -197,7 +185,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
 
     case OS.Command.run(program, args, opts) do
       {:exit, 0, _output} -> :ok
-      # Higher ones are signals: it was killed.
+      # From 128 on a signal has killed it.
       {:exit, status, output} when status < 128 -> {:failed, failure(program, status, output)}
       {:exit, status, output} -> {:error, failure(program, status, output)}
       {:error, why} -> {:error, "#{program} failed (#{why})"}
@@ -205,18 +193,11 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   end
 
   defp failure(program, status, output) do
-    said =
-      output
-      |> String.split("\n", trim: true)
-      |> Enum.take(-@error_lines)
-      |> Enum.map_join(&"\n  #{&1}")
-
-    "#{program} failed (exit status #{status}):" <> redact(said)
-  end
-
-  # Addresses of package indexes may have a name and a password in them.
-  defp redact(text) do
+    lines = output |> String.split("\n", trim: true) |> Enum.take(-@error_lines)
+    text = Enum.map_join(lines, &"\n  #{&1}")
+    # URLs of package indexes may have a name and a password.
     text = Regex.replace(~r{://[^/\s]+@}, text, "://[redacted]@")
-    Redaction.redact(text, %Options{script_path: "", env: fn -> %{} end})
+    text = Redaction.redact(text, %Options{script_path: "", drain_ms: 0, env: fn -> %{} end})
+    "#{program} failed (exit status #{status}):" <> text
   end
 end

@@ -1,18 +1,18 @@
 defmodule DSPex.PythonBridge.Venv.Lock do
   @moduledoc false
-  # One at a time at a folder: a link in it, whose target tells who is at work. To make a link is one step, with
-  # what it says.
+  # One run at a time per folder: a symbolic link in it, whose target names the process that holds it. A link is made in
+  # one step, with its target.
 
   alias DSPex.PythonBridge.OS
   alias DSPex.PythonBridge.Venv.Manifest
 
-  # Another may end, and remove the folder, between two looks at it.
+  # Another run may end, and remove the folder, in between.
   @attempts 10
-  # Where nothing can be written nothing can be done: all that is left is to look.
+  # Where nothing can be written, `fun` can only read.
   @read_only [:eacces, :eperm, :erofs]
 
   @doc """
-  What `fun` gives, with the folder to itself; an error while another is at work on it. A folder that was not there is made, and
+  Runs `fun` with the folder locked; an error while another process holds the lock. A missing folder is made, and
   removed again if nothing is in it.
   """
   @spec hold(Path.t(), (-> result)) :: result | {:error, String.t()} when result: term()
@@ -58,7 +58,7 @@ defmodule DSPex.PythonBridge.Venv.Lock do
     end
   end
 
-  # Moved first, and looked at again: it may be another's by now.
+  # Renamed first, and read again: another process may hold it by now.
   defp take_over(folder, lock, holder) do
     mine = "#{lock}.#{System.pid()}"
 
@@ -83,12 +83,6 @@ defmodule DSPex.PythonBridge.Venv.Lock do
   defp ended?(os_pid, started, pid) do
     if "#{os_pid}" == System.pid() and started == "#{OS.Process.start_time(os_pid)}",
       do: not Process.alive?(:erlang.list_to_pid(pid)),
-      else: gone?(os_pid, started)
+      else: OS.Process.gone?(os_pid, if(started != "", do: started))
   end
-
-  # Without /proc the number alone has to do.
-  defp gone?(os_pid, ""),
-    do: match?({_, 1}, System.cmd("/bin/sh", ["-c", "kill -0 #{os_pid} 2>/dev/null"]))
-
-  defp gone?(os_pid, started), do: OS.Process.gone?(os_pid, started)
 end

@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Venv.Source do
   @moduledoc false
-  # What is to be installed: the pins of requirements.txt, and the peer's package.
+  # What is installed: the pins of requirements.txt, and the peer's package.
 
   @peer "dspy-bridge"
 
@@ -8,8 +8,8 @@ defmodule DSPex.PythonBridge.Venv.Source do
   defstruct [:requirements, :package, :pins, :stamp]
 
   @typedoc """
-  `pins`: the versions of each distribution, and whether it is always wanted or only where a marker says so; `stamp`: another
-  one for other contents.
+  `pins`: the versions of each distribution, and whether it is always installed or depends on a marker; `stamp`: a hash of
+  the contents.
   """
   @type t :: %__MODULE__{
           requirements: Path.t(),
@@ -36,7 +36,7 @@ defmodule DSPex.PythonBridge.Venv.Source do
     end
   end
 
-  # No wildcard: the folder's own path may have its characters in it.
+  # Not Path.wildcard: the folder's own path may have pattern characters.
   defp files(package) do
     paths = :filelib.fold_files(to_charlist(package), ~c".*", true, &[to_string(&1) | &2], [])
     Enum.reject(paths, &String.contains?(&1, "__pycache__"))
@@ -61,11 +61,11 @@ defmodule DSPex.PythonBridge.Venv.Source do
     Enum.group_by(pins, &elem(&1, 0), &elem(&1, 1))
   end
 
-  @doc "The distributions to ask an interpreter for."
+  @doc "The distributions to probe an interpreter for."
   @spec names(t()) :: [String.t()]
   def names(%__MODULE__{pins: pins}), do: [@peer | Map.keys(pins)]
 
-  @doc "Whether what an interpreter has, by its versions, is what is to be installed."
+  @doc "Whether an interpreter with these versions has everything."
   @spec installed?(t(), %{String.t() => String.t()}) :: boolean()
   def installed?(%__MODULE__{pins: pins}, found),
     do:

@@ -9,14 +9,14 @@ defmodule DSPex.PythonBridge.Bridge.BackoffTest do
     assert delays(Backoff.new(), 10) == [50, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]
   end
 
-  test "after a peer that was of use, the count begins again" do
+  test "a peer that was of use resets the count" do
     {50, backoff} = Backoff.died(Backoff.new(), true)
     {100, backoff} = Backoff.died(backoff, true)
     assert {50, backoff} = Backoff.died(backoff, false)
     assert delays(backoff, 2) == [50, 100]
   end
 
-  test "more early deaths in a row than are said to be bad luck are hopeless" do
+  test "more early deaths in a row than the limit are hopeless" do
     {_, one} = Backoff.died(Backoff.new(), true)
     assert Backoff.hopeless?(one, 0)
     refute Backoff.hopeless?(one, 1)

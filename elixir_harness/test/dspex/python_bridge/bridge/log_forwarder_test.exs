@@ -64,7 +64,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     assert_receive {:logged, :error, ^traceback, _meta}, 5_000
   end
 
-  test "one that was made for a request with a trace has it", %{name: name} do
+  test "a record of a request with a trace has its traceparent", %{name: name} do
     bridge = start(name)
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -122,7 +122,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     assert byte_size(text) == 65_536
   end
 
-  test "a peer that logs like mad holds up no call, and what is too much is dropped and counted",
+  test "a peer that floods the log delays no call; excess records are dropped and counted",
        %{name: name} do
     # As slow as a Logger gets that is overloaded.
     owner = self()
@@ -173,7 +173,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     end
   end
 
-  test "large records that wait are bounded by their bytes" do
+  test "waiting records are limited by their bytes, too" do
     log = LogForwarder.start(:nobody)
     :erlang.suspend_process(log.pid)
     frame = JSON.encode!(%{log: record("info", String.duplicate("x", 3_000_000))})
@@ -190,7 +190,9 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     :erlang.resume_process(log.pid)
   end
 
-  test "what was sent before the bridge ended is still logged, and nothing stays", %{name: name} do
+  test "records sent before the bridge ended are still logged, and no process stays", %{
+    name: name
+  } do
     bridge = start(name)
     pid = :sys.get_state(bridge).log_forwarder.pid
     records = for n <- 1..100, do: record("error", "last words #{n}")
@@ -200,7 +202,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     eventually(fn -> not Process.alive?(pid) end)
   end
 
-  test "what comes after its process was killed is logged, what waited in it is counted",
+  test "after its process was killed new records are logged, and the lost ones counted",
        %{name: name} do
     bridge = start(name)
     pid = :sys.get_state(bridge).log_forwarder.pid

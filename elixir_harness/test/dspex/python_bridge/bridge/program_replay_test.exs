@@ -69,7 +69,9 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     assert Enum.sort(programs) == ["first", "frail", "last"]
   end
 
-  test "one that was left out is named in the log, with what brings it back", %{tmp_dir: dir} do
+  test "a program that was left out is named in the log, with what loads it again", %{
+    tmp_dir: dir
+  } do
     bridge = start(dir, [2, 3, 4])
     log = capture_log(fn -> kill_peer(bridge) end)
     assert log =~ "program frail is left out"
@@ -80,7 +82,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     assert error.message =~ "program frail could not be loaded again: "
   end
 
-  test "a restart tries it again", %{tmp_dir: dir} do
+  test "a restart loads it again", %{tmp_dir: dir} do
     bridge = start(dir, [2, 3, 4])
     kill_peer(bridge)
     assert execute(bridge, "frail") == {:error, :python_process_died}
@@ -90,7 +92,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     assert :sys.get_state(bridge).load_deaths == %{}
   end
 
-  test "a restart succeeds without it if its peer dies of it again, which nobody sees", %{
+  test "a restart succeeds without it if its peer dies of it again, unnoticed by callers", %{
     tmp_dir: dir
   } do
     bridge = start(dir, [2, 3, 4, 5])
@@ -120,7 +122,9 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     assert {:ok, %{"pid" => ^pid}} = execute(bridge, "frail")
   end
 
-  test "why a program is not there is known also after a restart that failed", %{tmp_dir: dir} do
+  test "the reason why a program is missing is still known after a restart that failed", %{
+    tmp_dir: dir
+  } do
     bridge = start(dir, [2, 3, 4, 5])
     kill_peer(bridge)
     # The next one gets as far as loading.
@@ -129,7 +133,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     assert execute(bridge, "frail") == {:error, :python_process_died}
   end
 
-  test "a new definition counts for itself", %{tmp_dir: dir} do
+  test "a new definition starts without deaths", %{tmp_dir: dir} do
     bridge = start(dir, [2, 3, 4, 6])
     kill_peer(bridge)
     assert execute(bridge, "frail") == {:error, :python_process_died}
@@ -141,7 +145,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
   end
 
   @tag :slow
-  test "after a while the next peer is given it; if it dies of it again, after a longer while", %{
+  test "the next peer after a minute loads it; if it dies of it again, the wait doubles", %{
     tmp_dir: dir
   } do
     bridge = start(dir, [2, 3, 4, 5])
@@ -161,7 +165,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
   end
 
   describe "while the present peer serves, a program that was left out" do
-    test "is tried by another beside it, which takes over if it loads", %{tmp_dir: dir} do
+    test "is loaded by a second peer, which takes over if it loads", %{tmp_dir: dir} do
       bridge = start(dir, [2, 3, 4])
       kill_peer(bridge)
       assert again_in(bridge) in 50_000..60_000
@@ -183,7 +187,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
       assert deaths == %{}
     end
 
-    test "of which that dies again leaves all as it was, and waits for twice the time", %{
+    test "waits twice as long if the second peer dies of it; the first goes on serving", %{
       tmp_dir: dir
     } do
       bridge = start(dir, [2, 3, 4, 5])
@@ -209,7 +213,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
       eventually(fn -> match?({:ok, _}, execute(bridge, "frail")) end, 20_000)
     end
 
-    test "that hangs there, or whose peer does not even start, does not end the present one", %{
+    test "that hangs there, or whose peer does not start, does not end the present peer", %{
       tmp_dir: dir
     } do
       bridge = start(dir, [2, 3, 4])
@@ -243,7 +247,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
       eventually(fn -> match?({:ok, _}, execute(bridge, "frail")) end, 20_000)
     end
 
-    test "is not tried once it is removed or defined anew, nor while another starts", %{
+    test "is not tried once it is removed or defined again, nor while another peer starts", %{
       tmp_dir: dir
     } do
       bridge = start(dir, [2, 3, 4, 6, 7, 8])
@@ -269,7 +273,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     end
   end
 
-  test "nothing is started for what was left out once the bridge ends", %{tmp_dir: dir} do
+  test "no peer is started for a program that was left out once the bridge ends", %{tmp_dir: dir} do
     bridge = start(dir, [2, 3, 4])
     kill_peer(bridge)
     %{restarts: restarts} = Bridge.get_status(bridge)

@@ -9,6 +9,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   alias DSPex.Test.SilentLM
 
   @moduletag :tmp_dir
+  @moduletag :slow
 
   defp start(opts), do: start_supervised!({Bridge, opts})
 
@@ -74,7 +75,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
     end
 
-    @tag :slow
     test "one that kills each time is sent 1 + max_retries times; its neighbours lose nothing", %{
       tmp_dir: dir
     } do
@@ -96,8 +96,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       eventually(fn -> match?(%{pending: 0, state: :running}, Bridge.get_status(bridge)) end)
     end
 
-    @tag :slow
-    test "and new ones, too, while one kills after some time", %{tmp_dir: dir} do
+    test "and new ones, too, while one call kills after some time", %{tmp_dir: dir} do
       bridge = start(host_opts(dir, max_retries: 2))
       create(bridge, "nap", "host:Nap")
       create(bridge, "deadly", "host:Deadly")
@@ -150,8 +149,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert {:ok, %{"answer" => _}} = execute(bridge, "one")
     end
 
-    @tag :slow
-    test "one that no longer loads makes only its own executes fail, with the reason", %{
+    test "one that no longer loads makes only its own runs fail, with the reason", %{
       tmp_dir: dir
     } do
       bridge = start(host_opts(dir))
@@ -171,7 +169,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert {:ok, _} = execute(bridge, "spoilable")
     end
 
-    @tag :slow
     test "one whose loading kills the peer, too: it is given up after max_retries", %{
       tmp_dir: dir
     } do
@@ -188,7 +185,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert execute(bridge, "spoilable") == {:error, :python_process_died}
     end
 
-    test "a create under way is made by the successor; one that nobody waits for is none", %{
+    test "a create in flight is made by the successor, but not one whose caller has given up", %{
       tmp_dir: dir
     } do
       file = Path.join(dir, "f")
@@ -202,8 +199,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   end
 
   describe "restart/1" do
-    @tag :slow
-    test "no caller sees it" do
+    test "no caller notices it" do
       bridge = start_up(real_opts())
       create(bridge, "qa")
       stop = :atomics.new(1, [])
@@ -251,7 +247,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       eventually(fn -> not alive?(old) end)
     end
 
-    test "what the old peer does not finish in its time is sent to the new one" do
+    test "calls that the old peer does not finish in its time are sent to the new one" do
       opts = SilentLM.lm_opts(SilentLM.start()) ++ [env: %{"DSPY_BRIDGE_DRAIN_MS" => "100"}]
       bridge = start_up(real_opts(opts))
       create(bridge, "qa")
@@ -269,7 +265,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
     end
 
-    test "leaves the old peer at work if the new one does not start", %{tmp_dir: dir} do
+    test "leaves the old peer serving if the new one does not start", %{tmp_dir: dir} do
       file = Path.join(dir, "there")
       File.write!(file, "")
       bridge = start_up(fake_opts("needs_a_file", env: %{"FAKE_FILE" => file}))
@@ -302,7 +298,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   end
 
   describe "stop" do
-    test "lets the peer answer what it has", %{tmp_dir: dir} do
+    test "lets the peer finish its calls", %{tmp_dir: dir} do
       bridge = start(host_opts(dir))
       create(bridge, "nap", "host:Nap")
       napping = for n <- 1..5, do: Task.async(fn -> execute(bridge, "nap", "#{n}") end)
@@ -317,7 +313,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       eventually(fn -> not alive?(os_pid) end)
     end
 
-    test "takes on nothing new, and still tells how it is", %{tmp_dir: dir} do
+    test "accepts no new calls, and still answers get_status", %{tmp_dir: dir} do
       bridge = start(host_opts(dir))
       create(bridge, "nap", "host:Nap")
       napping = Task.async(fn -> execute(bridge, "nap", "slept") end)
@@ -329,7 +325,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert Task.await(stopping) == :ok
     end
 
-    test "gives up on what dies meanwhile" do
+    test "fails the calls of a peer that dies meanwhile" do
       bridge = start_up(fake_opts("silent"))
       call = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 10_000) end)
       eventually(fn -> Bridge.get_status(bridge).pending == 1 end)

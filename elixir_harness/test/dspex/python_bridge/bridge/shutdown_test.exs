@@ -3,6 +3,8 @@ defmodule DSPex.PythonBridge.Bridge.ShutdownTest do
 
   use ExUnit.Case, async: true
 
+  @moduletag :slow
+
   import DSPex.Test.Helpers
 
   # Starts a bridge in the application's tree, says its OS pid and its peer's, then does `then`.
@@ -69,8 +71,7 @@ defmodule DSPex.PythonBridge.Bridge.ShutdownTest do
     eventually(fn -> not Enum.any?(pids, &alive?/1) end)
   end
 
-  @tag :slow
-  test "System.stop/0 is not held up by a peer that does not read, and leaves none" do
+  test "System.stop/0 is not delayed by a peer that does not read, and leaves none" do
     # The pings of the start and of the script.
     opts = fake_opts("never_reads", env: %{"FAKE_ANSWERS" => "2"})
 

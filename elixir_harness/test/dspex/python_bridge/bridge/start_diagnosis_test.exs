@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Bridge.StartDiagnosisTest do
     assert last_line("echo", python_executable: "/no/such/python") == nil
   end
 
-  test "has no secret in it, wherever that is said, and none that is cut" do
+  test "has no secret from options or environment, and no part of one" do
     key = "sk-ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     env = &%{"FAKE_SAYS" => &1, "MY_AUTH" => key}
     assert last_line("dies_at_start", env: env.("#{key}!")) == "[redacted]!"
@@ -34,7 +34,7 @@ defmodule DSPex.PythonBridge.Bridge.StartDiagnosisTest do
   end
 
   @tag :tmp_dir
-  test "leaves nothing when its owner ends, whatever the peer is at", %{tmp_dir: dir} do
+  test "leaves no process when its owner ends, even if the peer hangs", %{tmp_dir: dir} do
     file = Path.join(dir, "pid")
     {:ok, options} = Options.new(fake_opts("hangs", env: %{"FAKE_FILE" => file}))
     owner = spawn(fn -> Process.sleep(:infinity) end)

@@ -93,7 +93,7 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
       changing?(in_flight, old, false)
     end
 
-    test "after a death each is given to the next peer alone, where that must be, and answered" do
+    test "after a death suspects are sent to the next peer alone, and all are answered" do
       {dead, next, in_flight} = crowd(1, nil)
 
       in_flight =
@@ -140,7 +140,7 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
       answer
     end
 
-    test "an old peer answers all that it has, also while half of the callers die, and in a stop",
+    test "an old peer finishes all its calls, also while half of the callers die, and in a stop",
          %{
            tmp_dir: dir
          } do
@@ -156,7 +156,7 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
       assert Task.await(stop, 20_000) == :ok
     end
 
-    test "after the death of their peer all are sent again; after a stop all are told", %{
+    test "after the death of their peer all are sent again; after a stop all get an error", %{
       tmp_dir: dir
     } do
       %{bridge: bridge} = context = crowded(dir, 0)

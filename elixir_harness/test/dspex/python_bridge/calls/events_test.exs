@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     refute_received {^ref, :chunk, @frame}
   end
 
-  test "a call whose caller was given a chunk does not go to the next peer", context do
+  test "a call that was streamed from does not go to the next peer", context do
     {:ok, in_flight} = Calls.Events.chunk(context.in_flight, context.first, 1, @frame)
     in_flight = Handover.lost(in_flight, context.first, :replaced)
     assert Calls.Table.size(in_flight.calls) == 0
@@ -70,7 +70,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     assert_received {^ref, {:error, :replaced}}
   end
 
-  test "a chunk takes neither the call's terms, by which it is counted out, nor a body that is needed",
+  test "a chunk keeps how the call is counted out, and the body of a change",
        %{first: first, in_flight: in_flight} do
     ref = :erlang.alias()
     request = %Request{ref: ref, pid: self(), body: "body", retry: :pool, stream?: true}
@@ -100,7 +100,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     Calls.Table.get(in_flight.calls, 3)
   end
 
-  test "results that wait to be written go with their call, however that ends" do
+  test "results that wait to be written are dropped with their call, however that ends" do
     # It does not read: what comes after the first requests waits.
     args = [:binary, packet: 4, args: ["60"]]
     port = Port.open({:spawn_executable, System.find_executable("sleep")}, args)
@@ -139,7 +139,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     refute_received {:dropped, _bytes}
   end
 
-  test "a tool is called for the peer that has the call; another is told that it is over",
+  test "a tool is called for the peer that has the call; another peer gets an error",
        context do
     mine = tool_call(context.first, 1)
     assert Calls.Events.tool_call(context.in_flight, mine) == :ok

@@ -61,7 +61,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
       nothing_left(accepted, in_flight |> Calls.abandon(call) |> Calls.abandon(2))
     end
 
-    test "nor when the peer tells later that it has made its change", %{in_flight: in_flight} do
+    test "nor when the peer acknowledges its change later", %{in_flight: in_flight} do
       accepted = {call, _timers, in_flight} = accept(in_flight, @create)
       in_flight = in_flight |> Calls.abandon(call) |> Calls.abandon(2)
       assert in_flight.cancelled_changes != %{}
@@ -76,7 +76,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
       nothing_left(accepted, Handover.lost(in_flight, port, :died))
     end
 
-    test "when it has not been sent and is given up", %{held: in_flight} do
+    test "when it is given up before it was sent", %{held: in_flight} do
       accepted = {call, _timers, in_flight} = accept(in_flight)
       nothing_left(accepted, in_flight |> Calls.abandon(call) |> Calls.abandon(2))
     end
@@ -98,7 +98,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
     # Nobody is told these; a caller would see them only much later, as a crash or as memory.
     defp state(bridge), do: :sys.get_state(bridge)
 
-    test "a caller that lives on is not watched any more after a timeout" do
+    test "a caller that lives on is not monitored any longer after a timeout" do
       bridge = start_supervised!({Bridge, fake_opts("silent")})
       eventually(fn -> Bridge.get_status(bridge).state == :running end, 20_000)
       for _ <- 1..3, do: assert(Bridge.call(bridge, :echo, %{}, 1) == {:error, :timeout})
@@ -109,7 +109,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
       assert state(bridge).in_flight.calls == Calls.Table.new()
     end
 
-    test "a peer that serves is timed no longer: at its start, after a restart, after one that failed",
+    test "a peer that serves has no timer: after its start, a restart, a restart that failed",
          %{tmp_dir: dir} do
       file = Path.join(dir, "there")
       File.write!(file, "")

@@ -15,7 +15,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCountersTest do
   defp take(counters, index, times),
     do: for(_ <- 1..times//1, do: LoadCounters.take(counters, index))
 
-  test "picks none of those that are down, lent or excluded" do
+  test "picks no slot that is down, checked out or excluded" do
     counters = LoadCounters.new(4)
     assert LoadCounters.pick(counters) == nil
     refute LoadCounters.any?(counters)
@@ -30,7 +30,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCountersTest do
     assert LoadCounters.pick(counters, [2, 4]) == nil
   end
 
-  test "picks the least busy; those that are equally busy take turns" do
+  test "picks the least busy; equally busy ones are used in turn" do
     counters = ready(3)
     take(counters, 1, 3)
     take(counters, 3, 1)

@@ -84,7 +84,7 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
     end
   end
 
-  test "several: each is sent 1 + max_retries times, and nothing else fails" do
+  test "several: each is sent 1 + max_retries times, and no other call fails" do
     {answers, sent} = play(40, [3, 4, 17, 40], 3)
 
     for {n, answer} <- answers do
@@ -94,7 +94,7 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
     end
   end
 
-  test "who outlives the time that the last peer had is acquitted, and the next are tried" do
+  test "a suspect that outlives the time of the last peer is acquitted, and the next are tried" do
     quarantine = Enum.reduce(1..4, Quarantine.new(2), &Quarantine.add(&2, &1, 2))
     {[1], quarantine} = Quarantine.take_group(quarantine)
     quarantine = Quarantine.try_out(quarantine, [1])
@@ -120,7 +120,7 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
     assert at_peer.(in_flight) == ["fresh", ~s(,"command":"ping"})]
   end
 
-  test "a suspect that nobody waits for any more makes room for the next" do
+  test "a suspect that was given up makes room for the next" do
     {:ok, options} = Options.new(max_retries: 1)
     in_flight = serve(InFlight.new(options, Programs.Store.new()))
     accept = &accept(&1, nil, &2, 1)
@@ -140,7 +140,7 @@ defmodule DSPex.PythonBridge.Calls.QuarantineTest do
     assert [{1, %{body: "create"}}] = Calls.Table.at(in_flight.calls, in_flight.to)
   end
 
-  test "a call that was long under way when its peer died does not hold all others for as long" do
+  test "a call that ran long before its peer died does not hold all others as long" do
     assert Quarantine.learn(Quarantine.new(3), 100_000).acquit_ms == 5_000
     assert Quarantine.learn(Quarantine.new(3), 1).acquit_ms == 1_000
   end

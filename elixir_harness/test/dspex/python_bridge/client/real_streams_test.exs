@@ -144,7 +144,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert items[2] == {:ok, three["result"]}
     end
 
-    test "goes on from a pool's lent bridge" do
+    test "works on a bridge that a pool has checked out" do
       pool = :"#{__MODULE__}.Pool"
       start_supervised!({Pool, real_opts(name: pool, pool_size: 1)})
       {:ok, _} = Pool.call(pool, :create_program, @qa, 20_000)
@@ -156,7 +156,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
   end
 
   describe "tools" do
-    test "are asked with arguments of their types; the LM sees what they give" do
+    test "are called with arguments of their types; the LM gets their results" do
       bridge = start([@agent])
 
       search = fn %{"query" => "Why?", "n" => n} when is_integer(n) ->
@@ -194,7 +194,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert observation =~ "search" and observation =~ ":tools"
     end
 
-    test "steps are told, and come before what follows from them" do
+    test "steps are streamed before what follows from them" do
       bridge = start([@agent])
       tools = %{"search" => fn _ -> "found" end}
       elements = bridge |> Bridge.stream(@ask_agent, tools: tools) |> Enum.to_list()
@@ -202,7 +202,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert Enum.any?(rest, &match?({:chunk, "answer", _}, &1))
     end
 
-    test "run on while nobody pulls the stream" do
+    test "run while nobody reads the stream" do
       bridge = start([@agent])
       test = self()
 
@@ -220,7 +220,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       end)
     end
 
-    test "that run at the deadline end with the execute" do
+    test "that run at the deadline end with the run" do
       bridge = start([@agent])
       test = self()
 
@@ -240,7 +240,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping)
     end
 
-    test "of an agent are asked again by the next peer when theirs dies" do
+    test "of an agent are called again by the next peer when theirs dies" do
       bridge = start_own([@agent])
       test = self()
 

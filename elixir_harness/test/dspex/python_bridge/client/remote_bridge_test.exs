@@ -43,7 +43,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     refute Nodes.on(node, :erlang, :function_exported, [Caller, :find, 1])
   end
 
-  test "is as one here, with its own errors, and leaves nothing behind", %{far: far} do
+  test "works as a local one, with its own errors, and leaves nothing behind", %{far: far} do
     test = self()
     assert {:ok, %{"starts" => 1}} = Bridge.call(far, :ping)
     assert {:error, :timeout} = Bridge.call(far, :execute_program, %{play: [["go", "x"]]}, 50)
@@ -60,7 +60,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     assert Process.info(self(), :messages) == {:messages, []}
   end
 
-  test "is told there from a process of another kind, which is unharmed", %{node: node} do
+  test "is distinguished there from a process of another kind, which is unharmed", %{node: node} do
     supervisor = Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor])
 
     for server <- [{DSPex.ApplicationSupervisor, node}, supervisor] do
@@ -72,7 +72,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     assert Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor]) == supervisor
   end
 
-  test "whose node has an older version is asked as it was given", %{far: far, node: node} do
+  test "whose node has an older version is asked without a check", %{far: far, node: node} do
     make_older(node)
     pid = Nodes.on(node, Process, :whereis, [:far])
 
@@ -90,7 +90,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     refute Nodes.on(node, Process, :alive?, [pid])
   end
 
-  test "whose node has stopped holds no caller past its timeout", %{far: far, node: node} do
+  test "whose node has stopped keeps no caller past its timeout", %{far: far, node: node} do
     os_pid = Nodes.on(node, System, :pid, [])
     {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
     args = %{play: [], x: @big}

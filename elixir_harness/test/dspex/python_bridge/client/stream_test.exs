@@ -58,7 +58,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
   end
 
   describe "request/4 with :on_chunk" do
-    test "has it called in the caller's process with each map as it is, in order", context do
+    test "calls it in the caller's process with each map, in order", context do
       chunks = [
         %{"field" => "answer", "chunk" => "Pá"},
         %{"status" => "calling tool search"},
@@ -91,7 +91,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert received() == Enum.take(@count, 1)
     end
 
-    test "refuses options that cannot be right, and names them", %{bridge: bridge} do
+    test "refuses wrong options, and names them", %{bridge: bridge} do
       for {opts, name} <- [
             {[on_chunk: fn -> :ok end], ":on_chunk"},
             {[on_chunk: nil], ":on_chunk"},
@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
           throw: quote(do: throw(:mine)),
           exit: quote(do: exit(:mine))
         ] do
-      test "cancels the execute when it ends by #{kind}, and hands that on", %{bridge: bridge} do
+      test "cancels the run when it ends by #{kind}, and passes that on", %{bridge: bridge} do
         play = [["count", 3], ["go", "on"], ["count", 3], ["reply", %{}]]
 
         on_chunk = fn chunk ->
@@ -159,7 +159,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "with a function that is at work when the time is over: what came in time is given",
+    test "with a function that runs when the time is over: chunks that came in time are delivered",
          %{bridge: bridge} do
       test = self()
       started = System.monotonic_time(:millisecond)
@@ -188,7 +188,9 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "with a frame that is no chunk: it is counted, and the rest goes on", %{bridge: bridge} do
+    test "with a frame that is not a chunk: it is counted, and the rest goes on", %{
+      bridge: bridge
+    } do
       garbage =
         for end_of <- [~s({"field":), "[]}", "1}"], do: ["raw", ~s({"id":ID,"stream":) <> end_of]
 
@@ -255,7 +257,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
   end
 
   describe "stream/3" do
-    test "gives chunks, statuses and items, and the result last", %{bridge: bridge} do
+    test "yields chunks, statuses and items, and the result last", %{bridge: bridge} do
       play = [
         ["stream", %{field: "answer", chunk: "Par"}],
         ["stream", %{status: "calling tool search"}],
@@ -280,7 +282,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "sends nothing before it is enumerated, and each time anew", %{bridge: bridge} do
+    test "sends nothing before it is enumerated, and a new request each time", %{bridge: bridge} do
       id = last_id(bridge)
       stream = stream(bridge, [["count", 1], ["reply", %{}]])
       assert Enum.take(stream, 0) == []
@@ -290,7 +292,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert last_id(bridge) == id + 4
     end
 
-    test "gives a chunk as soon as it has come", %{bridge: bridge} do
+    test "yields a chunk as soon as it has come", %{bridge: bridge} do
       play = for n <- 1..3, step <- [["count", 1], ["go", "#{n}"]], do: step
 
       # The peer goes on when it has been seen.
@@ -307,7 +309,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
                |> Enum.to_list()
     end
 
-    test "cancels the execute when it is halted early", %{bridge: bridge} do
+    test "cancels the run when it is halted early", %{bridge: bridge} do
       play = [["count", 3], ["go", "on"], ["count", 1], ["reply", %{}]]
       assert [{:chunk, "n", "0"}, {:chunk, "n", "1"}] = Enum.take(stream(bridge, play), 2)
       assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
@@ -317,7 +319,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "cancels the execute when its consumer raises", %{bridge: bridge} do
+    test "cancels the run when its consumer raises", %{bridge: bridge} do
       play = [["count", 3], ["go", "on"]]
 
       assert_raise ArgumentError, "mine", fn ->
@@ -329,7 +331,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "cancels the execute when its consumer is killed", %{bridge: bridge} do
+    test "cancels the run when its consumer is killed", %{bridge: bridge} do
       test = self()
 
       consumer =
@@ -364,7 +366,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "that is pulled after its time is over gives what came in time", %{bridge: bridge} do
+    test "that is read after its time is over yields what came in time", %{bridge: bridge} do
       stream = stream(bridge, [["count", 3], ["reply", %{}]], timeout: 300)
       suspend = fn element, acc -> {:suspend, [element | acc]} end
       started = System.monotonic_time(:millisecond)
@@ -384,7 +386,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "whose reply comes behind the timeout does not give it", %{bridge: bridge} do
+    test "whose reply comes after the timeout does not yield it", %{bridge: bridge} do
       stream = stream(bridge, [["count", 1], ["go", "on"], ["reply", %{}]], timeout: 500)
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
@@ -407,7 +409,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
           do: pid
     end
 
-    test "is cancelled on time, pulled or not", %{bridge: bridge} do
+    test "is cancelled on time, read or not", %{bridge: bridge} do
       stream = stream(bridge, [["count", 2], ["go", "on"]], timeout: 100)
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
@@ -415,7 +417,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
     end
 
-    test "whose bridge dies after the reply gives the reply", %{bridge: bridge} do
+    test "whose bridge dies after the reply yields the reply", %{bridge: bridge} do
       stream = stream(bridge, [["count", 2], ["reply", %{}]])
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
@@ -427,7 +429,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert {:suspended, {:ok, %{}, _}, _} = next.({:cont, nil})
     end
 
-    test "gives errors as its last element", %{bridge: bridge} do
+    test "yields an error as its last element", %{bridge: bridge} do
       assert [error: %Error{type: :lm_error}] =
                Enum.to_list(stream(bridge, [["fail", "lm_error"]]))
 
@@ -443,7 +445,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "gives bad options as its one element", %{bridge: bridge} do
+    test "yields wrong options as its only element", %{bridge: bridge} do
       for {opts, name} <- [
             {[on_chunk: & &1], ":on_chunk"},
             {[retry: nil], ":retry"},
@@ -488,7 +490,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert text =~ "was replaced"
     end
 
-    test "calls tools while nobody pulls it", %{bridge: bridge} do
+    test "calls tools while nobody reads it", %{bridge: bridge} do
       test = self()
       tools = %{tell: &send(test, {:told, &1})}
       play = [["count", 1], ["tool", 1, "tell", %{a: 1}], ["result", 1], ["reply"]]
@@ -502,7 +504,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert {:suspended, {:ok, %{"1" => %{"success" => false}}, _}, _} = next.({:cont, nil})
     end
 
-    test "is the same with a bridge that a pool has lent" do
+    test "is the same with a bridge that a pool has checked out" do
       name = Module.concat(__MODULE__, Pool)
       opts = Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)
       start_supervised!({Pool, opts})
@@ -516,7 +518,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     end
   end
 
-  test "a full mailbox makes no chunk slow", %{bridge: bridge} do
+  test "a full mailbox does not slow chunks down", %{bridge: bridge} do
     play = [["count", 2_000], ["reply", %{}]]
     on_chunk = fn -> request(bridge, play, on_chunk: fn _ -> :ok end) end
     # Suspended after each.

@@ -135,7 +135,7 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
     assert {:ok, %{"answer" => "Paris"}, _meta} = Task.await(call, 30_000)
   end
 
-  test "one that is none is refused before anything is sent, by request and stream" do
+  test "an invalid one is refused before anything is sent, by request and stream" do
     for %{"valid" => false, "value" => value} <- vectors("traceparents.json"),
         value <- [value, <<255>>, :"00-a", ~c"00"] do
       # No bridge could have answered.
@@ -151,7 +151,7 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
     end
   end
 
-  test "one that is one is taken by the bridge and by the peer" do
+  test "a valid one is accepted by the bridge and by the peer" do
     bridge = start_supervised!({Bridge, real_opts()})
 
     for %{"valid" => true, "value" => value} <- vectors("traceparents.json") do
@@ -169,7 +169,7 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
   end
 
   @tag :tmp_dir
-  test "what Python logs for a call has it as metadata, and what it logs for others has not",
+  test "records that Python logs for the call have it as metadata, and no others",
        %{tmp_dir: dir, test: name} do
     File.write!(Path.join(dir, "tells.py"), """
     import dspy, logging

@@ -36,7 +36,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   end
 
   describe "a good environment" do
-    test "each check, in its order, as it is made; real DSPy answers" do
+    test "all checks, in order, each when it is done; real DSPy answers" do
       me = self()
       checks = Doctor.run(lm: "offline/echo", each: &send(me, &1))
       assert Enum.map(checks, & &1.name) == @names
@@ -52,7 +52,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert checks["program"] =~ "offline/echo answered"
     end
 
-    test "nothing of it is left: no process, no message; no name is taken", %{tmp_dir: dir} do
+    test "it leaves no process and no message, and takes no name", %{tmp_dir: dir} do
       Process.flag(:trap_exit, true)
       Process.register(self(), :doctor_test)
       put_config(:python_bridge, name: :doctor_test)
@@ -62,11 +62,10 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :ok} = checks["program"]
       refute_received _anything
       eventually(fn -> Process.list() -- before == [] end)
-      {processes, 0} = System.cmd("ps", ["-eo", "args"])
-      refute processes =~ script
+      eventually(fn -> not (elem(System.cmd("ps", ["-eo", "args"]), 0) =~ script) end)
     end
 
-    test "nothing of it is logged, neither here nor, by rpc, where the caller is" do
+    test "it logs nothing, neither here nor, by rpc, on the caller's node" do
       Nodes.distribute()
       node = Nodes.start()
       level = Logger.level()
@@ -90,7 +89,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       refute log =~ "bridge"
     end
 
-    test "works with the host's application not running", %{tmp_dir: dir} do
+    test "works without the application running", %{tmp_dir: dir} do
       code = """
       false = List.keymember?(Application.loaded_applications(), :dspex, 0)
       IO.puts DSPex.PythonBridge.Doctor.print()
@@ -109,7 +108,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   end
 
   describe "the configuration" do
-    test "misspelt keys, with the nearest; all that is wrong at once; the rest is checked" do
+    test "misspelt keys, with suggestions; all errors at once; the other checks run" do
       put_config(:python_bridg, lm: "x")
       put_config(:python_bridge_monitor, intervall: 5)
       checks = run()
@@ -119,12 +118,12 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert checks["program"].status == :ok
     end
 
-    test "keys of the host's own are none of ours" do
+    test "keys of the application's own are ignored" do
       put_config(:something_else, 1)
       assert run()["configuration"].status == :ok
     end
 
-    test "wrong types, and a misspelt option: what builds on them is skipped" do
+    test "wrong types, and a misspelt option: checks that depend on them are skipped" do
       for {key, value, text} <- [
             {:python_bridge, [max_retrys: 1], "unknown option :max_retrys, did you mean"},
             {:python_bridge, [lm: 5], ":lm: expected a string, got 5"},
@@ -161,7 +160,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert statuses(checks, ~w(script folders)) == [:ok, :ok]
     end
 
-    test "in a folder that dspex.setup would refuse: another is to be named", %{tmp_dir: dir} do
+    test "in a folder that dspex.setup would refuse: advice to name another", %{tmp_dir: dir} do
       put_config(:python_environment, virtual_env: dir)
       File.write!(Path.join(dir, "thesis.txt"), "x")
       assert %{status: :failed, found: found, advice: advice} = run()["interpreter"]
@@ -169,12 +168,12 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert advice =~ "`mix dspex.setup --path FOLDER` makes a virtual environment"
     end
 
-    test "what has decided may be told by the caller" do
+    test "the caller may say what decided" do
       opts = [python_executable: python(), decided: "by me"]
       assert run(opts)["interpreter"].found == "#{python()} (by me)"
     end
 
-    test "a relative path that holds only from here is noted", %{tmp_dir: dir} do
+    test "a relative path that only works from here is noted", %{tmp_dir: dir} do
       venv = Path.relative_to_cwd(dir)
       File.mkdir_p!(Path.join(dir, "bin"))
       File.ln_s!(python(), Path.join(dir, "bin/python"))
@@ -184,7 +183,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert advice =~ inspect(venv) and advice =~ "__DIR__"
     end
 
-    test "the hint is for whoever has configured none" do
+    test "the hint is shown if none is configured" do
       assert %{status: :note, advice: "look"} = run(hint: "look")["interpreter"]
       named = run(hint: "look", python_executable: python())["interpreter"]
       assert %{status: :ok, advice: nil} = named
@@ -252,7 +251,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       end
     end
 
-    test "what the configuration requires beside them" do
+    test "further packages that the configuration requires" do
       put_config(:python_environment, required_packages: ["dspy-ai", "no-such-package"])
       checks = run()
       assert checks["no-such-package"].status == :failed
@@ -261,7 +260,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       refute Map.has_key?(checks, "dspy-ai")
     end
 
-    test "what is needed is what the package says" do
+    test "requirements are those of the Python package" do
       project = File.read!(Application.app_dir(:dspex, "priv/python/package/pyproject.toml"))
 
       for package <- Packages.needed(),
@@ -270,7 +269,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   end
 
   describe "the script" do
-    test "that is not there, by a relative path: where it was looked for" do
+    test "that is missing, by a relative path: where it was searched for" do
       put_config(:python_bridge, script_path: "no/peer.py")
       checks = run()
       assert %{status: :failed, found: found} = checks["script"]
@@ -300,14 +299,14 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   describe "folders" do
     defp folders(env), do: run(env: env, start_timeout: 1)["folders"]
 
-    test "that are set are told of; a cache's need not be there yet", %{tmp_dir: dir} do
+    test "that are set are listed; a cache's may be missing", %{tmp_dir: dir} do
       cache = Path.join(dir, "not/yet")
       env = %{"DSPY_BRIDGE_STATE_DIR" => dir, "DSPY_BRIDGE_DISK_CACHE" => cache}
       assert %{status: :ok, found: found} = folders(env)
       assert found == "DSPY_BRIDGE_STATE_DIR #{dir}, DSPY_BRIDGE_DISK_CACHE #{cache}"
     end
 
-    test "that are not there, or no folders, each by its setting", %{tmp_dir: dir} do
+    test "that are missing, or are not folders, each with its setting", %{tmp_dir: dir} do
       file = Path.join(dir, "file")
       File.write!(file, "")
 
@@ -320,7 +319,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :failed, found: found} = folders(env)
       assert found =~ "DSPY_BRIDGE_STATE_DIR names #{File.cwd!()}/no/states, where there is no"
       assert found =~ ~s(it was given as "no/states")
-      assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is no folder"
+      assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is not a folder"
 
       assert found =~
                "DSPY_BRIDGE_DISK_CACHE names #{file}/cache, which cannot be made in #{file}"
@@ -328,7 +327,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   end
 
   describe "the peer" do
-    test "one that refuses its settings: its own words" do
+    test "that refuses its settings: its own error text" do
       checks = run(adapter: "no_such")
       assert %{status: :failed, found: found, advice: advice} = checks["ping"]
       assert found =~ "the peer does not start: dspy_bridge: DSPY_BRIDGE_ADAPTER"
@@ -339,7 +338,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert checks["program"].found == "needs ping"
     end
 
-    test "one that hangs is an answer that does not come, and is killed; it is not logged as well",
+    test "that hangs: no answer; it is killed, and not logged as well",
          %{
            tmp_dir: dir
          } do
@@ -361,7 +360,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       eventually(fn -> not alive?(os_pid) end)
     end
 
-    test "one whose DSPy does not work: what the program says, and whose setting it is" do
+    test "whose DSPy does not work: the program's error, and the setting" do
       checks = run(env: %{"DSPY_BRIDGE_INIT" => "no_such_module:init"})
       assert checks["ping"].status == :ok
       assert %{status: :failed, found: found, advice: advice} = checks["program"]
@@ -392,7 +391,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert text =~ ~r/\n1 check failed\.\n\z/
     end
 
-    test "in ASCII where the terminal has no more" do
+    test "in ASCII if the terminal has no Unicode" do
       text = capture_io([encoding: :latin1], fn -> refute Doctor.print() end)
       assert text =~ "ok   configuration "
       assert text =~ ~r/\nFAIL interpreter   no Python found: .*\n {19}-> /

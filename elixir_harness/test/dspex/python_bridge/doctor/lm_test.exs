@@ -26,7 +26,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert advice =~ "config :dspex, :python_bridge, lm: "
   end
 
-  test "one that has its key: where, never its value" do
+  test "one that has its key: where it is set, never its value" do
     env = %{"OPENAI_API_KEY" => @key}
 
     assert check("openai/gpt-4o-mini", env: env) ==
@@ -37,18 +37,18 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert check("openai/gpt-4o-mini", options) == {:ok, text, nil}
   end
 
-  test "one that lacks its key fails: which variables would do" do
+  test "one that lacks its key fails: which variables to set" do
     assert {:failed, "gemini/x: its key is not set", advice} = check("gemini/x")
     assert advice =~ "set GEMINI_API_KEY or GOOGLE_API_KEY in the environment of the BEAM"
     assert advice =~ "or api_key in :lm_options"
   end
 
-  test "one that needs no key is well" do
+  test "one that needs no key passes" do
     assert check("ollama_chat/llama3") == {:ok, "ollama_chat/llama3: needs no key", nil}
     assert {:ok, "offline/echo" <> _more, nil} = check("offline/echo")
   end
 
-  test "one at an address of one's own without a key fails where DSPy refuses each call without one" do
+  test "one at your own address without a key fails if DSPy needs one for each call" do
     assert {:failed, found, advice} =
              check("openai/x", lm_options: %{api_base: "http://[::1]/v1"})
 
@@ -56,7 +56,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert advice =~ "for a server that needs none, any text will do"
   end
 
-  test "one that DSPy refuses for another reason: its own words" do
+  test "one that DSPy refuses for another reason: its error text" do
     env = Map.new(~w(AZURE_OPENAI_RESOURCE AZURE_OPENAI_ENDPOINT AZURE_API_BASE), &{&1, ""})
     assert {:failed, found, advice} = check("azure/gpt-4", env: env)
     assert found =~ "DSPy will refuse it: " and found =~ "AZURE_OPENAI_RESOURCE"
@@ -74,7 +74,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
 
   # LiteLLM takes seconds to import.
   @tag :slow
-  test "of a provider that LiteLLM serves: without a key, an empty one, with what options give, misspelt",
+  test "of a provider that LiteLLM serves: without a key, with an empty one, with options, misspelt",
        %{tmp_dir: dir} do
     empty = interpreter(dir, "MISTRAL_API_KEY= exec #{python()} \"$@\"")
     azure = %{"AZURE_API_KEY" => "", "AZURE_API_BASE" => "", "AZURE_API_VERSION" => ""}
@@ -102,10 +102,10 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert advice =~ "openai/gpt-4o-mini"
   end
 
-  describe "with an interpreter that says" do
+  describe "with an interpreter that reports" do
     defp says(dir, answer), do: interpreter(dir, "echo 'DSPEX #{JSON.encode!(answer)}'")
 
-    test "there is no such provider: the host's code may bring it", %{tmp_dir: dir} do
+    test "there is no such provider: the application's code may register it", %{tmp_dir: dir} do
       python = says(dir, %{engine: "litellm", known: false})
       env = %{"DSPY_BRIDGE_INIT" => "my.module:init"}
       assert {:note, found, nil} = check("mine/x", [env: env], python)
@@ -124,7 +124,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
       assert check("bedrock/x", [], python) == {:note, text, nil}
     end
 
-    test "DSPy's words, with a key in them: without it", %{tmp_dir: dir} do
+    test "DSPy's error text, with a key in it: redacted", %{tmp_dir: dir} do
       python = says(dir, %{refused: "ValueError: no such key: #{@key}"})
       assert {:failed, found, _advice} = check("openai/x", [lm_options: %{api_key: @key}], python)
 
@@ -132,7 +132,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
                "openai/x: DSPy refuses it or its options: ValueError: no such key: [redacted]"
     end
 
-    test "LiteLLM misses a key: a server of one's own may need none", %{tmp_dir: dir} do
+    test "LiteLLM misses a key: your own server may need none", %{tmp_dir: dir} do
       python = says(dir, %{engine: "litellm", known: true, lacks: ["MISTRAL_API_KEY"], set: []})
       options = [lm_options: %{api_base: "http://127.0.0.1:1/v1"}]
       assert {:note, found, advice} = check("mistral/x", options, python)
@@ -140,14 +140,14 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
       assert advice =~ "any text will do"
     end
 
-    test "nothing of it: it has failed, with its last line, secrets aside", %{tmp_dir: dir} do
+    test "no answer: failed, with the last line of output, without secrets", %{tmp_dir: dir} do
       python = interpreter(dir, "echo \"no dspy here: $SOME_API_KEY\" >&2; exit 1")
 
       assert {:failed, found, advice} =
                check("openai/x", [env: %{"SOME_API_KEY" => @key}], python)
 
       assert found =~
-               "openai/x: whether its key is set could not be told: no dspy here: [redacted]"
+               "openai/x: could not find out whether its key is set: no dspy here: [redacted]"
 
       assert advice =~ "import dspy"
     end

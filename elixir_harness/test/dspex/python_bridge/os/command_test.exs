@@ -23,11 +23,11 @@ defmodule DSPex.PythonBridge.OS.CommandTest do
     end)
   end
 
-  test "gives the exit status and what was printed, errors among it" do
+  test "returns the exit status and the output, standard error included" do
     assert sh("echo out; echo err >&2; exit 3") == {:exit, 3, "out\nerr\n"}
   end
 
-  test "gives the end of an output that is too long, and as text" do
+  test "returns the end of a long output, as valid text" do
     assert {:exit, 0, output} = sh("yes | head -c 200000; printf 'end\\377'")
     assert byte_size(output) <= 65_600
     assert String.ends_with?(output, "end" <> "\uFFFD")
@@ -40,14 +40,14 @@ defmodule DSPex.PythonBridge.OS.CommandTest do
     assert OS.Command.run(dir, []) == {:error, "permission denied"}
   end
 
-  test "one that takes too long is killed, with its children", %{tmp_dir: dir} do
+  test "a program that takes too long is killed, with its children", %{tmp_dir: dir} do
     task = Task.async(fn -> sh(hanging(dir), limit_ms: 1_000) end)
     pids = pids(dir)
     assert Task.await(task) == {:error, "no answer within 1 s"}
     eventually(fn -> not Enum.any?(pids, &alive?/1) end)
   end
 
-  test "one whose caller dies is killed, with its children", %{tmp_dir: dir} do
+  test "a program whose caller dies is killed, with its children", %{tmp_dir: dir} do
     caller = spawn(fn -> sh(hanging(dir)) end)
     pids = pids(dir)
     Process.exit(caller, :kill)
@@ -73,12 +73,12 @@ defmodule DSPex.PythonBridge.OS.CommandTest do
     refute_received _anything
   end
 
-  test "arguments are the program's as they are" do
+  test "passes arguments unchanged" do
     assert OS.Command.run("/bin/sh", ["-c", "echo \"$0\" $1; exit 4", "a b", "c"]) ==
              {:exit, 4, "a b c\n"}
   end
 
-  test "is started in the folder that is named, with no input", %{tmp_dir: dir} do
+  test "starts in the given folder, without input", %{tmp_dir: dir} do
     assert sh("pwd; read line; echo $?", cd: dir) == {:exit, 0, "#{dir}\n1\n"}
   end
 

@@ -23,7 +23,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     eventually(fn -> not alive?(os_pid) and not alive?(child) end)
   end
 
-  test "kills what a process that is gone has left behind" do
+  test "kills the children of a process that is gone" do
     {os_pid, child} = start_process()
     started = OS.Process.start_time(os_pid)
     kill(os_pid)
@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     eventually(fn -> not alive?(child) end)
   end
 
-  test "spares a process that only got the number of another" do
+  test "does not kill a process that has the reused pid of another" do
     if OS.Process.start_time(String.to_integer(System.pid())) do
       {os_pid, child} = start_process()
       OS.Process.kill_group(os_pid, "1")
@@ -42,7 +42,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     end
   end
 
-  test "is no part of the application whose process started it" do
+  test "survives the application whose process started it" do
     reaper = Reaper.start(self())
 
     eventually(fn ->
@@ -50,7 +50,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     end)
   end
 
-  test "tells once of a peer that is gone" do
+  test "reports once that a peer is gone" do
     {os_pid, child} = start_process()
     reaper = Reaper.start(self())
     Reaper.watch(reaper, os_pid)
@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     eventually(fn -> not alive?(child) end, 500)
   end
 
-  test "tells of a peer that was gone before it was looked at, where that can be seen" do
+  test "reports a peer that was gone before it was added, where that can be seen" do
     {os_pid, child} = start_process()
     kill(os_pid)
     kill(child)
@@ -75,7 +75,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     end
   end
 
-  test "ends the processes of its owner some time after the owner's end, and itself" do
+  test "kills its owner's processes some time after the owner's end, then ends" do
     {os_pid, child} = start_process()
     owner = spawn(fn -> Process.sleep(:infinity) end)
     reaper = Reaper.start(owner)
@@ -94,7 +94,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
       table
     end
 
-    test "is followed by one that knows its peers, and ends those that were to be ended" do
+    test "is replaced by one that knows its peers, and kills those that were retired" do
       {kept, kept_child} = start_process()
       {retired, retired_child} = start_process()
       reaper = Reaper.start(self())
@@ -109,7 +109,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
       eventually(fn -> not alive?(kept) and not alive?(kept_child) end)
     end
 
-    test "is followed by one that watches over a peer of which it had not heard" do
+    test "is replaced by one that also watches a peer that was not added yet" do
       {os_pid, child} = start_process()
       table = kill_reaper(Reaper.start(self()))
       next = Reaper.replace(table, [nil, os_pid])
@@ -117,7 +117,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
       eventually(fn -> not alive?(os_pid) and not alive?(child) end)
     end
 
-    test "leaves nothing when its owner is about to end" do
+    test "leaves no peer when its owner is about to end" do
       {os_pid, child} = start_process()
       reaper = Reaper.start(self())
       Reaper.watch(reaper, os_pid)
@@ -129,7 +129,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
       eventually(fn -> not alive?(os_pid) and not alive?(child) end)
     end
 
-    test "is followed in a bridge: no orphan when that is killed, too" do
+    test "is replaced in a bridge: no orphan is left when that is killed, too" do
       {:ok, bridge} =
         start_supervised(
           Supervisor.child_spec({Bridge, fake_opts("stubborn")}, restart: :temporary)
@@ -158,7 +158,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     eventually(fn -> Registry.get(:bridge, bridge) == nil end)
   end
 
-  test "takes a peer for gone only when the second look in a row finds it so" do
+  test "reports a peer as gone only after two looks in a row" do
     # A number that no process has.
     {:ok, reaper, _ms} = Reaper.init({self(), [{4_194_305, :ended}], [4_194_305]})
     {:noreply, reaper, _ms} = Reaper.handle_info(:timeout, reaper)

@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.OS.WithoutProcTest do
     os_pid
   end
 
-  test "the start of a process is known, and its end" do
+  test "the start time of a process is known, and its end" do
     os_pid = start_process()
     started = OS.Process.start_time(os_pid)
     assert is_binary(started)
@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.OS.WithoutProcTest do
     assert OS.Process.start_time(os_pid) == :ended
   end
 
-  test "a process that only got the number of another is spared" do
+  test "a process that has the reused pid of another is not killed" do
     os_pid = start_process()
     OS.Process.kill_group(os_pid, "Thu Jan  1 00:00:00 1970")
     assert alive?(os_pid)
@@ -43,7 +43,7 @@ defmodule DSPex.PythonBridge.OS.WithoutProcTest do
     eventually(fn -> not alive?(os_pid) end)
   end
 
-  test "where ps tells nothing, the number alone has to do" do
+  test "without ps, the pid alone has to do" do
     os_pid = start_process()
     put_system_env("PATH", "/there/is/none")
     assert OS.Process.start_time(os_pid) == nil
@@ -52,7 +52,7 @@ defmodule DSPex.PythonBridge.OS.WithoutProcTest do
     eventually(fn -> OS.Process.gone?(os_pid, nil) end)
   end
 
-  test "an end in order takes no longer than the peer does" do
+  test "a stop in order takes no longer than the peer" do
     os_pid = start_process()
     reaper = Reaper.start(self())
     Reaper.watch(reaper, os_pid)
@@ -63,7 +63,7 @@ defmodule DSPex.PythonBridge.OS.WithoutProcTest do
     assert ms < 500
   end
 
-  test "a peer that is gone is told of, and one that is there is not" do
+  test "a peer that is gone is reported, one that is there is not" do
     os_pid = start_process()
     {:ok, reaper} = Reaper.init({self(), [], []})
     {:noreply, reaper, look_ms} = Reaper.handle_info({:watch, os_pid}, reaper)
@@ -78,7 +78,7 @@ defmodule DSPex.PythonBridge.OS.WithoutProcTest do
     assert_received {:peer_gone, ^os_pid}
   end
 
-  test "nothing stays of a bridge that is killed" do
+  test "no process is left of a bridge that is killed" do
     spec = Supervisor.child_spec({Bridge, fake_opts("stubborn")}, restart: :temporary)
     {:ok, bridge} = start_supervised(spec)
     {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 10_000)

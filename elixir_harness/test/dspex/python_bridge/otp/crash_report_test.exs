@@ -226,7 +226,7 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
     refute log =~ @secret
   end
 
-  test "of a bridge that is looked at: not in its status, nor in any table that others can read",
+  test "not in a bridge's status, nor in any table that others can read",
        %{test: name} do
     start_bridge(name)
     bridge = Process.whereis(name)

@@ -157,7 +157,7 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
     assert %{os_pid: ^os_pid, restarts: 0, pending: 0} = Bridge.get_status(bridge)
   end
 
-  test "none ends what belongs to a bridge" do
+  test "none ends the helper processes of a bridge" do
     bridge = start_bridge()
     %{reaper: reaper, log_forwarder: log} = :sys.get_state(bridge)
     os_pid = Bridge.get_status(bridge).os_pid

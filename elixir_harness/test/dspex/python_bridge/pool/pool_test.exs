@@ -37,7 +37,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
 
   defp as(agent, fun), do: Agent.get(agent, fn _ -> fun.() end)
 
-  test "a pool is no bridge: whoever takes it for one is told, and it is unharmed" do
+  test "a pool used as a bridge gives an error, and is unharmed" do
     pool = start_up(pool_size: 1)
 
     log =
@@ -85,7 +85,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert {:ok, %{"pid" => _}} = Pool.call(pool, :who, %{}, :infinity)
     end
 
-    test "has as many as it is told, under any name, beside others" do
+    test "has `pool_size` peers, under any name, next to other pools" do
       start_up(pool_size: 1, name: :one_peer)
       start_up(pool_size: 2, name: :two_peers)
       assert length(bridges(:one_peer)) == 1
@@ -97,7 +97,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
              )
     end
 
-    test "refuses what cannot be right with a text that names it" do
+    test "refuses a wrong option with a text that names it" do
       for {opts, text} <- [
             {[pool_size: 0], ":pool_size"},
             {[pool_size: "3"], ":pool_size"},
@@ -227,7 +227,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert {:error, "args: " <> _} = Pool.call(Pool, :who, %{f: {1}}, 50)
     end
 
-    test "has one too many refused only when all peers have enough" do
+    test "is refused as overloaded only when all peers are" do
       start_up(pool_size: 2, max_pending: 2)
       held = for _ <- 1..4, do: hold()
       eventually(fn -> pending() == [2, 2] end)
@@ -297,7 +297,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   end
 
   describe "the coordinator's end" do
-    test "loses no loan and no caller that waits" do
+    test "loses no checkout and no waiting caller" do
       start_up(pool_size: 1)
       borrower = other_process()
       {:ok, bridge} = as(borrower, fn -> Pool.checkout() end)
@@ -315,7 +315,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert {:ok, ^bridge} = Pool.checkout()
     end
 
-    test "in the middle of a loan, before anybody has it, leaves no bridge lent to nobody" do
+    test "during a checkout leaves no bridge checked out by nobody" do
       start_up(pool_size: 2)
       {:ok, mine} = Pool.checkout()
       %{counters: counters} = Handle.fetch(Pool)
@@ -333,7 +333,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   end
 
   describe "checkout and checkin" do
-    test "lend a peer that calls then leave alone" do
+    test "reserve a peer, which calls then do not use" do
       start_up(pool_size: 2)
       assert {:ok, bridge} = Pool.checkout()
       assert {:ok, %{"pid" => mine}} = Bridge.call(bridge, :who)
@@ -346,7 +346,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert mine in for(_ <- 1..10, do: pid_of())
     end
 
-    test "give no more than there are, at once; any process may give back, by name or pid" do
+    test "never exceed the pool's size; any process may check in, by name or pid" do
       start_up(pool_size: 2)
       {:ok, one} = Pool.checkout()
       {:ok, two} = Pool.checkout()
@@ -358,10 +358,10 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert {:ok, ^one} = Pool.checkout()
     end
 
-    test "say what is wrong" do
+    test "return errors that name the bridge" do
       start_up(pool_size: 1)
       assert {:error, text} = Pool.checkin(:no_bridge)
-      assert text =~ ":no_bridge is no bridge of the pool"
+      assert text =~ ":no_bridge is not a bridge of the pool"
       assert {:error, "this is no bridge" <> _} = Pool.checkin(Pool, "text")
       assert {:error, text} = Pool.checkin(Pool.Bridge1)
       assert text =~ "is not checked out"
@@ -370,7 +370,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert {:error, _} = Pool.checkin(bridge)
     end
 
-    test "a borrower's death gives back; an earlier borrower's does not" do
+    test "a borrower's death checks in; an earlier borrower's does not" do
       start_up(pool_size: 1)
       [first, second] = [other_process(), other_process()]
       {:ok, bridge} = as(first, fn -> Pool.checkout() end)
@@ -382,7 +382,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert eventually(fn -> match?({:ok, ^bridge}, Pool.checkout()) end)
     end
 
-    test "what is lent to a borrower that has given up waiting for it is free again" do
+    test "a bridge whose borrower has stopped waiting for it is free again" do
       pool = start_up(pool_size: 2)
       {:ok, other} = as(borrower = other_process(), fn -> Pool.checkout() end)
       :sys.suspend(Pool.Coordinator)
@@ -399,7 +399,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
     end
 
     @tag :capture_log
-    test "wait for the coordinator while it is being started again" do
+    test "wait for the coordinator while it is restarted" do
       pool = start_up(pool_size: 1)
       coordinator = Process.whereis(Pool.Coordinator)
       :sys.suspend(pool)
@@ -413,7 +413,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert Pool.checkin(bridge) == :ok
     end
 
-    test "with all peers lent, calls wait until one is given back" do
+    test "with all peers checked out, calls wait for a checkin" do
       start_up(pool_size: 2)
       {:ok, one} = Pool.checkout()
       {:ok, _two} = Pool.checkout()
@@ -429,7 +429,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert :sys.get_state(Pool.Coordinator).waiting == %{}
     end
 
-    test "a caller that waits and ends is forgotten" do
+    test "a waiting caller that ends is removed" do
       start_up(pool_size: 1)
       {:ok, _bridge} = Pool.checkout()
       caller = Task.async(fn -> Pool.call(:who, %{}, 60_000) end)
@@ -440,7 +440,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       eventually(fn -> :sys.get_state(Pool.Coordinator).waiting == %{} end)
     end
 
-    test "lend a peer that is not up yet: calls to it wait, and so do the pool's" do
+    test "include a peer that is not up yet: calls to it wait, and so do the pool's" do
       start(script_path: fake("starts_late"), env: %{"FAKE_START_MS" => "300"}, pool_size: 1)
       assert {:ok, bridge} = Pool.checkout()
       assert Pool.checkout() == {:error, :pool_exhausted}
@@ -459,7 +459,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert bridge == two.bridge
     end
 
-    test "a lent bridge survives its peer" do
+    test "a checked out bridge survives its peer" do
       start_up(pool_size: 1)
       {:ok, bridge} = Pool.checkout()
       kill(Bridge.get_status(bridge).os_pid)

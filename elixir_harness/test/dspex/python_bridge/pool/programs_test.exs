@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Pool.ProgramsTest do
-  @moduledoc "create_program and cleanup hold for all peers of a pool, those yet to come included."
+  @moduledoc "create_program and cleanup apply to all peers of a pool, also to later ones."
 
   use ExUnit.Case, async: true
 
@@ -56,7 +56,9 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
 
   defp known, do: Programs.Store.definitions(Handle.fetch(@pool).programs)
 
-  test "all peers that are up have a program when its creation is answered", %{tmp_dir: dir} do
+  test "all peers that are up have a program when the reply to its creation comes", %{
+    tmp_dir: dir
+  } do
     start_up(dir)
     assert {:ok, %{"status" => "created", "program_id" => "one"}} = create("one")
     assert programs() == [%{"one" => "q -> a"}]
@@ -99,7 +101,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert programs() == [%{"one" => "q -> a"}]
   end
 
-  test "a peer that is started again has the programs", %{tmp_dir: dir} do
+  test "a restarted peer has the programs", %{tmp_dir: dir} do
     start_up(dir, pool_size: 2)
     {:ok, _} = create("one")
     {:ok, _} = create("two")
@@ -136,7 +138,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     for {id, _stamp, body} <- known(), do: assert(body =~ programs[id])
   end
 
-  test "what all peers refuse is not kept; what there was before stays", %{tmp_dir: dir} do
+  test "a definition that all peers refuse is not kept; the one before stays", %{tmp_dir: dir} do
     start_up(dir)
     File.touch!(Path.join(dir, "only"))
     {:ok, _} = create("one")
@@ -146,7 +148,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert [{"one", _, _}] = known()
   end
 
-  test "what only some peers take is not kept either", %{tmp_dir: dir} do
+  test "a definition that only some peers take is not kept either", %{tmp_dir: dir} do
     start_up(dir)
     {:ok, _} = create("other")
     assert create("one", "one -> only") == {:error, "signature: not here"}
@@ -164,7 +166,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert body =~ "q -> a"
   end
 
-  test "a cleanup that no peer makes leaves all as it was", %{tmp_dir: dir} do
+  test "a cleanup that no peer makes is undone", %{tmp_dir: dir} do
     start_up(dir)
     {:ok, _} = create("one")
     {:ok, _} = create("refused")
@@ -175,7 +177,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     end
   end
 
-  test "a change reaches peers that have too many calls", %{tmp_dir: dir} do
+  test "a change reaches overloaded peers", %{tmp_dir: dir} do
     start_up(dir, max_pending: 1)
     for %{bridge: bridge} <- peers(), do: Bridge.cast(bridge, :hold, %{})
     eventually(fn -> Enum.all?(peers(), &(&1.pending == 1)) end)
@@ -192,7 +194,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert execute("one") == {:error, "Program not found: one"}
   end
 
-  describe "while the coordinator is being started again" do
+  describe "while the coordinator is restarted" do
     @describetag :capture_log
 
     # Its supervisor reads no message until it is told to go on.
@@ -204,7 +206,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
       assert_receive {:DOWN, ^watch, :process, ^coordinator, :killed}
     end
 
-    test "changes wait for it, and then hold for all peers", %{tmp_dir: dir} do
+    test "changes wait for it, and then apply to all peers", %{tmp_dir: dir} do
       start_up(dir)
       {:ok, _} = create("old")
       kill_coordinator()
@@ -218,7 +220,9 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
       assert [{"one", _, _}] = known()
     end
 
-    test "changes that have no time to wait for it are not made, and say so", %{tmp_dir: dir} do
+    test "changes without the time to wait for it are not made, and return an error", %{
+      tmp_dir: dir
+    } do
       start_up(dir)
       {:ok, _} = create("old")
       kill_coordinator()
@@ -231,7 +235,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
       assert [{"old", _, _}] = known()
     end
 
-    test "an execute of a program that one peer lacks waits for it", %{tmp_dir: dir} do
+    test "a run of a program that one peer lacks waits for it", %{tmp_dir: dir} do
       start_up(dir, pool_size: 1)
       {:ok, _} = create("one")
       forget_all()
@@ -244,7 +248,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
   end
 
   @tag :capture_log
-  test "a change whose coordinator ends is never said to be made; where it was begun, it goes on",
+  test "a change whose coordinator ends returns an error; peers that got it apply it",
        %{tmp_dir: dir} do
     start_up(dir, pool_size: 2)
     {:ok, _} = create("one")
@@ -276,7 +280,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     refute File.exists?(Path.join(dir, "only"))
   end
 
-  test "a creation that nobody waits for any more is made all the same, everywhere", %{
+  test "a creation whose caller has stopped waiting is still made, on all peers", %{
     tmp_dir: dir
   } do
     start_up(dir)

@@ -10,6 +10,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   alias DSPex.PythonBridge.Pool.Handle
 
   @moduletag :tmp_dir
+  @moduletag :slow
   @pool __MODULE__.Pool
 
   # The modules of tests/fakes/host.py.
@@ -56,7 +57,6 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   defp two_or_more([_, _ | _] = some), do: some
   defp two_or_more(_fewer), do: nil
 
-  @tag :slow
   test "a pool of 3 under 50 callers, one peer killed whenever two serve: none sees an error", %{
     tmp_dir: dir
   } do
@@ -98,8 +98,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert for(%{pending: pending} <- peers(), do: pending) == [0, 0, 0]
   end
 
-  @tag :slow
-  test "one that kills each time among good ones: these are answered, it is given up", %{
+  test "a request that kills each time fails, those next to it are answered", %{
     tmp_dir: dir
   } do
     start(dir, pool_size: 3)
@@ -118,8 +117,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert log |> String.split("\n", trim: true) |> length() == 4
   end
 
-  @tag :slow
-  test "after the death of one of two peers the next execute is answered by the other, at once",
+  test "after the death of one of two peers the other runs the next call at once",
        %{tmp_dir: dir} do
     start(dir, pool_size: 2)
     create("qa")
@@ -140,7 +138,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     end
   end
 
-  test "a replaced peer is given no execute before it has the programs", %{tmp_dir: dir} do
+  test "a replaced peer gets no run before it has the programs", %{tmp_dir: dir} do
     start(dir, pool_size: 2)
     create("qa")
     all_have("qa")
@@ -174,7 +172,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     end
   end
 
-  test "both peers of two dead: calls wait for the first that comes back", %{tmp_dir: dir} do
+  test "with both of two peers dead, calls wait for the first that is back", %{tmp_dir: dir} do
     start(dir, pool_size: 2)
     create("qa")
     all_have("qa")

@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Pool.SaturationTest do
-  @moduledoc "A peer of a pool that has more to read than it can: slow, but alive; and one that is not."
+  @moduledoc "A peer of a pool that gets more than it can read: slow but alive, or hanging."
 
   # It configures all monitors.
   use ExUnit.Case, async: false
@@ -14,7 +14,7 @@ defmodule DSPex.PythonBridge.Pool.SaturationTest do
   @big String.duplicate("x", 200_000)
 
   @tag :capture_log
-  test "is not replaced as one that hangs, however late pings get through, as long as it sends something" do
+  test "a slow peer is not replaced as long as it sends something, however late pings get through" do
     put_config(:python_bridge_monitor, timeout: 500)
     opts = "reads_slowly" |> fake_opts() |> Keyword.delete(:name)
     start_supervised!({Pool, [name: @pool, pool_size: 1] ++ opts})
@@ -31,7 +31,7 @@ defmodule DSPex.PythonBridge.Pool.SaturationTest do
     assert [%{os_pid: ^os_pid}] = Pool.status(@pool).peers
   end
 
-  test "one that hangs is replaced" do
+  test "a peer that hangs is replaced" do
     put_config(:python_bridge_monitor, interval: 20, timeout: 100, max_failures: 2)
     opts = fake_opts("silent", env: %{"FAKE_ANSWERS" => "1"}) |> Keyword.delete(:name)
     start_supervised!({Pool, [name: @pool, pool_size: 1] ++ opts})

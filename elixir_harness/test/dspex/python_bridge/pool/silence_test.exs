@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Pool.SilenceTest do
-  @moduledoc "A peer of a pool that hangs: calls leave it alone, and its monitor, told of it, has it replaced soon."
+  @moduledoc "A peer of a pool that hangs: calls avoid it, and its monitor replaces it soon."
 
   use ExUnit.Case, async: true
 
@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     end
   end
 
-  test "one whose call has timed out is tried last, until it has answered something" do
+  test "a peer whose call has timed out is picked last, until it answers something" do
     [hung, other] = start_up(who(pool_size: 2))
     stop(hung.os_pid)
     # They take turns.
@@ -59,7 +59,7 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     Enum.each(held, &Task.shutdown(&1, :brutal_kill))
   end
 
-  test "so is one whose call was given up by a caller that died" do
+  test "so is a peer whose call was cancelled by its caller's death" do
     [hung, other] = start_up(who(pool_size: 2))
     stop(hung.os_pid)
     caller = Task.async(fn -> Bridge.call(hung.bridge, :hold, %{}, 60_000) end)
@@ -84,7 +84,7 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
   end
 
   @tag :tmp_dir
-  test "what it started goes with it, be it in a session of its own", %{tmp_dir: dir} do
+  test "its child processes are killed with it, even in a session of their own", %{tmp_dir: dir} do
     file = Path.join(dir, "child")
     opts = fake_opts("has_a_watchdog", env: %{"FAKE_FILE" => file}) |> Keyword.delete(:name)
     [hung] = start_up(opts ++ [pool_size: 1])
@@ -98,7 +98,7 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     eventually(fn -> not alive?(child) end)
   end
 
-  test "one that waits for an LM answers pings, and is left alone" do
+  test "a peer that waits for an LM answers pings, and is not replaced" do
     opts = SilentLM.start() |> SilentLM.lm_opts() |> real_opts() |> Keyword.delete(:name)
     [peer] = start_up(opts ++ [pool_size: 1])
     program = %{id: "qa", signature: "question -> answer"}

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
 
   defp ids(table), do: for({id, _stamp, _body} <- Programs.Store.definitions(table), do: id)
 
-  test "definitions are told oldest first; one that is replaced is as old as its last" do
+  test "definitions are listed oldest first; a replaced one is as old as its last change" do
     table = Programs.Store.new()
     for id <- ["a", "b", "c"], do: Programs.Store.put(table, id, Programs.Store.stamp(), id)
     true = Programs.Store.put(table, "a", Programs.Store.stamp(), "new")
@@ -17,7 +17,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
     assert Programs.Store.get(table, "d") == nil
   end
 
-  test "any order of changes ends in the same: the latest of each program counts" do
+  test "any order of changes has the same result: the latest of each program counts" do
     stamps = for _ <- 1..4, do: Programs.Store.stamp()
     [s1, s2, s3, s4] = stamps
 
@@ -37,7 +37,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
     end
   end
 
-  test "merging tells what is new, both ways to the same end" do
+  test "merging returns what is new, and both tables end alike" do
     [one, two] = [Programs.Store.new(), Programs.Store.new()]
     [s1, s2, s3, s4] = for _ <- 1..4, do: Programs.Store.stamp()
     for table <- [one, two], id <- ["both", "gone"], do: Programs.Store.put(table, id, s1, id)
@@ -52,7 +52,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
   end
 
   @tag :slow
-  test "the notes of removals are bounded" do
+  test "the number of tombstones is limited" do
     table = Programs.Store.new()
     for n <- 1..25_000, do: Programs.Store.remove(table, ["#{n}"], Programs.Store.stamp())
     assert :ets.info(table, :size) <= 10_000
@@ -60,7 +60,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
     refute Programs.Store.put(table, "25000", {0, 0, node()}, "old")
   end
 
-  test "many writers at once: none overwrites what is later" do
+  test "many writers at once: none overwrites a later change" do
     table = Programs.Store.new()
 
     tasks =

@@ -33,13 +33,13 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
   # Longer than what the runtime may copy by itself.
   @text String.duplicate("lorem ipsum ", 17)
 
-  test "a text of less than half of its frame is a copy, be it a key, a value or in a list" do
+  test "a string of less than half of its frame is a copy, as a key, a value or in a list" do
     term = %{@text => [@text, %{"two" => @text <> "\n"}, ""], "n" => 1.5}
     assert {:ok, ^term} = decoded = Payload.decode(JSON.encode!(term) <> @space)
     holds_little(decoded)
   end
 
-  test "one that is most of its frame is none" do
+  test "a string that is most of its frame is not copied" do
     long = String.duplicate("x", 1_000_000)
     json = ~s({"long": "#{long}", "short": "y"})
     assert {:ok, %{"long" => ^long, "short" => "y"} = term} = Payload.decode(json)
@@ -47,7 +47,7 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
     assert :binary.referenced_byte_size(term["long"]) == byte_size(json)
   end
 
-  test "so it is with all that comes from a peer" do
+  test "this holds for all frames of a peer" do
     pad = fn json -> String.replace(json, "{", "{" <> @space, global: false) end
     reply = ~s({"id":"#{@text}","success":true,"result":{"a":"#{@text}"},"meta":{"m":"#{@text}"}})
     assert {:ok, @text, %{"a" => @text}, _meta} = holds_little(Protocol.decode_reply(pad.(reply)))
@@ -86,7 +86,7 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
     holds_little(kept)
   end
 
-  test "a program's id is kept without what it is a part of" do
+  test "a program's id is kept without the binary that it is a part of" do
     id = binary_part(String.duplicate(@text, 5_000), 0, byte_size(@text))
     assert {:create, @text, nil} = holds_little(Change.new(:create_program, %{id: id}))
     args = %{program_ids: [id]}

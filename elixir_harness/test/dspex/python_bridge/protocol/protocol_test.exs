@@ -24,18 +24,18 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       end
     end
 
-    test "has id as its first key, whatever the id" do
+    test "has id as its first key, for any id" do
       assert ~s({"id":"a","command") <> _ = Protocol.encode_request("a", :ping, %{})
       assert ~s({"id":-1,"command") <> _ = Protocol.encode_request(-1, "ping", %{})
     end
 
-    test "takes commands as atoms and as texts" do
+    test "takes commands as atoms and as strings" do
       for command <- [:ping, "ping"] do
         assert %{"command" => "ping"} = JSON.decode!(Protocol.encode_request(1, command, %{}))
       end
     end
 
-    test "raises ArgumentError for what cannot be a request" do
+    test "raises ArgumentError for an id or args without a JSON form" do
       for {id, command, args} <- [
             {1.5, :ping, %{}},
             {nil, :ping, %{}},
@@ -56,7 +56,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
   end
 
   describe "encode_body/3" do
-    test "says what in the arguments has no JSON form, and never raises" do
+    test "names the argument that has no JSON form, and never raises" do
       for {args, text} <- [
             {%{a: self()}, "no JSON form for #PID"},
             {%{a: {1, 2}}, "no JSON form for {1, 2}"},
@@ -79,12 +79,12 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       end
     end
 
-    test "keeps a value's text short in the error" do
+    test "shortens a value in the error" do
       {:error, error} = Protocol.encode_body(:ping, %{a: {String.duplicate("secret", 1000)}})
       assert byte_size(error.message) < 200
     end
 
-    test "asks for meta, and for chunks, when told to" do
+    test "asks for meta, and for chunks, by options" do
       for opts <- [[], [meta: true], [stream: true, meta: true], [meta: false, retry: true]] do
         {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
         asked = ~s({"id":1) |> Kernel.<>(body) |> JSON.decode!() |> Map.take(["meta", "stream"])
@@ -92,7 +92,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       end
     end
 
-    test "tells the trace, when there is one" do
+    test "has the trace, if there is one" do
       trace = ~S(01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-"\x)
 
       for {opts, told} <- [{[traceparent: trace, meta: true], trace}, {[meta: true], nil}] do
@@ -148,14 +148,14 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       end
     end
 
-    test "an error type that is not known does not become an atom" do
+    test "an unknown error type does not become an atom" do
       payload =
         ~s({"id":1,"success":false,"error":"x","error_type":"made_up_#{System.unique_integer()}"})
 
       assert {:error, 1, %Error{type: :internal}} = Protocol.decode_reply(payload)
     end
 
-    test "an error type that is no text is no trouble" do
+    test "an error type that is not a string is :internal" do
       payload = ~s({"id":1,"success":false,"error":"x","error_type":[1],"retryable":"yes"})
 
       assert {:error, 1, %Error{type: :internal, retryable: false}} =
@@ -218,7 +218,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       assert Protocol.route(~s({"id":42})) == {:reply, 42}
     end
 
-    test "tells chunks and calls of tools by the second key" do
+    test "distinguishes chunks and tool calls by the second key" do
       assert Protocol.route(~s({"id":7,"stream":{}})) == {:stream, 7}
       assert Protocol.route(~s({"id": 7, "stream": {}})) == {:stream, 7}
       assert Protocol.route(~s({"id":7,"tool_call":{}})) == {:tool_call, 7}
@@ -231,7 +231,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       assert Protocol.route(~s({"stream":{},"id":7})) == :none
     end
 
-    test "knows no other ids than those the bridge gives" do
+    test "knows only ids that the bridge gives" do
       for frame <- [
             "",
             "hello",
@@ -275,7 +275,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
                {:ok, :info, "m", [python_logger: nil]}
     end
 
-    test "tells the trace, if there is a text" do
+    test "has the trace, if it is a string" do
       for {trace, told} <- [{"00-a-b-01", "00-a-b-01"}, {nil, nil}, {5, nil}] do
         frame = JSON.encode!(%{log: %{logger: "a", message: "m", traceparent: trace}})
         assert {:ok, :info, "m", metadata} = Protocol.decode_log(frame)
@@ -299,7 +299,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
   end
 
   describe "decode_chunk/1 and decode_tool_call/1" do
-    test "give what is in the frame, whatever else is" do
+    test "return the contents of the frame, with any other keys" do
       chunk = %{"field" => "answer", "chunk" => "ž 🐎", "of" => ["tomorrow"]}
       frame = JSON.encode!(%{id: 7, stream: chunk, more: 1})
       assert Protocol.decode_chunk(frame) == {:ok, 7, chunk}

@@ -53,7 +53,9 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert Interpreter.find("sh") == {:ok, System.find_executable("sh")}
   end
 
-  test "what is set but not there is an error that says so, never skipped", %{tmp_dir: dir} do
+  test "a setting that names a missing interpreter is an error, and is not skipped", %{
+    tmp_dir: dir
+  } do
     assert {:error, text} = Interpreter.find("/no/such/python")
     assert text =~ "no Python found" and text =~ "/no/such/python"
     assert {:error, text} = Interpreter.find("no-such-python")
@@ -72,13 +74,13 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert text =~ "virtual_env" and text =~ "/no/venv"
   end
 
-  test "an empty variable is an unset one" do
+  test "an empty variable counts as unset" do
     put_system_env("DSPY_VENV", "")
     put_system_env("PYTHON_EXECUTABLE", "")
     assert Interpreter.find() == {:ok, System.find_executable("python3")}
   end
 
-  test "what decided is told" do
+  test "the setting that decided is named" do
     assert {:ok, _path, :path} = Interpreter.locate()
     assert {:ok, _path, :option} = Interpreter.locate("sh")
     put_system_env("PYTHON_EXECUTABLE", System.find_executable("sh"))
@@ -86,18 +88,21 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert Interpreter.base() == {:ok, path, :python_executable}
   end
 
-  describe "a relative path that leads nowhere: where it was looked for, and what holds from anywhere" do
+  describe "a relative path to nothing: where it was searched for, and what works everywhere" do
     test "in the configuration" do
       put_config(:python_environment, virtual_env: "_build/no_such_venv")
       assert {:error, text} = Interpreter.find()
       assert text =~ Path.join(File.cwd!(), "_build/no_such_venv")
-      assert text =~ ~s(it was given as "_build/no_such_venv" and looked for from #{File.cwd!()},)
+
+      assert text =~
+               ~s(it was given as "_build/no_such_venv" and searched for from #{File.cwd!()},)
+
       assert text =~ ~s|Path.expand("../_build/no_such_venv", __DIR__)|
     end
 
     test "in an option, and in the text of a bridge that cannot start" do
       assert {:error, text} = Interpreter.find("./venv/bin/python")
-      assert text =~ Path.expand("venv/bin/python") <> ", which is no file"
+      assert text =~ Path.expand("venv/bin/python") <> ", which is not a file"
       assert text =~ ~s|Path.expand("../venv/bin/python", __DIR__)|
 
       bridge = start_supervised!({Bridge, name: nil, python_executable: "./venv/bin/python"})
@@ -144,7 +149,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
                  "(remove it, and `mix dspex.setup` makes it anew)"
     end
 
-    test "of the variable DSPY_VENV dspex.setup is to be told", %{venv: venv} do
+    test "for the variable DSPY_VENV dspex.setup needs --path", %{venv: venv} do
       put_config(:python_environment, [])
       put_system_env("DSPY_VENV", venv)
 
@@ -167,7 +172,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
       assert Interpreter.lack(venv) == nil
     end
 
-    test "nothing is there, or an empty folder: dspex.setup makes it", %{venv: venv} do
+    test "it is missing, or an empty folder: dspex.setup makes it", %{venv: venv} do
       assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
       File.rmdir!(venv)
 
@@ -177,7 +182,10 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
 
     test "it is something else, which dspex.setup would refuse", %{venv: venv} do
       File.write!(Path.join(venv, "thesis.txt"), "x")
-      assert said(venv) == "which has no bin/python, and is no virtual environment (name another)"
+
+      assert said(venv) ==
+               "which has no bin/python, and is not a virtual environment (name another)"
+
       File.write!(Path.join(venv, "pyvenv.cfg"), "")
 
       assert said(venv) =~
@@ -185,7 +193,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
 
       File.rm_rf!(venv)
       File.write!(venv, "x")
-      assert said(venv) == "which is no folder (name another)"
+      assert said(venv) == "which is not a folder (name another)"
     end
 
     # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.

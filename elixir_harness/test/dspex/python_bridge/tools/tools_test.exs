@@ -216,13 +216,13 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     defp frame(result),
       do: ~s({"tool_result":{"call_id":1,"success":true,"result":#{JSON.encode!(result)}}})
 
-    test "may be as large as a frame, and holds nobody up" do
+    test "may be as large as a frame, and delays nobody" do
       bridge = start()
       big = String.duplicate("x", 5_000_000)
       assert [%{"result" => ^big}] = results(bridge, [fn _ -> big end])
     end
 
-    test "is done beside the caller, who is known to it" do
+    test "runs in its own process, which knows the caller" do
       test = self()
 
       tools = %{
@@ -248,7 +248,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   end
 
   describe "options" do
-    test ":tools that cannot be right are refused, and named" do
+    test "wrong :tools are refused, and named" do
       for {tools, text} <- [
             {[search: & &1], ":tools: expected a map"},
             {nil, ":tools: expected a map"},
@@ -326,7 +326,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert %{late_replies: 0, unreadable_frames: 0} = Bridge.get_status(bridge)
     end
 
-    test "as the call cannot be read: it is answered if that can be done, else counted" do
+    test "whose call cannot be read is answered if it has a call_id, else counted" do
       bridge = start()
 
       bad = fn text -> ["raw", ~s({"id":ID,"tool_call":) <> text] end
@@ -361,7 +361,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   end
 
   describe "at once" do
-    test "several tools of one execute run" do
+    test "several tools of one run run" do
       test = self()
       # Each waits for the other, under two names of one function.
       tool = fn %{"i" => i} ->
@@ -382,7 +382,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert {:ok, %{"1" => %{"result" => 1}, "2" => %{"result" => 2}}, _} = Task.await(task)
     end
 
-    test "tools run while the caller is at work with a chunk" do
+    test "tools run while the caller handles a chunk" do
       test = self()
 
       on_chunk = fn chunk ->
@@ -395,7 +395,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert_received {:chunk, %{"chunk" => "0"}}
     end
 
-    test "tools of two executes with the same names do not meet" do
+    test "tools of two runs with the same names are separate" do
       bridge = start()
       play = fn n -> [["tool", n, "who", %{}], ["result", n], ["reply"]] end
       tasks = for n <- 1..20, do: async(bridge, play.(n), tools: %{who: fn _ -> n end})
@@ -407,7 +407,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   end
 
   describe "tools that hold much" do
-    test "are copied each for its own calls, and not for the process that keeps the time" do
+    test "are copied for their own calls only, not for the process that keeps the time" do
       data = Enum.to_list(1..300_000)
       words = fn pid -> elem(Process.info(pid, :total_heap_size), 1) end
 
@@ -428,7 +428,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   end
 
   describe "one answer" do
-    test "is given to a call of a tool, whatever ends its process behind it" do
+    test "is sent for a tool call, whatever ends its process afterwards" do
       port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
       running = %{self() => %Invocation{port: port, id: 1, frame: "", max_frame_bytes: 1}}
 
@@ -495,7 +495,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert [%{"cancel" => _id}] = heard
     end
 
-    test "the timeout, though the call's process is held up", %{bridge: bridge, open: open} do
+    test "the timeout, though the call's process is suspended", %{bridge: bridge, open: open} do
       task = async(bridge, open, opts(timeout: 300))
       assert_receive {:running, _args, tool, proxy}, 5_000
       assert_receive {:running, _args, another, ^proxy}, 5_000
@@ -506,7 +506,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       eventually(fn -> status(bridge, :pending) == 0 end)
     end
 
-    test "the death of the caller, though the call's process is held up", context do
+    test "the death of the caller, though the call's process is suspended", context do
       opts = opts()
       caller = spawn(fn -> request(context.bridge, context.open, opts) end)
       assert_receive {:running, _args, tool, proxy}, 5_000
@@ -531,7 +531,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       eventually(fn -> status(bridge, :pending) == 0 end)
     end
 
-    test "the timeout, when a tool is called behind it", %{bridge: bridge} do
+    test "the timeout, when a tool is called after it", %{bridge: bridge} do
       play = [["count", 1], ["go", "on"], ["tool", 1, "t", %{}], ["go", "never"]]
       stream = Bridge.stream(bridge, %{play: play}, opts(timeout: 500))
       suspend = fn element, _acc -> {:suspend, element} end
@@ -574,7 +574,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert_dead(monitors)
     end
 
-    test "the reply to a stream that nobody pulls: the tools", %{bridge: bridge, open: open} do
+    test "the reply to a stream that nobody reads: the tools", %{bridge: bridge, open: open} do
       play = [["count", 1]] ++ open ++ [["reply", %{}]]
       stream = Bridge.stream(bridge, %{play: play}, opts())
       suspend = fn element, _acc -> {:suspend, element} end
@@ -652,7 +652,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       %{bridge: bridge, one: one, two: two, task: task}
     end
 
-    test "while a tool runs: its result is not brought to the next peer", context do
+    test "while a tool runs: its result is not sent to the next peer", context do
       monitor = Process.monitor(context.one)
       send(context.one, :finish)
       send(context.two, :finish)
@@ -695,7 +695,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       %{bridge: bridge, task: task, tool: pid}
     end
 
-    test "a restart while a tool runs: the old peer gets its result, and its chunks are given",
+    test "a restart while a tool runs: the old peer gets its result, and its chunks are delivered",
          %{bridge: bridge, task: task, tool: tool} do
       old = status(bridge, :os_pid)
       assert Bridge.restart(bridge) == :ok
@@ -718,7 +718,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert Task.await(stop) == :ok
     end
 
-    test "a stop while a tool runs: a program that is missing is told at once", context do
+    test "a stop while a tool runs: a missing program is an error at once", context do
       %{bridge: bridge, task: task, tool: tool} = context
       play = [["tool", 2, "go", %{}], ["result", 2], ["fail", "program_not_found"]]
       test = self()

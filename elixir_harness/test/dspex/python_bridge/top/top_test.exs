@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Top.TopTest do
-  @moduledoc "What is learned of a node's bridges, and the table that is made of it."
+  @moduledoc "Snapshots of a node's bridges, and their table."
 
   # It looks at all bridges of this node, and those of other tests may hang.
   use ExUnit.Case, async: false
@@ -32,7 +32,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
   defp blank?(peer), do: Enum.all?(@of_stats, &(peer[&1] == nil))
 
   describe "the bridges of a node" do
-    test "are found whoever started them, under whatever name" do
+    test "are found, however started and named" do
       start_supervised!({Registry, keys: :unique, name: __MODULE__.Registry})
       via = {:via, Registry, {__MODULE__.Registry, "käse"}}
       fake("echo", :"bare one")
@@ -65,14 +65,14 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert texts == Enum.sort(texts)
     end
 
-    test "are no more when they have ended" do
+    test "are not listed after they have ended" do
       bridge = fake("echo", nil)
       assert peer(bridge)
       :ok = Bridge.stop(bridge)
       refute peer(bridge)
     end
 
-    test "a process that has programs, but is no bridge, is asked nothing" do
+    test "a process that has programs, but is not a bridge, gets no message" do
       programs = Programs.Store.new()
       assert is_list(Top.snapshot().peers)
       refute find(Top.snapshot(), self())
@@ -82,7 +82,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
   end
 
   describe "a snapshot" do
-    test "has what the bridge and what the real peer tell; what was asked for it is not counted" do
+    test "has the figures of the bridge and of the real peer; its own calls are not counted" do
       real(:told, SilentLM.lm_opts(SilentLM.start()))
       create = %{id: "qa", signature: "question -> answer"}
       {:ok, _} = Bridge.call(:told, :create_program, create, @long)
@@ -110,7 +110,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       Task.shutdown(task, :brutal_kill)
     end
 
-    test "has no quantiles before the first execute, and tells of a peer that followed another" do
+    test "has no quantiles before the first run, and shows that a peer was replaced" do
       bridge = real(nil)
       first = peer(bridge)
       assert %{p50_ms: nil, p99_ms: nil, executes: 0, calls: 1, restarts: 0} = first
@@ -125,7 +125,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert os_pid != first.os_pid
     end
 
-    test "has of a peer that is silent what its bridge knows, and of others all" do
+    test "has only the bridge's figures of a silent peer, and all of others" do
       bridge = fake("silent", :mute)
       real(:eloquent)
       # The first question takes it some time.
@@ -152,7 +152,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       end
     end
 
-    test "has nothing of a peer whose stats are of another kind, and only the name of a bridge that hangs" do
+    test "has no figures of a peer with other stats, and only the name of a bridge that hangs" do
       fake("who", :another_kind)
       hangs = fake("echo", :hangs)
       :sys.suspend(hangs)
@@ -164,7 +164,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       :sys.resume(hangs)
     end
 
-    test "has nothing of a peer whose numbers cannot be right, and all of its neighbours" do
+    test "has no figures of a peer with impossible numbers, and all of others" do
       for uptime <- ["1e308", "-1"] do
         name = :"uptime #{uptime}"
         env = %{"FAKE_MINE" => "/dev/null", "FAKE_THEIRS" => "/", "FAKE_UPTIME" => uptime}
@@ -185,7 +185,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert blank?(starting)
     end
 
-    test "is nothing that the host's telemetry hears of" do
+    test "emits no telemetry events" do
       fake("together", :heard, env: %{"FAKE_MINE" => "/dev/null", "FAKE_THEIRS" => "/"})
       Telemetry.install()
       on_exit(&Telemetry.remove/0)
@@ -211,7 +211,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert rate({7, 101, 5_000}, {7, 100, 2_000}) == 0.33
     end
 
-    test "are not known of a peer that is new, that was not heard, or whose clock stands" do
+    test "are unknown for a peer that is new, did not answer, or whose clock stands still" do
       assert rate({8, 130, 4_000}, {7, 100, 2_000}) == nil
       assert rate({7, 130, 4_000}, {7, nil, nil}) == nil
       assert rate({7, nil, nil}, {7, 100, 2_000}) == nil
@@ -270,7 +270,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert Enum.all?(lines([@busy]), &(String.length(&1) <= 100))
     end
 
-    test "stays in its columns with names that are long, or wide, or have marks" do
+    test "keeps its columns with names that are long, or wide, or have combining marks" do
       names = [":a", String.duplicate("Långt", 20), ":\"漢字\"", ":e\u0301", ":\"🦉\""]
       [_heading | lines] = lines(for name <- names, do: [bridge: name, state: :running])
       [header, _ascii, _long, wide, marks, owl, ""] = lines
@@ -281,7 +281,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert Enum.at(lines, 2) =~ ~r/\A(Långt){20}  running /
     end
 
-    test "names what is in the library without it" do
+    test "shows names of the library without its prefix" do
       assert ["Bridge" <> _, _] =
                lines([[bridge: "DSPex.PythonBridge.Bridge"]]) |> Enum.drop(2)
 

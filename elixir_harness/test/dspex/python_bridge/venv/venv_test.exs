@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Venv.VenvTest do
-  # Real environments, by the interpreter's own venv and pip; uv is a script here, which tells what it was given.
+  # Real environments, by the interpreter's own venv, pip and uv; elsewhere uv is a script, which tells what it was given.
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
@@ -121,12 +121,13 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     source
   end
 
-  describe "with venv and pip" do
-    test "made, and complete at once", %{by_pip: {venv, source, {result, lines}}} do
+  describe "without uv on the PATH" do
+    test "it is made, and complete at once", %{by_pip: {venv, source, {result, lines}}} do
       assert result == {:ok, Path.join(venv, "bin/python3")}
-      assert [making, installing, peer] = Enum.reject(lines, &(&1 =~ "still at it"))
+      assert [making, uv, installing, peer] = Enum.reject(lines, &(&1 =~ "still at it"))
       assert making =~ "making #{venv} from #{python()}, Python 3."
-      assert installing =~ "installing 2 packages with pip"
+      assert uv == "installing uv with pip"
+      assert installing =~ "installing 2 packages with uv"
       assert peer =~ "dspy_bridge"
       assert {tiny(venv), peer(venv)} == {"1.0", "one"}
 
@@ -134,7 +135,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert line == "#{venv} has all that it needs"
     end
 
-    test "brought up to date: pins, and the peer under the same version; what is missing",
+    test "it is updated: pins, the peer under the same version, missing packages",
          %{by_pip: by_pip, tmp_dir: dir} do
       {venv, source} = copy(by_pip, dir)
       # Of the package the version stays: its files tell.
@@ -156,36 +157,34 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert tiny(venv) == "2.0"
     end
 
-    test "one that somebody else made is added to; what was in it stays", %{
-      venv: venv,
-      source: source
-    } do
-      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
-      File.write!(Path.join(venv, "theirs.txt"), "x")
-      assert {{:ok, _python}, [pip | _]} = make(venv, source)
-      assert pip == "installing pip"
-      assert {tiny(venv), peer(venv)} == {"1.0", "one"}
-      assert {{:ok, _python}, [_has_all]} = make(venv, source)
-      assert File.read!(Path.join(venv, "theirs.txt")) == "x"
-    end
-
-    test "when pip fails: what it said, without passwords; what was there stays as it was", %{
-      by_pip: by_pip,
-      tmp_dir: dir
-    } do
-      {venv, source} = copy(by_pip, dir)
-      TinySource.pin(source, "3.0")
-
-      put_system_env(
-        "PIP_FIND_LINKS",
-        "#{System.get_env("PIP_FIND_LINKS")} http://joe:s3cr3t@127.0.0.1:9/simple"
-      )
-
-      put_system_env("PIP_RETRIES", "0")
+    test "pip cannot install it: half made, and made anew", %{venv: venv, source: source} do
+      for uv <- Path.wildcard("#{Path.dirname(source)}/*/wheels/uv*"), do: File.rm!(uv)
       text = refusal(venv, source)
       assert text =~ "#{venv}/bin/python3 failed (exit status 1):\n  "
-      assert text =~ "No matching distribution found for tiny==3.0"
-      refute text =~ "s3cr3t"
+      assert text =~ "No matching distribution found for uv"
+      assert {:error, _text} = elem(make(venv, source), 0)
+      assert {_error, ["making " <> anew | _]} = make(venv, source)
+      assert anew == "#{venv} anew: it is half made"
+    end
+
+    test "nor in an environment that one on the PATH has made: what to do", %{
+      venv: venv,
+      source: source,
+      bin: bin
+    } do
+      by_uv(venv, source, bin, "lib/old")
+      TinySource.pin(source, "2.0")
+      File.rm!(Path.join(bin, "uv"))
+      assert refusal(venv, source) =~ "there is no uv, neither on the PATH nor in #{venv}"
+      assert File.exists?(Path.join(venv, "lib/old"))
+    end
+
+    test "when uv fails: what was there stays as it was", %{by_pip: by_pip, tmp_dir: dir} do
+      {venv, source} = copy(by_pip, dir)
+      TinySource.pin(source, "3.0")
+      text = refusal(venv, source)
+      assert text =~ "#{venv}/bin/uv failed (exit status 1):\n  "
+      assert text =~ "tiny==3.0"
       assert tiny(venv) == "1.0"
 
       TinySource.pin(source, "1.0")
@@ -245,7 +244,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       refute File.exists?(Path.join(venv, "lib/old"))
     end
 
-    test "that is to be made anew, and has files of another kind in it, is refused and stays", %{
+    test "that has to be made anew, but has other files in it, is refused and stays", %{
       venv: venv,
       source: source,
       bin: bin
@@ -257,13 +256,13 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       names = File.ls!(venv)
 
       assert refusal(venv, source) ==
-               "#{venv} is to be made anew, as its Python, /no/such/python3.9, is gone, but holds what dspex.setup " <>
+               "#{venv} has to be made anew, since its Python, /no/such/python3.9, is gone, but holds what dspex.setup " <>
                  "did not make (src, thesis.txt): remove it yourself, or name another with --path"
 
       assert File.ls!(venv) == names
     end
 
-    test "whose Python cannot be run, or not be found: that may pass, and it stays", %{
+    test "whose Python cannot be run, or is missing, stays: that may pass", %{
       venv: venv,
       source: source,
       bin: bin
@@ -283,6 +282,18 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert installs(bin) == installs
     end
 
+    test "whose Python is too old", %{venv: venv, source: source, bin: bin} do
+      python = by_uv(venv, source, bin, "lib/old")
+      File.rm!(python)
+      File.write!(python, ~s(#!/bin/sh\necho 'DSPEX {"version": "3.8.1", "found": {}}'\n))
+      File.chmod!(python, 0o755)
+
+      assert refusal(venv, source) =~
+               "Python too old: #{python} is 3.8.1, needed is 3.10: remove it"
+
+      assert File.exists?(Path.join(venv, "lib/old"))
+    end
+
     test "that has lost its pyvenv.cfg: nothing goes into the Python that it was made of", %{
       venv: venv,
       source: source,
@@ -292,7 +303,10 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       installs = installs(bin)
       File.rm!(Path.join(venv, "pyvenv.cfg"))
       text = refusal(venv, source)
-      assert text =~ "#{venv} is no virtual environment any more, its Python would install into /"
+
+      assert text =~
+               "#{venv} is not a virtual environment any more, its Python would install into /"
+
       refute text =~ "install into #{venv}"
       assert text =~ "remove it yourself, or name another with --path"
       assert installs(bin) == installs
@@ -305,7 +319,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       bin: bin
     } do
       uv(bin, source, "rm #{venv}/pyvenv.cfg")
-      assert refusal(venv, source) =~ "#{venv} is no virtual environment any more"
+      assert refusal(venv, source) =~ "#{venv} is not a virtual environment any more"
       assert installs(bin) == 1
     end
 
@@ -338,7 +352,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert {{:ok, _python}, ["making" <> _ | _]} = make(venv, source)
     end
 
-    test "a lock of a process that has ended is taken over, of one that runs it holds", %{
+    test "a lock of a process that has ended is taken over, that of a running one is not", %{
       venv: venv,
       source: source,
       bin: bin
@@ -365,7 +379,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       end
     end
 
-    test "a lock of another kind is nobody's to remove", %{venv: venv, source: source, bin: bin} do
+    test "a lock of another kind is not removed", %{venv: venv, source: source, bin: bin} do
       uv(bin, source, "")
       File.mkdir_p!(venv)
       lock = Path.join(venv, ".dspex_setup.lock")
@@ -375,37 +389,14 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "one of somebody else's" do
-    test "without a Python, or whose Python is gone, is not ours to remove", %{
-      venv: venv,
-      source: source
-    } do
-      File.mkdir_p!(Path.join(venv, "bin"))
-      File.write!(Path.join(venv, "pyvenv.cfg"), "")
-      remove = "remove it yourself, or name another with --path"
-      assert refusal(venv, source) == "#{venv} has no bin/python: " <> remove
-
-      File.ln_s!("/no/such/python3.9", Path.join(venv, "bin/python"))
+    test "is refused and stays as it is", %{venv: venv, source: source} do
+      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
+      names = File.ls!(venv)
 
       assert refusal(venv, source) ==
-               "#{venv} was not made by dspex.setup, and its Python, /no/such/python3.9, is gone: " <>
-                 remove
+               "#{venv} is not empty, and was not made by dspex.setup; it stays as it is: name another with --path"
 
-      assert Enum.sort(File.ls!(venv)) == ["bin", "pyvenv.cfg"]
-    end
-
-    test "whose Python is too old", %{venv: venv, source: source} do
-      File.mkdir_p!(Path.join(venv, "bin"))
-      File.write!(Path.join(venv, "pyvenv.cfg"), "")
-
-      python =
-        program(
-          Path.join(venv, "bin"),
-          "python",
-          ~S(echo 'DSPEX {"version": "3.8.1", "found": {}}')
-        )
-
-      assert refusal(venv, source) =~
-               "Python too old: #{python} is 3.8.1, needed is 3.10: remove it"
+      assert File.ls!(venv) == names
     end
   end
 
@@ -413,11 +404,11 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     test "is refused and stays as it is", %{venv: venv, source: source} do
       File.mkdir_p!(venv)
       File.write!(Path.join(venv, "thesis.txt"), "x")
-      assert refusal(venv, source) =~ "#{venv} is not empty, and no virtual environment"
+      assert refusal(venv, source) =~ "#{venv} is not empty, and was not made by dspex.setup"
       assert File.ls!(venv) == ["thesis.txt"]
     end
 
-    test "nothing, or an empty one, is what it was when nothing could be made", %{
+    test "a missing or empty one stays so if nothing could be made", %{
       venv: venv,
       source: source
     } do
@@ -429,7 +420,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert File.ls!(venv) == []
     end
 
-    test "one that cannot be written to may be looked at, which one that is not there cannot" do
+    test "one that is read-only may be read, a missing one in it is an error" do
       # Of both systems the one that even root cannot write to.
       read_only = Enum.find(["/sys", "/System"], &File.dir?/1)
       assert Lock.hold(read_only, fn -> :ran end) == :ran
@@ -437,13 +428,13 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert text =~ "#{read_only}/venv cannot be written to: "
     end
 
-    test "a file, a place that cannot be", %{venv: venv, source: source} do
+    test "a file, or a path below a file", %{venv: venv, source: source} do
       File.write!(venv, "x")
-      assert refusal(venv, source) =~ "#{venv} is no folder"
-      assert refusal(Path.join(venv, "below"), source) =~ "#{venv}/below is no folder"
+      assert refusal(venv, source) =~ "#{venv} is not a folder"
+      assert refusal(Path.join(venv, "below"), source) =~ "#{venv}/below is not a folder"
     end
 
-    test "one whose marker somebody wrote", %{venv: venv, source: source} do
+    test "one whose manifest somebody else wrote", %{venv: venv, source: source} do
       File.mkdir_p!(venv)
       File.write!(Path.join(venv, "dspex_setup.json"), "{}")
       assert refusal(venv, source) =~ "#{venv}/dspex_setup.json is not what dspex.setup wrote"
@@ -451,7 +442,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "the interpreter" do
-    test "none, too old, or without what makes environments: one line with what to do", %{
+    test "none, too old, or without venv: one line with what to do", %{
       venv: venv,
       source: source,
       bin: bin
@@ -462,7 +453,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert text =~ "no Python found" and text =~ "install Python 3.10 or newer, or uv"
 
       assert refusal(venv, source, python: "/no/python") =~
-               "--python names /no/python, which is no"
+               "--python names /no/python, which is not"
 
       program(bin, "python3", ~S(echo 'DSPEX {"version": "3.8.1", "found": {}}'))
       text = refusal(venv, source)
@@ -484,7 +475,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       refute File.exists?(venv)
     end
 
-    test "that is named is not that of an environment that is there: refused", %{
+    test "that is named differs from that of the environment: refused", %{
       venv: venv,
       source: source,
       bin: bin
@@ -505,7 +496,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert {{:ok, _python}, [_installing, _peer]} = make(venv, source)
     end
 
-    test "that is named is what uv makes it of", %{venv: venv, source: source, bin: bin} do
+    test "that is named is passed to uv", %{venv: venv, source: source, bin: bin} do
       another = program(bin, "python3.99", ~S(echo 'DSPEX {"version": "3.99.0", "found": {}}'))
       uv(bin, source, "")
       refusal(venv, source, python: "python3.99")
@@ -514,7 +505,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "with uv on the PATH" do
-    test "it makes and installs, of the Python that it chooses, or of the one that is named", %{
+    test "it makes and installs, with the Python that it chooses", %{
       venv: venv,
       source: source,
       bin: bin
@@ -535,22 +526,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
                "#{install} --no-deps --reinstall dspy-bridge @ #{TinySource.url(source)}/package"
     end
 
-    test "an installation that was broken off in one that somebody else made is made sure of",
-         %{
-           venv: venv,
-           source: source,
-           bin: bin
-         } do
-      {_, 0} = System.cmd(python(), ["-m", "venv", "--without-pip", venv])
-      uv(bin, source, "echo $$ > #{bin}/pid; sleep 600")
-      killed_at("#{bin}/pid", fn -> Venv.make(venv, source: source) end)
-
-      uv(bin, source, "")
-      assert {{:ok, _python}, ["installing 2" <> _, _peer]} = make(venv, source)
-      assert File.read!("#{bin}/log") =~ "--reinstall -r #{source}/requirements.txt"
-    end
-
-    test "nothing in the folder that it is run from counts, and pip may only install into environments",
+    test "it ignores the working directory, and pip may only install into environments",
          %{
            venv: venv,
            source: source,
@@ -562,7 +538,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert File.read!("#{bin}/pwd") == "/ 1\n/ 1\n"
     end
 
-    test "a step that takes long gives a sign of life", %{venv: venv, source: source, bin: bin} do
+    test "a long step reports that it is still running", %{venv: venv, source: source, bin: bin} do
       uv =
         program(
           uv(bin, source, "") && bin,
@@ -583,7 +559,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert Installer.new(progress).sign_of_life_ms == 10_000
     end
 
-    test "when it fails: the end of what it said, without what is secret", %{
+    test "when it fails: the end of its output, without secrets", %{
       venv: venv,
       source: source,
       bin: bin

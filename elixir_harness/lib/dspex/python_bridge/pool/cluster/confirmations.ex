@@ -3,6 +3,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Confirmations do
   # Changes to the programs that were made here and wait for the other nodes to have made them, too: at most a few
   # seconds, and a little less than their callers wait.
 
+  alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Pool.Broadcast
 
   @longest_wait_ms 3_000
@@ -20,12 +21,10 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Confirmations do
     settle(waits, %{change: change, open: open, timer: timer})
   end
 
-  defp wait_ms(:infinity), do: @longest_wait_ms
-
-  # A tenth less than is left to the caller, so that it gets the reply.
+  # A tenth less than is left to the caller, so that it gets the reply. An atom is greater than any number.
   defp wait_ms(deadline) do
-    left = deadline - System.monotonic_time(:millisecond)
-    min(max(left - div(left, 10), 0), @longest_wait_ms)
+    left = min(Deadline.left(deadline), 2 * @longest_wait_ms)
+    min(left - div(left, 10), @longest_wait_ms)
   end
 
   @doc "A coordinator has made the change."

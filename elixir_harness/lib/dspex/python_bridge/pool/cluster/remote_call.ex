@@ -115,10 +115,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     %{request | deadline: left, passed: [], passed_nodes: [], repaired: []}
   end
 
-  defp unpack(%{deadline: :infinity} = request), do: request
-
-  defp unpack(request),
-    do: %{request | deadline: System.monotonic_time(:millisecond) + request.deadline}
+  defp unpack(request), do: %{request | deadline: Deadline.new(request.deadline)}
 
   defp flush(ref) do
     receive do

@@ -68,7 +68,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
 
   defp create(id, signature \\ "q -> a"), do: %{id: id, signature: signature}
 
-  test "a call that no peer here can serve is served on another node, and here again later",
+  test "a call that no peer of this node can serve runs on another one, and later here again",
        context do
     start_here(context.cluster)
     there = start_there(context.cluster)
@@ -93,7 +93,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     eventually(fn -> elem(call(:who), 1)["pid"] in os_pids_on(node()) end)
   end
 
-  test "a full queue here sends calls there; full queues everywhere refuse them", context do
+  test "with a full queue calls go to another node; with all queues full they are refused",
+       context do
     start_here(context.cluster, pool_size: 1, max_pending: 1)
     there = start_there(context.cluster, pool_size: 1, max_pending: 1)
     see_each_other([node(), there])
@@ -112,7 +113,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     Task.shutdown(here, :brutal_kill)
   end
 
-  test "with nobody here or there, calls wait for whoever comes first", context do
+  test "with no peer on any node, calls wait for the first one", context do
     start_here(context.cluster, pool_size: 1)
     {borrower, _lent} = lend_all_on(node())
     waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
@@ -134,7 +135,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     send(borrower, :end)
   end
 
-  test "programs are made and removed on all nodes; one that joins late is given them", context do
+  test "programs are created and removed on all nodes; a node that joins late gets them",
+       context do
     start_here(context.cluster, pool_size: 2)
     assert {:ok, _} = call(:create_program, create("one"))
     there = start_there(context.cluster, pool_size: 2)
@@ -164,7 +166,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
         do: assert(Enum.all?(programs_on(node), &(&1 == %{})))
   end
 
-  test "what all peers refuse reaches no other node", context do
+  test "a definition that all peers refuse reaches no other node", context do
     start_here(context.cluster, pool_size: 1, env: %{"FAKE_FILE" => "/"})
     there = start_there(context.cluster, pool_size: 1)
     see_each_other([node(), there])
@@ -173,7 +175,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     assert known_on(there) == ["two"]
   end
 
-  test "a program that is missing where the call is served is created there on the way",
+  test "a program that is missing on the serving node is created there first",
        context do
     start_here(context.cluster, pool_size: 1)
     there = start_there(context.cluster, pool_size: 1)
@@ -193,7 +195,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     send(borrower, :end)
   end
 
-  test "a node that vanishes has its calls served by another", context do
+  test "calls on a node that is lost run on another one", context do
     start_here(context.cluster, pool_size: 1)
     [first, second] = for _ <- 1..2, do: start_there(context.cluster, pool_size: 1)
     see_each_other([node(), first, second])
@@ -215,7 +217,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
   end
 
   @tag :slow
-  test "a node that has stopped holds no caller past its timeout", context do
+  test "a stopped node blocks no caller past its timeout", context do
     start_here(context.cluster, pool_size: 1)
     there = start_there(context.cluster, pool_size: 1)
     see_each_other([node(), there])
@@ -248,7 +250,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     eventually(fn -> programs_on(there) == [%{"one" => "q -> a"}] end)
   end
 
-  test "after a split the later change counts, on both sides", context do
+  test "after a netsplit the later change wins, on both sides", context do
     start_here(context.cluster, pool_size: 1)
     there = start_there(context.cluster, pool_size: 1)
     see_each_other([node(), there])
@@ -275,7 +277,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     eventually(fn -> programs_on(node()) == all and programs_on(there) == all end)
   end
 
-  test "pools of other clusters, and of none, are left alone", context do
+  test "pools of other clusters, and without one, do not take part", context do
     start_here(context.cluster, pool_size: 1)
     Nodes.start_pool(node = Nodes.start(), who("another", pool_size: 1))
     up_on(node)

@@ -48,7 +48,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     log |> String.split("\n") |> Enum.filter(&(&1 =~ inspect(@pool)))
   end
 
-  test "what is not understood is ignored, and logged once without its contents", context do
+  test "unknown messages are ignored, and logged once without their contents", context do
     %{coordinator: coordinator} = context
     stamp = Programs.Store.stamp()
     me = self()
@@ -139,7 +139,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     assert PoolProbe.serving(@pool) == []
   end
 
-  test "one of the version before, which numbers nothing, is understood, and spoken to as it speaks",
+  test "a coordinator of version 1 is understood, and gets messages of version 1",
        %{coordinator: coordinator} = context do
     {:ok, _} = create("one")
     join(context.cluster)
@@ -178,7 +178,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
   end
 
   describe "a coordinator that has left, or has not joined yet," do
-    test "is not greeted for what it says, and forgotten if it does not join", context do
+    test "gets no hello, and is forgotten if it does not join", context do
       %{coordinator: coordinator} = context
       {node, gone} = gone_coordinator()
       change = {:change, gone, 7, {:cleanup, ["one"], Programs.Store.stamp()}, ""}
@@ -198,7 +198,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
       refute node in Node.list()
     end
 
-    test "is known by what it said when it joins", context do
+    test "is known by its earlier messages when it joins", context do
       %{coordinator: coordinator} = context
       # Of the version before: its hello overtakes the news that it has joined.
       send(coordinator, {:hello, self(), :other, true, []})
@@ -226,7 +226,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     {node, pid}
   end
 
-  test "a change that is made after hearing of a later clock's wins over what that made",
+  test "a change that follows one from a node with a later clock wins over it",
        context do
     # An hour ahead, and more than this node has counted in that microsecond.
     {time, _count, _node} = Programs.Store.stamp()

@@ -1,4 +1,4 @@
-defmodule DSPex.PythonBridge.Options.PeerEnv do
+defmodule DSPex.PythonBridge.Protocol.PeerEnv do
   @moduledoc false
   # The environment of a peer, made from the options of its bridge. What is not set here comes from the environment that
   # the peer inherits.

@@ -1,4 +1,4 @@
-defmodule DSPex.PythonBridge.Monitor.Health do
+defmodule DSPex.PythonBridge.Bridge.Health do
   @moduledoc false
   # What a monitor's checks have found so far.
 

@@ -15,6 +15,14 @@ from dspy_bridge.lm import dspy_internals
 
 # Those that this DSPy has.
 NAMES = [name for name in dspy_internals.names if not name.lazy and name.there]
+# Some cannot go alone: those that one `__init__` sets, and those of a common base.
+GROUPS: dict[str, list[dspy_internals.Name]] = {}
+for _name in NAMES:
+    _owner = _name.dotted.rpartition(".")[0]
+    _key = (
+        _owner if _name.of_instances else _name.attribute if _name in dspy_internals.LITELLM_ARGUMENTS else _name.dotted
+    )
+    GROUPS.setdefault(_key, []).append(_name)
 LAZY = [name for name in dspy_internals.names if name.lazy and importlib.util.find_spec(name.module)]
 GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.lazy and not name.there)
 ASK = {"inputs": {"question": "Why?"}}
@@ -64,6 +72,13 @@ def all_work(peer: Peer, taken: list[dspy_internals.Name]) -> None:
         assert reply["success"], reply
     for program in ("predict", "chain_of_thought"):
         assert run(peer, program, meta=True)[0]["answer"] == "echo: Why?"
+    for program_type, needed in (("best_of_n", dspy_internals.BEST_OF_N), ("refine", dspy_internals.REFINE)):
+        options = {"threshold": 1, "reward": {"field": "answer", "equals": "x"}}
+        create = {"id": "x", "signature": "question -> answer", "program_type": program_type, "options": options}
+        reply = peer.call("create_program", create)
+        refused = any(name in taken for name in needed)
+        assert not reply["success"] if refused else reply["success"], reply
+        assert not refused or reply["error"].startswith(f"program_type: {program_type} needs dspy."), reply
     result, pieces = run(peer, "predict", stream=True)
     assert result == {"answer": "echo: Why?"} == {"answer": "".join(piece["chunk"] for piece in pieces)}
     result, _ = run(peer, "react")
@@ -100,9 +115,9 @@ def test_without_any_name_an_lm_is_asked(start: Callable[..., Peer], start_lm: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.dotted)
-def test_without_one_name_plain_programs_work(start: Callable[..., Peer], name: dspy_internals.Name) -> None:
-    all_work(start([name]), [name])
+@pytest.mark.parametrize("taken", GROUPS.values(), ids=GROUPS)
+def test_without_one_name_plain_programs_work(start: Callable[..., Peer], taken: list[dspy_internals.Name]) -> None:
+    all_work(start(taken), taken)
 
 
 @pytest.mark.slow
@@ -116,3 +131,12 @@ def test_without_a_name_below_litellm_an_lm_is_asked_by_it(
     assert run(peer, "qa")[0] == {"answer": "Paris"}
     assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
     assert len(WARNING.findall(peer.finish_whole()[2])) == (2 if GONE_ALREADY else 1)
+
+
+def test_a_dspy_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
+    """One without typed errors of LMs, as before 3.3."""
+    (tmp_path / "sitecustomize.py").write_text("import dspy; del dspy.LMError")
+    with Peer(env={"PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
+        reply = peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
+        assert reply["error_type"] == "internal"
+        assert re.match(r"DSPy [\d.]+ is too old; expected 3\.3\.1 or newer; the peer's log", reply["error"])

@@ -1,0 +1,24 @@
+"""What the code of a run may ask of the client that called it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Caller(Protocol):
+    """The client behind one `execute_program`.
+
+    `size`: bytes of its request. `meter`: counts what the LMs are asked, if the client wants meta; else None.
+    """
+
+    size: int
+    meter: Any
+
+    async def stream_item(self, item: dict[str, Any]) -> None:
+        """Send an item of the stream; returns when the client can take more. On the event loop."""
+
+    def stream_item_threadsafe(self, item: dict[str, Any]) -> None:
+        """Send an item of the stream without waiting, from any thread."""
+
+    async def call_tool(self, name: str, args: dict[str, Any]) -> Any:
+        """The result of one of the client's tools. Raises `ToolFailed`. On the event loop."""

@@ -1,0 +1,98 @@
+"""Whether the default LM has its key: a script that `mix dspex.doctor` runs.
+
+Prints `DSPEX` and an object with facts, no key among them; makes no request. DSPy's own engine looks up the key of a
+provider that it serves by rules of its own; LiteLLM serves the others, and those of a DSPy without engines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Look at the LM that the environment names, with an empty variable counting as unset."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
+    for name in [name for name, value in os.environ.items() if not value]:
+        del os.environ[name]
+    options = json.loads(os.environ.get("DSPY_BRIDGE_LM_OPTIONS") or "{}")
+    options.pop("model", None)
+    print("\nDSPEX " + json.dumps(check(os.environ["DSPY_BRIDGE_LM"], options)))  # noqa: T201
+
+
+def check(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The facts.
+
+    `refused`: why DSPy does not take the LM, alone. `engine`: `dspy` or `litellm`. `known`: whether it knows the
+    provider. `key`: whether a key is needed. `lacks`: the variables that are missing; `needs` and `set`: those that an
+    empty environment lacks, and those of them that are set; `why`: DSPy's reason for `lacks`.
+    """
+    import dspy
+
+    variables = set(os.environ)
+    try:
+        lm = dspy.LM(model, **options)
+        chosen = _engine(lm)
+    except (TypeError, ValueError, dspy.LMError) as error:
+        return {"refused": f"{type(error).__name__}: {_first_line(error)}"}
+    facts: dict[str, Any] = {"engine": "dspy", "known": True, "key": True, "needs": [], "lacks": [], "why": None}
+    facts.update(_native(chosen) if chosen else _litellm(model, options))
+    return {**facts, "set": [name for name in facts["needs"] if name in variables]}
+
+
+def _engine(lm: Any) -> Any:
+    """What DSPy's own engine makes of the LM; None if LiteLLM serves it."""
+    try:
+        from dspy.clients.backend_selection import select_backend
+    except ImportError:
+        return None
+    chosen = select_backend(lm)
+    return chosen if chosen.native else None
+
+
+def _native(chosen: Any) -> dict[str, Any]:
+    from dspy import lm15
+
+    provider, clients = chosen.resolution.provider, chosen.clients
+    url = clients.get("api_base") or clients.get("base_url")
+
+    def missing(env: dict[str, str] | None, keys: dict[str, str] | None) -> Any:
+        config = lm15.RouterConfig(env=env, api_keys=keys, base_urls={provider: url} if url else None)
+        try:
+            lm15.LMRouter(config).lm(f"{provider}:{chosen.resolution.model}")
+        except lm15.NotConfiguredError as error:
+            return error
+        return None
+
+    alone = missing({}, None)
+    error = missing(None, {provider: clients["api_key"]} if "api_key" in clients else None)
+    facts = {"key": alone is not None, "needs": list(alone.env_keys) if alone else []}
+    return {**facts, "lacks": list(error.env_keys), "why": _first_line(error)} if error else facts
+
+
+def _litellm(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    import litellm
+
+    litellm.suppress_debug_info = True
+    address = options.get("api_base") or options.get("base_url")
+    try:
+        litellm.get_llm_provider(model, custom_llm_provider=options.get("custom_llm_provider"), api_base=address)
+    except Exception:
+        return {"engine": "litellm", "known": False}
+    missing = litellm.validate_environment(model, options.get("api_key"), address)["missing_keys"]
+    given = tuple(f"_{name.upper()}" for name, value in options.items() if value)
+    os.environ.clear()
+    needs = litellm.validate_environment(model)["missing_keys"]
+    return {"engine": "litellm", "needs": needs, "lacks": [name for name in missing if not name.endswith(given)]}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    # This folder has modules with common names, and the working directory may have anything.
+    sys.path[:] = [folder for folder in sys.path[1:] if folder]
+    main()

@@ -1,0 +1,51 @@
+"""The doctor's check of an LM's key, in a process of its own: the line that Elixir reads.
+
+`doctor/lm_test.exs` has the rest of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peer import ROOT
+
+KEY = "sk-0123456789abcdef"
+
+
+def facts(model: str, cwd: Path, options: dict[str, Any] | None = None, **env: str) -> dict[str, Any]:
+    """Of a process without anybody's keys."""
+    kept = {name: value for name, value in os.environ.items() if "KEY" not in name and not name.startswith("DSPY_")}
+    env = {**kept, "DSPY_BRIDGE_LM": model, "DSPY_BRIDGE_LM_OPTIONS": json.dumps(options or {}), **env}
+    command = [sys.executable, str(ROOT / "dspy_bridge" / "check_lm.py")]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=True)
+    assert KEY not in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("DSPEX ")]
+    found: dict[str, Any] = json.loads(line.removeprefix("DSPEX "))
+    return found
+
+
+@pytest.mark.parametrize(("env", "lacks"), [({}, ["OPENAI_API_KEY"]), ({"OPENAI_API_KEY": KEY}, [])])
+def test_a_key_in_the_environment_is_found_and_not_printed(
+    tmp_path: Path, env: dict[str, str], lacks: list[str]
+) -> None:
+    """An empty variable counts as unset; a folder `dspy` of the application's is not imported."""
+    (tmp_path / "dspy").mkdir()
+    (tmp_path / "dspy" / "__init__.py").write_text("raise SystemExit('of the application')")
+    found = facts("openai/gpt-4o-mini", tmp_path, **{"OPENAI_API_KEY": "", **env})
+    assert (found["needs"], found["lacks"], found["set"]) == (["OPENAI_API_KEY"], lacks, list(env))
+
+
+def test_an_lm_that_dspy_refuses_has_its_words(tmp_path: Path) -> None:
+    found = facts("openai/gpt-4o-mini", tmp_path, {"num_retries": -1})
+    assert list(found) == ["refused"] and found["refused"].startswith("ValueError: num_retries")
+
+
+def test_a_provider_that_nobody_knows(tmp_path: Path) -> None:
+    found = facts("opnai/gpt-4o", tmp_path)
+    assert (found["engine"], found["known"]) == ("litellm", False)
