@@ -184,7 +184,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert {:ok, _} = EnvironmentCheck.validate_environment()
   end
 
-  test "the package dspy_bridge is found where the peer's script finds it: in a checkout, next to it, installed",
+  test "the package dspy_bridge is found where the script of the peer finds it: in a checkout, next to it, installed",
        %{
          tmp_dir: dir
        } do

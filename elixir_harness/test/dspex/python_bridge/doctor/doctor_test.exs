@@ -164,7 +164,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       put_config(:python_environment, virtual_env: dir)
       File.write!(Path.join(dir, "thesis.txt"), "x")
       assert %{status: :failed, found: found, advice: advice} = run()["interpreter"]
-      assert found =~ "is no virtual environment (name another)"
+      assert found =~ "is not a virtual environment (name another)"
       assert advice =~ "`mix dspex.setup --path FOLDER` makes a virtual environment"
     end
 
@@ -291,7 +291,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       says(dir, %{version: "3.11.0", found: %{dspy: "3.4.1", psutil: "6"}, bridge: false})
       checks = run(script_path: script)
       assert %{status: :failed, found: found, advice: advice} = checks["package"]
-      assert found =~ "neither beside #{script}" and advice =~ "mix dspex.setup"
+      assert found =~ "neither next to #{script}" and advice =~ "mix dspex.setup"
       assert checks["ping"].found == "needs package"
     end
   end
