@@ -56,7 +56,7 @@ class Commands:
         # Why there are none, and when that was.
         self._setup_failed: tuple[str, float] | None = None
         self._loader: Any = None
-        self._garbage = GcFreezer()
+        self._gc = GcFreezer()
         self._threads = WorkerThreads()
         self._versions: dict[str, str] | None = None
 
@@ -148,8 +148,8 @@ class Commands:
             self._removed(1)
 
     def _removed(self, count: int) -> None:
-        if self._garbage.removed(count) and self._loader is not None:
-            self._loader.submit(self._garbage.settle)
+        if self._gc.removed(count) and self._loader is not None:
+            self._loader.submit(self._gc.freeze)
 
     # On the event loop.
 
@@ -244,8 +244,8 @@ class Commands:
         from dspy_bridge.programs.program import Program
 
         program = Program(definition, self._models, self._threads)
-        if self._garbage.loaded():
-            self._garbage.settle()
+        if self._gc.loaded():
+            self._gc.freeze()
         return program
 
     def _load_dspy(self) -> Models:
@@ -263,7 +263,7 @@ class Commands:
             why = f"{why}; the peer's log has the traceback under {peer_log.exception(error)}"
             self._setup_failed = why, time.monotonic()
             raise SetupFailed(why) from None
-        self._garbage.settle()  # DSPy itself is half a million objects
+        self._gc.freeze()  # DSPy itself is half a million objects
         return models
 
 

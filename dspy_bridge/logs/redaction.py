@@ -1,6 +1,6 @@
-"""Secrets are cut out of every text that leaves the peer: replies and log records.
+"""Removes secrets from error replies and log records.
 
-A provider's error may echo the key that it was sent, whole or in part, and an exception's text ends in both.
+A provider's error may echo the API key, whole or in part.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 MASK = "[redacted]"
 _SECRET_NAME = re.compile(r"(key|token|secret|password|authorization|credential)s?$", re.IGNORECASE)
 _HEADERS = frozenset(("headers", "extra_headers", "default_headers"))
-# Keys that are known by their look, also where a provider shows only their ends (sk-ab***yz).
+# API keys recognised by their form, also where a provider shows only their ends (sk-ab***yz).
 _LOOKS_SECRET = re.compile(r"\b(?:sk|pk|rk|gsk|xai)-[\w*.…-]{6,}|\bBearer\s+[\w.~+/=-]{6,}|\bAIza[\w-]{10,}")
-# What an address holds before its host: a user and a password, or a token.
+# The user info of a URL: user and password, or a token.
 _USER = re.compile(r"""(?<=://)[^\s/?#"'<>\\]+(?=@)""")
-# What may stand before a key where it is sent.
+# Authentication schemes, which precede the key in a header.
 _SCHEMES = frozenset(("bearer", "basic", "token", "apikey"))
-# Shorter values are no secrets, and cutting them out would hit ordinary words.
+# Shorter values are not taken for secrets, as removing them would hit ordinary words.
 _SHORTEST = 6
 
-# A host that gives each call a key of its own must not make the peer grow.
+# Bounded, as a client may send a new key with each call.
 _MOST = 1000
 
 # Those of the environment and the settings.
 _kept: dict[str, None] = {}
-# All others, the least recently used first.
+# All others, least recently used first.
 _known: OrderedDict[str, None] = OrderedDict()
 
 
 def learn(options: object, *, for_good: bool = False) -> None:
-    """Remember the secrets among `options` (nested keyword arguments of an LM); `for_good`: whatever else comes."""
+    """Remember the secrets among `options` (nested keyword arguments of an LM); `for_good`: never forget them."""
     if isinstance(options, dict):
         for name, value in options.items():
             if isinstance(value, str) and names_secret(str(name)):
@@ -52,23 +52,23 @@ def learn(options: object, *, for_good: bool = False) -> None:
 
         for user in _USER.findall(options):
             password = user.partition(":")[2]
-            # A user alone may be a word: only where it stands before a host is it one.
+            # A user name alone may be a word; it is redacted only before a host.
             for secret in (user if password else f"{user}@", password, unquote(password)):
                 _remember(secret, for_good)
 
 
 def names_secret(name: str) -> bool:
-    """Whether what has this name is secret, if it is a text."""
+    """Whether a string of this name is a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
 def without_secrets(value: Any) -> Any:
-    """Keyword arguments of an LM (nested, plain) without any secret, and without headers, which may hold any."""
+    """Keyword arguments of an LM (nested, plain) without secrets and headers."""
     if isinstance(value, dict):
         return {
             name: without_secrets(inner)
             for name, inner in value.items()
-            # A number under such a name is a setting: max_tokens.
+            # A number of such a name is a setting (max_tokens).
             if str(name).lower() not in _HEADERS
             and not (isinstance(inner, (str, bytes, dict, list)) and names_secret(str(name)))
         }
@@ -83,8 +83,8 @@ def learn_environment() -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without any secret that is known or looks like one."""
-    # Of secrets within others the longest first, else a part of it would stay.
+    """`text` without the known secrets, and without what looks like one."""
+    # The longest first: one secret may contain another.
     for secret in sorted((*_kept, *_known), key=len, reverse=True):
         if secret in text:
             text = text.replace(secret, MASK)
@@ -97,7 +97,7 @@ def _remember(secret: str, for_good: bool) -> None:
     if for_good:
         _kept[secret] = None
         return
-    # Any thread: another may have removed it between two steps.
+    # `pop`, not `del`: another thread may have removed it.
     _known.pop(secret, None)
     _known[secret] = None
     while len(_known) > _MOST:

@@ -21,7 +21,7 @@ from dspy_bridge.signatures import media
 from dspy_bridge.signatures.json_schema import annotation, keywords
 from dspy_bridge.signatures.json_schema import converter as json_schema_converter
 from dspy_bridge.streaming import field_parsers, json_fields
-from dspy_bridge.wire import messages
+from dspy_bridge.wire import messages, pings
 
 SOURCES = sorted(Path(dspy_bridge.__file__).parent.rglob("*.py"))
 # A text is this long. What is quadratic would take minutes for it: the test's timeout.
@@ -63,8 +63,7 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         lambda text: messages.readable_call_id(text.encode()),
         [' { "tool_result" : { "call_id" : 12 ,'],
     ),
-    "messages:_PING_PAYLOAD": (lambda text: messages._PING_PAYLOAD(text.encode()), [PING]),
-    "messages:_PING_PACKET": (lambda text: messages._PING_PACKET(text.encode()), ["\0\0\0a" + PING]),
+    "pings:_PING": (lambda text: pings.answer(text.encode(), 0.0), ["\0\0\0Y" + PING, ("\0\0\0Y" + PING) * 2]),
     "messages:_is_traceparent": (messages._is_traceparent, [TRACE]),
     "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
     "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),
