@@ -79,7 +79,7 @@ Key = tuple[type, Any]
 
 @dataclass(eq=False)
 class Version:
-    """One definition of a program id. `sure`: its create cannot be stopped; `created`: the result in its reply, if any."""
+    """One definition of a program id. `sure`: its create cannot be stopped; `created`: its reply's result, if any."""
 
     number: int
     id: str
