@@ -37,7 +37,7 @@ def check(model: str, options: dict[str, Any]) -> dict[str, Any]:
         chosen = _engine(lm)
     except (TypeError, ValueError, dspy.LMError) as error:
         return {"refused": f"{type(error).__name__}: {_first_line(error)}"}
-    facts = {"engine": "dspy", "known": True, "key": True, "needs": [], "lacks": [], "why": None}
+    facts: dict[str, Any] = {"engine": "dspy", "known": True, "key": True, "needs": [], "lacks": [], "why": None}
     facts.update(_native(chosen) if chosen else _litellm(model, options))
     return {**facts, "set": [name for name in facts["needs"] if name in variables]}
 

@@ -1,4 +1,4 @@
-"""Arguments of a command, each checked once. Pure; errors name the argument and what was expected."""
+"""Checks of single command arguments. Pure; an error names the argument and what was expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def text(args: dict[str, Any], name: str) -> str:
-    """An argument that must be there, a text that is not empty. Raises `InvalidArgs`."""
+    """A required string, not empty. Raises `InvalidArgs`."""
     value = args.get(name)
     if not isinstance(value, str) or not value:
         raise InvalidArgs(f"{name}: expected text")
@@ -18,7 +18,7 @@ def text(args: dict[str, Any], name: str) -> str:
 
 
 def optional_object(args: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """An object, or None where there is none. Raises `InvalidArgs`."""
+    """An object; None by default. Raises `InvalidArgs`."""
     value = args.get(name)
     if value is not None and not isinstance(value, dict):
         raise InvalidArgs(f"{name}: expected an object")
@@ -26,7 +26,7 @@ def optional_object(args: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def flag(args: dict[str, Any], name: str) -> bool:
-    """True or false; false where it is not there. Raises `InvalidArgs`."""
+    """A boolean; false by default. Raises `InvalidArgs`."""
     value = args.get(name, False)
     if not isinstance(value, bool):
         raise InvalidArgs(f"{name}: expected true or false")
@@ -34,7 +34,7 @@ def flag(args: dict[str, Any], name: str) -> bool:
 
 
 def program_ids(args: dict[str, Any]) -> list[str] | None:
-    """Ids of programs, or None where they are not given. Raises `InvalidArgs`."""
+    """`program_ids`; None by default. Raises `InvalidArgs`."""
     ids = args.get("program_ids")
     if ids is not None and not (isinstance(ids, list) and all(isinstance(id, str) for id in ids)):
         raise InvalidArgs("program_ids: expected a list of texts")

@@ -1,4 +1,4 @@
-"""Many inputs of one execute: each takes its turn like an execute of its own, and has a result of its own."""
+"""Runs many inputs of one `execute_program`, each with its own slot of the limiter and its own result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ async def run(
 ) -> list[dict[str, Any]]:
     """`{"success", "result"}` or `{"success", "error", "error_type"}` for each item, in their order.
 
-    The call's own turn is that of its first item; for the others it waits, one at a time and behind whoever waits
-    already, so that other executes get their turns in between. With `stream`, each result is told as soon as it is
-    there, with its index.
+    The first item uses the call's own slot. The others acquire theirs one at a time at the end of the queue, so that
+    other calls run in between. With `stream`, each result is also sent when it is ready, with its index.
     """
     results: list[Any] = [None] * len(items)
     limiter = call.services.limiter
@@ -30,14 +29,14 @@ async def run(
             results[index] = {"success": True, "result": await work(items[index])}
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # a module of the host's own may raise anything
+        except BaseException as error:  # user code may raise anything
             results[index] = call.services.describe(error)
         if stream:
             await call.stream_item({"index": index, **results[index]})
 
     def ended(task: asyncio.Task[None]) -> None:
         tasks.discard(task)
-        # Not at the end of `one`: a task that is cancelled before its first step runs none of it.
+        # Not at the end of `one`, which does not run if the task is cancelled before its first step.
         limiter.release()
 
     try:
@@ -48,7 +47,7 @@ async def run(
             task = asyncio.get_running_loop().create_task(one(index))
             tasks.add(task)
             task.add_done_callback(ended)
-            # Until it first waits, its inputs are checked and written into a prompt: not hundreds of them at a stretch.
+            # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those.
             await asyncio.sleep(0)
         while tasks:
             await asyncio.wait(tasks)

@@ -1,4 +1,4 @@
-"""The six commands: arguments checked once, then the call. No DSPy is imported before a program needs it."""
+"""The six commands. Arguments are checked once, here; DSPy is imported when the first program is loaded."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _CREATE_ARGS = (
     "state",
     "state_path",
 )
-# DSPex's adapter sends `options` to a bridge that never read them: they are accepted, and unused.
+# DSPex's adapter sends `options`, which no bridge has ever read: accepted and ignored.
 _EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "options")
 
 
 class Commands:
-    """What the commands do, over one registry of programs."""
+    """The handlers, over one registry of programs."""
 
     def __init__(self, settings: Settings, setup: Callable[[], None], load: Callable[[], Mapping[str, Any]]) -> None:
         """`setup` runs before DSPy is imported; `load` gives the dispatcher's counts, for `get_stats`."""
@@ -67,7 +67,7 @@ class Commands:
         return messages.pong(time.time())
 
     def create_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """`{"program_id", "status": "created"}` once the program is loaded."""
+        """`{"program_id", "status": "created"}`, once the program is loaded."""
         refuse_unknown(args, _CREATE_ARGS)
         id = arguments.text(args, "id")
         if args.get("signature") is None:
@@ -79,7 +79,7 @@ class Commands:
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """The output fields of one call of a program; for a list of inputs `{"results": […]}`."""
+        """The output fields of one run; `{"results": […]}` for a list of inputs."""
         refuse_unknown(args, _EXECUTE_ARGS)
         id = arguments.text(args, "program_id")
         inputs = args.get("inputs")
@@ -93,7 +93,7 @@ class Commands:
         return self._execute(entry, inputs, config, lm, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
-        """`{"programs": [ids]}`, with `details` or `state` also those; `program_ids` narrows both."""
+        """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
         details = arguments.flag(args, "details")
         state = arguments.flag(args, "state")
         ids = arguments.program_ids(args)
@@ -109,7 +109,7 @@ class Commands:
         import psutil
 
         if self._versions is None:
-            # 2 ms on the reading thread; what is installed does not change under a process that runs it.
+            # Looking them up takes 2 ms on the reading thread.
             self._versions = _versions()
         memory = psutil.Process().memory_info()
         return {
@@ -125,7 +125,7 @@ class Commands:
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
-        # Misspelt, `program_ids` would remove all.
+        # With `program_ids` misspelt, all would be removed.
         refuse_unknown(args, ("program_ids",))
         count = self._registry.remove(arguments.program_ids(args))
         self._loader.removed(count)
@@ -167,11 +167,10 @@ class Commands:
         return {"results": await batch.run(inputs, one, call, stream=stream)}
 
     async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
-        """In a thread: a state may be large, and what tells it may be code of the host's own."""
+        """States are dumped in a thread: they may be large, and user code may dump them."""
         import asyncio
 
         for entry, detail in zip(entries, listed["details"], strict=True):
-            # It has been answered, and so it has been loaded.
             program = await self._loader.load(entry)
             try:
                 detail["state"] = await asyncio.to_thread(program.state)
@@ -183,9 +182,9 @@ class Commands:
         return listed
 
     async def _working(self, entry: Entry, call: Call) -> tuple[Entry, Program]:
-        """The program that an execute means: the one before, where the creation of the last one fails.
+        """The loaded program of an entry, or of the one before it if the entry's creation fails.
 
-        From here on the call is metered, if it asks for that: meters need DSPy, which is there by now.
+        Sets the call's meter, if it asks for one: meters need DSPy, which is imported by now.
         """
         import asyncio
 
@@ -199,8 +198,8 @@ class Commands:
                 return entry, program
             except (SetupFailed, asyncio.CancelledError):
                 raise
-            except BaseException:  # a constructor of the host's own may raise anything
-                # Its create has been told why. For an execute the id means what it meant before.
+            except BaseException:  # user code may raise anything
+                # The reply to `create_program` has the error. The id stands for the earlier program again.
                 self._registry.discard(entry)
                 before = working(entry)
                 if before is None:

@@ -52,14 +52,14 @@ class ProgramLoader:
         # A cancelled waiter does not stop it for the others.
         return await asyncio.shield(entry.loading)
 
+    def degraded(self) -> list[str]:
+        """Names of the features that the installed DSPy does not allow; empty before it is imported."""
+        return [] if self._models is None else self._models.degraded()
+
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""
         if self._garbage.removed(count) and self._thread is not None:
             self._thread.submit(self._garbage.settle)
-
-    def degraded(self) -> list[str]:
-        """Features that this DSPy lacks."""
-        return [] if self._models is None else self._models.degraded()
 
     def _make(self, definition: dict[str, Any]) -> Program:
         if self._models is None:

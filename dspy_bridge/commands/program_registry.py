@@ -1,7 +1,7 @@
-"""Programs by id, in the order in which the frames about them came. No DSPy here.
+"""Programs by id, in the order of the frames that define them. Does not import DSPy.
 
-The reading thread adds and removes entries as it reads, so that an execute finds the program that a create just before
-it defined, loaded or not; loading happens later, on the event loop, once for whoever needs it first.
+The reading thread adds and removes entries as it reads, so that `execute_program` finds a program that was defined just
+before it. A program is loaded later, once, when the first request needs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Entry:
-    """One definition under an id. `answered`: its create was answered as a success."""
+    """One definition under an id. `answered`: a reply has reported its creation."""
 
     __slots__ = (
         "answered",
@@ -35,7 +35,7 @@ class Entry:
 
     def __init__(self, id: str, number: int, definition: dict[str, Any], previous: Entry | None) -> None:
         self.id = id
-        # Of all entries in the order in which they were made: the system's clock may be set back.
+        # The order of creation, over all entries: the system's clock may be set back.
         self.number = number
         self.definition = definition
         self.previous = previous
@@ -44,11 +44,11 @@ class Entry:
         self.last_executed: float | None = None
         self.answered = False
         self.failed = False
-        # Of its loading, started by the first request that needs it.
+        # Set by the first request that needs the program.
         self.loading: asyncio.Future[Any] | None = None
 
     def details(self) -> dict[str, Any]:
-        """The entry as `list_programs` tells it; times are unix seconds."""
+        """The entry as `list_programs` reports it; times are unix seconds."""
         return {
             "id": self.id,
             "program_type": self.definition.get("program_type", "predict"),
@@ -68,18 +68,18 @@ class Registry:
         self._numbers = itertools.count()
 
     def add(self, id: str, definition: dict[str, Any]) -> Entry:
-        """Define `id` anew. What it was before stays until `confirm`, and comes back with `discard`."""
+        """Define or redefine `id`. The earlier entry is kept until `confirm`, and restored by `discard`."""
         with self._lock:
             entry = Entry(id, next(self._numbers), definition, self._entries.pop(id, None))
             self._entries[id] = entry
             return entry
 
     def get(self, id: str) -> Entry | None:
-        """The latest definition of `id`, answered or not."""
+        """The latest entry of `id`, answered or not."""
         return self._entries.get(id)
 
     def confirm(self, entry: Entry) -> bool:
-        """The create of `entry` succeeded. Returns whether it replaced another."""
+        """The creation of `entry` succeeded. Returns whether it replaced another."""
         with self._lock:
             replaced = entry.previous is not None
             entry.answered = True
@@ -87,7 +87,7 @@ class Registry:
             return replaced
 
     def discard(self, entry: Entry) -> None:
-        """The create of `entry` failed or was given up: its id means again what it meant before."""
+        """The creation of `entry` failed or was cancelled: restore the earlier entry."""
         with self._lock:
             entry.failed = True
             if self._entries.get(entry.id) is entry:
@@ -98,7 +98,7 @@ class Registry:
                     self._entries[entry.id] = before
 
     def remove(self, ids: Iterable[str] | None) -> int:
-        """Forget the programs named, or all; returns how many there were."""
+        """Remove the given programs, or all; returns how many there were."""
         with self._lock:
             if ids is None:
                 count = len(self._entries)
@@ -107,7 +107,7 @@ class Registry:
             return sum(self._entries.pop(id, None) is not None for id in dict.fromkeys(ids))
 
     def answered(self) -> list[Entry]:
-        """The entries whose creates have been answered, oldest first."""
+        """For each id the last answered entry, oldest first."""
         with self._lock:
             found = []
             for entry in self._entries.values():
@@ -120,7 +120,7 @@ class Registry:
 
 
 def working(entry: Entry) -> Entry | None:
-    """`entry`, or the one before it if it failed, and so on."""
+    """`entry`, or the last one before it that has not failed."""
     seen: Entry | None = entry
     while seen is not None and seen.failed:
         seen = seen.previous

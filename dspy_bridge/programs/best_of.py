@@ -1,4 +1,4 @@
-"""BestOfN and Refine: their runs, with the reasons of failed attempts kept out of the log. Imports DSPy."""
+"""Runs BestOfN and Refine, and keeps the errors of their attempts out of the log. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import dspy
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.programs import runners
 from dspy_bridge.programs.rewards import Reward
+from dspy_bridge.programs.runners import Runner
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
-class BestRunner(runners.Runner):
-    """BestOfN or Refine: a copy of it for each call, since they count failures in themselves."""
+class BestRunner(Runner):
+    """BestOfN or Refine: a copy for each call, since their objects count failures."""
 
     def __init__(self, kind: Any, inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> None:
         self._inner = inner
@@ -24,17 +24,17 @@ class BestRunner(runners.Runner):
         made = (
             kind(module=inner, reward_fn=reward, **chosen) if kind is dspy.BestOfN else _refine(inner, reward, chosen)
         )
-        # Its predictors, and so its state, are the inner module's.
+        # Its predictors and its state are those of the inner module.
         super().__init__(made)
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
-        """The best prediction; if there is none, the last failure is raised."""
+        """The best prediction; raises the last failure if there is none."""
         failures = _Failures()
         module = copy.copy(self.module)
         module.module = _Attempt(self._inner, failures)
         module.reward_fn = lambda *args: _guarded(failures, self._reward, *args)
         adapter = _without_advice_in_errors(dspy.settings.adapter or dspy.ChatAdapter(), failures)
-        # DSPy adds to the trace whatever the setting; None, which keeps it from growing, would be a TypeError.
+        # DSPy appends to the trace even if it is off: None would be a TypeError.
         with dspy.context(trace=[], adapter=adapter):
             try:
                 prediction = await threads.run(lambda: module(**values))
@@ -56,10 +56,10 @@ def _refine(inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> dspy.
 
 @functools.cache
 def _refine_of(kind: Any) -> dspy.Module:
-    """A Refine that has read the source of its module's class. That parses whole files: 10 ms or more each time."""
+    """A Refine for one class of modules. Its constructor parses whole source files, which takes 10 ms or more."""
 
     def reward(_inputs: Any, _prediction: Any) -> float:
-        """Refine wants the source of a reward, too."""
+        """Refine reads a reward's source, too."""
         return 0.0
 
     while True:
@@ -68,22 +68,22 @@ def _refine_of(kind: Any) -> dspy.Module:
                 module=kind("question -> answer", **_NEEDED.get(kind, {})), N=1, reward_fn=reward, threshold=1.0
             )
         except SystemError:
-            continue  # another thread parses, too: python/cpython issue 106905, in 3.11 and before
+            continue  # two threads parse at once: python/cpython issue 106905, up to 3.11
 
 
-# What a constructor wants beside a signature.
+# Further arguments of a constructor.
 _NEEDED: dict[type, dict[str, Any]] = {dspy.ReAct: {"tools": []}}
 
 
 class _Failures(list[Exception]):
-    """What went wrong; shared by the copies that DSPy makes of a module for each attempt."""
+    """Shared by the copies that DSPy makes of a module for each attempt."""
 
     def __deepcopy__(self, _memo: object) -> _Failures:
         return self
 
 
 class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
-    """DSPy prints why an attempt failed: the text, which may hold contents, is kept here, out of the log."""
+    """Collects the errors of attempts. DSPy prints their texts, which may hold contents of requests."""
 
     def __init__(self, inner: dspy.Module, failures: _Failures) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
 
 
 class _Failed(Exception):
-    """What DSPy sees of a failure that is kept elsewhere."""
+    """Raised to DSPy in place of a collected error."""
 
 
 def _guarded(failures: _Failures, work: Any, /, *args: Any, **values: Any) -> Any:
-    # A signature's input may have any name, also that of a parameter here.
+    # Positional only: an input may have any name.
     try:
         return work(*args, **values)
     except Exception as error:
@@ -108,10 +108,10 @@ def _guarded(failures: _Failures, work: Any, /, *args: Any, **values: Any) -> An
 
 
 def _without_advice_in_errors(adapter: dspy.Adapter, failures: _Failures) -> dspy.Adapter:
-    """The same for the LM call of Refine's own, whose failures DSPy prints too."""
+    """The same for Refine's own LM call, whose errors DSPy prints too."""
 
     class Guarded(type(adapter)):  # type: ignore[misc]  # DSPy ships no types
-        # Refine makes another of the same class, without arguments.
+        # Refine creates another one of this class, without arguments.
         def __init__(self) -> None:
             self.__dict__.update(adapter.__dict__)
 

@@ -1,7 +1,4 @@
-"""Program types to DSPy's modules, each with the options of its own constructor. Imports DSPy.
-
-What a type needs beside its module is here, too: where it runs, and what its calls take or give beside the fields.
-"""
+"""Creates the DSPy module of a program type, and the runner that calls it. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from dspy_bridge.programs import module_options, remote_tools, rewards, sandbox
 from dspy_bridge.programs.best_of import BestRunner
 from dspy_bridge.programs.runners import CodeRunner, ComparisonRunner, Runner, ToolCallRunner
 
-# Name to DSPy's class.
+# Program type to DSPy's class.
 TYPES = {
     "predict": "Predict",
     "chain_of_thought": "ChainOfThought",
@@ -34,12 +31,10 @@ _RUN_CODE = frozenset(("program_of_thought", "code_act", "rlm"))
 # Undocumented names that a type cannot do without.
 _NEEDS = {"best_of_n": dspy_internals.BEST_OF_N, "refine": dspy_internals.REFINE}
 _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
-# What DSPy's modules call fields and arguments of their own, which a signature's would replace.
+# Fields and arguments of DSPy's modules, which a field of the signature would replace.
 _OWN_FIELDS = {
-    "predict": frozenset[str](),
     "chain_of_thought": frozenset(("reasoning",)),
     "react": frozenset(("trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning")),
-    "best_of_n": frozenset[str](),
     "refine": frozenset(("hint_",)),
     "multi_chain_comparison": frozenset(("rationale",)),
     "program_of_thought": frozenset(
@@ -50,7 +45,7 @@ _OWN_FIELDS = {
         ("trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory")
     ),
 }
-# Inputs and outputs that would be arguments of DSPy's own functions on their way.
+# Inputs and outputs that would collide with parameters of DSPy's functions.
 _OWN_ARGUMENTS = {
     ("react", "inputs"): frozenset(("module",)),
     ("react", "outputs"): frozenset(("self",)),
@@ -61,12 +56,12 @@ _OWN_ARGUMENTS = {
 
 
 def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
-    """Inputs that the program's type takes beside the signature's; they may be declared there all the same."""
+    """Inputs of the program's type in addition to the signature's, which may declare them too."""
     return ComparisonRunner.extra if definition.get("program_type") == "multi_chain_comparison" else ()
 
 
 def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
-    """The module of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
+    """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
     program_type = definition.get("program_type", "predict")
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
@@ -77,51 +72,51 @@ def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Mode
         raise NotAllowed(f"program_type: {program_type} runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
     _check_fields(program_type, signature)
     taken = {"finish", *signature.input_fields, *signature.output_fields, *_OWN_FIELDS.get(program_type, ())}
-    callers = remote_tools.read(definition.get("tools"), taken)
+    tools = remote_tools.read(definition.get("tools"), taken)
     if program_type not in TYPES:
-        return Runner(_host_module(program_type, signature, given or {}, callers, lms), takes_config=False)
+        return Runner(_user_module(program_type, signature, given or {}, tools, lms), takes_config=False)
     chosen = module_options.read(program_type, given or {})
     if "module" in chosen:
         _check_fields(chosen["module"], signature)
-    return _make(program_type, signature, chosen, callers, lms)
+    return _make(program_type, signature, chosen, tools, lms)
 
 
 def _make(
     program_type: str,
     signature: type[dspy.Signature],
     chosen: dict[str, Any],
-    callers: list[remote_tools.HostTool],
+    tools: list[remote_tools.RemoteTool],
     lms: Models,
 ) -> Runner:
     kind = _kind(program_type)
     if program_type in ("best_of_n", "refine"):
         reward = rewards.read(chosen.pop("reward", None), signature)
-        # Declared or not, the reward is no tool for the LM.
-        callers = [tool for tool in callers if tool.name != reward.tool]
+        # The reward is not a tool for the LM, even if it is declared as one.
+        tools = [tool for tool in tools if tool.name != reward.tool]
         inner = chosen.pop("module")
-        if callers and inner != "react":
+        if tools and inner != "react":
             raise InvalidArgs(f"tools: {program_type} of {inner} takes none but its reward")
-        return BestRunner(kind, _make(inner, signature, {}, callers, lms).module, reward, chosen)
-    if callers and program_type not in _TAKE_TOOLS:
+        return BestRunner(kind, _make(inner, signature, {}, tools, lms).module, reward, chosen)
+    if tools and program_type not in _TAKE_TOOLS:
         raise InvalidArgs(f"tools: {program_type} takes none")
     if program_type == "multi_chain_comparison":
         count = chosen.setdefault("M", 3)
         return ComparisonRunner(kind(signature, **chosen), list(signature.output_fields)[-1], count)
     if program_type == "react":
-        return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in callers], **chosen))
+        return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in tools], **chosen))
     if program_type == "rlm":
         if "sub_lm" in chosen:
             chosen["sub_lm"] = lms.pool(chosen["sub_lm"]).lasting()
-        return CodeRunner(_checked(kind, signature, tools=list(callers), **chosen), takes_config=False)
+        return CodeRunner(_checked(kind, signature, tools=list(tools), **chosen), takes_config=False)
     if program_type == "code_act":
         return CodeRunner(_checked(kind, signature, tools=[], **chosen))
     if program_type == "program_of_thought":
         return CodeRunner(_checked(kind, signature, **chosen), takes_config=False)
-    return ToolCallRunner(kind, signature, callers) if callers else Runner(kind(signature))
+    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature))
 
 
 def _kind(program_type: str) -> Any:
-    """DSPy's class; those marked for removal are gone from later versions."""
+    """DSPy's class; later versions drop the deprecated ones."""
     name = TYPES[program_type]
     kind = getattr(dspy, name, None)
     missing = [f"dspy.{name}"] if kind is None else [it.dotted for it in _NEEDS.get(program_type, ()) if not it.there]
@@ -132,7 +127,7 @@ def _kind(program_type: str) -> Any:
 
 
 def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.Module:
-    """Modules that run code check names themselves: a tool or a field must not hide a function of the sandbox."""
+    """Modules that run code check names themselves: a tool or field must not shadow a sandbox function."""
     try:
         return kind(signature, interpreter_factory=sandbox.Factory(), **chosen)
     except (TypeError, ValueError) as error:
@@ -142,7 +137,7 @@ def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.
 def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
     for where, fields, free in (
         ("inputs", signature.input_fields, ()),
-        # An answer's reasoning may be declared: it is the same field.
+        # An output `reasoning` is the same field.
         ("outputs", signature.output_fields, ("reasoning",)),
     ):
         own = _OWN_FIELDS.get(program_type, frozenset()) | _OWN_ARGUMENTS.get((program_type, where), frozenset())
@@ -154,10 +149,10 @@ def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
                 )
 
 
-def _host_module(
-    path: str, signature: type[dspy.Signature], given: dict[str, Any], callers: list[remote_tools.HostTool], lms: Models
+def _user_module(
+    path: str, signature: type[dspy.Signature], given: dict[str, Any], tools: list[remote_tools.RemoteTool], lms: Models
 ) -> dspy.Module:
-    """A module of the host's own: `package.module:Class`, made with what its constructor takes of what there is."""
+    """A user's module, `package.module:Class`: its constructor gets what it has parameters for."""
     allowed = lms.settings.allow_modules
     if not any(path == prefix or path.startswith((f"{prefix}.", f"{prefix}:")) for prefix in allowed):
         raise NotAllowed(f"program_type: {path} is not covered by DSPY_BRIDGE_ALLOW_MODULES")
@@ -168,7 +163,7 @@ def _host_module(
         raise InvalidArgs(f"program_type: {path} cannot be loaded: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, dspy.Module)):
         raise InvalidArgs(f"program_type: {path} is no dspy.Module")
-    return kind(**_constructor_arguments(path, kind, signature, given, callers))
+    return kind(**_constructor_arguments(path, kind, signature, given, tools))
 
 
 def _constructor_arguments(
@@ -176,7 +171,7 @@ def _constructor_arguments(
     kind: type[dspy.Module],
     signature: type[dspy.Signature],
     given: dict[str, Any],
-    callers: list[remote_tools.HostTool],
+    tools: list[remote_tools.RemoteTool],
 ) -> dict[str, Any]:
     parameters = list(inspect.signature(inspect.getattr_static(kind, "__init__")).parameters.values())[1:]
     named = {parameter.name: parameter for parameter in parameters if parameter.kind in _BY_NAME}
@@ -184,13 +179,13 @@ def _constructor_arguments(
     for option in given:
         if option in ("signature", "tools") or not (option in named or any_name):
             raise InvalidArgs(f"options.{option}: {path} takes no such argument")
-    if callers and "tools" not in named:
+    if tools and "tools" not in named:
         raise InvalidArgs(f"tools: the constructor of {path} takes none")
     made = dict(given)
     if "signature" in named:
         made["signature"] = signature
     if "tools" in named:
-        made["tools"] = list(callers)
+        made["tools"] = list(tools)
     for name, parameter in named.items():
         if parameter.default is inspect.Parameter.empty and name not in made:
             raise InvalidArgs(f"options.{name}: missing; the constructor of {path} wants it")

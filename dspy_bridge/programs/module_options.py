@@ -8,10 +8,9 @@ from typing import Any
 
 from dspy_bridge.errors import InvalidArgs
 
-# Each run is an LM call at least; more than this is a mistake.
+# Each run is at least one LM call; more than this is a mistake.
 MAX_RUNS = 1000
-# Each is a field more, and their time grows with the square: DSPy takes 0.1 s for 100 and 18 s for 1000, and creates
-# wait for each other.
+# Each adds a field, and DSPy's time is quadratic: 0.1 s for 100, 18 s for 1000, while other creates wait.
 MAX_COMPARED = 100
 # The modules that best_of_n and refine may run several times.
 INNER_MODULES = ("predict", "chain_of_thought", "react")
@@ -33,8 +32,8 @@ def _size(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    # The limits of a float: a number of 400 digits is one in JSON.
-    if type(value) not in (int, float) or not -sys.float_info.max <= value <= sys.float_info.max:
+    # JSON allows integers of 400 digits, which no float can hold.
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise ValueError("expected a number")
     return float(value)
 
@@ -51,7 +50,7 @@ def _inner(value: Any) -> str:
     return str(value)
 
 
-# By program type: the option's name here, as DSPy's constructor has it, and how it is read.
+# By program type: the option's name here and in DSPy's constructor, and its check.
 _BEST = {
     "n": ("N", _count()),
     "threshold": ("threshold", _number),
@@ -76,7 +75,7 @@ _OPTIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     },
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # DSPy has none for these.
+    # DSPy has no defaults for these.
     "best_of_n": {"N": 3, "threshold": 1.0, "module": "predict"},
     "refine": {"N": 3, "threshold": 1.0, "module": "predict"},
 }
@@ -87,7 +86,7 @@ def read(program_type: str, given: dict[str, Any]) -> dict[str, Any]:
     known = _OPTIONS[program_type]
     chosen = dict(_DEFAULTS.get(program_type, {}))
     for name, value in given.items():
-        # DSPy writes N and M.
+        # DSPy's own spelling is N and M.
         option = known.get(name.lower() if len(name) == 1 else name)
         if option is None:
             expected = f"expected {', '.join(known)}" if known else "it takes none"

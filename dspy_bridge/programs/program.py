@@ -1,4 +1,4 @@
-"""A program definition to a DSPy module, one call of it, and its prediction to plain values. Imports DSPy."""
+"""A loaded program: its DSPy module, its runs, and their outputs as plain values. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dspy_bridge.streaming.stream import Stream
 
 
 class Program:
-    """A loaded program. Calls of it may overlap: DSPy's modules keep no state of a call."""
+    """A loaded program. Its runs may overlap: DSPy's modules keep no state of a call."""
 
     def __init__(self, definition: dict[str, Any], lms: dspy_setup.Models, threads: WorkerThreads) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs` or `NotAllowed`."""
@@ -61,9 +61,9 @@ class Program:
         stream: bool,
         limit: int = large_inputs.LARGE,
     ) -> dict[str, Any]:
-        """Run on `inputs` and give the output fields; `stream`: tell of it meanwhile; `limit`: what is large.
+        """Run on `inputs` and return the output fields. `limit`: from which size on inputs are large.
 
-        Raises `BridgeError`, or whatever a defect raises.
+        Raises `BridgeError`; any other exception is a defect.
         """
         runner = self._runner
         values = await self._read(inputs, call, limit)
@@ -72,7 +72,7 @@ class Program:
         redaction.learn([self._config, config])
         if config:
             values["config"] = config
-        remote_tools.asking.set(call)
+        remote_tools.current_call.set(call)
         try:
             with self._lms.context(self._lm if lm is None else self._lms.pool(lm), runner.adapter(self._adapter)):
                 outputs = await self._run(values, call, stream)
@@ -80,26 +80,31 @@ class Program:
             if connections.ran_out(error):
                 await connections.close_idle()
             raise dspy_errors.translate(error, self._settings_given(config, lm)) from error
-        # An LM that calls tools, natively, writes nothing else.
+        # An LM that calls tools natively writes no other output.
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
         return outputs
 
     async def _read(self, inputs: dict[str, Any], call: Caller, limit: int) -> dict[str, Any]:
-        """As `_checked`, where that holds up nobody else; notes whether they are large."""
+        """As `_checked`, in a thread where that may take long; sets whether the inputs are large."""
         may_name_files = self._lms.settings.files_dir is not None and any(
             isinstance(value, (dict, list)) for value in inputs.values()
         )
         small = call.size < large_inputs.NEVER_LARGE or not large_inputs.is_large(inputs, limit)
         if small and not may_name_files:
             return self._checked(inputs)
-        values, are_large = await large_inputs.in_thread(lambda: _weighed(self._checked(inputs), limit))
-        # Of a host's own module nobody knows whether its `forward` does what its `aforward` does.
+
+        def read() -> tuple[dict[str, Any], bool]:
+            values = self._checked(inputs)
+            return values, large_inputs.is_large(values, limit)
+
+        values, are_large = await large_inputs.in_thread(read)
+        # The `forward` of a user's module may do something else than its `aforward`.
         large_inputs.here.set(are_large and (self._of_dspy or not self._runner.on_loop))
         return values
 
     def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The values that the module is called with. Raises `InvalidArgs` or `NotAllowed`, naming all that is wrong."""
+        """The values for the module. Raises `InvalidArgs` or `NotAllowed`, naming everything that is wrong."""
         extra = self._runner.extra
         wrong: list[BridgeError] = []
         try:
@@ -112,10 +117,10 @@ class Program:
 
     async def _run(self, values: dict[str, Any], call: Caller, stream: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {}
-        told = None
+        streaming = None
         if stream:
-            told = Stream(self._runner.module, self._text_fields, call, on_loop=self._runner.on_loop)
-            settings = told.settings()
+            streaming = Stream(self._runner.module, self._text_fields, call, on_loop=self._runner.on_loop)
+            settings = streaming.settings()
         if isinstance(call.meter, Meter):
             settings.update(call.meter.settings())
             settings["callbacks"] = [*settings.get("callbacks", dspy.settings.callbacks), call.meter]
@@ -123,8 +128,8 @@ class Program:
             return self._outputs(await self._runner.run(values, self._threads))
         with dspy.context(**settings):
             outputs = self._outputs(await self._runner.run(values, self._threads))
-            if told is not None:
-                await told.finish(outputs)
+            if streaming is not None:
+                await streaming.finish(outputs)
             return outputs
 
     def _outputs(self, prediction: Any) -> dict[str, Any]:
@@ -145,12 +150,8 @@ class Program:
         return [name for name, value in given.items() if value]
 
 
-def _weighed(values: dict[str, Any], limit: int) -> tuple[dict[str, Any], bool]:
-    return values, large_inputs.is_large(values, limit)
-
-
 def _without_types(value: Any) -> Any:
-    """Texts of a request are texts: an image among them is an object by now."""
+    """Strings that look like DSPy's custom types stay strings: real images are objects by now."""
     if isinstance(value, dspy.History):
         turns = field_markers.changed(value.messages, field_markers.without_types)
         return value if turns is value.messages else dspy.History(messages=turns)

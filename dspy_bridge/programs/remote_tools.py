@@ -1,4 +1,4 @@
-"""Tools that are functions of the caller's: their definitions to `dspy.Tool`s that ask for them. Imports DSPy."""
+"""Tools that the caller runs: `dspy.Tool`s made of their definitions. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -16,60 +16,59 @@ from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
 from dspy_bridge.lm import dspy_internals, field_markers
 from dspy_bridge.runtime import worker_threads
+from dspy_bridge.signatures.builder import description
 from dspy_bridge.signatures.type_parser import read_type
 
-# What `dspy.Tool` and its callbacks call arguments of their own.
+# Parameters of `dspy.Tool` and its callbacks.
 _NOT_AS_ARGUMENT = ("self", "instance")
-# As providers with native function calling want them.
+# What providers with native function calling accept.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
-# Of one tool. An execute in which it is called holds the event loop for 0.4 ms with each.
+# Per tool. A call of it holds the event loop for 0.4 ms for each.
 MAX_ARGS = 100
 
-# The execute that this context belongs to: a program's tools are the same for all its executes.
-asking: ContextVar[Caller] = ContextVar("asking")
+# The call that this context belongs to; all runs of a program share its tools.
+current_call: ContextVar[Caller] = ContextVar("current_call")
 
 
-class HostTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
-    """A tool that the caller of the execute runs. DSPy checks the arguments before it is called."""
+class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
+    """A tool that the caller runs. DSPy checks the arguments before."""
 
     def __call__(self, **arguments: Any) -> Any:
-        """From a sync module, in its worker thread."""
+        """Called by a sync module, in its worker thread."""
         job = worker_threads.current.get()
         if job is None:
             raise ToolFailed(f"{self.name}: expected to be called in an execute's thread, or awaited with acall")
         return job.on_loop(self.acall(**arguments))
 
 
-class AgentTool(HostTool):
-    """The same for ReAct, which fails on a list of anything but text as the result, and tells the LM of an exception
-    with its traceback: paths of this machine, and nothing that an LM can use.
-    """
+class AgentTool(RemoteTool):
+    """The same for ReAct, which accepts only lists of strings, and shows tracebacks with local paths to the LM."""
 
-    def __init__(self, tool: HostTool) -> None:
+    def __init__(self, tool: RemoteTool) -> None:
         super().__init__(tool.func, name=tool.name, desc=tool.desc, args=tool.args, arg_types=tool.arg_types)
 
     async def acall(self, /, **arguments: Any) -> Any:
-        """As `HostTool`'s; what goes wrong is the observation."""
+        """As `RemoteTool`'s; an error becomes the observation."""
         try:
             result = await super().acall(**arguments)
         except Exception as error:
             return f"Execution error in {self.name}: {error}"
         if isinstance(result, list) and not all(isinstance(item, str) for item in result):
-            # Any other sequence goes to the LM as JSON; in a reply it is a list again.
+            # DSPy writes a tuple as JSON; a reply has a list again.
             return tuple(result)
         return result
 
 
-def read(definitions: object, taken: set[str]) -> list[HostTool]:
-    """The tools of a `create_program`; `taken`: names that none may have. Raises `InvalidArgs`, naming the field."""
+def read(definitions: object, taken: set[str]) -> list[RemoteTool]:
+    """The tools of a `create_program`. `taken`: names not allowed. Raises `InvalidArgs`, naming the field."""
     if definitions is None:
         return []
     if not isinstance(definitions, list):
         raise InvalidArgs('tools: expected a list of objects such as {"name": "search", "args": {}}')
     if len(definitions) > MAX_TOOLS:
         raise InvalidArgs(f"tools: expected at most {MAX_TOOLS}")
-    tools: dict[str, HostTool] = {}
+    tools: dict[str, RemoteTool] = {}
     for index, definition in enumerate(definitions):
         where = f"tools[{index}]"
         name = _name(definition, where)
@@ -93,8 +92,8 @@ def _name(definition: object, where: str) -> str:
     return name
 
 
-def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
-    described = _description(definition, where)
+def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
+    described = description(definition, where) or ""
     args = definition.get("args", {})
     if not isinstance(args, dict):
         raise InvalidArgs(f'{where}.args: expected an object such as {{"query": {{"type": "str"}}}}')
@@ -108,11 +107,11 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
             raise InvalidArgs(f"{here}: no name for an argument; expected letters, digits and _, no keyword")
         if arg in _NOT_AS_ARGUMENT:
             raise InvalidArgs(f"{here}: {arg!r} is an argument of DSPy's own; choose another name")
-        # A type alone will do.
+        # Short form: only the type.
         given = given if isinstance(given, dict) else {"type": given}
         refuse_unknown(given, ("type", "description", "desc"), here)
         types[arg] = read_type(given.get("type"), f"{here}.type")
-        schemas[arg] = _schema(types[arg], _description(given, here), f"{here}.type")
+        schemas[arg] = _schema(types[arg], description(given, here), f"{here}.type")
 
     async def ask(**arguments: Any) -> Any:
         missing = [arg for arg in args if arg not in arguments]
@@ -120,17 +119,17 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> HostTool:
             raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(args)}")
         return await _ask(name, arguments)
 
-    # What DSPy reads of a function.
+    # What DSPy reads from a function.
     ask.__name__ = name
     ask.__doc__ = described
     ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # inspect's own protocol
         [inspect.Parameter(arg, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for arg, kind in types.items()]
     )
-    # Given, since DSPy would read them without what constrains them.
-    return HostTool(ask, name=name, desc=described or None, args=schemas, arg_types=types)
+    # DSPy itself would drop the constraints of the types.
+    return RemoteTool(ask, name=name, desc=described or None, args=schemas, arg_types=types)
 
 
-def _schema(annotation: Any, description: str, where: str) -> dict[str, Any]:
+def _schema(annotation: Any, described: str | None, where: str) -> dict[str, Any]:
     try:
         schema = pydantic.TypeAdapter(annotation).json_schema()
         if dspy_internals.TOOL_SCHEMAS.there:
@@ -139,11 +138,11 @@ def _schema(annotation: Any, description: str, where: str) -> dict[str, Any]:
             schema = dspy_internals.TOOL_SCHEMAS.value(whole)[0]["it"]
     except (pydantic.PydanticUserError, RecursionError):
         raise InvalidArgs(f"{where}: no type for an argument; expected one with a JSON Schema, not recursive") from None
-    return {**schema, "description": description} if description else schema
+    return {**schema, "description": described} if described else schema
 
 
 async def _ask(name: str, arguments: dict[str, Any]) -> Any:
-    """The caller's answer, which will stand in a prompt as text."""
+    """The tool's result, for a prompt: strings that look like DSPy's custom types stay strings."""
     try:
         return field_markers.changed(await _answer(name, arguments), field_markers.without_types)
     except ToolFailed as error:
@@ -151,18 +150,9 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    question = asking.get().call_tool(name, arguments)
+    question = current_call.get().call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():
         return await question
-    # A loop that a worker thread has started for it, as RLM does: the answer comes to the peer's own.
+    # RLM starts an event loop in its worker thread; the reply comes to the peer's.
     return await asyncio.to_thread(job.on_loop, question)
-
-
-def _description(given: dict[str, Any], where: str) -> str:
-    text = given.get("description", given.get("desc", ""))
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise InvalidArgs(f"{where}.description: expected text")
-    return text

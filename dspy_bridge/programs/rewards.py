@@ -1,4 +1,4 @@
-"""Rewards of best_of_n and refine: a function of the caller's, or a field and the value that it should have."""
+"""Rewards of best_of_n and refine: a tool of the caller, or a field and its wanted value. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dspy_bridge.wire.json_values import encode_value
 
 
 class Reward:
-    """`reward(inputs, prediction)` in a worker thread; `text` tells an LM what it rewards."""
+    """`reward(inputs, prediction)`, called in a worker thread. `text` describes it to an LM."""
 
     def __init__(self, tool: str | None, field: str | None, equals: Any) -> None:
         self.tool = tool
@@ -31,9 +31,11 @@ class Reward:
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})
         job = worker_threads.current.get()
         assert job is not None, "rewards are given in worker threads"
-        value = job.on_loop(remote_tools.asking.get().call_tool(self.tool, {"inputs": fields, "outputs": outputs}))
-        # True and false, as many rewards are, count as 1 and 0.
-        if not isinstance(value, (int, float)) or not -sys.float_info.max <= value <= sys.float_info.max:
+        value = job.on_loop(
+            remote_tools.current_call.get().call_tool(self.tool, {"inputs": fields, "outputs": outputs})
+        )
+        # Many rewards are booleans: they count as 1 and 0.
+        if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise ToolFailed(f"{self.tool}: expected a number as the reward")
         return float(value)
 
@@ -49,11 +51,11 @@ def read(given: dict[str, Any] | None, signature: type[dspy.Signature]) -> Rewar
         return Reward(given["tool"], None, None)
     if given.keys() != {"field", "equals"}:
         raise InvalidArgs(f"options.reward: {wanted}")
-    if given["field"] not in list(signature.output_fields):  # a list compares, whatever it is
+    if given["field"] not in list(signature.output_fields):  # may be unhashable
         raise InvalidArgs(f"options.reward.field: expected one of {', '.join(signature.output_fields)}")
     return Reward(None, given["field"], given["equals"])
 
 
 def _plain(values: dict[str, Any]) -> Any:
-    """As a reply would have them."""
+    """The values as a reply would contain them."""
     return jiter.from_json(encode_value(values))

@@ -1,4 +1,4 @@
-"""How a program's module is called: on the event loop, or in a worker thread where it is sync. Imports DSPy."""
+"""Runners call a program's module: on the event loop, or in a worker thread if it is sync. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import dspy
 from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
-from dspy_bridge.programs.remote_tools import HostTool
+from dspy_bridge.programs.remote_tools import RemoteTool
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
@@ -29,19 +29,19 @@ class Runner:
         self.takes_config = takes_config
 
     def check(self, inputs: dict[str, Any]) -> None:
-        """Check the extra inputs, before any LM is asked. Raises `InvalidArgs`."""
+        """Check the extra inputs before any LM call. Raises `InvalidArgs`."""
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
-        """The adapter for a call, where one of the program's own was chosen or DSPy's default will not do."""
+        """The adapter for a call; None for DSPy's default. `chosen`: the program's own."""
         return chosen
 
     @property
     def on_loop(self) -> bool:
-        """Whether calls run on the event loop, not in a thread: the large ones of DSPy's modules never do."""
+        """Whether calls run on the event loop. Calls with large inputs run in a thread."""
         return hasattr(self.module, "aforward") and not large_inputs.here.get()
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
-        """One call; gives the prediction. Sync modules run in one of `threads`, with DSPy's context of now."""
+        """One call; returns the prediction."""
         module = self.module
         if self.on_loop:
             return await module.acall(**values)
@@ -49,25 +49,25 @@ class Runner:
 
 
 class ToolCallRunner(Runner):
-    """Predict or ChainOfThought with tools: the LM says which to call, natively where it can, and they are called."""
+    """Predict or ChainOfThought with tools: runs the tool calls of the LM's answer, native ones if the LM has them."""
 
-    def __init__(self, kind: Any, signature: type[dspy.Signature], callers: list[HostTool]) -> None:
+    def __init__(self, kind: Any, signature: type[dspy.Signature], tools: list[RemoteTool]) -> None:
         for name in ("tools", "tool_calls"):
             if name in signature.fields:
                 raise InvalidArgs(f"signature: with tools, the field {name!r} is DSPy's; choose another name")
         signature = signature.append("tools", dspy.InputField(), list[dspy.Tool])
         signature = signature.append("tool_calls", dspy.OutputField(), dspy.ToolCalls)
         super().__init__(kind(signature))
-        self._tools = {tool.name: tool for tool in callers}
+        self._tools = {tool.name: tool for tool in tools}
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
-        """Native function calling is the adapter's to ask for, where the LM has it."""
+        """The chosen adapter with native function calling, which it uses if the LM has it."""
         adapter = copy.copy(chosen or dspy.settings.adapter or dspy.ChatAdapter())
         adapter.use_native_function_calling = True
         return adapter
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
-        """The prediction, its `tool_calls` with the results; those of one answer run at once."""
+        """The prediction, with results in its `tool_calls`; these run concurrently."""
         prediction = await super().run({**values, "tools": list(self._tools.values())}, threads)
         asked = prediction.get("tool_calls")
         calls = [] if asked is None else asked.tool_calls
@@ -81,35 +81,40 @@ class ToolCallRunner(Runner):
             return {**called, "error": f"there is no tool {name}"}
         try:
             return {**called, "result": await tool.acall(**args)}
-        except Exception as error:  # an observation, as in ReAct: what the LM got wrong fails nothing else
+        except Exception as error:  # an observation, as in ReAct: the other calls go on
             return {**called, "error": str(error)}
 
 
 class ComparisonRunner(Runner):
-    """MultiChainComparison: answers that there are already are compared."""
+    """MultiChainComparison: compares given completions."""
 
     extra = ("completions",)
 
     def __init__(self, module: dspy.Module, answer: str, count: int) -> None:
-        """`answer`: the output that is compared; `count`: how many answers DSPy wants."""
+        """`answer`: the output that is compared; `count`: how many completions DSPy wants."""
         super().__init__(module)
         self._answer, self._count = answer, count
 
     def check(self, inputs: dict[str, Any]) -> None:
-        """`completions`: as many as M, each with its reasoning and its answer."""
+        """`completions` must be M objects, each with reasoning and answer."""
         completions = inputs.get("completions")
-        wanted = f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
-        if not isinstance(completions, list) or len(completions) != self._count:
-            raise InvalidArgs(wanted)
-        for completion in completions:
-            if not isinstance(completion, dict) or self._answer not in completion:
-                raise InvalidArgs(wanted)
-            if not isinstance(completion.get("rationale", completion.get("reasoning")), str):
-                raise InvalidArgs(wanted)
+        if (
+            not isinstance(completions, list)
+            or len(completions) != self._count
+            or not all(
+                isinstance(one, dict)
+                and self._answer in one
+                and isinstance(one.get("rationale", one.get("reasoning")), str)
+                for one in completions
+            )
+        ):
+            raise InvalidArgs(
+                f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
+            )
 
 
 class CodeRunner(Runner):
-    """Modules that run code: always in a thread, since they wait for their sandbox there."""
+    """Modules that run code: always in a thread, where they wait for their sandbox."""
 
     on_loop = False
 
@@ -124,14 +129,14 @@ class CodeRunner(Runner):
             finally:
                 ending.returned.set()
 
-        # Fields that may be absent are None for code.
+        # The code sees None for absent inputs.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
         try:
             return await threads.run(work)
         except dspy.CodeInterpreterError as error:
             raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
         except RuntimeError as error:
-            # ProgramOfThought has no type of its own for it.
+            # ProgramOfThought has no exception type for it.
             if not str(error).startswith(dspy_internals.NO_MORE_HOPS):
                 raise
             raise OutputInvalid(f"the code that the LM wrote failed each time: {error}") from error

@@ -1,4 +1,4 @@
-"""Sandboxes of modules that run code which an LM wrote: their end, when nobody waits for it any more. Imports DSPy."""
+"""Ends the sandboxes of a cancelled call, and creates them. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from dspy_bridge.lm import dspy_internals
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.runtime.worker_threads import Job
 
-# A sandbox of DSPy's may just be starting, and have no process yet that could be ended.
+# A sandbox that is starting has no process to kill yet.
 _AGAIN_SECONDS = 0.05
 
 
 class Ending:
-    """The end of what one call's sandboxes run, from its thread or from another."""
+    """Ends the sandboxes of one call, from any thread."""
 
     def __init__(self) -> None:
-        # That thread has returned: there is nothing left to end.
+        # The call's thread has returned: nothing is left to end.
         self.returned = threading.Event()
 
     def comes_with(self, job: Job, interpreter: Any) -> None:
-        """Have `interpreter` end when `job` is given up, which happens on the event loop: nothing may wait there."""
+        """End `interpreter`, in a thread, when `job` is given up."""
         if not isinstance(interpreter, dspy.PythonInterpreter):
-            # DSPy's LocalInterpreter, for one, can be ended once only, and not while it starts.
+            # Others, as DSPy's LocalInterpreter, cannot be ended while they start.
             interpreter.start()
         job.on_give_up(lambda: threading.Thread(target=self._end, args=(interpreter,), daemon=True).start())
 
     def _end(self, interpreter: Any) -> None:
         while not self.returned.is_set():
             if isinstance(interpreter, dspy.PythonInterpreter):
-                # Its own shutdown is a message, which a busy sandbox does not read.
+                # Its `shutdown` sends a message, which a busy sandbox does not read.
                 process = getattr(interpreter, dspy_internals.SANDBOX_PROCESS.attribute, None)
                 if process is not None:
                     process.kill()
             else:
-                with contextlib.suppress(Exception):  # the host's own; nobody is left to tell
+                with contextlib.suppress(Exception):  # user code; no caller is left
                     interpreter.shutdown()
             self.returned.wait(_AGAIN_SECONDS)
 

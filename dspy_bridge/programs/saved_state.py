@@ -1,4 +1,4 @@
-"""A program's learned state, in and out: what DSPy's `save` writes, and demos. JSON only, no pickle. Imports DSPy."""
+"""Loads and dumps a program's state, as DSPy's `save` writes it, and its demos. JSON only, no pickle. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dspy_bridge.lm import dspy_internals
 from dspy_bridge.logs import redaction
 from dspy_bridge.signatures import confined_files, media, validation_errors
 
-# A state holds texts: a larger file is something else.
+# A larger file is not a state.
 MAX_STATE_BYTES = 64 * 1024 * 1024
-# DSPy writes them into every prompt anew, on the event loop: 500 take it 16 to 60 ms.
+# DSPy writes them into each prompt, on the event loop: 500 take 16 to 60 ms.
 MAX_DEMOS = 500
-# What DSPy writes of a predictor; it would set any other key as an attribute, methods included.
+# The keys of a predictor's state. DSPy sets any other one as an attribute, even over methods.
 _KEYS = frozenset(("traces", "train", "demos", "signature", "lm", "fields"))
-# The program's own words and values, whatever these are called.
+# The program's own data, whatever its keys are.
 _DATA = frozenset(("traces", "train", "demos", "signature"))
-# What is taken of a saved LM: which one, and how it is to write. A state that somebody gave must not send prompts
-# elsewhere, or more along with them, and providers have too many names for that to list.
+# The settings that are taken from a saved LM. An allow list: a state must not send prompts to another address, and
+# providers have many names for that.
 _LM_SETTINGS = frozenset(
     (
         *("model", "model_type", "cache", "num_retries", "rollout_id", "timeout", "use_developer_role"),
@@ -33,12 +33,12 @@ _LM_SETTINGS = frozenset(
         *("reasoning_effort", "thinking", "verbosity"),
     )
 )
-# What DSPy writes for a field without a description.
+# DSPy's default description of a field.
 _NO_DESCRIPTION = re.compile(r"\$\{(\w+)\}")
 
 
 def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | None:
-    """The state that a `create_program` gives, if any. Raises `InvalidArgs` or `NotAllowed`."""
+    """The state in a `create_program`, if any. Raises `InvalidArgs` or `NotAllowed`."""
     state, path = definition.get("state"), definition.get("state_path")
     if state is not None and path is not None:
         raise InvalidArgs("state, state_path: expected one of them")
@@ -65,7 +65,7 @@ def _read_file(path: object, state_dir: str | None) -> Any:
 
 
 def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Give a module its state; returns the state of the LM that it was saved with, if any. Raises `InvalidArgs`."""
+    """Load a state into a module; returns the settings of its saved LM, if any. Raises `InvalidArgs`."""
     wanted = dict(module.named_parameters())
     state = {name: value for name, value in state.items() if name != "metadata"}
     if _is_flat(module):
@@ -81,12 +81,12 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     lms = [_settings_of(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
     if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
         raise InvalidArgs("state: its predictors have different LMs; expected one, or none")
-    # Which LM it is called with is the program's business: one of a predictor's own would win over a call's.
+    # A predictor's own LM would win over that of a call.
     without = {name: {**saved, "lm": None} for name, saved in given.items()}
     try:
         module.load_state(without["self"] if _is_flat(module) else without)
         for predictor in module.predictors():
-            # Now rather than with every execute.
+            # An error shows now, not in each run.
             dspy.ChatAdapter().format_demos(predictor.signature, predictor.demos)
     except Exception as error:
         raise InvalidArgs(f"state: DSPy cannot load it: {type(error).__name__}: {error}") from error
@@ -94,7 +94,7 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
-    """What DSPy's `save` writes to a file, without secrets; `lm`: what `load` gave."""
+    """What DSPy's `save` writes, without secrets; `lm`: the result of `load`."""
     state: dict[str, Any] = _without_secrets(module.dump_state())
     if lm is not None:
         given = {name: {**saved, "lm": lm} for name, saved in _by_predictor(module, state).items()}
@@ -104,7 +104,7 @@ def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _is_flat(module: dspy.Module) -> bool:
-    """Of a Predict alone DSPy writes the one predictor's state, without a name for it."""
+    """Whether the state has no names of predictors: DSPy writes a single Predict so."""
     return isinstance(module, dspy.Predict)
 
 
@@ -113,15 +113,15 @@ def _by_predictor(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings_of(lm: dict[str, Any]) -> dict[str, Any]:
-    """What is taken of a saved LM. Raises `InvalidArgs`."""
+    """The settings that are taken from a saved LM. Raises `InvalidArgs`."""
     if "://" in str(lm.get("model")):
-        # With some providers it is the address.
+        # Some providers take an address as the model.
         raise InvalidArgs("state: lm.model: expected a name; no address is taken from a state")
     return {name: value for name, value in lm.items() if name in _LM_SETTINGS}
 
 
 def _without_secrets(state: Any, *, is_lm: bool = False) -> Any:
-    """A module's state, the LMs in it without their secrets. DSPy leaves out `api_key` alone."""
+    """A module's state without secrets of its LMs. DSPy only omits `api_key`."""
     if isinstance(state, list):
         return [_without_secrets(item) for item in state]
     if not isinstance(state, dict):
@@ -136,9 +136,9 @@ def _without_secrets(state: Any, *, is_lm: bool = False) -> Any:
 def read_demos(
     demos: object, module: dspy.Module, signature: type[dspy.Signature], files_dir: str | None = None
 ) -> None:
-    """Give the demos of a `create_program` to the predictors that write the program's outputs.
+    """Set the demos of a `create_program` on the predictors that write the program's outputs.
 
-    `files_dir`: the folder that paths in them may lead to. Raises `InvalidArgs` or `NotAllowed`.
+    `files_dir`: the folder for paths in them. Raises `InvalidArgs` or `NotAllowed`.
     """
     if not isinstance(demos, list):
         raise InvalidArgs('demos: expected a list of objects such as {"question": "…", "answer": "…"}')
@@ -185,7 +185,7 @@ def _check(saved: object, parameter: Any, where: str) -> None:
     _check_signature(saved.get("signature"), parameter.signature, f"{where}.signature")
     names = parameter.signature.fields
     for index, demo in enumerate(saved["demos"]):
-        # An optimizer's demos may have fewer fields, and some of the training set's besides.
+        # An optimizer's demos may lack fields, and have some of the training set's.
         if not any(name in names for name in demo):
             expected = ", ".join(names)
             raise InvalidArgs(f"{where}.demos[{index}]: for another signature: expected fields of {expected}")
@@ -199,8 +199,8 @@ def _check_signature(saved: object, signature: type[dspy.Signature], where: str)
         texts = (field.get("prefix"), field.get("description")) if isinstance(field, dict) else (None,)
         if not all(isinstance(text, str) for text in texts):
             raise InvalidArgs(f"{where}.fields[{index}]: expected an object with prefix and description, texts")
-    # DSPy writes no names; a prefix is made of the name unless somebody chose another, an optimizer for one, and the
-    # description names the field where there is none.
+    # DSPy writes no names. A prefix is made from the name unless an optimizer, say, chose another; the default
+    # description contains the name.
     wanted = [field["prefix"] for field in signature.dump_state()["fields"]]
     got = [field["prefix"] for field in fields]
     same = len(got) == len(wanted) and not set(got).isdisjoint(wanted)

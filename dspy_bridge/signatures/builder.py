@@ -1,6 +1,7 @@
-"""Field definitions from a request to a `dspy.Signature`. Type texts are parsed here and never evaluated.
+"""Builds a `dspy.Signature` from the definition in a request. Imports DSPy.
 
-DSPy's own parser of string signatures imports modules that a type names, so no text of a client reaches it.
+Types are parsed, never evaluated. DSPy's own parser of string signatures imports modules that a type names, so it gets
+no string of a client.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import keyword
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, NamedTuple, get_origin
 
 import dspy
 import pydantic
@@ -17,15 +18,15 @@ from dspy_bridge.errors import InvalidArgs, refuse_unknown
 from dspy_bridge.signatures.type_parser import PROBABILITY, parse, read_type, resolve
 from dspy_bridge.signatures.validation import Contract, Turn, validator_of
 
-# Python's parser holds the interpreter lock throughout: 16,000 characters take it some 30 ms.
+# Python's parser holds the GIL: some 30 ms for 16,000 characters.
 MAX_SIGNATURE_CHARS = 16_000
 MAX_FIELDS = 1000
-# DSPy's own name for signatures that have none.
+# DSPy's default name.
 _NAME = "StringSignature"
 
-# Keyword arguments that Predict and its callers keep for themselves.
+# Keyword parameters of Predict and its callers.
 _NOT_AS_INPUT = frozenset(
-    # `prediction`: one that looks like OpenAI's predicted output would become a setting of the LM, out of the prompt.
+    # `prediction`: DSPy makes a value that looks like OpenAI's predicted output a setting of the LM.
     ("self", "instance", "signature", "demos", "config", "lm", "new_signature", "completions", "prediction")
 )
 
@@ -33,9 +34,9 @@ _NOT_AS_INPUT = frozenset(
 def build(definition: object, *, files_dir: str | None = None, left_out: tuple[str, ...] = ()) -> Contract:
     """The signature of a `create_program`: DSPy's string form, or `{"inputs", "outputs", "instructions"?}`.
 
-    DSPex also sends `name`, that of the signature's class, and `description`: instructions where there are none.
-    `files_dir`: the folder that paths in inputs may lead to; none if None. `left_out`: inputs that may be declared and
-    are no fields. Raises `InvalidArgs`, naming the field.
+    DSPex also sends `name`, that of the signature's class, and `description`, the default instructions.
+    `files_dir`: the folder for paths in inputs; no paths if None. `left_out`: inputs that may be declared but are not
+    fields. Raises `InvalidArgs`, naming the field.
     """
     instructions = name = None
     if isinstance(definition, str):
@@ -44,9 +45,9 @@ def build(definition: object, *, files_dir: str | None = None, left_out: tuple[s
         refuse_unknown(definition, ("inputs", "outputs", "instructions", "name", "description"), "signature")
         inputs = _read_fields(definition.get("inputs"), "signature.inputs")
         outputs = _read_fields(definition.get("outputs"), "signature.outputs")
-        description = _optional_text(definition, "description")
-        instructions = _optional_text(definition, "instructions") or description
-        name = _optional_text(definition, "name")
+        described = _optional_text(definition, "description", "signature")
+        instructions = _optional_text(definition, "instructions", "signature") or described
+        name = _optional_text(definition, "name", "signature")
         if name is not None and not name.isprintable():
             raise InvalidArgs("signature.name: expected a name on one line")
     else:
@@ -59,17 +60,12 @@ def build(definition: object, *, files_dir: str | None = None, left_out: tuple[s
     return _contract(inputs, outputs, instructions, name or _NAME, files_dir)
 
 
-class _Field:
-    __slots__ = ("annotation", "default", "description", "name", "where")
-
-    def __init__(
-        self, name: object, annotation: Any, description: str | None, where: str, default: dict[str, Any] | None = None
-    ) -> None:
-        self.name = _check_name(name, where)
-        self.default = default or {}
-        self.annotation = annotation
-        self.description = description
-        self.where = where
+class _Field(NamedTuple):
+    name: str
+    annotation: Any
+    where: str
+    description: str | None = None
+    default: Any = ...
 
 
 def _contract(
@@ -84,7 +80,7 @@ def _contract(
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is reserved by DSPy; choose another name")
             extra: dict[str, Any] = {"desc": field.description} if field.description else {}
             if field.annotation is PROBABILITY:
-                extra = {**extra, "ge": 0, "le": 1}  # DSPy tells the LM of constraints that the field function gets
+                extra.update(ge=0, le=1)  # DSPy shows the LM constraints that are arguments of the field function
             info = make(**extra)
             if field.annotation is not PROBABILITY and get_origin(field.annotation) is Annotated:
                 schema = json.dumps(pydantic.TypeAdapter(field.annotation).json_schema(), ensure_ascii=False)
@@ -94,10 +90,10 @@ def _contract(
     turn = Turn({field.name: field.annotation for field in (*inputs, *outputs)}, files_dir)
     for field in inputs:
         contract.inputs[field.name] = validator_of(field.annotation, files_dir, turn.read)
-        if field.default:
-            contract.defaults[field.name] = field.default["default"]
+        if field.default is not ...:
+            contract.defaults[field.name] = field.default
     for field in outputs:
-        # DSPy checks an answer with the type alone, without what Annotated adds.
+        # DSPy checks an answer without the constraints of Annotated.
         if get_origin(field.annotation) is Annotated:
             contract.outputs[field.name] = pydantic.TypeAdapter(field.annotation)
     return contract
@@ -112,23 +108,24 @@ def _read_fields(fields: object, where: str) -> list[_Field]:
         if not isinstance(field, dict):
             raise InvalidArgs(f'{here}: expected an object such as {{"name": "question", "type": "str"}}')
         refuse_unknown(field, ("name", "type", "description", "desc"), here)
-        description = field.get("description", field.get("desc"))
-        if description is not None and not isinstance(description, str):
-            raise InvalidArgs(f"{here}.description: expected text")
+        described = description(field, here)
         kind = field.get("type")
         annotation = read_type(kind, f"{here}.type")
-        default = None
-        if isinstance(kind, dict):
-            description = description or kind.get("description")
-            default = {"default": kind["default"]} if "default" in kind else None
-        read.append(_Field(field.get("name"), annotation, description, here, default))
+        name = _check_name(field.get("name"), here)
+        schema = kind if isinstance(kind, dict) else {}
+        read.append(_Field(name, annotation, here, described or schema.get("description"), schema.get("default", ...)))
     return read
 
 
-def _optional_text(definition: dict[str, Any], key: str) -> str | None:
-    value = definition.get(key)
+def description(given: dict[str, Any], where: str) -> str | None:
+    """The description of a field, a tool or its argument. Raises `InvalidArgs`."""
+    return _optional_text(given, "description" if "description" in given else "desc", where)
+
+
+def _optional_text(given: dict[str, Any], key: str, where: str) -> str | None:
+    value = given.get(key)
     if value is not None and not isinstance(value, str):
-        raise InvalidArgs(f"signature.{key}: expected text")
+        raise InvalidArgs(f"{where}.{key}: expected text")
     return value
 
 
@@ -151,27 +148,26 @@ def _parse_string(text: str) -> tuple[list[_Field], list[_Field]]:
     if len(sides) != 2:
         raise InvalidArgs('signature: expected exactly one "->", as in "question -> answer"')
     inputs, outputs = (
-        [_Field(name, annotation, None, f"signature.{where}") for name, annotation in _parse_side(side, where)]
-        for side, where in zip(sides, ("inputs", "outputs"), strict=True)
+        _parse_side(side, f"signature.{where}") for side, where in zip(sides, ("inputs", "outputs"), strict=True)
     )
     return inputs, outputs
 
 
-def _parse_side(side: str, where: str) -> list[tuple[str, Any]]:
-    here = f"signature.{where}"
-    # On lines of its own: a comment sign in it must not hide what follows.
-    tree = parse(f"def f(\n{side.strip()}\n): pass", here, "exec", side.strip())
-    body = tree.body
-    function = body[0] if len(body) == 1 else None
+def _parse_side(side: str, where: str) -> list[_Field]:
+    # On lines of its own: a comment sign in it must not hide the end.
+    body = parse(f"def f(\n{side.strip()}\n): pass", where, "exec", side.strip()).body
+    function = body[0]
     if (
-        not isinstance(function, ast.FunctionDef)
-        or len(function.body) != 1
+        len(body) > 1
+        or not isinstance(function, ast.FunctionDef)
+        or len(function.body) > 1
         or not isinstance(function.body[0], ast.Pass)
+        # Other kinds of parameters, and defaults.
+        or list(ast.iter_child_nodes(function.args)) != function.args.args
     ):
-        raise InvalidArgs(f"{here}: expected fields such as question, context: list[str]")
-    given = function.args
-    if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults:
-        raise InvalidArgs(f"{here}: expected fields such as question, context: list[str]")
-    return [
-        (arg.arg, str if arg.annotation is None else resolve(arg.annotation, f"{here}.{arg.arg}")) for arg in given.args
-    ]
+        raise InvalidArgs(f"{where}: expected fields such as question, context: list[str]")
+    fields = []
+    for arg in function.args.args:
+        annotation = str if arg.annotation is None else resolve(arg.annotation, f"{where}.{arg.arg}")
+        fields.append(_Field(_check_name(arg.arg, where), annotation, where))
+    return fields

@@ -1,7 +1,6 @@
-"""Images, audio, files and conversations as a request gives them, to DSPy's objects. Imports DSPy.
+"""Converts images, audio, files and histories of a request to DSPy's objects. Imports DSPy.
 
-Nothing is fetched, and no file is read but in the one folder that a setting names: a URL goes to the LM's provider
-as it is, where the provider takes one.
+Nothing is downloaded: a URL goes to the LM's provider as it is. Files are read only from the folder of a setting.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from dspy_bridge.errors import BridgeError
 from dspy_bridge.signatures import confined_files
 from dspy_bridge.signatures.validation_errors import again, not_allowed, unfit
 
-# A file is read whole, becomes a third longer as base64 and then part of a request; providers take less than this.
+# Base64 makes it a third longer; providers accept less than this.
 MAX_FILE_BYTES = 64 * 1024 * 1024
-# Base64 is checked in pieces: in one, 27 MB would hold Python's lock for 50 ms.
+# Base64 is checked in pieces: 27 MB at once would hold the GIL for 50 ms.
 _PIECE = 1 << 20
 _URL = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
 _DATA_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
 _MIME = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
 
-# Reads one turn of a history; raises `InvalidArgs` or `NotAllowed`, whose text begins with the field.
+# Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, whose text begins with the field.
 Turn = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
-    """DSPy's own `format` keeps the last 32 images in a cache, however large they are."""
+    """DSPy's own `format` caches the last 32 images, of any size."""
 
     def format(self) -> list[dict[str, Any]]:
         return [{"type": "image_url", "image_url": {"url": self.url}}]
 
 
 class _FirstError:
-    """Of a list or a set: one error is told. Pydantic would make one of each item, of a million in seconds, with
-    Python's lock held. Its own `FailFast` cannot stand in a union.
+    """Stops the validation of a list or a set at its first error: one for each of a million items takes seconds, with
+    the GIL held. Pydantic's own `FailFast` cannot be used in a union.
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
@@ -54,9 +53,9 @@ _FIRST_ERROR = _FirstError()
 
 
 def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
-    """The annotation, with what a request may give for each of DSPy's types in it.
+    """The annotation, with converters for DSPy's types in it.
 
-    `files_dir`: the folder that paths may lead to. `turn`: reads the turns of a history; as they are without.
+    `files_dir`: the folder for paths. `turn`: checks the turns of a history.
     """
     if annotation is dspy.History:
         return Annotated[annotation, pydantic.BeforeValidator(lambda value: _history(value, turn))]
@@ -128,7 +127,7 @@ _READERS: dict[type, Callable[[Any, str | None], Any]] = {
 
 
 def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:
-    """The MIME type, base64 text and name of what was given."""
+    """The MIME type, base64 string and file name of a value."""
     if isinstance(value, str) and value[:5].lower() == "data:":
         head, _, data = value.partition(",")
         found = _DATA_HEAD.fullmatch(head.strip())
@@ -156,11 +155,11 @@ def _filename(value: object) -> str | None:
 
 
 def _checked(data: str) -> str:
-    """Base64 text as it is. Raises if it is none."""
+    """The given string, if it is base64."""
     try:
         for start in range(0, max(len(data), 1), _PIECE):
             piece = data[start : start + _PIECE].encode("ascii")
-            # Python's reader skips what it does not know; the way back shows it. It is faster than any look at each.
+            # The decoder skips unknown characters: encoding again shows them, which is the fastest check.
             ends = start + _PIECE >= len(data)
             if not piece or base64.b64encode(base64.b64decode(piece)) != piece or (piece[-1:] == b"=" and not ends):
                 raise binascii.Error

@@ -1,4 +1,4 @@
-"""Type texts to annotations: Python's, DSPex's and DSPy's names for types. Parsed, never evaluated or imported."""
+"""Parses type names of Python, DSPex and DSPy to annotations. Nothing is evaluated or imported. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pydantic
 from dspy_bridge.errors import InvalidArgs, short
 from dspy_bridge.signatures.json_schema import annotation
 
-# Longer texts are no types that anybody wrote; the parser's recursion stays far from Python's limit.
+# No type written by hand is longer; keeps the parser far from Python's recursion limit.
 MAX_TYPE_CHARS = 2000
 
 PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -65,19 +65,19 @@ _DOTTED = {
     "dspy": ["Image", "Audio", "File", "History"],
     "datetime": ["datetime", "date", "time"],
 }
-# Name to the least and most type arguments that it takes.
+# Name to the minimum and maximum number of type arguments.
 _GENERICS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("list", "List", "set", "Set", "frozenset", "FrozenSet", "Optional"), (1, 1)),
     **dict.fromkeys(("dict", "Dict"), (2, 2)),
     **dict.fromkeys(("tuple", "Tuple", "Union", "union", "Literal"), (1, 1000)),
 }
-# DSPex writes its types so: list<string>, dict<string,any>, union<integer|float>.
+# DSPex's types: list<string>, dict<string,any>, union<integer|float>.
 _ANGLES = str.maketrans("<>", "[]")
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 
 
 def read_type(value: object, where: str) -> Any:
-    """The annotation for a type as a request gives it: a text, a JSON Schema object, None for `str`.
+    """The annotation for a type in a request: a string, a JSON Schema object, or None for `str`.
 
     Raises `InvalidArgs`, which names `where` or a place in it.
     """
@@ -91,10 +91,10 @@ def read_type(value: object, where: str) -> Any:
 
 
 def parse_type(text: str, where: str) -> Any:
-    """The annotation for a type text. Raises `InvalidArgs`, which names `where`."""
+    """The annotation for a type string. Raises `InvalidArgs`, which names `where`."""
     if len(text) > MAX_TYPE_CHARS:
         raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
-    # What is quoted is a value, of a Literal.
+    # With quotes it may be a Literal, whose values must not change.
     code = text if "'" in text or '"' in text else text.translate(_ANGLES)
     return resolve(parse(code.strip(), where, "eval", text).body, where)
 
@@ -105,20 +105,20 @@ def parse(code: str, where: str, mode: str, shown: str) -> Any:
         try:
             return ast.parse(code, mode=mode)
         except SystemError:
-            continue  # another thread parses, too: python/cpython issue 106905, in 3.11 and before
+            continue  # two threads parse at once: python/cpython issue 106905, up to 3.11
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             text = f"{where}: {short(shown)} cannot be read; expected a type such as str or list[int]"
             raise InvalidArgs(text) from None
 
 
 def resolve(node: ast.expr, where: str) -> Any:
-    """The annotation that a node of a syntax tree stands for. Raises `InvalidArgs`."""
+    """The annotation for a node of a syntax tree. Raises `InvalidArgs`."""
     try:
         return _type_of(node, where)
     except RecursionError:
         raise InvalidArgs(f"{where}: nested too deep") from None
     except TypeError:
-        # list[...] and Union[...] check their arguments themselves, for example Literal inside a set twice.
+        # list[…] and Union[…] check their arguments themselves.
         raise InvalidArgs(f"{where}: {short(ast.unparse(node))} is no type") from None
 
 
@@ -167,7 +167,7 @@ def _literal(node: ast.expr, where: str) -> str | int | bool | None:
 
 
 def _name_of(node: ast.expr) -> str:
-    """The name in a name node; a dotted one without its module where that is typing, dspy or datetime."""
+    """The name of a node, without a module typing, dspy or datetime; empty for any other node."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -1,4 +1,4 @@
-"""What the inputs of a call, and the outputs that an LM gives, are checked with. Imports DSPy."""
+"""Checks the inputs of a call and the outputs of an LM. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pydantic
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, short
 from dspy_bridge.signatures import media, validation_errors
 
-# What DSPy's modules answer beside a signature's outputs: an answer is a turn of a history as it came.
+# Outputs that DSPy's modules add to a signature's: a history may contain whole answers.
 _OF_MODULES = frozenset(("reasoning", "rationale", "trajectory", "final_reasoning", "tool_calls"))
-# So many unknown inputs are named in an error, and the rest counted.
+# Unknown inputs named in an error; the rest are counted.
 _NAMED = 20
 
 
 class Contract:
-    """A signature, and what its input values and constrained outputs are checked with.
+    """A signature with the validators of its fields.
 
-    `inputs`: name to a validator, None where any value will do; `outputs`: the same, constrained ones only.
-    `defaults`: those of inputs that may be left out.
+    `inputs`: name to a validator, None if any value is valid; `outputs`: the same, for constrained ones only.
+    `defaults`: those of optional inputs.
     """
 
     __slots__ = ("defaults", "inputs", "outputs", "signature")
@@ -34,10 +34,10 @@ class Contract:
         self.defaults: dict[str, Any] = {}
 
     def check(self, inputs: dict[str, Any], others: Sequence[BridgeError] = ()) -> dict[str, Any]:
-        """The inputs as DSPy wants them. Values in errors are not quoted.
+        """The validated inputs. Errors do not quote values.
 
-        `others`: what else is wrong with the request. Raises `InvalidArgs` or `NotAllowed`, which names every missing
-        and unfit input, and the unknown ones as far as they are few, at once.
+        `others`: further errors of the request. Raises `InvalidArgs` or `NotAllowed`, which names all missing and
+        invalid inputs and the first unknown ones at once.
         """
         unknown = [name for name in inputs if name not in self.inputs]
         wrong: list[BridgeError] = [InvalidArgs(f"inputs.{_quoted(name)}: unknown field") for name in unknown[:_NAMED]]
@@ -60,7 +60,7 @@ class Contract:
         return values
 
     def check_outputs(self, outputs: dict[str, Any]) -> None:
-        """What DSPy does not check of an LM's answer, each value made one of its type in place.
+        """Validate, in place, the constraints of outputs that DSPy does not check.
 
         Raises `OutputInvalid`, which names the field.
         """
@@ -74,7 +74,7 @@ class Contract:
 
 
 class Turn:
-    """Reads turns of a history: values of the signature's fields, of inputs and of outputs, each of its type."""
+    """Validates turns of a history: each has values of the signature's inputs and outputs."""
 
     def __init__(self, fields: dict[str, Any], files_dir: str | None) -> None:
         self._fields = {name: kind for name, kind in fields.items() if kind is not dspy.History}
@@ -82,7 +82,7 @@ class Turn:
         self._validators: dict[str, pydantic.TypeAdapter[Any] | None] | None = None
 
     def read(self, turn: dict[str, Any]) -> dict[str, Any]:
-        """The turn as DSPy wants it. Raises `InvalidArgs` or `NotAllowed`, naming the field."""
+        """The validated turn. Raises `InvalidArgs` or `NotAllowed`, naming the field."""
         if self._validators is None:  # most signatures have no history
             self._validators = {name: validator_of(kind, self._files_dir) for name, kind in self._fields.items()}
         values = {}
@@ -106,14 +106,14 @@ def _some(value: Any) -> Any:
     return value
 
 
-# DSPy writes any value as text, but for None, which the LM would read as the word.
+# DSPy writes any value into the prompt; None would be the word "None".
 _TEXT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(_some)])
 
 
 def validator_of(
     annotation: Any, files_dir: str | None, turn: media.Turn | None = None
 ) -> pydantic.TypeAdapter[Any] | None:
-    """What checks the values of an input of that type; None where any will do."""
+    """The validator for an input of that type; None if any value is valid."""
     if annotation is str:
         return _TEXT
     return None if annotation is Any else pydantic.TypeAdapter(media.accepting(annotation, files_dir, turn))

@@ -1,4 +1,4 @@
-"""What is wrong with a value: as a validator of ours raises it, and as a request is told of it."""
+"""Errors of validators, and their conversion to those of replies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NOT_ALLOWED = "not_allowed"
 
 
 def unfit(text: str) -> PydanticCustomError:
-    """For a validator to raise: the value is none of its type."""
+    """For a validator to raise: the value does not fit the type."""
     return PydanticCustomError("unfit", "{text}", {"text": text})
 
 
@@ -21,12 +21,12 @@ def not_allowed(text: str) -> PydanticCustomError:
 
 
 def again(error: BridgeError) -> PydanticCustomError:
-    """For a validator to raise: what `describe` made of an error further inside."""
+    """For a validator to raise: an error that `describe` has made of an inner one."""
     return not_allowed(str(error)) if isinstance(error, NotAllowed) else unfit(str(error))
 
 
 def describe(where: str, error: Exception) -> BridgeError:
-    """An error of a validator as one of ours. The value is not in it: pydantic's own text quotes it."""
+    """An error of a validator as one of ours, without the value, which pydantic's text quotes."""
     if not isinstance(error, pydantic.ValidationError):
         return InvalidArgs(f"{where}: {error}")
     found = error.errors(include_url=False, include_input=False, include_context=False)
@@ -35,7 +35,7 @@ def describe(where: str, error: Exception) -> BridgeError:
     place = "".join(
         f"[{short(part) if isinstance(part, str) else part}]"
         for part in first["loc"]
-        # Which type of a union it would be, by pydantic's own name.
+        # Pydantic's name for a member of a union.
         if not (isinstance(part, str) and part.startswith("function-"))
     )
     text = f"{where}{place}: {first['msg']}"
@@ -43,6 +43,6 @@ def describe(where: str, error: Exception) -> BridgeError:
 
 
 def together(found: list[BridgeError], more: str) -> BridgeError:
-    """Several errors as one, with the type that says most."""
+    """Several errors as one: `NotAllowed` if any of them is."""
     kind = NotAllowed if any(isinstance(error, NotAllowed) for error in found) else InvalidArgs
     return kind("; ".join(map(str, found)) + more)

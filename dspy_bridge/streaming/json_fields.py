@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 
-from dspy_bridge.streaming.field_parsers import Reader, Told
+from dspy_bridge.streaming.field_parsers import Chunk, Reader
 
 _HIGH = r"[dD][89abAB][0-9a-fA-F]{2}"
 # Characters and whole escapes of a string; half a surrogate pair only when it is known what follows. As many as `re`
@@ -34,9 +34,9 @@ class JSONReader(Reader):
         self._at = 0
         # Gives None wherever it needs more of the answer. Gone after the object, and after an error: DSPy may find
         # something in the answer at the end.
-        self._parts: Iterator[Told | None] | None = self._read()
+        self._parts: Iterator[Chunk | None] | None = self._read()
 
-    def feed(self, piece: str) -> Iterator[Told]:
+    def feed(self, piece: str) -> Iterator[Chunk]:
         """As `Reader`'s."""
         if self._parts is None:
             return
@@ -50,7 +50,7 @@ class JSONReader(Reader):
             pass
         self._parts = None
 
-    def _read(self) -> Iterator[Told | None]:
+    def _read(self) -> Iterator[Chunk | None]:
         while (yield from self._next()) != "{":
             self._at += 1
         self._at += 1
@@ -75,7 +75,7 @@ class JSONReader(Reader):
                 return self._buffer[self._at]
             self._at += 1
 
-    def _string(self, field: str | None = None) -> Generator[Told | None, None, str]:
+    def _string(self, field: str | None = None) -> Generator[Chunk | None, None, str]:
         """Reads a string, quotes included: gives its parts as those of `field`, else returns it."""
         if self._buffer[self._at] != '"':
             raise ValueError
@@ -96,7 +96,7 @@ class JSONReader(Reader):
         self._at += 1
         return whole
 
-    def _skip_value(self) -> Iterator[Told | None]:
+    def _skip_value(self) -> Iterator[Chunk | None]:
         """Past a value that is not a string, to the comma or brace after it."""
         depth = 0
         while True:

@@ -1,4 +1,4 @@
-"""registry: what an id means, in the order in which the frames about it came."""
+"""program_registry: the programs of ids, in the order of the frames."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_failed_replacement_brings_back_what_was_before() -> None:
     registry.confirm(first)
     second = registry.add("x", DEFINITION)
     third = registry.add("x", DEFINITION)
-    assert listed(registry) == ["x"], "the answered one is still what a list tells"
+    assert listed(registry) == ["x"], "a list still shows the answered one"
     registry.discard(second)
     assert registry.get("x") is third and working(second) is first
     registry.discard(third)
@@ -46,7 +46,7 @@ def test_a_failed_first_definition_leaves_nothing() -> None:
 
 
 def test_what_was_cleaned_up_does_not_come_back() -> None:
-    """A cleanup takes along a create that has not been answered, and what that one would have fallen back to."""
+    """A cleanup also removes a program whose create is not answered, and the earlier one that it would replace."""
     registry = Registry()
     registry.confirm(registry.add("x", DEFINITION))
     pending = registry.add("x", DEFINITION)

@@ -1,4 +1,4 @@
-"""Settings of DSPy's module constructors: what is read, and what is refused with the option's name. No DSPy."""
+"""module_options: options of DSPy's module constructors are read, or refused by name. No DSPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""programs and models: modules run where they can, LMs are shared by equal options. DSPy is the real one."""
+"""program and lm_pool: where modules run, and LMs shared by equal options. With the real DSPy."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() 
 
 
 @pytest.fixture(scope="module")
-def lms() -> dspy_setup.Models:
+def models() -> dspy_setup.Models:
     return dspy_setup.Models(Settings({}))
 
 
-def test_equal_options_share_an_lm_and_only_so_many_are_kept(lms: dspy_setup.Models) -> None:
+def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.Models) -> None:
     options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
-    first = lms.pool(options)
-    assert lms.pool(dict(reversed(options.items()))) is first
-    assert lms.pool({**options, "temperature": 0.6}) is not first
+    first = models.pool(options)
+    assert models.pool(dict(reversed(options.items()))) is first
+    assert models.pool({**options, "temperature": 0.6}) is not first
     for number in range(200):
-        lms.pool({"model": f"openai/m{number}"})
-    assert len(lms._pools) == dspy_setup.MAX_LMS
-    assert lms.pool(options) is not first
+        models.pool({"model": f"openai/m{number}"})
+    assert len(models._pools) == dspy_setup.MAX_LMS
+    assert models.pool(options) is not first
 
 
-def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(lms: dspy_setup.Models) -> None:
-    pool = lms.pool({"model": "openai/many"})
+def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.Models) -> None:
+    pool = models.pool({"model": "openai/many"})
 
     for _ in range(2):
         with ExitStack() as stack:
@@ -80,10 +80,10 @@ def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(
 
 @pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
 def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(
-    lms: dspy_setup.Models, end: type[BaseException]
+    models: dspy_setup.Models, end: type[BaseException]
 ) -> None:
-    """Lost places would have each later call open connections of its own."""
-    pool = lms.pool({"model": "openai/places"})
+    """With lost places each later call would open its own connections."""
+    pool = models.pool({"model": "openai/places"})
     with pool.checkout() as first:
         pass
     for _ in range(lm_pool.CALLS_PER_LM):
@@ -93,13 +93,13 @@ def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(
         assert lm is first
 
 
-def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(lms: dspy_setup.Models, start_lm: Any) -> None:
-    """Not only its first: each has a connection to the provider, which would stay open."""
+def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.Models, start_lm: Any) -> None:
+    """Not only the first one: each has an open connection to the provider."""
     server = start_lm()
 
     async def use() -> None:
-        pool = lm_pool.LMPool({"model": "openai/x", **server.options()}, lms.loops)
-        with lms.context(pool, None), ExitStack() as stack:
+        pool = lm_pool.LMPool({"model": "openai/x", **server.options()}, models.loops)
+        with models.context(pool, None), ExitStack() as stack:
             lent = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2)]
             for lm in {id(lm): lm for lm in lent}.values():
                 await lm.acall("hello")
@@ -116,22 +116,22 @@ RLM = {"program_type": "rlm", "options": {"sub_lm": {}}}
 
 @pytest.mark.parametrize("kind", [TWO_STEP, RLM], ids=["two_step", "rlm"])
 def test_a_second_lm_of_a_program_that_is_gone_is_closed(
-    lms: dspy_setup.Models, start_lm: Any, kind: dict[str, Any]
+    models: dspy_setup.Models, start_lm: Any, kind: dict[str, Any]
 ) -> None:
-    """What a two-step adapter or an RLM holds is an LM: it keeps its pool for as long, and no longer."""
+    """A two-step adapter or an RLM holds an LM, which keeps its pool alive exactly as long."""
     server = start_lm()
     definition: dict[str, Any] = json.loads(json.dumps({"signature": "question -> answer", **kind}))
     second = definition.get("options", {}).get("sub_lm", definition.get("adapter", {}).get("extraction_model"))
     second.update(server.options(model="openai/second"))
-    lms.settings = Settings({"allow_code": "1"})
+    models.settings = Settings({"allow_code": "1"})
 
     async def use() -> None:
-        program = Program(definition, lms, WorkerThreads())
-        pool = weakref.ref(lms.pool(second))
+        program = Program(definition, models, WorkerThreads())
+        pool = weakref.ref(models.pool(second))
         for number in range(dspy_setup.MAX_LMS):
-            lms.pool({"model": f"openai/m{number}"})
+            models.pool({"model": f"openai/m{number}"})
         assert pool() is not None, "the program has it"
-        with lms.context(lms.pool({"model": "offline/echo"}), None):
+        with models.context(models.pool({"model": "offline/echo"}), None):
             await second_of(program).acall("hello")
         del program
         # The thread that ran its last step may hold its frame for a moment yet: the collection is what is repeated.
@@ -147,7 +147,7 @@ def test_a_second_lm_of_a_program_that_is_gone_is_closed(
     asyncio.run(use())
 
 
-def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(lms: dspy_setup.Models) -> None:
+def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(models: dspy_setup.Models) -> None:
     assert dspy.settings.disable_history and dspy.settings.trace is None
     assert dspy.cache.memory_cache.maxsize == 10_000 and not dspy.cache.enable_disk_cache
     assert not dspy.settings.warn_on_type_mismatch, "its warnings quote inputs"
@@ -162,7 +162,7 @@ def test_the_echo_lm_answers_a_plain_prompt_too() -> None:
 
 
 def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> None:
-    """It asks for native function calling, in an adapter of its own: DSPy's default one is everybody's."""
+    """Native function calling is set on a copy: DSPy's default adapter is shared."""
     (search,) = remote_tools.read([{"name": "search"}], set())
     runner = ToolCallRunner(dspy.Predict, dspy.Signature("question -> answer"), [search])
     default, chosen = dspy.ChatAdapter(use_native_function_calling=False), dspy.JSONAdapter()

@@ -1,4 +1,4 @@
-"""States of programs: what DSPy saves is loaded and given back as it was; anything else is one `InvalidArgs`."""
+"""saved_state: states that DSPy saves are loaded and dumped unchanged; anything else is one `InvalidArgs`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def search(query: str) -> str:
 
 
 class Own(dspy.Module):
-    """A user's, with two predictors."""
+    """A user's module with two predictors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_the_lm_that_it_was_saved_with_is_told_without_its_place_and_its_secrets
 
 
 def test_only_how_an_lm_is_to_write_is_taken_from_a_state() -> None:
-    """Not where it is, nor what else is sent to it: providers have many names for these."""
+    """Not its address, nor anything else that is sent to it: providers have many names for these."""
     harmless = {"model": "openai/small", "temperature": 0.3, "max_tokens": 9, "stop": ["x"], "use_developer_role": True}
     elsewhere: dict[str, Any] = {
         "extra_body": {"x": 1},
@@ -125,7 +125,7 @@ def test_only_how_an_lm_is_to_write_is_taken_from_a_state() -> None:
 
 
 def test_no_secret_of_a_hosts_lm_is_told() -> None:
-    """A module of the host's own may have LMs, with whatever providers take."""
+    """A user's module may have LMs, with any options of providers."""
     module = Own()
     secrets = {
         "extra_headers": {"Authorization": "Bearer s3cret-1"},
@@ -191,7 +191,7 @@ def test_descriptions_do_not_make_another_signature_the_same(tmp_path: Path) -> 
 
 
 def test_what_an_optimizer_changes_of_a_signature_is_no_other_signature(tmp_path: Path) -> None:
-    """COPRO gives the last field a prefix of its own; a field may have a description here and none there."""
+    """COPRO sets a prefix of the last field; a field may have a description in only one of the two."""
     signature = QA.with_instructions("Be brief.").with_updated_fields("answer", prefix="In short:")
     described = QA.with_updated_fields("question", desc="about the world")
     for module in (dspy.Predict(signature), dspy.Predict(described)):
@@ -244,7 +244,7 @@ def test_what_is_wrong_is_named(path: list[str | int], value: Any, said: str) ->
 
 
 def test_demos_that_no_prompt_can_hold_are_refused_at_once() -> None:
-    """Rather than with every execute."""
+    """Not in each run."""
     with pytest.raises(InvalidArgs, match="DSPy cannot load it"):
         saved_state.load(dspy.Predict(QA), replaced(GOOD, ["demos", 1], {"question": [None], "answer": "a"}))
 
@@ -308,7 +308,7 @@ def mutated(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 @given(mutated())
 @settings(deadline=None, max_examples=300)
 def test_a_damaged_state_is_refused_or_serves(case: tuple[str, dict[str, Any]]) -> None:
-    """What is loaded can be written into prompts and given back."""
+    """A loaded state can be written into prompts and dumped."""
     kind, state = case
     module = KINDS[kind]()
     try:
@@ -379,6 +379,6 @@ def test_a_file_in_a_demo_is_read_only_where_files_may_be(tmp_path: Path) -> Non
 
 
 def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
-    """Half a character does not come through JSON, but what comes may have no form in the file system's encoding."""
+    """JSON has no half characters, but a name may be invalid in the file system's encoding."""
     with pytest.raises(InvalidArgs, match="no name that a file can have"):
         saved_state.read({"state_path": "\ud800"}, str(tmp_path))

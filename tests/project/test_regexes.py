@@ -18,10 +18,10 @@ import dspy_bridge
 from dspy_bridge.logs import content_filter, redaction
 from dspy_bridge.programs import remote_tools, saved_state
 from dspy_bridge.signatures import media
-from dspy_bridge.signatures.json_schema import annotation, keywords
+from dspy_bridge.signatures.json_schema import annotation, keywords, patterns
 from dspy_bridge.signatures.json_schema import converter as json_schema_converter
 from dspy_bridge.streaming import field_parsers, json_fields
-from dspy_bridge.wire import messages
+from dspy_bridge.wire import messages, pings
 
 SOURCES = sorted(Path(dspy_bridge.__file__).parent.rglob("*.py"))
 # A text is this long. What is quadratic would take minutes for it: the test's timeout.
@@ -45,7 +45,7 @@ PING = '{"id":12,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-
 USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     "field_parsers:_HEADER": (lambda text: field_parsers._HEADER.match(text), ["[[ ## ab ## ]]"]),
     "field_parsers:_BEGUN_HEADER": (lambda text: field_parsers._BEGUN_HEADER.fullmatch(text), ["[[ ## ab ## ]]"]),
-    "echo_lm:stream": (_words, ["ab  cd"]),
+    "echo_lm:_words": (_words, ["ab  cd"]),
     "json_fields:_TEXT": (lambda text: json_fields._TEXT.match(text), [r"a\n\u00e9\ud83d\udc0e", r"\ud83dx"]),
     "json_fields:_UNFINISHED": (lambda text: json_fields._UNFINISHED.fullmatch(text), [r"\u00e", r"\ud83d\udc0"]),
     "json_fields:_NESTED": (lambda text: json_fields._NESTED.match(text), ["ab"]),
@@ -60,8 +60,7 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         lambda text: messages.readable_call_id(text.encode()),
         [' { "tool_result" : { "call_id" : 12 ,'],
     ),
-    "messages:_PING_PAYLOAD": (lambda text: messages._PING_PAYLOAD(text.encode()), [PING]),
-    "messages:_PING_PACKET": (lambda text: messages._PING_PACKET(text.encode()), ["\0\0\0a" + PING]),
+    "pings:_PING": (lambda text: pings._PING(text.encode()), ["\0\0\0a" + PING]),
     "messages:_is_traceparent": (messages._is_traceparent, [TRACE]),
     "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
     "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),
@@ -71,6 +70,12 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     ),
     "converter:_follow": (_refers, ["#/$defs/ab"]),
     "patterns:read": (lambda text: re.sub(r"\\(.)", "", text, flags=re.DOTALL), [r"\w"]),
+    "patterns:_IN_CLASS": (lambda text: patterns._IN_CLASS.findall(text), [r"[^]a-z\pL\x41]", r"[\p{L}\u{41}\S[b]]"]),
+    "patterns:_OUTSIDE": (
+        lambda text: patterns._OUTSIDE.findall(text),
+        [r"(?<ab>\pL{2,3}.|é)*", r"\p{L}{2}\x41\u0041\U00000041\S"],
+    ),
+    "patterns:_size": (lambda text: re.findall(r"\d+", text), ["12,34"]),
     "keywords:_FORMATS": (
         lambda text: [keywords._has_format(text, name) for name in keywords._FORMATS],
         ["2026-01-01", "10:00:00.12+02:00", "2026-01-01T10:00:00.12Z", UUID],

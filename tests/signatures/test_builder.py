@@ -1,4 +1,4 @@
-"""signatures: what a contract checks of inputs before any LM is asked, and of what the LM answers."""
+"""builder and validation: inputs are validated before an LM call, and outputs after it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_all_that_is_wrong_with_inputs_is_named_at_once() -> None:
 
 
 def test_of_many_unknown_inputs_the_first_are_named_and_the_rest_counted() -> None:
-    """A reply has no room for more, and making a text of each of a million took ten seconds."""
+    """A reply has no room for more, and one message for each of a million took ten seconds."""
     error = refused(contract(field("q")), dict.fromkeys([f"x{n}" for n in range(10_000)]))
     assert error.startswith("inputs.x0: unknown field; inputs.x1: unknown field; ")
     assert error.endswith(
@@ -55,7 +55,7 @@ TEXTS = {"type": "array", "items": {"type": "string"}}
 
 @pytest.mark.parametrize("kind", ["list[str]", "set[str]", "dict[str, list[str]]", "Optional[list[str]]", TEXTS])
 def test_of_a_list_that_fits_nowhere_one_error_is_made(kind: Any) -> None:
-    """One for each of a million items took two seconds and hundreds of megabytes, and one is told."""
+    """One error for each of a million items took two seconds and hundreds of megabytes; only one is reported."""
     value = {"x": [1] * 10} if "dict" in kind else list(range(10))
     validator = contract(field("q", kind)).inputs["q"]
     assert validator is not None
@@ -120,14 +120,14 @@ def test_what_dspy_does_not_check_of_an_answer_is_checked(kind: Any, good: Any, 
 
 
 def test_an_answer_of_texts_becomes_one_of_its_type() -> None:
-    """XML has nothing but texts, and DSPy does not look into a map."""
+    """XML has only strings, and DSPy does not convert the values of a map."""
     outputs = {"it": {"a": "5"}}
     contract(outputs=(field("it", {"additionalProperties": {"type": "integer"}}),)).check_outputs(outputs)
     assert outputs == {"it": {"a": 5}}
 
 
 def test_null_is_no_text() -> None:
-    """DSPy would write None. Whatever else is written as text is taken as it is."""
+    """DSPy would write None into the prompt. Any other value is accepted."""
     made = contract(field("q"), field("any", "any"), field("maybe", "Optional[str]"))
     assert refused(made, {"q": None, "any": 1}).startswith("inputs.q: expected text; expected ")
     for value in ("", 5, 2.5, False, ["a"], {"a": None}):
@@ -150,7 +150,7 @@ def test_a_path_that_is_not_allowed_is_named_beside_all_else_that_is_wrong(tmp_p
 
 
 def test_a_name_and_a_description_are_the_signatures_own() -> None:
-    """Of the description only where there are no instructions."""
+    """The description is only used without instructions."""
     definition = {"name": "MyApp.Answers", "description": "Answer.", "inputs": [], "outputs": [field("answer")]}
     made = builder.build(definition).signature
     assert (made.__name__, made.instructions) == ("MyApp.Answers", "Answer.")

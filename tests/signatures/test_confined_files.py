@@ -1,4 +1,4 @@
-"""files: what is read is in the folder, also while somebody changes the way there."""
+"""confined_files: only files in the folder are read, even if the path changes meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dspy_bridge.signatures import confined_files
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """`in/sub/a` is to be read, `out/a` is not."""
+    """`in/sub/a` may be read, `out/a` may not."""
     for name in ("in/sub", "out"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a").write_bytes(name.encode())
@@ -36,7 +36,7 @@ def test_a_folder_that_is_a_link_itself(folder: Path) -> None:
 def test_a_link_that_comes_between_leads_nowhere(
     folder: Path, monkeypatch: pytest.MonkeyPatch, swapped: str, knows_places: bool
 ) -> None:
-    """After the path was looked at and before it is opened, a folder on the way becomes a link."""
+    """A folder on the way becomes a link after the path was checked and before it is opened."""
     opened = os.open
 
     def swap_first(path: Any, *args: Any, **more: Any) -> int:
@@ -70,7 +70,7 @@ def _no_proc(readlink: Any) -> Any:
 
 
 def test_a_way_that_changes_while_it_is_looked_at_is_no_defect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was a link just now is none any more."""
+    """A link is replaced by something else meanwhile."""
 
     def fails(_path: Any, **_more: Any) -> str:
         raise OSError(22, "Invalid argument")

@@ -1,4 +1,4 @@
-"""schemas: JSON Schema objects as types. What fits comes back as it was, what is no schema is named."""
+"""json_schema: valid values come back unchanged, and an error names the place in an invalid schema."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ AT = "signature.outputs[0].type"
 
 
 def check(schema: Any, value: Any) -> Any:
-    """The value as a field of that type gives it."""
+    """The value of a field of that type."""
     return pydantic.TypeAdapter(type_parser.read_type(schema, AT)).validate_python(value)
 
 
 def shown(schema: Any) -> Any:
-    """What DSPy tells an LM of the type."""
+    """The schema that DSPy shows an LM."""
     return pydantic.TypeAdapter(type_parser.read_type(schema, AT)).json_schema()
 
 
@@ -64,7 +64,7 @@ ODD_NAMES = ["first-name", "class", "_x", "model_config", "schema", "a b", "a_b"
     ],
 )
 def test_a_type_that_python_has_is_pythons_own(schema: Any, annotation: Any) -> None:
-    """DSPy reads an LM's answer best for these."""
+    """DSPy parses answers best for these."""
     assert type_parser.read_type(schema, AT) == annotation
 
 
@@ -147,13 +147,13 @@ def test_an_array_is_a_list_whatever_its_items() -> None:
 
 
 def test_numbers_keep_their_kind() -> None:
-    """A whole number where any number fits is not made a float: Elixir tells 5 from 5.0, and long ones change."""
+    """Integers are not converted to floats: 5 and 5.0 differ in Elixir, and long ones change."""
     values = [5, 5.0, 2**60 + 1]
     assert str(check({"type": "array", "items": {"type": "number"}}, values)) == str(values)
 
 
 def test_a_long_whole_number_is_a_multiple_or_none() -> None:
-    """As a float it is one of anything."""
+    """As a float it is a multiple of anything."""
     for kind in ("number", "integer"):
         schema = {"type": "array", "items": {"type": kind, "multipleOf": 3}}
         assert check(schema, [3 * 10**20, -3, 0]) == [3 * 10**20, -3, 0]
@@ -164,7 +164,7 @@ def test_a_long_whole_number_is_a_multiple_or_none() -> None:
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_name_is_a_property(name: str) -> None:
-    """Those that are no names in Python or mean something to pydantic too."""
+    """Also invalid names in Python, and names with a meaning in pydantic."""
     schema = {**obj(**{name: INT}, other=INT), "required": [name]}
     assert check(schema, {name: 5}) == {name: 5}
     assert list(shown(schema)["properties"]) == [name, "other"] and shown(schema)["required"] == [name]
@@ -186,7 +186,7 @@ def test_what_is_absent_stays_absent_unless_it_has_a_default() -> None:
 
 
 def test_null_for_an_optional_property_is_as_absent_where_null_is_no_value() -> None:
-    """LMs write it so, and Elixir's structs; where it is a value it stays."""
+    """LMs and Elixir's structs write it so. Where null is valid, it stays."""
     schema = {**obj(nick=TEXT, n={"type": "integer", "default": 3}, maybe={"type": ["string", "null"]}, any=True)}
     assert check(schema, {"nick": None, "n": None, "maybe": None, "any": None}) == {"n": 3, "maybe": None, "any": None}
     with pytest.raises(pydantic.ValidationError):
@@ -344,7 +344,7 @@ def test_the_deepest_schema_works_and_one_deeper_is_refused(word: str) -> None:
 
 
 def test_references_that_multiply_are_refused_at_once() -> None:
-    """Twenty definitions, each of them two of the next, are a million schemas."""
+    """Twenty definitions, each with two references to the next, are a million schemas."""
     definitions = {f"d{n}": obj(a={"$ref": f"#/$defs/d{n + 1}"}, b={"$ref": f"#/$defs/d{n + 1}"}) for n in range(20)}
     schema = {"$ref": "#/$defs/d0", "$defs": {**definitions, "d20": INT}}
     began = time.monotonic()
@@ -367,7 +367,7 @@ def test_a_wide_schema_works_in_bounded_time() -> None:
 
 
 def test_patterns_that_cost_much_are_few_and_bounded() -> None:
-    """The same one is compiled once."""
+    """Equal patterns are compiled once."""
     same = obj(**{f"p{n}": {"type": "string", "pattern": r"^\w{80}$"} for n in range(200)})
     began = time.monotonic()
     assert check(same, {"p7": "x" * 80}) and time.monotonic() - began < 1
@@ -379,7 +379,7 @@ def test_patterns_that_cost_much_are_few_and_bounded() -> None:
 
 
 def test_an_enum_is_no_dictionary() -> None:
-    """The LM is told each value with each execute: 300,000 held the event loop for 0.7 s."""
+    """Each prompt has all values: 300,000 held the event loop for 0.7 s."""
     many = [f"v{n}" for n in range(converter.MAX_VALUES)]
     assert check({"enum": many}, "v5") == "v5"
     expected = f"expected at most {converter.MAX_VALUES} values of enums"
@@ -446,7 +446,7 @@ def test_patterns_that_people_write_are_taken(pattern: str, good: str, bad: str)
     "unit", ["{", "(", "[^", "(?", "(?<", r"\p{", r"\p", r"\x{", "{1,", "{ ", "[(", "a{" + "9" * 500]
 )
 def test_a_pattern_is_weighed_in_one_pass(unit: str) -> None:
-    """`{` and 400 spaces took 7 s, with Python's lock held, and 700 took minutes: this test's timeout."""
+    """`{` and 400 spaces took 7 s with the GIL held, and 700 took minutes: this test's timeout."""
     for start, filler in itertools.product(("", "{", "[", r"a\p{", "(?"), (" ", "1", unit)):
         for size in (patterns.MAX_CHARS, 1000 * patterns.MAX_CHARS):
             pattern = (start + unit + filler * (size // len(filler)))[:size]
@@ -507,7 +507,7 @@ PATTERNS = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(PATTERNS)
 def test_no_pattern_is_larger_than_it_was_weighed(pattern: str) -> None:
-    """Rust refuses what takes 10 MB: 30,000 by the weight here never do, so 6,000 take 2 MB at most."""
+    """Rust refuses patterns of more than 10 MB: a size of 30,000 is never refused, so 6,000 take 2 MB at most."""
     size = patterns._size(pattern)
     if size <= patterns.MAX_SIZE:
         repeated = f"(?:{pattern}){{{int(30_000 / max(size, 1))}}}"
@@ -522,7 +522,7 @@ SLOW = {"type": "string", "pattern": "[ab]*a[ab]{500}c"}
 
 
 def test_a_text_that_its_pattern_would_take_long_for_is_refused() -> None:
-    """10 MB took half a minute, with Python's lock held."""
+    """10 MB took half a minute with the GIL held."""
     text = "".join(random.Random(1).choices("ab", k=1_000_000))
     with pytest.raises(pydantic.ValidationError, match="at most 13271 characters, for its pattern"):
         check(SLOW, 10 * text)
@@ -530,7 +530,7 @@ def test_a_text_that_its_pattern_would_take_long_for_is_refused() -> None:
 
 
 def test_texts_that_their_patterns_would_together_take_long_for_are_refused() -> None:
-    """50 MB took minutes: this test's timeout. Thousands that people write pass."""
+    """50 MB took minutes: this test's timeout. Thousands of usual strings pass."""
     text = "".join(random.Random(1).choices("ab", k=10_000)) + "a" + 500 * "b" + "c"
     assert check(SLOW, text) == text
     slow: dict[str, Any] = {"type": "array", "items": SLOW}
@@ -545,7 +545,7 @@ def test_texts_that_their_patterns_would_together_take_long_for_are_refused() ->
 
 
 def test_patterns_take_no_memory_of_each_program() -> None:
-    """Of hundreds that are known, some MB are kept compiled."""
+    """Of hundreds of patterns, only some MB are kept compiled."""
 
     def resident() -> int:
         return psutil.Process().memory_info().rss
@@ -582,7 +582,7 @@ SCHEMA_LIKE = st.recursive(
 @settings(max_examples=400, deadline=None)
 @given(st.dictionaries(WORDS | st.text(), SCHEMA_LIKE, max_size=5))
 def test_any_json_is_a_type_or_refused(schema: dict[str, Any]) -> None:
-    """Nothing but `InvalidArgs` is ever raised, and what is a type can be shown and used."""
+    """Only `InvalidArgs` is raised; a type can be shown and used."""
     try:
         annotation = type_parser.read_type(schema, AT)
     except InvalidArgs as error:
@@ -602,7 +602,7 @@ NAMES = st.text(max_size=6) | st.sampled_from(ODD_NAMES)
 
 @st.composite
 def schema_and_value(draw: Any, depth: int = 3) -> tuple[dict[str, Any], Any]:
-    """A schema, and a value that fits it."""
+    """A schema and a valid value."""
     kinds = ["string", "integer", "number", "boolean", "null", "enum", "any"]
     kind = draw(st.sampled_from(kinds + ["object", "array", "map", "tuple", "anyOf"] * (depth > 0)))
     if kind == "string":

@@ -1,4 +1,4 @@
-"""media: images, audio, files and conversations become DSPy's objects, and nothing is fetched or read unasked."""
+"""media: conversion of images, audio, files and histories to DSPy's objects. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PNG = base64.b64encode(b"\x89PNG and so on").decode()
 
 
 def take(kind: str, value: Any, files_dir: Path | None = None) -> Any:
-    """The value as a program with one input of that type gets it."""
+    """The value as a program gets it as its input of that type."""
     folder = None if files_dir is None else str(files_dir)
     definition = {"inputs": [{"name": "it", "type": kind}], "outputs": [{"name": "a"}]}
     return builder.build(definition, files_dir=folder).check({"it": value})["it"]
@@ -163,7 +163,7 @@ def test_what_is_none_of_it_is_named_and_never_quoted(kind: str, given: Any, tex
 
 @pytest.mark.parametrize("kind", ["image", "audio", "file"])
 def test_a_long_url_that_is_none_is_refused_at_once(kind: str) -> None:
-    """Its time grows with its length, not with the square."""
+    """The time is linear in its length."""
     with pytest.raises(InvalidArgs):
         take(kind, "http://" + "a" * 2_000_000 + " b")
 
@@ -243,7 +243,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch
 
 
 def test_an_image_of_20_mb_is_checked_quickly_and_kept_by_no_cache() -> None:
-    """DSPy's own `format` holds the last 32 images whatever their size."""
+    """DSPy's own `format` caches the last 32 images, of any size."""
     data = base64.b64encode(os.urandom(20_000_000)).decode()
     before = dspy.Image.format.cache_info().currsize
     began = time.monotonic()

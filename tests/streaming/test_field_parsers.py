@@ -1,4 +1,4 @@
-"""Readers of answers: in whatever pieces one comes, what is told of a field is what DSPy's parser gives for it."""
+"""field_parsers and json_fields: however an answer is split, the chunks of a field make the value of DSPy's parser."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ READERS: dict[str, tuple[type[Reader], dspy.Adapter]] = {
 
 def read(reader: type[Reader], pieces: list[str]) -> dict[str, str]:
     reading = reader(FIELDS)
-    told = dict.fromkeys(FIELDS, "")
+    chunks = dict.fromkeys(FIELDS, "")
     for piece in pieces:
         for field, text in reading.feed(piece):
             assert text
-            told[field] += text
-    return told
+            chunks[field] += text
+    return chunks
 
 
 def split(answer: str, cuts: list[int]) -> list[str]:
@@ -38,7 +38,7 @@ def split(answer: str, cuts: list[int]) -> list[str]:
 
 
 def parsed(adapter: dspy.Adapter, answer: str) -> dict[str, str]:
-    """What DSPy makes of it in the end; no case for these tests if that is nothing."""
+    """The result of DSPy's parser; answers that it refuses are skipped."""
     try:
         return adapter.parse(SIGNATURE, answer)
     except dspy.AdapterParseError:
@@ -86,7 +86,7 @@ def test_xml(first: str, second: str, cuts: list[int]) -> None:
     ['{"first": "', '", "second": "', '"}', "<first>", "</first>", "<second>", "</second>", "[[ ## second ## ]]\n"]
 ), max_size=15).map("".join), CUTS)  # fmt: skip
 @settings(deadline=None, max_examples=400)
-def test_whatever_an_lm_writes_costs_no_error_and_is_told_the_same_in_any_pieces(
+def test_whatever_an_lm_writes_raises_no_error_and_gives_the_same_chunks_in_any_pieces(
     name: str, answer: str, cuts: list[int]
 ) -> None:
     reader = READERS[name][0]
@@ -94,9 +94,9 @@ def test_whatever_an_lm_writes_costs_no_error_and_is_told_the_same_in_any_pieces
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "field", "told"),
+    ("name", "answer", "field", "chunks"),
     [
-        # Each what DSPy's own listeners get wrong, and at which moment a text is told.
+        # What DSPy's own listeners get wrong, and when a chunk is emitted.
         ("chat", "[[ ## first ## ]]\nsee [[1]] and [[ ## x", "first", "see [[1]] and [[ ## x"),
         ("chat", "[[ ## first ## ]]\nPar", "first", "Par"),
         ("chat", "[[ ## first ## ]]\nParis\n[[ ## s", "first", "Paris"),
@@ -118,14 +118,14 @@ def test_whatever_an_lm_writes_costs_no_error_and_is_told_the_same_in_any_pieces
         ("xml", "<first>a & b</first>", "first", "a"),
     ],
 )
-def test_what_is_told_so_far(name: str, answer: str, field: str, told: str) -> None:
+def test_chunks_so_far(name: str, answer: str, field: str, chunks: str) -> None:
     for pieces in ([answer], list(answer)):
-        assert read(READERS[name][0], pieces)[field] == told
+        assert read(READERS[name][0], pieces)[field] == chunks
 
 
 @pytest.mark.parametrize("name", sorted(READERS))
 def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> None:
-    """A reader that looked at all it had read with each piece would take minutes."""
+    """A parser that started again with each piece would take minutes."""
     begin = {"chat": "[[ ## first ## ]]\n", "json": '{"x": ["', "xml": "<first>"}[name]
     for filling in ("ab c", "\n   ", "[ \\n"):
         reading = READERS[name][0](FIELDS)
@@ -146,7 +146,7 @@ def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> No
 )
 @pytest.mark.slow
 def test_a_million_times_the_same_is_read_as_fast_as_a_text(name: str, begin: str, filling: str) -> None:
-    """Whatever may still become something else must not be looked at from its beginning again: that takes minutes."""
+    """An unfinished token must not be parsed again from its beginning: that takes minutes."""
     reading = READERS[name][0](FIELDS)
     list(reading.feed(begin) if begin else ())
     for _ in range(250_000):
@@ -171,7 +171,7 @@ def test_white_space_before_a_header_is_cut_as_dspy_cuts_it(indent: str) -> None
 
 
 @given(st.text(max_size=5), st.text(max_size=5))
-def test_the_rest_is_what_makes_it_whole_or_nothing(told: str, more: str) -> None:
-    assert rest(told, told + more) == more
-    if not more.startswith(told):
-        assert rest(told, more) == ""
+def test_the_rest_completes_what_was_sent_or_is_empty(sent: str, more: str) -> None:
+    assert rest(sent, sent + more) == more
+    if not more.startswith(sent):
+        assert rest(sent, more) == ""

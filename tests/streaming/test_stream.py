@@ -1,4 +1,4 @@
-"""streaming: what one stream leaves to the others on the event loop. DSPy and its echo LM are the real ones."""
+"""stream: a stream yields to other tasks of the event loop. With the real DSPy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
 
 
-class Told:
-    """What a program asks of its call; `turns`: how many the event loop had taken when each chunk was told."""
+class FakeCall:
+    """The parts of a call that a program uses. `turns`: iterations of the event loop before each chunk."""
 
     meter = None
     size = 100
@@ -33,9 +33,9 @@ class Told:
             await asyncio.sleep(0)
 
 
-def test_a_stream_that_never_waits_leaves_turns_to_the_others() -> None:
-    """An LM in this process, as `offline/echo`, may have its whole answer at once."""
-    told = Told()
+def test_a_stream_that_never_waits_yields_to_other_tasks() -> None:
+    """An LM in this process, such as `offline/echo`, may have its whole answer at once."""
+    call = FakeCall()
 
     async def main() -> None:
         program = Program(
@@ -43,11 +43,11 @@ def test_a_stream_that_never_waits_leaves_turns_to_the_others() -> None:
             dspy_setup.Models(Settings({})),
             WorkerThreads(),
         )
-        counting = asyncio.create_task(told.count())
+        counting = asyncio.create_task(call.count())
         with dspy.context():
-            await program.call({"question": "x " * 10_000}, None, None, cast(Any, told), stream=True)
+            await program.call({"question": "x " * 10_000}, None, None, cast(Any, call), stream=True)
         counting.cancel()
 
     asyncio.run(main())
-    assert len(told.turns) > 9000
-    assert len(set(told.turns)) > 3
+    assert len(call.turns) > 9000
+    assert len(set(call.turns)) > 3

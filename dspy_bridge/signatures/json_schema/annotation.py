@@ -1,6 +1,6 @@
-"""JSON Schema to an annotation: what DSPy shows an LM is the schema itself, what checks a value is pydantic's core.
+"""Converts a JSON Schema to an annotation. DSPy shows the LM the schema itself; pydantic-core validates the values.
 
-Words that are not checked are refused, but for those that only tell: nothing is silently ignored.
+Keywords that are not validated are refused, except for descriptive ones: nothing is silently ignored.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from pydantic_core import CoreSchema, SchemaValidator, core_schema
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.signatures.json_schema import converter, keywords, patterns
 
-# Lists and objects inside each other in the whole text, values (default, enum) included. Frames end at 200.
+# Nesting of lists and objects in a schema, values (default, enum) included. Frames have the same limit.
 MAX_NESTING = 200
 
-# A number is a float here, as for the type text `float`: DSPy tells LMs of it best. 5 comes back as 5.0, from inside
-# lists and objects as 5. And where the type is not `str` alone, DSPy reads a text of an LM's answer as JSON again
-# before it is checked: of {"type": ["string", "integer"]}, "5" becomes 5 and "[1]" is refused. Only an adapter could
-# mend that.
+# "number" is `float`, which DSPy describes best to LMs: 5 is returned as 5.0, but as 5 inside lists and objects. Unless
+# the type is only `str`, DSPy parses a string of an LM's answer as JSON before it is validated: with
+# {"type": ["string", "integer"]}, "5" becomes 5 and "[1]" is refused. Only an adapter could change that.
 _SCALARS: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": type(None)}
 
 
 def to_annotation(schema: dict[str, Any], where: str) -> Any:
     """The annotation for a JSON Schema object. Raises `InvalidArgs`, which names the place in it.
 
-    Where Python has a type of its own (`str`, `Literal[…]`, `Optional[int]`) it is that, as DSPy knows these best:
-    plain, or `Annotated` with what more the schema asks for. Else a class of its own.
+    Python's own type where there is one (`str`, `Literal[…]`, `Optional[int]`), as DSPy supports these best: plain, or
+    `Annotated` with further constraints. Else a new class.
     """
     _refuse_deep(schema, where)
     core, shown = converter.convert(schema, where)
@@ -41,39 +40,39 @@ def to_annotation(schema: dict[str, Any], where: str) -> Any:
     shape = type(_name_of(shown), (_Shape,), {"validate": staticmethod(validate), "shown": json.dumps(shown)})
     try:
         pydantic.TypeAdapter(shape).json_schema()
-    except Exception as error:  # pydantic follows any "$ref" in it, one that is data included
+    except Exception as error:  # pydantic follows any "$ref", even in data
         raise InvalidArgs(f"{where}: cannot be shown to an LM: {type(error).__name__}") from None
     plain = _plain(shown)
     if plain is None:
         return shape
-    return plain if _is_told_by(plain, shown) else Annotated[plain, shape]
+    return plain if _is_expressed_by(plain, shown) else Annotated[plain, shape]
 
 
 class _Shape:
-    """A type that is a JSON Schema. As metadata of an `Annotated` it stands for all of the type's own checks."""
+    """A type with the validator of a schema. As metadata of `Annotated` it replaces the type's own validation."""
 
     validate: Any
     shown: str
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> CoreSchema:
-        # The validator is made once: DSPy asks for one at each call, and this keeps it at 30 µs for any schema.
+        # Created once: DSPy builds a validator of the type in each call, which takes 30 µs with this.
         return core_schema.no_info_plain_validator_function(cls.validate)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, _core: CoreSchema, _handler: Any) -> Any:
-        return json.loads(cls.shown)  # a new one each time: pydantic and DSPy change what they get
+        return json.loads(cls.shown)  # a copy: pydantic and DSPy modify it
 
 
 def _name_of(shown: dict[str, Any]) -> str:
-    """The name of the type, which DSPy's prompts hold: the title, or what it is in Python."""
+    """The type's name, which is in DSPy's prompts: the title, or Python's name."""
     title = re.sub(r"\W", "", shown.get("title", ""))[:60]
     return title if title.isidentifier() else {"object": "dict", "array": "list"}.get(str(shown.get("type")), "JSON")
 
 
 def _plain(shown: dict[str, Any]) -> Any:
-    """Python's own type for what is shown; None where it has none."""
-    if set(shown) <= keywords.TOLD:
+    """Python's own type for a schema, if any."""
+    if set(shown) <= keywords.DESCRIPTIVE:
         return Any
     if "enum" in shown or "const" in shown:
         values = tuple(shown.get("enum", [shown.get("const")]))
@@ -87,17 +86,17 @@ def _plain(shown: dict[str, Any]) -> Any:
 
 
 def _base(shown: dict[str, Any], kind: str) -> Any:
-    # DSPy asks an LM for structured output where it can, and has to know of a map, which cannot be had that way.
+    # DSPy must know maps, which cannot be requested as structured output.
     return dict[str, Any] if kind == "object" and "properties" not in shown else _SCALARS.get(kind)
 
 
-def _is_told_by(plain: Any, shown: dict[str, Any]) -> bool:
-    """Whether the Python type says all that the schema does."""
+def _is_expressed_by(plain: Any, shown: dict[str, Any]) -> bool:
+    """Whether the Python type expresses all of the schema."""
     if plain is Any:
         return "examples" not in shown
     choices = shown.get("anyOf", ())
     return set(shown) <= {"type", "enum", "const", "anyOf", "title", "description", "default"} and all(
-        _is_told_by(_plain(choice), choice) for choice in choices
+        _is_expressed_by(_plain(choice), choice) for choice in choices
     )
 
 

@@ -1,8 +1,7 @@
-"""One JSON Schema to the two halves of a type: what checks its values, and how it is shown.
+"""Converts a JSON Schema to a pydantic-core schema, and to the JSON Schema that an LM is shown.
 
-Values stay plain JSON: objects are dicts with the names of the schema, whatever these are, and a property that is
-absent stays absent unless it has a default. References are put where they point to, so a schema cannot contain
-itself.
+Values stay plain JSON: objects are dicts with the schema's names, and an absent property stays absent unless it has a
+default. References are replaced by their targets, so recursive schemas are refused.
 """
 
 from __future__ import annotations
@@ -15,23 +14,21 @@ import pydantic
 from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
 from dspy_bridge.errors import InvalidArgs, short
-from dspy_bridge.signatures.json_schema import keywords as words
-from dspy_bridge.signatures.json_schema import patterns
+from dspy_bridge.signatures.json_schema import keywords, patterns
 
-# Schemas inside each other, references followed. Far from Python's recursion limit, at five frames a level, and
-# deeper than a person writes or an LM can keep to.
+# Nested schemas, references followed. Far from Python's recursion limit, with five frames a level.
 MAX_DEPTH = 64
-# Schemas in all, references followed: a few lines of references to references can mean billions. 10,000 take 0.4 s.
+# Schemas in all, references followed, which multiply: a few lines can mean billions. 10,000 take 0.4 s.
 MAX_SCHEMAS = 10_000
-# Values of its enums in all, references followed. They are in the prompt of each run: 300,000 take 0.7 s.
+# Enum values in all, references followed. Each prompt has them: 300,000 take 0.7 s.
 MAX_VALUES = 10_000
 
-# What checks the values of a schema, and how it is shown.
+# The validator's schema, and the schema for the LM.
 Part = tuple[CoreSchema, dict[str, Any]]
 
 
 def convert(schema: dict[str, Any], where: str) -> Part:
-    """Both halves of a whole schema. Raises `InvalidArgs`, which names the place in it."""
+    """Converts a whole schema. Raises `InvalidArgs`, which names the place in it."""
     return _Converter(schema, where).convert(schema, where, 0)
 
 
@@ -45,7 +42,7 @@ class _Converter:
         self._patterns: set[str] = set()
 
     def convert(self, schema: object, where: str, depth: int) -> Part:
-        """Both halves of a schema. Raises `InvalidArgs`."""
+        """Converts one schema. Raises `InvalidArgs`."""
         self._count += 1
         if depth > MAX_DEPTH:
             raise InvalidArgs(f"{where}: nested too deep; expected at most {MAX_DEPTH} schemas inside each other")
@@ -57,12 +54,12 @@ class _Converter:
             raise InvalidArgs(f"{where}: false fits no value; expected a schema")
         if not isinstance(schema, dict):
             raise InvalidArgs(f"{where}: expected a JSON Schema object")
-        words.check(schema, where, is_root=schema is self._root)
+        keywords.check(schema, where, is_root=schema is self._root)
         if "pattern" in schema:
             self._patterns.add(str(schema["pattern"]))
         if len(self._patterns) > patterns.MOST:
             raise InvalidArgs(f"{self._where}: expected at most {patterns.MOST} different patterns")
-        told = {word: schema[word] for word in schema if word in words.TOLD}
+        described = {word: schema[word] for word in schema if word in keywords.DESCRIPTIVE}
         if "$ref" in schema:
             core, shown = self._follow(schema["$ref"], where, depth)
         elif "allOf" in schema:
@@ -75,8 +72,8 @@ class _Converter:
             core, shown = self._typed(schema, where, depth)
         if schema is self._root:
             self._check_definitions(depth)
-        shown = {**shown, **told}
-        if "default" in told and not _fits(core, told["default"]):
+        shown = {**shown, **described}
+        if "default" in described and not _fits(core, described["default"]):
             raise InvalidArgs(f"{where}.default: does not fit the type that it is for")
         return core, shown
 
@@ -95,12 +92,12 @@ class _Converter:
         word, name = found[1], found[2].replace("~1", "/").replace("~0", "~")
         definitions = self._root.get(word)
         if not isinstance(definitions, dict) or name not in definitions:
-            raise InvalidArgs(f"{where}.$ref: there is no {words.step(word, name)[1:]}")
+            raise InvalidArgs(f"{where}.$ref: there is no {keywords.step(word, name)[1:]}")
         if reference in self._following:
             raise InvalidArgs(f"{where}.$ref: a type that contains itself cannot be had; expected no cycle")
         self._following.append(str(reference))
         try:
-            return self.convert(definitions[name], f"{self._where}{words.step(word, name)}", depth + 1)
+            return self.convert(definitions[name], f"{self._where}{keywords.step(word, name)}", depth + 1)
         finally:
             self._following.pop()
 
@@ -118,12 +115,12 @@ class _Converter:
         return _union([core for core, _ in parts]), {"anyOf": [shown for _, shown in parts]}
 
     def _one_value(self, schema: dict[str, Any], where: str) -> Part:
-        values = words.values(schema, where)
+        values = keywords.values(schema, where)
         self._values += len(values)
         if self._values > MAX_VALUES:
             raise InvalidArgs(f"{where}.enum: expected at most {MAX_VALUES} values of enums, references followed")
         if "type" in schema:
-            kinds = words.kinds(schema, where)
+            kinds = keywords.kinds(schema, where)
             allowed = _union([self._kind(kind, {}, where, 0)[0] for kind in kinds])
             for value in values:
                 if not _fits(allowed, value):
@@ -133,7 +130,7 @@ class _Converter:
         }
 
     def _typed(self, schema: dict[str, Any], where: str, depth: int) -> Part:
-        kinds = words.kinds(schema, where)
+        kinds = keywords.kinds(schema, where)
         if not kinds:
             return core_schema.any_schema(), {}
         shown: dict[str, Any] = {"type": kinds if len(kinds) > 1 else kinds[0]}
@@ -149,12 +146,12 @@ class _Converter:
             return self._object(schema, where, depth)
         if kind == "array":
             return self._array(schema, where, depth)
-        shown = {word: schema[word] for word in words.FOR[kind] if word in schema}
-        return words.scalar(kind, schema, where), shown
+        shown = {word: schema[word] for word in keywords.FOR[kind] if word in schema}
+        return keywords.scalar(kind, schema, where), shown
 
     def _array(self, schema: dict[str, Any], where: str, depth: int) -> Part:
-        limits = words.counts(schema, where, "minItems", "maxItems")
-        shown: dict[str, Any] = {word: schema[word] for word in words.FOR["array"] if word in schema}
+        limits = keywords.counts(schema, where, "minItems", "maxItems")
+        shown: dict[str, Any] = {word: schema[word] for word in keywords.FOR["array"] if word in schema}
         core: CoreSchema
         if "prefixItems" in schema:
             members = schema["prefixItems"]
@@ -175,27 +172,27 @@ class _Converter:
                 shown["items"] = shown_item
             least, most = limits.get("minItems"), limits.get("maxItems")
             core = core_schema.list_schema(item, min_length=least, max_length=most, fail_fast=True)
-        if words.flag(schema, "uniqueItems", where):
+        if keywords.flag(schema, "uniqueItems", where):
             core = core_schema.no_info_after_validator_function(_distinct, core)
         return core, shown
 
     def _object(self, schema: dict[str, Any], where: str, depth: int) -> Part:
-        shown: dict[str, Any] = {word: schema[word] for word in words.FOR["object"] if word in schema}
+        shown: dict[str, Any] = {word: schema[word] for word in keywords.FOR["object"] if word in schema}
         extra: CoreSchema | None = None
         more = schema.get("additionalProperties", True)
         if not isinstance(more, bool):
             extra, shown["additionalProperties"] = self.convert(more, f"{where}.additionalProperties", depth + 1)
-        properties, required = words.properties(schema, where)
+        properties, required = keywords.properties(schema, where)
         if not properties and more is not False:
             return core_schema.dict_schema(core_schema.str_schema(), extra or core_schema.any_schema()), shown
         fields, nullless = {}, set()
         shown["properties"] = {}
         for name, definition in properties.items():
-            part, told = self.convert(definition, where + words.step("properties", name), depth + 1)
-            shown["properties"][name] = told
-            if name not in required and "default" in told:
-                part = core_schema.with_default_schema(part, default=told["default"])
-            if name not in required and not _takes_null(told):
+            part, shown_part = self.convert(definition, where + keywords.step("properties", name), depth + 1)
+            shown["properties"][name] = shown_part
+            if name not in required and "default" in shown_part:
+                part = core_schema.with_default_schema(part, default=shown_part["default"])
+            if name not in required and not _takes_null(shown_part):
                 nullless.add(name)
             fields[name] = core_schema.typed_dict_field(part, required=name in required)
         core = core_schema.typed_dict_schema(
@@ -205,7 +202,7 @@ class _Converter:
             return core, shown
 
         def without_nulls(value: Any) -> Any:
-            # LMs, and structs of Elixir, write null for what they leave out.
+            # LMs and Elixir structs write null for absent values.
             if not isinstance(value, dict):
                 return value
             return {name: item for name, item in value.items() if item is not None or name not in nullless}
@@ -216,7 +213,7 @@ class _Converter:
 def _union(cores: list[CoreSchema]) -> CoreSchema:
     if len(cores) == 1:
         return cores[0]
-    # Of several errors, one per choice, only this one is told.
+    # One error in place of one per member.
     return core_schema.union_schema(
         list(cores), custom_error_type="any_of", custom_error_message="Input should fit one of the schema's types"
     )
@@ -224,7 +221,7 @@ def _union(cores: list[CoreSchema]) -> CoreSchema:
 
 def _fits(core: CoreSchema, value: Any) -> bool:
     try:
-        # Strict, as a schema means it; from JSON text, where a list may still become a tuple.
+        # Strict, without conversions; as JSON, in which a list may be a tuple.
         SchemaValidator(core).validate_json(json.dumps(value), strict=True, context=patterns.Budget())
     except (pydantic.ValidationError, ValueError):
         return False
@@ -247,7 +244,7 @@ def _distinct(items: list[Any]) -> list[Any]:
 
 
 def _hashable(value: Any) -> Any:
-    """Equal for values that are equal in JSON, where true is not 1."""
+    """Equal for equal JSON values; true is not 1."""
     if isinstance(value, dict):
         return frozenset((name, _hashable(item)) for name, item in value.items())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The words of JSON Schema that are known here, and what each may hold; the checks of texts and numbers. Pure."""
+"""The supported keywords of JSON Schema and their values; validators of strings and numbers. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core
 from dspy_bridge.errors import InvalidArgs, short
 from dspy_bridge.signatures.json_schema import patterns
 
-# Those that say something to the LM and ask nothing of a value.
-TOLD = frozenset(("title", "description", "default", "examples"))
+# Descriptive keywords, which do not constrain values.
+DESCRIPTIVE = frozenset(("title", "description", "default", "examples"))
 _ROOT = frozenset(("$schema", "$id", "$comment", "$defs", "definitions"))
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "format")
-# Type to the words that go with it.
+# Type to its keywords.
 FOR: dict[str, tuple[str, ...]] = {
     "string": ("minLength", "maxLength", "pattern", "format"),
     "integer": _NUMBERS,
@@ -27,14 +27,14 @@ FOR: dict[str, tuple[str, ...]] = {
     "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
     "object": ("properties", "required", "additionalProperties"),
 }
-# What stands alone, beside words that only tell. The first one that is there counts.
+# Keywords that exclude others, except for those listed and the descriptive ones. The first one present counts.
 _HEADS = {"$ref": (), "allOf": (), "anyOf": (), "oneOf": (), "enum": ("type",), "const": ("type",)}
-_KNOWN = ("type", *_HEADS, *dict.fromkeys(word for group in FOR.values() for word in group), *sorted(TOLD))
+_KNOWN = ("type", *_HEADS, *dict.fromkeys(word for group in FOR.values() for word in group), *sorted(DESCRIPTIVE))
 
 _DATE = r"(\d{4}-\d\d-\d\d)"
 _TIME = r"(\d\d:\d\d:\d\d)(?:\.\d+)?(?:[Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)?"
 _HEX = "[0-9a-fA-F]"
-# The formats that are checked: values stay text. All others are only told to the LM.
+# The formats that are validated; values stay strings. Others are only shown to the LM.
 _FORMATS = {
     "date": re.compile(_DATE, re.ASCII),
     "time": re.compile(_TIME, re.ASCII),
@@ -44,13 +44,13 @@ _FORMATS = {
 
 
 def step(word: str, name: str) -> str:
-    """A step down, as errors write it: `.properties.x`."""
+    """A step of the path in an error: `.properties.x`."""
     return f".{word}.{name}" if name.isidentifier() and len(name) <= 60 else f".{word}[{short(name)}]"
 
 
 def check(schema: dict[str, Any], where: str, is_root: bool) -> None:
-    """The words of one schema, not what they hold. Raises `InvalidArgs`: one is unknown or fits none of the others."""
-    given = [word for word in schema if word not in TOLD and not (is_root and word in _ROOT)]
+    """Check the keywords of one schema. Raises `InvalidArgs` for one that is unknown or excluded by another."""
+    given = [word for word in schema if word not in DESCRIPTIVE and not (is_root and word in _ROOT)]
     for word in given:
         if word not in _KNOWN:
             expected = ", ".join(_KNOWN)
@@ -68,7 +68,7 @@ def check(schema: dict[str, Any], where: str, is_root: bool) -> None:
 
 
 def kinds(schema: dict[str, Any], where: str) -> list[str]:
-    """The types of a schema; without `type` the one that its words are for, or none. Raises `InvalidArgs`."""
+    """The types of a schema; without `type` the one of its keywords, if any. Raises `InvalidArgs`."""
     given = schema.get("type")
     wanted: list[Any] = given if isinstance(given, list) else [given]
     words = [word for word in schema if any(word in group for group in FOR.values())]
@@ -86,7 +86,7 @@ def kinds(schema: dict[str, Any], where: str) -> list[str]:
 
 
 def values(schema: dict[str, Any], where: str) -> list[Any]:
-    """What `enum` or `const` allows. Raises `InvalidArgs`."""
+    """The values of `enum` or `const`. Raises `InvalidArgs`."""
     word = "enum" if "enum" in schema else "const"
     found = schema["enum"] if word == "enum" else [schema["const"]]
     if not isinstance(found, list) or not found:
@@ -101,7 +101,7 @@ def values(schema: dict[str, Any], where: str) -> list[Any]:
 
 
 def properties(schema: dict[str, Any], where: str) -> tuple[dict[str, Any], frozenset[str]]:
-    """Those of an object, and the names of the required ones. Raises `InvalidArgs`."""
+    """The properties of an object, and the required names. Raises `InvalidArgs`."""
     named = schema.get("properties", {})
     if not isinstance(named, dict):
         raise InvalidArgs(f"{where}.properties: expected an object of schemas by name")
@@ -117,7 +117,7 @@ def properties(schema: dict[str, Any], where: str) -> tuple[dict[str, Any], froz
 
 
 def flag(schema: dict[str, Any], word: str, where: str) -> bool:
-    """A word that is true or false. Raises `InvalidArgs`."""
+    """A boolean keyword. Raises `InvalidArgs`."""
     value = schema.get(word, False)
     if not isinstance(value, bool):
         raise InvalidArgs(f"{where}.{word}: expected true or false")
@@ -125,7 +125,7 @@ def flag(schema: dict[str, Any], word: str, where: str) -> bool:
 
 
 def counts(schema: dict[str, Any], where: str, *names: str) -> dict[str, int]:
-    """Those of the words that are there, each a whole number from 0 on. Raises `InvalidArgs`."""
+    """The keywords that are present, each a whole number from 0 on. Raises `InvalidArgs`."""
     found = {}
     for word in names:
         if word in schema:
@@ -137,7 +137,7 @@ def counts(schema: dict[str, Any], where: str, *names: str) -> dict[str, int]:
 
 
 def scalar(kind: str, schema: dict[str, Any], where: str) -> CoreSchema:
-    """What checks a text, a number, a boolean or null. Raises `InvalidArgs`."""
+    """The validator of a string, a number, a boolean or null. Raises `InvalidArgs`."""
     if kind == "boolean":
         return core_schema.bool_schema()
     if kind == "null":
@@ -186,7 +186,7 @@ def _number(kind: str, schema: dict[str, Any], where: str) -> CoreSchema:
         if word not in schema:
             continue
         value = schema[word]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not _is_finite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             raise InvalidArgs(f"{where}.{word}: expected a number")
         if word == "multipleOf" and (value <= 0 or (kind == "integer" and value != int(value))):
             more = "a whole number" if kind == "integer" else "a number"
@@ -199,12 +199,12 @@ def _number(kind: str, schema: dict[str, Any], where: str) -> CoreSchema:
     if kind == "integer":
         return core_schema.int_schema(**bounds)
     core = core_schema.float_schema(**bounds, allow_inf_nan=False)
-    # As floats, long whole numbers are multiples of anything.
+    # Converted to floats, long integers are multiples of anything.
     by_whole = schema.get("multipleOf", 1) == int(schema.get("multipleOf", 1))
     whole = SchemaValidator(_number("integer", schema, where)) if by_whole else None
 
     def keep_whole(value: Any, check: Any) -> Any:
-        """A whole number stays one: as a float it would come back as 5.0, and a long one as another."""
+        """Integers stay integers: as a float 5 would be returned as 5.0, and a long one changed."""
         if type(value) is not int:
             return check(value)
         if whole is not None:
@@ -213,10 +213,3 @@ def _number(kind: str, schema: dict[str, Any], where: str) -> CoreSchema:
         return value
 
     return core_schema.no_info_wrap_validator_function(keep_whole, core)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number past any float
-        return False

@@ -1,11 +1,10 @@
-r"""The `pattern` of JSON Schemas. Matched by Rust's library, which never backtracks; pure.
+r"""The keyword `pattern`. Matched by Rust's regex crate, which never backtracks. Pure.
 
-Compiled, one could take 12 MB, and pydantic keeps the last 50 that anybody compiled: no cleanup gives them back. And a
-text costs its length times the size of its pattern, with Python's lock held: 36 s for 0.1 MB of text and a pattern as
-large as Rust takes. So both are bounded, and types know their patterns as text, lest every program keeps its own.
-Programs are made on the loader's thread, their values checked where these come in; either way everybody waits for one
-pattern: 10 ms at most while it is compiled, some 0.1 s while it is matched.
-As JSON Schema says, \w and \d are ASCII's, as in JavaScript and Elixir. Unicode's \w is 60 KB wherever it stands.
+Rust's own limit of 10 MB for a compiled pattern is too high: one takes up to 28 MB and 0.2 s, pydantic caches the last
+50, and a match takes the string's length times the pattern's size, with the GIL held: over half a minute for 0.1 MB.
+So size and length are bounded here: 10 ms for compiling a pattern, 0.1 s for a match. Types refer to patterns by their
+source, so that programs do not keep compiled ones.
+As in JavaScript and Elixir, \w and \d are ASCII's. Unicode's \w takes 60 KB each.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from pydantic_core import PydanticCustomError, SchemaError, SchemaValidator, cor
 
 from dspy_bridge.errors import InvalidArgs
 
-# Distinct patterns in one schema, and those that are at hand at once. At worst ten take 12 MB, and 30 MB when they have
-# matched texts that were made for it; pydantic's 50 then are 80 MB. Those that people write take 0.1 MB each.
+# Different patterns in one schema, and in our cache. At worst ten take 12 MB, and 30 MB after matching strings made for
+# that; pydantic's 50 then take 80 MB. A usual pattern takes 0.1 MB.
 MOST = 10
 MAX_CHARS = 1000
-# The size of a pattern with its repetitions written out, in ASCII characters: 0.15 KB each.
+# Size with all repetitions written out, in ASCII characters of 0.15 KB each.
 MAX_SIZE = 6000
-_WIDE = 6  # any character, or any but some
-_UNICODE = 400  # a set of Unicode's: hundreds of ranges
+_WIDE = 6  # any character, or a negated class
+_SET = 400  # a Unicode class: hundreds of ranges
 
-# That size times the characters of a text: 5 to 14 ns each, where text and pattern were made for it.
+# Size times length of the string: 5 to 14 ns each at worst.
 MAX_WORK = 10_000_000
-# What all texts of one value may take, in seconds: 10 MB of those that people write.
+# For all strings of one value, in seconds: 10 MB with usual patterns.
 MAX_SECONDS = 0.25
 
 _ASCII = {"w": "[0-9A-Za-z_]", "W": "[^0-9A-Za-z_]", "d": "[0-9]", "D": "[^0-9]"}
 
 
 class Budget:
-    """The time that the patterns of one value have left. The validation's context."""
+    """The time left for the patterns of one value. Passed as pydantic's validation context."""
 
     __slots__ = ("seconds",)
 
@@ -48,10 +47,7 @@ class Budget:
 
 
 def read(pattern: object, where: str) -> Callable[[str, ValidationInfo], str]:
-    """What checks a text against a pattern, in a validation whose context is a `Budget`: gives the text, or raises.
-
-    Raises `InvalidArgs`.
-    """
+    """The validator of a pattern, for validations whose context is a `Budget`. Raises `InvalidArgs`."""
     unknown = f"{where}: cannot be read; expected a regular expression, without look-around and back references"
     if not isinstance(pattern, str):
         raise InvalidArgs(unknown)
@@ -69,8 +65,8 @@ def read(pattern: object, where: str) -> Callable[[str, ValidationInfo], str]:
 
     def match(text: str, info: ValidationInfo) -> str:
         if len(text) > longest:
-            told = "Input should have at most {longest} characters, for its pattern"
-            raise PydanticCustomError("pattern_work", told, {"longest": longest})
+            message = "Input should have at most {longest} characters, for its pattern"
+            raise PydanticCustomError("pattern_work", message, {"longest": longest})
         budget = info.context
         assert isinstance(budget, Budget)
         if budget.seconds < 0:
@@ -90,69 +86,48 @@ def _compiled(pattern: str) -> Callable[[str], Any]:
     return SchemaValidator(core_schema.str_schema(pattern=pattern)).validate_python
 
 
+# The tokens of `_size`, inside a class and outside: escapes, the start of a class or group, counts, characters.
+_ESCAPE = (
+    r"(?P<set>\\[pP](?:\{[^}]*\}?|.?))|(?P<wide>\\(?:[xuU]\{[^}]*\}?|x.{,2}|u.{,4}|U.{,8}|s))|(?P<wider>\\S)"
+    r"|(?P<escape>\\.?)|(?P<class>\[\^?\]?)"
+)
+_IN_CLASS = re.compile(_ESCAPE + "|.", re.DOTALL)
+_OUTSIDE = re.compile(_ESCAPE + r"|(?P<group>\((?:\?[^:)>]*)?)|(?P<count>\{[^}]*\}?)|(?P<none>[*+?|^$])|.", re.DOTALL)
+_SIZES = {"set": _SET, "wide": _WIDE, "wider": 2 * _WIDE, "escape": 1}
+
+
 def _size(pattern: str) -> float:
-    """How large it is with `{…}` written out, in one pass over it. Of what Rust will not read it may be anything."""
-    groups = [0.0]  # of what is open; classes are groups, too
-    last = 0.0  # what a `{…}` here would repeat
+    """The size with all repetitions written out, in one pass. Meaningless for a pattern that Rust refuses."""
+    groups = [0.0]  # sizes of the open groups and classes
+    last = 0.0  # of what a `{…}` at this place repeats
     in_class = 0
     cases = 1
     at = 0
-    while at < len(pattern):
-        sign = pattern[at]
-        at += 1
-        size = _WIDE if sign > "\x7f" else 0.25 if in_class else 1  # in a class, ASCII's are ranges of one step
-        if sign == "[":
+    while found := (_IN_CLASS if in_class else _OUTSIDE).match(pattern, at):
+        at, step, kind = found.end(), found[0], found.lastgroup
+        if kind == "class":
             in_class += 1
-            negated = pattern.startswith("^", at)
-            groups.append(_WIDE if negated else 1)
-            at += negated
-            at += pattern.startswith("]", at)  # the first one is a character
-            continue
-        if sign == "(" and not in_class:
+            groups.append(_WIDE if "^" in step else 1)
+        elif kind == "group":
             groups.append(1)
-            if pattern.startswith("?", at):
-                head, at = _until(":)>", pattern, at)
-                if "<" not in head:
-                    if "x" in head:
-                        return MAX_SIZE + 1  # comments may hold anything
-                    cases = 2 if "i" in head else cases
-            continue
-        if sign == "]" if in_class else sign == ")":
-            in_class = max(0, in_class - 1)
-            size = groups.pop()
-            groups = groups or [0.0]
-        elif sign == "\\":
-            size, at = _escape(pattern, at)
-        elif not in_class and sign == "{":
-            counts, at = _until("}", pattern, at)
-            times = max((min(int(n), MAX_SIZE + 1) for n in counts.split(",") if n.strip().isdecimal()), default=1)
-            size = last * max(0, times - 1)
-            groups[-1] += size
-            last += size
-            continue
-        elif not in_class and sign in "*+?|^$":
-            continue
-        elif not in_class and sign == ".":
-            size = _WIDE
-        last = size
-        groups[-1] += size
+            if "<" not in step and "x" in step:
+                return MAX_SIZE + 1  # comments may hold anything
+            if "<" not in step and "i" in step:
+                cases = 2
+        elif kind == "count":
+            times = max((min(int(n), MAX_SIZE + 1) for n in re.findall(r"\d+", step)), default=1)
+            groups[-1] += last * max(0, times - 1)
+            last *= max(1, times)
+        elif kind != "none":
+            if step == ("]" if in_class else ")"):
+                in_class = max(0, in_class - 1)
+                last = groups.pop()
+                groups = groups or [0.0]
+            elif kind is not None:
+                last = _SIZES[kind]
+            elif step > "\x7f" or (step == "." and not in_class):
+                last = _WIDE
+            else:
+                last = 0.25 if in_class else 1  # a class is a list of ranges
+            groups[-1] += last
     return sum(groups) * cases
-
-
-def _escape(pattern: str, at: int) -> tuple[float, int]:
-    """The size of what is escaped at `at`, and where it ends."""
-    kind = pattern[at : at + 1]
-    at += 1
-    if kind not in ("p", "P", "x", "u", "U"):
-        return {"s": _WIDE, "S": 2 * _WIDE}.get(kind, 1), at
-    if pattern.startswith("{", at):
-        at = _until("}", pattern, at)[1]
-    else:
-        at += {"x": 2, "u": 4, "U": 8}.get(kind, 1)
-    return _UNICODE if kind in "pP" else _WIDE, at
-
-
-def _until(ends: str, pattern: str, at: int) -> tuple[str, int]:
-    """What stands before the next of `ends`, and where it goes on: behind a brace, at all else."""
-    end = next((n for n in range(at, len(pattern)) if pattern[n] in ends), len(pattern))
-    return pattern[at:end], end + (ends == "}")

@@ -1,4 +1,4 @@
-"""One execute of many inputs, and the meta of executes: what each costs is told with its reply."""
+"""`execute_program` with a list of inputs, and the meta of replies with costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = "openai/stub-model"
 
 
 def question(request: dict[str, Any]) -> str:
-    """What an execute asks."""
+    """The prompt of a run."""
     return str(request["messages"][-1]["content"]).split("[[ ## question ## ]]\n")[1].split("\n")[0]
 
 
@@ -31,7 +31,7 @@ def echo(request: dict[str, Any]) -> Answer:
 
 
 class Desk:
-    """A peer with eight turns, and its LM."""
+    """A peer with eight slots, and its LM."""
 
     def __init__(self) -> None:
         self.answer: Callable[[dict[str, Any]], Answer] = echo
@@ -81,7 +81,7 @@ def asks(*questions: str) -> list[dict[str, str]]:
 
 
 def test_results_are_in_the_order_of_the_inputs(desk: Desk) -> None:
-    """Whatever order the LM answers in: here the first comes last."""
+    """Even if the LM answers the first one last."""
     others = threading.Semaphore(0)
 
     def answer(request: dict[str, Any]) -> Answer:
@@ -137,7 +137,7 @@ def test_items_count_as_executions(desk: Desk) -> None:
 
 
 def test_no_more_run_at_once_than_may(desk: Desk) -> None:
-    """Eight requests reach the LM, the ninth when one of them is answered; another execute goes in between."""
+    """Eight requests reach the LM, the ninth when one of them is answered; another call runs in between."""
     desk.server.gate.clear()
     batch = desk.start(asks(*map(str, range(40))))
     for _ in range(8):
@@ -177,7 +177,7 @@ def test_ten_thousand_items(desk: Desk) -> None:
 
 
 def test_each_result_is_streamed_as_soon_as_it_is_there(desk: Desk) -> None:
-    """The LM answers one only when the caller has heard of the other."""
+    """The LM answers one only after the caller has the other's result."""
     heard = threading.Event()
 
     def answer(request: dict[str, Any]) -> Answer:
@@ -208,7 +208,7 @@ def test_failures_are_streamed_like_results(desk: Desk) -> None:
 
 
 def test_a_deadline_in_the_middle_ends_it_all(desk: Desk) -> None:
-    """What was streamed is there; the LM's requests are closed, and those that waited are never sent."""
+    """Streamed results were received; the LM's requests are closed, and waiting ones are never sent."""
     waiting, through = threading.Event(), threading.Event()
 
     def answer(request: dict[str, Any]) -> Answer:
@@ -257,7 +257,7 @@ def test_a_cleanup_during_it_takes_nothing_from_it(desk: Desk) -> None:
 
 
 def test_a_caller_that_does_not_read_slows_its_streamed_batch(desk: Desk) -> None:
-    """Items whose results wait to be sent keep their turns: the LM is not asked for the rest."""
+    """Items whose results wait to be sent keep their slots: the LM is not called for the rest."""
     desk.answer = lambda _request: chat(answer="x" * 500_000)
     id = desk.start(asks(*["q"] * 60), stream=True)
     for _ in range(8):
@@ -366,7 +366,7 @@ def test_executes_at_once_do_not_mix_their_meta(desk: Desk) -> None:
 
 
 def test_several_completions_are_one_call_with_all_their_tokens(desk: Desk) -> None:
-    """Of which each is a request of its own, since DSPy 3.4."""
+    """Each is a separate request, since DSPy 3.4."""
     requests = 3 if DSPY >= (3, 4) else 1
     meta = desk.run({"question": "a"}, args={"config": {"n": 3}}, meta=True)["meta"]
     assert meta["lm_calls"] == 1 and meta["lm_usage"][MODEL]["completion_tokens"] == 7 * requests

@@ -172,7 +172,7 @@ def test_wrong_arguments_of_create_program_are_named(module_peer: Peer, args: di
 
 @pytest.fixture(scope="module")
 def module_peer() -> Any:
-    """A peer for tests that leave nothing behind."""
+    """A peer for tests that leave no programs behind."""
     with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
         yield peer
 
@@ -218,7 +218,7 @@ def test_wrong_inputs_are_named_before_any_lm_is_asked(echo_peer: Peer, inputs: 
 def test_what_dspy_cannot_send_to_an_lm_is_no_defect_of_the_peer(
     echo_peer: Peer, signature: str, args: dict[str, Any]
 ) -> None:
-    """Values that fit their types, but not DSPy's prompts: the error names where they are, and nothing is logged."""
+    """Valid values that DSPy cannot write into a prompt: the error names their place, and nothing is logged."""
     assert echo_peer.call("create_program", {"id": "p", "signature": signature})["success"]
     reply = echo_peer.call("execute_program", {"program_id": "p", **args})
     if DSPY < (3, 4) and "config" in args:
@@ -229,7 +229,7 @@ def test_what_dspy_cannot_send_to_an_lm_is_no_defect_of_the_peer(
 
 
 def test_a_secret_at_the_end_of_a_long_error_is_not_cut_but_redacted(echo_peer: Peer) -> None:
-    """Half of it would not be known as one; and what is redacted is cut to the length of errors all the same."""
+    """Half of a secret would not be recognized; the redacted text is cut to the length of errors."""
     key = "QWERTYUIOPASDFGHJKL"
     program = {"id": "p", "signature": "q -> a", "lm": {"model": "offline/echo", "api_key": key}}
     assert echo_peer.call("create_program", program)["success"]
@@ -239,7 +239,7 @@ def test_a_secret_at_the_end_of_a_long_error_is_not_cut_but_redacted(echo_peer: 
 
 
 def test_a_cleanup_of_misspelt_ids_removes_nothing(echo_peer: Peer) -> None:
-    """It would remove all."""
+    """All programs would be removed."""
     assert echo_peer.call("create_program", {"id": "p", "signature": "q -> a"})["success"]
     reply = echo_peer.call("cleanup", {"program_id": ["p"]})
     assert reply["error_type"] == "invalid_args" and "program_ids" in reply["error"]
@@ -254,7 +254,7 @@ def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
 
 
 def test_a_name_that_no_line_can_hold_is_escaped_and_cut(module_peer: Peer) -> None:
-    """A megabyte came back whole, and line breaks as they were."""
+    """A megabyte came back whole, with its line breaks."""
     for name, told in (
         ("a\nb\r\x00\x1b[31m\u2028c", r"a\nb\r\x00\x1b[31m\u2028c"),
         ("x" * 1_000_000, "x" * 4095 + "…"),
@@ -267,7 +267,7 @@ def test_a_name_that_no_line_can_hold_is_escaped_and_cut(module_peer: Peer) -> N
 
 
 def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(fresh_echo_peer: Peer) -> None:
-    """All in one write, so that none has been answered when the next one is read."""
+    """All in one write, so that the next one is read before any is answered."""
     ask = {"program_id": "qa", "inputs": {"question": "x"}}
     fresh_echo_peer.send(
         {"id": "before", "command": "execute_program", "args": ask},
@@ -326,7 +326,7 @@ def test_cleanup_of_some(echo_peer: Peer) -> None:
 
 @pytest.mark.slow
 def test_programs_that_were_replaced_or_removed_take_no_memory(fresh_echo_peer: Peer) -> None:
-    """They are frozen out of garbage collections while they are there, and collected when they are not."""
+    """Loaded programs are frozen out of garbage collections; removed ones are collected."""
 
     def rss() -> int:
         return fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]

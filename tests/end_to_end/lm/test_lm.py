@@ -376,7 +376,7 @@ def test_when_descriptors_run_out_idle_connections_are_closed_for_whoever_needs_
 
 def written(home: Path) -> list[Path]:
     """DSPy 3.3 makes a folder for its cache when it is imported."""
-    return [path for path in home.rglob("*") if path.name != ".dspy_cache"]
+    return [path for path in home.iterdir() if DSPY >= (3, 4) or path.name != ".dspy_cache"]
 
 
 def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, tmp_path: Any) -> None:

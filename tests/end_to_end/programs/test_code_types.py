@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(folder: Path, start_lm: Any) -> Iterator[Any]:
-    """Starts a peer that may run code, an LM that answers so, and a program."""
+    """Starts a peer that may run code, an LM with these answers, and a program."""
     with ExitStack() as peers:
 
         def start(create: dict[str, Any], *answers: Any, init: str = "local") -> Any:
@@ -217,7 +217,7 @@ def test_code_that_does_not_end_is_ended_with_its_process(start: Any, create: An
 @pytest.mark.parametrize(("create", "looping"), LOOPS)
 @pytest.mark.parametrize("init", ["deno", "slow_deno"])
 def test_a_sandbox_that_hears_nothing_is_killed(start: Any, create: Any, looping: str, init: str) -> None:
-    """DSPy's own is a process that is told to end, which one that is busy, or still starts, does not hear."""
+    """DSPy's own shutdown is a message, which a busy or starting process does not read."""
     peer, _ = start(create, looping, init=init)
     begin = time.monotonic()
     id = peer.request("execute_program", ASK)
@@ -231,7 +231,7 @@ def test_a_sandbox_that_hears_nothing_is_killed(start: Any, create: Any, looping
 
 @pytest.mark.slow
 def test_what_ends_a_sandbox_ends_too(start: Any) -> None:
-    """A thread that stayed behind each time would show; one or the other of the peer's pools is made meanwhile."""
+    """One leaked thread per run would show; the peer may also start one of its pools."""
     peer, _ = start(*LOOPS[0])
     process = psutil.Process(peer.process.pid)
     runs = 16

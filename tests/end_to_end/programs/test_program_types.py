@@ -1,4 +1,4 @@
-"""Program types: each by DSPy's own module, with its own settings. The LM is on loopback and keeps the prompts."""
+"""Program types: DSPy's modules with their options. A loopback LM records the prompts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_chain_of_thought_reasons_first(start_lm: Any) -> None:
 
 
 def test_best_of_n_stops_at_the_threshold(start_lm: Any) -> None:
-    """Each attempt is an LM call of its own, which no cache answers."""
+    """Each attempt is a separate LM call, not answered by a cache."""
     server = start_lm(script(*(chat(answer=answer) for answer in ("no", "perhaps", "yes"))))
     with Peer(env=lm_env(server, cache=True, temperature=0)) as peer:
         options = {**SCORE, "n": 5, "threshold": 0.5}
@@ -103,7 +103,7 @@ def test_a_field_is_compared_as_a_reply_would_have_it(start_lm: Any, signature: 
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
 def test_they_run_other_modules_too(start_lm: Any, program_type: str) -> None:
-    """A ReAct with a tool of its own; the reward may be declared among the tools and is none for the LM."""
+    """A ReAct with a tool. The reward may be declared among the tools, but is not a tool for the LM."""
     step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')
     finish = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
     server = start_lm(script(step, finish, chat(reasoning="r", answer="yes")))
@@ -143,7 +143,7 @@ FAILURES = [
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, program_type: str, n: int) -> None:
-    """And what DSPy prints of it has no contents."""
+    """DSPy's message about it has no contents."""
     with Peer() as peer:
         for answer, reward, wanted in FAILURES:
             lm = {"model": "openai/stub", **start_lm(answer).options()}
@@ -157,7 +157,7 @@ def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, progr
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
 def test_of_attempts_that_fail_in_turn_the_last_is_told(start_lm: Any, program_type: str) -> None:
-    """Whether all were made, or the failures were too many before."""
+    """Whether all attempts were made or too many had failed."""
     told: list[str] = []
 
     def fail(**_: Any) -> Any:
@@ -191,7 +191,7 @@ def test_an_advice_that_cannot_be_read_is_one_attempt_and_not_in_the_log(start_l
 
 @pytest.mark.parametrize("adapter", ["json", {"name": "two_step", "extraction_model": {"model": "offline/echo"}}])
 def test_refine_keeps_the_adapter_that_was_chosen(start_lm: Any, adapter: Any) -> None:
-    """Also where DSPy would make another of its class without what it needs."""
+    """Also if DSPy creates another one of its class without arguments."""
     server = start_lm(script('{"answer": "no"}', '{"discussion": "d", "advice": {"inner": "a"}}', '{"answer": "yes"}'))
     with shared_peer(env=lm_env(server)) as peer:
         create = {**CREATE, "program_type": "refine", "options": {**YES, "n": 2}, "adapter": adapter}
@@ -224,7 +224,7 @@ COMPLETIONS = [{"reasoning": f"because of {n}", "answer": n} for n in range(3)]
 
 @pytest.mark.parametrize("signature", ["question -> answer", "question -> hint, answer"])
 def test_multi_chain_comparison_compares_what_it_is_given(start_lm: Any, signature: str) -> None:
-    """By the last output field; a rationale is as good as a reasoning."""
+    """By the last output field; `rationale` is accepted for `reasoning`."""
     server = start_lm(chat(rationale="all told", hint="h", answer="2"))
     with shared_peer(env=lm_env(server)) as peer:
         create = {"id": "x", "signature": signature, "program_type": "multi_chain_comparison"}
@@ -340,7 +340,7 @@ def test_a_type_that_this_dspy_lacks_is_told_with_its_version(tmp_path: Any) -> 
     ],
 )
 def test_a_deadline_closes_the_request_of_a_module_in_a_thread(start_lm: Any, create: Any, inputs: Any) -> None:
-    """And no other is made: the thread comes back."""
+    """And no further attempt is made: the thread returns."""
     server = start_lm(chat(answer="no"))
     server.gate.clear()
     with shared_peer(env=lm_env(server)) as peer:
@@ -373,7 +373,7 @@ def test_sockets_do_not_pile_up(start_lm: Any) -> None:
     {"inputs": [{"name": "question"}, {"name": "completions", "type": "list[Any]"}], "outputs": [{"name": "answer"}]},
 ])  # fmt: skip
 def test_completions_may_be_declared_among_the_inputs(echo_peer: Peer, signature: Any) -> None:
-    """They are no field of the prompt: the attempts made of them are."""
+    """They are not a field of the prompt: the attempts made from them are."""
     args = {"id": "p", "signature": signature, "program_type": "multi_chain_comparison", "options": {"m": 1}}
     assert echo_peer.call("create_program", args)["success"]
     inputs = {"question": "Why?", "completions": [{"reasoning": "r", "answer": "a"}]}
@@ -401,7 +401,7 @@ def parameters() -> list[str]:
 
 
 def test_a_field_of_any_name_works_or_is_refused(echo_peer: Peer) -> None:
-    """An input `module` of a ReAct and an output `self` were `internal`, `work` and `failures` of a best_of_n lost."""
+    """An input `module` of a ReAct, an output `self` were `internal`; best_of_n lost inputs `work` and `failures`."""
 
     def create(program_type: str, inputs: list[str], outputs: list[str]) -> dict[str, Any]:
         fields = {"inputs": [{"name": name} for name in inputs], "outputs": [{"name": name} for name in outputs]}

@@ -1,4 +1,4 @@
-"""Programs with a state: what was learned in Python is served here, and what is served can be taken back there."""
+"""Programs with a state: Python's optimized programs are served here, and states from here load in Python."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Two(dspy.Module):
 
 
 class Served:
-    """A peer, its LM, and the folder that states may be read from."""
+    """A peer, its LM, and its folder for states."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "host.py").write_text(HOST)
@@ -70,7 +70,7 @@ class Served:
         return dict(details["state"])
 
     def prompts(self, program: str, **args: Any) -> list[Any]:
-        """What the LM is asked for one execute."""
+        """The prompt of one run."""
         begin = len(self.server.requests)
         inputs = args.pop("inputs", {"question": "Where?"})
         reply = self.peer.call("execute_program", {"program_id": program, "inputs": inputs, **args})
@@ -126,7 +126,7 @@ def test_the_state_is_what_dspys_save_writes(served: Served, kind: str, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_learned_program_is_served_and_given_back(served: Served, kind: str, tmp_path: Path) -> None:
-    """By path and by value; its demos and instructions are in the prompts."""
+    """By path and by value; prompts have its demos and instructions."""
     args, make = KINDS[kind]
     module = make()
     for predictor in module.predictors():
@@ -208,7 +208,7 @@ def test_demos_replace_those_of_the_state(served: Served) -> None:
 
 
 def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path: Path) -> None:
-    """Unless `lm` is given, with the program or a call. Its key is the environment's, its place the provider's."""
+    """Unless the program or a call has `lm`. The key is that of the environment, the address that of the provider."""
     elsewhere = {"api_base": "http://127.0.0.1:9/v1", "api_key": "sk-saved-0123456789"}
     module = dspy.Predict(QA)
     module.set_lm(dspy.LM("openai/saved-model", temperature=0.25, max_tokens=99, cache=False, **elsewhere))
@@ -277,7 +277,7 @@ def files(served: Served) -> Path:
 
 @pytest.mark.parametrize("path", ["good.json", "sub/link.json", "sub/../good.json", "outdir/states/good.json"])
 def test_files_in_the_folder(served: Served, files: Path, path: str) -> None:
-    """Wherever the way leads: where it ends is what counts."""
+    """Only the end of the path counts."""
     served.created(state_path=path)
     served.created(state_path=str(files / path))
 
@@ -318,7 +318,7 @@ def test_paths_that_lead_to_no_state(served: Served, files: Path, path: Any, err
 
 
 def test_a_file_that_must_not_be_read(served: Served, files: Path) -> None:
-    """Root, who may read all, finds that it is empty."""
+    """Root may read it, and finds it empty."""
     (files / "secret.json").touch(0o000)
     reply = served.create(state_path="secret.json")
     said = "expected JSON" if os.geteuid() == 0 else "cannot be read"

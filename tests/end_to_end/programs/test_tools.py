@@ -1,4 +1,4 @@
-"""Tools that are functions of the caller's: how they are declared and called, and how they fail."""
+"""Tools that the caller runs: declarations, calls and errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ UNREADABLE = [(b"1" * 5000, "at most 4300 digits"), (b"[" * 300 + b"]" * 300, "r
 
 
 def test_a_result_that_cannot_be_read_is_an_observation(start_lm: Any) -> None:
-    """Nobody else could answer that call: the program waited for its deadline."""
+    """No other reply could come: the program would wait until its deadline."""
     searches = [step("search", {"query": "a", "most": 2})] * len(UNREADABLE)
     server = start_lm(script(*searches, FINISH, EXTRACT))
     with shared_peer(env=lm_env(server)) as peer:
@@ -132,7 +132,7 @@ def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
 
 
 def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
-    """DSPy's own would have the provider's text, which may have the prompt."""
+    """DSPy's own error has the provider's text, which may contain the prompt."""
     full = (
         400,
         {
@@ -166,7 +166,7 @@ def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
     ],
 )
 def test_arguments_have_the_types_that_fields_have(start_lm: Any, type_: Any, fits: Any, does_not: Any) -> None:
-    """They come to the caller as the LM gave them."""
+    """The caller receives them as the LM wrote them."""
     server = start_lm(script(step("f", {"value": does_not}), step("f", {"value": fits}), FINISH, EXTRACT))
     with shared_peer(env=lm_env(server)) as peer:
         tool = {"name": "f", "args": {"value": {"type": type_}}}
@@ -184,7 +184,7 @@ def test_an_agent_ends_after_its_steps(start_lm: Any) -> None:
 
 
 def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: Any) -> None:
-    """A late answer is nobody's; one that was never asked for is an error."""
+    """A late result is ignored; a result without a call is an error."""
     server = start_lm(step("search", {"query": "a", "most": 1}))
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
@@ -199,7 +199,7 @@ def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: 
 
 
 def test_executes_wait_for_their_tools_at_once(start_lm: Any) -> None:
-    """Twenty of one program, answered last first; each gets its own answer."""
+    """Twenty runs of one program, answered in reverse order; each gets its own result."""
 
     def lm(request: dict[str, Any]) -> str:
         last = request["messages"][-1]["content"]
@@ -224,7 +224,7 @@ def test_executes_wait_for_their_tools_at_once(start_lm: Any) -> None:
 
 
 def test_at_the_end_of_input_no_answer_can_come(start_lm: Any) -> None:
-    """The LM is told so, and the execute is answered."""
+    """The LM sees the error, and the call is answered."""
     server = start_lm(script(step("search", {"query": "a", "most": 1}), FINISH, EXTRACT))
     with Peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
@@ -246,7 +246,7 @@ def test_echo_calls_the_first_tool(echo_peer: Peer) -> None:
 
 
 def tool_calls(*calls: tuple[str, str], text: str | None = None) -> tuple[int, dict[str, Any]]:
-    """An answer of OpenAI's API that asks for tools; arguments are JSON texts."""
+    """An answer of OpenAI's API with tool calls; arguments are JSON strings."""
     body = completion("gpt-4o-mini", "")
     message = body["choices"][0]["message"]
     message["content"] = text
@@ -260,7 +260,7 @@ def tool_calls(*calls: tuple[str, str], text: str | None = None) -> tuple[int, d
 
 @pytest.fixture
 def native(start_lm: Any) -> Iterator[Any]:
-    """Creates a program whose LM has function calling, and answers as given."""
+    """Creates a program whose LM supports function calling, with the given answers."""
     with shared_peer() as peer:
 
         def create(*answers: Any, model: str = "openai/gpt-4o-mini", **more: Any) -> Any:
@@ -291,7 +291,7 @@ def test_an_lm_with_function_calling_is_given_the_tools(native: Any, program_typ
 
 
 def test_an_answer_that_only_calls_tools_need_not_fit_the_other_outputs(native: Any) -> None:
-    """The LM has not written them: they are null, whatever they are constrained to."""
+    """The LM did not write them: they are null, whatever their constraints."""
     fields = {"inputs": [{"name": "question"}], "outputs": [{"name": "sure", "type": "probability"}]}
     peer, _ = native(tool_calls(("search", '{"query": "a", "most": 1}')), signature=fields)
     reply, _ = execute(peer, ASK, {"search": lambda query, most: "found"})
@@ -433,7 +433,7 @@ def test_modules_of_the_hosts_own_are_given_the_tools(
 
 
 def test_a_tool_that_fails_in_a_module_of_the_hosts_own(hosts: Peer) -> None:
-    """It is an exception there; let through, it is the execute's error."""
+    """The module sees an exception; if uncaught, it is the call's error."""
 
     def search(**_: Any) -> Any:
         raise ToolError("no net")

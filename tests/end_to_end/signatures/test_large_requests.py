@@ -1,4 +1,4 @@
-"""Executes with large inputs are as others are, on other threads: streams, tools, deadlines, lists, connections."""
+"""Calls with large inputs work like others, on other threads: streams, tools, deadlines, lists, connections."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_large_and_small_inputs_of_one_list(start_lm: Any) -> None:
 
 
 def test_its_connections_are_closed_with_the_lm(start_lm: Any) -> None:
-    """As those of others: once so many other LMs have been used that this one is forgotten."""
+    """When so many other LMs have been used that this one is dropped."""
     server = start_lm()
     with Peer(env=lm_env(start_lm())) as peer:
         peer.call("create_program", QA)

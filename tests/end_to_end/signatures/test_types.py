@@ -1,4 +1,4 @@
-"""Types over real pipes: what an LM is told, what comes back, and that bad ones cost one error."""
+"""Types over real pipes: what an LM is shown, what is returned, and errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PNG = base64.b64encode(b"\x89PNG and so on").decode()
 
 @pytest.fixture(scope="module")
 def peer() -> Iterator[Peer]:
-    """A peer for tests that leave nothing behind but programs of their own."""
+    """A peer for tests that leave only their own programs behind."""
     with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as one:
         yield one
 
@@ -62,7 +62,7 @@ def prompt_of(request: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
 def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_lm: Any, adapter: str) -> None:
-    """Names, descriptions and allowed values are the schema's own; what is absent stays so, but for defaults."""
+    """Names, descriptions and enums are the schema's; absent values stay absent unless they have a default."""
     answer = json.dumps({**ADA, "nick": None})
     answers = {
         "chat": chat(who=answer),
@@ -187,7 +187,7 @@ def test_a_path_is_read_in_the_folder_of_the_setting_alone(start_lm: Any, tmp_pa
 
 @pytest.mark.slow
 def test_an_image_of_20_mb_reaches_the_lm_and_no_log_or_reply(start_lm: Any) -> None:
-    """Each in seconds, in a few copies of its size, and what follows valid base64 is still seen."""
+    """Each takes seconds and a few copies of its size; garbage after valid base64 is found."""
     data = base64.b64encode(os.urandom(20_000_000)).decode()
     server = start_lm()
     with Peer(env={**lm_env(server), "DSPY_BRIDGE_LOG_LEVEL": "debug"}) as peer:
@@ -219,7 +219,7 @@ def deep(word: str, depth: int) -> bytes:
     [(word, depth) for word in ("properties", "anyOf", "items") for depth in (70, 150, 10_000)] + [("default", 10_000)],
 )
 def test_a_deep_schema_is_one_clear_error(peer: Peer, word: str, depth: int) -> None:
-    """Past 200 levels the frame itself cannot be read; before, the schema is named."""
+    """Past 200 levels the frame itself is refused; below, the error names the schema."""
     began = time.monotonic()
     peer.send(deep(word, depth))
     reply = peer.receive()
@@ -233,7 +233,7 @@ def test_a_deep_schema_is_one_clear_error(peer: Peer, word: str, depth: int) -> 
 
 
 def test_patterns_and_texts_made_to_take_long_stop_nobody_else() -> None:
-    """700 spaces in a pattern stopped every ping for minutes, and these texts every deadline for half a minute."""
+    """700 spaces in a pattern stopped all pings for minutes, and these strings all deadlines for half a minute."""
     patterns = ["{" + " " * 700, "(((a{99}){99}){99})", "(?i)" + r"\PL" * 300, "a{" + "9" * 900 + "}", "(?" * 500]
     slow = {"type": "array", "items": {"type": "string", "pattern": "[ab]*a[ab]{500}c"}}
     with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:

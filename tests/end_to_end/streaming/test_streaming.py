@@ -1,4 +1,4 @@
-"""Streams of executes: the fields of an LM's answer as the LM writes them. One peer and one loopback LM for all."""
+"""Streams: the fields of an LM's answer as the LM writes them. One peer and one loopback LM for all tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import asyncio, dspy
 from dspy.streaming.messages import sync_send_to_stream
 
 class TwoSteps(dspy.Module):
-    """A draft, then the answer: both write the field that the program gives."""
+    """A draft, then the answer: both write the program's output."""
     def __init__(self, signature):
         super().__init__()
         self.draft = dspy.ChainOfThought(signature)
@@ -38,7 +38,7 @@ class Sync(dspy.Module):
         return self.inner.last(question=question, draft=draft)
 
 class Both(dspy.Module):
-    """Two at once; one of them is the program's."""
+    """Two concurrent predictors; one writes the program's output."""
     def __init__(self, signature):
         super().__init__()
         self.title = dspy.Predict("question -> title")
@@ -48,7 +48,7 @@ class Both(dspy.Module):
         return dspy.Prediction(answer=answer.answer, title=title.title)
 
 class Threaded(dspy.Module):
-    """A thread of its own, with a sync call."""
+    """A sync call in a new thread."""
     def __init__(self, signature):
         super().__init__()
         self.inner = dspy.Predict(signature)
@@ -88,7 +88,7 @@ class Stage:
         return self.peer.request("execute_program", asked, **{"stream": True, **envelope})
 
     def read(self, id: int) -> tuple[Frames, dict[str, Any]]:
-        """What is streamed, and the reply."""
+        """The stream's items and the reply."""
         frames: Frames = []
         while "stream" in (frame := self.peer.receive()):
             assert frame["id"] == id
@@ -117,7 +117,7 @@ def stage(stages: Stage) -> Stage:
 
 
 def joined(frames: Frames) -> dict[str, str]:
-    """The texts by field."""
+    """The joined chunks by field."""
     texts: dict[str, str] = {}
     for frame in frames:
         if "field" in frame:
@@ -175,7 +175,7 @@ def test_the_chunks_of_a_field_joined_are_the_field_of_the_reply(stage: Stage, a
 
 
 def test_the_first_chunk_is_there_while_the_lm_still_writes(stage: Stage) -> None:
-    """The LM goes on only when the caller has what it wrote before."""
+    """The LM goes on only after the caller has the earlier chunks."""
     read = threading.Semaphore(0)
 
     def answer(_request: Any) -> Iterator[str]:
@@ -273,7 +273,7 @@ def test_an_error_before_the_first_piece_is_the_only_frame(stage: Stage) -> None
 
 
 def test_an_answer_that_does_not_fit_is_told_as_such_after_its_chunks(stage: Stage) -> None:
-    """Once something was shown there is no second try, since DSPy 3.4; what that writes is not shown."""
+    """After a chunk was sent there is no second attempt, since DSPy 3.4; its answer is not streamed."""
     stage.answer = chat(answer="Paris", count="many")
     frames, reply = stage.run(stage.create(signature="question -> answer, count: int"))
     assert joined(frames) == {"answer": "Paris"} and reply["error_type"] == "output_invalid"
@@ -281,7 +281,7 @@ def test_an_answer_that_does_not_fit_is_told_as_such_after_its_chunks(stage: Sta
 
 
 def test_an_answer_in_the_wrong_format_is_asked_for_again_in_json_and_streamed(stage: Stage) -> None:
-    """As without a stream: nothing of the first answer was shown."""
+    """As without a stream: nothing of the first answer was sent."""
     answers = iter(["Paris, I think.", '{"answer": "Paris, in \\"France\\""}'])
     stage.answer = lambda _request: next(answers)
     frames, reply = stage.run(stage.create())
@@ -393,7 +393,7 @@ def test_the_first_of_several_completions_is_told(stage: Stage) -> None:
 
 
 def test_completions_in_one_answer_are_told_apart(stage: Stage) -> None:
-    """LiteLLM asks for all at once, and their pieces come as the LM has them."""
+    """LiteLLM requests all at once, and their pieces come interleaved."""
 
     def answer(request: dict[str, Any]) -> Iterator[str | bytes]:
         assert request["n"] == 2
@@ -418,7 +418,7 @@ def test_the_echo_lm_streams(stage: Stage) -> None:
 
 @pytest.mark.parametrize("kind", ["chain_of_thought", "multi_chain_comparison"])
 def test_lms_that_go_by_litellm_stream_as_well(stage: Stage, kind: str) -> None:
-    """DSPy's way where its own client does not know the provider."""
+    """DSPy's client for providers that it does not know itself."""
     before = "reasoning" if kind == "chain_of_thought" else "rationale"
     stage.answer = chat(**{before: "It is known.", "answer": "Paris, in France"})
     lm = {"model": "openai/other", **BY_LITELLM, **stage.server.options()}
@@ -431,7 +431,7 @@ def test_lms_that_go_by_litellm_stream_as_well(stage: Stage, kind: str) -> None:
 
 
 def test_streams_at_once_keep_apart(stage: Stage) -> None:
-    """Thirty of one program, interleaved: each gets its own, in order, and nothing after its reply."""
+    """Thirty interleaved runs of one program: each gets its own chunks, in order, and nothing after its reply."""
     begun = threading.Barrier(30)
 
     def answer(request: dict[str, Any]) -> Iterator[str]:
@@ -507,7 +507,10 @@ def test_deadlines_hold_while_nobody_reads(stage: Stage) -> None:
     taken, stop = [0], threading.Event()
     stage.answer = lambda _request: endless(taken, stop)
     id = stage.start(stage.create(), timeout_ms=700)
-    assert stage.server.closed_by_client.acquire(timeout=PATIENCE), "the peer, whose pipe is full, keeps the LM waiting"
+    if DSPY >= (3, 4):  # LiteLLM's is closed with the next garbage
+        assert stage.server.closed_by_client.acquire(timeout=PATIENCE), (
+            "the peer keeps the LM waiting: its pipe is full"
+        )
     frames, reply = stage.read(id)
     assert frames and reply["error_type"] == "timeout"
     stop.set()
@@ -538,7 +541,7 @@ def test_meta_of_a_stream_has_the_tokens(stage: Stage) -> None:
 
 
 def test_a_module_tells_status_messages_of_its_own(stage: Stage) -> None:
-    """By DSPy's ways: what is sent to `send_stream`, and what its helper for sync code sends there."""
+    """With DSPy's means: `send_stream`, and its helper for sync code."""
     frames, reply = stage.run(stage.create("host:Says"))
     assert reply["success"], reply
     assert frames == [{"status": "thinking"}, {"status": "in sync"}, {"field": "answer", "chunk": "Where?"}]

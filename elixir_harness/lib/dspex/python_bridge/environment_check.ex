@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
       {:ok, source} ->
         case Enum.reject(@script_texts, &String.contains?(source, &1)) do
           [] -> {:ok, source}
-          missing -> {:error, "#{path} is no script of the bridge: it lacks #{list(missing)}"}
+          missing -> {:error, "#{path} is not a peer's script: it lacks #{list(missing)}"}
         end
 
       {:error, :enoent} ->
@@ -75,7 +75,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
 
   # The next three are also for `DSPex.PythonBridge.Doctor`.
 
-  # What the interpreter says of the required packages, in the environment that the peer is to have.
+  # The required packages of the interpreter, in the environment that the peer gets.
   @doc false
   @spec probe(Path.t(), [String.t()], Options.t()) :: {:ok, Probe.t()} | {:error, String.t()}
   def probe(python, required, options) do
@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     if String.contains?(source, "from dspy_bridge"),
       do:
         {:error,
-         "the package dspy_bridge is neither beside #{script}, as in a checkout or a Hex package, nor installed " <>
+         "the package dspy_bridge is neither next to #{script}, as in a checkout or a Hex package, nor installed " <>
            "in #{probe.python} (install it for that interpreter)"},
       else: {:ok, true}
   end

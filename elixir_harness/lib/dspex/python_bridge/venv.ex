@@ -56,7 +56,7 @@ defmodule DSPex.PythonBridge.Venv do
 
       {why, foreign} ->
         {:error,
-         "#{folder} is to be made anew, as #{why}, but holds what dspex.setup did not make " <>
+         "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
            "(#{Enum.join(foreign, ", ")}): " <> Installer.elsewhere()}
     end
   end

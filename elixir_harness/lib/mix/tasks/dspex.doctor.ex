@@ -29,7 +29,7 @@ defmodule Mix.Tasks.Dspex.Doctor do
   def run(args) do
     json? = arguments(args)
     Mix.DSPex.load_config(quiet: json?)
-    unless tell(json?), do: exit({:shutdown, 1})
+    unless report(json?), do: exit({:shutdown, 1})
   end
 
   defp arguments(args) do
@@ -42,14 +42,14 @@ defmodule Mix.Tasks.Dspex.Doctor do
     end
   end
 
-  defp tell(true) do
+  defp report(true) do
     checks = Doctor.run(hint: hint())
     # Also if the shell is quiet.
     IO.puts(Doctor.to_json(checks))
     Doctor.ok?(checks)
   end
 
-  defp tell(false), do: Doctor.print([hint: hint()], &Mix.shell().info/1)
+  defp report(false), do: Doctor.print([hint: hint()], &Mix.shell().info/1)
 
   # An environment of dspex.setup is only used if it is configured.
   defp hint do

@@ -13,8 +13,8 @@ defmodule Mix.Tasks.Dspex.Setup do
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
 
   It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the interpreter's own `venv` and `pip` make the
-  environment and install uv into it. Package indexes are those configured for the user or the system; a `pyproject.toml`
-  or `uv.toml` of the project is not read.
+  environment and install uv into it. The package index is uv's: PyPI, or that of `UV_DEFAULT_INDEX` or of the user's or
+  system's `uv.toml`. A `pyproject.toml` or `uv.toml` of the project is not read.
 
   A second run does what is left to do: nothing, or it installs what another version of `:dspex` needs. It makes its
   environment anew if an earlier run was interrupted or the Python is gone, and the folder has nothing else in it. It

@@ -65,17 +65,14 @@ defmodule Mix.Tasks.Dspex.Top do
   ## The node
 
   defp start(options) do
-    shell = Mix.shell()
     if options[:json], do: keep_output_clean()
     Mix.Task.run("app.start")
-    Mix.shell(shell)
     node()
   end
 
   # The compiler and Logger write to standard output, which must have JSON only.
   defp keep_output_clean do
-    Mix.shell(Mix.Shell.Quiet)
-    Mix.Task.run("app.config")
+    Mix.DSPex.load_config(quiet: true)
 
     # Unless the project configures where its logs go.
     with handler when is_list(handler) <- Application.get_env(:logger, :default_handler, []),

@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
 
   test "an interpreter that is no Python", %{tmp_dir: dir} do
     path = use_interpreter(dir, "echo hello")
-    assert error() =~ "#{path} cannot be run: it is no Python: hello"
+    assert error() =~ "#{path} cannot be run: it is not a Python: hello"
   end
 
   test "a Python that is too old", %{tmp_dir: dir} do
@@ -130,7 +130,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     path = script(dir, "def main():\n    pass\n")
 
     assert error() =~
-             "#{path} is no script of the bridge: it lacks `class DSPyBridge`, `def handle_command`"
+             "#{path} is not a peer's script: it lacks `class DSPyBridge`, `def handle_command`"
   end
 
   test "wrong configuration, by key" do
@@ -169,7 +169,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     path = script(dir, drop_in)
     text = ~S("version": "3.11.0", "found": {"dspy": "3.0", "psutil": "6"})
     python = use_interpreter(dir, "echo 'DSPEX {#{text}, \"bridge\": false}'")
-    assert error() =~ "the package dspy_bridge is neither beside #{path}"
+    assert error() =~ "the package dspy_bridge is neither next to #{path}"
     assert error() =~ "nor installed in #{python}"
 
     # The system's Python has no such package.
@@ -184,7 +184,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert {:ok, _} = EnvironmentCheck.validate_environment()
   end
 
-  test "the package dspy_bridge is found where the peer's script finds it: in a checkout, next to it, installed",
+  test "the package dspy_bridge is found where the script of the peer finds it: in a checkout, next to it, installed",
        %{
          tmp_dir: dir
        } do

@@ -41,7 +41,7 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
         no_access(name, access)
 
       {:ok, _file} ->
-        "which is no folder"
+        "which is not a folder"
 
       {:error, reason} when name in @write and reason in [:enoent, :enotdir] ->
         not_to_be_made(Path.dirname(path))

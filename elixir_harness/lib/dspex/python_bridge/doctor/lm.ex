@@ -57,7 +57,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   defp script, do: Application.app_dir(:dspex, "priv/python/package/dspy_bridge/check_lm.py")
 
   defp unknown(model, why, options) do
-    text = "#{model}: whether its key is set could not be told: #{why}"
+    text = "#{model}: could not find out whether its key is set: #{why}"
 
     {:failed, Redaction.redact(text, options),
      "see whether `import dspy, litellm` works in that Python", nil}

@@ -115,7 +115,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   defp advice("DSPY_BRIDGE_LM" <> _rest), do: "correct :lm and :lm_options of the bridge"
   defp advice("DSPY_BRIDGE_INIT" <> _rest), do: "correct the function that DSPY_BRIDGE_INIT names"
-  defp advice(_reason), do: "`python -m dspy_bridge --selftest` with that Python tells more"
+  defp advice(_reason), do: "`python -m dspy_bridge --selftest` with that Python shows more"
 
   @spec stop(pid() | nil) :: :ok
   def stop(nil), do: :ok

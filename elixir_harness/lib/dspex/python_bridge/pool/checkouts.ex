@@ -50,7 +50,7 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
   @spec check_in(Handle.t(), term()) :: :ok | {:error, String.t()}
   def check_in(%Handle{} = handle, bridge) do
     case Enum.find(LoadCounters.indexes(handle.counters), &bridge?(handle, &1, bridge)) do
-      nil -> {:error, "#{brief(bridge)} is no bridge of the pool #{inspect(handle.name)}"}
+      nil -> {:error, "#{brief(bridge)} is not a bridge of the pool #{inspect(handle.name)}"}
       index -> remove(handle, index)
     end
   end

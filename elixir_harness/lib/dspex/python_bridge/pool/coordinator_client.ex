@@ -42,7 +42,7 @@ defmodule DSPex.PythonBridge.Pool.CoordinatorClient do
     end
   end
 
-  @doc "Checks in a bridge, whoever has it."
+  @doc "Checks in a bridge, for any process."
   @spec checkin(Handle.t(), term(), non_neg_integer()) ::
           :ok | {:error, String.t() | :bridge_not_running}
   def checkin(%Handle{} = handle, bridge, timeout), do: ask(handle, {:checkin, bridge}, timeout)

@@ -46,7 +46,9 @@ defmodule DSPex.PythonBridge.Pool.Options do
   defp refusal({:pool_size, other}), do: Options.expected(:pool_size, "1 to #{@max_size}", other)
   defp refusal({:cluster, name}) when is_atom(name) and name not in [true, false], do: nil
   defp refusal({:cluster, name}) when is_binary(name) and name != "", do: nil
-  defp refusal({:cluster, other}), do: Options.expected(:cluster, "nil, an atom or a text", other)
+
+  defp refusal({:cluster, other}),
+    do: Options.expected(:cluster, "nil, an atom or a string", other)
 
   # The values of the bridges' options are checked by these.
   defp refusal({key, _value}) do

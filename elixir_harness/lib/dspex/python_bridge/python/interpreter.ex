@@ -86,7 +86,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     cond do
       not String.contains?(name, "/") -> "#{name}, which is not on the PATH"
       File.stat(path) == {:error, :eacces} -> "#{path}, which this user may not reach"
-      true -> "#{path}, which is no file" <> relative(name)
+      true -> "#{path}, which is not a file" <> relative(name)
     end
   end
 
@@ -151,7 +151,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   def relative(path) do
     if Path.type(path) == :relative and not String.starts_with?(path, "~"),
       do:
-        "; it was given as #{inspect(path)} and looked for from #{File.cwd!()}, where the BEAM was started: " <>
+        "; it was given as #{inspect(path)} and searched for from #{File.cwd!()}, where the BEAM was started: " <>
           "give an absolute path, in a file in config/ Path.expand(#{inspect(from_config(path))}, __DIR__)",
       else: ""
   end
@@ -194,7 +194,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
         {"which has no bin/python: there is no such folder", setup}
 
       {_none, {:error, :enotdir}} ->
-        {"which is no folder", "name another"}
+        {"which is not a folder", "name another"}
 
       {_none, {:ok, []}} ->
         {"which has no bin/python", setup}
@@ -205,7 +205,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
       {_none, {:ok, names}} ->
         if "pyvenv.cfg" in names,
           do: {"which has no bin/python", anew},
-          else: {"which has no bin/python, and is no virtual environment", "name another"}
+          else: {"which has no bin/python, and is not a virtual environment", "name another"}
     end
   end
 

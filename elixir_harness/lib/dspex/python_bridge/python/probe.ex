@@ -119,7 +119,7 @@ defmodule DSPex.PythonBridge.Python.Probe do
          }}
 
       _other ->
-        cannot(python, "it is no Python#{last_line(output)}")
+        cannot(python, "it is not a Python#{last_line(output)}")
     end
   end
 

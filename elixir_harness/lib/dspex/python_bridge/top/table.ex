@@ -15,7 +15,7 @@ defmodule DSPex.PythonBridge.Top.Table do
           [0xFF00..0xFF60, 0xFFE0..0xFFE6, 0x1F300..0x1F64F, 0x1F900..0x1F9FF, 0x20000..0x3FFFD]
 
   @doc ~S"""
-  The table: a line that says which node and when, the columns' names, a line for each peer.
+  The table: a line with the node and the time, the columns' names, a line for each peer.
 
       iex> snapshot = %{node: :app@host, time: "2026-01-01T00:00:00Z", peers: []}
       iex> IO.iodata_to_binary(DSPex.PythonBridge.Top.Table.render(snapshot))

@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   @error_lines 15
 
   @enforce_keys [:progress]
-  # sign_of_life_ms: how long a step may be silent.
+  # sign_of_life_ms: the interval of progress lines during a step.
   defstruct [:progress, :uv, sign_of_life_ms: 10_000]
 
   @type t :: %__MODULE__{
@@ -108,7 +108,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
 
         not Probe.of?(probe, folder) ->
           {:error,
-           "#{folder} is no virtual environment any more, its Python would install into #{probe.prefix}: #{elsewhere()}"}
+           "#{folder} is not a virtual environment any more, its Python would install into #{probe.prefix}: #{elsewhere()}"}
 
         true ->
           {:ok, probe}
@@ -197,7 +197,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
     text = Enum.map_join(lines, &"\n  #{&1}")
     # URLs of package indexes may have a name and a password.
     text = Regex.replace(~r{://[^/\s]+@}, text, "://[redacted]@")
-    text = Redaction.redact(text, %Options{script_path: "", env: fn -> %{} end})
+    text = Redaction.redact(text, %Options{script_path: "", drain_ms: 0, env: fn -> %{} end})
     "#{program} failed (exit status #{status}):" <> text
   end
 end

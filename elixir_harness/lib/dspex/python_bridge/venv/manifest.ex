@@ -18,7 +18,7 @@ defmodule DSPex.PythonBridge.Venv.Manifest do
     case File.ls(folder) do
       {:error, :enoent} -> {:ok, :nothing}
       {:ok, names} -> known(folder, names -- [@draft, @lock])
-      {:error, :enotdir} -> {:error, "#{folder} is no folder; name another with --path"}
+      {:error, :enotdir} -> {:error, "#{folder} is not a folder; name another with --path"}
       {:error, reason} -> {:error, "#{folder} cannot be read: #{:file.format_error(reason)}"}
     end
   end

@@ -164,7 +164,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       put_config(:python_environment, virtual_env: dir)
       File.write!(Path.join(dir, "thesis.txt"), "x")
       assert %{status: :failed, found: found, advice: advice} = run()["interpreter"]
-      assert found =~ "is no virtual environment (name another)"
+      assert found =~ "is not a virtual environment (name another)"
       assert advice =~ "`mix dspex.setup --path FOLDER` makes a virtual environment"
     end
 
@@ -291,7 +291,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       says(dir, %{version: "3.11.0", found: %{dspy: "3.4.1", psutil: "6"}, bridge: false})
       checks = run(script_path: script)
       assert %{status: :failed, found: found, advice: advice} = checks["package"]
-      assert found =~ "neither beside #{script}" and advice =~ "mix dspex.setup"
+      assert found =~ "neither next to #{script}" and advice =~ "mix dspex.setup"
       assert checks["ping"].found == "needs package"
     end
   end
@@ -319,7 +319,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :failed, found: found} = folders(env)
       assert found =~ "DSPY_BRIDGE_STATE_DIR names #{File.cwd!()}/no/states, where there is no"
       assert found =~ ~s(it was given as "no/states")
-      assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is no folder"
+      assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is not a folder"
 
       assert found =~
                "DSPY_BRIDGE_DISK_CACHE names #{file}/cache, which cannot be made in #{file}"

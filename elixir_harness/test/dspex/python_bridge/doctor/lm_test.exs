@@ -147,7 +147,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
                check("openai/x", [env: %{"SOME_API_KEY" => @key}], python)
 
       assert found =~
-               "openai/x: whether its key is set could not be told: no dspy here: [redacted]"
+               "openai/x: could not find out whether its key is set: no dspy here: [redacted]"
 
       assert advice =~ "import dspy"
     end

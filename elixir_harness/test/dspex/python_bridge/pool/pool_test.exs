@@ -361,8 +361,8 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
     test "return errors that name the bridge" do
       start_up(pool_size: 1)
       assert {:error, text} = Pool.checkin(:no_bridge)
-      assert text =~ ":no_bridge is no bridge of the pool"
-      assert {:error, "this is no bridge" <> _} = Pool.checkin(Pool, "text")
+      assert text =~ ":no_bridge is not a bridge of the pool"
+      assert {:error, "this is not a bridge" <> _} = Pool.checkin(Pool, "text")
       assert {:error, text} = Pool.checkin(Pool.Bridge1)
       assert text =~ "is not checked out"
       {:ok, bridge} = Pool.checkout()

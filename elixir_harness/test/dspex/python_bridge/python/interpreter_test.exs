@@ -93,13 +93,16 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
       put_config(:python_environment, virtual_env: "_build/no_such_venv")
       assert {:error, text} = Interpreter.find()
       assert text =~ Path.join(File.cwd!(), "_build/no_such_venv")
-      assert text =~ ~s(it was given as "_build/no_such_venv" and looked for from #{File.cwd!()},)
+
+      assert text =~
+               ~s(it was given as "_build/no_such_venv" and searched for from #{File.cwd!()},)
+
       assert text =~ ~s|Path.expand("../_build/no_such_venv", __DIR__)|
     end
 
     test "in an option, and in the text of a bridge that cannot start" do
       assert {:error, text} = Interpreter.find("./venv/bin/python")
-      assert text =~ Path.expand("venv/bin/python") <> ", which is no file"
+      assert text =~ Path.expand("venv/bin/python") <> ", which is not a file"
       assert text =~ ~s|Path.expand("../venv/bin/python", __DIR__)|
 
       bridge = start_supervised!({Bridge, name: nil, python_executable: "./venv/bin/python"})
@@ -179,7 +182,10 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
 
     test "it is something else, which dspex.setup would refuse", %{venv: venv} do
       File.write!(Path.join(venv, "thesis.txt"), "x")
-      assert said(venv) == "which has no bin/python, and is no virtual environment (name another)"
+
+      assert said(venv) ==
+               "which has no bin/python, and is not a virtual environment (name another)"
+
       File.write!(Path.join(venv, "pyvenv.cfg"), "")
 
       assert said(venv) =~
@@ -187,7 +193,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
 
       File.rm_rf!(venv)
       File.write!(venv, "x")
-      assert said(venv) == "which is no folder (name another)"
+      assert said(venv) == "which is not a folder (name another)"
     end
 
     # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.

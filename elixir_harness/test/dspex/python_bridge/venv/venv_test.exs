@@ -256,7 +256,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       names = File.ls!(venv)
 
       assert refusal(venv, source) ==
-               "#{venv} is to be made anew, as its Python, /no/such/python3.9, is gone, but holds what dspex.setup " <>
+               "#{venv} has to be made anew, since its Python, /no/such/python3.9, is gone, but holds what dspex.setup " <>
                  "did not make (src, thesis.txt): remove it yourself, or name another with --path"
 
       assert File.ls!(venv) == names
@@ -303,7 +303,10 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       installs = installs(bin)
       File.rm!(Path.join(venv, "pyvenv.cfg"))
       text = refusal(venv, source)
-      assert text =~ "#{venv} is no virtual environment any more, its Python would install into /"
+
+      assert text =~
+               "#{venv} is not a virtual environment any more, its Python would install into /"
+
       refute text =~ "install into #{venv}"
       assert text =~ "remove it yourself, or name another with --path"
       assert installs(bin) == installs
@@ -316,7 +319,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       bin: bin
     } do
       uv(bin, source, "rm #{venv}/pyvenv.cfg")
-      assert refusal(venv, source) =~ "#{venv} is no virtual environment any more"
+      assert refusal(venv, source) =~ "#{venv} is not a virtual environment any more"
       assert installs(bin) == 1
     end
 
@@ -427,8 +430,8 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
 
     test "a file, or a path below a file", %{venv: venv, source: source} do
       File.write!(venv, "x")
-      assert refusal(venv, source) =~ "#{venv} is no folder"
-      assert refusal(Path.join(venv, "below"), source) =~ "#{venv}/below is no folder"
+      assert refusal(venv, source) =~ "#{venv} is not a folder"
+      assert refusal(Path.join(venv, "below"), source) =~ "#{venv}/below is not a folder"
     end
 
     test "one whose manifest somebody else wrote", %{venv: venv, source: source} do
@@ -450,7 +453,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert text =~ "no Python found" and text =~ "install Python 3.10 or newer, or uv"
 
       assert refusal(venv, source, python: "/no/python") =~
-               "--python names /no/python, which is no"
+               "--python names /no/python, which is not"
 
       program(bin, "python3", ~S(echo 'DSPEX {"version": "3.8.1", "found": {}}'))
       text = refusal(venv, source)
