@@ -13,8 +13,8 @@ defmodule DSPex.PackageTest do
 
   test "the Hex package has all files that an application needs, and no other" do
     peer =
-      for path <- Path.wildcard(@checkout <> "/dspy_bridge/*.{py,typed}"),
-          do: "dspy_bridge/" <> Path.basename(path)
+      for path <- Path.wildcard(@checkout <> "/dspy_bridge/**/*.{py,typed}"),
+          do: Path.relative_to(path, @checkout)
 
     carried =
       for file <- ["pyproject.toml", "README.md", "LICENSE" | peer],

@@ -155,6 +155,7 @@ def test_no_more_run_at_once_than_may(desk: Desk) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_ten_thousand_items(desk: Desk) -> None:
     lm = {"model": "offline/echo"}
     desk.peer.call("create_program", {"id": "many", "signature": "question -> answer", "lm": lm})
@@ -163,7 +164,8 @@ def test_ten_thousand_items(desk: Desk) -> None:
     id = desk.start(items, "many", meta=True)
     ping = desk.peer.request("ping")
     assert desk.peer.receive()["id"] == ping, "pings do not wait for it"
-    reply = desk.peer.receive()
+    # Several seconds of work.
+    reply = desk.peer.receive(2 * PATIENCE)
     results = reply["result"]["results"]
     assert reply["id"] == id and len(results) == 10_000
     assert all(

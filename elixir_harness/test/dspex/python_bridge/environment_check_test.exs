@@ -204,7 +204,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
 
     installed = Path.join(dir, "site")
     package(installed)
-    use_interpreter(dir, "PYTHONPATH=#{installed} exec #{python()} -S \"$@\"\n")
+    use_interpreter(dir, "PYTHONPATH=\"#{installed}\" exec #{python()} -S \"$@\"\n")
     assert found.() == installed
 
     beside = Path.join(folder, "package")

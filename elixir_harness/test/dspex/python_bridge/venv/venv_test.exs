@@ -157,6 +157,9 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert tiny(venv) == "2.0"
     end
 
+    # Three environments with pip.
+    @tag :slow
+    @tag timeout: 180_000
     test "pip cannot install it: half made, and made anew", %{venv: venv, source: source} do
       for uv <- Path.wildcard("#{Path.dirname(source)}/*/wheels/uv*"), do: File.rm!(uv)
       text = refusal(venv, source)
