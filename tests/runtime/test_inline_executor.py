@@ -1,4 +1,4 @@
-"""hops: DSPy's short steps run in place once they have shown to be short; nothing else does."""
+"""inline_executor: DSPy's steps run inline once they were short several times; nothing else does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LM:
 
 
 def step(name: str, work: Callable[[], object] = lambda: None) -> Callable[[LM], bool]:
-    """A function that looks like DSPy's; tells whether it ran on the loop's thread."""
+    """A function like DSPy's; returns whether it ran on the loop's thread."""
 
     def run(_lm: LM) -> bool:
         work()
@@ -81,7 +81,7 @@ def test_what_it_raises_reaches_who_waits() -> None:
 
 
 def test_dspys_own_steps_are_known() -> None:
-    """Should DSPy rename them, executes get slower: look for their new names."""
+    """If DSPy renames them, runs get slower: find the new names."""
     from dspy.clients import execution
 
     assert (
