@@ -1,6 +1,6 @@
-"""What a request can fail with: one small class per `error_type` of the protocol.
+"""The errors of a request: one class per `error_type` of the protocol.
 
-The text of an error is one line for people: what is wrong and what was expected, naming the field.
+The text is one line: what is wrong and what was expected, with the name of the field.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
 
 
 class BridgeError(Exception):
-    """A failure that its caller is told as it is. Anything else that is raised is a defect: `internal`."""
+    """An error that the client gets with its text. Any other exception is a defect: `internal`."""
 
     error_type = "internal"
-    # Clients match on the text: it is not to be touched by whoever writes it into a reply.
+    # Clients match on the text, so a reply has it unchanged.
     exact = False
-    # Whether the same request may succeed later; told only where the protocol has it (lm_error).
+    # Whether the same request may succeed later; None where the protocol does not have it (all but lm_error).
     retryable: bool | None = None
 
 
-# The longest name that an error quotes whole, and what would break its line or move a terminal's cursor.
+# The longest name that is not cut, and the characters that would break the line or control a terminal.
 _MOST_NAMED = 4096
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 
 
 def _named(name: str) -> str:
-    """A name as the caller gave it; escaped and cut only where it is none that an error's one line can hold."""
+    """A name as the client sent it; control characters are escaped, and a very long one is cut."""
     name = name if len(name) <= _MOST_NAMED else f"{name[: _MOST_NAMED - 1]}…"
     return name.translate(_CONTROLS)
 
@@ -83,7 +83,7 @@ class LMNotConfigured(BridgeError):
 
 
 class LMFailed(BridgeError):
-    """The LM or the way to it failed."""
+    """The LM failed, or the connection to it."""
 
     error_type = "lm_error"
 
@@ -93,40 +93,40 @@ class LMFailed(BridgeError):
 
 
 class OutputInvalid(BridgeError):
-    """The LM answered, but not what the signature asks for."""
+    """The LM's answer does not fit the signature."""
 
     error_type = "output_invalid"
 
 
 class ToolFailed(BridgeError):
-    """A tool of the caller's failed, or gave what cannot be used."""
+    """A tool of the client failed, or its result cannot be used."""
 
     error_type = "tool_error"
 
 
 class TimedOut(BridgeError):
-    """The deadline of the request came first."""
+    """The request did not finish before its deadline."""
 
     error_type = "timeout"
 
 
 class Cancelled(BridgeError):
-    """The caller asked for the request to be stopped."""
+    """The client cancelled the request."""
 
     error_type = "cancelled"
 
 
 class Overloaded(BridgeError):
-    """As many executes run and wait as the settings allow."""
+    """As many runs are in flight and queued as the settings allow."""
 
     error_type = "overloaded"
 
 
 class NotAllowed(BridgeError):
-    """The settings of this peer do not allow it."""
+    """The settings of this peer forbid it."""
 
     error_type = "not_allowed"
 
 
 class SetupFailed(BridgeError):
-    """DSPy or the host's own start-up code could not be loaded: nothing that needs programs works in this peer."""
+    """DSPy or the user's start-up code could not be loaded, so this peer has no programs."""

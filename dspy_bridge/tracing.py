@@ -1,6 +1,6 @@
-"""The W3C trace context (https://www.w3.org/TR/trace-context/) that a request came with. No DSPy here.
+"""The W3C trace context (https://www.w3.org/TR/trace-context/) of a request. Does not import DSPy.
 
-For code of the host's own: `from dspy_bridge import tracing`, then `tracing.current()` in a callback, a module, an LM.
+For user code: `from dspy_bridge import tracing`, then `tracing.current()` in a callback, a module or an LM.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
-# The name of the header, of the request's key, and of the setting in which DSPy takes it to threads of its own.
+# The name of the header, of the key in a request, and of the DSPy setting that carries it to DSPy's threads.
 TRACEPARENT = "traceparent"
 
 
 def current() -> str | None:
-    """The `traceparent` of the request that this code works for; None if it came without one.
+    """The `traceparent` of the current request; None if it has none.
 
-    It is there in tasks, in the threads of sync modules, in those that DSPy starts (`dspy.Parallel`), and in whatever
-    else runs in a copy of their context.
+    Works in tasks, in threads of sync modules, in those that DSPy starts (`dspy.Parallel`), and wherever their context
+    is copied.
     """
     traceparent = _current.get()
     if traceparent is None and (dspy := sys.modules.get("dspy")) is not None:
-        # DSPy's threads have its settings, but no other context. While it is imported it has no settings yet.
+        # DSPy's threads have its settings, but no other context. During its import there are no settings yet.
         settings: Any = getattr(dspy, "settings", None)
         traceparent = None if settings is None else settings.get(TRACEPARENT)
     return traceparent
 
 
 def context(traceparent: str | None) -> Context:
-    """A context for a request's work, with nothing in it but this."""
+    """A new context that has only this."""
     fresh = Context()
     if traceparent is not None:
         fresh.run(_current.set, traceparent)

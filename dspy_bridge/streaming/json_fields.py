@@ -12,11 +12,12 @@ from collections.abc import Generator, Iterable, Iterator
 
 from dspy_bridge.streaming.field_parsers import Chunk, Reader
 
-_HIGH = r"[dD][89abAB][0-9a-fA-F]{2}"
-# Characters and whole escapes of a string; half a surrogate pair only when it is known what follows. As many as `re`
-# takes little memory for: 120 bytes each.
+_HIGH, _LOW = r"[dD][89abAB][0-9a-fA-F]{2}", r"[dD][c-fC-F][0-9a-fA-F]{2}"
+# Characters and whole escapes of a string. A surrogate pair is matched as one, half of one only when it is known what
+# follows. As many as `re` takes little memory for: 120 bytes each.
 _TEXT = re.compile(
-    rf'(?:[^"\\]+|\\["\\/bfnrt]|\\u(?!{_HIGH})[0-9a-fA-F]{{4}}|\\u{_HIGH}(?=[^\\]|\\[^u]|\\u.{{4}})){{1,10000}}',
+    rf'(?:[^"\\]+|\\["\\/bfnrt]|\\u(?!{_HIGH})[0-9a-fA-F]{{4}}|\\u{_HIGH}\\u{_LOW}'
+    rf"|\\u{_HIGH}(?=[^\\]|\\[^u]|\\u(?!{_LOW}).{{4}})){{1,10000}}",
     re.DOTALL,
 )
 # What may still become an escape.

@@ -1,4 +1,4 @@
-"""What goes between an execute under way and its caller: streams, tool calls, turns. No DSPy."""
+"""call_channel: streams, tool calls and slots of running calls. Without DSPy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Bench:
 
 
 async def ask_twice(args: dict[str, Any], call: Call) -> Any:
-    """Two tools at once; what failed is told as text."""
+    """Two tools at once; a failure is reported with its text."""
     answers = await asyncio.gather(call.call_tool("a", {"n": 1}), call.call_tool("b", args), return_exceptions=True)
     return [str(answer) if isinstance(answer, ToolFailed) else answer for answer in answers]
 
@@ -82,7 +82,7 @@ def test_tools_are_asked_at_once_and_answered_in_any_order() -> None:
     ],
 )
 def test_a_result_that_cannot_be_read_is_that_tools_failure(result: dict[str, Any], said: str) -> None:
-    """Somebody waits for it: an error to nobody would leave the execute waiting."""
+    """The run waits for it, so it must get the error."""
     bench = Bench(ask_twice)
     bench.request(1)
     calls = [bench.next_tool_call(), bench.next_tool_call()]
@@ -104,14 +104,14 @@ def test_a_result_that_cannot_be_read_is_that_tools_failure(result: dict[str, An
     ],
 )
 def test_a_result_for_nobody_is_one_error_without_an_id(result: Any, named: str) -> None:
-    """A tool_result that answers no tool call is a defect of the host's, which is told."""
+    """A tool_result without a tool call is a client's mistake, and gets an error reply."""
     (reply,) = Bench(ask_twice).feed({"tool_result": result})
     assert (reply["id"], reply["success"], reply["error_type"]) == (None, False, "invalid_request")
     assert reply["error"].startswith(named) and len(reply["error"]) <= 2000
 
 
 def test_a_late_or_second_result_is_dropped() -> None:
-    """An execute may end while its tools still run: their results find nobody, which is no error."""
+    """A run may end while its tools still run: their results are dropped without an error."""
     bench = Bench(ask_twice)
     bench.request(1)
     calls = [bench.next_tool_call(), bench.next_tool_call()]
@@ -132,7 +132,7 @@ def test_a_tool_call_that_is_not_answered_ends_with_the_deadline() -> None:
 
 
 def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None:
-    """Nobody would answer, and its turn would be gone for good."""
+    """Nobody would answer, and its slot would be lost."""
     ended = threading.Event()
 
     async def stubborn(args: dict[str, Any], call: Call) -> Any:
@@ -155,7 +155,7 @@ def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None
 
 
 def test_a_meter_that_fails_costs_no_reply_and_no_turn() -> None:
-    """What an LM of the host's own says of its usage may be anything."""
+    """An LM of the user may report anything as its usage."""
 
     class Broken:
         def summary(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def test_a_meter_that_fails_costs_no_reply_and_no_turn() -> None:
 
 
 def test_after_the_end_of_input_no_tool_is_waited_for() -> None:
-    """Those asked before get the reason, those asked after it as well: the execute goes on to its reply."""
+    """Tool calls fail, those made before as well as later ones, and the run goes on to its reply."""
 
     async def ask_again(args: dict[str, Any], call: Call) -> Any:
         return [await ask_twice(args, call), await ask_twice(args, call)]
@@ -216,7 +216,7 @@ def test_a_stream_is_in_order_before_its_reply() -> None:
 
 
 def test_nothing_is_told_after_the_reply() -> None:
-    """Work that is cancelled may go on for a moment: what it tells then is nobody's."""
+    """Cancelled work may go on for a moment; what it sends then is dropped."""
     ended = threading.Event()
 
     async def stubborn(args: dict[str, Any], call: Call) -> Any:
@@ -327,7 +327,7 @@ def test_a_batch_gives_each_result_in_order_and_keeps_to_the_limit() -> None:
 
 
 def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
-    """A batch waits for one turn at a time: thousands of inputs hold nobody up for long."""
+    """A batch waits for one slot at a time, so that thousands of inputs do not block other runs."""
     bench = Batches(max_in_flight=1)
     bench.request(1, {"many": list(range(0, 200, 2))})
     assert bench.started.get(timeout=20) == 0

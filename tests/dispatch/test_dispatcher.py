@@ -1,4 +1,4 @@
-"""dispatcher: one reply a request, whatever its handler does. A table of handlers of the test's own; no DSPy."""
+"""dispatcher: one reply per request, whatever its handler does. With handlers of the test, without DSPy."""
 
 from __future__ import annotations
 

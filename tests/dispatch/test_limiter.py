@@ -1,4 +1,4 @@
-"""Whose turn it is, in the order of asking; a turn that is given up at any moment goes to the next."""
+"""limiter: slots in the order of requests; a slot that is given up at any moment goes to the next waiter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_as_many_run_as_may_and_the_rest_waits_in_order() -> None:
 
 @pytest.mark.parametrize("moment", ["waiting", "has come", "has come too late"])
 def test_a_turn_that_is_given_up_is_the_next_ones(moment: str) -> None:
-    """While it waits; when its turn has come, but not been taken yet; when its turn comes after all."""
+    """Cancelled while it waits; when it has a slot but does not know yet; when it gets one after the cancel."""
 
     async def scenario() -> None:
         limiter = Limiter(1, 10)
@@ -68,7 +68,7 @@ def test_a_turn_that_is_given_up_is_the_next_ones(moment: str) -> None:
 
 
 def test_however_many_give_up_at_once_the_turn_is_free() -> None:
-    """The turn comes to each of them before it has noticed that it was cancelled."""
+    """Each gets the slot before it has noticed its cancellation."""
 
     async def scenario() -> None:
         limiter = Limiter(1, 10_000)

@@ -646,9 +646,7 @@ def test_the_event_loop_takes_its_hops_as_at_a_port(
     assert erlport._peer is not None
     loop: Any = erlport._peer._dispatcher._loop
     executor = loop._default_executor
-    assert type(executor) is inline_executor.InlineExecutor and (executor._steps >= inline_executor._CACHE_STEPS) == (
-        not disk
-    )
+    assert type(executor) is inline_executor.InlineExecutor and executor._memory_cache_only == (not disk)
 
 
 def test_requests_of_several_threads_enter_the_dispatcher_one_at_a_time(held: Held) -> None:

@@ -1,4 +1,4 @@
-"""loop: what is under way when a connection is opened does not live as long as the connection."""
+"""event_loop: a connection does not keep the context in which it was opened."""
 
 from __future__ import annotations
 

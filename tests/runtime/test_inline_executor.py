@@ -1,4 +1,4 @@
-"""inline_executor: the steps it may run in place do so once they were short several times; nothing else does."""
+"""inline_executor: the steps that `allow` names run inline once they were short several times; nothing else does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LM:
 
 
 def step(work: Callable[[], object] = lambda: None, *, in_cache: bool = False) -> Callable[[LM], bool]:
-    """A function that may run in place; returns whether it ran on the loop's thread."""
+    """A step that may run inline; returns whether it ran on the loop's thread."""
 
     def run(_lm: LM) -> bool:
         work()

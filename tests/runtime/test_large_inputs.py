@@ -40,7 +40,7 @@ class Threads(BaseCallback):  # type: ignore[misc]
 
 
 class Size:
-    """What a program asks of its call; `told`: each item of the stream, and where it was told."""
+    """A `Caller`; `told`: each item of the stream, and the thread that sent it."""
 
     meter = None
     slot_transferred = False
@@ -64,7 +64,7 @@ def call(definition: dict[str, Any], inputs: dict[str, Any], size: int, **settin
 def streamed(
     definition: dict[str, Any], inputs: dict[str, Any], size: int, stream: bool = True, **settings: str
 ) -> tuple[Any, list[tuple[Any, str]], dict[str, str]]:
-    """The outputs, what was told before, and where all that was done."""
+    """The outputs, the stream items, and the threads of each step."""
     server, watch = LMServer(lambda _request: chat(reasoning="r", answer="Paris")), Threads()
 
     lms, given = dspy_setup.Models(Settings(settings)), Size(size)
@@ -153,7 +153,7 @@ def test_many_small_values_are_written_elsewhere_though_their_frame_is_small(
 
 
 def test_of_a_batch_less_is_large() -> None:
-    """Hundreds may be under way at once, and each of their steps holds up an execute beside them."""
+    """Hundreds may be in flight at once, and each of their steps delays other runs."""
     inputs = {"context": [{"a": {"b": 1}}] * 3000}
     watch = Threads()
     settings = Settings({"lm": "offline/echo"})

@@ -46,7 +46,7 @@ def test_a_frame_over_the_limit_is_skipped_and_the_next_one_served(payloads: lis
 
 
 def test_a_frame_over_the_limit_is_not_stored() -> None:
-    """A hostile length must not cost memory: nothing of the payload is kept while it passes."""
+    """A hostile length must not cost memory: the payload is skipped without being stored."""
     decoder = FrameDecoder(10)
     assert decoder.feed((0xFFFFFFFF).to_bytes(4, "big")) == [TooLarge(0xFFFFFFFF)]
     for _ in range(100):
