@@ -34,7 +34,7 @@ class ProgramLoader:
         # The last failure, and when that was.
         self._setup_failed: tuple[str, float] | None = None
         self._thread: Any = None
-        self._garbage = GcFreezer()
+        self._gc = GcFreezer()
 
     async def load(self, entry: Entry) -> Program:
         """The program of an entry, loaded once for all requests that need it. On the event loop."""
@@ -58,8 +58,8 @@ class ProgramLoader:
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""
-        if self._garbage.removed(count) and self._thread is not None:
-            self._thread.submit(self._garbage.settle)
+        if self._gc.removed(count) and self._thread is not None:
+            self._thread.submit(self._gc.freeze)
 
     def _make(self, definition: dict[str, Any]) -> Program:
         if self._models is None:
@@ -67,8 +67,8 @@ class ProgramLoader:
         from dspy_bridge.programs.program import Program
 
         program = Program(definition, self._models, self._threads)
-        if self._garbage.loaded():
-            self._garbage.settle()
+        if self._gc.loaded():
+            self._gc.freeze()
         return program
 
     def _load_dspy(self) -> Models:
@@ -86,5 +86,5 @@ class ProgramLoader:
             why = f"{why}; the peer's log has the traceback under {peer_log.exception(error)}"
             self._setup_failed = why, time.monotonic()
             raise SetupFailed(why) from None
-        self._garbage.settle()  # DSPy itself is half a million objects
+        self._gc.freeze()  # DSPy itself is half a million objects
         return models

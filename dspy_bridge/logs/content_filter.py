@@ -1,5 +1,8 @@
-"""Log records without contents. What a library or an exception says may quote an LM's answer or a caller's inputs;
-what stands in the source code at the place where it was said cannot. Pure, but for reading source files."""
+"""Removes contents from log records.
+
+The text of a library's record or of an exception may quote an LM's answer or a client's inputs. Only the part that
+appears in the source code where it was logged or raised is kept. Pure, except that it reads source files.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,29 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import logging
 
-# Their records are messages about what they are working on.
+# Their records may quote what they work on.
 _LIBRARIES = ("dspy", "litellm")
-# Here only the first line is always the same: pydantic's warnings and asyncio's complaints quote values after it.
+# Only the first line is fixed: pydantic's warnings and asyncio's errors quote values after it.
 _FIRST_LINE = ("py.warnings", "asyncio")
-# Python's own texts for these name types, attributes and modules, no values.
+# Python's messages for these name types, attributes and modules, not values.
 _OF_PYTHON = (AttributeError, ImportError, ModuleNotFoundError, NameError, RecursionError, TypeError, UnboundLocalError)
 _PLACEHOLDER = re.compile(r"%%|%[^a-zA-Z%]*[a-zA-Z]")
-# A call may take some lines; a longer text than that is no fixed one.
+# The most lines of a call, and the longest text that is looked for in the source.
 _LINES = 4
 _MOST_FIXED = 200
-# Fewer characters may be there by chance.
+# Fewer characters may match by chance.
 _LEAST_FIXED = 4
 
 
 def without_contents(record: logging.LogRecord) -> logging.LogRecord:
-    """The record, or a copy that holds none. A host's own records are its own business."""
+    """The record, or a copy without contents. Records of user code are kept as they are."""
     first_line = record.name in _FIRST_LINE
     library = not first_line and _in_library(record.pathname)
     if not (first_line or library or record.name == "dspy_bridge"):
         return record
-    told = copy.copy(record)
+    cleaned = copy.copy(record)
     if first_line:
-        told.msg, told.args = record.getMessage().partition("\n")[0], ()
+        cleaned.msg, cleaned.args = record.getMessage().partition("\n")[0], ()
     elif library:
         text = str(record.msg)
         fixed = (
@@ -44,14 +47,14 @@ def without_contents(record: logging.LogRecord) -> logging.LogRecord:
             if record.args
             else from_source(text, record.pathname, record.lineno)
         )
-        told.msg, told.args = fixed, ()
+        cleaned.msg, cleaned.args = fixed, ()
     if record.exc_info and record.exc_info[1] is not None:
-        told.exc_text = traceback_of(record.exc_info[1])
-    return told
+        cleaned.exc_text = traceback_of(record.exc_info[1])
+    return cleaned
 
 
 def traceback_of(error: BaseException) -> str:
-    """Its traceback and those of what it followed from; of their texts only what the source code has."""
+    """The tracebacks of `error` and its causes; of their messages only what the source code has."""
     parts: list[str] = []
     seen: set[int] = set()
     left: BaseException | None = error
@@ -64,7 +67,7 @@ def traceback_of(error: BaseException) -> str:
 
 
 def from_source(text: str, file: str, line: int) -> str:
-    """The beginning of `text` that stands in the source code there."""
+    """The beginning of `text` that appears in the source code at that line."""
     source = "".join(linecache.getline(file, line + more) for more in range(_LINES))
     sizes = range(min(len(text), _MOST_FIXED), _LEAST_FIXED - 1, -1)
     known = next((size for size in sizes if any(quote + text[:size] in source for quote in "'\"")), 0)
@@ -74,7 +77,7 @@ def from_source(text: str, file: str, line: int) -> str:
 def _text(error: BaseException) -> str:
     try:
         text = str(error)
-    except BaseException:  # its own code
+    except BaseException:  # str() may run any code
         return "…"
     places = list(traceback.walk_tb(error.__traceback__))
     if not places:

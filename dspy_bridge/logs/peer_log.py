@@ -1,4 +1,4 @@
-"""Log records go to stderr, or as frames to the owner; never with contents or secrets. Imported when first needed."""
+"""Sends log records to stderr, or as frames to the owner, without contents and secrets. Imported when first needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dspy_bridge")
 
-# Records that wait for stderr, or for their frames to be read; and what each counts beside its text.
+# The limit of the queue for stderr or frames, and what a record counts in addition to its text.
 MAX_WAITING_BYTES = 2 << 20
 _ITEM_BYTES = 200
 _FLUSH_SECONDS = 0.5
@@ -32,7 +32,7 @@ class _Redacted(logging.Formatter):
 
 
 class _Traced(logging.Filter):
-    """On a handler: its records have `of_trace`, for the line, of the request that they were made for."""
+    """On a handler: adds `of_trace`, the trace of the current request, to its records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         traceparent = tracing.current()
@@ -41,7 +41,7 @@ class _Traced(logging.Filter):
 
 
 class _Diverted(logging.Filter):
-    """On a logger: its records go to a handler of ours and to no other."""
+    """On a logger: sends its records to our handler and to no other."""
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()
@@ -54,18 +54,18 @@ class _Diverted(logging.Filter):
 
 
 class _Queued(logging.Handler):
-    """Writes on a thread of its own: a reader that is slow, or gone, holds up nobody who logs.
+    """Writes on a thread of its own, so that a slow reader does not block the code that logs.
 
-    Who logs may be a finalizer, on any thread and within any lock: so nothing is locked here but what such a one may
-    lock again, and the queue is one of those. What waits is bounded; past that records are dropped, and counted.
+    A finalizer may log, on any thread and within any lock: so only reentrant locks are used here, and a queue that is
+    reentrant too. The queue is bounded; further records are dropped and counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._items: queue.SimpleQueue[tuple[int, str, str, str, str | None]] = queue.SimpleQueue()
-        # Each is changed by one side alone: these within the handler's lock, the others by the thread.
+        # Each is changed by one side alone: these two within the handler's lock, the others by the thread.
         self._taken = self._dropped = 0
-        self._written = self._told = 0
+        self._written = self._reported = 0
         threading.Thread(target=self._write_all, name="dspy_bridge-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -81,7 +81,7 @@ class _Queued(logging.Handler):
             self.handleError(record)
 
     def flush(self) -> None:
-        """Called by `logging` at the exit, too: what waits is written, if somebody reads it."""
+        """Wait until the queue is written, if it is read. `logging` calls this at exit, too."""
         end = time.monotonic() + _FLUSH_SECONDS
         while self._written != self._taken and time.monotonic() < end:
             time.sleep(0.005)
@@ -90,9 +90,9 @@ class _Queued(logging.Handler):
         while True:
             size, level, name, text, traceparent = self._items.get()
             self._write(level, name, text, traceparent)
-            dropped = self._dropped - self._told
+            dropped = self._dropped - self._reported
             if dropped and self._items.empty():
-                self._told += dropped
+                self._reported += dropped
                 text = f"{dropped} log records were dropped: nobody read them in time"
                 record = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (), None)
                 self.filter(record)
@@ -110,11 +110,11 @@ class _Stderr(_Queued):
             while rest:
                 rest = rest[os.write(2, rest) :]
         except OSError:
-            pass  # nobody reads the log; that must cost nobody a reply
+            pass  # nobody reads the log; replies must not depend on it
 
 
 class _Frames(_Queued):
-    """Each record is a frame, a traceback included."""
+    """Sends each record, with its traceback, as one frame."""
 
     def __init__(self, send: SendRecord) -> None:
         self._send = send
@@ -124,10 +124,9 @@ class _Frames(_Queued):
         self._send(level, name, text, traceparent)
 
 
-# At debug level these tell whole prompts and answers.
+# At debug level these log whole prompts and answers.
 _TALKATIVE = ("asyncio", "dspy", "httpcore", "httpx", "openai", "urllib3")
-# These tell of each call, at info, that it is one; and bring a handler of their own when they are imported, long after
-# this.
+# These log each call at info level, and add a handler of their own when they are imported, after `setup`.
 _OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
 
 
@@ -160,7 +159,7 @@ def setup(level: str, send: SendRecord | None) -> None:
 
 
 def adopt(name: str) -> None:
-    """Have the records of a library that brings a handler of its own take our way."""
+    """Send the records of a library that has a handler of its own through ours."""
     library = logging.getLogger(name)
     library.handlers.clear()
     library.propagate = True

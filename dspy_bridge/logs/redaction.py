@@ -1,6 +1,6 @@
-"""Secrets are cut out of every text that leaves the peer: replies and log records.
+"""Removes secrets from error replies and log records.
 
-A provider's error may echo the key that it was sent, whole or in part, and an exception's text ends in both.
+A provider's error may echo the API key, whole or in part.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 MASK = "[redacted]"
 _SECRET_NAME = re.compile(r"(key|token|secret|password|authorization|credential)s?$", re.IGNORECASE)
 _HEADERS = frozenset(("headers", "extra_headers", "default_headers"))
-# Keys that are known by their look, also where a provider shows only their ends (sk-ab***yz).
+# API keys recognised by their form, also where a provider shows only their ends (sk-ab***yz).
 _LOOKS_SECRET = re.compile(r"\b(?:sk|pk|rk|gsk|xai)-[\w*.…-]{6,}|\bBearer\s+[\w.~+/=-]{6,}|\bAIza[\w-]{10,}")
-# What an address holds before its host: a user and a password, or a token.
+# The user info of a URL: user and password, or a token.
 _USER = re.compile(r"""(?<=://)[^\s/?#"'<>\\]+(?=@)""")
-# What may stand before a key where it is sent.
+# Authentication schemes, which precede the key in a header.
 _SCHEMES = frozenset(("bearer", "basic", "token", "apikey"))
-# Shorter values are no secrets, and cutting them out would hit ordinary words.
+# Shorter values are not taken for secrets, as removing them would hit ordinary words.
 _SHORTEST = 6
 
-# A host that gives each call a key of its own must not make the peer grow.
+# Bounded, as a client may send a new key with each call.
 _MOST = 1000
 
 # Those of the environment and the settings.
 _kept: dict[str, None] = {}
-# All others, the least recently used first.
+# All others, least recently used first.
 _known: OrderedDict[str, None] = OrderedDict()
 
 
 def learn(options: object, *, for_good: bool = False) -> None:
-    """Remember the secrets among `options`; `for_good`: whatever else comes."""
+    """Remember the secrets among `options`; `for_good`: never forget them."""
     remember(secrets(options), for_good=for_good)
 
 
@@ -58,22 +58,22 @@ def secrets(options: object) -> Iterator[str]:
 
         for user in _USER.findall(options):
             password = user.partition(":")[2]
-            # A user alone may be a word: only where it stands before a host is it one.
+            # A user name alone may be a word; it is redacted only before a host.
             yield from (user if password else f"{user}@", password, unquote(password))
 
 
 def names_secret(name: str) -> bool:
-    """Whether what has this name is secret, if it is a text."""
+    """Whether a string of this name is a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
 def without_secrets(value: Any) -> Any:
-    """Keyword arguments of an LM (nested, plain) without any secret, and without headers, which may hold any."""
+    """Keyword arguments of an LM (nested, plain) without secrets and headers."""
     if isinstance(value, dict):
         return {
             name: without_secrets(inner)
             for name, inner in value.items()
-            # A number under such a name is a setting: max_tokens.
+            # A number of such a name is a setting (max_tokens).
             if str(name).lower() not in _HEADERS
             and not (isinstance(inner, (str, bytes, dict, list)) and names_secret(str(name)))
         }
@@ -88,8 +88,8 @@ def learn_environment() -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without any secret that is known or looks like one."""
-    # Of secrets within others the longest first, else a part of it would stay.
+    """`text` without the known secrets, and without what looks like one."""
+    # The longest first: one secret may contain another.
     for secret in sorted((*_kept, *_known), key=len, reverse=True):
         if secret in text:
             text = text.replace(secret, MASK)
@@ -97,14 +97,14 @@ def redact(text: str) -> str:
 
 
 def remember(found: Iterable[str], *, for_good: bool = False) -> None:
-    """Remember them: with each call, those in use are not the ones that are forgotten."""
+    """Remember secrets. Those of each call are remembered again, so that the ones in use are not forgotten."""
     for secret in found:
         if len(secret) < _SHORTEST:
             continue
         if for_good:
             _kept[secret] = None
             continue
-        # Any thread: another may have removed it between two steps.
+        # `pop`, not `del`: another thread may have removed it.
         _known.pop(secret, None)
         _known[secret] = None
         while len(_known) > _MOST:

@@ -1,7 +1,7 @@
-"""The one place that writes frames. Any thread may send; none waits for the reader of the pipe but the one that reads.
+"""Writes frames to the pipe, from any thread.
 
-A send writes to the pipe at once, from whichever thread it came: no hop to another thread while the pipe has room. When
-it has none, what is left waits here and a thread of this module's own writes it as room comes.
+A send writes at once, on the calling thread, while the pipe has room. The rest is queued, and a thread of this module
+writes it when there is room again, so that no sender waits for the client to read.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-# Past this many waiting bytes no more requests are read (`wait_for_room`).
+# With this many bytes queued, no more requests are read (`wait_for_room`).
 HIGH_WATER_BYTES = 1 << 20
 # Smaller payloads are joined, so that a batch is one write; larger ones are not worth copying.
 _JOIN_BELOW_BYTES = 1 << 16
 
 
 class FrameWriter:
-    """Frames to `fd`, whole and in the order sent. `on_gone` is called, on any thread, when its reader is gone."""
+    """Writes whole frames to `fd`, in order. `on_gone` is called, on any thread, when the client has closed it."""
 
     def __init__(self, fd: int, on_gone: Callable[[], None]) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
         self._on_gone = on_gone
         self._lock = threading.Lock()
-        # Frees readers waiting for room, wakes the thread that writes what waits.
+        # Wakes `wait_for_room`, and the thread that writes the queue.
         self._changed = threading.Condition(self._lock)
         self._waiting: list[memoryview] = []
         self._waiting_bytes = 0
-        # Whether as much waits as may.
+        # Whether the high-water mark is reached.
         self.full = False
-        # To be called when it is full no longer.
+        # Called when it is no longer full.
         self._on_room: list[Callable[[], object]] = []
         self._thread: threading.Thread | None = None
 
     def send(self, payloads: Iterable[bytes]) -> None:
-        """Write each payload as a frame; never blocks. What the pipe does not take now is written later."""
+        """Write each payload as a frame; never blocks."""
         chunks: list[bytes] = []
         small: list[bytes] = []
         for payload in payloads:
@@ -66,9 +66,9 @@ class FrameWriter:
             self._put(packet)
 
     def wait_for_room(self, given_up: Callable[[], bool]) -> None:
-        """Return once less than `HIGH_WATER_BYTES` wait, or `given_up()` is true.
+        """Return when less than `HIGH_WATER_BYTES` are queued, or `given_up()` is true.
 
-        This is how an owner that does not read stops being read from.
+        This is the backpressure: the peer stops reading from a client that does not read.
         """
         with self._lock:
             while self.full and not given_up():
@@ -76,14 +76,14 @@ class FrameWriter:
                 self._changed.wait(0.1)
 
     def when_room(self, callback: Callable[[], object]) -> bool:
-        """False if there is room; else `callback` is called once there is, on a thread of this module's."""
+        """False if there is room; else `callback` is called when there is, on a thread of this module."""
         with self._lock:
             if self.full:
                 self._on_room.append(callback)
             return self.full
 
     def wait_until_written(self, timeout: float) -> None:
-        """Return once nothing waits, or after `timeout` seconds."""
+        """Return when nothing is queued, or after `timeout` seconds."""
         with self._lock:
             self._changed.wait_for(lambda: not self._waiting, timeout)
 
@@ -93,24 +93,24 @@ class FrameWriter:
             self._waiting.append(rest)
             self._waiting_bytes += len(rest)
             self.full = self._waiting_bytes >= HIGH_WATER_BYTES
-            self._have_thread_write()
+            self._wake_thread()
 
     def _write(self, chunk: bytes | memoryview) -> memoryview | None:
-        """Write what the pipe takes; return the rest, None if that is nothing."""
+        """Write what the pipe takes; returns the rest, or None."""
         while True:
             try:
                 written = os.write(self.fd, chunk)
             except BlockingIOError:
                 return memoryview(chunk)
             except OSError:
-                # EPIPE, or whatever else ended it: there is nobody left to write to.
+                # EPIPE or another end of the pipe: nobody reads it.
                 self._on_gone()
                 return None
             if written == len(chunk):
                 return None
             chunk = memoryview(chunk)[written:]
 
-    def _have_thread_write(self) -> None:
+    def _wake_thread(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._write_waiting, name="dspy_bridge-writer", daemon=True)
             self._thread.start()
@@ -136,7 +136,7 @@ class FrameWriter:
                 allocator.trim()
 
     def _write_what_fits(self) -> None:
-        # A function of its own: its locals would keep the last large payload alive for as long as the thread waits.
+        # A function of its own, as locals would keep the last large payload alive while the thread waits.
         while self._waiting:
             chunk = self._waiting[0]
             rest = self._write(chunk)

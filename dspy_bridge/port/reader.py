@@ -1,7 +1,7 @@
-"""The port program: reads frames on the main thread, hands each to the dispatcher, ends as its owner would want.
+"""The read loop of the port program, on the main thread, and its orderly end.
 
-What can be answered at once is answered right here, many frames a read and one write for all of their replies; the rest
-runs on the dispatcher's event loop, so that reading never waits for an LM or for DSPy's import.
+Quick commands are answered here, many frames per read and one write for all of their replies. The rest runs on the
+dispatcher's event loop, so that reading never waits for an LM or for DSPy's import.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from dspy_bridge.dispatch.dispatcher import Dispatcher
 
-# Room for a read. Python makes a buffer of that size each time: one past 128 KB costs a small read 10 µs, as the C
-# library then asks the system for it. Inside a large frame it is worth that.
+# The buffer of a read. Past 128 KB the C library asks the system for it, which costs a read 10 µs: worth it only inside
+# a large frame.
 SMALL_READ_BYTES = 1 << 16
 LARGE_READ_BYTES = PIPE_BYTES
-# Where memory is short and no frame that is being read has it: whoever has it may give it back.
+# The wait when memory is short and dropping the frame being read frees none.
 _SECONDS_WITHOUT_MEMORY = 0.05
 
 
@@ -54,13 +54,13 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
                         allocator.trim()
                 break
             except MemoryError:
-                # For the buffer of a read: nothing was read.
+                # There was no buffer for the read: nothing was read.
                 refused = decoder.give_up()
                 _serve_frames([refused] if refused else [], writer, dispatcher, terminated)
                 if refused is None:
                     time.sleep(_SECONDS_WITHOUT_MEMORY)
     except OSError as error:
-        # A socket whose other end was reset; for a pipe this does not happen.
+        # A socket that was reset; this does not happen to a pipe.
         log(f"end of input: {error.strerror}")
     if decoder.mid_frame:
         log("end of input inside a frame: it was dropped")
@@ -68,7 +68,7 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
 
 
 def exit_now() -> None:
-    """The reader of our replies is gone: nothing that still runs here, or was started here, is of use to anybody."""
+    """End the process and its descendants at once: nobody reads the replies any more."""
     try:
         watchdog.end_children()
     finally:
@@ -78,7 +78,7 @@ def exit_now() -> None:
 def _serve_frames(
     frames: list[bytes | TooLarge], writer: FrameWriter, dispatcher: Dispatcher, terminated: threading.Event
 ) -> None:
-    """What one read brought: one write for all replies that are there at once, one wake-up for the rest."""
+    """Serve the frames of one read: one write for all immediate replies, one wake-up of the loop for the rest."""
     replies: list[bytes] = []
     size = 0
     for frame in frames:
@@ -89,7 +89,7 @@ def _serve_frames(
             replies.append(reply)
             size += len(reply)
             if size >= HIGH_WATER_BYTES:
-                # Small requests may have large replies: those of one read must not pile up either.
+                # Small requests may have large replies, which must not pile up within one read either.
                 writer.send(replies)
                 replies, size = [], 0
                 dispatcher.wake()
@@ -100,7 +100,7 @@ def _serve_frames(
 
 
 def _handle_signals(reading: int) -> threading.Event:
-    """Make SIGTERM the end of input; the event tells that it came."""
+    """Treat SIGTERM as the end of input; it sets the returned event."""
     null = os.open(os.devnull, os.O_RDONLY)
     terminated = threading.Event()
     reader = threading.get_ident()
@@ -108,13 +108,14 @@ def _handle_signals(reading: int) -> threading.Event:
     os.set_blocking(wake_write, False)
 
     def end_of_input(_signal: int, _frame: FrameType | None) -> None:
-        # The read under way is interrupted by the signal and repeated by Python (PEP 475), then on this descriptor.
+        # The signal interrupts the read, which Python repeats (PEP 475), now on this descriptor.
         os.dup2(null, reading, inheritable=False)
         terminated.set()
 
     def insist() -> None:
-        # A signal that comes just before the read starts interrupts nothing, and Python runs handlers on no other
-        # thread. Only C code notes it, in this pipe: then it is sent again until it has been noticed.
+        # A SIGTERM arriving just before read() is only seen by the wake-up descriptor: Python runs handlers on the
+        # reading thread alone, which waits. So it is sent again until the handler has run. Polling both descriptors
+        # before each read needs no thread, but costs a ping 0.8 µs.
         while os.read(wake_read, 1):
             while not terminated.wait(0.02):
                 signal.pthread_kill(reader, signal.SIGTERM)
@@ -125,17 +126,17 @@ def _handle_signals(reading: int) -> threading.Event:
     _keep_from_forks(wake_read, wake_write)
     mode = os.fstat(reading).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        # Ctrl-C in iex reaches the whole foreground process group; what stops us is the end of input.
+        # Ctrl-C in iex reaches the whole foreground process group; only the end of input stops the peer.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return terminated
 
 
 def _keep_from_forks(*fds: int) -> None:
-    """A fork, as multiprocessing makes them, has our handlers and this pipe: what ends it must not end us."""
+    """Undo the signal handling in forks (multiprocessing makes them): a SIGTERM to a fork must not end the peer."""
     masks = threading.local()
 
     def hold() -> None:
-        # Until the fork has a handling of its own, whatever comes for it waits.
+        # A SIGTERM to the fork waits until its handler is reset.
         masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def release() -> None:
@@ -152,13 +153,13 @@ def _keep_from_forks(*fds: int) -> None:
 
 
 def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float) -> None:
-    """Let received work finish and be written, unless nobody is left to read it."""
+    """Wait until received work is done and its replies are written, unless nobody reads them."""
     end = time.monotonic() + seconds
     idle_read, idle_write = os.pipe()
     dispatcher.when_idle(lambda: os.write(idle_write, b"."))
     poller = select.poll()
     poller.register(idle_read, select.POLLIN)
-    # With no events asked for, poll still tells POLLERR: the reading end of the pipe was closed.
+    # With no events requested, poll still reports POLLERR: the reading end of the pipe was closed.
     poller.register(writer.fd, 0)
     while (left := end - time.monotonic()) > 0:
         ready = poller.poll(left * 1000)
@@ -169,7 +170,7 @@ def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float) -> None:
             break
     else:
         log(f"end of input: {dispatcher.unfinished()} requests were still running after {seconds:g} s")
-    # Exit handlers (tracing exporters flush there) get what is left of the time, as long as the owner is there.
+    # Exit handlers (tracing exporters flush there) get the rest of the time, while the owner is there.
     end = max(end, time.monotonic() + 0.5)
     threading.Thread(target=_exit_by, args=(end, writer.fd), name="dspy_bridge-exit", daemon=True).start()
 

@@ -1,18 +1,18 @@
-"""A second process that ends what the peer cannot: what it leaves behind, and itself once its owner is gone.
+"""A second process that kills the peer when its owner is gone, and the peer's descendants when the peer is gone.
 
-Python alone cannot promise that: a SIGKILL leaves it no moment, a C call that holds the interpreter no turn. So the
-peer makes itself leader of a process group and forks this watchdog while it is small and has one thread. It sleeps
-until
+The peer itself cannot promise that: after a SIGKILL, or in a C call that holds the interpreter, it runs no code. So it
+makes itself leader of a process group and forks this watchdog while it is small and has one thread. The watchdog sleeps
+until one of these happens:
 
-- the peer is gone, however it went, be it with its whole group, in which the watchdog is not: then it kills what it
-  left: its group, and what bears its mark, a variable in the environment of all that it starts;
-- the owner is gone, which it is when both descriptors of frames have no other end any more: then the peer has a grace
-  to leave by itself, after which it is killed, and with it its descendants and its group;
-- the peer, about to leave, asks for the end of its descendants: then these are killed, also those that are in a session
-  of their own. Looking for them takes hundreds of calls, each of which would cost the peer a turn of its interpreter.
+- The peer is gone. It kills the peer's group, and every process with the peer's mark, an environment variable that
+  descendants inherit. It is not in that group itself.
+- The owner is gone: both descriptors of frames have lost their other end. The peer has a grace period to exit, then it
+  is killed with its descendants and its group.
+- The peer, about to exit, asks for the end of its descendants. They are killed, also those in sessions of their own.
+  Finding them takes hundreds of system calls, each of which might cost the peer the interpreter lock.
 
-PR_SET_PDEATHSIG would be no help: it strikes when the *thread* that started the peer ends, which need not be an owner's
-death, and it takes the peer before anybody has seen what that had started.
+PR_SET_PDEATHSIG does not help: it fires when the *thread* that started the peer ends, which need not be the owner's
+end, and it kills the peer before anything has seen its descendants.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# A peer whose interpreter runs is gone after 10 ms, beside 64 busy threads after 80 to 280. The promise is 1 s.
+# A peer whose interpreter runs exits within 10 ms, with 64 busy threads within 280. The promise is 1 s.
 GRACE_SECONDS = 0.3
-# What the peer waits at most for the end of its descendants; it takes 3 ms.
+# The longest that the peer waits for the end of its descendants; usual are 3 ms.
 ANSWER_SECONDS = 0.5
-# Asked for no event, Linux's poll still tells that the other end is gone. That of macOS then tells nothing: there it is
-# asked for room to write, which there mostly is, so only from time to time.
+# With no event requested, poll on Linux still reports that the other end is gone. On macOS it does not: there it polls
+# for room to write, which there mostly is, so only from time to time.
 POLL_TELLS_ENDS = sys.platform.startswith("linux")
 LOOK_SECONDS = 0.1
 PROC = "/proc"
-# In the environment of what the peer starts, and what that starts: how they are known once their parent is gone.
+# Set in the environment of all descendants, which identifies them when their parent is gone.
 MARK = "DSPY_BRIDGE_PEER"
 
-# The process that has the watchdog. Its forks have these names too, but no right to them.
+# The process that the watchdog belongs to. In its forks these globals have the same values.
 _peer = 0
 _watchdog = 0
-# Where the peer asks, and where it is answered.
+# Pipes for the request to kill the descendants, and its answer.
 _ask: int | None = None
 _answer: int | None = None
 
 
 def start(reading: int, writing: int) -> tuple[int, ...]:
-    """Fork the watchdog, which watches these two descriptors; return those that no child may have.
+    """Fork the watchdog, which watches these two descriptors; returns those that no child may inherit.
 
-    To be called once, before there are threads. If there can be no watchdog, that is logged and the peer goes without.
+    Call it once, before there are threads. If the fork fails, that is logged and the peer runs without a watchdog.
     """
     global _peer, _watchdog, _ask, _answer
     _peer = os.getpid()
-    # The number alone will be another's one day, and be in the environment of what this one has left.
+    # With the time, as a later peer may have the same pid.
     os.environ[MARK] = f"{_peer}-{time.time_ns()}"
-    # The first to be registered runs as the last: exit handlers may need what they have started.
+    # Registered first, so it runs last: other exit handlers may need their children.
     atexit.register(end_children)
     try:
         os.setpgid(0, 0)
     except OSError:
-        pass  # the leader of a session, and so of its group
+        pass  # already the leader of a session, and so of its group
     fds: list[int] = []
     try:
         fds += os.pipe()
@@ -95,13 +95,13 @@ def start(reading: int, writing: int) -> tuple[int, ...]:
 
 
 def end_children() -> None:
-    """Kill all descendants of this process. For its end: takes some ms, at most 0.5 s, on any thread; never raises."""
+    """Kill all descendants of this process, at its end. Takes some ms, at most 0.5 s; any thread; never raises."""
     if os.getpid() != _peer:
-        return  # a fork that ends has not this duty
+        return  # a fork of the peer
     if _ask is not None and _answer is not None:
         try:
             os.write(_ask, b".")
-            # The answer stays there: of two threads that end the process, one would take that of the other.
+            # The answer is not read: two threads may wait for it.
             if _polled(_answer, select.POLLIN, ANSWER_SECONDS) & select.POLLIN:
                 return
         except OSError:
@@ -110,11 +110,11 @@ def end_children() -> None:
 
 
 def _watch(asked: int, answers: int, reading: int, writing: int, leads: bool) -> None:
-    """Wait for the end of the peer or its owner, then end the rest. `leads`: the peer has a group of its own."""
+    """Wait for the end of the peer or its owner, then kill the rest. `leads`: the peer leads a process group."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _wait(asked, answers, {reading: select.POLLIN, writing: select.POLLOUT})
-    # As long as it is our parent, its number is nobody else's; just after its end, hardly anybody's.
+    # While it is the parent, its pid cannot be reused; just after its end that is unlikely.
     alive = os.getppid() == _peer
     _kill_descendants(spared=os.getpid(), peer_alive=alive)
     if alive:
@@ -123,11 +123,11 @@ def _watch(asked: int, answers: int, reading: int, writing: int, leads: bool) ->
         try:
             os.killpg(_peer, signal.SIGKILL)
         except OSError:
-            pass  # nobody is left in it
+            pass  # the group is empty
 
 
 def _wait(asked: int, answers: int, frames: dict[int, int]) -> None:
-    """Return when the peer is gone, or when it was to be: both `frames` have no other end any more, for a while."""
+    """Return when the peer is gone, or the grace period is over after both `frames` have lost their other end."""
     poller = select.poll()
     poller.register(asked, select.POLLIN)
     if POLL_TELLS_ENDS:
@@ -147,9 +147,9 @@ def _wait(asked: int, answers: int, frames: dict[int, int]) -> None:
             try:
                 os.write(answers, b".")
             except OSError:
-                pass  # the peer did not wait; the next read says that it is gone
+                pass  # the peer did not wait; the next read finds it gone
         for fd in [fd for fd, usual in frames.items() if _polled(fd, usual, 0) & (select.POLLHUP | select.POLLERR)]:
-            # One end alone is no death. It would be told again and again.
+            # One alone does not mean that the owner is gone. Unregistered, as poll would report it for ever.
             del frames[fd]
             if POLL_TELLS_ENDS:
                 poller.unregister(fd)
@@ -164,17 +164,17 @@ def _polled(fd: int, events: int, seconds: float) -> int:
 
 
 def _kill_descendants(spared: int, peer_alive: bool = True) -> None:
-    # Once the peer is gone, its number is anybody's.
+    # Once the peer is gone, its pid may be reused.
     for pid in _descendants(_peer if peer_alive else None):
         if pid != spared:
             try:
                 os.kill(pid, signal.SIGKILL)
             except OSError:
-                pass  # ended meanwhile, or another user's
+                pass  # it has ended, or is another user's
 
 
 def _descendants(root: int | None) -> set[int]:
-    """What `root` started and what those started, and all that bear the mark."""
+    """The descendants of `root`, and all processes with the mark."""
     if not os.path.exists(f"{PROC}/self/stat"):
         return _descendants_by_psutil(root)
     mark = f"{MARK}={os.environ[MARK]}\0".encode()
@@ -192,7 +192,7 @@ def _descendants(root: int | None) -> set[int]:
 
 
 def _processes() -> Iterator[tuple[int, int, bytes]]:
-    """All processes, their parents, the environments of the user's own. As psutil does, whose import takes 25 ms."""
+    """The pid, parent and environment of each process. As psutil does, whose import takes 25 ms."""
     for name in os.listdir(PROC):
         if name.isdecimal():
             line = _read(f"{PROC}/{name}/stat")

@@ -1,9 +1,8 @@
-"""What the system is told of memory. Where it does not listen (another libc, another kernel) this does nothing.
+"""glibc malloc tuning and the OOM score; no-op elsewhere.
 
-Large payloads: by itself glibc adapts to the largest block freed so far, up to 32 MB: blocks below stay with it, and
-whether a megabyte is fetched from the system and given back for every payload changes from run to run. Fixed limits
-make 1 MB of arguments take 0.55 ms instead of 0.6 or 1.1, and after ten executes with 8 MB of text the peer had 12 MB
-more instead of 77.
+By default glibc adapts its thresholds to the largest block freed so far, up to 32 MB, and keeps smaller blocks; whether
+it maps and unmaps memory for every payload of a megabyte differs from run to run. With fixed thresholds, 1 MB of
+arguments takes 0.55 ms instead of 0.6 or 1.1, and ten runs with 8 MB of text leave 12 MB instead of 77.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# From this payload length on it matters; until one comes, ctypes (5 ms) is not imported.
+# Payloads from this length on call for tuning; before the first one, ctypes (5 ms) is not imported.
 TUNE_BYTES = 1 << 18
-# Payloads from this length on are followed by a trim: 0.1 ms, a few ms where there is much to give back.
+# Payloads from this length on are followed by a trim, which takes 0.1 ms, or a few if there is much to free.
 LARGE_BYTES = 4 << 20
-# Not after each of many: the next one would only fetch the memory again.
+# Between trims: after each of many payloads, the next one would only allocate the memory again.
 _SECONDS_BETWEEN = 0.25
-# mallopt's names for: keep at most so much free memory at the end of the heap; blocks from here on have no heap.
+# Parameters of mallopt: the free memory kept at the end of the heap; the size from which blocks are mapped.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
-# 0 is what processes have, 1000 the most.
+# From 0, the default, to 1000.
 _OOM_SCORE = 500
 _OOM_FILE = "/proc/self/oom_score_adj"
 
-# Whether something large has passed since.
+# Whether a large payload has passed since the last trim.
 trim_due = False
 _last = 0.0
 _tuned = False
@@ -37,26 +36,25 @@ _libc: Any = None
 
 
 def raise_oom_score() -> None:
-    """Where memory runs out, Linux is to kill this process and not the BEAM, which would start another one.
+    """If memory runs out, make Linux kill this process rather than the BEAM, which starts another one.
 
-    It would take the largest, which may be either. A score that is higher already stays. What is started from here on
-    has it, too.
+    A higher score stays. Child processes inherit it.
     """
     try:
         file = os.open(_OOM_FILE, os.O_RDWR)
     except OSError:
-        return  # no Linux, or no /proc
+        return  # not Linux, or there is no /proc
     try:
         if int(os.read(file, 16)) < _OOM_SCORE:
             os.write(file, b"%d" % _OOM_SCORE)
     except (OSError, ValueError):
-        pass  # more is not at stake
+        pass  # it is only a preference
     finally:
         os.close(file)
 
 
 def note_payload(length: int) -> None:
-    """A payload of `length` bytes passed."""
+    """Record that a payload of `length` bytes passed."""
     global trim_due
     if length >= TUNE_BYTES:
         if not _tuned:
@@ -66,9 +64,9 @@ def note_payload(length: int) -> None:
 
 
 def room_for(payload: bytes) -> bool:
-    """Whether there is memory for what a payload holds, where the address space has a limit (`ulimit -v`).
+    """Whether there is memory to parse a payload, if the address space is limited (`ulimit -v`).
 
-    To be asked before it is read: the parser is written in Rust, which ends the process where it gets none.
+    Checked before parsing, as the parser is written in Rust, which aborts the process when an allocation fails.
     """
     if len(payload) < TUNE_BYTES:
         return True
@@ -80,23 +78,23 @@ def room_for(payload: bytes) -> bool:
 
         if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
             return True
-        # At most: a character past 16 bits makes a text four times as long, twice for a moment; and what objects, lists
-        # and their items take beside it.
+        # The most that it takes: strings four times as long with a character past 16 bits, twice for a moment; in
+        # addition objects, lists and their items.
         texts = (2 if payload.isascii() and b"\\u" not in payload else 6) * len(payload)
         objects, lists, items = payload.count(b"{"), payload.count(b"["), payload.count(b",")
-        bytes(texts + 256 * objects + 160 * lists + 128 * items)  # asked for, never touched
+        bytes(texts + 256 * objects + 160 * lists + 128 * items)  # allocated, never touched
     except MemoryError:
         return False
     return True
 
 
 def trim() -> None:
-    """Collect and trim if something large passed, and not a moment ago. To be called when one may have been dropped."""
+    """Collect garbage and return memory to the system, if a large payload passed. For when one may have been freed."""
     global trim_due, _last
     if not trim_due or time.monotonic() - _last < _SECONDS_BETWEEN:
         return
     trim_due = False
-    # DSPy leaves an image in a cycle; by itself the collection that finds it came after up to 20 more of them.
+    # DSPy leaves images in reference cycles; the automatic collection came up to 20 images later.
     gc.collect()
     if _libc is not None:
         _libc.malloc_trim(0)
@@ -114,5 +112,5 @@ def _tune() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * LARGE_BYTES)
         _ = libc.malloc_trim
     except (ImportError, OSError, AttributeError, MemoryError):
-        return  # no glibc
+        return  # not glibc
     _libc = libc

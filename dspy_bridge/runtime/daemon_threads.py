@@ -1,7 +1,7 @@
-"""Worker threads that do not hold up the end of the process.
+"""A thread pool of daemon threads, which do not delay the exit of the process.
 
 Python waits for the threads of a `ThreadPoolExecutor` before it exits, however long their work takes. The port program
-exits without asking; in ErlPort's process, whose end is ErlPort's, they would keep it for as long as they like.
+exits without waiting; ErlPort's process would stay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DaemonThreads(Executor):
-    """At most `most` threads, each started when all others have something to do."""
+    """At most `most` threads, each started when all others are busy."""
 
     def __init__(self, most: int, name: str) -> None:
         self._most = most
@@ -28,7 +28,7 @@ class DaemonThreads(Executor):
         self._unfinished = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As `ThreadPoolExecutor`'s. Raises RuntimeError if a thread is needed and there is none to be had."""
+        """As `ThreadPoolExecutor.submit`. Raises RuntimeError if a thread is needed and cannot be started."""
         future: Future[Any] = Future()
         with self._lock:
             if self._threads <= self._unfinished and self._threads < self._most:
@@ -41,10 +41,10 @@ class DaemonThreads(Executor):
 
     def _work(self) -> None:
         while True:
-            # In a function of its own: its locals would keep the last work alive for as long as this waits.
-            self._carry_out(*self._queue.get())
+            # A function of its own, as locals would keep the last work alive while this waits.
+            self._run(*self._queue.get())
 
-    def _carry_out(self, future: Future[Any], work: Callable[[], Any]) -> None:
+    def _run(self, future: Future[Any], work: Callable[[], Any]) -> None:
         result: Any = None
         error: BaseException | None = None
         wanted = future.set_running_or_notify_cancel()
@@ -52,17 +52,17 @@ class DaemonThreads(Executor):
             try:
                 result = work()
             except StopIteration as raised:
-                # asyncio's futures take none: its waiter would wait for ever.
+                # asyncio's futures refuse it, and the waiter would wait for ever.
                 error = RuntimeError("StopIteration was raised")
                 error.__cause__ = raised
-            except BaseException as raised:  # its waiter gets it
+            except BaseException as raised:  # the waiter gets it
                 error = raised
         with self._lock:
-            # Before the future is done: what its waiter submits then finds this thread free.
+            # Before the future is done, so that the waiter's next work finds this thread free.
             self._unfinished -= 1
         if error is not None:
             future.set_exception(error)
-            # Its traceback has this frame, and this frame would have it.
+            # Its traceback refers to this frame: break the cycle.
             del error, future
         elif wanted:
             future.set_result(result)

@@ -1,8 +1,8 @@
-"""The event loop: asyncio's, but connections do not keep what was under way when they were opened.
+"""An asyncio event loop whose connections do not keep the context of the run that opened them.
 
-asyncio gives each callback the context in which it was registered. That of a connection which is kept open, to a
-provider for one, stays for as long as the connection, and with it all that its context variables lead to: DSPy's
-settings, its LMs, the arguments of the execute. 20 executes with 8 MB each left 300 MB.
+asyncio keeps for each callback the context in which it was registered. A connection to a provider stays open, and its
+context would keep all that the context variables refer to: DSPy's settings, its LMs, the arguments of the run. 20 runs
+with 8 MB each left 300 MB.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 
 class EventLoop(asyncio.SelectorEventLoop):
-    """Callbacks of descriptors get an empty context: transports need none."""
+    """Callbacks of descriptors get an empty context, as transports need none."""
 
-    # Where an asyncio has no such methods, these are never called.
+    # Private methods of asyncio. If they are gone, these are never called.
 
     def _add_reader(self, *args: Any) -> Any:
         return contextvars.Context().run(super()._add_reader, *args)  # type: ignore[misc]

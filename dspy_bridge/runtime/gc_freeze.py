@@ -1,8 +1,8 @@
-"""Keeps loaded programs out of Python's full garbage collections, which hold up everything while they run.
+"""Keeps loaded programs out of full garbage collections, which stop all threads.
 
-A collection walks every object that there is. With 10,000 programs one took 210 ms, and under load there was one
-every 1,500 executes. Frozen objects are not walked. But what is frozen is not collected either, and a program that was
-removed is a cycle (classes are), so after enough removals everything is thawed, collected once and frozen again.
+A full collection visits every object. With 10,000 programs one took 210 ms, and under load there was one every 1,500
+runs. Frozen objects are not visited, but not collected either. A removed program is a reference cycle, as its class is
+one; so after enough removals everything is unfrozen, collected once and frozen again.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import gc
 import threading
 
-# Changes between two settlings. A removed program is 15 KB: fewer than this many are not worth a collection.
+# Changes between two calls of `freeze`. A removed program is 15 KB: fewer are not worth a collection.
 EVERY = 256
 
 
 class GcFreezer:
-    """Counts programs loaded and removed; `settle` when it is due, on a thread where nobody waits."""
+    """Counts loaded and removed programs. When due, call `freeze`, on a thread that nobody waits for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,19 +23,19 @@ class GcFreezer:
         self._removed = 0
 
     def loaded(self) -> bool:
-        """A program was loaded. Returns whether `settle` is due."""
+        """Count a loaded program. Returns whether `freeze` is due."""
         with self._lock:
             self._loaded += 1
             return self._loaded >= EVERY
 
     def removed(self, count: int) -> bool:
-        """So many programs were removed or replaced. Returns whether `settle` is due."""
+        """Count removed or replaced programs. Returns whether `freeze` is due."""
         with self._lock:
             self._removed += count
             return self._removed >= EVERY
 
-    def settle(self) -> None:
-        """Freeze what is there; if programs were removed, only after collecting them."""
+    def freeze(self) -> None:
+        """Freeze all objects, after collecting those of removed programs."""
         with self._lock:
             removed, self._loaded, self._removed = self._removed, 0, 0
         if removed:

@@ -1,11 +1,11 @@
-"""The event loop's default executor: DSPy's short steps run in place, everything else in threads.
+"""The event loop's default executor: runs DSPy's short steps inline, everything else in threads.
 
-DSPy sends parts of each LM call (preparing it, looking into the cache, pricing it) through `asyncio.to_thread`: four
-hops of some 100 µs each, beside busy threads more, for steps of some 10 µs. Which executor those go to may be chosen.
-With 64 executes in flight this makes them 12 % faster.
+DSPy sends parts of each LM call (preparation, cache look-up, pricing) through `asyncio.to_thread`: four thread switches
+of some 100 µs each, more while other threads are busy, for steps of some 10 µs. With 64 runs in flight, running them
+inline makes the runs 12 % faster.
 
-A step runs in place only if `allow` names it and it was short in a thread several times before, for the same model: the
-first one may import a provider's library. One that takes long in place sends its kind back to the threads.
+A step runs inline if `allow` names it and it was short several times in a thread, for the same model: the first one may
+import a provider's library. A step that takes long inline goes back to the threads.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-# The functions that may run in place, and those that may unless there is a disk cache, which they wait for.
+# The functions that may run inline, and those that may without a disk cache, which they would wait for.
 _steps: frozenset[FunctionType] = frozenset()
 _cache_steps: frozenset[FunctionType] = frozenset()
-# Seconds that the loop may be held up, and short runs in a thread before that is tried.
+# The longest time, in seconds, that counts as short; the short runs in a thread before a step runs inline.
 SHORT = 0.002
 TRIES = 5
-# Kinds of steps that are remembered; a host that makes up model names must not make the peer grow.
+# The most kinds of steps that are remembered, as a client may use any number of model names.
 _MOST = 1000
 
 
 def allow(steps: Iterable[FunctionType], cache_steps: Iterable[FunctionType]) -> None:
-    """The functions that may run in place, each with an LM as its first argument; `cache_steps` look into the cache."""
+    """The functions that may run inline, each with an LM as its first argument; `cache_steps` look into the cache."""
     global _steps, _cache_steps
     _steps, _cache_steps = frozenset(steps), frozenset(cache_steps)
 
 
 class InlineExecutor(ThreadPoolExecutor):
-    """To be set as a loop's default executor; used from that loop's thread.
+    """The default executor of one event loop, used from its thread.
 
-    asyncio takes nothing but a `ThreadPoolExecutor` for that. Threads of that class's own are never started.
+    asyncio requires a `ThreadPoolExecutor`, but the threads of that class are never started.
     """
 
     def __init__(self, *, memory_cache_only: bool) -> None:
         super().__init__(1)
-        # More than Python's usual six: a host's own code may sit in some.
+        # More than Python's default of six, as user code may block some.
         self._daemons = DaemonThreads(64, "dspy_bridge-hop")
         self._memory_cache_only = memory_cache_only
         self._short_runs: dict[Any, int] = {}
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As `ThreadPoolExecutor`'s; the future may be done already."""
+        """As `ThreadPoolExecutor.submit`; the future may be done already."""
         kind = self._kind(fn)
         if kind is None:
             return self._daemons.submit(fn, *args, **kwargs)
@@ -68,7 +68,7 @@ class InlineExecutor(ThreadPoolExecutor):
         return future
 
     def _kind(self, fn: Callable[..., Any]) -> Any:
-        """What `fn` is, if it is such a step as `asyncio.to_thread` sends it: `partial(context.run, step, lm, …)`."""
+        """The key of a listed step, which `asyncio.to_thread` sends as `partial(context.run, step, lm, …)`; or None."""
         parts: tuple[Any, ...] = getattr(fn, "args", ())
         step = parts[0] if parts else None
         if not isinstance(step, FunctionType) or len(parts) < 2:
@@ -78,7 +78,7 @@ class InlineExecutor(ThreadPoolExecutor):
         return step, getattr(parts[1], "model", None)
 
     def _try(self, kind: Any, fn: Callable[[], Any]) -> Any:
-        # CPU time: beside busy threads the clock says little about a step. Waiting shows once it runs in place.
+        # CPU time: with other threads busy, elapsed time says little about a step. Blocking shows once it runs inline.
         begin = time.thread_time()
         try:
             return fn()

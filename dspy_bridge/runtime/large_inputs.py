@@ -1,8 +1,8 @@
-"""Executes with large inputs, off the event loop. No DSPy here.
+"""Keeps runs with large inputs off the event loop, where they would delay all other calls and deadlines.
 
-There they would make all other calls and deadlines late: writing an image of 50 MB into a prompt and a request takes
-seconds, and a file may lie on a disk that answers late. So files are read and large inputs checked in threads of this
-module; DSPy's module then runs in a worker thread, and its LM is asked on a second event loop.
+Formatting an image of 50 MB into a prompt takes seconds, and a file may be on a slow disk. So files are read and large
+inputs checked in threads of this module; then DSPy's module runs in a worker thread, and its LM is called on a second
+event loop. Does not import DSPy.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Characters, about: with what has most of anything, the event loop is held for some 70 ms.
+# In characters, roughly: at worst the event loop is blocked for some 70 ms.
 LARGE = 1 << 20
-# Of one input of a batch: between two steps of another execute there may be several of those.
+# For an input of a batch, as several of these may run between two steps of another run.
 LARGE_IN_BATCH = LARGE // 4
-# What else costs as much as how many characters, to check it and to write it into a prompt.
+# The cost of other things, in characters: of checking them and formatting them into a prompt.
 _VALUE, _CONTAINER, _MESSAGE = 10, 100, 1000
-# So many bytes of a request hold nothing large, whatever they are: an empty message has three.
+# A request of fewer bytes is never large, whatever it holds: even an empty message takes three bytes.
 NEVER_LARGE = LARGE_IN_BATCH // 512
-# A disk that does not answer can take them all: then only executes with files or large inputs wait.
+# A disk that hangs can block all of them: then only runs with files or large inputs wait.
 _READERS = 8
 
-# Whether the execute that this context belongs to is large.
+# Whether the run of this context has large inputs.
 here: ContextVar[bool] = ContextVar("large", default=False)
 
 
 def is_large(values: Any, limit: int = LARGE) -> bool:
-    """Whether there are `limit` characters in it, or values that cost as much; media count with their content."""
+    """Whether the values cost as much as `limit` characters. Media count with their content."""
     left, inside = limit, [values]
     while inside:
         value = inside.pop()
@@ -47,7 +47,7 @@ def is_large(values: Any, limit: int = LARGE) -> bool:
         if isinstance(value, (str, bytes)):
             left -= len(value)
         elif isinstance(value, dict):
-            # A history's, before and after it is checked.
+            # Those of a history, before and after validation.
             messages = value.get("messages")
             left -= _CONTAINER + (_MESSAGE * len(messages) if isinstance(messages, list) else 0)
             more = value.values()
@@ -64,7 +64,7 @@ def is_large(values: Any, limit: int = LARGE) -> bool:
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """Run `work`, which reads files or looks at large inputs. Cancelling leaves it to its end."""
+    """Run `work`, which reads files or checks large inputs, in a thread. Cancelling does not stop it."""
     return await asyncio.get_running_loop().run_in_executor(_readers(), work)
 
 
@@ -78,7 +78,7 @@ _starting = threading.Lock()
 
 
 def loop() -> asyncio.AbstractEventLoop:
-    """The second event loop, which runs from now on."""
+    """The second event loop; starts it if needed."""
     global _loop
     with _starting:
         if _loop is None:
@@ -98,4 +98,4 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
         except (SystemExit, KeyboardInterrupt):
-            continue  # out of a task, which keeps it for its waiter
+            continue  # raised by a task, which keeps it for its waiter

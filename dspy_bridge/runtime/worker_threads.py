@@ -1,8 +1,8 @@
-"""Worker threads for modules that have only a sync `forward`. No DSPy here.
+"""Worker threads for modules that have only a sync `forward`. Does not import DSPy.
 
-A thread cannot be killed. What can be done once nobody waits for it any more: its LM request is cancelled, its next one
-refused, and it is counted as abandoned until it returns. There are only so many threads, so code that never returns
-can take them all, but nothing else.
+A thread cannot be killed. When a run is cancelled its LM request is cancelled, further ones are refused, and its thread
+counts as abandoned until it returns. The number of threads is limited, so code that never returns can block all of
+them, but nothing else.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# Not the event loop's own executor: every async LM call of DSPy passes through that one.
+# Not those of the event loop's executor, which every async LM call of DSPy needs.
 MAX_THREADS = 64
-# How long a busy thread keeps the interpreter from the others, in seconds. The slowest ping beside 8 busy threads took
-# 165 ms at Python's own 0.005 and 32 ms at this; beside 64 of them 438 and 143 ms.
+# How long a busy thread keeps the interpreter, in seconds. With 8 busy threads the slowest ping took 165 ms at Python's
+# default of 0.005 and 32 ms at this; with 64 of them 438 and 143 ms.
 SWITCH_INTERVAL = 0.0005
 
 
 class Job:
-    """One call in a worker thread, as that thread sees it."""
+    """A call in a worker thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, lm_loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -41,11 +41,11 @@ class Job:
         self._endings: list[Callable[[], object]] = []
 
     def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the event loop, where it can be cancelled, and wait for it. For the worker thread."""
+        """Run `work` on the event loop, where it can be cancelled, and wait for it. On the worker thread."""
         return self._on(self.loop, work)
 
     def on_lm_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """The same where this call's LMs are asked: of a large one that would hold up the event loop."""
+        """The same on the loop of this call's LM requests: with large inputs, the second one."""
         return self._on(self._lm_loop, work)
 
     def _on(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
@@ -61,13 +61,13 @@ class Job:
         try:
             return future.result()
         except CancelledError:
-            # That of futures is an Exception, which the code in the thread would take for a failure and go on.
+            # That of `concurrent.futures` is an Exception, which code in the thread might handle as a failure.
             raise asyncio.CancelledError("nobody waits for this call any more") from None
         finally:
             self._waiting.discard(future)
 
     def on_give_up(self, end: Callable[[], object]) -> None:
-        """Call `end` when nobody waits any more, at once if that is so: it ends what this thread has started."""
+        """Call `end`, which stops what this thread has started, when the call is given up, or now if it was."""
         with self._lock:
             self._endings.append(end)
             given_up = self._given_up
@@ -75,7 +75,7 @@ class Job:
             end()
 
     def give_up(self) -> None:
-        """Nobody waits any more: stop what runs on the loop, refuse what would follow."""
+        """Cancel what runs on the loops and refuse what follows, as nobody waits for the call any more."""
         with self._lock:
             self._given_up = True
             waiting = list(self._waiting)
@@ -86,7 +86,7 @@ class Job:
             end()
 
 
-# The job whose worker thread this is; threads that it starts with its context count as it.
+# The job of this worker thread, and of threads that it starts with its context.
 current: ContextVar[Job | None] = ContextVar("job", default=None)
 
 
@@ -102,7 +102,7 @@ class WorkerThreads:
         self._usual_interval = sys.getswitchinterval()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread, with the caller's context variables; cancelling gives it up."""
+        """Run `work` in a thread, with the caller's context variables. Cancelling gives it up."""
         import asyncio
         import contextvars
 
@@ -142,7 +142,7 @@ class WorkerThreads:
         with self._lock:
             self._running += step
             busy = self._running > 0
-            # Only while code that may be busy runs: more switches cost everything else a little.
+            # Only while such code runs, as more switches cost everything else a little.
             sys.setswitchinterval(SWITCH_INTERVAL if busy else self._usual_interval)
 
     def _returned(self, _future: Future[Any]) -> None:

@@ -14,7 +14,7 @@ from dspy_bridge.streaming.field_parsers import Chunk, Reader
 
 _HIGH = r"[dD][89abAB][0-9a-fA-F]{2}"
 # Characters and whole escapes of a string; half a surrogate pair only when it is known what follows. As many as `re`
-# takes little memory for: 60 bytes each.
+# takes little memory for: 120 bytes each.
 _TEXT = re.compile(
     rf'(?:[^"\\]+|\\["\\/bfnrt]|\\u(?!{_HIGH})[0-9a-fA-F]{{4}}|\\u{_HIGH}(?=[^\\]|\\[^u]|\\u.{{4}})){{1,10000}}',
     re.DOTALL,

@@ -1,4 +1,4 @@
-"""Erlang's terms as ErlPort hands them over, to JSON values, and JSON values to what it should be handed. Pure."""
+"""Converts Erlang terms, as ErlPort represents them, to JSON values and back. Pure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 _INT_LIMIT = 10**MAX_INT_DIGITS
-# What is nested deeper is refused here, with its place: jiter reads 200 levels, and one is the request around this.
+# jiter reads 200 levels, and the request is one; deeper terms are refused here, with their path.
 MAX_LEVELS = 199
-# First bytes of a pid and of a reference (an alias is one) in the external term format, which is how ErlPort hands them
-# over; the second of each is that of OTP 22 and older.
+# First bytes of pids and references (an alias is one) in the external term format, in which ErlPort passes them; the
+# second of each is that of OTP 22 and older.
 _PIDS_AND_REFERENCES = (b"X", b"g", b"Z", b"r")
-# Of the place of a term, at most this many steps are told.
+# The most steps of a path that an error shows.
 _MOST_STEPS = 20
 
 
 class Unfit(Exception):
-    """A term that has no JSON form. The text names where it is."""
+    """A term without a JSON form. The text has its path."""
 
     def __init__(self, why: str, error_type: str = "invalid_args") -> None:
         super().__init__(why)
@@ -35,14 +35,14 @@ class Unfit(Exception):
 
 
 def from_term(term: Any, depth: int = 1) -> Any:
-    """The JSON value of what ErlPort hands over. Raises `Unfit`.
+    """The JSON value of a term. Raises `Unfit`.
 
-    A charlist is a list of integers and stays one: text goes as binaries. Of atoms nil, undefined, true and false are
-    what they mean, others their text.
+    Binaries are strings; a charlist is a list of integers and stays one. The atoms nil, undefined, true and false
+    become null and booleans, other atoms strings.
     """
-    # Beside what arrives by itself: str, as a decoder that the program has set may make it.
+    # In addition to ErlPort's own types: str, as a decoder of the program may return it.
     if isinstance(term, bytes):
-        # ErlPort makes true, false and undefined Python's own.
+        # ErlPort converts true, false and undefined itself.
         return None if _is_atom(term) and term in (b"nil", b"undefined") else _text(term)
     if term is None or isinstance(term, (bool, str)):
         return term
@@ -67,10 +67,10 @@ def from_term(term: Any, depth: int = 1) -> Any:
 
 
 def to_term(value: Any, atom: Callable[[bytes], Any], in_list: bool = False) -> Any:
-    """What to hand to ErlPort so that Erlang receives the JSON value `value`: plain types and atoms only.
+    """The value to pass to ErlPort so that Erlang receives the JSON value `value`: plain types and atoms only.
 
-    Text goes as binaries, since ErlPort makes charlists of it; null as the atom nil, as None would be undefined; what
-    is true or false in a list as an atom, as ErlPort would make it 1 or 0. What is no number would kill it: nil.
+    Strings become binaries, as ErlPort turns str into charlists; null the atom nil, as None would be undefined;
+    booleans in a list atoms, as ErlPort would make them 1 and 0; NaN and infinities, which would crash ErlPort, nil.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "replace")
@@ -86,11 +86,11 @@ def to_term(value: Any, atom: Callable[[bytes], Any], in_list: bool = False) -> 
 
 
 class WrongCall(Exception):
-    """What was given as a command or as a receiver cannot be one."""
+    """An invalid command or receiver."""
 
 
 def to_command(term: Any) -> str:
-    """A binary, an atom or a charlist. Raises `WrongCall`."""
+    """The command, from a binary, an atom or a charlist. Raises `WrongCall`."""
     try:
         if isinstance(term, bytes):
             return _text(term)
@@ -105,12 +105,12 @@ def to_command(term: Any) -> str:
 
 
 def check_receiver(term: Any) -> None:
-    """Raises `WrongCall` for a receiver that `!` may refuse in Erlang, which ends ErlPort's instance and all in it.
+    """Raises `WrongCall` for a receiver for which `!` may fail in Erlang, as that ends the whole ErlPort instance.
 
-    That is anything but an address, and a registered name: it may be gone when the reply comes. `{name, node}` is
-    never refused.
+    It fails for what is not an address, and for a registered name that is gone when the reply comes; for `{name, node}`
+    never.
     """
-    # "erlang" marks what is Erlang's own: pids, references, ports, funs.
+    # "erlang" marks pids, references, ports and funs.
     if getattr(term, "language", None) == b"erlang" and term.data[:1] in _PIDS_AND_REFERENCES:
         return
     if isinstance(term, tuple) and len(term) == 2 and all(map(_is_atom, term)) and b"@" in term[1]:
@@ -148,13 +148,13 @@ def _key(key: Any) -> str:
 
 
 def _is_atom(term: Any) -> bool:
-    """Atom is the only subclass of bytes that arrives."""
+    """Atom is the only subclass of bytes that ErlPort passes."""
     return isinstance(term, bytes) and type(term) is not bytes
 
 
 def _text(term: bytes) -> str:
     if _is_atom(term):
-        # How ErlPort has Erlang send them. One that has no Latin-1 form ends Python while ErlPort reads it.
+        # As ErlPort lets Erlang send them. An atom without a Latin-1 form ends Python while ErlPort reads it.
         return term.decode("latin-1")
     try:
         return term.decode()

@@ -1,7 +1,7 @@
-"""Packets of Erlang's `{:packet, 4}`: a 4-byte big-endian unsigned length, then that many bytes. Pure; no I/O.
+"""Decodes the packets of Erlang's `{:packet, 4}`: a 4-byte big-endian length, then that many bytes. Pure; no I/O.
 
-Most reads bring many small frames or one piece of a large one, so whole frames are cut straight from the chunk that
-holds them, and the pieces of a large frame are joined once, when the last has come.
+Most reads bring many small frames or one piece of a large frame. So whole frames are sliced from the chunk that holds
+them, and the pieces of a large frame are joined once, when it is complete.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ HEADER_BYTES = 4
 
 
 class TooLarge:
-    """Stands in the stream for a frame that was longer than allowed, or than there was memory for (`no_memory`).
-
-    It has been read past, or will be.
-    """
+    """Replaces a frame that is longer than allowed, or than there is memory for (`no_memory`); it is skipped."""
 
     __slots__ = ("length", "no_memory")
 
@@ -32,28 +29,28 @@ class TooLarge:
 
 
 def header(length: int) -> bytes:
-    """The four bytes that go before a payload of `length` bytes."""
+    """The length prefix of a payload of `length` bytes."""
     return length.to_bytes(HEADER_BYTES, "big")
 
 
 class FrameDecoder:
-    """Cuts a byte stream into payloads, however it was split on its way."""
+    """Splits a byte stream into payloads, whatever chunks it comes in."""
 
     def __init__(self, max_bytes: int) -> None:
-        """`max_bytes`: the longest payload that is kept; a longer one is skipped without being stored."""
+        """`max_bytes`: the longest payload; a longer one is skipped without being stored."""
         self._max_bytes = max_bytes
         self._parts: list[bytes] = []
         self._have = 0
-        # Length of the frame whose payload is being collected; -1 while its header is.
+        # The length of the current frame; -1 while its header is incomplete.
         self._length = -1
         self._skip = 0
 
     def feed(self, data: bytes) -> list[bytes | TooLarge]:
-        """Take the next bytes of the stream, give the frames that they complete, in order."""
+        """Take the next bytes of the stream; returns the frames that they complete, in order."""
         out: list[bytes | TooLarge] = []
         position, end = 0, len(data)
         if not self.mid_frame:
-            # Whole frames, one after another: what nearly every read brings.
+            # Whole frames, as nearly every read brings.
             while position + HEADER_BYTES <= end:
                 start = position + HEADER_BYTES
                 stop = start + int.from_bytes(data[position:start], "big")
@@ -73,7 +70,7 @@ class FrameDecoder:
                 try:
                     self._parts.append(data[position : position + step])
                 except MemoryError:
-                    # Here, not at the reader's: the frames that `out` has are to be served, and what follows is there.
+                    # Handled here, as the frames in `out` must be served and the rest of `data` must be decoded.
                     if (refused := self.give_up()) is None:
                         raise
                     out.append(refused)
@@ -95,7 +92,7 @@ class FrameDecoder:
             assert whole is not None
             length = int.from_bytes(whole, "big")
             if length > self._max_bytes:
-                # Told at once: its sender learns of the refusal before the last byte has come.
+                # At once, not after the last byte of the frame.
                 out.append(TooLarge(length))
                 self._skip = length
             elif length == 0:
@@ -105,10 +102,7 @@ class FrameDecoder:
         return out
 
     def give_up(self) -> TooLarge | None:
-        """Drop what has been collected of a frame, as there is no memory for the rest, which will be read past.
-
-        None if there is no such frame.
-        """
+        """Drop the current frame, for which there is no memory, and skip the rest of it. None if there is none."""
         if self._length < 0:
             return None
         refused = TooLarge(self._length, no_memory=True)
@@ -118,7 +112,7 @@ class FrameDecoder:
         return refused
 
     def _joined(self) -> bytes | None:
-        """The parts as one; None if there is no memory for it, which the parts themselves may have taken."""
+        """The parts as one; None if there is no memory for that in addition to the parts."""
         try:
             return b"".join(self._parts)
         except MemoryError:
@@ -126,5 +120,5 @@ class FrameDecoder:
 
     @property
     def mid_frame(self) -> bool:
-        """Whether the stream stands inside a frame: at end of input, a truncated one."""
+        """Whether the stream is inside a frame; at the end of input it was truncated."""
         return bool(self._have or self._skip or self._length >= 0)

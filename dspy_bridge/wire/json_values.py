@@ -1,4 +1,4 @@
-"""Any Python value as JSON. Pure; what it is handed may run code of its own, and may fail, but always has a form."""
+"""Encodes any Python value as JSON. Never fails: what has no JSON form becomes a string. Values may run code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# Python's own limit for the text form of an int (sys.set_int_max_str_digits), and jiter's; the protocol adopts it.
+# The default limit of Python (sys.set_int_max_str_digits) and jiter for the digits of an int, and the protocol's.
 MAX_INT_DIGITS = 4300
-# A value of a reply that is nested deeper becomes text. orjson itself stops at 254 levels of its `default` hook.
+# Values that are nested deeper become strings. orjson stops at 254 levels of its `default` hook.
 MAX_DEPTH = 200
 _INT_LIMIT = 10**MAX_INT_DIGITS
 
@@ -22,14 +22,14 @@ def encode_value(value: Any) -> bytes:
     try:
         return orjson.dumps(value, default=_default)
     except (TypeError, ValueError, RecursionError):
-        # Integers past 64 bits, keys that are no text, lone surrogates, cycles, great depth.
+        # Integers past 64 bits, keys that are not strings, lone surrogates, cycles, great depth.
         import json
 
         return json.dumps(_plain(value, ()), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _default(value: Any) -> Any:
-    """What orjson asks for a value that it does not know: something that it does."""
+    """The `default` hook of orjson: replaces a value of an unknown type."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         import base64
 
@@ -40,7 +40,7 @@ def _default(value: Any) -> Any:
         method = getattr(value, name, None)
         if callable(method) and not isinstance(value, type):
             return method()
-    # Iterators and mappings of other kinds: a copy of what they hold. Text is the last resort.
+    # Other mappings are copied. A string is the last resort.
     if hasattr(value, "keys") and hasattr(value, "__getitem__") and not isinstance(value, type):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118 - only the mapping protocol is known of it
     return _text(value)
@@ -55,13 +55,13 @@ def _text(value: object) -> str:
 
 
 def _plain(value: Any, inside: tuple[int, ...]) -> Any:
-    """A copy of `value` that the standard json writes as it is. `inside`: ids of the containers around it."""
+    """A copy of `value` that the standard json encodes as it is. `inside`: ids of the containers around it."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, int):
-        # A longer one has no decimal text in Python either.
+        # Python does not format a longer one as decimal.
         return int(value) if -_INT_LIMIT < value < _INT_LIMIT else hex(value)
     if isinstance(value, float):
         return float(value) if value - value == 0.0 else None

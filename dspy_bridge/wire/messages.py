@@ -1,8 +1,8 @@
-"""Payload bytes to `Request`, `Cancel` or `ToolResult`, and replies to payload bytes. Strict JSON; pure; no I/O.
+"""Decodes payloads to `Request`, `Cancel` or `ToolResult`, and encodes replies. Strict JSON; pure; no I/O.
 
-jiter reads: it takes integers exactly (orjson makes floats of those past 64 bits), a text of a megabyte in a sixth of
-orjson's time, and half a millisecond to import. orjson writes; it costs 10 ms to import, so pings are written by hand,
-and the first one goes without.
+jiter decodes: it keeps integers exact (orjson turns those past 64 bits into floats), reads a string of a megabyte in a
+sixth of orjson's time, and takes half a millisecond to import. orjson encodes; its import takes 10 ms, so pongs are
+formatted by hand and the first ping does not wait for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FIRST_KEY_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1
 
 _FIRST_KEY_TOOL_RESULT = re.compile(rb'\s*\{\s*"tool_result"\s*:\s*\{\s*"call_id"\s*:\s*([0-9]{1,18})\s*[,}]')
 
-# https://www.w3.org/TR/trace-context/: of version 00 nothing may follow, of later ones what they like.
+# https://www.w3.org/TR/trace-context/: in version 00 nothing may follow, in later ones anything.
 _TRACE_IDS = "(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _TRACEPARENT = f"00-{_TRACE_IDS}|(?!00|ff)[0-9a-f]{{2}}-{_TRACE_IDS}(?:-[!-~]{{0,199}})?"
 
@@ -30,7 +30,7 @@ Id = int | str
 
 
 class MessageError(Exception):
-    """A payload that is no message. `id`: what could be read of its sender's id, else None."""
+    """A payload that is not a message. `id`: its id, if that could be read."""
 
     def __init__(self, text: str, id: Id | None = None) -> None:
         super().__init__(text)
@@ -42,11 +42,11 @@ class NotJSON(MessageError):
 
 
 class NotAMessage(MessageError):
-    """JSON, but not the envelope that was expected."""
+    """JSON, but not a valid envelope."""
 
 
 class Request:
-    """One command. `timeout_ms`: the deadline counted from receipt, or None. `traceparent`: its trace, or None."""
+    """A request. `timeout_ms`: its deadline, counted from receipt, or None. `traceparent`: its trace, or None."""
 
     __slots__ = ("args", "command", "id", "meta", "stream", "timeout_ms", "traceparent")
 
@@ -70,11 +70,11 @@ class Request:
 
 
 class Encoded(bytes):
-    """A result that is JSON already."""
+    """A result that is already encoded."""
 
 
 class Cancel:
-    """Asks for the request `id` to be stopped; has no reply of its own."""
+    """Cancels the request `id`; has no reply of its own."""
 
     __slots__ = ("id",)
 
@@ -83,7 +83,7 @@ class Cancel:
 
 
 class ToolResult:
-    """What a tool of the caller's gave: `value`, or `error`, a text for the LM, where that is not None."""
+    """The result of a tool call: `value`, or `error`, a string for the LM, if that is not None."""
 
     __slots__ = ("call_id", "error", "value")
 
@@ -94,7 +94,7 @@ class ToolResult:
 
 
 def decode(payload: bytes) -> Request | Cancel | ToolResult:
-    """Read one payload. Raises `NotJSON` or `NotAMessage`."""
+    """Decode a payload. Raises `NotJSON` or `NotAMessage`."""
     message = _loads(payload)
     if type(message) is not dict:
         raise NotAMessage(f"expected a JSON object, got {_json_name(message)}")
@@ -157,7 +157,7 @@ def _tool_result(result: Any) -> ToolResult:
     if success is True:
         return ToolResult(call_id, result.get("result"), None)
     error = result.get("error")
-    # Somebody waits for this one: what cannot be read is told there, not to nobody.
+    # A program waits for this result, so it gets the error.
     if success is not False:
         error = "tool_result.success: expected true or false"
     elif type(error) is not str:
@@ -166,7 +166,7 @@ def _tool_result(result: Any) -> ToolResult:
 
 
 def encode_result(id: Id, result: Any, meta: dict[str, Any] | None = None) -> bytes:
-    """The payload of a successful reply. `result` may hold anything: what has no JSON form becomes text."""
+    """The payload of a successful reply. Values in `result` without a JSON form become strings."""
     tail = b"}" if meta is None else b',"meta":' + encode_value(meta) + b"}"
     body = result if type(result) is Encoded else encode_value(result)
     return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + body + tail
@@ -178,7 +178,7 @@ def pong(now: float) -> Encoded:
 
 
 def failure(error_type: str, text: str, retryable: bool | None = None) -> dict[str, Any]:
-    """What a reply, or one item of a list of results, says of an error."""
+    """The error fields of a reply, or of an item in a list of results."""
     body: dict[str, Any] = {"success": False, "error": text, "error_type": error_type}
     if retryable is not None:
         body["retryable"] = retryable
@@ -186,18 +186,18 @@ def failure(error_type: str, text: str, retryable: bool | None = None) -> dict[s
 
 
 def encode_failure(id: Id | None, failure: dict[str, Any], meta: dict[str, Any] | None = None) -> bytes:
-    """The payload of an error reply; `id` None where the sender's could not be read."""
+    """The payload of an error reply. `id` is None if that of the request could not be read."""
     body = failure if meta is None else {**failure, "meta": meta}
     return b'{"id":' + _encode_id(id) + b"," + encode_value(body)[1:]
 
 
 def encode_stream(id: Id, item: dict[str, Any]) -> bytes:
-    """The payload of what an execute tells before its reply."""
+    """The payload of a stream item."""
     return b'{"id":' + _encode_id(id) + b',"stream":' + encode_value(item) + b"}"
 
 
 def encode_tool_call(id: Id, call_id: int, name: str, args: dict[str, Any]) -> bytes:
-    """The payload of a question to a tool of the caller's; `id` is the execute's."""
+    """The payload of a call of a client's tool; `id` is that of the run's request."""
     call = {"call_id": call_id, "name": name, "args": args}
     return b'{"id":' + _encode_id(id) + b',"tool_call":' + encode_value(call) + b"}"
 
@@ -223,8 +223,7 @@ def _why_not_json(payload: bytes, error: Exception) -> str:
     if payload[0] == _EXTERNAL_TERM_FORMAT:
         return "expected JSON, got Erlang's external term format: encode requests as JSON, not with term_to_binary"
     if "number out of range" in str(error):
-        # Only the parser knows which digits are a number: to look for them again, in what may be of any form, costs
-        # more than it can tell.
+        # Only the parser knows which digits form a number; finding them again is not worth its cost.
         return f"expected JSON with integers of at most {MAX_INT_DIGITS} digits"
     try:
         payload.decode()
@@ -234,7 +233,7 @@ def _why_not_json(payload: bytes, error: Exception) -> str:
 
 
 def readable_id(payload: bytes) -> Id | None:
-    """The id that a payload starts with that cannot be read: its caller gets the error instead of waiting."""
+    """The id at the start of an unreadable payload, so that its caller gets the error instead of waiting."""
     match = _FIRST_KEY_ID.match(payload)
     if match is None:
         return None
@@ -246,7 +245,7 @@ def readable_id(payload: bytes) -> Id | None:
 
 
 def readable_call_id(payload: bytes) -> int | None:
-    """The tool call that an otherwise unreadable payload starts with: its program gets the error instead of waiting."""
+    """The tool call at the start of an unreadable payload, so that its program gets the error instead of waiting."""
     match = _FIRST_KEY_TOOL_RESULT.match(payload)
     return None if match is None else int(match[1])
 
@@ -256,7 +255,7 @@ def _is_id(value: object) -> TypeGuard[Id]:
 
 
 def _is_traceparent(value: object) -> bool:
-    # The pattern is read when the first one comes, not before the first ping.
+    # Not compiled in advance, as the first ping would wait for that.
     return type(value) is str and re.fullmatch(_TRACEPARENT, value) is not None
 
 

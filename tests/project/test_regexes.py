@@ -60,7 +60,7 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         lambda text: messages.readable_call_id(text.encode()),
         [' { "tool_result" : { "call_id" : 12 ,'],
     ),
-    "pings:_PING": (lambda text: pings._PING(text.encode()), ["\0\0\0a" + PING]),
+    "pings:_PING": (lambda text: pings.answer(text.encode(), 0.0), ["\0\0\0Y" + PING, ("\0\0\0Y" + PING) * 2]),
     "messages:_is_traceparent": (messages._is_traceparent, [TRACE]),
     "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
     "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),

@@ -1,4 +1,4 @@
-"""garbage: what is loaded is frozen; what was removed is collected first."""
+"""gc_freeze: loaded programs are frozen; removed ones are collected first."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Cycle:
 
 
 def test_due_after_so_many_changes() -> None:
-    garbage = GcFreezer()
-    assert [garbage.loaded() for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
-    assert not garbage.removed(EVERY - 1) and garbage.removed(1)
-    garbage.settle()
-    assert not garbage.loaded() and not garbage.removed(1)
+    freezer = GcFreezer()
+    assert [freezer.loaded() for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
+    assert not freezer.removed(EVERY - 1) and freezer.removed(1)
+    freezer.freeze()
+    assert not freezer.loaded() and not freezer.removed(1)
 
 
 def test_loaded_objects_are_frozen_without_a_collection() -> None:
-    garbage = GcFreezer()
+    freezer = GcFreezer()
     gc.collect()
     Cycle()
-    garbage.loaded()
-    garbage.settle()
+    freezer.loaded()
+    freezer.freeze()
     assert gc.get_freeze_count() > 0 and Cycle.alive == 1
     gc.collect()
     assert Cycle.alive == 1, "what is frozen is not collected"
@@ -50,7 +50,7 @@ def test_loaded_objects_are_frozen_without_a_collection() -> None:
 
 def test_removed_objects_are_collected_even_if_they_were_frozen() -> None:
     test_loaded_objects_are_frozen_without_a_collection()
-    garbage = GcFreezer()
-    garbage.removed(1)
-    garbage.settle()
+    freezer = GcFreezer()
+    freezer.removed(1)
+    freezer.freeze()
     assert Cycle.alive == 0 and gc.get_freeze_count() > 0

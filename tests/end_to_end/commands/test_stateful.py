@@ -1,4 +1,4 @@
-"""The peer against a model of it: commands, cancels, deadlines and junk in any order, and what must come back.
+"""The peer against a model: commands, cancels, deadlines and junk in any order, and the expected replies.
 
 One peer serves all runs. Its LM is a loopback server that holds its answers back while a run wants executes in flight.
 Frames go out whole, in pieces or many at a time, and nothing sleeps: what must have happened by now is known from a
@@ -79,7 +79,7 @@ Key = tuple[type, Any]
 
 @dataclass(eq=False)
 class Version:
-    """One definition of a program id. `sure`: its create cannot be stopped; `created`: what its reply said, if any."""
+    """One definition of a program id. `sure`: its create cannot be stopped; `created`: its reply's result, if any."""
 
     number: int
     id: str
@@ -95,7 +95,7 @@ class Version:
 
 @dataclass(eq=False)
 class Ending:
-    """One way in which a request may end: a result that fits, or an error of this type and, if given, this text."""
+    """One possible end of a request: a valid result, or an error of this type and, if given, this text."""
 
     error_type: str | None = None
     text: str | None = None
@@ -147,7 +147,7 @@ CANCELLED, LATE, OVERLOADED = Ending("cancelled"), Ending("timeout"), Ending("ov
 
 
 def answer(request: dict[str, Any]) -> Answer:
-    """What the LM says: the question with each field that was asked for, or what the question wants to go wrong."""
+    """The LM's answer: the question in each requested field, or the failure that the question asks for."""
     last = request["messages"][-1]["content"]
     question = re.findall(r"(?:ok|refuse|garble) \d+", last)[-1]
     if question.startswith("refuse"):
@@ -159,7 +159,7 @@ def answer(request: dict[str, Any]) -> Answer:
 
 
 class Session:
-    """The LM, and the peer of one run after another; a new peer where a run has found fault with it."""
+    """The LM, and a peer for all runs; a new peer after a run that failed."""
 
     def __init__(self) -> None:
         self.lm = LMServer(answer)
@@ -217,7 +217,7 @@ class Runs(RuleBasedStateMachine):
     metas = st.sampled_from((False, False, True))
 
     def new_id(self, kind: str) -> Any:
-        """An id that no request in flight has, of every form that there is; `again`: one that was answered."""
+        """An unused id of any valid form; `again`: one of an answered request."""
         number = self.number()
         if kind == "again" and self.finished:
             return self.finished.pop()
@@ -226,7 +226,7 @@ class Runs(RuleBasedStateMachine):
         return forms.get(kind, number)
 
     def number(self) -> int:
-        """Another one in each run, too, but equally many steps apart in runs that are alike."""
+        """Different in each run, but the same number of steps apart in equal runs."""
         self.count += 1
         return self.first + self.count
 
@@ -247,7 +247,7 @@ class Runs(RuleBasedStateMachine):
         return self.add(owed, json.dumps(message, ensure_ascii=bool(self.number() % 2)).encode())
 
     def write(self, part: float = 1.0) -> None:
-        """Write so much of what has not been sent; where the cut is, is nobody's business but the peer's."""
+        """Write so much of the unsent bytes; frames may be cut anywhere."""
         count = int(len(self.unsent) * part)
         if count:
             self.peer.send_bytes(self.unsent[:count])
@@ -256,7 +256,7 @@ class Runs(RuleBasedStateMachine):
     # What comes back.
 
     def receive(self) -> None:
-        """Take one frame, which must be owed."""
+        """Receive one frame, which must be an expected one."""
         try:
             payload = self.peer.receive_payload(WAIT)
             reply = json.loads(payload)
@@ -310,7 +310,7 @@ class Runs(RuleBasedStateMachine):
     # What the programs are.
 
     def meanings(self, id: str) -> list[Version | None]:
-        """What an execute that is sent now may find under `id`; None: nothing."""
+        """The versions that a run sent now may find under `id`; None: no program."""
         found: list[Version | None] = []
         for version in reversed(self.versions.get(id, [])):
             if version.bad or version.created is False:
@@ -321,7 +321,7 @@ class Runs(RuleBasedStateMachine):
         return [*found, None]
 
     def listed(self, id: str) -> list[Version | None]:
-        """What a list that is sent now may tell of `id`: what was answered, or what is answered meanwhile."""
+        """The versions that a list sent now may show for `id`: answered ones, or those answered meanwhile."""
         versions = self.versions.get(id, [])
         answered = [version for version in versions if version.created]
         since = versions[versions.index(answered[-1]) + 1 :] if answered else versions
@@ -338,7 +338,7 @@ class Runs(RuleBasedStateMachine):
 
     @initialize(programs=st.sampled_from(((), PROGRAMS, PROGRAMS[::-1], PROGRAMS[:1])), hold=st.booleans())
     def begin(self, programs: tuple[str, ...], hold: bool) -> None:
-        """Nothing is left of the run before."""
+        """Nothing is left of the earlier run."""
         self.ask_list(details=False, some=None, kind="int", part=1.0)
         self.barrier()
         for id in programs:
@@ -423,7 +423,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule(id=st.sampled_from(PROGRAMS), kind=ids, part=parts)
     def execute_twice_under_one_id(self, id: str, kind: str, part: float) -> None:
-        """Which nobody should; each has its reply all the same."""
+        """Against the protocol, but each gets its reply."""
         same = self.new_id(kind)
         for _ in range(2):
             self.send_execute(id, "ok", same, False, None)
@@ -486,12 +486,12 @@ class Runs(RuleBasedStateMachine):
         self.write(part)
 
     def note_whether_waiting(self, owed: Owed) -> None:
-        """As it does if as many as may run are before it and do not end."""
+        """Behind as many calls as may run, which do not end."""
         before = [one for one in self.all_owed() if one.limited and one.number < owed.number]
         owed.waiting = len(before) >= RUNNING and all(one.held for one in before)
 
     def unsettle(self, version: Version) -> None:
-        """Its create may be stopped: then executes that came after it may find what was before."""
+        """Its create may be stopped: then later runs may find the earlier program."""
         version.sure = False
         for owed in self.all_owed():
             if owed.program == version.id:
@@ -500,7 +500,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule(kind=ids, part=parts)
     def cancel_what_is_not_in_flight(self, kind: str, part: float) -> None:
-        """One that was answered, or that never was: nothing comes of it."""
+        """One that was answered or never existed: it has no effect."""
         self.unsent += frame(json.dumps({"cancel": self.new_id(kind), "timestamp": "x"}).encode())
         self.write(part)
 
@@ -568,7 +568,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule()
     def barrier(self) -> None:
-        """Whatever is answered at once has been when a later ping is."""
+        """Immediate replies come before that of a later ping."""
         self.ask_list(details=False, some=None, kind="int", part=0.0)
         before = [owed for owed in self.all_owed() if owed.at_once]
         ping = Owed(self.new_id("int"), [Ending()])
@@ -580,7 +580,7 @@ class Runs(RuleBasedStateMachine):
 
     @rule(hold=st.booleans())
     def all_is_answered(self, hold: bool = False) -> None:
-        """Once the LM answers, everything ends."""
+        """When the LM answers, all requests end."""
         self.let_the_lm_go()
         self.write()
         while self.owed:
@@ -617,7 +617,7 @@ class Runs(RuleBasedStateMachine):
 
 
 def fitting(owed: list[Owed], replies: list[dict[str, Any]]) -> list[tuple[Owed, dict[str, Any]]] | None:
-    """Each of the replies with one that it may be for, or None."""
+    """Each reply with a request that it may belong to, or None."""
     for some in itertools.permutations(owed, len(replies)):
         pairs = list(zip(some, replies, strict=True))
         if all(one.admits(reply) for one, reply in pairs):
@@ -626,7 +626,7 @@ def fitting(owed: list[Owed], replies: list[dict[str, Any]]) -> list[tuple[Owed,
 
 
 def execute_ending(version: Version | None, id: str, question: str | None, asked: str) -> Ending:
-    """How an execute ends that finds this version."""
+    """The possible ends of a run that finds this version."""
     if version is None:
         return Ending("program_not_found", f"Program not found: {id}")
     if question is None:
@@ -639,7 +639,7 @@ def execute_ending(version: Version | None, id: str, question: str | None, asked
 
 
 def is_list(result: dict[str, Any], wanted: dict[str, list[Version | None]], details: bool) -> bool:
-    """Whether all that must be listed is, nothing that must not, and oldest first."""
+    """Whether exactly the expected programs are listed, oldest first."""
     ids = result["programs"]
     if len(set(ids)) != len(ids) or not set(ids) <= wanted.keys():
         return False

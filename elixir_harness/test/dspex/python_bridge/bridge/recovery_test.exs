@@ -290,9 +290,9 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       kill(old)
 
       for {task, n} <- Enum.zip(napping, 1..5),
-          do: assert(Task.await(task) == {:ok, %{"answer" => "#{n}"}})
+          do: assert(Task.await(task, 30_000) == {:ok, %{"answer" => "#{n}"}})
 
-      assert Task.await(restart) == :ok
+      assert Task.await(restart, 30_000) == :ok
       assert %{restarts: 1} = Bridge.get_status(bridge)
     end
   end
