@@ -76,7 +76,9 @@ check: setup dialyzer ## lint, formats, types, warnings
 	@# What OTP 28 refuses to compile shows on older ones too.
 	cd $(HARNESS) && mix test test/attribute_regexes_test.exs
 
-PLT := $(HARNESS)/_build/dialyzer.plt
+# What dialyzer knows of OTP and Elixir serves all checkouts, as with dialyxir.
+PLT = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dspy_bridge/$(shell elixir -e \
+  'IO.write(Enum.join([System.version(), System.otp_release(), :erlang.system_info(:version)], "-"))').plt
 ELIXIR_LIB = $$(elixir -e 'IO.write(Path.expand(Path.dirname(:code.lib_dir(:elixir))))')
 
 dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40 s when it is first made)
@@ -85,8 +87,9 @@ dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40
 	  { echo "dialyzer is missing; it is part of OTP: sudo apt-get install erlang-dialyzer"; exit 1; }
 	cd $(HARNESS) && MIX_ENV=dev mix compile --warnings-as-errors
 	@# Its status is 2 for functions that OTP itself does not know.
-	@test -f $(PLT) || { lib=$(ELIXIR_LIB); ERL_LIBS=$$lib dialyzer --build_plt --output_plt $(PLT) --apps erts kernel stdlib crypto \
-	  -r $$lib/elixir/ebin $$lib/logger/ebin $$lib/mix/ebin > /dev/null; test -f $(PLT); }
+	@plt=$(PLT); test -f $$plt || { lib=$(ELIXIR_LIB); mkdir -p $$(dirname $$plt); \
+	  ERL_LIBS=$$lib dialyzer --build_plt --output_plt $$plt.$$$$ --apps erts kernel stdlib crypto \
+	  -r $$lib/elixir/ebin $$lib/logger/ebin $$lib/mix/ebin > /dev/null; mv $$plt.$$$$ $$plt; }
 	ERL_LIBS=$(ELIXIR_LIB) dialyzer --quiet -Wno_unknown --plt $(PLT) -r $(HARNESS)/_build/dev/lib/dspex/ebin
 
 # Debian's ex_doc lies beside Elixir's own libraries; another is found as Mix finds it.

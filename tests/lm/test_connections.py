@@ -11,11 +11,18 @@ import resource
 import socket
 import threading
 from collections.abc import Iterator
+from weakref import WeakSet
 
 import pytest
 
 from dspy_bridge.lm import connections
 from dspy_bridge.port import stdio
+
+
+@pytest.fixture(autouse=True)
+def no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LMs of other tests, whose event loops are closed, are left alone."""
+    monkeypatch.setattr(connections, "_lms", WeakSet())
 
 
 class LM:
