@@ -64,7 +64,7 @@ _ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.guarded_adapters")
 # DSPy's adapters read JSON with these, which raise errors of their own for what is nested too deeply.
 _JSON_READERS = ("json", "json_repair")
 # Where DSPy calls an LM with its settings as keyword arguments, and where it checks them.
-_CALLS = [dspy_internals.COMPLETE_LEGACY]
+_CALLS = dspy_internals.COMPLETE_LEGACY
 _CHECKS = [dspy_internals.PREPROCESS, dspy_internals.PREPARE, dspy_internals.SELECT_ENGINE]
 
 

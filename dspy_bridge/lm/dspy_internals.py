@@ -152,7 +152,10 @@ _UNKNOWN = "some errors in settings and inputs are `internal`"
 SELECT_ENGINE = Name(f"{_EXECUTION}:_select_engine", _UNKNOWN, "lm", "call")
 CANONICAL = Name(f"{_EXECUTION}:_canonical", _UNKNOWN, "call")
 PREPROCESS = Name("dspy:Predict._forward_preprocess", _UNKNOWN, "self")
-COMPLETE_LEGACY = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete_legacy", _UNKNOWN, "self", "lm", "request")
+COMPLETE_LEGACY = [
+    Name(f"dspy.clients.engines:{engine}.complete_legacy", _UNKNOWN, "self", "lm", "request")
+    for engine in ("LegacyEngine", "AsyncLegacyEngine", "LiteLLMEngine", "AsyncLiteLLMEngine")
+]
 
 # Streams.
 _WHOLE = "streamed fields come in one piece"
