@@ -32,6 +32,13 @@ def read(reader: type[Reader], pieces: list[str]) -> dict[str, str]:
     return chunks
 
 
+def test_a_surrogate_pair_is_never_cut() -> None:
+    """However many escapes there are: `re` matches them in parts of 10,000."""
+    escapes = r"\ud83d\ude00" * 12_000
+    for before in ("", "a"):
+        assert read(JSONReader, [f'{{"first": "{before}{escapes}"}}'])["first"] == before + "😀" * 12_000
+
+
 def split(answer: str, cuts: list[int]) -> list[str]:
     edges = sorted({0, len(answer), *(cut % (len(answer) + 1) for cut in cuts)})
     return [answer[a:b] for a, b in itertools.pairwise(edges)]
