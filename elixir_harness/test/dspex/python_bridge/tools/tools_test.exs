@@ -501,7 +501,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert_receive {:running, _args, another, ^proxy}, 5_000
       monitors = for pid <- [tool, another, proxy], do: Process.monitor(pid)
       :erlang.suspend_process(proxy)
-      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 2_000)
+      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 5_000)
       assert_dead(monitors)
       eventually(fn -> status(bridge, :pending) == 0 end)
     end
