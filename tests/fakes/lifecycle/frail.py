@@ -13,6 +13,15 @@ from frames import reply, requests, write_raw
 
 programs = []
 holds = Path(os.environ["FAKE_FILE"] + ".holds")
+
+
+def held(id):
+    try:
+        return holds.read_text() == id
+    except FileNotFoundError:
+        return False
+
+
 for request in requests():
     command, args = request["command"], request["args"]
     if command == "create_program":
@@ -22,7 +31,7 @@ for request in requests():
                 count = file.tell()
             if str(count) in os.environ["FAKE_DIES"].split():
                 os._exit(6)
-        while holds.exists() and holds.read_text() == args["id"]:
+        while held(args["id"]):
             time.sleep(0.01)
         programs.append(args["id"])
         reply(request, {"program_id": args["id"], "status": "created"})

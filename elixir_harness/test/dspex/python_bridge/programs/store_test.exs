@@ -68,7 +68,7 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
         Task.async(fn -> for _ <- 1..500, do: put_now(table) end)
       end
 
-    last = tasks |> Task.await_many() |> List.flatten() |> Enum.max()
+    last = tasks |> Task.await_many(60_000) |> List.flatten() |> Enum.max()
     assert {^last, _body} = Programs.Store.get(table, "a")
   end
 

@@ -477,7 +477,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     end
 
     test "the timeout", %{bridge: bridge, open: open} do
-      task = async(bridge, open, opts(timeout: 200))
+      task = async(bridge, open, opts(timeout: 1_000))
       monitors = watch(2)
       assert {:error, %Error{type: :timeout}} = Task.await(task)
       assert_dead(monitors)
@@ -496,12 +496,12 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     end
 
     test "the timeout, though the call's process is suspended", %{bridge: bridge, open: open} do
-      task = async(bridge, open, opts(timeout: 300))
+      task = async(bridge, open, opts(timeout: 1_500))
       assert_receive {:running, _args, tool, proxy}, 5_000
       assert_receive {:running, _args, another, ^proxy}, 5_000
       monitors = for pid <- [tool, another, proxy], do: Process.monitor(pid)
       :erlang.suspend_process(proxy)
-      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 2_000)
+      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 5_000)
       assert_dead(monitors)
       eventually(fn -> status(bridge, :pending) == 0 end)
     end
