@@ -64,9 +64,7 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with {:ok, options} <- Options.new(opts, __MODULE__) do
-      GenServer.start_link(Server, options, if(options.name, do: [name: options.name], else: []))
-    end
+    with {:ok, options} <- Options.new(opts, __MODULE__), do: Server.start_link(options)
   end
 
   @doc """

@@ -26,11 +26,18 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @spec replace(GenServer.server()) :: :ok
   def replace(bridge), do: GenServer.cast(bridge, :replace)
 
+  @doc "Starts the process of a bridge."
+  @spec start_link(Options.t()) :: GenServer.on_start()
+  def start_link(%Options{name: name} = options) do
+    Registry.declare(:bridge, __MODULE__)
+    GenServer.start_link(__MODULE__, options, if(name, do: [name: name], else: []))
+  end
+
   @impl GenServer
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
     entry = %{name: State.name(options), default_timeout: options.default_timeout}
-    # Before it is sensitive: see DSPex.PythonBridge.Client.Caller.find/1.
+    # Before it is sensitive: see DSPex.PythonBridge.OTP.Registry.member?/2.
     Registry.put(:bridge, self(), entry)
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)

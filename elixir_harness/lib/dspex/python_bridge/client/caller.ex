@@ -10,8 +10,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.Change
 
-  # The module of a bridge's process: a name only, since the room `bridge` depends on this one.
-  @server :"Elixir.DSPex.PythonBridge.Bridge.Server"
   @default_timeout 30_000
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
@@ -204,18 +202,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # Only its own node can tell for a process of another node. A bridge has its name before it runs and registers
-  # itself. Until then the module of its process shows what it is; afterwards that is hidden (`:sensitive`). If it
-  # changed from one to the other between the two looks, the third look finds it.
-  defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
-    do: Registry.get(:bridge, pid) != nil or begins?(pid)
-
+  # Only its own node can tell for a process of another node.
+  defp bridge?(pid) when is_pid(pid) and node(pid) == node(), do: Registry.member?(:bridge, pid)
   defp bridge?(dest), do: dest != nil
-
-  defp begins?(pid) do
-    match?({@server, :init, 1}, :proc_lib.translate_initial_call(pid)) or
-      Registry.get(:bridge, pid) != nil
-  end
 
   defp a_pool(server) do
     text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
