@@ -13,7 +13,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle, ProgramReplay}
   alias DSPex.PythonBridge.Bridge.{Redaction, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters, Request}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
+  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -94,7 +95,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info({:request, request} = message, state) do
+  def handle_info(message, state) when elem(message, 0) == :request do
+    request = NodeMessage.read_request(message)
+
     if Request.valid?(request) and
          (request.change == nil or Programs.Store.change?(request.change)),
        do: state |> request_came(request) |> noreply(request.body),

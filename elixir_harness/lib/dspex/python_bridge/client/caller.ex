@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # is the part in the middle; to a bridge of another node, `DSPex.PythonBridge.Client.StreamProxy` is.
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.Change
@@ -93,7 +93,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
          {:ok, dest} <- find(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
       request = %Request{body: body, change: Change.new(command, args), timeout: timeout}
-      message = {:request, request}
+      message = NodeMessage.request(request, dest)
 
       # The connection to another node may have no room, for as long as that hangs.
       with :nosuspend <- :erlang.send(dest, message, [:nosuspend]),
