@@ -64,9 +64,7 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with {:ok, options} <- Options.new(opts, __MODULE__) do
-      GenServer.start_link(Server, options, if(options.name, do: [name: options.name], else: []))
-    end
+    with {:ok, options} <- Options.new(opts, __MODULE__), do: Server.start_link(options)
   end
 
   @doc """
@@ -326,8 +324,9 @@ defmodule DSPex.PythonBridge.Bridge do
 
   # A node of an older version does not have the function: then it is not checked.
   defp find_there(node, server, as_given) do
-    :erpc.call(node, Caller, :find, [server], @question_ms)
+    :erpc.call(node, DSPex.PythonBridge.Caller, :find, [server], @question_ms)
   catch
-    :error, {:exception, :undef, [{Caller, :find, _, _} | _]} -> {:ok, as_given}
+    :error, {:exception, :undef, [{DSPex.PythonBridge.Caller, :find, _, _} | _]} ->
+      {:ok, as_given}
   end
 end

@@ -13,7 +13,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle, ProgramReplay}
   alias DSPex.PythonBridge.Bridge.{Redaction, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters, Request}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
+  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -26,11 +27,18 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @spec replace(GenServer.server()) :: :ok
   def replace(bridge), do: GenServer.cast(bridge, :replace)
 
+  @doc "Starts the process of a bridge."
+  @spec start_link(Options.t()) :: GenServer.on_start()
+  def start_link(%Options{name: name} = options) do
+    Registry.declare(:bridge, __MODULE__)
+    GenServer.start_link(__MODULE__, options, if(name, do: [name: name], else: []))
+  end
+
   @impl GenServer
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
     entry = %{name: State.name(options), default_timeout: options.default_timeout}
-    # Before it is sensitive: see DSPex.PythonBridge.Client.Caller.find/1.
+    # Before it is sensitive: see DSPex.PythonBridge.OTP.Registry.member?/2.
     Registry.put(:bridge, self(), entry)
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
@@ -87,7 +95,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info({:request, request} = message, state) do
+  def handle_info(message, state) when elem(message, 0) == :request do
+    request = NodeMessage.read_request(message)
+
     if Request.valid?(request) and
          (request.change == nil or Programs.Store.change?(request.change)),
        do: state |> request_came(request) |> noreply(request.body),

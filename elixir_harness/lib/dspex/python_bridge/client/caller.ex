@@ -5,13 +5,11 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # is the part in the middle; to a bridge of another node, `DSPex.PythonBridge.Client.StreamProxy` is.
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.Change
 
-  # The module of a bridge's process: a name only, since the room `bridge` depends on this one.
-  @server :"Elixir.DSPex.PythonBridge.Bridge.Server"
   @default_timeout 30_000
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
@@ -95,7 +93,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
          {:ok, dest} <- find(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
       request = %Request{body: body, change: Change.new(command, args), timeout: timeout}
-      message = {:request, request}
+      message = NodeMessage.request(request, dest)
 
       # The connection to another node may have no room, for as long as that hangs.
       with :nosuspend <- :erlang.send(dest, message, [:nosuspend]),
@@ -204,18 +202,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # Only its own node can tell for a process of another node. A bridge has its name before it runs and registers
-  # itself. Until then the module of its process shows what it is; afterwards that is hidden (`:sensitive`). If it
-  # changed from one to the other between the two looks, the third look finds it.
-  defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
-    do: Registry.get(:bridge, pid) != nil or begins?(pid)
-
+  # Only its own node can tell for a process of another node.
+  defp bridge?(pid) when is_pid(pid) and node(pid) == node(), do: Registry.member?(:bridge, pid)
   defp bridge?(dest), do: dest != nil
-
-  defp begins?(pid) do
-    match?({@server, :init, 1}, :proc_lib.translate_initial_call(pid)) or
-      Registry.get(:bridge, pid) != nil
-  end
 
   defp a_pool(server) do
     text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"

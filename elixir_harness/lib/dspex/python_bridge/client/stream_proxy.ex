@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # It ends with the reply, with the caller, or when the caller stops it; the bridge, which monitors it as any caller,
   # then cancels the call. It has no links.
 
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
   alias DSPex.PythonBridge.Tools
   alias DSPex.PythonBridge.Tools.Invocation
@@ -100,7 +100,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     left = Deadline.left(call.deadline)
     tools? = not Tools.Runner.none?(tools)
     request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
-    send(dest, {:request, request})
+    send(dest, NodeMessage.request(request, dest))
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
     chunks = :queue.new()
     state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer, chunks: chunks}
@@ -113,7 +113,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
       {^ref, :chunk, frame} ->
         hand_out(%{state | chunks: :queue.in(frame, state.chunks)})
 
-      {^ref, :tool_call, %Invocation{} = tool_call} ->
+      {^ref, :tool_call, tool_call} ->
+        tool_call = NodeMessage.read_tool_call(tool_call)
         loop(%{state | tools: Tools.Runner.run(state.tools, tool_call)})
 
       {^ref, reply} ->

@@ -132,6 +132,12 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
   defp refuse({:request, %{ref: ref}}) when is_reference(ref),
     do: send(ref, {ref, {:error, :bridge_not_running}})
 
+  # The same from another node: see DSPex.PythonBridge.Calls.NodeMessage.
+  defp refuse(request)
+       when elem(request, 0) == :request and tuple_size(request) in 6..7 and
+              is_reference(elem(request, 1)),
+       do: send(elem(request, 1), {elem(request, 1), {:error, :bridge_not_running}})
+
   defp refuse({:"$gen_call", {pid, _tag} = from, _question}) when is_pid(pid),
     do: GenServer.reply(from, {:error, :unknown_call})
 

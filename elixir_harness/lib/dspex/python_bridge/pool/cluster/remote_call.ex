@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   @moduledoc false
   # One call to another node of the cluster, by two processes: a courier on this node, and a proxy on the other one,
-  # which makes the call there (`DSPex.PythonBridge.Pool.LocalCall`).
+  # which makes the call there (`DSPex.PythonBridge.Pool.Remote`).
   #
   # The courier may block, on a connection whose buffer is full or a node that has stopped; the caller only waits for
   # the courier's message, until its timeout. The two processes are linked, and the courier monitors the caller: if the
@@ -9,8 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   # The link ends the courier when the other node is lost.
 
   alias DSPex.PythonBridge.{Error, Programs}
-  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
+  alias DSPex.PythonBridge.Pool.{Handle, LocalCall, Remote, Request}
 
   # A node that has not started the proxy by then has stopped or cannot be reached: the runtime itself takes a minute
   # to notice. A large request may take longer, on a slow network.
@@ -115,8 +114,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     %{request | deadline: left, passed: [], passed_nodes: [], repaired: []}
   end
 
-  defp unpack(request), do: %{request | deadline: Deadline.new(request.deadline)}
-
   defp flush(ref) do
     receive do
       {^ref, _too_late} -> flush(ref)
@@ -141,14 +138,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
 
   # This may block.
   defp carry_to(ref, watch, node, args) do
-    spawned = :erlang.spawn_request(node, __MODULE__, :proxy, [self() | args], [:link])
+    spawned = :erlang.spawn_request(node, Remote, :proxy, [self() | args], [:link])
 
     receive do
       {:spawn_reply, ^spawned, :ok, _proxy} ->
         send(ref, {ref, :reached})
         bring_back(ref, watch)
 
-      # No such node, or another version of this module there.
+      # No such node, or another version of that module there.
       {:spawn_reply, ^spawned, :error, _reason} ->
         :ok
 
@@ -165,43 +162,5 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     end
 
     :ok
-  end
-
-  ## On the other node
-
-  @doc false
-  @spec proxy(pid(), atom(), Request.t(), Programs.Store.definition() | nil) :: :ok
-  def proxy(courier, name, request, definition) do
-    ServerGuard.run(fn ->
-      result =
-        case Handle.fetch(name) do
-          nil -> {:nobody, request.deaths, false}
-          handle -> serve(handle, unpack(request), definition)
-        end
-
-      send(courier, {:served, result})
-    end)
-
-    :ok
-  end
-
-  defp serve(handle, request, definition) do
-    if definition, do: adopt(handle, definition, request.deadline)
-
-    case LocalCall.run(handle, request) do
-      {:done, reply} -> {:done, reply}
-      {:nobody, request} -> {:nobody, request.deaths, request.overloaded?}
-    end
-  end
-
-  # Waits until the peers here that are ready have the program.
-  defp adopt(handle, definition, deadline) do
-    case CoordinatorClient.await(handle.name, deadline) do
-      nil -> :ok
-      coordinator -> GenServer.call(coordinator, {:adopt, definition}, Deadline.left(deadline))
-    end
-  catch
-    # The call shows whether the program is there.
-    :exit, _no_answer -> :ok
   end
 end
