@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run as a port program. Returns the exit code: 0 after the end of input, 2 for a setting that cannot be read."""
-    # Until something has been received there is nothing to drain.
+    # Before anything is received there is nothing to drain.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if hasattr(sys, "set_int_max_str_digits"):
-        # The protocol's limit, whatever PYTHONINTMAXSTRDIGITS says.
+        # The protocol's limit, not PYTHONINTMAXSTRDIGITS.
         sys.set_int_max_str_digits(MAX_INT_DIGITS)
     flags: Mapping[str, str] = {}
     if len(sys.argv) > 1:
@@ -46,14 +46,14 @@ def main() -> int:
         return refuse(str(error))
     if os.isatty(0):
         return refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
-    # Before anything that might print is imported.
+    # Before importing anything that might print.
     try:
         reading, writing = stdio.take()
     except OSError:
         return refuse("stdin or stdout is closed: this program is opened by a port")
-    # Nothing that the imports to come leave is garbage; looking for some would cost the first ping 0.7 ms.
+    # The imports below leave no garbage; collecting would cost the first ping 0.7 ms.
     gc.disable()
-    # Before there are threads, and before much is imported: a fork has it all.
+    # Before threads start and before much is imported, as the fork copies all of it.
     own = watchdog.start(reading, writing)
     stdio.keep_from_children(reading, writing, *own)
     _serve(chosen, reading, writing)
@@ -76,7 +76,7 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
 
     dispatcher = app.build_dispatcher(chosen, writer.send, send_log=send_log, when_room=writer.when_room)
     gc.enable()
-    # The watchdog, which runs by now, is to outlive this.
+    # After the watchdog was forked, which must outlive this process.
     allocator.raise_oom_score()
     reader.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 

@@ -1,19 +1,19 @@
-"""For a program that runs Python through ErlPort 0.11: the six commands, with no port of their own.
+"""The six commands as functions for ErlPort 0.11, without a port of their own.
 
     {ok, Python} = python:start([{python_path, "…"}, {env, [{"DSPY_BRIDGE_LM", "openai/gpt-4o-mini"}]}]),
     python:call(Python, 'dspy_bridge.erlport', call, [<<"ping">>, #{}])
     python:call(Python, 'dspy_bridge.erlport', submit, [self(), make_ref(), <<"execute_program">>, Args])
 
-Behind both is the port's dispatcher, with its limits and errors. It takes requests and gives replies as JSON, so that
-is what terms become and what replies are made from. One per Python process, made by the first call; settings come from
-the environment alone. The process stays ErlPort's: its descriptors, signals and end are none of this module's business.
+Both use the dispatcher of the port program, with its limits and errors. Its requests and replies are JSON, so terms are
+converted to JSON and back. Each Python process has one dispatcher, made by the first call; settings come from the
+environment only. The process belongs to ErlPort: this module leaves its descriptors, signals and exit alone.
 
-ErlPort carries out one call at a time, on its main thread: while a `call` waits for an LM, every other call to the same
-Python waits too, whoever makes it, and nothing on this side can change that. `submit` returns at once, so any number
-of executes run beside each other, and who wants a reply waits for a message alone: it is the one for what asks an LM.
+ErlPort runs one call at a time, on its main thread: while a `call` waits for an LM, every other call to the same Python
+process waits too, and this side cannot change that. `submit` returns at once and its reply is a message, so any number
+of programs run concurrently: use it for commands that call an LM.
 
-Not to be had here: what is no command but stands beside one (`stream`, `meta`, `timeout_ms`, cancelling), and tools of
-the caller's, as a call has no way back while it runs.
+Not supported: the request options (`stream`, `meta`, `timeout_ms`), cancelling, and tools of the caller, as a running
+call cannot call back.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def call(command: Any, args: Any = None) -> dict[bytes, Any]:
 def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
     """Return `ok` at once; the reply, as `call` would return it, comes to `pid` as `{dspy_reply, ref, map}`.
 
-    `pid` may be an alias or `{name, node}`. Anything else has nowhere to send a reply to: the error is returned.
+    `pid` may be an alias or `{name, node}`. For anything else the error is returned, as no reply can be sent to it.
     """
     atom = _atom()
     try:
@@ -74,7 +74,7 @@ def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
 
 
 class Peer:
-    """The dispatcher in ErlPort's process, and who waits for its replies. Any thread may send."""
+    """The dispatcher in ErlPort's process, and the callbacks that wait for its replies. Any thread may send."""
 
     def __init__(self) -> None:
         """Raises `SettingError`."""
@@ -83,29 +83,29 @@ class Peer:
         self._ids = itertools.count(1)
         # Single steps on it are safe from any thread.
         self._waiting: dict[int, Callable[[bytes], object]] = {}
-        # The dispatcher has one thread that reads. Here any thread may be that, one at a time.
+        # The dispatcher expects one reading thread. Here any thread may be that, one at a time.
         self._reading = threading.Lock()
 
     def send(self, command: str, args: Any, reply: Callable[[bytes], object]) -> None:
-        """Have a command carried out. `reply` gets the payload that the port would send, once, on any thread."""
+        """Run a command. `reply` gets the payload that the port would send, once, on any thread."""
         id = next(self._ids)
         payload = encode_value({"id": id, "command": command, "args": args})
         allocator.note_payload(len(payload))
         self._waiting[id] = reply
         try:
-            told = self._receive(payload)
-        except BaseException:  # no thread to be had for the loop, an interrupt
+            answer = self._receive(payload)
+        except BaseException:  # the loop's thread could not be started, an interrupt
             self._waiting.pop(id, None)
             raise
-        if told is not None:
-            self._answer(id, told)
+        if answer is not None:
+            self._answer(id, answer)
 
     def _receive(self, payload: bytes) -> bytes | None:
         fits = len(payload) <= self.settings.max_frame_bytes
         with self._reading:
-            told = self._dispatcher.receive(payload if fits else TooLarge(len(payload)))
+            answer = self._dispatcher.receive(payload if fits else TooLarge(len(payload)))
             self._dispatcher.wake()
-        return told
+        return answer
 
     def _answer(self, id: int, payload: bytes) -> None:
         allocator.note_payload(len(payload))
@@ -118,7 +118,7 @@ class Peer:
     def _deliver(self, payloads: Iterable[bytes]) -> None:
         for payload in payloads:
             head = _HEAD.match(payload)
-            assert head is not None, "streams are not asked for, and log frames not either"
+            assert head is not None, "neither streams nor log frames are requested"
             if head[2] == b"success":
                 self._answer(int(head[1]), payload)
             else:
@@ -129,14 +129,14 @@ class Peer:
 
 _lock = threading.Lock()
 _peer: Peer | None = None
-# What `submit` has to tell. Not told on the event loop: ErlPort takes long to encode a large reply, and its pipe may be
-# full; neither is to hold up the other executes.
+# The replies of `submit`. A thread sends them, not the event loop: ErlPort takes long to encode a large reply, and its
+# pipe may be full; neither may block other calls.
 _casts: queue.SimpleQueue[tuple[Any, Any, bytes]] = queue.SimpleQueue()
 _caster: threading.Thread | None = None
 
 
 def _the_peer() -> Peer:
-    """Raises `SettingError`, each time anew: the environment may have been mended."""
+    """The peer, made on first use. Raises `SettingError`; each call tries again: the environment may have changed."""
     global _peer
     with _lock:
         if _peer is None:
@@ -145,7 +145,7 @@ def _the_peer() -> Peer:
 
 
 def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
-    """As `Peer.send`, from terms, and whatever goes wrong is the reply."""
+    """As `Peer.send`, from terms; errors become the reply."""
     try:
         peer = _the_peer()
         peer.send(to_command(command), from_term(args), reply)
@@ -162,7 +162,7 @@ def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
 
 
 def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:
-    """Not by jiter, which goes 200 levels deep: the result alone may have as many."""
+    """A payload as a term. Decoded without jiter, which allows 200 levels: the result alone may have as many."""
     try:
         reply = json.loads(payload)
         del reply["id"]
@@ -182,7 +182,7 @@ def _start_caster() -> None:
 
 def _cast_all() -> None:
     while True:
-        # In a function of its own: its locals would keep the last reply alive for as long as this waits.
+        # A separate function, as locals here would keep the last reply alive while this waits.
         _cast(*_casts.get())
         allocator.trim()
 
@@ -191,14 +191,14 @@ def _cast(pid: Any, ref: Any, payload: bytes) -> None:
     atom = _atom()
     try:
         importlib.import_module("erlport.erlang").cast(pid, (atom(b"dspy_reply"), ref, _reply(payload, atom)))
-    except EOFError:  # ErlPort's word for: Erlang is gone, and with it all who waited
+    except EOFError:  # ErlPort raises this when Erlang is gone, and with it every caller
         pass
     except Exception as error:  # a reference that ErlPort cannot encode must not stop the thread
         _log_exception(error)
 
 
 def _atom() -> Callable[[bytes], Any]:
-    """ErlPort's type of atoms. Its Python side comes with its Erlang package: outside of it there is none."""
+    """ErlPort's atom type. It comes with ErlPort's Erlang package, which adds it to the path."""
     atom: Callable[[bytes], Any] = importlib.import_module("erlport.erlterms").Atom
     return atom
 

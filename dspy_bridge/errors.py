@@ -1,6 +1,6 @@
-"""What a request can fail with: one small class per `error_type` of the protocol.
+"""The errors of requests: one small class per `error_type` of the protocol.
 
-The text of an error is one line for people: what is wrong and what was expected, naming the field.
+An error message is one line for people: it names the field, what is wrong and what was expected.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class BridgeError(Exception):
-    """A failure that its caller is told as it is. Anything else that is raised is a defect: `internal`."""
+    """An error whose message is sent to the caller. Any other exception is a defect and is sent as `internal`."""
 
     error_type = "internal"
-    # Clients match on the text: it is not to be touched by whoever writes it into a reply.
+    # Whether the message is sent unchanged, as clients match on it.
     exact = False
-    # Whether the same request may succeed later; told only where the protocol has it (lm_error).
+    # Whether the same request may succeed later; only sent where the protocol has it (lm_error).
     retryable: bool | None = None
 
 
@@ -26,7 +26,7 @@ _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 16
 
 
 def _named(name: str) -> str:
-    """A name as the caller gave it; escaped and cut only where it is none that an error's one line can hold."""
+    """A name as the caller gave it; escaped and cut only if it does not fit into one line."""
     name = name if len(name) <= _MOST_NAMED else f"{name[: _MOST_NAMED - 1]}…"
     return name.translate(_CONTROLS)
 
@@ -77,13 +77,13 @@ class ProgramNotFound(BridgeError):
 
 
 class LMNotConfigured(BridgeError):
-    """No LM, or one without what it needs (a key, an address)."""
+    """There is no LM, or it lacks a key or an address."""
 
     error_type = "lm_not_configured"
 
 
 class LMFailed(BridgeError):
-    """The LM or the way to it failed."""
+    """The LM or the connection to it failed."""
 
     error_type = "lm_error"
 
@@ -93,31 +93,31 @@ class LMFailed(BridgeError):
 
 
 class OutputInvalid(BridgeError):
-    """The LM answered, but not what the signature asks for."""
+    """The LM's answer does not fit the signature."""
 
     error_type = "output_invalid"
 
 
 class ToolFailed(BridgeError):
-    """A tool of the caller's failed, or gave what cannot be used."""
+    """A tool of the caller failed, or its result cannot be used."""
 
     error_type = "tool_error"
 
 
 class TimedOut(BridgeError):
-    """The deadline of the request came first."""
+    """The deadline of the request has passed."""
 
     error_type = "timeout"
 
 
 class Cancelled(BridgeError):
-    """The caller asked for the request to be stopped."""
+    """The caller cancelled the request."""
 
     error_type = "cancelled"
 
 
 class Overloaded(BridgeError):
-    """As many executes run and wait as the settings allow."""
+    """As many programs run and wait as the settings allow."""
 
     error_type = "overloaded"
 
@@ -129,4 +129,4 @@ class NotAllowed(BridgeError):
 
 
 class SetupFailed(BridgeError):
-    """DSPy or the host's own start-up code could not be loaded: nothing that needs programs works in this peer."""
+    """DSPy or the start-up code (`init`) could not be loaded: no command that needs programs works in this peer."""

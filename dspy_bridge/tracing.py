@@ -1,6 +1,6 @@
 """The W3C trace context (https://www.w3.org/TR/trace-context/) that a request came with. No DSPy here.
 
-For code of the host's own: `from dspy_bridge import tracing`, then `tracing.current()` in a callback, a module, an LM.
+For user code: `from dspy_bridge import tracing`, then `tracing.current()` in a callback, a module or an LM.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
-# The name of the header, of the request's key, and of the setting in which DSPy takes it to threads of its own.
+# The name of the header, of the request's key, and of the setting through which DSPy passes it to its own threads.
 TRACEPARENT = "traceparent"
 
 
 def current() -> str | None:
-    """The `traceparent` of the request that this code works for; None if it came without one.
+    """The `traceparent` of the request that this code runs for; None if it came without one.
 
-    It is there in tasks, in the threads of sync modules, in those that DSPy starts (`dspy.Parallel`), and in whatever
-    else runs in a copy of their context.
+    It is available in tasks, in the threads of sync modules, in threads that DSPy starts (`dspy.Parallel`), and in any
+    code that runs in a copy of their context.
     """
     traceparent = _current.get()
     if traceparent is None and (dspy := sys.modules.get("dspy")) is not None:
@@ -33,7 +33,7 @@ def current() -> str | None:
 
 
 def context(traceparent: str | None) -> Context:
-    """A context for a request's work, with nothing in it but this."""
+    """A new context for a request, which holds only its `traceparent`."""
     fresh = Context()
     if traceparent is not None:
         fresh.run(_current.set, traceparent)

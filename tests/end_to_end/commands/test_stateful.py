@@ -589,7 +589,7 @@ class Runs(RuleBasedStateMachine):
         self.ask_list(details=True, some=None, kind="int", part=0.0)
         self.running, end = 1, time.monotonic() + WAIT
         while self.running:
-            self.check(time.monotonic() < end, f"all is answered, but {self.running} executes run")
+            self.check(time.monotonic() < end, f"all calls are answered, but {self.running} are still running")
             stats = self.send_stats("int")
             self.write()
             self.wait_for(stats)
