@@ -126,7 +126,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # A node that hangs suspends whoever sends to it, or monitors a process of it: not the caller.
+  # A node that hangs suspends any process that sends to it or monitors a process of it: not the caller.
   def send_and_wait(dest, timeout, request) do
     deadline = Deadline.new(timeout)
     proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, %{})
@@ -204,7 +204,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # Only its own node can tell for a process of another node. A bridge has its name before it runs and registers
+  # Only its own node knows this of a process of another node. A bridge has its name before it runs and registers
   # itself. Until then the module of its process shows what it is; afterwards that is hidden (`:sensitive`). If it
   # changed from one to the other between the two looks, the third look finds it.
   defp bridge?(pid) when is_pid(pid) and node(pid) == node(),
