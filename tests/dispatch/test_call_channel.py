@@ -1,4 +1,4 @@
-"""What goes between an execute under way and its caller: streams, tool calls, turns. No DSPy."""
+"""The channel between a running call and its caller: streams, tool calls, slots. No DSPy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Bench:
 
 
 async def ask_twice(args: dict[str, Any], call: Call) -> Any:
-    """Two tools at once; what failed is told as text."""
+    """Two tools at once; a failure is returned as its message."""
     answers = await asyncio.gather(call.call_tool("a", {"n": 1}), call.call_tool("b", args), return_exceptions=True)
     return [str(answer) if isinstance(answer, ToolFailed) else answer for answer in answers]
 
@@ -82,7 +82,7 @@ def test_tools_are_asked_at_once_and_answered_in_any_order() -> None:
     ],
 )
 def test_a_result_that_cannot_be_read_is_that_tools_failure(result: dict[str, Any], said: str) -> None:
-    """Somebody waits for it: an error to nobody would leave the execute waiting."""
+    """The call waits for it: an error without an id would leave the call waiting."""
     bench = Bench(ask_twice)
     bench.request(1)
     calls = [bench.next_tool_call(), bench.next_tool_call()]
@@ -104,14 +104,14 @@ def test_a_result_that_cannot_be_read_is_that_tools_failure(result: dict[str, An
     ],
 )
 def test_a_result_for_nobody_is_one_error_without_an_id(result: Any, named: str) -> None:
-    """A tool_result that answers no tool call is a defect of the host's, which is told."""
+    """A tool_result that answers no tool call is a defect of the client, and is reported."""
     (reply,) = Bench(ask_twice).feed({"tool_result": result})
     assert (reply["id"], reply["success"], reply["error_type"]) == (None, False, "invalid_request")
     assert reply["error"].startswith(named) and len(reply["error"]) <= 2000
 
 
 def test_a_late_or_second_result_is_dropped() -> None:
-    """An execute may end while its tools still run: their results find nobody, which is no error."""
+    """A call may end while its tools still run: their results are ignored, which is not an error."""
     bench = Bench(ask_twice)
     bench.request(1)
     calls = [bench.next_tool_call(), bench.next_tool_call()]
@@ -132,7 +132,7 @@ def test_a_tool_call_that_is_not_answered_ends_with_the_deadline() -> None:
 
 
 def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None:
-    """Nobody would answer, and its turn would be gone for good."""
+    """The call would get no reply, and its slot would be lost for good."""
     ended = threading.Event()
 
     async def stubborn(args: dict[str, Any], call: Call) -> Any:
@@ -154,8 +154,8 @@ def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None
     assert bench.dispatcher.load()["in_flight"] == 1
 
 
-def test_a_meter_that_fails_costs_no_reply_and_no_turn() -> None:
-    """What an LM of the host's own says of its usage may be anything."""
+def test_a_meter_that_fails_loses_neither_the_reply_nor_the_slot() -> None:
+    """An LM of user code may report any value as its usage."""
 
     class Broken:
         def summary(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def test_a_meter_that_fails_costs_no_reply_and_no_turn() -> None:
 
 
 def test_after_the_end_of_input_no_tool_is_waited_for() -> None:
-    """Those asked before get the reason, those asked after it as well: the execute goes on to its reply."""
+    """Tool calls before and after it get the reason: the call goes on to its reply."""
 
     async def ask_again(args: dict[str, Any], call: Call) -> Any:
         return [await ask_twice(args, call), await ask_twice(args, call)]
@@ -204,19 +204,19 @@ def test_arguments_too_large_for_a_frame_are_that_tools_failure() -> None:
 
 
 def test_a_stream_is_in_order_before_its_reply() -> None:
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         for n in range(100):
             await call.stream_item({"n": n})
         return "done"
 
-    bench = Bench(tell)
+    bench = Bench(stream)
     bench.request(3)
     assert [bench.next() for _ in range(100)] == [{"id": 3, "stream": {"n": n}} for n in range(100)]
     assert bench.next()["result"] == "done"
 
 
-def test_nothing_is_told_after_the_reply() -> None:
-    """Work that is cancelled may go on for a moment: what it tells then is nobody's."""
+def test_nothing_is_sent_after_the_reply() -> None:
+    """Cancelled work may go on for a moment: the items that it streams then are dropped."""
     ended = threading.Event()
 
     async def stubborn(args: dict[str, Any], call: Call) -> Any:
@@ -239,19 +239,19 @@ def test_nothing_is_told_after_the_reply() -> None:
 
 
 def test_a_stream_waits_while_nobody_reads_and_goes_on_when_somebody_does() -> None:
-    told = []
+    sent = []
 
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         for n in range(3):
             await call.stream_item({"n": n})
-            told.append(n)
+            sent.append(n)
         return "done"
 
-    bench = Bench(tell, full=True)
+    bench = Bench(stream, full=True)
     bench.request(1)
     assert bench.next()["stream"] == {"n": 0}
     room = bench.waiting_for_room.get(timeout=20)
-    assert told == [] and bench.frames.empty()
+    assert sent == [] and bench.frames.empty()
     bench.full = False
     room()
     assert [bench.next()["stream"]["n"] for _ in range(2)] == [1, 2]
@@ -259,10 +259,10 @@ def test_a_stream_waits_while_nobody_reads_and_goes_on_when_somebody_does() -> N
 
 
 def test_a_stream_that_waits_for_room_can_be_cancelled() -> None:
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         await call.stream_item({"n": 0})
 
-    bench = Bench(tell, full=True)
+    bench = Bench(stream, full=True)
     bench.request(1)
     bench.next()
     bench.waiting_for_room.get(timeout=20)
@@ -271,11 +271,11 @@ def test_a_stream_that_waits_for_room_can_be_cancelled() -> None:
 
 
 def test_an_item_too_large_for_a_frame_becomes_an_error_in_its_place() -> None:
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         await call.stream_item({"index": 5, "success": True, "result": "x" * 20_000})
         return "done"
 
-    bench = Bench(tell)
+    bench = Bench(stream)
     bench.request(1)
     item = bench.next()["stream"]
     assert (item["index"], item["success"], item["error_type"]) == (5, False, "frame_too_large")
@@ -326,8 +326,8 @@ def test_a_batch_gives_each_result_in_order_and_keeps_to_the_limit() -> None:
     assert bench.most == 3 and bench.dispatcher.load()["in_flight"] == 0
 
 
-def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
-    """A batch waits for one turn at a time: thousands of inputs hold nobody up for long."""
+def test_a_call_behind_a_batch_gets_a_slot_in_between() -> None:
+    """A batch waits for one slot at a time: thousands of inputs do not delay other calls for long."""
     bench = Batches(max_in_flight=1)
     bench.request(1, {"many": list(range(0, 200, 2))})
     assert bench.started.get(timeout=20) == 0
@@ -338,7 +338,7 @@ def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
     assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
 
 
-def test_each_item_of_a_batch_begins_in_a_turn_of_the_loop_of_its_own() -> None:
+def test_each_item_of_a_batch_begins_in_an_iteration_of_the_loop_of_its_own() -> None:
     """Hundreds may run at once, and until they first wait, their inputs are checked and written into prompts."""
     turns: list[int] = [0]
     begun: list[int] = []
@@ -378,8 +378,8 @@ def test_cancelling_a_batch_cancels_all_its_items() -> None:
     assert bench.dispatcher.load()["in_flight"] == 0 and bench.dispatcher.load()["queued"] == 0
 
 
-def test_a_cancelled_batch_leaves_its_one_turn_to_the_execute_behind_it() -> None:
-    """No more and no less: what is queued behind that waits for its end."""
+def test_a_cancelled_batch_leaves_its_one_slot_to_the_call_behind_it() -> None:
+    """Exactly one slot: the calls queued behind that one wait for its end."""
     bench = Batches(max_in_flight=1)
     bench.request(1, {"many": [0, 2, 4]})
     assert bench.started.get(timeout=20) == 0
@@ -398,7 +398,7 @@ def test_a_cancelled_batch_leaves_its_one_turn_to_the_execute_behind_it() -> Non
     assert (load["in_flight"], load["queued"], bench.most) == (0, 0, 1)
 
 
-def test_a_streamed_batch_tells_each_result_as_it_comes() -> None:
+def test_a_streamed_batch_sends_each_result_as_it_comes() -> None:
     bench = Batches()
     bench.request(1, {"many": [0, 1, 2]}, stream=True)
     for _ in range(3):
@@ -419,7 +419,7 @@ def test_an_empty_batch_has_no_results() -> None:
 
 
 def test_a_batch_counts_as_one_in_the_queue() -> None:
-    """With the queue full it is refused at once, like any execute."""
+    """With the queue full it is refused at once, like any call."""
     bench = Batches(max_in_flight=1, max_queue=1)
     bench.request(1, {"one": 0})
     bench.started.get(timeout=20)

@@ -1,4 +1,4 @@
-"""Whose turn it is, in the order of asking; a turn that is given up at any moment goes to the next."""
+"""The limiter: slots are granted in order; a slot that is given up at any moment goes to the next waiter."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_as_many_run_as_may_and_the_rest_waits_in_order() -> None:
 
 
 @pytest.mark.parametrize("moment", ["waiting", "has come", "has come too late"])
-def test_a_turn_that_is_given_up_is_the_next_ones(moment: str) -> None:
-    """While it waits; when its turn has come, but not been taken yet; when its turn comes after all."""
+def test_a_slot_that_is_given_up_goes_to_the_next_waiter(moment: str) -> None:
+    """Cancelled while it waits; after the slot was granted, but not taken; just before the slot is granted."""
 
     async def scenario() -> None:
         limiter = Limiter(1, 10)
@@ -67,8 +67,8 @@ def test_a_turn_that_is_given_up_is_the_next_ones(moment: str) -> None:
     asyncio.run(scenario())
 
 
-def test_however_many_give_up_at_once_the_turn_is_free() -> None:
-    """The turn comes to each of them before it has noticed that it was cancelled."""
+def test_the_slot_is_free_after_thousands_of_waiters_were_cancelled_at_once() -> None:
+    """The slot is granted to each of them before it has noticed that it was cancelled."""
 
     async def scenario() -> None:
         limiter = Limiter(1, 10_000)
@@ -93,7 +93,7 @@ class LimiterInAnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.limiter = Limiter(3, 1_000_000)
-        # Who was called and has not left; who was not called yet. By what `enter` was given, or by their task.
+        # Holders of a slot, and waiters: the functions given to `submit`, or tasks.
         self.running: list[Any] = []
         self.waiting: list[Callable[[], bool]] = []
         self.takers: list[asyncio.Task[None]] = []
@@ -153,7 +153,7 @@ class LimiterInAnyOrder(RuleBasedStateMachine):
             self.step()
         assert self.limiter.running == len(self.running), "none is lost"
         assert self.limiter.waiting == len(self.waiting) + len(self.takers)
-        assert self.limiter.running == 3 or self.limiter.waiting == 0, "a free one goes to whoever waits"
+        assert self.limiter.running == 3 or self.limiter.waiting == 0, "a free slot goes to a waiter"
 
     @invariant()
     def never_more_than_may(self) -> None:

@@ -66,7 +66,7 @@ def test_debug_is_for_the_peer_and_the_host_not_for_what_tells_prompts(frames: C
 
 
 def test_that_a_call_is_made_is_no_news(frames: Callable[[], list[Any]]) -> None:
-    """LiteLLM tells of each at info."""
+    """LiteLLM logs each at info."""
     for name in ("LiteLLM", "LiteLLM Router", "host"):
         logging.getLogger(name).info("completion()")
     assert [record["logger"] for record in frames()] == ["host"]

@@ -1,4 +1,4 @@
-"""writer: whole frames in order, whoever sends them and however slowly they are read."""
+"""frame_writer: whole frames in order, from any thread and however slowly they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""memory: glibc is told once, trimmed after something large, not too often; another C library is left alone."""
+"""allocator: glibc is tuned once and trimmed after large payloads, not too often; other C libraries are left alone."""
 
 from __future__ import annotations
 

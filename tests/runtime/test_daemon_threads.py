@@ -49,7 +49,7 @@ def test_work_runs_beside_each_other_up_to_the_limit_and_what_is_cancelled_first
 
 
 def test_a_thread_that_has_answered_is_used_again_before_another_is_started() -> None:
-    """Also by who is told of the answer and goes on at once."""
+    """Also by a caller that continues as soon as it gets the answer."""
     threads = DaemonThreads(64, "test")
     for _ in range(200):
         threads.submit(int).result(PATIENCE)
