@@ -92,7 +92,7 @@ dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40
 	  -r $$lib/elixir/ebin $$lib/logger/ebin $$lib/mix/ebin > /dev/null; mv $$plt.$$$$ $$plt; }
 	ERL_LIBS=$(ELIXIR_LIB) dialyzer --quiet -Wno_unknown --plt $(PLT) -r $(HARNESS)/_build/dev/lib/dspex/ebin
 
-# Debian's ex_doc lies beside Elixir's own libraries; another is found as Mix finds it.
+# Debian's ex_doc is next to Elixir's own libraries; Mix finds any other.
 MIX_DOCS = ERL_LIBS=$(ELIXIR_LIB) mix
 
 docs: setup ## elixir_harness/doc: the guides and every module, as HTML; their diagrams are drawn where there is a network
@@ -108,7 +108,7 @@ fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with
 	$(PY) tests/fuzz.py $(FUZZ_FRAMES)
 	STATEFUL_EXAMPLES=2000 $(PY) -m pytest -q tests/end_to_end/commands/test_stateful.py
 
-soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then the books: lost 0, grown 0, left 0
+soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then checks the counts: lost 0, grown 0, left 0
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
 bench: setup ## the table of docs/performance.md: ratios against baselines in the same run, some 2 minutes

@@ -46,7 +46,7 @@ def main() -> int:
         return refuse(str(error))
     if os.isatty(0):
         return refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
-    # Before anything that might print is imported.
+    # Before importing anything that might print.
     try:
         reading, writing = stdio.take()
     except OSError:

@@ -77,7 +77,7 @@ class ProgramNotFound(BridgeError):
 
 
 class LMNotConfigured(BridgeError):
-    """No LM, or one without what it needs (a key, an address)."""
+    """There is no LM, or it lacks a key or an address."""
 
     error_type = "lm_not_configured"
 

@@ -1,4 +1,4 @@
-"""`--selftest`: a peer as a child over real pipes, through all six commands and one bad frame, with `offline/echo`."""
+"""`--selftest`: sends all six commands and one bad frame to a peer over real pipes, with `offline/echo`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SECONDS = 60
 
 
 def main() -> int:
-    """Run the steps, a line each with its time; returns 0 if all went well, else 1."""
+    """Run the steps and print a line with its time for each; returns 0 if all passed, else 1."""
     environment = {**os.environ, "DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_LM_OPTIONS": ""}
     command = [sys.executable, "-m", "dspy_bridge"]
-    # The child must find the very package that runs here, installed or not, from any directory.
+    # The child must import the same package as this process, installed or not, from any directory.
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

@@ -15,7 +15,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class SettingError(Exception):
-    """A setting that cannot be read. The text names it and what was expected, never its value."""
+    """A setting that cannot be read. The message names it and what was expected, never its value."""
 
 
 class Setting:
@@ -150,9 +150,9 @@ SETTINGS = (
     Setting("lm", _text, "", "the default LM as DSPy names it (openai/gpt-4o-mini); offline/echo needs no network"),
     Setting("lm_options", _object, "{}", "JSON keyword arguments of dspy.LM; in the environment, as ps shows flags"),
     Setting("adapter", _adapter, "", f"the default adapter: {', '.join(ADAPTERS)}; DSPy's own choice if unset"),
-    Setting("strict_fields", _flag, "1", "0: of a field that an answer has twice, DSPy's choice is taken, silently"),
-    Setting("max_in_flight", _whole(1), "256", "executes running at once; more wait their turn"),
-    Setting("max_queue", _whole(0), "10000", "executes waiting; past it they are refused as overloaded"),
+    Setting("strict_fields", _flag, "1", "0: if an answer has a field twice, DSPy's choice is taken, silently"),
+    Setting("max_in_flight", _whole(1), "256", "programs running at once; more wait for a slot"),
+    Setting("max_queue", _whole(0), "10000", "runs that wait for a slot; more are refused as overloaded"),
     Setting("cache_entries", _whole(0), "10000", "LM answers kept in memory; 0: none"),
     Setting("disk_cache", _folder, "", "a folder for DSPy's disk cache; off if unset"),
     Setting("init", _function, "", "package.module:function called once DSPy is imported, before the first program"),

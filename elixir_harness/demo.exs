@@ -51,7 +51,7 @@ defmodule Demo do
     args = %{program_id: "nobody", inputs: %{question: "?"}}
     show_error(:execute_program, args, "Program not found: nobody")
 
-    title("#{@concurrent} executes at once, and a ping meanwhile")
+    title("#{@concurrent} runs at once, and a ping meanwhile")
     concurrently()
 
     title("What the peer counted")
@@ -149,7 +149,7 @@ defmodule Demo do
     {rest_ms, results} = timed(fn -> Task.await_many(tasks, 60_000) end)
     good = Enum.count(results, &match?({:ok, %{"answer" => _}}, &1))
 
-    say("ping answered in #{ping_ms} ms, with #{waiting} executes still at work")
+    say("ping answered in #{ping_ms} ms, with #{waiting} runs still in progress")
     say("#{good} of #{@concurrent} answers after #{Float.round(ping_ms + rest_ms, 1)} ms")
     check(match?({:ok, %{"status" => "ok"}}, ping), "the ping was not answered: #{inspect(ping)}")
     check(good == @concurrent, "not every execute was answered: #{inspect(results)}")

@@ -1,7 +1,7 @@
 defmodule Mix.Tasks.Compile.DspexPython do
   @moduledoc false
   # The Python peer, from the checkout around this project into priv: releases and the Hex package carry
-  # priv and nothing beside it. In a Hex package it is there already.
+  # priv and nothing next to it. In a Hex package it is there already.
 
   use Mix.Task.Compiler
 
@@ -20,7 +20,7 @@ defmodule Mix.Tasks.Compile.DspexPython do
         {:noop, []}
 
       true ->
-        {:noop, [warn("the Python peer is neither in priv nor beside this project")]}
+        {:noop, [warn("the Python peer is neither in priv nor next to this project")]}
     end
   end
 

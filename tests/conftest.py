@@ -65,15 +65,15 @@ def idle_lms() -> Iterator[list[LMServer]]:
 @pytest.fixture
 def start_lm(idle_lms: list[LMServer]) -> Iterator[Callable[..., LMServer]]:
     """Starts loopback LMs."""
-    with lent(idle_lms, LMServer) as start:
+    with reusable(idle_lms, LMServer) as start:
         yield start
 
 
 @contextmanager
-def lent(lms: list[Server], kind: Callable[..., Server]) -> Iterator[Callable[..., Server]]:
+def reusable(lms: list[Server], kind: Callable[..., Server]) -> Iterator[Callable[..., Server]]:
     """Starts LMs, or reuses those of earlier tests.
 
-    The first has the same address each time, so that tests can share a peer that asks it.
+    The first has the same address each time, so that tests can share a peer that calls it.
     """
     used: list[Server] = []
 
@@ -98,7 +98,7 @@ def lm_env(server: LMServer, **options: Any) -> dict[str, str]:
 
 
 class Deselected:
-    """Says at the end how many tests were not selected, which pytest-xdist keeps to itself."""
+    """Prints at the end how many tests were not selected, which pytest-xdist does not show."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config

@@ -1,6 +1,6 @@
-"""What a frame should get, and what a reply looks like: for `fuzz`, from the page of the protocol, not the peer's code.
+"""The expected reply of a frame: for `fuzz`, from the page of the protocol, not the peer's code.
 
-Exact where the frame alone decides it; for what an execute or a create ends in, the types that it may have.
+Exact if the frame alone decides it; for a run or a creation, the set of possible `error_type`s.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Undecided(Exception):
     """
 
 
-# By command, what it may end in beside what every task may: a deadline where there is one, a cancel where one was sent.
+# The outcomes of each command, in addition to those of every task: timeout with a deadline, cancelled after a cancel.
 CREATE_ENDS = frozenset(("success", "invalid_args", "not_allowed"))
 EXECUTE_ENDS = CREATE_ENDS | {"program_not_found", "lm_not_configured", "lm_error", "output_invalid", "tool_error"}
 CREATE_ARGS = (
@@ -76,11 +76,11 @@ class Owed:
         if ("meta" in reply) != self.meta:
             return f"meta: {'missing' if self.meta else 'not asked for'}"
         if end == "unknown_command" and reply["error"] != f"Unknown command: {_named(self.command)}":
-            return "the text of an unknown command"
+            return "the message of an unknown command"
         if end == "program_not_found" and reply["error"] != f"Program not found: {_named(self.args['program_id'])}":
-            return "the text of an unknown program"
+            return "the message of an unknown program"
         if end == "success" and not _fits(self.command, self.args, reply["result"]):
-            return "the result is none of this command"
+            return "the result is not one of this command"
         return None
 
 
@@ -128,8 +128,8 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
     if not _may_be_traceparent(message.get("traceparent")):
         return refused(key)
     ends, at_once = _ends(command, args, timeout is not None)
-    tells = ends & {"success", "unknown_command", "program_not_found"}
-    if tells and (len(payload) > 2000 or command == "list_programs"):
+    certain = ends & {"success", "unknown_command", "program_not_found"}
+    if certain and (len(payload) > 2000 or command == "list_programs"):
         # Its reply may be longer than it is, and past the limit.
         ends |= {"frame_too_large"}
     return Owed(payload, (key,), ends, command, args, *flags, at_once)
@@ -232,7 +232,7 @@ def read_json(payload: bytes) -> Any:
     except RecursionError:
         raise ValueError("too deep") from None
     if "\\u" in text:
-        # Half a pair of surrogates is no character. In the texts themselves, as a repeated key hides values.
+        # Half a pair of surrogates is not a character. Searched in the payload, as a repeated key hides values.
         for token in re.findall(STRING, text, re.DOTALL):
             json.loads(token).encode()
     depth = deepest(text)
@@ -303,11 +303,11 @@ def read_reply(payload: bytes) -> dict[str, Any]:
     try:
         reply = json.loads(payload.decode(), parse_constant=constant, object_pairs_hook=pairs)
     except ValueError as error:
-        raise Failure(f"a reply is no JSON ({error}): {payload[:500]!r}") from None
+        raise Failure(f"a reply is not JSON ({error}): {payload[:500]!r}") from None
     keys = list(reply) if isinstance(reply, dict) else []
     if keys in (["id", "stream"], ["id", "tool_call"]):
-        told = reply[keys[1]]
-        if not isinstance(told, dict) or list(told) not in INTERIM:
+        body = reply[keys[1]]
+        if not isinstance(body, dict) or list(body) not in INTERIM:
             raise Failure(f"a frame of another form: {payload[:500]!r}")
         return reply
     extra = [key for key in keys[3:] if key in ("meta", "error_type", "retryable")]

@@ -1,10 +1,10 @@
 """`make fuzz`: a real peer gets mutated frames, hundreds in flight, and each reply is held to the protocol.
 
     python tests/fuzz.py [COUNT] [--seed N]     COUNT mutated frames, 100,000 if not given
-    python tests/fuzz.py --frame BASE64         that one frame, to a peer of its own; tells the reply
+    python tests/fuzz.py --frame BASE64         that one frame, to a peer of its own; prints the reply
 
-`mutations` makes the frames, `expected` tells what they should get. The outer length is always right, but for the last
-packet, which the end of input cuts short. Pings between the frames narrow down which one a silence came from.
+`mutations` makes the frames, `expected` has the replies that they should get. The outer length is always right, except
+in the last packet, which the end of input cuts short. Pings between the frames narrow down which one caused a silence.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Exchange:
         self._logging.start()
 
     def send(self, payload: bytes) -> Owed | None:
-        """Send a frame unless its id is taken by one in flight: then what came back for which could not be told."""
+        """Send a frame unless its id is that of one in flight: then their replies could not be told apart."""
         try:
             due = owed(payload)
         except Undecided:
@@ -168,14 +168,14 @@ class Exchange:
         while self._at_once and self._at_once[0].paid:
             self._at_once.popleft()
 
-    def _interim(self, told: dict[str, Any], payload: bytes, candidates: list[Owed]) -> None:
+    def _interim(self, message: dict[str, Any], payload: bytes, candidates: list[Owed]) -> None:
         """What comes before a reply: never after it, and a stream only where it was asked for. Tools are answered."""
         running = [due for due in candidates if due.command == "execute_program"]
-        if not running or ("stream" in told and not any(due.stream for due in running)):
+        if not running or ("stream" in message and not any(due.stream for due in running)):
             raise Failure(f"nobody asked for this, or it came too late: {payload[:1000]!r}")
-        self.kinds["stream" if "stream" in told else "tool_call"] += 1
-        if "tool_call" in told:
-            call_id = told["tool_call"]["call_id"]
+        self.kinds["stream" if "stream" in message else "tool_call"] += 1
+        if "tool_call" in message:
+            call_id = message["tool_call"]["call_id"]
             results: list[dict[str, Any]] = [
                 {"success": True, "result": {"found": [call_id, None, "ž🐎"]}},
                 {"success": True, "result": 0.5},
@@ -337,7 +337,7 @@ def main() -> int:
         _say(str(run(chosen.count, seed)))
     except Failure as failure:
         _say(f"seed {seed}: {failure}")
-        # More than one where a silence or a death does not tell which it was: each is tried on a peer of its own.
+        # More than one if a silence or a crash does not show which it was: each is tried on a peer of its own.
         guilty = failure.suspects if len(failure.suspects) == 1 else [p for p in failure.suspects[-50:] if alone(p)]
         for payload in guilty or failure.suspects[-50:]:
             _say(f"  --frame {base64.b64encode(payload).decode()}")

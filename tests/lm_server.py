@@ -22,8 +22,8 @@ class _Server(ThreadingHTTPServer):
 class LMServer:
     """Answers each chat completion with what `answer(request)` gives: the text, or a status and a body.
 
-    To a request that asks for a stream a text goes in small pieces, an iterator in its own, each when it is there;
-    bytes go as they are.
+    To a request with `stream`, a string is sent in small pieces, an iterator in its own pieces, each as soon as it is
+    there; bytes are sent unchanged.
 
     `requests`: all bodies received. `authorizations`: the headers. `gate`: while cleared, answers are held back.
     `ended`: released with each connection that was opened since `serve` and has ended.
@@ -153,7 +153,7 @@ def event(model: str, delta: dict[str, Any], finish: str | None) -> bytes:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A text as an LM would stream it: tokens of a few characters."""
+    """A string as an LM would stream it: tokens of a few characters."""
     return (text[at : at + 4] for at in range(0, len(text), 4))
 
 

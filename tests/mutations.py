@@ -168,7 +168,7 @@ ENVELOPES: list[dict[str, Any]] = [
     {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"},
 ]
 BROKEN = [payload for payload in map(vector_payload, vectors("malformed")) if len(payload) < 10_000]
-# Values of every kind that is wrong somewhere, and texts that are no JSON at all.
+# Values of every kind that is wrong somewhere, and strings that are not JSON.
 ODD = [
     *("null", "true", "false", "0", "-0", "1", "-1", "1.5", "1e999", "-1e-999", "0.001", "20", "4e4"),
     *("9" * 30, "9" * MAX_DIGITS, "-" + "9" * MAX_DIGITS, '"' + "x" * 5000 + '"', '"' + "\\u0001" * 3000 + '"'),
@@ -254,7 +254,7 @@ class Frames:
         return (self._tokens if way < 0.85 else self._bytes)(self._write(message))
 
     def _slow(self) -> bytes:
-        """What is made to take long: patterns, texts for them, texts for a regular expression, runs of digits."""
+        """Frames made to take long: patterns, strings for them, strings for a regular expression, runs of digits."""
         rng = self._random
         way = rng.randrange(4)
         if way == 0:
@@ -322,7 +322,7 @@ class Frames:
         """One value, somewhere, of another type, gone, renamed, doubled or nested."""
         rng = self._random
         copy = json.loads(json.dumps(message, default=lambda odd: {"odd": odd.text}), object_hook=_Odd.revive)
-        # Mostly inside the arguments: a wrong envelope is soon told.
+        # Mostly inside the arguments: a wrong envelope is found early.
         places = list(_places(copy.get("args") if rng.random() < 0.7 else copy)) or list(_places(copy))
         if not places:
             return copy

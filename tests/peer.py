@@ -29,7 +29,7 @@ def frame(payload: bytes) -> bytes:
 
 
 class Peer:
-    """One child. `env` adds to a clean set of settings: none of the caller's own DSPY_BRIDGE_ variables get through."""
+    """One child. `env` adds to a clean set of settings, without DSPY_BRIDGE_ variables of the caller's environment."""
 
     def __init__(
         self, *flags: str, env: dict[str, str] | None = None, command: list[str] | None = None, cwd: str = "/"

@@ -1,4 +1,4 @@
-"""The caller of an execute that has tools: it answers what the peer asks meanwhile."""
+"""The caller of a run that has tools: it answers the peer's tool calls meanwhile."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Tools = Mapping[str, Callable[..., Any]]
 
 
 class ToolError(Exception):
-    """A tool's failure, as the caller tells it."""
+    """A tool's failure, as the caller reports it."""
 
 
 def execute(
     peer: Peer, args: dict[str, Any], tools: Tools, **envelope: Any
 ) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
-    """An execute's reply, and the tool calls before it; it must be the only request that is open."""
+    """The reply of a run, and the tool calls before it; it must be the only open request."""
     id = peer.request("execute_program", args, **envelope)
     asked = []
     while "tool_call" in (frame := peer.receive(PATIENCE)):

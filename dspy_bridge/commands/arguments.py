@@ -37,5 +37,5 @@ def program_ids(args: dict[str, Any]) -> list[str] | None:
     """`program_ids`; None by default. Raises `InvalidArgs`."""
     ids = args.get("program_ids")
     if ids is not None and not (isinstance(ids, list) and all(isinstance(id, str) for id in ids)):
-        raise InvalidArgs("program_ids: expected a list of texts")
+        raise InvalidArgs("program_ids: expected a list of strings")
     return ids

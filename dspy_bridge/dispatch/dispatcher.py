@@ -199,7 +199,7 @@ class Dispatcher:
         self._open += 1
         limited = self._commands[call.request.command].limited
         if limited and self._limiter.full:
-            load = f"{self._limiter.running} executes run and {self._limiter.waiting} wait already"
+            load = f"{self._limiter.running} calls are running and {self._limiter.waiting} are waiting"
             self._answer(call, None, Overloaded(load))
             return
         self._calls[call.id] = call
@@ -219,7 +219,7 @@ class Dispatcher:
         # Not in the current context: this may run at the end of another call, which has a trace of its own.
         context = tracing.context(call.request.traceparent)
         call.task = context.run(self._loop.create_task, call.work)
-        # Not code around `work` in the task: a task that is cancelled before its first step runs none of it.
+        # Not in the task around `work`: a task that is cancelled before its first step runs no code.
         call.task.add_done_callback(lambda task: self._finished(call, task), context=context)
         return True
 

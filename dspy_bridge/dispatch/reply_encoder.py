@@ -30,7 +30,7 @@ class ReplyEncoder:
         self._lock = threading.Lock()
 
     def encode(self, call: Call, result: Any, error: BaseException | None) -> bytes:
-        """The reply to `call`, which is told whether it is a success before that is sent."""
+        """The reply to `call`, as a payload. Calls `call.on_reply` with whether it is a success, before it is sent."""
         now = time.monotonic()
         meta = _meta(call, now) if call.request.meta else None
         payload = b""

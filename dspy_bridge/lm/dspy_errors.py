@@ -71,7 +71,7 @@ _CHECKS = [dspy_internals.PREPROCESS, dspy_internals.PREPARE, dspy_internals.SEL
 def _is_of_settings(error: Exception, frames: list[tuple[str, str]]) -> bool:
     """Whether DSPy refused settings of an LM, which it does with Python's own errors.
 
-    Code of an LM or an adapter may raise the same types, with contents in the text: that is a defect.
+    Code of an LM or an adapter may raise the same types, with contents in the message: that is a defect.
     """
     module, function = frames[-1]
     if isinstance(error, TypeError):

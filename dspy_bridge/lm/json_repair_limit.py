@@ -1,7 +1,7 @@
 """A limit on the repair of broken JSON from an LM, which DSPy does with `json_repair`.
 
-Some texts take the square of their length to repair, on the event loop: 8 KB of `["` held up every other call for
-seconds. How long one takes shows only on the way, so steps are counted: `json_repair` reads a text character by
+Some strings take the square of their length to repair, on the event loop: 8 KB of `["` blocked every other call for
+seconds. How long one takes shows only on the way, so steps are counted: `json_repair` reads a string character by
 character. Valid JSON takes no step.
 """
 

@@ -1,6 +1,6 @@
 """Removes contents from log records.
 
-The text of a library's record or of an exception may quote an LM's answer or a client's inputs. Only the part that
+The message of a library's record or of an exception may quote an LM's answer or a client's inputs. Only the part that
 appears in the source code where it was logged or raised is kept. Pure, except that it reads source files.
 """
 
@@ -24,7 +24,7 @@ _FIRST_LINE = ("py.warnings", "asyncio")
 # Python's messages for these name types, attributes and modules, not values.
 _OF_PYTHON = (AttributeError, ImportError, ModuleNotFoundError, NameError, RecursionError, TypeError, UnboundLocalError)
 _PLACEHOLDER = re.compile(r"%%|%[^a-zA-Z%]*[a-zA-Z]")
-# The most lines of a call, and the longest text that is looked for in the source.
+# The most lines of a call, and the longest string that is searched for in the source.
 _LINES = 4
 _MOST_FIXED = 200
 # Fewer characters may match by chance.

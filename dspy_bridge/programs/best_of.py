@@ -83,7 +83,7 @@ class _Failures(list[Exception]):
 
 
 class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
-    """Collects the errors of attempts. DSPy prints their texts, which may hold contents of requests."""
+    """Collects the errors of attempts. DSPy prints their messages, which may hold contents of requests."""
 
     def __init__(self, inner: dspy.Module, failures: _Failures) -> None:
         super().__init__()

@@ -162,7 +162,7 @@ def _user_module(
     except (ImportError, AttributeError) as error:
         raise InvalidArgs(f"program_type: {path} cannot be loaded: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, dspy.Module)):
-        raise InvalidArgs(f"program_type: {path} is no dspy.Module")
+        raise InvalidArgs(f"program_type: {path} is not a dspy.Module")
     return kind(**_constructor_arguments(path, kind, signature, given, tools))
 
 

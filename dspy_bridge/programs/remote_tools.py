@@ -38,7 +38,7 @@ class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
         """Called by a sync module, in its worker thread."""
         job = worker_threads.current.get()
         if job is None:
-            raise ToolFailed(f"{self.name}: expected to be called in an execute's thread, or awaited with acall")
+            raise ToolFailed(f"{self.name}: expected to be called in the thread of its run, or awaited with acall")
         return job.on_loop(self.acall(**arguments))
 
 
@@ -88,7 +88,7 @@ def _name(definition: object, where: str) -> str:
     if not isinstance(name, str) or not name:
         raise InvalidArgs(f"{where}.name: expected text")
     if not _NAME.fullmatch(name):
-        raise InvalidArgs(f"{where}.name: {name[:80]!r} is no name for a tool; expected up to 64 letters, digits, _, -")
+        raise InvalidArgs(f"{where}.name: {name[:80]!r} is not a tool name; expected up to 64 letters, digits, _, -")
     return name
 
 
@@ -104,7 +104,7 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
     for arg, given in args.items():
         here = f"{where}.args.{arg}"
         if not arg.isidentifier() or keyword.iskeyword(arg):
-            raise InvalidArgs(f"{here}: no name for an argument; expected letters, digits and _, no keyword")
+            raise InvalidArgs(f"{here}: not an argument name; expected letters, digits and _, not a keyword")
         if arg in _NOT_AS_ARGUMENT:
             raise InvalidArgs(f"{here}: {arg!r} is an argument of DSPy's own; choose another name")
         # Short form: only the type.
@@ -137,7 +137,7 @@ def _schema(annotation: Any, described: str | None, where: str) -> dict[str, Any
             whole = {"properties": {"it": schema}, "$defs": schema.get("$defs", {})}
             schema = dspy_internals.TOOL_SCHEMAS.value(whole)[0]["it"]
     except (pydantic.PydanticUserError, RecursionError):
-        raise InvalidArgs(f"{where}: no type for an argument; expected one with a JSON Schema, not recursive") from None
+        raise InvalidArgs(f"{where}: not an argument type; expected one with a JSON Schema, not recursive") from None
     return {**schema, "description": described} if described else schema
 
 

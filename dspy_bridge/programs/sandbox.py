@@ -53,7 +53,7 @@ class Factory:
 
     @property
     def execution_instructions(self) -> str:
-        """What RLM tells its LM about the sandbox."""
+        """The sentence about the sandbox in RLM's prompt."""
         return str(getattr(self._chosen(), "execution_instructions", ""))
 
     def __call__(self) -> Any:

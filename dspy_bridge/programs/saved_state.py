@@ -198,7 +198,7 @@ def _check_signature(saved: object, signature: type[dspy.Signature], where: str)
     for index, field in enumerate(fields):
         texts = (field.get("prefix"), field.get("description")) if isinstance(field, dict) else (None,)
         if not all(isinstance(text, str) for text in texts):
-            raise InvalidArgs(f"{where}.fields[{index}]: expected an object with prefix and description, texts")
+            raise InvalidArgs(f"{where}.fields[{index}]: expected an object with prefix and description, strings")
     # DSPy writes no names. A prefix is made from the name unless an optimizer, say, chose another; the default
     # description contains the name.
     wanted = [field["prefix"] for field in signature.dump_state()["fields"]]

@@ -133,7 +133,7 @@ def _check_name(name: object, where: str) -> str:
     if not isinstance(name, str) or not name:
         raise InvalidArgs(f"{where}.name: expected text")
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-        raise InvalidArgs(f"{where}.name: {name!r} is no name for a field; expected letters, digits and _, no keyword")
+        raise InvalidArgs(f"{where}.name: {name!r} is not a field name; expected letters, digits and _, not a keyword")
     if name.startswith("dspy_"):
         raise InvalidArgs(f"{where}.name: {name!r}: DSPy hides fields that start with dspy_; choose another name")
     if hasattr(dspy.Signature, name):

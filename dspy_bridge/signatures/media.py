@@ -164,7 +164,7 @@ def _checked(data: str) -> str:
             if not piece or base64.b64encode(base64.b64decode(piece)) != piece or (piece[-1:] == b"=" and not ends):
                 raise binascii.Error
     except (binascii.Error, ValueError):
-        raise unfit("the content is no base64 (standard alphabet, with padding, no line breaks)") from None
+        raise unfit("the content is not base64 (standard alphabet, with padding, no line breaks)") from None
     return data
 
 
@@ -180,5 +180,5 @@ def _from_disk(value: dict[str, Any], files_dir: str | None) -> tuple[str, str, 
         raise unfit(f"path: {error}") from None
     mime = value.get("mime") or mimetypes.guess_type(real)[0]
     if not isinstance(mime, str) or not _MIME.fullmatch(mime):
-        raise unfit("mime: expected a MIME type such as image/png, as the file's name tells none")
+        raise unfit("mime: expected a MIME type such as image/png, as the file's name does not show it")
     return mime.lower(), base64.b64encode(content).decode(), _filename(value.get("filename")) or os.path.basename(real)

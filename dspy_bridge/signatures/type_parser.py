@@ -119,7 +119,7 @@ def resolve(node: ast.expr, where: str) -> Any:
         raise InvalidArgs(f"{where}: nested too deep") from None
     except TypeError:
         # list[…] and Union[…] check their arguments themselves.
-        raise InvalidArgs(f"{where}: {short(ast.unparse(node))} is no type") from None
+        raise InvalidArgs(f"{where}: {short(ast.unparse(node))} is not a type") from None
 
 
 def _type_of(node: ast.expr, where: str) -> Any:
@@ -163,7 +163,9 @@ def _literal(node: ast.expr, where: str) -> str | int | bool | None:
         value = ...
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    raise InvalidArgs(f"{where}: Literal takes texts, whole numbers, booleans and None, got {short(ast.unparse(node))}")
+    raise InvalidArgs(
+        f"{where}: Literal takes strings, whole numbers, booleans and None, got {short(ast.unparse(node))}"
+    )
 
 
 def _name_of(node: ast.expr) -> str:

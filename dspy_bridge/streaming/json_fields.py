@@ -68,7 +68,7 @@ class JSONReader(Reader):
             seen.add(name)
 
     def _next(self, skipped: str = "") -> Generator[None, None, str]:
-        """The next character that is not to be skipped; it stays unread."""
+        """The next character after those that are skipped; it stays unread."""
         while True:
             while self._at == len(self._buffer):
                 yield None

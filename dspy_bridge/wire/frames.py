@@ -102,7 +102,7 @@ class FrameDecoder:
         return out
 
     def give_up(self) -> TooLarge | None:
-        """Drop the current frame, for which there is no memory, and skip the rest of it. None if there is none."""
+        """Drop the current frame, for which memory is short, and skip the rest of it. None between frames."""
         if self._length < 0:
             return None
         refused = TooLarge(self._length, no_memory=True)

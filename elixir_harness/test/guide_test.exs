@@ -60,7 +60,7 @@ defmodule DSPex.GuideTest do
     File.cd!(dir)
     on_exit(fn -> File.cd!(cwd) end)
     File.cp!(Path.join(@root, "tests/fakes/mlflow.py"), Path.join(dir, "mlflow.py"))
-    Helpers.put_system_env("MLFLOW_TOLD", Path.join(dir, "recorded"))
+    Helpers.put_system_env("MLFLOW_RECORD", Path.join(dir, "recorded"))
 
     for commands <- blocks(text, "sh"), do: {_, 0} = System.cmd("sh", ["-e", "-c", commands])
 

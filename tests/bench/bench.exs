@@ -10,7 +10,7 @@ defmodule Bench do
   @model "openai/gpt-4o-mini"
 
   def python, do: System.fetch_env!("DSPY_BRIDGE_PYTHON")
-  def tell(name, value), do: IO.puts(JSON.encode!(%{name: name, value: value}))
+  def report(name, value), do: IO.puts(JSON.encode!(%{name: name, value: value}))
   def median(list), do: list |> Enum.sort() |> Enum.at(div(length(list), 2))
 
   def ms(fun) do
@@ -188,7 +188,7 @@ defmodule Bench do
         }
       end
 
-    tell("round trip us", Map.new([:echo, :peer, :bridge], &{&1, median(Enum.map(rounds, fn r -> r[&1] end))}))
+    report("round trip us", Map.new([:echo, :peer, :bridge], &{&1, median(Enum.map(rounds, fn r -> r[&1] end))}))
 
     piped =
       for _ <- 1..5 do
@@ -197,23 +197,23 @@ defmodule Bench do
         end)
       end
 
-    tell("pipelined per s", Map.new([:echo, :peer, :serial], &{&1, median(Enum.map(piped, fn r -> r[&1] end))}))
+    report("pipelined per s", Map.new([:echo, :peer, :serial], &{&1, median(Enum.map(piped, fn r -> r[&1] end))}))
 
     big = ping(~s({"text":"#{String.duplicate("lorem ipsum ", 87_381)}"}))
 
     megabyte =
       for _ <- 1..7, do: %{peer: round_trips(peer, big, 20), serial: round_trips(serial, big, 20)}
 
-    tell("1 MB ms", Map.new([:peer, :serial], &{&1, median(Enum.map(megabyte, fn r -> r[&1] / 1000 end))}))
+    report("1 MB ms", Map.new([:peer, :serial], &{&1, median(Enum.map(megabyte, fn r -> r[&1] / 1000 end))}))
 
     {process, port, first} = sidecar(1)
-    tell("sidecar first ping ms", first)
+    report("sidecar first ping ms", first)
     for _ <- 1..200, do: post(port, "/ping", "{}")
     {ms, _} = ms(fn -> for _ <- 1..1000, do: {:ok, _} = post(port, "/ping", "{}") end)
-    tell("sidecar round trip us", ms)
+    report("sidecar round trip us", ms)
     body = JSON.encode!(%{text: String.duplicate("lorem ipsum ", 87_381)})
     {ms, _} = ms(fn -> for _ <- 1..50, do: {:ok, _} = post(port, "/ping", body) end)
-    tell("sidecar 1 MB ms", ms / 50)
+    report("sidecar 1 MB ms", ms / 50)
     stop(process)
   end
 
@@ -224,39 +224,39 @@ defmodule Bench do
 
   def free do
     starts = for _ <- 1..9, do: %{peer: first_ping(&peer/0), serial: first_ping(&serial/0)}
-    tell("first ping ms", Map.new([:peer, :serial], &{&1, median(Enum.map(starts, fn r -> r[&1] end))}))
+    report("first ping ms", Map.new([:peer, :serial], &{&1, median(Enum.map(starts, fn r -> r[&1] end))}))
 
     lm = lm(0)
     bridge = bridge(lm)
     create(bridge, "qa")
 
     rates = for _ <- 1..5, do: calls_per_second(256, 400, fn -> {:ok, _} = Bridge.call(bridge, :ping, %{}, 5000) end)
-    tell("calls per s", median(rates))
+    report("calls per s", median(rates))
     beside_large(bridge)
 
     spread(64, 64, &execute(bridge, "qa", &1))
 
-    executes =
+    runs =
       for _ <- 1..5 do
         plain = plain(lm, 500, 64)
         %{plain: plain["seconds"] * 1000, rss_plain: plain["rss"], bridge: spread(500, 64, &execute(bridge, "qa", &1))}
       end
 
-    tell("500 executes ms", %{
-      plain: median(Enum.map(executes, & &1.plain)),
-      bridge: median(Enum.map(executes, & &1.bridge)),
-      ratio: median(Enum.map(executes, &(&1.plain / &1.bridge)))
+    report("500 runs ms", %{
+      plain: median(Enum.map(runs, & &1.plain)),
+      bridge: median(Enum.map(runs, & &1.bridge)),
+      ratio: median(Enum.map(runs, &(&1.plain / &1.bridge)))
     })
 
-    tell("rss", %{plain: median(Enum.map(executes, & &1.rss_plain)), bridge: rss(bridge)})
+    report("rss", %{plain: median(Enum.map(runs, & &1.rss_plain)), bridge: rss(bridge)})
     programs(bridge)
     stop_bridge(bridge)
 
     {process, port, _} = sidecar(lm)
     question = fn n -> JSON.encode!(%{question: "question #{n}"}) end
     spread(64, 64, fn n -> {:ok, _} = post(port, "/predict", question.(n)) end)
-    tell("sidecar calls per s", calls_per_second(256, 20, fn -> {:ok, _} = post(port, "/ping", "{}") end))
-    tell("sidecar 500 executes ms", spread(500, 64, fn n -> {:ok, _} = post(port, "/predict", question.(n)) end))
+    report("sidecar calls per s", calls_per_second(256, 20, fn -> {:ok, _} = post(port, "/ping", "{}") end))
+    report("sidecar 500 runs ms", spread(500, 64, fn n -> {:ok, _} = post(port, "/predict", question.(n)) end))
     stop(process)
 
     many(lm)
@@ -268,7 +268,7 @@ defmodule Bench do
   defp restart do
     rounds = for _ <- 1..5, do: %{without: held(fn _bridge -> :ok end), with: held(&Bridge.restart/1)}
     [without, with] = for key <- [:without, :with], do: median(Enum.map(rounds, & &1[key]))
-    tell("16,000 in a restart", %{ratio: with / without, ms: with})
+    report("16,000 in a restart", %{ratio: with / without, ms: with})
   end
 
   defp held(meanwhile) do
@@ -301,20 +301,20 @@ defmodule Bench do
     large = %{text: String.duplicate("lorem ipsum ", 436_906)}
     {ms, _} = ms(fn -> for _ <- 1..40, do: {:ok, _} = Bridge.call(bridge, :ping, large, 30_000) end)
     send(pinger.pid, :enough)
-    tell("beside 5 MB", %{ping_p99_ms: p99_ms(Task.await(pinger)), large_ms: ms / 40})
+    report("during 5 MB", %{ping_p99_ms: p99_ms(Task.await(pinger)), large_ms: ms / 40})
   end
 
-  # 10,000 programs beside the one that is called.
+  # 10,000 programs in addition to the one that is called.
   defp programs(bridge) do
     one = for _ <- 1..7, do: spread(500, 64, &execute(bridge, "qa", &1))
     before = rss(bridge)
     spread(10_000, 64, &create(bridge, "p#{&1}"))
     each = (rss(bridge) - before) / 10_000
     many = for _ <- 1..7, do: spread(500, 64, &execute(bridge, "p#{&1 * 17}", &1))
-    tell("10,000 programs", %{ratio: median(many) / median(one), bytes_each: each})
+    report("10,000 programs", %{ratio: median(many) / median(one), bytes_each: each})
   end
 
-  # 512 executes of 1 s at once: at best the LM's second and what DSPy needs for 512 calls.
+  # 512 runs of 1 s at once: at best the LM's second and what DSPy needs for 512 calls.
   defp many(free_lm) do
     lm = lm(1)
     bridge = bridge(lm, env: %{"DSPY_BRIDGE_MAX_IN_FLIGHT" => "512"})
@@ -322,11 +322,11 @@ defmodule Bench do
     spread(512, 512, &execute(bridge, "qa", &1))
     took = for _ <- 1..3, do: spread(512, 512, &execute(bridge, "qa", &1))
     rate = 500 / plain(free_lm, 500, 64)["seconds"]
-    tell("512 of 1 s", %{ms: median(took), possible_ms: 1000 + 512 / rate * 1000, alone_ms: plain(lm, 512, 512)["seconds"] * 1000})
+    report("512 of 1 s", %{ms: median(took), possible_ms: 1000 + 512 / rate * 1000, alone_ms: plain(lm, 512, 512)["seconds"] * 1000})
     stop_bridge(bridge)
   end
 
-  # 320 executes of 0.2 s, 64 at once, and pings meanwhile.
+  # 320 runs of 0.2 s, 64 at once, and pings meanwhile.
   defp waiting do
     bridge = bridge(lm(0.2))
     create(bridge, "qa")
@@ -336,7 +336,7 @@ defmodule Bench do
     together = spread(320, 64, &execute(bridge, "qa", &1))
     send(pinger.pid, :enough)
     p99 = p99_ms(Task.await(pinger))
-    tell("320 of 0.2 s", %{ratio: one_by_one / together, ping_p99_ms: p99})
+    report("320 of 0.2 s", %{ratio: one_by_one / together, ping_p99_ms: p99})
     stop_bridge(bridge)
   end
 

@@ -204,12 +204,12 @@ def test_arguments_too_large_for_a_frame_are_that_tools_failure() -> None:
 
 
 def test_a_stream_is_in_order_before_its_reply() -> None:
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         for n in range(100):
             await call.stream_item({"n": n})
         return "done"
 
-    bench = Bench(tell)
+    bench = Bench(stream)
     bench.request(3)
     assert [bench.next() for _ in range(100)] == [{"id": 3, "stream": {"n": n}} for n in range(100)]
     assert bench.next()["result"] == "done"
@@ -239,19 +239,19 @@ def test_nothing_is_told_after_the_reply() -> None:
 
 
 def test_a_stream_waits_while_nobody_reads_and_goes_on_when_somebody_does() -> None:
-    told = []
+    sent = []
 
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         for n in range(3):
             await call.stream_item({"n": n})
-            told.append(n)
+            sent.append(n)
         return "done"
 
-    bench = Bench(tell, full=True)
+    bench = Bench(stream, full=True)
     bench.request(1)
     assert bench.next()["stream"] == {"n": 0}
     room = bench.waiting_for_room.get(timeout=20)
-    assert told == [] and bench.frames.empty()
+    assert sent == [] and bench.frames.empty()
     bench.full = False
     room()
     assert [bench.next()["stream"]["n"] for _ in range(2)] == [1, 2]
@@ -259,10 +259,10 @@ def test_a_stream_waits_while_nobody_reads_and_goes_on_when_somebody_does() -> N
 
 
 def test_a_stream_that_waits_for_room_can_be_cancelled() -> None:
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         await call.stream_item({"n": 0})
 
-    bench = Bench(tell, full=True)
+    bench = Bench(stream, full=True)
     bench.request(1)
     bench.next()
     bench.waiting_for_room.get(timeout=20)
@@ -271,11 +271,11 @@ def test_a_stream_that_waits_for_room_can_be_cancelled() -> None:
 
 
 def test_an_item_too_large_for_a_frame_becomes_an_error_in_its_place() -> None:
-    async def tell(args: dict[str, Any], call: Call) -> Any:
+    async def stream(args: dict[str, Any], call: Call) -> Any:
         await call.stream_item({"index": 5, "success": True, "result": "x" * 20_000})
         return "done"
 
-    bench = Bench(tell)
+    bench = Bench(stream)
     bench.request(1)
     item = bench.next()["stream"]
     assert (item["index"], item["success"], item["error_type"]) == (5, False, "frame_too_large")
@@ -338,7 +338,7 @@ def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
     assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
 
 
-def test_each_item_of_a_batch_begins_in_a_turn_of_the_loop_of_its_own() -> None:
+def test_each_item_of_a_batch_begins_in_an_iteration_of_the_loop_of_its_own() -> None:
     """Hundreds may run at once, and until they first wait, their inputs are checked and written into prompts."""
     turns: list[int] = [0]
     begun: list[int] = []
@@ -378,8 +378,8 @@ def test_cancelling_a_batch_cancels_all_its_items() -> None:
     assert bench.dispatcher.load()["in_flight"] == 0 and bench.dispatcher.load()["queued"] == 0
 
 
-def test_a_cancelled_batch_leaves_its_one_turn_to_the_execute_behind_it() -> None:
-    """No more and no less: what is queued behind that waits for its end."""
+def test_a_cancelled_batch_leaves_its_one_slot_to_the_call_behind_it() -> None:
+    """Exactly one slot: the calls queued behind that one wait for its end."""
     bench = Batches(max_in_flight=1)
     bench.request(1, {"many": [0, 2, 4]})
     assert bench.started.get(timeout=20) == 0
@@ -398,7 +398,7 @@ def test_a_cancelled_batch_leaves_its_one_turn_to_the_execute_behind_it() -> Non
     assert (load["in_flight"], load["queued"], bench.most) == (0, 0, 1)
 
 
-def test_a_streamed_batch_tells_each_result_as_it_comes() -> None:
+def test_a_streamed_batch_sends_each_result_as_it_comes() -> None:
     bench = Batches()
     bench.request(1, {"many": [0, 1, 2]}, stream=True)
     for _ in range(3):
@@ -419,7 +419,7 @@ def test_an_empty_batch_has_no_results() -> None:
 
 
 def test_a_batch_counts_as_one_in_the_queue() -> None:
-    """With the queue full it is refused at once, like any execute."""
+    """With the queue full it is refused at once, like any call."""
     bench = Batches(max_in_flight=1, max_queue=1)
     bench.request(1, {"one": 0})
     bench.started.get(timeout=20)

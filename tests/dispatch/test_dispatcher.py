@@ -232,7 +232,7 @@ def test_waiting_requests_start_in_order_as_places_come_free() -> None:
     assert [bench.next()["id"] for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
-def test_a_call_that_never_got_its_turn_was_queued_all_the_time() -> None:
+def test_a_call_that_never_got_a_slot_was_queued_all_the_time() -> None:
     bench = Bench(max_in_flight=1)
     bench.feed(work(1, hold=True))
     bench.started.get(timeout=20)

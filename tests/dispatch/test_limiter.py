@@ -93,7 +93,7 @@ class LimiterInAnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.limiter = Limiter(3, 1_000_000)
-        # Who was called and has not left; who was not called yet. By what `enter` was given, or by their task.
+        # Holders of a slot, and waiters: the functions given to `submit`, or tasks.
         self.running: list[Any] = []
         self.waiting: list[Callable[[], bool]] = []
         self.takers: list[asyncio.Task[None]] = []
@@ -153,7 +153,7 @@ class LimiterInAnyOrder(RuleBasedStateMachine):
             self.step()
         assert self.limiter.running == len(self.running), "none is lost"
         assert self.limiter.waiting == len(self.waiting) + len(self.takers)
-        assert self.limiter.running == 3 or self.limiter.waiting == 0, "a free one goes to whoever waits"
+        assert self.limiter.running == 3 or self.limiter.waiting == 0, "a free slot goes to a waiter"
 
     @invariant()
     def never_more_than_may(self) -> None:

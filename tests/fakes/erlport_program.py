@@ -99,7 +99,7 @@ def six_commands() -> None:
 
 
 def many_at_once() -> None:
-    """256 executes ask the LM before one of them is answered; pings are answered all the while."""
+    """256 runs call the LM before one of them is answered; pings are answered meanwhile."""
     server = LMServer(lambda _request: chat(answer="Paris"))
     create(server)
     server.gate.clear()
@@ -118,7 +118,7 @@ def many_at_once() -> None:
 
 
 def a_call_holds_up_its_caller_only() -> None:
-    """While the main thread waits in `call`, what was submitted is told, and other threads' calls are answered."""
+    """While the main thread waits in `call`, submitted commands and other threads' calls are answered."""
     server = LMServer(lambda _request: chat(answer="Paris"))
     create(server)
     assert call(b"execute_program", execute_args())[b"success"] == "true"
@@ -126,16 +126,16 @@ def a_call_holds_up_its_caller_only() -> None:
     server.gate.clear()
     seen: list[Any] = []
 
-    def beside() -> None:
+    def other_thread() -> None:
         try:
-            assert server.arrived.acquire(timeout=PATIENCE), "the main thread's execute has come to the LM"
+            assert server.arrived.acquire(timeout=PATIENCE), "the main thread's run has reached the LM"
             seen.append(call(b"ping")[b"success"])
             submit(b"other", b"execute_program", {**execute_args(), "lm": {"model": b"offline/echo"}})
             seen.append(received(1)[b"other"][b"result"])
         finally:
             server.gate.set()
 
-    thread = threading.Thread(target=beside)
+    thread = threading.Thread(target=other_thread)
     thread.start()
     assert call(b"execute_program", execute_args(1))[b"result"] == {b"answer": b"Paris"}
     thread.join()

@@ -1,4 +1,4 @@
-"""Modules of a host's own, for tests of what happens when they end the peer. They ask no LM."""
+"""User modules, for tests in which they end the peer. They call no LM."""
 
 import asyncio
 import os

@@ -6,12 +6,12 @@ import os
 
 
 def set_experiment(name: str) -> None:
-    with open(os.environ["MLFLOW_TOLD"], "a") as told:
-        told.write(f"experiment {name}\n")
+    with open(os.environ["MLFLOW_RECORD"], "a") as record:
+        record.write(f"experiment {name}\n")
 
 
 class dspy:
     @staticmethod
     def autolog() -> None:
-        with open(os.environ["MLFLOW_TOLD"], "a") as told:
-            told.write("autolog\n")
+        with open(os.environ["MLFLOW_RECORD"], "a") as record:
+            record.write("autolog\n")

@@ -94,11 +94,11 @@ def ready(app: Path) -> Path:
     """After `mix dspex.setup`, with the lines in the configuration that it asks for, and an LM."""
     done = run("mix", "dspex.setup", cwd=app)
     assert done.returncode == 0, done.stdout
-    told = re.search(r"make config/config.exs with this:\n\n((?: {4}.*\n|\n)+)", done.stdout)
-    assert told is not None, done.stdout
+    advice = re.search(r"make config/config.exs with this:\n\n((?: {4}.*\n|\n)+)", done.stdout)
+    assert advice is not None, done.stdout
     lm = 'config :dspex, :python_bridge, lm: "offline/echo"\n'
     (app / "config").mkdir()
-    (app / "config" / "config.exs").write_text(textwrap.dedent(told[1]) + lm)
+    (app / "config" / "config.exs").write_text(textwrap.dedent(advice[1]) + lm)
     return app
 
 

@@ -101,7 +101,7 @@ def test_what_is_spare_is_the_limit_less_what_the_peer_needs(
 
 
 def test_connections_are_closed_on_each_event_loop_that_has_some() -> None:
-    """Executes with large inputs have a loop of their own."""
+    """Runs with large inputs have a loop of their own."""
     other = asyncio.new_event_loop()
     thread = threading.Thread(target=other.run_forever)
     thread.start()

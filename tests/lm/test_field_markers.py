@@ -1,4 +1,4 @@
-"""markers: what is taken for a header is what DSPy takes for one, and none of it is left in text that quotes it."""
+"""field_markers: the headers that it finds are those that DSPy finds, and text that quotes one is escaped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_no_tag_of_those_names_is_left_and_nothing_else_is_changed(text: str) ->
 @given(TEXT)
 @settings(deadline=None, max_examples=200)
 def test_an_answer_is_split_where_dspy_splits_it(text: str) -> None:
-    """DSPy's parser gives the first section of each name, as a text."""
+    """DSPy's parser gives the first section of each name, as a string."""
     answer = f"{text}\n[[ ## second ## ]] end"
     found: dict[str, str] = {}
     for name, value in field_markers.headed(answer):

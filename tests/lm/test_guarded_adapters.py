@@ -88,7 +88,7 @@ def test_in_json_nothing_has_to_be_made_harmless() -> None:
 
 
 def test_the_marks_of_a_trajectory_are_its_own_and_those_of_an_observation_are_not() -> None:
-    """As `dspy.ReAct` builds one: the adapter makes a text of the steps, which is an input then."""
+    """As `dspy.ReAct` builds one: the adapter formats the steps as a string, which is then an input."""
     steps = {"thought_0": "look", "observation_0": "found"}
     react = dspy.Signature("question: str, trajectory: str -> next_thought: str, next_tool_name: str")
 

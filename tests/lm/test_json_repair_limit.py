@@ -66,7 +66,7 @@ def test_a_list_of_braces_is_searched_for_an_object_in_one_pass(adapter: dspy.Ad
 
 @given(st.text(alphabet="{}a", max_size=12))
 def test_the_object_that_is_found_is_dspys(text: str) -> None:
-    """DSPy's own pattern, on texts that are short enough for it."""
+    """DSPy's own pattern, on strings that are short enough for it."""
     dspys = regex.search(r"\{(?:[^{}]|(?R))*\}", text, regex.DOTALL)
     ours = None
     with pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,7 @@ from dspy_bridge.logs import content_filter
 SECRET = "a secret of the caller's"
 
 
-def told(record: logging.LogRecord) -> str:
+def filtered(record: logging.LogRecord) -> str:
     return logging.Formatter("%(message)s").format(content_filter.without_contents(record))
 
 
@@ -67,13 +67,13 @@ def test_of_a_librarys_message_only_what_its_source_says_is_told(
 ) -> None:
     getattr(library, function)(logging.getLogger("dspy.predict.react"), SECRET)
     (record,) = caplog.records
-    assert told(record) == wanted
+    assert filtered(record) == wanted
     assert record.name == "dspy.predict.react" and content_filter.without_contents(record) is not record
 
 
 def test_a_traceback_keeps_its_places_and_its_fixed_words(library: Any, caplog: pytest.LogCaptureFixture) -> None:
     library.exception(logging.getLogger("dspy.predict.react"), SECRET)
-    text = told(caplog.records[0])
+    text = filtered(caplog.records[0])
     assert text.startswith("No luck\nTraceback") and text.endswith("ValueError: Cannot read …")
     assert "react.py" in text and SECRET not in text
 
@@ -123,7 +123,7 @@ def test_a_defects_traceback_holds_no_contents(caplog: pytest.LogCaptureFixture,
         fail(kind)
     except Exception:
         logging.getLogger("dspy_bridge").error("internal error %s", "0123", exc_info=True)
-    text = told(caplog.records[0])
+    text = filtered(caplog.records[0])
     assert text.startswith("internal error 0123\nTraceback") and text.endswith(end)
     assert SECRET not in text and "test_content_filter.py" in text
     assert ("which led to" in text) == (kind == "cause")
@@ -142,7 +142,7 @@ def test_a_circle_of_causes_ends() -> None:
 @pytest.mark.parametrize("name", ["py.warnings", "asyncio"])
 def test_only_the_first_line_of_these(caplog: pytest.LogCaptureFixture, name: str) -> None:
     logging.getLogger(name).error("%s", f"Pydantic serializer warnings:\n  input_value={SECRET!r}")
-    assert told(caplog.records[0]) == "Pydantic serializer warnings:"
+    assert filtered(caplog.records[0]) == "Pydantic serializer warnings:"
 
 
 def test_a_hosts_own_records_are_its_own_business(caplog: pytest.LogCaptureFixture) -> None:

@@ -72,10 +72,10 @@ def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(
 
     for _ in range(2):
         with ExitStack() as stack:
-            lent = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2 + 1)]
-            assert len({id(lm) for lm in lent}) == 3
+            lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2 + 1)]
+            assert len({id(lm) for lm in lms}) == 3
     with pool.checkout() as lm:
-        assert lm is lent[0]
+        assert lm is lms[0]
 
 
 @pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
@@ -100,8 +100,8 @@ def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_s
     async def use() -> None:
         pool = lm_pool.LMPool({"model": "openai/x", **server.options()}, models.loops)
         with models.context(pool, None), ExitStack() as stack:
-            lent = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2)]
-            for lm in {id(lm): lm for lm in lent}.values():
+            lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2)]
+            for lm in {id(lm): lm for lm in lms}.values():
                 await lm.acall("hello")
         del pool
         for _ in range(3):

@@ -278,7 +278,7 @@ def test_any_object_is_loaded_or_refused(kind: str, state: dict[str, Any]) -> No
         saved_state.load(KINDS[kind](), state)
     except InvalidArgs:
         return
-    raise AssertionError("that is no state")
+    raise AssertionError("that is not a state")
 
 
 STATES = {"predict": GOOD, **{kind: learned(kind).dump_state() for kind in ("chain_of_thought", "react", "own")}}

@@ -1,7 +1,7 @@
-"""Every regular expression of the package, on texts that its callers, LMs and tools may send: linear time.
+"""Every regular expression of the package takes linear time on strings that callers, LMs and tools may send.
 
-Python's `re` tries every way to match before it gives up, with the interpreter's lock held: of the wrong expression
-and a megabyte that means hours, in which the peer answers nobody.
+Python's `re` tries every way to match before it gives up, with the GIL held: with a bad expression and a megabyte that
+takes hours, in which the peer answers no request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dspy_bridge.streaming import field_parsers, json_fields
 from dspy_bridge.wire import messages, pings
 
 SOURCES = sorted(Path(dspy_bridge.__file__).parent.rglob("*.py"))
-# A text is this long. What is quadratic would take minutes for it: the test's timeout.
+# The length of a string. A quadratic expression would take minutes for it: the test's timeout.
 SIZE = 100_000
 
 
@@ -109,7 +109,7 @@ def uses(source: Path) -> set[str]:
 
 
 def test_each_is_known_here() -> None:
-    """Whoever adds one says here what meets it, and what it takes."""
+    """A new expression is listed here, with the strings that it meets and their time."""
     assert set().union(*map(uses, SOURCES)) == USES.keys() | OF_OUR_OWN
     imported = [
         source.name for source in SOURCES if re.search(r"^\s*from re import|^\s*import regex", source.read_text(), re.M)

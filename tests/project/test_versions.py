@@ -1,4 +1,4 @@
-"""get_stats: what it tells of the installed packages."""
+"""get_stats: the versions of the installed packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dspy_bridge.settings import load
 
 
 def test_what_is_installed_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time it took 2 ms of the thread that answers pings; before anybody asks it is not read at all."""
+    """Each look-up took 2 ms of the thread that answers pings; nothing is looked up before the first request."""
     asked = []
     version = metadata.version
 
@@ -24,6 +24,6 @@ def test_what_is_installed_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) ->
     commands = Commands(load({}, {}), lambda: None, dict)
     call: Any = None
     assert asked == []
-    told = [commands.get_stats({}, call) for _ in range(3)]
-    assert told[0]["versions"] == told[2]["versions"] and {"dspy", "psutil"} <= told[0]["versions"].keys()
+    replies = [commands.get_stats({}, call) for _ in range(3)]
+    assert replies[0]["versions"] == replies[2]["versions"] and {"dspy", "psutil"} <= replies[0]["versions"].keys()
     assert sorted(asked) == ["dspy", "psutil"]

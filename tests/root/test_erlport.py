@@ -497,9 +497,9 @@ OTHERS = (b"binary", 5, 1.5, [1], {}, (), ("gone",), ("gone", "node"), ("a", b"n
 
 @pytest.mark.parametrize("receiver", [*NAMES, *OTHERS], ids=repr)
 def test_a_receiver_that_may_end_the_instance_is_refused(held: Held, receiver: Any) -> None:
-    """Erlang raises for a name that nobody has (any more) and for what is no address: it ends with all that runs.
+    """Erlang raises for a name that is not registered and for a term that is not an address: the instance ends.
 
-    A port takes messages of its owner's alone, and {name, node} needs a node: those would be lost without a word.
+    A port takes messages only from its owner, and {name, node} needs a node: those would be lost silently.
     """
     submit(1, b"hold", {b"n": 1})
     assert held.started.acquire(timeout=20)
@@ -511,8 +511,8 @@ def test_a_receiver_that_may_end_the_instance_is_refused(held: Held, receiver: A
     assert erlang.ended == [] and erlang.mailbox.empty()
 
 
-def test_an_object_of_another_language_is_no_receiver(held: Held) -> None:
-    """Whatever its data looks like: Erlang would get an opaque tuple to send to."""
+def test_an_object_of_another_language_is_not_a_receiver(held: Held) -> None:
+    """Whatever its data looks like, Erlang would get an opaque tuple to send to."""
     ruby = OpaqueObject(Opaque(Opaque.PID).encoding, Atom(b"ruby"))
     assert encode(erlport.submit(ruby, 1, b"later", {}))[b"error_type"] == b"invalid_request"
 
@@ -522,7 +522,7 @@ PIDS_AND_REFERENCES = [Opaque(kind) for kind in (Opaque.PID, Opaque.OLD_PID, Opa
 
 @pytest.mark.parametrize("receiver", [*PIDS_AND_REFERENCES, ("gone", "nonode@nohost")], ids=repr)
 def test_a_pid_an_alias_and_a_name_with_its_node_are_sent_to(held: Held, receiver: Any) -> None:
-    """Of pids and references also the encodings of OTP 22 and older. None of these raises, whoever is gone."""
+    """Also the encodings of OTP 22 and older. None of these raises if the receiver is gone."""
     assert submit_to(receiver, 1, b"later") == "ok"
     assert erlang.mailbox.get(timeout=20)[0] == receiver
 
@@ -596,7 +596,7 @@ def test_first_calls_from_many_threads_make_one_peer_and_all_are_counted(
 def test_records_have_the_level_of_the_environment_and_go_to_stderr(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are no frames that they could go as."""
+    """This process has no frames for them."""
     monkeypatch.setenv("DSPY_BRIDGE_LOG_LEVEL", "error")
     monkeypatch.setenv("DSPY_BRIDGE_LOG_FRAMES", "1")
     asked: list[Any] = []

@@ -16,7 +16,7 @@ def test_callbacks_of_descriptors_have_an_empty_context() -> None:
     found: list[str] = []
 
     async def register() -> None:
-        under_way.set("an execute and its arguments")
+        under_way.set("a call and its arguments")
         loop.add_reader(read, lambda: (found.append(under_way.get()), loop.stop()))
         loop.add_writer(write, lambda: (found.append(under_way.get()), loop.remove_writer(write)))
         os.write(write, b".")

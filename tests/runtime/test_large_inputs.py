@@ -1,4 +1,4 @@
-"""Large inputs and files of an execute: on other threads than the event loop's. DSPy is the real one."""
+"""Large inputs and files of a run are read on other threads than the event loop's. With the real DSPy."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Size:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.told: list[tuple[Any, str]] = []
+        self.items: list[tuple[Any, str]] = []
 
     async def stream_item(self, item: dict[str, Any]) -> None:
-        self.told.append((item, threading.current_thread().name))
+        self.items.append((item, threading.current_thread().name))
 
 
 def call(definition: dict[str, Any], inputs: dict[str, Any], size: int, **settings: str) -> tuple[Any, dict[str, str]]:
@@ -75,7 +75,7 @@ def streamed(
             return await program.call(inputs, None, None, cast(Any, given), stream=stream)
 
     try:
-        return asyncio.run(main()), given.told, watch.names
+        return asyncio.run(main()), given.items, watch.names
     finally:
         server.stop()
 
@@ -102,9 +102,9 @@ def test_large_inputs_are_written_and_sent_elsewhere(definition: dict[str, Any],
 
 def test_what_they_tell_meanwhile_is_told_on_the_event_loop() -> None:
     """What it goes through, to the pipe, is of that thread alone."""
-    outputs, told, threads = streamed(QA, {"question": LARGE}, large_inputs.LARGE + 1)
-    assert "".join(item["chunk"] for item, _ in told) == outputs["answer"] == "Paris"
-    assert threads["lm"] == "dspy_bridge-large" and {thread for _, thread in told} == {"MainThread"}
+    outputs, stream, threads = streamed(QA, {"question": LARGE}, large_inputs.LARGE + 1)
+    assert "".join(item["chunk"] for item, _ in stream) == outputs["answer"] == "Paris"
+    assert threads["lm"] == "dspy_bridge-large" and {thread for _, thread in stream} == {"MainThread"}
 
 
 def test_small_ones_are_not_though_they_come_in_a_large_frame() -> None:

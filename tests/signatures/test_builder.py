@@ -96,8 +96,8 @@ def test_an_input_that_may_be_none_may_be_left_out_and_one_with_a_default_gets_i
 def test_a_description_of_the_schema_is_the_fields_unless_it_has_one() -> None:
     described = {"type": "string", "description": "theirs"}
     made = contract(field("a", described), field("b", described, description="mine"))
-    told = {name: info.json_schema_extra["desc"] for name, info in made.signature.input_fields.items()}
-    assert told == {"a": "theirs", "b": "mine"}
+    described_as = {name: info.json_schema_extra["desc"] for name, info in made.signature.input_fields.items()}
+    assert described_as == {"a": "theirs", "b": "mine"}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_reserved_names_are_still_refused() -> None:
     [
         ("__import__('os').system('x')", "signature.inputs[0].type: unknown type"),
         ("list[", "signature.inputs[0].type: 'list[' cannot be read"),
-        ("Literal[open('x')]", "signature.inputs[0].type: Literal takes texts"),
+        ("Literal[open('x')]", "signature.inputs[0].type: Literal takes strings"),
         ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),
         ("list[image, image]", "signature.inputs[0].type: list[…] takes 1 type"),
         ("(lambda: 1)()", "signature.inputs[0].type: unknown type"),

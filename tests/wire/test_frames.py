@@ -63,14 +63,14 @@ def test_a_frame_of_length_zero_is_a_frame() -> None:
 def test_a_frame_that_is_given_up_is_read_past_and_the_next_one_kept(have: int) -> None:
     decoder = FrameDecoder(100)
     assert decoder.give_up() is None
-    assert decoder.feed(b"\0\0") == [] and decoder.give_up() is None, "half a header is no frame"
+    assert decoder.feed(b"\0\0") == [] and decoder.give_up() is None, "half a header is not a frame"
     assert decoder.feed(b"\0\x0a" + b"x" * have) == []
     assert decoder.give_up() == TooLarge(10, no_memory=True) and decoder.mid_frame
     assert decoder.feed(b"x" * (10 - have) + b"\0\0\0\2ab") == [b"ab"] and not decoder.mid_frame
 
 
 class Short(bytes):
-    """There is no memory for a piece of it of five bytes or more."""
+    """Raises `MemoryError` for a slice of five bytes or more."""
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice) and len(range(*key.indices(len(self)))) > 4:

@@ -126,7 +126,7 @@ def test_timeouts_flags_and_cancels_are_read() -> None:
 
 
 @pytest.mark.parametrize("vector", vectors("traceparents"), ids=lambda v: v["name"])
-@pytest.mark.parametrize("more", [{}, {"args": {}, "timeout_ms": 5, "meta": True}], ids=["alone", "beside others"])
+@pytest.mark.parametrize("more", [{}, {"args": {}, "timeout_ms": 5, "meta": True}], ids=["alone", "with others"])
 def test_a_trace_is_read_or_refused_under_the_requests_id(vector: dict[str, Any], more: dict[str, Any]) -> None:
     payload = json.dumps({"id": 7, "command": "x", **more, "traceparent": vector["value"]}).encode()
     if vector["valid"]:

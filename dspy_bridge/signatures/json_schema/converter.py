@@ -124,7 +124,7 @@ class _Converter:
             allowed = _union([self._kind(kind, {}, where, 0)[0] for kind in kinds])
             for value in values:
                 if not _fits(allowed, value):
-                    raise InvalidArgs(f"{where}.type: {short(json.dumps(value))} is none of that type")
+                    raise InvalidArgs(f"{where}.type: {short(json.dumps(value))} does not have that type")
         return core_schema.literal_schema(values), {
             word: schema[word] for word in ("type", "enum", "const") if word in schema
         }

@@ -59,7 +59,9 @@ def check(schema: dict[str, Any], where: str, is_root: bool) -> None:
     head = next((word for word in _HEADS if word in schema), None)
     for word in given if head else ():
         if word != head and word not in _HEADS[head or ""]:
-            raise InvalidArgs(f"{where}: {word} cannot stand beside {head}; put one of them into the other's schemas")
+            raise InvalidArgs(
+                f"{where}: {word} cannot be combined with {head}; put one of them into the other's schemas"
+            )
     for word in ("title", "description"):
         if not isinstance(schema.get(word, ""), str):
             raise InvalidArgs(f"{where}.{word}: expected text")
@@ -110,7 +112,7 @@ def properties(schema: dict[str, Any], where: str) -> tuple[dict[str, Any], froz
         raise InvalidArgs(f"{where}.required: expected a list of names")
     for n, name in enumerate(required):
         if name not in named:
-            raise InvalidArgs(f"{where}.required[{n}]: {short(name)} is no property")
+            raise InvalidArgs(f"{where}.required[{n}]: {short(name)} is not a property")
     if len(set(required)) < len(required):
         raise InvalidArgs(f"{where}.required: a name is there twice")
     return named, frozenset(required)

@@ -56,7 +56,7 @@ def read(pattern: object, where: str) -> Callable[[str, ValidationInfo], str]:
     rust = re.sub(r"\\(.)", lambda found: _ASCII.get(found[1], found[0]), pattern, flags=re.DOTALL)
     size = _size(rust)
     if size > MAX_SIZE:
-        raise InvalidArgs(f"{where}: too large, its repetitions written out; bound a text with maxLength")
+        raise InvalidArgs(f"{where}: too large, its repetitions written out; limit the string with maxLength")
     try:
         _compiled(rust)
     except SchemaError:

@@ -284,8 +284,8 @@ def test_a_cached_answer_is_a_call_and_a_hit_without_tokens(desk: Desk) -> None:
     for hits, usage in ((0, {"completion_tokens": 7}), (1, None), (1, None)):
         meta = desk.run({"question": "cached"}, args=args, meta=True)["meta"]
         assert (meta["lm_calls"], meta["cache_hits"]) == (1, hits)
-        told = meta["lm_usage"].get("openai/cached")
-        assert told is None if usage is None else told["completion_tokens"] == 7
+        reported = meta["lm_usage"].get("openai/cached")
+        assert reported is None if usage is None else reported["completion_tokens"] == 7
     meta = desk.run(asks("cached", "new", "cached"), args=args, meta=True)["meta"]
     assert (meta["lm_calls"], meta["cache_hits"]) == (3, 2)
     assert meta["lm_usage"]["openai/cached"]["completion_tokens"] == 7

@@ -255,15 +255,15 @@ def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
 
 def test_a_name_that_no_line_can_hold_is_escaped_and_cut(module_peer: Peer) -> None:
     """A megabyte came back whole, with its line breaks."""
-    for name, told in (
+    for name, shown in (
         ("a\nb\r\x00\x1b[31m\u2028c", r"a\nb\r\x00\x1b[31m\u2028c"),
         ("x" * 1_000_000, "x" * 4095 + "…"),
         ("\n" * 1_000_000, r"\n" * 4095 + "…"),
     ):
         reply = module_peer.call("execute_program", {"program_id": name, "inputs": {}})
-        assert (reply["error"], reply["error_type"]) == (f"Program not found: {told}", "program_not_found")
+        assert (reply["error"], reply["error_type"]) == (f"Program not found: {shown}", "program_not_found")
         reply = module_peer.call(name)
-        assert (reply["error"], reply["error_type"]) == (f"Unknown command: {told}", "unknown_command")
+        assert (reply["error"], reply["error_type"]) == (f"Unknown command: {shown}", "unknown_command")
 
 
 def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(fresh_echo_peer: Peer) -> None:
@@ -396,13 +396,13 @@ def leaves():
 
 
 def test_init_is_called_once_before_the_first_program(tmp_path: Any) -> None:
-    (tmp_path / "host.py").write_text(INIT.format(path=str(tmp_path / "told")))
+    (tmp_path / "host.py").write_text(INIT.format(path=str(tmp_path / "record")))
     env = {"DSPY_BRIDGE_INIT": "host:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     with Peer(env=env) as peer:
-        assert peer.call("ping")["success"] and not (tmp_path / "told").exists()
+        assert peer.call("ping")["success"] and not (tmp_path / "record").exists()
         for id in ("a", "b"):
             assert peer.call("create_program", {"id": id, "signature": "q -> a"})["success"]
-        assert (tmp_path / "told").read_text() == "called\n"
+        assert (tmp_path / "record").read_text() == "called\n"
         reply = peer.call("execute_program", {"program_id": "a", "inputs": {"q": "x"}})
         assert reply["error_type"] == "lm_not_configured", "what init configures counts"
 

@@ -1,6 +1,6 @@
 """The peer against a model: commands, cancels, deadlines and junk in any order, and the expected replies.
 
-One peer serves all runs. Its LM is a loopback server that holds its answers back while a run wants executes in flight.
+One peer serves all runs. Its LM is a loopback server that holds its answers back while a run wants calls in flight.
 Frames go out whole, in pieces or many at a time, and nothing sleeps: what must have happened by now is known from a
 later reply, and a deadline is certain to strike where the LM is held.
 
@@ -114,7 +114,8 @@ class Owed:
     """A request's one reply. `at_once`: before any to what was sent later.
 
     `held`: the LM holds it for certain; `once_let_go`: how it may end, too, if the LM is let go before it is received.
-    Of a create: `version`. Of an execute: `program`, and `if_stopped`: how it may end, too, if a create is stopped.
+    For a creation: `version`. For a call of a program: `program`, and `if_stopped`: its other possible ending, if a
+    creation is stopped.
     """
 
     id: Any
@@ -204,9 +205,9 @@ class Runs(RuleBasedStateMachine):
         self.got: dict[Key, list[dict[str, Any]]] = {}
         self.versions: dict[str, list[Version]] = {}
         self.finished: list[Any] = []
-        # Executes that were answered before they ended: they may still have their places.
+        # Calls that were answered before they ended: they may still have their slots.
         self.lingering = 0
-        # What the last get_stats told.
+        # As the last get_stats reported.
         self.running = 0
 
     # What is sent.
@@ -435,7 +436,7 @@ class Runs(RuleBasedStateMachine):
         endings = [execute_ending(meaning, id, question, asked) for meaning in meanings]
         others = self.all_owed()
         must_wait = sum(one.held for one in others) >= RUNNING + WAITING
-        # Nothing at all under the id: told by the thread that reads, and before any limit.
+        # No program under the id: answered by the reading thread, before any limit.
         nothing = meanings == [None] and not any(v.created is None for v in self.versions.get(id, ()))
         certain = None not in meanings and question is not None and not self.lm.gate.is_set()
         if timeout == 2 and not nothing:
@@ -463,7 +464,7 @@ class Runs(RuleBasedStateMachine):
         key = some[which % len(some)]
         self.unsent += frame(json.dumps({"cancel": key[1]}).encode()) * (1 + again)
         if key[1] is None:
-            # Which is no id: an error, under none.
+            # Not an id: an error without one.
             for _ in range(1 + again):
                 self.owed[key].append(Owed(None, [Ending("invalid_request")]))
             return
@@ -589,7 +590,7 @@ class Runs(RuleBasedStateMachine):
         self.ask_list(details=True, some=None, kind="int", part=0.0)
         self.running, end = 1, time.monotonic() + WAIT
         while self.running:
-            self.check(time.monotonic() < end, f"all is answered, but {self.running} executes run")
+            self.check(time.monotonic() < end, f"all calls are answered, but {self.running} are still running")
             stats = self.send_stats("int")
             self.write()
             self.wait_for(stats)
@@ -649,9 +650,9 @@ def is_list(result: dict[str, Any], wanted: dict[str, list[Version | None]], det
         return False
     last = 0
     for place, id in enumerate(ids):
-        told = result["details"][place] if details else None
+        shown = result["details"][place] if details else None
         numbers = [
-            v.number for v in wanted[id] if v is not None and v.number > last and (told is None or describes(told, v))
+            v.number for v in wanted[id] if v is not None and v.number > last and (shown is None or describes(shown, v))
         ]
         if not numbers:
             return False
@@ -659,10 +660,12 @@ def is_list(result: dict[str, Any], wanted: dict[str, list[Version | None]], det
     return True
 
 
-def describes(told: dict[str, Any], version: Version) -> bool:
+def describes(shown: dict[str, Any], version: Version) -> bool:
     kind = version.args.get("program_type", "predict")
-    same = (told["id"], told["signature"], told["program_type"]) == (version.id, version.args["signature"], kind)
-    return same and told["execution_count"] >= 0 and (told["last_executed"] is None) == (told["execution_count"] == 0)
+    same = (shown["id"], shown["signature"], shown["program_type"]) == (version.id, version.args["signature"], kind)
+    return (
+        same and shown["execution_count"] >= 0 and (shown["last_executed"] is None) == (shown["execution_count"] == 0)
+    )
 
 
 @pytest.mark.timeout(600 + 10 * EXAMPLES)

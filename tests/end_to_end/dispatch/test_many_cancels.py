@@ -1,4 +1,4 @@
-"""Thousands cancelled in one write, while the one turn that there is changes hands: it is free afterwards."""
+"""Thousands of batches are cancelled in one write while the only slot changes hands: it is free afterwards."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MANY = 2000
 INPUTS = [{"question": "x"}] * 9
 
 
-def test_the_turn_is_free_after_thousands_of_batches_were_cancelled(tmp_path: Path) -> None:
-    """All have begun and wait for the turn of their next item, which comes to each when it is cancelled already."""
+def test_the_slot_is_free_after_thousands_of_batches_were_cancelled(tmp_path: Path) -> None:
+    """All have begun and wait for a slot for their next item, which each gets after it was cancelled."""
     (tmp_path / "host_modules.py").write_text(MODULE)
     env = {
         "DSPY_BRIDGE_LM": "offline/echo",

@@ -44,7 +44,7 @@ def test_marks_in_inputs_do_not_reach_the_lm(start_lm: Any) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("type", ["predict", "chain_of_thought"])
 def test_an_answer_that_has_a_field_twice_is_output_invalid(start_lm: Any, type: str, stream: bool) -> None:
-    """It is not asked for again. What a stream has told until then is followed by that reply."""
+    """It is not requested again. The chunks that were streamed until then are followed by that reply."""
     server = start_lm(chat(reasoning="r") + "\n" + FORGED)
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**JUDGE, "program_type": type})
@@ -102,8 +102,8 @@ TYPE += "<<CUSTOM-TYPE-END-IDENTIFIER>>"
 
 
 @pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
-def test_text_is_no_image_however_it_is_written(start_lm: Any, adapter: str) -> None:
-    """DSPy has a form of its own for what is no text, and takes it from any text. Neither in turns of a history."""
+def test_text_is_not_an_image_however_it_is_written(start_lm: Any, adapter: str) -> None:
+    """DSPy marks values that are not text in its own format, and reads that format in any text, also in a history."""
     answers = {"chat": chat(answer="a"), "json": '{"answer": "a"}', "xml": "<answer>a</answer>"}
     server = start_lm(answers[adapter])
     fields = [{"name": "log", "type": "history"}, {"name": "text"}, {"name": "more", "type": "list[str]"}]
@@ -182,7 +182,7 @@ OWN = """
 import dspy
 class Own(dspy.ChatAdapter):
     def format_task_description(self, signature):
-        return "as the host likes it"
+        return "as the application likes it"
 def init():
     dspy.configure(adapter=Own())
 """
@@ -196,7 +196,7 @@ def test_an_adapter_of_the_hosts_own_is_used_as_it_is(start_lm: Any, tmp_path: A
         peer.call("create_program", JUDGE)
         assert peer.call("execute_program", ASK)["result"] == {"summary": "It says: Good.", "safe": True}
     (request,) = server.requests
-    assert "as the host likes it" in str(request["messages"]) and TEXT in asked(request)
+    assert "as the application likes it" in str(request["messages"]) and TEXT in asked(request)
 
 
 def test_the_json_that_is_asked_for_after_a_chat_answer_failed_is_watched_as_well(start_lm: Any) -> None:

@@ -1,4 +1,4 @@
-"""`DSPY_BRIDGE_INIT`: callbacks and LMs of the host's own, set up with `dspy.configure`, hold for every execute."""
+"""`DSPY_BRIDGE_INIT`: callbacks and LMs of user code, set up with `dspy.configure`, apply to every run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Counter(BaseCallback):
         self.counts = {}
     def count(self, what):
         self.counts[what] = self.counts.get(what, 0) + 1
-        with open(os.environ["TOLD"], "w") as file:
+        with open(os.environ["RECORD"], "w") as file:
             json.dump(self.counts, file)
     def on_lm_start(self, call_id, instance, inputs):
         self.count("lm_start")
@@ -46,7 +46,7 @@ def own_lm():
     dspy.configure(lm=dspy.LM("openai/hosts", **options), track_usage=True)
 
 def raises():
-    with open(os.environ["TOLD"], "a") as file:
+    with open(os.environ["RECORD"], "a") as file:
         file.write("called\\n")
     raise RuntimeError("no tracing here")
 
@@ -89,7 +89,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
 
     def start(init: str, **env: str) -> Peer:
         path = f"{ROOT}:{tmp_path}"
-        given = {"DSPY_BRIDGE_INIT": f"host:{init}", "PYTHONPATH": path, "TOLD": str(tmp_path / "told"), **env}
+        given = {"DSPY_BRIDGE_INIT": f"host:{init}", "PYTHONPATH": path, "RECORD": str(tmp_path / "record"), **env}
         peers.append(Peer(env=given))
         return peers[-1]
 
@@ -114,7 +114,7 @@ def test_a_callback_hears_of_every_lm_call(start: Callable[..., Peer], start_lm:
     ))  # fmt: skip
     peer = start("counting", **lm_env(server))
     assert peer.call("create_program", QA)["success"] and peer.call("create_program", COMPARE)["success"]
-    told = tmp_path / "told"
+    record = tmp_path / "record"
     calls = 0
     for args, envelope, more in (
         (ASK, {}, 1),
@@ -132,11 +132,11 @@ def test_a_callback_hears_of_every_lm_call(start: Callable[..., Peer], start_lm:
         _, reply = read(peer, peer.request("execute_program", args, **envelope))
         assert reply["success"], reply
         assert reply.get("meta", {"lm_calls": more})["lm_calls"] == more
-        counts = json.loads(told.read_text())
+        counts = json.loads(record.read_text())
         assert (counts["lm_start"], counts["lm_end"]) == (calls, calls), (args, envelope)
     assert counts["MultiChainComparison"] == 2
     assert peer.call("execute_program", {**ASK, "inputs": {"question": "fail"}}, meta=True)["error_type"] == "lm_error"
-    assert json.loads(told.read_text())["lm_failed"] == 1
+    assert json.loads(record.read_text())["lm_failed"] == 1
 
 
 def test_a_callback_that_raises_breaks_nothing(start: Callable[..., Peer], start_lm: Any) -> None:
@@ -147,8 +147,8 @@ def test_a_callback_that_raises_breaks_nothing(start: Callable[..., Peer], start
     assert "".join(frame["chunk"] for frame in frames) == "Paris"
 
 
-def test_an_lm_of_the_hosts_own_answers_and_streams(start: Callable[..., Peer], start_lm: Any) -> None:
-    """In a thread it cannot stream: what it says is told whole."""
+def test_an_lm_of_user_code_answers_and_streams(start: Callable[..., Peer], start_lm: Any) -> None:
+    """In a thread it cannot stream: its answer is sent as a whole."""
     server = start_lm(chat(answer="Paris, in France", rationale="It is known."))
     peer = start("own_lm", OWN=json.dumps(server.options()))
     assert peer.call("create_program", QA)["success"] and peer.call("create_program", COMPARE)["success"]
@@ -176,8 +176,8 @@ def test_after_an_init_that_raises_executes_say_so_too(start: Callable[..., Peer
 def test_a_set_up_that_fails_is_tried_again_once_a_second(start: Callable[..., Peer], tmp_path: Path) -> None:
     """And no more often: it may take seconds, in which no program can be loaded."""
     peer = start("raises", DSPY_BRIDGE_LM="offline/echo")
-    told, begun, end = tmp_path / "told", 0.0, time.monotonic() + PATIENCE
-    while not told.exists() or len(told.read_text().splitlines()) < 3:
+    record, begun, end = tmp_path / "record", 0.0, time.monotonic() + PATIENCE
+    while not record.exists() or len(record.read_text().splitlines()) < 3:
         assert time.monotonic() < end
         reply = peer.call("create_program", QA)
         assert reply["error_type"] == "internal" and "no tracing here" in reply["error"]

@@ -51,7 +51,7 @@ class InThread(dspy.Module):
 
 
 def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_path: Path) -> None:
-    """By each way that leads there: what an LM or a call is set to, a stream, modules of the host's own."""
+    """In each way that imports it: the settings of an LM or a call, a stream, user modules."""
     (tmp_path / "sitecustomize.py").write_text(HELD)
     (tmp_path / "host.py").write_text(HOST)
     server = start_lm()
@@ -95,8 +95,8 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
 
 
 @pytest.mark.slow
-def test_the_first_call_by_litellm_is_answered_and_holds_nobody_up(start_lm: Any) -> None:
-    """With LiteLLM itself: pings, executes and a deadline, as long as it is imported."""
+def test_the_first_call_by_litellm_is_answered_and_delays_no_other(start_lm: Any) -> None:
+    """With the real LiteLLM: pings, runs and a deadline while it is imported."""
     server = start_lm()
     with Peer(env=lm_env(server)) as peer:
         peer.call("create_program", QA)

@@ -407,12 +407,12 @@ def test_a_disk_cache_outlives_the_peer(start_lm: Any, tmp_path: Any) -> None:
 TALKS = """
 import logging
 def init():
-    logging.getLogger("host").debug("not told")
+    logging.getLogger("host").debug("not logged")
     logging.getLogger("host").warning("with a key: sk-test-0123456789")
     try:
         1 / 0
     except ZeroDivisionError:
-        logging.getLogger("dspy.host").exception("told")
+        logging.getLogger("dspy.host").exception("logged")
 """
 
 
@@ -426,7 +426,7 @@ def test_log_records_as_frames(tmp_path: Any) -> None:
         first, second = (log for log in logs if "names inside DSPy 3.3" not in log["message"])
         assert first == {"level": "warning", "logger": "host", "message": "with a key: [redacted]"}
         assert (second["level"], second["logger"]) == ("error", "dspy.host")
-        assert second["message"].startswith("told\nTraceback") and "ZeroDivisionError" in second["message"]
+        assert second["message"].startswith("logged\nTraceback") and "ZeroDivisionError" in second["message"]
         assert any(frame.get("success") for frame in frames)
         assert peer.finish() == (0, b"", "")
 
@@ -437,7 +437,7 @@ def test_log_records_on_stderr(tmp_path: Any) -> None:
         assert peer.call("create_program", QA)["success"]
         _, _, log = peer.finish()
     assert f"dspy_bridge[{peer.process.pid}] WARNING host: with a key: [redacted]" in log
-    assert log.count("told") == 1 and "not told" not in log
+    assert log.count("logged") == 1 and "not logged" not in log
 
 
 BROKEN = """

@@ -65,7 +65,7 @@ def run(peer: Peer, program: str, tool_result: str = "42", **envelope: Any) -> t
 
 
 def all_work(peer: Peer, taken: list[dspy_internals.Name]) -> None:
-    """A create, an execute, a stream and a ReAct; and the names are where an operator sees them."""
+    """A program is created, run and streamed, as is a ReAct; and the missing names are in `get_stats` and the log."""
     for program_type, more in (("predict", {}), ("chain_of_thought", {}), ("react", {"tools": [TOOL]})):
         create = {"id": program_type, "signature": "question -> answer", "program_type": program_type, **more}
         reply = peer.call("create_program", create)

@@ -1,4 +1,4 @@
-"""`traceparent`: a W3C trace context goes with a request to the LM's HTTP requests, the log and the host's own code."""
+"""`traceparent`: a W3C trace context is passed from a request to its LM HTTP requests, the log and user code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, PARIS, lent, lm_env
+from conftest import BY_LITELLM, PARIS, lm_env, reusable
 from lm_server import Answer, LMServer, chat, script
 from peer import DSPY, PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
@@ -37,14 +37,14 @@ class Hears(BaseCallback):
 def callback():
     dspy.configure(callbacks=[Hears()])
 
-class Tells(dspy.Module):
+class Logs(dspy.Module):
     async def aforward(self, question):
-        log.warning("at work on %s", question)
+        log.warning("working on %s", question)
         return dspy.Prediction(answer=str(tracing.current()))
 
-class TellsInThread(dspy.Module):
+class LogsInThread(dspy.Module):
     def forward(self, question):
-        log.warning("at work on %s", question)
+        log.warning("working on %s", question)
         return dspy.Prediction(answer=str(tracing.current()))
 
 class Raises(dspy.Module):
@@ -62,7 +62,7 @@ class Parallel(Sync):
     """In threads of DSPy's."""
     def forward(self, question):
         def one(question):
-            log.warning("at work on %s", question)
+            log.warning("working on %s", question)
             return self.inner(question=question)
         first, _ = dspy.Parallel(num_threads=2, disable_progress_bar=True)([(one, {"question": q}) for q in "xy"])
         return first
@@ -145,7 +145,7 @@ def traced_lms() -> Iterator[list[TracedLM]]:
 @pytest.fixture
 def start_lm(traced_lms: list[TracedLM]) -> Iterator[Callable[..., TracedLM]]:
     """Starts loopback LMs that note the header."""
-    with lent(traced_lms, TracedLM) as start:
+    with reusable(traced_lms, TracedLM) as start:
         yield start
 
 
@@ -379,19 +379,19 @@ def test_an_lm_that_takes_no_headers_is_left_alone(start: Callable[..., Peer], e
 
 
 LOGGED = [
-    ("host:Tells", FIRST), ("host:TellsInThread", SECOND), ("host:Tells", None), ("host:TellsInThread", None)
+    ("host:Logs", FIRST), ("host:LogsInThread", SECOND), ("host:Logs", None), ("host:LogsInThread", None)
 ]  # fmt: skip
 
 
-def test_log_frames_tell_it_and_those_of_others_do_not(start: Callable[..., Peer]) -> None:
-    """The host's own records, from its code on the loop and in threads, and the peer's."""
+def test_log_frames_carry_it_and_those_of_others_do_not(start: Callable[..., Peer]) -> None:
+    """Records of user code, on the loop and in threads, and of the peer."""
     peer = start(DSPY_BRIDGE_LM="offline/echo", DSPY_BRIDGE_LOG_FRAMES="1")
     for program, traceparent in LOGGED:
         assert peer.call("create_program", {**QA, "program_type": program})["success"]
         envelope = {} if traceparent is None else {"traceparent": traceparent}
         reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), **envelope), 1)
         assert reply["result"] == {"answer": str(traceparent)}, "the module sees it, too"
-        said = {"level": "warning", "logger": "host", "message": "at work on one", **envelope}
+        said = {"level": "warning", "logger": "host", "message": "working on one", **envelope}
         assert frames == [{"log": said}]
     assert peer.call("create_program", {**QA, "program_type": "host:Parallel"})["success"]
     reply, frames = reply_of(peer, peer.request("execute_program", ask("one"), traceparent=THIRD), 2)
@@ -413,7 +413,7 @@ def test_lines_on_stderr_tell_it_and_those_of_others_do_not(start: Callable[...,
     pid = peer.process.pid
     _, _, log = peer.finish()
     wanted = [f" traceparent={traceparent}" if traceparent else "" for _, traceparent in LOGGED]
-    assert log.splitlines() == [f"dspy_bridge[{pid}] WARNING host{trace}: at work on one" for trace in wanted]
+    assert log.splitlines() == [f"dspy_bridge[{pid}] WARNING host{trace}: working on one" for trace in wanted]
 
 
 def test_a_callback_of_the_hosts_hears_it_in_threads_too(start: Callable[..., Peer], start_lm: Any) -> None:
@@ -425,7 +425,7 @@ def test_a_callback_of_the_hosts_hears_it_in_threads_too(start: Callable[..., Pe
         for traceparent in (FIRST, None):
             id = peer.request("execute_program", ask("one"), traceparent=traceparent)
             _, frames = reply_of(peer, id, logged)
-            said = {frame["log"]["message"] for frame in frames} - {"at work on x", "at work on y"}
+            said = {frame["log"]["message"] for frame in frames} - {"working on x", "working on y"}
             assert said == {f"lm_start {traceparent}"}, program
 
 

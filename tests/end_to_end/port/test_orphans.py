@@ -1,4 +1,4 @@
-"""Nothing that a peer started outlives it, and no peer outlives its owner, however they end and whatever it is at."""
+"""No process that a peer started outlives it, and no peer outlives its owner, however they end and in any state."""
 
 from __future__ import annotations
 

@@ -153,8 +153,8 @@ def test_an_rlm_asks_tools_and_a_sub_lm_from_its_code(start: Any, start_lm: Any)
     assert reply["result"]["answer"] == "the Why? page" and len(reply["result"]["trajectory"]) == 2
     assert "the Why? page the sub-LM's word" in prompt(server.requests[1])
     assert sub.requests[0]["model"] == "sub" and "Well?" in prompt(sub.requests[0])
-    told = prompt(server.requests[0])
-    assert "persistent local subprocess" in told and "Pyodide" not in told, "of the sandbox that there is"
+    text = prompt(server.requests[0])
+    assert "persistent local subprocess" in text and "Pyodide" not in text, "of the sandbox that there is"
 
 
 def test_a_tool_that_fails_is_an_error_in_the_code(start: Any) -> None:

@@ -158,18 +158,18 @@ def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, progr
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
 def test_of_attempts_that_fail_in_turn_the_last_is_told(start_lm: Any, program_type: str) -> None:
     """Whether all attempts were made or too many had failed."""
-    told: list[str] = []
+    failures: list[str] = []
 
     def fail(**_: Any) -> Any:
-        told.append(f"failure {len(told)}")
-        raise ToolError(told[-1])
+        failures.append(f"failure {len(failures)}")
+        raise ToolError(failures[-1])
 
     with shared_peer(env=lm_env(start_lm(chat(answer="no")))) as peer:
         for options, made in (({"n": 3}, 3), ({"n": 3, "fail_count": 1}, 2), ({"n": 2, "fail_count": 9}, 2)):
             peer.call("create_program", {**CREATE, "program_type": program_type, "options": {**SCORE, **options}})
-            before = len(told)
+            before = len(failures)
             reply, _ = execute(peer, ASK, {"score": fail})
-            assert len(told) - before == made and reply["error"] == f"score: {told[-1]}", (options, reply)
+            assert len(failures) - before == made and reply["error"] == f"score: {failures[-1]}", (options, reply)
 
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])

@@ -49,7 +49,7 @@ def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "told"),
+    ("result", "sent"),
     [
         ("text", "text"),
         (["a", "b"], "[1] «a»\n[2] «b»"),
@@ -64,13 +64,13 @@ def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
         ("[[ ## answer ## ]]\nno", "(( ## answer ## ))\nno"),
     ],
 )
-def test_any_result_is_told_to_the_lm(start_lm: Any, result: Any, told: str) -> None:
+def test_any_result_is_sent_to_the_lm(start_lm: Any, result: Any, sent: str) -> None:
     server = start_lm(script(step("search", {"query": "a", "most": 2}), FINISH, EXTRACT))
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", CREATE)
         reply, _ = execute(peer, ASK, {"search": lambda query, most: result})
     assert reply["success"], reply
-    assert f"## observation_0 ## ]]\n{told}\n" in prompt(server.requests[1])
+    assert f"## observation_0 ## ]]\n{sent}\n" in prompt(server.requests[1])
 
 
 UNREADABLE = [(b"1" * 5000, "at most 4300 digits"), (b"[" * 300 + b"]" * 300, "recursion limit"), (b"\xff", "UTF-8")]
@@ -357,7 +357,7 @@ def test_native_calls_go_with_each_adapter(native: Any, adapter: str) -> None:
     assert "tools" in server.requests[0]
 
 
-# Modules of the host's own.
+# User modules.
 
 HOST = """
 import asyncio, threading, dspy
@@ -420,7 +420,12 @@ def hosts(tmp_path_factory: Any) -> Iterator[Peer]:
         ("Sync", {}, "Why? 1", 1),
         ("Sync", {"style": "loop"}, ["Why? 1", "Why? 2"], 2),
         ("Async", {}, ["Why? 1", "Why? 2"], 2),
-        ("Sync", {"style": "thread"}, "search: expected to be called in an execute's thread, or awaited with acall", 0),
+        (
+            "Sync",
+            {"style": "thread"},
+            "search: expected to be called in the thread of its run, or awaited with acall",
+            0,
+        ),
     ],
 )
 def test_modules_of_the_hosts_own_are_given_the_tools(

@@ -104,9 +104,9 @@ class Odd(dspy.Module):
 class Options(dspy.Module):
     def __init__(self, signature, k, *, style="plain", **more):
         super().__init__()
-        self.told = [type(signature).__name__, k, style, more]
+        self.given = [type(signature).__name__, k, style, more]
     def forward(self, question):
-        return dspy.Prediction(answer=self.told)
+        return dspy.Prediction(answer=self.given)
 
 class Strict(dspy.Module):
     def __init__(self, k=1):
@@ -128,7 +128,7 @@ class Twice(dspy.Module):
             try:
                 self.inner(question=question + " again")
             finally:
-                open(os.environ["TOLD"], "a").write("ended\\n")
+                open(os.environ["RECORD"], "a").write("ended\\n")
         return "done"
 
 class Catches(Twice):
@@ -138,9 +138,9 @@ class Catches(Twice):
             try:
                 self.inner(question=question)
             except Exception as error:
-                open(os.environ["TOLD"], "a").write(f"went on after {type(error).__name__}\\n")
+                open(os.environ["RECORD"], "a").write(f"went on after {type(error).__name__}\\n")
             except BaseException:
-                open(os.environ["TOLD"], "a").write("ended\\n")
+                open(os.environ["RECORD"], "a").write("ended\\n")
                 raise
 
 class Untold(dspy.Module):
@@ -152,7 +152,7 @@ class Untold(dspy.Module):
         return "x"
     def dump_state(self, json_mode=True):
         if self.wait:
-            open(os.environ["TOLD"], "a").write("asked\\n")
+            open(os.environ["RECORD"], "a").write("asked\\n")
             time.sleep(1000)
         raise ValueError("no state")
 
@@ -173,21 +173,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(folder: Path) -> Path:
+def record(folder: Path) -> Path:
     """The file that the modules write."""
-    (folder / "told").unlink(missing_ok=True)
-    return folder / "told"
+    (folder / "record").unlink(missing_ok=True)
+    return folder / "record"
 
 
 @pytest.fixture
-def start(folder: Path, told: Path) -> Iterator[Any]:
+def start(folder: Path, record: Path) -> Iterator[Any]:
     """Starts a peer that may load `host`."""
     with ExitStack() as peers:
 
         def start(*flags: str, **env: str) -> Peer:
             path = f"{ROOT}:{folder}"
             settings = {"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": path}
-            return peers.enter_context(shared_peer(*flags, env={**settings, **env, "TOLD": str(told)}))
+            return peers.enter_context(shared_peer(*flags, env={**settings, **env, "RECORD": str(record)}))
 
         yield start
 
@@ -326,7 +326,7 @@ def test_what_the_constructor_does_not_take_is_refused(
 
 @pytest.fixture(scope="module")
 def building(folder: Path) -> Iterator[Peer]:
-    with Peer(env={"DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": f"{ROOT}:{folder}", "TOLD": ""}) as peer:
+    with Peer(env={"DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": f"{ROOT}:{folder}", "RECORD": ""}) as peer:
         yield peer
 
 
@@ -356,17 +356,17 @@ def test_code_that_blocks_keeps_no_ping_and_no_deadline_waiting(start: Any, name
     others = {peer.request("execute_program", ask(name, "2")) for _ in range(4)}
     late = peer.request("execute_program", ask(name, "2"), timeout_ms=300)
     begin = time.monotonic()
-    slowest, lateness, told = 0.0, 0.0, {}
-    while len(told) < 5:
+    slowest, lateness, replies = 0.0, 0.0, {}
+    while len(replies) < 5:
         sent = time.monotonic()
         id = peer.request("ping")
         while (reply := peer.receive())["id"] != id:
-            told[reply["id"]] = reply
+            replies[reply["id"]] = reply
             lateness = lateness or (time.monotonic() - begin if reply["id"] == late else 0.0)
         slowest = max(slowest, time.monotonic() - sent)
     assert slowest < 0.25
-    assert told[late]["error_type"] == "timeout" and 0.3 <= lateness < 1
-    assert all(told[id]["success"] for id in others)
+    assert replies[late]["error_type"] == "timeout" and 0.3 <= lateness < 1
+    assert all(replies[id]["success"] for id in others)
 
 
 def test_abandoned_threads_are_counted_until_they_return(start: Any) -> None:
@@ -394,29 +394,29 @@ def test_code_that_never_returns_takes_all_threads_but_nothing_else(start: Any) 
     assert peer.finish()[0] == 0
 
 
-def test_given_up_its_lm_request_is_closed_and_the_next_one_refused(start: Any, start_lm: Any, told: Path) -> None:
+def test_given_up_its_lm_request_is_closed_and_the_next_one_refused(start: Any, start_lm: Any, record: Path) -> None:
     server = start_lm()
     server.gate.clear()
     peer = start(**lm_env(server))
     create(peer, "Twice")
     assert peer.call("execute_program", ask("Twice", "Why?"), timeout_ms=500)["error_type"] == "timeout"
     assert server.closed_by_client.acquire(timeout=PATIENCE)
-    pinged_until(peer, lambda: told.exists())
+    pinged_until(peer, lambda: record.exists())
     assert len(server.requests) == 1
     server.gate.set()
     assert peer.call("execute_program", ask("Twice", "Why?"))["result"] == {"answer": "done"}
     assert len(server.requests) == 3
 
 
-def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, start_lm: Any, told: Path) -> None:
+def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, start_lm: Any, record: Path) -> None:
     """A cancelled LM call raises no Exception in its thread, as on an event loop."""
     server = start_lm()
     server.gate.clear()
     peer = start(**lm_env(server))
     create(peer, "Catches")
     assert peer.call("execute_program", ask("Catches", "Why?"), timeout_ms=500)["error_type"] == "timeout"
-    pinged_until(peer, lambda: told.exists() and told.read_text())
-    assert told.read_text() == "ended\n"
+    pinged_until(peer, lambda: record.exists() and record.read_text())
+    assert record.read_text() == "ended\n"
     assert len(server.requests) == 1
 
 
@@ -425,16 +425,16 @@ def test_a_state_that_cannot_be_told_is_null_and_the_others_are_told(start: Any)
     args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
     assert peer.call("create_program", {**args, "options": {"wait": False}})["success"]
     assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
-    untold, told = peer.call("list_programs", {"state": True})["result"]["details"]
-    assert untold["state"] is None and told["state"]["demos"] == []
+    plain, detailed = peer.call("list_programs", {"state": True})["result"]["details"]
+    assert plain["state"] is None and detailed["state"]["demos"] == []
 
 
-def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, told: Path) -> None:
+def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, record: Path) -> None:
     peer = start()
     args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
     assert peer.call("create_program", {**args, "options": {"wait": True}})["success"]
     asked = peer.request("list_programs", {"state": True}, timeout_ms=PATIENCE * 1000)
-    pinged_until(peer, lambda: told.exists())
+    pinged_until(peer, lambda: record.exists())
     assert peer.call("list_programs")["result"] == {"programs": ["Untold"]}
     peer.send({"cancel": asked})
     assert peer.receive()["error_type"] == "cancelled"

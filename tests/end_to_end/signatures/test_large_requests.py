@@ -22,10 +22,10 @@ def test_the_lm_gets_all_of_it_and_its_answer_is_streamed_in_order(start_lm: Any
     with Peer(env=lm_env(server)) as peer:
         peer.call("create_program", QA)
         id = peer.request("execute_program", ASK, stream=True, meta=True)
-        told = ""
+        streamed = ""
         while "stream" in (frame := peer.receive()):
-            told += frame["stream"]["chunk"]
-        assert frame["id"] == id and told == ANSWER == frame["result"]["answer"]
+            streamed += frame["stream"]["chunk"]
+        assert frame["id"] == id and streamed == ANSWER == frame["result"]["answer"]
         assert frame["meta"]["lm_calls"] == 1
         assert peer.call("execute_program", ASK)["result"] == {"answer": ANSWER}
     assert all(LARGE in json.dumps(request["messages"]) for request in server.requests)

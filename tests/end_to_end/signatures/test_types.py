@@ -75,8 +75,8 @@ def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_
         assert execute(peer, about=ADA)["result"] == {"who": {**ADA, "age": 18}}
     (request,) = server.requests
     prompt = prompt_of(request)
-    for told in ("first-name", "the given name", '"good"', '"_kind"', "cat or dog", "Person"):
-        assert told in prompt, prompt
+    for named in ("first-name", "the given name", '"good"', '"_kind"', "cat or dog", "Person"):
+        assert named in prompt, prompt
     assert json.dumps({**ADA, "age": 18}) in prompt, "the input as JSON, by the schema's names"
     assert "$ref" not in prompt and "$defs" not in prompt
 

@@ -327,7 +327,7 @@ def test_react_tells_its_steps_then_its_fields(stage: Stage) -> None:
     stage.peer.send({"tool_result": {"call_id": asked["call_id"], "success": True, "result": "Paris"}})
     frames, reply = stage.read(id)
     assert joined(frames) == {"reasoning": "It was found.", "answer": "Paris, in France"}
-    assert not any("status" in frame for frame in frames), "the end is no tool"
+    assert not any("status" in frame for frame in frames), "the end is not a tool"
     assert len(frames) > 4 and reply["result"]["answer"] == "Paris, in France"
     assert reply["meta"]["lm_calls"] == 3
 
@@ -443,7 +443,7 @@ def test_streams_at_once_keep_apart(stage: Stage) -> None:
     stage.answer = answer
     program = stage.create()
     ids = {stage.start(program, {"question": f"number {n} ?"}): n for n in range(30)}
-    told: dict[int, Frames] = {id: [] for id in ids}
+    streams: dict[int, Frames] = {id: [] for id in ids}
     done: set[int] = set()
     order = []
     while len(done) < 30:
@@ -452,9 +452,9 @@ def test_streams_at_once_keep_apart(stage: Stage) -> None:
         assert id not in done
         order.append(id)
         if "stream" in frame:
-            told[id].append(frame["stream"])
+            streams[id].append(frame["stream"])
         else:
-            assert joined(told[id]) == frame["result"] == {"answer": f"number {ids[id]} is mine"}
+            assert joined(streams[id]) == frame["result"] == {"answer": f"number {ids[id]} is mine"}
             done.add(id)
     assert len(list(itertools.groupby(order))) > 30
 

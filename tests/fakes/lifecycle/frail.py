@@ -1,6 +1,6 @@
 """Dies while it is given the program `frail`, the times whose numbers are in FAKE_DIES: `2 3` are the second and third.
 
-The times are counted in FAKE_FILE, over all peers. Programs are kept as ids; executes tell whether theirs is there.
+The times are counted in FAKE_FILE, over all peers. Programs are kept as ids; a run replies whether its program exists.
 The program that the file FAKE_FILE.holds names is not answered as long as it does.
 """
 

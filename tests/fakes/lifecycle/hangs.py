@@ -1,4 +1,4 @@
-"""Never reads, never answers, tells its number in FAKE_FILE."""
+"""Never reads, never answers, writes its pid to FAKE_FILE."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Has the real watchdog, and a child in a session of its own, whose number it tells in FAKE_FILE. Answers all."""
+"""Has the real watchdog, and a child in a session of its own, whose pid it writes to FAKE_FILE. Answers all."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Reads nothing until the file FAKE_FILE is there; then tells of each request how many came before it."""
+"""Reads nothing until the file FAKE_FILE exists; then answers each request with the number of those before it."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Sends, before each reply but the first, frames that are no replies; `broken` gets a cut one."""
+"""Sends, before each reply but the first, frames that are not replies; `broken` gets a cut one."""
 
 import random
 

@@ -1,9 +1,9 @@
-"""Plays what an execute's args tell it to, in a thread each: chunks, calls of tools, replies, in any order.
+"""Plays the script in a run's args, each in a thread: chunks, tool calls, replies, in any order.
 
 args.play is a list of steps:
   ["stream", map]              a chunk
-  ["count", n]                 n chunks of the field `n`, with their numbers as texts
-  ["raw", text]                a frame of these bytes, ID in it being the execute's id
+  ["count", n]                 n chunks of the field `n`, with their numbers as strings
+  ["raw", text]                a frame of these bytes, ID in it being the call's id
   ["tool", call_id, name, args]   a call of a tool, not waited for
   ["result", call_id]          waits for that tool's result
   ["go", name]                 waits for a `go` with this name in its args

@@ -1,4 +1,4 @@
-"""Tells who it is, 50 ms after it has read the request; reads nothing meanwhile."""
+"""Answers with its pid, 50 ms after it has read the request; reads nothing meanwhile."""
 
 import os
 import time

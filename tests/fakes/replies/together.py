@@ -1,6 +1,6 @@
 """Answers `get_stats` only once the file FAKE_THEIRS is there; makes FAKE_MINE when asked. Others at once.
 
-Its uptime is FAKE_UPTIME, 6.5 s if nothing is said. Two of them, each with the other's file, answer if both are asked
+Its uptime is FAKE_UPTIME, 6.5 s by default. Two of them, each with the other's file, answer if both are asked
 before either has answered.
 """
 

@@ -1,7 +1,7 @@
-"""Tells who it is, and keeps programs as ids with their signatures. `hold` is never answered; `die` ends the peer.
+"""Answers with its pid, and keeps programs as ids with their signatures. `hold` is never answered; `die` ends the peer.
 
 A cleanup of the program `refused` is refused, as is one with arguments that it does not know.
-A program with the signature `one -> only` is taken by whoever makes the file FAKE_FILE, and refused by all others.
+A program with the signature `one -> only` is accepted by the peer that creates FAKE_FILE; the others refuse it.
 """
 
 import json

@@ -59,7 +59,7 @@ defmodule DSPex.PythonBridge.Bridge do
   Starts a bridge. Options: see `DSPex.PythonBridge.Options`.
 
   It returns before the interpreter runs; calls wait for it within their own timeouts. A wrong option gives
-  `{:error, %ArgumentError{}}` with a text that names it. If Python cannot be started, the bridge logs the reason and
+  `{:error, %ArgumentError{}}`, which names it. If Python cannot be started, the bridge logs the reason and
   tries again, after a delay that grows from 50 ms to 5 s.
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
@@ -91,7 +91,7 @@ defmodule DSPex.PythonBridge.Bridge do
   comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
   loading them are tried again.
 
-  It returns once the new peer serves. If that does not start, the old one goes on serving, and the error is a text
+  It returns once the new peer serves. If that does not start, the old one keeps serving, and the error is a string
   with the reason; without an old peer, the attempts go on.
   """
   @spec restart(server()) :: :ok | {:error, :bridge_not_running | String.t()}

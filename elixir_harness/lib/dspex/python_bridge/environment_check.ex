@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   @doc """
   Checks everything with one launch of the interpreter (at most 15 s; usually 50 ms).
 
-  `packages` of the result maps each required package to its version. An error is a text with what is wrong and what
+  `packages` of the result maps each required package to its version. An error is a string with what is wrong and what
   was expected.
   """
   @spec validate_environment() :: {:ok, report()} | {:error, String.t()}
@@ -123,5 +123,5 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
 
   def bridge_package(probe, _source, _script), do: {:ok, probe.bridge}
 
-  defp list(texts), do: Enum.map_join(texts, ", ", &"`#{&1}`")
+  defp list(names), do: Enum.map_join(names, ", ", &"`#{&1}`")
 end

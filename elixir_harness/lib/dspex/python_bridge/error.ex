@@ -59,9 +59,9 @@ defmodule DSPex.PythonBridge.Error do
   def new(type), do: new(type, Map.fetch!(@local_messages, type))
 
   @doc """
-  An error of the Elixir side with a text of its own.
+  An error of the Elixir side with its own message.
 
-      iex> DSPex.PythonBridge.Error.new(:overloaded, "1 executes run and 0 wait already").retryable
+      iex> DSPex.PythonBridge.Error.new(:overloaded, "1 calls are running and 0 are waiting").retryable
       true
   """
   @spec new(type(), String.t()) :: t()

@@ -74,7 +74,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
   @doc """
   Starts a monitor; the first check comes after one interval. A wrong option gives `{:error, %ArgumentError{}}` with
-  a text that names it.
+  a message that names it.
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Options do
   @moduledoc """
   The options of a bridge, checked once: the result of `new/1` needs no further checks, and an option that is wrong is
-  refused with a text that names it.
+  refused with an error that names it.
 
   | option | default | what |
   | --- | --- | --- |

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   # The process that logs the records of a bridge's peers with Logger. If it is killed, the bridge starts another
   # (`replace/1`).
   #
-  # Records come as frames (`DSPY_BRIDGE_LOG_FRAMES`). Decoding takes time, and an overloaded Logger blocks whoever
+  # Records come as frames (`DSPY_BRIDGE_LOG_FRAMES`). Decoding takes time, and an overloaded Logger blocks any process that
   # logs, so the bridge only counts a frame and sends it here. Past a limit it drops frames, and the number of dropped
   # ones is logged.
 

@@ -1,15 +1,15 @@
 defmodule DSPex.PythonBridge.Bridge.Redaction do
   @moduledoc false
-  # Removes secrets and contents from what crash reports, `:sys.get_status/1` and error texts show of a bridge.
+  # Removes secrets and contents from what crash reports, `:sys.get_status/1` and error messages show of a bridge.
   # (Secrets among the options are sealed in the state: see `DSPex.PythonBridge.Options`.)
 
   alias DSPex.PythonBridge.Options
 
-  # Shorter strings are not keys, and may be words of the text.
+  # Shorter strings are not keys, and may be common words.
   @shortest 8
 
   @doc """
-  Removes keys from a text of the peer: the strings in `:lm_options`, and the values of the environment, `:env` and
+  Removes keys from a string of the peer: the strings in `:lm_options`, and the values of the environment, `:env` and
   the BEAM's own, whose names indicate a secret.
   """
   @spec redact(String.t(), Options.t()) :: String.t()
@@ -17,14 +17,14 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
     secrets =
       for {name, value} <- Map.merge(System.get_env(), options.env.()),
           name =~ ~r/KEY|TOKEN|SECRET|PASSW|AUTH|CREDENTIAL|OPTIONS/i,
-          secret <- [value | texts(value)],
+          secret <- [value | strings(value)],
           String.length(secret) >= @shortest,
           do: secret
 
     if secrets == [], do: text, else: String.replace(text, secrets, "[redacted]")
   end
 
-  defp texts(value) do
+  defp strings(value) do
     case JSON.decode(value) do
       {:ok, options} -> leaves(options)
       {:error, _reason} -> []

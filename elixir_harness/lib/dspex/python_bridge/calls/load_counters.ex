@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   @silent 1 <<< (@lives_shift - 1)
   @calls_mask @silent - 1
   @rank_mask @silent ||| @calls_mask
-  # Word 1 is where the next search starts, so that bridges with equally many calls are used in turn.
+  # Word 1 is where the next search starts, so that equally busy bridges are used round-robin.
   @turn 1
   @words_per_slot 3
 
@@ -77,7 +77,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
 
   @doc """
   The slot for the next call: ready, not checked out and not excluded; nil if there is none. It is the least busy one,
-  or the one that has been up longest; a silent one only if there is no other.
+  or the one that has been up longest; a silent one only as the last resort.
   """
   @spec pick(t(), [index()], :least_busy | :longest_up) :: index() | nil
   def pick({ref, size}, excluded \\ [], preference \\ :least_busy) do

@@ -1,20 +1,20 @@
 defmodule DSPex.PythonBridge.Calls.Request do
   @moduledoc false
-  # One request, from its caller through a bridge to a peer. The caller sends `{:request, request}` to the
-  # bridge, which fills in the last five fields, keeps the struct until the reply, and sends the body to a peer.
+  # One request of a caller. The caller sends `{:request, request}` to the bridge, which fills in the last five fields,
+  # keeps the struct until the reply, and sends the body to a peer.
   #
-  #   * `ref`, `pid`: the caller's alias and process; both nil for a cast, whose reply nobody waits for
-  #   * `timeout`: the ms that are left to the caller
-  #   * `body`: all of the frame but its head. It is kept to be sent again, or for the change that it makes
+  #   * `ref`, `pid`: the caller's alias and process; both nil for a cast, which gets no reply
+  #   * `timeout`: the caller's remaining ms
+  #   * `body`: the frame without its head. It is kept for a retry, or for the change that it makes
   #   * `change`: the change that it makes to the programs, if any
   #   * `retry`: what happens when a peer dies with it: the bridge sends it again (`:bridge`), it fails (`:never`),
-  #     or the caller, which knows other peers, is told (`:pool`)
+  #     or the caller, which knows other peers, gets the error (`:pool`)
   #   * `deaths`: how many peers have died with it
   #   * `stream?`, `tools?`: whether the caller takes chunks, and whether it has given tools
   #   * `watch`: the monitor of the caller, or the timer of a cast
   #   * `deadline`: `timeout` in the bridge's time
-  #   * `at`, `since`: the port of the peer that has it, nil if none has, and since when
-  #   * `streamed?`: whether the caller has been sent a chunk; if so, the request is not sent again
+  #   * `at`, `since`: the port of the peer that has it, or nil, and since when
+  #   * `streamed?`: whether the caller has been sent a chunk; if so, there is no retry
 
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Store
@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
             when (is_reference(ref) and is_pid(pid) and is_timeout(timeout)) or
                    (ref == nil and pid == nil and timeout in 0..@max_timeout)
 
-  @doc "Whether a term is a request as a caller sends it, but for its change: anything may be sent to a process."
+  @doc "Whether a term is a request of a caller; its change is not checked. Any term may be sent to a process."
   @spec valid?(term()) :: boolean()
   def valid?(%__MODULE__{ref: ref, pid: pid, timeout: timeout, deaths: deaths} = request)
       when is_caller(ref, pid, timeout) and is_binary(request.body) and

@@ -25,12 +25,12 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
          true}
 
       failed ->
-        texts =
+        errors =
           for {name, folder, problem} <- failed,
               do:
                 "#{name} names #{Path.expand(folder)}, #{problem}" <> Interpreter.relative(folder)
 
-        {:failed, Enum.join(texts, "; "), "make the folder, or correct :env or the environment",
+        {:failed, Enum.join(errors, "; "), "make the folder, or correct :env or the environment",
          nil}
     end
   end

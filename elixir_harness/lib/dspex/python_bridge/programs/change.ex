@@ -36,7 +36,7 @@ defmodule DSPex.PythonBridge.Programs.Change do
   defp cleanup(ids),
     do: unless(nil in ids, do: {:cleanup, Enum.map(ids, &:binary.copy/1), nil})
 
-  @doc "The id of the program that a command executes or creates; nil for other commands."
+  @doc "The id of the program that a command runs or creates; nil for other commands."
   @spec program_id(term(), term()) :: Store.id() | nil
   def program_id(command, args) when is_map(args) do
     cond do

@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
       {:error, Error.new(:invalid_args, "#{what}: no JSON form for #{brief(value)}")}
 
     :error, reason when reason == :unexpected_end or elem(reason, 0) == :invalid_byte ->
-      {:error, Error.new(:invalid_args, "#{what}: a text in it is not valid UTF-8")}
+      {:error, Error.new(:invalid_args, "#{what}: a string in it is not valid UTF-8")}
 
     _kind, _reason ->
       {:error, Error.new(:invalid_args, "#{what}: cannot be written as JSON")}

@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.Python.Config do
   @spec bridge(keyword()) :: {:ok, Options.t()} | {:error, String.t()}
   def bridge(opts \\ []), do: checked(Options.new(opts), :python_bridge)
 
-  @doc "Options that were checked, or the text of their error, which names the key of the configuration."
+  @doc "The checked options, or an error message, which names the configuration key."
   @spec checked({:ok, options} | {:error, Exception.t()}, atom()) ::
           {:ok, options} | {:error, String.t()}
         when options: term()

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Python.Probe do
   # Tens of milliseconds, on a cold disk a few seconds.
   @time_limit_ms 15_000
 
-  # It must be valid for old Pythons, too. Modules in the working directory do not count. The package dspy_bridge is
+  # It must be valid for old Python versions, too. Modules in the working directory do not count. The package dspy_bridge is
   # searched for where the peer's script does.
   @script """
   import sys

@@ -2,14 +2,14 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   @moduledoc false
   # One call of a tool by a peer, from its frame to the frame of the result, in a process of its own.
   #
-  # Whatever the function does, there is one answer: its result, or the text of an error. The peer shows the text to its
+  # Whatever the function does, there is one answer: its result, or an error message. The peer shows the message to its
   # LM, so it is short and has no stack trace.
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
-  # Of the text of an error.
+  # Of an error message.
   @max_text 500
   @max_name 80
 
@@ -17,7 +17,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   defstruct [:port, :id, :frame, :max_frame_bytes]
 
   @typedoc """
-  `port`: of the peer that calls, the only one that gets the result. `id`: of the call that it executes; with nil the
+  `port`: of the peer that calls, the only one that gets the result. `id`: of the call that it runs; with nil the
   result is sent even if that is over.
   """
   @type t :: %__MODULE__{

@@ -24,7 +24,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
         }
 
   @doc """
-  Functions by the names that the peer uses, or the text that refuses them.
+  Functions by the names that the peer uses, or the error message that refuses them.
 
       iex> {:ok, functions} = DSPex.PythonBridge.Tools.Runner.functions(%{search: fn %{"q" => q} -> q end})
       iex> Map.keys(functions)

@@ -1,14 +1,14 @@
 defmodule DSPex.PythonBridge.Venv.Installer do
   @moduledoc false
-  # Makes an environment and installs into it, with uv. Where there is no uv on the PATH, the interpreter's own venv and
-  # pip make the environment and install uv into it.
+  # Makes an environment and installs into it, with uv. Without uv on the PATH, the interpreter's own venv and pip make
+  # the environment and install uv into it.
 
   alias DSPex.PythonBridge.{OS, Options}
   alias DSPex.PythonBridge.Bridge.Redaction
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
   alias DSPex.PythonBridge.Venv.Source
 
-  # All of DSPy takes 20 to 60 s on a good line.
+  # Installing DSPy takes 20 to 60 s with a fast connection.
   @time_limit_ms 30 * 60_000
   @error_lines 15
 
@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
           uv: Path.t() | nil,
           sign_of_life_ms: pos_integer()
         }
-  @typedoc "`:failed`: a program failed by itself, and has left what was there."
+  @typedoc "`:failed`: a program failed by itself and has kept the old installation."
   @type failure :: {:failed | :error, String.t()}
 
   @spec new((String.t() -> term())) :: t()
@@ -124,7 +124,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
     end
   end
 
-  @doc "What to do where this program may do nothing."
+  @doc "The advice for a folder that this program may not change."
   @spec elsewhere() :: String.t()
   def elsewhere, do: "remove it yourself, or name another with --path"
 
@@ -151,7 +151,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
 
   defp uv(%__MODULE__{uv: uv}, _folder), do: {:ok, uv}
 
-  # As a path, one with a semicolon or a bracket in it would be read as something else.
+  # As a plain path, one with a semicolon or a bracket would be misread.
   defp encode(path), do: URI.encode(path, &(&1 == ?/ or URI.char_unreserved?(&1)))
 
   # Probed before each step: minutes may have passed since the last, and nothing may go into the Python that the
@@ -175,7 +175,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       installer.progress.("  still at it after #{System.monotonic_time(:second) - started} s")
     end
 
-    # uv reads settings from the folder that it is started in, and Python modules.
+    # uv reads settings from its working directory, and Python reads modules.
     opts = [
       limit_ms: @time_limit_ms,
       tick: {installer.sign_of_life_ms, tick},

@@ -50,7 +50,7 @@ defmodule DSPex.PythonBridge.Venv.Lock do
          {os_pid, started, pid} <- parse(holder) do
       if ended?(os_pid, started, pid),
         do: take_over(folder, lock, holder),
-        else: {:error, "another dspex.setup (process #{os_pid}) is at work on #{folder}"}
+        else: {:error, "another dspex.setup (process #{os_pid}) is working on #{folder}"}
     else
       {:error, reason} when reason in @read_only -> :read_only
       :unknown -> {:error, "#{lock} is not what dspex.setup made: remove it yourself"}

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Venv.Manifest do
   # Written first and then renamed, so that the file is never half written.
   @draft "." <> @file_name
   @lock ".dspex_setup.lock"
-  # What venv and uv make in a folder. Everything else belongs to somebody.
+  # What venv and uv make in a folder. Everything else belongs to the user.
   @made ~w(bin lib lib64 include share pyvenv.cfg .gitignore .lock CACHEDIR.TAG)
 
   @typedoc "The stamp of what is installed; nil while something is being installed, or if that was interrupted."
@@ -61,7 +61,7 @@ defmodule DSPex.PythonBridge.Venv.Manifest do
   @spec lock(Path.t()) :: Path.t()
   def lock(folder), do: Path.join(folder, @lock)
 
-  @doc "What neither venv, uv nor this program has made in the folder, and may not be removed."
+  @doc "The files in the folder that neither venv, uv nor this program made, and that may not be removed."
   @spec foreign(Path.t()) :: [String.t()]
   def foreign(folder), do: Enum.sort(File.ls!(folder) -- [@file_name, @draft, @lock | @made])
 

@@ -361,8 +361,8 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
     test "names what has no JSON form, in results and in error texts" do
       for {result, text} <- [
             {{:ok, self()}, "result: no JSON form"},
-            {{:ok, <<255>>}, "result: a text in it is not valid UTF-8"},
-            {{:error, <<255>>}, "error: a text in it is not valid UTF-8"}
+            {{:ok, <<255>>}, "result: a string in it is not valid UTF-8"},
+            {{:error, <<255>>}, "error: a string in it is not valid UTF-8"}
           ] do
         assert {:error, %Error{message: message}} = Protocol.encode_tool_result(7, result)
         assert message =~ text

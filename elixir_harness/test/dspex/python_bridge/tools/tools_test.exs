@@ -162,8 +162,8 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         "tool tool18: result: no JSON form for #PID",
         "tool tool19: result: no JSON form for {:a, 1}",
         "tool tool20: result: cannot be written as JSON",
-        "tool tool21: result: a text in it is not valid UTF-8",
-        "tool tool22: error: a text in it is not valid UTF-8",
+        "tool tool21: result: a string in it is not valid UTF-8",
+        "tool tool22: error: a string in it is not valid UTF-8",
         "tool tool23: result: cannot be written as JSON"
       ]
 

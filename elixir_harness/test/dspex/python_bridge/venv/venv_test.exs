@@ -346,7 +346,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       os_pid = number("#{bin}/pid")
 
       assert refusal(venv, source) ==
-               "another dspex.setup (process #{System.pid()}) is at work on #{venv}"
+               "another dspex.setup (process #{System.pid()}) is working on #{venv}"
 
       assert alive?(os_pid) and installs(bin) == 1
       Process.exit(first, :kill)
@@ -367,7 +367,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       File.mkdir_p!(venv)
 
       File.ln_s!("#{os_pid} #{OS.Process.start_time(os_pid)} <0.1.0>", lock)
-      text = "another dspex.setup (process #{os_pid}) is at work on #{venv}"
+      text = "another dspex.setup (process #{os_pid}) is working on #{venv}"
       assert refusal(venv, source) == text
       assert File.ls!(venv) == [".dspex_setup.lock"]
 

@@ -182,7 +182,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Membership do
   defp received(cluster, _handle, {:changed, id, coordinator}),
     do: done(cluster, Confirmations.confirmed(cluster.waits, id, coordinator))
 
-  # The number tells one readiness from the next, as in DSPex.PythonBridge.Calls.LoadCounters.
+  # The number distinguishes one readiness from the next, as in DSPex.PythonBridge.Calls.LoadCounters.
   defp note(handle, coordinator, name, true) do
     :ets.insert(handle.others, {coordinator, System.unique_integer([:monotonic]), name})
     [:serves]
@@ -237,7 +237,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Membership do
     end
   end
 
-  @doc "Tells another coordinator that a change of its node has been made here."
+  @doc "Confirms to another coordinator that a change of its node has been made here."
   @spec confirm(t() | nil, pid(), integer()) :: t() | nil
   def confirm(nil, _coordinator, _id), do: nil
 
