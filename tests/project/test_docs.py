@@ -11,6 +11,7 @@ from dspy.clients.backend_selection import select_backend
 from peer import ROOT
 
 from dspy_bridge import errors
+from dspy_bridge.programs import module_factory, module_options
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -176,6 +177,18 @@ def test_the_figures_next_to_the_sidecar_are_those_of_the_bench() -> None:
         assert sidecar == bench[row][3]
         assert reached in bench[row][2]
         assert what in chart and f"{times}: {reached}, sidecar {sidecar}" in chart
+
+
+def test_protocol_md_has_every_program_type_with_its_options() -> None:
+    classes, options = {}, {}
+    above: set[str] = set()
+    for kind, module, taken, _ in rows_of("docs/protocol.md", "program types")[:-1]:
+        if taken != "the same":
+            above = set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", taken)))
+        classes[kind.strip("`")] = module.split("`")[1]
+        options[kind.strip("`")] = above
+    assert classes == module_factory.TYPES
+    assert options == {kind: set(known) for kind, known in module_options._OPTIONS.items()}
 
 
 def rows_of_errors() -> dict[str, str]:
