@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Options do
   | `:default_timeout` | 30 000 ms | of calls without a timeout; an integer or `:infinity` |
   | `:max_retries` | 3 | how often a call is sent again whose peer died |
   | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
-  | `:start_timeout` | 30 000 ms | for a peer's first ping, then for its programs; see docs/settings.md |
+  | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced; calls wait no longer for a program that it loads |
 
   Defaults come from `config :dspex, :python_bridge, …`.
 

@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.Change
 
-  # The module of a bridge's process: a name only, since the room `bridge` depends on this one.
+  # The module of a bridge's process: a name only, since the folder `bridge` depends on this one.
   @server :"Elixir.DSPex.PythonBridge.Bridge.Server"
   @default_timeout 30_000
   # The longest timeout of `receive`.
