@@ -14,10 +14,10 @@ export DSPY_BRIDGE_PYTHON := $(CURDIR)/$(PY)
 # Without bytecode in $(VENV) each of hundreds of peers would compile DSPy again.
 unexport PYTHONDONTWRITEBYTECODE
 
-help: ## what can be made
+help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.installed elixir ## .venv with the package and its tools; Elixir through apt where it is missing
+setup: $(VENV)/.installed elixir ## make .venv with the package and its tools; install Elixir through apt if it is missing
 
 # Made anew when the dependencies change.
 $(VENV)/.installed: pyproject.toml $(PINS)
@@ -42,13 +42,13 @@ elixir:
 	@elixir -e 'System.version() |> Version.match?(">= 1.18.0") || System.halt(1)' || \
 	  { echo "Elixir 1.18 or newer is needed, on OTP 26 or newer"; exit 1; }
 
-demo: setup ## Elixir, port, DSPy, answer: with the built-in LM, or DSPY_BRIDGE_LM=openai/gpt-4o-mini
+demo: setup ## make one call through all layers, with the built-in LM or DSPY_BRIDGE_LM=openai/gpt-4o-mini
 	@cd $(HARNESS) && mix run --no-start demo.exs
 
-test: setup ## pytest and mix test, without what takes long
+test: setup ## the fast tests of both sides, pytest and ExUnit
 	@tests/both quick
 
-test-slow: setup ## the others of them: storms, long recoveries, megabytes, thousands of frames
+test-slow: setup ## the slow tests of both sides: load, long recoveries, large frames
 	@tests/both slow
 
 test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy: VERSION=3.3.1, or VERSION=pre for the newest pre-release
@@ -61,15 +61,15 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
 	  $(addprefix tests/end_to_end/,lm programs streaming commands)
 
-test-install: setup ## a new user's first hour: a Mix application of its own, with what the packages carry
+test-install: setup ## install the packages into a new Mix application, and test it
 	$(PY) -m pytest -q tests/install
 
-check: setup dialyzer ## lint, formats, types, warnings
+check: setup dialyzer ## linters, formats, types, import rules, warnings, dialyzer
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	@if test -x $(VENV)/bin/lint-imports; then $(VENV)/bin/lint-imports --no-logo --no-cache; \
-	else echo "not checked: the imports between rooms; import-linter needs Python 3.11"; fi
+	else echo "not checked: the imports between folders; import-linter needs Python 3.11"; fi
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
 	@# No module imports one that imports it, by whatever way.
 	cd $(HARNESS) && MIX_ENV=test mix xref graph --format cycles --fail-above 0
@@ -81,7 +81,7 @@ PLT = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dspy_bridge/$(shell elixir -e \
   'IO.write(Enum.join([System.version(), System.otp_release(), :erlang.system_info(:version)], "-"))').plt
 ELIXIR_LIB = $$(elixir -e 'IO.write(Path.expand(Path.dirname(:code.lib_dir(:elixir))))')
 
-dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40 s when it is first made)
+dialyzer: setup ## check the harness's types; the first run takes some 40 s longer
 	@command -v dialyzer > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends erlang-dialyzer > /dev/null; } || \
 	  { echo "dialyzer is missing; it is part of OTP: sudo apt-get install erlang-dialyzer"; exit 1; }
@@ -95,7 +95,7 @@ dialyzer: setup ## the harness's types, against those of OTP and Elixir (some 40
 # Debian's ex_doc is next to Elixir's own libraries; Mix finds any other.
 MIX_DOCS = ERL_LIBS=$(ELIXIR_LIB) mix
 
-docs: setup ## elixir_harness/doc: the guides and every module, as HTML; their diagrams are drawn where there is a network
+docs: setup ## write the guides and modules as HTML into elixir_harness/doc; its diagrams need a network
 	@cd $(HARNESS) && { $(MIX_DOCS) help docs > /dev/null 2>&1 || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends elixir-ex-doc > /dev/null; } || \
 	  { echo "ex_doc is missing; it is a package of Debian: sudo apt-get install elixir-ex-doc"; exit 1; }; }
@@ -104,33 +104,33 @@ docs: setup ## elixir_harness/doc: the guides and every module, as HTML; their d
 	@! grep -q 'warning:' $(HARNESS)/_build/docs.log || { cat $(HARNESS)/_build/docs.log; exit 1; }
 	@echo "$(HARNESS)/doc/index.html"
 
-fuzz: setup ## 100,000 mutated frames (FUZZ_FRAMES=), and the stateful test with more examples
+fuzz: setup ## send 100,000 mutated frames (FUZZ_FRAMES=), and run the stateful test with more examples
 	$(PY) tests/fuzz.py $(FUZZ_FRAMES)
 	STATEFUL_EXAMPLES=2000 $(PY) -m pytest -q tests/end_to_end/commands/test_stateful.py
 
-soak: setup ## 10 minutes (SOAK_MINUTES=) of calls, kills and late callers, then checks the counts: lost 0, grown 0, left 0
+soak: setup ## 10 minutes (SOAK_MINUTES=) of calls with random kills; fails if a call is lost, memory grows or a process is left
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
-bench: setup ## the table of docs/performance.md: ratios against baselines in the same run, some 2 minutes
+bench: setup ## measure the table of docs/performance.md, in some 2 minutes
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }
 	$(PY) tests/bench/run.py
 
-lock: setup ## the newest versions that fit, pinned for every Python that is supported
+lock: setup ## update the pinned requirements.txt to the newest versions that fit pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
 	  pyproject.toml -o $(PINS)
 
-package: setup ## dist/: the wheel and the sdist; priv/python/package, which the Hex package carries
+package: setup ## build the wheel, the sdist and, with Hex, the Hex package into dist/
 	rm -rf dist
 	$(PY) -m build --quiet --installer uv
 	cd $(HARNESS) && MIX_ENV=dev mix compile
 	@cd $(HARNESS) && if mix help hex.build > /dev/null 2>&1; then mix hex.build --output ../dist/dspex.tar; \
 	else echo "no Hex here: dist/ has the Python packages alone"; fi
 
-format: setup ## write the formats
+format: setup ## format Python and Elixir code
 	$(PY) -m ruff format .
 	cd $(HARNESS) && mix format
 
-clean: ## remove what was built, .venv too
+clean: ## delete build output and .venv
 	rm -rf $(VENV) dist $(HARNESS)/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -182,7 +182,7 @@ OFFER_FEEDBACK = Name("dspy.predict.refine:OfferFeedback", "the log may quote wh
 SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
-# `runners` copies a BestOfN or Refine and sets these.
+# `programs/best_of` copies a BestOfN or Refine and sets these.
 _BEST = ("module", "reward_fn", "threshold", "N", "fail_count")
 BEST_OF_N = [Name(f"dspy:BestOfN.{attribute}", "best_of_n is refused", of_instances=True) for attribute in _BEST]
 REFINE = [

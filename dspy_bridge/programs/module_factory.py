@@ -112,7 +112,7 @@ def _make(
         return CodeRunner(_checked(kind, signature, tools=[], **chosen))
     if program_type == "program_of_thought":
         return CodeRunner(_checked(kind, signature, **chosen), takes_config=False)
-    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature))
+    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen))
 
 
 def _kind(program_type: str) -> Any:

@@ -11,6 +11,7 @@ from dspy.clients.backend_selection import select_backend
 from peer import ROOT
 
 from dspy_bridge import errors
+from dspy_bridge.programs import module_factory, module_options
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -118,7 +119,7 @@ def test_the_map_has_every_folder_and_no_other(root: Path) -> None:
     assert len(described) > 10 and sorted(described) == sorted(folders(root))
 
 
-@pytest.mark.parametrize("walk", ["one request", "one pool call", "one change"])
+@pytest.mark.parametrize("walk", ["one request", "one pool call", "one change", "one crash"])
 def test_each_step_of_a_walk_through_the_code_is_a_function(walk: str) -> None:
     steps = rows_of("docs/how-it-works.md", walk)
     assert len(steps) > 3
@@ -176,6 +177,18 @@ def test_the_figures_next_to_the_sidecar_are_those_of_the_bench() -> None:
         assert sidecar == bench[row][3]
         assert reached in bench[row][2]
         assert what in chart and f"{times}: {reached}, sidecar {sidecar}" in chart
+
+
+def test_protocol_md_has_every_program_type_with_its_options() -> None:
+    classes, options = {}, {}
+    above: set[str] = set()
+    for kind, module, taken, _ in rows_of("docs/protocol.md", "program types")[:-1]:
+        if taken != "the same":
+            above = set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", taken)))
+        classes[kind.strip("`")] = module.split("`")[1]
+        options[kind.strip("`")] = above
+    assert classes == module_factory.TYPES
+    assert options == {kind: set(known) for kind, known in module_options._OPTIONS.items()}
 
 
 def rows_of_errors() -> dict[str, str]:

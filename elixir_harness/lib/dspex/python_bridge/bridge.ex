@@ -198,7 +198,7 @@ defmodule DSPex.PythonBridge.Bridge do
   As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
-  `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`.
+  `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`, `"lm_calls"`, `"cache_hits"`.
 
   Options:
 

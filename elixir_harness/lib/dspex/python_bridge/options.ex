@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Options do
   | `:default_timeout` | 30 000 ms | of calls without a timeout; an integer or `:infinity` |
   | `:max_retries` | 3 | how often a call is sent again whose peer died |
   | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
-  | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced |
+  | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced; calls wait no longer for a program that it loads |
 
   Defaults come from `config :dspex, :python_bridge, …`.
 
@@ -37,15 +37,17 @@ defmodule DSPex.PythonBridge.Options do
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
   @secret [:lm_options, :env]
-  @known [:name, :python_executable, :script_path, :lm, :lm_options, :adapter, :env] ++
-           [:max_frame_bytes, :default_timeout, :max_retries, :max_pending, :start_timeout]
+  # They only set variables of the peer.
+  @variables [:lm, :lm_options, :adapter]
+  @fields [name: nil, python_executable: nil, script_path: nil, env: nil] ++
+            [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
+            [max_pending: 100_000, start_timeout: 30_000]
+  @known Keyword.keys(@fields) ++ @variables
   # Names that are more alike than this are taken for one that was misspelt.
   @alike 0.8
 
   # slot: only in a pool. programs: the table of the bridge's supervisor, if it has one.
-  defstruct [:name, :python_executable, :script_path, :env, :slot, :programs] ++
-              [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
-              [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000]
+  defstruct @fields ++ [slot: nil, programs: nil, drain_ms: 5_000]
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
@@ -178,7 +180,7 @@ defmodule DSPex.PythonBridge.Options do
   defp build(opts) do
     env = PeerEnv.new(opts)
     script = opts[:script_path] || Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-    own = Keyword.drop(opts, [:lm, :lm_options, :adapter, :env, :script_path])
+    own = Keyword.drop(opts, [:env, :script_path | @variables])
 
     struct!(
       __MODULE__,
