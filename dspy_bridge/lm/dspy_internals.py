@@ -113,11 +113,9 @@ LITELLM_ARGUMENTS = [
 ]
 LITELLM_ENGINE = Name("dspy.clients.engines:LiteLLMEngine.complete", _OUTGOING, "self", "request")
 ASYNC_LITELLM_ENGINE = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete", _OUTGOING, "self", "request")
-ASYNC_LITELLM_STREAM = Name(
-    "dspy.clients.engines:AsyncLiteLLMEngine.stream",
-    "the import of LiteLLM may hold up other calls",
-    *("self", "request"),
-)
+_IMPORT = "the import of LiteLLM may hold up other calls"
+ASYNC_LITELLM_STREAM = Name("dspy.clients.engines:AsyncLiteLLMEngine.stream", _IMPORT, "self", "request")
+GET_LITELLM = Name("dspy.clients._litellm:get_litellm", _IMPORT, "feature")
 # By library: of its client and of its async client.
 HTTP_SENDS = {
     library: tuple(

@@ -15,6 +15,8 @@ from contextlib import aclosing
 from threading import Lock, Thread
 from typing import Any
 
+from dspy_bridge.lm import dspy_internals
+
 _importing: Future[None] | None = None
 _lock = Lock()
 
@@ -61,7 +63,11 @@ def start() -> Future[None]:
 
 def _import(done: Future[None]) -> None:
     try:
-        importlib.import_module("litellm")
+        if dspy_internals.GET_LITELLM.there:
+            # DSPy's own threads may be importing it: 3.4.0 holds a lock meanwhile, and the module counts as imported.
+            dspy_internals.GET_LITELLM.value(feature="dspy.LM")
+        else:
+            importlib.import_module("litellm")
         done.set_result(None)
     except BaseException as error:  # many packages' code, which may raise anything
         done.set_exception(error)
