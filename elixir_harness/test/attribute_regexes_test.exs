@@ -52,7 +52,7 @@ defmodule DSPex.AttributeRegexesTest do
            ]
   end
 
-  test "those in functions, in texts and of other sigils are none" do
+  test "those in functions, in strings and of other sigils do not count" do
     source = """
     defmodule M do
       @doc "Not ~r/a/ but `~r/b/`"

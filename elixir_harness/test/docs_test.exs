@@ -37,7 +37,7 @@ defmodule DSPex.DocsTest do
     assert Enum.sort(public()) == shown |> Enum.map(&elem(&1, 0)) |> Enum.sort()
   end
 
-  test "every function that a host may call has a text and a type" do
+  test "every public function has a doc and a type" do
     for module <- public(),
         {{:function, name, arity}, _line, _signature, text, _meta} <- elem(docs(module), 1) do
       function = "#{inspect(module)}.#{name}/#{arity}"
@@ -62,8 +62,8 @@ defmodule DSPex.DocsTest do
 
     for module <- modules(),
         {text, docs} = docs(module),
-        texts = [text | Enum.map(docs, &elem(&1, 3))],
-        Enum.any?(texts, &example?/1),
+        docs_and_examples = [text | Enum.map(docs, &elem(&1, 3))],
+        Enum.any?(docs_and_examples, &example?/1),
         do:
           assert(
             tests =~ ~r/^  doctest ([\w.]+\.)?#{module |> Module.split() |> List.last()}$/m,
@@ -76,7 +76,7 @@ defmodule DSPex.DocsTest do
 
   ## Settings
 
-  # Whose default is no value; the page says in words what it is.
+  # Their default is not a value; the page describes it in words.
   @said [:python_executable, :script_path, :lm, :lm_options, :adapter, :env]
 
   test "settings.md lists every option, with its default" do
@@ -108,7 +108,7 @@ defmodule DSPex.DocsTest do
     all = [timeout: 1_000, retry: true, tools: %{}, traceparent: nil, on_chunk: &is_map/1]
     assert Enum.sort(typed) == Enum.sort(Keyword.keys(all))
     assert Enum.sort(Keyword.keys(listed("One call"))) == Enum.sort(typed)
-    # None of them is refused.
+    # All of them are accepted.
     assert {:error, %Error{type: :bridge_not_running}} =
              Bridge.request(NoSuchBridge, :ping, %{}, all)
   end
@@ -139,7 +139,7 @@ defmodule DSPex.DocsTest do
   test "protocol.md's port answers, and nothing once it is closed: both its ends are" do
     [_, code] = Regex.run(~r/^```elixir\n(.*?)^```/ms, page("protocol"))
 
-    # Were the input alone at its end, the peer would wait for its execute: for a minute here.
+    # Were the input alone at its end, the peer would wait for its run: for a minute here.
     given = [
       {"/path/to/python", Helpers.python()},
       {"openai/gpt-4o-mini", "offline/echo"},
@@ -369,7 +369,7 @@ defmodule DSPex.DocsTest do
     {caller, Bridge.get_status(bridge).os_pid}
   end
 
-  # An execute by an LM that gives this answer.
+  # A run with an LM that gives this answer.
   defp answered(bridge, status, body) do
     json = JSON.encode!(body)
 

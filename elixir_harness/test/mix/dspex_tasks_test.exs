@@ -202,7 +202,7 @@ defmodule Mix.Tasks.DspexTasksTest do
       File.cd!(dir, fun)
     after
       Mix.Project.pop()
-      # Mix tells once of what project the next lines are; those are another test's.
+      # Mix prints once of which project the next lines are; those are another test's.
       Mix.shell().print_app()
     end
   end
@@ -244,9 +244,9 @@ defmodule Mix.Tasks.DspexTasksTest do
   } do
     in_project(dir, [aliases: ["app.config": &__MODULE__.compiled/1]], fn ->
       me = self()
-      text = capture_io(fn -> send(me, {:told, run(Doctor, ["--json"])}) end)
+      text = capture_io(fn -> send(me, {:done, run(Doctor, ["--json"])}) end)
       assert %{"checks" => _all} = JSON.decode!(text)
-      assert_received {:told, {"", _status}}
+      assert_received {:done, {"", _status}}
       assert Mix.shell() == Mix.Shell.Process
     end)
 

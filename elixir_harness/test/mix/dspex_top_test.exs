@@ -31,7 +31,7 @@ defmodule Mix.Tasks.Dspex.TopTest do
   end
 
   # The command itself: the lines that it wrote, errors included, and its exit status. In this project,
-  # where it is no dependency's, mix compiles first if anything has changed.
+  # where it is not a dependency, mix compiles first if anything has changed.
   defp mix(args, cookie) do
     args = ["--cookie", cookie, "-S", "mix", "dspex.top" | args]
     opts = [env: [{"MIX_ENV", "test"}], stderr_to_stdout: true]

@@ -1,6 +1,6 @@
 defmodule DSPex.Test.Exits do
   @moduledoc """
-  Code of a host's that ends the process which calls it. Not in a test's file: protocols are
+  User code that ends the process which calls it. Not in a test's file: protocols are
   consolidated before those are read.
   """
 

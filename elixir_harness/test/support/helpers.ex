@@ -7,7 +7,7 @@ defmodule DSPex.Test.Helpers do
 
   @root Path.expand("../../..", __DIR__)
 
-  @doc "The interpreter of the tests, as `make test` tells it, else the checkout's own."
+  @doc "The interpreter of the tests, as `make test` sets it, else the checkout's own."
   def python do
     venv = Path.join(@root, ".venv/bin/python")
 

@@ -3,7 +3,7 @@ defmodule DSPex.Test.Nodes do
   Other BEAM nodes on loopback, with this project's code, for tests of the cluster. They end with the
   process that started them, a test's.
 
-  Each is controlled by a connection of its own (`:peer`'s), beside the distribution: so a test can look
+  Each is controlled by a connection of its own (`:peer`'s), separate from the distribution: so a test can look
   at a node that is out of reach of this one.
   """
 

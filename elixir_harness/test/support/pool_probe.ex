@@ -12,7 +12,7 @@ defmodule DSPex.Test.PoolProbe do
     do:
       for({id, _stamp, _body} <- Programs.Store.definitions(Handle.fetch(pool).programs), do: id)
 
-  @doc "What each peer tells of its programs."
+  @doc "The programs that each peer lists."
   def programs(pool) do
     for %{bridge: bridge} <- Pool.status(pool).peers do
       {:ok, %{"programs" => programs}} = Bridge.call(bridge, :list_programs)
@@ -20,20 +20,24 @@ defmodule DSPex.Test.PoolProbe do
     end
   end
 
-  @doc "Lends all peers to a process that lives until it is sent `:end`; gives it, and what was lent."
-  def lend_all(pool) do
+  @doc "Checks out all peers in a process that lives until it is sent `:end`; gives it, and the results of the checkouts."
+  def check_out_all(pool) do
     caller = self()
 
     borrower =
       spawn(fn ->
-        send(caller, {:lent, self(), for(_ <- Pool.status(pool).peers, do: Pool.checkout(pool))})
+        send(
+          caller,
+          {:checked_out, self(), for(_ <- Pool.status(pool).peers, do: Pool.checkout(pool))}
+        )
+
         receive do: (:end -> :ok)
       end)
 
     receive do
-      {:lent, ^borrower, lent} -> {borrower, lent}
+      {:checked_out, ^borrower, checkouts} -> {borrower, checkouts}
     after
-      5_000 -> raise "nothing was lent"
+      5_000 -> raise "nothing was checked out"
     end
   end
 end

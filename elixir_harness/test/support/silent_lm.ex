@@ -1,7 +1,7 @@
 defmodule DSPex.Test.SilentLM do
   @moduledoc """
   A server on loopback that takes requests for an LM and never answers them: an LM call that takes
-  for ever. It tells its owner of each: `{:lm_request, first_line}`, and of each connection that
+  for ever. It sends its owner, for each: `{:lm_request, first_line}`, and of each connection that
   the other side closed: `:lm_closed`.
   """
 

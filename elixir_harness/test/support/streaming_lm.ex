@@ -1,6 +1,6 @@
 defmodule DSPex.Test.StreamingLM do
   @moduledoc """
-  A server on loopback that streams an LM's answer as the test tells it to. It tells its owner of each
+  A server on loopback that streams an LM's answer as the test controls it. It sends its owner for each
   request, `{:lm_request, lm}`, where `lm` is for `say/2` and `finish/1`, and of each connection that the
   other side closed: `{:lm_closed, lm}`.
   """

@@ -1,6 +1,6 @@
 defmodule DSPex.Test.Telemetry do
   @moduledoc """
-  A host that has `:telemetry`, for as long as a test wants one: the stand-in of telemetry.exs. For tests
+  An application that has `:telemetry`, for as long as a test needs it: the stand-in of telemetry.exs. For tests
   that run alone.
   """
 
@@ -21,21 +21,21 @@ defmodule DSPex.Test.Telemetry do
     [:pool, :checkout]
   ]
 
-  @doc "The host has it from now on."
+  @doc "The application has it from now on."
   def install do
     Code.compile_file(@source)
     true = Telemetry.look()
     :ok
   end
 
-  @doc "The host has it no more."
+  @doc "The application no longer has it."
   def remove do
     take_away()
     false = Telemetry.look()
     :ok
   end
 
-  @doc "The module is gone, and nobody has been told."
+  @doc "The module is gone, without a notification."
   def take_away do
     :persistent_term.erase({:telemetry, :handlers})
     :code.purge(:telemetry)

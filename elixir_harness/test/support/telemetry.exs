@@ -1,7 +1,7 @@
 defmodule :telemetry do
   @moduledoc """
-  A stand-in for the module of the Hex package `telemetry` 1.x: what a host calls to attach handlers, and
-  what this project calls. Not compiled with the project, whose tests run as on a host without it, but
+  A stand-in for the module of the Hex package `telemetry` 1.x: what an application calls to attach handlers, and
+  what this project calls. Not compiled with the project, whose tests run as in an application without it, but
   where a test asks for it: `DSPex.Test.Telemetry`.
   """
 

@@ -79,7 +79,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert error() =~ "#{path} cannot be run: exit status 127: cannot load libpython"
   end
 
-  test "an interpreter that is no Python", %{tmp_dir: dir} do
+  test "an interpreter that is not Python", %{tmp_dir: dir} do
     path = use_interpreter(dir, "echo hello")
     assert error() =~ "#{path} cannot be run: it is not a Python: hello"
   end
@@ -134,7 +134,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
   end
 
   test "wrong configuration, by key" do
-    for {key, value, texts} <- [
+    for {key, value, parts} <- [
           {:python_environment, [virtual_env: 5], ["python_environment", "virtual_env"]},
           {:python_environment, [required_packages: "dspy"], ["required_packages"]},
           {:python_environment, [required_packages: ["--help"]], ["required_packages"]},
@@ -149,7 +149,7 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
       Application.put_env(:dspex, key, value)
       text = error()
       Application.put_env(:dspex, key, before)
-      for part <- texts, do: assert(text =~ part)
+      for part <- parts, do: assert(text =~ part)
     end
 
     Application.delete_env(:dspex, :python_bridge_monitor)
@@ -207,9 +207,9 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     use_interpreter(dir, "PYTHONPATH=\"#{installed}\" exec #{python()} -S \"$@\"\n")
     assert found.() == installed
 
-    beside = Path.join(folder, "package")
-    package(beside)
-    assert found.() == beside
+    next_to_it = Path.join(folder, "package")
+    package(next_to_it)
+    assert found.() == next_to_it
 
     package(dir)
     assert found.() == dir

@@ -61,7 +61,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
     end
 
-    test "typed fields come back as values of their types; chain of thought tells its reasoning" do
+    test "typed fields come back as values of their types; chain of thought returns its reasoning" do
       bridge = shared()
 
       args = %{
@@ -241,7 +241,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       %{bridge: bridge}
     end
 
-    test "a ping passes an execute; the execute's deadline closes the LM's connection", %{
+    test "a ping overtakes a run; the run's deadline closes the LM's connection", %{
       bridge: bridge
     } do
       task =
@@ -259,7 +259,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
     end
 
-    test "a caller that dies has its execute cancelled in the peer", %{bridge: bridge} do
+    test "a caller that dies has its run cancelled in the peer", %{bridge: bridge} do
       pid = spawn(fn -> Bridge.call(bridge, :execute_program, execute("?"), :infinity) end)
       assert_receive {:lm_request, _line}, 10_000
       Process.exit(pid, :kill)

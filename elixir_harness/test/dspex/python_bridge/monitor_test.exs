@@ -170,7 +170,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
       Bridge.call(bridge, :create_program, %{id: "qa", signature: "question -> answer"}, 20_000)
 
     args = %{program_id: "qa", inputs: %{question: "?"}}
-    # The LM never answers: as far as the monitor can tell, a call of ten seconds or ten years.
+    # The LM never answers: for the monitor, a call of ten seconds or ten years.
     for _ <- 1..5, do: spawn_link(fn -> Bridge.call(bridge, :execute_program, args, 60_000) end)
     assert_receive {:lm_request, "POST " <> _}, 20_000
 
@@ -260,7 +260,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert is_float(last) and p50 > 0 and p50 <= p99
   end
 
-  test "a wrong option is refused with a text that names it" do
+  test "a wrong option is refused with an error that names it" do
     for {key, value} <- [
           interval: 0,
           timeout: :infinity,

@@ -22,9 +22,9 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert {:ok, %Options{max_retries: 7, default_timeout: 5}} = Options.new(default_timeout: 5)
   end
 
-  test "a wrong option is refused with a text that names it" do
+  test "a wrong option is refused with an error that names it" do
     for {opt, value} <- [
-          name: "a text",
+          name: "a string",
           python_executable: "",
           python_executable: :python,
           script_path: 5,
@@ -88,7 +88,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert json =~ "sk-\\u00E9\\u20AC\\uD834\\uDD1E"
   end
 
-  test "the peer is told to send its log records as frames, unless :env says something about it" do
+  test "the peer sends its log records as frames, unless :env sets that" do
     frames = fn opts ->
       {:ok, options} = Options.new(opts)
       {options.env.()["DSPY_BRIDGE_LOG_FRAMES"], Options.log_to_stderr(options).env.()}

@@ -83,7 +83,7 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     assert Bridge.call(:list_programs) == {:ok, %{"programs" => ["two"]}}
   end
 
-  test "a wrong option is refused with a text that names it" do
+  test "a wrong option is refused with an error that names it" do
     for {opts, text} <- [
           {[bridges: 1], ":bridges"},
           {[bridge: 1], ":bridge"},
@@ -135,7 +135,7 @@ defmodule DSPex.PythonBridge.SupervisorTest do
       assert Supervisor.which_children(DSPex.ApplicationSupervisor) == []
     end
 
-    test "starts the supervisor unless told otherwise" do
+    test "starts the supervisor by default" do
       on_exit(fn -> restart_application() end)
       put_config(:python_bridge, echo())
       put_config(:autostart, true)

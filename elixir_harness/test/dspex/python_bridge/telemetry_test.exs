@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.TelemetryTest do
-  @moduledoc "Each event by real work; and that none of it matters to a host without `:telemetry`."
+  @moduledoc "Each event by real work; and all works in an application without `:telemetry`."
 
-  # Whether the host has it is known to the whole BEAM.
+  # Whether the application has it is global to the BEAM.
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
@@ -93,13 +93,13 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert {:error, "Program not found: none"} = Bridge.call(bridge, :execute_program, missing)
       assert [_, {@stop, %{result: :program_not_found, program_id: "none"}}] = of_calls()
 
-      # A process is told by its name.
+      # A process is identified by its name.
       pid = Process.whereis(bridge)
       assert {:error, _} = Bridge.call(pid, :no_such, %{}, 5_000)
       assert [_, {@stop, %{bridge: :observed, result: :unknown_command}}] = of_calls()
     end
 
-    test "tells of calls that were not made, too" do
+    test "is also sent for calls that were not made" do
       assert Bridge.call(:nobody, :ping) == {:error, :bridge_not_running}
       assert [{@start, _}, {@stop, stop}] = of_calls()
       assert %{bridge: :nobody, command: "ping", result: :bridge_not_running} = stop
@@ -113,7 +113,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert [_, {@stop, %{result: :invalid_args, program_id: nil}}] = of_calls()
     end
 
-    test "ends with :exception when what is called with a chunk raises; its contents are not told" do
+    test "ends with :exception when what is called with a chunk raises; its contents are not reported" do
       bridge = fake_bridge("plays")
       events()
       play = %{play: [["count", 3], ["reply"]], program_id: "p"}
@@ -182,7 +182,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   end
 
   describe "[:bridge, :peer]" do
-    test "tells when a peer is up, and why it is no more" do
+    test "reports when a peer is up, and why it is down" do
       bridge = fake_bridge("echo")
       first = os_pid(bridge)
       assert_received {@up, %{duration: duration}, up}
@@ -206,7 +206,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       refute_received {@down, _, _}
     end
 
-    test "tells of those that never were up" do
+    test "reports those that never were up" do
       opts = "dies_at_start" |> fake_opts(max_retries: 0) |> Keyword.put(:name, :observed)
       start_supervised!({Bridge, opts})
       assert_receive {@down, _, %{reason: :died, was_up: false, os_pid: os_pid} = down}, 5_000
@@ -227,7 +227,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     end
   end
 
-  test "[:bridge, :resend] tells how many calls are sent again, and why" do
+  test "[:bridge, :resend] reports how many calls are sent again, and why" do
     bridge = fake_bridge("silent")
     calls = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 2_000) end)
     once = Task.async(fn -> Bridge.request(bridge, :ping, %{}, retry: false) end)
@@ -251,7 +251,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     Task.await(call)
   end
 
-  test "[:monitor, :check] tells what each check found, also of the one that has the peer replaced" do
+  test "[:monitor, :check] reports what each check found, also of the one that has the peer replaced" do
     bridge = fake_bridge("silent", env: %{"FAKE_ANSWERS" => "2"})
 
     monitor =
@@ -277,7 +277,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     assert_received {@check, _, %{result: :bridge_not_running}}
   end
 
-  test "[:pool, :checkout] tells who was lent, or why nobody" do
+  test "[:pool, :checkout] reports the bridge that was checked out, or why none was" do
     pool = start_pool(fake_opts("echo", pool_size: 1))
     events()
     assert {:ok, bridge} = Pool.checkout(pool)
@@ -319,7 +319,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     assert {:ok, _} = Bridge.call(bridge, :ping)
   end
 
-  describe "a host without :telemetry" do
+  describe "an application without :telemetry" do
     @describetag :without
 
     defp work do
@@ -346,7 +346,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert Bridge.stop(bridge) == :ok
     end
 
-    test "is what the tests run on: nothing is told, and all is as ever" do
+    test "is what the tests run on: no event is sent, and all works as before" do
       refute Code.ensure_loaded?(:telemetry)
       refute Telemetry.look()
       assert Telemetry.execute([:bridge, :resend], %{}, %{}) == :ok

@@ -13,13 +13,13 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
   alias DSPex.Test.Exits
 
   defmodule Names do
-    @moduledoc "A registry that keeps who is registered from going on until it is told to."
+    @moduledoc "A registry that blocks a process that registers until it is sent `:go_on`."
 
-    def whereis_name({name, _told}), do: Process.whereis(name) || :undefined
+    def whereis_name({name, _test}), do: Process.whereis(name) || :undefined
 
-    def register_name({name, told}, pid) do
+    def register_name({name, test}, pid) do
       Process.register(pid, name)
-      send(told, {:registered, pid})
+      send(test, {:registered, pid})
       receive do: (:go_on -> :yes)
     end
   end
@@ -66,7 +66,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
           call = Task.async(fn -> Bridge.call(name, :echo, %{a: 1}) end)
           status = Task.async(fn -> Bridge.get_status(name) end)
           waiting = fn -> Process.info(bridge, :message_queue_len) == {:message_queue_len, 2} end
-          # Both, or neither: who is told at once that it is not running waits for nothing.
+          # Both, or neither: a caller that gets "not running" at once waits for nothing.
           eventually(fn -> waiting.() or not Process.alive?(call.pid) end)
           send(bridge, :go_on)
           {Task.await(call), Task.await(status)}

@@ -218,7 +218,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
 
   @tag :tmp_dir
   test "the real peer's come this way, a traceback as one record", %{name: name, tmp_dir: dir} do
-    File.write!(Path.join(dir, "tells.py"), """
+    File.write!(Path.join(dir, "startup.py"), """
     import logging
 
     def start():
@@ -229,7 +229,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
             logging.getLogger("my.app").exception("failed")
     """)
 
-    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "tells:start"}
+    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "startup:start"}
     bridge = start_supervised!({Bridge, real_opts(name: name, env: env)})
     create = %{id: "qa", signature: "question -> answer"}
     assert {:ok, _} = Bridge.call(bridge, :create_program, create, 30_000)
@@ -241,23 +241,23 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
 
   @tag :tmp_dir
   test "with DSPY_BRIDGE_LOG_FRAMES=0 they do not", %{name: name, tmp_dir: dir} do
-    File.write!(Path.join(dir, "tells.py"), """
+    File.write!(Path.join(dir, "startup.py"), """
     import logging
 
     def start():
         # To a place of its own, that the tests' output stays clean.
         import os
-        os.dup2(os.open(os.environ["TOLD"], os.O_CREAT | os.O_WRONLY), 2)
+        os.dup2(os.open(os.environ["RECORD"], os.O_CREAT | os.O_WRONLY), 2)
         logging.getLogger("my.app").warning("to be seen")
     """)
 
-    told = Path.join(dir, "told")
-    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "tells:start", "TOLD" => told}
+    record = Path.join(dir, "record")
+    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "startup:start", "RECORD" => record}
     env = Map.put(env, "DSPY_BRIDGE_LOG_FRAMES", "0")
     bridge = start_supervised!({Bridge, real_opts(name: name, env: env)})
     create = %{id: "qa", signature: "question -> answer"}
     assert {:ok, _} = Bridge.call(bridge, :create_program, create, 30_000)
-    eventually(fn -> File.read!(told) =~ "WARNING my.app: to be seen" end)
+    eventually(fn -> File.read!(record) =~ "WARNING my.app: to be seen" end)
     refute_received {:logged, _, _, %{python_logger: _}}
   end
 end

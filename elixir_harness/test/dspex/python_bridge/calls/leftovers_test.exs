@@ -95,7 +95,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
   describe "in a bridge" do
     @describetag :tmp_dir
 
-    # Nobody is told these; a caller would see them only much later, as a crash or as memory.
+    # These are internal; a caller would see them only much later, as a crash or as memory.
     defp state(bridge), do: :sys.get_state(bridge)
 
     test "a caller that lives on is not monitored any longer after a timeout" do

@@ -30,7 +30,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCountersTest do
     assert LoadCounters.pick(counters, [2, 4]) == nil
   end
 
-  test "picks the least busy; equally busy ones are used in turn" do
+  test "picks the least busy; equally busy ones are used round-robin" do
     counters = ready(3)
     take(counters, 1, 3)
     take(counters, 3, 1)

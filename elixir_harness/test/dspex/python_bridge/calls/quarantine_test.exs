@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Calls.QuarantineTest do
-  @moduledoc "Calls that kill their peer, told apart from their neighbours: played through, no peer needed."
+  @moduledoc "Calls that kill their peer are separated from the others: a simulation, without a peer."
 
   use ExUnit.Case, async: true
 

@@ -25,7 +25,7 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
   defp slow(bridge, seconds, timeout \\ 30_000), do: async(bridge, :slow, %{s: seconds}, timeout)
   defp pending(bridge, n), do: eventually(fn -> Bridge.get_status(bridge).pending == n end)
 
-  # Nobody is told this; the tests are about moments that have to be met.
+  # This is internal; the tests are about moments that have to be met.
   defp next(bridge), do: eventually(fn -> :sys.get_state(bridge).next end)
 
   test "a restart waits for a change, and the peer dies: the next one serves at once" do

@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Client.StreamTest do
   @moduledoc """
-  What comes before a reply: `:on_chunk` and `Bridge.stream`, with a peer that streams what it is told
+  What comes before a reply: `:on_chunk` and `Bridge.stream`, with a peer that streams by a script
   to (tests/fakes/replies/plays.py). Named after the races.
   """
 
@@ -492,14 +492,14 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
 
     test "calls tools while nobody reads it", %{bridge: bridge} do
       test = self()
-      tools = %{tell: &send(test, {:told, &1})}
-      play = [["count", 1], ["tool", 1, "tell", %{a: 1}], ["result", 1], ["reply"]]
+      tools = %{note: &send(test, {:called, &1})}
+      play = [["count", 1], ["tool", 1, "note", %{a: 1}], ["result", 1], ["reply"]]
       suspend = fn element, _acc -> {:suspend, element} end
 
       {:suspended, {:chunk, "n", "0"}, next} =
         Enumerable.reduce(stream(bridge, play, tools: tools), {:cont, nil}, suspend)
 
-      assert_receive {:told, %{"a" => 1}}, 5_000
+      assert_receive {:called, %{"a" => 1}}, 5_000
       eventually(fn -> status(bridge, :pending) == 0 end)
       assert {:suspended, {:ok, %{"1" => %{"success" => false}}, _}, _} = next.({:cont, nil})
     end

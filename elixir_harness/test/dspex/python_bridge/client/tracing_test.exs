@@ -12,8 +12,8 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
   @second "00-" <> String.duplicate("b", 32) <> "-" <> String.duplicate("2", 16) <> "-00"
   @create %{id: "qa", signature: "question -> answer"}
 
-  # An LM that tells its owner of each request, {:asked, lm, question, traceparents}, and answers it when
-  # it is told to: send(lm, :answer).
+  # An LM that sends its owner each request, {:asked, lm, question, traceparents}, and answers it when
+  # it is sent :answer: send(lm, :answer).
   defp start_lm do
     port = Loopback.start(&serve(&1, &2, ""))
 
@@ -109,9 +109,9 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
 
     assert_receive {:asked, lm, "streamed", [@first]}, 30_000
     send(lm, :answer)
-    told = Task.await(stream, 30_000)
-    assert {:chunk, "answer", "Paris"} in told
-    assert {:ok, %{"answer" => "Paris"}, _meta} = List.last(told)
+    events = Task.await(stream, 30_000)
+    assert {:chunk, "answer", "Paris"} in events
+    assert {:ok, %{"answer" => "Paris"}, _meta} = List.last(events)
 
     chunks =
       ask(bridge, "chunks",
@@ -171,21 +171,21 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
   @tag :tmp_dir
   test "records that Python logs for the call have it as metadata, and no others",
        %{tmp_dir: dir, test: name} do
-    File.write!(Path.join(dir, "tells.py"), """
+    File.write!(Path.join(dir, "logs.py"), """
     import dspy, logging
 
-    class Tells(dspy.Module):
+    class Logs(dspy.Module):
         def forward(self, question):
-            logging.getLogger("my.app").warning("at work")
+            logging.getLogger("my.app").warning("working")
             return dspy.Prediction(answer=question)
     """)
 
     config = %{owner: self(), bridge: name}
     :ok = :logger.add_handler(name, __MODULE__.Handler, %{config: config})
     on_exit(fn -> :logger.remove_handler(name) end)
-    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_ALLOW_MODULES" => "tells"}
+    env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_ALLOW_MODULES" => "logs"}
     bridge = start_supervised!({Bridge, real_opts(name: name, env: env)})
-    create = Map.put(@create, :program_type, "tells:Tells")
+    create = Map.put(@create, :program_type, "logs:Logs")
     {:ok, _} = Bridge.call(bridge, :create_program, create, 30_000)
 
     assert {:ok, _, _} = Task.await(ask(bridge, "one", traceparent: @first))

@@ -65,7 +65,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
 
   test "a folder of that name where the BEAM was started is not DSPy", %{tmp_dir: dir} do
     File.mkdir_p!(Path.join(dir, "dspy"))
-    File.write!(Path.join(dir, "dspy/__init__.py"), "raise SystemExit('the host\'s')")
+    File.write!(Path.join(dir, "dspy/__init__.py"), "raise SystemExit('the application\'s')")
     python = interpreter(dir, "cd #{dir} && exec #{python()} \"$@\"")
 
     assert check("ollama_chat/llama3", [], python) ==

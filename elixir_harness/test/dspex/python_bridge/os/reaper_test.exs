@@ -99,7 +99,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
       {retired, retired_child} = start_process()
       reaper = Reaper.start(self())
       for os_pid <- [kept, retired], do: Reaper.watch(reaper, os_pid)
-      # What it would have been told has gone with it.
+      # The message to it was lost with it.
       Reaper.retire(reaper, retired)
       %Reaper{} = :sys.get_state(reaper)
       next = Reaper.replace(kill_reaper(reaper), [kept])

@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.OTP.CrashReportTest do
-  @moduledoc "What is logged and told when a process here crashes: never what passed through it."
+  @moduledoc "What is logged and sent when a process here crashes: never the contents of requests."
 
   # It reads all that is logged, at all levels.
   use ExUnit.Case, async: false

@@ -30,7 +30,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
 
   defp pending, do: Pool.status().peers |> Enum.map(& &1.pending) |> Enum.sort()
 
-  # A process that does as it is told, for as long as the test runs.
+  # A process that runs the functions that it is sent, for as long as the test runs.
   defp other_process do
     start_supervised!({Agent, fn -> nil end}, id: make_ref())
   end
@@ -97,7 +97,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
              )
     end
 
-    test "refuses a wrong option with a text that names it" do
+    test "refuses a wrong option with an error that names it" do
       for {opts, text} <- [
             {[pool_size: 0], ":pool_size"},
             {[pool_size: "3"], ":pool_size"},
@@ -233,7 +233,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       eventually(fn -> pending() == [2, 2] end)
       assert Pool.call(:who) == {:error, :overloaded}
       Task.shutdown(hd(held), :brutal_kill)
-      # The monitor, which is told of it, asks at once: its ping may have the place for a moment.
+      # The monitor, which is notified, pings at once: its ping may take the slot for a moment.
       for _ <- 1..5, do: eventually(fn -> match?({:ok, _}, Pool.call(:who)) end)
       # So does the peer's own word for it.
       Task.shutdown(Enum.at(held, 1), :brutal_kill)
@@ -406,10 +406,10 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       Process.exit(coordinator, :kill)
       eventually(fn -> Process.whereis(Pool.Coordinator) == nil end)
       borrower = other_process()
-      loan = Task.async(fn -> as(borrower, fn -> Pool.checkout() end) end)
-      refute Task.yield(loan, 50)
+      checkout = Task.async(fn -> as(borrower, fn -> Pool.checkout() end) end)
+      refute Task.yield(checkout, 50)
       :sys.resume(pool)
-      assert {:ok, bridge} = Task.await(loan)
+      assert {:ok, bridge} = Task.await(checkout)
       assert Pool.checkin(bridge) == :ok
     end
 

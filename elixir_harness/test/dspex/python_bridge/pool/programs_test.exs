@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
 
   @moduletag :tmp_dir
 
-  # Names of the test's own, so that the tests of this file may run beside those of others.
+  # Names of the test's own, so that the tests of this file may run concurrently with those of others.
   @pool __MODULE__.Pool
 
   defp who(dir, opts) do
@@ -78,7 +78,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
   test "one peer that is up is enough; the others get it before they serve", %{tmp_dir: dir} do
     start_up(dir)
     [lagging | _others] = peers()
-    # Its process reads no message until it is told to go on.
+    # Its process reads no message until it is resumed.
     :sys.suspend(lagging.bridge)
     kill(lagging.os_pid)
     creation = Task.async(fn -> create("one") end)
@@ -197,7 +197,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
   describe "while the coordinator is restarted" do
     @describetag :capture_log
 
-    # Its supervisor reads no message until it is told to go on.
+    # Its supervisor reads no message until it is resumed.
     defp kill_coordinator do
       coordinator = Process.whereis(Handle.coordinator(@pool))
       watch = Process.monitor(coordinator)

@@ -160,15 +160,15 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     %{"create_program" => %{"count" => created, "errors" => 0, "p50_ms" => ms}} =
       stats["commands"]
 
-    # A program that an execute had missed would have been created twice.
+    # A program that a run had missed would have been created twice.
     assert created == 1
 
     # The last may have come just after it was ready; had it come before, it would have waited as long
     # as the creation, which imports DSPy.
-    with %{"count" => executed} = executes <- stats["commands"]["execute_program"] do
+    with %{"count" => executed} = runs <- stats["commands"]["execute_program"] do
       assert executed == 1
-      assert executes["errors"] == 0
-      assert executes["p99_ms"] < ms / 2
+      assert runs["errors"] == 0
+      assert runs["p99_ms"] < ms / 2
     end
   end
 

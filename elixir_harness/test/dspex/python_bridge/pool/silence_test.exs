@@ -38,7 +38,7 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
   test "a peer whose call has timed out is picked last, until it answers something" do
     [hung, other] = start_up(who(pool_size: 2))
     stop(hung.os_pid)
-    # They take turns.
+    # Round-robin.
     assert :timeout in for(_ <- 1..2, do: ask(200))
     assert for(_ <- 1..20, uniq: true, do: ask(5_000)) == [other.os_pid]
 
@@ -48,10 +48,10 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     assert ask(5_000) == other.os_pid
 
     # Last is not never.
-    assert {:ok, lent} = Pool.checkout(@pool)
-    assert lent == other.bridge
+    assert {:ok, bridge} = Pool.checkout(@pool)
+    assert bridge == other.bridge
     assert ask(50) == :timeout
-    assert Pool.checkin(@pool, lent) == :ok
+    assert Pool.checkin(@pool, bridge) == :ok
 
     signal("CONT", hung.os_pid)
     eventually(fn -> ask(5_000) == hung.os_pid end)

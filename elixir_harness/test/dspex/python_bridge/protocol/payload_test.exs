@@ -13,17 +13,20 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
   @space String.duplicate(" ", 1_000_000)
 
   # Every text in a term, keys included.
-  defp texts(text) when is_binary(text), do: [text]
-  defp texts(list) when is_list(list), do: Enum.flat_map(list, &texts/1)
-  defp texts(%_{} = struct), do: struct |> Map.from_struct() |> texts()
-  defp texts(%{} = map), do: Enum.flat_map(map, fn {key, value} -> texts(key) ++ texts(value) end)
-  defp texts(tuple) when is_tuple(tuple), do: tuple |> Tuple.to_list() |> texts()
-  defp texts(_other), do: []
+  defp strings(text) when is_binary(text), do: [text]
+  defp strings(list) when is_list(list), do: Enum.flat_map(list, &strings/1)
+  defp strings(%_{} = struct), do: struct |> Map.from_struct() |> strings()
+
+  defp strings(%{} = map),
+    do: Enum.flat_map(map, fn {key, value} -> strings(key) ++ strings(value) end)
+
+  defp strings(tuple) when is_tuple(tuple), do: tuple |> Tuple.to_list() |> strings()
+  defp strings(_other), do: []
 
   defp holds_little(term) do
-    for text <- texts(term) do
+    for text <- strings(term) do
       held = :binary.referenced_byte_size(text)
-      # OTP 27 tells bits, not bytes, of those that are too small to be shared.
+      # OTP 27 reports bits, not bytes, for those that are too small to be shared.
       assert held <= max(2 * byte_size(text), 512), "#{byte_size(text)} bytes hold #{held}"
     end
 

@@ -95,10 +95,10 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
     test "has the trace, if there is one" do
       trace = ~S(01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-"\x)
 
-      for {opts, told} <- [{[traceparent: trace, meta: true], trace}, {[meta: true], nil}] do
+      for {opts, expected} <- [{[traceparent: trace, meta: true], trace}, {[meta: true], nil}] do
         {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
         sent = JSON.decode!(~s({"id":1) <> body)
-        assert {sent["traceparent"], sent["meta"], sent["command"]} == {told, true, "ping"}
+        assert {sent["traceparent"], sent["meta"], sent["command"]} == {expected, true, "ping"}
       end
     end
 
@@ -223,7 +223,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       assert Protocol.route(~s({"id": 7, "stream": {}})) == {:stream, 7}
       assert Protocol.route(~s({"id":7,"tool_call":{}})) == {:tool_call, 7}
       assert Protocol.route(~s({"id": 7, "tool_call": {}})) == {:tool_call, 7}
-      # A reply, whatever is in it; and no number is no call of ours.
+      # A reply, whatever is in it; and a missing number is not a call of ours.
       assert Protocol.route(~s({"id":7,"success":true,"stream":{}})) == {:reply, 7}
       assert Protocol.route(~s({"id":7,"streams":{}})) == {:reply, 7}
       assert Protocol.route(~s({"id":null,"stream":{}})) == :none
@@ -276,11 +276,11 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
     end
 
     test "has the trace, if it is a string" do
-      for {trace, told} <- [{"00-a-b-01", "00-a-b-01"}, {nil, nil}, {5, nil}] do
+      for {trace, expected} <- [{"00-a-b-01", "00-a-b-01"}, {nil, nil}, {5, nil}] do
         frame = JSON.encode!(%{log: %{logger: "a", message: "m", traceparent: trace}})
         assert {:ok, :info, "m", metadata} = Protocol.decode_log(frame)
-        assert metadata[:traceparent] == told
-        assert Keyword.has_key?(metadata, :traceparent) == (told != nil)
+        assert metadata[:traceparent] == expected
+        assert Keyword.has_key?(metadata, :traceparent) == (expected != nil)
       end
     end
 
@@ -358,7 +358,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
   end
 
   describe "encode_tool_result/2" do
-    test "names what has no JSON form, in results and in error texts" do
+    test "names what has no JSON form, in results and in error messages" do
       for {result, text} <- [
             {{:ok, self()}, "result: no JSON form"},
             {{:ok, <<255>>}, "result: a string in it is not valid UTF-8"},

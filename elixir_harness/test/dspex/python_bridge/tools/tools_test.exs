@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Tools.ToolsTest do
   @moduledoc """
-  Functions of the caller's that the peer calls, with a peer that calls what it is told to
+  Functions of the caller that the peer calls, with a peer that calls them by a script
   (tests/fakes/replies/plays.py). Named after the races.
   """
 
@@ -32,7 +32,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   defp go(bridge, name), do: Bridge.cast(bridge, :go, %{name: name})
   defp status(bridge, key), do: Map.fetch!(Bridge.get_status(bridge), key)
 
-  # One call of each of these functions, all under way at once; what the peer is told of them.
+  # One call of each of these functions, all under way at once; the frames that the peer gets.
   defp results(bridge, functions) do
     numbered = Enum.with_index(functions, 1)
     calls = for {_function, n} <- numbered, do: ["tool", n, "tool#{n}", %{n: n}]
@@ -45,17 +45,17 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
   defp ok(result), do: %{"success" => true, "result" => result}
 
-  # What the peer has been told of tools, the cancels left out.
-  defp told(bridge) do
+  # The frames about tools that the peer got, without cancels.
+  defp tool_frames(bridge) do
     {:ok, %{"heard" => heard}} = Bridge.call(bridge, :heard)
     for %{"tool_result" => result} <- heard, do: result
   end
 
-  defp told(bridge, call_id) do
-    eventually(fn -> Enum.find(told(bridge), &(&1["call_id"] == call_id)) end)
+  defp tool_frames(bridge, call_id) do
+    eventually(fn -> Enum.find(tool_frames(bridge), &(&1["call_id"] == call_id)) end)
   end
 
-  # Tells its process, and that of its call, and does what only a kill can end.
+  # Sends its process, and that of its call, and does what only a kill can end.
   defp endless(test) do
     fn args ->
       Process.flag(:trap_exit, true)
@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   describe "what a function does" do
     test "is a result if it has a JSON form" do
       functions = [
-        fn %{"n" => 1} -> "a text" end,
+        fn %{"n" => 1} -> "a string" end,
         fn _ -> {:ok, %{a: [1, nil, true]}} end,
         fn _ -> nil end,
         fn _ -> :ok end,
@@ -91,7 +91,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
       assert results(start(), functions) ==
                [
-                 ok("a text"),
+                 ok("a string"),
                  ok(%{"a" => [1, nil, true]}),
                  ok(nil),
                  ok("ok"),
@@ -132,7 +132,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
       bridge = start()
 
-      {texts, log} =
+      {errors, log} =
         with_log(fn ->
           for result <- results(bridge, functions) do
             assert %{"success" => false, "error" => text} = result
@@ -167,11 +167,11 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         "tool tool23: result: cannot be written as JSON"
       ]
 
-      for {text, expected} <- Enum.zip(texts, expected) do
+      for {text, expected} <- Enum.zip(errors, expected) do
         assert String.starts_with?(text, expected)
         assert String.length(text) <= 500
         refute text =~ "hidden"
-        refute tl(texts) |> Enum.any?(&(&1 =~ "\n"))
+        refute tl(errors) |> Enum.any?(&(&1 =~ "\n"))
       end
 
       # Others may log meanwhile.
@@ -197,8 +197,14 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         end
       ]
 
-      texts = for %{"success" => false, "error" => text} <- results(start(), ended), do: text
-      assert texts == ["exit: :killed", "exit: :killed", "exit: :normal", "exit: :of_a_neighbour"]
+      errors = for %{"success" => false, "error" => text} <- results(start(), ended), do: text
+
+      assert errors == [
+               "exit: :killed",
+               "exit: :killed",
+               "exit: :normal",
+               "exit: :of_a_neighbour"
+             ]
     end
 
     test "is an error when its frame is too large" do
@@ -288,7 +294,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   end
 
   describe "a tool that is not there" do
-    test "is refused, by its name, whoever made the call" do
+    test "is refused, by its name, for any caller" do
       bridge = start()
       play = fn n -> [["tool", n, "search", %{}], ["result", n], ["reply", %{}]] end
       args = fn n -> %{play: play.(n)} end
@@ -297,11 +303,11 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert {:ok, %{}, _} = request(bridge, play.(2), on_chunk: & &1)
       assert {:ok, %{}, _} = request(bridge, play.(3), tools: %{})
       assert :ok = Bridge.cast(bridge, :execute_program, args.(4))
-      for n <- 1..4, do: assert(%{"success" => false, "error" => ^text} = told(bridge, n))
+      for n <- 1..4, do: assert(%{"success" => false, "error" => ^text} = tool_frames(bridge, n))
       tools = %{"b" => & &1, a: & &1}
       assert {:ok, %{}, _} = request(bridge, play.(5), tools: tools)
       text = "tool search: it was not given in :tools, which has a, b"
-      assert %{"success" => false, "error" => ^text} = told(bridge, 5)
+      assert %{"success" => false, "error" => ^text} = tool_frames(bridge, 5)
 
       name = Module.concat(__MODULE__, Pool)
       start_supervised!({Pool, Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)})
@@ -319,7 +325,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert {:ok, %{}, _} = request(bridge, play, tools: %{search: & &1})
       # The next request of the bridge's own gets none either.
       for id <- [1, 2, "three"] do
-        assert %{"success" => false, "error" => text} = told(bridge, id)
+        assert %{"success" => false, "error" => text} = tool_frames(bridge, id)
         assert text == "tool search: the call that it belongs to is over"
       end
 
@@ -386,12 +392,12 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       test = self()
 
       on_chunk = fn chunk ->
-        receive do: (:told -> send(test, {:chunk, chunk}))
+        receive do: (:noted -> send(test, {:chunk, chunk}))
       end
 
-      tell = fn _ -> send(test, :told) && nil end
-      play = [["count", 1], ["tool", 1, "tell", %{}], ["result", 1], ["reply", %{}]]
-      assert {:ok, %{}, _} = request(start(), play, tools: %{tell: tell}, on_chunk: on_chunk)
+      note = fn _ -> send(test, :noted) && nil end
+      play = [["count", 1], ["tool", 1, "note", %{}], ["result", 1], ["reply", %{}]]
+      assert {:ok, %{}, _} = request(start(), play, tools: %{note: note}, on_chunk: on_chunk)
       assert_received {:chunk, %{"chunk" => "0"}}
     end
 
@@ -465,7 +471,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       go(bridge, "on")
       assert {:ok, %{}, _} = Task.await(task)
       assert_dead(monitors)
-      assert told(bridge) == []
+      assert tool_frames(bridge) == []
     end
 
     test "an error reply", %{bridge: bridge, open: open} do
@@ -659,7 +665,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert_receive {:DOWN, ^monitor, :process, _, :normal}, 5_000
       # The call is with the next peer by then.
       assert status(context.bridge, :pending) == 1
-      assert told(context.bridge) == []
+      assert tool_frames(context.bridge) == []
       for name <- ["on", "end"], do: go(context.bridge, name)
       assert {:ok, results, _} = Task.await(context.task)
       assert %{"1" => %{"call_id" => 1, "success" => true, "result" => "fast"}} == results
@@ -667,14 +673,14 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
     test "while a tool runs: it is ended when the next peer calls its first", context do
       monitors = for pid <- [context.one, context.two], do: Process.monitor(pid)
-      assert told(context.bridge) == []
+      assert tool_frames(context.bridge) == []
       assert Process.alive?(context.one) and Process.alive?(context.two)
       go(context.bridge, "on")
-      # Before the end of the execute, which would end them anyway.
+      # Before the end of the run, which would end them anyway.
       for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, _, _, :killed}, 5_000)
       go(context.bridge, "end")
       assert {:ok, %{"1" => %{"result" => "fast"}}, _} = Task.await(context.task)
-      assert [%{"call_id" => 1}] = told(context.bridge)
+      assert [%{"call_id" => 1}] = tool_frames(context.bridge)
     end
   end
 
@@ -703,7 +709,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       send(tool, :finish)
       assert {:ok, %{"1" => %{"result" => "late"}}, _} = Task.await(task)
       assert_received {:chunk, %{"chunk" => "0"}}
-      assert told(bridge) == []
+      assert tool_frames(bridge) == []
       assert %{late_replies: 0, pending: 0} = Bridge.get_status(bridge)
       eventually(fn -> not alive?(old) end)
     end

@@ -61,8 +61,8 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       for %{server: server} <- found,
           do: eventually(fn -> Bridge.get_status(server).state == :running end)
 
-      texts = for %{bridge: bridge, pool: pool} <- found, do: pool || bridge
-      assert texts == Enum.sort(texts)
+      names = for %{bridge: bridge, pool: pool} <- found, do: pool || bridge
+      assert names == Enum.sort(names)
     end
 
     test "are not listed after they have ended" do
@@ -83,27 +83,27 @@ defmodule DSPex.PythonBridge.Top.TopTest do
 
   describe "a snapshot" do
     test "has the figures of the bridge and of the real peer; its own calls are not counted" do
-      real(:told, SilentLM.lm_opts(SilentLM.start()))
+      real(:measured, SilentLM.lm_opts(SilentLM.start()))
       create = %{id: "qa", signature: "question -> answer"}
-      {:ok, _} = Bridge.call(:told, :create_program, create, @long)
+      {:ok, _} = Bridge.call(:measured, :create_program, create, @long)
 
       {:error, "Program not found: no"} =
-        Bridge.call(:told, :execute_program, %{program_id: "no", inputs: %{}})
+        Bridge.call(:measured, :execute_program, %{program_id: "no", inputs: %{}})
 
       execute = %{program_id: "qa", inputs: %{question: "Why?"}}
-      task = Task.async(fn -> Bridge.call(:told, :execute_program, execute, @long) end)
+      task = Task.async(fn -> Bridge.call(:measured, :execute_program, execute, @long) end)
       assert_receive {:lm_request, _line}, @long
 
-      peer(:told)
-      peer = peer(:told)
-      status = Bridge.get_status(:told)
+      peer(:measured)
+      peer = peer(:measured)
+      status = Bridge.get_status(:measured)
       assert %{state: :running, pending: 1, restarts: 0, in_flight: 1, queued: 0} = peer
       assert peer.os_pid == status.os_pid
       assert peer.uptime_ms in 1..status.uptime_ms
       assert peer.stats_at_ms in 1..status.uptime_ms
       assert peer.rss_bytes > 10_000_000
 
-      # The one under way is counted when it is over. The bridge's own ping, the create, the execute.
+      # The one under way is counted when it is over. The bridge's own ping, the creation, the run.
       assert %{executes: 1, calls: 3, calls_per_s: nil, pool: nil, number: nil} = peer
       assert is_float(peer.p50_ms) and is_float(peer.p99_ms)
       assert 0 < peer.p50_ms and peer.p50_ms <= peer.p99_ms

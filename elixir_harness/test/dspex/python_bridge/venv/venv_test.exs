@@ -1,5 +1,5 @@
 defmodule DSPex.PythonBridge.Venv.VenvTest do
-  # Real environments, by the interpreter's own venv, pip and uv; elsewhere uv is a script, which tells what it was given.
+  # Real environments, by the interpreter's own venv, pip and uv; elsewhere uv is a script, which prints its arguments.
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
@@ -34,7 +34,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     %{venv: Path.join(dir, "venv"), source: source, bin: Path.join(dir, "bin")}
   end
 
-  # What it gives, and the lines that it told meanwhile.
+  # What it gives, and its progress lines.
   defp make(venv, source, opts \\ []) do
     me = self()
     tag = make_ref()
@@ -138,7 +138,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     test "it is updated: pins, the peer under the same version, missing packages",
          %{by_pip: by_pip, tmp_dir: dir} do
       {venv, source} = copy(by_pip, dir)
-      # Of the package the version stays: its files tell.
+      # The version of the package stays: its files are compared.
       {:ok, %{stamp: stamp}} = Source.read(source)
       TinySource.package(source, "two")
       {:ok, %{stamp: another}} = Source.read(source)

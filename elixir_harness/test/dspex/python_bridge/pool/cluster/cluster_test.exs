@@ -57,14 +57,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
   defp see_each_other(nodes) do
     eventually(fn -> Enum.all?(nodes, &(nodes_on(&1) == Enum.sort(nodes))) end)
     others = length(nodes) - 1
-    # What is told when they meet, too: who can serve.
+    # Also sent when they meet: which nodes can serve.
     eventually(fn -> Enum.all?(nodes, &(length(serving_on(&1)) == others)) end)
   end
 
   defp serving_on(node), do: on(node, PoolProbe, :serving, [@pool])
   defp known_on(node), do: on(node, PoolProbe, :known, [@pool])
   defp programs_on(node), do: on(node, PoolProbe, :programs, [@pool])
-  defp lend_all_on(node), do: on(node, PoolProbe, :lend_all, [@pool])
+  defp check_out_all_on(node), do: on(node, PoolProbe, :check_out_all, [@pool])
 
   defp create(id, signature \\ "q -> a"), do: %{id: id, signature: signature}
 
@@ -76,8 +76,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     {:ok, %{"pid" => pid}} = call(:who)
     assert pid in os_pids_on(node())
 
-    {borrower, lent} = lend_all_on(node())
-    assert Enum.all?(lent, &match?({:ok, _}, &1))
+    {borrower, checkouts} = check_out_all_on(node())
+    assert Enum.all?(checkouts, &match?({:ok, _}, &1))
     assert Pool.checkout(@pool) == {:error, :pool_exhausted}
     pids = for _ <- 1..10, do: elem(call(:who), 1)["pid"]
     assert Enum.uniq(pids) -- os_pids_on(there) == []
@@ -108,14 +108,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     assert call(:who) == {:error, :overloaded}
     # A caller's death frees the place there, too.
     Task.shutdown(remote, :brutal_kill)
-    # The monitor, which is told of it, asks at once: its ping may have the place for a moment.
+    # The monitor, which is notified, pings at once: its ping may take the slot for a moment.
     eventually(fn -> match?({:ok, _}, call(:who)) end)
     Task.shutdown(here, :brutal_kill)
   end
 
   test "with no peer on any node, calls wait for the first one", context do
     start_here(context.cluster, pool_size: 1)
-    {borrower, _lent} = lend_all_on(node())
+    {borrower, _checkouts} = check_out_all_on(node())
     waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
     coordinator = Handle.coordinator(@pool)
     eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
@@ -126,7 +126,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     assert [pid] == os_pids_on(there)
 
     # A node that is there already, and gets a peer back.
-    {borrower_there, _lent} = lend_all_on(there)
+    {borrower_there, _checkouts} = check_out_all_on(there)
     eventually(fn -> serving_on(node()) == [] end)
     waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
     eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
@@ -146,7 +146,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
       programs_on(there) == List.duplicate(%{"one" => "q -> a"}, 2)
     end)
 
-    # Answered when all nodes have it, whoever is asked.
+    # Answered when all nodes have it, whichever node is called.
     assert {:ok, _} = call(:create_program, create("two"))
     assert {:ok, _} = call_on(there, :create_program, create("one", "b -> c"))
     both = List.duplicate(%{"one" => "b -> c", "two" => "q -> a"}, 2)
@@ -184,7 +184,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     # Known here alone, as when the news is still on its way.
     {:ok, body} = Protocol.encode_body(:create_program, create("one"))
     true = Programs.Store.put(Handle.fetch(@pool).programs, "one", Programs.Store.stamp(), body)
-    {borrower, _lent} = lend_all_on(node())
+    {borrower, _checkouts} = check_out_all_on(node())
 
     assert {:ok, %{"pid" => pid, "signature" => "q -> a"}} =
              call(:execute_program, %{program_id: "one"})
@@ -199,7 +199,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     start_here(context.cluster, pool_size: 1)
     [first, second] = for _ <- 1..2, do: start_there(context.cluster, pool_size: 1)
     see_each_other([node(), first, second])
-    {borrower, _lent} = lend_all_on(node())
+    {borrower, _checkouts} = check_out_all_on(node())
     held = for _ <- 1..6, do: Task.async(fn -> call(:hold, %{}, 60_000) end)
 
     pending = fn node -> hd(peers_on(node)).pending end
@@ -221,7 +221,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     start_here(context.cluster, pool_size: 1)
     there = start_there(context.cluster, pool_size: 1)
     see_each_other([node(), there])
-    {borrower, _lent} = lend_all_on(node())
+    {borrower, _checkouts} = check_out_all_on(node())
     os_pid = on(there, System, :pid, [])
     {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
 
@@ -291,7 +291,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
       assert known_on(other) == []
     end
 
-    {borrower, _lent} = lend_all_on(node())
+    {borrower, _checkouts} = check_out_all_on(node())
     assert call(:who, %{}, 100) == {:error, :timeout}
     send(borrower, :end)
   end

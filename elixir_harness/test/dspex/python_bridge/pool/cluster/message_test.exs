@@ -24,7 +24,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
     %{cluster: cluster, coordinator: Process.whereis(Handle.coordinator(@pool))}
   end
 
-  # From then on the coordinator tells this process what it tells any other.
+  # From then on the coordinator sends this process what it sends any other.
   defp join(cluster), do: :ok = :pg.join(Cluster, cluster, self())
 
   defp create(id, signature \\ "q -> a"),
@@ -182,7 +182,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.MessageTest do
       %{coordinator: coordinator} = context
       {node, gone} = gone_coordinator()
       change = {:change, gone, 7, {:cleanup, ["one"], Programs.Store.stamp()}, ""}
-      # It cannot be told that the change was made.
+      # It cannot be sent the confirmation of the change.
       for said <- [{:hello, gone, :gone, true, []}, {:serves, gone, :gone, true}, change],
           do: send(coordinator, said)
 
