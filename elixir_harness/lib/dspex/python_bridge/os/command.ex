@@ -132,11 +132,11 @@ defmodule DSPex.PythonBridge.OS.Command do
   defp tail(output), do: binary_part(output, byte_size(output), -@max_output_bytes)
 
   # What remains of the first line of a cut output may start with a part of a secret, which is not recognised as one. If
-  # nothing follows that line, its first word goes; if it is one word, it stays.
+  # nothing follows that line, its first word goes.
   defp whole_lines(output) when byte_size(output) < @max_output_bytes, do: output
 
   defp whole_lines(output) do
-    Enum.find_value(["\n", ~r/\s/], output, fn separator ->
+    Enum.find_value(["\n", ~r/\s/], "", fn separator ->
       [_cut | rest] = String.split(output, separator, parts: 2)
       Enum.find(rest, &(&1 =~ ~r/\S/))
     end)

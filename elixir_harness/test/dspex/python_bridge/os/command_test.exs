@@ -33,15 +33,14 @@ defmodule DSPex.PythonBridge.OS.CommandTest do
     assert String.ends_with?(output, "end" <> "\uFFFD")
   end
 
-  test "returns the end of a long last line, from its first blank on if it has one" do
+  test "returns the end of a long last line, from its first blank on; nothing of a single word" do
     yes = "yes ab 2>/dev/null | head -c 300000 | tr '\\n' ' '"
     # It is cut after the first letter of an "ab".
     assert {:exit, 0, output} = sh("#{yes}; printf en")
     assert byte_size(output) == 65_534
     assert String.starts_with?(output, "ab ab ") and String.ends_with?(output, " ab en")
-    assert {:exit, 0, output} = sh("#{yes} | tr -d ' '; echo end")
-    assert byte_size(output) == 65_536
-    assert String.ends_with?(output, "abend\n")
+    # It may be the end of a secret.
+    assert {:exit, 0, ""} = sh("#{yes} | tr -d ' '; echo end")
   end
 
   test "a program that cannot be run is an error", %{tmp_dir: dir} do
