@@ -16,6 +16,10 @@ import dspy
 
 from dspy_bridge.logs import peer_log
 
+# Modules that DSPy has since 3.4. An older one does in other places what their names do, or does not do it at all.
+_SINCE_3_4 = ("dspy._vendor.", "dspy.clients.engines", "dspy.clients.execution", "dspy.clients.call_context")
+_BEFORE_3_4 = tuple(int(part) for part in dspy.__version__.split(".")[:2]) < (3, 4)
+
 
 class Name:
     """A name that may be gone: `module:attribute.attribute`."""
@@ -29,6 +33,7 @@ class Name:
         self.takes = takes
         self.of_instances = of_instances
         self.lazy = lazy
+        self.expected = not (_BEFORE_3_4 and self.module.startswith(_SINCE_3_4))
         self._wrapped = False
         names.append(self)
 
@@ -46,7 +51,8 @@ class Name:
                     return found
         except (AttributeError, ImportError, TypeError, ValueError):
             pass
-        degraded.append(self.dotted)
+        if self.expected:
+            degraded.append(self.dotted)
         if self.lazy:
             _warn([self])
         return None
@@ -54,7 +60,7 @@ class Name:
     @property
     def there(self) -> bool:
         """Whether it can be used."""
-        return self.value is not None or self.dotted not in degraded
+        return self.value is not None or (self.expected and self.dotted not in degraded)
 
     @property
     def attribute(self) -> str:
@@ -86,7 +92,7 @@ degraded: list[str] = []
 
 def check() -> None:
     """Look up all names; one warning says which are gone, and what is off without them."""
-    gone = [name for name in names if not name.lazy and not name.there]
+    gone = [name for name in names if name.expected and not name.lazy and not name.there]
     if gone:
         _warn(gone)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import re
+from collections.abc import Callable
 
+import dspy
+import pytest
+from lm_server import LMServer
 from peer import ROOT
 
-from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm import dspy_internals, dspy_setup
+from dspy_bridge.runtime import inline_executor
+from dspy_bridge.settings import Settings
 
 # Modules of DSPy's that its documentation imports from.
 DOCUMENTED = {"dspy", "dspy.lm15", "dspy.streaming", "dspy.utils.callback"}
@@ -38,3 +45,26 @@ def test_each_name_says_what_is_off_without_it() -> None:
     assert all(name.without for name in dspy_internals.names)
     dotted = [name.dotted for name in dspy_internals.names]
     assert len(set(dotted)) == len(dotted)
+
+
+def test_the_short_steps_of_dspy_run_inline_after_some_calls(
+    start_lm: Callable[..., LMServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise LM calls are slower: DSPy sends other functions to the executor, or in another way."""
+    steps = [dspy_internals.PREPARE, dspy_internals.PRICE_RESULT, *dspy_internals.CACHE_STEPS]
+    if not any(step.expected for step in steps):
+        pytest.skip("this DSPy has none")
+    dspy_setup.Models(Settings({}))
+    monkeypatch.setattr(inline_executor, "SHORT", 60)  # whatever else the machine does
+    lm = dspy.LM("openai/stub-model", **start_lm().options(cache=True))
+
+    async def ask() -> inline_executor.InlineExecutor:
+        executor = inline_executor.InlineExecutor(memory_cache_only=True)
+        asyncio.get_running_loop().set_default_executor(executor)
+        for number in range(inline_executor.TRIES + 2):
+            await lm.acall(f"Question {number}?")
+        return executor
+
+    # Only runs in a thread are counted.
+    in_threads = asyncio.run(ask())._short_runs
+    assert in_threads == {(step.value, lm.model): inline_executor.TRIES for step in steps}

@@ -24,7 +24,9 @@ for _name in NAMES:
     )
     GROUPS.setdefault(_key, []).append(_name)
 LAZY = [name for name in dspy_internals.names if name.lazy and importlib.util.find_spec(name.module)]
-GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.lazy and not name.there)
+GONE_ALREADY = sorted(
+    name.dotted for name in dspy_internals.names if name.expected and not name.lazy and not name.there
+)
 ASK = {"inputs": {"question": "Why?"}}
 TOOL = {"name": "look", "args": {"query": {"type": "str"}}}
 WARNING = re.compile(r"WARNING dspy_bridge: names inside DSPy \S+ are not as expected: .*")
