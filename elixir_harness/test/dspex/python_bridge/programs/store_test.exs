@@ -52,6 +52,8 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
   end
 
   @tag :slow
+  # 4 s of one core by itself.
+  @tag timeout: 180_000
   test "the number of tombstones is limited" do
     table = Programs.Store.new()
     for n <- 1..25_000, do: Programs.Store.remove(table, ["#{n}"], Programs.Store.stamp())
