@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -90,6 +91,14 @@ def reusable(lms: list[Server], kind: Callable[..., Server]) -> Iterator[Callabl
         if not server.becomes_idle(1):
             server.stop()
             lms[number] = kind(lambda _request: PARIS)
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH, with the test module's `HOST` as the module `host`."""
+    folder: Path = tmp_path_factory.mktemp("host")
+    (folder / "host.py").write_text(request.module.HOST)
+    return folder
 
 
 def lm_env(server: LMServer, **options: Any) -> dict[str, str]:

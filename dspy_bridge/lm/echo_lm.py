@@ -81,13 +81,13 @@ class _WithoutEngine:
         return response
 
 
-class EchoLM(*((LoopLM,) if lm15 is not None else (_WithoutEngine, LoopLM))):  # type: ignore[misc]
+class EchoLM(*((LoopLM,) if ENGINES else (_WithoutEngine, LoopLM))):  # type: ignore[misc]
     """For demos, self-tests and CI: no network, no model, the same answer to the same question."""
 
     def __init__(self, **options: Any) -> None:
         """`options`: those of `dspy.LM`; those of a connection are ignored."""
         options = {name: value for name, value in options.items() if name not in _CONNECTION}
-        engines = {} if lm15 is None else {"engine": _Engine(), "async_engine": _AsyncEngine()}
+        engines = {"engine": _Engine(), "async_engine": _AsyncEngine()} if ENGINES else {}
         super().__init__(NAME, **{"cache": False, **options, **engines})
 
 

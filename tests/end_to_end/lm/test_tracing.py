@@ -149,13 +149,6 @@ def start_lm(traced_lms: list[TracedLM]) -> Iterator[Callable[..., TracedLM]]:
         yield start
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("host")
-    (folder / "host.py").write_text(HOST)
-    return folder
-
-
 @pytest.fixture
 def start(folder: Path) -> Iterator[Callable[..., Peer]]:
     """Starts a peer that has `host`."""

@@ -165,13 +165,6 @@ class NoModule:
 '''
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("host")
-    (folder / "host.py").write_text(HOST)
-    return folder
-
-
 @pytest.fixture
 def record(folder: Path) -> Path:
     """The file that the modules write."""
