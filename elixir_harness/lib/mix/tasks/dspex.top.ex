@@ -35,6 +35,7 @@ defmodule Mix.Tasks.Dspex.Top do
 
   use Mix.Task
 
+  alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Top
   alias DSPex.PythonBridge.Top.{Remote, Table}
 
@@ -96,13 +97,13 @@ defmodule Mix.Tasks.Dspex.Top do
   @spec watch(Top.snapshot(), node(), keyword()) :: no_return()
   defp watch(snapshot, node, options) do
     show(snapshot, options)
-    watch(snapshot, node, options, now())
+    watch(snapshot, node, options, Deadline.now())
   end
 
   @spec watch(Top.snapshot(), node(), keyword(), integer()) :: no_return()
   defp watch(earlier, node, options, last) do
-    Process.sleep(max(last + @second - now(), 0))
-    started = now()
+    Process.sleep(Deadline.left(last + @second))
+    started = Deadline.now()
 
     case Remote.snapshot(node) do
       {:ok, snapshot} ->
@@ -145,6 +146,4 @@ defmodule Mix.Tasks.Dspex.Top do
     options = :io.getopts()
     is_list(options) and Keyword.get(options, :stdout, false)
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end
