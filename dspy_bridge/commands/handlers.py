@@ -36,7 +36,7 @@ _CREATE_ARGS = (
     "state_path",
 )
 # DSPex's adapter sends `options`, which no bridge has ever read: accepted and ignored.
-_EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "options")
+_EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "max_concurrency", "item_timeout_ms", "options")
 
 
 class Commands:
@@ -87,10 +87,17 @@ class Commands:
             raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
         config = arguments.optional_object(args, "config")
         lm = arguments.optional_object(args, "lm")
+        limits = {
+            "max_concurrency": arguments.count(args, "max_concurrency"),
+            "item_timeout_ms": arguments.milliseconds(args, "item_timeout_ms"),
+        }
+        for name, limit in limits.items():
+            if limit is not None and isinstance(inputs, dict):
+                raise InvalidArgs(f"{name}: only for a list of inputs")
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
-        return self._execute(entry, inputs, config, lm, call)
+        return self._execute(entry, inputs, config, lm, limits, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
@@ -147,6 +154,7 @@ class Commands:
         inputs: dict[str, Any] | list[Any],
         config: dict[str, Any] | None,
         lm: dict[str, Any] | None,
+        limits: dict[str, Any],
         call: Call,
     ) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
@@ -164,7 +172,7 @@ class Commands:
             _count(entry)
             return await program.call(item, config, lm, call, stream=False, limit=large_inputs.LARGE_IN_BATCH)
 
-        return {"results": await batch.run(inputs, one, call, stream=stream)}
+        return {"results": await batch.run(inputs, one, call, stream=stream, **limits)}
 
     async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
         """States are dumped in a thread: they may be large, and user code may dump them."""

@@ -259,6 +259,22 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
     end
 
+    test "a list of inputs has its results by the caller's timeout: those that are there", %{
+      bridge: bridge
+    } do
+      # The first is refused without the LM.
+      inputs = [%{x: 1} | for(n <- 1..300, do: %{question: "#{n}"})]
+      args = %{program_id: "qa", inputs: inputs}
+
+      assert {:ok, %{"results" => [refused | late]}} =
+               Bridge.call(bridge, :execute_program, args, 3_000)
+
+      assert refused["error_type"] == "invalid_args"
+      assert length(late) == 300 and Enum.all?(late, &(&1["error_type"] == "timeout"))
+      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+      assert Bridge.get_status(bridge).late_replies == 0
+    end
+
     test "a caller that dies has its run cancelled in the peer", %{bridge: bridge} do
       pid = spawn(fn -> Bridge.call(bridge, :execute_program, execute("?"), :infinity) end)
       assert_receive {:lm_request, _line}, 10_000
