@@ -41,11 +41,11 @@ def program_ids(args: dict[str, Any]) -> list[str] | None:
     return ids
 
 
-def count(args: dict[str, Any], name: str) -> int | None:
-    """A whole number of at least 1; None by default. Raises `InvalidArgs`."""
+def count(args: dict[str, Any], name: str, most: int | None = None) -> int | None:
+    """A whole number from 1 to `most`; None by default. Raises `InvalidArgs`."""
     value = args.get(name)
-    if value is not None and not (type(value) is int and value >= 1):
-        raise InvalidArgs(f"{name}: expected a whole number of at least 1")
+    if value is not None and not (type(value) is int and value >= 1 and (most is None or value <= most)):
+        raise InvalidArgs(f"{name}: expected a whole number {'of at least 1' if most is None else f'from 1 to {most}'}")
     return value
 
 

@@ -36,7 +36,18 @@ _CREATE_ARGS = (
     "state_path",
 )
 # DSPex's adapter sends `options`, which no bridge has ever read: accepted and ignored.
-_EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "max_concurrency", "item_timeout_ms", "options")
+_EXECUTE_ARGS = (
+    "program_id",
+    "inputs",
+    "config",
+    "lm",
+    "attempts",
+    "max_concurrency",
+    "item_timeout_ms",
+    "options",
+)
+# Each is at least one more LM call.
+_MOST_ATTEMPTS = 10
 
 
 class Commands:
@@ -87,6 +98,7 @@ class Commands:
             raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
         config = arguments.optional_object(args, "config")
         lm = arguments.optional_object(args, "lm")
+        attempts = arguments.count(args, "attempts", _MOST_ATTEMPTS) or 1
         limits = {
             "max_concurrency": arguments.count(args, "max_concurrency"),
             "item_timeout_ms": arguments.milliseconds(args, "item_timeout_ms"),
@@ -97,7 +109,7 @@ class Commands:
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
-        return self._execute(entry, inputs, config, lm, limits, call)
+        return self._execute(entry, inputs, {"config": config, "lm": lm, "attempts": attempts}, limits, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
@@ -152,8 +164,7 @@ class Commands:
         self,
         entry: Entry,
         inputs: dict[str, Any] | list[Any],
-        config: dict[str, Any] | None,
-        lm: dict[str, Any] | None,
+        options: dict[str, Any],
         limits: dict[str, Any],
         call: Call,
     ) -> dict[str, Any]:
@@ -161,7 +172,7 @@ class Commands:
         stream = call.request.stream
         if isinstance(inputs, dict):
             _count(entry)
-            return await program.call(inputs, config, lm, call, stream=stream)
+            return await program.call(inputs, call=call, stream=stream, **options)
 
         from dspy_bridge.commands import batch
         from dspy_bridge.runtime import large_inputs
@@ -170,7 +181,7 @@ class Commands:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
             _count(entry)
-            return await program.call(item, config, lm, call, stream=False, limit=large_inputs.LARGE_IN_BATCH)
+            return await program.call(item, call=call, stream=False, limit=large_inputs.LARGE_IN_BATCH, **options)
 
         return {"results": await batch.run(inputs, one, call, stream=stream, **limits)}
 

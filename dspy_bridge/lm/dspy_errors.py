@@ -5,7 +5,8 @@ from __future__ import annotations
 import dspy
 
 from dspy_bridge.errors import BridgeError, InvalidArgs, LMFailed, LMNotConfigured, OutputInvalid, SetupFailed
-from dspy_bridge.lm import dspy_internals, json_repair_limit
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.adapters import json_repair_limit
 
 
 def translate(error: Exception, settings: list[str]) -> Exception:
@@ -60,7 +61,7 @@ def _by_type(error: Exception) -> BridgeError | None:
     return None
 
 
-_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.guarded_adapters")
+_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.adapters")
 # DSPy's adapters read JSON with these, which raise errors of their own for what is nested too deeply.
 _JSON_READERS = ("json", "json_repair")
 # Where DSPy calls an LM with its settings as keyword arguments, and where it checks them.

@@ -27,10 +27,9 @@ from dspy_bridge.lm import (
     answer_limit,
     dspy_internals,
     echo_lm,
-    guarded_adapters,
-    json_repair_limit,
     trace_headers,
 )
+from dspy_bridge.lm.adapters import guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor

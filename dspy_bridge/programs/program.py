@@ -8,10 +8,11 @@ import dspy
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
-from dspy_bridge.lm import connections, dspy_errors, dspy_setup, field_markers
+from dspy_bridge.lm import connections, dspy_errors, dspy_setup
+from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.usage import Meter
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import module_factory, remote_tools, saved_state
+from dspy_bridge.programs import asking_again, module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder
@@ -59,11 +60,13 @@ class Program:
         call: Caller,
         *,
         stream: bool,
+        attempts: int = 1,
         limit: int = large_inputs.LARGE,
     ) -> dict[str, Any]:
         """Run on `inputs` and return the output fields. `limit`: from which size on inputs are large.
 
-        Raises `BridgeError`; any other exception is a defect.
+        `attempts`: how often an LM is asked at most whose answer does not fit. Raises `BridgeError`; any other
+        exception is a defect.
         """
         runner = self._runner
         values = await self._read(inputs, call, limit)
@@ -73,8 +76,23 @@ class Program:
         if config:
             values["config"] = config
         remote_tools.current_call.set(call)
+
+        async def once() -> dict[str, Any]:
+            return await self._attempt(values, config, lm, call, stream)
+
+        fields = list(self._contract.signature.output_fields)
+        return await asking_again.run(once, attempts, fields, call if stream else None)
+
+    async def _attempt(
+        self,
+        values: dict[str, Any],
+        config: dict[str, Any] | None,
+        lm: dict[str, Any] | None,
+        call: Caller,
+        stream: bool,
+    ) -> dict[str, Any]:
         try:
-            with self._lms.context(self._lm if lm is None else self._lms.pool(lm), runner.adapter(self._adapter)):
+            with self._lms.context(self._lm if lm is None else self._lms.pool(lm), self._runner.adapter(self._adapter)):
                 outputs = await self._run(values, call, stream)
         except Exception as error:
             if connections.ran_out(error):
@@ -139,7 +157,8 @@ class Program:
         if len(fields) == 1:
             return {fields[0]: prediction}
         kind = type(prediction).__name__
-        raise OutputInvalid(f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}")
+        text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
+        raise OutputInvalid(text, by_lm=False)
 
     def _settings_given(self, config: dict[str, Any] | None, lm: dict[str, Any] | None) -> list[str]:
         """The arguments that became settings of DSPy's modules."""
