@@ -84,7 +84,7 @@ class Commands:
         if args.get("signature") is None:
             raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
         arguments.optional_object(args, "config")
-        arguments.optional_object(args, "lm")
+        arguments.optional_lm(args)
         entry = self._registry.add(id, args)
         call.on_reply = lambda created: self._settle(entry, created)
         return self._create(entry)
@@ -97,7 +97,7 @@ class Commands:
         if not isinstance(inputs, (dict, list)):
             raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
         config = arguments.optional_object(args, "config")
-        lm = arguments.optional_object(args, "lm")
+        lm = arguments.optional_lm(args)
         attempts = arguments.count(args, "attempts", _MOST_ATTEMPTS) or 1
         limits = {
             "max_concurrency": arguments.count(args, "max_concurrency"),
