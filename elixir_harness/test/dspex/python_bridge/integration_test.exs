@@ -234,6 +234,47 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
   end
 
+  describe "answers that a test chooses" do
+    test "in turn, or by the question; text that does not fit, too" do
+      answers = %{
+        "France" => %{answer: "Paris", population: 67},
+        "did not fit" => %{answer: "Rome", population: 59},
+        "*" => "I do not know."
+      }
+
+      bridge = start(lm: "offline/script", lm_options: %{answers: answers})
+      program = %{id: "qa", signature: "question -> answer, population: int", adapter: "json"}
+      {:ok, _} = Bridge.call(bridge, :create_program, program)
+
+      assert {:ok, %{"answer" => "Paris", "population" => 67}} =
+               Bridge.call(bridge, :execute_program, execute("France?"))
+
+      assert {:error, %Error{type: :output_invalid}} =
+               Bridge.request(bridge, :execute_program, execute("Italy?"), [])
+
+      args = Map.put(execute("Italy?"), :attempts, 2)
+
+      assert {:ok, %{"answer" => "Rome"}, meta} =
+               Bridge.request(bridge, :execute_program, args, [])
+
+      assert meta["lm_calls"] == 2
+
+      in_turn = %{model: "offline/script", answers: [%{answer: "one"}, %{answer: "two"}]}
+      program = %{id: "turns", signature: "question -> answer", lm: in_turn}
+      {:ok, _} = Bridge.call(bridge, :create_program, program)
+
+      for answer <- ["one", "two"] do
+        assert Bridge.call(bridge, :execute_program, execute("?", "turns")) ==
+                 {:ok, %{"answer" => answer}}
+      end
+
+      assert {:error, %Error{type: :lm_error, retryable: false, message: text}} =
+               Bridge.request(bridge, :execute_program, execute("?", "turns"), [])
+
+      assert text =~ "all 2 answers are used"
+    end
+  end
+
   describe "an LM that takes its time" do
     setup do
       bridge = start(SilentLM.lm_opts(SilentLM.start()))
