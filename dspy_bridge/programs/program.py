@@ -50,7 +50,6 @@ class Program:
         redaction.learn(self._of_lm)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
-        self._text_fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
 
     def state(self) -> dict[str, Any]:
         """What DSPy's `save` writes."""
@@ -149,7 +148,7 @@ class Program:
         settings: dict[str, Any] = {}
         streaming = None
         if stream:
-            streaming = Stream(self._runner.module, self._text_fields, call, on_loop=self._runner.on_loop)
+            streaming = Stream(self._runner.module, self._contract.signature, call, on_loop=self._runner.on_loop)
             settings = streaming.settings()
         if isinstance(call.meter, Meter):
             settings.update(call.meter.settings())
