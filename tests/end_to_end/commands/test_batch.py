@@ -380,7 +380,9 @@ def test_what_is_stopped_tells_what_it_used_up_to_then(desk: Desk, end: str) -> 
         return chat(answer="late")
 
     desk.answer = answer
-    desk.peer.call("create_program", {"id": "steps", "signature": "question -> answer", "program_type": "react"})
+    tools = [{"name": "look"}]
+    args = {"id": "steps", "signature": "question -> answer", "program_type": "react", "tools": tools}
+    desk.peer.call("create_program", args)
     envelope = {"timeout_ms": 500} if end == "timeout" else {}
     asked = {"program_id": "steps", "inputs": {"question": "q"}}
     id = desk.peer.request("execute_program", asked, meta=True, **envelope)
