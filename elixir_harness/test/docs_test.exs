@@ -105,12 +105,15 @@ defmodule DSPex.DocsTest do
           {:type, _, :tuple, [{:atom, _, option}, _value]} <- kinds,
           do: option
 
-    all = [timeout: 1_000, retry: true, tools: %{}, traceparent: nil, on_chunk: &is_map/1]
+    all =
+      [timeout: 1_000, retry: true, tools: %{}, traceparent: nil, on_chunk: &is_map/1] ++
+        [attempts: 3, max_concurrency: 8, item_timeout_ms: 1_000, history: true]
+
     assert Enum.sort(typed) == Enum.sort(Keyword.keys(all))
     assert Enum.sort(Keyword.keys(listed("One call"))) == Enum.sort(typed)
     # All of them are accepted.
     assert {:error, %Error{type: :bridge_not_running}} =
-             Bridge.request(NoSuchBridge, :ping, %{}, all)
+             Bridge.request(NoSuchBridge, :execute_program, %{}, all)
   end
 
   # The table under a heading: each option and its default.

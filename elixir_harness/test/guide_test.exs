@@ -47,7 +47,7 @@ defmodule DSPex.GuideTest do
     test "every example of the guide's #{page} runs as shown", %{tmp_dir: dir} do
       text = File.read!(unquote(file))
       set_up(text, dir)
-      run(blocks(text, "elixir"), unquote(file))
+      capture_io(fn -> run(blocks(text, "elixir"), unquote(file)) end)
 
       if unquote(page) == "lms",
         do: assert(File.read!(Path.join(dir, "recorded")) == "experiment triage\nautolog\n")

@@ -56,7 +56,7 @@ def test_replies_are_written_as_the_vectors_have_them(vector: dict[str, Any]) ->
         payload = messages.encode_result(said["id"], said["result"], said.get("meta"))
     else:
         failure = messages.failure(said["error_type"], said["error"], said.get("retryable"))
-        payload = messages.encode_failure(said["id"], failure)
+        payload = messages.encode_failure(said["id"], failure, said.get("meta"))
     assert payload.decode() == vector["payload"]
 
 
