@@ -19,11 +19,13 @@ defmodule DSPex.PythonBridge.Pool do
   The caller's process picks the peer and sends the call; no process of the pool is in between.
   """
 
+  import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
+
   alias DSPex.PythonBridge.{Bridge, Calls, Error, Options, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router}
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router, Sums}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
   alias DSPex.PythonBridge.Programs.Change
 
@@ -100,6 +102,16 @@ defmodule DSPex.PythonBridge.Pool do
 
   `create_program` and `cleanup` run on all peers, and on all nodes of the cluster. If such a call times out, or
   returns `:bridge_not_running` since the pool's coordinator crashed meanwhile, the change may still be made later.
+
+  `get_stats` and `list_programs` ask all peers of this node, those that are checked out included, and add their answers:
+
+    * `"peers"` is the number of peers that answered. `"missing"` has the names of the bridges, as strings, whose peer did
+      not answer within 2 s, or the timeout if that is shorter; if none has by then, the first one that does is waited for
+    * `get_stats`: `"programs_count"` is that of the pool; `"uptime"` and the quantiles are the largest; `"degraded"` has
+      what any peer has; `"versions"` is of one peer, and `"pid"` is left out. All other numbers are sums: `"in_flight"`,
+      `"queued"`, `"memory_usage"`, `"threads"`, and of each command `"count"` and `"errors"`
+    * `list_programs`: the programs that any peer has. With `details`, `"execution_count"` is a sum, `"last_executed"` the
+      latest, `"created_at"` the earliest
   """
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
@@ -118,8 +130,12 @@ defmodule DSPex.PythonBridge.Pool do
     with %Handle{} = handle <- Handle.fetch(pool),
          {:ok, timeout} <- check_timeout(timeout, handle),
          {:ok, body} <- Protocol.encode_body(command, args) do
-      request = Request.new(body, program(command, args), started, timeout)
-      carry_out(handle, request, command, args)
+      if is_summed(command) do
+        Sums.run(handle, command, args, Deadline.new(timeout, started))
+      else
+        request = Request.new(body, program(command, args), started, timeout)
+        carry_out(handle, request, command, args)
+      end
     else
       nil -> {:error, Error.new(:bridge_not_running)}
       {:error, error} -> {:error, error}

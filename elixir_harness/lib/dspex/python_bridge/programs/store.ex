@@ -110,6 +110,10 @@ defmodule DSPex.PythonBridge.Programs.Store do
     end
   end
 
+  @doc "The number of definitions."
+  @spec count(table()) :: non_neg_integer()
+  def count(table), do: :ets.select_count(table, [{{{:program, :_}, :_, :_}, [], [true]}])
+
   @doc "All definitions, oldest first."
   @spec definitions(table()) :: [definition()]
   def definitions(table) do
