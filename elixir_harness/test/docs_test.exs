@@ -259,7 +259,7 @@ defmodule DSPex.DocsTest do
     do: Bridge.request(bridge, :ping, %{n: Integer.pow(10, 5_000)}, [])
 
   defp provoke(:tool_error, bridge), do: execute(bridge, @best)
-  defp provoke(:bridge_not_running, _bridge), do: execute(NoSuchBridge, @why)
+  defp provoke(:bridge_not_running, _bridge), do: execute(MyApp.Brigde, @why)
 
   # Of the peer's own deadline, which may come first, the text is another.
   defp provoke(:timeout, _bridge),

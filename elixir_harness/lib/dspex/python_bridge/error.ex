@@ -79,6 +79,18 @@ defmodule DSPex.PythonBridge.Error do
   end
 
   @doc """
+  The error of a bridge or a pool that is not running, whose text names it.
+
+      iex> DSPex.PythonBridge.Error.not_running(:bridge, MyApp.Bridge).message
+      "the bridge MyApp.Bridge is not running"
+  """
+  @spec not_running(:bridge | :pool, term()) :: t()
+  def not_running(kind, server) do
+    name = inspect(server, limit: 10, printable_limit: 100)
+    new(:bridge_not_running, "the #{kind} #{name} is not running")
+  end
+
+  @doc """
   The error of a reply: its `error_type` as a string, its message, and `retryable` and `meta` if it has them. An unknown
   type becomes `:internal`.
 

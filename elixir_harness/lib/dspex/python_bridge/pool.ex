@@ -40,7 +40,8 @@ defmodule DSPex.PythonBridge.Pool do
           os_pid: pos_integer() | nil,
           state: :starting | :running | :restarting | :failed,
           pending: non_neg_integer(),
-          checked_out: boolean()
+          checked_out: boolean(),
+          monitor: atom()
         }
 
   @doc """
@@ -137,7 +138,7 @@ defmodule DSPex.PythonBridge.Pool do
         carry_out(handle, request, command, args)
       end
     else
-      nil -> {:error, Error.new(:bridge_not_running)}
+      nil -> {:error, Error.not_running(:pool, pool)}
       {:error, error} -> {:error, error}
     end
   end
@@ -148,15 +149,19 @@ defmodule DSPex.PythonBridge.Pool do
   defp carry_out(handle, request, command, args) do
     case Change.new(command, args) do
       nil -> Router.run(handle, request)
-      change -> change(CoordinatorClient.await(handle.name, request.deadline), request, change)
+      change -> change(handle, request, change)
     end
   end
 
-  defp change(nil, _request, _change), do: {:error, Error.new(:bridge_not_running)}
+  defp change(handle, request, change) do
+    case CoordinatorClient.await(handle.name, request.deadline) do
+      nil ->
+        {:error, Error.not_running(:pool, handle.name)}
 
-  defp change(coordinator, request, change) do
-    sent = %Calls.Request{body: request.body, change: change}
-    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), sent))
+      coordinator ->
+        sent = %Calls.Request{body: request.body, change: change}
+        Caller.read(Caller.send_and_wait(coordinator, Request.left(request), sent))
+    end
   end
 
   defp program(command, args) when command in [:execute_program, "execute_program"],
@@ -204,8 +209,9 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   @doc """
-  The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, and whether they are checked
-  out; and the nodes that have a pool of its cluster, this one included.
+  The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, whether they are checked out, and the
+  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); and the nodes
+  that have a pool of its cluster, this one included.
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do
@@ -229,6 +235,7 @@ defmodule DSPex.PythonBridge.Pool do
     |> Map.take([:os_pid, :state, :pending])
     |> Map.merge(%{
       bridge: bridge,
+      monitor: Handle.monitor(handle.name, index),
       checked_out: LoadCounters.checked_out?(handle.counters, index)
     })
   end

@@ -16,8 +16,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # A bridge answers questions at once.
   @longest_question_ms 1_000
 
-  @typedoc "A call that is prepared, or under way."
+  @typedoc "A call that is prepared, or under way. `server`: as the caller has given it."
   @type call :: %{
+          server: GenServer.server(),
           dest: dest(),
           deadline: Deadline.t(),
           request: Request.t() | nil,
@@ -50,7 +51,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       deadline = Deadline.new(timeout, started)
       request = request(body, Change.new(command, args), opts)
-      {:ok, %{dest: dest, deadline: deadline, request: request, args: args}}
+      {:ok, %{server: server, dest: dest, deadline: deadline, request: request, args: args}}
     end
   end
 
@@ -66,8 +67,11 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   @doc "Makes a reply the result of its call."
   @spec conclude(call(), Request.reply()) :: result()
-  def conclude(%{dest: dest, args: args, deadline: deadline}, reply) do
+  def conclude(%{dest: dest, args: args, deadline: deadline} = call, reply) do
     case read(reply) do
+      {:error, %Error{type: :bridge_not_running}} ->
+        {:error, Error.not_running(:bridge, call.server)}
+
       {:error, %Error{type: :program_not_found} = error} ->
         {:error, load_failure(dest, args, Deadline.left(deadline)) || error}
 
@@ -198,7 +202,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     cond do
       bridge?(dest) -> {:ok, dest}
       dest != nil and Registry.get(:pool, dest) != nil -> {:error, a_pool(server)}
-      true -> {:error, Error.new(:bridge_not_running)}
+      true -> {:error, Error.not_running(:bridge, server)}
     end
   end
 
