@@ -211,7 +211,8 @@ defmodule DSPex.PythonBridge.Bridge do
     * `:retry` – true by default; with false, the request is not sent again when the peer dies with it, but gives
       `:python_process_died`
     * `:tools` – a map of functions of one argument by their names, atoms or strings: the tools that the program was
-      created with. The peer calls one with a map of arguments with string keys. The value that it returns is the tool's
+      created with. A name that is none of them is refused (`:invalid_args`), if this bridge has created the program. The first
+      call of a program with tools that is given none is logged as a warning. The peer calls one with a map of arguments with string keys. The value that it returns is the tool's
       result, if it has a JSON form (`{:ok, term}` counts as `term`). `{:error, reason}`, and what the function raises,
       throws or exits with, becomes an error for the program: a string `reason` unchanged, all else on one line. Each
       call runs in its own process, several at once if the peer asks for it, and is killed when the request is over.

@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router, Sums}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
-  alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Programs.{Change, Tools}
 
   # The coordinator answers at once, unless it is being restarted.
   @coordinator_ms 5_000
@@ -130,6 +130,7 @@ defmodule DSPex.PythonBridge.Pool do
 
     with %Handle{} = handle <- Handle.fetch(pool),
          {:ok, timeout} <- check_timeout(timeout, handle),
+         :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, nil),
          {:ok, body} <- Protocol.encode_body(command, args) do
       if is_summed(command) do
         Sums.run(handle, command, args, Deadline.new(timeout, started))

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
-  alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Programs.{Change, Tools}
 
   @default_timeout 30_000
   # The longest timeout of `receive`.
@@ -48,6 +48,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
     with {:ok, dest} <- find(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
+         :ok <- check_tools(dest, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       deadline = Deadline.new(timeout, started)
       request = request(body, Change.new(command, args), opts)
@@ -64,6 +65,16 @@ defmodule DSPex.PythonBridge.Client.Caller do
     stream? = Keyword.get(opts, :stream, false)
     %Request{body: body, change: change, retry: retry, stream?: stream?}
   end
+
+  # Only runs have tools: other commands need no lookup.
+  defp check_tools(dest, command, args, opts)
+       when command in [:execute_program, "execute_program"] do
+    with %{programs: programs, name: name} <- Registry.get(:bridge, dest),
+         do: Tools.check(programs, {:bridge, name}, command, args, opts[:tools]),
+         else: (_of_another_node -> :ok)
+  end
+
+  defp check_tools(_dest, _command, _args, _opts), do: :ok
 
   @doc "Makes a reply the result of its call."
   @spec conclude(call(), Request.reply()) :: result()
