@@ -8,7 +8,8 @@ defmodule DSPex.PythonBridge.History do
 
   An entry of `meta["history"]` is a map with string keys: `"model"`, `"messages"` (each with `"role"` and `"content"`),
   `"outputs"` (a list of strings, or of maps with `"text"` and `"tool_calls"`), `"finish_reason"`, `"usage"`,
-  `"duration_ms"`, `"cached"`, `"error"`. Long histories are cut: `%{"omitted" => n}` stands for `n` LM calls.
+  `"duration_ms"`, `"cached"`, `"error"`. Long histories are cut: `%{"omitted" => n}` stands for `n` LM calls, and
+  `"messages"` is nil if there was no room for them.
 
   It has what the prompt had: do not write it to a log that others read.
   """
@@ -67,7 +68,7 @@ defmodule DSPex.PythonBridge.History do
   defp entry(%{} = entry) when not is_struct(entry) do
     [
       ["\n", heading(:blue, "[#{Enum.join(facts(entry), ", ")}]"), "\n"],
-      Enum.map(list(entry["messages"]), &message/1),
+      messages(entry["messages"]),
       outputs(list(entry["outputs"])),
       error(entry["error"])
     ]
@@ -101,6 +102,9 @@ defmodule DSPex.PythonBridge.History do
   defp finish(reason), do: "finish: #{value(reason)}"
 
   ## A prompt and its response
+
+  defp messages(nil), do: "(messages left out)\n\n"
+  defp messages(messages), do: Enum.map(list(messages), &message/1)
 
   defp message(%{} = message) do
     role = value(message["role"] || "unknown")

@@ -73,6 +73,7 @@ defmodule DSPex.PythonBridge.HistoryTest do
     assert text =~ "\n[7 LM calls omitted]\n"
     assert text =~ "[openai/gpt-4o-mini, 812 ms]\n"
     assert text =~ "\nError:\nLMServerError: Oh\n"
+    assert text([%{@entry | "messages" => nil}]) =~ "(messages left out)\n\nResponse:\n"
   end
 
   test "shows tool calls, further completions, and media without their data" do
