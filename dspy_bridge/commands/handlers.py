@@ -192,7 +192,7 @@ class Commands:
             try:
                 program = await self._loader.load(entry)
                 if call.request.meta:
-                    from dspy_bridge.lm.usage import Meter
+                    from dspy_bridge.lm.metering.meter import Meter
 
                     call.meter = Meter()
                 return entry, program

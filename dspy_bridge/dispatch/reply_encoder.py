@@ -70,7 +70,14 @@ class ReplyEncoder:
 
 
 def _meta(call: Call, now: float) -> dict[str, Any]:
-    usage: dict[str, Any] = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0}
+    usage: dict[str, Any] = {
+        "lm_usage": {},
+        "lm_calls": 0,
+        "cache_hits": 0,
+        "finish_reasons": [],
+        "fallbacks": 0,
+        "cost_usd": 0.0,
+    }
     if call.meter is not None:
         try:
             usage = call.meter.summary()

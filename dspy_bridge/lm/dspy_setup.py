@@ -32,6 +32,7 @@ from dspy_bridge.lm import (
     trace_headers,
 )
 from dspy_bridge.lm.lm_pool import LMPool
+from dspy_bridge.lm.metering import call_records
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -56,6 +57,7 @@ class Models:
         dspy_internals.check()
         trace_headers.install()
         json_repair_limit.install()
+        call_records.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
         steps = (dspy_internals.PREPARE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(

@@ -9,7 +9,8 @@ import dspy
 from dspy_bridge.caller import Caller
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import connections, dspy_errors, dspy_setup, field_markers
-from dspy_bridge.lm.usage import Meter
+from dspy_bridge.lm.metering import call_records
+from dspy_bridge.lm.metering.meter import Meter
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
@@ -41,7 +42,7 @@ class Program:
             self._lm = lms.saved_pool(self._saved_lm)
         if definition.get("demos") is not None:
             saved_state.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
-        self._config = definition.get("config") or {}
+        self._config, self._allow_truncated = call_records.take_allowed(definition.get("config"))
         redaction.learn(self._config)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
@@ -67,12 +68,14 @@ class Program:
         """
         runner = self._runner
         values = await self._read(inputs, call, limit)
+        config, allowed = call_records.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
         redaction.learn([self._config, config])
         if config:
             values["config"] = config
         remote_tools.current_call.set(call)
+        call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
         try:
             with self._lms.context(self._lm if lm is None else self._lms.pool(lm), runner.adapter(self._adapter)):
                 outputs = await self._run(values, call, stream)
