@@ -32,7 +32,7 @@ from dspy_bridge.lm import (
     trace_headers,
 )
 from dspy_bridge.lm.lm_pool import LMPool
-from dspy_bridge.lm.metering import call_records
+from dspy_bridge.lm.metering import call_records, fallbacks
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -58,6 +58,7 @@ class Models:
         trace_headers.install()
         json_repair_limit.install()
         call_records.install()
+        fallbacks.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
         steps = (dspy_internals.PREPARE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(

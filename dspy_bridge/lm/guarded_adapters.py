@@ -21,7 +21,7 @@ from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals, field_markers
-from dspy_bridge.lm.metering import meter
+from dspy_bridge.lm.metering import fallbacks
 
 Signature = type[dspy.Signature]
 
@@ -193,31 +193,12 @@ def _guarded_fallback(self: Any) -> dspy.Adapter:
     """Called by DSPy where it handles an error of `parse`."""
     if isinstance(sys.exc_info()[1], OutputInvalid):
         raise  # DSPy 3.3 would ask again
-    return guarded(_counted_fallback(self), strict=self.strict)
-
-
-def _counted_fallback(self: Any) -> dspy.Adapter:
-    meter.fell_back()
-    return dspy_internals.JSON_FALLBACK.value(self)
+    return guarded(fallbacks.in_json(self), strict=self.strict)
 
 
 if dspy_internals.JSON_FALLBACK.there:
-    # That of adapters which are not guarded, such as the second step's of a TwoStepAdapter.
-    dspy_internals.JSON_FALLBACK.wrap(lambda _fallback: _counted_fallback)
     for _kind in (ChatAdapter, XMLAdapter):
         setattr(_kind, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
-
-
-def _counted_format(self: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Signature) -> None:
-    """DSPy chooses between a schema and plain JSON, for types that a schema of the provider cannot have."""
-    assert dspy_internals.RESPONSE_FORMAT is not None
-    dspy_internals.RESPONSE_FORMAT.value(self, lm, lm_kwargs, signature)
-    if meter.counting() and lm_kwargs.get("response_format") == meter.PLAIN_JSON and lm.supports_response_schema:
-        meter.fell_back()
-
-
-if dspy_internals.RESPONSE_FORMAT is not None and dspy_internals.RESPONSE_FORMAT.there:
-    setattr(JSONAdapter, dspy_internals.RESPONSE_FORMAT.attribute, _counted_format)
 
 
 _GUARDED: dict[type, Any] = {

@@ -27,10 +27,11 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
 class Record:
     """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
 
-    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them.
+    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them. `entry`: its place in the
+    run's history, with the model and the messages, if the reply has one.
     """
 
-    __slots__ = ("cached", "cost", "ended", "failed", "finish_reason", "outer", "outputs", "started", "usages")
+    __slots__ = ("cached", "cost", "ended", "entry", "failed", "finish_reason", "outer", "outputs", "started", "usages")
 
     def __init__(self, outer: Record | None) -> None:
         self.outer = outer
@@ -42,6 +43,7 @@ class Record:
         self.cost: float | None = None
         self.cached: bool | None = None
         self.outputs: Any = None
+        self.entry: tuple[Any, str, Any] | None = None
 
     @property
     def unpriced(self) -> bool:
