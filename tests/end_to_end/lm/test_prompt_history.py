@@ -171,15 +171,13 @@ def test_native_tool_calls_are_shown(make: Any) -> None:
 
 def test_the_calls_of_a_batch_are_in_one_history(make: Any) -> None:
     peer, _ = make(chat(answer="a"))
-    inputs = [{"question": name} for name in ("one", "two", "three")]
+    names = {"one", "two", "three"}
+    inputs = [{"question": name} for name in names]
     reply = peer.call("execute_program", {**ASK, "inputs": inputs}, history=True)
     assert all(item.keys() == {"success", "result"} for item in reply["result"]["results"])
     found = history(reply)
-    assert [next(name for name in ("one", "two", "three") if name in str(entry["messages"])) for entry in found] == [
-        "one",
-        "two",
-        "three",
-    ]
+    assert len(found) == 3
+    assert {name for name in names for entry in found if name in entry["messages"][-1]["content"]} == names
 
 
 def test_runs_at_the_same_time_do_not_mix_their_histories(make: Any) -> None:
@@ -225,7 +223,9 @@ def test_images_are_cut_short(make: Any) -> None:
 
 def test_it_is_bounded(start_lm: Any) -> None:
     """First the oldest prompts go, then the oldest calls; where they were it says how many."""
-    with shared_peer(env={**lm_env(start_lm()), "DSPY_BRIDGE_HISTORY_BYTES": "6000"}) as peer:
+    # One item of a list at a time.
+    env = {**lm_env(start_lm()), "DSPY_BRIDGE_HISTORY_BYTES": "6000", "DSPY_BRIDGE_MAX_IN_FLIGHT": "1"}
+    with shared_peer(env=env) as peer:
         peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
         inputs = [{"question": f"{number}: {'why ' * 300}"} for number in range(4)]
         reply = peer.call("execute_program", {**ASK, "inputs": inputs}, history=True)
