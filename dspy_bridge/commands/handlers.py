@@ -74,7 +74,7 @@ class Commands:
         if args.get("signature") is None:
             raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
         arguments.optional_object(args, "config")
-        arguments.optional_object(args, "lm")
+        arguments.optional_lm(args)
         entry = self._registry.add(id, args)
         call.on_reply = lambda created: self._settle(entry, created)
         return self._create(entry)
@@ -87,7 +87,7 @@ class Commands:
         if not isinstance(inputs, (dict, list)):
             raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
         config = arguments.optional_object(args, "config")
-        lm = arguments.optional_object(args, "lm")
+        lm = arguments.optional_lm(args)
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
@@ -147,7 +147,7 @@ class Commands:
         entry: Entry,
         inputs: dict[str, Any] | list[Any],
         config: dict[str, Any] | None,
-        lm: dict[str, Any] | None,
+        lm: str | dict[str, Any] | None,
         call: Call,
     ) -> dict[str, Any]:
         entry, program = await self._working(entry, call)

@@ -110,6 +110,10 @@ _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
 ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
 _CALLS = ("completion", "text_completion", "responses_completion")
+CONNECT_FAILURES = [
+    Name(f"dspy._vendor.lm15.transports:{error}", "an LM that cannot be reached is tried for longer")
+    for error in ("ConnectError", "ConnectTimeout")
+]
 LITELLM_CALLS = [Name(f"dspy.clients.lm:litellm_{call}", _OUTGOING, "request") for call in _CALLS]
 ASYNC_LITELLM_CALLS = [Name(f"dspy.clients.lm:alitellm_{call}", _OUTGOING, "request") for call in _CALLS]
 # Of calls with a typed `Request`, which your application's modules may make.
@@ -163,6 +167,8 @@ _EXECUTION = "dspy.clients.execution"
 PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
 PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
+
+CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "self", "request")
 
 # Where each LM call ends, with what is known of it.
 _UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"

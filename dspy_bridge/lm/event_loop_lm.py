@@ -6,7 +6,8 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import connections, dspy_internals
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.transport import asking, connections
 from dspy_bridge.runtime import worker_threads
 
 
@@ -16,12 +17,14 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.use = connections.Use()
+        # Set by who makes it.
+        self.asking: asking.Asking | None = None
         connections.register(self)
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
         try:
-            with self.use.call():
+            with self.use.call(), asking.of(self.asking):
                 return await super().acall(*args, **kwargs)
         finally:
             if self.use.to_close():
@@ -32,6 +35,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         job = worker_threads.current.get()
         if job is None:
             # In a thread that the module started. There DSPy could stream only to an event loop of its own kind.
-            with dspy.context(**{dspy_internals.SEND_STREAM.attribute: None}), self.use.call():
+            without_stream = dspy.context(**{dspy_internals.SEND_STREAM.attribute: None})
+            with without_stream, self.use.call(), asking.of(self.asking):
                 return super().__call__(*args, **kwargs)
         return job.on_lm_loop(self.acall(*args, **kwargs))

@@ -14,7 +14,8 @@ import pydantic
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
-from dspy_bridge.lm import dspy_internals, field_markers
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.signatures.builder import description
 from dspy_bridge.signatures.type_parser import read_type

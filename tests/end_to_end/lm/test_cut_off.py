@@ -115,6 +115,8 @@ def test_it_is_true_or_false(make: Any) -> None:
         )
     reply = peer.call("create_program", {"id": "x", "signature": "a -> b", "config": {"allow_truncated": 1}})
     assert reply["error"] == "config.allow_truncated: expected true or false"
+    reply = peer.call("execute_program", {**ASK, "config": {"allow_truncatd": True}})
+    assert reply["error"].startswith("config.allow_truncatd: unknown option; did you mean allow_truncated?")
 
 
 @pytest.mark.parametrize("way", WAYS)

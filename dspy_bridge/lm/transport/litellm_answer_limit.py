@@ -1,4 +1,4 @@
-"""The limit on an LM's answer where LiteLLM reads it: over httpx, or httpx2, which newer OpenAI clients use.
+"""The limits on an LM's answer and on connecting where LiteLLM does both: over httpx, or httpx2 for OpenAI's clients.
 
 A response hook of the client replaces the body of each response by one that counts. LiteLLM and the clients below it
 turn errors into their own and try again, so the refusal is kept and raised at the end.
@@ -18,7 +18,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.answer_limit import Count, LMAnswerRefused, packing
+from dspy_bridge.lm.transport import connecting
+from dspy_bridge.lm.transport.answer_limit import Count, LMAnswerRefused, packing
 
 # What is unpacked at once: a chunk of 64 KB may hold 64 MB.
 _AT_ONCE = 64 * 1024
@@ -28,7 +29,7 @@ _GZIP_OR_DEFLATE = 47
 
 class _Call:
     def __init__(self) -> None:
-        self.refused: LMAnswerRefused | None = None
+        self.refused: LMAnswerRefused | connecting.LMUnreachable | None = None
 
 
 _call: ContextVar[_Call | None] = ContextVar("lm_call", default=None)
@@ -117,11 +118,28 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
         if (call := _call.get()) is not None:
             response.stream = AsyncBody(_reader(call, response), response.stream)
 
-    send.wrap(functools.partial(_hooked, watch))
-    async_send.wrap(functools.partial(_hooked, awatch))
+    failures = (httpx.ConnectError, httpx.ConnectTimeout)
+    send.wrap(lambda original: _hooked(watch, original, functools.partial(_connecting, failures)))
+    async_send.wrap(lambda original: _hooked(awatch, original, functools.partial(_aconnecting, failures)))
 
 
-def _hooked(hook: Callable[..., Any], send: Callable[..., Any]) -> Callable[..., Any]:
+def _connecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+    try:
+        return connecting.connect(send, url, failures)
+    except connecting.LMUnreachable as error:
+        call.refused = error
+        raise
+
+
+async def _aconnecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+    try:
+        return await connecting.aconnect(send, url, failures)
+    except connecting.LMUnreachable as error:
+        call.refused = error
+        raise
+
+
+def _hooked(hook: Callable[..., Any], send: Callable[..., Any], connect: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(send)
     def hooked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if (call := _call.get()) is not None:
@@ -133,6 +151,10 @@ def _hooked(hook: Callable[..., Any], send: Callable[..., Any]) -> Callable[...,
             # A value set for this request alone may be signed.
             if request.headers.get("accept-encoding") == self.headers.get("accept-encoding"):
                 request.headers["accept-encoding"] = "identity"
+            if (seconds := connecting.timeout()) is not None:
+                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                request.extensions = {**request.extensions, "timeout": timeouts}
+            return connect(call, lambda: send(self, request, *args, **kwargs), str(request.url))
         return send(self, request, *args, **kwargs)
 
     return hooked

@@ -20,7 +20,8 @@ import pydantic
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm import dspy_internals, field_markers
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.metering import fallbacks
 
 Signature = type[dspy.Signature]

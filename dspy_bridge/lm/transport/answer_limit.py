@@ -12,7 +12,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import connections
+from dspy_bridge.lm.transport import connecting, connections
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
@@ -70,8 +70,10 @@ def counted(response: Any) -> Any:
 class Counted:
     """What an async transport's `stream` returns, awaitable and a context manager, with the body counted."""
 
-    def __init__(self, opening: Any) -> None:
-        self._opening = opening
+    def __init__(self, stream: Callable[[], Any], url: str) -> None:
+        self._stream = stream
+        self._url = url
+        self._opening: Any = None
 
     def __await__(self) -> Any:
         return self._open().__await__()
@@ -82,15 +84,19 @@ class Counted:
     async def __aexit__(self, *raised: Any) -> Any:
         return await self._opening.__aexit__(*raised)
 
+    async def _connect(self) -> Any:
+        self._opening = self._stream()
+        return await self._opening.__aenter__()
+
     async def _open(self) -> Any:
         try:
-            response = await self._opening.__aenter__()
+            response = await connecting.aconnect(self._connect, self._url, connecting.failures())
         except Exception as error:
             if not connections.ran_out(error):
                 raise
             # The connection was not opened, so nothing was sent.
             await connections.close_idle()
-            response = await self._opening.__aenter__()
+            response = await self._connect()
         try:
             packing(response.headers_all("content-encoding"))
         except LMAnswerRefused:
