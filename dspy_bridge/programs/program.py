@@ -79,7 +79,7 @@ class Program:
             values["config"] = settings
         remote_tools.current_call.set(call)
         try:
-            with self._lms.context(pool, runner.adapter(self._adapter)):
+            with self._lms.context(pool, runner.adapter(self._adapter), call.ends):
                 outputs = await self._run(values, call, stream)
         except Exception as error:
             if connections.ran_out(error):
