@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,14 @@ PARIS = chat(answer="Paris")
 HOURS = 3_600_000
 ENGINES = pytest.mark.parametrize("engine", [{}, BY_LITELLM], ids=["native", "litellm"])
 REFUSED = {"error": {"message": "slow down", "type": "error"}}
+
+
+keys = itertools.count(1000)
+
+
+def account(server: LMServer, **options: Any) -> dict[str, Any]:
+    """An LM with a key that no test has used: a peer that tests share knows nothing of its account."""
+    return {"model": "openai/stub-model", **server.options(api_key=f"sk-limits-{next(keys)}", **options)}
 
 
 def refusal(seconds: object, status: int = 429) -> Any:
@@ -54,12 +64,13 @@ class Counting:
 def test_no_more_than_max_in_flight_reach_the_server_at_once(
     start_lm: Any, engine: dict[str, Any], stream: bool
 ) -> None:
-    """Of two programs, one with an LM of its own that inherits the limit."""
+    """Of two programs with the same server and key."""
     server, other = start_lm(), start_lm()
     counting = Counting(server)
-    with shared_peer(env=lm_env(server, max_in_flight=2, **engine)) as peer:
-        peer.call("create_program", QA)
-        peer.call("create_program", {**QA, "id": "own", "lm": {"model": "openai/other", **engine}})
+    with shared_peer(env=lm_env(server)) as peer:
+        lm = account(server, max_in_flight=2, **engine)
+        peer.call("create_program", {**QA, "lm": lm})
+        peer.call("create_program", {**QA, "id": "own", "lm": {**lm, "model": "openai/other"}})
         server.gate.clear()
         ids = [peer.request("execute_program", {**ASK, "program_id": id}, stream=stream) for id in ("qa", "own") * 3]
         wait_for(server, 2)
@@ -79,8 +90,8 @@ def test_no_more_than_max_in_flight_reach_the_server_at_once(
 
 def test_requests_go_in_their_order_and_a_cancelled_one_gives_its_place_back(start_lm: Any) -> None:
     server = start_lm()
-    with shared_peer(env=lm_env(server, max_in_flight=1)) as peer:
-        peer.call("create_program", QA)
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, max_in_flight=1)})
         server.gate.clear()
         ids = [
             peer.request("execute_program", {**ASK, "inputs": {"question": f"number {number}"}}) for number in range(6)
@@ -103,8 +114,8 @@ def test_a_request_past_the_rate_waits_or_fails_at_once_if_its_deadline_is_befor
     start_lm: Any, engine: dict[str, Any]
 ) -> None:
     server = start_lm()
-    with Peer(env=lm_env(server, requests_per_minute=2, **engine)) as peer:
-        peer.call("create_program", QA)
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=2, **engine)})
         assert all(peer.call("execute_program", ASK, timeout_ms=HOURS)["success"] for _ in range(2))
         begun = time.monotonic()
         reply = peer.call("execute_program", ASK, timeout_ms=5000)
@@ -121,8 +132,8 @@ def test_a_request_past_the_rate_waits_or_fails_at_once_if_its_deadline_is_befor
 
 def test_a_request_waits_for_its_turn_and_is_then_sent(start_lm: Any) -> None:
     server = start_lm()
-    with Peer(env=lm_env(server, requests_per_minute=120)) as peer:
-        peer.call("create_program", QA)
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=120)})
         begun = time.monotonic()
         for _ in range(122):
             peer.request("execute_program", ASK)
@@ -135,8 +146,8 @@ def test_a_request_waits_for_its_turn_and_is_then_sent(start_lm: Any) -> None:
 def test_tokens_are_counted_from_answers_and_may_bring_debt(start_lm: Any, engine: dict[str, Any]) -> None:
     """18 of each answer. With and without meta, which has its own count."""
     server = start_lm()
-    with Peer(env=lm_env(server, tokens_per_minute=30, **engine)) as peer:
-        peer.call("create_program", QA)
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, tokens_per_minute=30, **engine)})
         for meta in (False, True):
             reply = peer.call("execute_program", ASK, timeout_ms=HOURS, meta=meta)
             assert reply["success"]
@@ -148,8 +159,9 @@ def test_tokens_are_counted_from_answers_and_may_bring_debt(start_lm: Any, engin
 
 def test_cached_answers_count_for_nothing(start_lm: Any) -> None:
     server = start_lm()
-    with Peer(env=lm_env(server, cache=True, requests_per_minute=1, tokens_per_minute=18)) as peer:
-        peer.call("create_program", QA)
+    with shared_peer(env=lm_env(server)) as peer:
+        lm = account(server, requests_per_minute=1, tokens_per_minute=18)
+        peer.call("create_program", {**QA, "lm": {**lm, "cache": True}})
         for _ in range(5):
             assert peer.call("execute_program", ASK, timeout_ms=5000)["success"]
         other = {**ASK, "inputs": {"question": "another"}}
@@ -178,23 +190,11 @@ def test_limits_belong_to_the_server_and_the_key(start_lm: Any) -> None:
 
 @ENGINES
 @pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize("dated", [False, True])
-def test_retry_after_holds_all_calls_of_the_account_once(
-    start_lm: Any, engine: dict[str, Any], status: int, dated: bool
-) -> None:
+def test_retry_after_holds_all_calls_of_the_account_once(start_lm: Any, engine: dict[str, Any], status: int) -> None:
     """Without any limit: the one that was refused is sent again, the others are sent late, each once."""
-    pause = 2
-    # A date has whole seconds.
-    value = formatdate(time.time() + 60, usegmt=True) if dated else pause
-    server = start_lm(script(refusal(value, status), PARIS))
-    with Peer(env=lm_env(server, num_retries=2, **engine)) as peer:
-        peer.call("create_program", QA)
-        if dated:
-            reply = peer.call("execute_program", ASK, timeout_ms=20_000)
-            assert reply["error_type"] == "overloaded" and "refused a request for" in reply["error"]
-            assert peer.call("execute_program", ASK, timeout_ms=20_000)["error_type"] == "overloaded"
-            assert len(server.requests) == 1
-            return
+    server = start_lm(script(refusal(2, status), PARIS))
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, **{"num_retries": 2, **engine})})
         first = peer.request("execute_program", ASK)
         wait_for(server, 1)
         begun = time.monotonic()
@@ -206,14 +206,29 @@ def test_retry_after_holds_all_calls_of_the_account_once(
         others = [peer.request("execute_program", ASK) for _ in range(4)]
         replies = peer.receive_all(5)
         assert all(replies[id]["success"] for id in (first, *others))
-        assert pause * 0.9 < time.monotonic() - begun
+        assert time.monotonic() - begun > 1.8
         assert len(server.requests) == sent + 5
+
+
+@ENGINES
+def test_retry_after_past_the_deadline_fails_the_one_that_is_refused_at_once(
+    start_lm: Any, engine: dict[str, Any]
+) -> None:
+    """As a date, here. Another key is another account."""
+    server = start_lm(script(refusal(formatdate(time.time() + 60, usegmt=True)), PARIS))
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, **{"num_retries": 2, **engine})})
+        reply = peer.call("execute_program", ASK, timeout_ms=20_000)
+        assert reply["error_type"] == "overloaded" and "refused a request for" in reply["error"]
+        assert peer.call("execute_program", ASK, timeout_ms=20_000)["error_type"] == "overloaded"
+        assert len(server.requests) == 1
+        assert peer.call("execute_program", {**ASK, "lm": account(server)}, timeout_ms=20_000)["success"]
 
 
 def test_retry_after_without_retries_is_the_lms_error_and_the_next_one_waits(start_lm: Any) -> None:
     server = start_lm(script(refusal(1), PARIS))
-    with Peer(env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server)})
         reply = peer.call("execute_program", ASK, timeout_ms=20_000)
         assert reply["error_type"] == "lm_error" and reply["retryable"]
         begun = time.monotonic()
@@ -244,65 +259,66 @@ class Twice(dspy.Module):
 """
 
 
+@pytest.fixture
+def host_peer(start_lm: Any, folder: Path) -> Iterator[Peer]:
+    """A peer that may run the modules of `HOST`."""
+    with shared_peer(
+        env={
+            "DSPY_BRIDGE_LM": "offline/echo",
+            "PYTHONPATH": f"{ROOT}:{folder}",
+            "DSPY_BRIDGE_ALLOW_MODULES": "host",
+        }
+    ) as peer:
+        yield peer
+
+
 @ENGINES
 def test_one_limit_holds_on_both_event_loops_and_in_threads(
-    start_lm: Any, engine: dict[str, Any], folder: Path
+    start_lm: Any, engine: dict[str, Any], host_peer: Peer
 ) -> None:
     server = start_lm()
     counting = Counting(server)
-    env = {
-        **lm_env(server, max_in_flight=2, **engine),
-        "PYTHONPATH": f"{ROOT}:{folder}",
-        "DSPY_BRIDGE_ALLOW_MODULES": "host",
-    }
-    with Peer(env=env) as peer:
-        peer.call("create_program", QA)
-        peer.call("create_program", {**QA, "id": "threads", "program_type": "host:Threads"})
-        large = {**ASK, "inputs": {"question": "x" * (1 << 20)}}
-        for _ in range(3):
-            for args in (ASK, {**ASK, "program_id": "threads"}, large):
-                peer.request("execute_program", args)
-        replies = peer.receive_all(9)
+    server.gate.clear()
+    lm = account(server, max_in_flight=2, **engine)
+    host_peer.call("create_program", {**QA, "lm": lm})
+    host_peer.call("create_program", {**QA, "id": "threads", "program_type": "host:Threads", "lm": lm})
+    large = {**ASK, "inputs": {"question": "x" * (1 << 20)}}
+    for _ in range(3):
+        for args in (ASK, {**ASK, "program_id": "threads"}, large):
+            host_peer.request("execute_program", args)
+    wait_for(server, 2)
+    server.gate.set()
+    replies = host_peer.receive_all(9)
     assert all(reply["success"] for reply in replies.values()), replies
     assert len(server.requests) == 3 * (1 + 4 + 1) and counting.most == 2
 
 
-def test_the_deadline_holds_in_threads_too(start_lm: Any, folder: Path) -> None:
+def test_the_deadline_holds_in_threads_too(start_lm: Any, host_peer: Peer) -> None:
     server = start_lm()
-    env = {
-        **lm_env(server, requests_per_minute=3),
-        "PYTHONPATH": f"{ROOT}:{folder}",
-        "DSPY_BRIDGE_ALLOW_MODULES": "host",
-    }
-    with Peer(env=env) as peer:
-        peer.call("create_program", {**QA, "program_type": "host:Threads"})
-        begun = time.monotonic()
-        assert not peer.call("execute_program", ASK, timeout_ms=15_000)["success"]
-        assert time.monotonic() - begun < 12
+    lm = account(server, requests_per_minute=3)
+    host_peer.call("create_program", {**QA, "program_type": "host:Threads", "lm": lm})
+    begun = time.monotonic()
+    assert not host_peer.call("execute_program", ASK, timeout_ms=15_000)["success"]
+    assert time.monotonic() - begun < 12
     assert len(server.requests) == 3
 
 
-def test_a_run_that_has_begun_is_not_to_be_sent_again(start_lm: Any, folder: Path) -> None:
+def test_a_run_that_has_begun_is_not_to_be_sent_again(start_lm: Any, host_peer: Peer) -> None:
     """Else a pool's next peer would call its tools once more."""
     server = start_lm()
-    env = {
-        **lm_env(server, requests_per_minute=3),
-        "PYTHONPATH": f"{ROOT}:{folder}",
-        "DSPY_BRIDGE_ALLOW_MODULES": "host",
-    }
-    with Peer(env=env) as peer:
-        peer.call("create_program", {**QA, "program_type": "host:Twice"})
-        assert peer.call("execute_program", ASK, timeout_ms=10_000)["success"]
-        reply = peer.call("execute_program", ASK, timeout_ms=10_000)
-        assert reply["error_type"] == "overloaded" and reply["retryable"] is False
-        reply = peer.call("execute_program", ASK, timeout_ms=10_000)
-        assert reply["error_type"] == "overloaded" and "retryable" not in reply
+    lm = account(server, requests_per_minute=3)
+    host_peer.call("create_program", {**QA, "program_type": "host:Twice", "lm": lm})
+    assert host_peer.call("execute_program", ASK, timeout_ms=10_000)["success"]
+    reply = host_peer.call("execute_program", ASK, timeout_ms=10_000)
+    assert reply["error_type"] == "overloaded" and reply["retryable"] is False
+    reply = host_peer.call("execute_program", ASK, timeout_ms=10_000)
+    assert reply["error_type"] == "overloaded" and "retryable" not in reply
 
 
 def test_items_of_a_batch_have_the_limits_and_their_own_errors(start_lm: Any) -> None:
     server = start_lm()
-    with Peer(env=lm_env(server, requests_per_minute=2)) as peer:
-        peer.call("create_program", QA)
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=2)})
         many = {**ASK, "inputs": [{"question": str(number)} for number in range(4)]}
         results = peer.call("execute_program", many, timeout_ms=10_000)["result"]["results"]
     assert [one.get("error_type") for one in results] == [None, None, "overloaded", "overloaded"]
