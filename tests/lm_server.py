@@ -21,7 +21,8 @@ class Ended:
     reason: str = "length"
 
 
-Answer = str | tuple[int, dict[str, Any]] | Iterator[str | bytes] | Ended
+Reply = tuple[int, dict[str, Any]] | tuple[int, dict[str, Any], dict[str, str]]
+Answer = str | Reply | Iterator[str | bytes] | Ended
 
 
 class _Server(ThreadingHTTPServer):
@@ -31,7 +32,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class LMServer:
-    """Answers each chat completion with what `answer(request)` gives: the text, or a status and a body.
+    """Answers each chat completion with what `answer(request)` gives: a text, or a status, a body and maybe headers.
 
     To a request with `stream`, a string is sent in small pieces, an iterator in its own pieces, each as soon as it is
     there; bytes are sent unchanged.
@@ -79,10 +80,13 @@ class LMServer:
                     self._stream(body["model"], pieces(given) if isinstance(given, str) else given, reason)
                     return
                 assert not isinstance(given, Iterator), "the request asks for no stream"
-                status, reply = given if isinstance(given, tuple) else (200, completion(body["model"], given, reason))
+                made = given if isinstance(given, tuple) else (200, completion(body["model"], given, reason))
+                status, reply, *headers = made
+                more = "".join(f"{name}: {value}\r\n" for some in headers for name, value in some.items())
                 data = json.dumps(reply).encode()
                 # Headers and body in one write, else delayed ACKs add 40 ms.
-                head = f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+                kind = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n{more}"
+                head = f"HTTP/1.1 {status} OK\r\n{kind}\r\n"
                 try:
                     self.wfile.write(head.encode() + data)
                 except OSError:

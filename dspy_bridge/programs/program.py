@@ -83,7 +83,7 @@ class Program:
         remote_tools.current_call.set(call)
         call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
         try:
-            with self._lms.context(pool, runner.adapter(self._adapter)):
+            with self._lms.context(pool, runner.adapter(self._adapter), call.ends):
                 outputs = await self._run(values, call, stream)
         except Exception as error:
             if connections.ran_out(error):
