@@ -26,6 +26,7 @@ if not hasattr(dspy, "LMError"):
 from dspy_bridge.lm import answer_cache, dspy_internals, echo_lm, lm_options
 from dspy_bridge.lm.adapters import guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
+from dspy_bridge.lm.metering import call_records, fallbacks
 from dspy_bridge.lm.transport import admission, answer_limit, trace_headers
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
@@ -53,6 +54,8 @@ class Models:
         dspy_internals.check()
         trace_headers.install()
         json_repair_limit.install()
+        call_records.install()
+        fallbacks.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
         steps = (dspy_internals.PREPARE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(

@@ -50,7 +50,8 @@ _OBJECTS = frozenset(
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
 _NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
-_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS))
+# `metering/call_records` takes the last one before a `config` comes here.
+_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
 
 
 class LMOptions(NamedTuple):
