@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,26 @@ def _warn(gone: list[Name]) -> None:
         losses.setdefault(name.without, []).append(name.dotted)
     lost = "; ".join(f"{without} ({', '.join(found)})" for without, found in losses.items())
     peer_log.logger.warning("names inside DSPy %s are not as expected: %s", dspy.__version__, lost)
+
+
+def close_first_cache(cache: Any) -> None:
+    """Close the files of the cache that DSPy 3.3 opens on disk when it is imported: 48 descriptors.
+
+    Call it on the thread that imported DSPy, with another cache configured. Other versions open none.
+    """
+    close = getattr(getattr(cache, "disk_cache", None), "close", None)
+    if _BEFORE_3_4 and callable(close):
+        close()
+
+
+def drop_litellm_finalizer() -> None:
+    """Delete a finalizer of LiteLLM's that raises once the interpreter, at its end, has cleared the names it uses.
+
+    The connections that it would close end with the process. A LiteLLM without it needs nothing.
+    """
+    transport = getattr(sys.modules.get("litellm.llms.custom_httpx.aiohttp_transport"), "LiteLLMAiohttpTransport", None)
+    if transport is not None and "__del__" in vars(transport):
+        del transport.__del__
 
 
 # What LMs are sent: by DSPy's own transports, and by LiteLLM.

@@ -69,6 +69,7 @@ class Models:
             _call_init(settings.init)
 
     def _configure(self, settings: Settings) -> None:
+        first_cache = getattr(dspy, "cache", None)
         dspy.configure_cache(
             enable_disk_cache=settings.disk_cache is not None,
             disk_cache_dir=settings.disk_cache,
@@ -77,6 +78,7 @@ class Models:
             # Files in the folder are data: DSPy's default would run any pickle found there.
             restrict_pickle=True,
         )
+        dspy_internals.close_first_cache(first_cache)
         # History and trace keep thousands of prompts; the type warnings quote inputs in the log.
         dspy.configure(disable_history=True, max_history_size=0, trace=None, warn_on_type_mismatch=False)
         if settings.adapter is not None:

@@ -7,6 +7,7 @@ call and every deadline would wait for it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import importlib
 from collections.abc import AsyncIterator, Callable
@@ -68,6 +69,8 @@ def _import(done: Future[None]) -> None:
             dspy_internals.GET_LITELLM.value(feature="dspy.LM")
         else:
             importlib.import_module("litellm")
+        # At the end of the process, when no call needs its connections.
+        atexit.register(dspy_internals.drop_litellm_finalizer)
         done.set_result(None)
     except BaseException as error:  # many packages' code, which may raise anything
         done.set_exception(error)
