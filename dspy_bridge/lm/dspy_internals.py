@@ -19,7 +19,7 @@ from dspy_bridge.logs import peer_log
 
 # Modules that DSPy has since 3.4. An older one does in other places what their names do, or does not do it at all.
 _SINCE_3_4 = ("dspy._vendor.", "dspy.clients.engines", "dspy.clients.execution", "dspy.clients.call_context")
-_BEFORE_3_4 = tuple(int(part) for part in dspy.__version__.split(".")[:2]) < (3, 4)
+BEFORE_3_4 = tuple(int(part) for part in dspy.__version__.split(".")[:2]) < (3, 4)
 
 
 class Name:
@@ -34,7 +34,7 @@ class Name:
         self.takes = takes
         self.of_instances = of_instances
         self.lazy = lazy
-        self.expected = not (_BEFORE_3_4 and self.module.startswith(_SINCE_3_4))
+        self.expected = not (BEFORE_3_4 and self.module.startswith(_SINCE_3_4))
         self._wrapped = False
         names.append(self)
 
@@ -112,7 +112,7 @@ def close_first_cache(cache: Any) -> None:
     Call it on the thread that imported DSPy, with another cache configured. Other versions open none.
     """
     close = getattr(getattr(cache, "disk_cache", None), "close", None)
-    if _BEFORE_3_4 and callable(close):
+    if BEFORE_3_4 and callable(close):
         close()
 
 
