@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -116,11 +117,13 @@ def close_first_cache(cache: Any) -> None:
         close()
 
 
-def drop_litellm_finalizer() -> None:
-    """Delete a finalizer of LiteLLM's that raises once the interpreter, at its end, has cleared the names it uses.
+def silence_litellm() -> None:
+    """Keep LiteLLM from reporting, at the end of the process, errors that are only of this end.
 
-    The connections that it would close end with the process. A LiteLLM without it needs nothing.
+    Its exit handler runs what its logging has queued, which the event loop may be running: that is logged as an error.
+    A finalizer raises once the interpreter has cleared the names it uses; the connections it would close end anyway.
     """
+    logging.getLogger("LiteLLM").disabled = True
     transport = getattr(sys.modules.get("litellm.llms.custom_httpx.aiohttp_transport"), "LiteLLMAiohttpTransport", None)
     if transport is not None and "__del__" in vars(transport):
         del transport.__del__

@@ -69,8 +69,8 @@ def _import(done: Future[None]) -> None:
             dspy_internals.GET_LITELLM.value(feature="dspy.LM")
         else:
             importlib.import_module("litellm")
-        # At the end of the process, when no call needs its connections.
-        atexit.register(dspy_internals.drop_litellm_finalizer)
+        # It runs before LiteLLM's own exit handlers, which were registered before.
+        atexit.register(dspy_internals.silence_litellm)
         done.set_result(None)
     except BaseException as error:  # many packages' code, which may raise anything
         done.set_exception(error)
