@@ -171,7 +171,7 @@ JSON_FALLBACK = Name(
 # Before DSPy 3.4 the schema is given up after an LM call: see `metering/meter`.
 RESPONSE_FORMAT = (
     None
-    if _BEFORE_3_4
+    if BEFORE_3_4
     else Name(
         "dspy:JSONAdapter._prepare_response_format",
         "answers without a schema are not among the `fallbacks` of `meta`",
@@ -199,7 +199,7 @@ _UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not
 FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
 # Its place before DSPy 3.4.
 PROCESS_RESPONSE = (
-    Name("dspy:BaseLM._process_lm_response", _UNREAD, "self", "response", "prompt", "messages") if _BEFORE_3_4 else None
+    Name("dspy:BaseLM._process_lm_response", _UNREAD, "self", "response", "prompt", "messages") if BEFORE_3_4 else None
 )
 
 # Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.
