@@ -26,8 +26,9 @@ if not hasattr(dspy, "LMError"):
 from dspy_bridge.lm import answer_cache, dspy_internals, lm_options
 from dspy_bridge.lm.adapters import guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
+from dspy_bridge.lm.metering import call_records, fallbacks
 from dspy_bridge.lm.offline import offline_lm, script_lm
-from dspy_bridge.lm.transport import answer_limit, trace_headers
+from dspy_bridge.lm.transport import admission, answer_limit, trace_headers
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -54,6 +55,8 @@ class Models:
         dspy_internals.check()
         trace_headers.install()
         json_repair_limit.install()
+        call_records.install()
+        fallbacks.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
         steps = (dspy_internals.PREPARE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(
@@ -133,8 +136,13 @@ class Models:
         return dspy.TwoStepAdapter(self.pool(model, "adapter.extraction_model").lasting())
 
     @contextmanager
-    def context(self, pool: LMPool | None, adapter: dspy.Adapter | None) -> Iterator[None]:
-        """DSPy's settings for one call; without a pool the default LM's. Raises `LMNotConfigured`."""
+    def context(
+        self, pool: LMPool | None, adapter: dspy.Adapter | None, run: admission.Run | None = None
+    ) -> Iterator[None]:
+        """DSPy's settings for one call, or one attempt of `run`; without a pool the default LM's.
+
+        Raises `LMNotConfigured`.
+        """
         if (loop := asyncio.get_running_loop()) not in self.loops:
             self.loops.append(loop)
         with ExitStack() as stack:
@@ -146,7 +154,11 @@ class Models:
             if lm is None:
                 raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
             chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
-            settings = {"lm": lm, "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields)}
+            settings = {
+                "lm": lm,
+                "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
+                admission.RUN: run or admission.Run(None),
+            }
             if (traceparent := tracing.current()) is not None:
                 settings[tracing.TRACEPARENT] = traceparent
             if isinstance(lm, offline_lm.OfflineLM):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm.rate_limits import Limits
 from dspy_bridge.logs import redaction
 
 CONNECT_TIMEOUT = 2.0
@@ -23,6 +24,7 @@ _ADDRESSES = ("api_base", "base_url")
 _OF_SERVER = (
     *("api_key", "timeout", "connect_timeout", "headers", "extra_headers", "extra_query", "api_version"),
     *("organization", "project", "custom_llm_provider", "azure_ad_token", "extra"),
+    *Limits._fields,
 )
 # Settings of single calls, which `config` may have, too.
 _OF_CALLS = (
@@ -57,7 +59,8 @@ _OBJECTS = frozenset(
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
 _NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
-_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS))
+# `metering/call_records` takes the last one before a `config` comes here.
+_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
 
 
 class LMOptions(NamedTuple):
@@ -67,6 +70,7 @@ class LMOptions(NamedTuple):
     of_dspy: dict[str, Any]
     cache_scope: str | None
     connect_timeout: float
+    limits: Limits
 
 
 def complete(given: object, where: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -114,7 +118,8 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
     else:
         scope = None
     of_dspy.update(_extra(of_dspy.pop("extra", None), where))
-    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout))
+    limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
+    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits)
 
 
 def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -182,6 +187,18 @@ def _cache(given: object, where: str) -> tuple[bool, str | None]:
     if not isinstance(given, bool):
         raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
     return given, None
+
+
+def _limits(given: dict[str, Any], where: str) -> Limits:
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "max_in_flight":
+            if type(value) is not int or value < 1:
+                raise InvalidArgs(f"{where}.{name}: expected a whole number, at least 1")
+        elif type(value) not in (int, float) or not 0 < value < math.inf:
+            raise InvalidArgs(f"{where}.{name}: expected a positive number")
+    return Limits(**given)
 
 
 def _extra(given: object, where: str) -> dict[str, Any]:

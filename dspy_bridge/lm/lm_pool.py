@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import lm_options
+from dspy_bridge.lm import lm_options, rate_limits
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.offline import echo_lm, offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_loading
@@ -92,7 +92,7 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
 
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
-    model, of_dspy, scope, connect_timeout = lm_options.split(options, "lm")
+    model, of_dspy, scope, connect_timeout, limits = lm_options.split(options, "lm")
     if "engine" in of_dspy and not offline_lm.ENGINES:
         raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
@@ -106,7 +106,9 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
             lm = LoopLM(model, **of_dspy)
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
-    lm.asking = Asking(lm_options.account(options), scope, connect_timeout, lm.num_retries > 0)
+    account = lm_options.account(options)
+    lm.asking = Asking(account, scope, connect_timeout, lm.num_retries > 0)
+    lm.gate = rate_limits.gate(account, limits)
     return lm
 
 

@@ -11,8 +11,9 @@ from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_options
 from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.lm_pool import LMPool
-from dspy_bridge.lm.transport import connections
-from dspy_bridge.lm.usage import Meter
+from dspy_bridge.lm.metering import call_records
+from dspy_bridge.lm.metering.meter import Meter
+from dspy_bridge.lm.transport import admission, connections
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import asking_again, module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
@@ -46,7 +47,8 @@ class Program:
             self._lm = lms.pool(self._saved_lm, "state.lm")
         if definition.get("demos") is not None:
             saved_state.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
-        self._config, self._of_lm = lm_options.read_config(definition.get("config") or {})
+        config, self._allow_truncated = call_records.take_allowed(definition.get("config"))
+        self._config, self._of_lm = lm_options.read_config(config)
         redaction.learn(self._of_lm)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
@@ -73,36 +75,31 @@ class Program:
         """
         runner = self._runner
         values = await self._read(inputs, call, limit)
+        config, allowed = call_records.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
-        settings, pool = self._lm_for(config or {}, lm)
+        settings, pool = self._lm_for(config, lm)
         if settings:
             values["config"] = settings
         remote_tools.current_call.set(call)
-
-        given = self._settings_given(config, lm)
+        call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
+        given, whole = self._settings_given(config, lm), admission.Run(call.ends)
 
         async def once() -> dict[str, Any]:
-            return await self._attempt(values, pool, given, call, stream)
+            try:
+                with self._lms.context(pool, runner.adapter(self._adapter), whole):
+                    outputs = await self._run(values, call, stream)
+            except Exception as error:
+                if connections.ran_out(error):
+                    await connections.close_idle()
+                raise dspy_errors.translate(error, given) from error
+            # An LM that calls tools natively writes no other output.
+            if not outputs.get("tool_calls"):
+                self._contract.check_outputs(outputs)
+            return outputs
 
         fields = list(self._contract.signature.output_fields)
         return await asking_again.run(once, attempts, fields, call if stream else None)
-
-    async def _attempt(
-        self, values: dict[str, Any], pool: LMPool | None, given: list[str], call: Caller, stream: bool
-    ) -> dict[str, Any]:
-        """`given`: the arguments that became settings of DSPy's modules."""
-        try:
-            with self._lms.context(pool, self._runner.adapter(self._adapter)):
-                outputs = await self._run(values, call, stream)
-        except Exception as error:
-            if connections.ran_out(error):
-                await connections.close_idle()
-            raise dspy_errors.translate(error, given) from error
-        # An LM that calls tools natively writes no other output.
-        if not outputs.get("tool_calls"):
-            self._contract.check_outputs(outputs)
-        return outputs
 
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], LMPool | None]:
         """The call's settings for DSPy, and the LMs: None for the default one."""

@@ -84,6 +84,9 @@ class _WithoutEngine:
 class OfflineLM(*((LoopLM,) if ENGINES else (_WithoutEngine, LoopLM))):  # type: ignore[misc]
     """No network, no model: the answers are `answer`'s."""
 
+    # For `meta`: DSPy knows no price of it.
+    costs_nothing = True
+
     def __init__(self, name: str, answer: Answer, **options: Any) -> None:
         """`options`: those of `dspy.LM`; those of a connection are ignored."""
         options = {key: value for key, value in options.items() if key not in _CONNECTION}
