@@ -75,7 +75,8 @@ class Owed:
             return f"expected {' or '.join(sorted(self.ends))}, got {end}"
         if ("meta" in reply) != self.meta:
             return f"meta: {'missing' if self.meta else 'not asked for'}"
-        if end == "unknown_command" and reply["error"] != f"Unknown command: {_named(self.command)}":
+        text = reply.get("error", "").partition("; did you mean ")[0]
+        if end == "unknown_command" and text != f"Unknown command: {_named(self.command)}":
             return "the message of an unknown command"
         if end == "program_not_found" and reply["error"] != f"Program not found: {_named(self.args['program_id'])}":
             return "the message of an unknown program"
@@ -120,7 +121,7 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
         return refused(NULL)
     command, args, timeout = message.get("command"), message.get("args"), message.get("timeout_ms")
     args = {} if args is None else args
-    flags = [message.get("meta", False), message.get("stream", False)]
+    flags = [message.get(name, False) for name in ("meta", "stream", "history")]
     if not isinstance(command, str) or not isinstance(args, dict) or not all(isinstance(flag, bool) for flag in flags):
         return refused(key)
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
@@ -132,7 +133,8 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
     if certain and (len(payload) > 2000 or command == "list_programs"):
         # Its reply may be longer than it is, and past the limit.
         ends |= {"frame_too_large"}
-    return Owed(payload, (key,), ends, command, args, *flags, at_once)
+    meta, stream, history = flags
+    return Owed(payload, (key,), ends, command, args, meta or history, stream, at_once)
 
 
 def _named(name: str | None) -> str:
