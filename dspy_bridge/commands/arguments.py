@@ -25,6 +25,14 @@ def optional_object(args: dict[str, Any], name: str) -> dict[str, Any] | None:
     return value
 
 
+def optional_lm(args: dict[str, Any]) -> str | dict[str, Any] | None:
+    """`lm`: a model's name, or an object with it; None by default. Raises `InvalidArgs`."""
+    value = args.get("lm")
+    if value is not None and not isinstance(value, (str, dict)):
+        raise InvalidArgs('lm: expected text such as "openai/gpt-4o-mini", or an object with model')
+    return value
+
+
 def flag(args: dict[str, Any], name: str) -> bool:
     """A boolean; false by default. Raises `InvalidArgs`."""
     value = args.get(name, False)

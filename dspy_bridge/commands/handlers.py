@@ -45,6 +45,7 @@ class Commands:
     def __init__(self, settings: Settings, setup: Callable[[], None], load: Callable[[], Mapping[str, Any]]) -> None:
         """`setup` runs before DSPy is imported; `load` gives the dispatcher's counts, for `get_stats`."""
         self._load = load
+        self._history_bytes = settings.history_bytes
         self._started = time.monotonic()
         self._registry = Registry()
         self._threads = WorkerThreads()
@@ -73,7 +74,7 @@ class Commands:
         if args.get("signature") is None:
             raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
         arguments.optional_object(args, "config")
-        arguments.optional_object(args, "lm")
+        arguments.optional_lm(args)
         entry = self._registry.add(id, args)
         call.on_reply = lambda created: self._settle(entry, created)
         return self._create(entry)
@@ -86,7 +87,7 @@ class Commands:
         if not isinstance(inputs, (dict, list)):
             raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
         config = arguments.optional_object(args, "config")
-        lm = arguments.optional_object(args, "lm")
+        lm = arguments.optional_lm(args)
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
@@ -146,7 +147,7 @@ class Commands:
         entry: Entry,
         inputs: dict[str, Any] | list[Any],
         config: dict[str, Any] | None,
-        lm: dict[str, Any] | None,
+        lm: str | dict[str, Any] | None,
         call: Call,
     ) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
@@ -192,9 +193,9 @@ class Commands:
             try:
                 program = await self._loader.load(entry)
                 if call.request.meta:
-                    from dspy_bridge.lm.usage import Meter
+                    from dspy_bridge.lm.metering.meter import Meter
 
-                    call.meter = Meter()
+                    call.meter = Meter(self._history_bytes if call.request.history else None)
                 return entry, program
             except (SetupFailed, asyncio.CancelledError):
                 raise

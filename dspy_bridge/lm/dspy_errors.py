@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import dspy
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, LMFailed, LMNotConfigured, OutputInvalid, SetupFailed
-from dspy_bridge.lm import dspy_internals, json_repair_limit
+from dspy_bridge.errors import (
+    BridgeError,
+    InvalidArgs,
+    LMFailed,
+    LMNotConfigured,
+    OutputInvalid,
+    Overloaded,
+    SetupFailed,
+)
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.adapters import json_repair_limit
+from dspy_bridge.lm.transport import admission, connecting
 
 
 def translate(error: Exception, settings: list[str]) -> Exception:
@@ -53,6 +63,11 @@ def _by_type(error: Exception) -> BridgeError | None:
         # Not an error of the code, which goes to the LM: the sandbox is missing, or did not start.
         why = str(error).strip().split("\n", 1)[0]
         return SetupFailed(f"the sandbox for code failed: {why}; DSPy's own needs Deno 2: pip install 'dspy[deno]'")
+    if isinstance(error, connecting.LMUnreachable):
+        # For DSPy it is not: it would try again for seconds.
+        return LMFailed(f"{type(error).__name__}: {error}", True)
+    if isinstance(error, admission.LMOverloaded):
+        return Overloaded(str(error), begun=error.begun)
     if isinstance(error, dspy.LMConfigurationError):
         return LMNotConfigured(str(error))
     if isinstance(error, dspy.LMError):
@@ -60,7 +75,7 @@ def _by_type(error: Exception) -> BridgeError | None:
     return None
 
 
-_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.guarded_adapters")
+_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.adapters.guarded_adapters")
 # DSPy's adapters read JSON with these, which raise errors of their own for what is nested too deeply.
 _JSON_READERS = ("json", "json_repair")
 # Where DSPy calls an LM with its settings as keyword arguments, and where it checks them.

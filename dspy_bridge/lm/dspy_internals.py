@@ -134,6 +134,10 @@ _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
 ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
 _CALLS = ("completion", "text_completion", "responses_completion")
+CONNECT_FAILURES = [
+    Name(f"dspy._vendor.lm15.transports:{error}", "an LM that cannot be reached is tried for longer")
+    for error in ("ConnectError", "ConnectTimeout")
+]
 LITELLM_CALLS = [Name(f"dspy.clients.lm:litellm_{call}", _OUTGOING, "request") for call in _CALLS]
 ASYNC_LITELLM_CALLS = [Name(f"dspy.clients.lm:alitellm_{call}", _OUTGOING, "request") for call in _CALLS]
 # Of calls with a typed `Request`, which your application's modules may make.
@@ -164,6 +168,19 @@ JSON_FALLBACK = Name(
     "second answers, in JSON, are not checked for contradictions",
     "self",
 )
+# Before DSPy 3.4 the schema is given up after an LM call: see `metering/meter`.
+RESPONSE_FORMAT = (
+    None
+    if BEFORE_3_4
+    else Name(
+        "dspy:JSONAdapter._prepare_response_format",
+        "answers without a schema are not among the `fallbacks` of `meta`",
+        "self",
+        "lm",
+        "lm_kwargs",
+        "signature",
+    )
+)
 FORMAT_VALUE = Name(
     "dspy.adapters.utils:format_field_value", "objects that quote field headers are not cleaned", "field_info", "value"
 )
@@ -174,6 +191,16 @@ _EXECUTION = "dspy.clients.execution"
 PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
 PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
+
+CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "self", "request")
+
+# Where each LM call ends, with what is known of it.
+_UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"
+FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
+# Its place before DSPy 3.4.
+PROCESS_RESPONSE = (
+    Name("dspy:BaseLM._process_lm_response", _UNREAD, "self", "response", "prompt", "messages") if BEFORE_3_4 else None
+)
 
 # Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.
 _UNKNOWN = "some errors in settings and inputs are `internal`"

@@ -23,15 +23,11 @@ from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
 if not hasattr(dspy, "LMError"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
 
-from dspy_bridge.lm import (
-    answer_limit,
-    dspy_internals,
-    echo_lm,
-    guarded_adapters,
-    json_repair_limit,
-    trace_headers,
-)
+from dspy_bridge.lm import answer_cache, dspy_internals, echo_lm, lm_options
+from dspy_bridge.lm.adapters import guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
+from dspy_bridge.lm.metering import call_records, fallbacks
+from dspy_bridge.lm.transport import admission, answer_limit, trace_headers
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -48,6 +44,8 @@ class Models:
         """Configure DSPy and call your application's `init`. Raises `SetupFailed`."""
         self._pools: OrderedDict[str, LMPool] = OrderedDict()
         self._default: tuple[LMPool, dspy.BaseLM] | None = None
+        # Those of the default LM, complete.
+        self._options: dict[str, Any] | None = None
         # Where calls run.
         self.loops: list[asyncio.AbstractEventLoop] = []
         self._lock = threading.Lock()
@@ -56,6 +54,8 @@ class Models:
         dspy_internals.check()
         trace_headers.install()
         json_repair_limit.install()
+        call_records.install()
+        fallbacks.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
         steps = (dspy_internals.PREPARE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(
@@ -69,23 +69,16 @@ class Models:
             _call_init(settings.init)
 
     def _configure(self, settings: Settings) -> None:
-        first_cache = getattr(dspy, "cache", None)
-        dspy.configure_cache(
-            enable_disk_cache=settings.disk_cache is not None,
-            disk_cache_dir=settings.disk_cache,
-            enable_memory_cache=settings.cache_entries > 0,
-            memory_max_entries=max(1, settings.cache_entries),
-            # Files in the folder are data: DSPy's default would run any pickle found there.
-            restrict_pickle=True,
-        )
-        dspy_internals.close_first_cache(first_cache)
+        answer_cache.configure(disk_cache=settings.disk_cache, entries=settings.cache_entries)
         # History and trace keep thousands of prompts; the type warnings quote inputs in the log.
         dspy.configure(disable_history=True, max_history_size=0, trace=None, warn_on_type_mismatch=False)
         if settings.adapter is not None:
             dspy.configure(adapter=_ADAPTERS[settings.adapter]())
         if settings.lm is not None:
             try:
-                pool = self.pool({**settings.lm_options, "model": settings.lm})
+                options = {**settings.lm_options, "model": settings.lm}
+                self._options = lm_options.complete(options, "lm_options")
+                pool = self._pool(self._options)
                 self._default = pool, pool.lasting()
                 dspy.configure(lm=self._default[1])
             except InvalidArgs as error:
@@ -95,8 +88,27 @@ class Models:
         """Names inside DSPy that are not as expected, so that something is slower or off."""
         return sorted(dspy_internals.degraded)
 
-    def pool(self, options: dict[str, Any]) -> LMPool:
-        """The LMs for `{"model": …, …keyword arguments of dspy.LM}`. Raises `InvalidArgs`."""
+    def pool(self, given: object, where: str = "lm") -> LMPool:
+        """The LMs for a model's name, or an object of it and options; `where` is its name in errors.
+
+        Raises `InvalidArgs`.
+        """
+        return self._pool(lm_options.complete(given, where, self._options))
+
+    def changed_pool(self, given: object, changes: dict[str, Any]) -> LMPool | None:
+        """The LMs for `given`, an `lm` (None: the default LM), with other options of the connection or the cache.
+
+        None if the default LM is your application's own. Raises `InvalidArgs`.
+        """
+        if given is not None:
+            options = lm_options.complete(given, "lm", self._options)
+        elif self._options is None or self._default is None or dspy.settings.lm is not self._default[1]:
+            return None
+        else:
+            options = self._options
+        return self._pool(lm_options.changed(options, changes))
+
+    def _pool(self, options: dict[str, Any]) -> LMPool:
         key = json.dumps(options, sort_keys=True)
         with self._lock:
             pool = self._pools.get(key)
@@ -108,13 +120,6 @@ class Models:
                 self._pools.move_to_end(key)
         return pool
 
-    def saved_pool(self, state: dict[str, Any]) -> LMPool:
-        """The LMs for an LM's state as DSPy saves it. Raises `InvalidArgs`."""
-        try:
-            return self.pool(state)
-        except InvalidArgs as error:
-            raise InvalidArgs(f"state: {error}") from None
-
     def adapter(self, given: object) -> dspy.Adapter:
         """A new adapter: by name, or `{"name": "two_step", "extraction_model": {"model": …}}`. Raises `InvalidArgs`."""
         if isinstance(given, str) and given in _ADAPTERS:
@@ -123,13 +128,18 @@ class Models:
         if not isinstance(given, dict) or given.get("name") != "two_step":
             raise InvalidArgs(f"adapter: expected one of {', '.join(ADAPTERS)}, or {two_step}")
         model = given.get("extraction_model")
-        if not isinstance(model, dict) or given.keys() != {"name", "extraction_model"}:
+        if not isinstance(model, (dict, str)) or given.keys() != {"name", "extraction_model"}:
             raise InvalidArgs(f"adapter: expected {two_step}")
-        return dspy.TwoStepAdapter(self.pool(model).lasting())
+        return dspy.TwoStepAdapter(self.pool(model, "adapter.extraction_model").lasting())
 
     @contextmanager
-    def context(self, pool: LMPool | None, adapter: dspy.Adapter | None) -> Iterator[None]:
-        """DSPy's settings for one call; without a pool the default LM's. Raises `LMNotConfigured`."""
+    def context(
+        self, pool: LMPool | None, adapter: dspy.Adapter | None, deadline: float | None = None
+    ) -> Iterator[None]:
+        """DSPy's settings for one call; without a pool the default LM's. `deadline`: of `time.monotonic`.
+
+        Raises `LMNotConfigured`.
+        """
         if (loop := asyncio.get_running_loop()) not in self.loops:
             self.loops.append(loop)
         with ExitStack() as stack:
@@ -141,7 +151,11 @@ class Models:
             if lm is None:
                 raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
             chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
-            settings = {"lm": lm, "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields)}
+            settings = {
+                "lm": lm,
+                "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
+                admission.RUN: admission.Run(deadline),
+            }
             if (traceparent := tracing.current()) is not None:
                 settings[tracing.TRACEPARENT] = traceparent
             if isinstance(lm, echo_lm.EchoLM):

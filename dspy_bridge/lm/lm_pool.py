@@ -14,16 +14,16 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import echo_lm, litellm_loading
+from dspy_bridge.lm import echo_lm, lm_options, rate_limits
 from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.transport import litellm_loading
+from dspy_bridge.lm.transport.asking import Asking
 from dspy_bridge.logs import redaction
 from dspy_bridge.runtime import large_inputs
 
 # The connections that one dspy.LM opens at most. A call past them would wait for another's end, so it gets another LM
 # with the same options: 512 calls of 1 s ran at 85/s with one LM and at 235/s with six.
 CALLS_PER_LM = 100
-# Options of dspy.LM that are Python objects, which JSON cannot give.
-_OBJECT_OPTIONS = ("async_engine", "callbacks", "launch_kwargs", "prompt_cache", "provider", "train_kwargs")
 
 
 class LMPool:
@@ -34,11 +34,14 @@ class LMPool:
     """
 
     def __init__(self, options: dict[str, Any], loops: list[asyncio.AbstractEventLoop]) -> None:
-        """`loops`: where its LMs are called; filled later. Raises `InvalidArgs`."""
+        """`options`: complete, as of `lm_options`. `loops`: where its LMs are called; filled later.
+
+        Raises `InvalidArgs`.
+        """
         self._options = options
         self._secrets = list(redaction.secrets(options))
         redaction.remember(self._secrets)
-        self._lms = [_make_lm(dict(options))]
+        self._lms = [_make_lm(options)]
         self._in_flight = [0]
         weakref.finalize(self, _close, self._lms, loops).atexit = False
 
@@ -55,7 +58,7 @@ class LMPool:
         redaction.remember(self._secrets)
         place = next((n for n, count in enumerate(self._in_flight) if count < CALLS_PER_LM), len(self._lms))
         if place == len(self._lms):
-            self._lms.append(_make_lm(dict(self._options)))
+            self._lms.append(_make_lm(self._options))
             self._in_flight.append(0)
         self._in_flight[place] += 1
         try:
@@ -87,22 +90,22 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
 
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
-    model = options.pop("model", None)
-    if not isinstance(model, str) or not model:
-        raise InvalidArgs('lm.model: expected text such as "openai/gpt-4o-mini"')
-    for name in _OBJECT_OPTIONS:
-        if name in options:
-            raise InvalidArgs(f"lm.{name}: cannot be given as JSON")
-    if "engine" in options and not echo_lm.ENGINES:
+    model, of_dspy, scope, connect_timeout, limits = lm_options.split(options, "lm")
+    if "engine" in of_dspy and not echo_lm.ENGINES:
         raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
         if model == echo_lm.NAME:
-            return echo_lm.EchoLM(**options)
-        if not echo_lm.ENGINES:
-            _import_litellm()
-        return LoopLM(model, **options)
+            lm = echo_lm.EchoLM(**of_dspy)
+        else:
+            if not echo_lm.ENGINES:
+                _import_litellm()
+            lm = LoopLM(model, **of_dspy)
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
+    account = lm_options.account(options)
+    lm.asking = Asking(account, scope, connect_timeout, lm.num_retries > 0)
+    lm.gate = rate_limits.gate(account, limits)
+    return lm
 
 
 def _import_litellm() -> None:

@@ -106,7 +106,7 @@ def _make(
         return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in tools], **chosen))
     if program_type == "rlm":
         if "sub_lm" in chosen:
-            chosen["sub_lm"] = lms.pool(chosen["sub_lm"]).lasting()
+            chosen["sub_lm"] = lms.pool(chosen["sub_lm"], "options.sub_lm").lasting()
         return CodeRunner(_checked(kind, signature, tools=list(tools), **chosen), takes_config=False)
     if program_type == "code_act":
         return CodeRunner(_checked(kind, signature, tools=[], **chosen))

@@ -44,6 +44,12 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
+def _lm(value: Any) -> Any:
+    if not isinstance(value, (str, dict)):
+        raise ValueError("expected a model's name, or an object with model")
+    return value
+
+
 def _inner(value: Any) -> str:
     if value not in INNER_MODULES:
         raise ValueError(f"expected one of {', '.join(INNER_MODULES)}")
@@ -71,7 +77,7 @@ _OPTIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
         "max_iters": ("max_iters", _count()),
         "max_llm_calls": ("max_llm_calls", _count()),
         "max_output_chars": ("max_output_chars", _size),
-        "sub_lm": ("sub_lm", _object),
+        "sub_lm": ("sub_lm", _lm),
     },
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,12 @@ import dspy
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
-from dspy_bridge.lm import connections, dspy_errors, dspy_setup, field_markers
-from dspy_bridge.lm.usage import Meter
+from dspy_bridge.lm import dspy_errors, dspy_setup, lm_options
+from dspy_bridge.lm.adapters import field_markers
+from dspy_bridge.lm.lm_pool import LMPool
+from dspy_bridge.lm.metering import call_records
+from dspy_bridge.lm.metering.meter import Meter
+from dspy_bridge.lm.transport import connections
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
@@ -31,6 +35,7 @@ class Program:
         adapter = definition.get("adapter")
         self._adapter = None if adapter is None else lms.adapter(adapter)
         lm = definition.get("lm")
+        self._lm_given: object = lm
         self._lm = None if lm is None else lms.pool(lm)
         self._runner = module_factory.build(definition, signature, lms)
         self._of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
@@ -38,11 +43,13 @@ class Program:
         state = saved_state.read(definition, lms.settings.state_dir)
         self._saved_lm = None if state is None else saved_state.load(module, state)
         if self._saved_lm is not None and self._lm is None:
-            self._lm = lms.saved_pool(self._saved_lm)
+            self._lm_given = self._saved_lm
+            self._lm = lms.pool(self._saved_lm, "state.lm")
         if definition.get("demos") is not None:
             saved_state.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
-        self._config = definition.get("config") or {}
-        redaction.learn(self._config)
+        config, self._allow_truncated = call_records.take_allowed(definition.get("config"))
+        self._config, self._of_lm = lm_options.read_config(config)
+        redaction.learn(self._of_lm)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
         self._text_fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
@@ -55,7 +62,7 @@ class Program:
         self,
         inputs: dict[str, Any],
         config: dict[str, Any] | None,
-        lm: dict[str, Any] | None,
+        lm: object,
         call: Caller,
         *,
         stream: bool,
@@ -67,14 +74,16 @@ class Program:
         """
         runner = self._runner
         values = await self._read(inputs, call, limit)
+        config, allowed = call_records.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
-        redaction.learn([self._config, config])
-        if config:
-            values["config"] = config
+        settings, pool = self._lm_for(config, lm)
+        if settings:
+            values["config"] = settings
         remote_tools.current_call.set(call)
+        call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
         try:
-            with self._lms.context(self._lm if lm is None else self._lms.pool(lm), runner.adapter(self._adapter)):
+            with self._lms.context(pool, runner.adapter(self._adapter), call.ends):
                 outputs = await self._run(values, call, stream)
         except Exception as error:
             if connections.ran_out(error):
@@ -84,6 +93,16 @@ class Program:
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
         return outputs
+
+    def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], LMPool | None]:
+        """The call's settings for DSPy, and the LMs: None for the default one."""
+        redaction.learn([self._of_lm, config])
+        settings, of_lm = lm_options.read_config(config)
+        of_lm = {**self._of_lm, **of_lm}
+        if of_lm:
+            pool = self._lms.changed_pool(self._lm_given if lm is None else lm, of_lm)
+            return (settings, pool) if pool is not None else ({**settings, **of_lm}, None)
+        return settings, self._lm if lm is None else self._lms.pool(lm)
 
     async def _read(self, inputs: dict[str, Any], call: Caller, limit: int) -> dict[str, Any]:
         """As `_checked`, in a thread where that may take long; sets whether the inputs are large."""
@@ -141,7 +160,7 @@ class Program:
         kind = type(prediction).__name__
         raise OutputInvalid(f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}")
 
-    def _settings_given(self, config: dict[str, Any] | None, lm: dict[str, Any] | None) -> list[str]:
+    def _settings_given(self, config: dict[str, Any] | None, lm: object) -> list[str]:
         """The arguments that became settings of DSPy's modules."""
         if not self._of_dspy:
             return []

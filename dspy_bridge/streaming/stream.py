@@ -17,7 +17,8 @@ from dspy.streaming import StatusMessage
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.caller import Caller
-from dspy_bridge.lm import dspy_internals, guarded_adapters
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.streaming import field_parsers
 from dspy_bridge.streaming.json_fields import JSONReader

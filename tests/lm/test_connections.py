@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import pytest
 
-from dspy_bridge.lm import connections
+from dspy_bridge.lm.transport import connections
 from dspy_bridge.port import stdio
 
 

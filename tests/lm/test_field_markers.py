@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_bridge.lm import field_markers
+from dspy_bridge.lm.adapters import field_markers
 
 HEADER = re.compile(r"\[\[ ## (\w+) ## \]\]")
 SCRAPS = st.sampled_from(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm.guarded_adapters import guarded
+from dspy_bridge.lm.adapters.guarded_adapters import guarded
 
 ANSWERS = dspy.Signature("question: str, more: dict[str, list[str]] -> answer: str, safe: bool")
 TALK = dspy.Signature("history: dspy.History, question: str -> answer: str, safe: bool")

@@ -14,9 +14,9 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_bridge.lm import json_repair_limit
-from dspy_bridge.lm.guarded_adapters import guarded
-from dspy_bridge.lm.json_repair_limit import TooMuchToRepair
+from dspy_bridge.lm.adapters import json_repair_limit
+from dspy_bridge.lm.adapters.guarded_adapters import guarded
+from dspy_bridge.lm.adapters.json_repair_limit import TooMuchToRepair
 
 json_repair_limit.install()
 

@@ -86,7 +86,7 @@ def test_a_count_of_lm_calls_has_a_limit(program_type: str, option: str) -> None
         ("best_of_n", "module", "rlm", "one of predict, chain_of_thought, react"),
         ("refine", "module", ["predict"], "one of predict, chain_of_thought, react"),
         ("refine", "module", {}, "one of predict, chain_of_thought, react"),
-        ("rlm", "sub_lm", "openai/x", "an object"),
+        ("rlm", "sub_lm", 5, "a model's name, or an object with model"),
     ],
 )
 def test_other_values_are_refused_with_what_was_expected(

@@ -18,7 +18,7 @@ import pytest
 from lm_server import _Server, chat, completion, event
 from peer import PATIENCE, Peer
 
-from dspy_bridge.lm import answer_limit, litellm_answer_limit, trace_headers
+from dspy_bridge.lm.transport import answer_limit, litellm_answer_limit, trace_headers
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "?"}}

@@ -60,7 +60,7 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
     ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
         # By then the short steps of calls with this model run on the event loop.
         ({**ASK, "config": {"extra_headers": {"X-Own": "1"}}}, {}),
-        ({**ASK, "lm": {**lm, "foo": 1}}, {}),
+        ({**ASK, "lm": {**lm, "extra": {"foo": 1}}}, {}),
         ({**ASK, "config": {"max_tokens": -5}}, {}),
         ({**ASK, "lm": {**lm, **BY_LITELLM}}, {}),
         ({**ASK, "lm": {**lm, **BY_LITELLM}}, {"stream": True}),
@@ -68,7 +68,7 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
         ({**ASK, "lm": {**lm, "model_type": "text"}}, {}),
         ({**ASK, "program_id": "Typed"}, {}),
         ({**ASK, "program_id": "Typed"}, {"stream": True}),
-        ({**ASK, "program_id": "InThread", "lm": {**lm, "foo": 2}}, {}),
+        ({**ASK, "program_id": "InThread", "lm": {**lm, "extra": {"foo": 2}}}, {}),
     ]
     with Peer(env=env) as peer:
         if DSPY < (3, 4):

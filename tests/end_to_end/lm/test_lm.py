@@ -110,7 +110,7 @@ def test_adapters_that_there_are_not(echo_peer: Peer) -> None:
     two_step = {"name": "two_step", "extraction_model": {"model": "openai/x"}}
     for adapter in (
         "two_step", "baml", 5, [], {}, {"name": "chat"}, {"name": "two_step"}, {"name": "two_step", "more": 1},
-        {**two_step, "extraction_model": "openai/x"}, {**two_step, "extraction_model": {}}, {**two_step, "more": 1},
+        {**two_step, "extraction_model": 5}, {**two_step, "extraction_model": {}}, {**two_step, "more": 1},
         *([{**two_step, "extraction_model": {"model": "openai/x", "num_retries": -1}}] if DSPY >= (3, 4) else []),
     ):  # fmt: skip
         reply = echo_peer.call("create_program", {**QA, "adapter": adapter})

@@ -1,4 +1,4 @@
-"""The limit on an LM's answer where LiteLLM reads it: over httpx, or httpx2, which newer OpenAI clients use.
+"""The limits on requests, answers and connecting where LiteLLM sends: over httpx, or httpx2 for OpenAI's clients.
 
 A response hook of the client replaces the body of each response by one that counts. LiteLLM and the clients below it
 turn errors into their own and try again, so the refusal is kept and raised at the end.
@@ -17,8 +17,11 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
+import dspy
+
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.answer_limit import Count, LMAnswerRefused, packing
+from dspy_bridge.lm.transport import admission, connecting
+from dspy_bridge.lm.transport.answer_limit import Count, LMAnswerRefused, packing
 
 # What is unpacked at once: a chunk of 64 KB may hold 64 MB.
 _AT_ONCE = 64 * 1024
@@ -28,9 +31,15 @@ _GZIP_OR_DEFLATE = 47
 
 class _Call:
     def __init__(self) -> None:
-        self.refused: LMAnswerRefused | None = None
+        self.refused: dspy.LMError | None = None
+        # When its answer has ended.
+        self.leave: Callable[[], None] | None = None
         # The bodies of its answers, which it may not have read to their end.
         self.bodies: list[Any] = []
+
+    def left(self) -> None:
+        if self.leave is not None:
+            self.leave()
 
 
 _call: ContextVar[_Call | None] = ContextVar("lm_call", default=None)
@@ -94,21 +103,26 @@ def _watch_clients() -> None:
 
 def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Name) -> None:
     class Body(httpx.SyncByteStream):  # type: ignore[misc]
-        def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
-            self._pieces = pieces
-            self._stream = stream
+        def __init__(self, call: _Call, response: Any) -> None:
+            self._pieces = _reader(call, response)
+            self._stream = response.stream
+            self._call = call
 
         def __iter__(self) -> Iterator[bytes]:
             for chunk in self._stream:
                 yield from self._pieces(chunk)
 
         def close(self) -> None:
-            self._stream.close()
+            try:
+                self._stream.close()
+            finally:
+                self._call.left()
 
     class AsyncBody(httpx.AsyncByteStream):  # type: ignore[misc]
-        def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
-            self._pieces = pieces
-            self._stream = stream
+        def __init__(self, call: _Call, response: Any) -> None:
+            self._pieces = _reader(call, response)
+            self._stream = response.stream
+            self._call = call
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             async for chunk in self._stream:
@@ -116,22 +130,50 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
                     yield piece
 
         async def aclose(self) -> None:
-            await self._stream.aclose()
+            try:
+                await self._stream.aclose()
+            finally:
+                self._call.left()
 
     def watch(response: Any) -> None:
         if (call := _call.get()) is not None:
-            response.stream = Body(_reader(call, response), response.stream)
+            response.stream = Body(call, response)
 
     async def awatch(response: Any) -> None:
         if (call := _call.get()) is not None:
-            response.stream = AsyncBody(_reader(call, response), response.stream)
+            response.stream = AsyncBody(call, response)
             call.bodies.append(response.stream)
 
-    send.wrap(functools.partial(_hooked, watch))
-    async_send.wrap(functools.partial(_hooked, awatch))
+    failures = (httpx.ConnectError, httpx.ConnectTimeout)
+    send.wrap(lambda original: _hooked(watch, original, functools.partial(_connecting, failures)))
+    async_send.wrap(lambda original: _hooked(awatch, original, functools.partial(_aconnecting, failures)))
 
 
-def _hooked(hook: Callable[..., Any], send: Callable[..., Any]) -> Callable[..., Any]:
+def _connecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+    try:
+        call.leave = admission.admit_in_thread()
+        return connecting.connect(send, url, failures)
+    except BaseException as error:
+        _failed(call, error)
+        raise
+
+
+async def _aconnecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+    try:
+        call.leave = await admission.admit()
+        return await connecting.aconnect(send, url, failures)
+    except BaseException as error:
+        _failed(call, error)
+        raise
+
+
+def _failed(call: _Call, error: BaseException) -> None:
+    call.left()
+    if isinstance(error, (connecting.LMUnreachable, admission.LMOverloaded)):
+        call.refused = error
+
+
+def _hooked(hook: Callable[..., Any], send: Callable[..., Any], connect: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(send)
     def hooked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if (call := _call.get()) is not None:
@@ -143,6 +185,10 @@ def _hooked(hook: Callable[..., Any], send: Callable[..., Any]) -> Callable[...,
             # A value set for this request alone may be signed.
             if request.headers.get("accept-encoding") == self.headers.get("accept-encoding"):
                 request.headers["accept-encoding"] = "identity"
+            if (seconds := connecting.timeout()) is not None:
+                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                request.extensions = {**request.extensions, "timeout": timeouts}
+            return connect(call, lambda: send(self, request, *args, **kwargs), str(request.url))
         return send(self, request, *args, **kwargs)
 
     return hooked
@@ -152,13 +198,14 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
     """Unpacks and counts the chunks of a body: httpx, which unpacks without a limit, finds nothing left to unpack."""
     packed, unpacked, unpack = Count(), Count(), None
     try:
+        admission.answered(response.status_code, response.headers.get("retry-after"))
         coding = packing(response.headers.get_list("content-encoding"))
         if coding in ("gzip", "x-gzip", "deflate"):
             unpack = zlib.decompressobj(_GZIP_OR_DEFLATE)
             del response.headers["content-encoding"]
         elif coding is not None:
             raise LMAnswerRefused(f"the answer is packed as {coding!r}, though that was not asked for")
-    except LMAnswerRefused as error:
+    except dspy.LMError as error:
         call.refused = error
         raise
 

@@ -1,4 +1,5 @@
-"""Puts the `traceparent` of a run into the HTTP requests of its LM calls, and counts what is read of their answers.
+"""Puts the `traceparent` of a run into the HTTP requests of its LM calls, sends them as the limits of their account
+allow, limits the time that connecting takes, and counts what is read of their answers.
 
 DSPy has no place for a header of one call: an LM's options are part of the cache's key, so the cache would never hit,
 and a header among them makes DSPy call LiteLLM in place of its own engine. So the functions that send requests are
@@ -14,14 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 from dspy_bridge import tracing
-from dspy_bridge.lm import answer_limit, dspy_internals
-from dspy_bridge.lm.litellm_answer_limit import limiting
-from dspy_bridge.lm.litellm_loading import after_import, streaming_after_import
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.transport import admission, answer_limit, connecting
+from dspy_bridge.lm.transport.litellm_answer_limit import limiting
+from dspy_bridge.lm.transport.litellm_loading import after_import, streaming_after_import
 
 
 def install() -> None:
     """Wrap them, once in a process."""
-    dspy_internals.TRANSPORT.wrap(functools.partial(_sending, answer_limit.counted))
+    dspy_internals.TRANSPORT.wrap(functools.partial(_sending, _open))
     dspy_internals.ASYNC_TRANSPORT.wrap(functools.partial(_sending, answer_limit.Counted))
     for call in dspy_internals.LITELLM_CALLS:
         call.wrap(lambda send: _calling(limiting(send)))
@@ -34,14 +36,27 @@ def install() -> None:
     dspy_internals.ASYNC_LITELLM_STREAM.wrap(streaming_after_import)
 
 
-def _sending(count: Callable[[Any], Any], stream: Callable[..., Any]) -> Callable[..., Any]:
+def _open(opening: Callable[[], Any], url: str) -> Any:
+    leave = admission.admit_in_thread()
+    try:
+        return answer_limit.counted(connecting.connect(opening, url, connecting.failures()), leave)
+    except BaseException:
+        leave()
+        raise
+
+
+def _sending(send_to: Callable[..., Any], stream: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stream)
     def send(self: Any, request: Any) -> Any:
+        changes: dict[str, Any] = {}
         if (traceparent := tracing.current()) is not None:
             # The only one: an LM with headers of its own goes through LiteLLM.
-            headers = [*request.headers, (tracing.TRACEPARENT, traceparent)]
-            request = dataclasses.replace(request, headers=headers)
-        return count(stream(self, request))
+            changes["headers"] = [*request.headers, (tracing.TRACEPARENT, traceparent)]
+        if (seconds := connecting.timeout()) is not None and hasattr(request, "connect_timeout"):
+            changes["connect_timeout"] = seconds
+        if changes:
+            request = dataclasses.replace(request, **changes)
+        return send_to(lambda: stream(self, request), request.url)
 
     return send
 

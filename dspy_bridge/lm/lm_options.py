@@ -1,0 +1,210 @@
+"""The options of an LM, from settings, from a request's `lm` or `config`, or from a saved state: checked and completed.
+
+What a request leaves out comes from the peer's own LM, if its provider is the same: its address, and what belongs to
+that address (key, headers, timeouts). A request that names another address gets none of it. Pure; imports no DSPy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm.rate_limits import Limits
+from dspy_bridge.logs import redaction
+
+CONNECT_TIMEOUT = 2.0
+# The key for another address than the peer's that came without one: DSPy would send it the environment's.
+NO_KEY = "none"
+# Both mean the same.
+_ADDRESSES = ("api_base", "base_url")
+# What belongs to a server, and is inherited with its address.
+_OF_SERVER = (
+    *("api_key", "timeout", "connect_timeout", "headers", "extra_headers", "extra_query", "api_version"),
+    *("organization", "project", "custom_llm_provider", "azure_ad_token", "extra"),
+    *Limits._fields,
+)
+# Settings of single calls, which `config` may have, too.
+_OF_CALLS = (
+    *("temperature", "max_tokens", "max_completion_tokens", "top_p", "top_k", "min_p", "n", "stop", "seed"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs"),
+    *("response_format", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
+    *("reasoning_effort", "reasoning", "thinking", "verbosity", "modalities", "audio", "prediction", "user"),
+    *("metadata", "store", "service_tier", "web_search_options", "extra_body", "cache", "rollout_id", "extra"),
+)
+_OF_LMS = ("model", "model_type", "num_retries", "use_developer_role", "finetuning_model", "engine", "inherit")
+# Options of `dspy.LM` that are Python objects, which JSON cannot give.
+_OBJECTS = frozenset(
+    (
+        "async_engine",
+        "callbacks",
+        "launch_kwargs",
+        "prompt_cache",
+        "provider",
+        "train_kwargs",
+        "azure_ad_token_provider",
+    )
+)
+# Arguments of a call, which DSPy gives.
+_OWN = frozenset(("messages", "prompt", "request"))
+_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
+# `metering/call_records` takes the last one before a `config` comes here.
+_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
+
+
+class LMOptions(NamedTuple):
+    """`of_dspy`: keyword arguments of `dspy.LM`; the others are the bridge's own. Times in seconds."""
+
+    model: str
+    of_dspy: dict[str, Any]
+    cache_scope: str | None
+    connect_timeout: float
+    limits: Limits
+
+
+def complete(given: object, where: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An `lm` of a request or of settings as an object with all options, from those of the peer's LM where it may.
+
+    `given`: a model's name, or an object with `model`; `default`: the complete options of the peer's LM, for a request.
+    Raises `InvalidArgs`; `where` is how its text names `given`.
+    """
+    options = {"model": given} if isinstance(given, str) else given
+    if not isinstance(options, dict):
+        raise InvalidArgs(f'{where}: expected text such as "openai/gpt-4o-mini", or an object with model')
+    refuse_unknown(options, _NAMES, where)
+    model = options.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidArgs(f'{where}.model: expected text such as "openai/gpt-4o-mini"')
+    inherit = options.get("inherit", True)
+    if not isinstance(inherit, bool):
+        raise InvalidArgs(f"{where}.inherit: expected true or false")
+    options = {name: value for name, value in options.items() if name != "inherit" and value is not None}
+    split(options, where)
+    if default is None or _provider(model) != _provider(default["model"]):
+        return options
+    places, known = _places(options), _places(default)
+    if any(known.get(name) != place for name, place in places.items()):
+        if places.keys() != {"custom_llm_provider"}:
+            options.setdefault("api_key", NO_KEY)
+        return options
+    return {**_inherited(options, default), **options} if inherit else options
+
+
+def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Complete options with what a `config` says of the connection or the cache. Raises `InvalidArgs`."""
+    kept = {name: value for name, value in options.items() if name not in _ADDRESSES and name not in _OF_SERVER}
+    return complete({**kept, **changes}, "config", options)
+
+
+def split(options: dict[str, Any], where: str) -> LMOptions:
+    """Complete options as `LMOptions`. Raises `InvalidArgs`."""
+    of_dspy = dict(options)
+    timeout = of_dspy.pop("connect_timeout", CONNECT_TIMEOUT)
+    if type(timeout) not in (int, float) or not 0 < timeout < math.inf:
+        raise InvalidArgs(f"{where}.connect_timeout: expected a positive number of seconds")
+    if "cache" in of_dspy:
+        of_dspy["cache"], scope = _cache(of_dspy["cache"], where)
+    else:
+        scope = None
+    of_dspy.update(_extra(of_dspy.pop("extra", None), where))
+    limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
+    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits)
+
+
+def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A `config` as settings of a call for DSPy, and options that only an LM of its own can have. Raises `InvalidArgs`.
+
+    Those are of the connection, and of the cache.
+    """
+    refuse_unknown(given, _CONFIG_NAMES, "config")
+    of_lm = {name: given[name] for name in given if name in _ADDRESSES or (name in _OF_SERVER and name != "extra")}
+    settings = {name: value for name, value in given.items() if name not in of_lm}
+    if isinstance(settings.get("cache"), dict):
+        of_lm["cache"] = settings.pop("cache")
+    settings.update(_extra(settings.pop("extra", None), "config"))
+    return settings, of_lm
+
+
+def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> None:
+    """Raises `InvalidArgs` for a name that is not an option of an LM, with the nearest one."""
+    for name in given:
+        if name in _OBJECTS:
+            raise InvalidArgs(f"{where}.{name}: cannot be given as JSON")
+        if name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, sorted(known), 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise InvalidArgs(f"{where}.{name}: unknown option; {meant}What only your provider takes goes under extra")
+
+
+def _provider(model: str) -> str:
+    """What precedes the slash; DSPy takes a name without one for OpenAI's."""
+    provider, slash, _ = model.partition("/")
+    return provider if slash else "openai"
+
+
+def _places(options: dict[str, Any]) -> dict[str, Any]:
+    """What says where requests go; among `extra`, known by what providers' names for it have in common."""
+    places = {}
+    for name, value in {**options, **options.get("extra", {})}.items():
+        if name in _ADDRESSES:
+            places[_ADDRESSES[0]] = value.rstrip("/") if isinstance(value, str) else value
+        elif name == "custom_llm_provider" or name.lower().endswith(("_base", "_url", "_endpoint", "_host")):
+            places[name] = value
+    return places
+
+
+def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    names = _OF_SERVER if any(name in options for name in _ADDRESSES) else (*_ADDRESSES, *_OF_SERVER)
+    inherited = {name: default[name] for name in names if name in default}
+    if "api_key" in options:
+        # Headers may hold a key, too, of another account then.
+        for name in ("headers", "extra_headers"):
+            if isinstance(given := inherited.get(name), dict):
+                inherited[name] = {key: value for key, value in given.items() if not redaction.names_secret(key)}
+    if "extra" in inherited and "extra" in options:
+        options["extra"] = {**inherited["extra"], **options["extra"]}
+    return inherited
+
+
+def _cache(given: object, where: str) -> tuple[bool, str | None]:
+    if isinstance(given, dict):
+        if given.keys() == {"scope"} and isinstance(given["scope"], str) and given["scope"]:
+            return True, given["scope"]
+        raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
+    if not isinstance(given, bool):
+        raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
+    return given, None
+
+
+def _limits(given: dict[str, Any], where: str) -> Limits:
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "max_in_flight":
+            if type(value) is not int or value < 1:
+                raise InvalidArgs(f"{where}.{name}: expected a whole number, at least 1")
+        elif type(value) not in (int, float) or not 0 < value < math.inf:
+            raise InvalidArgs(f"{where}.{name}: expected a positive number")
+    return Limits(**given)
+
+
+def _extra(given: object, where: str) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise InvalidArgs(f"{where}.extra: expected an object of what the provider takes beyond DSPy's own settings")
+    for name in given:
+        if name in _NAMES or name in _OBJECTS or name in _OWN:
+            raise InvalidArgs(f"{where}.extra.{name}: not one of the provider's own options")
+    return given
+
+
+def account(options: dict[str, Any]) -> str:
+    """The address and the key; those of the environment where none are given."""
+    prefix = _provider(str(options.get("model", ""))).upper()
+    given = [options.get(name) for name in (*_ADDRESSES, "api_key", "headers", "extra_headers")]
+    return repr([*given, *(os.environ.get(f"{prefix}_{name}") for name in ("API_BASE", "BASE_URL", "API_KEY"))])

@@ -1,0 +1,134 @@
+"""What an LM is asked with and where: options completed from the peer's, and refused by name. No peer, no server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm import lm_options
+
+PEERS = {
+    "model": "openai/big",
+    "api_base": "http://here/v1",
+    "api_key": "sk-peer-key",
+    "headers": {"X-Team": "blue", "Authorization": "Bearer sk-peer-header"},
+    "timeout": 7,
+    "connect_timeout": 1,
+    "temperature": 0.2,
+    "extra": {"vendor_mode": "fast"},
+}
+
+
+def complete(given: object) -> dict[str, Any]:
+    return lm_options.complete(given, "lm", PEERS)
+
+
+@pytest.mark.parametrize(
+    "given", ["openai/small", {"model": "openai/small"}, {"model": "openai/small", "inherit": True}]
+)
+def test_a_model_of_the_same_provider_is_asked_at_the_peers_server(given: object) -> None:
+    """With what belongs to the server, and no setting of the peer's model."""
+    expected = {name: value for name, value in PEERS.items() if name not in ("model", "temperature")}
+    assert complete(given) == {"model": "openai/small", **expected}
+
+
+@pytest.mark.parametrize("same", ["http://here/v1", "http://here/v1/"])
+@pytest.mark.parametrize("name", ["api_base", "base_url"])
+def test_the_same_address_in_other_words_is_the_peers_server(name: str, same: str) -> None:
+    options = complete({"model": "openai/small", name: same})
+    assert options["api_key"] == "sk-peer-key" and options["timeout"] == 7
+    assert {"api_base", "base_url"} & options.keys() == {name}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": "anthropic/small"},
+        {"model": "openai/small", "inherit": False},
+        {"model": "openai/small", "api_base": "http://there/v1", "api_key": "sk-own"},
+        {"model": "openai/small", "custom_llm_provider": "other", "api_key": "sk-own"},
+        {"model": "openai/small", "extra": {"vendor_api_base": "http://there"}, "api_key": "sk-own"},
+    ],
+)
+def test_another_server_gets_only_what_is_named_for_it(given: dict[str, Any]) -> None:
+    options = complete(given)
+    assert options == {name: value for name, value in given.items() if name != "inherit"}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"api_base": "http://there/v1"},
+        {"base_url": "http://there/v1"},
+        {"api_base": "http://there/v1", "inherit": False},
+        {"extra": {"azure_endpoint": "http://there"}},
+    ],
+)
+def test_another_address_without_a_key_does_not_get_the_environments(place: dict[str, Any]) -> None:
+    assert complete({"model": "openai/small", **place})["api_key"] == lm_options.NO_KEY
+
+
+def test_another_key_goes_without_the_peers_headers_of_the_same_kind() -> None:
+    options = complete({"model": "openai/small", "api_key": "sk-own"})
+    assert options["api_base"] == "http://here/v1" and options["headers"] == {"X-Team": "blue"}
+    assert "sk-peer" not in str(options)
+
+
+def test_extra_options_are_added_to_the_peers() -> None:
+    options = complete({"model": "openai/small", "extra": {"vendor_size": 3}})
+    assert options["extra"] == {"vendor_mode": "fast", "vendor_size": 3}
+    assert lm_options.split(options, "lm").of_dspy["vendor_size"] == 3
+
+
+def test_a_config_changes_the_key_but_does_not_take_it_elsewhere() -> None:
+    assert lm_options.changed(PEERS, {"api_key": "sk-own"})["api_base"] == "http://here/v1"
+    elsewhere = lm_options.changed(PEERS, {"api_base": "http://there"})
+    assert elsewhere == {"model": "openai/big", "temperature": 0.2, "api_base": "http://there", "api_key": "none"}
+    assert lm_options.changed(PEERS, {"cache": {"scope": "a"}}) == {**PEERS, "cache": {"scope": "a"}}
+
+
+def test_a_config_is_settings_of_the_call_and_options_of_the_connection() -> None:
+    config = {"temperature": 1, "api_key": "k", "timeout": 2, "cache": {"scope": "a"}, "extra": {"mode": 1}}
+    settings, of_lm = lm_options.read_config(config)
+    assert settings == {"temperature": 1, "mode": 1}
+    assert of_lm == {"api_key": "k", "timeout": 2, "cache": {"scope": "a"}}
+    assert lm_options.read_config({"cache": False}) == ({"cache": False}, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"api_bas": "x"}, "lm.api_bas: unknown option; did you mean api_base?"),
+        ({"max_token": 5}, "lm.max_token: unknown option; did you mean max_tokens?"),
+        ({"foo": 5}, "lm.foo: unknown option; What only your provider takes goes under extra"),
+        ({"callbacks": []}, "lm.callbacks: cannot be given as JSON"),
+        ({"inherit": 1}, "lm.inherit: expected true or false"),
+        ({"connect_timeout": 0}, "lm.connect_timeout: expected a positive number of seconds"),
+        ({"connect_timeout": True}, "lm.connect_timeout: expected a positive number of seconds"),
+        ({"cache": "yes"}, 'lm.cache: expected true, false or {"scope": text}'),
+        ({"cache": {"scope": ""}}, 'lm.cache: expected true, false or {"scope": text}'),
+        ({"cache": {"scope": "a", "ttl": 1}}, 'lm.cache: expected true, false or {"scope": text}'),
+        ({"extra": []}, "lm.extra: expected an object"),
+        ({"extra": {"api_key": "k"}}, "lm.extra.api_key: not one of the provider's own options"),
+        ({"extra": {"messages": []}}, "lm.extra.messages: not one of the provider's own options"),
+        ({"model": ""}, "lm.model: expected text"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidArgs) as refused:
+        complete({"model": "openai/small", **given})
+    assert str(refused.value).startswith(text)
+
+
+@pytest.mark.parametrize("given", [None, 5, [], ""])
+def test_an_lm_is_text_or_an_object(given: object) -> None:
+    with pytest.raises(InvalidArgs, match=r"^lm(\.model)?: expected text"):
+        complete(given)
+
+
+def test_a_config_has_no_option_of_an_lm() -> None:
+    for name in ("model", "num_retries", "engine"):
+        with pytest.raises(InvalidArgs, match=f"config.{name}: unknown option"):
+            lm_options.read_config({name: "x"})
