@@ -32,6 +32,8 @@ def check(model: str, options: dict[str, Any]) -> dict[str, Any]:
     import dspy
 
     variables = set(os.environ)
+    if "engine" in options and not hasattr(dspy, "lm15"):
+        return {"refused": f"engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}"}
     try:
         lm = dspy.LM(model, **options)
         chosen = _engine(lm)

@@ -178,7 +178,6 @@ defmodule DSPex.PythonBridge.HistoryTest do
     assert String.replace(coloured, ~r/\e\[\d+m/, "") == text([@entry])
   end
 
-  @tag :of_meta
   test "shows the calls of a run with the real peer, and of none that did not ask" do
     bridge = start_supervised!({Bridge, real_opts(default_timeout: 60_000)})
     create = %{id: "qa", signature: "question -> answer"}
