@@ -134,12 +134,9 @@ class Models:
 
     @contextmanager
     def context(
-        self, pool: LMPool | None, adapter: dspy.Adapter | None, deadline: float | None = None
+        self, pool: LMPool | None, adapter: dspy.Adapter | None, run: admission.Run | None = None
     ) -> Iterator[None]:
-        """DSPy's settings for one call; without a pool the default LM's. `deadline`: of `time.monotonic`.
-
-        Raises `LMNotConfigured`.
-        """
+        """DSPy's settings for `run`; without a pool the default LM's. Raises `LMNotConfigured`."""
         if (loop := asyncio.get_running_loop()) not in self.loops:
             self.loops.append(loop)
         with ExitStack() as stack:
@@ -154,7 +151,7 @@ class Models:
             settings = {
                 "lm": lm,
                 "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
-                admission.RUN: admission.Run(deadline),
+                admission.RUN: run,
             }
             if (traceparent := tracing.current()) is not None:
                 settings[tracing.TRACEPARENT] = traceparent

@@ -102,9 +102,8 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
             lm = LoopLM(model, **of_dspy)
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
-    account = lm_options.account(options)
-    lm.asking = Asking(account, scope, connect_timeout, lm.num_retries > 0)
-    lm.gate = rate_limits.gate(account, limits)
+    lm.asking = Asking(lm_options.account(options), scope, connect_timeout, lm.num_retries > 0)
+    lm.gate = rate_limits.gate(lm_options.limited_account(options), limits)
     return lm
 
 

@@ -13,7 +13,7 @@ from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import call_records
 from dspy_bridge.lm.metering.meter import Meter
-from dspy_bridge.lm.transport import connections
+from dspy_bridge.lm.transport import admission, connections
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
@@ -83,7 +83,7 @@ class Program:
         remote_tools.current_call.set(call)
         call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
         try:
-            with self._lms.context(pool, runner.adapter(self._adapter), call.ends):
+            with self._lms.context(pool, runner.adapter(self._adapter), admission.Run(call.ends)):
                 outputs = await self._run(values, call, stream)
         except Exception as error:
             if connections.ran_out(error):
