@@ -102,7 +102,9 @@ def test_the_first_call_by_litellm_is_answered_and_delays_no_other(start_lm: Any
         peer.call("create_program", QA)
         peer.call("execute_program", ASK)
         begun = time.monotonic()
-        first = peer.request("execute_program", {**ASK, "lm": {"model": "openai/m", **server.options(extra={"foo": 1})}})
+        first = peer.request(
+            "execute_program", {**ASK, "lm": {"model": "openai/m", **server.options(extra={"foo": 1})}}
+        )
         slowest, rounds, answer = 0.0, 0, None
         while answer is None:
             sent = time.monotonic()
