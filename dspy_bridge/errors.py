@@ -93,9 +93,17 @@ class LMFailed(BridgeError):
 
 
 class OutputInvalid(BridgeError):
-    """The LM's answer does not fit the signature."""
+    """The LM's answer does not fit the signature.
+
+    `field`: the output, if it is one that was read. `by_lm`: whether another answer may fit.
+    """
 
     error_type = "output_invalid"
+
+    def __init__(self, text: str, field: str | None = None, *, by_lm: bool = True) -> None:
+        super().__init__(text)
+        self.field = field
+        self.by_lm = by_lm
 
 
 class ToolFailed(BridgeError):

@@ -34,7 +34,16 @@ _OF_CALLS = (
     *("reasoning_effort", "reasoning", "thinking", "verbosity", "modalities", "audio", "prediction", "user"),
     *("metadata", "store", "service_tier", "web_search_options", "extra_body", "cache", "rollout_id", "extra"),
 )
-_OF_LMS = ("model", "model_type", "num_retries", "use_developer_role", "finetuning_model", "engine", "inherit")
+_OF_LMS = (
+    "model",
+    "model_type",
+    "num_retries",
+    "use_developer_role",
+    "finetuning_model",
+    "engine",
+    "inherit",
+    "answers",
+)
 # Options of `dspy.LM` that are Python objects, which JSON cannot give.
 _OBJECTS = frozenset(
     (

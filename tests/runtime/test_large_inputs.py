@@ -44,6 +44,7 @@ class Size:
 
     meter = None
     slot_transferred = False
+    deadline = None
     services = SimpleNamespace(limiter=SimpleNamespace(release=lambda: None))
     request = SimpleNamespace(stream=False, meta=False)
 

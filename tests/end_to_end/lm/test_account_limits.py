@@ -326,7 +326,11 @@ def test_items_of_a_batch_have_the_limits_and_their_own_errors(start_lm: Any) ->
         peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=2)})
         many = {**ASK, "inputs": [{"question": str(number)} for number in range(4)]}
         results = peer.call("execute_program", many, timeout_ms=10_000)["result"]["results"]
-    assert [one.get("error_type") for one in results] == [None, None, "overloaded", "overloaded"]
+        assert [one.get("error_type") for one in results] == [None, None, "overloaded", "overloaded"]
+        begun = time.monotonic()
+        results = peer.call("execute_program", {**many, "item_timeout_ms": 10_000})["result"]["results"]
+        assert [one["error_type"] for one in results] == ["overloaded"] * 4, "an item has a deadline, too"
+        assert time.monotonic() - begun < 8
 
 
 @pytest.mark.parametrize(
