@@ -144,6 +144,9 @@ JSON_FALLBACK = Name(
     "second answers, in JSON, are not checked for contradictions",
     "self",
 )
+OPEN_MAPS = Name(
+    "dspy.adapters.json_adapter:_has_open_ended_mapping", "maps inside other types may come back empty", "signature"
+)
 FORMAT_VALUE = Name(
     "dspy.adapters.utils:format_field_value", "objects that quote field headers are not cleaned", "field_info", "value"
 )

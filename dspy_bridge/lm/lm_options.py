@@ -17,6 +17,8 @@ from dspy_bridge.logs import redaction
 CONNECT_TIMEOUT = 2.0
 # The key for another address than the peer's that came without one: DSPy would send it the environment's.
 NO_KEY = "none"
+# What `supports` may name.
+CAPABILITIES = ("response_schema", "function_calling", "reasoning")
 # Both mean the same.
 _ADDRESSES = ("api_base", "base_url")
 # What belongs to a server, and is inherited with its address.
@@ -32,7 +34,16 @@ _OF_CALLS = (
     *("reasoning_effort", "reasoning", "thinking", "verbosity", "modalities", "audio", "prediction", "user"),
     *("metadata", "store", "service_tier", "web_search_options", "extra_body", "cache", "rollout_id", "extra"),
 )
-_OF_LMS = ("model", "model_type", "num_retries", "use_developer_role", "finetuning_model", "engine", "inherit")
+_OF_LMS = (
+    "model",
+    "model_type",
+    "num_retries",
+    "use_developer_role",
+    "finetuning_model",
+    "engine",
+    "inherit",
+    "supports",
+)
 # Options of `dspy.LM` that are Python objects, which JSON cannot give.
 _OBJECTS = frozenset(
     (
@@ -52,12 +63,16 @@ _CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS))
 
 
 class LMOptions(NamedTuple):
-    """`of_dspy`: keyword arguments of `dspy.LM`; the others are the bridge's own. Times in seconds."""
+    """`of_dspy`: keyword arguments of `dspy.LM`; the others are the bridge's own. Times in seconds.
+
+    `supports`: of `CAPABILITIES`; None: what DSPy knows of the model.
+    """
 
     model: str
     of_dspy: dict[str, Any]
     cache_scope: str | None
     connect_timeout: float
+    supports: frozenset[str] | None
 
 
 def complete(given: object, where: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -104,8 +119,9 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
         of_dspy["cache"], scope = _cache(of_dspy["cache"], where)
     else:
         scope = None
+    supports = _supports(of_dspy.pop("supports"), where) if "supports" in of_dspy else None
     of_dspy.update(_extra(of_dspy.pop("extra", None), where))
-    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout))
+    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), supports)
 
 
 def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -155,6 +171,9 @@ def _places(options: dict[str, Any]) -> dict[str, Any]:
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     names = _OF_SERVER if any(name in options for name in _ADDRESSES) else (*_ADDRESSES, *_OF_SERVER)
     inherited = {name: default[name] for name in names if name in default}
+    # The same server may have models that can do other things.
+    if "supports" in default and options["model"] == default["model"]:
+        inherited["supports"] = default["supports"]
     if "api_key" in options:
         # Headers may hold a key, too, of another account then.
         for name in ("headers", "extra_headers"):
@@ -173,6 +192,14 @@ def _cache(given: object, where: str) -> tuple[bool, str | None]:
     if not isinstance(given, bool):
         raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
     return given, None
+
+
+def _supports(given: object, where: str) -> frozenset[str]:
+    if given in ("none", ["none"]):
+        return frozenset()
+    if not isinstance(given, list) or not given or any(name not in CAPABILITIES for name in given):
+        raise InvalidArgs(f'{where}.supports: expected ["none"], or a list of {", ".join(CAPABILITIES)}')
+    return frozenset(given)
 
 
 def _extra(given: object, where: str) -> dict[str, Any]:
