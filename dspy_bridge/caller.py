@@ -9,10 +9,14 @@ class Caller(Protocol):
     """The client behind one `execute_program`.
 
     `size`: bytes of its request. `meter`: counts what the LMs are asked, if the client wants meta; else None.
+    `ends`: its deadline in seconds of `time.monotonic`, or None.
     """
 
     size: int
     meter: Any
+
+    @property
+    def ends(self) -> float | None: ...
 
     async def stream_item(self, item: dict[str, Any]) -> None:
         """Send an item of the stream; returns when the client can take more. On the event loop."""

@@ -16,7 +16,7 @@ class BridgeError(Exception):
     error_type = "internal"
     # Clients match on the text, so a reply has it unchanged.
     exact = False
-    # Whether the same request may succeed later; None where the protocol does not have it (all but lm_error).
+    # Whether the same request may be sent again later; None where the protocol does not have it (most).
     retryable: bool | None = None
 
 
@@ -117,9 +117,18 @@ class Cancelled(BridgeError):
 
 
 class Overloaded(BridgeError):
-    """As many runs are in flight and queued as the settings allow."""
+    """As many runs are in flight and queued as the settings allow, or a run cannot ask its LM before its deadline.
+
+    `begun`: some of the run was done: LMs or tools were asked. Then `retryable` is False: only the client can know
+    whether that may be done twice.
+    """
 
     error_type = "overloaded"
+
+    def __init__(self, text: str, *, begun: bool = False) -> None:
+        super().__init__(text)
+        if begun:
+            self.retryable = False
 
 
 class NotAllowed(BridgeError):

@@ -58,6 +58,7 @@ class Settings:
     files_dir: str | None
     max_frame_bytes: int
     max_lm_bytes: int
+    history_bytes: int
     drain_ms: int
     log_level: str
     log_frames: bool
@@ -164,6 +165,7 @@ SETTINGS = (
     Setting("state_dir", _folder, "", "a folder whose files state_path may name; none if unset"),
     Setting("max_frame_bytes", _whole(1), str(64 * 1024 * 1024), "the longest frame, in bytes, either way"),
     Setting("max_lm_bytes", _whole(1), str(32 * 1024 * 1024), "the longest answer of an LM, in bytes, unpacked"),
+    Setting("history_bytes", _whole(0), str(1024 * 1024), "the most that history may take in a reply, in bytes"),
     Setting("drain_ms", _whole(0), "5000", "how long work goes on after the end of input, in ms"),
     Setting("log_level", _one_of(*LOG_LEVELS), "info", f"{', '.join(LOG_LEVELS)}"),
     Setting("log_frames", _flag, "0", "1: log records are sent as frames instead of to stderr"),

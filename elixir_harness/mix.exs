@@ -153,7 +153,12 @@ defmodule DSPex.MixProject do
           {group, for({page, ^group} <- @pages, do: "../docs/#{page}.md")}
         end,
       groups_for_modules: [
-        Calls: [DSPex.PythonBridge.Bridge, DSPex.PythonBridge.Pool, DSPex.PythonBridge.Error],
+        Calls: [
+          DSPex.PythonBridge.Bridge,
+          DSPex.PythonBridge.Pool,
+          DSPex.PythonBridge.Error,
+          DSPex.PythonBridge.History
+        ],
         "Starting and setting": [
           DSPex.Application,
           DSPex.PythonBridge.Supervisor,

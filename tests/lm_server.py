@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 # The key of all of them, which nothing may log.
 KEY = "sk-test-0123456789"
-Answer = str | tuple[int, dict[str, Any]] | Iterator[str | bytes]
+
+
+@dataclass
+class Ended:
+    """An answer with another finish reason than "stop"; `length`: it was cut off."""
+
+    answer: str | Iterator[str | bytes]
+    reason: str = "length"
+
+
+Reply = tuple[int, dict[str, Any]] | tuple[int, dict[str, Any], dict[str, str]]
+Answer = str | Reply | Iterator[str | bytes] | Ended
 
 
 class _Server(ThreadingHTTPServer):
@@ -20,7 +32,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class LMServer:
-    """Answers each chat completion with what `answer(request)` gives: the text, or a status and a body.
+    """Answers each chat completion with what `answer(request)` gives: a text, or a status, a body and maybe headers.
 
     To a request with `stream`, a string is sent in small pieces, an iterator in its own pieces, each as soon as it is
     there; bytes are sent unchanged.
@@ -61,20 +73,26 @@ class LMServer:
                     self.close_connection = True
                     return
                 given = owner._answer(body)
+                reason = "stop"
+                if isinstance(given, Ended):
+                    given, reason = given.answer, given.reason
                 if body.get("stream") and not isinstance(given, tuple):
-                    self._stream(body["model"], pieces(given) if isinstance(given, str) else given)
+                    self._stream(body["model"], pieces(given) if isinstance(given, str) else given, reason)
                     return
                 assert not isinstance(given, Iterator), "the request asks for no stream"
-                status, reply = given if isinstance(given, tuple) else (200, completion(body["model"], given))
+                made = given if isinstance(given, tuple) else (200, completion(body["model"], given, reason))
+                status, reply, *headers = made
+                more = "".join(f"{name}: {value}\r\n" for some in headers for name, value in some.items())
                 data = json.dumps(reply).encode()
                 # Headers and body in one write, else delayed ACKs add 40 ms.
-                head = f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+                kind = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n{more}"
+                head = f"HTTP/1.1 {status} OK\r\n{kind}\r\n"
                 try:
                     self.wfile.write(head.encode() + data)
                 except OSError:
                     owner.closed_by_client.release()
 
-            def _stream(self, model: str, given: Iterator[str | bytes]) -> None:
+            def _stream(self, model: str, given: Iterator[str | bytes], reason: str) -> None:
                 self.close_connection = True
                 head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
                 try:
@@ -83,7 +101,7 @@ class LMServer:
                         if isinstance(piece, str):
                             piece = event(model, {"role": "assistant", "content": piece}, None)
                         self.wfile.write(piece)
-                    self.wfile.write(event(model, {}, "stop") + b"data: [DONE]\n\n")
+                    self.wfile.write(event(model, {}, reason) + b"data: [DONE]\n\n")
                 except OSError:
                     owner.closed_by_client.release()
 
@@ -157,14 +175,14 @@ def pieces(text: str) -> Iterator[str]:
     return (text[at : at + 4] for at in range(0, len(text), 4))
 
 
-def completion(model: str, text: str) -> dict[str, Any]:
+def completion(model: str, text: str, reason: str = "stop") -> dict[str, Any]:
     """A chat completion."""
     return {
         "id": "c1",
         "object": "chat.completion",
         "created": 0,
         "model": model,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
         "usage": {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18},
     }
 

@@ -45,6 +45,7 @@ class Commands:
     def __init__(self, settings: Settings, setup: Callable[[], None], load: Callable[[], Mapping[str, Any]]) -> None:
         """`setup` runs before DSPy is imported; `load` gives the dispatcher's counts, for `get_stats`."""
         self._load = load
+        self._history_bytes = settings.history_bytes
         self._started = time.monotonic()
         self._registry = Registry()
         self._threads = WorkerThreads()
@@ -192,9 +193,9 @@ class Commands:
             try:
                 program = await self._loader.load(entry)
                 if call.request.meta:
-                    from dspy_bridge.lm.usage import Meter
+                    from dspy_bridge.lm.metering.meter import Meter
 
-                    call.meter = Meter()
+                    call.meter = Meter(self._history_bytes if call.request.history else None)
                 return entry, program
             except (SetupFailed, asyncio.CancelledError):
                 raise

@@ -73,6 +73,11 @@ class Call:
 
     # What follows is `Caller`.
 
+    @property
+    def ends(self) -> float | None:
+        # The loop's clock is `time.monotonic`.
+        return None if self.deadline is None else self.deadline.when()
+
     async def stream_item(self, item: dict[str, Any]) -> None:
         await self.services.channel.stream_item(self, item)
 

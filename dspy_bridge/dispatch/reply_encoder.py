@@ -36,7 +36,7 @@ class ReplyEncoder:
         payload = b""
         if error is None:
             try:
-                payload = messages.encode_result(call.id, result, meta)
+                payload = self._fitting(meta, lambda meta: messages.encode_result(call.id, result, meta))
                 if len(payload) > self._max_bytes:
                     raise FrameTooLarge(f"the reply has {len(payload)} bytes: expected at most {self._max_bytes}")
             except BaseException as raised:  # encoding a value may run code of its own
@@ -61,16 +61,33 @@ class ReplyEncoder:
             return {name: stats.summary() for name, stats in self._stats.items() if stats.count}
 
     def _encode_error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
-        payload = messages.encode_failure(id, self.describe(error), meta)
+        failure = self.describe(error)
+        payload = self._fitting(meta, lambda meta: messages.encode_failure(id, failure, meta))
         if len(payload) > self._max_bytes:
             # The limit is a few hundred bytes, or an id or a name fills it.
             text = "the error is too long for a frame"
             payload = messages.encode_failure(id, messages.failure(FrameTooLarge.error_type, text))
         return payload
 
+    def _fitting(self, meta: dict[str, Any] | None, encode: Callable[[dict[str, Any] | None], bytes]) -> bytes:
+        """A payload with meta; if it is too long, with the history of LM calls left out."""
+        payload = encode(meta)
+        if len(payload) > self._max_bytes and meta is not None and meta.get("history"):
+            payload = encode({**meta, "history": [{"omitted": meta["lm_calls"]}]})
+        return payload
+
 
 def _meta(call: Call, now: float) -> dict[str, Any]:
-    usage: dict[str, Any] = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0}
+    usage: dict[str, Any] = {
+        "lm_usage": {},
+        "lm_calls": 0,
+        "cache_hits": 0,
+        "finish_reasons": [],
+        "fallbacks": 0,
+        "cost_usd": 0.0,
+    }
+    if call.request.history:
+        usage["history"] = []
     if call.meter is not None:
         try:
             usage = call.meter.summary()

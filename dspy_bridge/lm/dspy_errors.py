@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import dspy
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, LMFailed, LMNotConfigured, OutputInvalid, SetupFailed
+from dspy_bridge.errors import (
+    BridgeError,
+    InvalidArgs,
+    LMFailed,
+    LMNotConfigured,
+    OutputInvalid,
+    Overloaded,
+    SetupFailed,
+)
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.adapters import json_repair_limit
-from dspy_bridge.lm.transport import connecting
+from dspy_bridge.lm.transport import admission, connecting
 
 
 def translate(error: Exception, settings: list[str]) -> Exception:
@@ -58,6 +66,8 @@ def _by_type(error: Exception) -> BridgeError | None:
     if isinstance(error, connecting.LMUnreachable):
         # For DSPy it is not: it would try again for seconds.
         return LMFailed(f"{type(error).__name__}: {error}", True)
+    if isinstance(error, admission.LMOverloaded):
+        return Overloaded(str(error), begun=error.begun)
     if isinstance(error, dspy.LMConfigurationError):
         return LMNotConfigured(str(error))
     if isinstance(error, dspy.LMError):

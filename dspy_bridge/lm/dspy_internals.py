@@ -147,6 +147,19 @@ JSON_FALLBACK = Name(
 OPEN_MAPS = Name(
     "dspy.adapters.json_adapter:_has_open_ended_mapping", "maps inside other types may come back empty", "signature"
 )
+# Before DSPy 3.4 the schema is given up after an LM call: see `metering/meter`.
+RESPONSE_FORMAT = (
+    None
+    if _BEFORE_3_4
+    else Name(
+        "dspy:JSONAdapter._prepare_response_format",
+        "answers without a schema are not among the `fallbacks` of `meta`",
+        "self",
+        "lm",
+        "lm_kwargs",
+        "signature",
+    )
+)
 FORMAT_VALUE = Name(
     "dspy.adapters.utils:format_field_value", "objects that quote field headers are not cleaned", "field_info", "value"
 )
@@ -159,6 +172,14 @@ PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
 
 CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "self", "request")
+
+# Where each LM call ends, with what is known of it.
+_UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"
+FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
+# Its place before DSPy 3.4.
+PROCESS_RESPONSE = (
+    Name("dspy:BaseLM._process_lm_response", _UNREAD, "self", "response", "prompt", "messages") if _BEFORE_3_4 else None
+)
 
 # Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.
 _UNKNOWN = "some errors in settings and inputs are `internal`"

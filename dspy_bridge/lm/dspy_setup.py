@@ -26,7 +26,8 @@ if not hasattr(dspy, "LMError"):
 from dspy_bridge.lm import answer_cache, dspy_internals, echo_lm, lm_options
 from dspy_bridge.lm.adapters import free_form_maps, guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
-from dspy_bridge.lm.transport import answer_limit, trace_headers
+from dspy_bridge.lm.metering import call_records, fallbacks
+from dspy_bridge.lm.transport import admission, answer_limit, trace_headers
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -54,6 +55,8 @@ class Models:
         trace_headers.install()
         json_repair_limit.install()
         free_form_maps.install()
+        call_records.install()
+        fallbacks.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
         steps = (dspy_internals.PREPARE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(
@@ -131,8 +134,13 @@ class Models:
         return dspy.TwoStepAdapter(self.pool(model, "adapter.extraction_model").lasting())
 
     @contextmanager
-    def context(self, pool: LMPool | None, adapter: dspy.Adapter | None) -> Iterator[None]:
-        """DSPy's settings for one call; without a pool the default LM's. Raises `LMNotConfigured`."""
+    def context(
+        self, pool: LMPool | None, adapter: dspy.Adapter | None, deadline: float | None = None
+    ) -> Iterator[None]:
+        """DSPy's settings for one call; without a pool the default LM's. `deadline`: of `time.monotonic`.
+
+        Raises `LMNotConfigured`.
+        """
         if (loop := asyncio.get_running_loop()) not in self.loops:
             self.loops.append(loop)
         with ExitStack() as stack:
@@ -144,7 +152,11 @@ class Models:
             if lm is None:
                 raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
             chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
-            settings = {"lm": lm, "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields)}
+            settings = {
+                "lm": lm,
+                "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
+                admission.RUN: admission.Run(deadline),
+            }
             if (traceparent := tracing.current()) is not None:
                 settings[tracing.TRACEPARENT] = traceparent
             if isinstance(lm, echo_lm.EchoLM):

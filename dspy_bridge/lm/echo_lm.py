@@ -84,6 +84,9 @@ class _WithoutEngine:
 class EchoLM(*((LoopLM,) if ENGINES else (_WithoutEngine, LoopLM))):  # type: ignore[misc]
     """For demos, self-tests and CI: no network, no model, the same answer to the same question."""
 
+    # For `meta`: DSPy knows no price of it.
+    costs_nothing = True
+
     def __init__(self, **options: Any) -> None:
         """`options`: those of `dspy.LM`; those of a connection are ignored."""
         options = {name: value for name, value in options.items() if name not in _CONNECTION}

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm.rate_limits import Limits
 from dspy_bridge.logs import redaction
 
 CONNECT_TIMEOUT = 2.0
@@ -25,6 +26,7 @@ _ADDRESSES = ("api_base", "base_url")
 _OF_SERVER = (
     *("api_key", "timeout", "connect_timeout", "headers", "extra_headers", "extra_query", "api_version"),
     *("organization", "project", "custom_llm_provider", "azure_ad_token", "extra"),
+    *Limits._fields,
 )
 # Settings of single calls, which `config` may have, too.
 _OF_CALLS = (
@@ -59,7 +61,8 @@ _OBJECTS = frozenset(
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
 _NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
-_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS))
+# `metering/call_records` takes the last one before a `config` comes here.
+_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
 
 
 class LMOptions(NamedTuple):
@@ -72,6 +75,7 @@ class LMOptions(NamedTuple):
     of_dspy: dict[str, Any]
     cache_scope: str | None
     connect_timeout: float
+    limits: Limits
     supports: frozenset[str] | None
 
 
@@ -121,7 +125,8 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
         scope = None
     supports = _supports(of_dspy.pop("supports"), where) if "supports" in of_dspy else None
     of_dspy.update(_extra(of_dspy.pop("extra", None), where))
-    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), supports)
+    limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
+    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits, supports)
 
 
 def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -192,6 +197,18 @@ def _cache(given: object, where: str) -> tuple[bool, str | None]:
     if not isinstance(given, bool):
         raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
     return given, None
+
+
+def _limits(given: dict[str, Any], where: str) -> Limits:
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "max_in_flight":
+            if type(value) is not int or value < 1:
+                raise InvalidArgs(f"{where}.{name}: expected a whole number, at least 1")
+        elif type(value) not in (int, float) or not 0 < value < math.inf:
+            raise InvalidArgs(f"{where}.{name}: expected a positive number")
+    return Limits(**given)
 
 
 def _supports(given: object, where: str) -> frozenset[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import echo_lm, lm_options
+from dspy_bridge.lm import echo_lm, lm_options, rate_limits
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.transport import litellm_loading
 from dspy_bridge.lm.transport.asking import Asking
@@ -90,7 +90,7 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
 
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
-    model, of_dspy, scope, connect_timeout, supports = lm_options.split(options, "lm")
+    model, of_dspy, scope, connect_timeout, limits, supports = lm_options.split(options, "lm")
     if "engine" in of_dspy and not echo_lm.ENGINES:
         raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
@@ -103,7 +103,9 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
     lm.supports = supports
-    lm.asking = Asking(lm_options.account(options), scope, connect_timeout, lm.num_retries > 0)
+    account = lm_options.account(options)
+    lm.asking = Asking(account, scope, connect_timeout, lm.num_retries > 0)
+    lm.gate = rate_limits.gate(account, limits)
     return lm
 
 

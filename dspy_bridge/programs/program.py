@@ -11,8 +11,9 @@ from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_options
 from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.lm_pool import LMPool
+from dspy_bridge.lm.metering import call_records
+from dspy_bridge.lm.metering.meter import Meter
 from dspy_bridge.lm.transport import connections
-from dspy_bridge.lm.usage import Meter
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
@@ -46,7 +47,8 @@ class Program:
             self._lm = lms.pool(self._saved_lm, "state.lm")
         if definition.get("demos") is not None:
             saved_state.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
-        self._config, self._of_lm = lm_options.read_config(definition.get("config") or {})
+        config, self._allow_truncated = call_records.take_allowed(definition.get("config"))
+        self._config, self._of_lm = lm_options.read_config(config)
         redaction.learn(self._of_lm)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
@@ -72,14 +74,16 @@ class Program:
         """
         runner = self._runner
         values = await self._read(inputs, call, limit)
+        config, allowed = call_records.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
-        settings, pool = self._lm_for(config or {}, lm)
+        settings, pool = self._lm_for(config, lm)
         if settings:
             values["config"] = settings
         remote_tools.current_call.set(call)
+        call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
         try:
-            with self._lms.context(pool, runner.adapter(self._adapter)):
+            with self._lms.context(pool, runner.adapter(self._adapter), call.ends):
                 outputs = await self._run(values, call, stream)
         except Exception as error:
             if connections.ran_out(error):

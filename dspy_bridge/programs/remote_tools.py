@@ -16,6 +16,7 @@ from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.adapters import field_markers
+from dspy_bridge.lm.transport import admission
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.signatures.builder import description
 from dspy_bridge.signatures.type_parser import read_type
@@ -151,6 +152,7 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
+    admission.step()
     question = current_call.get().call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():

@@ -46,9 +46,12 @@ class NotAMessage(MessageError):
 
 
 class Request:
-    """A request. `timeout_ms`: its deadline, counted from receipt, or None. `traceparent`: its trace, or None."""
+    """A request. `timeout_ms`: its deadline, counted from receipt, or None. `traceparent`: its trace, or None.
 
-    __slots__ = ("args", "command", "id", "meta", "stream", "timeout_ms", "traceparent")
+    `history`: whether meta has the history of its LM calls; then there is meta, too.
+    """
+
+    __slots__ = ("args", "command", "history", "id", "meta", "stream", "timeout_ms", "traceparent")
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Request:
         stream: bool = False,
         meta: bool = False,
         traceparent: str | None = None,
+        history: bool = False,
     ) -> None:
         self.id = id
         self.command = command
@@ -67,6 +71,7 @@ class Request:
         self.stream = stream
         self.meta = meta
         self.traceparent = traceparent
+        self.history = history
 
 
 class Encoded(bytes):
@@ -120,6 +125,7 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         and "timeout_ms" not in message
         and "stream" not in message
         and "meta" not in message
+        and "history" not in message
         and "traceparent" not in message
     ):
         return Request(id, command, args)
@@ -127,7 +133,7 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
     if timeout_ms is not None and not (type(timeout_ms) in (int, float) and timeout_ms > 0):
         raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)
     flags = []
-    for name in ("stream", "meta"):
+    for name in ("stream", "meta", "history"):
         flag = message.get(name, False)
         if type(flag) is not bool:
             raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
@@ -136,7 +142,8 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
     if traceparent is not None and not _is_traceparent(traceparent):
         text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
         raise NotAMessage(f"traceparent: {text}", id)
-    return Request(id, command, args, timeout_ms, flags[0], flags[1], traceparent)
+    stream, meta, history = flags
+    return Request(id, command, args, timeout_ms, stream, meta or history, traceparent, history)
 
 
 def _cancel(message: dict[str, Any]) -> Cancel:
@@ -167,9 +174,8 @@ def _tool_result(result: Any) -> ToolResult:
 
 def encode_result(id: Id, result: Any, meta: dict[str, Any] | None = None) -> bytes:
     """The payload of a successful reply. Values in `result` without a JSON form become strings."""
-    tail = b"}" if meta is None else b',"meta":' + encode_value(meta) + b"}"
     body = result if type(result) is Encoded else encode_value(result)
-    return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + body + tail
+    return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + body + _encode_meta(meta) + b"}"
 
 
 def pong(now: float) -> Encoded:
@@ -187,8 +193,18 @@ def failure(error_type: str, text: str, retryable: bool | None = None) -> dict[s
 
 def encode_failure(id: Id | None, failure: dict[str, Any], meta: dict[str, Any] | None = None) -> bytes:
     """The payload of an error reply. `id` is None if that of the request could not be read."""
-    body = failure if meta is None else {**failure, "meta": meta}
-    return b'{"id":' + _encode_id(id) + b"," + encode_value(body)[1:]
+    return b'{"id":' + _encode_id(id) + b"," + encode_value(failure)[1:-1] + _encode_meta(meta) + b"}"
+
+
+def _encode_meta(meta: dict[str, Any] | None) -> bytes:
+    """The end of a reply. The history in it may be encoded already."""
+    if meta is None:
+        return b""
+    history = meta.get("history")
+    if type(history) is not Encoded:
+        return b',"meta":' + encode_value(meta)
+    rest = {name: value for name, value in meta.items() if name != "history"}
+    return b',"meta":' + encode_value(rest)[:-1] + b',"history":' + history + b"}"
 
 
 def encode_stream(id: Id, item: dict[str, Any]) -> bytes:

@@ -105,12 +105,15 @@ defmodule DSPex.DocsTest do
           {:type, _, :tuple, [{:atom, _, option}, _value]} <- kinds,
           do: option
 
-    all = [timeout: 1_000, retry: true, tools: %{}, traceparent: nil, on_chunk: &is_map/1]
+    all =
+      [timeout: 1_000, retry: true, tools: %{}, traceparent: nil, on_chunk: &is_map/1] ++
+        [attempts: 3, max_concurrency: 8, item_timeout_ms: 1_000, history: true]
+
     assert Enum.sort(typed) == Enum.sort(Keyword.keys(all))
     assert Enum.sort(Keyword.keys(listed("One call"))) == Enum.sort(typed)
     # All of them are accepted.
     assert {:error, %Error{type: :bridge_not_running}} =
-             Bridge.request(NoSuchBridge, :ping, %{}, all)
+             Bridge.request(NoSuchBridge, :execute_program, %{}, all)
   end
 
   # The table under a heading: each option and its default.
@@ -256,7 +259,7 @@ defmodule DSPex.DocsTest do
     do: Bridge.request(bridge, :ping, %{n: Integer.pow(10, 5_000)}, [])
 
   defp provoke(:tool_error, bridge), do: execute(bridge, @best)
-  defp provoke(:bridge_not_running, _bridge), do: execute(NoSuchBridge, @why)
+  defp provoke(:bridge_not_running, _bridge), do: execute(MyApp.Brigde, @why)
 
   # Of the peer's own deadline, which may come first, the text is another.
   defp provoke(:timeout, _bridge),

@@ -47,7 +47,7 @@ defmodule DSPex.GuideTest do
     test "every example of the guide's #{page} runs as shown", %{tmp_dir: dir} do
       text = File.read!(unquote(file))
       set_up(text, dir)
-      run(blocks(text, "elixir"), unquote(file))
+      capture_io(fn -> run(blocks(text, "elixir"), unquote(file)) end)
 
       if unquote(page) == "lms",
         do: assert(File.read!(Path.join(dir, "recorded")) == "experiment triage\nautolog\n")
@@ -91,6 +91,25 @@ defmodule DSPex.GuideTest do
       blocks
       |> Enum.map(&String.replace(&1, ~s(lm: "openai/gpt-4o-mini"), ~s(lm: "offline/echo")))
       |> then(&capture_io(fn -> run(&1, file) end))
+    end
+  end
+
+  test "the health report of deploying.md works in the tree of a pool, and of a bridge" do
+    text = File.read!(Path.join(@root, "docs/deploying.md"))
+    [module] = for code <- blocks(text, "elixir"), code =~ "MyApp.Health", do: code
+    # The page's own test compiles it, too.
+    {[{health, _code}], _warnings} = Code.with_diagnostics(fn -> Code.compile_string(module) end)
+    on_exit(fn -> :code.delete(health) && :code.purge(health) end)
+
+    for {tree, count} <- [{{Pool, pool_size: 2}, 2}, {DSPex.PythonBridge.Supervisor, 1}] do
+      start([tree])
+      up? = fn -> Enum.all?(health.report(), &(&1.bridge.state == :running)) end
+      Helpers.eventually(up?, 10_000)
+      assert [%{status: :unknown, last_check: nil, checks: 0} | _] = reports = health.report()
+      assert length(reports) == count
+
+      for %{bridge: %{os_pid: os_pid, restarts: 0, last_error: nil}} <- reports,
+          do: assert(is_integer(os_pid))
     end
   end
 

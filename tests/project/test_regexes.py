@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import dspy_bridge
+from dspy_bridge.lm.metering import history
 from dspy_bridge.logs import content_filter, redaction
 from dspy_bridge.programs import remote_tools, saved_state
 from dspy_bridge.signatures import media
@@ -68,6 +69,7 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         lambda text: redaction._LOOKS_SECRET.sub("", text),
         ["x sk-abcdef", "Bearer  abcdef", "AIzaabcdefghij"],
     ),
+    "history:_DATA": (lambda text: history._DATA.sub("", text), ["ab cd", "a" * 255 + " b", "ab=="]),
     "converter:_follow": (_refers, ["#/$defs/ab"]),
     "patterns:read": (lambda text: re.sub(r"\\(.)", "", text, flags=re.DOTALL), [r"\w"]),
     "patterns:_IN_CLASS": (lambda text: patterns._IN_CLASS.findall(text), [r"[^]a-z\pL\x41]", r"[\p{L}\u{41}\S[b]]"]),

@@ -26,6 +26,7 @@ def test_defaults_are_those_of_the_protocol() -> None:
     assert settings.lm is None and settings.lm_options == {} and settings.adapter is None
     assert (settings.max_in_flight, settings.max_queue, settings.cache_entries) == (256, 10_000, 10_000)
     assert (settings.max_frame_bytes, settings.drain_ms) == (64 * 1024 * 1024, 5000)
+    assert settings.history_bytes == 1024 * 1024
     assert (settings.disk_cache, settings.init, settings.log_frames) == (None, None, False)
 
 
@@ -46,6 +47,7 @@ WRONG = [
     ("cache_entries", "١"),
     ("max_frame_bytes", "9" * 30),
     ("drain_ms", "5s"),
+    ("history_bytes", "1 MB"),
     ("init", "os.system"),
     ("init", "a:b:c"),
     ("init", ".x:y"),

@@ -56,7 +56,7 @@ def test_replies_are_written_as_the_vectors_have_them(vector: dict[str, Any]) ->
         payload = messages.encode_result(said["id"], said["result"], said.get("meta"))
     else:
         failure = messages.failure(said["error_type"], said["error"], said.get("retryable"))
-        payload = messages.encode_failure(said["id"], failure)
+        payload = messages.encode_failure(said["id"], failure, said.get("meta"))
     assert payload.decode() == vector["payload"]
 
 
@@ -119,10 +119,28 @@ def test_timeouts_flags_and_cancels_are_read() -> None:
     request = messages.decode(b'{"id":1,"command":"x","timeout_ms":12.5,"stream":true,"meta":true}')
     assert isinstance(request, Request)
     assert (request.args, request.timeout_ms, request.stream, request.meta) == ({}, 12.5, True, True)
+    assert request.history is False
     cancel = messages.decode(b'{"cancel":"a"}')
     assert isinstance(cancel, Cancel) and cancel.id == "a"
     with pytest.raises(NotAMessage, match="cancel"):
         messages.decode(b'{"cancel":null}')
+
+
+def test_with_a_history_there_is_meta() -> None:
+    for meta in ("true", "false"):
+        request = messages.decode(b'{"id":1,"command":"x","history":true,"meta":%s}' % meta.encode())
+        assert isinstance(request, Request) and (request.history, request.meta) == (True, True)
+    request = messages.decode(b'{"id":1,"command":"x","history":false}')
+    assert isinstance(request, Request) and (request.history, request.meta) == (False, False)
+
+
+def test_a_history_that_is_encoded_already_is_part_of_meta() -> None:
+    meta = {"lm_calls": 1, "history": messages.Encoded(b'[{"model":"m"}]')}
+    want = b',"meta":{"lm_calls":1,"history":[{"model":"m"}]}}'
+    assert messages.encode_result(1, {}, meta) == b'{"id":1,"success":true,"result":{}' + want
+    failure = messages.failure("lm_error", "no", True)
+    head = b'{"id":1,"success":false,"error":"no","error_type":"lm_error","retryable":true'
+    assert messages.encode_failure(1, failure, meta) == head + want
 
 
 @pytest.mark.parametrize("vector", vectors("traceparents"), ids=lambda v: v["name"])

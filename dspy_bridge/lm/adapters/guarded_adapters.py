@@ -22,6 +22,7 @@ from dspy.utils.callback import BaseCallback
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.adapters import field_markers
+from dspy_bridge.lm.metering import fallbacks
 
 Signature = type[dspy.Signature]
 
@@ -193,7 +194,7 @@ def _guarded_fallback(self: Any) -> dspy.Adapter:
     """Called by DSPy where it handles an error of `parse`."""
     if isinstance(sys.exc_info()[1], OutputInvalid):
         raise  # DSPy 3.3 would ask again
-    return guarded(dspy_internals.JSON_FALLBACK.value(self), strict=self.strict)
+    return guarded(fallbacks.in_json(self), strict=self.strict)
 
 
 if dspy_internals.JSON_FALLBACK.there:

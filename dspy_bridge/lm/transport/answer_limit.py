@@ -12,7 +12,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm.transport import connecting, connections
+from dspy_bridge.lm.transport import admission, connecting, connections
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
@@ -44,16 +44,23 @@ def packing(values: list[str]) -> str | None:
     return codings[0] if codings else None
 
 
-def counted(response: Any) -> Any:
-    """The response of a sync transport with its body counted.
+def counted(response: Any, ended: Callable[[], None]) -> Any:
+    """The response of a sync transport with its body counted. `ended` is called when it is closed.
 
     DSPy's transports unpack the 64 KB that they read at once, which may be 64 MB: more than the limit.
     """
     try:
+        admission.answered(response.status, response.header("retry-after"))
         packing(response.headers_all("content-encoding"))
-    except LMAnswerRefused:
+    except dspy.LMError:
         response.close()
         raise
+
+    def close(_consumed: bool = True) -> None:
+        try:
+            response.close()
+        finally:
+            ended()
 
     def chunks() -> Iterator[bytes]:
         count = Count()
@@ -62,9 +69,9 @@ def counted(response: Any) -> Any:
                 count.add(chunk)
                 yield chunk
         finally:
-            response.close()
+            close()
 
-    return _with_body(response, chunks(), lambda _consumed: response.close())
+    return _with_body(response, chunks(), close)
 
 
 class Counted:
@@ -74,6 +81,7 @@ class Counted:
         self._stream = stream
         self._url = url
         self._opening: Any = None
+        self._leave: Callable[[], None] = _nothing
 
     def __await__(self) -> Any:
         return self._open().__await__()
@@ -82,13 +90,24 @@ class Counted:
         return await self._open()
 
     async def __aexit__(self, *raised: Any) -> Any:
-        return await self._opening.__aexit__(*raised)
+        try:
+            return await self._opening.__aexit__(*raised)
+        finally:
+            self._leave()
 
     async def _connect(self) -> Any:
         self._opening = self._stream()
         return await self._opening.__aenter__()
 
     async def _open(self) -> Any:
+        self._leave = await admission.admit()
+        try:
+            return await self._admitted()
+        except BaseException:
+            self._leave()
+            raise
+
+    async def _admitted(self) -> Any:
         try:
             response = await connecting.aconnect(self._connect, self._url, connecting.failures())
         except Exception as error:
@@ -98,8 +117,9 @@ class Counted:
             await connections.close_idle()
             response = await self._connect()
         try:
+            admission.answered(response.status, response.header("retry-after"))
             packing(response.headers_all("content-encoding"))
-        except LMAnswerRefused:
+        except dspy.LMError:
             await response.aclose()
             raise
 
@@ -111,9 +131,16 @@ class Counted:
                     yield chunk
 
         async def release(_consumed: bool) -> None:
-            await response.aclose()
+            try:
+                await response.aclose()
+            finally:
+                self._leave()
 
         return _with_body(response, chunks(), release)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _with_body(response: Any, chunks: Any, release: Callable[[bool], Any]) -> Any:

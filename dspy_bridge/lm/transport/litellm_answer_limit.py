@@ -1,4 +1,4 @@
-"""The limits on an LM's answer and on connecting where LiteLLM does both: over httpx, or httpx2 for OpenAI's clients.
+"""The limits on requests, answers and connecting where LiteLLM sends: over httpx, or httpx2 for OpenAI's clients.
 
 A response hook of the client replaces the body of each response by one that counts. LiteLLM and the clients below it
 turn errors into their own and try again, so the refusal is kept and raised at the end.
@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import dspy
+
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.transport import connecting
+from dspy_bridge.lm.transport import admission, connecting
 from dspy_bridge.lm.transport.answer_limit import Count, LMAnswerRefused, packing
 
 # What is unpacked at once: a chunk of 64 KB may hold 64 MB.
@@ -29,7 +31,13 @@ _GZIP_OR_DEFLATE = 47
 
 class _Call:
     def __init__(self) -> None:
-        self.refused: LMAnswerRefused | connecting.LMUnreachable | None = None
+        self.refused: dspy.LMError | None = None
+        # When its answer has ended.
+        self.leave: Callable[[], None] | None = None
+
+    def left(self) -> None:
+        if self.leave is not None:
+            self.leave()
 
 
 _call: ContextVar[_Call | None] = ContextVar("lm_call", default=None)
@@ -86,21 +94,26 @@ def _watch_clients() -> None:
 
 def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Name) -> None:
     class Body(httpx.SyncByteStream):  # type: ignore[misc]
-        def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
-            self._pieces = pieces
-            self._stream = stream
+        def __init__(self, call: _Call, response: Any) -> None:
+            self._pieces = _reader(call, response)
+            self._stream = response.stream
+            self._call = call
 
         def __iter__(self) -> Iterator[bytes]:
             for chunk in self._stream:
                 yield from self._pieces(chunk)
 
         def close(self) -> None:
-            self._stream.close()
+            try:
+                self._stream.close()
+            finally:
+                self._call.left()
 
     class AsyncBody(httpx.AsyncByteStream):  # type: ignore[misc]
-        def __init__(self, pieces: Callable[[bytes], Iterator[bytes]], stream: Any) -> None:
-            self._pieces = pieces
-            self._stream = stream
+        def __init__(self, call: _Call, response: Any) -> None:
+            self._pieces = _reader(call, response)
+            self._stream = response.stream
+            self._call = call
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             async for chunk in self._stream:
@@ -108,15 +121,18 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
                     yield piece
 
         async def aclose(self) -> None:
-            await self._stream.aclose()
+            try:
+                await self._stream.aclose()
+            finally:
+                self._call.left()
 
     def watch(response: Any) -> None:
         if (call := _call.get()) is not None:
-            response.stream = Body(_reader(call, response), response.stream)
+            response.stream = Body(call, response)
 
     async def awatch(response: Any) -> None:
         if (call := _call.get()) is not None:
-            response.stream = AsyncBody(_reader(call, response), response.stream)
+            response.stream = AsyncBody(call, response)
 
     failures = (httpx.ConnectError, httpx.ConnectTimeout)
     send.wrap(lambda original: _hooked(watch, original, functools.partial(_connecting, failures)))
@@ -125,18 +141,26 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
 
 def _connecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
     try:
+        call.leave = admission.admit_in_thread()
         return connecting.connect(send, url, failures)
-    except connecting.LMUnreachable as error:
-        call.refused = error
+    except BaseException as error:
+        _failed(call, error)
         raise
 
 
 async def _aconnecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
     try:
+        call.leave = await admission.admit()
         return await connecting.aconnect(send, url, failures)
-    except connecting.LMUnreachable as error:
-        call.refused = error
+    except BaseException as error:
+        _failed(call, error)
         raise
+
+
+def _failed(call: _Call, error: BaseException) -> None:
+    call.left()
+    if isinstance(error, (connecting.LMUnreachable, admission.LMOverloaded)):
+        call.refused = error
 
 
 def _hooked(hook: Callable[..., Any], send: Callable[..., Any], connect: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,13 +188,14 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
     """Unpacks and counts the chunks of a body: httpx, which unpacks without a limit, finds nothing left to unpack."""
     packed, unpacked, unpack = Count(), Count(), None
     try:
+        admission.answered(response.status_code, response.headers.get("retry-after"))
         coding = packing(response.headers.get_list("content-encoding"))
         if coding in ("gzip", "x-gzip", "deflate"):
             unpack = zlib.decompressobj(_GZIP_OR_DEFLATE)
             del response.headers["content-encoding"]
         elif coding is not None:
             raise LMAnswerRefused(f"the answer is packed as {coding!r}, though that was not asked for")
-    except LMAnswerRefused as error:
+    except dspy.LMError as error:
         call.refused = error
         raise
 

@@ -1,5 +1,5 @@
-"""Puts the `traceparent` of a run into the HTTP requests of its LM calls, limits the time that connecting takes, and
-counts what is read of their answers.
+"""Puts the `traceparent` of a run into the HTTP requests of its LM calls, sends them as the limits of their account
+allow, limits the time that connecting takes, and counts what is read of their answers.
 
 DSPy has no place for a header of one call: an LM's options are part of the cache's key, so the cache would never hit,
 and a header among them makes DSPy call LiteLLM in place of its own engine. So the functions that send requests are
@@ -16,7 +16,7 @@ from typing import Any
 
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.transport import answer_limit, connecting
+from dspy_bridge.lm.transport import admission, answer_limit, connecting
 from dspy_bridge.lm.transport.litellm_answer_limit import limiting
 from dspy_bridge.lm.transport.litellm_loading import after_import, streaming_after_import
 
@@ -37,7 +37,12 @@ def install() -> None:
 
 
 def _open(opening: Callable[[], Any], url: str) -> Any:
-    return answer_limit.counted(connecting.connect(opening, url, connecting.failures()))
+    leave = admission.admit_in_thread()
+    try:
+        return answer_limit.counted(connecting.connect(opening, url, connecting.failures()), leave)
+    except BaseException:
+        leave()
+        raise
 
 
 def _sending(send_to: Callable[..., Any], stream: Callable[..., Any]) -> Callable[..., Any]:

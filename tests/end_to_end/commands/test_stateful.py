@@ -27,6 +27,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from lm_server import Answer, LMServer, chat
 from peer import PATIENCE, Peer, frame, vector_payload, vectors
 
+META = {
+    "duration_ms", "queue_ms", "lm_usage", "lm_calls", "cache_hits", "finish_reasons", "fallbacks", "cost_usd",
+}  # fmt: skip
 EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "0"))
 # Low, so that runs reach them.
 LIMIT = 3000
@@ -284,7 +287,7 @@ class Runs(RuleBasedStateMachine):
         keys = [key for key in reply if key != "retryable"]
         if keys != ["id", "success", end, *rest] or ("retryable" in reply) != (reply.get("error_type") == "lm_error"):
             self.fail(f"other keys: {reply}")
-        if owed.meta and reply["meta"].keys() != {"duration_ms", "queue_ms", "lm_usage", "lm_calls", "cache_hits"}:
+        if owed.meta and reply["meta"].keys() != META:
             self.fail(f"another meta: {reply}")
         if owed.meta and owed.limited and reply["success"] and not reply["meta"]["lm_usage"]:
             self.fail(f"no usage: {reply}")

@@ -8,7 +8,7 @@ args.play is a list of steps:
   ["result", call_id]          waits for that tool's result
   ["go", name]                 waits for a `go` with this name in its args
   ["reply", result]            the reply; without a result, all results of tools that have come, by call_id
-  ["fail", error_type]         an error reply
+  ["fail", error_type, meta]   an error reply; meta may be left out
   ["die"]                      the end of the peer
   ["first", steps, others]     steps in the first peer, others in its successors; needs FAKE_FILE
 
@@ -67,10 +67,11 @@ def play(request, steps):
             wait(step[0], gone)
         elif kind == "reply":
             result = step[0] if step else {str(call_id): results[call_id] for call_id in sorted(results)}
-            meta = {"asked": [key for key in ("stream", "meta") if key in request]}
+            meta = {"asked": [key for key in ("stream", "meta", "history") if key in request]}
             write({"id": call, "success": True, "result": result, "meta": meta})
         elif kind == "fail":
-            write({"id": call, "success": False, "error": "no", "error_type": step[0]})
+            meta = {"meta": step[1]} if len(step) > 1 else {}
+            write({"id": call, "success": False, "error": "no", "error_type": step[0], **meta})
         elif kind == "die":
             os._exit(5)
         elif kind == "first":

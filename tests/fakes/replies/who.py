@@ -10,10 +10,11 @@ import os
 from frames import reply, requests, write_raw
 
 programs = {}
+halfway = 0
 
 
-def refuse(request, text, error_type):
-    error = {"id": request["id"], "success": False, "error": text, "error_type": error_type}
+def refuse(request, text, error_type, **more):
+    error = {"id": request["id"], "success": False, "error": text, "error_type": error_type, **more}
     write_raw(json.dumps(error).encode())
 
 
@@ -33,6 +34,11 @@ for request in requests():
         pass
     elif command == "overloaded":
         refuse(request, "too much to do", "overloaded")
+    elif command == "overloaded_halfway":
+        halfway += 1
+        refuse(request, "too much to go on", "overloaded", retryable=False)
+    elif command == "halfway":
+        reply(request, {"count": halfway})
     elif command == "create_program":
         if args["signature"] == "one -> only" and not only_one():
             refuse(request, "signature: not here", "invalid_args")

@@ -34,6 +34,10 @@ defmodule DSPex.PythonBridge.Bridge do
           {:timeout, timeout() | :default}
           | {:retry, boolean()}
           | {:tools, %{(atom() | String.t()) => (map() -> term())}}
+          | {:attempts, 1..10}
+          | {:max_concurrency, pos_integer()}
+          | {:item_timeout_ms, pos_integer()}
+          | {:history, boolean()}
           | {:traceparent, String.t() | nil}
   @type request_option :: stream_option() | {:on_chunk, (map() -> term())}
   @type stream_element ::
@@ -198,7 +202,8 @@ defmodule DSPex.PythonBridge.Bridge do
   As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
-  `meta` has string keys: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`, `"lm_calls"`, `"cache_hits"`.
+  `meta` has string keys, all of docs/protocol.md: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`, `"lm_calls"`,
+  `"cache_hits"` and others. An error of the peer has it, too: `error.meta`.
 
   Options:
 
@@ -206,11 +211,18 @@ defmodule DSPex.PythonBridge.Bridge do
     * `:retry` – true by default; with false, the request is not sent again when the peer dies with it, but gives
       `:python_process_died`
     * `:tools` – a map of functions of one argument by their names, atoms or strings: the tools that the program was
-      created with. The peer calls one with a map of arguments with string keys. The value that it returns is the tool's
+      created with. A name that is none of them is refused (`:invalid_args`), if this bridge has created the program. The first
+      call of a program with tools that is given none is logged as a warning. The peer calls one with a map of arguments with string keys. The value that it returns is the tool's
       result, if it has a JSON form (`{:ok, term}` counts as `term`). `{:error, reason}`, and what the function raises,
       throws or exits with, becomes an error for the program: a string `reason` unchanged, all else on one line. Each
       call runs in its own process, several at once if the peer asks for it, and is killed when the request is over.
       After the peer's death they are made again. Each call copies what the function has captured.
+    * `:attempts` – of `execute_program`: how often the LM is asked at most, 1 to 10, if its answer does not fit the
+      signature (`:output_invalid`); by default once
+    * `:max_concurrency`, `:item_timeout_ms` – of `execute_program` with a list of inputs: how many of them run at once, and
+      how long each may take
+    * `:history` – with true, `meta["history"]` has the LM calls of the run, prompts and answers included:
+      `DSPex.PythonBridge.History.print/1` shows them. By default false
     * `:traceparent` – the [W3C trace context](https://www.w3.org/TR/trace-context/) of the call, such as
       `"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"`; nil by default. The HTTP requests to the LM have it
       as a header, and what Python logs for the call as metadata.
@@ -224,8 +236,8 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec request(server(), command(), map(), [request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args, opts) do
-    with {:ok, options} <-
-           Client.Options.new(opts, [:timeout, :retry, :tools, :traceparent, :on_chunk]),
+    with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
+         {:ok, args} <- Client.Options.arguments(options, command, args),
          exchange = fn -> exchange(server, command, args, options) end,
          {:ok, _id, result, meta} <- Telemetry.call(:bridge, server, command, args, exchange) do
       {:ok, result, meta}
@@ -269,18 +281,17 @@ defmodule DSPex.PythonBridge.Bridge do
   Nothing is sent before it is enumerated; each enumeration is a call of its own. If it is not enumerated to its end,
   also because of an exception or the death of the process, the call is cancelled.
 
-  Options: `:timeout`, for the whole call, `:retry`, `:tools` and `:traceparent`, as for `request/4`. While the consumer
-  does other things the call goes on, and its elements are kept; if the result comes in time, the consumer gets all of
-  them, however late it asks.
+  Options: those of `request/4` except `:on_chunk`; `:timeout` is for the whole call. While the consumer does other things
+  the call goes on, and its elements are kept; if the result comes in time, the consumer gets all of them, however late
+  it asks.
   """
   @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(stream_element())
   def stream(server, args, opts) do
-    case Client.Options.new(opts, [:timeout, :retry, :tools, :traceparent]) do
-      {:ok, options} ->
-        EventStream.new({server, :execute_program, args, options.timeout, options.opts})
-
-      {:error, error} ->
-        [error: error]
+    with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
+         {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
+      EventStream.new({server, :execute_program, args, options.timeout, options.opts})
+    else
+      {:error, error} -> [error: error]
     end
   end
 

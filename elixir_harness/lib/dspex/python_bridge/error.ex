@@ -6,6 +6,10 @@ defmodule DSPex.PythonBridge.Error do
 
   Types are the `error_type` names of the protocol, some of which also come from the Elixir side (a timeout, for
   example), and two that only come from there: `:python_process_died` and `:bridge_not_running`.
+
+  `meta` is that of the error reply, with string keys, as `DSPex.PythonBridge.Bridge.request/4` describes it: a failed run
+  has asked an LM, too. It is nil if the peer has sent none. An inspection of the error shows how many LM calls
+  `meta["history"]` has, and not their contents.
   """
 
   # A fixed table, so that no string from outside becomes a new atom.
@@ -26,7 +30,7 @@ defmodule DSPex.PythonBridge.Error do
   @retryable [:overloaded, :python_process_died, :bridge_not_running]
 
   @enforce_keys [:type, :message]
-  defexception [:type, :message, retryable: false]
+  defexception [:type, :message, :meta, retryable: false]
 
   @type type ::
           :invalid_json
@@ -47,13 +51,18 @@ defmodule DSPex.PythonBridge.Error do
           | :python_process_died
           | :bridge_not_running
 
-  @type t :: %__MODULE__{type: type(), message: String.t(), retryable: boolean()}
+  @type t :: %__MODULE__{
+          type: type(),
+          message: String.t(),
+          retryable: boolean(),
+          meta: %{String.t() => term()} | nil
+        }
 
   @doc """
   An error of the Elixir side, with the usual text of its type.
 
       iex> DSPex.PythonBridge.Error.new(:timeout)
-      %DSPex.PythonBridge.Error{type: :timeout, message: "no reply within the timeout", retryable: false}
+      %DSPex.PythonBridge.Error{type: :timeout, message: "no reply within the timeout"}
   """
   @spec new(:timeout | :overloaded | :python_process_died | :bridge_not_running) :: t()
   def new(type), do: new(type, Map.fetch!(@local_messages, type))
@@ -70,18 +79,33 @@ defmodule DSPex.PythonBridge.Error do
   end
 
   @doc """
-  The error of a reply: its `error_type` as a string, its message, and `retryable` if it has one. An unknown type
-  becomes `:internal`.
+  The error of a bridge or a pool that is not running, whose text names it.
+
+      iex> DSPex.PythonBridge.Error.not_running(:bridge, MyApp.Bridge).message
+      "the bridge MyApp.Bridge is not running"
+  """
+  @spec not_running(:bridge | :pool, term()) :: t()
+  def not_running(kind, server) do
+    name = inspect(server, limit: 10, printable_limit: 100)
+    new(:bridge_not_running, "the #{kind} #{name} is not running")
+  end
+
+  @doc """
+  The error of a reply: its `error_type` as a string, its message, and `retryable` and `meta` if it has them. An unknown
+  type becomes `:internal`.
 
       iex> DSPex.PythonBridge.Error.from_peer("lm_error", "rate limit", true).retryable
       true
       iex> DSPex.PythonBridge.Error.from_peer("of_tomorrow", "?", nil).type
       :internal
+      iex> DSPex.PythonBridge.Error.from_peer("output_invalid", "?", nil, %{"lm_calls" => 2}).meta
+      %{"lm_calls" => 2}
   """
-  @spec from_peer(term(), String.t(), term()) :: t()
-  def from_peer(error_type, message, retryable) do
+  @spec from_peer(term(), String.t(), term(), term()) :: t()
+  def from_peer(error_type, message, retryable, meta \\ nil) do
     error = new(Map.get(@peer_types, error_type, :internal), message)
-    if is_boolean(retryable), do: %{error | retryable: retryable}, else: error
+    error = if is_boolean(retryable), do: %{error | retryable: retryable}, else: error
+    if is_map(meta), do: %{error | meta: meta}, else: error
   end
 
   @doc """
@@ -103,4 +127,16 @@ defmodule DSPex.PythonBridge.Error do
   @impl Exception
   @spec message(t()) :: String.t()
   def message(%__MODULE__{message: message}), do: message
+
+  # The history has prompts and answers, and errors are inspected into logs.
+  defimpl Inspect do
+    def inspect(%{meta: %{"history" => history} = meta} = error, opts) do
+      shown =
+        if is_list(history), do: "(#{length(history)} entries, not shown)", else: "(not shown)"
+
+      Inspect.Any.inspect(%{error | meta: %{meta | "history" => shown}}, opts)
+    end
+
+    def inspect(error, opts), do: Inspect.Any.inspect(error, opts)
+  end
 end

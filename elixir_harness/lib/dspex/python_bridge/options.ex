@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Options do
   | `:name` | `DSPex.PythonBridge.Bridge` | how the bridge is registered; nil for not at all |
   | `:python_executable` | that of the environment, see docs/settings.md | path, or a name on the `PATH` |
   | `:script_path` | the drop-in in `priv/python` | the peer's script |
-  | `:lm` | the peer's own setting | the default LM, as DSPy names it |
+  | `:lm` | the peer's own setting | the default LM, as DSPy names it: a string, or a map of `:model` and more `:lm_options` |
   | `:lm_options` | none | map or keyword list of `dspy.LM` arguments (`api_key`, …) |
   | `:adapter` | DSPy's | `chat`, `json`, `xml`, … |
   | `:env` | `%{}` | map of strings: more environment for the peer |
@@ -36,7 +36,7 @@ defmodule DSPex.PythonBridge.Options do
   @max_frame_bytes 2_147_483_647
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
-  @secret [:lm_options, :env]
+  @secret [:lm, :lm_options, :env]
   # They only set variables of the peer.
   @variables [:lm, :lm_options, :adapter]
   @fields [name: nil, python_executable: nil, script_path: nil, env: nil] ++
@@ -80,7 +80,15 @@ defmodule DSPex.PythonBridge.Options do
   @spec new(keyword(), GenServer.name() | nil) :: {:ok, t()} | {:error, Exception.t()}
   def new(opts \\ [], name \\ nil) do
     with {:ok, opts} <- merge(opts, :python_bridge, @whose, &refusal/1),
+         :ok <- once(opts),
          do: {:ok, build(Keyword.put_new(opts, :name, name))}
+  end
+
+  defp once(opts) do
+    case PeerEnv.lm_setting_twice(opts) do
+      nil -> :ok
+      name -> {:error, ArgumentError.exception("#{@whose}: :lm: #{name} is in :lm_options, too")}
+    end
   end
 
   @doc """
@@ -200,11 +208,15 @@ defmodule DSPex.PythonBridge.Options do
 
   defp refusal({:adapter, value}) when is_atom(value), do: nil
 
-  defp refusal({key, value}) when key in [:python_executable, :script_path, :lm, :adapter] do
-    if is_binary(value) and value != "" and env_value?(value),
-      do: nil,
-      else: expected(key, "a string", value)
+  defp refusal({:lm, lm}) do
+    {model, settings} = PeerEnv.lm(lm)
+
+    if !text?(model) or PeerEnv.json(settings) == :error,
+      do: ":lm: expected a string, or a map with model that can be written as JSON"
   end
+
+  defp refusal({key, value}) when key in [:python_executable, :script_path, :adapter],
+    do: if(!text?(value), do: expected(key, "a string", value))
 
   defp refusal({:lm_options, options}) do
     with true <- is_map(options) or Keyword.keyword?(options),
@@ -248,6 +260,7 @@ defmodule DSPex.PythonBridge.Options do
   defp refusal({:programs, table}) when is_reference(table), do: nil
   defp refusal({key, _value}), do: unknown(key, @known)
 
+  defp text?(value), do: is_binary(value) and value != "" and env_value?(value)
   defp env_name?(name), do: is_binary(name) and name =~ ~r/\A[^=\0]+\z/ and String.valid?(name)
 
   defp env_value?(value),

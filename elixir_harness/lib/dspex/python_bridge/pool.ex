@@ -19,13 +19,15 @@ defmodule DSPex.PythonBridge.Pool do
   The caller's process picks the peer and sends the call; no process of the pool is in between.
   """
 
+  import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
+
   alias DSPex.PythonBridge.{Bridge, Calls, Error, Options, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router}
+  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router, Sums}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
-  alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Programs.{Change, Tools}
 
   # The coordinator answers at once, unless it is being restarted.
   @coordinator_ms 5_000
@@ -38,7 +40,8 @@ defmodule DSPex.PythonBridge.Pool do
           os_pid: pos_integer() | nil,
           state: :starting | :running | :restarting | :failed,
           pending: non_neg_integer(),
-          checked_out: boolean()
+          checked_out: boolean(),
+          monitor: atom()
         }
 
   @doc """
@@ -100,6 +103,16 @@ defmodule DSPex.PythonBridge.Pool do
 
   `create_program` and `cleanup` run on all peers, and on all nodes of the cluster. If such a call times out, or
   returns `:bridge_not_running` since the pool's coordinator crashed meanwhile, the change may still be made later.
+
+  `get_stats` and `list_programs` ask all peers of this node, those that are checked out included, and add their answers:
+
+    * `"peers"` is the number of peers that answered. `"missing"` has the names of the bridges, as strings, whose peer did
+      not answer within 2 s, or the timeout if that is shorter; if none has by then, the first one that does is waited for
+    * `get_stats`: `"programs_count"` is that of the pool; `"uptime"` and the quantiles are the largest; `"degraded"` has
+      what any peer has; `"versions"` is of one peer, and `"pid"` is left out. All other numbers are sums: `"in_flight"`,
+      `"queued"`, `"memory_usage"`, `"threads"`, and of each command `"count"` and `"errors"`
+    * `list_programs`: the programs that any peer has. With `details`, `"execution_count"` is a sum, `"last_executed"` the
+      latest, `"created_at"` the earliest
   """
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
@@ -117,11 +130,16 @@ defmodule DSPex.PythonBridge.Pool do
 
     with %Handle{} = handle <- Handle.fetch(pool),
          {:ok, timeout} <- check_timeout(timeout, handle),
+         :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, nil),
          {:ok, body} <- Protocol.encode_body(command, args) do
-      request = Request.new(body, program(command, args), started, timeout)
-      carry_out(handle, request, command, args)
+      if is_summed(command) do
+        Sums.run(handle, command, args, Deadline.new(timeout, started))
+      else
+        request = Request.new(body, program(command, args), started, timeout)
+        carry_out(handle, request, command, args)
+      end
     else
-      nil -> {:error, Error.new(:bridge_not_running)}
+      nil -> {:error, Error.not_running(:pool, pool)}
       {:error, error} -> {:error, error}
     end
   end
@@ -132,15 +150,19 @@ defmodule DSPex.PythonBridge.Pool do
   defp carry_out(handle, request, command, args) do
     case Change.new(command, args) do
       nil -> Router.run(handle, request)
-      change -> change(CoordinatorClient.await(handle.name, request.deadline), request, change)
+      change -> change(handle, request, change)
     end
   end
 
-  defp change(nil, _request, _change), do: {:error, Error.new(:bridge_not_running)}
+  defp change(handle, request, change) do
+    case CoordinatorClient.await(handle.name, request.deadline) do
+      nil ->
+        {:error, Error.not_running(:pool, handle.name)}
 
-  defp change(coordinator, request, change) do
-    sent = %Calls.Request{body: request.body, change: change}
-    Caller.read(Caller.send_and_wait(coordinator, Request.left(request), sent))
+      coordinator ->
+        sent = %Calls.Request{body: request.body, change: change}
+        Caller.read(Caller.send_and_wait(coordinator, Request.left(request), sent))
+    end
   end
 
   defp program(command, args) when command in [:execute_program, "execute_program"],
@@ -188,8 +210,9 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   @doc """
-  The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, and whether they are checked
-  out; and the nodes that have a pool of its cluster, this one included.
+  The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, whether they are checked out, and the
+  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); and the nodes
+  that have a pool of its cluster, this one included.
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do
@@ -213,6 +236,7 @@ defmodule DSPex.PythonBridge.Pool do
     |> Map.take([:os_pid, :state, :pending])
     |> Map.merge(%{
       bridge: bridge,
+      monitor: Handle.monitor(handle.name, index),
       checked_out: LoadCounters.checked_out?(handle.counters, index)
     })
   end

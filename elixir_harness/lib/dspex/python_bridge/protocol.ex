@@ -56,8 +56,8 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   The part of a request after its id and deadline, for `request_frame/3`.
 
-  Options: `meta: true` asks for `meta` in the reply, `stream: true` for chunks before it; `:traceparent` is a valid
-  W3C trace context. The error names the value that has no JSON form.
+  Options: `meta: true` asks for `meta` in the reply, `history: true` for the LM calls in it, `stream: true` for chunks
+  before the reply; `:traceparent` is a valid W3C trace context. The error names the value that has no JSON form.
 
       iex> {:ok, body} = DSPex.PythonBridge.Protocol.encode_body("ping", %{n: 1})
       iex> String.starts_with?(body, ~s(,"command":"ping","args":{"n":1},"timestamp":"))
@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.Protocol do
   defp wishes([]), do: ""
 
   defp wishes(opts) do
-    flags = for key <- [:meta, :stream], opts[key], into: "", do: ~s(,"#{key}":true)
+    flags = for key <- [:meta, :history, :stream], opts[key], into: "", do: ~s(,"#{key}":true)
 
     if trace = opts[:traceparent],
       do: flags <> ~s(,"traceparent":) <> JSON.encode!(trace),
@@ -191,7 +191,7 @@ defmodule DSPex.PythonBridge.Protocol do
 
   @doc """
   As `decode_response/1`, with `meta` (a map with string keys, empty if the reply has none) and the error as
-  `DSPex.PythonBridge.Error`.
+  `DSPex.PythonBridge.Error`, with the `meta` of its reply.
   """
   @spec decode_reply(binary()) ::
           {:ok, id(), term(), map()} | {:error, id() | nil, Error.t()} | {:error, reason()}
@@ -209,7 +209,8 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp to_reply(%{"id" => id, "success" => false, "error" => error} = reply)
        when (is_integer(id) or is_binary(id) or is_nil(id)) and is_binary(error) do
-    {:error, id, Error.from_peer(reply["error_type"], error, reply["retryable"])}
+    error = Error.from_peer(reply["error_type"], error, reply["retryable"], reply["meta"])
+    {:error, id, error}
   end
 
   defp to_reply(%{}),

@@ -29,7 +29,8 @@ defmodule DSPex.PythonBridge.Top do
     * `in_flight`, `queued` – `execute_program` calls that run, and that wait for a slot, in the peer
     * `p50_ms`, `p99_ms` – of the last 1000 `execute_program` calls; nil before the first
     * `rss_bytes` – the peer's memory
-    * `executes`, `calls` – since the peer's start; `calls` are of all commands but `get_stats`
+    * `executes`, `errors`, `calls` – since the peer's start: `execute_program` calls, those of them that failed, and the
+      calls of all commands but `get_stats`
     * `stats_at_ms` – when the peer counted them, in ms since its start, by its own clock
     * `calls_per_s` – see `with_rates/2`
   """
@@ -48,6 +49,7 @@ defmodule DSPex.PythonBridge.Top do
           p99_ms: number() | nil,
           rss_bytes: non_neg_integer() | nil,
           executes: non_neg_integer() | nil,
+          errors: non_neg_integer() | nil,
           calls: non_neg_integer() | nil,
           stats_at_ms: non_neg_integer() | nil,
           calls_per_s: float() | nil
@@ -57,7 +59,7 @@ defmodule DSPex.PythonBridge.Top do
 
   @unknown Map.new(
              [:state, :os_pid, :pending, :restarts, :uptime_ms, :in_flight, :queued, :p50_ms] ++
-               [:p99_ms, :rss_bytes, :executes, :calls, :stats_at_ms, :calls_per_s],
+               [:p99_ms, :rss_bytes, :executes, :errors, :calls, :stats_at_ms, :calls_per_s],
              &{&1, nil}
            )
   @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
@@ -161,16 +163,20 @@ defmodule DSPex.PythonBridge.Top do
       p50_ms: ms(executes, "p50_ms"),
       p99_ms: ms(executes, "p99_ms"),
       rss_bytes: rss,
-      executes: count(executes),
-      calls: commands |> Map.delete("get_stats") |> Map.values() |> Enum.sum_by(&count/1),
+      executes: count(executes, "count"),
+      errors: count(executes, "errors"),
+      calls:
+        commands |> Map.delete("get_stats") |> Map.values() |> Enum.sum_by(&count(&1, "count")),
       stats_at_ms: round(uptime * 1_000)
     }
   end
 
   defp figures(_other), do: %{}
 
-  defp count(%{"count" => count}) when is_amount(count), do: count
-  defp count(_none), do: 0
+  defp count(%{} = command, key),
+    do: with(count when not is_amount(count) <- command[key], do: 0)
+
+  defp count(_none, _key), do: 0
 
   defp ms(%{} = command, key), do: with(ms when not is_amount(ms) <- command[key], do: nil)
   defp ms(_none, _key), do: nil

@@ -6,9 +6,9 @@ defmodule Mix.Tasks.Dspex.Top do
 
       $ mix dspex.top --node my_app@10.0.0.7
       my_app@10.0.0.7  2026-01-01T00:00:00Z
-      bridge  state     pid pending in flight queued    p50   p99 memory restarts calls/s uptime
-      Pool 1  running 40117      12        12      0 812 ms 2.1 s 141 MB        0      14  3 min
-      Pool 2  running 40120      11        11      0 797 ms 2.0 s 139 MB        1      13   41 s
+      bridge  state     pid pending runs queued    p50   p99 errors memory restarts calls/s uptime
+      Pool 1  running 40117      12   12      0 812 ms 2.1 s      3 141 MB        0      14  3 min
+      Pool 2  running 40120      11   11      0 797 ms 2.0 s      0 139 MB        1      13   41 s
 
     * `--node NAME@HOST` – a running node that has `:dspex`. Without it, the application of this project
       is started, and its bridges are shown
@@ -17,10 +17,10 @@ defmodule Mix.Tasks.Dspex.Top do
       keys are those of `t:DSPex.PythonBridge.Top.peer/0`
 
   The columns: calls that wait for a reply in the BEAM (`pending`), `execute_program` calls that run in Python
-  (`in flight`) or wait for a slot there (`queued`), the median and the 99th percentile of the last 1000 of them, the
-  memory of the Python process, how often it was replaced, calls per second since the last table (of all
-  commands but `get_stats`, which this task uses), and how long the process has run. `-` is unknown: while a peer
-  starts, for example, or if it does not answer within half a second.
+  (`runs`) or wait for a slot there (`queued`), the median and the 99th percentile of the last 1000 of them, how many of
+  all that this process has run failed (`errors`), its memory, how often it was replaced, calls per second since the
+  last table (of all commands but `get_stats`, which this task uses), and how long it has run. `-` is unknown:
+  while a peer starts, for example, or if it does not answer within half a second.
 
   If a node cannot be reached, or has no `:dspex`, one line says so, and the exit status is 1. If the connection
   is lost later, it is tried again once a second, with a line each time; with `--json`, an object that has `error` in

@@ -27,4 +27,25 @@ defmodule DSPex.PythonBridge.ErrorTest do
     assert Error.from_peer("lm_error", "busy", true).retryable
     refute Error.from_peer("lm_error", "busy", nil).retryable
   end
+
+  test "inspection shows how many entries the history has, and nothing of them" do
+    meta = %{"lm_calls" => 2, "history" => [%{"outputs" => ["top secret"]}, %{"omitted" => 1}]}
+    error = Error.from_peer("output_invalid", "no answer", nil, meta)
+    assert error.meta == meta
+    shown = inspect(error)
+    refute shown =~ "secret"
+    assert shown =~ ~s|"history" => "(2 entries, not shown)"|
+    assert shown =~ ~s|"lm_calls" => 2|
+    # Nothing else is hidden.
+    assert inspect(Error.new(:timeout)) =~ ~s|type: :timeout, message: "no reply|
+
+    for history <- ["top secret", %{"outputs" => ["top secret"]}, nil, 1] do
+      refute inspect(%{error | meta: %{"history" => history}}) =~ "secret"
+    end
+  end
+
+  test "meta that is not a map is not there" do
+    for meta <- [nil, [], "m", 1],
+        do: assert(Error.from_peer("timeout", "t", nil, meta).meta == nil)
+  end
 end

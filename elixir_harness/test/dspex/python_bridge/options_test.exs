@@ -4,8 +4,11 @@ defmodule DSPex.PythonBridge.OptionsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Options}
+  alias DSPex.PythonBridge.{Bridge, Options, Pool}
   alias DSPex.PythonBridge.Bridge.Peer
+  alias DSPex.PythonBridge.Protocol.PeerEnv
+
+  doctest PeerEnv
 
   test "an option that is not given has its default" do
     assert {:ok, options} = Options.new([], Bridge)
@@ -31,6 +34,14 @@ defmodule DSPex.PythonBridge.OptionsTest do
           lm: "",
           lm: :gpt,
           lm: "a\0b",
+          lm: %{},
+          lm: %{temperature: 0.5},
+          lm: %{model: ""},
+          lm: %{model: :gpt},
+          lm: %{:model => "a", "model" => "b"},
+          lm: %{model: "a", pid: self()},
+          lm: [model: "a"],
+          lm: %URI{},
           lm_options: "text",
           lm_options: %{pid: self()},
           adapter: 5,
@@ -62,7 +73,12 @@ defmodule DSPex.PythonBridge.OptionsTest do
   end
 
   test "a refusal does not repeat values that may be secret" do
-    for opts <- [[lm_options: "sk-secret"], [env: %{"KEY=" => "sk-secret"}], [env: "sk-secret"]] do
+    for opts <- [
+          [lm: %{api_key: "sk-secret"}],
+          [lm_options: "sk-secret"],
+          [env: %{"KEY=" => "sk-secret"}],
+          [env: "sk-secret"]
+        ] do
       {:error, error} = Options.new(opts)
       refute Exception.message(error) =~ "sk-secret"
     end
@@ -88,6 +104,45 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert json =~ "sk-\\u00E9\\u20AC\\uD834\\uDD1E"
   end
 
+  test ":lm is a string, or a map whose other keys go with :lm_options" do
+    env = fn opts ->
+      {:ok, options} = Options.new(opts)
+      env = options.env.()
+      json = env["DSPY_BRIDGE_LM_OPTIONS"]
+      {env["DSPY_BRIDGE_LM"], json && JSON.decode!(json)}
+    end
+
+    assert env.(lm: "openai/x") == {"openai/x", nil}
+    assert env.(lm: %{model: "openai/x"}) == {"openai/x", nil}
+
+    for lm <- [
+          %{model: "openai/x", temperature: 0.5},
+          %{"model" => "openai/x", "temperature" => 0.5}
+        ] do
+      assert env.(lm: lm) == {"openai/x", %{"temperature" => 0.5}}
+
+      for more <- [%{"api_key" => "sk"}, [api_key: "sk"]] do
+        assert env.(lm: lm, lm_options: more) ==
+                 {"openai/x", %{"temperature" => 0.5, "api_key" => "sk"}}
+      end
+    end
+  end
+
+  test "a setting that is in :lm and in :lm_options is refused by name" do
+    lm = %{model: "openai/x", temperature: 0.5}
+
+    for options <- [[temperature: 0.5], %{"temperature" => 1.0, "api_key" => "sk-secret"}] do
+      assert {:error, %ArgumentError{message: text}} = Options.new(lm: lm, lm_options: options)
+      assert text == "python bridge: :lm: temperature is in :lm_options, too"
+    end
+
+    # Also if one of them is configured.
+    put_config(:python_bridge, lm_options: [temperature: 0.2])
+    assert {:error, %ArgumentError{message: text}} = Bridge.start_link(lm: lm)
+    assert text =~ ":lm: temperature is in :lm_options, too"
+    assert {:error, %ArgumentError{}} = Pool.start_link(name: __MODULE__.NoPool, lm: lm)
+  end
+
   test "the peer sends its log records as frames, unless :env sets that" do
     frames = fn opts ->
       {:ok, options} = Options.new(opts)
@@ -103,7 +158,12 @@ defmodule DSPex.PythonBridge.OptionsTest do
   end
 
   test "no inspection shows secrets, sealed or not" do
-    opts = [lm: "openai/x", lm_options: %{api_key: "sk-secret"}, env: %{"KEY" => "sk-secret"}]
+    opts = [
+      lm: %{model: "openai/x", headers: %{"X-Key" => "sk-secret"}},
+      lm_options: %{api_key: "sk-secret"},
+      env: %{"KEY" => "sk-secret"}
+    ]
+
     {:ok, options} = Options.new(opts)
     refute inspect(options, limit: :infinity) =~ "sk-secret"
     refute inspect(Options.seal(opts), limit: :infinity) =~ "sk-secret"
@@ -143,7 +203,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
   end
 
   describe "an option that is misspelt is named with the nearest that there is" do
-    alias DSPex.PythonBridge.{Bridge, Client, Monitor, Pool}
+    alias DSPex.PythonBridge.{Client, Monitor}
 
     test "a bridge's, in its options and in the configuration" do
       assert {:error, %ArgumentError{message: text}} = Options.new(max_retrys: 1)

@@ -37,7 +37,14 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @impl GenServer
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
-    entry = %{name: State.name(options), default_timeout: options.default_timeout}
+    programs = if options.programs == nil, do: Programs.Store.new(), else: options.programs
+
+    entry = %{
+      name: State.name(options),
+      default_timeout: options.default_timeout,
+      programs: programs
+    }
+
     # Before it is sensitive: see DSPex.PythonBridge.OTP.Registry.member?/2.
     Registry.put(:bridge, self(), entry)
     # Keeps queued messages, which have the callers' contents, out of crash reports.
@@ -46,7 +53,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     with {counters, index, _coordinator, _monitor} <- options.slot,
          do: LoadCounters.reset(counters, index)
 
-    programs = if options.programs == nil, do: Programs.Store.new(), else: options.programs
     Telemetry.look_once()
 
     state = %State{

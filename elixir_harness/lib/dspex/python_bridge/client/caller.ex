@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
-  alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Programs.{Change, Tools}
 
   @default_timeout 30_000
   # The longest timeout of `receive`.
@@ -16,8 +16,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # A bridge answers questions at once.
   @longest_question_ms 1_000
 
-  @typedoc "A call that is prepared, or under way."
+  @typedoc "A call that is prepared, or under way. `server`: as the caller has given it."
   @type call :: %{
+          server: GenServer.server(),
           dest: dest(),
           deadline: Deadline.t(),
           request: Request.t() | nil,
@@ -47,10 +48,11 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
     with {:ok, dest} <- find(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
+         :ok <- check_tools(dest, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       deadline = Deadline.new(timeout, started)
       request = request(body, Change.new(command, args), opts)
-      {:ok, %{dest: dest, deadline: deadline, request: request, args: args}}
+      {:ok, %{server: server, dest: dest, deadline: deadline, request: request, args: args}}
     end
   end
 
@@ -64,10 +66,23 @@ defmodule DSPex.PythonBridge.Client.Caller do
     %Request{body: body, change: change, retry: retry, stream?: stream?}
   end
 
+  # Only runs have tools: other commands need no lookup.
+  defp check_tools(dest, command, args, opts)
+       when command in [:execute_program, "execute_program"] do
+    with %{programs: programs, name: name} <- Registry.get(:bridge, dest),
+         do: Tools.check(programs, {:bridge, name}, command, args, opts[:tools]),
+         else: (_of_another_node -> :ok)
+  end
+
+  defp check_tools(_dest, _command, _args, _opts), do: :ok
+
   @doc "Makes a reply the result of its call."
   @spec conclude(call(), Request.reply()) :: result()
-  def conclude(%{dest: dest, args: args, deadline: deadline}, reply) do
+  def conclude(%{dest: dest, args: args, deadline: deadline} = call, reply) do
     case read(reply) do
+      {:error, %Error{type: :bridge_not_running}} ->
+        {:error, Error.not_running(:bridge, call.server)}
+
       {:error, %Error{type: :program_not_found} = error} ->
         {:error, load_failure(dest, args, Deadline.left(deadline)) || error}
 
@@ -198,7 +213,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     cond do
       bridge?(dest) -> {:ok, dest}
       dest != nil and Registry.get(:pool, dest) != nil -> {:error, a_pool(server)}
-      true -> {:error, Error.new(:bridge_not_running)}
+      true -> {:error, Error.not_running(:bridge, server)}
     end
   end
 

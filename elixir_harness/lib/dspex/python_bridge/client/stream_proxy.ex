@@ -29,7 +29,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
           :dest => Invocation.bridge(),
           :deadline => Deadline.t(),
           :request => Request.t(),
-          optional(:args) => map()
+          optional(:args | :server) => term()
         }
   # watch: the monitor of the caller. asked: the caller's alias, while it waits.
   @typep t :: %__MODULE__{
@@ -52,7 +52,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     callers = [caller | Process.get(:"$callers", [])]
     tools = Tools.Runner.new(functions, call.dest, callers)
     # The arguments are in the body already: they would be copied for nothing.
-    call = Map.delete(call, :args)
+    call = Map.drop(call, [:args, :server])
     spawn(fn -> ServerGuard.run(fn -> init(call, tools, caller) end) end)
   end
 

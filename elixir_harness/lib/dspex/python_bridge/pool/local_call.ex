@@ -85,8 +85,9 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
     end
   end
 
-  # Two errors of a peer can be repaired: `overloaded` by another peer, a missing program by its definition.
-  defp judge(handle, request, index, since, {:error, %Error{type: :overloaded}}),
+  # Two errors of a peer can be repaired: `overloaded` by another peer, unless the run has asked LMs or tools, which
+  # would be asked again; a missing program by its definition.
+  defp judge(handle, request, index, since, {:error, %Error{type: :overloaded, retryable: true}}),
     do: run(handle, pass(%{request | overloaded?: true}, index, since))
 
   defp judge(handle, request, index, _since, {:error, %Error{type: :program_not_found}} = reply)

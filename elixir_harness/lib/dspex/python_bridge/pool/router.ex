@@ -44,7 +44,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
   # The pool may have been restarted meanwhile, with other slots.
   defp again(name, request) do
     case Handle.fetch(name) do
-      nil -> failed(:bridge_not_running)
+      nil -> {:error, Error.not_running(:pool, name)}
       handle -> run(handle, Request.renew(request))
     end
   end

@@ -23,7 +23,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @type change :: {:create, id(), stamp() | nil} | {:cleanup, :all | [id()], stamp() | nil}
   @opaque exported :: [tuple()]
 
-  # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}.
+  # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}; and
+  # {{:tools, id}, stamp, names, calls}, what was read from the definition with that stamp, for this node alone.
 
   @doc "An empty table of the calling process."
   @spec new() :: table()
@@ -80,6 +81,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
     delete_older(table, {:program, :_}, stamp)
     # The row above includes these tombstones.
     delete_older(table, {:removed, :_}, stamp)
+    :ets.match_delete(table, {{:tools, :_}, :_, :_, :_})
+    :ok
   end
 
   def remove(table, ids, stamp) do
@@ -90,6 +93,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   defp remove_one(table, id, stamp) do
     replace(table, {:removed, id}, stamp, nil)
     delete_older(table, {:program, id}, stamp)
+    :ets.delete(table, {:tools, id})
+    :ok
   end
 
   @doc "Makes a change that a peer has acknowledged; `body` is the request's."
@@ -110,6 +115,52 @@ defmodule DSPex.PythonBridge.Programs.Store do
     end
   end
 
+  @doc """
+  The names of a program's tools; nil if it is not in the table. `read` gets them from its definition, once; it may give
+  nil.
+  """
+  @spec tools(table(), id(), (binary() -> [String.t()] | nil)) :: [String.t()] | nil
+  def tools(table, id, read) do
+    with stamp when stamp != nil <- :ets.lookup_element(table, {:program, id}, 2, nil) do
+      case :ets.lookup(table, {:tools, id}) do
+        [{_key, ^stamp, names, _calls}] -> names
+        _none_or_of_another -> read_tools(table, id, read)
+      end
+    end
+  rescue
+    # The table has ended with its bridge.
+    ArgumentError -> nil
+  end
+
+  defp read_tools(table, id, read) do
+    with {stamp, body} <- get(table, id) do
+      names = read.(body)
+      row = {{:tools, id}, stamp, names, 0}
+
+      unless :ets.insert_new(table, row) do
+        :ets.select_replace(table, [
+          {{{:tools, id}, :"$1", :_, :_}, [{:"/=", :"$1", {:const, stamp}}],
+           [{{{:element, 1, :"$_"}, {:const, stamp}, {:const, names}, 0}}]}
+        ])
+      end
+
+      names
+    end
+  end
+
+  @doc "Whether this is the first call without tools of a program that `tools/3` knows."
+  @spec first_without_tools?(table(), id()) :: boolean()
+  def first_without_tools?(table, id) do
+    :ets.update_counter(table, {:tools, id}, {4, 1}) == 1
+  rescue
+    # It has just been removed.
+    ArgumentError -> false
+  end
+
+  @doc "The number of definitions."
+  @spec count(table()) :: non_neg_integer()
+  def count(table), do: :ets.select_count(table, [{{{:program, :_}, :_, :_}, [], [true]}])
+
   @doc "All definitions, oldest first."
   @spec definitions(table()) :: [definition()]
   def definitions(table) do
@@ -122,10 +173,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @doc "The whole table, removals included, for `merge/2` on another node."
   @spec export(table()) :: exported()
   def export(table) do
-    Enum.map(:ets.tab2list(table), fn
-      {{:program, id}, stamp, sealed} -> {{:program, id}, stamp, sealed.()}
-      removed -> removed
-    end)
+    for {key, stamp, sealed} <- :ets.tab2list(table),
+        do: {key, stamp, if(sealed, do: sealed.())}
   end
 
   @doc "Whether a term has the form of an exported table: it may come from another version."

@@ -12,14 +12,11 @@ defmodule DSPex.PythonBridge.Protocol.PeerEnv do
   @doc "The environment for options that were checked."
   @spec new(keyword()) :: t()
   def new(opts) do
-    lm_options =
-      with options when options != nil <- opts[:lm_options],
-           {:ok, json} <- json(options),
-           do: json
+    {model, of_lm} = lm(opts[:lm])
 
     settings = %{
-      "DSPY_BRIDGE_LM" => opts[:lm],
-      "DSPY_BRIDGE_LM_OPTIONS" => lm_options,
+      "DSPY_BRIDGE_LM" => model,
+      "DSPY_BRIDGE_LM_OPTIONS" => lm_options(of_lm, opts[:lm_options]),
       "DSPY_BRIDGE_ADAPTER" => opts[:adapter] && to_string(opts[:adapter]),
       "DSPY_BRIDGE_MAX_FRAME_BYTES" => opts[:max_frame_bytes] && "#{opts[:max_frame_bytes]}"
     }
@@ -27,6 +24,36 @@ defmodule DSPex.PythonBridge.Protocol.PeerEnv do
     env = for {name, value} <- settings, value != nil, into: opts[:env] || %{}, do: {name, value}
     # Log records go to Logger, unless :env or the BEAM's own environment has a value.
     if System.get_env(@log_frames), do: env, else: Map.put_new(env, @log_frames, "1")
+  end
+
+  defp lm_options(of_lm, nil) when of_lm == %{}, do: nil
+
+  defp lm_options(of_lm, options) do
+    {:ok, json} = json(Map.merge(of_lm, Map.new(options || %{})))
+    json
+  end
+
+  @doc """
+  The model of a `:lm`, and its other settings, which belong to `:lm_options`. The model is nil if it is there twice, as
+  atom and as string.
+
+      iex> DSPex.PythonBridge.Protocol.PeerEnv.lm("openai/gpt-4o-mini")
+      {"openai/gpt-4o-mini", %{}}
+      iex> DSPex.PythonBridge.Protocol.PeerEnv.lm(%{model: "openai/gpt-4o-mini", temperature: 0.2})
+      {"openai/gpt-4o-mini", %{temperature: 0.2}}
+  """
+  @spec lm(term()) :: {model :: term(), map()}
+  def lm(%{:model => _, "model" => _} = lm), do: {nil, lm}
+  def lm(%{model: model} = lm) when not is_struct(lm), do: {model, Map.delete(lm, :model)}
+  def lm(%{"model" => model} = lm), do: {model, Map.delete(lm, "model")}
+  def lm(other), do: {other, %{}}
+
+  @doc "The name of a setting that is in `:lm` and in `:lm_options`; nil if there is none."
+  @spec lm_setting_twice(keyword()) :: String.t() | nil
+  def lm_setting_twice(opts) do
+    {_model, settings} = lm(opts[:lm])
+    others = for {name, _value} <- opts[:lm_options] || %{}, do: to_string(name)
+    Enum.find(Enum.map(settings, fn {name, _value} -> to_string(name) end), &(&1 in others))
   end
 
   @doc "The same environment for a peer that logs to its standard error."

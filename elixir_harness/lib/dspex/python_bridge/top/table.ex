@@ -7,8 +7,8 @@ defmodule DSPex.PythonBridge.Top.Table do
   # Left out of the library's own names: a line should fit into 100 columns.
   @prefix "DSPex.PythonBridge."
 
-  @header ["bridge", "state", "pid", "pending", "in flight", "queued", "p50", "p99"] ++
-            ["memory", "restarts", "calls/s", "uptime"]
+  @header ["bridge", "state", "pid", "pending", "runs", "queued", "p50", "p99"] ++
+            ["errors", "memory", "restarts", "calls/s", "uptime"]
 
   # What a terminal shows two columns wide: Hangul, kana, Chinese characters, full-width forms, emoji.
   @wide [0x1100..0x115F, 0x2E80..0xA4CF, 0xAC00..0xD7A3, 0xF900..0xFAFF, 0xFE30..0xFE6F] ++
@@ -45,6 +45,8 @@ defmodule DSPex.PythonBridge.Top.Table do
       cell(peer.queued, &to_string/1),
       cell(peer.p50_ms, &ms/1),
       cell(peer.p99_ms, &ms/1),
+      # A node of an older version does not have them.
+      cell(Map.get(peer, :errors), &to_string/1),
       cell(peer.rss_bytes, &bytes/1),
       cell(peer.restarts, &to_string/1),
       cell(peer.calls_per_s, &decimal/1),

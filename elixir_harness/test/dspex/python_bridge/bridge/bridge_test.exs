@@ -279,6 +279,31 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
                Bridge.request(start_up_silent(), :ping, %{}, timeout: 20)
     end
 
+    test "says which bridge is not running: there is none, or it stops during the call" do
+      for server <- [:nobody, {:global, "no body"}, {:via, Registry, {Nowhere, 1}}, "text"] do
+        text = "the bridge #{inspect(server)} is not running"
+
+        assert {:error, %Error{type: :bridge_not_running, message: ^text}} =
+                 Bridge.request(server, :ping, %{}, [])
+
+        assert [error: %Error{message: ^text}] = Enum.to_list(Bridge.stream(server, %{}, []))
+      end
+
+      opts =
+        [name: __MODULE__.Stops] ++ fake_opts("silent", env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
+
+      bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
+      text = "the bridge #{inspect(__MODULE__.Stops)} is not running"
+
+      tasks =
+        for opts <- [[], [on_chunk: &is_map/1]],
+            do: Task.async(fn -> Bridge.request(__MODULE__.Stops, :ping, %{}, opts) end)
+
+      eventually(fn -> pending(bridge) == 2 end)
+      :ok = Bridge.stop(bridge)
+      for task <- tasks, do: assert({:error, %Error{message: ^text}} = Task.await(task))
+    end
+
     test "refuses an option it does not know, by name" do
       assert {:error, %Error{type: :invalid_request, message: message}} =
                Bridge.request(:any, :ping, %{}, patience: 5)

@@ -113,12 +113,14 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
     assert {:chunk, "answer", "Paris"} in events
     assert {:ok, %{"answer" => "Paris"}, _meta} = List.last(events)
 
-    chunks =
-      ask(bridge, "chunks",
-        traceparent: @second,
-        tools: %{t: & &1},
-        on_chunk: fn _chunk -> :ok end
-      )
+    best = %{program_type: "best_of_n", options: %{n: 1, reward: %{tool: "t"}}}
+
+    {:ok, _} =
+      Bridge.call(bridge, :create_program, Map.merge(@create, Map.put(best, :id, "best")))
+
+    opts = [traceparent: @second, tools: %{t: fn _ -> 1 end}, on_chunk: fn _chunk -> :ok end]
+    args = %{args("chunks") | program_id: "best"}
+    chunks = Task.async(fn -> Bridge.request(bridge, :execute_program, args, opts) end)
 
     assert_receive {:asked, lm, "chunks", [@second]}, 30_000
     send(lm, :answer)

@@ -126,7 +126,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
     test "wrong types, and a misspelt option: checks that depend on them are skipped" do
       for {key, value, text} <- [
             {:python_bridge, [max_retrys: 1], "unknown option :max_retrys, did you mean"},
-            {:python_bridge, [lm: 5], ":lm: expected a string, got 5"},
+            {:python_bridge, [lm: 5], ":lm: expected a string, or a map with model"},
             {:python_bridge, "lm", "expected a keyword list"},
             {:python_environment, [virtual_env: 5], "virtual_env: expected the path of a folder"},
             {:python_environment, [virtualenv: "x"], "did you mean :virtual_env?"}

@@ -240,6 +240,14 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert Pool.call(:overloaded) == {:error, :overloaded}
     end
 
+    test "is not sent to another peer if the overloaded one has done some of it" do
+      start_up(pool_size: 2)
+
+      assert Pool.call(:overloaded_halfway) == {:error, :overloaded}
+      counts = for bridge <- bridges(), do: Bridge.call(bridge, :halfway)
+      assert Enum.sort(counts) == [{:ok, %{"count" => 0}}, {:ok, %{"count" => 1}}]
+    end
+
     test "moves to another peer when its own dies" do
       start_up(pool_size: 2)
       held = for _ <- 1..4, do: hold()

@@ -84,10 +84,17 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       assert byte_size(error.message) < 200
     end
 
-    test "asks for meta, and for chunks, by options" do
-      for opts <- [[], [meta: true], [stream: true, meta: true], [meta: false, retry: true]] do
+    test "asks for meta, for the LM calls in it, and for chunks, by options" do
+      for opts <- [
+            [],
+            [meta: true],
+            [stream: true, meta: true],
+            [meta: true, history: true],
+            [meta: false, retry: true]
+          ] do
         {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
-        asked = ~s({"id":1) |> Kernel.<>(body) |> JSON.decode!() |> Map.take(["meta", "stream"])
+        sent = JSON.decode!(~s({"id":1) <> body)
+        asked = Map.take(sent, ["meta", "history", "stream"])
         assert asked == for({key, true} <- opts, key != :retry, into: %{}, do: {"#{key}", true})
       end
     end
@@ -144,6 +151,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
             assert Atom.to_string(error.type) == decoded["error_type"]
             assert error.message == text
             assert error.retryable == (decoded["retryable"] || false)
+            assert error.meta == decoded["meta"]
         end
       end
     end

@@ -15,7 +15,8 @@ defmodule DSPex.PythonBridge.Top.TopTest do
 
   # Nobody here waits that long for what comes at all.
   @long 20_000
-  @of_stats [:in_flight, :queued, :p50_ms, :p99_ms, :rss_bytes, :executes, :calls, :stats_at_ms]
+  @of_stats [:in_flight, :queued, :p50_ms, :p99_ms, :rss_bytes, :executes, :errors, :calls] ++
+              [:stats_at_ms]
 
   defp start(opts, name) do
     opts = Keyword.put(opts, :name, name)
@@ -104,7 +105,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert peer.rss_bytes > 10_000_000
 
       # The one under way is counted when it is over. The bridge's own ping, the creation, the run.
-      assert %{executes: 1, calls: 3, calls_per_s: nil, pool: nil, number: nil} = peer
+      assert %{executes: 1, errors: 1, calls: 3, calls_per_s: nil, pool: nil, number: nil} = peer
       assert is_float(peer.p50_ms) and is_float(peer.p99_ms)
       assert 0 < peer.p50_ms and peer.p50_ms <= peer.p99_ms
       Task.shutdown(task, :brutal_kill)
@@ -113,7 +114,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     test "has no quantiles before the first run, and shows that a peer was replaced" do
       bridge = real(nil)
       first = peer(bridge)
-      assert %{p50_ms: nil, p99_ms: nil, executes: 0, calls: 1, restarts: 0} = first
+      assert %{p50_ms: nil, p99_ms: nil, executes: 0, errors: 0, calls: 1, restarts: 0} = first
       kill(first.os_pid)
 
       eventually(
@@ -242,9 +243,9 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     end
 
     @busy [
-      bridge: "MyApp.Pool.Bridge12",
+      bridge: "MyApp.Pool.Bridge9",
       pool: "MyApp.Pool",
-      number: 12,
+      number: 9,
       state: :restarting,
       os_pid: 40_117,
       pending: 1_234,
@@ -252,7 +253,8 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       queued: 978,
       p50_ms: 812.4,
       p99_ms: 12_099.9,
-      rss_bytes: 1_141_000_000,
+      errors: 99_999,
+      rss_bytes: 941_000_000,
       restarts: 12,
       calls_per_s: 1_314.77,
       uptime_ms: 59 * 60_000
@@ -261,13 +263,19 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     test "has a line for each peer, in columns, within 100 of a terminal's" do
       assert lines([@busy, [bridge: ":qa", state: :failed]]) == [
                "app@host  2026-01-01T00:00:00Z",
-               "bridge         state        pid pending in flight queued    p50  p99  memory restarts calls/s uptime",
-               "MyApp.Pool 12  restarting 40117    1234       256    978 812 ms 12 s 1141 MB       12    1315 59 min",
-               ":qa            failed         -       -         -      -      -    -       -        -       -      -",
+               "bridge        state        pid pending runs queued    p50  p99 errors memory restarts calls/s uptime",
+               "MyApp.Pool 9  restarting 40117    1234  256    978 812 ms 12 s  99999 941 MB       12    1315 59 min",
+               ":qa           failed         -       -    -      -      -    -      -      -        -       -      -",
                ""
              ]
 
       assert Enum.all?(lines([@busy]), &(String.length(&1) <= 100))
+    end
+
+    test "shows a snapshot of a node whose version does not count errors" do
+      snapshot = snapshot([@busy])
+      old = %{snapshot | peers: Enum.map(snapshot.peers, &Map.delete(&1, :errors))}
+      assert IO.iodata_to_binary(Table.render(old)) =~ ~r/ 12 s +- 941 MB /
     end
 
     test "keeps its columns with names that are long, or wide, or have combining marks" do
@@ -315,6 +323,6 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     output = capture_io(fn -> assert Top.print() == :ok end)
     assert output =~ ~r/\A#{node()}  \d{4}-/
     # The fake's clock stands.
-    assert output =~ ~r/^:printed +running +\d+ +0 +1 +2 +- +- +4.0 MB +0 +- +\d+ s$/m
+    assert output =~ ~r/^:printed +running +\d+ +0 +1 +2 +- +- +0 +4.0 MB +0 +- +\d+ s$/m
   end
 end

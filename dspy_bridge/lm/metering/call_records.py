@@ -1,0 +1,180 @@
+"""How each LM call ended: recorded for `meta`, and refused if the answer was cut off at `max_tokens`. Imports DSPy.
+
+DSPy finishes every LM call with one function, in the context of the call. A wrapper around it reads what DSPy has found
+out (finish reason, cost, whether the cache answered), which neither callbacks nor outputs have.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from contextvars import ContextVar
+from typing import Any
+
+import dspy
+
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
+from dspy_bridge.lm import dspy_internals
+
+# In the `config` of a program or a call; ours, so DSPy does not get it.
+ALLOW_TRUNCATED = "allow_truncated"
+
+
+class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
+    """An answer was cut off. An error of the LM for DSPy, whose adapters ask again after other ones."""
+
+
+class Record:
+    """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
+
+    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them. `entry`: its place in the
+    run's history, with the model and the messages, if the reply has one.
+    """
+
+    __slots__ = ("cached", "cost", "ended", "entry", "failed", "finish_reason", "outer", "outputs", "started", "usages")
+
+    def __init__(self, outer: Record | None) -> None:
+        self.outer = outer
+        self.started = time.monotonic()
+        self.ended: float | None = None
+        self.failed = False
+        self.usages: list[dict[str, Any]] = []
+        self.finish_reason: str | None = None
+        self.cost: float | None = None
+        self.cached: bool | None = None
+        self.outputs: Any = None
+        self.entry: tuple[Any, str, Any] | None = None
+
+    @property
+    def unpriced(self) -> bool:
+        """Whether the call was billed, as far as DSPy knows, and its price is not known."""
+        return self.cost is None and not self.cached and bool(self.usages or (self.ended and not self.failed))
+
+
+# The LM call under way in this context, in a run whose reply has meta.
+current: ContextVar[Record | None] = ContextVar("record", default=None)
+# Whether answers that were cut off are refused: in the runs of programs.
+refusing: ContextVar[bool] = ContextVar("refusing", default=False)
+
+
+def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | None]:
+    """A `config` without `allow_truncated`, and its value, None if it has none. Raises `InvalidArgs`."""
+    if not config or ALLOW_TRUNCATED not in config:
+        return config or {}, None
+    config = dict(config)
+    allowed = config.pop(ALLOW_TRUNCATED)
+    if not isinstance(allowed, bool):
+        raise InvalidArgs(f"config.{ALLOW_TRUNCATED}: expected true or false")
+    return config, allowed
+
+
+def install() -> None:
+    """Watch all LM calls of this process."""
+    dspy_internals.FINALIZE.wrap(_watch)
+    if dspy_internals.PROCESS_RESPONSE is not None:
+        dspy_internals.PROCESS_RESPONSE.wrap(_watch_older)
+
+
+def _watch(finalize: Any) -> Any:
+    @functools.wraps(finalize)
+    def watched(lm: Any, call: Any, result: Any) -> Any:
+        made = finalize(lm, call, result)
+        reasons = _reasons_of(result.responses, result.raw)
+        record = current.get()
+        if record is not None:
+            record.outputs = result.outputs
+            _note(record, lm, reasons, bool(result.cache_hit), result.cost)
+        if "length" in reasons and refusing.get():
+            asked = call.request
+            raise _cut_off(call.legacy if asked is None else {"max_tokens": asked.config.max_tokens})
+        return made
+
+    return watched
+
+
+def _watch_older(process: Any) -> Any:
+    """The same for DSPy 3.3."""
+
+    @functools.wraps(process)
+    def watched(lm: Any, response: Any, prompt: Any, messages: Any, **options: Any) -> Any:
+        outputs = process(lm, response, prompt, messages, **options)
+        reasons = _reasons_of((), response)
+        record = current.get()
+        if record is not None:
+            record.outputs = outputs
+            cost = getattr(response, "_hidden_params", {}).get("response_cost")
+            _note(record, lm, reasons, bool(getattr(response, "cache_hit", False)), cost)
+        if "length" in reasons and refusing.get():
+            raise _cut_off({**lm.kwargs, **options})
+        return outputs
+
+    return watched
+
+
+def _note(record: Record, lm: Any, reasons: list[str | None], cached: bool, cost: Any) -> None:
+    record.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
+    record.cached = cached
+    if cached or getattr(lm, "costs_nothing", False):
+        record.cost = 0.0
+    elif isinstance(cost, (int, float)):
+        record.cost = float(cost)
+
+
+# Names of one thing: OpenAI's.
+_SAME = {
+    "tool_call": "tool_calls",
+    "function_call": "tool_calls",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+}
+
+
+def _reasons_of(responses: Any, raw: Any) -> list[str | None]:
+    """Why the LM stopped, for each answer of one call. `raw`: a provider's reply as LiteLLM has it."""
+    try:
+        if responses:
+            return [_reason(response.finish_reason, response) for response in responses]
+        choices = _get(raw, "choices")
+        if choices:
+            return [_named(_get(choice, "finish_reason")) for choice in choices]
+        return [_of_status(raw)]
+    except Exception:  # an LM of the user's may answer anything
+        return [None]
+
+
+def _reason(reason: Any, response: Any) -> str | None:
+    if reason == "tool_call":
+        # For DSPy an answer with a tool call has ended with it, also where the provider cut it off.
+        given = response.provider_data
+        choices = _get(given, "choices") or [{}]
+        for of_provider in (_get(choices[0], "finish_reason"), _get(given, "stop_reason"), _of_status(given)):
+            if of_provider is not None and _named(of_provider) == "length":
+                return "length"
+    return _named(reason)
+
+
+def _of_status(raw: Any) -> str | None:
+    """Of OpenAI's Responses API, which has no finish reasons."""
+    status = _get(raw, "status")
+    if status == "incomplete":
+        return _named(_get(_get(raw, "incomplete_details"), "reason"))
+    called = any(_get(item, "type") == "function_call" for item in _get(raw, "output") or ())
+    return ("tool_calls" if called else "stop") if status == "completed" else None
+
+
+def _named(reason: Any) -> str | None:
+    return _SAME.get(reason, reason) if isinstance(reason, str) else None
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def _cut_off(settings: dict[str, Any]) -> CutOff:
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    limit = next((settings[name] for name in names if settings.get(name) is not None), None)
+    shown = f" ({limit})" if isinstance(limit, int) else ", of which none was set: at the limit of the LM"
+    return CutOff(
+        f"the LM's answer was cut off at max_tokens{shown}; give it more, or take what there is with "
+        f"config.{ALLOW_TRUNCATED}: true"
+    )

@@ -1,0 +1,150 @@
+"""The LM calls of one run as `meta["history"]` shows them: JSON within a limit, without secrets. Imports no DSPy.
+
+Each call is encoded when it has ended, so that prompts are not kept longer than they are needed.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import deque
+from typing import Any
+
+import jiter
+
+from dspy_bridge.dispatch import error_replies
+from dspy_bridge.logs import redaction
+from dspy_bridge.wire.json_values import encode_value
+from dspy_bridge.wire.messages import Encoded
+
+# Text as long as this without a break is data, such as an image in base64.
+_DATA = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{256,}={0,2}")
+# Values that are nested deeper are left out.
+_MAX_DEPTH = 64
+# Messages that there was no room for.
+_GONE = b"null"
+
+
+class _TooLong(Exception):
+    """There is more text than the whole history may have."""
+
+
+class Entry:
+    """One LM call. It has its place by its start, and its contents when it has ended."""
+
+    __slots__ = ("dropped", "messages", "rest")
+
+    def __init__(self) -> None:
+        # JSON; `rest` without the closing brace.
+        self.messages = self.rest = b""
+        self.dropped = False
+
+    def json(self) -> bytes:
+        return self.rest + b',"messages":' + self.messages + b"}"
+
+
+class History:
+    """The LM calls of one run, of at most `most` bytes; calls may end in any order, on any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._entries: list[Entry] = []
+        # In the order in which the calls ended: the first ones lose their messages, and then go.
+        self._with_messages: deque[Entry] = deque()
+        self._ended: deque[Entry] = deque()
+        self._size = len(b'[{"omitted":1000000}]')
+
+    def begin(self) -> Entry:
+        """An entry for a call that starts."""
+        entry = Entry()
+        self._entries.append(entry)
+        return entry
+
+    def end(self, entry: Entry, messages: Any, about: dict[str, Any]) -> None:
+        """The contents of an entry: what the LM was sent, and all else. The first time counts."""
+        encoded = self._encoded(messages, about)
+        with self._lock:
+            if entry.rest or entry.dropped:
+                return
+            entry.messages, entry.rest = encoded
+            self._ended.append(entry)
+            self._with_messages.append(entry)
+            self._size += len(entry.json()) + 1
+            self._trim()
+
+    def json(self) -> Encoded:
+        """A JSON list, the call that started first at its head; without those that have not ended.
+
+        If calls had to go its first element is `{"omitted": how many}`.
+        """
+        with self._lock:
+            omitted = sum(entry.dropped for entry in self._entries)
+            parts = [entry.json() for entry in self._entries if entry.rest]
+        if omitted:
+            parts.insert(0, b'{"omitted":%d}' % omitted)
+        return Encoded(b"[" + b",".join(parts) + b"]")
+
+    def _trim(self) -> None:
+        while self._size > self._most and self._with_messages:
+            entry = self._with_messages.popleft()
+            if not entry.dropped:
+                self._size -= len(entry.messages) - len(_GONE)
+                entry.messages = _GONE
+        while self._size > self._most and self._ended:
+            entry = self._ended.popleft()
+            self._size -= len(entry.json()) + 1
+            entry.dropped, entry.messages, entry.rest = True, b"", b""
+
+    def _encoded(self, messages: Any, about: dict[str, Any]) -> tuple[bytes, bytes]:
+        try:
+            rest = encode_value(_Shown(self._most).of(about))[:-1]
+        except _TooLong:
+            # Longer than the limit, so that it goes at once.
+            rest = b" " * (self._most + 1)
+        try:
+            return encode_value(_Shown(self._most).of(messages)), rest
+        except _TooLong:
+            return _GONE, rest
+
+
+class _Shown:
+    """Plain copies of values, without secrets, and with data cut short."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        """Raises `_TooLong`."""
+        if isinstance(value, str):
+            return self._text(value)
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        if depth > _MAX_DEPTH:
+            return "…"
+        if isinstance(value, dict):
+            return {self._text(str(name)): self.of(inner, depth + 1) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(inner, depth + 1) for inner in value]
+        # Objects of DSPy's, LiteLLM's and the user's: their fields.
+        return self.of(jiter.from_json(encode_value(value)), depth + 1)
+
+    def _text(self, text: str) -> str:
+        if len(text) > self._most:
+            # With an image in it, which takes long to search for secrets.
+            text = _without_data(text)
+        self._left -= len(text)
+        if self._left < 0:
+            raise _TooLong
+        # In this order: half a secret is not known as one.
+        return _without_data(redaction.redact(text))
+
+
+def _without_data(text: str) -> str:
+    return _DATA.sub(lambda found: f"…({len(found[0])} characters)", text)
+
+
+def shown_error(error: BaseException) -> str:
+    """An exception in one line, without secrets."""
+    text = error_replies.one_line(f"{type(error).__name__}: {error}", 10 * error_replies.MAX_ERROR_CHARS)
+    return error_replies.one_line(redaction.redact(text))

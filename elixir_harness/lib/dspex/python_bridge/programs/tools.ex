@@ -1,0 +1,96 @@
+defmodule DSPex.PythonBridge.Programs.Tools do
+  @moduledoc false
+  # Whether the functions that a call is given are the tools of its program: a tool with another name would never be
+  # called, and a program that is called without its tools answers worse, without an error.
+  #
+  # The names are in the definition that the bridge keeps. It is read at the first such call, in the caller's process. A
+  # program that is not known here (it is on another node, or does not exist) is not checked.
+
+  require Logger
+
+  alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Programs.{Change, Store}
+  alias DSPex.PythonBridge.Protocol.Payload
+
+  @rewarded ["best_of_n", "refine"]
+
+  @typedoc "What the program is called through, for the log."
+  @type whose :: {:bridge | :pool, term()}
+
+  @doc """
+  Refuses functions that the program of an `execute_program` has no tools for. The first call of a program with tools
+  that is given none is logged. `given`: the functions by their names, or nil.
+  """
+  @spec check(Store.table() | nil, whose(), term(), term(), map() | nil) ::
+          :ok | {:error, Error.t()}
+  def check(table, whose, command, args, given)
+      when command in [:execute_program, "execute_program"] and table != nil do
+    id = Change.program_id(command, args)
+    names = id && Store.tools(table, id, &names/1)
+
+    cond do
+      names == nil -> :ok
+      given != nil -> compare(id, names, Map.keys(given))
+      names != [] and Store.first_without_tools?(table, id) -> warn(whose, id, names)
+      true -> :ok
+    end
+  end
+
+  def check(_table, _whose, _command, _args, _given), do: :ok
+
+  defp compare(id, names, given) do
+    case Enum.sort(given -- names) do
+      [] ->
+        :ok
+
+      unknown ->
+        has = if names == [], do: "it has none", else: "it has #{Enum.join(names, ", ")}"
+        text = ":tools: program #{shown(id)} has no tool #{Enum.join(unknown, ", ")}; #{has}"
+        {:error, Error.new(:invalid_args, text)}
+    end
+  end
+
+  defp warn({kind, server}, id, names) do
+    text =
+      "#{kind} #{inspect(server)}: program #{shown(id)} is called without its tools " <>
+        "(#{Enum.join(names, ", ")}): pass them as tools: to Bridge.request or Bridge.stream. " <>
+        "Further calls without them are not logged"
+
+    Logger.warning(text, [{kind, server}])
+  end
+
+  defp shown(id), do: id |> inspect(printable_limit: 100) |> String.trim("\"")
+
+  @doc """
+  The names of the tools of a definition, the body of its `create_program`, with that of a reward; nil if it cannot be
+  read.
+
+      iex> {:ok, body} =
+      ...>   DSPex.PythonBridge.Protocol.encode_body(:create_program, %{
+      ...>     id: "a",
+      ...>     program_type: "best_of_n",
+      ...>     options: %{reward: %{tool: "brevity"}, module: "react"},
+      ...>     tools: [%{name: "search"}]
+      ...>   })
+      iex> DSPex.PythonBridge.Programs.Tools.names(body)
+      ["brevity", "search"]
+  """
+  @spec names(binary()) :: [String.t()] | nil
+  def names("," <> body) do
+    with {:ok, %{"args" => %{} = args}} <- Payload.decode("{" <> body) do
+      tools = if is_list(args["tools"]), do: args["tools"], else: []
+      names = for %{"name" => name} when is_binary(name) <- tools, do: :binary.copy(name)
+      Enum.sort(Enum.uniq(reward(args) ++ names))
+    else
+      _unreadable -> nil
+    end
+  end
+
+  def names(_other), do: nil
+
+  defp reward(%{"program_type" => type, "options" => %{"reward" => %{"tool" => name}}})
+       when type in @rewarded and is_binary(name),
+       do: [:binary.copy(name)]
+
+  defp reward(_args), do: []
+end

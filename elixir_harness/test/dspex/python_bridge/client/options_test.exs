@@ -1,0 +1,118 @@
+defmodule DSPex.PythonBridge.Client.OptionsTest do
+  @moduledoc "The options of one call that the peer gets: among the arguments, or beside `meta`."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error}
+
+  @arguments [attempts: 10, max_concurrency: 1, item_timeout_ms: 250]
+
+  setup_all do
+    echo = start_supervised!({Bridge, fake_opts("echo")}, id: :echo)
+    plays = start_supervised!({Bridge, fake_opts("plays")}, id: :plays)
+    %{echo: echo, plays: plays}
+  end
+
+  test "attempts, max_concurrency and item_timeout_ms are arguments of execute_program", %{
+    echo: bridge
+  } do
+    args = %{program_id: "qa", inputs: []}
+    wanted = %{"attempts" => 10, "max_concurrency" => 1, "item_timeout_ms" => 250}
+    wanted = Map.merge(wanted, %{"program_id" => "qa", "inputs" => []})
+
+    for command <- [:execute_program, "execute_program"] do
+      assert {:ok, %{"args" => ^wanted}, _meta} =
+               Bridge.request(bridge, command, args, @arguments)
+    end
+
+    assert [{:ok, %{"args" => ^wanted}, _meta}] =
+             Enum.to_list(Bridge.stream(bridge, args, @arguments))
+
+    # Those that are not given are not sent.
+    assert {:ok, %{"args" => %{"inputs" => [], "program_id" => "qa"} = sent}, _meta} =
+             Bridge.request(bridge, :execute_program, args, [])
+
+    assert map_size(sent) == 2
+  end
+
+  test "history is beside meta, if it is true", %{plays: bridge} do
+    args = %{play: [["reply", %{}]]}
+
+    for {opts, asked} <- [
+          {[history: true], ["meta", "history"]},
+          {[history: false], ["meta"]},
+          {[], ["meta"]}
+        ] do
+      assert {:ok, _, %{"asked" => ^asked}} =
+               Bridge.request(bridge, :execute_program, args, opts)
+
+      streamed = ["stream" | asked]
+
+      assert [{:ok, _, %{"asked" => ^streamed}}] =
+               Enum.to_list(Bridge.stream(bridge, args, opts))
+    end
+  end
+
+  test "each wrong value is refused by name, with what was expected", %{echo: bridge} do
+    max = 4_294_967_295
+
+    for {option, values, expected} <- [
+          {:attempts, [0, 11, 1.0, "3", nil], "1 to 10"},
+          {:max_concurrency, [0, -1, 1.5, :infinity, nil], "1 or more"},
+          {:item_timeout_ms, [0, -1, 0.5, :infinity, max + 1, nil], "1 to #{max} ms"},
+          {:history, [1, "true", nil], "true or false"}
+        ],
+        value <- values do
+      text = ":#{option}: expected #{expected}"
+
+      assert {:error, %Error{type: :invalid_request, message: ^text}} =
+               Bridge.request(bridge, :execute_program, %{}, [{option, value}])
+
+      assert [error: %Error{type: :invalid_request, message: ^text}] =
+               Enum.to_list(Bridge.stream(bridge, %{}, [{option, value}]))
+    end
+
+    assert {:error, %Error{message: "unknown option :attempt, did you mean :attempts?"}} =
+             Bridge.request(bridge, :execute_program, %{}, attempt: 3)
+  end
+
+  test "an option that is an argument already, or that the command does not take, is refused", %{
+    echo: bridge
+  } do
+    for {option, value} <- @arguments, key <- [option, "#{option}"] do
+      twice = ":#{option}: there twice, as an option and as an argument"
+
+      assert {:error, %Error{type: :invalid_request, message: ^twice}} =
+               Bridge.request(bridge, :execute_program, %{key => value}, [{option, value}])
+
+      assert [error: %Error{message: ^twice}] =
+               Enum.to_list(Bridge.stream(bridge, %{key => value}, [{option, value}]))
+
+      other = ":#{option}: only execute_program takes it"
+
+      assert {:error, %Error{type: :invalid_request, message: ^other}} =
+               Bridge.request(bridge, :ping, %{}, [{option, value}])
+    end
+
+    # What is not a map is refused as without options.
+    assert {:error, %Error{type: :invalid_args, message: "args: expected a map"}} =
+             Bridge.request(bridge, :execute_program, [], attempts: 2)
+  end
+
+  test "meta of an error reply reaches the caller of request and of stream", %{plays: bridge} do
+    meta = %{"lm_calls" => 2, "history" => [%{"model" => "m"}]}
+    args = %{play: [["fail", "output_invalid", meta]]}
+
+    for opts <- [[], [on_chunk: &is_map/1]] do
+      assert {:error, %Error{type: :output_invalid, meta: ^meta}} =
+               Bridge.request(bridge, :execute_program, args, opts)
+    end
+
+    assert [error: %Error{meta: ^meta}] = Enum.to_list(Bridge.stream(bridge, args, []))
+
+    assert {:error, %Error{meta: nil}} =
+             Bridge.request(bridge, :execute_program, %{play: [["fail", "lm_error"]]}, [])
+  end
+end

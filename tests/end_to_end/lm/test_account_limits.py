@@ -1,0 +1,344 @@
+"""Limits of an LM's account in a whole peer: a loopback server counts what arrives, and holds answers back."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BY_LITELLM, lm_env
+from lm_server import LMServer, chat, script
+from peer import ROOT, Peer
+from shared_peers import shared_peer
+
+QA = {"id": "qa", "signature": "question -> answer"}
+ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
+PARIS = chat(answer="Paris")
+# Longer than any test, shorter than the wait that it is to fail for.
+HOURS = 3_600_000
+ENGINES = pytest.mark.parametrize("engine", [{}, BY_LITELLM], ids=["native", "litellm"])
+REFUSED = {"error": {"message": "slow down", "type": "error"}}
+
+
+keys = itertools.count(1000)
+
+
+def account(server: LMServer, **options: Any) -> dict[str, Any]:
+    """An LM with a key that no test has used: a peer that tests share knows nothing of its account."""
+    return {"model": "openai/stub-model", **server.options(api_key=f"sk-limits-{next(keys)}", **options)}
+
+
+def refusal(seconds: object, status: int = 429) -> Any:
+    return status, REFUSED, {"Retry-After": str(seconds)}
+
+
+def wait_for(server: LMServer, count: int) -> None:
+    for _ in range(count):
+        assert server.arrived.acquire(timeout=30)
+
+
+class Counting:
+    """Answers, and counts the requests that are without one: `most` at once."""
+
+    def __init__(self, server: LMServer) -> None:
+        self.most = 0
+        self._answered = 0
+        self._lock = threading.Lock()
+        self._server = server
+        server.serve(self)
+
+    def __call__(self, _request: dict[str, Any]) -> str:
+        with self._lock:
+            self.most = max(self.most, len(self._server.requests) - self._answered)
+            self._answered += 1
+        return PARIS
+
+
+@ENGINES
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_more_than_max_in_flight_reach_the_server_at_once(
+    start_lm: Any, engine: dict[str, Any], stream: bool
+) -> None:
+    """Of two programs with the same server and key."""
+    server, other = start_lm(), start_lm()
+    counting = Counting(server)
+    with shared_peer(env=lm_env(server)) as peer:
+        lm = account(server, max_in_flight=2, **engine)
+        peer.call("create_program", {**QA, "lm": lm})
+        peer.call("create_program", {**QA, "id": "own", "lm": {**lm, "model": "openai/other"}})
+        server.gate.clear()
+        ids = [peer.request("execute_program", {**ASK, "program_id": id}, stream=stream) for id in ("qa", "own") * 3]
+        wait_for(server, 2)
+        # By the time that a later run has asked another server, those before it would have asked this one.
+        ids.append(peer.request("execute_program", {**ASK, "lm": {"model": "openai/m", **other.options()}}))
+        wait_for(other, 1)
+        assert len(server.requests) == 2
+        server.gate.set()
+        replies: dict[Any, Any] = {}
+        while len(replies) < len(ids):
+            reply = peer.receive()
+            if "success" in reply:
+                replies[reply["id"]] = reply
+    assert all(reply["success"] for reply in replies.values()) and len(server.requests) == 6
+    assert counting.most == 2
+
+
+def test_requests_go_in_their_order_and_a_cancelled_one_gives_its_place_back(start_lm: Any) -> None:
+    server = start_lm()
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, max_in_flight=1)})
+        server.gate.clear()
+        ids = [
+            peer.request("execute_program", {**ASK, "inputs": {"question": f"number {number}"}}) for number in range(6)
+        ]
+        wait_for(server, 1)
+        peer.send({"cancel": ids[3]}, {"cancel": ids[0]})
+        replies = peer.receive_all(2)
+        assert all(reply["error_type"] == "cancelled" for reply in replies.values())
+        server.gate.set()
+        assert set(peer.receive_all(4)) == {ids[1], ids[2], ids[4], ids[5]}
+        # The next one finds the place free.
+        assert peer.call("execute_program", ASK, timeout_ms=20_000)["success"]
+    asked = [str(request["messages"]) for request in server.requests]
+    order = [next(number for number in range(6) if f"number {number}" in text) for text in asked[:5]]
+    assert order == [0, 1, 2, 4, 5]
+
+
+@ENGINES
+def test_a_request_past_the_rate_waits_or_fails_at_once_if_its_deadline_is_before(
+    start_lm: Any, engine: dict[str, Any]
+) -> None:
+    server = start_lm()
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=2, **engine)})
+        assert all(peer.call("execute_program", ASK, timeout_ms=HOURS)["success"] for _ in range(2))
+        begun = time.monotonic()
+        reply = peer.call("execute_program", ASK, timeout_ms=5000)
+        assert time.monotonic() - begun < 4
+        assert reply["error_type"] == "overloaded" and "retryable" not in reply
+        assert "requests_per_minute (2)" in reply["error"] and "left" in reply["error"]
+        # Without a deadline it waits: its cancellation is the only reply.
+        waiting = peer.request("execute_program", ASK)
+        assert peer.call("ping")["success"]
+        peer.send({"cancel": waiting})
+        assert peer.receive()["error_type"] == "cancelled"
+    assert len(server.requests) == 2
+
+
+def test_a_request_waits_for_its_turn_and_is_then_sent(start_lm: Any) -> None:
+    server = start_lm()
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=120)})
+        begun = time.monotonic()
+        for _ in range(122):
+            peer.request("execute_program", ASK)
+        assert all(reply["success"] for reply in peer.receive_all(122).values())
+        # Two past what goes at once, of which two a second come back.
+        assert time.monotonic() - begun >= 0.99
+
+
+@ENGINES
+def test_tokens_are_counted_from_answers_and_may_bring_debt(start_lm: Any, engine: dict[str, Any]) -> None:
+    """18 of each answer. With and without meta, which has its own count."""
+    server = start_lm()
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, tokens_per_minute=30, **engine)})
+        for meta in (False, True):
+            reply = peer.call("execute_program", ASK, timeout_ms=HOURS, meta=meta)
+            assert reply["success"]
+        assert reply["meta"]["lm_usage"]["openai/stub-model"]["total_tokens"] == 18
+        reply = peer.call("execute_program", ASK, timeout_ms=5000)
+        assert reply["error_type"] == "overloaded" and "tokens_per_minute (30)" in reply["error"]
+    assert len(server.requests) == 2
+
+
+def test_cached_answers_count_for_nothing(start_lm: Any) -> None:
+    server = start_lm()
+    with shared_peer(env=lm_env(server)) as peer:
+        lm = account(server, requests_per_minute=1, tokens_per_minute=18)
+        peer.call("create_program", {**QA, "lm": {**lm, "cache": True}})
+        for _ in range(5):
+            assert peer.call("execute_program", ASK, timeout_ms=5000)["success"]
+        other = {**ASK, "inputs": {"question": "another"}}
+        assert peer.call("execute_program", other, timeout_ms=5000)["error_type"] == "overloaded"
+    assert len(server.requests) == 1
+
+
+def test_limits_belong_to_the_server_and_the_key(start_lm: Any) -> None:
+    """Another key, or another server, is another account; who inherits nothing is not limited, but counts."""
+    server, other = start_lm(), start_lm()
+    with Peer(env=lm_env(server, requests_per_minute=1)) as peer:
+        peer.call("create_program", QA)
+        same = {"model": "openai/same", "cache": False}
+        assert peer.call("execute_program", {**ASK, "lm": {**same, "inherit": False, **server.options()}})["success"]
+        assert peer.call("execute_program", {**ASK, "lm": {**same, "inherit": False, **server.options()}})["success"]
+        assert peer.call("execute_program", ASK, timeout_ms=5000)["error_type"] == "overloaded"
+        assert peer.call("execute_program", {**ASK, "lm": same}, timeout_ms=5000)["error_type"] == "overloaded"
+        own = {**same, "api_key": "sk-own-0001"}
+        assert peer.call("execute_program", {**ASK, "lm": own}, timeout_ms=5000)["success"]
+        assert peer.call("execute_program", {**ASK, "lm": own}, timeout_ms=5000)["error_type"] == "overloaded"
+        there = {**same, "api_base": other.url}
+        for _ in range(2):
+            assert peer.call("execute_program", {**ASK, "lm": there}, timeout_ms=5000)["success"]
+    assert (len(server.requests), len(other.requests)) == (3, 2)
+
+
+@ENGINES
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_holds_all_calls_of_the_account_once(start_lm: Any, engine: dict[str, Any], status: int) -> None:
+    """Without any limit: the one that was refused is sent again, the others are sent late, each once."""
+    server = start_lm(script(refusal(2, status), PARIS))
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, **{"num_retries": 2, **engine})})
+        first = peer.request("execute_program", ASK)
+        wait_for(server, 1)
+        begun = time.monotonic()
+        # Its answer is on its way: from then on none is sent, which those show that cannot wait.
+        while (late := peer.call("execute_program", ASK, timeout_ms=500))["success"]:
+            pass
+        assert late["error_type"] == "overloaded" and "which asked for a pause" in late["error"], late
+        sent = len(server.requests)
+        others = [peer.request("execute_program", ASK) for _ in range(4)]
+        replies = peer.receive_all(5)
+        assert all(replies[id]["success"] for id in (first, *others))
+        assert time.monotonic() - begun > 1.8
+        assert len(server.requests) == sent + 5
+
+
+@ENGINES
+def test_retry_after_past_the_deadline_fails_the_one_that_is_refused_at_once(
+    start_lm: Any, engine: dict[str, Any]
+) -> None:
+    """As a date, here. Another key is another account."""
+    server = start_lm(script(refusal(formatdate(time.time() + 60, usegmt=True)), PARIS))
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, **{"num_retries": 2, **engine})})
+        reply = peer.call("execute_program", ASK, timeout_ms=20_000)
+        assert reply["error_type"] == "overloaded" and "refused a request for" in reply["error"]
+        assert peer.call("execute_program", ASK, timeout_ms=20_000)["error_type"] == "overloaded"
+        assert len(server.requests) == 1
+        assert peer.call("execute_program", {**ASK, "lm": account(server)}, timeout_ms=20_000)["success"]
+
+
+def test_retry_after_without_retries_is_the_lms_error_and_the_next_one_waits(start_lm: Any) -> None:
+    server = start_lm(script(refusal(1), PARIS))
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server)})
+        reply = peer.call("execute_program", ASK, timeout_ms=20_000)
+        assert reply["error_type"] == "lm_error" and reply["retryable"]
+        begun = time.monotonic()
+        assert peer.call("execute_program", ASK, timeout_ms=20_000)["success"]
+        assert time.monotonic() - begun > 0.8
+
+
+HOST = """
+import asyncio
+import dspy
+
+class Threads(dspy.Module):
+    def __init__(self, signature):
+        super().__init__()
+        self.ask = dspy.Predict(signature)
+    def forward(self, question):
+        asked = [(self.ask, dspy.Example(question=f"{question} {n}").with_inputs("question")) for n in range(4)]
+        answers = dspy.Parallel(num_threads=4, disable_progress_bar=True)(asked)
+        return dspy.Prediction(answer=" ".join(answer.answer for answer in answers))
+
+class Twice(dspy.Module):
+    def __init__(self, signature):
+        super().__init__()
+        self.ask = dspy.Predict(signature)
+    async def aforward(self, question):
+        await self.ask.acall(question=question)
+        return await self.ask.acall(question=question)
+"""
+
+
+@pytest.fixture
+def host_peer(start_lm: Any, folder: Path) -> Iterator[Peer]:
+    """A peer that may run the modules of `HOST`."""
+    with shared_peer(
+        env={
+            "DSPY_BRIDGE_LM": "offline/echo",
+            "PYTHONPATH": f"{ROOT}:{folder}",
+            "DSPY_BRIDGE_ALLOW_MODULES": "host",
+        }
+    ) as peer:
+        yield peer
+
+
+@ENGINES
+def test_one_limit_holds_on_both_event_loops_and_in_threads(
+    start_lm: Any, engine: dict[str, Any], host_peer: Peer
+) -> None:
+    server = start_lm()
+    counting = Counting(server)
+    server.gate.clear()
+    lm = account(server, max_in_flight=2, **engine)
+    host_peer.call("create_program", {**QA, "lm": lm})
+    host_peer.call("create_program", {**QA, "id": "threads", "program_type": "host:Threads", "lm": lm})
+    large = {**ASK, "inputs": {"question": "x" * (1 << 20)}}
+    for _ in range(3):
+        for args in (ASK, {**ASK, "program_id": "threads"}, large):
+            host_peer.request("execute_program", args)
+    wait_for(server, 2)
+    server.gate.set()
+    replies = host_peer.receive_all(9)
+    assert all(reply["success"] for reply in replies.values()), replies
+    assert len(server.requests) == 3 * (1 + 4 + 1) and counting.most == 2
+
+
+def test_the_deadline_holds_in_threads_too(start_lm: Any, host_peer: Peer) -> None:
+    server = start_lm()
+    lm = account(server, requests_per_minute=3)
+    host_peer.call("create_program", {**QA, "program_type": "host:Threads", "lm": lm})
+    begun = time.monotonic()
+    assert not host_peer.call("execute_program", ASK, timeout_ms=15_000)["success"]
+    assert time.monotonic() - begun < 12
+    assert len(server.requests) == 3
+
+
+def test_a_run_that_has_begun_is_not_to_be_sent_again(start_lm: Any, host_peer: Peer) -> None:
+    """Else a pool's next peer would call its tools once more."""
+    server = start_lm()
+    lm = account(server, requests_per_minute=3)
+    host_peer.call("create_program", {**QA, "program_type": "host:Twice", "lm": lm})
+    assert host_peer.call("execute_program", ASK, timeout_ms=10_000)["success"]
+    reply = host_peer.call("execute_program", ASK, timeout_ms=10_000)
+    assert reply["error_type"] == "overloaded" and reply["retryable"] is False
+    reply = host_peer.call("execute_program", ASK, timeout_ms=10_000)
+    assert reply["error_type"] == "overloaded" and "retryable" not in reply
+
+
+def test_items_of_a_batch_have_the_limits_and_their_own_errors(start_lm: Any) -> None:
+    server = start_lm()
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=2)})
+        many = {**ASK, "inputs": [{"question": str(number)} for number in range(4)]}
+        results = peer.call("execute_program", many, timeout_ms=10_000)["result"]["results"]
+    assert [one.get("error_type") for one in results] == [None, None, "overloaded", "overloaded"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_in_flight", 0, "a whole number, at least 1"),
+        ("max_in_flight", 1.5, "a whole number, at least 1"),
+        ("max_in_flight", True, "a whole number, at least 1"),
+        ("requests_per_minute", 0, "a positive number"),
+        ("tokens_per_minute", "many", "a positive number"),
+    ],
+)
+@pytest.mark.parametrize("where", ["lm", "config"])
+def test_limits_that_make_no_sense_are_refused_by_name(
+    echo_peer: Peer, where: str, name: str, value: object, expected: str
+) -> None:
+    lm = {"model": "offline/echo", name: value} if where == "lm" else {name: value}
+    echo_peer.call("create_program", QA)
+    reply = echo_peer.call("execute_program", {**ASK, where: lm})
+    assert reply["error_type"] == "invalid_args" and reply["error"] == f"{where}.{name}: expected {expected}"

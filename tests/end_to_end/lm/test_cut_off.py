@@ -1,0 +1,242 @@
+"""Answers that were cut off at `max_tokens`: no output, unless the client takes them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BY_LITELLM, lm_env
+from lm_server import Answer, Ended, LMServer, chat, completion, event, script
+from peer import DSPY, ROOT, Peer
+from shared_peers import shared_peer
+
+ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
+# Each would be read without an error if nothing looked at the finish reason.
+CUT = {
+    "chat": "[[ ## reasoning ## ]]\nBecause.\n\n[[ ## answer ## ]]\nIt is sa",
+    "json": '{"reasoning": "Because.", "answer": "It is sa',
+    "xml": "<reasoning>Because.</reasoning><answer>It is sa</answer>",
+}
+WHOLE = {
+    "chat": chat(reasoning="Because.", answer="It is safe."),
+    "json": '{"reasoning": "Because.", "answer": "It is safe."}',
+    "xml": "<reasoning>Because.</reasoning><answer>It is safe.</answer>",
+}
+WAYS: dict[str, dict[str, Any]] = {"own": {}, "litellm": BY_LITELLM}
+TEXT = (
+    "the LM's answer was cut off at max_tokens (30); give it more, or take what there is with "
+    "config.allow_truncated: true"
+)
+HOST = """
+import dspy
+
+class InThread(dspy.Module):
+    def __init__(self, signature):
+        super().__init__()
+        self.answer = dspy.Predict(signature)
+
+    def forward(self, question):
+        return self.answer(question=question)
+"""
+
+
+@pytest.fixture
+def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
+    """A program `qa`, and the LM that it asks."""
+    with shared_peer(env=lm_env(start_lm())) as peer:
+
+        def make(answer: Any, lm: dict[str, Any] | None = None, **program: Any) -> tuple[Peer, LMServer]:
+            server = start_lm(answer)
+            own = {"model": "openai/stub", **server.options(**(lm or {}))}
+            create = {"id": "qa", "signature": "question -> answer", "lm": own, **program}
+            reply = peer.call("create_program", create)
+            assert reply["success"], reply
+            return peer, server
+
+        yield make
+
+
+def collected(peer: Peer, args: dict[str, Any], **envelope: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The items of a stream, and the reply."""
+    peer.request("execute_program", args, **envelope)
+    items: list[dict[str, Any]] = []
+    while "success" not in (frame := peer.receive()):
+        items.append(frame["stream"])
+    return items, frame
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("program_type", ["predict", "chain_of_thought"])
+@pytest.mark.parametrize("adapter", CUT)
+def test_an_answer_that_was_cut_off_is_refused(
+    make: Any, adapter: str, program_type: str, stream: bool, way: str
+) -> None:
+    """The LM is asked once. Chunks have been shown by then."""
+    lm = {"max_tokens": 30, **WAYS[way]}
+    peer, server = make(Ended(CUT[adapter]), lm, adapter=adapter, program_type=program_type)
+    items, reply = collected(peer, ASK, stream=stream, meta=True)
+    assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
+    assert len(server.requests) == reply["meta"]["lm_calls"] == 1
+    assert reply["meta"]["finish_reasons"] == ["length"] and reply["meta"]["fallbacks"] == 0
+    assert reply["meta"]["lm_usage"]["openai/stub"]["completion_tokens"] == 7
+    chunks = "".join(item["chunk"] for item in items if item.get("field") == "answer")
+    assert not stream or chunks.startswith("It is")
+
+
+@pytest.mark.parametrize("where", ["program", "call"])
+@pytest.mark.parametrize("adapter", CUT)
+def test_it_is_taken_if_the_client_allows_it(make: Any, adapter: str, where: str) -> None:
+    config = {"allow_truncated": True, "temperature": 0.5}
+    peer, server = make(Ended(CUT[adapter]), adapter=adapter, **({"config": config} if where == "program" else {}))
+    reply = peer.call("execute_program", ASK if where == "program" else {**ASK, "config": config}, meta=True)
+    assert reply["result"] == {"answer": "It is sa"} and reply["meta"]["finish_reasons"] == ["length"]
+    (request,) = server.requests
+    assert request["temperature"] == 0.5 and "allow_truncated" not in request
+
+
+def test_a_call_may_refuse_what_its_program_allows(make: Any) -> None:
+    peer, _ = make(Ended(CUT["chat"]), config={"allow_truncated": True})
+    assert peer.call("execute_program", ASK)["success"]
+    reply = peer.call("execute_program", {**ASK, "config": {"allow_truncated": False}})
+    assert reply["error_type"] == "output_invalid"
+
+
+def test_it_is_true_or_false(make: Any) -> None:
+    peer, _ = make(WHOLE["chat"])
+    for args in ({**ASK, "config": {"allow_truncated": "yes"}}, {**ASK, "config": {"allow_truncated": None}}):
+        reply = peer.call("execute_program", args)
+        assert (reply["error_type"], reply["error"]) == (
+            "invalid_args",
+            "config.allow_truncated: expected true or false",
+        )
+    reply = peer.call("create_program", {"id": "x", "signature": "a -> b", "config": {"allow_truncated": 1}})
+    assert reply["error"] == "config.allow_truncated: expected true or false"
+    reply = peer.call("execute_program", {**ASK, "config": {"allow_truncatd": True}})
+    assert reply["error"].startswith("config.allow_truncatd: unknown option; did you mean allow_truncated?")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_text_has_the_limit_that_was_in_effect(make: Any, way: str) -> None:
+    """That of the call, else that of the program, else that of the LM; none if the LM's provider chose it."""
+    lm = {"max_tokens": 10, **WAYS[way]}
+    peer, _ = make(Ended(CUT["chat"]), lm, config={"max_tokens": 20})
+    assert "at max_tokens (20);" in peer.call("execute_program", ASK)["error"]
+    assert "at max_tokens (40);" in peer.call("execute_program", {**ASK, "config": {"max_tokens": 40}})["error"]
+    peer, _ = make(Ended(CUT["chat"]), lm)
+    assert "at max_tokens (10);" in peer.call("execute_program", ASK)["error"]
+    peer, _ = make(Ended(CUT["chat"]), WAYS[way])
+    error = peer.call("execute_program", ASK)["error"]
+    assert "was cut off at max_tokens, of which none was set: at the limit of the LM;" in error
+
+
+def test_a_cached_answer_that_was_cut_off_is_refused_again(make: Any) -> None:
+    peer, server = make(Ended(CUT["chat"]), {"cache": True, "max_tokens": 31})
+    for hits in (0, 1):
+        reply = peer.call("execute_program", ASK, meta=True)
+        assert reply["error_type"] == "output_invalid" and "(31)" in reply["error"]
+        assert (reply["meta"]["cache_hits"], reply["meta"]["finish_reasons"]) == (hits, ["length"])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["the step", "the answer"])
+def test_an_agent_ends_with_a_step_that_was_cut_off(make: Any, step: int) -> None:
+    """What it would do next is unknown, so it neither calls a tool nor goes on."""
+    cut = "[[ ## next_thought ## ]]\nt\n\n[[ ## next_tool_name ## ]]\nfinish\n\n[[ ## next_tool_args ## ]]\n{}"
+    done = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
+    answers: list[Answer] = [Ended(cut)] if step == 0 else [done, Ended(CUT["chat"])]
+    peer, server = make(script(*answers), {"max_tokens": 30}, program_type="react", tools=[{"name": "look"}])
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
+    assert len(server.requests) == step + 1
+    assert reply["meta"]["finish_reasons"] == ["stop", "length"][1 - step :]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_tool_call_that_was_cut_off_is_not_made(make: Any, stream: bool, way: str) -> None:
+    """Of native function calling: its arguments end in the middle."""
+    called = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"query": "a'}}
+
+    def answer(request: dict[str, Any]) -> Answer:
+        assert "tools" in request
+        if request.get("stream"):
+            delta = {"role": "assistant", "tool_calls": [{"index": 0, **called}]}
+            return Ended(iter([event(request["model"], delta, None)]))
+        body = completion(request["model"], "", "length")
+        body["choices"][0]["message"].update(content=None, tool_calls=[called])
+        return 200, body
+
+    lm = {"model": "openai/gpt-4o-mini", "max_tokens": 30, **WAYS[way]}
+    tools = [{"name": "look", "args": {"query": {"type": "str"}}}]
+    peer, server = make(answer, lm, tools=tools)
+    _, reply = collected(peer, ASK, stream=stream, meta=True)
+    assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
+    assert reply["meta"]["finish_reasons"] == ["length"] and len(server.requests) == 1
+
+
+def test_the_second_step_of_two_is_refused_too(make: Any, start_lm: Any) -> None:
+    small = start_lm(Ended(CUT["chat"]))
+    extraction = {"model": "openai/small", **small.options(max_tokens=30)}
+    peer, server = make("It is safe.", adapter={"name": "two_step", "extraction_model": extraction})
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
+    assert reply["meta"]["finish_reasons"] == ["stop", "length"]
+    assert len(server.requests) == len(small.requests) == 1
+
+
+@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
+def test_an_attempt_that_was_cut_off_has_failed(make: Any, program_type: str) -> None:
+    options = {"N": 3, "threshold": 1, "reward": {"field": "answer", "equals": "safe"}}
+    answers = itertools.chain([Ended(CUT["chat"])], itertools.repeat(chat(answer="safe")))
+    lm = {"temperature": 1.0}
+    peer, server = make(lambda _request: next(answers), lm, program_type=program_type, options=options)
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert reply["result"] == {"answer": "safe"}
+    assert reply["meta"]["finish_reasons"] == ["length", "stop"] and len(server.requests) == 2
+    peer, _ = make(Ended(CUT["chat"]), {"max_tokens": 30}, program_type=program_type, options=options)
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
+    assert set(reply["meta"]["finish_reasons"]) == {"length"}
+
+
+def test_one_of_several_completions_that_was_cut_off_is_one_too_many(make: Any) -> None:
+    count = itertools.count()
+
+    def answer(request: dict[str, Any]) -> Answer:
+        if DSPY >= (3, 4):
+            return Ended(CUT["chat"]) if next(count) else WHOLE["chat"]
+        body = completion(request["model"], WHOLE["chat"])
+        body["choices"] += completion(request["model"], CUT["chat"], "length")["choices"]
+        return 200, body
+
+    peer, _ = make(answer, config={"n": 2, "temperature": 1.0})
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert reply["error_type"] == "output_invalid" and reply["meta"]["finish_reasons"] == ["length"]
+
+
+def test_items_of_a_batch_are_refused_one_by_one(make: Any) -> None:
+    peer, _ = make(lambda request: Ended(CUT["chat"]) if "cut" in str(request) else WHOLE["chat"], {"max_tokens": 30})
+    inputs = [{"question": "a"}, {"question": "cut"}]
+    results = peer.call("execute_program", {**ASK, "inputs": inputs})["result"]["results"]
+    assert results == [
+        {"success": True, "result": {"answer": "It is safe."}},
+        {"success": False, "error": TEXT, "error_type": "output_invalid"},
+    ]
+
+
+def test_modules_of_users_in_threads_are_no_exception(folder: Path, start_lm: Any) -> None:
+    server = start_lm(Ended(CUT["chat"]))
+    env = {**lm_env(server, max_tokens=30), "PYTHONPATH": f"{ROOT}:{folder}", "DSPY_BRIDGE_ALLOW_MODULES": "host"}
+    with shared_peer(env=env) as peer:
+        create = {"id": "qa", "signature": "question -> answer", "program_type": "host:InThread"}
+        assert peer.call("create_program", create)["success"]
+        reply = peer.call("execute_program", ASK)
+        assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
+        # It takes no other config per call.
+        assert peer.call("execute_program", {**ASK, "config": {"allow_truncated": True}})["success"]
+        assert peer.call("create_program", {**create, "config": {"allow_truncated": True}})["success"]
+        assert peer.call("execute_program", ASK)["result"] == {"answer": "It is sa"}

@@ -1,0 +1,252 @@
+"""What `meta` has of the LM calls of a run: how they ended, what they cost, on failures too."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from conftest import BY_LITELLM, LacksFeature, lm_env
+from lm_server import Answer, Ended, LMServer, chat, completion, script
+from peer import DSPY, PATIENCE, Peer
+from shared_peers import shared_peer
+
+ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
+PRICED = "openai/gpt-4o-mini"
+# 11 tokens of prompt and 7 of answer, at 0.15 and 0.60 dollars a million.
+COST = 11 * 0.15e-6 + 7 * 0.6e-6
+NOTHING = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0, "finish_reasons": [], "fallbacks": 0, "cost_usd": 0.0}
+
+
+@pytest.fixture
+def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
+    """A program `qa`, and the LM that it asks."""
+    with shared_peer(env=lm_env(start_lm())) as peer:
+
+        def make(answer: Any, lm: dict[str, Any] | None = None, **program: Any) -> tuple[Peer, LMServer]:
+            server = start_lm(answer)
+            own = {"model": PRICED, **server.options(**(lm or {}))}
+            create = {"id": "qa", "signature": "question -> answer", "lm": own, **program}
+            reply = peer.call("create_program", create)
+            assert reply["success"], reply
+            return peer, server
+
+        yield make
+
+
+def of_lms(meta: dict[str, Any]) -> dict[str, Any]:
+    return {name: meta[name] for name in NOTHING}
+
+
+@pytest.mark.parametrize("way", [{}, BY_LITELLM], ids=["own", "litellm"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_call_has_a_finish_reason_and_a_cost(make: Any, stream: bool, way: dict[str, Any]) -> None:
+    peer, _ = make(chat(answer="Paris"), way)
+    peer.request("execute_program", ASK, meta=True, stream=stream)
+    while "success" not in (reply := peer.receive()):
+        pass
+    meta = reply["meta"]
+    assert (meta["finish_reasons"], meta["fallbacks"]) == (["stop"], 0)
+    assert meta["cost_usd"] == pytest.approx(COST)
+
+
+def test_a_reason_by_another_name_is_openais(make: Any) -> None:
+    body = completion("m", chat(answer="no"))
+    body["choices"][0]["finish_reason"] = "content_filter"
+    peer, _ = make((200, body))
+    assert peer.call("execute_program", ASK, meta=True)["meta"]["finish_reasons"] == ["content_filter"]
+
+
+def test_tool_calls_are_a_finish_reason(make: Any) -> None:
+    called = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    body = completion("m", "", "tool_calls")
+    body["choices"][0]["message"].update(content=None, tool_calls=[called])
+    peer, _ = make((200, body), tools=[{"name": "look"}])
+    id = peer.request("execute_program", ASK, meta=True)
+    call = peer.receive()["tool_call"]
+    peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "found"}})
+    reply = peer.receive()
+    assert (reply["id"], reply["meta"]["finish_reasons"]) == (id, ["tool_calls"])
+
+
+def test_the_calls_of_an_agent_are_in_their_order(make: Any) -> None:
+    step = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
+    answers = script(step, Ended("no format", "content_filter"), '{"reasoning": "r", "answer": "a"}')
+    peer, _ = make(answers, program_type="react", tools=[{"name": "look"}])
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert reply["result"]["answer"] == "a", reply
+    assert reply["meta"]["finish_reasons"] == ["stop", "content_filter", "stop"]
+    assert (reply["meta"]["lm_calls"], reply["meta"]["fallbacks"]) == (3, 1)
+    assert reply["meta"]["cost_usd"] == pytest.approx(3 * COST)
+
+
+@pytest.mark.parametrize("adapter", ["chat", "xml"])
+def test_a_second_call_in_json_is_a_fallback(make: Any, adapter: str) -> None:
+    peer, server = make(script("no format", '{"answer": "a"}'), adapter=adapter)
+    meta = peer.call("execute_program", ASK, meta=True)["meta"]
+    assert (meta["fallbacks"], meta["lm_calls"]) == (1, 2) and len(server.requests) == 2
+    peer, _ = make(script("no format", "none here either"), adapter=adapter)
+    reply = peer.call("execute_program", ASK, meta=True)
+    # DSPy 3.3 gives up the schema with one more call.
+    fallbacks = 1 if DSPY >= (3, 4) else 2
+    assert (reply["error_type"], reply["meta"]["fallbacks"]) == ("output_invalid", fallbacks)
+
+
+def test_an_answer_without_the_schema_that_the_lm_could_have_is_a_fallback(make: Any) -> None:
+    """The provider takes no free-form maps in a schema, so DSPy asks for any JSON object."""
+    signature = "question -> answer: dict[str, int]"
+    peer, server = make('{"answer": {"a": 1}}', adapter="json", signature=signature)
+    meta = peer.call("execute_program", ASK, meta=True)["meta"]
+    assert meta["lm_calls"] == 1 and server.requests[0]["response_format"] == {"type": "json_object"}
+    assert meta["fallbacks"] == (1 if DSPY >= (3, 4) else 0)
+    peer, server = make('{"answer": 1}', adapter="json", signature="question -> answer: int")
+    meta = peer.call("execute_program", ASK, meta=True)["meta"]
+    assert (meta["lm_calls"], meta["fallbacks"]) == (1, 0)
+    assert server.requests[0]["response_format"]["type"] == "json_schema"
+    # An LM that has no schemas to begin with.
+    lm = {"model": "openai/of-my-own"}
+    peer, server = make('{"answer": {"a": 1}}', lm, adapter="json", signature=signature)
+    assert peer.call("execute_program", ASK, meta=True)["meta"]["fallbacks"] == 0
+
+
+def test_a_second_call_without_the_schema_is_a_fallback(make: Any) -> None:
+    """DSPy 3.3 asks again if the first answer cannot be read."""
+    peer, server = make("no format", adapter="json")
+    meta = peer.call("execute_program", ASK, meta=True)["meta"]
+    assert len(server.requests) == meta["lm_calls"] == meta["fallbacks"] + 1 == (1 if DSPY >= (3, 4) else 2)
+
+
+def test_the_second_step_of_two_may_fall_back_too(make: Any, start_lm: Any) -> None:
+    small = start_lm(script("no format", '{"answer": "a"}'))
+    extraction = {"model": "openai/small", **small.options()}
+    peer, _ = make("It is a.", adapter={"name": "two_step", "extraction_model": extraction})
+    meta = peer.call("execute_program", ASK, meta=True)["meta"]
+    assert (meta["fallbacks"], meta["lm_calls"]) == (1, 3)
+
+
+def test_a_cached_answer_costs_nothing(make: Any) -> None:
+    peer, _ = make(chat(answer="Paris"), {"cache": True, "user": "costs"})
+    for hits, cost in ((0, COST), (1, 0.0)):
+        meta = peer.call("execute_program", ASK, meta=True)["meta"]
+        assert (meta["cache_hits"], meta["finish_reasons"]) == (hits, ["stop"])
+        assert meta["cost_usd"] == pytest.approx(cost)
+
+
+def test_without_the_price_of_one_call_there_is_none(make: Any, start_lm: Any) -> None:
+    unpriced = {"model": "openai/of-my-own", **start_lm(lambda _: chat(answer="a")).options()}
+    peer, _ = make(lambda _: chat(answer="a"))
+    assert peer.call("execute_program", {**ASK, "lm": unpriced}, meta=True)["meta"]["cost_usd"] is None
+    step = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
+    extraction = {"model": "openai/of-my-own", **start_lm(lambda _: chat(answer="a")).options()}
+    peer, _ = make(step, adapter={"name": "two_step", "extraction_model": extraction})
+    meta = peer.call("execute_program", ASK, meta=True)["meta"]
+    assert (meta["lm_calls"], meta["cost_usd"]) == (2, None)
+
+
+def test_an_offline_lm_costs_nothing(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
+    meta = echo_peer.call("execute_program", ASK, meta=True)["meta"]
+    assert (meta["finish_reasons"], meta["cost_usd"]) == (["stop"], 0.0)
+
+
+def test_what_asks_no_lm_has_no_calls(make: Any) -> None:
+    peer, _ = make(chat(answer="a"))
+    assert of_lms(peer.call("ping", meta=True)["meta"]) == NOTHING
+    for args, error_type in (
+        ({"program_id": "qa", "inputs": {}}, "invalid_args"),
+        ({"program_id": "none", "inputs": {}}, "program_not_found"),
+        ({"program_id": "qa"}, "invalid_args"),
+    ):
+        reply = peer.call("execute_program", args, meta=True)
+        assert reply["error_type"] == error_type and of_lms(reply["meta"]) == NOTHING
+    reply = peer.call("frobnicate", meta=True)
+    assert reply["error_type"] == "unknown_command" and of_lms(reply["meta"]) == NOTHING
+
+
+def test_a_failed_call_has_no_reason_and_costs_nothing(make: Any) -> None:
+    """The provider refused it. The answer to an earlier call of the run counts."""
+    refused = 400, {"error": {"message": "no", "type": "error"}}
+    peer, _ = make(refused)
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert reply["error_type"] == "lm_error"
+    assert of_lms(reply["meta"]) == {**NOTHING, "lm_calls": 1, "finish_reasons": [None]}
+    peer, _ = make(script("no format", refused))
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert reply["error_type"] == "lm_error" and reply["meta"]["finish_reasons"] == ["stop", None]
+    assert reply["meta"]["lm_usage"][PRICED]["completion_tokens"] == 7
+    assert reply["meta"]["cost_usd"] == pytest.approx(COST)
+
+
+def test_tokens_of_a_call_that_failed_after_its_answer_count(make: Any) -> None:
+    """Of two completions the second is refused: the first was billed, at a price that DSPy does not tell."""
+    if DSPY < (3, 4):
+        raise LacksFeature("it asks for all completions at once")
+    peer, _ = make(script(chat(answer="a"), (400, {"error": {"message": "no"}})), config={"n": 2, "temperature": 1.0})
+    reply = peer.call("execute_program", ASK, meta=True)
+    assert reply["error_type"] == "lm_error" and reply["meta"]["lm_calls"] == 1
+    assert reply["meta"]["lm_usage"][PRICED]["completion_tokens"] == 7
+    assert (reply["meta"]["finish_reasons"], reply["meta"]["cost_usd"]) == ([None], None)
+
+
+def test_a_failing_tool_is_an_error_with_meta(make: Any) -> None:
+    options = {"N": 1, "threshold": 1, "reward": {"tool": "judge"}}
+    peer, _ = make(chat(answer="a"), program_type="best_of_n", options=options, tools=[{"name": "judge"}])
+    peer.request("execute_program", ASK, meta=True)
+    call = peer.receive()["tool_call"]
+    peer.send({"tool_result": {"call_id": call["call_id"], "success": False, "error": "boom"}})
+    reply = peer.receive()
+    assert reply["error_type"] == "tool_error"
+    assert (reply["meta"]["finish_reasons"], reply["meta"]["lm_calls"]) == (["stop"], 1)
+    assert reply["meta"]["cost_usd"] == pytest.approx(COST)
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancelled"])
+def test_a_run_that_is_stopped_tells_its_calls_up_to_then(make: Any, end: str) -> None:
+    waiting = threading.Event()
+    asked: list[object] = []
+
+    def answer(_request: dict[str, Any]) -> Answer:
+        asked.append(None)
+        if len(asked) == 1:
+            return "no format"
+        waiting.wait(PATIENCE)
+        return "late"
+
+    peer, server = make(answer)
+    id = peer.request("execute_program", ASK, meta=True, **({"timeout_ms": 700} if end == "timeout" else {}))
+    for _ in range(2):
+        assert server.arrived.acquire(timeout=PATIENCE)
+    if end == "cancelled":
+        peer.send({"cancel": id})
+    reply = peer.receive()
+    waiting.set()
+    assert reply["error_type"] == end
+    assert reply["meta"]["finish_reasons"] == ["stop", None] and reply["meta"]["fallbacks"] == 1
+    assert reply["meta"]["lm_usage"][PRICED]["completion_tokens"] == 7
+    assert reply["meta"]["cost_usd"] == pytest.approx(COST), "what is under way is not known to be billed"
+
+
+def test_a_run_that_found_no_slot_has_meta(start_lm: Any) -> None:
+    server = start_lm()
+    server.gate.clear()
+    env = {**lm_env(server), "DSPY_BRIDGE_MAX_IN_FLIGHT": "1", "DSPY_BRIDGE_MAX_QUEUE": "0"}
+    with Peer(env=env) as peer:
+        peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
+        first = peer.request("execute_program", ASK)
+        assert server.arrived.acquire(timeout=PATIENCE)
+        reply = peer.call("execute_program", ASK, meta=True)
+        assert reply["error_type"] == "overloaded" and of_lms(reply["meta"]) == NOTHING
+        server.gate.set()
+        assert peer.receive()["id"] == first
+
+
+def test_the_calls_of_a_batch_are_in_the_order_of_their_start(make: Any) -> None:
+    peer, _ = make(lambda request: Ended("x", "content_filter") if "two" in str(request) else chat(answer="a"))
+    inputs = [{"question": "one"}, {"question": "two"}, {"question": "one"}]
+    meta = peer.call("execute_program", {**ASK, "inputs": inputs}, meta=True)["meta"]
+    # DSPy 3.3 gives up the schema with one more call.
+    more = 1 if DSPY >= (3, 4) else 2
+    assert meta["lm_calls"] == len(meta["finish_reasons"]) == 3 + more and meta["fallbacks"] == more
+    assert sorted(meta["finish_reasons"]) == ["content_filter"] * (1 + more) + ["stop", "stop"]
+    assert meta["cost_usd"] == pytest.approx((3 + more) * COST)

@@ -1,0 +1,347 @@
+"""The limits of an account, with a clock that the tests set: nothing here waits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspy_bridge.errors import Overloaded
+from dspy_bridge.lm import rate_limits
+from dspy_bridge.lm.rate_limits import Account, Bucket, Gate, Limits, Ticket
+
+
+class World:
+    """An account, its clock, and its waiters: each polls when it is woken, or when the time has come that it was told.
+
+    `sent`: the waiters whose requests went out, with the time, in their order.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.account = Account(clock=lambda: self.now)
+        self.sent: list[tuple[float, Waiter]] = []
+        self.waiters: list[Waiter] = []
+
+    def ask(self, gate: Gate, within: float | None = None) -> Waiter:
+        waiter = Waiter(self, gate, None if within is None else self.now + within)
+        self.waiters.append(waiter)
+        waiter.start()
+        self.settle()
+        return waiter
+
+    def settle(self) -> None:
+        """Let all waiters poll that would by now."""
+        while due := [waiter for waiter in self.waiters if waiter.state == "waiting" and waiter.next <= self.now]:
+            for waiter in due:
+                waiter.poll()
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.now + seconds
+        while (times := [w.next for w in self.waiters if w.state == "waiting" and w.next <= end]) != []:
+            self.now = max(self.now, min(times))
+            self.settle()
+        self.now = end
+
+    def states(self) -> list[str]:
+        return [waiter.state for waiter in self.waiters]
+
+
+class Waiter:
+    def __init__(self, world: World, gate: Gate, deadline: float | None) -> None:
+        self.world, self.gate = world, gate
+        self.ticket = Ticket(deadline, self.wake)
+        self.state = "waiting"
+        self.next = world.now
+        self.text = ""
+
+    def wake(self) -> None:
+        self.next = self.world.now
+
+    def start(self) -> None:
+        try:
+            self.gate.enter(self.ticket)
+        except Overloaded as error:
+            self.state, self.text = "refused", str(error)
+
+    def poll(self) -> None:
+        if self.state != "waiting":
+            return
+        self.next = float("inf")
+        try:
+            seconds = self.gate.poll(self.ticket)
+        except Overloaded as error:
+            self.state, self.text = "refused", str(error)
+            return
+        if seconds <= 0:
+            self.state = "sent"
+            self.world.sent.append((self.world.now, self))
+        else:
+            # A timer's clock may be behind by a little.
+            self.next = self.world.now + seconds + 1e-9
+
+    def leave(self) -> None:
+        self.state = "left"
+        self.gate.leave(self.ticket)
+        self.gate.leave(self.ticket)
+        self.world.settle()
+
+
+def test_no_more_than_max_in_flight_are_sent_at_once_and_the_first_comes_first() -> None:
+    world = World()
+    gate = world.account.gate(Limits(max_in_flight=2))
+    first, second, third, fourth = (world.ask(gate) for _ in range(4))
+    assert world.states() == ["sent", "sent", "waiting", "waiting"]
+    second.leave()
+    assert (third.state, fourth.state) == ("sent", "waiting")
+    third.leave()
+    first.leave()
+    assert fourth.state == "sent"
+
+
+def test_a_waiter_that_is_cancelled_gives_its_place_back() -> None:
+    world = World()
+    gate = world.account.gate(Limits(max_in_flight=1))
+    first, second, third = (world.ask(gate) for _ in range(3))
+    second.leave()
+    first.leave()
+    assert third.state == "sent"
+    fourth = world.ask(gate)
+    # Cancelled after its place was given, before it ran on.
+    third.leave()
+    assert fourth.state == "sent"
+
+
+def test_requests_per_minute_come_at_once_and_then_evenly() -> None:
+    world = World()
+    gate = world.account.gate(Limits(requests_per_minute=3))
+    for _ in range(6):
+        world.ask(gate)
+    assert len(world.sent) == 3
+    world.pass_time(61)
+    assert [round(at - 1000) for at, _ in world.sent] == [0, 0, 0, 20, 40, 60]
+
+
+def test_less_than_one_request_a_minute() -> None:
+    world = World()
+    gate = world.account.gate(Limits(requests_per_minute=0.5))
+    world.ask(gate)
+    world.ask(gate)
+    world.pass_time(119)
+    assert world.states() == ["sent", "waiting"]
+    world.pass_time(2)
+    assert world.states() == ["sent", "sent"]
+
+
+def test_tokens_of_an_answer_may_bring_debt_for_which_the_next_request_waits() -> None:
+    world = World()
+    gate = world.account.gate(Limits(tokens_per_minute=600))
+    world.ask(gate).leave()
+    gate.spend(900)
+    world.ask(gate)
+    world.pass_time(30)
+    assert world.states() == ["left", "waiting"]
+    world.pass_time(1)
+    assert world.states() == ["left", "sent"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "within", "text"),
+    [
+        (
+            Limits(requests_per_minute=2),
+            29,
+            "the LM's next request would have to wait 30.0 s for requests_per_minute (2); 29.0 s are left",
+        ),
+        (
+            Limits(tokens_per_minute=60),
+            40,
+            "the LM's next request would have to wait 41.0 s for tokens_per_minute (60); 40.0 s are left",
+        ),
+    ],
+)
+def test_a_wait_past_the_deadline_fails_at_once_and_names_limit_and_wait(
+    limits: Limits, within: float, text: str
+) -> None:
+    world = World()
+    gate = world.account.gate(limits)
+    world.ask(gate)
+    world.ask(gate)
+    gate.spend(100)
+    assert world.ask(gate, within).text == text
+    assert world.ask(gate, within + 1.1).state == "waiting"
+
+
+def test_those_before_it_count_for_the_wait() -> None:
+    world = World()
+    gate = world.account.gate(Limits(requests_per_minute=60))
+    for _ in range(60 + 9):
+        world.ask(gate)
+    assert world.ask(gate, 9.5).state == "refused"
+    assert world.ask(gate, 10.5).state == "waiting"
+
+
+def test_a_pause_holds_all_requests_of_the_account_and_fails_those_that_it_makes_late() -> None:
+    world = World()
+    limited = world.account.gate(Limits(max_in_flight=1))
+    free = world.account.gate(Limits())
+    first = world.ask(limited)
+    late, patient = world.ask(limited, 5), world.ask(limited, 60)
+    world.account.pause(10)
+    world.settle()
+    other = world.ask(free)
+    assert (late.state, patient.state, other.state) == ("refused", "waiting", "waiting")
+    assert late.text == (
+        "the LM's next request would have to wait 10.0 s for its server, which asked for a pause; 5.0 s are left"
+    )
+    first.leave()
+    world.pass_time(9.9)
+    assert (patient.state, other.state) == ("waiting", "waiting")
+    world.pass_time(0.2)
+    assert (patient.state, other.state) == ("sent", "sent")
+
+
+def test_a_shorter_pause_does_not_end_a_longer_one_and_none_is_longer_than_a_day() -> None:
+    world = World()
+    gate = world.account.gate(Limits())
+    world.account.pause(1e12)
+    world.account.pause(1)
+    world.ask(gate)
+    world.pass_time(86_399)
+    assert world.states() == ["waiting"]
+    world.pass_time(2)
+    assert world.states() == ["sent"]
+
+
+def test_each_lm_keeps_its_own_limits_and_all_requests_of_the_account_count() -> None:
+    """So a batch leaves room for others, and who names nothing is not held up."""
+    world = World()
+    narrow = world.account.gate(Limits(max_in_flight=1, requests_per_minute=2))
+    wide = world.account.gate(Limits(max_in_flight=3))
+    free = world.account.gate(Limits())
+    assert world.ask(free).state == world.ask(wide).state == "sent"
+    batch = world.ask(narrow)
+    assert batch.state == "waiting"
+    assert world.ask(wide).state == "sent" and world.ask(wide).state == "waiting" and world.ask(free).state == "sent"
+    for waiter in world.waiters:
+        if waiter is not batch:
+            waiter.leave()
+    assert batch.state == "waiting", "five requests were sent, and its LM allows two a minute"
+    world.pass_time(31)
+    assert batch.state == "sent", "what others send beyond its limits is not its debt"
+
+
+def test_equal_limits_of_an_account_are_one_gate_also_for_copies() -> None:
+    limits = Limits(max_in_flight=1)
+    gate = rate_limits.gate("here with my key", limits)
+    assert rate_limits.gate("here with my key", limits) is gate
+    assert rate_limits.gate("here with another", limits).account is not gate.account
+    assert rate_limits.gate("here with my key", Limits()).account is gate.account
+    assert copy.deepcopy(gate) is copy.copy(gate) is pickle.loads(pickle.dumps(gate)) is gate
+
+
+def test_gates_are_remembered_beyond_their_lms_but_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limits, "_remembered", type(rate_limits._remembered)())
+    monkeypatch.setattr(rate_limits, "_REMEMBERED", 10)
+    limits = Limits(requests_per_minute=1)
+    mine = weakref.ref(rate_limits.gate("mine", limits))
+    for number in range(9):
+        rate_limits.gate(str(number), limits)
+    gc.collect()
+    assert rate_limits.gate("mine", limits) is mine()
+    before = len(rate_limits._accounts)
+    for number in range(100):
+        rate_limits.gate(f"tenant {number}", limits)
+    gc.collect()
+    assert len(rate_limits._remembered) == 10 and len(rate_limits._accounts) <= before + 10
+
+
+per_minute = st.one_of(st.none(), st.floats(0.1, 1000), st.integers(1, 1000))
+some_limits = st.builds(Limits, st.one_of(st.none(), st.integers(1, 5)), per_minute, per_minute)
+seconds = st.floats(0, 200)
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("ask"), st.integers(0, 1), st.one_of(st.none(), st.none(), seconds)),
+        st.tuples(st.just("pass"), seconds),
+        st.tuples(st.just("leave"), st.integers(0, 1000)),
+        st.tuples(st.just("spend"), st.integers(0, 2000)),
+        st.tuples(st.just("pause"), seconds),
+    ),
+    max_size=60,
+)
+
+
+@given(st.tuples(some_limits, some_limits), steps)
+def test_never_more_than_the_limits_first_in_first_out_and_no_place_is_lost(
+    limits: tuple[Limits, Limits], steps: list[Any]
+) -> None:
+    world = World()
+    gates = [world.account.gate(limit) for limit in limits]
+    for what, *rest in steps:
+        if what == "ask":
+            world.ask(gates[rest[0]], rest[1])
+        elif what == "pass":
+            world.pass_time(rest[0])
+        elif what == "leave" and world.waiters:
+            world.waiters[rest[0] % len(world.waiters)].leave()
+        elif what == "spend":
+            gates[0].spend(rest[0])
+        elif what == "pause":
+            world.account.pause(rest[0])
+        world.settle()
+        in_flight = world.states().count("sent")
+        for gate in gates:
+            most = gate.limits.max_in_flight
+            waiting = [w for w in world.waiters if w.state == "waiting" and w.gate is gate]
+            assert in_flight == world.account._in_flight
+            # Nobody waits for nothing.
+            assert not waiting or (most is not None and in_flight >= most) or waiting[0].next > world.now
+    # Within its own limits, whatever the others of the account send.
+    for gate in gates:
+        own = [at for at, waiter in world.sent if waiter.gate is gate]
+        if (rate := gate.limits.requests_per_minute) is not None:
+            for first, last in itertools.combinations_with_replacement(range(len(own)), 2):
+                most = max(rate, 1) + rate / 60 * (own[last] - own[first])
+                assert last - first + 1 <= most + 1e-3
+        order = [world.waiters.index(waiter) for _, waiter in world.sent if waiter.gate is gate]
+        assert order == sorted(order)
+    # When all others end, whoever still waits is sent in the end.
+    for _ in world.waiters:
+        for waiter in world.waiters:
+            if waiter.state == "sent":
+                waiter.leave()
+        world.pass_time(1e7)
+    assert "waiting" not in world.states()
+    assert world.account._in_flight == world.states().count("sent")
+
+
+@given(st.integers(1, 5), steps)
+def test_places_in_flight(most: int, steps: list[Any]) -> None:
+    """Of one gate, never more than it allows."""
+    world = World()
+    gate = world.account.gate(Limits(max_in_flight=most))
+    for what, *rest in steps:
+        if what == "ask":
+            world.ask(gate)
+        elif what == "leave" and world.waiters:
+            world.waiters[rest[0] % len(world.waiters)].leave()
+        wanted = [waiter for waiter in world.waiters if waiter.state in ("sent", "waiting")]
+        assert [w.state for w in wanted] == ["sent"] * min(most, len(wanted)) + ["waiting"] * (len(wanted) - most)
+
+
+@given(st.floats(0.1, 1e6), st.lists(st.tuples(st.floats(0, 100), st.floats(0, 1e6)), max_size=30))
+def test_a_bucket_tells_exactly_when_it_has_enough(per_minute: float, takes: list[tuple[float, float]]) -> None:
+    bucket, now = Bucket(per_minute), 5000.0
+    for later, amount in takes:
+        now += later
+        bucket.take(amount, now)
+        wait = bucket.wait(1, now)
+        assert bucket.wait(1, now + max(0.0, wait) + 1e-6) <= 0
+        assert wait <= 1e-6 or bucket.wait(1, now + wait * 0.9) > 0
