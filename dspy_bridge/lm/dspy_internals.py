@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from dspy_bridge.logs import peer_log
 
 # Modules that DSPy has since 3.4. An older one does in other places what their names do, or does not do it at all.
 _SINCE_3_4 = ("dspy._vendor.", "dspy.clients.engines", "dspy.clients.execution", "dspy.clients.call_context")
-_BEFORE_3_4 = tuple(int(part) for part in dspy.__version__.split(".")[:2]) < (3, 4)
+BEFORE_3_4 = tuple(int(part) for part in dspy.__version__.split(".")[:2]) < (3, 4)
 
 
 class Name:
@@ -33,7 +35,7 @@ class Name:
         self.takes = takes
         self.of_instances = of_instances
         self.lazy = lazy
-        self.expected = not (_BEFORE_3_4 and self.module.startswith(_SINCE_3_4))
+        self.expected = not (BEFORE_3_4 and self.module.startswith(_SINCE_3_4))
         self._wrapped = False
         names.append(self)
 
@@ -105,6 +107,28 @@ def _warn(gone: list[Name]) -> None:
     peer_log.logger.warning("names inside DSPy %s are not as expected: %s", dspy.__version__, lost)
 
 
+def close_first_cache(cache: Any) -> None:
+    """Close the files of the cache that DSPy 3.3 opens on disk when it is imported: 48 descriptors.
+
+    Call it on the thread that imported DSPy, with another cache configured. Other versions open none.
+    """
+    close = getattr(getattr(cache, "disk_cache", None), "close", None)
+    if BEFORE_3_4 and callable(close):
+        close()
+
+
+def silence_litellm() -> None:
+    """Keep LiteLLM from reporting, at the end of the process, errors that are only of this end.
+
+    Its exit handler runs what its logging has queued, which the event loop may be running: that is logged as an error.
+    A finalizer raises once the interpreter has cleared the names it uses; the connections it would close end anyway.
+    """
+    logging.getLogger("LiteLLM").disabled = True
+    transport = getattr(sys.modules.get("litellm.llms.custom_httpx.aiohttp_transport"), "LiteLLMAiohttpTransport", None)
+    if transport is not None and "__del__" in vars(transport):
+        del transport.__del__
+
+
 # What LMs are sent: by DSPy's own transports, and by LiteLLM.
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
@@ -150,7 +174,7 @@ OPEN_MAPS = Name(
 # Before DSPy 3.4 the schema is given up after an LM call: see `metering/meter`.
 RESPONSE_FORMAT = (
     None
-    if _BEFORE_3_4
+    if BEFORE_3_4
     else Name(
         "dspy:JSONAdapter._prepare_response_format",
         "answers without a schema are not among the `fallbacks` of `meta`",
@@ -178,7 +202,7 @@ _UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not
 FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
 # Its place before DSPy 3.4.
 PROCESS_RESPONSE = (
-    Name("dspy:BaseLM._process_lm_response", _UNREAD, "self", "response", "prompt", "messages") if _BEFORE_3_4 else None
+    Name("dspy:BaseLM._process_lm_response", _UNREAD, "self", "response", "prompt", "messages") if BEFORE_3_4 else None
 )
 
 # Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.

@@ -37,6 +37,8 @@ _SECONDS_WITHOUT_MEMORY = 0.05
 def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_bytes: int, drain_ms: int) -> None:
     """Serve frames from `reading` until the end of input, then drain for at most `drain_ms` and return."""
     terminated = _handle_signals(reading)
+    # For the drain: at the end of input there may be no descriptors left.
+    idle = os.pipe()
     decoder = FrameDecoder(max_frame_bytes)
     # Local names, as they are found sooner.
     read, answer_pings, send_packet = os.read, dispatcher.answer_pings, writer.send_packet
@@ -64,7 +66,7 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
         log(f"end of input: {error.strerror}")
     if decoder.mid_frame:
         log("end of input inside a frame: it was dropped")
-    _drain(writer, dispatcher, drain_ms / 1000)
+    _drain(writer, dispatcher, drain_ms / 1000, *idle)
 
 
 def exit_now() -> None:
@@ -152,10 +154,12 @@ def _keep_from_forks(*fds: int) -> None:
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=forget)
 
 
-def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float) -> None:
-    """Wait until received work is done and its replies are written, unless nobody reads them."""
+def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float, idle_read: int, idle_write: int) -> None:
+    """Wait until received work is done and its replies are written, unless nobody reads them.
+
+    `idle_read`, `idle_write`: an empty pipe.
+    """
     end = time.monotonic() + seconds
-    idle_read, idle_write = os.pipe()
     dispatcher.when_idle(lambda: os.write(idle_write, b"."))
     poller = select.poll()
     poller.register(idle_read, select.POLLIN)

@@ -11,7 +11,7 @@ import resource
 # The most that Linux grants any user. With pipes of 64 KB, 1 MB of arguments takes a tenth longer.
 PIPE_BYTES = 1 << 20
 
-# Descriptors that the peer itself needs: 13 with programs loaded, more during imports and name look-ups.
+# Descriptors that the peer itself needs: 15 with programs loaded, more during imports and name look-ups.
 RESERVED = 32
 
 

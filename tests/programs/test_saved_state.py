@@ -12,6 +12,7 @@ import dspy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peer import DSPY
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.programs import saved_state
@@ -210,6 +211,7 @@ def replaced(state: dict[str, Any], path: list[str | int], value: Any) -> dict[s
 
 
 GOOD = learned("predict").dump_state()
+BAD_FIELDS = "DSPy cannot load it" if DSPY >= (3, 4) else r"^state\.fields: needs DSPy 3\.4\.0 or newer; this is 3\.3\."
 
 
 @pytest.mark.parametrize(
@@ -231,8 +233,8 @@ GOOD = learned("predict").dump_state()
         (["demos", 0], {}, r"state.demos\[0\]: for another signature"),
         (["demos", 1], {"query": "x"}, r"state.demos\[1\]: for another signature"),
         (["lm"], "openai/x", "state.lm: expected an object or null"),
-        (["fields"], 5, "DSPy cannot load it"),
-        (["fields"], {"answer": {"threshold": 0.5}}, "DSPy cannot load it"),
+        (["fields"], 5, BAD_FIELDS),
+        (["fields"], {"answer": {"threshold": 0.5}}, BAD_FIELDS),
     ],
 )
 def test_what_is_wrong_is_named(path: list[str | int], value: Any, said: str) -> None:

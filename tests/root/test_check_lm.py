@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peer import ROOT
+from peer import DSPY, ROOT
 
 KEY = "sk-0123456789abcdef"
 
@@ -43,8 +43,17 @@ def test_a_key_in_the_environment_is_found_and_not_printed(
 
 
 def test_an_lm_that_dspy_refuses_has_its_words(tmp_path: Path) -> None:
-    found = facts("openai/gpt-4o-mini", tmp_path, {"num_retries": -1})
-    assert list(found) == ["refused"] and found["refused"].startswith("ValueError: num_retries")
+    found = facts("openai/o3", tmp_path, {"temperature": 0.5})
+    assert list(found) == ["refused"] and found["refused"].startswith("LMConfigurationError: [openai/o3] ")
+
+
+def test_an_lms_engine_needs_dspy_3_4(tmp_path: Path) -> None:
+    found = facts("openai/gpt-4o-mini", tmp_path, {"engine": "litellm"})
+    if DSPY >= (3, 4):
+        assert found["engine"] == "litellm"
+    else:
+        assert list(found) == ["refused"]
+        assert found["refused"].startswith("engine: needs DSPy 3.4.0 or newer; this is 3.3.")
 
 
 def test_a_provider_that_nobody_knows(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import inspect
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -34,6 +34,8 @@ class _Call:
         self.refused: dspy.LMError | None = None
         # When its answer has ended.
         self.leave: Callable[[], None] | None = None
+        # The bodies of its answers, which it may not have read to their end.
+        self.bodies: list[Any] = []
 
     def left(self) -> None:
         if self.leave is not None:
@@ -56,18 +58,25 @@ def limiting(call: Callable[..., Any]) -> Callable[..., Any]:
     async def alimited(*args: Any, **kwargs: Any) -> Any:
         if not _watched.is_set():
             await asyncio.to_thread(_watch_clients)  # an import, as a rule
-        with _limits():
-            return await call(*args, **kwargs)
+        with _limits() as of_call:
+            try:
+                return await call(*args, **kwargs)
+            except BaseException:
+                # DSPy 3.3 leaves a stream to the garbage collector when its reader is cancelled.
+                for body in of_call.bodies:
+                    with suppress(Exception):  # a connection that was broken already
+                        await body.aclose()
+                raise
 
     return alimited if inspect.iscoroutinefunction(call) else limited
 
 
 @contextmanager
-def _limits() -> Iterator[None]:
+def _limits() -> Iterator[_Call]:
     call = _Call()
     token = _call.set(call)
     try:
-        yield
+        yield call
     except Exception:
         if call.refused is None:
             raise
@@ -133,6 +142,7 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
     async def awatch(response: Any) -> None:
         if (call := _call.get()) is not None:
             response.stream = AsyncBody(call, response)
+            call.bodies.append(response.stream)
 
     failures = (httpx.ConnectError, httpx.ConnectTimeout)
     send.wrap(lambda original: _hooked(watch, original, functools.partial(_connecting, failures)))

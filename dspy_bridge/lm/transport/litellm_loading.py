@@ -7,6 +7,7 @@ call and every deadline would wait for it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import importlib
 from collections.abc import AsyncIterator, Callable
@@ -68,6 +69,8 @@ def _import(done: Future[None]) -> None:
             dspy_internals.GET_LITELLM.value(feature="dspy.LM")
         else:
             importlib.import_module("litellm")
+        # It runs before LiteLLM's own exit handlers, which were registered before.
+        atexit.register(dspy_internals.silence_litellm)
         done.set_result(None)
     except BaseException as error:  # many packages' code, which may raise anything
         done.set_exception(error)

@@ -325,10 +325,6 @@ def with_files(most: int) -> list[str]:
     return ["sh", "-c", f'ulimit -n {most} && exec "$0" "$@"', sys.executable, "-m", "dspy_bridge"]
 
 
-OWN_CONNECTIONS = pytest.mark.skipif(DSPY < (3, 4), reason="they are LiteLLM's, which the peer cannot close")
-
-
-@OWN_CONNECTIONS
 def test_a_burst_past_the_limit_of_open_files_waits_its_turn(start_lm: Any) -> None:
     server = start_lm()
     server.gate.clear()
@@ -347,7 +343,6 @@ def test_a_burst_past_the_limit_of_open_files_waits_its_turn(start_lm: Any) -> N
         assert peer.call("execute_program", ASK)["success"]
 
 
-@OWN_CONNECTIONS
 def test_when_descriptors_run_out_idle_connections_are_closed_for_whoever_needs_one(start_lm: Any) -> None:
     """Also those of an LM that is being called meanwhile, after that; the calls themselves go on."""
     busy, other = start_lm(), start_lm()

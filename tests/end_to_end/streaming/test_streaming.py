@@ -467,7 +467,6 @@ def endless(taken: list[int], stop: threading.Event) -> Iterator[str]:
         yield f"{taken[0]:>5} " * 170
 
 
-@pytest.mark.skipif(DSPY < (3, 4), reason="LiteLLM reads ahead")
 def test_an_owner_that_does_not_read_slows_the_lm_and_nothing_is_stored(stage: Stage) -> None:
     """The LM writes without end: it gets no further than what the pipes hold, goes on with the reading, and is
     closed by a cancel.
@@ -480,7 +479,8 @@ def test_an_owner_that_does_not_read_slows_the_lm_and_nothing_is_stored(stage: S
     stuck = wait_until_still(taken)
     full = process.memory_info().rss
     assert stuck * 1000 < 30_000_000, "more than pipes and sockets hold"
-    assert wait_until_still(taken) == stuck and process.memory_info().rss - full < 1_000_000
+    ahead = 0 if DSPY >= (3, 4) else 10_000_000  # LiteLLM reads some of what waits in the sockets
+    assert wait_until_still(taken) == stuck and process.memory_info().rss - full < ahead + 1_000_000
     for _ in range(3000):
         assert stage.peer.receive()["id"] == id
     assert wait_until_still(taken) > stuck
@@ -507,10 +507,7 @@ def test_deadlines_hold_while_nobody_reads(stage: Stage) -> None:
     taken, stop = [0], threading.Event()
     stage.answer = lambda _request: endless(taken, stop)
     id = stage.start(stage.create(), timeout_ms=700)
-    if DSPY >= (3, 4):  # LiteLLM's is closed with the next garbage
-        assert stage.server.closed_by_client.acquire(timeout=PATIENCE), (
-            "the peer keeps the LM waiting: its pipe is full"
-        )
+    assert stage.server.closed_by_client.acquire(timeout=PATIENCE), "the peer keeps the LM waiting: its pipe is full"
     frames, reply = stage.read(id)
     assert frames and reply["error_type"] == "timeout"
     stop.set()
