@@ -42,7 +42,7 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
     from dspy_bridge.lm import lm_options
 
     variables = set(os.environ)
-    if "engine" in options and not hasattr(dspy, "lm15"):
+    if "engine" in given and not hasattr(dspy, "lm15"):
         return {"refused": f"engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}"}
     try:
         split = lm_options.split(lm_options.complete(given, "lm_options"), "lm_options")

@@ -24,10 +24,11 @@ def formats(server: LMServer) -> list[str | None]:
     return [request.get("response_format", {}).get("type") for request in server.requests]
 
 
-def execute(peer: Peer, program: dict[str, Any] = SORT, **given: Any) -> Any:
+def execute(peer: Peer, program: dict[str, Any] = SORT, *, fallbacks: int = 0, **given: Any) -> Any:
     peer.call("create_program", program)
-    reply = peer.call("execute_program", {**ASK, **given})
+    reply = peer.call("execute_program", {**ASK, **given}, meta=True)
     assert reply["success"], reply
+    assert reply["meta"]["fallbacks"] == fallbacks
     return reply["result"]
 
 
@@ -69,8 +70,9 @@ def test_free_form_maps_are_asked_for_in_json_mode(start_lm: Any, kind: str) -> 
     """As by DSPy, and where they are inside another type, of which DSPy would allow an empty object only."""
     value: Any = {"a": 1} if kind.startswith("dict") else [{"a": 1}]
     server = start_lm(json.dumps({"counts": value}))
+    program = {**SORT, "signature": f"text -> counts: {kind}"}
     with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
-        assert execute(peer, {**SORT, "signature": f"text -> counts: {kind}"}) == {"counts": value}
+        assert execute(peer, program, fallbacks=1 if DSPY >= (3, 4) else 0) == {"counts": value}
     assert formats(server) == ["json_object"]
 
 
@@ -78,7 +80,7 @@ def test_the_second_call_of_a_fallback_has_the_schema(start_lm: Any) -> None:
     """After an answer that the chat adapter cannot read DSPy asks again with the JSON adapter."""
     server = start_lm(script("no such fields", ANSWER))
     with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
-        assert execute(peer, {**SORT, "adapter": "chat"}) == RESULT
+        assert execute(peer, {**SORT, "adapter": "chat"}, fallbacks=1) == RESULT
     assert formats(server) == [None, "json_schema"]
 
 
