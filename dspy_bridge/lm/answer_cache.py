@@ -18,7 +18,8 @@ from dspy_bridge.lm.transport import asking
 def configure(*, disk_cache: str | None, entries: int) -> None:
     """Replace DSPy's cache. `disk_cache`: a folder; `entries`: of the cache in memory; without both there is none."""
     separable = dspy_internals.CACHE_KEY.there
-    first_cache = getattr(dspy, "cache", None)
+    # Not by its name: newer versions make one when it is asked for.
+    first_cache = vars(dspy).get("cache")
     dspy.configure_cache(
         enable_disk_cache=disk_cache is not None and separable,
         disk_cache_dir=disk_cache,
