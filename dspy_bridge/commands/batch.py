@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 
+from dspy_bridge.caller import item_ends
 from dspy_bridge.errors import Cancelled, TimedOut
 
 TYPE_CHECKING = False
@@ -49,6 +50,8 @@ class _Batch:
         self._stream = stream
         self._max_concurrency = max_concurrency
         self._item_timeout_ms = item_timeout_ms
+        # When all items end, in the loop's time.
+        self._ends: float | None = None
         self._loop = asyncio.get_running_loop()
         self._results: list[Any] = [None] * len(items)
         self._left = len(items)
@@ -78,7 +81,8 @@ class _Batch:
         if self._call.deadline is None:
             return None
         whole = self._call.request.timeout_ms or 0.0
-        return self._loop.call_at(self._call.deadline.when() - min(_EARLIER, whole / 10_000), self._expire, whole)
+        self._ends = self._call.deadline.when() - min(_EARLIER, whole / 10_000)
+        return self._loop.call_at(self._ends, self._expire, whole)
 
     def _end_with(self, starting: asyncio.Task[None]) -> None:
         """A failure to start items is the whole call's."""
@@ -103,6 +107,8 @@ class _Batch:
             await asyncio.sleep(0)
 
     async def _one(self, index: int, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
+        own = None if self._item_timeout_ms is None else self._loop.time() + self._item_timeout_ms / 1000
+        item_ends.set(min((ends for ends in (own, self._ends) if ends is not None), default=None))
         try:
             result = {"success": True, "result": await work(self._items[index])}
         except asyncio.CancelledError:

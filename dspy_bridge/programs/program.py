@@ -6,7 +6,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.caller import Caller, item_ends
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_options
 from dspy_bridge.lm.adapters import field_markers
@@ -83,7 +83,10 @@ class Program:
             values["config"] = settings
         remote_tools.current_call.set(call)
         call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
-        given, whole = self._settings_given(config, lm), admission.Run(call.ends)
+        given, whole = (
+            self._settings_given(config, lm),
+            admission.Run(call.ends if item_ends.get() is None else item_ends.get()),
+        )
 
         async def once() -> dict[str, Any]:
             try:
