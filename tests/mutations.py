@@ -156,8 +156,11 @@ REQUESTS: list[dict[str, Any]] = [
     {
         "command": "execute_program",
         "args": {
-            **{"program_id": "qa", "inputs": [INPUTS["qa"], INPUTS["qa"]]},
-            **{"attempts": 2, "max_concurrency": 1, "item_timeout_ms": 500.5},
+            "program_id": "qa",
+            "inputs": [INPUTS["qa"], INPUTS["qa"]],
+            "attempts": 2,
+            "max_concurrency": 1,
+            "item_timeout_ms": 500.5,
         },
     },
 ]
