@@ -1,15 +1,21 @@
-"""Whether the default LM has its key: a script that `mix dspex.doctor` runs.
+"""Whether the default LM has its key, and its server can be reached: a script that `mix dspex.doctor` runs.
 
-Prints `DSPEX` and an object with facts, no key among them; makes no request. DSPy's own engine looks up the key of a
-provider that it serves by rules of its own; LiteLLM serves the others, and those of a DSPy without engines.
+Prints `DSPEX` and an object with facts, no key among them. Makes no request, but with the argument `--ask`
+(`lm/probe`). DSPy's own engine looks up the key of a provider that it serves by rules of its own; LiteLLM serves the
+others, and those of a DSPy without engines.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import threading
+import urllib.request
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 
 def main() -> None:
@@ -18,29 +24,41 @@ def main() -> None:
     for name in [name for name, value in os.environ.items() if not value]:
         del os.environ[name]
     options = json.loads(os.environ.get("DSPY_BRIDGE_LM_OPTIONS") or "{}")
-    options.pop("model", None)
-    print("\nDSPEX " + json.dumps(check(os.environ["DSPY_BRIDGE_LM"], options)))  # noqa: T201
+    facts = check({**options, "model": os.environ["DSPY_BRIDGE_LM"]}, asking="--ask" in sys.argv)
+    print("\nDSPEX " + json.dumps(facts))  # noqa: T201
 
 
-def check(model: str, options: dict[str, Any]) -> dict[str, Any]:
+def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
     """The facts.
 
-    `refused`: why DSPy does not take the LM, alone. `engine`: `dspy` or `litellm`. `known`: whether it knows the
-    provider. `key`: whether a key is needed. `lacks`: the variables that are missing; `needs` and `set`: those that an
-    empty environment lacks, and those of them that are set; `why`: DSPy's reason for `lacks`.
+    `refused`: why the LM or its options are not taken, alone. `asked`: with `asking`, the answer of `probe.ask`, alone.
+    `unreachable`: why its `api_base` cannot be connected to, or None. `engine`: `dspy` or `litellm`. `known`: whether
+    it knows the provider. `key`: whether a key is needed. `lacks`: the variables that are missing; `needs` and `set`:
+    those that an empty environment lacks, and those of them that are set; `why`: DSPy's reason for `lacks`.
     """
     import dspy
 
+    from dspy_bridge.errors import InvalidArgs
+    from dspy_bridge.lm import lm_options
+
     variables = set(os.environ)
-    if "engine" in options and not hasattr(dspy, "lm15"):
+    if "engine" in given and not hasattr(dspy, "lm15"):
         return {"refused": f"engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}"}
     try:
-        lm = dspy.LM(model, **options)
-        chosen = _engine(lm)
+        split = lm_options.split(lm_options.complete(given, "lm_options"), "lm_options")
+        model, options = split.model, split.of_dspy
+        if asking:
+            from dspy_bridge.lm import probe
+
+            return {"asked": probe.ask(model, options, split.supports)}
+        chosen = _engine(dspy.LM(model, **options))
+    except InvalidArgs as error:
+        return {"refused": str(error)}
     except (TypeError, ValueError, dspy.LMError) as error:
         return {"refused": f"{type(error).__name__}: {_first_line(error)}"}
     facts: dict[str, Any] = {"engine": "dspy", "known": True, "key": True, "needs": [], "lacks": [], "why": None}
     facts.update(_native(chosen) if chosen else _litellm(model, options))
+    facts["unreachable"] = _unreachable(options.get("api_base") or options.get("base_url"), split.connect_timeout)
     return {**facts, "set": [name for name in facts["needs"] if name in variables]}
 
 
@@ -90,11 +108,37 @@ def _litellm(model: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"engine": "litellm", "needs": needs, "lacks": [name for name in missing if not name.endswith(given)]}
 
 
+def _unreachable(address: object, seconds: float) -> str | None:
+    if not isinstance(address, str):
+        return None
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (KeyError, ValueError):
+        return "its api_base is not an address such as http://127.0.0.1:8080/v1"
+    if host is None or (parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)):
+        return None
+    failed: list[str] = ["no connection"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), seconds).close()
+            failed.clear()
+        except OSError as error:
+            failed[:] = [error.strerror or str(error)]
+
+    # The look-up of a name has no timeout of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return f"{host}:{port} cannot be reached within {seconds:g} s: {failed[0]}" if failed else None
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
 if __name__ == "__main__":
     # This folder has modules with common names, and the working directory may have anything.
-    sys.path[:] = [folder for folder in sys.path[1:] if folder]
+    sys.path[:] = [str(Path(__file__).resolve().parents[1]), *(folder for folder in sys.path[1:] if folder)]
     main()

@@ -83,6 +83,7 @@ defmodule DSPex.MixProject do
     {"guide/streaming", "Guide"},
     {"guide/lms", "Guide"},
     {"guide/own-modules", "Guide"},
+    {"local-models", "Guide"},
     {"deploying", "In production"},
     {"security", "In production"},
     {"settings", "In production"},

@@ -168,6 +168,9 @@ JSON_FALLBACK = Name(
     "second answers, in JSON, are not checked for contradictions",
     "self",
 )
+OPEN_MAPS = Name(
+    "dspy.adapters.json_adapter:_has_open_ended_mapping", "maps inside other types may come back empty", "signature"
+)
 # Before DSPy 3.4 the schema is given up after an LM call: see `metering/meter`.
 RESPONSE_FORMAT = (
     None

@@ -24,7 +24,7 @@ if not hasattr(dspy, "LMError"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
 
 from dspy_bridge.lm import answer_cache, dspy_internals, lm_options
-from dspy_bridge.lm.adapters import guarded_adapters, json_repair_limit
+from dspy_bridge.lm.adapters import free_form_maps, guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import call_records, fallbacks
 from dspy_bridge.lm.offline import offline_lm, script_lm
@@ -55,6 +55,7 @@ class Models:
         dspy_internals.check()
         trace_headers.install()
         json_repair_limit.install()
+        free_form_maps.install()
         call_records.install()
         fallbacks.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.

@@ -13,9 +13,18 @@ from dspy_bridge.lm.rate_limits import Gate
 from dspy_bridge.lm.transport import admission, asking, connections
 from dspy_bridge.runtime import worker_threads
 
+_PARAMS = {
+    "response_schema": ("response_format",),
+    "function_calling": ("tools", "tool_choice", "parallel_tool_calls"),
+    "reasoning": ("reasoning_effort",),
+}
+
 
 class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
     """A `dspy.LM` that also counts its calls: connections of one that has none can be closed (`connections`)."""
+
+    # What the server can do, of `lm_options.CAPABILITIES`; None: what DSPy knows by the model's name.
+    supports: frozenset[str] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,3 +61,31 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
             setting = dspy_internals.USAGE_SETTING.attribute
             with dspy.context(**{setting: admission.TokenCount(self.gate, dspy.settings[setting])}):
                 yield
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """As `dspy.LM`'s."""
+        return bool(super().supports_function_calling if self.supports is None else "function_calling" in self.supports)
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """As `dspy.LM`'s."""
+        return bool(super().supports_reasoning if self.supports is None else "reasoning" in self.supports)
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """As `dspy.LM`'s."""
+        return bool(super().supports_response_schema if self.supports is None else "response_schema" in self.supports)
+
+    @property
+    def supported_params(self) -> set[str]:
+        """As `dspy.LM`'s. A server without schemas may still have JSON mode, also a `response_format`."""
+        params = set(super().supported_params)
+        if self.supports is None:
+            return params
+        for capability, names in _PARAMS.items():
+            if capability in self.supports:
+                params.update(names)
+            elif capability != "response_schema" or not self.supports:
+                params.difference_update(names)
+        return params

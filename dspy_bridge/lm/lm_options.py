@@ -18,6 +18,8 @@ from dspy_bridge.logs import redaction
 CONNECT_TIMEOUT = 2.0
 # The key for another address than the peer's that came without one: DSPy would send it the environment's.
 NO_KEY = "none"
+# What `supports` may name.
+CAPABILITIES = ("response_schema", "function_calling", "reasoning")
 # Both mean the same.
 _ADDRESSES = ("api_base", "base_url")
 # What belongs to a server, and is inherited with its address.
@@ -43,6 +45,7 @@ _OF_LMS = (
     "engine",
     "inherit",
     "answers",
+    "supports",
 )
 # Options of `dspy.LM` that are Python objects, which JSON cannot give.
 _OBJECTS = frozenset(
@@ -64,13 +67,17 @@ _CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncate
 
 
 class LMOptions(NamedTuple):
-    """`of_dspy`: keyword arguments of `dspy.LM`; the others are the bridge's own. Times in seconds."""
+    """`of_dspy`: keyword arguments of `dspy.LM`; the others are the bridge's own. Times in seconds.
+
+    `supports`: of `CAPABILITIES`; None: what DSPy knows of the model.
+    """
 
     model: str
     of_dspy: dict[str, Any]
     cache_scope: str | None
     connect_timeout: float
     limits: Limits
+    supports: frozenset[str] | None
 
 
 def complete(given: object, where: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -117,9 +124,10 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
         of_dspy["cache"], scope = _cache(of_dspy["cache"], where)
     else:
         scope = None
+    supports = _supports(of_dspy.pop("supports"), where) if "supports" in of_dspy else None
     of_dspy.update(_extra(of_dspy.pop("extra", None), where))
     limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
-    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits)
+    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits, supports)
 
 
 def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -169,6 +177,9 @@ def _places(options: dict[str, Any]) -> dict[str, Any]:
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     names = _OF_SERVER if any(name in options for name in _ADDRESSES) else (*_ADDRESSES, *_OF_SERVER)
     inherited = {name: default[name] for name in names if name in default}
+    # The same server may have models that can do other things.
+    if "supports" in default and options["model"] == default["model"]:
+        inherited["supports"] = default["supports"]
     if "api_key" in options:
         # Headers may hold a key, too, of another account then.
         for name in ("headers", "extra_headers"):
@@ -199,6 +210,14 @@ def _limits(given: dict[str, Any], where: str) -> Limits:
         elif type(value) not in (int, float) or not 0 < value < math.inf:
             raise InvalidArgs(f"{where}.{name}: expected a positive number")
     return Limits(**given)
+
+
+def _supports(given: object, where: str) -> frozenset[str]:
+    if given in ("none", ["none"]):
+        return frozenset()
+    if not isinstance(given, list) or not given or any(name not in CAPABILITIES for name in given):
+        raise InvalidArgs(f'{where}.supports: expected ["none"], or a list of {", ".join(CAPABILITIES)}')
+    return frozenset(given)
 
 
 def _extra(given: object, where: str) -> dict[str, Any]:

@@ -82,6 +82,21 @@ def test_extra_options_are_added_to_the_peers() -> None:
     assert lm_options.split(options, "lm").of_dspy["vendor_size"] == 3
 
 
+def test_what_a_model_supports_is_inherited_by_the_same_model_alone() -> None:
+    """Another model of the server may not support it; nor may the same model of another server."""
+    peers = {**PEERS, "supports": ["response_schema"]}
+
+    def supports(given: object) -> object:
+        return lm_options.split(lm_options.complete(given, "lm", peers), "lm").supports
+
+    assert supports("openai/big") == supports({"model": "openai/big", "temperature": 1}) == {"response_schema"}
+    assert supports({"model": "openai/big", "supports": "none"}) == frozenset()
+    assert supports("openai/small") is None
+    assert supports({"model": "openai/big", "inherit": False}) is None
+    assert supports({"model": "openai/big", "api_base": "http://there/v1"}) is None
+    assert lm_options.changed(peers, {"timeout": 2})["supports"] == ["response_schema"]
+
+
 def test_a_config_changes_the_key_but_does_not_take_it_elsewhere() -> None:
     assert lm_options.changed(PEERS, {"api_key": "sk-own"})["api_base"] == "http://here/v1"
     elsewhere = lm_options.changed(PEERS, {"api_base": "http://there"})
@@ -113,6 +128,11 @@ def test_a_config_is_settings_of_the_call_and_options_of_the_connection() -> Non
         ({"extra": []}, "lm.extra: expected an object"),
         ({"extra": {"api_key": "k"}}, "lm.extra.api_key: not one of the provider's own options"),
         ({"extra": {"messages": []}}, "lm.extra.messages: not one of the provider's own options"),
+        *(
+            ({"supports": wrong}, 'lm.supports: expected ["none"], or a list of response_schema, function_calling, rea')
+            for wrong in ("response_schema", [], ["json"], ["none", "reasoning"], [["reasoning"]], {}, 1, True)
+        ),
+        ({"suports": "none"}, "lm.suports: unknown option; did you mean supports?"),
         ({"model": ""}, "lm.model: expected text"),
     ],
 )
@@ -129,7 +149,7 @@ def test_an_lm_is_text_or_an_object(given: object) -> None:
 
 
 def test_a_config_has_no_option_of_an_lm() -> None:
-    for name in ("model", "num_retries", "engine"):
+    for name in ("model", "num_retries", "engine", "supports"):
         with pytest.raises(InvalidArgs, match=f"config.{name}: unknown option"):
             lm_options.read_config({name: "x"})
 

@@ -74,6 +74,13 @@ defmodule Mix.Tasks.DspexTasksTest do
       assert String.ends_with?(text, "\nAll is well.\n")
     end
 
+    test "--ask: one check more" do
+      {text, 0} = run(Doctor, ["--ask"])
+
+      assert text =~
+               ~r/✓ lm .*\n– ask           there is only offline\/echo to ask\nAll is well.\n$/
+    end
+
     test "exits with 1 when any has failed" do
       put_config(:python_bridge, max_retrys: 1)
       {text, status} = run(Doctor, [])

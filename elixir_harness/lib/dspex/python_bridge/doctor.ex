@@ -17,7 +17,8 @@ defmodule DSPex.PythonBridge.Doctor do
   | `folders` | those of `DSPY_BRIDGE_STATE_DIR`, `DSPY_BRIDGE_FILES_DIR` and `DSPY_BRIDGE_DISK_CACHE`, where set |
   | `ping` | a peer that is started with your settings answers |
   | `program` | a program with the LM `offline/echo` runs in that peer: DSPy works |
-  | `lm` | the default LM's name, and whether its key is set (the value is not shown); no request is made |
+  | `lm` | the default LM's name, whether its key is set (the value is not shown), and whether its `api_base` can be connected to; no request is made |
+  | `ask` | with `ask: true` only: the default LM answers; whether it honours response schemas and function calls, and the `supports` to configure. Two or three small requests, each within a minute |
 
   Options that your code gives to a bridge are not known here: pass them to `print/1` or `run/1`.
 
@@ -43,6 +44,7 @@ defmodule DSPex.PythonBridge.Doctor do
   @doc """
   Runs the checks. Options: those of a bridge (`DSPex.PythonBridge.Options`), which override the configuration, and
 
+    * `:ask` – whether to ask the default LM; false by default
     * `:each` – a function that is called with each check when it is done
     * `:hint` – the advice if no interpreter is configured
     * `:decided` – what decided on the interpreter, if not the configuration
@@ -54,6 +56,7 @@ defmodule DSPex.PythonBridge.Doctor do
     {each, opts} = Keyword.pop(opts, :each, fn _check -> :ok end)
     {hint, opts} = Keyword.pop(opts, :hint)
     {decided, opts} = Keyword.pop(opts, :decided)
+    {ask?, opts} = Keyword.pop(opts, :ask, false)
 
     first = [
       {"configuration", [], fn _facts -> configuration(opts) end},
@@ -71,6 +74,10 @@ defmodule DSPex.PythonBridge.Doctor do
       {"ping", ["package", "dspy"], &Peer.ping(opts, &1["configuration"].options)},
       {"program", ["ping"], &Peer.program(&1["ping"])},
       {"lm", ["dspy"], &LM.check(&1["interpreter"], &1["configuration"].options)}
+      | if(ask?,
+          do: [{"ask", ["lm"], &LM.ask(&1["interpreter"], &1["configuration"].options)}],
+          else: []
+        )
     ]
 
     {rest, facts} = Enum.map_reduce(last, facts, &check(&1, &2, each))

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Doctor.LM do
   @moduledoc false
-  # The default LM: its name, and whether the key that it needs is set, never its value. The script `check_lm.py` asks DSPy
-  # and LiteLLM which key that is, in the peer's environment. No request is made.
+  # The default LM: its name, whether its server can be reached, and whether the key that it needs is set, never its value.
+  # The script `check_lm.py` asks DSPy and LiteLLM which key that is, in the peer's environment. Only `ask` makes requests.
 
   alias DSPex.PythonBridge.{OS, Options}
   alias DSPex.PythonBridge.Bridge.Redaction
@@ -9,6 +9,8 @@ defmodule DSPex.PythonBridge.Doctor.LM do
 
   # DSPy and LiteLLM are imported.
   @time_limit_ms 60_000
+  # And the LM answers three questions, each within the minute of `probe.py`.
+  @ask_limit_ms 4 * 60_000
   # The variables without a substitute: an address has a default, and clouds have roles.
   @keys ["_API_KEY", "_API_TOKEN", "_AUTH_TOKEN"]
 
@@ -31,20 +33,46 @@ defmodule DSPex.PythonBridge.Doctor.LM do
          nil, true}
 
       model ->
-        ask(python, model, options)
+        look(python, model, options)
+    end
+  end
+
+  @doc "Asks the default LM two small questions."
+  @spec ask(Path.t(), Options.t()) :: result()
+  def ask(python, options) do
+    case setting("DSPY_BRIDGE_LM", options) do
+      model when model in ["", "offline/echo"] ->
+        {:note, "there is #{if model == "", do: "no LM", else: "only offline/echo"} to ask", nil,
+         true}
+
+      model ->
+        with_facts(python, ["--ask"], @ask_limit_ms, model, options, fn
+          %{"asked" => answer} -> asked(answer)
+          answer -> result(answer, facts(model, options))
+        end)
     end
   end
 
   defp setting(name, options), do: String.trim(options.env.()[name] || System.get_env(name, ""))
 
-  defp ask(python, model, options) do
+  defp look(python, model, options) do
+    with_facts(python, [], @time_limit_ms, model, options, fn answer ->
+      case result(answer, facts(model, options)) do
+        {:failed, _found, _advice} = failed -> failed
+        {_status, _found, _advice} = result -> reached(answer["unreachable"]) || result
+      end
+    end)
+  end
+
+  defp with_facts(python, args, limit_ms, model, options, result) do
     env = Options.port_env(options)
 
     with {:exit, 0, output} <-
-           OS.Command.run(python, [script()], env: env, limit_ms: @time_limit_ms),
+           OS.Command.run(python, [script() | args], env: env, limit_ms: limit_ms),
          %{} = answer <- Probe.answer(output) do
-      {status, found, advice} = result(answer, facts(model, options))
-      {status, Redaction.redact("#{model}: #{found}", options), advice, true}
+      {status, found, advice} = result.(answer)
+      fact = if status != :failed, do: true
+      {status, Redaction.redact("#{model}: #{found}", options), advice, fact}
     else
       {:exit, _status, output} ->
         unknown(model, OS.Command.last_line(output) || "no reason", options)
@@ -84,7 +112,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
 
   defp result(%{"refused" => why}, _facts),
     do:
-      {:failed, "DSPy refuses it or its options: #{why}",
+      {:failed, "it or its options are refused: #{why}",
        "correct :lm and :lm_options of the bridge"}
 
   defp result(%{"known" => false}, %{init?: true}),
@@ -133,6 +161,42 @@ defmodule DSPex.PythonBridge.Doctor.LM do
         {:failed, "its key is not set", set(keys, facts)}
     end
   end
+
+  defp reached(nil), do: nil
+
+  defp reached(why),
+    do: {:failed, why, "start its server, or correct api_base in :lm_options"}
+
+  defp asked(%{"error" => why} = answer),
+    do: {:failed, "it gave no answer: #{why}", after_error(answer["kind"])}
+
+  defp asked(%{"ms" => ms} = answer) do
+    honours =
+      for {name, text} <- [
+            {"response_schema", "response schemas"},
+            {"function_calling", "function calls"}
+          ],
+          do: "#{text}: #{if answer[name], do: "honoured", else: "not honoured"}"
+
+    found = "answered in #{ms} ms; " <> Enum.join(honours, ", ")
+
+    case answer["supports"] do
+      nil -> {:ok, found, nil}
+      names -> {:note, found, "add to its :lm_options: supports: #{inspect(names)}"}
+    end
+  end
+
+  defp after_error("LMAuthError"),
+    do: "correct its key: api_key in :lm_options, or the variable of its provider"
+
+  defp after_error("LMUnsupportedModelError"),
+    do: "correct the model's name in :lm, or api_base in :lm_options"
+
+  defp after_error("LMTimeoutError"),
+    do: "see whether its server is still loading the model, or try a smaller one"
+
+  defp after_error("LMRateLimitError"), do: "wait, or see what your account allows"
+  defp after_error(_kind), do: "see the log of its server, and :lm_options"
 
   defp set(names, facts),
     do:

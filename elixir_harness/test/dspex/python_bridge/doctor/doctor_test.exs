@@ -373,7 +373,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :failed, found: found, advice: advice} = checks["program"]
       assert found =~ "DSPY_BRIDGE_LM_OPTIONS: lm: num_retries" and advice =~ ":lm_options"
       assert %{status: :failed, found: found} = checks["lm"]
-      assert found =~ "openai/x: DSPy refuses it or its options: ValueError: num_retries"
+      assert found =~ "openai/x: it or its options are refused: ValueError: num_retries"
       refute inspect(checks) =~ @key
     end
   end

@@ -57,6 +57,21 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert advice =~ "for a server that needs none, any text will do"
   end
 
+  test "one whose server cannot be reached: host and port" do
+    options = %{api_base: "http://127.0.0.1:1/v1", api_key: @key, connect_timeout: 1}
+    text = "openai/x: 127.0.0.1:1 cannot be reached within 1 s: Connection refused"
+    advice = "start its server, or correct api_base in :lm_options"
+    assert check("openai/x", lm_options: options) == {:failed, text, advice}
+  end
+
+  test "a misspelt option: the nearest one" do
+    assert {:failed, found, "correct :lm and :lm_options of the bridge"} =
+             check("openai/x", lm_options: %{api_bas: "x"})
+
+    assert found =~ "openai/x: it or its options are refused: lm_options.api_bas: unknown option"
+    assert found =~ "did you mean api_base?"
+  end
+
   test "one that DSPy refuses for another reason: its error text" do
     env = Map.new(~w(AZURE_OPENAI_RESOURCE AZURE_OPENAI_ENDPOINT AZURE_API_BASE), &{&1, ""})
     assert {:failed, found, advice} = check("azure/gpt-4", env: env)
@@ -79,7 +94,9 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
        %{tmp_dir: dir} do
     empty = interpreter(dir, "MISTRAL_API_KEY= exec #{python()} \"$@\"")
     azure = %{"AZURE_API_KEY" => "", "AZURE_API_BASE" => "", "AZURE_API_VERSION" => ""}
-    options = %{api_key: @key, api_base: "https://x", api_version: "2024"}
+    {:ok, listening} = :gen_tcp.listen(0, ip: {127, 0, 0, 1})
+    {:ok, port} = :inet.port(listening)
+    options = %{api_key: @key, api_base: "http://127.0.0.1:#{port}", api_version: "2024"}
 
     cases = [
       fn -> check("mistral/x", [], empty) end,
@@ -101,6 +118,54 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert {:failed, found, advice} = misspelt
     assert found == "opnai/gpt-4o: neither DSPy nor LiteLLM knows its provider"
     assert advice =~ "openai/gpt-4o-mini"
+  end
+
+  describe "that is asked" do
+    # The script must be asked to ask.
+    defp ask(dir, answer, model \\ "openai/x") do
+      answer = JSON.encode!(%{asked: answer})
+      python = interpreter(dir, "[ \"$2\" = --ask ] && echo 'DSPEX #{answer}'")
+      {:ok, options} = Options.new(lm: model, lm_options: %{api_key: @key})
+      {status, found, advice, _fact} = LM.ask(python, options)
+      {status, found, advice}
+    end
+
+    test "and honours what is configured", %{tmp_dir: dir} do
+      answer = %{ms: 12, response_schema: true, function_calling: false, supports: nil}
+
+      assert ask(dir, answer) ==
+               {:ok,
+                "openai/x: answered in 12 ms; response schemas: honoured, function calls: not honoured",
+                nil}
+    end
+
+    test "and honours something else: the line to add", %{tmp_dir: dir} do
+      answer = %{ms: 12, response_schema: true, function_calling: true}
+      answer = Map.put(answer, :supports, ["response_schema", "function_calling"])
+      line = ~s(add to its :lm_options: supports: ["response_schema", "function_calling"])
+      assert {:note, "openai/x: answered in 12 ms; " <> _honours, ^line} = ask(dir, answer)
+    end
+
+    test "and answers with an error: in one line, with what to do, without a key", %{tmp_dir: dir} do
+      error = %{kind: "LMAuthError", error: "bad key #{@key}"}
+
+      assert ask(dir, error) ==
+               {:failed, "openai/x: it gave no answer: bad key [redacted]",
+                "correct its key: api_key in :lm_options, or the variable of its provider"}
+
+      advices =
+        for kind <- ~w(LMUnsupportedModelError LMTimeoutError LMRateLimitError LMServerError) do
+          assert {:failed, _found, advice} = ask(dir, %{kind: kind, error: "no"})
+          advice
+        end
+
+      assert Enum.uniq(advices) == advices
+    end
+
+    test "or is not there", %{tmp_dir: dir} do
+      assert ask(dir, %{}, "offline/echo") == {:note, "there is only offline/echo to ask", nil}
+      assert ask(dir, %{}, nil) == {:note, "there is no LM to ask", nil}
+    end
   end
 
   describe "with an interpreter that reports" do
@@ -130,7 +195,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
       assert {:failed, found, _advice} = check("openai/x", [lm_options: %{api_key: @key}], python)
 
       assert found ==
-               "openai/x: DSPy refuses it or its options: ValueError: no such key: [redacted]"
+               "openai/x: it or its options are refused: ValueError: no such key: [redacted]"
     end
 
     test "LiteLLM misses a key: your own server may need none", %{tmp_dir: dir} do

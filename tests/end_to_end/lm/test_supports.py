@@ -1,0 +1,120 @@
+"""The LM option `supports`: what is asked of a server that DSPy does not know, and how it falls back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from conftest import BY_LITELLM, lm_env
+from lm_server import LMServer, chat, completion, script
+from peer import DSPY, Peer
+from shared_peers import shared_peer
+from tool_host import execute as run_with_tools
+
+SORT = {"id": "sort", "signature": "text -> label: Literal['spam', 'ham'], score: int", "adapter": "json"}
+ASK = {"program_id": "sort", "inputs": {"text": "Buy!"}}
+ANSWER = '{"label": "spam", "score": 9}'
+RESULT = {"label": "spam", "score": 9}
+SCHEMA = {"supports": ["response_schema"]}
+
+
+def formats(server: LMServer) -> list[str | None]:
+    """The types of the response formats that it was asked for."""
+    return [request.get("response_format", {}).get("type") for request in server.requests]
+
+
+def execute(peer: Peer, program: dict[str, Any] = SORT, *, fallbacks: int = 0, **given: Any) -> Any:
+    peer.call("create_program", program)
+    reply = peer.call("execute_program", {**ASK, **given}, meta=True)
+    assert reply["success"], reply
+    assert reply["meta"]["fallbacks"] == fallbacks
+    return reply["result"]
+
+
+@pytest.mark.parametrize("route", [{}, BY_LITELLM])
+def test_the_signatures_schema_goes_to_a_server_that_dspy_does_not_know(start_lm: Any, route: dict[str, Any]) -> None:
+    server = start_lm(ANSWER)
+    with shared_peer(env=lm_env(server, **route, **SCHEMA)) as peer:
+        assert execute(peer) == RESULT
+    (request,) = server.requests
+    asked = request["response_format"]["json_schema"]["schema"]
+    assert asked["properties"]["label"]["enum"] == ["spam", "ham"]
+    assert asked["properties"]["score"]["type"] == "integer"
+    assert asked["required"] == ["label", "score"] and asked["additionalProperties"] is False
+    assert "supports" not in request
+
+
+def test_it_belongs_to_the_model_and_overrules_dspys_table(start_lm: Any) -> None:
+    """Another model of the server has what DSPy knows of it by its name: of the stub nothing, of GPT-4o mini all."""
+    # For LiteLLM every model has JSON mode.
+    plain = None if DSPY >= (3, 4) else "json_object"
+    known, unknown = "openai/gpt-4o-mini", "openai/another"
+    cases = [
+        ({"model": "openai/stub-model"}, "json_schema"),
+        ({"model": unknown}, plain),
+        ({"model": unknown, "supports": "none"}, None),
+        ({"model": known}, "json_schema"),
+        ({"model": known, "supports": ["function_calling"]}, "json_object"),
+        ({"model": known, "supports": ["none"]}, None),
+    ]
+    server = start_lm(ANSWER)
+    with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
+        for lm, _ in cases:
+            execute(peer, lm={**lm, "cache": False})
+    assert formats(server) == [wanted for _, wanted in cases]
+
+
+@pytest.mark.parametrize("kind", ["dict[str, int]", "list[dict[str, int]]"])
+def test_free_form_maps_are_asked_for_in_json_mode(start_lm: Any, kind: str) -> None:
+    """As by DSPy, and where they are inside another type, of which DSPy would allow an empty object only."""
+    value: Any = {"a": 1} if kind.startswith("dict") else [{"a": 1}]
+    server = start_lm(json.dumps({"counts": value}))
+    program = {**SORT, "signature": f"text -> counts: {kind}"}
+    with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
+        assert execute(peer, program, fallbacks=1 if DSPY >= (3, 4) else 0) == {"counts": value}
+    assert formats(server) == ["json_object"]
+
+
+def test_the_second_call_of_a_fallback_has_the_schema(start_lm: Any) -> None:
+    """After an answer that the chat adapter cannot read DSPy asks again with the JSON adapter."""
+    server = start_lm(script("no such fields", ANSWER))
+    with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
+        assert execute(peer, {**SORT, "adapter": "chat"}, fallbacks=1) == RESULT
+    assert formats(server) == [None, "json_schema"]
+
+
+def test_a_server_that_refuses_the_schema_is_an_error_with_its_words(start_lm: Any) -> None:
+    """DSPy does not ask again without it: the option says that the server can do it."""
+    server = start_lm((400, {"error": {"message": "no json_schema here", "type": "invalid_request_error"}}))
+    with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
+        peer.call("create_program", SORT)
+        reply = peer.call("execute_program", ASK)
+        assert reply["error_type"] == "lm_error" and "no json_schema here" in reply["error"]
+        assert len(server.requests) == 1
+        server.serve(lambda _request: ANSWER)
+        assert execute(peer, lm={"model": "openai/stub-model", "supports": "none"}) == RESULT
+    assert formats(server) == [None]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_tools_are_native_function_calls_with_function_calling(start_lm: Any, supported: bool) -> None:
+    tool = {"name": "look", "description": "Looks.", "args": {"query": {"type": "str"}}}
+    body = completion("stub-model", "")
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"query": "a"}'}}
+    body["choices"][0] |= {"finish_reason": "tool_calls", "message": {"role": "assistant", "tool_calls": [call]}}
+    written = chat(label="spam", tool_calls='{"tool_calls": [{"name": "look", "args": {"query": "a"}}]}')
+    server = start_lm((200, body) if supported else written)
+    program = {"id": "sort", "signature": "text -> label", "tools": [tool]}
+    with shared_peer(env=lm_env(server, supports=["function_calling" if supported else "none"])) as peer:
+        peer.call("create_program", program)
+        reply, _ = run_with_tools(peer, ASK, {"look": lambda query: "found"})
+    assert reply["result"]["tool_calls"] == [{"name": "look", "args": {"query": "a"}, "result": "found"}]
+    (request,) = server.requests
+    assert ("tools" in request) is supported
+
+
+def test_wrong_values_are_refused_by_name(start_lm: Any) -> None:
+    with shared_peer(env=lm_env(start_lm())) as peer:
+        reply = peer.call("create_program", {**SORT, "lm": {"model": "openai/x", "supports": ["schemas"]}})
+        assert (reply["error_type"], reply["error"].partition(":")[0]) == ("invalid_args", "lm.supports")

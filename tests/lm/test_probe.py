@@ -1,0 +1,112 @@
+"""What `mix dspex.doctor --ask` finds out of an LM: a loopback server that honours schemas and functions, or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import BY_LITELLM
+from lm_server import Answer, completion
+
+from dspy_bridge.lm import probe
+
+CALL = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+
+
+def honours(*capabilities: str) -> Any:
+    """An LM that honours these, and answers all else with a greeting."""
+
+    def answer(request: dict[str, Any]) -> Answer:
+        if "response_format" in request and "response_schema" in capabilities:
+            return '{"mood": "calm", "certain": true}'
+        if "tools" in request and "function_calling" in capabilities:
+            body = completion("x", "")
+            message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+            body["choices"][0] |= {"finish_reason": "tool_calls", "message": message}
+            return 200, body
+        return "Hello! {}"
+
+    return answer
+
+
+def ask(server: Any, supports: frozenset[str] | None = None, model: str = "openai/x", **more: Any) -> dict[str, Any]:
+    return probe.ask(model, {**server.options(), **more}, supports)
+
+
+BOTH = ("response_schema", "function_calling")
+
+
+@pytest.mark.parametrize(
+    ("honoured", "configured", "supports"),
+    [
+        (BOTH, None, [*BOTH]),
+        (BOTH, BOTH, None),
+        (["response_schema"], None, ["response_schema"]),
+        (["function_calling"], ["response_schema"], ["function_calling"]),
+        ([], None, None),
+        ([], [], None),
+        ([], BOTH, ["none"]),
+        # Whether it reasons is not asked.
+        (["response_schema"], ["reasoning"], ["response_schema", "reasoning"]),
+    ],
+)
+def test_the_option_to_set_if_it_is_not_what_is_known(
+    start_lm: Any, honoured: Any, configured: Any, supports: Any
+) -> None:
+    found = ask(start_lm(honours(*honoured)), None if configured is None else frozenset(configured))
+    assert found.pop("ms") >= 0
+    assert found == {**{name: name in honoured for name in BOTH}, "supports": supports}
+
+
+def test_a_model_that_dspy_knows_needs_no_option(start_lm: Any) -> None:
+    server = start_lm(honours(*BOTH))
+    assert ask(server, model="openai/gpt-4o-mini")["supports"] is None
+    assert [request.keys() & {"response_format", "tools"} for request in server.requests] == [
+        {"response_format"},
+        {"tools"},
+    ]
+    assert "JSON" not in str(server.requests[0]["messages"])
+
+
+def test_an_answer_ends(start_lm: Any) -> None:
+    """A small model may repeat itself for ever; a limit of the configuration stays."""
+    server = start_lm("Hello!")
+    ask(server)
+    ask(server, max_tokens=50)
+    limits = [request.get("max_completion_tokens", request.get("max_tokens")) for request in server.requests]
+    assert limits == [1000, 1000, 50, 50]
+
+
+@pytest.mark.parametrize("route", [{}, BY_LITELLM])
+def test_a_server_that_refuses_both_is_asked_without(start_lm: Any, route: dict[str, Any]) -> None:
+    def answer(request: dict[str, Any]) -> Answer:
+        refused = {"response_format", "tools"} & request.keys()
+        return (400, {"error": {"message": f"what is {refused}?"}}) if refused else "Hello!"
+
+    server = start_lm(answer)
+    found = ask(server, **route)
+    assert (found["response_schema"], found["function_calling"], found["supports"]) == (False, False, None)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "requests"),
+    [
+        (401, "LMAuthError", 1),
+        (404, "LMUnsupportedModelError", 2),
+        (429, "LMRateLimitError", 1),
+        (500, "LMServerError", 2),
+    ],
+)
+def test_an_error_is_one_line_and_is_not_tried_for_long(start_lm: Any, status: int, kind: str, requests: int) -> None:
+    server = start_lm((status, {"error": {"message": "model x not found"}}))
+    found = ask(server)
+    assert found["kind"] == kind and "model x not found" in found["error"] and "\n" not in found["error"]
+    assert len(server.requests) == requests
+
+
+def test_an_lm_that_never_answers(start_lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start_lm()
+    server.gate.clear()
+    monkeypatch.setattr(probe, "SECONDS", 0.2)
+    assert ask(server) == {"kind": "LMTimeoutError", "error": "no answer within 0.2 s"}
