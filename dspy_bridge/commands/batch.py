@@ -107,8 +107,10 @@ class _Batch:
             await asyncio.sleep(0)
 
     async def _one(self, index: int, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
-        own = None if self._item_timeout_ms is None else self._loop.time() + self._item_timeout_ms / 1000
-        item_ends.set(min((ends for ends in (own, self._ends) if ends is not None), default=None))
+        ends = [] if self._ends is None else [self._ends]
+        if self._item_timeout_ms is not None:
+            ends.append(self._loop.time() + min(self._item_timeout_ms, _LONGEST_MS) / 1000)
+        item_ends.set(min(ends, default=None))
         try:
             result = {"success": True, "result": await work(self._items[index])}
         except asyncio.CancelledError:

@@ -83,10 +83,8 @@ class Program:
             values["config"] = settings
         remote_tools.current_call.set(call)
         call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
-        given, whole = (
-            self._settings_given(config, lm),
-            admission.Run(call.ends if item_ends.get() is None else item_ends.get()),
-        )
+        given, ends = self._settings_given(config, lm), item_ends.get()
+        whole = admission.Run(call.ends if ends is None else ends)
 
         async def once() -> dict[str, Any]:
             try:
