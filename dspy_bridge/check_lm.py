@@ -45,7 +45,7 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
     if "engine" in given and not hasattr(dspy, "lm15"):
         return {"refused": f"engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}"}
     try:
-        split = lm_options.split(lm_options.complete(given, "lm_options"), "lm_options")
+        split = lm_options.split(lm_options.complete(given, "lm_options", of_settings=True), "lm_options")
         model, options = split.model, split.of_dspy
         if asking:
             from dspy_bridge.lm import probe

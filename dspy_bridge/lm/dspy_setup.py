@@ -79,7 +79,7 @@ class Models:
         if settings.lm is not None:
             try:
                 options = {**settings.lm_options, "model": settings.lm}
-                self._options = lm_options.complete(options, "lm_options")
+                self._options = lm_options.complete(options, "lm_options", of_settings=True)
                 pool = self._pool(self._options)
                 self._default = pool, pool.lasting()
                 dspy.configure(lm=self._default[1])

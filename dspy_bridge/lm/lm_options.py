@@ -6,7 +6,6 @@ that address (key, headers, timeouts). A request that names another address gets
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -59,11 +58,19 @@ _OBJECTS = frozenset(
         "azure_ad_token_provider",
     )
 )
+# With these LiteLLM asks other models and servers, with the key of the first one.
+_OTHER_LMS = frozenset(("fallbacks", "context_window_fallback_dict", "model_list", "litellm_params"))
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
 _NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
 # `metering/call_records` takes the last one before a `config` comes here.
 _CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
+
+
+# Numbers outside of these are none that anybody means.
+_LEAST, _MOST = 1e-6, 1e15
+# In characters. All options are shorter.
+_LONGEST_MISSPELT = 100
 
 
 class LMOptions(NamedTuple):
@@ -80,11 +87,14 @@ class LMOptions(NamedTuple):
     supports: frozenset[str] | None
 
 
-def complete(given: object, where: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+def complete(
+    given: object, where: str, default: dict[str, Any] | None = None, *, of_settings: bool = False
+) -> dict[str, Any]:
     """An `lm` of a request or of settings as an object with all options, from those of the peer's LM where it may.
 
-    `given`: a model's name, or an object with `model`; `default`: the complete options of the peer's LM, for a request.
-    Raises `InvalidArgs`; `where` is how its text names `given`.
+    `given`: a model's name, or an object with `model`; `default`: the complete options of the peer's LM, for a request;
+    `of_settings`: the peer's own LM, whose address may have the environment's key. Raises `InvalidArgs`; `where` is
+    how its text names `given`.
     """
     options = {"model": given} if isinstance(given, str) else given
     if not isinstance(options, dict):
@@ -98,10 +108,15 @@ def complete(given: object, where: str, default: dict[str, Any] | None = None) -
         raise InvalidArgs(f"{where}.inherit: expected true or false")
     options = {name: value for name, value in options.items() if name != "inherit" and value is not None}
     split(options, where)
-    if default is None or _provider(model) != _provider(default["model"]):
+    if of_settings:
         return options
-    places, known = _places(options), _places(default)
-    if any(known.get(name) != place for name, place in places.items()):
+    places, known = _places(options), _places(default or {})
+    elsewhere = {name for name, place in places.items() if known.get(name) != place}
+    if default is None or _provider(model) != _provider(default["model"]):
+        if _ADDRESSES[0] in elsewhere:
+            options.setdefault("api_key", NO_KEY)
+        return options
+    if elsewhere:
         if places.keys() != {"custom_llm_provider"}:
             options.setdefault("api_key", NO_KEY)
         return options
@@ -118,7 +133,7 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
     """Complete options as `LMOptions`. Raises `InvalidArgs`."""
     of_dspy = dict(options)
     timeout = of_dspy.pop("connect_timeout", CONNECT_TIMEOUT)
-    if type(timeout) not in (int, float) or not 0 < timeout < math.inf:
+    if not _is_positive(timeout):
         raise InvalidArgs(f"{where}.connect_timeout: expected a positive number of seconds")
     if "cache" in of_dspy:
         of_dspy["cache"], scope = _cache(of_dspy["cache"], where)
@@ -152,7 +167,8 @@ def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> N
         if name not in known:
             import difflib
 
-            near = difflib.get_close_matches(name, sorted(known), 1)
+            # Its time grows with the name: 5 s for 30 MB, on the event loop.
+            near = difflib.get_close_matches(name, sorted(known), 1) if len(name) <= _LONGEST_MISSPELT else []
             meant = f"did you mean {near[0]}? " if near else ""
             raise InvalidArgs(f"{where}.{name}: unknown option; {meant}What only your provider takes goes under extra")
 
@@ -200,6 +216,11 @@ def _cache(given: object, where: str) -> tuple[bool, str | None]:
     return given, None
 
 
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number to reckon with: JSON also has ones that no float can hold, or no quotient of it."""
+    return type(value) in (int, float) and _LEAST <= value <= _MOST
+
+
 def _limits(given: dict[str, Any], where: str) -> Limits:
     for name, value in given.items():
         if value is None:
@@ -207,7 +228,7 @@ def _limits(given: dict[str, Any], where: str) -> Limits:
         if name == "max_in_flight":
             if type(value) is not int or value < 1:
                 raise InvalidArgs(f"{where}.{name}: expected a whole number, at least 1")
-        elif type(value) not in (int, float) or not 0 < value < math.inf:
+        elif not _is_positive(value):
             raise InvalidArgs(f"{where}.{name}: expected a positive number")
     return Limits(**given)
 
@@ -226,7 +247,7 @@ def _extra(given: object, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InvalidArgs(f"{where}.extra: expected an object of what the provider takes beyond DSPy's own settings")
     for name in given:
-        if name in _NAMES or name in _OBJECTS or name in _OWN:
+        if name in _NAMES or name in _OBJECTS or name in _OWN or name in _OTHER_LMS:
             raise InvalidArgs(f"{where}.extra.{name}: not one of the provider's own options")
     return given
 

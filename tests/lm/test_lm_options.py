@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -70,6 +71,32 @@ def test_another_address_without_a_key_does_not_get_the_environments(place: dict
     assert complete({"model": "openai/small", **place})["api_key"] == lm_options.NO_KEY
 
 
+@pytest.mark.parametrize("peers", [PEERS, None])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": "mistral/small", "base_url": "http://there/v1"},
+        {"model": "text-completion-openai/small", "api_base": "http://there/v1"},
+        {"model": "vendor/small", "custom_llm_provider": "openai", "api_base": "http://there/v1"},
+    ],
+)
+def test_nor_does_one_of_another_provider(given: dict[str, Any], peers: dict[str, Any] | None) -> None:
+    assert lm_options.complete(given, "lm", peers)["api_key"] == lm_options.NO_KEY
+    assert "api_key" not in lm_options.complete(given, "lm_options", of_settings=True)
+
+
+def test_the_peers_address_with_another_provider_may_have_its_key_of_the_environment() -> None:
+    assert "api_key" not in complete({"model": "mistral/small", "api_base": "http://here/v1"})
+
+
+def test_a_very_long_name_is_compared_with_none() -> None:
+    """Which would take seconds on the event loop."""
+    started = time.process_time()
+    with pytest.raises(InvalidArgs, match="unknown option; What only"):
+        complete({"model": "openai/small", "x" * 10_000_000: 1})
+    assert time.process_time() - started < 0.5
+
+
 def test_another_key_goes_without_the_peers_headers_of_the_same_kind() -> None:
     options = complete({"model": "openai/small", "api_key": "sk-own"})
     assert options["api_base"] == "http://here/v1" and options["headers"] == {"X-Team": "blue"}
@@ -122,11 +149,19 @@ def test_a_config_is_settings_of_the_call_and_options_of_the_connection() -> Non
         ({"inherit": 1}, "lm.inherit: expected true or false"),
         ({"connect_timeout": 0}, "lm.connect_timeout: expected a positive number of seconds"),
         ({"connect_timeout": True}, "lm.connect_timeout: expected a positive number of seconds"),
+        ({"connect_timeout": 10**400}, "lm.connect_timeout: expected a positive number of seconds"),
+        ({"requests_per_minute": 10**400}, "lm.requests_per_minute: expected a positive number"),
+        ({"requests_per_minute": 5e-324}, "lm.requests_per_minute: expected a positive number"),
+        ({"tokens_per_minute": 10**400}, "lm.tokens_per_minute: expected a positive number"),
         ({"cache": "yes"}, 'lm.cache: expected true, false or {"scope": text}'),
         ({"cache": {"scope": ""}}, 'lm.cache: expected true, false or {"scope": text}'),
         ({"cache": {"scope": "a", "ttl": 1}}, 'lm.cache: expected true, false or {"scope": text}'),
         ({"extra": []}, "lm.extra: expected an object"),
         ({"extra": {"api_key": "k"}}, "lm.extra.api_key: not one of the provider's own options"),
+        *(
+            ({"extra": {name: []}}, f"lm.extra.{name}: not one of the provider's own options")
+            for name in ("fallbacks", "context_window_fallback_dict", "model_list", "litellm_params")
+        ),
         ({"extra": {"messages": []}}, "lm.extra.messages: not one of the provider's own options"),
         *(
             ({"supports": wrong}, 'lm.supports: expected ["none"], or a list of response_schema, function_calling, rea')
