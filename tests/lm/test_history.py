@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -159,3 +160,19 @@ def test_calls_may_end_on_any_thread() -> None:
         thread.join()
     omitted, *rest = listed(kept)
     assert omitted["omitted"] + len(rest) == 1200 and len(kept.json()) <= 5000
+
+
+def test_a_text_that_is_too_long_is_not_searched_to_its_end() -> None:
+    """One search of 100 MB would stop all threads for more than a second."""
+    kept = History(1 << 20)
+    entry = kept.begin()
+    started = time.process_time()
+    kept.end(entry, ask("a." * 25_000_000), {"model": "m"})
+    assert time.process_time() - started < 0.3
+    assert listed(kept) == [{"model": "m", "messages": None}]
+
+
+def test_data_much_longer_than_the_history_is_shown_by_its_length() -> None:
+    kept = History(10_000)
+    kept.end(kept.begin(), ask("See " + "A" * 5_000_000 + " here"), {"model": "m"})
+    assert listed(kept)[0]["messages"] == ask("See …(5000000 characters) here")
