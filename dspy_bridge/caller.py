@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, Protocol
+
+# When an item of a batch must be done, in seconds of `time.monotonic`: it has less time than its call. None elsewhere.
+item_ends: ContextVar[float | None] = ContextVar("item_ends", default=None)
 
 
 class Caller(Protocol):

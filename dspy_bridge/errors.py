@@ -42,22 +42,43 @@ def short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:59] + "…")
 
 
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """The name in `known` that a misspelt one probably means, if one is near."""
+    if len(given) > _MOST_MISSPELT:
+        return None
+    import difflib
+
+    return next(iter(difflib.get_close_matches(given, list(known), 1, _NEAR)), None)
+
+
+# Above `delete_program`, which is no `execute_program`.
+_NEAR = 0.85
+# No known name is longer; the comparison takes the square of the length.
+_MOST_MISSPELT = 60
+
+
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
     """Raises `InvalidArgs` for a name that is not in `known`. `where`: the object that has it; an argument if empty."""
     for name in given:
         if name not in known:
             text = f"{where}: unknown key {short(name)}" if where else f"{name}: unknown argument"
-            raise InvalidArgs(f"{text}; expected {', '.join(known)}")
+            near = nearest(name, known)
+            meant = f"did you mean {near}? " if near else ""
+            raise InvalidArgs(f"{text}; {meant}expected {', '.join(known)}")
 
 
 class UnknownCommand(BridgeError):
-    """No such command."""
+    """No such command. `known`: those that there are."""
 
     error_type = "unknown_command"
     exact = True
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"Unknown command: {_named(name)}")
+    def __init__(self, name: str, known: Iterable[str] = ()) -> None:
+        known = list(known)
+        # `execute`, say, is not near `execute_program`.
+        parts = [one for one in known if name in one.split("_")]
+        meant = parts[0] if len(parts) == 1 else nearest(name, known)
+        super().__init__(f"Unknown command: {_named(name)}" + (f"; did you mean {meant}?" if meant else ""))
 
 
 class FrameTooLarge(BridgeError):
@@ -93,9 +114,17 @@ class LMFailed(BridgeError):
 
 
 class OutputInvalid(BridgeError):
-    """The LM's answer does not fit the signature."""
+    """The LM's answer does not fit the signature.
+
+    `field`: the output, if it is one that was read. `by_lm`: whether another answer may fit.
+    """
 
     error_type = "output_invalid"
+
+    def __init__(self, text: str, field: str | None = None, *, by_lm: bool = True) -> None:
+        super().__init__(text)
+        self.field = field
+        self.by_lm = by_lm
 
 
 class ToolFailed(BridgeError):

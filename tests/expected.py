@@ -43,7 +43,10 @@ EXECUTE_ENDS = CREATE_ENDS | {"program_not_found", "lm_not_configured", "lm_erro
 CREATE_ARGS = (
     *("id", "signature", "program_type", "options", "lm", "adapter", "config", "tools", "demos", "state", "state_path"),
 )
-EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "options")
+EXECUTE_ARGS = (
+    *("program_id", "inputs", "config", "lm", "options"),
+    *("attempts", "max_concurrency", "item_timeout_ms"),
+)
 
 # No peer makes so many in a run.
 MOST_TOOL_CALLS = 10**9
@@ -75,7 +78,8 @@ class Owed:
             return f"expected {' or '.join(sorted(self.ends))}, got {end}"
         if ("meta" in reply) != self.meta:
             return f"meta: {'missing' if self.meta else 'not asked for'}"
-        if end == "unknown_command" and reply["error"] != f"Unknown command: {_named(self.command)}":
+        text = reply.get("error", "").partition("; did you mean ")[0]
+        if end == "unknown_command" and text != f"Unknown command: {_named(self.command)}":
             return "the message of an unknown command"
         if end == "program_not_found" and reply["error"] != f"Program not found: {_named(self.args['program_id'])}":
             return "the message of an unknown program"
@@ -120,7 +124,7 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
         return refused(NULL)
     command, args, timeout = message.get("command"), message.get("args"), message.get("timeout_ms")
     args = {} if args is None else args
-    flags = [message.get("meta", False), message.get("stream", False)]
+    flags = [message.get(name, False) for name in ("meta", "stream", "history")]
     if not isinstance(command, str) or not isinstance(args, dict) or not all(isinstance(flag, bool) for flag in flags):
         return refused(key)
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
@@ -132,7 +136,8 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
     if certain and (len(payload) > 2000 or command == "list_programs"):
         # Its reply may be longer than it is, and past the limit.
         ends |= {"frame_too_large"}
-    return Owed(payload, (key,), ends, command, args, *flags, at_once)
+    meta, stream, history = flags
+    return Owed(payload, (key,), ends, command, args, meta or history, stream, at_once)
 
 
 def _named(name: str | None) -> str:
@@ -162,7 +167,8 @@ def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset
     done = frozenset(("success",)), True
     ids, details = args.get("program_ids"), [args.get(name, False) for name in ("details", "state")]
     good_ids = ids is None or (isinstance(ids, list) and all(isinstance(id, str) for id in ids))
-    objects = all(args.get(name) is None or isinstance(args[name], dict) for name in ("config", "lm"))
+    config, lm = args.get("config"), args.get("lm")
+    objects = (config is None or isinstance(config, dict)) and (lm is None or isinstance(lm, (dict, str)))
     late = {"timeout", "cancelled"} if deadline else {"cancelled"}
     if command in ("ping", "get_stats"):
         return done
@@ -181,10 +187,20 @@ def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset
         id, inputs = args.get("program_id"), args.get("inputs")
         if not isinstance(id, str) or not id or not isinstance(inputs, (dict, list)) or not objects:
             return refused
-        if set(args) - set(EXECUTE_ARGS):
+        if set(args) - set(EXECUTE_ARGS) or not _may_be_counts(args, isinstance(inputs, list)):
             return refused
         return EXECUTE_ENDS | late, False
     return frozenset(("unknown_command",)), True
+
+
+def _may_be_counts(args: dict[str, Any], batch: bool) -> bool:
+    """Whether the numbers among the arguments of a run are right."""
+    attempts, most, each = (args.get(name) for name in ("attempts", "max_concurrency", "item_timeout_ms"))
+    return (
+        (attempts is None or (type(attempts) is int and 1 <= attempts <= 10))
+        and (most is None or (batch and type(most) is int and most >= 1))
+        and (each is None or (batch and type(each) in (int, float) and each > 0))
+    )
 
 
 def _fits(command: str | None, args: dict[str, Any], result: Any) -> bool:

@@ -153,6 +153,16 @@ REQUESTS: list[dict[str, Any]] = [
         "args": {"program_id": "qa", "inputs": INPUTS["qa"], "config": {"temperature": 1.0}, "lm": {"model": ECHO}},
     },
     {"command": "execute_program", "args": {"program_id": "cot", "inputs": [INPUTS["cot"], {}, INPUTS["cot"]]}},
+    {
+        "command": "execute_program",
+        "args": {
+            "program_id": "qa",
+            "inputs": [INPUTS["qa"], INPUTS["qa"]],
+            "attempts": 2,
+            "max_concurrency": 1,
+            "item_timeout_ms": 500.5,
+        },
+    },
 ]
 # What empties the registry comes rarely, and what costs most.
 WEIGHTS = [1 if request["command"] in ("cleanup", "get_stats") else 4 for request in REQUESTS]
@@ -194,7 +204,7 @@ BAD = [
 ]
 KEYS = [
     *("id", "command", "args", "timeout_ms", "meta", "stream", "traceparent", "cancel", "program_id", "inputs", "lm"),
-    "config",
+    *("config", "attempts", "max_concurrency", "item_timeout_ms", "answers"),
     *("signature", "program_type", "adapter", "outputs", "name", "type", "desc", "description", "instructions", "n"),
     *("options", "tools", "demos", "state", "state_path", "args", "reward", "n", "completions", "$ref", "properties"),
     *("tool_result", "call_id", "success", "result", "items", "required", "enum", "default", "traces", "fields"),

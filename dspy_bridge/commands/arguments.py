@@ -47,3 +47,19 @@ def program_ids(args: dict[str, Any]) -> list[str] | None:
     if ids is not None and not (isinstance(ids, list) and all(isinstance(id, str) for id in ids)):
         raise InvalidArgs("program_ids: expected a list of strings")
     return ids
+
+
+def count(args: dict[str, Any], name: str, most: int | None = None) -> int | None:
+    """A whole number from 1 to `most`; None by default. Raises `InvalidArgs`."""
+    value = args.get(name)
+    if value is not None and not (type(value) is int and value >= 1 and (most is None or value <= most)):
+        raise InvalidArgs(f"{name}: expected a whole number {'of at least 1' if most is None else f'from 1 to {most}'}")
+    return value
+
+
+def milliseconds(args: dict[str, Any], name: str) -> float | None:
+    """A number greater than 0; None by default. Raises `InvalidArgs`."""
+    value = args.get(name)
+    if value is not None and not (type(value) in (int, float) and value > 0):
+        raise InvalidArgs(f"{name}: expected a number of milliseconds greater than 0")
+    return value

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+
+from dspy_bridge.caller import item_ends
+from dspy_bridge.errors import Cancelled, TimedOut
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,47 +15,151 @@ if TYPE_CHECKING:
 
     from dspy_bridge.dispatch.call import Call
 
+# The items end so long before the request's deadline, in seconds: the client's own timeout runs out with the deadline,
+# and the results must be there by then. Of a short timeout it is a tenth.
+_EARLIER = 0.25
+# Keeps huge numbers out of the loop's clock.
+_LONGEST_MS = 10 * 365 * 86_400_000
+
 
 async def run(
-    items: list[Any], work: Callable[[Any], Coroutine[Any, Any, Any]], call: Call, *, stream: bool
+    items: list[Any],
+    work: Callable[[Any], Coroutine[Any, Any, Any]],
+    call: Call,
+    *,
+    stream: bool,
+    max_concurrency: int | None = None,
+    item_timeout_ms: float | None = None,
 ) -> list[dict[str, Any]]:
     """`{"success", "result"}` or `{"success", "error", "error_type"}` for each item, in their order.
 
     The first item uses the call's own slot. The others acquire theirs one at a time at the end of the queue, so that
-    other calls run in between. With `stream`, each result is also sent when it is ready, with its index.
+    other calls run in between. With `stream`, each result is also sent when it is ready, with its index. Just before
+    the call's deadline, all items without a result get the error `timeout`. `item_timeout_ms` counts from an item's
+    start.
     """
-    results: list[Any] = [None] * len(items)
-    limiter = call.services.limiter
-    tasks: set[asyncio.Task[None]] = set()
+    return await _Batch(items, call, stream, max_concurrency, item_timeout_ms).run(work)
 
-    async def one(index: int) -> None:
+
+class _Batch:
+    def __init__(
+        self, items: list[Any], call: Call, stream: bool, max_concurrency: int | None, item_timeout_ms: float | None
+    ) -> None:
+        self._items = items
+        self._call = call
+        self._stream = stream
+        self._max_concurrency = max_concurrency
+        self._item_timeout_ms = item_timeout_ms
+        # When all items end, in the loop's time.
+        self._ends: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._results: list[Any] = [None] * len(items)
+        self._left = len(items)
+        # Done with the last result, or at the deadline, however long cancelled work takes to notice.
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._started = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Set when a task has ended; for `max_concurrency`.
+        self._room = asyncio.Event()
+
+    async def run(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> list[dict[str, Any]]:
+        if not self._items:
+            return []
+        deadline = self._set_deadline()
+        starting = self._loop.create_task(self._start_all(work))
+        starting.add_done_callback(self._end_with)
         try:
-            results[index] = {"success": True, "result": await work(items[index])}
+            await self._over
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+            for task in (starting, *self._tasks):
+                task.cancel()
+        return self._results
+
+    def _set_deadline(self) -> asyncio.TimerHandle | None:
+        if self._call.deadline is None:
+            return None
+        whole = self._call.request.timeout_ms or 0.0
+        self._ends = self._call.deadline.when() - min(_EARLIER, whole / 10_000)
+        return self._loop.call_at(self._ends, self._expire, whole)
+
+    def _end_with(self, starting: asyncio.Task[None]) -> None:
+        """A failure to start items is the whole call's."""
+        if not starting.cancelled() and (error := starting.exception()) is not None and not self._over.done():
+            self._over.set_exception(error)
+
+    async def _start_all(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
+        limiter, most = self._call.services.limiter, self._max_concurrency
+        for index in range(len(self._items)):
+            while most is not None and len(self._tasks) >= most:
+                self._room.clear()
+                await self._room.wait()
+            if self._call.slot_transferred:
+                await limiter.acquire()
+            self._call.slot_transferred = True
+            task = self._loop.create_task(self._one(index, work))
+            self._started += 1
+            self._tasks.add(task)
+            timer = self._limit(index, task)
+            task.add_done_callback(functools.partial(self._ended, index, timer))
+            # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those.
+            await asyncio.sleep(0)
+
+    async def _one(self, index: int, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
+        ends = [] if self._ends is None else [self._ends]
+        if self._item_timeout_ms is not None:
+            ends.append(self._loop.time() + min(self._item_timeout_ms, _LONGEST_MS) / 1000)
+        item_ends.set(min(ends, default=None))
+        try:
+            result = {"success": True, "result": await work(self._items[index])}
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # user code may raise anything
-            results[index] = call.services.describe(error)
-        if stream:
-            await call.stream_item({"index": index, **results[index]})
+            result = self._call.services.describe(error)
+        if self._results[index] is not None:
+            return  # its time was over
+        self._settle(index, result)
+        if self._stream:
+            # The slot is kept until there is room for more, which slows the batch of a client that does not read.
+            await self._call.stream_item({"index": index, **result})
 
-    def ended(task: asyncio.Task[None]) -> None:
-        tasks.discard(task)
-        # Not at the end of `one`, which does not run if the task is cancelled before its first step.
-        limiter.release()
+    def _limit(self, index: int, task: asyncio.Task[None]) -> asyncio.TimerHandle | None:
+        timeout_ms = self._item_timeout_ms
+        if timeout_ms is None:
+            return None
 
-    try:
-        for index in range(len(items)):
-            if call.slot_transferred:
-                await limiter.acquire()
-            call.slot_transferred = True
-            task = asyncio.get_running_loop().create_task(one(index))
-            tasks.add(task)
-            task.add_done_callback(ended)
-            # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those.
-            await asyncio.sleep(0)
-        while tasks:
-            await asyncio.wait(tasks)
-    finally:
-        for task in list(tasks):
+        def expire() -> None:
+            self._fail(index, TimedOut(f"not finished within {timeout_ms:g} ms"))
             task.cancel()
-    return results
+
+        return self._loop.call_later(min(timeout_ms, _LONGEST_MS) / 1000, expire)
+
+    def _ended(self, index: int, timer: asyncio.TimerHandle | None, task: asyncio.Task[None]) -> None:
+        # Not at the end of `_one`, which does not run if the task is cancelled before its first step.
+        if timer is not None:
+            timer.cancel()
+        self._tasks.discard(task)
+        self._room.set()
+        self._call.services.limiter.release()
+        # Code of a user's may raise a CancelledError of its own.
+        self._fail(index, Cancelled("cancelled"))
+
+    def _expire(self, whole: float) -> None:
+        for index in range(len(self._items)):
+            begun = "finished" if index < self._started else "started"
+            self._fail(index, TimedOut(f"not {begun} within {whole:g} ms"))
+
+    def _fail(self, index: int, error: TimedOut | Cancelled) -> None:
+        if self._results[index] is not None or self._over.done():
+            return
+        result = self._call.services.describe(error)
+        if self._stream:
+            self._call.stream_item_threadsafe({"index": index, **result})
+        self._settle(index, result)
+
+    def _settle(self, index: int, result: dict[str, Any]) -> None:
+        self._results[index] = result
+        self._left -= 1
+        if self._left == 0 and not self._over.done():
+            self._over.set_result(None)

@@ -36,7 +36,18 @@ _CREATE_ARGS = (
     "state_path",
 )
 # DSPex's adapter sends `options`, which no bridge has ever read: accepted and ignored.
-_EXECUTE_ARGS = ("program_id", "inputs", "config", "lm", "options")
+_EXECUTE_ARGS = (
+    "program_id",
+    "inputs",
+    "config",
+    "lm",
+    "attempts",
+    "max_concurrency",
+    "item_timeout_ms",
+    "options",
+)
+# Each is at least one more LM call.
+_MOST_ATTEMPTS = 10
 
 
 class Commands:
@@ -88,10 +99,18 @@ class Commands:
             raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
         config = arguments.optional_object(args, "config")
         lm = arguments.optional_lm(args)
+        attempts = arguments.count(args, "attempts", _MOST_ATTEMPTS) or 1
+        limits = {
+            "max_concurrency": arguments.count(args, "max_concurrency"),
+            "item_timeout_ms": arguments.milliseconds(args, "item_timeout_ms"),
+        }
+        for name, limit in limits.items():
+            if limit is not None and isinstance(inputs, dict):
+                raise InvalidArgs(f"{name}: only for a list of inputs")
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
-        return self._execute(entry, inputs, config, lm, call)
+        return self._execute(entry, inputs, {"config": config, "lm": lm, "attempts": attempts}, limits, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
@@ -146,15 +165,15 @@ class Commands:
         self,
         entry: Entry,
         inputs: dict[str, Any] | list[Any],
-        config: dict[str, Any] | None,
-        lm: str | dict[str, Any] | None,
+        options: dict[str, Any],
+        limits: dict[str, Any],
         call: Call,
     ) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
         stream = call.request.stream
         if isinstance(inputs, dict):
             _count(entry)
-            return await program.call(inputs, config, lm, call, stream=stream)
+            return await program.call(inputs, call=call, stream=stream, **options)
 
         from dspy_bridge.commands import batch
         from dspy_bridge.runtime import large_inputs
@@ -163,9 +182,9 @@ class Commands:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
             _count(entry)
-            return await program.call(item, config, lm, call, stream=False, limit=large_inputs.LARGE_IN_BATCH)
+            return await program.call(item, call=call, stream=False, limit=large_inputs.LARGE_IN_BATCH, **options)
 
-        return {"results": await batch.run(inputs, one, call, stream=stream)}
+        return {"results": await batch.run(inputs, one, call, stream=stream, **limits)}
 
     async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
         """States are dumped in a thread: they may be large, and user code may dump them."""

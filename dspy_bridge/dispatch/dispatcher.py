@@ -155,7 +155,7 @@ class Dispatcher:
         command = self._commands.get(call.request.command)
         try:
             if command is None:
-                raise UnknownCommand(call.request.command)
+                raise UnknownCommand(call.request.command, self._commands)
             result = command.handler(call.request.args, call)
         except BaseException as error:  # not even a SystemExit out of a handler may end the reading
             return self._replies.encode(call, None, error)

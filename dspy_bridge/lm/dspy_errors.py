@@ -75,7 +75,7 @@ def _by_type(error: Exception) -> BridgeError | None:
     return None
 
 
-_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.adapters.guarded_adapters")
+_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.adapters")
 # DSPy's adapters read JSON with these, which raise errors of their own for what is nested too deeply.
 _JSON_READERS = ("json", "json_repair")
 # Where DSPy calls an LM with its settings as keyword arguments, and where it checks them.

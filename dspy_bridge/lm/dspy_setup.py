@@ -23,10 +23,11 @@ from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
 if not hasattr(dspy, "LMError"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
 
-from dspy_bridge.lm import answer_cache, dspy_internals, echo_lm, lm_options
+from dspy_bridge.lm import answer_cache, dspy_internals, lm_options
 from dspy_bridge.lm.adapters import free_form_maps, guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import call_records, fallbacks
+from dspy_bridge.lm.offline import offline_lm, script_lm
 from dspy_bridge.lm.transport import admission, answer_limit, trace_headers
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
@@ -110,6 +111,8 @@ class Models:
         return self._pool(lm_options.changed(options, changes))
 
     def _pool(self, options: dict[str, Any]) -> LMPool:
+        if options["model"] == script_lm.NAME:
+            return LMPool(options, self.loops)  # each begins with its first answer
         key = json.dumps(options, sort_keys=True)
         with self._lock:
             pool = self._pools.get(key)
@@ -135,9 +138,9 @@ class Models:
 
     @contextmanager
     def context(
-        self, pool: LMPool | None, adapter: dspy.Adapter | None, deadline: float | None = None
+        self, pool: LMPool | None, adapter: dspy.Adapter | None, run: admission.Run | None = None
     ) -> Iterator[None]:
-        """DSPy's settings for one call; without a pool the default LM's. `deadline`: of `time.monotonic`.
+        """DSPy's settings for one call, or one attempt of `run`; without a pool the default LM's.
 
         Raises `LMNotConfigured`.
         """
@@ -155,12 +158,12 @@ class Models:
             settings = {
                 "lm": lm,
                 "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
-                admission.RUN: admission.Run(deadline),
+                admission.RUN: run or admission.Run(None),
             }
             if (traceparent := tracing.current()) is not None:
                 settings[tracing.TRACEPARENT] = traceparent
-            if isinstance(lm, echo_lm.EchoLM):
-                settings["callbacks"] = [*dspy.settings.callbacks, echo_lm.WatchFormat()]
+            if isinstance(lm, offline_lm.OfflineLM):
+                settings["callbacks"] = [*dspy.settings.callbacks, offline_lm.WatchFormat()]
             stack.enter_context(dspy.context(**settings))
             yield
 

@@ -44,6 +44,7 @@ _OF_LMS = (
     "finetuning_model",
     "engine",
     "inherit",
+    "answers",
     "supports",
 )
 # Options of `dspy.LM` that are Python objects, which JSON cannot give.
@@ -235,3 +236,17 @@ def account(options: dict[str, Any]) -> str:
     prefix = _provider(str(options.get("model", ""))).upper()
     given = [options.get(name) for name in (*_ADDRESSES, "api_key", "headers", "extra_headers")]
     return repr([*given, *(os.environ.get(f"{prefix}_{name}") for name in ("API_BASE", "BASE_URL", "API_KEY"))])
+
+
+def limited_account(options: dict[str, Any]) -> str:
+    """The server and the key as limits tell them apart: by no other header, and however the address is written."""
+    provider = _provider(str(options.get("model", "")))
+    places = _places(options)
+    address = os.environ.get(f"{provider.upper()}_API_BASE") or os.environ.get(f"{provider.upper()}_BASE_URL")
+    if address and _ADDRESSES[0] not in places:
+        places[_ADDRESSES[0]] = address.rstrip("/")
+    keys = [options.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY"), options.get("azure_ad_token")]
+    for headers in (options.get("headers"), options.get("extra_headers")):
+        if isinstance(headers, dict):
+            keys += [headers[name] for name in sorted(headers) if redaction.names_secret(name)]
+    return repr([sorted(places.items()) or provider, keys])

@@ -14,8 +14,9 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import echo_lm, lm_options, rate_limits
+from dspy_bridge.lm import lm_options, rate_limits
 from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.offline import echo_lm, offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_loading
 from dspy_bridge.lm.transport.asking import Asking
 from dspy_bridge.logs import redaction
@@ -38,7 +39,8 @@ class LMPool:
 
         Raises `InvalidArgs`.
         """
-        self._options = options
+        # Its LMs share one script.
+        self._options = options = script_lm.with_script(options)
         self._secrets = list(redaction.secrets(options))
         redaction.remember(self._secrets)
         self._lms = [_make_lm(options)]
@@ -91,21 +93,22 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     model, of_dspy, scope, connect_timeout, limits, supports = lm_options.split(options, "lm")
-    if "engine" in of_dspy and not echo_lm.ENGINES:
+    if "engine" in of_dspy and not offline_lm.ENGINES:
         raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
         if model == echo_lm.NAME:
             lm = echo_lm.EchoLM(**of_dspy)
+        elif model == script_lm.NAME:
+            lm = script_lm.ScriptLM(**of_dspy)
         else:
-            if not echo_lm.ENGINES:
+            if not offline_lm.ENGINES:
                 _import_litellm()
             lm = LoopLM(model, **of_dspy)
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
     lm.supports = supports
-    account = lm_options.account(options)
-    lm.asking = Asking(account, scope, connect_timeout, lm.num_retries > 0)
-    lm.gate = rate_limits.gate(account, limits)
+    lm.asking = Asking(lm_options.account(options), scope, connect_timeout, lm.num_retries > 0)
+    lm.gate = rate_limits.gate(lm_options.limited_account(options), limits)
     return lm
 
 

@@ -18,6 +18,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 from dspy_bridge.errors import Overloaded
+from dspy_bridge.lm.token_bucket import Bucket
 
 # How many gates are remembered for LMs that are gone: the next LM of that account goes on with their counts.
 _REMEMBERED = 1000
@@ -32,33 +33,6 @@ class Limits(NamedTuple):
     max_in_flight: int | None = None
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-
-
-class Bucket:
-    """A token bucket: full at first, refilled evenly with `per_minute`, which is also its size, but at least 1.
-
-    It may go into debt.
-    """
-
-    def __init__(self, per_minute: float) -> None:
-        self._per_second = per_minute / 60
-        self._size = max(per_minute, 1.0)
-        # When it is full again. One number does not drift, as a level would that is brought up to date.
-        self._full_at = 0.0
-
-    def wait(self, amount: float, now: float) -> float:
-        """Seconds until `amount` is there; not positive if it is."""
-        return self._full_at - now - (self._size - amount) / self._per_second
-
-    def take(self, amount: float, now: float) -> None:
-        """Take `amount`, whether it is there or not."""
-        self._full_at = max(self._full_at, now) + amount / self._per_second
-
-    def take_some(self, amount: float, now: float) -> None:
-        """Take `amount`, or what is there of it."""
-        before = max(self._full_at, now)
-        empty = now + self._size / self._per_second
-        self._full_at = max(before, min(before + amount / self._per_second, empty))
 
 
 class Ticket:

@@ -103,6 +103,8 @@ def _make(
         count = chosen.setdefault("M", 3)
         return ComparisonRunner(kind(signature, **chosen), list(signature.output_fields)[-1], count)
     if program_type == "react":
+        if not tools:
+            raise InvalidArgs("tools: react needs at least one; chain_of_thought is the program type without tools")
         return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in tools], **chosen))
     if program_type == "rlm":
         if "sub_lm" in chosen:

@@ -6,16 +6,16 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.caller import Caller, item_ends
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_options
 from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import call_records
 from dspy_bridge.lm.metering.meter import Meter
-from dspy_bridge.lm.transport import connections
+from dspy_bridge.lm.transport import admission, connections
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import module_factory, remote_tools, saved_state
+from dspy_bridge.programs import asking_again, module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder
@@ -52,7 +52,6 @@ class Program:
         redaction.learn(self._of_lm)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
-        self._text_fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
 
     def state(self) -> dict[str, Any]:
         """What DSPy's `save` writes."""
@@ -66,11 +65,13 @@ class Program:
         call: Caller,
         *,
         stream: bool,
+        attempts: int = 1,
         limit: int = large_inputs.LARGE,
     ) -> dict[str, Any]:
         """Run on `inputs` and return the output fields. `limit`: from which size on inputs are large.
 
-        Raises `BridgeError`; any other exception is a defect.
+        `attempts`: how often an LM is asked at most whose answer does not fit. Raises `BridgeError`; any other
+        exception is a defect.
         """
         runner = self._runner
         values = await self._read(inputs, call, limit)
@@ -82,17 +83,24 @@ class Program:
             values["config"] = settings
         remote_tools.current_call.set(call)
         call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
-        try:
-            with self._lms.context(pool, runner.adapter(self._adapter), call.ends):
-                outputs = await self._run(values, call, stream)
-        except Exception as error:
-            if connections.ran_out(error):
-                await connections.close_idle()
-            raise dspy_errors.translate(error, self._settings_given(config, lm)) from error
-        # An LM that calls tools natively writes no other output.
-        if not outputs.get("tool_calls"):
-            self._contract.check_outputs(outputs)
-        return outputs
+        given, ends = self._settings_given(config, lm), item_ends.get()
+        whole = admission.Run(call.ends if ends is None else ends)
+
+        async def once() -> dict[str, Any]:
+            try:
+                with self._lms.context(pool, runner.adapter(self._adapter), whole):
+                    outputs = await self._run(values, call, stream)
+            except Exception as error:
+                if connections.ran_out(error):
+                    await connections.close_idle()
+                raise dspy_errors.translate(error, given) from error
+            # An LM that calls tools natively writes no other output.
+            if not outputs.get("tool_calls"):
+                self._contract.check_outputs(outputs)
+            return outputs
+
+        fields = list(self._contract.signature.output_fields)
+        return await asking_again.run(once, attempts, fields, call if stream else None)
 
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], LMPool | None]:
         """The call's settings for DSPy, and the LMs: None for the default one."""
@@ -138,7 +146,7 @@ class Program:
         settings: dict[str, Any] = {}
         streaming = None
         if stream:
-            streaming = Stream(self._runner.module, self._text_fields, call, on_loop=self._runner.on_loop)
+            streaming = Stream(self._runner.module, self._contract.signature, call, on_loop=self._runner.on_loop)
             settings = streaming.settings()
         if isinstance(call.meter, Meter):
             settings.update(call.meter.settings())
@@ -158,7 +166,8 @@ class Program:
         if len(fields) == 1:
             return {fields[0]: prediction}
         kind = type(prediction).__name__
-        raise OutputInvalid(f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}")
+        text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
+        raise OutputInvalid(text, by_lm=False)
 
     def _settings_given(self, config: dict[str, Any] | None, lm: object) -> list[str]:
         """The arguments that became settings of DSPy's modules."""

@@ -55,7 +55,8 @@ class AgentTool(RemoteTool):
         try:
             result = await super().acall(**arguments)
         except Exception as error:
-            return f"Execution error in {self.name}: {error}"
+            # A `ToolFailed` begins with the name, too.
+            return f"Execution error in {self.name}: {str(error).removeprefix(f'{self.name}: ')}"
         if isinstance(result, list) and not all(isinstance(item, str) for item in result):
             # DSPy writes a tuple as JSON; a reply has a list again.
             return tuple(result)

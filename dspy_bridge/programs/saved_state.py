@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import dspy
@@ -184,7 +184,8 @@ def _check(saved: object, parameter: Any, where: str) -> None:
         raise InvalidArgs(f"{where}.demos: expected a list of objects")
     if saved.get("lm") is not None and not isinstance(saved["lm"], dict):
         raise InvalidArgs(f"{where}.lm: expected an object or null")
-    _check_signature(saved.get("signature"), parameter.signature, f"{where}.signature")
+    in_demos = {name for demo in saved["demos"] for name in demo} if saved["demos"] else None
+    _check_signature(saved.get("signature"), parameter.signature, in_demos, f"{where}.signature")
     names = parameter.signature.fields
     for index, demo in enumerate(saved["demos"]):
         # An optimizer's demos may lack fields, and have some of the training set's.
@@ -193,7 +194,8 @@ def _check(saved: object, parameter: Any, where: str) -> None:
             raise InvalidArgs(f"{where}.demos[{index}]: for another signature: expected fields of {expected}")
 
 
-def _check_signature(saved: object, signature: type[dspy.Signature], where: str) -> None:
+def _check_signature(saved: object, signature: type[dspy.Signature], in_demos: Set[str] | None, where: str) -> None:
+    """`in_demos`: the names of fields that the state's demos have; None without demos."""
     fields = saved.get("fields") if isinstance(saved, dict) else None
     if not isinstance(saved, dict) or not isinstance(saved.get("instructions"), str) or not isinstance(fields, list):
         raise InvalidArgs(f"{where}: expected an object with instructions and fields")
@@ -206,9 +208,12 @@ def _check_signature(saved: object, signature: type[dspy.Signature], where: str)
     wanted = [field["prefix"] for field in signature.dump_state()["fields"]]
     got = [field["prefix"] for field in fields]
     same = len(got) == len(wanted) and not set(got).isdisjoint(wanted)
-    for name, field in zip(signature.fields, fields, strict=False):
+    for name, prefix, field in zip(signature.fields, wanted, fields, strict=False):
         described = _NO_DESCRIPTION.fullmatch(field["description"])
         same = same and (described is None or described[1] == name)
+        if field["prefix"] != prefix:
+            # Chosen, or of another field, which then is also in the demos in this one's place.
+            same = same and field["prefix"] not in wanted and (in_demos is None or name in in_demos)
     if not same:
         raise InvalidArgs(f"{where}: of another signature: expected fields {_texts(wanted)}, got {_texts(got)}")
 

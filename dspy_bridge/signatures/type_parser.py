@@ -73,6 +73,8 @@ _GENERICS: dict[str, tuple[int, int]] = {
 }
 # DSPex's types: list<string>, dict<string,any>, union<integer|float>.
 _ANGLES = str.maketrans("<>", "[]")
+# Values of a Literal that an error repeats.
+_MOST_SHOWN = 10
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 
 
@@ -144,7 +146,8 @@ def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
     if not least <= len(arguments) <= most:
         raise InvalidArgs(f"{where}: {name}[…] takes {most} type{'s' if most > 1 else ''}, got {len(arguments)}")
     if name == "Literal":
-        return Literal[tuple(_literal(argument, where) for argument in arguments)]
+        meant = _quoted(arguments)
+        return Literal[tuple(_literal(argument, where, meant) for argument in arguments)]
     if name in ("tuple", "Tuple") and len(arguments) == 2 and _is_ellipsis(arguments[1]):
         return tuple[_type_of(arguments[0], where), ...]  # type: ignore[misc]  # built from values
     types = tuple(_type_of(argument, where) for argument in arguments)
@@ -156,7 +159,15 @@ def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
     return container[types]
 
 
-def _literal(node: ast.expr, where: str) -> str | int | bool | None:
+def _quoted(arguments: list[ast.expr]) -> str:
+    """The Literal that is meant by one with names among its values, as the end of an error; empty for any other."""
+    if len(arguments) > _MOST_SHOWN or not all(isinstance(node, (ast.Name, ast.Constant)) for node in arguments):
+        return ""
+    shown = ", ".join(repr(node.id) if isinstance(node, ast.Name) else ast.unparse(node) for node in arguments)
+    return f"; did you mean Literal[{shown}]?"
+
+
+def _literal(node: ast.expr, where: str, meant: str) -> str | int | bool | None:
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError):
@@ -164,7 +175,7 @@ def _literal(node: ast.expr, where: str) -> str | int | bool | None:
     if value is None or isinstance(value, (str, int, bool)):
         return value
     raise InvalidArgs(
-        f"{where}: Literal takes strings, whole numbers, booleans and None, got {short(ast.unparse(node))}"
+        f"{where}: Literal takes strings, whole numbers, booleans and None, got {short(ast.unparse(node))}{meant}"
     )
 
 

@@ -68,9 +68,8 @@ class Contract:
             try:
                 outputs[name] = constraint.validate_python(outputs.get(name))
             except pydantic.ValidationError as error:
-                raise OutputInvalid(
-                    f"the LM's answer did not fit the signature: {validation_errors.describe(name, error)}"
-                ) from None
+                text = f"the LM's answer did not fit the signature: {validation_errors.describe(name, error)}"
+                raise OutputInvalid(text, name) from None
 
 
 class Turn:

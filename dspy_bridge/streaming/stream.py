@@ -52,33 +52,35 @@ _answer: ContextVar[_Answer | None] = ContextVar("answer", default=None)
 class Stream:
     """The stream of one call. In DSPy's settings it replaces the stream of `dspy.streamify`."""
 
-    def __init__(self, module: dspy.Module, fields: list[str], call: Caller, *, on_loop: bool) -> None:
-        """`fields`: the program's outputs of type `str`. `on_loop`: whether the module runs on the event loop.
+    def __init__(self, module: dspy.Module, signature: type[dspy.Signature], call: Caller, *, on_loop: bool) -> None:
+        """`signature`: the program's. `on_loop`: whether the module runs on the event loop.
 
-        Streams these fields, and the reasoning of the same predictor. If several predictors write a field, the last one
-        is assumed to be the one whose value counts.
+        Streams its outputs of type `str`, and the reasoning of the predictors that write its outputs. If several
+        predictors write a field, the last one is assumed to be the one whose value counts.
         """
         self._call = call
         self._loop = asyncio.get_running_loop()
         self._on_loop = on_loop
         self._yielded = time.monotonic()
+        fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
         self._fields = list(dict.fromkeys((*_BEFORE, *fields)))
         self._sent: dict[str, list[str]] = {}
         # By predictor.
         self._streamed: dict[int, set[str]] = {}
         self._predictors: list[dspy.Predict] = []
         self._in_pieces = dspy_internals.SEND_STREAM.there and dspy_internals.STREAM_LISTENERS.there
-        left = set(self._fields)
+        left, unwritten = set(self._fields), set(signature.output_fields)
         for predictor in reversed(module.predictors()):
             outputs = predictor.signature.output_fields
             names = {name for name in left if name in outputs and outputs[name].annotation is str}
             # From a thread only these LMs can stream.
             streams = on_loop or isinstance(predictor.lm or dspy.settings.lm, LoopLM)
             # DSPy refuses to stream decisions, which its 3.3 does not have.
-            if streams and not names.isdisjoint(fields) and not getattr(predictor, "fields", None):
+            if streams and names and not unwritten.isdisjoint(outputs) and not getattr(predictor, "fields", None):
                 self._streamed[id(predictor)] = names
                 self._predictors.append(predictor)
                 left -= names
+                unwritten -= outputs.keys()
 
     def settings(self) -> dict[str, Any]:
         """DSPy's settings for the call."""

@@ -282,8 +282,14 @@ def test_an_item_too_large_for_a_frame_becomes_an_error_in_its_place() -> None:
     assert "result" not in item and bench.next()["success"]
 
 
+QUICK, STUBBORN = 100, 200
+
+
 class Batches(Bench):
-    """`{"many": [items]}`: each waits for the gate and gives itself, an odd one fails."""
+    """`{"many": [items]}`: each waits for the gate and gives itself, an odd one fails.
+
+    `QUICK` does not wait. `STUBBORN` waits also after it was cancelled.
+    """
 
     def __init__(self, **limits: int) -> None:
         self.gate = asyncio.Event()
@@ -294,7 +300,8 @@ class Batches(Bench):
 
     async def _work(self, args: dict[str, Any], call: Call) -> Any:
         if "many" in args:
-            return await batch.run(args["many"], self._one, call, stream=call.request.stream)
+            limits = {name: args.get(name) for name in ("max_concurrency", "item_timeout_ms")}
+            return await batch.run(args["many"], self._one, call, stream=call.request.stream, **limits)
         return await self._one(args["one"])
 
     async def _one(self, item: int) -> int:
@@ -302,6 +309,13 @@ class Batches(Bench):
         self.most = max(self.most, self.running)
         self.started.put(item)
         try:
+            if item != QUICK:
+                await self.gate.wait()
+            if item == STUBBORN:
+                await _count([0])
+        except asyncio.CancelledError:
+            if item != STUBBORN:
+                raise
             await self.gate.wait()
         finally:
             self.running -= 1
@@ -429,3 +443,89 @@ def test_a_batch_counts_as_one_in_the_queue() -> None:
     assert (refused["id"], refused["error_type"]) == (3, "overloaded")
     bench.release()
     assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
+
+
+def test_a_batch_has_no_more_items_at_once_than_it_asks_for() -> None:
+    """Other calls get the slots that it leaves."""
+    bench = Batches(max_in_flight=4)
+    bench.request(1, {"many": list(range(0, 40, 2)), "max_concurrency": 2})
+    assert {bench.started.get(timeout=20) for _ in range(2)} == {0, 2}
+    bench.request(2, {"one": 1000})
+    assert bench.started.get(timeout=20) == 1000
+    assert bench.started.empty() and bench.dispatcher.load()["queued"] == 0
+    bench.most = 0
+    bench.release()
+    assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
+    assert bench.most <= 3
+
+
+def test_an_item_that_takes_too_long_is_one_timeout() -> None:
+    """It is cancelled; those after it have their own time."""
+    bench = Batches(max_in_flight=1)
+    bench.request(1, {"many": [QUICK, 2, QUICK, 4], "item_timeout_ms": 30})
+    results = bench.next()["result"]
+    late = {"success": False, "error": "not finished within 30 ms", "error_type": "timeout"}
+    assert results == [{"success": True, "result": QUICK}, late, {"success": True, "result": QUICK}, late]
+    assert bench.running == 0 and bench.dispatcher.load()["in_flight"] == 0
+
+
+def test_an_item_that_does_not_notice_its_end_holds_its_slot_and_not_the_batch() -> None:
+    bench = Batches(max_in_flight=1)
+    bench.request(1, {"many": [STUBBORN], "item_timeout_ms": 10})
+    assert bench.next()["result"][0]["error_type"] == "timeout"
+    assert bench.dispatcher.load()["in_flight"] == 1
+    bench.request(2, {"one": 6})
+    bench.release()
+    assert bench.next() == {"id": 2, "success": True, "result": 6}
+    assert bench.dispatcher.load()["in_flight"] == 0
+
+
+@pytest.mark.parametrize("item_timeout_ms", [1e300, 10**400])
+def test_an_item_may_have_any_time(item_timeout_ms: float) -> None:
+    bench = Batches()
+    bench.request(1, {"many": [QUICK], "item_timeout_ms": item_timeout_ms})
+    assert bench.next()["result"] == [{"success": True, "result": QUICK}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_at_its_deadline_a_batch_gives_what_it_has(stream: bool) -> None:
+    """The rest are timeouts; those that were not started say so. Nothing of it runs on."""
+    bench = Batches(max_in_flight=1)
+    bench.request(1, {"many": [QUICK, 1, QUICK]}, timeout_ms=200, stream=stream)
+    sent = {frame["index"]: frame for frame in (bench.next()["stream"] for _ in range(3 * stream))}
+    reply = bench.next()
+    assert reply["success"]
+    assert reply["result"] == [
+        {"success": True, "result": QUICK},
+        {"success": False, "error": "not finished within 200 ms", "error_type": "timeout"},
+        {"success": False, "error": "not started within 200 ms", "error_type": "timeout"},
+    ]
+    assert not stream or [sent[index] for index in range(3)] == [
+        {"index": index, **result} for index, result in enumerate(reply["result"])
+    ]
+    bench.request(2, {"one": QUICK})
+    assert bench.next()["result"] == QUICK
+    load = bench.dispatcher.load()
+    assert (load["in_flight"], load["queued"], bench.running) == (0, 0, 0)
+
+
+def test_a_batch_that_only_waits_at_its_deadline_is_one_timeout() -> None:
+    bench = Batches(max_in_flight=1)
+    bench.request(1, {"one": 2})
+    bench.request(2, {"many": [QUICK]}, timeout_ms=20)
+    reply = bench.next()
+    assert (reply["id"], reply["error_type"]) == (2, "timeout")
+    bench.release()
+    assert bench.next()["id"] == 1
+
+
+def test_an_item_that_cancels_itself_is_one_error() -> None:
+    async def work(_item: int) -> None:
+        raise asyncio.CancelledError
+
+    async def many(args: dict[str, Any], call: Call) -> Any:
+        return await batch.run(args["many"], work, call, stream=False)
+
+    bench = Bench(many)
+    bench.request(1, {"many": [1]})
+    assert bench.next()["result"] == [{"success": False, "error": "cancelled", "error_type": "cancelled"}]

@@ -152,3 +152,42 @@ def test_a_config_has_no_option_of_an_lm() -> None:
     for name in ("model", "num_retries", "engine", "supports"):
         with pytest.raises(InvalidArgs, match=f"config.{name}: unknown option"):
             lm_options.read_config({name: "x"})
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"model": "hosted_vllm/other", "base_url": "http://here/v1/", "api_key": "sk-1"},
+        {"model": "openai/small", "api_base": "http://here/v1", "api_key": "sk-1", "headers": {"X-Team": "blue"}},
+        {"model": "openai/small", "api_base": "http://here/v1"},
+        {"model": "openai/small"},
+    ],
+)
+def test_limits_are_of_a_server_and_a_key_however_they_are_named(
+    monkeypatch: pytest.MonkeyPatch, same: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    monkeypatch.setenv("OPENAI_API_BASE", "http://here/v1/")
+    wanted = lm_options.limited_account({"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"})
+    assert lm_options.limited_account(same) == wanted
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-2"},
+        {"model": "openai/m", "api_base": "http://there/v1", "api_key": "sk-1"},
+        {"model": "openai/m", "api_key": "sk-1"},
+        {"model": "anthropic/m", "api_key": "sk-1"},
+        {
+            "model": "openai/m",
+            "api_base": "http://here/v1",
+            "api_key": "sk-1",
+            "headers": {"Authorization": "Bearer sk-3"},
+        },
+    ],
+)
+def test_limits_of_another_server_or_key_are_others(other: dict[str, Any]) -> None:
+    first = {"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"}
+    assert lm_options.limited_account(other) != lm_options.limited_account(first)
+    assert lm_options.limited_account({"model": "anthropic/m"}) != lm_options.limited_account({"model": "openai/m"})

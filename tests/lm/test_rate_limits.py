@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import rate_limits
-from dspy_bridge.lm.rate_limits import Account, Bucket, Gate, Limits, Ticket
+from dspy_bridge.lm.rate_limits import Account, Gate, Limits, Ticket
+from dspy_bridge.lm.token_bucket import Bucket
 
 
 class World:

@@ -16,7 +16,8 @@ import dspy
 import pytest
 from peer import DSPY, PATIENCE
 
-from dspy_bridge.lm import dspy_setup, echo_lm, lm_pool
+from dspy_bridge.lm import dspy_setup, lm_pool
+from dspy_bridge.lm.offline import echo_lm, offline_lm
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.programs.program import Program
 from dspy_bridge.programs.runners import Runner, ToolCallRunner
@@ -43,7 +44,7 @@ def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() 
     runner, threads = Runner(module), WorkerThreads()
 
     async def calls() -> list[Any]:
-        with dspy.context(lm=echo_lm.EchoLM(), callbacks=[echo_lm.WatchFormat()]):
+        with dspy.context(lm=echo_lm.EchoLM(), callbacks=[offline_lm.WatchFormat()]):
             running = [asyncio.create_task(runner.run({"question": text}, threads)) for text in ("a", "b")]
             await asyncio.to_thread(module.meet.wait, 20)
             return await asyncio.gather(*running)

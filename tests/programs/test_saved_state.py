@@ -191,6 +191,34 @@ def test_descriptions_do_not_make_another_signature_the_same(tmp_path: Path) -> 
         saved_state.load(dspy.Predict(QA), saved(dspy.Predict(other), tmp_path))
 
 
+def described(*outputs: str) -> type[dspy.Signature]:
+    """A signature whose saved fields have no names: each has a description."""
+    signature = QA.delete("answer").with_updated_fields("question", desc="about the world")
+    for name in outputs:
+        signature = signature.append(name, dspy.OutputField(desc=f"The {name}, in one word."), str)
+    return signature
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(("reply", "more"), "Question, Reply, More"), (("more", "answer"), "Question, More, Answer")]
+)
+def test_a_state_whose_demos_have_other_fields_is_refused_with_both_lists(given: Any, got: str, tmp_path: Path) -> None:
+    """The prompt would say that these are not supplied."""
+    module = dspy.Predict(described(*given))
+    module.demos = [{"question": "Why?", **dict.fromkeys(given, "So.")}]
+    with pytest.raises(InvalidArgs, match=f"of another signature: expected fields Question, Answer, More, got {got}"):
+        saved_state.load(dspy.Predict(described("answer", "more")), saved(module, tmp_path))
+
+
+def test_a_prefix_that_was_chosen_is_no_other_field(tmp_path: Path) -> None:
+    """The demos have the field under its name."""
+    module = dspy.Predict(described("answer").with_updated_fields("answer", prefix="Final Answer:"))
+    module.demos = [{"question": "Why?", "answer": "So."}]
+    served = dspy.Predict(described("answer"))
+    saved_state.load(served, saved(module, tmp_path))
+    assert as_sent(served) == saved(module, tmp_path)
+
+
 def test_what_an_optimizer_changes_of_a_signature_is_no_other_signature(tmp_path: Path) -> None:
     """COPRO sets a prefix of the last field; a field may have a description in only one of the two."""
     signature = QA.with_instructions("Be brief.").with_updated_fields("answer", prefix="In short:")

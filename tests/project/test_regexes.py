@@ -46,7 +46,7 @@ PING = '{"id":12,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-
 USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     "field_parsers:_HEADER": (lambda text: field_parsers._HEADER.match(text), ["[[ ## ab ## ]]"]),
     "field_parsers:_BEGUN_HEADER": (lambda text: field_parsers._BEGUN_HEADER.fullmatch(text), ["[[ ## ab ## ]]"]),
-    "echo_lm:_words": (_words, ["ab  cd"]),
+    "offline_lm:words": (_words, ["ab  cd"]),
     "json_fields:_TEXT": (lambda text: json_fields._TEXT.match(text), [r"a\n\u00e9\ud83d\udc0e", r"\ud83dx"]),
     "json_fields:_UNFINISHED": (lambda text: json_fields._UNFINISHED.fullmatch(text), [r"\u00e", r"\ud83d\udc0"]),
     "json_fields:_NESTED": (lambda text: json_fields._NESTED.match(text), ["ab"]),

@@ -44,6 +44,8 @@ class Size:
 
     meter = None
     slot_transferred = False
+    deadline = None
+    ends = None
     services = SimpleNamespace(limiter=SimpleNamespace(release=lambda: None))
     request = SimpleNamespace(stream=False, meta=False)
 

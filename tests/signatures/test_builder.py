@@ -181,11 +181,16 @@ def test_the_reserved_names_are_still_refused() -> None:
             contract(field(name, PERSON))
 
 
+LITERAL = "Literal takes strings, whole numbers, booleans and None"
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
         ("__import__('os').system('x')", "signature.inputs[0].type: unknown type"),
         ("list[", "signature.inputs[0].type: 'list[' cannot be read"),
+        ("Literal[a, 'b', 3]", f"signature.inputs[0].type: {LITERAL}, got 'a'; did you mean Literal['a', 'b', 3]?"),
+        ("Literal[a, b()]", f"signature.inputs[0].type: {LITERAL}, got 'a'"),
         ("Literal[open('x')]", "signature.inputs[0].type: Literal takes strings"),
         ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),
         ("list[image, image]", "signature.inputs[0].type: list[…] takes 1 type"),

@@ -18,6 +18,7 @@ class FakeCall:
 
     meter = None
     size = 100
+    ends = None
 
     def __init__(self) -> None:
         self.turns: list[int] = []

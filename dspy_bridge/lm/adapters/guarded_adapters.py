@@ -21,7 +21,7 @@ from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import field_markers
+from dspy_bridge.lm.adapters import corrections, field_markers, json_repair_limit
 from dspy_bridge.lm.metering import fallbacks
 
 Signature = type[dspy.Signature]
@@ -92,6 +92,7 @@ class _Cleaning:
         return super().format_assistant_message_content(signature, outputs, *args, **options)  # type: ignore[misc]
 
 
+@corrections.told
 @_callbacks_once
 class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
     def _clean_input(self, _signature: Signature, text: str) -> str:
@@ -107,6 +108,7 @@ class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy sh
         return fields
 
 
+@corrections.told
 @_callbacks_once
 class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
     # The tags of a trajectory are its inputs'; the outputs of the next step are known only here.
@@ -127,17 +129,24 @@ class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
         return super().parse(signature, completion)
 
 
+@corrections.told
 @_callbacks_once
 class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
     """JSON quotes text, so text begins no field; only a key may come twice."""
 
     def parse(self, signature: Signature, completion: str) -> Any:
-        fields = super().parse(signature, completion)
+        try:
+            fields = super().parse(signature, completion)
+        except json_repair_limit.TooMuchToRepair:
+            raise
+        except ValueError as error:  # DSPy 3.3: of a value's type
+            raise dspy.AdapterParseError("JSONAdapter", signature, completion, str(error)) from error
         if self.strict:
             _refuse(_contradicted_json(signature, completion))
         return fields
 
 
+@corrections.told
 @_callbacks_once
 class TwoStepAdapter(dspy.TwoStepAdapter):  # type: ignore[misc]
     """Its second step is an adapter of DSPy's own choice: a callback checks what that one reads."""

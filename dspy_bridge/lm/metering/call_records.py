@@ -79,14 +79,14 @@ def _watch(finalize: Any) -> Any:
     @functools.wraps(finalize)
     def watched(lm: Any, call: Any, result: Any) -> Any:
         made = finalize(lm, call, result)
-        reasons = _reasons_of(result.responses, result.raw)
+        # With `_get`: a later DSPy may know less of a call, which must not fail for that.
+        reasons = _reasons_of(_get(result, "responses"), _get(result, "raw"))
         record = current.get()
         if record is not None:
-            record.outputs = result.outputs
-            _note(record, lm, reasons, bool(result.cache_hit), result.cost)
+            record.outputs = _get(result, "outputs")
+            _note(record, lm, reasons, _get(result, "cache_hit"), _get(result, "cost"))
         if "length" in reasons and refusing.get():
-            asked = call.request
-            raise _cut_off(call.legacy if asked is None else {"max_tokens": asked.config.max_tokens})
+            raise _cut_off(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
 
     return watched
@@ -102,16 +102,16 @@ def _watch_older(process: Any) -> Any:
         record = current.get()
         if record is not None:
             record.outputs = outputs
-            cost = getattr(response, "_hidden_params", {}).get("response_cost")
-            _note(record, lm, reasons, bool(getattr(response, "cache_hit", False)), cost)
+            cost = _get(_get(response, "_hidden_params"), "response_cost")
+            _note(record, lm, reasons, bool(_get(response, "cache_hit")), cost)
         if "length" in reasons and refusing.get():
-            raise _cut_off({**lm.kwargs, **options})
+            raise _cut_off(options, lm.kwargs)
         return outputs
 
     return watched
 
 
-def _note(record: Record, lm: Any, reasons: list[str | None], cached: bool, cost: Any) -> None:
+def _note(record: Record, lm: Any, reasons: list[str | None], cached: bool | None, cost: Any) -> None:
     record.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
     record.cached = cached
     if cached or getattr(lm, "costs_nothing", False):
@@ -170,9 +170,11 @@ def _get(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
 
 
-def _cut_off(settings: dict[str, Any]) -> CutOff:
+def _cut_off(*settings: Any) -> CutOff:
+    """`settings`: where the limit may be; the first one that has it counts."""
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-    limit = next((settings[name] for name in names if settings.get(name) is not None), None)
+    limits = (_get(given, name) for given in settings for name in names)
+    limit = next((limit for limit in limits if limit is not None), None)
     shown = f" ({limit})" if isinstance(limit, int) else ", of which none was set: at the limit of the LM"
     return CutOff(
         f"the LM's answer was cut off at max_tokens{shown}; give it more, or take what there is with "

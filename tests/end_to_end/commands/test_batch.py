@@ -207,15 +207,16 @@ def test_failures_are_streamed_like_results(desk: Desk) -> None:
     assert [result["error_type"] for result in results] == ["invalid_args", "lm_error"]
 
 
-def test_a_deadline_in_the_middle_ends_it_all(desk: Desk) -> None:
-    """Streamed results were received; the LM's requests are closed, and waiting ones are never sent."""
+def test_a_deadline_in_the_middle_keeps_what_is_done(desk: Desk) -> None:
+    """The others are timeouts, just before the deadline; their LM requests are closed, and waiting ones never sent."""
     waiting, through = threading.Event(), threading.Event()
 
     def answer(request: dict[str, Any]) -> Answer:
         if question(request) == "slow":
             # Not before the quick one: the gate is for all.
             through.wait(PATIENCE)
-            desk.server.gate.clear()
+            if not waiting.is_set():
+                desk.server.gate.clear()
             waiting.wait(PATIENCE)
         else:
             through.set()
@@ -224,12 +225,62 @@ def test_a_deadline_in_the_middle_ends_it_all(desk: Desk) -> None:
     desk.answer = answer
     id = desk.start(asks("quick", *["slow"] * 30), stream=True, timeout_ms=3000, meta=True)
     assert desk.peer.receive()["stream"]["index"] == 0
+    streamed = [desk.peer.receive()["stream"] for _ in range(30)]
     reply = desk.peer.receive()
     waiting.set()
-    assert (reply["id"], reply["error_type"]) == (id, "timeout")
+    results = reply["result"]["results"]
+    assert reply["id"] == id and results[0] == {"success": True, "result": {"answer": "quick"}}
+    assert [result["error"] for result in results[1:]] == (
+        ["not finished within 3000 ms"] * 8 + ["not started within 3000 ms"] * 22
+    )
+    assert all(result["error_type"] == "timeout" and not result["success"] for result in results[1:])
+    assert sorted(item["index"] for item in streamed) == list(range(1, 31))
+    assert reply["meta"]["duration_ms"] < 3000
     assert reply["meta"]["lm_calls"] == 9, "what was used up to then"
     assert reply["meta"]["lm_usage"][MODEL]["completion_tokens"] == 7
     assert desk.becomes(0, 0) and len(desk.server.requests) <= 9
+
+
+def test_one_that_runs_behind_another_gives_each_item_its_time(desk: Desk) -> None:
+    """Of two at once; the LM's request of the slow one is closed."""
+    waiting = threading.Event()
+
+    def answer(request: dict[str, Any]) -> Answer:
+        if question(request) == "slow":
+            waiting.wait(PATIENCE)
+        return echo(request)
+
+    desk.answer = answer
+    args = {"max_concurrency": 2, "item_timeout_ms": 1000.5}
+    results = desk.run(asks("slow", *"abcd"), args=args)["result"]["results"]
+    assert results[0] == {"success": False, "error": "not finished within 1000.5 ms", "error_type": "timeout"}
+    assert [result.get("result") for result in results[1:]] == [{"answer": text} for text in "abcd"], results
+    waiting.set()
+    assert desk.becomes(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"max_concurrency": 0}, "max_concurrency: expected a whole number of at least 1"),
+        ({"max_concurrency": 2.0}, "max_concurrency: expected a whole number of at least 1"),
+        ({"max_concurrency": True}, "max_concurrency: expected a whole number of at least 1"),
+        ({"item_timeout_ms": 0}, "item_timeout_ms: expected a number of milliseconds greater than 0"),
+        ({"item_timeout_ms": "5"}, "item_timeout_ms: expected a number of milliseconds greater than 0"),
+        ({"item_timeout_ms": True}, "item_timeout_ms: expected a number of milliseconds greater than 0"),
+    ],
+)
+def test_limits_of_a_batch_that_are_wrong_are_refused_by_name(desk: Desk, args: dict[str, Any], expected: str) -> None:
+    reply = desk.run(asks("a"), args=args)
+    assert (reply["error_type"], reply["error"]) == ("invalid_args", expected)
+    assert not desk.server.requests
+
+
+@pytest.mark.parametrize("args", [{"max_concurrency": 2}, {"item_timeout_ms": 5}])
+def test_limits_of_a_batch_are_refused_for_one_input(desk: Desk, args: dict[str, Any]) -> None:
+    reply = desk.run({"question": "a"}, args=args)
+    assert (reply["error_type"], reply["error"]) == ("invalid_args", f"{next(iter(args))}: only for a list of inputs")
+    assert desk.run({"question": "a"}, args=dict.fromkeys(args))["success"], "null is none"
 
 
 def test_a_cancel_closes_the_lms_requests(desk: Desk) -> None:
@@ -329,7 +380,9 @@ def test_what_is_stopped_tells_what_it_used_up_to_then(desk: Desk, end: str) -> 
         return chat(answer="late")
 
     desk.answer = answer
-    desk.peer.call("create_program", {"id": "steps", "signature": "question -> answer", "program_type": "react"})
+    tools = [{"name": "look"}]
+    args = {"id": "steps", "signature": "question -> answer", "program_type": "react", "tools": tools}
+    desk.peer.call("create_program", args)
     envelope = {"timeout_ms": 500} if end == "timeout" else {}
     asked = {"program_id": "steps", "inputs": {"question": "q"}}
     id = desk.peer.request("execute_program", asked, meta=True, **envelope)

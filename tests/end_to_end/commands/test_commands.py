@@ -149,7 +149,7 @@ UNCHECKED = ({"model": "openai/"}, {"model": "openai/x", "num_retries": -1})
         ({"id": "x", "signature": "reasoning -> a", "program_type": "chain_of_thought"}, "reasoning"),
         ({"id": "x", "signature": "q -> a", "adapter": "yaml"}, "adapter"),
         ({"id": "x", "signature": "q -> a", "adapter": {}}, "adapter"),
-        ({"id": "x", "signature": "q -> a", "lm": "openai/x"}, "lm"),
+        ({"id": "x", "signature": "q -> a", "lm": 5}, "lm"),
         ({"id": "x", "signature": "q -> a", "lm": {}}, "lm.model"),
         *(
             ({"id": "x", "signature": "q -> a", "lm": lm}, named)
@@ -251,6 +251,39 @@ def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
         reply = module_peer.call("execute_program", {"program_id": id, "inputs": {}})
         assert reply["error"] == f"Program not found: {id}"
         assert module_peer.call(id)["error"] == f"Unknown command: {id}"
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        ("execute", "execute_program"),
+        ("create", "create_program"),
+        ("list", "list_programs"),
+        ("stats", "get_stats"),
+        ("excute_program", "execute_program"),
+        ("list_program", "list_programs"),
+        ("Ping", None),
+        # Other commands than ours, as DSPex has them.
+        ("delete_program", None),
+        ("create_gemini_program", None),
+        ("get_program_info", None),
+        ("program", None),
+        ("", None),
+        ("x" * 100_000, None),
+    ],
+)
+def test_a_command_that_was_probably_meant_is_named(module_peer: Peer, command: str, meant: str | None) -> None:
+    text = f"Unknown command: {command[:4095]}{'…' if len(command) > 4096 else ''}"
+    assert module_peer.call(command)["error"] == text + (f"; did you mean {meant}?" if meant else "")
+
+
+def test_an_argument_that_was_probably_meant_is_named(module_peer: Peer) -> None:
+    create = module_peer.call("create_program", {"id": "x", "signatur": "q -> a"})
+    assert create["error"].startswith("signatur: unknown argument; did you mean signature? expected id, signature, ")
+    execute = module_peer.call("execute_program", {"program_id": "x", "inputs": {}, "max_concurency": 2})
+    assert execute["error"].startswith("max_concurency: unknown argument; did you mean max_concurrency? expected ")
+    other = module_peer.call("execute_program", {"program_id": "x", "inputs": {}, "colour": 2})
+    assert other["error"].startswith("colour: unknown argument; expected program_id, inputs, ")
 
 
 def test_a_name_that_no_line_can_hold_is_escaped_and_cut(module_peer: Peer) -> None:

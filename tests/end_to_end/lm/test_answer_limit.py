@@ -184,6 +184,8 @@ def test_other_users_of_httpx_have_no_limit(send: Any, monkeypatch: pytest.Monke
 def test_sync_calls_have_the_same_limit(send: Any, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """As a module's own threads make them, with LMs of any kind."""
     trace_headers.install()
+    # As in the peer: else LiteLLM, if nothing has imported it yet, fetches a price list first.
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "true")
     monkeypatch.setattr(answer_limit, "most", LIMIT)
     data = [answer("short", False), b" " * LIMIT]
     short, long = send("", lambda _: iter(data[:1])), send("", lambda _: iter(data))

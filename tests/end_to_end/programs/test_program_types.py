@@ -309,6 +309,13 @@ def rewarded(reward: Any) -> dict[str, Any]:
         bad("signature.inputs", signature="reasoning_attempt_1 -> answer", program_type="multi_chain_comparison"),
         bad("signature.outputs", signature="question -> rationale, answer", program_type="multi_chain_comparison"),
         bad("tools: multi_chain_comparison", program_type="multi_chain_comparison", tools=[{"name": "search"}]),
+        bad("tools: react needs at least one", program_type="react"),
+        bad("tools: react needs at least one", program_type="react", tools=[]),
+        *(
+            bad("tools: react needs at least one", program_type=kind, tools=[{"name": "score"}],
+                options={"reward": {"tool": "score"}, "module": "react"})
+            for kind in ("best_of_n", "refine")
+        ),
         bad("tools: best_of_n", program_type="best_of_n", options=YES, tools=[{"name": "search"}]),
         bad("tools: refine", program_type="refine", options={**SCORE, "module": "chain_of_thought"},
             tools=[{"name": "search"}, {"name": "score"}]),
@@ -406,7 +413,8 @@ def test_a_field_of_any_name_works_or_is_refused(echo_peer: Peer) -> None:
     def create(program_type: str, inputs: list[str], outputs: list[str]) -> dict[str, Any]:
         fields = {"inputs": [{"name": name} for name in inputs], "outputs": [{"name": name} for name in outputs]}
         options = {"options": {"n": 1, **YES}} if program_type == "best_of_n" else {}
-        more = {"signature": fields, "program_type": program_type, **options}
+        tools = {"tools": [{"name": "look"}]} if program_type == "react" else {}
+        more = {"signature": fields, "program_type": program_type, **options, **tools}
         return echo_peer.call("create_program", {"id": "named", **more})
 
     names = parameters()
@@ -424,5 +432,5 @@ def test_a_field_of_any_name_works_or_is_refused(echo_peer: Peer) -> None:
         for inputs, outputs in ((taken[0], []), (["q"], taken[1])):
             assert create(program_type, inputs, [*outputs, "answer"])["success"]
             ask = {"program_id": "named", "inputs": dict.fromkeys(inputs, "x")}
-            reply = echo_peer.call("execute_program", ask)
+            reply, _ = execute(echo_peer, ask, {"look": lambda: "seen"})
             assert reply["success"], (program_type, outputs, reply)

@@ -208,7 +208,7 @@ def test_demos_replace_those_of_the_state(served: Served) -> None:
 
 
 def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path: Path) -> None:
-    """Unless the program or a call has `lm`. The key is that of the environment, the address that of the provider."""
+    """Unless the program or a call has `lm`. Its key and address are those of the peer's LM, of the same provider."""
     elsewhere = {"api_base": "http://127.0.0.1:9/v1", "api_key": "sk-saved-0123456789"}
     module = dspy.Predict(QA)
     module.set_lm(dspy.LM("openai/saved-model", temperature=0.25, max_tokens=99, cache=False, **elsewhere))
@@ -222,7 +222,7 @@ def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path
     first, second, third = served.server.requests[-3:]
     assert (first["model"], first["temperature"], first["max_tokens"]) == ("saved-model", 0.25, 99)
     assert (second["model"], third["model"]) == ("given", "call")
-    assert served.server.authorizations[-3] == "Bearer sk-environment-012345"
+    assert served.server.authorizations[-3] == "Bearer sk-test-0123456789"
     for id in (program, given):
         kept = served.state(id)
         assert kept["lm"]["model"] == "openai/saved-model" and kept["lm"].keys().isdisjoint(elsewhere)

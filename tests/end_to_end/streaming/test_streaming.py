@@ -229,6 +229,16 @@ def test_fields_that_are_no_texts_are_in_the_reply_only(stage: Stage) -> None:
     assert [bool(request.get("stream")) for request in stage.server.requests] == [True, False], "nothing to stream"
 
 
+@pytest.mark.parametrize("adapter", FORMATS)
+def test_reasoning_is_streamed_before_outputs_that_are_no_texts(stage: Stage, adapter: str) -> None:
+    """An answer of a number alone shows nothing before it is there, and its reasoning takes the LM's time."""
+    program = stage.create("chain_of_thought", signature="question -> score: float", adapter=adapter)
+    stage.answer = FORMATS[adapter](reasoning="It is known to all.", score=0.5)
+    frames, reply = stage.run(program)
+    assert joined(frames) == {"reasoning": "It is known to all."} and len(frames) > 2
+    assert reply["result"] == {"reasoning": "It is known to all.", "score": 0.5}
+
+
 def test_what_the_cache_answers_is_one_chunk(stage: Stage) -> None:
     program = stage.create("chain_of_thought", lm={"model": "openai/cached", **stage.server.options(cache=True)})
     stage.answer = chat(reasoning="It is known.", answer="Paris, in France")

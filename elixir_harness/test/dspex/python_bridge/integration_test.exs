@@ -234,6 +234,47 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
   end
 
+  describe "answers that a test chooses" do
+    test "in turn, or by the question; text that does not fit, too" do
+      answers = %{
+        "France" => %{answer: "Paris", population: 67},
+        "did not fit" => %{answer: "Rome", population: 59},
+        "*" => "I do not know."
+      }
+
+      bridge = start(lm: "offline/script", lm_options: %{answers: answers})
+      program = %{id: "qa", signature: "question -> answer, population: int", adapter: "json"}
+      {:ok, _} = Bridge.call(bridge, :create_program, program)
+
+      assert {:ok, %{"answer" => "Paris", "population" => 67}} =
+               Bridge.call(bridge, :execute_program, execute("France?"))
+
+      assert {:error, %Error{type: :output_invalid}} =
+               Bridge.request(bridge, :execute_program, execute("Italy?"), [])
+
+      args = Map.put(execute("Italy?"), :attempts, 2)
+
+      assert {:ok, %{"answer" => "Rome"}, meta} =
+               Bridge.request(bridge, :execute_program, args, [])
+
+      assert meta["lm_calls"] == 2
+
+      in_turn = %{model: "offline/script", answers: [%{answer: "one"}, %{answer: "two"}]}
+      program = %{id: "turns", signature: "question -> answer", lm: in_turn}
+      {:ok, _} = Bridge.call(bridge, :create_program, program)
+
+      for answer <- ["one", "two"] do
+        assert Bridge.call(bridge, :execute_program, execute("?", "turns")) ==
+                 {:ok, %{"answer" => answer}}
+      end
+
+      assert {:error, %Error{type: :lm_error, retryable: false, message: text}} =
+               Bridge.request(bridge, :execute_program, execute("?", "turns"), [])
+
+      assert text =~ "all 2 answers are used"
+    end
+  end
+
   describe "an LM that takes its time" do
     setup do
       bridge = start(SilentLM.lm_opts(SilentLM.start()))
@@ -257,6 +298,22 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       assert ms < 3_250
       assert_receive :lm_closed, 1_000
       eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+    end
+
+    test "a list of inputs has its results by the caller's timeout: those that are there", %{
+      bridge: bridge
+    } do
+      # The first is refused without the LM.
+      inputs = [%{x: 1} | for(n <- 1..300, do: %{question: "#{n}"})]
+      args = %{program_id: "qa", inputs: inputs}
+
+      assert {:ok, %{"results" => [refused | late]}} =
+               Bridge.call(bridge, :execute_program, args, 3_000)
+
+      assert refused["error_type"] == "invalid_args"
+      assert length(late) == 300 and Enum.all?(late, &(&1["error_type"] == "timeout"))
+      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+      assert Bridge.get_status(bridge).late_replies == 0
     end
 
     test "a caller that dies has its run cancelled in the peer", %{bridge: bridge} do

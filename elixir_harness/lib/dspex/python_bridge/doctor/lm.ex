@@ -28,6 +28,10 @@ defmodule DSPex.PythonBridge.Doctor.LM do
         {:ok, "offline/echo, which is built in and needs no key; it only repeats the question",
          nil, true}
 
+      "offline/script" ->
+        {:ok, "offline/script, which is built in and needs no key; its answers are in lm_options",
+         nil, true}
+
       model ->
         look(python, model, options)
     end

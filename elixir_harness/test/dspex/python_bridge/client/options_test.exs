@@ -6,6 +6,7 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.Test.Loopback
 
   @arguments [attempts: 10, max_concurrency: 1, item_timeout_ms: 250]
 
@@ -114,5 +115,82 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
 
     assert {:error, %Error{meta: nil}} =
              Bridge.request(bridge, :execute_program, %{play: [["fail", "lm_error"]]}, [])
+  end
+
+  describe "with the real peer" do
+    @describetag timeout: 120_000
+
+    defp start_real(opts \\ []) do
+      bridge = start_supervised!({Bridge, real_opts([default_timeout: 60_000] ++ opts)})
+      create = %{id: "qa", signature: "question -> answer"}
+      {:ok, _} = Bridge.call(bridge, :create_program, create)
+      bridge
+    end
+
+    # An LM that gives one answer after the other, and says how often it was asked.
+    defp lm(answers) do
+      answers = start_supervised!({Agent, fn -> answers end})
+
+      port =
+        Loopback.start(fn socket, _test ->
+          answer(socket, "", fn -> Agent.get_and_update(answers, &List.pop_at(&1, 0)) end)
+        end)
+
+      [
+        lm: %{model: "openai/stub", api_base: "http://127.0.0.1:#{port}/v1"},
+        lm_options: [api_key: "not-a-key", cache: false]
+      ]
+    end
+
+    defp answer(socket, read, next) do
+      with {:ok, more} <- :gen_tcp.recv(socket, 0) do
+        whole? = whole?(read <> more)
+        if whole?, do: :ok = :gen_tcp.send(socket, response(next.()))
+        answer(socket, if(whole?, do: "", else: read <> more), next)
+      end
+    end
+
+    defp whole?(read) do
+      with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
+           [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),
+           do: byte_size(body) >= String.to_integer(length),
+           else: (_part -> false)
+    end
+
+    defp response(text) do
+      message = %{role: "assistant", content: text}
+      choice = %{index: 0, finish_reason: "stop", message: message}
+      body = %{id: "c", object: "chat.completion", created: 0, model: "stub", choices: [choice]}
+      json = JSON.encode!(body)
+      head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+      [head, "content-length: #{byte_size(json)}\r\n\r\n", json]
+    end
+
+    test "attempts asks the LM again until its answer fits; the error counts the calls" do
+      # One attempt asks twice: DSPy falls back to JSON.
+      bad = "I would say seven."
+      bridge = start_real(lm([bad, bad, "[[ ## answer ## ]]\nParis", bad, bad, bad, bad]))
+      args = %{program_id: "qa", inputs: %{question: "Which?"}}
+
+      assert {:ok, %{"answer" => "Paris"}, %{"lm_calls" => 3}} =
+               Bridge.request(bridge, :execute_program, args, attempts: 3)
+
+      assert {:error, %Error{type: :output_invalid, meta: %{"lm_calls" => calls}}} =
+               Bridge.request(bridge, :execute_program, args, attempts: 2)
+
+      assert calls == 4
+    end
+
+    test "max_concurrency and item_timeout_ms are for a list of inputs" do
+      bridge = start_real()
+      args = %{program_id: "qa", inputs: for(n <- 1..3, do: %{question: "#{n}?"})}
+      opts = [max_concurrency: 1, item_timeout_ms: 60_000]
+
+      assert {:ok, %{"results" => [_, _, %{"result" => %{"answer" => "echo: 3?"}}]}, _meta} =
+               Bridge.request(bridge, :execute_program, args, opts)
+
+      # One at a time: in order.
+      assert [0, 1, 2] == for({:item, n, {:ok, _}} <- Bridge.stream(bridge, args, opts), do: n)
+    end
   end
 end

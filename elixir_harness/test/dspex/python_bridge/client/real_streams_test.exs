@@ -144,6 +144,26 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert items[2] == {:ok, three["result"]}
     end
 
+    test "of a list of inputs has, at the deadline, the results that are there" do
+      bridge = start([@agent])
+      inputs = for question <- ["quick", "slow", "quick"], do: %{question: question}
+      args = %{program_id: "agent", inputs: inputs}
+
+      search = fn %{"query" => query} ->
+        if query == "slow", do: Process.sleep(:infinity), else: 1
+      end
+
+      elements =
+        bridge |> Bridge.stream(args, tools: %{search: search}, timeout: 3_000) |> Enum.to_list()
+
+      assert {:ok, %{"results" => [one, slow, two]}, _meta} = List.last(elements)
+      assert %{"success" => true, "result" => %{"answer" => _}} = one
+      assert %{"success" => true} = two
+      assert slow["error_type"] == "timeout"
+      items = for {:item, index, result} <- elements, into: %{}, do: {index, result}
+      assert %{0 => {:ok, _}, 1 => {:error, %Error{type: :timeout}}, 2 => {:ok, _}} = items
+    end
+
     test "works on a bridge that a pool has checked out" do
       pool = :"#{__MODULE__}.Pool"
       start_supervised!({Pool, real_opts(name: pool, pool_size: 1)})

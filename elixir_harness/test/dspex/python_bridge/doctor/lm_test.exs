@@ -46,6 +46,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
   test "one that needs no key passes" do
     assert check("ollama_chat/llama3") == {:ok, "ollama_chat/llama3: needs no key", nil}
     assert {:ok, "offline/echo" <> _more, nil} = check("offline/echo")
+    assert {:ok, "offline/script" <> _more, nil} = check("offline/script")
   end
 
   test "one at your own address without a key fails if DSPy needs one for each call" do

@@ -1,37 +1,20 @@
-"""`offline/echo`: an LM without a network, for demos, self-tests and CI. It answers at once.
+"""`offline/echo`: an LM for demos, self-tests and CI.
 
-It is a `dspy.LM` on an engine of ours, so a call passes all of DSPy: adapter, LM, parser. A callback notes what the
-adapter formats, so the engine knows which fields to answer: text fields echo the inputs, others get a value of their
-type, always the same for the same question.
+Text fields echo the inputs, others get a value of their type, always the same for the same question.
 """
 
 from __future__ import annotations
 
-import re
 import types
-from collections.abc import AsyncIterator
-from contextvars import ContextVar
-from types import SimpleNamespace
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dspy
 import pydantic
-from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.event_loop_lm import LoopLM
-
-try:
-    from dspy import lm15
-except ImportError:  # DSPy 3.3, where an LM has no engine
-    lm15 = None
-# Whether an LM's `engine` may be chosen.
-ENGINES = lm15 is not None
+from dspy_bridge.lm.offline.offline_lm import Asked, OfflineLM
 
 NAME = "offline/echo"
-
-# Adapter, signature and inputs of the LM call that this context makes next.
-_asked: ContextVar[tuple[dspy.Adapter, type[dspy.Signature], dict[str, Any]] | None] = ContextVar("asked", default=None)
 
 _BY_FORMAT = {
     "date": "2026-01-01",
@@ -44,95 +27,16 @@ _BY_FORMAT = {
 }
 
 
-class WatchFormat(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
-    """A DSPy callback, which `EchoLM` needs: it notes what the adapter formats."""
-
-    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        """Called by DSPy in the context of the LM call that follows."""
-        # A `format` that calls its parent's comes here twice, the second time without names.
-        if "signature" in inputs and "inputs" in inputs:
-            _asked.set((instance, inputs["signature"], inputs["inputs"]))
-
-
-class _WithoutEngine:
-    """The methods by which an LM answers in DSPy 3.3, in OpenAI's format."""
-
-    supports_function_calling = supports_reasoning = supports_response_schema = False
-    supported_params: frozenset[str] = frozenset()
-
-    def forward(self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **_options: Any) -> Any:
-        text, usage = _reply([str(message.get("content")) for message in messages or [{"content": prompt}]])
-        message = SimpleNamespace(content=text, provider_specific_fields={})
-        names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
-        return SimpleNamespace(
-            model=NAME,
-            choices=[SimpleNamespace(index=0, message=message, finish_reason="stop")],
-            usage={name: usage[given] for name, given in names.items()},
-        )
-
-    async def aforward(self, *args: Any, **options: Any) -> Any:
-        response = self.forward(*args, **options)
-        stream = dspy_internals.SEND_STREAM.there and dspy.settings[dspy_internals.SEND_STREAM.attribute]
-        if stream:
-            for word in _words(response.choices[0].message.content):
-                choice = SimpleNamespace(delta=SimpleNamespace(content=word), finish_reason=None)
-                predictor = dspy.settings[dspy_internals.CALLER_PREDICT.attribute]
-                await stream.send(SimpleNamespace(predict_id=id(predictor), choices=[choice]))
-        return response
-
-
-class EchoLM(*((LoopLM,) if ENGINES else (_WithoutEngine, LoopLM))):  # type: ignore[misc]
-    """For demos, self-tests and CI: no network, no model, the same answer to the same question."""
-
-    # For `meta`: DSPy knows no price of it.
-    costs_nothing = True
+class EchoLM(OfflineLM):
+    """No network, no model, the same answer to the same question."""
 
     def __init__(self, **options: Any) -> None:
-        """`options`: those of `dspy.LM`; those of a connection are ignored."""
-        options = {name: value for name, value in options.items() if name not in _CONNECTION}
-        engines = {"engine": _Engine(), "async_engine": _AsyncEngine()} if ENGINES else {}
-        super().__init__(NAME, **{"cache": False, **options, **engines})
+        """`options`: those of `dspy.LM`."""
+        super().__init__(NAME, _reply, **options)
 
 
-_CONNECTION = frozenset(
-    ("api_key", "api_base", "base_url", "headers", "extra_headers", "timeout", "api_version", "organization", "project")
-)
-
-
-class _Engine:
-    def complete(self, request: Any) -> Any:
-        text, usage = _reply([message.text or "" for message in request.messages])
-        return lm15.Response(
-            id=None,
-            model=NAME,
-            message=lm15.Message.assistant([lm15.TextPart(text)]),
-            finish_reason="stop",
-            usage=lm15.Usage(**usage),
-        )
-
-
-class _AsyncEngine:
-    async def complete(self, request: Any) -> Any:
-        return _Engine().complete(request)
-
-    async def stream(self, request: Any) -> AsyncIterator[Any]:
-        response = _Engine().complete(request)
-        yield lm15.StreamStartEvent(model=NAME)
-        for word in _words(response.message.text or ""):
-            yield lm15.StreamDeltaEvent(lm15.TextDelta(word))
-        yield lm15.StreamEndEvent(finish_reason="stop", usage=response.usage)
-
-
-def _reply(texts: list[str]) -> tuple[str, dict[str, int]]:
-    """The answer to messages, and how many words it took."""
-    asked = _asked.get()
-    text = _echo(texts[-1]) if asked is None else _answer(*asked)
-    read, written = sum(len(given.split()) for given in texts), len(text.split())
-    return text, {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\s*\S+|\s+", text)
+def _reply(texts: list[str], asked: Asked | None) -> str:
+    return _echo(texts[-1]) if asked is None else _answer(*asked)
 
 
 def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict[str, Any]) -> str:
