@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM
 from lm_server import Answer, completion
 
 from dspy_bridge.lm import probe
@@ -77,14 +76,13 @@ def test_an_answer_ends(start_lm: Any) -> None:
     assert limits == [1000, 1000, 50, 50]
 
 
-@pytest.mark.parametrize("route", [{}, BY_LITELLM])
-def test_a_server_that_refuses_both_is_asked_without(start_lm: Any, route: dict[str, Any]) -> None:
+def test_a_server_that_refuses_both_is_asked_without(start_lm: Any) -> None:
     def answer(request: dict[str, Any]) -> Answer:
         refused = {"response_format", "tools"} & request.keys()
         return (400, {"error": {"message": f"what is {refused}?"}}) if refused else "Hello!"
 
     server = start_lm(answer)
-    found = ask(server, **route)
+    found = ask(server)
     assert (found["response_schema"], found["function_calling"], found["supports"]) == (False, False, None)
     assert len(server.requests) == 3
 
