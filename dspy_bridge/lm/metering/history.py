@@ -143,7 +143,6 @@ class _Shown:
         # In this order: half a secret is not known as one.
         return _without_data(redaction.redact(text))
 
-
     def _refuse_long(self, text: str) -> None:
         """Raises `_TooLong` for most texts that are, without a search through all of it, which stops all threads."""
         left = self._left
