@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import hypothesis
 import pytest
 from lm_server import Answer, LMServer, chat
 from peer import DSPY, Peer
@@ -130,3 +131,6 @@ class Deselected:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Deselected(config))
+    # A busy machine is no failure.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")

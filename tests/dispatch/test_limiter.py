@@ -161,4 +161,4 @@ class LimiterInAnyOrder(RuleBasedStateMachine):
 
 
 TestLimiterInAnyOrder = LimiterInAnyOrder.TestCase
-TestLimiterInAnyOrder.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLimiterInAnyOrder.settings = settings(max_examples=100, stateful_step_count=40)

@@ -20,20 +20,20 @@ TEXT = st.lists(SCRAPS, max_size=12).map("".join) | st.text(max_size=30)
 
 
 @given(TEXT)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_no_header_is_left_and_nothing_else_is_changed(text: str) -> None:
     assert field_markers.without_headers(text) == HEADER.sub(r"(( ## \1 ## ))", text)
 
 
 @given(TEXT)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_no_tag_of_those_names_is_left_and_nothing_else_is_changed(text: str) -> None:
     made = field_markers.without_tags(text, {"first"})
     assert made == re.sub(r"<(?=/?first(?:[\s/<>]|\Z))", "&lt;", text)
 
 
 @given(TEXT)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_an_answer_is_split_where_dspy_splits_it(text: str) -> None:
     """DSPy's parser gives the first section of each name, as a string."""
     answer = f"{text}\n[[ ## second ## ]] end"

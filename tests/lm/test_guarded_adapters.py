@@ -54,7 +54,7 @@ VALUES = st.recursive(
 
 
 @given(st.sampled_from(sorted(PLAIN)), SCRAPS | st.lists(SCRAPS), VALUES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_prompts_of_inputs_without_marks_are_dspys_to_the_byte(name: str, question: Any, more: Any) -> None:
     inputs = {"question": question, "more": more}
     demos = [{**inputs, "answer": question, "safe": more}]

@@ -43,7 +43,7 @@ def test_a_megabyte_that_cannot_be_repaired_in_time_is_refused(adapter: dspy.Ada
 
 
 @given(st.lists(st.sampled_from([*"[]{}()\"':,a1 #/", '\\"', "//", "/*", "```"]), min_size=1, max_size=8))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @pytest.mark.slow
 def test_no_text_takes_it_long(units: list[str]) -> None:
     """By the time of the processor, and with a margin: without a limit some of these take minutes."""

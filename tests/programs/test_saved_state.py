@@ -302,7 +302,6 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.text(max_size=8) | st.sampled_from([*GOOD, "predict"]), JSON))
-@settings(deadline=None)
 def test_any_object_is_loaded_or_refused(kind: str, state: dict[str, Any]) -> None:
     try:
         saved_state.load(KINDS[kind](), state)
@@ -336,7 +335,7 @@ def mutated(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 
 
 @given(mutated())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_damaged_state_is_refused_or_serves(case: tuple[str, dict[str, Any]]) -> None:
     """A loaded state can be written into prompts and dumped."""
     kind, state = case
@@ -353,7 +352,6 @@ def test_a_damaged_state_is_refused_or_serves(case: tuple[str, dict[str, Any]]) 
 
 
 @given(JSON, st.sampled_from(["question -> answer", "a: int, b: list[str] -> answer: bool"]))
-@settings(deadline=None)
 def test_any_json_as_demos_is_taken_or_refused(demos: Any, text: str) -> None:
     signature = dspy.Signature(text)
     module = dspy.Predict(signature)

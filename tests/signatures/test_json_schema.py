@@ -504,7 +504,7 @@ PATTERNS = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PATTERNS)
 def test_no_pattern_is_larger_than_it_was_weighed(pattern: str) -> None:
     """Rust refuses patterns of more than 10 MB: a size of 30,000 is never refused, so 6,000 take 2 MB at most."""
@@ -579,7 +579,7 @@ SCHEMA_LIKE = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.dictionaries(WORDS | st.text(), SCHEMA_LIKE, max_size=5))
 def test_any_json_is_a_type_or_refused(schema: dict[str, Any]) -> None:
     """Only `InvalidArgs` is raised; a type can be shown and used."""
@@ -641,7 +641,7 @@ def schema_and_value(draw: Any, depth: int = 3) -> tuple[dict[str, Any], Any]:
     return {"type": "object", "properties": properties, "required": names}, value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(schema_and_value())
 def test_a_value_that_fits_its_schema_comes_back_equal(pair: tuple[dict[str, Any], Any]) -> None:
     schema, value = pair

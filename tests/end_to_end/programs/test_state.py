@@ -352,7 +352,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(["state", "demos", "state_path", "adapter"]), JSON)
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_is_served_or_refused(served: Served, name: str, value: Any) -> None:
     reply = served.create(**{name: value})
     assert reply["success"] or reply["error_type"] in ("invalid_args", "not_allowed"), reply
