@@ -529,3 +529,23 @@ def test_an_item_that_cancels_itself_is_one_error() -> None:
     bench = Bench(many)
     bench.request(1, {"many": [1]})
     assert bench.next()["result"] == [{"success": False, "error": "cancelled", "error_type": "cancelled"}]
+
+
+def test_a_batch_gives_what_it_has_also_if_the_loop_comes_late_to_its_deadline() -> None:
+    """Its end and the deadline are due in the same iteration."""
+    both = threading.Event()
+
+    async def work(item: int) -> int:
+        if item != QUICK:
+            await asyncio.sleep(0)
+            both.wait(0.5)  # blocks the loop past the deadline
+            await asyncio.Event().wait()
+        return item
+
+    async def many(args: dict[str, Any], call: Call) -> Any:
+        return await batch.run(args["many"], work, call, stream=False)
+
+    bench = Bench(many)
+    bench.request(1, {"many": [QUICK, 2]}, timeout_ms=100)
+    results = bench.next()["result"]
+    assert results[0] == {"success": True, "result": QUICK} and results[1]["error_type"] == "timeout"
