@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.errors import InvalidArgs, nearest
 from dspy_bridge.lm.rate_limits import Limits
 from dspy_bridge.logs import redaction
 
@@ -69,8 +69,6 @@ _CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncate
 
 # Numbers outside of these are none that anybody means.
 _LEAST, _MOST = 1e-6, 1e15
-# In characters. All options are shorter.
-_LONGEST_MISSPELT = 100
 
 
 class LMOptions(NamedTuple):
@@ -101,8 +99,9 @@ def complete(
         raise InvalidArgs(f'{where}: expected text such as "openai/gpt-4o-mini", or an object with model')
     refuse_unknown(options, _NAMES, where)
     model = options.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidArgs(f'{where}.model: expected text such as "openai/gpt-4o-mini"')
+    # LiteLLM searches in longer ones for seconds.
+    if not isinstance(model, str) or not 0 < len(model) <= 1000:
+        raise InvalidArgs(f'{where}.model: expected text such as "openai/gpt-4o-mini", of at most 1000 characters')
     inherit = options.get("inherit", True)
     if not isinstance(inherit, bool):
         raise InvalidArgs(f"{where}.inherit: expected true or false")
@@ -165,11 +164,8 @@ def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> N
         if name in _OBJECTS:
             raise InvalidArgs(f"{where}.{name}: cannot be given as JSON")
         if name not in known:
-            import difflib
-
-            # Its time grows with the name: 5 s for 30 MB, on the event loop.
-            near = difflib.get_close_matches(name, sorted(known), 1) if len(name) <= _LONGEST_MISSPELT else []
-            meant = f"did you mean {near[0]}? " if near else ""
+            near = nearest(name, sorted(known))
+            meant = f"did you mean {near}? " if near else ""
             raise InvalidArgs(f"{where}.{name}: unknown option; {meant}What only your provider takes goes under extra")
 
 

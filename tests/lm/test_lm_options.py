@@ -169,6 +169,7 @@ def test_a_config_is_settings_of_the_call_and_options_of_the_connection() -> Non
         ),
         ({"suports": "none"}, "lm.suports: unknown option; did you mean supports?"),
         ({"model": ""}, "lm.model: expected text"),
+        ({"model": "openai/" + "x" * 1_000_000}, "lm.model: expected text"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(given: dict[str, Any], text: str) -> None:

@@ -119,14 +119,24 @@ def test_adapters_that_there_are_not(echo_peer: Peer) -> None:
 
 
 def test_a_key_that_nobody_gave_is_the_environments(start_lm: Any) -> None:
-    """By provider, as DSPy looks for it; one that was given wins."""
+    """By provider, as DSPy looks for it, for the peer's own LM; one that was given wins."""
     server = start_lm()
     options = {name: value for name, value in server.options().items() if name != "api_key"}
-    with Peer(env={"OPENAI_API_KEY": "sk-from-environment-1"}) as peer:
-        peer.call("create_program", {**QA, "lm": {"model": "openai/x", **options}})
+    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(options)}
+    with Peer(env={**env, "OPENAI_API_KEY": "sk-from-environment-1"}) as peer:
+        peer.call("create_program", QA)
         assert peer.call("execute_program", ASK)["success"]
         assert peer.call("execute_program", {**ASK, "lm": {"model": "openai/x", **server.options()}})["success"]
     assert server.authorizations == ["Bearer sk-from-environment-1", f"Bearer {KEY}"]
+
+
+def test_an_address_of_a_request_does_not_get_the_environments_key(start_lm: Any) -> None:
+    server = start_lm()
+    lm = {"model": "openai/x", "api_base": server.url, "cache": False}
+    with Peer(env={"OPENAI_API_KEY": "sk-from-environment-1"}) as peer:
+        peer.call("create_program", {**QA, "lm": lm})
+        assert peer.call("execute_program", ASK)["success"]
+    assert server.authorizations == ["Bearer none"]
 
 
 def test_options_of_an_lm_and_config_of_a_call_are_what_the_lm_is_asked_with(start_lm: Any) -> None:
