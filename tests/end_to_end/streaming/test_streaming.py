@@ -532,7 +532,7 @@ def test_a_deadline_in_mid_stream_closes_the_lms_request(stage: Stage) -> None:
         yield from itertools.repeat("is ", 100_000)
 
     stage.answer = answer
-    id = stage.start(stage.create(), timeout_ms=300, meta=True)
+    id = stage.start(stage.create(), timeout_ms=1000, meta=True)
     frames, reply = stage.read(id)
     late.set()
     assert joined(frames) == {"answer": "Par"}
