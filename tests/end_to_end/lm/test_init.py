@@ -229,10 +229,8 @@ def test_a_defect_of_an_lm_is_no_argument_error_whatever_was_given(start: Callab
             assert reply["error_type"] == "internal" and "private" not in reply["error"], (word, given, reply)
     for config in ({"n": -1}, {"stop": ["x"]}, {"messages": []}):
         reply = peer.call("execute_program", {**ASK, "config": config})
-        if DSPY < (3, 4):
+        if DSPY < (3, 4) and "messages" not in config:
             assert reply["error_type"] == "internal", "they are the LM's to check"
             continue
-        assert reply["error_type"] == "invalid_args" and reply["error"].startswith(("config: ", "config.messages: ")), (
-            config,
-            reply,
-        )
+        assert reply["error_type"] == "invalid_args", (config, reply)
+        assert reply["error"].startswith(("config: ", "config.messages: ")), (config, reply)
