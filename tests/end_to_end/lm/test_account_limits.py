@@ -88,7 +88,7 @@ def test_no_more_than_max_in_flight_reach_the_server_at_once(
     assert counting.most == 2
 
 
-def test_requests_go_in_their_order_and_a_cancelled_one_gives_its_place_back(start_lm: Any) -> None:
+def test_requests_go_one_by_one_and_a_cancelled_one_gives_its_place_back(start_lm: Any) -> None:
     server = start_lm()
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, "lm": account(server, max_in_flight=1)})
@@ -106,11 +106,12 @@ def test_requests_go_in_their_order_and_a_cancelled_one_gives_its_place_back(sta
         assert peer.call("execute_program", ASK, timeout_ms=20_000)["success"]
     asked = [str(request["messages"]) for request in server.requests]
     order = [number for text in asked for number in range(6) if f"number {number}" in text]
+    # DSPy prepares them in threads, so they need not come to the limit in the order of the requests.
     if DSPY < (3, 4):
-        # LiteLLM prepares them in threads: they wait in the order in which it sends them.
+        # LiteLLM does, too: the first to be sent may be any of them.
         assert {1, 2, 4, 5} <= set(order)
     else:
-        assert order == [0, 1, 2, 4, 5]
+        assert order[0] == 0 and sorted(order) == [0, 1, 2, 4, 5]
 
 
 @ENGINES

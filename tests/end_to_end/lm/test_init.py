@@ -232,7 +232,5 @@ def test_a_defect_of_an_lm_is_no_argument_error_whatever_was_given(start: Callab
         if DSPY < (3, 4) and "messages" not in config:
             assert reply["error_type"] == "internal", "they are the LM's to check"
             continue
-        assert reply["error_type"] == "invalid_args" and reply["error"].startswith(("config: ", "config.messages: ")), (
-            config,
-            reply,
-        )
+        assert reply["error_type"] == "invalid_args", (config, reply)
+        assert reply["error"].startswith(("config: ", "config.messages: ")), (config, reply)

@@ -249,8 +249,7 @@ def test_a_reply_that_it_would_make_too_long_comes_without_it(start_lm: Any, fai
         assert reply["meta"]["history"] == [{"omitted": reply["meta"]["lm_calls"]}]
 
 
-@pytest.mark.parametrize("way", [{}, BY_LITELLM], ids=["own", "litellm"])
-@pytest.mark.parametrize("log_level", ["info", "debug"])
+@pytest.mark.parametrize(("way", "log_level"), [({}, "info"), (BY_LITELLM, "debug")], ids=["own", "litellm"])
 def test_planted_secrets_are_nowhere(start_lm: Any, way: dict[str, Any], log_level: str) -> None:
     """Keys are neither in a history nor in the log; prompts and answers are in no log."""
     planted = {

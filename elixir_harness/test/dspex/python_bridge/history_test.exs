@@ -195,4 +195,25 @@ defmodule DSPex.PythonBridge.HistoryTest do
     assert text =~ "Why is the sky blue?"
     assert text(Bridge.request(bridge, :execute_program, args, [])) =~ "history: true"
   end
+
+  @tag :capture_log
+  test "of keys and prompts, nothing is kept by a bridge once the calls have ended" do
+    planted = ["sk-planted-default", "sk-planted-program", "sk-planted-call", "planted question"]
+    [default, program, call, question] = planted
+    opts = real_opts(lm_options: %{api_key: default}, default_timeout: 60_000)
+    bridge = start_supervised!({Bridge, opts})
+    lm = &%{model: "offline/echo", api_key: &1}
+    create = %{id: "qa", signature: "question -> answer", lm: lm.(program)}
+    {:ok, _} = Bridge.call(bridge, :create_program, create)
+
+    for args <- [%{}, %{lm: lm.(call)}, %{inputs: %{qestion: question}}] do
+      args = Map.merge(%{program_id: "qa", inputs: %{question: question}}, args)
+      Bridge.request(bridge, :execute_program, args, history: true)
+      Bridge.request(bridge, :execute_program, args, timeout: 0)
+    end
+
+    {:ok, _} = Bridge.call(bridge, :ping)
+    kept = inspect(:sys.get_state(bridge), limit: :infinity, printable_limit: :infinity)
+    for secret <- planted, do: refute(kept =~ secret)
+  end
 end
