@@ -203,13 +203,11 @@ def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, An
 
 
 def _cache(given: object, where: str) -> tuple[bool, str | None]:
-    if isinstance(given, dict):
-        if given.keys() == {"scope"} and isinstance(given["scope"], str) and given["scope"]:
-            return True, given["scope"]
-        raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
-    if not isinstance(given, bool):
-        raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
-    return given, None
+    if isinstance(given, bool):
+        return given, None
+    if isinstance(given, dict) and given.keys() == {"scope"} and isinstance(given["scope"], str) and given["scope"]:
+        return True, given["scope"]
+    raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
 
 
 def _is_positive(value: Any) -> bool:

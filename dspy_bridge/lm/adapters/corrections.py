@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -119,19 +120,8 @@ def told(kind: Any) -> Any:
 def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def noted(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-        attempts = current.get()
-        if attempts is None:
+        with _noting(type(self), signature):
             return method(self, lm, lm_kwargs, signature, demos, inputs)
-        call = _Call(_key(signature), type(self))
-        attempts.started(call)
-        before = _call.set(call)
-        try:
-            return method(self, lm, lm_kwargs, signature, demos, inputs)
-        except Exception as error:
-            _failed(attempts, call, error)
-            raise
-        finally:
-            _call.reset(before)
 
     return noted
 
@@ -139,21 +129,28 @@ def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
 def _noted_async(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def noted(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-        attempts = current.get()
-        if attempts is None:
+        with _noting(type(self), signature):
             return await method(self, lm, lm_kwargs, signature, demos, inputs)
-        call = _Call(_key(signature), type(self))
-        attempts.started(call)
-        before = _call.set(call)
-        try:
-            return await method(self, lm, lm_kwargs, signature, demos, inputs)
-        except Exception as error:
-            _failed(attempts, call, error)
-            raise
-        finally:
-            _call.reset(before)
 
     return noted
+
+
+@contextmanager
+def _noting(kind: type, signature: Any) -> Iterator[None]:
+    attempts = current.get()
+    if attempts is None:
+        yield
+        return
+    call = _Call(_key(signature), kind)
+    attempts.started(call)
+    before = _call.set(call)
+    try:
+        yield
+    except Exception as error:
+        _failed(attempts, call, error)
+        raise
+    finally:
+        _call.reset(before)
 
 
 def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
