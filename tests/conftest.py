@@ -107,6 +107,24 @@ def lm_env(server: LMServer, **options: Any) -> dict[str, str]:
     return {"DSPY_BRIDGE_LM": "openai/stub-model", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options(**options))}
 
 
+@contextmanager
+def programs_at(
+    start_lm: Callable[..., LMServer], model: str = "openai/stub"
+) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
+    """A function that makes a program `qa` and the LM that it asks, which answers what the function is given."""
+    with shared_peer(env=lm_env(start_lm())) as peer:
+
+        def make(answer: Any, lm: dict[str, Any] | None = None, **program: Any) -> tuple[Peer, LMServer]:
+            server = start_lm(answer)
+            own = {"model": model, **server.options(**(lm or {}))}
+            create = {"id": "qa", "signature": "question -> answer", "lm": own, **program}
+            reply = peer.call("create_program", create)
+            assert reply["success"], reply
+            return peer, server
+
+        yield make
+
+
 class Deselected:
     """Prints at the end how many tests were not selected, which pytest-xdist does not show."""
 

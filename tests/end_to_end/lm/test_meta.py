@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, LacksFeature, lm_env
+from conftest import BY_LITELLM, LacksFeature, lm_env, programs_at
 from lm_server import Answer, Ended, LMServer, chat, completion, script
 from peer import DSPY, PATIENCE, Peer
-from shared_peers import shared_peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
 PRICED = "openai/gpt-4o-mini"
@@ -22,16 +21,7 @@ NOTHING = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0, "finish_reasons": [],
 @pytest.fixture
 def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
     """A program `qa`, and the LM that it asks."""
-    with shared_peer(env=lm_env(start_lm())) as peer:
-
-        def make(answer: Any, lm: dict[str, Any] | None = None, **program: Any) -> tuple[Peer, LMServer]:
-            server = start_lm(answer)
-            own = {"model": PRICED, **server.options(**(lm or {}))}
-            create = {"id": "qa", "signature": "question -> answer", "lm": own, **program}
-            reply = peer.call("create_program", create)
-            assert reply["success"], reply
-            return peer, server
-
+    with programs_at(start_lm, PRICED) as make:
         yield make
 
 

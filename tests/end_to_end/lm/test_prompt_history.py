@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, lm_env
+from conftest import BY_LITELLM, lm_env, programs_at
 from lm_server import KEY, Answer, Ended, LMServer, chat, completion, script
 from peer import DSPY, PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
@@ -36,16 +36,7 @@ class Typed(dspy.Module):
 @pytest.fixture
 def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
     """A program `qa`, and the LM that it asks."""
-    with shared_peer(env=lm_env(start_lm())) as peer:
-
-        def make(answer: Any, lm: dict[str, Any] | None = None, **program: Any) -> tuple[Peer, LMServer]:
-            server = start_lm(answer)
-            own = {"model": "openai/stub", **server.options(**(lm or {}))}
-            create = {"id": "qa", "signature": "question -> answer", "lm": own, **program}
-            reply = peer.call("create_program", create)
-            assert reply["success"], reply
-            return peer, server
-
+    with programs_at(start_lm) as make:
         yield make
 
 
