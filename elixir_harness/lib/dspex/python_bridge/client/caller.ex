@@ -142,7 +142,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # A node that hangs suspends any process that sends to it or monitors a process of it: not the caller.
   def send_and_wait(dest, timeout, request) do
     deadline = Deadline.new(timeout)
-    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, %{})
+    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, nil)
     {:over, reply} = StreamProxy.next(proxy, deadline)
     reply
   end
