@@ -119,12 +119,12 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     left = Deadline.left(call.deadline)
     tools? = not Tools.Runner.none?(tools)
     request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
-    if not permitted?(call), do: exit(:normal)
-    send(dest, NodeMessage.request(request, dest))
+    permitted? = permitted?(call)
+    if permitted?, do: send(dest, NodeMessage.request(request, dest))
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
     state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer}
     state = Map.merge(state, %{pool?: request.retry == :pool, chunks: :queue.new()})
-    loop(struct!(__MODULE__, state))
+    if permitted?, do: loop(struct!(__MODULE__, state)), else: :ok
   end
 
   @spec loop(t()) :: :ok
@@ -193,6 +193,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # Only the pool knows which errors it tries again.
   defp again?(%__MODULE__{pool?: false}, _reply), do: false
   defp again?(_state, {:frame, frame}), do: not Protocol.success?(frame)
+  # From another node, which has tried its peers.
+  defp again?(_state, {:served, _result}), do: true
   defp again?(_state, {:error, reason}), do: reason != :timeout
 
   defp end_tools(state) do
