@@ -45,7 +45,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   defp begin({server, command, args, timeout, opts}, {stream?, span}, acc, fun) do
     case Caller.prepare(server, command, args, timeout, [stream: stream?] ++ opts) do
       {:ok, call} ->
-        holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+        retry? = Keyword.get(opts, :retry, true)
+        holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}), retry?)
         proxy = StreamProxy.start(call, holder)
         # The body is large, and the call may take long.
         go_on({%{call | request: nil}, proxy, span}, {:cont, acc}, fun)

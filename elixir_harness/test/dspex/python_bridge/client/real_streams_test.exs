@@ -260,31 +260,91 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping)
     end
 
-    test "of an agent are called again by the next peer when theirs dies" do
-      bridge = start_own([@agent])
-      test = self()
+    # An agent that makes these calls of its tool `do`, one after the other, in each peer anew.
+    defp start_scripted(calls) do
+      steps = for args <- calls, do: %{next_tool_name: "do", next_tool_args: args}
+      answers = steps ++ [%{next_tool_name: "finish"}, %{answer: "done"}]
 
-      tool = fn _ ->
-        send(test, {:tool, self()})
+      scripted = %{
+        @agent
+        | options: %{max_iters: 10},
+          tools: [%{name: "do", description: "does", args: %{what: "string"}}]
+      }
 
-        receive do
-          :go -> "found"
-        end
+      start_own([scripted], lm: "offline/script", lm_options: %{answers: answers})
+    end
+
+    defp ask_scripted(bridge, tool, opts \\ []) do
+      opts = [tools: %{"do" => tool}] ++ opts
+      Task.async(fn -> Bridge.request(bridge, :execute_program, @ask_agent, opts) end)
+    end
+
+    # Sends the test what it does, and with what call_key, and does it when told to.
+    defp doer(test) do
+      fn %{"what" => what}, key ->
+        send(test, {:does, what, key, self()})
+        receive do: ({:done, result} -> result)
       end
+    end
 
-      request =
-        Task.async(fn ->
-          Bridge.request(bridge, :execute_program, @ask_agent, tools: %{search: tool})
-        end)
+    defp observations(trajectory),
+      do: for(n <- 0..9, seen = trajectory["observation_#{n}"], do: seen)
 
-      assert_receive {:tool, first}, 10_000
+    test "of an agent that have answered are not called again by the next peer when theirs dies" do
+      bridge = start_scripted([%{what: "a"}, %{what: "a"}, %{what: "b"}, %{what: "c"}])
+      request = ask_scripted(bridge, doer(self()))
+
+      keys =
+        for {what, result} <- [{"a", "one"}, {"a", "two"}] do
+          assert_receive {:does, ^what, key, pid}, 10_000
+          send(pid, {:done, result})
+          key
+        end
+
+      # It runs while the peer dies, and answers before the next one asks, which it does in the middle of its run.
+      assert_receive {:does, "b", key, pid}, 10_000
       kill(Bridge.get_status(bridge).os_pid)
-      assert_receive {:tool, second}, 10_000
-      assert first != second
-      send(second, :go)
-      assert {:ok, %{"trajectory" => trajectory}, _meta} = Task.await(request, 20_000)
-      assert trajectory["observation_0"] == "found"
-      refute Process.alive?(first)
+      send(pid, {:done, "three"})
+      assert_receive {:does, "c", last, pid}, 20_000
+      keys = keys ++ [key, last]
+      assert Enum.uniq(keys) == keys
+      # Once more: it asks while the function runs.
+      kill(Bridge.get_status(bridge).os_pid)
+
+      eventually(
+        fn -> match?(%{state: :running, restarts: 2}, Bridge.get_status(bridge)) end,
+        20_000
+      )
+
+      send(pid, {:done, "four"})
+
+      assert {:ok, %{"answer" => "done", "trajectory" => trajectory}, _} =
+               Task.await(request, 20_000)
+
+      assert observations(trajectory) == ["one", "two", "three", "four", "Completed."]
+      refute_received {:does, _what, _key, _pid}
+    end
+
+    test "of an agent that go on at the death of a peer end with the run" do
+      bridge = start_scripted([%{what: "a"}])
+      request = ask_scripted(bridge, doer(self()), timeout: 1_500)
+      assert_receive {:does, "a", _key, pid}, 10_000
+      kill(Bridge.get_status(bridge).os_pid)
+      assert {:error, %Error{type: :timeout}} = Task.await(request, 20_000)
+      refute Process.alive?(pid)
+    end
+
+    test "with repeat: false end the run when the peer dies, once one has begun" do
+      bridge = start_scripted([%{what: "a"}])
+      request = ask_scripted(bridge, {doer(self()), repeat: false})
+      assert_receive {:does, "a", _key, pid}, 10_000
+      kill(Bridge.get_status(bridge).os_pid)
+      assert {:error, %Error{type: :python_process_died} = error} = Task.await(request, 20_000)
+      assert error.message =~ "repeat: false" and not error.retryable
+      refute Process.alive?(pid)
+      # The bridge serves others.
+      assert {:ok, _} = Bridge.call(bridge, :ping)
+      refute_received {:does, _what, _key, _pid}
     end
 
     test "reward the best of several answers" do
