@@ -231,7 +231,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp bridge?(dest), do: dest != nil
 
   defp a_pool(server) do
-    text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+    text =
+      "#{inspect(server)} is a pool: use Pool.call, Pool.request or Pool.stream, " <>
+        "or Pool.with_bridge for a bridge of its own"
+
     Error.new(:invalid_request, text)
   end
 
