@@ -48,9 +48,10 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   end
 
   defp open(%Handle{name: name} = handle, request, opts) do
-    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+    attempt = attempt(opts)
+    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}), attempt.retry)
 
-    case Router.run(handle, request, %{attempt(opts) | holder: holder}) do
+    case Router.run(handle, request, %{attempt | holder: holder}) do
       {:begun, call, frame} ->
         {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
 

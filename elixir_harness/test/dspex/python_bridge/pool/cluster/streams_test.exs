@@ -92,14 +92,12 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     go_on(there, "on")
     assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(reader)
 
-    assert {:ok, %{"1" => %{"result" => "here"}}, _} =
-             Pool.request(
-               @pool,
-               :execute_program,
-               %{play: Enum.take(play, -4) |> List.insert_at(0, ["tool", 1, "where", %{a: 1}])},
-               tools: tools
-             )
+    play = [["tool", 2, "where", %{a: 1}], ["result", 2], ["reply"]]
 
+    assert {:ok, %{"2" => %{"result" => "here"}}, _} =
+             Pool.request(@pool, :execute_program, %{play: play}, tools: tools)
+
+    assert_received {:on, node} when node == node()
     idle_on(there)
     assert mailbox() == []
   end
@@ -148,6 +146,37 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     up_on(there)
     assert File.read!(Path.join(dir, "starts")) == starts <> "x"
     idle_on(there)
+  end
+
+  @tag :tmp_dir
+  test "tools run once however many peers die there; with repeat: false the first is the last",
+       %{tmp_dir: dir} = context do
+    env = %{"FAKE_FILE" => Path.join(dir, "starts")}
+    there = context.start_there.(pool_size: 2, env: env)
+    test = self()
+    tool = [["tool", 1, "note", %{}], ["result", 1]]
+    play = [["first", tool ++ [["die"]], tool ++ [["reply"]]]]
+    note = fn %{} -> send(test, :noted) && "n" end
+
+    assert {:ok, %{"1" => %{"result" => "n"}}, _} =
+             Pool.request(@pool, :execute_program, %{play: play}, tools: %{note: note})
+
+    up_on(there)
+    assert_received :noted
+    refute_received :noted
+    # Any of them dies.
+    play = tool ++ [["die"]]
+    opts = [tools: %{note: {note, repeat: false}}, timeout: 20_000]
+
+    assert {:error, %Error{type: :python_process_died, retryable: false}} =
+             Pool.request(@pool, :execute_program, %{play: play}, opts)
+
+    assert_received :noted
+    refute_received :noted
+    up_on(there)
+    idle_on(there)
+    # As many as there are, and one for each that has died.
+    assert File.read!(Path.join(dir, "starts")) in ["xxx", "xxxx"]
   end
 
   @tag fake: "who"
