@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   # up. Until then it goes to the peer that has been up longest, so that all such requests meet in one bridge,
   # which finds out which of them kills (`DSPex.PythonBridge.Calls.Quarantine`), and the other peers stay up.
 
-  alias DSPex.PythonBridge.{Calls, Error, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Calls, Error, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request}
@@ -92,12 +92,27 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
 
   defp judge(handle, request, index, _since, {:error, %Error{type: :program_not_found}} = reply)
        when request.program != nil do
-    if index in request.repaired,
-      do: {:done, reply},
-      else: repair(handle, request, index, reply)
+    cond do
+      index in request.repaired -> {:done, reply}
+      error = hopeless(handle, request, index) -> {:done, {:error, error}}
+      true -> repair(handle, request, index, reply)
+    end
   end
 
   defp judge(_handle, _request, _index, _since, reply), do: {:done, reply}
+
+  # A declaration that is not a definition, and a program of which the bridge's peers die: it is left out there.
+  defp hopeless(handle, request, index) do
+    bridge = Process.whereis(Handle.bridge(handle, index))
+
+    case bridge && Caller.load_failure(bridge, request.program, Request.left(request)) do
+      %Error{type: :python_process_died} = left_out -> left_out
+      _tried_again -> Programs.Store.undeclared(handle.programs)[request.program]
+    end
+  rescue
+    # The table has ended with the pool.
+    ArgumentError -> nil
+  end
 
   # By the coordinator, which has the program's current definition and orders all changes.
   defp repair(handle, request, index, reply) do
