@@ -129,8 +129,8 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
           else: repair(handle, request, index, reply)
 
       # The reason why the program is missing.
-      refusal ->
-        {:done, refusal}
+      {:error, error} ->
+        {:done, {:error, Programs.Declared.not_loaded(request.program, error)}}
     end
   end
 
