@@ -35,9 +35,9 @@ defmodule DSPex.PythonBridge.Pool do
   @typedoc "The name of a pool, or its pid."
   @type pool :: atom() | pid()
   @type status :: %{
-          peers: [peer()],
-          nodes: [node()],
-          programs: %{failed: %{(program_id :: String.t()) => reason :: String.t()}}
+          required(:peers) => [peer()],
+          required(:nodes) => [node()],
+          optional(:programs) => %{failed: %{(program_id :: String.t()) => reason :: String.t()}}
         }
   @type peer :: %{
           bridge: atom(),
@@ -217,13 +217,13 @@ defmodule DSPex.PythonBridge.Pool do
   The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, whether they are checked out, and the
   names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); the nodes
   that have a pool of its cluster, this one included; and under `programs`, as `failed`, the programs that any of its
-  peers could not load, with the reason.
+  peers could not load, with the reason. Of a pool that is not running only `peers` and `nodes` are there, both empty.
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do
     case Handle.fetch(pool) do
       nil ->
-        %{peers: [], nodes: [], programs: %{failed: %{}}}
+        %{peers: [], nodes: []}
 
       handle ->
         states =

@@ -143,12 +143,11 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   # A peer that dies of one is followed by another.
   defp refused(bridge, args) do
     with {:ok, _body} <- Declared.encode(args),
-         {:ok, _created} <- Bridge.call(bridge, :create_program, args, @program_ms) do
+         {:ok, _created, _meta} <-
+           Bridge.request(bridge, :create_program, args, timeout: @program_ms) do
       nil
     else
       {:error, %Error{message: text}} -> text
-      {:error, :timeout} -> "not created within #{OS.Command.time(@program_ms)}"
-      {:error, reason} -> "#{reason}"
     end
   end
 

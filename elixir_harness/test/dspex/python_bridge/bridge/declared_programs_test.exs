@@ -76,17 +76,30 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     assert programs() == ["qa", "triage", "gone"]
   end
 
+  test "tools are compared with theirs" do
+    tools = [%{name: "stock", args: %{sku: %{type: "string"}}}]
+    start(programs: [%{id: "agent", program_type: "react", signature: "q -> a", tools: tools}])
+    args = %{program_id: "agent", inputs: %{q: "?"}}
+    ask = &Bridge.request(@name, :execute_program, args, timeout: @ms, tools: &1)
+
+    assert {:error, %Error{type: :invalid_args, message: message}} = ask.(%{stok: & &1})
+    assert message == ":tools: program agent has no tool stok; it has stock"
+    assert {:ok, %{"a" => _}, _meta} = ask.(%{stock: & &1})
+    log = capture_log(fn -> assert {:ok, _} = execute("agent") end)
+    assert log =~ "program agent is called without its tools (stock)"
+  end
+
   test "a cleanup of all removes them" do
-    start(programs: [@qa])
+    start_supervised!({Bridge, Keyword.merge(fake_opts("who"), name: @name, programs: [@qa])})
+    assert programs() == %{"qa" => "q -> a"}
     assert {:ok, _} = Bridge.call(@name, :cleanup, %{}, @ms)
-    assert programs() == []
     kill(Bridge.get_status(@name).os_pid)
-    assert {:error, "Program not found: qa"} = execute("qa")
+    assert programs() == %{}
   end
 
   describe "below DSPex.PythonBridge.Supervisor" do
-    defp start_tree(opts) do
-      bridge = Keyword.drop(real_opts([name: @name] ++ Keyword.get(opts, :bridge, [])), [:bridge])
+    defp start_tree(opts, peer \\ real_opts()) do
+      bridge = Keyword.merge(peer, [name: @name] ++ Keyword.get(opts, :bridge, []))
       monitor = [name: Module.concat(@name, Monitor)]
       opts = Keyword.merge([name: __MODULE__.Tree], opts)
       spec = {BridgeSupervisor, Keyword.merge(opts, bridge: bridge, monitor: monitor)}
@@ -110,12 +123,12 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     end
 
     test "may be among the options of the bridge, or in the configuration" do
-      start_tree(bridge: [programs: [Triage]])
-      assert programs() == ["triage"]
+      start_tree([bridge: [programs: [Triage]]], fake_opts("who"))
+      assert programs() == %{"triage" => "ticket -> team"}
       stop_supervised!(__MODULE__.Tree)
       put_config(:python_bridge, programs: [@qa])
-      start_tree([])
-      assert programs() == ["qa"]
+      start_tree([], fake_opts("who"))
+      assert programs() == %{"qa" => "q -> a"}
     end
 
     test "a wrong declaration in the configuration refuses the bridge" do

@@ -138,6 +138,12 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert statuses(checks, ~w(ping program lm)) == [:ok, :ok, :ok]
     end
 
+    test "that stand beside the options of the bridge are named" do
+      put_config(:programs, [Triage])
+      assert %{status: :failed, found: found} = run()["configuration"]
+      assert found == "config :dspex, :programs: they belong to :python_bridge"
+    end
+
     test "that cannot be any are wrong in the configuration" do
       put_config(:python_bridge, programs: [Triage, Triage])
       checks = run()
