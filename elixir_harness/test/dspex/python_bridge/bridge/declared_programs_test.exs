@@ -21,6 +21,10 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
 
   defp start(opts), do: start_supervised!({Bridge, real_opts([name: @name] ++ opts)})
 
+  # A peer that keeps programs as ids with their signatures.
+  defp start_who(opts),
+    do: start_supervised!({Bridge, Keyword.merge(fake_opts("who"), [name: @name] ++ opts)})
+
   defp execute(id, inputs \\ %{q: "?"}),
     do: Bridge.call(@name, :execute_program, %{program_id: id, inputs: inputs}, @ms)
 
@@ -51,11 +55,11 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
 
   test "come from the configuration; options win over it" do
     put_config(:python_bridge, programs: [@qa, Triage])
-    start([])
-    assert programs() == ["qa", "triage"]
+    start_who([])
+    assert programs() == %{"qa" => "q -> a", "triage" => "ticket -> team"}
     stop_supervised!(@name)
-    start(programs: [Triage])
-    assert programs() == ["triage"]
+    start_who(programs: [Triage])
+    assert programs() == %{"triage" => "ticket -> team"}
   end
 
   test "are there after the peer's death; one that was created in their place stays, one that was removed does not come back" do
@@ -90,7 +94,7 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
   end
 
   test "a cleanup of all removes them" do
-    start_supervised!({Bridge, Keyword.merge(fake_opts("who"), name: @name, programs: [@qa])})
+    start_who(programs: [@qa])
     assert programs() == %{"qa" => "q -> a"}
     assert {:ok, _} = Bridge.call(@name, :cleanup, %{}, @ms)
     kill(Bridge.get_status(@name).os_pid)
