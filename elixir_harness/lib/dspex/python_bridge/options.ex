@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.Options do
           max_pending: pos_integer(),
           start_timeout: pos_integer(),
           drain_ms: non_neg_integer(),
-          programs: (-> [Programs.Declared.t()]),
+          programs: (-> [Programs.Declared.t()]) | nil,
           slot: tuple() | nil,
           store: Programs.Store.table() | nil
         }
