@@ -145,7 +145,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # A node that hangs suspends any process that sends to it or monitors a process of it: not the caller.
   def send_and_wait(dest, timeout, request) do
     deadline = Deadline.new(timeout)
-    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, %{})
+    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, nil)
     {:over, reply} = StreamProxy.next(proxy, deadline)
     reply
   end
@@ -178,6 +178,15 @@ defmodule DSPex.PythonBridge.Client.Caller do
         "were given or which said retry: false, was not sent again"
 
     {:error, Error.new(:python_process_died, text)}
+  end
+
+  # The caller must not take it for a request that may be made again, with the tool.
+  def read({:error, :tool_begun}) do
+    text =
+      "the Python process was lost before it had replied, and the request, of which a tool with " <>
+        "repeat: false had begun, was not sent again"
+
+    {:error, %{Error.new(:python_process_died, text) | retryable: false}}
   end
 
   def read({:error, :proxy_died}) do
@@ -225,7 +234,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp bridge?(dest), do: dest != nil
 
   defp a_pool(server) do
-    text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+    text =
+      "#{inspect(server)} is a pool: use Pool.call, Pool.request or Pool.stream, " <>
+        "or Pool.with_bridge for a bridge of its own"
+
     Error.new(:invalid_request, text)
   end
 
