@@ -84,17 +84,20 @@ defmodule DSPex.PythonBridge.Client.Caller do
         {:error, Error.not_running(:bridge, call.server)}
 
       {:error, %Error{type: :program_not_found} = error} ->
-        {:error, load_failure(dest, args, Deadline.left(deadline)) || error}
+        id = Change.program_id(:execute_program, args)
+        {:error, load_failure(dest, id, Deadline.left(deadline)) || error}
 
       result ->
         result
     end
   end
 
-  # A program that could not be loaded again is missing in the peer; the bridge knows the reason.
-  defp load_failure(dest, args, left) do
-    with id when id != nil <- Change.program_id(:execute_program, args),
-         do: GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
+  @doc "Why a program that is missing in the peer could not be loaded, if the bridge knows of a reason."
+  @spec load_failure(dest(), String.t() | nil, timeout()) :: Error.t() | nil
+  def load_failure(_dest, nil, _left), do: nil
+
+  def load_failure(dest, id, left) do
+    GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
   catch
     :exit, _no_answer -> nil
   end
@@ -142,7 +145,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # A node that hangs suspends any process that sends to it or monitors a process of it: not the caller.
   def send_and_wait(dest, timeout, request) do
     deadline = Deadline.new(timeout)
-    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, %{})
+    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, nil)
     {:over, reply} = StreamProxy.next(proxy, deadline)
     reply
   end
@@ -175,6 +178,15 @@ defmodule DSPex.PythonBridge.Client.Caller do
         "were given or which said retry: false, was not sent again"
 
     {:error, Error.new(:python_process_died, text)}
+  end
+
+  # The caller must not take it for a request that may be made again, with the tool.
+  def read({:error, :tool_begun}) do
+    text =
+      "the Python process was lost before it had replied, and the request, of which a tool with " <>
+        "repeat: false had begun, was not sent again"
+
+    {:error, %{Error.new(:python_process_died, text) | retryable: false}}
   end
 
   def read({:error, :proxy_died}) do
@@ -222,7 +234,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp bridge?(dest), do: dest != nil
 
   defp a_pool(server) do
-    text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+    text =
+      "#{inspect(server)} is a pool: use Pool.call, Pool.request or Pool.stream, " <>
+        "or Pool.with_bridge for a bridge of its own"
+
     Error.new(:invalid_request, text)
   end
 

@@ -7,9 +7,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   # the courier's message, until its timeout. The two processes are linked, and the courier monitors the caller: if the
   # caller gives up or dies, both end, and the bridge there, which monitors the proxy, cancels the request in its peer.
   # The link ends the courier when the other node is lost.
+  #
+  # A call with chunks or tools, or one that must not be made twice, is made by a proxy here and a relay there
+  # (`DSPex.PythonBridge.Pool.Cluster.Relay`). A node of an older version has no relays, and counts as one that cannot
+  # serve such calls.
 
   alias DSPex.PythonBridge.{Error, Programs}
-  alias DSPex.PythonBridge.Pool.{Handle, LocalCall, Remote, Request}
+  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.Pool.{Attempt, Handle, LocalCall, Remote, Request}
 
   # A node that has not started the proxy by then has stopped or cannot be reached: the runtime itself takes a minute
   # to notice. A large request may take longer, on a slow network.
@@ -17,13 +22,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   @bytes_per_ms 5_000
 
   @doc "Runs the call on another node, if there is one that can serve it."
-  @spec run(Handle.t(), Request.t()) :: {:done, LocalCall.reply()} | {:nobody, Request.t()}
-  def run(%Handle{settings: %{cluster: nil}}, request), do: {:nobody, request}
+  @spec run(Handle.t(), Request.t(), Attempt.t()) ::
+          {:done, LocalCall.reply() | Attempt.begun()} | {:nobody, Request.t()}
+  def run(%Handle{settings: %{cluster: nil}}, request, _attempt), do: {:nobody, request}
 
-  def run(%Handle{} = handle, %Request{} = request) do
+  def run(%Handle{} = handle, %Request{} = request, attempt) do
     case serving(handle) -- request.passed_nodes do
       [] -> {:nobody, request}
-      others -> try_node(handle, request, Enum.random(others), nil)
+      others -> try_node(handle, request, Enum.random(others), attempt, nil)
     end
   end
 
@@ -40,36 +46,47 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     ArgumentError -> nil
   end
 
-  defp try_node(handle, request, {coordinator, _since, name} = other, definition) do
-    case carry(node(coordinator), name, request, definition) do
+  defp try_node(handle, request, {coordinator, _since, name} = other, attempt, definition) do
+    node = node(coordinator)
+
+    served =
+      if Attempt.plain?(attempt),
+        do: carry(node, name, request, definition),
+        else: relay(node, name, request, definition, attempt)
+
+    case served do
       {:done, reply} ->
-        if definition == nil, do: repair(handle, request, other, reply), else: {:done, reply}
+        if definition == nil,
+          do: repair(handle, request, other, attempt, reply),
+          else: {:done, reply}
 
       {:nobody, deaths, overloaded?} ->
         overloaded? = request.overloaded? or overloaded?
-        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other)
+        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other, attempt)
 
       :vanished ->
-        pass(handle, request, other)
+        pass(handle, request, other, attempt)
     end
   end
 
   # A peer of this node may be able to serve again by now.
-  defp pass(handle, request, other) do
+  defp pass(handle, request, other, attempt) do
     request = %{request | passed_nodes: [other | request.passed_nodes]}
-    with {:nobody, request} <- LocalCall.run(handle, request), do: run(handle, request)
+
+    with {:nobody, request} <- LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
+         do: run(handle, request, attempt)
   end
 
   # The program may be in the table here and not yet there.
-  defp repair(handle, request, other, {:error, %Error{type: :program_not_found}} = reply)
+  defp repair(handle, request, other, attempt, {:error, %Error{type: :program_not_found}} = reply)
        when request.program != nil do
     case definition(handle, request.program) do
       nil -> {:done, reply}
-      {stamp, body} -> try_node(handle, request, other, {request.program, stamp, body})
+      {stamp, body} -> try_node(handle, request, other, attempt, {request.program, stamp, body})
     end
   end
 
-  defp repair(_handle, _request, _other, reply), do: {:done, reply}
+  defp repair(_handle, _request, _other, _attempt, reply), do: {:done, reply}
 
   ## On this node
 
@@ -88,7 +105,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
 
   defp wait_for_proxy(request, ref) do
     left = Request.left(request)
-    reach_ms = @reach_ms + div(byte_size(request.body), @bytes_per_ms)
+    reach_ms = reach_ms(request)
 
     receive do
       {^ref, :reached} -> wait_for_result(request, ref)
@@ -98,6 +115,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
       min(left, reach_ms) -> if left <= reach_ms, do: timeout(), else: :vanished
     end
   end
+
+  defp reach_ms(request), do: @reach_ms + div(byte_size(request.body), @bytes_per_ms)
 
   defp wait_for_result(request, ref) do
     receive do
@@ -121,6 +140,49 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
       0 -> :ok
     end
   end
+
+  defp relay(node, name, request, definition, attempt) do
+    how = %{retry: attempt.retry}
+
+    case open(node, [self(), name, pack(%{request | body: ""}), definition, how], request) do
+      {:ok, relay} -> attempt |> Attempt.make_there(relay, request) |> served()
+      :timeout -> timeout()
+      :vanished -> :vanished
+    end
+  end
+
+  # By a process that may block, as the courier.
+  defp open(node, args, request) do
+    {opener, ref} =
+      spawn_monitor(fn ->
+        Process.flag(:sensitive, true)
+        exit(opened(node, args))
+      end)
+
+    wait_ms = min(Request.left(request), @reach_ms)
+
+    receive do
+      {:DOWN, ^ref, :process, ^opener, {:ok, relay}} -> {:ok, relay}
+      {:DOWN, ^ref, :process, ^opener, _reason} -> :vanished
+    after
+      wait_ms ->
+        Process.exit(opener, :kill)
+        Process.demonitor(ref, [:flush])
+        if Request.left(request) == 0, do: :timeout, else: :vanished
+    end
+  end
+
+  defp opened(node, args) do
+    {:ok, :erpc.call(node, Remote, :open, args, @reach_ms)}
+  catch
+    # No such node, or another version of that module there.
+    _kind, _reason -> :vanished
+  end
+
+  defp served({:served, served}), do: served
+  defp served({:error, :bridge_not_running}), do: :vanished
+  defp served({:begun, _call, _frame} = begun), do: {:done, begun}
+  defp served({:error, _final} = reply), do: {:done, Caller.read(reply)}
 
   defp timeout, do: {:done, {:error, Error.new(:timeout)}}
 
