@@ -48,10 +48,9 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   end
 
   defp open(%Handle{name: name} = handle, request, opts) do
-    attempt = attempt(opts)
-    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}), attempt.retry)
+    holder = FunctionHolder.open(opts, name, request.program)
 
-    case Router.run(handle, request, %{attempt | holder: holder}) do
+    case Router.run(handle, request, %{attempt(opts) | holder: holder}) do
       {:begun, call, frame} ->
         {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
 
