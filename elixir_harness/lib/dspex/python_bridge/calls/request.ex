@@ -48,8 +48,9 @@ defmodule DSPex.PythonBridge.Calls.Request do
   @type retry :: :bridge | :never | :pool
   @typedoc "Only for the coordinator of a pool: see `DSPex.PythonBridge.Pool.ProgramChanges.ask/2`."
   @type repair :: {:repair, pos_integer(), Store.id()}
-  @typedoc "What the caller gets: `{ref, reply}`."
-  @type reply :: {:frame, binary()} | {:error, :timeout | :proxy_died | failure()}
+  @typedoc "What the caller gets: `{ref, reply}`. `:served`: from `DSPex.PythonBridge.Pool.Cluster.Relay`."
+  @type reply ::
+          {:frame, binary()} | {:error, :timeout | :proxy_died | failure()} | {:served, term()}
   @type failure ::
           :python_process_died
           | :replaced

@@ -128,13 +128,16 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   defp make(state, call, request) do
     case Tools.Runner.attend(state.tools) do
       :ok ->
-        if not permitted?(call), do: exit(:normal)
-        send(call.dest, NodeMessage.request(request, call.dest))
-        loop(state)
+        if permitted?(call), do: send_and_loop(state, request), else: :ok
 
       :bound ->
         over(state, {:error, :tool_begun})
     end
+  end
+
+  defp send_and_loop(%__MODULE__{dest: dest} = state, request) do
+    send(dest, NodeMessage.request(request, dest))
+    loop(state)
   end
 
   @spec loop(t()) :: :ok
@@ -218,6 +221,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
        do: false
 
   defp again?(_state, {:frame, frame}), do: not Protocol.success?(frame)
+  # From another node, which has tried its peers.
+  defp again?(_state, {:served, _result}), do: true
   defp again?(_state, {:error, {:died, _sent}}), do: true
   defp again?(_state, {:error, reason}), do: reason in [:bridge_not_running, :overloaded]
 

@@ -67,6 +67,9 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       else: {:error, Error.not_running(:pool, name)}
   end
 
+  # From another node.
+  defp conclude(_name, {:served, {:done, reply}}), do: reply
+  defp conclude(name, {:served, _nobody}), do: conclude(name, {:error, :bridge_not_running})
   defp conclude(_name, reply), do: Client.Caller.read(reply)
 
   defp attempt(opts) do
