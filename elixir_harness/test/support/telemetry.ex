@@ -18,7 +18,8 @@ defmodule DSPex.Test.Telemetry do
     [:bridge, :peer, :down],
     [:bridge, :resend],
     [:monitor, :check],
-    [:pool, :checkout]
+    [:pool, :checkout],
+    [:lm, :stop]
   ]
 
   @doc "The application has it from now on."
@@ -44,10 +45,10 @@ defmodule DSPex.Test.Telemetry do
     :ok
   end
 
-  @doc "Has the calling process sent each event, without its prefix: `{event, measurements, metadata}`."
-  def attach do
+  @doc "Has the calling process sent each event, or these, without their prefix: `{event, measurements, metadata}`."
+  def attach(events \\ @events) do
     owner = self()
-    events = for event <- @events, do: [:dspex | event]
+    events = for event <- events, do: [:dspex | event]
 
     :ok =
       :telemetry.attach_many(

@@ -28,6 +28,7 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router, Sums}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
   alias DSPex.PythonBridge.Programs.{Change, Tools}
+  alias DSPex.PythonBridge.Telemetry.CallSpan
 
   # The coordinator answers at once, unless it is being restarted.
   @coordinator_ms 5_000
@@ -117,21 +118,21 @@ defmodule DSPex.PythonBridge.Pool do
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
   def call(pool, command, args, timeout) do
-    exchange = fn -> exchange(pool, command, args, timeout) end
+    exchange = &exchange(pool, command, args, timeout, &1)
 
-    case Telemetry.call(:pool, pool, command, args, exchange) do
+    case CallSpan.run(:pool, pool, command, args, [], exchange) do
       {:ok, _id, result, _meta} -> {:ok, result}
       {:error, error} -> {:error, Error.to_call_reason(error)}
     end
   end
 
-  defp exchange(pool, command, args, timeout) do
+  defp exchange(pool, command, args, timeout, opts) do
     started = Deadline.now()
 
     with %Handle{} = handle <- Handle.fetch(pool),
          {:ok, timeout} <- check_timeout(timeout, handle),
          :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, nil),
-         {:ok, body} <- Protocol.encode_body(command, args) do
+         {:ok, body} <- Protocol.encode_body(command, args, opts) do
       if is_summed(command) do
         Sums.run(handle, command, args, Deadline.new(timeout, started))
       else

@@ -6,8 +6,9 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   # With chunks it is a reduction as `Enumerable` defines it: a function gets one element after the other and says
   # after each whether to go on. Whatever ends it early, an exception of that function included, cancels the call.
 
-  alias DSPex.PythonBridge.{Protocol, Telemetry}
+  alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
+  alias DSPex.PythonBridge.Telemetry.CallSpan
 
   @typedoc "The arguments of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` among the last."
   @type request ::
@@ -37,8 +38,10 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   def reduce(_request, {:halt, acc}, _fun), do: {:halted, acc}
   def reduce(request, {:suspend, acc}, fun), do: {:suspended, acc, &reduce(request, &1, fun)}
 
-  def reduce({server, command, args, _timeout, _opts} = request, {:cont, acc}, fun),
-    do: begin(request, {true, Telemetry.begin(:bridge, server, command, args)}, acc, fun)
+  def reduce({server, command, args, timeout, opts}, {:cont, acc}, fun) do
+    {span, opts} = CallSpan.begin(:bridge, server, command, args, opts)
+    begin({server, command, args, timeout, opts}, {true, span}, acc, fun)
+  end
 
   # Without a span, the events of the call are its caller's to emit.
   defp begin({server, command, args, timeout, opts}, {stream?, span}, acc, fun) do
@@ -65,13 +68,12 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   defp go_on({_call, proxy, span}, {:halt, acc}, _fun) do
     StreamProxy.stop(proxy)
-    Telemetry.over(span, :cancelled)
+    CallSpan.over(span, :cancelled)
     {:halted, acc}
   end
 
   defp over(result, span, acc, fun) do
-    Telemetry.over(span, result)
-    last(fun.({:over, result}, acc))
+    last(fun.({:over, CallSpan.over(span, result)}, acc))
   end
 
   defp last({:cont, acc}), do: {:done, acc}
@@ -94,7 +96,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   catch
     kind, reason ->
       StreamProxy.stop(proxy)
-      Telemetry.failed(span, kind, reason, __STACKTRACE__)
+      CallSpan.failed(span, kind, reason, __STACKTRACE__)
       :erlang.raise(kind, reason, __STACKTRACE__)
   end
 end
