@@ -7,7 +7,7 @@ args.play is a list of steps:
   ["tool", call_id, name, args]   a call of a tool, not waited for
   ["result", call_id]          waits for that tool's result
   ["go", name]                 waits for a `go` with this name in its args
-  ["reply", result, meta]      the reply; without a result, all results of tools that have come, by call_id; meta may be left out
+  ["reply", result, meta]      the reply; without a result, all results of tools that have come, by call_id
   ["asked"]                    a reply whose result is what the request asks for: of ASKED
   ["fail", error_type, meta]   an error reply; meta may be left out
   ["die"]                      the end of the peer
