@@ -83,7 +83,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
     end
   end
 
-  defp event(_kind, name), do: [:bridge, :call, name]
+  defp event(kind, name), do: [kind, :call, name]
 
   defp of_caller([]), do: %{}
   defp of_caller(opts), do: Keyword.get(opts, :telemetry_metadata, %{})

@@ -16,6 +16,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
   @start [:bridge, :call, :start]
   @stop [:bridge, :call, :stop]
   @exception [:bridge, :call, :exception]
+  @pool_stop [:pool, :call, :stop]
   @lm [:lm, :stop]
   @ask %{program_id: "qa", inputs: %{question: "the contents"}}
 
@@ -84,7 +85,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
     end
 
     test "in a pool is the same" do
-      Host.attach([@stop])
+      Host.attach([@pool_stop])
       opts = real_opts(pool_size: 1) |> Keyword.put(:name, :observed_pool)
       start_supervised!({Pool, opts})
       {:ok, _} = Pool.call(:observed_pool, :create_program, create("qa"), 30_000)
@@ -92,7 +93,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
 
       for pool <- [:observed_pool, Process.whereis(:observed_pool)] do
         assert {:ok, %{"answer" => _}} = Pool.call(pool, :execute_program, @ask, 30_000)
-        assert [{%{lm_calls: 1, input_tokens: tokens}, metadata}] = of(@stop)
+        assert [{%{lm_calls: 1, input_tokens: tokens}, metadata}] = of(@pool_stop)
         assert tokens > 0
         assert %{pool: :observed_pool, program_type: "predict", models: [_]} = metadata
       end
