@@ -174,6 +174,106 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
     end
   end
 
+  describe "[:lm, :stop]" do
+    test "has the model, tokens and times of each LM call, before the end of its run" do
+      Host.attach([@start, @stop, @lm])
+      start_supervised!({Bridge, Keyword.put(real_opts(), :name, :observed)})
+      {:ok, _} = Bridge.call(:observed, :create_program, create("qa"))
+      events()
+      opts = [telemetry_metadata: %{tenant: "acme"}]
+      before = System.monotonic_time()
+      assert {:ok, _, meta} = Bridge.request(:observed, :execute_program, @ask, opts)
+      # It is not the caller's who has not asked for it.
+      refute Map.has_key?(meta, "lm_events")
+
+      assert [{@start, _, start}, {@lm, measured, metadata}, {@stop, whole, _}] = events()
+      assert %{"offline/echo" => usage} = meta["lm_usage"]
+      assert measured.input_tokens == usage["prompt_tokens"]
+      assert measured.output_tokens == usage["completion_tokens"]
+      assert measured.duration in 1..whole.duration
+      # It ended within its run.
+      assert (measured.monotonic_time - measured.duration) in before..whole.monotonic_time
+      assert measured.monotonic_time <= whole.monotonic_time
+
+      of_call = %{
+        model: "offline/echo",
+        cached: false,
+        result: :ok,
+        error_type: nil,
+        finish_reason: "stop"
+      }
+
+      assert metadata == Map.merge(start, of_call)
+      assert metadata.telemetry_metadata == %{tenant: "acme"}
+      refute inspect({measured, metadata}) =~ "the contents"
+
+      # One for each input of a list, and in a stream.
+      batch = %{program_id: "qa", inputs: List.duplicate(@ask.inputs, 3)}
+      assert {:ok, _} = Bridge.call(:observed, :execute_program, batch)
+      assert [_, _, _] = of(@lm)
+      assert {:ok, _, meta} = :observed |> Bridge.stream(@ask) |> Enum.at(-1)
+      refute Map.has_key?(meta, "lm_events")
+      assert [{_, %{program_id: "qa"}}] = of(@lm)
+
+      assert {:ok, _, meta} =
+               Bridge.request(:observed, :execute_program, @ask, on_chunk: fn _chunk -> :ok end)
+
+      refute Map.has_key?(meta, "lm_events")
+      assert [_] = of(@lm)
+      assert {:ok, _, _} = Bridge.request(:observed, :ping)
+      assert of(@lm) == []
+    end
+
+    test "comes from a pool, too, with its name" do
+      Host.attach([@lm])
+      opts = real_opts(pool_size: 1) |> Keyword.put(:name, :observed_pool)
+      start_supervised!({Pool, opts})
+      {:ok, _} = Pool.call(:observed_pool, :create_program, create("qa"), 30_000)
+      assert {:ok, _, meta} = Pool.request(:observed_pool, :execute_program, @ask)
+      refute Map.has_key?(meta, "lm_events")
+      assert [{%{input_tokens: _}, %{pool: :observed_pool, bridge: nil}}] = of(@lm)
+    end
+
+    test "shows the calls of a run that failed, by the class of their error" do
+      Host.attach([@lm])
+      bridge = start_fake()
+
+      calls = [
+        %{
+          "model" => "m",
+          "started_ms" => 1,
+          "duration_ms" => 2.5,
+          "error_type" => "LMTimeoutError"
+        },
+        %{"model" => "m", "cached" => true, "finish_reason" => "stop", "error_type" => nil}
+      ]
+
+      meta = %{"lm_calls" => 2, "lm_usage" => %{}, "cache_hits" => 0, "duration_ms" => 10}
+      fails = play([["fail", "lm_error", Map.put(meta, "lm_events", calls)]])
+
+      assert {:error, %Error{type: :lm_error, meta: ^meta}} =
+               Bridge.request(bridge, :execute_program, fails)
+
+      assert [{failed, failure}, {cached, hit}] = of(@lm)
+      assert %{result: :error, error_type: "LMTimeoutError", cached: false} = failure
+      assert System.convert_time_unit(failed.duration, :native, :microsecond) == 2_500
+      assert %{result: :ok, cached: true, finish_reason: "stop"} = hit
+      assert %{duration: 0, input_tokens: 0, output_tokens: 0} = cached
+
+      # A peer of another version may send anything.
+      for odd <- [7, [1, "x", %{}], [%{"model" => 5, "duration_ms" => "x", "started_ms" => nil}]] do
+        meta = Map.put(meta, "lm_events", odd)
+
+        assert {:ok, _, got} =
+                 Bridge.request(bridge, :execute_program, play([["reply", 1, meta]]))
+
+        refute Map.has_key?(got, "lm_events")
+      end
+
+      assert [_, _] = of(@lm)
+    end
+  end
+
   describe "telemetry_metadata" do
     test "is in the events of the call, under its own name, and is not sent" do
       Host.attach([@start, @stop, @exception])
