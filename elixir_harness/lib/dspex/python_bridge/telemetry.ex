@@ -6,7 +6,42 @@ defmodule DSPex.PythonBridge.Telemetry do
   outcomes and token counts, never contents of requests or replies.
   """
 
-  alias DSPex.PythonBridge.Telemetry.{CallSpan, Emitter}
+  alias DSPex.PythonBridge.Telemetry.{CallSpan, DefaultLogger, Emitter, Metrics}
+
+  ## For applications
+
+  @doc """
+  Metrics of these events, for the reporters of `Telemetry.Metrics` and for LiveDashboard: counts, durations, tokens by
+  program and by model, and what happens to peers. Raises if your application does not have `:telemetry_metrics`.
+
+      def metrics, do: DSPex.PythonBridge.Telemetry.metrics() ++ [...]
+
+  They are plain lists of structs: leave some out, or change their tags. A reporter that has those of `[:dspex, :lm, :stop]`
+  makes peers report each LM call.
+  """
+  @spec metrics() :: [struct()]
+  defdelegate metrics(), to: Metrics, as: :list
+
+  @doc """
+  Logs one line for each call that failed or was slow, and each time that calls are sent again after a peer's end, which
+  the bridge logs itself. Lines have the name of the bridge or pool, the command, the program's id, the outcome and the
+  tokens, and no contents.
+
+  Options, or a level of Logger:
+
+    * `:level` – by default `:warning`
+    * `:min_duration` – how long a call takes that is slow, in ms; by default 10,000. With `:infinity` only failed calls
+      are logged
+
+  Returns `{:error, :already_exists}` if it is attached. Raises `ArgumentError` for a wrong option, and if your
+  application does not have `:telemetry`.
+  """
+  @spec attach_default_logger(Logger.level() | keyword()) :: :ok | {:error, :already_exists}
+  def attach_default_logger(opts \\ []), do: DefaultLogger.attach(opts)
+
+  @doc "Stops what `attach_default_logger/1` has started."
+  @spec detach_default_logger() :: :ok | {:error, :not_found}
+  defdelegate detach_default_logger(), to: DefaultLogger, as: :detach
 
   ## Whether there is :telemetry
 
