@@ -22,7 +22,10 @@ defmodule DSPex.Test.Telemetry do
     [:pool, :call, :stop],
     [:pool, :call, :exception],
     [:pool, :checkout],
-    [:lm, :stop]
+    [:lm, :stop],
+    [:tool, :start],
+    [:tool, :stop],
+    [:tool, :exception]
   ]
 
   @doc "The application has it from now on."

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Telemetry do
   outcomes and token counts, never contents of requests or replies.
   """
 
-  alias DSPex.PythonBridge.Telemetry.{CallSpan, DefaultLogger, Emitter, Metrics}
+  alias DSPex.PythonBridge.Telemetry.{DefaultLogger, Emitter, Metadata, Metrics}
 
   ## For applications
 
@@ -69,7 +69,7 @@ defmodule DSPex.PythonBridge.Telemetry do
       {bridge, result} =
         with {:ok, bridge} <- result, do: {bridge, :ok}, else: ({:error, reason} -> {nil, reason})
 
-      metadata = %{pool: CallSpan.name(pool), bridge: bridge, result: result}
+      metadata = %{pool: Metadata.name(pool), bridge: bridge, result: result}
       Emitter.emit([:pool, :checkout], %{duration: System.monotonic_time() - started}, metadata)
     else
       :ok

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   alias DSPex.PythonBridge.OTP.{Registry, ServerGuard}
   alias DSPex.PythonBridge.Programs.{Change, Definition}
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Telemetry.{Emitter, Usage}
+  alias DSPex.PythonBridge.Telemetry.{Emitter, Metadata, Usage}
 
   @runs [:execute_program, "execute_program"]
   @lm_stop [:lm, :stop]
@@ -69,7 +69,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
         telemetry_span_context: make_ref()
       }
 
-      metadata = %{metadata | kind => name(server)}
+      metadata = %{metadata | kind => Metadata.name(server)}
       run? = command in @runs
       asked = if run?, do: asked(kind), else: []
       started = System.monotonic_time()
@@ -108,14 +108,14 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
 
   def over(%__MODULE__{run?: false} = span, result) do
     metadata = Map.put(span.metadata, :result, result_type(result))
-    Emitter.emit(event(span.kind, :stop), since(span.started), metadata)
+    Emitter.emit(event(span.kind, :stop), Metadata.since(span.started), metadata)
     result
   end
 
   def over(%__MODULE__{} = span, result) do
     {result, lm_calls} = Usage.take_lm_calls(result)
     meta = if span.asked != [], do: Usage.meta(result)
-    measurements = since(span.started)
+    measurements = Metadata.since(span.started)
     Enum.each(lm_calls, &lm_call(span, Usage.lm_event(&1, measurements.monotonic_time, meta)))
     measurements = Map.merge(measurements, Usage.measurements(meta))
 
@@ -138,38 +138,19 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   def failed(nil, _kind, _reason, _stacktrace), do: :ok
 
   def failed(%__MODULE__{} = span, kind, reason, stacktrace) do
-    what = %{kind: kind, reason: kind_of(reason), stacktrace: ServerGuard.stacktrace(stacktrace)}
-    metadata = Map.merge(span.metadata, what)
-    Emitter.emit(event(span.kind, :exception), since(span.started), metadata)
-  end
+    what = %{
+      kind: kind,
+      reason: Metadata.reason(reason),
+      stacktrace: ServerGuard.stacktrace(stacktrace)
+    }
 
-  defp since(started) do
-    now = System.monotonic_time()
-    %{duration: now - started, monotonic_time: now}
+    metadata = Map.merge(span.metadata, what)
+    Emitter.emit(event(span.kind, :exception), Metadata.since(span.started), metadata)
   end
 
   defp result_type({:error, %Error{type: type}}), do: type
   defp result_type(:cancelled), do: :cancelled
   defp result_type(_ok), do: :ok
-
-  # An exception may have contents of a reply.
-  defp kind_of(%module{} = error) when is_exception(error), do: module
-  defp kind_of(reason) when is_atom(reason), do: reason
-  defp kind_of(reason) when is_tuple(reason) and is_atom(elem(reason, 0)), do: elem(reason, 0)
-  defp kind_of(_contents), do: :other
-
-  @doc "The name of a process, if it has one, as in its own events."
-  @spec name(term()) :: term()
-  def name({name, node}) when node == node(), do: name
-
-  def name(pid) when is_pid(pid) and node(pid) == node() do
-    case Process.info(pid, :registered_name) do
-      {:registered_name, name} when is_atom(name) -> name
-      _none -> pid
-    end
-  end
-
-  def name(server), do: server
 
   # As far as the program is known here.
   defp program_type(%{metadata: %{program_id: id}} = span) do

@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
               "add {:telemetry_metrics, \"~> 1.0\"} to the dependencies of your application"
     end
 
-    Enum.flat_map([:bridge, :pool], &of_calls/1) ++ of_lms() ++ of_peers()
+    Enum.flat_map([:bridge, :pool], &of_calls/1) ++ of_lms() ++ of_tools() ++ of_peers()
   end
 
   defp of_calls(kind) do
@@ -49,6 +49,16 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
       duration(event, [:model], @calls_ms, keep: &(not &1.cached)),
       metric(:sum, event, :input_tokens, [:model]),
       metric(:sum, event, :output_tokens, [:model])
+    ]
+  end
+
+  defp of_tools do
+    event = [:dspex, :tool, :stop]
+
+    [
+      counter(event, [:tool, :result, :remembered?]),
+      duration(event, [:tool], @calls_ms, keep: &(not &1.remembered?)),
+      counter([:dspex, :tool, :exception], [:tool])
     ]
   end
 

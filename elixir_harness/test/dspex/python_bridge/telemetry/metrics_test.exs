@@ -41,6 +41,12 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     {:ok, _} = Bridge.call(bridge, :execute_program, @ask)
     {:error, _} = Bridge.call(bridge, "anything", %{})
     {:error, _} = Bridge.call(bridge, :execute_program, %{@ask | program_id: "any"})
+    agent = %{id: "agent", program_type: "react", tools: [%{name: "look", args: %{}}]}
+    {:ok, _} = Bridge.call(bridge, :create_program, Map.merge(@create, agent))
+
+    for look <- [fn _ -> 1 end, fn _ -> raise "no" end],
+        do: {:ok, _, _} = run_agent(bridge, look)
+
     monitor = start_supervised!({Monitor, name: nil, bridge: bridge})
     %{status: :healthy} = Monitor.force_health_check(monitor)
     start_supervised!({Pool, real_opts(name: :observed_pool, pool_size: 1)})
@@ -60,11 +66,14 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     assert for({name, []} <- values, do: name) == []
 
     tokens = values[[:dspex, :bridge, :call, :stop, :input_tokens]]
-    assert [{%{program_id: "qa"} = tags, n}] = tokens
+    assert [{%{program_id: "qa"} = tags, n}, {%{program_id: "agent"}, _}, _] = tokens
     assert n > 0 and tags.bridge == inspect(bridge)
-    # Of the bridge's run and the pool's.
-    assert [{tags, ^n}, {tags, ^n}] = values[[:dspex, :lm, :stop, :input_tokens]]
+    assert [{tags, ^n} | _] = values[[:dspex, :lm, :stop, :input_tokens]]
     assert tags == %{model: "offline/echo"}
+
+    assert values[[:dspex, :tool, :exception, :count]] |> Enum.map(&elem(&1, 0)) == [
+             %{tool: "look"}
+           ]
 
     counted = for {tags, _} <- values[[:dspex, :bridge, :call, :stop, :count]], do: tags
     assert %{bridge: inspect(bridge), command: "other", result: :unknown_command} in counted
@@ -96,6 +105,11 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
 
     assert tag_values.(%{program_id: "a\nb", command: "x\ny", bridge: {:via, A, "b"}, pool: nil}) ==
              %{program_id: "a\\nb", command: "other", bridge: ~s({:via, A, "b"}), pool: nil}
+  end
+
+  defp run_agent(bridge, look) do
+    args = %{@ask | program_id: "agent"}
+    Bridge.request(bridge, :execute_program, args, tools: %{"look" => look})
   end
 
   # As reporters do.
