@@ -46,10 +46,11 @@ class NotAMessage(MessageError):
 class Request:
     """A request. `timeout_ms`: its deadline, counted from receipt, or None. `traceparent`: its trace, or None.
 
-    `history`: whether meta has the history of its LM calls; then there is meta, too.
+    `history`: whether meta has the history of its LM calls, `lm_events`: whether it has these without contents; then
+    there is meta, too.
     """
 
-    __slots__ = ("args", "command", "history", "id", "meta", "stream", "timeout_ms", "traceparent")
+    __slots__ = ("args", "command", "history", "id", "lm_events", "meta", "stream", "timeout_ms", "traceparent")
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Request:
         meta: bool = False,
         traceparent: str | None = None,
         history: bool = False,
+        lm_events: bool = False,
     ) -> None:
         self.id = id
         self.command = command
@@ -70,6 +72,7 @@ class Request:
         self.meta = meta
         self.traceparent = traceparent
         self.history = history
+        self.lm_events = lm_events
 
 
 class Encoded(bytes):
@@ -124,6 +127,7 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         and "stream" not in message
         and "meta" not in message
         and "history" not in message
+        and "lm_events" not in message
         and "traceparent" not in message
     ):
         return Request(id, command, args)
@@ -131,7 +135,7 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
     if timeout_ms is not None and not (type(timeout_ms) in (int, float) and timeout_ms > 0):
         raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)
     flags = []
-    for name in ("stream", "meta", "history"):
+    for name in ("stream", "meta", "history", "lm_events"):
         flag = message.get(name, False)
         if type(flag) is not bool:
             raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
@@ -140,8 +144,9 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
     if traceparent is not None and not _is_traceparent(traceparent):
         text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
         raise NotAMessage(f"traceparent: {text}", id)
-    stream, meta, history = flags
-    return Request(id, command, args, timeout_ms, stream, meta or history, traceparent, history)
+    stream, meta, history, lm_events = flags
+    meta = meta or history or lm_events
+    return Request(id, command, args, timeout_ms, stream, meta, traceparent, history, lm_events)
 
 
 def _cancel(message: dict[str, Any]) -> Cancel:

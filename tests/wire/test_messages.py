@@ -119,19 +119,20 @@ def test_timeouts_flags_and_cancels_are_read() -> None:
     request = messages.decode(b'{"id":1,"command":"x","timeout_ms":12.5,"stream":true,"meta":true}')
     assert isinstance(request, Request)
     assert (request.args, request.timeout_ms, request.stream, request.meta) == ({}, 12.5, True, True)
-    assert request.history is False
+    assert (request.history, request.lm_events) == (False, False)
     cancel = messages.decode(b'{"cancel":"a"}')
     assert isinstance(cancel, Cancel) and cancel.id == "a"
     with pytest.raises(NotAMessage, match="cancel"):
         messages.decode(b'{"cancel":null}')
 
 
-def test_with_a_history_there_is_meta() -> None:
+@pytest.mark.parametrize("name", ["history", "lm_events"])
+def test_with_lm_calls_there_is_meta(name: str) -> None:
     for meta in ("true", "false"):
-        request = messages.decode(b'{"id":1,"command":"x","history":true,"meta":%s}' % meta.encode())
-        assert isinstance(request, Request) and (request.history, request.meta) == (True, True)
-    request = messages.decode(b'{"id":1,"command":"x","history":false}')
-    assert isinstance(request, Request) and (request.history, request.meta) == (False, False)
+        request = messages.decode(b'{"id":1,"command":"x","%s":true,"meta":%s}' % (name.encode(), meta.encode()))
+        assert isinstance(request, Request) and (getattr(request, name), request.meta) == (True, True)
+    request = messages.decode(b'{"id":1,"command":"x","%s":false}' % name.encode())
+    assert isinstance(request, Request) and (getattr(request, name), request.meta) == (False, False)
 
 
 def test_a_history_that_is_encoded_already_is_part_of_meta() -> None:
