@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   alias DSPex.PythonBridge.{Protocol, Telemetry}
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
+  alias DSPex.PythonBridge.Tools.FunctionHolder
 
   @typedoc "The arguments of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` among the last."
   @type request ::
@@ -44,7 +45,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   defp begin({server, command, args, timeout, opts}, {stream?, span}, acc, fun) do
     case Caller.prepare(server, command, args, timeout, [stream: stream?] ++ opts) do
       {:ok, call} ->
-        proxy = StreamProxy.start(call, Keyword.get(opts, :tools, %{}))
+        holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+        proxy = StreamProxy.start(call, holder)
         # The body is large, and the call may take long.
         go_on({%{call | request: nil}, proxy, span}, {:cont, acc}, fun)
 
