@@ -47,6 +47,8 @@ defmodule DSPex.PythonBridge.Program.Dump do
 
   @doc "The same for a value of any type: structs that declare their fields become maps."
   @spec any(term()) :: term()
+  def any(%{__struct__: Decimal} = decimal), do: EctoSchema.dump(:decimal, decimal)
+
   def any(%module{} = struct) when module not in @as_json do
     case Types.keys(module) do
       nil -> struct

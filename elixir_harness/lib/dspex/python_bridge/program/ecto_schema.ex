@@ -129,6 +129,6 @@ defmodule DSPex.PythonBridge.Program.EctoSchema do
     _kind, _reason -> value
   end
 
-  def dump(:decimal, %{__struct__: Decimal} = value), do: to_string(value)
+  def dump(:decimal, %{__struct__: Decimal} = value), do: Decimal.to_string(value)
   def dump(_loader, value), do: value
 end
