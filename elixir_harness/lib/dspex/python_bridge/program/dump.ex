@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Program.Dump do
   # Inputs to values with a JSON form: structs to maps of their declared fields. What is not of its type is left as it
   # is, for the peer to refuse. Linear in the size of the value; parts that can hold no struct are not looked at.
 
-  alias DSPex.PythonBridge.Program.{EctoSchema, Field, Types}
+  alias DSPex.PythonBridge.Program.{EctoSchema, Field, Refusal, Types}
 
   @as_json [Date, Time, DateTime, NaiveDateTime]
 
@@ -50,9 +50,11 @@ defmodule DSPex.PythonBridge.Program.Dump do
   def any(%{__struct__: Decimal} = decimal), do: EctoSchema.dump(:decimal, decimal)
 
   def any(%module{} = struct) when module not in @as_json do
-    case Types.keys(module) do
-      nil -> struct
-      keys -> Map.new(keys, &{&1, any(Map.get(struct, &1))})
+    with true <- Types.declared?(module),
+         {:ok, type} <- Refusal.catching(fn -> Types.type(module, inspect(module), []) end) do
+      value(type, struct)
+    else
+      _no_type -> struct
     end
   end
 

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   # The inputs of a run as the peer takes them. Unknown and missing names are refused here, before anything is sent.
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Program.{Dump, Spec, Types}
+  alias DSPex.PythonBridge.Program.{Dump, Spec}
   alias DSPex.PythonBridge.Protocol.Payload
 
   # Unknown names in one error; the rest are counted.
@@ -48,9 +48,11 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   end
 
   # A struct has the fields that it declares, or else all.
-  defp fields(%module{} = struct) do
-    keys = Types.keys(module) || Map.keys(struct) -- [:__struct__]
-    for key <- keys, do: {key, Map.get(struct, key)}
+  defp fields(%_module{} = struct) do
+    case Dump.any(struct) do
+      %_module{} -> struct |> Map.from_struct() |> Map.to_list()
+      map -> Map.to_list(map)
+    end
   end
 
   defp fields(inputs) when is_map(inputs), do: Map.to_list(inputs)

@@ -218,14 +218,10 @@ defmodule DSPex.PythonBridge.Program.Types do
       else: refuse(where, "#{inspect(module)} is not a struct")
   end
 
-  @doc "The names of a struct's fields that a value of it has in JSON; nil for a struct that has no form here."
-  @spec keys(module()) :: [atom()] | nil
-  def keys(module) do
-    cond do
-      not Code.ensure_loaded?(module) -> nil
-      function_exported?(module, :__dspex__, 1) -> Keyword.keys(module.__dspex__(:fields))
-      EctoSchema.kind(module) == :embedded -> EctoSchema.keys(module)
-      true -> nil
-    end
+  @doc "Whether a struct module says its fields, by itself or as an embedded schema."
+  @spec declared?(module()) :: boolean()
+  def declared?(module) do
+    Code.ensure_loaded?(module) and
+      (function_exported?(module, :__dspex__, 1) or EctoSchema.kind(module) == :embedded)
   end
 end

@@ -204,8 +204,12 @@ defmodule DSPex.ProgramEctoSchemaTest do
   end
 
   test "in a value of any type it is dumped too" do
-    assert %{order: %{customer: "Ann", state: :paid, main: %{sku: "b"}}} =
-             Dump.any(%{order: %Order{customer: "Ann", state: :paid, main: %Item{sku: "b"}}})
+    order = %Order{customer: "Ann", level: :high, main: %Item{sku: "b"}}
+
+    assert %{order: %{"customer" => "Ann", "level" => 2, "main" => %{"sku" => "b"}}} =
+             Dump.any(%{order: order})
+
+    assert Dump.any([Decimal.from_float(1.5)]) == ["1.5"]
 
     table = %Table{customer: "Ann"}
     assert Dump.any(table) == table
