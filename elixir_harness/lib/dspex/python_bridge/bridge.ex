@@ -256,7 +256,11 @@ defmodule DSPex.PythonBridge.Bridge do
 
   defp exchange(server, command, args, %{timeout: timeout, opts: opts} = options) do
     if options.on_chunk || opts[:tools],
-      do: StreamReducer.run({server, command, args, timeout, opts}, options.on_chunk),
+      do:
+        StreamReducer.run(
+          StreamReducer.to_bridge(server, command, args, timeout, opts),
+          options.on_chunk
+        ),
       else: Caller.exchange(server, command, args, timeout, opts)
   end
 
@@ -300,7 +304,9 @@ defmodule DSPex.PythonBridge.Bridge do
   def stream(server, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
          {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
-      EventStream.new({server, :execute_program, args, options.timeout, options.opts})
+      EventStream.new(
+        StreamReducer.to_bridge(server, :execute_program, args, options.timeout, options.opts)
+      )
     else
       {:error, error} -> [error: error]
     end

@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Pool do
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Client.Misplaced
+  alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
   alias DSPex.PythonBridge.Pool.{Caller, CoordinatorClient, Handle}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
 
@@ -161,9 +161,48 @@ defmodule DSPex.PythonBridge.Pool do
   def request(pool, command, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
          {:ok, args} <- Client.Options.arguments(options, command, args),
-         exchange = fn -> Caller.exchange(pool, command, args, options.timeout, options.opts) end,
+         exchange = fn -> exchange(pool, command, args, options) end,
          {:ok, _id, result, meta} <- Telemetry.call(:pool, pool, command, args, exchange) do
       {:ok, result, meta}
+    end
+  end
+
+  defp exchange(pool, command, args, %{timeout: timeout, opts: opts} = options) do
+    if options.on_chunk || opts[:tools],
+      do:
+        StreamReducer.run(Caller.streamed(pool, command, args, timeout, opts), options.on_chunk),
+      else: Caller.exchange(pool, command, args, timeout, opts)
+  end
+
+  @doc "As `stream/3`, by the pool named `DSPex.PythonBridge.Pool`."
+  @spec stream(map()) :: Enumerable.t(Bridge.stream_element())
+  def stream(args), do: stream(__MODULE__, args, [])
+
+  @doc "`stream(args, opts)` or `stream(pool, args)`: as `stream/3`."
+  @spec stream(map() | pool(), [Bridge.stream_option()] | map()) ::
+          Enumerable.t(Bridge.stream_element())
+  def stream(pool, args) when is_map(args), do: stream(pool, args, [])
+  def stream(args, opts) when is_map(args), do: stream(__MODULE__, args, opts)
+  def stream(one, other), do: [error: Misplaced.error(:stream, [one, other])]
+
+  @doc """
+  Streams an `execute_program` call, with the elements and options of `DSPex.PythonBridge.Bridge.stream/3`.
+
+      for {:chunk, "answer", text} <- Pool.stream(%{program_id: "qa", inputs: %{question: "Why?"}}),
+          do: IO.write(text)
+
+  Until its first chunk the call goes from peer to peer as any other; the peer that has given one keeps it, and
+  `:python_process_died` is the last element if that dies. A peer works on many streams at once.
+  """
+  @spec stream(pool(), map(), [Bridge.stream_option()]) :: Enumerable.t(Bridge.stream_element())
+  def stream(pool, args, opts) do
+    with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
+         {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
+      EventStream.new(
+        Caller.streamed(pool, :execute_program, args, options.timeout, options.opts)
+      )
+    else
+      {:error, error} -> [error: error]
     end
   end
 

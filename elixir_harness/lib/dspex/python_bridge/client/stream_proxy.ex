@@ -32,8 +32,11 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
           :dest => Invocation.bridge(),
           :deadline => Deadline.t(),
           :request => Request.t(),
+          optional(:permit) => permit(),
           optional(:args | :server) => term()
         }
+  @typedoc "Whether the request may be sent, has been, or may not be any more."
+  @type permit :: :atomics.atomics_ref()
   # watch: the monitor of the caller. pool?: whether the caller knows other peers. asked: the caller's alias, while it
   # waits.
   @typep t :: %__MODULE__{
@@ -60,6 +63,17 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     call = Map.drop(call, [:args, :server])
     spawn(fn -> ServerGuard.run(fn -> init(call, tools, caller) end) end)
   end
+
+  @doc "The permission for a proxy to send its request: for a caller that has to know whether it has."
+  @spec permit() :: permit()
+  def permit, do: :atomics.new(1, [])
+
+  @doc "Takes it back from a proxy that has ended or been stopped; false if the request has been sent."
+  @spec revoke(permit()) :: boolean()
+  def revoke(permit), do: :atomics.compare_exchange(permit, 1, 0, -1) == :ok
+
+  defp permitted?(%{permit: permit}), do: :atomics.compare_exchange(permit, 1, 0, 1) == :ok
+  defp permitted?(_call), do: true
 
   @doc """
   Waits for the frame of the next chunk, or for the reply, after which nothing follows.
@@ -105,6 +119,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     left = Deadline.left(call.deadline)
     tools? = not Tools.Runner.none?(tools)
     request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
+    if not permitted?(call), do: exit(:normal)
     send(dest, NodeMessage.request(request, dest))
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
     state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer}

@@ -6,9 +6,14 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
 
   alias DSPex.PythonBridge.{Calls, Client, Error, Protocol}
+  alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, Request, Router, Sums}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
+  alias DSPex.PythonBridge.Tools.FunctionHolder
+
+  # They have no chunks, and their bodies are kept.
+  @changes [:create_program, "create_program", :cleanup, "cleanup"]
 
   @typedoc "The name of a pool, or its pid, as the caller has given it."
   @type pool :: term()
@@ -18,6 +23,59 @@ defmodule DSPex.PythonBridge.Pool.Caller do
           Client.Caller.result()
   def exchange(pool, command, args, timeout, opts) do
     began = System.monotonic_time()
+
+    case prepare(pool, command, args, timeout, opts, began) do
+      {:ok, handle, request} -> Router.run(handle, request, attempt(opts))
+      result -> result
+    end
+  end
+
+  @doc "A call with chunks or tools, for `DSPex.PythonBridge.Client.StreamReducer`; `:tools` in `opts`."
+  @spec streamed(pool(), Protocol.command(), map(), timeout() | :default, keyword()) ::
+          StreamReducer.request()
+  def streamed(pool, command, args, timeout, opts) do
+    open = fn stream? ->
+      began = System.monotonic_time()
+      opts = [stream: stream? and command not in @changes] ++ opts
+
+      case prepare(pool, command, args, timeout, opts, began) do
+        {:ok, handle, request} -> open(handle, request, opts)
+        result -> result
+      end
+    end
+
+    {:pool, pool, command, args, open}
+  end
+
+  defp open(%Handle{name: name} = handle, request, opts) do
+    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+
+    case Router.run(handle, request, %{attempt(opts) | holder: holder}) do
+      {:begun, call, frame} ->
+        {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
+
+      result ->
+        FunctionHolder.close(holder)
+        result
+    end
+  end
+
+  # With chunks that were given, it is not made again.
+  defp conclude(name, {:error, :bridge_not_running}) do
+    if Handle.fetch(name),
+      do: {:error, Error.new(:python_process_died)},
+      else: {:error, Error.not_running(:pool, name)}
+  end
+
+  defp conclude(_name, reply), do: Client.Caller.read(reply)
+
+  defp attempt(opts) do
+    retry = Keyword.get(opts, :retry, true)
+    %Attempt{retry: retry, stream?: Keyword.get(opts, :stream, false)}
+  end
+
+  # A call of one peer, ready to be sent; or the result of one of the whole pool.
+  defp prepare(pool, command, args, timeout, opts, began) do
     started = System.convert_time_unit(began, :native, :millisecond)
 
     with {:ok, handle} <- find(pool),
@@ -27,7 +85,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       request = Request.new(body, program(command, args), started, timeout)
 
       case whole(handle, request, command, args, opts) do
-        nil -> Router.run(handle, request, Attempt.new(opts))
+        nil -> {:ok, handle, request}
         {:ok, id, result, meta} -> {:ok, id, result, timed(meta, began)}
         {:error, error} -> {:error, error}
       end

@@ -16,10 +16,11 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   @type reply :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
 
   @typedoc "Makes the call at one bridge: see `DSPex.PythonBridge.Pool.Attempt.make/4`."
-  @type attempt :: (pid(), Attempt.slot(), Request.t() -> Calls.Request.reply())
+  @type attempt :: (pid(), Attempt.slot(), Request.t() -> Calls.Request.reply() | Attempt.begun())
 
   @doc "Sends the call to peers of this node as long as one can serve it, without waiting for one."
-  @spec run(Handle.t(), Request.t(), attempt()) :: {:done, reply()} | {:nobody, Request.t()}
+  @spec run(Handle.t(), Request.t(), attempt()) ::
+          {:done, reply() | Attempt.begun()} | {:nobody, Request.t()}
   def run(%Handle{} = handle, %Request{} = request, attempt) do
     preference = if request.deaths == 0, do: :least_busy, else: :longest_up
 
@@ -46,6 +47,9 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
     case ask(handle, request, index, attempt) do
       {:frame, _bytes} = reply ->
         judge(handle, request, {index, since}, attempt, Caller.read(reply))
+
+      {:begun, _call, _frame} = begun ->
+        {:done, begun}
 
       {:error, {:died, :sent}} when request.deaths >= handle.settings.max_retries ->
         {:done, {:error, Error.new(:python_process_died)}}

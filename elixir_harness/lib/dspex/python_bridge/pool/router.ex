@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
   alias DSPex.PythonBridge.Pool.Cluster.RemoteCall
 
   @doc "Runs the call on a peer of this or another node; waits for one until the request's deadline."
-  @spec run(Handle.t(), Request.t(), Attempt.t()) :: LocalCall.reply()
+  @spec run(Handle.t(), Request.t(), Attempt.t()) :: LocalCall.reply() | Attempt.begun()
   def run(%Handle{} = handle, %Request{} = request, %Attempt{} = attempt) do
     with {:nobody, request} <- LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
          {:nobody, request} <- RemoteCall.run(handle, request, attempt) do

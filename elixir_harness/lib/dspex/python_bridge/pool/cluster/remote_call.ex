@@ -18,7 +18,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
 
   @doc "Runs the call on another node, if there is one that can serve it."
   @spec run(Handle.t(), Request.t(), Attempt.t()) ::
-          {:done, LocalCall.reply()} | {:nobody, Request.t()}
+          {:done, LocalCall.reply() | Attempt.begun()} | {:nobody, Request.t()}
   def run(%Handle{settings: %{cluster: nil}}, request, _attempt), do: {:nobody, request}
 
   def run(%Handle{} = handle, %Request{} = request, attempt) do
