@@ -278,8 +278,8 @@ defmodule DSPex.ProgramRunTest do
   ## Servers
 
   test "a pool, or a bridge, is found by its name, and that of the module is the default" do
-    start_supervised!({Pool, real_opts(name: DSPex.ProgramRunTest.Named, pool_size: 1)})
-    create(Pool, DSPex.ProgramRunTest.Named, Served)
+    opts = [name: DSPex.ProgramRunTest.Named, pool_size: 1, programs: [Served]]
+    start_supervised!({Pool, real_opts(opts)})
     assert {:ok, %Served{answer: "echo: why"}} = Served.run(question: "why")
 
     assert {:ok, %Served{}, _meta} =
@@ -323,10 +323,8 @@ defmodule DSPex.ProgramRunTest do
     test "a peer of a #{inspect(client)} that dies in a run is not noticed, unless retry: false" do
       client = unquote(client)
       name = Module.concat(__MODULE__, "Killed#{inspect(client)}")
-      start_supervised!({client, real_opts([name: name] ++ unquote(opts))})
-      create(client, name, Agent)
-      # Each peer of a pool creates it.
-      eventually(fn -> Enum.all?(peers(client, name), &(&1.pending == 0)) end, 60_000)
+      start_supervised!({client, real_opts([name: name, programs: [Agent]] ++ unquote(opts))})
+      idle(client, name)
       counter = :counters.new(1, [])
 
       # The first call of the tool kills the peer that asked for it.
@@ -343,11 +341,17 @@ defmodule DSPex.ProgramRunTest do
 
       assert :counters.get(counter, 1) >= 1
       :counters.put(counter, 1, 0)
-      eventually(fn -> Enum.all?(peers(client, name), &(&1.pending == 0)) end, 60_000)
+      idle(client, name)
 
       assert {:error, %Error{type: :python_process_died, retryable: true}} =
                Agent.run([question: "b"], [retry: false] ++ opts)
     end
+  end
+
+  # Each peer has loaded it.
+  defp idle(client, name) do
+    idle? = &match?(%{state: :running, pending: 0}, &1)
+    eventually(fn -> Enum.all?(peers(client, name), idle?) end, 60_000)
   end
 
   defp peers(Bridge, name), do: [Bridge.get_status(name)]
