@@ -156,6 +156,7 @@ defmodule DSPex.MixProject do
         Calls: [
           DSPex.PythonBridge.Bridge,
           DSPex.PythonBridge.Pool,
+          DSPex.PythonBridge.Program,
           DSPex.PythonBridge.Error,
           DSPex.PythonBridge.History
         ],
