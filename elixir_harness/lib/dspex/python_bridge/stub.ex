@@ -60,11 +60,11 @@ defmodule DSPex.PythonBridge.Stub do
   are errors. Programs belong to the stub, as they do to a pool.
   """
 
-  alias DSPex.PythonBridge.{Options, Pool, Protocol}
+  alias DSPex.PythonBridge.{Error, Options, Pool, Protocol}
   alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Programs.Change
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Stub.{Definition, Ledger, Run, Server}
+  alias DSPex.PythonBridge.Stub.{Context, Definition, Ledger, Server}
 
   # Not a dependency: whoever calls it has it.
   @compile {:no_warn_undefined, ExUnit.Callbacks}
@@ -78,7 +78,7 @@ defmodule DSPex.PythonBridge.Stub do
   @type answer ::
           {:ok, outputs :: map()}
           | {:ok, outputs :: map(), meta :: map()}
-          | {:error, DSPex.PythonBridge.Error.t() | DSPex.PythonBridge.Bridge.call_error()}
+          | {:error, Error.t() | DSPex.PythonBridge.Bridge.call_error()}
 
   ## Start
 
@@ -128,8 +128,11 @@ defmodule DSPex.PythonBridge.Stub do
 
   defp programs(list) do
     Enum.reduce_while(list, {:ok, []}, fn definition, {:ok, programs} ->
-      case program(definition) do
-        {:ok, program} -> {:cont, {:ok, programs ++ [program]}}
+      with {:ok, {id, body}} <- program(definition),
+           false <- List.keymember?(programs, id, 0) do
+        {:cont, {:ok, programs ++ [{id, body}]}}
+      else
+        true -> {:halt, wrong(":programs: #{id(definition)}: there twice")}
         {:error, text} -> {:halt, wrong(":programs: #{text}")}
       end
     end)
@@ -137,16 +140,17 @@ defmodule DSPex.PythonBridge.Stub do
 
   defp program(definition) do
     with {:ok, args} <- arguments(definition),
-         {:ok, body} <- Protocol.encode_body(:create_program, args),
-         {:ok, %{"args" => decoded}} <-
-           Payload.decode("{" <> binary_part(body, 1, byte_size(body) - 1) <> "}"),
+         {:ok, "," <> json = body} <- Protocol.encode_body(:create_program, args),
+         {:ok, %{"args" => decoded}} <- Payload.decode("{" <> json),
          :ok <- Definition.check(decoded) do
-      {:ok, {Change.program_id(:create_program, args), body}}
+      {:ok, {decoded["id"], body}}
     else
-      {:error, %{message: text}} -> {:error, text}
+      {:error, %Error{message: text}} -> {:error, "#{id(definition)}: #{text}"}
       {:error, text} -> {:error, text}
     end
   end
+
+  defp id(definition), do: Change.program_id(:create_program, Map.new(definition)) || "no id"
 
   defp arguments(%{} = args) when not is_struct(args), do: {:ok, args}
 
@@ -259,11 +263,11 @@ defmodule DSPex.PythonBridge.Stub do
 
   @doc "Sends a chunk of an output field, if the run is that of a stream. Only in the function of an answer."
   @spec chunk(field :: String.t(), text :: String.t()) :: :ok
-  def chunk(field, text) when is_binary(field) and is_binary(text), do: Run.chunk(field, text)
+  def chunk(field, text) when is_binary(field) and is_binary(text), do: Context.chunk(field, text)
 
   @doc "Sends a status, such as `\"calling tool search\"`, if the run is that of a stream. Only in the function of an answer."
   @spec status(text :: String.t()) :: :ok
-  def status(text) when is_binary(text), do: Run.status(text)
+  def status(text) when is_binary(text), do: Context.status(text)
 
   @doc """
   Calls a tool of the caller, as an agent does, and returns its result or the error that the agent's LM would be shown.
@@ -271,5 +275,5 @@ defmodule DSPex.PythonBridge.Stub do
   """
   @spec call_tool(name :: String.t(), args :: map()) :: {:ok, term()} | {:error, String.t()}
   def call_tool(name, args \\ %{}) when is_binary(name) and is_map(args),
-    do: Run.call_tool(name, args)
+    do: Context.call_tool(name, args)
 end

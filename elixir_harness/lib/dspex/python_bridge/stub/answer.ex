@@ -8,14 +8,15 @@ defmodule DSPex.PythonBridge.Stub.Answer do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Stub.{Answers, Definition, Ledger, Reply, Run}
+  alias DSPex.PythonBridge.Stub.{Answers, Context, Definition, Ledger, Reply}
 
-  @with_text [:timeout, :overloaded, :python_process_died, :bridge_not_running]
-  @expected "{:ok, outputs}, {:ok, outputs, meta} or {:error, error}, with maps and " <>
-              "a DSPex.PythonBridge.Error, a text or an atom that Bridge.call returns"
+  # With texts of their own. (A bridge that does not run is a stub that is stopped.)
+  @types [:timeout, :overloaded, :python_process_died]
+  @expected "{:ok, outputs}, {:ok, outputs, meta} or {:error, error}: maps, and an error that is " <>
+              "a DSPex.PythonBridge.Error, a text, #{Enum.map_join(@types, " or ", &inspect/1)}"
 
   @doc "Calls the function with the inputs, in the calling process."
-  @spec call(Run.t(), map(), Answers.answer()) :: Reply.result()
+  @spec call(Context.t(), map(), Answers.answer()) :: Reply.result()
   def call(run, _inputs, %{fun: nil} = answer) do
     mistake(run, answer, Error.new(:program_not_found, "#{unknown(run)}#{why_none(answer)}"))
   end
@@ -24,9 +25,9 @@ defmodule DSPex.PythonBridge.Stub.Answer do
     case apply_to(fun, run.program, inputs) do
       {:ok, outputs} -> ok(run, answer, outputs, %{})
       {:ok, outputs, meta} -> ok(run, answer, outputs, meta)
-      {:error, %Error{} = error} -> {:error, error}
+      {:error, %Error{type: type} = error} when type != :bridge_not_running -> {:error, error}
       {:error, text} when is_binary(text) -> {:error, Error.new(:internal, text)}
-      {:error, type} when type in @with_text -> {:error, Error.new(type)}
+      {:error, type} when type in @types -> {:error, Error.new(type)}
       other -> wrong(run, answer, "expected #{@expected}, got #{inspect(other, limit: 10)}")
     end
   catch

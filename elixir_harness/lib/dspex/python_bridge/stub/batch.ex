@@ -5,18 +5,20 @@ defmodule DSPex.PythonBridge.Stub.Batch do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Stub.{Answer, Reply, Run}
+  alias DSPex.PythonBridge.Stub.{Answer, Answers, Context, Reply}
 
   # The results are sent so long before the deadline: see docs/protocol.md.
   @earlier_ms 250
 
+  @typedoc "The inputs of a run with what answers them, or what is wrong with them."
+  @type item :: {map(), Answers.answer()} | {:error, Error.t()}
   @type limits :: %{
           max_concurrency: pos_integer() | :infinity,
           item_timeout: number() | :infinity
         }
 
   @doc "The results, in the order of the items. It runs in the process of the run, which must not run answers itself."
-  @spec run(Run.t(), [Run.item()], limits()) :: [map()]
+  @spec run(Context.t(), [item()], limits()) :: [map()]
   def run(run, items, limits) do
     # An answer that is killed is an error of its item.
     Process.flag(:trap_exit, true)
@@ -58,7 +60,7 @@ defmodule DSPex.PythonBridge.Stub.Batch do
     pid =
       spawn_link(fn ->
         # The peer streams items, not their chunks.
-        Run.enter(%{run | stream?: false})
+        Context.enter(%{run | stream?: false})
         send(collector, {:item, self(), Answer.call(run, inputs, answer)})
       end)
 
@@ -110,7 +112,7 @@ defmodule DSPex.PythonBridge.Stub.Batch do
         {:error, error} -> Map.put(Reply.failure(error), "success", false)
       end
 
-    Run.stream(state.run, Map.put(result, "index", index))
+    Context.stream(state.run, Map.put(result, "index", index))
     put_in(state.results[index], result)
   end
 end

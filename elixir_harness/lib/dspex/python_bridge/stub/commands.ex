@@ -1,45 +1,90 @@
 defmodule DSPex.PythonBridge.Stub.Commands do
   @moduledoc false
   # The commands of a stub that need no answer of a test's: the results are the peer's, over the definitions that the
-  # stub was given. And the arguments of a run.
+  # stub was given. Part of the process of a stub.
 
-  alias DSPex.PythonBridge.{Error, Programs}
+  alias DSPex.PythonBridge.{Error, Programs, Protocol}
+  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Stub.Definition
+  alias DSPex.PythonBridge.Stub.{Arguments, Definition}
 
   @commands ~w(ping create_program execute_program list_programs get_stats cleanup)
-  @execute ~w(program_id inputs config lm attempts max_concurrency item_timeout_ms options)
-  @most_attempts 10
+
+  @enforce_keys [:programs, :started]
+  defstruct [:programs, :started, runs: %{}, counts: %{}]
 
   @typedoc """
-  `runs`: of each program, how many and when the last one was. `counts`: of each command. `in_flight`: runs. `started`: in
-  monotonic ms.
+  `runs`: of each program, how many and when the last one was. `counts`: of each command. `started`: in monotonic ms.
   """
-  @type state :: %{
+  @type t :: %__MODULE__{
           programs: Programs.Store.table(),
+          started: integer(),
           runs: %{String.t() => {pos_integer(), float()}},
-          counts: %{String.t() => %{String.t() => non_neg_integer()}},
-          in_flight: non_neg_integer(),
-          started: integer()
-        }
-  @typedoc "The arguments of a run."
-  @type run :: %{
-          program: String.t(),
-          inputs: map() | [term()],
-          max_concurrency: pos_integer() | :infinity,
-          item_timeout: pos_integer() | :infinity
+          counts: %{String.t() => %{String.t() => number()}}
         }
 
-  @doc "The result of a command, or the error of the peer. The definitions are the caller's to change."
-  @spec run(String.t(), map(), state()) :: {:ok, map()} | {:error, Error.t()}
-  def run("ping", _args, _state), do: {:ok, %{"status" => "ok", "timestamp" => time()}}
+  @doc "The commands of a stub with these programs."
+  @spec new(Programs.Store.table()) :: t()
+  def new(programs), do: %__MODULE__{programs: programs, started: Deadline.now()}
 
-  def run("create_program", args, _state) do
+  @doc "The ms since the start."
+  @spec uptime_ms(t()) :: non_neg_integer()
+  def uptime_ms(%__MODULE__{started: started}), do: Deadline.now() - started
+
+  @doc """
+  The result of a command, or the error of the peer. A change of the programs is made; `in_flight`: the number of runs.
+  """
+  @spec run(t(), String.t(), map(), Request.t(), non_neg_integer()) ::
+          {:ok, map()} | {:error, Error.t()}
+  def run(%__MODULE__{} = state, command, args, request, in_flight) do
+    with {:ok, result} <- result(command, args, state, in_flight) do
+      change(state, request.change, request.body)
+      {:ok, result}
+    end
+  end
+
+  # In the order in which the stub gets them.
+  defp change(_state, nil, _body), do: :ok
+
+  defp change(state, {kind, ids, stamp}, body) do
+    change = {kind, ids, stamp || Programs.Store.stamp()}
+    Programs.Store.apply_change(state.programs, change, body)
+  end
+
+  @doc "Counts a command that was answered."
+  @spec count(t(), String.t(), Request.reply()) :: t()
+  def count(%__MODULE__{} = state, command, reply) do
+    success? = match?({:frame, _bytes}, reply) and Protocol.success?(elem(reply, 1))
+    none = %{"count" => 0, "errors" => 0, "p50_ms" => 0.0, "p99_ms" => 0.0}
+    counts = Map.update!(Map.get(state.counts, command, none), "count", &(&1 + 1))
+    counts = if success?, do: counts, else: Map.update!(counts, "errors", &(&1 + 1))
+    put_in(state.counts[command], counts)
+  end
+
+  @doc "Counts a run."
+  @spec ran(t(), String.t()) :: t()
+  def ran(%__MODULE__{} = state, program) do
+    {count, _last} = Map.get(state.runs, program, {0, nil})
+    put_in(state.runs[program], {count + 1, time()})
+  end
+
+  @doc "The fields of a program; nil if there is no definition of it."
+  @spec fields(t(), String.t()) :: Definition.fields() | nil
+  def fields(%__MODULE__{programs: programs}, program) do
+    with {_stamp, body} <- Programs.Store.get(programs, program),
+         do: Definition.fields(definition(body))
+  end
+
+  defp result("ping", _args, _state, _in_flight),
+    do: {:ok, %{"status" => "ok", "timestamp" => time()}}
+
+  defp result("create_program", args, _state, _in_flight) do
     with :ok <- Definition.check(args),
          do: {:ok, %{"program_id" => args["id"], "status" => "created"}}
   end
 
-  def run("list_programs", args, state) do
+  defp result("list_programs", args, state, _in_flight) do
     with :ok <- flag(args, "details"), :ok <- flag(args, "state"), :ok <- program_ids(args) do
       wanted = args["program_ids"]
 
@@ -63,13 +108,13 @@ defmodule DSPex.PythonBridge.Stub.Commands do
     end
   end
 
-  def run("get_stats", _args, state) do
+  defp result("get_stats", _args, state, in_flight) do
     {:ok,
      %{
        "programs_count" => Programs.Store.count(state.programs),
        "memory_usage" => %{"rss" => 0, "vms" => 0},
-       "uptime" => (System.monotonic_time(:millisecond) - state.started) / 1000,
-       "in_flight" => state.in_flight,
+       "uptime" => uptime_ms(state) / 1000,
+       "in_flight" => in_flight,
        "queued" => 0,
        "commands" => state.counts,
        "threads" => %{"running" => 0, "abandoned" => 0, "max" => 0},
@@ -79,8 +124,8 @@ defmodule DSPex.PythonBridge.Stub.Commands do
      }}
   end
 
-  def run("cleanup", args, state) do
-    with :ok <- Definition.known(args, ["program_ids"], ""), :ok <- program_ids(args) do
+  defp result("cleanup", args, state, _in_flight) do
+    with :ok <- Arguments.known(args, ["program_ids"], ""), :ok <- program_ids(args) do
       there = for {id, _stamp, _body} <- Programs.Store.definitions(state.programs), do: id
 
       removed =
@@ -90,10 +135,10 @@ defmodule DSPex.PythonBridge.Stub.Commands do
     end
   end
 
-  def run(command, _args, _state) do
+  defp result(command, _args, _state, _in_flight) do
     # `execute`, say, is not near `execute_program`.
     parts = Enum.filter(@commands, &(command in String.split(&1, "_")))
-    meant = if length(parts) == 1, do: hd(parts), else: Definition.nearest(command, @commands)
+    meant = if length(parts) == 1, do: hd(parts), else: Arguments.nearest(command, @commands)
     hint = if meant, do: "; did you mean #{meant}?", else: ""
     {:error, Error.new(:unknown_command, "Unknown command: #{command}#{hint}")}
   end
@@ -112,67 +157,12 @@ defmodule DSPex.PythonBridge.Stub.Commands do
     }
   end
 
-  @doc "The arguments of a `create_program`, from the body of its request."
-  @spec definition(binary()) :: map()
-  def definition("," <> body) do
+  defp definition("," <> body) do
     {:ok, %{"args" => args}} = Payload.decode("{" <> body)
     args
   end
 
-  @doc "The present time, in unix seconds."
-  @spec time() :: float()
-  def time, do: System.system_time(:microsecond) / 1_000_000
-
-  @doc "The arguments of an `execute_program`."
-  @spec read_run(map()) :: {:ok, run()} | {:error, Error.t()}
-  def read_run(args) do
-    with :ok <- Definition.known(args, @execute, ""),
-         :ok <- Definition.text(args, "program_id"),
-         :ok <- inputs(args["inputs"]),
-         :ok <- Definition.object(args, "config", "an object"),
-         :ok <- count(args, "attempts", @most_attempts),
-         :ok <- count(args, "max_concurrency", :infinity),
-         :ok <- milliseconds(args, "item_timeout_ms"),
-         :ok <- of_list(args, "max_concurrency"),
-         :ok <- of_list(args, "item_timeout_ms") do
-      {:ok,
-       %{
-         program: args["program_id"],
-         inputs: args["inputs"],
-         max_concurrency: args["max_concurrency"] || :infinity,
-         item_timeout: args["item_timeout_ms"] || :infinity
-       }}
-    end
-  end
-
-  defp inputs(inputs) when is_map(inputs) or is_list(inputs), do: :ok
-
-  defp inputs(_other) do
-    refuse(
-      "inputs: expected an object of the signature's input fields, or a list of such objects"
-    )
-  end
-
-  defp count(args, name, most) do
-    case args[name] do
-      nil -> :ok
-      n when is_integer(n) and n >= 1 and n <= most -> :ok
-      _other when most == :infinity -> refuse("#{name}: expected a whole number of at least 1")
-      _other -> refuse("#{name}: expected a whole number from 1 to #{most}")
-    end
-  end
-
-  defp milliseconds(args, name) do
-    if args[name] == nil or (is_number(args[name]) and args[name] > 0),
-      do: :ok,
-      else: refuse("#{name}: expected a number of milliseconds greater than 0")
-  end
-
-  defp of_list(%{"inputs" => inputs} = args, name) do
-    if args[name] != nil and is_map(inputs),
-      do: refuse("#{name}: only for a list of inputs"),
-      else: :ok
-  end
+  defp time, do: System.system_time(:microsecond) / 1_000_000
 
   defp flag(args, name) do
     if Map.get(args, name, false) in [true, false],
@@ -188,5 +178,5 @@ defmodule DSPex.PythonBridge.Stub.Commands do
       else: refuse("program_ids: expected a list of strings")
   end
 
-  defp refuse(text), do: {:error, Error.new(:invalid_args, text)}
+  defp refuse(text), do: Arguments.refuse(text)
 end

@@ -15,6 +15,14 @@ defmodule DSPex.PythonBridge.Stub.Coordinator do
   def start_link(name),
     do: GenServer.start_link(__MODULE__, {name, self()}, name: Handle.coordinator(name))
 
+  @doc "Stops it, if it has not ended."
+  @spec stop(pid()) :: :ok
+  def stop(coordinator) do
+    GenServer.stop(coordinator)
+  catch
+    :exit, _has_ended -> :ok
+  end
+
   @impl GenServer
   def init({name, stub}), do: {:ok, {name, stub}}
 

@@ -6,15 +6,14 @@ defmodule DSPex.PythonBridge.Stub.Reply do
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Protocol.Payload
 
-  # Those come from a bridge.
-  @of_bridge [:python_process_died, :bridge_not_running]
-
   @typedoc "The result of a command, with strings as keys, and the metadata of a run."
   @type result :: {:ok, term(), map()} | {:error, Error.t()}
 
   @doc "The reply to the request with this id. `meta`: the metadata of all replies; nil if the request asked for none."
   @spec new(pos_integer(), result(), map() | nil) :: Request.reply()
-  def new(_id, {:error, %Error{type: type}}, _meta) when type in @of_bridge, do: {:error, type}
+  # It comes from a bridge.
+  def new(_id, {:error, %Error{type: :python_process_died}}, _meta),
+    do: {:error, :python_process_died}
 
   def new(id, {:error, %Error{} = error}, meta),
     do: {:frame, frame(id, Map.put(failure(error), "success", false), meta, error.meta || %{})}
