@@ -36,6 +36,10 @@ defmodule DSPex.PythonBridge.Stub.Calls do
   @spec count(t()) :: non_neg_integer()
   def count(%__MODULE__{by_id: by_id}), do: map_size(by_id)
 
+  @doc "Whether a call has not ended."
+  @spec there?(t(), pos_integer()) :: boolean()
+  def there?(%__MODULE__{by_id: by_id}, id), do: is_map_key(by_id, id)
+
   @doc "Adds a call, which a process runs."
   @spec open(t(), pos_integer(), Request.t(), pid()) :: t()
   def open(%__MODULE__{} = calls, id, request, run) do

@@ -8,12 +8,12 @@ defmodule DSPex.PythonBridge.Stub.Coordinator do
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.OTP.ServerGuard
-  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.Pool.{Checkouts, Handle}
 
-  @doc "Starts the coordinator of the calling process, a stub of this name."
-  @spec start_link(atom()) :: GenServer.on_start()
-  def start_link(name),
-    do: GenServer.start_link(__MODULE__, {name, self()}, name: Handle.coordinator(name))
+  @doc "Starts the coordinator of the calling process, a stub."
+  @spec start_link(Handle.t()) :: GenServer.on_start()
+  def start_link(%Handle{name: name} = handle),
+    do: GenServer.start_link(__MODULE__, handle, name: Handle.coordinator(name))
 
   @doc "Stops it, if it has not ended."
   @spec stop(pid()) :: :ok
@@ -24,17 +24,17 @@ defmodule DSPex.PythonBridge.Stub.Coordinator do
   end
 
   @impl GenServer
-  def init({name, stub}), do: {:ok, {name, stub}}
+  def init(%Handle{} = handle), do: {:ok, handle}
 
   @impl GenServer
-  def handle_call({:checkout, _ref}, _from, {name, _stub} = state),
-    do: {:reply, {:ok, name}, state}
+  def handle_call({:checkout, _ref}, _from, handle), do: {:reply, {:ok, handle.name}, handle}
+  def handle_call({:over, ref}, _from, handle), do: {:reply, over(handle, ref), handle}
 
-  def handle_call({:checkin, bridge}, _from, {name, stub} = state) when bridge in [name, stub],
-    do: {:reply, :ok, state}
-
-  def handle_call({:checkin, _other}, _from, {name, _stub} = state),
-    do: {:reply, {:error, "this is not a bridge of the pool #{inspect(name)}"}, state}
+  def handle_call({:checkin, bridge}, _from, %Handle{name: name, pid: pid} = handle) do
+    if bridge in [name, pid],
+      do: {:reply, :ok, handle},
+      else: {:reply, {:error, "this is not a bridge of the pool #{inspect(name)}"}, handle}
+  end
 
   def handle_call(question, from, state) do
     ServerGuard.drop({:"$gen_call", from, question}, __MODULE__)
@@ -42,7 +42,10 @@ defmodule DSPex.PythonBridge.Stub.Coordinator do
   end
 
   @impl GenServer
-  def handle_cast({:unheard, _ref}, state), do: {:noreply, state}
+  def handle_cast({:over, ref}, handle) do
+    over(handle, ref)
+    {:noreply, handle}
+  end
 
   # There is no other definition than the stub's, which has refused the run.
   @impl GenServer
@@ -52,8 +55,14 @@ defmodule DSPex.PythonBridge.Stub.Coordinator do
   end
 
   # A change of the programs, or its caller's end: the reply goes to the caller directly.
-  def handle_info(message, {_name, stub} = state) do
+  def handle_info(message, %Handle{pid: stub} = handle) do
     send(stub, message)
-    {:noreply, state}
+    {:noreply, handle}
+  end
+
+  # Only its row of the table: there is nothing to check in.
+  defp over(handle, ref) do
+    Checkouts.undo(handle, ref)
+    :ok
   end
 end

@@ -47,10 +47,10 @@ defmodule DSPex.PythonBridge.Stub.Server do
     Process.flag(:trap_exit, true)
     Telemetry.look_once()
 
-    case Coordinator.start_link(name) do
-      {:ok, coordinator} ->
-        handle = %{Pool.Handle.new(settings) | bridges: {name}}
+    handle = %{Pool.Handle.new(settings) | bridges: {name}}
 
+    case Coordinator.start_link(handle) do
+      {:ok, coordinator} ->
         for {id, body} <- options.programs,
             do: Programs.Store.put(handle.programs, id, Programs.Store.stamp(), body)
 
@@ -146,6 +146,12 @@ defmodule DSPex.PythonBridge.Stub.Server do
     do: abandon(state, id)
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
+
+  # A tool asks whether it may begin, which must not be called twice.
+  def handle_info({:bind, _port, id, ref}, state) do
+    send(ref, {ref, if(Calls.there?(state.calls, id), do: :ok, else: :over)})
+    {:noreply, state}
+  end
 
   def handle_info({:tool_result, _port, _id, frame}, state),
     do: {:noreply, %{state | calls: Calls.tool_result(state.calls, frame)}}

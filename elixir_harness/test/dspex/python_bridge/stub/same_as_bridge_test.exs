@@ -27,8 +27,8 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
     stub = start_supervised!({Stub, name: __MODULE__.Stub, answers: &answer/2})
     assert {:ok, _} = Pool.call(real, :ping, %{}, 30_000)
 
-    # For two runs.
-    lm = %{model: "offline/script", answers: @steps ++ @steps}
+    # For all runs of it.
+    lm = %{model: "offline/script", answers: Enum.concat(List.duplicate(@steps, 4))}
 
     slow = %{
       model: "openai/slow",
@@ -362,10 +362,81 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       same(pools, &Pool.call(&1, :create_program, %{id: "x"}))
       same(pools, &Pool.call(&1, :create_program, %{id: "p", signature: "a -> b"}))
       same(pools, &Pool.call(&1, :cleanup, %{program_ids: ["p"]}))
-      same(pools, &(Pool.call(&1, :list_programs, %{program_ids: ["qa", "p"]}) |> drop_missing()))
+      same(pools, &Pool.call(&1, :list_programs, %{program_ids: ["qa", "p"]}))
     end
 
-    defp drop_missing({:ok, result}), do: {:ok, result}
+    test "results with metadata and options", %{pools: pools} do
+      same(pools, fn pool ->
+        {:ok, result, meta} = Pool.request(pool, :execute_program, run(%{question: "Why?"}))
+        {result, Enum.sort(Map.keys(meta))}
+      end)
+
+      for args <- [run(%{}), run("x"), run([%{question: "One?"}, %{}])],
+          do: same(pools, &answer_of(&1, args))
+
+      same(pools, &Pool.request(&1, :execute_program, run(%{}), retries: 1))
+      same(pools, &Pool.request(&1, :create_program, %{id: "x"}))
+
+      for pool <- pools do
+        assert {:ok, %{"status" => "created"}, %{"duration_ms" => _}} =
+                 Pool.request(pool, :create_program, %{id: "p2", signature: "a -> b"})
+
+        assert {:ok, %{"programs_removed" => 1}, _} =
+                 Pool.request(pool, :cleanup, %{program_ids: ["p2"]})
+
+        args = run(%{question: "Why?"}, "slow")
+
+        assert {:error, %Error{type: :timeout}} =
+                 Pool.request(pool, :execute_program, args, timeout: 100)
+      end
+    end
+
+    defp answer_of(pool, args) do
+      with {:ok, result, _meta} <- Pool.request(pool, :execute_program, args), do: result
+    end
+
+    test "streams", %{pools: pools} do
+      same(pools, fn pool ->
+        elements = Enum.to_list(Pool.stream(pool, run(%{question: "Why not?"})))
+        {:ok, result, _meta} = List.last(elements)
+        {for({:chunk, "answer", text} <- elements, into: "", do: text), result}
+      end)
+
+      same(pools, &Enum.to_list(Pool.stream(&1, run(%{}))))
+    end
+
+    test "calls of tools", %{pools: pools} do
+      test = self()
+
+      for pool <- pools do
+        search = fn args ->
+          send(test, {pool, args})
+          "Found."
+        end
+
+        args = run(%{question: "What is Elixir?"}, "agent")
+
+        assert {:ok, %{"answer" => "A language."}, _meta} =
+                 Pool.request(pool, :execute_program, args, tools: %{search: search})
+
+        assert_receive {^pool, %{"query" => "Elixir"}}
+        elements = Enum.to_list(Pool.stream(pool, args, tools: %{"search" => search}))
+        assert {:status, "calling tool search"} in elements
+        assert_receive {^pool, %{"query" => "Elixir"}}
+      end
+    end
+
+    test "bridges of one's own", %{pools: pools} do
+      same(pools, fn pool ->
+        Pool.with_bridge(pool, &Bridge.call(&1, :execute_program, run(%{question: "Why?"})))
+      end)
+
+      same(pools, fn pool ->
+        catch_throw(Pool.with_bridge(pool, fn _bridge -> throw(:enough) end))
+      end)
+
+      same(pools, fn pool -> for %{checked_out: out?} <- Pool.status(pool).peers, do: out? end)
+    end
 
     test "sums of statistics", %{pools: pools} do
       same(pools, fn pool ->

@@ -270,6 +270,7 @@ defmodule DSPex.PythonBridge.StubTest do
         assert {:error, type} == Bridge.call(@stub, :execute_program, run())
         assert {:error, type} == Pool.call(@stub, :execute_program, run(), 5_000)
         assert [error: %Error{type: ^type}] = Enum.to_list(Bridge.stream(@stub, run()))
+        assert [error: %Error{type: ^type}] = Enum.to_list(Pool.stream(@stub, run()))
       end
     end
 
@@ -389,8 +390,11 @@ defmodule DSPex.PythonBridge.StubTest do
 
     test "that is halted ends the answer" do
       blocks("chunk")
-      assert [{:chunk, "answer", "a"}] = Enum.take(Bridge.stream(@stub, run()), 1)
-      assert_ended()
+
+      for module <- [Bridge, Pool] do
+        assert [{:chunk, "answer", "a"}] = Enum.take(module.stream(@stub, run()), 1)
+        assert_ended()
+      end
     end
   end
 
@@ -444,7 +448,9 @@ defmodule DSPex.PythonBridge.StubTest do
       for fun <- [
             fn -> call(%{}, timeout: :infinity) end,
             fn -> Pool.call(@stub, :execute_program, run(), :infinity) end,
-            fn -> Enum.to_list(Bridge.stream(@stub, run())) end
+            fn -> Enum.to_list(Bridge.stream(@stub, run())) end,
+            fn -> Enum.to_list(Pool.stream(@stub, run())) end,
+            fn -> Pool.request(@stub, :execute_program, run(), tools: %{a: fn _ -> 1 end}) end
           ] do
         pid = spawn(fun)
         assert_receive {:answers, "death", answerer}

@@ -18,7 +18,7 @@ defmodule DSPex.PythonBridge.Stub.TelemetryTest do
     assert_receive {[:bridge, :call, :start], _, %{bridge: __MODULE__.Stub, program_id: "qa"}}
     assert_receive {[:bridge, :call, :stop], %{duration: _}, %{result: :timeout, pool: nil}}
     Pool.call(__MODULE__.Stub, :execute_program, args)
-    assert_receive {[:bridge, :call, :start], _, %{pool: __MODULE__.Stub}}
-    assert_receive {[:bridge, :call, :stop], %{duration: _}, %{result: :timeout}}
+    assert_receive {[:pool, :call, :start], _, %{pool: __MODULE__.Stub}}
+    assert_receive {[:pool, :call, :stop], %{duration: _}, %{result: :timeout}}
   end
 end
