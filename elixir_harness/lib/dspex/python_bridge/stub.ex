@@ -73,8 +73,8 @@ defmodule DSPex.PythonBridge.Stub do
 
   @typedoc "The name of a stub, or its pid."
   @type stub :: atom() | pid()
-  @typedoc "The id of a program, as an atom or a string."
-  @type program :: atom() | String.t()
+  @typedoc "The id of a program, as an atom or a string, or its module (`DSPex.PythonBridge.Program`)."
+  @type program :: atom() | String.t() | module()
   @type answer ::
           {:ok, outputs :: map()}
           | {:ok, outputs :: map(), meta :: map()}
@@ -255,8 +255,17 @@ defmodule DSPex.PythonBridge.Stub do
   end
 
   defp id!(program) do
-    Payload.string(program) ||
-      raise ArgumentError, "expected the id of a program, got #{inspect(program)}"
+    id =
+      if module?(program),
+        do: Change.program_id(:create_program, program.definition()),
+        else: Payload.string(program)
+
+    id || raise ArgumentError, "expected a program's id or module, got #{inspect(program)}"
+  end
+
+  defp module?(program) do
+    is_atom(program) and Code.ensure_loaded?(program) and
+      function_exported?(program, :definition, 0)
   end
 
   ## In an answer's function

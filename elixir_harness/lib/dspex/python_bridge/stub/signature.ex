@@ -4,14 +4,15 @@ defmodule DSPex.PythonBridge.Stub.Signature do
   # may be is not checked.
 
   alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Program.Names
   alias DSPex.PythonBridge.Stub.Arguments
 
   @signature ~w(inputs outputs instructions name description)
   @field ~w(name type description desc)
-  # Python's keywords, and names that are parameters of DSPy's.
-  @keywords ~w(False None True and as assert async await break class continue def del elif else except finally for from
-               global if import in is lambda nonlocal not or pass raise return try while with yield)
-  @not_as_input ~w(self instance signature demos config lm new_signature completions prediction)
+  @rules Names.rules()
+  @keywords Enum.map(@rules.keywords, &Atom.to_string/1)
+  @attributes Enum.map(@rules.attributes, &Atom.to_string/1)
+  @not_as_input Enum.map(@rules.not_as_input, &Atom.to_string/1)
 
   @typedoc "`type`: a string, or a JSON Schema."
   @type field :: {String.t(), type :: String.t() | map() | nil}
@@ -138,6 +139,9 @@ defmodule DSPex.PythonBridge.Stub.Signature do
 
       String.starts_with?(name, "dspy_") ->
         "'#{name}': DSPy hides fields that start with dspy_; choose another name"
+
+      name in @attributes ->
+        "'#{name}' is an attribute of every DSPy signature; choose another name"
 
       true ->
         nil

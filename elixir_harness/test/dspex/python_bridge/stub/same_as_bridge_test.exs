@@ -190,6 +190,8 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       {:create_program, %{id: "x", signature: "a -> dspy_b"}},
       {:create_program, %{id: "x", signature: "a -> a"}},
       {:create_program, %{id: "x", signature: "self -> a"}},
+      {:create_program, %{id: "x", signature: "signature -> a"}},
+      {:create_program, %{id: "x", signature: "a -> model_dump"}},
       {:create_program, %{id: "x", signature: %{inputs: [], outputs: []}}},
       {:create_program, %{id: "x", signature: %{inputs: [%{name: "a"}]}}},
       {:create_program, %{id: "x", signature: %{input: [%{name: "a"}]}}},

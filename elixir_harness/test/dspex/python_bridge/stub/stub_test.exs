@@ -17,6 +17,18 @@ defmodule DSPex.PythonBridge.StubTest do
     %{server: start_supervised!({Agent, fn -> nil end})}
   end
 
+  defmodule Triage do
+    use DSPex.PythonBridge.Program,
+      program_type: "chain_of_thought",
+      signature: [
+        inputs: [ticket: :string],
+        outputs: [team: {:enum, [:billing, :support]}, urgent: :boolean, why: :string]
+      ],
+      tools: [find: [args: [id: :integer], function: &__MODULE__.find/1]]
+
+    def find(%{"id" => id}), do: "ticket #{id}"
+  end
+
   defp run(inputs \\ %{}, program \\ "qa"), do: %{program_id: program, inputs: inputs}
 
   defp call(inputs \\ %{}, opts \\ []),
@@ -416,6 +428,49 @@ defmodule DSPex.PythonBridge.StubTest do
     Helpers.eventually(fn -> Bridge.get_status(@stub).pending == 0 end)
   end
 
+  describe "a program's module" do
+    @answer %{"team" => "billing", "urgent" => true, "why" => "It says so.", "reasoning" => "R"}
+
+    test "runs with an answer to its id: a struct, chunks, tools, and errors that name the field" do
+      test = self()
+
+      Stub.expect(@stub, Triage, fn inputs ->
+        send(test, {inputs, Stub.call_tool("find", %{id: 7})})
+        {:ok, @answer, %{"lm_calls" => 1}}
+      end)
+
+      assert {:ok, %Triage{team: :billing, urgent: true, reasoning: "R"}, %{"lm_calls" => 1}} =
+               Triage.run(%{ticket: "Twice!"}, server: @stub, meta: true)
+
+      assert_receive {%{"ticket" => "Twice!"}, {:ok, "ticket 7"}}
+
+      Stub.expect(@stub, inspect(Triage), fn _ -> {:ok, @answer} end)
+      elements = Enum.to_list(Triage.stream(%{ticket: "Twice!"}, server: @stub))
+      assert {:chunk, :why, "It says so."} in elements
+      assert {:ok, %Triage{why: "It says so."}, %{}} = List.last(elements)
+
+      Stub.expect(@stub, Triage, 2, fn _ -> {:ok, %{@answer | "team" => "sales"}} end)
+
+      assert {:error, %Error{type: :output_invalid, message: text}} =
+               Triage.run(%{ticket: "?"}, server: @stub)
+
+      assert text =~ "team: "
+
+      assert {:ok, [error: %Error{type: :output_invalid}]} =
+               Triage.run([%{ticket: "?"}], server: @stub)
+
+      assert :ok = Stub.verify!(@stub)
+    end
+
+    test "without an answer has an error that says what to do" do
+      assert {:error, %Error{type: :program_not_found, message: text}} =
+               quietly(fn -> Triage.run(%{ticket: "?"}, server: @stub) end)
+
+      assert text =~ "Give it one with Stub.expect/3"
+      refute text =~ "create_program"
+    end
+  end
+
   describe "a caller that gives up ends the answer:" do
     test "its timeout, in a call, a pool's call, a stream, with tools" do
       blocks("timeout")
@@ -585,7 +640,7 @@ defmodule DSPex.PythonBridge.StubTest do
         end
       end
 
-      assert_raise ArgumentError, ~r/expected the id of a program, got 1/, fn ->
+      assert_raise ArgumentError, ~r/expected a program's id or module, got 1/, fn ->
         Stub.expect(@stub, 1, answer(1))
       end
     end
