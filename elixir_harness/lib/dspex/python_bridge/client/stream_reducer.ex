@@ -48,7 +48,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   end
 
   defp start(call, opts) do
-    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}), Keyword.get(opts, :retry, true))
     proxy = StreamProxy.start(call, holder)
     # The body is large, and the call may take long.
     call = %{call | request: nil}

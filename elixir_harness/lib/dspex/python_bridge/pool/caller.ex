@@ -48,9 +48,10 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   end
 
   defp open(%Handle{name: name} = handle, request, opts) do
-    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+    attempt = attempt(opts)
+    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}), attempt.retry)
 
-    case Router.run(handle, request, %{attempt(opts) | holder: holder}) do
+    case Router.run(handle, request, %{attempt | holder: holder}) do
       {:begun, call, frame} ->
         {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
 
@@ -67,6 +68,9 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       else: {:error, Error.not_running(:pool, name)}
   end
 
+  # From another node.
+  defp conclude(_name, {:served, {:done, reply}}), do: reply
+  defp conclude(name, {:served, _nobody}), do: conclude(name, {:error, :bridge_not_running})
   defp conclude(_name, reply), do: Client.Caller.read(reply)
 
   defp attempt(opts) do

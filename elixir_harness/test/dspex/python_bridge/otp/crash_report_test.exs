@@ -207,10 +207,10 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
 
     holder = FunctionHolder.open({:broken, @secret})
     FunctionHolder.attend(holder)
-    crash(holder, fn -> assert FunctionHolder.fetch(holder, self(), "t") == :over end)
+    crash(holder, fn -> assert FunctionHolder.fetch({holder, self(), 1}, "t", "") == :over end)
 
     # This process is the bridge; its frame is none.
-    proxy = StreamProxy.start(%{call | dest: self()}, FunctionHolder.open(%{"t" => & &1}))
+    proxy = StreamProxy.start(%{call | dest: self()}, FunctionHolder.open(%{"t" => {& &1, true}}))
     assert_receive {:request, %Request{ref: ref, pid: ^proxy, body: @secret, tools?: true}}
     frame = {:broken, @secret}
     call = %Invocation{port: hd(Port.list()), id: 1, frame: frame, max_frame_bytes: 1_000}
