@@ -538,6 +538,31 @@ defmodule DSPex.PythonBridge.StubTest do
       assert text == "tool good: :tools was not given for this call"
     end
 
+    test "that must not run twice, and those with a key of their call, are called as by a peer" do
+      test = self()
+
+      Stub.stub(@stub, "qa", fn _inputs ->
+        results = for _ <- 1..2, do: Stub.call_tool("refund", %{order: 7})
+        {:ok, %{"results" => for({:ok, value} <- results, do: value)}}
+      end)
+
+      refund = fn %{"order" => 7}, key ->
+        send(test, {:refunded, key})
+        "done"
+      end
+
+      tools = %{refund: {refund, repeat: false}}
+
+      for module <- [Bridge, Pool] do
+        assert {:ok, %{"results" => ["done", "done"]}, _} =
+                 module.request(@stub, :execute_program, run(), tools: tools)
+
+        assert_receive {:refunded, one}
+        assert_receive {:refunded, two}
+        assert one != two
+      end
+    end
+
     test "are called at once by the items of a list" do
       Stub.stub(@stub, "qa", fn %{"n" => n} ->
         {:ok, result} = Stub.call_tool("double", %{n: n})
