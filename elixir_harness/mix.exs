@@ -84,6 +84,7 @@ defmodule DSPex.MixProject do
     {"guide/lms", "Guide"},
     {"guide/own-modules", "Guide"},
     {"local-models", "Guide"},
+    {"testing", "Guide"},
     {"deploying", "In production"},
     {"security", "In production"},
     {"settings", "In production"},
@@ -173,6 +174,7 @@ defmodule DSPex.MixProject do
           DSPex.PythonBridge.Doctor,
           DSPex.PythonBridge.EnvironmentCheck
         ],
+        "In tests": [DSPex.PythonBridge.Stub],
         "The wire": [DSPex.PythonBridge.Protocol]
       ],
       nest_modules_by_prefix: [DSPex.PythonBridge],
