@@ -144,7 +144,7 @@ def test_the_python_of_setup_has_the_pinned_versions_and_the_peer(ready: Path) -
     done = run(python, "-m", "dspy_bridge", "--version", cwd=Path("/"))
     assert done.stdout == f"dspy_bridge {__version__}\n"
     code = "from importlib.metadata import version; print(version('dspy'))"
-    pin = re.search("^dspy==(.*)$", (HARNESS / "priv/python/requirements.txt").read_text(), re.MULTILINE)
+    pin = re.search(r"^dspy==(\S+)", (HARNESS / "priv/python/requirements.txt").read_text(), re.MULTILINE)
     assert pin is not None and run(python, "-c", code, cwd=Path("/")).stdout.strip() == pin[1]
 
 

@@ -4,7 +4,8 @@ defmodule DSPex.PythonBridge.Venv do
   `mix dspex.setup` makes.
 
   A file in it, `dspex_setup.json`, shows that this module made it, and what is installed. The file is written before the
-  first step and after the last, so an interrupted run is recognised. This module leaves alone what it did not make. It
+  first step and after the last, so an interrupted run is recognised. A new environment that could not be completed is
+  removed. This module leaves alone what it did not make. It
   replaces an environment of its own only if that is half made or its Python is gone: other errors may pass. It
   only installs if the folder's interpreter installs into the folder. Two runs for one folder exclude each other.
   """
@@ -35,7 +36,7 @@ defmodule DSPex.PythonBridge.Venv do
   defp make(folder, source, python, installer) do
     with {:ok, wanted} <- if(python, do: Installer.base(installer, python), else: {:ok, nil}),
          {:ok, installed} <- Manifest.read(folder),
-         {:ok, installed} <- environment(folder, installed, wanted, installer),
+         {:ok, installed} <- environment(folder, installed, wanted, source, installer),
          {:ok, probe} <- Installer.probe(folder, Source.names(source)),
          :ok <- fits(folder, probe, wanted),
          do: packages(folder, installed, source, probe, installer)
@@ -43,16 +44,17 @@ defmodule DSPex.PythonBridge.Venv do
 
   ## The environment
 
-  defp environment(folder, :nothing, wanted, installer), do: create(folder, wanted, installer)
+  defp environment(folder, :nothing, wanted, source, installer),
+    do: create(folder, wanted, source, installer)
 
-  defp environment(folder, installed, wanted, installer) do
+  defp environment(folder, installed, wanted, source, installer) do
     case {broken(folder, installed), Manifest.foreign(folder)} do
       {nil, _foreign} ->
         {:ok, installed}
 
       {why, []} ->
         installer.progress.("making #{folder} anew: #{why}")
-        create(folder, wanted, installer)
+        create(folder, wanted, source, installer)
 
       {why, foreign} ->
         {:error,
@@ -71,12 +73,22 @@ defmodule DSPex.PythonBridge.Venv do
     end
   end
 
-  defp create(folder, wanted, installer) do
+  defp create(folder, wanted, source, installer) do
     with {:ok, base} <- if(wanted, do: {:ok, wanted}, else: Installer.base(installer, nil)),
          :ok <- Manifest.write(folder, nil),
          :ok <- Manifest.clear(folder),
-         :ok <- Installer.create(installer, folder, base),
-         do: {:ok, nil}
+         :ok <- Installer.create(installer, folder, source, base) do
+      {:ok, nil}
+    else
+      {:failed, text} -> undo(folder, text)
+      {:error, text} -> {:error, text}
+    end
+  end
+
+  # Half of an environment is worth nothing to anybody.
+  defp undo(folder, text) do
+    Manifest.remove(folder)
+    {:error, text}
   end
 
   defp fits(folder, probe, wanted) do
@@ -104,6 +116,9 @@ defmodule DSPex.PythonBridge.Venv do
          :ok <- Manifest.write(folder, source.stamp) do
       {:ok, probe.python}
     else
+      {:failed, text} when installed == nil ->
+        undo(folder, text)
+
       # A program that failed by itself has left what was there.
       {:failed, text} ->
         Manifest.write(folder, installed)
