@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Venv do
   """
 
   alias DSPex.PythonBridge.Python.Interpreter
-  alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Source}
+  alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Release, Source}
 
   @doc """
   Makes the environment in `folder`, or brings it up to date, and returns its interpreter. An error is one line of text,
@@ -22,7 +22,21 @@ defmodule DSPex.PythonBridge.Venv do
     * `:source` – the folder of `requirements.txt` and `package` (default: that in `priv`)
   """
   @spec make(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
-  def make(folder, opts \\ []) do
+  def make(folder, opts \\ []), do: locked(folder, opts, &make/4)
+
+  @doc """
+  Makes an environment in `folder` that may be moved, with the release that it is in or alone, to another folder or to a
+  machine of the same system and architecture; returns its interpreter. It is a copy of the interpreter if that is a
+  standalone one, such as uv installs, else a script that runs a Python of the same minor version on the `PATH`. Nothing
+  is written into it later, and the times of its files do not matter.
+
+  Options and errors are those of `make/2`; by default `:python` is that of the environment variable
+  `PYTHON_EXECUTABLE`, or `python3`.
+  """
+  @spec release(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
+  def release(folder, opts \\ []), do: locked(folder, opts, &release/4)
+
+  defp locked(folder, opts, work) do
     folder = Path.expand(folder)
     installer = Installer.new(Keyword.get(opts, :progress, fn _line -> :ok end))
     source = Path.expand(opts[:source] || Application.app_dir(:dspex, "priv/python"))
@@ -30,7 +44,7 @@ defmodule DSPex.PythonBridge.Venv do
     # The lock writes into the folder: the folder is checked before.
     with {:ok, source} <- Source.read(source),
          {:ok, _installed} <- Manifest.read(folder),
-         do: Lock.hold(folder, fn -> make(folder, source, opts[:python], installer) end)
+         do: Lock.hold(folder, fn -> work.(folder, source, opts[:python], installer) end)
   end
 
   defp make(folder, source, python, installer) do
@@ -57,10 +71,13 @@ defmodule DSPex.PythonBridge.Venv do
         create(folder, wanted, source, installer)
 
       {why, foreign} ->
-        {:error,
-         "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
-           "(#{Enum.join(foreign, ", ")}): " <> Installer.elsewhere()}
+        {:error, foreign(folder, why, foreign)}
     end
+  end
+
+  defp foreign(folder, why, names) do
+    "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
+      "(#{Enum.join(names, ", ")}): " <> Installer.elsewhere()
   end
 
   # The reason why only making it anew helps, or nil.
@@ -126,6 +143,49 @@ defmodule DSPex.PythonBridge.Venv do
 
       {:error, text} ->
         {:error, text}
+    end
+  end
+
+  ## In a release
+
+  defp release(folder, source, python, installer) do
+    with {:ok, base} <- Release.base(installer, python),
+         {:ok, installed} <- Manifest.read(folder),
+         stamp = Release.stamp(source, base),
+         {:ok, python} <- release(folder, installed, stamp, base, source, installer),
+         :ok <- Release.compile_peer(folder) do
+      installer.progress.(Release.needs(base))
+      {:ok, python}
+    end
+  end
+
+  defp release(folder, stamp, stamp, _base, source, installer) do
+    installer.progress.("#{folder} has all that it needs")
+    Release.check(folder, source)
+  end
+
+  defp release(folder, installed, stamp, base, source, installer) do
+    installer = %{installer | bytecode: :for_any_time}
+
+    with :ok <- ours(folder, installed),
+         {:ok, nil} <- create(folder, base.probe, source, installer),
+         :ok <- Installer.install(installer, folder, source),
+         :ok <- Release.detach(folder, base),
+         {:ok, python} <- Release.check(folder, source),
+         :ok <- Manifest.write(folder, stamp) do
+      {:ok, python}
+    else
+      {:failed, text} -> undo(folder, text)
+      {:error, text} -> {:error, text}
+    end
+  end
+
+  defp ours(_folder, :nothing), do: :ok
+
+  defp ours(folder, _installed) do
+    case Manifest.foreign(folder) do
+      [] -> :ok
+      names -> {:error, foreign(folder, "it is out of date", names)}
     end
   end
 end

@@ -14,12 +14,14 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   @error_lines 15
 
   @enforce_keys [:progress]
-  # sign_of_life_ms: the interval of progress lines during a step.
-  defstruct [:progress, :uv, sign_of_life_ms: 10_000]
+  # sign_of_life_ms: the interval of progress lines during a step. bytecode: whether it is valid only while the source has
+  # the time that it had.
+  defstruct [:progress, :uv, bytecode: :of_a_time, sign_of_life_ms: 10_000]
 
   @type t :: %__MODULE__{
           progress: (String.t() -> term()),
           uv: Path.t() | nil,
+          bytecode: :of_a_time | :for_any_time,
           sign_of_life_ms: pos_integer()
         }
   @typedoc "`:failed`: a program failed by itself and has kept the old installation."
@@ -192,7 +194,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       limit_ms: @time_limit_ms,
       tick: {installer.sign_of_life_ms, tick},
       cd: "/",
-      env: [{~c"PIP_REQUIRE_VIRTUALENV", ~c"1"}]
+      env: [{~c"PIP_REQUIRE_VIRTUALENV", ~c"1"} | bytecode(installer)]
     ]
 
     case OS.Command.run(program, args, opts) do
@@ -203,6 +205,12 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       {:error, why} -> {:error, "#{program} failed (#{why})"}
     end
   end
+
+  # A variable of uv's.
+  defp bytecode(%__MODULE__{bytecode: :of_a_time}), do: []
+
+  defp bytecode(%__MODULE__{bytecode: :for_any_time}),
+    do: [{~c"PYC_INVALIDATION_MODE", ~c"UNCHECKED_HASH"}]
 
   defp failure(program, status, output) do
     lines = output |> String.split("\n", trim: true) |> Enum.take(-@error_lines)
