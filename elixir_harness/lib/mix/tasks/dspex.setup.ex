@@ -53,7 +53,7 @@ defmodule Mix.Tasks.Dspex.Setup do
             :assemble,
             fn release ->
               Mix.Task.run("dspex.setup", ["--release", release.path])
-              release
+              update_in(release.overlays, &["dspex_venv" | &1])
             end,
             :tar
           ]
