@@ -25,10 +25,15 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
   alias DSPex.PythonBridge.Pool.{Caller, CoordinatorClient, Handle}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
+  alias DSPex.PythonBridge.Telemetry.CallSpan
 
   @typedoc "The name of a pool, or its pid."
   @type pool :: atom() | pid()
-  @type status :: %{peers: [peer()], nodes: [node()]}
+  @type status :: %{
+          required(:peers) => [peer()],
+          required(:nodes) => [node()],
+          optional(:programs) => %{failed: %{(program_id :: String.t()) => reason :: String.t()}}
+        }
   @type peer :: %{
           bridge: atom(),
           os_pid: pos_integer() | nil,
@@ -116,9 +121,9 @@ defmodule DSPex.PythonBridge.Pool do
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
   def call(pool, command, args, timeout) do
-    exchange = fn -> Caller.exchange(pool, command, args, timeout, []) end
+    exchange = &Caller.exchange(pool, command, args, timeout, &1)
 
-    case Telemetry.call(:pool, pool, command, args, exchange) do
+    case CallSpan.run(:pool, pool, command, args, [], exchange) do
       {:ok, _id, result, _meta} -> {:ok, result}
       {:error, error} -> {:error, Error.to_call_reason(error)}
     end
@@ -165,8 +170,9 @@ defmodule DSPex.PythonBridge.Pool do
   def request(pool, command, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
          {:ok, args} <- Client.Options.arguments(options, command, args),
-         exchange = fn -> exchange(pool, command, args, options) end,
-         {:ok, _id, result, meta} <- Telemetry.call(:pool, pool, command, args, exchange) do
+         exchange = &exchange(pool, command, args, %{options | opts: &1}),
+         {:ok, _id, result, meta} <-
+           CallSpan.run(:pool, pool, command, args, options.opts, exchange) do
       {:ok, result, meta}
     end
   end
@@ -282,8 +288,9 @@ defmodule DSPex.PythonBridge.Pool do
 
   @doc """
   The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, whether they are checked out, and the
-  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); and the nodes
-  that have a pool of its cluster, this one included.
+  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); the nodes
+  that have a pool of its cluster, this one included; and under `programs`, as `failed`, the programs that any of its
+  peers could not load, with the reason. Of a pool that is not running only `peers` and `nodes` are there, both empty.
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do
@@ -292,21 +299,30 @@ defmodule DSPex.PythonBridge.Pool do
         %{peers: [], nodes: []}
 
       handle ->
+        states =
+          for index <- LoadCounters.indexes(handle.counters),
+              do: {index, Bridge.get_status(Handle.bridge(handle, index))}
+
         %{
-          peers: Enum.map(LoadCounters.indexes(handle.counters), &peer(handle, &1)),
-          nodes: Membership.nodes(handle)
+          peers: for({index, status} <- states, do: peer(handle, index, status)),
+          nodes: Membership.nodes(handle),
+          programs: %{failed: failed(states)}
         }
     end
   end
 
-  defp peer(handle, index) do
-    bridge = Handle.bridge(handle, index)
+  # A bridge that is being restarted says nothing of programs.
+  defp failed(states) do
+    for {_index, %{programs: %{failed: failed}}} <- states, reduce: %{} do
+      all -> Map.merge(all, failed)
+    end
+  end
 
-    bridge
-    |> Bridge.get_status()
+  defp peer(handle, index, status) do
+    status
     |> Map.take([:os_pid, :state, :pending])
     |> Map.merge(%{
-      bridge: bridge,
+      bridge: Handle.bridge(handle, index),
       monitor: Handle.monitor(handle.name, index),
       checked_out: LoadCounters.checked_out?(handle.counters, index)
     })
