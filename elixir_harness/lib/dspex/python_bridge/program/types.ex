@@ -113,6 +113,7 @@ defmodule DSPex.PythonBridge.Program.Types do
 
   def type(type, where, _inside), do: unknown(type, where)
 
+  @spec unknown(term(), String.t()) :: no_return()
   defp unknown(type, where) do
     meant =
       case @meant do
@@ -130,7 +131,8 @@ defmodule DSPex.PythonBridge.Program.Types do
   end
 
   defp enum(values, where) do
-    kinds = if is_list(values), do: Enum.uniq(Enum.map(values, &kind/1)), else: [nil]
+    list? = is_list(values) and not List.improper?(values)
+    kinds = if list?, do: Enum.uniq(Enum.map(values, &kind/1)), else: [nil]
 
     cond do
       kinds == [] -> refuse(where, "an enum without values")

@@ -342,6 +342,8 @@ defmodule DSPex.ProgramDefinitionTest do
      "signature.outputs.a: an enum of values of several kinds"},
     {"inputs: [q: :string], outputs: [a: {:enum, [true, false]}]",
      "signature.outputs.a: an enum takes a list of strings, atoms or whole numbers"},
+    {"inputs: [q: :string], outputs: [a: {:enum, [:b | :c]}]",
+     "signature.outputs.a: an enum takes a list of strings, atoms or whole numbers"},
     {"inputs: [q: :string], outputs: [a: {:enum, [:b, :b]}]",
      "signature.outputs.a: :b is in the enum twice"},
     {"inputs: [q: :string], outputs: [a: %{photo: :image}]",
