@@ -408,6 +408,10 @@ defmodule DSPex.ProgramDefinitionTest do
            "tools.now: unknown option :fun"},
           {~s(signature: "q -> a", tools: [now: [function: fn _ -> 1 end]]),
            "tools.now.function: expected one of a module, such as &MyApp.Stock.find/1"},
+          {~s(signature: "q -> a", tools: [now: [function: &Stock.find/3]]),
+           "tools: now: expected a function"},
+          {~s(signature: "q -> a", tools: [now: [function: {&Stock.find/1, repeats: false}]]),
+           "tools: now: unknown option :repeats, did you mean :repeat?"},
           {~s(signature: "q -> a", tools: [now: [args: [x: :owl]]]),
            "tools.now.args.x: unknown type :owl"}
         ] do

@@ -13,6 +13,7 @@ defmodule DSPex.ProgramRunTest do
   defmodule Stock do
     @moduledoc false
     def find(%{"sku" => sku}), do: %{sku: sku, in_stock: 3}
+    def brevity(%{"outputs" => %{"answer" => answer}}), do: 1 / String.length(answer)
   end
 
   defmodule Agent do
@@ -42,7 +43,8 @@ defmodule DSPex.ProgramRunTest do
     use DSPex.PythonBridge.Program,
       program_type: "best_of_n",
       signature: "question -> answer",
-      options: [n: 2, reward: [tool: "brevity"], module: :chain_of_thought]
+      options: [n: 2, reward: [tool: "brevity"], module: :chain_of_thought],
+      tools: [brevity: [function: &DSPex.ProgramRunTest.Stock.brevity/1]]
   end
 
   defmodule Judge do
@@ -181,10 +183,8 @@ defmodule DSPex.ProgramRunTest do
   end
 
   test "other program types have their inputs, tools and results" do
-    tools = %{brevity: fn %{"outputs" => %{"answer" => answer}} -> 1 / String.length(answer) end}
-
     assert {:ok, %Shortest{answer: "echo: Why?", reasoning: "echo: Why?"}} =
-             Shortest.run([question: "Why?"], server: @bridge, tools: tools)
+             Shortest.run([question: "Why?"], server: @bridge)
 
     completions = for answer <- ["yes", "no"], do: %{reasoning: "Because.", answer: answer}
 
@@ -244,6 +244,7 @@ defmodule DSPex.ProgramRunTest do
           {[ticket: "a", ticket: "b"], "inputs.ticket: there twice"},
           {%{:ticket => "a", "ticket" => "b"}, "inputs.ticket: there twice"},
           {%{:ticket => "a", {1, 2} => "b"}, ~s(inputs."{1, 2}": unknown field)},
+          {%{:ticket => "a", <<255>> => "b"}, "inputs.<<255>>: unknown field"},
           {%Address{}, "inputs.city: unknown field; inputs.street: unknown field"},
           {"a", "inputs: expected a map or a keyword list"},
           {[%{} | 1], "inputs: expected a proper list"}
