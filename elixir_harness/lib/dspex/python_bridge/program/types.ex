@@ -161,8 +161,16 @@ defmodule DSPex.PythonBridge.Program.Types do
     if module in inside,
       do: refuse(where, "#{inspect(module)} contains itself, which a type here cannot")
 
-    there? = match?({:module, _}, Code.ensure_compiled(module))
-    if not there?, do: refuse(where, "there is no module #{inspect(module)}")
+    case Code.ensure_compiled(module) do
+      {:module, _module} ->
+        :ok
+
+      {:error, :unavailable} ->
+        refuse(where, "#{inspect(module)} cannot be compiled first: it needs this module")
+
+      {:error, _reason} ->
+        refuse(where, "there is no module #{inspect(module)}")
+    end
 
     cond do
       function_exported?(module, :__dspex__, 1) ->

@@ -360,6 +360,8 @@ defmodule DSPex.ProgramDefinitionTest do
     # Structs.
     {"inputs: [q: :string], outputs: [a: MyApp.Nowhere]",
      "signature.outputs.a: there is no module MyApp.Nowhere"},
+    {"inputs: [q: :string], outputs: [a: __MODULE__]",
+     "contains itself, which a type here cannot"},
     {"inputs: [q: :string], outputs: [a: NotInStruct]",
      "signature.outputs.a: DSPex.ProgramDefinitionTest.NotInStruct.town: its struct has no such field"},
     {"inputs: [q: :string], outputs: [a: Endless]",
