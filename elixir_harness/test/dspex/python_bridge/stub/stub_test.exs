@@ -266,7 +266,7 @@ defmodule DSPex.PythonBridge.StubTest do
 
   describe "an answer" do
     test "is an error with its type, text, and what else it has" do
-      error = %{Error.new(:lm_error, "rate limit") | retryable: true, meta: %{"lm_calls" => 2}}
+      error = %{Error.new(:lm_error, "rate limit") | retryable: true, meta: %{lm_calls: 2}}
       Stub.stub(@stub, "qa", fn _ -> {:error, error} end)
       assert {:error, %Error{type: :lm_error, retryable: true, meta: meta}} = call()
       assert %{"lm_calls" => 2, "cache_hits" => 0} = meta
@@ -313,6 +313,7 @@ defmodule DSPex.PythonBridge.StubTest do
             {{:ok, "text"}, "outputs: expected a map"},
             {{:ok, %{"answer" => {1, 2}}}, "outputs: no JSON form for {1, 2}"},
             {{:ok, %{}, %{a: self()}}, "meta: no JSON form for #PID"},
+            {{:error, %{Error.new(:timeout) | meta: %{a: self()}}}, "error.meta: no JSON form"},
             {{:ok, %{"anser" => "x", "why" => ""}},
              "anser: unknown field; answer: missing; expected answer, why"}
           ] do
@@ -333,7 +334,8 @@ defmodule DSPex.PythonBridge.StubTest do
     test "that the stub does not have names the program and what to do" do
       for {own, text} <- [
             {start(), "Give it one with Stub.expect/3, Stub.stub/3 or the stub's answers:"},
-            {start(answers: fn "other", _ -> {:ok, %{}} end), "answers: has no clause for it"}
+            {start(answers: fn "other", _ -> {:ok, %{}} end),
+             "answers: has no clause for this program and these inputs"}
           ],
           module <- [Bridge, Pool] do
         assert {:error, error} = quietly(fn -> module.call(own, :execute_program, run()) end)
