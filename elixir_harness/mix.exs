@@ -133,6 +133,7 @@ defmodule DSPex.MixProject do
         ".formatter.exs",
         "priv/python/dspy_bridge.py",
         "priv/python/requirements.txt",
+        "priv/python/uv.txt",
         # Made by the compiler above. By patterns: Python leaves its bytecode there.
         "priv/python/package/{pyproject.toml,README.md,LICENSE}",
         "priv/python/package/dspy_bridge/**/*.{py,typed}"
@@ -157,6 +158,7 @@ defmodule DSPex.MixProject do
         Calls: [
           DSPex.PythonBridge.Bridge,
           DSPex.PythonBridge.Pool,
+          DSPex.PythonBridge.Program,
           DSPex.PythonBridge.Error,
           DSPex.PythonBridge.History
         ],

@@ -1,56 +1,53 @@
 defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   @moduledoc false
-  # The process that holds the caller's functions during a call with tools: one for each such call, opened by the
-  # caller. Each `DSPex.PythonBridge.Client.StreamProxy` that makes the call attends it in turn: a pool starts another one
-  # for each peer that it tries.
+  # The process that holds the caller's functions during a call with tools (`DSPex.PythonBridge.Tools.Functions`): one for
+  # each such call, opened by the caller. Each `DSPex.PythonBridge.Client.StreamProxy` that makes the call attends it in
+  # turn: a pool starts another one for each peer that it tries.
   #
   # It sends each process of a tool (`DSPex.PythonBridge.Tools.Invocation`) the one function that it runs. That copies
   # all that the function has captured, which may take long: the proxy, which keeps the time of the call, must not do it.
   #
   # If the run is sent again, tool calls that were made before are not made again (`DSPex.PythonBridge.Tools.Memory`):
-  # those that still run go on, and their answers are kept. A function of which each call is for one peer only
-  # (`repeat: false`) is given in two steps: between them its process makes sure that the bridge does not send the
-  # run again. Nor does a pool afterwards, since no other proxy may attend.
+  # those that still run go on, and their answers are kept. A function with `repeat: false` is given in two steps: between
+  # them its process makes sure that the bridge does not send the run again. Nor does a pool afterwards, since no other
+  # proxy may attend.
   #
   # It ends, and the tools with it, when it is closed at the end of the call, with the caller, and with a proxy that was
   # killed. It uses no links, which a function may remove, or survive by trapping exits.
 
   alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
-  alias DSPex.PythonBridge.Tools.{Answer, Memory, Outcome}
+  alias DSPex.PythonBridge.Tools.{Answer, Functions, Memory}
 
-  @enforce_keys [:functions, :caller, :run_id, :memory]
-  defstruct [:functions, :caller, :run_id, :memory, :proxy, :watch] ++
-              [peer: 0, users: %{}, bound?: false]
+  @enforce_keys [:functions, :caller]
+  defstruct [:functions, :caller, :proxy, :watch]
 
-  @typedoc "A function, and whether a call of it may be made again."
-  @type tool ::
-          {function :: (map() -> term()) | (map(), String.t() -> term()), repeat? :: boolean()}
-  @type functions :: %{String.t() => tool()}
   @typedoc "A peer: the proxy that attends, and the number of the peer, by which it counts them."
   @type source :: {holder :: pid(), proxy :: pid(), peer :: pos_integer()}
-  # run_id: of the whole call. proxy, watch: the present proxy, nil between two of them, and its monitor. users: the
-  # processes that have a function, or will answer in their place, by their monitors. bound?: whether a function has
-  # begun after which the run is not sent again.
+  # proxy, watch: the present proxy, nil between two of them, and its monitor.
   @typep t :: %__MODULE__{
-           functions: functions(),
+           functions: Functions.t(),
            caller: pid(),
-           run_id: binary(),
-           memory: Memory.t(Answer.t()),
            proxy: pid() | nil,
-           watch: reference() | nil,
-           peer: non_neg_integer(),
-           users: %{reference() => {pid(), Memory.call()}},
-           bound?: boolean()
+           watch: reference() | nil
          }
 
-  @doc "Starts it for the calling process, the caller; nil without functions. `retry?`: whether the run may be sent again."
-  @spec open(functions(), retry? :: boolean()) :: pid() | nil
-  def open(functions, retry? \\ true)
-  def open(functions, _retry?) when functions == %{}, do: nil
+  @doc """
+  Starts it for the calling process, the caller, with the options of its call, of which it takes `:tools`, `:retry` and
+  `:telemetry_metadata`; nil without functions. `pool`: its name, if it is a call to one.
+  """
+  @spec open(keyword(), pool :: term(), program_id :: String.t() | nil) :: pid() | nil
+  def open(opts, pool, program_id) do
+    case Keyword.get(opts, :tools, %{}) do
+      none when none == %{} ->
+        nil
 
-  def open(functions, retry?) do
-    caller = self()
-    spawn(fn -> ServerGuard.run(fn -> init(functions, caller, retry?) end) end)
+      tools ->
+        metadata = Keyword.get(opts, :telemetry_metadata, %{})
+        about = %{pool: pool, program_id: program_id, telemetry_metadata: metadata}
+        functions = {tools, about, Keyword.get(opts, :retry, true)}
+        caller = self()
+        spawn(fn -> ServerGuard.run(fn -> init(functions, caller) end) end)
+    end
   end
 
   @doc """
@@ -61,9 +58,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   def attend(holder) do
     proxy = self()
     # Without a holder the caller is gone, too.
-    with {:ok, answer} <- Ask.ask(holder, :infinity, &{:attend, &1, proxy}),
-         do: answer,
-         else: (:down -> :ok)
+    ask(holder, &{:attend, &1, proxy}, :ok)
   end
 
   @doc """
@@ -72,26 +67,19 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   gone on to another peer. It waits while the call of an earlier peer is running.
   """
   @spec fetch(source(), String.t(), Memory.digest()) ::
-          {:run, function(), Memory.call(), run_id :: binary()}
+          {:run, function(), Memory.call(), Functions.run()}
           | {:claimed, Memory.call()}
-          | {:answered, Answer.t()}
-          | {:unknown, [String.t()]}
+          | {:answered, Answer.t(), Functions.run()}
+          | {:unknown, [String.t()], Functions.run()}
           | :over
   def fetch({holder, proxy, peer}, name, digest),
-    do: ask(holder, &{:fetch, {self(), &1}, {proxy, peer}, name, digest})
+    do: ask(holder, &{:fetch, {self(), &1}, {proxy, peer}, name, digest}, :over)
 
   @doc "Begins a claimed call: from then on the holder lets no other proxy attend."
   @spec begin(source(), String.t(), Memory.call()) ::
-          {:run, function(), Memory.call(), run_id :: binary()} | :over
+          {:run, function(), Memory.call(), Functions.run()} | :over
   def begin({holder, proxy, peer}, name, call),
-    do: ask(holder, &{:begin, {self(), &1}, {proxy, peer}, name, call})
-
-  defp ask(holder, message) do
-    case Ask.ask(holder, :infinity, message) do
-      {:ok, answer} -> answer
-      :down -> :over
-    end
-  end
+    do: ask(holder, &{:begin, {self(), &1}, {proxy, peer}, name, call}, :over)
 
   @doc "Takes the answer of the call that the calling process has made."
   @spec answered(pid(), Memory.call(), Answer.t()) :: :ok
@@ -113,58 +101,57 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   """
   @spec close(pid() | nil) :: :ok | :bound
   def close(nil), do: :ok
+  def close(holder), do: ask(holder, &{:close, &1}, :ok)
 
-  def close(holder) do
-    with {:ok, answer} <- Ask.ask(holder, :infinity, &{:close, &1}),
-         do: answer,
-         else: (:down -> :ok)
+  defp ask(holder, message, otherwise) do
+    case Ask.ask(holder, :infinity, message) do
+      {:ok, answer} -> answer
+      :down -> otherwise
+    end
   end
 
   ## The process
 
-  defp init(functions, caller, retry?) do
+  defp init({tools, about, retry?}, caller) do
     # The functions have the caller's contents.
     Process.flag(:sensitive, true)
     Process.monitor(caller)
-    state = %{functions: functions, caller: caller, run_id: :crypto.strong_rand_bytes(16)}
-    loop(struct!(__MODULE__, Map.put(state, :memory, %Memory{kept?: retry?})))
+    loop(%__MODULE__{functions: Functions.new(tools, about, retry?), caller: caller})
   end
 
   @spec loop(t()) :: :ok
-  defp loop(%__MODULE__{caller: caller, proxy: proxy, watch: watch, users: users} = state) do
+  defp loop(%__MODULE__{functions: functions, caller: caller, proxy: proxy, watch: watch} = state) do
     receive do
-      {:fetch, {user, ref} = from, of_peer, name, digest}
-      when is_pid(user) and is_reference(ref) ->
-        serve(state, from, of_peer, &fetch(&1, from, name, digest))
+      {:fetch, {user, ref} = from, peer, name, digest} when is_pid(user) and is_reference(ref) ->
+        serve(state, from, peer, &Functions.fetch(&1, from, name, digest))
 
-      {:begin, {user, ref} = from, of_peer, name, call} when is_pid(user) and is_reference(ref) ->
-        serve(state, from, of_peer, &begin(&1, from, name, call))
+      {:begin, {user, ref} = from, peer, name, call} when is_pid(user) and is_reference(ref) ->
+        serve(state, from, peer, &Functions.begin(&1, from, name, call))
 
       {:answered, user, call, answer} when is_pid(user) ->
-        {waiting, memory} = Memory.answer(state.memory, call, user, answer)
-        for ref <- waiting, do: send(ref, {ref, {:answered, answer}})
-        loop(%{state | memory: memory})
+        loop(%{state | functions: Functions.answer(functions, call, user, answer)})
 
       {:attend, ref, next} when is_reference(ref) and is_pid(next) ->
-        send(ref, {ref, if(state.bound?, do: :bound, else: :ok)})
+        send(ref, {ref, bound(functions)})
         if watch, do: Process.demonitor(watch, [:flush])
-        loop(%{state | proxy: next, watch: Process.monitor(next), peer: 0})
+        functions = Functions.next_proxy(functions)
+        loop(%{state | functions: functions, proxy: next, watch: Process.monitor(next)})
 
       :forget ->
-        loop(%{state | memory: Memory.forget(state.memory)})
+        loop(%{state | functions: Functions.forget(functions)})
 
       {:close, ref} when is_reference(ref) ->
-        close(state, ref)
+        close(functions, ref)
 
-      {:DOWN, monitor, :process, user, reason} when is_map_key(users, monitor) ->
-        loop(ended(state, monitor, user, reason))
+      {:DOWN, monitor, :process, _user, reason} when is_map_key(functions.users, monitor) ->
+        loop(%{state | functions: Functions.ended(functions, monitor, reason)})
 
       # It has given its caller a reply after which a pool may try another peer.
       {:DOWN, ^watch, :process, ^proxy, :normal} ->
         loop(%{state | proxy: nil, watch: nil})
 
       {:DOWN, _monitor, :process, pid, _reason} when pid in [proxy, caller] ->
-        end_all(state)
+        Functions.end_all(functions)
 
       other ->
         ServerGuard.drop(other, __MODULE__)
@@ -172,17 +159,19 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     end
   end
 
-  # For a tool call of the present peer, of the next one, or of an earlier one.
-  defp serve(%__MODULE__{proxy: proxy, peer: present} = state, _from, {proxy, peer}, fun)
-       when proxy != nil and peer >= present do
+  # For a tool call of the present peer, of the next one, or of an earlier one. There should be no next one once a function
+  # has begun after which there must be none.
+  defp serve(%__MODULE__{proxy: proxy, functions: functions} = state, _from, {proxy, peer}, fun)
+       when proxy != nil and
+              (peer == functions.peer or (peer > functions.peer and not functions.bound?)) do
     # Their end may be in the mailbox behind many such messages.
     receive do
-      {:close, ref} when is_reference(ref) -> close(state, ref)
+      {:close, ref} when is_reference(ref) -> close(functions, ref)
     after
       0 ->
         if Process.alive?(proxy) and Process.alive?(state.caller),
-          do: state |> go_on_to(peer) |> fun.() |> loop(),
-          else: end_all(state)
+          do: loop(%{state | functions: functions |> Functions.go_on_to(peer) |> fun.()}),
+          else: Functions.end_all(functions)
     end
   end
 
@@ -191,94 +180,11 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     loop(state)
   end
 
-  defp go_on_to(%__MODULE__{peer: peer} = state, peer), do: state
-
-  defp go_on_to(state, peer) do
-    {waiting, memory} = Memory.next_peer(state.memory)
-    for ref <- waiting, do: send(ref, {ref, :over})
-    %{state | peer: peer, memory: memory}
-  end
-
-  defp fetch(%__MODULE__{functions: functions} = state, {_user, ref} = from, name, digest) do
-    case functions do
-      %{^name => {function, repeat?}} ->
-        as = if repeat?, do: :running, else: :claimed
-        {what, memory} = Memory.ask(state.memory, digest, from, as)
-        give(%{state | memory: memory}, from, function, {as, what})
-
-      _others ->
-        send(ref, {ref, {:unknown, functions |> Map.keys() |> Enum.sort()}})
-        state
-    end
-  end
-
-  defp give(state, _from, _function, {_as, :wait}), do: state
-
-  defp give(state, {_user, ref}, _function, {_as, {:answered, _answer} = answered}) do
-    send(ref, {ref, answered})
-    state
-  end
-
-  defp give(state, {user, ref}, function, {as, {:new, call}}) do
-    # Before it has the function: it may end at once.
-    users = Map.put(state.users, Process.monitor(user), {user, call})
-
-    if as == :running,
-      do: send(ref, {ref, {:run, function, call, state.run_id}}),
-      else: send(ref, {ref, {:claimed, call}})
-
-    %{state | users: users}
-  end
-
-  defp begin(%__MODULE__{functions: functions} = state, {user, ref}, name, call) do
-    case Memory.begin(state.memory, call, user) do
-      {:ok, memory} ->
-        {function, _repeat?} = Map.fetch!(functions, name)
-        send(ref, {ref, {:run, function, call, state.run_id}})
-        %{state | memory: Memory.forget(memory), bound?: true}
-
-      :error ->
-        send(ref, {ref, :over})
-        state
-    end
-  end
-
-  defp ended(state, monitor, user, reason) do
-    {{^user, call}, users} = Map.pop!(state.users, monitor)
-
-    case Memory.ended(state.memory, call, user) do
-      {:ok, memory} ->
-        %{state | users: users, memory: memory}
-
-      {:unanswered, memory} ->
-        explain(%{state | users: users, memory: memory}, call, user, reason)
-    end
-  end
-
-  # It was killed, for example. The message may take user code, so another process makes it.
-  defp explain(state, call, user, reason) do
-    holder = self()
-
-    {pid, monitor} =
-      spawn_monitor(fn ->
-        ServerGuard.run(fn ->
-          answered(holder, call, Answer.error(0, Outcome.message(:exit, reason, [])))
-        end)
-      end)
-
-    memory = Memory.replace(state.memory, call, user, pid)
-    %{state | memory: memory, users: Map.put(state.users, monitor, {pid, call})}
-  end
-
-  defp close(state, ref) do
-    end_all(state)
-    send(ref, {ref, if(state.bound?, do: :bound, else: :ok)})
+  defp close(functions, ref) do
+    Functions.end_all(functions)
+    send(ref, {ref, bound(functions)})
     :ok
   end
 
-  # A function may trap exits.
-  defp end_all(%__MODULE__{users: users}) do
-    for {_monitor, {pid, _call}} <- users, do: Process.exit(pid, :kill)
-    :ok
-  end
+  defp bound(%Functions{bound?: bound?}), do: if(bound?, do: :bound, else: :ok)
 end

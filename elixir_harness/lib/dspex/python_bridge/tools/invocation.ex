@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
-  alias DSPex.PythonBridge.Tools.{Answer, FunctionHolder, Memory, Outcome}
+  alias DSPex.PythonBridge.Tools.{Answer, FunctionHolder, Memory, Outcome, Span}
 
   # A bridge answers questions at once; one of an older version, on another node, does not answer this one.
   @bind_ms 5_000
@@ -84,18 +84,19 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
   defp serve(call, source, bridge, {call_id, name, args} = asked) do
     case FunctionHolder.fetch(source, name, digest(name, args)) do
-      {:run, function, made, run_id} ->
-        make(call, source, asked, {function, made, run_id})
+      {:run, function, made, run} ->
+        make(call, source, bridge, asked, {function, made, run})
 
       {:claimed, made} ->
         begin(call, source, bridge, asked, made)
 
-      {:answered, answer} ->
-        Answer.to(answer, call_id)
+      {:answered, answer, {_id, about}} ->
+        told(Span.begin(about, bridge, name, true), Answer.to(answer, call_id))
 
-      {:unknown, names} ->
+      {:unknown, names, {_id, about}} ->
         text = "it was not given in :tools, which has #{Enum.join(names, ", ")}"
-        Answer.error(call_id, Answer.about(name, text))
+        answer = Answer.error(call_id, Answer.about(name, text))
+        told(Span.begin(about, bridge, nil, false), answer)
 
       :over ->
         over(call_id, name)
@@ -106,8 +107,8 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   # not be called for it.
   defp begin(call, source, bridge, {call_id, name, _args} = asked, made) do
     with {:ok, :ok} <- Ask.ask(bridge, @bind_ms, &{:bind, call.port, call.id, &1}),
-         {:run, function, made, run_id} <- FunctionHolder.begin(source, name, made) do
-      make(call, source, asked, {function, made, run_id})
+         {:run, function, made, run} <- FunctionHolder.begin(source, name, made) do
+      make(call, source, bridge, asked, {function, made, run})
     else
       {:timeout, _ref} ->
         text = "not called: its bridge has not confirmed that the run is not sent again"
@@ -118,11 +119,17 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
     end
   end
 
-  defp make(call, {holder, _, _}, {call_id, name, args}, {function, made, run_id}) do
-    {result, _how} = Outcome.of(fn -> apply_to(function, args, made, run_id) end)
+  defp make(call, {holder, _, _}, bridge, {call_id, name, args}, {function, made, {id, about}}) do
+    span = Span.begin(about, bridge, name, false)
+    {result, how} = Outcome.of(fn -> apply_to(function, args, made, id) end)
     answer = Answer.new(call_id, name, result, call.max_frame_bytes)
     # Before the peer has it, which may die then.
     FunctionHolder.answered(holder, made, answer)
+    told(span, answer, how)
+  end
+
+  defp told(span, answer, how \\ :returned) do
+    Span.over(span, answer, how)
     answer
   end
 

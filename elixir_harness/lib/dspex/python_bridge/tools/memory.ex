@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Tools.Memory do
   @moduledoc false
-  # The tool calls of one run, and their answers: part of `DSPex.PythonBridge.Tools.FunctionHolder`.
+  # The tool calls of one run, and their answers: part of `DSPex.PythonBridge.Tools.Functions`.
   #
   # When a peer dies, the next one starts the run from the beginning. Its first call of a tool with certain arguments
   # is taken for the first such call of the peers before it, the second for the second, and so on: it gets the answer of

@@ -4,8 +4,9 @@ defmodule DSPex.PythonBridge.Tools.Outcome do
 
   alias DSPex.PythonBridge.Tools.Answer
 
-  @typedoc "With how it was raised, if the function did not return."
-  @type t :: {Answer.result(), :returned | {kind(), reason :: term(), Exception.stacktrace()}}
+  @type t :: {Answer.result(), how()}
+  @typedoc "Whether the function returned, or else what it raised."
+  @type how :: :returned | {kind(), reason :: term(), Exception.stacktrace()}
   @type kind :: :error | :exit | :throw
 
   @doc "Calls a function. An exception must not end this process: it would be logged, with the arguments."

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
 
   alias DSPex.PythonBridge.Options
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
+  alias DSPex.PythonBridge.Tools.{FunctionHolder, Functions, Invocation}
 
   @enforce_keys [:holder, :bridge, :callers]
   defstruct [:holder, :bridge, :callers, :port, peer: 0, running: %{}]
@@ -34,7 +34,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
       iex> DSPex.PythonBridge.Tools.Runner.functions(%{search: {&List.wrap/1, repeats: false}})
       {:error, "search: unknown option :repeats, did you mean :repeat?"}
   """
-  @spec functions(term()) :: {:ok, FunctionHolder.functions()} | {:error, String.t()}
+  @spec functions(term()) :: {:ok, Functions.tools()} | {:error, String.t()}
   def functions(tools) when is_map(tools) and not is_struct(tools) do
     Enum.reduce_while(tools, {:ok, %{}}, fn {name, tool}, {:ok, named} ->
       with {:ok, text} <- name(name),

@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
 
   defp open(tools) do
     {:ok, functions} = Runner.functions(tools)
-    FunctionHolder.open(functions)
+    FunctionHolder.open([tools: functions], nil, "p")
   end
 
   # Makes the call of the calling process by the test's process, the bridge.
