@@ -90,6 +90,7 @@ defmodule DSPex.MixProject do
     {"errors", "In production"},
     {"telemetry", "In production"},
     {"cluster", "In production"},
+    {"upgrading", "In production"},
     {"how-it-works", "Inside"},
     {"performance", "Inside"},
     {"protocol", "Inside"},
@@ -147,7 +148,7 @@ defmodule DSPex.MixProject do
       extras:
         ["../README.md"] ++
           Enum.map(@pages, fn {page, _group} -> "../docs/#{page}.md" end) ++
-          ["../CONTRIBUTING.md", "../CHANGELOG.md"],
+          ["../CONTRIBUTING.md", "../SECURITY.md", "../CHANGELOG.md"],
       groups_for_extras:
         for group <- ["Start", "Guide", "In production", "Inside", "Coming from"] do
           {group, for({page, ^group} <- @pages, do: "../docs/#{page}.md")}

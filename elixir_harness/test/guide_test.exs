@@ -16,7 +16,7 @@ defmodule DSPex.GuideTest do
   @root Path.expand("../..", __DIR__)
   @guide ~w(signatures agents streaming lms own-modules)
   @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/security.md docs/settings.md docs/errors.md
-            docs/coming-from.md docs/cluster.md)
+            docs/coming-from.md docs/cluster.md docs/upgrading.md)
   # The readers of these have the application's own Bridge and Monitor.
   @in_application ~w(README.md docs/getting-started.md)
   @telemetry Path.join(@root, "docs/telemetry.md")
