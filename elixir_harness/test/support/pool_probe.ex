@@ -2,10 +2,17 @@ defmodule DSPex.Test.PoolProbe do
   @moduledoc "Looks into a pool, on the node where it runs."
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
+  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
 
   @doc "The coordinators of other nodes that calls may be sent to."
   def serving(pool), do: :ets.tab2list(Handle.fetch(pool).others)
+
+  @doc "How many calls are counted in each slot."
+  def busy(pool) do
+    %{counters: counters} = Handle.fetch(pool)
+    for index <- LoadCounters.indexes(counters), do: LoadCounters.busy(counters, index)
+  end
 
   @doc "The ids of the programs in the pool's table."
   def known(pool),

@@ -18,6 +18,9 @@ defmodule DSPex.Test.Telemetry do
     [:bridge, :peer, :down],
     [:bridge, :resend],
     [:monitor, :check],
+    [:pool, :call, :start],
+    [:pool, :call, :stop],
+    [:pool, :call, :exception],
     [:pool, :checkout]
   ]
 

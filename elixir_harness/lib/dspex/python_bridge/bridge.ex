@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
   alias DSPex.PythonBridge.{Client, Error, Options, Protocol, Telemetry}
   alias DSPex.PythonBridge.Bridge.Server
-  alias DSPex.PythonBridge.Client.{Caller, EventStream, StreamReducer}
+  alias DSPex.PythonBridge.Client.{Caller, EventStream, Misplaced, StreamReducer}
 
   # The time that a bridge may take to end, after its calls are finished.
   @ending_ms 2_000
@@ -149,13 +149,18 @@ defmodule DSPex.PythonBridge.Bridge do
   def call(server, command) when is_atom(command) or is_binary(command),
     do: call(server, command, %{}, :default)
 
-  def call(command, args), do: call(__MODULE__, command, args, :default)
+  def call(command, args) when is_map(args), do: call(__MODULE__, command, args, :default)
+  def call(one, other), do: {:error, Misplaced.error(:call, [one, other]).message}
 
   @doc "`call(command, args, timeout)` or `call(server, command, args)`: as `call/4`."
   @spec call(command() | server(), map() | command(), timeout() | :default | map()) ::
           {:ok, term()} | {:error, call_error()}
   def call(server, command, args) when is_map(args), do: call(server, command, args, :default)
-  def call(command, args, timeout), do: call(__MODULE__, command, args, timeout)
+
+  def call(command, args, timeout) when is_map(args),
+    do: call(__MODULE__, command, args, timeout)
+
+  def call(one, other, third), do: {:error, Misplaced.error(:call, [one, other, third]).message}
 
   @doc """
   Sends a command to the peer and waits for its reply, at most `timeout` ms (or `:infinity`; `:default` is the
@@ -190,13 +195,18 @@ defmodule DSPex.PythonBridge.Bridge do
   def request(server, command) when is_atom(command) or is_binary(command),
     do: request(server, command, %{}, [])
 
-  def request(command, args), do: request(__MODULE__, command, args, [])
+  def request(command, args) when is_map(args), do: request(__MODULE__, command, args, [])
+  def request(one, other), do: {:error, Misplaced.error(:request, [one, other])}
 
   @doc "`request(command, args, opts)` or `request(server, command, args)`: as `request/4`."
   @spec request(command() | server(), map() | command(), keyword() | map()) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(server, command, args) when is_map(args), do: request(server, command, args, [])
-  def request(command, args, opts), do: request(__MODULE__, command, args, opts)
+
+  def request(command, args, opts) when is_map(args),
+    do: request(__MODULE__, command, args, opts)
+
+  def request(one, other, third), do: {:error, Misplaced.error(:request, [one, other, third])}
 
   @doc """
   As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
@@ -246,7 +256,11 @@ defmodule DSPex.PythonBridge.Bridge do
 
   defp exchange(server, command, args, %{timeout: timeout, opts: opts} = options) do
     if options.on_chunk || opts[:tools],
-      do: StreamReducer.run({server, command, args, timeout, opts}, options.on_chunk),
+      do:
+        StreamReducer.run(
+          StreamReducer.to_bridge(server, command, args, timeout, opts),
+          options.on_chunk
+        ),
       else: Caller.exchange(server, command, args, timeout, opts)
   end
 
@@ -257,7 +271,8 @@ defmodule DSPex.PythonBridge.Bridge do
   @doc "`stream(args, opts)` or `stream(server, args)`: as `stream/3`."
   @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(stream_element())
   def stream(server, args) when is_map(args), do: stream(server, args, [])
-  def stream(args, opts), do: stream(__MODULE__, args, opts)
+  def stream(args, opts) when is_map(args), do: stream(__MODULE__, args, opts)
+  def stream(one, other), do: [error: Misplaced.error(:stream, [one, other])]
 
   @doc """
   Streams an `execute_program` call, as a lazy enumerable of:
@@ -289,7 +304,9 @@ defmodule DSPex.PythonBridge.Bridge do
   def stream(server, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
          {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
-      EventStream.new({server, :execute_program, args, options.timeout, options.opts})
+      EventStream.new(
+        StreamReducer.to_bridge(server, :execute_program, args, options.timeout, options.opts)
+      )
     else
       {:error, error} -> [error: error]
     end

@@ -19,18 +19,11 @@ defmodule DSPex.PythonBridge.Pool do
   The caller's process picks the peer and sends the call; no process of the pool is in between.
   """
 
-  import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
-
-  alias DSPex.PythonBridge.{Bridge, Calls, Error, Options, Pool, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request, Router, Sums}
+  alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
+  alias DSPex.PythonBridge.Pool.{Caller, CoordinatorClient, Handle}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
-  alias DSPex.PythonBridge.Programs.{Change, Tools}
-
-  # The coordinator answers at once, unless it is being restarted.
-  @coordinator_ms 5_000
 
   @typedoc "The name of a pool, or its pid."
   @type pool :: atom() | pid()
@@ -86,13 +79,18 @@ defmodule DSPex.PythonBridge.Pool do
   def call(pool, command) when is_atom(command) or is_binary(command),
     do: call(pool, command, %{}, :default)
 
-  def call(command, args), do: call(__MODULE__, command, args, :default)
+  def call(command, args) when is_map(args), do: call(__MODULE__, command, args, :default)
+  def call(one, other), do: {:error, Misplaced.error(:call, [one, other]).message}
 
   @doc "`call(command, args, timeout)` or `call(pool, command, args)`: as `call/4`."
   @spec call(Bridge.command() | pool(), map() | Bridge.command(), timeout() | :default | map()) ::
           {:ok, term()} | {:error, Bridge.call_error()}
   def call(pool, command, args) when is_map(args), do: call(pool, command, args, :default)
-  def call(command, args, timeout), do: call(__MODULE__, command, args, timeout)
+
+  def call(command, args, timeout) when is_map(args),
+    do: call(__MODULE__, command, args, timeout)
+
+  def call(one, other, third), do: {:error, Misplaced.error(:call, [one, other, third]).message}
 
   @doc """
   Sends a command to a peer of the pool and waits for the reply, at most `timeout` ms. Arguments and results are
@@ -117,7 +115,7 @@ defmodule DSPex.PythonBridge.Pool do
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
   def call(pool, command, args, timeout) do
-    exchange = fn -> exchange(pool, command, args, timeout) end
+    exchange = fn -> Caller.exchange(pool, command, args, timeout, []) end
 
     case Telemetry.call(:pool, pool, command, args, exchange) do
       {:ok, _id, result, _meta} -> {:ok, result}
@@ -125,50 +123,88 @@ defmodule DSPex.PythonBridge.Pool do
     end
   end
 
-  defp exchange(pool, command, args, timeout) do
-    started = Deadline.now()
+  @doc "As `request/4`, to the pool named `DSPex.PythonBridge.Pool`."
+  @spec request(Bridge.command()) :: {:ok, term(), map()} | {:error, Error.t()}
+  def request(command), do: request(__MODULE__, command, %{}, [])
 
-    with %Handle{} = handle <- Handle.fetch(pool),
-         {:ok, timeout} <- check_timeout(timeout, handle),
-         :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, nil),
-         {:ok, body} <- Protocol.encode_body(command, args) do
-      if is_summed(command) do
-        Sums.run(handle, command, args, Deadline.new(timeout, started))
-      else
-        request = Request.new(body, program(command, args), started, timeout)
-        carry_out(handle, request, command, args)
-      end
+  @doc "`request(command, args)` or `request(pool, command)`: as `request/4`."
+  @spec request(Bridge.command() | pool(), map() | Bridge.command()) ::
+          {:ok, term(), map()} | {:error, Error.t()}
+  def request(pool, command) when is_atom(command) or is_binary(command),
+    do: request(pool, command, %{}, [])
+
+  def request(command, args) when is_map(args), do: request(__MODULE__, command, args, [])
+  def request(one, other), do: {:error, Misplaced.error(:request, [one, other])}
+
+  @doc "`request(command, args, opts)` or `request(pool, command, args)`: as `request/4`."
+  @spec request(Bridge.command() | pool(), map() | Bridge.command(), keyword() | map()) ::
+          {:ok, term(), map()} | {:error, Error.t()}
+  def request(pool, command, args) when is_map(args), do: request(pool, command, args, [])
+
+  def request(command, args, opts) when is_map(args),
+    do: request(__MODULE__, command, args, opts)
+
+  def request(one, other, third), do: {:error, Misplaced.error(:request, [one, other, third])}
+
+  @doc """
+  As `call/4`, with the options, results and errors of `DSPex.PythonBridge.Bridge.request/4`: `{:ok, result, meta}` or
+  `{:error, %DSPex.PythonBridge.Error{}}`.
+
+    * with `retry: false`, a run is not sent again after a peer has died with it. One that its peer has not got yet is
+      sent to another
+    * `create_program` and `cleanup` reach each peer once, whatever `:retry` says, and `meta["duration_ms"]` is the time
+      until all have made the change. That of `get_stats` and `list_programs` is the time until the answers were
+      added; their `meta` has nothing else
+  """
+  @spec request(pool(), Bridge.command(), map(), [Bridge.request_option()]) ::
+          {:ok, term(), map()} | {:error, Error.t()}
+  def request(pool, command, args, opts) do
+    with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
+         {:ok, args} <- Client.Options.arguments(options, command, args),
+         exchange = fn -> exchange(pool, command, args, options) end,
+         {:ok, _id, result, meta} <- Telemetry.call(:pool, pool, command, args, exchange) do
+      {:ok, result, meta}
+    end
+  end
+
+  defp exchange(pool, command, args, %{timeout: timeout, opts: opts} = options) do
+    if options.on_chunk || opts[:tools],
+      do:
+        StreamReducer.run(Caller.streamed(pool, command, args, timeout, opts), options.on_chunk),
+      else: Caller.exchange(pool, command, args, timeout, opts)
+  end
+
+  @doc "As `stream/3`, by the pool named `DSPex.PythonBridge.Pool`."
+  @spec stream(map()) :: Enumerable.t(Bridge.stream_element())
+  def stream(args), do: stream(__MODULE__, args, [])
+
+  @doc "`stream(args, opts)` or `stream(pool, args)`: as `stream/3`."
+  @spec stream(map() | pool(), [Bridge.stream_option()] | map()) ::
+          Enumerable.t(Bridge.stream_element())
+  def stream(pool, args) when is_map(args), do: stream(pool, args, [])
+  def stream(args, opts) when is_map(args), do: stream(__MODULE__, args, opts)
+  def stream(one, other), do: [error: Misplaced.error(:stream, [one, other])]
+
+  @doc """
+  Streams an `execute_program` call, with the elements and options of `DSPex.PythonBridge.Bridge.stream/3`.
+
+      for {:chunk, "answer", text} <- Pool.stream(%{program_id: "qa", inputs: %{question: "Why?"}}),
+          do: IO.write(text)
+
+  Until its first chunk the call goes from peer to peer as any other; the peer that has given one keeps it, and
+  `:python_process_died` is the last element if that dies. A peer works on many streams at once.
+  """
+  @spec stream(pool(), map(), [Bridge.stream_option()]) :: Enumerable.t(Bridge.stream_element())
+  def stream(pool, args, opts) do
+    with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
+         {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
+      EventStream.new(
+        Caller.streamed(pool, :execute_program, args, options.timeout, options.opts)
+      )
     else
-      nil -> {:error, Error.not_running(:pool, pool)}
-      {:error, error} -> {:error, error}
+      {:error, error} -> [error: error]
     end
   end
-
-  defp check_timeout(:default, handle), do: {:ok, handle.settings.default_timeout}
-  defp check_timeout(timeout, handle), do: Caller.check_timeout(timeout, handle.pid)
-
-  defp carry_out(handle, request, command, args) do
-    case Change.new(command, args) do
-      nil -> Router.run(handle, request)
-      change -> change(handle, request, change)
-    end
-  end
-
-  defp change(handle, request, change) do
-    case CoordinatorClient.await(handle.name, request.deadline) do
-      nil ->
-        {:error, Error.not_running(:pool, handle.name)}
-
-      coordinator ->
-        sent = %Calls.Request{body: request.body, change: change}
-        Caller.read(Caller.send_and_wait(coordinator, Request.left(request), sent))
-    end
-  end
-
-  defp program(command, args) when command in [:execute_program, "execute_program"],
-    do: Change.program_id(command, args)
-
-  defp program(_command, _args), do: nil
 
   ## Checkouts
 
@@ -186,7 +222,7 @@ defmodule DSPex.PythonBridge.Pool do
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
   def checkout(pool \\ __MODULE__) do
     started = System.monotonic_time()
-    answer = with_handle(pool, &CoordinatorClient.checkout(&1, @coordinator_ms))
+    answer = with_handle(pool, &CoordinatorClient.checkout/1)
     Telemetry.checkout(pool, answer, started)
     answer
   end
@@ -199,8 +235,39 @@ defmodule DSPex.PythonBridge.Pool do
   Checks a bridge in; any process may. An error text if it is not a bridge of the pool, or not checked out.
   """
   @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
-  def checkin(pool, bridge),
-    do: with_handle(pool, &CoordinatorClient.checkin(&1, bridge, @coordinator_ms))
+  def checkin(pool, bridge), do: with_handle(pool, &CoordinatorClient.checkin(&1, bridge))
+
+  @doc """
+  Checks out a peer of this node, calls `fun` with its bridge, and checks it in again, whatever happens: `{:ok, value}` with
+  what `fun` has returned. What it raises, throws or exits with is passed on.
+
+      {:ok, facts} =
+        Pool.with_bridge(fn bridge ->
+          {:ok, _} = Bridge.call(bridge, :create_program, %{id: "qa", signature: "question -> answer"})
+          Bridge.call(bridge, :execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
+        end)
+
+  No other caller uses the peer meanwhile, unless it is given the bridge. `{:error, :pool_exhausted}` if all peers are
+  checked out; `fun` is not called then. Within `fun`, another `with_bridge/2` checks out another peer. If the calling
+  process is killed, its peer is checked in, too.
+  """
+  @spec with_bridge(pool(), (bridge :: atom() -> value)) ::
+          {:ok, value} | {:error, :pool_exhausted | :bridge_not_running}
+        when value: term()
+  def with_bridge(pool \\ __MODULE__, fun)
+
+  def with_bridge(pool, fun) when is_function(fun, 1) do
+    started = System.monotonic_time()
+    report = &Telemetry.checkout(pool, &1, started)
+
+    case Handle.fetch(pool) do
+      nil -> tap({:error, :bridge_not_running}, report)
+      handle -> CoordinatorClient.with_bridge(handle, fun, report)
+    end
+  end
+
+  def with_bridge(_pool, _other),
+    do: raise(ArgumentError, "with_bridge: expected a function of one argument, the bridge")
 
   defp with_handle(pool, fun) do
     case Handle.fetch(pool) do

@@ -15,7 +15,7 @@ defmodule DSPex.PythonBridge.Telemetry do
   alias DSPex.PythonBridge.Protocol.Payload
 
   @typedoc "A call that is running; nil without `:telemetry`."
-  @type span :: {started :: integer(), metadata :: map()} | nil
+  @type span :: {:bridge | :pool, started :: integer(), metadata :: map()} | nil
 
   ## Whether there is :telemetry
 
@@ -105,8 +105,8 @@ defmodule DSPex.PythonBridge.Telemetry do
       metadata = %{metadata | kind => name(server)}
       started = System.monotonic_time()
       measurements = %{monotonic_time: started, system_time: System.system_time()}
-      emit([:bridge, :call, :start], measurements, metadata)
-      {started, metadata}
+      emit([kind, :call, :start], measurements, metadata)
+      {kind, started, metadata}
     end
   end
 
@@ -114,18 +114,18 @@ defmodule DSPex.PythonBridge.Telemetry do
   @spec over(span(), tuple() | :cancelled) :: :ok
   def over(nil, _result), do: :ok
 
-  def over({started, metadata}, result) do
+  def over({kind, started, metadata}, result) do
     metadata = Map.put(metadata, :result, result_type(result))
-    emit([:bridge, :call, :stop], since(started), metadata)
+    emit([kind, :call, :stop], since(started), metadata)
   end
 
   @doc "Emits the end of a call by an exception in the caller's code that takes the chunks."
   @spec failed(span(), :error | :exit | :throw, term(), Exception.stacktrace()) :: :ok
   def failed(nil, _kind, _reason, _stacktrace), do: :ok
 
-  def failed({started, metadata}, kind, reason, stacktrace) do
+  def failed({server, started, metadata}, kind, reason, stacktrace) do
     what = %{kind: kind, reason: kind_of(reason), stacktrace: ServerGuard.stacktrace(stacktrace)}
-    emit([:bridge, :call, :exception], since(started), Map.merge(metadata, what))
+    emit([server, :call, :exception], since(started), Map.merge(metadata, what))
   end
 
   defp since(started) do

@@ -14,6 +14,8 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   @start [:bridge, :call, :start]
   @stop [:bridge, :call, :stop]
   @exception [:bridge, :call, :exception]
+  @pool_start [:pool, :call, :start]
+  @pool_stop [:pool, :call, :stop]
   @up [:bridge, :peer, :up]
   @down [:bridge, :peer, :down]
   @resend [:bridge, :resend]
@@ -60,6 +62,9 @@ defmodule DSPex.PythonBridge.TelemetryTest do
 
   defp of_calls,
     do: for({[:bridge, :call | _] = event, _, metadata} <- events(), do: {event, metadata})
+
+  defp of_pool_calls,
+    do: for({[:pool, :call | _] = event, _, metadata} <- events(), do: {event, metadata})
 
   describe "[:bridge, :call]" do
     test "is a span around call and request: names and the kind of the result, no contents" do
@@ -164,21 +169,24 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert [{:error, %Error{}}] = Enum.to_list(Bridge.stream(:nobody, %{}))
       assert [{@start, _}, {@stop, %{result: :bridge_not_running}}] = of_calls()
     end
+  end
 
-    test "is one span around Pool.call, whichever peers serve" do
-      pool = start_pool(Keyword.delete(real_opts(pool_size: 2), :name))
-      events()
-      create = %{id: "qa", signature: "question -> answer"}
-      assert {:ok, _} = Pool.call(pool, :create_program, create, 20_000)
-      assert [{@start, _}, {@stop, %{pool: ^pool, bridge: nil, result: :ok} = stop}] = of_calls()
-      assert %{command: "create_program", program_id: "qa"} = stop
-      assert {:ok, _} = Pool.call(Process.whereis(pool), :ping, %{}, 5_000)
-      assert [_, {@stop, %{pool: ^pool, result: :ok}}] = of_calls()
-      assert {:error, :timeout} = Pool.call(pool, :ping, %{}, 0)
-      assert [_, {@stop, %{result: :timeout}}] = of_calls()
-      assert {:error, :bridge_not_running} = Pool.call(:no_pool, :ping)
-      assert [_, {@stop, %{pool: :no_pool, result: :bridge_not_running}}] = of_calls()
-    end
+  test "[:pool, :call] is one span around a call to a pool, whichever peers serve" do
+    pool = start_pool(Keyword.delete(real_opts(pool_size: 2), :name))
+    events()
+    create = %{id: "qa", signature: "question -> answer"}
+    assert {:ok, _} = Pool.call(pool, :create_program, create, 20_000)
+    assert [{@pool_start, start}, {@pool_stop, stop}] = of_pool_calls()
+    assert %{pool: ^pool, bridge: nil, command: "create_program", program_id: "qa"} = start
+    assert stop == Map.put(start, :result, :ok)
+    assert {:ok, _, _} = Pool.request(Process.whereis(pool), :ping, %{}, timeout: 5_000)
+    assert [_, {@pool_stop, %{pool: ^pool, result: :ok}}] = of_pool_calls()
+    assert {:error, :timeout} = Pool.call(pool, :ping, %{}, 0)
+    assert [_, {@pool_stop, %{result: :timeout}}] = of_pool_calls()
+    assert {:error, :bridge_not_running} = Pool.call(:no_pool, :ping)
+    assert [_, {@pool_stop, %{pool: :no_pool, result: :bridge_not_running}}] = of_pool_calls()
+    # The monitors' pings are calls to bridges.
+    refute_received {@start, _, %{command: "create_program"}}
   end
 
   describe "[:bridge, :peer]" do

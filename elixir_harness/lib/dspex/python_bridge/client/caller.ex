@@ -142,7 +142,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # A node that hangs suspends any process that sends to it or monitors a process of it: not the caller.
   def send_and_wait(dest, timeout, request) do
     deadline = Deadline.new(timeout)
-    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, %{})
+    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, nil)
     {:over, reply} = StreamProxy.next(proxy, deadline)
     reply
   end
@@ -222,7 +222,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp bridge?(dest), do: dest != nil
 
   defp a_pool(server) do
-    text = "#{inspect(server)} is a pool: Pool.call, or a bridge of Pool.checkout"
+    text =
+      "#{inspect(server)} is a pool: use Pool.call, Pool.request or Pool.stream, " <>
+        "or Pool.with_bridge for a bridge of its own"
+
     Error.new(:invalid_request, text)
   end
 

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Client.StreamProxy do
   @moduledoc false
   # The process between a bridge and a caller that takes chunks, has given tools, or is on another node: one for each
-  # such call, which it makes in the caller's place.
+  # such call, or for each peer that a pool tries with it, which makes the call in the caller's place.
   #
   # What comes before the reply waits here, and not in the caller's mailbox, until the caller asks for it: the caller
   # may have a full mailbox, be busy with something else, or never come back. Tools run
@@ -9,10 +9,13 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   #
   # It ends with the reply, with the caller, or when the caller stops it; the bridge, which monitors it as any caller,
   # then cancels the call. It has no links.
+  #
+  # Tools end with the reply, before the caller gets it. After a reply to a pool's call that may be made again by another
+  # peer the functions are left to the proxy of that one; or the caller closes their holder.
 
   alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
-  alias DSPex.PythonBridge.Tools
+  alias DSPex.PythonBridge.{Protocol, Tools}
   alias DSPex.PythonBridge.Tools.Invocation
 
   # The proxy times out first: it knows what has come.
@@ -21,40 +24,56 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   @longest_ms 4_294_967_295
 
   # A queue as a default would be a literal, which Dialyzer does not take for a queue.
-  @enforce_keys [:dest, :ref, :watch, :tools, :timer, :chunks]
-  defstruct [:dest, :ref, :watch, :tools, :timer, :asked, :chunks]
+  @enforce_keys [:dest, :ref, :watch, :tools, :timer, :pool?, :chunks]
+  defstruct [:dest, :ref, :watch, :tools, :timer, :pool?, :asked, :chunks]
 
   @typedoc "The part of a prepared call that it needs to make it."
   @type call :: %{
           :dest => Invocation.bridge(),
           :deadline => Deadline.t(),
           :request => Request.t(),
+          optional(:permit) => permit(),
           optional(:args | :server) => term()
         }
-  # watch: the monitor of the caller. asked: the caller's alias, while it waits.
+  @typedoc "Whether the request may be sent, has been, or may not be any more."
+  @type permit :: :atomics.atomics_ref()
+  # watch: the monitor of the caller. pool?: whether the caller knows other peers. asked: the caller's alias, while it
+  # waits.
   @typep t :: %__MODULE__{
            dest: Invocation.bridge(),
            ref: reference(),
            watch: reference(),
            tools: Tools.Runner.t(),
            timer: reference() | nil,
+           pool?: boolean(),
            asked: reference() | nil,
            chunks: :queue.queue(binary())
          }
 
   ## In the caller's process
 
-  @doc "Makes a call for the calling process."
-  @spec start(call(), Tools.Runner.functions()) :: pid()
-  def start(call, functions) do
+  @doc "Makes a call for the calling process. `holder`: of its functions (`DSPex.PythonBridge.Tools.FunctionHolder.open/1`)."
+  @spec start(call(), holder :: pid() | nil) :: pid()
+  def start(call, holder) do
     caller = self()
     # By these tests and repositories find the owner of a process.
     callers = [caller | Process.get(:"$callers", [])]
-    tools = Tools.Runner.new(functions, call.dest, callers)
+    tools = Tools.Runner.new(holder, call.dest, callers)
     # The arguments are in the body already: they would be copied for nothing.
     call = Map.drop(call, [:args, :server])
     spawn(fn -> ServerGuard.run(fn -> init(call, tools, caller) end) end)
   end
+
+  @doc "The permission for a proxy to send its request: for a caller that has to know whether it has."
+  @spec permit() :: permit()
+  def permit, do: :atomics.new(1, [])
+
+  @doc "Takes it back from a proxy that has ended or been stopped; false if the request has been sent."
+  @spec revoke(permit()) :: boolean()
+  def revoke(permit), do: :atomics.compare_exchange(permit, 1, 0, -1) == :ok
+
+  defp permitted?(%{permit: permit}), do: :atomics.compare_exchange(permit, 1, 0, 1) == :ok
+  defp permitted?(_call), do: true
 
   @doc """
   Waits for the frame of the next chunk, or for the reply, after which nothing follows.
@@ -100,10 +119,11 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     left = Deadline.left(call.deadline)
     tools? = not Tools.Runner.none?(tools)
     request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
+    if not permitted?(call), do: exit(:normal)
     send(dest, NodeMessage.request(request, dest))
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
-    chunks = :queue.new()
-    state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer, chunks: chunks}
+    state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer}
+    state = Map.merge(state, %{pool?: request.retry == :pool, chunks: :queue.new()})
     loop(struct!(__MODULE__, state))
   end
 
@@ -166,25 +186,44 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # The tools end before the reply is sent: once the caller has it, no tool starts anything.
   defp over(state, reply) do
     Process.demonitor(state.ref, [:flush])
+    state = if again?(state, reply), do: state, else: end_tools(state)
+    hand_over(state, :queue.to_list(state.chunks), reply)
+  end
+
+  # Only the pool knows which errors it tries again.
+  defp again?(%__MODULE__{pool?: false}, _reply), do: false
+  defp again?(_state, {:frame, frame}), do: not Protocol.success?(frame)
+  defp again?(_state, {:error, reason}), do: reason != :timeout
+
+  defp end_tools(state) do
     Tools.Runner.stop(state.tools)
-    hand_over(state.asked, state.watch, :queue.to_list(state.chunks), reply)
+    %{state | timer: nil}
   end
 
   # Any other message is too late.
-  defp hand_over(nil, watch, chunks, reply) do
+  defp hand_over(%__MODULE__{asked: nil, watch: watch, timer: timer} = state, chunks, reply) do
     receive do
-      {:next, asked} when is_reference(asked) -> hand_over(asked, watch, chunks, reply)
-      {:DOWN, ^watch, :process, _caller, _reason} -> :ok
-      _stale -> hand_over(nil, watch, chunks, reply)
+      {:next, asked} when is_reference(asked) ->
+        hand_over(%{state | asked: asked}, chunks, reply)
+
+      {:DOWN, ^watch, :process, _caller, _reason} ->
+        :ok
+
+      # No other peer is tried any longer.
+      {:timeout, ^timer, :deadline} ->
+        hand_over(end_tools(state), chunks, reply)
+
+      _stale ->
+        hand_over(state, chunks, reply)
     end
   end
 
-  defp hand_over(asked, watch, [frame | chunks], reply) do
+  defp hand_over(%__MODULE__{asked: asked} = state, [frame | chunks], reply) do
     send(asked, {asked, {:chunk, frame}})
-    hand_over(nil, watch, chunks, reply)
+    hand_over(%{state | asked: nil}, chunks, reply)
   end
 
-  defp hand_over(asked, _watch, [], reply) do
+  defp hand_over(%__MODULE__{asked: asked}, [], reply) do
     send(asked, {asked, {:over, reply}})
     :ok
   end

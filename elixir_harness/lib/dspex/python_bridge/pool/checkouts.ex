@@ -3,7 +3,8 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
   # Which bridges are checked out, and by whom. The coordinator's process uses it and monitors the borrowers; the table
   # belongs to the pool, so that a restarted coordinator knows them.
   #
-  # Rows: {index, borrower, monitor, the reference that the borrower sent}.
+  # Rows: {index, borrower, monitor, the reference that the borrower sent}; and {{:over, reference}}, which a borrower
+  # writes for a checkout that it has no more, before it tells the coordinator: that may be killed before it has read it.
 
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
@@ -13,7 +14,7 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
   is ended: its borrower never got the bridge, or has checked it in.
   """
   @spec restore(Handle.t()) :: :ok
-  def restore(%Handle{checkouts: checkouts, counters: counters}) do
+  def restore(%Handle{checkouts: checkouts, counters: counters} = handle) do
     for index <- LoadCounters.indexes(counters),
         not :ets.member(checkouts, index),
         do: LoadCounters.check_in(counters, index)
@@ -22,6 +23,7 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
       :ets.insert(checkouts, {index, borrower, watch(borrower, index), ref})
     end
 
+    for {{:over, ref}} <- :ets.tab2list(checkouts), do: undo(handle, ref)
     :ok
   end
 
@@ -72,9 +74,21 @@ defmodule DSPex.PythonBridge.Pool.Checkouts do
     end
   end
 
-  @doc "The borrower never got the reply to its checkout with this reference; whether there was one."
+  @doc "In the borrower's process: the checkout with this reference is over, or never was heard of. `undo/2` follows."
+  @spec over(Handle.t(), reference()) :: :ok
+  def over(%Handle{checkouts: checkouts}, ref) do
+    :ets.insert(checkouts, {{:over, ref}})
+    :ok
+  rescue
+    # The pool has ended, and its table with it.
+    ArgumentError -> :ok
+  end
+
+  @doc "Ends the checkout with this reference; whether there was one."
   @spec undo(Handle.t(), reference()) :: boolean()
   def undo(%Handle{checkouts: checkouts} = handle, ref) do
+    :ets.delete(checkouts, {:over, ref})
+
     case :ets.match(checkouts, {:"$1", :_, :_, ref}) do
       [[index]] -> remove(handle, index) == :ok
       [] -> false

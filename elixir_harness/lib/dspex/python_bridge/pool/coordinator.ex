@@ -71,6 +71,9 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     end
   end
 
+  def handle_call({:over, ref}, _from, state) when is_reference(ref),
+    do: {:reply, :ok, over(state, ref)}
+
   # A definition that came with a call from another node.
   def handle_call({:adopt, {id, {_, _, _} = stamp, body}} = question, from, state)
       when is_binary(body) do
@@ -85,13 +88,11 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
 
   @impl GenServer
-  def handle_cast({:unheard, ref}, state) when is_reference(ref) do
-    if Checkouts.undo(state.handle, ref),
-      do: {:noreply, serves_more(state)},
-      else: {:noreply, state}
-  end
-
+  def handle_cast({:over, ref}, state) when is_reference(ref), do: {:noreply, over(state, ref)}
   def handle_cast(message, state), do: drop(message, state)
+
+  defp over(state, ref),
+    do: if(Checkouts.undo(state.handle, ref), do: serves_more(state), else: state)
 
   ## Changes to the programs
 

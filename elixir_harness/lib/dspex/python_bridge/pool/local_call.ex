@@ -10,19 +10,23 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   alias DSPex.PythonBridge.{Calls, Error, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, Request}
+  alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, Request}
 
   @typedoc "A result of `DSPex.PythonBridge.Client.Caller.read/1`."
   @type reply :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
 
+  @typedoc "Makes the call at one bridge: see `DSPex.PythonBridge.Pool.Attempt.make/4`."
+  @type attempt :: (pid(), Attempt.slot(), Request.t() -> Calls.Request.reply() | Attempt.begun())
+
   @doc "Sends the call to peers of this node as long as one can serve it, without waiting for one."
-  @spec run(Handle.t(), Request.t()) :: {:done, reply()} | {:nobody, Request.t()}
-  def run(%Handle{} = handle, %Request{} = request) do
+  @spec run(Handle.t(), Request.t(), attempt()) ::
+          {:done, reply() | Attempt.begun()} | {:nobody, Request.t()}
+  def run(%Handle{} = handle, %Request{} = request, attempt) do
     preference = if request.deaths == 0, do: :least_busy, else: :longest_up
 
     case LoadCounters.pick(handle.counters, passed(handle, request), preference) do
       nil -> {:nobody, request}
-      index -> try_slot(handle, request, index)
+      index -> try_slot(handle, request, index, attempt)
     end
   end
 
@@ -37,12 +41,15 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
         do: index
       )
 
-  defp try_slot(handle, request, index) do
+  defp try_slot(handle, request, index, attempt) do
     since = LoadCounters.ready_since(handle.counters, index)
 
-    case ask(handle, request, index) do
+    case ask(handle, request, index, attempt) do
       {:frame, _bytes} = reply ->
-        judge(handle, request, index, since, Caller.read(reply))
+        judge(handle, request, {index, since}, attempt, Caller.read(reply))
+
+      {:begun, _call, _frame} = begun ->
+        {:done, begun}
 
       {:error, {:died, :sent}} when request.deaths >= handle.settings.max_retries ->
         {:done, {:error, Error.new(:python_process_died)}}
@@ -50,13 +57,14 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
       {:error, {:died, :sent}} ->
         metadata = %{bridge: Handle.bridge(handle, index), pool: handle.name, reason: :died}
         Telemetry.execute([:bridge, :resend], %{count: 1}, metadata)
-        run(handle, pass(%{request | deaths: request.deaths + 1}, index, since))
+        request = %{request | deaths: request.deaths + 1}
+        run(handle, pass(request, index, since), attempt)
 
       {:error, :overloaded} ->
-        run(handle, pass(%{request | overloaded?: true}, index, since))
+        run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
 
       {:error, gone} when gone in [{:died, :unsent}, :bridge_not_running] ->
-        run(handle, pass(request, index, since))
+        run(handle, pass(request, index, since), attempt)
 
       # Its time has passed, or it is too large.
       {:error, _final} = reply ->
@@ -66,52 +74,43 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
 
   defp pass(request, index, since), do: %{request | passed: [{index, since} | request.passed]}
 
-  # The caller counts the call before it sends it. The bridge counts it out at its end; if the bridge never got
-  # it, the caller does.
-  defp ask(handle, request, index) do
+  defp ask(handle, request, index, attempt) do
     case Process.whereis(Handle.bridge(handle, index)) do
-      nil ->
-        {:error, :bridge_not_running}
-
-      pid ->
-        life = LoadCounters.take(handle.counters, index)
-        sent = %Calls.Request{body: request.body, retry: :pool, deaths: request.deaths}
-        reply = Caller.send_and_wait(pid, Request.left(request), sent)
-
-        if reply == {:error, :bridge_not_running},
-          do: LoadCounters.give_back(handle.counters, index, life)
-
-        reply
+      nil -> {:error, :bridge_not_running}
+      bridge -> attempt.(bridge, {handle.counters, index}, request)
     end
   end
 
   # Two errors of a peer can be repaired: `overloaded` by another peer, unless the run has asked LMs or tools, which
   # would be asked again; a missing program by its definition.
-  defp judge(handle, request, index, since, {:error, %Error{type: :overloaded, retryable: true}}),
-    do: run(handle, pass(%{request | overloaded?: true}, index, since))
+  defp judge(handle, request, {index, since}, attempt, reply) do
+    case reply do
+      {:error, %Error{type: :overloaded, retryable: true}} ->
+        run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
 
-  defp judge(handle, request, index, _since, {:error, %Error{type: :program_not_found}} = reply)
-       when request.program != nil do
-    if index in request.repaired,
-      do: {:done, reply},
-      else: repair(handle, request, index, reply)
+      {:error, %Error{type: :program_not_found}} when request.program != nil ->
+        if index in request.repaired,
+          do: {:done, reply},
+          else: repair(handle, request, index, attempt, reply)
+
+      _final ->
+        {:done, reply}
+    end
   end
 
-  defp judge(_handle, _request, _index, _since, reply), do: {:done, reply}
-
   # By the coordinator, which has the program's current definition and orders all changes.
-  defp repair(handle, request, index, reply) do
+  defp repair(handle, request, index, attempt, reply) do
     coordinator = CoordinatorClient.await(handle.name, request.deadline)
 
     case create_at(coordinator, request, index) do
       {:ok, _id, _created, _meta} ->
-        try_slot(handle, %{request | repaired: [index | request.repaired]}, index)
+        try_slot(handle, %{request | repaired: [index | request.repaired]}, index, attempt)
 
       # The pool has no such program, or its bridge has just ended; or the coordinator has.
       {:error, %Error{type: :bridge_not_running}} when coordinator != nil ->
         if Process.alive?(coordinator),
           do: {:done, reply},
-          else: repair(handle, request, index, reply)
+          else: repair(handle, request, index, attempt, reply)
 
       # The reason why the program is missing.
       refusal ->

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
 
   alias DSPex.PythonBridge.Programs
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
+  alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, LocalCall, Request}
 
   @doc "Makes the call for a courier; `deadline` of the request is the ms that are left."
   @spec proxy(pid(), atom(), Request.t(), Programs.Store.definition() | nil) :: :ok
@@ -30,7 +30,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
   defp serve(handle, request, definition) do
     if definition, do: adopt(handle, definition, request.deadline)
 
-    case LocalCall.run(handle, request) do
+    case LocalCall.run(handle, request, &Attempt.make(%Attempt{}, &1, &2, &3)) do
       {:done, reply} -> {:done, reply}
       {:nobody, request} -> {:nobody, request.deaths, request.overloaded?}
     end

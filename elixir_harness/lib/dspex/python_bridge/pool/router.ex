@@ -5,15 +5,15 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Ask
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle, LocalCall, Request}
+  alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, LocalCall, Request}
   alias DSPex.PythonBridge.Pool.Cluster.RemoteCall
 
   @doc "Runs the call on a peer of this or another node; waits for one until the request's deadline."
-  @spec run(Handle.t(), Request.t()) :: LocalCall.reply()
-  def run(%Handle{} = handle, %Request{} = request) do
-    with {:nobody, request} <- LocalCall.run(handle, request),
-         {:nobody, request} <- RemoteCall.run(handle, request) do
-      if request.overloaded?, do: failed(:overloaded), else: wait(handle, request)
+  @spec run(Handle.t(), Request.t(), Attempt.t()) :: LocalCall.reply() | Attempt.begun()
+  def run(%Handle{} = handle, %Request{} = request, %Attempt{} = attempt) do
+    with {:nobody, request} <- LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
+         {:nobody, request} <- RemoteCall.run(handle, request, attempt) do
+      if request.overloaded?, do: failed(:overloaded), else: wait(handle, request, attempt)
     else
       {:done, reply} -> reply
     end
@@ -22,13 +22,13 @@ defmodule DSPex.PythonBridge.Pool.Router do
   ## Nobody can serve now
 
   # What was tried goes along: it may have changed before the message is read.
-  defp wait(handle, request) do
+  defp wait(handle, request, attempt) do
     coordinator = Process.whereis(Handle.coordinator(handle.name))
     message = &{:wait, &1, self(), request.passed, request.passed_nodes}
 
     case coordinator && Ask.ask(coordinator, Request.left(request), message) do
       {:ok, :changed} ->
-        again(handle.name, request)
+        again(handle.name, request, attempt)
 
       {:timeout, ref} ->
         send(coordinator, {:abandon, ref})
@@ -37,15 +37,18 @@ defmodule DSPex.PythonBridge.Pool.Router do
       # It is being restarted, unless the pool has ended.
       _no_coordinator ->
         CoordinatorClient.await(handle.name, request.deadline)
-        if Request.left(request) == 0, do: failed(:timeout), else: again(handle.name, request)
+
+        if Request.left(request) == 0,
+          do: failed(:timeout),
+          else: again(handle.name, request, attempt)
     end
   end
 
   # The pool may have been restarted meanwhile, with other slots.
-  defp again(name, request) do
+  defp again(name, request, attempt) do
     case Handle.fetch(name) do
       nil -> {:error, Error.not_running(:pool, name)}
-      handle -> run(handle, Request.renew(request))
+      handle -> run(handle, Request.renew(request), attempt)
     end
   end
 

@@ -20,13 +20,14 @@ defmodule DSPex.PythonBridge.Pool.Sums do
   Asks all peers of this node, at most until the deadline, and adds what has come within `@patience_ms`, or the first
   answer after it.
   """
-  @spec run(Handle.t(), Protocol.command(), map(), Deadline.t()) :: LocalCall.reply()
-  def run(%Handle{} = handle, command, args, deadline) do
+  @spec run(Handle.t(), Protocol.command(), map(), Deadline.t(), keyword()) :: LocalCall.reply()
+  def run(%Handle{} = handle, command, args, deadline, opts) do
+    opts = Keyword.take(opts, [:traceparent])
     indexes = LoadCounters.indexes(handle.counters)
     timeout = Deadline.left(deadline)
 
     asked =
-      Map.new(indexes, &{ask(Handle.bridge(handle, &1), command, args, timeout), &1})
+      Map.new(indexes, &{ask(Handle.bridge(handle, &1), command, args, timeout, opts), &1})
 
     soon = min(deadline, Deadline.new(@patience_ms))
     {asked, answers} = await(asked, %{}, soon, fn _answers -> false end)
@@ -36,11 +37,11 @@ defmodule DSPex.PythonBridge.Pool.Sums do
   end
 
   # In a process of its own, which exits with the answer.
-  defp ask(bridge, command, args, timeout) do
+  defp ask(bridge, command, args, timeout, opts) do
     {pid, ref} =
       spawn_monitor(fn ->
         Process.flag(:sensitive, true)
-        exit({:answer, Caller.exchange(bridge, command, args, timeout, [])})
+        exit({:answer, Caller.exchange(bridge, command, args, timeout, opts)})
       end)
 
     {ref, pid}

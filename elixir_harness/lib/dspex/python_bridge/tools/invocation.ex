@@ -38,13 +38,13 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   @spec run(t(), holder :: pid(), {proxy :: pid(), callers :: [pid()]}) :: :ok
   def run(%__MODULE__{} = call, holder, {proxy, callers}) do
     Process.put(:"$callers", callers)
-    answer = ServerGuard.run(fn -> answer(call, &apply_tool(holder, &1, &2)) end)
+    answer = ServerGuard.run(fn -> answer(call, &apply_tool({holder, proxy}, &1, &2)) end)
     send(proxy, {:answered, self(), answer})
     :ok
   end
 
-  defp apply_tool(holder, name, args) do
-    case FunctionHolder.fetch(holder, name) do
+  defp apply_tool({holder, proxy}, name, args) do
+    case FunctionHolder.fetch(holder, proxy, name) do
       {:ok, function} ->
         outcome(function, args)
 

@@ -57,12 +57,13 @@ defmodule DSPex.PythonBridge.Tools.Runner do
 
   defp not_a_function(name), do: "#{name}: expected a function of one argument"
 
-  @doc "The tools of a call to a bridge; `callers` as for `Task`, the calling process first."
-  @spec new(functions(), Invocation.bridge(), [pid()]) :: t()
-  def new(functions, bridge, callers) do
-    holder = if functions != %{}, do: FunctionHolder.open(functions)
-    %__MODULE__{holder: holder, bridge: bridge, callers: callers}
-  end
+  @doc """
+  The tools of a call to a bridge. `holder`: of the call's functions, nil without any; `callers` as for `Task`, the
+  calling process first.
+  """
+  @spec new(pid() | nil, Invocation.bridge(), [pid()]) :: t()
+  def new(holder, bridge, callers),
+    do: %__MODULE__{holder: holder, bridge: bridge, callers: callers}
 
   @doc "Makes the calling process the one that runs them."
   @spec attend(t()) :: :ok
@@ -109,7 +110,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
     %{tools | running: running}
   end
 
-  @doc "Ends the running tools and the holder of the functions."
+  @doc "Ends the running tools and the holder of the functions: the call is over."
   @spec stop(t()) :: :ok
   def stop(%__MODULE__{holder: nil}), do: :ok
 

@@ -1,10 +1,10 @@
 defmodule DSPex.PythonBridge.Client.StreamTest do
   @moduledoc """
-  What comes before a reply: `:on_chunk` and `Bridge.stream`, with a peer that streams by a script
-  to (tests/fakes/replies/plays.py). Named after the races.
+  What comes before a reply: `:on_chunk` and `stream`, with a peer that streams by a script
+  to (tests/fakes/replies/plays.py). Named after the races. All of it by a bridge, and by a pool of one.
   """
 
-  use ExUnit.Case, async: true
+  use ExUnit.Case, async: true, parameterize: [%{kind: :bridge}, %{kind: :pool}]
 
   import DSPex.Test.Helpers
 
@@ -15,25 +15,58 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
   @count for n <- 0..2, do: %{"field" => "n", "chunk" => "#{n}"}
 
   setup tags do
-    opts = Map.get(tags, :bridge, [])
-    spec = Supervisor.child_spec({Bridge, fake_opts("plays", opts)}, restart: :temporary)
-    bridge = start_supervised!(spec)
-    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
-    %{bridge: bridge}
+    Process.put(:kind, tags.kind)
+    %{bridge: start_again(Map.get(tags, :bridge, []))}
   end
 
   defp in_dir(dir, opts \\ []), do: [env: %{"FAKE_FILE" => Path.join(dir, "starts")}] ++ opts
 
   defp start_again(opts) do
-    bridge = start_supervised!({Bridge, fake_opts("plays", opts)}, id: make_ref())
-    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    opts = fake_opts("plays", opts)
+
+    case Process.get(:kind) do
+      :bridge -> start_bridge(opts)
+      :pool -> start_pool(opts)
+    end
+  end
+
+  defp start_bridge(opts) do
+    spec = Supervisor.child_spec({Bridge, opts}, restart: :temporary, id: make_ref())
+    bridge = start_supervised!(spec)
+    running(bridge)
     bridge
   end
 
-  defp request(bridge, play, opts),
-    do: Bridge.request(bridge, :execute_program, %{play: play}, opts)
+  # The tests know its bridge; `request` and `stream` are those of the pool.
+  defp start_pool(opts) do
+    name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
+    start_supervised!({Pool, Keyword.merge(opts, name: name, pool_size: 1)}, id: name)
+    [%{bridge: bridge}] = Pool.status(name).peers
+    running(bridge)
+    Process.put(Process.whereis(bridge), name)
+    Process.whereis(bridge)
+  end
 
-  defp stream(bridge, play, opts \\ []), do: Bridge.stream(bridge, %{play: play}, opts)
+  defp running(bridge),
+    do: eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+
+  defp server(bridge) do
+    case Process.get(bridge) do
+      nil -> {Bridge, bridge}
+      pool -> {Pool, pool}
+    end
+  end
+
+  defp request(bridge, play, opts) do
+    {module, server} = server(bridge)
+    module.request(server, :execute_program, %{play: play}, opts)
+  end
+
+  defp stream(bridge, play, opts \\ []) do
+    {module, server} = server(bridge)
+    module.stream(server, %{play: play}, opts)
+  end
+
   defp go(bridge, name), do: Bridge.cast(bridge, :go, %{name: name})
   defp to(pid), do: [on_chunk: &send(pid, {:chunk, self(), &1})]
   defp status(bridge, key), do: Map.fetch!(Bridge.get_status(bridge), key)
@@ -207,10 +240,12 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert log =~ "not readable"
     end
 
-    test "with a bridge that is killed after a chunk", %{bridge: bridge} do
+    test "with a bridge that is killed after a chunk", %{bridge: bridge, kind: kind} do
       opts = [timeout: 10_000, on_chunk: fn _chunk -> Process.exit(bridge, :kill) end]
       result = request(bridge, [["count", 1], ["go", "on"]], opts)
-      assert {:error, %Error{type: :bridge_not_running}} = result
+      # To a pool it is one of its peers.
+      type = if kind == :pool, do: :python_process_died, else: :bridge_not_running
+      assert {:error, %Error{type: ^type}} = result
       assert messages() == []
     end
 
@@ -334,9 +369,11 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     test "cancels the run when its consumer is killed", %{bridge: bridge} do
       test = self()
 
+      stream = stream(bridge, [["count", 1], ["go", "on"]])
+
       consumer =
         spawn(fn ->
-          Enum.each(stream(bridge, [["count", 1], ["go", "on"]]), fn _ ->
+          Enum.each(stream, fn _ ->
             send(test, :consuming)
             Process.sleep(:infinity)
           end)
@@ -505,9 +542,9 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     end
 
     test "is the same with a bridge that a pool has checked out" do
-      name = Module.concat(__MODULE__, Pool)
+      name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
       opts = Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)
-      start_supervised!({Pool, opts})
+      start_supervised!({Pool, opts}, id: name)
       {:ok, bridge} = Pool.checkout(name)
       play = [["count", 1], ["tool", 1, "t", %{}], ["result", 1], ["reply"]]
 

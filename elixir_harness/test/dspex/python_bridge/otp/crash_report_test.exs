@@ -203,14 +203,14 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
       request: %Request{body: @secret, stream?: true}
     }
 
-    crash(StreamProxy.start(call, %{}), fn -> :ok end)
+    crash(StreamProxy.start(call, nil), fn -> :ok end)
 
     holder = FunctionHolder.open({:broken, @secret})
     FunctionHolder.attend(holder)
-    crash(holder, fn -> assert FunctionHolder.fetch(holder, "t") == :over end)
+    crash(holder, fn -> assert FunctionHolder.fetch(holder, self(), "t") == :over end)
 
     # This process is the bridge; its frame is none.
-    proxy = StreamProxy.start(%{call | dest: self()}, %{"t" => & &1})
+    proxy = StreamProxy.start(%{call | dest: self()}, FunctionHolder.open(%{"t" => & &1}))
     assert_receive {:request, %Request{ref: ref, pid: ^proxy, body: @secret, tools?: true}}
     frame = {:broken, @secret}
     call = %Invocation{port: hd(Port.list()), id: 1, frame: frame, max_frame_bytes: 1_000}

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   # The link ends the courier when the other node is lost.
 
   alias DSPex.PythonBridge.{Error, Programs}
-  alias DSPex.PythonBridge.Pool.{Handle, LocalCall, Remote, Request}
+  alias DSPex.PythonBridge.Pool.{Attempt, Handle, LocalCall, Remote, Request}
 
   # A node that has not started the proxy by then has stopped or cannot be reached: the runtime itself takes a minute
   # to notice. A large request may take longer, on a slow network.
@@ -17,13 +17,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   @bytes_per_ms 5_000
 
   @doc "Runs the call on another node, if there is one that can serve it."
-  @spec run(Handle.t(), Request.t()) :: {:done, LocalCall.reply()} | {:nobody, Request.t()}
-  def run(%Handle{settings: %{cluster: nil}}, request), do: {:nobody, request}
+  @spec run(Handle.t(), Request.t(), Attempt.t()) ::
+          {:done, LocalCall.reply() | Attempt.begun()} | {:nobody, Request.t()}
+  def run(%Handle{settings: %{cluster: nil}}, request, _attempt), do: {:nobody, request}
 
-  def run(%Handle{} = handle, %Request{} = request) do
+  def run(%Handle{} = handle, %Request{} = request, attempt) do
     case serving(handle) -- request.passed_nodes do
       [] -> {:nobody, request}
-      others -> try_node(handle, request, Enum.random(others), nil)
+      others -> try_node(handle, request, Enum.random(others), attempt, nil)
     end
   end
 
@@ -40,36 +41,40 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     ArgumentError -> nil
   end
 
-  defp try_node(handle, request, {coordinator, _since, name} = other, definition) do
+  defp try_node(handle, request, {coordinator, _since, name} = other, attempt, definition) do
     case carry(node(coordinator), name, request, definition) do
       {:done, reply} ->
-        if definition == nil, do: repair(handle, request, other, reply), else: {:done, reply}
+        if definition == nil,
+          do: repair(handle, request, other, attempt, reply),
+          else: {:done, reply}
 
       {:nobody, deaths, overloaded?} ->
         overloaded? = request.overloaded? or overloaded?
-        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other)
+        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other, attempt)
 
       :vanished ->
-        pass(handle, request, other)
+        pass(handle, request, other, attempt)
     end
   end
 
   # A peer of this node may be able to serve again by now.
-  defp pass(handle, request, other) do
+  defp pass(handle, request, other, attempt) do
     request = %{request | passed_nodes: [other | request.passed_nodes]}
-    with {:nobody, request} <- LocalCall.run(handle, request), do: run(handle, request)
+
+    with {:nobody, request} <- LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
+         do: run(handle, request, attempt)
   end
 
   # The program may be in the table here and not yet there.
-  defp repair(handle, request, other, {:error, %Error{type: :program_not_found}} = reply)
+  defp repair(handle, request, other, attempt, {:error, %Error{type: :program_not_found}} = reply)
        when request.program != nil do
     case definition(handle, request.program) do
       nil -> {:done, reply}
-      {stamp, body} -> try_node(handle, request, other, {request.program, stamp, body})
+      {stamp, body} -> try_node(handle, request, other, attempt, {request.program, stamp, body})
     end
   end
 
-  defp repair(_handle, _request, _other, reply), do: {:done, reply}
+  defp repair(_handle, _request, _other, _attempt, reply), do: {:done, reply}
 
   ## On this node
 

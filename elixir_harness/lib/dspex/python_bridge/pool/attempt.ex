@@ -1,0 +1,74 @@
+defmodule DSPex.PythonBridge.Pool.Attempt do
+  @moduledoc false
+  # How a call is made at one bridge, in the caller's process. Which bridge that is, and whether another one follows, is
+  # decided by `DSPex.PythonBridge.Pool.Router` and `DSPex.PythonBridge.Pool.LocalCall`.
+  #
+  # With chunks or tools each attempt has a `DSPex.PythonBridge.Client.StreamProxy` of its own; all have the functions of
+  # the call in common. An attempt ends with the first chunk, which nobody can take back: no other one follows then.
+
+  alias DSPex.PythonBridge.Calls
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
+  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Pool.Request
+
+  defstruct [:holder, retry: true, stream?: false]
+
+  @typedoc """
+  `retry`: whether the call may be sent again after a peer has died with it. `stream?`: whether the caller takes chunks.
+  `holder`: of the caller's functions (`DSPex.PythonBridge.Tools.FunctionHolder`).
+  """
+  @type t :: %__MODULE__{holder: pid() | nil, retry: boolean(), stream?: boolean()}
+  @typedoc "A slot of the bridge's pool, in which the call is counted."
+  @type slot :: {LoadCounters.t(), LoadCounters.index()}
+  @typedoc "A call that has given its first chunk."
+  @type begun :: {:begun, %{proxy: pid(), dest: pid(), deadline: Deadline.t()}, frame :: binary()}
+
+  @doc "Whether the call has neither chunks nor tools, and may be sent again."
+  @spec plain?(t()) :: boolean()
+  def plain?(%__MODULE__{} = attempt), do: attempt == %__MODULE__{}
+
+  @doc """
+  Sends the call to a bridge of this node, counts it, and waits for the reply or the first chunk. A failure that is not
+  final is another bridge's chance.
+  """
+  @spec make(t(), pid(), slot(), Request.t()) :: Calls.Request.reply() | begun()
+  def make(%__MODULE__{} = attempt, bridge, {counters, index}, request) do
+    # The caller counts the call before it sends it. The bridge counts it out at its end; if the bridge never got it,
+    # the caller does.
+    life = LoadCounters.take(counters, index)
+    {sent?, reply} = ask(attempt, bridge, request)
+
+    if not sent? or reply == {:error, :bridge_not_running},
+      do: LoadCounters.give_back(counters, index, life)
+
+    last(attempt, reply)
+  end
+
+  defp ask(%__MODULE__{stream?: false, holder: nil} = attempt, bridge, request) do
+    {true, Caller.send_and_wait(bridge, Request.left(request), sent(attempt, request))}
+  end
+
+  defp ask(attempt, bridge, %Request{deadline: deadline} = request) do
+    permit = StreamProxy.permit()
+    call = %{dest: bridge, deadline: deadline, request: sent(attempt, request), permit: permit}
+    proxy = StreamProxy.start(call, attempt.holder)
+
+    case StreamProxy.next(proxy, deadline) do
+      {:chunk, frame} ->
+        {true, {:begun, %{proxy: proxy, dest: bridge, deadline: deadline}, frame}}
+
+      # It may have been killed, or have had no time, before it has sent anything.
+      {:over, reply} ->
+        {not StreamProxy.revoke(permit), reply}
+    end
+  end
+
+  defp sent(%__MODULE__{stream?: stream?}, %Request{body: body, deaths: deaths}),
+    do: %Calls.Request{body: body, retry: :pool, deaths: deaths, stream?: stream?}
+
+  defp last(%__MODULE__{retry: false}, {:error, {:died, :sent}}),
+    do: {:error, :python_process_died}
+
+  defp last(_attempt, reply), do: reply
+end

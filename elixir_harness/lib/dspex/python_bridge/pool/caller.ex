@@ -1,0 +1,146 @@
+defmodule DSPex.PythonBridge.Pool.Caller do
+  @moduledoc false
+  # The part of a pool's call that runs in the caller's process, before and after its way to a peer
+  # (`DSPex.PythonBridge.Pool.Router`). Changes of programs go to the coordinator, questions about the peers to all of them.
+
+  import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
+
+  alias DSPex.PythonBridge.{Calls, Client, Error, Protocol}
+  alias DSPex.PythonBridge.Client.StreamReducer
+  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, Request, Router, Sums}
+  alias DSPex.PythonBridge.Programs.{Change, Tools}
+  alias DSPex.PythonBridge.Tools.FunctionHolder
+
+  # They have no chunks, and their bodies are kept.
+  @changes [:create_program, "create_program", :cleanup, "cleanup"]
+
+  @typedoc "The name of a pool, or its pid, as the caller has given it."
+  @type pool :: term()
+
+  @doc "Makes a call without chunks and tools. The arguments are those of `DSPex.PythonBridge.Client.Caller.exchange/5`."
+  @spec exchange(pool(), Protocol.command(), map(), timeout() | :default, keyword()) ::
+          Client.Caller.result()
+  def exchange(pool, command, args, timeout, opts) do
+    began = System.monotonic_time()
+
+    case prepare(pool, command, args, timeout, opts, began) do
+      {:ok, handle, request} -> Router.run(handle, request, attempt(opts))
+      result -> result
+    end
+  end
+
+  @doc "A call with chunks or tools, for `DSPex.PythonBridge.Client.StreamReducer`; `:tools` in `opts`."
+  @spec streamed(pool(), Protocol.command(), map(), timeout() | :default, keyword()) ::
+          StreamReducer.request()
+  def streamed(pool, command, args, timeout, opts) do
+    open = fn stream? ->
+      began = System.monotonic_time()
+      opts = [stream: stream? and command not in @changes] ++ opts
+
+      case prepare(pool, command, args, timeout, opts, began) do
+        {:ok, handle, request} -> open(handle, request, opts)
+        result -> result
+      end
+    end
+
+    {:pool, pool, command, args, open}
+  end
+
+  defp open(%Handle{name: name} = handle, request, opts) do
+    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+
+    case Router.run(handle, request, %{attempt(opts) | holder: holder}) do
+      {:begun, call, frame} ->
+        {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
+
+      result ->
+        FunctionHolder.close(holder)
+        result
+    end
+  end
+
+  # With chunks that were given, it is not made again.
+  defp conclude(name, {:error, :bridge_not_running}) do
+    if Handle.fetch(name),
+      do: {:error, Error.new(:python_process_died)},
+      else: {:error, Error.not_running(:pool, name)}
+  end
+
+  defp conclude(_name, reply), do: Client.Caller.read(reply)
+
+  defp attempt(opts) do
+    retry = Keyword.get(opts, :retry, true)
+    %Attempt{retry: retry, stream?: Keyword.get(opts, :stream, false)}
+  end
+
+  # A call of one peer, ready to be sent; or the result of one of the whole pool.
+  defp prepare(pool, command, args, timeout, opts, began) do
+    started = System.convert_time_unit(began, :native, :millisecond)
+
+    with {:ok, handle} <- find(pool),
+         {:ok, timeout} <- check_timeout(timeout, handle),
+         :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, opts[:tools]),
+         {:ok, body} <- Protocol.encode_body(command, args, opts) do
+      request = Request.new(body, program(command, args), started, timeout)
+
+      case whole(handle, request, command, args, opts) do
+        nil -> {:ok, handle, request}
+        {:ok, id, result, meta} -> {:ok, id, result, timed(meta, began)}
+        {:error, error} -> {:error, error}
+      end
+    end
+  end
+
+  # A peer's own duration is a part of it.
+  defp timed(meta, began) do
+    us = System.convert_time_unit(System.monotonic_time() - began, :native, :microsecond)
+    Map.put(meta, "duration_ms", us / 1000)
+  end
+
+  defp find(pool) do
+    case Handle.fetch(pool) do
+      nil -> {:error, if(bridge?(pool), do: a_bridge(pool), else: Error.not_running(:pool, pool))}
+      handle -> {:ok, handle}
+    end
+  end
+
+  defp bridge?(server) do
+    pid = if is_atom(server), do: Process.whereis(server), else: server
+    is_pid(pid) and Registry.get(:bridge, pid) != nil
+  end
+
+  defp a_bridge(server) do
+    text = "#{inspect(server)} is a bridge: use Bridge.call, Bridge.request or Bridge.stream"
+    Error.new(:invalid_request, text)
+  end
+
+  defp check_timeout(:default, handle), do: {:ok, handle.settings.default_timeout}
+  defp check_timeout(timeout, handle), do: Client.Caller.check_timeout(timeout, handle.pid)
+
+  defp program(command, args) when command in [:execute_program, "execute_program"],
+    do: Change.program_id(command, args)
+
+  defp program(_command, _args), do: nil
+
+  # Commands for the pool as a whole; nil for those of one peer.
+  defp whole(handle, request, command, args, opts) when is_summed(command),
+    do: Sums.run(handle, command, args, request.deadline, opts)
+
+  defp whole(handle, request, command, args, _opts) do
+    with {_kind, _ids, _stamp} = change <- Change.new(command, args),
+         do: change(handle, request, change)
+  end
+
+  defp change(handle, request, change) do
+    case CoordinatorClient.await(handle.name, request.deadline) do
+      nil ->
+        {:error, Error.not_running(:pool, handle.name)}
+
+      coordinator ->
+        sent = %Calls.Request{body: request.body, change: change}
+        left = Request.left(request)
+        Client.Caller.read(Client.Caller.send_and_wait(coordinator, left, sent))
+    end
+  end
+end

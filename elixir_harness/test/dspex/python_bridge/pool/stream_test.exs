@@ -1,0 +1,269 @@
+defmodule DSPex.PythonBridge.Pool.StreamTest do
+  @moduledoc """
+  Chunks and tools by a pool: which peer serves, when another one follows, and that each call is counted out
+  (tests/fakes/replies/plays.py and who.py). What a pool of one peer does as a bridge does is in client/stream_test.exs.
+  """
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Client.StreamProxy
+  alias DSPex.Test.PoolProbe
+
+  @chunks for n <- 0..2, do: {:chunk, "n", "#{n}"}
+
+  defp start(fake, opts) do
+    name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
+    start_supervised!({Pool, fake |> fake_opts(opts) |> Keyword.put(:name, name)}, id: name)
+    name
+  end
+
+  defp start_up(fake, opts) do
+    pool = start(fake, opts)
+    all_up(pool)
+    pool
+  end
+
+  defp all_up(pool),
+    do: eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, 20_000)
+
+  defp in_dir(dir, opts), do: [env: %{"FAKE_FILE" => Path.join(dir, "starts")}] ++ opts
+  defp stream(pool, play, opts \\ []), do: Pool.stream(pool, %{play: play}, opts)
+  defp elements(pool, play, opts \\ []), do: pool |> stream(play, opts) |> Enum.to_list()
+  defp bridges(pool), do: for(%{bridge: bridge} <- Pool.status(pool).peers, do: bridge)
+  defp go(pool, name), do: for(b <- bridges(pool), do: Bridge.cast(b, :go, %{name: name}))
+  defp suspend(stream), do: Enumerable.reduce(stream, {:cont, nil}, &{:suspend, [&1 | &2 || []]})
+  defp idle(pool), do: eventually(fn -> Enum.uniq(PoolProbe.busy(pool)) == [0] end)
+  defp mailbox, do: elem(Process.info(self(), :messages), 1)
+
+  describe "until the first chunk" do
+    @describetag :tmp_dir
+
+    test "a call goes to another peer when its own dies, and its tools with it", %{tmp_dir: dir} do
+      pool = start_up("plays", in_dir(dir, pool_size: 2))
+      tool = [["tool", 1, "note", %{}], ["result", 1]]
+      # The first peer, and any that is asked before the second.
+      play = [["first", tool ++ [["die"]], tool ++ [["count", 3], ["reply"]]]]
+      test = self()
+      tools = %{note: fn %{} -> send(test, :noted) && "n" end}
+
+      assert [_, _, _, {:ok, %{"1" => %{"result" => "n"}}, _}] =
+               found = elements(pool, play, tools: tools)
+
+      assert Enum.take(found, 3) == @chunks
+      assert_received :noted
+      idle(pool)
+    end
+
+    test "a call is given up after 1 + max_retries peers", %{tmp_dir: dir} do
+      pool = start_up("plays", in_dir(dir, pool_size: 2, max_retries: 1))
+
+      assert [error: %Error{type: :python_process_died}] =
+               elements(pool, [["die"]], timeout: 20_000)
+
+      eventually(fn -> File.read!(Path.join(dir, "starts")) == "xxxx" end, 10_000)
+      all_up(pool)
+      assert [error: %Error{type: :python_process_died}] = elements(pool, [["die"]], retry: false)
+      eventually(fn -> File.read!(Path.join(dir, "starts")) == "xxxxx" end, 10_000)
+      idle(pool)
+    end
+  end
+
+  test "a peer that is overloaded is passed over; one that has done some of it is not" do
+    pool = start_up("who", pool_size: 2)
+    on_chunk = [on_chunk: & &1]
+    assert {:error, %Error{type: :overloaded}} = Pool.request(pool, :overloaded, %{}, on_chunk)
+
+    assert {:error, %Error{type: :overloaded, retryable: false}} =
+             Pool.request(pool, :overloaded_halfway, %{}, on_chunk)
+
+    counts = for bridge <- bridges(pool), do: Bridge.call(bridge, :halfway)
+    assert Enum.sort(counts) == [{:ok, %{"count" => 0}}, {:ok, %{"count" => 1}}]
+
+    full = start_up("plays", pool_size: 2, max_pending: 1)
+    {:suspended, [{:chunk, "n", "0"}], one} = suspend(stream(full, [["count", 1], ["go", "on"]]))
+    {:suspended, [{:chunk, "n", "0"}], two} = suspend(stream(full, [["count", 1], ["go", "on"]]))
+    assert Enum.sort(PoolProbe.busy(full)) == [1, 1]
+    assert [error: %Error{type: :overloaded}] = elements(full, [["reply"]])
+    for next <- [one, two], do: assert({:halted, nil} = next.({:halt, nil}))
+    idle(full)
+  end
+
+  test "a program that the peer does not have is created there" do
+    pool = start_up("who", pool_size: 2)
+    {:ok, _} = Pool.call(pool, :create_program, %{id: "p", signature: "q -> a"})
+
+    for bridge <- bridges(pool) do
+      # Behind the pool's back.
+      send(
+        bridge,
+        {:request, %Request{body: ~s(,"command":"cleanup","args":{}}), timeout: 5_000}}
+      )
+
+      assert {:ok, %{"programs" => none}} = Bridge.call(bridge, :list_programs)
+      assert none == %{}
+    end
+
+    run = %{program_id: "p"}
+    assert [{:ok, %{"signature" => "q -> a"}, _}] = pool |> Pool.stream(run) |> Enum.to_list()
+
+    assert [error: %Error{type: :program_not_found}] =
+             pool |> Pool.stream(%{program_id: "none"}) |> Enum.to_list()
+
+    idle(pool)
+  end
+
+  test "many streams are spread over the peers" do
+    pool = start_up("plays", pool_size: 3)
+    play = [["count", 1], ["go", "on"], ["count", 1], ["reply", %{}]]
+    readers = for _ <- 1..30, do: Task.async(fn -> elements(pool, play, timeout: 20_000) end)
+    eventually(fn -> PoolProbe.busy(pool) == [10, 10, 10] end)
+    go(pool, "on")
+
+    for result <- Task.await_many(readers, 20_000),
+        do: assert([{:chunk, "n", "0"}, {:chunk, "n", "0"}, {:ok, %{}, _}] = result)
+
+    idle(pool)
+  end
+
+  test "a call waits for the first peer, and for a checkin" do
+    env = %{"FAKE_START_MS" => "300"}
+    pool = start("starts_late", env: env, pool_size: 1)
+    assert {:ok, _, _} = Pool.request(pool, :ping, %{}, on_chunk: & &1, timeout: 20_000)
+
+    pool = start_up("plays", pool_size: 1)
+    {:ok, bridge} = Pool.checkout(pool)
+    assert [error: %Error{type: :timeout}] = elements(pool, [["reply", %{}]], timeout: 50)
+    reader = Task.async(fn -> elements(pool, [["count", 3], ["reply", %{}]]) end)
+    eventually(fn -> map_size(:sys.get_state(Module.concat(pool, Coordinator)).waiting) == 1 end)
+    :ok = Pool.checkin(pool, bridge)
+    assert [_, _, _, {:ok, %{}, _}] = Task.await(reader)
+    assert mailbox() == []
+  end
+
+  describe "after the first chunk" do
+    test "the death of a peer is the result, and so is the end of its bridge" do
+      pool = start_up("plays", pool_size: 2)
+      play = [["count", 1], ["go", "die"], ["die"]]
+
+      result =
+        for element <- stream(pool, play, timeout: 20_000) do
+          if match?({:chunk, _, _}, element), do: go(pool, "die")
+          element
+        end
+
+      assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = result
+      all_up(pool)
+      {:suspended, _, next} = suspend(stream(pool, [["count", 1], ["go", "on"]]))
+      index = Enum.find_index(PoolProbe.busy(pool), &(&1 == 1))
+      pool |> bridges() |> Enum.at(index) |> Process.whereis() |> Process.exit(:kill)
+
+      assert {:suspended, [{:error, %Error{type: :python_process_died}} | _], _} =
+               next.({:cont, nil})
+
+      idle(pool)
+    end
+
+    test "the end of the pool is the result" do
+      pool = start_up("plays", pool_size: 1, env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
+      {:suspended, _, next} = suspend(stream(pool, [["count", 1], ["go", "on"]]))
+      :ok = stop_supervised!(pool)
+
+      assert {:suspended, [{:error, %Error{type: :bridge_not_running} = error}], _} =
+               next.({:cont, nil})
+
+      assert error.message == "the pool #{inspect(pool)} is not running"
+    end
+  end
+
+  describe "a call is counted out" do
+    setup do
+      %{pool: start_up("plays", pool_size: 1)}
+    end
+
+    test "when its caller is killed, before a chunk and after", %{pool: pool} do
+      for play <- [[["go", "on"]], [["count", 1], ["go", "on"]]] do
+        caller = spawn(fn -> elements(pool, play) end)
+        eventually(fn -> PoolProbe.busy(pool) == [1] end)
+        Process.exit(caller, :kill)
+        idle(pool)
+      end
+
+      {:ok, %{"heard" => heard}} = Bridge.call(hd(bridges(pool)), :heard)
+      assert [_, _] = for(%{"cancel" => id} <- heard, do: id)
+    end
+
+    test "when its proxy is killed, before a chunk and after", %{pool: pool} do
+      for play <- [[["go", "on"]], [["count", 1], ["go", "on"]]] do
+        reader = Task.async(fn -> elements(pool, play) end)
+        eventually(fn -> PoolProbe.busy(pool) == [1] end)
+        [proxy] = eventually(fn -> proxies(reader.pid) end)
+        Process.exit(proxy, :kill)
+        assert {:error, %Error{type: :cancelled}} = reader |> Task.await() |> List.last()
+        idle(pool)
+      end
+    end
+
+    defp proxies(parent) do
+      found =
+        for pid <- Process.list(),
+            Process.info(pid, :parent) == {:parent, parent},
+            Process.info(pid, :current_function) == {:current_function, {StreamProxy, :loop, 1}},
+            do: pid
+
+      if found != [], do: found
+    end
+
+    test "at its timeout, however short", %{pool: pool} do
+      for timeout <- [0, 0, 1, 2, 5, 20] do
+        assert [error: %Error{type: :timeout}] = elements(pool, [["go", "on"]], timeout: timeout)
+      end
+
+      idle(pool)
+      assert mailbox() == []
+    end
+
+    test "when its bridge has ended before it got the call", %{pool: pool} do
+      [bridge] = bridges(pool)
+      pid = Process.whereis(bridge)
+      :sys.suspend(pid)
+
+      reader =
+        Task.async(fn -> elements(pool, [["count", 3], ["reply", %{}]], timeout: 20_000) end)
+
+      eventually(fn -> PoolProbe.busy(pool) == [1] end)
+      Process.exit(pid, :kill)
+      assert [_, _, _, {:ok, %{}, _}] = Task.await(reader, 20_000)
+      idle(pool)
+    end
+  end
+
+  test "a proxy whose permission was taken back sends nothing" do
+    permit = StreamProxy.permit()
+    assert StreamProxy.revoke(permit)
+    request = %Request{body: ""}
+    call = %{dest: self(), deadline: :infinity, request: request, permit: permit}
+    proxy = StreamProxy.start(call, nil)
+    monitor = Process.monitor(proxy)
+    assert_receive {:DOWN, ^monitor, :process, ^proxy, _}, 5_000
+    assert mailbox() == []
+
+    permit = StreamProxy.permit()
+    _proxy = StreamProxy.start(%{call | permit: permit}, nil)
+    assert_receive {:request, %Request{}}, 5_000
+    refute StreamProxy.revoke(permit)
+  end
+
+  test "wrong options and a pool that is not there are the only element" do
+    assert [error: %Error{type: :invalid_request}] =
+             Enum.to_list(Pool.stream(:no_pool, %{}, x: 1))
+
+    assert [error: %Error{type: :bridge_not_running, message: text}] =
+             Enum.to_list(Pool.stream(:no_pool, %{}))
+
+    assert text == "the pool :no_pool is not running"
+  end
+end
