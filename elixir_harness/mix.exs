@@ -116,7 +116,7 @@ defmodule DSPex.MixProject do
   def application do
     [
       mod: {DSPex.Application, []},
-      extra_applications: [:logger, telemetry: :optional]
+      extra_applications: [:crypto, :logger, telemetry: :optional]
     ]
   end
 

@@ -2,7 +2,7 @@ defmodule DSPex.Test.PoolProbe do
   @moduledoc "Looks into a pool, on the node where it runs."
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.Pool.Handle
 
   @doc "The coordinators of other nodes that calls may be sent to."
@@ -25,6 +25,17 @@ defmodule DSPex.Test.PoolProbe do
       {:ok, %{"programs" => programs}} = Bridge.call(bridge, :list_programs)
       programs
     end
+  end
+
+  @doc "Removes all programs from the peers, of which the pool does not learn."
+  def forget_all(pool) do
+    for %{bridge: bridge} <- Pool.status(pool).peers do
+      body = ~s(,"command":"cleanup","args":{}})
+      send(bridge, {:request, %Request{body: body, timeout: 5_000}})
+    end
+
+    for programs <- programs(pool), do: 0 = Enum.count(programs)
+    :ok
   end
 
   @doc "Checks out all peers in a process that lives until it is sent `:end`; gives it, and the results of the checkouts."

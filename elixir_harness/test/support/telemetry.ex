@@ -21,7 +21,10 @@ defmodule DSPex.Test.Telemetry do
     [:pool, :call, :start],
     [:pool, :call, :stop],
     [:pool, :call, :exception],
-    [:pool, :checkout]
+    [:pool, :checkout],
+    [:tool, :start],
+    [:tool, :stop],
+    [:tool, :exception]
   ]
 
   @doc "The application has it from now on."

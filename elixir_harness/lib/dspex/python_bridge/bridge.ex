@@ -33,12 +33,14 @@ defmodule DSPex.PythonBridge.Bridge do
   @type stream_option ::
           {:timeout, timeout() | :default}
           | {:retry, boolean()}
-          | {:tools, %{(atom() | String.t()) => (map() -> term())}}
+          | {:tools, %{(atom() | String.t()) => tool() | {tool(), [repeat: boolean()]}}}
           | {:attempts, 1..10}
           | {:max_concurrency, pos_integer()}
           | {:item_timeout_ms, pos_integer()}
           | {:history, boolean()}
           | {:traceparent, String.t() | nil}
+  @typedoc "Called with the arguments, a map with string keys, and the `call_key`: see `request/4`."
+  @type tool :: (args :: map() -> term()) | (args :: map(), call_key :: String.t() -> term())
   @type request_option :: stream_option() | {:on_chunk, (map() -> term())}
   @type stream_element ::
           {:chunk, field :: String.t(), text :: String.t()}
@@ -91,7 +93,8 @@ defmodule DSPex.PythonBridge.Bridge do
   Replaces the peer: another one is started, gets the programs, and then the calls. The old peer serves until then and
   finishes its calls; those that it has not finished after `DSPY_BRIDGE_DRAIN_MS` (5 s by default) are sent again to
   the new one. Callers do not notice, except if their call is not finished by then and cannot be sent again, because of
-  `retry: false` or a chunk that was streamed: they get `:python_process_died`. A `create_program` or `cleanup` that
+  `retry: false`, a chunk that was streamed, or a tool with `repeat: false` that has begun: they get
+  `:python_process_died`. A `create_program` or `cleanup` that
   comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
   loading them are tried again.
 
@@ -220,13 +223,25 @@ defmodule DSPex.PythonBridge.Bridge do
     * `:timeout` – ms, `:infinity` or `:default`
     * `:retry` – true by default; with false, the request is not sent again when the peer dies with it, but gives
       `:python_process_died`
-    * `:tools` – a map of functions of one argument by their names, atoms or strings: the tools that the program was
+    * `:tools` – a map of functions by their names, atoms or strings: the tools that the program was
       created with. A name that is none of them is refused (`:invalid_args`), if this bridge has created the program. The first
       call of a program with tools that is given none is logged as a warning. The peer calls one with a map of arguments with string keys. The value that it returns is the tool's
       result, if it has a JSON form (`{:ok, term}` counts as `term`). `{:error, reason}`, and what the function raises,
       throws or exits with, becomes an error for the program: a string `reason` unchanged, all else on one line. Each
       call runs in its own process, several at once if the peer asks for it, and is killed when the request is over.
-      After the peer's death they are made again. Each call copies what the function has captured.
+      Each call copies what the function has captured.
+
+      When the peer dies, the next one starts the run from the beginning. A tool call that it makes with the name and
+      the arguments of an earlier one gets the answer of that, without the function: the first of such calls that of
+      the first, and so on. It waits for one that is still running. All other calls are new. The answers are kept until
+      the run is over.
+
+      `{function, repeat: false}` in place of a function: once it has begun, the request is not sent again, but gives
+      `:python_process_died`, with `retryable: false`. By default `repeat: true`.
+
+      A function of two arguments gets as the second one the `call_key`: a string of 32 hexadecimal digits, the same when
+      the run is sent again, and different for each other call of this or another request. It is for the
+      idempotency keys of other services.
     * `:attempts` – of `execute_program`: how often the LM is asked at most, 1 to 10, if its answer does not fit the
       signature (`:output_invalid`); by default once
     * `:max_concurrency`, `:item_timeout_ms` – of `execute_program` with a list of inputs: how many of them run at once, and

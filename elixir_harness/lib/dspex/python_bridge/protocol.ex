@@ -277,15 +277,29 @@ defmodule DSPex.PythonBridge.Protocol do
   def encode_tool_result(call_id, {kind, value}) do
     {success, key} = if kind == :ok, do: {"true", "result"}, else: {"false", "error"}
 
-    with {:ok, id_json} <- Payload.encode(call_id, "call_id"),
-         {:ok, json} <- Payload.encode(value, key) do
+    with {:ok, json} <- Payload.encode(value, key) do
+      head = tool_result_head(call_id)
+
       {:ok,
-       IO.iodata_to_binary([
-         [~s({"tool_result":{"call_id":), id_json, ~s(,"success":), success],
-         [~s(,"), key, ~s(":), json, "}}"]
-       ])}
+       IO.iodata_to_binary([head, ~s(,"success":), success, ~s(,"), key, ~s(":), json, "}}"])}
     end
   end
+
+  @doc """
+  The frame of `encode_tool_result/2` for another call.
+
+      iex> {:ok, frame} = DSPex.PythonBridge.Protocol.encode_tool_result(7, {:ok, [1]})
+      iex> DSPex.PythonBridge.Protocol.readdress_tool_result(frame, 7, "eight")
+      ~s({"tool_result":{"call_id":"eight","success":true,"result":[1]}})
+  """
+  @spec readdress_tool_result(binary(), id(), id()) :: binary()
+  def readdress_tool_result(frame, call_id, other) do
+    [head, other_head] = for id <- [call_id, other], do: tool_result_head(id)
+    IO.iodata_to_binary([other_head, binary_slice(frame, IO.iodata_length(head)..-1//1)])
+  end
+
+  # The ids are those of tool calls that were read.
+  defp tool_result_head(call_id), do: [~s({"tool_result":{"call_id":), JSON.encode!(call_id)]
 
   ## Log records
 

@@ -116,6 +116,13 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     noreply(%{state | in_flight: in_flight}, frame)
   end
 
+  def handle_info({:bind, port, id, ref}, state)
+      when is_port(port) and is_integer(id) and is_reference(ref) do
+    {answer, in_flight} = Calls.Events.bind(state.in_flight, port, id)
+    send(ref, {ref, answer})
+    {:noreply, %{state | in_flight: in_flight}}
+  end
+
   # From a caller, or a tool, that could not decode a chunk or a tool call.
   def handle_info(:unreadable_frame, state), do: {:noreply, unreadable_frame(state)}
 

@@ -22,7 +22,8 @@ defmodule DSPex.PythonBridge.Calls do
         deadline: Deadline.new(request.timeout, now),
         change: request.change && stamped(request.change),
         at: nil,
-        streamed?: false
+        streamed?: false,
+        bound?: false
     }
 
     Dispatcher.offer(%{in_flight | next_id: id + 1}, id, request, now)

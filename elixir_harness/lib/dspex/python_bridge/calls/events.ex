@@ -17,7 +17,7 @@ defmodule DSPex.PythonBridge.Calls.Events do
 
         if request.streamed?,
           do: {:ok, in_flight},
-          else: {:ok, %{in_flight | calls: Calls.Table.replace(calls, id, streamed(request))}}
+          else: {:ok, replace(in_flight, id, %{without_body(request) | streamed?: true})}
 
       _none ->
         :nobody
@@ -25,8 +25,11 @@ defmodule DSPex.PythonBridge.Calls.Events do
   end
 
   # It is not sent again, so only a change of the programs needs the body.
-  defp streamed(%Request{change: nil} = request), do: %{request | streamed?: true, body: ""}
-  defp streamed(request), do: %{request | streamed?: true}
+  defp without_body(%Request{change: nil} = request), do: %{request | body: ""}
+  defp without_body(request), do: request
+
+  defp replace(%InFlight{calls: calls} = in_flight, id, request),
+    do: %{in_flight | calls: Calls.Table.replace(calls, id, request)}
 
   @doc "Passes a tool call to the caller that has the tools, or refuses it."
   @spec tool_call(InFlight.t(), Invocation.t()) :: :ok
@@ -43,6 +46,21 @@ defmodule DSPex.PythonBridge.Calls.Events do
     end
 
     :ok
+  end
+
+  @doc """
+  Makes a call one that is not sent again: a tool begins that must not be called twice. `:over` if the call is no longer at
+  this peer, so that the tool must not begin for it.
+  """
+  @spec bind(InFlight.t(), port(), pos_integer()) :: {:ok | :over, InFlight.t()}
+  def bind(%InFlight{calls: calls} = in_flight, port, id) do
+    case Calls.Table.get(calls, id) do
+      %Request{at: ^port} = request ->
+        {:ok, replace(in_flight, id, %{without_body(request) | bound?: true})}
+
+      _none ->
+        {:over, in_flight}
+    end
   end
 
   @doc """

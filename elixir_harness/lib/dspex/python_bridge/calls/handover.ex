@@ -69,7 +69,10 @@ defmodule DSPex.PythonBridge.Calls.Handover do
   defp none_serves(in_flight),
     do: %{in_flight | to: nil, quarantine: Quarantine.stop(in_flight.quarantine)}
 
-  # What was streamed from was written.
+  # What has begun a tool, or was streamed from, was written.
+  defp lost_call(in_flight, id, %Request{bound?: true}, _how),
+    do: InFlight.fail(in_flight, id, :tool_begun)
+
   defp lost_call(in_flight, id, %Request{streamed?: true}, how),
     do: InFlight.fail(in_flight, id, failure(how))
 

@@ -14,7 +14,8 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #   * `watch`: the monitor of the caller, or the timer of a cast
   #   * `deadline`: `timeout` in the bridge's time
   #   * `at`, `since`: the port of the peer that has it, or nil, and since when
-  #   * `streamed?`: whether the caller has been sent a chunk; if so, there is no retry
+  #   * `streamed?`, `bound?`: whether the caller has been sent a chunk, or has begun a tool that must not be called
+  #     again; if so, there is no retry
 
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Store
@@ -25,7 +26,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   @enforce_keys [:body]
   defstruct [:ref, :pid, :body, :change, :watch, :deadline, :at, :since] ++
               [timeout: :infinity, retry: :bridge, deaths: 0] ++
-              [stream?: false, tools?: false, streamed?: false]
+              [stream?: false, tools?: false, streamed?: false, bound?: false]
 
   @type t :: %__MODULE__{
           ref: reference() | nil,
@@ -41,16 +42,19 @@ defmodule DSPex.PythonBridge.Calls.Request do
           deadline: Deadline.t() | nil,
           at: port() | nil,
           since: integer() | nil,
-          streamed?: boolean()
+          streamed?: boolean(),
+          bound?: boolean()
         }
   @type retry :: :bridge | :never | :pool
   @typedoc "Only for the coordinator of a pool: see `DSPex.PythonBridge.Pool.ProgramChanges.ask/2`."
   @type repair :: {:repair, pos_integer(), Store.id()}
-  @typedoc "What the caller gets: `{ref, reply}`."
-  @type reply :: {:frame, binary()} | {:error, :timeout | :proxy_died | failure()}
+  @typedoc "What the caller gets: `{ref, reply}`. `:served`: from `DSPex.PythonBridge.Pool.Cluster.Relay`."
+  @type reply ::
+          {:frame, binary()} | {:error, :timeout | :proxy_died | failure()} | {:served, term()}
   @type failure ::
           :python_process_died
           | :replaced
+          | :tool_begun
           | :bridge_not_running
           | :overloaded
           | {:died, :sent | :unsent}

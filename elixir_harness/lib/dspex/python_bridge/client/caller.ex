@@ -177,6 +177,15 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, Error.new(:python_process_died, text)}
   end
 
+  # The caller must not take it for a request that may be made again, with the tool.
+  def read({:error, :tool_begun}) do
+    text =
+      "the Python process was lost before it had replied, and the request, of which a tool with " <>
+        "repeat: false had begun, was not sent again"
+
+    {:error, %{Error.new(:python_process_died, text) | retryable: false}}
+  end
+
   def read({:error, :proxy_died}) do
     text = "the process that made the call in the caller's place was killed"
     {:error, Error.new(:cancelled, text)}

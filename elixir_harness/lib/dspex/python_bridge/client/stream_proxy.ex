@@ -10,8 +10,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # It ends with the reply, with the caller, or when the caller stops it; the bridge, which monitors it as any caller,
   # then cancels the call. It has no links.
   #
-  # Tools end with the reply, before the caller gets it. After a reply to a pool's call that may be made again by another
-  # peer the functions are left to the proxy of that one; or the caller closes their holder.
+  # Tools end with the reply, before the caller gets it. After a reply to a pool's call with which that may try another
+  # peer they go on, for the proxy of that one; or the caller closes the holder of the functions.
 
   alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
@@ -25,7 +25,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   # A queue as a default would be a literal, which Dialyzer does not take for a queue.
   @enforce_keys [:dest, :ref, :watch, :tools, :timer, :pool?, :chunks]
-  defstruct [:dest, :ref, :watch, :tools, :timer, :pool?, :asked, :chunks]
+  defstruct [:dest, :ref, :watch, :tools, :timer, :pool?, :asked, :chunks, streamed?: false]
 
   @typedoc "The part of a prepared call that it needs to make it."
   @type call :: %{
@@ -47,7 +47,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
            timer: reference() | nil,
            pool?: boolean(),
            asked: reference() | nil,
-           chunks: :queue.queue(binary())
+           chunks: :queue.queue(binary()),
+           streamed?: boolean()
          }
 
   ## In the caller's process
@@ -113,25 +114,37 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     # Its messages have the caller's contents.
     Process.flag(:sensitive, true)
     watch = Process.monitor(caller)
-    Tools.Runner.attend(tools)
     # One alias for all messages: :reply_demonitor would end with the first.
     ref = :erlang.monitor(:process, dest, alias: :demonitor)
     left = Deadline.left(call.deadline)
     tools? = not Tools.Runner.none?(tools)
     request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
-    if not permitted?(call), do: exit(:normal)
-    send(dest, NodeMessage.request(request, dest))
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
     state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer}
     state = Map.merge(state, %{pool?: request.retry == :pool, chunks: :queue.new()})
-    loop(struct!(__MODULE__, state))
+    make(struct!(__MODULE__, state), call, request)
+  end
+
+  defp make(state, call, request) do
+    case Tools.Runner.attend(state.tools) do
+      :ok ->
+        if permitted?(call), do: send_and_loop(state, request), else: :ok
+
+      :bound ->
+        over(state, {:error, :tool_begun})
+    end
+  end
+
+  defp send_and_loop(%__MODULE__{dest: dest} = state, request) do
+    send(dest, NodeMessage.request(request, dest))
+    loop(state)
   end
 
   @spec loop(t()) :: :ok
   defp loop(%__MODULE__{ref: ref, timer: timer, watch: watch} = state) do
     receive do
       {^ref, :chunk, frame} ->
-        hand_out(%{state | chunks: :queue.in(frame, state.chunks)})
+        hand_out(keep_chunk(state, frame))
 
       {^ref, :tool_call, tool_call} ->
         tool_call = NodeMessage.read_tool_call(tool_call)
@@ -170,6 +183,12 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
+  # With the first one it is certain that the run is not sent again.
+  defp keep_chunk(%__MODULE__{streamed?: streamed?} = state, frame) do
+    if not streamed?, do: Tools.Runner.bound(state.tools)
+    %{state | streamed?: true, chunks: :queue.in(frame, state.chunks)}
+  end
+
   defp hand_out(%__MODULE__{asked: nil} = state), do: loop(state)
 
   defp hand_out(%__MODULE__{asked: asked} = state) do
@@ -186,19 +205,30 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # The tools end before the reply is sent: once the caller has it, no tool starts anything.
   defp over(state, reply) do
     Process.demonitor(state.ref, [:flush])
-    state = if again?(state, reply), do: state, else: end_tools(state)
-    hand_over(state, :queue.to_list(state.chunks), reply)
+    chunks = :queue.to_list(state.chunks)
+
+    if again?(state, reply) do
+      hand_over(state, chunks, reply)
+    else
+      reply = with_tools_begun(Tools.Runner.stop(state.tools), reply)
+      hand_over(%{state | timer: nil}, chunks, reply)
+    end
   end
 
-  # Only the pool knows which errors it tries again.
-  defp again?(%__MODULE__{pool?: false}, _reply), do: false
+  # The errors with which a pool tries another peer (`DSPex.PythonBridge.Pool.LocalCall`), unless chunks were given.
+  defp again?(%__MODULE__{pool?: pool?, streamed?: streamed?}, _reply)
+       when not pool? or streamed?,
+       do: false
+
   defp again?(_state, {:frame, frame}), do: not Protocol.success?(frame)
-  defp again?(_state, {:error, reason}), do: reason != :timeout
+  # From another node, which has tried its peers.
+  defp again?(_state, {:served, _result}), do: true
+  defp again?(_state, {:error, {:died, _sent}}), do: true
+  defp again?(_state, {:error, reason}), do: reason in [:bridge_not_running, :overloaded]
 
-  defp end_tools(state) do
-    Tools.Runner.stop(state.tools)
-    %{state | timer: nil}
-  end
+  # Else its caller might make the call again, and the tool's.
+  defp with_tools_begun(:bound, {:error, :bridge_not_running}), do: {:error, :tool_begun}
+  defp with_tools_begun(_bound, reply), do: reply
 
   # Any other message is too late.
   defp hand_over(%__MODULE__{asked: nil, watch: watch, timer: timer} = state, chunks, reply) do
@@ -211,7 +241,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
       # No other peer is tried any longer.
       {:timeout, ^timer, :deadline} ->
-        hand_over(end_tools(state), chunks, reply)
+        Tools.Runner.stop(state.tools)
+        hand_over(%{state | timer: nil}, chunks, reply)
 
       _stale ->
         hand_over(state, chunks, reply)

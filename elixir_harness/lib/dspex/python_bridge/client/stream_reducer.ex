@@ -11,6 +11,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
   alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Programs.Change
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
   @typedoc """
@@ -41,14 +42,14 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
       opts = [stream: stream?] ++ opts
 
       with {:ok, call} <- Caller.prepare(server, command, args, timeout, opts),
-           do: start(call, opts)
+           do: start(call, opts, Change.program_id(command, args))
     end
 
     {:bridge, server, command, args, open}
   end
 
-  defp start(call, opts) do
-    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+  defp start(call, opts, program_id) do
+    holder = FunctionHolder.open(opts, nil, program_id)
     proxy = StreamProxy.start(call, holder)
     # The body is large, and the call may take long.
     call = %{call | request: nil}

@@ -42,7 +42,23 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
     if not sent? or reply == {:error, :bridge_not_running},
       do: LoadCounters.give_back(counters, index, life)
 
-    last(attempt, reply)
+    last(attempt.retry, reply)
+  end
+
+  @doc """
+  Sends the call to the pool of another node, by a process there that is like a bridge
+  (`DSPex.PythonBridge.Pool.Cluster.Relay`). It counts the call there.
+  """
+  @spec make_there(t(), pid(), Request.t()) :: Calls.Request.reply() | begun()
+  def make_there(%__MODULE__{} = attempt, relay, request) do
+    case ask(attempt, relay, request) do
+      # The process, or its node, is lost, with the call.
+      {true, {:error, :bridge_not_running}} when not attempt.retry ->
+        {:error, :python_process_died}
+
+      {_sent?, reply} ->
+        reply
+    end
   end
 
   defp ask(%__MODULE__{stream?: false, holder: nil} = attempt, bridge, request) do
@@ -67,8 +83,8 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   defp sent(%__MODULE__{stream?: stream?}, %Request{body: body, deaths: deaths}),
     do: %Calls.Request{body: body, retry: :pool, deaths: deaths, stream?: stream?}
 
-  defp last(%__MODULE__{retry: false}, {:error, {:died, :sent}}),
-    do: {:error, :python_process_died}
-
-  defp last(_attempt, reply), do: reply
+  @doc "The reply as the last one, if the call must not be sent again and a peer may have made it."
+  @spec last(retry :: boolean(), reply) :: reply when reply: term()
+  def last(false, {:error, {:died, :sent}}), do: {:error, :python_process_died}
+  def last(_retry, reply), do: reply
 end

@@ -48,7 +48,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   end
 
   defp open(%Handle{name: name} = handle, request, opts) do
-    holder = FunctionHolder.open(Keyword.get(opts, :tools, %{}))
+    holder = FunctionHolder.open(opts, name, request.program)
 
     case Router.run(handle, request, %{attempt(opts) | holder: holder}) do
       {:begun, call, frame} ->
@@ -67,6 +67,9 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       else: {:error, Error.not_running(:pool, name)}
   end
 
+  # From another node.
+  defp conclude(_name, {:served, {:done, reply}}), do: reply
+  defp conclude(name, {:served, _nobody}), do: conclude(name, {:error, :bridge_not_running})
   defp conclude(_name, reply), do: Client.Caller.read(reply)
 
   defp attempt(opts) do

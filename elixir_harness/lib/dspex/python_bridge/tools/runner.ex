@@ -4,58 +4,81 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   # (`DSPex.PythonBridge.Tools.Invocation`): part of `DSPex.PythonBridge.Client.StreamProxy`, whose process starts and ends
   # them. `DSPex.PythonBridge.Tools.FunctionHolder` holds the functions.
 
+  alias DSPex.PythonBridge.Options
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
+  alias DSPex.PythonBridge.Tools.{FunctionHolder, Functions, Invocation}
 
   @enforce_keys [:holder, :bridge, :callers]
-  defstruct [:holder, :bridge, :callers, :port, running: %{}]
+  defstruct [:holder, :bridge, :callers, :port, peer: 0, running: %{}]
 
-  @type functions :: %{String.t() => Invocation.tool()}
   @typedoc """
-  `holder`: nil if there are no functions. `port`: of the peer that has called last. `running`: the tool call of each
-  process.
+  `holder`: nil if there are no functions. `port`, `peer`: the peer that has called last, and how many were before it,
+  with itself. `running`: the tool call of each process, for this peer.
   """
   @type t :: %__MODULE__{
           holder: pid() | nil,
           bridge: Invocation.bridge(),
           callers: [pid()],
           port: port() | nil,
+          peer: non_neg_integer(),
           running: %{pid() => Invocation.t()}
         }
 
   @doc """
-  Functions by the names that the peer uses, or the error message that refuses them.
+  Functions by the names that the peer uses, each with whether a call of it may be made again, or the error message that
+  refuses them.
 
-      iex> {:ok, functions} = DSPex.PythonBridge.Tools.Runner.functions(%{search: fn %{"q" => q} -> q end})
-      iex> Map.keys(functions)
-      ["search"]
-      iex> DSPex.PythonBridge.Tools.Runner.functions(%{search: 1})
-      {:error, "search: expected a function of one argument"}
+      iex> refund = {&List.wrap/1, repeat: false}
+      iex> DSPex.PythonBridge.Tools.Runner.functions(%{:search => &List.wrap/1, "refund" => refund})
+      {:ok, %{"search" => {&List.wrap/1, true}, "refund" => {&List.wrap/1, false}}}
+      iex> DSPex.PythonBridge.Tools.Runner.functions(%{search: {&List.wrap/1, repeats: false}})
+      {:error, "search: unknown option :repeats, did you mean :repeat?"}
   """
-  @spec functions(term()) :: {:ok, functions()} | {:error, String.t()}
+  @spec functions(term()) :: {:ok, Functions.tools()} | {:error, String.t()}
   def functions(tools) when is_map(tools) and not is_struct(tools) do
-    Enum.reduce_while(tools, {:ok, %{}}, fn {name, function}, {:ok, named} ->
-      text = Payload.string(name)
-
-      cond do
-        text == nil or not String.valid?(text) ->
-          {:halt, {:error, "expected names that are atoms or strings"}}
-
-        not is_function(function, 1) ->
-          {:halt, {:error, not_a_function(text)}}
-
-        is_map_key(named, text) ->
-          {:halt, {:error, "#{text}: there twice, as atom and as string"}}
-
-        true ->
-          {:cont, {:ok, Map.put(named, text, function)}}
+    Enum.reduce_while(tools, {:ok, %{}}, fn {name, tool}, {:ok, named} ->
+      with {:ok, text} <- name(name),
+           {:ok, tool} <- tool(text, tool),
+           false <- is_map_key(named, text) do
+        {:cont, {:ok, Map.put(named, text, tool)}}
+      else
+        true -> {:halt, {:error, "#{name}: there twice, as atom and as string"}}
+        {:error, text} -> {:halt, {:error, text}}
       end
     end)
   end
 
-  def functions(_other), do: {:error, "expected a map of names to functions of one argument"}
+  def functions(_other), do: {:error, "expected a map of names to functions"}
 
-  defp not_a_function(name), do: "#{name}: expected a function of one argument"
+  defp name(name) do
+    text = Payload.string(name)
+
+    if text != nil and String.valid?(text),
+      do: {:ok, text},
+      else: {:error, "expected names that are atoms or strings"}
+  end
+
+  defp tool(name, {function, opts}) when is_function(function, 1) or is_function(function, 2) do
+    if Keyword.keyword?(opts),
+      do: with_options(name, function, opts),
+      else: {:error, "#{name}: expected options such as repeat: false after the function"}
+  end
+
+  defp tool(_name, function) when is_function(function, 1) or is_function(function, 2),
+    do: {:ok, {function, true}}
+
+  defp tool(name, _other) do
+    expected = "a function of one argument, or of two, or {function, repeat: false}"
+    {:error, "#{name}: expected #{expected}"}
+  end
+
+  defp with_options(name, function, opts) do
+    case Keyword.pop(opts, :repeat, true) do
+      {repeat?, []} when is_boolean(repeat?) -> {:ok, {function, repeat?}}
+      {_other, []} -> {:error, "#{name}: repeat: expected true or false"}
+      {_repeat, [{key, _value} | _]} -> {:error, "#{name}: #{Options.unknown(key, [:repeat])}"}
+    end
+  end
 
   @doc """
   The tools of a call to a bridge. `holder`: of the call's functions, nil without any; `callers` as for `Task`, the
@@ -65,8 +88,8 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   def new(holder, bridge, callers),
     do: %__MODULE__{holder: holder, bridge: bridge, callers: callers}
 
-  @doc "Makes the calling process the one that runs them."
-  @spec attend(t()) :: :ok
+  @doc "Makes the calling process the one that runs them; `:bound` if the run must not be sent to another peer."
+  @spec attend(t()) :: :ok | :bound
   def attend(%__MODULE__{holder: nil}), do: :ok
   def attend(%__MODULE__{holder: holder}), do: FunctionHolder.attend(holder)
 
@@ -79,15 +102,14 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   ended.
   """
   @spec run(t(), Invocation.t()) :: t()
-  # Tool calls of an earlier peer are useless: the next one starts from the beginning.
+  # Those of an earlier peer go on: this one starts the run from the beginning, and may make the same calls.
   def run(%__MODULE__{port: before} = tools, %Invocation{port: port} = call)
-      when port != before do
-    end_running(tools)
-    run(%{tools | running: %{}, port: port}, call)
-  end
+      when port != before,
+      do: run(%{tools | running: %{}, port: port, peer: tools.peer + 1}, call)
 
   def run(%__MODULE__{} = tools, call) do
-    args = [call, tools.holder, {self(), tools.callers}]
+    source = {tools.holder, self(), tools.peer}
+    args = [call, source, tools.bridge, tools.callers]
     {pid, _monitor} = spawn_monitor(Invocation, :run, args)
     %{tools | running: Map.put(tools.running, pid, call)}
   end
@@ -110,16 +132,21 @@ defmodule DSPex.PythonBridge.Tools.Runner do
     %{tools | running: running}
   end
 
-  @doc "Ends the running tools and the holder of the functions: the call is over."
-  @spec stop(t()) :: :ok
+  @doc "Notes that the run is not sent again."
+  @spec bound(t()) :: :ok
+  def bound(%__MODULE__{holder: nil}), do: :ok
+  def bound(%__MODULE__{holder: holder}), do: FunctionHolder.forget(holder)
+
+  @doc """
+  Ends the running tools and the holder of the functions: the call is over. `:bound` if a tool had begun that must not be
+  called again.
+  """
+  @spec stop(t()) :: :ok | :bound
   def stop(%__MODULE__{holder: nil}), do: :ok
 
-  def stop(%__MODULE__{holder: holder} = tools) do
-    end_running(tools)
+  def stop(%__MODULE__{holder: holder, running: running}) do
+    # The holder ends them, too, if nothing has killed it. A function may trap exits.
+    for {pid, _call} <- running, do: Process.exit(pid, :kill)
     FunctionHolder.close(holder)
   end
-
-  # A function may trap exits.
-  defp end_running(%__MODULE__{running: running}),
-    do: for({pid, _call} <- running, do: Process.exit(pid, :kill))
 end

@@ -260,33 +260,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping)
     end
 
-    test "of an agent are called again by the next peer when theirs dies" do
-      bridge = start_own([@agent])
-      test = self()
-
-      tool = fn _ ->
-        send(test, {:tool, self()})
-
-        receive do
-          :go -> "found"
-        end
-      end
-
-      request =
-        Task.async(fn ->
-          Bridge.request(bridge, :execute_program, @ask_agent, tools: %{search: tool})
-        end)
-
-      assert_receive {:tool, first}, 10_000
-      kill(Bridge.get_status(bridge).os_pid)
-      assert_receive {:tool, second}, 10_000
-      assert first != second
-      send(second, :go)
-      assert {:ok, %{"trajectory" => trajectory}, _meta} = Task.await(request, 20_000)
-      assert trajectory["observation_0"] == "found"
-      refute Process.alive?(first)
-    end
-
     test "reward the best of several answers" do
       program = %{
         id: "best",

@@ -205,12 +205,17 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
 
     crash(StreamProxy.start(call, nil), fn -> :ok end)
 
-    holder = FunctionHolder.open({:broken, @secret})
+    holder = FunctionHolder.open([tools: {:broken, @secret}], nil, nil)
     FunctionHolder.attend(holder)
-    crash(holder, fn -> assert FunctionHolder.fetch(holder, self(), "t") == :over end)
+    crash(holder, fn -> assert FunctionHolder.fetch({holder, self(), 1}, "t", "") == :over end)
 
     # This process is the bridge; its frame is none.
-    proxy = StreamProxy.start(%{call | dest: self()}, FunctionHolder.open(%{"t" => & &1}))
+    proxy =
+      StreamProxy.start(
+        %{call | dest: self()},
+        FunctionHolder.open([tools: %{"t" => {& &1, true}}], nil, nil)
+      )
+
     assert_receive {:request, %Request{ref: ref, pid: ^proxy, body: @secret, tools?: true}}
     frame = {:broken, @secret}
     call = %Invocation{port: hd(Port.list()), id: 1, frame: frame, max_frame_bytes: 1_000}

@@ -6,8 +6,8 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
-  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.Test.PoolProbe
 
   @moduletag :tmp_dir
 
@@ -44,16 +44,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
 
   defp execute(id), do: Pool.call(@pool, :execute_program, %{program_id: id}, 5_000)
 
-  # Behind the pool's back.
-  defp forget_all do
-    for %{bridge: bridge} <- peers() do
-      body = ~s(,"command":"cleanup","args":{}})
-      send(bridge, {:request, %Request{body: body, timeout: 5_000}})
-    end
-
-    assert programs() == [%{}]
-  end
-
+  defp forget_all, do: PoolProbe.forget_all(@pool)
   defp known, do: Programs.Store.definitions(Handle.fetch(@pool).programs)
 
   test "all peers that are up have a program when the reply to its creation comes", %{

@@ -96,17 +96,7 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
     pool = start_up("who", pool_size: 2)
     {:ok, _} = Pool.call(pool, :create_program, %{id: "p", signature: "q -> a"})
 
-    for bridge <- bridges(pool) do
-      # Behind the pool's back.
-      send(
-        bridge,
-        {:request, %Request{body: ~s(,"command":"cleanup","args":{}}), timeout: 5_000}}
-      )
-
-      assert {:ok, %{"programs" => none}} = Bridge.call(bridge, :list_programs)
-      assert none == %{}
-    end
-
+    PoolProbe.forget_all(pool)
     run = %{program_id: "p"}
     assert [{:ok, %{"signature" => "q -> a"}, _}] = pool |> Pool.stream(run) |> Enum.to_list()
 

@@ -1,59 +1,82 @@
 defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
   @moduledoc """
-  The holder of a call's functions while a pool tries one peer after the other: this process is the caller and all
-  bridges.
+  The functions of a call while a pool tries one peer after the other: this process is the caller and all bridges.
   """
 
   use ExUnit.Case, async: true
 
-  import DSPex.Test.Helpers
+  import DSPex.Test.Helpers, only: [eventually: 1]
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
+  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation, Runner}
 
-  # An attempt of a call in the calling process; the messages of its bridge come to the test.
-  defp attempt(bridge, holder, opts \\ []) do
-    timeout = Keyword.get(opts, :timeout, :infinity)
+  @died {:error, {:died, :sent}}
+
+  defp open(tools) do
+    {:ok, functions} = Runner.functions(tools)
+    FunctionHolder.open([tools: functions], nil, "p")
+  end
+
+  # Makes the call of the calling process by the test's process, the bridge.
+  defp start(bridge, holder, opts \\ []) do
+    deadline = Deadline.new(Keyword.get(opts, :timeout, :infinity))
     request = %Request{body: "", retry: Keyword.get(opts, :retry, :pool)}
-
-    proxy =
-      StreamProxy.start(
-        %{dest: bridge, deadline: Deadline.new(timeout), request: request},
-        holder
-      )
-
-    if bridge == self() do
-      assert_receive {:request, %Request{ref: ref, pid: ^proxy, tools?: true}}
-      {proxy, ref}
-    else
-      proxy
-    end
+    StreamProxy.start(%{dest: bridge, deadline: deadline, request: request}, holder)
   end
 
-  # The bridge's peer calls a tool.
-  defp call_tool(ref, name, args \\ %{}, call_id \\ 1) do
-    call = %{call_id: call_id, name: name, args: args}
-    frame = JSON.encode!(%{id: 1, tool_call: call})
-
-    send(
-      ref,
-      {ref, :tool_call, %Invocation{port: port(), id: 1, frame: frame, max_frame_bytes: 9_999}}
-    )
+  # A peer of this process has the call.
+  defp peer(holder, opts \\ []) do
+    proxy = start(self(), holder, opts)
+    assert_receive {:request, %Request{ref: ref, pid: ^proxy, tools?: true}}
+    port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
+    %{proxy: proxy, ref: ref, port: port}
   end
 
-  # One for each attempt.
-  defp port, do: hd(Port.list())
+  defp die(%{ref: ref, proxy: proxy}) do
+    send(ref, {ref, @died})
+    assert StreamProxy.next(proxy, :infinity) == {:over, @died}
+  end
 
-  defp reply(ref, reply), do: send(ref, {ref, reply})
+  # The peer calls a tool.
+  defp call(%{ref: ref, port: port}, call_id, name, args \\ %{}) do
+    frame = JSON.encode!(%{id: 1, tool_call: %{call_id: call_id, name: name, args: args}})
+    call = %Invocation{port: port, id: 1, frame: frame, max_frame_bytes: 9_999}
+    send(ref, {ref, :tool_call, call})
+  end
 
-  defp endless(test) do
-    fn _args ->
+  defp result(%{port: port}, call_id) do
+    assert_receive {:tool_result, ^port, 1, "{\"tool_result\":{\"call_id\":" <> _ = frame}, 5_000
+    assert %{"tool_result" => %{"call_id" => ^call_id} = result} = JSON.decode!(frame)
+    result["result"] || result["error"]
+  end
+
+  defp call_result(peer, call_id, name, args \\ %{}) do
+    call(peer, call_id, name, args)
+    result(peer, call_id)
+  end
+
+  # A tool that says that it runs, with its arguments, and returns what it is sent.
+  defp slow(test) do
+    fn args ->
       Process.flag(:trap_exit, true)
-      send(test, {:running, self()})
-      Process.sleep(:infinity)
+      send(test, {:running, self(), args})
+      receive do: ({:finish, result} -> result)
     end
+  end
+
+  # How often it was called.
+  defp counting do
+    counter = :counters.new(1, [])
+    count = fn -> :counters.get(counter, 1) end
+
+    tool = fn args ->
+      :counters.add(counter, 1, 1)
+      "#{args["q"]}#{count.()}"
+    end
+
+    {tool, count}
   end
 
   defp assert_down(pid) do
@@ -61,119 +84,332 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
     assert_receive {:DOWN, ^monitor, :process, _pid, _reason}, 5_000
   end
 
-  test "is there for the next attempt, and ends, with its tools, when the call is closed" do
-    holder = FunctionHolder.open(%{"t" => endless(self()), "one" => fn _ -> 1 end})
-    {proxy, ref} = attempt(self(), holder)
-    reply(ref, {:error, {:died, :sent}})
-    assert StreamProxy.next(proxy, :infinity) == {:over, {:error, {:died, :sent}}}
-    assert_down(proxy)
-    {proxy, ref} = attempt(self(), holder)
-    call_tool(ref, "one")
-    assert_receive {:tool_result, _port, 1, frame}
-    assert frame =~ ~s("result":1)
-    call_tool(ref, "t")
-    assert_receive {:running, tool}, 5_000
-    reply(ref, {:frame, ~s({"id":1,"success":false,"error":"no"})})
-    assert {:over, {:frame, _}} = StreamProxy.next(proxy, :infinity)
-    assert Process.alive?(holder)
-    FunctionHolder.close(holder)
-    for pid <- [tool, holder], do: assert_down(pid)
-    assert FunctionHolder.close(holder) == :ok
-  end
+  describe "the holder" do
+    test "is there for the next peer, and ends, with its tools, when it is closed" do
+      holder = open(%{"t" => slow(self()), "one" => fn _ -> 1 end})
+      one = peer(holder)
+      die(one)
+      assert_down(one.proxy)
+      two = peer(holder)
+      assert call_result(two, 1, "one") == 1
+      call(two, 2, "t")
+      assert_receive {:running, tool, %{}}, 5_000
+      send(two.ref, {two.ref, {:frame, ~s({"id":1,"success":false,"error":"no"})}})
+      assert {:over, {:frame, _}} = StreamProxy.next(two.proxy, :infinity)
+      assert Process.alive?(holder) and Process.alive?(tool)
+      assert FunctionHolder.close(holder) == :ok
+      for pid <- [tool, holder], do: assert_down(pid)
+      assert FunctionHolder.close(holder) == :ok
+    end
 
-  test "ends with a reply that no other peer can change" do
-    for {retry, reply} <- [
-          {:pool, {:frame, ~s({"id":1,"success":true,"result":{}})}},
-          {:bridge, {:frame, ~s({"id":1,"success":false,"error":"no"})}},
-          {:never, {:error, :python_process_died}}
-        ] do
-      holder = FunctionHolder.open(%{"t" => endless(self())})
-      {_proxy, ref} = attempt(self(), holder, retry: retry)
-      call_tool(ref, "t")
-      assert_receive {:running, tool}, 5_000
-      reply(ref, reply)
-      # Nobody has asked for the reply.
+    test "ends with a reply that no other peer can change" do
+      for {retry, reply} <- [
+            {:pool, {:frame, ~s({"id":1,"success":true,"result":{}})}},
+            {:pool, {:error, :tool_begun}},
+            {:bridge, {:frame, ~s({"id":1,"success":false,"error":"no"})}},
+            {:never, {:error, :python_process_died}}
+          ] do
+        holder = open(%{"t" => slow(self())})
+        %{ref: ref} = peer = peer(holder, retry: retry)
+        call(peer, 1, "t")
+        assert_receive {:running, tool, %{}}, 5_000
+        # Nobody asks for it.
+        send(ref, {ref, reply})
+        for pid <- [tool, holder], do: assert_down(pid)
+      end
+    end
+
+    test "ends with the time of the call, also if its caller has not asked for the reply yet" do
+      holder = open(%{"t" => slow(self())})
+      %{ref: ref} = peer = peer(holder, timeout: 300)
+      call(peer, 1, "t")
+      assert_receive {:running, tool, %{}}, 5_000
+      send(ref, {ref, @died})
       for pid <- [tool, holder], do: assert_down(pid)
     end
-  end
 
-  test "ends with the time of the call, also if its caller has not asked for the reply yet" do
-    holder = FunctionHolder.open(%{"t" => endless(self())})
-    {_proxy, ref} = attempt(self(), holder, timeout: 300)
-    call_tool(ref, "t")
-    assert_receive {:running, tool}, 5_000
-    reply(ref, {:error, {:died, :sent}})
-    for pid <- [tool, holder], do: assert_down(pid)
-  end
+    test "ends with its caller, whatever that was doing" do
+      test = self()
 
-  test "ends with its caller, whatever that was doing" do
-    test = self()
+      for moment <- [:opened, :attended, :between, :attended_again] do
+        caller =
+          spawn(fn ->
+            holder = open(%{"t" => slow(test)})
+            send(test, {:holder, holder})
+            if moment != :opened, do: start(test, holder) |> wait(moment != :attended)
+            if moment == :attended_again, do: start(test, holder)
+            send(test, :there)
+            Process.sleep(:infinity)
+          end)
 
-    for moment <- [:opened, :attended, :between, :attended_again] do
-      caller =
-        spawn(fn ->
-          holder = FunctionHolder.open(%{"t" => endless(test)})
-          send(test, {:holder, moment, holder})
+        assert_receive {:holder, holder}
+        port = hd(Port.list())
 
-          proxies =
-            for again? <- [false, true],
-                moment != :opened and (not again? or moment == :attended_again) do
-              proxy = attempt(test, holder)
-              if moment != :attended, do: StreamProxy.next(proxy, :infinity)
-              proxy
-            end
-
-          send(test, {:reached, moment, proxies})
-          Process.sleep(:infinity)
-        end)
-
-      assert_receive {:holder, ^moment, holder}
-
-      if moment in [:between, :attended_again] do
-        assert_receive {:request, %Request{ref: ref}}
-        reply(ref, {:error, {:died, :sent}})
-      end
-
-      # What it runs then, if anything.
-      tools =
-        if moment in [:attended, :attended_again] do
+        if moment in [:between, :attended_again] do
           assert_receive {:request, %Request{ref: ref}}
-          call_tool(ref, "t")
-          assert_receive {:running, tool}, 5_000
-          [tool]
-        else
-          if moment != :opened, do: assert_receive({:reached, ^moment, [_proxy]})
-          []
+          # It goes on while there is no proxy.
+          call(%{ref: ref, port: port}, 1, "t")
+          assert_receive {:running, _tool, %{}}, 5_000
+          send(ref, {ref, @died})
         end
 
-      Process.exit(caller, :kill)
-      for pid <- [holder | tools], do: assert_down(pid)
+        assert_receive :there
+        if moment == :attended, do: assert_receive({:request, %Request{}})
+        Process.exit(caller, :kill)
+        assert_down(holder)
+      end
+    end
+
+    defp wait(proxy, true), do: StreamProxy.next(proxy, :infinity)
+    defp wait(_proxy, false), do: :ok
+
+    test "ends, with tools of an earlier peer, with a proxy that is killed" do
+      holder = open(%{"t" => slow(self())})
+      one = peer(holder)
+      call(one, 1, "t")
+      assert_receive {:running, tool, %{}}, 5_000
+      die(one)
+      two = peer(holder)
+      StreamProxy.stop(two.proxy)
+      for pid <- [tool, holder], do: assert_down(pid)
+    end
+
+    test "gives no function to a tool of an earlier peer" do
+      test = self()
+      holder = open(%{"t" => slow(test)})
+      FunctionHolder.attend(holder)
+      source = {holder, self(), 1}
+
+      earlier =
+        spawn(fn ->
+          receive do: (:ask -> send(test, {:got, FunctionHolder.fetch(source, "t", "a digest")}))
+        end)
+
+      peer(holder)
+      send(earlier, :ask)
+      assert_receive {:got, :over}
+      FunctionHolder.close(holder)
     end
   end
 
-  test "ends with a proxy that is killed" do
-    holder = FunctionHolder.open(%{"t" => endless(self())})
-    {proxy, ref} = attempt(self(), holder)
-    call_tool(ref, "t")
-    assert_receive {:running, tool}, 5_000
-    StreamProxy.stop(proxy)
-    for pid <- [tool, holder], do: assert_down(pid)
+  describe "a call of the next peer" do
+    test "that is like one with an answer gets that, in order, without the function" do
+      {tool, count} = counting()
+      holder = open(%{"t" => tool, "other" => tool, "fails" => fn _ -> raise "no" end})
+      one = peer(holder)
+      assert call_result(one, 1, "t", %{"q" => "a", "n" => 1}) == "a1"
+      assert call_result(one, 2, "t", %{"q" => "a", "n" => 1}) == "a2"
+      assert call_result(one, 3, "t", %{"q" => "b"}) == "b3"
+      assert call_result(one, 4, "fails") == "RuntimeError: no"
+      die(one)
+      two = peer(holder)
+      assert call_result(two, 1, "t", %{"q" => "b"}) == "b3"
+      # The order of the arguments says nothing.
+      assert call_result(two, 2, "t", %{"n" => 1, "q" => "a"}) == "a1"
+      # Another tool, other arguments.
+      assert call_result(two, 3, "other", %{"q" => "a", "n" => 1}) == "a4"
+      assert call_result(two, 4, "t", %{"q" => "a", "n" => 2}) == "a5"
+      assert call_result(two, 5, "t", %{"q" => "a", "n" => 1}) == "a2"
+      assert call_result(two, 6, "t", %{"q" => "a", "n" => 1}) == "a6"
+      assert call_result(two, "seven", "fails") == "RuntimeError: no"
+      die(two)
+      three = peer(holder)
+
+      for n <- [1, 2, 6],
+          do: assert(call_result(three, n, "t", %{"q" => "a", "n" => 1}) == "a#{n}")
+
+      assert count.() == 6
+      FunctionHolder.close(holder)
+    end
+
+    test "that is like one that runs waits for its answer; one for an earlier peer does no longer" do
+      holder = open(%{"t" => slow(self())})
+      one = peer(holder)
+      call(one, 1, "t")
+      assert_receive {:running, tool, %{}}, 5_000
+      die(one)
+      two = peer(holder)
+      call(two, 1, "t")
+      # It is asked for before the next one.
+      call(two, 2, "t")
+      assert_receive {:running, another, %{}}, 5_000
+      die(two)
+      three = peer(holder)
+      for n <- 1..3, do: call(three, n, "t")
+      assert_receive {:running, third, %{}}, 5_000
+      for {pid, n} <- [{another, 2}, {tool, 1}, {third, 3}], do: send(pid, {:finish, n})
+      # Which of those that were made at once is which, nobody can tell.
+      results = for _ <- 1..3, do: any_result(three)
+      assert Enum.sort(results) == [1, 2, 3]
+      FunctionHolder.close(holder)
+      refute_received {:running, _pid, _args}
+      refute_received {:tool_result, _port, _id, _frame}
+    end
+
+    defp any_result(%{port: port}) do
+      assert_receive {:tool_result, ^port, 1, frame}, 5_000
+      JSON.decode!(frame)["tool_result"]["result"]
+    end
+
+    test "that is like one whose process was killed gets that error" do
+      for answered? <- [true, false] do
+        holder = open(%{"t" => slow(self())})
+        one = peer(holder)
+        call(one, 1, "t")
+        assert_receive {:running, tool, %{}}, 5_000
+        if answered?, do: Process.exit(tool, :kill) && assert(result(one, 1) == "exit: :killed")
+        die(one)
+        two = peer(holder)
+        call(two, 1, "t")
+        if not answered?, do: Process.exit(tool, :kill)
+        assert result(two, 1) == "exit: :killed"
+        FunctionHolder.close(holder)
+      end
+    end
+
+    test "of the same bridge is one of the next peer, too" do
+      {tool, count} = counting()
+      holder = open(%{"t" => tool})
+      one = peer(holder, retry: :bridge)
+      assert call_result(one, 1, "t", %{"q" => "a"}) == "a1"
+      two = %{one | port: Port.open({:spawn_executable, System.find_executable("cat")}, [])}
+      assert call_result(two, 1, "t", %{"q" => "a"}) == "a1"
+      assert call_result(two, 2, "t", %{"q" => "a"}) == "a2"
+      assert count.() == 2
+      FunctionHolder.close(holder)
+    end
+
+    test "has the same call_key, which no other call has" do
+      test = self()
+
+      tool = fn args, key ->
+        send(test, {:key, key})
+        if args["slow"], do: receive(do: (:finish -> 1)), else: key
+      end
+
+      keys =
+        for _run <- 1..2 do
+          holder = open(%{"a" => tool, "b" => {tool, []}})
+          one = peer(holder)
+          first = for {name, n} <- [{"a", 1}, {"b", 2}, {"a", 3}], do: call_result(one, n, name)
+          other = call_result(one, 4, "a", %{q: 1})
+          die(one)
+          two = peer(holder)
+          # In another order, and each with what the other peer has got.
+          assert call_result(two, 1, "a", %{q: 1}) == other
+          again = for {name, n} <- [{"a", 2}, {"b", 3}, {"a", 4}], do: call_result(two, n, name)
+          assert again == first
+          FunctionHolder.close(holder)
+          [other | first]
+        end
+
+      keys = List.flatten(keys)
+      assert Enum.uniq(keys) == keys
+      for key <- keys, do: assert(key =~ ~r/\A[0-9a-f]{32}\z/)
+    end
   end
 
-  test "gives no function to a tool of an earlier attempt" do
-    test = self()
-    holder = FunctionHolder.open(%{"t" => endless(test)})
-    FunctionHolder.attend(holder)
+  describe "a tool with repeat: false" do
+    defp refund(test) do
+      open(%{
+        "refund" => {slow(test), repeat: false},
+        "key" => {fn _, key -> key end, repeat: false}
+      })
+    end
 
-    earlier =
-      spawn(fn ->
-        receive do: (:ask -> send(test, {:got, FunctionHolder.fetch(holder, test, "t")}))
-      end)
+    defp bind(%{port: port}, answer) do
+      assert_receive {:bind, ^port, 1, ref}, 5_000
+      send(ref, {ref, answer})
+    end
 
-    {_proxy, _ref} = attempt(self(), holder)
-    send(earlier, :ask)
-    assert_receive {:got, :over}
-    FunctionHolder.close(holder)
-    assert eventually(fn -> not Process.alive?(holder) end)
+    test "begins once the bridge does not send the run again; then nor does a pool" do
+      holder = refund(self())
+      one = peer(holder)
+      call(one, 1, "refund")
+      assert_receive {:bind, port, 1, ref}, 5_000
+      assert port == one.port
+      refute_received {:running, _tool, _args}
+      send(ref, {ref, :ok})
+      assert_receive {:running, tool, %{}}, 5_000
+      # What no bridge sends, but if it ends itself:
+      send(one.ref, {one.ref, {:error, :bridge_not_running}})
+      assert {:over, {:error, :bridge_not_running}} = StreamProxy.next(one.proxy, :infinity)
+      proxy = start(self(), holder)
+      assert StreamProxy.next(proxy, :infinity) == {:over, {:error, :tool_begun}}
+      for pid <- [tool, holder], do: assert_down(pid)
+      refute_received {:request, _request}
+    end
+
+    test "does not begin for a peer that has lost the run, and begins for the next one" do
+      holder = refund(self())
+      one = peer(holder)
+      call(one, 1, "refund")
+      bind(one, :over)
+      assert result(one, 1) =~ "is over"
+      call(one, 2, "refund")
+      assert_receive {:bind, _port, 1, ref}, 5_000
+      die(one)
+      two = peer(holder)
+      call(two, 1, "refund")
+      bind(two, :ok)
+      assert_receive {:running, tool, %{}}, 5_000
+      # The bridge of the first peer was slow.
+      send(ref, {ref, :ok})
+      send(tool, {:finish, "done"})
+      assert result(two, 1) == "done"
+      assert FunctionHolder.close(holder) == :bound
+      refute_received {:running, _tool, _args}
+    end
+
+    test "ends the run if the bridge ends after it has begun" do
+      test = self()
+      holder = refund(test)
+      bridge = spawn(fn -> forward(test) end)
+      proxy = start(bridge, holder, retry: :bridge)
+      assert_receive {:request, %Request{ref: ref}}
+      one = %{ref: ref, port: hd(Port.list())}
+      call(one, 1, "refund")
+      bind(one, :ok)
+      assert_receive {:running, tool, %{}}, 5_000
+      Process.exit(bridge, :kill)
+      assert StreamProxy.next(proxy, :infinity) == {:over, {:error, :tool_begun}}
+      for pid <- [tool, holder], do: assert_down(pid)
+    end
+
+    defp forward(test) do
+      receive do: (message -> send(test, message))
+      forward(test)
+    end
+
+    test "has a call_key, too" do
+      one = self() |> refund() |> peer()
+      call(one, 1, "key")
+      bind(one, :ok)
+      assert result(one, 1) =~ ~r/\A[0-9a-f]{32}\z/
+    end
+  end
+
+  describe "answers" do
+    # The binary of a result is not on the heap of the holder.
+    defp held(holder) do
+      {:binary, binaries} = Process.info(holder, :binary)
+      binaries |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1)) |> Enum.sum()
+    end
+
+    test "are kept as the frame that was sent, as long as the run may be sent again" do
+      big = String.duplicate("x", 8_000)
+      holder = open(%{"big" => fn _ -> String.duplicate("x", 8_000) end})
+      one = peer(holder)
+      assert call_result(one, 1, "big") == big
+      assert held(holder) in 8_000..9_999
+      ref = one.ref
+      send(ref, {ref, :chunk, ~s({"id":1,"stream":{"status":"calling tool big"}})})
+      assert {:chunk, _frame} = StreamProxy.next(one.proxy, :infinity)
+      holds_nothing = fn -> :erlang.garbage_collect(holder) && held(holder) < 1_000 end
+      eventually(holds_nothing)
+      assert call_result(one, 2, "big") == big
+      eventually(holds_nothing)
+      FunctionHolder.close(holder)
+    end
   end
 end

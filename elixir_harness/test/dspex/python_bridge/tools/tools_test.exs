@@ -259,8 +259,15 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
             {[search: & &1], ":tools: expected a map"},
             {nil, ":tools: expected a map"},
             {%URI{}, ":tools: expected a map"},
-            {%{search: fn -> 1 end}, ":tools: search: expected a function of one argument"},
-            {%{"search" => "search"}, ":tools: search: expected a function of one argument"},
+            {%{search: fn -> 1 end}, ":tools: search: expected a function of one argument, or"},
+            {%{"search" => "search"}, ":tools: search: expected a function of one argument, or"},
+            {%{search: {"search", []}},
+             ":tools: search: expected a function of one argument, or"},
+            {%{search: {& &1, %{}}}, ":tools: search: expected options"},
+            {%{search: {& &1, repeat: nil}}, ":tools: search: repeat: expected true or false"},
+            {%{search: {& &1, retry: false}}, ":tools: search: unknown option :retry"},
+            {%{search: {& &1, repeat: true, repaet: false}},
+             ":tools: search: unknown option :repaet, did you mean :repeat?"},
             {%{1 => & &1}, ":tools: expected names"},
             {%{nil => & &1}, ":tools: expected names"},
             {%{<<255>> => & &1}, ":tools: expected names"},
@@ -637,7 +644,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   describe "the peer's death" do
     @describetag :tmp_dir
 
-    # Two slow tools; after the death, one more under the first one's call_id.
+    # Two slow tools of the same arguments; after the death, another under the first one's call_id, and one of the two.
     setup %{tmp_dir: dir} do
       bridge = start(start_again_opts(dir))
       test = self()
@@ -648,7 +655,8 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       end
 
       first = [["tool", 1, "slow", %{}], ["tool", 2, "slow", %{}], ["go", "never"]]
-      again = [["go", "on"], ["tool", 1, "fast", %{}], ["result", 1], ["go", "end"], ["reply"]]
+      again = [["go", "on"], ["tool", 1, "fast", %{}], ["result", 1], ["go", "slow"]]
+      again = again ++ [["tool", 2, "slow", %{}], ["result", 2], ["go", "end"], ["reply"]]
       tools = %{slow: slow, fast: fn _ -> "fast" end}
       task = async(bridge, [["first", first, again]], tools: tools)
       assert_receive {:running, _, one, _}, 5_000
@@ -658,29 +666,128 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       %{bridge: bridge, one: one, two: two, task: task}
     end
 
-    test "while a tool runs: its result is not sent to the next peer", context do
+    test "while a tool runs: its result is for the same call of the next peer alone", context do
       monitor = Process.monitor(context.one)
       send(context.one, :finish)
-      send(context.two, :finish)
       assert_receive {:DOWN, ^monitor, :process, _, :normal}, 5_000
       # The call is with the next peer by then.
       assert status(context.bridge, :pending) == 1
       assert tool_frames(context.bridge) == []
-      for name <- ["on", "end"], do: go(context.bridge, name)
+      for name <- ["on", "slow", "end"], do: go(context.bridge, name)
       assert {:ok, results, _} = Task.await(context.task)
-      assert %{"1" => %{"call_id" => 1, "success" => true, "result" => "fast"}} == results
+      assert %{"1" => %{"result" => "fast"}, "2" => %{"result" => "slow"}} = results
+      refute_received {:running, _, _, _}
     end
 
-    test "while a tool runs: it is ended when the next peer calls its first", context do
+    test "while a tool runs: it goes on, until the end of the run", context do
+      %{bridge: bridge, one: one, two: two} = context
+      go(bridge, "on")
+      assert %{"result" => "fast"} = tool_frames(bridge, 1)
+      go(bridge, "slow")
+      # The next peer waits for one of them.
+      assert Enum.all?([one, two], &Process.alive?/1)
+      send(one, :finish)
+      send(two, :finish)
+      assert %{"result" => "slow"} = tool_frames(bridge, 2)
+      go(bridge, "end")
+      assert {:ok, %{"2" => %{"result" => "slow"}}, _} = Task.await(context.task)
+    end
+
+    test "while a tool runs: it ends with the run, if no peer asks for it again", context do
       monitors = for pid <- [context.one, context.two], do: Process.monitor(pid)
-      assert tool_frames(context.bridge) == []
-      assert Process.alive?(context.one) and Process.alive?(context.two)
-      go(context.bridge, "on")
-      # Before the end of the run, which would end them anyway.
+      Process.unlink(context.task.pid)
+      Process.exit(context.task.pid, :kill)
       for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, _, _, :killed}, 5_000)
-      go(context.bridge, "end")
-      assert {:ok, %{"1" => %{"result" => "fast"}}, _} = Task.await(context.task)
-      assert [%{"call_id" => 1}] = tool_frames(context.bridge)
+    end
+  end
+
+  describe "a tool with repeat: false" do
+    @describetag :tmp_dir
+
+    setup %{tmp_dir: dir} do
+      test = self()
+
+      refund = fn %{}, key ->
+        send(test, {:refund, self(), key})
+        receive do: (:finish -> "refunded")
+      end
+
+      play = [["tool", 1, "refund", %{}], ["result", 1], ["go", "on"], ["reply"]]
+
+      %{
+        bridge: start(start_again_opts(dir)),
+        tools: %{refund: {refund, repeat: false}},
+        play: play
+      }
+    end
+
+    defp assert_not_again(task, text) do
+      assert {:error, %Error{type: :python_process_died} = error} = Task.await(task)
+      assert error.message =~ text
+      assert error.message =~ "repeat: false"
+      # Whoever makes the call again calls the tool again.
+      refute error.retryable
+      refute_received {:refund, _pid, _key}
+    end
+
+    test "ends the run with its peer, while it runs and after it", context do
+      %{bridge: bridge, tools: tools, play: play} = context
+
+      for answered? <- [false, true] do
+        restarts = status(bridge, :restarts)
+        task = async(bridge, play, tools: tools)
+        assert_receive {:refund, pid, _key}, 5_000
+        monitor = Process.monitor(pid)
+        if answered?, do: send(pid, :finish) && tool_frames(bridge, 1)
+        kill(status(bridge, :os_pid))
+        assert_not_again(task, "was lost before it had replied")
+        assert_receive {:DOWN, ^monitor, :process, _, _}, 5_000
+        eventually(fn -> status(bridge, :state) == :running end)
+        assert status(bridge, :restarts) == restarts + 1
+      end
+    end
+
+    test "ends the run with its peer, if that is replaced and does not finish in time" do
+      env = %{"DSPY_BRIDGE_DRAIN_MS" => "50"}
+      bridge = start_supervised!({Bridge, fake_opts("plays", env: env)}, id: :impatient)
+      test = self()
+      refund = fn _ -> send(test, :refund) && Process.sleep(:infinity) end
+      play = [["tool", 1, "refund", %{}], ["go", "on"]]
+      task = async(bridge, play, tools: %{refund: {refund, repeat: false}})
+      assert_receive :refund, 5_000
+      assert Bridge.restart(bridge) == :ok
+      assert_not_again(task, "was lost before it had replied")
+    end
+
+    test "lets a run be sent again in which it has not begun", context do
+      %{bridge: bridge, tools: tools, play: play} = context
+      task = async(bridge, [["first", [["go", "never"]], play]], tools: tools)
+      eventually(fn -> status(bridge, :pending) == 1 end)
+      kill(status(bridge, :os_pid))
+      assert_receive {:refund, pid, _key}, 10_000
+      send(pid, :finish)
+      go(bridge, "on")
+      assert {:ok, %{"1" => %{"result" => "refunded"}}, _} = Task.await(task)
+    end
+
+    test "does not begin for a peer that has died, and begins for the next", context do
+      %{bridge: bridge, tools: tools, play: play} = context
+      task = async(bridge, [["first", [["go", "one"]] ++ play, play]], tools: tools)
+      eventually(fn -> match?([_proxy], proxies(task.pid)) end)
+      [proxy] = proxies(task.pid)
+      :erlang.suspend_process(proxy)
+      go(bridge, "one")
+      # The tool call of the first peer has come there.
+      eventually(fn -> waiting(proxy) == 1 end)
+      kill(status(bridge, :os_pid))
+      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+      eventually(fn -> waiting(proxy) == 2 end)
+      :erlang.resume_process(proxy)
+      assert_receive {:refund, pid, _key}, 5_000
+      send(pid, :finish)
+      go(bridge, "on")
+      assert {:ok, %{"1" => %{"result" => "refunded"}}, _} = Task.await(task)
+      refute_received {:refund, _pid, _key}
     end
   end
 

@@ -7,8 +7,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   # the courier's message, until its timeout. The two processes are linked, and the courier monitors the caller: if the
   # caller gives up or dies, both end, and the bridge there, which monitors the proxy, cancels the request in its peer.
   # The link ends the courier when the other node is lost.
+  #
+  # A call with chunks or tools, or one that must not be made twice, is made by a proxy here and a relay there
+  # (`DSPex.PythonBridge.Pool.Cluster.Relay`). A node of an older version has no relays, and counts as one that cannot
+  # serve such calls.
 
   alias DSPex.PythonBridge.{Error, Programs}
+  alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Pool.{Attempt, Handle, LocalCall, Remote, Request}
 
   # A node that has not started the proxy by then has stopped or cannot be reached: the runtime itself takes a minute
@@ -42,7 +47,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   end
 
   defp try_node(handle, request, {coordinator, _since, name} = other, attempt, definition) do
-    case carry(node(coordinator), name, request, definition) do
+    node = node(coordinator)
+
+    served =
+      if Attempt.plain?(attempt),
+        do: carry(node, name, request, definition),
+        else: relay(node, name, request, definition, attempt)
+
+    case served do
       {:done, reply} ->
         if definition == nil,
           do: repair(handle, request, other, attempt, reply),
@@ -93,7 +105,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
 
   defp wait_for_proxy(request, ref) do
     left = Request.left(request)
-    reach_ms = @reach_ms + div(byte_size(request.body), @bytes_per_ms)
+    reach_ms = reach_ms(request)
 
     receive do
       {^ref, :reached} -> wait_for_result(request, ref)
@@ -103,6 +115,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
       min(left, reach_ms) -> if left <= reach_ms, do: timeout(), else: :vanished
     end
   end
+
+  defp reach_ms(request), do: @reach_ms + div(byte_size(request.body), @bytes_per_ms)
 
   defp wait_for_result(request, ref) do
     receive do
@@ -126,6 +140,49 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
       0 -> :ok
     end
   end
+
+  defp relay(node, name, request, definition, attempt) do
+    how = %{retry: attempt.retry}
+
+    case open(node, [self(), name, pack(%{request | body: ""}), definition, how], request) do
+      {:ok, relay} -> attempt |> Attempt.make_there(relay, request) |> served()
+      :timeout -> timeout()
+      :vanished -> :vanished
+    end
+  end
+
+  # By a process that may block, as the courier.
+  defp open(node, args, request) do
+    {opener, ref} =
+      spawn_monitor(fn ->
+        Process.flag(:sensitive, true)
+        exit(opened(node, args))
+      end)
+
+    wait_ms = min(Request.left(request), @reach_ms)
+
+    receive do
+      {:DOWN, ^ref, :process, ^opener, {:ok, relay}} -> {:ok, relay}
+      {:DOWN, ^ref, :process, ^opener, _reason} -> :vanished
+    after
+      wait_ms ->
+        Process.exit(opener, :kill)
+        Process.demonitor(ref, [:flush])
+        if Request.left(request) == 0, do: :timeout, else: :vanished
+    end
+  end
+
+  defp opened(node, args) do
+    {:ok, :erpc.call(node, Remote, :open, args, @reach_ms)}
+  catch
+    # No such node, or another version of that module there.
+    _kind, _reason -> :vanished
+  end
+
+  defp served({:served, served}), do: served
+  defp served({:error, :bridge_not_running}), do: :vanished
+  defp served({:begun, _call, _frame} = begun), do: {:done, begun}
+  defp served({:error, _final} = reply), do: {:done, Caller.read(reply)}
 
   defp timeout, do: {:done, {:error, Error.new(:timeout)}}
 

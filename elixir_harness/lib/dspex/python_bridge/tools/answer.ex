@@ -1,0 +1,67 @@
+defmodule DSPex.PythonBridge.Tools.Answer do
+  @moduledoc false
+  # What a peer gets for a tool call: the frame of a result, or of an error message. The peer shows the message to its
+  # LM, so it is short and has no stack trace.
+  #
+  # A remembered answer is kept as the frame that was sent: binaries of its size are not copied between processes.
+
+  alias DSPex.PythonBridge.{Error, Protocol}
+
+  # Of an error message.
+  @max_text 500
+  @max_name 80
+
+  @enforce_keys [:frame, :call_id, :result]
+  defstruct [:frame, :call_id, :result]
+
+  @type t :: %__MODULE__{frame: binary(), call_id: Protocol.id(), result: :ok | :error}
+  @typedoc "What a function has made: a term, or the message of an error."
+  @type result :: {:ok, term()} | {:error, String.t()}
+
+  @doc "The answer with a function's result, of at most `max` bytes: with an error message if it is larger."
+  @spec new(Protocol.id(), String.t(), result(), pos_integer()) :: t()
+  def new(call_id, name, {kind, _value} = result, max) do
+    case Protocol.encode_tool_result(call_id, result) do
+      {:ok, frame} when byte_size(frame) <= max ->
+        %__MODULE__{frame: frame, call_id: call_id, result: kind}
+
+      {:ok, frame} ->
+        text = "result: its frame has #{byte_size(frame)} bytes; max_frame_bytes is #{max}"
+        error(call_id, about(name, text))
+
+      {:error, %Error{message: text}} ->
+        error(call_id, about(name, text))
+    end
+  end
+
+  @doc "The answer with an error message, which has a JSON form."
+  @spec error(Protocol.id(), String.t()) :: t()
+  def error(call_id, text) do
+    {:ok, frame} = Protocol.encode_tool_result(call_id, {:error, text})
+    %__MODULE__{frame: frame, call_id: call_id, result: :error}
+  end
+
+  @doc "The same answer to another call."
+  @spec to(t(), Protocol.id()) :: t()
+  def to(%__MODULE__{call_id: call_id} = answer, call_id), do: answer
+
+  def to(%__MODULE__{} = answer, call_id) do
+    frame = Protocol.readdress_tool_result(answer.frame, answer.call_id, call_id)
+    %{answer | frame: frame, call_id: call_id}
+  end
+
+  @doc "An error message about a tool."
+  @spec about(String.t(), String.t()) :: String.t()
+  def about(name, text), do: "tool #{one_line(name, @max_name)}: #{one_line(text)}"
+
+  @doc "A string of one line, which is valid UTF-8 and not long."
+  @spec one_line(binary(), pos_integer()) :: String.t()
+  def one_line(text, max \\ @max_text) do
+    text
+    # First, since it may be very long.
+    |> binary_part(0, min(byte_size(text), 4 * max))
+    |> String.replace_invalid()
+    |> String.replace(~r/[[:space:][:cntrl:]]+/u, " ")
+    |> String.slice(0, max)
+  end
+end

@@ -1,0 +1,275 @@
+defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
+  @moduledoc """
+  Calls with chunks and tools, and those that must not be made twice, by the pool of another node. The peers of this node
+  are checked out.
+  """
+
+  # It makes this a distributed node.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Error, Pool}
+  alias DSPex.PythonBridge.Pool.Remote
+  alias DSPex.Test.{Nodes, PoolProbe}
+
+  @pool __MODULE__.Pool
+
+  setup_all do
+    Nodes.distribute()
+    :ok
+  end
+
+  setup tags do
+    cluster = "streams #{System.unique_integer([:positive])}"
+    opts = [name: @pool, cluster: cluster, pool_size: 1]
+    fake = fake_opts(tags[:fake] || "plays")
+    start_supervised!({Pool, Keyword.merge(fake, opts)})
+    up_on(node())
+    {borrower, [ok: _bridge]} = PoolProbe.check_out_all(@pool)
+
+    start_there = fn opts_there ->
+      there = Nodes.start()
+      Nodes.start_pool(there, fake |> Keyword.merge(opts) |> Keyword.merge(opts_there))
+      up_on(there)
+      eventually(fn -> there in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
+      there
+    end
+
+    %{start_there: start_there, borrower: borrower}
+  end
+
+  defp up_on(node) do
+    peers = fn -> Nodes.on(node, Pool, :status, [@pool]).peers end
+    eventually(fn -> Enum.all?(peers.(), &(&1.state == :running)) end, 20_000)
+  end
+
+  defp busy_on(node), do: Nodes.on(node, PoolProbe, :busy, [@pool])
+  defp idle_on(node), do: eventually(fn -> Enum.uniq(busy_on(node)) == [0] end)
+  defp peers_on(node), do: Nodes.on(node, Pool, :status, [@pool]).peers
+
+  defp ask_on(node, command, args \\ %{}) do
+    for %{bridge: bridge} <- peers_on(node) do
+      {:ok, answer} =
+        Nodes.on(node, DSPex.PythonBridge.Bridge, :call, [bridge, command, args, 5_000])
+
+      answer
+    end
+  end
+
+  defp go_on(node, name), do: ask_on(node, :go, %{name: name})
+
+  defp cancelled_on(node),
+    do: for(%{"heard" => heard} <- ask_on(node, :heard), %{"cancel" => id} <- heard, do: id)
+
+  defp stream(play, opts \\ []), do: Pool.stream(@pool, %{play: play}, opts ++ [timeout: 20_000])
+  defp mailbox, do: elem(Process.info(self(), :messages), 1)
+
+  test "chunks come from there, tools run here, and the call is counted there", context do
+    there = context.start_there.([])
+    test = self()
+    tools = %{where: fn %{"a" => 1} -> send(test, {:on, node()}) && "here" end}
+
+    play = [
+      ["count", 2],
+      ["tool", 1, "where", %{a: 1}],
+      ["result", 1],
+      ["raw", ~s({"id":ID,"stream":1})],
+      ["count", 1],
+      ["reply"]
+    ]
+
+    assert [{_, _, "0"}, {_, _, "1"}, {_, _, "0"}, {:ok, %{"1" => %{"result" => "here"}}, _}] =
+             Enum.to_list(stream(play, tools: tools))
+
+    assert_received {:on, node} when node == node()
+    idle_on(there)
+
+    reader =
+      Task.async(fn -> Enum.to_list(stream([["go", "on"], ["count", 1], ["reply", %{}]])) end)
+
+    eventually(fn -> busy_on(there) == [1] end)
+    go_on(there, "on")
+    assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(reader)
+
+    play = [["tool", 2, "where", %{a: 1}], ["result", 2], ["reply"]]
+
+    assert {:ok, %{"2" => %{"result" => "here"}}, _} =
+             Pool.request(@pool, :execute_program, %{play: play}, tools: tools)
+
+    assert_received {:on, node} when node == node()
+    idle_on(there)
+    assert mailbox() == []
+  end
+
+  test "a call that is halted, times out, or whose caller is killed is cancelled there",
+       context do
+    there = context.start_there.([])
+    play = [["count", 1], ["go", "on"]]
+    assert [{:chunk, "n", "0"}] = play |> stream() |> Enum.take(1)
+    eventually(fn -> length(cancelled_on(there)) == 1 end)
+    idle_on(there)
+
+    assert [{:chunk, _, _}, {:error, %Error{type: :timeout}}] =
+             play |> stream(timeout: 300) |> Enum.to_list()
+
+    eventually(fn -> length(cancelled_on(there)) == 2 end)
+    caller = spawn(fn -> [["go", "on"]] |> stream() |> Enum.to_list() end)
+    eventually(fn -> busy_on(there) == [1] end)
+    Process.exit(caller, :kill)
+    eventually(fn -> length(cancelled_on(there)) == 3 end)
+    idle_on(there)
+    assert mailbox() == []
+  end
+
+  @tag :tmp_dir
+  test "a peer that dies there before a chunk is followed by another one; after it, it is the end",
+       %{tmp_dir: dir} = context do
+    env = %{"FAKE_FILE" => Path.join(dir, "starts")}
+    there = context.start_there.(pool_size: 2, env: env)
+    play = [["first", [["die"]], [["count", 1], ["go", "die"], ["die"]]]]
+
+    elements =
+      for element <- stream(play) do
+        if match?({:chunk, _, _}, element), do: go_on(there, "die")
+        element
+      end
+
+    assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
+    up_on(there)
+    idle_on(there)
+    starts = File.read!(Path.join(dir, "starts"))
+
+    assert {:error, %Error{type: :python_process_died}} =
+             Pool.request(@pool, :execute_program, %{play: [["die"]]}, retry: false)
+
+    up_on(there)
+    assert File.read!(Path.join(dir, "starts")) == starts <> "x"
+    idle_on(there)
+  end
+
+  @tag :tmp_dir
+  test "tools run once however many peers die there; with repeat: false the first is the last",
+       %{tmp_dir: dir} = context do
+    env = %{"FAKE_FILE" => Path.join(dir, "starts")}
+    there = context.start_there.(pool_size: 2, env: env)
+    test = self()
+    tool = [["tool", 1, "note", %{}], ["result", 1]]
+    play = [["first", tool ++ [["die"]], tool ++ [["reply"]]]]
+    note = fn %{} -> send(test, :noted) && "n" end
+
+    assert {:ok, %{"1" => %{"result" => "n"}}, _} =
+             Pool.request(@pool, :execute_program, %{play: play}, tools: %{note: note})
+
+    up_on(there)
+    assert_received :noted
+    refute_received :noted
+    # Any of them dies.
+    play = tool ++ [["die"]]
+    opts = [tools: %{note: {note, repeat: false}}, timeout: 20_000]
+
+    assert {:error, %Error{type: :python_process_died, retryable: false}} =
+             Pool.request(@pool, :execute_program, %{play: play}, opts)
+
+    assert_received :noted
+    refute_received :noted
+    up_on(there)
+    idle_on(there)
+    # As many as there are, and one for each that has died.
+    assert File.read!(Path.join(dir, "starts")) in ["xxx", "xxxx"]
+  end
+
+  @tag fake: "who"
+  test "a program that is missing there is created; an overloaded peer is passed over", context do
+    there = context.start_there.(pool_size: 2)
+    {:ok, _} = Pool.call(@pool, :create_program, %{id: "p", signature: "q -> a"})
+    Nodes.on(there, PoolProbe, :forget_all, [@pool])
+
+    assert [{:ok, %{"signature" => "q -> a"}, _}] =
+             @pool |> Pool.stream(%{program_id: "p"}) |> Enum.to_list()
+
+    assert [error: %Error{type: :program_not_found}] =
+             @pool |> Pool.stream(%{program_id: "none"}) |> Enum.to_list()
+
+    assert {:error, %Error{type: :overloaded}} =
+             Pool.request(@pool, :overloaded, %{}, on_chunk: & &1)
+
+    idle_on(there)
+  end
+
+  test "the loss of the node before a chunk is not noticed; after it, it is the end", context do
+    there = context.start_there.([])
+
+    {:suspended, _, next} =
+      Enumerable.reduce(stream([["count", 1], ["go", "on"]]), {:cont, nil}, &{:suspend, {&1, &2}})
+
+    play = [["count", 1], ["reply", %{}]]
+    waits = Task.async(fn -> Enum.to_list(stream([["go", "on"] | play])) end)
+    once = Task.async(fn -> Enum.to_list(stream([["go", "on"] | play], retry: false)) end)
+    eventually(fn -> busy_on(there) == [3] end)
+    Nodes.stop(there)
+    assert [error: %Error{type: :python_process_died}] = Task.await(once, 20_000)
+
+    assert {:suspended, {{:error, %Error{type: :python_process_died}}, _}, _} =
+             next.({:cont, nil})
+
+    send(context.borrower, :end)
+    eventually(fn -> PoolProbe.busy(@pool) == [1] end)
+    go_on(node(), "on")
+    assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(waits, 20_000)
+    eventually(fn -> PoolProbe.busy(@pool) == [0] end)
+  end
+
+  test "a node of an older version serves only calls without chunks and tools", context do
+    there = context.start_there.([])
+    make_older(there)
+    assert {:ok, %{"heard" => []}, _} = Pool.request(@pool, :heard)
+    play = [["count", 1], ["reply", %{}]]
+    assert [error: %Error{type: :timeout}] = play |> stream(timeout: 300) |> Enum.to_list()
+    reader = Task.async(fn -> play |> stream() |> Enum.to_list() end)
+    refute Task.yield(reader, 100)
+    send(context.borrower, :end)
+    assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(reader)
+    assert mailbox() == []
+  end
+
+  # As it was before `open/5`.
+  defp make_older(node) do
+    {_, code, file} = :code.get_object_code(Remote)
+
+    {:ok, {_, [debug_info: {:debug_info_v1, backend, data}]}} =
+      :beam_lib.chunks(code, [:debug_info])
+
+    {:ok, forms} = backend.debug_info(:erlang_v1, Remote, data, [])
+
+    older =
+      for form <- forms do
+        with {:attribute, at, :export, functions} <- form,
+             do: {:attribute, at, :export, List.delete(functions, {:open, 5})}
+      end
+
+    {:ok, Remote, older} = :compile.forms(older, [])
+    {:module, Remote} = Nodes.on(node, :code, :load_binary, [Remote, file, older])
+    refute Nodes.on(node, :erlang, :function_exported, [Remote, :open, 5])
+  end
+
+  test "a stopped node keeps no caller past its timeout", context do
+    there = context.start_there.([])
+    os_pid = Nodes.on(there, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+
+    try do
+      {ms, result} = timed(fn -> [["reply", %{}]] |> stream(timeout: 500) |> Enum.to_list() end)
+      assert [error: %Error{type: :timeout}] = result
+      assert ms < 1_500
+      reader = Task.async(fn -> [["count", 1], ["reply", %{}]] |> stream() |> Enum.to_list() end)
+      refute Task.yield(reader, 100)
+      # It is not waited for longer than it takes to find that out.
+      send(context.borrower, :end)
+      assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(reader, 10_000)
+      assert mailbox() == []
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
+  end
+end
