@@ -142,7 +142,12 @@ defmodule DSPex.PythonBridge.Program.Runner do
 
   defp fields(spec, _result), do: Spec.fields(spec)
 
-  defp explained(%Error{type: :program_not_found} = error, spec, call) do
+  # The message of a stub has what to do.
+  defp explained(
+         %Error{type: :program_not_found, message: "Program not found: " <> id} = error,
+         %Spec{id: id} = spec,
+         call
+       ) do
     module = inspect(spec.module)
 
     text =
