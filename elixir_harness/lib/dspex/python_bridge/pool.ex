@@ -27,7 +27,11 @@ defmodule DSPex.PythonBridge.Pool do
 
   @typedoc "The name of a pool, or its pid."
   @type pool :: atom() | pid()
-  @type status :: %{peers: [peer()], nodes: [node()]}
+  @type status :: %{
+          required(:peers) => [peer()],
+          required(:nodes) => [node()],
+          optional(:programs) => %{failed: %{(program_id :: String.t()) => reason :: String.t()}}
+        }
   @type peer :: %{
           bridge: atom(),
           os_pid: pos_integer() | nil,
@@ -278,8 +282,9 @@ defmodule DSPex.PythonBridge.Pool do
 
   @doc """
   The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, whether they are checked out, and the
-  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); and the nodes
-  that have a pool of its cluster, this one included.
+  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); the nodes
+  that have a pool of its cluster, this one included; and under `programs`, as `failed`, the programs that any of its
+  peers could not load, with the reason. Of a pool that is not running only `peers` and `nodes` are there, both empty.
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do
@@ -288,21 +293,30 @@ defmodule DSPex.PythonBridge.Pool do
         %{peers: [], nodes: []}
 
       handle ->
+        states =
+          for index <- LoadCounters.indexes(handle.counters),
+              do: {index, Bridge.get_status(Handle.bridge(handle, index))}
+
         %{
-          peers: Enum.map(LoadCounters.indexes(handle.counters), &peer(handle, &1)),
-          nodes: Membership.nodes(handle)
+          peers: for({index, status} <- states, do: peer(handle, index, status)),
+          nodes: Membership.nodes(handle),
+          programs: %{failed: failed(states)}
         }
     end
   end
 
-  defp peer(handle, index) do
-    bridge = Handle.bridge(handle, index)
+  # A bridge that is being restarted says nothing of programs.
+  defp failed(states) do
+    for {_index, %{programs: %{failed: failed}}} <- states, reduce: %{} do
+      all -> Map.merge(all, failed)
+    end
+  end
 
-    bridge
-    |> Bridge.get_status()
+  defp peer(handle, index, status) do
+    status
     |> Map.take([:os_pid, :state, :pending])
     |> Map.merge(%{
-      bridge: bridge,
+      bridge: Handle.bridge(handle, index),
       monitor: Handle.monitor(handle.name, index),
       checked_out: LoadCounters.checked_out?(handle.counters, index)
     })
