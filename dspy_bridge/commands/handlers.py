@@ -214,7 +214,11 @@ class Commands:
                 if call.request.meta:
                     from dspy_bridge.lm.metering.meter import Meter
 
-                    call.meter = Meter(self._history_bytes if call.request.history else None)
+                    request = call.request
+                    call.meter = Meter(
+                        self._history_bytes if request.history else None,
+                        call.received if request.lm_events else None,
+                    )
                 return entry, program
             except (SetupFailed, asyncio.CancelledError):
                 raise

@@ -70,10 +70,13 @@ class ReplyEncoder:
         return payload
 
     def _fitting(self, meta: dict[str, Any] | None, encode: Callable[[dict[str, Any] | None], bytes]) -> bytes:
-        """A payload with meta; if it is too long, with the history of LM calls left out."""
+        """A payload with meta; if it is too long, with its lists of LM calls left out, the longest first."""
         payload = encode(meta)
-        if len(payload) > self._max_bytes and meta is not None and meta.get("history"):
-            payload = encode({**meta, "history": [{"omitted": meta["lm_calls"]}]})
+        if meta is not None and len(payload) > self._max_bytes and meta.get("history"):
+            meta = {**meta, "history": [{"omitted": meta["lm_calls"]}]}
+            payload = encode(meta)
+        if meta is not None and len(payload) > self._max_bytes and meta.get("lm_events"):
+            payload = encode({**meta, "lm_events": []})
         return payload
 
 
@@ -86,8 +89,9 @@ def _meta(call: Call, now: float) -> dict[str, Any]:
         "fallbacks": 0,
         "cost_usd": 0.0,
     }
-    if call.request.history:
-        usage["history"] = []
+    for name, wanted in (("history", call.request.history), ("lm_events", call.request.lm_events)):
+        if wanted:
+            usage[name] = []
     if call.meter is not None:
         try:
             usage = call.meter.summary()

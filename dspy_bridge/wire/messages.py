@@ -1,15 +1,13 @@
 """Decodes payloads to `Request`, `Cancel` or `ToolResult`, and encodes replies. Strict JSON; pure; no I/O.
 
 jiter decodes: it keeps integers exact (orjson turns those past 64 bits into floats), reads a string of a megabyte in a
-sixth of orjson's time, and takes half a millisecond to import. orjson encodes; its import takes 10 ms, so pongs are
-formatted by hand and the first ping does not wait for it.
+sixth of orjson's time, and takes a millisecond or two to import. orjson encodes; its import takes 10 ms. The first ping
+waits for neither: pongs are formatted by hand, and most pings are not decoded (`pings`).
 """
 
 from __future__ import annotations
 
 import re
-
-import jiter
 
 from dspy_bridge.wire.json_values import MAX_INT_DIGITS, encode_value
 
@@ -18,9 +16,9 @@ if TYPE_CHECKING:
     from typing import Any, TypeGuard
 
 _EXTERNAL_TERM_FORMAT = 131
-_FIRST_KEY_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]')
-
-_FIRST_KEY_TOOL_RESULT = re.compile(rb'\s*\{\s*"tool_result"\s*:\s*\{\s*"call_id"\s*:\s*([0-9]{1,18})\s*[,}]')
+# The expressions of this module are compiled when they are used, for the first ping does not use them.
+_FIRST_KEY_ID = rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]'
+_FIRST_KEY_TOOL_RESULT = rb'\s*\{\s*"tool_result"\s*:\s*\{\s*"call_id"\s*:\s*([0-9]{1,18})\s*[,}]'
 
 # https://www.w3.org/TR/trace-context/: in version 00 nothing may follow, in later ones anything.
 _TRACE_IDS = "(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
@@ -48,10 +46,11 @@ class NotAMessage(MessageError):
 class Request:
     """A request. `timeout_ms`: its deadline, counted from receipt, or None. `traceparent`: its trace, or None.
 
-    `history`: whether meta has the history of its LM calls; then there is meta, too.
+    `history`: whether meta has the history of its LM calls, `lm_events`: whether it has these without contents; then
+    there is meta, too.
     """
 
-    __slots__ = ("args", "command", "history", "id", "meta", "stream", "timeout_ms", "traceparent")
+    __slots__ = ("args", "command", "history", "id", "lm_events", "meta", "stream", "timeout_ms", "traceparent")
 
     def __init__(
         self,
@@ -63,6 +62,7 @@ class Request:
         meta: bool = False,
         traceparent: str | None = None,
         history: bool = False,
+        lm_events: bool = False,
     ) -> None:
         self.id = id
         self.command = command
@@ -72,6 +72,7 @@ class Request:
         self.meta = meta
         self.traceparent = traceparent
         self.history = history
+        self.lm_events = lm_events
 
 
 class Encoded(bytes):
@@ -126,6 +127,7 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         and "stream" not in message
         and "meta" not in message
         and "history" not in message
+        and "lm_events" not in message
         and "traceparent" not in message
     ):
         return Request(id, command, args)
@@ -133,7 +135,7 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
     if timeout_ms is not None and not (type(timeout_ms) in (int, float) and timeout_ms > 0):
         raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)
     flags = []
-    for name in ("stream", "meta", "history"):
+    for name in ("stream", "meta", "history", "lm_events"):
         flag = message.get(name, False)
         if type(flag) is not bool:
             raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
@@ -142,8 +144,9 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
     if traceparent is not None and not _is_traceparent(traceparent):
         text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
         raise NotAMessage(f"traceparent: {text}", id)
-    stream, meta, history = flags
-    return Request(id, command, args, timeout_ms, stream, meta or history, traceparent, history)
+    stream, meta, history, lm_events = flags
+    meta = meta or history or lm_events
+    return Request(id, command, args, timeout_ms, stream, meta, traceparent, history, lm_events)
 
 
 def _cancel(message: dict[str, Any]) -> Cancel:
@@ -227,6 +230,8 @@ def encode_log(level: str, logger: str, message: str, traceparent: str | None) -
 
 
 def _loads(payload: bytes) -> Any:
+    import jiter
+
     try:
         return jiter.from_json(payload, allow_inf_nan=False)
     except ValueError as error:
@@ -250,9 +255,11 @@ def _why_not_json(payload: bytes, error: Exception) -> str:
 
 def readable_id(payload: bytes) -> Id | None:
     """The id at the start of an unreadable payload, so that its caller gets the error instead of waiting."""
-    match = _FIRST_KEY_ID.match(payload)
+    match = re.match(_FIRST_KEY_ID, payload)
     if match is None:
         return None
+    import jiter
+
     try:
         id = jiter.from_json(match[1])
     except ValueError:
@@ -262,7 +269,7 @@ def readable_id(payload: bytes) -> Id | None:
 
 def readable_call_id(payload: bytes) -> int | None:
     """The tool call at the start of an unreadable payload, so that its program gets the error instead of waiting."""
-    match = _FIRST_KEY_TOOL_RESULT.match(payload)
+    match = re.match(_FIRST_KEY_TOOL_RESULT, payload)
     return None if match is None else int(match[1])
 
 
@@ -271,7 +278,6 @@ def _is_id(value: object) -> TypeGuard[Id]:
 
 
 def _is_traceparent(value: object) -> bool:
-    # Not compiled in advance, as the first ping would wait for that.
     return type(value) is str and re.fullmatch(_TRACEPARENT, value) is not None
 
 

@@ -8,19 +8,18 @@ defmodule DSPex.GuideTest do
   use ExUnit.Case, async: false
 
   import ExUnit.CaptureIO
-  import ExUnit.CaptureLog
 
   alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Monitor, Options, Pool}
   alias DSPex.Test.Helpers
 
   @root Path.expand("../..", __DIR__)
   @guide ~w(signatures agents streaming lms own-modules)
+  # Applications, which have tests of their own: liveview_page_test.exs, jobs_page_test.exs.
+  @applications ~w(liveview jobs)
   @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/security.md docs/settings.md docs/errors.md
             docs/coming-from.md docs/cluster.md docs/upgrading.md)
   # The readers of these have the application's own Bridge and Monitor.
   @in_application ~w(README.md docs/getting-started.md)
-  @telemetry Path.join(@root, "docs/telemetry.md")
-  @external_resource @telemetry
 
   setup do
     Helpers.put_config(:python_bridge, python_executable: Helpers.python(), lm: "offline/echo")
@@ -71,7 +70,7 @@ defmodule DSPex.GuideTest do
 
   test "each page of the guide is tested, and each section has an example" do
     pages = Path.wildcard(Path.join(@root, "docs/guide/*.md"))
-    assert Enum.sort(@guide) == Enum.sort(Enum.map(pages, &Path.basename(&1, ".md")))
+    assert Enum.sort(@guide ++ @applications) == Enum.sort(Enum.map(pages, &Path.basename(&1, ".md")))
 
     for page <- pages, section <- tl(Regex.split(~r/^## /m, File.read!(page))) do
       assert section =~ ~r/^```(elixir|python)$/m, "#{page}: #{hd(String.split(section, "\n"))}"
@@ -111,29 +110,6 @@ defmodule DSPex.GuideTest do
       for %{bridge: %{os_pid: os_pid, restarts: 0, last_error: nil}} <- reports,
           do: assert(is_integer(os_pid))
     end
-  end
-
-  test "the handler of telemetry.md names a program where there is one" do
-    [handler | _metrics] = @telemetry |> File.read!() |> blocks("elixir")
-
-    # The application of the page has :telemetry. Here another test may have loaded its stand-in.
-    {[{module, _code}], warnings} =
-      Code.with_diagnostics(fn -> Code.compile_string(handler, @telemetry) end)
-
-    assert Enum.all?(warnings, &(&1.message =~ ":telemetry.attach_many/4 is undefined"))
-    stop = [:dspex, :bridge, :call, :stop]
-    metadata = %{command: "ping", program_id: nil, result: :timeout}
-
-    log = fn metadata ->
-      capture_log(fn -> module.handle(stop, %{duration: 0}, metadata, nil) end)
-    end
-
-    assert log.(metadata) =~ "ping: timeout after 0 ms"
-
-    assert log.(%{metadata | command: "execute_program", program_id: "qa"}) =~
-             "execute_program of qa: timeout"
-
-    assert log.(%{metadata | result: :ok}) == ""
   end
 
   # Each supervision tree of a page replaces the one before it.

@@ -119,19 +119,20 @@ def test_timeouts_flags_and_cancels_are_read() -> None:
     request = messages.decode(b'{"id":1,"command":"x","timeout_ms":12.5,"stream":true,"meta":true}')
     assert isinstance(request, Request)
     assert (request.args, request.timeout_ms, request.stream, request.meta) == ({}, 12.5, True, True)
-    assert request.history is False
+    assert (request.history, request.lm_events) == (False, False)
     cancel = messages.decode(b'{"cancel":"a"}')
     assert isinstance(cancel, Cancel) and cancel.id == "a"
     with pytest.raises(NotAMessage, match="cancel"):
         messages.decode(b'{"cancel":null}')
 
 
-def test_with_a_history_there_is_meta() -> None:
+@pytest.mark.parametrize("name", ["history", "lm_events"])
+def test_with_lm_calls_there_is_meta(name: str) -> None:
     for meta in ("true", "false"):
-        request = messages.decode(b'{"id":1,"command":"x","history":true,"meta":%s}' % meta.encode())
-        assert isinstance(request, Request) and (request.history, request.meta) == (True, True)
-    request = messages.decode(b'{"id":1,"command":"x","history":false}')
-    assert isinstance(request, Request) and (request.history, request.meta) == (False, False)
+        request = messages.decode(b'{"id":1,"command":"x","%s":true,"meta":%s}' % (name.encode(), meta.encode()))
+        assert isinstance(request, Request) and (getattr(request, name), request.meta) == (True, True)
+    request = messages.decode(b'{"id":1,"command":"x","%s":false}' % name.encode())
+    assert isinstance(request, Request) and (getattr(request, name), request.meta) == (False, False)
 
 
 def test_a_history_that_is_encoded_already_is_part_of_meta() -> None:
@@ -182,6 +183,47 @@ def test_integers_of_up_to_4300_digits_are_exact_both_ways(digits: int, sign: st
 QUICK = b'{"id":%d,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
 
 
+# As a map in Elixir is written, whose keys are sorted, and as Python writes a dict.
+OTHERS = [
+    b'{"args":{},"command":"ping","id":%d}',
+    b'{"args":{},"command":"ping","id":%d,"timeout_ms":5000,"timestamp":"2026-01-01T00:00:00Z"}',
+    b'{"id": %d, "command": "ping", "args": {}}',
+    b'{"command":"ping","id":%d}',
+]
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_pings_of_other_clients_are_answered_by_their_bytes(form: bytes) -> None:
+    data = frame(form % 7) + frame(QUICK % 8) + frame(form % 9)
+    replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in (7, 8, 9)]
+    assert pings.answer(data, 12.5) == (b"".join(replies), 3, len(data))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"args":{},"command":"ping"}',
+        b'{"args":{},"id":1}',
+        b'{"id":1,"command":"ping",}',
+        b'{"id":1"command":"ping"}',
+        b'{"id":1,"command":"ping","args":{"x":1}}',
+        b'{"id":1,"command":"ping","meta":true}',
+        b'{"id":1,"command":"ping","command":"get_stats"}',
+        b'{"id":1,"command":"ping","id":"a"}',
+        b'{"id":01,"command":"ping"}',
+    ],
+)
+def test_what_is_not_such_a_ping_is_left_to_the_decoder(payload: bytes) -> None:
+    assert pings.answer(frame(payload), 12.5) == (b"", 0, 0)
+
+
+def test_of_two_ids_the_last_counts_by_each_way() -> None:
+    payload = b'{"id":1,"command":"ping","id":2}'
+    request = messages.decode(payload)
+    assert isinstance(request, Request)
+    assert json.loads(pings.answer(frame(payload), 1.5)[0][4:])["id"] == request.id == 2
+
+
 def test_pings_as_bridge_writes_them_are_answered_by_their_bytes() -> None:
     ids = (0, 7, 10**17)
     replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in ids]
@@ -210,9 +252,9 @@ def test_an_id_of_any_length_is_exact_by_each_way(digits: int, first: str) -> No
     assert reply == (frame(pong) if short else b"")
 
 
-@given(st.integers(0, 90), st.binary(min_size=1, max_size=3))
-def test_what_is_answered_without_decoding_decodes_to_a_ping_with_that_id(at: int, junk: bytes) -> None:
-    good = QUICK % 12
+@given(st.sampled_from([QUICK, *OTHERS]), st.integers(0, 90), st.binary(min_size=1, max_size=3))
+def test_what_is_answered_without_decoding_decodes_to_a_ping_with_that_id(form: bytes, at: int, junk: bytes) -> None:
+    good = form % 12
     payload = good[:at] + junk + good[at + len(junk) :]
     reply, _, _ = pings.answer(frame(payload), 1.5)
     if reply:

@@ -27,28 +27,42 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
 class Record:
     """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
 
-    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them. `entry`: its place in the
-    run's history, with the model and the messages, if the reply has one.
+    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them. `error_type`: the class
+    of the exception that it failed with. `model`: the LM's name, if the reply shows its calls. `entry`: its place in
+    the run's history, with the messages, if the reply has one.
     """
 
-    __slots__ = ("cached", "cost", "ended", "entry", "failed", "finish_reason", "outer", "outputs", "started", "usages")
+    __slots__ = (
+        "cached",
+        "cost",
+        "ended",
+        "entry",
+        "error_type",
+        "finish_reason",
+        "model",
+        "outer",
+        "outputs",
+        "started",
+        "usages",
+    )
 
     def __init__(self, outer: Record | None) -> None:
         self.outer = outer
+        self.model = ""
         self.started = time.monotonic()
         self.ended: float | None = None
-        self.failed = False
+        self.error_type: str | None = None
         self.usages: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
         self.cost: float | None = None
         self.cached: bool | None = None
         self.outputs: Any = None
-        self.entry: tuple[Any, str, Any] | None = None
+        self.entry: tuple[Any, Any] | None = None
 
     @property
     def unpriced(self) -> bool:
         """Whether the call was billed, as far as DSPy knows, and its price is not known."""
-        return self.cost is None and not self.cached and bool(self.usages or (self.ended and not self.failed))
+        return self.cost is None and not self.cached and bool(self.usages or (self.ended and self.error_type is None))
 
 
 # The LM call under way in this context, in a run whose reply has meta.

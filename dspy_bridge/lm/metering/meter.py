@@ -9,7 +9,7 @@ from typing import Any
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.metering import call_records, history
+from dspy_bridge.lm.metering import call_records, history, lm_events
 from dspy_bridge.lm.metering.call_records import Record
 from dspy_bridge.lm.metering.history import History
 
@@ -25,8 +25,11 @@ _with_schema: ContextVar[Any] = ContextVar("with_schema", default=None)
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
     """A DSPy callback with a usage tracker for DSPy's settings, which is None where DSPy has none."""
 
-    def __init__(self, history_bytes: int | None = None) -> None:
-        """`history_bytes`: the most that `history` may take, if the reply is to have one."""
+    def __init__(self, history_bytes: int | None = None, events_since: float | None = None) -> None:
+        """`history_bytes`: the most that `history` may take, if the reply is to have one.
+
+        `events_since`: when the request was received, if the reply is to have `lm_events`.
+        """
         counted = dspy_internals.USAGE_TRACKER.there and dspy_internals.USAGE_SETTING.there
         self.tracker: Any = _Tracker() if counted else None
         self._records: list[Record] = []
@@ -34,6 +37,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         self._open: dict[str, Record] = {}
         self._fallbacks = 0
         self._history = None if history_bytes is None else History(history_bytes)
+        self._events_since = events_since
 
     def settings(self) -> dict[str, Any]:
         """DSPy's settings by which tokens are counted, for the run in this context."""
@@ -44,7 +48,8 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         """What `meta` has of LMs, up to now; a cached answer is a call too.
 
         `{"lm_usage": {model: tokens}, "lm_calls", "cache_hits", "finish_reasons": [one a call], "fallbacks",
-        "cost_usd"}`, and `history` if it was asked for. The cost is None if that of a call is not known.
+        "cost_usd"}`, and `history` and `lm_events` if they were asked for. The cost is None if that of a call is not
+        known.
         """
         records = list(self._records)
         unpriced = any(record.unpriced for record in records)
@@ -60,13 +65,17 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             for record in records:
                 self._show(record, "not finished")
             shown["history"] = self._history.json()
+        if self._events_since is not None:
+            shown["lm_events"] = lm_events.events(records, self._events_since, time.monotonic())
         return shown
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Called by DSPy in the context of the LM call that follows."""
         record = self._open[call_id] = Record(call_records.current.get())
+        if self._history is not None or self._events_since is not None:
+            record.model = str(getattr(instance, "model", ""))
         if self._history is not None:
-            record.entry = self._history.begin(), str(getattr(instance, "model", "")), _messages(inputs)
+            record.entry = self._history.begin(), _messages(inputs)
         self._records.append(record)
         call_records.current.set(record)
         if dspy_internals.RESPONSE_FORMAT is None:
@@ -78,7 +87,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         call_records.current.set(record.outer)
         record.outer = None
         record.ended = time.monotonic()
-        record.failed = exception is not None
+        record.error_type = None if exception is None else type(exception).__name__
         if record.cached is None and self.tracker is not None and exception is None:
             # DSPy tracks no usage for an answer from the cache.
             record.cached = not record.usages
@@ -94,10 +103,10 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         """Write the call into the history, where that is not done yet."""
         if self._history is None or record.entry is None:
             return
-        entry, model, messages = record.entry
+        entry, messages = record.entry
         record.entry = None
         about = {
-            "model": model,
+            "model": record.model,
             "outputs": record.outputs,
             "finish_reason": record.finish_reason,
             "usage": _usage(record),

@@ -22,6 +22,7 @@ defmodule DSPex.Test.Telemetry do
     [:pool, :call, :stop],
     [:pool, :call, :exception],
     [:pool, :checkout],
+    [:lm, :stop],
     [:tool, :start],
     [:tool, :stop],
     [:tool, :exception]
@@ -50,10 +51,10 @@ defmodule DSPex.Test.Telemetry do
     :ok
   end
 
-  @doc "Has the calling process sent each event, without its prefix: `{event, measurements, metadata}`."
-  def attach do
+  @doc "Has the calling process sent each event, or these, without their prefix: `{event, measurements, metadata}`."
+  def attach(events \\ @events) do
     owner = self()
-    events = for event <- @events, do: [:dspex | event]
+    events = for event <- events, do: [:dspex | event]
 
     :ok =
       :telemetry.attach_many(

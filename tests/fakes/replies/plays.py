@@ -7,7 +7,8 @@ args.play is a list of steps:
   ["tool", call_id, name, args]   a call of a tool, not waited for
   ["result", call_id]          waits for that tool's result
   ["go", name]                 waits for a `go` with this name in its args
-  ["reply", result]            the reply; without a result, all results of tools that have come, by call_id
+  ["reply", result, meta]      the reply; without a result, all results of tools that have come, by call_id
+  ["asked"]                    a reply whose result is what the request asks for: of ASKED
   ["fail", error_type, meta]   an error reply; meta may be left out
   ["die"]                      the end of the peer
   ["first", steps, others]     steps in the first peer, others in its successors; needs FAKE_FILE
@@ -20,6 +21,8 @@ import os
 import threading
 
 from frames import read, reply, write_raw
+
+ASKED = ("stream", "meta", "history", "lm_events")
 
 starts = 1
 if "FAKE_FILE" in os.environ:
@@ -48,6 +51,10 @@ def wait(key, where):
         changed.wait_for(lambda: key in where)
 
 
+def asked(request):
+    return [key for key in ASKED if key in request]
+
+
 def play(request, steps):
     call = request["id"]
     for kind, *step in steps:
@@ -67,8 +74,10 @@ def play(request, steps):
             wait(step[0], gone)
         elif kind == "reply":
             result = step[0] if step else {str(call_id): results[call_id] for call_id in sorted(results)}
-            meta = {"asked": [key for key in ("stream", "meta", "history") if key in request]}
+            meta = step[1] if len(step) > 1 else {"asked": asked(request)}
             write({"id": call, "success": True, "result": result, "meta": meta})
+        elif kind == "asked":
+            write({"id": call, "success": True, "result": asked(request)})
         elif kind == "fail":
             meta = {"meta": step[1]} if len(step) > 1 else {}
             write({"id": call, "success": False, "error": "no", "error_type": step[0], **meta})

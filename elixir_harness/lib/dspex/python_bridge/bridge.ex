@@ -17,9 +17,10 @@ defmodule DSPex.PythonBridge.Bridge do
   or dies, its request is cancelled. None of these functions exits or raises in the caller.
   """
 
-  alias DSPex.PythonBridge.{Client, Error, Options, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Client, Error, Options, Protocol}
   alias DSPex.PythonBridge.Bridge.Server
   alias DSPex.PythonBridge.Client.{Caller, EventStream, Misplaced, StreamReducer}
+  alias DSPex.PythonBridge.Telemetry.CallSpan
 
   # The time that a bridge may take to end, after its calls are finished.
   @ending_ms 2_000
@@ -39,6 +40,7 @@ defmodule DSPex.PythonBridge.Bridge do
           | {:item_timeout_ms, pos_integer()}
           | {:history, boolean()}
           | {:traceparent, String.t() | nil}
+          | {:telemetry_metadata, map()}
   @typedoc "Called with the arguments, a map with string keys, and the `call_key`: see `request/4`."
   @type tool :: (args :: map() -> term()) | (args :: map(), call_key :: String.t() -> term())
   @type request_option :: stream_option() | {:on_chunk, (map() -> term())}
@@ -183,9 +185,9 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec call(server(), command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, call_error()}
   def call(server, command, args, timeout) do
-    exchange = fn -> Caller.exchange(server, command, args, timeout, []) end
+    exchange = &Caller.exchange(server, command, args, timeout, &1)
 
-    case Telemetry.call(:bridge, server, command, args, exchange) do
+    case CallSpan.run(:bridge, server, command, args, [], exchange) do
       {:ok, _id, result, _meta} -> {:ok, result}
       {:error, error} -> {:error, Error.to_call_reason(error)}
     end
@@ -254,6 +256,8 @@ defmodule DSPex.PythonBridge.Bridge do
     * `:traceparent` – the [W3C trace context](https://www.w3.org/TR/trace-context/) of the call, such as
       `"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"`; nil by default. The HTTP requests to the LM have it
       as a header, and what Python logs for the call as metadata.
+    * `:telemetry_metadata` – a map that the events of the call have as metadata under this name, such as
+      `%{tenant: "acme"}`; by default empty. It stays on this node.
     * `:on_chunk` – a function of one argument, called in this process with each map that comes before the reply, in
       order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of inputs each result,
       `%{"index" => …, "success" => …, …}`. After its first call the request is not sent again when the peer dies. If
@@ -266,8 +270,9 @@ defmodule DSPex.PythonBridge.Bridge do
   def request(server, command, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
          {:ok, args} <- Client.Options.arguments(options, command, args),
-         exchange = fn -> exchange(server, command, args, options) end,
-         {:ok, _id, result, meta} <- Telemetry.call(:bridge, server, command, args, exchange) do
+         exchange = &exchange(server, command, args, %{options | opts: &1}),
+         {:ok, _id, result, meta} <-
+           CallSpan.run(:bridge, server, command, args, options.opts, exchange) do
       {:ok, result, meta}
     end
   end

@@ -24,6 +24,7 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
   alias DSPex.PythonBridge.Pool.{Caller, CoordinatorClient, Handle}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
+  alias DSPex.PythonBridge.Telemetry.CallSpan
 
   @typedoc "The name of a pool, or its pid."
   @type pool :: atom() | pid()
@@ -119,9 +120,9 @@ defmodule DSPex.PythonBridge.Pool do
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
   def call(pool, command, args, timeout) do
-    exchange = fn -> Caller.exchange(pool, command, args, timeout, []) end
+    exchange = &Caller.exchange(pool, command, args, timeout, &1)
 
-    case Telemetry.call(:pool, pool, command, args, exchange) do
+    case CallSpan.run(:pool, pool, command, args, [], exchange) do
       {:ok, _id, result, _meta} -> {:ok, result}
       {:error, error} -> {:error, Error.to_call_reason(error)}
     end
@@ -165,8 +166,9 @@ defmodule DSPex.PythonBridge.Pool do
   def request(pool, command, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
          {:ok, args} <- Client.Options.arguments(options, command, args),
-         exchange = fn -> exchange(pool, command, args, options) end,
-         {:ok, _id, result, meta} <- Telemetry.call(:pool, pool, command, args, exchange) do
+         exchange = &exchange(pool, command, args, %{options | opts: &1}),
+         {:ok, _id, result, meta} <-
+           CallSpan.run(:pool, pool, command, args, options.opts, exchange) do
       {:ok, result, meta}
     end
   end

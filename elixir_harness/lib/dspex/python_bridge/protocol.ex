@@ -56,8 +56,9 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   The part of a request after its id and deadline, for `request_frame/3`.
 
-  Options: `meta: true` asks for `meta` in the reply, `history: true` for the LM calls in it, `stream: true` for chunks
-  before the reply; `:traceparent` is a valid W3C trace context. The error names the value that has no JSON form.
+  Options: `meta: true` asks for `meta` in the reply, `history: true` for the LM calls in it, `lm_events: true` for
+  these without contents, `stream: true` for chunks before the reply; `:traceparent` is a valid W3C trace context. The
+  error names the value that has no JSON form.
 
       iex> {:ok, body} = DSPex.PythonBridge.Protocol.encode_body("ping", %{n: 1})
       iex> String.starts_with?(body, ~s(,"command":"ping","args":{"n":1},"timestamp":"))
@@ -81,7 +82,11 @@ defmodule DSPex.PythonBridge.Protocol do
   defp wishes([]), do: ""
 
   defp wishes(opts) do
-    flags = for key <- [:meta, :history, :stream], opts[key], into: "", do: ~s(,"#{key}":true)
+    flags =
+      for key <- [:meta, :history, :lm_events, :stream],
+          opts[key],
+          into: "",
+          do: ~s(,"#{key}":true)
 
     if trace = opts[:traceparent],
       do: flags <> ~s(,"traceparent":) <> JSON.encode!(trace),

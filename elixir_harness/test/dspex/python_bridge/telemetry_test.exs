@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Monitor, Pool, Telemetry}
+  alias DSPex.PythonBridge.Telemetry.{CallSpan, Emitter}
   alias DSPex.Test.Telemetry, as: Host
 
   @compile {:no_warn_undefined, :telemetry}
@@ -358,7 +359,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       refute Code.ensure_loaded?(:telemetry)
       refute Telemetry.look()
       assert Telemetry.execute([:bridge, :resend], %{}, %{}) == :ok
-      assert Telemetry.begin(:bridge, :a, :ping, %{}) == nil
+      assert CallSpan.begin(:bridge, :a, :ping, %{}, meta: true) == {nil, [meta: true]}
       work()
     end
 
@@ -373,9 +374,9 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     test "is not asked again by each bridge, but by the application when it starts" do
       Host.install()
       on_exit(&Host.remove/0)
-      :persistent_term.put(Telemetry, false)
+      :persistent_term.put(Emitter, false)
       refute Telemetry.look_once()
-      :persistent_term.erase(Telemetry)
+      :persistent_term.erase(Emitter)
       assert Telemetry.look_once()
       assert :telemetry in Application.spec(:dspex, :optional_applications)
     end

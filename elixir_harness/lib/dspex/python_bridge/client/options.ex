@@ -27,7 +27,8 @@ defmodule DSPex.PythonBridge.Client.Options do
 
   @doc "The options of `DSPex.PythonBridge.Bridge.stream/3`."
   @spec of_stream() :: [atom()]
-  def of_stream, do: [:timeout, :retry, :tools, :history, :traceparent | @arguments]
+  def of_stream,
+    do: [:timeout, :retry, :tools, :history, :traceparent, :telemetry_metadata | @arguments]
 
   @doc """
   Checks options; only the `allowed` ones are accepted. The error names the wrong one. The timeout is checked when
@@ -41,7 +42,7 @@ defmodule DSPex.PythonBridge.Client.Options do
       {timeout, opts} = Keyword.pop(opts, :timeout, :default)
       {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
       {arguments, opts} = Keyword.split(opts, @arguments)
-      absent = [tools: %{}, history: false, traceparent: nil]
+      absent = [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
       opts = [meta: true] ++ Keyword.reject(opts, &(&1 in absent))
       fields = [timeout: timeout, on_chunk: on_chunk, arguments: arguments, opts: opts]
       {:ok, struct!(__MODULE__, fields)}
@@ -98,6 +99,8 @@ defmodule DSPex.PythonBridge.Client.Options do
 
   defp checked(:history, history) when is_boolean(history), do: {:ok, history}
   defp checked(:history, _other), do: {:error, ":history: expected true or false"}
+  defp checked(:telemetry_metadata, map) when is_map(map) and not is_struct(map), do: {:ok, map}
+  defp checked(:telemetry_metadata, _other), do: {:error, ":telemetry_metadata: expected a map"}
   defp checked(:attempts, n) when n in 1..@max_attempts, do: {:ok, n}
   defp checked(:attempts, _other), do: {:error, ":attempts: expected 1 to #{@max_attempts}"}
   defp checked(:max_concurrency, n) when is_integer(n) and n > 0, do: {:ok, n}

@@ -7,19 +7,22 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   # With chunks it is a reduction as `Enumerable` defines it: a function gets one element after the other and says
   # after each whether to go on. Whatever ends it early, an exception of that function included, cancels the call.
 
-  alias DSPex.PythonBridge.{Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Protocol
+  alias DSPex.PythonBridge.Telemetry.CallSpan
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
   @typedoc """
-  A call to a bridge or a pool, which `open` makes: with chunks if its argument is true. It gives the call and the frame
-  of its first chunk, if it has waited for that; or the result.
+  A call to a bridge or a pool, which `open` makes: it gets the options, with chunks if `:stream` is true. It gives the
+  call and the frame of its first chunk, if it has waited for that; or the result.
   """
-  @type request :: {:bridge | :pool, server :: term(), Protocol.command(), args :: map(), open()}
-  @type open :: (stream? :: boolean() -> {:open, call(), binary() | nil} | Caller.result())
+  @type request ::
+          {:bridge | :pool, server :: term(), Protocol.command(), args :: map(), keyword(),
+           open()}
+  @type open :: (keyword() -> {:open, call(), binary() | nil} | Caller.result())
   @typedoc """
   A call under way. `holder`: of its functions. `conclude` makes the reply the result; `dest` is sent
   `:unreadable_frame`.
@@ -38,14 +41,12 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   @spec to_bridge(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           request()
   def to_bridge(server, command, args, timeout, opts) do
-    open = fn stream? ->
-      opts = [stream: stream?] ++ opts
-
+    open = fn opts ->
       with {:ok, call} <- Caller.prepare(server, command, args, timeout, opts),
            do: start(call, opts, Change.program_id(command, args))
     end
 
-    {:bridge, server, command, args, open}
+    {:bridge, server, command, args, opts, open}
   end
 
   defp start(call, opts, program_id) do
@@ -79,12 +80,14 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   def reduce(_request, {:halt, acc}, _fun), do: {:halted, acc}
   def reduce(request, {:suspend, acc}, fun), do: {:suspended, acc, &reduce(request, &1, fun)}
 
-  def reduce({kind, server, command, args, _open} = request, {:cont, acc}, fun),
-    do: begin(request, true, Telemetry.begin(kind, server, command, args), acc, fun)
+  def reduce({kind, server, command, args, opts, open}, {:cont, acc}, fun) do
+    {span, opts} = CallSpan.begin(kind, server, command, args, opts)
+    begin({kind, server, command, args, opts, open}, true, span, acc, fun)
+  end
 
   # Without a span, the events of the call are its caller's to emit.
-  defp begin({_kind, _server, _command, _args, open}, stream?, span, acc, fun) do
-    case open.(stream?) do
+  defp begin({_kind, _server, _command, _args, opts, open}, stream?, span, acc, fun) do
+    case open.([stream: stream?] ++ opts) do
       {:open, call, nil} -> go_on({call, span}, {:cont, acc}, fun)
       {:open, call, frame} -> go_on({call, span}, chunk({call, span}, frame, acc, fun), fun)
       result -> over(result, span, acc, fun)
@@ -108,13 +111,12 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   defp go_on({call, span}, {:halt, acc}, _fun) do
     StreamProxy.stop(call.proxy)
-    Telemetry.over(span, :cancelled)
+    CallSpan.over(span, :cancelled)
     {:halted, acc}
   end
 
   defp over(result, span, acc, fun) do
-    Telemetry.over(span, result)
-    last(fun.({:over, result}, acc))
+    last(fun.({:over, CallSpan.over(span, result)}, acc))
   end
 
   defp last({:cont, acc}), do: {:done, acc}
@@ -137,7 +139,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   catch
     kind, reason ->
       StreamProxy.stop(call.proxy)
-      Telemetry.failed(span, kind, reason, __STACKTRACE__)
+      CallSpan.failed(span, kind, reason, __STACKTRACE__)
       :erlang.raise(kind, reason, __STACKTRACE__)
   end
 end

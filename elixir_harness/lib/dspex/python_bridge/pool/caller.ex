@@ -34,9 +34,9 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   @spec streamed(pool(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           StreamReducer.request()
   def streamed(pool, command, args, timeout, opts) do
-    open = fn stream? ->
+    open = fn opts ->
       began = System.monotonic_time()
-      opts = [stream: stream? and command not in @changes] ++ opts
+      opts = if command in @changes, do: Keyword.put(opts, :stream, false), else: opts
 
       case prepare(pool, command, args, timeout, opts, began) do
         {:ok, handle, request} -> open(handle, request, opts)
@@ -44,7 +44,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       end
     end
 
-    {:pool, pool, command, args, open}
+    {:pool, pool, command, args, opts, open}
   end
 
   defp open(%Handle{name: name} = handle, request, opts) do

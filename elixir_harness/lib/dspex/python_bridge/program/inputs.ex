@@ -61,12 +61,16 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   # By their names in JSON; and the names that are there twice.
   defp named(spec, pairs) do
     types = Map.new(spec.inputs, &{&1.name, &1.type})
+    # DSPy logs a warning for each one that is absent.
+    absent = for %{required?: false, name: name} <- spec.inputs, into: %{}, do: {name, nil}
 
-    Enum.reduce(pairs, {%{}, []}, fn {key, value}, {inputs, twice} ->
+    pairs
+    |> Enum.reduce({%{}, []}, fn {key, value}, {inputs, twice} ->
       name = Payload.string(key) || inspect(key, limit: 3, printable_limit: 60)
       twice = if is_map_key(inputs, name), do: [name | twice], else: twice
       {Map.put(inputs, name, Dump.value(Map.get(types, name), value)), twice}
     end)
+    |> then(fn {inputs, twice} -> {Map.merge(absent, inputs), twice} end)
   end
 
   defp texts(names, text), do: Enum.map(names, &"inputs.#{shown(&1)}: #{text}")

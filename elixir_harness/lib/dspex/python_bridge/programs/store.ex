@@ -31,7 +31,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @opaque exported :: [tuple()]
 
   # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}. For this node
-  # alone: {{:declared, id}, stamp, sealed body}; {{:tools, id}, stamp, names, calls}, what was read from the definition
+  # alone: {{:declared, id}, stamp, sealed body}; {{:facts, id}, stamp, facts, calls}, what was read from the definition
   # with that stamp; {:undeclared, why}, the declarations that are not definitions, with their stamps and errors.
 
   @doc "An empty table of the calling process."
@@ -128,7 +128,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     delete_older(table, {:declared, :_}, stamp)
     # The row above includes these tombstones.
     delete_older(table, {:removed, :_}, stamp)
-    :ets.match_delete(table, {{:tools, :_}, :_, :_, :_})
+    :ets.match_delete(table, {{:facts, :_}, :_, :_, :_})
     :ok
   end
 
@@ -141,7 +141,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     replace(table, {:removed, id}, stamp, nil)
     delete_older(table, {:program, id}, stamp)
     delete_older(table, {:declared, id}, stamp)
-    :ets.delete(table, {:tools, id})
+    :ets.delete(table, {:facts, id})
     :ok
   end
 
@@ -168,15 +168,15 @@ defmodule DSPex.PythonBridge.Programs.Store do
   end
 
   @doc """
-  The names of a program's tools; nil if it is not in the table. `read` gets them from its definition, once; it may give
-  nil.
+  What `read` gets from a program's definition, once (`DSPex.PythonBridge.Programs.Definition`); nil if the program is
+  not in the table, or `read` gives nil.
   """
-  @spec tools(table(), id(), (binary() -> [String.t()] | nil)) :: [String.t()] | nil
-  def tools(table, id, read) do
+  @spec facts(table(), id(), (binary() -> facts | nil)) :: facts | nil when facts: map()
+  def facts(table, id, read) do
     with stamp when stamp != nil <- current(table, id) do
-      case :ets.lookup(table, {:tools, id}) do
-        [{_key, ^stamp, names, _calls}] -> names
-        _none_or_of_another -> read_tools(table, id, read)
+      case :ets.lookup(table, {:facts, id}) do
+        [{_key, ^stamp, facts, _calls}] -> facts
+        _none_or_of_another -> read_facts(table, id, read)
       end
     end
   rescue
@@ -189,26 +189,26 @@ defmodule DSPex.PythonBridge.Programs.Store do
       :ets.lookup_element(table, {:declared, id}, 2, nil)
   end
 
-  defp read_tools(table, id, read) do
+  defp read_facts(table, id, read) do
     with {stamp, body} <- get(table, id) do
-      names = read.(body)
-      row = {{:tools, id}, stamp, names, 0}
+      facts = read.(body)
+      row = {{:facts, id}, stamp, facts, 0}
 
       unless :ets.insert_new(table, row) do
         :ets.select_replace(table, [
-          {{{:tools, id}, :"$1", :_, :_}, [{:"/=", :"$1", {:const, stamp}}],
-           [{{{:element, 1, :"$_"}, {:const, stamp}, {:const, names}, 0}}]}
+          {{{:facts, id}, :"$1", :_, :_}, [{:"/=", :"$1", {:const, stamp}}],
+           [{{{:element, 1, :"$_"}, {:const, stamp}, {:const, facts}, 0}}]}
         ])
       end
 
-      names
+      facts
     end
   end
 
-  @doc "Whether this is the first call without tools of a program that `tools/3` knows."
+  @doc "Whether this is the first call without tools of a program that `facts/3` knows."
   @spec first_without_tools?(table(), id()) :: boolean()
   def first_without_tools?(table, id) do
-    :ets.update_counter(table, {:tools, id}, {4, 1}) == 1
+    :ets.update_counter(table, {:facts, id}, {4, 1}) == 1
   rescue
     # It has just been removed.
     ArgumentError -> false

@@ -3,16 +3,13 @@ defmodule DSPex.PythonBridge.Programs.Tools do
   # Whether the functions that a call is given are the tools of its program: a tool with another name would never be
   # called, and a program that is called without its tools answers worse, without an error.
   #
-  # The names are in the definition that the bridge keeps. It is read at the first such call, in the caller's process. A
-  # program that is not known here (it is on another node, or does not exist) is not checked.
+  # The names are in the definition that the bridge keeps. A program that is not known here (it is on another node, or
+  # does not exist) is not checked.
 
   require Logger
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Programs.{Change, Store}
-  alias DSPex.PythonBridge.Protocol.Payload
-
-  @rewarded ["best_of_n", "refine"]
+  alias DSPex.PythonBridge.Programs.{Change, Definition, Store}
 
   @typedoc "What the program is called through, for the log."
   @type whose :: {:bridge | :pool, term()}
@@ -26,7 +23,7 @@ defmodule DSPex.PythonBridge.Programs.Tools do
   def check(table, whose, command, args, given)
       when command in [:execute_program, "execute_program"] and table != nil do
     id = Change.program_id(command, args)
-    names = id && Store.tools(table, id, &names/1)
+    names = id && Definition.tools(table, id)
 
     cond do
       names == nil -> :ok
@@ -60,37 +57,4 @@ defmodule DSPex.PythonBridge.Programs.Tools do
   end
 
   defp shown(id), do: id |> inspect(printable_limit: 100) |> String.trim("\"")
-
-  @doc """
-  The names of the tools of a definition, the body of its `create_program`, with that of a reward; nil if it cannot be
-  read.
-
-      iex> {:ok, body} =
-      ...>   DSPex.PythonBridge.Protocol.encode_body(:create_program, %{
-      ...>     id: "a",
-      ...>     program_type: "best_of_n",
-      ...>     options: %{reward: %{tool: "brevity"}, module: "react"},
-      ...>     tools: [%{name: "search"}]
-      ...>   })
-      iex> DSPex.PythonBridge.Programs.Tools.names(body)
-      ["brevity", "search"]
-  """
-  @spec names(binary()) :: [String.t()] | nil
-  def names("," <> body) do
-    with {:ok, %{"args" => %{} = args}} <- Payload.decode("{" <> body) do
-      tools = if is_list(args["tools"]), do: args["tools"], else: []
-      names = for %{"name" => name} when is_binary(name) <- tools, do: :binary.copy(name)
-      Enum.sort(Enum.uniq(reward(args) ++ names))
-    else
-      _unreadable -> nil
-    end
-  end
-
-  def names(_other), do: nil
-
-  defp reward(%{"program_type" => type, "options" => %{"reward" => %{"tool" => name}}})
-       when type in @rewarded and is_binary(name),
-       do: [:binary.copy(name)]
-
-  defp reward(_args), do: []
 end

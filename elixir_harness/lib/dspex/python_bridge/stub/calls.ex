@@ -141,7 +141,12 @@ defmodule DSPex.PythonBridge.Stub.Calls do
   @doc "Passes a tool call of a process to the caller, if that has tools."
   @spec tool_call(t(), pos_integer(), {pid(), pos_integer()}, binary()) :: t()
   def tool_call(%__MODULE__{by_id: by_id} = calls, id, {pid, call_id}, frame) do
-    invocation = %Invocation{port: nil, id: id, frame: frame, max_frame_bytes: @max_frame_bytes}
+    invocation = %Invocation{
+      port: self(),
+      id: id,
+      frame: frame,
+      max_frame_bytes: @max_frame_bytes
+    }
 
     case by_id do
       %{^id => %{request: %Request{tools?: true, ref: ref}}} ->

@@ -10,12 +10,26 @@ defmodule DSPex.PythonBridge.Stub.Context do
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Stub.{Definition, Reply}
 
-  @enforce_keys [:server, :stub, :id, :program, :fields, :stream?, :meta?, :lineage]
+  # Of a run without LM calls.
+  @meta %{
+    "queue_ms" => 0.0,
+    "lm_usage" => %{},
+    "lm_calls" => 0,
+    "cache_hits" => 0,
+    "finish_reasons" => [],
+    "fallbacks" => 0,
+    "cost_usd" => 0.0
+  }
+  # Parts of it that are there only if they are asked for.
+  @parts ["history", "lm_events"]
+
+  @enforce_keys [:server, :stub, :id, :program, :fields, :stream?, :meta, :lineage]
   defstruct @enforce_keys ++ [deadline: :infinity, timeout: :infinity, began: 0]
 
   @typedoc """
   `server`, `stub`: the stub's process and name. `id`: of the call. `fields`: those of the program, if its definition is
-  known. `lineage`: see `DSPex.PythonBridge.Stub.Answers.lineage/1`.
+  known. `meta`: nil if the reply has none, else which of the longer parts it has (`"history"`, `"lm_events"`). `lineage`:
+  see `DSPex.PythonBridge.Stub.Answers.lineage/1`.
   """
   @type t :: %__MODULE__{
           server: pid(),
@@ -24,12 +38,13 @@ defmodule DSPex.PythonBridge.Stub.Context do
           program: String.t(),
           fields: Definition.fields() | nil,
           stream?: boolean(),
-          meta?: boolean(),
+          meta: [String.t()] | nil,
           lineage: [pid()],
           deadline: Deadline.t(),
           timeout: timeout(),
           began: integer()
         }
+
   @doc "Makes the calling process one that runs answers."
   @spec enter(t()) :: :ok
   def enter(run) do
@@ -50,23 +65,30 @@ defmodule DSPex.PythonBridge.Stub.Context do
     :ok
   end
 
+  @doc "What of its `meta` a request asks for."
+  @spec wishes(map()) :: [String.t()] | nil
+  def wishes(request) do
+    case Enum.filter(@parts, &(request[&1] == true)) do
+      [] -> if request["meta"] == true, do: []
+      parts -> parts
+    end
+  end
+
   @doc "The reply of a run that has this result."
   @spec reply(t(), Reply.result()) :: Request.reply()
-  def reply(%__MODULE__{} = run, result), do: Reply.new(run.id, result, meta(run))
+  def reply(%__MODULE__{meta: nil} = run, result), do: Reply.new(run.id, result, nil)
 
-  defp meta(%__MODULE__{meta?: false}), do: nil
+  def reply(run, {:ok, outputs, own}),
+    do: Reply.new(run.id, {:ok, outputs, Map.drop(own, @parts -- run.meta)}, meta(run))
+
+  def reply(run, {:error, error}) do
+    own = Map.drop(error.meta || %{}, @parts -- run.meta)
+    Reply.new(run.id, {:error, %{error | meta: own}}, meta(run))
+  end
 
   defp meta(run) do
-    %{
-      "duration_ms" => (System.monotonic_time(:microsecond) - run.began) / 1000,
-      "queue_ms" => 0.0,
-      "lm_usage" => %{},
-      "lm_calls" => 0,
-      "cache_hits" => 0,
-      "finish_reasons" => [],
-      "fallbacks" => 0,
-      "cost_usd" => 0.0
-    }
+    Enum.into(run.meta, @meta, &{&1, []})
+    |> Map.put("duration_ms", (System.monotonic_time(:microsecond) - run.began) / 1000)
   end
 
   ## In an answer's function

@@ -36,9 +36,9 @@ defmodule DSPex.PythonBridge.Stub.Coordinator do
       else: {:reply, {:error, "this is not a bridge of the pool #{inspect(name)}"}, handle}
   end
 
-  def handle_call(question, from, state) do
+  def handle_call(question, from, handle) do
     ServerGuard.drop({:"$gen_call", from, question}, __MODULE__)
-    {:noreply, state}
+    {:noreply, handle}
   end
 
   @impl GenServer
@@ -47,11 +47,16 @@ defmodule DSPex.PythonBridge.Stub.Coordinator do
     {:noreply, handle}
   end
 
+  def handle_cast(message, handle) do
+    ServerGuard.drop({:"$gen_cast", message}, __MODULE__)
+    {:noreply, handle}
+  end
+
   # There is no other definition than the stub's, which has refused the run.
   @impl GenServer
-  def handle_info({:request, %Request{change: {:repair, _index, _id}, ref: ref}}, state) do
+  def handle_info({:request, %Request{change: {:repair, _index, _id}, ref: ref}}, handle) do
     send(ref, {ref, {:error, :bridge_not_running}})
-    {:noreply, state}
+    {:noreply, handle}
   end
 
   # A change of the programs, or its caller's end: the reply goes to the caller directly.

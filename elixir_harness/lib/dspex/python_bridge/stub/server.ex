@@ -256,7 +256,7 @@ defmodule DSPex.PythonBridge.Stub.Server do
       program: program,
       fields: fields,
       stream?: request.stream?,
-      meta?: wishes["meta"] == true or wishes["history"] == true,
+      meta: Context.wishes(wishes),
       lineage: lineage,
       timeout: request.timeout,
       deadline: Deadline.new(request.timeout),

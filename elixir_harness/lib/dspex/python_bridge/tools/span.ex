@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.Tools.Span do
 
   alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Telemetry
+  alias DSPex.PythonBridge.Telemetry.Metadata
   alias DSPex.PythonBridge.Tools.{Answer, Outcome}
 
   # The names that are not in :tools are written by an LM.
@@ -28,7 +29,7 @@ defmodule DSPex.PythonBridge.Tools.Span do
     if Telemetry.look_once() do
       metadata =
         Map.merge(about, %{
-          bridge: name(bridge),
+          bridge: Metadata.name(bridge),
           tool: tool || @unknown,
           remembered?: remembered?,
           telemetry_span_context: make_ref()
@@ -47,34 +48,16 @@ defmodule DSPex.PythonBridge.Tools.Span do
 
   def over({started, metadata}, answer, :returned) do
     metadata = Map.put(metadata, :result, answer.result)
-    Telemetry.execute([:tool, :stop], since(started), metadata)
+    Telemetry.execute([:tool, :stop], Metadata.since(started), metadata)
   end
 
   def over({started, metadata}, _answer, {kind, reason, stacktrace}) do
-    what = %{kind: kind, reason: kind_of(reason), stacktrace: ServerGuard.stacktrace(stacktrace)}
-    Telemetry.execute([:tool, :exception], since(started), Map.merge(metadata, what))
+    what = %{
+      kind: kind,
+      reason: Metadata.reason(reason),
+      stacktrace: ServerGuard.stacktrace(stacktrace)
+    }
+
+    Telemetry.execute([:tool, :exception], Metadata.since(started), Map.merge(metadata, what))
   end
-
-  defp since(started) do
-    now = System.monotonic_time()
-    %{duration: now - started, monotonic_time: now}
-  end
-
-  # The rest may have arguments.
-  defp kind_of(%module{} = error) when is_exception(error), do: module
-  defp kind_of(reason) when is_atom(reason), do: reason
-  defp kind_of(reason) when is_tuple(reason) and is_atom(elem(reason, 0)), do: elem(reason, 0)
-  defp kind_of(_contents), do: :other
-
-  # In a pool it is the one that the call is at.
-  defp name({name, node}) when node == node(), do: name
-
-  defp name(pid) when is_pid(pid) and node(pid) == node() do
-    case Process.info(pid, :registered_name) do
-      {:registered_name, name} when is_atom(name) -> name
-      _none -> pid
-    end
-  end
-
-  defp name(bridge), do: bridge
 end

@@ -268,6 +268,23 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
       assert %{state: :running, os_pid: ^os_pid} = Bridge.get_status(bridge)
     end
 
+    test "pings are answered by the next peer, if the one before dies meanwhile", %{tmp_dir: dir} do
+      bridge = start_slow(dir)
+      let_go(dir)
+      assert {:ok, %{"a" => _}} = execute("qa")
+      %{os_pid: before} = Bridge.get_status(bridge)
+      hold(dir, "qa")
+      restart = Task.async(fn -> Bridge.restart(bridge) end)
+      eventually(fn -> match?(%{next: %{loads: %{}}}, :sys.get_state(bridge)) end, @ms)
+      kill(before)
+      eventually(fn -> loading?(bridge) end, @ms)
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
+      assert Bridge.call(bridge, :list_programs, %{}, 100) == {:error, :timeout}
+      let_go(dir)
+      assert Task.await(restart, @ms) == :ok
+      assert {:ok, %{"a" => _}} = execute("qa")
+    end
+
     test "a ping that the peer had when it died of one is answered by the next", %{tmp_dir: dir} do
       hold(dir, "held")
       bridge = start_frail(dir, [1, 2, 3], ["held", "frail"])

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
   import DSPex.Test.Helpers
   import ExUnit.CaptureLog
 
-  alias DSPex.PythonBridge.{Pool, Programs}
+  alias DSPex.PythonBridge.{Error, Pool, Programs}
   alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.Test.PoolProbe
 
@@ -129,6 +129,12 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
         assert {:error, text} = Pool.call(@pool, :execute_program, run(id), 60_000)
         assert text == reason
         assert text =~ "program #{id} could not be loaded: signature"
+        opts = [timeout: 60_000]
+
+        assert {:error, %Error{type: :invalid_args, message: ^reason} = error} =
+                 Pool.request(@pool, :execute_program, run(id), opts)
+
+        assert Enum.to_list(Pool.stream(@pool, run(id), opts)) == [error: error]
       end
 
       assert {:ok, %{"programs" => ["qa"], "missing" => []}} =

@@ -215,7 +215,7 @@ defmodule DSPex.ProgramDefinitionTest do
       #{signature("q: :string", "a: :string")},
       tools: [
         stock: [description: "How many there are.", args: [sku: {:string, "the article"}, size: {:enum, [:s, :m]}],
-                function: &Stock.find/1],
+                function: {&Stock.find/1, repeat: false}],
         now: []
       ]
       """)

@@ -45,6 +45,11 @@ defmodule DSPex.ProgramRunTest do
       signature: "question -> answer"
   end
 
+  defmodule Uncreated do
+    @moduledoc false
+    use DSPex.PythonBridge.Program, signature: "question -> answer"
+  end
+
   defmodule Everything do
     @moduledoc false
     use DSPex.PythonBridge.Program,
@@ -97,10 +102,13 @@ defmodule DSPex.ProgramRunTest do
     phone: nil
   }
 
-  defp start(module, opts \\ []) do
-    bridge = start_supervised!({Bridge, real_opts(opts)}, id: make_ref())
-    create(Bridge, bridge, module)
-    bridge
+  @lm [model: "offline/script", answers: %{"*" => @answer}]
+  @bridge __MODULE__.Shared
+
+  setup_all do
+    start_supervised!({Bridge, real_opts(name: @bridge)})
+    for module <- [Triage, Everything, Agent, Calling], do: create(Bridge, @bridge, module)
+    :ok
   end
 
   defp create(client, server, module) do
@@ -108,24 +116,21 @@ defmodule DSPex.ProgramRunTest do
              client.call(server, :create_program, module.definition(), 60_000)
   end
 
-  defp answering(answers), do: [lm: "offline/script", lm_options: %{answers: answers}]
-
   ## Runs
 
   test "a run gives a struct of the module, with atoms, dates and structs in it" do
-    bridge = start(Triage, answering(%{"*" => @answer}))
-    assert Triage.run(%{ticket: "Twice!"}, server: bridge) == {:ok, @triage}
+    assert Triage.run(%{ticket: "Twice!"}, server: @bridge, lm: @lm) == {:ok, @triage}
     # Keys may be strings, and inputs a keyword list.
-    assert Triage.run(%{"ticket" => "Twice!"}, server: bridge) == {:ok, @triage}
-    assert Triage.run([ticket: "Twice!"], server: bridge, timeout: 30_000) == {:ok, @triage}
+    assert Triage.run(%{"ticket" => "Twice!"}, server: @bridge, lm: @lm) == {:ok, @triage}
+
+    assert Triage.run([ticket: "Twice!"], server: @bridge, lm: @lm, timeout: 30_000) ==
+             {:ok, @triage}
 
     assert {:ok, @triage, %{"lm_calls" => 1}} =
-             Triage.run([ticket: "Twice!"], server: bridge, meta: true)
+             Triage.run([ticket: "Twice!"], server: @bridge, lm: @lm, meta: true)
   end
 
   test "inputs may have structs, dates and atoms; every type is one that the peer takes" do
-    bridge = start(Everything)
-
     inputs = [
       triage: @triage,
       on: ~D[2026-03-01],
@@ -136,7 +141,7 @@ defmodule DSPex.ProgramRunTest do
     ]
 
     assert {:ok, %Everything{b: b, c: c, d: d, f: %Time{}, g: %DateTime{}, j: j} = all} =
-             Everything.run(inputs, server: bridge)
+             Everything.run(inputs, server: @bridge)
 
     assert b in 1..5 and is_float(c) and is_map(d) and j in [1, 2]
     assert %{h: %NaiveDateTime{}, k: [_ | _]} = all
@@ -144,52 +149,46 @@ defmodule DSPex.ProgramRunTest do
     assert all.a =~ "Mill Lane" and all.a =~ "billing" and not (all.a =~ "none")
 
     assert {:error, %Error{type: :invalid_args, message: message}} =
-             Everything.run(Keyword.put(inputs, :size, :medium), server: bridge)
+             Everything.run(Keyword.put(inputs, :size, :medium), server: @bridge)
 
     assert message =~ "inputs.size: "
   end
 
   test "a list of inputs is a batch: each succeeds or fails by itself" do
-    bridge = start(Triage, answering(%{"*" => @answer}))
-
     assert {:ok, [{:ok, @triage}, {:error, error}, {:ok, @triage}]} =
              Triage.run([%{ticket: "a"}, [tiket: "b"], %{"ticket" => "c"}],
-               server: bridge,
+               server: @bridge,
+               lm: @lm,
                max_concurrency: 1
              )
 
     assert %Error{type: :invalid_args, message: "inputs.tiket: unknown field" <> _} = error
-    assert {:ok, [], %{}} = Triage.run([], server: bridge, meta: true)
+    assert {:ok, [], %{}} = Triage.run([], server: @bridge, meta: true)
   end
 
   test "a stream has the fields as atoms, and ends with the struct" do
-    bridge = start(Triage, answering(%{"*" => @answer}))
-    elements = Enum.to_list(Triage.stream([ticket: "a"], server: bridge))
+    elements = Enum.to_list(Triage.stream([ticket: "a"], server: @bridge, lm: @lm))
     chunks = for {:chunk, :reasoning, text} <- elements, do: text
     assert Enum.join(chunks) == @triage.reasoning
     assert {:ok, @triage, %{"lm_calls" => 1}} = List.last(elements)
 
     assert [{:item, 0, {:ok, @triage}}, {:ok, [{:ok, @triage}], %{}}] =
-             Enum.to_list(Triage.stream([%{ticket: "a"}], server: bridge))
+             Enum.to_list(Triage.stream([%{ticket: "a"}], server: @bridge, lm: @lm))
 
     assert [error: %Error{message: "inputs.tiket: unknown field; inputs.ticket: missing" <> _}] =
-             Enum.to_list(Triage.stream([tiket: "a"], server: bridge))
+             Enum.to_list(Triage.stream([tiket: "a"], server: @bridge))
 
     assert [error: %Error{type: :program_not_found}] =
-             Enum.to_list(Served.stream([question: "a"], server: bridge))
+             Enum.to_list(Uncreated.stream([question: "a"], server: @bridge))
   end
 
   test "a run takes an LM and its settings of its own" do
-    bridge = start(Triage)
-    lm = [model: "offline/script", answers: %{"*" => @answer}]
-    assert Triage.run([ticket: "a"], server: bridge, lm: lm) == {:ok, @triage}
-    run = Triage.run([ticket: "a"], server: bridge, config: [temperature: 0.5, modle: 1])
-    assert {:error, %Error{type: :invalid_args, message: "config.model: " <> _}} = run |> model()
-  end
+    assert {:ok, %Triage{team: "billing"}} = Triage.run([ticket: "a"], server: @bridge)
+    assert Triage.run([ticket: "a"], server: @bridge, lm: @lm) == {:ok, @triage}
 
-  # The peer names the option as it was written.
-  defp model({:error, %Error{message: message} = error}),
-    do: {:error, %{error | message: String.replace(message, "modle", "model")}}
+    assert {:error, %Error{type: :invalid_args, message: "config.model: " <> _}} =
+             Triage.run([ticket: "a"], server: @bridge, config: [model: "offline/echo"])
+  end
 
   ## Errors
 
@@ -234,8 +233,6 @@ defmodule DSPex.ProgramRunTest do
   end
 
   test "an input without a JSON form is named" do
-    bridge = start(Triage)
-
     for {inputs, text} <- [
           {[ticket: {1, 2}], "inputs.ticket: no JSON form for {1, 2}"},
           {[ticket: <<255>>], "inputs.ticket: a string in it is not valid UTF-8"},
@@ -245,36 +242,32 @@ defmodule DSPex.ProgramRunTest do
         do:
           assert(
             {:error, %Error{type: :invalid_args, message: ^text}} =
-              Triage.run(inputs, server: bridge)
+              Triage.run(inputs, server: @bridge)
           )
 
     assert {:error, %Error{message: "inputs[1].ticket: no JSON form for {1, 2}"}} =
-             Triage.run([%{ticket: "a"}, %{ticket: {1, 2}}], server: bridge)
+             Triage.run([%{ticket: "a"}, %{ticket: {1, 2}}], server: @bridge)
   end
 
   test "an answer of another program with the same id does not fit; the error has the costs" do
-    bridge = start(Triage)
-    other = %{id: inspect(Triage), signature: "ticket -> team, size"}
-    {:ok, _} = Bridge.call(bridge, :create_program, other, 60_000)
+    other = %{id: "served", signature: "question -> answer: int"}
+    {:ok, _} = Bridge.call(@bridge, :create_program, other, 60_000)
 
     assert {:error, %Error{type: :output_invalid, message: message, meta: meta}} =
-             Triage.run([ticket: "a"], server: bridge)
+             Served.run([question: "a"], server: @bridge)
 
-    assert message =~ "the answer did not fit DSPex.Test.Triage: team: expected "
+    assert message ==
+             "the answer did not fit DSPex.ProgramRunTest.Served: answer: expected a string"
+
     assert %{"lm_calls" => 1} = meta
   end
 
   test "a program that nobody has created, and a server that is not running, are named" do
-    bridge = start(Triage)
-    {:ok, _} = Bridge.call(bridge, :cleanup)
-
     assert {:error, %Error{type: :program_not_found, message: message}} =
-             Triage.run([ticket: "a"], server: bridge)
+             Uncreated.run([question: "a"], server: @bridge)
 
-    assert message =~
-             "Program not found: DSPex.Test.Triage; list DSPex.Test.Triage in the options"
-
-    assert message =~ "programs: [DSPex.Test.Triage]"
+    assert message =~ "Program not found: DSPex.ProgramRunTest.Uncreated; list "
+    assert message =~ "programs: [DSPex.ProgramRunTest.Uncreated]"
 
     assert {:error, %Error{type: :bridge_not_running, message: message}} =
              Triage.run([ticket: "a"], server: NoSuchBridge)
@@ -285,24 +278,23 @@ defmodule DSPex.ProgramRunTest do
   ## Servers
 
   test "a pool, or a bridge, is found by its name, and that of the module is the default" do
-    start_supervised!({Pool, real_opts(name: DSPex.ProgramRunTest.Named, pool_size: 1)})
-    create(Pool, DSPex.ProgramRunTest.Named, Served)
+    opts = [name: DSPex.ProgramRunTest.Named, pool_size: 1, programs: [Served]]
+    start_supervised!({Pool, real_opts(opts)})
     assert {:ok, %Served{answer: "echo: why"}} = Served.run(question: "why")
 
     assert {:ok, %Served{}, _meta} =
              Served.stream(question: "why") |> Enum.to_list() |> List.last()
 
-    bridge = start(Served)
+    # A bridge of the pool, for example.
+    {:ok, bridge} = Pool.checkout(DSPex.ProgramRunTest.Named)
     assert {:ok, %Served{answer: "echo: why"}} = Served.run([question: "why"], server: bridge)
   end
 
   ## Tools
 
   test "the functions of the tools belong to the module, unless a run has its own" do
-    bridge = start(Agent)
-
     assert {:ok, %Agent{answer: "echo: " <> _, trajectory: %{"observation_0" => seen}}} =
-             Agent.run([question: "Shirts?"], server: bridge)
+             Agent.run([question: "Shirts?"], server: @bridge)
 
     assert %{"in_stock" => 3} = seen
 
@@ -310,21 +302,19 @@ defmodule DSPex.ProgramRunTest do
       tools = %{name => fn _args -> "none" end}
 
       assert {:ok, %Agent{trajectory: %{"observation_0" => "none"}}} =
-               Agent.run([question: "Shirts?"], server: bridge, tools: tools)
+               Agent.run([question: "Shirts?"], server: @bridge, tools: tools)
     end
 
     assert {:error, %Error{type: :invalid_args, message: ":tools: program" <> _}} =
-             Agent.run([question: "?"], server: bridge, tools: %{stocks: fn _ -> 1 end})
+             Agent.run([question: "?"], server: @bridge, tools: %{stocks: fn _ -> 1 end})
 
     assert {:error, %Error{type: :invalid_request, message: ":tools: " <> _}} =
-             Agent.run([question: "?"], server: bridge, tools: 1)
+             Agent.run([question: "?"], server: @bridge, tools: 1)
   end
 
   test "of an LM that only calls tools the outputs are nil" do
-    bridge = start(Calling)
-
     assert {:ok, %Calling{tool_calls: [%{"name" => "stock", "result" => %{"in_stock" => 3}}]}} =
-             Calling.run([question: "Shirts?"], server: bridge)
+             Calling.run([question: "Shirts?"], server: @bridge)
   end
 
   ## Kills
@@ -333,8 +323,8 @@ defmodule DSPex.ProgramRunTest do
     test "a peer of a #{inspect(client)} that dies in a run is not noticed, unless retry: false" do
       client = unquote(client)
       name = Module.concat(__MODULE__, "Killed#{inspect(client)}")
-      start_supervised!({client, real_opts([name: name] ++ unquote(opts))})
-      create(client, name, Agent)
+      start_supervised!({client, real_opts([name: name, programs: [Agent]] ++ unquote(opts))})
+      idle(client, name)
       counter = :counters.new(1, [])
 
       # The first call of the tool kills the peer that asked for it.
@@ -351,16 +341,24 @@ defmodule DSPex.ProgramRunTest do
 
       assert :counters.get(counter, 1) >= 1
       :counters.put(counter, 1, 0)
+      idle(client, name)
 
       assert {:error, %Error{type: :python_process_died, retryable: true}} =
                Agent.run([question: "b"], [retry: false] ++ opts)
     end
   end
 
-  defp kill_busy(Bridge, name), do: kill(Bridge.get_status(name).os_pid)
+  # Each peer has loaded it.
+  defp idle(client, name) do
+    idle? = &match?(%{state: :running, pending: 0}, &1)
+    eventually(fn -> Enum.all?(peers(client, name), idle?) end, 60_000)
+  end
 
-  defp kill_busy(Pool, name) do
-    [os_pid] = for %{os_pid: os_pid, pending: 1} <- Pool.status(name).peers, do: os_pid
+  defp peers(Bridge, name), do: [Bridge.get_status(name)]
+  defp peers(Pool, name), do: Pool.status(name).peers
+
+  defp kill_busy(client, name) do
+    [os_pid] = for %{os_pid: os_pid, pending: 1} <- peers(client, name), do: os_pid
     kill(os_pid)
   end
 end

@@ -6,9 +6,7 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
   import DSPex.Test.Helpers
   import ExUnit.CaptureLog
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool, Programs}
-
-  doctest Programs.Tools
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
 
   @signature "question -> answer"
   @agent %{
@@ -133,39 +131,5 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
     {:ok, bridge} = Pool.checkout(name)
     {:ok, _, _} = run(bridge, "agent", [:search])
     assert {:error, %Error{type: :invalid_args}} = run(bridge, "agent", [:serch])
-  end
-
-  test "what was read of a definition goes to no other node, and ends with it" do
-    table = Programs.Store.new()
-    stamp = Programs.Store.stamp()
-    Programs.Store.put(table, "a", stamp, "body")
-    exported = Programs.Store.export(table)
-    test = self()
-    read = fn body -> send(test, {:read, body}) && ["search"] end
-    for _ <- 1..2, do: assert(Programs.Store.tools(table, "a", read) == ["search"])
-    assert_received {:read, "body"}
-    refute_received {:read, _}
-    assert Programs.Store.export(table) == exported
-    assert Programs.Store.exported?(exported)
-    assert Programs.Store.definitions(table) == [{"a", stamp, "body"}]
-    assert Programs.Store.count(table) == 1
-
-    Programs.Store.put(table, "a", Programs.Store.stamp(), "newer")
-    assert Programs.Store.tools(table, "a", fn "newer" -> [] end) == []
-    Programs.Store.remove(table, ["a"], Programs.Store.stamp())
-    assert Programs.Store.tools(table, "a", read) == nil
-    assert :ets.lookup(table, {:tools, "a"}) == []
-    :ets.delete(table)
-    assert Programs.Store.tools(table, "a", read) == nil
-    refute Programs.Store.first_without_tools?(table, "a")
-  end
-
-  test "a definition that cannot be read has no names" do
-    for body <- ["", "x", ",", ",[]}", ~s(,"args":5}), <<255>>],
-        do: assert(Programs.Tools.names(body) == nil)
-
-    odd = ~s(,"args":{"tools":[1,{"name":2},{"name":"a"}],"options":5}})
-    assert Programs.Tools.names(odd) == ["a"]
-    assert Programs.Tools.names(~s(,"args":{"tools":{"name":"a"}}})) == []
   end
 end

@@ -90,11 +90,12 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
             [meta: true],
             [stream: true, meta: true],
             [meta: true, history: true],
+            [meta: true, lm_events: true],
             [meta: false, retry: true]
           ] do
         {:ok, body} = Protocol.encode_body(:ping, %{}, opts)
         sent = JSON.decode!(~s({"id":1) <> body)
-        asked = Map.take(sent, ["meta", "history", "stream"])
+        asked = Map.take(sent, ["meta", "history", "lm_events", "stream"])
         assert asked == for({key, true} <- opts, key != :retry, into: %{}, do: {"#{key}", true})
       end
     end

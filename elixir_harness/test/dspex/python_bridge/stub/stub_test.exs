@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.StubTest do
 
   import ExUnit.CaptureLog
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool, Stub}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Stub, Top}
   alias DSPex.Test.Helpers
 
   doctest DSPex.PythonBridge.Stub.Definition
@@ -293,6 +293,16 @@ defmodule DSPex.PythonBridge.StubTest do
                call()
     end
 
+    test "has a history if the call asks for one" do
+      history = [%{"model" => "m", "messages" => [], "outputs" => ["text"]}]
+      Stub.stub(@stub, "qa", fn _ -> {:ok, %{}, %{history: history}} end)
+      assert {:ok, %{}, %{"history" => ^history}} = call(%{}, history: true)
+      assert {:ok, %{}, meta} = call()
+      refute is_map_key(meta, "history")
+      Stub.stub(@stub, "qa", fn _ -> {:ok, %{}} end)
+      assert {:ok, %{}, %{"history" => []}} = call(%{}, history: true)
+    end
+
     test "that is none, or cannot be one, is an error that says what is wrong" do
       own = start(programs: [%{id: "qa", signature: "question -> answer, why"}])
       run = fn -> Bridge.request(own, :execute_program, run(%{question: "?"})) end
@@ -336,6 +346,18 @@ defmodule DSPex.PythonBridge.StubTest do
       own = start(answers: fn _program, _inputs -> String.length(1) end)
       assert {:error, error} = quietly(fn -> Bridge.call(own, :execute_program, run()) end)
       assert error =~ "FunctionClauseError"
+    end
+
+    test "may itself make calls, which are the test's" do
+      Stub.expect(@stub, "inner", answer("inner"))
+
+      Stub.expect(@stub, "qa", fn _ ->
+        {:ok, %{"answer" => inner}} = Pool.call(@stub, :execute_program, run(%{}, "inner"))
+        {:ok, %{"answer" => "outer of " <> inner}}
+      end)
+
+      assert {:ok, %{"answer" => "outer of inner"}, _} = call()
+      assert :ok = Stub.verify!(@stub)
     end
 
     test "finds the owner of mocks by $callers" do
@@ -538,6 +560,31 @@ defmodule DSPex.PythonBridge.StubTest do
       assert text == "tool good: :tools was not given for this call"
     end
 
+    test "that must not run twice, and those with a key of their call, are called as by a peer" do
+      test = self()
+
+      Stub.stub(@stub, "qa", fn _inputs ->
+        results = for _ <- 1..2, do: Stub.call_tool("refund", %{order: 7})
+        {:ok, %{"results" => for({:ok, value} <- results, do: value)}}
+      end)
+
+      refund = fn %{"order" => 7}, key ->
+        send(test, {:refunded, key})
+        "done"
+      end
+
+      tools = %{refund: {refund, repeat: false}}
+
+      for module <- [Bridge, Pool] do
+        assert {:ok, %{"results" => ["done", "done"]}, _} =
+                 module.request(@stub, :execute_program, run(), tools: tools)
+
+        assert_receive {:refunded, one}
+        assert_receive {:refunded, two}
+        assert one != two
+      end
+    end
+
     test "are called at once by the items of a list" do
       Stub.stub(@stub, "qa", fn %{"n" => n} ->
         {:ok, result} = Stub.call_tool("double", %{n: n})
@@ -574,6 +621,38 @@ defmodule DSPex.PythonBridge.StubTest do
     Enum.each(pids, &send(&1, :go_on))
     assert for(n <- 1..200, do: {:ok, %{"n" => n}}) == Task.await_many(tasks)
     assert :ok = Pool.checkin(@stub, @stub)
+  end
+
+  test "messages that are not for it are dropped" do
+    own = start(answers: fn _, _ -> {:ok, %{}} end)
+
+    capture_log(fn ->
+      for name <- [own, Pool.Handle.coordinator(own)],
+          message <- [
+            :hello,
+            {:request, 1},
+            {:abandon, make_ref()},
+            {make_ref(), 1},
+            {:timeout, 1, 2}
+          ] do
+        send(name, message)
+        assert {:error, :unknown_call} = GenServer.call(name, :hello)
+        GenServer.cast(name, :hello)
+      end
+
+      assert {:ok, %{}} = Bridge.call(own, :execute_program, run())
+      assert {:ok, %{}} = Pool.call(own, :execute_program, run())
+    end)
+  end
+
+  test "it is listed with the bridges of its node" do
+    own = start()
+    %{peers: peers} = Top.snapshot(timeout: 5_000)
+
+    assert %{pool: pool, state: :running, calls: 0} =
+             Enum.find(peers, &(&1.bridge == inspect(own)))
+
+    assert pool == inspect(own)
   end
 
   test "a stub that ends leaves its callers with an error, and nothing behind" do

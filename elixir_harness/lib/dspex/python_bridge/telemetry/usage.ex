@@ -1,0 +1,100 @@
+defmodule DSPex.PythonBridge.Telemetry.Usage do
+  @moduledoc false
+  # What a run has asked of LMs, from the `meta` of its reply: measurements and metadata for its events. Whatever a peer
+  # of another version sends, it does not raise.
+
+  alias DSPex.PythonBridge.Error
+
+  # Of a run, by the names of OpenAI, or those that an LM of the user's may give.
+  @input ["prompt_tokens", "input_tokens"]
+  @output ["completion_tokens", "output_tokens"]
+
+  @typedoc "An LM call of `meta[\"lm_events\"]`."
+  @type lm_call :: map()
+
+  @doc "The `meta` of a result, if it came with one."
+  @spec meta(tuple() | :cancelled) :: map() | nil
+  def meta({:ok, _id, _result, meta}), do: meta
+  def meta({:error, %Error{meta: meta}}), do: meta
+  def meta(_other), do: nil
+
+  @doc "A result without its LM calls, and these."
+  @spec take_lm_calls(result) :: {result, [lm_call()]} when result: tuple() | :cancelled
+  def take_lm_calls({:ok, id, result, %{"lm_events" => calls} = meta}),
+    do: {{:ok, id, result, Map.delete(meta, "lm_events")}, maps(calls)}
+
+  def take_lm_calls({:error, %Error{meta: %{"lm_events" => calls} = meta} = error}),
+    do: {{:error, %{error | meta: Map.delete(meta, "lm_events")}}, maps(calls)}
+
+  def take_lm_calls(result), do: {result, []}
+
+  defp maps(calls), do: if(is_list(calls), do: Enum.filter(calls, &is_map/1), else: [])
+
+  @doc """
+  The measurements of a run.
+
+      iex> usage = %{"m" => %{"prompt_tokens" => 11, "completion_tokens" => 7}, "of-mine" => %{"input_tokens" => 2}}
+      iex> DSPex.PythonBridge.Telemetry.Usage.measurements(%{"lm_usage" => usage, "lm_calls" => 3, "cache_hits" => 1})
+      %{input_tokens: 13, output_tokens: 7, lm_calls: 3, cache_hits: 1}
+      iex> DSPex.PythonBridge.Telemetry.Usage.measurements(nil)
+      %{}
+  """
+  @spec measurements(map() | nil) :: map()
+  def measurements(%{"lm_calls" => calls} = meta) do
+    used = for {_model, %{} = tokens} <- of_models(meta), do: tokens
+
+    %{
+      input_tokens: Enum.sum_by(used, &tokens(&1, @input)),
+      output_tokens: Enum.sum_by(used, &tokens(&1, @output)),
+      lm_calls: number(calls),
+      cache_hits: number(meta["cache_hits"])
+    }
+  end
+
+  def measurements(_unknown), do: %{}
+
+  @doc "The models of which tokens were counted."
+  @spec models(map() | nil) :: [String.t()]
+  def models(meta), do: Enum.sort(for {model, _tokens} <- of_models(meta), do: model)
+
+  defp of_models(%{"lm_usage" => %{} = usage}), do: usage
+  defp of_models(_none), do: %{}
+
+  @doc """
+  The event of an LM call: measurements and metadata. `now`: when its run's reply came, in native time; `whole`: the
+  `meta` of that.
+  """
+  @spec lm_event(lm_call(), integer(), map() | nil) :: {map(), map()}
+  def lm_event(call, now, whole) do
+    took = number(call["duration_ms"])
+    ended = number(call["started_ms"]) + took
+
+    # Times of the peer count from when it has received the request, as the duration of the whole does.
+    ago = max(number(whole && whole["duration_ms"]) - ended, 0)
+
+    measurements = %{
+      duration: native(took),
+      monotonic_time: now - native(ago),
+      input_tokens: number(call["input_tokens"]),
+      output_tokens: number(call["output_tokens"])
+    }
+
+    metadata = %{
+      model: call["model"],
+      cached: call["cached"] == true,
+      result: if(call["error_type"], do: :error, else: :ok),
+      error_type: call["error_type"],
+      finish_reason: call["finish_reason"]
+    }
+
+    {measurements, metadata}
+  end
+
+  defp tokens(used, names), do: Enum.find_value(names, 0, &positive(used[&1]))
+
+  defp positive(n), do: if(is_number(n) and n > 0, do: n)
+
+  defp number(n), do: positive(n) || 0
+
+  defp native(ms), do: System.convert_time_unit(round(ms * 1_000), :microsecond, :native)
+end

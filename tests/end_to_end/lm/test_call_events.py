@@ -1,0 +1,186 @@
+"""`"lm_events": true`: the LM calls of a run without their contents."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BY_LITELLM, lm_env, programs_at
+from lm_server import KEY, Answer, Ended, LMServer, chat, completion, script
+from peer import PATIENCE, ROOT, Peer
+from shared_peers import shared_peer
+
+from dspy_bridge.lm.metering.lm_events import MOST
+
+ASK = {"program_id": "qa", "inputs": {"question": "Why is the sky blue?"}}
+TIMES = {"started_ms", "duration_ms"}
+HOST = """
+import dspy
+
+class Odd(dspy.Module):
+    def forward(self, question):
+        lm = dspy.settings.lm
+        lm.model = "m" * 300_000
+        return dspy.Prediction(answer=lm(question)[0])
+"""
+
+
+@pytest.fixture
+def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
+    """A program `qa`, and the LM that it asks."""
+    with programs_at(start_lm) as make:
+        yield make
+
+
+def events(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = reply["meta"]["lm_events"]
+    # Those that are not finished are measured a moment after the whole.
+    whole = reply["meta"]["duration_ms"] + (50 if reply.get("error_type") else 0.01)
+    assert all(0 <= event["started_ms"] + event["duration_ms"] <= whole for event in found)
+    return found
+
+
+def without_times(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in event.items() if name not in TIMES}
+
+
+@pytest.mark.parametrize("way", [{}, BY_LITELLM], ids=["own", "litellm"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_call_has_its_model_tokens_and_times_and_no_contents(make: Any, stream: bool, way: dict[str, Any]) -> None:
+    peer, _ = make(chat(answer="Rayleigh"), way)
+    peer.request("execute_program", ASK, lm_events=True, stream=stream)
+    while "success" not in (reply := peer.receive()):
+        assert "lm_events" not in json.dumps(reply)
+    (event,) = events(reply)
+    assert event["duration_ms"] > 0 and event["started_ms"] > 0
+    assert without_times(event) == {
+        "model": "openai/stub",
+        "input_tokens": 11,
+        "output_tokens": 7,
+        "cached": False,
+        "finish_reason": "stop",
+        "error_type": None,
+    }
+    assert reply["meta"]["lm_calls"] == 1, "the rest of meta is there, too"
+    assert not re.search("sky|Rayleigh", json.dumps(reply["meta"]))
+
+
+def test_the_page_has_a_row_for_each_key(make: Any) -> None:
+    peer, _ = make(chat(answer="a"))
+    (event,) = events(peer.call("execute_program", ASK, lm_events=True))
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    (section,) = re.findall(r"^### LM events\n(.*?)^##", page, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(event)
+    (example,) = re.findall(r"^```json\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert json.loads(example)["lm_events"][0].keys() == event.keys()
+    assert f"the first {MOST:,}" in section
+
+
+def test_they_are_not_there_unless_they_are_asked_for(make: Any) -> None:
+    peer, _ = make(chat(answer="a"))
+    for envelope in ({"meta": True}, {"meta": True, "lm_events": False}, {"history": True}):
+        assert "lm_events" not in peer.call("execute_program", ASK, **envelope)["meta"]
+    assert "meta" not in peer.call("execute_program", ASK, lm_events=False)
+    assert events(peer.call("ping", lm_events=True)) == []
+    reply = peer.call("execute_program", {**ASK, "inputs": {}}, lm_events=True)
+    assert (reply["error_type"], events(reply)) == ("invalid_args", [])
+    reply = peer.call("ping", lm_events="yes")
+    assert (reply["error_type"], reply["error"]) == ("invalid_request", "lm_events: expected true or false, got text")
+
+
+def test_all_calls_are_there_in_their_order_next_to_a_history(make: Any) -> None:
+    answers = script(
+        chat(next_thought="t", next_tool_name="look", next_tool_args="{}"),
+        chat(next_thought="t", next_tool_name="finish", next_tool_args="{}"),
+        Ended("no format", "content_filter"),
+        '{"reasoning": "r", "answer": "a"}',
+    )
+    peer, _ = make(answers, program_type="react", tools=[{"name": "look"}])
+    peer.request("execute_program", ASK, lm_events=True, history=True)
+    call = peer.receive()["tool_call"]
+    peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "found"}})
+    reply = peer.receive()
+    found = events(reply)
+    assert [event["finish_reason"] for event in found] == ["stop", "stop", "content_filter", "stop"]
+    ends = [event["started_ms"] + event["duration_ms"] for event in found]
+    assert all(later["started_ms"] >= end for end, later in zip(ends, found[1:], strict=False))
+    assert len(reply["meta"]["history"]) == 4
+
+
+def test_a_call_that_fails_has_the_class_of_its_error_and_no_text(make: Any) -> None:
+    peer, _ = make((400, {"error": {"message": f"your key {KEY} is wrong", "type": "error"}}))
+    reply = peer.call("execute_program", ASK, lm_events=True)
+    (event,) = events(reply)
+    assert reply["error_type"] == "lm_error" and event["error_type"] == "LMInvalidRequestError"
+    assert (event["finish_reason"], event["input_tokens"], event["output_tokens"]) == (None, 0, 0)
+    assert "wrong" not in json.dumps(reply["meta"]) and KEY not in json.dumps(reply)
+    peer, _ = make(Ended("[[ ## answer ## ]]\nhalf an ans"), {"max_tokens": 30})
+    (event,) = events(peer.call("execute_program", ASK, lm_events=True))
+    assert (event["error_type"], event["finish_reason"], event["output_tokens"]) == ("CutOff", "length", 7)
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancelled"])
+def test_a_call_under_way_is_unfinished(make: Any, end: str) -> None:
+    waiting = threading.Event()
+
+    def answer(request: dict[str, Any]) -> Answer:
+        waiting.wait(PATIENCE)
+        return "late"
+
+    peer, server = make(answer)
+    envelope = {"timeout_ms": 500} if end == "timeout" else {}
+    id = peer.request("execute_program", ASK, lm_events=True, **envelope)
+    assert server.arrived.acquire(timeout=PATIENCE)
+    if end == "cancelled":
+        peer.send({"cancel": id})
+    reply = peer.receive()
+    waiting.set()
+    (event,) = events(reply)
+    assert (reply["error_type"], event["error_type"], event["finish_reason"]) == (end, "unfinished", None)
+
+
+def test_an_answer_of_the_cache_is_marked_and_used_no_tokens(make: Any) -> None:
+    peer, _ = make(chat(answer="a"), {"cache": True, "user": "lm_events"})
+    for cached, tokens in ((False, 11), (True, 0)):
+        (event,) = events(peer.call("execute_program", ASK, lm_events=True))
+        assert (event["cached"], event["input_tokens"], event["finish_reason"]) == (cached, tokens, "stop")
+
+
+def test_of_a_long_batch_the_first_calls_are_there(echo_peer: Peer) -> None:
+    echo_peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
+    inputs = [{"question": str(number)} for number in range(MOST + 20)]
+    reply = echo_peer.call("execute_program", {**ASK, "inputs": inputs}, lm_events=True)
+    found = events(reply)
+    assert (len(found), reply["meta"]["lm_calls"]) == (MOST, MOST + 20)
+    started = [event["started_ms"] for event in found]
+    assert started == sorted(started)
+    assert len(json.dumps(found)) < 300 * MOST
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["a result", "an error"])
+def test_a_reply_that_they_would_make_too_long_comes_without_them(start_lm: Any, fails: bool) -> None:
+    body = completion("m", "no format" if fails else chat(answer="a"))
+    body["choices"][0]["finish_reason"] = "stop"
+    server = start_lm((200, body))
+    with shared_peer(env={**lm_env(server), "DSPY_BRIDGE_MAX_FRAME_BYTES": "700"}) as peer:
+        peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
+        many = {**ASK, "attempts": 3} if fails else {**ASK, "inputs": [{"question": str(n)} for n in range(3)]}
+        reply = peer.call("execute_program", many, lm_events=True, history=True)
+        assert reply["success"] is not fails and reply.get("error_type") in (None, "output_invalid"), reply
+        assert (reply["meta"]["lm_events"], reply["meta"]["lm_calls"] >= 3) == ([], True)
+        assert reply["meta"]["history"] == [{"omitted": reply["meta"]["lm_calls"]}]
+
+
+def test_a_long_name_of_a_model_is_cut(tmp_path: Path, start_lm: Any) -> None:
+    (tmp_path / "odd.py").write_text(HOST)
+    env = {**lm_env(start_lm("blue")), "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_ALLOW_MODULES": "odd"}
+    with shared_peer(env=env) as peer:
+        create = {"id": "qa", "signature": "question -> answer", "program_type": "odd:Odd"}
+        assert peer.call("create_program", create)["success"]
+        (event,) = events(peer.call("execute_program", ASK, lm_events=True))
+        assert event["model"] == "m" * 200
