@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak bench lock package format clean
+.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak sim bench lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -113,6 +113,9 @@ fuzz: setup ## send 100,000 mutated frames (FUZZ_FRAMES=), and run the stateful 
 
 soak: setup ## 10 minutes (SOAK_MINUTES=) of calls with random kills; fails if a call is lost, memory grows or a process is left
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
+
+sim: setup ## simulate clusters of 3 to 200 nodes (SIM_SEEDS=200), for the table of docs/cluster.md; some 5 minutes
+	cd $(HARNESS) && MIX_ENV=test mix run --no-start ../tests/sim/sim.exs
 
 bench: setup ## measure the table of docs/performance.md, in some 2 minutes
 	@# Not with pip, which demands hashes for all if a constraint has one.

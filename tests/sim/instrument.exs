@@ -64,10 +64,12 @@ defmodule Sim.Instrument do
 
   defp forms(original, name, {name, text, replacement}) do
     source = File.read!(original.module_info(:compile)[:source])
-    as = Module.concat(SimMutant, name)
+    as = Module.concat([SimMutant, "N#{System.unique_integer([:positive])}", name])
     [before, rest] = String.split(source, text)
     source = String.replace(before <> replacement <> rest, "defmodule #{inspect(original)} do", "defmodule #{inspect(as)} do")
-    [{^as, binary}] = Code.compile_string(source, "mutant.ex")
+    # ExUnit compiles its files without.
+    Code.put_compiler_option(:debug_info, true)
+    {[{^as, binary}], _warnings} = Code.with_diagnostics(fn -> Code.compile_string(source, "mutant.ex") end)
     {debug_forms(as, binary), as}
   end
 

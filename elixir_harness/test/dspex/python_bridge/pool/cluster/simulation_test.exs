@@ -1,0 +1,64 @@
+Code.require_file("../../../../../../tests/sim/all.exs", __DIR__)
+
+defmodule DSPex.PythonBridge.Pool.Cluster.SimulationTest do
+  @moduledoc """
+  Clusters of many nodes by simulation (tests/sim): the real code of pools, with simulated links, peers and time.
+  """
+
+  use ExUnit.Case, async: true
+
+  setup_all do
+    Sim.Instrument.load(Sim.Of)
+    :ok
+  end
+
+  # All runs at once, as many as there are processors.
+  defp runs(list, fun) do
+    list
+    |> Task.async_stream(fun, timeout: 60_000)
+    |> Enum.map(fn {:ok, result} -> result end)
+  end
+
+  test "with faults of all kinds no call is lost, and all nodes and peers have the same programs in the end" do
+    runs = for {nodes, seeds} <- [{3, 1..20}, {12, 1..3}], seed <- seeds, do: {nodes, seed}
+
+    results =
+      runs(runs, fn {nodes, seed} = run ->
+        {run, Sim.Scenarios.run(:faults, nodes: nodes, seed: seed)}
+      end)
+
+    assert for({run, %{wrong: wrong}} <- results, wrong != [], do: {run, wrong}) == []
+    assert Enum.sum(for {_run, result} <- results, do: result.calls) > 10_000
+    assert Enum.sum(for {_run, result} <- results, do: result.elsewhere) > 500
+  end
+
+  test "a second after a split has healed all nodes have the same programs" do
+    for result <- runs([3, 12], &Sim.Scenarios.run(:split, nodes: &1, seed: 1)) do
+      assert result.wrong == []
+      assert result.unlike > 0
+      assert result.equal_ms < 1_000
+    end
+  end
+
+  test "a change is one message to each other node, and one back" do
+    result = Sim.Scenarios.run(:costs, nodes: 12, seed: 1)
+    assert result.wrong == []
+    assert %{change: 11, changed: 11, hello: 0} = result.create.messages
+    assert result.join.messages.hello == 24
+  end
+
+  test "a seed gives the same run again" do
+    [one, same, other] = runs([5, 5, 6], &Sim.Scenarios.run(:faults, nodes: 3, seed: &1))
+    assert one == same
+    assert one != other
+  end
+
+  test "it finds defects" do
+    found =
+      runs(Sim.Mutations.all(), fn mutation ->
+        {elem(mutation, 0), Sim.Mutations.run(mutation).wrong}
+      end)
+
+    assert for({name, []} <- found, do: name) == []
+  end
+end
