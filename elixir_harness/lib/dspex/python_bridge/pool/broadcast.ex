@@ -94,10 +94,13 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
   @doc "The definitions of a program that are on their way and are later than a stamp, in the order of their start."
   @spec later(t(), Programs.Store.id(), Programs.Store.stamp()) :: [{change(), binary()}]
   def later(%__MODULE__{deliveries: deliveries}, program, stamp) do
-    for {_id, %{change: {:create, ^program, later} = change, body: body}} <-
-          Enum.sort_by(deliveries, &elem(&1, 0)),
-        later > stamp,
-        do: {change, body}
+    later =
+      for {id, %{change: {:create, ^program, later} = change, body: body}} <- deliveries,
+          later > stamp,
+          do: {id, {change, body}}
+
+    # One may be on its way for the second time.
+    later |> Enum.sort() |> Enum.map(&elem(&1, 1)) |> Enum.uniq()
   end
 
   @doc "A bridge has answered, or is gone. An unknown reference changes nothing."
