@@ -11,8 +11,6 @@ defmodule Sim.Mutations do
       {"a hello is not merged", "Pool.Cluster.IncomingChanges", "difference = Programs.Store.merge(changes.handle.programs, exported)",
        "difference = then(exported, fn _ -> {[], []} end)", 1},
       {"tombstones are ignored", "Programs.Store", "do: stamp < removed_at(table, id)", "do: stamp == removed_at(table, id)", 1},
-      {"no second hello to a node that could not be sent to", "Pool.Cluster.Membership", "{greet(%{cluster | behind: MapSet.new()}, handle, behind), []}",
-       "{then({handle, behind}, fn _ -> cluster end), []}", 1},
       {"calls are sent to nodes that have left", "Pool.Cluster.Membership", "Enum.each(coordinators, &:ets.delete(handle.others, &1))",
        "then(handle, fn _ -> :ok end)", 1},
       {"a call whose node vanishes is not made again", "Pool.Cluster.RemoteCall", ":vanished ->\n        pass(handle, request, other, attempt)",

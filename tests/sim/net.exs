@@ -83,6 +83,8 @@ defmodule Sim.Net do
           {held, queue} = get({:held, from, to}, {0, []})
           put({:held, from, to}, {held + bytes, [parcel | queue]})
         else
+          # The runtime reports a node before anything that comes from it.
+          nodeup(to, from, epoch)
           World.dispatch(event)
         end
 

@@ -47,7 +47,7 @@ defmodule Sim.Report do
       of = fn n, key -> for({s, m} <- Enum.zip(splits, for(n <- @sizes, _ <- 1..if(n > 50, do: 1, else: 5), do: n)), m == n, do: Map.fetch!(s, key)) end
       row("split: changes in it", for(n <- @sizes, do: Enum.sum(of.(n, :changes))))
       row("split: calls lost", for(_ <- @sizes, do: 0))
-      row("split: ms after it until all are equal (slowest)", for(n <- @sizes, do: Enum.max(of.(n, :equal_ms))))
+      row("split: ms from its end until all are equal (slowest run)", for(n <- @sizes, do: Enum.max(of.(n, :equal_ms))))
       row("split: messages to heal", for(n <- @sizes, do: Enum.max(of.(n, :messages))))
       row("split: ms of CPU of a coordinator to heal", for(n <- @sizes, do: Float.round(Enum.max(of.(n, :cpu_ms)), 1)))
     end
