@@ -46,7 +46,7 @@ defmodule Sim.Report do
       row("messages when all 3 peers of a node die and start", for(r <- costs, do: r.peers.messages.serves))
       of = fn n, key -> for({s, m} <- Enum.zip(splits, for(n <- @sizes, _ <- 1..if(n > 50, do: 1, else: 5), do: n)), m == n, do: Map.fetch!(s, key)) end
       row("split: changes in it", for(n <- @sizes, do: Enum.sum(of.(n, :changes))))
-      row("split: calls lost", for(_ <- @sizes, do: 0))
+      row("split: calls in it, none lost", for(n <- @sizes, do: Enum.sum(of.(n, :calls))))
       row("split: ms from its end until all are equal (slowest run)", for(n <- @sizes, do: Enum.max(of.(n, :equal_ms))))
       row("split: messages to heal", for(n <- @sizes, do: Enum.max(of.(n, :messages))))
       row("split: ms of CPU of a coordinator to heal", for(n <- @sizes, do: Float.round(Enum.max(of.(n, :cpu_ms)), 1)))
