@@ -143,14 +143,16 @@ ROWS = [
         *("free", "peers", "16 peers in a pool: runs per second", "2 peers", "≥ 0.9x"),
         "",
         lambda f: (
-            f"{f.ratio:.2f}x ({f.rate:.0f}/s); all up after {f.start_ms / 1000:.1f} s, {f.rss_each / MEGABYTE:.0f} MB each"
+            f"{f.ratio:.2f}x ({f.rate:.0f}/s); all up after {f.start_ms / 1000:.1f} s,"
+            f" {f.rss_each / MEGABYTE:.0f} MB each"
         ),
     ),
     Row(
         *("free", "litellm", "the first run that needs LiteLLM", "the next one", "–"),
         "",
         lambda f: (
-            f"{f.first_ms / 1000:.1f} s ({f.next_ms:.0f} ms), {f.rss / MEGABYTE:.0f} MB; ping p99 {f.ping_p99_ms:.0f} ms"
+            f"{f.first_ms / 1000:.1f} s ({f.next_ms:.0f} ms), {f.rss / MEGABYTE:.0f} MB;"
+            f" ping p99 {f.ping_p99_ms:.0f} ms"
         ),
     ),
 ]
