@@ -7,11 +7,12 @@ defmodule DSPex.PythonBridge.Pool do
       {:ok, %{"answer" => _}} =
         Pool.call(:execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
 
-  A peer works on many calls at once, so one is often enough. Several use more than one core, and serve calls during the
-  second that a new peer needs to import DSPy.
+  `call/4`, `request/4` and `stream/3` take and return what those of `DSPex.PythonBridge.Bridge` do, chunks and tools
+  included. A peer works on many calls at once, so one is often enough. Several use more than one core, and serve calls
+  during the second that a new peer needs to import DSPy.
 
   `create_program` and `cleanup` apply to all peers, and a restarted peer gets all programs before it serves
-  anything. `checkout/1` reserves a peer for one process.
+  anything. `with_bridge/2` reserves a peer for one function.
 
   Pools of the same `:cluster` on connected nodes serve each other's calls if they cannot serve their own, and share
   their programs: see docs/cluster.md.
@@ -155,6 +156,9 @@ defmodule DSPex.PythonBridge.Pool do
   As `call/4`, with the options, results and errors of `DSPex.PythonBridge.Bridge.request/4`: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
+    * with `:on_chunk`, the call goes from peer to peer until its first chunk; then it stays with the peer that has given it,
+      and `:python_process_died` is the result if that dies
+    * `:tools` run in the calling node. What they have answered goes with the call to the next peer
     * with `retry: false`, a run is not sent again after a peer has died with it. One that its peer has not got yet is
       sent to another
     * `create_program` and `cleanup` reach each peer once, whatever `:retry` says, and `meta["duration_ms"]` is the time
@@ -215,8 +219,8 @@ defmodule DSPex.PythonBridge.Pool do
   ## Checkouts
 
   @doc """
-  Checks out a peer of this node: `{:ok, bridge}`. `call/4` does not use it until it is checked in by `checkin/2`, or the
-  calling process ends. Calls that it has already are still answered.
+  Checks out a peer of this node: `{:ok, bridge}`. The pool's calls do not use it until it is checked in by `checkin/2`, or
+  the calling process ends. Calls that it has already are still answered. `with_bridge/2` cannot forget to check it in.
 
   `bridge` is a name for the functions of `DSPex.PythonBridge.Bridge`; it stays valid when the peer is restarted. If
   no other is free, a peer that is not up yet may be checked out: calls to it wait. If all are checked out, returns

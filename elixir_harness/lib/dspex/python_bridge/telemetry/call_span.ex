@@ -13,6 +13,8 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
 
   @runs [:execute_program, "execute_program"]
   @lm_stop [:lm, :stop]
+  # Of a run without a handler that wants to know it.
+  @unknown %{program_type: nil, models: []}
 
   @enforce_keys [:kind, :server, :started, :metadata, :run?, :asked]
   defstruct @enforce_keys
@@ -75,8 +77,16 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
       started = System.monotonic_time()
       measurements = %{monotonic_time: started, system_time: System.system_time()}
       Emitter.emit(event(kind, :start), measurements, metadata)
-      span = %{kind: kind, server: server, started: started, metadata: metadata}
-      span = struct!(__MODULE__, Map.merge(span, %{run?: run?, asked: asked}))
+
+      span = %__MODULE__{
+        kind: kind,
+        server: server,
+        started: started,
+        metadata: metadata,
+        run?: run?,
+        asked: asked
+      }
+
       {span, if(asked == [], do: opts, else: Keyword.merge(opts, asked))}
     else
       {nil, opts}
@@ -106,26 +116,22 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   @spec over(t(), :cancelled) :: :cancelled
   def over(nil, result), do: result
 
-  def over(%__MODULE__{run?: false} = span, result) do
+  # The usual case: another command, or no handler.
+  def over(%__MODULE__{asked: [], kind: kind, started: started} = span, result) do
     metadata = Map.put(span.metadata, :result, result_type(result))
-    Emitter.emit(event(span.kind, :stop), Metadata.since(span.started), metadata)
+    metadata = if span.run?, do: Map.merge(metadata, @unknown), else: metadata
+    Emitter.emit(event(kind, :stop), Metadata.since(started), metadata)
     result
   end
 
   def over(%__MODULE__{} = span, result) do
     {result, lm_calls} = Usage.take_lm_calls(result)
-    meta = if span.asked != [], do: Usage.meta(result)
+    meta = Usage.meta(result)
     measurements = Metadata.since(span.started)
     Enum.each(lm_calls, &lm_call(span, Usage.lm_event(&1, measurements.monotonic_time, meta)))
     measurements = Map.merge(measurements, Usage.measurements(meta))
-
-    metadata =
-      Map.merge(span.metadata, %{
-        result: result_type(result),
-        program_type: if(span.asked != [], do: program_type(span)),
-        models: Usage.models(meta)
-      })
-
+    of_run = %{program_type: program_type(span), models: Usage.models(meta)}
+    metadata = span.metadata |> Map.put(:result, result_type(result)) |> Map.merge(of_run)
     Emitter.emit(event(span.kind, :stop), measurements, metadata)
     result
   end

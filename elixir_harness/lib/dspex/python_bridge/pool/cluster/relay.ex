@@ -86,7 +86,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
 
     case reply do
       {:down, true} -> {:error, :tool_begun}
-      {:down, false} -> {:error, :bridge_not_running}
+      {:down, false} -> Attempt.last(relay.retry, {:error, :bridge_not_running})
       reply -> Attempt.last(relay.retry, reply)
     end
   end
