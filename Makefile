@@ -7,8 +7,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 HARNESS := elixir_harness
-# The versions that are tested, and that `mix dspex.setup` installs.
+# The versions that are tested, and that `mix dspex.setup` installs, with their hashes.
 PINS := $(HARNESS)/priv/python/requirements.txt
+# The uv that installs them.
+UV_PIN := $(HARNESS)/priv/python/uv.txt
 # The tests and the demo of the harness run the peer with this interpreter.
 export DSPY_BRIDGE_PYTHON := $(CURDIR)/$(PY)
 # Without bytecode in $(VENV) each of hundreds of peers would compile DSPy again.
@@ -20,13 +22,13 @@ help: ## list the commands
 setup: $(VENV)/.installed elixir ## make .venv with the package and its tools; install Elixir through apt if it is missing
 
 # Made anew when the dependencies change.
-$(VENV)/.installed: pyproject.toml $(PINS)
+$(VENV)/.installed: pyproject.toml $(PINS) $(UV_PIN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; install it, or name one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed; install python3-venv (Debian, Ubuntu) and try again"; rm -rf $(VENV); exit 1; }
 	@# uv installs all of it in the time that pip takes to look for it.
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) uv
+	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $(UV_PIN)
 	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[dev]'
 	@touch $@
 
@@ -54,8 +56,9 @@ test-slow: setup ## the slow tests of both sides: load, long recoveries, large f
 test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy: VERSION=3.3.1, or VERSION=pre for the newest pre-release
 	@test -n "$(VERSION)" || { echo "name a version: make test-dspy VERSION=3.3.1"; exit 1; }
 	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(VENV)/dspy-$(VERSION)
-	@# The other pins hold for DSPy's releases; a pre-release may need what is newer.
-	@grep -v '^dspy==' $(if $(filter pre,$(VERSION)),/dev/null,$(PINS)) > $(VENV)/dspy-$(VERSION)/pins.txt || true
+	@# The other pins hold for DSPy's releases; a pre-release may need what is newer. No hashes: that of DSPy is missing.
+	@sed -e '/^dspy==/d' -e '/^ *--hash/d' -e 's/ *\\$$//' $(if $(filter pre,$(VERSION)),/dev/null,$(PINS)) \
+	  > $(VENV)/dspy-$(VERSION)/pins.txt
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/dspy-$(VERSION)/bin/python -c $(VENV)/dspy-$(VERSION)/pins.txt \
 	  --upgrade-package dspy -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
@@ -112,14 +115,19 @@ soak: setup ## 10 minutes (SOAK_MINUTES=) of calls with random kills; fails if a
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
 bench: setup ## measure the table of docs/performance.md, in some 2 minutes
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(PINS) -e '.[bench]'
+	@# Not with pip, which demands hashes for all if a constraint has one.
+	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }
 	$(PY) tests/bench/run.py
 
-lock: setup ## update the pinned requirements.txt to the newest versions that fit pyproject.toml
-	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
-	  pyproject.toml -o $(PINS)
+# For other files of the same versions, such as wheels that were added later: make lock UPGRADE=
+UPGRADE := --upgrade
+LOCK = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes $(UPGRADE) --no-header --no-annotate
+
+lock: setup ## pin the newest versions that fit pyproject.toml, with their hashes; UPGRADE= for the hashes alone
+	$(LOCK) pyproject.toml -o $(PINS)
+	echo uv | $(LOCK) - -o $(UV_PIN)
 
 package: setup ## build the wheel, the sdist and, with Hex, the Hex package into dist/
 	rm -rf dist

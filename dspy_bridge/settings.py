@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jiter
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -111,6 +109,10 @@ def _adapter(text: str) -> str | None:
 
 
 def _object(text: str) -> dict[str, Any]:
+    if text == "{}":
+        return {}
+    import jiter
+
     try:
         value = jiter.from_json(text.encode(), allow_inf_nan=False)
     except ValueError:

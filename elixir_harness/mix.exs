@@ -84,6 +84,7 @@ defmodule DSPex.MixProject do
     {"guide/lms", "Guide"},
     {"guide/own-modules", "Guide"},
     {"local-models", "Guide"},
+    {"testing", "Guide"},
     {"deploying", "In production"},
     {"security", "In production"},
     {"settings", "In production"},
@@ -132,6 +133,7 @@ defmodule DSPex.MixProject do
         ".formatter.exs",
         "priv/python/dspy_bridge.py",
         "priv/python/requirements.txt",
+        "priv/python/uv.txt",
         # Made by the compiler above. By patterns: Python leaves its bytecode there.
         "priv/python/package/{pyproject.toml,README.md,LICENSE}",
         "priv/python/package/dspy_bridge/**/*.{py,typed}"
@@ -156,6 +158,7 @@ defmodule DSPex.MixProject do
         Calls: [
           DSPex.PythonBridge.Bridge,
           DSPex.PythonBridge.Pool,
+          DSPex.PythonBridge.Program,
           DSPex.PythonBridge.Error,
           DSPex.PythonBridge.History
         ],
@@ -172,6 +175,7 @@ defmodule DSPex.MixProject do
           DSPex.PythonBridge.Doctor,
           DSPex.PythonBridge.EnvironmentCheck
         ],
+        "In tests": [DSPex.PythonBridge.Stub],
         "The wire": [DSPex.PythonBridge.Protocol]
       ],
       nest_modules_by_prefix: [DSPex.PythonBridge],

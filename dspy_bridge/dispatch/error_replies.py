@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dspy_bridge.errors import BridgeError
-from dspy_bridge.logs import redaction
 from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
@@ -20,7 +19,12 @@ _MOST_REDACTED = 10 * MAX_ERROR_CHARS
 def describe(error: BaseException, log_exception: Callable[[BaseException], str]) -> dict[str, Any]:
     """`{"success": False, "error", "error_type"}`. `log_exception` logs an exception and returns its reference."""
     if isinstance(error, BridgeError):
-        text = str(error) if error.exact else one_line(redaction.redact(one_line(str(error), _MOST_REDACTED)))
+        text = str(error)
+        if not error.exact:
+            # The first ping would wait for its expressions.
+            from dspy_bridge.logs import redaction
+
+            text = one_line(redaction.redact(one_line(text, _MOST_REDACTED)))
         return messages.failure(error.error_type, text, error.retryable)
     # A defect, ours or of user code. Its text may hold contents, so it goes to the log alone.
     reference = log_exception(error)

@@ -188,11 +188,32 @@ FORMAT_VALUE = Name(
     "dspy.adapters.utils:format_field_value", "objects that quote field headers are not cleaned", "field_info", "value"
 )
 
+# What DSPy builds for each value: see `adapters/built_once`.
+_ANEW = "agents and typed values are slower"
+TYPE_ADAPTERS = [Name(f"dspy.adapters.{module}:TypeAdapter", _ANEW, "type") for module in ("utils", "xml_adapter")]
+TOOL_VALIDATE = Name("dspy.adapters.types.tool:validate", _ANEW, "instance", "schema")
+TOOL_ARGUMENT = Name("dspy.adapters.types.tool:create_model", _ANEW, "model_name")
+RESPONSE_MODEL = Name(
+    "dspy.adapters.json_adapter:_get_structured_outputs_response_format",
+    _ANEW,
+    "signature",
+    "use_native_function_calling",
+)
+FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajectory")
+MAKE_SIGNATURE = Name("dspy.signatures.signature:make_signature", _ANEW, "signature")
+
+# What DSPy looks up for each LM call: see `transport/lookups`.
+_LOOKUPS = "LM calls are slower"
+RESOLVE = Name("dspy.clients.capabilities:resolve", _LOOKUPS, "lm")
+OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "config", "model_type")
+PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _LOOKUPS)
+
 # What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
 _SLOWER = "LM calls are slower"
 _EXECUTION = "dspy.clients.execution"
 PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
 PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
+ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
 
 CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "self", "request")

@@ -24,11 +24,11 @@ if not hasattr(dspy, "LMError"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
 
 from dspy_bridge.lm import answer_cache, dspy_internals, lm_options
-from dspy_bridge.lm.adapters import free_form_maps, guarded_adapters, json_repair_limit
+from dspy_bridge.lm.adapters import built_once, free_form_maps, guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import call_records, fallbacks
 from dspy_bridge.lm.offline import offline_lm, script_lm
-from dspy_bridge.lm.transport import admission, answer_limit, trace_headers
+from dspy_bridge.lm.transport import admission, answer_limit, lookups, trace_headers
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -56,10 +56,12 @@ class Models:
         trace_headers.install()
         json_repair_limit.install()
         free_form_maps.install()
+        built_once.install()
+        lookups.install()
         call_records.install()
         fallbacks.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
-        steps = (dspy_internals.PREPARE, dspy_internals.PRICE_RESULT)
+        steps = (dspy_internals.PREPARE, dspy_internals.ROUTE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(
             *([step.value for step in some if step.there] for some in (steps, dspy_internals.CACHE_STEPS))
         )

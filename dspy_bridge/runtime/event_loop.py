@@ -1,4 +1,4 @@
-"""An asyncio event loop whose connections do not keep the context of the run that opened them.
+"""An asyncio event loop that runs short steps inline; its connections keep no context of the run that opened them.
 
 asyncio keeps for each callback the context in which it was registered. A connection to a provider stays open, and its
 context would keep all that the context variables refer to: DSPy's settings, its LMs, the arguments of the run. 20 runs
@@ -9,11 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import Callable
 from typing import Any
 
 
 class EventLoop(asyncio.SelectorEventLoop):
     """Callbacks of descriptors get an empty context, as transports need none."""
+
+    _runs_inline: Callable[[Any, asyncio.Future[Any]], bool] | None = None
+
+    def set_default_executor(self, executor: Any) -> None:
+        """As asyncio's; an `InlineExecutor` is asked first."""
+        super().set_default_executor(executor)
+        self._runs_inline = getattr(executor, "runs_inline", None)
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]  # any callable
+        """As asyncio's; the future may be done already."""
+        if executor is None and not args and self._runs_inline is not None:
+            future = self.create_future()
+            if self._runs_inline(func, future):
+                return future
+        return super().run_in_executor(executor, func, *args)
 
     # Private methods of asyncio. If they are gone, these are never called.
 

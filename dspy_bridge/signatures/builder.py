@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import json
 import keyword
-from typing import Annotated, Any, NamedTuple, get_origin
+import types
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 import dspy
 import pydantic
@@ -96,7 +97,15 @@ def _contract(
         # DSPy checks an answer without the constraints of Annotated.
         if get_origin(field.annotation) is Annotated:
             contract.outputs[field.name] = pydantic.TypeAdapter(field.annotation)
+        if _is_text_or_null(field.annotation):
+            contract.nullable.add(field.name)
     return contract
+
+
+def _is_text_or_null(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) in (Union, types.UnionType) and {str, type(None)} <= set(get_args(annotation))
 
 
 def _read_fields(fields: object, where: str) -> list[_Field]:

@@ -14,6 +14,8 @@ from dspy_bridge.signatures import media, validation_errors
 
 # Outputs that DSPy's modules add to a signature's: a history may contain whole answers.
 _OF_MODULES = frozenset(("reasoning", "rationale", "trajectory", "final_reasoning", "tool_calls"))
+# DSPy takes an LM's text for a union with `str` as it is: so null is written by most, and by DSPy's own demos.
+_NULL = ("null", "None")
 # Unknown inputs named in an error; the rest are counted.
 _NAMED = 20
 
@@ -22,15 +24,16 @@ class Contract:
     """A signature with the validators of its fields.
 
     `inputs`: name to a validator, None if any value is valid; `outputs`: the same, for constrained ones only.
-    `defaults`: those of optional inputs.
+    `nullable`: the outputs that are text or null. `defaults`: those of optional inputs.
     """
 
-    __slots__ = ("defaults", "inputs", "outputs", "signature")
+    __slots__ = ("defaults", "inputs", "nullable", "outputs", "signature")
 
     def __init__(self, signature: type[dspy.Signature]) -> None:
         self.signature = signature
         self.inputs: dict[str, pydantic.TypeAdapter[Any] | None] = {}
         self.outputs: dict[str, pydantic.TypeAdapter[Any]] = {}
+        self.nullable: set[str] = set()
         self.defaults: dict[str, Any] = {}
 
     def check(self, inputs: dict[str, Any], others: Sequence[BridgeError] = ()) -> dict[str, Any]:
@@ -64,6 +67,9 @@ class Contract:
 
         Raises `OutputInvalid`, which names the field.
         """
+        for name in self.nullable:
+            if isinstance(outputs.get(name), str) and outputs[name].strip() in _NULL:
+                outputs[name] = None
         for name, constraint in self.outputs.items():
             try:
                 outputs[name] = constraint.validate_python(outputs.get(name))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jiter
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -69,6 +67,7 @@ def _plain(value: Any, inside: tuple[int, ...]) -> Any:
         return f"<{type(value).__name__} that contains itself>"
     if len(inside) > MAX_DEPTH:
         return f"<{type(value).__name__} nested deeper than {MAX_DEPTH} levels>"
+    import jiter
     import orjson
 
     inside = (*inside, id(value))

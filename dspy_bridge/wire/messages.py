@@ -1,15 +1,13 @@
 """Decodes payloads to `Request`, `Cancel` or `ToolResult`, and encodes replies. Strict JSON; pure; no I/O.
 
 jiter decodes: it keeps integers exact (orjson turns those past 64 bits into floats), reads a string of a megabyte in a
-sixth of orjson's time, and takes half a millisecond to import. orjson encodes; its import takes 10 ms, so pongs are
-formatted by hand and the first ping does not wait for it.
+sixth of orjson's time, and takes a millisecond or two to import. orjson encodes; its import takes 10 ms. The first ping
+waits for neither: pongs are formatted by hand, and most pings are not decoded (`pings`).
 """
 
 from __future__ import annotations
 
 import re
-
-import jiter
 
 from dspy_bridge.wire.json_values import MAX_INT_DIGITS, encode_value
 
@@ -18,9 +16,9 @@ if TYPE_CHECKING:
     from typing import Any, TypeGuard
 
 _EXTERNAL_TERM_FORMAT = 131
-_FIRST_KEY_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]')
-
-_FIRST_KEY_TOOL_RESULT = re.compile(rb'\s*\{\s*"tool_result"\s*:\s*\{\s*"call_id"\s*:\s*([0-9]{1,18})\s*[,}]')
+# The expressions of this module are compiled when they are used, for the first ping does not use them.
+_FIRST_KEY_ID = rb'\s*\{\s*"id"\s*:\s*(-?[0-9]{1,4300}|"[^"\\\x00-\x1f]*")\s*[,}]'
+_FIRST_KEY_TOOL_RESULT = rb'\s*\{\s*"tool_result"\s*:\s*\{\s*"call_id"\s*:\s*([0-9]{1,18})\s*[,}]'
 
 # https://www.w3.org/TR/trace-context/: in version 00 nothing may follow, in later ones anything.
 _TRACE_IDS = "(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
@@ -232,6 +230,8 @@ def encode_log(level: str, logger: str, message: str, traceparent: str | None) -
 
 
 def _loads(payload: bytes) -> Any:
+    import jiter
+
     try:
         return jiter.from_json(payload, allow_inf_nan=False)
     except ValueError as error:
@@ -255,9 +255,11 @@ def _why_not_json(payload: bytes, error: Exception) -> str:
 
 def readable_id(payload: bytes) -> Id | None:
     """The id at the start of an unreadable payload, so that its caller gets the error instead of waiting."""
-    match = _FIRST_KEY_ID.match(payload)
+    match = re.match(_FIRST_KEY_ID, payload)
     if match is None:
         return None
+    import jiter
+
     try:
         id = jiter.from_json(match[1])
     except ValueError:
@@ -267,7 +269,7 @@ def readable_id(payload: bytes) -> Id | None:
 
 def readable_call_id(payload: bytes) -> int | None:
     """The tool call at the start of an unreadable payload, so that its program gets the error instead of waiting."""
-    match = _FIRST_KEY_TOOL_RESULT.match(payload)
+    match = re.match(_FIRST_KEY_TOOL_RESULT, payload)
     return None if match is None else int(match[1])
 
 
@@ -276,7 +278,6 @@ def _is_id(value: object) -> TypeGuard[Id]:
 
 
 def _is_traceparent(value: object) -> bool:
-    # Not compiled in advance, as the first ping would wait for that.
     return type(value) is str and re.fullmatch(_TRACEPARENT, value) is not None
 
 

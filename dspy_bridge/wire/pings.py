@@ -1,7 +1,6 @@
-"""Pings in the form in which the Bridge writes them, answered from packet to packet without decoding. Pure.
+"""Pings without arguments, whatever the order of their keys, answered from packet to packet without decoding. Pure.
 
-One at a time, a round trip over a port takes 6.8 µs instead of 8.3, where a bare echo takes 5.4; with 256 in flight, a
-ping takes 1.2 µs instead of 4.5.
+A round trip over a port takes 1.4 times that of a bare echo; decoded and counted as a call, 2.2 times.
 """
 
 from __future__ import annotations
@@ -10,11 +9,13 @@ import re
 
 # Pings and pongs answered here are at most this long, so that only the last byte of a packet's length counts.
 MAX_BYTES = 256
-# At most 18 digits in the id, which any counter of a BEAM has; a longer one could make the pong too long.
-_PING = re.compile(
-    rb'\x00\x00\x00([\x00-\xff])\{"id":(0|[1-9][0-9]{0,17})(?:,"timeout_ms":[1-9][0-9]{0,9})?'
-    rb',"command":"ping","args":\{\},"timestamp":"[0-9:.TZ+-]*"\}'
-).match
+# At most 18 digits in the id, which any counter of a BEAM has; a longer one could make the pong too long. Of a key that
+# is there twice the last value counts, as for the decoder.
+_MEMBER = (
+    rb'"id": ?(0|[1-9][0-9]{0,17})|"command": ?("ping")|"args": ?\{\}'
+    rb'|"timestamp": ?"[0-9:.TZ+-]*"|"timeout_ms": ?[1-9][0-9]{0,9}'
+)
+_PING = re.compile(rb"\x00\x00\x00([\x00-\xff])\{(?:(?:" + _MEMBER + rb')(?:, ?(?=")|(?=\})))+\}').match
 _PONG = b'{"id":%b,"success":true,"result":{"status":"ok","timestamp":%.6f}}'
 
 
@@ -24,7 +25,10 @@ def answer(data: bytes, now: float) -> tuple[bytes, int, int]:
     used, size = 0, len(data)
     ping = _PING(data)
     while ping is not None and ping.end() - used - 4 == data[used + 3]:
-        pong = _PONG % (ping[2], now)
+        _, id, command = ping.groups()
+        if id is None or command is None:
+            break
+        pong = _PONG % (id, now)
         packet = b"\x00\x00\x00%c%b" % (len(pong), pong)
         used = ping.end()
         if used == size and not pongs:

@@ -77,7 +77,7 @@ defmodule DSPex.DocsTest do
   ## Settings
 
   # Their default is not a value; the page describes it in words.
-  @said [:python_executable, :script_path, :lm, :lm_options, :adapter, :env]
+  @said [:python_executable, :script_path, :lm, :lm_options, :adapter, :env, :programs]
 
   test "settings.md lists every option, with its default" do
     {:ok, options} = Options.new([], Bridge)
@@ -90,7 +90,7 @@ defmodule DSPex.DocsTest do
     {:ok, defaults} = Monitor.options()
     assert Map.new(listed("A Monitor")) == defaults
 
-    assert [name: DSPex.PythonBridge.Supervisor, bridge: "[]", monitor: "[]"] =
+    assert [name: DSPex.PythonBridge.Supervisor, bridge: "[]", monitor: "[]", programs: "none"] =
              listed("A Supervisor")
 
     assert [name: Pool, pool_size: 3, cluster: nil] == listed("A Pool")

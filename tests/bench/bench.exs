@@ -3,7 +3,7 @@
 # (`free`: throughput).
 
 defmodule Bench do
-  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.{Bridge, Pool}
 
   @here __DIR__
   @script Path.expand("../../elixir_harness/priv/python/dspy_bridge.py", @here)
@@ -215,6 +215,47 @@ defmodule Bench do
     {ms, _} = ms(fn -> for _ <- 1..50, do: {:ok, _} = post(port, "/ping", body) end)
     report("sidecar 1 MB ms", ms / 50)
     stop(process)
+    pool()
+  end
+
+  # A pool of one peer next to a bridge. With more peers consecutive pings go to different processes, which on one CPU evict
+  # each other's caches: two bridges in turn take 1.5x the time of one, too.
+  def pool do
+    opts = [python_executable: python(), lm: "offline/echo"]
+    {:ok, bridge} = Bridge.start_link([name: nil] ++ opts)
+    {:ok, _} = Pool.start_link([name: :bench, pool_size: 1] ++ opts)
+    servers = [bridge: {Bridge, bridge}, pool: {Pool, :bench}]
+
+    for {_, {module, server}} <- servers do
+      args = %{id: "qa", signature: "question -> answer"}
+      {:ok, _} = module.call(server, :create_program, args, 60_000)
+      tokens(module, server)
+    end
+
+    both = fn fun -> Map.new(servers, fn {name, {module, server}} -> {name, fun.(module, server)} end) end
+    both.(&requests(&1, &2, 1000))
+    report("Pool.request", ratio(for _ <- 1..25, do: both.(&requests(&1, &2, 1000))))
+    report("Pool.stream", ratio(for _ <- 1..9, do: both.(fn module, server -> for(_ <- 1..20, do: tokens(module, server)) |> mean() end)))
+    Bridge.stop(bridge)
+    Supervisor.stop(:bench)
+  end
+
+  defp ratio(rounds), do: %{ratio: median(Enum.map(rounds, &(&1.pool / &1.bridge))), us: median(Enum.map(rounds, & &1.pool))}
+  defp mean(list), do: Enum.sum(list) / length(list)
+
+  defp requests(module, server, count) do
+    {ms, _} = ms(fn -> Enum.each(1..count, fn _ -> {:ok, _, _} = module.request(server, :ping, %{}, timeout: 5000) end) end)
+    ms * 1000 / count
+  end
+
+  # The BEAM's CPU for each chunk of a stream, in µs. That of Python does not depend on who asks.
+  defp tokens(module, server) do
+    args = %{program_id: "qa", inputs: %{question: Enum.map_join(1..2000, " ", &"#{&1}")}}
+    {before, _} = :erlang.statistics(:runtime)
+    chunks = server |> module.stream(args, timeout: 60_000) |> Enum.count(&match?({:chunk, _, _}, &1))
+    {now, _} = :erlang.statistics(:runtime)
+    true = chunks > 500
+    (now - before) * 1000 / chunks
   end
 
   defp call_round_trip(bridge, count) do
@@ -360,4 +401,5 @@ Logger.configure(level: :warning)
 case System.argv() do
   ["pinned"] -> Bench.pinned()
   ["free"] -> Bench.free()
+  ["pool"] -> Bench.pool()
 end

@@ -2,7 +2,8 @@
 
 Each figure is a ratio within one run; bench.json also names the machine. `--publish` writes the table into
 docs/performance.md, three lines of it into the README, the sidecar's figures into docs/coming-from.md, and draws
-docs/bench.svg.
+docs/bench.svg. One part alone, as lines of JSON, in elixir_harness and with DSPY_BRIDGE_PYTHON set:
+`taskset -c 0 mix run --no-start ../tests/bench/bench.exs pool`, or `pinned`, or `free` without taskset.
 """
 
 from __future__ import annotations
@@ -83,6 +84,20 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
             "≤ 1.8x",
             f"{trip['bridge'] / trip['echo']:.2f}x ({trip['bridge']:.1f} µs)",
             f"{f['sidecar round trip us']:.0f} µs",
+        ),
+        (
+            "`Pool.request(:ping)` round trip, one peer",
+            "`Bridge.request(:ping)`",
+            "≤ 1.15x",
+            f"{f['Pool.request']['ratio']:.2f}x ({f['Pool.request']['us']:.1f} µs)",
+            "",
+        ),
+        (
+            "a chunk of `Pool.stream`, the BEAM's CPU",
+            "of `Bridge.stream`",
+            "≤ 1.2x",
+            f"{f['Pool.stream']['ratio']:.2f}x ({f['Pool.stream']['us']:.1f} µs)",
+            "",
         ),
         (
             "256 processes calling `Bridge.call(:ping)`",

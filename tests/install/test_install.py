@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -144,7 +145,7 @@ def test_the_python_of_setup_has_the_pinned_versions_and_the_peer(ready: Path) -
     done = run(python, "-m", "dspy_bridge", "--version", cwd=Path("/"))
     assert done.stdout == f"dspy_bridge {__version__}\n"
     code = "from importlib.metadata import version; print(version('dspy'))"
-    pin = re.search("^dspy==(.*)$", (HARNESS / "priv/python/requirements.txt").read_text(), re.MULTILINE)
+    pin = re.search(r"^dspy==(\S+)", (HARNESS / "priv/python/requirements.txt").read_text(), re.MULTILINE)
     assert pin is not None and run(python, "-c", code, cwd=Path("/")).stdout.strip() == pin[1]
 
 
@@ -246,6 +247,45 @@ def test_a_release_runs_without_the_sources(ready: Path, package: Path) -> None:
         assert '{:ok, %{"answer" => ' in done.stdout, done.stdout
     finally:
         away.rename(package)
+
+
+def test_a_release_with_its_environment_may_be_moved(ready: Path, tmp_path: Path) -> None:
+    """`mix dspex.setup --release` lays Python's packages into it; neither sources nor `_build` are there later."""
+    root = ready / "_build" / "prod" / "rel" / "shop"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    setup = ("mix", "dspex.setup", "--release", root, "--python", sys.executable)
+    assert run("mix", "release", "--quiet", "--overwrite", cwd=ready, MIX_ENV="prod").returncode == 0
+    done = run(*setup, cwd=ready, MIX_ENV="prod", PATH=path)
+    assert done.returncode == 0, done.stdout
+    advice = re.search(r"in config/runtime.exs:\n\n((?: {4}.*\n|\n)+)", done.stdout)
+    assert advice is not None, done.stdout
+    runtime = ready / "config" / "runtime.exs"
+    runtime.write_text("import Config\n" + textwrap.dedent(advice[1]))
+
+    # A new release at the same place keeps the environment.
+    assert run("mix", "release", "--quiet", "--overwrite", cwd=ready, MIX_ENV="prod").returncode == 0
+    done = run(*setup, cwd=ready, MIX_ENV="prod", PATH=path)
+    assert done.returncode == 0 and f"{root}/dspex_venv has all that it needs" in done.stdout, done.stdout
+
+    moved = tmp_path / "else where"
+    away = tmp_path / "away"
+    shutil.copytree(root, moved, symlinks=True, copy_function=shutil.copy)
+    ready.rename(away)
+    try:
+        code = """
+        {:ok, _} = Application.ensure_all_started(:shop)
+        alias DSPex.PythonBridge.{Bridge, Doctor}
+        {:ok, _} = Bridge.call(:create_program, %{id: "qa", signature: "question -> answer: int"})
+        IO.inspect(Bridge.call(:execute_program, %{program_id: "qa", inputs: %{question: "How many?"}}))
+        IO.inspect(Doctor.print(), label: "doctor")
+        """
+        done = run(moved / "bin" / "shop", "eval", code, cwd=Path("/"))
+        assert '{:ok, %{"answer" => ' in done.stdout and "doctor: true" in done.stdout, done.stdout
+        assert f"✓ interpreter   {moved}/dspex_venv/bin/python3 " in done.stdout
+        assert f"✓ script        {moved}/lib/dspex-" in done.stdout
+    finally:
+        away.rename(ready)
+        runtime.unlink()
 
 
 def test_the_wheel_in_an_environment_of_its_own(tmp_path: Path) -> None:

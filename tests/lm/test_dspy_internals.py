@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import re
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from peer import DSPY, ROOT
 
 from dspy_bridge.lm import dspy_internals, dspy_setup
 from dspy_bridge.runtime import inline_executor
+from dspy_bridge.runtime.event_loop import EventLoop
 from dspy_bridge.settings import Settings
 
 # Modules of DSPy's that its documentation imports from.
@@ -51,7 +51,8 @@ def test_the_short_steps_of_dspy_run_inline_after_some_calls(
     start_lm: Callable[..., LMServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise LM calls are slower: DSPy sends other functions to the executor, or in another way."""
-    steps = [dspy_internals.PREPARE, dspy_internals.PRICE_RESULT, *dspy_internals.CACHE_STEPS]
+    of_models = [dspy_internals.PREPARE, dspy_internals.PRICE_RESULT, *dspy_internals.CACHE_STEPS]
+    steps = [dspy_internals.ROUTE, *of_models]
     if DSPY < (3, 4):
         # It has no such steps, which is not a degradation.
         assert not any(step.expected or step.there for step in steps)
@@ -60,13 +61,18 @@ def test_the_short_steps_of_dspy_run_inline_after_some_calls(
     monkeypatch.setattr(inline_executor, "SHORT", 60)  # whatever else the machine does
     lm = dspy.LM("openai/stub-model", **start_lm().options(cache=True))
 
-    async def ask() -> inline_executor.InlineExecutor:
-        executor = inline_executor.InlineExecutor(memory_cache_only=True)
-        asyncio.get_running_loop().set_default_executor(executor)
+    executor = inline_executor.InlineExecutor(memory_cache_only=True)
+    loop = EventLoop()
+    loop.set_default_executor(executor)
+
+    async def ask() -> None:
         for number in range(inline_executor.TRIES + 2):
             await lm.acall(f"Question {number}?")
-        return executor
 
+    loop.run_until_complete(ask())
+    loop.close()
     # Only runs in a thread are counted.
-    in_threads = asyncio.run(ask())._short_runs
-    assert in_threads == {(step.value, lm.model): inline_executor.TRIES for step in steps}
+    in_threads = executor._short_runs
+    assert {step for step, _of in in_threads} == {step.value for step in steps}
+    assert {in_threads[step.value, lm.model] for step in of_models} == {inline_executor.TRIES}
+    assert set(in_threads.values()) == {inline_executor.TRIES}

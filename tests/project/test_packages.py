@@ -18,10 +18,16 @@ from dspy_bridge import __version__
 
 PACKAGE = ROOT / "dspy_bridge"
 MODULES = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")} | {"py.typed"}
-PINS = [
-    Requirement(line)
-    for line in (ROOT / "elixir_harness" / "priv" / "python" / "requirements.txt").read_text().splitlines()
-]
+PRIV = ROOT / "elixir_harness" / "priv" / "python"
+
+
+def pinned(file: str) -> dict[Requirement, list[str]]:
+    """Its requirements, each with its hashes."""
+    lines = (PRIV / file).read_text().replace("\\\n", " ").splitlines()
+    return {Requirement(line.partition("--hash=")[0]): re.findall(r"--hash=(\S+)", line) for line in lines}
+
+
+PINS = pinned("requirements.txt")
 HERE = {pin.name: pin for pin in PINS if pin.marker is None or pin.marker.evaluate()}
 
 
@@ -93,6 +99,22 @@ def test_these_tests_run_with_the_pinned_versions() -> None:
     """Else the pins are not the tested versions that `mix dspex.setup` promises."""
     installed = {name: metadata.version(name) for name in HERE}
     assert installed == {name: next(iter(pin.specifier)).version for name, pin in HERE.items()}
+
+
+def test_each_file_of_a_package_has_its_hash_and_no_line_names_an_index() -> None:
+    """`mix dspex.setup` installs with `--require-hashes`, from the index that the user has."""
+    for file in ("requirements.txt", "uv.txt"):
+        pins = pinned(file)
+        assert pins
+        for pin, hashes in pins.items():
+            assert [each.operator for each in pin.specifier] == ["=="] and pin.url is None
+            assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64}", each) for each in hashes), pin
+        assert not re.search("://|--(?!hash=)", (PRIV / file).read_text())
+
+
+def test_the_pinned_uv_is_the_one_of_these_tests() -> None:
+    (pin,) = pinned("uv.txt")
+    assert pin.name == "uv" and pin.specifier.contains(metadata.version("uv"))
 
 
 def test_python_and_elixir_have_one_version() -> None:

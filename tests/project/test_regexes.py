@@ -53,11 +53,11 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     "media:_URL": (lambda text: media._URL.fullmatch(text), ["https://ab/cd"]),
     "media:_DATA_HEAD": (lambda text: media._DATA_HEAD.fullmatch(text), ["data:a/b;c=d;e=f;base64"]),
     "media:_MIME": (lambda text: media._MIME.fullmatch(text), ["a/b"]),
-    "messages:_FIRST_KEY_ID": (
-        lambda text: messages._FIRST_KEY_ID.match(text.encode()),
+    "messages:readable_id": (
+        lambda text: messages.readable_id(text.encode()),
         [' { "id" : -12 ,', ' { "id" : "ab" }'],
     ),
-    "messages:_FIRST_KEY_TOOL_RESULT": (
+    "messages:readable_call_id": (
         lambda text: messages.readable_call_id(text.encode()),
         [' { "tool_result" : { "call_id" : 12 ,'],
     ),

@@ -40,7 +40,7 @@ def test_it_runs_each_version_of_dspy_and_may_fail_with_a_pre_release_alone() ->
     assert job["steps"][-1]["run"] == "make test-dspy VERSION=${{ matrix.dspy }}"
     oldest = re.search(r'"dspy>=([\d.]+),<4"', (ROOT / "pyproject.toml").read_text())
     pins = (ROOT / "elixir_harness" / "priv" / "python" / "requirements.txt").read_text()
-    pinned = re.search(r"^dspy==([\d.]+)$", pins, re.MULTILINE)
+    pinned = re.search(r"^dspy==([\d.]+) ", pins, re.MULTILINE)
     assert oldest is not None and pinned is not None
     assert versions[0] == oldest[1] and versions[-1] == pinned[1]
 

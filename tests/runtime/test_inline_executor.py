@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import pytest
 
 from dspy_bridge.runtime import inline_executor
+from dspy_bridge.runtime.event_loop import EventLoop
+
+T = TypeVar("T")
 
 
 class LM:
@@ -37,11 +41,18 @@ def steps_as_before() -> Iterator[None]:
 
 def in_place(*calls: tuple[Callable[..., bool], LM], memory_cache_only: bool = True) -> list[bool]:
     async def main() -> list[bool]:
-        executor = inline_executor.InlineExecutor(memory_cache_only=memory_cache_only)
-        asyncio.get_running_loop().set_default_executor(executor)
         return [await asyncio.to_thread(function, lm) for function, lm in calls]
 
-    return asyncio.run(main())
+    return run(main(), memory_cache_only=memory_cache_only)
+
+
+def run(work: Coroutine[Any, Any, T], *, memory_cache_only: bool = True) -> T:
+    loop = EventLoop()
+    loop.set_default_executor(inline_executor.InlineExecutor(memory_cache_only=memory_cache_only))
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.close()
 
 
 def test_a_short_step_of_dspy_runs_in_place_after_some_tries_for_each_model() -> None:
@@ -82,10 +93,22 @@ def test_what_it_raises_reaches_who_waits() -> None:
         raise KeyError("x")
 
     async def main() -> None:
-        asyncio.get_running_loop().set_default_executor(inline_executor.InlineExecutor(memory_cache_only=True))
         function = step(fail)
         for _ in range(inline_executor.TRIES + 2):
             with pytest.raises(KeyError):
                 await asyncio.to_thread(function, LM("m"))
 
-    asyncio.run(main())
+    run(main())
+
+
+class Engine:
+    def begins(self, _request: LM) -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+
+def test_a_method_runs_in_place_after_some_tries_with_each_object() -> None:
+    """The first call of one may load credentials."""
+    inline_executor.allow([Engine.begins], [])  # type: ignore[list-item]
+    first, second, request = Engine(), Engine(), LM("any")
+    calls = [(first.begins, request)] * (inline_executor.TRIES + 1) + [(second.begins, request)]
+    assert in_place(*calls) == [False] * inline_executor.TRIES + [True, False]

@@ -126,6 +126,29 @@ def test_an_answer_of_texts_becomes_one_of_its_type() -> None:
     assert outputs == {"it": {"a": 5}}
 
 
+NULL = {"type": "null"}
+DATE = {"type": "string", "format": "date"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Optional[str]",
+        "str | None",
+        {"type": ["string", "null"]},
+        {"anyOf": [{"type": "string"}, NULL]},
+        {"anyOf": [DATE, NULL]},
+    ],
+)
+def test_an_answer_of_text_or_null_can_be_null(kind: Any) -> None:
+    """DSPy takes what an LM writes for such a field as it is."""
+    made = contract(outputs=(field("it", kind), field("text")))
+    for written, read in (("null", None), (" None\n", None), (None, None), ("2026-01-01", "2026-01-01")):
+        outputs = {"it": written, "text": "null"}
+        made.check_outputs(outputs)
+        assert outputs == {"it": read, "text": "null"}
+
+
 def test_null_is_no_text() -> None:
     """DSPy would write None into the prompt. Any other value is accepted."""
     made = contract(field("q"), field("any", "any"), field("maybe", "Optional[str]"))

@@ -183,6 +183,47 @@ def test_integers_of_up_to_4300_digits_are_exact_both_ways(digits: int, sign: st
 QUICK = b'{"id":%d,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
 
 
+# As a map in Elixir is written, whose keys are sorted, and as Python writes a dict.
+OTHERS = [
+    b'{"args":{},"command":"ping","id":%d}',
+    b'{"args":{},"command":"ping","id":%d,"timeout_ms":5000,"timestamp":"2026-01-01T00:00:00Z"}',
+    b'{"id": %d, "command": "ping", "args": {}}',
+    b'{"command":"ping","id":%d}',
+]
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_pings_of_other_clients_are_answered_by_their_bytes(form: bytes) -> None:
+    data = frame(form % 7) + frame(QUICK % 8) + frame(form % 9)
+    replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in (7, 8, 9)]
+    assert pings.answer(data, 12.5) == (b"".join(replies), 3, len(data))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"args":{},"command":"ping"}',
+        b'{"args":{},"id":1}',
+        b'{"id":1,"command":"ping",}',
+        b'{"id":1"command":"ping"}',
+        b'{"id":1,"command":"ping","args":{"x":1}}',
+        b'{"id":1,"command":"ping","meta":true}',
+        b'{"id":1,"command":"ping","command":"get_stats"}',
+        b'{"id":1,"command":"ping","id":"a"}',
+        b'{"id":01,"command":"ping"}',
+    ],
+)
+def test_what_is_not_such_a_ping_is_left_to_the_decoder(payload: bytes) -> None:
+    assert pings.answer(frame(payload), 12.5) == (b"", 0, 0)
+
+
+def test_of_two_ids_the_last_counts_by_each_way() -> None:
+    payload = b'{"id":1,"command":"ping","id":2}'
+    request = messages.decode(payload)
+    assert isinstance(request, Request)
+    assert json.loads(pings.answer(frame(payload), 1.5)[0][4:])["id"] == request.id == 2
+
+
 def test_pings_as_bridge_writes_them_are_answered_by_their_bytes() -> None:
     ids = (0, 7, 10**17)
     replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in ids]
@@ -211,9 +252,9 @@ def test_an_id_of_any_length_is_exact_by_each_way(digits: int, first: str) -> No
     assert reply == (frame(pong) if short else b"")
 
 
-@given(st.integers(0, 90), st.binary(min_size=1, max_size=3))
-def test_what_is_answered_without_decoding_decodes_to_a_ping_with_that_id(at: int, junk: bytes) -> None:
-    good = QUICK % 12
+@given(st.sampled_from([QUICK, *OTHERS]), st.integers(0, 90), st.binary(min_size=1, max_size=3))
+def test_what_is_answered_without_decoding_decodes_to_a_ping_with_that_id(form: bytes, at: int, junk: bytes) -> None:
+    good = form % 12
     payload = good[:at] + junk + good[at + len(junk) :]
     reply, _, _ = pings.answer(frame(payload), 1.5)
     if reply:

@@ -21,10 +21,12 @@ from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import corrections, field_markers, json_repair_limit
+from dspy_bridge.lm.adapters import built_once, corrections, field_markers, json_repair_limit
 from dspy_bridge.lm.metering import fallbacks
 
 Signature = type[dspy.Signature]
+
+_system_messages = built_once.PerSignature()
 
 # Large, and not text in a prompt.
 _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
@@ -81,6 +83,11 @@ class _Cleaning:
 
     def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
         return _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
+
+    def format_system_message(self, signature: Signature) -> Any:
+        # It depends on nothing else.
+        make = super().format_system_message  # type: ignore[misc]
+        return _system_messages.get(signature, type(self), lambda: make(signature))
 
     def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
         clean = functools.partial(self._clean_input, signature)

@@ -185,6 +185,17 @@ defmodule Mix.Tasks.DspexTasksTest do
       end
 
       assert_raise Mix.Error, ~r/did you mean --path #{dir}\?/, fn -> Setup.run([dir]) end
+
+      assert_raise Mix.Error,
+                   ~r/--release: there is no folder #{dir}\/rel; run `mix release`/,
+                   fn ->
+                     Setup.run(["--release", "#{dir}/rel"])
+                   end
+
+      assert_raise Mix.Error, "--path and --release exclude each other", fn ->
+        Setup.run(["--release", dir, "--path", dir])
+      end
+
       refute File.exists?(Path.join(dir, "build/dspex_venv"))
     end
   end

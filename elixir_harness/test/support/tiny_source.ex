@@ -1,9 +1,22 @@
 defmodule DSPex.Test.TinySource do
   @moduledoc """
-  What `DSPex.PythonBridge.Venv` installs, in small: one distribution, `tiny`, and a package `dspy-bridge` that builds itself. With
+  What `DSPex.PythonBridge.Venv` installs, in small: one distribution, `tiny`, with its hashes, and a package `dspy-bridge`. With
   the settings of `env/1` uv takes both from the folder, without a network, and pip takes `uv` from there: a script that runs
   the one of the tests' Python.
   """
+
+  # Of each file in a wheel: the same wheel has the same hash.
+  @time {{2025, 1, 1}, {0, 0, 0}}
+  @stat %File.Stat{
+    type: :regular,
+    access: :read,
+    mode: 0o100644,
+    atime: @time,
+    mtime: @time,
+    ctime: @time,
+    uid: 0,
+    gid: 0
+  }
 
   @doc "Makes it in `folder`, with `tiny` pinned to `version`."
   def make(folder, version \\ "1.0") do
@@ -16,49 +29,55 @@ defmodule DSPex.Test.TinySource do
       {"uv-0.0.dist-info/entry_points.txt", "[console_scripts]\nuv = uv:main\n"}
     ])
 
+    File.write!(Path.join(folder, "uv.txt"), pinned(folder, "uv", "0.0"))
     pin(folder, version)
     package(folder, "one")
     folder
   end
 
-  @doc "Pins `tiny`."
+  @doc "Pins `tiny`. Of a version that there is no wheel of, the hash is made up."
   def pin(folder, version) do
     File.write!(Path.join(folder, "requirements.txt"), """
     # What is pinned for another system is not looked for here.
-    elsewhere==1.0 ; sys_platform == 'no_such_system'
-    tiny==#{version}
+    elsewhere==1.0 ; sys_platform == 'no_such_system' \\
+        --hash=sha256:#{String.duplicate("0", 64)}
+    #{pinned(folder, "tiny", version)}
     """)
   end
+
+  defp pinned(folder, name, version) do
+    hash =
+      case File.read(path(folder, name, version)) do
+        {:ok, wheel} -> Base.encode16(:crypto.hash(:sha256, wheel), case: :lower)
+        {:error, :enoent} -> String.duplicate("0", 64)
+      end
+
+    "#{name}==#{version} \\\n    --hash=sha256:#{hash}"
+  end
+
+  defp path(folder, name, version),
+    do: Path.join(folder, "wheels/#{name}-#{version}-py3-none-any.whl")
+
+  @doc "Changes a wheel after it was pinned, as somebody does who has taken over an index."
+  def tamper(folder, name, version),
+    do: wheel(folder, name, version, [{"#{name}.py", "VERSION = 'evil'\n"}])
 
   @doc "The package, whose program prints `says`."
   def package(folder, says) do
     package = Path.join(folder, "package")
     File.mkdir_p!(Path.join(package, "dspy_bridge"))
-    File.write!(Path.join(package, "dspy_bridge/__init__.py"), "")
+    File.write!(Path.join(package, "dspy_bridge/__init__.py"), ~s(__version__ = "0.1"\n))
     File.write!(Path.join(package, "dspy_bridge/__main__.py"), "print(#{inspect(says)})\n")
 
     File.write!(Path.join(package, "pyproject.toml"), """
-    [build-system]
-    requires = []
-    build-backend = "backend"
-    backend-path = ["."]
     [project]
     name = "dspy-bridge"
-    version = "0.1"
-    """)
-
-    File.write!(Path.join(package, "backend.py"), """
-    import glob, zipfile
-    def build_wheel(directory, config_settings=None, metadata_directory=None):
-        name = "dspy_bridge-0.1-py3-none-any.whl"
-        info = "dspy_bridge-0.1.dist-info/"
-        with zipfile.ZipFile(directory + "/" + name, "w") as wheel:
-            for path in glob.glob("dspy_bridge/*.py"):
-                wheel.write(path, path)
-            wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: dspy-bridge\\nVersion: 0.1\\n")
-            wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
-            wheel.writestr(info + "RECORD", "")
-        return name
+    requires-python = ">=3.10"
+    dependencies = [
+        "tiny>=1.0",
+    ]
+    [project.scripts]
+    dspy-bridge = "dspy_bridge.__main__:main"
     """)
   end
 
@@ -91,8 +110,9 @@ defmodule DSPex.Test.TinySource do
       {"#{info}/RECORD", ""} | files
     ]
 
-    path = Path.join(folder, "wheels/#{name}-#{version}-py3-none-any.whl")
-    entries = for {file, text} <- files, do: {to_charlist(file), text}
+    path = path(folder, name, version)
+    stat = &File.Stat.to_record(%{@stat | size: byte_size(&1)})
+    entries = for {file, text} <- files, do: {to_charlist(file), text, stat.(text)}
     {:ok, _path} = :zip.create(to_charlist(path), entries)
   end
 end

@@ -90,6 +90,16 @@ def test_constraints_of_a_plain_type_are_told_and_checked(start_lm: Any) -> None
     assert '"pattern": "^[A-Z]+$"' in prompt_of(server.requests[0]) and "in capitals" in prompt_of(server.requests[0])
 
 
+@pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
+def test_an_lm_can_leave_out_optional_text(start_lm: Any, adapter: str) -> None:
+    texts = {"chat": chat(nick="None", since="null"), "json": json.dumps({"nick": None, "since": None})}
+    server = start_lm(texts.get(adapter, "<nick>None</nick>\n<since>null</since>"))
+    since = {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]}
+    with shared_peer(env=lm_env(server)) as peer:
+        create(peer, {"q": "str"}, {"nick": "Optional[str]", "since": since}, adapter=adapter)
+        assert execute(peer, q="x")["result"] == {"nick": None, "since": None}
+
+
 def test_an_answer_that_does_not_fit_a_schema_is_output_invalid(start_lm: Any) -> None:
     server = start_lm(chat(who=json.dumps({"first-name": "Ada", "class": "ugly"})))
     with shared_peer(env=lm_env(server)) as peer:

@@ -58,7 +58,8 @@ defmodule DSPex.PythonBridge.Bridge do
           required(:uptime_ms) => non_neg_integer(),
           optional(:late_replies) => non_neg_integer(),
           optional(:unreadable_frames) => non_neg_integer(),
-          optional(:last_error) => String.t() | nil
+          optional(:last_error) => String.t() | nil,
+          optional(:programs) => %{failed: %{(program_id :: String.t()) => reason :: String.t()}}
         }
 
   ## Start and end
@@ -137,6 +138,8 @@ defmodule DSPex.PythonBridge.Bridge do
       that could not be read
     * `:last_error` – why the last peer died, until the next one serves: its exit status, and if it did not start, the
       last line that it wrote to stderr
+    * `:programs` – `failed`: the programs that could not be loaded at the peer's start, declared ones among them, and
+      why. All others are there
   """
   @spec get_status(server()) :: status()
   def get_status(server \\ __MODULE__) do

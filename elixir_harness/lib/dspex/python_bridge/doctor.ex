@@ -17,6 +17,7 @@ defmodule DSPex.PythonBridge.Doctor do
   | `folders` | those of `DSPY_BRIDGE_STATE_DIR`, `DSPY_BRIDGE_FILES_DIR` and `DSPY_BRIDGE_DISK_CACHE`, where set |
   | `ping` | a peer that is started with your settings answers |
   | `program` | a program with the LM `offline/echo` runs in that peer: DSPy works |
+  | `programs` | the declared programs (`:programs`) can be created there; none is run |
   | `lm` | the default LM's name, whether its key is set (the value is not shown), and whether its `api_base` can be connected to; no request is made |
   | `ask` | with `ask: true` only: the default LM answers; whether it honours response schemas and function calls, and the `supports` to configure. Two or three small requests, each within a minute |
 
@@ -73,6 +74,7 @@ defmodule DSPex.PythonBridge.Doctor do
       {"folders", ["configuration"], &Folders.check(&1["configuration"].options)},
       {"ping", ["package", "dspy"], &Peer.ping(opts, &1["configuration"].options)},
       {"program", ["ping"], &Peer.program(&1["ping"])},
+      {"programs", ["program"], &Peer.programs(&1["ping"], &1["configuration"].options)},
       {"lm", ["dspy"], &LM.check(&1["interpreter"], &1["configuration"].options)}
       | if(ask?,
           do: [{"ask", ["lm"], &LM.ask(&1["interpreter"], &1["configuration"].options)}],

@@ -17,6 +17,7 @@ defmodule DSPex.PythonBridge.Options do
   | `:max_retries` | 3 | how often a call is sent again whose peer died |
   | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
   | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced; calls wait no longer for a program that it loads |
+  | `:programs` | none | programs that are there from the start: a list of maps or keyword lists of `create_program`'s arguments, and of modules with a `definition/0` that returns one |
 
   Defaults come from `config :dspex, :python_bridge, …`.
 
@@ -24,11 +25,12 @@ defmodule DSPex.PythonBridge.Options do
   `env: %{"DSPY_BRIDGE_LOG_FRAMES" => "0"}` they go to the standard error of the BEAM.
 
   The settings for the peer go into its environment, never into its arguments, which every user of the machine can
-  read. They may hold keys: `env` of the struct is a function, so that no inspection, state dump or crash report shows
-  them; `seal/1` does the same for an option list.
+  read. They may hold keys, as may programs: `env` and `programs` of the struct are functions, so that no inspection, state
+  dump or crash report shows them; `seal/1` does the same for an option list.
   """
 
   alias DSPex.PythonBridge.OTP.Sealed
+  alias DSPex.PythonBridge.Programs
   alias DSPex.PythonBridge.Protocol.PeerEnv
 
   @whose "python bridge"
@@ -36,18 +38,18 @@ defmodule DSPex.PythonBridge.Options do
   @max_frame_bytes 2_147_483_647
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
-  @secret [:lm, :lm_options, :env]
+  @secret [:lm, :lm_options, :env, :programs]
   # They only set variables of the peer.
   @variables [:lm, :lm_options, :adapter]
   @fields [name: nil, python_executable: nil, script_path: nil, env: nil] ++
             [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
-            [max_pending: 100_000, start_timeout: 30_000]
+            [max_pending: 100_000, start_timeout: 30_000, programs: nil]
   @known Keyword.keys(@fields) ++ @variables
   # Names that are more alike than this are taken for one that was misspelt.
   @alike 0.8
 
-  # slot: only in a pool. programs: the table of the bridge's supervisor, if it has one.
-  defstruct @fields ++ [slot: nil, programs: nil, drain_ms: 5_000]
+  # slot: only in a pool. store: the table of the bridge's supervisor, if it has one; the declared programs are in it.
+  defstruct @fields ++ [slot: nil, store: nil, drain_ms: 5_000]
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
@@ -60,8 +62,9 @@ defmodule DSPex.PythonBridge.Options do
           max_pending: pos_integer(),
           start_timeout: pos_integer(),
           drain_ms: non_neg_integer(),
+          programs: (-> [Programs.Declared.t()]) | nil,
           slot: tuple() | nil,
-          programs: :ets.tid() | nil
+          store: Programs.Store.table() | nil
         }
   @typedoc "The text that refuses an option; nil for one that is accepted."
   @type refusal :: ({atom(), term()} -> String.t() | nil)
@@ -81,7 +84,8 @@ defmodule DSPex.PythonBridge.Options do
   def new(opts \\ [], name \\ nil) do
     with {:ok, opts} <- merge(opts, :python_bridge, @whose, &refusal/1),
          :ok <- once(opts),
-         do: {:ok, build(Keyword.put_new(opts, :name, name))}
+         {:ok, programs} <- declared(opts),
+         do: {:ok, build(Keyword.put_new(opts, :name, name), programs)}
   end
 
   defp once(opts) do
@@ -89,6 +93,11 @@ defmodule DSPex.PythonBridge.Options do
       nil -> :ok
       name -> {:error, ArgumentError.exception("#{@whose}: :lm: #{name} is in :lm_options, too")}
     end
+  end
+
+  defp declared(opts) do
+    with {:error, text} <- Programs.Declared.new(Keyword.get(opts, :programs, [])),
+         do: {:error, ArgumentError.exception("#{@whose}: #{text}")}
   end
 
   @doc """
@@ -185,15 +194,16 @@ defmodule DSPex.PythonBridge.Options do
   def port_env(%__MODULE__{env: env}),
     do: for({name, value} <- env.(), do: {to_charlist(name), to_charlist(value)})
 
-  defp build(opts) do
+  defp build(opts, programs) do
     env = PeerEnv.new(opts)
     script = opts[:script_path] || Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-    own = Keyword.drop(opts, [:env, :script_path | @variables])
+    own = Keyword.drop(opts, [:env, :script_path, :programs | @variables])
 
     struct!(
       __MODULE__,
       own ++
-        [script_path: Path.expand(script), env: Sealed.new(env), drain_ms: PeerEnv.drain_ms(env)]
+        [script_path: Path.expand(script), env: Sealed.new(env), drain_ms: PeerEnv.drain_ms(env)] ++
+        [programs: Sealed.new(programs)]
     )
   end
 
@@ -257,7 +267,9 @@ defmodule DSPex.PythonBridge.Options do
        when is_integer(index) and is_atom(coordinator) and is_atom(monitor),
        do: nil
 
-  defp refusal({:programs, table}) when is_reference(table), do: nil
+  # Checked as a whole: see declared/1.
+  defp refusal({:programs, _list}), do: nil
+  defp refusal({:store, table}) when is_reference(table), do: nil
   defp refusal({key, _value}), do: unknown(key, @known)
 
   defp text?(value), do: is_binary(value) and value != "" and env_value?(value)

@@ -7,11 +7,12 @@ defmodule DSPex.PythonBridge.Pool do
       {:ok, %{"answer" => _}} =
         Pool.call(:execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
 
-  A peer works on many calls at once, so one is often enough. Several use more than one core, and serve calls during the
-  second that a new peer needs to import DSPy.
+  `call/4`, `request/4` and `stream/3` take and return what those of `DSPex.PythonBridge.Bridge` do, chunks and tools
+  included. A peer works on many calls at once, so one is often enough. Several use more than one core, and serve calls
+  during the second that a new peer needs to import DSPy.
 
   `create_program` and `cleanup` apply to all peers, and a restarted peer gets all programs before it serves
-  anything. `checkout/1` reserves a peer for one process.
+  anything. `with_bridge/2` reserves a peer for one function.
 
   Pools of the same `:cluster` on connected nodes serve each other's calls if they cannot serve their own, and share
   their programs: see docs/cluster.md.
@@ -28,7 +29,11 @@ defmodule DSPex.PythonBridge.Pool do
 
   @typedoc "The name of a pool, or its pid."
   @type pool :: atom() | pid()
-  @type status :: %{peers: [peer()], nodes: [node()]}
+  @type status :: %{
+          required(:peers) => [peer()],
+          required(:nodes) => [node()],
+          optional(:programs) => %{failed: %{(program_id :: String.t()) => reason :: String.t()}}
+        }
   @type peer :: %{
           bridge: atom(),
           os_pid: pos_integer() | nil,
@@ -151,6 +156,9 @@ defmodule DSPex.PythonBridge.Pool do
   As `call/4`, with the options, results and errors of `DSPex.PythonBridge.Bridge.request/4`: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
+    * with `:on_chunk`, the call goes from peer to peer until its first chunk; then it stays with the peer that has given it,
+      and `:python_process_died` is the result if that dies
+    * `:tools` run in the calling node. What they have answered goes with the call to the next peer
     * with `retry: false`, a run is not sent again after a peer has died with it. One that its peer has not got yet is
       sent to another
     * `create_program` and `cleanup` reach each peer once, whatever `:retry` says, and `meta["duration_ms"]` is the time
@@ -211,8 +219,8 @@ defmodule DSPex.PythonBridge.Pool do
   ## Checkouts
 
   @doc """
-  Checks out a peer of this node: `{:ok, bridge}`. `call/4` does not use it until it is checked in by `checkin/2`, or the
-  calling process ends. Calls that it has already are still answered.
+  Checks out a peer of this node: `{:ok, bridge}`. The pool's calls do not use it until it is checked in by `checkin/2`, or
+  the calling process ends. Calls that it has already are still answered. `with_bridge/2` cannot forget to check it in.
 
   `bridge` is a name for the functions of `DSPex.PythonBridge.Bridge`; it stays valid when the peer is restarted. If
   no other is free, a peer that is not up yet may be checked out: calls to it wait. If all are checked out, returns
@@ -280,8 +288,9 @@ defmodule DSPex.PythonBridge.Pool do
 
   @doc """
   The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, whether they are checked out, and the
-  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); and the nodes
-  that have a pool of its cluster, this one included.
+  names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); the nodes
+  that have a pool of its cluster, this one included; and under `programs`, as `failed`, the programs that any of its
+  peers could not load, with the reason. Of a pool that is not running only `peers` and `nodes` are there, both empty.
   """
   @spec status(pool()) :: status()
   def status(pool \\ __MODULE__) do
@@ -290,21 +299,30 @@ defmodule DSPex.PythonBridge.Pool do
         %{peers: [], nodes: []}
 
       handle ->
+        states =
+          for index <- LoadCounters.indexes(handle.counters),
+              do: {index, Bridge.get_status(Handle.bridge(handle, index))}
+
         %{
-          peers: Enum.map(LoadCounters.indexes(handle.counters), &peer(handle, &1)),
-          nodes: Membership.nodes(handle)
+          peers: for({index, status} <- states, do: peer(handle, index, status)),
+          nodes: Membership.nodes(handle),
+          programs: %{failed: failed(states)}
         }
     end
   end
 
-  defp peer(handle, index) do
-    bridge = Handle.bridge(handle, index)
+  # A bridge that is being restarted says nothing of programs.
+  defp failed(states) do
+    for {_index, %{programs: %{failed: failed}}} <- states, reduce: %{} do
+      all -> Map.merge(all, failed)
+    end
+  end
 
-    bridge
-    |> Bridge.get_status()
+  defp peer(handle, index, status) do
+    status
     |> Map.take([:os_pid, :state, :pending])
     |> Map.merge(%{
-      bridge: bridge,
+      bridge: Handle.bridge(handle, index),
       monitor: Handle.monitor(handle.name, index),
       checked_out: LoadCounters.checked_out?(handle.counters, index)
     })

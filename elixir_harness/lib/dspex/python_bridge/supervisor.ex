@@ -7,12 +7,18 @@ defmodule DSPex.PythonBridge.Supervisor do
       ]
 
   Options: `:name` (default: this module), `:bridge` (options of the bridge, see `DSPex.PythonBridge.Options`),
-  `:monitor` (options of its `DSPex.PythonBridge.Monitor`).
+  `:monitor` (options of its `DSPex.PythonBridge.Monitor`), `:programs` (as in the options of the bridge, where they may
+  be instead):
 
-  The supervisor owns the definitions of programs: they survive the bridge.
+      {DSPex.PythonBridge.Supervisor, programs: [%{id: "qa", signature: "question -> answer"}, MyApp.Triage]}
+
+  The supervisor owns the definitions of programs: they survive the bridge. When it starts itself, there are those that
+  are declared, and no others.
   """
 
   use Supervisor
+
+  @whose "python bridge supervisor"
 
   alias DSPex.PythonBridge.{Bridge, Monitor, Options, Programs}
 
@@ -22,7 +28,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with :ok <- Options.check(opts, "python bridge supervisor", &refusal/1) do
+    with :ok <- Options.check(opts, @whose, &refusal/1), :ok <- once(opts) do
       # The supervisor keeps them in its state.
       {name, opts} = opts |> seal() |> Keyword.pop(:name, __MODULE__)
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
@@ -44,6 +50,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   defp seal(opts) when is_list(opts) do
     Enum.map(opts, fn
       {:bridge, bridge} -> {:bridge, Options.seal(bridge)}
+      {:programs, programs} -> hd(Options.seal(programs: programs))
       other -> other
     end)
   end
@@ -52,17 +59,31 @@ defmodule DSPex.PythonBridge.Supervisor do
 
   @impl Supervisor
   def init(opts) do
-    bridge = Keyword.get(opts, :bridge, [])
-    monitor = Keyword.put_new(Keyword.get(opts, :monitor, []), :bridge, bridge_name(bridge))
-    # The table belongs to this process, so it survives the bridge.
-    programs = Programs.Store.new()
-    children = [{Bridge, [programs: programs] ++ bridge}, {Monitor, monitor}]
-    Supervisor.init(children, strategy: :one_for_one)
+    bridge = Keyword.take(opts, [:programs]) ++ Keyword.get(opts, :bridge, [])
+    {name, started} = with_table(bridge)
+    monitor = Keyword.put_new(Keyword.get(opts, :monitor, []), :bridge, name)
+    Supervisor.init([{Bridge, started}, {Monitor, monitor}], strategy: :one_for_one)
   end
 
-  # Wrong options are refused by the bridge.
-  defp bridge_name(opts),
-    do: with({:ok, options} <- Options.new(opts, Bridge), do: options.name, else: (_ -> Bridge))
+  # The table belongs to this process, so it survives the bridge.
+  defp with_table(bridge) do
+    case Options.new(bridge, Bridge) do
+      {:ok, %Options{name: name} = options} ->
+        whose = {:bridge, name}
+        store = Programs.Declared.store(options.programs.(), whose, options.max_frame_bytes)
+        {name, [store: store, programs: []] ++ Keyword.delete(bridge, :programs)}
+
+      # The bridge refuses it.
+      {:error, _wrong} ->
+        {Bridge, bridge}
+    end
+  end
+
+  defp once(opts) do
+    if opts[:programs] && Keyword.has_key?(Keyword.get(opts, :bridge, []), :programs),
+      do: {:error, ArgumentError.exception("#{@whose}: :programs: are in :bridge, too")},
+      else: :ok
+  end
 
   defp refusal({:name, _name}), do: nil
 
@@ -74,5 +95,12 @@ defmodule DSPex.PythonBridge.Supervisor do
     end
   end
 
-  defp refusal({key, _value}), do: Options.unknown(key, [:name, :bridge, :monitor])
+  # In a child specification they are sealed.
+  defp refusal({:programs, sealed}) when is_function(sealed, 0),
+    do: refusal({:programs, sealed.()})
+
+  defp refusal({:programs, programs}),
+    do: with({:error, text} <- Programs.Declared.new(programs), do: text, else: (_ok -> nil))
+
+  defp refusal({key, _value}), do: Options.unknown(key, [:name, :bridge, :monitor, :programs])
 end

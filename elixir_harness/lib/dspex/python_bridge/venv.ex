@@ -4,13 +4,14 @@ defmodule DSPex.PythonBridge.Venv do
   `mix dspex.setup` makes.
 
   A file in it, `dspex_setup.json`, shows that this module made it, and what is installed. The file is written before the
-  first step and after the last, so an interrupted run is recognised. This module leaves alone what it did not make. It
+  first step and after the last, so an interrupted run is recognised. A new environment that could not be completed is
+  removed. This module leaves alone what it did not make. It
   replaces an environment of its own only if that is half made or its Python is gone: other errors may pass. It
   only installs if the folder's interpreter installs into the folder. Two runs for one folder exclude each other.
   """
 
   alias DSPex.PythonBridge.Python.Interpreter
-  alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Source}
+  alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Release, Source}
 
   @doc """
   Makes the environment in `folder`, or brings it up to date, and returns its interpreter. An error is one line of text,
@@ -21,7 +22,21 @@ defmodule DSPex.PythonBridge.Venv do
     * `:source` – the folder of `requirements.txt` and `package` (default: that in `priv`)
   """
   @spec make(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
-  def make(folder, opts \\ []) do
+  def make(folder, opts \\ []), do: locked(folder, opts, &make/4)
+
+  @doc """
+  Makes an environment in `folder` that may be moved, with the release that it is in or alone, to another folder or to a
+  machine of the same system and architecture; returns its interpreter. It is a copy of the interpreter if that is a
+  standalone one, such as uv installs, else a script that runs a Python of the same minor version on the `PATH`. Nothing
+  is written into it later, and the times of its files do not matter.
+
+  Options and errors are those of `make/2`; by default `:python` is that of the environment variable
+  `PYTHON_EXECUTABLE`, or `python3`.
+  """
+  @spec release(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
+  def release(folder, opts \\ []), do: locked(folder, opts, &release/4)
+
+  defp locked(folder, opts, work) do
     folder = Path.expand(folder)
     installer = Installer.new(Keyword.get(opts, :progress, fn _line -> :ok end))
     source = Path.expand(opts[:source] || Application.app_dir(:dspex, "priv/python"))
@@ -29,13 +44,13 @@ defmodule DSPex.PythonBridge.Venv do
     # The lock writes into the folder: the folder is checked before.
     with {:ok, source} <- Source.read(source),
          {:ok, _installed} <- Manifest.read(folder),
-         do: Lock.hold(folder, fn -> make(folder, source, opts[:python], installer) end)
+         do: Lock.hold(folder, fn -> work.(folder, source, opts[:python], installer) end)
   end
 
   defp make(folder, source, python, installer) do
     with {:ok, wanted} <- if(python, do: Installer.base(installer, python), else: {:ok, nil}),
          {:ok, installed} <- Manifest.read(folder),
-         {:ok, installed} <- environment(folder, installed, wanted, installer),
+         {:ok, installed} <- environment(folder, installed, wanted, source, installer),
          {:ok, probe} <- Installer.probe(folder, Source.names(source)),
          :ok <- fits(folder, probe, wanted),
          do: packages(folder, installed, source, probe, installer)
@@ -43,22 +58,26 @@ defmodule DSPex.PythonBridge.Venv do
 
   ## The environment
 
-  defp environment(folder, :nothing, wanted, installer), do: create(folder, wanted, installer)
+  defp environment(folder, :nothing, wanted, source, installer),
+    do: create(folder, wanted, source, installer)
 
-  defp environment(folder, installed, wanted, installer) do
+  defp environment(folder, installed, wanted, source, installer) do
     case {broken(folder, installed), Manifest.foreign(folder)} do
       {nil, _foreign} ->
         {:ok, installed}
 
       {why, []} ->
         installer.progress.("making #{folder} anew: #{why}")
-        create(folder, wanted, installer)
+        create(folder, wanted, source, installer)
 
       {why, foreign} ->
-        {:error,
-         "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
-           "(#{Enum.join(foreign, ", ")}): " <> Installer.elsewhere()}
+        {:error, foreign(folder, why, foreign)}
     end
+  end
+
+  defp foreign(folder, why, names) do
+    "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
+      "(#{Enum.join(names, ", ")}): " <> Installer.elsewhere()
   end
 
   # The reason why only making it anew helps, or nil.
@@ -71,12 +90,22 @@ defmodule DSPex.PythonBridge.Venv do
     end
   end
 
-  defp create(folder, wanted, installer) do
+  defp create(folder, wanted, source, installer) do
     with {:ok, base} <- if(wanted, do: {:ok, wanted}, else: Installer.base(installer, nil)),
          :ok <- Manifest.write(folder, nil),
          :ok <- Manifest.clear(folder),
-         :ok <- Installer.create(installer, folder, base),
-         do: {:ok, nil}
+         :ok <- Installer.create(installer, folder, source, base) do
+      {:ok, nil}
+    else
+      {:failed, text} -> undo(folder, text)
+      {:error, text} -> {:error, text}
+    end
+  end
+
+  # Half of an environment is worth nothing to anybody.
+  defp undo(folder, text) do
+    Manifest.remove(folder)
+    {:error, text}
   end
 
   defp fits(folder, probe, wanted) do
@@ -104,6 +133,9 @@ defmodule DSPex.PythonBridge.Venv do
          :ok <- Manifest.write(folder, source.stamp) do
       {:ok, probe.python}
     else
+      {:failed, text} when installed == nil ->
+        undo(folder, text)
+
       # A program that failed by itself has left what was there.
       {:failed, text} ->
         Manifest.write(folder, installed)
@@ -111,6 +143,49 @@ defmodule DSPex.PythonBridge.Venv do
 
       {:error, text} ->
         {:error, text}
+    end
+  end
+
+  ## In a release
+
+  defp release(folder, source, python, installer) do
+    with {:ok, base} <- Release.base(installer, python),
+         {:ok, installed} <- Manifest.read(folder),
+         stamp = Release.stamp(source, base),
+         {:ok, python} <- release(folder, installed, stamp, base, source, installer),
+         :ok <- Release.compile_peer(folder) do
+      installer.progress.(Release.needs(base))
+      {:ok, python}
+    end
+  end
+
+  defp release(folder, stamp, stamp, _base, source, installer) do
+    installer.progress.("#{folder} has all that it needs")
+    Release.check(folder, source)
+  end
+
+  defp release(folder, installed, stamp, base, source, installer) do
+    installer = %{installer | bytecode: :for_any_time}
+
+    with :ok <- ours(folder, installed),
+         {:ok, nil} <- create(folder, base.probe, source, installer),
+         :ok <- Installer.install(installer, folder, source),
+         :ok <- Release.detach(folder, base),
+         {:ok, python} <- Release.check(folder, source),
+         :ok <- Manifest.write(folder, stamp) do
+      {:ok, python}
+    else
+      {:failed, text} -> undo(folder, text)
+      {:error, text} -> {:error, text}
+    end
+  end
+
+  defp ours(_folder, :nothing), do: :ok
+
+  defp ours(folder, _installed) do
+    case Manifest.foreign(folder) do
+      [] -> :ok
+      names -> {:error, foreign(folder, "it is out of date", names)}
     end
   end
 end

@@ -6,11 +6,13 @@ defmodule Mix.Tasks.Dspex.Setup do
 
       $ mix dspex.setup
       $ mix dspex.setup --path /opt/dspy_venv --python python3.12
+      $ mix dspex.setup --release _build/prod/rel/my_app
 
     * `--path` – the folder; by default that of `config :dspex, :python_environment, virtual_env: …`, or
       `_build/dspex_venv`
     * `--python` – the interpreter to make it from, 3.10 or newer; by default that of the environment variable
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
+    * `--release` – the folder of a release: see below
 
   It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the interpreter's own `venv` and `pip` make the
   environment and install uv into it. The package index is uv's: PyPI, or that of `UV_DEFAULT_INDEX` or of the user's or
@@ -22,6 +24,41 @@ defmodule Mix.Tasks.Dspex.Setup do
   `mix dspex.setup` is at work.
 
   The exit status is the doctor's.
+
+  ## Hashes
+
+  Each package is pinned by version and by the hash of each of its files, and nothing else is installed (uv's
+  `--require-hashes`), uv itself included if pip installs it. Nothing is built: neither the packages, which are wheels
+  (Linux with glibc from 2.28 or musl, macOS; x86-64 and ARM64), nor the peer, which this task packs. If a file has another
+  hash, the task says so and fails. A new environment that could not be completed is removed, one that was there stays
+  as it was.
+
+  ## In a release
+
+  With `--release`, after `mix release`, the environment is laid into the release, as `dspex_venv`, and may be moved with it,
+  to another folder or to a machine of the same system and architecture, and be read-only there. It has no absolute paths,
+  and its bytecode stays valid if the times of files change.
+
+  By default it needs a Python of the same minor version where it runs, on the `PATH` (`python3.11`). An interpreter that
+  was made to be moved, as uv installs them, is copied into it instead:
+
+      $ mix dspex.setup --release _build/prod/rel/my_app --python "$(uv python find --managed-python 3.12)"
+
+  The task prints the line for `config/runtime.exs`. To have it run by each `mix release`, also before a tarball is
+  packed, make it a step in `mix.exs`:
+
+      releases: [
+        my_app: [
+          steps: [
+            :assemble,
+            fn release ->
+              Mix.Task.run("dspex.setup", ["--release", release.path])
+              update_in(release.overlays, &["dspex_venv" | &1])
+            end,
+            :tar
+          ]
+        ]
+      ]
   """
 
   use Mix.Task
@@ -33,17 +70,38 @@ defmodule Mix.Tasks.Dspex.Setup do
   def run(args) do
     switches = arguments(args)
     Mix.DSPex.load_config()
-    folder = Path.expand(switches[:path] || configured() || Mix.DSPex.default_venv())
+    opts = [python: switches[:python], progress: &Mix.shell().info/1]
+    if root = switches[:release], do: release(root, opts), else: make(switches[:path], opts)
+  end
 
-    case Venv.make(folder, python: switches[:python], progress: &Mix.shell().info/1) do
-      {:ok, python} -> finish(folder, python)
+  defp make(path, opts) do
+    folder = Path.expand(path || configured() || Mix.DSPex.default_venv())
+
+    case Venv.make(folder, opts) do
+      {:ok, python} -> finish(python, unless(used?(python), do: how_to_use(folder)))
+      {:error, text} -> Mix.raise(text)
+    end
+  end
+
+  # Its name in the release is that of the default elsewhere.
+  defp release(root, opts) do
+    unless File.dir?(root),
+      do: Mix.raise("--release: there is no folder #{Path.expand(root)}; run `mix release` first")
+
+    folder = Path.join(Path.expand(root), "dspex_venv")
+
+    case Venv.release(folder, opts) do
+      {:ok, python} -> finish(python, how_to_release())
       {:error, text} -> Mix.raise(text)
     end
   end
 
   defp arguments(args) do
-    case OptionParser.parse!(args, strict: [path: :string, python: :string]) do
+    case OptionParser.parse!(args, strict: [path: :string, python: :string, release: :string]) do
       {switches, []} ->
+        if switches[:path] && switches[:release],
+          do: Mix.raise("--path and --release exclude each other")
+
         switches
 
       {_switches, [word | _rest]} ->
@@ -59,10 +117,10 @@ defmodule Mix.Tasks.Dspex.Setup do
     end
   end
 
-  defp finish(folder, python) do
+  defp finish(python, advice) do
     opts = [python_executable: python, decided: "the one that was set up"]
     ok? = Doctor.print(opts, &Mix.shell().info/1)
-    unless used?(python), do: Mix.shell().info(how_to_use(folder))
+    if advice, do: Mix.shell().info(advice)
     unless ok?, do: exit({:shutdown, 1})
   end
 
@@ -92,6 +150,17 @@ defmodule Mix.Tasks.Dspex.Setup do
     To use it, #{where}#{first}:
 
         #{import_line}#{Mix.DSPex.config_line(folder)}
+    """
+  end
+
+  defp how_to_release do
+    """
+
+    The release uses it with this in config/runtime.exs:
+
+        if root = System.get_env("RELEASE_ROOT") do
+          config :dspex, :python_environment, virtual_env: Path.join(root, "dspex_venv")
+        end
     """
   end
 end

@@ -3,8 +3,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   # How one peer follows another: part of the bridge's process, over its state.
   #
   # A peer that starts is `next`. It is up when it has answered the bridge's own ping; then it is given the programs
-  # that earlier peers had; when it has acknowledged them all, it becomes `peer` and serves. So no call finds its
-  # programs missing.
+  # that were declared and those that earlier peers had; when it has acknowledged them all, it becomes `peer` and serves.
+  # So no call finds its programs missing. Pings need none, and go to `next` meanwhile, if there is no `peer`.
   #
   # When the `peer` dies, a `next` is started, after a delay that grows while no peer is of any use
   # (`DSPex.PythonBridge.Bridge.Backoff`). The bridge never gives up: calls wait within their own timeouts.
@@ -44,7 +44,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def own_reply(%{next: %Peer{ping_id: id, up_at: nil} = next} = state, id, _frame) do
     Status.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
     Status.up(state, next)
-    {:ok, load_programs(%{state | next: Peer.up(next)})}
+    in_flight = Handover.loading(state.in_flight, next.port)
+    {:ok, load_programs(%{state | next: Peer.up(next), in_flight: in_flight})}
   end
 
   def own_reply(%{next: %Peer{loads: %{} = loads}} = state, id, frame)

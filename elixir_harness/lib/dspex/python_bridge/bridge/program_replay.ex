@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
   @moduledoc false
-  # Loads the programs that earlier peers acknowledged into a peer that starts: part of
+  # Loads the programs that were declared, or that earlier peers acknowledged, into a peer that starts: part of
   # `DSPex.PythonBridge.Bridge.PeerLifecycle`.
   #
   # A program that does not load fails alone: the bridge keeps the reason for those who execute it. Which program a
@@ -9,10 +9,11 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
   # peer that starts anyway, or by one that is started for it while another serves. If that one dies of it, too, the
   # wait doubles. The order of programs is kept, but those of which peers died come last.
 
-  alias DSPex.PythonBridge.{Error, Programs, Protocol}
+  alias DSPex.PythonBridge.{Calls, Error, Programs, Protocol}
   alias DSPex.PythonBridge.Bridge.{Peer, State, Status}
   alias DSPex.PythonBridge.Calls.Dispatcher
   alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Programs.Declared
 
   # How long a program is left out at first, and at most: each attempt may cost all others a start of a peer.
   @again_ms 60_000
@@ -39,7 +40,9 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
     careful? = Enum.any?(definitions, &(count.(&1) > 0))
     died = Error.new(:python_process_died)
 
-    failures = Map.new(left_out, fn {id, stamp, _body} -> {stamp, load_error(id, died)} end)
+    failures =
+      Map.new(left_out, fn {id, stamp, _body} -> {stamp, Declared.not_loaded(id, died)} end)
+
     to_load = Enum.sort_by(definitions, count)
     next = %{next | loads: %{}, to_load: to_load, load_failures: failures}
     careful? = state.load_carefully? or careful?
@@ -167,10 +170,24 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
   def without_some?(%{next: next}),
     do: Enum.any?(next.load_failures, fn {_stamp, error} -> left_out?(error) end)
 
-  @doc "Why the present peer could not load a program; nil if it did not fail."
+  @doc "Why the present peer does not have a program; nil if it did not fail."
   @spec failure(State.t(), Programs.Store.id()) :: Error.t() | nil
   def failure(state, id) do
-    with {stamp, _body} <- Programs.Store.get(state.programs, id), do: state.load_failures[stamp]
+    case Programs.Store.get(state.programs, id) do
+      {stamp, _body} -> state.load_failures[stamp]
+      nil -> Programs.Store.undeclared(state.programs)[id]
+    end
+  end
+
+  @doc "To be called with each reply to a caller: a pool may have had a program created again."
+  @spec created(State.t(), pos_integer(), binary()) :: State.t()
+  def created(%{load_failures: failures} = state, _id, _frame) when failures == %{}, do: state
+
+  def created(%{load_failures: failures} = state, id, frame) do
+    with %{change: {:create, _id, stamp}} <- Calls.Table.get(state.in_flight.calls, id),
+         true <- is_map_key(failures, stamp) and Protocol.success?(frame),
+         do: %{state | load_failures: Map.delete(failures, stamp)},
+         else: (_another -> state)
   end
 
   defp wait_ms(attempts),
@@ -178,7 +195,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
 
   defp report_left_out(state, peer, id, count, wait) do
     text =
-      "program #{shown(id)} is left out: #{count} Python processes in a row died while they " <>
+      "program #{Declared.shown(id)} is left out: #{count} Python processes in a row died while they " <>
         "loaded it; it is tried again in #{div(wait, 1_000)} s, by Bridge.restart, or when it is " <>
         "created anew"
 
@@ -216,7 +233,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
   defp note(state, id, stamp, frame) do
     case Protocol.decode_reply(frame) do
       {:error, _id, %Error{} = error} ->
-        error = load_error(id, error)
+        error = Declared.not_loaded(id, error)
         Status.log(state, state.next, :warning, error.message)
         put_in(state.next.load_failures[stamp], error)
 
@@ -224,10 +241,4 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplay do
         state
     end
   end
-
-  defp load_error(id, error),
-    do: %{error | message: "program #{shown(id)} could not be loaded again: #{error.message}"}
-
-  # On one line, whatever the id is.
-  defp shown(id), do: id |> inspect(printable_limit: 100) |> String.trim("\"")
 end

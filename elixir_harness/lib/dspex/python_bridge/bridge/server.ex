@@ -37,7 +37,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @impl GenServer
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
-    programs = if options.programs == nil, do: Programs.Store.new(), else: options.programs
+    programs = options.store || declared(options)
 
     entry = %{
       name: State.name(options),
@@ -65,6 +65,11 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     }
 
     {:ok, state, {:continue, :open}}
+  end
+
+  defp declared(options) do
+    whose = {:bridge, State.name(options)}
+    Programs.Declared.store(options.programs.(), whose, options.max_frame_bytes)
   end
 
   @impl GenServer
@@ -304,6 +309,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   ## Replies
 
   defp reply_came(state, port, id, frame) do
+    state = ProgramReplay.created(state, id, frame)
+
     case Calls.deliver(state.in_flight, id, frame) do
       {:ok, in_flight} ->
         call_answered(%{state | in_flight: in_flight}, port)

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Bridge.Status do
 
   require Logger
 
-  alias DSPex.PythonBridge.{Bridge, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Programs, Telemetry}
   alias DSPex.PythonBridge.Bridge.{Peer, State}
   alias DSPex.PythonBridge.Calls.InFlight
 
@@ -31,8 +31,23 @@ defmodule DSPex.PythonBridge.Bridge.Status do
       uptime_ms: if(peer, do: Peer.uptime_ms(peer), else: 0),
       late_replies: state.late_replies,
       unreadable_frames: state.unreadable_frames,
-      last_error: state.last_error
+      last_error: state.last_error,
+      programs: %{failed: failed(state.programs, load_failures(state))}
     }
+  end
+
+  # While none serves, those of the next peer.
+  defp load_failures(%{peer: nil, next: %Peer{load_failures: failures}}), do: failures
+  defp load_failures(%{load_failures: failures}), do: failures
+
+  defp failed(programs, failures) do
+    # They are few, and the programs may be many.
+    stamps = if failures == %{}, do: %{}, else: Programs.Store.stamps(programs)
+    errors = for {id, stamp} <- stamps, error = failures[stamp], do: {id, error}
+
+    for {id, error} <- Enum.concat(Programs.Store.undeclared(programs), errors),
+        into: %{},
+        do: {id, error.message}
   end
 
   @doc "Logs a peer's death, or that none could be started, and what the bridge does about it."

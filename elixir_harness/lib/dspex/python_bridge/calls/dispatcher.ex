@@ -21,7 +21,8 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
 
   # The first condition is the usual one. A ping does not kill a peer, and the monitor must not take a trial for a
   # peer that hangs.
-  defp at_once?(%InFlight{to: nil}, _request), do: false
+  defp at_once?(%InFlight{to: nil, loading: nil}, _request), do: false
+  defp at_once?(%InFlight{to: nil}, request), do: Protocol.ping?(request.body)
 
   defp at_once?(%InFlight{} = in_flight, %Request{} = request) do
     (not in_flight.quarantine.trial? and :gb_sets.is_empty(in_flight.held) and
@@ -133,6 +134,19 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
       else: %{in_flight | held: :gb_sets.add(id, in_flight.held)}
   end
 
+  @doc "Sends the held pings to a peer that is up and loads programs, if none serves: they need no program."
+  @spec give_pings(InFlight.t()) :: InFlight.t()
+  def give_pings(%InFlight{to: nil, loading: port, held: held} = in_flight) when port != nil do
+    pings =
+      for {id, request} <- Calls.Table.at(in_flight.calls, nil),
+          Protocol.ping?(request.body) and :gb_sets.is_element(id, held),
+          do: id
+
+    give_all(%{in_flight | held: :gb_sets.difference(held, :gb_sets.from_list(pings))}, pings)
+  end
+
+  def give_pings(in_flight), do: in_flight
+
   @doc "Sends the held calls that may be sent now."
   @spec advance(InFlight.t()) :: InFlight.t()
   def advance(%InFlight{to: nil} = in_flight), do: in_flight
@@ -179,7 +193,8 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     end)
   end
 
-  defp give(%InFlight{to: port, send_queues: send_queues}, id, request, now) do
+  defp give(%InFlight{to: to, send_queues: send_queues} = in_flight, id, request, now) do
+    port = to || in_flight.loading
     send_queue = Map.fetch!(send_queues, port)
     send_queue = SendQueue.push_request(send_queue, id, request.deadline, request.body)
     {%{request | at: port, since: now}, %{send_queues | port => send_queue}}

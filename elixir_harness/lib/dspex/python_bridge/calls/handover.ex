@@ -7,10 +7,15 @@ defmodule DSPex.PythonBridge.Calls.Handover do
   alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Quarantine, Request, SendQueue}
   alias DSPex.PythonBridge.OTP.Deadline
 
-  @doc "Adds a peer that was started. Until `serve/2` only `Dispatcher.own_request/3` sends to it."
+  @doc "Adds a peer that was started. Until `loading/2` only `Dispatcher.own_request/3` sends to it."
   @spec attach(InFlight.t(), port()) :: InFlight.t()
   def attach(%InFlight{} = in_flight, port),
     do: %{in_flight | send_queues: Map.put(in_flight.send_queues, port, SendQueue.new(port))}
+
+  @doc "The peer is up, and is given the programs: until `serve/2` it gets pings, if no other serves."
+  @spec loading(InFlight.t(), port()) :: InFlight.t()
+  def loading(%InFlight{} = in_flight, port),
+    do: Dispatcher.give_pings(%{in_flight | loading: port})
 
   @doc "Sends calls to this peer from now on, the held ones first."
   @spec serve(InFlight.t(), port()) :: InFlight.t()
@@ -19,7 +24,8 @@ defmodule DSPex.PythonBridge.Calls.Handover do
       if in_flight.to in [nil, port], do: in_flight, else: take_back(in_flight, in_flight.to)
 
     quarantine = Quarantine.stop(in_flight.quarantine)
-    Dispatcher.advance(%{in_flight | to: port, hold_changes?: false, quarantine: quarantine})
+    in_flight = %{in_flight | to: port, loading: nil, quarantine: quarantine}
+    Dispatcher.advance(%{in_flight | hold_changes?: false})
   end
 
   # Requests that still wait to be written to one peer go to the next.
@@ -56,6 +62,9 @@ defmodule DSPex.PythonBridge.Calls.Handover do
     cancelled = Map.delete(in_flight.cancelled_changes, port)
     in_flight = %{in_flight | send_queues: send_queues, cancelled_changes: cancelled}
     in_flight = if in_flight.to == port, do: none_serves(in_flight), else: in_flight
+    # A program that it loads has ended it, not the pings that it had.
+    how = if in_flight.loading == port, do: :unsent, else: how
+    in_flight = if how == :unsent, do: %{in_flight | loading: nil}, else: in_flight
     in_flight = if how == :died, do: learn(in_flight, calls), else: in_flight
 
     calls
@@ -63,6 +72,7 @@ defmodule DSPex.PythonBridge.Calls.Handover do
       lost_call(in_flight, id, request, if(id in unwritten, do: :unsent, else: how))
     end)
     |> release_pools()
+    |> Dispatcher.give_pings()
     |> Dispatcher.advance()
   end
 

@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   @head_bytes 64
 
   @enforce_keys [:max_retries, :programs, :slot, :quarantine]
-  defstruct [:max_retries, :programs, :slot, :quarantine, :to] ++
+  defstruct [:max_retries, :programs, :slot, :quarantine, :to, :loading] ++
               [calls: Calls.Table.new(), held: :gb_sets.empty(), send_queues: %{}] ++
               [
                 cancelled_changes: %{},
@@ -24,7 +24,8 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
               ]
 
   @typedoc """
-  `to`: the port of the peer that serves. `held`: the ids of the calls that no peer has, but for suspects.
+  `to`: the port of the peer that serves. `loading`: that of the next one, once it is up: it answers pings while none
+  serves. `held`: the ids of the calls that no peer has, but for suspects.
   `cancelled_changes`: changes of the programs that were sent and whose callers wait no longer, by the port
   of their peer and by id; no port has an empty map. `silent?`: in a pool, whether the peer has sent nothing since
   a call to it was given up. `resent`: how many times a call was sent again, or will be.
@@ -35,6 +36,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
           slot: LoadCounters.slot() | nil,
           quarantine: Quarantine.t(),
           to: port() | nil,
+          loading: port() | nil,
           calls: Calls.Table.t(),
           held: :gb_sets.set(pos_integer()),
           send_queues: %{port() => SendQueue.t()},

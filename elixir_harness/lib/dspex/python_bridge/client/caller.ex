@@ -84,17 +84,20 @@ defmodule DSPex.PythonBridge.Client.Caller do
         {:error, Error.not_running(:bridge, call.server)}
 
       {:error, %Error{type: :program_not_found} = error} ->
-        {:error, load_failure(dest, args, Deadline.left(deadline)) || error}
+        id = Change.program_id(:execute_program, args)
+        {:error, load_failure(dest, id, Deadline.left(deadline)) || error}
 
       result ->
         result
     end
   end
 
-  # A program that could not be loaded again is missing in the peer; the bridge knows the reason.
-  defp load_failure(dest, args, left) do
-    with id when id != nil <- Change.program_id(:execute_program, args),
-         do: GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
+  @doc "Why a program that is missing in the peer could not be loaded, if the bridge knows of a reason."
+  @spec load_failure(dest(), String.t() | nil, timeout()) :: Error.t() | nil
+  def load_failure(_dest, nil, _left), do: nil
+
+  def load_failure(dest, id, left) do
+    GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
   catch
     :exit, _no_answer -> nil
   end

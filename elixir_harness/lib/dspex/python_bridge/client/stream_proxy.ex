@@ -222,7 +222,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   defp again?(_state, {:frame, frame}), do: not Protocol.success?(frame)
   # From another node, which has tried its peers.
-  defp again?(_state, {:served, _result}), do: true
+  defp again?(_state, {:served, {:done, result}}), do: elem(result, 0) != :ok
+  defp again?(_state, {:served, _nobody}), do: true
   defp again?(_state, {:error, {:died, _sent}}), do: true
   defp again?(_state, {:error, reason}), do: reason in [:bridge_not_running, :overloaded]
 

@@ -1,10 +1,12 @@
 defmodule DSPex.PythonBridge.Doctor.Peer do
   @moduledoc false
-  # A peer with the application's settings, in a bridge of its own: whether it answers a ping and runs a program.
+  # A peer with the application's settings, in a bridge of its own: whether it answers a ping, runs a program, and takes
+  # those that are declared.
 
-  alias DSPex.PythonBridge.{Bridge, OS, Options}
+  alias DSPex.PythonBridge.{Bridge, Error, OS, Options}
   alias DSPex.PythonBridge.Bridge.StartDiagnosis
   alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Programs.Declared
 
   # It imports nothing heavy. A shorter :start_timeout is kept.
   @start_ms 15_000
@@ -16,8 +18,8 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   @spec ping(keyword(), Options.t()) :: {:ok | :failed, String.t(), String.t() | nil, pid() | nil}
   def ping(opts, options) do
     start_ms = min(@start_ms, options.start_timeout)
-    # Without a name, and without a second attempt.
-    opts = Keyword.merge(opts, name: nil, max_retries: 0, start_timeout: start_ms)
+    # Without a name, and without a second attempt. Programs have a check of their own.
+    opts = Keyword.merge(opts, name: nil, max_retries: 0, start_timeout: start_ms, programs: [])
     started = Deadline.now()
     # The check reports the failure that the bridge would log.
     :logger.add_primary_filter(@filter, {&not_of_child/2, self()})
@@ -116,6 +118,38 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   defp advice("DSPY_BRIDGE_LM" <> _rest), do: "correct :lm and :lm_options of the bridge"
   defp advice("DSPY_BRIDGE_INIT" <> _rest), do: "correct the function that DSPY_BRIDGE_INIT names"
   defp advice(_reason), do: "`python -m dspy_bridge --selftest` with that Python shows more"
+
+  @spec programs(pid(), Options.t()) :: {:ok | :failed, String.t(), String.t() | nil, true | nil}
+  def programs(bridge, options) do
+    declared = options.programs.()
+
+    case for(
+           {id, args} <- declared,
+           text = refused(bridge, args),
+           do: "#{Declared.shown(id)}: #{text}"
+         ) do
+      [] when declared == [] ->
+        {:ok, "none are declared", nil, true}
+
+      [] ->
+        {:ok, "#{length(declared)} declared, and created", nil, true}
+
+      refused ->
+        {:failed, Enum.join(refused, "; "), "correct it in :programs; its runs fail until then",
+         nil}
+    end
+  end
+
+  # A peer that dies of one is followed by another.
+  defp refused(bridge, args) do
+    with {:ok, _body} <- Declared.encode(args),
+         {:ok, _created, _meta} <-
+           Bridge.request(bridge, :create_program, args, timeout: @program_ms) do
+      nil
+    else
+      {:error, %Error{message: text}} -> text
+    end
+  end
 
   @spec stop(pid() | nil) :: :ok
   def stop(nil), do: :ok

@@ -51,14 +51,8 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   """
   @spec make_there(t(), pid(), Request.t()) :: Calls.Request.reply() | begun()
   def make_there(%__MODULE__{} = attempt, relay, request) do
-    case ask(attempt, relay, request) do
-      # The process, or its node, is lost, with the call.
-      {true, {:error, :bridge_not_running}} when not attempt.retry ->
-        {:error, :python_process_died}
-
-      {_sent?, reply} ->
-        reply
-    end
+    {_sent?, reply} = ask(attempt, relay, request)
+    last(attempt.retry, reply)
   end
 
   defp ask(%__MODULE__{stream?: false, holder: nil} = attempt, bridge, request) do
@@ -83,8 +77,13 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   defp sent(%__MODULE__{stream?: stream?}, %Request{body: body, deaths: deaths}),
     do: %Calls.Request{body: body, retry: :pool, deaths: deaths, stream?: stream?}
 
-  @doc "The reply as the last one, if the call must not be sent again and a peer may have made it."
+  @doc """
+  The reply as the last one, if the call must not be sent again and a peer may have made it: one that has died with it, or
+  one of a bridge, or a node, that is gone.
+  """
   @spec last(retry :: boolean(), reply) :: reply when reply: term()
-  def last(false, {:error, {:died, :sent}}), do: {:error, :python_process_died}
+  def last(false, {:error, gone}) when gone in [{:died, :sent}, :bridge_not_running],
+    do: {:error, :python_process_died}
+
   def last(_retry, reply), do: reply
 end

@@ -35,12 +35,15 @@ defmodule DSPex.PythonBridge.Pool.Handle do
       pid: self(),
       bridges: List.to_tuple(for n <- 1..size, do: Module.concat(name, "Bridge#{n}")),
       counters: LoadCounters.new(size),
-      programs: Programs.Store.new(),
+      programs: declared(settings),
       others: :ets.new(__MODULE__, [:public, read_concurrency: true]),
       checkouts: :ets.new(__MODULE__, [:public]),
       settings: settings
     }
   end
+
+  defp declared(%Pool.Options{name: name} = settings),
+    do: Programs.Declared.store(settings.programs.(), {:pool, name}, settings.max_frame_bytes)
 
   @doc "The name of the bridge of a slot."
   @spec bridge(t(), LoadCounters.index()) :: atom()

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   # up. Until then it goes to the peer that has been up longest, so that all such requests meet in one bridge,
   # which finds out which of them kills (`DSPex.PythonBridge.Calls.Quarantine`), and the other peers stay up.
 
-  alias DSPex.PythonBridge.{Calls, Error, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Calls, Error, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, Request}
@@ -89,13 +89,28 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
         run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
 
       {:error, %Error{type: :program_not_found}} when request.program != nil ->
-        if index in request.repaired,
-          do: {:done, reply},
-          else: repair(handle, request, index, attempt, reply)
+        cond do
+          index in request.repaired -> {:done, reply}
+          error = hopeless(handle, request, index) -> {:done, {:error, error}}
+          true -> repair(handle, request, index, attempt, reply)
+        end
 
       _final ->
         {:done, reply}
     end
+  end
+
+  # A declaration that is not a definition, and a program of which the bridge's peers die: it is left out there.
+  defp hopeless(handle, request, index) do
+    bridge = Process.whereis(Handle.bridge(handle, index))
+
+    case bridge && Caller.load_failure(bridge, request.program, Request.left(request)) do
+      %Error{type: :python_process_died} = left_out -> left_out
+      _tried_again -> Programs.Store.undeclared(handle.programs)[request.program]
+    end
+  rescue
+    # The table has ended with the pool.
+    ArgumentError -> nil
   end
 
   # By the coordinator, which has the program's current definition and orders all changes.
@@ -113,8 +128,8 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
           else: repair(handle, request, index, attempt, reply)
 
       # The reason why the program is missing.
-      refusal ->
-        {:done, refusal}
+      {:error, error} ->
+        {:done, {:error, Programs.Declared.not_loaded(request.program, error)}}
     end
   end
 

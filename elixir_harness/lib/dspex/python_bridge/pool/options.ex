@@ -3,22 +3,25 @@ defmodule DSPex.PythonBridge.Pool.Options do
   # The options of a pool, checked before any bridge starts: its own here, those of its bridges by
   # `DSPex.PythonBridge.Options`.
 
-  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.{Options, Programs}
 
   # More Python processes than any machine has room for. Each has an atom, too.
   @max_size 1_000
 
-  @enforce_keys [:name, :size, :cluster, :bridge, :default_timeout, :max_retries]
+  @enforce_keys [:name, :size, :cluster, :bridge, :programs] ++
+                  [:default_timeout, :max_retries, :max_frame_bytes]
   defstruct @enforce_keys
 
-  @typedoc "`bridge`: the options that all bridges have in common, sealed."
+  @typedoc "`bridge`: the options that all bridges have in common, sealed; `programs`: the declared ones, sealed."
   @type t :: %__MODULE__{
           name: atom(),
           size: pos_integer(),
           cluster: atom() | String.t(),
           bridge: keyword(),
+          programs: (-> [Programs.Declared.t()]),
           default_timeout: timeout(),
-          max_retries: non_neg_integer()
+          max_retries: non_neg_integer(),
+          max_frame_bytes: pos_integer()
         }
 
   @doc "Settings from options, or the error that names the one that is wrong; `default`: the pool's name if none is given."
@@ -32,9 +35,11 @@ defmodule DSPex.PythonBridge.Pool.Options do
          name: Keyword.get(own, :name, default),
          size: Keyword.get(own, :pool_size, 3),
          cluster: own[:cluster],
-         bridge: Options.seal(bridge),
+         bridge: bridge |> Keyword.delete(:programs) |> Options.seal(),
+         programs: options.programs,
          default_timeout: options.default_timeout,
-         max_retries: options.max_retries
+         max_retries: options.max_retries,
+         max_frame_bytes: options.max_frame_bytes
        }}
     end
   end

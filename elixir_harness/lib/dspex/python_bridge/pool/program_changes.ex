@@ -144,7 +144,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   # Only on the node where the change was made.
   defp correct(changes, %{mixed?: true, from: {:caller, _}, change: {:create, id, _}}, [before]) do
     {_id, _stamp, body} = before
-    {stamp, changes} = put_back(changes, before)
+    {stamp, changes} = put_back(changes, before, & &1)
     deliver(changes, :pool, {:create, id, stamp}, body)
   end
 
@@ -170,7 +170,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
        ) do
     if success?(over),
       do: {changes, []},
-      else: {Enum.reduce(before, changes, &elem(put_back(&2, &1), 1)), []}
+      else: {Enum.reduce(before, changes, &undo_removal/2), []}
   end
 
   defp correct(changes, _over, _before), do: {changes, []}
@@ -205,8 +205,16 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
 
   defp forget(changes, _repair), do: {[], changes}
 
-  defp put_back(changes, {id, _stamp, body}) do
+  # A declaration stays one.
+  defp undo_removal({_id, stamp, _body} = before, changes) do
+    alike = if Programs.Store.declared?(stamp), do: &Programs.Store.declared/1, else: & &1
+    {_stamp, changes} = put_back(changes, before, alike)
+    changes
+  end
+
+  defp put_back(changes, {id, _stamp, body}, alike) do
     {stamp, changes} = stamp(changes)
+    stamp = alike.(stamp)
     Programs.Store.put(changes.handle.programs, id, stamp, body)
     {stamp, changes}
   end

@@ -63,7 +63,8 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
       slot:
         {handle.counters, index, Handle.coordinator(handle.name),
          Handle.monitor(handle.name, index)},
-      programs: handle.programs
+      store: handle.programs,
+      programs: []
     ] ++ settings.bridge
   end
 end

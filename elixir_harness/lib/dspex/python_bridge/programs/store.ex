@@ -8,23 +8,31 @@ defmodule DSPex.PythonBridge.Programs.Store do
   # can exchange theirs. A removal leaves a tombstone; so many are kept that only a change that is under way very long
   # could be taken for a new one.
   #
+  # Declared programs (`DSPex.PythonBridge.Programs.Declared`) are a layer of their own below those that were created:
+  # any creation hides one, however early it was, and only a later removal takes it away. Other nodes are not sent them, so
+  # each node of a cluster has the declarations of its own release.
+  #
   # Any process can read the table, since several write it. Definitions may hold keys (`lm`), so they are sealed
   # (`DSPex.PythonBridge.OTP.Sealed`).
 
+  alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Sealed
 
   @max_tombstones 10_000
+  # In place of the node in a stamp, which is an atom for any version.
+  @declared :declared
 
   @type table :: :ets.tid()
   @type id :: String.t()
-  @typedoc "Microseconds since 1970, and what orders changes of the same microsecond."
+  @typedoc "Microseconds since 1970, what orders changes of the same microsecond, and the node, or `:declared`."
   @type stamp :: {integer(), integer(), node()}
   @type definition :: {id(), stamp(), body :: binary()}
   @type change :: {:create, id(), stamp() | nil} | {:cleanup, :all | [id()], stamp() | nil}
   @opaque exported :: [tuple()]
 
-  # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}; and
-  # {{:facts, id}, stamp, facts, calls}, what was read from the definition with that stamp, for this node alone.
+  # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}. For this node
+  # alone: {{:declared, id}, stamp, sealed body}; {{:facts, id}, stamp, facts, calls}, what was read from the definition
+  # with that stamp; {:undeclared, why}, the declarations that are not definitions, with their stamps and errors.
 
   @doc "An empty table of the calling process."
   @spec new() :: table()
@@ -33,6 +41,36 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @doc "A stamp of the present time, later than all earlier ones of this node."
   @spec stamp() :: stamp()
   def stamp, do: {System.system_time(:microsecond), System.unique_integer([:monotonic]), node()}
+
+  @doc "The stamp of a declaration of that time."
+  @spec declared(stamp()) :: stamp()
+  def declared(stamp), do: put_elem(stamp, 2, @declared)
+
+  @doc "Whether a definition with this stamp was declared, here or on another node."
+  @spec declared?(stamp()) :: boolean()
+  def declared?(stamp), do: elem(stamp, 2) == @declared
+
+  @doc """
+  Adds declarations to a new table, in this order: for each id the body of its `create_program`, or why there is none.
+  """
+  @spec declare(table(), [{id(), {:ok, binary()} | {:error, Error.t()}}]) :: :ok
+  def declare(table, declarations) do
+    stamped = for {id, result} <- declarations, do: {id, declared(stamp()), result}
+    for {id, stamp, {:ok, body}} <- stamped, do: put(table, id, stamp, body)
+    why = for {id, stamp, {:error, error}} <- stamped, into: %{}, do: {id, {stamp, error}}
+    :ets.insert(table, {:undeclared, why})
+    :ok
+  end
+
+  @doc "Why declarations are not definitions, by their ids, without those that were created or removed since."
+  @spec undeclared(table()) :: %{id() => Error.t()}
+  def undeclared(table) do
+    for {:undeclared, why} <- :ets.lookup(table, :undeclared),
+        {id, {stamp, error}} <- why,
+        row(table, id) == nil and stamp > removed_at(table, id),
+        into: %{},
+        do: {id, error}
+  end
 
   @doc "Whether a term is a change, with or without a stamp."
   @spec change?(term()) :: boolean()
@@ -52,7 +90,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   @doc """
   Stores a definition; `body` comes from `DSPex.PythonBridge.Protocol.encode_body/3`. Returns false if the table has a
-  later change of the program, or a later removal.
+  later change of the program, or a later removal. One that another node has declared never replaces another.
 
       iex> alias DSPex.PythonBridge.Programs.Store
       iex> table = Store.new()
@@ -63,22 +101,31 @@ defmodule DSPex.PythonBridge.Programs.Store do
   """
   @spec put(table(), id(), stamp(), binary()) :: boolean()
   def put(table, id, stamp, body) do
-    news? = replace(table, {:program, id}, stamp, Sealed.new(body))
+    {kind, news?} =
+      if declared?(stamp),
+        do: {:declared, declare_first(table, id, stamp, Sealed.new(body))},
+        else: {:program, replace(table, {:program, id}, stamp, Sealed.new(body))}
 
     # Read after the write: a removal writes its tombstone first, so one of the two sees the other.
     if stamp < removed_at(table, id) do
-      delete_older(table, {:program, id}, removed_at(table, id))
+      delete_older(table, {kind, id}, removed_at(table, id))
       false
     else
       news?
     end
   end
 
+  defp declare_first(table, id, stamp, sealed),
+    do:
+      :ets.insert_new(table, {{:declared, id}, stamp, sealed}) and
+        not :ets.member(table, {:program, id})
+
   @doc "Removes all definitions, or those of these ids, that are older than `stamp`."
   @spec remove(table(), :all | [id()], stamp()) :: :ok
   def remove(table, :all, stamp) do
     replace(table, :removed_all, stamp, nil)
     delete_older(table, {:program, :_}, stamp)
+    delete_older(table, {:declared, :_}, stamp)
     # The row above includes these tombstones.
     delete_older(table, {:removed, :_}, stamp)
     :ets.match_delete(table, {{:facts, :_}, :_, :_, :_})
@@ -93,6 +140,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   defp remove_one(table, id, stamp) do
     replace(table, {:removed, id}, stamp, nil)
     delete_older(table, {:program, id}, stamp)
+    delete_older(table, {:declared, id}, stamp)
     :ets.delete(table, {:facts, id})
     :ok
   end
@@ -108,9 +156,13 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   @doc "The definition of `id`, or nil."
   @spec get(table(), id()) :: {stamp(), binary()} | nil
-  def get(table, id) do
-    case :ets.lookup(table, {:program, id}) do
-      [{_key, stamp, sealed}] -> {stamp, sealed.()}
+  def get(table, id), do: with({_key, stamp, sealed} <- row(table, id), do: {stamp, sealed.()})
+
+  defp row(table, id), do: row(table, :program, id) || row(table, :declared, id)
+
+  defp row(table, kind, id) do
+    case :ets.lookup(table, {kind, id}) do
+      [row] -> row
       [] -> nil
     end
   end
@@ -121,7 +173,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   """
   @spec facts(table(), id(), (binary() -> facts | nil)) :: facts | nil when facts: map()
   def facts(table, id, read) do
-    with stamp when stamp != nil <- :ets.lookup_element(table, {:program, id}, 2, nil) do
+    with stamp when stamp != nil <- current(table, id) do
       case :ets.lookup(table, {:facts, id}) do
         [{_key, ^stamp, facts, _calls}] -> facts
         _none_or_of_another -> read_facts(table, id, read)
@@ -130,6 +182,11 @@ defmodule DSPex.PythonBridge.Programs.Store do
   rescue
     # The table has ended with its bridge.
     ArgumentError -> nil
+  end
+
+  defp current(table, id) do
+    :ets.lookup_element(table, {:program, id}, 2, nil) ||
+      :ets.lookup_element(table, {:declared, id}, 2, nil)
   end
 
   defp read_facts(table, id, read) do
@@ -159,21 +216,34 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   @doc "The number of definitions."
   @spec count(table()) :: non_neg_integer()
-  def count(table), do: :ets.select_count(table, [{{{:program, :_}, :_, :_}, [], [true]}])
+  def count(table), do: map_size(stamps(table))
 
   @doc "All definitions, oldest first."
   @spec definitions(table()) :: [definition()]
   def definitions(table) do
-    table
-    |> :ets.select([{{{:program, :"$1"}, :"$2", :"$3"}, [], [{{:"$1", :"$2", :"$3"}}]}])
-    |> Enum.map(fn {id, stamp, sealed} -> {id, stamp, sealed.()} end)
+    (rows(table, :declared) ++ rows(table, :program))
+    |> Map.new(fn {id, stamp, sealed} -> {id, {id, stamp, sealed.()}} end)
+    |> Map.values()
     |> Enum.sort_by(fn {_id, stamp, _body} -> stamp end)
   end
 
-  @doc "The whole table, removals included, for `merge/2` on another node."
+  # The created ones come last, to replace the declared ones in a map.
+  defp rows(table, kind),
+    do: :ets.select(table, [{{{kind, :"$1"}, :"$2", :"$3"}, [], [{{:"$1", :"$2", :"$3"}}]}])
+
+  @doc "The stamps of all definitions."
+  @spec stamps(table()) :: %{id() => stamp()}
+  def stamps(table) do
+    for {id, stamp, _sealed} <- rows(table, :declared) ++ rows(table, :program),
+        into: %{},
+        do: {id, stamp}
+  end
+
+  @doc "The whole table, removals included and declarations left out, for `merge/2` on another node."
   @spec export(table()) :: exported()
   def export(table) do
     for {key, stamp, sealed} <- :ets.tab2list(table),
+        not match?({:declared, _id}, key),
         do: {key, stamp, if(sealed, do: sealed.())}
   end
 
@@ -190,24 +260,30 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @doc "Adopts the later changes of another table; returns what they changed, oldest first."
   @spec merge(table(), exported()) :: {[definition()], removed :: [id()]}
   def merge(table, exported) do
-    before = for {id, _stamp, _body} <- definitions(table), into: MapSet.new(), do: id
-
-    for {key, stamp, nil} <- exported do
-      case key do
-        :removed_all -> remove(table, :all, stamp)
-        {:removed, id} -> remove_one(table, id, stamp)
+    difference(table, fn ->
+      for {key, stamp, nil} <- exported do
+        case key do
+          :removed_all -> remove(table, :all, stamp)
+          {:removed, id} -> remove_one(table, id, stamp)
+        end
       end
-    end
 
-    prune(table)
+      prune(table)
+      for {{:program, id}, stamp, body} <- exported, do: put(table, id, stamp, body)
+    end)
+  end
 
-    changed =
-      for {{:program, id}, stamp, body} <- exported,
-          put(table, id, stamp, body),
-          do: {id, stamp, body}
-
-    removed = for id <- before, get(table, id) == nil, do: id
-    {Enum.sort_by(changed, fn {_id, stamp, _body} -> stamp end), removed}
+  @doc """
+  What `change` changes in the table: the definitions that count from now on, oldest first, which a removal may have
+  uncovered, and the ids of those that are gone.
+  """
+  @spec difference(table(), (-> term())) :: {[definition()], removed :: [id()]}
+  def difference(table, change) do
+    before = stamps(table)
+    change.()
+    now = definitions(table)
+    changed = Enum.reject(now, fn {id, stamp, _body} -> before[id] == stamp end)
+    {changed, Map.keys(Map.drop(before, Enum.map(now, &elem(&1, 0))))}
   end
 
   # Atomic: a later row is not overwritten by an earlier one.

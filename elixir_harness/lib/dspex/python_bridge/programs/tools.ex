@@ -50,11 +50,14 @@ defmodule DSPex.PythonBridge.Programs.Tools do
   defp warn({kind, server}, id, names) do
     text =
       "#{kind} #{inspect(server)}: program #{shown(id)} is called without its tools " <>
-        "(#{Enum.join(names, ", ")}): pass them as tools: to Bridge.request or Bridge.stream. " <>
-        "Further calls without them are not logged"
+        "(#{Enum.join(names, ", ")}): pass them as tools: to #{module(kind)}.request or " <>
+        "#{module(kind)}.stream. Further calls without them are not logged"
 
     Logger.warning(text, [{kind, server}])
   end
+
+  defp module(:bridge), do: "Bridge"
+  defp module(:pool), do: "Pool"
 
   defp shown(id), do: id |> inspect(printable_limit: 100) |> String.trim("\"")
 end

@@ -52,6 +52,8 @@ defmodule DSPex.PythonBridge.Python.Config do
     if text, do: {:error, "config :dspex, " <> text}, else: :ok
   end
 
+  defp misspelt(:programs), do: ":programs: they belong to :python_bridge"
+
   defp misspelt(key) do
     text = Options.unknown(key, @keys)
     if text =~ "did you mean", do: text

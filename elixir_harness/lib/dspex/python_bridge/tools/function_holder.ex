@@ -159,9 +159,11 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     end
   end
 
-  # For a tool call of the present peer, of the next one, or of an earlier one.
+  # For a tool call of the present peer, of the next one, or of an earlier one. There should be no next one once a function
+  # has begun after which there must be none.
   defp serve(%__MODULE__{proxy: proxy, functions: functions} = state, _from, {proxy, peer}, fun)
-       when proxy != nil and peer >= functions.peer do
+       when proxy != nil and
+              (peer == functions.peer or (peer > functions.peer and not functions.bound?)) do
     # Their end may be in the mailbox behind many such messages.
     receive do
       {:close, ref} when is_reference(ref) -> close(functions, ref)

@@ -16,18 +16,20 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   @enforce_keys [:port, :id, :frame, :max_frame_bytes]
   defstruct [:port, :id, :frame, :max_frame_bytes]
 
+  @typedoc "The port of a peer, or the process of a `DSPex.PythonBridge.Stub`, which has none."
+  @type peer :: port() | pid()
   @typedoc """
   `port`: of the peer that calls, the only one that gets the result. `id`: of the call that it runs; with nil the
   result is sent even if that is over.
   """
   @type t :: %__MODULE__{
-          port: port(),
+          port: peer(),
           id: pos_integer() | nil,
           frame: binary(),
           max_frame_bytes: pos_integer()
         }
   @typedoc "The message to the bridge: the frame of a result, or that the call could not be read."
-  @type answer :: {:tool_result, port(), pos_integer() | nil, binary()} | :unreadable_frame
+  @type answer :: {:tool_result, peer(), pos_integer() | nil, binary()} | :unreadable_frame
   @type bridge :: pid() | {atom(), node()}
 
   @doc """

@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
           holder: pid() | nil,
           bridge: Invocation.bridge(),
           callers: [pid()],
-          port: port() | nil,
+          port: Invocation.peer() | nil,
           peer: non_neg_integer(),
           running: %{pid() => Invocation.t()}
         }

@@ -1,24 +1,27 @@
 defmodule DSPex.PythonBridge.Venv.Installer do
   @moduledoc false
   # Makes an environment and installs into it, with uv. Without uv on the PATH, the interpreter's own venv and pip make
-  # the environment and install uv into it.
+  # the environment and install uv into it. Nothing from a package index is installed or run without the hash that it
+  # is pinned by: all of it are wheels, as building one would run a build backend.
 
   alias DSPex.PythonBridge.{OS, Options}
   alias DSPex.PythonBridge.Bridge.Redaction
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
-  alias DSPex.PythonBridge.Venv.Source
+  alias DSPex.PythonBridge.Venv.{Source, Wheel}
 
   # Installing DSPy takes 20 to 60 s with a fast connection.
   @time_limit_ms 30 * 60_000
   @error_lines 15
 
   @enforce_keys [:progress]
-  # sign_of_life_ms: the interval of progress lines during a step.
-  defstruct [:progress, :uv, sign_of_life_ms: 10_000]
+  # sign_of_life_ms: the interval of progress lines during a step. bytecode: whether it is valid only while the source has
+  # the time that it had.
+  defstruct [:progress, :uv, bytecode: :of_a_time, sign_of_life_ms: 10_000]
 
   @type t :: %__MODULE__{
           progress: (String.t() -> term()),
           uv: Path.t() | nil,
+          bytecode: :of_a_time | :for_any_time,
           sign_of_life_ms: pos_integer()
         }
   @typedoc "`:failed`: a program failed by itself and has kept the old installation."
@@ -69,19 +72,18 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       "install Python #{Probe.min_python()} or newer, or uv, which brings one, or name one with --python"
 
   @doc "Makes the environment."
-  @spec create(t(), Path.t(), Probe.t() | nil) :: :ok | {:error, String.t()}
-  def create(%__MODULE__{uv: nil} = installer, folder, base) do
+  @spec create(t(), Path.t(), Source.t(), Probe.t() | nil) :: :ok | failure()
+  def create(%__MODULE__{uv: nil} = installer, folder, source, base) do
     line = "making #{folder} from #{base.python}, Python #{base.version}"
-    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "uv"]
+    pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    pip = pip ++ ["--only-binary", ":all:", "--require-hashes", "-r", source.uv]
 
     with :ok <- step(installer, line, base.python, ["-m", "venv", folder]),
          {:ok, probe} <- probe(folder, []),
-         :ok <- step(installer, "installing uv with pip", probe.python, pip),
-         do: :ok,
-         else: ({_how, text} -> {:error, text})
+         do: step(installer, "installing uv with pip", probe.python, pip)
   end
 
-  def create(%__MODULE__{uv: uv} = installer, folder, base) do
+  def create(%__MODULE__{uv: uv} = installer, folder, _source, base) do
     {of, python} =
       if base,
         do: {" from #{base.python}, Python #{base.version}", base.python},
@@ -90,8 +92,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
     # The manifest is there already.
     args = ["venv", "--quiet", "--allow-existing", "--python", python, folder]
 
-    with {_how, text} <- step(installer, "making #{folder} with uv" <> of, uv, args),
-         do: {:error, text}
+    step(installer, "making #{folder} with uv" <> of, uv, args)
   end
 
   @doc """
@@ -133,12 +134,25 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   def install(installer, folder, source) do
     count = map_size(source.pins)
     line = "installing #{count} packages with uv: this may take a minute"
-    # Always: the peer may have changed under the same version.
-    peer = ["--no-deps", "--reinstall", "dspy-bridge @ file://" <> encode(source.package)]
+    hashed = ["--no-build", "--require-hashes", "-r", source.requirements]
 
     with {:ok, uv} <- uv(installer, folder),
-         :ok <- uv_pip(installer, uv, line, folder, ["-r", source.requirements]),
-         do: uv_pip(installer, uv, "installing the peer, dspy_bridge", folder, peer)
+         :ok <- uv_pip(installer, uv, line, folder, hashed),
+         do: install_peer(installer, uv, folder, source)
+  end
+
+  # In `lib`, which this program may remove, should it be interrupted.
+  defp install_peer(installer, uv, folder, source) do
+    with {:ok, wheel} <- Wheel.write(source, Path.join(folder, "lib")) do
+      # Always: the peer may have changed under the same version.
+      args = ["--no-deps", "--no-index", "--reinstall", "dspy-bridge @ file://" <> encode(wheel)]
+
+      try do
+        uv_pip(installer, uv, "installing the peer, dspy_bridge", folder, args)
+      after
+        File.rm(wheel)
+      end
+    end
   end
 
   defp uv(%__MODULE__{uv: nil}, folder) do
@@ -180,7 +194,7 @@ defmodule DSPex.PythonBridge.Venv.Installer do
       limit_ms: @time_limit_ms,
       tick: {installer.sign_of_life_ms, tick},
       cd: "/",
-      env: [{~c"PIP_REQUIRE_VIRTUALENV", ~c"1"}]
+      env: [{~c"PIP_REQUIRE_VIRTUALENV", ~c"1"} | bytecode(installer)]
     ]
 
     case OS.Command.run(program, args, opts) do
@@ -192,12 +206,30 @@ defmodule DSPex.PythonBridge.Venv.Installer do
     end
   end
 
+  # A variable of uv's.
+  defp bytecode(%__MODULE__{bytecode: :of_a_time}), do: []
+
+  defp bytecode(%__MODULE__{bytecode: :for_any_time}),
+    do: [{~c"PYC_INVALIDATION_MODE", ~c"UNCHECKED_HASH"}]
+
   defp failure(program, status, output) do
     lines = output |> String.split("\n", trim: true) |> Enum.take(-@error_lines)
     text = Enum.map_join(lines, &"\n  #{&1}")
     # URLs of package indexes may have a name and a password.
     text = Regex.replace(~r{://[^/\s]+@}, text, "://[redacted]@")
     text = Redaction.redact(text, %Options{script_path: "", drain_ms: 0, env: fn -> %{} end})
-    "#{program} failed (exit status #{status}):" <> text
+    "#{program} failed (exit status #{status}):" <> text <> mismatch(output)
+  end
+
+  # What uv and pip print for it may be longer than what is shown.
+  defp mismatch(output) do
+    uv = Regex.run(~r/Hash mismatch for `([^`]+)`/, output)
+    pip = Regex.run(~r/DO NOT MATCH THE HASHES.*?^\s+(\S+)/ms, output)
+
+    if match = uv || pip,
+      do:
+        "\nThe package index gave another file for #{Enum.at(match, 1)} than the one that is pinned by its hash, so " <>
+          "nothing was installed. It, or a proxy or cache on the way, may have been tampered with.",
+      else: ""
   end
 end

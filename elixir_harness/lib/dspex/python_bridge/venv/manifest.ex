@@ -69,12 +69,18 @@ defmodule DSPex.PythonBridge.Venv.Manifest do
   @spec clear(Path.t()) :: :ok | {:error, String.t()}
   def clear(folder) do
     for name <- @made, reduce: :ok do
-      :ok -> remove(Path.join(folder, name))
+      :ok -> rm_rf(Path.join(folder, name))
       error -> error
     end
   end
 
-  defp remove(path) do
+  @doc "Removes all of that, and the file."
+  @spec remove(Path.t()) :: :ok | {:error, String.t()}
+  def remove(folder) do
+    with :ok <- clear(folder), do: rm_rf(Path.join(folder, @file_name))
+  end
+
+  defp rm_rf(path) do
     case File.rm_rf(path) do
       {:ok, _removed} ->
         :ok

@@ -1,11 +1,11 @@
 defmodule DSPex.PythonBridge.Venv.Source do
   @moduledoc false
-  # What is installed: the pins of requirements.txt, and the peer's package.
+  # What is installed: the pins of requirements.txt, the peer's package, and, where there is no uv, that of uv.txt.
 
   @peer "dspy-bridge"
 
-  @enforce_keys [:requirements, :package, :pins, :stamp]
-  defstruct [:requirements, :package, :pins, :stamp]
+  @enforce_keys [:requirements, :uv, :package, :pins, :stamp]
+  defstruct [:requirements, :uv, :package, :pins, :stamp]
 
   @typedoc """
   `pins`: the versions of each distribution, and whether it is always installed or depends on a marker; `stamp`: a hash of
@@ -13,6 +13,7 @@ defmodule DSPex.PythonBridge.Venv.Source do
   """
   @type t :: %__MODULE__{
           requirements: Path.t(),
+          uv: Path.t(),
           package: Path.t(),
           pins: %{String.t() => [{version :: String.t(), :always | :sometimes}]},
           stamp: String.t()
@@ -21,23 +22,32 @@ defmodule DSPex.PythonBridge.Venv.Source do
   @spec read(Path.t()) :: {:ok, t()} | {:error, String.t()}
   def read(folder) do
     requirements = Path.join(folder, "requirements.txt")
+    uv = Path.join(folder, "uv.txt")
     package = Path.join(folder, "package")
 
     with {:ok, text} <- File.read(requirements),
-         true <- File.regular?(Path.join(package, "pyproject.toml")) do
+         true <- Enum.all?([uv, Path.join(package, "pyproject.toml")], &File.regular?/1) do
       stamp = stamp([requirements | files(package)], folder)
 
       {:ok,
-       %__MODULE__{requirements: requirements, package: package, pins: pins(text), stamp: stamp}}
+       %__MODULE__{
+         requirements: requirements,
+         uv: uv,
+         package: package,
+         pins: pins(text),
+         stamp: stamp
+       }}
     else
       _missing ->
         {:error,
-         "#{folder} lacks requirements.txt or package: compile the dependency :dspex again"}
+         "#{folder} lacks requirements.txt, uv.txt or package: compile the dependency :dspex again"}
     end
   end
 
+  @doc "The paths of a folder's files, without Python's bytecode."
+  @spec files(Path.t()) :: [Path.t()]
   # Not Path.wildcard: the folder's own path may have pattern characters.
-  defp files(package) do
+  def files(package) do
     paths = :filelib.fold_files(to_charlist(package), ~c".*", true, &[to_string(&1) | &2], [])
     Enum.reject(paths, &String.contains?(&1, "__pycache__"))
   end

@@ -79,7 +79,7 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
     assert execute(bridge, "frail") == {:error, :python_process_died}
     assert {:ok, %{"programs" => ["first", "last"]}} = execute(bridge, "first")
     {:error, error} = Bridge.request(bridge, :execute_program, %{program_id: "frail"}, [])
-    assert error.message =~ "program frail could not be loaded again: "
+    assert error.message =~ "program frail could not be loaded: "
   end
 
   test "a restart loads it again", %{tmp_dir: dir} do

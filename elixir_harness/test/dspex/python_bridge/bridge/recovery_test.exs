@@ -159,7 +159,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       File.write!(Path.join(dir, "spoilt"), "raise")
       kill_peer(bridge)
       assert {:error, text} = execute(bridge, "spoilable")
-      assert text =~ "program spoilable could not be loaded again: "
+      assert text =~ "program spoilable could not be loaded: "
       assert text =~ "ValueError"
       assert {:ok, _} = execute(bridge, "good")
       assert execute(bridge, "other") == {:error, "Program not found: other"}

@@ -12,7 +12,8 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
   @moduletag :tmp_dir
 
-  @names ~w(configuration interpreter version dspy psutil script package folders ping program lm)
+  @names ~w(configuration interpreter version dspy psutil script package folders ping program) ++
+           ~w(programs lm)
   @key "sk-0123456789abcdef"
 
   setup :only_python
@@ -40,8 +41,8 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       me = self()
       checks = Doctor.run(lm: "offline/echo", each: &send(me, &1))
       assert Enum.map(checks, & &1.name) == @names
-      assert Enum.map(checks, & &1.status) == List.duplicate(:ok, 11)
-      assert Enum.map(checks, & &1.advice) == List.duplicate(nil, 11)
+      assert Enum.map(checks, & &1.status) == List.duplicate(:ok, 12)
+      assert Enum.map(checks, & &1.advice) == List.duplicate(nil, 12)
       for check <- checks, do: assert_received(^check)
       checks = Map.new(checks, &{&1.name, &1.found})
       assert checks["interpreter"] =~ "#{python()} (the environment variable PYTHON_EXECUTABLE)"
@@ -85,7 +86,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
           end
         end)
 
-      for _on <- [1, 2], do: assert_received({:made, checks} when length(checks) == 11)
+      for _on <- [1, 2], do: assert_received({:made, checks} when length(checks) == 12)
       refute log =~ "bridge"
     end
 
@@ -104,6 +105,57 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert output =~ "offline/echo answered"
       assert output =~ "lm            offline/echo, which is built in"
       assert output =~ "All is well.\ntrue\n"
+    end
+  end
+
+  describe "declared programs" do
+    defmodule Triage do
+      def definition, do: %{id: "triage", signature: "ticket -> team"}
+    end
+
+    test "are created; those that are wrong are named, each with the reason" do
+      put_config(:python_bridge,
+        lm: "offline/echo",
+        programs: [%{id: "qa", signature: "q -> a"}, Triage]
+      )
+
+      assert %{status: :ok, found: "2 declared, and created"} = run()["programs"]
+
+      wrong = [
+        %{id: "bad type", signature: %{inputs: [%{name: "q", type: "strng"}], outputs: []}},
+        Triage,
+        %{id: "no json", lm: %{model: "x", api_key: {:system, @key}}}
+      ]
+
+      checks = run(programs: wrong)
+      assert %{status: :failed, found: found, advice: advice} = checks["programs"]
+      assert found =~ "bad type: signature.inputs[0].type: unknown type 'strng'"
+      assert found =~ "; no json: lm.api_key: a tuple has no JSON form"
+      refute found =~ "triage"
+      refute found =~ @key
+      assert advice =~ ":programs"
+      # They do not make another check fail.
+      assert statuses(checks, ~w(ping program lm)) == [:ok, :ok, :ok]
+    end
+
+    test "that stand beside the options of the bridge are named" do
+      put_config(:programs, [Triage])
+      assert %{status: :failed, found: found} = run()["configuration"]
+      assert found == "config :dspex, :programs: they belong to :python_bridge"
+    end
+
+    test "that cannot be any are wrong in the configuration" do
+      put_config(:python_bridge, programs: [Triage, Triage])
+      checks = run()
+      assert %{status: :failed, found: found} = checks["configuration"]
+      assert found =~ ":programs: triage is declared twice, by entry 1"
+
+      assert checks["programs"] == %{
+               name: "programs",
+               status: :skipped,
+               found: "needs program",
+               advice: nil
+             }
     end
   end
 
@@ -138,7 +190,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
         assert %{status: :failed, found: found} = checks["configuration"]
         assert found =~ inspect(key) and found =~ text
         assert checks["interpreter"].found == "needs configuration"
-        assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 10)
+        assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 11)
       end
     end
 

@@ -82,4 +82,98 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
 
   defp permutations([]), do: [[]]
   defp permutations(list), do: for(x <- list, rest <- permutations(list -- [x]), do: [x | rest])
+
+  describe "declared programs" do
+    defp declare(ids) do
+      table = Programs.Store.new()
+      Programs.Store.declare(table, for(id <- ids, do: {id, {:ok, "declared #{id}"}}))
+      table
+    end
+
+    defp bodies(table),
+      do: for({id, _stamp, body} <- Programs.Store.definitions(table), into: %{}, do: {id, body})
+
+    test "are definitions in their order, below those that were created, however early that was" do
+      early = Programs.Store.stamp()
+      table = declare(["b", "a"])
+      assert ids(table) == ["b", "a"]
+      assert {stamp, "declared a"} = Programs.Store.get(table, "a")
+      assert Programs.Store.declared?(stamp)
+      assert Programs.Store.put(table, "a", early, "created")
+      assert bodies(table) == %{"a" => "created", "b" => "declared b"}
+      assert {^early, "created"} = Programs.Store.get(table, "a")
+      assert Programs.Store.count(table) == 2
+    end
+
+    test "are removed by a cleanup, unless that was made before they were declared" do
+      early = Programs.Store.stamp()
+      table = declare(["a", "b", "c"])
+      Programs.Store.remove(table, ["a"], early)
+      Programs.Store.remove(table, :all, early)
+      assert ids(table) == ["a", "b", "c"]
+      Programs.Store.remove(table, ["b"], Programs.Store.stamp())
+      assert ids(table) == ["a", "c"]
+      Programs.Store.remove(table, :all, Programs.Store.stamp())
+      assert ids(table) == []
+    end
+
+    test "are not sent to other nodes, and not replaced by what another node has declared" do
+      [here, there] = [declare(["a"]), declare(["b"])]
+      true = Programs.Store.put(there, "c", Programs.Store.stamp(), "c")
+      assert [{{:program, "c"}, _stamp, "c"}] = Programs.Store.export(there)
+      assert {[{"c", _, "c"}], []} = Programs.Store.merge(here, Programs.Store.export(there))
+
+      # With a call that needs it.
+      foreign = Programs.Store.declared(Programs.Store.stamp())
+      refute Programs.Store.put(here, "a", foreign, "of another release")
+      assert Programs.Store.put(here, "b", foreign, "of another release")
+      assert bodies(here) == %{"a" => "declared a", "b" => "of another release", "c" => "c"}
+      # From there it goes no further, also by a node that does not know of declarations.
+      assert [{{:program, "c"}, _stamp, "c"}] = Programs.Store.export(here)
+      old = [{{:program, "a"}, foreign, "of another release"}]
+      assert Programs.Store.merge(here, old) == {[], []}
+    end
+
+    test "are uncovered by the removal of what was created before they were declared" do
+      [created, removed] = [Programs.Store.stamp(), Programs.Store.stamp()]
+
+      for order <- permutations([:create, :remove]) do
+        table = declare(["a"])
+
+        for what <- order do
+          case what do
+            :create -> Programs.Store.put(table, "a", created, "created")
+            :remove -> Programs.Store.remove(table, ["a"], removed)
+          end
+        end
+
+        assert bodies(table) == %{"a" => "declared a"}
+      end
+
+      table = declare(["a"])
+      Programs.Store.put(table, "a", created, "created")
+      exported = [{{:removed, "a"}, removed, nil}]
+      assert {[{"a", _stamp, "declared a"}], []} = Programs.Store.merge(table, exported)
+    end
+
+    test "that are no definitions have a reason, until they are created or removed" do
+      error = DSPex.PythonBridge.Error.new(:invalid_args, "no")
+
+      for change <- [:create, :remove, :remove_all] do
+        table = Programs.Store.new()
+        Programs.Store.declare(table, [{"a", {:error, error}}, {"b", {:ok, "b"}}])
+        assert Programs.Store.undeclared(table) == %{"a" => error}
+        assert ids(table) == ["b"]
+        stamp = Programs.Store.stamp()
+
+        case change do
+          :create -> Programs.Store.put(table, "a", stamp, "a")
+          :remove -> Programs.Store.remove(table, ["a"], stamp)
+          :remove_all -> Programs.Store.remove(table, :all, stamp)
+        end
+
+        assert Programs.Store.undeclared(table) == %{}
+      end
+    end
+  end
 end

@@ -157,17 +157,22 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert tiny(venv) == "2.0"
     end
 
-    # Three environments with pip.
-    @tag :slow
-    @tag timeout: 180_000
-    test "pip cannot install it: half made, and made anew", %{venv: venv, source: source} do
+    test "pip cannot install it: nothing is left", %{venv: venv, source: source} do
       for uv <- Path.wildcard("#{Path.dirname(source)}/*/wheels/uv*"), do: File.rm!(uv)
       text = refusal(venv, source)
       assert text =~ "#{venv}/bin/python3 failed (exit status 1):\n  "
       assert text =~ "No matching distribution found for uv"
-      assert {:error, _text} = elem(make(venv, source), 0)
-      assert {_error, ["making " <> anew | _]} = make(venv, source)
-      assert anew == "#{venv} anew: it is half made"
+      refute File.exists?(venv)
+    end
+
+    test "nor a uv that is not the pinned one: its code does not run, and nothing is left", %{
+      venv: venv,
+      source: source
+    } do
+      TinySource.tamper(source, "uv", "0.0")
+      text = refusal(venv, source)
+      assert text =~ "The package index gave another file for uv==0.0 than the one that is pinned"
+      refute File.exists?(venv)
     end
 
     test "nor in an environment that one on the PATH has made: what to do", %{
@@ -192,6 +197,64 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
 
       TinySource.pin(source, "1.0")
       assert {{:ok, _python}, [_has_all]} = make(venv, source)
+    end
+  end
+
+  describe "a package that is not the pinned one" do
+    setup %{source: source} do
+      put_system_env("PATH", "#{Path.dirname(python())}:/usr/bin:/bin")
+      TinySource.tamper(source, "tiny", "1.0")
+      %{unpinned: "The package index gave another file for tiny==1.0 than the one that is pinned"}
+    end
+
+    test "is not installed, and no environment is left", %{
+      venv: venv,
+      source: source,
+      unpinned: unpinned
+    } do
+      text = refusal(venv, source)
+      assert text =~ "/uv failed (exit status 1):\n  "
+      assert text =~ unpinned
+      assert text =~ "so nothing was installed"
+      refute File.exists?(venv)
+
+      # A folder that was there stays.
+      File.mkdir_p!(venv)
+      assert refusal(venv, source) =~ unpinned
+      assert File.ls!(venv) == []
+    end
+
+    test "leaves an environment as it was", %{venv: venv, source: source, unpinned: unpinned} do
+      TinySource.pin(source, "2.0")
+      assert {{:ok, _python}, _lines} = make(venv, source)
+      next = Path.join(Path.dirname(source), "next")
+      File.cp_r!(source, next)
+
+      File.write!(Path.join(next, "requirements.txt"), """
+      tiny==1.0 --hash=sha256:#{String.duplicate("0", 64)}
+      """)
+
+      assert refusal(venv, next) =~ unpinned
+      assert {tiny(venv), peer(venv)} == {"2.0", "one"}
+      assert {{:ok, _python}, [_has_all]} = make(venv, source)
+    end
+
+    test "nor is one without a hash", %{venv: venv, source: source} do
+      File.write!(Path.join(source, "requirements.txt"), "tiny==1.0\n")
+      assert refusal(venv, source) =~ "all requirements must have a hash"
+      refute File.exists?(venv)
+    end
+
+    test "nor one that would have to be built", %{venv: venv, source: source} do
+      File.rm!(Path.join(source, "wheels/tiny-1.0-py3-none-any.whl"))
+      sdist = Path.join(source, "wheels/tiny-1.0.tar.gz")
+      ran = Path.join(source, "ran")
+      files = [{~c"tiny-1.0/setup.py", "open('#{ran}', 'w')\n"}, {~c"tiny-1.0/PKG-INFO", "x"}]
+      :ok = :erl_tar.create(to_charlist(sdist), files, [:compressed])
+      hash = Base.encode16(:crypto.hash(:sha256, File.read!(sdist)), case: :lower)
+      File.write!(Path.join(source, "requirements.txt"), "tiny==1.0 --hash=sha256:#{hash}\n")
+      assert refusal(venv, source) =~ "tiny"
+      refute File.exists?(ran) or File.exists?(venv)
     end
   end
 
@@ -523,10 +586,13 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert [making, packages, peer] = String.split(File.read!("#{bin}/log"), "\n", trim: true)
       assert making == "venv --quiet --allow-existing --python >=3.10 #{venv}"
       install = "pip install --quiet --compile-bytecode --python #{python}"
-      assert packages == "#{install} -r #{source}/requirements.txt"
+      hashed = "--no-build --require-hashes -r #{source}/requirements.txt"
+      assert packages == "#{install} #{hashed}"
 
-      assert peer ==
-               "#{install} --no-deps --reinstall dspy-bridge @ #{TinySource.url(source)}/package"
+      # Nothing that is downloaded builds the peer.
+      wheel = "dspy-bridge @ #{TinySource.url(venv)}/lib/dspy_bridge-0.1-py3-none-any.whl"
+      assert peer == "#{install} --no-deps --no-index --reinstall #{wheel}"
+      assert Path.wildcard("#{venv}/lib/*.whl") == []
     end
 
     test "it ignores the working directory, and pip may only install into environments",
@@ -557,7 +623,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       end
 
       installer = %Installer{progress: progress, uv: uv, sign_of_life_ms: 20}
-      assert Installer.create(installer, venv, nil) == :ok
+      assert Installer.create(installer, venv, Source.read(source) |> elem(1), nil) == :ok
       assert_received "  still at it after 0 s"
       assert Installer.new(progress).sign_of_life_ms == 10_000
     end
@@ -583,6 +649,6 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
 
   test "a dependency that was not compiled: what to do", %{venv: venv, source: source} do
     File.rm_rf!(Path.join(source, "package"))
-    assert refusal(venv, source) =~ "#{source} lacks requirements.txt or package: compile"
+    assert refusal(venv, source) =~ "#{source} lacks requirements.txt, uv.txt or package: compile"
   end
 end

@@ -16,19 +16,21 @@ defmodule DSPex.PythonBridge.Pool.Cluster.IncomingChanges do
 
   def adopt(changes, from, {:cleanup, ids, stamp}, _body) do
     programs = changes.handle.programs
-    before = ids(programs)
-    Programs.Store.remove(programs, ids, stamp)
-    removed = before -- ids(programs)
-    changes |> ProgramChanges.seen(stamp) |> ProgramChanges.clean_peers(from, removed, stamp)
+    remove = fn -> Programs.Store.remove(programs, ids, stamp) end
+    changes = ProgramChanges.seen(changes, stamp)
+    take_in(changes, from, Programs.Store.difference(programs, remove), stamp)
   end
-
-  defp ids(programs), do: for({id, _stamp, _body} <- Programs.Store.definitions(programs), do: id)
 
   @doc "Merges the whole table of another node into this node's."
   @spec merge(ProgramChanges.t(), Programs.Store.exported()) :: ProgramChanges.result()
   def merge(changes, exported) do
-    {created, removed} = Programs.Store.merge(changes.handle.programs, exported)
-    cleaned = ProgramChanges.clean_peers(changes, :nobody, removed, ProgramChanges.long_ago())
+    difference = Programs.Store.merge(changes.handle.programs, exported)
+    take_in(changes, :nobody, difference, ProgramChanges.long_ago())
+  end
+
+  # A removal may uncover a program that was declared later.
+  defp take_in(changes, from, {created, removed}, stamp) do
+    cleaned = ProgramChanges.clean_peers(changes, from, removed, stamp)
 
     for {id, stamp, body} <- created, reduce: cleaned do
       {changes, over} ->

@@ -17,17 +17,18 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
   @request_ms 10_000
 
   @enforce_keys [:ref, :proxy, :request, :retry]
-  defstruct [:ref, :proxy, :request, :retry]
+  defstruct [:ref, :proxy, :request, :retry, bound?: false]
 
   @typedoc """
   `ref`: the alias of the caller's proxy; `proxy`: the monitor of its process. `retry`: whether the call may be sent again
-  after a peer has died with it.
+  after a peer has died with it. `bound?`: whether a tool may have begun after which it must not be.
   """
   @type t :: %__MODULE__{
           ref: reference(),
           proxy: reference(),
           request: Calls.Request.t(),
-          retry: boolean()
+          retry: boolean(),
+          bound?: boolean()
         }
   @typedoc "What the caller gets: as of `DSPex.PythonBridge.Pool.Remote.proxy/4`."
   @type served :: {:done, LocalCall.reply()} | {:nobody, deaths :: non_neg_integer(), boolean()}
@@ -80,10 +81,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
     reply = pass_on(relay, bridge, ref, call.deadline)
     Process.demonitor(ref, [:flush])
 
-    if reply == {:error, :bridge_not_running},
+    if match?({:down, _bound?}, reply) or reply == {:error, :bridge_not_running},
       do: LoadCounters.give_back(counters, index, life)
 
-    Attempt.last(relay.retry, reply)
+    case reply do
+      {:down, true} -> {:error, :tool_begun}
+      {:down, false} -> Attempt.last(relay.retry, {:error, :bridge_not_running})
+      reply -> Attempt.last(relay.retry, reply)
+    end
   end
 
   defp pass_on(%__MODULE__{ref: near, proxy: proxy} = relay, bridge, ref, deadline) do
@@ -100,12 +105,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
         reply
 
       {:DOWN, ^ref, :process, _bridge, _reason} ->
-        {:error, :bridge_not_running}
+        {:down, relay.bound?}
 
       # What a caller sends its bridge during a call.
       message when message == :unreadable_frame when elem(message, 0) in [:tool_result, :bind] ->
         send(bridge, message)
-        pass_on(relay, bridge, ref, deadline)
+        bound? = relay.bound? or (is_tuple(message) and elem(message, 0) == :bind)
+        pass_on(%{relay | bound?: bound?}, bridge, ref, deadline)
 
       {:abandon, ^near} ->
         give_up(bridge, ref)

@@ -166,6 +166,65 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
         do: assert(Enum.all?(programs_on(node), &(&1 == %{})))
   end
 
+  describe "declared programs" do
+    defp declared(signature), do: [pool_size: 1, programs: [create("qa", signature)]]
+
+    defp execute_on(node, id), do: call_on(node, :execute_program, %{program_id: id})
+
+    defp start_again(node) do
+      pool = on(node, Process, :whereis, [@pool])
+      on(node, Supervisor, :stop, [pool])
+      eventually(fn -> on(node, Process, :whereis, [@pool]) not in [pool, nil] end)
+      up_on(node)
+    end
+
+    test "of each node are those of its own release; one that joins overwrites nothing",
+         context do
+      start_here(context.cluster, declared("old -> old"))
+      assert {:ok, _} = call(:create_program, create("other", "created -> here"))
+      there = start_there(context.cluster, declared("new -> new"))
+      see_each_other([node(), there])
+      eventually(fn -> Enum.sort(known_on(there)) == ["other", "qa"] end)
+      assert {:ok, %{"signature" => "old -> old"}} = execute_on(node(), "qa")
+      assert {:ok, %{"signature" => "new -> new"}} = execute_on(there, "qa")
+
+      # What is created while they run counts on all nodes, also on one that starts later.
+      assert {:ok, _} = call(:create_program, create("qa", "created -> here"))
+      start_again(there)
+      see_each_other([node(), there])
+      eventually(fn -> programs_on(there) == programs_on(node()) end)
+      assert {:ok, %{"signature" => "created -> here"}} = execute_on(there, "qa")
+    end
+
+    test "that are removed are back on the nodes whose pool is started again", context do
+      start_here(context.cluster, declared("q -> a"))
+      there = start_there(context.cluster, declared("q -> a"))
+      see_each_other([node(), there])
+      assert {:ok, _} = call(:cleanup, %{program_ids: ["qa"]})
+      for node <- [node(), there], do: assert(programs_on(node) == [%{}])
+      start_again(there)
+      see_each_other([node(), there])
+      assert {:ok, %{"signature" => "q -> a"}} = execute_on(there, "qa")
+      assert programs_on(there) == [%{"qa" => "q -> a"}]
+      assert execute_on(node(), "qa") == {:error, "Program not found: qa"}
+    end
+
+    test "are created on a node that has not declared them, with the first call that needs them",
+         context do
+      start_here(context.cluster, declared("q -> a"))
+      there = start_there(context.cluster, pool_size: 1)
+      see_each_other([node(), there])
+      assert known_on(there) == []
+      {borrower, _checkouts} = check_out_all_on(node())
+      assert {:ok, %{"signature" => "q -> a", "pid" => pid}} = execute_on(node(), "qa")
+      assert [pid] == os_pids_on(there)
+      assert known_on(there) == ["qa"]
+      send(borrower, :end)
+      assert {:ok, _} = call(:cleanup, %{program_ids: ["qa"]})
+      for node <- [node(), there], do: assert(programs_on(node) == [%{}])
+    end
+  end
+
   test "a definition that all peers refuse reaches no other node", context do
     start_here(context.cluster, pool_size: 1, env: %{"FAKE_FILE" => "/"})
     there = start_there(context.cluster, pool_size: 1)

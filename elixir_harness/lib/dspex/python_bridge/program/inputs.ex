@@ -1,0 +1,114 @@
+defmodule DSPex.PythonBridge.Program.Inputs do
+  @moduledoc false
+  # The inputs of a run as the peer takes them. Unknown and missing names are refused here, before anything is sent.
+
+  alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Program.{Dump, Spec}
+  alias DSPex.PythonBridge.Protocol.Payload
+
+  # Unknown names in one error; the rest are counted.
+  @named 20
+
+  @doc """
+  One run's inputs: a map, a struct or a keyword list. A list of such is a batch, whose items the peer refuses one by one.
+  """
+  @spec read(Spec.t(), term()) :: {:ok, map() | [map()]} | {:error, Error.t()}
+  def read(spec, [_ | _] = inputs) do
+    cond do
+      Keyword.keyword?(inputs) -> one(spec, inputs)
+      List.improper?(inputs) -> refused("inputs: expected a proper list")
+      true -> {:ok, Enum.map(inputs, &item(spec, &1))}
+    end
+  end
+
+  def read(_spec, []), do: {:ok, []}
+  def read(spec, inputs) when is_map(inputs), do: one(spec, inputs)
+  def read(_spec, _other), do: refused("inputs: expected a map or a keyword list")
+
+  # The peer says what is wrong with an item.
+  defp item(spec, item) when is_map(item), do: spec |> named(fields(item)) |> elem(0)
+
+  defp item(spec, item) do
+    if Keyword.keyword?(item), do: spec |> named(item) |> elem(0), else: item
+  end
+
+  defp one(spec, inputs) do
+    {inputs, twice} = named(spec, fields(inputs))
+    unknown = Enum.sort(Map.keys(inputs) -- Enum.map(spec.inputs, & &1.name))
+
+    missing =
+      for %{required?: true, name: name} <- spec.inputs, not is_map_key(inputs, name), do: name
+
+    case texts(twice, "there twice") ++
+           texts(Enum.take(unknown, @named), "unknown field") ++
+           more(unknown) ++ texts(missing, "missing") do
+      [] -> {:ok, inputs}
+      texts -> refused(Enum.join(texts, "; ") <> "; expected " <> expected(spec))
+    end
+  end
+
+  # A struct has the fields that it declares, or else all.
+  defp fields(%_module{} = struct) do
+    case Dump.any(struct) do
+      %_module{} -> struct |> Map.from_struct() |> Map.to_list()
+      map -> Map.to_list(map)
+    end
+  end
+
+  defp fields(inputs) when is_map(inputs), do: Map.to_list(inputs)
+  defp fields(inputs), do: inputs
+
+  # By their names in JSON; and the names that are there twice.
+  defp named(spec, pairs) do
+    types = Map.new(spec.inputs, &{&1.name, &1.type})
+    # DSPy logs a warning for each one that is absent.
+    absent = for %{required?: false, name: name} <- spec.inputs, into: %{}, do: {name, nil}
+
+    pairs
+    |> Enum.reduce({%{}, []}, fn {key, value}, {inputs, twice} ->
+      name = Payload.string(key) || inspect(key, limit: 3, printable_limit: 60)
+      twice = if is_map_key(inputs, name), do: [name | twice], else: twice
+      {Map.put(inputs, name, Dump.value(Map.get(types, name), value)), twice}
+    end)
+    |> then(fn {inputs, twice} -> {Map.merge(absent, inputs), twice} end)
+  end
+
+  defp texts(names, text), do: Enum.map(names, &"inputs.#{shown(&1)}: #{text}")
+
+  defp shown(name) do
+    if name =~ ~r/\A\w{1,60}\z/u,
+      do: name,
+      else: "#{inspect(name, printable_limit: 60)}"
+  end
+
+  defp more(unknown) when length(unknown) > @named,
+    do: ["inputs: #{length(unknown) - @named} more unknown fields"]
+
+  defp more(_unknown), do: []
+
+  defp expected(%{inputs: []}), do: "no inputs"
+  defp expected(%{inputs: inputs}), do: Enum.map_join(inputs, ", ", & &1.name)
+
+  defp refused(text), do: {:error, Error.new(:invalid_args, text)}
+
+  @doc "The error of inputs without a JSON form, with the name of the field."
+  @spec named_error(map() | [map()], Error.t()) :: Error.t()
+  def named_error(inputs, error) when is_map(inputs), do: culprit(inputs, "inputs.") || error
+
+  def named_error(inputs, error) do
+    inputs
+    |> Enum.with_index()
+    |> Enum.find_value(error, fn {item, index} ->
+      if is_map(item), do: culprit(item, "inputs[#{index}].")
+    end)
+  end
+
+  defp culprit(inputs, where) do
+    Enum.find_value(inputs, fn {name, value} ->
+      case Payload.encode(value, where <> shown(name)) do
+        {:ok, _json} -> nil
+        {:error, error} -> error
+      end
+    end)
+  end
+end

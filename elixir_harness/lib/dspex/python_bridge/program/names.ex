@@ -1,0 +1,144 @@
+defmodule DSPex.PythonBridge.Program.Names do
+  @moduledoc false
+  # Which fields a program type has, and which names the fields of a signature may have: the rules of the peer's
+  # `signatures/builder.py` and `programs/module_factory.py`, with which a test compares them.
+
+  import DSPex.PythonBridge.Program.Refusal
+
+  # The keywords of Python that could be names in Elixir.
+  @keywords ~w(as assert async await break class continue def del elif except finally for from global if import is
+               lambda nonlocal pass raise return try while with yield False None True and or not in else)a
+  # The attributes of every DSPy signature, in DSPy 3.4.
+  @attributes ~w(append append_instructions construct copy delete dict dump_state equals fields from_orm input_fields
+                 insert instructions json load_state model_computed_fields model_config model_construct model_copy
+                 model_dump model_dump_json model_extra model_fields model_fields_set model_json_schema
+                 model_parametrized_name model_post_init model_rebuild model_validate model_validate_json
+                 model_validate_strings mro output_fields parse_file parse_obj parse_raw prepend register schema
+                 schema_json signature update_forward_refs validate with_instructions with_updated_fields)a
+  @not_as_input ~w(self instance demos config lm new_signature completions prediction)a
+
+  # Fields and arguments of DSPy's modules.
+  @own %{
+    "predict" => [],
+    "chain_of_thought" => [:reasoning],
+    "react" => ~w(trajectory next_thought next_tool_name next_tool_args max_iters reasoning)a,
+    "best_of_n" => [],
+    "refine" => [:hint_],
+    "multi_chain_comparison" => [:rationale],
+    "program_of_thought" =>
+      ~w(generated_code previous_code error final_generated_code code_output reasoning interpreter)a,
+    "code_act" => ~w(trajectory generated_code finished max_iters reasoning interpreter)a,
+    "rlm" =>
+      ~w(trajectory final_reasoning variables_info repl_history iteration interpreter_factory)a
+  }
+  @own_inputs %{"react" => [:module], "code_act" => [:module]}
+  @own_outputs %{"react" => [:self], "code_act" => [:self], "rlm" => [:self]}
+
+  # Results in addition to the outputs.
+  @results %{
+    "chain_of_thought" => [:reasoning],
+    "react" => [:reasoning, :trajectory],
+    "multi_chain_comparison" => [:rationale],
+    "program_of_thought" => [:reasoning],
+    "code_act" => [:reasoning, :trajectory],
+    "rlm" => [:trajectory, :final_reasoning]
+  }
+  @several ["best_of_n", "refine"]
+  @calling_tools ["predict", "chain_of_thought"]
+
+  @typedoc "What decides it: `module` is the option of that name; `tools?` is whether there are tools."
+  @type kind :: %{type: String.t(), module: String.t(), tools?: boolean()}
+
+  @doc "The names of DSPy's program types."
+  @spec types() :: [String.t()]
+  def types, do: Map.keys(@own)
+
+  @doc """
+  The fields of a result in addition to the signature's outputs.
+
+      iex> DSPex.PythonBridge.Program.Names.results(%{type: "refine", module: "react", tools?: true})
+      [:reasoning, :trajectory]
+  """
+  @spec results(kind()) :: [atom()]
+  def results(%{type: type, module: module}) when type in @several,
+    do: Map.get(@results, module, [])
+
+  def results(%{type: type, tools?: tools?}) do
+    calls = if tools? and type in @calling_tools, do: [:tool_calls], else: []
+    Map.get(@results, type, []) ++ calls
+  end
+
+  @doc "The inputs in addition to the signature's, which may declare them too."
+  @spec extra_inputs(kind()) :: [atom()]
+  def extra_inputs(%{type: "multi_chain_comparison"}), do: [:completions]
+  def extra_inputs(_kind), do: []
+
+  @doc "Checks the name of a field of a signature."
+  @spec check(atom(), :inputs | :outputs, kind(), String.t()) :: :ok
+  def check(name, side, kind, where) do
+    text = Atom.to_string(name)
+
+    cond do
+      String.starts_with?(text, ["_", "dspy_"]) ->
+        refuse(where, "names that begin with _ or dspy_ are DSPy's; choose another name")
+
+      not (text =~ ~r/\A\p{L}[\p{L}\p{N}_]*\z/u) ->
+        refuse(where, "#{shown(text)} is not a field name; expected letters, digits and _")
+
+      name in @keywords ->
+        refuse(where, "a keyword of Python, in which the name is used too; choose another name")
+
+      name in @attributes ->
+        refuse(where, "an attribute of every DSPy signature; choose another name")
+
+      side == :inputs and name in (@not_as_input -- extra_inputs(kind)) ->
+        refuse(where, "reserved by DSPy; choose another name")
+
+      true ->
+        check_own(name, text, side, kind, where)
+    end
+  end
+
+  defp check_own(name, text, side, kind, where) do
+    type = Enum.find([kind.type, kind.module], &own?(&1, side, name, text))
+
+    cond do
+      # The field that the type adds is then the declared one.
+      side == :outputs and name == :reasoning ->
+        :ok
+
+      type != nil ->
+        refuse(where, "#{type} has a field of its own with this name; choose another")
+
+      :tool_calls in results(kind) and name in [:tools, :tool_calls] ->
+        tools(where)
+
+      true ->
+        :ok
+    end
+  end
+
+  defp own?(type, side, name, text) do
+    more = if side == :inputs, do: @own_inputs, else: @own_outputs
+
+    attempt? =
+      type == "multi_chain_comparison" and String.starts_with?(text, "reasoning_attempt_")
+
+    attempt? or name in Map.get(@own, type, []) or name in Map.get(more, type, [])
+  end
+
+  defp tools(where), do: refuse(where, "with tools, a field of DSPy's own; choose another name")
+
+  @doc "The rules, for the test that compares them with the peer's."
+  @spec rules() :: map()
+  def rules do
+    %{
+      keywords: @keywords,
+      attributes: @attributes,
+      not_as_input: @not_as_input,
+      own: @own,
+      own_inputs: @own_inputs,
+      own_outputs: @own_outputs
+    }
+  end
+end

@@ -1,0 +1,173 @@
+defmodule DSPex.PythonBridge.Program.Runner do
+  @moduledoc false
+  # The runs of a module's program: inputs to `execute_program`, and its results to structs.
+
+  alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool}
+  alias DSPex.PythonBridge.Program.{Cast, Field, Inputs, Spec}
+  alias DSPex.PythonBridge.Protocol.Payload
+
+  # In addition to those of Bridge.stream.
+  @own [:server, :lm, :config]
+
+  @doc "A run, or a batch of them."
+  @spec run(Spec.t(), term(), term()) ::
+          {:ok, term()} | {:ok, term(), map()} | {:error, Error.t()}
+  def run(spec, inputs, opts) do
+    with {:ok, call, opts} <- prepare(spec, inputs, opts, [:meta, :on_chunk]),
+         {:ok, meta?} <- meta?(opts[:meta]),
+         opts = Keyword.delete(opts, :meta),
+         reply = call.client.request(call.server, :execute_program, call.args, opts),
+         {:ok, result, meta} <- result(spec, call, reply) do
+      if meta?, do: {:ok, result, meta}, else: {:ok, result}
+    end
+  end
+
+  defp meta?(meta) when meta in [nil, false], do: {:ok, false}
+  defp meta?(true), do: {:ok, true}
+  defp meta?(_other), do: {:error, Error.new(:invalid_request, ":meta: expected true or false")}
+
+  @doc "The same as a stream."
+  @spec stream(Spec.t(), term(), term()) :: Enumerable.t()
+  def stream(spec, inputs, opts) do
+    case prepare(spec, inputs, opts, []) do
+      {:ok, call, opts} ->
+        keys = Map.new(Spec.fields(spec), &{&1.name, &1.key})
+
+        call.server
+        |> call.client.stream(call.args, opts)
+        |> Stream.map(&element(spec, call, keys, &1))
+
+      {:error, error} ->
+        [error: error]
+    end
+  end
+
+  defp element(_spec, _call, keys, {:chunk, name, text}),
+    do: {:chunk, Map.get(keys, name, name), text}
+
+  defp element(spec, _call, _keys, {:item, index, result}), do: {:item, index, item(spec, result)}
+  defp element(_spec, _call, _keys, {:status, text}), do: {:status, text}
+  defp element(spec, call, _keys, last), do: result(spec, call, last)
+
+  defp prepare(spec, inputs, opts, more) do
+    known = @own ++ more ++ Client.Options.of_stream()
+
+    with :ok <- check(opts, known),
+         {own, opts} = Keyword.split(opts, @own),
+         {:ok, inputs} <- Inputs.read(spec, inputs) do
+      {client, server} = find(own[:server] || spec.server)
+
+      args =
+        Enum.reduce([:lm, :config], %{program_id: spec.id, inputs: inputs}, &put(&2, &1, own[&1]))
+
+      {:ok, %{client: client, server: server, args: args}, tools(spec, opts)}
+    end
+  end
+
+  defp check(opts, known) do
+    cond do
+      not Keyword.keyword?(opts) ->
+        refused("options: expected a keyword list")
+
+      unknown = Enum.find(Keyword.keys(opts), &(&1 not in known)) ->
+        refused(Options.unknown(unknown, known))
+
+      true ->
+        :ok
+    end
+  end
+
+  defp refused(text), do: {:error, Error.new(:invalid_request, text)}
+
+  defp put(args, _key, nil), do: args
+
+  defp put(args, key, value),
+    do: Map.put(args, key, if(Keyword.keyword?(value), do: Map.new(value), else: value))
+
+  # Those of the call replace those of `use`, by name.
+  defp tools(%Spec{functions: functions}, opts) when functions == %{}, do: opts
+
+  defp tools(%Spec{functions: functions}, opts) do
+    case Keyword.get(opts, :tools, %{}) do
+      given when is_map(given) ->
+        names = Enum.map(Map.keys(given), &Payload.string/1)
+        Keyword.put(opts, :tools, Map.merge(Map.drop(functions, names), given))
+
+      _wrong ->
+        opts
+    end
+  end
+
+  # A pool is known by its handle; any other server is a bridge.
+  defp find(nil), do: if(pool?(Pool), do: {Pool, Pool}, else: {Bridge, Bridge})
+  defp find(server), do: if(pool?(server), do: {Pool, server}, else: {Bridge, server})
+
+  defp pool?(server), do: Pool.Handle.fetch(server) != nil
+
+  ## Results
+
+  defp result(spec, %{args: %{inputs: inputs}}, {:ok, %{"results" => results}, meta})
+       when is_list(inputs) and is_list(results),
+       do: {:ok, Enum.map(results, &item(spec, batched(&1))), meta}
+
+  defp result(spec, _call, {:ok, result, meta}) do
+    case to_struct(spec, result) do
+      {:ok, struct} -> {:ok, struct, meta}
+      {:error, error} -> {:error, %{error | meta: meta}}
+    end
+  end
+
+  defp result(spec, call, {:error, error}), do: {:error, explained(error, spec, call)}
+
+  defp batched(%{"success" => true, "result" => result}), do: {:ok, result}
+
+  defp batched(%{"error" => text} = item) when is_binary(text),
+    do: {:error, Error.from_peer(item["error_type"], text, item["retryable"])}
+
+  defp batched(_other), do: {:error, Error.new(:internal, "the peer sent no valid result")}
+
+  defp item(spec, {:ok, result}), do: to_struct(spec, result)
+  defp item(_spec, {:error, error}), do: {:error, error}
+
+  defp to_struct(spec, result) do
+    with {:error, text} <- Cast.cast(result, {:object, spec.module, fields(spec, result)}, "") do
+      text = "the answer did not fit #{inspect(spec.module)}: #{text}"
+      {:error, Error.new(:output_invalid, text)}
+    end
+  end
+
+  # An LM that calls tools natively writes no other output.
+  defp fields(spec, %{"tool_calls" => [_ | _]}),
+    do: Enum.map(Spec.fields(spec), &%Field{&1 | required?: false})
+
+  defp fields(spec, _result), do: Spec.fields(spec)
+
+  # The message of a stub has what to do.
+  defp explained(
+         %Error{type: :program_not_found, message: "Program not found: " <> id} = error,
+         %Spec{id: id} = spec,
+         call
+       ) do
+    module = inspect(spec.module)
+
+    text =
+      "#{error.message}; list #{module} in the options of #{inspect(call.server)}, " <>
+        "programs: [#{module}], or create it with create_program and #{module}.definition()"
+
+    %{error | message: text}
+  end
+
+  # It may have been meant as the name of either.
+  defp explained(%Error{type: :bridge_not_running} = error, _spec, %{server: server})
+       when is_atom(server) do
+    if Process.whereis(server) == nil,
+      do: %{error | message: "no pool or bridge #{inspect(server)} is running"},
+      else: error
+  end
+
+  # The arguments had no JSON form.
+  defp explained(%Error{type: :invalid_args, message: "args: " <> _} = error, _spec, call),
+    do: Inputs.named_error(call.args.inputs, error)
+
+  defp explained(error, _spec, _call), do: error
+end

@@ -1,0 +1,69 @@
+defmodule DSPex.PythonBridge.Program.Tools do
+  @moduledoc false
+  # The tools of a module's program: what the peer is told of each, and the functions for its runs.
+
+  import DSPex.PythonBridge.Program.Refusal
+
+  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Program.{Types, Wire}
+
+  @options [:description, :args, :function]
+
+  @doc "The tools for `create_program`, and the functions by their names. Refuses what is wrong, by name."
+  @spec read(term()) :: {[map()], %{String.t() => term()}}
+  def read(tools) do
+    if not Keyword.keyword?(tools),
+      do: refuse("tools", "expected a keyword list such as [search: [args: [query: :string]]]")
+
+    case Keyword.keys(tools) -- Enum.uniq(Keyword.keys(tools)) do
+      [] -> :ok
+      [twice | _] -> refuse("tools.#{twice}", "there twice; expected distinct names")
+    end
+
+    functions = for {name, opts} <- tools, fun = function(name, opts), into: %{}, do: fun
+    {Enum.map(tools, fn {name, opts} -> tool(name, opts, "tools.#{name}") end), functions}
+  end
+
+  defp tool(name, opts, where) do
+    if not Keyword.keyword?(opts),
+      do: refuse(where, "expected a keyword list of #{Enum.map_join(@options, ", ", &inspect/1)}")
+
+    for {key, _value} <- opts,
+        key not in @options,
+        do: refuse(where, Options.unknown(key, @options))
+
+    description = opts[:description]
+
+    if description != nil and not is_binary(description),
+      do: refuse("#{where}.description", "expected a string")
+
+    args = opts |> Keyword.get(:args, []) |> Types.fields("#{where}.args")
+    described = if description, do: %{description: description}, else: %{}
+    Map.merge(%{name: Atom.to_string(name), args: Map.new(args, &arg(&1, where))}, described)
+  end
+
+  defp arg(field, where) do
+    {field.key, Map.delete(Wire.field(field, :outputs, "#{where}.args.#{field.name}"), :name)}
+  end
+
+  defp function(name, opts) do
+    function = if Keyword.keyword?(opts), do: opts[:function]
+
+    case function do
+      nil -> nil
+      {fun, more} when is_list(more) -> check(fun, name)
+      fun -> check(fun, name)
+    end
+
+    if function, do: {Atom.to_string(name), function}
+  end
+
+  # Other functions cannot be kept in a module.
+  defp check(fun, name) do
+    external? = is_function(fun) and Function.info(fun, :type) == {:type, :external}
+
+    if not external?,
+      do:
+        refuse("tools.#{name}.function", "expected one of a module, such as &MyApp.Stock.find/1")
+  end
+end

@@ -1,0 +1,218 @@
+defmodule DSPex.PythonBridge.Programs.Declared do
+  @moduledoc false
+  # Programs that are declared in the options (`:programs`), so that they are there whenever the tree is started. What
+  # cannot be a declaration is refused with the options. What is wrong in one makes only its own runs fail: it is in the
+  # table with the reason.
+  #
+  # They may hold keys (`lm`), so no text here shows a value of theirs.
+
+  require Logger
+
+  alias DSPex.PythonBridge.{Error, Protocol}
+  alias DSPex.PythonBridge.Programs.Store
+  alias DSPex.PythonBridge.Protocol.Payload
+
+  # What a bridge puts before a body, at most.
+  @head_bytes 64
+
+  @typedoc "The arguments of `create_program`, with string keys, and their id as JSON writes it."
+  @type t :: {Store.id(), %{String.t() => term()}}
+
+  @doc """
+  The declarations of a list of maps, keyword lists and modules with a `definition/0`, or the text that refuses it.
+
+      iex> alias DSPex.PythonBridge.Programs.Declared
+      iex> Declared.new([[id: :qa, signature: "question -> answer"]])
+      {:ok, [{"qa", %{"id" => :qa, "signature" => "question -> answer"}}]}
+      iex> Declared.new([%{id: "qa"}, %{id: :qa}])
+      {:error, ":programs: qa is declared twice, by entry 1 and by entry 2"}
+  """
+  @spec new(term()) :: {:ok, [t()]} | {:error, String.t()}
+  def new([{key, _value} | _rest]) when is_atom(key),
+    do: {:error, ":programs: expected a list of programs, got one: put it into a list"}
+
+  def new(list) when is_list(list) do
+    if List.improper?(list), do: not_a_list(), else: all(list)
+  end
+
+  def new(_other), do: not_a_list()
+
+  defp not_a_list,
+    do: {:error, ":programs: expected a list of maps, keyword lists and modules"}
+
+  defp all(list) do
+    entries = for {entry, n} <- Enum.with_index(list, 1), do: {place(entry, n), read(entry)}
+
+    case Enum.find_value(entries, fn {place, read} -> refusal(place, read) end) || twice(entries) do
+      nil -> {:ok, for({_place, {:ok, declared}} <- entries, do: declared)}
+      text -> {:error, ":programs: " <> text}
+    end
+  end
+
+  defp place(module, n) when is_atom(module), do: "entry #{n} (#{inspect(module)})"
+  defp place(_entry, n), do: "entry #{n}"
+
+  defp refusal(_place, {:ok, _declared}), do: nil
+  defp refusal(place, {:error, text}), do: "#{place}: #{text}"
+
+  defp twice(entries) do
+    ids = for {place, {:ok, {id, _args}}} <- entries, do: {id, place}
+
+    Enum.find_value(Enum.group_by(ids, &elem(&1, 0), &elem(&1, 1)), fn
+      {id, [first, second | _more]} ->
+        "#{shown(id)} is declared twice, by #{first} and by #{second}"
+
+      _once ->
+        nil
+    end)
+  end
+
+  ## One entry
+
+  defp read(module) when is_atom(module) and module not in [nil, true, false] do
+    with {:module, _} <- Code.ensure_loaded(module),
+         true <- function_exported?(module, :definition, 0),
+         {:ok, definition} <- definition(module) do
+      with {:error, text} <- arguments(definition), do: {:error, "its definition/0: #{text}"}
+    else
+      {:error, text} when is_binary(text) -> {:error, text}
+      {:error, _reason} -> {:error, "there is no such module"}
+      false -> {:error, "the module has no definition/0"}
+    end
+  end
+
+  defp read(entry), do: arguments(entry)
+
+  # User code; its exception may show what it was about.
+  defp definition(module) do
+    {:ok, module.definition()}
+  catch
+    :error, reason ->
+      %kind{} = Exception.normalize(:error, reason, __STACKTRACE__)
+      {:error, "its definition/0 raised #{inspect(kind)}"}
+
+    kind, _reason ->
+      {:error, "its definition/0 ended with #{kind}"}
+  end
+
+  defp arguments(entry) when is_map(entry) and not is_struct(entry),
+    do: arguments(Map.to_list(entry), entry)
+
+  defp arguments(entry) when is_list(entry) and entry != [] do
+    if Keyword.keyword?(entry), do: arguments(entry, entry), else: arguments(nil)
+  end
+
+  defp arguments(_other),
+    do:
+      {:error,
+       "expected a map or keyword list of create_program's arguments, or a module with definition/0"}
+
+  defp arguments(pairs, _entry) do
+    names = for {key, _value} <- pairs, do: Payload.string(key) || key
+
+    case names -- Enum.uniq(names) do
+      [] -> with_id(Map.new(pairs, fn {key, value} -> {Payload.string(key) || key, value} end))
+      [name | _more] -> {:error, "#{shown(name)} is there twice"}
+    end
+  end
+
+  defp with_id(%{"id" => id} = args) do
+    name = Payload.string(id)
+
+    if name && String.valid?(name),
+      do: {:ok, {name, args}},
+      else: {:error, "id: expected a string"}
+  end
+
+  defp with_id(_args), do: {:error, "it has no id"}
+
+  @doc "A program's id as texts show it, on one line whatever it is."
+  @spec shown(term()) :: String.t()
+  def shown(id), do: id |> inspect(printable_limit: 100) |> String.trim("\"")
+
+  ## Into a table
+
+  @doc """
+  A new table of the calling process with these declarations. Those that cannot be sent to a peer are logged, for the
+  bridge or pool `whose`.
+  """
+  @spec store([t()], {:bridge | :pool, term()}, pos_integer()) :: Store.table()
+  def store(declared, {kind, name}, max_frame_bytes) do
+    table = Store.new()
+    bodies = for {id, args} <- declared, do: {id, body(id, args, max_frame_bytes)}
+    Store.declare(table, bodies)
+
+    for {_id, {:error, error}} <- bodies,
+        do: Logger.warning("#{kind} #{inspect(name)}: #{error.message}", [{kind, name}])
+
+    table
+  end
+
+  defp body(id, args, max) do
+    case encode(args) do
+      {:ok, body} when byte_size(body) + @head_bytes <= max ->
+        {:ok, body}
+
+      {:ok, body} ->
+        text = "the request has #{byte_size(body)} bytes; max_frame_bytes is #{max}"
+        {:error, not_loaded(id, Error.new(:frame_too_large, text))}
+
+      {:error, error} ->
+        {:error, not_loaded(id, error)}
+    end
+  end
+
+  @doc "The error of a program's runs, from the reason why it could not be loaded."
+  @spec not_loaded(Store.id(), Error.t()) :: Error.t()
+  def not_loaded(id, %Error{} = error),
+    do: %{error | message: "program #{shown(id)} could not be loaded: #{error.message}"}
+
+  @doc """
+  The body of the request that creates a program. The error says where a value has no JSON form.
+
+      iex> alias DSPex.PythonBridge.Programs.Declared
+      iex> {:error, error} = Declared.encode(%{"id" => "qa", "lm" => %{api_key: {:system, "sk-…"}}})
+      iex> error.message
+      "lm.api_key: a tuple has no JSON form; a keyword list has to be written as a map"
+  """
+  @spec encode(%{String.t() => term()}) :: {:ok, binary()} | {:error, Error.t()}
+  def encode(args) do
+    with {:error, _with_the_value} <- Protocol.encode_body(:create_program, args) do
+      {path, kind} = misfit(args, [])
+      place = path |> Enum.reverse() |> Enum.join(".")
+      {:error, Error.new(:invalid_args, "#{place}: #{kind}")}
+    end
+  end
+
+  # The innermost value without a JSON form.
+  defp misfit(value, path) do
+    with {:error, _error} <- Payload.encode(value, "") do
+      Enum.find_value(parts(value), {path, kind(value)}, fn {key, part} ->
+        misfit(part, [key | path]) |> found()
+      end)
+    end
+  end
+
+  defp found({:ok, _json}), do: nil
+  defp found(place), do: place
+
+  defp parts(value) when is_struct(value), do: []
+  defp parts(%{} = map), do: for({key, value} <- map, do: {Payload.string(key) || "?", value})
+
+  defp parts(list) when is_list(list) do
+    if List.improper?(list),
+      do: [],
+      else: Enum.map(Enum.with_index(list), fn {v, n} -> {n, v} end)
+  end
+
+  defp parts(_other), do: []
+
+  defp kind(tuple) when is_tuple(tuple),
+    do: "a tuple has no JSON form; a keyword list has to be written as a map"
+
+  defp kind(%module{}), do: "a struct #{inspect(module)} has no JSON form"
+  defp kind(%{}), do: "expected a map whose keys are strings"
+  defp kind(text) when is_binary(text), do: "a string that is not valid UTF-8"
+  defp kind(function) when is_function(function), do: "a function has no JSON form"
+  defp kind(_other), do: "it has no JSON form"
+end

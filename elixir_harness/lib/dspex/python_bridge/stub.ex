@@ -1,0 +1,288 @@
+defmodule DSPex.PythonBridge.Stub do
+  @moduledoc """
+  Answers the calls of your application in its tests, without Python.
+
+  A stub has the name of the Bridge or Pool that your application calls. All functions of
+  `DSPex.PythonBridge.Bridge` and `DSPex.PythonBridge.Pool` work with that name, and so do their timeouts, cancellation,
+  tools and telemetry: their code is the same, and arguments and results become JSON and back. Only the answers are yours.
+
+      defmodule MyApp.TriageTest do
+        use ExUnit.Case, async: true
+
+        alias DSPex.PythonBridge.Stub
+
+        setup {Stub, :verify_on_exit!}
+
+        test "an urgent ticket goes to the team at once" do
+          Stub.expect(MyApp.Pool, "triage", fn %{"ticket" => "It burns!"} ->
+            {:ok, %{"team" => "support", "urgent" => true}}
+          end)
+
+          assert MyApp.Triage.route("It burns!") == {:now, "support"}
+        end
+      end
+
+  with the stub in place of the pool, in `test/test_helper.exs` or under the application's supervisor:
+
+      {:ok, _stub} = DSPex.PythonBridge.Stub.start_link(name: MyApp.Pool)
+
+  A test that needs a stub of its own starts it with `start_supervised!({Stub, name: MyApp.Pool, answers: …})`.
+
+  ## Answers
+
+  `expect/3` gives one run of a program its answer, `stub/3` all of them, and the stub's option `:answers` all that no
+  test has answered. An answer is a function of the inputs, a map with string keys as it comes from the wire. It runs in a
+  process of its own, which is killed when the caller gives up, and returns
+
+    * `{:ok, outputs}`, a map; `{:ok, outputs, meta}`, with what `meta` has in addition to that of a run without LM calls
+    * `{:error, %DSPex.PythonBridge.Error{}}`; `{:error, text}`, which is one of type `:internal`; or `{:error, type}` with
+      `:timeout`, `:overloaded` or `:python_process_died`
+
+  It may take its time, which is how you test a timeout, send chunks with `chunk/2` and `status/1`, and call the tools of
+  your application with `call_tool/2`. Without `chunk/2` a stream gets each output that is a string as one chunk. For a list
+  of inputs it is called for each of them.
+
+  A function that raises gives an error of type `:internal`, and a run without an answer one of type
+  `:program_not_found`. Both are logged, and `verify!/1` and `verify_on_exit!/1` raise for them: your application may have
+  rescued the error.
+
+  ## Whose answers
+
+  As with Mox: the answers of `expect/3` and `stub/3` belong to the process that gives them. They serve its own calls, those of
+  its tasks (`$callers`) and of the processes that it has started, so that tests with `async: true` may share a stub. A
+  process that has been there before, such as a `GenServer` of your application, needs `allow/3`. A cast has no
+  caller: it gets the stub's own answer.
+
+  ## Programs
+
+  Programs need not be created. If one is, by `create_program` or the option `:programs`, its definition is checked by
+  the peer's rules as far as they need no DSPy (not its types), and runs with other inputs or outputs than it has
+  are errors. Programs belong to the stub, as they do to a pool.
+  """
+
+  alias DSPex.PythonBridge.{Error, Options, Pool, Protocol}
+  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Protocol.Payload
+  alias DSPex.PythonBridge.Stub.{Context, Definition, Ledger, Server}
+
+  # Not a dependency: whoever calls it has it.
+  @compile {:no_warn_undefined, ExUnit.Callbacks}
+
+  @options [:name, :answers, :programs, :default_timeout]
+
+  @typedoc "The name of a stub, or its pid."
+  @type stub :: atom() | pid()
+  @typedoc "The id of a program, as an atom or a string, or its module (`DSPex.PythonBridge.Program`)."
+  @type program :: atom() | String.t() | module()
+  @type answer ::
+          {:ok, outputs :: map()}
+          | {:ok, outputs :: map(), meta :: map()}
+          | {:error, Error.t() | DSPex.PythonBridge.Bridge.call_error()}
+
+  ## Start
+
+  @doc """
+  Starts a stub. Options:
+
+    * `:name` – that of the Bridge or Pool in whose place it is, an atom; required
+    * `:answers` – a function of a program's id and its inputs, for the runs that no test has answered
+    * `:programs` – a list of the arguments of `create_program`, maps or keyword lists
+    * `:default_timeout` – as for `DSPex.PythonBridge.Bridge.start_link/1`
+
+  A wrong option, or definition, gives `{:error, %ArgumentError{}}` with a text that names it.
+  """
+  @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
+  def start_link(opts) do
+    with :ok <- Options.check(opts, "python stub", &refusal/1),
+         :ok <- named(opts),
+         {:ok, programs} <- programs(Keyword.get(opts, :programs, [])),
+         {:ok, settings} <-
+           Pool.Options.new([pool_size: 1] ++ Keyword.take(opts, [:name, :default_timeout]), nil),
+         do: Server.start_link(%{settings: settings, answers: opts[:answers], programs: programs})
+  end
+
+  @doc "The child specification of `{Stub, opts}`; the id is the stub's name."
+  @spec child_spec(keyword()) :: Supervisor.child_spec()
+  def child_spec(opts) do
+    id = if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__
+    %{id: id, start: {__MODULE__, :start_link, [opts]}}
+  end
+
+  defp refusal({:name, name}) when is_atom(name) and name != nil, do: nil
+  defp refusal({:name, other}), do: Options.expected(:name, "an atom", other)
+  defp refusal({:answers, fun}) when is_function(fun, 2) or fun == nil, do: nil
+
+  defp refusal({:answers, other}),
+    do: Options.expected(:answers, "a function of a program's id and its inputs", other)
+
+  defp refusal({:programs, list}) when is_list(list), do: nil
+  defp refusal({:programs, other}), do: Options.expected(:programs, "a list", other)
+  # Checked with those of a pool.
+  defp refusal({:default_timeout, _timeout}), do: nil
+  defp refusal({key, _value}), do: Options.unknown(key, @options)
+
+  defp named(opts) do
+    if opts[:name], do: :ok, else: wrong(":name: expected that of your Bridge or Pool")
+  end
+
+  defp programs(list) do
+    Enum.reduce_while(list, {:ok, []}, fn definition, {:ok, programs} ->
+      with {:ok, {id, body}} <- program(definition),
+           false <- List.keymember?(programs, id, 0) do
+        {:cont, {:ok, programs ++ [{id, body}]}}
+      else
+        true -> {:halt, wrong(":programs: #{id(definition)}: there twice")}
+        {:error, text} -> {:halt, wrong(":programs: #{text}")}
+      end
+    end)
+  end
+
+  defp program(definition) do
+    with {:ok, args} <- arguments(definition),
+         {:ok, "," <> json = body} <- Protocol.encode_body(:create_program, args),
+         {:ok, %{"args" => decoded}} <- Payload.decode("{" <> json),
+         :ok <- Definition.check(decoded) do
+      {:ok, {decoded["id"], body}}
+    else
+      {:error, %Error{message: text}} -> {:error, "#{id(definition)}: #{text}"}
+      {:error, text} -> {:error, text}
+    end
+  end
+
+  defp id(definition), do: Change.program_id(:create_program, Map.new(definition)) || "no id"
+
+  defp arguments(%{} = args) when not is_struct(args), do: {:ok, args}
+
+  defp arguments(args) do
+    if Keyword.keyword?(args) and args != [],
+      do: {:ok, Map.new(args)},
+      else: {:error, "expected the arguments of create_program, got #{inspect(args, limit: 5)}"}
+  end
+
+  defp wrong(text), do: {:error, ArgumentError.exception("python stub: #{text}")}
+
+  ## Answers
+
+  @doc "As `expect/4`, for one run."
+  @spec expect(stub(), program(), (map() -> answer())) :: stub()
+  def expect(stub, program, answer), do: expect(stub, program, 1, answer)
+
+  @doc """
+  Answers the next `n` runs of a program, after those that are expected already, with this function of their inputs.
+  Returns the stub.
+  """
+  @spec expect(stub(), program(), pos_integer(), (map() -> answer())) :: stub()
+  def expect(stub, program, n, answer)
+      when is_integer(n) and n > 0 and is_function(answer, 1) do
+    {pid, name} = find!(stub)
+    ledger = Ledger.mine()
+    id = id!(program)
+    rows = for _ <- 1..n, do: Ledger.expect(ledger, name, id)
+    :ok = GenServer.call(pid, {:answer, self(), ledger, id, answer, rows})
+    stub
+  end
+
+  @doc """
+  Answers all runs of a program that are not expected, with this function of their inputs; a second one takes its place.
+  Returns the stub.
+  """
+  @spec stub(stub(), program(), (map() -> answer())) :: stub()
+  def stub(stub, program, answer) when is_function(answer, 1) do
+    {pid, _name} = find!(stub)
+    call = {:answer, self(), Ledger.mine(), id!(program), answer, :always}
+    :ok = GenServer.call(pid, call)
+    stub
+  end
+
+  @doc """
+  Lets a process use the answers of another, `owner`, until one of them ends. Returns the stub.
+
+  Raises an `ArgumentError` if it uses those of a third one, or has answers of its own.
+  """
+  @spec allow(stub(), owner :: pid(), pid() | atom()) :: stub()
+  def allow(stub, owner, process) when is_pid(owner) do
+    {pid, name} = find!(stub)
+
+    user =
+      GenServer.whereis(process) ||
+        raise ArgumentError, "#{inspect(process)} is not a process that runs"
+
+    case GenServer.call(pid, {:allow, owner, user}) do
+      :ok -> stub
+      {:error, text} -> raise ArgumentError, "stub #{inspect(name)}: #{text}"
+    end
+  end
+
+  @doc """
+  Raises if a run that the calling process expects of this stub has not come, or one of its answers has failed.
+  """
+  @spec verify!(stub()) :: :ok
+  def verify!(stub) do
+    {_pid, name} = find!(stub)
+    Ledger.verify!(Ledger.mine(), name)
+  end
+
+  @doc """
+  Does so for all stubs at the end of the test: `setup {DSPex.PythonBridge.Stub, :verify_on_exit!}`.
+  """
+  @spec verify_on_exit!(map()) :: :ok
+  def verify_on_exit!(_context \\ %{}) do
+    ledger = Ledger.mine()
+    Ledger.keep(ledger)
+
+    ExUnit.Callbacks.on_exit(__MODULE__, fn ->
+      try do
+        Ledger.verify!(ledger, :all)
+      after
+        Ledger.close(ledger)
+      end
+    end)
+  end
+
+  # A process of another kind may end by a call that it does not know.
+  defp find!(stub) do
+    pid = GenServer.whereis(stub)
+
+    case pid && Registry.get(:bridge, pid) do
+      %{stub: name} ->
+        {pid, name}
+
+      _another ->
+        raise ArgumentError,
+              "#{inspect(stub)} is not a stub that runs: start_supervised!({Stub, name: …})"
+    end
+  end
+
+  defp id!(program) do
+    id =
+      if module?(program),
+        do: Change.program_id(:create_program, program.definition()),
+        else: Payload.string(program)
+
+    id || raise ArgumentError, "expected a program's id or module, got #{inspect(program)}"
+  end
+
+  defp module?(program) do
+    is_atom(program) and Code.ensure_loaded?(program) and
+      function_exported?(program, :definition, 0)
+  end
+
+  ## In an answer's function
+
+  @doc "Sends a chunk of an output field, if the run is that of a stream. Only in the function of an answer."
+  @spec chunk(field :: String.t(), text :: String.t()) :: :ok
+  def chunk(field, text) when is_binary(field) and is_binary(text), do: Context.chunk(field, text)
+
+  @doc "Sends a status, such as `\"calling tool search\"`, if the run is that of a stream. Only in the function of an answer."
+  @spec status(text :: String.t()) :: :ok
+  def status(text) when is_binary(text), do: Context.status(text)
+
+  @doc """
+  Calls a tool of the caller, as an agent does, and returns its result or the error that the agent's LM would be shown.
+  Only in the function of an answer.
+  """
+  @spec call_tool(name :: String.t(), args :: map()) :: {:ok, term()} | {:error, String.t()}
+  def call_tool(name, args \\ %{}) when is_binary(name) and is_map(args),
+    do: Context.call_tool(name, args)
+end

@@ -1,0 +1,316 @@
+defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
+  @moduledoc "Declared programs of a bridge: there from the first call on, after each restart, with the reason if not."
+
+  # Some tests set the application's configuration, or use the default names.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureLog
+
+  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
+
+  defmodule Triage do
+    def definition, do: %{id: "triage", signature: "ticket -> team"}
+  end
+
+  @name __MODULE__.Bridge
+  @ms 30_000
+  @key "sk-0123456789abcdef"
+  @qa %{id: "qa", signature: "q -> a"}
+
+  defp start(opts), do: start_supervised!({Bridge, real_opts([name: @name] ++ opts)})
+
+  # A peer that keeps programs as ids with their signatures.
+  defp start_who(opts),
+    do: start_supervised!({Bridge, Keyword.merge(fake_opts("who"), [name: @name] ++ opts)})
+
+  defp execute(id, inputs \\ %{q: "?"}),
+    do: Bridge.call(@name, :execute_program, %{program_id: id, inputs: inputs}, @ms)
+
+  defp programs do
+    {:ok, %{"programs" => programs}} = Bridge.call(@name, :list_programs, %{}, @ms)
+    programs
+  end
+
+  # Of a bridge whose process is being started again.
+  defp later(fun),
+    do: eventually(fn -> with({:error, :bridge_not_running} <- fun.(), do: nil) end, @ms)
+
+  defp kill_bridge do
+    pid = Process.whereis(@name)
+    Process.exit(pid, :kill)
+    eventually(fn -> Process.whereis(@name) not in [pid, nil] end)
+  end
+
+  test "are there from the first call on, in their order" do
+    start(programs: [@qa, [id: :keywords, signature: "q -> a"], Triage])
+    assert {:ok, %{"a" => _}} = execute("qa")
+    assert {:ok, %{"team" => _}} = execute("triage", %{ticket: "?"})
+    assert {:ok, %{"a" => _}} = execute(:keywords)
+    assert programs() == ["qa", "keywords", "triage"]
+    assert %{programs: %{failed: none}} = Bridge.get_status(@name)
+    assert none == %{}
+  end
+
+  test "come from the configuration; options win over it" do
+    put_config(:python_bridge, programs: [@qa, Triage])
+    start_who([])
+    assert programs() == %{"qa" => "q -> a", "triage" => "ticket -> team"}
+    stop_supervised!(@name)
+    start_who(programs: [Triage])
+    assert programs() == %{"triage" => "ticket -> team"}
+  end
+
+  test "are there after the peer's death; one that was created in their place stays, one that was removed does not come back" do
+    start(programs: [@qa, Triage, %{id: "gone", signature: "q -> a"}])
+    {:ok, _} = Bridge.call(@name, :create_program, %{id: "qa", signature: "q -> b"}, @ms)
+    {:ok, _} = Bridge.call(@name, :cleanup, %{program_ids: ["gone"]}, @ms)
+    kill(Bridge.get_status(@name).os_pid)
+    assert {:ok, %{"b" => _}} = execute("qa")
+    assert {:ok, %{"team" => _}} = execute("triage", %{ticket: "?"})
+    assert {:error, "Program not found: gone"} = execute("gone")
+    assert Bridge.restart(@name) == :ok
+    assert Enum.sort(programs()) == ["qa", "triage"]
+    assert {:ok, %{"b" => _}} = execute("qa")
+
+    # A bridge that has no supervisor of this project is a tree of its own.
+    kill_bridge()
+    assert {:ok, %{"a" => _}} = later(fn -> execute("qa") end)
+    assert programs() == ["qa", "triage", "gone"]
+  end
+
+  test "tools are compared with theirs" do
+    tools = [%{name: "stock", args: %{sku: %{type: "string"}}}]
+    start(programs: [%{id: "agent", program_type: "react", signature: "q -> a", tools: tools}])
+    args = %{program_id: "agent", inputs: %{q: "?"}}
+    ask = &Bridge.request(@name, :execute_program, args, timeout: @ms, tools: &1)
+
+    assert {:error, %Error{type: :invalid_args, message: message}} = ask.(%{stok: & &1})
+    assert message == ":tools: program agent has no tool stok; it has stock"
+    assert {:ok, %{"a" => _}, _meta} = ask.(%{stock: & &1})
+    log = capture_log(fn -> assert {:ok, _} = execute("agent") end)
+    assert log =~ "program agent is called without its tools (stock)"
+  end
+
+  test "a cleanup of all removes them" do
+    start_who(programs: [@qa])
+    assert programs() == %{"qa" => "q -> a"}
+    assert {:ok, _} = Bridge.call(@name, :cleanup, %{}, @ms)
+    kill(Bridge.get_status(@name).os_pid)
+    assert programs() == %{}
+  end
+
+  describe "below DSPex.PythonBridge.Supervisor" do
+    defp start_tree(opts, peer \\ real_opts()) do
+      bridge = Keyword.merge(peer, [name: @name] ++ Keyword.get(opts, :bridge, []))
+      monitor = [name: Module.concat(@name, Monitor)]
+      opts = Keyword.merge([name: __MODULE__.Tree], opts)
+      spec = {BridgeSupervisor, Keyword.merge(opts, bridge: bridge, monitor: monitor)}
+      start_supervised!(spec)
+    end
+
+    test "stay removed when the bridge crashes, and are back when the tree is started again" do
+      start_tree(programs: [@qa, Triage])
+      assert programs() == ["qa", "triage"]
+      {:ok, _} = Bridge.call(@name, :cleanup, %{program_ids: ["qa"]}, @ms)
+      {:ok, _} = Bridge.call(@name, :create_program, %{id: "triage", signature: "q -> b"}, @ms)
+      kill_bridge()
+      assert {:ok, %{"b" => _}} = later(fn -> execute("triage") end)
+      assert programs() == ["triage"]
+
+      tree = Process.whereis(__MODULE__.Tree)
+      Supervisor.stop(tree)
+      eventually(fn -> Process.whereis(__MODULE__.Tree) not in [tree, nil] end)
+      assert {:ok, %{"a" => _}} = later(fn -> execute("qa") end)
+      assert {:ok, %{"team" => _}} = execute("triage", %{ticket: "?"})
+    end
+
+    test "may be among the options of the bridge, or in the configuration" do
+      start_tree([bridge: [programs: [Triage]]], fake_opts("who"))
+      assert programs() == %{"triage" => "ticket -> team"}
+      stop_supervised!(__MODULE__.Tree)
+      put_config(:python_bridge, programs: [@qa])
+      start_tree([], fake_opts("who"))
+      assert programs() == %{"qa" => "q -> a"}
+    end
+
+    test "a wrong declaration in the configuration refuses the bridge" do
+      put_config(:python_bridge, programs: [@qa, @qa])
+      Process.flag(:trap_exit, true)
+
+      assert {:error,
+              {:shutdown, {:failed_to_start_child, Bridge, %ArgumentError{message: message}}}} =
+               BridgeSupervisor.start_link(name: nil)
+
+      assert message =~ "qa is declared twice, by entry 1 and by entry 2"
+    end
+  end
+
+  test "DSPex.Application has those of the configuration" do
+    on_exit(fn -> restart_application() end)
+    put_config(:python_bridge, [programs: [Triage]] ++ Keyword.delete(real_opts(), :name))
+    put_config(:autostart, true)
+    restart_application()
+
+    assert {:ok, %{"team" => _}} =
+             Bridge.call(:execute_program, %{program_id: "triage", inputs: %{ticket: "?"}})
+  end
+
+  defp restart_application do
+    Application.stop(:dspex)
+    :ok = Application.start(:dspex)
+  end
+
+  describe "one that is wrong" do
+    @wrong [
+      {%{id: "no json", signature: "q -> a", lm: %{api_key: {:system, @key}}},
+       "lm.api_key: a tuple has no JSON form"},
+      {%{id: "bad signature", signature: "q"}, "signature: expected exactly one \"->\""},
+      {%{
+         id: "bad type",
+         signature: %{
+           inputs: [%{name: "q", type: "string"}],
+           outputs: [%{name: "a", type: "strng"}]
+         }
+       }, "signature.outputs[0].type: unknown type 'strng'"},
+      {%{id: "bad lm", signature: "q -> a", lm: %{model: "offline/echo", kye: @key}},
+       "lm.kye: unknown option"},
+      {%{id: "nothing"}, "signature: missing"}
+    ]
+
+    test "is in the log and the status, and makes only its own runs fail, with the reason" do
+      declared = for {args, _text} <- @wrong, do: args
+
+      log =
+        capture_log(fn ->
+          start(programs: declared ++ [@qa])
+          assert {:ok, %{"a" => _}} = execute("qa")
+        end)
+
+      %{programs: %{failed: failed}} = Bridge.get_status(@name)
+      assert Enum.sort(Map.keys(failed)) == Enum.sort(Enum.map(declared, & &1.id))
+
+      for {%{id: id}, text} <- @wrong do
+        reason = "program #{id} could not be loaded: #{text}"
+        assert failed[id] =~ reason
+        assert [_] = Regex.scan(~r/#{Regex.escape(reason)}/, log)
+        args = %{program_id: id, inputs: %{q: "?"}}
+        opts = [timeout: @ms]
+        assert {:error, message} = execute(id)
+        assert message =~ reason
+        {:error, %Error{} = error} = Bridge.request(@name, :execute_program, args, opts)
+        assert {:invalid_args, ^message} = {error.type, error.message}
+        assert [error: ^error] = Enum.to_list(Bridge.stream(@name, args, opts))
+      end
+
+      refute log =~ @key
+      refute inspect(Bridge.get_status(@name)) =~ @key
+      assert programs() == ["qa"]
+      # It is not found once it is removed, and there once it is created.
+      {:ok, _} = Bridge.call(@name, :cleanup, %{program_ids: ["no json", "bad type"]}, @ms)
+      assert {:error, "Program not found: no json"} = execute("no json")
+
+      for id <- ["bad signature", "nothing"],
+          do: {:ok, _} = Bridge.call(@name, :create_program, %{@qa | id: id}, @ms)
+
+      assert {:ok, %{"a" => _}} = execute("nothing")
+      assert Map.keys(Bridge.get_status(@name).programs.failed) == ["bad lm"]
+    end
+  end
+
+  describe "while they are loaded" do
+    @describetag :tmp_dir
+
+    defp start_frail(dir, dies, ids) do
+      env = %{"FAKE_FILE" => Path.join(dir, "times"), "FAKE_DIES" => Enum.join(dies, " ")}
+      programs = for id <- ids, do: %{@qa | id: id}
+      opts = [name: @name, env: env, max_retries: 1, programs: programs]
+      start_supervised!({Bridge, Keyword.merge(fake_opts("frail"), opts)})
+    end
+
+    # While there is the file, the one program that it names is being loaded.
+    defp hold(dir, id), do: File.write!(Path.join(dir, "times.holds"), id)
+    defp let_go(dir), do: File.rm!(Path.join(dir, "times.holds"))
+    defp loading?(bridge), do: match?(%{peer: nil, next: %{loads: %{}}}, :sys.get_state(bridge))
+
+    # The real peer, whose set-up of DSPy waits until the file is gone.
+    defp start_slow(dir) do
+      File.write!(Path.join(dir, "slow.py"), """
+      import os, time
+
+      def init():
+          while os.path.exists(os.environ["SLOW_FILE"]):
+              time.sleep(0.01)
+      """)
+
+      hold(dir, "qa")
+      file = Path.join(dir, "times.holds")
+      env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "slow:init", "SLOW_FILE" => file}
+      start(env: env, programs: [@qa])
+    end
+
+    test "pings are answered, and get_status at once; other calls wait within their timeouts", %{
+      tmp_dir: dir
+    } do
+      bridge = start_slow(dir)
+      # It may be sent before the peer is up.
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
+      eventually(fn -> loading?(bridge) end, @ms)
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
+      assert %{state: :starting, os_pid: os_pid} = Bridge.get_status(bridge)
+      assert Bridge.call(bridge, :list_programs, %{}, 100) == {:error, :timeout}
+      run = Task.async(fn -> execute("qa") end)
+      eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
+      let_go(dir)
+      assert {:ok, %{"a" => _}} = Task.await(run, @ms)
+      assert %{state: :running, os_pid: ^os_pid} = Bridge.get_status(bridge)
+    end
+
+    test "pings are answered by the next peer, if the one before dies meanwhile", %{tmp_dir: dir} do
+      bridge = start_slow(dir)
+      let_go(dir)
+      assert {:ok, %{"a" => _}} = execute("qa")
+      %{os_pid: before} = Bridge.get_status(bridge)
+      hold(dir, "qa")
+      restart = Task.async(fn -> Bridge.restart(bridge) end)
+      eventually(fn -> match?(%{next: %{loads: %{}}}, :sys.get_state(bridge)) end, @ms)
+      kill(before)
+      eventually(fn -> loading?(bridge) end, @ms)
+      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
+      assert Bridge.call(bridge, :list_programs, %{}, 100) == {:error, :timeout}
+      let_go(dir)
+      assert Task.await(restart, @ms) == :ok
+      assert {:ok, %{"a" => _}} = execute("qa")
+    end
+
+    test "a ping that the peer had when it died of one is answered by the next", %{tmp_dir: dir} do
+      hold(dir, "held")
+      bridge = start_frail(dir, [1, 2, 3], ["held", "frail"])
+      eventually(fn -> loading?(bridge) end, @ms)
+      # The peer reads nothing until it is let go.
+      pings =
+        for retry <- [true, false] do
+          Task.async(fn -> Bridge.request(bridge, :ping, %{}, timeout: @ms, retry: retry) end)
+        end
+
+      eventually(fn -> Bridge.get_status(bridge).pending == 2 end)
+      let_go(dir)
+      for ping <- pings, do: assert({:ok, _, _} = Task.await(ping))
+    end
+
+    test "one of which peers die is left out; the others are there", %{tmp_dir: dir} do
+      log =
+        capture_log(fn ->
+          bridge = start_frail(dir, 1..10, ["first", "frail", "last"])
+          assert {:ok, %{"programs" => ["first", "last"]}} = execute("first")
+          assert execute("frail") == {:error, :python_process_died}
+          assert %{"frail" => reason} = Bridge.get_status(bridge).programs.failed
+          assert reason =~ "program frail could not be loaded: the Python process died"
+        end)
+
+      assert log =~ "program frail is left out"
+    end
+  end
+end

@@ -1,0 +1,168 @@
+defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
+  @moduledoc "Declared programs of a pool: all peers have them, and each restarted one."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureLog
+
+  alias DSPex.PythonBridge.{Error, Pool, Programs}
+  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.Test.PoolProbe
+
+  @moduletag :tmp_dir
+
+  # Names of the test's own, so that the tests of this file may run concurrently with those of others.
+  @pool __MODULE__.Pool
+  @qa %{id: "qa", signature: "q -> a"}
+  @triage [id: "triage", signature: "ticket -> team"]
+  @both %{"qa" => "q -> a", "triage" => "ticket -> team"}
+
+  defp start_who(opts) do
+    opts = Keyword.merge([name: @pool, pool_size: 2], opts)
+    start_supervised!({Pool, Keyword.merge(fake_opts("who"), opts)})
+    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+  end
+
+  defp peers, do: Pool.status(@pool).peers
+  defp call(command, args), do: Pool.call(@pool, command, args, 10_000)
+  defp execute(id), do: call(:execute_program, %{program_id: id})
+  defp programs, do: Enum.uniq(PoolProbe.programs(@pool))
+
+  defp kill_bridge(name) do
+    pid = Process.whereis(name)
+    Process.exit(pid, :kill)
+    eventually(fn -> Process.whereis(name) not in [pid, nil] end)
+  end
+
+  test "all peers have them from the first call on, and when they are restarted" do
+    start_who(programs: [@qa, @triage])
+    assert programs() == [@both]
+    for %{os_pid: os_pid} <- peers(), do: kill(os_pid)
+    assert programs() == [@both]
+    kill_bridge(hd(peers()).bridge)
+    assert programs() == [@both]
+    assert Pool.status(@pool).programs == %{failed: %{}}
+  end
+
+  test "what was created in their place stays, and what was removed comes back with the pool" do
+    start_who(programs: [@qa, @triage])
+    {:ok, _} = call(:create_program, %{@qa | signature: "q -> b"})
+    {:ok, _} = call(:cleanup, %{program_ids: ["triage"]})
+    for %{os_pid: os_pid} <- peers(), do: kill(os_pid)
+    assert programs() == [%{"qa" => "q -> b"}]
+    kill_bridge(hd(peers()).bridge)
+    assert programs() == [%{"qa" => "q -> b"}]
+    assert execute("triage") == {:error, "Program not found: triage"}
+
+    pool = Process.whereis(@pool)
+    Supervisor.stop(pool)
+    eventually(fn -> Process.whereis(@pool) not in [pool, nil] end)
+    eventually(fn -> match?(%{peers: [_, _]}, Pool.status(@pool)) end)
+    assert {:ok, %{"signature" => "q -> a"}} = execute("qa")
+    assert {:ok, %{"signature" => "ticket -> team"}} = execute("triage")
+  end
+
+  test "one that a peer has lost is created there again, as a declared one" do
+    start_who(programs: [@qa])
+    before = Programs.Store.stamps(Handle.fetch(@pool).programs)
+
+    for %{bridge: bridge} <- peers() do
+      body = ~s(,"command":"cleanup","args":{}})
+      request = %DSPex.PythonBridge.Calls.Request{body: body, timeout: 5_000}
+      send(bridge, {:request, request})
+    end
+
+    assert programs() == [%{}]
+    assert {:ok, %{"signature" => "q -> a"}} = execute("qa")
+    assert Programs.Store.stamps(Handle.fetch(@pool).programs) == before
+  end
+
+  test "a cleanup that no peer makes leaves them declared" do
+    start_who(programs: [@qa])
+    {:ok, _} = call(:create_program, %{@qa | id: "refused"})
+    assert {:error, _} = call(:cleanup, %{program_ids: ["qa", "refused"]})
+    assert {:ok, _} = execute("qa")
+    stamps = Programs.Store.stamps(Handle.fetch(@pool).programs)
+    assert Programs.Store.declared?(stamps["qa"])
+    refute Programs.Store.declared?(stamps["refused"])
+  end
+
+  test "one that was refused is there as soon as its peer takes it, and no longer in the status",
+       %{
+         tmp_dir: dir
+       } do
+    file = Path.join(dir, "only")
+    File.touch!(file)
+    only = %{@qa | signature: "one -> only"}
+    start_who(pool_size: 1, env: %{"FAKE_FILE" => file}, programs: [only])
+    reason = "program qa could not be loaded: signature: not here"
+    assert Pool.status(@pool).programs == %{failed: %{"qa" => reason}}
+    assert execute("qa") == {:error, reason}
+    # Each run that finds it missing has it created again.
+    File.rm!(file)
+    assert {:ok, %{"signature" => "one -> only"}} = execute("qa")
+    assert Pool.status(@pool).programs == %{failed: %{}}
+  end
+
+  describe "with the real peer" do
+    test "wrong ones are in the status and the log, and their runs fail with the reason" do
+      wrong = [
+        %{id: "bad type", signature: %{inputs: [%{name: "q", type: "strng"}], outputs: []}},
+        %{id: "no json", signature: {:q, :a}}
+      ]
+
+      log =
+        capture_log(fn ->
+          opts = [name: @pool, pool_size: 2, programs: [@qa | wrong]]
+          start_supervised!({Pool, real_opts(opts)})
+          assert {:ok, %{"a" => _}} = Pool.call(@pool, :execute_program, run("qa"), 60_000)
+        end)
+
+      # Once for the pool; each peer says what it refuses.
+      [_one] = Regex.scan(~r/program no json could not be loaded: signature: a tuple/, log)
+      assert log =~ "program bad type could not be loaded: signature.inputs[0].type"
+      %{programs: %{failed: failed}} = Pool.status(@pool)
+      assert Enum.sort(Map.keys(failed)) == ["bad type", "no json"]
+
+      for {id, reason} <- failed do
+        assert {:error, text} = Pool.call(@pool, :execute_program, run(id), 60_000)
+        assert text == reason
+        assert text =~ "program #{id} could not be loaded: signature"
+        opts = [timeout: 60_000]
+
+        assert {:error, %Error{type: :invalid_args, message: ^reason} = error} =
+                 Pool.request(@pool, :execute_program, run(id), opts)
+
+        assert Enum.to_list(Pool.stream(@pool, run(id), opts)) == [error: error]
+      end
+
+      assert {:ok, %{"programs" => ["qa"], "missing" => []}} =
+               eventually(
+                 fn ->
+                   with {:ok, %{"missing" => [_ | _]}} <- Pool.call(@pool, :list_programs),
+                        do: nil
+                 end,
+                 60_000
+               )
+    end
+
+    defp run(id), do: %{program_id: id, inputs: %{q: "?"}}
+  end
+
+  test "one of which peers die is left out, and its runs end no more of them", %{tmp_dir: dir} do
+    env = %{"FAKE_FILE" => Path.join(dir, "times"), "FAKE_DIES" => Enum.join(1..30, " ")}
+    programs = for id <- ["first", "frail", "last"], do: %{@qa | id: id}
+    opts = [name: @pool, pool_size: 2, env: env, max_retries: 0, programs: programs]
+
+    capture_log(fn ->
+      start_supervised!({Pool, Keyword.merge(fake_opts("frail"), opts)})
+      eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+      pids = for %{os_pid: os_pid} <- peers(), do: os_pid
+      assert {:ok, %{"programs" => ["first", "last"]}} = execute("first")
+      for _ <- 1..5, do: assert(execute("frail") == {:error, :python_process_died})
+      assert pids == for(%{os_pid: os_pid} <- peers(), do: os_pid)
+      assert %{failed: %{"frail" => _}} = Pool.status(@pool).programs
+    end)
+  end
+end

@@ -1,0 +1,416 @@
+defmodule DSPex.ProgramDefinitionTest do
+  @moduledoc "What `use DSPex.PythonBridge.Program` makes of its options, and what it refuses."
+
+  use ExUnit.Case, async: true
+
+  alias DSPex.PythonBridge.Program
+  alias DSPex.PythonBridge.Protocol.Payload
+  alias DSPex.Test.Triage
+
+  doctest Program.Refusal
+  doctest Program.StringSignature
+
+  defmodule Address do
+    @moduledoc false
+    defstruct [:street, :city, note: "none"]
+    def __dspex__(:fields), do: [street: :string, city: {:string, "without the postal code"}]
+  end
+
+  defmodule NotInStruct do
+    @moduledoc false
+    defstruct [:street]
+    def __dspex__(:fields), do: [street: :string, town: :string]
+  end
+
+  defmodule Endless do
+    @moduledoc false
+    defstruct [:children]
+    def __dspex__(:fields), do: [children: {:list, __MODULE__}]
+  end
+
+  defmodule Raising do
+    @moduledoc false
+    defstruct [:a]
+    def __dspex__(:other), do: []
+  end
+
+  defmodule NoStruct do
+    @moduledoc false
+    def __dspex__(:fields), do: [a: :string]
+  end
+
+  defmodule Undeclared do
+    @moduledoc false
+    defstruct [:a]
+  end
+
+  defmodule Stock do
+    @moduledoc false
+    def find(%{"sku" => sku}), do: %{sku: sku}
+  end
+
+  # A module of its own for each: their names are those of the programs.
+  defp module(options, more \\ "") do
+    name = "DSPex.ProgramDefinitionTest.Made#{System.unique_integer([:positive])}"
+
+    alias_of =
+      "alias #{inspect(__MODULE__)}.{Address, NotInStruct, Endless, Raising, NoStruct, Undeclared, Stock}"
+
+    code = """
+    defmodule #{name} do
+      #{alias_of}
+      _ = {Address, NotInStruct, Endless, Raising, NoStruct, Undeclared, Stock}
+      use DSPex.PythonBridge.Program,
+        #{options}
+      #{more}
+    end
+    """
+
+    {[{module, _beam}], warnings} =
+      Code.with_diagnostics(fn -> Code.compile_string(code, "triage.ex") end)
+
+    assert warnings == []
+    on_exit(fn -> :code.delete(module) && :code.purge(module) end)
+    module
+  end
+
+  defp signature(inputs, outputs), do: "signature: [inputs: [#{inputs}], outputs: [#{outputs}]]"
+
+  defp definition(outputs), do: module(signature("q: :string", outputs)).definition()
+
+  defp type(type) do
+    assert %{signature: %{outputs: [%{name: "a", type: type}]}} = definition("a: #{type}")
+    type
+  end
+
+  ## Definitions
+
+  test "the definition has the arguments of create_program; the id is the module's name" do
+    module =
+      module("""
+      program_type: :chain_of_thought,
+      signature: [inputs: [ticket: {:string, "as the customer wrote it"}], outputs: [urgent: :boolean]],
+      instructions: "Route the ticket.", adapter: :json, lm: [model: "openai/gpt-4o-mini", temperature: 0.1],
+      config: [], options: [], demos: [[ticket: "Help!", urgent: true, reasoning: "It shouts."]]
+      """)
+
+    assert module.definition() == %{
+             id: inspect(module),
+             program_type: "chain_of_thought",
+             signature: %{
+               inputs: [
+                 %{name: "ticket", type: "string", description: "as the customer wrote it"}
+               ],
+               outputs: [%{name: "urgent", type: "boolean"}],
+               instructions: "Route the ticket."
+             },
+             adapter: :json,
+             lm: %{model: "openai/gpt-4o-mini", temperature: 0.1},
+             config: %{},
+             options: %{},
+             demos: [%{ticket: "Help!", urgent: true, reasoning: "It shouts."}]
+           }
+
+    assert {:ok, _json} = Payload.encode(module.definition(), "definition")
+  end
+
+  test "the id can be chosen, and the definition overridden" do
+    signature = signature("q: :string", "a: :string")
+    assert %{id: "triage"} = module(~s(id: "triage", #{signature})).definition()
+
+    module =
+      module(signature, """
+      def definition, do: Map.put(super(), :lm, "offline/echo")
+      """)
+
+    assert %{lm: "offline/echo", program_type: "predict"} = module.definition()
+  end
+
+  test "types by Elixir terms are those of the peer's contract" do
+    for name <- ~w(string integer float boolean map any image audio file history),
+        do: assert(type(":#{name}") == name)
+
+    assert type("{:enum, [:low, :high]}") == %{enum: ["low", "high"]}
+    assert type("{:enum, [1, 2]}") == %{enum: [1, 2]}
+    assert type("{:list, :integer}") == %{type: "array", items: %{type: "integer"}}
+    assert type("{:map, :float}") == %{type: "object", additionalProperties: %{type: "number"}}
+    assert type("{:optional, :string}") == %{anyOf: [%{type: "string"}, %{type: "null"}]}
+    assert type("{:optional, {:optional, :string}}") == type("{:optional, :string}")
+    assert type(":date") == %{type: "string", format: "date"}
+    assert type(":time") == %{type: "string", format: "time"}
+    assert type(":datetime") == %{type: "string", format: "date-time"}
+    assert type(":naive_datetime") == %{type: "string", format: "date-time"}
+    assert type(":uuid") == %{type: "string", format: "uuid"}
+    assert type("{:list, :image}") == "list[image]"
+    assert type("{:optional, {:map, :file}}") == "Optional[dict[str, file]]"
+  end
+
+  test "a field has a description and limits" do
+    assert [
+             %{name: "a", type: %{type: "integer", minimum: 1, maximum: 5}, description: "stars"},
+             %{name: "b", type: %{type: "array", items: %{}, maxItems: 3}},
+             %{name: "c", type: %{anyOf: [%{type: "string", minLength: 2}, %{type: "null"}]}},
+             %{name: "d", type: "map", description: "free"}
+           ] =
+             definition("""
+             a: {:integer, description: "stars", min: 1, max: 5}, b: {{:list, :any}, max: 3},
+             c: {{:optional, :string}, min: 2}, d: {:map, description: "free"}
+             """).signature.outputs
+  end
+
+  test "nested maps and structs are objects, which take no other names as inputs" do
+    person = %{
+      type: "object",
+      properties: %{
+        age: %{anyOf: [%{type: "integer"}, %{type: "null"}]},
+        name: %{type: "string", description: "in full"}
+      },
+      required: ["name"]
+    }
+
+    term = ~s(%{name: {:string, "in full"}, age: {:optional, :integer}})
+    assert type(term) == person
+
+    address = %{
+      type: "object",
+      title: "Address",
+      properties: %{
+        street: %{type: "string"},
+        city: %{type: "string", description: "without the postal code"}
+      },
+      required: ["street", "city"]
+    }
+
+    assert type("Address") == address
+
+    assert [%{type: given}, %{type: items}] =
+             module(signature("p: #{term}, a: {:list, Address}", "b: :string")).definition().signature.inputs
+
+    assert given == Map.put(person, :additionalProperties, false)
+    assert items == %{type: "array", items: Map.put(address, :additionalProperties, false)}
+  end
+
+  test "DSPy's string form is read, with simple types" do
+    module =
+      module(
+        ~S(signature: "question, context: list[str] -> answer: float, sure: Literal['yes, really', 'no']")
+      )
+
+    assert %{
+             inputs: [
+               %{name: "question", type: "string"},
+               %{name: "context", type: %{type: "array", items: %{type: "string"}}}
+             ],
+             outputs: [
+               %{name: "answer", type: "float"},
+               %{name: "sure", type: %{enum: ["yes, really", "no"]}}
+             ]
+           } = module.definition().signature
+  end
+
+  test "tools are told to the peer with their arguments' types, without the functions" do
+    module =
+      module("""
+      program_type: "react", options: [max_iters: 3],
+      #{signature("q: :string", "a: :string")},
+      tools: [
+        stock: [description: "How many there are.", args: [sku: {:string, "the article"}, size: {:enum, [:s, :m]}],
+                function: {&Stock.find/1, repeat: false}],
+        now: []
+      ]
+      """)
+
+    assert [
+             %{
+               name: "stock",
+               description: "How many there are.",
+               args: %{
+                 sku: %{type: "string", description: "the article"},
+                 size: %{type: %{enum: ["s", "m"]}}
+               }
+             },
+             %{name: "now", args: %{}}
+           ] = module.definition().tools
+  end
+
+  ## Structs
+
+  test "the struct has the outputs and what the program type adds" do
+    keys = fn more ->
+      module = module(signature("q: :string", "a: :string, b: :integer") <> ", " <> more)
+      module.__struct__() |> Map.from_struct() |> Map.keys() |> Enum.sort()
+    end
+
+    tools = "tools: [now: []]"
+    assert keys.(~s(program_type: "predict")) == [:a, :b]
+    assert keys.(tools) == [:a, :b, :tool_calls]
+    assert keys.("program_type: :chain_of_thought") == [:a, :b, :reasoning]
+    assert keys.("program_type: :react, #{tools}") == [:a, :b, :reasoning, :trajectory]
+    assert keys.("program_type: :best_of_n") == [:a, :b]
+
+    assert keys.("program_type: :refine, options: [module: :chain_of_thought]") == [
+             :a,
+             :b,
+             :reasoning
+           ]
+
+    assert keys.("program_type: :multi_chain_comparison") == [:a, :b, :rationale]
+    assert keys.("program_type: :rlm") == [:a, :b, :final_reasoning, :trajectory]
+    assert keys.(~s(program_type: "my_app.rag:RAG")) == [:a, :b]
+
+    assert %{reasoning: nil} =
+             module(
+               "program_type: :chain_of_thought, " <>
+                 signature("q: :string", "reasoning: :string")
+             ).__struct__()
+  end
+
+  test "the struct's type has the types of the fields" do
+    {:ok, types} = Code.Typespec.fetch_types(Triage)
+    [type] = for {:type, {:t, _, []} = type} <- types, do: type
+    text = type |> Code.Typespec.type_to_quoted() |> Macro.to_string()
+
+    for part <- [
+          "team: String.t()",
+          "size: :small | :large",
+          "urgent: boolean()",
+          "due: Date.t()",
+          "reply_to: %DSPex.Test.Address{",
+          "items: [%{count: integer() | nil, sku: String.t()}]",
+          "phone: String.t() | nil",
+          "reasoning: String.t() | nil"
+        ],
+        do: assert(text =~ part)
+
+    {:ok, specs} = Code.Typespec.fetch_specs(Triage)
+    specified = specs |> Enum.map(&elem(&1, 0)) |> Enum.sort()
+    assert [__dspex__: 1, definition: 0, run: 2, stream: 2] = specified
+  end
+
+  test "a module says its outputs as a type of other programs" do
+    inner =
+      module(signature("q: :string", ~s(team: {:enum, ["a", "b"]}, n: {:integer, "how many"})))
+
+    assert inner.__dspex__(:fields) == [team: {:enum, ["a", "b"]}, n: {:integer, "how many"}]
+
+    assert %{type: %{properties: %{team: %{enum: ["a", "b"]}}, required: ["team", "n"]}} =
+             hd(
+               module(signature("t: #{inspect(inner)}", "a: :string")).definition().signature.inputs
+             )
+  end
+
+  ## Refusals
+
+  @refused [
+    # Names.
+    {"inputs: [q: :string, q: :string], outputs: [a: :string]",
+     "signature.inputs.q: there twice"},
+    {"inputs: [q: :string], outputs: [q: :string]",
+     "signature.outputs.q: an input has the same name"},
+    {"inputs: [q: :string], outputs: []", "signature.outputs: expected at least one field"},
+    {"inputs: [q: :string]", "signature.outputs: expected at least one field"},
+    {"inputs: [:q], outputs: [a: :string]", "signature.inputs: expected a keyword list"},
+    {"inputs: [q: :string], output: [a: :string]",
+     "signature: unknown option :output, did you mean :outputs?"},
+    {"inputs: [config: :map], outputs: [a: :string]",
+     "signature.inputs.config: reserved by DSPy"},
+    {"inputs: [q: :string], outputs: [class: :string]",
+     "signature.outputs.class: a keyword of Python"},
+    {"inputs: [q: :string], outputs: [fields: :string]",
+     "signature.outputs.fields: an attribute of every DSPy signature"},
+    {"inputs: [q: :string], outputs: [urgent?: :boolean]",
+     ~s(signature.outputs.urgent?: "urgent?" is not a field name)},
+    {"inputs: [q: :string], outputs: [__struct__: :string]",
+     "signature.outputs.__struct__: names that begin with _"},
+    # Types.
+    {"inputs: [q: :string], outputs: [a: :strng]",
+     "signature.outputs.a: unknown type :strng, did you mean :string?"},
+    {"inputs: [q: :str], outputs: [a: :string]",
+     "signature.inputs.q: unknown type :str, did you mean :string?"},
+    {"inputs: [q: :string], outputs: [a: :list]",
+     "signature.outputs.a: unknown type :list, did you mean {:list, type}?"},
+    {"inputs: [q: :string], outputs: [a: {:set, :string}]",
+     "signature.outputs.a: unknown type {:set, :string}; expected one such as"},
+    {"inputs: [q: :string], outputs: [a: %{b: {:list, %{c: :owl}}}]",
+     "signature.outputs.a.b.c: unknown type :owl; expected one such as"},
+    {"inputs: [q: :string], outputs: [a: %{}]", "signature.outputs.a: expected a map of names"},
+    {~s(inputs: [q: :string], outputs: [a: %{"b" => :string}]),
+     "signature.outputs.a: expected a map of names"},
+    {"inputs: [q: :string], outputs: [a: {:enum, []}]",
+     "signature.outputs.a: an enum without values"},
+    {~s(inputs: [q: :string], outputs: [a: {:enum, [:a, "b"]}]),
+     "signature.outputs.a: an enum of values of several kinds"},
+    {"inputs: [q: :string], outputs: [a: {:enum, [true, false]}]",
+     "signature.outputs.a: an enum takes a list of strings, atoms or whole numbers"},
+    {"inputs: [q: :string], outputs: [a: {:enum, [:b, :b]}]",
+     "signature.outputs.a: :b is in the enum twice"},
+    {"inputs: [q: :string], outputs: [a: %{photo: :image}]",
+     "signature.outputs.a: :image is the type of a field"},
+    # Options of a field.
+    {~s(inputs: [q: :string], outputs: [a: {:string, desc: "b"}]),
+     "signature.outputs.a: unknown option :desc of a field, did you mean :description?"},
+    {"inputs: [q: :string], outputs: [a: {:boolean, min: 1}]",
+     "signature.outputs.a: min: only for numbers, strings and lists"},
+    {"inputs: [q: :string], outputs: [a: {:string, min: -1}]",
+     "signature.outputs.a: min: expected a number, of a length 0 or more, got -1"},
+    {"inputs: [q: :string], outputs: [a: {:integer, min: 3, max: 1}]",
+     "signature.outputs.a: min: expected at most max, 1, got 3"},
+    # Structs.
+    {"inputs: [q: :string], outputs: [a: MyApp.Nowhere]",
+     "signature.outputs.a: there is no module MyApp.Nowhere"},
+    {"inputs: [q: :string], outputs: [a: NotInStruct]",
+     "signature.outputs.a: DSPex.ProgramDefinitionTest.NotInStruct.town: its struct has no such field"},
+    {"inputs: [q: :string], outputs: [a: Endless]",
+     "Endless contains itself, which a type here cannot"},
+    {"inputs: [q: :string], outputs: [a: Raising]",
+     "__dspex__(:fields) raised no function clause"},
+    {"inputs: [q: :string], outputs: [a: NoStruct]", "NoStruct is not a struct"},
+    {"inputs: [q: :string], outputs: [a: Undeclared]",
+     "Undeclared is not a type: it exports no __dspex__/1, and is not an Ecto schema"}
+  ]
+
+  test "a wrong signature is an error of the compiler at the place of the use, which names the field" do
+    for {signature, text} <- @refused do
+      error = assert_raise CompileError, fn -> module("signature: [#{signature}]") end
+      assert error.file =~ "triage.ex" and error.line == 4
+      assert Exception.message(error) =~ "DSPex.ProgramDefinitionTest.Made"
+      assert Exception.message(error) =~ text
+    end
+  end
+
+  test "so is any other wrong option" do
+    for {options, text} <- [
+          {"signatur: []", "unknown option :signatur, did you mean :signature?"},
+          {"id: :x", "signature: missing"},
+          {"signature: 1", "signature: expected [inputs: […], outputs: […]], or a string"},
+          {~s(signature: "question"), ~s(signature: expected exactly one "->")},
+          {~s(signature: "q -> a: Union[int, str]"),
+           ~s(signature.outputs.a: "Union[int, str]" is not one of str, int)},
+          {~s(signature: "q -> a b"), ~s(signature.outputs: "a b" is not a field)},
+          {~s(signature: "q -> a", id: 1), "id: expected a string, got 1"},
+          {~s(signature: "q -> a", instructions: 1), "instructions: expected a string"},
+          {~s(signature: "q -> a", program_type: "chain_of_thougth"),
+           ~s(program_type: unknown type "chain_of_thougth", did you mean "chain_of_thought"?)},
+          {~s(signature: "q -> a", program_type: 1), "program_type: unknown type 1"},
+          {~s(signature: "q -> trajectory", program_type: :react),
+           "signature.outputs.trajectory: react has a field of its own with this name"},
+          {~s(signature: "q -> tool_calls", tools: [now: []]),
+           "signature.outputs.tool_calls: with tools, a field of DSPy's own"},
+          {~s(signature: "q -> a", demos: [[q: "x", aa: "y"]]), ~s(demos[0].aa: unknown field)},
+          {~s(signature: "q -> a", demos: [1]), "demos[0]: expected a keyword list or a map"},
+          {~s(signature: "q -> a", config: [f: {1, 2}]), "config: no JSON form for {1, 2}"},
+          {~s(signature: "q -> a", options: 1), "options: expected a keyword list or a map"},
+          {~s(signature: "q -> a", tools: [:now]), "tools: expected a keyword list"},
+          {~s(signature: "q -> a", tools: [now: [], now: []]), "tools.now: there twice"},
+          {~s(signature: "q -> a", tools: [now: [fun: &Stock.find/1]]),
+           "tools.now: unknown option :fun"},
+          {~s(signature: "q -> a", tools: [now: [function: fn _ -> 1 end]]),
+           "tools.now.function: expected one of a module, such as &MyApp.Stock.find/1"},
+          {~s(signature: "q -> a", tools: [now: [args: [x: :owl]]]),
+           "tools.now.args.x: unknown type :owl"}
+        ] do
+      error = assert_raise CompileError, fn -> module(options) end
+      assert Exception.message(error) =~ text
+    end
+  end
+end

@@ -1,0 +1,727 @@
+defmodule DSPex.PythonBridge.StubTest do
+  use ExUnit.Case, async: true
+
+  import ExUnit.CaptureLog
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Stub, Top}
+  alias DSPex.Test.Helpers
+
+  doctest DSPex.PythonBridge.Stub.Definition
+
+  # One for all tests, as in an application.
+  @stub __MODULE__.Shared
+
+  setup_all do
+    start_supervised!({Stub, name: @stub})
+    # Started by another process than the tests.
+    %{server: start_supervised!({Agent, fn -> nil end})}
+  end
+
+  defmodule Triage do
+    use DSPex.PythonBridge.Program,
+      program_type: "chain_of_thought",
+      signature: [
+        inputs: [ticket: :string],
+        outputs: [team: {:enum, [:billing, :support]}, urgent: :boolean, why: :string]
+      ],
+      tools: [find: [args: [id: :integer], function: &__MODULE__.find/1]]
+
+    def find(%{"id" => id}), do: "ticket #{id}"
+  end
+
+  defp run(inputs \\ %{}, program \\ "qa"), do: %{program_id: program, inputs: inputs}
+
+  defp call(inputs \\ %{}, opts \\ []),
+    do: Bridge.request(@stub, :execute_program, run(inputs), opts)
+
+  defp answer(value), do: fn _inputs -> {:ok, %{"answer" => value}} end
+
+  # The log of errors is part of what a test shows.
+  defp quietly(fun) do
+    {result, log} = with_log(fun)
+    assert log != ""
+    result
+  end
+
+  describe "an expectation" do
+    test "answers one run, with string keys in both directions" do
+      Stub.expect(@stub, :qa, fn inputs ->
+        {:ok, %{answer: inputs["question"], at: ~D[2026-01-02]}}
+      end)
+
+      assert {:ok, %{"answer" => "Why?", "at" => "2026-01-02"}, meta} = call(%{question: "Why?"})
+      assert %{"lm_calls" => 0, "lm_usage" => %{}, "duration_ms" => _} = meta
+      assert :ok = Stub.verify!(@stub)
+    end
+
+    test "comes before a stub, in their order; n times" do
+      @stub
+      |> Stub.stub("qa", answer("always"))
+      |> Stub.expect("qa", answer("first"))
+      |> Stub.expect("qa", 2, answer("then"))
+
+      answers = for _ <- 1..5, do: elem(call(), 1)["answer"]
+      assert answers == ~w(first then then always always)
+    end
+
+    test "that is used up is an error that says so" do
+      Stub.expect(@stub, "qa", answer("1"))
+      assert {:ok, _, _} = call()
+      assert {:error, %Error{type: :program_not_found, message: text}} = quietly(fn -> call() end)
+
+      assert text ==
+               "Program not found: qa: the stub #{inspect(@stub)} has no answer for it any longer: " <>
+                 "it was expected once, and this is one more"
+    end
+
+    test "serves a pool's call, too, and a list of inputs one by one" do
+      Stub.expect(@stub, "qa", fn %{"n" => n} -> {:ok, %{"n" => n + 1}} end)
+      assert {:ok, %{"n" => 2}} = Pool.call(@stub, :execute_program, run(%{n: 1}))
+
+      Stub.expect(@stub, "qa", 2, fn %{"n" => n} -> {:ok, %{"n" => n + 1}} end)
+
+      assert {:ok, %{"results" => [one, two, three]}, _} =
+               quietly(fn -> call([%{n: 1}, %{n: 2}, %{n: 3}]) end)
+
+      assert %{"success" => true, "result" => %{"n" => 2}} = one
+      assert %{"success" => true, "result" => %{"n" => 3}} = two
+      assert %{"success" => false, "error_type" => "program_not_found"} = three
+    end
+
+    test "is not used by a run whose inputs have no JSON form, or are not the program's" do
+      own = start(programs: [[id: :qa, signature: "question -> answer"]])
+      Stub.expect(own, "qa", answer("1"))
+      run = &Bridge.request(own, :execute_program, run(&1))
+      assert {:error, %Error{type: :invalid_args}} = run.(%{question: {1}})
+      assert {:error, %Error{type: :invalid_args, message: text}} = run.(%{})
+      assert text == "inputs.question: missing; expected question"
+      assert {:ok, _, _} = run.(%{question: "Why?"})
+    end
+  end
+
+  describe "answers belong to a test:" do
+    test "many at once, with tasks of their own, see their own" do
+      test = fn number ->
+        Stub.expect(@stub, "qa", 10, fn %{"n" => n} -> {:ok, %{"answer" => [number, n]}} end)
+
+        answers =
+          1..10
+          |> Task.async_stream(fn n -> elem(call(%{n: n}), 1)["answer"] end, max_concurrency: 10)
+          |> Enum.map(fn {:ok, answer} -> answer end)
+
+        assert answers == for(n <- 1..10, do: [number, n])
+        assert :ok = Stub.verify!(@stub)
+      end
+
+      # Not tasks: each is a test of its own.
+      tests = for number <- 1..50, do: spawn_monitor(fn -> test.(number) end)
+      for {pid, ref} <- tests, do: assert_receive({:DOWN, ^ref, :process, ^pid, :normal}, 10_000)
+    end
+
+    test "a process that it has started uses them, also with a stream or tools" do
+      test = self()
+      Stub.stub(@stub, "qa", answer("mine"))
+
+      spawn_link(fn ->
+        spawn_link(fn ->
+          [{:chunk, "answer", "mine"}, {:ok, _, _}] = Enum.to_list(Bridge.stream(@stub, run()))
+          send(test, call(%{}, tools: %{a: fn _ -> 1 end}))
+        end)
+
+        Process.sleep(:infinity)
+      end)
+
+      assert_receive {:ok, %{"answer" => "mine"}, _meta}, 5_000
+    end
+
+    test "one that was there before is allowed, until the test ends", %{server: server} do
+      ask = fn -> Agent.get(server, fn _ -> call() end) end
+      test = self()
+
+      {owner, ref} =
+        spawn_monitor(fn ->
+          Stub.expect(@stub, "qa", answer("the owner's"))
+          send(test, :expected)
+          receive do: (:allow -> Stub.allow(@stub, self(), server))
+          send(test, :allowed)
+          receive do: (:stop -> :ok)
+        end)
+
+      assert_receive :expected
+      assert {:error, %Error{type: :program_not_found, message: text}} = quietly(ask)
+      assert text =~ "has no answer for it by this process. Another has"
+      send(owner, :allow)
+      assert_receive :allowed
+      assert {:ok, %{"answer" => "the owner's"}, _} = ask.()
+
+      text = "uses the answers of #{inspect(owner)} already"
+      assert_raise ArgumentError, ~r/#{text}/, fn -> Stub.allow(@stub, self(), server) end
+
+      send(owner, :stop)
+      assert_receive {:DOWN, ^ref, :process, _, _}
+      # The stub sees its end at the same time.
+      Helpers.eventually(fn ->
+        match?(@stub, Stub.stub(@stub, "x", answer("x"))) and allowed?(server)
+      end)
+
+      Stub.stub(@stub, "qa", answer("mine"))
+      assert {:ok, %{"answer" => "mine"}, _} = ask.()
+    end
+
+    defp allowed?(server) do
+      Stub.allow(@stub, self(), server) == @stub
+    rescue
+      ArgumentError -> false
+    end
+
+    test "what cannot be allowed" do
+      Stub.stub(@stub, "qa", answer("mine"))
+
+      assert_raise ArgumentError, ~r/has answers of its own/, fn ->
+        Stub.allow(@stub, self(), self())
+      end
+
+      assert_raise ArgumentError, ~r/:nobody is not a process/, fn ->
+        Stub.allow(@stub, self(), :nobody)
+      end
+    end
+
+    test "the stub's own answers are for everyone else, and for casts" do
+      test = self()
+
+      own =
+        start(
+          answers: fn "qa", inputs ->
+            send(test, {:asked, inputs})
+            {:ok, %{"answer" => "anyone's"}}
+          end
+        )
+
+      assert {:ok, %{"answer" => "anyone's"}} = Bridge.call(own, :execute_program, run())
+      Stub.expect(own, "qa", answer("mine"))
+      assert {:ok, %{"answer" => "mine"}} = Bridge.call(own, :execute_program, run())
+      assert {:ok, %{"answer" => "anyone's"}} = Bridge.call(own, :execute_program, run())
+      assert :ok = Bridge.cast(own, :execute_program, run(%{"a" => 1}))
+      assert_receive {:asked, %{"a" => 1}}
+    end
+  end
+
+  describe "verification" do
+    test "names what has not come" do
+      Stub.expect(@stub, "qa", 3, answer("1"))
+      Stub.expect(@stub, "other", answer("1"))
+      call()
+
+      error = assert_raise RuntimeError, fn -> Stub.verify!(@stub) end
+      assert error.message =~ ~s(#{inspect(@stub)}: 2 expected calls of program "qa" not made)
+      assert error.message =~ ~s(#{inspect(@stub)}: 1 expected call of program "other" not made)
+      assert :ok = Stub.verify!(start())
+    end
+
+    test "names the errors of answers, which the application may have rescued" do
+      Stub.expect(@stub, "qa", fn inputs -> assert inputs["question"] == "Why?" end)
+      {:error, %Error{type: :internal, message: text}} = quietly(fn -> call() end)
+
+      assert text =~
+               "stub #{inspect(@stub)}, program qa: the answer's function: ** (ExUnit.AssertionError)"
+
+      assert text =~ ~s(assert inputs["question"] == "Why?")
+      error = assert_raise RuntimeError, fn -> Stub.verify!(@stub) end
+      assert error.message =~ text
+    end
+
+    @tag :tmp_dir
+    test "at the exit of a test, after its own stub has ended", %{tmp_dir: dir} do
+      file = Path.join(dir, "inner_test.exs")
+
+      File.write!(file, """
+      ExUnit.start(seed: 0, colors: [enabled: false])
+
+      defmodule InnerTest do
+        use ExUnit.Case, async: true
+
+        alias DSPex.PythonBridge.{Bridge, Stub}
+
+        setup {Stub, :verify_on_exit!}
+        setup do: (start_supervised!({Stub, name: Inner}); :ok)
+
+        defp call, do: Bridge.call(Inner, :execute_program, %{program_id: "qa", inputs: %{}})
+
+        test "met", do: (Stub.expect(Inner, "qa", fn _ -> {:ok, %{}} end); call())
+        test "not met", do: Stub.expect(Inner, "qa", fn _ -> {:ok, %{}} end)
+        test "failed", do: (Stub.expect(Inner, "qa", fn _ -> raise "boom" end); call())
+      end
+      """)
+
+      paths = Enum.flat_map(:code.get_path(), &["-pa", to_string(&1)])
+      {output, status} = System.cmd("elixir", paths ++ [file], stderr_to_stdout: true)
+      assert status == 2
+      assert output =~ "3 tests, 2 failures"
+      assert output =~ ~s(Inner: 1 expected call of program "qa" not made)
+
+      assert output =~
+               "Inner: stub Inner, program qa: the answer's function: ** (RuntimeError) boom"
+    end
+  end
+
+  describe "an answer" do
+    test "is an error with its type, text, and what else it has" do
+      error = %{Error.new(:lm_error, "rate limit") | retryable: true, meta: %{"lm_calls" => 2}}
+      Stub.stub(@stub, "qa", fn _ -> {:error, error} end)
+      assert {:error, %Error{type: :lm_error, retryable: true, meta: meta}} = call()
+      assert %{"lm_calls" => 2, "cache_hits" => 0} = meta
+      assert {:error, "rate limit"} = Pool.call(@stub, :execute_program, run())
+
+      Stub.stub(@stub, "qa", fn _ -> {:error, "no"} end)
+      assert {:error, %Error{type: :internal, message: "no", retryable: false}} = call()
+    end
+
+    test "is an error of a bridge" do
+      for type <- [:timeout, :overloaded, :python_process_died] do
+        Stub.stub(@stub, "qa", fn _ -> {:error, type} end)
+        assert {:error, type} == Bridge.call(@stub, :execute_program, run())
+        assert {:error, type} == Pool.call(@stub, :execute_program, run(), 5_000)
+        assert [error: %Error{type: ^type}] = Enum.to_list(Bridge.stream(@stub, run()))
+        assert [error: %Error{type: ^type}] = Enum.to_list(Pool.stream(@stub, run()))
+      end
+    end
+
+    test "has metadata of its own" do
+      Stub.stub(@stub, "qa", fn _ -> {:ok, %{}, %{lm_usage: %{"m" => %{"total_tokens" => 3}}}} end)
+
+      assert {:ok, %{}, %{"lm_usage" => %{"m" => %{"total_tokens" => 3}}, "lm_calls" => 0}} =
+               call()
+    end
+
+    test "has a history if the call asks for one" do
+      history = [%{"model" => "m", "messages" => [], "outputs" => ["text"]}]
+      Stub.stub(@stub, "qa", fn _ -> {:ok, %{}, %{history: history}} end)
+      assert {:ok, %{}, %{"history" => ^history}} = call(%{}, history: true)
+      assert {:ok, %{}, meta} = call()
+      refute is_map_key(meta, "history")
+      Stub.stub(@stub, "qa", fn _ -> {:ok, %{}} end)
+      assert {:ok, %{}, %{"history" => []}} = call(%{}, history: true)
+    end
+
+    test "that is none, or cannot be one, is an error that says what is wrong" do
+      own = start(programs: [%{id: "qa", signature: "question -> answer, why"}])
+      run = fn -> Bridge.request(own, :execute_program, run(%{question: "?"})) end
+
+      for {value, expected} <- [
+            {:ok, "expected {:ok, outputs}, {:ok, outputs, meta} or {:error, error}"},
+            {{:error, :bridge_not_running}, "expected {:ok, outputs}"},
+            {{:ok, "text"}, "outputs: expected a map"},
+            {{:ok, %{"answer" => {1, 2}}}, "outputs: no JSON form for {1, 2}"},
+            {{:ok, %{}, %{a: self()}}, "meta: no JSON form for #PID"},
+            {{:ok, %{"anser" => "x", "why" => ""}},
+             "anser: unknown field; answer: missing; expected answer, why"}
+          ] do
+        Stub.expect(own, "qa", fn _ -> value end)
+        assert {:error, %Error{type: :internal, message: text}} = quietly(run)
+        assert text =~ "stub #{inspect(own)}, program qa: " and text =~ expected
+      end
+
+      Stub.expect(own, "qa", fn _ -> exit(:kaputt) end)
+      assert {:error, %Error{type: :internal, message: text}} = quietly(run)
+      assert text =~ "** (exit) :kaputt"
+
+      Stub.expect(own, "qa", fn _ -> Process.exit(self(), :kill) end)
+      assert {:error, %Error{type: :internal, message: text}} = run.()
+      assert text =~ "the answer's process ended: :killed"
+    end
+
+    test "that the stub does not have names the program and what to do" do
+      for {own, text} <- [
+            {start(), "Give it one with Stub.expect/3, Stub.stub/3 or the stub's answers:"},
+            {start(answers: fn "other", _ -> {:ok, %{}} end), "answers: has no clause for it"}
+          ],
+          module <- [Bridge, Pool] do
+        assert {:error, error} = quietly(fn -> module.call(own, :execute_program, run()) end)
+        assert error =~ "Program not found: qa: the stub #{inspect(own)} has no answer for it"
+        assert error =~ text
+      end
+    end
+
+    test "that raises a FunctionClauseError elsewhere is not taken for one without a clause" do
+      own = start(answers: fn _program, _inputs -> String.length(1) end)
+      assert {:error, error} = quietly(fn -> Bridge.call(own, :execute_program, run()) end)
+      assert error =~ "FunctionClauseError"
+    end
+
+    test "may itself make calls, which are the test's" do
+      Stub.expect(@stub, "inner", answer("inner"))
+
+      Stub.expect(@stub, "qa", fn _ ->
+        {:ok, %{"answer" => inner}} = Pool.call(@stub, :execute_program, run(%{}, "inner"))
+        {:ok, %{"answer" => "outer of " <> inner}}
+      end)
+
+      assert {:ok, %{"answer" => "outer of inner"}, _} = call()
+      assert :ok = Stub.verify!(@stub)
+    end
+
+    test "finds the owner of mocks by $callers" do
+      test = self()
+      Stub.expect(@stub, "qa", fn _ -> {:ok, %{"mine" => test in Process.get(:"$callers")}} end)
+      assert {:ok, %{"mine" => true}, _} = call()
+    end
+  end
+
+  describe "a stream" do
+    test "has the chunks and statuses that the answer sends, while it runs" do
+      test = self()
+
+      Stub.expect(@stub, "qa", fn _inputs ->
+        Stub.status("thinking")
+        Stub.chunk("answer", "Par")
+        send(test, {:waits, self()})
+        receive do: (:go_on -> Stub.chunk("answer", "is"))
+        {:ok, %{"answer" => "Paris"}}
+      end)
+
+      elements =
+        for element <- Bridge.stream(@stub, run()) do
+          if element == {:chunk, "answer", "Par"} do
+            assert_receive {:waits, pid}
+            send(pid, :go_on)
+          end
+
+          element
+        end
+
+      assert [
+               {:status, "thinking"},
+               {:chunk, "answer", "Par"},
+               {:chunk, "answer", "is"},
+               {:ok, result, %{}}
+             ] =
+               elements
+
+      assert result == %{"answer" => "Paris"}
+    end
+
+    test "has each string of an answer as a chunk, in the signature's order, if it sends none" do
+      own =
+        start(
+          programs: [
+            %{id: "qa", signature: "q -> z, b: int, a", program_type: "chain_of_thought"}
+          ]
+        )
+
+      Stub.expect(own, "qa", fn _ ->
+        {:ok, %{"a" => "A", "b" => 1, "z" => "Z", "reasoning" => "R"}}
+      end)
+
+      assert [{:chunk, "reasoning", "R"}, {:chunk, "z", "Z"}, {:chunk, "a", "A"}, {:ok, _, _}] =
+               Enum.to_list(Bridge.stream(own, run(%{q: "?"})))
+    end
+
+    test "chunks of a call that is not one are dropped" do
+      Stub.expect(@stub, "qa", fn _ -> {:ok, %{"sent" => Stub.chunk("a", "b") == :ok}} end)
+      assert {:ok, %{"sent" => true}, _} = call()
+      assert_raise ArgumentError, ~r/only for the process/, fn -> Stub.chunk("a", "b") end
+    end
+
+    test "that is halted ends the answer" do
+      blocks("chunk")
+
+      for module <- [Bridge, Pool] do
+        assert [{:chunk, "answer", "a"}] = Enum.take(module.stream(@stub, run()), 1)
+        assert_ended()
+      end
+    end
+  end
+
+  # An answer that sends a chunk, and its pid, and never ends.
+  defp blocks(mark) do
+    test = self()
+
+    Stub.stub(@stub, "qa", fn _inputs ->
+      send(test, {:answers, mark, self()})
+      Stub.chunk("answer", "a")
+      Process.sleep(:infinity)
+    end)
+  end
+
+  defp assert_ended do
+    assert_receive {:answers, _mark, pid}
+    ref = Process.monitor(pid)
+    assert_receive {:DOWN, ^ref, :process, ^pid, reason} when reason in [:killed, :noproc]
+    Helpers.eventually(fn -> Bridge.get_status(@stub).pending == 0 end)
+  end
+
+  describe "a program's module" do
+    @answer %{"team" => "billing", "urgent" => true, "why" => "It says so.", "reasoning" => "R"}
+
+    test "runs with an answer to its id: a struct, chunks, tools, and errors that name the field" do
+      test = self()
+
+      Stub.expect(@stub, Triage, fn inputs ->
+        send(test, {inputs, Stub.call_tool("find", %{id: 7})})
+        {:ok, @answer, %{"lm_calls" => 1}}
+      end)
+
+      assert {:ok, %Triage{team: :billing, urgent: true, reasoning: "R"}, %{"lm_calls" => 1}} =
+               Triage.run(%{ticket: "Twice!"}, server: @stub, meta: true)
+
+      assert_receive {%{"ticket" => "Twice!"}, {:ok, "ticket 7"}}
+
+      Stub.expect(@stub, inspect(Triage), fn _ -> {:ok, @answer} end)
+      elements = Enum.to_list(Triage.stream(%{ticket: "Twice!"}, server: @stub))
+      assert {:chunk, :why, "It says so."} in elements
+      assert {:ok, %Triage{why: "It says so."}, %{}} = List.last(elements)
+
+      Stub.expect(@stub, Triage, 2, fn _ -> {:ok, %{@answer | "team" => "sales"}} end)
+
+      assert {:error, %Error{type: :output_invalid, message: text}} =
+               Triage.run(%{ticket: "?"}, server: @stub)
+
+      assert text =~ "team: "
+
+      assert {:ok, [error: %Error{type: :output_invalid}]} =
+               Triage.run([%{ticket: "?"}], server: @stub)
+
+      assert :ok = Stub.verify!(@stub)
+    end
+
+    test "without an answer has an error that says what to do" do
+      assert {:error, %Error{type: :program_not_found, message: text}} =
+               quietly(fn -> Triage.run(%{ticket: "?"}, server: @stub) end)
+
+      assert text =~ "Give it one with Stub.expect/3"
+      refute text =~ "create_program"
+    end
+  end
+
+  describe "a caller that gives up ends the answer:" do
+    test "its timeout, in a call, a pool's call, a stream, with tools" do
+      blocks("timeout")
+
+      for fun <- [
+            fn -> Bridge.call(@stub, :execute_program, run(), 50) end,
+            fn -> Pool.call(@stub, :execute_program, run(), 50) end
+          ] do
+        assert {:error, :timeout} = fun.()
+        assert_ended()
+      end
+
+      assert {:error, %Error{type: :timeout}} =
+               Enum.to_list(Bridge.stream(@stub, run(), timeout: 50)) |> List.last()
+
+      assert_ended()
+      assert {:error, %Error{type: :timeout}} = call(%{}, timeout: 50, tools: %{a: fn _ -> 1 end})
+      assert_ended()
+      # The default of the stub.
+      own = start(default_timeout: 50, answers: fn _, _ -> Process.sleep(:infinity) end)
+      assert {:error, :timeout} = Bridge.call(own, :execute_program, run())
+      assert {:error, :timeout} = Pool.call(own, :execute_program, run())
+      assert :ok = Bridge.cast(own, :execute_program, run())
+      Helpers.eventually(fn -> Bridge.get_status(own).pending == 0 end)
+    end
+
+    test "its death" do
+      blocks("death")
+
+      for fun <- [
+            fn -> call(%{}, timeout: :infinity) end,
+            fn -> Pool.call(@stub, :execute_program, run(), :infinity) end,
+            fn -> Enum.to_list(Bridge.stream(@stub, run())) end,
+            fn -> Enum.to_list(Pool.stream(@stub, run())) end,
+            fn -> Pool.request(@stub, :execute_program, run(), tools: %{a: fn _ -> 1 end}) end
+          ] do
+        pid = spawn(fun)
+        assert_receive {:answers, "death", answerer}
+        send(self(), {:answers, "death", answerer})
+        Process.exit(pid, :kill)
+        assert_ended()
+      end
+    end
+
+    test "its exception in on_chunk" do
+      blocks("chunk")
+      assert_raise RuntimeError, fn -> call(%{}, on_chunk: fn _ -> raise "enough" end) end
+      assert_ended()
+    end
+  end
+
+  describe "tools" do
+    test "are called by the answer, which gets their results and errors" do
+      Stub.stub(@stub, "qa", fn _inputs ->
+        results = for name <- ~w(good bad missing), do: Stub.call_tool(name, %{n: 1})
+        {:ok, %{"results" => for({kind, value} <- results, do: [kind, value])}}
+      end)
+
+      tools = %{good: fn %{"n" => n} -> %{n: n + 1} end, bad: fn _ -> {:error, "no"} end}
+      assert {:ok, %{"results" => [good, bad, missing]}, _} = call(%{}, tools: tools)
+      assert good == ["ok", %{"n" => 2}]
+      assert bad == ["error", "no"]
+      assert ["error", "tool missing: it was not given" <> _] = missing
+      assert {:ok, %{"results" => [["error", text] | _]}, _} = call()
+      assert text == "tool good: :tools was not given for this call"
+    end
+
+    test "that must not run twice, and those with a key of their call, are called as by a peer" do
+      test = self()
+
+      Stub.stub(@stub, "qa", fn _inputs ->
+        results = for _ <- 1..2, do: Stub.call_tool("refund", %{order: 7})
+        {:ok, %{"results" => for({:ok, value} <- results, do: value)}}
+      end)
+
+      refund = fn %{"order" => 7}, key ->
+        send(test, {:refunded, key})
+        "done"
+      end
+
+      tools = %{refund: {refund, repeat: false}}
+
+      for module <- [Bridge, Pool] do
+        assert {:ok, %{"results" => ["done", "done"]}, _} =
+                 module.request(@stub, :execute_program, run(), tools: tools)
+
+        assert_receive {:refunded, one}
+        assert_receive {:refunded, two}
+        assert one != two
+      end
+    end
+
+    test "are called at once by the items of a list" do
+      Stub.stub(@stub, "qa", fn %{"n" => n} ->
+        {:ok, result} = Stub.call_tool("double", %{n: n})
+        {:ok, %{"n" => result}}
+      end)
+
+      double = fn %{"n" => n} -> 2 * n end
+
+      assert {:ok, %{"results" => results}, _} =
+               call(for(n <- 1..20, do: %{n: n}), tools: %{double: double})
+
+      assert for(n <- 1..20, do: 2 * n) == for(%{"result" => %{"n" => n}} <- results, do: n)
+    end
+  end
+
+  test "calls run at the same time, of the pool, too, whatever is checked out" do
+    test = self()
+
+    Stub.stub(@stub, "qa", fn %{"n" => n} ->
+      send(test, {:there, self()})
+      receive do: (:go_on -> {:ok, %{"n" => n}})
+    end)
+
+    assert {:ok, @stub} = Pool.checkout(@stub)
+    assert {:ok, @stub} = Pool.checkout(@stub)
+
+    tasks =
+      for n <- 1..200 do
+        module = if rem(n, 2) == 0, do: Pool, else: Bridge
+        Task.async(fn -> module.call(@stub, :execute_program, run(%{n: n})) end)
+      end
+
+    pids = for _ <- 1..200, do: assert_receive({:there, _pid}, 5_000) |> elem(1)
+    Enum.each(pids, &send(&1, :go_on))
+    assert for(n <- 1..200, do: {:ok, %{"n" => n}}) == Task.await_many(tasks)
+    assert :ok = Pool.checkin(@stub, @stub)
+  end
+
+  test "messages that are not for it are dropped" do
+    own = start(answers: fn _, _ -> {:ok, %{}} end)
+
+    capture_log(fn ->
+      for name <- [own, Pool.Handle.coordinator(own)],
+          message <- [
+            :hello,
+            {:request, 1},
+            {:abandon, make_ref()},
+            {make_ref(), 1},
+            {:timeout, 1, 2}
+          ] do
+        send(name, message)
+        assert {:error, :unknown_call} = GenServer.call(name, :hello)
+        GenServer.cast(name, :hello)
+      end
+
+      assert {:ok, %{}} = Bridge.call(own, :execute_program, run())
+      assert {:ok, %{}} = Pool.call(own, :execute_program, run())
+    end)
+  end
+
+  test "it is listed with the bridges of its node" do
+    own = start()
+    %{peers: peers} = Top.snapshot(timeout: 5_000)
+
+    assert %{pool: pool, state: :running, calls: 0} =
+             Enum.find(peers, &(&1.bridge == inspect(own)))
+
+    assert pool == inspect(own)
+  end
+
+  test "a stub that ends leaves its callers with an error, and nothing behind" do
+    name = Module.concat(__MODULE__, "Ends")
+    stub = start_supervised!({Stub, name: name, answers: fn _, _ -> Process.sleep(:infinity) end})
+    call = Task.async(fn -> Bridge.call(name, :execute_program, run()) end)
+    Helpers.eventually(fn -> Bridge.get_status(name).pending == 1 end)
+    {:links, links} = Process.info(stub, :links)
+    stop_supervised!(name)
+    assert {:error, :bridge_not_running} = Task.await(call)
+
+    for pid <- links,
+        pid != self(),
+        do: Helpers.eventually(fn -> not Process.alive?(pid) or pid in test_pids() end)
+
+    assert {:error, :bridge_not_running} = Pool.call(name, :ping)
+    assert %{state: :failed} = Bridge.get_status(name)
+    # Its name is free.
+    start_supervised!({Stub, name: name})
+    assert {:ok, %{"status" => "ok"}} = Pool.call(name, :ping)
+    assert :ok = Bridge.stop(name)
+  end
+
+  defp test_pids, do: Process.get(:"$ancestors", []) ++ elem(Process.info(self(), :links), 1)
+
+  defp start(opts \\ []) do
+    name = Module.concat(__MODULE__, "S#{System.unique_integer([:positive])}")
+    start_supervised!({Stub, [name: name] ++ opts})
+    name
+  end
+
+  describe "wrong use is named:" do
+    test "options" do
+      for {opts, expected} <- [
+            {[], ":name: expected that of your Bridge or Pool"},
+            {[name: "x"], ":name: expected an atom, got \"x\""},
+            {[name: X, answer: 1], "unknown option :answer, did you mean :answers?"},
+            {[name: X, answers: fn _ -> 1 end],
+             ":answers: expected a function of a program's id and its inputs"},
+            {[name: X, programs: %{}], ":programs: expected a list"},
+            {[name: X, programs: [1]],
+             ":programs: expected the arguments of create_program, got 1"},
+            {[name: X, programs: [%{id: "a"}]],
+             ":programs: a: signature: missing; expected text"},
+            {[name: X, programs: [%{id: "a", signature: "a -> b", tools: {1}}]],
+             "no JSON form for {1}"},
+            {[
+               name: X,
+               programs: [%{id: "a", signature: "a -> b"}, %{id: "a", signature: "a -> b"}]
+             ], ":programs: a: there twice"},
+            {[name: X, default_timeout: 0], ":default_timeout: expected a positive number"}
+          ] do
+        assert {:error, %ArgumentError{message: text}} = Stub.start_link(opts)
+        assert text =~ expected
+      end
+
+      assert {:error, {:already_started, _pid}} = Stub.start_link(name: @stub)
+    end
+
+    test "what is not a stub, or not a program" do
+      for other <- [:nobody, self(), __MODULE__] do
+        assert_raise ArgumentError, ~r/is not a stub that runs/, fn ->
+          Stub.expect(other, "qa", answer(1))
+        end
+      end
+
+      assert_raise ArgumentError, ~r/expected a program's id or module, got 1/, fn ->
+        Stub.expect(@stub, 1, answer(1))
+      end
+    end
+  end
+end

@@ -1,0 +1,106 @@
+"""built_once: types and signatures are built once, found by identity, bounded, and given up when they change."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import dspy
+import pydantic
+import pytest
+
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.adapters import built_once
+
+
+def test_a_type_is_built_once_and_by_its_identity() -> None:
+    """`int | str` equals `str | int`, but an LM is shown another schema."""
+    made: list[Any] = []
+    built = built_once._Built(lambda kind: made.append(kind) or pydantic.TypeAdapter(kind))
+    one, other = int | str, str | int
+    assert one == other
+    schemas = [built.get(kind).json_schema()["anyOf"][0]["type"] for kind in (one, other, one, other)]
+    assert schemas == ["integer", "string", "integer", "string"]
+    assert len(made) == 2
+
+
+def test_no_more_types_than_a_limit_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built_once, "_MOST", 10)
+    built = built_once._Built(lambda kind: kind)
+    for number in range(10_000):
+        kind = type(f"Kind{number}", (), {})
+        assert built.get(kind) is kind
+    assert len(built._made) == 10
+
+
+def test_signatures_of_trajectories_are_bounded_by_their_fields() -> None:
+    """An agent of 1,000 steps has signatures of up to 4,000 fields."""
+
+    class Made:
+        def __init__(self, text: str) -> None:
+            self.fields = text.split(",")
+
+    once = built_once._Signatures(Made)
+    for length in range(4, 4_000, 4):
+        text = ",".join(f"f{number}" for number in range(length))
+        assert once.get(text) is once.get(text) or length > built_once._MOST_FIELDS
+    assert sum(len(made.fields) for made in once._made.values()) <= built_once._MOST_FIELDS
+
+
+def test_what_is_made_of_a_signature_follows_its_changes_and_ends_with_it() -> None:
+    per_signature = built_once.PerSignature()
+    signature: Any = dspy.Signature("question -> answer", "Answer.")
+    texts = iter("abcdef")
+
+    def get(key: str = "system") -> str:
+        return str(per_signature.get(signature, key, lambda: next(texts)))
+
+    assert [get(), get(), get(key="schema"), get()] == ["a", "a", "b", "a"]
+    signature.instructions = "Answer in one word."
+    assert [get(), get()] == ["c", "c"]
+    signature.fields["answer"].json_schema_extra["desc"] = "a city"
+    assert [get(), get()] == ["d", "d"]
+    signature = signature.with_instructions("Answer in one word.")
+    assert get() == "e"
+    gc.collect()
+    assert len(per_signature._made) == 1
+    signature = None
+    gc.collect()
+    assert len(per_signature._made) == 0
+
+
+def test_a_schema_that_was_changed_is_read_again() -> None:
+    import jsonschema
+
+    validate = built_once._validating(jsonschema.validate)
+    schema: dict[str, Any] = {"type": "integer"}
+    validate(instance=3, schema=schema)
+    with pytest.raises(jsonschema.ValidationError, match="'x' is not of type 'integer'"):
+        validate(instance="x", schema=schema)
+    schema["type"] = "string"
+    validate(instance="x", schema=schema)
+    with pytest.raises(jsonschema.SchemaError):
+        validate(instance="x", schema={"type": "no such type"})
+    # No JSON, which the library itself accepts.
+    validate(instance="x", schema={"enum": ["x", {1}]})
+
+
+def test_arguments_are_read_as_by_dspy() -> None:
+    made = built_once._argument_model(pydantic.create_model)
+    first, again = made("Wrapper", value=(int | None, ...)), made("Wrapper", value=(int | None, ...))
+    assert first.model_validate({"value": "3"}).value == 3
+    assert again.model_validate({"value": None}).value is None
+    other = made("Other", value=(int, ...), more=(str, "x"))
+    assert set(other.model_fields) == {"value", "more"}
+
+
+def test_only_trajectories_share_a_signature() -> None:
+    """Others may be changed by who has made them."""
+    make = built_once._signature_once(dspy_internals.MAKE_SIGNATURE.value)
+    assert make("a -> b") is not make("a -> b")
+    shared: list[Any] = []
+    formatted = built_once._of_a_trajectory(lambda _self, keys: shared.append(make(keys)))
+    formatted(None, "a, b -> x")
+    formatted(None, "a, b -> x")
+    assert shared[0] is shared[1]
+    assert make("a, b -> x") is not shared[0]
