@@ -155,6 +155,41 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     assert_received {^ref, :tool_call, %Invocation{port: ^second}}
   end
 
+  test "a call in which a tool begins that must not be called twice does not go to the next peer",
+       context do
+    %{first: first, ref: ref} = context
+
+    for how <- [:died, :replaced],
+        retry <- [:bridge, :pool, :never],
+        streamed? <- [false, true] do
+      request = %{Calls.Table.get(context.in_flight.calls, 1) | retry: retry}
+      calls = Calls.Table.replace(context.in_flight.calls, 1, request)
+      in_flight = %{context.in_flight | calls: calls}
+      assert {:ok, in_flight} = Calls.Events.bind(in_flight, first, 1)
+      # It is not needed any longer.
+      assert %{retry: ^retry, body: ""} = Calls.Table.get(in_flight.calls, 1)
+
+      in_flight =
+        if streamed?,
+          do: elem(Calls.Events.chunk(in_flight, first, 1, @frame), 1),
+          else: in_flight
+
+      in_flight = Handover.lost(in_flight, first, how)
+      assert Calls.Table.size(in_flight.calls) == 0
+      # Also a pool's caller: it is to try no other peer.
+      assert_received {^ref, {:error, :tool_begun}}
+    end
+  end
+
+  test "such a tool does not begin for a peer that no longer has the call", context do
+    in_flight = second_serves(context)
+    assert Calls.Events.bind(in_flight, context.first, 1) == {:over, in_flight}
+    assert Calls.Events.bind(in_flight, context.second, 2) == {:over, in_flight}
+    assert {:ok, in_flight} = Calls.Events.bind(in_flight, context.second, 1)
+    in_flight = Handover.lost(in_flight, context.second, :died)
+    assert Calls.Events.bind(in_flight, context.second, 1) == {:over, in_flight}
+  end
+
   test "a result goes to the peer that asked, and to no other", context do
     %{first: first, second: second} = context
     Calls.Events.tool_result(context.in_flight, first, 1, @frame)
