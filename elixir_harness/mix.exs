@@ -83,6 +83,8 @@ defmodule DSPex.MixProject do
     {"guide/streaming", "Guide"},
     {"guide/lms", "Guide"},
     {"guide/own-modules", "Guide"},
+    {"guide/liveview", "Guide"},
+    {"guide/jobs", "Guide"},
     {"local-models", "Guide"},
     {"testing", "Guide"},
     {"deploying", "In production"},
@@ -91,6 +93,7 @@ defmodule DSPex.MixProject do
     {"errors", "In production"},
     {"telemetry", "In production"},
     {"cluster", "In production"},
+    {"upgrading", "In production"},
     {"how-it-works", "Inside"},
     {"performance", "Inside"},
     {"protocol", "Inside"},
@@ -149,7 +152,7 @@ defmodule DSPex.MixProject do
       extras:
         ["../README.md"] ++
           Enum.map(@pages, fn {page, _group} -> "../docs/#{page}.md" end) ++
-          ["../CONTRIBUTING.md", "../CHANGELOG.md"],
+          ["../CONTRIBUTING.md", "../SECURITY.md", "../CHANGELOG.md"],
       groups_for_extras:
         for group <- ["Start", "Guide", "In production", "Inside", "Coming from"] do
           {group, for({page, ^group} <- @pages, do: "../docs/#{page}.md")}

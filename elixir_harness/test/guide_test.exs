@@ -14,8 +14,10 @@ defmodule DSPex.GuideTest do
 
   @root Path.expand("../..", __DIR__)
   @guide ~w(signatures agents streaming lms own-modules)
+  # Applications, which have tests of their own: liveview_page_test.exs, jobs_page_test.exs.
+  @applications ~w(liveview jobs)
   @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/security.md docs/settings.md docs/errors.md
-            docs/coming-from.md docs/cluster.md)
+            docs/coming-from.md docs/cluster.md docs/upgrading.md)
   # The readers of these have the application's own Bridge and Monitor.
   @in_application ~w(README.md docs/getting-started.md)
 
@@ -68,7 +70,9 @@ defmodule DSPex.GuideTest do
 
   test "each page of the guide is tested, and each section has an example" do
     pages = Path.wildcard(Path.join(@root, "docs/guide/*.md"))
-    assert Enum.sort(@guide) == Enum.sort(Enum.map(pages, &Path.basename(&1, ".md")))
+
+    assert Enum.sort(@guide ++ @applications) ==
+             Enum.sort(Enum.map(pages, &Path.basename(&1, ".md")))
 
     for page <- pages, section <- tl(Regex.split(~r/^## /m, File.read!(page))) do
       assert section =~ ~r/^```(elixir|python)$/m, "#{page}: #{hd(String.split(section, "\n"))}"

@@ -14,7 +14,7 @@ from dspy_bridge import errors
 from dspy_bridge.programs import module_factory, module_options
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXUNIT = ROOT / "elixir_harness" / "test" / "dspex" / "python_bridge"
 PEER = ROOT / "dspy_bridge"
 BRIDGE = ROOT / "elixir_harness" / "lib" / "dspex" / "python_bridge"

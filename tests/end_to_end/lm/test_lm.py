@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pickle
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -407,6 +411,36 @@ def test_a_disk_cache_outlives_the_peer(start_lm: Any, tmp_path: Any) -> None:
             assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
             peer.finish()
     assert len(server.requests) == 1
+
+
+class Planted:
+    """What a pickle can do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_in_the_folder_of_the_disk_cache_is_not_run(start_lm: Any, tmp_path: Path) -> None:
+    server = start_lm()
+    folder, marker = tmp_path / "cache", tmp_path / "run"
+    for planted in (False, True):
+        with Peer("--disk-cache", str(folder), env=lm_env(server, cache=True)) as peer:
+            peer.call("create_program", QA)
+            assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
+            peer.finish()
+        if not planted:
+            changed = sum(plant(shard, pickle.dumps(Planted(marker))) for shard in folder.rglob("cache.db"))
+            assert changed > 0
+    assert len(server.requests) == 2 and not marker.exists()
+
+
+def plant(shard: Path, data: bytes) -> int:
+    """Replace the values of a shard of diskcache by a pickle, its mode 4; how many there were."""
+    with contextlib.closing(sqlite3.connect(shard)) as database, database:
+        return database.execute("UPDATE Cache SET mode = 4, filename = NULL, value = ?", (data,)).rowcount
 
 
 TALKS = """

@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Program do
     * `:server` – the bridge or pool of its runs, if they name none
     * `:tools` – a keyword list of `:description`, `:args`, which are written as fields are, and `:function`, which is a
       function of a module or `{function, options}`: `[stock: [args: [sku: :string], function: &MyApp.Stock.find/1]]`.
-      The tools of a run's `:tools` take the place of those with the same names
+      It is called as one of a run's `:tools`, which take the place of those with the same names
     * `:lm`, `:adapter`, `:config`, `:options`, `:demos`, `:state`, `:state_path` – as in docs/protocol.md; keyword lists
       may take the place of maps
 
@@ -64,7 +64,8 @@ defmodule DSPex.PythonBridge.Program do
 
   A field is `name: type`, `name: {type, "description"}`, or `name: {type, description: "…", min: 1, max: 5}`. `:min` and
   `:max` are the limits of a number, or of the length of a string or list. The struct has the outputs, and what the program
-  type adds: `reasoning`, `trajectory`, `rationale`, `final_reasoning`, `tool_calls`, which are nil if they are absent.
+  type adds: `reasoning`, `trajectory`, `rationale`, `final_reasoning`, `tool_calls`, which are nil if they are absent. Of a
+  module of your own in Python it has the outputs alone.
 
   | type | in Elixir |
   | --- | --- |

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Stub do
   `DSPex.PythonBridge.Bridge` and `DSPex.PythonBridge.Pool` work with that name, and so do their timeouts, cancellation,
   tools and telemetry: their code is the same, and arguments and results become JSON and back. Only the answers are yours.
 
-      defmodule MyApp.TriageTest do
+      defmodule MyApp.TicketsTest do
         use ExUnit.Case, async: true
 
         alias DSPex.PythonBridge.Stub
@@ -18,11 +18,12 @@ defmodule DSPex.PythonBridge.Stub do
             {:ok, %{"team" => "support", "urgent" => true}}
           end)
 
-          assert MyApp.Triage.route("It burns!") == {:now, "support"}
+          assert MyApp.Tickets.route("It burns!") == {:now, "support"}
         end
       end
 
-  with the stub in place of the pool, in `test/test_helper.exs` or under the application's supervisor:
+  with the stub in place of the pool, under the application's supervisor (docs/testing.md has the whole example) or in
+  `test/test_helper.exs`:
 
       {:ok, _stub} = DSPex.PythonBridge.Stub.start_link(name: MyApp.Pool)
 
@@ -55,12 +56,12 @@ defmodule DSPex.PythonBridge.Stub do
 
   ## Programs
 
-  Programs need not be created. If one is, by `create_program` or the option `:programs`, its definition is checked by
-  the peer's rules as far as they need no DSPy (not its types), and runs with other inputs or outputs than it has
-  are errors. Programs belong to the stub, as they do to a pool.
+  Programs need not be declared or created. If one is, by the option `:programs` or `create_program`, its definition is
+  checked by the peer's rules as far as they need no DSPy (not its types), and runs with other inputs or outputs than
+  it has are errors. Programs belong to the stub, as they do to a pool.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Pool, Protocol}
+  alias DSPex.PythonBridge.{Error, Options, Pool, Programs}
   alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Programs.Change
   alias DSPex.PythonBridge.Protocol.Payload
@@ -87,7 +88,7 @@ defmodule DSPex.PythonBridge.Stub do
 
     * `:name` – that of the Bridge or Pool in whose place it is, an atom; required
     * `:answers` – a function of a program's id and its inputs, for the runs that no test has answered
-    * `:programs` – a list of the arguments of `create_program`, maps or keyword lists
+    * `:programs` – programs that are there from the start, as for `DSPex.PythonBridge.Bridge.start_link/1`
     * `:default_timeout` – as for `DSPex.PythonBridge.Bridge.start_link/1`
 
   A wrong option, or definition, gives `{:error, %ArgumentError{}}` with a text that names it.
@@ -96,10 +97,10 @@ defmodule DSPex.PythonBridge.Stub do
   def start_link(opts) do
     with :ok <- Options.check(opts, "python stub", &refusal/1),
          :ok <- named(opts),
-         {:ok, programs} <- programs(Keyword.get(opts, :programs, [])),
-         {:ok, settings} <-
-           Pool.Options.new([pool_size: 1] ++ Keyword.take(opts, [:name, :default_timeout]), nil),
-         do: Server.start_link(%{settings: settings, answers: opts[:answers], programs: programs})
+         own = Keyword.take(opts, [:name, :programs, :default_timeout]),
+         {:ok, settings} <- Pool.Options.new([pool_size: 1] ++ own, nil),
+         :ok <- defined(settings.programs.()),
+         do: Server.start_link(settings, opts[:answers])
   end
 
   @doc "The child specification of `{Stub, opts}`; the id is the stub's name."
@@ -116,48 +117,25 @@ defmodule DSPex.PythonBridge.Stub do
   defp refusal({:answers, other}),
     do: Options.expected(:answers, "a function of a program's id and its inputs", other)
 
-  defp refusal({:programs, list}) when is_list(list), do: nil
-  defp refusal({:programs, other}), do: Options.expected(:programs, "a list", other)
   # Checked with those of a pool.
-  defp refusal({:default_timeout, _timeout}), do: nil
+  defp refusal({key, _value}) when key in [:programs, :default_timeout], do: nil
   defp refusal({key, _value}), do: Options.unknown(key, @options)
 
   defp named(opts) do
     if opts[:name], do: :ok, else: wrong(":name: expected that of your Bridge or Pool")
   end
 
-  defp programs(list) do
-    Enum.reduce_while(list, {:ok, []}, fn definition, {:ok, programs} ->
-      with {:ok, {id, body}} <- program(definition),
-           false <- List.keymember?(programs, id, 0) do
-        {:cont, {:ok, programs ++ [{id, body}]}}
+  # A wrong one is a mistake of the test's, or of what it tests.
+  defp defined(programs) do
+    Enum.find_value(programs, :ok, fn {id, args} ->
+      with {:ok, "," <> json} <- Programs.Declared.encode(args),
+           {:ok, %{"args" => args}} <- Payload.decode("{" <> json),
+           :ok <- Definition.check(args) do
+        nil
       else
-        true -> {:halt, wrong(":programs: #{id(definition)}: there twice")}
-        {:error, text} -> {:halt, wrong(":programs: #{text}")}
+        {:error, %Error{message: text}} -> wrong(":programs: #{id}: #{text}")
       end
     end)
-  end
-
-  defp program(definition) do
-    with {:ok, args} <- arguments(definition),
-         {:ok, "," <> json = body} <- Protocol.encode_body(:create_program, args),
-         {:ok, %{"args" => decoded}} <- Payload.decode("{" <> json),
-         :ok <- Definition.check(decoded) do
-      {:ok, {decoded["id"], body}}
-    else
-      {:error, %Error{message: text}} -> {:error, "#{id(definition)}: #{text}"}
-      {:error, text} -> {:error, text}
-    end
-  end
-
-  defp id(definition), do: Change.program_id(:create_program, Map.new(definition)) || "no id"
-
-  defp arguments(%{} = args) when not is_struct(args), do: {:ok, args}
-
-  defp arguments(args) do
-    if Keyword.keyword?(args) and args != [],
-      do: {:ok, Map.new(args)},
-      else: {:error, "expected the arguments of create_program, got #{inspect(args, limit: 5)}"}
   end
 
   defp wrong(text), do: {:error, ArgumentError.exception("python stub: #{text}")}

@@ -31,13 +31,15 @@ defmodule DSPex.PythonBridge.Program.Cast do
       for step <- Enum.reverse(path), into: "" do
         cond do
           is_integer(step) -> "[#{step}]"
-          step =~ ~r/\A\w{1,60}\z/u -> ".#{step}"
+          word?(step) -> ".#{step}"
           true -> "[#{inspect(step, printable_limit: 60)}]"
         end
       end
 
     String.trim_leading(name <> steps, ".")
   end
+
+  defp word?(step), do: is_binary(step) and String.valid?(step) and step =~ ~r/\A\w{1,60}\z/u
 
   defp misfit(path, expected), do: throw({__MODULE__, path, expected})
 
@@ -51,7 +53,7 @@ defmodule DSPex.PythonBridge.Program.Cast do
   defp value(:float, _other, path), do: misfit(path, "expected a number")
   defp value(:boolean, value, _path) when is_boolean(value), do: value
   defp value(:boolean, _other, path), do: misfit(path, "expected true or false")
-  defp value(:map, map, _path) when is_map(map), do: map
+  defp value(:map, map, _path) when is_map(map) and not is_struct(map), do: map
   defp value(:map, _other, path), do: misfit(path, "expected a map")
   defp value(:any, value, _path), do: value
   defp value({:media, _kind}, value, _path), do: value
@@ -60,7 +62,7 @@ defmodule DSPex.PythonBridge.Program.Cast do
   defp value({:list, type}, items, path) when is_list(items), do: items(items, type, path, 0)
   defp value({:list, _type}, _other, path), do: misfit(path, "expected a list")
 
-  defp value({:map, type}, map, path) when is_map(map),
+  defp value({:map, type}, map, path) when is_map(map) and not is_struct(map),
     do: Map.new(map, fn {key, value} -> {key, value(type, value, [key | path])} end)
 
   defp value({:map, _type}, _other, path), do: misfit(path, "expected a map")
@@ -94,7 +96,7 @@ defmodule DSPex.PythonBridge.Program.Cast do
     end
   end
 
-  defp value({:object, module, fields}, map, path) when is_map(map) do
+  defp value({:object, module, fields}, map, path) when is_map(map) and not is_struct(map) do
     values =
       for %Field{name: name} = field <- fields, reduce: [] do
         values ->

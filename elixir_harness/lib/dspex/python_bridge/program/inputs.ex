@@ -76,9 +76,9 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   defp texts(names, text), do: Enum.map(names, &"inputs.#{shown(&1)}: #{text}")
 
   defp shown(name) do
-    if name =~ ~r/\A\w{1,60}\z/u,
+    if String.valid?(name) and name =~ ~r/\A\w{1,60}\z/u,
       do: name,
-      else: "#{inspect(name, printable_limit: 60)}"
+      else: inspect(name, printable_limit: 60)
   end
 
   defp more(unknown) when length(unknown) > @named,

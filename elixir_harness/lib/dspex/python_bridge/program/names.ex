@@ -127,6 +127,7 @@ defmodule DSPex.PythonBridge.Program.Names do
     attempt? or name in Map.get(@own, type, []) or name in Map.get(more, type, [])
   end
 
+  @spec tools(String.t()) :: no_return()
   defp tools(where), do: refuse(where, "with tools, a field of DSPy's own; choose another name")
 
   @doc "The rules, for the test that compares them with the peer's."

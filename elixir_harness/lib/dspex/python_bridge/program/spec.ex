@@ -59,8 +59,8 @@ defmodule DSPex.PythonBridge.Program.Spec do
     passed = for key <- @passed, Keyword.has_key?(opts, key), do: {key, plain(opts[key], key)}
     kind = kind(opts[:program_type], passed[:options] || %{}, tools)
     signature = signature(opts[:signature])
-    inputs = side(signature, :inputs, kind)
-    outputs = side(signature, :outputs, kind)
+    inputs = side(signature, :inputs, kind, module)
+    outputs = side(signature, :outputs, kind, module)
     if outputs == [], do: refuse("signature.outputs", "expected at least one field")
 
     for %Field{key: key} <- outputs,
@@ -134,8 +134,8 @@ defmodule DSPex.PythonBridge.Program.Spec do
     end
   end
 
-  defp side(signature, side, kind) do
-    fields = Types.fields(signature[side], "signature.#{side}")
+  defp side(signature, side, kind, module) do
+    fields = Types.fields(signature[side], "signature.#{side}", [module])
     for %Field{key: key} <- fields, do: Names.check(key, side, kind, "signature.#{side}.#{key}")
     fields
   end

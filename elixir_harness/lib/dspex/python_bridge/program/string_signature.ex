@@ -89,6 +89,7 @@ defmodule DSPex.PythonBridge.Program.StringSignature do
     end
   end
 
+  @spec unreadable(String.t(), String.t()) :: no_return()
   defp unreadable(text, where) do
     named = "str, int, float, bool, list[…], dict[str, …], Optional[…] and Literal[…]"
     refuse(where, "#{shown(text)} is not one of #{named}; write the signature as a keyword list")

@@ -6,6 +6,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
 
   alias DSPex.PythonBridge.Options
   alias DSPex.PythonBridge.Program.{Types, Wire}
+  alias DSPex.PythonBridge.Tools.Runner
 
   @options [:description, :args, :function]
 
@@ -21,6 +22,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
     end
 
     functions = for {name, opts} <- tools, fun = function(name, opts), into: %{}, do: fun
+    with {:error, text} <- Runner.functions(functions), do: refuse("tools", text)
     {Enum.map(tools, fn {name, opts} -> tool(name, opts, "tools.#{name}") end), functions}
   end
 

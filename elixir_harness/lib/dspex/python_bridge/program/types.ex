@@ -113,6 +113,7 @@ defmodule DSPex.PythonBridge.Program.Types do
 
   def type(type, where, _inside), do: unknown(type, where)
 
+  @spec unknown(term(), String.t()) :: no_return()
   defp unknown(type, where) do
     meant =
       case @meant do
@@ -130,7 +131,8 @@ defmodule DSPex.PythonBridge.Program.Types do
   end
 
   defp enum(values, where) do
-    kinds = if is_list(values), do: Enum.uniq(Enum.map(values, &kind/1)), else: [nil]
+    list? = is_list(values) and not List.improper?(values)
+    kinds = if list?, do: Enum.uniq(Enum.map(values, &kind/1)), else: [nil]
 
     cond do
       kinds == [] -> refuse(where, "an enum without values")
@@ -159,8 +161,16 @@ defmodule DSPex.PythonBridge.Program.Types do
     if module in inside,
       do: refuse(where, "#{inspect(module)} contains itself, which a type here cannot")
 
-    there? = match?({:module, _}, Code.ensure_compiled(module))
-    if not there?, do: refuse(where, "there is no module #{inspect(module)}")
+    case Code.ensure_compiled(module) do
+      {:module, _module} ->
+        :ok
+
+      {:error, :unavailable} ->
+        refuse(where, "#{inspect(module)} cannot be compiled first: it needs this module")
+
+      {:error, _reason} ->
+        refuse(where, "there is no module #{inspect(module)}")
+    end
 
     cond do
       function_exported?(module, :__dspex__, 1) ->

@@ -17,18 +17,27 @@ defmodule DSPex.PythonBridge.Stub.Answer do
 
   @doc "Calls the function with the inputs, in the calling process."
   @spec call(Context.t(), map(), Answers.answer()) :: Reply.result()
-  def call(run, _inputs, %{fun: nil} = answer) do
-    mistake(run, answer, Error.new(:program_not_found, "#{unknown(run)}#{why_none(answer)}"))
-  end
+  def call(run, _inputs, %{fun: nil} = answer), do: unknown(run, answer)
 
   def call(run, inputs, %{fun: fun} = answer) do
     case apply_to(fun, run.program, inputs) do
-      {:ok, outputs} -> ok(run, answer, outputs, %{})
-      {:ok, outputs, meta} -> ok(run, answer, outputs, meta)
-      {:error, %Error{type: type} = error} when type != :bridge_not_running -> {:error, error}
-      {:error, text} when is_binary(text) -> {:error, Error.new(:internal, text)}
-      {:error, type} when type in @types -> {:error, Error.new(type)}
-      other -> wrong(run, answer, "expected #{@expected}, got #{inspect(other, limit: 10)}")
+      {:ok, outputs} ->
+        ok(run, answer, outputs, %{})
+
+      {:ok, outputs, meta} ->
+        ok(run, answer, outputs, meta)
+
+      {:error, %Error{type: type} = error} when type != :bridge_not_running ->
+        error(run, answer, error)
+
+      {:error, text} when is_binary(text) ->
+        {:error, Error.new(:internal, text)}
+
+      {:error, type} when type in @types ->
+        {:error, Error.new(type)}
+
+      other ->
+        wrong(run, answer, "expected #{@expected}, got #{inspect(other, limit: 10)}")
     end
   catch
     kind, reason -> raised(run, answer, kind, reason, __STACKTRACE__)
@@ -47,6 +56,13 @@ defmodule DSPex.PythonBridge.Stub.Answer do
     else
       {:error, text} -> wrong(run, answer, text)
       text -> wrong(run, answer, text)
+    end
+  end
+
+  defp error(run, answer, %Error{} = error) do
+    case object(error.meta || %{}, "error.meta") do
+      {:ok, meta} -> {:error, %{error | meta: meta}}
+      {:error, text} -> wrong(run, answer, text)
     end
   end
 
@@ -70,8 +86,7 @@ defmodule DSPex.PythonBridge.Stub.Answer do
     error = if kind == :error, do: Exception.normalize(:error, reason, stacktrace)
 
     if is_function(fun, 2) and of?(error, fun) do
-      text = "#{unknown(run)}: answers: has no clause for it and these inputs"
-      mistake(run, answer, Error.new(:program_not_found, text))
+      unknown(run, answer)
     else
       banner = Exception.format_banner(kind, reason, stacktrace)
       stack = Exception.format_stacktrace(stacktrace)
@@ -91,16 +106,24 @@ defmodule DSPex.PythonBridge.Stub.Answer do
   defp internal(run, text),
     do: Error.new(:internal, "stub #{inspect(run.stub)}, program #{run.program}: #{text}")
 
-  defp unknown(run),
-    do: "Program not found: #{run.program}: the stub #{inspect(run.stub)} has no answer for it"
+  defp unknown(run, answer) do
+    text =
+      "Program not found: #{run.program}: the stub #{inspect(run.stub)} has no answer for it" <>
+        why(answer)
 
-  defp why_none(%{made: made, elsewhere?: elsewhere?}) do
+    mistake(run, answer, Error.new(:program_not_found, text))
+  end
+
+  defp why(%{made: made, elsewhere?: elsewhere?, fun: fun}) do
     cond do
       made > 0 ->
         " any longer: it was expected #{times(made)}, and this is one more"
 
       elsewhere? ->
         " by this process. Another has: if a test expects this run, it needs Stub.allow/3"
+
+      fun != nil ->
+        ": its function answers: has no clause for this program and these inputs"
 
       true ->
         ". Give it one with Stub.expect/3, Stub.stub/3 or the stub's answers:"

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Stub.Server do
   use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
-  alias DSPex.PythonBridge.{Error, Pool, Programs, Protocol, Telemetry}
+  alias DSPex.PythonBridge.{Error, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Stub.{Answers, Calls, Commands, Context, Coordinator}
@@ -29,21 +29,15 @@ defmodule DSPex.PythonBridge.Stub.Server do
            monitors: %{pid() => reference()}
          }
 
-  @typedoc "The options of a stub, checked; `settings`: those that a pool of its name would have."
-  @type options :: %{
-          settings: Pool.Options.t(),
-          answers: (String.t(), map() -> term()) | nil,
-          programs: [{id :: String.t(), body :: binary()}]
-        }
-
-  @doc "Starts a stub."
-  @spec start_link(options()) :: GenServer.on_start()
-  def start_link(%{settings: settings} = options),
-    do: GenServer.start_link(__MODULE__, options, name: settings.name)
+  @doc "Starts a stub with the settings of a pool of its name, and the answers to runs that no test has answered."
+  @spec start_link(Pool.Options.t(), (String.t(), map() -> term()) | nil) :: GenServer.on_start()
+  def start_link(%Pool.Options{name: name} = settings, answers),
+    do: GenServer.start_link(__MODULE__, {settings, answers}, name: name)
 
   @impl GenServer
-  @spec init(options()) :: {:ok, t()} | {:stop, term()}
-  def init(%{settings: %Pool.Options{name: name} = settings} = options) do
+  @spec init({Pool.Options.t(), (String.t(), map() -> term()) | nil}) ::
+          {:ok, t()} | {:stop, term()}
+  def init({%Pool.Options{name: name} = settings, answers}) do
     Process.flag(:trap_exit, true)
     Telemetry.look_once()
 
@@ -51,14 +45,11 @@ defmodule DSPex.PythonBridge.Stub.Server do
 
     case Coordinator.start_link(handle) do
       {:ok, coordinator} ->
-        for {id, body} <- options.programs,
-            do: Programs.Store.put(handle.programs, id, Programs.Store.stamp(), body)
-
         state = %__MODULE__{
           name: name,
           handle: handle,
           coordinator: coordinator,
-          answers: %Answers{default: options.answers},
+          answers: %Answers{default: answers},
           calls: Calls.new(handle.counters),
           commands: Commands.new(handle.programs)
         }
@@ -100,7 +91,8 @@ defmodule DSPex.PythonBridge.Stub.Server do
       uptime_ms: Commands.uptime_ms(state.commands),
       late_replies: 0,
       unreadable_frames: 0,
-      last_error: nil
+      last_error: nil,
+      programs: %{failed: %{}}
     }
 
     {:reply, status, state}

@@ -342,6 +342,8 @@ defmodule DSPex.ProgramDefinitionTest do
      "signature.outputs.a: an enum of values of several kinds"},
     {"inputs: [q: :string], outputs: [a: {:enum, [true, false]}]",
      "signature.outputs.a: an enum takes a list of strings, atoms or whole numbers"},
+    {"inputs: [q: :string], outputs: [a: {:enum, [:b | :c]}]",
+     "signature.outputs.a: an enum takes a list of strings, atoms or whole numbers"},
     {"inputs: [q: :string], outputs: [a: {:enum, [:b, :b]}]",
      "signature.outputs.a: :b is in the enum twice"},
     {"inputs: [q: :string], outputs: [a: %{photo: :image}]",
@@ -358,6 +360,8 @@ defmodule DSPex.ProgramDefinitionTest do
     # Structs.
     {"inputs: [q: :string], outputs: [a: MyApp.Nowhere]",
      "signature.outputs.a: there is no module MyApp.Nowhere"},
+    {"inputs: [q: :string], outputs: [a: __MODULE__]",
+     "contains itself, which a type here cannot"},
     {"inputs: [q: :string], outputs: [a: NotInStruct]",
      "signature.outputs.a: DSPex.ProgramDefinitionTest.NotInStruct.town: its struct has no such field"},
     {"inputs: [q: :string], outputs: [a: Endless]",
@@ -406,6 +410,10 @@ defmodule DSPex.ProgramDefinitionTest do
            "tools.now: unknown option :fun"},
           {~s(signature: "q -> a", tools: [now: [function: fn _ -> 1 end]]),
            "tools.now.function: expected one of a module, such as &MyApp.Stock.find/1"},
+          {~s(signature: "q -> a", tools: [now: [function: &Stock.find/3]]),
+           "tools: now: expected a function"},
+          {~s(signature: "q -> a", tools: [now: [function: {&Stock.find/1, repeats: false}]]),
+           "tools: now: unknown option :repeats, did you mean :repeat?"},
           {~s(signature: "q -> a", tools: [now: [args: [x: :owl]]]),
            "tools.now.args.x: unknown type :owl"}
         ] do

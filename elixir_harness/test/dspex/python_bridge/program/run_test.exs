@@ -13,6 +13,7 @@ defmodule DSPex.ProgramRunTest do
   defmodule Stock do
     @moduledoc false
     def find(%{"sku" => sku}), do: %{sku: sku, in_stock: 3}
+    def brevity(%{"outputs" => %{"answer" => answer}}), do: 1 / String.length(answer)
   end
 
   defmodule Agent do
@@ -35,6 +36,32 @@ defmodule DSPex.ProgramRunTest do
     use DSPex.PythonBridge.Program,
       signature: [inputs: [question: :string], outputs: [answer: :string, sure: :boolean]],
       tools: [stock: [args: [sku: :string], function: &DSPex.ProgramRunTest.Stock.find/1]]
+  end
+
+  defmodule Shortest do
+    @moduledoc false
+    use DSPex.PythonBridge.Program,
+      program_type: "best_of_n",
+      signature: "question -> answer",
+      options: [n: 2, reward: [tool: "brevity"], module: :chain_of_thought],
+      tools: [brevity: [function: &DSPex.ProgramRunTest.Stock.brevity/1]]
+  end
+
+  defmodule Judge do
+    @moduledoc false
+    use DSPex.PythonBridge.Program,
+      program_type: "multi_chain_comparison",
+      signature: "question -> answer",
+      options: [m: 2]
+  end
+
+  defmodule Look do
+    @moduledoc false
+    use DSPex.PythonBridge.Program,
+      signature: [
+        inputs: [photos: {:list, :image}, other: {:optional, :image}],
+        outputs: [seen: {:list, :string}]
+      ]
   end
 
   defmodule Served do
@@ -104,10 +131,11 @@ defmodule DSPex.ProgramRunTest do
 
   @lm [model: "offline/script", answers: %{"*" => @answer}]
   @bridge __MODULE__.Shared
+  @modules [Triage, Everything, Agent, Calling, Shortest, Judge, Look]
 
   setup_all do
     start_supervised!({Bridge, real_opts(name: @bridge)})
-    for module <- [Triage, Everything, Agent, Calling], do: create(Bridge, @bridge, module)
+    for module <- @modules, do: create(Bridge, @bridge, module)
     :ok
   end
 
@@ -152,6 +180,22 @@ defmodule DSPex.ProgramRunTest do
              Everything.run(Keyword.put(inputs, :size, :medium), server: @bridge)
 
     assert message =~ "inputs.size: "
+  end
+
+  test "other program types have their inputs, tools and results" do
+    assert {:ok, %Shortest{answer: "echo: Why?", reasoning: "echo: Why?"}} =
+             Shortest.run([question: "Why?"], server: @bridge)
+
+    completions = for answer <- ["yes", "no"], do: %{reasoning: "Because.", answer: answer}
+
+    assert {:ok, %Judge{rationale: "echo: " <> _, answer: "echo: " <> _}} =
+             Judge.run([question: "Why?", completions: completions], server: @bridge)
+
+    assert {:error, %Error{message: "inputs.completions: missing; expected question, comp" <> _}} =
+             Judge.run([question: "Why?"], server: @bridge)
+
+    assert {:ok, %Look{seen: [_ | _]}} =
+             Look.run([photos: ["https://example.org/cat.png"]], server: @bridge)
   end
 
   test "a list of inputs is a batch: each succeeds or fails by itself" do
@@ -200,6 +244,7 @@ defmodule DSPex.ProgramRunTest do
           {[ticket: "a", ticket: "b"], "inputs.ticket: there twice"},
           {%{:ticket => "a", "ticket" => "b"}, "inputs.ticket: there twice"},
           {%{:ticket => "a", {1, 2} => "b"}, ~s(inputs."{1, 2}": unknown field)},
+          {%{:ticket => "a", <<255>> => "b"}, "inputs.<<255>>: unknown field"},
           {%Address{}, "inputs.city: unknown field; inputs.street: unknown field"},
           {"a", "inputs: expected a map or a keyword list"},
           {[%{} | 1], "inputs: expected a proper list"}

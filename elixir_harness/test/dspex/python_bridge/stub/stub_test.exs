@@ -266,7 +266,7 @@ defmodule DSPex.PythonBridge.StubTest do
 
   describe "an answer" do
     test "is an error with its type, text, and what else it has" do
-      error = %{Error.new(:lm_error, "rate limit") | retryable: true, meta: %{"lm_calls" => 2}}
+      error = %{Error.new(:lm_error, "rate limit") | retryable: true, meta: %{lm_calls: 2}}
       Stub.stub(@stub, "qa", fn _ -> {:error, error} end)
       assert {:error, %Error{type: :lm_error, retryable: true, meta: meta}} = call()
       assert %{"lm_calls" => 2, "cache_hits" => 0} = meta
@@ -313,6 +313,7 @@ defmodule DSPex.PythonBridge.StubTest do
             {{:ok, "text"}, "outputs: expected a map"},
             {{:ok, %{"answer" => {1, 2}}}, "outputs: no JSON form for {1, 2}"},
             {{:ok, %{}, %{a: self()}}, "meta: no JSON form for #PID"},
+            {{:error, %{Error.new(:timeout) | meta: %{a: self()}}}, "error.meta: no JSON form"},
             {{:ok, %{"anser" => "x", "why" => ""}},
              "anser: unknown field; answer: missing; expected answer, why"}
           ] do
@@ -333,7 +334,8 @@ defmodule DSPex.PythonBridge.StubTest do
     test "that the stub does not have names the program and what to do" do
       for {own, text} <- [
             {start(), "Give it one with Stub.expect/3, Stub.stub/3 or the stub's answers:"},
-            {start(answers: fn "other", _ -> {:ok, %{}} end), "answers: has no clause for it"}
+            {start(answers: fn "other", _ -> {:ok, %{}} end),
+             "answers: has no clause for this program and these inputs"}
           ],
           module <- [Bridge, Pool] do
         assert {:error, error} = quietly(fn -> module.call(own, :execute_program, run()) end)
@@ -482,6 +484,25 @@ defmodule DSPex.PythonBridge.StubTest do
                Triage.run([%{ticket: "?"}], server: @stub)
 
       assert :ok = Stub.verify!(@stub)
+    end
+
+    test "that is declared has inputs and outputs that are checked" do
+      own = start(programs: [Triage])
+      Stub.stub(own, Triage, fn _ -> {:ok, Map.delete(@answer, "why")} end)
+
+      assert {:error, %Error{type: :internal, message: text}} =
+               quietly(fn -> Triage.run(%{ticket: "?"}, server: own) end)
+
+      assert text =~ "outputs: why: missing; expected team, urgent, why"
+
+      assert {:error, text} =
+               Pool.call(own, :execute_program, run(%{tiket: "?"}, inspect(Triage)))
+
+      assert text == "inputs.tiket: unknown field; inputs.ticket: missing; expected ticket"
+      assert {:ok, %{"programs" => [id]}} = Bridge.call(own, :list_programs)
+      assert id == inspect(Triage)
+      assert {:ok, %{"programs_removed" => 1}} = Pool.call(own, :cleanup)
+      assert {:ok, %{"programs" => []}} = Bridge.call(own, :list_programs)
     end
 
     test "without an answer has an error that says what to do" do
@@ -692,17 +713,17 @@ defmodule DSPex.PythonBridge.StubTest do
             {[name: X, answer: 1], "unknown option :answer, did you mean :answers?"},
             {[name: X, answers: fn _ -> 1 end],
              ":answers: expected a function of a program's id and its inputs"},
-            {[name: X, programs: %{}], ":programs: expected a list"},
-            {[name: X, programs: [1]],
-             ":programs: expected the arguments of create_program, got 1"},
+            {[name: X, programs: %{}],
+             ":programs: expected a list of maps, keyword lists and modules"},
+            {[name: X, programs: [1]], ":programs: entry 1: expected a map or keyword list"},
             {[name: X, programs: [%{id: "a"}]],
-             ":programs: a: signature: missing; expected text"},
+             "python stub: :programs: a: signature: missing; expected text"},
             {[name: X, programs: [%{id: "a", signature: "a -> b", tools: {1}}]],
-             "no JSON form for {1}"},
+             "python stub: :programs: a: tools: a tuple has no JSON form"},
             {[
                name: X,
                programs: [%{id: "a", signature: "a -> b"}, %{id: "a", signature: "a -> b"}]
-             ], ":programs: a: there twice"},
+             ], ":programs: a is declared twice"},
             {[name: X, default_timeout: 0], ":default_timeout: expected a positive number"}
           ] do
         assert {:error, %ArgumentError{message: text}} = Stub.start_link(opts)

@@ -1,0 +1,152 @@
+defmodule MyAppWeb do
+  defmacro __using__(:live_view), do: quote(do: use(DSPex.Test.LiveViewStandIn))
+end
+
+defmodule DSPex.LiveviewPageTest do
+  @moduledoc "The views of docs/guide/liveview.md with the real peer; a stand-in takes the place of LiveView."
+
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+  import ExUnit.CaptureLog
+
+  alias DSPex.PythonBridge.{Pool, Stub}
+  alias DSPex.Test.{LiveViewStandIn, Page, SilentLM, StreamingLM}
+
+  @page "docs/guide/liveview.md"
+  @external_resource Page.path(@page)
+  @pool MyApp.Pool
+  @advice MyAppWeb.AdviceLive
+
+  setup_all do
+    %{others: Page.compile(@page)}
+  end
+
+  defp start_pool(opts) do
+    opts =
+      [name: @pool, python_executable: python(), pool_size: 1, programs: [MyApp.Advice]] ++ opts
+
+    start_supervised!({Pool, opts})
+  end
+
+  # Its LM writes what the test has it write.
+  defp start_streaming, do: start_pool(SilentLM.lm_opts(StreamingLM.start()))
+
+  defp start_scripted(answers),
+    do: start_pool(lm: "offline/script", lm_options: %{answers: answers})
+
+  defp open(view, params \\ %{}) do
+    {:ok, pid} = LiveViewStandIn.open(view, params)
+    on_exit(fn -> Process.exit(pid, :kill) end)
+    pid
+  end
+
+  defp ask(view, question) do
+    :ok = LiveViewStandIn.event(view, "ask", %{"question" => question})
+    assert_receive {:lm_request, lm}, 30_000
+    StreamingLM.say(lm, "[[ ## reasoning ## ]]\nIt is late.\n\n[[ ## answer ## ]]\n")
+    lm
+  end
+
+  defp end_answer(lm) do
+    StreamingLM.say(lm, "\n\n[[ ## completed ## ]]")
+    StreamingLM.finish(lm)
+  end
+
+  # Once the view has come to this.
+  defp shows(view, wanted) do
+    eventually(
+      fn -> match?(^wanted, Map.take(LiveViewStandIn.assigns(view), Map.keys(wanted))) end,
+      10_000
+    )
+  end
+
+  test "the answer grows while the LM writes it" do
+    start_streaming()
+    view = open(@advice)
+    lm = ask(view, "Tea?")
+    StreamingLM.say(lm, "Green ")
+    StreamingLM.say(lm, "tea, ")
+    shows(view, %{answer: "Green tea,", asking?: true})
+    StreamingLM.say(lm, "please.")
+    end_answer(lm)
+    shows(view, %{answer: "Green tea, please.", asking?: false, error: nil})
+  end
+
+  test "leaving the page closes the LM's request" do
+    start_streaming()
+    view = open(@advice)
+    lm = ask(view, "Tea?")
+    LiveViewStandIn.leave(view)
+    assert_receive {:lm_closed, ^lm}, 10_000
+  end
+
+  test "stop closes it, too, and keeps the text" do
+    start_streaming()
+    view = open(@advice)
+    lm = ask(view, "Tea?")
+    StreamingLM.say(lm, "Green ")
+    StreamingLM.say(lm, "tea, ")
+    shows(view, %{answer: "Green tea,", asking?: true})
+    :ok = LiveViewStandIn.event(view, "stop")
+    assert_receive {:lm_closed, ^lm}, 10_000
+    shows(view, %{answer: "Green tea,", asking?: false, error: nil})
+  end
+
+  test "a second question ends the first run; nothing of that shows" do
+    start_streaming()
+    view = open(@advice)
+    first = ask(view, "Tea?")
+    StreamingLM.say(first, "Green ")
+    StreamingLM.say(first, "tea, ")
+    shows(view, %{answer: "Green tea,"})
+    second = ask(view, "Coffee?")
+    assert_receive {:lm_closed, ^first}, 10_000
+    StreamingLM.say(second, "Black.")
+    end_answer(second)
+    shows(view, %{answer: "Black.", asking?: false, error: nil})
+  end
+
+  test "an error is shown, and logged without what an answer said" do
+    start_scripted(["Private nonsense.", "Private nonsense."])
+    view = open(@advice)
+
+    log =
+      capture_log(fn ->
+        :ok = LiveViewStandIn.event(view, "ask", %{"question" => "Tea?"})
+        shows(view, %{asking?: false, error: "That did not work."})
+      end)
+
+    assert log =~ "advice: output_invalid"
+    refute log =~ "Private"
+  end
+
+  test "a view without a stream has the result, or the error" do
+    start_scripted([%{answer: "Green tea."}, "?", "?"])
+    view = open(MyAppWeb.TeamLive, %{"question" => "Tea?"})
+
+    eventually(
+      fn -> match?({:ok, %{answer: "Green tea."}}, LiveViewStandIn.assigns(view).advice) end,
+      30_000
+    )
+
+    view = open(MyAppWeb.TeamLive, %{"question" => "Tea?"})
+
+    eventually(fn ->
+      match?({:failed, %{type: :output_invalid}}, LiveViewStandIn.assigns(view).advice)
+    end)
+  end
+
+  test "its tests need no Python", %{others: [code]} do
+    Page.run(code, @page)
+
+    Stub.expect(@pool, MyApp.Advice, fn %{"question" => "Coffee?"} ->
+      Stub.chunk("answer", "Black.")
+      {:ok, %{reasoning: "It is early.", answer: "Black."}}
+    end)
+
+    view = open(@advice)
+    :ok = LiveViewStandIn.event(view, "ask", %{"question" => "Coffee?"})
+    shows(view, %{answer: "Black.", asking?: false, error: nil})
+  end
+end

@@ -1,0 +1,41 @@
+defmodule DSPex.Test.Page do
+  @moduledoc "The code of a page, for a test that runs it."
+
+  require ExUnit.Assertions
+
+  @root Path.expand("../../..", __DIR__)
+
+  @doc "The path of a page, given from the root of the project."
+  def path(page), do: Path.join(@root, page)
+
+  @doc "Its blocks of Elixir, in order."
+  def blocks(page) do
+    ~r/^```elixir\n(.*?)^```$/ms
+    |> Regex.scan(File.read!(path(page)), capture: :all_but_first)
+    |> List.flatten()
+  end
+
+  @doc "Its modules, compiled; they are gone when the tests of the calling test module are over. Gives the other blocks."
+  def compile(page) do
+    {modules, others} = Enum.split_with(blocks(page), &(&1 =~ ~r/^defmodule /m))
+
+    {compiled, warnings} =
+      Code.with_diagnostics([log: true], fn ->
+        Enum.flat_map(modules, &Code.compile_string(&1, path(page)))
+      end)
+
+    ExUnit.Assertions.assert(warnings == [])
+
+    ExUnit.Callbacks.on_exit(fn ->
+      for {module, _code} <- compiled, do: :code.delete(module) && :code.purge(module)
+    end)
+
+    others
+  end
+
+  @doc "Runs one block, with these bindings."
+  def run(code, page, binding \\ []) do
+    {value, _binding} = Code.eval_string(code, binding, file: path(page))
+    value
+  end
+end
