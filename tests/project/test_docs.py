@@ -14,7 +14,11 @@ from dspy_bridge import errors
 from dspy_bridge.programs import module_factory, module_options
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    README,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "elixir_harness/usage-rules.md")),
+    *sorted(page for kind in ("md", "livemd") for page in (ROOT / "docs").rglob(f"*.{kind}")),
+]
 EXUNIT = ROOT / "elixir_harness" / "test" / "dspex" / "python_bridge"
 PEER = ROOT / "dspy_bridge"
 BRIDGE = ROOT / "elixir_harness" / "lib" / "dspex" / "python_bridge"
