@@ -114,7 +114,7 @@ fuzz: setup ## send 100,000 mutated frames (FUZZ_FRAMES=), and run the stateful 
 soak: setup ## 10 minutes (SOAK_MINUTES=) of calls with random kills; fails if a call is lost, memory grows or a process is left
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs
 
-bench: setup ## measure the table of docs/performance.md, in some 2 minutes
+bench: setup ## measure the table of docs/performance.md, in 3 minutes; ROW=agent,tokens measures some rows alone
 	@# Not with pip, which demands hashes for all if a constraint has one.
 	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
