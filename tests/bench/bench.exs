@@ -1,12 +1,10 @@
-# The measuring part of `make bench`: a line of JSON for each row. Started by run.py with `pinned` or `free`, and the names of
-# the rows; without names, all.
+# The measuring part of `make bench` and `make growth`: a line of JSON for each row. Started by run.py or growth.py with
+# `pinned`, `free` or `growth`, and the names of the rows; without names, all.
 
-Code.require_file("measuring.exs", __DIR__)
-Code.require_file("pinned.exs", __DIR__)
-Code.require_file("free.exs", __DIR__)
+for file <- ~w(measuring pinned free growth), do: Code.require_file("#{file}.exs", __DIR__)
 
 Logger.configure(level: :warning)
 
 [mode | names] = System.argv()
-rows = if mode == "pinned", do: Bench.Pinned.rows(), else: Bench.Free.rows()
-for {name, measure} <- rows, names == [] or name in names, do: Bench.report(name, measure.())
+kinds = %{"pinned" => Bench.Pinned, "free" => Bench.Free, "growth" => Bench.Growth}
+for {name, measure} <- kinds[mode].rows(), names == [] or name in names, do: Bench.report(name, measure.())
