@@ -132,10 +132,13 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
         loop(%{state | functions: Functions.answer(functions, call, user, answer)})
 
       {:attend, ref, next} when is_reference(ref) and is_pid(next) ->
-        send(ref, {ref, bound(functions)})
         if watch, do: Process.demonitor(watch, [:flush])
+
+        # Before it has the answer: a proxy that has ended in order must not look like one that was killed.
+        watch = Process.monitor(next)
+        send(ref, {ref, bound(functions)})
         functions = Functions.next_proxy(functions)
-        loop(%{state | functions: functions, proxy: next, watch: Process.monitor(next)})
+        loop(%{state | functions: functions, proxy: next, watch: watch})
 
       :forget ->
         loop(%{state | functions: Functions.forget(functions)})
