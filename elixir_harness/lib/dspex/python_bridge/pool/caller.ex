@@ -55,10 +55,16 @@ defmodule DSPex.PythonBridge.Pool.Caller do
         {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
 
       result ->
-        FunctionHolder.close(holder)
-        result
+        with_tools_begun(FunctionHolder.close(holder), result)
     end
   end
+
+  # No peer is left that could say so.
+  defp with_tools_begun(:bound, {:error, %Error{type: type}})
+       when type in [:bridge_not_running, :overloaded],
+       do: Client.Caller.read({:error, :tool_begun})
+
+  defp with_tools_begun(_bound, result), do: result
 
   # With chunks that were given, it is not made again.
   defp conclude(name, {:error, :bridge_not_running}) do

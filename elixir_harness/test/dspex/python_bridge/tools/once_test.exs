@@ -33,9 +33,10 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     bridge
   end
 
-  defp start_pool(calls) do
+  defp start_pool(calls, opts \\ []) do
     pool = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
-    start_supervised!({Pool, Keyword.merge(opts(calls), name: pool, pool_size: 2)})
+    opts = Keyword.merge([name: pool, pool_size: 2], opts)
+    start_supervised!({Pool, Keyword.merge(opts(calls), opts)})
     {:ok, _} = Pool.call(pool, :create_program, @agent, 30_000)
     eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, 20_000)
     pool
@@ -134,5 +135,15 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
       refute Process.alive?(pid)
       refute_received {:does, _what, _key, _pid}
     end
+  end
+
+  test "a call with repeat: false that has begun when its pool ends must not be made again" do
+    pool = start_pool(["a"], pool_size: 1, env: %{"DSPY_BRIDGE_DRAIN_MS" => "0"})
+    request = ask(pool, {doer(), repeat: false})
+    assert_receive {:does, "a", _key, pid}, 20_000
+    stop_supervised!(pool)
+    assert {:error, %Error{type: :python_process_died} = error} = Task.await(request, 20_000)
+    assert error.message =~ "repeat: false" and not error.retryable
+    refute Process.alive?(pid)
   end
 end
