@@ -70,7 +70,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp check_tools(dest, command, args, opts)
        when command in [:execute_program, "execute_program"] do
     with %{programs: programs, name: name} <- Registry.get(:bridge, dest),
-         do: Tools.check(programs, {:bridge, name}, command, args, opts[:tools]),
+         do: Tools.check(programs, {:bridge, name}, command, args, opts),
          else: (_of_another_node -> :ok)
   end
 
