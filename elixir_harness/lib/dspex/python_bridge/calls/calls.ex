@@ -21,12 +21,13 @@ defmodule DSPex.PythonBridge.Calls do
       | watch: watch(request, id),
         deadline: Deadline.new(request.timeout, now),
         change: request.change && stamped(request.change),
-        at: nil,
+        at: Dispatcher.free_peer(in_flight, request),
+        since: now,
         streamed?: false,
         bound?: false
     }
 
-    Dispatcher.offer(%{in_flight | next_id: id + 1}, id, request, now)
+    Dispatcher.offer(in_flight, id, request)
   end
 
   # A caller keeps its own time, and is monitored; a cast has no caller that could.
