@@ -205,7 +205,8 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
 
   defp push(send_queues, id, %Request{at: port} = request) do
     send_queue = Map.fetch!(send_queues, port)
-    send_queue = SendQueue.push_request(send_queue, id, request.deadline, request.body)
+    %{deadline: deadline, body: body, since: now} = request
+    send_queue = SendQueue.push_request(send_queue, id, deadline, body, now)
     %{send_queues | port => send_queue}
   end
 end

@@ -90,11 +90,15 @@ defmodule DSPex.PythonBridge.Calls.Table do
   defp count(counts, %Request{at: nil}, _by), do: counts
 
   defp count(counts, %Request{at: port, change: change}, by) do
-    {calls, changes} = Map.get(counts, port, {0, 0})
+    case counts do
+      %{^port => {1, _changes}} when by == -1 ->
+        Map.delete(counts, port)
 
-    case calls + by do
-      0 -> Map.delete(counts, port)
-      calls -> Map.put(counts, port, {calls, if(change, do: changes + by, else: changes)})
+      %{^port => {calls, changes}} ->
+        %{counts | port => {calls + by, if(change, do: changes + by, else: changes)}}
+
+      _none ->
+        Map.put(counts, port, {1, if(change, do: 1, else: 0)})
     end
   end
 end
