@@ -20,7 +20,7 @@ defmodule Bench.Reductions do
     calls = [
       least: {servers.least, &LeastServer.call(&1, :ping, %{}, 5_000)},
       bridge: {servers.bridge, &Bridge.call(&1, :ping, %{}, 5_000)},
-      bridge_named: {servers.named, fn _pid -> Bridge.call(:bench_bridge, :ping, %{}, 5_000) end},
+      bridge_by_name: {servers.named, fn _pid -> Bridge.call(:ping) end},
       bridge_request: {servers.bridge, &Bridge.request(&1, :ping, %{}, timeout: 5_000)},
       pool: {servers.of_pool, fn _pid -> Pool.call(:bench, :ping, %{}, 5_000) end},
       pool_request: {servers.of_pool, fn _pid -> Pool.request(:bench, :ping, %{}, timeout: 5_000) end}
@@ -46,7 +46,9 @@ defmodule Bench.Reductions do
     opts = [python_executable: python, lm: "offline/echo"]
     {:ok, least} = LeastServer.start({python, [@script]})
     {:ok, bridge} = Bridge.start_link([name: nil] ++ opts)
-    {:ok, named} = Bridge.start_link([name: :bench_bridge] ++ opts)
+    # That of the application.
+    named = Process.whereis(Bridge)
+    {:ok, _} = Bridge.call(:ping, %{}, 60_000)
     {:ok, _} = Pool.start_link([name: :bench, pool_size: 1] ++ opts)
     %{peers: [%{bridge: of_pool}]} = Pool.status(:bench)
     {:ok, _} = Pool.call(:bench, :ping, %{}, 60_000)

@@ -268,7 +268,19 @@ defmodule DSPex.PythonBridge.Protocol do
       {:ok, 12, %{"field" => "answer", "chunk" => "Par"}}
   """
   @spec decode_chunk(binary()) :: {:ok, id(), map()} | {:error, reason()}
-  def decode_chunk(payload) when is_binary(payload) do
+  def decode_chunk(<<"{\"id\":", rest::binary>> = payload) do
+    # As for a reply: the head is not decoded.
+    with {id, <<",\"stream\":", rest::binary>>} <- take_id(rest, 0, 0),
+         {:ok, %{} = chunk, "}"} <- Payload.decode_first(rest, byte_size(payload)) do
+      {:ok, id, chunk}
+    else
+      _another_form -> decode_any_chunk(payload)
+    end
+  end
+
+  def decode_chunk(payload) when is_binary(payload), do: decode_any_chunk(payload)
+
+  defp decode_any_chunk(payload) do
     with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
   end
 

@@ -47,11 +47,10 @@ defmodule DSPex.PythonBridge.Calls do
   """
   @spec abandon(InFlight.t(), pos_integer() | reference()) :: InFlight.t()
   def abandon(%InFlight{} = in_flight, ref) when is_reference(ref) do
-    case Calls.Table.id_of(in_flight.calls, ref) do
-      # The reply was sent first; the alias has ended.
-      nil -> in_flight
-      id -> abandon(in_flight, id)
-    end
+    {id, calls} = Calls.Table.id_of(in_flight.calls, ref)
+    in_flight = %{in_flight | calls: calls}
+    # Without one the reply was sent first; the alias has ended.
+    if id, do: abandon(in_flight, id), else: in_flight
   end
 
   def abandon(%InFlight{} = in_flight, id) do

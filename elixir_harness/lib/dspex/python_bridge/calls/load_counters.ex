@@ -132,7 +132,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   ## Words
 
   # For each call.
-  @compile {:inline, calls: 1, ready: 1, checked_out: 1, free?: 2, rank: 3}
+  @compile {:inline, calls: 1, ready: 1, checked_out: 1, free?: 2, rank: 3, change: 3}
 
   defp calls(index), do: @words_per_slot * index - 1
   defp ready(index), do: @words_per_slot * index

@@ -242,6 +242,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   end
 
   # Any term may be given as a server; one that is none, or cannot be reached, is not running.
+  defp whereis(pid) when is_pid(pid), do: pid
+  defp whereis(name) when is_atom(name), do: Process.whereis(name)
+
   defp whereis(server) do
     case GenServer.whereis(server) do
       pid when is_pid(pid) -> pid
