@@ -11,6 +11,9 @@ defmodule DSPex.PythonBridge.Protocol do
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Protocol.Payload
 
+  # For each call.
+  @compile {:inline, encode_command: 1, encode_args: 1, decode_success: 3}
+
   # The bridge gives no longer ids; the limit keeps `route/1` cheap for any bytes.
   @max_id_digits 18
   # Their JSON.

@@ -10,6 +10,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
 
+  # For each call.
+  @compile {:inline, request: 3, check_tools: 4, default_timeout: 1, bridge?: 1, whereis: 1}
+
   @default_timeout 30_000
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295

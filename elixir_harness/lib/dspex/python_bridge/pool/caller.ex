@@ -12,6 +12,9 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   alias DSPex.PythonBridge.Programs.{Change, Tools}
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
+  # For each call.
+  @compile {:inline, find: 1, check_timeout: 2, program: 2, whole: 5, attempt: 1}
+
   # They have no chunks, and their bodies are kept.
   @changes [:create_program, "create_program", :cleanup, "cleanup"]
 
