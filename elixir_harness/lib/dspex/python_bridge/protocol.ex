@@ -228,13 +228,16 @@ defmodule DSPex.PythonBridge.Protocol do
 
   # What all successes begin with is not decoded: it would be half of the work for a small one.
   defp decode_success(payload, id, rest) do
-    size = byte_size(payload)
-
-    with {:ok, result, <<",\"meta\":", rest::binary>>} <- Payload.decode_first(rest, size),
-         {:ok, %{} = meta, "}"} <- Payload.decode_first(rest, size) do
-      {:ok, id, result, meta}
-    else
+    case Payload.decode_first(rest, byte_size(payload)) do
       {:ok, result, "}"} -> {:ok, id, result, %{}}
+      {:ok, result, <<",\"meta\":", rest::binary>>} -> decode_meta(payload, id, result, rest)
+      _another_form -> decode_object(payload)
+    end
+  end
+
+  defp decode_meta(payload, id, result, rest) do
+    case Payload.decode_first(rest, byte_size(payload)) do
+      {:ok, %{} = meta, "}"} -> {:ok, id, result, meta}
       _another_form -> decode_object(payload)
     end
   end
