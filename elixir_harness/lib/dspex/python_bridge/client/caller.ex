@@ -10,6 +10,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
 
+  # For each call.
+  @compile {:inline, request: 3, check_tools: 4, default_timeout: 1, bridge?: 1, whereis: 1}
+
   @default_timeout 30_000
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
@@ -70,7 +73,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp check_tools(dest, command, args, opts)
        when command in [:execute_program, "execute_program"] do
     with %{programs: programs, name: name} <- Registry.get(:bridge, dest),
-         do: Tools.check(programs, {:bridge, name}, command, args, opts[:tools]),
+         do: Tools.check(programs, {:bridge, name}, command, args, opts),
          else: (_of_another_node -> :ok)
   end
 
@@ -242,6 +245,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   end
 
   # Any term may be given as a server; one that is none, or cannot be reached, is not running.
+  defp whereis(pid) when is_pid(pid), do: pid
+  defp whereis(name) when is_atom(name), do: Process.whereis(name)
+
   defp whereis(server) do
     case GenServer.whereis(server) do
       pid when is_pid(pid) -> pid
