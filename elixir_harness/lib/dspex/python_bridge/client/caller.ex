@@ -192,12 +192,19 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, %{Error.new(:python_process_died, text) | retryable: false}}
   end
 
+  def read({:tools_begun, reply}), do: once(read(reply))
+
   def read({:error, :proxy_died}) do
     text = "the process that made the call in the caller's place was killed"
     {:error, Error.new(:cancelled, text)}
   end
 
   def read({:error, type}), do: {:error, Error.new(type)}
+
+  @doc "A result of a call that must not be made again: a tool of it with `repeat: false` has begun."
+  @spec once(result()) :: result()
+  def once({:error, error}), do: {:error, %{error | retryable: false}}
+  def once(result), do: result
 
   @doc "A timeout in ms, `:default` resolved, or the error for one that `receive` does not take."
   @spec check_timeout(term(), dest()) :: {:ok, timeout()} | {:error, Error.t()}

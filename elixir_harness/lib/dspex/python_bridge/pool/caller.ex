@@ -64,7 +64,8 @@ defmodule DSPex.PythonBridge.Pool.Caller do
        when type in [:bridge_not_running, :overloaded],
        do: Client.Caller.read({:error, :tool_begun})
 
-  defp with_tools_begun(_bound, result), do: result
+  defp with_tools_begun(:bound, result), do: Client.Caller.once(result)
+  defp with_tools_begun(:ok, result), do: result
 
   # With chunks that were given, it is not made again.
   defp conclude(name, {:error, :bridge_not_running}) do

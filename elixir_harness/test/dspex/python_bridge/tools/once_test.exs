@@ -146,4 +146,57 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     assert error.message =~ "repeat: false" and not error.retryable
     refute Process.alive?(pid)
   end
+
+  # Answers the first request of each connection's LM with a call of the tool, all others with 429.
+  defp busy_lm do
+    asked = :counters.new(1, [])
+
+    step =
+      "[[ ## next_thought ## ]]\nt\n\n[[ ## next_tool_name ## ]]\ndo\n\n[[ ## next_tool_args ## ]]\n{\"what\": \"a\"}"
+
+    DSPex.Test.Loopback.start(fn socket, _owner ->
+      {:ok, _request} = :gen_tcp.recv(socket, 0)
+      :counters.add(asked, 1, 1)
+
+      {status, body} =
+        if :counters.get(asked, 1) == 1,
+          do:
+            {"200 OK",
+             %{
+               choices: [
+                 %{index: 0, finish_reason: "stop", message: %{role: "assistant", content: step}}
+               ]
+             }},
+          else: {"429 Too Many Requests", %{error: %{message: "slow down"}}}
+
+      body =
+        JSON.encode!(
+          Map.merge(%{id: "c", object: "chat.completion", created: 0, model: "m"}, body)
+        )
+
+      head = "HTTP/1.1 #{status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+      :gen_tcp.send(socket, [head, "content-length: #{byte_size(body)}\r\n\r\n", body])
+      :gen_tcp.close(socket)
+    end)
+  end
+
+  test "a retryable error after a call with repeat: false has begun does not look retryable" do
+    for {module, repeat} <- [{Bridge, false}, {Pool, false}, {Bridge, true}] do
+      lm = %{
+        api_base: "http://127.0.0.1:#{busy_lm()}/v1",
+        api_key: "k",
+        num_retries: 0,
+        cache: false
+      }
+
+      name = Module.concat(__MODULE__, "Busy#{System.unique_integer([:positive])}")
+      opts = real_opts(lm: "openai/m", lm_options: lm, default_timeout: 30_000)
+      size = if module == Pool, do: [pool_size: 1], else: []
+      start_supervised!({module, Keyword.put(opts, :name, name) ++ size}, id: name)
+      {:ok, _} = module.call(name, :create_program, @agent)
+      tools = %{"do" => {fn %{"what" => "a"} -> "one" end, repeat: repeat}}
+      assert {:error, error} = module.request(name, :execute_program, @ask, tools: tools)
+      assert {error.type, error.retryable} == {:lm_error, repeat}
+    end
+  end
 end
