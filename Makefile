@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak sim bench lock package format clean
+.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak sim bench growth lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -117,12 +117,16 @@ soak: setup ## 10 minutes (SOAK_MINUTES=) of calls with random kills; fails if a
 sim: setup ## simulate clusters of 3 to 200 nodes (SIM_SEEDS=200), for the table of docs/cluster.md; some 5 minutes
 	cd $(HARNESS) && MIX_ENV=test mix run --no-start ../tests/sim/sim.exs
 
-bench: setup ## measure the table of docs/performance.md, in some 2 minutes
+bench: setup ## measure the table of docs/performance.md, in 3 minutes; ROW=agent,tokens measures some rows alone
 	@# Not with pip, which demands hashes for all if a constraint has one.
 	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }
 	$(PY) tests/bench/run.py
+
+growth: setup ## measure what runs and tokens cost as there are more of them, and memory after a million calls, in 10 minutes
+	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[bench]'
+	$(PY) tests/bench/growth.py
 
 # For other files of the same versions, such as wheels that were added later: make lock UPGRADE=
 UPGRADE := --upgrade

@@ -45,6 +45,7 @@ class Settings:
     lm_options: dict[str, Any]
     adapter: str | None
     strict_fields: bool
+    warm: bool
     max_in_flight: int
     max_queue: int
     cache_entries: int
@@ -154,6 +155,7 @@ SETTINGS = (
     Setting("lm_options", _object, "{}", "JSON keyword arguments of dspy.LM; in the environment, as ps shows flags"),
     Setting("adapter", _adapter, "", f"the default adapter: {', '.join(ADAPTERS)}; DSPy's own choice if unset"),
     Setting("strict_fields", _flag, "1", "0: if an answer has a field twice, DSPy's choice is taken, silently"),
+    Setting("warm", _flag, "0", "1: LiteLLM, if an LM needs it, is imported when that is known, not in its first call"),
     Setting("max_in_flight", _whole(1), "256", "programs running at once; more wait for a slot"),
     Setting("max_queue", _whole(0), "10000", "runs that wait for a slot; more are refused as overloaded"),
     Setting("cache_entries", _whole(0), "10000", "LM answers kept in memory; 0: none"),

@@ -85,6 +85,7 @@ defmodule DSPex.MixProject do
     {"guide/own-modules", "Guide"},
     {"guide/liveview", "Guide"},
     {"guide/jobs", "Guide"},
+    {"guide/tour.livemd", "Guide"},
     {"local-models", "Guide"},
     {"testing", "Guide"},
     {"deploying", "In production"},
@@ -133,6 +134,7 @@ defmodule DSPex.MixProject do
       files: [
         "lib",
         "mix.exs",
+        "usage-rules.md",
         ".formatter.exs",
         "priv/python/dspy_bridge.py",
         "priv/python/requirements.txt",
@@ -151,11 +153,11 @@ defmodule DSPex.MixProject do
       formatters: ["html"],
       extras:
         ["../README.md"] ++
-          Enum.map(@pages, fn {page, _group} -> "../docs/#{page}.md" end) ++
-          ["../CONTRIBUTING.md", "../SECURITY.md", "../CHANGELOG.md"],
+          Enum.map(@pages, fn {page, _group} -> file(page) end) ++
+          ["usage-rules.md", "../CONTRIBUTING.md", "../SECURITY.md", "../CHANGELOG.md"],
       groups_for_extras:
         for group <- ["Start", "Guide", "In production", "Inside", "Coming from"] do
-          {group, for({page, ^group} <- @pages, do: "../docs/#{page}.md")}
+          {group, for({page, ^group} <- @pages, do: file(page))}
         end,
       groups_for_modules: [
         Calls: [
@@ -187,6 +189,9 @@ defmodule DSPex.MixProject do
       before_closing_body_tag: &diagrams/1
     ]
   end
+
+  defp file(page),
+    do: "../docs/" <> if(Path.extname(page) == ".livemd", do: page, else: page <> ".md")
 
   # Diagrams are text. They are drawn where there is a network and the script is the one that is meant
   # here; elsewhere they are shown as they stand.

@@ -206,6 +206,7 @@ MAKE_SIGNATURE = Name("dspy.signatures.signature:make_signature", _ANEW, "signat
 _LOOKUPS = "LM calls are slower"
 RESOLVE = Name("dspy.clients.capabilities:resolve", _LOOKUPS, "lm")
 OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "config", "model_type")
+SELECT_BACKEND = Name("dspy.clients.backend_selection:select_backend", "LiteLLM is imported by its first call", "lm")
 PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _LOOKUPS)
 
 # What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.

@@ -120,6 +120,8 @@ class Models:
             pool = self._pools.get(key)
             if pool is None:
                 pool = self._pools[key] = LMPool(options, self.loops)
+                if self.settings.warm:
+                    pool.warm_up()
                 if len(self._pools) > MAX_LMS:
                     self._pools.popitem(last=False)
             else:

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import lm_options, rate_limits
+from dspy_bridge.lm import dspy_internals, lm_options, rate_limits
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.offline import echo_lm, offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_loading
@@ -53,6 +53,14 @@ class LMPool:
         lm = copy.copy(self._lms[0])
         lm.pool = self
         return lm
+
+    def warm_up(self) -> None:
+        """Import LiteLLM in a thread, if these LMs need it: their first call would wait for that."""
+        if not dspy_internals.SELECT_BACKEND.there or isinstance(self._lms[0], offline_lm.OfflineLM):
+            return
+        with suppress(Exception):  # of wrong options, which the call reports
+            if not dspy_internals.SELECT_BACKEND.value(self._lms[0]).native:
+                litellm_loading.start()
 
     @contextmanager
     def checkout(self) -> Iterator[dspy.BaseLM]:

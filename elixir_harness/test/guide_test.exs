@@ -17,7 +17,7 @@ defmodule DSPex.GuideTest do
   # Applications, which have tests of their own: liveview_page_test.exs, jobs_page_test.exs.
   @applications ~w(liveview jobs)
   @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/security.md docs/settings.md docs/errors.md
-            docs/coming-from.md docs/cluster.md docs/upgrading.md)
+            docs/coming-from.md docs/cluster.md docs/upgrading.md elixir_harness/usage-rules.md)
   # The readers of these have the application's own Bridge and Monitor.
   @in_application ~w(README.md docs/getting-started.md)
 

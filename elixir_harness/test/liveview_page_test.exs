@@ -5,7 +5,7 @@ end
 defmodule DSPex.LiveviewPageTest do
   @moduledoc "The views of docs/guide/liveview.md with the real peer; a stand-in takes the place of LiveView."
 
-  use ExUnit.Case, async: false
+  use ExUnit.Case, async: true
 
   import DSPex.Test.Helpers
   import ExUnit.CaptureLog
@@ -15,11 +15,11 @@ defmodule DSPex.LiveviewPageTest do
 
   @page "docs/guide/liveview.md"
   @external_resource Page.path(@page)
-  @pool MyApp.Pool
+  @pool __MODULE__.Pool
   @advice MyAppWeb.AdviceLive
 
   setup_all do
-    %{others: Page.compile(@page)}
+    %{others: Page.compile(@page, @pool)}
   end
 
   defp start_pool(opts) do

@@ -30,13 +30,15 @@ class Bar(NamedTuple):
         return f"{self.times:.{0 if self.times >= 10 else 1}f}"
 
 
-def bars(f: dict[str, Any]) -> list[Bar]:
+def bars(figures: dict[str, Any]) -> list[Bar]:
     """Only what both sides were measured at."""
-    first, sidecar_first = f["first ping ms"]["peer"], f["sidecar first ping ms"]
-    trip, sidecar_trip = f["round trip us"]["bridge"], f["sidecar round trip us"]
-    calls, sidecar_calls = f["calls per s"], f["sidecar calls per s"]
-    big, sidecar_big = f["1 MB ms"]["peer"], f["sidecar 1 MB ms"]
-    runs, sidecar_runs = f["500 runs ms"]["bridge"], f["sidecar 500 runs ms"]
+    f = {row: {name: value["median"] for name, value in of.items()} for row, of in figures.items()}
+    pings, sidecar = f["sidecar-pings"], f["sidecar-runs"]
+    first, sidecar_first = f["first-ping"]["peer"], pings["first_ms"]
+    trip, sidecar_trip = f["round-trip"]["bridge"], pings["trip_us"]
+    calls, sidecar_calls = f["callers"]["rate"], sidecar["calls_rate"]
+    big, sidecar_big = f["megabyte"]["peer"], pings["megabyte_ms"]
+    runs, sidecar_runs = f["runs"]["ms"], sidecar["runs_ms"]
     return [
         Bar("start to first ping", sidecar_first / first, f"{first:.0f} ms", f"{sidecar_first:.0f} ms"),
         Bar(

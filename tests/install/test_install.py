@@ -68,7 +68,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run("mix", "run", "--no-start", "-e", code, cwd=HARNESS)
     assert done.returncode == 0, done.stdout
     files = re.findall("^FILE (.*)$", done.stdout, re.MULTILINE)
-    assert "mix.exs" in files and "priv/python/package/dspy_bridge/port/reader.py" in files
+    assert {"mix.exs", "usage-rules.md", "priv/python/package/dspy_bridge/port/reader.py"} <= set(files)
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         (target / file).write_bytes((HARNESS / file).read_bytes())

@@ -8,6 +8,7 @@
 
 defmodule Soak do
   alias DSPex.PythonBridge.{Bridge, Pool}
+  alias DSPex.PythonBridge.Calls.LoadCounters
 
   @workers 24
   @crowd 3_000
@@ -45,8 +46,9 @@ defmodule Soak do
     for {pid, ref} <- workers, do: receive(do: ({:DOWN, ^ref, :process, ^pid, reason} -> note_end(tally, reason)))
     settle()
     later = measure_at_rest(before)
+    counted = counted()
     stop_bridges()
-    report(tally, before, later, orphans(1_000))
+    report(tally, before, later, counted, orphans(1_000))
   end
 
   ## What runs
@@ -93,6 +95,10 @@ defmodule Soak do
   defp call(:pool, command, args, timeout), do: Pool.call(:pool, command, args, timeout)
   defp call(bridge, command, args, timeout), do: Bridge.call(bridge, command, args, timeout)
 
+  # For requests and streams.
+  defp module(:pool), do: Pool
+  defp module(_bridge), do: Bridge
+
   # A coordinator that is killed with a change under way says that it may not have been made; never that it has.
   defp change_pool(command, args, timeout, tries) do
     case Pool.call(:pool, command, args, timeout) do
@@ -133,12 +139,12 @@ defmodule Soak do
   defp one(dice, _n, target, tally) when dice <= 69, do: expect(tally, fn -> call(target, :get_stats, %{}, @patience) end)
 
   # An agent whose tool is here, asked again by the next peer where the first dies.
-  defp one(dice, _n, target, tally) when dice <= 73 and target != :pool do
+  defp one(dice, _n, target, tally) when dice <= 73 do
     tool = fn %{"what" => what} -> Process.sleep(Enum.random(0..20)) && {:ok, "seen: #{what}"} end
     args = %{program_id: "agent", inputs: %{question: "#{System.unique_integer()}"}}
 
     expect(tally, fn ->
-      case Bridge.request(target, :execute_program, args, timeout: @patience, tools: %{look: tool}) do
+      case module(target).request(target, :execute_program, args, timeout: @patience, tools: %{look: tool}) do
         {:ok, %{"trajectory" => %{"observation_0" => "seen: " <> _}} = result, _meta} -> {:ok, result}
         other -> other
       end
@@ -146,9 +152,9 @@ defmodule Soak do
   end
 
   # A stream, read to its end or not. Its peer's death after the first chunk ends it; before, it is begun anew.
-  defp one(dice, _n, target, tally) when dice <= 77 and target != :pool do
+  defp one(dice, _n, target, tally) when dice <= 77 do
     args = %{program_id: "qa", inputs: %{question: "one two three four five #{System.unique_integer()}"}}
-    stream = Bridge.stream(target, args, timeout: @patience)
+    stream = module(target).stream(target, args, timeout: @patience)
 
     if Enum.random([true, false]) do
       Enum.take(stream, Enum.random(0..3))
@@ -165,6 +171,28 @@ defmodule Soak do
         end
       end)
     end
+  end
+
+  # A peer of one's own, by a function that returns, raises, or is killed.
+  defp one(78, _n, :pool, tally) do
+    fun = fn bridge ->
+      {:ok, _} = Bridge.call(bridge, :ping, %{}, @patience)
+      if Enum.random([true, false]), do: throw(:enough)
+    end
+
+    expect(tally, fn ->
+      try do
+        # None is free, or the coordinator has just been killed.
+        with {:error, reason} when reason in [:pool_exhausted, :bridge_not_running] <- Pool.with_bridge(:pool, fun), do: {:ok, reason}
+      catch
+        :throw, :enough -> {:ok, :thrown}
+      end
+    end)
+
+    {pid, ref} = spawn_monitor(fn -> Pool.with_bridge(:pool, fn _bridge -> Process.sleep(:infinity) end) end)
+    Process.sleep(Enum.random(0..5))
+    Process.exit(pid, :kill)
+    receive(do: ({:DOWN, ^ref, :process, ^pid, _reason} -> count(tally, :borrowed)))
   end
 
   defp one(dice, n, target, tally) when dice <= 82, do: own("own #{n}", target, tally)
@@ -401,6 +429,18 @@ defmodule Soak do
   defp settle do
     for target <- targets(), do: {:ok, _} = call(target, :ping, %{}, @patience)
     eventually(fn -> Enum.all?([:steady, :restless, :crowded], &(Bridge.get_status(&1).pending == 0)) end)
+    eventually(fn -> counted() == [] end)
+  end
+
+  # The slots of the pool that count calls which are over, or that are still checked out.
+  defp counted do
+    %{counters: counters} = Pool.Handle.fetch(:pool)
+
+    for index <- LoadCounters.indexes(counters),
+        busy = LoadCounters.busy(counters, index),
+        out? = LoadCounters.checked_out?(counters, index),
+        busy > 0 or out?,
+        do: {index, busy, out?}
   end
 
   defp measure do
@@ -453,7 +493,7 @@ defmodule Soak do
         do: file |> Path.dirname() |> Path.basename()
   end
 
-  defp report(tally, before, later, orphans) do
+  defp report(tally, before, later, counted, orphans) do
     counts = Map.new(:ets.tab2list(tally))
     IO.puts("\n| what | after a third | at the end |\n| --- | --- | --- |")
     for {key, value} <- later, do: IO.puts("| #{key} | #{before[key]} | #{value} |")
@@ -467,7 +507,7 @@ defmodule Soak do
           later[key] > before[key] + if(key == :atoms, do: 100, else: 10),
           do: key
 
-    verdicts = [lost: lost, wrong: wrong, grown: grown(before, later), leaked: leaked, orphans: orphans]
+    verdicts = [lost: lost, wrong: wrong, grown: grown(before, later), leaked: leaked, counted: counted, orphans: orphans]
     for {what, found} <- verdicts, do: IO.puts("#{what}: #{inspect(found)}")
     good? = Enum.all?(verdicts, fn {_what, found} -> found in [0, [], %{}] end)
     IO.puts(if good?, do: "nothing lost, nothing left", else: "AMISS")

@@ -15,9 +15,16 @@ defmodule DSPex.Test.Page do
     |> List.flatten()
   end
 
-  @doc "Its modules, compiled; they are gone when the tests of the calling test module are over. Gives the other blocks."
-  def compile(page) do
-    {modules, others} = Enum.split_with(blocks(page), &(&1 =~ ~r/^defmodule /m))
+  @doc """
+  Its modules, compiled, with another name for its pool, as tests of other pages may run at the same time. They are gone when
+  the tests of the calling test module are over. Gives the other blocks, with that name, too.
+  """
+  def compile(page, pool) do
+    {modules, others} =
+      page
+      |> blocks()
+      |> Enum.map(&String.replace(&1, "MyApp.Pool", inspect(pool)))
+      |> Enum.split_with(&(&1 =~ ~r/^defmodule /m))
 
     {compiled, warnings} =
       Code.with_diagnostics([log: true], fn ->

@@ -99,6 +99,25 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
         assert (tmp_path / "begun").exists() and len(server.requests) == asked + len(ways)
 
 
+def test_with_warm_it_is_imported_when_an_lm_needs_it(start_lm: Any, tmp_path: Path) -> None:
+    """And not for an LM that does without; the program is there at once."""
+    (tmp_path / "sitecustomize.py").write_text(HELD)
+    server = start_lm()
+    env = {**lm_env(server), "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_WARM": "1"}
+    with Peer(env=env) as peer:
+        if DSPY >= (3, 4):
+            assert peer.call("create_program", QA)["success"] and peer.call("execute_program", ASK)["success"]
+            assert not (tmp_path / "begun").exists()
+            lm = {"model": "openai/stub-model", **server.options(engine="litellm")}
+            assert peer.call("create_program", {**QA, "id": "other", "lm": lm})["success"]
+        else:
+            peer.request("create_program", QA)
+        deadline = time.monotonic() + PATIENCE
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_the_first_call_by_litellm_is_answered_and_delays_no_other(start_lm: Any) -> None:
     """With the real LiteLLM: pings, runs and a deadline while it is imported."""

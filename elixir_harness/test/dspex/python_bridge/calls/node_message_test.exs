@@ -84,7 +84,7 @@ defmodule DSPex.PythonBridge.Calls.NodeMessageTest do
     :erlang.trace(self(), true, [:procs, :set_on_spawn])
 
     assert {:done, {:ok, _id, %{"pid" => _}, _meta}} =
-             RemoteCall.run(%{Handle.fetch(@pool) | others: others}, request)
+             RemoteCall.run(%{Handle.fetch(@pool) | others: others}, request, %Pool.Attempt{})
 
     # The first function of a process that `spawn_request` starts.
     assert_receive {:trace, _courier, :spawn, _proxy, {_erts, _init, [{module, :proxy, args}]}}
@@ -107,6 +107,15 @@ defmodule DSPex.PythonBridge.Calls.NodeMessageTest do
     assert sent == packed
     DSPex.PythonBridge.Pool.Remote.proxy(self(), @pool, packed, nil)
     assert_receive {:served, {:done, {:ok, _id, %{"pid" => _}, _meta}}}
+
+    # With chunks, tools or retry: false the body comes with a request, as to a bridge.
+    how = %{retry: false, of_a_later_version: 1}
+    unsent = %{packed | body: ""}
+    relay = DSPex.PythonBridge.Pool.Remote.open(self(), @pool, unsent, nil, how)
+    ref = :erlang.alias()
+    takes = %{stream?: true, tools?: true}
+    send(relay, {:request, ref, self(), 5_000, body, {:caller, 0, nil}, takes})
+    assert_receive {^ref, {:served, {:done, {:ok, _id, %{"pid" => _}, _meta}}}}, 5_000
     DSPex.PythonBridge.Pool.Remote.proxy(self(), :nobody, packed, nil)
     assert_receive {:served, {:nobody, 0, false}}
 

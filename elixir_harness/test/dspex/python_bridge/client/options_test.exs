@@ -1,19 +1,32 @@
 defmodule DSPex.PythonBridge.Client.OptionsTest do
-  @moduledoc "The options of one call that the peer gets: among the arguments, or beside `meta`."
+  @moduledoc "The options of one call that the peer gets, by a bridge and by a pool: among the arguments, or beside `meta`."
 
-  use ExUnit.Case, async: true
+  use ExUnit.Case,
+    async: true,
+    parameterize: [%{api: DSPex.PythonBridge.Bridge}, %{api: DSPex.PythonBridge.Pool}]
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.PythonBridge.{Error, Pool}
   alias DSPex.Test.Loopback
 
   @arguments [attempts: 10, max_concurrency: 1, item_timeout_ms: 250]
 
-  setup_all do
-    echo = start_supervised!({Bridge, fake_opts("echo")}, id: :echo)
-    plays = start_supervised!({Bridge, fake_opts("plays")}, id: :plays)
-    %{echo: echo, plays: plays}
+  setup_all %{api: api} do
+    %{echo: start(api, fake_opts("echo")), plays: start(api, fake_opts("plays"))}
+  end
+
+  setup %{api: api} do
+    Process.put(:api, api)
+    :ok
+  end
+
+  defp api, do: Process.get(:api)
+
+  defp start(api, opts) do
+    name = Module.concat(__MODULE__, "Server#{System.unique_integer([:positive])}")
+    size = if api == Pool, do: [pool_size: 1], else: []
+    start_supervised!({api, Keyword.merge(opts, [name: name] ++ size)}, id: name)
   end
 
   test "attempts, max_concurrency and item_timeout_ms are arguments of execute_program", %{
@@ -25,15 +38,15 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
 
     for command <- [:execute_program, "execute_program"] do
       assert {:ok, %{"args" => ^wanted}, _meta} =
-               Bridge.request(bridge, command, args, @arguments)
+               api().request(bridge, command, args, @arguments)
     end
 
     assert [{:ok, %{"args" => ^wanted}, _meta}] =
-             Enum.to_list(Bridge.stream(bridge, args, @arguments))
+             Enum.to_list(api().stream(bridge, args, @arguments))
 
     # Those that are not given are not sent.
     assert {:ok, %{"args" => %{"inputs" => [], "program_id" => "qa"} = sent}, _meta} =
-             Bridge.request(bridge, :execute_program, args, [])
+             api().request(bridge, :execute_program, args, [])
 
     assert map_size(sent) == 2
   end
@@ -47,12 +60,12 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
           {[], ["meta"]}
         ] do
       assert {:ok, _, %{"asked" => ^asked}} =
-               Bridge.request(bridge, :execute_program, args, opts)
+               api().request(bridge, :execute_program, args, opts)
 
       streamed = ["stream" | asked]
 
       assert [{:ok, _, %{"asked" => ^streamed}}] =
-               Enum.to_list(Bridge.stream(bridge, args, opts))
+               Enum.to_list(api().stream(bridge, args, opts))
     end
   end
 
@@ -69,14 +82,14 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
       text = ":#{option}: expected #{expected}"
 
       assert {:error, %Error{type: :invalid_request, message: ^text}} =
-               Bridge.request(bridge, :execute_program, %{}, [{option, value}])
+               api().request(bridge, :execute_program, %{}, [{option, value}])
 
       assert [error: %Error{type: :invalid_request, message: ^text}] =
-               Enum.to_list(Bridge.stream(bridge, %{}, [{option, value}]))
+               Enum.to_list(api().stream(bridge, %{}, [{option, value}]))
     end
 
     assert {:error, %Error{message: "unknown option :attempt, did you mean :attempts?"}} =
-             Bridge.request(bridge, :execute_program, %{}, attempt: 3)
+             api().request(bridge, :execute_program, %{}, attempt: 3)
   end
 
   test "an option that is an argument already, or that the command does not take, is refused", %{
@@ -86,20 +99,20 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
       twice = ":#{option}: there twice, as an option and as an argument"
 
       assert {:error, %Error{type: :invalid_request, message: ^twice}} =
-               Bridge.request(bridge, :execute_program, %{key => value}, [{option, value}])
+               api().request(bridge, :execute_program, %{key => value}, [{option, value}])
 
       assert [error: %Error{message: ^twice}] =
-               Enum.to_list(Bridge.stream(bridge, %{key => value}, [{option, value}]))
+               Enum.to_list(api().stream(bridge, %{key => value}, [{option, value}]))
 
       other = ":#{option}: only execute_program takes it"
 
       assert {:error, %Error{type: :invalid_request, message: ^other}} =
-               Bridge.request(bridge, :ping, %{}, [{option, value}])
+               api().request(bridge, :ping, %{}, [{option, value}])
     end
 
     # What is not a map is refused as without options.
     assert {:error, %Error{type: :invalid_args, message: "args: expected a map"}} =
-             Bridge.request(bridge, :execute_program, [], attempts: 2)
+             api().request(bridge, :execute_program, [], attempts: 2)
   end
 
   test "meta of an error reply reaches the caller of request and of stream", %{plays: bridge} do
@@ -108,22 +121,22 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
 
     for opts <- [[], [on_chunk: &is_map/1]] do
       assert {:error, %Error{type: :output_invalid, meta: ^meta}} =
-               Bridge.request(bridge, :execute_program, args, opts)
+               api().request(bridge, :execute_program, args, opts)
     end
 
-    assert [error: %Error{meta: ^meta}] = Enum.to_list(Bridge.stream(bridge, args, []))
+    assert [error: %Error{meta: ^meta}] = Enum.to_list(api().stream(bridge, args, []))
 
     assert {:error, %Error{meta: nil}} =
-             Bridge.request(bridge, :execute_program, %{play: [["fail", "lm_error"]]}, [])
+             api().request(bridge, :execute_program, %{play: [["fail", "lm_error"]]}, [])
   end
 
   describe "with the real peer" do
     @describetag timeout: 120_000
 
     defp start_real(opts \\ []) do
-      bridge = start_supervised!({Bridge, real_opts([default_timeout: 60_000] ++ opts)})
+      bridge = start(api(), real_opts([default_timeout: 60_000] ++ opts))
       create = %{id: "qa", signature: "question -> answer"}
-      {:ok, _} = Bridge.call(bridge, :create_program, create)
+      {:ok, _} = api().call(bridge, :create_program, create)
       bridge
     end
 
@@ -173,10 +186,10 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
       args = %{program_id: "qa", inputs: %{question: "Which?"}}
 
       assert {:ok, %{"answer" => "Paris"}, %{"lm_calls" => 3}} =
-               Bridge.request(bridge, :execute_program, args, attempts: 3)
+               api().request(bridge, :execute_program, args, attempts: 3)
 
       assert {:error, %Error{type: :output_invalid, meta: %{"lm_calls" => calls}}} =
-               Bridge.request(bridge, :execute_program, args, attempts: 2)
+               api().request(bridge, :execute_program, args, attempts: 2)
 
       assert calls == 4
     end
@@ -187,10 +200,10 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
       opts = [max_concurrency: 1, item_timeout_ms: 60_000]
 
       assert {:ok, %{"results" => [_, _, %{"result" => %{"answer" => "echo: 3?"}}]}, _meta} =
-               Bridge.request(bridge, :execute_program, args, opts)
+               api().request(bridge, :execute_program, args, opts)
 
       # One at a time: in order.
-      assert [0, 1, 2] == for({:item, n, {:ok, _}} <- Bridge.stream(bridge, args, opts), do: n)
+      assert [0, 1, 2] == for({:item, n, {:ok, _}} <- api().stream(bridge, args, opts), do: n)
     end
   end
 end

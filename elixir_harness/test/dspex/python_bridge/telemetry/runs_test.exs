@@ -232,6 +232,10 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
       assert {:ok, _, meta} = Pool.request(:observed_pool, :execute_program, @ask)
       refute Map.has_key?(meta, "lm_events")
       assert [{%{input_tokens: _}, %{pool: :observed_pool, bridge: nil}}] = of(@lm)
+      stream = Pool.stream(:observed_pool, @ask, telemetry_metadata: %{tenant: "acme"})
+      assert {:ok, _, meta} = Enum.at(stream, -1)
+      refute Map.has_key?(meta, "lm_events")
+      assert [{_, %{pool: :observed_pool, telemetry_metadata: %{tenant: "acme"}}}] = of(@lm)
     end
 
     test "shows the calls of a run that failed, by the class of their error" do
