@@ -34,6 +34,7 @@ defmodule Sim.Instrument do
       cancel_timer: 2,
       unique_integer: 1,
       monotonic_time: 0,
+      monotonic_time: 1,
       is_process_alive: 1
     ],
     pg: [start: 1, monitor: 2, join: 3, get_members: 2],

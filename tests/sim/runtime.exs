@@ -25,7 +25,7 @@ defmodule Sim.Runtime do
   ## Time and numbers
 
   def monotonic_time, do: World.now() * 1000
-  def monotonic_time(:millisecond), do: div(World.now(), 1000)
+  def monotonic_time(unit), do: System.convert_time_unit(World.now(), :microsecond, unit)
   def system_time(:microsecond), do: Net.clock(node())
   def unique_integer(_options), do: :ets.update_counter(World.here().facts, :unique, 1)
 
