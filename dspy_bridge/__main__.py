@@ -64,9 +64,10 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     from dspy_bridge import app
     from dspy_bridge.port import reader
     from dspy_bridge.port.frame_writer import FrameWriter
-    from dspy_bridge.runtime import allocator
+    from dspy_bridge.runtime import allocator, thread_stacks
     from dspy_bridge.wire import messages
 
+    thread_stacks.enlarge()
     writer = FrameWriter(writing, reader.exit_now)
 
     def send_log(level: str, logger: str, message: str, traceparent: str | None) -> None:

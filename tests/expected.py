@@ -124,7 +124,7 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
         return refused(NULL)
     command, args, timeout = message.get("command"), message.get("args"), message.get("timeout_ms")
     args = {} if args is None else args
-    flags = [message.get(name, False) for name in ("meta", "stream", "history")]
+    flags = [message.get(name, False) for name in ("meta", "stream", "history", "lm_events")]
     if not isinstance(command, str) or not isinstance(args, dict) or not all(isinstance(flag, bool) for flag in flags):
         return refused(key)
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
@@ -136,8 +136,8 @@ def _owed_for(payload: bytes, message: Any) -> Owed | None:
     if certain and (len(payload) > 2000 or command == "list_programs"):
         # Its reply may be longer than it is, and past the limit.
         ends |= {"frame_too_large"}
-    meta, stream, history = flags
-    return Owed(payload, (key,), ends, command, args, meta or history, stream, at_once)
+    meta, stream, history, lm_events = flags
+    return Owed(payload, (key,), ends, command, args, meta or history or lm_events, stream, at_once)
 
 
 def _named(name: str | None) -> str:

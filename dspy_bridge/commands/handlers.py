@@ -35,6 +35,8 @@ _CREATE_ARGS = (
     "state",
     "state_path",
 )
+# As the modules of Elixir programs have them, beside it.
+_IN_SIGNATURE = ("inputs", "outputs", "instructions")
 # DSPex's adapter sends `options`, which no bridge has ever read: accepted and ignored.
 _EXECUTE_ARGS = (
     "program_id",
@@ -82,6 +84,9 @@ class Commands:
 
     def create_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """`{"program_id", "status": "created"}`, once the program is loaded."""
+        for name in _IN_SIGNATURE:
+            if name in args:
+                raise InvalidArgs(f"{name}: belongs into signature, an object with inputs, outputs and instructions")
         refuse_unknown(args, _CREATE_ARGS)
         id = arguments.text(args, "id")
         if args.get("signature") is None:

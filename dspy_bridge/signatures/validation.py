@@ -47,9 +47,11 @@ class Contract:
         if len(unknown) > _NAMED:
             wrong.append(InvalidArgs(f"inputs: {len(unknown) - _NAMED} more unknown fields"))
         values = {}
+        misnamed = bool(unknown)
         for name, validator in self.inputs.items():
             if name not in inputs and name not in self.defaults:
                 if validator is None or not _takes_none(validator):
+                    misnamed = True
                     wrong.append(InvalidArgs(f"inputs.{name}: missing"))
                 continue
             value = inputs[name] if name in inputs else copy.deepcopy(self.defaults[name])
@@ -58,7 +60,7 @@ class Contract:
             except (TypeError, ValueError) as error:
                 wrong.append(validation_errors.describe(f"inputs.{name}", error))
         if wrong or others:
-            expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if wrong else ""
+            expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if misnamed else ""
             raise validation_errors.together([*others, *wrong], expected)
         return values
 

@@ -267,7 +267,7 @@ defmodule DSPex.DocsTest do
     do: execute(start(script_path: Helpers.fake("silent")), @why, timeout: 100)
 
   defp provoke(:frame_too_large, _bridge) do
-    # As long as the page has it, with the timestamp and all.
+    # As long as the page has it.
     small = start(max_frame_bytes: 1_000)
     Bridge.request(small, :ping, %{big: String.duplicate("a", 2_000)}, [])
   end

@@ -9,6 +9,7 @@ defmodule Bench.Free do
     [
       {"first-ping", &first_ping/0},
       {"callers", &callers/0},
+      {"calls", &Bench.Calls.figures/0},
       {"large", &large/0},
       {"runs", &runs/0},
       {"programs", &programs/0},

@@ -120,6 +120,14 @@ ROWS = [
         *("bridge_ratio", lambda f: f"{f.bridge_ratio:.2f}x ({f.bridge:.1f} µs)", "sidecar-pings.trip_us {:.0f} µs"),
     ),
     Row(
+        *("free", "calls", "`Bridge.call(:ping)`, reductions", "the least GenServer", "≤ 1.25x"),
+        *("ratio", lambda f: f"{f.ratio:.2f}x ({f.bridge:.0f}); `Pool.call` {f.pool_ratio:.2f}x"),
+    ),
+    Row(
+        *("free", "calls", "256 processes calling it, per CPU time of the BEAM", "the least GenServer", "≥ 0.85x"),
+        *("crowd_ratio", lambda f: f"{f.crowd_ratio:.2f}x; `Pool.call` {f.crowd_pool_ratio:.2f}x"),
+    ),
+    Row(
         *("pinned", "pool", "`Pool.request(:ping)` round trip, one peer", "`Bridge.request(:ping)`", "≤ 1.15x"),
         *("request_ratio", lambda f: f"{f.request_ratio:.2f}x ({f.request_us:.1f} µs)"),
     ),

@@ -213,6 +213,10 @@ class _Converter:
 def _union(cores: list[CoreSchema]) -> CoreSchema:
     if len(cores) == 1:
         return cores[0]
+    others = [core for core in cores if core["type"] != "none"]
+    if len(others) == 1:
+        # Its errors name what does not fit, inside it too.
+        return core_schema.nullable_schema(others[0])
     # One error in place of one per member.
     return core_schema.union_schema(
         list(cores), custom_error_type="any_of", custom_error_message="Input should fit one of the schema's types"

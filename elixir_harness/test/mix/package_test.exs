@@ -21,7 +21,8 @@ defmodule DSPex.PackageTest do
           do: "priv/python/package/" <> file
 
     ours =
-      ["mix.exs", ".formatter.exs"] ++ Path.wildcard("lib/**/*") ++ Path.wildcard("priv/python/*")
+      ["mix.exs", "usage-rules.md", ".formatter.exs"] ++
+        Path.wildcard("lib/**/*") ++ Path.wildcard("priv/python/*")
 
     assert Enum.sort(listed()) == Enum.sort(Enum.filter(ours, &File.regular?/1) ++ carried)
   end

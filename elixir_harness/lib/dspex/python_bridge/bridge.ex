@@ -101,6 +101,8 @@ defmodule DSPex.PythonBridge.Bridge do
   comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
   loading them are tried again.
 
+  Of a pool each bridge is restarted by itself, by its name in `DSPex.PythonBridge.Pool.status/1`.
+
   It returns once the new peer serves. If that does not start, the old one keeps serving, and the error is a string
   with the reason; without an old peer, the attempts go on.
   """

@@ -49,6 +49,7 @@ defmodule DSPex.PythonBridge.Doctor do
     * `:each` – a function that is called with each check when it is done
     * `:hint` – the advice if no interpreter is configured
     * `:decided` – what decided on the interpreter, if not the configuration
+    * `:notes` – names of checks whose failure is a note, such as those of what only the machine has that will run this
   """
   @spec run(keyword()) :: [check()]
   def run(opts \\ []) do
@@ -57,7 +58,9 @@ defmodule DSPex.PythonBridge.Doctor do
     {each, opts} = Keyword.pop(opts, :each, fn _check -> :ok end)
     {hint, opts} = Keyword.pop(opts, :hint)
     {decided, opts} = Keyword.pop(opts, :decided)
+    {notes, opts} = Keyword.pop(opts, :notes, [])
     {ask?, opts} = Keyword.pop(opts, :ask, false)
+    done = {each, notes}
 
     first = [
       {"configuration", [], fn _facts -> configuration(opts) end},
@@ -65,8 +68,8 @@ defmodule DSPex.PythonBridge.Doctor do
       {"version", ["interpreter"], &version/1}
     ]
 
-    {checks, facts} = Enum.map_reduce(first, %{}, &check(&1, &2, each))
-    {more, facts} = facts |> packages() |> Enum.map_reduce(facts, &check(&1, &2, each))
+    {checks, facts} = Enum.map_reduce(first, %{}, &check(&1, &2, done))
+    {more, facts} = facts |> packages() |> Enum.map_reduce(facts, &check(&1, &2, done))
 
     last = [
       {"script", ["configuration"], &script/1},
@@ -82,19 +85,20 @@ defmodule DSPex.PythonBridge.Doctor do
         )
     ]
 
-    {rest, facts} = Enum.map_reduce(last, facts, &check(&1, &2, each))
+    {rest, facts} = Enum.map_reduce(last, facts, &check(&1, &2, done))
     Peer.stop(facts["ping"])
     checks ++ more ++ rest
   end
 
   # A check returns its status, what it found, its advice, and a fact for later checks; nil: these are skipped.
-  defp check({name, needs, fun}, facts, each) do
+  defp check({name, needs, fun}, facts, {each, notes}) do
     {status, found, advice, fact} =
       case Enum.find(needs, &(facts[&1] == nil)) do
         nil -> fun.(facts)
         missing -> {:skipped, "needs #{missing}", nil, nil}
       end
 
+    status = if status == :failed and name in notes, do: :note, else: status
     check = %{name: name, status: status, found: found, advice: advice}
     each.(check)
     {check, Map.put(facts, name, fact)}

@@ -62,9 +62,9 @@ defmodule DSPex.PythonBridge.Options do
           max_pending: pos_integer(),
           start_timeout: pos_integer(),
           drain_ms: non_neg_integer(),
-          programs: (-> [Programs.Declared.t()]) | nil,
+          programs: (-> [{id :: String.t(), arguments :: %{String.t() => term()}}]) | nil,
           slot: tuple() | nil,
-          store: Programs.Store.table() | nil
+          store: :ets.tid() | nil
         }
   @typedoc "The text that refuses an option; nil for one that is accepted."
   @type refusal :: ({atom(), term()} -> String.t() | nil)

@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.Stub do
   test has answered. An answer is a function of the inputs, a map with string keys as it comes from the wire. It runs in a
   process of its own, which is killed when the caller gives up, and returns
 
-    * `{:ok, outputs}`, a map; `{:ok, outputs, meta}`, with what `meta` has in addition to that of a run without LM calls
+    * `{:ok, outputs}`, a map, or a struct of the program's module; `{:ok, outputs, meta}`, with what `meta` has in addition to that of a run without LM calls
     * `{:error, %DSPex.PythonBridge.Error{}}`; `{:error, text}`, which is one of type `:internal`; or `{:error, type}` with
       `:timeout`, `:overloaded` or `:python_process_died`
 
@@ -151,8 +151,11 @@ defmodule DSPex.PythonBridge.Stub do
   Returns the stub.
   """
   @spec expect(stub(), program(), pos_integer(), (map() -> answer())) :: stub()
-  def expect(stub, program, n, answer)
-      when is_integer(n) and n > 0 and is_function(answer, 1) do
+  def expect(stub, program, n, answer) do
+    if not (is_integer(n) and n > 0),
+      do: raise(ArgumentError, "n: expected a number of runs from 1, got #{inspect(n)}")
+
+    check!(answer)
     {pid, name} = find!(stub)
     ledger = Ledger.mine()
     id = id!(program)
@@ -166,7 +169,8 @@ defmodule DSPex.PythonBridge.Stub do
   Returns the stub.
   """
   @spec stub(stub(), program(), (map() -> answer())) :: stub()
-  def stub(stub, program, answer) when is_function(answer, 1) do
+  def stub(stub, program, answer) do
+    check!(answer)
     {pid, _name} = find!(stub)
     call = {:answer, self(), Ledger.mine(), id!(program), answer, :always}
     :ok = GenServer.call(pid, call)
@@ -218,6 +222,14 @@ defmodule DSPex.PythonBridge.Stub do
     end)
   end
 
+  defp check!(answer) when is_function(answer, 1), do: :ok
+
+  defp check!(other) do
+    raise ArgumentError,
+          "the answer: expected a function of the inputs, such as fn %{\"ticket\" => _} -> " <>
+            "{:ok, outputs} end, got #{inspect(other, limit: 10)}"
+  end
+
   # A process of another kind may end by a call that it does not know.
   defp find!(stub) do
     pid = GenServer.whereis(stub)
@@ -249,8 +261,9 @@ defmodule DSPex.PythonBridge.Stub do
   ## In an answer's function
 
   @doc "Sends a chunk of an output field, if the run is that of a stream. Only in the function of an answer."
-  @spec chunk(field :: String.t(), text :: String.t()) :: :ok
-  def chunk(field, text) when is_binary(field) and is_binary(text), do: Context.chunk(field, text)
+  @spec chunk(field :: String.t() | atom(), text :: String.t()) :: :ok
+  def chunk(field, text) when (is_binary(field) or is_atom(field)) and is_binary(text),
+    do: Context.chunk(to_string(field), text)
 
   @doc "Sends a status, such as `\"calling tool search\"`, if the run is that of a stream. Only in the function of an answer."
   @spec status(text :: String.t()) :: :ok
@@ -260,7 +273,8 @@ defmodule DSPex.PythonBridge.Stub do
   Calls a tool of the caller, as an agent does, and returns its result or the error that the agent's LM would be shown.
   Only in the function of an answer.
   """
-  @spec call_tool(name :: String.t(), args :: map()) :: {:ok, term()} | {:error, String.t()}
-  def call_tool(name, args \\ %{}) when is_binary(name) and is_map(args),
-    do: Context.call_tool(name, args)
+  @spec call_tool(name :: String.t() | atom(), args :: map()) ::
+          {:ok, term()} | {:error, String.t()}
+  def call_tool(name, args \\ %{}) when (is_binary(name) or is_atom(name)) and is_map(args),
+    do: Context.call_tool(to_string(name), args)
 end

@@ -52,17 +52,20 @@ defmodule DSPex.PythonBridge.Telemetry do
   @spec look() :: boolean()
   defdelegate look(), to: Emitter
 
-  @doc "The same for the start of a bridge, if the application was not started."
+  # The same for the start of a bridge, if the application was not started.
+  @doc false
   @spec look_once() :: boolean()
   defdelegate look_once(), to: Emitter
 
-  ## Events
+  ## Events, for the other modules
 
-  @doc "Emits an event, if there is `:telemetry`; it never raises."
+  # Emits an event, if there is `:telemetry`; it never raises.
+  @doc false
   @spec execute([atom()], map(), map()) :: :ok
   defdelegate execute(event, measurements, metadata), to: Emitter
 
-  @doc "Emits the event of a checkout that was asked for at `started`, in native time."
+  # Emits the event of a checkout that was asked for at `started`, in native time.
+  @doc false
   @spec checkout(term(), {:ok, atom()} | {:error, atom()}, integer()) :: :ok
   def checkout(pool, result, started) do
     if Emitter.there?() do

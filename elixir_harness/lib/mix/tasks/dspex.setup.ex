@@ -23,7 +23,8 @@ defmodule Mix.Tasks.Dspex.Setup do
   refuses a folder that it did not make, an environment of another Python than `--python`, and a folder at which another
   `mix dspex.setup` is at work.
 
-  The exit status is the doctor's.
+  The exit status is the doctor's. With `--release`, what only the machine has where the release will run is a note: the
+  key of the LM, its server, folders.
 
   ## Hashes
 
@@ -66,6 +67,9 @@ defmodule Mix.Tasks.Dspex.Setup do
   alias DSPex.PythonBridge.{Doctor, Python, Venv}
   alias DSPex.PythonBridge.Python.Interpreter
 
+  # Checks of what is on the machine where a release runs, not where it is built.
+  @elsewhere ["lm", "folders"]
+
   @impl Mix.Task
   def run(args) do
     switches = arguments(args)
@@ -91,7 +95,7 @@ defmodule Mix.Tasks.Dspex.Setup do
     folder = Path.join(Path.expand(root), "dspex_venv")
 
     case Venv.release(folder, opts) do
-      {:ok, python} -> finish(python, how_to_release())
+      {:ok, python} -> finish(python, how_to_release(), @elsewhere)
       {:error, text} -> Mix.raise(text)
     end
   end
@@ -117,8 +121,8 @@ defmodule Mix.Tasks.Dspex.Setup do
     end
   end
 
-  defp finish(python, advice) do
-    opts = [python_executable: python, decided: "the one that was set up"]
+  defp finish(python, advice, notes \\ []) do
+    opts = [python_executable: python, decided: "the one that was set up", notes: notes]
     ok? = Doctor.print(opts, &Mix.shell().info/1)
     if advice, do: Mix.shell().info(advice)
     unless ok?, do: exit({:shutdown, 1})

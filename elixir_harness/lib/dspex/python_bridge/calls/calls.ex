@@ -21,12 +21,13 @@ defmodule DSPex.PythonBridge.Calls do
       | watch: watch(request, id),
         deadline: Deadline.new(request.timeout, now),
         change: request.change && stamped(request.change),
-        at: nil,
+        at: Dispatcher.free_peer(in_flight, request),
+        since: now,
         streamed?: false,
         bound?: false
     }
 
-    Dispatcher.offer(%{in_flight | next_id: id + 1}, id, request, now)
+    Dispatcher.offer(in_flight, id, request)
   end
 
   # A caller keeps its own time, and is monitored; a cast has no caller that could.
@@ -46,11 +47,10 @@ defmodule DSPex.PythonBridge.Calls do
   """
   @spec abandon(InFlight.t(), pos_integer() | reference()) :: InFlight.t()
   def abandon(%InFlight{} = in_flight, ref) when is_reference(ref) do
-    case Calls.Table.id_of(in_flight.calls, ref) do
-      # The reply was sent first; the alias has ended.
-      nil -> in_flight
-      id -> abandon(in_flight, id)
-    end
+    {id, calls} = Calls.Table.id_of(in_flight.calls, ref)
+    in_flight = %{in_flight | calls: calls}
+    # Without one the reply was sent first; the alias has ended.
+    if id, do: abandon(in_flight, id), else: in_flight
   end
 
   def abandon(%InFlight{} = in_flight, id) do

@@ -8,26 +8,35 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   alias DSPex.PythonBridge.Calls.{InFlight, Quarantine, Request, SendQueue}
   alias DSPex.PythonBridge.OTP.Deadline
 
-  @doc "Gives a new call to the peer that serves, or holds it."
-  @spec offer(InFlight.t(), pos_integer(), Request.t(), integer()) :: InFlight.t()
-  def offer(%InFlight{calls: calls} = in_flight, id, request, now) do
-    if at_once?(in_flight, request) do
-      {request, send_queues} = give(in_flight, id, request, now)
-      %{in_flight | calls: Calls.Table.put(calls, id, request), send_queues: send_queues}
-    else
-      advance(hold(%{in_flight | calls: Calls.Table.put(calls, id, request)}, id, request))
-    end
+  @doc "The peer that a new call can be sent to at once, or nil."
+  @spec free_peer(InFlight.t(), Request.t()) :: port() | nil
+  # The last condition of the last clause is not the usual one. A ping does not kill a peer, and the monitor must not
+  # take a trial for a peer that hangs.
+  def free_peer(%InFlight{to: nil, loading: nil}, _request), do: nil
+
+  def free_peer(%InFlight{to: nil, loading: port}, request),
+    do: if(Protocol.ping?(request.body), do: port)
+
+  def free_peer(%InFlight{to: port, quarantine: quarantine} = in_flight, %Request{} = request) do
+    free? =
+      (not quarantine.trial? and :gb_sets.is_empty(in_flight.held) and
+         not Quarantine.suspect?(quarantine, request.deaths) and
+         (request.change == nil or not in_flight.hold_changes?)) or Protocol.ping?(request.body)
+
+    if free?, do: port
   end
 
-  # The first condition is the usual one. A ping does not kill a peer, and the monitor must not take a trial for a
-  # peer that hangs.
-  defp at_once?(%InFlight{to: nil, loading: nil}, _request), do: false
-  defp at_once?(%InFlight{to: nil}, request), do: Protocol.ping?(request.body)
+  @doc "Sends a new call to the peer that it is at, or holds it if it is at none. Its id is the next one."
+  @spec offer(InFlight.t(), pos_integer(), Request.t()) :: InFlight.t()
+  def offer(%InFlight{calls: calls} = in_flight, id, %Request{at: nil} = request) do
+    calls = Calls.Table.put(calls, id, request)
+    %{in_flight | calls: calls, next_id: id + 1} |> hold(id, request) |> advance()
+  end
 
-  defp at_once?(%InFlight{} = in_flight, %Request{} = request) do
-    (not in_flight.quarantine.trial? and :gb_sets.is_empty(in_flight.held) and
-       not Quarantine.suspect?(in_flight.quarantine, request.deaths) and
-       (request.change == nil or not in_flight.hold_changes?)) or Protocol.ping?(request.body)
+  def offer(%InFlight{calls: calls} = in_flight, id, request) do
+    send_queues = push(in_flight.send_queues, id, request)
+    calls = Calls.Table.put(calls, id, request)
+    %{in_flight | calls: calls, send_queues: send_queues, next_id: id + 1}
   end
 
   @doc "To be called when a call was answered: others may have waited for that."
@@ -187,16 +196,17 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
 
   defp give_all(in_flight, ids) do
     Enum.reduce(ids, in_flight, fn id, %InFlight{calls: calls} = in_flight ->
-      request = Calls.Table.fetch!(calls, id)
-      {request, send_queues} = give(in_flight, id, request, Deadline.now())
+      port = in_flight.to || in_flight.loading
+      request = %{Calls.Table.fetch!(calls, id) | at: port, since: Deadline.now()}
+      send_queues = push(in_flight.send_queues, id, request)
       %{in_flight | calls: Calls.Table.replace(calls, id, request), send_queues: send_queues}
     end)
   end
 
-  defp give(%InFlight{to: to, send_queues: send_queues} = in_flight, id, request, now) do
-    port = to || in_flight.loading
+  defp push(send_queues, id, %Request{at: port} = request) do
     send_queue = Map.fetch!(send_queues, port)
-    send_queue = SendQueue.push_request(send_queue, id, request.deadline, request.body)
-    {%{request | at: port, since: now}, %{send_queues | port => send_queue}}
+    %{deadline: deadline, body: body, since: now} = request
+    send_queue = SendQueue.push_request(send_queue, id, deadline, body, now)
+    %{send_queues | port => send_queue}
   end
 end

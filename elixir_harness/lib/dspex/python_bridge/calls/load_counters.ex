@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   """
   @spec pick(t(), [index()], :least_busy | :longest_up) :: index() | nil
   def pick({ref, size}, excluded \\ [], preference \\ :least_busy) do
-    start = Integer.mod(:atomics.add_get(ref, @turn, 1), size)
+    start = rem(:atomics.add_get(ref, @turn, 1), size)
     search(ref, size, start, size, excluded, preference, nil, nil)
   end
 
@@ -131,6 +131,9 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
 
   ## Words
 
+  # For each call.
+  @compile {:inline, calls: 1, ready: 1, checked_out: 1, free?: 2, rank: 3, change: 3}
+
   defp calls(index), do: @words_per_slot * index - 1
   defp ready(index), do: @words_per_slot * index
   defp checked_out(index), do: @words_per_slot * index + 1
@@ -141,10 +144,10 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   defp search(_ref, _size, _start, 0, _excluded, _preference, best, _rank), do: best
 
   defp search(ref, size, start, left, excluded, preference, best, rank) do
-    index = Integer.mod(start + left, size) + 1
+    index = rem(start + left, size) + 1
 
     # An atom is greater than any number.
-    with true <- free?(ref, index) and index not in excluded,
+    with true <- free?(ref, index) and not :lists.member(index, excluded),
          new when new < rank <- rank(ref, index, preference) do
       search(ref, size, start, left - 1, excluded, preference, index, new)
     else

@@ -49,17 +49,17 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     send_queue |> take_back() |> elem(0)
   end
 
-  @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`."
-  @spec push_request(t(), pos_integer(), Deadline.t(), binary()) :: t()
-  def push_request(%__MODULE__{} = send_queue, id, deadline, body),
-    do: push(send_queue, id, {:request, deadline, body})
+  @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`; `now` is the present time."
+  @spec push_request(t(), pos_integer(), Deadline.t(), binary(), integer()) :: t()
+  def push_request(%__MODULE__{} = send_queue, id, deadline, body, now \\ Deadline.now()),
+    do: push(send_queue, id, {:request, deadline, body}, now)
 
   @doc """
   Sends a control frame, or queues it. `about`: the key of the call that it belongs to, for `drop_about/2`.
   """
   @spec push_control(t(), pos_integer(), iodata(), pos_integer() | nil) :: t()
   def push_control(%__MODULE__{} = send_queue, key, frame, about \\ nil) do
-    pushed = push(send_queue, key, {:control, frame})
+    pushed = push(send_queue, key, {:control, frame}, Deadline.now())
 
     if about == nil or not member?(pushed, key),
       do: pushed,
@@ -106,14 +106,14 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   def written(%__MODULE__{} = send_queue, _monitor), do: send_queue
 
   # Without a writer the queue is empty: see drain/1.
-  defp push(%__MODULE__{writer: nil} = send_queue, key, item) do
-    case write(send_queue, frame(key, item)) do
+  defp push(%__MODULE__{writer: nil} = send_queue, key, item, now) do
+    case write(send_queue, frame(key, item, now)) do
       %__MODULE__{} = send_queue -> send_queue
       :port_gone -> queue(send_queue, key, item)
     end
   end
 
-  defp push(%__MODULE__{} = send_queue, key, item), do: queue(send_queue, key, item)
+  defp push(%__MODULE__{} = send_queue, key, item, _now), do: queue(send_queue, key, item)
 
   defp queue(send_queue, key, item),
     do: %{send_queue | queue: :gb_trees.insert(key, item, send_queue.queue)}
@@ -122,7 +122,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     if send_queue.writer == nil and not :gb_trees.is_empty(send_queue.queue) do
       {key, item, rest} = :gb_trees.take_smallest(send_queue.queue)
 
-      case write(send_queue, frame(key, item)) do
+      case write(send_queue, frame(key, item, Deadline.now())) do
         %__MODULE__{} = written -> drain(%{written | queue: rest})
         :port_gone -> send_queue
       end
@@ -131,8 +131,10 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     end
   end
 
-  defp frame(_key, {:control, frame}), do: frame
-  defp frame(id, {:request, deadline, body}), do: Protocol.request_frame(id, left(deadline), body)
+  defp frame(_key, {:control, frame}, _now), do: frame
+
+  defp frame(id, {:request, deadline, body}, now),
+    do: Protocol.request_frame(id, left(deadline, now), body)
 
   # port_command without :nosuspend, Port.command and send/2 would suspend the bridge as long as the peer does not read.
   # A port that has just died raises, for this frame and all after it; the message about its death is on its way, and
@@ -158,5 +160,6 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   end
 
   # The peer takes no timeout of 0. The caller of a request whose time is over cancels it at any moment.
-  defp left(deadline), do: max(Deadline.left(deadline), 1)
+  defp left(:infinity, _now), do: :infinity
+  defp left(deadline, now), do: max(deadline - now, 1)
 end

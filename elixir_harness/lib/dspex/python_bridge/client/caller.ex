@@ -10,6 +10,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
 
+  # For each call.
+  @compile {:inline, request: 3, check_tools: 4, default_timeout: 1, bridge?: 1, whereis: 1}
+
   @default_timeout 30_000
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
@@ -70,7 +73,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp check_tools(dest, command, args, opts)
        when command in [:execute_program, "execute_program"] do
     with %{programs: programs, name: name} <- Registry.get(:bridge, dest),
-         do: Tools.check(programs, {:bridge, name}, command, args, opts[:tools]),
+         do: Tools.check(programs, {:bridge, name}, command, args, opts),
          else: (_of_another_node -> :ok)
   end
 
@@ -189,12 +192,19 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, %{Error.new(:python_process_died, text) | retryable: false}}
   end
 
+  def read({:tools_begun, reply}), do: once(read(reply))
+
   def read({:error, :proxy_died}) do
     text = "the process that made the call in the caller's place was killed"
     {:error, Error.new(:cancelled, text)}
   end
 
   def read({:error, type}), do: {:error, Error.new(type)}
+
+  @doc "A result of a call that must not be made again: a tool of it with `repeat: false` has begun."
+  @spec once(result()) :: result()
+  def once({:error, error}), do: {:error, %{error | retryable: false}}
+  def once(result), do: result
 
   @doc "A timeout in ms, `:default` resolved, or the error for one that `receive` does not take."
   @spec check_timeout(term(), dest()) :: {:ok, timeout()} | {:error, Error.t()}
@@ -242,6 +252,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   end
 
   # Any term may be given as a server; one that is none, or cannot be reached, is not running.
+  defp whereis(pid) when is_pid(pid), do: pid
+  defp whereis(name) when is_atom(name), do: Process.whereis(name)
+
   defp whereis(server) do
     case GenServer.whereis(server) do
       pid when is_pid(pid) -> pid

@@ -10,6 +10,7 @@ defmodule DSPex.PythonBridge.Client.Options do
   @max_attempts 10
   # They are arguments of execute_program on the wire.
   @arguments [:attempts, :max_concurrency, :item_timeout_ms]
+  @always [meta: true]
 
   @enforce_keys [:timeout, :on_chunk, :arguments, :opts]
   defstruct [:timeout, :on_chunk, :arguments, :opts]
@@ -35,6 +36,9 @@ defmodule DSPex.PythonBridge.Client.Options do
   the call is made.
   """
   @spec new(term(), [atom()]) :: {:ok, t()} | {:error, Error.t()}
+  def new([], _allowed), do: {:ok, plain(:default)}
+  def new([timeout: timeout], _allowed), do: {:ok, plain(timeout)}
+
   def new(opts, allowed) do
     with true <- Keyword.keyword?(opts),
          # If an option is given twice the first counts, as for Keyword.
@@ -43,14 +47,16 @@ defmodule DSPex.PythonBridge.Client.Options do
       {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
       {arguments, opts} = Keyword.split(opts, @arguments)
       absent = [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
-      opts = [meta: true] ++ Keyword.reject(opts, &(&1 in absent))
-      fields = [timeout: timeout, on_chunk: on_chunk, arguments: arguments, opts: opts]
-      {:ok, struct!(__MODULE__, fields)}
+      opts = @always ++ Keyword.reject(opts, &(&1 in absent))
+      {:ok, %{plain(timeout) | on_chunk: on_chunk, arguments: arguments, opts: opts}}
     else
       false -> {:error, Error.new(:invalid_request, "options: expected a keyword list")}
       {:error, text} -> {:error, Error.new(:invalid_request, text)}
     end
   end
+
+  defp plain(timeout),
+    do: %__MODULE__{timeout: timeout, on_chunk: nil, arguments: [], opts: @always}
 
   @doc """
   The arguments of a command with those that were given as options. The error names an option that the command does not

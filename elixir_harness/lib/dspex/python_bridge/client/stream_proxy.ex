@@ -229,6 +229,13 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   # Else its caller might make the call again, and the tool's.
   defp with_tools_begun(:bound, {:error, :bridge_not_running}), do: {:error, :tool_begun}
+
+  defp with_tools_begun(:bound, {:frame, frame} = reply),
+    do: if(Protocol.success?(frame), do: reply, else: {:tools_begun, reply})
+
+  defp with_tools_begun(:bound, {:served, {:done, {:error, _error}}} = reply),
+    do: {:tools_begun, reply}
+
   defp with_tools_begun(_bound, reply), do: reply
 
   # Any other message is too late.

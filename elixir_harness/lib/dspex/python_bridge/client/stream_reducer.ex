@@ -102,7 +102,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
       {:over, reply} ->
         # A pool's proxy leaves it open after an error.
         FunctionHolder.close(call.holder)
-        over(call.conclude.(reply), span, acc, fun)
+        over(conclude(call, reply), span, acc, fun)
     end
   end
 
@@ -114,6 +114,9 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     CallSpan.over(span, :cancelled)
     {:halted, acc}
   end
+
+  defp conclude(call, {:tools_begun, reply}), do: Caller.once(call.conclude.(reply))
+  defp conclude(call, reply), do: call.conclude.(reply)
 
   defp over(result, span, acc, fun) do
     last(fun.({:over, CallSpan.over(span, result)}, acc))

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.OTP.Deadline do
 
   @doc "The present time."
   @spec now() :: integer()
-  def now, do: System.monotonic_time(:millisecond)
+  def now, do: :erlang.monotonic_time(:millisecond)
 
   @doc "The end of a timeout that began at `from`."
   @spec new(timeout(), integer()) :: t()
@@ -17,5 +17,5 @@ defmodule DSPex.PythonBridge.OTP.Deadline do
   @doc "The ms until a deadline; 0 if it has passed."
   @spec left(t()) :: timeout()
   def left(:infinity), do: :infinity
-  def left(deadline), do: max(deadline - System.monotonic_time(:millisecond), 0)
+  def left(deadline), do: max(deadline - :erlang.monotonic_time(:millisecond), 0)
 end

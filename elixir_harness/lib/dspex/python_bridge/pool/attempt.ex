@@ -12,6 +12,9 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Pool.Request
 
+  # For each call.
+  @compile {:inline, ask: 3, sent: 2}
+
   defstruct [:holder, retry: true, stream?: false]
 
   @typedoc """

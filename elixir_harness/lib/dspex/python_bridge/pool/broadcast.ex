@@ -83,12 +83,21 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
   defp to_bridge({:repair, _index, change}), do: change
   defp to_bridge(change), do: change
 
-  @doc "Whether a definition of this program is on its way."
+  @doc "Whether a definition of this program is on its way, of which nobody knows yet whether a peer takes it."
   @spec creating?(t(), Programs.Store.id()) :: boolean()
   def creating?(%__MODULE__{deliveries: deliveries}, program) do
-    Enum.any?(deliveries, fn {_id, %{change: change}} ->
-      match?({:create, ^program, _}, change)
+    Enum.any?(deliveries, fn {_id, %{from: from, change: change}} ->
+      from != :replied and match?({:create, ^program, _}, change)
     end)
+  end
+
+  @doc "The definitions of a program that are on their way and are later than a stamp, in the order of their start."
+  @spec later(t(), Programs.Store.id(), Programs.Store.stamp()) :: [{change(), binary()}]
+  def later(%__MODULE__{deliveries: deliveries}, program, stamp) do
+    for {_id, %{change: {:create, ^program, later} = change, body: body}} <-
+          Enum.sort_by(deliveries, &elem(&1, 0)),
+        later > stamp,
+        do: {change, body}
   end
 
   @doc "A bridge has answered, or is gone. An unknown reference changes nothing."

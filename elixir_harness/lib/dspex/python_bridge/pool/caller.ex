@@ -7,10 +7,13 @@ defmodule DSPex.PythonBridge.Pool.Caller do
 
   alias DSPex.PythonBridge.{Calls, Client, Error, Protocol}
   alias DSPex.PythonBridge.Client.StreamReducer
-  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.OTP.{Deadline, Registry}
   alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, Request, Router, Sums}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
   alias DSPex.PythonBridge.Tools.FunctionHolder
+
+  # For each call.
+  @compile {:inline, find: 1, check_timeout: 2, program: 2, whole: 5, attempt: 1}
 
   # They have no chunks, and their bodies are kept.
   @changes [:create_program, "create_program", :cleanup, "cleanup"]
@@ -22,9 +25,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   @spec exchange(pool(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           Client.Caller.result()
   def exchange(pool, command, args, timeout, opts) do
-    began = System.monotonic_time()
-
-    case prepare(pool, command, args, timeout, opts, began) do
+    case prepare(pool, command, args, timeout, opts) do
       {:ok, handle, request} -> Router.run(handle, request, attempt(opts))
       result -> result
     end
@@ -35,10 +36,9 @@ defmodule DSPex.PythonBridge.Pool.Caller do
           StreamReducer.request()
   def streamed(pool, command, args, timeout, opts) do
     open = fn opts ->
-      began = System.monotonic_time()
       opts = if command in @changes, do: Keyword.put(opts, :stream, false), else: opts
 
-      case prepare(pool, command, args, timeout, opts, began) do
+      case prepare(pool, command, args, timeout, opts) do
         {:ok, handle, request} -> open(handle, request, opts)
         result -> result
       end
@@ -55,10 +55,17 @@ defmodule DSPex.PythonBridge.Pool.Caller do
         {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
 
       result ->
-        FunctionHolder.close(holder)
-        result
+        with_tools_begun(FunctionHolder.close(holder), result)
     end
   end
+
+  # No peer is left that could say so.
+  defp with_tools_begun(:bound, {:error, %Error{type: type}})
+       when type in [:bridge_not_running, :overloaded],
+       do: Client.Caller.read({:error, :tool_begun})
+
+  defp with_tools_begun(:bound, result), do: Client.Caller.once(result)
+  defp with_tools_begun(:ok, result), do: result
 
   # With chunks that were given, it is not made again.
   defp conclude(name, {:error, :bridge_not_running}) do
@@ -72,33 +79,26 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   defp conclude(name, {:served, _nobody}), do: conclude(name, {:error, :bridge_not_running})
   defp conclude(_name, reply), do: Client.Caller.read(reply)
 
+  # The usual options first: they need no lookup.
+  defp attempt(opts) when opts in [[], [meta: true]], do: %Attempt{}
+
   defp attempt(opts) do
     retry = Keyword.get(opts, :retry, true)
     %Attempt{retry: retry, stream?: Keyword.get(opts, :stream, false)}
   end
 
   # A call of one peer, ready to be sent; or the result of one of the whole pool.
-  defp prepare(pool, command, args, timeout, opts, began) do
-    started = System.convert_time_unit(began, :native, :millisecond)
+  defp prepare(pool, command, args, timeout, opts) do
+    started = Deadline.now()
 
     with {:ok, handle} <- find(pool),
          {:ok, timeout} <- check_timeout(timeout, handle),
-         :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, opts[:tools]),
+         :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       request = Request.new(body, program(command, args), started, timeout)
 
-      case whole(handle, request, command, args, opts) do
-        nil -> {:ok, handle, request}
-        {:ok, id, result, meta} -> {:ok, id, result, timed(meta, began)}
-        {:error, error} -> {:error, error}
-      end
+      with nil <- whole(handle, request, command, args, opts), do: {:ok, handle, request}
     end
-  end
-
-  # A peer's own duration is a part of it.
-  defp timed(meta, began) do
-    us = System.convert_time_unit(System.monotonic_time() - began, :native, :microsecond)
-    Map.put(meta, "duration_ms", us / 1000)
   end
 
   defp find(pool) do
@@ -128,11 +128,21 @@ defmodule DSPex.PythonBridge.Pool.Caller do
 
   # Commands for the pool as a whole; nil for those of one peer.
   defp whole(handle, request, command, args, opts) when is_summed(command),
-    do: Sums.run(handle, command, args, request.deadline, opts)
+    do: timed(fn -> Sums.run(handle, command, args, request.deadline, opts) end)
 
   defp whole(handle, request, command, args, _opts) do
     with {_kind, _ids, _stamp} = change <- Change.new(command, args),
-         do: change(handle, request, change)
+         do: timed(fn -> change(handle, request, change) end)
+  end
+
+  # A peer's own duration is a part of it.
+  defp timed(fun) do
+    began = System.monotonic_time(:microsecond)
+
+    with {:ok, id, result, meta} <- fun.() do
+      us = System.monotonic_time(:microsecond) - began
+      {:ok, id, result, Map.put(meta, "duration_ms", us / 1000)}
+    end
   end
 
   defp change(handle, request, change) do

@@ -12,6 +12,9 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, Request}
 
+  # For each call.
+  @compile {:inline, passed: 2, ask: 4}
+
   @typedoc "A result of `DSPex.PythonBridge.Client.Caller.read/1`."
   @type reply :: {:ok, Protocol.id(), term(), map()} | {:error, Error.t()}
 

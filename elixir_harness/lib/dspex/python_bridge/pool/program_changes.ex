@@ -93,6 +93,21 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
   def deliver(%__MODULE__{} = changes, from, change, body, indexes \\ nil),
     do: start(changes, from, change, body, 0, indexes || all(changes))
 
+  @doc """
+  Sends the bridges again what they have of a program that is later than a change that has just been sent to them: it
+  came from another node later, but was made earlier, and the peers make changes in the order in which they get them.
+  """
+  @spec deliver_later(t(), Programs.Store.id(), Programs.Store.stamp()) :: result()
+  def deliver_later(%__MODULE__{} = changes, id, stamp) do
+    for {{:create, _id, later} = change, body} <- Broadcast.later(changes.broadcast, id, stamp),
+        not Programs.Store.removed?(changes.handle.programs, id, later),
+        reduce: {changes, []} do
+      {changes, over} ->
+        {changes, more} = deliver(changes, :nobody, change, body)
+        {changes, more ++ over}
+    end
+  end
+
   @doc "Removes programs that the table has no more from the peers: by name, since a peer may have a later one."
   @spec clean_peers(t(), from(), [Programs.Store.id()], Programs.Store.stamp()) :: result()
   def clean_peers(%__MODULE__{} = changes, from, ids, stamp) do
@@ -162,7 +177,8 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
        else: clean_peers(changes, :nobody, [id], @long_ago)
   end
 
-  # No peer made it: they still have their programs, and so must the table.
+  # No peer made it: they still have their programs, and so must the table. One that has started since has not loaded
+  # them, and other nodes may have received the removal with the whole table.
   defp correct(
          changes,
          %{mixed?: false, from: {:caller, _}, change: {:cleanup, _, _}} = over,
@@ -170,7 +186,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
        ) do
     if success?(over),
       do: {changes, []},
-      else: {Enum.reduce(before, changes, &undo_removal/2), []}
+      else: Enum.reduce(before, {changes, []}, &undo_removal/2)
   end
 
   defp correct(changes, _over, _before), do: {changes, []}
@@ -198,18 +214,24 @@ defmodule DSPex.PythonBridge.Pool.ProgramChanges do
     %{changes | undo: Map.put(changes.undo, stamp, before)}
   end
 
-  defp forget(changes, %{change: {kind, _ids, stamp}}) when kind in [:create, :cleanup] do
+  defp forget(changes, %{from: {:caller, _}, change: {kind, _ids, stamp}})
+       when kind in [:create, :cleanup] do
     {before, undo} = Map.pop(changes.undo, stamp, [])
     {before, %{changes | undo: undo}}
   end
 
-  defp forget(changes, _repair), do: {[], changes}
+  defp forget(changes, _of_another), do: {[], changes}
 
-  # A declaration stays one.
-  defp undo_removal({_id, stamp, _body} = before, changes) do
-    alike = if Programs.Store.declared?(stamp), do: &Programs.Store.declared/1, else: & &1
-    {_stamp, changes} = put_back(changes, before, alike)
-    changes
+  # A declaration stays one, of this node.
+  defp undo_removal({id, stamp, body} = before, {changes, over}) do
+    {from, alike} =
+      if Programs.Store.declared?(stamp),
+        do: {:nobody, &Programs.Store.declared/1},
+        else: {:pool, & &1}
+
+    {stamp, changes} = put_back(changes, before, alike)
+    {changes, more} = deliver(changes, from, {:create, id, stamp}, body)
+    {changes, more ++ over}
   end
 
   defp put_back(changes, {id, _stamp, body}, alike) do

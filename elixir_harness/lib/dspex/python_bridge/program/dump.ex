@@ -50,10 +50,8 @@ defmodule DSPex.PythonBridge.Program.Dump do
   def any(%{__struct__: Decimal} = decimal), do: EctoSchema.dump(:decimal, decimal)
 
   def any(%module{} = struct) when module not in @as_json do
-    with true <- Types.declared?(module),
-         {:ok, type} <- Refusal.catching(fn -> Types.type(module, inspect(module), []) end) do
-      value(type, struct)
-    else
+    case declared(module) do
+      {:ok, type} -> value(type, struct)
       _no_type -> struct
     end
   end
@@ -63,6 +61,14 @@ defmodule DSPex.PythonBridge.Program.Dump do
 
   def any([_ | _] = items), do: each(items, &any/1)
   def any(value), do: value
+
+  # It asks the module, which may raise.
+  defp declared(module) do
+    Types.declared?(module) and
+      Refusal.catching(fn -> Types.type(module, inspect(module), []) end)
+  catch
+    _kind, _reason -> false
+  end
 
   # An improper list has no JSON form, and is refused as it is.
   defp each([item | rest], fun), do: [fun.(item) | each(rest, fun)]

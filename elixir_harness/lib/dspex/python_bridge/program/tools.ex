@@ -28,11 +28,11 @@ defmodule DSPex.PythonBridge.Program.Tools do
 
   defp tool(name, opts, where) do
     if not Keyword.keyword?(opts),
-      do: refuse(where, "expected a keyword list of #{Enum.map_join(@options, ", ", &inspect/1)}")
+      do: refuse(where, "expected a keyword list of #{listed(@options)}")
 
     for {key, _value} <- opts,
         key not in @options,
-        do: refuse(where, Options.unknown(key, @options))
+        do: refuse(where, "#{Options.unknown(key, @options)}; expected #{listed(@options)}")
 
     description = opts[:description]
 
@@ -43,6 +43,8 @@ defmodule DSPex.PythonBridge.Program.Tools do
     described = if description, do: %{description: description}, else: %{}
     Map.merge(%{name: Atom.to_string(name), args: Map.new(args, &arg(&1, where))}, described)
   end
+
+  defp listed(names), do: Enum.map_join(names, ", ", &inspect/1)
 
   defp arg(field, where) do
     {field.key, Map.delete(Wire.field(field, :outputs, "#{where}.args.#{field.name}"), :name)}

@@ -172,6 +172,10 @@ defmodule DSPex.PythonBridge.Program.Types do
         refuse(where, "there is no module #{inspect(module)}")
     end
 
+    asked(module, where, inside)
+  end
+
+  defp asked(module, where, inside) do
     cond do
       function_exported?(module, :__dspex__, 1) ->
         {:object, module, declared(module, where, [module | inside])}
@@ -188,7 +192,11 @@ defmodule DSPex.PythonBridge.Program.Types do
 
         refuse(where, text)
     end
+  rescue
+    error -> refuse(where, "asked for its fields, #{inspect(module)} #{raised(error)}")
   end
+
+  defp raised(error), do: "raised #{inspect(error.__struct__)}: #{Exception.message(error)}"
 
   defp declared(module, where, inside) do
     where = "#{where}: #{inspect(module)}"

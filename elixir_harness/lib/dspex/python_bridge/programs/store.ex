@@ -107,7 +107,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
         else: {:program, replace(table, {:program, id}, stamp, Sealed.new(body))}
 
     # Read after the write: a removal writes its tombstone first, so one of the two sees the other.
-    if stamp < removed_at(table, id) do
+    if removed?(table, id, stamp) do
       delete_older(table, {kind, id}, removed_at(table, id))
       false
     else
@@ -144,6 +144,10 @@ defmodule DSPex.PythonBridge.Programs.Store do
     :ets.delete(table, {:facts, id})
     :ok
   end
+
+  @doc "Whether the table has a removal of the program that is later than a stamp."
+  @spec removed?(table(), id(), stamp()) :: boolean()
+  def removed?(table, id, stamp), do: stamp < removed_at(table, id)
 
   @doc "Makes a change that a peer has acknowledged; `body` is the request's."
   @spec apply_change(table(), change(), binary()) :: :ok

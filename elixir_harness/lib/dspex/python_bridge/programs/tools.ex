@@ -16,14 +16,15 @@ defmodule DSPex.PythonBridge.Programs.Tools do
 
   @doc """
   Refuses functions that the program of an `execute_program` has no tools for. The first call of a program with tools
-  that is given none is logged. `given`: the functions by their names, or nil.
+  that is given none is logged. `opts`: of the call; `:tools` are the functions by their names.
   """
-  @spec check(Store.table() | nil, whose(), term(), term(), map() | nil) ::
+  @spec check(Store.table() | nil, whose(), term(), term(), keyword()) ::
           :ok | {:error, Error.t()}
-  def check(table, whose, command, args, given)
+  def check(table, whose, command, args, opts)
       when command in [:execute_program, "execute_program"] and table != nil do
     id = Change.program_id(command, args)
     names = id && Definition.tools(table, id)
+    given = opts[:tools]
 
     cond do
       names == nil -> :ok
@@ -33,7 +34,7 @@ defmodule DSPex.PythonBridge.Programs.Tools do
     end
   end
 
-  def check(_table, _whose, _command, _args, _given), do: :ok
+  def check(_table, _whose, _command, _args, _opts), do: :ok
 
   # An evaluation has one more function, which is not a tool of the program.
   defp metric(args) do

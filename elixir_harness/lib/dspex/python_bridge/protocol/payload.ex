@@ -58,26 +58,37 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
       {:error, {:invalid_json, "not JSON: invalid byte at 0"}}
   """
   @spec decode(binary()) :: {:ok, term()} | {:error, {:invalid_json, String.t()}}
+  def decode(payload) do
+    size = byte_size(payload)
+
+    case decode_first(payload, size) do
+      {:ok, term, ""} -> {:ok, term}
+      {:ok, _term, rest} -> not_json("not JSON: invalid byte at #{size - byte_size(rest)}")
+      {:error, reason} -> {:error, reason}
+    end
+  end
+
+  @doc """
+  The term that bytes of a payload begin with, and the bytes after it. `size`: of the whole payload, in bytes.
+
+      iex> DSPex.PythonBridge.Protocol.Payload.decode_first(~s([1],"meta"), 20)
+      {:ok, [1], ~s(,"meta")}
+  """
+  @spec decode_first(binary(), non_neg_integer()) ::
+          {:ok, term(), rest :: binary()} | {:error, {:invalid_json, String.t()}}
   # JSON.decode/3 has no limit of depth and returns errors as tuples, but raises for some input (an integer past the
   # system's limit).
-  def decode(payload) do
-    case JSON.decode(payload, :none, decoders(byte_size(payload))) do
-      {term, :none, ""} ->
-        {:ok, term}
-
-      {_term, :none, rest} ->
-        {:error,
-         {:invalid_json, "not JSON: invalid byte at #{byte_size(payload) - byte_size(rest)}"}}
-
-      {:error, {:unexpected_end, _at}} ->
-        {:error, {:invalid_json, "JSON that ends too early"}}
-
-      {:error, {_what, at, _bytes}} ->
-        {:error, {:invalid_json, "not JSON: invalid byte at #{at}"}}
+  def decode_first(bytes, size) do
+    case JSON.decode(bytes, :none, decoders(size)) do
+      {term, :none, rest} -> {:ok, term, rest}
+      {:error, {:unexpected_end, _at}} -> not_json("JSON that ends too early")
+      {:error, {_what, at, _bytes}} -> not_json("not JSON: invalid byte at #{at}")
     end
   catch
-    _kind, _reason -> {:error, {:invalid_json, "JSON that cannot be decoded"}}
+    _kind, _reason -> not_json("JSON that cannot be decoded")
   end
+
+  defp not_json(text), do: {:error, {:invalid_json, text}}
 
   defp decoders(size) when size < @large_bytes, do: []
   # Strings without escapes are parts of the payload, not copies.

@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.Stub.Answer do
   require Logger
 
   alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Program.Dump
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Stub.{Answers, Context, Definition, Ledger, Reply}
 
@@ -68,7 +69,7 @@ defmodule DSPex.PythonBridge.Stub.Answer do
 
   # As they come from the wire.
   defp object(map, what) when is_map(map) do
-    with {:ok, json} <- Payload.encode(map, what),
+    with {:ok, json} <- Payload.encode(Dump.any(map), what),
          {:ok, %{} = object} <- Payload.decode(IO.iodata_to_binary(json)) do
       {:ok, object}
     else
@@ -126,7 +127,7 @@ defmodule DSPex.PythonBridge.Stub.Answer do
         ": its function answers: has no clause for this program and these inputs"
 
       true ->
-        ". Give it one with Stub.expect/3, Stub.stub/3 or the stub's answers:"
+        ". Give it one with Stub.expect/3, Stub.stub/3 or the option :answers of the stub"
     end
   end
 

@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.Stub.Definition do
 
   @arguments ~w(id signature program_type lm adapter config options tools demos state state_path)
   @types ~w(predict chain_of_thought react best_of_n refine multi_chain_comparison program_of_thought code_act rlm)
+  @in_signature ~w(inputs outputs instructions)
   # What a program type adds to the outputs of a signature.
   @added ~w(reasoning rationale trajectory final_reasoning tool_calls)
 
@@ -26,7 +27,8 @@ defmodule DSPex.PythonBridge.Stub.Definition do
   """
   @spec check(map()) :: :ok | {:error, Error.t()}
   def check(args) do
-    with :ok <- Arguments.known(args, @arguments, ""),
+    with :ok <- outside_signature(args),
+         :ok <- Arguments.known(args, @arguments, ""),
          :ok <- Arguments.text(args, "id"),
          :ok <- signature_there(args["signature"]),
          :ok <- Arguments.object(args, "config", "an object"),
@@ -35,6 +37,16 @@ defmodule DSPex.PythonBridge.Stub.Definition do
          :ok <- type(args["program_type"]),
          :ok <- Arguments.object(args, "options", "an object of the module's settings"),
          do: tools(args)
+  end
+
+  defp outside_signature(args) do
+    case Enum.find(@in_signature, &is_map_key(args, &1)) do
+      nil ->
+        :ok
+
+      name ->
+        refuse("#{name}: belongs into signature, an object with inputs, outputs and instructions")
+    end
   end
 
   defp signature_there(nil),

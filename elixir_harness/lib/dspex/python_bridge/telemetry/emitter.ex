@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Telemetry.Emitter do
     there?
   end
 
-  @doc "As `DSPex.PythonBridge.Telemetry.look_once/0`."
+  @doc "For the start of a bridge: as `look/0`, if the application was not started."
   @spec look_once() :: boolean()
   def look_once do
     with nil <- :persistent_term.get(__MODULE__, nil), do: look()
@@ -23,7 +23,7 @@ defmodule DSPex.PythonBridge.Telemetry.Emitter do
   @spec there?() :: boolean()
   def there?, do: :persistent_term.get(__MODULE__, false)
 
-  @doc "As `DSPex.PythonBridge.Telemetry.execute/3`."
+  @doc "Emits an event, if there is `:telemetry`; it never raises."
   @spec execute([atom()], map(), map()) :: :ok
   def execute(event, measurements, metadata) do
     if there?(), do: emit(event, measurements, metadata), else: :ok

@@ -132,10 +132,13 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
         loop(%{state | functions: Functions.answer(functions, call, user, answer)})
 
       {:attend, ref, next} when is_reference(ref) and is_pid(next) ->
-        send(ref, {ref, bound(functions)})
         if watch, do: Process.demonitor(watch, [:flush])
+
+        # Before it has the answer: a proxy that has ended in order must not look like one that was killed.
+        watch = Process.monitor(next)
+        send(ref, {ref, bound(functions)})
         functions = Functions.next_proxy(functions)
-        loop(%{state | functions: functions, proxy: next, watch: Process.monitor(next)})
+        loop(%{state | functions: functions, proxy: next, watch: watch})
 
       :forget ->
         loop(%{state | functions: Functions.forget(functions)})
@@ -161,7 +164,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
 
   # For a tool call of the present peer, of the next one, or of an earlier one. There should be no next one once a function
   # has begun after which there must be none.
-  defp serve(%__MODULE__{proxy: proxy, functions: functions} = state, _from, {proxy, peer}, fun)
+  defp serve(%__MODULE__{proxy: proxy, functions: functions} = state, from, {proxy, peer}, fun)
        when proxy != nil and
               (peer == functions.peer or (peer > functions.peer and not functions.bound?)) do
     # Their end may be in the mailbox behind many such messages.
@@ -169,15 +172,28 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
       {:close, ref} when is_reference(ref) -> close(functions, ref)
     after
       0 ->
-        if Process.alive?(proxy) and Process.alive?(state.caller),
-          do: loop(%{state | functions: functions |> Functions.go_on_to(peer) |> fun.()}),
-          else: Functions.end_all(functions)
+        cond do
+          not Process.alive?(state.caller) -> Functions.end_all(functions)
+          not Process.alive?(proxy) -> proxy_over(state, from, peer, fun)
+          true -> loop(%{state | functions: functions |> Functions.go_on_to(peer) |> fun.()})
+        end
     end
   end
 
   defp serve(state, {_user, ref}, _earlier_peer, _fun) do
     send(ref, {ref, :over})
     loop(state)
+  end
+
+  # It may have ended in order, and the tool call belong to a peer that is gone.
+  defp proxy_over(%__MODULE__{watch: watch, proxy: proxy} = state, from, peer, fun) do
+    receive do
+      {:DOWN, ^watch, :process, ^proxy, :normal} ->
+        serve(%{state | proxy: nil, watch: nil}, from, {proxy, peer}, fun)
+
+      {:DOWN, ^watch, :process, ^proxy, _killed} ->
+        Functions.end_all(state.functions)
+    end
   end
 
   defp close(functions, ref) do

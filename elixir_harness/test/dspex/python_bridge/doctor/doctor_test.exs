@@ -378,6 +378,22 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
     end
   end
 
+  test "a failure that the caller does not count is a note" do
+    put_system_env("OPENAI_API_KEY", nil)
+
+    opts = [
+      lm: "openai/gpt-4o-mini",
+      env: %{"DSPY_BRIDGE_STATE_DIR" => "/no/states"},
+      notes: ["lm", "folders"]
+    ]
+
+    checks = run(opts)
+    assert %{status: :note, found: "openai/gpt-4o-mini: its key is not set"} = checks["lm"]
+    assert %{status: :note, advice: advice} = checks["folders"]
+    assert advice != nil
+    assert for({name, %{status: :failed}} <- checks, do: name) == []
+  end
+
   describe "the peer" do
     test "that refuses its settings: its own error text" do
       checks = run(adapter: "no_such")

@@ -407,7 +407,7 @@ defmodule DSPex.ProgramDefinitionTest do
           {~s(signature: "q -> a", tools: [:now]), "tools: expected a keyword list"},
           {~s(signature: "q -> a", tools: [now: [], now: []]), "tools.now: there twice"},
           {~s(signature: "q -> a", tools: [now: [fun: &Stock.find/1]]),
-           "tools.now: unknown option :fun"},
+           "tools.now: unknown option :fun; expected :description, :args, :function"},
           {~s(signature: "q -> a", tools: [now: [function: fn _ -> 1 end]]),
            "tools.now.function: expected one of a module, such as &MyApp.Stock.find/1"},
           {~s(signature: "q -> a", tools: [now: [function: &Stock.find/3]]),

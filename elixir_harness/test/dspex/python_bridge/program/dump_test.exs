@@ -6,6 +6,19 @@ defmodule DSPex.ProgramDumpTest do
   alias DSPex.PythonBridge.Program.{Dump, Types}
   alias DSPex.Test.{Address, Triage}
 
+  defmodule Raising do
+    @moduledoc false
+    defstruct [:a]
+    def __schema__(_what), do: raise("boom")
+    def __schema__(_what, _field), do: raise("boom")
+  end
+
+  defmodule Exiting do
+    @moduledoc false
+    defstruct [:a]
+    def __dspex__(:fields), do: exit(:boom)
+  end
+
   @address %Address{street: "Mill Lane", city: "Leeds", note: "private"}
 
   defp dump(value, type), do: Dump.value(Types.type(type, "", []), value)
@@ -33,6 +46,10 @@ defmodule DSPex.ProgramDumpTest do
            } = dumped
 
     refute is_map_key(address, "note") or is_map_key(dumped, "reasoning")
+  end
+
+  test "a struct whose module cannot say its fields stays as it is" do
+    for struct <- [%Raising{}, %Exiting{}], do: assert(dump([struct], :any) == [struct])
   end
 
   test "other values stay as they are" do

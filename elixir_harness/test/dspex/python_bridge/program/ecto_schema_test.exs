@@ -215,6 +215,21 @@ defmodule DSPex.ProgramEctoSchemaTest do
     assert Dump.any(table) == table
   end
 
+  defmodule Raising do
+    @moduledoc false
+    defstruct [:a]
+    def __schema__(:source), do: nil
+    def __schema__(:fields), do: raise("boom")
+    def __schema__(_what, _field), do: :string
+  end
+
+  test "a module that raises when it is asked is refused by the field's name" do
+    {:error, text} = Refusal.catching(fn -> Types.type(Raising, "signature.inputs.q", []) end)
+
+    assert text =~
+             ~r/\Asignature\.inputs\.q: asked for its fields, .*Raising raised RuntimeError: boom\z/
+  end
+
   test "a schema with a table, and a type without a JSON form, are refused by name" do
     for {module, text} <- [
           {Table, "Table is a schema with a table; expected an embedded schema"},

@@ -157,6 +157,38 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       end
     end
 
+    test "a success is read alike, in whatever form it is written" do
+      {result, meta} = {%{"a" => [1, nil, %{"b" => "c"}]}, %{"lm_calls" => 2}}
+
+      for {payload, expected} <- [
+            {~s({"id":7,"success":true,"result":{"a":[1,null,{"b":"c"}]}}),
+             {:ok, 7, result, %{}}},
+            {~s({"id":7,"success":true,"result":{"a":[1,null,{"b":"c"}]},"meta":{"lm_calls":2}}),
+             {:ok, 7, result, meta}},
+            {~s({"id":7,"success":true,"meta":{"lm_calls":2},"result":{"a":[1,null,{"b":"c"}]}}),
+             {:ok, 7, result, meta}},
+            {~s({"id": 7, "success": true, "result": 1.5e1, "meta": {"lm_calls": 2}}),
+             {:ok, 7, 15.0, meta}},
+            {~s({"success":true,"result":null,"id":"x"}), {:ok, "x", nil, %{}}},
+            {~s({"id":7,"success":true,"result":12}), {:ok, 7, 12, %{}}},
+            {~s({"id":7,"success":true,"result":"a" , "more":0} ), {:ok, 7, "a", %{}}},
+            {~s({"id":7,"success":true,"result":1,"meta":null}), {:ok, 7, 1, %{}}},
+            {~s({"id":7,"success":true,"result":1,"meta":{"lm_calls":2},"more":0}),
+             {:ok, 7, 1, meta}},
+            {~s({"id":12345678901234567890,"success":true,"result":1}),
+             {:ok, 12_345_678_901_234_567_890, 1, %{}}}
+          ] do
+        assert Protocol.decode_reply(payload) == expected
+      end
+    end
+
+    test "what follows a success makes it invalid" do
+      success = ~s({"id":7,"success":true,"result":{}})
+      text = "not JSON: invalid byte at #{byte_size(success)}"
+      assert Protocol.decode_reply(success <> "}") == {:error, {:invalid_json, text}}
+      assert {:error, {:invalid_json, _text}} = Protocol.decode_reply(success <> success)
+    end
+
     test "an unknown error type does not become an atom" do
       payload =
         ~s({"id":1,"success":false,"error":"x","error_type":"made_up_#{System.unique_integer()}"})
@@ -315,6 +347,23 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
       call = %{call_id: "c", name: "t", args: %{a: %{b: [nil]}}, more: 1}
       frame = JSON.encode!(%{id: 7, tool_call: call, more: 1})
       assert Protocol.decode_tool_call(frame) == {:ok, "c", "t", %{"a" => %{"b" => [nil]}}}
+    end
+
+    test "a chunk is read alike, in whatever form it is written" do
+      for payload <- [
+            ~s({"id":7,"stream":{"status":"…"}}),
+            ~s({"id": 7, "stream": {"status": "…"}}),
+            ~s({"stream":{"status":"…"},"id":7}),
+            ~s({"id":7,"stream":{"status":"…"},"more":[]}),
+            ~s({"id":7,"stream":{"status":"…"}} )
+          ] do
+        assert Protocol.decode_chunk(payload) == {:ok, 7, %{"status" => "…"}}
+      end
+
+      assert {:error, {:not_a_chunk, _text}} = Protocol.decode_chunk(~s({"id":7,"stream":[1]}))
+
+      assert {:error, {:invalid_json, _text}} =
+               Protocol.decode_chunk(~s({"id":7,"stream":{"status":"…"}}}))
     end
 
     test "give errors for everything else, every cut of a good frame included" do

@@ -182,6 +182,8 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       {:create_program, %{id: "x", signature: "a -> b -> c"}},
       {:create_program, %{id: "x", signature: "a ->"}},
       {:create_program, %{id: "x", signature: "a -> b", lm: 1}},
+      {:create_program, %{id: "x", signature: "a -> b", instructions: "Be brief."}},
+      {:create_program, %{id: "x", inputs: [%{name: "a"}], outputs: [%{name: "b"}]}},
       {:create_program, %{id: "x", signature: "a -> b", config: []}},
       {:create_program, %{id: "x", signature: "a -> b", options: 1}},
       {:create_program, %{id: "x", signature: "a -> b", program_type: "predikt"}},

@@ -333,7 +333,8 @@ defmodule DSPex.PythonBridge.StubTest do
 
     test "that the stub does not have names the program and what to do" do
       for {own, text} <- [
-            {start(), "Give it one with Stub.expect/3, Stub.stub/3 or the stub's answers:"},
+            {start(),
+             "Give it one with Stub.expect/3, Stub.stub/3 or the option :answers of the stub"},
             {start(answers: fn "other", _ -> {:ok, %{}} end),
              "answers: has no clause for this program and these inputs"}
           ],
@@ -484,6 +485,21 @@ defmodule DSPex.PythonBridge.StubTest do
                Triage.run([%{ticket: "?"}], server: @stub)
 
       assert :ok = Stub.verify!(@stub)
+    end
+
+    test "may be answered with its struct, and have atoms as names of fields and tools" do
+      own = start(programs: [Triage])
+
+      Stub.expect(own, Triage, fn _inputs ->
+        {:ok, "ticket 7"} = Stub.call_tool(:find, %{id: 7})
+        Stub.chunk(:why, "So.")
+        {:ok, %Triage{team: :support, urgent: false, why: "So."}}
+      end)
+
+      assert [{:chunk, :why, "So."}, {:ok, triage, _meta}] =
+               Enum.to_list(Triage.stream(%{ticket: "?"}, server: own))
+
+      assert triage == %Triage{team: :support, urgent: false, why: "So."}
     end
 
     test "that is declared has inputs and outputs that are checked" do
@@ -742,6 +758,17 @@ defmodule DSPex.PythonBridge.StubTest do
 
       assert_raise ArgumentError, ~r/expected a program's id or module, got 1/, fn ->
         Stub.expect(@stub, 1, answer(1))
+      end
+
+      for wrong <- [{:ok, %{}}, fn _one, _two -> {:ok, %{}} end],
+          give <- [&Stub.expect(@stub, "qa", &1), &Stub.stub(@stub, "qa", &1)] do
+        assert_raise ArgumentError,
+                     ~r/^the answer: expected a function of the inputs, .*, got /,
+                     fn -> give.(wrong) end
+      end
+
+      assert_raise ArgumentError, "n: expected a number of runs from 1, got 0", fn ->
+        Stub.expect(@stub, "qa", 0, answer(1))
       end
     end
   end

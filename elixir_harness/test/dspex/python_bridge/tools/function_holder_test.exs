@@ -102,6 +102,30 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       assert FunctionHolder.close(holder) == :ok
     end
 
+    test "is there for the next peer, however soon a proxy has ended in order" do
+      holder = open(%{"one" => fn _ -> 1 end})
+
+      for _ <- 1..3_000 do
+        {proxy, monitor} = spawn_monitor(fn -> FunctionHolder.attend(holder) end)
+        assert_receive {:DOWN, ^monitor, :process, ^proxy, :normal}, 5_000
+      end
+
+      assert FunctionHolder.attend(holder) == :ok
+      assert Process.alive?(holder)
+    end
+
+    test "is there for the next peer if it reads a tool call when the proxy has ended in order" do
+      holder = open(%{"one" => fn _ -> 1 end})
+      one = peer(holder)
+      :erlang.suspend_process(holder)
+      call(one, 1, "one")
+      eventually(fn -> match?({_, 1}, Process.info(holder, :message_queue_len)) end)
+      die(one)
+      assert_down(one.proxy)
+      :erlang.resume_process(holder)
+      assert call_result(peer(holder), 2, "one") == 1
+    end
+
     test "ends with a reply that no other peer can change" do
       for {retry, reply} <- [
             {:pool, {:frame, ~s({"id":1,"success":true,"result":{}})}},

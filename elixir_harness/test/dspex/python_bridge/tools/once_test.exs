@@ -33,9 +33,10 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     bridge
   end
 
-  defp start_pool(calls) do
+  defp start_pool(calls, opts \\ []) do
     pool = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
-    start_supervised!({Pool, Keyword.merge(opts(calls), name: pool, pool_size: 2)})
+    opts = Keyword.merge([name: pool, pool_size: 2], opts)
+    start_supervised!({Pool, Keyword.merge(opts(calls), opts)})
     {:ok, _} = Pool.call(pool, :create_program, @agent, 30_000)
     eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, 20_000)
     pool
@@ -133,6 +134,69 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
       assert error.message =~ "repeat: false" and not error.retryable
       refute Process.alive?(pid)
       refute_received {:does, _what, _key, _pid}
+    end
+  end
+
+  test "a call with repeat: false that has begun when its pool ends must not be made again" do
+    pool = start_pool(["a"], pool_size: 1, env: %{"DSPY_BRIDGE_DRAIN_MS" => "0"})
+    request = ask(pool, {doer(), repeat: false})
+    assert_receive {:does, "a", _key, pid}, 20_000
+    stop_supervised!(pool)
+    assert {:error, %Error{type: :python_process_died} = error} = Task.await(request, 20_000)
+    assert error.message =~ "repeat: false" and not error.retryable
+    refute Process.alive?(pid)
+  end
+
+  # Answers the first request of each connection's LM with a call of the tool, all others with 429.
+  defp busy_lm do
+    asked = :counters.new(1, [])
+
+    step =
+      "[[ ## next_thought ## ]]\nt\n\n[[ ## next_tool_name ## ]]\ndo\n\n[[ ## next_tool_args ## ]]\n{\"what\": \"a\"}"
+
+    DSPex.Test.Loopback.start(fn socket, _owner ->
+      {:ok, _request} = :gen_tcp.recv(socket, 0)
+      :counters.add(asked, 1, 1)
+
+      {status, body} =
+        if :counters.get(asked, 1) == 1,
+          do:
+            {"200 OK",
+             %{
+               choices: [
+                 %{index: 0, finish_reason: "stop", message: %{role: "assistant", content: step}}
+               ]
+             }},
+          else: {"429 Too Many Requests", %{error: %{message: "slow down"}}}
+
+      body =
+        JSON.encode!(
+          Map.merge(%{id: "c", object: "chat.completion", created: 0, model: "m"}, body)
+        )
+
+      head = "HTTP/1.1 #{status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+      :gen_tcp.send(socket, [head, "content-length: #{byte_size(body)}\r\n\r\n", body])
+      :gen_tcp.close(socket)
+    end)
+  end
+
+  test "a retryable error after a call with repeat: false has begun does not look retryable" do
+    for {module, repeat} <- [{Bridge, false}, {Pool, false}, {Bridge, true}] do
+      lm = %{
+        api_base: "http://127.0.0.1:#{busy_lm()}/v1",
+        api_key: "k",
+        num_retries: 0,
+        cache: false
+      }
+
+      name = Module.concat(__MODULE__, "Busy#{System.unique_integer([:positive])}")
+      opts = real_opts(lm: "openai/m", lm_options: lm, default_timeout: 30_000)
+      size = if module == Pool, do: [pool_size: 1], else: []
+      start_supervised!({module, Keyword.put(opts, :name, name) ++ size}, id: name)
+      {:ok, _} = module.call(name, :create_program, @agent)
+      tools = %{"do" => {fn %{"what" => "a"} -> "one" end, repeat: repeat}}
+      assert {:error, error} = module.request(name, :execute_program, @ask, tools: tools)
+      assert {error.type, error.retryable} == {:lm_error, repeat}
     end
   end
 end

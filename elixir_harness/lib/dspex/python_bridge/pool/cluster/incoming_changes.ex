@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.IncomingChanges do
           ProgramChanges.result()
   def adopt(changes, from, {:create, id, stamp} = change, body) do
     if Programs.Store.put(changes.handle.programs, id, stamp, body),
-      do: changes |> ProgramChanges.seen(stamp) |> ProgramChanges.deliver(from, change, body),
+      do: changes |> ProgramChanges.seen(stamp) |> deliver(from, change, body),
       else: ProgramChanges.deliver(changes, from, change, body, [])
   end
 
@@ -32,11 +32,29 @@ defmodule DSPex.PythonBridge.Pool.Cluster.IncomingChanges do
   defp take_in(changes, from, {created, removed}, stamp) do
     cleaned = ProgramChanges.clean_peers(changes, from, removed, stamp)
 
+    cleaned =
+      Enum.reduce(
+        removed,
+        cleaned,
+        &also(&2, fn c -> ProgramChanges.deliver_later(c, &1, stamp) end)
+      )
+
     for {id, stamp, body} <- created, reduce: cleaned do
-      {changes, over} ->
-        changes = ProgramChanges.seen(changes, stamp)
-        {changes, more} = ProgramChanges.deliver(changes, :nobody, {:create, id, stamp}, body)
-        {changes, more ++ over}
+      result ->
+        also(result, fn changes ->
+          changes |> ProgramChanges.seen(stamp) |> deliver(:nobody, {:create, id, stamp}, body)
+        end)
     end
+  end
+
+  defp deliver(changes, from, {:create, id, stamp} = change, body) do
+    changes
+    |> ProgramChanges.deliver(from, change, body)
+    |> also(&ProgramChanges.deliver_later(&1, id, stamp))
+  end
+
+  defp also({changes, over}, step) do
+    {changes, more} = step.(changes)
+    {changes, more ++ over}
   end
 end

@@ -18,18 +18,21 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Membership do
   # not change with the name of this module: nodes with other versions of this code find each other by it.
   @scope DSPex.PythonBridge.Pool.Cluster
   @again_ms 1_000
+  # How often one of the others, at random, gets a whole hello: a node that dies while it sends a change may have sent it
+  # to some of the others only.
+  @compare_ms 60_000
   # :pg may report that a coordinator has joined after its hello has come, but not by this much.
   @stranger_ms 10_000
 
   @enforce_keys [:group, :scope, :pg]
   defstruct [:group, :scope, :pg, members: MapSet.new(), behind: MapSet.new(), waits: %{}] ++
-              [older: %{}, strangers: %{}, warned?: false]
+              [older: %{}, strangers: %{}, warned?: false, compare: nil]
 
   @typedoc """
   `scope`: the monitor of the process of `:pg`; `pg`: its reference for this group. `members`: the other coordinators
   of the group. `behind`: those that get another hello. `waits`: changes that others are making. `older`: the
   message versions of those that use an older one. `strangers`: timers of those that have sent something and are not
-  members. `warned?`: an unknown message was logged.
+  members. `warned?`: an unknown message was logged. `compare`: the timer of the next hello to one of the members.
   """
   @type t :: %__MODULE__{
           group: atom() | String.t(),
@@ -40,7 +43,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Membership do
           waits: Confirmations.t(),
           older: %{pid() => Message.version()},
           strangers: %{pid() => reference()},
-          warned?: boolean()
+          warned?: boolean(),
+          compare: reference() | nil
         }
   @typedoc """
   What the coordinator has to do: take in changes of another node, wake callers since another node can serve, reply to
@@ -63,8 +67,11 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Membership do
     scope = :erlang.monitor(:process, @scope, tag: :scope_down)
     {pg, present} = :pg.monitor(@scope, group)
     :ok = :pg.join(@scope, group, self())
-    joined(%__MODULE__{group: group, scope: scope, pg: pg}, handle, present)
+    compare_later(joined(%__MODULE__{group: group, scope: scope, pg: pg}, handle, present))
   end
+
+  defp compare_later(cluster),
+    do: %{cluster | compare: :erlang.start_timer(@compare_ms, self(), :compare)}
 
   @doc "The nodes that have a pool of this cluster, this one included."
   @spec nodes(Handle.t()) :: [node()]
@@ -105,6 +112,12 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Membership do
 
   def handle_info(%{behind: behind} = cluster, handle, :greet_again),
     do: {greet(%{cluster | behind: MapSet.new()}, handle, behind), []}
+
+  def handle_info(%{compare: timer} = cluster, handle, {:timeout, timer, :compare}),
+    do: {cluster |> greet(handle, Enum.take_random(cluster.members, 1)) |> compare_later(), []}
+
+  # Of an earlier scope.
+  def handle_info(cluster, _handle, {:timeout, _timer, :compare}), do: {cluster, []}
 
   def handle_info(%{pg: pg} = cluster, handle, {pg, :join, _group, coordinators}),
     do: {joined(cluster, handle, coordinators), []}

@@ -17,17 +17,19 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
   @request_ms 10_000
 
   @enforce_keys [:ref, :proxy, :request, :retry]
-  defstruct [:ref, :proxy, :request, :retry, bound?: false]
+  defstruct [:ref, :proxy, :request, :retry, streamed?: false, bound?: false]
 
   @typedoc """
   `ref`: the alias of the caller's proxy; `proxy`: the monitor of its process. `retry`: whether the call may be sent again
-  after a peer has died with it. `bound?`: whether a tool may have begun after which it must not be.
+  after a peer has died with it. `streamed?`, `bound?`: whether a chunk was given, or a tool may have begun, after which it
+  must not be.
   """
   @type t :: %__MODULE__{
           ref: reference(),
           proxy: reference(),
           request: Calls.Request.t(),
           retry: boolean(),
+          streamed?: boolean(),
           bound?: boolean()
         }
   @typedoc "What the caller gets: as of `DSPex.PythonBridge.Pool.Remote.proxy/4`."
@@ -78,34 +80,39 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
 
     request = %{request | body: call.body, retry: :pool, deaths: call.deaths}
     send(bridge, {:request, %{request | ref: ref, pid: self(), timeout: left}})
-    reply = pass_on(relay, bridge, ref, call.deadline)
+    {relay, reply} = pass_on(relay, bridge, ref, call.deadline)
     Process.demonitor(ref, [:flush])
 
-    if match?({:down, _bound?}, reply) or reply == {:error, :bridge_not_running},
-      do: LoadCounters.give_back(counters, index, life)
-
     case reply do
-      {:down, true} -> {:error, :tool_begun}
-      {:down, false} -> Attempt.last(relay.retry, {:error, :bridge_not_running})
-      reply -> Attempt.last(relay.retry, reply)
+      {:error, :bridge_not_running} ->
+        LoadCounters.give_back(counters, index, life)
+        bridge_gone(relay)
+
+      reply ->
+        Attempt.last(relay.retry, reply)
     end
   end
+
+  # A bridge itself says so when only its peer ends.
+  defp bridge_gone(%__MODULE__{bound?: true}), do: {:error, :tool_begun}
+  defp bridge_gone(%__MODULE__{streamed?: true}), do: {:error, :python_process_died}
+  defp bridge_gone(relay), do: Attempt.last(relay.retry, {:error, :bridge_not_running})
 
   defp pass_on(%__MODULE__{ref: near, proxy: proxy} = relay, bridge, ref, deadline) do
     receive do
       {^ref, :chunk, frame} ->
         send(near, {near, :chunk, frame})
-        pass_on(relay, bridge, ref, deadline)
+        pass_on(%{relay | streamed?: true}, bridge, ref, deadline)
 
       {^ref, :tool_call, tool_call} ->
         send(near, NodeMessage.tool_call(tool_call, near))
         pass_on(relay, bridge, ref, deadline)
 
       {^ref, reply} ->
-        reply
+        {relay, reply}
 
       {:DOWN, ^ref, :process, _bridge, _reason} ->
-        {:down, relay.bound?}
+        {relay, {:error, :bridge_not_running}}
 
       # What a caller sends its bridge during a call.
       message when message == :unreadable_frame when elem(message, 0) in [:tool_result, :bind] ->
@@ -114,16 +121,16 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
         pass_on(%{relay | bound?: bound?}, bridge, ref, deadline)
 
       {:abandon, ^near} ->
-        give_up(bridge, ref)
+        {relay, give_up(bridge, ref)}
 
       {:DOWN, ^proxy, :process, _proxy, _reason} ->
-        give_up(bridge, ref)
+        {relay, give_up(bridge, ref)}
 
       other ->
         ServerGuard.drop(other, __MODULE__)
         pass_on(relay, bridge, ref, deadline)
     after
-      Deadline.left(deadline) -> give_up(bridge, ref)
+      Deadline.left(deadline) -> {relay, give_up(bridge, ref)}
     end
   end
 

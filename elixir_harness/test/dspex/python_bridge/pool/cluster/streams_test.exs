@@ -148,6 +148,32 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     idle_on(there)
   end
 
+  test "a bridge that ends there after a chunk is the end", context do
+    there = context.start_there.(pool_size: 2, env: %{"DSPY_BRIDGE_DRAIN_MS" => "0"})
+
+    for {module, function, reason} <- [{Process, :exit, :kill}, {GenServer, :stop, :shutdown}] do
+      # The other peer has got the earlier ones.
+      name = inspect(function)
+      play = [["count", 1], ["go", name], ["reply", %{}]]
+
+      elements =
+        for element <- stream(play) do
+          for {%{bridge: bridge}, 1} <- Enum.zip(peers_on(there), busy_on(there)) do
+            pid = Nodes.on(there, Process, :whereis, [bridge])
+            Nodes.on(there, module, function, [pid, reason])
+            up_on(there)
+            go_on(there, name)
+          end
+
+          element
+        end
+
+      assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
+    end
+
+    idle_on(there)
+  end
+
   @tag :tmp_dir
   test "tools run once however many peers die there; with repeat: false the first is the last",
        %{tmp_dir: dir} = context do

@@ -1,0 +1,2 @@
+defmodule Sim.Mutations do
+end

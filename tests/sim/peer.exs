@@ -1,0 +1,169 @@
+defmodule Sim.Peer do
+  @moduledoc """
+  The stand-in for a bridge with its Python peer: it takes the messages of a bridge, knows programs, and needs time. Its peer may die,
+  and is started again with the programs of the table. What it knows is also in `World.fact({:peer, node, index})`.
+  """
+
+  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Protocol
+  alias Sim.{Runtime, World}
+
+  # What such work takes on a real peer; a run is an LM's answer.
+  @start_ms 1_500
+  @load_us 850
+  @change_ms 3
+  @max_pending 2_000
+
+  defstruct [:handle, :index, :coordinator, :service_ms, up?: false, life: 0, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false]
+
+  def start(handle, index, name, coordinator, service_ms) do
+    pid = Runtime.spawn(fn -> init(handle, index, coordinator, service_ms) end)
+    Runtime.register(name, pid)
+    pid
+  end
+
+  defp init(handle, index, coordinator, service_ms) do
+    counters(:reset, [handle.counters, index])
+    loop(open(%__MODULE__{handle: handle, index: index, coordinator: coordinator, service_ms: service_ms}))
+  end
+
+  defp loop(peer) do
+    receive do
+      message -> message |> handle(peer) |> loop()
+    after
+      0 -> Runtime.wait(:infinity) && loop(peer)
+    end
+  end
+
+  defp module(name), do: Module.concat(World.here().prefix, name)
+  defp store(fun, args), do: apply(module("Programs.Store"), fun, args)
+  defp counters(fun, args), do: apply(module("Calls.LoadCounters"), fun, args)
+
+  ## The peer's life
+
+  defp open(peer) do
+    later(@start_ms + :rand.uniform(@start_ms), {:started, peer.life})
+    peer
+  end
+
+  defp handle({:timeout, _timer, {:started, life}}, %{life: life} = peer) do
+    programs = for {id, _stamp, body} <- store(:definitions, [peer.handle.programs]), into: %{}, do: {id, body}
+    later(1 + div(map_size(programs) * @load_us, 1000), {:loaded, life})
+    know(%{peer | programs: programs})
+  end
+
+  defp handle({:timeout, _timer, {:loaded, life}}, %{life: life} = peer) do
+    set(peer, :ready)
+    change_next(%{peer | up?: true})
+  end
+
+  # Its runs end; changes wait for the next peer.
+  defp handle(:die, %{up?: true} = peer) do
+    set(peer, :down)
+    for {ref, _watch} <- peer.calls, do: finish(peer, ref, {:error, {:died, :sent}})
+    open(know(%{peer | up?: false, life: peer.life + 1, programs: %{}, calls: %{}, busy?: false}))
+  end
+
+  defp handle(:die, peer), do: peer
+
+  ## Requests
+
+  defp handle({:request, %Request{change: nil} = request}, %{up?: false} = peer), do: refuse(peer, request, {:died, :unsent})
+
+  defp handle({:request, %Request{change: nil} = request}, peer) do
+    if map_size(peer.calls) >= @max_pending do
+      refuse(peer, request, :overloaded)
+    else
+      watch = Runtime.monitor(:process, request.pid)
+      {from, to} = peer.service_ms
+      later(from + :rand.uniform(to - from), {:run, peer.life, request.ref, request.body})
+      %{peer | calls: Map.put(peer.calls, request.ref, watch)}
+    end
+  end
+
+  defp handle({:request, request}, peer), do: change_next(know(%{peer | changes: :queue.in(request, peer.changes)}))
+
+  defp handle({:timeout, _timer, {:run, life, ref, body}}, %{life: life} = peer) when is_map_key(peer.calls, ref) do
+    {:ok, %{"args" => %{"program_id" => id}}} = JSON.decode("{" <> binary_part(body, 1, byte_size(body) - 1))
+    finish(peer, ref, {:frame, run(peer.programs[id], id)})
+    %{peer | calls: Map.delete(peer.calls, ref)}
+  end
+
+  defp handle({:timeout, _timer, {:change, life}}, %{life: life} = peer) do
+    {{:value, request}, changes} = :queue.out(peer.changes)
+    made? = made?(request, peer.index)
+    if made?, do: store(:apply_change, [peer.handle.programs, request.change, request.body])
+    frame = if made?, do: ~s({"id": 1, "success": true, "result": {}}), else: ~s({"id": 1, "success": false, "error": "no", "error_type": "invalid_args"})
+    true = Protocol.success?(frame) == made?
+    Runtime.send(request.ref, {request.ref, {:frame, frame}})
+    programs = if made?, do: change(peer.programs, request.change, request.body), else: peer.programs
+    change_next(know(%{peer | changes: changes, programs: programs, busy?: false}))
+  end
+
+  # A change that the peer has not got is taken back.
+  defp handle({:abandon, ref}, %{changes: changes, busy?: busy?} = peer) do
+    {sent, held} = Enum.split(:queue.to_list(changes), if(busy?, do: 1, else: 0))
+    drop(%{peer | changes: :queue.from_list(sent ++ Enum.reject(held, &(&1.ref == ref)))}, ref)
+  end
+
+  defp handle({:DOWN, watch, :process, _pid, _reason}, peer), do: drop(peer, Enum.find_value(peer.calls, fn {ref, w} -> w == watch && ref end))
+
+  defp handle({:"$gen_call", from, {:load_failure, _id}}, peer) do
+    Runtime.gen_reply(from, nil)
+    peer
+  end
+
+  # Of an earlier peer.
+  defp handle({:timeout, _timer, _what}, peer), do: peer
+
+  defp drop(peer, ref) when is_map_key(peer.calls, ref) do
+    finish(peer, ref, {:error, :timeout})
+    %{peer | calls: Map.delete(peer.calls, ref)}
+  end
+
+  defp drop(peer, _ref), do: peer
+
+  defp refuse(peer, request, why) do
+    counters(:done, [peer.handle.counters, peer.index])
+    Runtime.send(request.ref, {request.ref, {:error, why}})
+    peer
+  end
+
+  defp finish(peer, ref, reply) do
+    Runtime.demonitor(peer.calls[ref])
+    counters(:done, [peer.handle.counters, peer.index])
+    Runtime.send(ref, {ref, reply})
+  end
+
+  defp run(nil, id), do: ~s({"id": 1, "success": false, "error": "Program not found: #{id}", "error_type": "program_not_found"})
+  defp run(_body, _id), do: ~s({"id": 1, "success": true, "result": {"node": "#{Runtime.node()}"}})
+
+  ## Changes
+
+  defp change_next(%{up?: true, busy?: false} = peer) do
+    if :queue.is_empty(peer.changes), do: peer, else: later(@change_ms, {:change, peer.life}) && %{peer | busy?: true}
+  end
+
+  defp change_next(peer), do: peer
+
+  # A definition that says so is refused by the first peer of a node.
+  defp made?(%Request{change: {:create, _, _}, body: body}, index), do: not (index == 1 and String.contains?(body, "refused on #{Runtime.node()}"))
+  defp made?(_request, _index), do: true
+
+  defp change(programs, {:create, id, _stamp}, body), do: Map.put(programs, id, body)
+  defp change(_programs, {:cleanup, :all, _stamp}, _body), do: %{}
+  defp change(programs, {:cleanup, ids, _stamp}, _body), do: Map.drop(programs, ids)
+
+  defp know(peer) do
+    World.note({:peer, Runtime.node(), peer.index}, peer.programs)
+    World.note({:changing, Runtime.node(), peer.index}, not :queue.is_empty(peer.changes))
+    peer
+  end
+
+  defp set(peer, state) do
+    counters(:put_state, [peer.handle.counters, peer.index, state])
+    with pid when pid != nil <- Runtime.whereis(peer.coordinator), do: Runtime.send(pid, {:slot, peer.index, state})
+  end
+
+  defp later(ms, what), do: Runtime.start_timer(ms, self(), what)
+end
