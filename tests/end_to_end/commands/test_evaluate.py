@@ -292,14 +292,16 @@ def test_an_end_stops_runs_and_scores(desk: Desk, how: str, where: str) -> None:
         desk.server.gate.clear()
     timeout = {"timeout_ms": 1000} if how == "deadline" else {}
     id = desk.start({"inputs": asks(*["two"] * 50), "metric": {"tool": "judge"}}, **timeout)
-    if where == "lm":
-        assert desk.server.arrived.acquire(timeout=10)
-    else:
-        call = desk.peer.receive()["tool_call"]
+    # All of those that may be in work, so that no request is on its way.
+    for _ in range(int(desk.peer.process.args[-1])):
+        if where == "lm":
+            assert desk.server.arrived.acquire(timeout=10)
+        else:
+            call = desk.peer.receive()["tool_call"]
     if how == "cancel":
         desk.peer.send({"cancel": id})
-    while "tool_call" in (reply := desk.peer.receive()):
-        pass
+    reply = desk.peer.receive()
+    assert reply["id"] == id and "success" in reply
     if how == "cancel":
         assert reply["error_type"] == "cancelled"
     else:
