@@ -104,13 +104,14 @@ class LMNotConfigured(BridgeError):
 
 
 class LMFailed(BridgeError):
-    """The LM failed, or the connection to it."""
+    """The LM failed, or the connection to it. `refused`: the key or the account was, as it is for any other prompt."""
 
     error_type = "lm_error"
 
-    def __init__(self, text: str, retryable: bool) -> None:
+    def __init__(self, text: str, retryable: bool, *, refused: bool = False) -> None:
         super().__init__(text)
         self.retryable = retryable
+        self.refused = refused
 
 
 class OutputInvalid(BridgeError):

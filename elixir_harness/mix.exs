@@ -81,6 +81,7 @@ defmodule DSPex.MixProject do
     {"guide/signatures", "Guide"},
     {"guide/agents", "Guide"},
     {"guide/streaming", "Guide"},
+    {"guide/evaluating", "Guide"},
     {"guide/lms", "Guide"},
     {"guide/own-modules", "Guide"},
     {"guide/liveview", "Guide"},
@@ -164,6 +165,8 @@ defmodule DSPex.MixProject do
           DSPex.PythonBridge.Bridge,
           DSPex.PythonBridge.Pool,
           DSPex.PythonBridge.Program,
+          DSPex.PythonBridge.Evaluate,
+          DSPex.PythonBridge.Evaluate.Result,
           DSPex.PythonBridge.Error,
           DSPex.PythonBridge.History
         ],

@@ -6,7 +6,7 @@ import asyncio
 import functools
 
 from dspy_bridge.caller import item_ends
-from dspy_bridge.errors import Cancelled, TimedOut
+from dspy_bridge.errors import Cancelled, LMFailed, LMNotConfigured, TimedOut
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ async def run(
     stream: bool,
     max_concurrency: int | None = None,
     item_timeout_ms: float | None = None,
+    score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
     """`{"success", "result"}` or `{"success", "error", "error_type"}` for each item, in their order.
 
@@ -37,18 +38,35 @@ async def run(
     other calls run in between. With `stream`, each result is also sent when it is ready, with its index. Just before
     the call's deadline, all items without a result get the error `timeout`. `item_timeout_ms` counts from an item's
     start.
+
+    With `score`, each success also has what `score(index, outputs)` gives, each failure the score 0. An item has left
+    its slot by then: the score may need another run. What `score` raises ends the batch, and so does an LM that
+    refuses the key.
     """
-    return await _Batch(items, call, stream, max_concurrency, item_timeout_ms).run(work)
+    return await _Batch(items, call, stream, max_concurrency, item_timeout_ms, score).run(work)
 
 
 class _Batch:
     def __init__(
-        self, items: list[Any], call: Call, stream: bool, max_concurrency: int | None, item_timeout_ms: float | None
+        self,
+        items: list[Any],
+        call: Call,
+        stream: bool,
+        max_concurrency: int | None,
+        item_timeout_ms: float | None,
+        score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None,
     ) -> None:
         self._items = items
         self._call = call
         self._stream = stream
         self._max_concurrency = max_concurrency
+        self._score = score
+        if score is not None:
+            # Those that wait for their score have no slot, and would be as many as the inputs.
+            slots = call.services.limiter.max_running
+            self._max_concurrency = slots if max_concurrency is None else min(max_concurrency, slots)
+        # The items that have a slot.
+        self._holding: set[int] = set()
         self._item_timeout_ms = item_timeout_ms
         # When all items end, in the loop's time.
         self._ends: float | None = None
@@ -86,8 +104,8 @@ class _Batch:
 
     def _end_with(self, starting: asyncio.Task[None]) -> None:
         """A failure to start items is the whole call's."""
-        if not starting.cancelled() and (error := starting.exception()) is not None and not self._over.done():
-            self._over.set_exception(error)
+        if not starting.cancelled() and (error := starting.exception()) is not None:
+            self._end(error)
 
     async def _start_all(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
         limiter, most = self._call.services.limiter, self._max_concurrency
@@ -98,6 +116,7 @@ class _Batch:
             if self._call.slot_transferred:
                 await limiter.acquire()
             self._call.slot_transferred = True
+            self._holding.add(index)
             task = self._loop.create_task(self._one(index, work))
             self._started += 1
             self._tasks.add(task)
@@ -112,13 +131,26 @@ class _Batch:
             ends.append(self._loop.time() + min(self._item_timeout_ms, _LONGEST_MS) / 1000)
         item_ends.set(min(ends, default=None))
         try:
-            result = {"success": True, "result": await work(self._items[index])}
+            outputs = await work(self._items[index])
+            result = {"success": True, "result": outputs}
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # user code may raise anything
-            result = self._call.services.describe(error)
+            if self._score is not None and _hits_all(error):
+                self._end(error)
+                return
+            result = self._failure(error)
         if self._results[index] is not None:
             return  # its time was over
+        if self._score is not None and result["success"]:
+            self._release(index)
+            try:
+                result.update(await self._score(index, outputs))
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                self._end(error)
+                return
         self._settle(index, result)
         if self._stream:
             # The slot is kept until there is room for more, which slows the batch of a client that does not read.
@@ -141,7 +173,7 @@ class _Batch:
             timer.cancel()
         self._tasks.discard(task)
         self._room.set()
-        self._call.services.limiter.release()
+        self._release(index)
         # Code of a user's may raise a CancelledError of its own.
         self._fail(index, Cancelled("cancelled"))
 
@@ -156,13 +188,32 @@ class _Batch:
     def _fail(self, index: int, error: TimedOut | Cancelled) -> None:
         if self._results[index] is not None or self._over.done():
             return
-        result = self._call.services.describe(error)
+        result = self._failure(error)
         if self._stream:
             self._call.stream_item_threadsafe({"index": index, **result})
         self._settle(index, result)
+
+    def _failure(self, error: BaseException) -> dict[str, Any]:
+        result = self._call.services.describe(error)
+        return result if self._score is None else {**result, "score": 0.0}
+
+    def _release(self, index: int) -> None:
+        """Free the item's slot, once."""
+        if index in self._holding:
+            self._holding.discard(index)
+            self._call.services.limiter.release()
+
+    def _end(self, error: BaseException) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
 
     def _settle(self, index: int, result: dict[str, Any]) -> None:
         self._results[index] = result
         self._left -= 1
         if self._left == 0 and not self._over.done():
             self._over.set_result(None)
+
+
+def _hits_all(error: BaseException) -> bool:
+    """Whether the LM's server would refuse the other items, too."""
+    return isinstance(error, LMNotConfigured) or (isinstance(error, LMFailed) and error.refused)

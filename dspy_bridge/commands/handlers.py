@@ -6,7 +6,7 @@ import os
 import time
 
 from dspy_bridge import __version__
-from dspy_bridge.commands import arguments
+from dspy_bridge.commands import arguments, evaluation
 from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry, working
 from dspy_bridge.dispatch.call import Call, Command
@@ -46,6 +46,8 @@ _EXECUTE_ARGS = (
     "attempts",
     "max_concurrency",
     "item_timeout_ms",
+    "expected",
+    "metric",
     "options",
 )
 # Each is at least one more LM call.
@@ -96,7 +98,7 @@ class Commands:
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """The output fields of one run; `{"results": […]}` for a list of inputs."""
+        """The output fields of one run; `{"results": […]}` for a list of inputs, with a metric also their scores."""
         refuse_unknown(args, _EXECUTE_ARGS)
         id = arguments.text(args, "program_id")
         inputs = args.get("inputs")
@@ -112,10 +114,12 @@ class Commands:
         for name, limit in limits.items():
             if limit is not None and isinstance(inputs, dict):
                 raise InvalidArgs(f"{name}: only for a list of inputs")
+        evaluated = evaluation.read(args, inputs)
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
-        return self._execute(entry, inputs, {"config": config, "lm": lm, "attempts": attempts}, limits, call)
+        options = {"config": config, "lm": lm, "attempts": attempts}
+        return self._execute(entry, inputs, options, limits, evaluated, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
@@ -172,6 +176,7 @@ class Commands:
         inputs: dict[str, Any] | list[Any],
         options: dict[str, Any],
         limits: dict[str, Any],
+        evaluated: evaluation.Given | None,
         call: Call,
     ) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
@@ -189,6 +194,8 @@ class Commands:
             _count(entry)
             return await program.call(item, call=call, stream=False, limit=large_inputs.LARGE_IN_BATCH, **options)
 
+        if evaluated is not None:
+            return await evaluation.run(evaluated, program, inputs, one, call, stream=stream, **limits)
         return {"results": await batch.run(inputs, one, call, stream=stream, **limits)}
 
     async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:

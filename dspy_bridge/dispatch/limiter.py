@@ -16,7 +16,7 @@ class Limiter:
     """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
-        self._max_running = max_running
+        self.max_running = max_running
         self._max_waiting = max_waiting
         self.running = 0
         # Ordered, and a waiter that withdraws is found at once.
@@ -25,7 +25,7 @@ class Limiter:
     @property
     def full(self) -> bool:
         """Whether all slots are taken and no more waiters fit."""
-        return self.running >= self._max_running and len(self._waiting) >= self._max_waiting
+        return self.running >= self.max_running and len(self._waiting) >= self._max_waiting
 
     @property
     def waiting(self) -> int:
@@ -70,7 +70,7 @@ class Limiter:
 
     def _start_waiting(self) -> None:
         # A loop, not recursion: after many cancels at once, thousands may refuse their slot in a row.
-        while self._waiting and self.running < self._max_running:
+        while self._waiting and self.running < self.max_running:
             start, _ = self._waiting.popitem(last=False)
             self.running += 1
             if not start():

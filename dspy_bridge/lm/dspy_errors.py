@@ -71,7 +71,8 @@ def _by_type(error: Exception) -> BridgeError | None:
     if isinstance(error, dspy.LMConfigurationError):
         return LMNotConfigured(str(error))
     if isinstance(error, dspy.LMError):
-        return LMFailed(f"{type(error).__name__}: {error}", dspy.is_retryable_lm_error(error))
+        refused = isinstance(error, (dspy.LMAuthError, dspy.LMBillingError))
+        return LMFailed(f"{type(error).__name__}: {error}", dspy.is_retryable_lm_error(error), refused=refused)
     return None
 
 

@@ -15,7 +15,7 @@ from dspy_bridge.lm.metering import call_records
 from dspy_bridge.lm.metering.meter import Meter
 from dspy_bridge.lm.transport import admission, connections
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import asking_again, module_factory, remote_tools, saved_state
+from dspy_bridge.programs import asking_again, metrics, module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder
@@ -56,6 +56,19 @@ class Program:
     def state(self) -> dict[str, Any]:
         """What DSPy's `save` writes."""
         return saved_state.dump(self._runner.module, self._saved_lm)
+
+    async def metric(
+        self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None, call: Caller
+    ) -> tuple[metrics.Metric, list[dict[str, Any]]]:
+        """A metric for this program, and what it gets of each item. Raises `InvalidArgs` or `NotAllowed`."""
+        signature, files_dir = self._contract.signature, self._lms.settings.files_dir
+        metric = metrics.read(given, signature)
+
+        def read() -> list[dict[str, Any]]:
+            return metrics.read_examples(metric, inputs, expected, signature, files_dir)
+
+        small = call.size < large_inputs.NEVER_LARGE and files_dir is None
+        return metric, read() if small else await large_inputs.in_thread(read)
 
     async def call(
         self,

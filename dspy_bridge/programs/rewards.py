@@ -25,19 +25,19 @@ class Reward:
 
     def __call__(self, inputs: dict[str, Any], prediction: dspy.Prediction) -> float:
         """Raises `ToolFailed`."""
-        outputs = _plain(dict(prediction.items()))
+        outputs = plain(dict(prediction.items()))
         if self.tool is None:
             return 1.0 if outputs.get(self._field) == self._equals else 0.0
-        fields = _plain({name: value for name, value in inputs.items() if name != "config"})
+        fields = plain({name: value for name, value in inputs.items() if name != "config"})
         job = worker_threads.current.get()
         assert job is not None, "rewards are given in worker threads"
         value = job.on_loop(
             remote_tools.current_call.get().call_tool(self.tool, {"inputs": fields, "outputs": outputs})
         )
-        # Many rewards are booleans: they count as 1 and 0.
-        if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        reward = number(value)
+        if reward is None:
             raise ToolFailed(f"{self.tool}: expected a number as the reward")
-        return float(value)
+        return reward
 
 
 def read(given: dict[str, Any] | None, signature: type[dspy.Signature]) -> Reward:
@@ -56,6 +56,13 @@ def read(given: dict[str, Any] | None, signature: type[dspy.Signature]) -> Rewar
     return Reward(None, given["field"], given["equals"])
 
 
-def _plain(values: dict[str, Any]) -> Any:
+def number(value: Any) -> float | None:
+    """A finite number that a tool gave, or None. Many are booleans: they count as 1 and 0."""
+    if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        return None
+    return float(value)
+
+
+def plain(values: dict[str, Any]) -> Any:
     """The values as a reply would contain them."""
     return jiter.from_json(encode_value(values))

@@ -160,8 +160,13 @@ def read_demos(
 def _demo(demo: object, fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
     if not isinstance(demo, dict) or not demo:
         raise InvalidArgs(f"{where}: expected an object of fields")
+    return read_fields(demo, fields, where)
+
+
+def read_fields(given: dict[str, Any], fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
+    """The validated values of fields, all of which must be known. Raises `InvalidArgs` or `NotAllowed`."""
     read = {}
-    for name, value in demo.items():
+    for name, value in given.items():
         if name not in fields:
             raise InvalidArgs(f"{where}.{name}: unknown field; expected {', '.join(fields)}")
         try:

@@ -13,7 +13,7 @@ defmodule DSPex.GuideTest do
   alias DSPex.Test.Helpers
 
   @root Path.expand("../..", __DIR__)
-  @guide ~w(signatures agents streaming lms own-modules)
+  @guide ~w(signatures agents streaming lms own-modules evaluating)
   # Applications, which have tests of their own: liveview_page_test.exs, jobs_page_test.exs.
   @applications ~w(liveview jobs)
   @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/security.md docs/settings.md docs/errors.md

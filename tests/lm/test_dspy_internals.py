@@ -17,7 +17,7 @@ from dspy_bridge.runtime.event_loop import EventLoop
 from dspy_bridge.settings import Settings
 
 # Modules of DSPy's that its documentation imports from.
-DOCUMENTED = {"dspy", "dspy.lm15", "dspy.streaming", "dspy.utils.callback"}
+DOCUMENTED = {"dspy", "dspy.evaluate", "dspy.lm15", "dspy.streaming", "dspy.utils.callback"}
 LIBRARIES = ("dspy", "json_repair", "litellm")
 # The doctor's script does without them.
 ALONE = {("check_lm.py", "dspy.clients.backend_selection"), ("check_lm.py", "litellm")}

@@ -28,13 +28,22 @@ defmodule DSPex.PythonBridge.Programs.Tools do
 
     cond do
       names == nil -> :ok
-      given != nil -> compare(id, names, Map.keys(given))
+      given != nil -> compare(id, names, Map.keys(given) -- metric(args))
       names != [] and Store.first_without_tools?(table, id) -> warn(whose, id, names)
       true -> :ok
     end
   end
 
   def check(_table, _whose, _command, _args, _opts), do: :ok
+
+  # An evaluation has one more function, which is not a tool of the program.
+  defp metric(args) do
+    case Map.get(args, :metric) || Map.get(args, "metric") do
+      %{tool: name} -> [name]
+      %{"tool" => name} -> [name]
+      _none -> []
+    end
+  end
 
   defp compare(id, names, given) do
     case Enum.sort(given -- names) do

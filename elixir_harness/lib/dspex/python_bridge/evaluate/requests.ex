@@ -1,0 +1,139 @@
+defmodule DSPex.PythonBridge.Evaluate.Requests do
+  @moduledoc false
+  # The requests of an evaluation: a few examples each, so that a pool spreads them over its peers, that one slow example
+  # holds up few others, and that little is done again when a peer dies.
+  #
+  # They are made by tasks, which end with the caller. The examples stay in the caller's process: what a stream gives is
+  # not held twice.
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.Evaluate.{Options, Result}
+  alias DSPex.PythonBridge.OTP.Deadline
+
+  # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
+  @requests 16
+  @most_examples 8
+  # A peer answers a list so long before the deadline, with a timeout for what is not done.
+  @earlier_ms 250
+
+  @doc "The results in the order of the examples, and the sum of what the requests have used."
+  @spec run(term(), String.t(), Enumerable.t(), Options.t()) ::
+          {:ok, [Result.item()], map()} | {:error, Error.t()}
+  def run(server, program, examples, %Options{} = options) do
+    size = options.max_concurrency |> div(@requests) |> max(1) |> min(@most_examples)
+    deadline = Deadline.new(options.timeout)
+    request = request(server, program, options, deadline)
+
+    # Its key in the process dictionary, where the examples wait for their results: a task would copy them twice.
+    waiting = make_ref()
+
+    try do
+      examples
+      |> Stream.chunk_every(size)
+      |> Stream.with_index()
+      |> Stream.map(&keep(&1, waiting))
+      |> Task.async_stream(request,
+        max_concurrency: max(div(options.max_concurrency, size), 1),
+        ordered: false,
+        timeout: :infinity
+      )
+      |> Enum.reduce_while({:ok, [], %{}}, fn {:ok, {number, reply}}, {:ok, done, usage} ->
+        examples = Process.delete({waiting, number})
+
+        with {:ok, results, meta} <- located(reply, number * size),
+             items = Result.items(examples, results, number * size),
+             :ok <- in_time(items, options, deadline) do
+          Enum.each(items, options.on_result)
+          {:cont, {:ok, [items | done], Result.add(usage, meta)}}
+        else
+          {:error, error} -> {:halt, {:error, error}}
+        end
+      end)
+      |> case do
+        {:ok, done, usage} ->
+          {:ok, done |> Enum.sort_by(&hd(&1).index) |> Enum.concat(), usage}
+
+        {:error, error} ->
+          {:error, error}
+      end
+    after
+      for {{^waiting, _number} = key, _examples} <- Process.get(), do: Process.delete(key)
+    end
+  end
+
+  defp keep({examples, number}, waiting) do
+    Process.put({waiting, number}, examples)
+    {examples, number}
+  end
+
+  defp request(server, program, options, deadline) do
+    client = if Pool.Handle.fetch(server), do: Pool, else: Bridge
+    args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
+
+    fn {examples, number} ->
+      with {:ok, inputs, expected} <- columns(examples, number) do
+        args = Map.put(args, :inputs, inputs)
+        args = if expected, do: Map.put(args, :expected, expected), else: args
+
+        client.request(
+          server,
+          :execute_program,
+          args,
+          [timeout: left(deadline)] ++ options.passed
+        )
+      end
+      |> then(&{number, &1})
+    end
+  end
+
+  # At the deadline the request fails at once.
+  defp left(deadline), do: with(0 <- Deadline.left(deadline), do: 1)
+
+  defp columns(examples, _number) do
+    pairs = Enum.map(examples, &pair/1)
+
+    cond do
+      index = Enum.find_index(pairs, &(&1 == nil)) ->
+        text = "examples[#{index}]: expected {inputs, expected}, two maps, or a map of inputs"
+        {:error, Error.new(:invalid_args, text)}
+
+      Enum.all?(pairs, &(elem(&1, 1) == nil)) ->
+        {:ok, Enum.map(pairs, &elem(&1, 0)), nil}
+
+      true ->
+        {inputs, expected} = Enum.unzip(pairs)
+        {:ok, inputs, Enum.map(expected, &(&1 || %{}))}
+    end
+  end
+
+  @doc "The inputs of an example and what is expected, nil without; or nil for what is not an example."
+  @spec pair(term()) :: {map(), map() | nil} | nil
+  def pair({inputs, expected}) when is_map(inputs) and (is_map(expected) or expected == nil),
+    do: {inputs, expected}
+
+  def pair(inputs) when is_map(inputs), do: {inputs, nil}
+  def pair(_other), do: nil
+
+  # The peer counts the examples of its request.
+  defp located({:error, %Error{type: :invalid_args, message: text} = error}, before) do
+    text =
+      Regex.replace(~r/\b(expected|examples)\[(\d+)\]/, text, fn _all, name, index ->
+        "#{name}[#{before + String.to_integer(index)}]"
+      end)
+
+    {:error, %{error | message: text}}
+  end
+
+  defp located({:error, error}, _before), do: {:error, error}
+  defp located({:ok, %{"results" => results}, meta}, _before), do: {:ok, results, meta}
+
+  defp in_time(items, %Options{passed: passed, timeout: timeout}, deadline) do
+    over? =
+      timeout != :infinity and
+        (passed[:item_timeout_ms] == nil or Deadline.left(deadline) <= @earlier_ms)
+
+    if over? and Enum.any?(items, &match?(%{error: %Error{type: :timeout}}, &1)),
+      do: {:error, Error.new(:timeout, "the evaluation was not finished within #{timeout} ms")},
+      else: :ok
+  end
+end

@@ -1,0 +1,108 @@
+defmodule DSPex.PythonBridge.Evaluate.Result do
+  @moduledoc """
+  What `DSPex.PythonBridge.Evaluate.run/4` has measured.
+
+    * `score` – the mean of all scores, of failed runs 0; nil without examples
+    * `failed` – how many runs failed
+    * `results` – in the order of the examples, maps of `index`, `inputs`, `expected`, `prediction` (the outputs, with string
+      keys; nil if the run failed), `error` (nil, or a `DSPex.PythonBridge.Error`), `score` and `feedback` (nil, or text)
+    * `usage` – the sums of `"lm_calls"`, `"cache_hits"`, `"cost_usd"` (nil if any is not known) and, by model, `"lm_usage"`
+    * `duration_ms`
+
+  `inspect/2`, `IO.inspect/1` and `IO.puts/1` show a table with the worst results first, contents included.
+  """
+
+  alias DSPex.PythonBridge.Error
+  alias DSPex.PythonBridge.Evaluate.Table
+
+  @enforce_keys [:score, :failed, :results, :usage, :duration_ms]
+  defstruct @enforce_keys
+
+  @type item :: %{
+          index: non_neg_integer(),
+          inputs: map(),
+          expected: map() | nil,
+          prediction: map() | nil,
+          error: Error.t() | nil,
+          score: float(),
+          feedback: String.t() | nil
+        }
+  @type t :: %__MODULE__{
+          score: float() | nil,
+          failed: non_neg_integer(),
+          results: [item()],
+          usage: map(),
+          duration_ms: non_neg_integer()
+        }
+
+  @doc false
+  @spec new([item()], map(), non_neg_integer()) :: t()
+  def new(items, usage, duration_ms) do
+    count = length(items)
+
+    %__MODULE__{
+      # Each by itself: their sum may be more than a float holds.
+      score: if(count > 0, do: mean(items, count)),
+      failed: Enum.count(items, & &1.error),
+      results: items,
+      usage: usage,
+      duration_ms: duration_ms
+    }
+  end
+
+  defp mean(items, count) do
+    items |> Enum.map(& &1.score) |> Enum.sum() |> Kernel./(count)
+  rescue
+    ArithmeticError -> items |> Enum.map(&(&1.score / count)) |> Enum.sum()
+  end
+
+  @doc false
+  @spec items([term()], [map()], non_neg_integer()) :: [item()]
+  def items(examples, results, before) do
+    for {{example, result}, index} <- Enum.with_index(Enum.zip(examples, results), before) do
+      {inputs, expected} = pair(example)
+
+      %{
+        index: index,
+        inputs: inputs,
+        expected: expected,
+        prediction: result["result"],
+        error: error(result),
+        score: result["score"] / 1,
+        feedback: result["feedback"]
+      }
+    end
+  end
+
+  defp pair({inputs, expected}), do: {inputs, expected}
+  defp pair(inputs), do: {inputs, nil}
+
+  defp error(%{"success" => true}), do: nil
+
+  defp error(failure),
+    do: Error.from_peer(failure["error_type"], failure["error"], failure["retryable"])
+
+  @doc false
+  @spec add(map(), map()) :: map()
+  def add(usage, meta) do
+    meta
+    |> Map.take(~w(lm_calls cache_hits cost_usd lm_usage))
+    |> Map.merge(usage, fn _key, one, other -> sum(one, other) end)
+  end
+
+  defp sum(one, other) when is_number(one) and is_number(other), do: one + other
+
+  defp sum(one, other) when is_map(one) and is_map(other),
+    do: Map.merge(one, other, fn _, a, b -> sum(a, b) end)
+
+  defp sum(_one, _other), do: nil
+
+  defimpl String.Chars do
+    def to_string(result), do: Table.text(result)
+  end
+
+  defimpl Inspect do
+    def inspect(result, _opts),
+      do: "#DSPex.PythonBridge.Evaluate.Result<\n" <> Table.text(result) <> "\n>"
+  end
+end

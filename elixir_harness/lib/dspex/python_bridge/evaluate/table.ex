@@ -1,0 +1,73 @@
+defmodule DSPex.PythonBridge.Evaluate.Table do
+  @moduledoc false
+  # The result of an evaluation as text: a summary, and its worst cases.
+
+  @rows 10
+  @column 34
+
+  @doc "At most some lines, each shorter than 160 characters."
+  @spec text(map()) :: String.t()
+  def text(%{results: results} = result) do
+    worst = results |> Enum.sort_by(&{&1.score, &1.error == nil, &1.index}) |> Enum.take(@rows)
+    more = length(results) - length(worst)
+
+    rows =
+      if worst == [],
+        do: [],
+        else: [["", "score", "inputs", "expected", "prediction"] | Enum.map(worst, &row/1)]
+
+    lines = Enum.map(rows, &line(&1, widths(rows)))
+    last = if more > 0, do: ["… and #{more} more, with no lower scores"], else: []
+    Enum.join([summary(result) | lines] ++ last, "\n")
+  end
+
+  defp summary(result) do
+    score = if result.score, do: number(result.score), else: "none"
+    calls = result.usage["lm_calls"] || 0
+    seconds = :erlang.float_to_binary(result.duration_ms / 1000, decimals: 1)
+
+    "score #{score}, #{length(result.results)} examples, #{result.failed} failed, #{calls} LM calls, #{seconds} s"
+  end
+
+  defp row(item) do
+    got =
+      cond do
+        item.error -> "#{item.error.type}: #{item.error.message}"
+        item.feedback -> "#{fields(item.prediction)} – #{item.feedback}"
+        true -> fields(item.prediction)
+      end
+
+    ["#{item.index}", number(item.score), fields(item.inputs), fields(item.expected), got]
+    |> Enum.map(&cut/1)
+  end
+
+  defp fields(nil), do: ""
+
+  defp fields(map) do
+    Enum.map_join(map, ", ", fn {name, value} -> "#{name}: #{shown(value)}" end)
+  end
+
+  defp shown(text) when is_binary(text), do: text
+  defp shown(value), do: inspect(value, limit: 10, printable_limit: 100)
+
+  defp cut(text) do
+    line = text |> String.slice(0, 4 * @column) |> String.replace(~r/[[:space:][:cntrl:]]+/u, " ")
+    if String.length(line) > @column, do: String.slice(line, 0, @column - 1) <> "…", else: line
+  end
+
+  defp number(score) when abs(score) < 1.0e6, do: :erlang.float_to_binary(score / 1, decimals: 3)
+  defp number(score), do: to_string(score)
+
+  defp widths(rows) do
+    rows
+    |> Enum.zip_with(& &1)
+    |> Enum.map(fn column -> column |> Enum.map(&String.length/1) |> Enum.max() end)
+  end
+
+  defp line(cells, widths) do
+    cells
+    |> Enum.zip_with(widths, &String.pad_trailing/2)
+    |> Enum.join("  ")
+    |> String.trim_trailing()
+  end
+end

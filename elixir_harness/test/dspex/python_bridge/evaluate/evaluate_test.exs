@@ -1,0 +1,257 @@
+defmodule DSPex.PythonBridge.EvaluateTest do
+  @moduledoc "Evaluations by real peers, whose LM is scripted."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool}
+  alias DSPex.PythonBridge.Evaluate.Result
+  alias DSPex.Test.SilentLM
+
+  @answers %{"q-rome" => "The Rome!", "q-lima" => "Lima", "*" => "no idea"}
+  @examples [
+    {%{question: "q-rome"}, %{answer: "rome"}},
+    {%{question: "q-else"}, %{answer: "Oslo"}},
+    {%{question: "q-lima"}, %{answer: "Lima", note: 5}}
+  ]
+
+  defmodule Asked do
+    use DSPex.PythonBridge.Program, id: "asked", signature: "question -> answer"
+  end
+
+  setup_all do
+    answers = Map.new(@answers, fn {key, answer} -> {key, %{answer: answer}} end)
+    script = %{model: "offline/script", answers: answers}
+    bridge = start_supervised!({Bridge, real_opts(lm: script, programs: [Asked])})
+    qa = %{id: "qa", signature: "question -> answer"}
+    {:ok, _} = Bridge.call(bridge, :create_program, qa, 60_000)
+    %{bridge: bridge}
+  end
+
+  test "results are in the order of the examples, with inputs, expected values, predictions and scores",
+       %{bridge: bridge} do
+    test = self()
+
+    score = fn example, prediction ->
+      send(test, {:scored, example})
+      right? = example["answer"] == prediction["answer"]
+      if right?, do: {1, "right"}, else: 0.25
+    end
+
+    opts = [metric: score, on_result: &send(test, {:result, &1.index})]
+    assert {:ok, %Result{} = result} = Evaluate.run(bridge, "qa", @examples, opts)
+    assert_in_delta result.score, 0.5, 1.0e-9
+    assert result.failed == 0 and is_integer(result.duration_ms)
+    assert %{"lm_calls" => 3, "lm_usage" => %{"offline/script" => _}} = result.usage
+    assert Enum.map(result.results, & &1.score) == [0.25, 0.25, 1.0]
+
+    assert List.last(result.results) == %{
+             index: 2,
+             inputs: %{question: "q-lima"},
+             expected: %{answer: "Lima", note: 5},
+             prediction: %{"answer" => "Lima"},
+             error: nil,
+             score: 1.0,
+             feedback: "right"
+           }
+
+    assert_received {:scored, %{"question" => "q-lima", "answer" => "Lima", "note" => 5}}
+    for index <- 0..2, do: assert_received({:result, ^index})
+    refute Enum.any?(Process.get(), &match?({{_ref, number}, _} when is_integer(number), &1))
+  end
+
+  test "a field is compared by the peer", %{bridge: bridge} do
+    for {match, scores} <- [
+          equals: [0.0, 0.0, 1.0],
+          exact_match: [1.0, 0.0, 1.0],
+          f1: [1.0, 0.0, 1.0],
+          contains: [0.0, 0.0, 1.0]
+        ] do
+      opts = [metric: {:field, :answer, match}]
+      assert {:ok, result} = Evaluate.run(bridge, Asked, @examples, opts)
+      assert Enum.map(result.results, & &1.score) == scores, "#{match}"
+    end
+  end
+
+  test "a run that fails is 0, and the table shows the worst first", %{bridge: bridge} do
+    examples = @examples ++ [{%{wrong: "x"}, %{answer: "y"}}]
+    assert {:ok, result} = Evaluate.run(bridge, "qa", examples, metric: {:field, "answer", :f1})
+    assert {result.failed, result.score} == {1, 0.5}
+
+    assert %{error: %Error{type: :invalid_args}, prediction: nil, score: +0.0} =
+             List.last(result.results)
+
+    text = to_string(result)
+    assert [summary, _head, worst | _] = String.split(text, "\n")
+    assert summary =~ "score 0.500, 4 examples, 1 failed"
+    assert worst =~ "invalid_args: inputs.wrong"
+    assert inspect(result) =~ text
+  end
+
+  test "a long table is cut", %{bridge: bridge} do
+    examples =
+      for n <- 1..30,
+          do: {%{question: "q-rome #{n} " <> String.duplicate("é\n", 300)}, %{answer: "rome"}}
+
+    {:ok, result} = Evaluate.run(bridge, "qa", examples, metric: {:field, :answer, :equals})
+    lines = result |> to_string() |> String.split("\n")
+    assert length(lines) == 13 and List.last(lines) =~ "20 more"
+    assert Enum.all?(lines, &(String.length(&1) < 160))
+
+    assert to_string(elem(Evaluate.run(bridge, "qa", [], metric: fn _, _ -> 1 end), 1)) =~
+             "score none"
+  end
+
+  test "a metric that fails ends the evaluation at once", %{bridge: bridge} do
+    examples = Stream.repeatedly(fn -> hd(@examples) end)
+
+    for {metric, text} <- [
+          {fn _, _ -> raise "broken" end, "broken"},
+          {fn _, _ -> "good" end, "expected a number, a boolean or"},
+          {fn _, _ -> nil end, "expected a number, a boolean or"},
+          {fn _, _ -> {:error, "no judge"} end, "no judge"},
+          {fn _, _ -> exit(:gone) end, "gone"}
+        ] do
+      assert {:error, %Error{type: :tool_error, message: message}} =
+               Evaluate.run(bridge, "qa", examples, metric: metric)
+
+      assert message =~ "metric:score: " and message =~ text
+    end
+  end
+
+  test "examples are taken as they are needed", %{bridge: bridge} do
+    taken = :counters.new(1, [])
+    seen = :counters.new(1, [])
+
+    examples =
+      Stream.map(1..400, fn _ ->
+        :counters.add(taken, 1, 1)
+        hd(@examples)
+      end)
+
+    metric = fn _, _ ->
+      :counters.add(seen, 1, 1)
+      # Those in work, and those of one request more.
+      :counters.get(taken, 1) - :counters.get(seen, 1) <= 18
+    end
+
+    assert {:ok, %Result{score: 1.0, results: results}} =
+             Evaluate.run(bridge, "qa", examples, metric: metric, max_concurrency: 16)
+
+    assert Enum.map(results, & &1.index) == Enum.to_list(0..399)
+  end
+
+  test "a judge may run another program on a peer with one slot" do
+    script = %{model: "offline/script", answers: %{"*" => %{answer: "1"}}}
+
+    bridge =
+      start_supervised!(
+        {Bridge, real_opts(lm: script, env: %{"DSPY_BRIDGE_MAX_IN_FLIGHT" => "1"})},
+        id: :one_slot
+      )
+
+    for id <- ["qa", "judge"],
+        do:
+          {:ok, _} =
+            Bridge.call(
+              bridge,
+              :create_program,
+              %{id: id, signature: "question -> answer"},
+              60_000
+            )
+
+    judge = fn _example, %{"answer" => answer} ->
+      args = %{program_id: "judge", inputs: %{question: answer}}
+      {:ok, %{"answer" => "1"}} = Bridge.call(bridge, :execute_program, args)
+      true
+    end
+
+    assert {:ok, %Result{score: 1.0}} =
+             Evaluate.run(bridge, "qa", List.duplicate(hd(@examples), 20),
+               metric: judge,
+               timeout: 60_000
+             )
+  end
+
+  test "wrong arguments are named", %{bridge: bridge} do
+    many = List.duplicate(hd(@examples), 70)
+
+    for {examples, opts, text} <- [
+          {@examples, [], ":metric: missing"},
+          {@examples, [metric: {:field, :answer, :fuzzy}],
+           ":metric: expected {:field, name, match}"},
+          {@examples, [metric: fn _ -> 1 end], ":metric: expected a function of two"},
+          {@examples, [metric: {:field, :question, :f1}], "metric.field: expected one of answer"},
+          {@examples, [metrics: 1], "unknown option :metrics, did you mean :metric?"},
+          {@examples, [metric: {:field, :answer, :f1}, max_concurrency: 0], ":max_concurrency"},
+          {@examples, [metric: {:field, :answer, :f1}, timeout: 0], ":timeout"},
+          {@examples, [metric: {:field, :answer, :f1}, attempts: 11], ":attempts"},
+          {many ++ [{%{question: "x"}, %{}}], [metric: {:field, :answer, :f1}],
+           "expected[70].answer: missing"},
+          {many ++ [5], [metric: {:field, :answer, :f1}], "examples[70]: expected"}
+        ] do
+      assert {:error, %Error{type: type, message: message}} =
+               Evaluate.run(bridge, "qa", examples, opts)
+
+      assert type in [:invalid_args, :invalid_request] and message =~ text
+    end
+
+    assert {:error, %Error{type: :invalid_request}} =
+             Evaluate.run(bridge, Enum, @examples, metric: fn _, _ -> 1 end)
+
+    assert {:error, %Error{type: :program_not_found}} =
+             Evaluate.run(bridge, "none", @examples, metric: fn _, _ -> 1 end)
+  end
+
+  test "the timeout and the caller's death stop all requests" do
+    bridge =
+      start_supervised!({Bridge, real_opts(SilentLM.lm_opts(SilentLM.start()))}, id: :silent)
+
+    {:ok, _} =
+      Bridge.call(bridge, :create_program, %{id: "qa", signature: "question -> answer"}, 60_000)
+
+    metric = fn _, _ -> flunk("there is no answer to score") end
+
+    assert {:error, %Error{type: :timeout}} =
+             Evaluate.run(bridge, "qa", @examples, metric: metric, timeout: 500)
+
+    eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
+
+    caller = spawn(fn -> Evaluate.run(bridge, "qa", @examples, metric: metric) end)
+    eventually(fn -> Bridge.get_status(bridge).pending > 0 end)
+    Process.exit(caller, :kill)
+    eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
+  end
+
+  @tag timeout: 120_000
+  test "a pool whose peers are killed scores each example once" do
+    script = %{model: "offline/script", answers: %{"*" => %{answer: "a"}}}
+    pool = __MODULE__.Pool
+
+    opts =
+      real_opts(name: pool, lm: script, pool_size: 2, default_timeout: 60_000, max_retries: 10)
+
+    start_supervised!({Pool, opts})
+    {:ok, _} = Pool.call(pool, :create_program, %{id: "qa", signature: "question -> answer"})
+    peers = fn -> for %{os_pid: pid, state: :running} <- Pool.status(pool).peers, do: pid end
+    eventually(fn -> length(peers.()) == 2 end, 30_000)
+    scored = :ets.new(:scored, [:public])
+
+    metric = fn %{"question" => question, "n" => n}, %{"answer" => "a"} ->
+      count = :ets.update_counter(scored, question, 1, {question, 0})
+      # In the middle, while many others are in work.
+      if n in [40, 120] and count == 1, do: kill(hd(peers.()))
+      true
+    end
+
+    examples = for n <- 1..200, do: {%{question: "q#{n}"}, %{n: n}}
+
+    assert {:ok, %Result{score: 1.0, failed: 0, results: results}} =
+             Evaluate.run(pool, "qa", examples, metric: metric)
+
+    assert Enum.map(results, & &1.inputs.question) == Enum.map(1..200, &"q#{&1}")
+    assert :ets.tab2list(scored) |> Enum.all?(&(elem(&1, 1) == 1))
+    assert :ets.info(scored, :size) == 200
+  end
+end

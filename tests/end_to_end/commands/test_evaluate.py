@@ -1,0 +1,363 @@
+"""`execute_program` with a metric: the results of a list of inputs, with scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from conftest import lm_env
+from lm_server import Answer, LMServer, chat
+from peer import Peer
+from tool_host import ToolError
+
+MODEL = "openai/stub-model"
+ASKED = ["one", "two", "three", "four", "five", "six"]
+# What the LM answers, and what is expected.
+ANSWERS = ["The Eiffel Tower!", "a cat", "rome, in Italy", "", "Berlin", "no"]
+EXPECTED = ["eiffel tower", "The dog", "rome", "x", "Berlin", "no idea"]
+
+
+def question(request: dict[str, Any]) -> str:
+    return str(request["messages"][-1]["content"]).split("[[ ## question ## ]]\n")[1].split("\n")[0]
+
+
+def script(request: dict[str, Any]) -> Answer:
+    asked = question(request)
+    if asked == "fail":
+        return 400, {"error": {"message": "no", "type": "error", "code": None}}
+    return chat(answer=ANSWERS[ASKED.index(asked)] if asked in ASKED else asked)
+
+
+class Desk:
+    def __init__(self, *flags: str) -> None:
+        self.answer: Callable[[dict[str, Any]], Answer] = script
+        self.server = LMServer(lambda request: self.answer(request))
+        self.peer = Peer(*flags, env=lm_env(self.server))
+
+    def start(self, args: dict[str, Any], **envelope: Any) -> int:
+        return self.peer.request("execute_program", {"program_id": "qa", **args}, **envelope)
+
+    def run(self, args: dict[str, Any], tool: Callable[[dict[str, Any]], Any] | None = None, **envelope: Any) -> Any:
+        """The reply; `frames`: what came before it, but tool calls."""
+        id = self.start(args, **envelope)
+        self.frames: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []
+        while "success" not in (frame := self.peer.receive()):
+            assert frame["id"] == id
+            if "tool_call" not in frame:
+                self.frames.append(frame)
+                continue
+            self.asked.append(frame["tool_call"])
+            self.tell(frame["tool_call"], tool)
+        return frame
+
+    def tell(self, call: dict[str, Any], tool: Callable[[dict[str, Any]], Any] | None) -> None:
+        try:
+            assert tool is not None
+            result: dict[str, Any] = {"success": True, "result": tool(call["args"])}
+        except ToolError as error:
+            result = {"success": False, "error": str(error)}
+        self.peer.send({"tool_result": {"call_id": call["call_id"], **result}})
+
+    def idle(self) -> None:
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            stats = self.peer.call("get_stats")["result"]
+            if (stats["in_flight"], stats["queued"]) == (0, 0):
+                return
+        raise AssertionError(stats)
+
+
+@pytest.fixture(scope="module", params=[1, 8])
+def desks(request: pytest.FixtureRequest) -> Iterator[Desk]:
+    desk = Desk("--max-in-flight", str(request.param))
+    with desk.peer:
+        yield desk
+    desk.server.stop()
+
+
+@pytest.fixture
+def desk(desks: Desk) -> Iterator[Desk]:
+    desks.answer = script
+    desks.server.requests.clear()
+    while desks.server.arrived.acquire(blocking=False):
+        pass
+    id = desks.peer.request("create_program", {"id": "qa", "signature": "question -> answer"})
+    while desks.peer.receive().get("id") != id:
+        pass
+    yield desks
+    desks.server.gate.set()
+    desks.idle()
+
+
+def asks(*questions: str) -> list[dict[str, str]]:
+    return [{"question": text} for text in questions]
+
+
+WANTED = [{"answer": text} for text in EXPECTED]
+EXACT = {"field": "answer", "match": "exact_match"}
+
+
+def test_a_tool_scores_each_result(desk: Desk) -> None:
+    """The exact shapes."""
+    desk.answer = lambda request: chat(answer="a0" if question(request) == "q0" else "x")
+    args = {
+        "inputs": asks("q0", "q1"),
+        "expected": [{"answer": "a0", "note": 5}, {"answer": "a1"}],
+        "metric": {"tool": "exact"},
+    }
+
+    def exact(asked: dict[str, Any]) -> Any:
+        right = asked["prediction"]["answer"] == asked["example"]["answer"]
+        return {"score": 1.0, "feedback": "good"} if right else False
+
+    reply = desk.run(args, exact, stream=True)
+    results = [
+        {"success": True, "result": {"answer": "a0"}, "score": 1.0, "feedback": "good"},
+        {"success": True, "result": {"answer": "x"}, "score": 0.0},
+    ]
+    assert reply == {"id": reply["id"], "success": True, "result": {"score": 0.5, "failed": 0, "results": results}}
+    calls = sorted((call["args"] for call in desk.asked), key=lambda args: str(args["example"]["question"]))
+    assert calls[0] == {
+        "example": {"question": "q0", "answer": "a0", "note": 5},
+        "prediction": {"answer": "a0"},
+        "purpose": "score",
+    }
+    assert all(call["name"] == "exact" for call in desk.asked) and len(desk.asked) == 2
+    assert sorted((frame["stream"] for frame in desk.frames), key=lambda item: item["index"]) == [
+        {"index": index, **result} for index, result in enumerate(results)
+    ]
+
+
+def test_expected_is_optional_for_a_tool(desk: Desk) -> None:
+    reply = desk.run({"inputs": asks("two"), "metric": {"tool": "judge"}}, lambda asked: len(asked["example"]))
+    assert reply["result"]["score"] == 1.0
+    assert desk.asked[0]["args"]["example"] == {"question": "two"}
+
+
+PLAIN = """
+import dspy, json, sys
+from dspy.evaluate import answer_exact_match
+from dspy.evaluate.metrics import F1
+url, asked, expected = json.loads(sys.argv[1])
+dspy.configure(lm=dspy.LM("openai/stub-model", api_base=url, api_key="k", cache=False))
+data = [dspy.Example(question=q, answer=a).with_inputs("question") for q, a in zip(asked, expected)]
+metrics = {
+    "exact_match": answer_exact_match,
+    "f1": lambda example, got, trace=None: F1(got.answer, [example.answer]),
+    "equals": lambda example, got, trace=None: got.answer == example.answer,
+    "contains": lambda example, got, trace=None: example.answer in got.answer,
+}
+program = dspy.Predict("question -> answer")
+scores = {
+    name: [float(score) for _, _, score in
+           dspy.Evaluate(devset=data, metric=metric, num_threads=2, display_progress=False)(program).results]
+    for name, metric in metrics.items()
+}
+print(json.dumps(scores))
+"""
+
+
+def test_scores_are_those_of_plain_dspy(desk: Desk) -> None:
+    given = json.dumps([desk.server.url, ASKED, EXPECTED])
+    plain = subprocess.run([sys.executable, "-c", PLAIN, given], capture_output=True, text=True, timeout=100)
+    assert plain.returncode == 0, plain.stderr
+    scores = json.loads(plain.stdout.splitlines()[-1])
+    assert len({tuple(found) for found in scores.values()}) == 4, "each metric gives other scores"
+    for match, wanted in scores.items():
+        args = {"inputs": asks(*ASKED), "expected": WANTED, "metric": {"field": "answer", "match": match}}
+        result = desk.run(args)["result"]
+        assert [item["score"] for item in result["results"]] == wanted, match
+        assert math.isclose(result["score"], sum(wanted) / len(wanted))
+
+
+def test_a_failure_counts_as_0_and_is_not_scored(desk: Desk) -> None:
+    inputs = [*asks("five", "fail"), {"query": "x"}, "none"]
+    wanted = [{"answer": "Berlin"}] * 4
+    result = desk.run({"inputs": inputs, "expected": wanted, "metric": EXACT})["result"]
+    assert (result["score"], result["failed"]) == (0.25, 3)
+    assert [item["score"] for item in result["results"]] == [1.0, 0.0, 0.0, 0.0]
+    assert [item.get("error_type") for item in result["results"]] == [None, "lm_error", "invalid_args", "invalid_args"]
+    reply = desk.run({"inputs": inputs, "metric": {"tool": "judge"}}, lambda _asked: True)
+    assert reply["result"]["score"] == 0.25 and len(desk.asked) == 1
+
+
+def test_no_inputs_have_no_score(desk: Desk) -> None:
+    reply = desk.run({"inputs": [], "expected": [], "metric": EXACT})
+    assert reply["result"] == {"score": None, "failed": 0, "results": []}
+
+
+def test_meta_counts_all_tokens(desk: Desk) -> None:
+    reply = desk.run({"inputs": asks(*ASKED), "expected": WANTED, "metric": EXACT}, meta=True)
+    used = reply["meta"]["lm_usage"][MODEL]
+    one = chat_usage(desk)
+    assert reply["meta"]["lm_calls"] == len(ASKED) == len(desk.server.requests)
+    assert used["total_tokens"] == one * len(ASKED)
+
+
+def chat_usage(desk: Desk) -> int:
+    """What the server counts for each answer."""
+    from lm_server import completion
+
+    return int(completion("stub-model", "x")["usage"]["total_tokens"])
+
+
+def fails(_asked: dict[str, Any]) -> Any:
+    raise ToolError("the metric broke")
+
+
+@pytest.mark.parametrize(
+    ("tool", "text"),
+    [
+        (fails, "judge: the metric broke"),
+        (lambda _: "good", "judge: expected a number, a boolean or"),
+        (lambda _: None, "judge: expected a number"),
+        (lambda _: {"feedback": "good"}, "judge: expected a number"),
+        (lambda _: {"score": "1"}, "judge: expected a number"),
+        (lambda _: {"score": 1, "feedback": 5}, "judge: expected a number"),
+        (lambda _: {"score": 1, "feedbck": "x"}, "judge: expected a number"),
+        (lambda _: 10**400, "judge: expected a number"),
+        (lambda _: [1], "judge: expected a number"),
+    ],
+)
+def test_a_metric_that_fails_ends_the_evaluation_at_once(desk: Desk, tool: Any, text: str) -> None:
+    """Not each item's own error: DSPy would ask the LM for all of them."""
+    reply = desk.run({"inputs": asks(*["two"] * 300), "metric": {"tool": "judge"}}, tool)
+    assert reply["error_type"] == "tool_error" and reply["error"].startswith(text), reply
+    desk.idle()
+    assert len(desk.server.requests) <= 20 and len(desk.asked) <= 20
+
+
+@pytest.mark.parametrize("score", [b"1e999", b"-1e999"])
+def test_an_infinite_score_is_refused(desk: Desk, score: bytes) -> None:
+    id = desk.start({"inputs": asks("two"), "metric": {"tool": "judge"}})
+    call_id = desk.peer.receive()["tool_call"]["call_id"]
+    desk.peer.send(b'{"tool_result":{"call_id":%d,"success":true,"result":%b}}' % (call_id, score))
+    reply = desk.peer.receive()
+    assert reply["id"] == id and reply["error_type"] == "tool_error"
+
+
+def test_a_key_that_the_lm_refuses_ends_the_evaluation(desk: Desk) -> None:
+    desk.answer = lambda _request: (401, {"error": {"message": "no such key", "type": "error", "code": None}})
+    reply = desk.run({"inputs": asks(*["two"] * 300), "expected": [{"answer": "x"}] * 300, "metric": EXACT})
+    assert reply["error_type"] == "lm_error" and reply["retryable"] is False and "LMAuthError" in reply["error"]
+    desk.idle()
+    assert len(desk.server.requests) <= 20
+
+
+def test_a_judge_may_run_a_program(desk: Desk) -> None:
+    """Also with one slot: an evaluation leaves its own before it asks the metric."""
+    id = desk.start({"inputs": asks(*ASKED), "metric": {"tool": "judge"}})
+    judged: dict[Any, int] = {}
+    scored = 0
+    while True:
+        frame = desk.peer.receive()
+        if "tool_call" in frame:
+            call = frame["tool_call"]
+            judged[desk.start({"inputs": {"question": call["args"]["prediction"]["answer"]}})] = call["call_id"]
+        elif frame["id"] in judged:
+            assert frame["success"], frame
+            scored += 1
+            desk.peer.send({"tool_result": {"call_id": judged[frame["id"]], "success": True, "result": 1}})
+        else:
+            assert frame["id"] == id and frame["result"]["score"] == 1.0
+            break
+    assert scored == len(ASKED)
+
+
+def test_no_more_results_wait_for_their_score_than_there_are_slots(desk: Desk) -> None:
+    slots = desk.peer.process.args[-1]
+    id = desk.start({"inputs": asks(*["two"] * 50), "metric": {"tool": "judge"}})
+    calls = [desk.peer.receive()["tool_call"] for _ in range(int(slots))]
+    stats = desk.peer.call("get_stats")["result"]
+    assert stats["in_flight"] == 0, "none holds a slot"
+    assert len(desk.server.requests) == int(slots)
+    for call in calls:
+        desk.tell(call, lambda _: 1)
+    while "success" not in (frame := desk.peer.receive()):
+        desk.tell(frame["tool_call"], lambda _: 1)
+    assert frame["id"] == id and frame["result"]["score"] == 1.0
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+@pytest.mark.parametrize("where", ["lm", "metric"])
+def test_an_end_stops_runs_and_scores(desk: Desk, how: str, where: str) -> None:
+    if where == "lm":
+        desk.server.gate.clear()
+    timeout = {"timeout_ms": 1000} if how == "deadline" else {}
+    id = desk.start({"inputs": asks(*["two"] * 50), "metric": {"tool": "judge"}}, **timeout)
+    # All of those that may be in work, so that no request is on its way.
+    for _ in range(int(desk.peer.process.args[-1])):
+        if where == "lm":
+            assert desk.server.arrived.acquire(timeout=10)
+        else:
+            call = desk.peer.receive()["tool_call"]
+    if how == "cancel":
+        desk.peer.send({"cancel": id})
+    reply = desk.peer.receive()
+    assert reply["id"] == id and "success" in reply
+    if how == "cancel":
+        assert reply["error_type"] == "cancelled"
+    else:
+        assert reply["result"]["failed"] == 50 and reply["result"]["score"] == 0.0
+        assert {item["error_type"] for item in reply["result"]["results"]} == {"timeout"}
+    desk.idle()
+    asked = len(desk.server.requests)
+    desk.server.gate.set()
+    if where == "metric":
+        desk.tell(call, lambda _: 1)
+    assert desk.run({"inputs": {"question": "two"}})["success"]
+    assert desk.peer.idle() and len(desk.server.requests) == asked + 1
+
+
+def test_an_items_time_covers_its_score(desk: Desk) -> None:
+    id = desk.start({"inputs": asks("two"), "metric": {"tool": "judge"}, "item_timeout_ms": 400})
+    call = desk.peer.receive()["tool_call"]
+    reply = desk.peer.receive()
+    assert reply["id"] == id
+    (item,) = reply["result"]["results"]
+    assert (item["error_type"], item["score"]) == ("timeout", 0.0)
+    desk.tell(call, lambda _: 1)
+
+
+ONE = {"inputs": asks("one"), "expected": [{"answer": "x"}], "metric": EXACT}
+WRONG = [
+    ({"inputs": {"question": "one"}, "metric": EXACT}, "metric: only for a list of inputs"),
+    ({"inputs": {"question": "one"}, "metric": None}, "expected: only for a list of inputs"),
+    ({"metric": None}, "expected: only with a metric"),
+    ({"expected": None}, "expected: missing; the metric compares answer with it"),
+    ({"expected": []}, "expected: expected 1 objects, one for each of the inputs, got 0"),
+    ({"expected": [{}, {}]}, "expected: expected 1 objects, one for each of the inputs, got 2"),
+    ({"expected": {"answer": "x"}}, "expected: expected a list of objects"),
+    ({"expected": ["x"]}, "expected[0]: expected an object"),
+    ({"expected": [{}]}, "expected[0].answer: missing"),
+    ({"expected": [{"note": "x"}]}, "expected[0].answer: missing"),
+    ({"expected": [{"answer": 5}]}, "expected[0].answer: "),
+    ({"expected": [{"answer": "x", "question": "y"}]}, "expected[0].question: an input"),
+    ({"metric": "exact"}, "metric: expected an object"),
+    ({"metric": {}}, "metric: expected {"),
+    ({"metric": {"tool": 5}}, "metric.tool: expected the name"),
+    ({"metric": {"tool": ""}}, "metric.tool: expected the name"),
+    ({"metric": {"tool": "x", "field": "answer"}}, "metric: expected {"),
+    ({"metric": {"field": "answer"}}, "metric: expected {"),
+    ({"metric": {"field": "question", "match": "f1"}}, "metric.field: expected one of answer"),
+    ({"metric": {"field": [], "match": "f1"}}, "metric.field: expected one of answer"),
+    ({"metric": {"field": "answer", "match": "fuzzy"}}, "metric.match: expected one of equals, exact_match, f1"),
+    ({"metric": {"field": "answer", "match": {}}}, "metric.match: expected one of equals"),
+    ({"optimize": {}}, "optimize: unknown argument"),
+]
+
+
+@pytest.mark.parametrize(("changed", "text"), WRONG)
+def test_wrong_arguments_are_refused_by_name_before_the_lm_is_asked(
+    desk: Desk, changed: dict[str, Any], text: str
+) -> None:
+    reply = desk.run({**ONE, **changed})
+    assert reply["error_type"] == "invalid_args" and reply["error"].startswith(text), reply
+    assert desk.server.requests == []
