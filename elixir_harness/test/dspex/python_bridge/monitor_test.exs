@@ -180,7 +180,9 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{status: :healthy, failures: 0, success_rate: 1.0} =
              Monitor.get_health_status(monitor)
 
-    assert %{restarts: 0, state: :running, pending: 5} = Bridge.get_status(bridge)
+    assert %{restarts: 0, state: :running, pending: pending} = Bridge.get_status(bridge)
+    # A ping may be one of them.
+    assert pending in 5..6
   end
 
   @tag :tmp_dir
