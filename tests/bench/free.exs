@@ -158,13 +158,14 @@ defmodule Bench.Free do
     @tokens = bridge |> Bridge.stream(args, timeout: 60_000) |> Enum.count(&match?({:chunk, "answer", _}, &1))
   end
 
-  # 1,000 inputs as one list, next to 1,000 calls.
+  # 1,000 inputs as one list, next to 1,000 calls, 64 at once each.
   defp batch do
     with_program(fn bridge, _lm ->
       inputs = for number <- 1..1000, do: %{question: "question #{number}"}
 
       list = fn ->
-        {:ok, %{"results" => results}} = Bridge.call(bridge, :execute_program, %{program_id: "qa", inputs: inputs}, 60_000)
+        args = %{program_id: "qa", inputs: inputs, max_concurrency: 64}
+        {:ok, %{"results" => results}} = Bridge.call(bridge, :execute_program, args, 60_000)
         true = Enum.all?(results, & &1["success"])
       end
 
