@@ -188,7 +188,7 @@ defmodule DSPex.MixProject do
       ],
       nest_modules_by_prefix: [DSPex.PythonBridge],
       # The pictures of the pages.
-      assets: %{"../docs" => "docs"},
+      assets: %{"../docs/charts" => "charts"},
       before_closing_body_tag: &diagrams/1
     ]
   end

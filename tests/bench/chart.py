@@ -1,4 +1,4 @@
-"""docs/bench.svg: how many times as fast as the HTTP sidecar, from the figures of `make bench`.
+"""docs/charts/bench.svg: how many times as fast as the HTTP sidecar, from the figures of `make bench`.
 
 `run.py --publish` draws it from the run; `chart.py bench.json` draws it again from the file that a run wrote.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SVG = Path(__file__).resolve().parents[2] / "docs" / "bench.svg"
+SVG = Path(__file__).resolve().parents[2] / "docs" / "charts" / "bench.svg"
 # One that can be read on a light and on a dark page: the background is neither.
 TEXT = "#7d8590"
 BAR = "#2f81f7"

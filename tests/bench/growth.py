@@ -1,6 +1,6 @@
 """`make growth`: what a unit of work costs as there is more of it; some 10 minutes.
 
-Prints the table of docs/performance.md; with `--publish` writes it there and draws docs/growth.svg.
+Prints the table of docs/performance.md; with `--publish` writes it there and draws docs/charts/growth.svg.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from run import ROOT, Figures, lines, measure, put
 
-SVG = ROOT / "docs" / "growth.svg"
+SVG = ROOT / "docs" / "charts" / "growth.svg"
 WHAT = {
     "programs": "a run, with programs",
     "in-flight": "a run, in flight",

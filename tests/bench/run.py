@@ -2,7 +2,7 @@
 
 Each figure is a ratio within one run; bench.json also names the machine. `ROW=agent,tokens` measures these rows alone.
 `--publish` writes the table into docs/performance.md, four lines of it into the README, the sidecar's figures into
-docs/coming-from.md, and draws docs/bench.svg.
+docs/coming-from.md, and draws docs/charts/bench.svg.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_the_figures_next_to_the_sidecar_are_those_of_the_bench() -> None:
         "runs, LM free": "500 runs, 64 in flight, LM free",
     }
     assert set(rows) == set(compared)
-    chart = re.findall(r"<text[^>]*>([^<]*)</text>", (ROOT / "docs" / "bench.svg").read_text())
+    chart = re.findall(r"<text[^>]*>([^<]*)</text>", (ROOT / "docs" / "charts" / "bench.svg").read_text())
     for what, row in rows.items():
         reached, sidecar, times = compared[what]
         assert sidecar == bench[row][4]
