@@ -26,6 +26,8 @@ defmodule DSPex.LiveviewPageTest do
     opts =
       [name: @pool, python_executable: python(), pool_size: 1, programs: [MyApp.Advice]] ++ opts
 
+    # On a busy machine that of the last test may still be ending.
+    eventually(fn -> Process.whereis(@pool) == nil end, 20_000)
     start_supervised!({Pool, opts})
   end
 

@@ -5,7 +5,8 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Stub.Arguments
 
-  @execute ~w(program_id inputs config lm attempts max_concurrency item_timeout_ms options)
+  @execute ~w(program_id inputs config lm attempts max_concurrency item_timeout_ms) ++
+             ~w(expected metric options)
   @most_attempts 10
 
   @type t :: %{
@@ -26,7 +27,8 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
          :ok <- count(args, "max_concurrency", :infinity),
          :ok <- milliseconds(args, "item_timeout_ms"),
          :ok <- of_list(args, "max_concurrency"),
-         :ok <- of_list(args, "item_timeout_ms") do
+         :ok <- of_list(args, "item_timeout_ms"),
+         :ok <- no_metric(args) do
       {:ok,
        %{
          program: args["program_id"],
@@ -65,6 +67,11 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
       do: refuse("#{name}: only for a list of inputs"),
       else: :ok
   end
+
+  defp no_metric(%{"metric" => metric}) when metric != nil,
+    do: refuse("metric: a stub does not score; test the metric by itself, or with a bridge")
+
+  defp no_metric(_args), do: :ok
 
   defp refuse(text), do: Arguments.refuse(text)
 end

@@ -266,7 +266,7 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       batch = %{args | inputs: [%{question: "1"}, %{question: "2"}]}
 
       # The results come a tenth before the deadline, also on a busy machine.
-      opts = [timeout: 2_000, max_concurrency: 1]
+      opts = [timeout: 5_000, max_concurrency: 1]
 
       assert %{"results" => [one, two]} =
                same(both, fn server ->
@@ -274,8 +274,8 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
                  results
                end)
 
-      assert %{"error" => "not finished within 2000 ms", "error_type" => "timeout"} = one
-      assert %{"error" => "not started within 2000 ms", "error_type" => "timeout"} = two
+      assert %{"error" => "not finished within 5000 ms", "error_type" => "timeout"} = one
+      assert %{"error" => "not started within 5000 ms", "error_type" => "timeout"} = two
 
       same(both, fn server ->
         {:ok, results, _meta} =

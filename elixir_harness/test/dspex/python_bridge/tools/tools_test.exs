@@ -697,7 +697,12 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       monitors = for pid <- [context.one, context.two], do: Process.monitor(pid)
       Process.unlink(context.task.pid)
       Process.exit(context.task.pid, :kill)
-      for monitor <- monitors, do: assert_receive({:DOWN, ^monitor, _, _, :killed}, 5_000)
+
+      # One may have ended before it was watched.
+      for monitor <- monitors do
+        assert_receive {:DOWN, ^monitor, _, _, reason}, 5_000
+        assert reason in [:killed, :noproc]
+      end
     end
   end
 
