@@ -535,18 +535,21 @@ defmodule DSPex.PythonBridge.StubTest do
       blocks("timeout")
 
       for fun <- [
-            fn -> Bridge.call(@stub, :execute_program, run(), 50) end,
-            fn -> Pool.call(@stub, :execute_program, run(), 50) end
+            fn -> Bridge.call(@stub, :execute_program, run(), 500) end,
+            fn -> Pool.call(@stub, :execute_program, run(), 500) end
           ] do
         assert {:error, :timeout} = fun.()
         assert_ended()
       end
 
       assert {:error, %Error{type: :timeout}} =
-               Enum.to_list(Bridge.stream(@stub, run(), timeout: 50)) |> List.last()
+               Enum.to_list(Bridge.stream(@stub, run(), timeout: 500)) |> List.last()
 
       assert_ended()
-      assert {:error, %Error{type: :timeout}} = call(%{}, timeout: 50, tools: %{a: fn _ -> 1 end})
+
+      assert {:error, %Error{type: :timeout}} =
+               call(%{}, timeout: 500, tools: %{a: fn _ -> 1 end})
+
       assert_ended()
       # The default of the stub.
       own = start(default_timeout: 50, answers: fn _, _ -> Process.sleep(:infinity) end)
