@@ -55,14 +55,8 @@ class Metric:
 
 def read(given: dict[str, Any], signature: type[dspy.Signature]) -> Metric:
     """The metric of the argument `metric`. Raises `InvalidArgs`."""
-    if given.keys() == {"tool"}:
-        if not isinstance(given["tool"], str) or not given["tool"]:
-            raise InvalidArgs("metric.tool: expected the name of a tool")
+    if rewards.by_tool(given, "match", signature, "metric", _WANTED):
         return Metric(given["tool"], "", "")
-    if given.keys() != {"field", "match"}:
-        raise InvalidArgs(f"metric: {_WANTED}")
-    if given["field"] not in list(signature.output_fields):  # may be unhashable
-        raise InvalidArgs(f"metric.field: expected one of {', '.join(signature.output_fields)}")
     if given["match"] not in MATCHES:
         raise InvalidArgs(f"metric.match: expected one of {', '.join(MATCHES)}")
     return Metric(None, given["field"], given["match"])

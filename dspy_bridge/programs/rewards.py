@@ -45,15 +45,22 @@ def read(given: dict[str, Any] | None, signature: type[dspy.Signature]) -> Rewar
     wanted = 'expected {"tool": name} or {"field": name, "equals": value}'
     if given is None:
         raise InvalidArgs(f"options.reward: missing; {wanted}")
+    if by_tool(given, "equals", signature, "options.reward", wanted):
+        return Reward(given["tool"], None, None)
+    return Reward(None, given["field"], given["equals"])
+
+
+def by_tool(given: dict[str, Any], compares: str, signature: type[dspy.Signature], where: str, wanted: str) -> bool:
+    """Whether `given` is `{"tool": name}`; else it is `{"field": name, compares: …}`. Raises `InvalidArgs`."""
     if given.keys() == {"tool"}:
         if not isinstance(given["tool"], str) or not given["tool"]:
-            raise InvalidArgs("options.reward.tool: expected the name of a tool")
-        return Reward(given["tool"], None, None)
-    if given.keys() != {"field", "equals"}:
-        raise InvalidArgs(f"options.reward: {wanted}")
+            raise InvalidArgs(f"{where}.tool: expected the name of a tool")
+        return True
+    if given.keys() != {"field", compares}:
+        raise InvalidArgs(f"{where}: {wanted}")
     if given["field"] not in list(signature.output_fields):  # may be unhashable
-        raise InvalidArgs(f"options.reward.field: expected one of {', '.join(signature.output_fields)}")
-    return Reward(None, given["field"], given["equals"])
+        raise InvalidArgs(f"{where}.field: expected one of {', '.join(signature.output_fields)}")
+    return False
 
 
 def number(value: Any) -> float | None:

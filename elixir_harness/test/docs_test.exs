@@ -380,7 +380,10 @@ defmodule DSPex.DocsTest do
     head =
       "HTTP/1.1 #{status}\r\ncontent-type: application/json\r\ncontent-length: #{byte_size(json)}\r\n\r\n"
 
-    port = Loopback.start(fn socket, _test -> serve(socket, [head, json], "") end)
+    port =
+      Loopback.start(fn socket, _test ->
+        Loopback.answer_requests(socket, fn -> [head, json] end)
+      end)
 
     lm = %{
       model: "openai/gpt-4o-mini",
@@ -390,21 +393,6 @@ defmodule DSPex.DocsTest do
     }
 
     execute(bridge, Map.put(@why, :lm, lm))
-  end
-
-  defp serve(socket, answer, read) do
-    with {:ok, more} <- :gen_tcp.recv(socket, 0) do
-      whole? = whole?(read <> more)
-      if whole?, do: :ok = :gen_tcp.send(socket, answer)
-      serve(socket, answer, if(whole?, do: "", else: read <> more))
-    end
-  end
-
-  defp whole?(read) do
-    with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
-         [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),
-         do: byte_size(body) >= String.to_integer(length),
-         else: (_part -> false)
   end
 
   defp execute(bridge, args, opts \\ []), do: Bridge.request(bridge, :execute_program, args, opts)

@@ -60,13 +60,7 @@ def bars(figures: dict[str, Any]) -> list[Bar]:
 
 def draw(figures: dict[str, Any], target: Path = SVG) -> None:
     """The same figures give the same bytes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    # Text stays text; ids come from the contents alone.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dspy_bridge", "font.size": 10})
-    from matplotlib import pyplot
-
+    pyplot = svg_pyplot()
     shown = bars(figures)
     figure, axes = pyplot.subplots(figsize=(7.2, 2.5))
     drawn = axes.barh([bar.what for bar in shown], [bar.times for bar in shown], color=BAR, height=0.6, left=0)
@@ -86,6 +80,25 @@ def draw(figures: dict[str, Any], target: Path = SVG) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "left")
         spine.set_color(TEXT)
+    save(figure, target)
+
+
+def svg_pyplot() -> Any:
+    """`matplotlib.pyplot` for charts that `save` writes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # Text stays text; ids come from the contents alone.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dspy_bridge", "font.size": 10})
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, target: Path) -> None:
+    """Writes a chart without date and background."""
+    from matplotlib import pyplot
+
     figure.tight_layout(pad=0.3)
     figure.savefig(target, transparent=True, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)

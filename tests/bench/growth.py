@@ -38,14 +38,9 @@ def sizes(figures: Figures, name: str) -> list[int]:
 
 def draw(figures: Figures, target: Path = SVG) -> None:
     """The cost of a unit at each size, next to that at the smallest."""
-    import matplotlib
+    from chart import BAR, TEXT, save, svg_pyplot
 
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "dspy_bridge", "font.size": 10})
-    from chart import BAR, TEXT
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(WHAT), figsize=(7.2, 2.2), sharey=True)
+    figure, axes = svg_pyplot().subplots(1, len(WHAT), figsize=(7.2, 2.2), sharey=True)
     for axis, (name, what) in zip(axes, WHAT.items(), strict=True):
         at = sizes(figures, name)
         costs = [figures[name][f"{size} µs"]["median"] / figures[name][f"{at[0]} µs"]["median"] for size in at]
@@ -58,9 +53,7 @@ def draw(figures: Figures, target: Path = SVG) -> None:
         for spine in axis.spines.values():
             spine.set_color(TEXT)
     axes[0].set_ylabel("CPU, 1 = the first", color=TEXT, fontsize=9)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(target, transparent=True, metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
+    save(figure, target)
 
 
 def main() -> None:

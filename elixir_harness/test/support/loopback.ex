@@ -16,6 +16,22 @@ defmodule DSPex.Test.Loopback do
     port
   end
 
+  @doc "Answers each HTTP request of a connection with what `answer` gives, until the client closes it."
+  def answer_requests(socket, answer, read \\ "") do
+    with {:ok, more} <- :gen_tcp.recv(socket, 0) do
+      whole? = whole?(read <> more)
+      if whole?, do: :ok = :gen_tcp.send(socket, answer.())
+      answer_requests(socket, answer, if(whole?, do: "", else: read <> more))
+    end
+  end
+
+  defp whole?(read) do
+    with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
+         [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),
+         do: byte_size(body) >= String.to_integer(length),
+         else: (_part -> false)
+  end
+
   defp accept(listener, serve) do
     {:ok, socket} = :gen_tcp.accept(listener)
 

@@ -98,6 +98,22 @@ defmodule DSPex.Test.TinySource do
     }
   end
 
+  @doc "What a set-up returns that reports its progress by `make`'s argument, and the lines that it has reported."
+  def progress(make) do
+    me = self()
+    tag = make_ref()
+    result = make.(&send(me, {tag, &1}))
+    {result, lines(tag)}
+  end
+
+  defp lines(tag) do
+    receive do
+      {^tag, line} -> [line | lines(tag)]
+    after
+      0 -> []
+    end
+  end
+
   @doc "A path as an address."
   def url(path), do: "file://" <> URI.encode(path, &(&1 == ?/ or URI.char_unreserved?(&1)))
 

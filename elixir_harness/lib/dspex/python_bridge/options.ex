@@ -178,10 +178,16 @@ defmodule DSPex.PythonBridge.Options do
   """
   @spec unknown(atom(), [atom()]) :: String.t()
   def unknown(key, known) do
-    likeness = &String.jaro_distance(Atom.to_string(key), Atom.to_string(&1))
+    "unknown option #{inspect(key)}#{meant(key, known, @alike)}"
+  end
+
+  @doc false
+  # The end of a text about an unknown word: the known one that is most alike, if it is more so than `alike`.
+  @spec meant(atom() | String.t(), [atom() | String.t()], float()) :: String.t()
+  def meant(word, known, alike) do
+    likeness = &String.jaro_distance(to_string(word), to_string(&1))
     nearest = Enum.max_by(known, likeness)
-    hint = if likeness.(nearest) > @alike, do: ", did you mean #{inspect(nearest)}?", else: ""
-    "unknown option #{inspect(key)}#{hint}"
+    if likeness.(nearest) > alike, do: ", did you mean #{inspect(nearest)}?", else: ""
   end
 
   @doc "The same options for a peer that logs to its standard error."

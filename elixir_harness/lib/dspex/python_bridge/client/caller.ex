@@ -192,8 +192,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, %{Error.new(:python_process_died, text) | retryable: false}}
   end
 
-  def read({:tools_begun, reply}), do: once(read(reply))
-
   def read({:error, :proxy_died}) do
     text = "the process that made the call in the caller's place was killed"
     {:error, Error.new(:cancelled, text)}

@@ -3,6 +3,8 @@ defmodule DSPex.PythonBridge.Program.Refusal do
   # What is wrong with the definition of a module's program: thrown where it is found, an error text where the module is
   # compiled.
 
+  alias DSPex.PythonBridge.Options
+
   # A word that is less alike is not suggested.
   @alike 0.7
 
@@ -33,11 +35,7 @@ defmodule DSPex.PythonBridge.Program.Refusal do
       ""
   """
   @spec meant(atom() | String.t(), [atom() | String.t()]) :: String.t()
-  def meant(word, known) do
-    likeness = &String.jaro_distance(to_string(word), to_string(&1))
-    nearest = Enum.max_by(known, likeness)
-    if likeness.(nearest) > @alike, do: ", did you mean #{inspect(nearest)}?", else: ""
-  end
+  def meant(word, known), do: Options.meant(word, known, @alike)
 
   @doc "A value of the definition for a text, cut short."
   @spec shown(term()) :: String.t()

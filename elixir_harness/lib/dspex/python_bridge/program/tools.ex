@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Program.Tools do
   @moduledoc false
-  # The tools of a module's program: what the peer is told of each, and the functions for its runs.
+  # The tools of a module's program: what the peer knows of each, and the functions for its runs.
 
   import DSPex.PythonBridge.Program.Refusal
 

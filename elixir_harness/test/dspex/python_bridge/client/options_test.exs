@@ -146,28 +146,15 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
 
       port =
         Loopback.start(fn socket, _test ->
-          answer(socket, "", fn -> Agent.get_and_update(answers, &List.pop_at(&1, 0)) end)
+          Loopback.answer_requests(socket, fn ->
+            response(Agent.get_and_update(answers, &List.pop_at(&1, 0)))
+          end)
         end)
 
       [
         lm: %{model: "openai/stub", api_base: "http://127.0.0.1:#{port}/v1"},
         lm_options: [api_key: "not-a-key", cache: false]
       ]
-    end
-
-    defp answer(socket, read, next) do
-      with {:ok, more} <- :gen_tcp.recv(socket, 0) do
-        whole? = whole?(read <> more)
-        if whole?, do: :ok = :gen_tcp.send(socket, response(next.()))
-        answer(socket, if(whole?, do: "", else: read <> more), next)
-      end
-    end
-
-    defp whole?(read) do
-      with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
-           [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),
-           do: byte_size(body) >= String.to_integer(length),
-           else: (_part -> false)
     end
 
     defp response(text) do

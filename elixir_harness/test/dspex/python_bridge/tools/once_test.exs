@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.Test.PoolProbe
+  alias DSPex.Test.{Loopback, PoolProbe}
 
   @agent %{
     id: "agent",
@@ -147,36 +147,33 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     refute Process.alive?(pid)
   end
 
-  # Answers the first request of each connection's LM with a call of the tool, all others with 429.
+  # Answers its first request with a call of the tool, all others with 429.
   defp busy_lm do
     asked = :counters.new(1, [])
 
     step =
-      "[[ ## next_thought ## ]]\nt\n\n[[ ## next_tool_name ## ]]\ndo\n\n[[ ## next_tool_args ## ]]\n{\"what\": \"a\"}"
+      "[[ ## next_thought ## ]]\nt\n\n[[ ## next_tool_name ## ]]\ndo\n\n[[ ## next_tool_args ## ]]\n" <>
+        ~s({"what": "a"})
 
-    DSPex.Test.Loopback.start(fn socket, _owner ->
-      {:ok, _request} = :gen_tcp.recv(socket, 0)
-      :counters.add(asked, 1, 1)
+    choice = %{index: 0, finish_reason: "stop", message: %{role: "assistant", content: step}}
 
-      {status, body} =
-        if :counters.get(asked, 1) == 1,
-          do:
-            {"200 OK",
-             %{
-               choices: [
-                 %{index: 0, finish_reason: "stop", message: %{role: "assistant", content: step}}
-               ]
-             }},
-          else: {"429 Too Many Requests", %{error: %{message: "slow down"}}}
+    Loopback.start(fn socket, _owner ->
+      Loopback.answer_requests(socket, fn ->
+        :counters.add(asked, 1, 1)
 
-      body =
-        JSON.encode!(
-          Map.merge(%{id: "c", object: "chat.completion", created: 0, model: "m"}, body)
-        )
+        {status, body} =
+          if :counters.get(asked, 1) == 1,
+            do: {"200 OK", %{choices: [choice]}},
+            else: {"429 Too Many Requests", %{error: %{message: "slow down"}}}
 
-      head = "HTTP/1.1 #{status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-      :gen_tcp.send(socket, [head, "content-length: #{byte_size(body)}\r\n\r\n", body])
-      :gen_tcp.close(socket)
+        body =
+          %{id: "c", object: "chat.completion", created: 0, model: "m"}
+          |> Map.merge(body)
+          |> JSON.encode!()
+
+        head = "HTTP/1.1 #{status}\r\ncontent-type: application/json\r\n"
+        [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
+      end)
     end)
   end
 

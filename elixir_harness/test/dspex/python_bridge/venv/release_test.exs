@@ -21,20 +21,8 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
     %{release: release, venv: Path.join(release, "dspex_venv"), source: source}
   end
 
-  defp make(venv, source, opts \\ []) do
-    me = self()
-    tag = make_ref()
-    result = Venv.release(venv, [source: source, progress: &send(me, {tag, &1})] ++ opts)
-    {result, lines(tag)}
-  end
-
-  defp lines(tag) do
-    receive do
-      {^tag, line} -> [line | lines(tag)]
-    after
-      0 -> []
-    end
-  end
+  defp make(venv, source, opts \\ []),
+    do: TinySource.progress(&Venv.release(venv, [source: source, progress: &1] ++ opts))
 
   defp says(venv, code, opts \\ []) do
     {output, 0} = System.cmd(Path.join(venv, "bin/python3"), ["-c", code], opts)

@@ -35,20 +35,8 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   # What it gives, and its progress lines.
-  defp make(venv, source, opts \\ []) do
-    me = self()
-    tag = make_ref()
-    result = Venv.make(venv, [source: source, progress: &send(me, {tag, &1})] ++ opts)
-    {result, lines(tag)}
-  end
-
-  defp lines(tag) do
-    receive do
-      {^tag, line} -> [line | lines(tag)]
-    after
-      0 -> []
-    end
-  end
+  defp make(venv, source, opts \\ []),
+    do: TinySource.progress(&Venv.make(venv, [source: source, progress: &1] ++ opts))
 
   defp refusal(venv, source, opts \\ []) do
     {{:error, text}, _lines} = make(venv, source, opts)
