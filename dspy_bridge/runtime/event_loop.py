@@ -16,18 +16,18 @@ from typing import Any
 class EventLoop(asyncio.SelectorEventLoop):
     """Callbacks of descriptors get an empty context, as transports need none."""
 
-    _runs_inline: Callable[[Any, asyncio.Future[Any]], bool] | None = None
+    _run_inline: Callable[[Any, Callable[[], asyncio.Future[Any]]], asyncio.Future[Any] | None] | None = None
 
     def set_default_executor(self, executor: Any) -> None:
         """As asyncio's; an `InlineExecutor` is asked first."""
         super().set_default_executor(executor)
-        self._runs_inline = getattr(executor, "runs_inline", None)
+        self._run_inline = getattr(executor, "run_inline", None)
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]  # any callable
         """As asyncio's; the future may be done already."""
-        if executor is None and not args and self._runs_inline is not None:
-            future = self.create_future()
-            if self._runs_inline(func, future):
+        if executor is None and not args and self._run_inline is not None:
+            future = self._run_inline(func, self.create_future)
+            if future is not None:
                 return future
         return super().run_in_executor(executor, func, *args)
 

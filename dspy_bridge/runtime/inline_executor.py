@@ -59,11 +59,14 @@ class InlineExecutor(ThreadPoolExecutor):
             return self._daemons.submit(fn, *args, **kwargs)
         return self._daemons.submit(self._try, kind, fn)
 
-    def runs_inline(self, fn: Callable[..., Any], future: asyncio.Future[Any]) -> bool:
-        """Whether `fn` is a short step: then it has run, and the future is done."""
+    def run_inline(
+        self, fn: Callable[..., Any], make_future: Callable[[], asyncio.Future[Any]]
+    ) -> asyncio.Future[Any] | None:
+        """Run `fn` now if it is a short step, and return a future that is done; else None."""
         kind = self._kind(fn)
         if kind is None or self._short_runs.get(kind, 0) < TRIES:
-            return False
+            return None
+        future = make_future()
         begin = time.perf_counter()
         try:
             future.set_result(fn())
@@ -71,7 +74,7 @@ class InlineExecutor(ThreadPoolExecutor):
             future.set_exception(error)
         if time.perf_counter() - begin > SHORT:
             self._short_runs[kind] = 0
-        return True
+        return future
 
     def _kind(self, fn: Callable[..., Any]) -> Any:
         """The key of a listed step, which `asyncio.to_thread` sends as `partial(context.run, step, lm, …)`; or None."""
