@@ -6,7 +6,7 @@ import os
 import time
 
 from dspy_bridge import __version__
-from dspy_bridge.commands import arguments, evaluation
+from dspy_bridge.commands import arguments, evaluation, optimization
 from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry, working
 from dspy_bridge.dispatch.call import Call, Command
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Any
 
+    from dspy_bridge.optimizing.arguments import Given as Optimization
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
 
@@ -48,6 +49,7 @@ _EXECUTE_ARGS = (
     "item_timeout_ms",
     "expected",
     "metric",
+    "optimize",
     "options",
 )
 # Each is at least one more LM call.
@@ -65,6 +67,7 @@ class Commands:
         self._registry = Registry()
         self._threads = WorkerThreads()
         self._loader = ProgramLoader(settings, setup, self._threads)
+        self._optimizations = optimization.Optimizations(settings.max_optimizes, self._loader)
         self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Command]:
@@ -115,11 +118,12 @@ class Commands:
             if limit is not None and isinstance(inputs, dict):
                 raise InvalidArgs(f"{name}: only for a list of inputs")
         evaluated = evaluation.read(args, inputs)
+        optimized = optimization.read(args, evaluated)
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
         options = {"config": config, "lm": lm, "attempts": attempts}
-        return self._execute(entry, inputs, options, limits, evaluated, call)
+        return self._execute(entry, inputs, options, limits, evaluated, optimized, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
@@ -177,10 +181,13 @@ class Commands:
         options: dict[str, Any],
         limits: dict[str, Any],
         evaluated: evaluation.Given | None,
+        optimized: Optimization | None,
         call: Call,
     ) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
         stream = call.request.stream
+        if optimized is not None:
+            return await self._optimizations.run(optimized, entry, evaluated, inputs, options["lm"], call)
         if isinstance(inputs, dict):
             _count(entry)
             return await program.call(inputs, call=call, stream=stream, **options)
