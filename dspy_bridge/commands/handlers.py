@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Any
 
-    from dspy_bridge.optimizing.arguments import Given as Optimization
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
 
@@ -101,7 +100,10 @@ class Commands:
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """The output fields of one run; `{"results": […]}` for a list of inputs, with a metric also their scores."""
+        """The output fields of one run; `{"results": […]}` for a list of inputs, with a metric also their scores.
+
+        With `optimize`, the state of a better program.
+        """
         refuse_unknown(args, _EXECUTE_ARGS)
         id = arguments.text(args, "program_id")
         inputs = args.get("inputs")
@@ -118,12 +120,14 @@ class Commands:
             if limit is not None and isinstance(inputs, dict):
                 raise InvalidArgs(f"{name}: only for a list of inputs")
         evaluated = evaluation.read(args, inputs)
-        optimized = optimization.read(args, evaluated)
+        optimized = optimization.read(args, inputs, evaluated)
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
+        if optimized is not None:
+            return self._optimize(entry, optimized, lm, call)
         options = {"config": config, "lm": lm, "attempts": attempts}
-        return self._execute(entry, inputs, options, limits, evaluated, optimized, call)
+        return self._execute(entry, inputs, options, limits, evaluated, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
@@ -150,7 +154,7 @@ class Commands:
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._load(),
-            "threads": self._threads.counts(),
+            "threads": self._optimizations.added_to(self._threads.counts()),
             "pid": os.getpid(),
             "versions": self._versions,
             "degraded": self._loader.degraded(),
@@ -181,13 +185,10 @@ class Commands:
         options: dict[str, Any],
         limits: dict[str, Any],
         evaluated: evaluation.Given | None,
-        optimized: Optimization | None,
         call: Call,
     ) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
         stream = call.request.stream
-        if optimized is not None:
-            return await self._optimizations.run(optimized, entry, evaluated, inputs, options["lm"], call)
         if isinstance(inputs, dict):
             _count(entry)
             return await program.call(inputs, call=call, stream=stream, **options)
@@ -204,6 +205,10 @@ class Commands:
         if evaluated is not None:
             return await evaluation.run(evaluated, program, inputs, one, call, stream=stream, **limits)
         return {"results": await batch.run(inputs, one, call, stream=stream, **limits)}
+
+    async def _optimize(self, entry: Entry, given: optimization.Given, lm: object, call: Call) -> dict[str, Any]:
+        entry, _ = await self._working(entry, call)
+        return await self._optimizations.run(given, entry, lm, call)
 
     async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
         """States are dumped in a thread: they may be large, and user code may dump them."""

@@ -13,24 +13,35 @@ if TYPE_CHECKING:
     from dspy_bridge.commands.program_loader import ProgramLoader
     from dspy_bridge.commands.program_registry import Entry
     from dspy_bridge.dispatch.call import Call
-    from dspy_bridge.optimizing.arguments import Given
+    from dspy_bridge.optimizing.arguments import Given as How
 
 # Of an `execute_program`, but of single runs.
 _NOT_WITH = ("config", "attempts", "max_concurrency", "item_timeout_ms")
 
 
-def read(args: dict[str, Any], evaluation: Evaluation | None) -> Given | None:
-    """The argument `optimize` of an `execute_program`, if it has one. Raises `InvalidArgs`."""
+class Given:
+    """The arguments of an optimization: `how` is the argument `optimize`, the rest is as for an evaluation."""
+
+    __slots__ = ("evaluation", "how", "inputs")
+
+    def __init__(self, how: How, inputs: list[Any], evaluation: Evaluation) -> None:
+        self.how = how
+        self.inputs = inputs
+        self.evaluation = evaluation
+
+
+def read(args: dict[str, Any], inputs: dict[str, Any] | list[Any], evaluation: Evaluation | None) -> Given | None:
+    """Those among the arguments of an `execute_program`, if it has `optimize`. Raises `InvalidArgs`."""
     if args.get("optimize") is None:
         return None
-    if evaluation is None:
+    if evaluation is None or isinstance(inputs, dict):
         raise InvalidArgs("optimize: only with a list of inputs and a metric")
     for name in _NOT_WITH:
         if args.get(name) is not None:
             raise InvalidArgs(f"{name}: not with optimize; give config with the program")
     from dspy_bridge.optimizing import arguments
 
-    return arguments.read(args["optimize"])
+    return Given(arguments.read(args["optimize"]), inputs, evaluation)
 
 
 class Optimizations:
@@ -42,9 +53,12 @@ class Optimizations:
         self._threads = WorkerThreads()
         self._running = 0
 
-    async def run(
-        self, given: Given, entry: Entry, evaluation: Evaluation, inputs: list[Any], lm: object, call: Call
-    ) -> dict[str, Any]:
+    def added_to(self, counts: dict[str, int]) -> dict[str, int]:
+        """Counts of `WorkerThreads`, with the optimizers' threads that run or are abandoned."""
+        own = self._threads.counts()
+        return {**counts, **{name: counts[name] + own[name] for name in ("running", "abandoned")}}
+
+    async def run(self, given: Given, entry: Entry, lm: object, call: Call) -> dict[str, Any]:
         """As `optimizing.optimization.run`. The call's slot is free meanwhile."""
         if self._running >= self._most:
             raise Overloaded(f"{self._running} programs are being optimized: DSPY_BRIDGE_MAX_OPTIMIZES is {self._most}")
@@ -58,11 +72,11 @@ class Optimizations:
             # Optimizers change the program that they are given.
             program = await self._loader.build(entry.definition)
             return await optimization.run(
-                given,
+                given.how,
                 program,
-                evaluation.metric,
-                inputs,
-                evaluation.expected,
+                given.evaluation.metric,
+                given.inputs,
+                given.evaluation.expected,
                 lm,
                 call,
                 limiter,

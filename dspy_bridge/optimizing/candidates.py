@@ -9,8 +9,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import dspy
-
 from dspy_bridge.optimizing.run import Run
 from dspy_bridge.wire.json_values import encode_value
 
@@ -114,7 +112,7 @@ class Candidates:
         self.count += 1
         self._scores.setdefault(_key(state), score)
         best = self._best is None or score > self._best[0]
-        item = {"number": self.count, "score": score, "of": len(scores), "best": best}
+        item: dict[str, Any] = {"number": self.count, "score": score, "of": len(scores), "best": best}
         if best:
             self._best = score, state
             item["state"] = state

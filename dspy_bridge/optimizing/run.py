@@ -18,7 +18,7 @@ from dspy_bridge.lm.transport import admission
 from dspy_bridge.logs import library_output
 from dspy_bridge.optimizing.arguments import Budget
 
-# So many calls of LMs that fail in a row end the run: the server is down, and DSPy would go on for hours with scores of 0.
+# So many calls of LMs that fail in a row end the run: DSPy would go on for hours with scores of 0.
 _MOST_FAILURES = 10
 
 

@@ -27,7 +27,8 @@ class Student:
     def module(self) -> dspy.Module:
         """The program's module, with the class that optimizers need. It is the program's own from now on."""
         module = self.program.runner.module
-        module.__class__ = _class_of(type(module))
+        kind: Any = type(module)
+        module.__class__ = _class_of(kind)
         return module
 
     def failed(self, error: Exception) -> BaseException | None:
