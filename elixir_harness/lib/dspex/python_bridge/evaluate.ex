@@ -17,7 +17,8 @@ defmodule DSPex.PythonBridge.Evaluate do
   """
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result}
+  alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result, Tally}
+  alias DSPex.PythonBridge.Telemetry.RunSpan
 
   @typedoc "Inputs with what is expected of the outputs and what else the metric needs; or inputs alone."
   @type example :: {inputs :: map(), expected :: map() | nil} | map()
@@ -87,11 +88,20 @@ defmodule DSPex.PythonBridge.Evaluate do
           option()
         ]) :: {:ok, Result.t()} | {:error, Error.t()}
   def run(server, program, examples, opts) do
+    with {:ok, options} <- Options.new(opts), {:ok, id} <- program_id(program) do
+      total = if is_list(examples), do: length(examples)
+      about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
+
+      RunSpan.run(:evaluate, server, about, Tally.figures(%Tally{}, total), fn span ->
+        measure(server, id, examples, options, &RunSpan.progress(span, Tally.figures(&1, total)))
+      end)
+    end
+  end
+
+  defp measure(server, id, examples, options, progress) do
     started = System.monotonic_time(:millisecond)
 
-    with {:ok, options} <- Options.new(opts),
-         {:ok, id} <- program_id(program),
-         {:ok, items, usage} <- Requests.run(server, id, examples, options) do
+    with {:ok, items, usage} <- Requests.run(server, id, examples, options, progress) do
       duration_ms = System.monotonic_time(:millisecond) - started
       {:ok, Result.new(items, usage, duration_ms)}
     end

@@ -1,8 +1,8 @@
 defmodule DSPex.PythonBridge.Evaluate.Options do
   @moduledoc false
-  # The options of an evaluation. What is passed on to the requests is checked there.
+  # The options of an evaluation. Those that are passed on to its requests are checked once, before the first of them.
 
-  alias DSPex.PythonBridge.{Error, Options}
+  alias DSPex.PythonBridge.{Client, Error, Options}
   alias DSPex.PythonBridge.Evaluate.Metric
 
   @passed [:item_timeout_ms, :attempts, :tools, :retry, :traceparent, :telemetry_metadata]
@@ -40,7 +40,8 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
              ":timeout: expected ms greater than 0, or :infinity",
          on_result = Keyword.get(opts, :on_result, &Function.identity/1),
          true <- is_function(on_result, 1) || ":on_result: expected a function of one argument",
-         {:ok, passed} <- Metric.add_tools(Keyword.take(opts, @passed), tools) do
+         {:ok, passed} <- Metric.add_tools(Keyword.take(opts, @passed), tools),
+         {:ok, _checked} <- Client.Options.new(passed, @passed) do
       {:ok,
        %__MODULE__{
          metric: metric,
@@ -51,6 +52,7 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
          passed: passed
        }}
     else
+      {:error, %Error{} = error} -> {:error, error}
       {:error, text} -> {:error, Error.new(:invalid_request, text)}
       text when is_binary(text) -> {:error, Error.new(:invalid_request, text)}
       unknown -> {:error, Error.new(:invalid_request, Options.unknown(unknown, @known))}
