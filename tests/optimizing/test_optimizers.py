@@ -31,11 +31,11 @@ class ScriptedLM(dspy.BaseLM):
     """`optimizing_lm` in this process. `asked`: the requests to it and its copies, with its name."""
 
     def __init__(self, name: str, asked: list[Any]) -> None:
-        super().__init__(name, cache=False)
+        super().__init__(name, temperature=None, cache=False)
         self.asked, self._lock = asked, threading.Lock()
 
     def forward(self, prompt: str | None = None, messages: Any = None, **kwargs: Any) -> ChatCompletion:
-        messages = messages or [{"role": "user", "content": prompt}]
+        messages, kwargs = messages or [{"role": "user", "content": prompt}], {**self.kwargs, **kwargs}
         with self._lock:
             self.asked.append(repr((self.model, messages, sorted(kwargs.items(), key=repr))))
         made = completion(self.model, answer(messages, kwargs.get("temperature")))
