@@ -62,7 +62,6 @@ defmodule DSPex.PythonBridge.Optimize do
           | {:teacher_lm, lm()}
           | {:reflection_lm, lm()}
           | {:lm, lm()}
-          | {:config, map() | keyword()}
           | {:timeout, timeout()}
           | {:tools, map()}
           | {:retry, boolean()}
@@ -88,7 +87,8 @@ defmodule DSPex.PythonBridge.Optimize do
   Options:
 
     * `:trainset` – required. Examples, as for `DSPex.PythonBridge.Evaluate.run/4`. All are sent at once, in one frame
-    * `:valset` – other examples, on which candidates are scored. Without it the optimizer takes the trainset, or a part of it
+    * `:valset` – other examples, on which `:random_search`, `:mipro_v2` and `:gepa` score candidates. Without it they take the
+      trainset, or a part of it, as `:copro` and `:simba` always do; the first two score none
     * `:metric` – required, as for `DSPex.PythonBridge.Evaluate.run/4`. Its function runs in processes of its own, several at
       once. With three arguments it gets what the score is for: `:score`, `:bootstrap` (is this run good enough for a
       demo?), or `{:feedback, predictor}` of `:gepa`, a map of `name`, `inputs` and `outputs`, of which it may say in
@@ -98,10 +98,10 @@ defmodule DSPex.PythonBridge.Optimize do
       `stopped` names it
     * `:on_progress` – a function that is called in this process with each `t:event/0`. If it returns `:stop`, the run ends
       and the result is the best candidate so far, with `stopped: "caller"`
-    * `:num_threads` – how many runs of the program are in work at once, 1 to 64
-    * `:seed` – of the optimizer's choices
+    * `:num_threads` – how many runs of the program are in work at once, 1 to 64; by default 8
+    * `:seed` – of the choices of `:mipro_v2`, `:simba` and `:gepa`
     * `:prompt_lm`, `:teacher_lm`, `:reflection_lm` – the LMs that write instructions, make demos and reflect
-    * `:lm`, `:config` – for the runs of the program, as in docs/protocol.md
+    * `:lm` – of the program for this run, as in docs/protocol.md
     * `:timeout` – in ms, after which the best candidate is lost, unlike that of a budget; by default `:infinity`
     * `:tools` – as in `DSPex.PythonBridge.Bridge.request/4`, in addition to those that the module has
     * `:retry`, `:traceparent`, `:telemetry_metadata` – as there

@@ -12,9 +12,8 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   # Keys of the wire's `optimize`.
   @lms [:prompt_lm, :teacher_lm, :reflection_lm]
   @of_optimizer [:optimizer, :options, :num_threads, :seed, :budget | @lms]
-  @arguments [:lm, :config]
   @own [:trainset, :valset, :metric, :on_progress, :timeout]
-  @known @own ++ @arguments ++ @of_optimizer ++ @passed
+  @known [:lm | @own] ++ @of_optimizer ++ @passed
 
   @enforce_keys [:args, :optimizer, :on_progress, :timeout, :retry?, :request]
   defstruct @enforce_keys
@@ -54,7 +53,7 @@ defmodule DSPex.PythonBridge.Optimize.Options do
          true <- trainset != nil || ":trainset: missing; expected examples, {inputs, expected}" do
       optimize = opts |> Keyword.take(@of_optimizer) |> Map.new(&plain/1)
       optimize = if valset, do: Map.put(optimize, :valset, valset), else: optimize
-      args = opts |> Keyword.take(@arguments) |> Map.new(&plain/1) |> Map.merge(trainset)
+      args = opts |> Keyword.take([:lm]) |> Map.new(&plain/1) |> Map.merge(trainset)
 
       {:ok,
        %__MODULE__{
