@@ -110,8 +110,7 @@ defmodule DSPex.PythonBridge.Optimize do
           {:ok, Result.t()} | {:error, Error.t()}
   def run(server, definition, opts) do
     with {:ok, definition} <- read(definition),
-         {:ok, options} <- Options.new(opts, definition),
-         {:ok, where} <- Run.find(server) do
+         {:ok, options} <- Options.new(opts, definition) do
       metadata = Keyword.get(options.request, :telemetry_metadata, %{})
       about = %{program_id: definition.id, telemetry_metadata: metadata}
       about = Map.put(about, :optimizer, options.optimizer)
@@ -120,9 +119,13 @@ defmodule DSPex.PythonBridge.Optimize do
       RunSpan.run(:optimize, server, about, %{}, fn span ->
         progress = %Progress{report: options.on_progress, span: span}
 
-        case call(server, where, definition, options, started, progress) do
+        with {:ok, where} <- Run.find(server),
+             {outcome, progress} when outcome == :stopped or elem(outcome, 0) == :ok <-
+               call(server, where, definition, options, started, progress) do
+          {:ok, result(outcome, progress, definition, started)}
+        else
           {{:error, error}, _progress} -> {:error, error}
-          {outcome, progress} -> {:ok, result(outcome, progress, definition, started)}
+          {:error, error} -> {:error, error}
         end
       end)
     end

@@ -4,10 +4,11 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   # beginning. The tools, the metric among them, are not called again for what they have answered
   # (`DSPex.PythonBridge.Tools.Memory`), so that chunks, which come again, do not keep it from being made again.
 
-  alias DSPex.PythonBridge.{Calls, Error, Pool, Protocol}
+  alias DSPex.PythonBridge.{Calls, Error, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
   alias DSPex.PythonBridge.Optimize.{Progress, TemporaryProgram}
   alias DSPex.PythonBridge.OTP.{Deadline, Registry}
+  alias DSPex.PythonBridge.Telemetry.Metadata
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
   # As the option's default; that of a bridge of another node is not known here.
@@ -64,20 +65,24 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   end
 
   # Deaths before the first chunk are the pool's to handle.
-  defp after_death(%{retry?: true} = run, request, {:reply, {:error, reason}}) do
+  defp after_death(%{retry?: true} = run, request, {:reply, {:error, reason}, dest}) do
     case reason do
       :replaced -> Pool.Request.renew(request)
-      :python_process_died -> one_more_death(run, request)
-      :bridge_not_running when elem(run.where, 0) == :pool -> one_more_death(run, request)
+      :python_process_died -> one_more_death(run, request, dest)
+      :bridge_not_running when elem(run.where, 0) == :pool -> one_more_death(run, request, dest)
       _final -> nil
     end
   end
 
   defp after_death(_run, _request, _outcome), do: nil
 
-  defp one_more_death(run, %Pool.Request{deaths: deaths} = request) do
-    if deaths < max_retries(run.where),
-      do: Pool.Request.renew(%{request | deaths: deaths + 1})
+  defp one_more_death(run, %Pool.Request{deaths: deaths} = request, dest) do
+    if deaths < max_retries(run.where) do
+      pool = with {:pool, handle} <- run.where, do: handle.name, else: (_bridge -> nil)
+      metadata = %{bridge: Metadata.name(dest), pool: pool, reason: :died}
+      Telemetry.execute([:bridge, :resend], %{count: 1}, metadata)
+      Pool.Request.renew(%{request | deaths: deaths + 1})
+    end
   end
 
   defp max_retries({:pool, handle}), do: handle.settings.max_retries
@@ -92,14 +97,14 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   defp conclude(_run, :stopped), do: :stopped
   defp conclude(_run, {:result, result}), do: result
 
-  defp conclude(run, {:reply, {:tools_begun, reply}}),
-    do: Caller.once(conclude(run, {:reply, reply}))
+  defp conclude(run, {:reply, {:tools_begun, reply}, dest}),
+    do: Caller.once(conclude(run, {:reply, reply, dest}))
 
   # Its bridge has ended, not the pool.
-  defp conclude(%{where: {:pool, _handle}}, {:reply, {:error, :bridge_not_running}}),
+  defp conclude(%{where: {:pool, _handle}}, {:reply, {:error, :bridge_not_running}, _dest}),
     do: {:error, Error.new(:python_process_died)}
 
-  defp conclude(_run, {:reply, reply}), do: Caller.read(reply)
+  defp conclude(_run, {:reply, reply, _dest}), do: Caller.read(reply)
 
   ## At a peer
 
@@ -134,7 +139,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
 
     case create_and_execute(run, {dest, nil}, request, execute, @creations) do
       {:begun, _call, _frame} = begun -> begun
-      reply -> {:reply, reply}
+      reply -> {:reply, reply, dest}
     end
   end
 
@@ -173,7 +178,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   defp follow(%{proxy: proxy} = call, progress) do
     case StreamProxy.next(proxy, call.deadline) do
       {:chunk, frame} -> follow({:begun, call, frame}, progress)
-      {:over, reply} -> {{:reply, reply}, progress}
+      {:over, reply} -> {{:reply, reply, call.dest}, progress}
     end
   end
 
