@@ -4,6 +4,7 @@
   "die"       [[before, times], …]: the end of the peer before that example, so many times; needs FAKE_FILE
   "hold"      waits for the cancel after the first candidate
   "refuse"    the type of an error, in place of the first example
+  "tool"      a tool that is called first
   "forget"    how many times the program is missing; needs FAKE_FILE
 The state that comes out has the definition's own one under "from". `heard` is answered with the programs that were created and
 removed, and the cancels.
@@ -81,6 +82,8 @@ def optimize(request):
     program = programs[args["program_id"]]
     if "refuse" in options:
         return fail(request, options["refuse"])
+    if "tool" in options:
+        ask(call, "tool", {"name": options["tool"], "args": {}})
     scores = []
     candidates = 0
     for index, inputs in enumerate(args["inputs"]):

@@ -181,6 +181,16 @@ defmodule DSPex.PythonBridge.OptimizeTest do
       end
 
       assert {:ok, _} = optimize(start_pool([]), retry: false)
+
+      for server <- [start(), start_pool([])], die <- [[[0, 1]], [[3, 1]]] do
+        opts = [tools: %{look: {fn _ -> 1 end, repeat: false}}, options: [tool: "look", die: die]]
+
+        assert {:error, %Error{type: :python_process_died, retryable: false}} =
+                 optimize(server, opts, Agent)
+
+        assert {:ok, _} =
+                 optimize(server, [tools: %{look: fn _ -> 1 end}, options: [tool: "look"]], Agent)
+      end
     end
 
     test "in a pool is followed by another, with other calls in both" do
@@ -248,6 +258,9 @@ defmodule DSPex.PythonBridge.OptimizeTest do
       assert result.definition.state == result.state and result.lm_calls == 2
       assert to_string(result) =~ "stopped by caller"
       assert {:ok, [_create, ["cancel"], ["cleanup", _]]} = Bridge.call(bridge, "heard", %{})
+
+      stop = &if(match?({:candidate, %{number: 2}}, &1), do: :stop)
+      assert {:ok, %{score: 0.4, state: %{"n" => 2}}} = optimize(bridge, on_progress: stop)
 
       definition = Map.put(@definition, :state, %{old: 1})
       assert {:ok, result} = optimize(bridge, [on_progress: fn _ -> :stop end], definition)
