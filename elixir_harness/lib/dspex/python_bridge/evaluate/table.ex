@@ -55,8 +55,10 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
     if String.length(line) > @column, do: String.slice(line, 0, @column - 1) <> "…", else: line
   end
 
-  defp number(score) when abs(score) < 1.0e6, do: :erlang.float_to_binary(score / 1, decimals: 3)
-  defp number(score), do: to_string(score)
+  @doc "A score as text, of usual size with three decimals."
+  @spec number(number()) :: String.t()
+  def number(score) when abs(score) < 1.0e6, do: :erlang.float_to_binary(score / 1, decimals: 3)
+  def number(score), do: to_string(score)
 
   defp widths(rows) do
     rows
