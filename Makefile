@@ -9,6 +9,9 @@ PY := $(VENV)/bin/python
 HARNESS := elixir_harness
 # The versions that are tested, and that `mix dspex.setup` installs, with their hashes.
 PINS := $(HARNESS)/priv/python/requirements.txt
+# Those that `--with optimizers` adds to them.
+OPTIMIZER_PINS := $(HARNESS)/priv/python/optimizers.txt
+ALL_PINS := $(PINS) $(OPTIMIZER_PINS)
 # The uv that installs them.
 UV_PIN := $(HARNESS)/priv/python/uv.txt
 # The tests and the demo of the harness run the peer with this interpreter.
@@ -22,14 +25,14 @@ help: ## list the commands
 setup: $(VENV)/.installed elixir ## make .venv with the package and its tools; install Elixir through apt if it is missing
 
 # Made anew when the dependencies change.
-$(VENV)/.installed: pyproject.toml $(PINS) $(UV_PIN)
+$(VENV)/.installed: pyproject.toml $(ALL_PINS) $(UV_PIN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; install it, or name one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed; install python3-venv (Debian, Ubuntu) and try again"; rm -rf $(VENV); exit 1; }
 	@# uv installs all of it in the time that pip takes to look for it.
 	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $(UV_PIN)
-	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[dev]'
+	$(VENV)/bin/uv pip install --quiet --python $(PY) $(addprefix -c ,$(ALL_PINS)) -e '.[dev]'
 	@touch $@
 
 elixir:
@@ -57,7 +60,7 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	@test -n "$(VERSION)" || { echo "name a version: make test-dspy VERSION=3.3.1"; exit 1; }
 	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(VENV)/dspy-$(VERSION)
 	@# The other pins hold for DSPy's releases; a pre-release may need what is newer. No hashes: that of DSPy is missing.
-	@sed -e '/^dspy==/d' -e '/^ *--hash/d' -e 's/ *\\$$//' $(if $(filter pre,$(VERSION)),/dev/null,$(PINS)) \
+	@sed -e '/^dspy==/d' -e '/^ *--hash/d' -e 's/ *\\$$//' $(if $(filter pre,$(VERSION)),/dev/null,$(ALL_PINS)) \
 	  > $(VENV)/dspy-$(VERSION)/pins.txt
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/dspy-$(VERSION)/bin/python -c $(VENV)/dspy-$(VERSION)/pins.txt \
 	  --upgrade-package dspy -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
@@ -119,13 +122,13 @@ sim: setup ## simulate clusters of 3 to 200 nodes (SIM_SEEDS=200), for the table
 
 bench: setup ## measure the table of docs/performance.md, in 3 minutes; ROW=agent,tokens measures some rows alone
 	@# Not with pip, which demands hashes for all if a constraint has one.
-	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[bench]'
+	$(VENV)/bin/uv pip install --quiet --python $(PY) $(addprefix -c ,$(ALL_PINS)) -e '.[bench]'
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }
 	$(PY) tests/bench/run.py
 
 growth: setup ## measure what runs and tokens cost as there are more of them, and memory after a million calls, in 10 minutes
-	$(VENV)/bin/uv pip install --quiet --python $(PY) -c $(PINS) -e '.[bench]'
+	$(VENV)/bin/uv pip install --quiet --python $(PY) $(addprefix -c ,$(ALL_PINS)) -e '.[bench]'
 	$(PY) tests/bench/growth.py
 
 # For other files of the same versions, such as wheels that were added later: make lock UPGRADE=
@@ -134,6 +137,8 @@ LOCK = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --ge
 
 lock: setup ## pin the newest versions that fit pyproject.toml, with their hashes; UPGRADE= for the hashes alone
 	$(LOCK) pyproject.toml -o $(PINS)
+	$(LOCK) pyproject.toml --extra optimizers -c $(PINS) \
+	  $$(sed -n 's/^\([^ =]*\)==.*/--no-emit-package \1/p' $(PINS) | sort -u) -o $(OPTIMIZER_PINS)
 	echo uv | $(LOCK) - -o $(UV_PIN)
 
 package: setup ## build the wheel, the sdist and, with Hex, the Hex package into dist/

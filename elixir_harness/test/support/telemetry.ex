@@ -25,7 +25,11 @@ defmodule DSPex.Test.Telemetry do
     [:lm, :stop],
     [:tool, :start],
     [:tool, :stop],
-    [:tool, :exception]
+    [:tool, :exception],
+    [:evaluate, :start],
+    [:evaluate, :progress],
+    [:evaluate, :stop],
+    [:evaluate, :exception]
   ]
 
   @doc "The application has it from now on."

@@ -17,21 +17,29 @@ defmodule DSPex.PythonBridge.Evaluate do
   """
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result}
+  alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result, Tally}
+  alias DSPex.PythonBridge.Telemetry.RunSpan
 
   @typedoc "Inputs with what is expected of the outputs and what else the metric needs; or inputs alone."
   @type example :: {inputs :: map(), expected :: map() | nil} | map()
   @typedoc """
   A function, called with the example (its inputs and what is expected, in one map) and the outputs, both decoded JSON
-  with string keys; or an output field and how it is compared.
+  with string keys, and, if it takes three arguments, with what the score is for; or an output field and how it is
+  compared.
   """
   @type metric ::
-          (example :: map(), prediction :: map() ->
-             number()
-             | boolean()
-             | {number() | boolean(), feedback :: String.t()}
-             | {:error, term()})
+          (example :: map(), prediction :: map() -> score())
+          | (example :: map(), prediction :: map(), purpose() -> score())
           | {:field, atom() | String.t(), :equals | :exact_match | :f1 | :contains}
+  @type score ::
+          number()
+          | boolean()
+          | {number() | boolean(), feedback :: String.t()}
+          | {:error, term()}
+  @typedoc """
+  What a score is for: in an evaluation always `:score`. See `DSPex.PythonBridge.Optimize` for the others.
+  """
+  @type purpose :: :score | :bootstrap | {:feedback, map()}
   @type option ::
           {:metric, metric()}
           | {:max_concurrency, pos_integer()}
@@ -66,7 +74,7 @@ defmodule DSPex.PythonBridge.Evaluate do
 
   Options:
 
-    * `:metric` – required. A function of two arguments, which runs in processes of its own, several at once; it may run
+    * `:metric` – required. A function of two or three arguments, which runs in processes of its own, several at once; it may run
       other programs. `:exact_match` and `:f1` compare text as DSPy does, without case, punctuation and articles; `:equals`
       compares JSON values; `:contains` looks for the expected text in the output
     * `:max_concurrency` – how many examples are in work at once; by default 64
@@ -80,11 +88,20 @@ defmodule DSPex.PythonBridge.Evaluate do
           option()
         ]) :: {:ok, Result.t()} | {:error, Error.t()}
   def run(server, program, examples, opts) do
+    with {:ok, options} <- Options.new(opts), {:ok, id} <- program_id(program) do
+      total = if is_list(examples), do: length(examples)
+      about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
+
+      RunSpan.run(:evaluate, server, about, Tally.figures(%Tally{}, total), fn span ->
+        measure(server, id, examples, options, &RunSpan.progress(span, Tally.figures(&1, total)))
+      end)
+    end
+  end
+
+  defp measure(server, id, examples, options, progress) do
     started = System.monotonic_time(:millisecond)
 
-    with {:ok, options} <- Options.new(opts),
-         {:ok, id} <- program_id(program),
-         {:ok, items, usage} <- Requests.run(server, id, examples, options) do
+    with {:ok, items, usage} <- Requests.run(server, id, examples, options, progress) do
       duration_ms = System.monotonic_time(:millisecond) - started
       {:ok, Result.new(items, usage, duration_ms)}
     end

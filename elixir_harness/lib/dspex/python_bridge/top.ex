@@ -1,6 +1,7 @@
 defmodule DSPex.PythonBridge.Top do
   @moduledoc """
-  The state of all bridges of a node, however they were started. `mix dspex.top` shows it; without Mix:
+  The state of all bridges of a node, however they were started, and the evaluations and optimizations that it runs.
+  `mix dspex.top` shows it; without Mix:
 
       iex> DSPex.PythonBridge.Top.print()
 
@@ -54,8 +55,40 @@ defmodule DSPex.PythonBridge.Top do
           stats_at_ms: non_neg_integer() | nil,
           calls_per_s: float() | nil
         }
-  @typedoc "`time` is in ISO 8601, UTC; the peers are in the order of their names."
-  @type snapshot :: %{node: node(), time: String.t(), peers: [peer()]}
+  @typedoc """
+  An evaluation or an optimization that a process of this node has begun and that is under way. What is not known is nil.
+
+    * `kind`
+    * `program` – its id
+    * `server` – the name of the bridge or pool, or its pid where it has none, as `inspect/1` writes them
+    * `caller` – the process, as `inspect/1` writes it
+    * `done`, `total` – of an evaluation examples, of an optimization as it counts its steps
+    * `score` – so far; of an optimization the best
+    * `failed` – how many runs of the program
+    * `lm_calls`, `elapsed_ms`
+  """
+  @type run :: %{
+          kind: :evaluate | :optimize,
+          program: String.t() | nil,
+          server: String.t(),
+          caller: String.t(),
+          done: non_neg_integer() | nil,
+          total: non_neg_integer() | nil,
+          score: float() | nil,
+          failed: non_neg_integer() | nil,
+          lm_calls: non_neg_integer() | nil,
+          elapsed_ms: non_neg_integer()
+        }
+  @typedoc """
+  `time` is in ISO 8601, UTC; the peers are in the order of their names, the runs in that of their starts. A node of an
+  older version has no `runs`.
+  """
+  @type snapshot :: %{
+          :node => node(),
+          :time => String.t(),
+          :peers => [peer()],
+          optional(:runs) => [run()]
+        }
 
   @unknown Map.new(
              [:state, :os_pid, :pending, :restarts, :uptime_ms, :in_flight, :queued, :p50_ms] ++
@@ -65,7 +98,7 @@ defmodule DSPex.PythonBridge.Top do
   @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
 
   @doc """
-  The bridges of this node now, without `calls_per_s`.
+  The bridges of this node now, without `calls_per_s`, and the evaluations and optimizations that its processes make.
 
   Options: `:timeout`, the time that a peer has to answer, in ms (default 500). It takes twice that at most, and only
   if the process of a bridge does not answer.
@@ -75,7 +108,7 @@ defmodule DSPex.PythonBridge.Top do
     timeout = Keyword.get(opts, :timeout, @stats_ms)
     found = Finder.bridges()
     time = DateTime.utc_now() |> DateTime.truncate(:second) |> DateTime.to_iso8601()
-    %{node: node(), time: time, peers: ask_all(found, timeout)}
+    %{node: node(), time: time, peers: ask_all(found, timeout), runs: Finder.runs()}
   end
 
   @doc """
@@ -100,7 +133,7 @@ defmodule DSPex.PythonBridge.Top do
   defp rate(_peer, _unknown), do: nil
 
   @doc """
-  Prints the table of this node's bridges, and takes a second for the calls per second. `mix help dspex.top`
+  Prints the tables of this node, and takes a second for the calls per second. `mix help dspex.top`
   explains the columns.
   """
   @spec print() :: :ok

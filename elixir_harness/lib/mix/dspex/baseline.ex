@@ -4,7 +4,7 @@ defmodule Mix.DSPex.Baseline do
   # inputs, so that a dataset may grow and be sorted, and the file has no contents.
 
   alias DSPex.PythonBridge.Evaluate
-  alias DSPex.PythonBridge.Evaluate.Requests
+  alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Protocol.Payload
 
   @version 1
@@ -43,7 +43,7 @@ defmodule Mix.DSPex.Baseline do
     examples
     |> Enum.with_index()
     |> Enum.reduce_while({[], %{}}, fn {example, index}, {ids, seen} ->
-      {inputs, _expected} = Requests.pair(example)
+      {inputs, _expected} = Examples.pair(example)
 
       case hash(inputs) do
         {:ok, hash} ->

@@ -4,7 +4,7 @@ defmodule Mix.DSPex.EvaluationFile do
   # whatever it does becomes a text that names the file.
 
   alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Error, Options, Pool}
-  alias DSPex.PythonBridge.Evaluate.Requests
+  alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Programs.Declared
 
   @keys [:program, :dataset, :metric, :options, :server]
@@ -88,7 +88,7 @@ defmodule Mix.DSPex.EvaluationFile do
   end
 
   defp expected(:program), do: "a definition, a module with definition/0, or an id"
-  defp expected(:metric), do: "a function of two arguments, or {:field, name, match}"
+  defp expected(:metric), do: "a function of two or three arguments, or {:field, name, match}"
   defp expected(_examples), do: "an enumerable of {inputs, expected}"
 
   defp program(%{program: id} = values) when is_binary(id) do
@@ -110,32 +110,27 @@ defmodule Mix.DSPex.EvaluationFile do
     values
     |> Map.take(@examples)
     |> Enum.reduce_while({:ok, values}, fn {key, given}, {:ok, values} ->
-      case examples(given) do
+      case examples(key, given) do
         {:ok, list} -> {:cont, {:ok, Map.put(values, key, list)}}
-        {:error, text} -> {:halt, {:error, inspect(key) <> text}}
+        {:error, text} -> {:halt, {:error, text}}
       end
     end)
   end
 
-  defp examples(given) do
+  defp examples(key, given) do
     list = Enum.to_list(given)
 
-    cond do
-      index = Enum.find_index(list, &(Requests.pair(&1) == nil)) ->
-        {:error, "[#{index}]: expected {inputs, expected}, two maps, or a map of inputs"}
-
-      list == [] ->
-        {:error, ": it has no examples"}
-
-      true ->
-        {:ok, list}
+    case Examples.columns(list) do
+      {:ok, [], _expected} -> {:error, "#{inspect(key)}: it has no examples"}
+      {:ok, _inputs, _expected} -> {:ok, list}
+      {:error, index} -> {:error, Examples.refusal(inspect(key), index)}
     end
   catch
     :error, %Protocol.UndefinedError{protocol: Enumerable} ->
-      {:error, ": expected #{expected(:dataset)}"}
+      {:error, "#{inspect(key)}: expected #{expected(key)}"}
 
     kind, reason ->
-      {:error, ": it cannot be read: #{failure(kind, reason, __STACKTRACE__)}"}
+      {:error, "#{inspect(key)}: it cannot be read: #{failure(kind, reason, __STACKTRACE__)}"}
   end
 
   ## The server

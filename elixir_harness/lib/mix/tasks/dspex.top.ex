@@ -1,5 +1,5 @@
 defmodule Mix.Tasks.Dspex.Top do
-  @shortdoc "Shows the running bridges: calls, times, memory"
+  @shortdoc "Shows the running bridges: calls, times, memory; evaluations and optimizations"
 
   @moduledoc """
   Shows the bridges of a node in a table, once a second, until it is ended (Ctrl-C twice).
@@ -10,17 +10,25 @@ defmodule Mix.Tasks.Dspex.Top do
       Pool 1  running 40117      12   12      0 812 ms 2.1 s      3 141 MB        0      14  3 min
       Pool 2  running 40120      11   11      0 797 ms 2.0 s      0 139 MB        1      13   41 s
 
+      run                on     done score failed LM calls time
+      evaluate triage    Pool 96/250 0.823      1       97 11 s
+      optimize summarize Pool  14/40 0.610      -      512 4 min
+
     * `--node NAME@HOST` – a running node that has `:dspex`. Without it, the application of this project
       is started, and its bridges are shown
     * `--once` – one table, after a second; its `calls/s` are of that second
-    * `--json` – an object on one line in place of each table: `node`, `time`, and `peers`, a list whose
-      keys are those of `t:DSPex.PythonBridge.Top.peer/0`
+    * `--json` – an object on one line in place of each table: `node`, `time`, `peers`, a list whose keys
+      are those of `t:DSPex.PythonBridge.Top.peer/0`, and `runs`, whose are those of `t:DSPex.PythonBridge.Top.run/0`
 
   The columns: calls that wait for a reply in the BEAM (`pending`), `execute_program` calls that run in Python
   (`runs`) or wait for a slot there (`queued`), the median and the 99th percentile of the last 1000 of them, how many of
   all that this process has run failed (`errors`), its memory, how often it was replaced, calls per second since the
   last table (of all commands but `get_stats`, which this task uses), and how long it has run. `-` is unknown:
   while a peer starts, for example, or if it does not answer within half a second.
+
+  Below them are the evaluations and optimizations that processes of that node have begun
+  (`DSPex.PythonBridge.Evaluate`, `DSPex.PythonBridge.Optimize`), if there are any: how many examples or steps are done,
+  the score so far, or the best one, how many runs failed, LM calls, and the time since it began.
 
   If a node cannot be reached, or has no `:dspex`, one line says so, and the exit status is 1. If the connection
   is lost later, it is tried again once a second, with a line each time; with `--json`, an object that has `error` in

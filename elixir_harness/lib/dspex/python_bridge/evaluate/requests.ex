@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # not held twice.
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Evaluate.{Options, Result}
+  alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
   alias DSPex.PythonBridge.OTP.Deadline
 
   # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
@@ -16,10 +16,13 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # A peer answers a list so long before the deadline, with a timeout for what is not done.
   @earlier_ms 250
 
-  @doc "The results in the order of the examples, and the sum of what the requests have used."
-  @spec run(term(), String.t(), Enumerable.t(), Options.t()) ::
+  @doc """
+  The results in the order of the examples, and the sum of what the requests have used. `progress` is called with what is
+  measured after each request, in the calling process.
+  """
+  @spec run(term(), String.t(), Enumerable.t(), Options.t(), (Tally.t() -> term())) ::
           {:ok, [Result.item()], map()} | {:error, Error.t()}
-  def run(server, program, examples, %Options{} = options) do
+  def run(server, program, examples, %Options{} = options, progress) do
     size = options.max_concurrency |> div(@requests) |> max(1) |> min(@most_examples)
     deadline = Deadline.new(options.timeout)
     request = request(server, program, options, deadline)
@@ -37,24 +40,23 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         ordered: false,
         timeout: :infinity
       )
-      |> Enum.reduce_while({:ok, [], %{}}, fn {:ok, {number, reply}}, {:ok, done, usage} ->
+      |> Enum.reduce_while({:ok, %Tally{}}, fn {:ok, {number, reply}}, {:ok, tally} ->
         examples = Process.delete({waiting, number})
 
         with {:ok, results, meta} <- located(reply, number * size),
              items = Result.items(examples, results, number * size),
              :ok <- in_time(items, options, deadline) do
+          tally = Tally.add(tally, items, meta)
+          progress.(tally)
           Enum.each(items, options.on_result)
-          {:cont, {:ok, [items | done], Result.add(usage, meta)}}
+          {:cont, {:ok, tally}}
         else
           {:error, error} -> {:halt, {:error, error}}
         end
       end)
       |> case do
-        {:ok, done, usage} ->
-          {:ok, done |> Enum.sort_by(&hd(&1).index) |> Enum.concat(), usage}
-
-        {:error, error} ->
-          {:error, error}
+        {:ok, tally} -> {:ok, Tally.items(tally), tally.usage}
+        {:error, error} -> {:error, error}
       end
     after
       for {{^waiting, _number} = key, _examples} <- Process.get(), do: Process.delete(key)
@@ -71,7 +73,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
 
     fn {examples, number} ->
-      with {:ok, inputs, expected} <- columns(examples, number) do
+      with {:ok, inputs, expected} <- columns(examples) do
         args = Map.put(args, :inputs, inputs)
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
@@ -89,30 +91,11 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # At the deadline the request fails at once.
   defp left(deadline), do: with(0 <- Deadline.left(deadline), do: 1)
 
-  defp columns(examples, _number) do
-    pairs = Enum.map(examples, &pair/1)
-
-    cond do
-      index = Enum.find_index(pairs, &(&1 == nil)) ->
-        text = "examples[#{index}]: expected {inputs, expected}, two maps, or a map of inputs"
-        {:error, Error.new(:invalid_args, text)}
-
-      Enum.all?(pairs, &(elem(&1, 1) == nil)) ->
-        {:ok, Enum.map(pairs, &elem(&1, 0)), nil}
-
-      true ->
-        {inputs, expected} = Enum.unzip(pairs)
-        {:ok, inputs, Enum.map(expected, &(&1 || %{}))}
-    end
+  # Its index in the request, as the peer's errors have it.
+  defp columns(examples) do
+    with {:error, index} <- Examples.columns(examples),
+         do: {:error, Error.new(:invalid_args, Examples.refusal("examples", index))}
   end
-
-  @doc "The inputs of an example and what is expected, nil without; or nil for what is not an example."
-  @spec pair(term()) :: {map(), map() | nil} | nil
-  def pair({inputs, expected}) when is_map(inputs) and (is_map(expected) or expected == nil),
-    do: {inputs, expected}
-
-  def pair(inputs) when is_map(inputs), do: {inputs, nil}
-  def pair(_other), do: nil
 
   # The peer counts the examples of its request.
   defp located({:error, %Error{type: :invalid_args, message: text} = error}, before) do

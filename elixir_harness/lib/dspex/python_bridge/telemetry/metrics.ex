@@ -21,7 +21,11 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
               "add {:telemetry_metrics, \"~> 1.0\"} to the dependencies of your application"
     end
 
-    Enum.flat_map([:bridge, :pool], &of_calls/1) ++ of_lms() ++ of_tools() ++ of_peers()
+    Enum.flat_map([:bridge, :pool], &of_calls/1) ++
+      of_lms() ++
+      of_tools() ++
+      Enum.flat_map([:evaluate, :optimize], &of_runs/1) ++
+      of_peers()
   end
 
   defp of_calls(kind) do
@@ -59,6 +63,16 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
       counter(event, [:tool, :result, :remembered?]),
       duration(event, [:tool], @calls_ms, keep: &(not &1.remembered?)),
       counter([:dspex, :tool, :exception], [:tool])
+    ]
+  end
+
+  # What they have used is in the metrics of their calls.
+  defp of_runs(kind) do
+    event = [:dspex, kind, :stop]
+
+    [
+      counter(event, [:result]),
+      metric(:last_value, event, :score, [:program_id], keep: &(&1.result == :ok))
     ]
   end
 

@@ -1,10 +1,13 @@
 defmodule DSPex.PythonBridge.Top.Finder do
   @moduledoc false
-  # The bridges of this node: those of pools, of supervisors, and others, with a name or without. No process is asked.
+  # The bridges of this node: those of pools, of supervisors, and others, with a name or without; and its runs. No process
+  # is asked.
 
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.Telemetry.RunSpan
+  alias DSPex.PythonBridge.Top
 
   @typedoc "`server` is what the functions of `DSPex.PythonBridge.Bridge` take; the rest is text."
   @type found :: %{
@@ -41,6 +44,25 @@ defmodule DSPex.PythonBridge.Top.Finder do
     for index <- LoadCounters.indexes(handle.counters) do
       bridge = Handle.bridge(handle, index)
       %{server: bridge, bridge: inspect(bridge), pool: inspect(handle.name), number: index}
+    end
+  end
+
+  @doc "The evaluations and optimizations that are under way, in the order of their starts."
+  @spec runs() :: [Top.run()]
+  def runs do
+    for %{metadata: metadata, figures: figures} = run <- RunSpan.list() do
+      %{
+        kind: run.kind,
+        program: metadata.program_id,
+        server: inspect(metadata.pool || metadata.bridge),
+        caller: inspect(run.caller),
+        done: figures[:done],
+        total: figures[:total],
+        score: figures[:score],
+        failed: figures[:failed],
+        lm_calls: figures[:lm_calls],
+        elapsed_ms: run.elapsed_ms
+      }
     end
   end
 end

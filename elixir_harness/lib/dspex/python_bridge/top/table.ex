@@ -1,7 +1,9 @@
 defmodule DSPex.PythonBridge.Top.Table do
   @moduledoc false
-  # A snapshot of `DSPex.PythonBridge.Top` as a table of text; nil is shown as `-`.
+  # A snapshot of `DSPex.PythonBridge.Top` as tables of text: the bridges, and the runs if there are any; nil is shown as
+  # `-`.
 
+  alias DSPex.PythonBridge.Evaluate
   alias DSPex.PythonBridge.Top
 
   # Left out of the library's own names: a line should fit into 100 columns.
@@ -10,25 +12,34 @@ defmodule DSPex.PythonBridge.Top.Table do
   @header ["bridge", "state", "pid", "pending", "runs", "queued", "p50", "p99"] ++
             ["errors", "memory", "restarts", "calls/s", "uptime"]
 
+  @runs ["run", "on", "done", "score", "failed", "LM calls", "time"]
+  @longest_id 40
+
   # What a terminal shows two columns wide: Hangul, kana, Chinese characters, full-width forms, emoji.
   @wide [0x1100..0x115F, 0x2E80..0xA4CF, 0xAC00..0xD7A3, 0xF900..0xFAFF, 0xFE30..0xFE6F] ++
           [0xFF00..0xFF60, 0xFFE0..0xFFE6, 0x1F300..0x1F64F, 0x1F900..0x1F9FF, 0x20000..0x3FFFD]
 
   @doc ~S"""
-  The table: a line with the node and the time, the columns' names, a line for each peer.
+  The tables: a line with the node and the time, the columns' names, a line for each peer; then those of the runs.
 
       iex> snapshot = %{node: :app@host, time: "2026-01-01T00:00:00Z", peers: []}
       iex> IO.iodata_to_binary(DSPex.PythonBridge.Top.Table.render(snapshot))
       "app@host  2026-01-01T00:00:00Z\nno bridges run here\n"
   """
   @spec render(Top.snapshot()) :: iodata()
-  def render(%{node: node, time: time, peers: []}),
-    do: [heading(node, time), "no bridges run here\n"]
+  def render(%{node: node, time: time, peers: peers} = snapshot),
+    # A node of an older version has none.
+    do: [heading(node, time), peers(peers), runs(Map.get(snapshot, :runs, []))]
 
-  def render(%{node: node, time: time, peers: peers}) do
-    lines = [@header | Enum.map(peers, &line/1)]
+  defp peers([]), do: "no bridges run here\n"
+  defp peers(peers), do: table([@header | Enum.map(peers, &line/1)])
+
+  defp runs([]), do: []
+  defp runs(runs), do: ["\n", table([@runs | Enum.map(runs, &run/1)])]
+
+  defp table(lines) do
     widths = Enum.zip_with(lines, fn column -> column |> Enum.map(&width/1) |> Enum.max() end)
-    [heading(node, time), Enum.map(lines, &aligned(&1, widths))]
+    Enum.map(lines, &aligned(&1, widths))
   end
 
   defp heading(node, time), do: [to_string(node), "  ", time, "\n"]
@@ -54,6 +65,24 @@ defmodule DSPex.PythonBridge.Top.Table do
     ]
   end
 
+  defp run(run) do
+    [
+      "#{run.kind} #{cell(run.program, &id/1)}",
+      short(run.server),
+      done(run),
+      cell(run.score, &Evaluate.Table.number/1),
+      cell(run.failed, &to_string/1),
+      cell(run.lm_calls, &to_string/1),
+      duration(run.elapsed_ms)
+    ]
+  end
+
+  defp done(%{done: done, total: nil}), do: cell(done, &to_string/1)
+  defp done(%{done: done, total: total}), do: "#{cell(done, &to_string/1)}/#{total}"
+
+  # Any text, as its caller has given it.
+  defp id(text), do: text |> String.slice(0, @longest_id) |> inspect() |> String.trim("\"")
+
   defp name(%{pool: pool, number: number}) when pool != nil, do: "#{short(pool)} #{number}"
   defp name(%{bridge: bridge}), do: short(bridge)
 
@@ -78,7 +107,7 @@ defmodule DSPex.PythonBridge.Top.Table do
   defp decimal(n) when n < 9.95, do: :erlang.float_to_binary(n / 1, decimals: 1)
   defp decimal(n), do: n |> round() |> Integer.to_string()
 
-  ## Columns: names and states on the left, numbers on the right
+  ## Columns: the first two on the left, numbers on the right
 
   defp aligned([name, state | numbers], [name_width, state_width | widths]) do
     numbers = Enum.zip_with(numbers, widths, &[" ", blanks(&1, &2), &1])

@@ -6,7 +6,8 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Monitor, Pool, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Evaluate, Monitor, Pool, Telemetry}
+  alias DSPex.PythonBridge.Telemetry.RunSpan
   alias DSPex.Test.Telemetry, as: Host
 
   @source Path.expand("../../../support/telemetry_metrics.exs", __DIR__)
@@ -53,6 +54,17 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     {:ok, _} = Pool.call(:observed_pool, :create_program, @create, 60_000)
     {:ok, _} = Pool.call(:observed_pool, :execute_program, @ask)
     {:ok, _} = Pool.checkout(:observed_pool)
+    metric = {:field, :answer, :equals}
+
+    {:ok, %{score: score}} =
+      Evaluate.run(bridge, "qa", [{@ask.inputs, %{answer: "x"}}], metric: metric)
+
+    {:error, _} = Evaluate.run(bridge, "any", [@ask.inputs], metric: fn _, _ -> 1 end)
+    optimized = %{program_id: "qa", telemetry_metadata: %{}}
+
+    {:ok, _} =
+      RunSpan.run(:optimize, bridge, optimized, %{score: 0.5}, fn _ -> {:ok, :better} end)
+
     waiting = fake_opts("silent") |> Keyword.put(:name, :waiting)
     silent = start_supervised!({Bridge, waiting}, id: :waiting)
     call = Task.async(fn -> Bridge.call(silent, :list_programs, %{}, 2_000) end)
@@ -66,10 +78,16 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     assert for({name, []} <- values, do: name) == []
 
     tokens = values[[:dspex, :bridge, :call, :stop, :input_tokens]]
-    assert [{%{program_id: "qa"} = tags, n}, {%{program_id: "agent"}, _}, _] = tokens
+    assert [{%{program_id: "qa"} = tags, n}, {%{program_id: "agent"}, _} | _] = tokens
     assert n > 0 and tags.bridge == inspect(bridge)
     assert [{tags, ^n} | _] = values[[:dspex, :lm, :stop, :input_tokens]]
     assert tags == %{model: "offline/echo"}
+
+    assert values[[:dspex, :evaluate, :stop, :score]] == [{%{program_id: "qa"}, score}]
+    assert values[[:dspex, :optimize, :stop, :score]] == [{%{program_id: "qa"}, 0.5}]
+
+    assert for({tags, _} <- values[[:dspex, :evaluate, :stop, :count]], do: tags) ==
+             [%{result: :ok}, %{result: :program_not_found}]
 
     assert values[[:dspex, :tool, :exception, :count]] |> Enum.map(&elem(&1, 0)) == [
              %{tool: "look"}

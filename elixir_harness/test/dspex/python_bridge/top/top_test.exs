@@ -7,7 +7,8 @@ defmodule DSPex.PythonBridge.Top.TopTest do
   import DSPex.Test.Helpers
   import ExUnit.CaptureIO
 
-  alias DSPex.PythonBridge.{Bridge, Pool, Programs, Top}
+  alias DSPex.PythonBridge.{Bridge, Evaluate, Pool, Programs, Top}
+  alias DSPex.PythonBridge.Telemetry.RunSpan
   alias DSPex.PythonBridge.Top.{Finder, Table}
   alias DSPex.Test.{SilentLM, Telemetry}
 
@@ -198,6 +199,52 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     end
   end
 
+  describe "the runs of a node" do
+    test "are evaluations that are under way, on bridges and pools, here or not" do
+      lm = SilentLM.lm_opts(SilentLM.start())
+      real(:evaluated, lm)
+      create = %{id: "qa", signature: "question -> answer"}
+      {:ok, _} = Bridge.call(:evaluated, :create_program, create, @long)
+      examples = List.duplicate({%{question: "secret"}, nil}, 3)
+      evaluate = fn -> Evaluate.run(:evaluated, "qa", examples, metric: fn _, _ -> 1 end) end
+      caller = spawn(evaluate)
+      assert_receive {:lm_request, _line}, @long
+      runs = fn -> Enum.filter(Top.snapshot().runs, &(&1.caller == inspect(caller))) end
+
+      assert [%{elapsed_ms: elapsed_ms} = run] = runs.()
+      assert is_integer(elapsed_ms)
+
+      assert Map.delete(run, :elapsed_ms) == %{
+               kind: :evaluate,
+               program: "qa",
+               server: ":evaluated",
+               caller: inspect(caller),
+               done: 0,
+               total: 3,
+               score: nil,
+               failed: 0,
+               lm_calls: nil
+             }
+
+      assert JSON.encode!(Top.snapshot()) =~ ~s("kind":"evaluate")
+      Process.exit(caller, :kill)
+      eventually(fn -> runs.() == [] end)
+    end
+
+    test "stay when rates are added" do
+      about = %{program_id: nil, telemetry_metadata: %{}}
+
+      RunSpan.run(:optimize, __MODULE__.NoPool, about, %{done: 1}, fn _run ->
+        rated = Top.with_rates(Top.snapshot(), Top.snapshot())
+
+        assert [%{kind: :optimize, done: 1}] =
+                 Enum.filter(rated.runs, &(&1.caller == inspect(self())))
+
+        {:ok, nil}
+      end)
+    end
+  end
+
   describe "calls per second" do
     defp rate({os_pid, calls, at}, {os_pid_then, calls_then, then}) do
       now = snapshot([[os_pid: os_pid, calls: calls, stats_at_ms: at]])
@@ -277,6 +324,49 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       old = %{snapshot | peers: Enum.map(snapshot.peers, &Map.delete(&1, :errors))}
       assert IO.iodata_to_binary(Table.render(old)) =~ ~r/ 12 s +- 941 MB /
     end
+
+    @run %{
+      kind: :evaluate,
+      program: "qa",
+      server: "DSPex.PythonBridge.Pool",
+      caller: "#PID<0.1.0>",
+      done: 120,
+      total: 500,
+      score: 0.71249,
+      failed: 3,
+      lm_calls: 480,
+      elapsed_ms: 12_345
+    }
+
+    test "has the runs below, if there are any" do
+      unknown = %{done: nil, total: nil, score: nil, failed: nil, lm_calls: nil}
+      optimize = Map.merge(@run, Map.merge(unknown, %{kind: :optimize, server: ":far"}))
+      long = "a\e[2J\"\n" <> String.duplicate("é", 50)
+
+      runs = [
+        @run,
+        %{optimize | program: nil},
+        %{optimize | program: long, done: 7, score: 1.0e9},
+        %{optimize | done: nil, total: 20}
+      ]
+
+      text = [] |> snapshot() |> Map.put(:runs, runs) |> Table.render() |> IO.iodata_to_binary()
+      id = "a\\e[2J\\\"\\n" <> String.duplicate("é", 33)
+
+      assert String.split(text, "\n") == [
+               "app@host  2026-01-01T00:00:00Z",
+               "no bridges run here",
+               "",
+               pad("run", 54) <> "on      done score failed LM calls time",
+               pad("evaluate qa", 54) <> "Pool 120/500 0.712      3      480 12 s",
+               pad("optimize -", 54) <> ":far       -     -      -        - 12 s",
+               pad("optimize #{id}", 54) <> ":far       7 1.0e9      -        - 12 s",
+               pad("optimize qa", 54) <> ":far    -/20     -      -        - 12 s",
+               ""
+             ]
+    end
+
+    defp pad(text, width), do: String.pad_trailing(text, width)
 
     test "keeps its columns with names that are long, or wide, or have combining marks" do
       names = [":a", String.duplicate("Långt", 20), ":\"漢字\"", ":e\u0301", ":\"🦉\""]

@@ -1,0 +1,281 @@
+defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
+  @moduledoc "The events of evaluations, and their state while they are under way."
+
+  # Whether the application has `:telemetry` is global to the BEAM.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool}
+  alias DSPex.PythonBridge.Telemetry.RunSpan
+  alias DSPex.Test.SilentLM
+  alias DSPex.Test.Telemetry, as: Host
+
+  @start [:evaluate, :start]
+  @progress [:evaluate, :progress]
+  @stop [:evaluate, :stop]
+  @exception [:evaluate, :exception]
+  @events [@start, @progress, @stop, @exception]
+  @secret "the contents"
+  @examples for n <- 1..6, do: {%{question: "q#{n} #{@secret}"}, %{answer: "a", note: @secret}}
+  @by_number {__MODULE__, :by_number}
+
+  def by_number(%{"question" => "q" <> question}, _prediction),
+    do: String.to_integer(hd(String.split(question))) / 4
+
+  setup do
+    Host.install()
+    on_exit(&Host.remove/0)
+    Host.attach(@events)
+  end
+
+  defp start_bridge(name) do
+    script = %{model: "offline/script", answers: %{"*" => %{answer: @secret}}}
+    start_supervised!({Bridge, Keyword.put(real_opts(lm: script), :name, name)})
+    qa = %{id: "qa", signature: "question -> answer"}
+    {:ok, _} = Bridge.call(name, :create_program, qa, 60_000)
+    name
+  end
+
+  defp evaluate(server, examples, opts \\ []) do
+    {module, function} = @by_number
+    opts = Keyword.merge([metric: Function.capture(module, function, 2)], opts)
+    Evaluate.run(server, "qa", examples, opts)
+  end
+
+  defp events do
+    receive do
+      {event, measured, metadata} when event in @events ->
+        [{event, measured, metadata} | events()]
+    after
+      0 -> []
+    end
+  end
+
+  describe "the events of an evaluation" do
+    test "are a span with its progress, its last figures at the end, and no contents" do
+      bridge = start_bridge(:observed)
+      examples = @examples ++ [{%{wrong: @secret}, nil}]
+      before = System.monotonic_time()
+
+      opts = [max_concurrency: 1, telemetry_metadata: %{tenant: "acme"}]
+      assert {:ok, result} = evaluate(bridge, examples, opts)
+
+      assert [{@start, began, start} | rest] = all = events()
+      assert %{total: 7, monotonic_time: monotonic, system_time: _} = began
+      assert monotonic >= before and map_size(began) == 3
+
+      assert %{bridge: :observed, pool: nil, program_id: "qa", telemetry_span_context: ref} =
+               start
+
+      assert start.telemetry_metadata == %{tenant: "acme"} and is_reference(ref)
+      assert map_size(start) == 5
+
+      assert {progress, [{@stop, ended, stop}]} = Enum.split(rest, -1)
+      assert Enum.map(progress, &elem(&1, 0)) == List.duplicate(@progress, 7)
+      assert Enum.map(progress, &elem(&1, 1).done) == Enum.to_list(1..7)
+
+      for {_, measured, metadata} <- progress,
+          do: assert(measured.total == 7 and metadata == start)
+
+      {_, second, _} = Enum.at(progress, 1)
+      assert {second.failed, second.score, second.lm_calls} == {0, 0.375, 2}
+      times = Enum.map(progress, &elem(&1, 1).monotonic_time)
+      assert times == Enum.sort(times)
+
+      assert stop == Map.put(start, :result, :ok)
+      assert ended.duration == ended.monotonic_time - monotonic and ended.duration > 0
+      assert {ended.done, ended.total, ended.failed} == {7, 7, 1}
+      assert_in_delta ended.score, result.score, 1.0e-12
+      assert {ended.lm_calls, ended.cache_hits} == {6, 0}
+      assert %{"offline/script" => usage} = result.usage["lm_usage"]
+
+      assert {ended.input_tokens, ended.output_tokens} ==
+               {usage["prompt_tokens"], usage["completion_tokens"]}
+
+      assert ended.input_tokens > 0
+      refute inspect(all) =~ @secret
+    end
+
+    test "have no total of a stream, and no score before the first result" do
+      bridge = start_bridge(:observed)
+      assert {:ok, _} = evaluate(bridge, Stream.map(@examples, & &1))
+      assert [{@start, began, _} | rest] = events()
+      refute is_map_key(began, :total)
+      for {_, measured, _} <- rest, do: refute(is_map_key(measured, :total))
+      assert {:ok, %{score: nil}} = evaluate(bridge, [])
+      assert [{@start, %{total: 0}, _}, {@stop, %{done: 0} = measured, %{result: :ok}}] = events()
+      refute is_map_key(measured, :score)
+    end
+
+    test "of a pool have its name" do
+      script = %{model: "offline/script", answers: %{"*" => %{answer: "a"}}}
+      start_supervised!({Pool, real_opts(name: :observed_pool, pool_size: 1, lm: script)})
+      qa = %{id: "qa", signature: "question -> answer"}
+      {:ok, _} = Pool.call(:observed_pool, :create_program, qa, 60_000)
+
+      for pool <- [:observed_pool, Process.whereis(:observed_pool)] do
+        assert {:ok, _} = evaluate(pool, @examples)
+        assert [{@start, _, %{pool: :observed_pool, bridge: nil}} | _] = events()
+      end
+    end
+
+    test "end with :stop and the type of an error, and what was measured before" do
+      bridge = start_bridge(:observed)
+
+      fails = fn
+        %{"question" => "q4" <> _}, _ -> raise @secret
+        _, _ -> 1
+      end
+
+      assert {:error, %Error{type: :tool_error}} =
+               evaluate(bridge, @examples, metric: fails, max_concurrency: 1)
+
+      assert [{@start, _, _} | rest] = all = events()
+      assert {@stop, %{done: 3, failed: 0, score: 1.0, lm_calls: 3}, stop} = List.last(rest)
+      assert stop.result == :tool_error
+      refute inspect(all) =~ @secret
+      assert {:error, %Error{type: :bridge_not_running}} = evaluate(:nobody, @examples)
+      assert [{@start, _, %{bridge: :nobody}}, {@stop, _, stop}] = events()
+      assert stop.result == :bridge_not_running
+    end
+
+    test "end with :exception if the caller's code raises, throws or exits" do
+      bridge = start_bridge(:observed)
+
+      for {raises, kind, reason} <- [
+            {fn _ -> raise ArgumentError, @secret end, :error, ArgumentError},
+            {fn _ -> throw({:mine, @secret}) end, :throw, :mine},
+            {fn _ -> exit(:gone) end, :exit, :gone}
+          ] do
+        assert catch_any(fn -> evaluate(bridge, @examples, on_result: raises) end) == kind
+        assert [{@start, _, start}, {@progress, %{done: done}, _}, last] = all = events()
+        assert {@exception, %{duration: _, done: ^done, lm_calls: _}, exception} = last
+        assert %{kind: ^kind, reason: ^reason, stacktrace: [{_, _, arity, _} | _]} = exception
+        assert is_integer(arity)
+        assert Map.drop(exception, [:kind, :reason, :stacktrace]) == start
+        refute inspect(all) =~ @secret
+      end
+    end
+
+    test "are none if an argument is refused before it begins" do
+      for opts <- [
+            [metric: 5],
+            [attempts: 11],
+            [telemetry_metadata: [tenant: @secret]],
+            [traceparent: "x"],
+            [on_chunk: &Function.identity/1]
+          ] do
+        assert {:error, %Error{type: :invalid_request, message: message}} =
+                 evaluate(:nobody, @examples, opts)
+
+        assert message =~ inspect(hd(Keyword.keys(opts)))
+      end
+
+      assert {:error, _} = Evaluate.run(:nobody, Enum, @examples, metric: fn _, _ -> 1 end)
+      assert events() == []
+    end
+  end
+
+  defp catch_any(fun) do
+    fun.()
+  catch
+    kind, _reason -> kind
+  end
+
+  describe "the state of a run" do
+    defp begin(kind, figures, server \\ :nobody) do
+      test = self()
+
+      spawn_link(fn ->
+        about = %{program_id: "qa", telemetry_metadata: %{}}
+
+        RunSpan.run(kind, server, about, figures, fn run ->
+          send(test, {:begun, self()})
+          serve(run)
+        end)
+
+        send(test, {:ended, self()})
+        receive do: (:exit -> :ok)
+      end)
+    end
+
+    defp serve(run) do
+      receive do
+        {function, figures, from} ->
+          apply(RunSpan, function, [run, figures])
+          send(from, :done)
+          serve(run)
+
+        result ->
+          result
+      end
+    end
+
+    defp of(pid), do: Enum.filter(RunSpan.list(), &(&1.caller == pid))
+
+    test "is known from its beginning, changes with its figures, and goes with its end" do
+      pid = begin(:optimize, %{done: 0, total: 20, score: nil})
+      assert_receive {:begun, ^pid}
+      assert [%{kind: :optimize, figures: %{done: 0, total: 20, score: nil}} = found] = of(pid)
+      assert %{bridge: :nobody, program_id: "qa"} = found.metadata
+      assert found.elapsed_ms >= 0
+      send(pid, {:progress, %{done: 7, score: 0.5}, self()})
+      assert_receive :done
+      assert [%{figures: %{done: 7, score: 0.5}}] = of(pid)
+      send(pid, {:update, %{done: 9}, self()})
+      assert_receive :done
+      assert [%{figures: figures}] = of(pid)
+      assert figures == %{done: 9}
+      send(pid, {:ok, :result})
+      assert_receive {:ended, ^pid}
+      assert of(pid) == []
+      send(pid, :exit)
+    end
+
+    test "goes with its caller, however that dies" do
+      Process.flag(:trap_exit, true)
+
+      for reason <- [:kill, :shutdown, {:badmatch, 1}] do
+        pid = begin(:evaluate, %{})
+        assert_receive {:begun, ^pid}
+        assert [_] = of(pid)
+        Process.exit(pid, reason)
+        assert_receive {:EXIT, ^pid, _reason}
+        # Its tables go before the next look, not before its exit signal.
+        eventually(fn -> of(pid) == [] end)
+      end
+    end
+
+    test "goes with an exception, and runs of one process are apart" do
+      about = %{program_id: "outer", telemetry_metadata: %{}}
+
+      assert catch_throw(
+               RunSpan.run(:optimize, :nobody, about, %{}, fn _run ->
+                 inner = %{about | program_id: "inner"}
+                 ids = fn -> Enum.map(of(self()), & &1.metadata.program_id) end
+
+                 assert {:ok, ["outer", "inner"]} =
+                          RunSpan.run(:evaluate, :nobody, inner, %{}, fn _run -> {:ok, ids.()} end)
+
+                 assert ids.() == ["outer"]
+                 throw(:out)
+               end)
+             ) == :out
+
+      assert of(self()) == []
+    end
+
+    test "of an evaluation ends when its caller is killed in the middle" do
+      lm = SilentLM.lm_opts(SilentLM.start())
+      bridge = start_supervised!({Bridge, real_opts(lm)})
+      qa = %{id: "qa", signature: "question -> answer"}
+      {:ok, _} = Bridge.call(bridge, :create_program, qa, 60_000)
+      caller = spawn(fn -> evaluate(bridge, @examples) end)
+      assert_receive {:lm_request, _}, 20_000
+      assert [%{kind: :evaluate, figures: %{done: 0, total: 6, failed: 0}}] = of(caller)
+      Process.exit(caller, :kill)
+      eventually(fn -> of(caller) == [] end)
+    end
+  end
+end
