@@ -6,8 +6,8 @@
   "refuse"    the type of an error, in place of the first example
   "tool"      a tool that is called first
   "forget"    how many times the program is missing; needs FAKE_FILE
-The state that comes out has the definition's own one under "from". `heard` is answered with the programs that were created and
-removed, and the cancels.
+The state that comes out has the definition's own one under "from". `heard` is answered with the programs that were
+created and removed, and the cancels.
 """
 
 import json
