@@ -15,13 +15,19 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   # For each call.
   @compile {:inline, ask: 3, sent: 2}
 
-  defstruct [:holder, retry: true, stream?: false]
+  defstruct [:holder, retry: true, stream?: false, spread?: false]
 
   @typedoc """
   `retry`: whether the call may be sent again after a peer has died with it. `stream?`: whether the caller takes chunks.
-  `holder`: of the caller's functions (`DSPex.PythonBridge.Tools.FunctionHolder`).
+  `holder`: of the caller's functions (`DSPex.PythonBridge.Tools.FunctionHolder`). `spread?`: whether this node's peers
+  come first no more than those of any other node.
   """
-  @type t :: %__MODULE__{holder: pid() | nil, retry: boolean(), stream?: boolean()}
+  @type t :: %__MODULE__{
+          holder: pid() | nil,
+          retry: boolean(),
+          stream?: boolean(),
+          spread?: boolean()
+        }
   @typedoc "A slot of the bridge's pool, in which the call is counted."
   @type slot :: {LoadCounters.t(), LoadCounters.index()}
   @typedoc "A call that has given its first chunk."
