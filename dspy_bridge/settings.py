@@ -47,6 +47,7 @@ class Settings:
     strict_fields: bool
     warm: bool
     max_in_flight: int
+    max_optimizes: int
     max_queue: int
     cache_entries: int
     disk_cache: str | None
@@ -158,6 +159,7 @@ SETTINGS = (
     Setting("warm", _flag, "0", "1: LiteLLM, if an LM needs it, is imported when that is known, not in its first call"),
     Setting("max_in_flight", _whole(1), "256", "programs running at once; more wait for a slot"),
     Setting("max_queue", _whole(0), "10000", "runs that wait for a slot; more are refused as overloaded"),
+    Setting("max_optimizes", _whole(1), "2", "programs being optimized at once; more are refused as overloaded"),
     Setting("cache_entries", _whole(0), "10000", "LM answers kept in memory; 0: none"),
     Setting("disk_cache", _folder, "", "a folder for DSPy's disk cache; off if unset"),
     Setting("init", _function, "", "package.module:function called once DSPy is imported, before the first program"),

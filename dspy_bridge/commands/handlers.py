@@ -6,7 +6,7 @@ import os
 import time
 
 from dspy_bridge import __version__
-from dspy_bridge.commands import arguments, evaluation
+from dspy_bridge.commands import arguments, evaluation, optimization
 from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry, working
 from dspy_bridge.dispatch.call import Call, Command
@@ -48,6 +48,7 @@ _EXECUTE_ARGS = (
     "item_timeout_ms",
     "expected",
     "metric",
+    "optimize",
     "options",
 )
 # Each is at least one more LM call.
@@ -65,6 +66,7 @@ class Commands:
         self._registry = Registry()
         self._threads = WorkerThreads()
         self._loader = ProgramLoader(settings, setup, self._threads)
+        self._optimizations = optimization.Optimizations(settings.max_optimizes, self._loader)
         self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Command]:
@@ -98,7 +100,10 @@ class Commands:
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """The output fields of one run; `{"results": […]}` for a list of inputs, with a metric also their scores."""
+        """The output fields of one run; `{"results": […]}` for a list of inputs, with a metric also their scores.
+
+        With `optimize`, the state of a better program.
+        """
         refuse_unknown(args, _EXECUTE_ARGS)
         id = arguments.text(args, "program_id")
         inputs = args.get("inputs")
@@ -115,9 +120,12 @@ class Commands:
             if limit is not None and isinstance(inputs, dict):
                 raise InvalidArgs(f"{name}: only for a list of inputs")
         evaluated = evaluation.read(args, inputs)
+        optimized = optimization.read(args, inputs, evaluated)
         entry = self._registry.get(id)
         if entry is None:
             raise ProgramNotFound(id)
+        if optimized is not None:
+            return self._optimize(entry, optimized, lm, call)
         options = {"config": config, "lm": lm, "attempts": attempts}
         return self._execute(entry, inputs, options, limits, evaluated, call)
 
@@ -146,7 +154,7 @@ class Commands:
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._load(),
-            "threads": self._threads.counts(),
+            "threads": self._optimizations.added_to(self._threads.counts()),
             "pid": os.getpid(),
             "versions": self._versions,
             "degraded": self._loader.degraded(),
@@ -197,6 +205,10 @@ class Commands:
         if evaluated is not None:
             return await evaluation.run(evaluated, program, inputs, one, call, stream=stream, **limits)
         return {"results": await batch.run(inputs, one, call, stream=stream, **limits)}
+
+    async def _optimize(self, entry: Entry, given: optimization.Given, lm: object, call: Call) -> dict[str, Any]:
+        entry, _ = await self._working(entry, call)
+        return await self._optimizations.run(given, entry, lm, call)
 
     async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
         """States are dumped in a thread: they may be large, and user code may dump them."""

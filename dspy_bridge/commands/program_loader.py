@@ -9,6 +9,7 @@ from dspy_bridge.runtime.gc_freeze import GcFreezer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
     from typing import Any
 
@@ -41,16 +42,21 @@ class ProgramLoader:
         import asyncio
 
         if entry.loading is None:
-            if self._thread is None:
-                from dspy_bridge.runtime.daemon_threads import DaemonThreads
-
-                self._thread = DaemonThreads(1, "dspy_bridge-loader")
-            load = asyncio.get_running_loop().run_in_executor(self._thread, self._make, entry.definition)
-            entry.loading = load
+            load = entry.loading = self.build(entry.definition)
             # All its waiters may be cancelled: asyncio would then log a failure as never retrieved.
             load.add_done_callback(lambda done: done.cancelled() or done.exception())
         # A cancelled waiter does not stop it for the others.
         return await asyncio.shield(entry.loading)
+
+    def build(self, definition: dict[str, Any]) -> asyncio.Future[Program]:
+        """A program of a definition, loaded anew. On the event loop."""
+        import asyncio
+
+        if self._thread is None:
+            from dspy_bridge.runtime.daemon_threads import DaemonThreads
+
+            self._thread = DaemonThreads(1, "dspy_bridge-loader")
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._make, definition)
 
     def degraded(self) -> list[str]:
         """Names of the features that the installed DSPy does not allow; empty before it is imported."""

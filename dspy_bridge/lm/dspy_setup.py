@@ -142,9 +142,16 @@ class Models:
 
     @contextmanager
     def context(
-        self, pool: LMPool | None, adapter: dspy.Adapter | None, run: admission.Run | None = None
+        self,
+        pool: LMPool | None,
+        adapter: dspy.Adapter | None,
+        run: admission.Run | None = None,
+        *,
+        own_connections: bool = False,
     ) -> Iterator[None]:
         """DSPy's settings for one call, or one attempt of `run`; without a pool the default LM's.
+
+        `own_connections`: for a run whose calls of its LM would take those of others.
 
         Raises `LMNotConfigured`.
         """
@@ -154,7 +161,9 @@ class Models:
             lm = dspy.settings.lm
             if pool is None and self._default is not None and lm is self._default[1]:
                 pool = self._default[0]
-            if pool is not None:
+            if pool is not None and own_connections:
+                lm = pool.fresh().lasting()
+            elif pool is not None:
                 lm = stack.enter_context(pool.checkout())
             if lm is None:
                 raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")

@@ -34,8 +34,20 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         self.gate: Gate | None = None
         connections.register(self)
 
+    def __deepcopy__(self, _memo: object) -> LoopLM:
+        # A copy of a program has the same LM: another one would open connections of its own.
+        return self
+
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
+        run: admission.Run | None = dspy.settings.get(admission.RUN)
+        slot = None if run is None else run.slot()
+        if slot is None:
+            return await self._acall(*args, **kwargs)
+        async with slot:
+            return await self._acall(*args, **kwargs)
+
+    async def _acall(self, *args: Any, **kwargs: Any) -> Any:
         try:
             with self._calling():
                 return await super().acall(*args, **kwargs)

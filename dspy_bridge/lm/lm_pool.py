@@ -41,11 +41,16 @@ class LMPool:
         """
         # Its LMs share one script.
         self._options = options = script_lm.with_script(options)
+        self._loops = loops
         self._secrets = list(redaction.secrets(options))
         redaction.remember(self._secrets)
         self._lms = [_make_lm(options)]
         self._in_flight = [0]
         weakref.finalize(self, _close, self._lms, loops).atexit = False
+
+    def fresh(self) -> LMPool:
+        """A pool with the same options, and connections of its own."""
+        return LMPool(self._options, self._loops)
 
     def lasting(self) -> dspy.BaseLM:
         """An LM to keep: it keeps the pool."""

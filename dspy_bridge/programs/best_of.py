@@ -19,7 +19,6 @@ class BestRunner(Runner):
     """BestOfN or Refine: a copy for each call, since their objects count failures."""
 
     def __init__(self, kind: Any, inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> None:
-        self._inner = inner
         self._reward = reward
         made = (
             kind(module=inner, reward_fn=reward, **chosen) if kind is dspy.BestOfN else _refine(inner, reward, chosen)
@@ -30,19 +29,40 @@ class BestRunner(Runner):
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The best prediction; raises the last failure if there is none."""
         failures = _Failures()
-        module = copy.copy(self.module)
-        module.module = _Attempt(self._inner, failures)
-        module.reward_fn = lambda *args: _guarded(failures, self._reward, *args)
-        adapter = _without_advice_in_errors(dspy.settings.adapter or dspy.ChatAdapter(), failures)
+        module = self._with_guards(self.module, failures)
         # DSPy appends to the trace even if it is off: None would be a TypeError.
-        with dspy.context(trace=[], adapter=adapter):
+        with dspy.context(trace=[], adapter=_guarded_adapter(failures)):
             try:
-                prediction = await threads.run(lambda: module(**values))
+                return _there(await threads.run(lambda: module(**values)), failures)
             except _Failed:
                 raise failures[-1] from None
-        if prediction is None:
-            raise failures[-1] if failures else OutputInvalid("no attempt gave an answer")
-        return prediction
+
+    def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
+        """As `Runner`'s."""
+        failures = _Failures()
+        guarded = self._with_guards(module, failures)
+        with dspy.context(adapter=_guarded_adapter(failures)):
+            try:
+                return _there(kind.forward(guarded, **values), failures)
+            except _Failed:
+                raise failures[-1] from None
+
+    def _with_guards(self, module: dspy.Module, failures: _Failures) -> dspy.Module:
+        """A copy for one call. Its inner module is its own: that of an optimized program differs."""
+        guarded = copy.copy(module)
+        guarded.module = _Attempt(module.module, failures)
+        guarded.reward_fn = lambda *args: _guarded(failures, self._reward, *args)
+        return guarded
+
+
+def _there(prediction: Any, failures: _Failures) -> Any:
+    if prediction is None:
+        raise failures[-1] if failures else OutputInvalid("no attempt gave an answer")
+    return prediction
+
+
+def _guarded_adapter(failures: _Failures) -> dspy.Adapter:
+    return _without_advice_in_errors(dspy.settings.adapter or dspy.ChatAdapter(), failures)
 
 
 def _refine(inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> dspy.Module:

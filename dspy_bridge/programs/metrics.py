@@ -28,15 +28,23 @@ class Metric:
         self._match = match
 
     async def score(
-        self, example: dict[str, Any], outputs: dict[str, Any], call: Caller, purpose: str = "score"
+        self,
+        example: dict[str, Any],
+        outputs: dict[str, Any],
+        call: Caller,
+        purpose: str = "score",
+        predictor: dict[str, Any] | None = None,
     ) -> tuple[float, str | None]:
         """The score, and the tool's feedback, if it has any. `example`: its inputs and expected values.
 
-        On the event loop. Raises `ToolFailed`.
+        `predictor`: the name, the inputs and the outputs of the one that feedback is for. On the event loop. Raises
+        `ToolFailed`.
         """
         if self.tool is None:
             return self._compare(rewards.plain({self.field: outputs.get(self.field)})[self.field], example), None
         asked = {"example": example, "prediction": outputs, "purpose": purpose}
+        if predictor is not None:
+            asked["predictor"] = predictor
         return _read_score(await call.call_tool(self.tool, asked), self.tool)
 
     def _compare(self, got: Any, example: dict[str, Any]) -> float:
@@ -68,34 +76,35 @@ def read_examples(
     expected: list[Any] | None,
     signature: type[dspy.Signature],
     files_dir: str | None,
-) -> list[dict[str, Any]]:
-    """What the metric gets of each item: its inputs, and what is expected of it.
+    where: str = "expected",
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What the metric gets of each item, its inputs and what is expected of it; and the expected outputs as values.
 
     Output fields in `expected` are checked; other keys are for the metric alone. Raises `InvalidArgs` or `NotAllowed`.
     """
     if expected is None:
         if metric.tool is None:
-            raise InvalidArgs(f"expected: missing; the metric compares {metric.field} with it")
-        return [item if isinstance(item, dict) else {} for item in inputs]
+            raise InvalidArgs(f"{where}: missing; the metric compares {metric.field} with it")
+        return [(item if isinstance(item, dict) else {}, {}) for item in inputs]
     fields = {
         name: pydantic.TypeAdapter(media.accepting(field.rebuild_annotation(), files_dir))
         for name, field in signature.output_fields.items()
     }
     examples = []
     for index, (item, wanted) in enumerate(zip(inputs, expected, strict=True)):
-        where = f"expected[{index}]"
+        here = f"{where}[{index}]"
         if not isinstance(wanted, dict):
-            raise InvalidArgs(f"{where}: expected an object of output fields, and what else the metric needs")
+            raise InvalidArgs(f"{here}: expected an object of output fields, and what else the metric needs")
         for name in wanted:
             if name in signature.input_fields:
-                raise InvalidArgs(f"{where}.{name}: an input; expected output fields, and what else the metric needs")
+                raise InvalidArgs(f"{here}.{name}: an input; expected output fields, and what else the metric needs")
         of_program = {name: wanted[name] for name in wanted if name in fields}
-        read = saved_state.read_fields(of_program, fields, where)
+        values = saved_state.read_fields(of_program, fields, here)
         if metric.tool is None:
             if metric.field not in wanted:
-                raise InvalidArgs(f"{where}.{metric.field}: missing; the metric compares with it")
-            wanted = rewards.plain({metric.field: read[metric.field]})
-        examples.append({**(item if isinstance(item, dict) else {}), **wanted})
+                raise InvalidArgs(f"{here}.{metric.field}: missing; the metric compares with it")
+            wanted = rewards.plain({metric.field: values[metric.field]})
+        examples.append(({**(item if isinstance(item, dict) else {}), **wanted}, values))
     return examples
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import dspy
@@ -23,7 +25,10 @@ from dspy_bridge.streaming.stream import Stream
 
 
 class Program:
-    """A loaded program. Its runs may overlap: DSPy's modules keep no state of a call."""
+    """A loaded program. Its runs may overlap: DSPy's modules keep no state of a call.
+
+    `of_dspy`: whether its module is DSPy's own.
+    """
 
     def __init__(self, definition: dict[str, Any], lms: dspy_setup.Models, threads: WorkerThreads) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs` or `NotAllowed`."""
@@ -37,9 +42,9 @@ class Program:
         lm = definition.get("lm")
         self._lm_given: object = lm
         self._lm = None if lm is None else lms.pool(lm)
-        self._runner = module_factory.build(definition, signature, lms)
-        self._of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
-        module = self._runner.module
+        self.runner = module_factory.build(definition, signature, lms)
+        self.of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
+        module = self.runner.module
         state = saved_state.read(definition, lms.settings.state_dir)
         self._saved_lm = None if state is None else saved_state.load(module, state)
         if self._saved_lm is not None and self._lm is None:
@@ -53,22 +58,80 @@ class Program:
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
 
-    def state(self) -> dict[str, Any]:
-        """What DSPy's `save` writes."""
-        return saved_state.dump(self._runner.module, self._saved_lm)
+    def state(self, module: dspy.Module | None = None) -> dict[str, Any]:
+        """What DSPy's `save` writes; of `module`, if it is given: one that an optimizer has made of the program's."""
+        return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
     async def metric(
         self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None, call: Caller
     ) -> tuple[metrics.Metric, list[dict[str, Any]]]:
         """A metric for this program, and what it gets of each item. Raises `InvalidArgs` or `NotAllowed`."""
         signature, files_dir = self._contract.signature, self._lms.settings.files_dir
-        metric = metrics.read(given, signature)
+        metric = self.read_metric(given)
 
         def read() -> list[dict[str, Any]]:
-            return metrics.read_examples(metric, inputs, expected, signature, files_dir)
+            return [example for example, _ in metrics.read_examples(metric, inputs, expected, signature, files_dir)]
 
         small = call.size < large_inputs.NEVER_LARGE and files_dir is None
         return metric, read() if small else await large_inputs.in_thread(read)
+
+    def read_metric(self, given: dict[str, Any]) -> metrics.Metric:
+        """A metric for this program. Raises `InvalidArgs`."""
+        return metrics.read(given, self._contract.signature)
+
+    def examples(
+        self, metric: metrics.Metric, inputs: list[Any], expected: list[Any] | None, where: str
+    ) -> list[tuple[dspy.Example, dict[str, Any]]]:
+        """For an optimizer: each with what the metric gets of it. `where`: of the lists, in errors.
+
+        Raises `InvalidArgs` or `NotAllowed`. In a thread: it may take long.
+        """
+        signature, files_dir = self._contract.signature, self._lms.settings.files_dir
+        read = metrics.read_examples(metric, inputs, expected, signature, files_dir, f"{where}expected")
+        examples = []
+        for index, (item, (given, outputs)) in enumerate(zip(inputs, read, strict=True)):
+            here = f"{where}inputs[{index}]"
+            if not isinstance(item, dict):
+                raise InvalidArgs(f"{here}: expected an object of the signature's input fields")
+            try:
+                values = self._checked(item)
+            except BridgeError as error:
+                raise type(error)(str(error).replace("inputs", here, 1)) from None
+            others = {name: value for name, value in given.items() if name not in item}
+            example = dspy.Example({**others, **outputs, **values}).with_inputs(*values)
+            examples.append((example, given))
+        return examples
+
+    def outputs(self, prediction: Any) -> dict[str, Any]:
+        """The output fields of what the module returned. Raises `OutputInvalid`."""
+        return self._fitting(self._outputs(prediction))
+
+    def _fitting(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        # An LM that calls tools natively writes no other output.
+        if not outputs.get("tool_calls"):
+            self._contract.check_outputs(outputs)
+        return outputs
+
+    @contextmanager
+    def optimizing(self, lm: object, run: admission.Run, call: Caller) -> Iterator[None]:
+        """The settings and context variables of an optimization. `lm`: None for the program's own.
+
+        Raises `LMNotConfigured` or `InvalidArgs`.
+        """
+        remote_tools.current_call.set(call)
+        call_records.refusing.set(not self._allow_truncated)
+        _, pool = self._lm_for({}, lm)
+        with self._lms.context(pool, self.runner.adapter(self._adapter), run, own_connections=True):
+            settings = call.meter.settings() if isinstance(call.meter, Meter) else {}
+            if isinstance(call.meter, Meter):
+                settings["callbacks"] = [*dspy.settings.callbacks, call.meter]
+            with dspy.context(**settings):
+                yield
+
+    def lm(self, given: object, where: str) -> dspy.BaseLM:
+        """Another LM for an optimization, with connections of its own. Raises `InvalidArgs`."""
+        # Optimizers write into its settings.
+        return self._lms.pool(given, where).fresh().lasting().copy()
 
     async def call(
         self,
@@ -86,7 +149,7 @@ class Program:
         `attempts`: how often an LM is asked at most whose answer does not fit. Raises `BridgeError`; any other
         exception is a defect.
         """
-        runner = self._runner
+        runner = self.runner
         values = await self._read(inputs, call, limit)
         config, allowed = call_records.take_allowed(config)
         if config and not runner.takes_config:
@@ -107,10 +170,7 @@ class Program:
                 if connections.ran_out(error):
                     await connections.close_idle()
                 raise dspy_errors.translate(error, given) from error
-            # An LM that calls tools natively writes no other output.
-            if not outputs.get("tool_calls"):
-                self._contract.check_outputs(outputs)
-            return outputs
+            return self._fitting(outputs)
 
         fields = list(self._contract.signature.output_fields)
         return await asking_again.run(once, attempts, fields, call if stream else None)
@@ -140,15 +200,15 @@ class Program:
 
         values, are_large = await large_inputs.in_thread(read)
         # The `forward` of a user's module may do something else than its `aforward`.
-        large_inputs.here.set(are_large and (self._of_dspy or not self._runner.on_loop))
+        large_inputs.here.set(are_large and (self.of_dspy or not self.runner.on_loop))
         return values
 
     def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The values for the module. Raises `InvalidArgs` or `NotAllowed`, naming everything that is wrong."""
-        extra = self._runner.extra
+        extra = self.runner.extra
         wrong: list[BridgeError] = []
         try:
-            self._runner.check(inputs)
+            self.runner.check(inputs)
         except InvalidArgs as error:
             wrong.append(error)
         values = self._contract.check({name: value for name, value in inputs.items() if name not in extra}, wrong)
@@ -159,15 +219,15 @@ class Program:
         settings: dict[str, Any] = {}
         streaming = None
         if stream:
-            streaming = Stream(self._runner.module, self._contract.signature, call, on_loop=self._runner.on_loop)
+            streaming = Stream(self.runner.module, self._contract.signature, call, on_loop=self.runner.on_loop)
             settings = streaming.settings()
         if isinstance(call.meter, Meter):
             settings.update(call.meter.settings())
             settings["callbacks"] = [*settings.get("callbacks", dspy.settings.callbacks), call.meter]
         if not settings:
-            return self._outputs(await self._runner.run(values, self._threads))
+            return self._outputs(await self.runner.run(values, self._threads))
         with dspy.context(**settings):
-            outputs = self._outputs(await self._runner.run(values, self._threads))
+            outputs = self._outputs(await self.runner.run(values, self._threads))
             if streaming is not None:
                 await streaming.finish(outputs)
             return outputs
@@ -184,7 +244,7 @@ class Program:
 
     def _settings_given(self, config: dict[str, Any] | None, lm: object) -> list[str]:
         """The arguments that became settings of DSPy's modules."""
-        if not self._of_dspy:
+        if not self.of_dspy:
             return []
         adapter = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
         given = {"config": config or self._config, "lm": lm or self._lm, "adapter": adapter}

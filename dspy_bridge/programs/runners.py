@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import dspy
@@ -12,7 +14,7 @@ from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import RemoteTool
-from dspy_bridge.runtime import large_inputs
+from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
@@ -47,6 +49,23 @@ class Runner:
             return await module.acall(**values)
         return await threads.run(lambda: module(**values))
 
+    def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
+        """The `forward` of a program that is optimized: `module`, one of many copies, in one of DSPy's threads.
+
+        `kind`: the class whose `forward` does the work.
+        """
+        if hasattr(kind, "forward"):
+            return kind.forward(module, **values)
+        job = worker_threads.current.get()
+        assert job is not None, "optimizations run in worker threads"
+        return job.on_loop(_run_async(kind, module, values))
+
+
+async def _run_async(kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
+    # On the event loop a sync call would wait for this very loop, if it went by the job.
+    worker_threads.current.set(None)
+    return await kind.aforward(module, **values)
+
 
 class ToolCallRunner(Runner):
     """Predict or ChainOfThought with tools: runs the tool calls of the LM's answer, native ones if the LM has them."""
@@ -69,10 +88,25 @@ class ToolCallRunner(Runner):
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The prediction, with results in its `tool_calls`; these run concurrently."""
         prediction = await super().run({**values, "tools": list(self._tools.values())}, threads)
+        prediction.tool_calls = await self._results(prediction)
+        return prediction
+
+    def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
+        """As `Runner`'s. Tools are not a part of what demos are made of."""
+        prediction = kind.forward(module, **values, tools=list(self._tools.values()))
+        for _predictor, inputs, _outputs in (dspy.settings.trace or [])[-1:]:
+            inputs.pop("tools", None)
+        job = worker_threads.current.get()
+        assert job is not None, "optimizations run in worker threads"
+        # Not into this one, which the trace has.
+        prediction = dspy.Prediction(**prediction)
+        prediction.tool_calls = job.on_loop(self._results(prediction))
+        return prediction
+
+    async def _results(self, prediction: dspy.Prediction) -> list[dict[str, Any]]:
         asked = prediction.get("tool_calls")
         calls = [] if asked is None else asked.tool_calls
-        prediction.tool_calls = await asyncio.gather(*(self._call(call.name, call.args) for call in calls))
-        return prediction
+        return await asyncio.gather(*(self._call(call.name, call.args) for call in calls))
 
     async def _call(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
         called = {"name": name, "args": args}
@@ -121,22 +155,36 @@ class CodeRunner(Runner):
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """As `Runner`'s; a cancelled call ends its sandbox, too."""
 
-        def work() -> Any:
-            ending = sandbox.Ending()
-            sandbox.current.set(ending)
-            try:
-                return self.module(**values)
-            finally:
-                ending.returned.set()
-
         # The code sees None for absent inputs.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        try:
-            return await threads.run(work)
-        except dspy.CodeInterpreterError as error:
-            raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
-        except RuntimeError as error:
-            # ProgramOfThought has no exception type for it.
-            if not str(error).startswith(dspy_internals.NO_MORE_HOPS):
-                raise
-            raise OutputInvalid(f"the code that the LM wrote failed each time: {error}") from error
+        with _failures_named():
+            return await threads.run(lambda: _in_sandbox(lambda: self.module(**values)))
+
+    def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
+        """As `Runner`'s."""
+        values = {**dict.fromkeys(self.module.signature.input_fields), **values}
+        with _failures_named():
+            return _in_sandbox(lambda: kind.forward(module, **values))
+
+
+def _in_sandbox(work: Callable[[], Any]) -> Any:
+    ending = sandbox.Ending()
+    token = sandbox.current.set(ending)
+    try:
+        return work()
+    finally:
+        sandbox.current.reset(token)
+        ending.returned.set()
+
+
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    try:
+        yield
+    except dspy.CodeInterpreterError as error:
+        raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
+    except RuntimeError as error:
+        # ProgramOfThought has no exception type for it.
+        if not str(error).startswith(dspy_internals.NO_MORE_HOPS):
+            raise
+        raise OutputInvalid(f"the code that the LM wrote failed each time: {error}") from error

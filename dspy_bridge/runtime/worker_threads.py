@@ -64,7 +64,8 @@ class Job:
             # That of `concurrent.futures` is an Exception, which code in the thread might handle as a failure.
             raise asyncio.CancelledError("nobody waits for this call any more") from None
         finally:
-            self._waiting.discard(future)
+            with self._lock:  # several threads may share a job
+                self._waiting.discard(future)
 
     def on_give_up(self, end: Callable[[], object]) -> None:
         """Call `end`, which stops what this thread has started, when the call is given up, or now if it was."""

@@ -150,7 +150,7 @@ def test_a_second_lm_of_a_program_that_is_gone_is_closed(
         assert await asyncio.to_thread(server.ended.acquire, timeout=PATIENCE)
 
     def second_of(program: Any) -> Any:
-        return program._adapter.extraction_model if program._adapter else program._runner.module.sub_lm
+        return program._adapter.extraction_model if program._adapter else program.runner.module.sub_lm
 
     asyncio.run(use())
 

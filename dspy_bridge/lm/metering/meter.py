@@ -157,6 +157,10 @@ def _usage(record: Record) -> dict[str, Any]:
 
 
 class _Tracker(dspy_internals.USAGE_TRACKER.value or object):  # type: ignore[misc]
+    def __deepcopy__(self, _memo: object) -> _Tracker:
+        # DSPy gives each of its threads a copy, whose counts nobody would read.
+        return self
+
     def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
         record = call_records.current.get()
         if record is not None:

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -41,6 +41,13 @@ class Run:
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
         self.steps = 0
+
+    def slot(self) -> AbstractAsyncContextManager[None] | None:
+        """What a call of an LM waits for, on its event loop, and leaves at its end; None by default."""
+        return None
+
+    def request(self) -> None:
+        """Called before each request to an LM's server, from any thread."""
 
     def overloaded(self, text: str) -> LMOverloaded:
         """The error for a request of the latest step."""
@@ -93,7 +100,10 @@ async def admit() -> Callable[[], None]:
     Raises `LMOverloaded`.
     """
     call = _call.get()
-    if call is None or not call.gate.account.watched:
+    if call is None:
+        return _nothing
+    call.run.request()
+    if not call.gate.account.watched:
         return _nothing
     loop = asyncio.get_running_loop()
     news = asyncio.Event()
@@ -122,7 +132,10 @@ def admit_in_thread() -> Callable[[], None]:
     On an event loop, where a request of LiteLLM's own would hold up everything else, it does nothing.
     """
     call = _call.get()
-    if call is None or not call.gate.account.watched or _on_loop():
+    if call is None:
+        return _nothing
+    call.run.request()
+    if not call.gate.account.watched or _on_loop():
         return _nothing
     news = threading.Event()
     with _admission(call, news.set) as ticket:
@@ -204,12 +217,12 @@ class TokenCount:
 
     def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
         """As of DSPy's `UsageTracker`."""
-        self._gate.spend(_tokens(usage_entry))
+        self._gate.spend(tokens(usage_entry))
         if self._tracker is not None:
             self._tracker.add_usage(lm, usage_entry)
 
 
-def _tokens(usage: dict[str, Any]) -> int:
+def tokens(usage: dict[str, Any]) -> int:
     total = usage.get("total_tokens")
     if isinstance(total, int):
         return total

@@ -350,7 +350,6 @@ WRONG = [
     ({"metric": {"field": [], "match": "f1"}}, "metric.field: expected one of answer"),
     ({"metric": {"field": "answer", "match": "fuzzy"}}, "metric.match: expected one of equals, exact_match, f1"),
     ({"metric": {"field": "answer", "match": {}}}, "metric.match: expected one of equals"),
-    ({"optimize": {}}, "optimize: unknown argument"),
 ]
 
 

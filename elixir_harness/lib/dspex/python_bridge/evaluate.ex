@@ -24,15 +24,22 @@ defmodule DSPex.PythonBridge.Evaluate do
   @type example :: {inputs :: map(), expected :: map() | nil} | map()
   @typedoc """
   A function, called with the example (its inputs and what is expected, in one map) and the outputs, both decoded JSON
-  with string keys; or an output field and how it is compared.
+  with string keys, and, if it takes three arguments, with what the score is for; or an output field and how it is
+  compared.
   """
   @type metric ::
-          (example :: map(), prediction :: map() ->
-             number()
-             | boolean()
-             | {number() | boolean(), feedback :: String.t()}
-             | {:error, term()})
+          (example :: map(), prediction :: map() -> score())
+          | (example :: map(), prediction :: map(), purpose() -> score())
           | {:field, atom() | String.t(), :equals | :exact_match | :f1 | :contains}
+  @type score ::
+          number()
+          | boolean()
+          | {number() | boolean(), feedback :: String.t()}
+          | {:error, term()}
+  @typedoc """
+  What a score is for: in an evaluation always `:score`. See `DSPex.PythonBridge.Optimize` for the others.
+  """
+  @type purpose :: :score | :bootstrap | {:feedback, map()}
   @type option ::
           {:metric, metric()}
           | {:max_concurrency, pos_integer()}
@@ -67,7 +74,7 @@ defmodule DSPex.PythonBridge.Evaluate do
 
   Options:
 
-    * `:metric` – required. A function of two arguments, which runs in processes of its own, several at once; it may run
+    * `:metric` – required. A function of two or three arguments, which runs in processes of its own, several at once; it may run
       other programs. `:exact_match` and `:f1` compare text as DSPy does, without case, punctuation and articles; `:equals`
       compares JSON values; `:contains` looks for the expected text in the output
     * `:max_concurrency` – how many examples are in work at once; by default 64

@@ -3,15 +3,12 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
   # The options of an evaluation. Those that are passed on to its requests are checked once, before the first of them.
 
   alias DSPex.PythonBridge.{Client, Error, Options}
-  alias DSPex.PythonBridge.Protocol.Payload
+  alias DSPex.PythonBridge.Evaluate.Metric
 
   @passed [:item_timeout_ms, :attempts, :tools, :retry, :traceparent, :telemetry_metadata]
   @arguments [:lm, :config]
   @own [:metric, :max_concurrency, :timeout, :on_result]
   @known @own ++ @arguments ++ @passed
-  @matches [:equals, :exact_match, :f1, :contains]
-  # A tool of a program cannot have this name.
-  @tool "metric:score"
   @default_concurrency 64
 
   @enforce_keys [:metric, :max_concurrency, :timeout, :on_result, :arguments, :passed]
@@ -32,7 +29,7 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
   def new(opts) do
     with true <- Keyword.keyword?(opts) || "options: expected a keyword list",
          nil <- Enum.find(Keyword.keys(opts), &(&1 not in @known)),
-         {:ok, metric, tools} <- metric(opts[:metric]),
+         {:ok, metric, tools} <- Metric.new(opts[:metric]),
          concurrency = Keyword.get(opts, :max_concurrency, @default_concurrency),
          true <-
            (is_integer(concurrency) and concurrency > 0) ||
@@ -43,7 +40,7 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
              ":timeout: expected ms greater than 0, or :infinity",
          on_result = Keyword.get(opts, :on_result, &Function.identity/1),
          true <- is_function(on_result, 1) || ":on_result: expected a function of one argument",
-         {:ok, passed} <- with_tools(Keyword.take(opts, @passed), tools),
+         {:ok, passed} <- Metric.add_tools(Keyword.take(opts, @passed), tools),
          {:ok, _checked} <- Client.Options.new(passed, @passed) do
       {:ok,
        %__MODULE__{
@@ -55,48 +52,10 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
          passed: passed
        }}
     else
-      {:error, error} -> {:error, error}
+      {:error, %Error{} = error} -> {:error, error}
+      {:error, text} -> {:error, Error.new(:invalid_request, text)}
       text when is_binary(text) -> {:error, Error.new(:invalid_request, text)}
       unknown -> {:error, Error.new(:invalid_request, Options.unknown(unknown, @known))}
-    end
-  end
-
-  defp metric(score) when is_function(score, 2),
-    do: {:ok, %{tool: @tool}, %{@tool => tool(score)}}
-
-  defp metric({:field, field, match}) when match in @matches do
-    case Payload.string(field) do
-      nil -> ":metric: expected the name of an output field"
-      name -> {:ok, %{field: name, match: match}, %{}}
-    end
-  end
-
-  defp metric({:field, _field, _match}),
-    do:
-      ":metric: expected {:field, name, match} with #{Enum.map_join(@matches, ", ", &inspect/1)}"
-
-  defp metric(nil),
-    do: ":metric: missing; expected a function of two arguments, or {:field, name, match}"
-
-  defp metric(_other),
-    do: ":metric: expected a function of two arguments, or {:field, name, match}"
-
-  defp tool(score) do
-    fn %{"example" => example, "prediction" => prediction} ->
-      case score.(example, prediction) do
-        {:error, reason} -> {:error, reason}
-        {value, feedback} when value != :ok -> %{score: value, feedback: feedback}
-        value -> value
-      end
-    end
-  end
-
-  defp with_tools(passed, none) when none == %{}, do: {:ok, passed}
-
-  defp with_tools(passed, tools) do
-    case Keyword.get(passed, :tools, %{}) do
-      given when is_map(given) -> {:ok, Keyword.put(passed, :tools, Map.merge(given, tools))}
-      _other -> ":tools: expected a map of names to functions"
     end
   end
 end

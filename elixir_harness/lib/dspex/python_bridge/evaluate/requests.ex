@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # not held twice.
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Evaluate.{Options, Result, Tally}
+  alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
   alias DSPex.PythonBridge.OTP.Deadline
 
   # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
@@ -73,7 +73,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
 
     fn {examples, number} ->
-      with {:ok, inputs, expected} <- columns(examples, number) do
+      with {:ok, inputs, expected} <- columns(examples) do
         args = Map.put(args, :inputs, inputs)
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
@@ -86,30 +86,11 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # At the deadline the request fails at once.
   defp left(deadline), do: with(0 <- Deadline.left(deadline), do: 1)
 
-  defp columns(examples, _number) do
-    pairs = Enum.map(examples, &pair/1)
-
-    cond do
-      index = Enum.find_index(pairs, &(&1 == nil)) ->
-        text = "examples[#{index}]: expected {inputs, expected}, two maps, or a map of inputs"
-        {:error, Error.new(:invalid_args, text)}
-
-      Enum.all?(pairs, &(elem(&1, 1) == nil)) ->
-        {:ok, Enum.map(pairs, &elem(&1, 0)), nil}
-
-      true ->
-        {inputs, expected} = Enum.unzip(pairs)
-        {:ok, inputs, Enum.map(expected, &(&1 || %{}))}
-    end
+  # Its index in the request, as the peer's errors have it.
+  defp columns(examples) do
+    with {:error, index} <- Examples.columns(examples),
+         do: {:error, Error.new(:invalid_args, Examples.refusal("examples", index))}
   end
-
-  @doc "The inputs of an example and what is expected, nil without; or nil for what is not an example."
-  @spec pair(term()) :: {map(), map() | nil} | nil
-  def pair({inputs, expected}) when is_map(inputs) and (is_map(expected) or expected == nil),
-    do: {inputs, expected}
-
-  def pair(inputs) when is_map(inputs), do: {inputs, nil}
-  def pair(_other), do: nil
 
   # The peer counts the examples of its request.
   defp located({:error, %Error{type: :invalid_args, message: text} = error}, before) do

@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   """
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Evaluate.Table
+  alias DSPex.PythonBridge.Evaluate.{Examples, Table}
 
   @enforce_keys [:score, :failed, :results, :usage, :duration_ms]
   defstruct @enforce_keys
@@ -62,7 +62,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   @spec items([term()], [map()], non_neg_integer()) :: [item()]
   def items(examples, results, before) do
     for {{example, result}, index} <- Enum.with_index(Enum.zip(examples, results), before) do
-      {inputs, expected} = pair(example)
+      {inputs, expected} = Examples.pair(example)
 
       %{
         index: index,
@@ -75,9 +75,6 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
       }
     end
   end
-
-  defp pair({inputs, expected}), do: {inputs, expected}
-  defp pair(inputs), do: {inputs, nil}
 
   defp error(%{"success" => true}), do: nil
 

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
   alias DSPex.PythonBridge.Stub.{Arguments, Evaluation}
 
   @execute ~w(program_id inputs config lm attempts max_concurrency item_timeout_ms) ++
-             ~w(expected metric options)
+             ~w(expected metric optimize options)
   @most_attempts 10
 
   @type t :: %{
@@ -71,7 +71,7 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
       else: :ok
   end
 
-  defp no_optimizer(%{"optimize" => _}),
+  defp no_optimizer(%{"optimize" => optimize}) when optimize != nil,
     do: refuse("optimize: a stub cannot optimize; test with a bridge and offline/script")
 
   defp no_optimizer(_args), do: :ok

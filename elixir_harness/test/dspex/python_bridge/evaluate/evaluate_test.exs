@@ -6,8 +6,11 @@ defmodule DSPex.PythonBridge.EvaluateTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool}
-  alias DSPex.PythonBridge.Evaluate.Result
+  alias DSPex.PythonBridge.Evaluate.{Examples, Metric, Result}
   alias DSPex.Test.SilentLM
+
+  doctest Examples
+  doctest Metric
 
   @answers %{"q-rome" => "The Rome!", "q-lima" => "Lima", "*" => "no idea"}
   @examples [
@@ -72,6 +75,18 @@ defmodule DSPex.PythonBridge.EvaluateTest do
       assert {:ok, result} = Evaluate.run(bridge, Asked, @examples, opts)
       assert Enum.map(result.results, & &1.score) == scores, "#{match}"
     end
+  end
+
+  test "a metric of three arguments gets what the score is for", %{bridge: bridge} do
+    metric = fn _example, _prediction, purpose -> purpose == :score end
+    assert {:ok, %Result{score: 1.0}} = Evaluate.run(bridge, "qa", @examples, metric: metric)
+
+    {:ok, %{tool: name}, tools} = Metric.new(fn _, _, purpose -> {0, inspect(purpose)} end)
+    predictor = %{"name" => "self", "inputs" => %{"q" => 1}, "outputs" => %{}}
+    asked = %{"example" => %{}, "prediction" => %{}, "purpose" => "feedback"}
+
+    assert tools[name].(Map.put(asked, "predictor", predictor)).feedback ==
+             inspect({:feedback, %{name: "self", inputs: %{"q" => 1}, outputs: %{}}})
   end
 
   test "a run that fails is 0, and the table shows the worst first", %{bridge: bridge} do

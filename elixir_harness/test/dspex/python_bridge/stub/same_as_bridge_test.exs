@@ -31,9 +31,11 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
     {"12", "1 2"},
     {"", ""},
     {"the", "nothing"},
-    {"left right", "right left"}
+    {"left right", "right left"},
+    {"one one two", "one three one"},
+    {"да áa и", "да a и"}
   ]
-  @values [1, true, nil, [1, "a"], %{"a" => [nil]}, "one", 0.5]
+  @values [1, 1.0, true, nil, [1, "a"], %{"a" => [nil]}, "one", 0.5]
   @steps [
     %{next_thought: "t", next_tool_name: "search", next_tool_args: %{query: "Elixir"}},
     %{next_thought: "t", next_tool_name: "finish", next_tool_args: %{}},

@@ -1,0 +1,167 @@
+"""Runs one optimization: DSPy's optimizer in a thread, and the reply on the event loop. Imports DSPy."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import dspy
+
+from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm import dspy_errors, dspy_internals
+from dspy_bridge.lm.offline import offline_lm
+from dspy_bridge.optimizing import optimizers
+from dspy_bridge.optimizing.arguments import Given
+from dspy_bridge.optimizing.candidates import Candidates
+from dspy_bridge.optimizing.metric_functions import MetricFunctions
+from dspy_bridge.optimizing.run import Run
+from dspy_bridge.optimizing.student import Student
+from dspy_bridge.optimizing.watch import Usage, Watch
+from dspy_bridge.programs import metrics
+from dspy_bridge.programs.program import Program
+from dspy_bridge.runtime import large_inputs, worker_threads
+from dspy_bridge.runtime.worker_threads import WorkerThreads
+
+# DSPy gives up after so many runs that failed. What ends an optimization is decided by `Student` and `Run`.
+_MANY = 1_000_000_000
+# Of a timer, in seconds.
+_LONGEST = 10 * 365 * 86_400
+
+
+class _NoTrace(list[Any]):
+    """DSPy's modules append to the trace, even if nobody reads it; without one BestOfN and Refine fail."""
+
+    def append(self, item: Any) -> None:
+        """Nothing."""
+
+    def extend(self, items: Any) -> None:
+        """Nothing."""
+
+
+async def run(
+    given: Given,
+    program: Program,
+    metric_given: dict[str, Any],
+    inputs: list[Any],
+    expected: list[Any] | None,
+    lm: object,
+    call: Caller,
+    limiter: Limiter,
+    threads: WorkerThreads,
+    *,
+    stream: bool,
+) -> dict[str, Any]:
+    """`{"state", "score", "baseline", "candidates", "stopped", "lm_calls", "metric_calls"}`.
+
+    `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
+    """
+    optimizers.check(given, len(inputs))
+    if given.budget.tokens is not None and not dspy_internals.USAGE_SETTING.there:
+        raise InvalidArgs(f"optimize.budget.tokens: DSPy {dspy.__version__} does not report tokens as expected")
+    if expected is None and given.optimizer == "labeled_few_shot":
+        raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
+    metric = program.read_metric(metric_given)
+    job = _Job(given, program, metric, Run(call, limiter, given.budget), stream)
+    await large_inputs.in_thread(lambda: job.read(inputs, expected))
+    return await job.run(lm, threads)
+
+
+class _Job:
+    def __init__(self, given: Given, program: Program, metric: metrics.Metric, run: Run, stream: bool) -> None:
+        self._given = given
+        self._program = program
+        self._metric = metric
+        self._run = run
+        self._stream = stream
+        self._sets: list[list[dspy.Example] | None] = []
+        self._examples: dict[int, dict[str, Any]] = {}
+        run.student = Student(program)
+
+    def read(self, inputs: list[Any], expected: list[Any] | None) -> None:
+        """Raises `InvalidArgs` or `NotAllowed`."""
+        self._sets = [self._read(inputs, expected, "")]
+        self._sets.append(None if self._given.valset is None else self._read(*self._given.valset, "optimize.valset."))
+        module = self._module = self._run.student.module()
+        given, valset = self._given, self._sets[1]
+        self._candidates = Candidates(
+            given.optimizer,
+            optimizers.scored_on(given, len(inputs), None if valset is None else len(valset)),
+            self._program.state(module),
+            self._program.state,
+            self._run,
+            self._send if self._stream else None,
+        )
+        self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
+        self._large = any(
+            large_inputs.is_large(item, large_inputs.LARGE_IN_BATCH)
+            for item in (*inputs, *(self._given.valset or ((), None))[0])
+        )
+
+    def _read(self, inputs: list[Any], expected: list[Any] | None, where: str) -> list[dspy.Example]:
+        read = self._program.examples(self._metric, inputs, expected, where)
+        self._examples.update((id(example), shown) for example, shown in read)
+        return [example for example, _ in read]
+
+    async def run(self, lm: object, threads: WorkerThreads) -> dict[str, Any]:
+        loop, run = asyncio.get_running_loop(), self._run
+        large_inputs.here.set(self._large)
+        with self._program.optimizing(lm, run, run.call):
+            # In the context: it has the settings.
+            work = loop.create_task(threads.run(self._optimize))
+        # If the run ends, nobody reads how its thread did.
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        timer = None
+        if (seconds := self._given.budget.seconds) is not None:
+            timer = loop.call_later(min(seconds, _LONGEST), run.end, "seconds")
+        try:
+            await asyncio.wait((work, run.ending), return_when=asyncio.FIRST_COMPLETED)
+            if not run.ending.done():
+                return await self._result(work)
+            why = run.ending.result()
+            if isinstance(why, BaseException):
+                raise why
+            return await large_inputs.in_thread(lambda: self._candidates.result(stopped=why))
+        finally:
+            run.close()
+            work.cancel()
+            if timer is not None:
+                timer.cancel()
+
+    async def _result(self, work: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return await work
+        except Exception as error:
+            known = dspy_errors.translate(error, [])
+            refused = isinstance(error, (AssertionError, ImportError, TypeError, ValueError))
+            if known is error and refused and self._run.lm_calls == self._run.metric_calls == 0:
+                # DSPy checks its arguments as it begins.
+                raise InvalidArgs(f"optimize: {error}") from error
+            raise known from error
+
+    def _optimize(self) -> dict[str, Any]:
+        """In a worker thread."""
+        trainset, valset = self._sets
+        assert trainset is not None
+        run, given = self._run, self._given
+        run.begin()
+        functions = MetricFunctions(self._metric, self._program, self._examples, run, self._candidates.scored)
+        settings: dict[str, Any] = {"trace": _NoTrace(), "max_errors": _MANY}
+        settings["callbacks"] = [*dspy.settings.callbacks, Watch(run, self._candidates)]
+        if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):
+            settings["callbacks"].append(offline_lm.WatchFormat())
+        if dspy_internals.USAGE_SETTING.there:
+            name = dspy_internals.USAGE_SETTING.attribute
+            settings[name] = Usage(run, dspy.settings[name])
+        with dspy.context(**settings):
+            made = optimizers.compile(given, self._module, trainset, valset, functions, self._lms)
+            return self._candidates.result(made)
+
+    def _send(self, item: dict[str, Any]) -> None:
+        """An item of the stream; waits until the client can take more."""
+        job = worker_threads.current.get()
+        if job is None or "candidate" not in item:
+            self._run.call.stream_item_threadsafe(item)
+        else:
+            job.on_loop(self._run.call.stream_item(item))

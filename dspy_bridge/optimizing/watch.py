@@ -1,0 +1,78 @@
+"""DSPy's callback by which an optimization sees what DSPy does: LM calls and evaluations. Imports DSPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dspy.utils.callback import BaseCallback
+
+from dspy_bridge.errors import LMFailed, LMNotConfigured
+from dspy_bridge.lm import dspy_errors, dspy_internals
+from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.offline.offline_lm import OfflineLM
+from dspy_bridge.lm.transport import admission
+from dspy_bridge.optimizing.candidates import Candidates
+from dspy_bridge.optimizing.run import Run
+
+
+class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
+    """Errors that would hit all calls end the run, whatever DSPy does with them."""
+
+    def __init__(self, run: Run, candidates: Candidates) -> None:
+        self._run = run
+        self._candidates = candidates
+        # Evaluations under way, by DSPy's ids of the calls: the program, and whether it is scored on the whole set.
+        self._evaluations: dict[str, tuple[Any, bool]] = {}
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._run.check()
+
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._run.check()
+        if not _requests_are_counted(instance):
+            self._run.request()
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        if exception is not None and not isinstance(exception, Exception):
+            return
+        error = None if exception is None else dspy_errors.translate(exception, [])
+        if isinstance(error, LMNotConfigured) or (isinstance(error, LMFailed) and error.refused):
+            self._run.end(error)
+        self._run.lm_answered(error)
+        self._candidates.report()
+
+    def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        given = inputs.get("devset")
+        examples = instance.devset if given is None else given
+        self._evaluations[call_id] = inputs["program"], len(examples) >= len(instance.devset)
+        self._candidates.begin_evaluation(len(examples))
+
+    def on_evaluate_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        program, whole = self._evaluations.pop(call_id)
+        if exception is None:
+            scores = [getattr(score, "score", score) for _, _, score in outputs.results]
+            self._candidates.end_evaluation(program, [float(score) for score in scores], whole)
+
+
+class Usage:
+    """What DSPy reports the tokens of an answer to, in front of its usual tracker, or None."""
+
+    def __init__(self, run: Run, tracker: Any) -> None:
+        self._run = run
+        self._tracker = tracker
+
+    def __deepcopy__(self, _memo: object) -> Usage:
+        # As DSPy copies it for each thread.
+        return self
+
+    def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
+        """As of DSPy's `UsageTracker`."""
+        self._run.spend(admission.tokens(usage_entry))
+        if self._tracker is not None:
+            self._tracker.add_usage(lm, usage_entry)
+
+
+def _requests_are_counted(lm: Any) -> bool:
+    """Whether `admission` sees each of its requests, so that a call that the cache answers costs nothing."""
+    seen = dspy_internals.ASYNC_TRANSPORT.there or dspy_internals.BEFORE_3_4
+    return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and seen
