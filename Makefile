@@ -65,7 +65,7 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/dspy-$(VERSION)/bin/python -c $(VENV)/dspy-$(VERSION)/pins.txt \
 	  --upgrade-package dspy -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
-	  $(addprefix tests/end_to_end/,lm programs streaming commands) $(addprefix tests/,lm programs signatures streaming commands runtime root)
+	  $(addprefix tests/end_to_end/,lm programs optimizing streaming commands) $(addprefix tests/,lm programs optimizing signatures streaming commands runtime root)
 
 test-install: setup ## install the packages into a new Mix application, and test it
 	$(PY) -m pytest -q tests/install
