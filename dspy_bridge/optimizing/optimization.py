@@ -140,7 +140,14 @@ class _Job:
         run, given = self._run, self._given
         executors.install()
         run.begin()
-        functions = MetricFunctions(self._metric, self._program, self._examples, run, self._candidates.scored)
+        functions = MetricFunctions(
+            self._metric,
+            self._program,
+            self._examples,
+            run,
+            self._candidates.scored,
+            optimizers.highest_score(given),
+        )
         settings: dict[str, Any] = {"trace": _NoTrace(), "max_errors": _MANY}
         settings["callbacks"] = [*dspy.settings.callbacks, Watch(run, self._candidates)]
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):
@@ -150,6 +157,7 @@ class _Job:
             settings[name] = Usage(run, dspy.settings[name])
         with dspy.context(**settings):
             made = optimizers.compile(given, self._module, trainset, valset, functions, self._lms)
+            run.refuse_failures()
             return self._candidates.result(made)
 
     def _send(self, item: dict[str, Any]) -> None:
