@@ -168,6 +168,8 @@ defmodule DSPex.MixProject do
           DSPex.PythonBridge.Program,
           DSPex.PythonBridge.Evaluate,
           DSPex.PythonBridge.Evaluate.Result,
+          DSPex.PythonBridge.Optimize,
+          DSPex.PythonBridge.Optimize.Result,
           DSPex.PythonBridge.Error,
           DSPex.PythonBridge.History
         ],

@@ -36,7 +36,7 @@ class Candidates:
         self._state_of = state_of
         self._run = run
         self._send = send
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._scores: dict[bytes, float] = {}
         self._best: tuple[float, dict[str, Any]] | None = None
         self.count = 0
@@ -48,10 +48,10 @@ class Candidates:
 
     def result(self, module: Any = None, stopped: str | None = None) -> dict[str, Any]:
         """The reply: of the optimizer's result, or of the best candidate if the run was stopped."""
+        made = None if module is None else self._state_of(module)
         with self._lock:
-            if module is not None:
-                state = self._state_of(module)
-                score = self._scores.get(_key(state))
+            if made is not None:
+                score, state = self._scores.get(_key(made)), made
             else:
                 score, state = self._best or (None, self._start)
             return {
@@ -74,19 +74,21 @@ class Candidates:
         """It has ended. `all_of_set`: it had all examples of its own set."""
         with self._lock:
             self._total = None
-            if all_of_set and (self._whole is None or len(scores) >= self._whole):
-                self._add(module, scores)
+        if all_of_set and (self._whole is None or len(scores) >= self._whole):
+            self._add(module, scores)
 
     def scored(self, module: Any, example: Any, score: float) -> None:
         """One run has its score. `module`: the program, where no `dspy.Evaluate` scores it."""
+        whole: dict[int, float] | None = None
         with self._lock:
             self._done += 1
             if module is not None and self._whole is not None:
                 scores = self._scored.setdefault(module, {})
                 scores[id(example)] = score
                 if len(scores) == self._whole:
-                    del self._scored[module]
-                    self._add(module, list(scores.values()))
+                    whole = self._scored.pop(module)
+        if whole is not None:
+            self._add(module, list(whole.values()))
         self.report()
 
     def report(self) -> None:
@@ -109,13 +111,15 @@ class Candidates:
 
     def _add(self, module: Any, scores: list[float]) -> None:
         score, state = metrics.mean(scores), self._state_of(module)
-        self.count += 1
-        self._scores.setdefault(_key(state), score)
-        best = self._best is None or score > self._best[0]
-        item: dict[str, Any] = {"number": self.count, "score": score, "of": len(scores), "best": best}
-        if best:
-            self._best = score, state
-            item["state"] = state
+        with self._lock:
+            self.count += 1
+            self._scores.setdefault(_key(state), score)
+            best = self._best is None or score > self._best[0]
+            item: dict[str, Any] = {"number": self.count, "score": score, "of": len(scores), "best": best}
+            if best:
+                self._best = score, state
+                item["state"] = state
+        # Not with the lock: this waits for the client, and the reply needs the lock.
         if self._send is not None:
             self._send({"candidate": item})
 

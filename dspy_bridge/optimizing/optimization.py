@@ -60,6 +60,8 @@ async def run(
     optimizers.check(given, len(inputs))
     if given.budget.tokens is not None and not dspy_internals.USAGE_SETTING.there:
         raise InvalidArgs(f"optimize.budget.tokens: DSPy {dspy.__version__} does not report tokens as expected")
+    if expected is None and given.optimizer == "labeled_few_shot":
+        raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
     metric = program.read_metric(metric_given)
     job = _Job(given, program, metric, Run(call, limiter, given.budget), stream)
     await large_inputs.in_thread(lambda: job.read(inputs, expected))
@@ -92,7 +94,10 @@ class _Job:
             self._send if self._stream else None,
         )
         self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
-        self._large = any(large_inputs.is_large(item, large_inputs.LARGE_IN_BATCH) for item in inputs)
+        self._large = any(
+            large_inputs.is_large(item, large_inputs.LARGE_IN_BATCH)
+            for item in (*inputs, *(self._given.valset or ((), None))[0])
+        )
 
     def _read(self, inputs: list[Any], expected: list[Any] | None, where: str) -> list[dspy.Example]:
         read = self._program.examples(self._metric, inputs, expected, where)
@@ -105,6 +110,8 @@ class _Job:
         with self._program.optimizing(lm, run, run.call):
             # In the context: it has the settings.
             work = loop.create_task(threads.run(self._optimize))
+        # If the run ends, nobody reads how its thread did.
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
         timer = None
         if (seconds := self._given.budget.seconds) is not None:
             timer = loop.call_later(min(seconds, _LONGEST), run.end, "seconds")

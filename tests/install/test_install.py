@@ -113,10 +113,13 @@ def test_the_doctor_says_first_what_to_do(app: Path) -> None:
 
 
 def test_after_setup_the_doctor_is_content(ready: Path) -> None:
+    """What is missing for some optimizers is a note, with what installs it."""
     done = run("mix", "dspex.doctor", "--json", cwd=ready, MIX_QUIET="1")
     assert done.returncode == 0, done.stdout
     report = json.loads(done.stdout)
     assert report["ok"] and {check["status"] for check in report["checks"]} <= {"ok", "note"}, report
+    (optimizers,) = (check for check in report["checks"] if check["name"] == "optimizers")
+    assert optimizers["status"] == "note" and "mix dspex.setup --with optimizers" in optimizers["found"]
 
 
 def test_setup_once_more_has_nothing_to_do(ready: Path) -> None:
@@ -127,14 +130,18 @@ def test_setup_once_more_has_nothing_to_do(ready: Path) -> None:
     assert python.stat().st_mtime_ns == before and "config :dspex" not in done.stdout
 
 
-def test_setup_with_uv(app: Path) -> None:
-    """Where it is on the PATH."""
+def test_setup_with_uv_and_optimizers(app: Path) -> None:
+    """With the uv that is on the PATH, and what MIPROv2 and SIMBA need, in the pinned versions."""
     tools = app.parent / "tools"
     tools.mkdir()
     (tools / "uv").symlink_to(Path(sys.executable).with_name("uv"))
     path = f"{tools}:{os.environ['PATH']}"
-    done = run("mix", "dspex.setup", "--path", "with_uv", "--python", sys.executable, cwd=app, PATH=path)
+    setup = ("mix", "dspex.setup", "--path", "with_uv", "--python", sys.executable, "--with", "optimizers")
+    done = run(*setup, cwd=app, PATH=path)
     assert done.returncode == 0, done.stdout
+    found = re.search(r"✓ optimizers +all of them, with numpy (\S+), optuna (\S+)\n", done.stdout)
+    pins = (HARNESS / "priv/python/optimizers.txt").read_text()
+    assert found is not None and f"\nnumpy=={found[1]} " in pins and f"\noptuna=={found[2]} " in pins, done.stdout
     assert "uv" in (app / "with_uv" / "pyvenv.cfg").read_text()
     done = run(app / "with_uv" / "bin" / "python", "-m", "dspy_bridge", "--selftest", cwd=Path("/"))
     assert done.returncode == 0, done.stdout

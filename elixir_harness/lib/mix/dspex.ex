@@ -19,6 +19,52 @@ defmodule Mix.DSPex do
     end
   end
 
+  @doc """
+  Starts the project's application. What fails exits with 2: 1 is the status of a task that has run, with a bad result.
+  `clean: true` keeps the logs from standard output, unless the project configures where they go.
+  """
+  @spec start(keyword()) :: :ok
+  def start(opts \\ []) do
+    load_config()
+    if opts[:clean], do: log_to_stderr()
+    Mix.Task.run("app.start")
+    :ok
+  rescue
+    error in Mix.Error -> reraise %{error | mix: 2}, __STACKTRACE__
+  catch
+    # The compiler has printed why.
+    :exit, {:shutdown, status} when is_integer(status) -> exit({:shutdown, 2})
+  end
+
+  @doc "The default handler of Logger writes to standard error, unless the project configures where its logs go."
+  @spec log_to_stderr() :: :ok
+  def log_to_stderr do
+    with handler when is_list(handler) <- Application.get_env(:logger, :default_handler, []),
+         config = Map.new(handler[:config] || []),
+         false <- is_map_key(config, :file) or Keyword.has_key?(handler, :module) do
+      config = Map.put(config, :type, :standard_error)
+      Application.put_env(:logger, :default_handler, Keyword.put(handler, :config, config))
+    end
+
+    :ok
+  end
+
+  @doc """
+  Calls `fun` while all that this process and those that it starts print goes to standard error: standard output is kept
+  for JSON.
+  """
+  @spec divert_output((-> value)) :: value when value: term()
+  def divert_output(fun) do
+    stdout = Process.group_leader()
+    Process.group_leader(self(), Process.whereis(:standard_error))
+
+    try do
+      fun.()
+    after
+      Process.group_leader(self(), stdout)
+    end
+  end
+
   @doc "The default folder of the virtual environment: in `_build`, one for all environments of Mix."
   @spec default_venv() :: Path.t()
   def default_venv do

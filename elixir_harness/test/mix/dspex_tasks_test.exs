@@ -152,15 +152,19 @@ defmodule Mix.Tasks.DspexTasksTest do
       assert text =~ "making #{folder}" and not (text =~ "To use it")
     end
 
-    test "--path: makes it there; names another interpreter that comes first", %{
+    test "--path, --with: makes it there, with it; names another interpreter that comes first", %{
       tmp_dir: dir
     } do
       uv(dir)
       put_config(:python_bridge, python_executable: python())
       folder = Path.join(dir, "there")
-      {text, 0} = run(Setup, ["--path", Path.relative_to_cwd(folder), "--python", python()])
+      args = ["--path", Path.relative_to_cwd(folder), "--python", python()]
+      {text, 0} = run(Setup, args ++ ["--with", "optimizers"])
       assert text =~ "making #{folder} with uv from #{python()}, Python 3."
       assert text =~ "and remove :python_executable from :python_bridge, which comes first"
+      assert text =~ ~r/✓ optimizers    all of them, with numpy \d.*, optuna \d/
+      manifest = JSON.decode!(File.read!(Path.join(folder, "dspex_setup.json")))
+      assert %{"extras" => ["optimizers"]} = manifest
     end
 
     test "exits with 1 when the doctor finds something", %{tmp_dir: dir} do
@@ -176,6 +180,10 @@ defmodule Mix.Tasks.DspexTasksTest do
     } do
       assert_raise Mix.Error, ~r/^no Python found: --python names \/no\/python.*$/, fn ->
         Setup.run(["--python", "/no/python"])
+      end
+
+      assert_raise Mix.Error, ~r/--with dspy is not known; .*: optimizers$/, fn ->
+        Setup.run(["--with", "dspy"])
       end
 
       put_config(:python_environment, virtual_env: 5)

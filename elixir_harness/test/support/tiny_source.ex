@@ -1,6 +1,7 @@
 defmodule DSPex.Test.TinySource do
   @moduledoc """
-  What `DSPex.PythonBridge.Venv` installs, in small: one distribution, `tiny`, with its hashes, and a package `dspy-bridge`. With
+  What `DSPex.PythonBridge.Venv` installs, in small: one distribution, `tiny`, with its hashes, another, `tuner`, for optimizers,
+  and a package `dspy-bridge`. With
   the settings of `env/1` uv takes both from the folder, without a network, and pip takes `uv` from there: a script that runs
   the one of the tests' Python.
   """
@@ -21,7 +22,11 @@ defmodule DSPex.Test.TinySource do
   @doc "Makes it in `folder`, with `tiny` pinned to `version`."
   def make(folder, version \\ "1.0") do
     File.mkdir_p!(Path.join(folder, "wheels"))
-    for v <- ["1.0", "2.0"], do: wheel(folder, "tiny", v, [{"tiny.py", "VERSION = '#{v}'\n"}])
+
+    for name <- ["tiny", "tuner"],
+        v <- ["1.0", "2.0"],
+        do: wheel(folder, name, v, [{"#{name}.py", "VERSION = '#{v}'\n"}])
+
     uv = Path.join(Path.dirname(DSPex.Test.Helpers.python()), "uv")
 
     wheel(folder, "uv", "0.0", [
@@ -31,6 +36,7 @@ defmodule DSPex.Test.TinySource do
 
     File.write!(Path.join(folder, "uv.txt"), pinned(folder, "uv", "0.0"))
     pin(folder, version)
+    pin_optimizers(folder, "1.0")
     package(folder, "one")
     folder
   end
@@ -44,6 +50,10 @@ defmodule DSPex.Test.TinySource do
     #{pinned(folder, "tiny", version)}
     """)
   end
+
+  @doc "Pins `tuner`, which is for optimizers."
+  def pin_optimizers(folder, version),
+    do: File.write!(Path.join(folder, "optimizers.txt"), pinned(folder, "tuner", version))
 
   defp pinned(folder, name, version) do
     hash =

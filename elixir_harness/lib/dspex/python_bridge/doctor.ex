@@ -13,6 +13,7 @@ defmodule DSPex.PythonBridge.Doctor do
   | `interpreter` | which Python is used, and which setting decided |
   | `version` | the version of that Python |
   | `dspy`, `psutil`, and what `required_packages` names | their versions |
+  | `optimizers` | whether `mipro_v2` and `simba` find the packages that they need; a note if not, as programs do not need them |
   | `script`, `package` | the peer's script, and where its package `dspy_bridge` is |
   | `folders` | those of `DSPY_BRIDGE_STATE_DIR`, `DSPY_BRIDGE_FILES_DIR` and `DSPY_BRIDGE_DISK_CACHE`, where set |
   | `ping` | a peer that is started with your settings answers |
@@ -72,6 +73,7 @@ defmodule DSPex.PythonBridge.Doctor do
     {more, facts} = facts |> packages() |> Enum.map_reduce(facts, &check(&1, &2, done))
 
     last = [
+      {"optimizers", ["version"], &Packages.check_optimizers(&1["version"])},
       {"script", ["configuration"], &script/1},
       {"package", ["version", "script"], &package/1},
       {"folders", ["configuration"], &Folders.check(&1["configuration"].options)},
@@ -199,7 +201,9 @@ defmodule DSPex.PythonBridge.Doctor do
   defp about(_by_chance, hint), do: hint
 
   defp version(%{"configuration" => config, "interpreter" => python}) do
-    case EnvironmentCheck.probe(python, required(config), config.options) do
+    names = required(config) ++ Packages.optimizers()
+
+    case EnvironmentCheck.probe(python, names, config.options) do
       {:ok, probe} ->
         if text = Probe.too_old(probe),
           do: {:failed, text, newer(), nil},

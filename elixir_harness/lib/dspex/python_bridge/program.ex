@@ -167,7 +167,9 @@ defmodule DSPex.PythonBridge.Program do
 
       @doc false
       @spec __dspex__(:fields) :: keyword()
+      @spec __dspex__(:functions) :: map()
       def __dspex__(:fields), do: @dspex_program.declared
+      def __dspex__(:functions), do: @dspex_program.functions
     end
   end
 end

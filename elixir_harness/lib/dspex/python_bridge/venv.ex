@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Venv do
   A virtual environment with the peer and everything that it depends on, in the versions that are tested: what
   `mix dspex.setup` makes.
 
-  A file in it, `dspex_setup.json`, shows that this module made it, and what is installed. The file is written before the
+  A file in it, `dspex_setup.json`, shows that this module made it, and what is installed, with the extras. The file is written before the
   first step and after the last, so an interrupted run is recognised. A new environment that could not be completed is
   removed. This module leaves alone what it did not make. It
   replaces an environment of its own only if that is half made or its Python is gone: other errors may pass. It
@@ -18,11 +18,13 @@ defmodule DSPex.PythonBridge.Venv do
   and the output of a program that failed, if any.
 
     * `:python` – the interpreter to make it from: a path, or a name on the `PATH`
+    * `:with` – extras to install in addition: `["optimizers"]` are optuna and numpy, which two of DSPy's optimizers need. An
+      environment keeps the extras that it has
     * `:progress` – a function that is called with a line of text for each step
     * `:source` – the folder of `requirements.txt` and `package` (default: that in `priv`)
   """
   @spec make(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
-  def make(folder, opts \\ []), do: locked(folder, opts, &make/4)
+  def make(folder, opts \\ []), do: locked(folder, opts, &make/5)
 
   @doc """
   Makes an environment in `folder` that may be moved, with the release that it is in or alone, to another folder or to a
@@ -34,22 +36,37 @@ defmodule DSPex.PythonBridge.Venv do
   `PYTHON_EXECUTABLE`, or `python3`.
   """
   @spec release(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
-  def release(folder, opts \\ []), do: locked(folder, opts, &release/4)
+  def release(folder, opts \\ []), do: locked(folder, opts, &release/5)
 
   defp locked(folder, opts, work) do
     folder = Path.expand(folder)
     installer = Installer.new(Keyword.get(opts, :progress, fn _line -> :ok end))
-    source = Path.expand(opts[:source] || Application.app_dir(:dspex, "priv/python"))
+    path = Path.expand(opts[:source] || Application.app_dir(:dspex, "priv/python"))
+    asked = Enum.uniq(opts[:with] || [])
 
     # The lock writes into the folder: the folder is checked before.
-    with {:ok, source} <- Source.read(source),
-         {:ok, _installed} <- Manifest.read(folder),
-         do: Lock.hold(folder, fn -> work.(folder, source, opts[:python], installer) end)
+    with {:ok, _source} <- Source.read(path, asked),
+         {:ok, _installed} <- Manifest.read(folder) do
+      Lock.hold(folder, fn ->
+        with {:ok, installed} <- Manifest.read(folder),
+             kept = kept(folder, installed, asked, installer),
+             {:ok, source} <- Source.read(path, Enum.sort(asked ++ kept)),
+             do: work.(folder, installed, source, opts[:python], installer)
+      end)
+    end
   end
 
-  defp make(folder, source, python, installer) do
+  # What was asked for once is needed until the folder is removed.
+  defp kept(_folder, :nothing, _asked, _installer), do: []
+
+  defp kept(folder, installed, asked, installer) do
+    kept = installed.extras -- asked
+    if kept != [], do: installer.progress.("#{folder} keeps its #{Enum.join(kept, ", ")}")
+    kept
+  end
+
+  defp make(folder, installed, source, python, installer) do
     with {:ok, wanted} <- if(python, do: Installer.base(installer, python), else: {:ok, nil}),
-         {:ok, installed} <- Manifest.read(folder),
          {:ok, installed} <- environment(folder, installed, wanted, source, installer),
          {:ok, probe} <- Installer.probe(folder, Source.names(source)),
          :ok <- fits(folder, probe, wanted),
@@ -81,7 +98,7 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   # The reason why only making it anew helps, or nil.
-  defp broken(_folder, nil), do: "it is half made"
+  defp broken(_folder, %{stamp: nil}), do: "it is half made"
 
   defp broken(folder, _installed) do
     case Interpreter.lack(folder) do
@@ -92,15 +109,17 @@ defmodule DSPex.PythonBridge.Venv do
 
   defp create(folder, wanted, source, installer) do
     with {:ok, base} <- if(wanted, do: {:ok, wanted}, else: Installer.base(installer, nil)),
-         :ok <- Manifest.write(folder, nil),
+         :ok <- Manifest.write(folder, unfinished(source)),
          :ok <- Manifest.clear(folder),
          :ok <- Installer.create(installer, folder, source, base) do
-      {:ok, nil}
+      {:ok, unfinished(source)}
     else
       {:failed, text} -> undo(folder, text)
       {:error, text} -> {:error, text}
     end
   end
+
+  defp unfinished(source), do: %Manifest{stamp: nil, extras: source.extras}
 
   # Half of an environment is worth nothing to anybody.
   defp undo(folder, text) do
@@ -119,7 +138,7 @@ defmodule DSPex.PythonBridge.Venv do
   ## The packages
 
   defp packages(folder, installed, source, probe, installer) do
-    if installed == source.stamp and Source.installed?(source, probe.found) do
+    if installed.stamp == source.stamp and Source.installed?(source, probe.found) do
       installer.progress.("#{folder} has all that it needs")
       {:ok, probe.python}
     else
@@ -128,12 +147,12 @@ defmodule DSPex.PythonBridge.Venv do
   end
 
   defp install(folder, installed, source, probe, installer) do
-    with :ok <- Manifest.write(folder, nil),
+    with :ok <- Manifest.write(folder, unfinished(source)),
          :ok <- Installer.install(installer, folder, source),
-         :ok <- Manifest.write(folder, source.stamp) do
+         :ok <- Manifest.write(folder, %Manifest{stamp: source.stamp, extras: source.extras}) do
       {:ok, probe.python}
     else
-      {:failed, text} when installed == nil ->
+      {:failed, text} when installed.stamp == nil ->
         undo(folder, text)
 
       # A program that failed by itself has left what was there.
@@ -148,31 +167,30 @@ defmodule DSPex.PythonBridge.Venv do
 
   ## In a release
 
-  defp release(folder, source, python, installer) do
+  defp release(folder, installed, source, python, installer) do
     with {:ok, base} <- Release.base(installer, python),
-         {:ok, installed} <- Manifest.read(folder),
-         stamp = Release.stamp(source, base),
-         {:ok, python} <- release(folder, installed, stamp, base, source, installer),
+         wanted = %Manifest{stamp: Release.stamp(source, base), extras: source.extras},
+         {:ok, python} <- release(folder, installed, wanted, base, source, installer),
          :ok <- Release.compile_peer(folder) do
       installer.progress.(Release.needs(base))
       {:ok, python}
     end
   end
 
-  defp release(folder, stamp, stamp, _base, source, installer) do
+  defp release(folder, wanted, wanted, _base, source, installer) do
     installer.progress.("#{folder} has all that it needs")
     Release.check(folder, source)
   end
 
-  defp release(folder, installed, stamp, base, source, installer) do
+  defp release(folder, installed, wanted, base, source, installer) do
     installer = %{installer | bytecode: :for_any_time}
 
     with :ok <- ours(folder, installed),
-         {:ok, nil} <- create(folder, base.probe, source, installer),
+         {:ok, _unfinished} <- create(folder, base.probe, source, installer),
          :ok <- Installer.install(installer, folder, source),
          :ok <- Release.detach(folder, base),
          {:ok, python} <- Release.check(folder, source),
-         :ok <- Manifest.write(folder, stamp) do
+         :ok <- Manifest.write(folder, wanted) do
       {:ok, python}
     else
       {:failed, text} -> undo(folder, text)

@@ -5,6 +5,7 @@ defmodule Mix.Tasks.Dspex.Setup do
   versions that are tested; then runs `mix dspex.doctor` with it.
 
       $ mix dspex.setup
+      $ mix dspex.setup --with optimizers
       $ mix dspex.setup --path /opt/dspy_venv --python python3.12
       $ mix dspex.setup --release _build/prod/rel/my_app
 
@@ -12,6 +13,7 @@ defmodule Mix.Tasks.Dspex.Setup do
       `_build/dspex_venv`
     * `--python` – the interpreter to make it from, 3.10 or newer; by default that of the environment variable
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
+    * `--with optimizers` – also optuna and numpy, see below
     * `--release` – the folder of a release: see below
 
   It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the interpreter's own `venv` and `pip` make the
@@ -25,6 +27,15 @@ defmodule Mix.Tasks.Dspex.Setup do
 
   The exit status is the doctor's. With `--release`, what only the machine has where the release will run is a note: the
   key of the LM, its server, folders.
+
+  ## Optimizers
+
+  Two of DSPy's optimizers need packages that DSPy does not install: `mipro_v2` needs optuna, `simba` needs numpy. `--with
+  optimizers` installs both and what they depend on, some 100 MB, pinned like all else. The others need nothing more:
+  `labeled_few_shot`, `bootstrap_few_shot`, `random_search`, `copro` and `gepa`.
+
+  An environment keeps what it was made with: a later run without `--with` says so, and brings it up to date too. To be
+  without it, remove the folder. It goes together with `--path` and `--release`.
 
   ## Hashes
 
@@ -74,7 +85,8 @@ defmodule Mix.Tasks.Dspex.Setup do
   def run(args) do
     switches = arguments(args)
     Mix.DSPex.load_config()
-    opts = [python: switches[:python], progress: &Mix.shell().info/1]
+    extras = Keyword.get_values(switches, :with)
+    opts = [python: switches[:python], with: extras, progress: &Mix.shell().info/1]
     if root = switches[:release], do: release(root, opts), else: make(switches[:path], opts)
   end
 
@@ -101,7 +113,9 @@ defmodule Mix.Tasks.Dspex.Setup do
   end
 
   defp arguments(args) do
-    case OptionParser.parse!(args, strict: [path: :string, python: :string, release: :string]) do
+    strict = [path: :string, python: :string, release: :string, with: :keep]
+
+    case OptionParser.parse!(args, strict: strict) do
       {switches, []} ->
         if switches[:path] && switches[:release],
           do: Mix.raise("--path and --release exclude each other")

@@ -82,14 +82,7 @@ defmodule Mix.Tasks.Dspex.Top do
   # The compiler and Logger write to standard output, which must have JSON only.
   defp keep_output_clean do
     Mix.DSPex.load_config(quiet: true)
-
-    # Unless the project configures where its logs go.
-    with handler when is_list(handler) <- Application.get_env(:logger, :default_handler, []),
-         config = Map.new(handler[:config] || []),
-         false <- is_map_key(config, :file) or Keyword.has_key?(handler, :module) do
-      config = Map.put(config, :type, :standard_error)
-      Application.put_env(:logger, :default_handler, Keyword.put(handler, :config, config))
-    end
+    Mix.DSPex.log_to_stderr()
   end
 
   defp or_raise({:ok, value}), do: value

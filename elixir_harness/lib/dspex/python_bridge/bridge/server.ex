@@ -46,6 +46,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     entry = %{
       name: State.name(options),
       default_timeout: options.default_timeout,
+      max_retries: options.max_retries,
       programs: programs
     }
 

@@ -25,19 +25,24 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   # A queue as a default would be a literal, which Dialyzer does not take for a queue.
   @enforce_keys [:dest, :ref, :watch, :tools, :timer, :pool?, :chunks]
-  defstruct [:dest, :ref, :watch, :tools, :timer, :pool?, :asked, :chunks, streamed?: false]
+  defstruct [:dest, :ref, :watch, :tools, :timer, :pool?, :asked, :chunks] ++
+              [again?: false, streamed?: false]
 
-  @typedoc "The part of a prepared call that it needs to make it."
+  @typedoc """
+  The part of a prepared call that it needs to make it. `again?`: after an error the caller may make it again, whatever
+  chunks it has been given.
+  """
   @type call :: %{
           :dest => Invocation.bridge(),
           :deadline => Deadline.t(),
           :request => Request.t(),
           optional(:permit) => permit(),
+          optional(:again?) => boolean(),
           optional(:args | :server) => term()
         }
   @typedoc "Whether the request may be sent, has been, or may not be any more."
   @type permit :: :atomics.atomics_ref()
-  # watch: the monitor of the caller. pool?: whether the caller knows other peers. asked: the caller's alias, while it
+  # watch: the monitor of the caller. pool?: whether the caller knows other peers. again?: as in the call. asked: the caller's alias, while it
   # waits.
   @typep t :: %__MODULE__{
            dest: Invocation.bridge(),
@@ -46,6 +51,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
            tools: Tools.Runner.t(),
            timer: reference() | nil,
            pool?: boolean(),
+           again?: boolean(),
            asked: reference() | nil,
            chunks: :queue.queue(binary()),
            streamed?: boolean()
@@ -121,7 +127,11 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     request = %{call.request | ref: ref, pid: self(), timeout: left, tools?: tools?}
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
     state = %{dest: dest, ref: ref, watch: watch, tools: tools, timer: timer}
-    state = Map.merge(state, %{pool?: request.retry == :pool, chunks: :queue.new()})
+    again? = Map.get(call, :again?, false)
+
+    state =
+      Map.merge(state, %{pool?: request.retry == :pool, again?: again?, chunks: :queue.new()})
+
     make(struct!(__MODULE__, state), call, request)
   end
 
@@ -183,9 +193,9 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
-  # With the first one it is certain that the run is not sent again.
-  defp keep_chunk(%__MODULE__{streamed?: streamed?} = state, frame) do
-    if not streamed?, do: Tools.Runner.bound(state.tools)
+  # With the first one it is certain that the run is not sent again, unless its caller takes them twice.
+  defp keep_chunk(%__MODULE__{streamed?: streamed?, again?: again?} = state, frame) do
+    if not streamed? and not again?, do: Tools.Runner.bound(state.tools)
     %{state | streamed?: true, chunks: :queue.in(frame, state.chunks)}
   end
 
@@ -216,16 +226,19 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   end
 
   # The errors with which a pool tries another peer (`DSPex.PythonBridge.Pool.LocalCall`), unless chunks were given.
-  defp again?(%__MODULE__{pool?: pool?, streamed?: streamed?}, _reply)
-       when not pool? or streamed?,
-       do: false
+  defp again?(%__MODULE__{again?: true}, reply), do: another_peer?(reply)
+  defp again?(%__MODULE__{pool?: false}, _reply), do: false
+  defp again?(%__MODULE__{streamed?: true}, _reply), do: false
+  defp again?(%__MODULE__{}, reply), do: another_peer?(reply)
 
-  defp again?(_state, {:frame, frame}), do: not Protocol.success?(frame)
+  defp another_peer?({:frame, frame}), do: not Protocol.success?(frame)
   # From another node, which has tried its peers.
-  defp again?(_state, {:served, {:done, result}}), do: elem(result, 0) != :ok
-  defp again?(_state, {:served, _nobody}), do: true
-  defp again?(_state, {:error, {:died, _sent}}), do: true
-  defp again?(_state, {:error, reason}), do: reason in [:bridge_not_running, :overloaded]
+  defp another_peer?({:served, {:done, result}}), do: elem(result, 0) != :ok
+  defp another_peer?({:served, _nobody}), do: true
+  defp another_peer?({:error, {:died, _sent}}), do: true
+
+  defp another_peer?({:error, reason}),
+    do: reason in [:bridge_not_running, :overloaded, :python_process_died, :replaced]
 
   # Else its caller might make the call again, and the tool's.
   defp with_tools_begun(:bound, {:error, :bridge_not_running}), do: {:error, :tool_begun}

@@ -1,15 +1,23 @@
 defmodule DSPex.PythonBridge.Doctor.Packages do
   @moduledoc false
-  # Whether a distribution is installed, and if the peer needs it, in a version that was tested.
+  # Whether a distribution is installed, and if the peer or an optimizer needs it, in a version that was tested.
 
   alias DSPex.PythonBridge.EnvironmentCheck
   alias DSPex.PythonBridge.Python.Probe
 
   # Those of pyproject.toml; a test compares them.
-  @ranges [{"dspy", "3.3.1", "4"}, {"psutil", "5.9", nil}]
+  @needed [{"dspy", "3.3.1", "4"}, {"psutil", "5.9", nil}]
+  @optimizers [{"numpy", "1.26", nil}, {"optuna", "3.4", nil}]
+  @ranges @needed ++ @optimizers
+  # What each optimizer imports that DSPy does not install.
+  @imports [{"mipro_v2", "optuna"}, {"simba", "numpy"}]
 
   @spec needed() :: [String.t()]
-  def needed, do: for({name, _least, _below} <- @ranges, do: name)
+  def needed, do: for({name, _least, _below} <- @needed, do: name)
+
+  @doc "What some optimizers need in addition."
+  @spec optimizers() :: [String.t()]
+  def optimizers, do: for({name, _least, _below} <- @optimizers, do: name)
 
   @spec requirement(String.t()) :: String.t()
   def requirement(package) do
@@ -35,6 +43,28 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
         text = "#{version} in #{probe.python}; tested is #{requirement(package)}"
         {:failed, text, advice(package, probe), nil}
     end
+  end
+
+  @doc "Whether each optimizer has what it imports; programs run without it."
+  @spec check_optimizers(Probe.t()) :: {:ok | :note, String.t(), nil, true}
+  def check_optimizers(probe) do
+    case for {optimizer, package} <- @imports,
+             not there?(package, probe),
+             do: {optimizer, package} do
+      [] ->
+        versions = Enum.map_join(optimizers(), ", ", &"#{&1} #{probe.found[&1]}")
+        {:ok, "all of them, with #{versions}", nil, true}
+
+      lacking ->
+        needs = for {name, package} <- lacking, do: "#{name} (needs #{requirement(package)})"
+        text = "all but #{Enum.join(needs, " and ")}: `mix dspex.setup --with optimizers`"
+        {:note, text, nil, true}
+    end
+  end
+
+  defp there?(package, probe) do
+    version = probe.found[package]
+    version != nil and fits?(package, version)
   end
 
   # Nothing should be installed into the system's Python or a shared one.

@@ -4,21 +4,34 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
 
   @rows 10
   @column 34
+  @head ["", "score", "inputs", "expected", "prediction"]
 
   @doc "At most some lines, each shorter than 160 characters."
   @spec text(map()) :: String.t()
   def text(%{results: results} = result) do
     worst = results |> Enum.sort_by(&{&1.score, &1.error == nil, &1.index}) |> Enum.take(@rows)
     more = length(results) - length(worst)
-
-    rows =
-      if worst == [],
-        do: [],
-        else: [["", "score", "inputs", "expected", "prediction"] | Enum.map(worst, &row/1)]
-
-    lines = Enum.map(rows, &line(&1, widths(rows)))
     last = if more > 0, do: ["… and #{more} more, with no lower scores"], else: []
-    Enum.join([summary(result) | lines] ++ last, "\n")
+    Enum.join([summary(result) | table(@head, Enum.map(worst, &row/1))] ++ last, "\n")
+  end
+
+  @doc "Results that had another score before: their table, of as many rows."
+  @spec compared([{map(), before :: number()}]) :: String.t()
+  def compared(pairs) do
+    rows = for {item, before} <- pairs, do: item |> row() |> List.insert_at(2, number(before))
+    @head |> List.insert_at(2, "before") |> table(rows) |> Enum.join("\n")
+  end
+
+  @doc "A score."
+  @spec number(number()) :: String.t()
+  def number(score) when abs(score) < 1.0e6, do: :erlang.float_to_binary(score / 1, decimals: 3)
+  def number(score), do: to_string(score)
+
+  defp table(_head, []), do: []
+
+  defp table(head, rows) do
+    rows = [head | rows]
+    Enum.map(rows, &line(&1, widths(rows)))
   end
 
   defp summary(result) do
@@ -54,11 +67,6 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
     line = text |> String.slice(0, 4 * @column) |> String.replace(~r/[[:space:][:cntrl:]]+/u, " ")
     if String.length(line) > @column, do: String.slice(line, 0, @column - 1) <> "…", else: line
   end
-
-  @doc "A score as text, of usual size with three decimals."
-  @spec number(number()) :: String.t()
-  def number(score) when abs(score) < 1.0e6, do: :erlang.float_to_binary(score / 1, decimals: 3)
-  def number(score), do: to_string(score)
 
   defp widths(rows) do
     rows

@@ -15,13 +15,19 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   # For each call.
   @compile {:inline, ask: 3, sent: 2}
 
-  defstruct [:holder, retry: true, stream?: false]
+  defstruct [:holder, retry: true, stream?: false, again?: false]
 
   @typedoc """
   `retry`: whether the call may be sent again after a peer has died with it. `stream?`: whether the caller takes chunks.
-  `holder`: of the caller's functions (`DSPex.PythonBridge.Tools.FunctionHolder`).
+  `holder`: of the caller's functions (`DSPex.PythonBridge.Tools.FunctionHolder`). `again?`: as in
+  `t:DSPex.PythonBridge.Client.StreamProxy.call/0`.
   """
-  @type t :: %__MODULE__{holder: pid() | nil, retry: boolean(), stream?: boolean()}
+  @type t :: %__MODULE__{
+          holder: pid() | nil,
+          retry: boolean(),
+          stream?: boolean(),
+          again?: boolean()
+        }
   @typedoc "A slot of the bridge's pool, in which the call is counted."
   @type slot :: {LoadCounters.t(), LoadCounters.index()}
   @typedoc "A call that has given its first chunk."
@@ -65,7 +71,7 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   defp ask(attempt, bridge, %Request{deadline: deadline} = request) do
     permit = StreamProxy.permit()
     call = %{dest: bridge, deadline: deadline, request: sent(attempt, request), permit: permit}
-    proxy = StreamProxy.start(call, attempt.holder)
+    proxy = StreamProxy.start(Map.put(call, :again?, attempt.again?), attempt.holder)
 
     case StreamProxy.next(proxy, deadline) do
       {:chunk, frame} ->

@@ -13,22 +13,42 @@ defmodule DSPex.PythonBridge.Pool.Router do
   def run(%Handle{} = handle, %Request{} = request, %Attempt{} = attempt) do
     with {:nobody, request} <- LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
          {:nobody, request} <- RemoteCall.run(handle, request, attempt) do
-      if request.overloaded?, do: failed(:overloaded), else: wait(handle, request, attempt)
+      if request.overloaded?,
+        do: failed(:overloaded),
+        else: wait(handle, request, &run(&1, &2, attempt))
     else
       {:done, reply} -> reply
+    end
+  end
+
+  @doc "As `run/3`, by peers of this node alone, with an attempt of the caller's own."
+  @spec run_here(Handle.t(), Request.t(), LocalCall.attempt()) ::
+          LocalCall.reply() | Attempt.begun()
+  def run_here(%Handle{} = handle, %Request{} = request, attempt) do
+    case LocalCall.run(handle, request, attempt) do
+      {:done, reply} ->
+        reply
+
+      {:nobody, %Request{overloaded?: true}} ->
+        failed(:overloaded)
+
+      {:nobody, request} ->
+        # Only what changes on this node ends the wait.
+        request = %{request | passed_nodes: RemoteCall.serving(handle)}
+        wait(handle, request, &run_here(&1, &2, attempt))
     end
   end
 
   ## Nobody can serve now
 
   # What was tried goes along: it may have changed before the message is read.
-  defp wait(handle, request, attempt) do
+  defp wait(handle, request, run) do
     coordinator = Process.whereis(Handle.coordinator(handle.name))
     message = &{:wait, &1, self(), request.passed, request.passed_nodes}
 
     case coordinator && Ask.ask(coordinator, Request.left(request), message) do
       {:ok, :changed} ->
-        again(handle.name, request, attempt)
+        again(handle.name, request, run)
 
       {:timeout, ref} ->
         send(coordinator, {:abandon, ref})
@@ -40,15 +60,15 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
         if Request.left(request) == 0,
           do: failed(:timeout),
-          else: again(handle.name, request, attempt)
+          else: again(handle.name, request, run)
     end
   end
 
   # The pool may have been restarted meanwhile, with other slots.
-  defp again(name, request, attempt) do
+  defp again(name, request, run) do
     case Handle.fetch(name) do
       nil -> {:error, Error.not_running(:pool, name)}
-      handle -> run(handle, Request.renew(request), attempt)
+      handle -> run.(handle, Request.renew(request))
     end
   end
 

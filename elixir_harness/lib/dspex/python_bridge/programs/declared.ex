@@ -37,6 +37,15 @@ defmodule DSPex.PythonBridge.Programs.Declared do
 
   def new(_other), do: not_a_list()
 
+  @doc """
+  One declaration, or the text that refuses it.
+
+      iex> DSPex.PythonBridge.Programs.Declared.one(%{signature: "question -> answer"})
+      {:error, "it has no id"}
+  """
+  @spec one(term()) :: {:ok, t()} | {:error, String.t()}
+  def one(entry), do: read(entry)
+
   defp not_a_list,
     do: {:error, ":programs: expected a list of maps, keyword lists and modules"}
 

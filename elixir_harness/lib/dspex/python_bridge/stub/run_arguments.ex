@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
   alias DSPex.PythonBridge.Stub.Arguments
 
   @execute ~w(program_id inputs config lm attempts max_concurrency item_timeout_ms) ++
-             ~w(expected metric options)
+             ~w(expected metric optimize options)
   @most_attempts 10
 
   @type t :: %{

@@ -134,7 +134,8 @@ defmodule DSPex.PythonBridge.Venv.Installer do
   def install(installer, folder, source) do
     count = map_size(source.pins)
     line = "installing #{count} packages with uv: this may take a minute"
-    hashed = ["--no-build", "--require-hashes", "-r", source.requirements]
+    files = Enum.flat_map(source.requirements, &["-r", &1])
+    hashed = ["--no-build", "--require-hashes" | files]
 
     with {:ok, uv} <- uv(installer, folder),
          :ok <- uv_pip(installer, uv, line, folder, hashed),

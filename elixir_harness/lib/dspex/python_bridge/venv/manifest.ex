@@ -2,6 +2,9 @@ defmodule DSPex.PythonBridge.Venv.Manifest do
   @moduledoc false
   # The file in an environment that shows that it was made here, and what is installed.
 
+  @enforce_keys [:stamp, :extras]
+  defstruct [:stamp, :extras]
+
   @file_name "dspex_setup.json"
   # Written first and then renamed, so that the file is never half written.
   @draft "." <> @file_name
@@ -9,11 +12,14 @@ defmodule DSPex.PythonBridge.Venv.Manifest do
   # What venv and uv make in a folder. Everything else belongs to the user.
   @made ~w(bin lib lib64 include share pyvenv.cfg .gitignore .lock CACHEDIR.TAG)
 
-  @typedoc "The stamp of what is installed; nil while something is being installed, or if that was interrupted."
-  @type installed :: String.t() | nil
+  @typedoc """
+  `stamp`: that of what is installed; nil while something is being installed, or if that was interrupted. `extras`: those of
+  `Source` that are installed, or are to be.
+  """
+  @type t :: %__MODULE__{stamp: String.t() | nil, extras: [String.t()]}
 
   @doc "What is installed in the folder; `:nothing` if it is empty or missing. An error if it was not made here."
-  @spec read(Path.t()) :: {:ok, installed() | :nothing} | {:error, String.t()}
+  @spec read(Path.t()) :: {:ok, t() | :nothing} | {:error, String.t()}
   def read(folder) do
     case File.ls(folder) do
       {:error, :enoent} -> {:ok, :nothing}
@@ -35,20 +41,21 @@ defmodule DSPex.PythonBridge.Venv.Manifest do
 
   defp decode(path) do
     with {:ok, text} <- File.read(path),
-         {:ok, %{"made" => true, "installed" => installed}} <- JSON.decode(text) do
-      {:ok, installed}
+         {:ok, %{"made" => true, "installed" => stamp} = manifest} <- JSON.decode(text) do
+      {:ok, %__MODULE__{stamp: stamp, extras: Map.get(manifest, "extras", [])}}
     else
       _other -> {:error, "#{path} is not what dspex.setup wrote: remove its folder yourself"}
     end
   end
 
   @doc "Writes the file; makes the folder if it is missing."
-  @spec write(Path.t(), installed()) :: :ok | {:error, String.t()}
-  def write(folder, installed) do
+  @spec write(Path.t(), t()) :: :ok | {:error, String.t()}
+  def write(folder, %__MODULE__{stamp: stamp, extras: extras}) do
     draft = Path.join(folder, @draft)
+    manifest = JSON.encode!(%{made: true, installed: stamp, extras: extras})
 
     with :ok <- File.mkdir_p(folder),
-         :ok <- File.write(draft, JSON.encode!(%{made: true, installed: installed})),
+         :ok <- File.write(draft, manifest),
          :ok <- File.rename(draft, Path.join(folder, @file_name)) do
       :ok
     else

@@ -1,46 +1,62 @@
 defmodule DSPex.PythonBridge.Venv.Source do
   @moduledoc false
-  # What is installed: the pins of requirements.txt, the peer's package, and, where there is no uv, that of uv.txt.
+  # What is installed: the pins of requirements.txt and of the extras' files, the peer's package, and, where there is no uv,
+  # that of uv.txt.
 
   @peer "dspy-bridge"
+  # Each has its pins in a file of its name, without those that are in requirements.txt.
+  @extras ["optimizers"]
 
-  @enforce_keys [:requirements, :uv, :package, :pins, :stamp]
-  defstruct [:requirements, :uv, :package, :pins, :stamp]
+  @enforce_keys [:requirements, :extras, :uv, :package, :pins, :stamp]
+  defstruct [:requirements, :extras, :uv, :package, :pins, :stamp]
 
   @typedoc """
-  `pins`: the versions of each distribution, and whether it is always installed or depends on a marker; `stamp`: a hash of
+  `requirements`: the files of pins; `pins`: the versions of each distribution, and whether it is always installed or depends on a marker; `stamp`: a hash of
   the contents.
   """
   @type t :: %__MODULE__{
-          requirements: Path.t(),
+          requirements: [Path.t()],
+          extras: [String.t()],
           uv: Path.t(),
           package: Path.t(),
           pins: %{String.t() => [{version :: String.t(), :always | :sometimes}]},
           stamp: String.t()
         }
 
-  @spec read(Path.t()) :: {:ok, t()} | {:error, String.t()}
-  def read(folder) do
-    requirements = Path.join(folder, "requirements.txt")
+  @doc "What the folder has, with the extras; an error if one of them is unknown."
+  @spec read(Path.t(), [String.t()]) :: {:ok, t()} | {:error, String.t()}
+  def read(folder, extras) do
+    case extras -- @extras do
+      [] ->
+        read_files(folder, extras)
+
+      [unknown | _rest] ->
+        {:error,
+         "--with #{unknown} is not known; what may be added: " <> Enum.join(@extras, ", ")}
+    end
+  end
+
+  defp read_files(folder, extras) do
+    requirements = for name <- ["requirements" | extras], do: Path.join(folder, name <> ".txt")
     uv = Path.join(folder, "uv.txt")
     package = Path.join(folder, "package")
+    needed = [uv, Path.join(package, "pyproject.toml") | requirements]
 
-    with {:ok, text} <- File.read(requirements),
-         true <- Enum.all?([uv, Path.join(package, "pyproject.toml")], &File.regular?/1) do
-      stamp = stamp([requirements | files(package)], folder)
+    case Enum.reject(needed, &File.regular?/1) do
+      [] ->
+        {:ok,
+         %__MODULE__{
+           requirements: requirements,
+           extras: extras,
+           uv: uv,
+           package: package,
+           pins: pins(Enum.map_join(requirements, "\n", &File.read!/1)),
+           stamp: stamp(requirements ++ files(package), folder)
+         }}
 
-      {:ok,
-       %__MODULE__{
-         requirements: requirements,
-         uv: uv,
-         package: package,
-         pins: pins(text),
-         stamp: stamp
-       }}
-    else
-      _missing ->
+      [missing | _rest] ->
         {:error,
-         "#{folder} lacks requirements.txt, uv.txt or package: compile the dependency :dspex again"}
+         "#{folder} lacks #{Path.relative_to(missing, folder)}: compile the dependency :dspex again"}
     end
   end
 

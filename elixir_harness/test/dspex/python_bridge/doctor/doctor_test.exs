@@ -12,8 +12,8 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
   @moduletag :tmp_dir
 
-  @names ~w(configuration interpreter version dspy psutil script package folders ping program) ++
-           ~w(programs lm)
+  @names ~w(configuration interpreter version dspy psutil optimizers script package folders) ++
+           ~w(ping program programs lm)
   @key "sk-0123456789abcdef"
 
   setup :only_python
@@ -41,8 +41,8 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       me = self()
       checks = Doctor.run(lm: "offline/echo", each: &send(me, &1))
       assert Enum.map(checks, & &1.name) == @names
-      assert Enum.map(checks, & &1.status) == List.duplicate(:ok, 12)
-      assert Enum.map(checks, & &1.advice) == List.duplicate(nil, 12)
+      assert Enum.map(checks, & &1.status) == List.duplicate(:ok, 13)
+      assert Enum.map(checks, & &1.advice) == List.duplicate(nil, 13)
       for check <- checks, do: assert_received(^check)
       checks = Map.new(checks, &{&1.name, &1.found})
       assert checks["interpreter"] =~ "#{python()} (the environment variable PYTHON_EXECUTABLE)"
@@ -86,7 +86,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
           end
         end)
 
-      for _on <- [1, 2], do: assert_received({:made, checks} when length(checks) == 12)
+      for _on <- [1, 2], do: assert_received({:made, checks} when length(checks) == 13)
       refute log =~ "bridge"
     end
 
@@ -190,7 +190,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
         assert %{status: :failed, found: found} = checks["configuration"]
         assert found =~ inspect(key) and found =~ text
         assert checks["interpreter"].found == "needs configuration"
-        assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 11)
+        assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 12)
       end
     end
 
@@ -312,10 +312,27 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       refute Map.has_key?(checks, "dspy-ai")
     end
 
+    test "optimizers that lack theirs, or have it in an old version, are noted", %{tmp_dir: dir} do
+      answer = %{version: "3.11.0", found: %{dspy: "3.4.1", psutil: "5.9"}}
+      says(dir, answer)
+      lacking = "all but mipro_v2 (needs optuna>=3.4) and simba (needs numpy>=1.26)"
+      found = lacking <> ": `mix dspex.setup --with optimizers`"
+      assert %{status: :note, found: ^found, advice: nil} = run()["optimizers"]
+
+      for {found, text} <- [
+            {%{numpy: "2.4.6"}, "all but mipro_v2 (needs optuna>=3.4): `mix"},
+            {%{numpy: "1.25", optuna: "5.0.0"}, "all but simba (needs numpy>=1.26): `mix"},
+            {%{numpy: "1.26.4", optuna: "3.4"}, "all of them, with numpy 1.26.4, optuna 3.4"}
+          ] do
+        says(dir, put_in(answer.found, Map.merge(answer.found, found)))
+        assert run()["optimizers"].found =~ text
+      end
+    end
+
     test "requirements are those of the Python package" do
       project = File.read!(Application.app_dir(:dspex, "priv/python/package/pyproject.toml"))
 
-      for package <- Packages.needed(),
+      for package <- Packages.needed() ++ Packages.optimizers(),
           do: assert(project =~ ~s("#{Packages.requirement(package)}"))
     end
   end

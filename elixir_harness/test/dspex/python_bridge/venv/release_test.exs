@@ -183,16 +183,20 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
   end
 
   describe "a second run" do
-    test "does nothing; with other packages it makes it anew", %{venv: venv, source: source} do
-      {{:ok, python}, _lines} = make(venv, source)
+    test "does nothing; with other packages it makes it anew; both keep the optimizers", %{
+      venv: venv,
+      source: source
+    } do
+      {{:ok, python}, _lines} = make(venv, source, with: ["optimizers"])
       File.touch!(Path.join(venv, "lib/mark"))
+      kept = "#{venv} keeps its optimizers"
       all = "#{venv} has all that it needs"
-      assert {{:ok, ^python}, [^all, "it needs" <> _]} = make(venv, source)
+      assert {{:ok, ^python}, [^kept, ^all, "it needs" <> _]} = make(venv, source)
       assert File.exists?(Path.join(venv, "lib/mark"))
 
       TinySource.pin(source, "2.0")
-      {{:ok, ^python}, ["making " <> _ | _]} = make(venv, source)
-      assert says(venv, "import tiny; print(tiny.VERSION)") == "2.0"
+      {{:ok, ^python}, [^kept, "making " <> _ | _]} = make(venv, source)
+      assert says(venv, "import tiny, tuner; print(tiny.VERSION, tuner.VERSION)") == "2.0 1.0"
       refute File.exists?(Path.join(venv, "lib/mark"))
     end
 

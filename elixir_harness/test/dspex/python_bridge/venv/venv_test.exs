@@ -49,6 +49,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   defp tiny(venv), do: python_says(venv, ["-c", "import tiny; print(tiny.VERSION)"])
+  defp tuner(venv), do: python_says(venv, ["-c", "import tuner; print(tuner.VERSION)"])
   defp peer(venv), do: python_says(venv, ["-m", "dspy_bridge"])
 
   # A program that is a shell script, before all others of its name.
@@ -127,9 +128,9 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
          %{by_pip: by_pip, tmp_dir: dir} do
       {venv, source} = copy(by_pip, dir)
       # The version of the package stays: its files are compared.
-      {:ok, %{stamp: stamp}} = Source.read(source)
+      {:ok, %{stamp: stamp}} = Source.read(source, [])
       TinySource.package(source, "two")
-      {:ok, %{stamp: another}} = Source.read(source)
+      {:ok, %{stamp: another}} = Source.read(source, [])
       assert another != stamp
 
       TinySource.pin(source, "2.0")
@@ -185,6 +186,55 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
 
       TinySource.pin(source, "1.0")
       assert {{:ok, _python}, [_has_all]} = make(venv, source)
+    end
+  end
+
+  describe "optimizers" do
+    test "are added, kept by a run that does not ask for them, updated and repaired", %{
+      by_pip: by_pip,
+      tmp_dir: dir
+    } do
+      {venv, source} = copy(by_pip, dir)
+      # As a setup wrote it that knew of no extras.
+      file = Path.join(venv, "dspex_setup.json")
+      %{"made" => true, "installed" => stamp} = JSON.decode!(File.read!(file))
+      File.write!(file, JSON.encode!(%{made: true, installed: stamp}))
+      all = "#{venv} has all that it needs"
+      assert {{:ok, _python}, [^all]} = make(venv, source)
+
+      # What cannot be installed is not remembered.
+      wrong = "tuner==1.0 --hash=sha256:#{String.duplicate("0", 64)}"
+      File.write!(Path.join(source, "optimizers.txt"), wrong)
+
+      assert refusal(venv, source, with: ["optimizers"]) =~
+               "The package index gave another file for tuner==1.0 than the one that is pinned"
+
+      assert {{:ok, _python}, [^all]} = make(venv, source)
+
+      TinySource.pin_optimizers(source, "1.0")
+
+      assert {{:ok, _python}, ["installing 3" <> _, "installing the peer" <> _]} =
+               make(venv, source, with: ["optimizers"])
+
+      assert {tiny(venv), tuner(venv)} == {"1.0", "1.0"}
+      kept = "#{venv} keeps its optimizers"
+      assert {{:ok, _python}, [^kept, ^all]} = make(venv, source)
+      assert {{:ok, _python}, [^all]} = make(venv, source, with: ["optimizers"])
+
+      TinySource.pin_optimizers(source, "2.0")
+      assert {{:ok, _python}, [^kept, "installing 3" <> _, _peer]} = make(venv, source)
+      assert tuner(venv) == "2.0"
+
+      for path <- Path.wildcard("#{venv}/lib/*/site-packages/tuner*"), do: File.rm_rf!(path)
+      assert {{:ok, _python}, [^kept, "installing 3" <> _, _peer]} = make(venv, source)
+      assert tuner(venv) == "2.0"
+    end
+
+    test "by another name: refused, with the known one", %{venv: venv, source: source} do
+      assert refusal(venv, source, with: ["optimizers", "optimisers"]) ==
+               "--with optimisers is not known; what may be added: optimizers"
+
+      refute File.exists?(venv)
     end
   end
 
@@ -247,19 +297,23 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   describe "one of ours" do
-    test "that is half made, as it was killed at its first step, is made anew", %{
-      venv: venv,
-      source: source,
-      bin: bin
-    } do
+    test "that is half made, as it was killed at its first step, is made anew, with its extras",
+         %{
+           venv: venv,
+           source: source,
+           bin: bin
+         } do
       script = ~s(case "$2" in venv\) echo $$ > #{bin}/pid; sleep 600;; esac\n)
       hangs = program(bin, "python3", script <> ~s(exec #{python()} "$@"\n))
-      killed_at("#{bin}/pid", fn -> Venv.make(venv, source: source, python: hangs) end)
+      opts = [source: source, python: hangs, with: ["optimizers"]]
+      killed_at("#{bin}/pid", fn -> Venv.make(venv, opts) end)
       File.mkdir_p!(Path.join(venv, "lib/half"))
 
       uv(bin, source, "")
-      assert {{:ok, _python}, ["making " <> anew | _]} = make(venv, source)
+      assert {{:ok, _python}, [kept, "making " <> anew | _]} = make(venv, source)
+      assert kept == "#{venv} keeps its optimizers"
       assert anew == "#{venv} anew: it is half made"
+      assert File.read!("#{bin}/log") =~ " -r #{source}/optimizers.txt\n"
       refute File.exists?(Path.join(venv, "lib/half"))
     end
 
@@ -581,6 +635,12 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       wheel = "dspy-bridge @ #{TinySource.url(venv)}/lib/dspy_bridge-0.1-py3-none-any.whl"
       assert peer == "#{install} --no-deps --no-index --reinstall #{wheel}"
       assert Path.wildcard("#{venv}/lib/*.whl") == []
+
+      # All in one step, so that they fit together.
+      {{:ok, _python}, ["installing 3 packages" <> _, _peer]} =
+        make(venv, source, with: ["optimizers"])
+
+      assert File.read!("#{bin}/log") =~ "\n#{packages} -r #{source}/optimizers.txt\n"
     end
 
     test "it ignores the working directory, and pip may only install into environments",
@@ -611,7 +671,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       end
 
       installer = %Installer{progress: progress, uv: uv, sign_of_life_ms: 20}
-      assert Installer.create(installer, venv, Source.read(source) |> elem(1), nil) == :ok
+      assert Installer.create(installer, venv, Source.read(source, []) |> elem(1), nil) == :ok
       assert_received "  still at it after 0 s"
       assert Installer.new(progress).sign_of_life_ms == 10_000
     end
@@ -637,6 +697,6 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
 
   test "a dependency that was not compiled: what to do", %{venv: venv, source: source} do
     File.rm_rf!(Path.join(source, "package"))
-    assert refusal(venv, source) =~ "#{source} lacks requirements.txt, uv.txt or package: compile"
+    assert refusal(venv, source) =~ "#{source} lacks package/pyproject.toml: compile"
   end
 end

@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Venv.WheelTest do
   test "it is what the build backend makes of the package, less what nobody installs it for", %{
     tmp_dir: dir
   } do
-    {:ok, source} = Source.read(Application.app_dir(:dspex, "priv/python"))
+    {:ok, source} = Source.read(Application.app_dir(:dspex, "priv/python"), [])
     {:ok, wheel} = Wheel.write(source, dir)
     args = ["-m", "build", "--no-isolation", "--wheel", "--outdir", Path.join(dir, "built")]
     {_output, 0} = System.cmd(python(), args ++ [source.package], stderr_to_stdout: true)

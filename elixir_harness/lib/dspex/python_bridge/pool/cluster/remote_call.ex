@@ -33,8 +33,10 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
     end
   end
 
+  @doc "The nodes that can serve calls, as the pool's table has them."
+  @spec serving(Handle.t()) :: [tuple()]
   # The tables are the pool's, which may end at any time.
-  defp serving(handle) do
+  def serving(handle) do
     :ets.tab2list(handle.others)
   rescue
     ArgumentError -> []

@@ -1,0 +1,128 @@
+defmodule DSPex.PythonBridge.Optimize.Options do
+  @moduledoc false
+  # The options of an optimization, as arguments of its request. What they hold is checked by the peer, but for what is
+  # read here.
+
+  alias DSPex.PythonBridge.{Client, Error, Options, Protocol}
+  alias DSPex.PythonBridge.Evaluate.{Examples, Metric}
+  alias DSPex.PythonBridge.Optimize.Definition
+  alias DSPex.PythonBridge.Protocol.Payload
+
+  @passed [:tools, :retry, :traceparent, :telemetry_metadata]
+  # Keys of the wire's `optimize`.
+  @lms [:prompt_lm, :teacher_lm, :reflection_lm]
+  @of_optimizer [:optimizer, :options, :num_threads, :seed, :budget | @lms]
+  @own [:trainset, :valset, :metric, :on_progress, :timeout]
+  @known [:lm | @own] ++ @of_optimizer ++ @passed
+
+  @enforce_keys [:args, :optimizer, :on_progress, :timeout, :retry?, :request]
+  defstruct @enforce_keys
+
+  @typedoc """
+  `args`: of `execute_program`, but for the program. `retry?`: whether the run is made again if its peer dies. `request`:
+  the options of its request, the metric's function among its tools.
+  """
+  @type t :: %__MODULE__{
+          args: map(),
+          optimizer: String.t(),
+          on_progress: (term() -> term()),
+          timeout: timeout(),
+          retry?: boolean(),
+          request: keyword()
+        }
+
+  @doc "Checks them; the error names the wrong one."
+  @spec new(term(), Definition.t()) :: {:ok, t()} | {:error, Error.t()}
+  def new(opts, %Definition{} = definition) do
+    with true <- Keyword.keyword?(opts) || "options: expected a keyword list",
+         opts = Enum.uniq_by(opts, &elem(&1, 0)),
+         nil <- Enum.find(Keyword.keys(opts), &(&1 not in @known)),
+         {:ok, metric, tools} <- Metric.new(opts[:metric]),
+         optimizer = Payload.string(opts[:optimizer]),
+         true <- is_binary(optimizer) || ":optimizer: expected a name, such as :mipro_v2",
+         timeout = Keyword.get(opts, :timeout, :infinity),
+         true <-
+           (timeout == :infinity or (is_integer(timeout) and timeout > 0)) ||
+             ":timeout: expected ms greater than 0, or :infinity",
+         on_progress = Keyword.get(opts, :on_progress, fn _event -> :ok end),
+         true <-
+           is_function(on_progress, 1) || ":on_progress: expected a function of one argument",
+         {:ok, request} <- request(Keyword.take(opts, @passed), definition, tools),
+         {:ok, trainset} <- set(opts, :trainset),
+         {:ok, valset} <- set(opts, :valset),
+         true <- trainset != nil || ":trainset: missing; expected examples, {inputs, expected}" do
+      optimize = opts |> Keyword.take(@of_optimizer) |> Map.new(&plain/1)
+      optimize = if valset, do: Map.put(optimize, :valset, valset), else: optimize
+      args = opts |> Keyword.take([:lm]) |> Map.new(&plain/1) |> Map.merge(trainset)
+
+      {:ok,
+       %__MODULE__{
+         args: Map.merge(args, %{metric: metric, optimize: optimize}),
+         optimizer: optimizer,
+         on_progress: on_progress,
+         timeout: timeout,
+         retry?: Keyword.get(request, :retry, true),
+         request: request
+       }}
+    else
+      {:error, %Error{} = error} -> {:error, error}
+      {:error, text} -> refused(text)
+      text when is_binary(text) -> refused(text)
+      unknown -> refused(Options.unknown(unknown, @known))
+    end
+  end
+
+  defp refused(text), do: {:error, Error.new(:invalid_request, text)}
+
+  # Functions of a module's program count as those of its runs do.
+  defp request(opts, %Definition{functions: functions} = definition, metric) do
+    with {:ok, opts} <- Metric.add_tools(opts, metric),
+         given = Keyword.get(opts, :tools, %{}),
+         names = Enum.map(Map.keys(given), &Payload.string/1),
+         tools = Map.merge(Map.drop(functions, names), given),
+         {:ok, options} <- Client.Options.new(Keyword.put(opts, :tools, tools), @passed),
+         :ok <- check_tools(definition, options.opts[:tools], metric),
+         do: {:ok, options.opts}
+  end
+
+  defp check_tools(definition, tools, metric) do
+    case Enum.sort(Map.keys(tools || %{}) -- (Map.keys(metric) ++ definition.tools)) do
+      [] ->
+        :ok
+
+      unknown ->
+        has = if definition.tools == [], do: "none", else: Enum.join(definition.tools, ", ")
+        {:error, ":tools: the program has no tool #{Enum.join(unknown, ", ")}; it has #{has}"}
+    end
+  end
+
+  # The keys of `execute_program`, and of `valset`.
+  defp set(opts, name) do
+    with examples when examples != nil <- opts[name],
+         true <- Enumerable.impl_for(examples) != nil || "#{inspect(name)}: expected examples",
+         {:ok, inputs, expected} <- Examples.columns(Enum.to_list(examples)) do
+      set = %{inputs: inputs}
+      {:ok, if(expected, do: Map.put(set, :expected, expected), else: set)}
+    else
+      nil -> {:ok, nil}
+      {:error, index} -> {:error, inspect(name) <> ": " <> Examples.refusal("examples", index)}
+      text -> text
+    end
+  end
+
+  # A keyword list in the place of a map.
+  defp plain({key, [{_, _} | _] = value}),
+    do: {key, if(Keyword.keyword?(value), do: Map.new(value), else: value)}
+
+  defp plain(pair), do: pair
+
+  @doc "The body of the request, for a program of this id. The error names the value that has no JSON form."
+  @spec encode(t(), String.t(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
+  def encode(%__MODULE__{args: args}, program, opts),
+    do:
+      Protocol.encode_body(
+        :execute_program,
+        Map.put(args, :program_id, program),
+        [stream: true] ++ opts
+      )
+end

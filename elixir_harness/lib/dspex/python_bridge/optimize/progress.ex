@@ -1,0 +1,60 @@
+defmodule DSPex.PythonBridge.Optimize.Progress do
+  @moduledoc false
+  # What an optimization has reported so far, in the caller's process.
+
+  alias DSPex.PythonBridge.Telemetry.RunSpan
+
+  @enforce_keys [:report, :span]
+  defstruct [:report, :span, :done, :total, :score, :state, lm_calls: 0, candidates: 0]
+
+  @typedoc """
+  `report`: the caller's function. `score`, `state`: of the best candidate, over all peers that have had the run.
+  """
+  @type t :: %__MODULE__{
+          report: (DSPex.PythonBridge.Optimize.event() -> term()),
+          span: RunSpan.t(),
+          done: non_neg_integer() | nil,
+          total: non_neg_integer() | nil,
+          score: float() | nil,
+          state: map() | nil,
+          lm_calls: non_neg_integer(),
+          candidates: non_neg_integer()
+        }
+
+  @doc "Takes an item of the stream, and passes it on; `:stop` if the caller wants no more."
+  @spec take(t(), map()) :: {:go_on | :stop, t()}
+  def take(%__MODULE__{} = progress, %{"progress" => %{} = item}) do
+    event = Map.new([:step, :done, :total, :lm_calls, :best], &{&1, item[Atom.to_string(&1)]})
+    lm_calls = event.lm_calls || progress.lm_calls
+
+    report(
+      %{progress | done: event.done, total: event.total, lm_calls: lm_calls},
+      :progress,
+      event
+    )
+  end
+
+  def take(%__MODULE__{} = progress, %{"candidate" => %{} = item}) do
+    event = Map.new([:number, :score, :of, :best, :state], &{&1, item[Atom.to_string(&1)]})
+    report(better(%{progress | candidates: event.number}, event), :candidate, event)
+  end
+
+  # From a later version of the peer.
+  def take(%__MODULE__{} = progress, _unknown), do: {:go_on, progress}
+
+  defp better(progress, %{best: true, score: score, state: %{} = state})
+       when progress.score == nil or score > progress.score,
+       do: %{progress | score: score / 1, state: state}
+
+  defp better(progress, _worse), do: progress
+
+  defp report(progress, kind, event) do
+    RunSpan.progress(progress.span, figures(progress))
+    {if(progress.report.({kind, event}) == :stop, do: :stop, else: :go_on), progress}
+  end
+
+  @doc "The figures of its events."
+  @spec figures(t()) :: RunSpan.figures()
+  def figures(%__MODULE__{} = progress),
+    do: Map.take(progress, [:done, :total, :score, :lm_calls, :candidates])
+end

@@ -1,0 +1,178 @@
+defmodule DSPex.PythonBridge.Optimize.RealTest do
+  @moduledoc "Optimizations by real peers, whose LM answers rightly under one instruction."
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Optimize, Pool}
+  alias DSPex.Test.{OptimizingLM, PoolProbe, SilentLM}
+
+  @moduletag timeout: 180_000
+
+  @qa %{id: "qa", signature: "question -> answer"}
+  @metric {:field, :answer, :equals}
+  @copro [optimizer: :copro, options: [breadth: 3, depth: 2], num_threads: 2]
+
+  defp folder do
+    dir = Path.join(System.tmp_dir!(), "optimize#{System.unique_integer([:positive])}")
+    on_exit(fn -> File.rm_rf!(dir) end)
+    dir
+  end
+
+  defp start(opts), do: start_supervised!({Bridge, real_opts(opts)}, id: make_ref())
+
+  defp start_pool(opts) do
+    pool = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
+    opts = Keyword.merge([name: pool, pool_size: 2, max_retries: 10], opts)
+    start_supervised!({Pool, real_opts(opts)}, id: pool)
+    eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, 30_000)
+    pool
+  end
+
+  defp optimize(server, opts) do
+    given = [trainset: OptimizingLM.examples(6), metric: @metric] ++ @copro
+    Optimize.run(server, @qa, Keyword.merge(given, opts))
+  end
+
+  # A metric that counts its calls by their contents, and calls a function with the number of each.
+  defp counting(table, fun) do
+    fn example, prediction, purpose ->
+      n = :ets.update_counter(table, :all, 1, {:all, 0})
+      :ets.update_counter(table, {example, prediction, purpose}, 1, {nil, 0})
+      fun.(n)
+      example["answer"] == prediction["answer"]
+    end
+  end
+
+  defp counter, do: :ets.new(:calls, [:public])
+
+  test "the state that comes out is what the definition makes, and is scored as it says" do
+    lm = OptimizingLM.start()
+    bridge = start(OptimizingLM.opts(lm))
+    test = self()
+    assert {:ok, result} = optimize(bridge, on_progress: &send(test, &1))
+
+    assert %{score: 1.0, baseline: +0.0, stopped: nil, usage: %{"lm_calls" => _}} = result
+    assert result.lm_calls == OptimizingLM.requests(lm)
+    assert_received {:progress, %{step: "copro"}}
+    assert_received {:candidate, %{best: true, of: 6, score: 1.0, state: %{"signature" => _}}}
+    assert_received {:candidate, %{best: false, state: nil}}
+
+    assert to_string(result) =~
+             "instructions: Answer with the capitals of the question. (0 demos)"
+
+    assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
+    {:ok, _} = Bridge.call(bridge, :create_program, JSON.decode!(JSON.encode!(result.definition)))
+    examples = OptimizingLM.examples(10)
+    assert {:ok, %{score: 1.0}} = Evaluate.run(bridge, "qa", examples, metric: @metric)
+  end
+
+  test "a spent budget, a stop, and wrong arguments of the peer's" do
+    lm = OptimizingLM.start()
+    bridge = start(OptimizingLM.opts(lm))
+    assert {:ok, result} = optimize(bridge, budget: [lm_calls: 10])
+    assert %{stopped: "lm_calls", lm_calls: 10} = result
+    assert OptimizingLM.requests(lm) == 10
+
+    stop = &if(match?({:candidate, %{score: 1.0}}, &1), do: :stop)
+    assert {:ok, result} = optimize(bridge, on_progress: stop)
+    assert %{stopped: "caller", score: 1.0, state: %{"signature" => _}} = result
+
+    assert {:error, %Error{type: :invalid_args}} = optimize(bridge, optimizer: :better)
+    assert {:error, %Error{type: :tool_error}} = optimize(bridge, metric: fn _, _ -> "good" end)
+    assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
+  end
+
+  test "a peer killed in the middle: the same state, no call of the metric and no LM request again" do
+    calls = counter()
+    lm = OptimizingLM.start()
+    opts = [metric: counting(calls, &Function.identity/1)]
+    assert {:ok, undisturbed} = optimize(start(OptimizingLM.opts(lm, folder())), opts)
+    requests = OptimizingLM.requests(lm)
+
+    for {kind, deaths} <- [bridge: [10, 20], pool: [15]] do
+      lm = OptimizingLM.start()
+      opts = OptimizingLM.opts(lm, folder())
+      server = if kind == :pool, do: start_pool(opts), else: start(opts)
+      again = counter()
+
+      metric =
+        counting(again, fn n ->
+          if n in deaths, do: kill(busy_peer(server))
+        end)
+
+      assert {:ok, result} = optimize(server, metric: metric)
+      assert result.state == undisturbed.state and result.score == undisturbed.score
+      assert Enum.sort(:ets.tab2list(again)) == Enum.sort(:ets.tab2list(calls))
+      # Two peers have died with at most two in work.
+      assert OptimizingLM.requests(lm) <= requests + 4
+    end
+  end
+
+  defp busy_peer(bridge) when is_pid(bridge), do: Bridge.get_status(bridge).os_pid
+
+  defp busy_peer(pool) do
+    [peer] = for {peer, 1} <- Enum.zip(Pool.status(pool).peers, PoolProbe.busy(pool)), do: peer
+    peer.os_pid
+  end
+
+  test "a pool's other calls go on, and peers that start later are not given the program" do
+    lm = OptimizingLM.start()
+    pool = start_pool(OptimizingLM.opts(lm))
+    {:ok, _} = Pool.call(pool, :create_program, %{@qa | id: "other"}, 60_000)
+    test = self()
+
+    # All calls of the pool, while the optimizer waits for the metric.
+    metric = fn _example, prediction ->
+      if :ets.update_counter(:once, :n, 1) == 1,
+        do: send(test, {:scoring, self()}) && receive(do: (:go_on -> 1))
+
+      prediction["answer"] != "no idea"
+    end
+
+    :ets.new(:once, [:named_table, :public])
+    :ets.insert(:once, {:n, 0})
+    task = Task.async(fn -> optimize(pool, metric: metric) end)
+    assert_receive {:scoring, pid}, 60_000
+    run = %{program_id: "other", inputs: %{question: "word 1"}}
+    for _ <- 1..8, do: {:ok, %{"answer" => _}} = Pool.call(pool, :execute_program, run, 60_000)
+    assert Enum.sum(PoolProbe.busy(pool)) == 1
+    assert PoolProbe.known(pool) == ["other"]
+
+    # The other one, so that the run is not disturbed.
+    [idle] = for {peer, 0} <- Enum.zip(Pool.status(pool).peers, PoolProbe.busy(pool)), do: peer
+    kill(idle.os_pid)
+    send(pid, :go_on)
+    assert {:ok, %{score: 1.0}} = Task.await(task, 60_000)
+    requests = OptimizingLM.requests(lm)
+    for %{os_pid: os_pid} <- Pool.status(pool).peers, os_pid, do: kill(os_pid)
+    eventually(fn -> PoolProbe.programs(pool) == [["other"], ["other"]] end, 30_000)
+    assert OptimizingLM.requests(lm) == requests
+  end
+
+  test "a judge runs a program on the same peer, which has one slot" do
+    lm = OptimizingLM.start()
+    opts = OptimizingLM.opts(lm)
+    bridge = start([env: %{"DSPY_BRIDGE_MAX_IN_FLIGHT" => "1"}] ++ Keyword.delete(opts, :env))
+    {:ok, _} = Bridge.call(bridge, :create_program, %{@qa | id: "judge"}, 60_000)
+
+    judge = fn %{"question" => question}, prediction ->
+      run = %{program_id: "judge", inputs: %{question: question}}
+      {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, run, 60_000)
+      prediction["answer"] != "no idea"
+    end
+
+    assert {:ok, %{score: 1.0}} = optimize(bridge, metric: judge)
+  end
+
+  test "the caller's death ends its requests to the LM, and the program is gone" do
+    bridge = start(SilentLM.lm_opts(SilentLM.start()))
+    caller = spawn(fn -> optimize(bridge, []) end)
+    assert_receive {:lm_request, _line}, 60_000
+    Process.exit(caller, :kill)
+    assert_receive :lm_closed, 5_000
+    eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
+    eventually(fn -> Bridge.call(bridge, :list_programs) == {:ok, %{"programs" => []}} end)
+  end
+end

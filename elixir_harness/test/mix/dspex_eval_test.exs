@@ -1,0 +1,222 @@
+defmodule Mix.Tasks.Dspex.EvalTest do
+  @moduledoc "`mix dspex.eval` in this BEAM, by a real peer whose LM is scripted: what it prints, its JSON and its status."
+
+  # It captures standard error and sets the configuration.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.EvalTask
+  import DSPex.Test.Helpers
+  alias DSPex.PythonBridge.Top.Finder
+  alias DSPex.Test.Page
+
+  @moduletag :tmp_dir
+
+  setup :only_python
+
+  describe "the result" do
+    test "is a table with the worst first; the bridge of the task is gone afterwards", %{
+      tmp_dir: dir
+    } do
+      before = Finder.bridges()
+      assert %{status: 0, out: out, err: err} = run([file(dir)])
+
+      assert [summary, _head, "1  0.000" <> peru, "0  1.000" <> _] =
+               String.split(out, "\n", trim: true)
+
+      assert summary =~ "score 0.500, 2 examples, 0 failed, 2 LM calls"
+      assert peru =~ ~r/question: Peru +answer: Lima +answer: secret-answer/
+      assert err == "1/2 examples, 0 failed\n2/2 examples, 0 failed\n"
+      assert Finder.bridges() == before
+    end
+
+    test "of the guide's file is as shown there", %{tmp_dir: dir} do
+      page = "docs/guide/evaluating.md"
+      assert [code] = for("# eval/capital.exs\n" <> _ = code <- Page.blocks(page), do: code)
+      path = source(dir, code)
+      assert %{status: 1, out: out, err: err} = run([path, "--min", "0.8"])
+      shown = String.replace(File.read!(Page.path(page)), ~r/\d\.\d s$/m, "SECONDS")
+      assert String.contains?(shown, String.replace(out, ~r/\d\.\d s$/m, "SECONDS")), out
+      for line <- String.split(err, "\n"), do: assert(String.contains?(shown, plain(line)))
+    end
+
+    defp plain(text), do: String.replace(text, ~r/\e\[\d*m/, "")
+
+    test "exits with 1 if it is below --min, and with 0 if it is not", %{tmp_dir: dir} do
+      path = file(dir)
+      assert %{status: 0} = run([path, "--min", "0.5"])
+      assert %{status: 1, out: "score 0.500" <> _, err: err} = run([path, "--min", "0.51"])
+      assert err =~ "failed: the score 0.500 is below --min 0.51"
+    end
+
+    test "a score that is --min but for rounding is not below it", %{tmp_dir: dir} do
+      dataset = ~s|for n <- 1..10, do: {%{question: "q\#{n}"}, nil}|
+      path = file(dir, dataset: dataset, metric: "fn _, _ -> 0.1 end")
+      assert %{status: 0} = run([path, "--min", "0.1"])
+    end
+
+    test "of thousands of examples prints ten lines of progress and the ten worst", %{
+      tmp_dir: dir
+    } do
+      dataset = ~s|Stream.map(1..2_000, &{%{question: "q\#{&1}"}, %{answer: "x"}})|
+      assert %{status: 0, out: out, err: err} = run([file(dir, dataset: dataset)])
+      assert [first | _] = lines = String.split(err, "\n", trim: true)
+      assert {length(lines), first} == {10, "200/2000 examples, 0 failed"}
+      assert [_summary, _head | rows] = String.split(out, "\n", trim: true)
+      assert length(rows) == 11 and List.last(rows) == "… and 1990 more, with no lower scores"
+    end
+  end
+
+  describe "--json" do
+    test "standard output has an object with the documented keys and no contents", %{tmp_dir: dir} do
+      code = """
+      IO.puts("printed by the file")
+      [program: (#{program()}), dataset: [%{question: "Italy"}, %{question: "Peru"}],
+       metric: fn _example, _prediction -> IO.puts("printed by the metric"); {0.25, "secret-feedback"} end]
+      """
+
+      assert %{status: 1, out: out, err: err, json: json} =
+               json([source(dir, code), "--min", "0.8"])
+
+      assert %{
+               "version" => 1,
+               "ok" => false,
+               "reasons" => ["below_min"],
+               "program" => "capital",
+               "score" => 0.25,
+               "examples" => 2,
+               "failed" => 0,
+               "min" => 0.8,
+               "tolerance" => +0.0,
+               "baseline" => nil,
+               "usage" => %{"lm_calls" => 2},
+               "duration_ms" => _,
+               "results" => [%{"id" => id, "score" => 0.25, "error" => nil}, %{"id" => other}]
+             } = json
+
+      assert map_size(json) == 13
+      assert id =~ ~r/\A[0-9a-f]{16}\z/ and id != other
+      refute out =~ "secret" or out =~ "Italy" or out =~ "Lima"
+      assert err =~ "printed by the file" and err =~ "printed by the metric"
+      assert err =~ "failed: the score 0.250 is below --min 0.8"
+    end
+
+    test "a run that fails has the type of its error, and no text", %{tmp_dir: dir} do
+      dataset = ~s|[{%{question: "Italy"}, %{answer: "Rome"}}, {%{secret: "x"}, %{answer: "y"}}]|
+      assert %{status: 0, out: out, json: json} = json([file(dir, dataset: dataset)])
+
+      assert %{"failed" => 1, "results" => [_, %{"error" => "invalid_args", "score" => +0.0}]} =
+               json
+
+      refute out =~ "secret"
+    end
+
+    test "the same inputs have the same id, with atoms or strings as keys, and each its own", %{
+      tmp_dir: dir
+    } do
+      dataset =
+        ~s|[{%{question: "a", more: 1}, nil}, {%{"more" => 1, "question" => "a"}, nil}, %{question: "b"}]|
+
+      program =
+        ~s|%{id: "capital", signature: "question, more: int -> answer", lm: "offline/echo"}|
+
+      path = file(dir, program: program, dataset: dataset, metric: "fn _, _ -> 1 end")
+
+      assert %{json: %{"results" => [%{"id" => one}, %{"id" => two}, %{"id" => three}]}} =
+               json([path])
+
+      assert two == one <> "-2" and not String.starts_with?(three, one)
+    end
+  end
+
+  describe "--baseline" do
+    test "its own output passes; a loss beyond --tolerance exits with 1, and shows what got worse",
+         %{tmp_dir: dir} do
+      path = file(dir)
+      same = baseline(dir, path, [1.0, 0.0])
+      assert %{status: 0, out: out} = run([path, "--baseline", same])
+
+      assert out =~
+               "#{same}: 0.500 → 0.500 (+0.000) on the 2 examples that it has; 0 new, 0 gone\nnothing got worse\n"
+
+      better = baseline(dir, path, [1.0, 0.5])
+      assert %{status: 1, out: out, err: err} = run([path, "--baseline", better])
+      assert err =~ "failed: the score has changed by -0.250: a regression beyond --tolerance 0.0"
+
+      assert [_, worse] = String.split(out, "1 got worse:\n")
+
+      assert worse =~
+               ~r/\A +score +before +inputs .*\n1  0\.000  0\.500   question: Peru .*secret-answer\n\z/
+
+      assert %{status: 0} = run([path, "--baseline", better, "--tolerance", "0.25"])
+      assert %{status: 1} = run([path, "--baseline", better, "--tolerance", "0.24"])
+    end
+
+    test "finds the examples of a dataset that has grown and has another order", %{tmp_dir: dir} do
+      base = baseline(dir, file(dir), [1.0, 1.0])
+
+      dataset =
+        ~s|[%{question: "new"}, {%{"question" => "Peru"}, %{answer: "Lima"}}, {%{question: "newer"}, nil}]|
+
+      path = file(dir, dataset: dataset, metric: ~s|fn e, p -> e["answer"] == p["answer"] end|)
+
+      assert %{status: 1, json: %{"baseline" => change, "reasons" => reasons}} =
+               json([path, "--baseline", base])
+
+      assert reasons == ["regression"]
+      assert %{"shared" => 1, "new" => 2, "gone" => 1, "worse" => 1} = change
+      assert %{"before" => 1.0, "now" => +0.0, "change" => -1.0, "worst" => [worst]} = change
+      assert %{"index" => 1, "before" => 1.0, "score" => +0.0, "id" => _} = worst
+      assert map_size(change) == 8
+    end
+
+    test "the list of what got worse is bounded, with the largest loss first", %{tmp_dir: dir} do
+      path = file(dir, dataset: ~s|for n <- 1..30, do: {%{question: "q\#{n}"}, %{answer: "x"}}|)
+      base = baseline(dir, path, Enum.map(1..30, &(&1 / 30)))
+      assert %{status: 1, out: out} = run([path, "--baseline", base])
+      assert [_, worse] = String.split(out, "30 got worse:\n")
+      assert [_head, "29  0.000  1.000 " <> _ | rest] = String.split(worse, "\n", trim: true)
+      assert length(rest) == 10 and List.last(rest) == "… and 20 more, which have lost no more"
+
+      assert %{json: %{"baseline" => %{"worse" => 30, "worst" => worst}}} =
+               json([path, "--baseline", base])
+
+      assert length(worst) == 10
+    end
+
+    test "a file that is not one exits with 2 before any LM call, and says why", %{tmp_dir: dir} do
+      path = file(dir, metric: ~s|fn _, _ -> raise "an LM was asked" end|)
+      result = ~s|{"version": 1, "results": [{"id": "a", "score": 1}, |
+
+      for {bytes, expected} <- [
+            {"", "JSON that ends too early"},
+            {<<255, 254>>, "not JSON: invalid byte at 0"},
+            {~s({"version": 1, "results": [{"id": "\xff", "score": 1}]}),
+             "not JSON: invalid byte"},
+            {~s({"version": 2, "results": []}),
+             "its version is 2, and this :dspex reads version 1"},
+            {~s({"version": "1", "results": []}), "its version is unknown"},
+            {"[]", "expected the output of mix dspex.eval --json"},
+            {~s({"version": 1, "results": {}}), "expected the output of mix dspex.eval --json"},
+            {result <> "5]}",
+             "results[1]: expected an object with id, a string, and score, a number"},
+            {result <> ~s({"id": "b", "score": NaN}]}), "not JSON: invalid byte"},
+            {result <> ~s({"id": "b", "score": null}]}), "results[1]: expected"},
+            {result <> ~s({"id": "b", "score": 1e400}]}), "JSON"},
+            {result <> ~s({"id": "b", "score": 1#{String.duplicate("0", 400)}}]}),
+             "results[1]: expected"},
+            {result <> ~s({"id": 3, "score": 1}]}), "results[1]: expected"},
+            {result <> ~s({"id": "b", "score": 1}]}),
+             "it has none of the examples of the dataset"}
+          ] do
+        base = write(dir, bytes)
+        assert %{status: 2, out: "", text: text} = run([path, "--baseline", base])
+        assert String.starts_with?(text, "--baseline #{base}: ") and text =~ expected
+      end
+
+      assert %{status: 2, text: text} = run([path, "--baseline", Path.join(dir, "none.json")])
+      assert text =~ "none.json: no such file or directory; mix dspex.eval --json makes one"
+      assert %{status: 2, text: text} = run([path, "--baseline", dir])
+      assert text =~ "illegal operation on a directory"
+    end
+  end
+end
