@@ -172,6 +172,19 @@ class Desk:
                 return dict(stats)
         raise AssertionError(stats)
 
+    def nothing_follows(self, most: int | None = None) -> None:
+        """No thread, tool call or LM request of an optimization that has ended, which has made at most `most`."""
+        self.becomes_idle()
+        self.server.gate.set()
+        calls = len(self.asked)
+        # The LM may come late to what was sent before the end.
+        self.execute()
+        asked = len(self.server.requests)
+        assert most is None or asked <= most + 1, asked
+        self.execute()
+        assert len(self.server.requests) == asked + 1 and self.peer.idle()
+        assert len(self.asked) == calls
+
 
 def fails(**_: Any) -> Any:
     """A metric."""

@@ -158,7 +158,7 @@ def highest_score(given: Given) -> float:
     if given.optimizer != "simba":
         return float("inf")
     chosen = _chosen(given)
-    return 700.0 * min(chosen["temperature_for_sampling"], chosen["temperature_for_candidates"])
+    return 700 * float(min(chosen["temperature_for_sampling"], chosen["temperature_for_candidates"]))
 
 
 class _Chosen:

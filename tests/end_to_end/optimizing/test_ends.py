@@ -43,18 +43,6 @@ def tasks(desk: Desk) -> int:
     return len(os.listdir(f"/proc/{desk.peer.process.pid}/task"))
 
 
-def nothing_follows(desk: Desk, most: int) -> None:
-    """No thread, tool call or LM request of the optimization, while others run to their end."""
-    desk.becomes_idle()
-    desk.server.gate.set()
-    assert desk.execute()["success"]
-    asked = len(desk.server.requests)
-    assert asked <= most + 1
-    assert desk.execute()["success"]
-    assert len(desk.server.requests) == asked + 1 and desk.peer.idle()
-    assert desk.asked == []
-
-
 @pytest.mark.parametrize("optimizer", SCORING)
 def test_cancelled_while_the_lm_is_asked(desk: Desk, optimizer: str) -> None:
     """Requests under way are closed."""
@@ -65,7 +53,7 @@ def test_cancelled_while_the_lm_is_asked(desk: Desk, optimizer: str) -> None:
     desk.peer.send({"cancel": id})
     assert desk.reply_to(id)["error_type"] == "cancelled"
     assert desk.server.closed_by_client.acquire(timeout=PATIENCE)
-    nothing_follows(desk, number + THREADS)
+    desk.nothing_follows(number + THREADS)
 
 
 @pytest.mark.parametrize("optimizer", SCORING)
@@ -80,7 +68,7 @@ def test_cancelled_while_the_metric_is_asked(desk: Desk, optimizer: str) -> None
     reply = desk.reply_to(id, until=lambda frame: "tool_call" not in frame)
     assert reply["error_type"] == "cancelled"
     answer(desk, call)
-    nothing_follows(desk, asked + THREADS)
+    desk.nothing_follows(asked + THREADS)
 
 
 @pytest.mark.parametrize("optimizer", ["random_search", "gepa"])
@@ -88,7 +76,7 @@ def test_at_its_deadline(desk: Desk, optimizer: str) -> None:
     """It comes while the LM is silent, or, on a slow machine, before."""
     desk.serve(held_after=20)
     assert desk.run(optimizer, num_threads=THREADS, timeout_ms=700)["error_type"] == "timeout"
-    nothing_follows(desk, 20 + THREADS)
+    desk.nothing_follows(20 + THREADS)
 
 
 def tool_call(desk: Desk, id: int) -> dict[str, Any]:
@@ -122,7 +110,7 @@ def test_a_cancel_before_anything_runs(desk: Desk) -> None:
     id = next(desk.peer.ids)
     desk.peer.send({"id": id, "command": "execute_program", "args": args}, {"cancel": id})
     assert desk.reply_to(id)["error_type"] == "cancelled"
-    nothing_follows(desk, THREADS)
+    desk.nothing_follows(THREADS)
 
 
 @pytest.mark.parametrize("waits_for", ["lm", "metric"])

@@ -61,7 +61,7 @@ def test_a_metric_that_fails(desk: Desk, optimizer: str, metric: Any, text: str)
     reply = desk.run(optimizer, JUDGE, {"judge": metric}, num_threads=THREADS)
     assert reply["error_type"] == "tool_error" and reply["error"].startswith(text), reply
     assert len(desk.asked) <= THREADS
-    threads_end(desk)
+    desk.nothing_follows()
 
 
 @pytest.mark.parametrize("optimizer", SCORING)
@@ -77,7 +77,7 @@ def test_a_metric_that_fails_later(desk: Desk, optimizer: str) -> None:
     reply = desk.run(optimizer, JUDGE, {"judge": judge}, num_threads=THREADS)
     assert reply["error_type"] == "tool_error" and reply["error"] == "judge: the metric broke"
     assert len(desk.asked) <= 30 + THREADS
-    threads_end(desk)
+    desk.nothing_follows()
 
 
 def test_a_metric_that_fails_as_it_is_asked_for_feedback(desk: Desk) -> None:
@@ -88,7 +88,7 @@ def test_a_metric_that_fails_as_it_is_asked_for_feedback(desk: Desk) -> None:
 
     reply = desk.run("gepa", JUDGE, {"judge": judge})
     assert reply["error_type"] == "tool_error" and reply["error"] == "judge: no feedback today"
-    threads_end(desk)
+    desk.nothing_follows()
 
 
 @pytest.mark.parametrize("score", [1e308, -1e308, -3, 0.25, True, {"score": 120, "feedback": "x"}])
@@ -107,7 +107,7 @@ def test_any_number_is_a_score(desk: Desk, optimizer: str, score: Any) -> None:
 
 
 # SIMBA asks its prompt_lm.
-RULES = {"bsize": 4, "num_candidates": 3, "max_demos": 0, "temperature_for_sampling": 0.3}
+RULES = {"bsize": 4, "num_candidates": 3, "max_steps": 3, "temperature_for_sampling": 0.3}
 
 
 def refused(_request: dict[str, Any]) -> Answer:
@@ -119,8 +119,7 @@ def test_a_key_that_the_lm_refuses(desk: Desk, optimizer: str) -> None:
     desk.serve(refused)
     reply = desk.run(optimizer, num_threads=THREADS)
     assert reply["error_type"] == "lm_error" and "LMAuthError" in reply["error"] and reply["retryable"] is False
-    threads_end(desk)
-    assert len(desk.server.requests) <= THREADS
+    desk.nothing_follows(THREADS)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_a_key_that_only_another_lm_refuses(desk: Desk, optimizer: str, role: st
     rules_only = {"options": RULES, "seed": 5} if optimizer == "simba" else {}
     reply = desk.run(optimizer, num_threads=THREADS, **rules_only, **{role: other})
     assert reply["error_type"] == "lm_error" and "LMAuthError" in reply["error"], reply
-    threads_end(desk)
+    desk.nothing_follows()
     assert sum(request["model"] == "other" for request in desk.server.requests) <= THREADS
 
 
@@ -157,8 +156,7 @@ def test_an_lm_that_is_down(desk: Desk, optimizer: str, examples: int) -> None:
     more = few(desk, optimizer, examples)
     reply = desk.run(optimizer, num_threads=THREADS, **more)
     assert reply.get("error_type") == "lm_error" and "LMServerError" in reply["error"], reply
-    threads_end(desk)
-    assert len(desk.server.requests) <= 10 + 2 * THREADS
+    desk.nothing_follows(10 + THREADS)
 
 
 def few(desk: Desk, optimizer: str, examples: int) -> dict[str, Any]:
@@ -177,7 +175,7 @@ def test_an_lm_that_nobody_serves(desk: Desk, optimizer: str) -> None:
         args = {**desk.args(optimizer, **more), "lm": lm}
         reply = desk.reply_to(desk.peer.request("execute_program", args))
     assert reply["error_type"] == "lm_error" and "LMUnreachable" in reply["error"], reply
-    threads_end(desk)
+    desk.nothing_follows()
 
 
 def test_failures_that_pass_end_nothing(desk: Desk) -> None:
@@ -187,13 +185,3 @@ def test_failures_that_pass_end_nothing(desk: Desk) -> None:
     reply = desk.run("random_search", num_threads=1)
     assert reply["success"] and reply["result"]["score"] < 0.2
     assert len(desk.server.requests) > 30
-
-
-def threads_end(desk: Desk) -> None:
-    """Nothing goes on after the reply."""
-    desk.becomes_idle()
-    asked = len(desk.server.requests)
-    desk.serve()
-    assert desk.execute()["success"]
-    assert len(desk.server.requests) == 1 and desk.peer.idle()
-    desk.server.requests.extend([{"model": "before"}] * (asked - 1))
