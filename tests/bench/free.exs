@@ -19,6 +19,7 @@ defmodule Bench.Free do
       {"image", &image/0},
       {"many", &many/0},
       {"waiting", &waiting/0},
+      {"optimizing", &Bench.Optimizing.figures/0},
       {"restart", &restart/0},
       {"recovery", &recovery/0},
       {"peers", &peers/0},

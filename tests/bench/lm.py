@@ -42,6 +42,8 @@ def step(number: int, tool: str, **args: Any) -> bytes:
 
 ANSWER = completion(fields(answer="Paris"))
 THOUGHT = completion(fields(reasoning="It was there.", answer="Paris"))
+# Of some 100 tokens.
+LONG = completion(fields(reasoning=" ".join(f"word{n % 10}" for n in range(100)), answer="Paris"))
 AGENT = [*(step(n, "search", query=f"number {n}", limit=3) for n in range(STEPS - 1)), step(STEPS - 1, "finish")]
 
 
@@ -79,7 +81,9 @@ def reply(request: bytes) -> bytes:
         while b"observation_%d ##" % taken in request:
             taken += 1
         return AGENT[min(taken, STEPS - 1)]
-    return THOUGHT if b"trajectory" in request else ANSWER
+    if b"trajectory" in request:
+        return THOUGHT
+    return LONG if b"reasoning" in request else ANSWER
 
 
 class Connection(asyncio.Protocol):

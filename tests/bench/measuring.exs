@@ -211,22 +211,22 @@ defmodule Bench do
 
   def wait_until(fun), do: fun.() || (Process.sleep(5) && wait_until(fun))
 
-  # The latencies of pings, one each ms, while `fun` runs: their p99 in ms.
-  def ping_p99_during(bridge, fun) do
-    pinger = Task.async(fn -> pings(bridge, []) end)
+  # The latencies of pings, one each ms or `every_ms`, while `fun` runs: their p99 in ms.
+  def ping_p99_during(bridge, every_ms \\ 1, fun) do
+    pinger = Task.async(fn -> pings(bridge, every_ms, []) end)
     result = fun.()
     send(pinger.pid, :enough)
     took = Task.await(pinger)
     {took |> Enum.sort() |> Enum.at(floor(length(took) * 0.99)) |> Kernel./(1000), result}
   end
 
-  defp pings(bridge, took) do
+  defp pings(bridge, every_ms, took) do
     receive do
       :enough -> took
     after
-      1 ->
+      every_ms ->
         {us, {:ok, _}} = :timer.tc(fn -> Bridge.call(bridge, :ping, %{}, 5000) end)
-        pings(bridge, [us | took])
+        pings(bridge, every_ms, [us | took])
     end
   end
 
