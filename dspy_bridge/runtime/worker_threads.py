@@ -103,7 +103,10 @@ class WorkerThreads:
         self._usual_interval = sys.getswitchinterval()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread, with the caller's context variables. Cancelling gives it up."""
+        """Run `work` in a thread, with the caller's context variables. Cancelling gives it up.
+
+        If it raises, what other threads do for it is given up too.
+        """
         import asyncio
         import contextvars
 
@@ -119,7 +122,7 @@ class WorkerThreads:
         future = self._pool.submit(self._counted, lambda: context.run(work))
         try:
             return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
+        except BaseException:
             job.give_up()
             with self._lock:
                 abandoned = future.running()
