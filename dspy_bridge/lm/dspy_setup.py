@@ -162,7 +162,7 @@ class Models:
             if pool is None and self._default is not None and lm is self._default[1]:
                 pool = self._default[0]
             if pool is not None and own_connections:
-                lm = pool.fresh().lasting()
+                lm = pool.own()
             elif pool is not None:
                 lm = stack.enter_context(pool.checkout())
             if lm is None:

@@ -46,11 +46,15 @@ class LMPool:
         redaction.remember(self._secrets)
         self._lms = [_make_lm(options)]
         self._in_flight = [0]
-        weakref.finalize(self, _close, self._lms, loops).atexit = False
+        self._finalizer = weakref.finalize(self, _close, self._lms, loops)
+        self._finalizer.atexit = False
 
-    def fresh(self) -> LMPool:
-        """A pool with the same options, and connections of its own."""
-        return LMPool(self._options, self._loops)
+    def own(self) -> dspy.BaseLM:
+        """An LM with the same options and connections of its own, until `close_own`."""
+        pool = LMPool(self._options, self._loops)
+        lm = pool.lasting()
+        lm.close_own = pool._finalizer
+        return lm
 
     def lasting(self) -> dspy.BaseLM:
         """An LM to keep: it keeps the pool."""
@@ -80,6 +84,16 @@ class LMPool:
             yield self._lms[place]
         finally:
             self._in_flight[place] -= 1
+
+
+def close_own(lm: dspy.BaseLM) -> None:
+    """Close the connections of an LM of `own`, which nobody calls any more, whatever else still refers to it.
+
+    Those of other LMs stay open.
+    """
+    close = getattr(lm, "close_own", None)
+    if close is not None:
+        close()
 
 
 # A loop keeps no reference to its tasks.

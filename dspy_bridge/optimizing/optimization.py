@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Any
 
 import dspy
@@ -10,7 +11,7 @@ import dspy
 from dspy_bridge.caller import Caller
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import dspy_errors, dspy_internals
+from dspy_bridge.lm import dspy_errors, dspy_internals, lm_pool
 from dspy_bridge.lm.offline import offline_lm
 from dspy_bridge.optimizing import executors, optimizers
 from dspy_bridge.optimizing.arguments import Given
@@ -63,6 +64,7 @@ async def run(
     if expected is None and given.optimizer == "labeled_few_shot":
         raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
     metric = program.read_metric(metric_given)
+    await large_inputs.in_thread(functools.partial(optimizers.load, given.optimizer))
     job = _Job(given, program, metric, Run(call, limiter, given.budget), stream)
     await large_inputs.in_thread(lambda: job.read(inputs, expected))
     return await job.run(lm, threads)
@@ -91,7 +93,7 @@ class _Job:
             self._program.state(module),
             self._program.state,
             self._run,
-            self._send if self._stream else None,
+            functools.partial(_send, self._run.call) if self._stream else None,
         )
         self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
         self._large = any(
@@ -110,8 +112,11 @@ class _Job:
         with self._program.optimizing(lm, run, run.call):
             # In the context: it has the settings.
             work = loop.create_task(threads.run(self._optimize))
+            lms = [dspy.settings.lm, *self._lms.values()]
         # If the run ends, nobody reads how its thread did.
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Not by whoever collects the garbage of the optimizer: that may come hours later.
+        work.add_done_callback(lambda _: [lm_pool.close_own(lm) for lm in lms])
         timer = None
         if (seconds := self._given.budget.seconds) is not None:
             timer = loop.call_later(min(seconds, _LONGEST), run.end, "seconds")
@@ -167,10 +172,11 @@ class _Job:
             run.refuse_failures()
             return self._candidates.result(made)
 
-    def _send(self, item: dict[str, Any]) -> None:
-        """An item of the stream; waits until the client can take more."""
-        job = worker_threads.current.get()
-        if job is None or "candidate" not in item:
-            self._run.call.stream_item_threadsafe(item)
-        else:
-            job.on_loop(self._run.call.stream_item(item))
+
+def _send(call: Caller, item: dict[str, Any]) -> None:
+    """An item of the stream; waits until the client can take more."""
+    job = worker_threads.current.get()
+    if job is None or "candidate" not in item:
+        call.stream_item_threadsafe(item)
+    else:
+        job.on_loop(call.stream_item(item))

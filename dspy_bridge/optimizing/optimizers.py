@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import dspy
@@ -106,6 +107,17 @@ def check(given: Given, trainset_size: int) -> None:
         budgets = ("auto", "max_full_evals", "max_metric_calls")
         if sum(budget in given.options for budget in budgets) != 1:
             raise InvalidArgs(f"optimize.options: gepa expects exactly one of {', '.join(budgets)}")
+
+
+def load(name: str) -> None:
+    """Import the package that an optimizer needs. Blocks.
+
+    Not as the optimizer runs: optuna keeps the traceback of an import that failed, and so all that led to it.
+    """
+    needs = _OPTIMIZERS[name].needs
+    if needs is not None:
+        with suppress(ImportError):  # of a broken one, which the optimizer reports
+            importlib.import_module(needs)
 
 
 def compile(

@@ -88,6 +88,8 @@ class Run(admission.Run):
         """Whatever the run's code still does ends at its next step."""
         with self._lock:
             self._over = True
+        # It has this run and its LMs: as a cycle they would stay, with their connections, until garbage is collected.
+        self._context = None
 
     def check(self) -> None:
         """Raises `Ended` once the run is over."""
@@ -171,9 +173,11 @@ class Run(admission.Run):
     def entered(self) -> Iterator[None]:
         """Give a thread of DSPy's the context variables of the run. Raises `Ended` once the run is over."""
         self.check()
-        assert self._context is not None, "begin comes first"
+        context = self._context
+        if context is None:  # closed since then
+            raise Ended
         here = contextvars.copy_context()
-        tokens = [(variable, variable.set(value)) for variable, value in self._context.items() if variable not in here]
+        tokens = [(variable, variable.set(value)) for variable, value in context.items() if variable not in here]
         try:
             yield
         finally:

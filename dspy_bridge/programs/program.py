@@ -131,7 +131,7 @@ class Program:
     def lm(self, given: object, where: str) -> dspy.BaseLM:
         """Another LM for an optimization, with connections of its own. Raises `InvalidArgs`."""
         # Optimizers write into its settings.
-        return self._lms.pool(given, where).fresh().lasting().copy()
+        return self._lms.pool(given, where).own().copy()
 
     async def call(
         self,

@@ -161,3 +161,27 @@ def test_its_owner_is_killed(desk: Desk) -> None:
     desk.server.gate.set()
     assert desk.execute()["success"]
     assert asked <= 30 + THREADS and len(desk.server.requests) <= asked + 1 + THREADS
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by a cancel", "by its budget"])
+def test_its_connections_to_lms_are_closed(desk: Desk, ends: str) -> None:
+    """At once, and not when garbage is collected, which an idle peer never does."""
+    desk.execute()
+    before = connections(desk)
+    desk.serve(held_after=20 if ends == "by a cancel" else None)
+    teacher = {"model": "openai/teacher", **desk.server.options()}
+    budget = {"budget": {"lm_calls": 15}} if ends == "by its budget" else {}
+    id = desk.start("random_search", num_threads=THREADS, teacher_lm=teacher, **budget)
+    if ends == "by a cancel":
+        desk.lm_holds(21)
+        assert connections(desk) > before
+        desk.peer.send({"cancel": id})
+    assert desk.reply_to(id)["success"] is (ends != "by a cancel")
+    end = time.monotonic() + PATIENCE
+    while (now := connections(desk)) > before:
+        assert time.monotonic() < end, (before, now)
+
+
+def connections(desk: Desk) -> int:
+    """Open ones of the peer to its LM."""
+    return len(psutil.Process(desk.peer.process.pid).net_connections())
