@@ -16,7 +16,7 @@ GOOD = "Answer with the capitals of the question."
 QUESTIONS = [f"word {number}" for number in range(12)]
 
 # With it each optimizer finds something better than what it starts with.
-SALT = 2
+SALT = 1
 _FIELD = re.compile(r"`(?:\[\[ ## )?(\w+)(?: ## \]\])?`")
 
 

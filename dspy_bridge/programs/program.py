@@ -98,7 +98,7 @@ class Program:
             except BridgeError as error:
                 raise type(error)(str(error).replace("inputs", here, 1)) from None
             others = {name: value for name, value in given.items() if name not in item}
-            example = dspy.Example({**others, **outputs, **values}).with_inputs(*values)
+            example = dspy.Example({**values, **others, **outputs}).with_inputs(*values)
             examples.append((example, given))
         return examples
 

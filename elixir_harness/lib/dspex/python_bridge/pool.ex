@@ -168,11 +168,21 @@ defmodule DSPex.PythonBridge.Pool do
   @spec request(pool(), Bridge.command(), map(), [Bridge.request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
   def request(pool, command, args, opts) do
+    requested(pool, command, args, opts, [])
+  end
+
+  # One of many calls, which begin at any node of the cluster. For `DSPex.PythonBridge.Evaluate`.
+  @doc false
+  @spec spread(pool(), Bridge.command(), map(), [Bridge.request_option()]) ::
+          {:ok, term(), map()} | {:error, Error.t()}
+  def spread(pool, command, args, opts), do: requested(pool, command, args, opts, spread: true)
+
+  defp requested(pool, command, args, opts, more) do
     with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
          {:ok, args} <- Client.Options.arguments(options, command, args),
          exchange = &exchange(pool, command, args, %{options | opts: &1}),
          {:ok, _id, result, meta} <-
-           CallSpan.run(:pool, pool, command, args, options.opts, exchange) do
+           CallSpan.run(:pool, pool, command, args, more ++ options.opts, exchange) do
       {:ok, result, meta}
     end
   end

@@ -69,7 +69,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   end
 
   defp request(server, program, options, deadline) do
-    client = if Pool.Handle.fetch(server), do: Pool, else: Bridge
+    call = if Pool.Handle.fetch(server), do: &Pool.spread/4, else: &Bridge.request/4
     args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
 
     fn {examples, number} ->
@@ -77,12 +77,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         args = Map.put(args, :inputs, inputs)
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
-        client.request(
-          server,
-          :execute_program,
-          args,
-          [timeout: left(deadline)] ++ options.passed
-        )
+        call.(server, :execute_program, args, [timeout: left(deadline)] ++ options.passed)
       end
       |> then(&{number, &1})
     end

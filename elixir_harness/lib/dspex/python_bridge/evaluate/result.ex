@@ -38,11 +38,8 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   @doc false
   @spec new([item()], map(), non_neg_integer()) :: t()
   def new(items, usage, duration_ms) do
-    count = length(items)
-
     %__MODULE__{
-      # Each by itself: their sum may be more than a float holds.
-      score: if(count > 0, do: mean(items, count)),
+      score: items |> Enum.map(& &1.score) |> mean(),
       failed: Enum.count(items, & &1.error),
       results: items,
       usage: usage,
@@ -50,10 +47,15 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
     }
   end
 
-  defp mean(items, count) do
-    items |> Enum.map(& &1.score) |> Enum.sum() |> Kernel./(count)
+  @doc false
+  @spec mean([float()]) :: float() | nil
+  def mean([]), do: nil
+
+  def mean(scores) do
+    Enum.sum(scores) / length(scores)
   rescue
-    ArithmeticError -> items |> Enum.map(&(&1.score / count)) |> Enum.sum()
+    # Their sum may be more than a float holds.
+    ArithmeticError -> scores |> Enum.map(&(&1 / length(scores))) |> Enum.sum()
   end
 
   @doc false

@@ -15,18 +15,20 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   # For each call.
   @compile {:inline, ask: 3, sent: 2}
 
-  defstruct [:holder, retry: true, stream?: false, again?: false]
+  defstruct [:holder, retry: true, stream?: false, again?: false, spread?: false]
 
   @typedoc """
   `retry`: whether the call may be sent again after a peer has died with it. `stream?`: whether the caller takes chunks.
   `holder`: of the caller's functions (`DSPex.PythonBridge.Tools.FunctionHolder`). `again?`: as in
-  `t:DSPex.PythonBridge.Client.StreamProxy.call/0`.
+  `t:DSPex.PythonBridge.Client.StreamProxy.call/0`. `spread?`: whether this node's peers come first no more than those of
+  any other node.
   """
   @type t :: %__MODULE__{
           holder: pid() | nil,
           retry: boolean(),
           stream?: boolean(),
-          again?: boolean()
+          again?: boolean(),
+          spread?: boolean()
         }
   @typedoc "A slot of the bridge's pool, in which the call is counted."
   @type slot :: {LoadCounters.t(), LoadCounters.index()}

@@ -84,7 +84,12 @@ defmodule DSPex.PythonBridge.Pool.Caller do
 
   defp attempt(opts) do
     retry = Keyword.get(opts, :retry, true)
-    %Attempt{retry: retry, stream?: Keyword.get(opts, :stream, false)}
+
+    %Attempt{
+      retry: retry,
+      stream?: Keyword.get(opts, :stream, false),
+      spread?: Keyword.get(opts, :spread, false)
+    }
   end
 
   # A call of one peer, ready to be sent; or the result of one of the whole pool.

@@ -1,7 +1,8 @@
 defmodule DSPex.PythonBridge.Pool.Router do
   @moduledoc false
   # The path of one call, in the caller's process: a peer of this node; if none can serve, another node of the
-  # cluster; if none can either, a wait until that changes, and again from the start.
+  # cluster; if none can either, a wait until that changes, and again from the start. One of many, which are to be spread,
+  # begins at any node.
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Ask
@@ -10,12 +11,22 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   @doc "Runs the call on a peer of this or another node; waits for one until the request's deadline."
   @spec run(Handle.t(), Request.t(), Attempt.t()) :: LocalCall.reply() | Attempt.begun()
+  def run(%Handle{} = handle, %Request{} = request, %Attempt{spread?: true} = attempt) do
+    attempt = %{attempt | spread?: false}
+
+    with true <- RemoteCall.first?(handle),
+         {:nobody, request} <- RemoteCall.run(handle, request, attempt) do
+      nobody(handle, request, attempt)
+    else
+      false -> run(handle, request, attempt)
+      {:done, reply} -> reply
+    end
+  end
+
   def run(%Handle{} = handle, %Request{} = request, %Attempt{} = attempt) do
     with {:nobody, request} <- LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
          {:nobody, request} <- RemoteCall.run(handle, request, attempt) do
-      if request.overloaded?,
-        do: failed(:overloaded),
-        else: wait(handle, request, &run(&1, &2, attempt))
+      nobody(handle, request, attempt)
     else
       {:done, reply} -> reply
     end
@@ -40,6 +51,9 @@ defmodule DSPex.PythonBridge.Pool.Router do
   end
 
   ## Nobody can serve now
+
+  defp nobody(_handle, %Request{overloaded?: true}, _attempt), do: failed(:overloaded)
+  defp nobody(handle, request, attempt), do: wait(handle, request, &run(&1, &2, attempt))
 
   # What was tried goes along: it may have changed before the message is read.
   defp wait(handle, request, run) do

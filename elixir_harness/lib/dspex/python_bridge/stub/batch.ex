@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Stub.Batch do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Stub.{Answer, Answers, Context, Reply}
+  alias DSPex.PythonBridge.Stub.{Answer, Answers, Context, Evaluation, Reply}
 
   # The results are sent so long before the deadline: see docs/protocol.md.
   @earlier_ms 250
@@ -17,15 +17,21 @@ defmodule DSPex.PythonBridge.Stub.Batch do
           item_timeout: number() | :infinity
         }
 
-  @doc "The results, in the order of the items. It runs in the process of the run, which must not run answers itself."
-  @spec run(Context.t(), [item()], limits()) :: [map()]
-  def run(run, items, limits) do
+  @doc """
+  The results, in the order of the items; with an evaluation each has its score, and an error that would be that of all
+  items is the whole's. It runs in the process of the run, which must not run answers itself.
+  """
+  @spec run(Context.t(), [item()], limits(), Evaluation.t() | nil) ::
+          {:ok, [map()]} | {:error, Error.t()}
+  def run(run, items, limits, evaluation) do
     # An answer that is killed is an error of its item.
     Process.flag(:trap_exit, true)
     ends = with end_ms when is_integer(end_ms) <- run.deadline, do: end_ms - earlier(run.timeout)
     state = %{run: run, limits: limits, ends: ends, running: %{}, results: %{}}
-    state = work(state, Enum.with_index(items))
-    for index <- 0..(length(items) - 1)//1, do: state.results[index]
+    state = state |> Map.put(:evaluation, evaluation) |> work(Enum.with_index(items))
+    {:ok, for(index <- 0..(length(items) - 1)//1, do: state.results[index])}
+  catch
+    {:ended, error} -> {:error, error}
   end
 
   defp earlier(timeout), do: min(@earlier_ms, div(timeout, 10))
@@ -61,15 +67,34 @@ defmodule DSPex.PythonBridge.Stub.Batch do
       spawn_link(fn ->
         # The peer streams items, not their chunks.
         Context.enter(%{run | stream?: false})
-        send(collector, {:item, self(), Answer.call(run, inputs, answer)})
+        result = Answer.call(run, inputs, answer)
+        send(collector, {:item, self(), scored(state.evaluation, index, result)})
       end)
 
     ends = Deadline.new(with(ms when is_float(ms) <- state.limits.item_timeout, do: ceil(ms)))
     put_in(state.running[pid], {index, ends})
   end
 
+  defp scored(nil, _index, {:ok, outputs, _meta}), do: {:ok, outputs, %{}}
+  defp scored(nil, _index, error), do: error
+
+  defp scored(evaluation, index, {:ok, outputs, _meta}) do
+    case Evaluation.score(evaluation, index, outputs) do
+      {:ok, scored} -> {:ok, outputs, scored}
+      {:error, error} -> {:ended, error}
+    end
+  end
+
+  defp scored(_evaluation, _index, {:error, error}),
+    do: if(Evaluation.hits_all?(error), do: {:ended, error}, else: {:error, error})
+
   # Its exit, or a result after its time.
   defp ended(state, pid, _result) when not is_map_key(state.running, pid), do: state
+
+  defp ended(state, _pid, {:ended, error}) do
+    for {pid, _item} <- state.running, do: Process.exit(pid, :kill)
+    throw({:ended, error})
+  end
 
   defp ended(state, pid, result) do
     {{index, _ends}, running} = Map.pop!(state.running, pid)
@@ -108,11 +133,14 @@ defmodule DSPex.PythonBridge.Stub.Batch do
   defp settle(state, index, result) do
     result =
       case result do
-        {:ok, outputs, _meta} -> %{"success" => true, "result" => outputs}
-        {:error, error} -> Map.put(Reply.failure(error), "success", false)
+        {:ok, outputs, scored} -> Map.merge(scored, %{"success" => true, "result" => outputs})
+        {:error, error} -> error |> Reply.failure() |> Map.merge(failed(state.evaluation))
       end
 
     Context.stream(state.run, Map.put(result, "index", index))
     put_in(state.results[index], result)
   end
+
+  defp failed(nil), do: %{"success" => false}
+  defp failed(_evaluation), do: %{"success" => false, "score" => 0.0}
 end

@@ -3,10 +3,12 @@ defmodule DSPex.PythonBridge.Stub.Run do
   # One `execute_program` of a stub, in a process of its own, which ends with the stub and is killed when the caller gives
   # up. It sends the stub `{:answered, id, reply}`, and before it what its context sends.
 
-  alias DSPex.PythonBridge.Stub.{Answer, Answers, Batch, Context}
+  alias DSPex.PythonBridge.Stub.{Answer, Answers, Batch, Context, Evaluation}
 
   @typedoc "What is run: one input, or a list."
-  @type work :: {map(), Answers.answer()} | {:list, [Batch.item()], Batch.limits()}
+  @type work ::
+          {map(), Answers.answer()}
+          | {:list, [Batch.item()], Batch.limits(), Evaluation.t() | nil}
 
   @doc "Starts the process of a run."
   @spec start_link(Context.t(), work()) :: pid()
@@ -17,8 +19,12 @@ defmodule DSPex.PythonBridge.Stub.Run do
     end)
   end
 
-  defp result(run, {:list, items, limits}),
-    do: {:ok, %{"results" => Batch.run(run, items, limits)}, %{}}
+  defp result(run, {:list, items, limits, evaluation}) do
+    with {:ok, results} <- Batch.run(run, items, limits, evaluation),
+         do:
+           {:ok, if(evaluation, do: Evaluation.result(results), else: %{"results" => results}),
+            %{}}
+  end
 
   defp result(run, {inputs, answer}) do
     with {:ok, outputs, meta} <- Answer.call(run, inputs, answer) do

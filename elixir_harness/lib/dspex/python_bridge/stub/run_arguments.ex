@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
   # The arguments of `execute_program`, checked by the peer's rules.
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Stub.Arguments
+  alias DSPex.PythonBridge.Stub.{Arguments, Evaluation}
 
   @execute ~w(program_id inputs config lm attempts max_concurrency item_timeout_ms) ++
              ~w(expected metric optimize options)
@@ -13,13 +13,15 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
           program: String.t(),
           inputs: map() | [term()],
           max_concurrency: pos_integer() | :infinity,
-          item_timeout: number() | :infinity
+          item_timeout: number() | :infinity,
+          evaluation: Evaluation.given() | nil
         }
 
   @doc "The arguments of an `execute_program`."
   @spec read(map()) :: {:ok, t()} | {:error, Error.t()}
   def read(args) do
-    with :ok <- Arguments.known(args, @execute, ""),
+    with :ok <- no_optimizer(args),
+         :ok <- Arguments.known(args, @execute, ""),
          :ok <- Arguments.text(args, "program_id"),
          :ok <- inputs(args["inputs"]),
          :ok <- Arguments.object(args, "config", "an object"),
@@ -28,13 +30,14 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
          :ok <- milliseconds(args, "item_timeout_ms"),
          :ok <- of_list(args, "max_concurrency"),
          :ok <- of_list(args, "item_timeout_ms"),
-         :ok <- no_metric(args) do
+         {:ok, evaluation} <- Evaluation.read(args) do
       {:ok,
        %{
          program: args["program_id"],
          inputs: args["inputs"],
          max_concurrency: args["max_concurrency"] || :infinity,
-         item_timeout: args["item_timeout_ms"] || :infinity
+         item_timeout: args["item_timeout_ms"] || :infinity,
+         evaluation: evaluation
        }}
     end
   end
@@ -68,10 +71,10 @@ defmodule DSPex.PythonBridge.Stub.RunArguments do
       else: :ok
   end
 
-  defp no_metric(%{"metric" => metric}) when metric != nil,
-    do: refuse("metric: a stub does not score; test the metric by itself, or with a bridge")
+  defp no_optimizer(%{"optimize" => optimize}) when optimize != nil,
+    do: refuse("optimize: a stub cannot optimize; test with a bridge and offline/script")
 
-  defp no_metric(_args), do: :ok
+  defp no_optimizer(_args), do: :ok
 
   defp refuse(text), do: Arguments.refuse(text)
 end

@@ -12,7 +12,7 @@ defmodule DSPex.PythonBridge.Stub.Server do
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Stub.{Answers, Calls, Commands, Context, Coordinator}
-  alias DSPex.PythonBridge.Stub.{Definition, Reply, Run, RunArguments}
+  alias DSPex.PythonBridge.Stub.{Definition, Evaluation, Reply, Run, RunArguments}
 
   @enforce_keys [:name, :handle, :coordinator, :answers, :calls, :commands]
   defstruct @enforce_keys ++ [next_id: 1, monitors: %{}]
@@ -257,9 +257,15 @@ defmodule DSPex.PythonBridge.Stub.Server do
   end
 
   defp work(state, run, %{inputs: inputs} = args) when is_list(inputs) do
-    {items, state} = Enum.map_reduce(inputs, state, &item(&2, run, &1))
-    limits = %{max_concurrency: args.max_concurrency, item_timeout: args.item_timeout}
-    {{:list, items, limits}, state}
+    case args.evaluation && Evaluation.prepare(args.evaluation, run.fields, inputs) do
+      {:error, error} ->
+        {{:error, error}, state}
+
+      evaluation ->
+        {items, state} = Enum.map_reduce(inputs, state, &item(&2, run, &1))
+        limits = %{max_concurrency: args.max_concurrency, item_timeout: args.item_timeout}
+        {{:list, items, limits, with({:ok, evaluation} <- evaluation, do: evaluation)}, state}
+    end
   end
 
   defp work(state, run, %{inputs: inputs}), do: item(state, run, inputs)

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
 
   use ExUnit.Case, async: true
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool, Stub}
+  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool, Stub}
   alias DSPex.Test.{Helpers, SilentLM}
 
   @moduletag :tmp_dir
@@ -16,6 +16,26 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
     signature: "question -> answer",
     tools: [%{name: "search", args: %{query: %{type: "str"}}}]
   }
+  # Answers, and what is expected.
+  @pairs [
+    {"The Rome!", "rome"},
+    {"a an the", ""},
+    {"Lima is  the\tcapital, an old one", "the old capital: Lima; Lima"},
+    {"theme a-way athens", "THEME away Athens"},
+    {"É\u00a0cole\u2003x", "e\u0301 COLE\x1cx"},
+    {"á b", "b"},
+    {"ΟΔΟΣ", "οδος"},
+    {"ΟΔΟΣ", "οδοσ"},
+    {"x_a_y İ ẞ", "xay i̇ ß"},
+    {"a1 ²a 一a", "A1 ²A 一A"},
+    {"12", "1 2"},
+    {"", ""},
+    {"the", "nothing"},
+    {"left right", "right left"},
+    {"one one two", "one three one"},
+    {"да áa и", "да a и"}
+  ]
+  @values [1, 1.0, true, nil, [1, "a"], %{"a" => [nil]}, "one", 0.5]
   @steps [
     %{next_thought: "t", next_tool_name: "search", next_tool_args: %{query: "Elixir"}},
     %{next_thought: "t", next_tool_name: "finish", next_tool_args: %{}},
@@ -39,6 +59,8 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
     for server <- [real, stub] do
       create = &assert {:ok, _} = Pool.call(server, :create_program, &1, 60_000)
       create.(%{id: "qa", signature: "question -> answer, certain: bool"})
+      create.(%{id: "said", signature: "say -> said", lm: said(for {got, _} <- @pairs, do: got)})
+      create.(%{id: "any", signature: "say -> said: Any", lm: said(@values)})
       create.(%{id: "slow", signature: "question -> answer", lm: slow})
       create.(Map.put(@agent, :lm, lm))
     end
@@ -46,8 +68,19 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
     %{both: [__MODULE__.Real.Bridge1, __MODULE__.Stub], pools: [__MODULE__.Real, __MODULE__.Stub]}
   end
 
+  # The n-th of them to the question "#n.".
+  defp said(answers) do
+    answers =
+      for {answer, n} <- Enum.with_index(answers), into: %{}, do: {"##{n}.", %{said: answer}}
+
+    %{model: "offline/script", answers: answers}
+  end
+
   defp answer("qa", %{"question" => question}),
     do: {:ok, %{"answer" => "echo: #{question}", "certain" => true}}
+
+  defp answer("said", %{"say" => say}), do: said(say, for({got, _} <- @pairs, do: got))
+  defp answer("any", %{"say" => say}), do: said(say, @values)
 
   defp answer("slow", _inputs), do: Process.sleep(:infinity)
 
@@ -61,6 +94,11 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       {:error, text} ->
         {:ok, %{"answer" => text}}
     end
+  end
+
+  defp said("#" <> say, answers) do
+    {n, "."} = Integer.parse(say)
+    {:ok, %{"said" => Enum.at(answers, n)}}
   end
 
   defp same([real, stub], fun) do
@@ -282,6 +320,124 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
           Bridge.request(server, :execute_program, batch, timeout: 10_000, item_timeout_ms: 100)
 
         results
+      end)
+    end
+  end
+
+  describe "an evaluation has the same" do
+    defp evaluated(server, examples, opts) do
+      with {:ok, result} <- Evaluate.run(server, "said", examples, opts) do
+        usage = result.usage
+        %{result | duration_ms: 0, usage: Map.take(usage, ["cache_hits"])}
+      end
+    end
+
+    test "scores of text, number for number", %{both: both} do
+      examples =
+        for {{_got, wanted}, n} <- Enum.with_index(@pairs),
+            do: {%{say: "##{n}."}, %{said: wanted}}
+
+      for match <- [:equals, :exact_match, :f1, :contains] do
+        result = same(both, &evaluated(&1, examples, metric: {:field, :said, match}))
+        scores = Enum.map(result.results, & &1.score)
+        assert 0.0 in scores and 1.0 in scores, "#{match}"
+      end
+    end
+
+    test "scores of other values", %{both: both} do
+      examples =
+        for n <- 0..(length(@values) - 1),
+            wanted <- @values,
+            do: {%{say: "##{n}."}, %{said: wanted}}
+
+      same(both, fn server ->
+        for match <- [:equals, :exact_match, :f1, :contains] do
+          {:ok, result} =
+            Evaluate.run(server, "any", examples, metric: {:field, :said, match})
+
+          Enum.map(result.results, & &1.score)
+        end
+      end)
+    end
+
+    test "scores by a function, which gets the same; failures are 0", %{both: both} do
+      metric = fn example, prediction ->
+        assert %{"say" => _, "said" => said, "note" => 1} = example
+        if said == prediction["said"], do: {true, "right"}, else: 0.25
+      end
+
+      examples = [
+        {%{say: "#10."}, %{said: "12", note: 1}},
+        {%{say: "#1."}, %{said: "b", note: 1}},
+        {%{wrong: "a"}, %{said: "b", note: 1}}
+      ]
+
+      assert %{score: score, failed: 1} = same(both, &evaluated(&1, examples, metric: metric))
+      assert_in_delta score, 1.25 / 3, 1.0e-9
+
+      for examples <- [[%{say: "#1."}, %{say: "#2."}], []],
+          do: same(both, &evaluated(&1, examples, metric: fn e, _ -> map_size(e) end))
+    end
+
+    test "errors of a metric", %{both: both} do
+      for metric <- [
+            fn _, _ -> raise "broken" end,
+            fn _, _ -> {:error, "no judge"} end,
+            fn _, _ -> nil end,
+            fn _, _ -> "good" end,
+            fn _, _ -> %{score: 1, feedbck: "x"} end,
+            fn _, _ -> {1, 5} end,
+            fn _, _ -> Integer.pow(10, 400) end
+          ] do
+        assert {:error, %Error{type: :tool_error}} =
+                 same(both, fn server ->
+                   with {:error, error} <-
+                          evaluated(server, [%{say: "#1."}], metric: metric),
+                        do: {:error, %{error | meta: nil}}
+                 end)
+      end
+    end
+
+    @one %{program_id: "qa", inputs: [%{question: "?"}]}
+    @field %{field: "answer", match: "f1"}
+    @wrong_evaluations [
+      %{@one | inputs: %{question: "?"}} |> Map.put(:metric, @field),
+      %{@one | inputs: %{question: "?"}} |> Map.put(:expected, []),
+      Map.put(@one, :expected, [%{}]),
+      Map.put(@one, :metric, @field),
+      Map.put(@one, :metric, "exact"),
+      Map.put(@one, :metric, %{}),
+      Map.put(@one, :metric, %{tool: 5}),
+      Map.put(@one, :metric, %{tool: "x", field: "answer"}),
+      Map.put(@one, :metric, %{field: "question", match: "f1"}),
+      Map.put(@one, :metric, %{field: "answer", match: "fuzzy"}),
+      Map.merge(@one, %{metric: @field, expected: []}),
+      Map.merge(@one, %{metric: @field, expected: %{answer: "x"}}),
+      Map.merge(@one, %{metric: @field, expected: ["x"]}),
+      Map.merge(@one, %{metric: @field, expected: [%{note: "x"}]}),
+      Map.merge(@one, %{metric: @field, expected: [%{answer: "x", question: "y"}]}),
+      Map.merge(@one, %{metric: %{tool: "x"}, expected: [%{question: "y"}]})
+    ]
+
+    test "errors of wrong arguments", %{both: both} do
+      for args <- @wrong_evaluations do
+        assert {:error, %Error{type: :invalid_args}} =
+                 same(both, &Bridge.request(&1, :execute_program, args))
+      end
+    end
+
+    test "items of a stream", %{both: both} do
+      args = %{
+        program_id: "said",
+        inputs: [%{say: "#1."}, %{}],
+        expected: [%{said: "a an the"}, %{said: "b"}],
+        metric: %{field: "said", match: "equals"}
+      }
+
+      same(both, fn server ->
+        elements = Enum.to_list(Bridge.stream(server, args))
+        {:ok, result, _meta} = List.last(elements)
+        {Enum.sort(for({:item, _, _} = item <- elements, do: item)), result}
       end)
     end
   end

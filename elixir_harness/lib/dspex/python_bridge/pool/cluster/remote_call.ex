@@ -21,6 +21,11 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
   @reach_ms 2_000
   @bytes_per_ms 5_000
 
+  @doc "Whether a call that may begin at any node begins at another one than this: by chance, each has the same."
+  @spec first?(Handle.t()) :: boolean()
+  def first?(%Handle{settings: %{cluster: nil}}), do: false
+  def first?(%Handle{} = handle), do: :rand.uniform(length(serving(handle)) + 1) > 1
+
   @doc "Runs the call on another node, if there is one that can serve it."
   @spec run(Handle.t(), Request.t(), Attempt.t()) ::
           {:done, LocalCall.reply() | Attempt.begun()} | {:nobody, Request.t()}

@@ -1,0 +1,113 @@
+defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
+  @moduledoc "Evaluations over the pools of two nodes, with real peers. The metric runs at the caller."
+
+  # It makes this a distributed node.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Evaluate, Pool}
+  alias DSPex.Test.{Nodes, PoolProbe}
+
+  @pool __MODULE__.Pool
+  @field {:field, :answer, :equals}
+  @moduletag timeout: 120_000
+
+  setup_all do
+    Nodes.distribute()
+    :ok
+  end
+
+  setup do
+    script = %{model: "offline/script", answers: %{"*" => %{answer: "a"}}}
+    cluster = "evaluations #{System.unique_integer([:positive])}"
+    opts = [name: @pool, cluster: cluster, pool_size: 1, lm: script, max_retries: 10]
+    opts = real_opts([default_timeout: 60_000] ++ opts)
+    start_supervised!({Pool, opts})
+    there = Nodes.start()
+    Nodes.start_pool(there, opts)
+    for node <- [node(), there], do: up_on(node)
+    eventually(fn -> there in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
+    {:ok, _} = Pool.call(@pool, :create_program, %{id: "qa", signature: "question -> answer"})
+    # Each example counts what was scored: the questions.
+    %{there: there, scored: :ets.new(:scored, [:public])}
+  end
+
+  defp up_on(node),
+    do: eventually(fn -> Enum.all?(peers_on(node), &(&1.state == :running)) end, 30_000)
+
+  defp peers_on(node), do: Nodes.on(node, Pool, :status, [@pool]).peers
+
+  # How many runs the peers of a node have made.
+  defp runs_on(node) do
+    for %{bridge: bridge} <- peers_on(node), reduce: 0 do
+      sum ->
+        args = [bridge, :list_programs, %{details: true}, 20_000]
+        {:ok, %{"details" => [qa]}} = Nodes.on(node, DSPex.PythonBridge.Bridge, :call, args)
+        sum + qa["execution_count"]
+    end
+  end
+
+  defp examples(count), do: for(n <- 1..count, do: {%{question: "q#{n}"}, %{answer: "a", n: n}})
+
+  # Right for all; `meanwhile` is called with the number of an example, before its first score is given.
+  defp metric(scored, meanwhile \\ fn _n -> :ok end) do
+    caller = node()
+
+    fn %{"question" => question, "n" => n}, %{"answer" => "a"} ->
+      if node() != caller, do: raise("not at the caller")
+      if :ets.update_counter(scored, question, 1, {question, 0}) == 1, do: meanwhile.(n)
+      true
+    end
+  end
+
+  defp assert_each_once(result, scored, count) do
+    assert {:ok, %{score: 1.0, failed: 0, results: results}} = result
+    assert Enum.map(results, & &1.inputs.question) == for(n <- 1..count, do: "q#{n}")
+    assert :ets.info(scored, :size) == count
+    assert for({question, times} <- :ets.tab2list(scored), times != 1, do: question) == []
+  end
+
+  test "the peers of both nodes run examples, with a metric here and with one of a field",
+       context do
+    result = Evaluate.run(@pool, "qa", examples(120), metric: metric(context.scored))
+    assert_each_once(result, context.scored, 120)
+    runs = %{here: runs_on(node()), there: runs_on(context.there)}
+    assert runs.here > 0 and runs.there > 0 and runs.here + runs.there == 120
+    assert {:ok, %{score: 1.0}} = Evaluate.run(@pool, "qa", examples(120), metric: @field)
+    now = %{here: runs_on(node()), there: runs_on(context.there)}
+    assert now.here > runs.here and now.there > runs.there
+  end
+
+  test "calls that are not spread stay at this node", context do
+    for n <- 1..20 do
+      args = %{program_id: "qa", inputs: %{question: "q#{n}"}}
+      {:ok, _, _} = Pool.request(@pool, :execute_program, args)
+    end
+
+    assert {runs_on(node()), runs_on(context.there)} == {20, 0}
+  end
+
+  test "no metric call is made twice when the peers of both nodes are killed", context do
+    [%{os_pid: here}] = peers_on(node())
+    [%{os_pid: there}] = peers_on(context.there)
+
+    kill = fn
+      40 -> kill(there)
+      90 -> kill(here)
+      _other -> :ok
+    end
+
+    result = Evaluate.run(@pool, "qa", examples(160), metric: metric(context.scored, kill))
+    assert_each_once(result, context.scored, 160)
+    eventually(fn -> not alive?(here) and not alive?(there) end)
+  end
+
+  test "no metric call is made twice when a node is lost", context do
+    os_pid = Nodes.on(context.there, System, :pid, [])
+    lose = fn n -> if n == 40, do: kill(os_pid) end
+    result = Evaluate.run(@pool, "qa", examples(160), metric: metric(context.scored, lose))
+    assert_each_once(result, context.scored, 160)
+    eventually(fn -> context.there not in Node.list() end)
+  end
+end

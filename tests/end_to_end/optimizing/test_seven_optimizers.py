@@ -1,0 +1,249 @@
+"""`execute_program` with `optimize`: each optimizer gives what the same code gives in plain Python."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from conftest import lm_env
+from lm_server import LMServer
+from optimizing_lm import GOOD, answer
+from peer import ROOT, Peer
+from plain_optimizers import EXAMPLES, METRICS, PLAIN, TRAINSET, VALSET, feedback, on_the_wire, optimize, program
+from tool_host import Tools, execute
+
+MODEL = "openai/stub-model"
+
+
+def reply(request: dict[str, Any]) -> str:
+    return answer(request["messages"], request.get("temperature"))
+
+
+def exact(example: Any, prediction: Any, purpose: str, predictor: Any = None) -> dict[str, Any]:
+    """The metric of `plain_optimizers`."""
+    score = float(example["answer"] == prediction["answer"])
+    return {"score": score, "feedback": feedback(example["answer"])} if purpose == "feedback" else {"score": score}
+
+
+TOOLS: Tools = {"exact": exact}
+METRIC = {"tool": "exact"}
+
+
+@pytest.fixture(scope="module")
+def lm() -> Iterator[LMServer]:
+    server = LMServer(reply)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def module_peer(lm: LMServer) -> Iterator[Peer]:
+    with Peer(env=lm_env(lm)) as peer:
+        yield peer
+
+
+@pytest.fixture
+def peer(module_peer: Peer, lm: LMServer) -> Iterator[Peer]:
+    lm.serve(reply)
+    assert module_peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
+    yield module_peer
+    assert module_peer.call("cleanup")["success"]
+
+
+def wire_lms(lm: LMServer) -> Any:
+    return lambda role: {"model": f"openai/{role}", **lm.options()}
+
+
+def run(peer: Peer, given: dict[str, Any], program_id: str = "qa", **args: Any) -> dict[str, Any]:
+    args = {"program_id": program_id, **on_the_wire(TRAINSET), "metric": METRIC, **args}
+    return execute(peer, {**args, "optimize": given}, TOOLS)[0]
+
+
+def optimized(peer: Peer, given: dict[str, Any], **args: Any) -> dict[str, Any]:
+    done = run(peer, given, **args)
+    assert done["success"], done
+    result: dict[str, Any] = done["result"]
+    return result
+
+
+def score(peer: Peer, program_id: str, examples: list[Any] = EXAMPLES) -> float:
+    args = {"program_id": program_id, **on_the_wire(examples), "metric": METRIC}
+    done, _ = execute(peer, args, TOOLS)
+    assert done["success"] and done["result"]["failed"] == 0, done
+    found: float = done["result"]["score"]
+    return found
+
+
+def without_metadata(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "metadata"}
+
+
+def requests(lm: LMServer) -> list[str]:
+    return sorted(json.dumps(request, sort_keys=True) for request in lm.requests)
+
+
+def plain(optimizer: str, lm: LMServer) -> tuple[dict[str, Any], float, list[str]]:
+    """The state, its score on all examples, and what LMs were asked for the state."""
+
+    def of_role(role: str) -> Any:
+        return dspy.LM(f"openai/{role}", **lm.options())
+
+    lm.serve(reply)
+    logging.getLogger("dspy").setLevel(logging.CRITICAL)
+    with dspy.context(lm=dspy.LM(MODEL, **lm.options()), adapter=dspy.ChatAdapter()):
+        module = PLAIN[optimizer](of_role, 2)
+        asked = requests(lm)
+        found = dspy.Evaluate(devset=EXAMPLES, metric=METRICS.score, num_threads=2)(module).score
+    return module.dump_state(), found, asked
+
+
+@pytest.mark.filterwarnings("ignore:Argument ``multivariate`` is an experimental feature")
+@pytest.mark.parametrize("optimizer", PLAIN)
+def test_its_state_loads_and_scores_as_that_of_the_same_code_in_python(
+    peer: Peer, lm: LMServer, optimizer: str
+) -> None:
+    result = optimized(peer, optimize(optimizer, wire_lms(lm)))
+    asked = requests(lm)
+    assert peer.call("create_program", {"id": "better", "signature": "question -> answer", "state": result["state"]})[
+        "success"
+    ]
+    found = score(peer, "better")
+    state, wanted, plainly_asked = plain(optimizer, lm)
+    assert without_metadata(result["state"]) == json.loads(json.dumps(state))
+    assert round(100 * found, 2) == wanted
+    assert asked == plainly_asked
+    assert state != program().dump_state() and result["lm_calls"] == len(asked)
+
+
+@pytest.mark.parametrize("optimizer", ["random_search", "copro", "mipro_v2", "simba", "gepa"])
+def test_1_and_4_threads_give_the_same_state_by_the_same_requests(peer: Peer, lm: LMServer, optimizer: str) -> None:
+    found = {}
+    for threads in (1, 4):
+        lm.serve(reply)
+        result = optimized(peer, optimize(optimizer, wire_lms(lm), num_threads=threads))
+        found[threads] = {**result, "asked": requests(lm)}
+    assert found[1] == found[4]
+
+
+@pytest.mark.parametrize("optimizer", ["copro", "mipro_v2", "gepa"])
+def test_an_lm_that_is_right_under_one_instruction_goes_from_0_to_1(peer: Peer, lm: LMServer, optimizer: str) -> None:
+    """The instruction is one that the LM itself proposes."""
+    lm.serve(lambda request: answer(request["messages"], by_luck=False))
+    result = optimized(peer, optimize(optimizer, wire_lms(lm)))
+    assert (result["baseline"], result["score"], result["stopped"]) == (0.0, 1.0, None)
+    assert result["state"]["signature"]["instructions"] == GOOD
+    better = {"id": "better", "signature": "question -> answer", "state": result["state"]}
+    assert peer.call("create_program", better)["success"]
+    assert (score(peer, "qa"), score(peer, "better")) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "purposes"),
+    [
+        ("labeled_few_shot", set()),
+        ("bootstrap_few_shot", {"bootstrap"}),
+        ("random_search", {"bootstrap", "score"}),
+        ("copro", {"score"}),
+        ("mipro_v2", {"bootstrap", "score"}),
+        ("simba", {"score"}),
+        ("gepa", {"score", "feedback"}),
+    ],
+)
+def test_the_metric_is_told_what_a_score_is_for(peer: Peer, lm: LMServer, optimizer: str, purposes: set[str]) -> None:
+    args = {"program_id": "qa", **on_the_wire(TRAINSET), "metric": METRIC}
+    done, asked = execute(peer, {**args, "optimize": optimize(optimizer, wire_lms(lm))}, TOOLS)
+    assert done["success"] and done["result"]["metric_calls"] == len(asked)
+    assert {given["purpose"] for _, given in asked} == purposes
+    for _, given in asked:
+        predictor = given.get("predictor")
+        if given["purpose"] == "feedback":
+            inputs = {"question": given["example"]["question"]}
+            assert predictor == {"name": "self", "inputs": inputs, "outputs": given["prediction"]}
+        else:
+            assert predictor is None
+
+
+@pytest.mark.parametrize("optimizer", ["random_search", "copro", "mipro_v2", "simba", "gepa"])
+def test_its_score_is_that_of_an_evaluation_of_the_same_examples(peer: Peer, lm: LMServer, optimizer: str) -> None:
+    """A mean, as there, and not DSPy's percentage."""
+    result = optimized(peer, optimize(optimizer, wire_lms(lm)))
+    better = {"id": "better", "signature": "question -> answer", "state": result["state"]}
+    assert peer.call("create_program", better)["success"]
+    examples = TRAINSET if optimizer in ("copro", "simba") else VALSET
+    assert (score(peer, "qa", examples), score(peer, "better", examples)) == (result["baseline"], result["score"])
+
+
+REFUSED = [
+    ({"optimizer": "mipro"}, "optimize.optimizer: "),
+    ({"optimizer": "copro", "budgets": {}}, "optimize: unknown key 'budgets'; did you mean budget? "),
+    ({"optimizer": "copro", "budget": {"lm_calls": 0}}, "optimize.budget.lm_calls: "),
+    ({"optimizer": "copro", "num_threads": 65}, "optimize.num_threads: "),
+    ({"optimizer": "copro", "options": {"breadth": 1}}, "optimize.options.breadth: "),
+    (
+        {"optimizer": "copro", "options": {"bredth": 2}},
+        "optimize.options: unknown key 'bredth'; did you mean breadth? ",
+    ),
+    ({"optimizer": "copro", "options": {"num_threads": 2}}, "optimize.options: unknown key 'num_threads'; "),
+    ({"optimizer": "copro", "seed": 1}, "optimize.seed: "),
+    ({"optimizer": "copro", "valset": on_the_wire(VALSET)}, "optimize.valset: "),
+    ({"optimizer": "copro", "reflection_lm": "openai/x"}, "optimize.reflection_lm: "),
+    ({"optimizer": "copro", "prompt_lm": {"model": "openai/x", "modle": 1}}, "optimize.prompt_lm.modle: "),
+    ({"optimizer": "gepa", "options": {"auto": "light"}}, "optimize.reflection_lm: missing"),
+    ({"optimizer": "gepa", "reflection_lm": "openai/x"}, "optimize.options: gepa expects exactly one of auto, "),
+    ({"optimizer": "simba"}, "optimize.options.bsize: expected at most 8, "),
+    ({"optimizer": "mipro_v2", "options": {"num_trials": 3}}, "optimize.options.num_trials: "),
+    ({"optimizer": "random_search", "valset": {"inputs": [{}]}}, "optimize.valset.inputs[0].question: "),
+    (
+        {"optimizer": "random_search", "valset": {"inputs": [{"question": "a"}], "expected": [{"question": "a"}]}},
+        "optimize.valset.expected[0].question: ",
+    ),
+    ({"optimizer": "random_search", "valset": {"inputs": []}}, "optimize.valset.inputs: "),
+    ({"optimizer": "labeled_few_shot", "options": {"k": 501}}, "optimize.options.k: "),
+    ("copro", "optimize: expected an object with optimizer"),
+]
+
+
+@pytest.mark.parametrize(("given", "text"), REFUSED, ids=[text for _, text in REFUSED])
+def test_what_is_wrong_is_named_before_an_lm_is_asked(peer: Peer, lm: LMServer, given: Any, text: str) -> None:
+    reply = run(peer, given)
+    assert (reply["success"], reply["error_type"]) == (False, "invalid_args")
+    assert reply["error"].startswith(text)
+    assert lm.requests == []
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ({"inputs": []}, "inputs: expected at least one example to optimize with"),
+        ({"inputs": {"question": "a"}, "expected": None, "metric": None}, "optimize: only with a list of inputs and "),
+        ({"expected": None, "metric": None}, "optimize: only with a list of inputs and a metric"),
+        ({"inputs": [{"question": "a"}, {}], "expected": None}, "inputs[1].question: "),
+    ],
+)
+def test_what_is_wrong_next_to_it_is_named_too(peer: Peer, lm: LMServer, args: dict[str, Any], text: str) -> None:
+    expected = None if args.get("inputs") is None else []
+    reply = run(peer, optimize("copro", wire_lms(lm)), **{"expected": expected, **args})
+    assert (reply["success"], reply["error_type"]) == (False, "invalid_args")
+    assert reply["error"].startswith(text)
+    assert lm.requests == []
+
+
+@pytest.mark.parametrize(("optimizer", "package"), [("mipro_v2", "optuna"), ("simba", "numpy"), ("gepa", "gepa")])
+def test_without_its_package_an_optimizer_names_it_and_the_others_run(
+    lm: LMServer, tmp_path: Path, optimizer: str, package: str
+) -> None:
+    lm.serve(reply)
+    (tmp_path / "less.py").write_text(f"import sys\n\ndef init():\n    sys.modules[{package!r}] = None\n")
+    env = {**lm_env(lm), "DSPY_BRIDGE_INIT": "less:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with Peer(env=env) as peer:
+        assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
+        refused = run(peer, optimize(optimizer, wire_lms(lm)))
+        assert (refused["success"], refused["error_type"]) == (False, "invalid_args")
+        assert f"{optimizer} needs the Python package {package}" in refused["error"]
+        assert lm.requests == []
+        assert optimized(peer, optimize("bootstrap_few_shot", wire_lms(lm)))["stopped"] is None
