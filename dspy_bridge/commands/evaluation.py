@@ -60,6 +60,7 @@ async def run(
     """
     # It imports asyncio, for which no ping waits.
     from dspy_bridge.commands import batch
+    from dspy_bridge.programs import metrics
 
     metric, examples = await program.metric(given.metric, inputs, given.expected, call)
 
@@ -77,15 +78,5 @@ async def run(
         score=score,
     )
     failed = sum(not result["success"] for result in results)
-    return {"score": _mean([result["score"] for result in results]), "failed": failed, "results": results}
-
-
-def _mean(scores: list[float]) -> float | None:
-    import math
-
-    if not scores:
-        return None
-    try:
-        return math.fsum(scores) / len(scores)
-    except OverflowError:
-        return math.fsum(score / len(scores) for score in scores)
+    scores = [result["score"] for result in results]
+    return {"score": metrics.mean(scores) if scores else None, "failed": failed, "results": results}

@@ -271,6 +271,16 @@ REFINE = [
 # How the RuntimeError of a ProgramOfThought begins whose code failed each time.
 NO_MORE_HOPS = "Max hops reached"
 
+# Optimizers: see `optimizing/executors`.
+EXECUTE = Name(
+    "dspy.utils.parallelizer:ParallelExecutor.execute",
+    "while a program is optimized, an example that takes 120 s is run twice, and bars may be logged",
+    "self",
+    "function",
+    "data",
+)
+BOOTSTRAP_BAR = Name("dspy.teleprompt.bootstrap:tqdm", "while a program is optimized, bars may be logged")
+
 # Connections, kept open, must not keep the context in which they were opened: see `runtime/event_loop`.
 for _method in ("_add_reader", "_add_writer"):
     Name(f"asyncio:SelectorEventLoop.{_method}", "memory of a call stays while connections it opened do", "self")

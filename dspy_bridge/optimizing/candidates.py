@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dspy_bridge.optimizing.run import Run
+from dspy_bridge.programs import metrics
 from dspy_bridge.wire.json_values import encode_value
 
 # Seconds between two items of progress.
@@ -110,7 +110,7 @@ class Candidates:
         self._send({"progress": progress})
 
     def _add(self, module: Any, scores: list[float]) -> None:
-        score, state = math.fsum(scores) / len(scores), self._state_of(module)
+        score, state = metrics.mean(scores), self._state_of(module)
         with self._lock:
             self.count += 1
             self._scores.setdefault(_key(state), score)

@@ -12,7 +12,7 @@ from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors, dspy_internals
 from dspy_bridge.lm.offline import offline_lm
-from dspy_bridge.optimizing import optimizers
+from dspy_bridge.optimizing import executors, optimizers
 from dspy_bridge.optimizing.arguments import Given
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.metric_functions import MetricFunctions
@@ -145,8 +145,16 @@ class _Job:
         trainset, valset = self._sets
         assert trainset is not None
         run, given = self._run, self._given
+        executors.install()
         run.begin()
-        functions = MetricFunctions(self._metric, self._program, self._examples, run, self._candidates.scored)
+        functions = MetricFunctions(
+            self._metric,
+            self._program,
+            self._examples,
+            run,
+            self._candidates.scored,
+            optimizers.highest_score(given),
+        )
         settings: dict[str, Any] = {"trace": _NoTrace(), "max_errors": _MANY}
         settings["callbacks"] = [*dspy.settings.callbacks, Watch(run, self._candidates)]
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):
@@ -156,6 +164,7 @@ class _Job:
             settings[name] = Usage(run, dspy.settings[name])
         with dspy.context(**settings):
             made = optimizers.compile(given, self._module, trainset, valset, functions, self._lms)
+            run.refuse_failures()
             return self._candidates.result(made)
 
     def _send(self, item: dict[str, Any]) -> None:

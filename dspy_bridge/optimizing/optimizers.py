@@ -153,6 +153,14 @@ def scored_on(given: Given, trainset_size: int, valset_size: int | None) -> int 
     return None if on is None else trainset_size
 
 
+def highest_score(given: Given) -> float:
+    """SIMBA takes exp(score / temperature), which overflows past 709; its sum over all candidates soon after."""
+    if given.optimizer != "simba":
+        return float("inf")
+    chosen = _chosen(given)
+    return 700 * float(min(chosen["temperature_for_sampling"], chosen["temperature_for_candidates"]))
+
+
 class _Chosen:
     """The options as DSPy takes them, with its defaults for the rest."""
 

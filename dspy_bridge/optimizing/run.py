@@ -36,7 +36,9 @@ class Run(admission.Run):
         "_budget",
         "_context",
         "_failures",
+        "_last_failure",
         "_limiter",
+        "_lms_work",
         "_lock",
         "_loop",
         "_over",
@@ -66,7 +68,10 @@ class Run(admission.Run):
         self.ending: asyncio.Future[str | BaseException] = self._loop.create_future()
         self._lock = threading.Lock()
         self._over = False
+        # In a row.
         self._failures = 0
+        self._last_failure: Exception | None = None
+        self._lms_work = False
         self._context: contextvars.Context | None = None
 
     # From any thread.
@@ -117,9 +122,16 @@ class Run(admission.Run):
         """Count failures of LMs; many in a row end the run. `error`: as `dspy_errors` has it."""
         with self._lock:
             self._failures = self._failures + 1 if isinstance(error, LMFailed) else 0
+            self._lms_work = self._lms_work or self._failures == 0
+            self._last_failure = error
             down = self._failures >= _MOST_FAILURES
         if error is not None and down:
             self.end(error)
+
+    def refuse_failures(self) -> None:
+        """Raises the last failure of an LM if there was nothing else: all scores would be 0."""
+        if self._last_failure is not None and not self._lms_work:
+            raise self._last_failure
 
     # On an event loop.
 

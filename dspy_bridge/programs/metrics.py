@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -106,6 +107,14 @@ def read_examples(
             wanted = rewards.plain({metric.field: values[metric.field]})
         examples.append(({**(item if isinstance(item, dict) else {}), **wanted}, values))
     return examples
+
+
+def mean(scores: list[float]) -> float:
+    """Of at least one score."""
+    try:
+        return math.fsum(scores) / len(scores)
+    except OverflowError:
+        return math.fsum(score / len(scores) for score in scores)
 
 
 def _read_score(value: Any, tool: str) -> tuple[float, str | None]:

@@ -142,6 +142,32 @@ def test_an_lm_that_is_right_under_one_instruction_goes_from_0_to_1(peer: Peer, 
     assert (score(peer, "qa"), score(peer, "better")) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "purposes"),
+    [
+        ("labeled_few_shot", set()),
+        ("bootstrap_few_shot", {"bootstrap"}),
+        ("random_search", {"bootstrap", "score"}),
+        ("copro", {"score"}),
+        ("mipro_v2", {"bootstrap", "score"}),
+        ("simba", {"score"}),
+        ("gepa", {"score", "feedback"}),
+    ],
+)
+def test_the_metric_is_told_what_a_score_is_for(peer: Peer, lm: LMServer, optimizer: str, purposes: set[str]) -> None:
+    args = {"program_id": "qa", **on_the_wire(TRAINSET), "metric": METRIC}
+    done, asked = execute(peer, {**args, "optimize": optimize(optimizer, wire_lms(lm))}, TOOLS)
+    assert done["success"] and done["result"]["metric_calls"] == len(asked)
+    assert {given["purpose"] for _, given in asked} == purposes
+    for _, given in asked:
+        predictor = given.get("predictor")
+        if given["purpose"] == "feedback":
+            inputs = {"question": given["example"]["question"]}
+            assert predictor == {"name": "self", "inputs": inputs, "outputs": given["prediction"]}
+        else:
+            assert predictor is None
+
+
 @pytest.mark.parametrize("optimizer", ["random_search", "copro", "mipro_v2", "simba", "gepa"])
 def test_its_score_is_that_of_an_evaluation_of_the_same_examples(peer: Peer, lm: LMServer, optimizer: str) -> None:
     """A mean, as there, and not DSPy's percentage."""

@@ -136,20 +136,19 @@ defmodule Mix.DSPex.EvaluationFile do
   ## The server
 
   @doc """
-  Calls `fun` with the server and the id of the program, which the server has by then. Without `server` in the file it is
-  a bridge with the application's configuration, which is stopped afterwards.
+  Calls `fun` with the file's server. Without one it is a bridge with the application's configuration, which is stopped
+  afterwards.
   """
-  @spec with_program(t(), (Bridge.server(), String.t() -> value)) :: value | {:error, String.t()}
+  @spec with_server(t(), (Bridge.server() -> value)) :: value | {:error, String.t()}
         when value: term()
-  def with_program(%__MODULE__{values: %{server: server}} = file, fun) when server != nil do
-    with {:ok, id} <- create(file, server), do: fun.(server, id)
-  end
+  def with_server(%__MODULE__{values: %{server: server}}, fun) when server != nil,
+    do: fun.(server)
 
-  def with_program(file, fun) do
+  def with_server(_file, fun) do
     with {:ok, _report} <- EnvironmentCheck.validate_environment(),
          {:ok, bridge} <- Bridge.start_link(name: nil) do
       try do
-        with {:ok, id} <- create(file, bridge), do: fun.(bridge, id)
+        fun.(bridge)
       after
         Bridge.stop(bridge)
       end
@@ -159,9 +158,11 @@ defmodule Mix.DSPex.EvaluationFile do
     end
   end
 
-  defp create(%{program: {:id, id}}, _server), do: {:ok, id}
+  @doc "The id of the program, which is created if the file defines it."
+  @spec create(t(), Bridge.server()) :: {:ok, String.t()} | {:error, String.t()}
+  def create(%{program: {:id, id}}, _server), do: {:ok, id}
 
-  defp create(%{program: {:definition, id, args}, path: path}, server) do
+  def create(%{program: {:definition, id, args}, path: path}, server) do
     client = if Pool.Handle.fetch(server), do: Pool, else: Bridge
 
     case client.request(server, :create_program, args, timeout: @create_ms) do

@@ -182,24 +182,28 @@ defmodule Mix.Tasks.Dspex.Eval do
       else: {:error, "--baseline #{path}: it has none of the examples of the dataset"}
   end
 
-  defp evaluate(%EvaluationFile{values: %{dataset: dataset}} = file, options) do
-    EvaluationFile.with_program(file, fn server, id ->
-      progress = Progress.new(length(dataset))
-      options = [on_result: &Progress.add(progress, &1)] ++ options
-      result = Evaluate.run(server, id, dataset, options)
-      Progress.finish(progress)
-
-      with {:ok, result} <- result do
+  defp evaluate(file, options) do
+    EvaluationFile.with_server(file, fn server ->
+      with {:ok, id} <- EvaluationFile.create(file, server),
+           {:ok, result} <- score(server, id, file.values.dataset, options) do
         case EvaluationReport.nothing_measured(result) do
-          nil ->
-            {:ok, id, result}
-
-          %{error: error} ->
-            {:error, %{error | message: "all runs failed, the first with: #{error.message}"}}
+          nil -> {:ok, id, result}
+          %{error: error} -> {:error, all_failed(error)}
         end
       end
     end)
   end
+
+  defp score(server, id, dataset, options) do
+    progress = Progress.new(length(dataset))
+    opts = [on_result: &Progress.add(progress, &1)] ++ options
+    result = Evaluate.run(server, id, dataset, opts)
+    Progress.finish(progress)
+    result
+  end
+
+  defp all_failed(error),
+    do: %{error | message: "all runs failed, the first with: #{error.message}"}
 
   @spec refuse(String.t()) :: no_return()
   defp refuse(text), do: Mix.raise(text, exit_status: 2)

@@ -1,0 +1,163 @@
+"""An optimization that is ended from outside: one reply at once, then no request, no tool call and no thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from optimizing_host import EXACT, JUDGE, SCORING, Desk
+from peer import PATIENCE, ROOT, payloads
+
+THREADS = 4
+
+
+@pytest.fixture(scope="module")
+def desks() -> Iterator[Desk]:
+    with Desk() as desk:
+        desk.create()
+        yield desk
+
+
+@pytest.fixture
+def desk(desks: Desk) -> Iterator[Desk]:
+    desks.serve()
+    yield desks
+    desks.server.gate.set()
+
+
+def answered(optimizer: str) -> int:
+    """How many requests or tool calls are answered before the end comes."""
+    return 3 if optimizer == "bootstrap_few_shot" else 20
+
+
+def tasks(desk: Desk) -> int:
+    """Threads of the peer."""
+    return len(os.listdir(f"/proc/{desk.peer.process.pid}/task"))
+
+
+@pytest.mark.parametrize("optimizer", SCORING)
+def test_cancelled_while_the_lm_is_asked(desk: Desk, optimizer: str) -> None:
+    """Requests under way are closed."""
+    number = answered(optimizer)
+    desk.serve(held_after=number)
+    id = desk.start(optimizer, num_threads=THREADS)
+    desk.lm_holds(number + 1)
+    desk.peer.send({"cancel": id})
+    assert desk.reply_to(id)["error_type"] == "cancelled"
+    assert desk.server.closed_by_client.acquire(timeout=PATIENCE)
+    desk.nothing_follows(number + THREADS)
+
+
+@pytest.mark.parametrize("optimizer", SCORING)
+def test_cancelled_while_the_metric_is_asked(desk: Desk, optimizer: str) -> None:
+    """A score that comes afterwards changes nothing."""
+    id = desk.start(optimizer, JUDGE, num_threads=THREADS)
+    for _ in range(answered(optimizer)):
+        answer(desk, call := tool_call(desk, id))
+    call = tool_call(desk, id)
+    asked = len(desk.server.requests)
+    desk.peer.send({"cancel": id})
+    reply = desk.reply_to(id, until=lambda frame: "tool_call" not in frame)
+    assert reply["error_type"] == "cancelled"
+    answer(desk, call)
+    desk.nothing_follows(asked + THREADS)
+
+
+@pytest.mark.parametrize("optimizer", ["random_search", "gepa"])
+def test_at_its_deadline(desk: Desk, optimizer: str) -> None:
+    """It comes while the LM is silent, or, on a slow machine, before."""
+    desk.serve(held_after=20)
+    assert desk.run(optimizer, num_threads=THREADS, timeout_ms=700)["error_type"] == "timeout"
+    desk.nothing_follows(20 + THREADS)
+
+
+def tool_call(desk: Desk, id: int) -> dict[str, Any]:
+    frame = desk.reply_to(id, until=lambda frame: "tool_call" in frame)
+    return dict(frame["tool_call"])
+
+
+def answer(desk: Desk, call: dict[str, Any]) -> None:
+    desk.peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": 0}})
+
+
+def test_no_thread_of_dspy_is_left(desk: Desk) -> None:
+    """`get_stats` does not count those."""
+    assert desk.run("random_search", num_threads=16)["success"]
+    before = tasks(desk)
+    for _ in range(5):
+        desk.serve(held_after=30)
+        id = desk.start("random_search", num_threads=16)
+        desk.lm_holds(31)
+        desk.peer.send({"cancel": id})
+        assert desk.reply_to(id)["error_type"] == "cancelled"
+    end = time.monotonic() + PATIENCE
+    # The peer's own pools may have grown by some.
+    while (now := tasks(desk)) > before + 8:
+        assert time.monotonic() < end, (before, now)
+
+
+def test_a_cancel_before_anything_runs(desk: Desk) -> None:
+    """In the same write as the request."""
+    args = desk.args("random_search")
+    id = next(desk.peer.ids)
+    desk.peer.send({"id": id, "command": "execute_program", "args": args}, {"cancel": id})
+    assert desk.reply_to(id)["error_type"] == "cancelled"
+    desk.nothing_follows(THREADS)
+
+
+@pytest.mark.parametrize("waits_for", ["lm", "metric"])
+def test_a_half_closed_pipe_ends_it(waits_for: str) -> None:
+    """Nobody can answer the metric any more: that is its failure. A silent LM has until the end of the drain."""
+    with Desk(env={"DSPY_BRIDGE_DRAIN_MS": "1000" if waits_for == "lm" else "60000"}) as desk:
+        desk.create()
+        desk.serve(held_after=20 if waits_for == "lm" else None)
+        id = desk.start("random_search", JUDGE if waits_for == "metric" else EXACT)
+        if waits_for == "lm":
+            desk.lm_holds(21)
+        else:
+            tool_call(desk, id)
+        code, out, log = desk.peer.finish()
+        assert code == 0
+        replies = [frame for frame in payloads(out) if "tool_call" not in frame]
+        if waits_for == "metric":
+            assert [reply["error_type"] for reply in replies] == ["tool_error"] and log == ""
+        else:
+            assert replies == [] and "1 requests were still running after 1 s" in log
+        assert len(desk.server.requests) <= 20 + THREADS
+
+
+OWNER = """
+import os, subprocess, sys
+peer = subprocess.Popen([sys.executable, "-m", "dspy_bridge"], stdin=-1, stdout=-1, bufsize=0)
+for request in (os.environb[b"CREATE"], os.environb[b"ASK"]):
+    peer.stdin.write(len(request).to_bytes(4, "big") + request)
+print(peer.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_its_owner_is_killed(desk: Desk) -> None:
+    """The peer is gone, and its LM is asked nothing more."""
+    desk.serve(held_after=30)
+    create = {"id": 1, "command": "create_program", "args": {"id": "qa", "signature": "question -> answer"}}
+    ask = {"id": 2, "command": "execute_program", "args": desk.args("copro", num_threads=THREADS)}
+    env = {**os.environ, **desk.env, "PYTHONPATH": str(ROOT), "CREATE": json.dumps(create), "ASK": json.dumps(ask)}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdin=-1, stdout=-1, env=env)
+    with owner:
+        assert owner.stdout is not None
+        peer = psutil.Process(int(owner.stdout.readline()))
+        desk.lm_holds(31)
+        owner.send_signal(signal.SIGKILL)
+        peer.wait(PATIENCE)
+    asked = len(desk.server.requests)
+    desk.server.gate.set()
+    assert desk.execute()["success"]
+    assert asked <= 30 + THREADS and len(desk.server.requests) <= asked + 1 + THREADS
