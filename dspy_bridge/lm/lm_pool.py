@@ -86,14 +86,15 @@ class LMPool:
             self._in_flight[place] -= 1
 
 
-def close_own(lm: dspy.BaseLM) -> None:
-    """Close the connections of an LM of `own`, which nobody calls any more, whatever else still refers to it.
+def close_own(lms: list[dspy.BaseLM]) -> None:
+    """Close the connections of LMs of `own`, which nobody calls any more, whatever else still refers to them.
 
     Those of other LMs stay open.
     """
-    close = getattr(lm, "close_own", None)
-    if close is not None:
-        close()
+    for lm in lms:
+        close = getattr(lm, "close_own", None)
+        if close is not None:
+            close()
 
 
 # A loop keeps no reference to its tasks.

@@ -115,8 +115,8 @@ class _Job:
             lms = [dspy.settings.lm, *self._lms.values()]
         # If the run ends, nobody reads how its thread did.
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # Not by whoever collects the garbage of the optimizer: that may come hours later.
-        work.add_done_callback(lambda _: [lm_pool.close_own(lm) for lm in lms])
+        # Now, and not when garbage is collected.
+        work.add_done_callback(lambda _: lm_pool.close_own(lms))
         timer = None
         if (seconds := self._given.budget.seconds) is not None:
             timer = loop.call_later(min(seconds, _LONGEST), run.end, "seconds")
