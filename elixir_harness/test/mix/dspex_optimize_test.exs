@@ -73,9 +73,15 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     lm: lm,
     out: out
   } do
-    path = file(dir, lm, optimize: "[optimizer: :none, budget: [lm_calls: 1]]")
+    parts = [
+      optimize: "[optimizer: :none, budget: [lm_calls: 1]]",
+      valset: "[{%{question: 1}, %{}}]"
+    ]
+
+    path = file(dir, lm, parts)
     args = [path, "--out", out, "--optimizer", "copro", "--lm-calls", "20"]
-    assert %{status: 0, out: printed} = run(args)
+    assert %{status: 0, out: printed, err: told} = run(args)
+    assert told =~ "copro takes no valset: the file's is left out"
     assert printed =~ "20 LM calls" and printed =~ "stopped by lm_calls"
     assert OptimizingLM.requests(lm) == 20
 
