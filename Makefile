@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak sim bench growth lock package format clean
+.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak sim bench costs growth lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -126,6 +126,9 @@ bench: setup ## measure the table of docs/performance.md, in 3 minutes; ROW=agen
 	@erl -noshell -eval 'halt(case code:which(httpc) of non_existing -> 1; _ -> 0 end).' || \
 	  { echo "OTP's inets is missing, for the HTTP sidecar: sudo apt-get install erlang-inets"; exit 1; }
 	$(PY) tests/bench/run.py
+
+costs: setup ## measure what each optimizer costs, for the table of docs/optimizing.md, in 15 minutes
+	$(PY) tests/optimizing/costs.py
 
 growth: setup ## measure what runs and tokens cost as there are more of them, and memory after a million calls, in 10 minutes
 	$(VENV)/bin/uv pip install --quiet --python $(PY) $(addprefix -c ,$(ALL_PINS)) -e '.[bench]'

@@ -82,6 +82,7 @@ defmodule DSPex.MixProject do
     {"guide/agents", "Guide"},
     {"guide/streaming", "Guide"},
     {"guide/evaluating", "Guide"},
+    {"optimizing", "Guide"},
     {"guide/lms", "Guide"},
     {"guide/own-modules", "Guide"},
     {"guide/liveview", "Guide"},

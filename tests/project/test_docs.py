@@ -123,7 +123,7 @@ def test_the_map_has_every_folder_and_no_other(root: Path) -> None:
     assert len(described) > 10 and sorted(described) == sorted(folders(root))
 
 
-@pytest.mark.parametrize("walk", ["one request", "one pool call", "one change", "one crash"])
+@pytest.mark.parametrize("walk", ["one request", "one pool call", "one change", "one optimization", "one crash"])
 def test_each_step_of_a_walk_through_the_code_is_a_function(walk: str) -> None:
     steps = rows_of("docs/how-it-works.md", walk)
     assert len(steps) > 3

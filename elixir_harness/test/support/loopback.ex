@@ -25,6 +25,30 @@ defmodule DSPex.Test.Loopback do
     end
   end
 
+  @doc "Answers each chat completion of a connection with the text that `answer` gives to its messages."
+  def answer_chats(socket, answer, read \\ "") do
+    with {:ok, more} <- :gen_tcp.recv(socket, 0) do
+      whole? = whole?(read <> more)
+      if whole?, do: :ok = :gen_tcp.send(socket, completion(answer.(messages(read <> more))))
+      answer_chats(socket, answer, if(whole?, do: "", else: read <> more))
+    end
+  end
+
+  defp messages(request) do
+    [_head, body] = String.split(request, "\r\n\r\n", parts: 2)
+    JSON.decode!(body)["messages"]
+  end
+
+  # Head and body in one write: a delayed ACK between two takes 40 ms.
+  defp completion(text) do
+    choice = %{index: 0, message: %{role: "assistant", content: text}, finish_reason: "stop"}
+    usage = %{prompt_tokens: 7, completion_tokens: 3, total_tokens: 10}
+    about = %{id: "c", object: "chat.completion", created: 0, model: "stub"}
+    body = JSON.encode!(Map.merge(about, %{choices: [choice], usage: usage}))
+    head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+    [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
+  end
+
   defp whole?(read) do
     with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
          [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),

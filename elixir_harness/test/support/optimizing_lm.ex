@@ -4,12 +4,20 @@ defmodule DSPex.Test.OptimizingLM do
   Each answer depends on the request alone. The right answer to a question is the question in capitals.
   """
 
+  alias DSPex.Test.Loopback
+
   @good "Answer with the capitals of the question."
 
   @doc "Starts it for the calling process; gives its port, and the counter of its requests."
   def start do
     requests = :counters.new(1, [])
-    {DSPex.Test.Loopback.start(fn socket, _owner -> serve(socket, requests, "") end), requests}
+
+    answer = fn messages ->
+      :counters.add(requests, 1, 1)
+      answer(messages)
+    end
+
+    {Loopback.start(fn socket, _owner -> Loopback.answer_chats(socket, answer) end), requests}
   end
 
   @doc "The examples that it can answer."
@@ -25,39 +33,6 @@ defmodule DSPex.Test.OptimizingLM do
 
   @doc "How many requests it had."
   def requests({_port, requests}), do: :counters.get(requests, 1)
-
-  defp serve(socket, requests, read) do
-    with {:ok, more} <- :gen_tcp.recv(socket, 0) do
-      case whole(read <> more) do
-        nil ->
-          serve(socket, requests, read <> more)
-
-        body ->
-          :counters.add(requests, 1, 1)
-          :ok = :gen_tcp.send(socket, reply(answer(JSON.decode!(body)["messages"])))
-          serve(socket, requests, "")
-      end
-    end
-  end
-
-  defp whole(read) do
-    with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
-         [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),
-         true <- byte_size(body) >= String.to_integer(length),
-         do: body,
-         else: (_part -> nil)
-  end
-
-  # In one write: see Nagle.
-  defp reply(text) do
-    message = %{role: "assistant", content: text}
-    choice = %{index: 0, message: message, finish_reason: "stop"}
-    usage = %{prompt_tokens: 7, completion_tokens: 3, total_tokens: 10}
-    about = %{id: "c", object: "chat.completion", created: 0, model: "stub"}
-    body = JSON.encode!(Map.merge(about, %{choices: [choice], usage: usage}))
-    head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
-    [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
-  end
 
   defp answer(messages) do
     system = text(hd(messages))

@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Evaluate do
   See docs/guide/evaluating.md.
   """
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Program, Programs}
   alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result, Tally}
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
@@ -59,7 +59,7 @@ defmodule DSPex.PythonBridge.Evaluate do
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
   `server` is a bridge or a pool, of which all peers are used, also those of other nodes. `program` is an id, or a module
-  with `use DSPex.PythonBridge.Program`; outputs are maps in both cases. `examples` is any enumerable, of which no more is
+  with `use DSPex.PythonBridge.Program`, whose tools are called; outputs are maps in both cases. `examples` is any enumerable, of which no more is
   taken than is needed next.
 
   A run that fails has the score 0 and its error in the results. These end the evaluation at once, as its error:
@@ -88,7 +88,8 @@ defmodule DSPex.PythonBridge.Evaluate do
           option()
         ]) :: {:ok, Result.t()} | {:error, Error.t()}
   def run(server, program, examples, opts) do
-    with {:ok, options} <- Options.new(opts), {:ok, id} <- program_id(program) do
+    with {:ok, id, functions} <- program(program),
+         {:ok, options} <- Options.new(opts, functions) do
       total = if is_list(examples), do: length(examples)
       about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
 
@@ -107,18 +108,20 @@ defmodule DSPex.PythonBridge.Evaluate do
     end
   end
 
-  defp program_id(id) when is_binary(id), do: {:ok, id}
+  # The id, and the functions for its tools that a module has.
+  defp program(id) when is_binary(id), do: {:ok, id, %{}}
 
-  defp program_id(module) when is_atom(module) do
-    if Code.ensure_loaded?(module) and function_exported?(module, :definition, 0),
-      do: {:ok, module.definition().id},
-      else: refused_program()
+  defp program(module) when is_atom(module) and module not in [nil, true, false] do
+    case Programs.Declared.one(module) do
+      {:ok, {id, _definition}} -> {:ok, id, Program.Tools.functions(module)}
+      {:error, text} -> refused(": #{inspect(module)}: #{text}")
+    end
   end
 
-  defp program_id(_other), do: refused_program()
+  defp program(_other), do: refused("")
 
-  defp refused_program do
-    text = "program: expected an id, or a module with `use DSPex.PythonBridge.Program`"
+  defp refused(why) do
+    text = "program: expected an id, or a module with `use DSPex.PythonBridge.Program`#{why}"
     {:error, Error.new(:invalid_request, text)}
   end
 end

@@ -71,8 +71,6 @@ defmodule DSPex.PythonBridge.Evaluate.Metric do
   The options of a request with the metric's function among its `:tools`; or the text that refuses these.
   """
   @spec add_tools(keyword(), tools()) :: {:ok, keyword()} | {:error, String.t()}
-  def add_tools(opts, none) when none == %{}, do: {:ok, opts}
-
   def add_tools(opts, tools) do
     case Keyword.get(opts, :tools, %{}) do
       given when is_map(given) -> {:ok, Keyword.put(opts, :tools, Map.merge(given, tools))}

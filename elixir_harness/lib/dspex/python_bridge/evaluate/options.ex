@@ -2,7 +2,7 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
   @moduledoc false
   # The options of an evaluation. Those that are passed on to its requests are checked once, before the first of them.
 
-  alias DSPex.PythonBridge.{Client, Error, Options}
+  alias DSPex.PythonBridge.{Client, Error, Options, Program}
   alias DSPex.PythonBridge.Evaluate.Metric
 
   @passed [:item_timeout_ms, :attempts, :tools, :retry, :traceparent, :telemetry_metadata]
@@ -24,9 +24,9 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
           passed: keyword()
         }
 
-  @doc "Checks them; the error names the wrong one."
-  @spec new(term()) :: {:ok, t()} | {:error, Error.t()}
-  def new(opts) do
+  @doc "Checks them; the error names the wrong one. `functions`: for the program's tools, by their names."
+  @spec new(term(), %{String.t() => term()}) :: {:ok, t()} | {:error, Error.t()}
+  def new(opts, functions \\ %{}) do
     with true <- Keyword.keyword?(opts) || "options: expected a keyword list",
          nil <- Enum.find(Keyword.keys(opts), &(&1 not in @known)),
          {:ok, metric, tools} <- Metric.new(opts[:metric]),
@@ -41,6 +41,7 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
          on_result = Keyword.get(opts, :on_result, &Function.identity/1),
          true <- is_function(on_result, 1) || ":on_result: expected a function of one argument",
          {:ok, passed} <- Metric.add_tools(Keyword.take(opts, @passed), tools),
+         passed = Program.Tools.add(passed, functions),
          {:ok, _checked} <- Client.Options.new(passed, @passed) do
       {:ok,
        %__MODULE__{

@@ -23,19 +23,12 @@ defmodule DSPex.PythonBridge.Optimize.Definition do
   @spec new(term()) :: {:ok, t()} | {:error, String.t()}
   def new(module) when is_atom(module) and module not in [nil, true, false] do
     if Code.ensure_loaded?(module) and function_exported?(module, :definition, 0),
-      do: read(module.definition(), functions(module)),
+      do: read(module.definition(), Program.Tools.functions(module)),
       else: {:error, @expected}
   end
 
   def new(map) when is_map(map) and not is_struct(map), do: read(map, %{})
   def new(_other), do: {:error, @expected}
-
-  # A module with a definition/0 of its own has none.
-  defp functions(module) do
-    if Program in Keyword.get(module.__info__(:attributes), :behaviour, []),
-      do: module.__dspex__(:functions),
-      else: %{}
-  end
 
   defp read(definition, functions) do
     id = Change.program_id(:create_program, definition)

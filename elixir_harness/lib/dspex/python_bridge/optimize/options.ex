@@ -6,7 +6,8 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   alias DSPex.PythonBridge.{Client, Error, Options, Protocol}
   alias DSPex.PythonBridge.Evaluate.{Examples, Metric}
   alias DSPex.PythonBridge.Optimize.Definition
-  alias DSPex.PythonBridge.Protocol.Payload
+  alias DSPex.PythonBridge.Program
+  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
 
   @passed [:tools, :retry, :traceparent, :telemetry_metadata]
   # Keys of the wire's `optimize`.
@@ -77,10 +78,7 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   # Functions of a module's program count as those of its runs do.
   defp request(opts, %Definition{functions: functions} = definition, metric) do
     with {:ok, opts} <- Metric.add_tools(opts, metric),
-         given = Keyword.get(opts, :tools, %{}),
-         names = Enum.map(Map.keys(given), &Payload.string/1),
-         tools = Map.merge(Map.drop(functions, names), given),
-         {:ok, options} <- Client.Options.new(Keyword.put(opts, :tools, tools), @passed),
+         {:ok, options} <- Client.Options.new(Program.Tools.add(opts, functions), @passed),
          :ok <- check_tools(definition, options.opts[:tools], metric),
          do: {:ok, options.opts}
   end
@@ -110,19 +108,18 @@ defmodule DSPex.PythonBridge.Optimize.Options do
     end
   end
 
-  # A keyword list in the place of a map.
-  defp plain({key, [{_, _} | _] = value}),
+  # A keyword list in the place of a map, the empty one too.
+  defp plain({key, value}),
     do: {key, if(Keyword.keyword?(value), do: Map.new(value), else: value)}
 
-  defp plain(pair), do: pair
-
-  @doc "The body of the request, for a program of this id. The error names the value that has no JSON form."
+  @doc "The body of the request, for a program of this id. The error says where a value has no JSON form."
   @spec encode(t(), String.t(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
-  def encode(%__MODULE__{args: args}, program, opts),
-    do:
-      Protocol.encode_body(
-        :execute_program,
-        Map.put(args, :program_id, program),
-        [stream: true] ++ opts
-      )
+  def encode(%__MODULE__{args: args}, program, opts) do
+    args = Map.put(args, :program_id, program)
+
+    # The LMs may have keys, so the value is not shown.
+    with {:error, _with_the_value} <-
+           Protocol.encode_body(:execute_program, args, [stream: true] ++ opts),
+         do: {:error, Error.new(:invalid_args, Misfit.text(args))}
+  end
 end

@@ -3,8 +3,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
   # The runs of a module's program: inputs to `execute_program`, and its results to structs.
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool}
-  alias DSPex.PythonBridge.Program.{Cast, Field, Inputs, Spec}
-  alias DSPex.PythonBridge.Protocol.Payload
+  alias DSPex.PythonBridge.Program.{Cast, Field, Inputs, Spec, Tools}
 
   # In addition to those of Bridge.stream.
   @own [:server, :lm, :config]
@@ -60,7 +59,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
       args =
         Enum.reduce([:lm, :config], %{program_id: spec.id, inputs: inputs}, &put(&2, &1, own[&1]))
 
-      {:ok, %{client: client, server: server, args: args}, tools(spec, opts)}
+      {:ok, %{client: client, server: server, args: args}, Tools.add(opts, spec.functions)}
     end
   end
 
@@ -83,20 +82,6 @@ defmodule DSPex.PythonBridge.Program.Runner do
 
   defp put(args, key, value),
     do: Map.put(args, key, if(Keyword.keyword?(value), do: Map.new(value), else: value))
-
-  # Those of the call replace those of `use`, by name.
-  defp tools(%Spec{functions: functions}, opts) when functions == %{}, do: opts
-
-  defp tools(%Spec{functions: functions}, opts) do
-    case Keyword.get(opts, :tools, %{}) do
-      given when is_map(given) ->
-        names = Enum.map(Map.keys(given), &Payload.string/1)
-        Keyword.put(opts, :tools, Map.merge(Map.drop(functions, names), given))
-
-      _wrong ->
-        opts
-    end
-  end
 
   # A pool is known by its handle; any other server is a bridge.
   defp find(nil), do: if(pool?(Pool), do: {Pool, Pool}, else: {Bridge, Bridge})

@@ -6,6 +6,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
 
   alias DSPex.PythonBridge.Options
   alias DSPex.PythonBridge.Program.{Types, Wire}
+  alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.Runner
 
   @options [:description, :args, :function]
@@ -24,6 +25,31 @@ defmodule DSPex.PythonBridge.Program.Tools do
     functions = for {name, opts} <- tools, fun = function(name, opts), into: %{}, do: fun
     with {:error, text} <- Runner.functions(functions), do: refuse("tools", text)
     {Enum.map(tools, fn {name, opts} -> tool(name, opts, "tools.#{name}") end), functions}
+  end
+
+  @doc "The functions of a module's program by the names of its tools; none if its definition/0 is its own."
+  @spec functions(module()) :: %{String.t() => term()}
+  def functions(module) do
+    behaviours = Keyword.get_values(module.__info__(:attributes), :behaviour)
+
+    if Enum.any?(behaviours, &(DSPex.PythonBridge.Program in &1)),
+      do: module.__dspex__(:functions),
+      else: %{}
+  end
+
+  @doc "Options of a run with these functions among its `:tools`. Those that it has itself replace them, by name."
+  @spec add(keyword(), %{String.t() => term()}) :: keyword()
+  def add(opts, none) when none == %{}, do: opts
+
+  def add(opts, functions) do
+    case Keyword.get(opts, :tools, %{}) do
+      given when is_map(given) ->
+        names = Enum.map(Map.keys(given), &Payload.string/1)
+        Keyword.put(opts, :tools, Map.merge(Map.drop(functions, names), given))
+
+      _wrong ->
+        opts
+    end
   end
 
   defp tool(name, opts, where) do

@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Programs.Declared do
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Programs.Store
-  alias DSPex.PythonBridge.Protocol.Payload
+  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
 
   # What a bridge puts before a body, at most.
   @head_bytes 64
@@ -186,42 +186,7 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   """
   @spec encode(%{String.t() => term()}) :: {:ok, binary()} | {:error, Error.t()}
   def encode(args) do
-    with {:error, _with_the_value} <- Protocol.encode_body(:create_program, args) do
-      {path, kind} = misfit(args, [])
-      place = path |> Enum.reverse() |> Enum.join(".")
-      {:error, Error.new(:invalid_args, "#{place}: #{kind}")}
-    end
+    with {:error, _with_the_value} <- Protocol.encode_body(:create_program, args),
+         do: {:error, Error.new(:invalid_args, Misfit.text(args))}
   end
-
-  # The innermost value without a JSON form.
-  defp misfit(value, path) do
-    with {:error, _error} <- Payload.encode(value, "") do
-      Enum.find_value(parts(value), {path, kind(value)}, fn {key, part} ->
-        misfit(part, [key | path]) |> found()
-      end)
-    end
-  end
-
-  defp found({:ok, _json}), do: nil
-  defp found(place), do: place
-
-  defp parts(value) when is_struct(value), do: []
-  defp parts(%{} = map), do: for({key, value} <- map, do: {Payload.string(key) || "?", value})
-
-  defp parts(list) when is_list(list) do
-    if List.improper?(list),
-      do: [],
-      else: Enum.map(Enum.with_index(list), fn {v, n} -> {n, v} end)
-  end
-
-  defp parts(_other), do: []
-
-  defp kind(tuple) when is_tuple(tuple),
-    do: "a tuple has no JSON form; a keyword list has to be written as a map"
-
-  defp kind(%module{}), do: "a struct #{inspect(module)} has no JSON form"
-  defp kind(%{}), do: "expected a map whose keys are strings"
-  defp kind(text) when is_binary(text), do: "a string that is not valid UTF-8"
-  defp kind(function) when is_function(function), do: "a function has no JSON form"
-  defp kind(_other), do: "it has no JSON form"
 end

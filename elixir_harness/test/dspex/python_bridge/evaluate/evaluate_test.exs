@@ -23,6 +23,20 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     use DSPex.PythonBridge.Program, id: "asked", signature: "question -> answer"
   end
 
+  defmodule Agent do
+    use DSPex.PythonBridge.Program,
+      id: "agent",
+      program_type: "react",
+      signature: "question -> answer",
+      tools: [look: [args: [question: :string], function: &__MODULE__.look/1]]
+
+    def look(%{"question" => question}), do: "found #{question}"
+  end
+
+  defmodule Own do
+    def definition, do: [id: :agent]
+  end
+
   setup_all do
     answers = Map.new(@answers, fn {key, answer} -> {key, %{answer: answer}} end)
     script = %{model: "offline/script", answers: answers}
@@ -75,6 +89,25 @@ defmodule DSPex.PythonBridge.EvaluateTest do
       assert {:ok, result} = Evaluate.run(bridge, Asked, @examples, opts)
       assert Enum.map(result.results, & &1.score) == scores, "#{match}"
     end
+  end
+
+  test "the tools that a module has are called, and a run may replace some", %{bridge: bridge} do
+    {:ok, _} = Bridge.call(bridge, :create_program, Agent.definition())
+    test = self()
+    instead = fn args -> send(test, {:looked, args}) && "nothing" end
+
+    for {program, tools, seen} <- [
+          {Agent, %{}, "found q"},
+          {Agent, %{"look" => instead}, "nothing"},
+          {Own, %{look: instead}, "nothing"}
+        ] do
+      opts = [metric: fn _, prediction -> inspect(prediction) =~ seen end, tools: tools]
+      opts = [lm: "offline/echo"] ++ opts
+      assert {:ok, result} = Evaluate.run(bridge, program, [%{question: "q"}], opts)
+      assert result.score == 1.0, inspect(result)
+    end
+
+    assert_received {:looked, %{"question" => _}}
   end
 
   test "a metric of three arguments gets what the score is for", %{bridge: bridge} do

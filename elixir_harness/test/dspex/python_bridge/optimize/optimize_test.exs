@@ -325,8 +325,11 @@ defmodule DSPex.PythonBridge.OptimizeTest do
           {[on_progress: 1], ":on_progress"},
           {[retry: 1], ":retry"},
           {[tools: 1], ":tools"},
+          {[tools: nil, metric: {:field, :answer, :equals}], ":tools: expected a map"},
           {[tools: %{find: &List.wrap/1}], "no tool find; it has none"},
-          {[options: %{a: {1, 2}}], "no JSON form"}
+          {[options: %{a: {1, 2}}], "optimize.options.a: a tuple has no JSON form"},
+          {[trainset: [%{q: "a"}, %{q: self()}]], "inputs.1.q: it has no JSON form"},
+          {[valset: [{%{q: "a"}, %{a: <<255>>}}]], "optimize.valset.expected.0.a: a string"}
         ] do
       assert {:error, %Error{type: type, message: message}} = optimize(bridge, opts)
       assert type in [:invalid_args, :invalid_request] and message =~ text, text
@@ -342,6 +345,18 @@ defmodule DSPex.PythonBridge.OptimizeTest do
 
     assert {:error, %Error{type: :bridge_not_running}} = optimize(__MODULE__.None, [])
     assert {:ok, []} = Bridge.call(bridge, "heard", %{})
+  end
+
+  test "a key is not in the error of an LM without a JSON form" do
+    opts = [prompt_lm: [model: "x", api_key: {:system, "sk-secret"}]]
+    assert {:error, %Error{type: :invalid_args, message: message}} = optimize(start(), opts)
+    assert message =~ "optimize.prompt_lm.api_key: a tuple" and not (message =~ "secret")
+  end
+
+  test "an empty keyword list is an empty map" do
+    assert {:ok, %{state: %{"optimize" => sent}}} = optimize(start(), options: [], budget: [])
+    assert %{"options" => none, "budget" => none} = sent
+    assert none == %{}
   end
 
   test "a module gives its definition, and its tools, of which a run may replace some" do

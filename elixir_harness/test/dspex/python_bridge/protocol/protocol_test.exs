@@ -4,9 +4,10 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Protocol.Payload
+  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
 
   doctest Protocol
+  doctest Misfit
   doctest Payload
 
   describe "encode_request/3" do
