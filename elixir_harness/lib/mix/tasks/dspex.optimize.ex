@@ -199,11 +199,18 @@ defmodule Mix.Tasks.Dspex.Optimize do
   defp follow(server, definition, options, out) do
     me = self()
     options = [on_progress: &send(me, {:event, &1})] ++ options
-    task = Task.async(fn -> Optimize.run(server, definition, options) end)
+
+    task =
+      Task.async(fn ->
+        result = Optimize.run(server, definition, options)
+        send(me, :over)
+        result
+      end)
+
     listen(task, out, OptimizationProgress.new(), nil)
   end
 
-  defp listen(%Task{ref: ref} = task, out, progress, best) do
+  defp listen(task, out, progress, best) do
     receive do
       {:event, event} ->
         best = better(event, best, out)
@@ -214,10 +221,9 @@ defmodule Mix.Tasks.Dspex.Optimize do
         OptimizationProgress.finish(progress)
         {:interrupted, best}
 
-      {^ref, result} ->
-        Process.demonitor(ref, [:flush])
+      :over ->
         OptimizationProgress.finish(progress)
-        {result, best}
+        {Task.await(task, :infinity), best}
     end
   end
 
