@@ -158,6 +158,17 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     assert inspect(result) =~ text
   end
 
+  test "the table has the fields of a map in the order of their names", %{bridge: bridge} do
+    # Made in this order, and without the sorting shown in it.
+    keys =
+      for name <- ~w(zz mm aa),
+          do: String.to_atom("#{name}_#{System.unique_integer([:positive])}")
+
+    examples = [{%{question: "q"}, Map.new(keys, &{&1, 1})}]
+    assert {:ok, result} = Evaluate.run(bridge, "qa", examples, metric: fn _, _ -> 1 end)
+    assert to_string(result) =~ ~r/aa_\d+: 1, mm_\d+: 1, zz/
+  end
+
   test "a long table is cut", %{bridge: bridge} do
     examples =
       for n <- 1..30,
