@@ -87,6 +87,8 @@ class Desk:
                 gate.clear()
             return answer(request)
 
+        # What an earlier answer has held would be answered like this, too.
+        assert self.server.becomes_idle(PATIENCE)
         self.server.serve(counted)
         gate = self.server.gate
 
