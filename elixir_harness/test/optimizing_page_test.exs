@@ -51,21 +51,36 @@ defmodule DSPex.OptimizingPageTest do
     output = capture_io(fn -> run(Page.blocks(@page)) end)
     lines = String.split(output, ["\r", "\n"])
     page = File.read!(Page.path(@page))
-    [shown] = Regex.run(~r/^```text\n(candidate 1.+?)^```$/ms, page, capture: :all_but_first)
 
-    # Questions that are asked twice at once make the LM calls differ.
-    for line <- String.split(shown, "\n", trim: true),
+    shown =
+      Regex.scan(~r/^```text\n((?:score|candidate) .+?)^```$/ms, page, capture: :all_but_first)
+
+    assert length(shown) == 2
+
+    for line <- String.split("#{shown}", "\n", trim: true),
+        line != "…",
         do: assert(Enum.any?(lines, &(steady(&1) == steady(line))), line)
 
-    # The file of the mix task, with what the page has made.
-    [file] = for "# eval/triage.exs\n" <> _ = code <- Page.blocks(@page), do: code
+    # The files of the mix tasks, with what the page has made.
     File.mkdir_p!("eval")
-    File.write!("eval/triage.exs", file)
+    write("eval/triage.exs")
+    write("eval/triage-optimize.exs")
 
     assert %{status: 0, out: "score 1.000" <> _} =
              EvalTask.run(["eval/triage.exs", "--min", "0.9"])
+
+    args = ["eval/triage-optimize.exs", "--out", "triage-3.json", "--lm-calls", "300"]
+    assert %{status: 0} = EvalTask.run(args, Mix.Tasks.Dspex.Optimize)
+    assert %{"demos" => [_ | _]} = JSON.decode!(File.read!("triage-3.json"))
   end
 
+  defp write(path) do
+    head = "# #{path}\n"
+    [file] = for code <- Page.blocks(@page), String.starts_with?(code, head), do: code
+    File.write!(path, file)
+  end
+
+  # Questions that are asked twice at once make LM calls differ.
   defp steady(line), do: String.replace(line, ~r/\d+ LM calls|[\d.]+ s$/, "")
 
   test "its reader of CSV takes quotes, line breaks, CRLF, a byte order mark and a last line without an end" do
@@ -96,7 +111,7 @@ defmodule DSPex.OptimizingPageTest do
     more =
       for n <- 2..10,
           line <- [parcel, invoice, password, other],
-          do: String.replace(line, ~r/^"?/, "\\0Order #{n}: ")
+          do: String.replace(line, ~r/^"?/, "\\0No. #{n}: ")
 
     Enum.join([head, parcel, invoice, password, other | more])
   end

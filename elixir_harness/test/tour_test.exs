@@ -38,6 +38,7 @@ defmodule DSPex.TourTest do
     assert output =~ "inputs.reveiw: unknown field"
     assert output =~ "echo: Why owls turn their heads"
     assert output =~ "looking for: Any red shirts left?"
+    assert output =~ "score 0.500, 2 examples"
   end
 
   defp run(cells) do
