@@ -61,6 +61,8 @@ class Desk:
         self.server = LMServer(lm_answer)
         self.flags, self.env = flags, {**lm_env(self.server, **(lm or {})), **(env or {})}
         self.peer = Peer(*flags, env=self.env)
+        # Replies that came before they were asked for.
+        self._early: dict[Any, dict[str, Any]] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -76,6 +78,8 @@ class Desk:
 
     def serve(self, answer: Callable[[dict[str, Any]], Answer] = lm_answer, held_after: int | None = None) -> None:
         """Let the LM answer like this, and from the request of that number on not at all; its counts begin anew."""
+        # A request that was held and then given up must not be counted as one of the next.
+        assert self.server.becomes_idle(PATIENCE)
         lock, count = threading.Lock(), itertools.count(1)
 
         def counted(request: dict[str, Any]) -> Answer:
@@ -96,6 +100,7 @@ class Desk:
     def restart(self) -> None:
         """Kill the peer, and start another one with the same settings."""
         self.peer.__exit__()
+        self._early.clear()
         self.peer = Peer(*self.flags, env=self.env)
 
     def create(self, id: str = "qa", signature: Any = "question -> answer", **definition: Any) -> None:
@@ -143,7 +148,7 @@ class Desk:
     ) -> dict[str, Any]:
         """The first frame of the request for which `until` holds; tool calls meanwhile are answered."""
         while True:
-            frame = self.peer.receive(PATIENCE)
+            frame = self._early.pop(id, None) or self.peer.receive(PATIENCE)
             if frame.get("id") == id and until(frame):
                 return frame
             if "tool_call" in frame:
@@ -152,7 +157,8 @@ class Desk:
             elif "stream" in frame:
                 self.items.append(frame["stream"])
             else:
-                raise AssertionError(frame)
+                assert frame["id"] != id, frame
+                self._early[frame["id"]] = frame
 
     def execute(self, question: str = "word 1", program_id: str = "qa", **more: Any) -> Any:
         """The reply of another run to its end; no other request is open."""
@@ -182,7 +188,7 @@ class Desk:
         asked = len(self.server.requests)
         assert most is None or asked <= most + 1, asked
         self.execute()
-        assert len(self.server.requests) == asked + 1 and self.peer.idle()
+        assert len(self.server.requests) == asked + 1 and self.peer.idle() and not self._early
         assert len(self.asked) == calls
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import select
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 from lm_server import KEY
 from peer import Peer
 
-# Each takes some 90 MB.
-MOST = 4
-# Oldest first.
+# Each takes some 90 MB, and 200 MB once it has imported LiteLLM.
+MOST = 5
+# Those used longest ago first.
 _idle: dict[Any, Peer] = {}
+_uses: Counter[Any] = Counter()
 
 
 @contextmanager
@@ -25,6 +27,7 @@ def shared_peer(*flags: str, env: dict[str, str] | None = None) -> Iterator[Peer
     For tests that do not look at its log, cache, threads, descriptors or start.
     """
     settings = (flags, tuple(sorted((env or {}).items())))
+    _uses[settings] += 1
     peer = _idle.pop(settings, None) or Peer(*flags, env=env)
     try:
         yield peer
@@ -35,9 +38,10 @@ def shared_peer(*flags: str, env: dict[str, str] | None = None) -> Iterator[Peer
     if not reusable:
         peer.__exit__()
         return
+    # Of the others the one that the fewest tests use: those of one module do not end that of all.
+    while len(_idle) >= MOST:
+        _idle.pop(min(_idle, key=_uses.__getitem__)).__exit__()
     _idle[settings] = peer
-    while len(_idle) > MOST:
-        _idle.pop(next(iter(_idle))).__exit__()
 
 
 def _reset(peer: Peer) -> bool:

@@ -33,7 +33,7 @@ defmodule DSPex.DocsTest do
 
     for {module, text} <- shown, do: assert(String.length(text) > 40, inspect(module))
     {tasks, shown} = Enum.split_with(shown, fn {m, _} -> inspect(m) =~ "Mix.Tasks." end)
-    assert length(tasks) == 4
+    assert length(tasks) == 5
     assert Enum.sort(public()) == shown |> Enum.map(&elem(&1, 0)) |> Enum.sort()
   end
 

@@ -61,13 +61,23 @@ defmodule DSPex.OptimizingPageTest do
         line != "…",
         do: assert(Enum.any?(lines, &(steady(&1) == steady(line))), line)
 
-    # The file of the mix task, with what the page has made.
-    [file] = for "# eval/triage.exs\n" <> _ = code <- Page.blocks(@page), do: code
+    # The files of the mix tasks, with what the page has made.
     File.mkdir_p!("eval")
-    File.write!("eval/triage.exs", file)
+    write("eval/triage.exs")
+    write("eval/triage-optimize.exs")
 
     assert %{status: 0, out: "score 1.000" <> _} =
              EvalTask.run(["eval/triage.exs", "--min", "0.9"])
+
+    args = ["eval/triage-optimize.exs", "--out", "triage-3.json", "--lm-calls", "300"]
+    assert %{status: 0} = EvalTask.run(args, Mix.Tasks.Dspex.Optimize)
+    assert %{"demos" => [_ | _]} = JSON.decode!(File.read!("triage-3.json"))
+  end
+
+  defp write(path) do
+    head = "# #{path}\n"
+    [file] = for code <- Page.blocks(@page), String.starts_with?(code, head), do: code
+    File.write!(path, file)
   end
 
   # Questions that are asked twice at once make LM calls differ.

@@ -56,11 +56,6 @@ def test_an_lms_engine_needs_dspy_3_4(tmp_path: Path) -> None:
         assert found["refused"].startswith("engine: needs DSPy 3.4.0 or newer; this is 3.3.")
 
 
-def test_a_provider_that_nobody_knows(tmp_path: Path) -> None:
-    found = facts("opnai/gpt-4o", tmp_path)
-    assert (found["engine"], found["known"]) == ("litellm", False)
-
-
 def test_a_misspelt_option_has_the_nearest_one(tmp_path: Path) -> None:
     """The peer refuses it with the same words."""
     found = facts("openai/gpt-4o-mini", tmp_path, {"api_bas": "http://127.0.0.1:1/v1"})

@@ -579,7 +579,7 @@ SCHEMA_LIKE = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.dictionaries(WORDS | st.text(), SCHEMA_LIKE, max_size=5))
 def test_any_json_is_a_type_or_refused(schema: dict[str, Any]) -> None:
     """Only `InvalidArgs` is raised; a type can be shown and used."""

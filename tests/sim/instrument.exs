@@ -45,6 +45,10 @@ defmodule Sim.Instrument do
     "Elixir.GenServer": [call: 3, cast: 2, reply: 2]
   }
 
+  # Compiling takes most of the time of a short run: the passes that only make code faster are left out.
+  @compiler [:deterministic, :return_errors] ++
+              ~w(no_copt no_bool_opt no_share_opt no_bsm_opt no_fun_opt no_type_opt no_ssa_opt no_postopt no_recv_opt)a
+
   @doc "The names of the modules under test, without `DSPex.PythonBridge`."
   def modules, do: @modules
 
@@ -56,7 +60,7 @@ defmodule Sim.Instrument do
       names = for name <- @modules, into: %{}, do: {Module.concat(DSPex.PythonBridge, name), Module.concat(prefix, name)}
       names = Map.put(names, as, Module.concat(prefix, name))
       forms = for form <- forms, keep?(form), do: form |> rewrite() |> rename(names)
-      {:ok, module, binary} = :compile.forms(forms, [:deterministic, :return_errors])
+      {:ok, module, binary} = :compile.forms(forms, @compiler)
       {:module, ^module} = :code.load_binary(module, ~c"sim", binary)
     end
 

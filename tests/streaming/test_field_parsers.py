@@ -63,7 +63,7 @@ TEXT = st.lists(SCRAPS, max_size=8).map("".join) | st.text(max_size=20)
 
 
 @given(TEXT, TEXT, st.sampled_from(["", "Sure!\n", " [[ ## \n"]), CUTS)
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_chat(first: str, second: str, before: str, cuts: list[int]) -> None:
     answer = f"{before}[[ ## first ## ]]\n{first}\n\n[[ ## second ## ]]{second}\n\n[[ ## completed ## ]]"
     wanted = parsed(READERS["chat"][1], answer)
@@ -71,7 +71,7 @@ def test_chat(first: str, second: str, before: str, cuts: list[int]) -> None:
 
 
 @given(TEXT, TEXT, st.booleans(), st.sampled_from(["", "```json\n", "Sure: "]), CUTS)
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_json(first: str, second: str, ascii: bool, before: str, cuts: list[int]) -> None:
     fields = {"other": [1, {"first": "no", "}": "]"}], "n": -1.5, "first": first, "": None, "second": second, "z": "é"}
     answer = before + json.dumps(fields, ensure_ascii=ascii, indent=None if ascii else 2)
@@ -79,7 +79,7 @@ def test_json(first: str, second: str, ascii: bool, before: str, cuts: list[int]
 
 
 @given(TEXT, TEXT, CUTS)
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_xml(first: str, second: str, cuts: list[int]) -> None:
     def escaped(text: str) -> str:
         return text.replace("&", "&amp;").replace("<", "&lt;")
@@ -92,7 +92,7 @@ def test_xml(first: str, second: str, cuts: list[int]) -> None:
 @given(st.sampled_from(sorted(READERS)), st.lists(SCRAPS | st.sampled_from(
     ['{"first": "', '", "second": "', '"}', "<first>", "</first>", "<second>", "</second>", "[[ ## second ## ]]\n"]
 ), max_size=15).map("".join), CUTS)  # fmt: skip
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_whatever_an_lm_writes_raises_no_error_and_gives_the_same_chunks_in_any_pieces(
     name: str, answer: str, cuts: list[int]
 ) -> None:

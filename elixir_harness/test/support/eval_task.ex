@@ -1,5 +1,5 @@
 defmodule DSPex.Test.EvalTask do
-  @moduledoc "Runs `mix dspex.eval` in this BEAM, with files of the test."
+  @moduledoc "Runs `mix dspex.eval`, or another task, in this BEAM, with files of the test."
 
   import ExUnit.Assertions
   import ExUnit.CaptureIO
@@ -38,12 +38,12 @@ defmodule DSPex.Test.EvalTask do
   end
 
   @doc "Its exit status, standard output, standard error, and the text with which Mix ends it."
-  def run(args) do
+  def run(args, task \\ Eval) do
     me = self()
 
     err =
       capture_io(:stderr, fn ->
-        out = capture_io(fn -> send(me, {:ended, ended(args)}) end)
+        out = capture_io(fn -> send(me, {:ended, ended(task, args)}) end)
         send(me, {:out, out})
       end)
 
@@ -52,8 +52,8 @@ defmodule DSPex.Test.EvalTask do
     %{status: status, out: out, err: err, text: text}
   end
 
-  defp ended(args) do
-    Eval.run(args)
+  defp ended(task, args) do
+    task.run(args)
     {0, nil}
   rescue
     error in Mix.Error -> {error.mix, error.message}

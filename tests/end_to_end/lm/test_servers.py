@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from pathlib import Path
@@ -100,7 +99,7 @@ def test_the_cache_knows_who_asked(start_lm: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["dspy", "litellm"])
-def test_an_lm_that_cannot_be_reached_is_named_within_its_connect_timeout(way: str) -> None:
+def test_an_lm_that_cannot_be_reached_is_named_within_its_connect_timeout(start_lm: Any, way: str) -> None:
     with socket.socket() as taken:
         # Bound and not listening: connections are refused, and no other program gets the port.
         taken.bind(("127.0.0.1", 0))
@@ -108,8 +107,8 @@ def test_an_lm_that_cannot_be_reached_is_named_within_its_connect_timeout(way: s
         options = {"api_base": f"http://127.0.0.1:{port}/v1", "api_key": KEY, "connect_timeout": 0.5}
         if way == "litellm":
             options["extra_headers"] = {"X-Own": "1"}
-        with Peer(env={"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(options)}) as peer:
-            peer.call("create_program", QA)
+        with shared_peer(env=lm_env(start_lm())) as peer:
+            peer.call("create_program", {**QA, "lm": {"model": "openai/x", **options}})
             # The first call imports LiteLLM.
             for config in ({}, {"temperature": 0.5}):
                 began = time.monotonic()

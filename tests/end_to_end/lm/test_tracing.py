@@ -161,6 +161,17 @@ def start(folder: Path) -> Iterator[Callable[..., Peer]]:
         yield start
 
 
+@pytest.fixture
+def peer(start: Callable[..., Peer]) -> Peer:
+    """One for most tests: LMs are given with the programs, and LiteLLM, whose import takes seconds, stays imported."""
+    return start()
+
+
+def qa(server: LMServer, **options: Any) -> dict[str, Any]:
+    """A program that asks `server`."""
+    return {**QA, "lm": {"model": "openai/stub-model", **server.options(**options)}}
+
+
 def ask(question: str, **args: Any) -> dict[str, Any]:
     return {"program_id": "qa", "inputs": {"question": question}, **args}
 
@@ -188,32 +199,33 @@ WAYS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("way", WAYS)
-def test_each_execute_has_its_own_header_and_one_without_has_none(start_lm: Any, way: str, stream: bool) -> None:
+def test_each_execute_has_its_own_header_and_one_without_has_none(
+    peer: Peer, start_lm: Any, way: str, stream: bool
+) -> None:
     """At the same time, over the same connections."""
     options, agent = WAYS[way]
     server = start_lm()
-    with shared_peer(env=lm_env(server, **options)) as peer:
-        assert peer.call("create_program", QA)["success"]
-        for _again in range(2):
-            server.gate.clear()
-            given: list[tuple[str, dict[str, str]]] = [
-                ("one", {"traceparent": FIRST}), ("two", {"traceparent": SECOND}), ("none", {})
-            ]  # fmt: skip
-            ids = {peer.request("execute_program", ask(name), stream=stream, **more) for name, more in given}
-            for _ in ids:
-                assert server.arrived.acquire(timeout=PATIENCE)
-            server.gate.set()
-            while ids:
-                frame = peer.receive()
-                if "success" in frame:
-                    assert frame["result"] == {"answer": "Paris"}, frame
-                    ids.remove(frame["id"])
-        assert sorted(server.asked) == sorted([("one", [FIRST]), ("two", [SECOND]), ("none", None)] * 2)
-        assert server.headers["user-agent"].startswith(agent)
+    assert peer.call("create_program", qa(server, **options))["success"]
+    for _again in range(2):
+        server.gate.clear()
+        given: list[tuple[str, dict[str, str]]] = [
+            ("one", {"traceparent": FIRST}), ("two", {"traceparent": SECOND}), ("none", {})
+        ]  # fmt: skip
+        ids = {peer.request("execute_program", ask(name), stream=stream, **more) for name, more in given}
+        for _ in ids:
+            assert server.arrived.acquire(timeout=PATIENCE)
+        server.gate.set()
+        while ids:
+            frame = peer.receive()
+            if "success" in frame:
+                assert frame["result"] == {"answer": "Paris"}, frame
+                ids.remove(frame["id"])
+    assert sorted(server.asked) == sorted([("one", [FIRST]), ("two", [SECOND]), ("none", None)] * 2)
+    assert server.headers["user-agent"].startswith(agent)
 
 
 @pytest.mark.parametrize("model_type", ["text", "responses"])
-def test_the_other_apis_of_litellm_have_it_too(start_lm: Any, model_type: str) -> None:
+def test_the_other_apis_of_litellm_have_it_too(peer: Peer, start_lm: Any, model_type: str) -> None:
     text = {"object": "text_completion", "choices": [{"index": 0, "text": PARIS, "finish_reason": "stop"}]}
     said = {"type": "message", "id": "m", "status": "completed", "role": "assistant"}
     response = {
@@ -223,93 +235,88 @@ def test_the_other_apis_of_litellm_have_it_too(start_lm: Any, model_type: str) -
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2, "input_tokens": 1, "output_tokens": 1}
     body = {"id": "c1", "created": 0, "model": "m", "usage": usage, **(text if model_type == "text" else response)}
     server = start_lm((200, body))
-    with Peer(env=lm_env(server, **BY_LITELLM, model_type=model_type)) as peer:
-        assert peer.call("create_program", QA)["success"]
-        reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
-        assert reply.get("result") == {"answer": "Paris"}, reply
-        assert peer.call("execute_program", ask("two"))["success"]
+    assert peer.call("create_program", qa(server, **BY_LITELLM, model_type=model_type))["success"]
+    reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
+    assert reply.get("result") == {"answer": "Paris"}, reply
+    assert peer.call("execute_program", ask("two"))["success"]
     assert [traceparents for _, traceparents in server.asked] == [[FIRST], None]
 
 
-def test_it_is_a_header_and_nothing_in_the_body(start_lm: Any) -> None:
+def test_it_is_a_header_and_nothing_in_the_body(peer: Peer, start_lm: Any) -> None:
     """LiteLLM writes extra headers into the body that some providers get, and they may refuse it for that."""
     server = start_lm()
-    with shared_peer() as peer:
-        for model in ("azure_ai/x", "openai/x"):
-            assert peer.call("create_program", {**QA, "lm": {"model": model, **server.options(**BY_LITELLM)}})[
-                "success"
-            ]
-            for envelope in ({"traceparent": FIRST}, {}):
-                assert peer.call("execute_program", ask("one"), **envelope)["success"]
-            traced, plain = server.requests[-2:]
-            assert traced == plain and "extra_headers" not in traced, model
+    for model in ("azure_ai/x", "openai/x"):
+        lm = {"model": model, **server.options(**BY_LITELLM)}
+        assert peer.call("create_program", {**QA, "lm": lm})["success"]
+        for envelope in ({"traceparent": FIRST}, {}):
+            assert peer.call("execute_program", ask("one"), **envelope)["success"]
+        traced, plain = server.requests[-2:]
+        assert traced == plain and "extra_headers" not in traced, model
     assert [traceparents for _, traceparents in server.asked] == [[FIRST], None] * 2
 
 
-def test_a_header_of_the_lms_own_gives_way_the_others_stay(start_lm: Any) -> None:
+def test_a_header_of_the_lms_own_gives_way_the_others_stay(peer: Peer, start_lm: Any) -> None:
     """Whatever its case, with OpenAI's client and LiteLLM's own. A call without a trace sends it."""
     server = start_lm()
-    with shared_peer() as peer:
-        for model, key in itertools.product(("openai/x", "mistral/x"), ("headers", "extra_headers")):
-            lm = {"model": model, **server.options(**{key: {"Traceparent": THIRD, "X-Own": "1"}})}
-            assert peer.call("create_program", {**QA, "lm": lm})["success"]
-            for envelope, wanted in (({"traceparent": FIRST}, FIRST), ({}, THIRD)):
-                reply = peer.call("execute_program", ask("one"), **envelope)
-                assert reply["success"], reply
-                assert server.asked.pop() == ("one", [wanted]), (model, key)
-                assert server.headers["x-own"] == "1"
+    for model, key in itertools.product(("openai/x", "mistral/x"), ("headers", "extra_headers")):
+        lm = {"model": model, **server.options(**{key: {"Traceparent": THIRD, "X-Own": "1"}})}
+        assert peer.call("create_program", {**QA, "lm": lm})["success"]
+        for envelope, wanted in (({"traceparent": FIRST}, FIRST), ({}, THIRD)):
+            reply = peer.call("execute_program", ask("one"), **envelope)
+            assert reply["success"], reply
+            assert server.asked.pop() == ("one", [wanted]), (model, key)
+            assert server.headers["x-own"] == "1"
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_cache_hits_whatever_the_trace(start_lm: Any, way: str) -> None:
+def test_the_cache_hits_whatever_the_trace(peer: Peer, start_lm: Any, way: str) -> None:
     server = start_lm()
-    with Peer(env=lm_env(server, cache=True, **WAYS[way][0])) as peer:
-        assert peer.call("create_program", QA)["success"]
-        for envelope in ({"traceparent": FIRST}, {"traceparent": SECOND}, {}):
-            reply = peer.call("execute_program", ask("one"), meta=True, **envelope)
-            assert reply["result"] == {"answer": "Paris"}
-            assert reply["meta"]["cache_hits"] == ("traceparent" not in envelope or envelope["traceparent"] == SECOND)
+    # The key is part of what answers are kept under: no other test has asked with it.
+    assert peer.call("create_program", qa(server, cache=True, api_key="sk-of-the-cache", **WAYS[way][0]))["success"]
+    for envelope in ({"traceparent": FIRST}, {"traceparent": SECOND}, {}):
+        reply = peer.call("execute_program", ask("one"), meta=True, **envelope)
+        assert reply["result"] == {"answer": "Paris"}
+        assert reply["meta"]["cache_hits"] == ("traceparent" not in envelope or envelope["traceparent"] == SECOND)
     assert server.asked == [("one", [FIRST])]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_neither_history_nor_cache_nor_state_keeps_it(start: Callable[..., Peer], start_lm: Any, way: str) -> None:
-    server = start_lm()
-    peer = start(**lm_env(server, cache=True, **WAYS[way][0]))
-    assert peer.call("create_program", {**QA, "program_type": "host:History"})["success"]
-    reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
+def test_neither_history_nor_cache_nor_state_keeps_it(peer: Peer, start_lm: Any, way: str) -> None:
+    city = {"its own engine": "Rome", "LiteLLM": "Oslo"}[way]
+    server = start_lm(chat(answer=city))
+    create = {**qa(server, cache=True, **WAYS[way][0]), "program_type": "host:History"}
+    assert peer.call("create_program", create)["success"]
+    reply = peer.call("execute_program", ask(city), traceparent=FIRST)
     kept = reply["result"]["answer"]
-    assert kept.count("Paris") > 1 and "'uuid'" in kept, "there is a history, and a cache"
+    assert kept.count(city) > 1 and "'uuid'" in kept, "there is a history, and a cache"
     assert "a" * 32 not in kept
-    assert peer.call("create_program", {**QA, "lm": {"model": "openai/x", **server.options()}})["success"]
+    assert peer.call("create_program", qa(server))["success"]
     assert peer.call("execute_program", ask("two"), traceparent=FIRST)["success"]
     listed = peer.call("list_programs", {"state": True, "details": True}, traceparent=FIRST)
     assert "state" in listed["result"]["details"][0] and "a" * 32 not in str(listed)
-    assert server.asked == [("one", [FIRST]), ("two", [FIRST])]
+    assert server.asked == [(city, [FIRST]), ("two", [FIRST])]
 
 
-def test_every_lm_call_of_an_agent_has_it(start_lm: Any) -> None:
+def test_every_lm_call_of_an_agent_has_it(peer: Peer, start_lm: Any) -> None:
     step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": '{"at": "it"}'}
     done = {**step, "next_tool_name": "finish", "next_tool_args": "{}"}
     server = start_lm(script(chat(**step), chat(**step), chat(**done), chat(reasoning="Seen.", answer="Paris")))
     tool = {"name": "look", "description": "Looks.", "args": {"at": {"type": "str"}}}
-    with shared_peer(env=lm_env(server)) as peer:
-        assert peer.call("create_program", {**QA, "program_type": "react", "tools": [tool]})["success"]
-        peer.request("execute_program", ask("one"), traceparent=FIRST)
-        for _ in range(2):
-            call = peer.receive()["tool_call"]
-            peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "a city"}})
-        assert peer.receive()["result"]["answer"] == "Paris"
+    assert peer.call("create_program", {**qa(server), "program_type": "react", "tools": [tool]})["success"]
+    peer.request("execute_program", ask("one"), traceparent=FIRST)
+    for _ in range(2):
+        call = peer.receive()["tool_call"]
+        peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "a city"}})
+    assert peer.receive()["result"]["answer"] == "Paris"
     assert server.asked == [("one", [FIRST])] * 4
 
 
-def test_so_has_every_try(start_lm: Any) -> None:
+def test_so_has_every_try(peer: Peer, start_lm: Any) -> None:
     """After a failure of the LM's, in the adapter's other format, of a best of n, a refinement and of two steps."""
     busy = (503, {"error": {"message": "busy", "type": "error", "code": None}})
     server = start_lm(script(busy, "Paris, I think.", '{"answer": "Paris"}'))
-    with Peer(env=lm_env(server, num_retries=1)) as peer:
-        assert peer.call("create_program", QA)["success"]
-        assert peer.call("execute_program", ask("one"), traceparent=FIRST)["success"]
+    assert peer.call("create_program", qa(server, num_retries=1))["success"]
+    assert peer.call("execute_program", ask("one"), traceparent=FIRST)["success"]
     assert server.asked == [("one", [FIRST])] * 3
     advice = chat(answer="Paris", discussion="None.", advice="{}")
     reward = {"n": 2, "reward": {"field": "answer", "equals": "Rome"}}
@@ -322,19 +329,17 @@ def test_so_has_every_try(start_lm: Any) -> None:
         server = start_lm(advice)
         if "adapter" in program:
             program["adapter"]["extraction_model"] |= server.options()
-        with shared_peer(env=lm_env(server)) as peer:
-            assert peer.call("create_program", {**QA, **program})["success"]
-            assert peer.call("execute_program", ask("one"), traceparent=FIRST)["success"]
+        assert peer.call("create_program", {**qa(server), **program})["success"]
+        assert peer.call("execute_program", ask("one"), traceparent=FIRST)["success"]
         assert [traceparents for _, traceparents in server.asked] == [[FIRST]] * calls, program
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("module", ["Sync", "Parallel", "OwnLM", *(["Typed"] if DSPY >= (3, 4) else [])])
-def test_modules_of_the_hosts_own_have_it(start: Callable[..., Peer], start_lm: Any, module: str, way: str) -> None:
+def test_modules_of_the_hosts_own_have_it(peer: Peer, start_lm: Any, module: str, way: str) -> None:
     """In a thread, in threads that DSPy starts there, with LMs of their own, by requests of DSPy's own type."""
     server = start_lm()
-    peer = start(**lm_env(server, **WAYS[way][0]))
-    assert peer.call("create_program", {**QA, "program_type": f"host:{module}"})["success"]
+    assert peer.call("create_program", {**qa(server, **WAYS[way][0]), "program_type": f"host:{module}"})["success"]
     for envelope in ({"traceparent": FIRST}, {}):
         reply = peer.call("execute_program", ask("one"), **envelope)
         assert "Paris" in reply["result"]["answer"], reply

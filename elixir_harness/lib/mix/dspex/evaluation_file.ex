@@ -1,42 +1,47 @@
 defmodule Mix.DSPex.EvaluationFile do
   @moduledoc false
-  # The file of `mix dspex.eval`: Elixir code, whose last value says what is measured on what. User code from here on:
-  # whatever it does becomes a text that names the file.
+  # The file of `mix dspex.eval` and `mix dspex.optimize`: Elixir code, whose last value says what is measured on what. User
+  # code from here on: whatever it does becomes a text that names the file.
 
   alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Error, Options, Pool}
   alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Programs.Declared
 
-  @keys [:program, :dataset, :metric, :options, :server]
-  @examples [:dataset]
+  @keys [:program, :dataset, :metric, :options, :server, :trainset, :valset, :optimize]
+  @examples [:dataset, :trainset, :valset]
   # A peer that imports DSPy without its bytecode takes some 20 s.
   @create_ms 120_000
 
   # What has called the code of the file.
   @around [:elixir, :erl_eval, Code, __MODULE__]
 
-  @enforce_keys [:path, :program, :values]
+  @enforce_keys [:path, :given, :program, :values]
   defstruct @enforce_keys
 
   @typedoc """
-  `program`: an id that the server has, or the arguments of `create_program`, with string keys. `values`: what else the file
-  gives, by its keys; examples as lists.
+  `given`: the program as the file gives it. `program`: an id that the server has, or the arguments of `create_program`, with
+  string keys. `values`: what else the file gives, by its keys; examples as lists.
   """
   @type t :: %__MODULE__{
           path: Path.t(),
+          given: term(),
           program: {:id, String.t()} | {:definition, String.t(), map()},
           values: %{atom() => term()}
         }
 
-  @doc "Evaluates the file and checks what it returns; `required`: keys that must be there besides `program`."
-  @spec read(Path.t(), [atom()]) :: {:ok, t()} | {:error, String.t()}
-  def read(path, required) do
+  @doc """
+  Evaluates the file and checks what it returns. `required`: keys that must be there besides `program`; `optional`: examples
+  that are read, too.
+  """
+  @spec read(Path.t(), [atom()], [atom()]) :: {:ok, t()} | {:error, String.t()}
+  def read(path, required, optional \\ []) do
     with {:ok, returned} <- evaluate(path),
          {:ok, values} <- values(returned),
          :ok <- present(values, [:program | required]),
          {:ok, program} <- program(values),
-         {:ok, values} <- with_examples(values) do
-      {:ok, %__MODULE__{path: path, program: program, values: Map.delete(values, :program)}}
+         {:ok, values} <- with_examples(values, required ++ optional) do
+      {given, values} = Map.pop!(values, :program)
+      {:ok, %__MODULE__{path: path, given: given, program: program, values: values}}
     else
       {:error, text} -> {:error, "#{path}: #{text}"}
     end
@@ -106,9 +111,9 @@ defmodule Mix.DSPex.EvaluationFile do
 
   ## Examples
 
-  defp with_examples(values) do
+  defp with_examples(values, keys) do
     values
-    |> Map.take(@examples)
+    |> Map.take(Enum.filter(keys, &(&1 in @examples)))
     |> Enum.reduce_while({:ok, values}, fn {key, given}, {:ok, values} ->
       case examples(key, given) do
         {:ok, list} -> {:cont, {:ok, Map.put(values, key, list)}}

@@ -19,8 +19,13 @@ defmodule Mix.DSPex.Progress do
   @doc "Of so many examples."
   @spec new(pos_integer()) :: t()
   def new(total) do
-    columns = with {:ok, columns} <- :io.columns(:standard_error), do: columns, else: (_ -> nil)
-    %__MODULE__{total: total, columns: columns, seen: :counters.new(2, [])}
+    %__MODULE__{total: total, columns: columns(), seen: :counters.new(2, [])}
+  end
+
+  @doc "The columns of the terminal; nil if standard error is not one."
+  @spec columns() :: pos_integer() | nil
+  def columns do
+    with {:ok, columns} <- :io.columns(:standard_error), do: columns, else: (_ -> nil)
   end
 
   @doc "One more is done."
@@ -37,19 +42,27 @@ defmodule Mix.DSPex.Progress do
 
   @doc "Nothing more comes: what is printed next does not follow a bar."
   @spec finish(t()) :: :ok
-  def finish(%__MODULE__{columns: nil}), do: :ok
+  def finish(%__MODULE__{columns: columns}), do: clear(columns)
 
-  def finish(%__MODULE__{columns: columns}),
-    do: IO.write(:stderr, ["\r", String.duplicate(" ", columns - 1), "\r"])
+  @doc "Removes the bar of a terminal."
+  @spec clear(pos_integer() | nil) :: :ok
+  def clear(nil), do: :ok
+
+  def clear(columns), do: IO.write(:stderr, ["\r", String.duplicate(" ", columns - 1), "\r"])
+
+  @doc "Writes a bar, with a text behind it, over the one before."
+  @spec bar(pos_integer(), non_neg_integer(), pos_integer(), String.t()) :: :ok
+  def bar(columns, done, total, text) do
+    full = min(div(done * @bar, total), @bar)
+    bar = ["[", String.duplicate("#", full), String.duplicate(" ", @bar - full), "] "]
+    line = String.slice("#{bar}#{text}", 0, columns - 1)
+    IO.write(:stderr, ["\r", line])
+  end
 
   defp show(%__MODULE__{columns: nil} = progress), do: IO.puts(:stderr, text(progress))
 
-  defp show(%__MODULE__{columns: columns} = progress) do
-    full = div(:counters.get(progress.seen, 1) * @bar, progress.total)
-    bar = ["[", String.duplicate("#", full), String.duplicate(" ", @bar - full), "] "]
-    line = String.slice("#{bar}#{text(progress)}", 0, columns - 1)
-    IO.write(:stderr, ["\r", line])
-  end
+  defp show(%__MODULE__{columns: columns} = progress),
+    do: bar(columns, :counters.get(progress.seen, 1), progress.total, text(progress))
 
   defp text(%__MODULE__{seen: seen, total: total}) do
     "#{:counters.get(seen, 1)}/#{total} examples, #{:counters.get(seen, 2)} failed"

@@ -25,7 +25,7 @@ import dspy
 class Odd(dspy.Module):
     def forward(self, question):
         lm = dspy.settings.lm
-        lm.model = "m" * 300_000
+        lm.model = "openai/" + "m" * 300_000
         return dspy.Prediction(answer=lm(question)[0])
 """
 
@@ -183,4 +183,4 @@ def test_a_long_name_of_a_model_is_cut(tmp_path: Path, start_lm: Any) -> None:
         create = {"id": "qa", "signature": "question -> answer", "program_type": "odd:Odd"}
         assert peer.call("create_program", create)["success"]
         (event,) = events(peer.call("execute_program", ASK, lm_events=True))
-        assert event["model"] == "m" * 200
+        assert event["model"] == "openai/" + "m" * 193

@@ -25,6 +25,7 @@ defmodule DSPex.PythonBridge.Optimize.Progress do
   @spec take(t(), map()) :: {:go_on | :stop, t()}
   def take(%__MODULE__{} = progress, %{"progress" => %{} = item}) do
     event = Map.new([:step, :done, :total, :lm_calls, :best], &{&1, item[Atom.to_string(&1)]})
+    event = %{event | best: progress.score || event.best}
     lm_calls = event.lm_calls || progress.lm_calls
 
     report(
@@ -36,7 +37,10 @@ defmodule DSPex.PythonBridge.Optimize.Progress do
 
   def take(%__MODULE__{} = progress, %{"candidate" => %{} = item}) do
     event = Map.new([:number, :score, :of, :best, :state], &{&1, item[Atom.to_string(&1)]})
-    report(better(%{progress | candidates: event.number}, event), :candidate, event)
+    better = better(%{progress | candidates: event.number}, event)
+    # For a peer that has begun again, it may be the best for a second time.
+    best? = better.score != progress.score
+    report(better, :candidate, %{event | best: best?, state: if(best?, do: event.state)})
   end
 
   # From a later version of the peer.

@@ -34,8 +34,8 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
     create(@shared, programs)
   end
 
-  defp start_own(programs, opts \\ []) do
-    {Bridge, real_opts([default_timeout: 20_000] ++ opts)}
+  defp start_own(programs) do
+    {Bridge, real_opts(default_timeout: 20_000)}
     |> start_supervised!()
     |> create(programs)
   end
@@ -46,7 +46,8 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
   end
 
   defp start_streaming do
-    start_own([@qa], SilentLM.lm_opts(StreamingLM.start()))
+    [lm: model, lm_options: options] = SilentLM.lm_opts(StreamingLM.start())
+    start([Map.put(@qa, :lm, Map.put(options, :model, model))])
   end
 
   describe "a stream" do
@@ -293,7 +294,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
              Bridge.call(bridge, :list_programs, %{program_ids: ["qa"], state: true})
 
     stop_supervised!(Bridge)
-    bridge = start_own([Map.put(@qa, :state, state)])
+    bridge = start([Map.put(@qa, :state, state)])
     assert {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, @ask)
   end
 end

@@ -265,7 +265,10 @@ defmodule DSPex.PythonBridge.EvaluateTest do
           {@examples, [metric: {:field, :answer, :f1}, attempts: 11], ":attempts"},
           {many ++ [{%{question: "x"}, %{}}], [metric: {:field, :answer, :f1}],
            "expected[70].answer: missing"},
-          {many ++ [5], [metric: {:field, :answer, :f1}], "examples[70]: expected"}
+          {many ++ [5], [metric: {:field, :answer, :f1}], "examples[70]: expected"},
+          {many ++ [{%{question: {:secret, 1}}, %{}}], [metric: {:field, :answer, :f1}],
+           "inputs[70].question: a tuple has no JSON form"},
+          {nil, [metric: {:field, :answer, :f1}], "examples: expected an enumerable"}
         ] do
       assert {:error, %Error{type: type, message: message}} =
                Evaluate.run(bridge, "qa", examples, opts)
@@ -273,8 +276,12 @@ defmodule DSPex.PythonBridge.EvaluateTest do
       assert type in [:invalid_args, :invalid_request] and message =~ text
     end
 
-    assert {:error, %Error{type: :invalid_request}} =
-             Evaluate.run(bridge, Enum, @examples, metric: fn _, _ -> 1 end)
+    for {program, text} <- [{Enum, "Enum: the module has no definition/0"}, {nil, "an id"}] do
+      assert {:error, %Error{type: :invalid_request, message: "program: " <> message}} =
+               Evaluate.run(bridge, program, @examples, metric: fn _, _ -> 1 end)
+
+      assert message =~ text
+    end
 
     assert {:error, %Error{type: :program_not_found}} =
              Evaluate.run(bridge, "none", @examples, metric: fn _, _ -> 1 end)

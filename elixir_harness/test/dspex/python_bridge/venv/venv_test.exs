@@ -74,7 +74,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   # What was made by pip, in another place.
   defp copy({venv, source, _made}, dir) do
     File.cp_r!(source, Path.join(dir, "source"))
-    File.cp_r!(venv, Path.join(dir, "copy"))
+    {_, 0} = System.cmd("cp", ["-R", venv, Path.join(dir, "copy")])
     {Path.join(dir, "copy"), Path.join(dir, "source")}
   end
 
@@ -91,6 +91,17 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     os_pid = number(file)
     Process.exit(killed, :kill)
     eventually(fn -> not alive?(os_pid) end)
+  end
+
+  # An interpreter that makes environments with pip, which takes seconds, by a copy of what was made by pip, without uv.
+  defp with_pip({made, _source, _made}, bin) do
+    program(bin, "python3", """
+    [ "$1 $2" = "-m venv" ] || exec #{python()} "$@"
+    for folder; do :; done
+    mkdir -p "$folder"
+    cp -R #{made}/. "$folder"
+    rm -rf "$folder"/dspex_setup.json "$folder"/bin/uv "$folder"/lib/*/site-packages/uv*
+    """)
   end
 
   defp installs(bin), do: length(Regex.scan(~r/^pip install/m, File.read!("#{bin}/log")))
@@ -146,20 +157,23 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert tiny(venv) == "2.0"
     end
 
-    test "pip cannot install it: nothing is left", %{venv: venv, source: source} do
+    test "pip cannot install it: nothing is left", %{by_pip: by_pip, bin: bin} = context do
+      %{venv: venv, source: source} = context
       for uv <- Path.wildcard("#{Path.dirname(source)}/*/wheels/uv*"), do: File.rm!(uv)
-      text = refusal(venv, source)
+      text = refusal(venv, source, python: with_pip(by_pip, bin))
       assert text =~ "#{venv}/bin/python3 failed (exit status 1):\n  "
       assert text =~ "No matching distribution found for uv"
       refute File.exists?(venv)
     end
 
     test "nor a uv that is not the pinned one: its code does not run, and nothing is left", %{
+      by_pip: by_pip,
       venv: venv,
-      source: source
+      source: source,
+      bin: bin
     } do
       TinySource.tamper(source, "uv", "0.0")
-      text = refusal(venv, source)
+      text = refusal(venv, source, python: with_pip(by_pip, bin))
       assert text =~ "The package index gave another file for uv==0.0 than the one that is pinned"
       refute File.exists?(venv)
     end

@@ -1,0 +1,220 @@
+defmodule Mix.Tasks.Dspex.OptimizeTest do
+  @moduledoc "`mix dspex.optimize`: the file of the state, what is printed, its status, Ctrl-C on a terminal."
+
+  # It captures standard error and sets the configuration.
+  use ExUnit.Case, async: false
+
+  import DSPex.Test.EvalTask, only: [source: 2]
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Evaluate}
+  alias DSPex.PythonBridge.Top.Finder
+  alias DSPex.Test.{EvalTask, OptimizingLM}
+  alias Mix.Tasks.Dspex.Optimize
+
+  @moduletag :tmp_dir
+
+  # The terminal has 90 columns. The shell around it outlives Ctrl-C, to show how the terminal is afterwards.
+  @on_terminal ~S"""
+  import os, pty, sys
+  command = 'trap : INT QUIT; stty cols 90; mix dspex.optimize "$@"; status=$?; stty -a; exit $status'
+  sys.exit(os.waitstatus_to_exitcode(pty.spawn(["sh", "-c", command, "sh", *sys.argv[1:]])))
+  """
+
+  setup :only_python
+
+  setup %{tmp_dir: dir} do
+    %{lm: OptimizingLM.start(), out: Path.join(dir, "state.json")}
+  end
+
+  # `parts`: in place of the usual, or in addition to it.
+  defp file(dir, {port, _requests}, parts \\ []) do
+    usual = [
+      program: """
+      %{id: "qa", signature: "question -> answer", lm: %{model: "openai/stub", api_key: "k", cache: false,
+        api_base: "http://127.0.0.1:#{port}/v1"}}
+      """,
+      trainset: ~S|for n <- 1..6, do: {%{question: "word #{n}"}, %{answer: "WORD #{n}"}}|,
+      metric: "{:field, :answer, :equals}",
+      optimize: "[optimizer: :copro, options: [breadth: 3, depth: 2]]"
+    ]
+
+    parts = Keyword.merge(usual, parts)
+
+    source(
+      dir,
+      "[" <> Enum.map_join(parts, ", ", fn {key, code} -> "#{key}: (#{code})" end) <> "]"
+    )
+  end
+
+  defp run(args), do: EvalTask.run(args, Optimize)
+
+  test "writes the state, which makes the program that it says", %{tmp_dir: dir, lm: lm, out: out} do
+    before = Finder.bridges()
+    assert %{status: 0} = result = run([file(dir, lm), "--out", out])
+    assert result.out =~ ~r/\Ascore 1.000, before 0.000, \d+ candidates, /
+    assert result.out =~ "\nthe state is in #{out}\n"
+    assert result.err =~ ~r/^candidate \d+: 1.000 on 6 examples, in #{out}$/m
+    refute result.err =~ "\r"
+    assert Finder.bridges() == before
+    assert Path.wildcard(out <> "*") == [out]
+
+    state = JSON.decode!(File.read!(out))
+    bridge = start_supervised!({Bridge, real_opts(OptimizingLM.opts(lm))})
+    definition = %{id: "qa", signature: "question -> answer", state: state}
+    {:ok, _} = Bridge.call(bridge, :create_program, definition, 60_000)
+    metric = {:field, :answer, :equals}
+    examples = OptimizingLM.examples(10)
+    assert {:ok, %{score: 1.0}} = Evaluate.run(bridge, "qa", examples, metric: metric)
+  end
+
+  test "flags take the place of the file's optimizer and budget", %{
+    tmp_dir: dir,
+    lm: lm,
+    out: out
+  } do
+    parts = [
+      optimize: "[optimizer: :none, budget: [lm_calls: 1]]",
+      valset: "[{%{question: 1}, %{}}]"
+    ]
+
+    path = file(dir, lm, parts)
+    args = [path, "--out", out, "--optimizer", "copro", "--lm-calls", "20"]
+    assert %{status: 0, out: printed, err: told} = run(args)
+    assert told =~ "copro takes no valset: the file's is left out"
+    assert printed =~ "20 LM calls" and printed =~ "stopped by lm_calls"
+    assert OptimizingLM.requests(lm) == 20
+
+    File.write!(out, "mine")
+    args = [path, "--out", out, "--optimizer", "copro"]
+    assert %{status: 2, text: "lm_calls were spent before the first candidate" <> _} = run(args)
+    assert File.read!(out) == "mine"
+  end
+
+  test "a server of the application, and a module with its tools", %{
+    tmp_dir: dir,
+    lm: lm,
+    out: out
+  } do
+    bridge = [name: __MODULE__.Bridge] ++ OptimizingLM.opts(lm)
+    start_supervised!({Bridge, Keyword.merge(real_opts(), bridge)})
+
+    path =
+      file(dir, lm,
+        server: inspect(__MODULE__.Bridge),
+        program: ~s|%{"id" => "qa", "signature" => "question -> answer"}|,
+        optimize: "[optimizer: :labeled_few_shot, options: [k: 2]]"
+      )
+
+    assert %{status: 0, out: "score none" <> _} = run([path, "--out", out])
+    assert %{"demos" => [_, _]} = JSON.decode!(File.read!(out))
+    assert {:ok, %{"programs" => []}} = Bridge.call(__MODULE__.Bridge, :list_programs)
+  end
+
+  test "what is wrong is named, with status 2, and the file stays as it was",
+       %{tmp_dir: dir, lm: lm, out: out} do
+    File.write!(out, "mine")
+    path = file(dir, lm)
+
+    for {args, text} <- [
+          {[], "expected one file"},
+          {[path], "--out: missing"},
+          {[path, "--out", out, "--lm-calls", "many"], "--lm-calls"},
+          {[path, "--out", Path.join(dir, "none/state.json")], "no such file or directory"},
+          {[path, "--out", out, "--optimizer", "better"], "optimize.optimizer"},
+          {[Path.join(dir, "none.exs"), "--out", out], "no such file or directory"},
+          {[file(dir, lm, trainset: nil), "--out", out], ":trainset is missing"},
+          {[file(dir, lm, trainset: "[]"), "--out", out], ":trainset: it has no examples"},
+          {[file(dir, lm, valset: "[5]"), "--out", out], ":valset[0]: expected"},
+          {[file(dir, lm, optimize: "5"), "--out", out], ":optimize: expected a keyword list"},
+          {[file(dir, lm, optimize: "[metric: 5]"), "--out", out], ":optimize: :metric cannot"},
+          {[file(dir, lm, optimize: "[seeds: 5]"), "--out", out], "unknown option :seeds"},
+          {[file(dir, lm, optimize: "[]"), "--out", out], ":optimizer: expected a name"},
+          {[file(dir, lm, program: ~s|"qa"|, server: "Here"), "--out", out], "not an id"},
+          {[file(dir, lm, metric: ~s|fn _, _ -> raise "mine" end|), "--out", out],
+           "tool_error: metric:score: RuntimeError: mine"}
+        ] do
+      assert %{status: 2, text: message} = run(args)
+      assert message =~ text
+    end
+
+    assert File.read!(out) == "mine"
+    assert Path.wildcard(out <> "*") == [out]
+  end
+
+  describe "on a terminal" do
+    # The metric of later candidates never answers.
+    defp endless(dir, lm) do
+      file(dir, lm,
+        metric: """
+        fn _example, prediction ->
+          if prediction["answer"] != "no idea", do: :counters.add(:persistent_term.get(:right), 1, 1)
+          if :counters.get(:persistent_term.get(:right), 1) > 6, do: Process.sleep(:infinity)
+          prediction["answer"] != "no idea"
+        end
+        """,
+        dataset: ":persistent_term.put(:right, :counters.new(1, []))"
+      )
+    end
+
+    test "Ctrl-C keeps the best so far, and leaves the terminal as it was",
+         %{tmp_dir: dir, lm: lm, out: out} do
+      port = on_terminal([endless(dir, lm), "--out", out])
+      printed = until_output(port, "1.000 on 6 examples, in", "")
+      Port.command(port, <<3>>)
+      assert {printed, 0} = until_exit(port, printed)
+      assert printed =~ "stopped; #{out} has the best state so far, with the score 1.000"
+      assert printed =~ "intr = ^C; quit = ^\\;"
+      refute printed =~ "BREAK"
+
+      assert %{"signature" => %{"instructions" => "Answer with the capitals" <> _}} =
+               JSON.decode!(File.read!(out))
+    end
+
+    test "Ctrl-C before the first candidate says so", %{tmp_dir: dir, lm: lm, out: out} do
+      path = file(dir, lm, metric: "fn _, _ -> Process.sleep(:infinity) end")
+      port = on_terminal([path, "--out", out])
+      printed = until_output(port, "] copro", "")
+      Port.command(port, <<3>>)
+      assert {printed, 2} = until_exit(port, printed)
+      assert printed =~ "stopped before the first candidate; nothing was written"
+      refute File.exists?(out)
+    end
+  end
+
+  defp on_terminal(args) do
+    env = [
+      {~c"MIX_ENV", ~c"test"},
+      {~c"PYTHON_EXECUTABLE", to_charlist(python())},
+      {~c"DSPY_VENV", false}
+    ]
+
+    args = ["-c", @on_terminal | args]
+    port = Port.open({:spawn_executable, python()}, [:binary, :exit_status, args: args, env: env])
+    {:os_pid, os_pid} = Port.info(port, :os_pid)
+    # The terminal goes with it, and its processes with that.
+    on_exit(fn -> if alive?(os_pid), do: kill(os_pid) end)
+    port
+  end
+
+  defp until_output(port, text, read) do
+    if String.contains?(read, text) do
+      read
+    else
+      receive do
+        {^port, {:data, more}} -> until_output(port, text, read <> more)
+      after
+        60_000 -> flunk("it has not printed #{text}: " <> read)
+      end
+    end
+  end
+
+  defp until_exit(port, read) do
+    receive do
+      {^port, {:data, more}} -> until_exit(port, read <> more)
+      {^port, {:exit_status, status}} -> {read, status}
+    after
+      60_000 -> flunk("it has not ended: " <> read)
+    end
+  end
+end
