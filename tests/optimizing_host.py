@@ -78,6 +78,8 @@ class Desk:
 
     def serve(self, answer: Callable[[dict[str, Any]], Answer] = lm_answer, held_after: int | None = None) -> None:
         """Let the LM answer like this, and from the request of that number on not at all; its counts begin anew."""
+        # A request that was held and then given up must not be counted as one of the next.
+        assert self.server.becomes_idle(PATIENCE)
         lock, count = threading.Lock(), itertools.count(1)
 
         def counted(request: dict[str, Any]) -> Answer:

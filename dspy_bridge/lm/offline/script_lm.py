@@ -76,9 +76,10 @@ class ScriptLM(OfflineLM):
 
 
 def with_script(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an LM with a `Script` in the place of its `answers`. Raises `InvalidArgs`."""
+    """Options of an LM with a `Script` in the place of its `answers`; one that is there stays. Raises `InvalidArgs`."""
+    answers = options.get("answers")
     if options.get("model") == NAME:
-        return {**options, "answers": Script(options.get("answers"))}
+        return {**options, "answers": answers if isinstance(answers, Script) else Script(answers)}
     if "answers" in options:
         raise InvalidArgs(f"lm.answers: only for {NAME}")
     return options

@@ -100,6 +100,23 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert err =~ "failed: the score 0.250 is below --min 0.8"
     end
 
+    test "a module's program calls the tools that the module has", %{tmp_dir: dir} do
+      code = """
+      defmodule #{inspect(__MODULE__)}.Agent do
+        use DSPex.PythonBridge.Program,
+          id: "agent", program_type: "react", signature: "question -> answer", lm: "offline/echo",
+          tools: [look: [args: [question: :string], function: &__MODULE__.look/1]]
+
+        def look(%{"question" => question}), do: "found " <> question
+      end
+
+      metric = fn _example, prediction -> inspect(prediction) =~ "found q" end
+      %{program: #{inspect(__MODULE__)}.Agent, dataset: [%{question: "q"}], metric: metric}
+      """
+
+      assert %{json: %{"score" => 1.0}} = json([source(dir, code)])
+    end
+
     test "a run that fails has the type of its error, and no text", %{tmp_dir: dir} do
       dataset = ~s|[{%{question: "Italy"}, %{answer: "Rome"}}, {%{secret: "x"}, %{answer: "y"}}]|
       assert %{status: 0, out: out, json: json} = json([file(dir, dataset: dataset)])

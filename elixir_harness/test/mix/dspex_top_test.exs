@@ -8,6 +8,7 @@ defmodule Mix.Tasks.Dspex.TopTest do
   import ExUnit.CaptureIO
 
   alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.Telemetry.RunSpan
   alias DSPex.Test.Nodes
   alias Mix.Tasks.Dspex.Top
 
@@ -139,6 +140,26 @@ defmodule Mix.Tasks.Dspex.TopTest do
     assert refusal(["--node", "here"]) == ~s(node: expected name@host, got "here")
     assert refusal(["--node", "a@b c"]) == ~s(node: expected name@host, got "a@b c")
     assert refusal(["--node", "a@" <> String.duplicate("b", 254)]) =~ "node: expected name@host"
+  end
+
+  describe "evaluations and optimizations" do
+    test "of another node are shown below its bridges until they end, or their caller does" do
+      node = Nodes.start()
+      about = %{program_id: "qa", telemetry_metadata: %{}}
+      run = [:optimize, :there, about, %{done: 1, total: 2, score: 0.5}, &Nodes.stay/1]
+      caller = Node.spawn(node, RunSpan, :run, run)
+      args = ["--node", Atom.to_string(node), "--once"]
+      show = fn more -> capture_io(fn -> Top.run(args ++ more) end) end
+
+      assert show.([]) =~
+               ~r/^no bridges run here\n\nrun .*\noptimize qa +:there +1\/2 0.500 +- +- +\d s$/m
+
+      assert %{"runs" => [json]} = JSON.decode!(show.(["--json"]))
+      assert %{"kind" => "optimize", "program" => "qa", "done" => 1, "score" => 0.5} = json
+      Process.exit(caller, :kill)
+      eventually(fn -> Nodes.on(node, DSPex.PythonBridge.Top, :snapshot, []).runs == [] end)
+      assert %{"runs" => []} = JSON.decode!(show.(["--json"]))
+    end
   end
 
   describe "without --node" do

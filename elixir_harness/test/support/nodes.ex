@@ -72,6 +72,9 @@ defmodule DSPex.Test.Nodes do
   def on(node, module, function, args) when node == node(), do: apply(module, function, args)
   def on(node, module, function, args), do: :erpc.call(node, module, function, args, @ms)
 
+  @doc "For a process of another node that is to do nothing until it is killed: it has no functions of a test's."
+  def stay(_any), do: Process.sleep(:infinity)
+
   @doc "The same past the distribution, to a node that may be out of reach."
   def aside(node, module, function, args), do: :peer.call(peer(node), module, function, args, @ms)
 

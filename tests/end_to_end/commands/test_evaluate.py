@@ -8,19 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import lm_env
-from lm_server import Answer, LMServer, chat
-from peer import Peer
+from lm_server import Answer, LMServer, chat, completion
+from peer import ROOT, Peer, payloads
 from tool_host import ToolError
 
 MODEL = "openai/stub-model"
-ASKED = ["one", "two", "three", "four", "five", "six"]
+ASKED = ["one", "two", "three", "four", "five", "six", "seven"]
 # What the LM answers, and what is expected.
-ANSWERS = ["The Eiffel Tower!", "a cat", "rome, in Italy", "", "Berlin", "no"]
-EXPECTED = ["eiffel tower", "The dog", "rome", "x", "Berlin", "no idea"]
+ANSWERS = ["The Eiffel Tower!", "a cat", "rome, in Italy", "", "Berlin", "no", "one one two"]
+EXPECTED = ["eiffel tower", "The dog", "rome", "x", "Berlin", "no idea", "one three one"]
 
 
 def question(request: dict[str, Any]) -> str:
@@ -35,10 +36,10 @@ def script(request: dict[str, Any]) -> Answer:
 
 
 class Desk:
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, **env: str) -> None:
         self.answer: Callable[[dict[str, Any]], Answer] = script
         self.server = LMServer(lambda request: self.answer(request))
-        self.peer = Peer(*flags, env=lm_env(self.server))
+        self.peer = Peer(*flags, env={**lm_env(self.server), **env})
 
     def start(self, args: dict[str, Any], **envelope: Any) -> int:
         return self.peer.request("execute_program", {"program_id": "qa", **args}, **envelope)
@@ -49,7 +50,7 @@ class Desk:
         self.frames: list[dict[str, Any]] = []
         self.asked: list[dict[str, Any]] = []
         while "success" not in (frame := self.peer.receive()):
-            assert frame["id"] == id
+            assert frame.get("id", id) == id
             if "tool_call" not in frame:
                 self.frames.append(frame)
                 continue
@@ -177,6 +178,30 @@ def test_scores_are_those_of_plain_dspy(desk: Desk) -> None:
         assert math.isclose(result["score"], sum(wanted) / len(wanted))
 
 
+def test_values_are_compared_as_json(desk: Desk) -> None:
+    """True is not 1, 1 is 1.0, an object has no order; for text others than strings are their JSON."""
+    values = [1, 1.0, True, None, {"a": [1], "b": None}, {"b": None, "a": [True]}, [1, "x"], "x"]
+    desk.answer = lambda request: chat(answer=json.dumps(values[int(question(request))]))
+    signature = {"inputs": [{"name": "question"}], "outputs": [{"name": "answer", "type": "Any"}]}
+    assert desk.peer.call("create_program", {"id": "any", "signature": signature})["success"]
+
+    def scores(match: str, expected: list[Any]) -> list[float]:
+        args = {
+            "program_id": "any",
+            "inputs": asks(*map(str, range(len(values)))),
+            "expected": [{"answer": value} for value in expected],
+            "metric": {"field": "answer", "match": match},
+        }
+        return [item["score"] for item in desk.run(args)["result"]["results"]]
+
+    assert scores("equals", values) == [1.0] * len(values)
+    others = [1.0, 1, 1, False, {"b": None, "a": [True]}, {"a": [1], "b": None}, [True, "x"], ["x"]]
+    assert scores("equals", others) == [1.0, 1.0] + [0.0] * 6
+    assert scores("contains", ["1", "1.0", "true", "null", '{"a":[1]', "[true]", '"x"', "x"]) == [
+        *(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0)
+    ]
+
+
 def test_a_failure_counts_as_0_and_is_not_scored(desk: Desk) -> None:
     inputs = [*asks("five", "fail"), {"query": "x"}, "none"]
     wanted = [{"answer": "Berlin"}] * 4
@@ -193,19 +218,48 @@ def test_no_inputs_have_no_score(desk: Desk) -> None:
     assert reply["result"] == {"score": None, "failed": 0, "results": []}
 
 
+def test_the_mean_of_scores_whose_sum_is_too_large(desk: Desk) -> None:
+    reply = desk.run({"inputs": asks("two", "two"), "metric": {"tool": "judge"}}, lambda _: 1.7e308)
+    assert reply["result"]["score"] == 1.7e308
+
+
+class Counting:
+    """Answers of which each has used another number of tokens, and their sums."""
+
+    def __init__(self) -> None:
+        self.used = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+    def __call__(self, request: dict[str, Any]) -> Answer:
+        prompt, answered = len(question(request)), len(self.used) + self.used["completion_tokens"]
+        usage = {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}
+        self.used = {name: self.used[name] + count for name, count in usage.items()}
+        return 200, {**completion("stub-model", chat(answer="x")), "usage": usage}
+
+
 def test_meta_counts_all_tokens(desk: Desk) -> None:
-    reply = desk.run({"inputs": asks(*ASKED), "expected": WANTED, "metric": EXACT}, meta=True)
-    used = reply["meta"]["lm_usage"][MODEL]
-    one = chat_usage(desk)
+    """Those of the server, whether the evaluation ends well or by its metric."""
+    desk.answer = counting = Counting()
+    args = {"inputs": asks(*ASKED), "expected": WANTED}
+    reply = desk.run({**args, "metric": EXACT}, meta=True)
     assert reply["meta"]["lm_calls"] == len(ASKED) == len(desk.server.requests)
-    assert used["total_tokens"] == one * len(ASKED)
+    assert used(reply) == counting.used and counting.used["completion_tokens"] > 100
+
+    desk.answer = counting = Counting()
+    desk.server.requests.clear()
+    # With all in work scored, none is on its way when the metric fails.
+    slots = int(desk.peer.process.args[-1])
+    id = desk.start({"inputs": asks(*["two"] * 50), "metric": {"tool": "judge"}}, meta=True)
+    calls = [desk.peer.receive()["tool_call"] for _ in range(slots)]
+    desk.tell(calls[0], fails)
+    reply = desk.peer.receive()
+    assert reply["id"] == id and reply["error_type"] == "tool_error"
+    assert reply["meta"]["lm_calls"] == slots == len(desk.server.requests)
+    assert used(reply) == counting.used
 
 
-def chat_usage(desk: Desk) -> int:
-    """What the server counts for each answer."""
-    from lm_server import completion
-
-    return int(completion("stub-model", "x")["usage"]["total_tokens"])
+def used(reply: dict[str, Any]) -> dict[str, int]:
+    counted = reply["meta"]["lm_usage"][MODEL]
+    return {name: counted[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
 
 def fails(_asked: dict[str, Any]) -> Any:
@@ -231,7 +285,8 @@ def test_a_metric_that_fails_ends_the_evaluation_at_once(desk: Desk, tool: Any, 
     reply = desk.run({"inputs": asks(*["two"] * 300), "metric": {"tool": "judge"}}, tool)
     assert reply["error_type"] == "tool_error" and reply["error"].startswith(text), reply
     desk.idle()
-    assert len(desk.server.requests) <= 20 and len(desk.asked) <= 20
+    slots = int(desk.peer.process.args[-1])
+    assert 1 <= len(desk.server.requests) <= slots and 1 <= len(desk.asked) <= slots
 
 
 @pytest.mark.parametrize("score", [b"1e999", b"-1e999"])
@@ -243,12 +298,82 @@ def test_an_infinite_score_is_refused(desk: Desk, score: bytes) -> None:
     assert reply["id"] == id and reply["error_type"] == "tool_error"
 
 
-def test_a_key_that_the_lm_refuses_ends_the_evaluation(desk: Desk) -> None:
-    desk.answer = lambda _request: (401, {"error": {"message": "no such key", "type": "error", "code": None}})
+@pytest.mark.parametrize(("status", "name"), [(401, "LMAuthError"), (402, "LMBillingError"), (403, "LMAuthError")])
+def test_a_key_or_an_account_that_the_lm_refuses_ends_the_evaluation(desk: Desk, status: int, name: str) -> None:
+    """No more requests are made than are in work when the first is refused."""
+    desk.answer = lambda _request: (status, {"error": {"message": "refused", "type": "error", "code": None}})
     reply = desk.run({"inputs": asks(*["two"] * 300), "expected": [{"answer": "x"}] * 300, "metric": EXACT})
-    assert reply["error_type"] == "lm_error" and reply["retryable"] is False and "LMAuthError" in reply["error"]
+    assert reply["error_type"] == "lm_error" and reply["retryable"] is False and name in reply["error"]
     desk.idle()
-    assert len(desk.server.requests) <= 20
+    assert 1 <= len(desk.server.requests) <= int(desk.peer.process.args[-1])
+
+
+def test_without_an_lm_the_evaluation_ends() -> None:
+    """Not with an error for each item, as any of them would have."""
+    with Peer() as peer:
+        assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
+        args = {"program_id": "qa", "inputs": asks("one", "two"), "metric": {"tool": "judge"}}
+        assert peer.call("execute_program", args)["error_type"] == "lm_not_configured"
+
+
+CONTENTS = "s3cret"
+BREAKS = """
+import dspy
+
+class Breaks(dspy.Module):
+    def __init__(self, signature):
+        super().__init__()
+        self.inner = dspy.Predict(signature)
+    def forward(self, question):
+        raise RuntimeError(question + self.inner(question=question).answer)
+"""
+
+
+@pytest.mark.parametrize("frames", ["0", "1"])
+def test_contents_are_not_logged(frames: str, tmp_path: Path) -> None:
+    """Neither to stderr nor in log frames, whatever ends the evaluation."""
+    (tmp_path / "host.py").write_text(BREAKS)
+    logs = {"DSPY_BRIDGE_LOG_FRAMES": frames, "DSPY_BRIDGE_LOG_LEVEL": "debug"}
+    desk = Desk(**logs, DSPY_BRIDGE_ALLOW_MODULES="host", PYTHONPATH=f"{ROOT}:{tmp_path}")
+    desk.answer = lambda request: chat(answer=f"{CONTENTS} {question(request)}")
+    with desk.peer:
+        seen: list[dict[str, Any]] = []
+        for id, program_type in {"qa": "predict", "breaks": "host:Breaks"}.items():
+            args = {"id": id, "signature": "question -> answer", "program_type": program_type}
+            sent = desk.peer.request("create_program", args)
+            while (frame := desk.peer.receive()).get("id") != sent:
+                seen.append(frame)
+            assert frame["success"], frame
+        asked = asks(*[f"{CONTENTS} {number}" for number in range(3)])
+        expected = [{"answer": CONTENTS, "note": CONTENTS}] * 3
+        judge = {"inputs": asked, "expected": expected, "metric": {"tool": "judge"}}
+
+        def raises(_asked: dict[str, Any]) -> Any:
+            raise ToolError(CONTENTS)
+
+        ends = [
+            (judge, lambda _: {"score": 1, "feedback": CONTENTS}, None),
+            (judge, raises, "tool_error"),
+            (judge, lambda _: CONTENTS, "tool_error"),
+            ({**judge, "metric": EXACT}, None, None),
+            ({**judge, "metric": {"field": CONTENTS, "match": "f1"}}, None, "invalid_args"),
+            ({**judge, "expected": [{"answer": [CONTENTS]}] * 3}, None, "invalid_args"),
+            ({**judge, "program_id": "breaks", "metric": EXACT}, None, None),
+            ({**judge, "item_timeout_ms": 1, "metric": EXACT}, None, None),
+            ({**judge, "inputs": [{CONTENTS: CONTENTS}] * 3, "metric": EXACT}, None, None),
+        ]
+        for args, tool, error_type in ends:
+            reply = desk.run(args, tool, stream=True)
+            assert reply.get("error_type") == error_type, reply
+            seen += [frame for frame in desk.frames if "log" in frame]
+        desk.answer = lambda _request: (401, {"error": {"message": "no", "type": "error", "code": None}})
+        assert desk.run({**judge, "metric": EXACT})["error_type"] == "lm_error"
+        seen += desk.frames
+        _code, out, err = desk.peer.finish_whole()
+    desk.server.stop()
+    logged = [frame for frame in [*seen, *payloads(out)] if "log" in frame]
+    assert CONTENTS not in err and CONTENTS not in json.dumps(logged)
+    assert "RuntimeError" in (json.dumps(logged) if frames == "1" else err), "something is logged"
 
 
 def test_a_judge_may_run_a_program(desk: Desk) -> None:
@@ -283,6 +408,20 @@ def test_no_more_results_wait_for_their_score_than_there_are_slots(desk: Desk) -
     while "success" not in (frame := desk.peer.receive()):
         desk.tell(frame["tool_call"], lambda _: 1)
     assert frame["id"] == id and frame["result"]["score"] == 1.0
+
+
+def test_max_concurrency_limits_those_that_wait_for_their_score_too(desk: Desk) -> None:
+    most = min(3, int(desk.peer.process.args[-1]))
+    id = desk.start({"inputs": asks(*["two"] * 9), "metric": {"tool": "judge"}, "max_concurrency": 3})
+    for _ in range(9 // most):
+        calls = [desk.peer.receive()["tool_call"] for _ in range(most)]
+        # All that may be in work wait: no other has been begun.
+        assert desk.peer.call("get_stats")["result"]["in_flight"] == 0
+        assert len(desk.server.requests) % most == 0
+        for call in calls:
+            desk.tell(call, lambda _: 1)
+    reply = desk.peer.receive()
+    assert reply["id"] == id and reply["result"]["score"] == 1.0
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])

@@ -176,3 +176,15 @@ def test_more_than_a_hundred_at_once_share_the_list() -> None:
 def test_what_is_wrong_with_the_answers_is_an_argument_error(echo_peer: Peer, lm: Any, expected: str) -> None:
     reply = echo_peer.call("create_program", {"id": "qa", "signature": QA, "lm": lm})
     assert (reply["error_type"], reply["error"]) == ("invalid_args", expected)
+
+
+def test_it_may_be_optimized_and_write_the_instructions(echo_peer: Peer) -> None:
+    create(echo_peer, {"Why?": {"answer": "yes"}, "*": {"answer": "no"}}, "question -> answer")
+    proposals = script({"*": {"proposed_instruction": "Say yes.", "proposed_prefix_for_output_field": "A:"}})
+    optimize = {"optimizer": "copro", "options": {"breadth": 2, "depth": 1}, "prompt_lm": proposals, "num_threads": 1}
+    examples = {"inputs": [{"question": "Why?"}, {"question": "How?"}], "expected": [{"answer": "yes"}] * 2}
+    metric = {"field": "answer", "match": "equals"}
+    args = {"program_id": "qa", **examples, "metric": metric, "optimize": optimize}
+    reply = echo_peer.call("execute_program", args)
+    assert reply["success"], reply
+    assert reply["result"]["score"] == 0.5

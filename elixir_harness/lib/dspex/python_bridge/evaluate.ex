@@ -89,7 +89,8 @@ defmodule DSPex.PythonBridge.Evaluate do
         ]) :: {:ok, Result.t()} | {:error, Error.t()}
   def run(server, program, examples, opts) do
     with {:ok, id, functions} <- program(program),
-         {:ok, options} <- Options.new(opts, functions) do
+         {:ok, options} <- Options.new(opts, functions),
+         :ok <- enumerable(examples) do
       total = if is_list(examples), do: length(examples)
       about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
 
@@ -106,6 +107,12 @@ defmodule DSPex.PythonBridge.Evaluate do
       duration_ms = System.monotonic_time(:millisecond) - started
       {:ok, Result.new(items, usage, duration_ms)}
     end
+  end
+
+  defp enumerable(examples) do
+    if Enumerable.impl_for(examples),
+      do: :ok,
+      else: {:error, Error.new(:invalid_request, "examples: expected an enumerable of examples")}
   end
 
   # The id, and the functions for its tools that a module has.

@@ -185,7 +185,9 @@ defmodule Mix.Tasks.Dspex.Eval do
   defp evaluate(file, options) do
     EvaluationFile.with_server(file, fn server ->
       with {:ok, id} <- EvaluationFile.create(file, server),
-           {:ok, result} <- score(server, id, file.values.dataset, options) do
+           # A module has its tools' functions, too.
+           program = if(is_atom(file.given), do: file.given, else: id),
+           {:ok, result} <- score(server, program, file.values.dataset, options) do
         case EvaluationReport.nothing_measured(result) do
           nil -> {:ok, id, result}
           %{error: error} -> {:error, all_failed(error)}
@@ -194,10 +196,10 @@ defmodule Mix.Tasks.Dspex.Eval do
     end)
   end
 
-  defp score(server, id, dataset, options) do
+  defp score(server, program, dataset, options) do
     progress = Progress.new(length(dataset))
     opts = [on_result: &Progress.add(progress, &1)] ++ options
-    result = Evaluate.run(server, id, dataset, opts)
+    result = Evaluate.run(server, program, dataset, opts)
     Progress.finish(progress)
     result
   end

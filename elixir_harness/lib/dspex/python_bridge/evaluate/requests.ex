@@ -9,6 +9,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
   alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
   alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Protocol.Misfit
 
   # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
   @requests 16
@@ -77,7 +78,9 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         args = Map.put(args, :inputs, inputs)
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
-        call.(server, :execute_program, args, [timeout: left(deadline)] ++ options.passed)
+        server
+        |> call.(:execute_program, args, [timeout: left(deadline)] ++ options.passed)
+        |> placed(args)
       end
       |> then(&{number, &1})
     end
@@ -92,10 +95,16 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
          do: {:error, Error.new(:invalid_args, Examples.refusal("examples", index))}
   end
 
+  # The arguments had no JSON form.
+  defp placed({:error, %Error{type: :invalid_args, message: "args: " <> _} = error}, args),
+    do: {:error, %{error | message: Misfit.text(args)}}
+
+  defp placed(reply, _args), do: reply
+
   # The peer counts the examples of its request.
   defp located({:error, %Error{type: :invalid_args, message: text} = error}, before) do
     text =
-      Regex.replace(~r/\b(expected|examples)\[(\d+)\]/, text, fn _all, name, index ->
+      Regex.replace(~r/\b(inputs|expected|examples)\[(\d+)\]/, text, fn _all, name, index ->
         "#{name}[#{before + String.to_integer(index)}]"
       end)
 

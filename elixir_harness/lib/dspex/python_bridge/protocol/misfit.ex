@@ -8,13 +8,17 @@ defmodule DSPex.PythonBridge.Protocol.Misfit do
   The place of the innermost value without a JSON form, and what is wrong with it.
 
       iex> DSPex.PythonBridge.Protocol.Misfit.text(%{inputs: [%{q: "a"}, %{q: {:b, 1}}]})
-      "inputs.1.q: a tuple has no JSON form; a keyword list has to be written as a map"
+      "inputs[1].q: a tuple has no JSON form; a keyword list has to be written as a map"
   """
   @spec text(term()) :: String.t()
   def text(term) do
     {path, kind} = misfit(term, [])
-    "#{path |> Enum.reverse() |> Enum.join(".")}: #{kind}"
+    place = path |> Enum.reverse() |> Enum.map_join(&part/1) |> String.trim_leading(".")
+    "#{place}: #{kind}"
   end
+
+  defp part(index) when is_integer(index), do: "[#{index}]"
+  defp part(name), do: "." <> name
 
   defp misfit(value, path) do
     with {:error, _error} <- Payload.encode(value, "") do

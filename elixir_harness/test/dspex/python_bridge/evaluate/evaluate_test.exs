@@ -78,6 +78,27 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     refute Enum.any?(Process.get(), &match?({{_ref, number}, _} when is_integer(number), &1))
   end
 
+  test "the usage is the sum of all runs, however many requests they were", %{bridge: bridge} do
+    runs =
+      for {inputs, _expected} <- @examples do
+        args = %{program_id: "qa", inputs: inputs}
+        {:ok, _outputs, meta} = Bridge.request(bridge, :execute_program, args)
+        meta["lm_usage"]["offline/script"]
+      end
+
+    for concurrency <- [1, 64] do
+      opts = [metric: fn _, _ -> 1 end, max_concurrency: concurrency]
+      assert {:ok, %Result{usage: usage}} = Evaluate.run(bridge, "qa", @examples, opts)
+
+      assert %{"lm_calls" => 3, "cache_hits" => 0, "lm_usage" => %{"offline/script" => sum}} =
+               usage
+
+      for tokens <- ["prompt_tokens", "completion_tokens", "total_tokens"] do
+        assert sum[tokens] == Enum.sum_by(runs, & &1[tokens]) and sum[tokens] > 0
+      end
+    end
+  end
+
   test "a field is compared by the peer", %{bridge: bridge} do
     for {match, scores} <- [
           equals: [0.0, 0.0, 1.0],
@@ -237,7 +258,10 @@ defmodule DSPex.PythonBridge.EvaluateTest do
           {@examples, [metric: {:field, :answer, :f1}, attempts: 11], ":attempts"},
           {many ++ [{%{question: "x"}, %{}}], [metric: {:field, :answer, :f1}],
            "expected[70].answer: missing"},
-          {many ++ [5], [metric: {:field, :answer, :f1}], "examples[70]: expected"}
+          {many ++ [5], [metric: {:field, :answer, :f1}], "examples[70]: expected"},
+          {many ++ [{%{question: {:secret, 1}}, %{}}], [metric: {:field, :answer, :f1}],
+           "inputs[70].question: a tuple has no JSON form"},
+          {nil, [metric: {:field, :answer, :f1}], "examples: expected an enumerable"}
         ] do
       assert {:error, %Error{type: type, message: message}} =
                Evaluate.run(bridge, "qa", examples, opts)
@@ -245,8 +269,12 @@ defmodule DSPex.PythonBridge.EvaluateTest do
       assert type in [:invalid_args, :invalid_request] and message =~ text
     end
 
-    assert {:error, %Error{type: :invalid_request}} =
-             Evaluate.run(bridge, Enum, @examples, metric: fn _, _ -> 1 end)
+    for {program, text} <- [{Enum, "Enum: the module has no definition/0"}, {nil, "an id"}] do
+      assert {:error, %Error{type: :invalid_request, message: "program: " <> message}} =
+               Evaluate.run(bridge, program, @examples, metric: fn _, _ -> 1 end)
+
+      assert message =~ text
+    end
 
     assert {:error, %Error{type: :program_not_found}} =
              Evaluate.run(bridge, "none", @examples, metric: fn _, _ -> 1 end)
@@ -266,10 +294,56 @@ defmodule DSPex.PythonBridge.EvaluateTest do
 
     eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
 
-    caller = spawn(fn -> Evaluate.run(bridge, "qa", @examples, metric: metric) end)
-    eventually(fn -> Bridge.get_status(bridge).pending > 0 end)
+    for _ <- received(:lm_request), do: assert_receive(:lm_closed)
+
+    # Many more would follow.
+    examples = Stream.repeatedly(fn -> hd(@examples) end)
+    opts = [metric: metric, max_concurrency: 4]
+    caller = spawn(fn -> Evaluate.run(bridge, "qa", examples, opts) end)
+    for _ <- 1..4, do: assert_receive({:lm_request, _line})
     Process.exit(caller, :kill)
+    for _ <- 1..4, do: assert_receive(:lm_closed)
     eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
+    idle(bridge)
+    refute_received {:lm_request, _line}
+  end
+
+  defp received(kind) do
+    receive do
+      {^kind, _line} = message -> [message | received(kind)]
+    after
+      0 -> []
+    end
+  end
+
+  defp idle(bridge) do
+    eventually(fn ->
+      match?({:ok, %{"in_flight" => 0, "queued" => 0}}, Bridge.call(bridge, :get_stats))
+    end)
+  end
+
+  test "the caller's death stops its metric", %{bridge: bridge} do
+    test = self()
+
+    metric = fn _, _ ->
+      send(test, {:scores, self()})
+      Process.sleep(:infinity)
+    end
+
+    examples = Stream.repeatedly(fn -> hd(@examples) end)
+    opts = [metric: metric, max_concurrency: 4]
+    caller = spawn(fn -> Evaluate.run(bridge, "qa", examples, opts) end)
+
+    metrics =
+      for _ <- 1..4 do
+        assert_receive {:scores, pid}
+        Process.monitor(pid)
+      end
+
+    Process.exit(caller, :kill)
+    for ref <- metrics, do: assert_receive({:DOWN, ^ref, :process, _pid, _reason})
+    idle(bridge)
+    refute_received {:scores, _pid}
   end
 
   @tag timeout: 120_000

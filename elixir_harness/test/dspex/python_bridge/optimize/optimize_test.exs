@@ -328,8 +328,8 @@ defmodule DSPex.PythonBridge.OptimizeTest do
           {[tools: nil, metric: {:field, :answer, :equals}], ":tools: expected a map"},
           {[tools: %{find: &List.wrap/1}], "no tool find; it has none"},
           {[options: %{a: {1, 2}}], "optimize.options.a: a tuple has no JSON form"},
-          {[trainset: [%{q: "a"}, %{q: self()}]], "inputs.1.q: it has no JSON form"},
-          {[valset: [{%{q: "a"}, %{a: <<255>>}}]], "optimize.valset.expected.0.a: a string"}
+          {[trainset: [%{q: "a"}, %{q: self()}]], "inputs[1].q: it has no JSON form"},
+          {[valset: [{%{q: "a"}, %{a: <<255>>}}]], "optimize.valset.expected[0].a: a string"}
         ] do
       assert {:error, %Error{type: type, message: message}} = optimize(bridge, opts)
       assert type in [:invalid_args, :invalid_request] and message =~ text, text

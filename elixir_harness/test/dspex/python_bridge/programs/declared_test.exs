@@ -110,8 +110,8 @@ defmodule DSPex.PythonBridge.Programs.DeclaredTest do
     @no_json [
       {%{lm: %{api_key: {:system, @key}}}, "lm.api_key: a tuple has no JSON form"},
       {%{signature: %{inputs: [%{name: "q", type: &is_map/1}]}},
-       "signature.inputs.0.type: a function has no JSON form"},
-      {%{demos: [%{q: @key, r: {@key}}]}, "demos.0.r: a tuple has no JSON form"},
+       "signature.inputs[0].type: a function has no JSON form"},
+      {%{demos: [%{q: @key, r: {@key}}]}, "demos[0].r: a tuple has no JSON form"},
       {%{demos: [1 | 2]}, "demos: it has no JSON form"},
       {%{lm: %{{1, 2} => @key}}, "lm: expected a map whose keys are strings"},
       {%{lm: %URI{host: @key}}, "lm: a struct URI has no JSON form"},
