@@ -58,7 +58,7 @@ def _reset(peer: Peer) -> bool:
         stats = peer.call("get_stats")["result"]
         if not (stats["in_flight"] or stats["queued"] or stats["threads"]["running"]):
             break
-        if select.select([peer.process.stdout], [], [], 0.01)[0] or time.monotonic() > end:
+        if not peer.idle(0.01) or time.monotonic() > end:
             return False
     if not peer.idle():
         return False
