@@ -279,7 +279,9 @@ EXECUTE = Name(
     "function",
     "data",
 )
-BOOTSTRAP_BAR = Name("dspy.teleprompt.bootstrap:tqdm", "while a program is optimized, bars may be logged")
+_BARS = "while a program is optimized, bars may be logged"
+BOOTSTRAP_BAR = Name("dspy.teleprompt.bootstrap:tqdm", _BARS)
+GEPA_BAR = Name("gepa.core.engine:tqdm", _BARS, lazy=True)
 
 # Connections, kept open, must not keep the context in which they were opened: see `runtime/event_loop`.
 for _method in ("_add_reader", "_add_writer"):

@@ -14,10 +14,12 @@ from dspy_bridge.lm import dspy_internals
 from dspy_bridge.optimizing import run as runs
 
 
-def install() -> None:
+def install(optimizer: str) -> None:
     """Change DSPy so, once in a process."""
     dspy_internals.EXECUTE.wrap(_each_once)
     dspy_internals.BOOTSTRAP_BAR.wrap(lambda _tqdm: types.SimpleNamespace(tqdm=lambda examples: examples))
+    if optimizer == "gepa":
+        dspy_internals.GEPA_BAR.wrap(lambda tqdm: functools.partial(tqdm, disable=True))
 
 
 def _each_once(execute: Any) -> Any:

@@ -145,7 +145,7 @@ class _Job:
         trainset, valset = self._sets
         assert trainset is not None
         run, given = self._run, self._given
-        executors.install()
+        executors.install(given.optimizer)
         run.begin()
         functions = MetricFunctions(
             self._metric,

@@ -94,7 +94,8 @@ def check(given: Given, trainset_size: int) -> None:
     if given.seed is not None and not optimizer.seed:
         raise InvalidArgs(f"optimize.seed: {name} takes none")
     if given.valset is not None and not optimizer.valset:
-        raise InvalidArgs(f"optimize.valset: {name} takes none")
+        scores = "scores on the inputs" if optimizer.scored_on else "scores nothing"
+        raise InvalidArgs(f"optimize.valset: {name} takes none, as it {scores}")
     if trainset_size == 0:
         raise InvalidArgs("inputs: expected at least one example to optimize with")
     chosen = _chosen(given)

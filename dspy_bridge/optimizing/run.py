@@ -17,6 +17,7 @@ from dspy_bridge.errors import LMFailed
 from dspy_bridge.lm.transport import admission
 from dspy_bridge.logs import library_output
 from dspy_bridge.optimizing.arguments import Budget
+from dspy_bridge.runtime import worker_threads
 
 # So many calls of LMs that fail in a row end the run: DSPy would go on for hours with scores of 0.
 _MOST_FAILURES = 10
@@ -166,6 +167,7 @@ class Run(admission.Run):
         """Called first, in the thread of the optimizer."""
         library_output.drop_where(lambda: current() is not None)
         self._context = contextvars.copy_context()
+        self.job = worker_threads.current.get()
 
     @contextmanager
     def entered(self) -> Iterator[None]:

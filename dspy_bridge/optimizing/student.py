@@ -33,6 +33,9 @@ class Student:
 
     def failed(self, error: Exception) -> BaseException | None:
         """The error that ends the run, if this one does. `error`: of a run of the program."""
+        if isinstance(error, (TypeError, ValueError)) and isinstance(error.__context__, dspy.AdapterParseError):
+            # DSPy's code for GEPA fails itself for some answers that cannot be read.
+            error = error.__context__
         known = dspy_errors.translate(error, [])
         if isinstance(known, LMNotConfigured) or (isinstance(known, LMFailed) and known.refused):
             return known

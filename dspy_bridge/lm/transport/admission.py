@@ -20,6 +20,8 @@ import dspy
 from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm.rate_limits import INFINITE, Gate, Ticket
 from dspy_bridge.lm.transport import asking
+from dspy_bridge.runtime import worker_threads
+from dspy_bridge.runtime.worker_threads import Job
 
 # The DSPy setting that has the `Run`: DSPy's threads have its settings, but no other context.
 RUN = "dspy_bridge_run"
@@ -36,10 +38,12 @@ class LMOverloaded(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
 class Run:
     """`deadline`: of a run, in seconds of `time.monotonic`, or None; `steps`: calls of LMs and tools that it made."""
 
-    __slots__ = ("deadline", "steps")
+    __slots__ = ("deadline", "job", "steps")
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
+        # For threads that have DSPy's settings, but no other context.
+        self.job: Job | None = None
         self.steps = 0
 
     def slot(self) -> AbstractAsyncContextManager[None] | None:
@@ -77,6 +81,15 @@ def step() -> Run:
     run: Run = dspy.settings.get(RUN) or Run(None)
     run.steps += 1
     return run
+
+
+def job() -> Job | None:
+    """By which a sync call of an LM in this thread can be cancelled, if it can."""
+    found = worker_threads.current.get()
+    if found is None and not _on_loop():
+        run: Run | None = dspy.settings.get(RUN)
+        found = None if run is None else run.job
+    return found
 
 
 @contextmanager

@@ -73,9 +73,15 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     lm: lm,
     out: out
   } do
-    path = file(dir, lm, optimize: "[optimizer: :none, budget: [lm_calls: 1]]")
+    parts = [
+      optimize: "[optimizer: :none, budget: [lm_calls: 1]]",
+      valset: "[{%{question: 1}, %{}}]"
+    ]
+
+    path = file(dir, lm, parts)
     args = [path, "--out", out, "--optimizer", "copro", "--lm-calls", "20"]
-    assert %{status: 0, out: printed} = run(args)
+    assert %{status: 0, out: printed, err: told} = run(args)
+    assert told =~ "copro takes no valset: the file's is left out"
     assert printed =~ "20 LM calls" and printed =~ "stopped by lm_calls"
     assert OptimizingLM.requests(lm) == 20
 
@@ -138,7 +144,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
 
   describe "on a terminal" do
     # The metric of later candidates never answers.
-    defp endless(dir, lm) do
+    defp endless(dir, lm, more \\ "nil") do
       file(dir, lm,
         metric: """
         fn _example, prediction ->
@@ -147,7 +153,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
           prediction["answer"] != "no idea"
         end
         """,
-        dataset: ":persistent_term.put(:right, :counters.new(1, []))"
+        dataset: ":persistent_term.put(:right, :counters.new(1, [])); " <> more
       )
     end
 
@@ -163,6 +169,16 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
 
       assert %{"signature" => %{"instructions" => "Answer with the capitals" <> _}} =
                JSON.decode!(File.read!(out))
+    end
+
+    test "SIGTERM does the same", %{tmp_dir: dir, lm: lm, out: out} do
+      pid = Path.join(dir, "pid")
+      path = endless(dir, lm, "File.write!(#{inspect(pid)}, System.pid())")
+      port = on_terminal([path, "--out", out])
+      printed = until_output(port, "1.000 on 6 examples, in", "")
+      {_, 0} = System.cmd("kill", ["-TERM", File.read!(pid)])
+      assert {printed, 0} = until_exit(port, printed)
+      assert printed =~ "stopped; #{out} has the best state so far, with the score 1.000"
     end
 
     test "Ctrl-C before the first candidate says so", %{tmp_dir: dir, lm: lm, out: out} do

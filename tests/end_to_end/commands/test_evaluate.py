@@ -317,8 +317,8 @@ def test_without_an_lm_the_evaluation_ends() -> None:
 
 
 CONTENTS = "s3cret"
-BREAKS = """
-import dspy
+HOST = """
+import asyncio, dspy
 
 class Breaks(dspy.Module):
     def __init__(self, signature):
@@ -326,13 +326,34 @@ class Breaks(dspy.Module):
         self.inner = dspy.Predict(signature)
     def forward(self, question):
         raise RuntimeError(question + self.inner(question=question).answer)
+
+class Late(dspy.Module):
+    async def aforward(self, question):
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            return dspy.Prediction(answer="late")
 """
+
+
+def test_what_comes_after_an_items_time_is_not_scored(tmp_path: Path) -> None:
+    """A module of the user's may catch the cancellation, and give a result."""
+    (tmp_path / "host.py").write_text(HOST)
+    desk = Desk(DSPY_BRIDGE_ALLOW_MODULES="host", PYTHONPATH=f"{ROOT}:{tmp_path}")
+    with desk.peer:
+        args = {"id": "qa", "signature": "question -> answer", "program_type": "host:Late"}
+        assert desk.peer.call("create_program", args)["success"]
+        reply = desk.run({"inputs": asks("one", "two", "three"), "metric": {"tool": "judge"}, "item_timeout_ms": 100})
+        assert [item["error_type"] for item in reply["result"]["results"]] == ["timeout"] * 3
+        desk.idle()
+        assert desk.asked == [] and desk.peer.idle()
+    desk.server.stop()
 
 
 @pytest.mark.parametrize("frames", ["0", "1"])
 def test_contents_are_not_logged(frames: str, tmp_path: Path) -> None:
     """Neither to stderr nor in log frames, whatever ends the evaluation."""
-    (tmp_path / "host.py").write_text(BREAKS)
+    (tmp_path / "host.py").write_text(HOST)
     logs = {"DSPY_BRIDGE_LOG_FRAMES": frames, "DSPY_BRIDGE_LOG_LEVEL": "debug"}
     desk = Desk(**logs, DSPY_BRIDGE_ALLOW_MODULES="host", PYTHONPATH=f"{ROOT}:{tmp_path}")
     desk.answer = lambda request: chat(answer=f"{CONTENTS} {question(request)}")

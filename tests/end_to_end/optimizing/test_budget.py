@@ -74,7 +74,7 @@ def test_each_completion_of_copro_counts(desk: Desk) -> None:
     """Its `n` is one call of DSPy's and many requests."""
     in_budget(desk, "copro", 5, options={"breadth": 40})
     desk.nothing_follows(5)
-    assert len(desk.server.requests) == 5 + 2
+    assert len(desk.server.requests) == 5 + 3
 
 
 def test_retries_count(desk: Desk) -> None:

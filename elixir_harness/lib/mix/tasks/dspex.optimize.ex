@@ -9,7 +9,8 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
     * `--out` – required: the file for the state. It is replaced, in one step, at each better candidate, so that any end of
       the task leaves the best so far; an error before the first one leaves it as it was
-    * `--optimizer` – one of those of `DSPex.PythonBridge.Optimize`, in place of the file's
+    * `--optimizer` – one of those of `DSPex.PythonBridge.Optimize`, in place of the file's. If it takes no
+      valset, the file's is left out
     * `--lm-calls`, `--tokens`, `--seconds` – the budget. When one of them is spent, the best candidate is the result
 
   ## The file
@@ -72,6 +73,7 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
   @budget [lm_calls: :integer, tokens: :integer, seconds: :float]
   @switches [out: :string, optimizer: :string] ++ @budget
+  @without_valset ~w(labeled_few_shot bootstrap_few_shot copro simba)
   # What is not the file's to say there.
   @own [:trainset, :valset, :metric, :on_progress]
 
@@ -129,12 +131,28 @@ defmodule Mix.Tasks.Dspex.Optimize do
       optimizer = switches[:optimizer] || options[:optimizer]
       options = Keyword.merge(options, optimizer: optimizer)
       options = if budget == %{}, do: options, else: Keyword.put(options, :budget, budget)
-      {:ok, options ++ Enum.to_list(Map.take(values, [:trainset, :valset, :metric]))}
+
+      sets =
+        if without_valset?(values, switches[:optimizer]),
+          do: [:trainset],
+          else: [:trainset, :valset]
+
+      {:ok, options ++ Enum.to_list(Map.take(values, [:metric | sets]))}
     else
       text when is_binary(text) -> {:error, "#{path}: #{text}"}
       own -> {:error, "#{path}: :optimize: #{inspect(own)} cannot be one of them"}
     end
   end
+
+  # So that a file's optimizer can be compared with others.
+  defp without_valset?(values, optimizer) when optimizer in @without_valset do
+    if values[:valset],
+      do: Mix.shell().error("#{optimizer} takes no valset: the file's is left out")
+
+    true
+  end
+
+  defp without_valset?(_values, _optimizer), do: false
 
   # Before anything is paid for.
   defp writable(out) do
@@ -181,11 +199,18 @@ defmodule Mix.Tasks.Dspex.Optimize do
   defp follow(server, definition, options, out) do
     me = self()
     options = [on_progress: &send(me, {:event, &1})] ++ options
-    task = Task.async(fn -> Optimize.run(server, definition, options) end)
+
+    task =
+      Task.async(fn ->
+        result = Optimize.run(server, definition, options)
+        send(me, :over)
+        result
+      end)
+
     listen(task, out, OptimizationProgress.new(), nil)
   end
 
-  defp listen(%Task{ref: ref} = task, out, progress, best) do
+  defp listen(task, out, progress, best) do
     receive do
       {:event, event} ->
         best = better(event, best, out)
@@ -196,10 +221,9 @@ defmodule Mix.Tasks.Dspex.Optimize do
         OptimizationProgress.finish(progress)
         {:interrupted, best}
 
-      {^ref, result} ->
-        Process.demonitor(ref, [:flush])
+      :over ->
         OptimizationProgress.finish(progress)
-        {result, best}
+        {Task.await(task, :infinity), best}
     end
   end
 

@@ -56,8 +56,12 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
 
   defp fields(nil), do: ""
 
+  # Sorted: a map with atoms as keys has another order in each BEAM.
   defp fields(map) do
-    Enum.map_join(map, ", ", fn {name, value} -> "#{name}: #{shown(value)}" end)
+    map
+    |> Enum.map(fn {name, value} -> {"#{name}", value} end)
+    |> Enum.sort_by(&elem(&1, 0))
+    |> Enum.map_join(", ", fn {name, value} -> "#{name}: #{shown(value)}" end)
   end
 
   defp shown(text) when is_binary(text), do: text

@@ -158,6 +158,17 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     assert inspect(result) =~ text
   end
 
+  test "the table has the fields of a map in the order of their names", %{bridge: bridge} do
+    # Made in this order, and without the sorting shown in it.
+    keys =
+      for name <- ~w(zz mm aa),
+          do: String.to_atom("#{name}_#{System.unique_integer([:positive])}")
+
+    examples = [{%{question: "q"}, Map.new(keys, &{&1, 1})}]
+    assert {:ok, result} = Evaluate.run(bridge, "qa", examples, metric: fn _, _ -> 1 end)
+    assert to_string(result) =~ ~r/aa_\d+: 1, mm_\d+: 1, zz/
+  end
+
   test "a long table is cut", %{bridge: bridge} do
     examples =
       for n <- 1..30,
@@ -205,8 +216,15 @@ defmodule DSPex.PythonBridge.EvaluateTest do
       :counters.get(taken, 1) - :counters.get(seen, 1) <= 18
     end
 
+    # Nor are they kept, by this process, longer than until their results are there.
+    kept = fn _result ->
+      assert Enum.count(Process.get(), &match?({{_ref, n}, _} when is_integer(n), &1)) <= 17
+    end
+
+    opts = [metric: metric, max_concurrency: 16, on_result: kept]
+
     assert {:ok, %Result{score: 1.0, results: results}} =
-             Evaluate.run(bridge, "qa", examples, metric: metric, max_concurrency: 16)
+             Evaluate.run(bridge, "qa", examples, opts)
 
     assert Enum.map(results, & &1.index) == Enum.to_list(0..399)
   end

@@ -33,7 +33,8 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
     {"the", "nothing"},
     {"left right", "right left"},
     {"one one two", "one three one"},
-    {"да áa и", "да a и"}
+    {"一a ²a", "一 ²"},
+    {"áa", "é"}
   ]
   @values [1, 1.0, true, nil, [1, "a"], %{"a" => [nil]}, "one", 0.5]
   @steps [
