@@ -96,9 +96,9 @@ class Peer:
         """The next `count` replies by their id."""
         return {reply["id"]: reply for reply in (self.receive() for _ in range(count))}
 
-    def idle(self) -> bool:
-        """Whether nothing that it has sent is still to be read."""
-        return not self._bytes and not select.select([self.process.stdout], [], [], 0)[0]
+    def idle(self, seconds: float = 0) -> bool:
+        """Whether nothing that it has sent is still to be read, nor comes for so long."""
+        return not self._bytes and not select.select([self.process.stdout], [], [], seconds)[0]
 
     def _read(self, count: int, patience: float) -> bytes:
         assert self.process.stdout is not None

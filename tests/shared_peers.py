@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import select
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from peer import Peer
 
 # Each takes some 90 MB, and 200 MB once it has imported LiteLLM.
 MOST = 5
+# A peer that is busy for so many seconds is not used again.
+MOMENT = 0.5
 # Those used longest ago first.
 _idle: dict[Any, Peer] = {}
 _uses: Counter[Any] = Counter()
@@ -49,8 +52,15 @@ def _reset(peer: Peer) -> bool:
     if peer.process.poll() is not None or not peer.idle():
         return False
     peer.call("cleanup")
-    stats = peer.call("get_stats")["result"]
-    if stats["in_flight"] or stats["queued"] or stats["threads"]["running"] or not peer.idle():
+    # What was cancelled is over a moment after its reply.
+    end = time.monotonic() + MOMENT
+    while True:
+        stats = peer.call("get_stats")["result"]
+        if not (stats["in_flight"] or stats["queued"] or stats["threads"]["running"]):
+            break
+        if not peer.idle(0.01) or time.monotonic() > end:
+            return False
+    if not peer.idle():
         return False
     assert KEY not in _log(peer)
     peer.ids = itertools.count(1)
