@@ -24,7 +24,12 @@ for _name in NAMES:
         _owner if _name.of_instances else _name.attribute if _name in dspy_internals.LITELLM_ARGUMENTS else _name.dotted
     )
     GROUPS.setdefault(_key, []).append(_name)
-LAZY = [name for name in dspy_internals.names if name.lazy and importlib.util.find_spec(name.module)]
+# Below LiteLLM.
+LAZY = [
+    name
+    for name in dspy_internals.names
+    if name.module in dspy_internals.HTTP_SENDS and importlib.util.find_spec(name.module)
+]
 GONE_ALREADY = sorted(
     name.dotted for name in dspy_internals.names if name.expected and not name.lazy and not name.there
 )

@@ -217,7 +217,8 @@ def test_predict_with_tools(desk: Desk, optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", WAYS)
 def test_an_answer_that_cannot_be_read_counts_with_0(desk: Desk, optimizer: str) -> None:
     """Also one with some of the fields, for which DSPy's own code for GEPA fails."""
-    desk.serve(lambda request: chat(answer="x", certain="perhaps") if "certain" in str(request) else lm_answer(request))
+    some = '{"answer": "x", "certain": "perhaps"}'
+    desk.serve(lambda request: some if "certain" in str(request) else lm_answer(request))
     desk.create(signature="question -> answer, certain: bool")
     reply = desk.run(optimizer, {"tool": "judge"}, {"judge": lambda **_: 1})
     assert reply["success"], reply

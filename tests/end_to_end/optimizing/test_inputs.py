@@ -1,0 +1,122 @@
+"""Examples: what is wrong is named before an LM is asked; large ones keep nobody waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from optimizing_host import EXACT, JUDGE, SCORING, Desk
+from peer import PATIENCE
+
+GOOD: tuple[dict[str, Any], dict[str, Any]] = ({"question": "word 1", "count": 1}, {"answer": "WORD 1", "sure": True})
+SIGNATURE = "question, count: int -> answer, sure: bool"
+
+
+@pytest.fixture(scope="module")
+def desks() -> Iterator[Desk]:
+    with Desk(env={"DSPY_BRIDGE_MAX_FRAME_BYTES": str(128 << 20)}) as desk:
+        yield desk
+
+
+@pytest.fixture
+def desk(desks: Desk) -> Desk:
+    desks.serve()
+    desks.create(signature=SIGNATURE)
+    return desks
+
+
+WRONG: list[tuple[Any, Any, str]] = [
+    ({**GOOD[0], "count": "many"}, GOOD[1], "inputs[{}].count: "),
+    ({**GOOD[0], "count": None}, GOOD[1], "inputs[{}].count: "),
+    ({"question": "x"}, GOOD[1], "inputs[{}].count: "),
+    ({**GOOD[0], "cuont": 2}, GOOD[1], "inputs[{}]"),
+    ([], GOOD[1], "inputs[{}]: expected an object"),
+    ("x", GOOD[1], "inputs[{}]: expected an object"),
+    (None, GOOD[1], "inputs[{}]: expected an object"),
+    (GOOD[0], {"answer": "x", "sure": "perhaps"}, "expected[{}].sure: "),
+    (GOOD[0], {"answer": ["x"], "sure": True}, "expected[{}].answer: "),
+    (GOOD[0], {"sure": True}, "expected[{}].answer: missing"),
+    (GOOD[0], {"answer": "x", "question": "y"}, "expected[{}].question: an input"),
+    (GOOD[0], None, "expected[{}]: expected an object"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "wanted", "text"), WRONG)
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("where", ["", "optimize.valset."])
+def test_what_is_wrong_is_named(desk: Desk, inputs: Any, wanted: Any, text: str, at: int, where: str) -> None:
+    """By its place, of the trainset and of the valset, and nothing is asked."""
+    good = [GOOD[0]] * 3, [GOOD[1]] * 3
+    bad = [*good[0][:at], inputs, *good[0][at + 1 :]], [*good[1][:at], wanted, *good[1][at + 1 :]]
+    train, val = (good, bad) if where else (bad, good)
+    valset = {"inputs": val[0], "expected": val[1]}
+    reply = desk.run("random_search", inputs=train[0], wanted=train[1], valset=valset)
+    assert reply.get("error_type") == "invalid_args", reply
+    assert reply["error"].startswith(where + text.format(at)), reply
+    assert desk.server.requests == []
+
+
+def test_pings_are_answered_while_a_large_trainset_is_read(desk: Desk) -> None:
+    """20,000 examples in a frame of 30 MB."""
+    desk.create()
+    inputs = [{"question": f"{number} " + "x" * 1500} for number in range(20_000)]
+    wanted = [{"answer": str(number)} for number in range(20_000)]
+    id = desk.start("labeled_few_shot", inputs=inputs, wanted=wanted)
+    pings = 0
+    while True:
+        ping = desk.peer.request("ping")
+        frame = desk.peer.receive(PATIENCE)
+        if frame["id"] == id:
+            break
+        assert frame["id"] == ping
+        pings += 1
+    assert frame["success"] and pings > 5
+    desk.reply_to(ping)
+
+
+@pytest.mark.parametrize("optimizer", SCORING)
+def test_large_inputs(desk: Desk, optimizer: str) -> None:
+    """10 MB each; other runs end meanwhile."""
+    desk.create()
+    inputs = [{"question": "y" * (10 << 20)} for _ in range(2)]
+    options = {"simba": {"bsize": 2}}.get(optimizer, {})
+    budget = {"lm_calls": 4}
+    id = desk.start(optimizer, JUDGE, inputs=inputs, wanted=[{"answer": "x"}] * 2, options=options, budget=budget)
+    for _ in range(5):
+        assert desk.execute()["success"]
+    reply = desk.reply_to(id)
+    assert reply["success"], reply
+    desk.becomes_idle()
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAA"
+    "DUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.mark.parametrize("optimizer", ["labeled_few_shot", *SCORING])
+def test_images(desk: Desk, optimizer: str) -> None:
+    """Demos that have them load."""
+    signature = "question, picture: image -> answer"
+    desk.create(signature=signature)
+    inputs = [{"question": f"word {number}", "picture": PIXEL} for number in range(8)]
+    wanted = [{"answer": f"WORD {number}"} for number in range(8)]
+    reply = desk.run(optimizer, EXACT, inputs=inputs, wanted=wanted)
+    assert reply["success"], reply
+    desk.create("better", signature=signature, state=reply["result"]["state"])
+
+
+def test_the_state_has_no_key_of_the_lm_that_a_state_brought(desk: Desk) -> None:
+    """A program created from a state with an LM: that one is asked, and its options are in the state that is found."""
+    desk.create()
+    state = desk.run("labeled_few_shot")["result"]["state"]
+    lm = {"model": "openai/of-state", "cache": False, "num_retries": 0, "api_base": desk.server.url}
+    desk.create("saved", state={**state, "lm": lm})
+    reply = desk.run("random_search", program_id="saved")
+    assert reply["success"], reply
+    assert {request["model"] for request in desk.server.requests} == {"of-state"}
+    assert reply["result"]["state"]["lm"]["model"] == "openai/of-state"
+    assert "sk-test" not in str(reply)
+    desk.create("again", state=reply["result"]["state"])
