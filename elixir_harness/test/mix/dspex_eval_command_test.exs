@@ -53,6 +53,36 @@ defmodule Mix.Tasks.Dspex.EvalCommandTest do
   end
 
   test "Ctrl-C closes all LM requests and leaves no peer", %{tmp_dir: dir} do
+    {path, pid_file} = never_answered(dir)
+    port = on_terminal(path)
+    for _ <- 1..20, do: assert_receive({:lm_request, _line}, 30_000)
+    beam = File.read!(pid_file)
+    peers = descendants(beam)
+    assert peers != []
+
+    Port.command(port, <<3>>)
+    until_output(port, "(a)bort")
+    Port.command(port, <<3>>)
+    assert {_out, _status} = until_exit(port, "")
+    for _ <- 1..20, do: assert_receive(:lm_closed)
+    refute_received {:lm_request, _line}
+    eventually(fn -> not Enum.any?([beam | peers], &alive?/1) end)
+  end
+
+  test "SIGTERM does the same, and is no success", %{tmp_dir: dir} do
+    {path, pid_file} = never_answered(dir)
+    task = Task.async(fn -> mix(dir, [path]) end)
+    for _ <- 1..20, do: assert_receive({:lm_request, _line}, 30_000)
+    beam = File.read!(pid_file)
+    peers = descendants(beam)
+    {_, 0} = System.cmd("kill", ["-TERM", beam])
+    assert {"", _err, 143} = Task.await(task, 30_000)
+    for _ <- 1..20, do: assert_receive(:lm_closed, 5_000)
+    eventually(fn -> not Enum.any?(peers, &alive?/1) end)
+  end
+
+  # A file with 20 examples that an LM is asked and does not answer, and a file for the id of the task's process.
+  defp never_answered(dir) do
     lm = SilentLM.start()
 
     program = """
@@ -69,19 +99,7 @@ defmodule Mix.Tasks.Dspex.EvalCommandTest do
     )
     """
 
-    port = on_terminal(file(dir, program: program, dataset: dataset))
-    for _ <- 1..20, do: assert_receive({:lm_request, _line}, 30_000)
-    beam = File.read!(pid_file)
-    peers = descendants(beam)
-    assert peers != []
-
-    Port.command(port, <<3>>)
-    until_output(port, "(a)bort")
-    Port.command(port, <<3>>)
-    assert {_out, _status} = until_exit(port, "")
-    for _ <- 1..20, do: assert_receive(:lm_closed)
-    refute_received {:lm_request, _line}
-    eventually(fn -> not Enum.any?([beam | peers], &alive?/1) end)
+    {file(dir, program: program, dataset: dataset), pid_file}
   end
 
   defp on_terminal(path) do

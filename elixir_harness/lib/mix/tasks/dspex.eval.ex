@@ -75,7 +75,7 @@ defmodule Mix.Tasks.Dspex.Eval do
   Mix itself exits with 1 if it cannot load the project, and nothing is on standard output then. Of runs of which only some
   fail, each has the score 0: look at `failed`.
 
-  Ctrl-C, twice, ends the task and all LM requests.
+  Ctrl-C, twice, ends the task and all LM requests. So does SIGTERM, as of any other program: a shell sees 143, not 0.
   """
 
   use Mix.Task
@@ -129,6 +129,8 @@ defmodule Mix.Tasks.Dspex.Eval do
 
   defp measure(path, switches) do
     Mix.DSPex.start(clean: switches[:json])
+    # The BEAM would exit with 0, as if the result were good enough.
+    :os.set_signal(:sigterm, :default)
 
     # What costs LM calls comes last.
     with {:ok, scores} <- baseline(switches[:baseline]),
