@@ -92,8 +92,7 @@ def test_retries_count(desk: Desk) -> None:
     args = desk.args("random_search", num_threads=64, options=LONG["random_search"], budget={"lm_calls": 20})
     reply = desk.reply_to(desk.peer.request("execute_program", {**args, "lm": lm}))
     assert reply["result"]["stopped"] == "lm_calls" and reply["result"]["lm_calls"] == 20
-    desk.serve()
-    desk.nothing_follows(0)
+    desk.nothing_follows(20)
 
 
 def test_cached_answers_are_free(desk: Desk) -> None:
