@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test test-slow test-dspy test-install check dialyzer docs fuzz soak sim bench costs growth lock package format clean
+.PHONY: help setup elixir demo test test-slow test-dspy test-optimizers test-install check dialyzer docs fuzz soak sim bench costs growth lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -66,6 +66,9 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	  --upgrade-package dspy -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
 	  $(addprefix tests/end_to_end/,lm programs optimizing streaming commands) $(addprefix tests/,lm programs optimizing signatures streaming commands runtime root)
+
+test-optimizers: setup ## the tests of optimizations with every optimizer, in 3 minutes; `make test` takes three of them
+	EVERY_OPTIMIZER=1 $(PY) -m pytest -q -n logical --dist worksteal tests/end_to_end/optimizing
 
 test-install: setup ## install the packages into a new Mix application, and test it
 	$(PY) -m pytest -q tests/install
