@@ -67,8 +67,8 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
 	  $(addprefix tests/end_to_end/,lm programs optimizing streaming commands) $(addprefix tests/,lm programs optimizing signatures streaming commands runtime root)
 
-test-optimizers: setup ## the tests of optimizations with every optimizer, in 3 minutes; `make test` takes three of them
-	EVERY_OPTIMIZER=1 $(PY) -m pytest -q -n logical --dist worksteal tests/end_to_end/optimizing
+test-optimizers: setup ## the tests of optimizations with every optimizer, in 3 minutes; `make test` takes two of them
+	EVERY_OPTIMIZER=1 $(PY) -m pytest -q -n logical --dist worksteal tests/end_to_end/optimizing tests/optimizing/test_costs.py
 
 test-install: setup ## install the packages into a new Mix application, and test it
 	$(PY) -m pytest -q tests/install

@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # Those whose code in DSPy differs most; `make test-optimizers` takes all that score.
 EVERY = os.environ.get("EVERY_OPTIMIZER") == "1"
-SCORING = [name for name in SMALL if name != "labeled_few_shot"] if EVERY else ["mipro_v2", "simba", "gepa"]
+SCORING = [name for name in SMALL if name != "labeled_few_shot"] if EVERY else ["mipro_v2", "gepa"]
 ASKING = SCORING
 
 EXACT = {"field": "answer", "match": "exact_match"}
