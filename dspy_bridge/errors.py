@@ -114,6 +114,11 @@ class LMFailed(BridgeError):
         self.refused = refused
 
 
+def hits_all(error: BaseException | None) -> bool:
+    """Whether the LM's server would refuse all other calls, too."""
+    return isinstance(error, LMNotConfigured) or (isinstance(error, LMFailed) and error.refused)
+
+
 class OutputInvalid(BridgeError):
     """The LM's answer does not fit the signature.
 

@@ -6,7 +6,7 @@ import asyncio
 import functools
 
 from dspy_bridge.caller import item_ends
-from dspy_bridge.errors import Cancelled, LMFailed, LMNotConfigured, TimedOut
+from dspy_bridge.errors import Cancelled, TimedOut, hits_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class _Batch:
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # user code may raise anything
-            if self._score is not None and _hits_all(error):
+            if self._score is not None and hits_all(error):
                 self._end(error)
                 return
             result = self._failure(error)
@@ -212,8 +212,3 @@ class _Batch:
         self._left -= 1
         if self._left == 0 and not self._over.done():
             self._over.set_result(None)
-
-
-def _hits_all(error: BaseException) -> bool:
-    """Whether the LM's server would refuse the other items, too."""
-    return isinstance(error, LMNotConfigured) or (isinstance(error, LMFailed) and error.refused)

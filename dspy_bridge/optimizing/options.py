@@ -5,11 +5,11 @@ Not among them: what is a Python object, writes files, or belongs to the run (me
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown
+from dspy_bridge.programs import option_checks
 from dspy_bridge.programs.saved_state import MAX_DEMOS
 
 # Each stands for LM calls, most for many; more than this is a mistake.
@@ -24,25 +24,7 @@ Check = Callable[[Any], Any]
 
 
 def _whole(least: int = 1, most: int = MAX_COUNT) -> Check:
-    def read(value: Any) -> int:
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"expected a whole number from {least} to {most}")
-        return value
-
-    return read
-
-
-def _size(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("expected a whole number of at least 1")
-    return value
-
-
-def _number(value: Any) -> float:
-    # JSON allows integers of 400 digits, which no float can hold.
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise ValueError("expected a number")
-    return float(value)
+    return option_checks.whole(least, most)
 
 
 def _temperature(value: Any) -> float:
@@ -58,14 +40,14 @@ def _sampling(value: Any) -> float:
 
 
 def _threshold(value: Any) -> float:
-    if _number(value) == 0:
+    if option_checks.number(value) == 0:
         raise ValueError("expected a number other than 0, which DSPy takes for none")
     return float(value)
 
 
 def _percent(value: Any) -> float:
     # DSPy compares it with a mean that it has rounded so.
-    return round(100 * _number(value), 2)
+    return round(100 * option_checks.number(value), 2)
 
 
 def _flag(value: Any) -> bool:
@@ -114,7 +96,7 @@ OPTIONS: dict[str, dict[str, Check]] = {
         "metric_threshold": _threshold,
         "init_temperature": _temperature,
         "minibatch": _flag,
-        "minibatch_size": _size,
+        "minibatch_size": option_checks.size,
         "minibatch_full_eval_steps": _whole(),
         "view_data_batch_size": _whole(),
         "program_aware_proposer": _flag,
@@ -123,11 +105,11 @@ OPTIONS: dict[str, dict[str, Check]] = {
         "fewshot_aware_proposer": _flag,
     },
     "simba": {
-        "bsize": _size,
+        "bsize": option_checks.size,
         "num_candidates": _whole(),
         "max_steps": _whole(),
         "max_demos": _DEMOS,
-        "demo_input_field_maxlen": _size,
+        "demo_input_field_maxlen": option_checks.size,
         "temperature_for_sampling": _sampling,
         "temperature_for_candidates": _sampling,
     },
@@ -142,8 +124,8 @@ OPTIONS: dict[str, dict[str, Check]] = {
         "add_format_failure_as_feedback": _flag,
         "use_merge": _flag,
         "max_merge_invocations": _whole(0),
-        "failure_score": _number,
-        "perfect_score": _number,
+        "failure_score": option_checks.number,
+        "perfect_score": option_checks.number,
     },
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.errors import InvalidArgs, LMFailed, LMNotConfigured, OutputInvalid, Overloaded, TimedOut, ToolFailed
+from dspy_bridge.errors import InvalidArgs, LMFailed, OutputInvalid, Overloaded, TimedOut, ToolFailed, hits_all
 from dspy_bridge.lm import dspy_errors
 from dspy_bridge.optimizing import run as runs
 from dspy_bridge.programs.program import Program
@@ -37,7 +37,7 @@ class Student:
             # DSPy's code for GEPA fails itself for some answers that cannot be read.
             error = error.__context__
         known = dspy_errors.translate(error, [])
-        if isinstance(known, LMNotConfigured) or (isinstance(known, LMFailed) and known.refused):
+        if hits_all(known):
             return known
         if isinstance(known, _COUNTED):
             return None

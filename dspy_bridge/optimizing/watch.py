@@ -6,7 +6,7 @@ from typing import Any
 
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.errors import LMFailed, LMNotConfigured
+from dspy_bridge.errors import hits_all
 from dspy_bridge.lm import dspy_errors, dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.offline.offline_lm import OfflineLM
@@ -36,7 +36,7 @@ class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         if exception is not None and not isinstance(exception, Exception):
             return
         error = None if exception is None else dspy_errors.translate(exception, [])
-        if isinstance(error, LMNotConfigured) or (isinstance(error, LMFailed) and error.refused):
+        if error is not None and hits_all(error):
             self._run.end(error)
         self._run.lm_answered(error)
         self._candidates.report()

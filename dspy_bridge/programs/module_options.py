@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.programs import option_checks
 
 # Each run is at least one LM call; more than this is a mistake.
 MAX_RUNS = 1000
@@ -17,25 +17,7 @@ INNER_MODULES = ("predict", "chain_of_thought", "react")
 
 
 def _count(most: int = MAX_RUNS) -> Callable[[Any], Any]:
-    def read(value: Any) -> int:
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"expected a whole number from 1 to {most}")
-        return value
-
-    return read
-
-
-def _size(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("expected a whole number of at least 1")
-    return value
-
-
-def _number(value: Any) -> float:
-    # JSON allows integers of 400 digits, which no float can hold.
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise ValueError("expected a number")
-    return float(value)
+    return option_checks.whole(1, most)
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -59,7 +41,7 @@ def _inner(value: Any) -> str:
 # By program type: the option's name here and in DSPy's constructor, and its check.
 _BEST = {
     "n": ("N", _count()),
-    "threshold": ("threshold", _number),
+    "threshold": ("threshold", option_checks.number),
     "fail_count": ("fail_count", _count()),
     "reward": ("reward", _object),
     "module": ("module", _inner),
@@ -70,13 +52,13 @@ _OPTIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "react": {"max_iters": ("max_iters", _count())},
     "best_of_n": _BEST,
     "refine": _BEST,
-    "multi_chain_comparison": {"m": ("M", _count(MAX_COMPARED)), "temperature": ("temperature", _number)},
+    "multi_chain_comparison": {"m": ("M", _count(MAX_COMPARED)), "temperature": ("temperature", option_checks.number)},
     "program_of_thought": {"max_iters": ("max_iters", _count())},
     "code_act": {"max_iters": ("max_iters", _count())},
     "rlm": {
         "max_iters": ("max_iters", _count()),
         "max_llm_calls": ("max_llm_calls", _count()),
-        "max_output_chars": ("max_output_chars", _size),
+        "max_output_chars": ("max_output_chars", option_checks.size),
         "sub_lm": ("sub_lm", _lm),
     },
 }
