@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import pytest
+from plain_optimizers import ROLES
 
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.optimizing import optimizers, options
@@ -154,17 +155,6 @@ def test_a_missing_package_is_named_with_how_to_install_it(
     for other in OPTIMIZERS:
         if other != optimizer:
             optimizers.check(given(other), 40)
-
-
-ROLES = {
-    "labeled_few_shot": [],
-    "bootstrap_few_shot": ["teacher_lm"],
-    "random_search": ["teacher_lm"],
-    "copro": ["prompt_lm"],
-    "mipro_v2": ["prompt_lm", "teacher_lm"],
-    "simba": ["prompt_lm", "teacher_lm"],
-    "gepa": ["reflection_lm"],
-}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
