@@ -22,6 +22,10 @@ Server = TypeVar("Server", bound=LMServer)
 BY_LITELLM: dict[str, Any] = {"engine": "litellm"} if DSPY >= (3, 4) else {}
 
 
+# For `make test-slow`: LiteLLM's import takes each peer 3 s. Other tests with LiteLLM share one.
+SLOW_BY_LITELLM = pytest.param(BY_LITELLM, id="litellm", marks=pytest.mark.slow)
+
+
 class LacksFeature(Exception):
     """Raised by a test that has seen the peer refuse what this older DSPy does not have: it ends there, and passes."""
 

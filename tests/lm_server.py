@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import select
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +33,40 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        # `changed`: for each change of the rest. `open`: the connections by the client's port. `accepted`: the last
+        # port. `answering`: how many requests.
+        self.changed = threading.Condition()
+        self.open: dict[int, socket.socket] = {}
+        self.accepted = 0
+        self.answering = 0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.changed:
+            self.accepted = client_address[1]
+            self.open[self.accepted] = request
+            self.changed.notify_all()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.changed:
+            self.open = {port: other for port, other in self.open.items() if other is not request}
+            self.changed.notify_all()
+        super().shutdown_request(request)
+
+    def idle(self) -> bool:
+        """Whether nothing that was sent before waits to be read or answered."""
+        return not self.answering and not _readable(*self.open.values(), patience_ms=0)
+
+
+def _readable(*connections: socket.socket, patience_ms: int | None) -> bool:
+    """Whether one of them has something to read, or has ended; not by `select`: it takes 1,024 descriptors."""
+    poll = select.poll()
+    for connection in connections:
+        poll.register(connection, select.POLLIN)
+    return bool(poll.poll(patience_ms))
+
 
 class LMServer:
     """Answers each chat completion with what `answer(request)` gives: a text, or a status, a body and maybe headers.
@@ -42,8 +79,6 @@ class LMServer:
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
-        self._idle = threading.Condition()
-        self._answering = 0
         self.serve(answer)
         owner = self
 
@@ -54,17 +89,19 @@ class LMServer:
                 super().setup()
                 self._ended = owner.ended
 
-            def do_POST(self) -> None:
-                with owner._idle:
-                    owner._answering += 1
+            def handle_one_request(self) -> None:
+                # It counts as soon as its first byte is read.
+                _readable(self.connection, patience_ms=None)
+                with server.changed:
+                    server.answering += 1
                 try:
-                    self._answer()
+                    super().handle_one_request()
                 finally:
-                    with owner._idle:
-                        owner._answering -= 1
-                        owner._idle.notify_all()
+                    with server.changed:
+                        server.answering -= 1
+                        server.changed.notify_all()
 
-            def _answer(self) -> None:
+            def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 owner.requests.append(body)
                 owner.authorizations.append(self.headers.get("Authorization"))
@@ -112,7 +149,7 @@ class LMServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
+        self._server = server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
@@ -129,19 +166,25 @@ class LMServer:
         self._answer = answer
 
     def becomes_idle(self, patience: float) -> bool:
-        """Let held answers go; whether all requests are answered in time."""
+        """Let held answers go; whether all requests that were sent before are answered in time, cancelled ones too."""
         self.gate.set()
-        with self._idle:
-            return self._idle.wait_for(lambda: self._answering == 0, patience)
+        server = self._server
+        # Connections are accepted in their order: after this one no earlier one is left.
+        with socket.create_connection(server.server_address[:2]) as last, server.changed:
+            port = last.getsockname()[1]
+            if not server.changed.wait_for(lambda: server.accepted == port, patience):
+                return False
+            end = time.monotonic() + patience
+            while not server.idle():
+                if not server.changed.wait(0.01) and time.monotonic() > end:
+                    return False
+        return True
 
     def _wait_for_gate(self, connection: Any) -> bool:
         """True once the gate is open, False if the client closes its connection first."""
-        import select
-
         while not self.gate.wait(0.01):
-            readable, _, _ = select.select([connection], [], [], 0)
             try:
-                closed = bool(readable) and connection.recv(1, 2) == b""  # MSG_PEEK
+                closed = _readable(connection, patience_ms=0) and connection.recv(1, 2) == b""  # MSG_PEEK
             except OSError:
                 closed = True
             if closed:

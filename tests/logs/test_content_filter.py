@@ -15,6 +15,14 @@ from dspy_bridge.logs import content_filter
 SECRET = "a secret of the caller's"
 
 
+@pytest.fixture(autouse=True)
+def dspy_is_not_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once another test has imported DSPy, its logger passes nothing on."""
+    logger = logging.getLogger("dspy")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+
+
 def filtered(record: logging.LogRecord) -> str:
     return logging.Formatter("%(message)s").format(content_filter.without_contents(record))
 

@@ -122,7 +122,13 @@ def test_each_is_known_here() -> None:
     assert not imported
 
 
-@pytest.mark.parametrize("place", USES)
+# These have the most samples, each of which costs time in the square of its length.
+LONGEST = {"patterns:_OUTSIDE", "patterns:_IN_CLASS"}
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=[pytest.mark.slow] * (place in LONGEST)) for place in USES]
+)
 def test_no_text_takes_it_long(place: str) -> None:
     """Each character that it takes, and each two, again and again, and then something that it does not take."""
     meet, samples = USES[place]

@@ -47,6 +47,7 @@ def test_an_lm_that_dspy_refuses_has_its_words(tmp_path: Path) -> None:
     assert list(found) == ["refused"] and found["refused"].startswith("LMConfigurationError: [openai/o3] ")
 
 
+@pytest.mark.slow  # it imports LiteLLM
 def test_an_lms_engine_needs_dspy_3_4(tmp_path: Path) -> None:
     found = facts("openai/gpt-4o-mini", tmp_path, {"engine": "litellm"})
     if DSPY >= (3, 4):

@@ -300,7 +300,8 @@ def test_any_json_value_goes_to_erlang_and_comes_back(value: Any) -> None:
     assert repr(erlport_terms.from_term(decode(term))) == repr(value)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Fewer examples than that above has: each waits for a thread.
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.text(), JSON))
 def test_any_map_goes_through_the_dispatcher_and_comes_back(held: Held, value: dict[str, Any]) -> None:
     """Bytes of JSON in between lose nothing, be it answered at once or by the event loop."""

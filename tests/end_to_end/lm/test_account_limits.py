@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, lm_env
+from conftest import SLOW_BY_LITELLM, lm_env
 from lm_server import LMServer, chat, script
 from peer import DSPY, PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
@@ -21,7 +21,7 @@ ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France
 PARIS = chat(answer="Paris")
 # Longer than any test, shorter than the wait that it is to fail for.
 HOURS = 3_600_000
-ENGINES = pytest.mark.parametrize("engine", [{}, BY_LITELLM], ids=["native", "litellm"])
+ENGINES = pytest.mark.parametrize("engine", [pytest.param({}, id="native"), SLOW_BY_LITELLM])
 REFUSED = {"error": {"message": "slow down", "type": "error"}}
 
 

@@ -115,7 +115,8 @@ def bomb(_streamed: bool) -> Iterator[bytes]:
 
 
 EACH = pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
-ON_BOTH_WAYS = pytest.mark.parametrize("way", list(WAYS))
+# LiteLLM for `make test-slow`: its import takes seconds.
+ON_BOTH_WAYS = pytest.mark.parametrize("way", ["native", pytest.param("litellm", marks=pytest.mark.slow)])
 
 
 @ON_BOTH_WAYS

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, lm_env, programs_at
+from conftest import SLOW_BY_LITELLM, lm_env, programs_at
 from lm_server import Answer, Ended, LMServer, chat, completion, event, script
 from peer import DSPY, ROOT, Peer
 from shared_peers import shared_peer
@@ -25,7 +25,7 @@ WHOLE = {
     "json": '{"reasoning": "Because.", "answer": "It is safe."}',
     "xml": "<reasoning>Because.</reasoning><answer>It is safe.</answer>",
 }
-WAYS: dict[str, dict[str, Any]] = {"own": {}, "litellm": BY_LITELLM}
+WAYS = pytest.mark.parametrize("way", [pytest.param({}, id="own"), SLOW_BY_LITELLM])
 TEXT = (
     "the LM's answer was cut off at max_tokens (30); give it more, or take what there is with "
     "config.allow_truncated: true"
@@ -59,15 +59,15 @@ def collected(peer: Peer, args: dict[str, Any], **envelope: Any) -> tuple[list[d
     return items, frame
 
 
-@pytest.mark.parametrize("way", WAYS)
+@WAYS
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("program_type", ["predict", "chain_of_thought"])
 @pytest.mark.parametrize("adapter", CUT)
 def test_an_answer_that_was_cut_off_is_refused(
-    make: Any, adapter: str, program_type: str, stream: bool, way: str
+    make: Any, adapter: str, program_type: str, stream: bool, way: dict[str, Any]
 ) -> None:
     """The LM is asked once. Chunks have been shown by then."""
-    lm = {"max_tokens": 30, **WAYS[way]}
+    lm = {"max_tokens": 30, **way}
     peer, server = make(Ended(CUT[adapter]), lm, adapter=adapter, program_type=program_type)
     items, reply = collected(peer, ASK, stream=stream, meta=True)
     assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
@@ -110,16 +110,16 @@ def test_it_is_true_or_false(make: Any) -> None:
     assert reply["error"].startswith("config.allow_truncatd: unknown option; did you mean allow_truncated?")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_text_has_the_limit_that_was_in_effect(make: Any, way: str) -> None:
+@WAYS
+def test_the_text_has_the_limit_that_was_in_effect(make: Any, way: dict[str, Any]) -> None:
     """That of the call, else that of the program, else that of the LM; none if the LM's provider chose it."""
-    lm = {"max_tokens": 10, **WAYS[way]}
+    lm = {"max_tokens": 10, **way}
     peer, _ = make(Ended(CUT["chat"]), lm, config={"max_tokens": 20})
     assert "at max_tokens (20);" in peer.call("execute_program", ASK)["error"]
     assert "at max_tokens (40);" in peer.call("execute_program", {**ASK, "config": {"max_tokens": 40}})["error"]
     peer, _ = make(Ended(CUT["chat"]), lm)
     assert "at max_tokens (10);" in peer.call("execute_program", ASK)["error"]
-    peer, _ = make(Ended(CUT["chat"]), WAYS[way])
+    peer, _ = make(Ended(CUT["chat"]), way)
     error = peer.call("execute_program", ASK)["error"]
     assert "was cut off at max_tokens, of which none was set: at the limit of the LM;" in error
 
@@ -146,9 +146,9 @@ def test_an_agent_ends_with_a_step_that_was_cut_off(make: Any, step: int) -> Non
     assert reply["meta"]["finish_reasons"] == ["stop", "length"][1 - step :]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@WAYS
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_tool_call_that_was_cut_off_is_not_made(make: Any, stream: bool, way: str) -> None:
+def test_a_tool_call_that_was_cut_off_is_not_made(make: Any, stream: bool, way: dict[str, Any]) -> None:
     """Of native function calling: its arguments end in the middle."""
     called = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"query": "a'}}
 
@@ -161,7 +161,7 @@ def test_a_tool_call_that_was_cut_off_is_not_made(make: Any, stream: bool, way: 
         body["choices"][0]["message"].update(content=None, tool_calls=[called])
         return 200, body
 
-    lm = {"model": "openai/gpt-4o-mini", "max_tokens": 30, **WAYS[way]}
+    lm = {"model": "openai/gpt-4o-mini", "max_tokens": 30, **way}
     tools = [{"name": "look", "args": {"query": {"type": "str"}}}]
     peer, server = make(answer, lm, tools=tools)
     _, reply = collected(peer, ASK, stream=stream, meta=True)

@@ -246,8 +246,10 @@ HEADERS = {"X-Token": "planted-header-2222", "Authorization": "Bearer planted-be
 # With headers of one's own DSPy calls LiteLLM.
 @pytest.mark.parametrize(
     ("way", "log_level"),
-    [({}, "info"), ({**BY_LITELLM, "extra_headers": HEADERS}, "debug")],
-    ids=["own", "litellm"],
+    [
+        pytest.param({}, "info", id="own"),
+        pytest.param({**BY_LITELLM, "extra_headers": HEADERS}, "debug", id="litellm", marks=pytest.mark.slow),
+    ],
 )
 def test_planted_secrets_are_nowhere(start_lm: Any, way: dict[str, Any], log_level: str) -> None:
     """Keys are neither in a history nor in the log; prompts and answers are in no log."""

@@ -110,8 +110,7 @@ defmodule DSPex.PythonBridge.Pool.RequestTest do
         eventually(fn -> Enum.sum(PoolProbe.busy(pool)) == 1 end)
         index = Enum.find_index(PoolProbe.busy(pool), &(&1 == 1))
         %{bridge: bridge} = Enum.at(Pool.status(pool).peers, index)
-        # It has sent it.
-        {:ok, _} = Bridge.call(bridge, :who)
+        eventually(fn -> match?(%{pending: 1}, Bridge.get_status(bridge)) end)
         bridge |> Process.whereis() |> Process.exit(:kill)
         assert {:error, %Error{type: :python_process_died}} = Task.await(held)
         eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, 20_000)
