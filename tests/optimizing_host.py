@@ -38,6 +38,12 @@ EVERY = os.environ.get("EVERY_OPTIMIZER") == "1"
 SCORING = [name for name in SMALL if name != "labeled_few_shot"] if EVERY else ["mipro_v2", "gepa"]
 ASKING = SCORING
 
+
+def first_of(*wanted: str) -> list[str]:
+    """Optimizers for a test: the first for `make test`, all for `make test-optimizers`."""
+    return list(wanted if EVERY else wanted[:1])
+
+
 EXACT = {"field": "answer", "match": "exact_match"}
 JUDGE = {"tool": "judge"}
 

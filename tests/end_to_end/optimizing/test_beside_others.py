@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from optimizing_host import EXACT, JUDGE, Desk, fails, right
+from optimizing_host import EXACT, JUDGE, Desk, fails, first_of, right
 from optimizing_lm import GOOD, expected
 from peer import PATIENCE
 
@@ -74,7 +74,7 @@ def prompts(desk: Desk) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["mipro_v2", "copro", "simba"])
+@pytest.mark.parametrize("optimizer", first_of("mipro_v2", "copro", "simba"))
 def test_the_program_stays_as_it_is(desk: Desk, optimizer: str) -> None:
     """Its state, and the prompt of runs before, meanwhile and afterwards."""
     listed = desk.peer.call("list_programs", {"state": True})["result"]["details"][0]["state"]
@@ -92,7 +92,7 @@ def test_the_program_stays_as_it_is(desk: Desk, optimizer: str) -> None:
     assert desk.peer.call("list_programs", {"state": True})["result"]["details"][0]["state"] == listed
 
 
-@pytest.mark.parametrize("optimizer", ["mipro_v2", "simba", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("simba", "mipro_v2", "gepa"))
 def test_a_judge_may_run_a_program_and_others_too(desk: Desk, optimizer: str) -> None:
     """Also with one slot: no one waits for a slot that is held by who waits for him."""
     desk.create("judge")

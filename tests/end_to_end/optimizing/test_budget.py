@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lm_server import Answer
-from optimizing_host import JUDGE, SCORING, Desk, lm_answer, right
+from optimizing_host import JUDGE, SCORING, Desk, first_of, lm_answer, right
 
 # Each answer's, as the server counts.
 TOKENS = 18
@@ -137,7 +137,7 @@ def test_the_first_budget_that_is_spent_ends_it(desk: Desk) -> None:
     assert desk.run("random_search", budget=budget)["result"]["stopped"] == "tokens"
 
 
-@pytest.mark.parametrize("optimizer", ["random_search", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("random_search", "gepa"))
 def test_a_budget_that_is_not_spent_changes_nothing(desk: Desk, optimizer: str) -> None:
     asked = []
     states = []

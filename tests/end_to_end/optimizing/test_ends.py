@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from optimizing_host import EXACT, JUDGE, SCORING, Desk
+from optimizing_host import EXACT, JUDGE, SCORING, Desk, first_of
 from peer import PATIENCE, ROOT, payloads
 
 THREADS = 4
@@ -71,7 +71,7 @@ def test_cancelled_while_the_metric_is_asked(desk: Desk, optimizer: str) -> None
     desk.nothing_follows(asked + THREADS)
 
 
-@pytest.mark.parametrize("optimizer", ["random_search", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("random_search", "gepa"))
 def test_at_its_deadline(desk: Desk, optimizer: str) -> None:
     """It comes while the LM is silent, or, on a slow machine, before."""
     desk.serve(held_after=20)

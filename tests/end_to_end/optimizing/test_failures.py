@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lm_server import Answer
-from optimizing_host import JUDGE, SCORING, Desk, fails, lm_answer
+from optimizing_host import JUDGE, SCORING, Desk, fails, first_of, lm_answer
 from tool_host import ToolError
 
 THREADS = 4
@@ -92,7 +92,7 @@ def test_a_metric_that_fails_as_it_is_asked_for_feedback(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("score", [1e308, -1e308, True, {"score": 120, "feedback": "x"}])
-@pytest.mark.parametrize("optimizer", ["random_search", "simba", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("simba", "random_search", "gepa"))
 def test_any_number_is_a_score(desk: Desk, optimizer: str, score: Any) -> None:
     """Means of huge ones do not overflow; SIMBA, which computes their exponentials, names its limit."""
     reply = desk.run(optimizer, JUDGE, {"judge": lambda **_: score})
@@ -148,7 +148,7 @@ def down(_request: dict[str, Any]) -> Answer:
     return 500, {"error": {"message": "broken", "type": "error", "code": None}}
 
 
-@pytest.mark.parametrize("optimizer", ["mipro_v2", "simba", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("simba", "mipro_v2", "gepa"))
 @pytest.mark.parametrize("examples", [3, 12])
 def test_an_lm_that_is_down(desk: Desk, optimizer: str, examples: int) -> None:
     """An error, not a score of 0, also when there are few examples to fail with."""

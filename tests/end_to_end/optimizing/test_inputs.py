@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from optimizing_host import EXACT, JUDGE, Desk
+from optimizing_host import EXACT, JUDGE, Desk, first_of
 from peer import PATIENCE
 
 GOOD: tuple[dict[str, Any], dict[str, Any]] = ({"question": "word 1", "count": 1}, {"answer": "WORD 1", "sure": True})
@@ -75,7 +75,7 @@ def test_pings_are_answered_while_a_large_trainset_is_read(desk: Desk) -> None:
     desk.reply_to(ping)
 
 
-@pytest.mark.parametrize("optimizer", ["mipro_v2", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("mipro_v2", "gepa"))
 def test_large_inputs(desk: Desk, optimizer: str) -> None:
     """10 MB each; other runs end meanwhile."""
     desk.create()

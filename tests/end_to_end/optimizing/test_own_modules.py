@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lm_server import Answer, chat
-from optimizing_host import JUDGE, Desk, lm_answer
+from optimizing_host import JUDGE, Desk, first_of, lm_answer
 from peer import PATIENCE, ROOT
 
 HOST = '''
@@ -94,11 +94,11 @@ TOOLS = {
     "judge": lambda example, prediction, **_: prediction["answer"] == example["answer"],
     "search": lambda query: f"found {query}",
 }
-WAYS = ["bootstrap_few_shot", "random_search", "gepa", "simba"]
+WAYS = first_of("gepa", "bootstrap_few_shot", "random_search", "simba")
 
 
 @pytest.mark.parametrize("kind", ["Sync", "Async", "Threads", "Parallel"])
-@pytest.mark.parametrize("optimizer", ["random_search", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("random_search", "gepa"))
 def test_own_modules(desk: Desk, kind: str, optimizer: str) -> None:
     definition = {"program_type": f"host:{kind}"}
     desk.create(**definition)
@@ -192,7 +192,7 @@ def test_an_agents_tool_calls_reach_the_caller(desk: Desk, optimizer: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["best_of_n", "refine"])
-@pytest.mark.parametrize("optimizer", ["bootstrap_few_shot", "gepa"])
+@pytest.mark.parametrize("optimizer", first_of("bootstrap_few_shot", "gepa"))
 def test_attempts(desk: Desk, kind: str, optimizer: str) -> None:
     definition = {
         "program_type": kind,

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from optimizing_host import EVERY, JUDGE, Desk, right
+from optimizing_host import JUDGE, Desk, first_of, right
 from tool_host import answer
 
 THREADS = 4
-OTHERS = ["gepa", "random_search", "copro", "simba"] if EVERY else []
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def started(desk: Desk, optimizer: str) -> int:
     return desk.start(optimizer, JUDGE, num_threads=THREADS, **({"reflection_lm": lm} if optimizer == "gepa" else {}))
 
 
-@pytest.mark.parametrize("optimizer", ["mipro_v2", *OTHERS])
+@pytest.mark.parametrize("optimizer", first_of("mipro_v2", "gepa", "random_search", "copro", "simba"))
 def test_the_request_again_after_a_kill(undisturbed: Desk, optimizer: str, tmp_path: Path) -> None:
     undisturbed.serve()
     whole = undisturbed.reply_to(started(undisturbed, optimizer))["result"]
