@@ -15,6 +15,9 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   #   * checked out: 0 or 1. The pool's coordinator writes it
   #
   # A value may be outdated when it is used: a bridge may die right after it. Then the caller gets the error.
+  #
+  # A caller that is killed after `take/2`, and before it has sent the call some microseconds later, leaves its count until
+  # the next life of the bridge, which until then looks busier than it is by one.
 
   import Bitwise
 

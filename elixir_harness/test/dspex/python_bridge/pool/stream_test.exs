@@ -177,6 +177,7 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
     test "when its caller is killed, before a chunk and after", %{pool: pool} do
       for play <- [[["go", "on"]], [["count", 1], ["go", "on"]]] do
         caller = spawn(fn -> elements(pool, play) end)
+
         # Not as soon as it is counted: killed before it has sent the call, it would leave its count behind.
         eventually(fn -> match?(%{pending: 1}, Bridge.get_status(hd(bridges(pool)))) end)
         Process.exit(caller, :kill)
