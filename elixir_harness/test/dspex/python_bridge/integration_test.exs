@@ -18,9 +18,11 @@ defmodule DSPex.PythonBridge.IntegrationTest do
   }
 
   @shared __MODULE__.Bridge
+  @secret "sk-secret-of-ours"
 
   setup_all do
-    start_supervised!({Bridge, real_opts(name: @shared)})
+    opts = [lm_options: %{api_key: @secret}, env: %{"SOME_KEY" => @secret}]
+    start_supervised!({Bridge, real_opts([name: @shared] ++ opts)})
     :ok
   end
 
@@ -31,6 +33,9 @@ defmodule DSPex.PythonBridge.IntegrationTest do
   end
 
   defp start(opts \\ []), do: start_supervised!({Bridge, real_opts(opts)})
+
+  defp nothing_runs(bridge),
+    do: eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
 
   defp execute(question, id \\ "qa"), do: %{program_id: id, inputs: %{question: question}}
 
@@ -119,17 +124,12 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
 
     test "no key shows in ps, neither the peer's nor its watchdog's" do
-      bridge =
-        start(
-          lm_options: %{api_key: "sk-secret-of-ours"},
-          env: %{"SOME_KEY" => "sk-secret-of-ours"}
-        )
-
+      bridge = shared()
       {:ok, _} = Bridge.call(bridge, :create_program, @qa)
       {processes, 0} = System.cmd("ps", ["-A", "-o", "pid,args"])
       assert processes =~ "#{Bridge.get_status(bridge).os_pid} "
       assert length(String.split(processes, "dspy_bridge.py")) >= 3
-      refute processes =~ "sk-secret-of-ours"
+      refute processes =~ @secret
     end
 
     test "settings reach the peer: a frame limit of ours is its own, too" do
@@ -150,7 +150,8 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     end
 
     test "500 mixed concurrent calls each get their own reply" do
-      bridge = start()
+      bridge = shared()
+      %{late_replies: late} = Bridge.get_status(bridge)
       for n <- 1..5, do: {:ok, _} = Bridge.call(bridge, :create_program, %{@qa | id: "p#{n}"})
 
       tasks =
@@ -191,11 +192,12 @@ defmodule DSPex.PythonBridge.IntegrationTest do
         end
       end
 
-      assert %{pending: 0, late_replies: 0, unreadable_frames: 0} = Bridge.get_status(bridge)
+      assert %{pending: 0, late_replies: ^late, unreadable_frames: 0} =
+               Bridge.get_status(bridge)
     end
 
     test "a timeout of 1 ms gives a result or :timeout, and leaves the bridge usable" do
-      bridge = start()
+      bridge = shared()
       {:ok, _} = Bridge.call(bridge, :create_program, @qa)
 
       for _ <- 1..50 do
@@ -208,6 +210,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
       assert Bridge.get_status(bridge).pending == 0
       refute_received _anything
+      nothing_runs(bridge)
     end
 
     test "a large request and a large reply" do
@@ -242,8 +245,10 @@ defmodule DSPex.PythonBridge.IntegrationTest do
         "*" => "I do not know."
       }
 
-      bridge = start(lm: "offline/script", lm_options: %{answers: answers})
-      program = %{id: "qa", signature: "question -> answer, population: int", adapter: "json"}
+      bridge = shared()
+      lm = %{model: "offline/script", answers: answers}
+      signature = "question -> answer, population: int"
+      program = %{id: "qa", signature: signature, adapter: "json", lm: lm}
       {:ok, _} = Bridge.call(bridge, :create_program, program)
 
       assert {:ok, %{"answer" => "Paris", "population" => 67}} =
@@ -276,10 +281,13 @@ defmodule DSPex.PythonBridge.IntegrationTest do
   end
 
   describe "an LM that takes its time" do
-    setup do
-      bridge = start(SilentLM.lm_opts(SilentLM.start()))
-      {:ok, _} = Bridge.call(bridge, :create_program, @qa)
-      %{bridge: bridge}
+    # With a peer of its own if that is to end.
+    setup context do
+      bridge = if context[:slow], do: start(), else: shared()
+      [lm: model, lm_options: options] = SilentLM.lm_opts(SilentLM.start())
+      program = Map.put(@qa, :lm, Map.put(options, :model, model))
+      {:ok, _} = Bridge.call(bridge, :create_program, program)
+      %{bridge: bridge, late_replies: Bridge.get_status(bridge).late_replies}
     end
 
     test "a ping overtakes a run; the run's deadline closes the LM's connection", %{
@@ -287,33 +295,34 @@ defmodule DSPex.PythonBridge.IntegrationTest do
     } do
       task =
         Task.async(fn ->
-          timed(fn -> Bridge.call(bridge, :execute_program, execute("?"), 3_000) end)
+          timed(fn -> Bridge.call(bridge, :execute_program, execute("?"), 2_000) end)
         end)
 
-      assert_receive {:lm_request, _line}, 2_900
+      assert_receive {:lm_request, _line}, 1_900
       {ms, {:ok, _}} = timed(fn -> Bridge.call(bridge, :ping, %{}, 1_000) end)
       assert ms < 250
       {ms, result} = Task.await(task)
       assert result == {:error, :timeout}
-      assert ms < 3_250
+      assert ms < 2_250
       assert_receive :lm_closed, 1_000
-      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+      nothing_runs(bridge)
     end
 
     test "a list of inputs has its results by the caller's timeout: those that are there", %{
-      bridge: bridge
+      bridge: bridge,
+      late_replies: late_replies
     } do
       # The first is refused without the LM.
       inputs = [%{x: 1} | for(n <- 1..300, do: %{question: "#{n}"})]
       args = %{program_id: "qa", inputs: inputs}
 
       assert {:ok, %{"results" => [refused | late]}} =
-               Bridge.call(bridge, :execute_program, args, 3_000)
+               Bridge.call(bridge, :execute_program, args, 2_000)
 
       assert refused["error_type"] == "invalid_args"
       assert length(late) == 300 and Enum.all?(late, &(&1["error_type"] == "timeout"))
-      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
-      assert Bridge.get_status(bridge).late_replies == 0
+      nothing_runs(bridge)
+      assert Bridge.get_status(bridge).late_replies == late_replies
     end
 
     test "a caller that dies has its run cancelled in the peer", %{bridge: bridge} do
@@ -321,7 +330,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       assert_receive {:lm_request, _line}, 10_000
       Process.exit(pid, :kill)
       assert_receive :lm_closed, 2_000
-      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+      nothing_runs(bridge)
       assert Bridge.get_status(bridge).pending == 0
     end
 
@@ -339,7 +348,7 @@ defmodule DSPex.PythonBridge.IntegrationTest do
       for _ <- callers, do: assert_receive({:lm_request, _line}, 10_000)
       assert %{restarts: 1, state: :running, pending: 20} = Bridge.get_status(bridge)
       Enum.each(callers, &Process.exit(&1, :kill))
-      eventually(fn -> match?({:ok, %{"in_flight" => 0}}, Bridge.call(bridge, :get_stats)) end)
+      nothing_runs(bridge)
     end
 
     @tag :slow
