@@ -174,7 +174,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   end
 
   test "[:pool, :call] is one span around a call to a pool, whichever peers serve" do
-    pool = start_pool(Keyword.delete(real_opts(pool_size: 2), :name))
+    pool = start_pool(fake_opts("who", pool_size: 2))
     events()
     create = %{id: "qa", signature: "question -> answer"}
     assert {:ok, _} = Pool.call(pool, :create_program, create, 20_000)
@@ -260,7 +260,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
 
   test "[:bridge, :resend] reports how many calls are sent again, and why" do
     bridge = fake_bridge("silent")
-    calls = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 2_000) end)
+    calls = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 1_000) end)
     once = Task.async(fn -> Bridge.request(bridge, :ping, %{}, retry: false) end)
     eventually(fn -> Bridge.get_status(bridge).pending == 4 end)
     kill(os_pid(bridge))
@@ -273,7 +273,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
 
   test "[:bridge, :resend] comes from a pool's caller, too, with the name of the peer that died" do
     pool = start_pool(fake_opts("silent", pool_size: 1))
-    call = Task.async(fn -> Pool.call(pool, :ping, %{}, 1_500) end)
+    call = Task.async(fn -> Pool.call(pool, :ping, %{}, 1_000) end)
     [%{bridge: bridge, os_pid: os_pid}] = Pool.status(pool).peers
     eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
     kill(os_pid)

@@ -63,32 +63,36 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
   end
 
   test "are there after the peer's death; one that was created in their place stays, one that was removed does not come back" do
-    start(programs: [@qa, Triage, %{id: "gone", signature: "q -> a"}])
+    start_who(programs: [@qa, Triage, %{id: "gone", signature: "q -> a"}])
     {:ok, _} = Bridge.call(@name, :create_program, %{id: "qa", signature: "q -> b"}, @ms)
     {:ok, _} = Bridge.call(@name, :cleanup, %{program_ids: ["gone"]}, @ms)
     kill(Bridge.get_status(@name).os_pid)
-    assert {:ok, %{"b" => _}} = execute("qa")
-    assert {:ok, %{"team" => _}} = execute("triage", %{ticket: "?"})
+    assert {:ok, %{"signature" => "q -> b"}} = execute("qa")
+    assert {:ok, %{"signature" => "ticket -> team"}} = execute("triage")
     assert {:error, "Program not found: gone"} = execute("gone")
     assert Bridge.restart(@name) == :ok
-    assert Enum.sort(programs()) == ["qa", "triage"]
-    assert {:ok, %{"b" => _}} = execute("qa")
+    assert programs() == %{"qa" => "q -> b", "triage" => "ticket -> team"}
+    assert {:ok, %{"signature" => "q -> b"}} = execute("qa")
 
     # A bridge that has no supervisor of this project is a tree of its own.
     kill_bridge()
-    assert {:ok, %{"a" => _}} = later(fn -> execute("qa") end)
-    assert programs() == ["qa", "triage", "gone"]
+    assert {:ok, %{"signature" => "q -> a"}} = later(fn -> execute("qa") end)
+    assert Enum.sort(Map.keys(programs())) == ["gone", "qa", "triage"]
   end
 
   test "tools are compared with theirs" do
     tools = [%{name: "stock", args: %{sku: %{type: "string"}}}]
-    start(programs: [%{id: "agent", program_type: "react", signature: "q -> a", tools: tools}])
+
+    start_who(
+      programs: [%{id: "agent", program_type: "react", signature: "q -> a", tools: tools}]
+    )
+
     args = %{program_id: "agent", inputs: %{q: "?"}}
     ask = &Bridge.request(@name, :execute_program, args, timeout: @ms, tools: &1)
 
     assert {:error, %Error{type: :invalid_args, message: message}} = ask.(%{stok: & &1})
     assert message == ":tools: program agent has no tool stok; it has stock"
-    assert {:ok, %{"a" => _}, _meta} = ask.(%{stock: & &1})
+    assert {:ok, %{"signature" => "q -> a"}, _meta} = ask.(%{stock: & &1})
     log = capture_log(fn -> assert {:ok, _} = execute("agent") end)
     assert log =~ "program agent is called without its tools (stock)"
   end
@@ -102,8 +106,8 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
   end
 
   describe "below DSPex.PythonBridge.Supervisor" do
-    defp start_tree(opts, peer \\ real_opts()) do
-      bridge = Keyword.merge(peer, [name: @name] ++ Keyword.get(opts, :bridge, []))
+    defp start_tree(opts) do
+      bridge = Keyword.merge(fake_opts("who"), [name: @name] ++ Keyword.get(opts, :bridge, []))
       monitor = [name: Module.concat(@name, Monitor)]
       opts = Keyword.merge([name: __MODULE__.Tree], opts)
       spec = {BridgeSupervisor, Keyword.merge(opts, bridge: bridge, monitor: monitor)}
@@ -112,26 +116,26 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
 
     test "stay removed when the bridge crashes, and are back when the tree is started again" do
       start_tree(programs: [@qa, Triage])
-      assert programs() == ["qa", "triage"]
+      assert programs() == %{"qa" => "q -> a", "triage" => "ticket -> team"}
       {:ok, _} = Bridge.call(@name, :cleanup, %{program_ids: ["qa"]}, @ms)
       {:ok, _} = Bridge.call(@name, :create_program, %{id: "triage", signature: "q -> b"}, @ms)
       kill_bridge()
-      assert {:ok, %{"b" => _}} = later(fn -> execute("triage") end)
-      assert programs() == ["triage"]
+      assert {:ok, %{"signature" => "q -> b"}} = later(fn -> execute("triage") end)
+      assert programs() == %{"triage" => "q -> b"}
 
       tree = Process.whereis(__MODULE__.Tree)
       Supervisor.stop(tree)
       eventually(fn -> Process.whereis(__MODULE__.Tree) not in [tree, nil] end)
-      assert {:ok, %{"a" => _}} = later(fn -> execute("qa") end)
-      assert {:ok, %{"team" => _}} = execute("triage", %{ticket: "?"})
+      assert {:ok, %{"signature" => "q -> a"}} = later(fn -> execute("qa") end)
+      assert {:ok, %{"signature" => "ticket -> team"}} = execute("triage")
     end
 
     test "may be among the options of the bridge, or in the configuration" do
-      start_tree([bridge: [programs: [Triage]]], fake_opts("who"))
+      start_tree(bridge: [programs: [Triage]])
       assert programs() == %{"triage" => "ticket -> team"}
       stop_supervised!(__MODULE__.Tree)
       put_config(:python_bridge, programs: [@qa])
-      start_tree([], fake_opts("who"))
+      start_tree([])
       assert programs() == %{"qa" => "q -> a"}
     end
 
@@ -149,12 +153,12 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
 
   test "DSPex.Application has those of the configuration" do
     on_exit(fn -> restart_application() end)
-    put_config(:python_bridge, [programs: [Triage]] ++ Keyword.delete(real_opts(), :name))
+    put_config(:python_bridge, [programs: [Triage]] ++ Keyword.delete(fake_opts("who"), :name))
     put_config(:autostart, true)
     restart_application()
 
-    assert {:ok, %{"team" => _}} =
-             Bridge.call(:execute_program, %{program_id: "triage", inputs: %{ticket: "?"}})
+    assert {:ok, %{"signature" => "ticket -> team"}} =
+             Bridge.call(:execute_program, %{program_id: "triage"})
   end
 
   defp restart_application do

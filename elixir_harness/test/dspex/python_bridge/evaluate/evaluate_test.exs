@@ -298,17 +298,15 @@ defmodule DSPex.PythonBridge.EvaluateTest do
              Evaluate.run(bridge, "none", @examples, metric: fn _, _ -> 1 end)
   end
 
-  test "the timeout and the caller's death stop all requests" do
-    bridge =
-      start_supervised!({Bridge, real_opts(SilentLM.lm_opts(SilentLM.start()))}, id: :silent)
-
-    {:ok, _} =
-      Bridge.call(bridge, :create_program, %{id: "qa", signature: "question -> answer"}, 60_000)
+  test "the timeout and the caller's death stop all requests", %{bridge: bridge} do
+    [lm: model, lm_options: options] = SilentLM.lm_opts(SilentLM.start())
+    silent = %{id: "silent", signature: "question -> answer", lm: Map.put(options, :model, model)}
+    {:ok, _} = Bridge.call(bridge, :create_program, silent, 60_000)
 
     metric = fn _, _ -> flunk("there is no answer to score") end
 
     assert {:error, %Error{type: :timeout}} =
-             Evaluate.run(bridge, "qa", @examples, metric: metric, timeout: 500)
+             Evaluate.run(bridge, "silent", @examples, metric: metric, timeout: 500)
 
     eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
 
@@ -317,7 +315,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     # Many more would follow.
     examples = Stream.repeatedly(fn -> hd(@examples) end)
     opts = [metric: metric, max_concurrency: 4]
-    caller = spawn(fn -> Evaluate.run(bridge, "qa", examples, opts) end)
+    caller = spawn(fn -> Evaluate.run(bridge, "silent", examples, opts) end)
     for _ <- 1..4, do: assert_receive({:lm_request, _line})
     Process.exit(caller, :kill)
     for _ <- 1..4, do: assert_receive(:lm_closed)

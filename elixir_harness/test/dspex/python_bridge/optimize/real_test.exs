@@ -160,16 +160,16 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
 
     # The other one, so that the run is not disturbed.
     [idle] = for {peer, 0} <- Enum.zip(Pool.status(pool).peers, PoolProbe.busy(pool)), do: peer
+    requests = OptimizingLM.requests(lm)
     kill(idle.os_pid)
+    programs = fn -> Bridge.call(idle.bridge, :list_programs) end
+    next? = &match?(%{state: :running, restarts: 1}, Bridge.get_status(&1))
+    eventually(fn -> next?.(idle.bridge) end, 30_000)
+    assert programs.() == {:ok, %{"programs" => ["other"]}}
+    assert OptimizingLM.requests(lm) == requests
     send(pid, :go_on)
     assert {:ok, %{score: 1.0}} = Task.await(task, 60_000)
-    requests = OptimizingLM.requests(lm)
-    # The one that has made it.
-    [%{os_pid: os_pid}] = Enum.reject(Pool.status(pool).peers, &(&1.bridge == idle.bridge))
-    kill(os_pid)
-    eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.os_pid not in [nil, os_pid])) end)
     eventually(fn -> PoolProbe.programs(pool) == [["other"], ["other"]] end, 30_000)
-    assert OptimizingLM.requests(lm) == requests
   end
 
   test "a judge runs a program on the same peer, which has one slot", %{bridge: bridge} do

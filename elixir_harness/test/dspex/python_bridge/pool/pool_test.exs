@@ -162,7 +162,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
     end
 
     test "a pool that ends leaves no process, and calls to it get an answer" do
-      pool = start_up()
+      pool = start_up(env: %{"DSPY_BRIDGE_DRAIN_MS" => "100"})
       os_pids = Enum.map(Pool.status().peers, & &1.os_pid)
       held = hold()
       eventually(fn -> Enum.sum(pending()) == 1 end)

@@ -364,33 +364,40 @@ defmodule DSPex.ProgramRunTest do
 
   ## Kills
 
-  for {client, opts} <- [{Bridge, []}, {Pool, [pool_size: 2]}] do
-    test "a peer of a #{inspect(client)} that dies in a run is not noticed, unless retry: false" do
-      client = unquote(client)
-      name = Module.concat(__MODULE__, "Killed#{inspect(client)}")
-      start_supervised!({client, real_opts([name: name, programs: [Agent]] ++ unquote(opts))})
-      idle(client, name)
-      counter = :counters.new(1, [])
+  test "a peer of a bridge that dies in a run is not noticed, unless retry: false" do
+    {:ok, _} = Bridge.call(@bridge, :create_program, Agent.definition(), 60_000)
+    assert_unnoticed(Bridge, @bridge)
+  end
 
-      # The first call of the tool kills the peer that asked for it.
-      deadly = fn _args ->
-        :counters.add(counter, 1, 1)
-        if :counters.get(counter, 1) == 1, do: kill_busy(client, name)
-        "survived"
-      end
+  @tag :slow
+  test "a peer of a pool that dies in a run is not noticed, unless retry: false" do
+    name = __MODULE__.Killed
+    start_supervised!({Pool, real_opts(name: name, pool_size: 2, programs: [Agent])})
+    assert_unnoticed(Pool, name)
+  end
 
-      opts = [server: name, timeout: 60_000, tools: %{stock: deadly}]
+  defp assert_unnoticed(client, name) do
+    idle(client, name)
+    counter = :counters.new(1, [])
 
-      assert {:ok, %Agent{trajectory: %{"observation_0" => "survived"}}} =
-               Agent.run([question: "a"], opts)
-
-      assert :counters.get(counter, 1) >= 1
-      :counters.put(counter, 1, 0)
-      idle(client, name)
-
-      assert {:error, %Error{type: :python_process_died, retryable: true}} =
-               Agent.run([question: "b"], [retry: false] ++ opts)
+    # The first call of the tool kills the peer that asked for it.
+    deadly = fn _args ->
+      :counters.add(counter, 1, 1)
+      if :counters.get(counter, 1) == 1, do: kill_busy(client, name)
+      "survived"
     end
+
+    opts = [server: name, timeout: 60_000, tools: %{stock: deadly}]
+
+    assert {:ok, %Agent{trajectory: %{"observation_0" => "survived"}}} =
+             Agent.run([question: "a"], opts)
+
+    assert :counters.get(counter, 1) >= 1
+    :counters.put(counter, 1, 0)
+    idle(client, name)
+
+    assert {:error, %Error{type: :python_process_died, retryable: true}} =
+             Agent.run([question: "b"], [retry: false] ++ opts)
   end
 
   # Each peer has loaded it.

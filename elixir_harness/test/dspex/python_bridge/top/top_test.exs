@@ -129,14 +129,12 @@ defmodule DSPex.PythonBridge.Top.TopTest do
 
     test "has only the bridge's figures of a silent peer, and all of others" do
       bridge = fake("silent", :mute)
-      real(:eloquent)
-      # The first question takes it some time.
-      assert {:ok, _} = Bridge.call(:eloquent, :get_stats)
+      fake("together", :eloquent, env: %{"FAKE_MINE" => "/dev/null", "FAKE_THEIRS" => "/"})
       snapshot = Top.snapshot(timeout: 1_000)
       assert %{state: :running, pending: 0, os_pid: os_pid} = mute = find(snapshot, :mute)
       assert os_pid == Bridge.get_status(bridge).os_pid
       assert blank?(mute)
-      assert %{calls: 1} = find(snapshot, :eloquent)
+      assert %{calls: 3} = find(snapshot, :eloquent)
       # The question is taken back.
       eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
     end
@@ -158,7 +156,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       fake("who", :another_kind)
       hangs = fake("echo", :hangs)
       :sys.suspend(hangs)
-      snapshot = Top.snapshot(timeout: 1_000)
+      snapshot = Top.snapshot(timeout: 500)
       assert %{state: :running} = another = find(snapshot, :another_kind)
       assert blank?(another)
       assert %{state: nil, os_pid: nil, pending: nil} = hanging = find(snapshot, :hangs)
