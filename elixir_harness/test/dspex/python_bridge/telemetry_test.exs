@@ -272,7 +272,9 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   end
 
   test "[:bridge, :resend] comes from a pool's caller, too, with the name of the peer that died" do
-    pool = start_pool(fake_opts("silent", pool_size: 1))
+    # In its end it would wait for what the monitor has asked.
+    env = %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
+    pool = start_pool(fake_opts("silent", pool_size: 1, env: env))
     call = Task.async(fn -> Pool.call(pool, :ping, %{}, 1_000) end)
     [%{bridge: bridge, os_pid: os_pid}] = Pool.status(pool).peers
     eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
@@ -364,7 +366,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert %{status: :unhealthy} = Monitor.force_health_check(monitor)
 
       silent = start(Keyword.delete(fake_opts("silent"), :name), :silent)
-      call = Task.async(fn -> Bridge.call(silent, :ping, %{}, 1_000) end)
+      call = Task.async(fn -> Bridge.call(silent, :ping, %{}, 500) end)
       eventually(fn -> Bridge.get_status(silent).pending == 1 end)
       kill(os_pid(silent))
       assert Task.await(call) == {:error, :timeout}

@@ -23,8 +23,11 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
 
   @shared __MODULE__.Bridge
 
+  @pool __MODULE__.Pool
+
   setup_all do
     start_supervised!({Bridge, real_opts(name: @shared, default_timeout: 20_000)})
+    start_supervised!({Pool, real_opts(name: @pool, pool_size: 1, default_timeout: 20_000)})
     :ok
   end
 
@@ -32,12 +35,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
   defp start(programs) do
     {:ok, _} = Bridge.call(@shared, :cleanup)
     create(@shared, programs)
-  end
-
-  defp start_own(programs) do
-    {Bridge, real_opts(default_timeout: 20_000)}
-    |> start_supervised!()
-    |> create(programs)
   end
 
   defp create(bridge, programs) do
@@ -155,7 +152,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       end
 
       elements =
-        bridge |> Bridge.stream(args, tools: %{search: search}, timeout: 6_000) |> Enum.to_list()
+        bridge |> Bridge.stream(args, tools: %{search: search}, timeout: 3_000) |> Enum.to_list()
 
       assert {:ok, %{"results" => [one, slow, two]}, _meta} = List.last(elements)
       assert %{"success" => true, "result" => %{"answer" => _}} = one
@@ -166,13 +163,12 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
     end
 
     test "works on a bridge that a pool has checked out" do
-      pool = :"#{__MODULE__}.Pool"
-      start_supervised!({Pool, real_opts(name: pool, pool_size: 1)})
-      {:ok, _} = Pool.call(pool, :create_program, @qa, 20_000)
-      {:ok, bridge} = Pool.checkout(pool)
+      {:ok, _} = Pool.call(@pool, :create_program, @qa)
+      {:ok, bridge} = Pool.checkout(@pool)
       elements = bridge |> Bridge.stream(@ask) |> Enum.to_list()
       assert {:ok, %{"answer" => _}, _meta} = List.last(elements)
       assert Enum.any?(elements, &match?({:chunk, "answer", _}, &1))
+      :ok = Pool.checkin(@pool, bridge)
     end
   end
 
@@ -288,12 +284,13 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
 
   test "a program's state goes out of one bridge and into another" do
     demos = [%{question: "Well?", answer: "WELL!"}]
-    bridge = start_own([Map.put(@qa, :demos, demos)])
+    {:ok, bridge} = Pool.checkout(@pool)
+    create(bridge, [Map.put(@qa, :demos, demos)])
 
     assert {:ok, %{"details" => [%{"state" => %{"demos" => [%{"answer" => "WELL!"}]} = state}]}} =
              Bridge.call(bridge, :list_programs, %{program_ids: ["qa"], state: true})
 
-    stop_supervised!(Bridge)
+    :ok = Pool.checkin(@pool, bridge)
     bridge = start([Map.put(@qa, :state, state)])
     assert {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, @ask)
   end

@@ -13,24 +13,32 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
   @field {:field, :answer, :equals}
   @moduletag timeout: 120_000
 
+  # The tests share the pools of two nodes.
   setup_all do
     Nodes.distribute()
-    :ok
-  end
-
-  setup do
     script = %{model: "offline/script", answers: %{"*" => %{answer: "a"}}}
     cluster = "evaluations #{System.unique_integer([:positive])}"
     opts = [name: @pool, cluster: cluster, pool_size: 1, lm: script, max_retries: 10]
     opts = real_opts([default_timeout: 60_000] ++ opts)
     start_supervised!({Pool, opts})
-    there = Nodes.start()
-    Nodes.start_pool(there, opts)
-    for node <- [node(), there], do: up_on(node)
-    eventually(fn -> there in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
+    there = join(opts)
     {:ok, _} = Pool.call(@pool, :create_program, %{id: "qa", signature: "question -> answer"})
-    # Each example counts what was scored: the questions.
-    %{there: there, scored: :ets.new(:scored, [:public])}
+    %{there: there, opts: opts}
+  end
+
+  # Each example counts what was scored: the questions.
+  setup context do
+    for node <- [node(), context.there], do: up_on(node)
+    %{scored: :ets.new(:scored, [:public])}
+  end
+
+  # One more node, with a pool.
+  defp join(opts) do
+    node = Nodes.start()
+    Nodes.start_pool(node, opts)
+    for node <- [node(), node], do: up_on(node)
+    eventually(fn -> node in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
+    node
   end
 
   defp up_on(node),
@@ -71,22 +79,28 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
 
   test "the peers of both nodes run examples, with a metric here and with one of a field",
        context do
+    before = runs(context)
     result = Evaluate.run(@pool, "qa", examples(120), metric: metric(context.scored))
     assert_each_once(result, context.scored, 120)
-    runs = %{here: runs_on(node()), there: runs_on(context.there)}
-    assert runs.here > 0 and runs.there > 0 and runs.here + runs.there == 120
+    runs = runs(context)
+    assert runs.here > before.here and runs.there > before.there
+    assert runs.here + runs.there == before.here + before.there + 120
     assert {:ok, %{score: 1.0}} = Evaluate.run(@pool, "qa", examples(120), metric: @field)
-    now = %{here: runs_on(node()), there: runs_on(context.there)}
+    now = runs(context)
     assert now.here > runs.here and now.there > runs.there
   end
 
+  defp runs(context), do: %{here: runs_on(node()), there: runs_on(context.there)}
+
   test "calls that are not spread stay at this node", context do
+    before = runs(context)
+
     for n <- 1..20 do
       args = %{program_id: "qa", inputs: %{question: "q#{n}"}}
       {:ok, _, _} = Pool.request(@pool, :execute_program, args)
     end
 
-    assert {runs_on(node()), runs_on(context.there)} == {20, 0}
+    assert runs(context) == %{before | here: before.here + 20}
   end
 
   test "no metric call is made twice when the peers of both nodes are killed", context do
@@ -105,10 +119,11 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
   end
 
   test "no metric call is made twice when a node is lost", context do
-    os_pid = Nodes.on(context.there, System, :pid, [])
+    lost = join(context.opts)
+    os_pid = Nodes.on(lost, System, :pid, [])
     lose = fn n -> if n == 40, do: kill(os_pid) end
     result = Evaluate.run(@pool, "qa", examples(160), metric: metric(context.scored, lose))
     assert_each_once(result, context.scored, 160)
-    eventually(fn -> context.there not in Node.list() end)
+    eventually(fn -> lost not in Node.list() end)
   end
 end

@@ -15,9 +15,10 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
 
   @pool __MODULE__.Pool
 
+  # The other node, which the tests share that do not change it.
   setup_all do
     Nodes.distribute()
-    :ok
+    %{node: Nodes.start()}
   end
 
   setup tags do
@@ -29,14 +30,23 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     {borrower, [ok: _bridge]} = PoolProbe.check_out_all(@pool)
 
     start_there = fn opts_there ->
-      there = Nodes.start()
-      Nodes.start_pool(there, fake |> Keyword.merge(opts) |> Keyword.merge(opts_there))
+      there = if tags[:own_node], do: Nodes.start(), else: tags.node
+      pool = Nodes.start_pool(there, fake |> Keyword.merge(opts) |> Keyword.merge(opts_there))
+      unless tags[:own_node], do: on_exit(fn -> end_on(there, pool) end)
       up_on(there)
       eventually(fn -> there in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
       there
     end
 
     %{start_there: start_there, borrower: borrower}
+  end
+
+  defp end_on(node, pool) do
+    children = Nodes.on(node, Supervisor, :which_children, [DSPex.ApplicationSupervisor])
+    [id] = for {id, ^pool, _, _} <- children, do: id
+
+    for end_child <- [:terminate_child, :delete_child],
+        do: :ok = Nodes.on(node, Supervisor, end_child, [DSPex.ApplicationSupervisor, id])
   end
 
   defp up_on(node) do
@@ -223,6 +233,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     idle_on(there)
   end
 
+  @tag :own_node
   test "the loss of the node before a chunk is not noticed; after it, it is the end", context do
     there = context.start_there.([])
 
@@ -246,6 +257,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     eventually(fn -> PoolProbe.busy(@pool) == [0] end)
   end
 
+  @tag :own_node
   test "a node of an older version serves only calls without chunks and tools", context do
     there = context.start_there.([])
     make_older(there)
@@ -279,6 +291,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     refute Nodes.on(node, :erlang, :function_exported, [Remote, :open, 5])
   end
 
+  @tag :own_node
   test "a stopped node keeps no caller past its timeout", context do
     there = context.start_there.([])
     os_pid = Nodes.on(there, System, :pid, [])
