@@ -101,14 +101,15 @@ defmodule DSPex.PythonBridge.Bridge do
   comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
   loading them are tried again.
 
-  Of a pool each bridge is restarted by itself, by its name in `DSPex.PythonBridge.Pool.status/1`.
+  Of a pool each bridge is restarted by itself, by its name in `DSPex.PythonBridge.Pool.status/1`; for the pool's own name
+  the error says so.
 
   It returns once the new peer serves. If that does not start, the old one keeps serving, and the error is a string
   with the reason; without an old peer, the attempts go on.
   """
   @spec restart(server()) :: :ok | {:error, :bridge_not_running | String.t()}
   def restart(server \\ __MODULE__),
-    do: ask(server, :restart, {:error, :bridge_not_running}, :infinity)
+    do: ask(server, :restart, &{:error, &1 || :bridge_not_running}, :infinity)
 
   @doc """
   Stops the bridge. Calls that the peer has are still answered, within `DSPY_BRIDGE_DRAIN_MS` (5 s by default); other
@@ -118,7 +119,7 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
-    with {:ok, bridge} <- find(server), do: GenServer.stop(bridge)
+    with {:ok, bridge} <- Caller.find_anywhere(server), do: GenServer.stop(bridge)
     :ok
   catch
     _kind, _not_running -> :ok
@@ -130,7 +131,8 @@ defmodule DSPex.PythonBridge.Bridge do
 
     * `:state` – `:starting` (the first peer does not serve yet), `:running`, `:restarting` (a peer has died and the
       next does not serve yet), `:failed` (`max_retries` attempts in a row to start one have failed; they go on, and
-      calls wait; or the bridge is not running: then only the first five keys are there, all 0 or nil)
+      calls wait; or the bridge is not running: then only the first five keys are there, all 0 or nil; for a pool
+      `:last_error` names what to ask instead)
     * `:os_pid` – of the peer; nil while there is none
     * `:pending` – calls that wait for a reply, sent or not
     * `:restarts` – peers started after the first
@@ -145,7 +147,8 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec get_status(server()) :: status()
   def get_status(server \\ __MODULE__) do
-    ask(server, :get_status, %{state: :failed, os_pid: nil, pending: 0, restarts: 0, uptime_ms: 0})
+    nothing = %{state: :failed, os_pid: nil, pending: 0, restarts: 0, uptime_ms: 0}
+    ask(server, :get_status, &if(&1, do: Map.put(nothing, :last_error, &1), else: nothing))
   end
 
   ## Calls
@@ -352,34 +355,21 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec cast(server(), command(), map()) :: :ok | {:error, String.t()}
   def cast(server, command, args), do: Caller.send_only(server, command, args)
 
+  # `otherwise`: of a pool's name, or of what is not running.
   defp ask(server, question, otherwise, timeout \\ @question_ms) do
-    with {:ok, bridge} <- find(server),
+    with {:ok, bridge} <- Caller.find_anywhere(server),
          answer when answer != {:error, :unknown_call} <-
            GenServer.call(bridge, question, timeout) do
       answer
     else
-      _another -> otherwise
+      {:error, %Error{type: :invalid_request}} -> otherwise.(a_pool(server))
+      _another -> otherwise.(nil)
     end
   catch
     # Any term may be given as a server, and may raise.
-    _kind, _not_running -> otherwise
+    _kind, _not_running -> otherwise.(nil)
   end
 
-  # On the server's node, which knows whether it is a bridge: a process of another kind may end by a call that it does
-  # not know.
-  defp find(server) do
-    case Caller.find(server) do
-      {:ok, {name, node} = far} -> find_there(node, name, far)
-      {:ok, pid} when node(pid) != node() -> find_there(node(pid), pid, pid)
-      here_or_not -> here_or_not
-    end
-  end
-
-  # A node of an older version does not have the function: then it is not checked.
-  defp find_there(node, server, as_given) do
-    :erpc.call(node, DSPex.PythonBridge.Caller, :find, [server], @question_ms)
-  catch
-    :error, {:exception, :undef, [{DSPex.PythonBridge.Caller, :find, _, _} | _]} ->
-      {:ok, as_given}
-  end
+  defp a_pool(server),
+    do: "#{inspect(server)} is a pool: name one of its bridges, which Pool.status/1 lists"
 end

@@ -71,7 +71,7 @@ defmodule DSPex.PythonBridge.Optimize do
   @doc """
   Optimizes a program: `{:ok, %DSPex.PythonBridge.Optimize.Result{}}`, or `{:error, %DSPex.PythonBridge.Error{}}`.
 
-  `server` is a bridge or a pool, of which one peer of this node is used; it serves other calls meanwhile. `definition` is
+  `server` is a bridge, or a pool of this node, of which one peer is used; it serves other calls meanwhile. `definition` is
   what `create_program` takes, a map with an `id`, or a module with `use DSPex.PythonBridge.Program`; its own `state` is where
   the optimizer starts. The program need not exist: the peer gets it under an id of its own until the end.
 

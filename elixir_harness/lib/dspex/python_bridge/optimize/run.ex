@@ -36,8 +36,23 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   @spec find(term()) :: {:ok, where()} | {:error, Error.t()}
   def find(server) do
     case Pool.Handle.fetch(server) do
-      nil -> with {:ok, dest} <- Caller.find(server), do: {:ok, {:bridge, dest}}
+      nil -> find_bridge(server)
       handle -> {:ok, {:pool, handle}}
+    end
+  end
+
+  defp find_bridge(server) do
+    case Caller.find_anywhere(server) do
+      {:ok, dest} ->
+        {:ok, {:bridge, dest}}
+
+      # Else it would have been found above.
+      {:error, %Error{type: :invalid_request}} ->
+        text = "#{inspect(server)} is a pool of another node: call Optimize.run there"
+        {:error, Error.new(:invalid_request, text)}
+
+      not_running ->
+        not_running
     end
   end
 

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Evaluate, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Optimize, Pool}
   alias DSPex.Test.{Nodes, PoolProbe}
 
   @pool __MODULE__.Pool
@@ -101,6 +101,24 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
     end
 
     assert runs(context) == %{before | here: before.here + 20}
+  end
+
+  test "an optimization takes a pool of its own node, and a bridge of any", context do
+    far = {@pool, context.there}
+    assert {:error, %Error{type: :invalid_request, message: text}} = optimize(far)
+    assert text == "#{inspect(far)} is a pool of another node: call Optimize.run there"
+    assert %{state: :failed, last_error: named} = Bridge.get_status(far)
+    assert named =~ "#{inspect(far)} is a pool: name one of its bridges"
+    [%{bridge: bridge}] = peers_on(context.there)
+    assert {:ok, %{score: 1.0}} = optimize({bridge, context.there})
+    nobody = {:nobody, context.there}
+    assert {:error, %Error{type: :bridge_not_running}} = optimize(nobody)
+  end
+
+  defp optimize(server) do
+    opts = [trainset: examples(4), metric: @field, optimizer: :random_search]
+    opts = opts ++ [options: %{num_candidate_programs: 1, max_bootstrapped_demos: 1}]
+    Optimize.run(server, %{id: "better", signature: "question -> answer"}, opts)
   end
 
   test "no metric call is made twice when the peers of both nodes are killed", context do

@@ -55,8 +55,12 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
           assert [error(text)] == server |> Bridge.stream(%{}, []) |> Enum.to_list()
           assert Bridge.call(server, :who, %{secret: "hush"}, 1_000) == {:error, text}
           assert Bridge.cast(server, :who, %{secret: "hush"}) == {:error, text}
-          assert %{state: :failed} = Bridge.get_status(server)
-          assert {:error, :bridge_not_running} = Bridge.restart(server)
+          assert %{state: :failed, last_error: named} = Bridge.get_status(server)
+
+          assert named ==
+                   "#{inspect(server)} is a pool: name one of its bridges, which Pool.status/1 lists"
+
+          assert Bridge.restart(server) == {:error, named}
         end
       end)
 
