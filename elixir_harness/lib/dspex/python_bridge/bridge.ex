@@ -119,7 +119,9 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
-    with {:ok, bridge} <- Caller.find_anywhere(server), do: GenServer.stop(bridge)
+    with {:ok, bridge} <- DSPex.PythonBridge.Caller.find_anywhere(server),
+         do: GenServer.stop(bridge)
+
     :ok
   catch
     _kind, _not_running -> :ok
@@ -357,7 +359,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
   # `otherwise`: of a pool's name, or of what is not running.
   defp ask(server, question, otherwise, timeout \\ @question_ms) do
-    with {:ok, bridge} <- Caller.find_anywhere(server),
+    with {:ok, bridge} <- DSPex.PythonBridge.Caller.find_anywhere(server),
          answer when answer != {:error, :unknown_call} <-
            GenServer.call(bridge, question, timeout) do
       answer

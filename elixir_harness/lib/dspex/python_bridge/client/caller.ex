@@ -18,7 +18,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @max_timeout 4_294_967_295
   # A bridge answers questions at once.
   @longest_question_ms 1_000
-  @another_node_ms 5_000
 
   @typedoc "A call that is prepared, or under way. `server`: as the caller has given it."
   @type call :: %{
@@ -236,30 +235,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
       dest != nil and Registry.get(:pool, dest) != nil -> {:error, a_pool(server)}
       true -> {:error, Error.not_running(:bridge, server)}
     end
-  end
-
-  @doc """
-  As `find/1`, and for a process of another node that node is asked, within 5 s: one of another kind may end by a message
-  that it does not know, or never answer.
-  """
-  @spec find_anywhere(term()) :: {:ok, dest()} | {:error, Error.t()}
-  def find_anywhere(server) do
-    case find(server) do
-      {:ok, {name, node} = far} -> find_there(node, name, far)
-      {:ok, pid} when node(pid) != node() -> find_there(node(pid), pid, pid)
-      here_or_not -> here_or_not
-    end
-  end
-
-  # A node of an older version does not have the function: then it is not checked.
-  defp find_there(node, server, as_given) do
-    :erpc.call(node, DSPex.PythonBridge.Caller, :find, [server], @another_node_ms)
-  catch
-    :error, {:exception, :undef, [{DSPex.PythonBridge.Caller, :find, _, _} | _]} ->
-      {:ok, as_given}
-
-    :error, {:erpc, _unreachable} ->
-      {:error, Error.not_running(:bridge, server)}
   end
 
   # Only its own node can tell for a process of another node.
