@@ -17,8 +17,11 @@ defmodule Mix.Tasks.DspexTasksTest do
     put_system_env("PYTHON_EXECUTABLE", python())
     put_system_env("MIX_BUILD_PATH", Path.join(dir, "build"))
     put_config(:python_environment, [])
-    put_config(:python_bridge, lm: "offline/echo")
+    # A peer without DSPy, whose import takes longer than all else here.
+    put_config(:python_bridge, lm: "offline/echo", script_path: fake("healthy"))
   end
+
+  defp with_real_peer, do: put_config(:python_bridge, lm: "offline/echo")
 
   # What a task printed, and its exit status.
   defp run(task, args) do
@@ -67,6 +70,7 @@ defmodule Mix.Tasks.DspexTasksTest do
 
   describe "dspex.doctor" do
     test "prints each check, and exits with 0" do
+      with_real_peer()
       {text, status} = run(Doctor, [])
       assert status == 0
       assert text =~ ~r/^✓ configuration /
@@ -130,6 +134,7 @@ defmodule Mix.Tasks.DspexTasksTest do
     test "makes it in the default folder, runs the doctor, and prints how to use it", %{
       tmp_dir: dir
     } do
+      with_real_peer()
       uv(dir)
       folder = Path.join(dir, "build/dspex_venv")
       {text, status} = run(Setup, [])
@@ -156,7 +161,7 @@ defmodule Mix.Tasks.DspexTasksTest do
       tmp_dir: dir
     } do
       uv(dir)
-      put_config(:python_bridge, python_executable: python())
+      put_config(:python_bridge, python_executable: python(), script_path: fake("healthy"))
       folder = Path.join(dir, "there")
       args = ["--path", Path.relative_to_cwd(folder), "--python", python()]
       {text, 0} = run(Setup, args ++ ["--with", "optimizers"])

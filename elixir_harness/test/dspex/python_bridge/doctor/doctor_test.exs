@@ -25,6 +25,12 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
     Map.new(checks, &{&1.name, &1})
   end
 
+  # Without a peer that answers: a test of the checks before it does not pay for the import of DSPy.
+  defp run_without_peer(opts \\ []), do: run([start_timeout: 1] ++ opts)
+
+  # With one that answers at once, without DSPy.
+  defp run_with_fake(opts \\ []), do: run([script_path: fake("healthy")] ++ opts)
+
   defp statuses(checks, names), do: for(name <- names, do: checks[name].status)
 
   defp says(dir, answer), do: use_interpreter(dir, "echo 'DSPEX #{JSON.encode!(answer)}'")
@@ -37,8 +43,13 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   end
 
   describe "a good environment" do
-    test "all checks, in order, each when it is done; real DSPy answers" do
+    test "all checks, in order, each when it is done; real DSPy answers, and takes what is declared" do
       me = self()
+
+      put_config(:python_bridge,
+        programs: [%{id: "qa", signature: "q -> a"}, __MODULE__.Triage]
+      )
+
       checks = Doctor.run(lm: "offline/echo", each: &send(me, &1))
       assert Enum.map(checks, & &1.name) == @names
       assert Enum.map(checks, & &1.status) == List.duplicate(:ok, 13)
@@ -51,13 +62,16 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert checks["script"] == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
       assert checks["ping"] =~ ~r/^answered \d+ ms after its start$/
       assert checks["program"] =~ "offline/echo answered"
+      assert checks["programs"] == "2 declared, and created"
     end
 
     test "it leaves no process and no message, and takes no name", %{tmp_dir: dir} do
       Process.flag(:trap_exit, true)
       Process.register(self(), :doctor_test)
       put_config(:python_bridge, name: :doctor_test)
-      script = peer(dir, File.read!(Application.app_dir(:dspex, "priv/python/dspy_bridge.py")))
+      # Its path is that of no other peer.
+      script = Path.join(dir, "healthy.py")
+      for name <- ["healthy", "frames"], do: File.cp!(fake(name), Path.join(dir, "#{name}.py"))
       before = Process.list()
       checks = run(script_path: script, lm: "offline/echo")
       assert %{status: :ok} = checks["program"]
@@ -71,7 +85,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       node = Nodes.start()
       level = Logger.level()
       on_exit(fn -> Logger.configure(level: level) end)
-      opts = [python_executable: python(), lm: "offline/echo"]
+      opts = [python_executable: python(), script_path: fake("healthy")]
       me = self()
 
       log =
@@ -113,21 +127,14 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       def definition, do: %{id: "triage", signature: "ticket -> team"}
     end
 
-    test "are created; those that are wrong are named, each with the reason" do
-      put_config(:python_bridge,
-        lm: "offline/echo",
-        programs: [%{id: "qa", signature: "q -> a"}, Triage]
-      )
-
-      assert %{status: :ok, found: "2 declared, and created"} = run()["programs"]
-
+    test "that are wrong are named, each with the reason" do
       wrong = [
         %{id: "bad type", signature: %{inputs: [%{name: "q", type: "strng"}], outputs: []}},
         Triage,
         %{id: "no json", lm: %{model: "x", api_key: {:system, @key}}}
       ]
 
-      checks = run(programs: wrong)
+      checks = run(programs: wrong, lm: "offline/echo")
       assert %{status: :failed, found: found, advice: advice} = checks["programs"]
       assert found =~ "bad type: signature.inputs[0].type: unknown type 'strng'"
       assert found =~ "; no json: lm.api_key: a tuple has no JSON form"
@@ -140,7 +147,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
     test "that stand beside the options of the bridge are named" do
       put_config(:programs, [Triage])
-      assert %{status: :failed, found: found} = run()["configuration"]
+      assert %{status: :failed, found: found} = run_without_peer()["configuration"]
       assert found == "config :dspex, :programs: they belong to :python_bridge"
     end
 
@@ -163,7 +170,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
     test "misspelt keys, with suggestions; all errors at once; the other checks run" do
       put_config(:python_bridg, lm: "x")
       put_config(:python_bridge_monitor, intervall: 5)
-      checks = run()
+      checks = run_with_fake()
       assert %{status: :failed, found: text} = checks["configuration"]
       assert text =~ "unknown option :python_bridg, did you mean :python_bridge?"
       assert text =~ "unknown option :intervall, did you mean :interval?"
@@ -172,7 +179,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
     test "keys of the application's own are ignored" do
       put_config(:something_else, 1)
-      assert run()["configuration"].status == :ok
+      assert run_without_peer()["configuration"].status == :ok
     end
 
     test "wrong types, and a misspelt option: checks that depend on them are skipped" do
@@ -196,7 +203,9 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
     test "autostart of another type" do
       put_config(:autostart, "false")
-      assert run()["configuration"].found =~ ":autostart: expected true or false, got \"false\""
+
+      assert run_without_peer()["configuration"].found =~
+               ":autostart: expected true or false, got \"false\""
     end
   end
 
@@ -222,7 +231,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
     test "the caller may say what decided" do
       opts = [python_executable: python(), decided: "by me"]
-      assert run(opts)["interpreter"].found == "#{python()} (by me)"
+      assert run_without_peer(opts)["interpreter"].found == "#{python()} (by me)"
     end
 
     test "a relative path that only works from here is noted", %{tmp_dir: dir} do
@@ -230,14 +239,14 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       File.mkdir_p!(Path.join(dir, "bin"))
       File.ln_s!(python(), Path.join(dir, "bin/python"))
       put_config(:python_environment, virtual_env: venv)
-      assert %{status: :note, found: found, advice: advice} = run()["interpreter"]
+      assert %{status: :note, found: found, advice: advice} = run_without_peer()["interpreter"]
       assert found == "#{dir}/bin/python (virtual_env in config :dspex, :python_environment)"
       assert advice =~ inspect(venv) and advice =~ "__DIR__"
     end
 
     test "the hint is shown if none is configured" do
-      assert %{status: :note, advice: "look"} = run(hint: "look")["interpreter"]
-      named = run(hint: "look", python_executable: python())["interpreter"]
+      assert %{status: :note, advice: "look"} = run_without_peer(hint: "look")["interpreter"]
+      named = run_without_peer(hint: "look", python_executable: python())["interpreter"]
       assert %{status: :ok, advice: nil} = named
     end
 
@@ -305,7 +314,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
     test "further packages that the configuration requires" do
       put_config(:python_environment, required_packages: ["dspy-ai", "no-such-package"])
-      checks = run()
+      checks = run_without_peer()
       assert checks["no-such-package"].status == :failed
       assert checks["no-such-package"].advice =~ "pip install"
       assert checks["dspy"].status == :ok
@@ -366,7 +375,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   end
 
   describe "folders" do
-    defp folders(env), do: run(env: env, start_timeout: 1)["folders"]
+    defp folders(env), do: run_without_peer(env: env)["folders"]
 
     test "that are set are listed; a cache's may be missing", %{tmp_dir: dir} do
       cache = Path.join(dir, "not/yet")
@@ -395,10 +404,14 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
     end
   end
 
-  test "a failure that the caller does not count is a note" do
-    put_system_env("OPENAI_API_KEY", nil)
+  test "a failure that the caller does not count is a note", %{tmp_dir: dir} do
+    # What DSPy says of the key is tested with Doctor.LM.
+    facts = JSON.encode!(%{engine: "litellm", known: true, lacks: ["SOME_API_KEY"], set: []})
+    script = ~s(case "$1" in */check_lm.py\) echo 'DSPEX #{facts}'; exit;; esac\n)
+    use_interpreter(dir, script <> ~s(exec #{python()} "$@"))
 
     opts = [
+      script_path: fake("healthy"),
       lm: "openai/gpt-4o-mini",
       env: %{"DSPY_BRIDGE_STATE_DIR" => "/no/states"},
       notes: ["lm", "folders"]

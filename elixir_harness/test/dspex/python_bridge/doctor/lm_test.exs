@@ -1,5 +1,6 @@
 defmodule DSPex.PythonBridge.Doctor.LMTest do
-  # What DSPy and LiteLLM really say, but for the last ones. No request is made.
+  # What DSPy and LiteLLM really say, but for the last ones. No request is made. Each of these looks imports DSPy: what is
+  # slow here is quick with the facts of an interpreter that reports them, or in tests/root/test_check_lm.py.
   use ExUnit.Case, async: true
 
   import DSPex.Test.Helpers
@@ -26,6 +27,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert advice =~ "config :dspex, :python_bridge, lm: "
   end
 
+  @tag :slow
   test "one that has its key: where it is set, never its value" do
     env = %{"OPENAI_API_KEY" => @key}
 
@@ -43,12 +45,12 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert advice =~ "or api_key in :lm_options"
   end
 
-  test "one that needs no key passes" do
-    assert check("ollama_chat/llama3") == {:ok, "ollama_chat/llama3: needs no key", nil}
+  test "one that is built in passes" do
     assert {:ok, "offline/echo" <> _more, nil} = check("offline/echo")
     assert {:ok, "offline/script" <> _more, nil} = check("offline/script")
   end
 
+  @tag :slow
   test "one at your own address without a key fails if DSPy needs one for each call" do
     assert {:failed, found, advice} =
              check("openai/x", lm_options: %{api_base: "http://[::1]/v1"})
@@ -64,6 +66,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert check("openai/x", lm_options: options) == {:failed, text, advice}
   end
 
+  @tag :slow
   test "a misspelt option: the nearest one" do
     assert {:failed, found, "correct :lm and :lm_options of the bridge"} =
              check("openai/x", lm_options: %{api_bas: "x"})
@@ -72,6 +75,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert found =~ "did you mean api_base?"
   end
 
+  @tag :slow
   test "one that DSPy refuses for another reason: its error text" do
     env = Map.new(~w(AZURE_OPENAI_RESOURCE AZURE_OPENAI_ENDPOINT AZURE_API_BASE), &{&1, ""})
     assert {:failed, found, advice} = check("azure/gpt-4", env: env)
@@ -79,7 +83,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     assert advice == "do as it says, or give api_key, api_base and api_version in :lm_options"
   end
 
-  test "a folder of that name where the BEAM was started is not DSPy", %{tmp_dir: dir} do
+  test "one that needs no key passes, also where a folder has the name of DSPy", %{tmp_dir: dir} do
     File.mkdir_p!(Path.join(dir, "dspy"))
     File.write!(Path.join(dir, "dspy/__init__.py"), "raise SystemExit('the application\'s')")
     python = interpreter(dir, "cd #{dir} && exec #{python()} \"$@\"")
@@ -176,6 +180,30 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
       env = %{"DSPY_BRIDGE_INIT" => "my.module:init"}
       assert {:note, found, nil} = check("mine/x", [env: env], python)
       assert found =~ "DSPY_BRIDGE_INIT may bring it"
+    end
+
+    test "DSPy misses a key at your own address: any text will do", %{tmp_dir: dir} do
+      python = says(dir, %{engine: "dspy", known: true, why: "no key", lacks: ["OPENAI_API_KEY"]})
+      options = [lm_options: %{api_base: "http://[::1]/v1"}]
+      assert {:failed, found, advice} = check("openai/x", options, python)
+      assert found == "openai/x: its key is not set"
+      assert advice =~ "for a server that needs none, any text will do"
+    end
+
+    test "DSPy refuses it for another reason: its error text, and what else to do", %{
+      tmp_dir: dir
+    } do
+      python = says(dir, %{engine: "dspy", known: true, why: "set a thing", lacks: []})
+
+      assert check("azure/gpt-4", [], python) ==
+               {:failed, "azure/gpt-4: DSPy will refuse it: set a thing",
+                "do as it says, or give api_key, api_base and api_version in :lm_options"}
+    end
+
+    test "a key is in the options: where", %{tmp_dir: dir} do
+      python = says(dir, %{engine: "dspy", known: true, key: true, why: nil, lacks: [], set: []})
+      text = "openai/x: its key is set, in :lm_options or DSPY_BRIDGE_LM_OPTIONS"
+      assert check("openai/x", [lm_options: %{api_key: @key}], python) == {:ok, text, nil}
     end
 
     test "LiteLLM finds a key: which", %{tmp_dir: dir} do

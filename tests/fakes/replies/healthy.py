@@ -1,0 +1,13 @@
+"""What the doctor wants to see of a peer, at once and without DSPy: `class DSPyBridge`, `def handle_command`, `def main():`.
+
+It logs each request.
+"""
+
+import json
+
+from frames import reply, requests, write_raw
+
+for request in requests():
+    log = {"level": "warning", "logger": "bridge", "message": f"the bridge got {request['command']}"}
+    write_raw(json.dumps({"log": log}).encode())
+    reply(request, {"answer": "well"} if request["command"] == "execute_program" else None)
