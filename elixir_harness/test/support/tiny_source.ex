@@ -25,7 +25,7 @@ defmodule DSPex.Test.TinySource do
 
     for name <- ["tiny", "tuner"],
         v <- ["1.0", "2.0"],
-        do: wheel(folder, name, v, [{"#{name}.py", "VERSION = '#{v}'\n"}])
+        do: wheel(folder, name, v, [{"#{name}.py", of_its_size("VERSION = '#{v}'\n")}])
 
     uv = Path.join(Path.dirname(DSPex.Test.Helpers.python()), "uv")
 
@@ -77,7 +77,11 @@ defmodule DSPex.Test.TinySource do
     package = Path.join(folder, "package")
     File.mkdir_p!(Path.join(package, "dspy_bridge"))
     File.write!(Path.join(package, "dspy_bridge/__init__.py"), ~s(__version__ = "0.1"\n))
-    File.write!(Path.join(package, "dspy_bridge/__main__.py"), "print(#{inspect(says)})\n")
+
+    File.write!(
+      Path.join(package, "dspy_bridge/__main__.py"),
+      of_its_size("print(#{inspect(says)})\n")
+    )
 
     File.write!(Path.join(package, "pyproject.toml"), """
     [project]
@@ -90,6 +94,9 @@ defmodule DSPex.Test.TinySource do
     dspy-bridge = "dspy_bridge.__main__:main"
     """)
   end
+
+  # Python takes bytecode for that of a file if the second and the size are the same: two versions may be installed in one.
+  defp of_its_size(code), do: code <> String.duplicate("#", :erlang.phash2(code, 1_000)) <> "\n"
 
   @doc "Environment variables, for uv and pip."
   def env(folder) do

@@ -9,16 +9,35 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
 
   @moduletag :tmp_dir
 
+  # One by uv, which has been moved since: those that only use it do so, or have a copy.
+  setup_all do
+    dir = Path.join(System.tmp_dir!(), "dspex_release_test_#{System.pid()}")
+    on_exit(fn -> File.rm_rf!(dir) end)
+    source = TinySource.make(Path.join(dir, "source"))
+    first = Path.join(dir, "first [1]/dspex_venv")
+    File.mkdir_p!(Path.dirname(first))
+    before = System.get_env()
+    System.put_env(env(source))
+    {result, lines} = make(first, source)
+    System.put_env(Map.merge(Map.new(env(source), fn {name, _value} -> {name, nil} end), before))
+    %{first: first, made: moved(first, Path.join(dir, "mo;v'ed")), result: result, lines: lines}
+  end
+
   setup %{tmp_dir: dir} do
     on_exit(fn -> File.rm_rf!(dir) end)
     source = TinySource.make(Path.join(dir, "source"))
-    for {name, value} <- TinySource.env(source), do: put_system_env(name, value)
-    put_system_env("PYTHON_EXECUTABLE", python())
-    put_system_env("PYTHONPATH", nil)
-    put_system_env("PATH", "#{Path.dirname(python())}:/usr/bin:/bin")
+    for {name, value} <- env(source), do: put_system_env(name, value)
     release = Path.join(dir, "rel [1]")
     File.mkdir_p!(release)
     %{release: release, venv: Path.join(release, "dspex_venv"), source: source}
+  end
+
+  defp env(source) do
+    Map.merge(TinySource.env(source), %{
+      "PYTHON_EXECUTABLE" => python(),
+      "PYTHONPATH" => nil,
+      "PATH" => "#{Path.dirname(python())}:/usr/bin:/bin"
+    })
   end
 
   defp make(venv, source, opts \\ []),
@@ -37,12 +56,17 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
     String.trim(output)
   end
 
-  defp moved(release, dir) do
-    away = Path.join(dir, "mo;v'ed")
+  defp moved(venv, away) do
     # With other times, as some ways to copy a release give them.
-    File.cp_r!(release, away)
-    File.rm_rf!(release)
-    Path.join(away, "dspex_venv")
+    File.mkdir_p!(Path.dirname(away))
+    File.cp_r!(venv, away)
+    File.rm_rf!(Path.dirname(venv))
+    away
+  end
+
+  defp copy(made, venv) do
+    File.cp_r!(made, venv)
+    Path.join(venv, "bin/python3")
   end
 
   defp files(folder),
@@ -51,18 +75,17 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
 
   describe "of a Python that stays where it is" do
     test "it runs after it was moved, and writes nothing", %{
-      release: release,
-      venv: venv,
-      source: source,
-      tmp_dir: dir
+      first: first,
+      result: result,
+      lines: lines,
+      made: venv
     } do
-      {result, lines} = make(venv, source)
-      assert result == {:ok, Path.join(venv, "bin/python3")}
+      assert result == {:ok, Path.join(first, "bin/python3")}
 
       assert List.last(lines) ==
                "it needs a Python #{minor()} where it runs: python#{minor()} on the PATH"
 
-      venv = moved(release, dir)
+      refute File.exists?(first)
       before = files(venv)
       assert Enum.any?(before, &String.ends_with?(&1, ".pyc"))
       assert says(venv, "import tiny; print(tiny.VERSION)") == "1.0"
@@ -73,23 +96,21 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
       assert files(venv) == before
     end
 
-    test "nothing in it has a path of where it was made", %{venv: venv, source: source} do
-      {{:ok, _python}, _lines} = make(venv, source)
+    test "nothing in it has a path of where it was made", %{first: first, made: venv} do
       assert Enum.sort(File.ls!(Path.join(venv, "bin"))) == ["python", "python3"]
       refute File.exists?(Path.join(venv, "pyvenv.cfg"))
       assert File.read_link!(Path.join(venv, "bin/python")) == "python3"
 
       for file <- files(venv),
           Path.extname(file) != ".pyc" and Path.basename(file) != "direct_url.json",
-          do: refute(File.read!(file) =~ venv, file)
+          do: refute(File.read!(file) =~ first, file)
     end
 
     test "it is called by way of a link, from its own folder, and with a PYTHONPATH", %{
-      venv: venv,
-      source: source,
+      made: venv,
       tmp_dir: dir
     } do
-      {{:ok, python}, _lines} = make(venv, source)
+      python = Path.join(venv, "bin/python3")
       link = Path.join(dir, "link")
       File.ln_s!(python, link)
       code = "import tiny; print(tiny.VERSION)"
@@ -108,11 +129,11 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
     end
 
     test "that is elsewhere: the one on the PATH; with none, what to install", %{
+      made: made,
       venv: venv,
-      source: source,
       tmp_dir: dir
     } do
-      {{:ok, python}, _lines} = make(venv, source)
+      python = copy(made, venv)
       File.write!(python, String.replace(File.read!(python), "'#{prefix()}/bin/", "'/no/such/"))
       bin = Path.join(dir, "bin")
       File.mkdir_p!(bin)
@@ -161,7 +182,6 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
     end
 
     test "it has a copy of it, and runs after it was moved without the first", %{
-      release: release,
       venv: venv,
       source: source,
       tmp_dir: dir
@@ -175,7 +195,7 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
                ["python", "python#{minor()}", "python3"] |> Enum.sort()
 
       File.rm_rf!(Path.join(dir, "own"))
-      venv = moved(release, dir)
+      venv = moved(venv, Path.join(dir, "mo;v'ed/dspex_venv"))
 
       code = "import sys, tiny; print(tiny.VERSION, sys.prefix)"
       assert says(venv, code, env: [{"PATH", "/none"}]) == "1.0 " <> venv
@@ -200,8 +220,8 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
       refute File.exists?(Path.join(venv, "lib/mark"))
     end
 
-    test "of a damaged one says so", %{venv: venv, source: source} do
-      {{:ok, python}, _lines} = make(venv, source)
+    test "of a damaged one says so", %{made: made, venv: venv, source: source} do
+      python = copy(made, venv)
 
       for path <- Path.wildcard("#{Path.dirname(source)}/*/dspex_venv/lib/*/site-packages/tiny*"),
           do: File.rm_rf!(path)
@@ -212,8 +232,8 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
                "#{python} does not find all packages of #{venv}: remove it and run this again"
     end
 
-    test "keeps what it did not make", %{venv: venv, source: source} do
-      {{:ok, _python}, _lines} = make(venv, source)
+    test "keeps what it did not make", %{made: made, venv: venv, source: source} do
+      copy(made, venv)
       File.write!(Path.join(venv, "thesis.txt"), "x")
       TinySource.pin(source, "2.0")
       {{:error, text}, _lines} = make(venv, source)
@@ -236,10 +256,12 @@ defmodule DSPex.PythonBridge.Venv.ReleaseTest do
   end
 
   test "the peer in the release is compiled, for files of any time", %{
+    made: made,
     release: release,
     venv: venv,
     source: source
   } do
+    copy(made, venv)
     peer = Path.join(release, "lib/dspex-0.1.0/priv/python/package/dspy_bridge")
     File.mkdir_p!(peer)
     File.write!(Path.join(peer, "a.py"), "")

@@ -1,5 +1,6 @@
 defmodule DSPex.PythonBridge.Venv.VenvTest do
-  # Real environments, by the interpreter's own venv, pip and uv; elsewhere uv is a script, which prints its arguments.
+  # Real environments, by the interpreter's own venv, pip and uv; elsewhere uv is a script, which logs its arguments, and
+  # makes environments whose interpreter is a script, too.
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
@@ -10,7 +11,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
 
   @moduletag :tmp_dir
 
-  # One by pip takes seconds to make: those that only use it have a copy.
+  # One by pip takes a second to make: those that only use it have a copy.
   setup_all do
     dir = Path.join(System.tmp_dir!(), "dspex_venv_test_#{System.pid()}")
     on_exit(fn -> File.rm_rf!(dir) end)
@@ -18,14 +19,19 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     venv = Path.join(dir, "venv")
     before = System.get_env()
     System.put_env(Map.merge(TinySource.env(source), %{"PATH" => "/usr/bin:/bin"}))
-    made = make(venv, source, python: python())
+    python = with_pip(dir)
+    made = make(venv, source, python: python)
     System.put_env(Map.merge(Map.new(TinySource.env(source), fn {k, _} -> {k, nil} end), before))
-    %{by_pip: {venv, source, made}}
+
+    {version, 0} =
+      System.cmd(python(), ["-c", "import platform; print(platform.python_version())"])
+
+    %{by_pip: {venv, source, made}, with_pip: python, version: String.trim(version)}
   end
 
-  setup %{tmp_dir: dir} do
-    # Some 50 MB.
+  setup %{tmp_dir: dir, version: version} do
     on_exit(fn -> File.rm_rf!(dir) end)
+    Process.put(:version, version)
     source = TinySource.make(Path.join(dir, "so;ur[ce], and more"))
     for {name, value} <- TinySource.env(source), do: put_system_env(name, value)
     put_system_env("PYTHON_EXECUTABLE", python())
@@ -79,8 +85,8 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
   end
 
   # One of ours whose files by uv are marked by `file`.
-  defp by_uv(venv, source, bin, file) do
-    uv(bin, source, "")
+  defp by_uv(venv, source, bin, file, interpreter \\ :reports) do
+    uv(bin, source, "", interpreter)
     {{:ok, python}, _lines} = make(venv, source)
     File.write!(Path.join(venv, file), "x")
     python
@@ -93,26 +99,31 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     eventually(fn -> not alive?(os_pid) end)
   end
 
-  # An interpreter that makes environments with pip, which takes seconds, by a copy of what was made by pip, without uv.
-  defp with_pip({made, _source, _made}, bin) do
-    program(bin, "python3", """
+  # An interpreter that makes environments with its own pip: to unpack the one of Python's library takes it seconds.
+  defp with_pip(dir) do
+    code = "import os, pip; print(os.path.dirname(pip.__file__))"
+    {pip, 0} = System.cmd(python(), ["-c", code])
+    alone = Path.join(dir, "pip")
+    File.mkdir_p!(alone)
+    File.ln_s!(String.trim(pip), Path.join(alone, "pip"))
+
+    interpreter(dir, """
     [ "$1 $2" = "-m venv" ] || exec #{python()} "$@"
-    for folder; do :; done
-    mkdir -p "$folder"
-    cp -R #{made}/. "$folder"
-    rm -rf "$folder"/dspex_setup.json "$folder"/bin/uv "$folder"/lib/*/site-packages/uv*
+    #{python()} -m venv --without-pip "$3"
+    echo #{alone} > $(echo "$3"/lib/*/site-packages)/pip.pth
     """)
   end
 
   defp installs(bin), do: length(Regex.scan(~r/^pip install/m, File.read!("#{bin}/log")))
 
-  # It makes environments, without pip; the rest is the script's.
-  defp uv(bin, source, script) do
+  # It makes environments, without pip; the rest is the script's. The interpreter in them only reports its version and
+  # folder, unless the test needs a real one.
+  defp uv(bin, source, script, interpreter \\ :reports) do
     program(bin, "uv", """
     echo "$@" >> #{bin}/log
     if [ "$1" = venv ]; then
       for folder; do :; done
-      #{python()} -m venv --without-pip "$folder"
+      #{if interpreter == :real, do: ~s(#{python()} -m venv --without-pip "$folder"), else: made_of(reports(bin))}
       exit
     fi
     #{script}
@@ -121,11 +132,37 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
     source
   end
 
+  defp made_of(python) do
+    ~s(mkdir -p "$folder/bin" "$folder/lib" && touch "$folder/pyvenv.cfg" && rm -f "$folder"/bin/python*\n) <>
+      ~s(cp #{python} "$folder/bin/python" && ln -s python "$folder/bin/python3")
+  end
+
+  defp reports(bin) do
+    answer = ~s(DSPEX {"version": "%s", "prefix": "%s", "found": {}}\\n)
+
+    program(bin, "reports", """
+    cd "$(dirname "$0")/.." && printf '#{answer}' #{Process.get(:version)} "$(pwd -P)"
+    """)
+  end
+
   describe "without uv on the PATH" do
-    test "it is made, and complete at once", %{by_pip: {venv, source, {result, lines}}} do
+    @tag :slow
+    test "it is made by the venv and the pip of the library of Python", %{
+      venv: venv,
+      source: source
+    } do
+      assert {{:ok, _python}, lines} = make(venv, source, python: python())
+      assert Enum.any?(lines, &(&1 == "installing uv with pip"))
+      assert {tiny(venv), peer(venv)} == {"1.0", "one"}
+    end
+
+    test "it is made, and complete at once", %{
+      by_pip: {venv, source, {result, lines}},
+      with_pip: python
+    } do
       assert result == {:ok, Path.join(venv, "bin/python3")}
       assert [making, uv, installing, peer] = Enum.reject(lines, &(&1 =~ "still at it"))
-      assert making =~ "making #{venv} from #{python()}, Python 3."
+      assert making =~ "making #{venv} from #{python}, Python 3."
       assert uv == "installing uv with pip"
       assert installing =~ "installing 2 packages with uv"
       assert peer =~ "dspy_bridge"
@@ -157,23 +194,26 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       assert tiny(venv) == "2.0"
     end
 
-    test "pip cannot install it: nothing is left", %{by_pip: by_pip, bin: bin} = context do
-      %{venv: venv, source: source} = context
+    @tag :slow
+    test "pip cannot install it: nothing is left", %{
+      with_pip: python,
+      venv: venv,
+      source: source
+    } do
       for uv <- Path.wildcard("#{Path.dirname(source)}/*/wheels/uv*"), do: File.rm!(uv)
-      text = refusal(venv, source, python: with_pip(by_pip, bin))
+      text = refusal(venv, source, python: python)
       assert text =~ "#{venv}/bin/python3 failed (exit status 1):\n  "
       assert text =~ "No matching distribution found for uv"
       refute File.exists?(venv)
     end
 
     test "nor a uv that is not the pinned one: its code does not run, and nothing is left", %{
-      by_pip: by_pip,
+      with_pip: python,
       venv: venv,
-      source: source,
-      bin: bin
+      source: source
     } do
       TinySource.tamper(source, "uv", "0.0")
-      text = refusal(venv, source, python: with_pip(by_pip, bin))
+      text = refusal(venv, source, python: python)
       assert text =~ "The package index gave another file for uv==0.0 than the one that is pinned"
       refute File.exists?(venv)
     end
@@ -421,7 +461,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       source: source,
       bin: bin
     } do
-      by_uv(venv, source, bin, "lib/old")
+      by_uv(venv, source, bin, "lib/old", :real)
       installs = installs(bin)
       File.rm!(Path.join(venv, "pyvenv.cfg"))
       text = refusal(venv, source)
@@ -440,7 +480,7 @@ defmodule DSPex.PythonBridge.Venv.VenvTest do
       source: source,
       bin: bin
     } do
-      uv(bin, source, "rm #{venv}/pyvenv.cfg")
+      uv(bin, source, "rm #{venv}/pyvenv.cfg", :real)
       assert refusal(venv, source) =~ "#{venv} is not a virtual environment any more"
       assert installs(bin) == 1
     end
