@@ -4,21 +4,34 @@ defmodule Mix.Tasks.Dspex.EvalTest do
   # It captures standard error and sets the configuration.
   use ExUnit.Case, async: false
 
-  import DSPex.Test.EvalTask
+  import DSPex.Test.EvalTask, except: [file: 1, file: 2]
   import DSPex.Test.Helpers
+  alias DSPex.PythonBridge.Bridge
   alias DSPex.PythonBridge.Top.Finder
+  alias DSPex.Test.EvalTask
   alias DSPex.Test.Page
 
   @moduletag :tmp_dir
 
+  # A bridge of the task's own imports DSPy for each run.
+  @server __MODULE__.Server
+
+  setup_all do
+    start_supervised!({Bridge, real_opts(name: @server)})
+    :ok
+  end
+
   setup :only_python
+
+  # A file of the task whose server is that of all tests.
+  defp file(dir, parts \\ []), do: EvalTask.file(dir, [server: inspect(@server)] ++ parts)
 
   describe "the result" do
     test "is a table with the worst first; the bridge of the task is gone afterwards", %{
       tmp_dir: dir
     } do
       before = Finder.bridges()
-      assert %{status: 0, out: out, err: err} = run([file(dir)])
+      assert %{status: 0, out: out, err: err} = run([EvalTask.file(dir)])
 
       assert [summary, _head, "1  0.000" <> peru, "0  1.000" <> _] =
                String.split(out, "\n", trim: true)
@@ -54,15 +67,15 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert %{status: 0} = run([path, "--min", "0.1"])
     end
 
-    test "of thousands of examples prints ten lines of progress and the ten worst", %{
+    test "of hundreds of examples prints ten lines of progress and the ten worst", %{
       tmp_dir: dir
     } do
-      dataset = ~s|Stream.map(1..2_000, &{%{question: "q\#{&1}"}, %{answer: "x"}})|
+      dataset = ~s|Stream.map(1..400, &{%{question: "q\#{&1}"}, %{answer: "x"}})|
       assert %{status: 0, out: out, err: err} = run([file(dir, dataset: dataset)])
       assert [first | _] = lines = String.split(err, "\n", trim: true)
-      assert {length(lines), first} == {10, "200/2000 examples, 0 failed"}
+      assert {length(lines), first} == {10, "40/400 examples, 0 failed"}
       assert [_summary, _head | rows] = String.split(out, "\n", trim: true)
-      assert length(rows) == 11 and List.last(rows) == "… and 1990 more, with no lower scores"
+      assert length(rows) == 11 and List.last(rows) == "… and 390 more, with no lower scores"
     end
   end
 
@@ -70,7 +83,7 @@ defmodule Mix.Tasks.Dspex.EvalTest do
     test "standard output has an object with the documented keys and no contents", %{tmp_dir: dir} do
       code = """
       IO.puts("printed by the file")
-      [program: (#{program()}), dataset: [%{question: "Italy"}, %{question: "Peru"}],
+      [server: #{inspect(@server)}, program: (#{program()}), dataset: [%{question: "Italy"}, %{question: "Peru"}],
        metric: fn _example, _prediction -> IO.puts("printed by the metric"); {0.25, "secret-feedback"} end]
       """
 
@@ -111,7 +124,7 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       end
 
       metric = fn _example, prediction -> inspect(prediction) =~ "found q" end
-      %{program: #{inspect(__MODULE__)}.Agent, dataset: [%{question: "q"}], metric: metric}
+      %{server: #{inspect(@server)}, program: #{inspect(__MODULE__)}.Agent, dataset: [%{question: "q"}], metric: metric}
       """
 
       assert %{json: %{"score" => 1.0}} = json([source(dir, code)])

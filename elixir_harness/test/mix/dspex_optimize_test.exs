@@ -21,6 +21,14 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
   sys.exit(os.waitstatus_to_exitcode(pty.spawn(["sh", "-c", command, "sh", *sys.argv[1:]])))
   """
 
+  # A bridge of the task's own imports DSPy for each run.
+  @server __MODULE__.Server
+
+  setup_all do
+    start_supervised!({Bridge, real_opts(name: @server)})
+    :ok
+  end
+
   setup :only_python
 
   setup %{tmp_dir: dir} do
@@ -30,6 +38,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
   # `parts`: in place of the usual, or in addition to it.
   defp file(dir, {port, _requests}, parts \\ []) do
     usual = [
+      server: inspect(@server),
       program: """
       %{id: "qa", signature: "question -> answer", lm: %{model: "openai/stub", api_key: "k", cache: false,
         api_base: "http://127.0.0.1:#{port}/v1"}}
@@ -51,7 +60,8 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
 
   test "writes the state, which makes the program that it says", %{tmp_dir: dir, lm: lm, out: out} do
     before = Finder.bridges()
-    assert %{status: 0} = result = run([file(dir, lm), "--out", out])
+    path = file(dir, lm, server: "nil")
+    assert %{status: 0} = result = run([path, "--out", out])
     assert result.out =~ ~r/\Ascore 1.000, before 0.000, \d+ candidates, /
     assert result.out =~ "\nthe state is in #{out}\n"
     assert result.err =~ ~r/^candidate \d+: 1.000 on 6 examples, in #{out}$/m
@@ -60,12 +70,14 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     assert Path.wildcard(out <> "*") == [out]
 
     state = JSON.decode!(File.read!(out))
-    bridge = start_supervised!({Bridge, real_opts(OptimizingLM.opts(lm))})
-    definition = %{id: "qa", signature: "question -> answer", state: state}
-    {:ok, _} = Bridge.call(bridge, :create_program, definition, 60_000)
+    {model, options} = Keyword.pop!(OptimizingLM.opts(lm), :lm)
+    lm = Map.new([model: model] ++ options[:lm_options])
+    definition = %{id: "better", signature: "question -> answer", lm: lm, state: state}
+    {:ok, _} = Bridge.call(@server, :create_program, definition, 60_000)
     metric = {:field, :answer, :equals}
     examples = OptimizingLM.examples(10)
-    assert {:ok, %{score: 1.0}} = Evaluate.run(bridge, "qa", examples, metric: metric)
+    assert {:ok, %{score: 1.0}} = Evaluate.run(@server, "better", examples, metric: metric)
+    {:ok, _} = Bridge.call(@server, :cleanup, %{program_ids: ["better"]})
   end
 
   test "flags take the place of the file's optimizer and budget", %{
@@ -96,19 +108,15 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     lm: lm,
     out: out
   } do
-    bridge = [name: __MODULE__.Bridge] ++ OptimizingLM.opts(lm)
-    start_supervised!({Bridge, Keyword.merge(real_opts(), bridge)})
-
     path =
       file(dir, lm,
-        server: inspect(__MODULE__.Bridge),
         program: ~s|%{"id" => "qa", "signature" => "question -> answer"}|,
         optimize: "[optimizer: :labeled_few_shot, options: [k: 2]]"
       )
 
     assert %{status: 0, out: "score none" <> _} = run([path, "--out", out])
     assert %{"demos" => [_, _]} = JSON.decode!(File.read!(out))
-    assert {:ok, %{"programs" => []}} = Bridge.call(__MODULE__.Bridge, :list_programs)
+    assert {:ok, %{"programs" => []}} = Bridge.call(@server, :list_programs)
   end
 
   test "what is wrong is named, with status 2, and the file stays as it was",
@@ -142,24 +150,57 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     assert Path.wildcard(out <> "*") == [out]
   end
 
-  describe "on a terminal" do
-    # The metric of later candidates never answers.
-    defp endless(dir, lm, more \\ "nil") do
-      file(dir, lm,
-        metric: """
-        fn _example, prediction ->
-          if prediction["answer"] != "no idea", do: :counters.add(:persistent_term.get(:right), 1, 1)
-          if :counters.get(:persistent_term.get(:right), 1) > 6, do: Process.sleep(:infinity)
-          prediction["answer"] != "no idea"
-        end
-        """,
-        dataset: ":persistent_term.put(:right, :counters.new(1, [])); " <> more
+  # The metric of later candidates never answers.
+  defp endless(dir, lm, server, more \\ "nil") do
+    file(dir, lm,
+      server: server,
+      metric: """
+      fn _example, prediction ->
+        if prediction["answer"] != "no idea", do: :counters.add(:persistent_term.get(:right), 1, 1)
+        if :counters.get(:persistent_term.get(:right), 1) > 6, do: Process.sleep(:infinity)
+        prediction["answer"] != "no idea"
+      end
+      """,
+      dataset: ":persistent_term.put(:right, :counters.new(1, [])); " <> more
+    )
+  end
+
+  # In this BEAM. SIGQUIT, which Ctrl-C is there, is ExUnit's own.
+  describe "a SIGTERM, as the BEAM passes it on" do
+    # When `due?` is true.
+    defp sigterm(due?) do
+      start_supervised!(
+        {Task,
+         fn ->
+           eventually(due?, 60_000)
+           :gen_event.notify(:erl_signal_server, :sigterm)
+         end}
       )
     end
 
+    test "keeps the best so far", %{tmp_dir: dir, lm: lm, out: out} do
+      better? = fn -> match?({:ok, _}, File.read(out)) and File.read!(out) =~ "the capitals" end
+      sigterm(better?)
+      assert %{status: 0, out: printed} = run([endless(dir, lm, inspect(@server)), "--out", out])
+      assert printed =~ "stopped; #{out} has the best state so far, with the score 1.000"
+    end
+
+    test "before the first candidate says so", %{tmp_dir: dir, lm: lm, out: out} do
+      asked = :counters.new(1, [])
+      :persistent_term.put({__MODULE__, :asked}, asked)
+      asked! = ":counters.add(:persistent_term.get({#{inspect(__MODULE__)}, :asked}), 1, 1)"
+      path = file(dir, lm, metric: "fn _, _ -> #{asked!}; Process.sleep(:infinity) end")
+      sigterm(fn -> :counters.get(asked, 1) > 0 end)
+      assert %{status: 2, text: text} = run([path, "--out", out])
+      assert text == "stopped before the first candidate; nothing was written"
+      refute File.exists?(out)
+    end
+  end
+
+  describe "on a terminal" do
     test "Ctrl-C keeps the best so far, and leaves the terminal as it was",
          %{tmp_dir: dir, lm: lm, out: out} do
-      port = on_terminal([endless(dir, lm), "--out", out])
+      port = on_terminal([endless(dir, lm, "nil"), "--out", out])
       printed = until_output(port, "1.000 on 6 examples, in", "")
       Port.command(port, <<3>>)
       assert {printed, 0} = until_exit(port, printed)
@@ -171,9 +212,10 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
                JSON.decode!(File.read!(out))
     end
 
+    @tag :slow
     test "SIGTERM does the same", %{tmp_dir: dir, lm: lm, out: out} do
       pid = Path.join(dir, "pid")
-      path = endless(dir, lm, "File.write!(#{inspect(pid)}, System.pid())")
+      path = endless(dir, lm, "nil", "File.write!(#{inspect(pid)}, System.pid())")
       port = on_terminal([path, "--out", out])
       printed = until_output(port, "1.000 on 6 examples, in", "")
       {_, 0} = System.cmd("kill", ["-TERM", File.read!(pid)])
@@ -181,8 +223,9 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
       assert printed =~ "stopped; #{out} has the best state so far, with the score 1.000"
     end
 
+    @tag :slow
     test "Ctrl-C before the first candidate says so", %{tmp_dir: dir, lm: lm, out: out} do
-      path = file(dir, lm, metric: "fn _, _ -> Process.sleep(:infinity) end")
+      path = file(dir, lm, server: "nil", metric: "fn _, _ -> Process.sleep(:infinity) end")
       port = on_terminal([path, "--out", out])
       printed = until_output(port, "] copro", "")
       Port.command(port, <<3>>)
