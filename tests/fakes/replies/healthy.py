@@ -1,6 +1,6 @@
-"""What the doctor wants to see of a peer, at once and without DSPy: `class DSPyBridge`, `def handle_command`, `def main():`.
+"""What the doctor wants to see of a peer, at once and without DSPy; it logs each request.
 
-It logs each request.
+The checks look for `class DSPyBridge`, `def handle_command` and `def main():`.
 """
 
 import json
