@@ -21,6 +21,18 @@ defmodule DSPex.GuideTest do
   # The readers of these have the application's own Bridge and Monitor.
   @in_application ~w(README.md docs/getting-started.md)
 
+  # Those that begin with this line and have no other demands on that bridge share one, which imports DSPy once. The page
+  # `lms` runs the line itself.
+  @start ~s|{:ok, _} = Bridge.start_link(lm: "offline/echo")\n|
+  @sharing ~w(docs/guide/agents.md docs/guide/streaming.md docs/errors.md docs/coming-from.md docs/upgrading.md)
+
+  # The pools of these have one peer here: nothing on them needs the second, which would import DSPy, too.
+  @one_peer ~w(docs/guide/streaming.md docs/guide/evaluating.md elixir_harness/usage-rules.md)
+
+  setup_all do
+    %{shared: start_supervised!({Bridge, Helpers.real_opts()})}
+  end
+
   setup do
     Helpers.put_config(:python_bridge, python_executable: Helpers.python(), lm: "offline/echo")
     # A page shows the error of a missing key.
@@ -43,15 +55,35 @@ defmodule DSPex.GuideTest do
 
     @tag :tmp_dir
     @tag timeout: 120_000
-    test "every example of the guide's #{page} runs as shown", %{tmp_dir: dir} do
+    test "every example of the guide's #{page} runs as shown", %{tmp_dir: dir, shared: bridge} do
       text = File.read!(unquote(file))
       set_up(text, dir)
-      capture_io(fn -> run(blocks(text, "elixir"), unquote(file)) end)
+      page = "docs/guide/#{unquote(page)}.md"
+      blocks = text |> blocks("elixir") |> started(page, bridge) |> with_less(page)
+      capture_io(fn -> run(blocks, unquote(file)) end)
 
       if unquote(page) == "lms",
         do: assert(File.read!(Path.join(dir, "recorded")) == "experiment triage\nautolog\n")
     end
   end
+
+  # With the bridge of all in place of the one that the page starts: without programs, and under the default name.
+  defp started(blocks, page, bridge) when page in @sharing do
+    assert Enum.count(blocks, &String.contains?(&1, @start)) == 1
+    {:ok, _} = Bridge.call(bridge, :cleanup)
+    Process.register(bridge, Bridge)
+    on_exit(fn -> Process.unregister(Bridge) end)
+    Enum.map(blocks, &String.replace(&1, @start, ""))
+  end
+
+  defp started(blocks, _page, _bridge), do: blocks
+
+  defp with_less(blocks, page) when page in @one_peer do
+    assert Enum.any?(blocks, &(&1 =~ "pool_size: 2"))
+    Enum.map(blocks, &String.replace(&1, "pool_size: 2", "pool_size: 1"))
+  end
+
+  defp with_less(blocks, _page), do: blocks
 
   # Does what the page asks of its reader before the Bridge starts: folders, files, MLflow, the optimizer.
   defp set_up(text, dir) do
@@ -83,13 +115,15 @@ defmodule DSPex.GuideTest do
     @external_resource Path.join(@root, page)
 
     @tag timeout: 120_000
-    test "every example of #{page} runs as shown" do
+    test "every example of #{page} runs as shown", %{shared: bridge} do
       file = Path.join(@root, unquote(page))
       if unquote(page) in @in_application, do: start([DSPex.PythonBridge.Supervisor])
       blocks = file |> File.read!() |> blocks("elixir")
       assert blocks != []
 
       blocks
+      |> started(unquote(page), bridge)
+      |> with_less(unquote(page))
       |> Enum.map(&String.replace(&1, ~s(lm: "openai/gpt-4o-mini"), ~s(lm: "offline/echo")))
       |> then(&capture_io(fn -> run(&1, file) end))
     end
