@@ -201,7 +201,8 @@ defmodule Mix.Tasks.Dspex.EvalSetupTest do
 
   test "the bridge of the task is gone after an error, too", %{tmp_dir: dir} do
     before = Finder.bridges()
-    assert %{status: 2} = run([file(dir, metric: "fn _, _ -> nil end")])
+    assert %{status: 2, text: text} = run([file(dir, metric: "fn _, _ -> nil end")])
+    assert text =~ "tool_error: metric:score: "
     assert Finder.bridges() == before
   end
 

@@ -21,8 +21,6 @@ defmodule Mix.Tasks.DspexTasksTest do
     put_config(:python_bridge, lm: "offline/echo", script_path: fake("healthy"))
   end
 
-  defp with_real_peer, do: put_config(:python_bridge, lm: "offline/echo")
-
   # What a task printed, and its exit status.
   defp run(task, args) do
     status =
@@ -70,7 +68,6 @@ defmodule Mix.Tasks.DspexTasksTest do
 
   describe "dspex.doctor" do
     test "prints each check, and exits with 0" do
-      with_real_peer()
       {text, status} = run(Doctor, [])
       assert status == 0
       assert text =~ ~r/^✓ configuration /
@@ -134,7 +131,8 @@ defmodule Mix.Tasks.DspexTasksTest do
     test "makes it in the default folder, runs the doctor, and prints how to use it", %{
       tmp_dir: dir
     } do
-      with_real_peer()
+      # Which is to find the real one.
+      put_config(:python_bridge, lm: "offline/echo")
       uv(dir)
       folder = Path.join(dir, "build/dspex_venv")
       {text, status} = run(Setup, [])

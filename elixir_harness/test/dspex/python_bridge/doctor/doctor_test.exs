@@ -112,7 +112,8 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
       # As that of a release.
       config = Path.join(dir, "sys.config")
-      File.write!(config, ~s([{dspex, [{python_bridge, [{lm, <<"offline/echo">>}]}]}].))
+      options = ~s({lm, <<"offline/echo">>}, {script_path, <<"#{fake("healthy")}">>})
+      File.write!(config, "[{dspex, [{python_bridge, [#{options}]}]}].")
 
       args = ["--erl", "-config sys", "-pa", Application.app_dir(:dspex, "ebin"), "-e", code]
       assert {output, 0} = System.cmd("elixir", args, cd: dir, stderr_to_stdout: true)
