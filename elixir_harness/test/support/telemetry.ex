@@ -34,9 +34,18 @@ defmodule DSPex.Test.Telemetry do
 
   @doc "The application has it from now on."
   def install do
-    Code.compile_file(@source)
+    {:module, :telemetry} = :code.load_binary(:telemetry, ~c"telemetry.exs", code())
     true = Telemetry.look()
     :ok
+  end
+
+  # Compiled once: that takes longer than most tests that ask for it.
+  defp code do
+    with nil <- :persistent_term.get(__MODULE__, nil) do
+      [{:telemetry, code}] = Code.compile_file(@source)
+      :persistent_term.put(__MODULE__, code)
+      code
+    end
   end
 
   @doc "The application no longer has it."

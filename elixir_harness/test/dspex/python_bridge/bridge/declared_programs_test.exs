@@ -239,7 +239,7 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     defp loading?(bridge), do: match?(%{peer: nil, next: %{loads: %{}}}, :sys.get_state(bridge))
 
     # The real peer, whose set-up of DSPy waits until the file is gone.
-    defp start_slow(dir) do
+    defp slow_env(dir) do
       File.write!(Path.join(dir, "slow.py"), """
       import os, time
 
@@ -248,16 +248,15 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
               time.sleep(0.01)
       """)
 
-      hold(dir, "qa")
       file = Path.join(dir, "times.holds")
-      env = %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "slow:init", "SLOW_FILE" => file}
-      start(env: env, programs: [@qa])
+      %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "slow:init", "SLOW_FILE" => file}
     end
 
     test "pings are answered, and get_status at once; other calls wait within their timeouts", %{
       tmp_dir: dir
     } do
-      bridge = start_slow(dir)
+      hold(dir, "qa")
+      bridge = start(env: slow_env(dir), programs: [@qa])
       # It may be sent before the peer is up.
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
       eventually(fn -> loading?(bridge) end, @ms)
@@ -273,10 +272,12 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     end
 
     test "pings are answered by the next peer, if the one before dies meanwhile", %{tmp_dir: dir} do
-      bridge = start_slow(dir)
-      let_go(dir)
-      assert {:ok, %{"a" => _}} = execute("qa")
+      # The one before is a fake.
+      bridge = start_who(env: slow_env(dir), lm: "offline/echo", programs: [@qa])
+      assert {:ok, %{"signature" => "q -> a"}} = execute("qa")
       %{os_pid: before} = Bridge.get_status(bridge)
+      script = Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
+      :sys.replace_state(bridge, &put_in(&1.options.script_path, script))
       hold(dir, "qa")
       restart = Task.async(fn -> Bridge.restart(bridge) end)
       eventually(fn -> match?(%{next: %{loads: %{}}}, :sys.get_state(bridge)) end, @ms)

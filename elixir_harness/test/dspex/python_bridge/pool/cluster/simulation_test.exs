@@ -62,11 +62,11 @@ defmodule DSPex.PythonBridge.Pool.Cluster.SimulationTest do
     assert one != other
   end
 
-  # The last three were real.
-  test "it finds defects", do: assert_found(Enum.take(Sim.Mutations.all(), -3))
+  # One that was real.
+  test "it finds defects", do: assert_found(Enum.take(Sim.Mutations.all(), -1))
 
   @tag :slow
-  test "it finds defects of all kinds", do: assert_found(Enum.drop(Sim.Mutations.all(), -3))
+  test "it finds defects of all kinds", do: assert_found(Enum.drop(Sim.Mutations.all(), -1))
 
   defp assert_found(mutations) do
     found =
