@@ -43,9 +43,9 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
   test "only deaths in a row count: after any number of scattered ones the program is there", %{
     tmp_dir: dir
   } do
-    bridge = start(dir, [2, 3, 5, 6, 8, 9, 11, 12, 14, 15])
+    bridge = start(dir, [2, 3, 5, 6, 8, 9])
 
-    for series <- 1..5 do
+    for series <- 1..3 do
       kill_peer(bridge)
       assert {:ok, %{"programs" => ["first", "last", "frail"]}} = execute(bridge, "frail")
       assert times(dir) == 1 + 3 * series

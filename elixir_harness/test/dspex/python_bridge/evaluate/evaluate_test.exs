@@ -205,7 +205,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     seen = :counters.new(1, [])
 
     examples =
-      Stream.map(1..400, fn _ ->
+      Stream.map(1..150, fn _ ->
         :counters.add(taken, 1, 1)
         hd(@examples)
       end)
@@ -226,7 +226,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     assert {:ok, %Result{score: 1.0, results: results}} =
              Evaluate.run(bridge, "qa", examples, opts)
 
-    assert Enum.map(results, & &1.index) == Enum.to_list(0..399)
+    assert Enum.map(results, & &1.index) == Enum.to_list(0..149)
   end
 
   test "a judge may run another program on a peer with one slot" do
@@ -379,17 +379,17 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     metric = fn %{"question" => question, "n" => n}, %{"answer" => "a"} ->
       count = :ets.update_counter(scored, question, 1, {question, 0})
       # In the middle, while many others are in work.
-      if n in [40, 120] and count == 1, do: kill(hd(peers.()))
+      if n in [40, 80] and count == 1, do: kill(hd(peers.()))
       true
     end
 
-    examples = for n <- 1..200, do: {%{question: "q#{n}"}, %{n: n}}
+    examples = for n <- 1..120, do: {%{question: "q#{n}"}, %{n: n}}
 
     assert {:ok, %Result{score: 1.0, failed: 0, results: results}} =
              Evaluate.run(pool, "qa", examples, metric: metric)
 
-    assert Enum.map(results, & &1.inputs.question) == Enum.map(1..200, &"q#{&1}")
+    assert Enum.map(results, & &1.inputs.question) == Enum.map(1..120, &"q#{&1}")
     assert :ets.tab2list(scored) |> Enum.all?(&(elem(&1, 1) == 1))
-    assert :ets.info(scored, :size) == 200
+    assert :ets.info(scored, :size) == 120
   end
 end
