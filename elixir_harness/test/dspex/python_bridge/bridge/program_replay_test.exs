@@ -115,7 +115,8 @@ defmodule DSPex.PythonBridge.Bridge.ProgramReplayTest do
 
     for _ <- 1..4 do
       assert {:error, text} = Bridge.restart(bridge)
-      assert text =~ "exit status 6"
+      # The latter if it had been sent its last program.
+      assert text =~ "exit status 6" or text =~ "epipe"
     end
 
     assert times(dir) == 5
