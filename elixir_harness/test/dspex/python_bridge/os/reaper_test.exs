@@ -82,7 +82,7 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     monitor = Process.monitor(reaper)
     Reaper.watch(reaper, os_pid)
     Process.exit(owner, :kill)
-    assert_receive {:DOWN, ^monitor, :process, ^reaper, :normal}, 2_000
+    assert_receive {:DOWN, ^monitor, :process, ^reaper, :normal}, 10_000
     eventually(fn -> not alive?(os_pid) and not alive?(child) end)
   end
 

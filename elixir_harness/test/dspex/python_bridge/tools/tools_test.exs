@@ -514,7 +514,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert_receive {:running, _args, another, ^proxy}, 5_000
       monitors = for pid <- [tool, another, proxy], do: Process.monitor(pid)
       :erlang.suspend_process(proxy)
-      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 5_000)
+      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 20_000)
       assert_dead(monitors)
       eventually(fn -> status(bridge, :pending) == 0 end)
     end
@@ -546,7 +546,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
     test "the timeout, when a tool is called after it", %{bridge: bridge} do
       play = [["count", 1], ["go", "on"], ["tool", 1, "t", %{}], ["go", "never"]]
-      stream = Bridge.stream(bridge, %{play: play}, opts(timeout: 500))
+      stream = Bridge.stream(bridge, %{play: play}, opts(timeout: 2_000))
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, {:chunk, _, _}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
       [proxy] = proxies(self())
