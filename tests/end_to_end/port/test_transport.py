@@ -130,8 +130,8 @@ def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
     ("megabytes", "content"),
     [
         (130, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
-        (200, b'"' + b"x" * 60_000_000 + b'"'),
-        (300, b"[" + b"1," * 30_000_000 + b"1]"),
+        pytest.param(200, b'"' + b"x" * 60_000_000 + b'"', marks=pytest.mark.slow),
+        pytest.param(300, b"[" + b"1," * 30_000_000 + b"1]", marks=pytest.mark.slow),
         (300, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
     ],
     ids=["frame", "text", "list", "objects"],

@@ -190,10 +190,12 @@ def test_its_calls_of_the_sub_lm_are_counted(start: Any) -> None:
     assert "limit exceeded" in prompt(server.requests[1]) and len(server.requests) == 2
 
 
+LOOP = code("while True:", "    pass")
+# Each starts a sandbox: one of the three types for `make test`.
 LOOPS = [
-    (POT, chat(reasoning="r", generated_code=code("while True:", "    pass"))),
-    ({"program_type": "code_act"}, chat(generated_code=code("while True:", "    pass"), finished="True")),
-    ({"program_type": "rlm"}, chat(reasoning="r", code=code("while True:", "    pass"))),
+    (POT, chat(reasoning="r", generated_code=LOOP)),
+    pytest.param({"program_type": "code_act"}, chat(generated_code=LOOP, finished="True"), marks=pytest.mark.slow),
+    pytest.param({"program_type": "rlm"}, chat(reasoning="r", code=LOOP), marks=pytest.mark.slow),
 ]
 
 

@@ -141,7 +141,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, program_type: str, n: int) -> None:
     """DSPy's message about it has no contents."""
     with Peer() as peer:

@@ -342,7 +342,7 @@ def test_what_they_raise_is_not_taken_for_a_fault_of_the_lms_settings(start: Any
     assert reply["error_type"] == "internal" and "ValueError" in reply["error"]
 
 
-@pytest.mark.parametrize("name", ["Sleeps", "Busy"])
+@pytest.mark.parametrize("name", [pytest.param("Sleeps", marks=pytest.mark.slow), "Busy"])
 def test_code_that_blocks_keeps_no_ping_and_no_deadline_waiting(start: Any, name: str) -> None:
     """Four at once, for two seconds."""
     peer = start()
