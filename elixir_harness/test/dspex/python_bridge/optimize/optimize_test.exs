@@ -22,7 +22,9 @@ defmodule DSPex.PythonBridge.OptimizeTest do
 
   # Names of files that the peers share, and its own script.
   defp opts(more \\ []) do
-    dir = Path.join(System.tmp_dir!(), "optimize#{System.unique_integer([:positive])}")
+    # A run that was killed has left its own.
+    name = "optimize#{System.pid()}_#{System.unique_integer([:positive])}"
+    dir = Path.join(System.tmp_dir!(), name)
     File.mkdir!(dir)
     on_exit(fn -> File.rm_rf!(dir) end)
     fake_opts("optimizes", [env: %{"FAKE_FILE" => Path.join(dir, "x")}] ++ more)
