@@ -378,6 +378,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
 
     metric = fn %{"question" => question, "n" => n}, %{"answer" => "a"} ->
       count = :ets.update_counter(scored, question, 1, {question, 0})
+
       # In the middle, while many others are in work. The first may still be listed when the other is killed.
       if n == 40 and count == 1, do: kill(List.first(peers.()))
       if n == 80 and count == 1, do: kill(List.last(peers.()))
