@@ -87,8 +87,6 @@ class Desk:
 
     def serve(self, answer: Callable[[dict[str, Any]], Answer] = lm_answer, held_after: int | None = None) -> None:
         """Let the LM answer like this, and from the request of that number on not at all; its counts begin anew."""
-        # A request that was held and then given up must not be counted as one of the next.
-        assert self.server.becomes_idle(PATIENCE)
         lock, count = threading.Lock(), itertools.count(1)
 
         def counted(request: dict[str, Any]) -> Answer:
@@ -98,7 +96,7 @@ class Desk:
                 gate.clear()
             return answer(request)
 
-        # What an earlier answer has held would be answered like this, too.
+        # What was held and then given up would be counted as one of the next, and answered like it.
         assert self.server.becomes_idle(PATIENCE)
         self.server.serve(counted)
         gate = self.server.gate

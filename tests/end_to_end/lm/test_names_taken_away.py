@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from lm_server import Ended
 from peer import ROOT, Peer
+from taken_names import NAMES, without
 
 from dspy_bridge.lm import dspy_internals
 
-# Those that this DSPy has.
-NAMES = [name for name in dspy_internals.names if not name.lazy and name.there]
 # Some cannot go alone: those that one `__init__` sets, and those of a common base.
 GROUPS: dict[str, list[dspy_internals.Name]] = {}
 for _name in NAMES:
@@ -41,17 +40,10 @@ WARNING = re.compile(r"WARNING dspy_bridge: names inside DSPy \S+ are not as exp
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
     """Starts peers without these names."""
-    (tmp_path / "sitecustomize.py").write_text("import take_away")
     peers: list[Peer] = []
 
     def start(taken: Iterable[dspy_internals.Name], how: str = "gone") -> Peer:
-        env = {
-            "DSPY_BRIDGE_LM": "offline/echo",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes'}:{tmp_path}",
-            "TAKEN": " ".join(f"{name.module}:{name.path}" for name in taken),
-            "HOW": how,
-        }
-        peers.append(Peer(env=env))
+        peers.append(Peer(env={"DSPY_BRIDGE_LM": "offline/echo", **without(taken, how, tmp_path)}))
         return peers[-1]
 
     yield start

@@ -7,26 +7,18 @@ from pathlib import Path
 
 import pytest
 from optimizing_host import EVERY, JUDGE, SMALL, Desk
-from peer import ROOT
+from taken_names import NAMES, without
 
 from dspy_bridge.lm import dspy_internals
-
-NAMES = [name for name in dspy_internals.names if not name.lazy and name.there]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[list[dspy_internals.Name], str], Desk]]:
     """Starts peers without these names."""
-    (tmp_path / "sitecustomize.py").write_text("import take_away")
     desks: list[Desk] = []
 
     def start(taken: list[dspy_internals.Name], how: str) -> Desk:
-        env = {
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fakes'}:{tmp_path}",
-            "TAKEN": " ".join(f"{name.module}:{name.path}" for name in taken),
-            "HOW": how,
-        }
-        desks.append(Desk(env=env))
+        desks.append(Desk(env=without(taken, how, tmp_path)))
         return desks[-1]
 
     yield start
