@@ -21,6 +21,15 @@ class Nap(dspy.Module):
         return dspy.Prediction(answer=question)
 
 
+class Slow(dspy.Module):
+    """Takes as many seconds as the question says."""
+
+    async def aforward(self, question):
+        _note("slow")
+        await asyncio.sleep(float(question))
+        return dspy.Prediction(answer=question)
+
+
 class Deadly(dspy.Module):
     """Ends the peer each time."""
 
