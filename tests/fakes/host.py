@@ -21,6 +21,14 @@ class Nap(dspy.Module):
         return dspy.Prediction(answer=question)
 
 
+class Sleep(dspy.Module):
+    """Takes as many seconds as its question says."""
+
+    async def aforward(self, question):
+        await asyncio.sleep(float(question))
+        return dspy.Prediction(answer=question)
+
+
 class Deadly(dspy.Module):
     """Ends the peer each time."""
 
