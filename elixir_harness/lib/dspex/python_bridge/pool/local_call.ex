@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   #
   # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it is given
   # up. Until then it goes to the peer that has been up longest, so that all such requests meet in one bridge,
-  # which finds out which of them kills (`DSPex.PythonBridge.Calls.Quarantine`), and the other peers stay up.
+  # which finds out which of them kills (`DSPex.PythonBridge.Calls.Suspects`), and the other peers stay up.
 
   alias DSPex.PythonBridge.{Calls, Error, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
@@ -66,7 +66,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
       {:error, :overloaded} ->
         run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
 
-      {:error, gone} when gone in [{:died, :unsent}, :bridge_not_running] ->
+      {:error, gone} when gone in [{:died, :spared}, {:died, :unsent}, :bridge_not_running] ->
         run(handle, pass(request, index, since), attempt)
 
       # Its time has passed, or it is too large.
