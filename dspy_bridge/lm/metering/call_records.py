@@ -27,7 +27,7 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
 class Record:
     """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
 
-    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them. `error_type`: the class
+    `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `outputs` without an `entry`, too. `error_type`: the class
     of the exception that it failed with. `model`: the LM's name, if the reply shows its calls. `entry`: its place in
     the run's history, with the messages, if the reply has one.
     """
@@ -97,8 +97,7 @@ def _watch(finalize: Any) -> Any:
         reasons = _reasons_of(_get(result, "responses"), _get(result, "raw"))
         record = current.get()
         if record is not None:
-            record.outputs = _get(result, "outputs")
-            _note(record, lm, reasons, _get(result, "cache_hit"), _get(result, "cost"))
+            _note(record, lm, reasons, _get(result, "outputs"), _get(result, "cache_hit"), _get(result, "cost"))
         if "length" in reasons and refusing.get():
             raise _cut_off(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
@@ -115,9 +114,8 @@ def _watch_older(process: Any) -> Any:
         reasons = _reasons_of((), response)
         record = current.get()
         if record is not None:
-            record.outputs = outputs
             cost = _get(_get(response, "_hidden_params"), "response_cost")
-            _note(record, lm, reasons, bool(_get(response, "cache_hit")), cost)
+            _note(record, lm, reasons, outputs, bool(_get(response, "cache_hit")), cost)
         if "length" in reasons and refusing.get():
             raise _cut_off(options, lm.kwargs)
         return outputs
@@ -125,7 +123,10 @@ def _watch_older(process: Any) -> Any:
     return watched
 
 
-def _note(record: Record, lm: Any, reasons: list[str | None], cached: bool | None, cost: Any) -> None:
+def _note(record: Record, lm: Any, reasons: list[str | None], outputs: Any, cached: bool | None, cost: Any) -> None:
+    if record.entry is not None:
+        # Only then: a run may have thousands of long answers.
+        record.outputs = outputs
     record.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
     record.cached = cached
     if cached or getattr(lm, "costs_nothing", False):

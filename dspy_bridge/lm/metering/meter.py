@@ -91,7 +91,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         if record.cached is None and self.tracker is not None and exception is None:
             # DSPy tracks no usage for an answer from the cache.
             record.cached = not record.usages
-        if record.outputs is None:
+        if record.outputs is None and record.entry is not None:
             record.outputs = outputs
         self._show(record, None if exception is None else history.shown_error(exception))
 
