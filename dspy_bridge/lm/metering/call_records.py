@@ -15,6 +15,7 @@ import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.transport import admission
 
 # In the `config` of a program or a call; ours, so DSPy does not get it.
 ALLOW_TRUNCATED = "allow_truncated"
@@ -27,9 +28,9 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
 class Record:
     """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
 
-    `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `outputs` without an `entry`, too. `error_type`: the class
-    of the exception that it failed with. `model`: the LM's name, if the reply shows its calls. `entry`: its place in
-    the run's history, with the messages, if the reply has one.
+    `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `outputs` without an `entry`, too.
+    `error_type`: the class of the exception that it failed with. `model`: the LM's name, if the reply shows its calls.
+    `entry`: its place in the run's history, with the messages, if the reply has one.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class Record:
         "outer",
         "outputs",
         "started",
+        "times",
         "usages",
     )
 
@@ -50,6 +52,7 @@ class Record:
         self.outer = outer
         self.model = ""
         self.started = time.monotonic()
+        self.times = admission.times()
         self.ended: float | None = None
         self.error_type: str | None = None
         self.usages: list[dict[str, Any]] = []

@@ -50,7 +50,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
     DSPy's transports unpack the 64 KB that they read at once, which may be 64 MB: more than the limit.
     """
     try:
-        admission.answered(response.status, response.header("retry-after"))
+        received = admission.answered(response.status, response.header)
         packing(response.headers_all("content-encoding"))
     except dspy.LMError:
         response.close()
@@ -66,6 +66,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
         count = Count()
         try:
             for chunk in response:
+                received()
                 count.add(chunk)
                 yield chunk
         finally:
@@ -110,7 +111,7 @@ class Counted:
     async def _admitted(self) -> Any:
         response = await connecting.aconnect(self._connect, self._url, connecting.failures())
         try:
-            admission.answered(response.status, response.header("retry-after"))
+            received = admission.answered(response.status, response.header)
             packing(response.headers_all("content-encoding"))
         except dspy.LMError:
             await response.aclose()
@@ -118,8 +119,9 @@ class Counted:
 
         async def chunks() -> AsyncIterator[bytes]:
             count = Count()
-            async with aclosing(aiter(response)) as received:
-                async for chunk in received:
+            async with aclosing(aiter(response)) as pieces:
+                async for chunk in pieces:
+                    received()
                     count.add(chunk)
                     yield chunk
 

@@ -202,7 +202,7 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
     """Unpacks and counts the chunks of a body: httpx, which unpacks without a limit, finds nothing left to unpack."""
     packed, unpacked, unpack = Count(), Count(), None
     try:
-        admission.answered(response.status_code, response.headers.get("retry-after"))
+        received = admission.answered(response.status_code, response.headers.get)
         coding = packing(response.headers.get_list("content-encoding"))
         if coding in ("gzip", "x-gzip", "deflate"):
             unpack = zlib.decompressobj(_GZIP_OR_DEFLATE)
@@ -214,6 +214,7 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
         raise
 
     def pieces(chunk: bytes) -> Iterator[bytes]:
+        received()
         try:
             packed.add(chunk)
             if unpack is None:

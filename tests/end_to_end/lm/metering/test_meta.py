@@ -25,7 +25,15 @@ class Many(dspy.Module):
             await dspy.settings.lm.acall(f"{question} {number}")
         return dspy.Prediction(answer="done")
 """
-NOTHING = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0, "finish_reasons": [], "fallbacks": 0, "cost_usd": 0.0}
+NOTHING = {
+    "wait_ms": 0.0,
+    "lm_usage": {},
+    "lm_calls": 0,
+    "cache_hits": 0,
+    "finish_reasons": [],
+    "fallbacks": 0,
+    "cost_usd": 0.0,
+}
 
 
 @pytest.fixture
