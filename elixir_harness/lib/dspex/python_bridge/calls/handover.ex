@@ -24,6 +24,9 @@ defmodule DSPex.PythonBridge.Calls.Handover do
       if in_flight.to in [nil, port], do: in_flight, else: take_back(in_flight, in_flight.to)
 
     quarantine = Quarantine.stop(in_flight.quarantine)
+    # Another peer was silent.
+    heard? = in_flight.silent? and in_flight.to != port
+    in_flight = if heard?, do: Calls.heard(in_flight), else: in_flight
     in_flight = %{in_flight | to: port, loading: nil, quarantine: quarantine}
     Dispatcher.advance(%{in_flight | hold_changes?: false})
   end
