@@ -45,6 +45,7 @@ def build_dispatcher(
         log_exception=lambda error: log_exception(error, settings.log_level, send_log),
         when_room=when_room,
         prepare_loop=prepare_loop,
+        log_warning=lambda text: log_warning(text, settings.log_level, send_log),
     )
     return dispatcher
 
@@ -62,3 +63,11 @@ def log_exception(error: BaseException, level: str, send: SendRecord | None = No
 
     peer_log.setup(level, send)
     return peer_log.exception(error)
+
+
+def log_warning(text: str, level: str, send: SendRecord | None = None) -> None:
+    """Log a text. Sets up logging if nothing has yet."""
+    from dspy_bridge.logs import peer_log
+
+    peer_log.setup(level, send)
+    peer_log.logger.warning(text)

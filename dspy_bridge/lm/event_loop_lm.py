@@ -11,6 +11,7 @@ import dspy
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.rate_limits import Gate
 from dspy_bridge.lm.transport import admission, asking
+from dspy_bridge.runtime import event_loop
 
 _PARAMS = {
     "response_schema": ("response_format",),
@@ -45,6 +46,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
+        event_loop.refuse_sync_call()
         job = admission.job()
         if job is None:
             # In a thread that the module started. There DSPy could stream only to an event loop of its own kind.

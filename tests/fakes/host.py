@@ -3,6 +3,7 @@
 import asyncio
 import os
 import subprocess
+import time
 
 import dspy
 
@@ -27,6 +28,13 @@ class Sleep(dspy.Module):
     async def aforward(self, question):
         await asyncio.sleep(float(question))
         return dspy.Prediction(answer=question)
+
+
+class Blocks(dspy.Module):
+    """Blocks the event loop, for an hour."""
+
+    async def aforward(self, question):
+        time.sleep(3600)  # noqa: ASYNC251  # it is meant to block
 
 
 class Deadly(dspy.Module):
