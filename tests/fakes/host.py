@@ -3,6 +3,7 @@
 import asyncio
 import os
 import subprocess
+import time
 
 import dspy
 
@@ -21,13 +22,27 @@ class Nap(dspy.Module):
         return dspy.Prediction(answer=question)
 
 
-class Slow(dspy.Module):
-    """Takes as many seconds as the question says."""
+class Sleep(dspy.Module):
+    """Takes as many seconds as its question says."""
+
+    async def aforward(self, question):
+        await asyncio.sleep(float(question))
+        return dspy.Prediction(answer=question)
+
+
+class Slow(Sleep):
+    """The same, and tells when it begins."""
 
     async def aforward(self, question):
         _note("slow")
-        await asyncio.sleep(float(question))
-        return dspy.Prediction(answer=question)
+        return await super().aforward(question)
+
+
+class Blocks(dspy.Module):
+    """Blocks the event loop, for an hour."""
+
+    async def aforward(self, question):
+        time.sleep(3600)  # noqa: ASYNC251  # it is meant to block
 
 
 class Deadly(dspy.Module):

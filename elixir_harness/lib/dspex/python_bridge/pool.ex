@@ -23,6 +23,7 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
+  alias DSPex.PythonBridge.OTP.Parallel
   alias DSPex.PythonBridge.Pool.{Caller, CoordinatorClient, Handle}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
   alias DSPex.PythonBridge.Telemetry.CallSpan
@@ -309,9 +310,9 @@ defmodule DSPex.PythonBridge.Pool do
         %{peers: [], nodes: []}
 
       handle ->
-        states =
-          for index <- LoadCounters.indexes(handle.counters),
-              do: {index, Bridge.get_status(Handle.bridge(handle, index))}
+        bridges = Tuple.to_list(handle.bridges)
+        answers = Parallel.map(bridges, &Bridge.get_status/1)
+        states = for {bridge, index} <- Enum.with_index(bridges, 1), do: {index, answers[bridge]}
 
         %{
           peers: for({index, status} <- states, do: peer(handle, index, status)),

@@ -267,6 +267,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp request_came(state, request) do
     max = state.options.max_frame_bytes
+    InFlight.arrived(state.in_flight, request)
 
     cond do
       state.status == :stopping ->

@@ -23,6 +23,9 @@ defmodule DSPex.PythonBridge.Calls.Handover do
     in_flight =
       if in_flight.to in [nil, port], do: in_flight, else: take_back(in_flight, in_flight.to)
 
+    # Another peer was silent.
+    heard? = in_flight.silent? and in_flight.to != port
+    in_flight = if heard?, do: Calls.heard(in_flight), else: in_flight
     in_flight = Dispatcher.close_window(%{in_flight | to: port, loading: nil})
     Dispatcher.advance(%{in_flight | hold_changes?: false})
   end

@@ -79,7 +79,6 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   @doc "Refuses a request that was not accepted."
   @spec refuse(t(), Request.t(), Request.failure()) :: t()
   def refuse(%__MODULE__{} = in_flight, %Request{} = request, failure) do
-    count_out(in_flight, request)
     answer(request, {:error, failure})
     in_flight
   end
@@ -118,24 +117,33 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
       {request, calls} ->
         unwatch(request.watch)
-        count_out(in_flight, request)
         in_flight = forget(%{in_flight | calls: calls}, id)
+        show_load(in_flight)
         {request, drop_results(in_flight, id, request)}
     end
   end
 
   # For each reply.
-  @compile {:inline, unwatch: 1, count_out: 2, forget: 2, drop_results: 3}
+  @compile {:inline, unwatch: 1, show_load: 1, arrived: 2, forget: 2, drop_results: 3}
 
   # No flush: a message that either has already sent will find no call.
   defp unwatch({:monitor, ref}), do: Process.demonitor(ref)
   defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
 
-  # The caller has counted it in.
-  defp count_out(%__MODULE__{slot: {counters, index, _, _}}, %Request{retry: :pool}),
-    do: LoadCounters.done(counters, index)
+  @doc "In a pool: a request has come, whether it is accepted or not."
+  @spec arrived(t(), Request.t()) :: :ok
+  def arrived(%__MODULE__{slot: {counters, index, _, _}}, %Request{ticket: ticket})
+      when ticket != nil,
+      do: LoadCounters.arrived(counters, index, ticket)
 
-  defp count_out(_in_flight, _request), do: :ok
+  def arrived(_in_flight, _request), do: :ok
+
+  @doc "In a pool: shows the callers how many calls the bridge has."
+  @spec show_load(t()) :: :ok
+  def show_load(%__MODULE__{slot: nil}), do: :ok
+
+  def show_load(%__MODULE__{slot: {counters, index, _, _}, calls: calls, silent?: silent?}),
+    do: LoadCounters.put_calls(counters, index, Calls.Table.size(calls), silent?)
 
   defp forget(%__MODULE__{suspects: %Suspects{records: none}} = in_flight, _id) when none == %{},
     do: in_flight

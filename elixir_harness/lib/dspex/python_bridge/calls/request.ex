@@ -10,6 +10,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #   * `retry`: what happens when a peer dies with it: the bridge sends it again (`:bridge`), it fails (`:never`),
   #     or the caller, which knows other peers, gets the error (`:pool`)
   #   * `deaths`: how many peers have died with it
+  #   * `ticket`: of a pool's call, its number (`DSPex.PythonBridge.Calls.LoadCounters`)
   #   * `stream?`, `tools?`: whether the caller takes chunks, and whether it has given tools
   #   * `watch`: the monitor of the caller, or the timer of a cast
   #   * `deadline`: `timeout` in the bridge's time
@@ -17,14 +18,17 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #   * `streamed?`, `bound?`: whether the caller has been sent a chunk, or has begun a tool that must not be called
   #     again; if so, there is no retry
 
+  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Store
 
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
+  # What a word of `:atomics` takes.
+  @max_ticket 9_223_372_036_854_775_807
 
   @enforce_keys [:body]
-  defstruct [:ref, :pid, :body, :change, :watch, :deadline, :at, :since] ++
+  defstruct [:ref, :pid, :body, :change, :ticket, :watch, :deadline, :at, :since] ++
               [timeout: :infinity, retry: :bridge, deaths: 0] ++
               [stream?: false, tools?: false, streamed?: false, bound?: false]
 
@@ -36,6 +40,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
           change: Store.change() | repair() | nil,
           retry: retry(),
           deaths: non_neg_integer(),
+          ticket: LoadCounters.ticket() | nil,
           stream?: boolean(),
           tools?: boolean(),
           watch: {:monitor, reference()} | {:timer, reference()} | nil,
@@ -77,6 +82,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   def valid?(%__MODULE__{ref: ref, pid: pid, timeout: timeout, deaths: deaths} = request)
       when is_caller(ref, pid, timeout) and is_binary(request.body) and
              request.retry in [:bridge, :never, :pool] and is_integer(deaths) and deaths >= 0 and
+             (request.ticket == nil or request.ticket in 1..@max_ticket) and
              is_boolean(request.stream?) and is_boolean(request.tools?),
       do: true
 

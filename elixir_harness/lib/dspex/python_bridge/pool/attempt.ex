@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   alias DSPex.PythonBridge.Pool.Request
 
   # For each call.
-  @compile {:inline, ask: 3, sent: 2}
+  @compile {:inline, ask: 4, sent: 3}
 
   defstruct [:holder, retry: true, stream?: false, again?: false, spread?: false]
 
@@ -40,20 +40,12 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   def plain?(%__MODULE__{} = attempt), do: attempt == %__MODULE__{}
 
   @doc """
-  Sends the call to a bridge of this node, counts it, and waits for the reply or the first chunk. A failure that is not
+  Sends the call to a bridge of this node, and waits for the reply or the first chunk. A failure that is not
   final is another bridge's chance.
   """
   @spec make(t(), pid(), slot(), Request.t()) :: Calls.Request.reply() | begun()
   def make(%__MODULE__{} = attempt, bridge, {counters, index}, request) do
-    # The caller counts the call before it sends it. The bridge counts it out at its end; if the bridge never got it,
-    # the caller does.
-    life = LoadCounters.take(counters, index)
-    {sent?, reply} = ask(attempt, bridge, request)
-
-    if not sent? or reply == {:error, :bridge_not_running},
-      do: LoadCounters.give_back(counters, index, life)
-
-    last(attempt.retry, reply)
+    last(attempt.retry, ask(attempt, bridge, request, LoadCounters.ticket(counters, index)))
   end
 
   @doc """
@@ -61,32 +53,26 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   (`DSPex.PythonBridge.Pool.Cluster.Relay`). It counts the call there.
   """
   @spec make_there(t(), pid(), Request.t()) :: Calls.Request.reply() | begun()
-  def make_there(%__MODULE__{} = attempt, relay, request) do
-    {_sent?, reply} = ask(attempt, relay, request)
-    last(attempt.retry, reply)
-  end
+  def make_there(%__MODULE__{} = attempt, relay, request),
+    do: last(attempt.retry, ask(attempt, relay, request, nil))
 
-  defp ask(%__MODULE__{stream?: false, holder: nil} = attempt, bridge, request) do
-    {true, Caller.send_and_wait(bridge, Request.left(request), sent(attempt, request))}
-  end
+  defp ask(%__MODULE__{stream?: false, holder: nil} = attempt, bridge, request, ticket),
+    do: Caller.send_and_wait(bridge, Request.left(request), sent(attempt, request, ticket))
 
-  defp ask(attempt, bridge, %Request{deadline: deadline} = request) do
-    permit = StreamProxy.permit()
-    call = %{dest: bridge, deadline: deadline, request: sent(attempt, request), permit: permit}
-    proxy = StreamProxy.start(Map.put(call, :again?, attempt.again?), attempt.holder)
+  defp ask(attempt, bridge, %Request{deadline: deadline} = request, ticket) do
+    request = sent(attempt, request, ticket)
+    call = %{dest: bridge, deadline: deadline, request: request, again?: attempt.again?}
+    proxy = StreamProxy.start(call, attempt.holder)
 
     case StreamProxy.next(proxy, deadline) do
-      {:chunk, frame} ->
-        {true, {:begun, %{proxy: proxy, dest: bridge, deadline: deadline}, frame}}
-
-      # It may have been killed, or have had no time, before it has sent anything.
-      {:over, reply} ->
-        {not StreamProxy.revoke(permit), reply}
+      {:chunk, frame} -> {:begun, %{proxy: proxy, dest: bridge, deadline: deadline}, frame}
+      {:over, reply} -> reply
     end
   end
 
-  defp sent(%__MODULE__{stream?: stream?}, %Request{body: body, deaths: deaths}),
-    do: %Calls.Request{body: body, retry: :pool, deaths: deaths, stream?: stream?}
+  defp sent(%__MODULE__{stream?: stream?}, %Request{body: body, deaths: deaths}, ticket) do
+    %Calls.Request{body: body, retry: :pool, deaths: deaths, stream?: stream?, ticket: ticket}
+  end
 
   @doc """
   The reply as the last one, if the call must not be sent again and a peer may have made it: one that has died with it, or

@@ -7,8 +7,9 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
 
   alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
   alias DSPex.PythonBridge.Bridge.Server
+  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
-  alias DSPex.Test.SilentLM
+  alias DSPex.Test.{PoolProbe, SilentLM}
 
   @pool __MODULE__.Pool
 
@@ -70,6 +71,25 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
   end
 
   @tag :capture_log
+  test "callers that are killed before they have sent leave no load; after a restart calls are spread evenly" do
+    [%{bridge: bridge} | _] = start_up(who(pool_size: 3))
+    counters = Handle.fetch(@pool).counters
+
+    # Which has happened to 60 of 14,000 callers.
+    for index <- LoadCounters.indexes(counters), _ <- 1..20 do
+      {caller, monitor} = spawn_monitor(fn -> LoadCounters.ticket(counters, index) end)
+      assert_receive {:DOWN, ^monitor, :process, ^caller, _reason}
+    end
+
+    Process.exit(Process.whereis(bridge), :kill)
+    eventually(fn -> PoolProbe.busy(@pool) == [0, 0, 0] end)
+    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+    counts = for(_ <- 1..300, do: ask(5_000)) |> Enum.frequencies() |> Map.values()
+    assert Enum.sort(counts) == [100, 100, 100]
+    assert PoolProbe.busy(@pool) == [0, 0, 0]
+  end
+
+  @tag :capture_log
   @tag :slow
   test "it is replaced within 10 s by default" do
     [hung] = start_up(who(pool_size: 1))
@@ -81,6 +101,40 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     assert Task.await(waiting, 60_000) == Bridge.get_status(hung.bridge).os_pid
     assert Bridge.get_status(hung.bridge).restarts == 1
     eventually(fn -> not alive?(hung.os_pid) end)
+  end
+
+  @tag :capture_log
+  @tag :slow
+  test "a peer whose event loop is blocked is replaced within 10 s of that" do
+    env = %{
+      "PYTHONPATH" => Path.dirname(fake("host")),
+      "DSPY_BRIDGE_ALLOW_MODULES" => "host"
+    }
+
+    [blocked] = start_up(real_opts(name: @pool, env: env, pool_size: 1))
+
+    for {id, type} <- [{"blocks", "host:Blocks"}, {"qa", "predict"}] do
+      program = %{id: id, signature: "question -> answer", program_type: type}
+      {:ok, _} = Pool.call(@pool, :create_program, program, 60_000)
+    end
+
+    run = fn id, timeout ->
+      args = %{program_id: id, inputs: %{question: "3600"}}
+      Pool.call(@pool, :execute_program, args, timeout)
+    end
+
+    assert run.("blocks", 100) == {:error, :timeout}
+
+    eventually(
+      fn ->
+        run.("qa", 500)
+        Bridge.get_status(blocked.bridge).restarts == 1
+      end,
+      20_000
+    )
+
+    assert {:ok, %{"answer" => _}} = run.("qa", 60_000)
+    eventually(fn -> not alive?(blocked.os_pid) end)
   end
 
   @tag :tmp_dir

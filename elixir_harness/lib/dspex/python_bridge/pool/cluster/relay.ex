@@ -76,20 +76,15 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
        ) do
     ref = :erlang.monitor(:process, bridge, alias: :demonitor)
     left = Request.left(call)
-    life = LoadCounters.take(counters, index)
-
     request = %{request | body: call.body, retry: :pool, deaths: call.deaths}
+    request = %{request | ticket: LoadCounters.ticket(counters, index)}
     send(bridge, {:request, %{request | ref: ref, pid: self(), timeout: left}})
     {relay, reply} = pass_on(relay, bridge, ref, call.deadline)
     Process.demonitor(ref, [:flush])
 
     case reply do
-      {:error, :bridge_not_running} ->
-        LoadCounters.give_back(counters, index, life)
-        bridge_gone(relay)
-
-      reply ->
-        Attempt.last(relay.retry, reply)
+      {:error, :bridge_not_running} -> bridge_gone(relay)
+      reply -> Attempt.last(relay.retry, reply)
     end
   end
 
