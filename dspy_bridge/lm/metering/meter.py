@@ -54,7 +54,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         records, now = list(self._records), time.monotonic()
         unpriced = any(record.unpriced for record in records)
         shown = {
-            "wait_ms": round(sum(record.times.waited(record.ended or now) for record in records) * 1000, 3),
+            "wait_ms": round(1000 * sum((record.times.waited(record.ended or now) for record in records), 0.0), 3),
             "lm_usage": {} if self.tracker is None else self.tracker.get_total_tokens(),
             "lm_calls": len(records),
             "cache_hits": sum(record.cached is True for record in records),

@@ -227,7 +227,7 @@ defmodule DSPex.PythonBridge.Bridge do
   As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
-  `meta` has string keys, all of docs/protocol.md: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`, `"lm_calls"`,
+  `meta` has string keys, all of docs/protocol.md: `"duration_ms"`, `"queue_ms"`, `"wait_ms"`, `"lm_usage"`, `"lm_calls"`,
   `"cache_hits"` and others. An error of the peer has it, too: `error.meta`.
 
   Options:

@@ -104,7 +104,8 @@ defmodule DSPex.PythonBridge.Pool do
   those of `DSPex.PythonBridge.Bridge.call/4`.
 
   While no peer here or on another node can serve it, the call waits. `:python_process_died` is returned after
-  `max_retries + 1` peers have died with the request; `:overloaded` if all peers that are up are overloaded.
+  `max_retries + 1` peers have died with the request; `:overloaded` if all peers that are up are overloaded:
+  `request/4` has the text and the `meta` of the last peer that was, which name the limit.
 
   `create_program` and `cleanup` run on all peers, and on all nodes of the cluster. If such a call times out, or
   returns `:bridge_not_running` since the pool's coordinator crashed meanwhile, the change may still be made later.

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
     * `failed` – how many runs failed
     * `results` – in the order of the examples, maps of `index`, `inputs`, `expected`, `prediction` (the outputs, with string
       keys; nil if the run failed), `error` (nil, or a `DSPex.PythonBridge.Error`), `score` and `feedback` (nil, or text)
-    * `usage` – the sums of `"lm_calls"`, `"cache_hits"`, `"cost_usd"` (nil if any is not known) and, by model, `"lm_usage"`
+    * `usage` – the sums of `"lm_calls"`, `"cache_hits"`, `"cost_usd"` (nil if any is not known), `"wait_ms"` and, by model, `"lm_usage"`
     * `duration_ms`
 
   `inspect/2`, `IO.inspect/1` and `IO.puts/1` show a table with the worst results first, contents included.
@@ -85,7 +85,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   @spec add(map(), map()) :: map()
   def add(usage, meta) do
     meta
-    |> Map.take(~w(lm_calls cache_hits cost_usd lm_usage))
+    |> Map.take(~w(lm_calls cache_hits cost_usd wait_ms lm_usage))
     |> Map.merge(usage, fn _key, one, other -> sum(one, other) end)
   end
 

@@ -64,7 +64,9 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
         run(handle, pass(request, index, since), attempt)
 
       {:error, :overloaded} ->
-        run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
+        # What a peer says of it tells more.
+        overloaded = request.overloaded || Error.new(:overloaded)
+        run(handle, pass(%{request | overloaded: overloaded}, index, since), attempt)
 
       {:error, gone} when gone in [{:died, :spared}, {:died, :unsent}, :bridge_not_running] ->
         run(handle, pass(request, index, since), attempt)
@@ -88,8 +90,8 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   # would be asked again; a missing program by its definition.
   defp judge(handle, request, {index, since}, attempt, reply) do
     case reply do
-      {:error, %Error{type: :overloaded, retryable: true}} ->
-        run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
+      {:error, %Error{type: :overloaded, retryable: true} = error} ->
+        run(handle, pass(%{request | overloaded: error}, index, since), attempt)
 
       {:error, %Error{type: :program_not_found}} when request.program != nil ->
         cond do

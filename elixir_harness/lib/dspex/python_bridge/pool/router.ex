@@ -40,8 +40,8 @@ defmodule DSPex.PythonBridge.Pool.Router do
       {:done, reply} ->
         reply
 
-      {:nobody, %Request{overloaded?: true}} ->
-        failed(:overloaded)
+      {:nobody, %Request{overloaded: %Error{} = error}} ->
+        {:error, error}
 
       {:nobody, request} ->
         # Only what changes on this node ends the wait.
@@ -52,7 +52,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   ## Nobody can serve now
 
-  defp nobody(_handle, %Request{overloaded?: true}, _attempt), do: failed(:overloaded)
+  defp nobody(_handle, %Request{overloaded: %Error{} = error}, _attempt), do: {:error, error}
   defp nobody(handle, request, attempt), do: wait(handle, request, &run(&1, &2, attempt))
 
   # What was tried goes along: it may have changed before the message is read.

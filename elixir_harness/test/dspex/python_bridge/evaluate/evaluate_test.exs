@@ -99,6 +99,24 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     end
   end
 
+  test "an unknown cost plus a known one is unknown, and nothing else is" do
+    known = %{"lm_calls" => 1, "cost_usd" => 0.25, "lm_usage" => %{"m" => %{"total_tokens" => 3}}}
+    unknown = %{known | "cost_usd" => nil, "lm_usage" => %{}}
+
+    for metas <- [[known, unknown], [unknown, known], [known, unknown, known]] do
+      usage = Enum.reduce(metas, %{}, &Result.add(&2, &1))
+      tokens = 3 * Enum.count(metas, &(&1 == known))
+
+      assert usage == %{
+               "lm_calls" => length(metas),
+               "cost_usd" => nil,
+               "lm_usage" => %{"m" => %{"total_tokens" => tokens}}
+             }
+    end
+
+    assert Result.add(Result.add(%{}, known), known)["cost_usd"] == 0.5
+  end
+
   test "a field is compared by the peer", %{bridge: bridge} do
     for {match, scores} <- [
           equals: [0.0, 0.0, 1.0],

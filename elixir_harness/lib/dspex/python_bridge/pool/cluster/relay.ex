@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
   # It ends with the call, with the proxy, or when the proxy gives up; the bridge, which monitors it as any caller, then
   # cancels the call.
 
-  alias DSPex.PythonBridge.Calls
+  alias DSPex.PythonBridge.{Calls, Error}
   alias DSPex.PythonBridge.Calls.{LoadCounters, NodeMessage}
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
   alias DSPex.PythonBridge.Pool.{Attempt, LocalCall, Request}
@@ -33,7 +33,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
           bound?: boolean()
         }
   @typedoc "What the caller gets: as of `DSPex.PythonBridge.Pool.Remote.proxy/4`."
-  @type served :: {:done, LocalCall.reply()} | {:nobody, deaths :: non_neg_integer(), boolean()}
+  @type served ::
+          {:done, LocalCall.reply()} | {:nobody, deaths :: non_neg_integer(), Error.t() | nil}
 
   @doc "Starts it for a caller; `serve` makes the call with its body and its attempts."
   @spec start(pid(), retry :: boolean(), (binary(), LocalCall.attempt() -> served())) :: pid()

@@ -67,9 +67,9 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
           do: repair(handle, request, other, attempt, reply),
           else: {:done, reply}
 
-      {:nobody, deaths, overloaded?} ->
-        overloaded? = request.overloaded? or overloaded?
-        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other, attempt)
+      {:nobody, deaths, overloaded} ->
+        overloaded = overloaded || request.overloaded
+        pass(handle, %{request | deaths: deaths, overloaded: overloaded}, other, attempt)
 
       :vanished ->
         pass(handle, request, other, attempt)
