@@ -102,6 +102,7 @@ defmodule DSPex.PythonBridge.Calls.Handover do
   defp lost_call(in_flight, id, request, :unsent), do: hold(in_flight, id, %{request | at: nil})
 
   defp lost_call(in_flight, id, %Request{deaths: deaths} = request, how) do
+    Calls.Events.restarted(request)
     deaths = if how == :died, do: deaths + 1, else: deaths
     in_flight = %{in_flight | resent: in_flight.resent + 1}
     hold(in_flight, id, %{request | at: nil, deaths: deaths})

@@ -158,6 +158,46 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     idle_on(there)
   end
 
+  @tag :own_node
+  test "a node that is lost after a status is followed by this one", context do
+    there = context.start_there.([])
+    play = [["stream", %{status: "thinking"}], ["go", "on"], ["reply", %{}]]
+
+    elements =
+      for {element, n} <- play |> stream() |> Stream.with_index() do
+        case {element, n} do
+          {{:status, "thinking"}, 0} ->
+            Nodes.stop(there)
+            send(context.borrower, :end)
+
+          {{:status, "thinking"}, _again} ->
+            ask_on(node(), :go, %{name: "on"})
+
+          _other ->
+            :ok
+        end
+
+        element
+      end
+
+    assert [{_, "thinking"}, {_, "restarted"}, {_, "thinking"}, {:ok, %{}, _}] = elements
+  end
+
+  @tag :tmp_dir
+  test "a peer that dies there after a status is followed by another one",
+       %{tmp_dir: dir} = context do
+    env = %{"FAKE_FILE" => Path.join(dir, "starts")}
+    there = context.start_there.(env: env)
+    told = ["stream", %{status: "thinking"}]
+    play = [["first", [told, ["die"]], [told, ["reply", %{}]]]]
+
+    assert [{_, "thinking"}, {_, "restarted"}, {_, "thinking"}, {:ok, %{}, _}] =
+             Enum.to_list(stream(play))
+
+    up_on(there)
+    idle_on(there)
+  end
+
   test "a bridge that ends there after a chunk is the end", context do
     there = context.start_there.(pool_size: 2, env: %{"DSPY_BRIDGE_DRAIN_MS" => "0"})
 
