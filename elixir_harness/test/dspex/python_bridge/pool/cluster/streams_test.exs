@@ -332,6 +332,44 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
   end
 
   @tag :own_node
+  @tag :tmp_dir
+  test "a node that hangs and wakes does not run what was meanwhile run elsewhere",
+       %{tmp_dir: dir} = context do
+    # There it is held for ever, here it is answered.
+    play = [["first", [["reply", %{}]], [["go", "never"]]]]
+    file = Path.join(dir, "starts")
+    File.write!(file, "x")
+    there = context.start_there.(env: %{"FAKE_FILE" => file})
+    os_pid = Nodes.on(there, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+
+    try do
+      calls = [
+        Task.async(fn -> Pool.call(@pool, :execute_program, %{play: play}, 60_000) end),
+        Task.async(fn -> play |> stream(timeout: 60_000) |> Enum.to_list() end)
+      ]
+
+      # Both have tried that node, and have given it up.
+      coordinator = Module.concat(@pool, Coordinator)
+      eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 2 end, 20_000)
+
+      # A change is answered in its time, and made here.
+      create = %{id: "qa", signature: "question -> answer"}
+      {ms, result} = timed(fn -> Pool.call(@pool, :create_program, create, 1_000) end)
+      assert {:ok, _} = result
+      assert ms < 1_500
+      send(context.borrower, :end)
+      assert [{:ok, %{}}, [{:ok, %{}, _}]] = Task.await_many(calls, 20_000)
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
+
+    # These questions come behind what it was sent.
+    for _ <- 1..3, do: ask_on(there, :heard)
+    idle_on(there)
+  end
+
+  @tag :own_node
   test "a stopped node keeps no caller past its timeout", context do
     there = context.start_there.([])
     os_pid = Nodes.on(there, System, :pid, [])
