@@ -39,12 +39,13 @@ def build_dispatcher(
         commands.table(),
         send,
         # A run has a connection to its LM.
-        max_in_flight=min(settings.max_in_flight, stdio.spare()),
+        max_in_flight=min(settings.max_in_flight, stdio.raise_open_files()),
         max_queue=settings.max_queue,
         max_frame_bytes=settings.max_frame_bytes,
         log_exception=lambda error: log_exception(error, settings.log_level, send_log),
         when_room=when_room,
         prepare_loop=prepare_loop,
+        log_warning=lambda text: log_warning(text, settings.log_level, send_log),
     )
     return dispatcher
 
@@ -62,3 +63,11 @@ def log_exception(error: BaseException, level: str, send: SendRecord | None = No
 
     peer_log.setup(level, send)
     return peer_log.exception(error)
+
+
+def log_warning(text: str, level: str, send: SendRecord | None = None) -> None:
+    """Log a text. Sets up logging if nothing has yet."""
+    from dspy_bridge.logs import peer_log
+
+    peer_log.setup(level, send)
+    peer_log.logger.warning(text)

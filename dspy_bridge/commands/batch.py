@@ -162,7 +162,7 @@ class _Batch:
             return None
 
         def expire() -> None:
-            self._fail(index, TimedOut(f"not finished within {timeout_ms:g} ms"))
+            self._fail(index, self._failure(TimedOut(f"not finished within {timeout_ms:g} ms")))
             task.cancel()
 
         return self._loop.call_later(min(timeout_ms, _LONGEST_MS) / 1000, expire)
@@ -174,21 +174,24 @@ class _Batch:
         self._tasks.discard(task)
         self._room.set()
         self._release(index)
-        # Code of a user's may raise a CancelledError of its own.
-        self._fail(index, Cancelled("cancelled"))
+        if self._results[index] is None:
+            # Code of a user's may raise a CancelledError of its own.
+            self._fail(index, self._failure(Cancelled("cancelled")))
 
     def _expire(self, whole: float) -> None:
         # If the loop is late, the deadline is due with this, and would answer for all of them first.
         if self._call.deadline is not None:
             self._call.deadline.cancel()
+        # Made once: there may be ten thousands of items, and the client's own timeout is near.
+        not_finished, not_started = (
+            self._failure(TimedOut(f"not {begun} within {whole:g} ms")) for begun in ("finished", "started")
+        )
         for index in range(len(self._items)):
-            begun = "finished" if index < self._started else "started"
-            self._fail(index, TimedOut(f"not {begun} within {whole:g} ms"))
+            self._fail(index, not_finished if index < self._started else not_started)
 
-    def _fail(self, index: int, error: TimedOut | Cancelled) -> None:
+    def _fail(self, index: int, result: dict[str, Any]) -> None:
         if self._results[index] is not None or self._over.done():
             return
-        result = self._failure(error)
         if self._stream:
             self._call.stream_item_threadsafe({"index": index, **result})
         self._settle(index, result)

@@ -18,6 +18,7 @@ from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.dispatch.reply_encoder import ReplyEncoder
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
 from dspy_bridge.runtime import allocator
+from dspy_bridge.runtime.loop_watch import LoopWatch
 from dspy_bridge.wire import messages, pings
 from dspy_bridge.wire.frames import TooLarge
 
@@ -45,11 +46,13 @@ class Dispatcher:
         log_exception: Callable[[BaseException], str],
         when_room: Callable[[Callable[[], object]], bool],
         prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
+        log_warning: Callable[[str], object] = lambda _text: None,
     ) -> None:
         """`send` writes reply payloads, from any thread. `log_exception` logs an exception and returns its reference.
 
         `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
-        once there is. `prepare_loop` gets the event loop before it runs, on its thread.
+        once there is. `prepare_loop` gets the event loop before it runs, on its thread. `log_warning` gets a text for
+        the log, on any thread.
         """
         self._commands = commands
         self._send = send
@@ -62,6 +65,7 @@ class Dispatcher:
         # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._watch = LoopWatch(log_warning)
         self._thread: threading.Thread | None = None
         # The rest belongs to the loop's thread; any thread may read the counts.
         self._calls: dict[messages.Id, Call] = {}
@@ -76,7 +80,7 @@ class Dispatcher:
         """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
         received = time.monotonic()
         pongs, count, used = pings.answer(data, time.time())
-        if not count or not self._answers_pings:
+        if not count or not self._answers_pings or self._watch.blocked is not None:
             return data
         # Without the lock: pings are counted and reported on the reading thread only.
         self._pings.add(time.monotonic() - received, False, count)
@@ -156,6 +160,9 @@ class Dispatcher:
         try:
             if command is None:
                 raise UnknownCommand(call.request.command, self._commands)
+            if call.request.command == "ping" and self._watch.blocked is not None:
+                # Only the loop's code knows when it returns: a monitor that pings is to replace this peer.
+                raise BridgeError(self._watch.blocked)
             result = command.handler(call.request.args, call)
         except BaseException as error:  # not even a SystemExit out of a handler may end the reading
             return self._replies.encode(call, None, error)
@@ -172,6 +179,7 @@ class Dispatcher:
 
         loop = EventLoop()
         self._prepare_loop(loop)
+        self._watch.start(loop.watched)
         self._channel.attach(loop)
         # From here on `wake` goes through the loop; what came before is taken first.
         self._loop = loop

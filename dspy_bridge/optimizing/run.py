@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -145,19 +146,24 @@ class Run(admission.Run):
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
         self.check()
-        here = asyncio.get_running_loop() is self._loop
-        if here:
-            await self._limiter.acquire()
-        else:  # of large inputs
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._limiter.acquire(), self._loop))
+        # The limiter belongs to the other loop if inputs are large; this future knows atomically which came first, the
+        # slot or a cancel.
+        slot: Future[None] = Future()
+
+        def start() -> bool:
+            if not slot.set_running_or_notify_cancel():
+                return False
+            slot.set_result(None)
+            return True
+
+        self._loop.call_soon_threadsafe(self._limiter.submit, start)
         try:
+            await asyncio.wrap_future(slot)
             self.check()
             yield
         finally:
-            if here:
-                self._limiter.release()
-            else:
-                self._loop.call_soon_threadsafe(self._limiter.release)
+            end = self._limiter.withdraw if slot.cancel() else lambda _start: self._limiter.release()
+            self._loop.call_soon_threadsafe(end, start)
 
     def _settle(self, why: str | BaseException) -> None:
         if not self.ending.done():

@@ -9,12 +9,43 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import selectors
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
+
+from dspy_bridge.errors import BridgeError
+
+
+class WatchedSelector(selectors.DefaultSelector):
+    """A selector that notes when its loop turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # When the present turn began, by `time.monotonic`; None while the loop waits.
+        self.turn_began: float | None = None
+        # Whether the watching thread sleeps until the loop has something to do.
+        self.unwatched = False
+        self.work_came = threading.Event()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """As any selector's."""
+        self.turn_began = None
+        ready = super().select(timeout)
+        self.turn_began = time.monotonic()
+        if self.unwatched:
+            self.unwatched = False
+            self.work_came.set()
+        return ready
 
 
 class EventLoop(asyncio.SelectorEventLoop):
     """Callbacks of descriptors get an empty context, as transports need none."""
+
+    def __init__(self) -> None:
+        self.watched = WatchedSelector()
+        super().__init__(self.watched)
 
     _run_inline: Callable[[Any, Callable[[], asyncio.Future[Any]]], asyncio.Future[Any] | None] | None = None
 
@@ -38,3 +69,16 @@ class EventLoop(asyncio.SelectorEventLoop):
 
     def _add_writer(self, *args: Any) -> Any:
         return contextvars.Context().run(super()._add_writer, *args)  # type: ignore[misc]
+
+
+def refuse_sync_call() -> None:
+    """Raise for a sync call of an LM in a coroutine on one of these loops: all other runs would wait for its answer."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    if isinstance(loop, EventLoop):
+        raise BridgeError(
+            "a module called an LM synchronously in its aforward, which would block all other runs: "
+            "instead of self.predict(…) write await self.predict.acall(…)"
+        )

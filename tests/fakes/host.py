@@ -3,6 +3,7 @@
 import asyncio
 import os
 import subprocess
+import time
 
 import dspy
 
@@ -19,6 +20,21 @@ class Nap(dspy.Module):
     async def aforward(self, question):
         await asyncio.sleep(0.3)
         return dspy.Prediction(answer=question)
+
+
+class Sleep(dspy.Module):
+    """Takes as many seconds as its question says."""
+
+    async def aforward(self, question):
+        await asyncio.sleep(float(question))
+        return dspy.Prediction(answer=question)
+
+
+class Blocks(dspy.Module):
+    """Blocks the event loop, for an hour."""
+
+    async def aforward(self, question):
+        time.sleep(3600)  # noqa: ASYNC251  # it is meant to block
 
 
 class Deadly(dspy.Module):

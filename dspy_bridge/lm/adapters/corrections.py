@@ -17,6 +17,7 @@ import pydantic
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm.adapters import field_markers
+from dspy_bridge.runtime import event_loop
 
 # Of an earlier answer, in characters, as it is shown: an LM that writes without end should not fill its own context.
 MOST_SHOWN = 4000
@@ -120,6 +121,7 @@ def told(kind: Any) -> Any:
 def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def noted(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+        event_loop.refuse_sync_call()
         with _noting(type(self), signature):
             return method(self, lm, lm_kwargs, signature, demos, inputs)
 

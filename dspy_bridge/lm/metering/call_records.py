@@ -15,6 +15,7 @@ import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.transport import admission
 
 # In the `config` of a program or a call; ours, so DSPy does not get it.
 ALLOW_TRUNCATED = "allow_truncated"
@@ -27,9 +28,9 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
 class Record:
     """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
 
-    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them. `error_type`: the class
-    of the exception that it failed with. `model`: the LM's name, if the reply shows its calls. `entry`: its place in
-    the run's history, with the messages, if the reply has one.
+    `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `outputs` without an `entry`, too.
+    `error_type`: the class of the exception that it failed with. `model`: the LM's name, if the reply shows its calls.
+    `entry`: its place in the run's history, with the messages, if the reply has one.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class Record:
         "outer",
         "outputs",
         "started",
+        "times",
         "usages",
     )
 
@@ -50,6 +52,7 @@ class Record:
         self.outer = outer
         self.model = ""
         self.started = time.monotonic()
+        self.times = admission.times()
         self.ended: float | None = None
         self.error_type: str | None = None
         self.usages: list[dict[str, Any]] = []
@@ -97,8 +100,7 @@ def _watch(finalize: Any) -> Any:
         reasons = _reasons_of(_get(result, "responses"), _get(result, "raw"))
         record = current.get()
         if record is not None:
-            record.outputs = _get(result, "outputs")
-            _note(record, lm, reasons, _get(result, "cache_hit"), _get(result, "cost"))
+            _note(record, lm, reasons, _get(result, "outputs"), _get(result, "cache_hit"), _get(result, "cost"))
         if "length" in reasons and refusing.get():
             raise _cut_off(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
@@ -115,9 +117,8 @@ def _watch_older(process: Any) -> Any:
         reasons = _reasons_of((), response)
         record = current.get()
         if record is not None:
-            record.outputs = outputs
             cost = _get(_get(response, "_hidden_params"), "response_cost")
-            _note(record, lm, reasons, bool(_get(response, "cache_hit")), cost)
+            _note(record, lm, reasons, outputs, bool(_get(response, "cache_hit")), cost)
         if "length" in reasons and refusing.get():
             raise _cut_off(options, lm.kwargs)
         return outputs
@@ -125,7 +126,10 @@ def _watch_older(process: Any) -> Any:
     return watched
 
 
-def _note(record: Record, lm: Any, reasons: list[str | None], cached: bool | None, cost: Any) -> None:
+def _note(record: Record, lm: Any, reasons: list[str | None], outputs: Any, cached: bool | None, cost: Any) -> None:
+    if record.entry is not None:
+        # Only then: a run may have thousands of long answers.
+        record.outputs = outputs
     record.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
     record.cached = cached
     if cached or getattr(lm, "costs_nothing", False):

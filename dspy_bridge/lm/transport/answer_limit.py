@@ -12,7 +12,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm.transport import admission, connecting, connections
+from dspy_bridge.lm.transport import admission, connecting
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
@@ -50,7 +50,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
     DSPy's transports unpack the 64 KB that they read at once, which may be 64 MB: more than the limit.
     """
     try:
-        admission.answered(response.status, response.header("retry-after"))
+        received = admission.answered(response.status, response.header)
         packing(response.headers_all("content-encoding"))
     except dspy.LMError:
         response.close()
@@ -66,6 +66,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
         count = Count()
         try:
             for chunk in response:
+                received()
                 count.add(chunk)
                 yield chunk
         finally:
@@ -77,7 +78,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
 class Counted:
     """What an async transport's `stream` returns, awaitable and a context manager, with the body counted."""
 
-    def __init__(self, stream: Callable[[], Any], url: str) -> None:
+    def __init__(self, stream: Callable[[float | None], Any], url: str) -> None:
         self._stream = stream
         self._url = url
         self._opening: Any = None
@@ -95,8 +96,8 @@ class Counted:
         finally:
             self._leave()
 
-    async def _connect(self) -> Any:
-        self._opening = self._stream()
+    async def _connect(self, seconds: float | None) -> Any:
+        self._opening = self._stream(seconds)
         return await self._opening.__aenter__()
 
     async def _open(self) -> Any:
@@ -108,16 +109,9 @@ class Counted:
             raise
 
     async def _admitted(self) -> Any:
+        response = await connecting.aconnect(self._connect, self._url, connecting.failures())
         try:
-            response = await connecting.aconnect(self._connect, self._url, connecting.failures())
-        except Exception as error:
-            if not connections.ran_out(error):
-                raise
-            # The connection was not opened, so nothing was sent.
-            await connections.close_idle()
-            response = await self._connect()
-        try:
-            admission.answered(response.status, response.header("retry-after"))
+            received = admission.answered(response.status, response.header)
             packing(response.headers_all("content-encoding"))
         except dspy.LMError:
             await response.aclose()
@@ -125,8 +119,9 @@ class Counted:
 
         async def chunks() -> AsyncIterator[bytes]:
             count = Count()
-            async with aclosing(aiter(response)) as received:
-                async for chunk in received:
+            async with aclosing(aiter(response)) as pieces:
+                async for chunk in pieces:
+                    received()
                     count.add(chunk)
                     yield chunk
 

@@ -149,7 +149,7 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
     async_send.wrap(lambda original: _hooked(awatch, original, functools.partial(_aconnecting, failures)))
 
 
-def _connecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+def _connecting(failures: Any, call: _Call, send: Callable[[float | None], Any], url: str) -> Any:
     try:
         call.leave = admission.admit_in_thread()
         return connecting.connect(send, url, failures)
@@ -158,7 +158,7 @@ def _connecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -
         raise
 
 
-async def _aconnecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+async def _aconnecting(failures: Any, call: _Call, send: Callable[[float | None], Any], url: str) -> Any:
     try:
         call.leave = await admission.admit()
         return await connecting.aconnect(send, url, failures)
@@ -185,10 +185,14 @@ def _hooked(hook: Callable[..., Any], send: Callable[..., Any], connect: Callabl
             # A value set for this request alone may be signed.
             if request.headers.get("accept-encoding") == self.headers.get("accept-encoding"):
                 request.headers["accept-encoding"] = "identity"
-            if (seconds := connecting.timeout()) is not None:
-                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
-                request.extensions = {**request.extensions, "timeout": timeouts}
-            return connect(call, lambda: send(self, request, *args, **kwargs), str(request.url))
+
+            def attempt(seconds: float | None) -> Any:
+                if seconds is not None:
+                    timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                    request.extensions = {**request.extensions, "timeout": timeouts}
+                return send(self, request, *args, **kwargs)
+
+            return connect(call, attempt, str(request.url))
         return send(self, request, *args, **kwargs)
 
     return hooked
@@ -198,7 +202,7 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
     """Unpacks and counts the chunks of a body: httpx, which unpacks without a limit, finds nothing left to unpack."""
     packed, unpacked, unpack = Count(), Count(), None
     try:
-        admission.answered(response.status_code, response.headers.get("retry-after"))
+        received = admission.answered(response.status_code, response.headers.get)
         coding = packing(response.headers.get_list("content-encoding"))
         if coding in ("gzip", "x-gzip", "deflate"):
             unpack = zlib.decompressobj(_GZIP_OR_DEFLATE)
@@ -210,6 +214,7 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
         raise
 
     def pieces(chunk: bytes) -> Iterator[bytes]:
+        received()
         try:
             packed.add(chunk)
             if unpack is None:

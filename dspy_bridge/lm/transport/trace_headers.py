@@ -36,7 +36,7 @@ def install() -> None:
     dspy_internals.ASYNC_LITELLM_STREAM.wrap(streaming_after_import)
 
 
-def _open(opening: Callable[[], Any], url: str) -> Any:
+def _open(opening: Callable[[float | None], Any], url: str) -> Any:
     leave = admission.admit_in_thread()
     try:
         return answer_limit.counted(connecting.connect(opening, url, connecting.failures()), leave)
@@ -52,11 +52,14 @@ def _sending(send_to: Callable[..., Any], stream: Callable[..., Any]) -> Callabl
         if (traceparent := tracing.current()) is not None:
             # The only one: an LM with headers of its own goes through LiteLLM.
             changes["headers"] = [*request.headers, (tracing.TRACEPARENT, traceparent)]
-        if (seconds := connecting.timeout()) is not None and hasattr(request, "connect_timeout"):
-            changes["connect_timeout"] = seconds
-        if changes:
-            request = dataclasses.replace(request, **changes)
-        return send_to(lambda: stream(self, request), request.url)
+        timed = hasattr(request, "connect_timeout")
+
+        def opening(seconds: float | None) -> Any:
+            timeout = {"connect_timeout": seconds} if timed and seconds is not None else {}
+            changed = {**changes, **timeout}
+            return stream(self, dataclasses.replace(request, **changed) if changed else request)
+
+        return send_to(opening, request.url)
 
     return send
 

@@ -87,14 +87,15 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
   } do
     # By one thread: those of others may be closed before they reach the LM when the budget is spent.
     parts = [
-      optimize: "[optimizer: :none, budget: [lm_calls: 1], num_threads: 1]",
+      optimize:
+        "[optimizer: :none, options: [auto: :light], budget: [lm_calls: 1], num_threads: 1]",
       valset: "[{%{question: 1}, %{}}]"
     ]
 
     path = file(dir, lm, parts)
     args = [path, "--out", out, "--optimizer", "copro", "--lm-calls", "20"]
     assert %{status: 0, out: printed, err: told} = run(args)
-    assert told =~ "copro takes no valset: the file's is left out"
+    assert told =~ "--optimizer copro: the file's :options and :valset left out, for :none\n"
     assert printed =~ "20 LM calls" and printed =~ "stopped by lm_calls"
     assert OptimizingLM.requests(lm) == 20
 
@@ -130,6 +131,9 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
           {[path], "--out: missing"},
           {[path, "--out", out, "--lm-calls", "many"], "--lm-calls"},
           {[path, "--out", Path.join(dir, "none/state.json")], "no such file or directory"},
+          {[path, "--out", ""], "--out : expected the name of a file"},
+          {[path, "--out", dir], "--out #{dir}: is a folder"},
+          {[path, "--out", "/dev/null"], "--out /dev/null: is not a regular file"},
           {[path, "--out", out, "--optimizer", "better"], "optimize.optimizer"},
           {[Path.join(dir, "none.exs"), "--out", out], "no such file or directory"},
           {[file(dir, lm, trainset: nil), "--out", out], ":trainset is missing"},
@@ -139,14 +143,16 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
           {[file(dir, lm, optimize: "[metric: 5]"), "--out", out], ":optimize: :metric cannot"},
           {[file(dir, lm, optimize: "[seeds: 5]"), "--out", out], "unknown option :seeds"},
           {[file(dir, lm, optimize: "[]"), "--out", out], ":optimizer: expected a name"},
-          {[file(dir, lm, program: ~s|"qa"|, server: "Here"), "--out", out], "not an id"},
-          {[file(dir, lm, metric: ~s|fn _, _ -> raise "mine" end|), "--out", out],
-           "tool_error: metric:score: RuntimeError: mine"}
+          {[file(dir, lm, program: ~s|"qa"|, server: "Here"), "--out", out], "not an id"}
         ] do
       assert %{status: 2, text: message} = run(args)
       assert message =~ text
     end
 
+    assert OptimizingLM.requests(lm) == 0
+    args = [file(dir, lm, metric: ~s|fn _, _ -> raise "mine" end|), "--out", out]
+    assert %{status: 2, text: message} = run(args)
+    assert message =~ "tool_error: metric:score: RuntimeError: mine"
     assert File.read!(out) == "mine"
     assert Path.wildcard(out <> "*") == [out]
   end

@@ -241,6 +241,20 @@ def test_a_deadline_in_the_middle_keeps_what_is_done(desk: Desk) -> None:
     assert desk.becomes(0, 0) and len(desk.server.requests) <= 9
 
 
+def test_the_deadline_of_many_items_comes_in_time(start_lm: Callable[..., LMServer]) -> None:
+    """With a thousand keys, none of which an error may show: for each item it would take 0.1 ms to look for them."""
+    keys = {f"TENANT_{number}_API_KEY": f"key-of-tenant-{number}" for number in range(1000)}
+    server = start_lm()
+    server.gate.clear()
+    with Peer(env={**lm_env(server), **keys}) as peer:
+        assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
+        inputs = asks("Why?") * 30_000
+        reply = peer.call("execute_program", {"program_id": "qa", "inputs": inputs}, timeout_ms=1500, meta=True)
+        assert len(reply["result"]["results"]) == 30_000
+        assert reply["meta"]["duration_ms"] < 2500
+    server.gate.set()
+
+
 def test_one_that_runs_behind_another_gives_each_item_its_time(desk: Desk) -> None:
     """Of two at once; the LM's request of the slow one is closed."""
     waiting = threading.Event()

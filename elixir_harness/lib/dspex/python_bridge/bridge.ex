@@ -241,7 +241,7 @@ defmodule DSPex.PythonBridge.Bridge do
       result, if it has a JSON form (`{:ok, term}` counts as `term`). `{:error, reason}`, and what the function raises,
       throws or exits with, becomes an error for the program: a string `reason` unchanged, all else on one line. Each
       call runs in its own process, several at once if the peer asks for it, and is killed when the request is over.
-      Each call copies what the function has captured.
+      One that has captured more than 64 KB is not copied for each call: its processes make one call after the other.
 
       When the peer dies, the next one starts the run from the beginning. A tool call that it makes with the name and
       the arguments of an earlier one gets the answer of that, without the function: the first of such calls that of

@@ -75,7 +75,7 @@ defmodule DSPex.PythonBridge.Evaluate do
   Options:
 
     * `:metric` – required. A function of two or three arguments, which runs in processes of its own, several at once; it may run
-      other programs. `:exact_match` and `:f1` compare text as DSPy does, without case, punctuation and articles; `:equals`
+      other programs. What it has captured is copied a few times in all. `:exact_match` and `:f1` compare text as DSPy does, without case, punctuation and articles; `:equals`
       compares JSON values; `:contains` looks for the expected text in the output
     * `:max_concurrency` – how many examples are in work at once; by default 64
     * `:timeout` – of the whole evaluation in ms; by default `:infinity`

@@ -16,6 +16,8 @@ defmodule DSPex.PythonBridge.Monitor do
   minutes (with the defaults). As soon as the peer sends anything, these misses do not count any longer: the pings
   waited behind what the peer had not read yet.
 
+  A peer answers a ping with an error if code of your own has blocked its event loop for 5 s. That is a miss, too.
+
   Options, with defaults from `config :dspex, :python_bridge_monitor`:
 
   | option | default | what |
@@ -200,7 +202,7 @@ defmodule DSPex.PythonBridge.Monitor do
   def handle_info({:DOWN, ping, :process, _pid, result}, state)
       when is_map_key(state.pings, ping) do
     {sent, pings} = Map.pop!(state.pings, ping)
-    state = checked(%{state | pings: pings}, result, sent, true)
+    state = checked_in_doubt(%{state | pings: pings}, result, sent)
     # The others only count while all are missed.
     all_missed? = missed?(result) and state.health.failures > 0
     {:noreply, if(all_missed?, do: state, else: forget_pings(state))}
@@ -211,9 +213,11 @@ defmodule DSPex.PythonBridge.Monitor do
     {sent, outdated} = Map.pop!(state.outdated, ping)
     state = %{state | outdated: outdated}
 
-    if missed?(result),
-      do: {:noreply, state},
-      else: {:noreply, state |> checked(result, sent, true) |> forget_pings()}
+    cond do
+      blocked?(result) -> {:noreply, checked_in_doubt(state, result, sent)}
+      missed?(result) -> {:noreply, state}
+      true -> {:noreply, state |> checked(result, sent, true) |> forget_pings()}
+    end
   end
 
   def handle_info({:timeout, timer, :doubt}, %{doubt: timer} = state) do
@@ -272,6 +276,17 @@ defmodule DSPex.PythonBridge.Monitor do
   end
 
   ## Results
+
+  # An error is an answer: it counts, whatever else the peer sends, and the next ping comes without another such call.
+  defp checked_in_doubt(state, result, sent) do
+    blocked? = blocked?(result)
+    state = checked(state, result, sent, not blocked?)
+    %{state | ask_again?: state.ask_again? or (blocked? and state.health.failures > 0)}
+  end
+
+  # The peer's event loop is blocked, as it says itself.
+  defp blocked?({:checked, {:missed, reason, %{state: :running}}}), do: not is_atom(reason)
+  defp blocked?(_answered_or_silent), do: false
 
   defp missed?({:checked, {:missed, _reason, %{state: :running}}}), do: true
   defp missed?(_answered_or_other), do: false

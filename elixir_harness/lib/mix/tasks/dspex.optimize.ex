@@ -8,9 +8,10 @@ defmodule Mix.Tasks.Dspex.Optimize do
       $ mix dspex.optimize eval/triage.exs --out priv/triage.json --optimizer gepa --seconds 3600
 
     * `--out` – required: the file for the state. It is replaced, in one step, at each better candidate, so that any end of
-      the task leaves the best so far; an error before the first one leaves it as it was
-    * `--optimizer` – one of those of `DSPex.PythonBridge.Optimize`, in place of the file's. If it takes no
-      valset, the file's is left out
+      the task leaves the best so far; an error before the first one leaves it as it was. Its permissions stay, and a link
+      is followed. A folder, a device or a pipe is refused before anything is paid for
+    * `--optimizer` – one of those of `DSPex.PythonBridge.Optimize`, in place of the file's. What is for the file's own
+      optimizer is left out then, which is printed: its `:options`, and the `:valset` if the other one takes none
     * `--lm-calls`, `--tokens`, `--seconds` – the budget. When one of them is spent, the best candidate is the result
 
   ## The file
@@ -69,7 +70,7 @@ defmodule Mix.Tasks.Dspex.Optimize do
   use Mix.Task
 
   alias DSPex.PythonBridge.{Error, Evaluate, Optimize}
-  alias Mix.DSPex.{Baseline, EvaluationFile, Interrupt, OptimizationProgress}
+  alias Mix.DSPex.{Baseline, EvaluationFile, Interrupt, OptimizationProgress, StateFile}
 
   @budget [lm_calls: :integer, tokens: :integer, seconds: :float]
   @switches [out: :string, optimizer: :string] ++ @budget
@@ -86,8 +87,9 @@ defmodule Mix.Tasks.Dspex.Optimize do
     with {:ok, file} <- EvaluationFile.read(path, [:trainset, :metric], [:valset]),
          {:ok, definition} <- definition(file),
          {:ok, options} <- options(file, switches),
-         :ok <- writable(switches[:out]),
-         :ok <- optimize(file, definition, options, switches[:out]) do
+         # Before anything is paid for.
+         {:ok, out} <- StateFile.new(switches[:out]),
+         :ok <- optimize(file, definition, options, out) do
       :ok
     else
       {:error, %Error{type: type, message: text}} -> refuse("#{path}: #{type}: #{text}")
@@ -128,54 +130,30 @@ defmodule Mix.Tasks.Dspex.Optimize do
          budget = Keyword.take(switches, Keyword.keys(@budget)),
          true <- Enumerable.impl_for(options[:budget] || []) != nil || ":budget: expected a map" do
       budget = Map.merge(Map.new(options[:budget] || []), Map.new(budget))
-      optimizer = switches[:optimizer] || options[:optimizer]
-      options = Keyword.merge(options, optimizer: optimizer)
-      options = if budget == %{}, do: options, else: Keyword.put(options, :budget, budget)
-
-      sets =
-        if without_valset?(values, switches[:optimizer]),
-          do: [:trainset],
-          else: [:trainset, :valset]
-
-      {:ok, options ++ Enum.to_list(Map.take(values, [:metric | sets]))}
+      sets = Keyword.take(Enum.to_list(values), [:trainset, :valset, :metric])
+      options = Keyword.merge(options, sets) |> with_optimizer(switches[:optimizer])
+      {:ok, if(budget == %{}, do: options, else: Keyword.put(options, :budget, budget))}
     else
       text when is_binary(text) -> {:error, "#{path}: #{text}"}
       own -> {:error, "#{path}: :optimize: #{inspect(own)} cannot be one of them"}
     end
   end
 
-  # So that a file's optimizer can be compared with others.
-  defp without_valset?(values, optimizer) when optimizer in @without_valset do
-    if values[:valset],
-      do: Mix.shell().error("#{optimizer} takes no valset: the file's is left out")
+  # So that a file's optimizer can be compared with others: what is for the file's own one is left out.
+  defp with_optimizer(options, nil), do: options
 
-    true
-  end
+  defp with_optimizer(options, named) do
+    own = options[:optimizer]
+    sets = if named in @without_valset, do: [:options, :valset], else: [:options]
+    same? = own == named or (is_atom(own) and Atom.to_string(own) == named)
+    left_out = if same?, do: [], else: Enum.filter(sets, &Keyword.has_key?(options, &1))
 
-  defp without_valset?(_values, _optimizer), do: false
-
-  # Before anything is paid for.
-  defp writable(out) do
-    with {:error, text} <- replace(out, &File.touch/1, &File.rm/1), do: {:error, text}
-  end
-
-  defp write(state, out) do
-    json = [Baseline.sorted_json(state), "\n"]
-    replace(out, &File.write(&1, json), &File.rename(&1, out))
-  end
-
-  # In the same folder, so that the file is replaced in one step.
-  defp replace(out, make, move) do
-    part = "#{out}.#{System.pid()}.part"
-
-    with :ok <- make.(part),
-         :ok <- move.(part) do
-      :ok
-    else
-      {:error, reason} ->
-        _ = File.rm(part)
-        {:error, "--out #{out}: #{:file.format_error(reason)}"}
+    if left_out != [] do
+      names = Enum.map_join(left_out, " and ", &inspect/1)
+      Mix.shell().error("--optimizer #{named}: the file's #{names} left out, for #{inspect(own)}")
     end
+
+    options |> Keyword.drop(left_out) |> Keyword.put(:optimizer, named)
   end
 
   ## The run, and what it reports
@@ -214,7 +192,7 @@ defmodule Mix.Tasks.Dspex.Optimize do
     receive do
       {:event, event} ->
         best = better(event, best, out)
-        listen(task, out, OptimizationProgress.show(progress, event, out), best)
+        listen(task, out, OptimizationProgress.show(progress, event, out.given), best)
 
       :interrupted ->
         Task.shutdown(task, :brutal_kill)
@@ -247,9 +225,11 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
   defp finished(result, _best, out) do
     with :ok <- write(result.state, out) do
-      Mix.shell().info("#{result}\nthe state is in #{out}")
+      Mix.shell().info("#{result}\nthe state is in #{out.given}")
     end
   end
+
+  defp write(state, out), do: StateFile.write(out, [Baseline.sorted_json(state), "\n"])
 
   defp explained(error, nil, _out), do: error
 
@@ -257,7 +237,7 @@ defmodule Mix.Tasks.Dspex.Optimize do
     do: %{error | message: "#{error.message}; #{kept(best, out)}"}
 
   defp kept(best, out),
-    do: "#{out} has the best state so far, with the score #{Evaluate.Table.number(best)}"
+    do: "#{out.given} has the best state so far, with the score #{Evaluate.Table.number(best)}"
 
   @spec refuse(String.t()) :: no_return()
   defp refuse(text), do: Mix.raise(text, exit_status: 2)

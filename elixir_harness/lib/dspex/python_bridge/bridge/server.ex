@@ -164,8 +164,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:dropped, _few}, state), do: {:noreply, state}
 
-  def handle_info({:timeout, timer, :acquit}, state),
-    do: {:noreply, %{state | in_flight: Dispatcher.acquit(state.in_flight, timer)}}
+  def handle_info({:timeout, timer, :window}, state) when is_reference(timer),
+    do: {:noreply, %{state | in_flight: Dispatcher.window_over(state.in_flight, timer)}}
 
   def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
     do: {:noreply, PeerLifecycle.timer_fired(%{state | timer: nil}, what)}

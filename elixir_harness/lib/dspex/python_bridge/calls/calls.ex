@@ -97,7 +97,7 @@ defmodule DSPex.PythonBridge.Calls do
       {request, in_flight} ->
         if request.change, do: note_change(in_flight, request.change, request.body, frame)
         InFlight.answer(request, {:frame, frame})
-        {:ok, Dispatcher.answered(in_flight, id)}
+        {:ok, Dispatcher.answered(in_flight)}
     end
   end
 

@@ -70,7 +70,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
           | :tool_begun
           | :bridge_not_running
           | :overloaded
-          | {:died, :sent | :unsent}
+          | {:died, :sent | :spared | :unsent}
           | {:too_large, pos_integer(), pos_integer()}
 
   defguardp is_timeout(timeout) when timeout == :infinity or timeout in 0..@max_timeout

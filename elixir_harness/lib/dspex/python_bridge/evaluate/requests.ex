@@ -10,6 +10,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Protocol.Misfit
+  alias DSPex.PythonBridge.Tools.LargeFunction
 
   # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
   @requests 16
@@ -26,6 +27,8 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   def run(server, program, examples, %Options{} = options, progress) do
     size = options.max_concurrency |> div(@requests) |> max(1) |> min(@most_examples)
     deadline = Deadline.new(options.timeout)
+    {tools, large} = LargeFunction.hold(Keyword.get(options.passed, :tools, %{}), self())
+    options = %{options | passed: Keyword.put(options.passed, :tools, tools)}
     request = request(server, program, options, deadline)
 
     # Its key in the process dictionary, where the examples wait for their results: a task would copy them twice.
@@ -60,6 +63,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         {:error, error} -> {:error, error}
       end
     after
+      LargeFunction.close(large)
       for {{^waiting, _number} = key, _examples} <- Process.get(), do: Process.delete(key)
     end
   end
@@ -72,6 +76,8 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   defp request(server, program, options, deadline) do
     call = if Pool.Handle.fetch(server), do: &Pool.spread/4, else: &Bridge.request/4
     args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
+    # Without the other options: each task gets a copy of what its function needs.
+    passed = options.passed
 
     fn {examples, number} ->
       with {:ok, inputs, expected} <- columns(examples) do
@@ -79,7 +85,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
         server
-        |> call.(:execute_program, args, [timeout: left(deadline)] ++ options.passed)
+        |> call.(:execute_program, args, [timeout: left(deadline)] ++ passed)
         |> placed(args)
       end
       |> then(&{number, &1})

@@ -89,8 +89,9 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   one of a bridge, or a node, that is gone.
   """
   @spec last(retry :: boolean(), reply) :: reply when reply: term()
-  def last(false, {:error, gone}) when gone in [{:died, :sent}, :bridge_not_running],
-    do: {:error, :python_process_died}
+  def last(false, {:error, gone})
+      when gone in [{:died, :sent}, {:died, :spared}, :bridge_not_running],
+      do: {:error, :python_process_died}
 
   def last(_retry, reply), do: reply
 end

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   #
   # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it is given
   # up. Until then it goes to the peer that has been up longest, so that all such requests meet in one bridge,
-  # which finds out which of them kills (`DSPex.PythonBridge.Calls.Quarantine`), and the other peers stay up.
+  # which finds out which of them kills (`DSPex.PythonBridge.Calls.Suspects`), and the other peers stay up.
 
   alias DSPex.PythonBridge.{Calls, Error, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters

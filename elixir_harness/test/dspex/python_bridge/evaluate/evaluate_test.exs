@@ -229,6 +229,23 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     assert Enum.map(results, & &1.index) == Enum.to_list(0..149)
   end
 
+  test "a metric that has captured 18 MB is not copied for each example", %{bridge: bridge} do
+    held = Enum.map(1..600_000, &{&1, &1})
+    assert :erts_debug.flat_size(held) * 8 > 18_000_000
+    examples = for n <- 1..200, do: {%{question: "q-#{n}"}, %{answer: "#{n}"}}
+    # Without this, the first run pays for what the peer does once.
+    assert {:ok, _} = Evaluate.run(bridge, "qa", examples, metric: fn _, _ -> 1 end)
+
+    {us, result} =
+      :timer.tc(fn ->
+        Evaluate.run(bridge, "qa", examples, metric: fn _, _ -> elem(hd(held), 0) end)
+      end)
+
+    assert {:ok, %Result{score: 1.0}} = result
+    # It was 200 copies, and more: a minute on a busy machine.
+    assert us < 4_000_000
+  end
+
   test "a judge may run another program on a peer with one slot" do
     script = %{model: "offline/script", answers: %{"*" => %{answer: "1"}}}
 

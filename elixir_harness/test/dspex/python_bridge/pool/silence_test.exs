@@ -103,6 +103,40 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     eventually(fn -> not alive?(hung.os_pid) end)
   end
 
+  @tag :capture_log
+  @tag :slow
+  test "a peer whose event loop is blocked is replaced within 10 s of that" do
+    env = %{
+      "PYTHONPATH" => Path.dirname(fake("host")),
+      "DSPY_BRIDGE_ALLOW_MODULES" => "host"
+    }
+
+    [blocked] = start_up(real_opts(name: @pool, env: env, pool_size: 1))
+
+    for {id, type} <- [{"blocks", "host:Blocks"}, {"qa", "predict"}] do
+      program = %{id: id, signature: "question -> answer", program_type: type}
+      {:ok, _} = Pool.call(@pool, :create_program, program, 60_000)
+    end
+
+    run = fn id, timeout ->
+      args = %{program_id: id, inputs: %{question: "3600"}}
+      Pool.call(@pool, :execute_program, args, timeout)
+    end
+
+    assert run.("blocks", 100) == {:error, :timeout}
+
+    eventually(
+      fn ->
+        run.("qa", 500)
+        Bridge.get_status(blocked.bridge).restarts == 1
+      end,
+      20_000
+    )
+
+    assert {:ok, %{"answer" => _}} = run.("qa", 60_000)
+    eventually(fn -> not alive?(blocked.os_pid) end)
+  end
+
   @tag :tmp_dir
   test "its child processes are killed with it, even in a session of their own", %{tmp_dir: dir} do
     file = Path.join(dir, "child")
