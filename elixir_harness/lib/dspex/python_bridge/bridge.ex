@@ -96,7 +96,7 @@ defmodule DSPex.PythonBridge.Bridge do
   Replaces the peer: another one is started, gets the programs, and then the calls. The old peer serves until then and
   finishes its calls; those that it has not finished after `DSPY_BRIDGE_DRAIN_MS` (5 s by default) are sent again to
   the new one. Callers do not notice, except if their call is not finished by then and cannot be sent again, because of
-  `retry: false`, a chunk that was streamed, or a tool with `repeat: false` that has begun: they get
+  `retry: false`, a chunk of a field that was streamed, or a tool with `repeat: false` that has begun: they get
   `:python_process_died`. A `create_program` or `cleanup` that
   comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
   loading them are tried again.
@@ -267,7 +267,8 @@ defmodule DSPex.PythonBridge.Bridge do
       `%{tenant: "acme"}`; by default empty. It stays on this node.
     * `:on_chunk` – a function of one argument, called in this process with each map that comes before the reply, in
       order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of inputs each result,
-      `%{"index" => …, "success" => …, …}`. After its first call the request is not sent again when the peer dies. If
+      `%{"index" => …, "success" => …, …}`. After a chunk of a field the request is not sent again when the peer
+      dies; if it is, there is `%{"status" => "restarted"}` in between, and items that were given do not come again. If
       it raises, the request is cancelled and the caller gets the exception.
 
   A wrong option gives an error of type `:invalid_request` that names it.
@@ -308,7 +309,7 @@ defmodule DSPex.PythonBridge.Bridge do
   Streams an `execute_program` call, as a lazy enumerable of:
 
     * `{:chunk, field, text}` – more of an output field
-    * `{:status, text}` – the program's present step
+    * `{:status, text}` – the program's present step; `"restarted"` if the peer has died, and the next one starts anew
     * `{:item, index, result}` – for a list of inputs, the result of that index, as `{:ok, fields}` or
       `{:error, %DSPex.PythonBridge.Error{}}`
     * always last, the result of `request/4`: `{:ok, result, meta}` or `{:error, %DSPex.PythonBridge.Error{}}`

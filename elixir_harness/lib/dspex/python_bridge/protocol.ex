@@ -286,6 +286,28 @@ defmodule DSPex.PythonBridge.Protocol do
 
   def decode_chunk(payload) when is_binary(payload), do: decode_any_chunk(payload)
 
+  @doc """
+  Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From its first
+  bytes.
+
+      iex> DSPex.PythonBridge.Protocol.repeatable?(~s({"id":12,"stream":{"status":"calling tool search"}}))
+      true
+      iex> DSPex.PythonBridge.Protocol.repeatable?(~s({"id":12,"stream":{"field":"answer","chunk":"Par"}}))
+      false
+  """
+  @spec repeatable?(binary()) :: boolean()
+  def repeatable?(frame),
+    do: frame =~ ~r/\A\{"id": ?\d+, ?"stream": ?\{"(status|index)":/
+
+  @doc """
+  The chunk that a caller gets between those of two peers.
+
+      iex> DSPex.PythonBridge.Protocol.decode_chunk(DSPex.PythonBridge.Protocol.restarted_chunk())
+      {:ok, 0, %{"status" => "restarted"}}
+  """
+  @spec restarted_chunk() :: binary()
+  def restarted_chunk, do: ~s({"id":0,"stream":{"status":"restarted"}})
+
   defp decode_any_chunk(payload) do
     with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
   end

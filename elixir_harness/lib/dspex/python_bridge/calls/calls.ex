@@ -23,6 +23,7 @@ defmodule DSPex.PythonBridge.Calls do
         change: request.change && stamped(request.change),
         at: Dispatcher.free_peer(in_flight, request),
         since: now,
+        told?: false,
         streamed?: false,
         bound?: false
     }

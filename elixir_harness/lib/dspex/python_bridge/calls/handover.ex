@@ -122,8 +122,9 @@ defmodule DSPex.PythonBridge.Calls.Handover do
        do: InFlight.fail(in_flight, id, :python_process_died)
 
   defp lost_call(in_flight, id, request, how, suspect?) do
+    Calls.Events.restarted(request)
     deaths = if how == :died, do: request.deaths + 1, else: request.deaths
-    request = %{request | at: nil, deaths: deaths}
+    request = %{request | at: nil, deaths: deaths, told?: false}
     resent = if how == :unsent, do: in_flight.resent, else: in_flight.resent + 1
     hold(%{in_flight | resent: resent}, id, request, suspect?)
   end

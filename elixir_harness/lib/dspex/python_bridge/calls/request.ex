@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Calls.Request do
   @moduledoc false
-  # One request of a caller. The caller sends `{:request, request}` to the bridge, which fills in the last five fields,
+  # One request of a caller. The caller sends `{:request, request}` to the bridge, which fills in the last six fields,
   # keeps the struct until the reply, and sends the body to a peer.
   #
   #   * `ref`, `pid`: the caller's alias and process; both nil for a cast, which gets no reply
@@ -15,8 +15,9 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #   * `watch`: the monitor of the caller, or the timer of a cast
   #   * `deadline`: `timeout` in the bridge's time
   #   * `at`, `since`: the port of the peer that has it, or nil, and since when
-  #   * `streamed?`, `bound?`: whether the caller has been sent a chunk, or has begun a tool that must not be called
-  #     again; if so, there is no retry
+  #   * `told?`: whether the caller has been sent a status or an item, which may come again
+  #   * `streamed?`, `bound?`: whether the caller has been sent any other chunk, or has begun a tool that must not be
+  #     called again; if so, there is no retry
 
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Deadline
@@ -30,7 +31,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   @enforce_keys [:body]
   defstruct [:ref, :pid, :body, :change, :ticket, :watch, :deadline, :at, :since] ++
               [timeout: :infinity, retry: :bridge, deaths: 0] ++
-              [stream?: false, tools?: false, streamed?: false, bound?: false]
+              [stream?: false, tools?: false, told?: false, streamed?: false, bound?: false]
 
   @type t :: %__MODULE__{
           ref: reference() | nil,
@@ -47,6 +48,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
           deadline: Deadline.t() | nil,
           at: port() | nil,
           since: integer() | nil,
+          told?: boolean(),
           streamed?: boolean(),
           bound?: boolean()
         }

@@ -176,10 +176,12 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
-  # With the first one it is certain that the run is not sent again, unless its caller takes them twice.
+  # With the first one that cannot come again it is certain that the run is not sent again, unless its caller takes them
+  # twice.
   defp keep_chunk(%__MODULE__{streamed?: streamed?, again?: again?} = state, frame) do
-    if not streamed? and not again?, do: Tools.Runner.bound(state.tools)
-    %{state | streamed?: true, chunks: :queue.in(frame, state.chunks)}
+    first? = not streamed? and not again? and not Protocol.repeatable?(frame)
+    if first?, do: Tools.Runner.bound(state.tools)
+    %{state | streamed?: streamed? or first?, chunks: :queue.in(frame, state.chunks)}
   end
 
   defp hand_out(%__MODULE__{asked: nil} = state), do: loop(state)

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   # decided by `DSPex.PythonBridge.Pool.Router` and `DSPex.PythonBridge.Pool.LocalCall`.
   #
   # With chunks or tools each attempt has a `DSPex.PythonBridge.Client.StreamProxy` of its own; all have the functions of
-  # the call in common. An attempt ends with the first chunk, which nobody can take back: no other one follows then.
+  # the call in common. An attempt ends with its first chunk; another one follows then only if all chunks may come again.
 
   alias DSPex.PythonBridge.Calls
   alias DSPex.PythonBridge.Calls.LoadCounters
@@ -32,8 +32,18 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
         }
   @typedoc "A slot of the bridge's pool, in which the call is counted."
   @type slot :: {LoadCounters.t(), LoadCounters.index()}
-  @typedoc "A call that has given its first chunk."
-  @type begun :: {:begun, %{proxy: pid(), dest: pid(), deadline: Deadline.t()}, frame :: binary()}
+  @typedoc """
+  A call that has given its first chunk. `follow`, of one that `DSPex.PythonBridge.Pool.Router` has made, says what a reply
+  means: with chunks that may come again, perhaps another peer's.
+  """
+  @type begun ::
+          {:begun,
+           %{
+             :proxy => pid(),
+             :dest => pid(),
+             :deadline => Deadline.t(),
+             optional(:follow) => (Calls.Request.reply() -> {:again, term()} | {:done, term()})
+           }, frame :: binary()}
 
   @doc "Whether the call has neither chunks nor tools, and may be sent again."
   @spec plain?(t()) :: boolean()

@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
       nobody(handle, request, attempt)
     else
       false -> run(handle, request, attempt)
-      {:done, reply} -> reply
+      {:done, reply} -> done(handle, reply, attempt)
     end
   end
 
@@ -28,9 +28,20 @@ defmodule DSPex.PythonBridge.Pool.Router do
          {:nobody, request} <- RemoteCall.run(handle, request, attempt) do
       nobody(handle, request, attempt)
     else
-      {:done, reply} -> reply
+      {:done, reply} -> done(handle, reply, attempt)
     end
   end
+
+  defp done(handle, {:begun, %{follow: follow} = call, frame}, attempt) do
+    follow = fn reply ->
+      with {:again, request} <- follow.(Attempt.last(attempt.retry, reply)),
+           do: {:again, fn -> run(handle, request, attempt) end}
+    end
+
+    {:begun, %{call | follow: follow}, frame}
+  end
+
+  defp done(_handle, reply, _attempt), do: reply
 
   @doc "As `run/3`, by peers of this node alone, with an attempt of the caller's own."
   @spec run_here(Handle.t(), Request.t(), LocalCall.attempt()) ::

@@ -139,6 +139,36 @@ defmodule DSPex.PythonBridge.OptimizeTest do
       assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
     end
 
+    test "takes no best candidate along; done begins again" do
+      # Before the sixth example, with two candidates; the next peer finds the same two again, and a better one.
+      opts = [options: [die: [[5, 1]]], on_progress: listener()]
+      assert {:ok, _} = optimize(start(), opts)
+      events = events()
+      progress = for {:progress, progress} <- events, do: progress
+
+      assert for(%{done: done, total: 6} <- progress, do: done) == [
+               1,
+               2,
+               3,
+               4,
+               5,
+               1,
+               2,
+               3,
+               4,
+               5,
+               6
+             ]
+
+      assert for(%{best: best} <- progress, do: best) ==
+               [nil, nil, 0.2, 0.2] ++ List.duplicate(0.4, 7)
+
+      # Each candidate is announced as the best once, with its state.
+      best = for {:candidate, %{best: true} = candidate} <- events, do: candidate
+      assert for(%{score: score} <- best, do: score) == [0.2, 0.4, 0.6]
+      assert Enum.all?(best, & &1.state)
+    end
+
     test "while the metric runs: that goes on, and its answer is the next peer's" do
       bridge = start()
       test = self()

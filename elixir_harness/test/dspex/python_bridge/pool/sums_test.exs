@@ -211,7 +211,7 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
             for _ <- 1..messages//1, do: send(self(), :other)
 
             Enum.min(
-              for _ <- 1..10, do: elem(:timer.tc(fn -> Pool.call(pool, :get_stats) end), 0)
+              for _ <- 1..100, do: elem(:timer.tc(fn -> Pool.call(pool, :get_stats) end), 0)
             )
           end)
 

@@ -428,7 +428,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       assert call_result(one, 1, "big") == big
       assert held(holder) in 8_000..9_999
       ref = one.ref
-      send(ref, {ref, :chunk, ~s({"id":1,"stream":{"status":"calling tool big"}})})
+      send(ref, {ref, :chunk, ~s({"id":1,"stream":{"field":"answer","chunk":"Par"}})})
       assert {:chunk, _frame} = StreamProxy.next(one.proxy, :infinity)
       holds_nothing = fn -> :erlang.garbage_collect(holder) && held(holder) < 1_000 end
       eventually(holds_nothing)
