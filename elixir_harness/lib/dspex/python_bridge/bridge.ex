@@ -140,7 +140,7 @@ defmodule DSPex.PythonBridge.Bridge do
     * `:restarts` – peers started after the first
     * `:uptime_ms` – of the present peer
     * `:late_replies` – replies and chunks that were dropped because no caller waited for them (any longer)
-    * `:unreadable_frames` – frames that were dropped because they had no readable id, or were chunks or tool calls
+    * `:unreadable_frames` – frames that were dropped because they had no readable id, were too large, or were chunks or tool calls
       that could not be read
     * `:last_error` – why the last peer died, until the next one serves: its exit status, and if it did not start, the
       last line that it wrote to stderr

@@ -17,7 +17,7 @@ defmodule DSPex.PythonBridge.Evaluate do
   """
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Program, Programs}
-  alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result, Tally}
+  alias DSPex.PythonBridge.Evaluate.{Examples, Options, Requests, Result, Tally}
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
   @typedoc "Inputs with what is expected of the outputs and what else the metric needs; or inputs alone."
@@ -60,7 +60,7 @@ defmodule DSPex.PythonBridge.Evaluate do
 
   `server` is a bridge or a pool, of which all peers are used, also those of other nodes. `program` is an id, or a module
   with `use DSPex.PythonBridge.Program`, whose tools are called; outputs are maps in both cases. `examples` is any enumerable, of which no more is
-  taken than is needed next.
+  taken than is needed next. If it raises, that is an error of the type `:invalid_request`.
 
   A run that fails has the score 0 and its error in the results. These end the evaluation at once, as its error:
 
@@ -90,12 +90,12 @@ defmodule DSPex.PythonBridge.Evaluate do
   def run(server, program, examples, opts) do
     with {:ok, id, functions} <- program(program),
          {:ok, options} <- Options.new(opts, functions),
-         :ok <- enumerable(examples) do
+         {:ok, stream} <- stream(examples) do
       total = if is_list(examples), do: length(examples)
       about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
 
       RunSpan.run(:evaluate, server, about, Tally.figures(%Tally{}, total), fn span ->
-        measure(server, id, examples, options, &RunSpan.progress(span, Tally.figures(&1, total)))
+        measure(server, id, stream, options, &RunSpan.progress(span, Tally.figures(&1, total)))
       end)
     end
   end
@@ -109,10 +109,9 @@ defmodule DSPex.PythonBridge.Evaluate do
     end
   end
 
-  defp enumerable(examples) do
-    if Enumerable.impl_for(examples),
-      do: :ok,
-      else: {:error, Error.new(:invalid_request, "examples: expected an enumerable of examples")}
+  defp stream(examples) do
+    with {:error, text} <- Examples.stream(examples),
+         do: {:error, Error.new(:invalid_request, "examples: #{text}")}
   end
 
   # The id, and the functions for its tools that a module has.

@@ -12,7 +12,7 @@ defmodule DSPex.PythonBridge.Options do
   | `:lm_options` | none | map or keyword list of `dspy.LM` arguments (`api_key`, …) |
   | `:adapter` | DSPy's | `chat`, `json`, `xml`, … |
   | `:env` | `%{}` | map of strings: more environment for the peer |
-  | `:max_frame_bytes` | 64 MiB | a larger request fails before it is sent |
+  | `:max_frame_bytes` | 64 MiB | a larger request fails before it is sent, a larger reply is `:frame_too_large` |
   | `:default_timeout` | 30 000 ms | of calls without a timeout; an integer or `:infinity` |
   | `:max_retries` | 3 | how often a call is sent again whose peer died |
   | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |

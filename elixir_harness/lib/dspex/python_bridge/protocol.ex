@@ -265,6 +265,20 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp to_reply(_term), do: {:error, {:not_a_reply, "JSON, but no object"}}
 
+  @doc """
+  The reply that takes the place of one that is too large.
+
+      iex> frame = DSPex.PythonBridge.Protocol.refusal_frame(7, "the reply has 12 bytes; max_frame_bytes is 11")
+      iex> {:error, 7, error} = DSPex.PythonBridge.Protocol.decode_reply(frame)
+      iex> {error.type, error.message}
+      {:frame_too_large, "the reply has 12 bytes; max_frame_bytes is 11"}
+  """
+  @spec refusal_frame(non_neg_integer(), String.t()) :: binary()
+  def refusal_frame(id, text) do
+    error = JSON.encode!(text)
+    ~s({"id":#{id},"success":false,"error_type":"frame_too_large","error":#{error}})
+  end
+
   ## Frames before a reply
 
   @doc """

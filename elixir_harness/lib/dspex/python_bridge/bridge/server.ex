@@ -101,6 +101,18 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       ),
       do: handle_info(message, %{state | in_flight: Calls.heard(state.in_flight)})
 
+  def handle_info({port, {:data, frame}}, %{options: %{max_frame_bytes: max}} = state)
+      when is_port(port) and is_binary(frame) and byte_size(frame) > max do
+    case Protocol.route(frame) do
+      {:reply, id} ->
+        text = "the reply has #{byte_size(frame)} bytes; max_frame_bytes is #{max}"
+        state |> reply_came(port, id, Protocol.refusal_frame(id, text)) |> noreply(frame)
+
+      _others ->
+        state |> unreadable_frame() |> noreply(frame)
+    end
+  end
+
   def handle_info({port, {:data, frame}}, state) when is_port(port) and is_binary(frame) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
@@ -361,7 +373,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # The first is logged, the rest counted: a peer may send many.
   defp unreadable_frame(state) do
     if state.unreadable_frames == 0 do
-      text = "sent a frame without a readable id, or not readable itself; more are only counted"
+      text =
+        "sent a frame without a readable id, too large, or not readable itself; more are only counted"
+
       Status.log(state, state.peer || state.next, :warning, text)
     end
 

@@ -2,7 +2,38 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
   @moduledoc false
   # Examples as the caller gives them, and as the wire has them: two lists, the inputs and what is expected.
 
+  alias DSPex.PythonBridge.Tools.Outcome
+
   @type pair :: {inputs :: map(), expected :: map() | nil}
+
+  @doc """
+  The examples of an enumerable, which is asked for no more than are taken; or the text that refuses what is none. If it
+  raises, that is thrown as `{DSPex.PythonBridge.Evaluate.Examples, text}`.
+  """
+  @spec stream(term()) :: {:ok, Enumerable.t()} | {:error, String.t()}
+  def stream(examples) when is_list(examples) do
+    if List.improper?(examples), do: {:error, "expected a proper list"}, else: {:ok, examples}
+  end
+
+  # The streams of Elixir are functions of two arguments.
+  def stream(examples) do
+    if Enumerable.impl_for(examples) == nil or
+         (is_function(examples) and not is_function(examples, 2)) do
+      {:error, "expected an enumerable of examples"}
+    else
+      start = &Enumerable.reduce(examples, &1, fn example, _acc -> {:suspend, example} end)
+      {:ok, Stream.resource(fn -> start end, &next/1, &(&1 && &1.({:halt, nil})))}
+    end
+  end
+
+  defp next(continue) do
+    case continue.({:cont, nil}) do
+      {:suspended, example, continue} -> {[example], continue}
+      {ended, _acc} when ended in [:done, :halted] -> {:halt, nil}
+    end
+  catch
+    kind, reason -> throw({__MODULE__, Outcome.message(kind, reason, __STACKTRACE__)})
+  end
 
   @doc """
   The columns of a list of examples; the second is nil if nothing is expected of any. The error is the index of what is

@@ -48,7 +48,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         examples = Process.delete({waiting, number})
 
         with {:ok, results, meta} <- located(reply, number * size),
-             items = Result.items(examples, results, number * size),
+             {:ok, items} <- Result.items(examples, results, number * size),
              :ok <- in_time(items, options, deadline) do
           tally = Tally.add(tally, items, meta)
           progress.(tally)
@@ -62,6 +62,8 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         {:ok, tally} -> {:ok, Tally.items(tally), tally.usage}
         {:error, error} -> {:error, error}
       end
+    catch
+      {Examples, text} -> {:error, Error.new(:invalid_request, "examples: #{text}")}
     after
       LargeFunction.close(large)
       for {{^waiting, _number} = key, _examples} <- Process.get(), do: Process.delete(key)
@@ -118,7 +120,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   end
 
   defp located({:error, error}, _before), do: {:error, error}
-  defp located({:ok, %{"results" => results}, meta}, _before), do: {:ok, results, meta}
+  defp located({:ok, result, meta}, _before), do: {:ok, result, meta}
 
   defp in_time(items, %Options{passed: passed, timeout: timeout}, deadline) do
     over? =

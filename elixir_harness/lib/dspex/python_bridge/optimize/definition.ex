@@ -22,9 +22,10 @@ defmodule DSPex.PythonBridge.Optimize.Definition do
   @doc "Reads a definition, or gives the text that refuses it."
   @spec new(term()) :: {:ok, t()} | {:error, String.t()}
   def new(module) when is_atom(module) and module not in [nil, true, false] do
-    if Code.ensure_loaded?(module) and function_exported?(module, :definition, 0),
-      do: read(module.definition(), Program.Tools.functions(module)),
-      else: {:error, @expected}
+    case Programs.Declared.one(module) do
+      {:ok, _declared} -> read(module.definition(), Program.Tools.functions(module))
+      {:error, text} -> {:error, "definition: #{inspect(module)}: #{text}"}
+    end
   end
 
   def new(map) when is_map(map) and not is_struct(map), do: read(map, %{})

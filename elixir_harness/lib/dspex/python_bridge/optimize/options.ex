@@ -41,10 +41,7 @@ defmodule DSPex.PythonBridge.Optimize.Options do
          {:ok, metric, tools} <- Metric.new(opts[:metric]),
          optimizer = Payload.string(opts[:optimizer]),
          true <- is_binary(optimizer) || ":optimizer: expected a name, such as :mipro_v2",
-         timeout = Keyword.get(opts, :timeout, :infinity),
-         true <-
-           (timeout == :infinity or (is_integer(timeout) and timeout > 0)) ||
-             ":timeout: expected ms greater than 0, or :infinity",
+         {:ok, timeout} <- Client.Options.whole_timeout(opts),
          on_progress = Keyword.get(opts, :on_progress, fn _event -> :ok end),
          true <-
            is_function(on_progress, 1) || ":on_progress: expected a function of one argument",
@@ -97,15 +94,17 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   # The keys of `execute_program`, and of `valset`.
   defp set(opts, name) do
     with examples when examples != nil <- opts[name],
-         true <- Enumerable.impl_for(examples) != nil || "#{inspect(name)}: expected examples",
+         {:ok, examples} <- Examples.stream(examples),
          {:ok, inputs, expected} <- Examples.columns(Enum.to_list(examples)) do
       set = %{inputs: inputs}
       {:ok, if(expected, do: Map.put(set, :expected, expected), else: set)}
     else
       nil -> {:ok, nil}
+      {:error, text} when is_binary(text) -> {:error, "#{inspect(name)}: #{text}"}
       {:error, index} -> {:error, inspect(name) <> ": " <> Examples.refusal("examples", index)}
-      text -> text
     end
+  catch
+    {Examples, text} -> {:error, "#{inspect(name)}: #{text}"}
   end
 
   # A keyword list in the place of a map, the empty one too.

@@ -220,14 +220,40 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert {:ok, _} = Bridge.call(bridge, :echo, %{a: String.duplicate("x", 800)}, 1_000)
     end
 
+    test "a reply over max_frame_bytes is an error, any other such frame is dropped" do
+      bridge = start_up("plays", max_frame_bytes: 1_000)
+      run = &Bridge.request(bridge, :execute_program, %{program_id: "p", play: &1}, &2)
+      test = self()
+
+      log =
+        ExUnit.CaptureLog.capture_log(fn ->
+          play = [["long", "stream", 1_000], ["count", 1], ["reply", "y"]]
+          assert {:ok, "y", _meta} = run.(play, on_chunk: &send(test, &1))
+        end)
+
+      assert log =~ "too large"
+      assert Bridge.get_status(bridge).unreadable_frames == 1
+      assert_received %{"chunk" => "0"}
+      refute_received %{"chunk" => _long}
+
+      assert {:error, %Error{type: :frame_too_large, message: text, retryable: false}} =
+               run.([["long", "reply", 1_000]], [])
+
+      assert text =~ ~r/\Athe reply has 10\d\d bytes; max_frame_bytes is 1000\z/
+      assert {:ok, _text, _meta} = run.([["long", "reply", 900]], [])
+    end
+
     test "a request of exactly max_frame_bytes is sent" do
       {:ok, body} = Protocol.encode_body(:echo, %{a: ""})
       # The start's ping had id 1.
       size = fn id -> IO.iodata_length(Protocol.request_frame(id, :infinity, body)) end
       bridge = start_up("echo", max_frame_bytes: 1_000)
       fits = String.duplicate("x", 1_000 - size.(2))
-      assert {:ok, _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
-      assert {:error, _} = Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
+      # It is sent: the echo with what surrounds it is too large to come back.
+      assert {:error, "the reply has " <> _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
+
+      assert {:error, "the request has " <> _} =
+               Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
     end
 
     test "leaves no monitor and no large frame in the bridge" do

@@ -314,7 +314,16 @@ defmodule DSPex.PythonBridge.EvaluateTest do
           {many ++ [5], [metric: {:field, :answer, :f1}], "examples[70]: expected"},
           {many ++ [{%{question: {:secret, 1}}, %{}}], [metric: {:field, :answer, :f1}],
            "inputs[70].question: a tuple has no JSON form"},
-          {nil, [metric: {:field, :answer, :f1}], "examples: expected an enumerable"}
+          {@examples, [metric: {:field, :answer, :f1}, timeout: 4_294_967_296],
+           ":timeout: expected 1 to 4294967295 ms"},
+          {nil, [metric: {:field, :answer, :f1}], "examples: expected an enumerable"},
+          {[hd(@examples) | hd(@examples)], [metric: {:field, :answer, :f1}],
+           "examples: expected a proper list"},
+          {fn -> @examples end, [metric: {:field, :answer, :f1}], "examples: expected an enum"},
+          {fn example, _prediction -> example end, [metric: {:field, :answer, :f1}],
+           "examples: "},
+          {Stream.map(many, fn _ -> raise "no file" end), [metric: {:field, :answer, :f1}],
+           "examples: RuntimeError: no file"}
         ] do
       assert {:error, %Error{type: type, message: message}} =
                Evaluate.run(bridge, "qa", examples, opts)
@@ -331,6 +340,44 @@ defmodule DSPex.PythonBridge.EvaluateTest do
 
     assert {:error, %Error{type: :program_not_found}} =
              Evaluate.run(bridge, "none", @examples, metric: fn _, _ -> 1 end)
+  end
+
+  test "a peer that sends no valid results is an error" do
+    bridge = start_supervised!({Bridge, fake_opts("plays")}, id: :liar)
+    ok = %{success: true, result: %{answer: "a"}, score: 1}
+
+    lies = [
+      nil,
+      [],
+      %{},
+      %{results: nil},
+      %{results: []},
+      %{results: [ok, ok]},
+      %{results: [1]},
+      %{results: [%{ok | score: "1"}]},
+      %{results: [%{ok | score: nil}]},
+      %{results: [%{ok | score: Integer.pow(10, 400)}]},
+      %{results: [%{ok | result: "a"}]},
+      %{results: [%{success: false, score: 0}]},
+      %{results: [Map.put(ok, :feedback, 5)]}
+    ]
+
+    run = fn examples, reply ->
+      opts = [metric: {:field, :answer, :f1}, config: %{play: [["reply" | reply]]}]
+      Evaluate.run(bridge, "qa", examples, [timeout: 10_000] ++ opts)
+    end
+
+    for lie <- lies do
+      assert {:error, %Error{type: :internal, message: text}} =
+               run.([%{question: "q"}], [lie, %{}])
+
+      assert text == "the peer sent no valid results", inspect(lie)
+    end
+
+    usage = %{lm_calls: "3", cache_hits: -1, cost_usd: %{}, lm_usage: [1]}
+    assert {:ok, result} = run.([%{question: "q"}], [%{results: [ok]}, usage])
+    assert result.score == 1.0 and result.usage == %{}
+    assert "#{result}" =~ "0 LM calls"
   end
 
   test "the timeout and the caller's death stop all requests", %{bridge: bridge} do

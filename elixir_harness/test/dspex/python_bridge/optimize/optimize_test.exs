@@ -349,11 +349,16 @@ defmodule DSPex.PythonBridge.OptimizeTest do
           {[metric: fn -> 1 end], ":metric: expected a function of two or three"},
           {[optimizer: nil], ":optimizer: expected a name"},
           {[trainset: nil], ":trainset: missing"},
-          {[trainset: 5], ":trainset: expected examples"},
+          {[trainset: 5], ":trainset: expected an enumerable of examples"},
           {[trainset: [%{}, 5]], ":trainset: examples[1]: expected {inputs, expected}"},
           {[valset: [7]], ":valset: examples[0]"},
           {[budgets: []], "unknown option :budgets, did you mean :budget?"},
           {[timeout: 0], ":timeout"},
+          {[timeout: 4_294_967_296], ":timeout: expected 1 to 4294967295 ms"},
+          {[trainset: [%{q: 1} | 5]], ":trainset: expected a proper list"},
+          {[trainset: fn -> [] end], ":trainset: expected an enumerable of examples"},
+          {[trainset: fn example, _acc -> example end], ":trainset: "},
+          {[valset: Stream.map([1], fn _ -> raise "no file" end)], ":valset: RuntimeError: no f"},
           {[on_progress: 1], ":on_progress"},
           {[retry: 1], ":retry"},
           {[tools: 1], ":tools"},
@@ -377,6 +382,47 @@ defmodule DSPex.PythonBridge.OptimizeTest do
 
     assert {:error, %Error{type: :bridge_not_running}} = optimize(__MODULE__.None, [])
     assert {:ok, []} = Bridge.call(bridge, "heard", %{})
+  end
+
+  test "a peer that sends no valid result, or chunks, is an error, or ignored" do
+    bridge = start()
+    good = %{candidates: 1, lm_calls: 1, metric_calls: 1, state: %{}, score: 1, baseline: nil}
+
+    for lie <-
+          [nil, [], %{}, %{state: %{}}] ++
+            for(
+              {key, value} <- [
+                candidates: nil,
+                lm_calls: "1",
+                metric_calls: 1.5,
+                state: [1],
+                score: "1",
+                score: Integer.pow(10, 400),
+                baseline: []
+              ],
+              do: Map.put(good, key, value)
+            ) do
+      assert {:error, %Error{type: :internal, message: "the peer sent no valid result"}} =
+               optimize(bridge, options: %{result: lie}),
+             inspect(lie)
+    end
+
+    chunks = [
+      %{progress: 5},
+      %{progress: %{step: "s", done: "1"}},
+      %{progress: %{step: "s", best: "1"}},
+      %{progress: %{step: 5}},
+      %{candidate: %{number: 1, score: "1", best: true, state: %{}}},
+      %{candidate: %{number: 1, score: 1, best: true, state: 5}},
+      %{candidate: %{number: "1", score: 1, best: true}},
+      %{candidate: []}
+    ]
+
+    state = %{signature: %{instructions: 5}}
+    opts = [options: %{chunks: chunks, result: %{good | state: state}}, on_progress: listener()]
+    assert {:ok, result} = optimize(bridge, opts)
+    assert "#{result}" =~ "instructions:  (0 demos)"
+    assert length(events()) == 9
   end
 
   test "a key is not in the error of an LM without a JSON form" do
