@@ -69,7 +69,8 @@ defmodule DSPex.PythonBridge.Bridge do
 
   It returns before the interpreter runs; calls wait for it within their own timeouts. A wrong option gives
   `{:error, %ArgumentError{}}`, which names it. If Python cannot be started, the bridge logs the reason and
-  tries again, after a delay that grows from 50 ms to 5 s.
+  tries again, after a delay that grows from 50 ms to 5 s. After `:max_retries` more attempts calls fail at once, with the
+  reason, until one succeeds.
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
@@ -132,8 +133,8 @@ defmodule DSPex.PythonBridge.Bridge do
   it was suspended, counts as not running.)
 
     * `:state` – `:starting` (the first peer does not serve yet), `:running`, `:restarting` (a peer has died and the
-      next does not serve yet), `:failed` (`max_retries` attempts in a row to start one have failed; they go on, and
-      calls wait; or the bridge is not running: then only the first five keys are there, all 0 or nil; for a pool
+      next does not serve yet), `:failed` (after the first, `max_retries` attempts in a row to start one have failed; they go on, and
+      calls fail at once, with the reason, until one succeeds; or the bridge is not running: then only the first five keys are there, all 0 or nil; for a pool
       `:last_error` names what to ask instead)
     * `:os_pid` – of the peer; nil while there is none
     * `:pending` – calls that wait for a reply, sent or not
@@ -183,7 +184,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
     * `{:ok, result}`
     * `{:error, message}` – the peer's text, or why the request could not be sent (no JSON form, larger than
-      `:max_frame_bytes`)
+      `:max_frame_bytes`; no Python starts, while the bridge's state is `:failed`)
     * `{:error, :timeout}` – here or in the peer, whichever was first
     * `{:error, :overloaded}` – too many calls wait, here or in the peer; nothing was done
     * `{:error, :python_process_died}` – while it had the request, which was sent again `:max_retries` times

@@ -285,6 +285,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       state.status == :stopping ->
         refuse(state, request, :bridge_not_running)
 
+      state.status == :failed and request.retry != :pool ->
+        refuse(state, request, {:not_started, state.last_error})
+
       InFlight.pending(state.in_flight) >= state.options.max_pending and
           not of_coordinator?(request) ->
         refuse(state, request, :overloaded)

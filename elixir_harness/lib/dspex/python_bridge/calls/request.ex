@@ -71,6 +71,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
           | :bridge_not_running
           | :overloaded
           | {:died, :sent | :spared | :unsent}
+          | {:not_started, String.t()}
           | {:too_large, pos_integer(), pos_integer()}
 
   defguardp is_timeout(timeout) when timeout == :infinity or timeout in 0..@max_timeout

@@ -75,6 +75,9 @@ defmodule DSPex.PythonBridge.Pool.Router do
       {:ok, :changed} ->
         again(handle.name, request, run)
 
+      {:ok, {:not_started, reason}} ->
+        {:error, Error.not_started(reason)}
+
       {:timeout, ref} ->
         send(coordinator, {:abandon, ref})
         failed(:timeout)
