@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import dspy
 
@@ -72,6 +72,8 @@ class Record:
 current: ContextVar[Record | None] = ContextVar("record", default=None)
 # Whether answers that were cut off are refused: in the runs of programs.
 refusing: ContextVar[bool] = ContextVar("refusing", default=False)
+# Whether the other answers to such a call are kept: to calls that an optimizer makes itself, which ask for many.
+keeping_whole: ContextVar[bool] = ContextVar("keeping_whole", default=False)
 
 
 def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | None]:
@@ -102,7 +104,7 @@ def _watch(finalize: Any) -> Any:
         if record is not None:
             _note(record, lm, reasons, _get(result, "outputs"), _get(result, "cache_hit"), _get(result, "cost"))
         if "length" in reasons and refusing.get():
-            raise _cut_off(_get(call, "legacy"), _get(_get(call, "request"), "config"))
+            return _whole(made, reasons) or _refuse(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
 
     return watched
@@ -120,7 +122,7 @@ def _watch_older(process: Any) -> Any:
             cost = _get(_get(response, "_hidden_params"), "response_cost")
             _note(record, lm, reasons, outputs, bool(_get(response, "cache_hit")), cost)
         if "length" in reasons and refusing.get():
-            raise _cut_off(options, lm.kwargs)
+            return _whole(outputs, reasons) or _refuse(options, lm.kwargs)
         return outputs
 
     return watched
@@ -188,13 +190,20 @@ def _get(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
 
 
-def _cut_off(*settings: Any) -> CutOff:
-    """`settings`: where the limit may be; the first one that has it counts."""
+def _whole(outputs: Any, reasons: list[str | None]) -> list[Any]:
+    """Of several answers to one call, those that were not cut off, if these are wanted."""
+    if not keeping_whole.get() or not isinstance(outputs, list) or len(outputs) != len(reasons):
+        return []
+    return [output for output, reason in zip(outputs, reasons, strict=True) if reason != "length"]
+
+
+def _refuse(*settings: Any) -> NoReturn:
+    """Raises `CutOff`. `settings`: where the limit may be; the first one that has it counts."""
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     limits = (_get(given, name) for given in settings for name in names)
     limit = next((limit for limit in limits if limit is not None), None)
     shown = f" ({limit})" if isinstance(limit, int) else ", of which none was set: at the limit of the LM"
-    return CutOff(
+    raise CutOff(
         f"the LM's answer was cut off at max_tokens{shown}; give it more, or take what there is with "
         f"config.{ALLOW_TRUNCATED}: true"
     )

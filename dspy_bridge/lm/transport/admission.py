@@ -55,6 +55,9 @@ class Run:
     def request(self) -> None:
         """Called before each request to an LM's server, from any thread."""
 
+    def not_sent(self) -> None:
+        """Called if the request was not sent after all: it was refused, or cancelled as it waited."""
+
     def overloaded(self, text: str) -> LMOverloaded:
         """The error for a request of the latest step."""
         return LMOverloaded(text, self.steps > 1)
@@ -233,11 +236,11 @@ def _admission(call: _Call, wake: Callable[[], object]) -> Iterator[Ticket]:
         call.gate.enter(ticket)
         yield ticket
         call.times.end_wait()
-    except Overloaded as error:
+    except BaseException as error:
         call.leave()
-        raise call.run.overloaded(str(error)) from None
-    except BaseException:
-        call.leave()
+        call.run.not_sent()
+        if isinstance(error, Overloaded):
+            raise call.run.overloaded(str(error)) from None
         raise
 
 

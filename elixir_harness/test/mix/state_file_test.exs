@@ -1,118 +1,165 @@
 defmodule Mix.DSPex.StateFileTest do
-  @moduledoc "The file of `mix dspex.optimize --out`: what is refused, what replacing it keeps."
+  @moduledoc "The file of a state: what may be replaced, and what is as it was afterwards."
 
   use ExUnit.Case, async: true
 
   import Bitwise
-
   alias Mix.DSPex.StateFile
 
   @moduletag :tmp_dir
 
-  defp open(path) do
-    {:ok, file} = StateFile.new(path)
-    file
-  end
+  defp mode(path), do: File.stat!(path).mode &&& 0o777
 
-  defp entries(dir), do: dir |> File.ls!() |> Enum.sort()
+  # Whatever begins with a dot, too.
+  defp files(dir), do: Enum.sort(File.ls!(dir))
 
-  test "is made where there is none, with the usual permissions", %{tmp_dir: dir} do
-    usual = Path.join(dir, "usual")
-    File.write!(usual, "")
+  test "a new file, and one that is there, whose permissions stay", %{tmp_dir: dir} do
     path = Path.join(dir, "state.json")
-    file = open(path)
-    refute File.exists?(path)
-    assert :ok = StateFile.write(file, ["{", "}"])
-    assert File.read!(path) == "{}"
-    assert File.stat!(path).mode == File.stat!(usual).mode
-    assert entries(dir) == ["state.json", "usual"]
-  end
 
-  test "keeps its permissions", %{tmp_dir: dir} do
-    path = Path.join(dir, "state.json")
-    File.write!(path, "old")
-
-    for mode <- [0o600, 0o640, 0o664] do
-      File.chmod!(path, mode)
-      assert :ok = StateFile.write(open(path), "new #{mode}")
-      assert {File.read!(path), File.stat!(path).mode &&& 0o777} == {"new #{mode}", mode}
+    for before <- [nil, 0o600, 0o640, 0o444] do
+      if before, do: File.chmod!(path, before)
+      assert :ok = StateFile.check(path)
+      assert :ok = StateFile.write(path, ["new", "\n"])
+      assert File.read!(path) == "new\n"
+      if before, do: assert(mode(path) == before)
     end
+
+    assert files(dir) == ["state.json"]
   end
 
-  test "a link is followed, also a relative one to a link to nothing yet", %{tmp_dir: dir} do
+  test "a check leaves no file, and changes none", %{tmp_dir: dir} do
+    assert :ok = StateFile.check(Path.join(dir, "new.json"))
+    assert files(dir) == []
+    path = Path.join(dir, "state.json")
+    File.write!(path, "mine")
+    assert :ok = StateFile.check(path)
+    assert File.read!(path) == "mine"
+  end
+
+  test "a link stays, and what it leads to is replaced: over folders, links, and to a file that is not there",
+       %{tmp_dir: dir} do
     File.mkdir!(Path.join(dir, "real"))
+    File.mkdir!(Path.join(dir, "links"))
     target = Path.join(dir, "real/state.json")
-    File.ln_s!("real/second", Path.join(dir, "first"))
-    File.ln_s!("../real/state.json", Path.join(dir, "real/second"))
+    File.ln_s!("../real/state.json", Path.join(dir, "links/one"))
+    File.ln_s!("one", link = Path.join(dir, "links/two"))
 
-    for content <- ["one", "two"] do
-      assert :ok = StateFile.write(open(Path.join(dir, "first")), content)
-      assert File.read!(target) == content
+    for before <- [nil, 0o600] do
+      if before, do: File.chmod!(target, before)
+      assert :ok = StateFile.check(link)
+      assert :ok = StateFile.write(link, "new #{before}")
+      assert File.read_link!(link) == "one"
+      assert File.read!(target) == "new #{before}"
+      if before, do: assert(mode(target) == before)
     end
 
-    assert {:ok, "real/second"} = File.read_link(Path.join(dir, "first"))
-    assert {:ok, "../real/state.json"} = File.read_link(Path.join(dir, "real/second"))
-    assert entries(Path.join(dir, "real")) == ["second", "state.json"]
+    assert files(Path.join(dir, "links")) == ["one", "two"]
+    assert files(Path.join(dir, "real")) == ["state.json"]
   end
 
-  test "a link out of a folder that is a link is resolved as the system does", %{tmp_dir: dir} do
-    File.mkdir_p!(Path.join(dir, "a/b"))
-    File.ln_s!("a/b", Path.join(dir, "alias"))
-    File.ln_s!("../state.json", Path.join(dir, "a/b/out"))
-    assert :ok = StateFile.write(open(Path.join(dir, "alias/out")), "here")
-    assert File.read!(Path.join(dir, "a/state.json")) == "here"
-  end
-
-  test "what is no regular file, or cannot be one, is refused and stays", %{tmp_dir: dir} do
+  test "what is no regular file is refused, and stays", %{tmp_dir: dir} do
     fifo = Path.join(dir, "fifo")
     {_, 0} = System.cmd("mkfifo", [fifo])
-    File.ln_s!(fifo, Path.join(dir, "to_fifo"))
+    # A longer path than this is none of a socket.
+    name = ~c"#{Path.relative_to_cwd(Path.join(dir, "s"))}"
+
+    {:ok, socket} =
+      :gen_tcp.listen(0, ifaddr: {:local, if(length(name) < 100, do: name, else: ~c"/tmp/s")})
+
+    File.ln_s!("fifo", Path.join(dir, "to_fifo"))
     File.ln_s!("loop", Path.join(dir, "loop"))
-    File.write!(Path.join(dir, "file"), "")
-    before = entries(dir)
+    File.mkdir!(Path.join(dir, "folder"))
+    File.ln_s!("folder", Path.join(dir, "to_folder"))
+    socket_path = if length(name) < 100, do: Path.join(dir, "s"), else: "/tmp/s"
 
     for {path, text} <- [
-          {"", "expected the name of a file"},
-          {dir <> "/", "expected the name of a file"},
-          {dir, "is a folder"},
-          {fifo, "is not a regular file"},
-          {Path.join(dir, "to_fifo"), "is not a regular file"},
-          {"/dev/null", "is not a regular file"},
+          {"", "--out : expected the path of a file"},
+          {dir, "it is a folder"},
+          {Path.join(dir, "folder"), "it is a folder"},
+          {Path.join(dir, "folder/"), "it is a folder"},
+          {Path.join(dir, "to_folder"), "it is a folder"},
+          {fifo, "it is no regular file"},
+          {Path.join(dir, "to_fifo"), "it is no regular file"},
+          {socket_path, "it is no regular file"},
+          {"/dev/null", "it is no regular file"},
           {Path.join(dir, "loop"), "too many levels of symbolic links"},
           {Path.join(dir, "none/state.json"), "no such file or directory"},
-          {Path.join(dir, "file/state.json"), "not a directory"},
-          {Path.join(dir, String.duplicate("n", 300)), "file name too long"}
+          {Path.join(fifo, "state.json"), "not a directory"},
+          {Path.join(dir, String.duplicate("a", 250)), "file name too long"}
         ] do
-      assert {:error, message} = StateFile.new(path)
-
-      assert message == "--out #{path}: #{text}" or
-               String.starts_with?(message, "--out #{path}: #{text}")
+      assert {:error, refusal} = StateFile.check(path)
+      assert refusal =~ text
     end
 
-    assert entries(dir) == before
-    assert File.stat!(fifo).type == :other
+    :gen_tcp.close(socket)
+    if socket_path == "/tmp/s", do: File.rm(socket_path)
+    assert {:ok, %{type: :other}} = File.lstat(fifo)
+    assert {:ok, %{type: :device}} = File.lstat("/dev/null")
+    assert files(dir) -- ["s"] == ["fifo", "folder", "loop", "to_fifo", "to_folder"]
+    assert files(Path.join(dir, "folder")) == []
   end
 
-  test "a failure leaves the old file, and nothing next to it", %{tmp_dir: dir} do
+  test "one that became a folder meanwhile is an error that leaves no other file", %{tmp_dir: dir} do
     path = Path.join(dir, "state.json")
-    file = open(path)
-    # It has become a folder meanwhile.
+    assert :ok = StateFile.check(path)
     File.mkdir!(path)
-
-    assert {:error, message} = StateFile.write(file, "new")
-    assert message =~ "--out #{path}: is a folder"
-
-    assert entries(dir) == ["state.json"]
-    assert entries(path) == []
-
-    File.rm_rf!(dir)
-    assert {:error, "--out #{path}: no such file or directory"} == StateFile.write(file, "new")
+    assert {:error, text} = StateFile.write(path, "new")
+    assert text =~ "--out #{path}: "
+    assert files(dir) == ["state.json"]
   end
 
-  test "what a killed run has left does not keep the next one from it", %{tmp_dir: dir} do
+  test "what a killed process of the same id has left is in nobody's way", %{tmp_dir: dir} do
     path = Path.join(dir, "state.json")
     File.write!("#{path}.#{System.pid()}.part", "half")
-    assert :ok = StateFile.write(open(path), "whole")
-    assert File.read!(path) == "whole"
+    assert :ok = StateFile.check(path)
+    assert :ok = StateFile.write(path, "new")
+    assert files(dir) == ["state.json"]
+  end
+
+  test "a folder in which nothing may be written is found out before", %{tmp_dir: dir} do
+    folder = Path.join(dir, "closed")
+    File.mkdir!(folder)
+    File.chmod!(folder, 0o500)
+    on_exit(fn -> File.chmod!(folder, 0o700) end)
+
+    case StateFile.check(Path.join(folder, "state.json")) do
+      {:error, text} -> assert text =~ "permission denied"
+      # Root may write anywhere.
+      :ok -> assert {"0\n", 0} = System.cmd("id", ["-u"])
+    end
+
+    assert files(folder) == []
+  end
+
+  test "the file is synced before it gets its name, and then its folder", %{
+    tmp_dir: dir
+  } do
+    path = Path.join(dir, "state.json")
+    patterns = [{:file, :sync, 1}, {:file, :rename, 2}]
+    for pattern <- patterns, do: :erlang.trace_pattern(pattern, true, [:global])
+
+    task =
+      Task.async(fn ->
+        receive do
+          :go -> StateFile.write(path, "new")
+        end
+      end)
+
+    :erlang.trace(task.pid, true, [:call])
+    send(task.pid, :go)
+    assert Task.await(task) == :ok
+    for pattern <- patterns, do: :erlang.trace_pattern(pattern, false, [:global])
+    # Its messages come before this one.
+    delivered = :erlang.trace_delivered(task.pid)
+    assert_receive {:trace_delivered, _pid, ^delivered}
+    assert calls() == [:sync, :rename, :sync]
+  end
+
+  defp calls do
+    receive do
+      {:trace, _pid, :call, {:file, name, _args}} -> [name | calls()]
+    after
+      0 -> []
+    end
   end
 end

@@ -1,108 +1,140 @@
 defmodule Mix.DSPex.StateFile do
   @moduledoc false
-  # The file for the state of an optimized program, checked before the run is paid for and replaced in one step: a reader,
-  # or a machine that loses power, sees the old state or the new one.
+  # The file for a program's state. It is replaced in one step: a temporary file next to it is written, synced and renamed,
+  # so that a kill or a power cut leaves the old state or the new one. A symbolic link stays, and its target is replaced.
 
-  import Bitwise
+  alias DSPex.PythonBridge.Protocol.Payload
 
-  # Linux follows as many links in one path.
+  # As many as Linux follows.
   @most_links 40
+  @permissions 0o7777
 
-  @enforce_keys [:given, :target]
-  defstruct @enforce_keys
-
-  @typedoc "`given`: the path as the user wrote it, for texts. `target`: the file that it leads to."
-  @type t :: %__MODULE__{given: Path.t(), target: Path.t()}
-
-  @doc "The file at a path, which is a regular file, or missing, in a folder that can be written to; or what is wrong."
-  @spec new(Path.t()) :: {:ok, t()} | {:error, String.t()}
-  def new(path) do
-    with :ok <- regular(path),
-         {:ok, target} <- target(Path.absname(path), @most_links),
-         :ok <- with_part(target, fn _part, _device -> :ok end) do
-      {:ok, %__MODULE__{given: path, target: target}}
-    else
-      {:error, reason} -> {:error, failure(path, reason)}
-    end
-  end
-
-  @doc "Replaces the file. Its permissions stay, and nothing is left next to it if that fails."
-  @spec write(t(), iodata()) :: :ok | {:error, String.t()}
-  def write(%__MODULE__{given: given, target: target}, content) do
-    replace = fn part, device ->
-      # Without a sync the new name may be on the disk before the content is.
-      with :ok <- :file.write(device, content),
-           :ok <- :file.sync(device),
-           do: File.rename(part, target)
-    end
-
-    with {:error, reason} <- with_part(target, replace), do: {:error, failure(given, reason)}
-  end
-
-  defp regular(path) do
-    if path == "" or String.ends_with?(path, "/") do
-      {:error, :no_name}
-    else
-      case File.stat(path) do
-        {:ok, %{type: :regular}} -> :ok
-        {:ok, %{type: :directory}} -> {:error, :eisdir}
-        {:ok, _other} -> {:error, :not_regular}
-        {:error, :enoent} -> :ok
-        {:error, reason} -> {:error, reason}
-      end
-    end
-  end
-
-  # Renaming to a link would replace the link.
-  defp target(path, links) do
-    case :file.read_link(path) do
-      {:ok, _to} when links == 0 -> {:error, :eloop}
-      {:ok, to} -> path |> Path.dirname() |> join(to) |> target(links - 1)
-      {:error, _no_link} -> {:ok, path}
-    end
-  end
-
-  # `..` is left to the system, since the folder may be a link itself.
-  defp join(folder, to) do
-    to = IO.chardata_to_string(to)
-    if Path.type(to) == :absolute, do: to, else: Path.join(folder, to)
-  end
-
-  # `fun` gets a new file in the folder of the target, and its open device. It is removed unless `fun` has renamed it.
-  defp with_part(target, fun) do
-    # Not by the pid: in a container each run has the same one, and may find what a killed one has left.
-    part = "#{target}.#{Base.url_encode64(:crypto.strong_rand_bytes(6))}.part"
-
-    with {:ok, device} <- :file.open(part, [:write, :exclusive, :raw, :binary]) do
-      result = with :ok <- take_mode(part, target), do: fun.(part, device)
-      _ = :file.close(device)
+  @doc "Whether a state can be written there, found out before anything is paid for; the text says why not."
+  @spec check(Path.t()) :: :ok | {:error, String.t()}
+  def check(path) do
+    with {:ok, target, _mode} <- target(path),
+         :ok <- regular(path),
+         {:ok, part, file} <- open(target) do
+      _ = :file.close(file)
       _ = File.rm(part)
-      if result == :ok, do: sync_folder(target)
-      result
+      :ok
+    else
+      {:error, reason} -> {:error, "--out #{path}: #{text(reason)}"}
     end
   end
 
-  # Before there is content: others may not be allowed to read it.
-  defp take_mode(part, target) do
-    case File.stat(target) do
-      {:ok, %{mode: mode}} -> File.chmod(part, mode &&& 0o777)
+  # What a link leads to, also where that can be written, as `/dev/stdout`.
+  defp regular(path) do
+    case File.stat(path) do
+      {:ok, %{type: :regular}} -> :ok
+      {:ok, %{type: :directory}} -> {:error, "it is a folder; expected a file"}
+      {:ok, _device_pipe_or_socket} -> {:error, "it is no regular file, which cannot be replaced"}
       {:error, :enoent} -> :ok
       {:error, reason} -> {:error, reason}
     end
   end
 
-  # The new name is on the disk then. Some network file systems cannot do it; the file is there all the same.
-  defp sync_folder(target) do
-    with {:ok, device} <- :file.open(Path.dirname(target), [:read, :raw, :directory]) do
-      _ = :file.sync(device)
-      :file.close(device)
+  @doc "Replaces the file. It keeps its permissions."
+  @spec write(Path.t(), iodata()) :: :ok | {:error, String.t()}
+  def write(path, contents) do
+    with {:ok, target, mode} <- target(path),
+         {:ok, part, file} <- open(target),
+         :ok <- fill(file, part, mode, contents),
+         :ok <- rename(part, target) do
+      sync_folder(Path.dirname(target))
+    else
+      {:error, reason} -> {:error, "--out #{path}: #{text(reason)}"}
     end
   end
 
-  defp failure(path, reason), do: "--out #{path}: #{text(reason)}"
+  @doc "A state that was written."
+  @spec read(Path.t()) :: {:ok, map()} | {:error, String.t()}
+  def read(path) do
+    with {:ok, bytes} <- File.read(path),
+         {:ok, %{} = state} <- Payload.decode(bytes) do
+      {:ok, state}
+    else
+      {:error, {_type, text}} ->
+        {:error, "--state #{path}: #{text}"}
 
-  defp text(:no_name), do: "expected the name of a file"
-  defp text(:eisdir), do: "is a folder; expected a file for the state"
-  defp text(:not_regular), do: "is not a regular file, and would be replaced by one"
-  defp text(reason), do: :file.format_error(reason)
+      {:error, reason} ->
+        {:error, "--state #{path}: #{text(reason)}"}
+
+      {:ok, _other} ->
+        {:error, "--state #{path}: expected an object, as mix dspex.optimize writes"}
+    end
+  end
+
+  ## What is replaced
+
+  # The file behind all links, and its permissions, nil if it does not exist.
+  defp target(path, links \\ @most_links)
+  defp target("", _links), do: {:error, "expected the path of a file"}
+  defp target(_path, 0), do: {:error, :eloop}
+
+  defp target(path, links) do
+    path = Path.absname(path)
+
+    case File.lstat(path) do
+      {:ok, %{type: :symlink}} ->
+        with {:ok, next} <- File.read_link(path),
+             do: target(Path.absname(next, Path.dirname(path)), links - 1)
+
+      {:ok, %{mode: mode}} ->
+        {:ok, path, Bitwise.band(mode, @permissions)}
+
+      {:error, :enoent} ->
+        {:ok, path, nil}
+
+      {:error, reason} ->
+        {:error, reason}
+    end
+  end
+
+  ## The temporary file
+
+  defp open(target) do
+    part = "#{target}.#{System.pid()}.part"
+    # In a container an earlier process, which was killed, may have had the same id.
+    _ = File.rm(part)
+
+    with {:ok, file} <- :file.open(part, [:write, :exclusive, :raw, :binary]),
+         do: {:ok, part, file}
+  end
+
+  # The permissions come first: nobody else may read what only the owner could.
+  defp fill(file, part, mode, contents) do
+    with :ok <- if(mode, do: File.chmod(part, mode), else: :ok),
+         :ok <- :file.write(file, contents),
+         :ok <- :file.sync(file),
+         :ok <- :file.close(file) do
+      :ok
+    else
+      failed ->
+        _ = :file.close(file)
+        _ = File.rm(part)
+        failed
+    end
+  end
+
+  defp rename(part, target) do
+    with {:error, _reason} = failed <- File.rename(part, target) do
+      _ = File.rm(part)
+      failed
+    end
+  end
+
+  # So that the new name outlives a power cut. On macOS `:file.sync` asks the disk itself to write (F_FULLFSYNC), where
+  # that is supported. Some network file systems refuse it for folders; the file is complete in any case.
+  defp sync_folder(folder) do
+    with {:ok, opened} <- :file.open(folder, [:read, :raw, :directory]) do
+      _ = :file.sync(opened)
+      _ = :file.close(opened)
+    end
+
+    :ok
+  end
+
+  defp text(reason) when is_atom(reason), do: List.to_string(:file.format_error(reason))
+  defp text(text), do: text
 end

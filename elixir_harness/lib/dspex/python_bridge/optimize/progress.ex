@@ -57,12 +57,13 @@ defmodule DSPex.PythonBridge.Optimize.Progress do
     event = Map.new([:number, :score, :of, :best, :state], &{&1, item[Atom.to_string(&1)]})
     better = better(%{progress | candidates: event.number}, event)
     # For a peer that has begun again, it may be the best for a second time.
-    best? = better.score != progress.score
+    best? = better.state != progress.state
     report(better, :candidate, %{event | best: best?, state: if(best?, do: event.state)})
   end
 
   defp better(progress, %{best: true, score: score, state: %{} = state})
-       when progress.score == nil or score > progress.score,
+       # The program as it was wins ties.
+       when progress.score == nil or score >= progress.score,
        do: %{progress | score: score / 1, state: state}
 
   defp better(progress, _worse), do: progress
