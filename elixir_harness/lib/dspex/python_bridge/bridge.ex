@@ -117,6 +117,9 @@ defmodule DSPex.PythonBridge.Bridge do
   calls, and later ones, get `:bridge_not_running`. Then the peer sees the end of its input; if it has not ended 0.6 s
   later it is killed, with all that it started, before this returns. It also returns `:ok` if the bridge was not
   running.
+
+  The name is free at once. A bridge under a supervisor is started again by that, with the programs of its
+  `DSPex.PythonBridge.Supervisor` or Pool: to end it for good, stop the supervisor, or have it do so (`Supervisor.terminate_child/2`).
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do

@@ -26,6 +26,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # With hundreds of calls at once, a heap of this size (160 KB) takes 6 % of the CPU off each: it is collected less often.
   @heap_words 20_000
 
+  # How long a start waits at most for the name of a bridge whose starter is gone.
+  @name_ms 1_000
+
   @doc "Kills and replaces a peer that does not react; its calls are sent again. For the monitor."
   @spec replace(GenServer.server()) :: :ok
   def replace(bridge), do: GenServer.cast(bridge, :replace)
@@ -34,7 +37,34 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @spec start_link(Options.t()) :: GenServer.on_start()
   def start_link(%Options{name: name} = options) do
     Registry.declare(:bridge, __MODULE__)
-    GenServer.start_link(__MODULE__, options, if(name, do: [name: name], else: []))
+    start_link(options, if(name, do: [name: name], else: []), Deadline.new(@name_ms))
+  end
+
+  # A bridge whose starter has exited gives its name back as soon as it hears of that.
+  defp start_link(options, opts, deadline) do
+    with {:error, {:already_started, bridge}} = taken <-
+           GenServer.start_link(__MODULE__, options, opts) do
+      if left_behind?(bridge) and Deadline.left(deadline) > 0 do
+        wait(bridge, deadline)
+        start_link(options, opts, deadline)
+      else
+        taken
+      end
+    end
+  end
+
+  defp left_behind?(bridge) do
+    with true <- node(bridge) == node() and Registry.member?(:bridge, bridge),
+         {:parent, starter} when is_pid(starter) <- Process.info(bridge, :parent),
+         do: not Process.alive?(starter),
+         else: (_not_or_gone -> not Process.alive?(bridge))
+  end
+
+  # It answers after what it has been sent before.
+  defp wait(bridge, deadline) do
+    GenServer.call(bridge, :get_status, Deadline.left(deadline))
+  catch
+    :exit, _gone_or_busy -> :ok
   end
 
   @impl GenServer
@@ -220,6 +250,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # read would not see the end of its input, and would keep the BEAM from stopping.
   @impl GenServer
   def terminate(reason, state) do
+    # First: whoever starts the next one does not wait for this one's end.
+    give_back(state.options.name)
     peers = State.peers(state)
     state = if normal?(reason), do: finish_calls(state), else: state
     if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
@@ -230,6 +262,11 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     # Others may have ended while calls were finished.
     for peer <- State.peers(state), do: Status.down(state, peer, :stopped)
   end
+
+  defp give_back(nil), do: :ok
+  defp give_back({:global, name}), do: :global.unregister_name(name)
+  defp give_back({:via, registry, name}), do: registry.unregister_name(name)
+  defp give_back(name), do: if(Process.whereis(name) == self(), do: Process.unregister(name))
 
   defp normal?(reason), do: reason in [:normal, :shutdown] or match?({:shutdown, _}, reason)
 

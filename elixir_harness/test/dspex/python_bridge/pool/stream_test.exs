@@ -120,7 +120,7 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
     end
 
     test "it is halted between two peers: nothing is left of it", %{tmp_dir: dir} do
-      pool = start_up("plays", in_dir(dir, pool_size: 2))
+      pool = start_up("plays", in_dir(dir, pool_size: 1))
       stream = stream(pool, agent([["go", "never"]]), note(self()))
       assert [_, {:status, "restarted"}] = Enum.take(stream, 2)
       idle(pool)
