@@ -20,8 +20,11 @@ defmodule DSPex.PythonBridge.Evaluate do
   alias DSPex.PythonBridge.Evaluate.{Examples, Options, Requests, Result, Tally}
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
-  @typedoc "Inputs with what is expected of the outputs and what else the metric needs; or inputs alone."
-  @type example :: {inputs :: map(), expected :: map() | nil} | map()
+  @typedoc """
+  Inputs with what is expected of the outputs and what else the metric needs; or inputs alone. The inputs are those that
+  a module's `run` takes, structs among them.
+  """
+  @type example :: {inputs :: map() | keyword(), expected :: map() | nil} | map()
   @typedoc """
   A function, called with the example (its inputs and what is expected, in one map) and the outputs, both decoded JSON
   with string keys, and, if it takes three arguments, with what the score is for; or an output field and how it is
@@ -88,22 +91,28 @@ defmodule DSPex.PythonBridge.Evaluate do
           option()
         ]) :: {:ok, Result.t()} | {:error, Error.t()}
   def run(server, program, examples, opts) do
-    with {:ok, id, functions} <- program(program),
-         {:ok, options} <- Options.new(opts, functions),
+    with {:ok, id, spec} <- program(program),
+         {:ok, options} <- Options.new(opts, if(spec, do: spec.functions, else: %{})),
          {:ok, stream} <- stream(examples) do
       total = if is_list(examples), do: length(examples)
       about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
 
       RunSpan.run(:evaluate, server, about, Tally.figures(%Tally{}, total), fn span ->
-        measure(server, id, stream, options, &RunSpan.progress(span, Tally.figures(&1, total)))
+        measure(
+          server,
+          {id, spec},
+          stream,
+          options,
+          &RunSpan.progress(span, Tally.figures(&1, total))
+        )
       end)
     end
   end
 
-  defp measure(server, id, examples, options, progress) do
+  defp measure(server, program, examples, options, progress) do
     started = System.monotonic_time(:millisecond)
 
-    with {:ok, items, usage} <- Requests.run(server, id, examples, options, progress) do
+    with {:ok, items, usage} <- Requests.run(server, program, examples, options, progress) do
       duration_ms = System.monotonic_time(:millisecond) - started
       {:ok, Result.new(items, usage, duration_ms)}
     end
@@ -114,12 +123,12 @@ defmodule DSPex.PythonBridge.Evaluate do
          do: {:error, Error.new(:invalid_request, "examples: #{text}")}
   end
 
-  # The id, and the functions for its tools that a module has.
-  defp program(id) when is_binary(id), do: {:ok, id, %{}}
+  # The id, and the program of a module, which has functions for its tools.
+  defp program(id) when is_binary(id), do: {:ok, id, nil}
 
   defp program(module) when is_atom(module) and module not in [nil, true, false] do
     case Programs.Declared.one(module) do
-      {:ok, {id, _definition}} -> {:ok, id, Program.Tools.functions(module)}
+      {:ok, {id, _definition}} -> {:ok, id, Program.Tools.spec(module)}
       {:error, text} -> refused(": #{inspect(module)}: #{text}")
     end
   end

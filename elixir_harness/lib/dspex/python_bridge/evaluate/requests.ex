@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # They are made by tasks, which end with the caller. The examples stay in the caller's process: what a stream gives is
   # not held twice.
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Program}
   alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Protocol.Misfit
@@ -22,7 +22,13 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   The results in the order of the examples, and the sum of what the requests have used. `progress` is called with what is
   measured after each request, in the calling process.
   """
-  @spec run(term(), String.t(), Enumerable.t(), Options.t(), (Tally.t() -> term())) ::
+  @spec run(
+          term(),
+          {String.t(), Program.Spec.t() | nil},
+          Enumerable.t(),
+          Options.t(),
+          (Tally.t() -> term())
+        ) ::
           {:ok, [Result.item()], map()} | {:error, Error.t()}
   def run(server, program, examples, %Options{} = options, progress) do
     size = options.max_concurrency |> div(@requests) |> max(1) |> min(@most_examples)
@@ -75,14 +81,14 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     {examples, number}
   end
 
-  defp request(server, program, options, deadline) do
+  defp request(server, {program, spec}, options, deadline) do
     call = if Pool.Handle.fetch(server), do: &Pool.spread/4, else: &Bridge.request/4
     args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
     # Without the other options: each task gets a copy of what its function needs.
     passed = options.passed
 
     fn {examples, number} ->
-      with {:ok, inputs, expected} <- columns(examples) do
+      with {:ok, inputs, expected} <- columns(examples, spec) do
         args = Map.put(args, :inputs, inputs)
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
@@ -98,8 +104,8 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   defp left(deadline), do: with(0 <- Deadline.left(deadline), do: 1)
 
   # Its index in the request, as the peer's errors have it.
-  defp columns(examples) do
-    with {:error, index} <- Examples.columns(examples),
+  defp columns(examples, spec) do
+    with {:error, index} <- Examples.columns(examples, spec),
          do: {:error, Error.new(:invalid_args, Examples.refusal("examples", index))}
   end
 

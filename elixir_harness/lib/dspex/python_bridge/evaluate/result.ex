@@ -23,7 +23,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
 
   @type item :: %{
           index: non_neg_integer(),
-          inputs: map(),
+          inputs: map() | keyword(),
           expected: map() | nil,
           prediction: map() | nil,
           error: Error.t() | nil,

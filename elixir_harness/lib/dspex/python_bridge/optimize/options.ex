@@ -46,8 +46,8 @@ defmodule DSPex.PythonBridge.Optimize.Options do
          true <-
            is_function(on_progress, 1) || ":on_progress: expected a function of one argument",
          {:ok, request} <- request(Keyword.take(opts, @passed), definition, tools),
-         {:ok, trainset} <- set(opts, :trainset),
-         {:ok, valset} <- set(opts, :valset),
+         {:ok, trainset} <- set(opts, :trainset, definition.spec),
+         {:ok, valset} <- set(opts, :valset, definition.spec),
          true <- trainset != nil || ":trainset: missing; expected examples, {inputs, expected}" do
       optimize = opts |> Keyword.take(@of_optimizer) |> Map.new(&plain/1)
       optimize = if valset, do: Map.put(optimize, :valset, valset), else: optimize
@@ -73,7 +73,9 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   defp refused(text), do: {:error, Error.new(:invalid_request, text)}
 
   # Functions of a module's program count as those of its runs do.
-  defp request(opts, %Definition{functions: functions} = definition, metric) do
+  defp request(opts, %Definition{spec: spec} = definition, metric) do
+    functions = if spec, do: spec.functions, else: %{}
+
     with {:ok, opts} <- Metric.add_tools(opts, metric),
          {:ok, options} <- Client.Options.new(Program.Tools.add(opts, functions), @passed),
          :ok <- check_tools(definition, options.opts[:tools], metric),
@@ -92,10 +94,10 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   end
 
   # The keys of `execute_program`, and of `valset`.
-  defp set(opts, name) do
+  defp set(opts, name, spec) do
     with examples when examples != nil <- opts[name],
          {:ok, examples} <- Examples.stream(examples),
-         {:ok, inputs, expected} <- Examples.columns(Enum.to_list(examples)) do
+         {:ok, inputs, expected} <- Examples.columns(Enum.to_list(examples), spec) do
       set = %{inputs: inputs}
       {:ok, if(expected, do: Map.put(set, :expected, expected), else: set)}
     else
