@@ -247,6 +247,29 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     assert Enum.map(results, & &1.index) == Enum.to_list(0..149)
   end
 
+  test "the process dictionary is as before, also after an error", %{bridge: bridge} do
+    Process.put(:mine, 1)
+    before = Enum.sort(Process.get())
+    examples = for n <- 1..40, do: {%{question: "q-#{n}"}, %{answer: "a"}}
+
+    for {examples, metric, opts} <- [
+          {examples, fn _, _ -> 1 end, []},
+          {examples, fn _, _ -> raise "no" end, []},
+          {examples ++ [5], fn _, _ -> 1 end, []},
+          {Stream.map(1..40, &if(&1 > 20, do: raise("no"), else: %{question: "q"})),
+           fn _, _ -> 1 end, []},
+          {examples, fn _, _ -> Process.sleep(:infinity) end, [timeout: 500]}
+        ] do
+      Evaluate.run(bridge, "qa", examples, [metric: metric] ++ opts)
+      assert Enum.sort(Process.get()) == before
+    end
+
+    stop = fn _item -> throw(:stop) end
+    opts = [metric: fn _, _ -> 1 end, on_result: stop]
+    assert catch_throw(Evaluate.run(bridge, "qa", examples, opts)) == :stop
+    assert Enum.sort(Process.get()) == before
+  end
+
   test "a metric that has captured 18 MB is not copied for each example", %{bridge: bridge} do
     held = Enum.map(1..600_000, &{&1, &1})
     assert :erts_debug.flat_size(held) * 8 > 18_000_000
