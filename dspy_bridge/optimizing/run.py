@@ -13,7 +13,7 @@ import dspy
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.dispatch.limiter import Limiter
-from dspy_bridge.errors import LMFailed
+from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm.transport import admission
 from dspy_bridge.logs import library_output
 from dspy_bridge.optimizing.arguments import Budget
@@ -122,10 +122,14 @@ class Run(admission.Run):
             self.metric_calls += 1
 
     def lm_answered(self, error: Exception | None) -> None:
-        """Count failures of LMs; many in a row end the run. `error`: as `dspy_errors` has it."""
+        """Count failures of LMs; many in a row end the run. `error`: as `dspy_errors` has it.
+
+        An answer that was cut off is one only until an LM has given a whole one: else it is the candidate's.
+        """
         with self._lock:
-            self._failures = self._failures + 1 if isinstance(error, LMFailed) else 0
-            self._lms_work = self._lms_work or self._failures == 0
+            self._lms_work = self._lms_work or error is None
+            of_candidate = error is None or (isinstance(error, OutputInvalid) and self._lms_work)
+            self._failures = 0 if of_candidate else self._failures + 1
             self._last_failure = error
             down = self._failures >= _MOST_FAILURES
         if error is not None and down:

@@ -115,8 +115,8 @@ async def admit() -> Callable[[], None]:
     call = _call.get()
     if call is None:
         return _nothing
-    call.run.request()
     if not call.gate.account.watched:
+        call.run.request()
         return _nothing
     loop = asyncio.get_running_loop()
     news = asyncio.Event()
@@ -130,6 +130,8 @@ async def admit() -> Callable[[], None]:
             news.clear()
             seconds = call.gate.poll(ticket)
             if seconds <= 0:
+                # Not before: a request that the limits refuse is not sent.
+                call.run.request()
                 return call.leave
             timer = None if seconds == INFINITE else loop.call_later(seconds, news.set)
             try:
@@ -147,8 +149,8 @@ def admit_in_thread() -> Callable[[], None]:
     call = _call.get()
     if call is None:
         return _nothing
-    call.run.request()
     if not call.gate.account.watched or _on_loop():
+        call.run.request()
         return _nothing
     news = threading.Event()
     with _admission(call, news.set) as ticket:
@@ -156,6 +158,7 @@ def admit_in_thread() -> Callable[[], None]:
             news.clear()
             seconds = call.gate.poll(ticket)
             if seconds <= 0:
+                call.run.request()
                 return call.leave
             if ticket.deadline is not None:
                 left = ticket.deadline - time.monotonic()
