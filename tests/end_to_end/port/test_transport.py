@@ -81,6 +81,37 @@ def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
     assert heavy & set(imported.split()) == set()
 
 
+def test_dspy_is_imported_after_the_first_answer_without_a_program(tmp_path: Path) -> None:
+    """The first program, which may have little time, finds that begun. The end of input does not wait for it."""
+    (tmp_path / "dspy.py").write_text(
+        "import os, time\nopen(os.environ['RECORD'], 'w').close()\nwhile True:\n    time.sleep(0.1)\n"
+    )
+    record = tmp_path / "record"
+    with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "RECORD": str(record)}) as peer:
+        assert not record.exists()
+        assert peer.call("ping")["success"]
+        end = time.monotonic() + PATIENCE
+        while not record.exists():
+            assert time.monotonic() < end
+            assert peer.call("ping")["success"]
+        assert peer.call("list_programs")["result"] == {"programs": []}
+        assert peer.finish() == (0, b"", "")
+
+
+def test_an_import_of_dspy_that_fails_is_the_error_of_the_first_program(tmp_path: Path) -> None:
+    (tmp_path / "dspy.py").write_text("import os\nopen(os.environ['RECORD'], 'a').write('.')\n1 / 0\n")
+    record = tmp_path / "record"
+    with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "RECORD": str(record)}) as peer:
+        assert peer.call("ping")["success"]
+        end = time.monotonic() + PATIENCE
+        while not record.exists():
+            assert time.monotonic() < end
+        reply = peer.call("create_program", CREATE)
+        assert reply["error_type"] == "internal" and "DSPy cannot be set up: division by zero" in reply["error"]
+        assert record.read_text() == ".."
+        assert peer.finish()[2].count("internal error") == 1
+
+
 @pytest.mark.parametrize("how", ["del fcntl.F_SETPIPE_SZ", "fcntl.F_SETPIPE_SZ = 999_999"])
 def test_pipes_that_cannot_be_enlarged_serve_as_well(how: str) -> None:
     """As on macOS, or where the system grants no more."""
