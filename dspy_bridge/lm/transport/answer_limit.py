@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlsplit
 
 import dspy
 
@@ -19,7 +20,7 @@ most = 32 * 1024 * 1024
 
 
 class LMAnswerRefused(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
-    """An answer is too long, or packed so that its length cannot be known. Not worth a retry."""
+    """An answer is too long, packed so that its length cannot be known, or a redirect. Not worth a retry."""
 
 
 class Count:
@@ -44,6 +45,13 @@ def packing(values: list[str]) -> str | None:
     return codings[0] if codings else None
 
 
+def not_redirected(status: int, location: str | None) -> None:
+    """Raises `LMAnswerRefused` for a redirect, which would take the prompt and the key to another server."""
+    if 300 <= status < 400:
+        to = urlsplit(location or "").hostname or "another path"
+        raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
+
+
 def counted(response: Any, ended: Callable[[], None]) -> Any:
     """The response of a sync transport with its body counted. `ended` is called when it is closed.
 
@@ -51,6 +59,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
     """
     try:
         received = admission.answered(response.status, response.header)
+        not_redirected(response.status, response.header("location"))
         packing(response.headers_all("content-encoding"))
     except dspy.LMError:
         response.close()
@@ -112,6 +121,7 @@ class Counted:
         response = await connecting.aconnect(self._connect, self._url, connecting.failures())
         try:
             received = admission.answered(response.status, response.header)
+            not_redirected(response.status, response.header("location"))
             packing(response.headers_all("content-encoding"))
         except dspy.LMError:
             await response.aclose()

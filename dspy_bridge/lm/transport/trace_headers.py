@@ -16,7 +16,7 @@ from typing import Any
 
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.transport import admission, answer_limit, connecting
+from dspy_bridge.lm.transport import admission, answer_limit, connecting, routes
 from dspy_bridge.lm.transport.litellm_answer_limit import limiting
 from dspy_bridge.lm.transport.litellm_loading import after_import, streaming_after_import
 
@@ -67,6 +67,7 @@ def _sending(send_to: Callable[..., Any], stream: Callable[..., Any]) -> Callabl
 def _calling(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def send(request: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        routes.refuse_elsewhere(request)
         return call(_with_header(request), *args, **kwargs)
 
     return send
@@ -75,7 +76,9 @@ def _calling(call: Callable[..., Any]) -> Callable[..., Any]:
 def _arguments(arguments: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     @functools.wraps(arguments)
     def add_header(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _with_header(arguments(self, *args, **kwargs))
+        given = arguments(self, *args, **kwargs)
+        routes.refuse_elsewhere(given)
+        return _with_header(given)
 
     return add_header
 

@@ -65,16 +65,15 @@ def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
     """Neither DSPy nor what costs more than a millisecond or two; see messages for orjson."""
     code = (
         "import sys, runpy; sys.argv = ['dspy_bridge']\n"
+        "from dspy_bridge.dispatch.dispatcher import Dispatcher\n"
         "from dspy_bridge.port import reader\n"
-        "log = reader.log\n"
-        "reader.log = lambda line: log(' '.join(sys.modules))\n"
+        "Dispatcher.start = lambda self: reader.log(' '.join(sys.modules))\n"
         "runpy.run_module('dspy_bridge', run_name='__main__')\n"
     )
     with Peer(command=[sys.executable, "-c", code]) as peer:
         peer.send({"id": 1, "command": "ping"})
         assert peer.receive()["success"]
-        # Inside a frame: something is logged at the end.
-        peer.send_bytes(b"x")
+        # It is called right after the answer.
         code, _, imported = peer.finish()
     assert code == 0 and "dspy_bridge.port.frame_writer" in imported
     heavy = {"dspy", "pydantic", "asyncio", "logging", "orjson", "json", "typing", "dataclasses", "argparse", "psutil"}
@@ -150,7 +149,7 @@ def limited_to(megabytes: int) -> list[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
 def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
-    with Peer(command=limited_to(400)) as peer:
+    with Peer(command=limited_to(1_000)) as peer:
         for id in range(3):
             peer.send(b'{"id":%d,"command":"ping","args":{"a":"%b"}}' % (id, b"x" * 60_000_000))
             assert peer.receive()["success"]
@@ -519,7 +518,7 @@ def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int)
 def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
     text = "x" * ((64 << 20) - 100)
     data = b'{"id":"%b","command":"ping"}' % text.encode()
-    fresh_echo_peer.call("get_stats")  # imports what it needs
+    fresh_echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})  # waits until DSPy is imported
     before = fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
     for _ in range(10):
         fresh_echo_peer.send(data)
