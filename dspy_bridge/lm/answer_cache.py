@@ -11,7 +11,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals, lm_options
+from dspy_bridge.lm import dspy_internals, servers
 from dspy_bridge.lm.transport import asking
 
 
@@ -37,7 +37,7 @@ def _separating(cache_key: Any) -> Any:
     def key(request: dict[str, Any], ignored_args_for_cache_key: list[str] | None = None) -> str:
         asked = asking.current.get()
         # An LM of your application's is known by what is in the request alone.
-        account = lm_options.account(request) if asked is None else repr((asked.account, asked.scope))
+        account = servers.account(request) if asked is None else repr((asked.account, asked.scope))
         return sha256(f"{cache_key(request, ignored_args_for_cache_key)} {account}".encode()).hexdigest()
 
     return key

@@ -6,13 +6,12 @@ to that address (key, headers, timeouts). A request that names another address g
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dspy_bridge.errors import InvalidArgs, nearest
+from dspy_bridge.lm import servers
 from dspy_bridge.lm.rate_limits import Limits
-from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
 
 CONNECT_TIMEOUT = 2.0
@@ -22,8 +21,6 @@ NO_KEY = "none"
 _KEY_OF = "key_of"
 # What `supports` may name.
 CAPABILITIES = ("response_schema", "function_calling", "reasoning")
-# Both mean the same.
-_ADDRESSES = ("api_base", "base_url")
 # What belongs to a server, and is inherited with its address.
 _OF_SERVER = (
     *("api_key", "timeout", "connect_timeout", "headers", "extra_headers", "extra_query", "api_version"),
@@ -65,9 +62,9 @@ _OBJECTS = frozenset(
 _OTHER_LMS = frozenset(("fallbacks", "context_window_fallback_dict", "model_list", "litellm_params"))
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
-_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
+_NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
 # `metering/call_records` takes the last one before a `config` comes here.
-_CONFIG_NAMES = frozenset((*_ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
+_CONFIG_NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
 
 
 # Numbers outside of these are none that anybody means.
@@ -111,12 +108,13 @@ def complete(
         raise InvalidArgs(f"{where}.inherit: expected true or false")
     options = {name: value for name, value in options.items() if name != "inherit" and value is not None}
     split(options, where)
+    servers.refuse_ignored_address(options, where)
     if of_settings:
         return options
-    places, known = _places(options), _places(default or {})
+    places, known = servers.places(options), servers.places(default or {})
     elsewhere = {name for name, place in places.items() if known.get(name) != place}
-    if default is None or not _same_provider(options, default):
-        if {_ADDRESSES[0], "model"} & elsewhere:
+    if default is None or not servers.have_one_provider(options, default):
+        if {servers.ADDRESSES[0], "model"} & elsewhere:
             options.setdefault("api_key", NO_KEY)
         return options
     if elsewhere:
@@ -128,7 +126,7 @@ def complete(
 
 def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Complete options with what a `config` says of the connection or the cache. Raises `InvalidArgs`."""
-    own = (*_ADDRESSES, *_OF_SERVER, _KEY_OF)
+    own = (*servers.ADDRESSES, *_OF_SERVER, _KEY_OF)
     kept = {name: value for name, value in options.items() if name not in own}
     return complete({**kept, **changes}, "config", options)
 
@@ -156,7 +154,9 @@ def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     Those are of the connection, and of the cache.
     """
     refuse_unknown(given, _CONFIG_NAMES, "config")
-    of_lm = {name: given[name] for name in given if name in _ADDRESSES or (name in _OF_SERVER and name != "extra")}
+    of_lm = {
+        name: given[name] for name in given if name in servers.ADDRESSES or (name in _OF_SERVER and name != "extra")
+    }
     settings = {name: value for name, value in given.items() if name not in of_lm}
     if isinstance(settings.get("cache"), dict):
         of_lm["cache"] = settings.pop("cache")
@@ -175,40 +175,14 @@ def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> N
             raise InvalidArgs(f"{where}.{name}: unknown option; {meant}What only your provider takes goes under extra")
 
 
-def _provider(options: dict[str, Any]) -> str | None:
-    """Which provider DSPy or LiteLLM asks; None if that cannot be known."""
-    return routes.provider(options["model"], options.get("model_type", "chat"))
-
-
-def _same_provider(options: dict[str, Any], default: dict[str, Any]) -> bool:
-    """Whether they have one provider, apart from what `_places` finds."""
-    provider = _provider(options)
-    if provider is None:
-        return options["model"] == default["model"] or "custom_llm_provider" in default
-    return provider == _provider(default)
-
-
-def _places(options: dict[str, Any]) -> dict[str, Any]:
-    """What says where requests go; among `extra`, known by what providers' names for it have in common."""
-    places = {}
-    for name, value in {**options, **options.get("extra", {})}.items():
-        if name in _ADDRESSES:
-            places[_ADDRESSES[0]] = value.rstrip("/") if isinstance(value, str) else value
-        elif name == "custom_llm_provider" or name.lower().endswith(("_base", "_url", "_endpoint", "_host")):
-            places[name] = value
-        elif name == "model" and "://" in value:
-            places[name] = value  # LiteLLM's oobabooga/ takes an address there
-    return places
-
-
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    names = _OF_SERVER if any(name in options for name in _ADDRESSES) else (*_ADDRESSES, *_OF_SERVER)
+    names = _OF_SERVER if any(name in options for name in servers.ADDRESSES) else (*servers.ADDRESSES, *_OF_SERVER)
     inherited = {name: default[name] for name in names if name in default}
     if options["model"] == default["model"]:
         key_of = default.get(_KEY_OF)
     else:
-        certain = _places({**inherited, **options}) or options.get("model_type") == "text"
-        key_of = None if certain else _provider(options)
+        certain = servers.places({**inherited, **options}) or options.get("model_type") == "text"
+        key_of = None if certain else servers.provider(options)
     if key_of is not None:
         inherited[_KEY_OF] = key_of
     # The same server may have models that can do other things.
@@ -266,30 +240,3 @@ def _extra(given: object, where: str) -> dict[str, Any]:
         if name in _NAMES or name in _OBJECTS or name in _OWN or name in _OTHER_LMS:
             raise InvalidArgs(f"{where}.extra.{name}: not one of the provider's own options")
     return given
-
-
-def account(options: dict[str, Any]) -> str:
-    """The address and the key; those of the environment where none are given."""
-    prefix = _account_of(options).upper()
-    given = [options.get(name) for name in (*_ADDRESSES, "api_key", "headers", "extra_headers")]
-    return repr([*given, *(os.environ.get(f"{prefix}_{name}") for name in ("API_BASE", "BASE_URL", "API_KEY"))])
-
-
-def _account_of(options: dict[str, Any]) -> str:
-    """The provider, or what it is known by: the name of an LM of your application's may be anything."""
-    options = {**options, "model": str(options.get("model", ""))}
-    return str(options.get("custom_llm_provider") or _provider(options) or options["model"])
-
-
-def limited_account(options: dict[str, Any]) -> str:
-    """The server and the key as limits tell them apart: by no other header, and however the address is written."""
-    provider = _account_of(options)
-    places = _places(options)
-    address = os.environ.get(f"{provider.upper()}_API_BASE") or os.environ.get(f"{provider.upper()}_BASE_URL")
-    if address and _ADDRESSES[0] not in places:
-        places[_ADDRESSES[0]] = address.rstrip("/")
-    keys = [options.get("api_key") or os.environ.get(f"{provider.upper()}_API_KEY"), options.get("azure_ad_token")]
-    for headers in (options.get("headers"), options.get("extra_headers")):
-        if isinstance(headers, dict):
-            keys += [headers[name] for name in sorted(headers) if redaction.names_secret(name)]
-    return repr([sorted(places.items()) or provider, keys])

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import dspy_internals, lm_options, rate_limits
+from dspy_bridge.lm import dspy_internals, lm_options, rate_limits, servers
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.offline import echo_lm, offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_loading
@@ -135,8 +135,8 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
     lm.supports = supports
-    lm.asking = Asking(lm_options.account(options), scope, connect_timeout, lm.num_retries > 0, key_of)
-    lm.gate = rate_limits.gate(lm_options.limited_account(options), limits)
+    lm.asking = Asking(servers.account(options), scope, connect_timeout, lm.num_retries > 0, key_of)
+    lm.gate = rate_limits.gate(servers.limited_account(options), limits)
     return lm
 
 

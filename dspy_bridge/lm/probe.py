@@ -14,6 +14,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.lm import lm_options
+from dspy_bridge.lm.transport import trace_headers
 
 # For each question; a small model on a busy machine takes long to read even these.
 SECONDS = 60
@@ -48,6 +49,8 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
     `ms`: of its first answer; `response_schema`, `function_calling`: whether it honours them; `supports`: the option
     that says so, None if it is already known. Or `error` and `kind`, the error's class.
     """
+    # No redirect is followed then, and no answer without end is read.
+    trace_headers.install()
     lm = _make(model, of_dspy)
     found: dict[str, Any] = {}
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import lm_options
+from dspy_bridge.lm import lm_options, servers
 
 PEERS = {
     "model": "openai/big",
@@ -204,8 +204,8 @@ def test_limits_are_of_a_server_and_a_key_however_they_are_named(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     monkeypatch.setenv("OPENAI_API_BASE", "http://here/v1/")
-    wanted = lm_options.limited_account({"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"})
-    assert lm_options.limited_account(same) == wanted
+    wanted = servers.limited_account({"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"})
+    assert servers.limited_account(same) == wanted
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_limits_are_of_a_server_and_a_key_however_they_are_named(
 )
 def test_limits_of_another_server_or_key_are_others(other: dict[str, Any]) -> None:
     first = {"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"}
-    assert lm_options.limited_account(other) != lm_options.limited_account(first)
-    assert lm_options.limited_account({"model": "anthropic/m"}) != lm_options.limited_account({"model": "openai/m"})
+    assert servers.limited_account(other) != servers.limited_account(first)
+    assert servers.limited_account({"model": "anthropic/m"}) != servers.limited_account({"model": "openai/m"})
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,44 @@ def test_another_key_goes_without_the_secrets_in_either_kind_of_headers(name: st
 
 def test_limits_and_cache_know_an_account_by_the_same_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-1")
-    for account in (lm_options.account, lm_options.limited_account):
+    for account in (servers.account, servers.limited_account):
         same = [account({"model": name}) for name in ("claude-3", "anthropic:claude-3", "anthropic/claude-3")]
         assert same[0] == same[1] == same[2] != account({"model": "gpt-4o"})
         assert "sk-1" in same[0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": "replicate/owner/model"},
+        {"model": "huggingface/owner/model"},
+        {"model": "owner/model", "custom_llm_provider": "replicate"},
+        {"model": "oobabooga/http://there"},
+        {"model": "oobabooga/https://there/v1"},
+    ],
+)
+def test_an_address_that_would_be_ignored_is_refused(given: dict[str, Any]) -> None:
+    """Of an `lm` and of the settings; not the peer's, which such an `lm` does not inherit."""
+    for name in ("api_base", "base_url"):
+        for of_settings in (False, True):
+            with pytest.raises(InvalidArgs, match=r"^lm\.api_base: "):
+                lm_options.complete({**given, name: "http://own/v1"}, "lm", PEERS, of_settings=of_settings)
+    assert "http://here/v1" not in str(complete(given))
+    with pytest.raises(InvalidArgs, match=r"^config\.api_base: "):
+        lm_options.changed(complete(given), {**given, "api_base": "http://own/v1"})
+
+
+def test_a_name_with_another_kind_of_address_is_a_name() -> None:
+    """As vLLM's are that has loaded a model from there."""
+    options = {"model": "hosted_vllm/s3://models/m", "api_base": "http://own/v1"}
+    assert complete(options)["api_base"] == "http://own/v1"
+
+
+@pytest.mark.parametrize("name", ["api_base", "base_url", "custom_llm_provider", "model_type", "api_key"])
+@pytest.mark.parametrize("wrong", [5, [], {"a": 1}, True, ""])
+def test_an_option_of_the_server_of_a_wrong_type_takes_no_key(name: str, wrong: object) -> None:
+    """DSPy refuses it, or the provider."""
+    options = complete({"model": "anthropic/small", "api_base": "http://there/v1", name: wrong})
+    assert "sk-peer" not in str(options)
+    servers.account(options)
+    servers.limited_account(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from conftest import SLOW_BY_LITELLM
 from lm_server import Answer, completion
 
 from dspy_bridge.lm import probe
@@ -108,3 +109,11 @@ def test_an_lm_that_never_answers(start_lm: Any, monkeypatch: pytest.MonkeyPatch
     server.gate.clear()
     monkeypatch.setattr(probe, "SECONDS", 0.2)
     assert ask(server) == {"kind": "LMTimeoutError", "error": "no answer within 0.2 s"}
+
+
+@pytest.mark.parametrize("way", [pytest.param({}, id="dspy"), SLOW_BY_LITELLM])
+def test_no_redirect_is_followed(start_lm: Any, way: dict[str, Any]) -> None:
+    other = start_lm()
+    server = start_lm((307, {}, {"Location": f"{other.url}/chat/completions"}))
+    found = ask(server, **way)
+    assert found["kind"] == "LMAnswerRefused" and "a redirect (307)" in found["error"] and other.requests == []

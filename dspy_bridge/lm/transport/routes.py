@@ -16,6 +16,13 @@ from dspy_bridge.lm.transport import asking, lookups
 
 # Names that LiteLLM has for parts of a provider.
 _PARTS = {"cohere_chat": "cohere", "anthropic_text": "anthropic", "text-completion-openai": "openai"}
+# Providers that LiteLLM asks at servers of their own, whatever address is given; of huggingface/ for some of the time.
+WITHOUT_ADDRESS = frozenset(
+    (
+        *("bytez", "chatgpt", "huggingface", "microsoft_365_copilot", "replicate", "sagemaker", "sagemaker_chat"),
+        *("sagemaker_nova", "sap"),
+    )
+)
 # With USE_LITELLM_PROXY all LMs are asked there, the peer's own, too.
 _PROXY = "litellm_proxy"
 
@@ -25,9 +32,9 @@ class LMElsewhere(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
 
 
 @functools.lru_cache(256)
-def provider(model: str, model_type: str = "chat") -> str | None:
-    """Of a model's name, with or without its provider in it; None if DSPy does not know."""
-    if model_type == "text":
+def provider(model: str, *, text: bool = False) -> str | None:
+    """Of a model's name, with or without its provider in it; None if DSPy does not know. `text`: for completions."""
+    if text:
         return "openai"  # where DSPy asks for text completions, whatever the name is
     if dspy_internals.OFFLINE_ENGINE.there:
         try:

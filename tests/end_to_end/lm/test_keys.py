@@ -157,3 +157,18 @@ def test_nor_does_the_lm_of_a_program_a_state_or_an_optimizer(proxy: TLSProxy, b
                 assert requests, (name, program, call)
                 if NAMES.get(name) == "openai":
                     assert SECRETS["api_key"] in requests[0].text, (name, program, call)
+
+
+def test_an_address_that_litellm_would_ignore_is_refused_by_create_program(proxy: TLSProxy) -> None:
+    """Of the program, and of the settings; one in a model's name takes nothing of the peer's LM along."""
+    own = {"api_base": "http://127.0.0.1:9/v1", "api_key": "sk-own-0001"}
+    options = {"api_base": "http://127.0.0.1:9/v1", "api_key": SECRETS["api_key"]}
+    with Peer(env=peer_env(proxy, "openai/gpt-4o-mini", **options)) as peer:
+        for model in ("replicate/owner/model", "huggingface/owner/model", "oobabooga/http://elsewhere.test"):
+            reply = peer.call("create_program", {**QA, "lm": {"model": model, **own}})
+            assert reply["error_type"] == "invalid_args" and reply["error"].startswith("lm.api_base: "), reply
+        peer.call("create_program", QA)
+        reply = peer.call("execute_program", {**ASK, "lm": {"model": "replicate/owner/model", **own}})
+        assert reply["error_type"] == "invalid_args", reply
+    with Peer(env=peer_env(proxy, "replicate/owner/model", **own)) as peer:
+        assert "lm_options.api_base: LiteLLM asks other servers" in peer.call("create_program", QA)["error"]

@@ -1,0 +1,78 @@
+"""Which server the options of an LM lead to, and with which key: for what it inherits, for the limits and the cache."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm.transport import routes
+from dspy_bridge.logs import redaction
+
+# Both mean the same.
+ADDRESSES = ("api_base", "base_url")
+
+
+def provider(options: dict[str, Any]) -> str | None:
+    """Which provider DSPy or LiteLLM asks; None if that cannot be known."""
+    return routes.provider(options["model"], text=options.get("model_type") == "text")
+
+
+def have_one_provider(options: dict[str, Any], default: dict[str, Any]) -> bool:
+    """Whether both LMs are asked at one provider, apart from what `places` finds."""
+    own = provider(options)
+    if own is None:
+        return options["model"] == default["model"] or "custom_llm_provider" in default
+    return own == provider(default)
+
+
+def places(options: dict[str, Any]) -> dict[str, Any]:
+    """What says where requests go; among `extra`, known by what providers' names for it have in common."""
+    found = {}
+    for name, value in {**options, **options.get("extra", {})}.items():
+        if name in ADDRESSES:
+            found[ADDRESSES[0]] = value.rstrip("/") if isinstance(value, str) else value
+        elif name == "custom_llm_provider" or name.lower().endswith(("_base", "_url", "_endpoint", "_host")):
+            found[name] = value
+        elif name == "model" and ("http://" in value or "https://" in value):
+            found[name] = value  # LiteLLM's oobabooga/ takes an address there
+    return found
+
+
+def refuse_ignored_address(options: dict[str, Any], where: str) -> None:
+    """Raises `InvalidArgs` if the LM would be asked past its `api_base`."""
+    given = places(options)
+    if ADDRESSES[0] not in given:
+        return
+    if "model" in given:
+        raise InvalidArgs(f"{where}.api_base: the model names another address; expected one of them")
+    name = str(given.get("custom_llm_provider") or provider(options))
+    if name in routes.WITHOUT_ADDRESS:
+        text = f"LiteLLM asks other servers for {name}/ models; name a model of a server with OpenAI's API openai/…"
+        raise InvalidArgs(f"{where}.api_base: {text}")
+
+
+def account(options: dict[str, Any]) -> str:
+    """The address and the key; those of the environment where none are given."""
+    prefix = _name(options).upper()
+    given = [options.get(name) for name in (*ADDRESSES, "api_key", "headers", "extra_headers")]
+    return repr([*given, *(os.environ.get(f"{prefix}_{name}") for name in ("API_BASE", "BASE_URL", "API_KEY"))])
+
+
+def limited_account(options: dict[str, Any]) -> str:
+    """The server and the key as limits tell them apart: by no other header, and however the address is written."""
+    prefix, given = _name(options).upper(), places(options)
+    address = os.environ.get(f"{prefix}_API_BASE") or os.environ.get(f"{prefix}_BASE_URL")
+    if address and ADDRESSES[0] not in given:
+        given[ADDRESSES[0]] = address.rstrip("/")
+    keys = [options.get("api_key") or os.environ.get(f"{prefix}_API_KEY"), options.get("azure_ad_token")]
+    for headers in (options.get("headers"), options.get("extra_headers")):
+        if isinstance(headers, dict):
+            keys += [headers[name] for name in sorted(headers) if redaction.names_secret(name)]
+    return repr([sorted(given.items()) or prefix, keys])
+
+
+def _name(options: dict[str, Any]) -> str:
+    """Of the provider, or else of the model; an LM of your application's may have any."""
+    options = {**options, "model": str(options.get("model", ""))}
+    return str(options.get("custom_llm_provider") or provider(options) or options["model"])
