@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import keyword
 import re
 from contextvars import ContextVar
 from typing import Any
 
 import dspy
-import pydantic
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
-from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.transport import admission
+from dspy_bridge.programs import tool_args
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.signatures.builder import description
-from dspy_bridge.signatures.type_parser import read_type
 
-# Parameters of `dspy.Tool` and its callbacks.
-_NOT_AS_ARGUMENT = ("self", "instance")
 # What providers with native function calling accept.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
-# Per tool. A call of it holds the event loop for 0.4 ms for each.
-MAX_ARGS = 100
 
 # The call that this context belongs to; all runs of a program share its tools.
 current_call: ContextVar[Caller] = ContextVar("current_call")
@@ -35,6 +28,18 @@ current_call: ContextVar[Caller] = ContextVar("current_call")
 
 class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
     """A tool that the caller runs. DSPy checks the arguments before."""
+
+    async def acall(self, /, **arguments: Any) -> Any:
+        """LMs write null for an argument that they leave out, and the sandbox of an RLM sends it."""
+        left_out = self.func.null_is_left_out
+        given = {arg: value for arg, value in arguments.items() if value is not None or arg not in left_out}
+        return await super().acall(**given)
+
+    def format_as_litellm_function_call(self) -> dict[str, Any]:
+        """DSPy's own takes every argument without a default to be required."""
+        call: dict[str, Any] = super().format_as_litellm_function_call()
+        call["function"]["parameters"]["required"] = self.func.required
+        return call
 
     def __call__(self, **arguments: Any) -> Any:
         """Called by a sync module, in its worker thread."""
@@ -86,7 +91,7 @@ def read(definitions: object, taken: set[str]) -> list[RemoteTool]:
 def _name(definition: object, where: str) -> str:
     if not isinstance(definition, dict):
         raise InvalidArgs(f"{where}: expected an object with name, description and args")
-    refuse_unknown(definition, ("name", "description", "desc", "args"), where)
+    refuse_unknown(definition, ("name", "description", "desc", "args", "parameters"), where)
     name = definition.get("name")
     if not isinstance(name, str) or not name:
         raise InvalidArgs(f"{where}.name: expected text")
@@ -97,51 +102,37 @@ def _name(definition: object, where: str) -> str:
 
 def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
     described = description(definition, where) or ""
-    args = definition.get("args", {})
-    if not isinstance(args, dict):
-        raise InvalidArgs(f'{where}.args: expected an object such as {{"query": {{"type": "str"}}}}')
-    if len(args) > MAX_ARGS:
-        raise InvalidArgs(f"{where}.args: expected at most {MAX_ARGS}")
-    types: dict[str, Any] = {}
-    schemas = {}
-    for arg, given in args.items():
-        here = f"{where}.args.{arg}"
-        if not arg.isidentifier() or keyword.iskeyword(arg):
-            raise InvalidArgs(f"{here}: not an argument name; expected letters, digits and _, not a keyword")
-        if arg in _NOT_AS_ARGUMENT:
-            raise InvalidArgs(f"{here}: {arg!r} is an argument of DSPy's own; choose another name")
-        # Short form: only the type.
-        given = given if isinstance(given, dict) else {"type": given}
-        refuse_unknown(given, ("type", "description", "desc"), here)
-        types[arg] = read_type(given.get("type"), f"{here}.type")
-        schemas[arg] = _schema(types[arg], description(given, here), f"{here}.type")
+    args = tool_args.read(definition, where)
+    required = [arg for arg, read in args.items() if read.required]
+    defaults = {arg: read.default for arg, read in args.items() if read.default is not ...}
 
     async def ask(**arguments: Any) -> Any:
-        missing = [arg for arg in args if arg not in arguments]
+        missing = [arg for arg in required if arg not in arguments]
         if missing:
-            raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(args)}")
-        return await _ask(name, arguments)
+            raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(required)}")
+        return await _ask(name, {**defaults, **arguments})
 
-    # What DSPy reads from a function.
+    # What DSPy reads from a function, and RLM's sandbox: it sends the default of an argument that is left out.
     ask.__name__ = name
     ask.__doc__ = described
     ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # inspect's own protocol
-        [inspect.Parameter(arg, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for arg, kind in types.items()]
+        [
+            inspect.Parameter(
+                arg,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if read.required else defaults.get(arg),
+                annotation=read.type,
+            )
+            for arg, read in args.items()
+        ]
     )
+    # What `RemoteTool` reads.
+    ask.required = required  # type: ignore[attr-defined]
+    ask.null_is_left_out = {arg for arg, read in args.items() if read.null_is_left_out}  # type: ignore[attr-defined]
     # DSPy itself would drop the constraints of the types.
+    schemas = {arg: read.schema for arg, read in args.items()}
+    types = {arg: read.type for arg, read in args.items()}
     return RemoteTool(ask, name=name, desc=described or None, args=schemas, arg_types=types)
-
-
-def _schema(annotation: Any, described: str | None, where: str) -> dict[str, Any]:
-    try:
-        schema = pydantic.TypeAdapter(annotation).json_schema()
-        if dspy_internals.TOOL_SCHEMAS.there:
-            # References are replaced: DSPy and providers want each argument by itself.
-            whole = {"properties": {"it": schema}, "$defs": schema.get("$defs", {})}
-            schema = dspy_internals.TOOL_SCHEMAS.value(whole)[0]["it"]
-    except (pydantic.PydanticUserError, RecursionError):
-        raise InvalidArgs(f"{where}: not an argument type; expected one with a JSON Schema, not recursive") from None
-    return {**schema, "description": described} if described else schema
 
 
 async def _ask(name: str, arguments: dict[str, Any]) -> Any:

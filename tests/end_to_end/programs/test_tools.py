@@ -175,6 +175,49 @@ def test_arguments_have_the_types_that_fields_have(start_lm: Any, type_: Any, fi
     assert asked == [("f", {"value": fits})], reply
 
 
+OPTIONAL_ARGS = {
+    "query": "str",
+    "most": {"type": "integer", "default": 10},
+    "page": {"type": "integer", "optional": True, "description": "from 1 on"},
+    "lang": "Optional[str]",
+}
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "query": {"type": "string"},
+        "most": {"type": "integer", "default": 10},
+        "page": {"$ref": "#/$defs/page", "description": "from 1 on"},
+        "lang": {"type": ["string", "null"], "default": None},
+    },
+    "required": ["query"],
+    "additionalProperties": False,
+    "$defs": {"page": {"type": "integer", "minimum": 1}},
+}
+
+
+@pytest.mark.parametrize("declared", [{"args": OPTIONAL_ARGS}, {"parameters": PARAMETERS}], ids=["args", "parameters"])
+def test_the_lm_may_leave_arguments_out(start_lm: Any, declared: dict[str, Any]) -> None:
+    """The caller receives the default, or no argument if there is none. A null that does not fit counts as left out."""
+    steps = [
+        {"query": "a"},
+        {"query": "a", "most": 2, "page": 3, "lang": "de"},
+        {"query": "a", "most": None, "page": None, "lang": None},
+        {"most": 1},
+        {"query": "a", "page": "x"},
+    ]
+    server = start_lm(script(*[step("search", args) for args in steps], FINISH, EXTRACT))
+    with shared_peer(env=lm_env(server)) as peer:
+        assert peer.call("create_program", {**CREATE, "tools": [{"name": "search", **declared}]})["success"]
+        reply, asked = execute(peer, ASK, {"search": lambda **args: "found"})
+    left_out = {"query": "a", "most": 10, "lang": None}
+    assert [args for _, args in asked] == [left_out, steps[1], left_out]
+    trajectory = reply["result"]["trajectory"]
+    assert trajectory["observation_3"] == "Execution error in search: missing query; expected query"
+    assert "Arg page is invalid" in trajectory["observation_4"]
+    shown = prompt(server.requests[0])
+    assert all(text in shown for text in ("from 1 on (optional)", "'default': 10", "'default': None"))
+
+
 def test_an_agent_ends_after_its_steps(start_lm: Any) -> None:
     server = start_lm(script(*[step("search", {"query": "a", "most": 1})] * 2, EXTRACT))
     with shared_peer(env=lm_env(server)) as peer:
@@ -288,6 +331,17 @@ def test_an_lm_with_function_calling_is_given_the_tools(native: Any, program_typ
     parameters = tool["function"]["parameters"]
     assert parameters["properties"]["query"] == {"type": "string", "description": "a few words"}
     assert parameters["required"] == ["query", "most"]
+
+
+@pytest.mark.parametrize("declared", [{"args": OPTIONAL_ARGS}, {"parameters": PARAMETERS}], ids=["args", "parameters"])
+def test_native_function_calling_requires_what_may_not_be_left_out(native: Any, declared: dict[str, Any]) -> None:
+    peer, server = native(tool_calls(("search", '{"query": "a"}')), tools=[{"name": "search", **declared}])
+    _, asked = execute(peer, ASK, {"search": lambda **args: "found"})
+    assert asked == [("search", {"query": "a", "most": 10, "lang": None})]
+    parameters = server.requests[0]["tools"][0]["function"]["parameters"]
+    assert parameters["required"] == ["query"]
+    assert parameters["properties"]["most"] == {"type": "integer", "default": 10}
+    assert parameters["properties"]["page"]["description"] == "from 1 on (optional)"
 
 
 def test_an_answer_that_only_calls_tools_need_not_fit_the_other_outputs(native: Any) -> None:

@@ -33,7 +33,8 @@ defmodule DSPex.PythonBridge.Program do
     * `:server` – the bridge or pool of its runs, if they name none
     * `:tools` – a keyword list of `:description`, `:args`, which are written as fields are, and `:function`, which is a
       function of a module or `{function, options}`: `[stock: [args: [sku: :string], function: &MyApp.Stock.find/1]]`.
-      It is called as one of a run's `:tools`, which take the place of those with the same names
+      It is called as one of a run's `:tools`, which take the place of those with the same names. An argument may also have
+      a `:default`, or `optional: true`: `most: {:integer, default: 10}`. docs/guide/agents.md says what is called then
     * `:lm`, `:adapter`, `:config`, `:options`, `:demos`, `:state`, `:state_path` – as in docs/protocol.md; keyword lists
       may take the place of maps
 

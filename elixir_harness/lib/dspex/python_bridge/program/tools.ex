@@ -5,11 +5,13 @@ defmodule DSPex.PythonBridge.Program.Tools do
   import DSPex.PythonBridge.Program.Refusal
 
   alias DSPex.PythonBridge.Options
-  alias DSPex.PythonBridge.Program.{Spec, Types, Wire}
+  alias DSPex.PythonBridge.Program.{Cast, Dump, Spec, Types, Wire}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.Runner
 
   @options [:description, :args, :function]
+  # Which an argument has, and a field has not.
+  @left_out [:default, :optional]
 
   @doc "The tools for `create_program`, and the functions by their names. Refuses what is wrong, by name."
   @spec read(term()) :: {[map()], %{String.t() => term()}}
@@ -62,15 +64,56 @@ defmodule DSPex.PythonBridge.Program.Tools do
     if description != nil and not is_binary(description),
       do: refuse("#{where}.description", "expected a string")
 
-    args = opts |> Keyword.get(:args, []) |> Types.fields("#{where}.args")
+    args = args(Keyword.get(opts, :args, []), "#{where}.args")
     described = if description, do: %{description: description}, else: %{}
-    Map.merge(%{name: Atom.to_string(name), args: Map.new(args, &arg(&1, where))}, described)
+    Map.merge(%{name: Atom.to_string(name), args: args}, described)
   end
 
   defp listed(names), do: Enum.map_join(names, ", ", &inspect/1)
 
-  defp arg(field, where) do
-    {field.key, Map.delete(Wire.field(field, :outputs, "#{where}.args.#{field.name}"), :name)}
+  defp args(args, where) do
+    # What is not a keyword list is refused with the fields.
+    split =
+      if Keyword.keyword?(args),
+        do: Enum.map(args, fn {key, arg} -> {key, split(arg)} end),
+        else: []
+
+    fields = if split == [], do: args, else: for({key, {arg, _more}} <- split, do: {key, arg})
+
+    for field <- Types.fields(fields, where), into: %{} do
+      here = "#{where}.#{field.name}"
+      described = Map.delete(Wire.field(field, :outputs, here), :name)
+      {_arg, left_out} = split[field.key]
+      {field.key, Enum.into(left_out, described, &left_out(&1, field, here))}
+    end
+  end
+
+  # The field in an argument, and whether it may be left out.
+  defp split({type, [_ | _] = opts} = arg) do
+    case Keyword.keyword?(opts) && Keyword.split(opts, @left_out) do
+      {[_ | _] = left_out, []} -> {type, left_out}
+      {[_ | _] = left_out, opts} -> {{type, opts}, left_out}
+      _none -> {arg, []}
+    end
+  end
+
+  defp split(arg), do: {arg, []}
+
+  defp left_out({:optional, optional?}, _field, where) do
+    if not is_boolean(optional?), do: refuse("#{where}.optional", "expected true or false")
+    {:optional, optional?}
+  end
+
+  defp left_out({:default, default}, field, where) do
+    default = Dump.value(field.type, default)
+
+    # What has no JSON form is refused with the definition.
+    with {:ok, json} <- Payload.encode(default, where),
+         {:ok, decoded} <- Payload.decode(IO.iodata_to_binary(json)),
+         {:error, text} <- Cast.cast(decoded, field.type, "default"),
+         do: refuse(where, text)
+
+    {:default, default}
   end
 
   defp function(name, opts) do

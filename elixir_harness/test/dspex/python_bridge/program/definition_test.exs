@@ -233,6 +233,36 @@ defmodule DSPex.ProgramDefinitionTest do
            ] = module.definition().tools
   end
 
+  test "arguments of tools may have a default, or be optional" do
+    module =
+      module("""
+      #{signature("q: :string", "a: :string")},
+      tools: [
+        find: [args: [
+          most: {:integer, default: 10, max: 50}, size: {{:enum, [:s, :m]}, default: :s},
+          since: {:date, default: ~D[2026-01-31]}, page: {:integer, optional: true, description: "from 1 on"},
+          lang: {:optional, :string}, near: {Address, default: %Address{street: "A", city: "B"}},
+          tags: {{:list, :string}, default: []}, must: {{:optional, :string}, optional: false}
+        ]]
+      ]
+      """)
+
+    assert [%{args: args}] = module.definition().tools
+
+    assert %{
+             most: %{type: %{type: "integer", maximum: 50}, default: 10},
+             size: %{type: %{enum: ["s", "m"]}, default: :s},
+             since: %{default: ~D[2026-01-31]},
+             page: %{type: "integer", optional: true, description: "from 1 on"},
+             near: %{default: %{"street" => "A", "city" => "B"}},
+             tags: %{default: []},
+             must: %{optional: false}
+           } = args
+
+    # The peer makes it null where it is left out.
+    assert args.lang == %{type: %{anyOf: [%{type: "string"}, %{type: "null"}]}}
+  end
+
   ## Structs
 
   test "the struct has the outputs and what the program type adds" do
@@ -433,7 +463,22 @@ defmodule DSPex.ProgramDefinitionTest do
           {~s(signature: "q -> a", tools: [now: [function: {&Stock.find/1, repeats: false}]]),
            "tools: now: unknown option :repeats, did you mean :repeat?"},
           {~s(signature: "q -> a", tools: [now: [args: [x: :owl]]]),
-           "tools.now.args.x: unknown type :owl"}
+           "tools.now.args.x: unknown type :owl"},
+          {~s(signature: "q -> a", tools: [now: [args: [:x]]]),
+           "tools.now.args: expected a keyword list"},
+          {~s(signature: "q -> a", tools: [now: [args: [x: :string, x: {:string, default: "a"}]]]),
+           "tools.now.args.x: there twice"},
+          {~s(signature: "q -> a", tools: [now: [args: [x: {:integer, default: "ten"}]]]),
+           "tools.now.args.x: default: expected a whole number"},
+          {~s(signature: "q -> a", tools: [now: [args: [x: {:integer, default: nil}]]]),
+           "tools.now.args.x: default: expected a whole number"},
+          {~s(signature: "q -> a", tools: [now: [args: [x: {{:enum, [:a]}, default: :b}]]]),
+           "tools.now.args.x: default: expected \"a\""},
+          {~s(signature: "q -> a", tools: [now: [args: [x: {:any, default: {1, 2}}]]]), "tools"},
+          {~s(signature: "q -> a", tools: [now: [args: [x: {:integer, optional: 1}]]]),
+           "tools.now.args.x.optional: expected true or false"},
+          {~s(signature: [inputs: [q: {:string, optional: true}], outputs: [a: :string]]),
+           "signature.inputs.q: unknown option :optional of a field"}
         ] do
       error = assert_raise CompileError, fn -> module(options) end
       assert Exception.message(error) =~ text

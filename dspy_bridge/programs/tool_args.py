@@ -1,0 +1,117 @@
+"""Reads the arguments in a tool's definition: `args`, or `parameters`, a JSON Schema. Imports DSPy."""
+
+from __future__ import annotations
+
+import json
+import keyword
+from typing import Any, NamedTuple
+
+import pydantic
+
+from dspy_bridge.errors import InvalidArgs, refuse_unknown
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.signatures.builder import description
+from dspy_bridge.signatures.json_schema import annotation
+from dspy_bridge.signatures.type_parser import read_type
+
+# Parameters of `dspy.Tool` and its callbacks.
+_NOT_AS_ARGUMENT = ("self", "instance")
+# Per tool. A call of it holds the event loop for 0.4 ms for each.
+MAX_ARGS = 100
+
+
+class Arg(NamedTuple):
+    """An argument of a tool. `schema`: what the LM is shown. `default`: `...` if there is none."""
+
+    type: Any
+    schema: dict[str, Any]
+    default: Any
+    required: bool
+
+    @property
+    def null_is_left_out(self) -> bool:
+        return not self.required and (self.default is ... or not _takes_null(self.schema))
+
+
+def read(definition: dict[str, Any], where: str) -> dict[str, Arg]:
+    """The arguments of a tool, by name. Raises `InvalidArgs`, naming the field."""
+    if "parameters" in definition:
+        if "args" in definition:
+            raise InvalidArgs(f"{where}: has args and parameters; expected one of them")
+        args, place = _of_parameters(definition["parameters"], f"{where}.parameters"), f"{where}.parameters.properties"
+    else:
+        args, place = definition.get("args", {}), f"{where}.args"
+    if not isinstance(args, dict):
+        raise InvalidArgs(f'{place}: expected an object such as {{"query": {{"type": "str"}}}}')
+    if len(args) > MAX_ARGS:
+        raise InvalidArgs(f"{place}: expected at most {MAX_ARGS}")
+    return {arg: _arg(arg, given, f"{place}.{arg}") for arg, given in args.items()}
+
+
+def _of_parameters(parameters: object, where: str) -> dict[str, Any]:
+    """The properties of a JSON Schema object as `args`."""
+    if not isinstance(parameters, dict) or parameters.get("type") != "object":
+        raise InvalidArgs(f'{where}: expected a JSON Schema such as {{"type": "object", "properties": {{}}}}')
+    # As the LM would be shown it: without references, so that each property stands alone.
+    schema = _schema(annotation.to_annotation(parameters, where), where)
+    required = schema.get("required", ())
+    return {arg: {"type": part, "optional": arg not in required} for arg, part in schema.get("properties", {}).items()}
+
+
+def _arg(arg: str, given: object, where: str) -> Arg:
+    if not arg.isidentifier() or keyword.iskeyword(arg):
+        raise InvalidArgs(f"{where}: not an argument name; expected letters, digits and _, not a keyword")
+    if arg in _NOT_AS_ARGUMENT:
+        raise InvalidArgs(f"{where}: {arg!r} is an argument of DSPy's own; choose another name")
+    # Short form: only the type.
+    given = given if isinstance(given, dict) else {"type": given}
+    refuse_unknown(given, ("type", "description", "desc", "default", "optional"), where)
+    kind = given.get("type")
+    type_ = read_type(kind, f"{where}.type")
+    own = kind if isinstance(kind, dict) else {}
+    optional = given.get("optional")
+    if "optional" in given and not isinstance(optional, bool):
+        raise InvalidArgs(f"{where}.optional: expected true or false")
+    described = description(given, where) or own.get("description")
+    schema = _schema(type_, f"{where}.type")
+    default = given.get("default", own.get("default", ...))
+    if "default" in given:
+        _check_default(default, kind, type_, where)
+    elif default is ... and optional is None and _takes_null(schema):
+        default = None
+    if default is not ...:
+        schema["default"] = default
+    elif optional:
+        described = f"{described} (optional)" if described else "optional"
+    if described:
+        schema["description"] = described
+    return Arg(type_, schema, default, required=default is ... and not optional)
+
+
+def _check_default(default: object, kind: object, type_: Any, where: str) -> None:
+    if isinstance(kind, dict):
+        read_type({**kind, "default": default}, where)
+        return
+    try:
+        # Strict, without conversions; as JSON, in which a date is text.
+        pydantic.TypeAdapter(type_).validate_json(json.dumps(default), strict=True)
+    except ValueError:
+        raise InvalidArgs(f"{where}.default: does not fit the type that it is for") from None
+
+
+def _takes_null(schema: dict[str, Any]) -> bool:
+    """Whether the schema names null; one that takes anything does not."""
+    choices = [schema, *schema.get("anyOf", ())]
+    return any(None in choice.get("enum", ()) or "null" in choice.get("type", ()) for choice in choices)
+
+
+def _schema(type_: Any, where: str) -> dict[str, Any]:
+    try:
+        schema: dict[str, Any] = pydantic.TypeAdapter(type_).json_schema()
+        if "$defs" in schema and dspy_internals.TOOL_SCHEMAS.there:
+            # References are replaced: DSPy and providers want each argument by itself.
+            whole = {"properties": {"it": schema}, "$defs": schema["$defs"]}
+            schema = dspy_internals.TOOL_SCHEMAS.value(whole)[0]["it"]
+    except (pydantic.PydanticUserError, RecursionError):
+        raise InvalidArgs(f"{where}: not an argument type; expected one with a JSON Schema, not recursive") from None
+    return schema
