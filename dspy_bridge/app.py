@@ -33,6 +33,7 @@ def build_dispatcher(
         from dspy_bridge.runtime import inline_executor
 
         loop.set_default_executor(inline_executor.InlineExecutor(memory_cache_only=settings.disk_cache is None))
+        commands.preload()
 
     commands = Commands(settings, lambda: set_up_logs(settings.log_level, send_log), lambda: dispatcher.load())
     dispatcher = Dispatcher(
@@ -45,6 +46,7 @@ def build_dispatcher(
         log_exception=lambda error: log_exception(error, settings.log_level, send_log),
         when_room=when_room,
         prepare_loop=prepare_loop,
+        importing=commands.importing,
         log_warning=lambda text: log_warning(text, settings.log_level, send_log),
     )
     return dispatcher

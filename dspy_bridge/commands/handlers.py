@@ -1,4 +1,4 @@
-"""The six commands. Arguments are checked once, here; DSPy is imported when the first program is loaded."""
+"""The six commands. Arguments are checked once, here; DSPy is imported by another thread."""
 
 from __future__ import annotations
 
@@ -79,6 +79,14 @@ class Commands:
             "get_stats": Command(self.get_stats),
             "cleanup": Command(self.cleanup),
         }
+
+    def preload(self) -> None:
+        """Begin DSPy's import. On the event loop's thread."""
+        self._loader.preload()
+
+    def importing(self) -> bool:
+        """Whether DSPy is being imported, and no program waits for it."""
+        return self._loader.importing
 
     def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
         """`{"status": "ok", "timestamp": unix seconds}`."""

@@ -1,4 +1,4 @@
-"""Loads programs in a thread of its own; the first one imports DSPy and sets it up."""
+"""Loads programs in a thread of its own, which imports DSPy before; the first program sets it up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dspy_bridge.commands.program_registry import Entry
     from dspy_bridge.lm.dspy_setup import Models
     from dspy_bridge.programs.program import Program
+    from dspy_bridge.runtime.daemon_threads import DaemonThreads
     from dspy_bridge.runtime.worker_threads import WorkerThreads
     from dspy_bridge.settings import Settings
 
@@ -34,8 +35,10 @@ class ProgramLoader:
         self._models: Models | None = None
         # The last failure, and when that was.
         self._setup_failed: tuple[str, float] | None = None
-        self._thread: Any = None
+        self._thread: DaemonThreads | None = None
         self._gc = GcFreezer()
+        # Whether DSPy is being imported before there is a program.
+        self.importing = False
 
     async def load(self, entry: Entry) -> Program:
         """The program of an entry, loaded once for all requests that need it. On the event loop."""
@@ -52,11 +55,12 @@ class ProgramLoader:
         """A program of a definition, loaded anew. On the event loop."""
         import asyncio
 
-        if self._thread is None:
-            from dspy_bridge.runtime.daemon_threads import DaemonThreads
+        return asyncio.get_running_loop().run_in_executor(self._start_thread(), self._make, definition)
 
-            self._thread = DaemonThreads(1, "dspy_bridge-loader")
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._make, definition)
+    def preload(self) -> None:
+        """Begin DSPy's import, for which the first program would wait. On the event loop's thread."""
+        self.importing = True
+        self._start_thread().submit(self._import_dspy)
 
     def degraded(self) -> list[str]:
         """Names of the features that the installed DSPy does not allow; empty before it is imported."""
@@ -66,6 +70,22 @@ class ProgramLoader:
         """So many programs have been removed: their memory can be collected. From any thread."""
         if self._gc.removed(count) and self._thread is not None:
             self._thread.submit(self._gc.freeze)
+
+    def _start_thread(self) -> DaemonThreads:
+        from dspy_bridge.runtime.daemon_threads import DaemonThreads
+
+        if self._thread is None:
+            self._thread = DaemonThreads(1, "dspy_bridge-loader")
+        return self._thread
+
+    def _import_dspy(self) -> None:
+        try:
+            self._setup()
+            from dspy_bridge.programs import program  # noqa: F401  # imports all that a program needs
+        except BaseException:
+            pass  # the first program imports it again, and its reply has the failure
+        finally:
+            self.importing = False
 
     def _make(self, definition: dict[str, Any]) -> Program:
         if self._models is None:

@@ -47,17 +47,19 @@ class Dispatcher:
         when_room: Callable[[Callable[[], object]], bool],
         prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
         log_warning: Callable[[str], object] = lambda _text: None,
+        importing: Callable[[], bool] = lambda: False,
     ) -> None:
         """`send` writes reply payloads, from any thread. `log_exception` logs an exception and returns its reference.
 
         `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
         once there is. `prepare_loop` gets the event loop before it runs, on its thread. `log_warning` gets a text for
-        the log, on any thread.
+        the log, on any thread. `importing` says whether a thread imports something that no request waits for.
         """
         self._commands = commands
         self._send = send
         self._max_frame_bytes = max_frame_bytes
         self._prepare_loop = prepare_loop
+        self.importing = importing
         self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
         self._pings = self._replies.pings
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
@@ -120,10 +122,15 @@ class Dispatcher:
         if not self._inbox:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run_loop, name="dspy_bridge-loop", daemon=True)
-            self._thread.start()
+            self.start()
         elif self._loop is not None:
             self._loop.call_soon_threadsafe(self._take_inbox)
+
+    def start(self) -> None:
+        """Start the loop, if no request has: it takes its time. For the reading thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_loop, name="dspy_bridge-loop", daemon=True)
+            self._thread.start()
 
     def when_idle(self, callback: Callable[[], object]) -> None:
         """Call `callback` once no request is open. For the reading thread, after its last `wake`."""

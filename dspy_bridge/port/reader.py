@@ -42,7 +42,7 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
     decoder = FrameDecoder(max_frame_bytes)
     # Local names, as they are found sooner.
     read, answer_pings, send_packet = os.read, dispatcher.answer_pings, writer.send_packet
-    inside_frame = False
+    inside_frame = started = False
     try:
         while True:
             try:
@@ -54,6 +54,11 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
                         writer.wait_for_room(terminated.is_set)
                     if allocator.trim_due:
                         allocator.trim()
+                    if not started and not select.select([reading], [], [], 0)[0]:
+                        # The first answer is sent and nothing waits. The loop imports DSPy: the client's first program,
+                        # which it may give little time, finds that begun.
+                        started = True
+                        dispatcher.start()
                 break
             except MemoryError:
                 # There was no buffer for the read: nothing was read.
@@ -177,6 +182,9 @@ def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float, idle_rea
     # Exit handlers (tracing exporters flush there) get the rest of the time, while the owner is there.
     end = max(end, time.monotonic() + 0.5)
     threading.Thread(target=_exit_by, args=(end, writer.fd), name="dspy_bridge-exit", daemon=True).start()
+    if dispatcher.importing():
+        # Python's own exit would end that thread inside of extension modules, which may abort.
+        exit_now()
 
 
 def _exit_by(end: float, writing: int) -> None:

@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,37 @@ def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
     assert heavy & set(imported.split()) == set()
 
 
+def test_dspy_is_imported_after_the_first_answer_without_a_program(tmp_path: Path) -> None:
+    """The first program, which may have little time, finds that begun. The end of input does not wait for it."""
+    (tmp_path / "dspy.py").write_text(
+        "import os, time\nopen(os.environ['RECORD'], 'w').close()\nwhile True:\n    time.sleep(0.1)\n"
+    )
+    record = tmp_path / "record"
+    with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "RECORD": str(record)}) as peer:
+        assert not record.exists()
+        assert peer.call("ping")["success"]
+        end = time.monotonic() + PATIENCE
+        while not record.exists():
+            assert time.monotonic() < end
+            assert peer.call("ping")["success"]
+        assert peer.call("list_programs")["result"] == {"programs": []}
+        assert peer.finish() == (0, b"", "")
+
+
+def test_an_import_of_dspy_that_fails_is_the_error_of_the_first_program(tmp_path: Path) -> None:
+    (tmp_path / "dspy.py").write_text("import os\nopen(os.environ['RECORD'], 'a').write('.')\n1 / 0\n")
+    record = tmp_path / "record"
+    with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "RECORD": str(record)}) as peer:
+        assert peer.call("ping")["success"]
+        end = time.monotonic() + PATIENCE
+        while not record.exists():
+            assert time.monotonic() < end
+        reply = peer.call("create_program", CREATE)
+        assert reply["error_type"] == "internal" and "DSPy cannot be set up: division by zero" in reply["error"]
+        assert record.read_text() == ".."
+        assert peer.finish()[2].count("internal error") == 1
+
+
 @pytest.mark.parametrize("how", ["del fcntl.F_SETPIPE_SZ", "fcntl.F_SETPIPE_SZ = 999_999"])
 def test_pipes_that_cannot_be_enlarged_serve_as_well(how: str) -> None:
     """As on macOS, or where the system grants no more."""
@@ -111,15 +143,26 @@ def test_a_frame_over_the_limit_is_read_past_and_the_next_one_served() -> None:
             assert served["success"]
 
 
-def limited_to(megabytes: int) -> list[str]:
-    """A peer's command with a limit to its address space."""
-    limit = f'ulimit -v {megabytes * 1024}; exec "$@"'
-    return ["bash", "-c", limit, "limited", sys.executable, "-m", "dspy_bridge"]
+@pytest.fixture(scope="module")
+def limited_to() -> Callable[[int], Peer]:
+    """Starts peers that have imported DSPy, with a limit to their address space: so many megabytes more than that."""
+    with Peer() as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        status = Path(f"/proc/{peer.process.pid}/status").read_text()
+        needed = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmPeak"))
+
+    def start(megabytes: int) -> Peer:
+        limit = f'ulimit -v {needed + megabytes * 1024}; exec "$@"'
+        peer = Peer(command=["bash", "-c", limit, "limited", sys.executable, "-m", "dspy_bridge"])
+        assert peer.call("create_program", CREATE)["success"]
+        return peer
+
+    return start
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
-def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
-    with Peer(command=limited_to(400)) as peer:
+def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it(limited_to: Any) -> None:
+    with limited_to(340) as peer:
         for id in range(3):
             peer.send(b'{"id":%d,"command":"ping","args":{"a":"%b"}}' % (id, b"x" * 60_000_000))
             assert peer.receive()["success"]
@@ -129,15 +172,17 @@ def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
 @pytest.mark.parametrize(
     ("megabytes", "content"),
     [
-        (130, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
-        pytest.param(200, b'"' + b"x" * 60_000_000 + b'"', marks=pytest.mark.slow),
-        pytest.param(300, b"[" + b"1," * 30_000_000 + b"1]", marks=pytest.mark.slow),
-        (300, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
+        (30, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
+        pytest.param(130, b'"' + b"x" * 60_000_000 + b'"', marks=pytest.mark.slow),
+        pytest.param(230, b"[" + b"1," * 30_000_000 + b"1]", marks=pytest.mark.slow),
+        (230, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
     ],
     ids=["frame", "text", "list", "objects"],
 )
-def test_a_frame_that_there_is_no_memory_for_is_refused_and_the_next_one_served(megabytes: int, content: bytes) -> None:
-    with Peer(command=limited_to(megabytes)) as peer:
+def test_a_frame_that_there_is_no_memory_for_is_refused_and_the_next_one_served(
+    limited_to: Any, megabytes: int, content: bytes
+) -> None:
+    with limited_to(megabytes) as peer:
         for id in range(2):
             peer.send(b'{"id":%d,"command":"ping","args":{"a":%b}}' % (id, content), {"id": "next", "command": "ping"})
             refused, served = peer.receive(), peer.receive()
@@ -488,7 +533,9 @@ def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int)
 def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
     text = "x" * ((64 << 20) - 100)
     data = b'{"id":"%b","command":"ping"}' % text.encode()
-    fresh_echo_peer.call("get_stats")  # imports what it needs
+    # Both import what they need.
+    fresh_echo_peer.call("create_program", CREATE)
+    fresh_echo_peer.call("get_stats")
     before = fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
     for _ in range(10):
         fresh_echo_peer.send(data)
