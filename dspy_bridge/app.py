@@ -40,7 +40,7 @@ def build_dispatcher(
         commands.table(),
         send,
         # A run has a connection to its LM.
-        max_in_flight=min(settings.max_in_flight, stdio.spare()),
+        max_in_flight=min(settings.max_in_flight, stdio.raise_open_files()),
         max_queue=settings.max_queue,
         max_frame_bytes=settings.max_frame_bytes,
         log_exception=lambda error: log_exception(error, settings.log_level, send_log),

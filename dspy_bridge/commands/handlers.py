@@ -162,6 +162,7 @@ class Commands:
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._load(),
+            "lm_waiting": self._loader.lm_waiting(),
             "threads": self._optimizations.added_to(self._threads.counts()),
             "pid": os.getpid(),
             "versions": self._versions,

@@ -66,6 +66,14 @@ class ProgramLoader:
         """Names of the features that the installed DSPy does not allow; empty before it is imported."""
         return [] if self._models is None else self._models.degraded()
 
+    def lm_waiting(self) -> int:
+        """How many calls of LMs wait for the limits of their account."""
+        if self._models is None:
+            return 0
+        from dspy_bridge.lm.transport import admission
+
+        return admission.waiting()
+
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""
         if self._gc.removed(count) and self._thread is not None:

@@ -38,8 +38,8 @@ class Limiter:
         self._start_waiting()
 
     def withdraw(self, start: Callable[[], bool]) -> None:
-        """Remove the waiting `start`."""
-        del self._waiting[start]
+        """Remove `start`, if it still waits."""
+        self._waiting.pop(start, None)
 
     def release(self) -> None:
         """Free a slot; the next waiter gets it."""
@@ -63,7 +63,7 @@ class Limiter:
             await slot
         except asyncio.CancelledError:
             if slot.cancelled():
-                self._waiting.pop(start, None)  # `start` may have been called meanwhile, and have refused
+                self.withdraw(start)  # `start` may have been called meanwhile, and have refused
             else:
                 self.release()  # cancelled just after it got the slot
             raise

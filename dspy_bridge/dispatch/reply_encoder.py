@@ -82,6 +82,7 @@ class ReplyEncoder:
 
 def _meta(call: Call, now: float) -> dict[str, Any]:
     usage: dict[str, Any] = {
+        "wait_ms": 0.0,
         "lm_usage": {},
         "lm_calls": 0,
         "cache_hits": 0,

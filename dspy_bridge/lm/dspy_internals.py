@@ -158,6 +158,15 @@ HTTP_SENDS = {
     )
     for library in ("httpx", "httpx2")
 }
+# See `transport/routes`.
+LITELLM_PROVIDER = Name(
+    "litellm:get_llm_provider",
+    "an LM without its provider in its name is refused where LiteLLM would send it the peer's key",
+    "model",
+    lazy=True,
+)
+# Of LiteLLM's `aiohttp_openai/`.
+AIOHTTP_POST = Name("aiohttp:ClientSession.post", "aiohttp_openai/ follows redirects", "self", "url", lazy=True)
 
 # How answers are read.
 _REPAIR = "an LM's broken JSON may hold up other calls"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import dspy
 
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.rate_limits import Gate
-from dspy_bridge.lm.transport import admission, asking, connections
+from dspy_bridge.lm.transport import admission, asking
 from dspy_bridge.runtime import event_loop
 
 _PARAMS = {
@@ -21,18 +21,16 @@ _PARAMS = {
 
 
 class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
-    """A `dspy.LM` that also counts its calls: connections of one that has none can be closed (`connections`)."""
+    """A `dspy.LM` that is called within the limits of its account."""
 
     # What the server can do, of `lm_options.CAPABILITIES`; None: what DSPy knows by the model's name.
     supports: frozenset[str] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.use = connections.Use()
         # Set by who makes it.
         self.asking: asking.Asking | None = None
         self.gate: Gate | None = None
-        connections.register(self)
 
     def __deepcopy__(self, _memo: object) -> LoopLM:
         # A copy of a program has the same LM: another one would open connections of its own.
@@ -42,18 +40,9 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         """As `dspy.LM`'s."""
         run: admission.Run | None = dspy.settings.get(admission.RUN)
         slot = None if run is None else run.slot()
-        if slot is None:
-            return await self._acall(*args, **kwargs)
-        async with slot:
-            return await self._acall(*args, **kwargs)
-
-    async def _acall(self, *args: Any, **kwargs: Any) -> Any:
-        try:
+        async with slot or nullcontext():
             with self._calling():
                 return await super().acall(*args, **kwargs)
-        finally:
-            if self.use.to_close():
-                await connections.close(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
@@ -67,7 +56,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        with self.use.call(), asking.of(self.asking), admission.of(self.gate):
+        with asking.of(self.asking), admission.of(self.gate):
             if self.gate is None or not self.gate.account.counts_tokens or not dspy_internals.USAGE_SETTING.there:
                 yield
                 return

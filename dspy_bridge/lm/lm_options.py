@@ -1,7 +1,7 @@
 """The options of an LM, from settings, from a request's `lm` or `config`, or from a saved state: checked and completed.
 
-What a request leaves out comes from the peer's own LM, if its provider is the same: its address, and what belongs to
-that address (key, headers, timeouts). A request that names another address gets none of it. Pure; imports no DSPy.
+What a request leaves out comes from the peer's own LM, if it is asked at the same server: the address, and what belongs
+to that address (key, headers, timeouts). A request that names another address gets none of it. Imports DSPy.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 from dspy_bridge.errors import InvalidArgs, nearest
 from dspy_bridge.lm.rate_limits import Limits
+from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
 
 CONNECT_TIMEOUT = 2.0
 # The key for another address than the peer's that came without one: DSPy would send it the environment's.
 NO_KEY = "none"
+# Which provider an inherited key is for, among complete options.
+_KEY_OF = "key_of"
 # What `supports` may name.
 CAPABILITIES = ("response_schema", "function_calling", "reasoning")
 # Both mean the same.
@@ -74,7 +77,7 @@ _LEAST, _MOST = 1e-6, 1e15
 class LMOptions(NamedTuple):
     """`of_dspy`: keyword arguments of `dspy.LM`; the others are the bridge's own. Times in seconds.
 
-    `supports`: of `CAPABILITIES`; None: what DSPy knows of the model.
+    `supports`: of `CAPABILITIES`; None: what DSPy knows of the model. `key_of`: as of `Asking`.
     """
 
     model: str
@@ -83,6 +86,7 @@ class LMOptions(NamedTuple):
     connect_timeout: float
     limits: Limits
     supports: frozenset[str] | None
+    key_of: str | None
 
 
 def complete(
@@ -111,8 +115,8 @@ def complete(
         return options
     places, known = _places(options), _places(default or {})
     elsewhere = {name for name, place in places.items() if known.get(name) != place}
-    if default is None or _provider(model) != _provider(default["model"]):
-        if _ADDRESSES[0] in elsewhere:
+    if default is None or not _same_provider(options, default):
+        if {_ADDRESSES[0], "model"} & elsewhere:
             options.setdefault("api_key", NO_KEY)
         return options
     if elsewhere:
@@ -124,7 +128,8 @@ def complete(
 
 def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Complete options with what a `config` says of the connection or the cache. Raises `InvalidArgs`."""
-    kept = {name: value for name, value in options.items() if name not in _ADDRESSES and name not in _OF_SERVER}
+    own = (*_ADDRESSES, *_OF_SERVER, _KEY_OF)
+    kept = {name: value for name, value in options.items() if name not in own}
     return complete({**kept, **changes}, "config", options)
 
 
@@ -141,7 +146,8 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
     supports = _supports(of_dspy.pop("supports"), where) if "supports" in of_dspy else None
     of_dspy.update(_extra(of_dspy.pop("extra", None), where))
     limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
-    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits, supports)
+    key_of = of_dspy.pop(_KEY_OF, None)
+    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits, supports, key_of)
 
 
 def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -169,10 +175,17 @@ def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> N
             raise InvalidArgs(f"{where}.{name}: unknown option; {meant}What only your provider takes goes under extra")
 
 
-def _provider(model: str) -> str:
-    """What precedes the slash; DSPy takes a name without one for OpenAI's."""
-    provider, slash, _ = model.partition("/")
-    return provider if slash else "openai"
+def _provider(options: dict[str, Any]) -> str | None:
+    """Which provider DSPy or LiteLLM asks; None if that cannot be known."""
+    return routes.provider(options["model"], options.get("model_type", "chat"))
+
+
+def _same_provider(options: dict[str, Any], default: dict[str, Any]) -> bool:
+    """Whether they have one provider, apart from what `_places` finds."""
+    provider = _provider(options)
+    if provider is None:
+        return options["model"] == default["model"] or "custom_llm_provider" in default
+    return provider == _provider(default)
 
 
 def _places(options: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +196,21 @@ def _places(options: dict[str, Any]) -> dict[str, Any]:
             places[_ADDRESSES[0]] = value.rstrip("/") if isinstance(value, str) else value
         elif name == "custom_llm_provider" or name.lower().endswith(("_base", "_url", "_endpoint", "_host")):
             places[name] = value
+        elif name == "model" and "://" in value:
+            places[name] = value  # LiteLLM's oobabooga/ takes an address there
     return places
 
 
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     names = _OF_SERVER if any(name in options for name in _ADDRESSES) else (*_ADDRESSES, *_OF_SERVER)
     inherited = {name: default[name] for name in names if name in default}
+    if options["model"] == default["model"]:
+        key_of = default.get(_KEY_OF)
+    else:
+        certain = _places({**inherited, **options}) or options.get("model_type") == "text"
+        key_of = None if certain else _provider(options)
+    if key_of is not None:
+        inherited[_KEY_OF] = key_of
     # The same server may have models that can do other things.
     if "supports" in default and options["model"] == default["model"]:
         inherited["supports"] = default["supports"]
@@ -248,14 +270,20 @@ def _extra(given: object, where: str) -> dict[str, Any]:
 
 def account(options: dict[str, Any]) -> str:
     """The address and the key; those of the environment where none are given."""
-    prefix = _provider(str(options.get("model", ""))).upper()
+    prefix = _account_of(options).upper()
     given = [options.get(name) for name in (*_ADDRESSES, "api_key", "headers", "extra_headers")]
     return repr([*given, *(os.environ.get(f"{prefix}_{name}") for name in ("API_BASE", "BASE_URL", "API_KEY"))])
 
 
+def _account_of(options: dict[str, Any]) -> str:
+    """The provider, or what it is known by: the name of an LM of your application's may be anything."""
+    options = {**options, "model": str(options.get("model", ""))}
+    return str(options.get("custom_llm_provider") or _provider(options) or options["model"])
+
+
 def limited_account(options: dict[str, Any]) -> str:
     """The server and the key as limits tell them apart: by no other header, and however the address is written."""
-    provider = _provider(str(options.get("model", "")))
+    provider = _account_of(options)
     places = _places(options)
     address = os.environ.get(f"{provider.upper()}_API_BASE") or os.environ.get(f"{provider.upper()}_BASE_URL")
     if address and _ADDRESSES[0] not in places:

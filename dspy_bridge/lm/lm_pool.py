@@ -120,7 +120,7 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
 
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
-    model, of_dspy, scope, connect_timeout, limits, supports = lm_options.split(options, "lm")
+    model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options, "lm")
     if "engine" in of_dspy and not offline_lm.ENGINES:
         raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
@@ -135,7 +135,7 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
     lm.supports = supports
-    lm.asking = Asking(lm_options.account(options), scope, connect_timeout, lm.num_retries > 0)
+    lm.asking = Asking(lm_options.account(options), scope, connect_timeout, lm.num_retries > 0, key_of)
     lm.gate = rate_limits.gate(lm_options.limited_account(options), limits)
     return lm
 

@@ -47,13 +47,13 @@ class Candidates:
         self._scored: weakref.WeakKeyDictionary[Any, dict[int, float]] = weakref.WeakKeyDictionary()
 
     def result(self, module: Any = None, stopped: str | None = None) -> dict[str, Any]:
-        """The reply: of the optimizer's result, or of the best candidate if the run was stopped."""
-        made = None if module is None else self._state_of(module)
+        """The reply: of the best candidate, or of the optimizer's result if none was scored.
+
+        Not always of its result: of equal scores it may choose another one than was announced.
+        """
+        made = self._start if module is None else self._state_of(module)
         with self._lock:
-            if made is not None:
-                score, state = self._scores.get(_key(made)), made
-            else:
-                score, state = self._best or (None, self._start)
+            score, state = self._best or (None, made)
             return {
                 "state": state,
                 "score": score,
@@ -113,8 +113,11 @@ class Candidates:
         score, state = metrics.mean(scores), self._state_of(module)
         with self._lock:
             self.count += 1
-            self._scores.setdefault(_key(state), score)
-            best = self._best is None or score > self._best[0]
+            key = _key(state)
+            self._scores.setdefault(key, score)
+            # The program as it was wins ties: a change that gains nothing is none.
+            is_start = key == self._start_key
+            best = self._best is None or score > self._best[0] or (is_start and score == self._best[0])
             item: dict[str, Any] = {"number": self.count, "score": score, "of": len(scores), "best": best}
             if best:
                 self._best = score, state

@@ -13,7 +13,7 @@ from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors, dspy_internals, lm_pool
 from dspy_bridge.lm.offline import offline_lm
-from dspy_bridge.optimizing import executors, optimizers
+from dspy_bridge.optimizing import executors, optimizers, proposals
 from dspy_bridge.optimizing.arguments import Given
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.metric_functions import MetricFunctions
@@ -96,6 +96,8 @@ class _Job:
             functools.partial(_send, self._run.call) if self._stream else None,
         )
         self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
+        for role, own in self._lms.items():
+            own.role = role  # its copies, which optimizers make, have it too
         self._large = any(
             large_inputs.is_large(item, large_inputs.LARGE_IN_BATCH)
             for item in (*inputs, *(self._given.valset or ((), None))[0])
@@ -127,6 +129,7 @@ class _Job:
             why = run.ending.result()
             if isinstance(why, BaseException):
                 raise why
+            run.refuse_failures(stopped=True)
             return await large_inputs.in_thread(lambda: self._candidates.result(stopped=why))
         finally:
             run.close()
@@ -161,7 +164,9 @@ class _Job:
             optimizers.highest_score(given),
         )
         settings: dict[str, Any] = {"trace": _NoTrace(), "max_errors": _MANY}
-        settings["callbacks"] = [*dspy.settings.callbacks, Watch(run, self._candidates)]
+        watch = Watch(run, self._candidates, optimizers.own_role(given))
+        settings["callbacks"] = [*dspy.settings.callbacks, watch]
+        settings["adapter"] = proposals.tolerant(dspy.settings.adapter or dspy.ChatAdapter())
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):
             settings["callbacks"].append(offline_lm.WatchFormat())
         if dspy_internals.USAGE_SETTING.there:

@@ -166,6 +166,11 @@ def scored_on(given: Given, trainset_size: int, valset_size: int | None) -> int 
     return None if on is None else trainset_size
 
 
+def own_role(given: Given) -> str:
+    """The role of an LM that was not given, and that the optimizer's own code asks; empty if there is none."""
+    return "prompt_lm" if "prompt_lm" in _OPTIMIZERS[given.optimizer].lms else ""
+
+
 def highest_score(given: Given) -> float:
     """SIMBA takes exp(score / temperature), which overflows past 709; its sum over all candidates soon after."""
     if given.optimizer != "simba":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -13,7 +15,7 @@ import dspy
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.dispatch.limiter import Limiter
-from dspy_bridge.errors import LMFailed
+from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm.transport import admission
 from dspy_bridge.logs import library_output
 from dspy_bridge.optimizing.arguments import Budget
@@ -34,12 +36,12 @@ class Run(admission.Run):
     """
 
     __slots__ = (
+        "_answered",
         "_budget",
         "_context",
         "_failures",
         "_last_failure",
         "_limiter",
-        "_lms_work",
         "_lock",
         "_loop",
         "_over",
@@ -69,10 +71,11 @@ class Run(admission.Run):
         self.ending: asyncio.Future[str | BaseException] = self._loop.create_future()
         self._lock = threading.Lock()
         self._over = False
-        # In a row.
-        self._failures = 0
-        self._last_failure: Exception | None = None
-        self._lms_work = False
+        # By the role of an LM, which is empty for that of the program: consecutive failures, and the last one.
+        self._failures: Counter[str] = Counter()
+        self._last_failure: dict[str, Exception] = {}
+        # The roles whose LM has answered.
+        self._answered: set[str] = set()
         self._context: contextvars.Context | None = None
 
     # From any thread.
@@ -108,6 +111,11 @@ class Run(admission.Run):
             self.end("lm_calls")
             raise Ended
 
+    def not_sent(self) -> None:
+        """Take a request back."""
+        with self._lock:
+            self.lm_calls -= 1
+
     def spend(self, tokens: int) -> None:
         """Count the tokens of an answer."""
         with self._lock:
@@ -121,20 +129,34 @@ class Run(admission.Run):
         with self._lock:
             self.metric_calls += 1
 
-    def lm_answered(self, error: Exception | None) -> None:
-        """Count failures of LMs; many in a row end the run. `error`: as `dspy_errors` has it."""
+    def lm_answered(self, role: str, error: Exception | None) -> None:
+        """Count the failures of the LM of a role; many consecutive ones end the run.
+
+        `error`: as `dspy_errors` has it. An answer that cannot be used is no failure of the LM: its candidate fails.
+        """
         with self._lock:
-            self._failures = self._failures + 1 if isinstance(error, LMFailed) else 0
-            self._lms_work = self._lms_work or self._failures == 0
-            self._last_failure = error
-            down = self._failures >= _MOST_FAILURES
-        if error is not None and down:
+            if error is None:
+                self._answered.add(role)
+                self._failures[role] = 0
+                return
+            self._last_failure[role] = error
+            if isinstance(error, OutputInvalid):
+                return
+            self._failures[role] += 1
+            down = self._failures[role] >= _MOST_FAILURES
+        if down:
             self.end(error)
 
-    def refuse_failures(self) -> None:
-        """Raises the last failure of an LM if there was nothing else: all scores would be 0."""
-        if self._last_failure is not None and not self._lms_work:
-            raise self._last_failure
+    def refuse_failures(self, *, stopped: bool = False) -> None:
+        """Raises the last failure of an LM that has answered nothing: the scores mean nothing.
+
+        `stopped`: the run has ended early, and keeps what it has if any LM has answered.
+        """
+        if stopped and self._answered:
+            return
+        for role, error in self._last_failure.items():
+            if role not in self._answered:
+                raise error
 
     # On an event loop.
 
@@ -145,19 +167,24 @@ class Run(admission.Run):
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
         self.check()
-        here = asyncio.get_running_loop() is self._loop
-        if here:
-            await self._limiter.acquire()
-        else:  # of large inputs
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._limiter.acquire(), self._loop))
+        # The limiter belongs to the other loop if inputs are large; this future knows atomically which came first, the
+        # slot or a cancel.
+        slot: Future[None] = Future()
+
+        def start() -> bool:
+            if not slot.set_running_or_notify_cancel():
+                return False
+            slot.set_result(None)
+            return True
+
+        self._loop.call_soon_threadsafe(self._limiter.submit, start)
         try:
+            await asyncio.wrap_future(slot)
             self.check()
             yield
         finally:
-            if here:
-                self._limiter.release()
-            else:
-                self._loop.call_soon_threadsafe(self._limiter.release)
+            end = self._limiter.withdraw if slot.cancel() else lambda _start: self._limiter.release()
+            self._loop.call_soon_threadsafe(end, start)
 
     def _settle(self, why: str | BaseException) -> None:
         if not self.ending.done():

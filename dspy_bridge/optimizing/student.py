@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from typing import Any
 
 import dspy
@@ -14,6 +15,9 @@ from dspy_bridge.programs.program import Program
 
 # A run of the program that fails so counts with the score 0, as in an evaluation. Others end the optimization.
 _COUNTED = (LMFailed, OutputInvalid, Overloaded, TimedOut, ToolFailed)
+
+# Whether a run of the program is under way in this context, and not the optimizer's own code.
+running: ContextVar[bool] = ContextVar("running", default=False)
 
 
 class Student:
@@ -62,6 +66,7 @@ def _class_of(kind: Any) -> Any:
                 return super().__call__(*args, **values)
             with run.entered():
                 run.here.program = self
+                outer = running.set(True)
                 try:
                     result = super().__call__(*args, **values)
                 except Exception as error:
@@ -70,6 +75,8 @@ def _class_of(kind: Any) -> Any:
                         run.end(ends)
                         raise runs.Ended from error
                     raise
+                finally:
+                    running.reset(outer)
                 run.student.succeeded()
                 return result
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.errors import hits_all
+from dspy_bridge.errors import BridgeError, hits_all
 from dspy_bridge.lm import dspy_errors, dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.offline.offline_lm import OfflineLM
 from dspy_bridge.lm.transport import admission
+from dspy_bridge.optimizing import student
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.run import Run
 
@@ -18,9 +19,13 @@ from dspy_bridge.optimizing.run import Run
 class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
     """Errors that would hit all calls end the run, whatever DSPy does with them."""
 
-    def __init__(self, run: Run, candidates: Candidates) -> None:
+    def __init__(self, run: Run, candidates: Candidates, own_role: str) -> None:
+        """`own_role`: as what the optimizer's own code asks an LM that was not given for a role."""
         self._run = run
         self._candidates = candidates
+        self._own_role = own_role
+        # Of LM calls under way, by DSPy's ids.
+        self._roles: dict[str, str] = {}
         # Evaluations under way, by DSPy's ids of the calls: the program, and whether it is scored on the whole set.
         self._evaluations: dict[str, tuple[Any, bool]] = {}
 
@@ -31,14 +36,18 @@ class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         self._run.check()
         if not _requests_are_counted(instance):
             self._run.request()
+        self._roles[call_id] = getattr(instance, "role", "" if student.running.get() else self._own_role)
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        role = self._roles.pop(call_id, "")
         if exception is not None and not isinstance(exception, Exception):
             return
         error = None if exception is None else dspy_errors.translate(exception, [])
+        if role and isinstance(error, BridgeError):
+            _name_role(error, f"optimize.{role}: ")
         if error is not None and hits_all(error):
             self._run.end(error)
-        self._run.lm_answered(error)
+        self._run.lm_answered(role, error)
         self._candidates.report()
 
     def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -52,6 +61,12 @@ class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         if exception is None:
             scores = [getattr(score, "score", score) for _, _, score in outputs.results]
             self._candidates.end_evaluation(program, [float(score) for score in scores], whole)
+
+
+def _name_role(error: BridgeError, role: str) -> None:
+    """Say in an error's text whose LM it was, once."""
+    if not str(error).startswith(role):
+        error.args = (f"{role}{error}", *error.args[1:])
 
 
 class Usage:

@@ -15,9 +15,24 @@ PIPE_BYTES = 1 << 20
 RESERVED = 32
 
 
-def spare() -> int:
-    """The number of connections that the limit of open files allows; at least one."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+# Plenty: 256 runs, and 64 LMs with idle connections. Programs that the peer starts inherit the limit, and some of them
+# visit every number up to it.
+MOST_FILES = 65_536
+
+
+def raise_open_files() -> int:
+    """Raise the limit of open files as far as it may be; returns how many connections it allows, at least one.
+
+    1,024 are usual, so that old code may use `select`; a burst of calls leaves as many idle connections to LMs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError):
+            pass  # macOS has a lower limit of its own
     return 1_000_000 if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED)
 
 

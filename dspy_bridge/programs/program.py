@@ -15,7 +15,7 @@ from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import call_records
 from dspy_bridge.lm.metering.meter import Meter
-from dspy_bridge.lm.transport import admission, connections
+from dspy_bridge.lm.transport import admission
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import asking_again, metrics, module_factory, remote_tools, saved_state
 from dspy_bridge.runtime import large_inputs
@@ -167,8 +167,6 @@ class Program:
                 with self._lms.context(pool, runner.adapter(self._adapter), whole):
                     outputs = await self._run(values, call, stream)
             except Exception as error:
-                if connections.ran_out(error):
-                    await connections.close_idle()
                 raise dspy_errors.translate(error, given) from error
             return self._fitting(outputs)
 

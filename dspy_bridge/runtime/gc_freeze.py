@@ -1,8 +1,9 @@
 """Keeps loaded programs out of full garbage collections, which stop all threads.
 
 A full collection visits every object. With 10,000 programs one took 210 ms, and under load there was one every 1,500
-runs. Frozen objects are not visited, but not collected either. A removed program is a reference cycle, as its class is
-one; so after enough removals everything is unfrozen, collected once and frozen again.
+runs. Frozen objects are not visited, but not collected either, so garbage is collected before: 24 ms with DSPy just
+imported, 4 ms for 256 programs. A removed program is a reference cycle, as its class is one; so after enough removals
+everything is unfrozen first.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class GcFreezer:
             return self._removed >= EVERY
 
     def freeze(self) -> None:
-        """Freeze all objects, after collecting those of removed programs."""
+        """Collect garbage, that of removed programs too, and freeze all other objects."""
         with self._lock:
             removed, self._loaded, self._removed = self._removed, 0, 0
         if removed:
             gc.unfreeze()
-            gc.collect()
+        gc.collect()
         gc.freeze()

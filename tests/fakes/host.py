@@ -22,6 +22,22 @@ class Nap(dspy.Module):
         return dspy.Prediction(answer=question)
 
 
+class Sleep(dspy.Module):
+    """Takes as many seconds as its question says."""
+
+    async def aforward(self, question):
+        await asyncio.sleep(float(question))
+        return dspy.Prediction(answer=question)
+
+
+class Slow(Sleep):
+    """The same, and tells when it begins."""
+
+    async def aforward(self, question):
+        _note("slow")
+        return await super().aforward(question)
+
+
 class Blocks(dspy.Module):
     """Blocks the event loop, for an hour."""
 

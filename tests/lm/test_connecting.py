@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import time
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ class Refused(Exception):
 def attempts(*outcomes: Any) -> Any:
     left = list(outcomes)
 
-    def attempt() -> Any:
+    def attempt(_seconds: float | None) -> Any:
         outcome = left.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
@@ -32,8 +32,8 @@ def attempts(*outcomes: Any) -> Any:
 def connect(outcomes: list[Any], *, on_loop: bool, retries: bool = True, seconds: float = 5) -> Any:
     attempt = attempts(*outcomes)
 
-    async def aattempt() -> Any:
-        return attempt()
+    async def aattempt(seconds: float | None) -> Any:
+        return attempt(seconds)
 
     with asking.of(asking.Asking("account", None, seconds, retries)):
         if on_loop:
@@ -54,11 +54,26 @@ def test_the_error_names_host_and_port(on_loop: bool, retries: bool, seconds: fl
 
 
 @pytest.mark.parametrize("on_loop", [True, False])
-def test_missing_descriptors_are_no_matter_of_the_server(on_loop: bool) -> None:
-    error = Refused("no")
-    error.__cause__ = OSError(errno.EMFILE, "too many open files")
-    with pytest.raises(Refused):
-        connect([error, "too late"], on_loop=on_loop)
+@pytest.mark.parametrize("first", [0, 0.2, 0.5])
+def test_all_attempts_together_have_the_time_of_one(on_loop: bool, first: float) -> None:
+    """Where nothing answers an attempt takes all the time that it is given; the first may be refused."""
+    given: list[float] = []
+
+    def attempt(seconds: float | None) -> None:
+        assert seconds is not None
+        given.append(seconds if given else first)
+        time.sleep(given[-1])
+        raise Refused("no answer")
+
+    async def aattempt(seconds: float | None) -> None:
+        attempt(seconds)
+
+    with asking.of(asking.Asking("account", None, 0.5, True)), pytest.raises(connecting.LMUnreachable):
+        if on_loop:
+            asyncio.run(connecting.aconnect(aattempt, URL, (Refused,)))
+        else:
+            connecting.connect(attempt, URL, (Refused,))
+    assert len(given) == (1 if first == 0.5 else 2) and sum(given) <= 0.5
 
 
 def test_an_lm_of_the_applications_own_is_tried_once() -> None:

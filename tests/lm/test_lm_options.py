@@ -227,3 +227,60 @@ def test_limits_of_another_server_or_key_are_others(other: dict[str, Any]) -> No
     first = {"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"}
     assert lm_options.limited_account(other) != lm_options.limited_account(first)
     assert lm_options.limited_account({"model": "anthropic/m"}) != lm_options.limited_account({"model": "openai/m"})
+
+
+@pytest.mark.parametrize(
+    ("peers", "name", "inherits"),
+    [
+        ("openai/big", "gpt-4.1", True),
+        ("openai/big", "openai:gpt-4.1", True),
+        ("gpt-4o", "openai/small", True),
+        ("openai/big", "claude-sonnet-4-5", False),
+        ("openai/big", "grok-4", False),
+        ("openai/big", "gemini-2.5-flash", False),
+        ("openai/big", "anthropic:claude-3", False),
+        ("openai/big", "OpenAI/small", False),
+        ("openai/big", "my-model", False),
+        ("claude-sonnet-4-5", "anthropic/small", True),
+        ("claude-sonnet-4-5", "gpt-4o", False),
+        ("claude-sonnet-4-5", "openai/small", False),
+        ("my-model", "my-model", True),
+        ("my-model", "other-model", False),
+        ("oobabooga/http://here", "oobabooga/http://here", True),
+        ("oobabooga/http://here", "oobabooga/http://there", False),
+    ],
+)
+def test_a_name_is_of_the_provider_that_dspys_router_says(peers: str, name: str, inherits: bool) -> None:
+    """One that it does not know is nobody's; the peer's own name is the peer's."""
+    options = lm_options.complete(name, "lm", {"model": peers, "api_key": "sk-peer-key"})
+    assert (options.get("api_key") == "sk-peer-key") == inherits
+
+
+def test_a_text_completion_is_asked_where_dspy_asks_for_all_of_them() -> None:
+    """At OpenAI's, whatever the model's name is."""
+    for peers in ("anthropic/big", "openai/big"):
+        peer = {"model": peers, "api_key": "sk-peer-key"}
+        options = lm_options.complete({"model": "anthropic/small", "model_type": "text"}, "lm", peer)
+        assert ("api_key" in options) == (peers == "openai/big")
+
+
+def test_any_model_of_a_provider_that_is_named_apart_from_it_is_asked_there() -> None:
+    peer = {"model": "big", "custom_llm_provider": "openai", "api_key": "sk-peer-key"}
+    assert lm_options.complete("small", "lm", peer)["api_key"] == "sk-peer-key"
+    assert "api_key" not in lm_options.complete("anthropic/small", "lm", peer)
+
+
+@pytest.mark.parametrize("name", ["headers", "extra_headers"])
+def test_another_key_goes_without_the_secrets_in_either_kind_of_headers(name: str) -> None:
+    peer = {**PEERS, name: {"X-Team": "blue", "X-Api-Key": "sk-peer-second", "Authorization": "Bearer sk-peer-third"}}
+    options = lm_options.complete({"model": "openai/small", "api_key": "sk-own"}, "lm", peer)
+    assert options[name] == {"X-Team": "blue"} and "sk-peer" not in str(options)
+    assert lm_options.complete("openai/small", "lm", peer)[name] == peer[name]
+
+
+def test_limits_and_cache_know_an_account_by_the_same_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-1")
+    for account in (lm_options.account, lm_options.limited_account):
+        same = [account({"model": name}) for name in ("claude-3", "anthropic:claude-3", "anthropic/claude-3")]
+        assert same[0] == same[1] == same[2] != account({"model": "gpt-4o"})
+        assert "sk-1" in same[0]

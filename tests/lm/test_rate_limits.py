@@ -239,6 +239,24 @@ def test_each_lm_keeps_its_own_limits_and_all_requests_of_the_account_count() ->
     assert batch.state == "sent", "what others send beyond its limits is not its debt"
 
 
+def test_a_place_that_an_lm_of_other_limits_gives_back_wakes_the_first_of_each_gate() -> None:
+    world = World()
+    limits = Limits(max_in_flight=1), Limits(max_in_flight=2), Limits(max_in_flight=2, requests_per_minute=9)
+    one, two, also_two = (world.account.gate(limit) for limit in limits)
+    free = world.account.gate(Limits())
+    holders = [world.ask(free) for _ in range(2)]
+    waiters = [world.ask(gate) for gate in (one, two, also_two, also_two)]
+    holders[0].leave()
+    assert [waiter.state for waiter in waiters] == ["waiting", "sent", "waiting", "waiting"]
+    waiters[1].leave()
+    assert [waiter.state for waiter in waiters] == ["waiting", "left", "sent", "waiting"]
+    waiters[2].leave()
+    assert [waiter.state for waiter in waiters] == ["waiting", "left", "left", "sent"]
+    waiters[3].leave()
+    holders[1].leave()
+    assert waiters[0].state == "sent"
+
+
 def test_equal_limits_of_an_account_are_one_gate_also_for_copies() -> None:
     limits = Limits(max_in_flight=1)
     gate = rate_limits.gate("here with my key", limits)

@@ -20,6 +20,8 @@ for {app, settings} <- Config.Reader.read!("config.exs"), {key, value} <- settin
     do: Application.put_env(app, key, value)
 
 Mix.Task.run("dspex.doctor", ["--ask"])
+Application.put_env(:dspex, :autostart, true)
+{:ok, _started} = Application.ensure_all_started(:dspex)
 Code.eval_file("call.exs")
 IO.puts("called")
 """

@@ -13,7 +13,7 @@ defmodule Sim.Mutations do
       {"tombstones are ignored", "Programs.Store", "do: stamp < removed_at(table, id)", "do: stamp == removed_at(table, id)", 1},
       {"calls are sent to nodes that have left", "Pool.Cluster.Membership", "Enum.each(coordinators, &:ets.delete(handle.others, &1))",
        "then(handle, fn _ -> :ok end)", 1},
-      {"a call whose node vanishes is not made again", "Pool.Cluster.RemoteCall", ":vanished ->\n        pass(handle, request, other, attempt)",
+      {"a call whose node vanishes is not made again", "Pool.Cluster.RemoteCall", ":vanished ->\n        {:again, passed}",
        ":vanished ->\n        timeout()", 1},
       {"what an undone cleanup has removed is not given back", "Pool.ProgramChanges", "deliver(changes, from, {:create, id, stamp}, body)\n    {changes, more ++ over}",
        "deliver(changes, from, {:create, id, stamp}, body, [])\n    {changes, more ++ over}", 42},

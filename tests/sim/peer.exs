@@ -29,7 +29,7 @@ defmodule Sim.Peer do
 
   defp loop(peer) do
     receive do
-      message -> message |> handle(peer) |> loop()
+      message -> message |> arrived(peer) |> handle(peer) |> show_load() |> loop()
     after
       0 -> Runtime.wait(:infinity) && loop(peer)
     end
@@ -38,6 +38,20 @@ defmodule Sim.Peer do
   defp module(name), do: Module.concat(World.here().prefix, name)
   defp store(fun, args), do: apply(module("Programs.Store"), fun, args)
   defp counters(fun, args), do: apply(module("Calls.LoadCounters"), fun, args)
+
+  ## The load, as a bridge shows it
+
+  defp arrived({:request, %Request{ticket: ticket}} = message, peer) when ticket != nil do
+    counters(:arrived, [peer.handle.counters, peer.index, ticket])
+    message
+  end
+
+  defp arrived(message, _peer), do: message
+
+  defp show_load(peer) do
+    counters(:put_calls, [peer.handle.counters, peer.index, map_size(peer.calls), false])
+    peer
+  end
 
   ## The peer's life
 
@@ -124,14 +138,12 @@ defmodule Sim.Peer do
   defp drop(peer, _ref), do: peer
 
   defp refuse(peer, request, why) do
-    counters(:done, [peer.handle.counters, peer.index])
     Runtime.send(request.ref, {request.ref, {:error, why}})
     peer
   end
 
   defp finish(peer, ref, reply) do
     Runtime.demonitor(peer.calls[ref])
-    counters(:done, [peer.handle.counters, peer.index])
     Runtime.send(ref, {ref, reply})
   end
 

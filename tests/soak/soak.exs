@@ -5,6 +5,7 @@
 #
 # A bridge that is never killed (:steady) is what memory is measured by; the others are killed, restarted, crashed.
 # :crowded has thousands of calls at a time, and ends of its peer that are few enough for each of them to outlive.
+# :twice has slow calls, each of which is in flight at two deaths of its peer in a row.
 
 defmodule Soak do
   alias DSPex.PythonBridge.{Bridge, Pool}
@@ -14,6 +15,8 @@ defmodule Soak do
   @crowd 3_000
   # A peer that hangs takes 12 s of it, and may not be the last.
   @patience 120_000
+  # A second is what is promised, on a machine that does nothing else.
+  @bystander 5_000
   @growth 1.05
 
   def run do
@@ -25,6 +28,7 @@ defmodule Soak do
         do: {:ok, _} = create(target, id, type)
 
     for target <- targets(), do: {:ok, _} = call(target, :create_program, agent(), @patience)
+    for {id, type} <- [{"qa", "predict"}, {"sleep", "host:Sleep"}], do: {:ok, _} = create(:twice, id, type)
 
     tally = :ets.new(:tally, [:public, write_concurrency: true])
     stop = :atomics.new(1, [])
@@ -33,6 +37,7 @@ defmodule Soak do
     killer = spawn_link(fn -> kill_now_and_then(tally) end)
     # What it has begun is to be over before the end.
     workers = [spawn_monitor(fn -> harm_the_pool(tally, stop) end) | workers]
+    workers = [spawn_monitor(fn -> kill_twice(tally, stop) end) | workers]
 
     # What is filled once (caches, pools of threads) is full by then.
     crowds(tally, seconds / 3)
@@ -76,6 +81,7 @@ defmodule Soak do
 
     children = [
       {Bridge, [name: :steady] ++ opts},
+      {Bridge, [name: :twice] ++ opts},
       {DSPex.PythonBridge.Supervisor, name: :tree, bridge: [name: :restless] ++ opts, monitor: [name: :monitor]},
       {DSPex.PythonBridge.Supervisor, name: :crowded_tree, bridge: [name: :crowded] ++ opts, monitor: [name: :crowded_monitor]},
       {Pool, [name: :pool, pool_size: 3] ++ opts}
@@ -412,6 +418,28 @@ defmodule Soak do
       if now() - started > 10_000, do: count(tally, {:hung_for, now() - started})
       count(tally, :hangs)
     end
+  end
+
+  # Twenty slow calls are in flight at two deaths, and are all answered; who was not, waits for none of them.
+  defp kill_twice(tally, stop) do
+    args = %{program_id: "sleep", inputs: %{question: "6"}}
+    slow = for _ <- 1..20, do: Task.async(fn -> expect(tally, fn -> call(:twice, :execute_program, args, @patience) end) end)
+    for _ <- 1..2, do: kill_when_busy(tally, length(slow))
+    started = now()
+    expect(tally, fn -> execute(:twice, "qa") end)
+    if now() - started > @bystander, do: count(tally, {:bystander_waited, now() - started})
+    Task.await_many(slow, :infinity)
+    if :atomics.get(stop, 1) == 0, do: kill_twice(tally, stop)
+  end
+
+  # Returns when the next peer is up.
+  defp kill_when_busy(tally, calls) do
+    eventually(fn -> match?(%{state: :running, pending: ^calls}, Bridge.get_status(:twice)) end)
+    # The peer has what was sent before: it answers in order.
+    {:ok, %{"pid" => os_pid}} = call(:twice, :get_stats, %{}, @patience)
+    kill_peer(:twice)
+    eventually(fn -> match?(%{state: :running, os_pid: next} when next != os_pid, Bridge.get_status(:twice)) end)
+    count(tally, :deaths_in_a_row)
   end
 
   defp kill_peer(bridge), do: signal("-9", bridge)

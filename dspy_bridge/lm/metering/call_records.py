@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import time
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.transport import admission
 
 # In the `config` of a program or a call; ours, so DSPy does not get it.
 ALLOW_TRUNCATED = "allow_truncated"
@@ -27,9 +28,9 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
 class Record:
     """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
 
-    `finish_reason`, `cost` (US dollars) and `outputs` are None where DSPy does not tell them. `error_type`: the class
-    of the exception that it failed with. `model`: the LM's name, if the reply shows its calls. `entry`: its place in
-    the run's history, with the messages, if the reply has one.
+    `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `outputs` without an `entry`, too.
+    `error_type`: the class of the exception that it failed with. `model`: the LM's name, if the reply shows its calls.
+    `entry`: its place in the run's history, with the messages, if the reply has one.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class Record:
         "outer",
         "outputs",
         "started",
+        "times",
         "usages",
     )
 
@@ -50,6 +52,7 @@ class Record:
         self.outer = outer
         self.model = ""
         self.started = time.monotonic()
+        self.times = admission.times()
         self.ended: float | None = None
         self.error_type: str | None = None
         self.usages: list[dict[str, Any]] = []
@@ -69,6 +72,8 @@ class Record:
 current: ContextVar[Record | None] = ContextVar("record", default=None)
 # Whether answers that were cut off are refused: in the runs of programs.
 refusing: ContextVar[bool] = ContextVar("refusing", default=False)
+# Whether the other answers to such a call are kept: to calls that an optimizer makes itself, which ask for many.
+keeping_whole: ContextVar[bool] = ContextVar("keeping_whole", default=False)
 
 
 def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | None]:
@@ -97,10 +102,9 @@ def _watch(finalize: Any) -> Any:
         reasons = _reasons_of(_get(result, "responses"), _get(result, "raw"))
         record = current.get()
         if record is not None:
-            record.outputs = _get(result, "outputs")
-            _note(record, lm, reasons, _get(result, "cache_hit"), _get(result, "cost"))
+            _note(record, lm, reasons, _get(result, "outputs"), _get(result, "cache_hit"), _get(result, "cost"))
         if "length" in reasons and refusing.get():
-            raise _cut_off(_get(call, "legacy"), _get(_get(call, "request"), "config"))
+            return _whole(made, reasons) or _refuse(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
 
     return watched
@@ -115,17 +119,19 @@ def _watch_older(process: Any) -> Any:
         reasons = _reasons_of((), response)
         record = current.get()
         if record is not None:
-            record.outputs = outputs
             cost = _get(_get(response, "_hidden_params"), "response_cost")
-            _note(record, lm, reasons, bool(_get(response, "cache_hit")), cost)
+            _note(record, lm, reasons, outputs, bool(_get(response, "cache_hit")), cost)
         if "length" in reasons and refusing.get():
-            raise _cut_off(options, lm.kwargs)
+            return _whole(outputs, reasons) or _refuse(options, lm.kwargs)
         return outputs
 
     return watched
 
 
-def _note(record: Record, lm: Any, reasons: list[str | None], cached: bool | None, cost: Any) -> None:
+def _note(record: Record, lm: Any, reasons: list[str | None], outputs: Any, cached: bool | None, cost: Any) -> None:
+    if record.entry is not None:
+        # Only then: a run may have thousands of long answers.
+        record.outputs = outputs
     record.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
     record.cached = cached
     if cached or getattr(lm, "costs_nothing", False):
@@ -184,13 +190,20 @@ def _get(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
 
 
-def _cut_off(*settings: Any) -> CutOff:
-    """`settings`: where the limit may be; the first one that has it counts."""
+def _whole(outputs: Any, reasons: list[str | None]) -> list[Any]:
+    """Of several answers to one call, those that were not cut off, if these are wanted."""
+    if not keeping_whole.get() or not isinstance(outputs, list) or len(outputs) != len(reasons):
+        return []
+    return [output for output, reason in zip(outputs, reasons, strict=True) if reason != "length"]
+
+
+def _refuse(*settings: Any) -> NoReturn:
+    """Raises `CutOff`. `settings`: where the limit may be; the first one that has it counts."""
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     limits = (_get(given, name) for given in settings for name in names)
     limit = next((limit for limit in limits if limit is not None), None)
     shown = f" ({limit})" if isinstance(limit, int) else ", of which none was set: at the limit of the LM"
-    return CutOff(
+    raise CutOff(
         f"the LM's answer was cut off at max_tokens{shown}; give it more, or take what there is with "
         f"config.{ALLOW_TRUNCATED}: true"
     )

@@ -11,10 +11,20 @@ _LONGEST_NAME = 200
 # By OpenAI's names, or by those that an LM of the user's may give.
 _INPUT = ("prompt_tokens", "input_tokens")
 _OUTPUT = ("completion_tokens", "output_tokens")
+_CACHED = (("prompt_tokens_details", "cached_tokens"), ("input_tokens_details", "cached_tokens"))
+_REASONING = (("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"))
 # No run uses more: neither infinity nor NaN is a count.
 _MOST_TOKENS = 10**15
 # The error of a call that a deadline or a cancel has ended.
 _UNFINISHED = "unfinished"
+
+
+class Times(Protocol):
+    """What a call has waited for, and when its answer began."""
+
+    first_chunk: float | None
+
+    def waited(self, until: float) -> float: ...
 
 
 class Call(Protocol):
@@ -26,6 +36,8 @@ class Call(Protocol):
     error_type: str | None
     finish_reason: str | None
     cached: bool | None
+    cost: float | None
+    times: Times
     usages: list[dict[str, Any]]
 
 
@@ -35,14 +47,20 @@ def events(calls: list[Any], began: float, now: float) -> list[dict[str, Any]]:
 
 
 def _event(call: Call, began: float, now: float) -> dict[str, Any]:
-    ended = call.ended
-    error_type = _UNFINISHED if ended is None else call.error_type
+    ended = now if call.ended is None else call.ended
+    error_type = _UNFINISHED if call.ended is None else call.error_type
+    waited, first_chunk = call.times.waited(ended), call.times.first_chunk
     return {
         "model": call.model[:_LONGEST_NAME],
         "started_ms": _ms(call.started - began),
-        "duration_ms": _ms((now if ended is None else ended) - call.started),
+        "wait_ms": _ms(waited),
+        "duration_ms": _ms(ended - call.started - waited),
+        "first_chunk_ms": None if first_chunk is None else _ms(first_chunk - call.started - waited),
         "input_tokens": _tokens(call.usages, _INPUT),
         "output_tokens": _tokens(call.usages, _OUTPUT),
+        "cached_tokens": _details(call.usages, _CACHED),
+        "reasoning_tokens": _details(call.usages, _REASONING),
+        "cost_usd": None if call.cost is None else round(call.cost, 12),
         "cached": call.cached is True,
         "finish_reason": call.finish_reason and call.finish_reason[:_LONGEST_NAME],
         "error_type": error_type and error_type[:_LONGEST_NAME],
@@ -51,6 +69,18 @@ def _event(call: Call, began: float, now: float) -> dict[str, Any]:
 
 def _tokens(usages: list[dict[str, Any]], names: tuple[str, ...]) -> int:
     return sum(next((_count(usage[name]) for name in names if usage.get(name)), 0) for usage in usages)
+
+
+def _details(usages: list[dict[str, Any]], names: tuple[tuple[str, str], ...]) -> int | None:
+    """The sum of the counts that providers give; None if they give none."""
+    given = [_get(usage.get(details), name) for usage in usages for details, name in names]
+    counts = [_count(count) for count in given if isinstance(count, (int, float))]
+    return sum(counts) if counts else None
+
+
+def _get(details: Any, name: str) -> Any:
+    # LiteLLM's are objects.
+    return details.get(name) if isinstance(details, dict) else getattr(details, name, None)
 
 
 def _count(value: Any) -> int:

@@ -47,13 +47,14 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
     def summary(self) -> dict[str, Any]:
         """What `meta` has of LMs, up to now; a cached answer is a call too.
 
-        `{"lm_usage": {model: tokens}, "lm_calls", "cache_hits", "finish_reasons": [one a call], "fallbacks",
-        "cost_usd"}`, and `history` and `lm_events` if they were asked for. The cost is None if that of a call is not
-        known.
+        `{"wait_ms", "lm_usage": {model: tokens}, "lm_calls", "cache_hits", "finish_reasons": [one a call],
+        "fallbacks", "cost_usd"}`, and `history` and `lm_events` if they were asked for. The cost is None if that of a
+        call is not known.
         """
-        records = list(self._records)
+        records, now = list(self._records), time.monotonic()
         unpriced = any(record.unpriced for record in records)
         shown = {
+            "wait_ms": round(1000 * sum((record.times.waited(record.ended or now) for record in records), 0.0), 3),
             "lm_usage": {} if self.tracker is None else self.tracker.get_total_tokens(),
             "lm_calls": len(records),
             "cache_hits": sum(record.cached is True for record in records),
@@ -66,7 +67,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
                 self._show(record, "not finished")
             shown["history"] = self._history.json()
         if self._events_since is not None:
-            shown["lm_events"] = lm_events.events(records, self._events_since, time.monotonic())
+            shown["lm_events"] = lm_events.events(records, self._events_since, now)
         return shown
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -91,7 +92,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         if record.cached is None and self.tracker is not None and exception is None:
             # DSPy tracks no usage for an answer from the cache.
             record.cached = not record.usages
-        if record.outputs is None:
+        if record.outputs is None and record.entry is not None:
             record.outputs = outputs
         self._show(record, None if exception is None else history.shown_error(exception))
 

@@ -25,6 +25,8 @@ from dspy_bridge.runtime.worker_threads import Job
 
 # The DSPy setting that has the `Run`: DSPy's threads have its settings, but no other context.
 RUN = "dspy_bridge_run"
+# The statuses by which a server refuses a request that it may take later.
+_REFUSALS = (429, 503)
 
 
 class LMOverloaded(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
@@ -53,19 +55,67 @@ class Run:
     def request(self) -> None:
         """Called before each request to an LM's server, from any thread."""
 
+    def not_sent(self) -> None:
+        """Called if the request was not sent after all: it was refused, or cancelled as it waited."""
+
     def overloaded(self, text: str) -> LMOverloaded:
         """The error for a request of the latest step."""
         return LMOverloaded(text, self.steps > 1)
 
 
+# The calls that wait now.
+_waiting: set[Times] = set()
+
+
+def waiting() -> int:
+    """How many calls of LMs wait for the limits of their account."""
+    return len(_waiting)
+
+
+class Times:
+    """How long a call of an LM has waited, and when its answer began. In seconds of `time.monotonic`.
+
+    `first_chunk`: when the first piece of a streamed answer was received; None without one.
+    """
+
+    __slots__ = ("_since", "_waited", "first_chunk")
+
+    def __init__(self) -> None:
+        self.first_chunk: float | None = None
+        self._waited = 0.0
+        self._since: float | None = None
+
+    def begin_wait(self) -> None:
+        """The call waits from now on, unless it does already."""
+        if self._since is None:
+            self._since = time.monotonic()
+            _waiting.add(self)
+
+    def end_wait(self) -> None:
+        """It waits no longer: its next request is sent."""
+        self._waited, self._since = self.waited(time.monotonic()), None
+        self.first_chunk = None
+        _waiting.discard(self)
+
+    def waited(self, until: float) -> float:
+        """How long it has waited until then."""
+        return self._waited + (0.0 if self._since is None else max(0.0, until - self._since))
+
+    def chunk(self) -> None:
+        """A piece of a streamed answer was received."""
+        if self.first_chunk is None:
+            self.first_chunk = time.monotonic()
+
+
 class _Call:
     """A call of an LM. Its requests follow one another."""
 
-    __slots__ = ("gate", "leave", "run")
+    __slots__ = ("gate", "leave", "run", "times")
 
     def __init__(self, gate: Gate, run: Run) -> None:
         self.gate = gate
         self.run = run
+        self.times = Times()
         self.leave: Callable[[], None] = _nothing
 
 
@@ -74,6 +124,12 @@ def _nothing() -> None:
 
 
 _call: ContextVar[_Call | None] = ContextVar("admission", default=None)
+
+
+def times() -> Times:
+    """Those of the LM call under way."""
+    call = _call.get()
+    return Times() if call is None else call.times
 
 
 def step() -> Run:
@@ -105,6 +161,8 @@ def of(gate: Gate | None) -> Iterator[None]:
     finally:
         _call.reset(token)
         call.leave()
+        # It may have ended while it waited.
+        _waiting.discard(call.times)
 
 
 async def admit() -> Callable[[], None]:
@@ -117,6 +175,7 @@ async def admit() -> Callable[[], None]:
         return _nothing
     call.run.request()
     if not call.gate.account.watched:
+        call.times.end_wait()
         return _nothing
     loop = asyncio.get_running_loop()
     news = asyncio.Event()
@@ -149,6 +208,7 @@ def admit_in_thread() -> Callable[[], None]:
         return _nothing
     call.run.request()
     if not call.gate.account.watched or _on_loop():
+        call.times.end_wait()
         return _nothing
     news = threading.Event()
     with _admission(call, news.set) as ticket:
@@ -171,14 +231,16 @@ def _admission(call: _Call, wake: Callable[[], object]) -> Iterator[Ticket]:
     call.leave()
     ticket = Ticket(call.run.deadline, wake)
     call.leave = functools.partial(call.gate.leave, ticket)
+    call.times.begin_wait()
     try:
         call.gate.enter(ticket)
         yield ticket
-    except Overloaded as error:
+        call.times.end_wait()
+    except BaseException as error:
         call.leave()
-        raise call.run.overloaded(str(error)) from None
-    except BaseException:
-        call.leave()
+        call.run.not_sent()
+        if isinstance(error, Overloaded):
+            raise call.run.overloaded(str(error)) from None
         raise
 
 
@@ -190,13 +252,24 @@ def _on_loop() -> bool:
     return True
 
 
-def answered(status: int, retry_after: str | None) -> None:
+def answered(status: int, header: Callable[[str], str | None]) -> Callable[[], None]:
     """Let all requests of the account wait for as long as a server that refuses one asks for.
 
-    Raises `LMOverloaded` if DSPy would wait past the deadline of this one.
+    Returns what to call with each piece of the answer. Raises `LMOverloaded` if DSPy would wait past the deadline of
+    this one.
     """
     call = _call.get()
-    if call is None or status not in (429, 503) or (seconds := _seconds(retry_after)) is None:
+    if call is None:
+        return _nothing
+    if status in _REFUSALS:
+        _refused(call, header("retry-after"))
+    return call.times.chunk if (header("content-type") or "").startswith("text/event-stream") else _nothing
+
+
+def _refused(call: _Call, retry_after: str | None) -> None:
+    # Until the next attempt, for which DSPy waits.
+    call.times.begin_wait()
+    if (seconds := _seconds(retry_after)) is None:
         return
     call.gate.account.pause(seconds)
     asked, deadline = asking.current.get(), call.run.deadline

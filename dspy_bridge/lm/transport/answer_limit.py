@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlsplit
 
 import dspy
 
-from dspy_bridge.lm.transport import admission, connecting, connections
+from dspy_bridge.lm.transport import admission, connecting
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
 
 
 class LMAnswerRefused(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
-    """An answer is too long, or packed so that its length cannot be known. Not worth a retry."""
+    """An answer is too long, packed so that its length cannot be known, or a redirect. Not worth a retry."""
 
 
 class Count:
@@ -44,13 +45,21 @@ def packing(values: list[str]) -> str | None:
     return codings[0] if codings else None
 
 
+def not_redirected(status: int, location: str | None) -> None:
+    """Raises `LMAnswerRefused` for a redirect, which would take the prompt and the key to another server."""
+    if 300 <= status < 400:
+        to = urlsplit(location or "").hostname or "another path"
+        raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
+
+
 def counted(response: Any, ended: Callable[[], None]) -> Any:
     """The response of a sync transport with its body counted. `ended` is called when it is closed.
 
     DSPy's transports unpack the 64 KB that they read at once, which may be 64 MB: more than the limit.
     """
     try:
-        admission.answered(response.status, response.header("retry-after"))
+        received = admission.answered(response.status, response.header)
+        not_redirected(response.status, response.header("location"))
         packing(response.headers_all("content-encoding"))
     except dspy.LMError:
         response.close()
@@ -66,6 +75,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
         count = Count()
         try:
             for chunk in response:
+                received()
                 count.add(chunk)
                 yield chunk
         finally:
@@ -77,7 +87,7 @@ def counted(response: Any, ended: Callable[[], None]) -> Any:
 class Counted:
     """What an async transport's `stream` returns, awaitable and a context manager, with the body counted."""
 
-    def __init__(self, stream: Callable[[], Any], url: str) -> None:
+    def __init__(self, stream: Callable[[float | None], Any], url: str) -> None:
         self._stream = stream
         self._url = url
         self._opening: Any = None
@@ -95,8 +105,8 @@ class Counted:
         finally:
             self._leave()
 
-    async def _connect(self) -> Any:
-        self._opening = self._stream()
+    async def _connect(self, seconds: float | None) -> Any:
+        self._opening = self._stream(seconds)
         return await self._opening.__aenter__()
 
     async def _open(self) -> Any:
@@ -108,16 +118,10 @@ class Counted:
             raise
 
     async def _admitted(self) -> Any:
+        response = await connecting.aconnect(self._connect, self._url, connecting.failures())
         try:
-            response = await connecting.aconnect(self._connect, self._url, connecting.failures())
-        except Exception as error:
-            if not connections.ran_out(error):
-                raise
-            # The connection was not opened, so nothing was sent.
-            await connections.close_idle()
-            response = await self._connect()
-        try:
-            admission.answered(response.status, response.header("retry-after"))
+            received = admission.answered(response.status, response.header)
+            not_redirected(response.status, response.header("location"))
             packing(response.headers_all("content-encoding"))
         except dspy.LMError:
             await response.aclose()
@@ -125,8 +129,9 @@ class Counted:
 
         async def chunks() -> AsyncIterator[bytes]:
             count = Count()
-            async with aclosing(aiter(response)) as received:
-                async for chunk in received:
+            async with aclosing(aiter(response)) as pieces:
+                async for chunk in pieces:
+                    received()
                     count.add(chunk)
                     yield chunk
 

@@ -6,7 +6,6 @@ turn errors into their own and try again, so the refusal is kept and raised at t
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib.util
 import inspect
@@ -20,8 +19,9 @@ from typing import Any
 import dspy
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.transport import admission, connecting
-from dspy_bridge.lm.transport.answer_limit import Count, LMAnswerRefused, packing
+from dspy_bridge.lm.transport import admission, asking, connecting
+from dspy_bridge.lm.transport.answer_limit import Count, LMAnswerRefused, not_redirected, packing
+from dspy_bridge.logs import redaction
 
 # What is unpacked at once: a chunk of 64 KB may hold 64 MB.
 _AT_ONCE = 64 * 1024
@@ -50,14 +50,12 @@ def limiting(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def limited(*args: Any, **kwargs: Any) -> Any:
-        _watch_clients()
+        watch_clients()
         with _limits():
             return call(*args, **kwargs)
 
     @functools.wraps(call)
     async def alimited(*args: Any, **kwargs: Any) -> Any:
-        if not _watched.is_set():
-            await asyncio.to_thread(_watch_clients)  # an import, as a rule
         with _limits() as of_call:
             try:
                 return await call(*args, **kwargs)
@@ -90,14 +88,19 @@ _watched = threading.Event()
 _watching = threading.Lock()
 
 
-def _watch_clients() -> None:
-    """Once in a process: httpx's clients count what they receive for LiteLLM. Their other users see no change."""
+def watch_clients() -> None:
+    """Once in a process: httpx's clients count what they receive for LiteLLM. Their other users see no change.
+
+    It may import them.
+    """
     with _watching:
         if _watched.is_set():
             return
         for library, sends in dspy_internals.HTTP_SENDS.items():
             if importlib.util.find_spec(library) is not None:
                 _watch(importlib.import_module(library), *sends)
+        if importlib.util.find_spec("aiohttp") is not None:
+            dspy_internals.AIOHTTP_POST.wrap(_without_redirects)
         _watched.set()
 
 
@@ -149,7 +152,25 @@ def _watch(httpx: Any, send: dspy_internals.Name, async_send: dspy_internals.Nam
     async_send.wrap(lambda original: _hooked(awatch, original, functools.partial(_aconnecting, failures)))
 
 
-def _connecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+def _without_redirects(post: Callable[..., Any]) -> Callable[..., Any]:
+    async def check(response: Any) -> None:
+        try:
+            not_redirected(response.status, response.headers.get("location"))
+        except LMAnswerRefused as error:
+            if (call := _call.get()) is not None:
+                call.refused = error
+            raise
+
+    @functools.wraps(post)
+    def posting(self: Any, url: Any, **kwargs: Any) -> Any:
+        if asking.current.get() is not None:
+            kwargs = {**kwargs, "allow_redirects": False, "raise_for_status": check}
+        return post(self, url, **kwargs)
+
+    return posting
+
+
+def _connecting(failures: Any, call: _Call, send: Callable[[float | None], Any], url: str) -> Any:
     try:
         call.leave = admission.admit_in_thread()
         return connecting.connect(send, url, failures)
@@ -158,7 +179,7 @@ def _connecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -
         raise
 
 
-async def _aconnecting(failures: Any, call: _Call, send: Callable[[], Any], url: str) -> Any:
+async def _aconnecting(failures: Any, call: _Call, send: Callable[[float | None], Any], url: str) -> Any:
     try:
         call.leave = await admission.admit()
         return await connecting.aconnect(send, url, failures)
@@ -176,6 +197,8 @@ def _failed(call: _Call, error: BaseException) -> None:
 def _hooked(hook: Callable[..., Any], send: Callable[..., Any], connect: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(send)
     def hooked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if asking.current.get() is not None and _is_private(request):
+            kwargs["follow_redirects"] = False
         if (call := _call.get()) is not None:
             if call.refused is not None:
                 raise call.refused  # LiteLLM tries again
@@ -185,20 +208,31 @@ def _hooked(hook: Callable[..., Any], send: Callable[..., Any], connect: Callabl
             # A value set for this request alone may be signed.
             if request.headers.get("accept-encoding") == self.headers.get("accept-encoding"):
                 request.headers["accept-encoding"] = "identity"
-            if (seconds := connecting.timeout()) is not None:
-                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
-                request.extensions = {**request.extensions, "timeout": timeouts}
-            return connect(call, lambda: send(self, request, *args, **kwargs), str(request.url))
+
+            def attempt(seconds: float | None) -> Any:
+                if seconds is not None:
+                    timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                    request.extensions = {**request.extensions, "timeout": timeouts}
+                return send(self, request, *args, **kwargs)
+
+            return connect(call, attempt, str(request.url))
         return send(self, request, *args, **kwargs)
 
     return hooked
+
+
+def _is_private(request: Any) -> bool:
+    """Whether it has a prompt or a key; LiteLLM also gets images, for providers that take no addresses."""
+    return request.method != "GET" or any(redaction.names_secret(name) for name in request.headers)
 
 
 def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
     """Unpacks and counts the chunks of a body: httpx, which unpacks without a limit, finds nothing left to unpack."""
     packed, unpacked, unpack = Count(), Count(), None
     try:
-        admission.answered(response.status_code, response.headers.get("retry-after"))
+        received = admission.answered(response.status_code, response.headers.get)
+        if _is_private(response.request):
+            not_redirected(response.status_code, response.headers.get("location"))
         coding = packing(response.headers.get_list("content-encoding"))
         if coding in ("gzip", "x-gzip", "deflate"):
             unpack = zlib.decompressobj(_GZIP_OR_DEFLATE)
@@ -210,6 +244,7 @@ def _reader(call: _Call, response: Any) -> Callable[[bytes], Iterator[bytes]]:
         raise
 
     def pieces(chunk: bytes) -> Iterator[bytes]:
+        received()
         try:
             packed.add(chunk)
             if unpack is None:

@@ -17,6 +17,7 @@ from threading import Lock, Thread
 from typing import Any
 
 from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.transport.litellm_answer_limit import watch_clients
 
 _importing: Future[None] | None = None
 _lock = Lock()
@@ -69,6 +70,7 @@ def _import(done: Future[None]) -> None:
             dspy_internals.GET_LITELLM.value(feature="dspy.LM")
         else:
             importlib.import_module("litellm")
+        watch_clients()
         # It runs before LiteLLM's own exit handlers, which were registered before.
         atexit.register(dspy_internals.silence_litellm)
         done.set_result(None)

@@ -24,7 +24,7 @@ def install() -> None:
 
 
 @functools.lru_cache(_MOST)
-def _route(model: str, model_type: str) -> Any:
+def route(model: str, model_type: str) -> Any:
     """DSPy's routing of a model, of which it makes an engine for each call; the same without a network or a key."""
     engine = dspy_internals.OFFLINE_ENGINE.value
     return engine(_no_environment(), model_type=model_type).resolve(model)
@@ -40,7 +40,7 @@ def _no_environment() -> Any:
 def _resolving(resolve: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(resolve)
     def resolved(lm: Any) -> Any:
-        return resolve(lm) if getattr(lm, "_providers", ()) else _route(lm.model, lm.model_type)
+        return resolve(lm) if getattr(lm, "_providers", ()) else route(lm.model, lm.model_type)
 
     return resolved
 
@@ -52,7 +52,7 @@ class _Offline:
         self._model_type = model_type
 
     def resolve(self, model: str) -> Any:
-        return _route(model, self._model_type)
+        return route(model, self._model_type)
 
 
 def _offline(engine: Callable[..., Any]) -> Callable[..., Any]:

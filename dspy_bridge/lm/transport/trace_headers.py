@@ -16,7 +16,7 @@ from typing import Any
 
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.transport import admission, answer_limit, connecting
+from dspy_bridge.lm.transport import admission, answer_limit, connecting, routes
 from dspy_bridge.lm.transport.litellm_answer_limit import limiting
 from dspy_bridge.lm.transport.litellm_loading import after_import, streaming_after_import
 
@@ -36,7 +36,7 @@ def install() -> None:
     dspy_internals.ASYNC_LITELLM_STREAM.wrap(streaming_after_import)
 
 
-def _open(opening: Callable[[], Any], url: str) -> Any:
+def _open(opening: Callable[[float | None], Any], url: str) -> Any:
     leave = admission.admit_in_thread()
     try:
         return answer_limit.counted(connecting.connect(opening, url, connecting.failures()), leave)
@@ -52,11 +52,14 @@ def _sending(send_to: Callable[..., Any], stream: Callable[..., Any]) -> Callabl
         if (traceparent := tracing.current()) is not None:
             # The only one: an LM with headers of its own goes through LiteLLM.
             changes["headers"] = [*request.headers, (tracing.TRACEPARENT, traceparent)]
-        if (seconds := connecting.timeout()) is not None and hasattr(request, "connect_timeout"):
-            changes["connect_timeout"] = seconds
-        if changes:
-            request = dataclasses.replace(request, **changes)
-        return send_to(lambda: stream(self, request), request.url)
+        timed = hasattr(request, "connect_timeout")
+
+        def opening(seconds: float | None) -> Any:
+            timeout = {"connect_timeout": seconds} if timed and seconds is not None else {}
+            changed = {**changes, **timeout}
+            return stream(self, dataclasses.replace(request, **changed) if changed else request)
+
+        return send_to(opening, request.url)
 
     return send
 
@@ -64,6 +67,7 @@ def _sending(send_to: Callable[..., Any], stream: Callable[..., Any]) -> Callabl
 def _calling(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def send(request: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        routes.refuse_elsewhere(request)
         return call(_with_header(request), *args, **kwargs)
 
     return send
@@ -72,7 +76,9 @@ def _calling(call: Callable[..., Any]) -> Callable[..., Any]:
 def _arguments(arguments: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     @functools.wraps(arguments)
     def add_header(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _with_header(arguments(self, *args, **kwargs))
+        given = arguments(self, *args, **kwargs)
+        routes.refuse_elsewhere(given)
+        return _with_header(given)
 
     return add_header
 

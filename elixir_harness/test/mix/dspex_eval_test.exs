@@ -61,6 +61,44 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert err =~ "failed: the score 0.500 is below --min 0.51"
     end
 
+    defp state_of(id) do
+      args = %{program_ids: [id], state: true}
+      {:ok, %{"details" => [details]}} = Bridge.call(@server, :list_programs, args)
+      details["state"]
+    end
+
+    @learning ~S"""
+    %{id: "capital", signature: "question -> answer", demos: [%{question: "Peru", answer: "?"}],
+      lm: %{model: "offline/script", answers: %{"Peru" => %{answer: "Lima"}, "*" => %{answer: "?"}}}}
+    """
+
+    test "of --state is that of the program with this state", %{tmp_dir: dir} do
+      definition = %{id: "learned", signature: "question -> answer", lm: %{model: "offline/echo"}}
+      definition = Map.put(definition, :demos, [%{question: "Rome", answer: "Italy"}])
+      {:ok, _} = Bridge.call(@server, :create_program, definition, 60_000)
+      state = Path.join(dir, "state.json")
+      File.write!(state, JSON.encode!(state_of("learned")))
+      {:ok, _} = Bridge.call(@server, :cleanup, %{program_ids: ["learned"]})
+
+      path = file(dir, program: @learning, metric: "fn _, _ -> 1 end")
+      assert %{status: 0} = run([path, "--state", state])
+      assert [%{"question" => "Rome", "answer" => "Italy"}] = state_of("capital")["demos"]
+
+      for {file, text} <- [
+            {Path.join(dir, "none.json"), "no such file or directory"},
+            {write(dir, "[]"), "expected an object, as mix dspex.optimize writes"},
+            {write(dir, "{"), "--state "},
+            {write(dir, "{}"), ":program: state"}
+          ] do
+        assert %{status: 2, text: refusal} = run([path, "--state", file])
+        assert refusal =~ text
+      end
+
+      path = file(dir, program: ~s|"capital"|)
+      assert %{status: 2, text: text} = run([path, "--state", state])
+      assert text =~ ":program: --state needs a definition or a module, not an id"
+    end
+
     test "a score that is --min but for rounding is not below it", %{tmp_dir: dir} do
       dataset = ~s|for n <- 1..10, do: {%{question: "q\#{n}"}, nil}|
       path = file(dir, dataset: dataset, metric: "fn _, _ -> 0.1 end")

@@ -87,14 +87,19 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
   } do
     # By one thread: those of others may be closed before they reach the LM when the budget is spent.
     parts = [
-      optimize: "[optimizer: :none, budget: [lm_calls: 1], num_threads: 1]",
+      optimize:
+        "[optimizer: :gepa, options: [auto: \"light\"], seed: 1, reflection_lm: \"openai/x\", " <>
+          "budget: [lm_calls: 1], num_threads: 1]",
       valset: "[{%{question: 1}, %{}}]"
     ]
 
     path = file(dir, lm, parts)
     args = [path, "--out", out, "--optimizer", "copro", "--lm-calls", "20"]
     assert %{status: 0, out: printed, err: told} = run(args)
-    assert told =~ "copro takes no valset: the file's is left out"
+
+    assert told =~
+             "copro in place of gepa: the file's :options, :valset, :seed, :reflection_lm left out"
+
     assert printed =~ "20 LM calls" and printed =~ "stopped by lm_calls"
     assert OptimizingLM.requests(lm) == 20
 
@@ -130,6 +135,11 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
           {[path], "--out: missing"},
           {[path, "--out", out, "--lm-calls", "many"], "--lm-calls"},
           {[path, "--out", Path.join(dir, "none/state.json")], "no such file or directory"},
+          {[path, "--out", dir], "--out #{dir}: it is a folder; expected a file"},
+          {[path, "--out", ""], "--out : expected the path of a file"},
+          {[path, "--out", "/dev/null"], "it is no regular file"},
+          {[path, "--out", out, "--require-gain", "0.1", "--optimizer", "bootstrap_few_shot"],
+           "--require-gain: bootstrap_few_shot scores nothing"},
           {[path, "--out", out, "--optimizer", "better"], "optimize.optimizer"},
           {[Path.join(dir, "none.exs"), "--out", out], "no such file or directory"},
           {[file(dir, lm, trainset: nil), "--out", out], ":trainset is missing"},
@@ -149,6 +159,52 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
 
     assert File.read!(out) == "mine"
     assert Path.wildcard(out <> "*") == [out]
+  end
+
+  test "what --out refuses costs no LM call, and the file is replaced in place, at the link's target",
+       %{tmp_dir: dir, lm: lm, out: out} do
+    path = file(dir, lm)
+    assert %{status: 2} = run([path, "--out", dir])
+    assert OptimizingLM.requests(lm) == 0
+
+    File.write!(out, "mine")
+    File.chmod!(out, 0o600)
+    File.ln_s!("state.json", link = Path.join(dir, "link"))
+    assert %{status: 0} = run([path, "--out", link])
+    assert File.read_link!(link) == "state.json"
+    assert %{"signature" => _} = JSON.decode!(File.read!(out))
+    assert Bitwise.band(File.stat!(out).mode, 0o777) == 0o600
+    assert Path.wildcard(Path.join(dir, "*.part"), match_dot: true) == []
+  end
+
+  test "--require-gain: a gain that is large enough, one that is not, and the program as it was",
+       %{tmp_dir: dir, lm: lm, out: out} do
+    path = file(dir, lm)
+    assert %{status: 0, out: printed} = run([path, "--out", out, "--require-gain", "1"])
+    refute printed =~ "not better"
+
+    # Nothing can be better than that, so the state is that of the program as it was.
+    path = file(dir, lm, metric: "fn _, _ -> 1 end")
+    assert %{status: 0, out: printed} = run([path, "--out", out])
+    assert printed =~ "score 1.000, before 1.000" and printed =~ "\nnot better than before\n"
+    %{"signature" => %{"instructions" => kept}} = JSON.decode!(File.read!(out))
+    assert kept == "Given the fields `question`, produce the fields `answer`."
+
+    assert %{status: 1, err: told} = run([path, "--out", out, "--require-gain", "0.02"])
+    assert told =~ "failed: the gain is 0.000, below --require-gain 0.02"
+    assert %{status: 0} = run([path, "--out", out, "--require-gain", "0"])
+  end
+
+  test "an optimizer of the command line's that is the file's leaves nothing out", %{
+    tmp_dir: dir,
+    lm: lm,
+    out: out
+  } do
+    path = file(dir, lm, valset: ~S|[{%{question: "word 1"}, %{answer: "WORD 1"}}]|)
+    args = [path, "--out", out, "--optimizer", "copro"]
+    assert %{status: 2, text: text, err: told} = run(args)
+    assert text =~ "optimize.valset: copro takes none"
+    refute told =~ "left out"
   end
 
   # The metric of later candidates never answers.

@@ -28,7 +28,8 @@ from lm_server import Answer, LMServer, chat
 from peer import PATIENCE, Peer, frame, vector_payload, vectors
 
 META = {
-    "duration_ms", "queue_ms", "lm_usage", "lm_calls", "cache_hits", "finish_reasons", "fallbacks", "cost_usd",
+    "duration_ms", "queue_ms", "wait_ms", "lm_usage", "lm_calls", "cache_hits", "finish_reasons", "fallbacks",
+    "cost_usd",
 }  # fmt: skip
 EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "0"))
 # Low, so that runs reach them.

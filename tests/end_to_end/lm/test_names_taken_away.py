@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from lm_server import Ended
 from peer import ROOT, Peer
 from taken_names import NAMES, without
+from tls_proxy import TLSProxy
 
 from dspy_bridge.lm import dspy_internals
 
@@ -152,6 +154,36 @@ def test_without_a_name_below_litellm_an_lm_is_asked_by_it(
     assert run(peer, "qa")[0] == {"answer": "Paris"}
     assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
     assert len(WARNING.findall(peer.finish_whole()[2])) == (2 if GONE_ALREADY else 1)
+
+
+@pytest.mark.slow
+def test_without_litellms_answer_the_peers_key_goes_by_names_with_a_provider_alone(tmp_path: Path) -> None:
+    proxy = TLSProxy()
+    options = {"api_key": "sk-of-the-peer-1", "extra_headers": {"X-Team": "1"}, "num_retries": 0, "cache": False}
+    env = {"DSPY_BRIDGE_LM": "openai/gpt-4o", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(options), **proxy.env}
+    with Peer(env={**env, **without([dspy_internals.LITELLM_PROVIDER], "gone", tmp_path)}) as peer:
+        for name, count in (("openai/gpt-4.1", 1), ("gpt-4.1", 0)):
+            peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": name})
+            reply = peer.call("execute_program", {"program_id": "qa", **ASK})
+            assert reply["error_type"] == "lm_error" and len(proxy.sent) == count, (name, reply)
+            assert all("sk-of-the-peer-1" in request.text for request in proxy.sent)
+            proxy.sent.clear()
+        assert dspy_internals.LITELLM_PROVIDER.dotted in peer.call("get_stats")["result"]["degraded"]
+    proxy.stop()
+
+
+def test_without_dspys_router_only_names_with_a_provider_have_one(
+    start: Callable[..., Peer], start_lm: Any, tmp_path: Path
+) -> None:
+    server = start_lm()
+    env = {"DSPY_BRIDGE_LM": "openai/stub", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options())}
+    with Peer(env={**env, **without([dspy_internals.OFFLINE_ENGINE], "gone", tmp_path)}) as peer:
+        for name, count in (("openai/other", 1), ("stub", 0)):
+            reply = peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": name})
+            assert reply["success"], reply
+            reply = peer.call("execute_program", {"program_id": "qa", **ASK})
+            assert len(server.requests) == count, (name, reply)
+            server.requests.clear()
 
 
 def test_a_dspy_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:

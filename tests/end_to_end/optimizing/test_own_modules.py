@@ -60,6 +60,14 @@ class Raises(Sync):
             raise ValueError("cannot use " + question)
         return dspy.Prediction(answer=answer)
 
+class OftenRaises(Sync):
+    """Its own code fails for all answers but two."""
+    def forward(self, question):
+        answer = self.inner(question=question).answer
+        if not question.endswith(("0", "11")):
+            raise ValueError("cannot use " + question)
+        return dspy.Prediction(answer=answer)
+
 class Defect(Sync):
     def forward(self, question):
         raise ZeroDivisionError("always")
@@ -150,6 +158,17 @@ def test_a_module_that_fails_for_some_examples_is_optimized(desk: Desk) -> None:
     desk.create(program_type="host:Raises")
     reply = desk.run("random_search", {"tool": "judge"}, {"judge": lambda **_: 1})
     assert reply["success"] and reply["result"]["score"] == pytest.approx(11 / 12)
+
+
+def test_a_module_that_fails_for_many_examples_is_optimized(desk: Desk) -> None:
+    """More than ten, while others succeed: by one thread the failures of each candidate follow one another."""
+    desk.create(program_type="host:OftenRaises")
+    examples = [{"question": f"word {number}"} for number in (*range(11), 11, *range(12, 20))]
+    reply = desk.run(
+        "random_search", {"tool": "judge"}, {"judge": lambda **_: 1}, inputs=examples, wanted=None, num_threads=1
+    )
+    # word 0, word 10 and word 11.
+    assert reply["success"] and reply["result"]["score"] == pytest.approx(3 / len(examples)), reply
 
 
 def test_a_module_that_always_fails_ends_it(desk: Desk) -> None:

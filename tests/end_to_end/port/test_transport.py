@@ -62,22 +62,27 @@ def test_ping_has_the_time_as_a_float(peer: Peer) -> None:
     assert result["status"] == "ok" and type(result["timestamp"]) is float
 
 
-def test_nothing_heavy_is_imported_before_the_first_ping_is_answered() -> None:
+def test_nothing_heavy_is_imported_before_the_first_ping_is_answered(tmp_path: Path) -> None:
     """Neither DSPy nor what costs more than a millisecond or two; see messages for orjson."""
     code = (
-        "import sys, runpy; sys.argv = ['dspy_bridge']\n"
-        "from dspy_bridge.port import reader\n"
-        "log = reader.log\n"
-        "reader.log = lambda line: log(' '.join(sys.modules))\n"
+        "import os, sys, runpy; record = sys.argv[1]; sys.argv = ['dspy_bridge']\n"
+        "from dspy_bridge.dispatch.dispatcher import Dispatcher\n"
+        "def start(_dispatcher):\n"
+        "    with open(record + '.part', 'w') as file: file.write(' '.join(sys.modules))\n"
+        "    os.rename(record + '.part', record)\n"
+        # It is called right after the answer.
+        "Dispatcher.start = start\n"
         "runpy.run_module('dspy_bridge', run_name='__main__')\n"
     )
-    with Peer(command=[sys.executable, "-c", code]) as peer:
-        peer.send({"id": 1, "command": "ping"})
-        assert peer.receive()["success"]
-        # Inside a frame: something is logged at the end.
-        peer.send_bytes(b"x")
-        code, _, imported = peer.finish()
-    assert code == 0 and "dspy_bridge.port.frame_writer" in imported
+    record = tmp_path / "record"
+    with Peer(command=[sys.executable, "-c", code, str(record)]) as peer:
+        assert peer.call("ping")["success"]
+        end = time.monotonic() + PATIENCE
+        while not record.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    imported = record.read_text()
+    assert "dspy_bridge.port.frame_writer" in imported
     heavy = {"dspy", "pydantic", "asyncio", "logging", "orjson", "json", "typing", "dataclasses", "argparse", "psutil"}
     assert heavy & set(imported.split()) == set()
 

@@ -291,6 +291,15 @@ class Two(dspy.Module):
     def forward(self, review):
         return self.second(mood=self.first(review=review).mood)
 
+class Draft(dspy.Module):
+    # Both predictors have the output that the program has.
+    def __init__(self, signature):
+        super().__init__()
+        self.first, self.second = dspy.Predict("review -> stars: int"), dspy.Predict("review, draft: int -> stars: int")
+
+    def forward(self, review):
+        return self.second(review=review, draft=self.first(review=review).stars)
+
 class Number(dspy.Module):
     def __init__(self, signature):
         super().__init__()
@@ -321,6 +330,27 @@ def test_of_a_users_module_the_predictor_that_failed_is_told(start_lm: Any, fold
         create(peer, program_type="host:Two")
         assert run(peer, attempts=2)["result"] == {"stars": 2}
     assert [len(request["messages"]) for request in server.requests] == [2, 2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("answers", "lengths"),
+    [
+        # What the program returns is the second one's.
+        (['{"stars": 2}', '{"stars": 7}', '{"stars": 2}', '{"stars": 2}'], [2, 2, 2, 4]),
+        # An answer that cannot be read never reaches the second one.
+        ([WRONG["json"], '{"stars": 2}', '{"stars": 2}'], [2, 4, 2]),
+        (['{"stars": 2}', WRONG["json"], '{"stars": 2}', '{"stars": 2}'], [2, 2, 2, 4]),
+    ],
+)
+def test_of_two_predictors_with_one_output_the_right_one_is_told(
+    start_lm: Any, folder: Path, answers: list[str], lengths: list[int]
+) -> None:
+    server = start_lm(script(*answers))
+    outputs = [{"name": "stars", "type": {"type": "integer", "maximum": 3}}]
+    with shared_peer(env={**lm_env(server), **with_modules(folder)}) as peer:
+        create(peer, signature={"inputs": [{"name": "review"}], "outputs": outputs}, program_type="host:Draft")
+        assert run(peer, attempts=2)["result"] == {"stars": 2}
+    assert [len(request["messages"]) for request in server.requests] == lengths
 
 
 def test_of_a_predictor_that_is_asked_several_questions_each_has_its_own_answer(start_lm: Any, folder: Path) -> None:

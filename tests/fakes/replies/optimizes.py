@@ -5,6 +5,8 @@
   "hold"      waits for the cancel after the first candidate
   "refuse"    the type of an error, in place of the first example
   "tool"      a tool that is called first
+  "chunks"    chunks that are sent first, whatever they are
+  "result"    the result, whatever it is
   "forget"    how many times the program is missing; needs FAKE_FILE
 The state that comes out has the definition's own one under "from". `heard` is answered with the programs that were
 created and removed, and the cancels.
@@ -84,6 +86,8 @@ def optimize(request):
         return fail(request, options["refuse"])
     if "tool" in options:
         ask(call, "tool", {"name": options["tool"], "args": {}})
+    for chunk in options.get("chunks", []):
+        write({"id": call, "stream": chunk})
     scores = []
     candidates = 0
     for index, inputs in enumerate(args["inputs"]):
@@ -121,6 +125,7 @@ def optimize(request):
         "lm_calls": len(scores),
         "metric_calls": len(scores),
     }
+    result = options.get("result", result)
     meta = {"lm_calls": len(scores), "cache_hits": 0, "lm_usage": {}}
     write({"id": call, "success": True, "result": result, "meta": meta})
 

@@ -1,13 +1,15 @@
 """Plays the script in a run's args, each in a thread: chunks, tool calls, replies, in any order.
 
-args.play is a list of steps:
+args.play, or args.config.play, is a list of steps:
   ["stream", map]              a chunk
   ["count", n]                 n chunks of the field `n`, with their numbers as strings
   ["raw", text]                a frame of these bytes, ID in it being the call's id
+  ["long", kind, n]            a chunk ("stream") or a reply with a text of n characters
   ["tool", call_id, name, args]   a call of a tool, not waited for
   ["result", call_id]          waits for that tool's result
   ["go", name]                 waits for a `go` with this name in its args
   ["reply", result, meta]      the reply; without a result, all results of tools that have come, by call_id
+  ["sizes"]                    a reply with the length of each result of a tool, or its error, by call_id
   ["asked"]                    a reply whose result is what the request asks for: of ASKED
   ["fail", error_type, meta]   an error reply; meta may be left out
   ["die"]                      the end of the peer
@@ -65,6 +67,12 @@ def play(request, steps):
                 write({"id": call, "stream": {"field": "n", "chunk": str(n)}})
         elif kind == "raw":
             write_text(step[0].replace("ID", str(call)))
+        elif kind == "long":
+            text = "x" * step[1]
+            if step[0] == "stream":
+                write({"id": call, "stream": {"field": "a", "chunk": text}})
+            else:
+                write({"id": call, "success": True, "result": text})
         elif kind == "tool":
             call_id, name, args = step
             write({"id": call, "tool_call": {"call_id": call_id, "name": name, "args": args}})
@@ -76,6 +84,9 @@ def play(request, steps):
             result = step[0] if step else {str(call_id): results[call_id] for call_id in sorted(results)}
             meta = step[1] if len(step) > 1 else {"asked": asked(request)}
             write({"id": call, "success": True, "result": result, "meta": meta})
+        elif kind == "sizes":
+            sizes = {n: len(result.get("result", "")) or result["error"] for n, result in results.items()}
+            write({"id": call, "success": True, "result": sizes})
         elif kind == "asked":
             write({"id": call, "success": True, "result": asked(request)})
         elif kind == "fail":
@@ -100,7 +111,9 @@ while True:
     if "id" not in message:
         continue
     if message["command"] == "execute_program":
-        threading.Thread(target=play, args=(message, message["args"]["play"]), daemon=True).start()
+        args = message["args"]
+        steps = args["play"] if "play" in args else args["config"]["play"]
+        threading.Thread(target=play, args=(message, steps), daemon=True).start()
     else:
         with writing:
             reply(message, {"heard": heard, "id": message["id"], "starts": starts})

@@ -33,7 +33,7 @@ for request in requests():
     elif command == "hold":
         pass
     elif command == "overloaded":
-        refuse(request, "too much to do", "overloaded")
+        refuse(request, "too much to do", "overloaded", meta={"wait_ms": 1.5})
     elif command == "overloaded_halfway":
         halfway += 1
         refuse(request, "too much to go on", "overloaded", retryable=False)

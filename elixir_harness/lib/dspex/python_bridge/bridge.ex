@@ -69,7 +69,8 @@ defmodule DSPex.PythonBridge.Bridge do
 
   It returns before the interpreter runs; calls wait for it within their own timeouts. A wrong option gives
   `{:error, %ArgumentError{}}`, which names it. If Python cannot be started, the bridge logs the reason and
-  tries again, after a delay that grows from 50 ms to 5 s.
+  tries again, after a delay that grows from 50 ms to 5 s. After `:max_retries` more attempts calls fail at once, with the
+  reason, until one succeeds.
   """
   @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
@@ -96,7 +97,7 @@ defmodule DSPex.PythonBridge.Bridge do
   Replaces the peer: another one is started, gets the programs, and then the calls. The old peer serves until then and
   finishes its calls; those that it has not finished after `DSPY_BRIDGE_DRAIN_MS` (5 s by default) are sent again to
   the new one. Callers do not notice, except if their call is not finished by then and cannot be sent again, because of
-  `retry: false`, a chunk that was streamed, or a tool with `repeat: false` that has begun: they get
+  `retry: false`, a chunk of a field that was streamed, or a tool with `repeat: false` that has begun: they get
   `:python_process_died`. A `create_program` or `cleanup` that
   comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
   loading them are tried again.
@@ -116,6 +117,9 @@ defmodule DSPex.PythonBridge.Bridge do
   calls, and later ones, get `:bridge_not_running`. Then the peer sees the end of its input; if it has not ended 0.6 s
   later it is killed, with all that it started, before this returns. It also returns `:ok` if the bridge was not
   running.
+
+  The name is free at once. A bridge under a supervisor is started again by that, with the programs of its
+  `DSPex.PythonBridge.Supervisor` or Pool: to end it for good, stop the supervisor, or have it do so (`Supervisor.terminate_child/2`).
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
@@ -132,15 +136,15 @@ defmodule DSPex.PythonBridge.Bridge do
   it was suspended, counts as not running.)
 
     * `:state` – `:starting` (the first peer does not serve yet), `:running`, `:restarting` (a peer has died and the
-      next does not serve yet), `:failed` (`max_retries` attempts in a row to start one have failed; they go on, and
-      calls wait; or the bridge is not running: then only the first five keys are there, all 0 or nil; for a pool
+      next does not serve yet), `:failed` (after the first, `max_retries` attempts in a row to start one have failed; they go on, and
+      calls fail at once, with the reason, until one succeeds; or the bridge is not running: then only the first five keys are there, all 0 or nil; for a pool
       `:last_error` names what to ask instead)
     * `:os_pid` – of the peer; nil while there is none
     * `:pending` – calls that wait for a reply, sent or not
     * `:restarts` – peers started after the first
     * `:uptime_ms` – of the present peer
     * `:late_replies` – replies and chunks that were dropped because no caller waited for them (any longer)
-    * `:unreadable_frames` – frames that were dropped because they had no readable id, or were chunks or tool calls
+    * `:unreadable_frames` – frames that were dropped because they had no readable id, were too large, or were chunks or tool calls
       that could not be read
     * `:last_error` – why the last peer died, until the next one serves: its exit status, and if it did not start, the
       last line that it wrote to stderr
@@ -183,7 +187,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
     * `{:ok, result}`
     * `{:error, message}` – the peer's text, or why the request could not be sent (no JSON form, larger than
-      `:max_frame_bytes`)
+      `:max_frame_bytes`; no Python starts, while the bridge's state is `:failed`)
     * `{:error, :timeout}` – here or in the peer, whichever was first
     * `{:error, :overloaded}` – too many calls wait, here or in the peer; nothing was done
     * `{:error, :python_process_died}` – while it had the request, which was sent again `:max_retries` times
@@ -227,7 +231,7 @@ defmodule DSPex.PythonBridge.Bridge do
   As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
-  `meta` has string keys, all of docs/protocol.md: `"duration_ms"`, `"queue_ms"`, `"lm_usage"`, `"lm_calls"`,
+  `meta` has string keys, all of docs/protocol.md: `"duration_ms"`, `"queue_ms"`, `"wait_ms"`, `"lm_usage"`, `"lm_calls"`,
   `"cache_hits"` and others. An error of the peer has it, too: `error.meta`.
 
   Options:
@@ -241,7 +245,7 @@ defmodule DSPex.PythonBridge.Bridge do
       result, if it has a JSON form (`{:ok, term}` counts as `term`). `{:error, reason}`, and what the function raises,
       throws or exits with, becomes an error for the program: a string `reason` unchanged, all else on one line. Each
       call runs in its own process, several at once if the peer asks for it, and is killed when the request is over.
-      Each call copies what the function has captured.
+      One that has captured more than 64 KB is not copied for each call: its processes make one call after the other.
 
       When the peer dies, the next one starts the run from the beginning. A tool call that it makes with the name and
       the arguments of an earlier one gets the answer of that, without the function: the first of such calls that of
@@ -267,7 +271,8 @@ defmodule DSPex.PythonBridge.Bridge do
       `%{tenant: "acme"}`; by default empty. It stays on this node.
     * `:on_chunk` – a function of one argument, called in this process with each map that comes before the reply, in
       order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of inputs each result,
-      `%{"index" => …, "success" => …, …}`. After its first call the request is not sent again when the peer dies. If
+      `%{"index" => …, "success" => …, …}`. After a chunk of a field the request is not sent again when the peer
+      dies; if it is, there is `%{"status" => "restarted"}` in between, and items that were given do not come again. If
       it raises, the request is cancelled and the caller gets the exception.
 
   A wrong option gives an error of type `:invalid_request` that names it.
@@ -308,7 +313,7 @@ defmodule DSPex.PythonBridge.Bridge do
   Streams an `execute_program` call, as a lazy enumerable of:
 
     * `{:chunk, field, text}` – more of an output field
-    * `{:status, text}` – the program's present step
+    * `{:status, text}` – the program's present step; `"restarted"` if the peer has died, and the next one starts anew
     * `{:item, index, result}` – for a list of inputs, the result of that index, as `{:ok, fields}` or
       `{:error, %DSPex.PythonBridge.Error{}}`
     * always last, the result of `request/4`: `{:ok, result, meta}` or `{:error, %DSPex.PythonBridge.Error{}}`

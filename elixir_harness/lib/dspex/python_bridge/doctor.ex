@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Doctor do
 
   | name | what is checked |
   | --- | --- |
-  | `configuration` | keys and types in the configuration of `:dspex`, with a suggestion for a misspelt key |
+  | `configuration` | keys and types in the configuration of `:dspex`, with a suggestion for a misspelt key; whether `:dspex` starts a Bridge of its own, which beside a Pool is one Python process more |
   | `interpreter` | which Python is used, and which setting decided |
   | `version` | the version of that Python |
   | `dspy`, `psutil`, and what `required_packages` names | their versions |
@@ -166,8 +166,14 @@ defmodule DSPex.PythonBridge.Doctor do
            else: (_wrong -> nil)
 
     if problems == [],
-      do: {:ok, "its keys and types are right", nil, facts},
+      do: {:ok, "its keys and types are right" <> autostart(), nil, facts},
       else: {:failed, Enum.join(problems, "; "), "correct it in config/", facts}
+  end
+
+  defp autostart do
+    if Application.get_env(:dspex, :autostart, true),
+      do: "; :dspex starts a Bridge (:autostart), one Python more if you have a Pool",
+      else: ""
   end
 
   defp interpreter(facts, hint, decided) do

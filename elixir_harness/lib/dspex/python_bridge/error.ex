@@ -27,6 +27,8 @@ defmodule DSPex.PythonBridge.Error do
     bridge_not_running: "the bridge is not running"
   }
 
+  @not_started "the Python process does not start: "
+
   @retryable [:overloaded, :python_process_died, :bridge_not_running]
 
   @enforce_keys [:type, :message]
@@ -91,6 +93,15 @@ defmodule DSPex.PythonBridge.Error do
   end
 
   @doc """
+  The error of a bridge whose Python does not start, with the reason.
+
+      iex> DSPex.PythonBridge.Error.not_started("exit status 1").message
+      "the Python process does not start: exit status 1"
+  """
+  @spec not_started(String.t()) :: t()
+  def not_started(reason), do: new(:python_process_died, @not_started <> reason)
+
+  @doc """
   The error of a reply: its `error_type` as a string, its message, and `retryable` and `meta` if it has them. An unknown
   type becomes `:internal`.
 
@@ -120,6 +131,9 @@ defmodule DSPex.PythonBridge.Error do
   """
   @spec to_call_reason(t()) ::
           :timeout | :overloaded | :python_process_died | :bridge_not_running | String.t()
+  # Nothing that code does helps; people need the reason.
+  def to_call_reason(%__MODULE__{message: @not_started <> _reason = text}), do: text
+
   def to_call_reason(%__MODULE__{type: type, message: message}) do
     if is_map_key(@local_messages, type), do: type, else: message
   end

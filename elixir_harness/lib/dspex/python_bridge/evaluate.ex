@@ -17,11 +17,14 @@ defmodule DSPex.PythonBridge.Evaluate do
   """
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Program, Programs}
-  alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result, Tally}
+  alias DSPex.PythonBridge.Evaluate.{Examples, Options, Requests, Result, Tally}
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
-  @typedoc "Inputs with what is expected of the outputs and what else the metric needs; or inputs alone."
-  @type example :: {inputs :: map(), expected :: map() | nil} | map()
+  @typedoc """
+  Inputs with what is expected of the outputs and what else the metric needs; or inputs alone. The inputs are those that
+  a module's `run` takes, structs among them.
+  """
+  @type example :: {inputs :: map() | keyword(), expected :: map() | nil} | map()
   @typedoc """
   A function, called with the example (its inputs and what is expected, in one map) and the outputs, both decoded JSON
   with string keys, and, if it takes three arguments, with what the score is for; or an output field and how it is
@@ -60,7 +63,7 @@ defmodule DSPex.PythonBridge.Evaluate do
 
   `server` is a bridge or a pool, of which all peers are used, also those of other nodes. `program` is an id, or a module
   with `use DSPex.PythonBridge.Program`, whose tools are called; outputs are maps in both cases. `examples` is any enumerable, of which no more is
-  taken than is needed next.
+  taken than is needed next. If it raises, that is an error of the type `:invalid_request`.
 
   A run that fails has the score 0 and its error in the results. These end the evaluation at once, as its error:
 
@@ -75,7 +78,7 @@ defmodule DSPex.PythonBridge.Evaluate do
   Options:
 
     * `:metric` – required. A function of two or three arguments, which runs in processes of its own, several at once; it may run
-      other programs. `:exact_match` and `:f1` compare text as DSPy does, without case, punctuation and articles; `:equals`
+      other programs. What it has captured is copied a few times in all. `:exact_match` and `:f1` compare text as DSPy does, without case, punctuation and articles; `:equals`
       compares JSON values; `:contains` looks for the expected text in the output
     * `:max_concurrency` – how many examples are in work at once; by default 64
     * `:timeout` – of the whole evaluation in ms; by default `:infinity`
@@ -88,39 +91,44 @@ defmodule DSPex.PythonBridge.Evaluate do
           option()
         ]) :: {:ok, Result.t()} | {:error, Error.t()}
   def run(server, program, examples, opts) do
-    with {:ok, id, functions} <- program(program),
-         {:ok, options} <- Options.new(opts, functions),
-         :ok <- enumerable(examples) do
+    with {:ok, id, spec} <- program(program),
+         {:ok, options} <- Options.new(opts, if(spec, do: spec.functions, else: %{})),
+         {:ok, stream} <- stream(examples) do
       total = if is_list(examples), do: length(examples)
       about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
 
       RunSpan.run(:evaluate, server, about, Tally.figures(%Tally{}, total), fn span ->
-        measure(server, id, examples, options, &RunSpan.progress(span, Tally.figures(&1, total)))
+        measure(
+          server,
+          {id, spec},
+          stream,
+          options,
+          &RunSpan.progress(span, Tally.figures(&1, total))
+        )
       end)
     end
   end
 
-  defp measure(server, id, examples, options, progress) do
+  defp measure(server, program, examples, options, progress) do
     started = System.monotonic_time(:millisecond)
 
-    with {:ok, items, usage} <- Requests.run(server, id, examples, options, progress) do
+    with {:ok, items, usage} <- Requests.run(server, program, examples, options, progress) do
       duration_ms = System.monotonic_time(:millisecond) - started
       {:ok, Result.new(items, usage, duration_ms)}
     end
   end
 
-  defp enumerable(examples) do
-    if Enumerable.impl_for(examples),
-      do: :ok,
-      else: {:error, Error.new(:invalid_request, "examples: expected an enumerable of examples")}
+  defp stream(examples) do
+    with {:error, text} <- Examples.stream(examples),
+         do: {:error, Error.new(:invalid_request, "examples: #{text}")}
   end
 
-  # The id, and the functions for its tools that a module has.
-  defp program(id) when is_binary(id), do: {:ok, id, %{}}
+  # The id, and the program of a module, which has functions for its tools.
+  defp program(id) when is_binary(id), do: {:ok, id, nil}
 
   defp program(module) when is_atom(module) and module not in [nil, true, false] do
     case Programs.Declared.one(module) do
-      {:ok, {id, _definition}} -> {:ok, id, Program.Tools.functions(module)}
+      {:ok, {id, _definition}} -> {:ok, id, Program.Tools.spec(module)}
       {:error, text} -> refused(": #{inspect(module)}: #{text}")
     end
   end

@@ -7,12 +7,12 @@ defmodule DSPex.PythonBridge.Options do
   | --- | --- | --- |
   | `:name` | `DSPex.PythonBridge.Bridge` | how the bridge is registered; nil for not at all |
   | `:python_executable` | that of the environment, see docs/settings.md | path, or a name on the `PATH` |
-  | `:script_path` | the drop-in in `priv/python` | the peer's script |
+  | `:script_path` | the drop-in in `priv/python` | the peer's script; a relative path is also looked for in the `priv` of `:dspex` |
   | `:lm` | the peer's own setting | the default LM, as DSPy names it: a string, or a map of `:model` and more `:lm_options` |
   | `:lm_options` | none | map or keyword list of `dspy.LM` arguments (`api_key`, …) |
   | `:adapter` | DSPy's | `chat`, `json`, `xml`, … |
   | `:env` | `%{}` | map of strings: more environment for the peer |
-  | `:max_frame_bytes` | 64 MiB | a larger request fails before it is sent |
+  | `:max_frame_bytes` | 64 MiB | a larger request fails before it is sent, a larger reply is `:frame_too_large` |
   | `:default_timeout` | 30 000 ms | of calls without a timeout; an integer or `:infinity` |
   | `:max_retries` | 3 | how often a call is sent again whose peer died |
   | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
@@ -208,9 +208,15 @@ defmodule DSPex.PythonBridge.Options do
     struct!(
       __MODULE__,
       own ++
-        [script_path: Path.expand(script), env: Sealed.new(env), drain_ms: PeerEnv.drain_ms(env)] ++
+        [script_path: script(script), env: Sealed.new(env), drain_ms: PeerEnv.drain_ms(env)] ++
         [programs: Sealed.new(programs)]
     )
+  end
+
+  defp script(path) do
+    in_priv = Application.app_dir(:dspex, Path.join("priv", path))
+    there? = Path.type(path) == :relative and not File.exists?(path) and File.exists?(in_priv)
+    if there?, do: in_priv, else: Path.expand(path)
   end
 
   # One clause per option: nil for a value that is accepted. The text never has a value that may be secret.

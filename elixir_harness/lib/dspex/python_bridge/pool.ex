@@ -23,6 +23,7 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
+  alias DSPex.PythonBridge.OTP.Parallel
   alias DSPex.PythonBridge.Pool.{Caller, CoordinatorClient, Handle}
   alias DSPex.PythonBridge.Pool.Cluster.Membership
   alias DSPex.PythonBridge.Telemetry.CallSpan
@@ -103,7 +104,8 @@ defmodule DSPex.PythonBridge.Pool do
   those of `DSPex.PythonBridge.Bridge.call/4`.
 
   While no peer here or on another node can serve it, the call waits. `:python_process_died` is returned after
-  `max_retries + 1` peers have died with the request; `:overloaded` if all peers that are up are overloaded.
+  `max_retries + 1` peers have died with the request; `:overloaded` if all peers that are up are overloaded:
+  `request/4` has the text and the `meta` of the last peer that was, which name the limit.
 
   `create_program` and `cleanup` run on all peers, and on all nodes of the cluster. If such a call times out, or
   returns `:bridge_not_running` since the pool's coordinator crashed meanwhile, the change may still be made later.
@@ -156,8 +158,8 @@ defmodule DSPex.PythonBridge.Pool do
   As `call/4`, with the options, results and errors of `DSPex.PythonBridge.Bridge.request/4`: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
-    * with `:on_chunk`, the call goes from peer to peer until its first chunk; then it stays with the peer that has given it,
-      and `:python_process_died` is the result if that dies
+    * with `:on_chunk`, the call goes from peer to peer until its first chunk of a field; then it stays with the peer that has
+      given it, and `:python_process_died` is the result if that dies
     * `:tools` run in the calling node. What they have answered goes with the call to the next peer
     * with `retry: false`, a run is not sent again after a peer has died with it. One that its peer has not got yet is
       sent to another
@@ -211,7 +213,7 @@ defmodule DSPex.PythonBridge.Pool do
       for {:chunk, "answer", text} <- Pool.stream(%{program_id: "qa", inputs: %{question: "Why?"}}),
           do: IO.write(text)
 
-  Until its first chunk the call goes from peer to peer as any other; the peer that has given one keeps it, and
+  Until its first chunk of a field the call goes from peer to peer as any other; the peer that has given one keeps it, and
   `:python_process_died` is the last element if that dies. A peer works on many streams at once.
   """
   @spec stream(pool(), map(), [Bridge.stream_option()]) :: Enumerable.t(Bridge.stream_element())
@@ -309,9 +311,9 @@ defmodule DSPex.PythonBridge.Pool do
         %{peers: [], nodes: []}
 
       handle ->
-        states =
-          for index <- LoadCounters.indexes(handle.counters),
-              do: {index, Bridge.get_status(Handle.bridge(handle, index))}
+        bridges = Tuple.to_list(handle.bridges)
+        answers = Parallel.map(bridges, &Bridge.get_status/1)
+        states = for {bridge, index} <- Enum.with_index(bridges, 1), do: {index, answers[bridge]}
 
         %{
           peers: for({index, status} <- states, do: peer(handle, index, status)),

@@ -37,7 +37,8 @@ defmodule DSPex.PythonBridge.Program do
     * `:lm`, `:adapter`, `:config`, `:options`, `:demos`, `:state`, `:state_path` – as in docs/protocol.md; keyword lists
       may take the place of maps
 
-  They are evaluated when the module is compiled, so keys of an LM do not belong here. `definition/0` can be overridden:
+  They are evaluated when the module is compiled, so keys of an LM do not belong here. `definition/0` can be overridden, and
+  each run asks it for the program's id:
 
       def definition, do: Map.put(super(), :lm, Application.fetch_env!(:my_app, :triage_lm))
 
@@ -52,7 +53,7 @@ defmodule DSPex.PythonBridge.Program do
 
   `inputs` is a map, a keyword list or a struct, with atoms or strings as keys. Missing and unknown names are refused before
   anything is sent. Structs in it become maps, if they declare their fields (see below) or are types of the signature. A list
-  of inputs is a batch: `{:ok, [{:ok, struct} | {:error, error}]}`, and in a stream `{:item, index, {:ok, struct}}`.
+  of inputs that is not empty is a batch: `{:ok, [{:ok, struct} | {:error, error}]}`, and in a stream `{:item, index, {:ok, struct}}`.
 
   Options of both are those of `DSPex.PythonBridge.Bridge.request/4`, of which a stream has no `:on_chunk`, and:
 
@@ -167,9 +168,9 @@ defmodule DSPex.PythonBridge.Program do
 
       @doc false
       @spec __dspex__(:fields) :: keyword()
-      @spec __dspex__(:functions) :: map()
+      @spec __dspex__(:spec) :: DSPex.PythonBridge.Program.Spec.t()
       def __dspex__(:fields), do: @dspex_program.declared
-      def __dspex__(:functions), do: @dspex_program.functions
+      def __dspex__(:spec), do: @dspex_program
     end
   end
 end

@@ -265,6 +265,20 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp to_reply(_term), do: {:error, {:not_a_reply, "JSON, but no object"}}
 
+  @doc """
+  The reply that takes the place of one that is too large.
+
+      iex> frame = DSPex.PythonBridge.Protocol.refusal_frame(7, "the reply has 12 bytes; max_frame_bytes is 11")
+      iex> {:error, 7, error} = DSPex.PythonBridge.Protocol.decode_reply(frame)
+      iex> {error.type, error.message}
+      {:frame_too_large, "the reply has 12 bytes; max_frame_bytes is 11"}
+  """
+  @spec refusal_frame(non_neg_integer(), String.t()) :: binary()
+  def refusal_frame(id, text) do
+    error = JSON.encode!(text)
+    ~s({"id":#{id},"success":false,"error_type":"frame_too_large","error":#{error}})
+  end
+
   ## Frames before a reply
 
   @doc """
@@ -285,6 +299,28 @@ defmodule DSPex.PythonBridge.Protocol do
   end
 
   def decode_chunk(payload) when is_binary(payload), do: decode_any_chunk(payload)
+
+  @doc """
+  Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From its first
+  bytes.
+
+      iex> DSPex.PythonBridge.Protocol.repeatable?(~s({"id":12,"stream":{"status":"calling tool search"}}))
+      true
+      iex> DSPex.PythonBridge.Protocol.repeatable?(~s({"id":12,"stream":{"field":"answer","chunk":"Par"}}))
+      false
+  """
+  @spec repeatable?(binary()) :: boolean()
+  def repeatable?(frame),
+    do: frame =~ ~r/\A\{"id": ?\d+, ?"stream": ?\{"(status|index)":/
+
+  @doc """
+  The chunk that a caller gets between those of two peers.
+
+      iex> DSPex.PythonBridge.Protocol.decode_chunk(DSPex.PythonBridge.Protocol.restarted_chunk())
+      {:ok, 0, %{"status" => "restarted"}}
+  """
+  @spec restarted_chunk() :: binary()
+  def restarted_chunk, do: ~s({"id":0,"stream":{"status":"restarted"}})
 
   defp decode_any_chunk(payload) do
     with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)

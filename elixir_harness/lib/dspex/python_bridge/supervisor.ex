@@ -6,8 +6,8 @@ defmodule DSPex.PythonBridge.Supervisor do
         {DSPex.PythonBridge.Supervisor, bridge: [lm: "openai/gpt-4o-mini"], monitor: [interval: 10_000]}
       ]
 
-  Options: `:name` (default: this module), `:bridge` (options of the bridge, see `DSPex.PythonBridge.Options`),
-  `:monitor` (options of its `DSPex.PythonBridge.Monitor`), `:programs` (as in the options of the bridge, where they may
+  Options: `:name` (default: this module, or `MyApp.Bridge.Supervisor` for a bridge of the name `MyApp.Bridge`), `:bridge` (options of the bridge, see `DSPex.PythonBridge.Options`),
+  `:monitor` (options of its `DSPex.PythonBridge.Monitor`, whose name is `MyApp.Bridge.Monitor` then), `:programs` (as in the options of the bridge, where they may
   be instead):
 
       {DSPex.PythonBridge.Supervisor, programs: [%{id: "qa", signature: "question -> answer"}, MyApp.Triage]}
@@ -30,20 +30,38 @@ defmodule DSPex.PythonBridge.Supervisor do
   def start_link(opts \\ []) do
     with :ok <- Options.check(opts, @whose, &refusal/1), :ok <- once(opts) do
       # The supervisor keeps them in its state.
-      {name, opts} = opts |> seal() |> Keyword.pop(:name, __MODULE__)
+      {name, opts} = opts |> seal() |> Keyword.pop(:name, name(opts))
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
     end
   end
 
-  @doc "The child specification; the id is the supervisor's name."
+  # Several may run beside each other, each with a bridge of its own name.
+  defp name(opts), do: named(opts, "Supervisor", __MODULE__)
+
+  defp named(opts, suffix, default) do
+    case Keyword.get(Keyword.get(opts, :bridge, []), :name, Bridge) do
+      Bridge -> default
+      bridge when is_atom(bridge) -> Module.concat(bridge, suffix)
+      _global_or_via -> nil
+    end
+  end
+
+  @doc "The child specification; the id is the supervisor's name, or that of its bridge if it has none."
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
     # Secrets in the bridge's options must not show in a report about this child.
     %{
-      id: if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__,
+      id: id(opts),
       start: {__MODULE__, :start_link, [seal(opts)]},
       type: :supervisor
     }
+  end
+
+  # Wrong options are refused by start_link.
+  defp id(opts) do
+    bridge = if Keyword.keyword?(opts), do: opts[:bridge]
+    own = if Keyword.keyword?(bridge), do: name(opts) || bridge[:name]
+    (Keyword.keyword?(opts) && opts[:name]) || own || __MODULE__
   end
 
   # All of them: if an option is given twice, both are kept.
@@ -62,6 +80,8 @@ defmodule DSPex.PythonBridge.Supervisor do
     bridge = Keyword.take(opts, [:programs]) ++ Keyword.get(opts, :bridge, [])
     {name, started} = with_table(bridge)
     monitor = Keyword.put_new(Keyword.get(opts, :monitor, []), :bridge, name)
+    own_name = named(opts, "Monitor", Monitor)
+    monitor = if own_name == Monitor, do: monitor, else: Keyword.put_new(monitor, :name, own_name)
     Supervisor.init([{Bridge, started}, {Monitor, monitor}], strategy: :one_for_one)
   end
 

@@ -28,6 +28,7 @@ defmodule DSPex.PythonBridge.Top do
     * `state`, `os_pid`, `pending`, `restarts`, `uptime_ms` – see
       `DSPex.PythonBridge.Bridge.get_status/1`; `state` is nil where the bridge does not answer
     * `in_flight`, `queued` – `execute_program` calls that run, and that wait for a slot, in the peer
+    * `lm_waiting` – LM calls in the peer that wait for the limits of their account
     * `p50_ms`, `p99_ms` – of the last 1000 `execute_program` calls; nil before the first
     * `rss_bytes` – the peer's memory
     * `executes`, `errors`, `calls` – since the peer's start: `execute_program` calls, those of them that failed, and the
@@ -46,6 +47,7 @@ defmodule DSPex.PythonBridge.Top do
           uptime_ms: non_neg_integer() | nil,
           in_flight: non_neg_integer() | nil,
           queued: non_neg_integer() | nil,
+          lm_waiting: non_neg_integer() | nil,
           p50_ms: number() | nil,
           p99_ms: number() | nil,
           rss_bytes: non_neg_integer() | nil,
@@ -91,8 +93,18 @@ defmodule DSPex.PythonBridge.Top do
         }
 
   @unknown Map.new(
-             [:state, :os_pid, :pending, :restarts, :uptime_ms, :in_flight, :queued, :p50_ms] ++
-               [:p99_ms, :rss_bytes, :executes, :errors, :calls, :stats_at_ms, :calls_per_s],
+             [:state, :os_pid, :pending, :restarts, :uptime_ms, :in_flight, :queued] ++
+               [
+                 :lm_waiting,
+                 :p50_ms,
+                 :p99_ms,
+                 :rss_bytes,
+                 :executes,
+                 :errors,
+                 :calls,
+                 :stats_at_ms,
+                 :calls_per_s
+               ],
              &{&1, nil}
            )
   @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
@@ -185,7 +197,7 @@ defmodule DSPex.PythonBridge.Top do
 
   defp figures(
          %{"in_flight" => in_flight, "queued" => queued, "uptime" => uptime} =
-           %{"memory_usage" => %{"rss" => rss}, "commands" => %{} = commands}
+           %{"memory_usage" => %{"rss" => rss}, "commands" => %{} = commands} = stats
        )
        when is_amount(in_flight) and is_amount(queued) and is_amount(uptime) and is_amount(rss) do
     executes = Map.get(commands, "execute_program")
@@ -193,8 +205,9 @@ defmodule DSPex.PythonBridge.Top do
     %{
       in_flight: in_flight,
       queued: queued,
-      p50_ms: ms(executes, "p50_ms"),
-      p99_ms: ms(executes, "p99_ms"),
+      lm_waiting: known(stats, "lm_waiting"),
+      p50_ms: known(executes, "p50_ms"),
+      p99_ms: known(executes, "p99_ms"),
       rss_bytes: rss,
       executes: count(executes, "count"),
       errors: count(executes, "errors"),
@@ -211,6 +224,8 @@ defmodule DSPex.PythonBridge.Top do
 
   defp count(_none, _key), do: 0
 
-  defp ms(%{} = command, key), do: with(ms when not is_amount(ms) <- command[key], do: nil)
-  defp ms(_none, _key), do: nil
+  defp known(%{} = figures, key),
+    do: with(figure when not is_amount(figure) <- figures[key], do: nil)
+
+  defp known(_none, _key), do: nil
 end

@@ -47,6 +47,18 @@ defmodule Mix.DSPex.EvaluationFile do
     end
   end
 
+  @doc "The file whose program has this state, in place of its own state and demos; nil: as it is."
+  @spec with_state(t(), map() | nil) :: {:ok, t()} | {:error, String.t()}
+  def with_state(file, nil), do: {:ok, file}
+
+  def with_state(%__MODULE__{program: {:definition, id, args}} = file, state) do
+    args = args |> Map.drop(["state_path", "demos"]) |> Map.put("state", state)
+    {:ok, %{file | program: {:definition, id, args}}}
+  end
+
+  def with_state(%__MODULE__{path: path}, _state),
+    do: {:error, "#{path}: :program: --state needs a definition or a module, not an id"}
+
   defp evaluate(path) do
     with {:ok, _source} <- File.read(path) do
       {value, _binding} = Code.eval_file(path)

@@ -8,10 +8,13 @@ defmodule Mix.Tasks.Dspex.Eval do
       $ mix dspex.eval eval/triage.exs --min 0.8
       $ mix dspex.eval eval/triage.exs --json > eval/triage.json
       $ mix dspex.eval eval/triage.exs --baseline eval/triage.json --tolerance 0.02
+      $ mix dspex.eval eval/triage.exs --state priv/triage.json
 
     * `--min` – the lowest score that passes
     * `--baseline` – a file with an earlier output of `--json`, with which the scores are compared
     * `--tolerance` – by how much the score may be lower than that of the baseline; by default 0
+    * `--state` – a file that `mix dspex.optimize` has written: the program is scored with this state, in place of its own
+      state and demos
     * `--json` – one JSON object on standard output, see below. Its output is a baseline
 
   ## The file
@@ -81,9 +84,9 @@ defmodule Mix.Tasks.Dspex.Eval do
   use Mix.Task
 
   alias DSPex.PythonBridge.{Error, Evaluate}
-  alias Mix.DSPex.{Baseline, EvaluationFile, EvaluationReport, Progress}
+  alias Mix.DSPex.{Baseline, EvaluationFile, EvaluationReport, Progress, StateFile}
 
-  @switches [min: :float, baseline: :string, tolerance: :float, json: :boolean]
+  @switches [min: :float, baseline: :string, tolerance: :float, state: :string, json: :boolean]
   # What is not the file's to say.
   @own [:metric, :on_result]
 
@@ -134,7 +137,9 @@ defmodule Mix.Tasks.Dspex.Eval do
 
     # What costs LM calls comes last.
     with {:ok, scores} <- baseline(switches[:baseline]),
+         {:ok, state} <- state(switches[:state]),
          {:ok, file} <- EvaluationFile.read(path, [:dataset, :metric]),
+         {:ok, file} <- EvaluationFile.with_state(file, state),
          {:ok, options} <- options(file),
          {:ok, ids} <- ids(file),
          :ok <- comparable(scores, ids, switches[:baseline]),
@@ -156,6 +161,9 @@ defmodule Mix.Tasks.Dspex.Eval do
 
   defp baseline(nil), do: {:ok, nil}
   defp baseline(path), do: Baseline.read(path)
+
+  defp state(nil), do: {:ok, nil}
+  defp state(path), do: StateFile.read(path)
 
   defp options(%EvaluationFile{path: path, values: values}) do
     options = values[:options] || []

@@ -8,9 +8,13 @@ defmodule Mix.Tasks.Dspex.Optimize do
       $ mix dspex.optimize eval/triage.exs --out priv/triage.json --optimizer gepa --seconds 3600
 
     * `--out` – required: the file for the state. It is replaced, in one step, at each better candidate, so that any end of
-      the task leaves the best so far; an error before the first one leaves it as it was
-    * `--optimizer` – one of those of `DSPex.PythonBridge.Optimize`, in place of the file's. If it takes no
-      valset, the file's is left out
+      the task leaves the best so far; an error before the first one leaves it as it was. It keeps its permissions, and a
+      symbolic link leads to the new file. What is there and no regular file, or cannot be replaced, is refused at the start
+    * `--optimizer` – one of those of `DSPex.PythonBridge.Optimize`, in place of the file's. If it is another one, what
+      the file has for its own and this one does not take is left out, and named: the options, and a valset, a seed or LMs
+      that it has no use for
+    * `--require-gain` – exit with 1 unless the score is higher by at least so much than that of the program as it was, such
+      as 0.02. Both are means over the set on which candidates are scored, so a gain there may be chance
     * `--lm-calls`, `--tokens`, `--seconds` – the budget. When one of them is spent, the best candidate is the result
 
   ## The file
@@ -58,7 +62,9 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
   ## Exit status
 
-    * 0 – the file has a state, also if a budget was spent, or you have stopped it after the first candidate
+    * 0 – the file has a state, also if a budget was spent, or you have stopped it after the first candidate. If it is not
+      better than the program as it was, which wins ties, the text says so
+    * 1 – the file has a state, and the gain is below `--require-gain`, or is not known
     * 2 – there is none, or an error has ended the optimization: a wrong argument or file, no Python, an LM that refuses the
       key, a metric that raises, an application that does not start. The text says whether the file has been replaced
 
@@ -69,11 +75,24 @@ defmodule Mix.Tasks.Dspex.Optimize do
   use Mix.Task
 
   alias DSPex.PythonBridge.{Error, Evaluate, Optimize}
-  alias Mix.DSPex.{Baseline, EvaluationFile, Interrupt, OptimizationProgress}
+  alias Mix.DSPex.{Baseline, EvaluationFile, Interrupt, OptimizationProgress, StateFile}
 
   @budget [lm_calls: :integer, tokens: :integer, seconds: :float]
-  @switches [out: :string, optimizer: :string] ++ @budget
-  @without_valset ~w(labeled_few_shot bootstrap_few_shot copro simba)
+  @switches [out: :string, optimizer: :string, require_gain: :float] ++ @budget
+  # What each optimizer takes of `@of_optimizer`, next to its own options.
+  @takes %{
+    "labeled_few_shot" => [],
+    "bootstrap_few_shot" => [:teacher_lm],
+    "random_search" => [:valset, :teacher_lm],
+    "copro" => [:prompt_lm],
+    "mipro_v2" => [:valset, :seed, :prompt_lm, :teacher_lm],
+    "simba" => [:seed, :prompt_lm, :teacher_lm],
+    "gepa" => [:valset, :seed, :reflection_lm]
+  }
+  @of_optimizer [:options, :valset, :seed, :prompt_lm, :teacher_lm, :reflection_lm]
+  @scores_nothing ~w(labeled_few_shot bootstrap_few_shot)
+  # Means of the same scores may differ by less, if they are added in another order.
+  @same 1.0e-9
   # What is not the file's to say there.
   @own [:trainset, :valset, :metric, :on_progress]
 
@@ -83,11 +102,12 @@ defmodule Mix.Tasks.Dspex.Optimize do
     {path, switches} = arguments(args)
     Mix.DSPex.start()
 
-    with {:ok, file} <- EvaluationFile.read(path, [:trainset, :metric], [:valset]),
+    with :ok <- StateFile.check(switches[:out]),
+         {:ok, file} <- EvaluationFile.read(path, [:trainset, :metric], [:valset]),
          {:ok, definition} <- definition(file),
          {:ok, options} <- options(file, switches),
-         :ok <- writable(switches[:out]),
-         :ok <- optimize(file, definition, options, switches[:out]) do
+         :ok <- scores(options[:optimizer], switches[:require_gain]),
+         :ok <- optimize(file, definition, options, switches) do
       :ok
     else
       {:error, %Error{type: type, message: text}} -> refuse("#{path}: #{type}: #{text}")
@@ -128,16 +148,9 @@ defmodule Mix.Tasks.Dspex.Optimize do
          budget = Keyword.take(switches, Keyword.keys(@budget)),
          true <- Enumerable.impl_for(options[:budget] || []) != nil || ":budget: expected a map" do
       budget = Map.merge(Map.new(options[:budget] || []), Map.new(budget))
-      optimizer = switches[:optimizer] || options[:optimizer]
-      options = Keyword.merge(options, optimizer: optimizer)
+      options = options ++ Enum.to_list(Map.take(values, [:metric, :trainset, :valset]))
       options = if budget == %{}, do: options, else: Keyword.put(options, :budget, budget)
-
-      sets =
-        if without_valset?(values, switches[:optimizer]),
-          do: [:trainset],
-          else: [:trainset, :valset]
-
-      {:ok, options ++ Enum.to_list(Map.take(values, [:metric | sets]))}
+      {:ok, with_optimizer(options, switches[:optimizer])}
     else
       text when is_binary(text) -> {:error, "#{path}: #{text}"}
       own -> {:error, "#{path}: :optimize: #{inspect(own)} cannot be one of them"}
@@ -145,54 +158,57 @@ defmodule Mix.Tasks.Dspex.Optimize do
   end
 
   # So that a file's optimizer can be compared with others.
-  defp without_valset?(values, optimizer) when optimizer in @without_valset do
-    if values[:valset],
-      do: Mix.shell().error("#{optimizer} takes no valset: the file's is left out")
+  defp with_optimizer(options, nil), do: options
 
-    true
-  end
+  defp with_optimizer(options, optimizer) do
+    takes = @takes[optimizer]
+    own = options[:optimizer]
 
-  defp without_valset?(_values, _optimizer), do: false
+    left_out =
+      if takes && own && "#{own}" != optimizer,
+        do: for(key <- @of_optimizer -- takes, Keyword.has_key?(options, key), do: key),
+        else: []
 
-  # Before anything is paid for.
-  defp writable(out) do
-    with {:error, text} <- replace(out, &File.touch/1, &File.rm/1), do: {:error, text}
-  end
-
-  defp write(state, out) do
-    json = [Baseline.sorted_json(state), "\n"]
-    replace(out, &File.write(&1, json), &File.rename(&1, out))
-  end
-
-  # In the same folder, so that the file is replaced in one step.
-  defp replace(out, make, move) do
-    part = "#{out}.#{System.pid()}.part"
-
-    with :ok <- make.(part),
-         :ok <- move.(part) do
-      :ok
-    else
-      {:error, reason} ->
-        _ = File.rm(part)
-        {:error, "--out #{out}: #{:file.format_error(reason)}"}
+    if left_out != [] do
+      keys = Enum.map_join(left_out, ", ", &inspect/1)
+      Mix.shell().error("#{optimizer} in place of #{own}: the file's #{keys} left out")
     end
+
+    options |> Keyword.drop(left_out) |> Keyword.put(:optimizer, optimizer)
   end
+
+  defp scores(optimizer, gain) when gain != nil and optimizer in @scores_nothing,
+    do: {:error, "--require-gain: #{optimizer} scores nothing; measure with mix dspex.eval"}
+
+  defp scores(optimizer, gain) when gain != nil and is_atom(optimizer) and optimizer != nil,
+    do: scores(Atom.to_string(optimizer), gain)
+
+  defp scores(_optimizer, _gain), do: :ok
+
+  defp write(state, out), do: StateFile.write(out, [Baseline.sorted_json(state), "\n"])
 
   ## The run, and what it reports
 
-  defp optimize(file, definition, options, out) do
+  defp optimize(file, definition, options, switches) do
+    out = switches[:out]
+
     outcome =
       EvaluationFile.with_server(file, fn server ->
         Interrupt.during(fn -> follow(server, definition, options, out) end)
       end)
 
     case outcome do
-      {{:ok, result}, best} -> finished(result, best, out)
+      {{:ok, result}, _best} -> finished(result, out, switches[:require_gain])
       {{:error, error}, best} -> {:error, explained(error, best, out)}
       {:interrupted, nil} -> {:error, "stopped before the first candidate; nothing was written"}
-      {:interrupted, best} -> Mix.shell().info("stopped; " <> kept(best, out))
+      {:interrupted, best} -> interrupted(best, out, switches[:require_gain])
       {:error, error} -> {:error, error}
     end
+  end
+
+  defp interrupted(best, out, gain) do
+    Mix.shell().info("stopped; " <> kept(best, out))
+    require_gain(nil, gain)
   end
 
   # In a task: whatever it waits for, this process gets the signals, and can end it.
@@ -242,13 +258,33 @@ defmodule Mix.Tasks.Dspex.Optimize do
   defp better(_event, best, _out), do: best
 
   # The state is that at the beginning.
-  defp finished(%{stopped: budget, score: nil}, _best, _out) when budget != nil,
+  defp finished(%{stopped: budget, score: nil}, _out, _gain) when budget != nil,
     do: {:error, "#{budget} were spent before the first candidate; nothing was written"}
 
-  defp finished(result, _best, out) do
+  defp finished(result, out, gain) do
+    known = if result.score && result.baseline, do: result.score - result.baseline
+    not_better = if known && known < @same, do: "not better than before\n"
+
     with :ok <- write(result.state, out) do
-      Mix.shell().info("#{result}\nthe state is in #{out}")
+      Mix.shell().info("#{result}\n#{not_better}the state is in #{out}")
+      require_gain(known, gain)
     end
+  end
+
+  defp require_gain(_known, nil), do: :ok
+
+  defp require_gain(nil, gain),
+    do: failed("the gain is not known, and --require-gain is #{gain}")
+
+  defp require_gain(known, gain) when known < gain - @same,
+    do: failed("the gain is #{Evaluate.Table.number(known)}, below --require-gain #{gain}")
+
+  defp require_gain(_known, _gain), do: :ok
+
+  @spec failed(String.t()) :: no_return()
+  defp failed(text) do
+    Mix.shell().error("failed: " <> text)
+    exit({:shutdown, 1})
   end
 
   defp explained(error, nil, _out), do: error

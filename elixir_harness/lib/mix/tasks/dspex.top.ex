@@ -6,9 +6,9 @@ defmodule Mix.Tasks.Dspex.Top do
 
       $ mix dspex.top --node my_app@10.0.0.7
       my_app@10.0.0.7  2026-01-01T00:00:00Z
-      bridge  state     pid pending runs queued    p50   p99 errors memory restarts calls/s uptime
-      Pool 1  running 40117      12   12      0 812 ms 2.1 s      3 141 MB        0      14  3 min
-      Pool 2  running 40120      11   11      0 797 ms 2.0 s      0 139 MB        1      13   41 s
+      bridge  state     pid pending runs queued limited    p50   p99 errors memory restarts calls/s uptime
+      Pool 1  running 40117      12   12      0       0 812 ms 2.1 s      3 141 MB        0      14  3 min
+      Pool 2  running 40120      11   11      0       2 797 ms 2.0 s      0 139 MB        1      13   41 s
 
       run                on     done score failed LM calls time
       evaluate triage    Pool 96/250 0.823      1       97 11 s
@@ -21,7 +21,7 @@ defmodule Mix.Tasks.Dspex.Top do
       are those of `t:DSPex.PythonBridge.Top.peer/0`, and `runs`, whose are those of `t:DSPex.PythonBridge.Top.run/0`
 
   The columns: calls that wait for a reply in the BEAM (`pending`), `execute_program` calls that run in Python
-  (`runs`) or wait for a slot there (`queued`), the median and the 99th percentile of the last 1000 of them, how many of
+  (`runs`) or wait for a slot there (`queued`), LM calls that wait for the limits of their account (`limited`), the median and the 99th percentile of the last 1000 of them, how many of
   all that this process has run failed (`errors`), its memory, how often it was replaced, calls per second since the
   last table (of all commands but `get_stats`, which this task uses), and how long it has run. `-` is unknown:
   while a peer starts, for example, or if it does not answer within half a second.

@@ -65,7 +65,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   test "a peer that does not answer is replaced after max_failures misses, which then count from 0" do
     # Answers the start's ping and two checks.
     bridge = start_bridge(fake_opts("silent", env: %{"FAKE_ANSWERS" => "3"}))
-    monitor = start_monitor(bridge, max_failures: 3)
+    monitor = start_monitor(bridge, max_failures: 3, timeout: 500)
     old = Bridge.get_status(bridge).os_pid
 
     assert %{status: :healthy} = Monitor.force_health_check(monitor)

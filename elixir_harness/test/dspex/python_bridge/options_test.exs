@@ -199,6 +199,9 @@ defmodule DSPex.PythonBridge.OptionsTest do
     test "expands a relative script" do
       {:ok, options} = Options.new(script_path: "peer.py")
       assert options.script_path == Path.expand("peer.py")
+      # One that is only in the package.
+      {:ok, options} = Options.new(script_path: "python/dspy_bridge.py")
+      assert options.script_path == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
     end
   end
 

@@ -36,6 +36,29 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     assert Bridge.get_status().os_pid != old
   end
 
+  test "two run beside each other whose bridges have names of their own, in one tree, too" do
+    [one, two] = bridges = for n <- ["One", "Two"], do: Module.concat(__MODULE__, n)
+    children = for bridge <- bridges, do: {BridgeSupervisor, bridge: [name: bridge] ++ echo()}
+
+    start_supervised!(%{
+      id: :tree,
+      start: {Supervisor, :start_link, [children, [strategy: :one_for_one]]}
+    })
+
+    start_supervised!({BridgeSupervisor, bridge: echo()})
+
+    for bridge <- bridges do
+      assert {:ok, _} = Bridge.call(bridge, :echo)
+      assert %{status: :healthy} = Monitor.force_health_check(Module.concat(bridge, "Monitor"))
+      assert is_pid(Process.whereis(Module.concat(bridge, "Supervisor")))
+    end
+
+    assert Bridge.get_status(one).os_pid != Bridge.get_status(two).os_pid
+    assert %{status: :healthy} = Monitor.force_health_check()
+    ids = for n <- [:a, :b], do: BridgeSupervisor.child_spec(bridge: [name: {:global, n}]).id
+    assert ids == [{:global, :a}, {:global, :b}]
+  end
+
   test "two, under names of their own" do
     for n <- [:one, :two] do
       name = Module.concat(__MODULE__, n)
@@ -62,7 +85,7 @@ defmodule DSPex.PythonBridge.SupervisorTest do
       Bridge.get_status().restarts == 0 and Bridge.get_status().state == :failed
     end)
 
-    assert Bridge.call(:ping, %{}, 300) == {:error, :timeout}
+    assert {:error, "the Python process does not start: " <> _why} = Bridge.call(:ping)
     assert Process.whereis(Bridge) == bridge
   end
 

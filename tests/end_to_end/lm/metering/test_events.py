@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from shared_peers import shared_peer
 from dspy_bridge.lm.metering.lm_events import MOST
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why is the sky blue?"}}
-TIMES = {"started_ms", "duration_ms"}
+TIMES = {"started_ms", "wait_ms", "duration_ms", "first_chunk_ms"}
 HOST = """
 import dspy
 
@@ -57,17 +58,73 @@ def test_a_call_has_its_model_tokens_and_times_and_no_contents(make: Any, stream
     while "success" not in (reply := peer.receive()):
         assert "lm_events" not in json.dumps(reply)
     (event,) = events(reply)
-    assert event["duration_ms"] > 0 and event["started_ms"] > 0
-    assert without_times(event) == {
+    assert event["duration_ms"] > 0 and event["started_ms"] > 0 and event["wait_ms"] == 0
+    assert 0 < event["first_chunk_ms"] < event["duration_ms"] if stream else event["first_chunk_ms"] is None
+    # LiteLLM makes 0 of what nobody tells.
+    assert event["reasoning_tokens"] in (None, 0)
+    assert without_times({**event, "reasoning_tokens": None}) == {
         "model": "openai/stub",
         "input_tokens": 11,
         "output_tokens": 7,
+        "cached_tokens": None,
+        "reasoning_tokens": None,
+        "cost_usd": None,
         "cached": False,
         "finish_reason": "stop",
         "error_type": None,
     }
     assert reply["meta"]["lm_calls"] == 1, "the rest of meta is there, too"
     assert not re.search("sky|Rayleigh", json.dumps(reply["meta"]))
+
+
+def test_what_the_provider_tells_of_tokens_and_what_a_call_cost(start_lm: Any) -> None:
+    body = completion("m", chat(answer="a"))
+    body["usage"]["prompt_tokens_details"] = {"cached_tokens": 5}
+    body["usage"]["completion_tokens_details"] = {"reasoning_tokens": 3}
+    with programs_at(start_lm, "openai/gpt-4o-mini") as make:
+        peer, _ = make((200, body))
+        reply = peer.call("execute_program", ASK, lm_events=True)
+    (event,) = events(reply)
+    assert (event["cached_tokens"], event["reasoning_tokens"]) == (5, 3)
+    assert event["cost_usd"] == reply["meta"]["cost_usd"] > 0
+
+
+@pytest.mark.parametrize("way", [{}, BY_LITELLM], ids=["own", "litellm"])
+@pytest.mark.parametrize("header", [{"Retry-After": "1"}, {}], ids=["told", "not told"])
+def test_what_a_call_waits_after_a_refusal_is_not_its_duration(
+    make: Any, way: dict[str, Any], header: dict[str, str]
+) -> None:
+    """Without a header DSPy waits a second, too."""
+    refusal = 429, {"error": {"message": "slow down"}}, header
+    key = f"sk-events-{len(way)}-{len(header)}"
+    peer, _ = make(script(refusal, chat(answer="a")), {"num_retries": 2, "api_key": key, **way})
+    reply = peer.call("execute_program", ASK, lm_events=True)
+    (event,) = events(reply)
+    assert 900 < event["wait_ms"] == reply["meta"]["wait_ms"]
+    assert event["started_ms"] + event["wait_ms"] + event["duration_ms"] <= reply["meta"]["duration_ms"] + 0.01
+    assert peer.call("get_stats")["result"]["lm_waiting"] == 0
+
+
+def test_a_call_that_waits_for_a_limit_is_counted_and_its_wait_is_told(make: Any) -> None:
+    peer, server = make(chat(answer="a"), {"max_in_flight": 1, "api_key": "sk-events-in-flight"})
+    server.gate.clear()
+    first = peer.request("execute_program", ASK, lm_events=True)
+    assert server.arrived.acquire(timeout=PATIENCE)
+    second = peer.request("execute_program", ASK, lm_events=True)
+    while peer.call("get_stats")["result"]["lm_waiting"] == 0:
+        pass
+    began = time.monotonic()
+    assert peer.call("ping")["success"]
+    least = (time.monotonic() - began) * 1000
+    peer.send({"cancel": second})
+    (event,) = events(reply := peer.receive())
+    assert (reply["id"], event["error_type"]) == (second, "unfinished")
+    assert least < event["wait_ms"] == reply["meta"]["wait_ms"]
+    while peer.call("get_stats")["result"]["lm_waiting"] == 1:
+        pass
+    server.gate.set()
+    (event,) = events(reply := peer.receive())
+    assert reply["id"] == first and event["wait_ms"] < event["duration_ms"]
 
 
 def test_the_page_has_a_row_for_each_key(make: Any) -> None:

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import BY_LITELLM, LacksFeature, lm_env, programs_at
 from lm_server import Answer, Ended, LMServer, chat, completion, script
-from peer import DSPY, PATIENCE, Peer
+from peer import DSPY, PATIENCE, ROOT, Peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
 PRICED = "openai/gpt-4o-mini"
 # 11 tokens of prompt and 7 of answer, at 0.15 and 0.60 dollars a million.
 COST = 11 * 0.15e-6 + 7 * 0.6e-6
-NOTHING = {"lm_usage": {}, "lm_calls": 0, "cache_hits": 0, "finish_reasons": [], "fallbacks": 0, "cost_usd": 0.0}
+HOST = """
+import dspy
+
+class Many(dspy.Module):
+    async def aforward(self, question):
+        for number in range(60):
+            await dspy.settings.lm.acall(f"{question} {number}")
+        return dspy.Prediction(answer="done")
+"""
+NOTHING = {
+    "wait_ms": 0.0,
+    "lm_usage": {},
+    "lm_calls": 0,
+    "cache_hits": 0,
+    "finish_reasons": [],
+    "fallbacks": 0,
+    "cost_usd": 0.0,
+}
 
 
 @pytest.fixture
@@ -240,3 +258,18 @@ def test_the_calls_of_a_batch_are_in_the_order_of_their_start(make: Any) -> None
     assert meta["lm_calls"] == len(meta["finish_reasons"]) == 3 + more and meta["fallbacks"] == more
     assert sorted(meta["finish_reasons"]) == ["content_filter"] * (1 + more) + ["stop", "stop"]
     assert meta["cost_usd"] == pytest.approx((3 + more) * COST)
+
+
+@pytest.mark.slow
+def test_answers_are_not_kept_until_the_end_of_a_run(start_lm: Any, folder: Path) -> None:
+    """60 calls of 2 MB, in a run without and in one with meta."""
+    server = start_lm("x" * 2_000_000)
+    env = {**lm_env(server), "PYTHONPATH": f"{ROOT}:{folder}", "DSPY_BRIDGE_ALLOW_MODULES": "host"}
+    most = []
+    for envelope in ({}, {"meta": True}, {"lm_events": True}):
+        with Peer(env=env) as peer:
+            peer.call("create_program", {"id": "qa", "signature": "question -> answer", "program_type": "host:Many"})
+            assert peer.call("execute_program", ASK, **envelope)["success"]
+            status = Path(f"/proc/{peer.process.pid}/status").read_text()
+            most.append(int(status.split("VmHWM:")[1].split()[0]) / 1000)
+    assert max(most) < most[0] + 50, most

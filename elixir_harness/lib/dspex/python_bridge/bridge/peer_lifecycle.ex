@@ -7,14 +7,15 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   # So no call finds its programs missing. Pings need none, and go to `next` meanwhile, if there is no `peer`.
   #
   # When the `peer` dies, a `next` is started, after a delay that grows while no peer is of any use
-  # (`DSPex.PythonBridge.Bridge.Backoff`). The bridge never gives up: calls wait within their own timeouts.
+  # (`DSPex.PythonBridge.Bridge.Backoff`). The bridge never gives up. While none starts,
+  # calls wait within their own timeouts, and after `max_retries` further attempts fail at once.
   #
   # A restart starts a `next` while the `peer` goes on serving. When the new one takes over, the other is `old`: it
   # finishes its calls, and is ended.
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.Bridge.{Backoff, Peer, ProgramReplay, StartDiagnosis, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, LoadCounters}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
 
@@ -91,6 +92,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
     # First, so that callers who get the error do not choose this peer again.
     put_slot(state, :down)
+    working? = Dispatcher.busy?(state.in_flight, peer.port)
     state = %{end_peer(%{state | peer: nil}, peer, :died, why) | last_error: why}
 
     if state.next do
@@ -98,9 +100,9 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       # It need not wait for the last changes of this one any longer.
       load_programs(%{state | status: :restarting})
     else
-      {delay, state} = try_again(state, not Peer.of_use?(peer))
+      {delay, state} = try_again(state, not Peer.of_use?(peer), working?)
       Status.death(state, peer, :warning, why, "next attempt in #{delay} ms")
-      state
+      refuse_calls(state)
     end
   end
 
@@ -153,13 +155,27 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   end
 
   defp not_started(state, next, why) do
-    {delay, state} = try_again(%{state | last_error: why}, true)
-    explain(state, next, why, "next attempt in #{delay} ms")
+    state = %{state | last_error: with_explanation(state.last_error, why)}
+    # A program that it was loading may have ended it.
+    {delay, state} = try_again(state, true, match?(%Peer{loads: %{}}, next))
+    state = explain(state, next, why, "next attempt in #{delay} ms")
     answer_restarts(state, {:error, "the Python process did not start: #{why}"})
   end
 
-  defp try_again(state, early?) do
-    {delay, backoff} = Backoff.died(state.backoff, early?)
+  # That of an attempt that failed in the same way.
+  defp with_explanation(before, why),
+    do: if(before && String.starts_with?(before, why <> ": "), do: before, else: why)
+
+  # Calls do not wait for a Python that does not start. Those of a pool know other bridges.
+  defp refuse_calls(%{status: :failed, last_error: reason} = state) do
+    put_slot(state, {:failed, reason})
+    %{state | in_flight: InFlight.fail_all(state.in_flight, {:not_started, reason}, :held)}
+  end
+
+  defp refuse_calls(state), do: state
+
+  defp try_again(state, early?, working?) do
+    {delay, backoff} = Backoff.died(state.backoff, early?, working?)
     hopeless? = Backoff.hopeless?(backoff, state.options.max_retries)
     status = if hopeless?, do: :failed, else: :restarting
     {delay, set_timer(%{state | backoff: backoff, status: status}, delay, :open)}
@@ -176,17 +192,21 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
 
     spawn(fn -> ServerGuard.run(diagnose) end)
+    state
   end
 
-  defp explain(state, next, why, then), do: Status.death(state, next, :warning, why, then)
+  defp explain(state, next, why, then) do
+    Status.death(state, next, :warning, why, then)
+    refuse_calls(state)
+  end
 
   @doc "Logs why a peer did not start, with the line that it wrote, if any."
   @spec explained(State.t(), Peer.t(), String.t(), String.t() | nil, String.t()) :: State.t()
   def explained(state, next, why, explanation, then) do
     Status.death(state, next, :warning, explanation || why, then)
     # Something else may have happened meanwhile.
-    if state.last_error == why and explanation,
-      do: %{state | last_error: explanation},
+    if state.last_error && with_explanation(state.last_error, why) == state.last_error,
+      do: refuse_calls(%{state | last_error: explanation || state.last_error}),
       else: state
   end
 
@@ -206,9 +226,12 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     cond do
       state.next -> state
       state.peer -> open_next(state)
-      true -> open(%{cancel_timer(state) | backoff: Backoff.new()})
+      true -> open(%{cancel_timer(state) | backoff: Backoff.new(), status: trying(state.status)})
     end
   end
+
+  defp trying(:failed), do: :restarting
+  defp trying(status), do: status
 
   defp open_next(state),
     do: open(%{state | in_flight: Handover.hold_changes(state.in_flight)})
@@ -330,7 +353,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   defp put_slot(%{options: %{slot: nil}}, _slot_state), do: :ok
 
   defp put_slot(%{options: %{slot: {counters, index, coordinator, _monitor}}}, slot_state) do
-    LoadCounters.put_state(counters, index, slot_state)
+    LoadCounters.put_state(counters, index, if(slot_state == :ready, do: :ready, else: :down))
 
     with pid when is_pid(pid) <- Process.whereis(coordinator),
          do: send(pid, {:slot, index, slot_state})

@@ -26,6 +26,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # With hundreds of calls at once, a heap of this size (160 KB) takes 6 % of the CPU off each: it is collected less often.
   @heap_words 20_000
 
+  # How long a start waits at most for the name of a bridge whose starter is gone.
+  @name_ms 1_000
+
   @doc "Kills and replaces a peer that does not react; its calls are sent again. For the monitor."
   @spec replace(GenServer.server()) :: :ok
   def replace(bridge), do: GenServer.cast(bridge, :replace)
@@ -34,7 +37,34 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @spec start_link(Options.t()) :: GenServer.on_start()
   def start_link(%Options{name: name} = options) do
     Registry.declare(:bridge, __MODULE__)
-    GenServer.start_link(__MODULE__, options, if(name, do: [name: name], else: []))
+    start_link(options, if(name, do: [name: name], else: []), Deadline.new(@name_ms))
+  end
+
+  # A bridge whose starter has exited gives its name back as soon as it hears of that.
+  defp start_link(options, opts, deadline) do
+    with {:error, {:already_started, bridge}} = taken <-
+           GenServer.start_link(__MODULE__, options, opts) do
+      if left_behind?(bridge) and Deadline.left(deadline) > 0 do
+        wait(bridge, deadline)
+        start_link(options, opts, deadline)
+      else
+        taken
+      end
+    end
+  end
+
+  defp left_behind?(bridge) do
+    with true <- node(bridge) == node() and Registry.member?(:bridge, bridge),
+         {:parent, starter} when is_pid(starter) <- Process.info(bridge, :parent),
+         do: not Process.alive?(starter),
+         else: (_not_or_gone -> not Process.alive?(bridge))
+  end
+
+  # It answers after what it has been sent before.
+  defp wait(bridge, deadline) do
+    GenServer.call(bridge, :get_status, Deadline.left(deadline))
+  catch
+    :exit, _gone_or_busy -> :ok
   end
 
   @impl GenServer
@@ -101,6 +131,18 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       ),
       do: handle_info(message, %{state | in_flight: Calls.heard(state.in_flight)})
 
+  def handle_info({port, {:data, frame}}, %{options: %{max_frame_bytes: max}} = state)
+      when is_port(port) and is_binary(frame) and byte_size(frame) > max do
+    case Protocol.route(frame) do
+      {:reply, id} ->
+        text = "the reply has #{byte_size(frame)} bytes; max_frame_bytes is #{max}"
+        state |> reply_came(port, id, Protocol.refusal_frame(id, text)) |> noreply(frame)
+
+      _others ->
+        state |> unreadable_frame() |> noreply(frame)
+    end
+  end
+
   def handle_info({port, {:data, frame}}, state) when is_port(port) and is_binary(frame) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
@@ -164,8 +206,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:dropped, _few}, state), do: {:noreply, state}
 
-  def handle_info({:timeout, timer, :acquit}, state),
-    do: {:noreply, %{state | in_flight: Dispatcher.acquit(state.in_flight, timer)}}
+  def handle_info({:timeout, timer, :window}, state) when is_reference(timer),
+    do: {:noreply, %{state | in_flight: Dispatcher.window_over(state.in_flight, timer)}}
 
   def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
     do: {:noreply, PeerLifecycle.timer_fired(%{state | timer: nil}, what)}
@@ -208,6 +250,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # read would not see the end of its input, and would keep the BEAM from stopping.
   @impl GenServer
   def terminate(reason, state) do
+    # First: whoever starts the next one does not wait for this one's end.
+    give_back(state.options.name)
     peers = State.peers(state)
     state = if normal?(reason), do: finish_calls(state), else: state
     if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
@@ -218,6 +262,11 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     # Others may have ended while calls were finished.
     for peer <- State.peers(state), do: Status.down(state, peer, :stopped)
   end
+
+  defp give_back(nil), do: :ok
+  defp give_back({:global, name}), do: :global.unregister_name(name)
+  defp give_back({:via, registry, name}), do: registry.unregister_name(name)
+  defp give_back(name), do: if(Process.whereis(name) == self(), do: Process.unregister(name))
 
   defp normal?(reason), do: reason in [:normal, :shutdown] or match?({:shutdown, _}, reason)
 
@@ -267,10 +316,14 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp request_came(state, request) do
     max = state.options.max_frame_bytes
+    InFlight.arrived(state.in_flight, request)
 
     cond do
       state.status == :stopping ->
         refuse(state, request, :bridge_not_running)
+
+      state.status == :failed and request.retry != :pool ->
+        refuse(state, request, {:not_started, state.last_error})
 
       InFlight.pending(state.in_flight) >= state.options.max_pending and
           not of_coordinator?(request) ->
@@ -360,7 +413,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # The first is logged, the rest counted: a peer may send many.
   defp unreadable_frame(state) do
     if state.unreadable_frames == 0 do
-      text = "sent a frame without a readable id, or not readable itself; more are only counted"
+      text =
+        "sent a frame without a readable id, too large, or not readable itself; more are only counted"
+
       Status.log(state, state.peer || state.next, :warning, text)
     end
 

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Calls do
   # reply is `DSPex.PythonBridge.Calls.Events`'.
 
   alias DSPex.PythonBridge.{Calls, Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, LoadCounters, Request}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
   alias DSPex.PythonBridge.OTP.Deadline
 
   @doc "Accepts a request."
@@ -23,11 +23,12 @@ defmodule DSPex.PythonBridge.Calls do
         change: request.change && stamped(request.change),
         at: Dispatcher.free_peer(in_flight, request),
         since: now,
+        told?: false,
         streamed?: false,
         bound?: false
     }
 
-    Dispatcher.offer(in_flight, id, request)
+    tap(Dispatcher.offer(in_flight, id, request), &InFlight.show_load/1)
   end
 
   # A caller keeps its own time, and is monitored; a cast has no caller that could.
@@ -66,24 +67,25 @@ defmodule DSPex.PythonBridge.Calls do
   # A peer that hangs would look idle, since each abandoned call is counted out. A peer that works sends
   # something soon, if only the reply to the cancel.
   defp suspect_silence(
-         %InFlight{slot: {counters, index, _coordinator, monitor}, to: port} = in_flight,
+         %InFlight{slot: {_counters, _index, _coordinator, monitor}, to: port} = in_flight,
          %Request{at: port}
        )
        when port != nil do
-    LoadCounters.silent(counters, index)
     GenServer.cast(monitor, :unanswered)
-    %{in_flight | silent?: true}
+    show_silence(in_flight, true)
   end
 
   defp suspect_silence(in_flight, _request), do: in_flight
 
   @doc "Ends the suspicion of silence: the peer that serves has sent something."
   @spec heard(InFlight.t()) :: InFlight.t()
-  def heard(%InFlight{slot: {counters, index, _coordinator, monitor}} = in_flight) do
-    LoadCounters.heard(counters, index)
+  def heard(%InFlight{slot: {_counters, _index, _coordinator, monitor}} = in_flight) do
     GenServer.cast(monitor, :heard)
-    %{in_flight | silent?: false}
+    show_silence(in_flight, false)
   end
+
+  defp show_silence(in_flight, silent?),
+    do: tap(%{in_flight | silent?: silent?}, &InFlight.show_load/1)
 
   @doc "Sends a reply to its caller; `:nobody` if no call has this id (any longer)."
   @spec deliver(InFlight.t(), pos_integer(), binary()) :: {:ok, InFlight.t()} | :nobody
@@ -95,7 +97,7 @@ defmodule DSPex.PythonBridge.Calls do
       {request, in_flight} ->
         if request.change, do: note_change(in_flight, request.change, request.body, frame)
         InFlight.answer(request, {:frame, frame})
-        {:ok, Dispatcher.answered(in_flight, id)}
+        {:ok, Dispatcher.answered(in_flight)}
     end
   end
 

@@ -1,26 +1,24 @@
 defmodule DSPex.PythonBridge.Calls.Dispatcher do
   @moduledoc false
-  # Which call goes to which peer, and when. At most one peer serves; calls are held while none does. While calls
-  # are tried that may have killed a peer (`DSPex.PythonBridge.Calls.Quarantine`), all others are held, too. What a
-  # peer's start and end do to its calls is `DSPex.PythonBridge.Calls.Handover`'s.
+  # Which call goes to which peer, and when. At most one peer serves; calls are held while none does. Calls that may
+  # have killed a peer wait for each other (`DSPex.PythonBridge.Calls.Suspects`). What a peer's start and end do to its
+  # calls is `DSPex.PythonBridge.Calls.Handover`'s.
 
   alias DSPex.PythonBridge.{Calls, Protocol}
-  alias DSPex.PythonBridge.Calls.{InFlight, Quarantine, Request, SendQueue}
+  alias DSPex.PythonBridge.Calls.{InFlight, Request, SendQueue, Suspects}
   alias DSPex.PythonBridge.OTP.Deadline
 
   @doc "The peer that a new call can be sent to at once, or nil."
   @spec free_peer(InFlight.t(), Request.t()) :: port() | nil
-  # The last condition of the last clause is not the usual one. A ping does not kill a peer, and the monitor must not
-  # take a trial for a peer that hangs.
   def free_peer(%InFlight{to: nil, loading: nil}, _request), do: nil
 
   def free_peer(%InFlight{to: nil, loading: port}, request),
     do: if(Protocol.ping?(request.body), do: port)
 
-  def free_peer(%InFlight{to: port, quarantine: quarantine} = in_flight, %Request{} = request) do
+  # Pings bypass all: they cannot crash a peer, and a held ping looks like a hang to the Monitor.
+  def free_peer(%InFlight{to: port} = in_flight, %Request{} = request) do
     free? =
-      (not quarantine.trial? and :gb_sets.is_empty(in_flight.held) and
-         not Quarantine.suspect?(quarantine, request.deaths) and
+      (:gb_sets.is_empty(in_flight.held) and not deadly?(in_flight, request) and
          (request.change == nil or not in_flight.hold_changes?)) or Protocol.ping?(request.body)
 
     if free?, do: port
@@ -39,12 +37,10 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     %{in_flight | calls: calls, send_queues: send_queues, next_id: id + 1}
   end
 
-  @doc "To be called when a call was answered: others may have waited for that."
-  @spec answered(InFlight.t(), pos_integer()) :: InFlight.t()
-  def answered(%InFlight{quarantine: %Quarantine{trial?: false}} = in_flight, _id), do: in_flight
-
-  def answered(%InFlight{} = in_flight, id),
-    do: advance(%{in_flight | quarantine: Quarantine.leave(in_flight.quarantine, id)})
+  @doc "To be called when a call has ended: the next suspect may have waited for that."
+  @spec answered(InFlight.t()) :: InFlight.t()
+  def answered(%InFlight{} = in_flight),
+    do: if(Suspects.due?(in_flight.suspects), do: advance(in_flight), else: in_flight)
 
   @doc """
   Withdraws a call that nobody waits for any longer: it is taken back if it still waits to be written, else
@@ -56,7 +52,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     do: in_flight |> InFlight.release(id, request) |> advance()
 
   def withdraw(in_flight, id, request),
-    do: in_flight |> take_from_peer(id, request) |> answered(id)
+    do: in_flight |> take_from_peer(id, request) |> answered()
 
   defp take_from_peer(
          %InFlight{send_queues: send_queues} = in_flight,
@@ -124,24 +120,38 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   @doc "Whether nothing waits to be written, except what the writers of the send queues hold."
   @spec all_written?(InFlight.t()) :: boolean()
   def all_written?(%InFlight{} = in_flight) do
-    :gb_sets.is_empty(in_flight.held) and not Quarantine.any?(in_flight.quarantine) and
+    :gb_sets.is_empty(in_flight.held) and not Suspects.any_waits?(in_flight.suspects) and
       Enum.all?(in_flight.send_queues, fn {_port, send_queue} -> SendQueue.empty?(send_queue) end)
   end
 
-  @doc "To be called when the timer `:acquit` has fired: the suspects on trial have outlived their time."
-  @spec acquit(InFlight.t(), reference()) :: InFlight.t()
-  def acquit(%InFlight{} = in_flight, timer),
-    do: advance(%{in_flight | quarantine: Quarantine.acquit(in_flight.quarantine, timer)})
+  @doc "To be called when the timer `:window` has fired: the next suspect is sent."
+  @spec window_over(InFlight.t(), reference()) :: InFlight.t()
+  def window_over(%InFlight{window_timer: timer} = in_flight, timer),
+    do: in_flight |> close_window() |> advance()
+
+  # Of an earlier window.
+  def window_over(%InFlight{} = in_flight, _timer), do: in_flight
+
+  @doc "Closes the window of the suspect that was sent last, if any: no peer serves, or another one."
+  @spec close_window(InFlight.t()) :: InFlight.t()
+  def close_window(%InFlight{} = in_flight),
+    do: %{in_flight | suspects: Suspects.close_window(in_flight.suspects, Deadline.now())}
 
   ## Held calls, and when they are sent
 
-  @doc "Holds a call."
-  @spec hold(InFlight.t(), pos_integer(), Request.t()) :: InFlight.t()
-  def hold(%InFlight{} = in_flight, id, request) do
-    if Quarantine.suspect?(in_flight.quarantine, request.deaths),
-      do: %{in_flight | quarantine: Quarantine.add(in_flight.quarantine, id, request.deaths)},
+  @doc "Holds a call, as a suspect if it is one already, `suspect?` says so, or peers have died with it."
+  @spec hold(InFlight.t(), pos_integer(), Request.t(), suspect? :: boolean()) :: InFlight.t()
+  def hold(%InFlight{} = in_flight, id, request, suspect? \\ false) do
+    suspect? = suspect? or Suspects.member?(in_flight.suspects, id) or deadly?(in_flight, request)
+
+    if suspect? and not Protocol.ping?(request.body),
+      do: %{in_flight | suspects: Suspects.add(in_flight.suspects, id, Deadline.now())},
       else: %{in_flight | held: :gb_sets.add(id, in_flight.held)}
   end
+
+  # Two peers have died with it, or it has only one retry left.
+  defp deadly?(_in_flight, %Request{deaths: 0}), do: false
+  defp deadly?(in_flight, request), do: request.deaths >= min(2, in_flight.max_retries)
 
   @doc "Sends the held pings to a peer that is up and loads programs, if none serves: they need no program."
   @spec give_pings(InFlight.t()) :: InFlight.t()
@@ -160,27 +170,22 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   @spec advance(InFlight.t()) :: InFlight.t()
   def advance(%InFlight{to: nil} = in_flight), do: in_flight
 
-  def advance(%InFlight{quarantine: quarantine} = in_flight) do
-    cond do
-      Quarantine.trying?(quarantine) ->
-        in_flight
+  def advance(%InFlight{} = in_flight), do: in_flight |> give_held() |> give_suspects()
 
-      not Quarantine.any?(quarantine) ->
-        give_held(%{in_flight | quarantine: Quarantine.stop(quarantine)})
-
-      # Each of these may kill the peer, and a suspect with it.
-      not quarantine.trial? and busy?(in_flight, in_flight.to) ->
-        ids = for {id, _request} <- Calls.Table.at(in_flight.calls, in_flight.to), do: id
-        %{in_flight | quarantine: Quarantine.try_out(quarantine, ids)}
-
-      # They may change the programs, which are being loaded into the next peer: it will get them.
-      in_flight.hold_changes? ->
-        in_flight
-
-      true ->
-        {ids, quarantine} = Quarantine.take_group(quarantine)
-        give_all(%{in_flight | quarantine: Quarantine.try_out(quarantine, ids)}, ids)
+  defp give_suspects(%InFlight{held: held, suspects: suspects} = in_flight) do
+    if Suspects.due?(suspects) do
+      {ids, window_ms, suspects} = Suspects.next(suspects, Deadline.now())
+      held = :gb_sets.union(held, :gb_sets.from_list(ids))
+      in_flight = give_held(%{in_flight | held: held, suspects: suspects})
+      if window_ms, do: start_window(in_flight, window_ms), else: give_suspects(in_flight)
+    else
+      in_flight
     end
+  end
+
+  defp start_window(%InFlight{window_timer: before} = in_flight, window_ms) do
+    if before, do: :erlang.cancel_timer(before, async: true, info: false)
+    %{in_flight | window_timer: :erlang.start_timer(window_ms, self(), :window)}
   end
 
   defp give_held(%InFlight{held: held} = in_flight) do

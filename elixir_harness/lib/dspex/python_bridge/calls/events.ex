@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Calls.Events do
   # What a peer and a caller send each other between a request and its reply. All of it belongs to a call at one
   # peer: after the call has been sent to another peer, messages to or from its earlier peer are ignored.
 
-  alias DSPex.PythonBridge.Calls
+  alias DSPex.PythonBridge.{Calls, Protocol}
   alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, NodeMessage, Request}
   alias DSPex.PythonBridge.Tools.Invocation
 
@@ -15,13 +15,36 @@ defmodule DSPex.PythonBridge.Calls.Events do
         # DSPex.PythonBridge.Client.StreamProxy waits for it, and for the tool calls below.
         send(request.ref, {request.ref, :chunk, frame})
 
-        if request.streamed?,
-          do: {:ok, in_flight},
-          else: {:ok, replace(in_flight, id, %{without_body(request) | streamed?: true})}
+        {:ok, note_chunk(in_flight, id, request, frame)}
 
       _none ->
         :nobody
     end
+  end
+
+  # After the first one that cannot be taken back the others are not looked at.
+  defp note_chunk(in_flight, _id, %Request{streamed?: true}, _frame), do: in_flight
+
+  defp note_chunk(in_flight, id, request, frame) do
+    cond do
+      not Protocol.repeatable?(frame) ->
+        replace(in_flight, id, %{without_body(request) | streamed?: true})
+
+      request.told? ->
+        in_flight
+
+      true ->
+        replace(in_flight, id, %{request | told?: true})
+    end
+  end
+
+  @doc "Tells the caller of a call that is sent again, if it has been sent something."
+  @spec restarted(Request.t()) :: :ok
+  def restarted(%Request{told?: false}), do: :ok
+
+  def restarted(%Request{ref: ref}) do
+    send(ref, {ref, :chunk, Protocol.restarted_chunk()})
+    :ok
   end
 
   # It is not sent again, so only a change of the programs needs the body.

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Calls.Handover do
   # calls are held for the next one, `max_retries` times at most.
 
   alias DSPex.PythonBridge.Calls
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Quarantine, Request, SendQueue}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, SendQueue, Suspects}
   alias DSPex.PythonBridge.OTP.Deadline
 
   @doc "Adds a peer that was started. Until `loading/2` only `Dispatcher.own_request/3` sends to it."
@@ -23,8 +23,10 @@ defmodule DSPex.PythonBridge.Calls.Handover do
     in_flight =
       if in_flight.to in [nil, port], do: in_flight, else: take_back(in_flight, in_flight.to)
 
-    quarantine = Quarantine.stop(in_flight.quarantine)
-    in_flight = %{in_flight | to: port, loading: nil, quarantine: quarantine}
+    # Another peer was silent.
+    heard? = in_flight.silent? and in_flight.to != port
+    in_flight = if heard?, do: Calls.heard(in_flight), else: in_flight
+    in_flight = Dispatcher.close_window(%{in_flight | to: port, loading: nil})
     Dispatcher.advance(%{in_flight | hold_changes?: false})
   end
 
@@ -65,52 +67,80 @@ defmodule DSPex.PythonBridge.Calls.Handover do
     # A program that it loads has ended it, not the pings that it had.
     how = if in_flight.loading == port, do: :unsent, else: how
     in_flight = if how == :unsent, do: %{in_flight | loading: nil}, else: in_flight
-    in_flight = if how == :died, do: learn(in_flight, calls), else: in_flight
+    {held, sent} = Enum.split_with(calls, fn {id, _request} -> id in unwritten end)
 
-    calls
-    |> Enum.reduce(in_flight, fn {id, request}, in_flight ->
-      lost_call(in_flight, id, request, if(id in unwritten, do: :unsent, else: how))
-    end)
+    in_flight
+    |> lost_calls(held, :unsent)
+    |> lost_calls(sent, how)
     |> release_pools()
     |> Dispatcher.give_pings()
     |> Dispatcher.advance()
   end
 
-  defp none_serves(in_flight),
-    do: %{in_flight | to: nil, quarantine: Quarantine.stop(in_flight.quarantine)}
+  defp none_serves(in_flight), do: Dispatcher.close_window(%{in_flight | to: nil})
+
+  defp lost_calls(in_flight, calls, :died) do
+    sent = for {id, request} <- calls, do: {id, request.since}
+    {verdicts, suspects?, suspects} = Suspects.died(in_flight.suspects, sent, Deadline.now())
+
+    for {id, request} <- calls, reduce: %{in_flight | suspects: suspects} do
+      in_flight ->
+        case Map.fetch!(verdicts, id) do
+          :innocent ->
+            lost_call(in_flight, id, request, :spared, false)
+
+          :likely when request.deaths >= in_flight.max_retries ->
+            lost_call(in_flight, id, request, :spared, false)
+
+          _counted ->
+            lost_call(in_flight, id, request, :died, suspects?)
+        end
+    end
+  end
+
+  defp lost_calls(in_flight, calls, how) do
+    for {id, request} <- calls, reduce: in_flight do
+      in_flight -> lost_call(in_flight, id, request, how, false)
+    end
+  end
 
   # What has begun a tool, or was streamed from, was written.
-  defp lost_call(in_flight, id, %Request{bound?: true}, _how),
+  defp lost_call(in_flight, id, %Request{bound?: true}, _how, _suspect?),
     do: InFlight.fail(in_flight, id, :tool_begun)
 
-  defp lost_call(in_flight, id, %Request{streamed?: true}, how),
+  defp lost_call(in_flight, id, %Request{streamed?: true}, how, _suspect?),
     do: InFlight.fail(in_flight, id, failure(how))
 
-  defp lost_call(in_flight, id, %Request{retry: :pool}, how),
-    do: InFlight.fail(in_flight, id, {:died, if(how == :died, do: :sent, else: :unsent)})
+  defp lost_call(in_flight, id, %Request{retry: :pool}, how, _suspect?),
+    do: InFlight.fail(in_flight, id, {:died, pool_failure(how)})
 
-  defp lost_call(in_flight, id, %Request{retry: :never}, how) when how in [:died, :replaced],
+  defp lost_call(in_flight, id, %Request{retry: :never}, how, _suspect?) when how != :unsent,
     do: InFlight.fail(in_flight, id, failure(how))
 
-  defp lost_call(%{max_retries: most} = in_flight, id, %Request{deaths: deaths}, :died)
+  defp lost_call(%{max_retries: most} = in_flight, id, %{deaths: deaths}, :died, _suspect?)
        when deaths >= most,
        do: InFlight.fail(in_flight, id, :python_process_died)
 
-  defp lost_call(in_flight, id, request, :unsent), do: hold(in_flight, id, %{request | at: nil})
-
-  defp lost_call(in_flight, id, %Request{deaths: deaths} = request, how) do
-    deaths = if how == :died, do: deaths + 1, else: deaths
-    in_flight = %{in_flight | resent: in_flight.resent + 1}
-    hold(in_flight, id, %{request | at: nil, deaths: deaths})
+  defp lost_call(in_flight, id, request, how, suspect?) do
+    Calls.Events.restarted(request)
+    deaths = if how == :died, do: request.deaths + 1, else: request.deaths
+    request = %{request | at: nil, deaths: deaths, told?: false}
+    resent = if how == :unsent, do: in_flight.resent, else: in_flight.resent + 1
+    hold(%{in_flight | resent: resent}, id, request, suspect?)
   end
 
-  defp hold(%InFlight{calls: calls} = in_flight, id, request) do
+  defp hold(%InFlight{calls: calls} = in_flight, id, request, suspect? \\ false) do
     in_flight = %{in_flight | calls: Calls.Table.replace(calls, id, request)}
-    Dispatcher.hold(in_flight, id, request)
+    Dispatcher.hold(in_flight, id, request, suspect?)
   end
 
-  defp failure(:died), do: :python_process_died
   defp failure(:replaced), do: :replaced
+  defp failure(_died), do: :python_process_died
+
+  defp pool_failure(:died), do: :sent
+  defp pool_failure(:unsent), do: :unsent
+  # It may be sent again, and is not blamed.
+  defp pool_failure(_spared_or_replaced), do: :spared
 
   # A pool knows other peers, and need not wait for the next one.
   defp release_pools(%InFlight{to: nil} = in_flight) do
@@ -120,11 +150,4 @@ defmodule DSPex.PythonBridge.Calls.Handover do
   end
 
   defp release_pools(in_flight), do: in_flight
-
-  defp learn(in_flight, []), do: in_flight
-
-  defp learn(in_flight, calls) do
-    first = calls |> Enum.map(fn {_id, request} -> request.since end) |> Enum.min()
-    %{in_flight | quarantine: Quarantine.learn(in_flight.quarantine, Deadline.now() - first)}
-  end
 end

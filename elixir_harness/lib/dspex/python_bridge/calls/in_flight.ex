@@ -7,15 +7,17 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   # also the keys, and the order, of the send queues and of the calls that are held; a control frame takes one, too.
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{LoadCounters, Quarantine, Request, SendQueue}
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request, SendQueue, Suspects}
+  alias DSPex.PythonBridge.OTP.Deadline
 
   # The longest head that request_frame/3 puts before a body.
   @head_bytes 64
 
-  @enforce_keys [:max_retries, :programs, :slot, :quarantine]
-  defstruct [:max_retries, :programs, :slot, :quarantine, :to, :loading] ++
+  @enforce_keys [:max_retries, :programs, :slot]
+  defstruct [:max_retries, :programs, :slot, :to, :loading, :window_timer] ++
               [calls: Calls.Table.new(), held: :gb_sets.empty(), send_queues: %{}] ++
               [
+                suspects: %Suspects{},
                 cancelled_changes: %{},
                 silent?: false,
                 hold_changes?: false,
@@ -25,7 +27,8 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
   @typedoc """
   `to`: the port of the peer that serves. `loading`: that of the next one, once it is up: it answers pings while none
-  serves. `held`: the ids of the calls that no peer has, but for suspects.
+  serves. `held`: the ids of the calls that no peer has, but for suspects that wait.
+  `window_timer`: of the suspect that was sent last.
   `cancelled_changes`: changes of the programs that were sent and whose callers wait no longer, by the port
   of their peer and by id; no port has an empty map. `silent?`: in a pool, whether the peer has sent nothing since
   a call to it was given up. `resent`: how many times a call was sent again, or will be.
@@ -34,11 +37,12 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
           max_retries: non_neg_integer(),
           programs: Programs.Store.table(),
           slot: LoadCounters.slot() | nil,
-          quarantine: Quarantine.t(),
           to: port() | nil,
           loading: port() | nil,
           calls: Calls.Table.t(),
           held: :gb_sets.set(pos_integer()),
+          suspects: Suspects.t(),
+          window_timer: reference() | nil,
           send_queues: %{port() => SendQueue.t()},
           cancelled_changes: %{port() => %{pos_integer() => {Programs.Store.change(), binary()}}},
           silent?: boolean(),
@@ -53,8 +57,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
     %__MODULE__{
       max_retries: options.max_retries,
       programs: programs,
-      slot: options.slot,
-      quarantine: Quarantine.new(options.max_retries)
+      slot: options.slot
     }
   end
 
@@ -76,7 +79,6 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   @doc "Refuses a request that was not accepted."
   @spec refuse(t(), Request.t(), Request.failure()) :: t()
   def refuse(%__MODULE__{} = in_flight, %Request{} = request, failure) do
-    count_out(in_flight, request)
     answer(request, {:error, failure})
     in_flight
   end
@@ -101,10 +103,8 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
   @doc "Removes a call from the held ones, if it is one of them."
   @spec release(t(), pos_integer(), Request.t()) :: t()
-  def release(%__MODULE__{} = in_flight, id, %Request{at: nil, deaths: deaths}) do
-    held = :gb_sets.delete_any(id, in_flight.held)
-    %{in_flight | held: held, quarantine: Quarantine.drop(in_flight.quarantine, id, deaths)}
-  end
+  def release(%__MODULE__{} = in_flight, id, %Request{at: nil}),
+    do: %{in_flight | held: :gb_sets.delete_any(id, in_flight.held)}
 
   def release(in_flight, _id, _request), do: in_flight
 
@@ -117,23 +117,39 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
       {request, calls} ->
         unwatch(request.watch)
-        count_out(in_flight, request)
-        {request, drop_results(%{in_flight | calls: calls}, id, request)}
+        in_flight = forget(%{in_flight | calls: calls}, id)
+        show_load(in_flight)
+        {request, drop_results(in_flight, id, request)}
     end
   end
 
   # For each reply.
-  @compile {:inline, unwatch: 1, count_out: 2, drop_results: 3}
+  @compile {:inline, unwatch: 1, show_load: 1, arrived: 2, forget: 2, drop_results: 3}
 
   # No flush: a message that either has already sent will find no call.
   defp unwatch({:monitor, ref}), do: Process.demonitor(ref)
   defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
 
-  # The caller has counted it in.
-  defp count_out(%__MODULE__{slot: {counters, index, _, _}}, %Request{retry: :pool}),
-    do: LoadCounters.done(counters, index)
+  @doc "In a pool: a request has come, whether it is accepted or not."
+  @spec arrived(t(), Request.t()) :: :ok
+  def arrived(%__MODULE__{slot: {counters, index, _, _}}, %Request{ticket: ticket})
+      when ticket != nil,
+      do: LoadCounters.arrived(counters, index, ticket)
 
-  defp count_out(_in_flight, _request), do: :ok
+  def arrived(_in_flight, _request), do: :ok
+
+  @doc "In a pool: shows the callers how many calls the bridge has."
+  @spec show_load(t()) :: :ok
+  def show_load(%__MODULE__{slot: nil}), do: :ok
+
+  def show_load(%__MODULE__{slot: {counters, index, _, _}, calls: calls, silent?: silent?}),
+    do: LoadCounters.put_calls(counters, index, Calls.Table.size(calls), silent?)
+
+  defp forget(%__MODULE__{suspects: %Suspects{records: none}} = in_flight, _id) when none == %{},
+    do: in_flight
+
+  defp forget(%__MODULE__{suspects: suspects} = in_flight, id),
+    do: %{in_flight | suspects: Suspects.drop(suspects, id, Deadline.now())}
 
   # Results of its tools that still wait to be written. The bridge is sent `{:dropped, bytes}`, to collect garbage.
   defp drop_results(

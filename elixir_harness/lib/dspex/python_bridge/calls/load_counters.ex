@@ -3,31 +3,30 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   # The load and readiness of a pool's bridges, in `:atomics`: callers choose a bridge in well under a microsecond
   # and ask no process.
   #
-  # Each bridge has a slot, numbered from 1, of three words, each with one kind of writer:
+  # Each bridge has a slot, numbered from 1, of six words, each with one kind of writer:
   #
-  #   * calls: the number of calls that the bridge has. Callers increment it before they send (`take/2`), the bridge
-  #     decrements it (`done/2`). Its upper half counts the lives of the bridge's process: a caller whose call never
-  #     reached the bridge decrements it, but only in the same life (`give_back/3`); each life starts at 0 (`reset/2`). The
-  #     bit between the two, with which a bridge looks busier than any other, is set by the bridge when a call was given
-  #     up and its peer has sent nothing since (`silent/2`, `heard/2`)
+  #   * calls: the number of calls that the bridge has, and a bit with which a bridge looks busier than any other: its
+  #     peer is silent (`put_calls/4`). The bridge writes it
+  #   * sent: how many calls were sent to the bridge, ever, and when the last one was. A caller writes both right before it
+  #     sends (`ticket/2`), so that many that choose at once do not all choose the same bridge
+  #   * received: the last of their numbers that the bridge has received (`arrived/3`). So calls that were never sent,
+  #     since their callers were killed, count until the next call arrives, or for `@on_the_way_ms`
   #   * ready: 0, or a number that grows from one readiness to the next, so that the smallest is that of the peer that has
   #     been up longest. The bridge writes it
   #   * checked out: 0 or 1. The pool's coordinator writes it
   #
   # A value may be outdated when it is used: a bridge may die right after it. Then the caller gets the error.
-  #
-  # A caller that is killed after `take/2`, and before it has sent the call some microseconds later, leaves its count until
-  # the next life of the bridge, which until then looks busier than it is by one.
 
   import Bitwise
 
-  @lives_shift 32
-  @silent 1 <<< (@lives_shift - 1)
-  @calls_mask @silent - 1
-  @rank_mask @silent ||| @calls_mask
+  alias DSPex.PythonBridge.OTP.Deadline
+
+  @silent 1 <<< 31
+  # If the last call to a bridge was sent longer ago, none is on its way any more: one takes microseconds.
+  @on_the_way_ms 20
   # Word 1 is where the next search starts, so that equally busy bridges are used round-robin.
   @turn 1
-  @words_per_slot 3
+  @words_per_slot 6
 
   @typedoc "The slots of one pool."
   @opaque t :: {:atomics.atomics_ref(), pos_integer()}
@@ -35,8 +34,8 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   @typedoc "A bridge's slot in its pool, and the names of the pool's coordinator and of the bridge's monitor."
   @type slot :: {t(), index(), coordinator :: atom(), monitor :: atom()}
   @type state :: :down | :ready
-  @typedoc "The number of a life of a bridge's process."
-  @type life :: non_neg_integer()
+  @typedoc "The number of a call to a bridge."
+  @type ticket :: pos_integer()
 
   @doc "Counters with that many slots, all down."
   @spec new(pos_integer()) :: t()
@@ -48,33 +47,32 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
 
   ## For the bridge
 
-  @doc "Starts a life of a bridge's process, without calls and without a peer."
+  @doc "A bridge's process starts, without calls and without a peer."
   @spec reset(t(), index()) :: :ok
   def reset({ref, _size} = counters, index) do
     put_state(counters, index, :down)
-    change(ref, calls(index), fn word -> ((word >>> @lives_shift) + 1) <<< @lives_shift end)
+    :atomics.put(ref, calls(index), 0)
+    :atomics.put(ref, received(index), :atomics.get(ref, sent(index)))
   end
 
   @doc "Sets whether the bridge's peer may get calls."
   @spec put_state(t(), index(), state()) :: :ok
   def put_state({ref, _size}, index, :down), do: :atomics.put(ref, ready(index), 0)
 
-  def put_state({ref, _size} = counters, index, :ready) do
-    heard(counters, index)
-    :atomics.put(ref, ready(index), System.unique_integer([:positive, :monotonic]))
-  end
+  def put_state({ref, _size}, index, :ready),
+    do: :atomics.put(ref, ready(index), System.unique_integer([:positive, :monotonic]))
 
-  @doc "Marks a bridge whose peer had a call that was given up, and has sent nothing since."
-  @spec silent(t(), index()) :: :ok
-  def silent({ref, _size}, index), do: change(ref, calls(index), &(&1 ||| @silent))
+  @doc "The bridge has received the call of this number."
+  @spec arrived(t(), index(), ticket()) :: :ok
+  def arrived({ref, _size}, index, ticket), do: :atomics.put(ref, received(index), ticket)
 
-  @doc "Removes the mark: the peer has sent something."
-  @spec heard(t(), index()) :: :ok
-  def heard({ref, _size}, index), do: change(ref, calls(index), &(&1 &&& bnot(@silent)))
-
-  @doc "Counts a call out that was counted by `take/2`."
-  @spec done(t(), index()) :: :ok
-  def done({ref, _size}, index), do: change(ref, calls(index), &one_less/1)
+  @doc """
+  Sets the number of calls that the bridge has. It is `silent?` if a call to its peer was given up, and that has sent nothing
+  since.
+  """
+  @spec put_calls(t(), index(), non_neg_integer(), silent? :: boolean()) :: :ok
+  def put_calls({ref, _size}, index, count, silent?),
+    do: :atomics.put(ref, calls(index), if(silent?, do: count ||| @silent, else: count))
 
   ## For callers
 
@@ -88,21 +86,18 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
     search(ref, size, start, size, excluded, preference, nil, nil)
   end
 
-  @doc "Counts a call in, right before it is sent."
-  @spec take(t(), index()) :: life()
-  def take({ref, _size}, index), do: :atomics.add_get(ref, calls(index), 1) >>> @lives_shift
-
-  @doc "Counts a call out that never reached the bridge, whose process had ended."
-  @spec give_back(t(), index(), life()) :: :ok
-  def give_back({ref, _size}, index, life) do
-    change(ref, calls(index), fn word ->
-      if word >>> @lives_shift == life, do: one_less(word), else: word
-    end)
+  @doc "The number of a call that is sent next."
+  @spec ticket(t(), index()) :: ticket()
+  def ticket({ref, _size}, index) do
+    # First, so that no new call looks old.
+    :atomics.put(ref, sent_at(index), Deadline.now())
+    :atomics.add_get(ref, sent(index), 1)
   end
 
-  @doc "The number of calls of a bridge."
+  @doc "The number of calls that a bridge has, or that are on their way to it."
   @spec busy(t(), index()) :: non_neg_integer()
-  def busy({ref, _size}, index), do: :atomics.get(ref, calls(index)) &&& @calls_mask
+  def busy({ref, _size}, index),
+    do: on_the_way_too(ref, index, :atomics.get(ref, calls(index))) &&& bnot(@silent)
 
   @doc "The number of the peer's readiness; 0 if it may not get calls."
   @spec ready_since(t(), index()) :: non_neg_integer()
@@ -135,10 +130,21 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   ## Words
 
   # For each call.
-  @compile {:inline, calls: 1, ready: 1, checked_out: 1, free?: 2, rank: 3, change: 3}
+  @compile {:inline,
+            calls: 1,
+            ready: 1,
+            sent: 1,
+            received: 1,
+            sent_at: 1,
+            checked_out: 1,
+            free?: 2,
+            rank: 3}
 
-  defp calls(index), do: @words_per_slot * index - 1
-  defp ready(index), do: @words_per_slot * index
+  defp calls(index), do: @words_per_slot * index - 4
+  defp ready(index), do: @words_per_slot * index - 3
+  defp received(index), do: @words_per_slot * index - 2
+  defp sent(index), do: @words_per_slot * index - 1
+  defp sent_at(index), do: @words_per_slot * index
   defp checked_out(index), do: @words_per_slot * index + 1
 
   defp free?(ref, index),
@@ -158,22 +164,18 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
     end
   end
 
-  defp rank(ref, index, :least_busy), do: :atomics.get(ref, calls(index)) &&& @rank_mask
+  defp rank(ref, index, :least_busy),
+    do: on_the_way_too(ref, index, :atomics.get(ref, calls(index)))
 
   # More than any number of a readiness.
   defp rank(ref, index, :longest_up),
     do: :atomics.get(ref, ready(index)) + ((:atomics.get(ref, calls(index)) &&& @silent) <<< 32)
 
-  # Never below 0, which would change the number of the life.
-  defp one_less(word) when (word &&& @calls_mask) == 0, do: word
-  defp one_less(word), do: word - 1
+  defp on_the_way_too(ref, index, calls) do
+    on_the_way = :atomics.get(ref, sent(index)) - :atomics.get(ref, received(index))
 
-  defp change(ref, at, fun), do: change(ref, at, fun, :atomics.get(ref, at))
-
-  defp change(ref, at, fun, word) do
-    case :atomics.compare_exchange(ref, at, word, fun.(word)) do
-      :ok -> :ok
-      other -> change(ref, at, fun, other)
-    end
+    if on_the_way > 0 and Deadline.now() - :atomics.get(ref, sent_at(index)) < @on_the_way_ms,
+      do: calls + on_the_way,
+      else: calls
   end
 end

@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Calls.Request do
   @moduledoc false
-  # One request of a caller. The caller sends `{:request, request}` to the bridge, which fills in the last five fields,
+  # One request of a caller. The caller sends `{:request, request}` to the bridge, which fills in the last six fields,
   # keeps the struct until the reply, and sends the body to a peer.
   #
   #   * `ref`, `pid`: the caller's alias and process; both nil for a cast, which gets no reply
@@ -10,23 +10,28 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #   * `retry`: what happens when a peer dies with it: the bridge sends it again (`:bridge`), it fails (`:never`),
   #     or the caller, which knows other peers, gets the error (`:pool`)
   #   * `deaths`: how many peers have died with it
+  #   * `ticket`: of a pool's call, its number (`DSPex.PythonBridge.Calls.LoadCounters`)
   #   * `stream?`, `tools?`: whether the caller takes chunks, and whether it has given tools
   #   * `watch`: the monitor of the caller, or the timer of a cast
   #   * `deadline`: `timeout` in the bridge's time
   #   * `at`, `since`: the port of the peer that has it, or nil, and since when
-  #   * `streamed?`, `bound?`: whether the caller has been sent a chunk, or has begun a tool that must not be called
-  #     again; if so, there is no retry
+  #   * `told?`: whether the caller has been sent a status or an item, which may come again
+  #   * `streamed?`, `bound?`: whether the caller has been sent any other chunk, or has begun a tool that must not be
+  #     called again; if so, there is no retry
 
+  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Store
 
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
+  # What a word of `:atomics` takes.
+  @max_ticket 9_223_372_036_854_775_807
 
   @enforce_keys [:body]
-  defstruct [:ref, :pid, :body, :change, :watch, :deadline, :at, :since] ++
+  defstruct [:ref, :pid, :body, :change, :ticket, :watch, :deadline, :at, :since] ++
               [timeout: :infinity, retry: :bridge, deaths: 0] ++
-              [stream?: false, tools?: false, streamed?: false, bound?: false]
+              [stream?: false, tools?: false, told?: false, streamed?: false, bound?: false]
 
   @type t :: %__MODULE__{
           ref: reference() | nil,
@@ -36,12 +41,14 @@ defmodule DSPex.PythonBridge.Calls.Request do
           change: Store.change() | repair() | nil,
           retry: retry(),
           deaths: non_neg_integer(),
+          ticket: LoadCounters.ticket() | nil,
           stream?: boolean(),
           tools?: boolean(),
           watch: {:monitor, reference()} | {:timer, reference()} | nil,
           deadline: Deadline.t() | nil,
           at: port() | nil,
           since: integer() | nil,
+          told?: boolean(),
           streamed?: boolean(),
           bound?: boolean()
         }
@@ -63,7 +70,8 @@ defmodule DSPex.PythonBridge.Calls.Request do
           | :tool_begun
           | :bridge_not_running
           | :overloaded
-          | {:died, :sent | :unsent}
+          | {:died, :sent | :spared | :unsent}
+          | {:not_started, String.t()}
           | {:too_large, pos_integer(), pos_integer()}
 
   defguardp is_timeout(timeout) when timeout == :infinity or timeout in 0..@max_timeout
@@ -77,6 +85,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   def valid?(%__MODULE__{ref: ref, pid: pid, timeout: timeout, deaths: deaths} = request)
       when is_caller(ref, pid, timeout) and is_binary(request.body) and
              request.retry in [:bridge, :never, :pool] and is_integer(deaths) and deaths >= 0 and
+             (request.ticket == nil or request.ticket in 1..@max_ticket) and
              is_boolean(request.stream?) and is_boolean(request.tools?),
       do: true
 

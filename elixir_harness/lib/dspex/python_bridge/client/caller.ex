@@ -173,6 +173,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, Error.new(:frame_too_large, text)}
   end
 
+  def read({:error, {:not_started, reason}}), do: {:error, Error.not_started(reason)}
   def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
 
   def read({:error, :replaced}) do

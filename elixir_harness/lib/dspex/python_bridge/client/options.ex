@@ -31,6 +31,15 @@ defmodule DSPex.PythonBridge.Client.Options do
   def of_stream,
     do: [:timeout, :retry, :tools, :history, :traceparent, :telemetry_metadata | @arguments]
 
+  @doc "The timeout of a whole evaluation or optimization, by default `:infinity`; or the text that refuses it."
+  @spec whole_timeout(keyword()) :: {:ok, timeout()} | {:error, String.t()}
+  def whole_timeout(opts) do
+    case Keyword.get(opts, :timeout, :infinity) do
+      timeout when timeout == :infinity or timeout in 1..@max_timeout -> {:ok, timeout}
+      _other -> {:error, ":timeout: expected 1 to #{@max_timeout} ms or :infinity"}
+    end
+  end
+
   @doc """
   Checks options; only the `allowed` ones are accepted. The error names the wrong one. The timeout is checked when
   the call is made.

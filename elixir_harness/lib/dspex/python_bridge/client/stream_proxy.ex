@@ -36,12 +36,9 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
           :dest => Invocation.bridge(),
           :deadline => Deadline.t(),
           :request => Request.t(),
-          optional(:permit) => permit(),
           optional(:again?) => boolean(),
           optional(:args | :server) => term()
         }
-  @typedoc "Whether the request may be sent, has been, or may not be any more."
-  @type permit :: :atomics.atomics_ref()
   # watch: the monitor of the caller. pool?: whether the caller knows other peers. again?: as in the call. asked: the caller's alias, while it
   # waits.
   @typep t :: %__MODULE__{
@@ -70,17 +67,6 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     call = Map.drop(call, [:args, :server])
     spawn(fn -> ServerGuard.run(fn -> init(call, tools, caller) end) end)
   end
-
-  @doc "The permission for a proxy to send its request: for a caller that has to know whether it has."
-  @spec permit() :: permit()
-  def permit, do: :atomics.new(1, [])
-
-  @doc "Takes it back from a proxy that has ended or been stopped; false if the request has been sent."
-  @spec revoke(permit()) :: boolean()
-  def revoke(permit), do: :atomics.compare_exchange(permit, 1, 0, -1) == :ok
-
-  defp permitted?(%{permit: permit}), do: :atomics.compare_exchange(permit, 1, 0, 1) == :ok
-  defp permitted?(_call), do: true
 
   @doc """
   Waits for the frame of the next chunk, or for the reply, after which nothing follows.
@@ -132,16 +118,13 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     state =
       Map.merge(state, %{pool?: request.retry == :pool, again?: again?, chunks: :queue.new()})
 
-    make(struct!(__MODULE__, state), call, request)
+    make(struct!(__MODULE__, state), request)
   end
 
-  defp make(state, call, request) do
+  defp make(state, request) do
     case Tools.Runner.attend(state.tools) do
-      :ok ->
-        if permitted?(call), do: send_and_loop(state, request), else: :ok
-
-      :bound ->
-        over(state, {:error, :tool_begun})
+      :ok -> send_and_loop(state, request)
+      :bound -> over(state, {:error, :tool_begun})
     end
   end
 
@@ -193,10 +176,12 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
-  # With the first one it is certain that the run is not sent again, unless its caller takes them twice.
+  # With the first one that cannot come again it is certain that the run is not sent again, unless its caller takes them
+  # twice.
   defp keep_chunk(%__MODULE__{streamed?: streamed?, again?: again?} = state, frame) do
-    if not streamed? and not again?, do: Tools.Runner.bound(state.tools)
-    %{state | streamed?: true, chunks: :queue.in(frame, state.chunks)}
+    first? = not streamed? and not again? and not Protocol.repeatable?(frame)
+    if first?, do: Tools.Runner.bound(state.tools)
+    %{state | streamed?: streamed? or first?, chunks: :queue.in(frame, state.chunks)}
   end
 
   defp hand_out(%__MODULE__{asked: nil} = state), do: loop(state)

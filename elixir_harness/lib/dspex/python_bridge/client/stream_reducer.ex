@@ -24,15 +24,18 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
            open()}
   @type open :: (keyword() -> {:open, call(), binary() | nil} | Caller.result())
   @typedoc """
-  A call under way. `holder`: of its functions. `conclude` makes the reply the result; `dest` is sent
-  `:unreadable_frame`.
+  A call under way. `holder`: of its functions. `conclude` makes the reply the result, or says how the call is made again: not
+  if the reply is `:final`, since chunks were given that cannot come again. `dest` is sent `:unreadable_frame`.
   """
   @type call :: %{
-          proxy: pid(),
-          holder: pid() | nil,
-          dest: Caller.dest(),
-          deadline: Deadline.t(),
-          conclude: (Request.reply() -> Caller.result())
+          :proxy => pid(),
+          :holder => pid() | nil,
+          :dest => Caller.dest(),
+          :deadline => Deadline.t(),
+          :conclude => (Request.reply(), :final | :repeatable ->
+                          Caller.result()
+                          | {:again, (-> {:open, call(), binary()} | Caller.result())}),
+          optional(:follow) => term()
         }
   @typedoc "A chunk as the peer wrote it, with string keys; the last element is the result."
   @type element :: {:chunk, map()} | {:over, Caller.result()}
@@ -55,7 +58,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     # The body is large, and the call may take long.
     call = %{call | request: nil}
     under_way = %{proxy: proxy, holder: holder, dest: call.dest, deadline: call.deadline}
-    {:open, Map.put(under_way, :conclude, &Caller.conclude(call, &1)), nil}
+    conclude = fn reply, _chunks -> Caller.conclude(call, reply) end
+    {:open, Map.put(under_way, :conclude, conclude), nil}
   end
 
   @doc "Makes the call, calls `on_chunk` with each chunk, and returns the result."
@@ -87,36 +91,59 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   # Without a span, the events of the call are its caller's to emit.
   defp begin({_kind, _server, _command, _args, opts, open}, stream?, span, acc, fun) do
-    case open.([stream: stream?] ++ opts) do
-      {:open, call, nil} -> go_on({call, span}, {:cont, acc}, fun)
-      {:open, call, frame} -> go_on({call, span}, chunk({call, span}, frame, acc, fun), fun)
-      result -> over(result, span, acc, fun)
-    end
+    state = %{call: nil, again: nil, span: span, chunks: :repeatable, told?: false}
+    state = Map.merge(state, %{items: MapSet.new(), earlier: MapSet.new()})
+    opened(state, open.([stream: stream?] ++ opts), {:cont, acc}, fun)
   end
 
-  defp go_on({call, span} = under_way, {:cont, acc}, fun) do
+  # Its chunks, which the proxy keeps, come when the caller asks for them.
+  defp opened(state, {:open, call, nil}, step, fun), do: go_on(%{state | call: call}, step, fun)
+
+  defp opened(state, {:open, call, frame}, {:cont, acc}, fun),
+    do: chunk(%{state | call: call, again: nil}, frame, acc, fun)
+
+  defp opened(state, result, {:cont, acc}, fun), do: over(result, state.span, acc, fun)
+
+  # It is made again: the peer is gone.
+  defp go_on(%{again: open} = state, {:cont, _acc} = step, fun) when open != nil,
+    do: opened(state, open.(), step, fun)
+
+  defp go_on(%{call: call} = state, {:cont, acc}, fun) do
     case StreamProxy.next(call.proxy, call.deadline) do
-      {:chunk, frame} ->
-        go_on(under_way, chunk(under_way, frame, acc, fun), fun)
-
-      {:over, reply} ->
-        # A pool's proxy leaves it open after an error.
-        FunctionHolder.close(call.holder)
-        over(conclude(call, reply), span, acc, fun)
+      {:chunk, frame} -> chunk(state, frame, acc, fun)
+      {:over, reply} -> concluded(state, conclude(call, reply, state.chunks), acc, fun)
     end
   end
 
-  defp go_on(under_way, {:suspend, acc}, fun),
-    do: {:suspended, acc, &go_on(under_way, &1, fun)}
+  defp go_on(state, {:suspend, acc}, fun), do: {:suspended, acc, &go_on(state, &1, fun)}
 
-  defp go_on({call, span}, {:halt, acc}, _fun) do
-    StreamProxy.stop(call.proxy)
-    CallSpan.over(span, :cancelled)
+  defp go_on(state, {:halt, acc}, _fun) do
+    stop(state)
+    CallSpan.over(state.span, :cancelled)
     {:halted, acc}
   end
 
-  defp conclude(call, {:tools_begun, reply}), do: Caller.once(call.conclude.(reply))
-  defp conclude(call, reply), do: call.conclude.(reply)
+  defp stop(%{call: call, again: nil}), do: StreamProxy.stop(call.proxy)
+  defp stop(%{call: call}), do: FunctionHolder.close(call.holder)
+
+  defp conclude(call, {:tools_begun, reply}, _chunks),
+    do: Caller.once(call.conclude.(reply, :final))
+
+  defp conclude(call, reply, chunks), do: call.conclude.(reply, chunks)
+
+  defp concluded(state, {:again, open}, acc, fun) do
+    state = %{state | again: open}
+
+    if state.told?,
+      do: give(state, %{"status" => "restarted"}, acc, fun),
+      else: go_on(state, {:cont, acc}, fun)
+  end
+
+  defp concluded(%{call: call, span: span}, result, acc, fun) do
+    # A pool's proxy leaves it open after an error.
+    FunctionHolder.close(call.holder)
+    over(result, span, acc, fun)
+  end
 
   defp over(result, span, acc, fun) do
     last(fun.({:over, CallSpan.over(span, result)}, acc))
@@ -126,23 +153,41 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   defp last({:halt, acc}), do: {:halted, acc}
   defp last({:suspend, acc}), do: {:suspended, acc, &last/1}
 
-  defp chunk({call, _span} = under_way, frame, acc, fun) do
+  defp chunk(state, frame, acc, fun) do
+    state = if Protocol.repeatable?(frame), do: state, else: %{state | chunks: :final}
+
     case Protocol.decode_chunk(frame) do
+      {:ok, _id, %{"index" => index} = item} ->
+        if index in state.earlier,
+          do: go_on(state, {:cont, acc}, fun),
+          else: give(%{state | items: MapSet.put(state.items, index)}, item, acc, fun)
+
       {:ok, _id, chunk} ->
-        give(under_way, {:chunk, chunk}, acc, fun)
+        give(state, chunk, acc, fun)
 
       {:error, _reason} ->
-        send(call.dest, :unreadable_frame)
-        {:cont, acc}
+        send(state.call.dest, :unreadable_frame)
+        go_on(state, {:cont, acc}, fun)
     end
   end
 
-  defp give({call, span}, element, acc, fun) do
+  # The items of earlier peers have been given.
+  defp give(state, %{"status" => "restarted"} = chunk, acc, fun) do
+    state = %{state | told?: false, earlier: state.items}
+    go_on(state, call_back(state, {:chunk, chunk}, acc, fun), fun)
+  end
+
+  defp give(state, chunk, acc, fun) do
+    state = %{state | told?: true}
+    go_on(state, call_back(state, {:chunk, chunk}, acc, fun), fun)
+  end
+
+  defp call_back(state, element, acc, fun) do
     fun.(element, acc)
   catch
     kind, reason ->
-      StreamProxy.stop(call.proxy)
-      CallSpan.failed(span, kind, reason, __STACKTRACE__)
+      stop(state)
+      CallSpan.failed(state.span, kind, reason, __STACKTRACE__)
       :erlang.raise(kind, reason, __STACKTRACE__)
   end
 end

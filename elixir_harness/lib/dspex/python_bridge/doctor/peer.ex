@@ -129,7 +129,10 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
            do: "#{Declared.shown(id)}: #{text}"
          ) do
       [] when declared == [] ->
-        {:ok, "none are declared", nil, true}
+        text =
+          "none are configured; those that your code gives to a Bridge or Pool are not known here"
+
+        {:ok, text, nil, true}
 
       [] ->
         {:ok, "#{length(declared)} declared, and created", nil, true}

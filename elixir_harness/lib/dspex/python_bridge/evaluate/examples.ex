@@ -2,11 +2,44 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
   @moduledoc false
   # Examples as the caller gives them, and as the wire has them: two lists, the inputs and what is expected.
 
-  @type pair :: {inputs :: map(), expected :: map() | nil}
+  alias DSPex.PythonBridge.Program
+  alias DSPex.PythonBridge.Program.{Dump, Spec}
+  alias DSPex.PythonBridge.Tools.Outcome
+
+  @type pair :: {inputs :: map() | keyword(), expected :: map() | nil}
 
   @doc """
-  The columns of a list of examples; the second is nil if nothing is expected of any. The error is the index of what is
-  not an example.
+  The examples of an enumerable, which is asked for no more than are taken; or the text that refuses what is none. If it
+  raises, that is thrown as `{DSPex.PythonBridge.Evaluate.Examples, text}`.
+  """
+  @spec stream(term()) :: {:ok, Enumerable.t()} | {:error, String.t()}
+  def stream(examples) when is_list(examples) do
+    if List.improper?(examples), do: {:error, "expected a proper list"}, else: {:ok, examples}
+  end
+
+  # The streams of Elixir are functions of two arguments.
+  def stream(examples) do
+    if Enumerable.impl_for(examples) == nil or
+         (is_function(examples) and not is_function(examples, 2)) do
+      {:error, "expected an enumerable of examples"}
+    else
+      start = &Enumerable.reduce(examples, &1, fn example, _acc -> {:suspend, example} end)
+      {:ok, Stream.resource(fn -> start end, &next/1, &(&1 && &1.({:halt, nil})))}
+    end
+  end
+
+  defp next(continue) do
+    case continue.({:cont, nil}) do
+      {:suspended, example, continue} -> {[example], continue}
+      {ended, _acc} when ended in [:done, :halted] -> {:halt, nil}
+    end
+  catch
+    kind, reason -> throw({__MODULE__, Outcome.message(kind, reason, __STACKTRACE__)})
+  end
+
+  @doc """
+  The columns of a list of examples for the program of a module, as they are sent; the second is nil if nothing is expected
+  of any. The error is the index of what is not an example.
 
       iex> alias DSPex.PythonBridge.Evaluate.Examples
       iex> Examples.columns([{%{q: 1}, %{a: 2}}, %{q: 3}])
@@ -14,9 +47,10 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
       iex> Examples.columns([%{q: 3}, :none])
       {:error, 1}
   """
-  @spec columns([term()]) :: {:ok, [map()], [map()] | nil} | {:error, non_neg_integer()}
-  def columns(examples) do
-    pairs = Enum.map(examples, &pair/1)
+  @spec columns([term()], Spec.t() | nil) ::
+          {:ok, [map()], [map()] | nil} | {:error, non_neg_integer()}
+  def columns(examples, spec \\ nil) do
+    pairs = Enum.map(examples, &(&1 |> pair() |> as_sent(spec)))
 
     cond do
       index = Enum.find_index(pairs, &(&1 == nil)) ->
@@ -31,6 +65,11 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
     end
   end
 
+  defp as_sent(nil, _spec), do: nil
+
+  defp as_sent({inputs, expected}, spec),
+    do: {Program.Inputs.example(spec, inputs), expected && Dump.any(expected)}
+
   @doc "The text that refuses what is not an example."
   @spec refusal(String.t(), non_neg_integer()) :: String.t()
   def refusal(name, index),
@@ -38,8 +77,9 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
 
   @doc "The inputs of an example and what is expected, nil without; or nil for what is not an example."
   @spec pair(term()) :: pair() | nil
-  def pair({inputs, expected}) when is_map(inputs) and (is_map(expected) or expected == nil),
-    do: {inputs, expected}
+  def pair({inputs, expected}) when is_map(expected) or expected == nil do
+    if is_map(inputs) or (inputs != [] and Keyword.keyword?(inputs)), do: {inputs, expected}
+  end
 
   def pair(inputs) when is_map(inputs), do: {inputs, nil}
   def pair(_other), do: nil

@@ -34,10 +34,7 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
          true <-
            (is_integer(concurrency) and concurrency > 0) ||
              ":max_concurrency: expected 1 or more",
-         timeout = Keyword.get(opts, :timeout, :infinity),
-         true <-
-           (timeout == :infinity or (is_integer(timeout) and timeout > 0)) ||
-             ":timeout: expected ms greater than 0, or :infinity",
+         {:ok, timeout} <- Client.Options.whole_timeout(opts),
          on_result = Keyword.get(opts, :on_result, &Function.identity/1),
          true <- is_function(on_result, 1) || ":on_result: expected a function of one argument",
          {:ok, passed} <- Metric.add_tools(Keyword.take(opts, @passed), tools),

@@ -6,10 +6,11 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # They are made by tasks, which end with the caller. The examples stay in the caller's process: what a stream gives is
   # not held twice.
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Program}
   alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Protocol.Misfit
+  alias DSPex.PythonBridge.Tools.LargeFunction
 
   # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
   @requests 16
@@ -21,11 +22,19 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   The results in the order of the examples, and the sum of what the requests have used. `progress` is called with what is
   measured after each request, in the calling process.
   """
-  @spec run(term(), String.t(), Enumerable.t(), Options.t(), (Tally.t() -> term())) ::
+  @spec run(
+          term(),
+          {String.t(), Program.Spec.t() | nil},
+          Enumerable.t(),
+          Options.t(),
+          (Tally.t() -> term())
+        ) ::
           {:ok, [Result.item()], map()} | {:error, Error.t()}
   def run(server, program, examples, %Options{} = options, progress) do
     size = options.max_concurrency |> div(@requests) |> max(1) |> min(@most_examples)
     deadline = Deadline.new(options.timeout)
+    {tools, large} = LargeFunction.hold(Keyword.get(options.passed, :tools, %{}), self())
+    options = %{options | passed: Keyword.put(options.passed, :tools, tools)}
     request = request(server, program, options, deadline)
 
     # Its key in the process dictionary, where the examples wait for their results: a task would copy them twice.
@@ -45,7 +54,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         examples = Process.delete({waiting, number})
 
         with {:ok, results, meta} <- located(reply, number * size),
-             items = Result.items(examples, results, number * size),
+             {:ok, items} <- Result.items(examples, results, number * size),
              :ok <- in_time(items, options, deadline) do
           tally = Tally.add(tally, items, meta)
           progress.(tally)
@@ -59,7 +68,10 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         {:ok, tally} -> {:ok, Tally.items(tally), tally.usage}
         {:error, error} -> {:error, error}
       end
+    catch
+      {Examples, text} -> {:error, Error.new(:invalid_request, "examples: #{text}")}
     after
+      LargeFunction.close(large)
       for {{^waiting, _number} = key, _examples} <- Process.get(), do: Process.delete(key)
     end
   end
@@ -69,17 +81,19 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     {examples, number}
   end
 
-  defp request(server, program, options, deadline) do
+  defp request(server, {program, spec}, options, deadline) do
     call = if Pool.Handle.fetch(server), do: &Pool.spread/4, else: &Bridge.request/4
     args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
+    # Without the other options: each task gets a copy of what its function needs.
+    passed = options.passed
 
     fn {examples, number} ->
-      with {:ok, inputs, expected} <- columns(examples) do
+      with {:ok, inputs, expected} <- columns(examples, spec) do
         args = Map.put(args, :inputs, inputs)
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
         server
-        |> call.(:execute_program, args, [timeout: left(deadline)] ++ options.passed)
+        |> call.(:execute_program, args, [timeout: left(deadline)] ++ passed)
         |> placed(args)
       end
       |> then(&{number, &1})
@@ -90,8 +104,8 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   defp left(deadline), do: with(0 <- Deadline.left(deadline), do: 1)
 
   # Its index in the request, as the peer's errors have it.
-  defp columns(examples) do
-    with {:error, index} <- Examples.columns(examples),
+  defp columns(examples, spec) do
+    with {:error, index} <- Examples.columns(examples, spec),
          do: {:error, Error.new(:invalid_args, Examples.refusal("examples", index))}
   end
 
@@ -112,7 +126,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   end
 
   defp located({:error, error}, _before), do: {:error, error}
-  defp located({:ok, %{"results" => results}, meta}, _before), do: {:ok, results, meta}
+  defp located({:ok, result, meta}, _before), do: {:ok, result, meta}
 
   defp in_time(items, %Options{passed: passed, timeout: timeout}, deadline) do
     over? =

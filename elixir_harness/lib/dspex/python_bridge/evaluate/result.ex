@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
     * `failed` – how many runs failed
     * `results` – in the order of the examples, maps of `index`, `inputs`, `expected`, `prediction` (the outputs, with string
       keys; nil if the run failed), `error` (nil, or a `DSPex.PythonBridge.Error`), `score` and `feedback` (nil, or text)
-    * `usage` – the sums of `"lm_calls"`, `"cache_hits"`, `"cost_usd"` (nil if any is not known) and, by model, `"lm_usage"`
+    * `usage` – the sums of `"lm_calls"`, `"cache_hits"`, `"cost_usd"` (nil if any is not known), `"wait_ms"` and, by model, `"lm_usage"`
     * `duration_ms`
 
   `inspect/2`, `IO.inspect/1` and `IO.puts/1` show a table with the worst results first, contents included.
@@ -15,12 +15,15 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Evaluate.{Examples, Table}
 
+  # About the largest float.
+  @most 1.0e308
+
   @enforce_keys [:score, :failed, :results, :usage, :duration_ms]
   defstruct @enforce_keys
 
   @type item :: %{
           index: non_neg_integer(),
-          inputs: map(),
+          inputs: map() | keyword(),
           expected: map() | nil,
           prediction: map() | nil,
           error: Error.t() | nil,
@@ -59,21 +62,47 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   end
 
   @doc false
-  @spec items([term()], [map()], non_neg_integer()) :: [item()]
-  def items(examples, results, before) do
-    for {{example, result}, index} <- Enum.with_index(Enum.zip(examples, results), before) do
-      {inputs, expected} = Examples.pair(example)
-
-      %{
-        index: index,
-        inputs: inputs,
-        expected: expected,
-        prediction: result["result"],
-        error: error(result),
-        score: result["score"] / 1,
-        feedback: result["feedback"]
-      }
+  @spec items([term()], term(), non_neg_integer()) :: {:ok, [item()]} | {:error, Error.t()}
+  def items(examples, %{"results" => results}, before)
+      when is_list(results) and length(results) == length(examples) do
+    if Enum.all?(results, &valid?/1) do
+      numbered = Enum.with_index(Enum.zip(examples, results), before)
+      {:ok, for({{example, result}, index} <- numbered, do: item(example, result, index))}
+    else
+      invalid()
     end
+  end
+
+  def items(_examples, _other, _before), do: invalid()
+
+  # A peer may send anything.
+  defp invalid, do: {:error, Error.new(:internal, "the peer sent no valid results")}
+
+  defp valid?(%{"score" => score} = result) do
+    score?(score) and text?(result["feedback"]) and
+      case result do
+        %{"success" => true, "result" => %{}} -> true
+        %{"success" => false, "error" => text} -> is_binary(text)
+        _other -> false
+      end
+  end
+
+  defp valid?(_other), do: false
+
+  defp text?(feedback), do: feedback == nil or is_binary(feedback)
+
+  defp item(example, result, index) do
+    {inputs, expected} = Examples.pair(example)
+
+    %{
+      index: index,
+      inputs: inputs,
+      expected: expected,
+      prediction: result["result"],
+      error: error(result),
+      score: result["score"] / 1,
+      feedback: result["feedback"]
+    }
   end
 
   defp error(%{"success" => true}), do: nil
@@ -82,14 +111,33 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
     do: Error.from_peer(failure["error_type"], failure["error"], failure["retryable"])
 
   @doc false
+  @spec score?(term()) :: boolean()
+  # A whole number may be more than a float holds.
+  def score?(score), do: is_number(score) and abs(score) <= @most
+
+  @doc false
+  @spec count?(term()) :: boolean()
+  def count?(count), do: is_integer(count) and count >= 0
+
+  @doc false
   @spec add(map(), map()) :: map()
   def add(usage, meta) do
     meta
-    |> Map.take(~w(lm_calls cache_hits cost_usd lm_usage))
+    |> Map.take(~w(lm_calls cache_hits cost_usd wait_ms lm_usage))
+    |> Map.filter(fn {key, value} -> used?(key, value) end)
     |> Map.merge(usage, fn _key, one, other -> sum(one, other) end)
   end
 
-  defp sum(one, other) when is_number(one) and is_number(other), do: one + other
+  defp used?("lm_usage", value), do: is_map(value)
+  defp used?("cost_usd", value), do: value == nil or score?(value)
+  defp used?("wait_ms", value), do: score?(value)
+  defp used?(_calls, value), do: count?(value)
+
+  defp sum(one, other) when is_number(one) and is_number(other) do
+    one + other
+  rescue
+    ArithmeticError -> nil
+  end
 
   defp sum(one, other) when is_map(one) and is_map(other),
     do: Map.merge(one, other, fn _, a, b -> sum(a, b) end)

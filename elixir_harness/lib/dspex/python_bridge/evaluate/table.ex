@@ -56,6 +56,8 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
 
   defp fields(nil), do: ""
 
+  defp fields(%_module{} = struct), do: fields(Map.from_struct(struct))
+
   # Sorted: a map with atoms as keys has another order in each BEAM.
   defp fields(map) do
     map

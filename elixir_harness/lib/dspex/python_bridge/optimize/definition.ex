@@ -11,32 +11,38 @@ defmodule DSPex.PythonBridge.Optimize.Definition do
   @expected "definition: expected a map with an id and what else create_program takes, or a module with " <>
               "`use DSPex.PythonBridge.Program`"
 
-  @enforce_keys [:id, :given, :tools, :functions]
+  @enforce_keys [:id, :given, :tools, :spec]
   defstruct @enforce_keys
 
   @typedoc """
-  `given`: the definition. `tools`: the names of its tools. `functions`: those that the module has for them.
+  `given`: the definition. `tools`: the names of its tools. `spec`: the program, if it is a module's, which has functions for them.
   """
-  @type t :: %__MODULE__{id: String.t(), given: map(), tools: [String.t()], functions: map()}
+  @type t :: %__MODULE__{
+          id: String.t(),
+          given: map(),
+          tools: [String.t()],
+          spec: Program.Spec.t() | nil
+        }
 
   @doc "Reads a definition, or gives the text that refuses it."
   @spec new(term()) :: {:ok, t()} | {:error, String.t()}
   def new(module) when is_atom(module) and module not in [nil, true, false] do
-    if Code.ensure_loaded?(module) and function_exported?(module, :definition, 0),
-      do: read(module.definition(), Program.Tools.functions(module)),
-      else: {:error, @expected}
+    case Programs.Declared.one(module) do
+      {:ok, _declared} -> read(module.definition(), Program.Tools.spec(module))
+      {:error, text} -> {:error, "definition: #{inspect(module)}: #{text}"}
+    end
   end
 
-  def new(map) when is_map(map) and not is_struct(map), do: read(map, %{})
+  def new(map) when is_map(map) and not is_struct(map), do: read(map, nil)
   def new(_other), do: {:error, @expected}
 
-  defp read(definition, functions) do
+  defp read(definition, spec) do
     id = Change.program_id(:create_program, definition)
 
     if id != nil and String.valid?(id) do
       with {:ok, body} <- encode(definition) do
         %{tools: tools} = Programs.Definition.read(body)
-        {:ok, %__MODULE__{id: id, given: definition, tools: tools, functions: functions}}
+        {:ok, %__MODULE__{id: id, given: definition, tools: tools, spec: spec}}
       end
     else
       {:error, @expected}

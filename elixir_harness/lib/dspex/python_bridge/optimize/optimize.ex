@@ -122,7 +122,7 @@ defmodule DSPex.PythonBridge.Optimize do
         with {:ok, where} <- Run.find(server),
              {outcome, progress} when outcome == :stopped or elem(outcome, 0) == :ok <-
                call(server, where, definition, options, started, progress) do
-          {:ok, result(outcome, progress, definition, started)}
+          result(outcome, progress, definition, started)
         else
           {{:error, error}, _progress} -> {:error, error}
           {:error, error} -> {:error, error}
@@ -179,24 +179,25 @@ defmodule DSPex.PythonBridge.Optimize do
   end
 
   defp result(:stopped, progress, definition, started) do
-    Result.new(
-      %{
-        "state" => progress.state || Definition.state(definition),
-        "score" => progress.score,
-        "candidates" => progress.candidates,
-        "stopped" => "caller",
-        "lm_calls" => progress.lm_calls
-      },
-      %{},
-      definition,
-      Deadline.now() - started
-    )
+    reply = %{
+      "state" => progress.state || Definition.state(definition),
+      "score" => progress.score,
+      "candidates" => progress.candidates,
+      "stopped" => "caller",
+      "lm_calls" => progress.lm_calls
+    }
+
+    {:ok, Result.new(reply, %{}, definition, Deadline.now() - started)}
   end
 
   defp result({:ok, _id, reply, meta}, progress, definition, started) do
-    result = Result.new(reply, meta, definition, Deadline.now() - started)
-    figures = Map.merge(Progress.figures(progress), Result.figures(result))
-    RunSpan.update(progress.span, figures)
-    result
+    if Result.valid?(reply) do
+      result = Result.new(reply, meta, definition, Deadline.now() - started)
+      figures = Map.merge(Progress.figures(progress), Result.figures(result))
+      RunSpan.update(progress.span, figures)
+      {:ok, result}
+    else
+      {:error, Error.new(:internal, "the peer sent no valid result")}
+    end
   end
 end

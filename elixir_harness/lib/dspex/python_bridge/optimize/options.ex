@@ -41,16 +41,13 @@ defmodule DSPex.PythonBridge.Optimize.Options do
          {:ok, metric, tools} <- Metric.new(opts[:metric]),
          optimizer = Payload.string(opts[:optimizer]),
          true <- is_binary(optimizer) || ":optimizer: expected a name, such as :mipro_v2",
-         timeout = Keyword.get(opts, :timeout, :infinity),
-         true <-
-           (timeout == :infinity or (is_integer(timeout) and timeout > 0)) ||
-             ":timeout: expected ms greater than 0, or :infinity",
+         {:ok, timeout} <- Client.Options.whole_timeout(opts),
          on_progress = Keyword.get(opts, :on_progress, fn _event -> :ok end),
          true <-
            is_function(on_progress, 1) || ":on_progress: expected a function of one argument",
          {:ok, request} <- request(Keyword.take(opts, @passed), definition, tools),
-         {:ok, trainset} <- set(opts, :trainset),
-         {:ok, valset} <- set(opts, :valset),
+         {:ok, trainset} <- set(opts, :trainset, definition.spec),
+         {:ok, valset} <- set(opts, :valset, definition.spec),
          true <- trainset != nil || ":trainset: missing; expected examples, {inputs, expected}" do
       optimize = opts |> Keyword.take(@of_optimizer) |> Map.new(&plain/1)
       optimize = if valset, do: Map.put(optimize, :valset, valset), else: optimize
@@ -76,7 +73,9 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   defp refused(text), do: {:error, Error.new(:invalid_request, text)}
 
   # Functions of a module's program count as those of its runs do.
-  defp request(opts, %Definition{functions: functions} = definition, metric) do
+  defp request(opts, %Definition{spec: spec} = definition, metric) do
+    functions = if spec, do: spec.functions, else: %{}
+
     with {:ok, opts} <- Metric.add_tools(opts, metric),
          {:ok, options} <- Client.Options.new(Program.Tools.add(opts, functions), @passed),
          :ok <- check_tools(definition, options.opts[:tools], metric),
@@ -95,17 +94,19 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   end
 
   # The keys of `execute_program`, and of `valset`.
-  defp set(opts, name) do
+  defp set(opts, name, spec) do
     with examples when examples != nil <- opts[name],
-         true <- Enumerable.impl_for(examples) != nil || "#{inspect(name)}: expected examples",
-         {:ok, inputs, expected} <- Examples.columns(Enum.to_list(examples)) do
+         {:ok, examples} <- Examples.stream(examples),
+         {:ok, inputs, expected} <- Examples.columns(Enum.to_list(examples), spec) do
       set = %{inputs: inputs}
       {:ok, if(expected, do: Map.put(set, :expected, expected), else: set)}
     else
       nil -> {:ok, nil}
+      {:error, text} when is_binary(text) -> {:error, "#{inspect(name)}: #{text}"}
       {:error, index} -> {:error, inspect(name) <> ": " <> Examples.refusal("examples", index)}
-      text -> text
     end
+  catch
+    {Examples, text} -> {:error, "#{inspect(name)}: #{text}"}
   end
 
   # A keyword list in the place of a map, the empty one too.

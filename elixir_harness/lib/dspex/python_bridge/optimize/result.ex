@@ -38,6 +38,18 @@ defmodule DSPex.PythonBridge.Optimize.Result do
         }
 
   @doc false
+  # A peer may send anything.
+  @spec valid?(term()) :: boolean()
+  def valid?(%{"candidates" => candidates, "lm_calls" => lm_calls} = reply) do
+    Enum.all?(["score", "baseline"], &(reply[&1] == nil or Evaluate.Result.score?(reply[&1]))) and
+      Enum.all?([candidates, lm_calls, reply["metric_calls"] || 0], &Evaluate.Result.count?/1) and
+      (reply["state"] == nil or is_map(reply["state"])) and
+      (reply["stopped"] == nil or is_binary(reply["stopped"]))
+  end
+
+  def valid?(_other), do: false
+
+  @doc false
   @spec new(map(), map(), Definition.t(), non_neg_integer()) :: t()
   def new(reply, meta, definition, duration_ms) do
     state = reply["state"]

@@ -84,6 +84,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
     case reason do
       :replaced -> Pool.Request.renew(request)
       :python_process_died -> one_more_death(run, request, dest)
+      {:died, _sent} -> one_more_death(run, request, dest)
       :bridge_not_running when elem(run.where, 0) == :pool -> one_more_death(run, request, dest)
       _final -> nil
     end

@@ -44,7 +44,9 @@ defmodule DSPex.PythonBridge.Optimize.Summary do
 
   defp predictor(name, %{"signature" => signature} = saved) do
     demos = if is_list(saved["demos"]), do: length(saved["demos"]), else: 0
-    "#{cut(name)}: #{cut(signature["instructions"] || "")} (#{demos} demos)"
+    instructions = signature["instructions"]
+    instructions = if is_binary(instructions), do: instructions, else: ""
+    "#{cut(name)}: #{cut(instructions)} (#{demos} demos)"
   end
 
   defp cut(text) do

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   # decided by `DSPex.PythonBridge.Pool.Router` and `DSPex.PythonBridge.Pool.LocalCall`.
   #
   # With chunks or tools each attempt has a `DSPex.PythonBridge.Client.StreamProxy` of its own; all have the functions of
-  # the call in common. An attempt ends with the first chunk, which nobody can take back: no other one follows then.
+  # the call in common. An attempt ends with its first chunk; another one follows then only if all chunks may come again.
 
   alias DSPex.PythonBridge.Calls
   alias DSPex.PythonBridge.Calls.LoadCounters
@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   alias DSPex.PythonBridge.Pool.Request
 
   # For each call.
-  @compile {:inline, ask: 3, sent: 2}
+  @compile {:inline, ask: 4, sent: 3}
 
   defstruct [:holder, retry: true, stream?: false, again?: false, spread?: false]
 
@@ -32,28 +32,30 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
         }
   @typedoc "A slot of the bridge's pool, in which the call is counted."
   @type slot :: {LoadCounters.t(), LoadCounters.index()}
-  @typedoc "A call that has given its first chunk."
-  @type begun :: {:begun, %{proxy: pid(), dest: pid(), deadline: Deadline.t()}, frame :: binary()}
+  @typedoc """
+  A call that has given its first chunk. `follow`, of one that `DSPex.PythonBridge.Pool.Router` has made, says what a reply
+  means: with chunks that may come again, perhaps another peer's.
+  """
+  @type begun ::
+          {:begun,
+           %{
+             :proxy => pid(),
+             :dest => pid(),
+             :deadline => Deadline.t(),
+             optional(:follow) => (Calls.Request.reply() -> {:again, term()} | {:done, term()})
+           }, frame :: binary()}
 
   @doc "Whether the call has neither chunks nor tools, and may be sent again."
   @spec plain?(t()) :: boolean()
   def plain?(%__MODULE__{} = attempt), do: attempt == %__MODULE__{}
 
   @doc """
-  Sends the call to a bridge of this node, counts it, and waits for the reply or the first chunk. A failure that is not
+  Sends the call to a bridge of this node, and waits for the reply or the first chunk. A failure that is not
   final is another bridge's chance.
   """
   @spec make(t(), pid(), slot(), Request.t()) :: Calls.Request.reply() | begun()
   def make(%__MODULE__{} = attempt, bridge, {counters, index}, request) do
-    # The caller counts the call before it sends it. The bridge counts it out at its end; if the bridge never got it,
-    # the caller does.
-    life = LoadCounters.take(counters, index)
-    {sent?, reply} = ask(attempt, bridge, request)
-
-    if not sent? or reply == {:error, :bridge_not_running},
-      do: LoadCounters.give_back(counters, index, life)
-
-    last(attempt.retry, reply)
+    last(attempt.retry, ask(attempt, bridge, request, LoadCounters.ticket(counters, index)))
   end
 
   @doc """
@@ -61,40 +63,35 @@ defmodule DSPex.PythonBridge.Pool.Attempt do
   (`DSPex.PythonBridge.Pool.Cluster.Relay`). It counts the call there.
   """
   @spec make_there(t(), pid(), Request.t()) :: Calls.Request.reply() | begun()
-  def make_there(%__MODULE__{} = attempt, relay, request) do
-    {_sent?, reply} = ask(attempt, relay, request)
-    last(attempt.retry, reply)
-  end
+  def make_there(%__MODULE__{} = attempt, relay, request),
+    do: last(attempt.retry, ask(attempt, relay, request, nil))
 
-  defp ask(%__MODULE__{stream?: false, holder: nil} = attempt, bridge, request) do
-    {true, Caller.send_and_wait(bridge, Request.left(request), sent(attempt, request))}
-  end
+  defp ask(%__MODULE__{stream?: false, holder: nil} = attempt, bridge, request, ticket),
+    do: Caller.send_and_wait(bridge, Request.left(request), sent(attempt, request, ticket))
 
-  defp ask(attempt, bridge, %Request{deadline: deadline} = request) do
-    permit = StreamProxy.permit()
-    call = %{dest: bridge, deadline: deadline, request: sent(attempt, request), permit: permit}
-    proxy = StreamProxy.start(Map.put(call, :again?, attempt.again?), attempt.holder)
+  defp ask(attempt, bridge, %Request{deadline: deadline} = request, ticket) do
+    request = sent(attempt, request, ticket)
+    call = %{dest: bridge, deadline: deadline, request: request, again?: attempt.again?}
+    proxy = StreamProxy.start(call, attempt.holder)
 
     case StreamProxy.next(proxy, deadline) do
-      {:chunk, frame} ->
-        {true, {:begun, %{proxy: proxy, dest: bridge, deadline: deadline}, frame}}
-
-      # It may have been killed, or have had no time, before it has sent anything.
-      {:over, reply} ->
-        {not StreamProxy.revoke(permit), reply}
+      {:chunk, frame} -> {:begun, %{proxy: proxy, dest: bridge, deadline: deadline}, frame}
+      {:over, reply} -> reply
     end
   end
 
-  defp sent(%__MODULE__{stream?: stream?}, %Request{body: body, deaths: deaths}),
-    do: %Calls.Request{body: body, retry: :pool, deaths: deaths, stream?: stream?}
+  defp sent(%__MODULE__{stream?: stream?}, %Request{body: body, deaths: deaths}, ticket) do
+    %Calls.Request{body: body, retry: :pool, deaths: deaths, stream?: stream?, ticket: ticket}
+  end
 
   @doc """
   The reply as the last one, if the call must not be sent again and a peer may have made it: one that has died with it, or
   one of a bridge, or a node, that is gone.
   """
   @spec last(retry :: boolean(), reply) :: reply when reply: term()
-  def last(false, {:error, gone}) when gone in [{:died, :sent}, :bridge_not_running],
-    do: {:error, :python_process_died}
+  def last(false, {:error, gone})
+      when gone in [{:died, :sent}, {:died, :spared}, :bridge_not_running],
+      do: {:error, :python_process_died}
 
   def last(_retry, reply), do: reply
 end

@@ -65,6 +65,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
       sent: sent,
       success: nil,
       failure: nil,
+      gone: {:error, :bridge_not_running},
       timer: lifetime != :infinity && :erlang.start_timer(lifetime, self(), {:delivery, id})
     }
 
@@ -119,6 +120,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
 
   # The bridge's next process gets the change from the table before it serves anything.
   defp note(delivery, {:error, :bridge_not_running}), do: delivery
+  defp note(delivery, {:error, {:not_started, _why}} = reply), do: %{delivery | gone: reply}
 
   defp note(delivery, {:frame, frame} = reply) do
     if Protocol.success?(frame),
@@ -188,7 +190,7 @@ defmodule DSPex.PythonBridge.Pool.Broadcast do
     delivery
     |> Map.take([:id, :from, :change, :body, :deadline])
     |> Map.merge(%{
-      reply: delivery.failure || delivery.success || {:error, :bridge_not_running},
+      reply: delivery.failure || delivery.success || delivery.gone,
       mixed?: delivery.failure != nil and delivery.success != nil
     })
   end

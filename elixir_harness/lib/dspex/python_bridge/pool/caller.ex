@@ -50,14 +50,25 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   defp open(%Handle{name: name} = handle, request, opts) do
     holder = FunctionHolder.open(opts, name, request.program)
 
-    case Router.run(handle, request, %{attempt(opts) | holder: holder}) do
-      {:begun, call, frame} ->
-        {:open, Map.merge(call, %{holder: holder, conclude: &conclude(name, &1)}), frame}
-
-      result ->
-        with_tools_begun(FunctionHolder.close(holder), result)
-    end
+    opened(name, holder, Router.run(handle, request, %{attempt(opts) | holder: holder}))
   end
+
+  defp opened(name, holder, {:begun, %{follow: follow} = call, frame}) do
+    conclude = fn
+      reply, :final ->
+        conclude(name, reply)
+
+      reply, :repeatable ->
+        case follow.(reply) do
+          {:again, run} -> {:again, fn -> opened(name, holder, run.()) end}
+          {:done, result} -> result
+        end
+    end
+
+    {:open, Map.merge(call, %{holder: holder, conclude: conclude}), frame}
+  end
+
+  defp opened(_name, holder, result), do: with_tools_begun(FunctionHolder.close(holder), result)
 
   # No peer is left that could say so.
   defp with_tools_begun(:bound, {:error, %Error{type: type}})

@@ -18,8 +18,8 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   alias DSPex.PythonBridge.Programs
 
   @enforce_keys [:handle, :changes, :cluster]
-  # waiting: the aliases of callers, with the monitors of their processes.
-  defstruct [:handle, :changes, :cluster, waiting: %{}]
+  # waiting: the aliases of callers, with the monitors of their processes. failed: why no peer of a slot starts.
+  defstruct [:handle, :changes, :cluster, waiting: %{}, failed: %{}]
 
   @doc "Starts the coordinator of a pool."
   @spec start_link(Handle.t()) :: GenServer.on_start()
@@ -119,7 +119,13 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   ## Bridges
 
-  def handle_info({:slot, _index, :ready}, state), do: {:noreply, serves_more(state)}
+  def handle_info({:slot, index, :ready}, state),
+    do: {:noreply, serves_more(%{state | failed: Map.delete(state.failed, index)})}
+
+  def handle_info({:slot, index, {:failed, reason}}, state) do
+    state = put_in(state.failed[index], reason)
+    {:noreply, if(all_failed?(state), do: wake(state, {:not_started, reason}), else: state)}
+  end
 
   def handle_info({:slot, index, :down}, state) do
     state = serves_less(state)
@@ -138,13 +144,19 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def handle_info({:wait, ref, pid, passed, passed_nodes}, state)
       when is_reference(ref) and is_pid(pid) and length(passed) >= 0 and
              length(passed_nodes) >= 0 do
-    if LoadCounters.any?(state.handle.counters, passed) or
-         :ets.tab2list(state.handle.others) -- passed_nodes != [] do
-      send(ref, {ref, :changed})
-      {:noreply, state}
-    else
-      monitor = :erlang.monitor(:process, pid, tag: {:waiter_gone, ref})
-      {:noreply, put_in(state.waiting[ref], monitor)}
+    cond do
+      LoadCounters.any?(state.handle.counters, passed) or
+          :ets.tab2list(state.handle.others) -- passed_nodes != [] ->
+        send(ref, {ref, :changed})
+        {:noreply, state}
+
+      all_failed?(state) ->
+        send(ref, {ref, {:not_started, hd(Map.values(state.failed))}})
+        {:noreply, state}
+
+      true ->
+        monitor = :erlang.monitor(:process, pid, tag: {:waiter_gone, ref})
+        {:noreply, put_in(state.waiting[ref], monitor)}
     end
   end
 
@@ -212,10 +224,14 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   defp serves_more(state),
     do: wake(%{state | cluster: Membership.announce(state.cluster, state.handle)})
 
-  defp wake(state) do
+  # Neither a peer here starts, nor does another node serve.
+  defp all_failed?(%{handle: handle, failed: failed}),
+    do: map_size(failed) == tuple_size(handle.bridges) and :ets.info(handle.others, :size) == 0
+
+  defp wake(state, answer \\ :changed) do
     for {ref, monitor} <- state.waiting do
       Process.demonitor(monitor, [:flush])
-      send(ref, {ref, :changed})
+      send(ref, {ref, answer})
     end
 
     %{state | waiting: %{}}

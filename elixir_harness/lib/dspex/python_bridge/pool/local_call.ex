@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   #
   # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it is given
   # up. Until then it goes to the peer that has been up longest, so that all such requests meet in one bridge,
-  # which finds out which of them kills (`DSPex.PythonBridge.Calls.Quarantine`), and the other peers stay up.
+  # which finds out which of them kills (`DSPex.PythonBridge.Calls.Suspects`), and the other peers stay up.
 
   alias DSPex.PythonBridge.{Calls, Error, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
@@ -51,26 +51,44 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
       {:frame, _bytes} = reply ->
         judge(handle, request, {index, since}, attempt, Caller.read(reply))
 
-      {:begun, _call, _frame} = begun ->
-        {:done, begun}
+      {:begun, call, frame} ->
+        call = Map.put(call, :follow, &follow(handle, request, {index, since}, &1))
+        {:done, {:begun, call, frame}}
 
-      {:error, {:died, :sent}} when request.deaths >= handle.settings.max_retries ->
+      reply ->
+        with {:again, request} <- follow(handle, request, {index, since}, reply),
+             do: run(handle, request, attempt)
+    end
+  end
+
+  @doc "Whether another peer may be tried after a reply."
+  @spec again?(Calls.Request.reply()) :: boolean()
+  def again?({:error, {:died, _how}}), do: true
+  def again?({:error, reason}), do: reason in [:bridge_not_running, :overloaded]
+  def again?(_final), do: false
+
+  # What follows from a reply.
+  defp follow(handle, request, {index, since}, reply) do
+    counts? = reply == {:error, {:died, :sent}}
+
+    cond do
+      counts? and request.deaths >= handle.settings.max_retries ->
         {:done, {:error, Error.new(:python_process_died)}}
 
-      {:error, {:died, :sent}} ->
+      counts? ->
         metadata = %{bridge: Handle.bridge(handle, index), pool: handle.name, reason: :died}
         Telemetry.execute([:bridge, :resend], %{count: 1}, metadata)
-        request = %{request | deaths: request.deaths + 1}
-        run(handle, pass(request, index, since), attempt)
+        {:again, pass(%{request | deaths: request.deaths + 1}, index, since)}
 
-      {:error, :overloaded} ->
-        run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
+      again?(reply) ->
+        # What a peer says of it tells more.
+        overloaded =
+          request.overloaded || if(reply == {:error, :overloaded}, do: Error.new(:overloaded))
 
-      {:error, gone} when gone in [{:died, :unsent}, :bridge_not_running] ->
-        run(handle, pass(request, index, since), attempt)
+        {:again, pass(%{request | overloaded: overloaded}, index, since)}
 
       # Its time has passed, or it is too large.
-      {:error, _final} = reply ->
+      true ->
         {:done, Caller.read(reply)}
     end
   end
@@ -88,8 +106,8 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
   # would be asked again; a missing program by its definition.
   defp judge(handle, request, {index, since}, attempt, reply) do
     case reply do
-      {:error, %Error{type: :overloaded, retryable: true}} ->
-        run(handle, pass(%{request | overloaded?: true}, index, since), attempt)
+      {:error, %Error{type: :overloaded, retryable: true} = error} ->
+        run(handle, pass(%{request | overloaded: error}, index, since), attempt)
 
       {:error, %Error{type: :program_not_found}} when request.program != nil ->
         cond do

@@ -38,7 +38,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
 
   defp serve(name, request, definition, attempt) do
     case Handle.fetch(name) do
-      nil -> {:nobody, request.deaths, false}
+      nil -> {:nobody, request.deaths, nil}
       handle -> run(handle, request, definition, attempt)
     end
   end
@@ -48,7 +48,7 @@ defmodule DSPex.PythonBridge.Pool.Remote do
 
     case LocalCall.run(handle, request, attempt) do
       {:done, reply} -> {:done, reply}
-      {:nobody, request} -> {:nobody, request.deaths, request.overloaded?}
+      {:nobody, request} -> {:nobody, request.deaths, request.overloaded}
     end
   end
 

@@ -3,6 +3,7 @@ defmodule DSPex.PythonBridge.Pool.Request do
   # A call on its way through a pool, in the caller's process: the request, its deadline, and what was tried.
 
   alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Deadline
 
   @enforce_keys [:body, :program, :deadline]
@@ -13,14 +14,14 @@ defmodule DSPex.PythonBridge.Pool.Request do
     deaths: 0,
     passed: [],
     passed_nodes: [],
-    overloaded?: false,
+    overloaded: nil,
     repaired: []
   ]
 
   @typedoc """
   `program`: the id of the program of an `execute_program`. `deaths`: peers that died with the call. `passed`: slots
   that could not serve it, with their readiness at that time; `passed_nodes`: rows of the table of other nodes
-  that could not. `repaired`: slots where the program was missing and was created.
+  that could not. `overloaded`: that of a peer or bridge which was. `repaired`: slots where the program was missing and was created.
   """
   @type t :: %__MODULE__{
           body: binary(),
@@ -29,7 +30,7 @@ defmodule DSPex.PythonBridge.Pool.Request do
           deaths: non_neg_integer(),
           passed: [{LoadCounters.index(), since :: non_neg_integer()}],
           passed_nodes: [tuple()],
-          overloaded?: boolean(),
+          overloaded: Error.t() | nil,
           repaired: [LoadCounters.index()]
         }
 

@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
       nobody(handle, request, attempt)
     else
       false -> run(handle, request, attempt)
-      {:done, reply} -> reply
+      {:done, reply} -> done(handle, reply, attempt)
     end
   end
 
@@ -28,9 +28,20 @@ defmodule DSPex.PythonBridge.Pool.Router do
          {:nobody, request} <- RemoteCall.run(handle, request, attempt) do
       nobody(handle, request, attempt)
     else
-      {:done, reply} -> reply
+      {:done, reply} -> done(handle, reply, attempt)
     end
   end
+
+  defp done(handle, {:begun, %{follow: follow} = call, frame}, attempt) do
+    follow = fn reply ->
+      with {:again, request} <- follow.(Attempt.last(attempt.retry, reply)),
+           do: {:again, fn -> run(handle, request, attempt) end}
+    end
+
+    {:begun, %{call | follow: follow}, frame}
+  end
+
+  defp done(_handle, reply, _attempt), do: reply
 
   @doc "As `run/3`, by peers of this node alone, with an attempt of the caller's own."
   @spec run_here(Handle.t(), Request.t(), LocalCall.attempt()) ::
@@ -40,8 +51,8 @@ defmodule DSPex.PythonBridge.Pool.Router do
       {:done, reply} ->
         reply
 
-      {:nobody, %Request{overloaded?: true}} ->
-        failed(:overloaded)
+      {:nobody, %Request{overloaded: %Error{} = error}} ->
+        {:error, error}
 
       {:nobody, request} ->
         # Only what changes on this node ends the wait.
@@ -52,7 +63,7 @@ defmodule DSPex.PythonBridge.Pool.Router do
 
   ## Nobody can serve now
 
-  defp nobody(_handle, %Request{overloaded?: true}, _attempt), do: failed(:overloaded)
+  defp nobody(_handle, %Request{overloaded: %Error{} = error}, _attempt), do: {:error, error}
   defp nobody(handle, request, attempt), do: wait(handle, request, &run(&1, &2, attempt))
 
   # What was tried goes along: it may have changed before the message is read.
@@ -63,6 +74,9 @@ defmodule DSPex.PythonBridge.Pool.Router do
     case coordinator && Ask.ask(coordinator, Request.left(request), message) do
       {:ok, :changed} ->
         again(handle.name, request, run)
+
+      {:ok, {:not_started, reason}} ->
+        {:error, Error.not_started(reason)}
 
       {:timeout, ref} ->
         send(coordinator, {:abandon, ref})

@@ -4,9 +4,8 @@ defmodule DSPex.PythonBridge.Pool.Sums do
   # added. What one of them answers would be a part, and another one each time.
 
   alias DSPex.PythonBridge.{Error, Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.OTP.{Deadline, Parallel}
   alias DSPex.PythonBridge.Pool.{Handle, LocalCall}
 
   # A peer answers in milliseconds, unless it hangs, or is being started.
@@ -23,64 +22,26 @@ defmodule DSPex.PythonBridge.Pool.Sums do
   @spec run(Handle.t(), Protocol.command(), map(), Deadline.t(), keyword()) :: LocalCall.reply()
   def run(%Handle{} = handle, command, args, deadline, opts) do
     opts = Keyword.take(opts, [:traceparent])
-    indexes = LoadCounters.indexes(handle.counters)
+    bridges = Tuple.to_list(handle.bridges)
     timeout = Deadline.left(deadline)
-
-    asked =
-      Map.new(indexes, &{ask(Handle.bridge(handle, &1), command, args, timeout, opts), &1})
-
     soon = min(deadline, Deadline.new(@patience_ms))
-    {asked, answers} = await(asked, %{}, soon, fn _answers -> false end)
-    {asked, answers} = await(asked, answers, deadline, &any?/1)
-    for {{ref, pid}, _index} <- asked, do: stop(ref, pid)
-    sum(handle, for(index <- indexes, do: {index, answers[index]}))
+    ask = &Caller.exchange(&1, command, args, timeout, opts)
+    answers = Parallel.map(bridges, ask, soon, &ok?/1)
+    sum(handle, for(bridge <- bridges, do: {bridge, answers[bridge]}))
   end
 
-  # In a process of its own, which exits with the answer.
-  defp ask(bridge, command, args, timeout, opts) do
-    {pid, ref} =
-      spawn_monitor(fn ->
-        Process.flag(:sensitive, true)
-        exit({:answer, Caller.exchange(bridge, command, args, timeout, opts)})
-      end)
-
-    {ref, pid}
-  end
-
-  defp await(asked, answers, deadline, enough?) do
-    if asked == %{} or enough?.(answers) do
-      {asked, answers}
-    else
-      receive do
-        {:DOWN, ref, :process, pid, reason} when is_map_key(asked, {ref, pid}) ->
-          {index, asked} = Map.pop!(asked, {ref, pid})
-          await(asked, Map.put(answers, index, reason), deadline, enough?)
-      after
-        Deadline.left(deadline) -> {asked, answers}
-      end
-    end
-  end
-
-  defp any?(answers), do: Enum.any?(answers, fn {_index, answer} -> ok?(answer) end)
-
-  defp ok?({:answer, {:ok, _id, _result, _meta}}), do: true
+  defp ok?({:ok, _id, _result, _meta}), do: true
   defp ok?(_error), do: false
-
-  # The bridge cancels its call.
-  defp stop(ref, pid) do
-    Process.exit(pid, :kill)
-    Process.demonitor(ref, [:flush])
-  end
 
   ## The sum
 
   defp sum(handle, answers) do
-    results = for {_index, {:answer, {:ok, _id, %{} = result, _meta}}} <- answers, do: result
-    refused = for {_index, {:answer, {:error, %Error{} = error}}} <- answers, do: error
+    results = for {_bridge, {:ok, _id, %{} = result, _meta}} <- answers, do: result
+    refused = for {_bridge, {:error, error}} <- answers, do: error
 
     cond do
       results != [] ->
-        missing = for {index, answer} <- answers, not ok?(answer), do: name(handle, index)
+        missing = for {bridge, answer} <- answers, not ok?(answer), do: inspect(bridge)
         {:ok, 0, total(handle, results, missing), %{}}
 
       # A refusal says more than a peer that did not answer.
@@ -90,9 +51,10 @@ defmodule DSPex.PythonBridge.Pool.Sums do
       true ->
         {:error, Error.new(:timeout)}
     end
+  rescue
+    # The table of programs has ended with the pool.
+    ArgumentError -> {:error, Error.not_running(:pool, handle.name)}
   end
-
-  defp name(handle, index), do: inspect(Handle.bridge(handle, index))
 
   defp total(handle, results, missing) do
     total = results |> Enum.reduce(&merge(&2, &1)) |> Map.delete("pid")

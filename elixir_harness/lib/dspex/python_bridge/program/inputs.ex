@@ -10,7 +10,8 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   @named 20
 
   @doc """
-  One run's inputs: a map, a struct or a keyword list. A list of such is a batch, whose items the peer refuses one by one.
+  One run's inputs: a map, a struct or a keyword list, also an empty one. A list of such is a batch, whose items the peer
+  refuses one by one.
   """
   @spec read(Spec.t(), term()) :: {:ok, map() | [map()]} | {:error, Error.t()}
   def read(spec, [_ | _] = inputs) do
@@ -21,9 +22,18 @@ defmodule DSPex.PythonBridge.Program.Inputs do
     end
   end
 
-  def read(_spec, []), do: {:ok, []}
+  def read(spec, []), do: one(spec, [])
   def read(spec, inputs) when is_map(inputs), do: one(spec, inputs)
   def read(_spec, _other), do: refused("inputs: expected a map or a keyword list")
+
+  @doc """
+  The inputs of an example for a program, or of a module without `use DSPex.PythonBridge.Program` (nil): as of an item of a
+  batch.
+  """
+  @spec example(Spec.t() | nil, term()) :: term()
+  def example(nil, inputs) when is_list(inputs), do: example(nil, Map.new(inputs))
+  def example(nil, inputs), do: Dump.any(inputs)
+  def example(spec, inputs), do: item(spec, inputs)
 
   # The peer says what is wrong with an item.
   defp item(spec, item) when is_map(item), do: spec |> named(fields(item)) |> elem(0)

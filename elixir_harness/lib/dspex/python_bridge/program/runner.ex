@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool}
   alias DSPex.PythonBridge.Program.{Cast, Field, Inputs, Spec, Tools}
+  alias DSPex.PythonBridge.Programs.Declared
 
   # In addition to those of Bridge.stream.
   @own [:server, :lm, :config]
@@ -12,12 +13,21 @@ defmodule DSPex.PythonBridge.Program.Runner do
   @spec run(Spec.t(), term(), term()) ::
           {:ok, term()} | {:ok, term(), map()} | {:error, Error.t()}
   def run(spec, inputs, opts) do
-    with {:ok, call, opts} <- prepare(spec, inputs, opts, [:meta, :on_chunk]),
+    with {:ok, spec} <- identified(spec),
+         {:ok, call, opts} <- prepare(spec, inputs, opts, [:meta, :on_chunk]),
          {:ok, meta?} <- meta?(opts[:meta]),
          opts = Keyword.delete(opts, :meta),
          reply = call.client.request(call.server, :execute_program, call.args, opts),
          {:ok, result, meta} <- result(spec, call, reply) do
       if meta?, do: {:ok, result, meta}, else: {:ok, result}
+    end
+  end
+
+  # Its own definition/0 may have another id than `use`.
+  defp identified(spec) do
+    case Declared.one(spec.module) do
+      {:ok, {id, _definition}} -> {:ok, %{spec | id: id}}
+      {:error, text} -> refused("#{inspect(spec.module)}: #{text}")
     end
   end
 
@@ -28,16 +38,15 @@ defmodule DSPex.PythonBridge.Program.Runner do
   @doc "The same as a stream."
   @spec stream(Spec.t(), term(), term()) :: Enumerable.t()
   def stream(spec, inputs, opts) do
-    case prepare(spec, inputs, opts, []) do
-      {:ok, call, opts} ->
-        keys = Map.new(Spec.fields(spec), &{&1.name, &1.key})
+    with {:ok, spec} <- identified(spec),
+         {:ok, call, opts} <- prepare(spec, inputs, opts, []) do
+      keys = Map.new(Spec.fields(spec), &{&1.name, &1.key})
 
-        call.server
-        |> call.client.stream(call.args, opts)
-        |> Stream.map(&element(spec, call, keys, &1))
-
-      {:error, error} ->
-        [error: error]
+      call.server
+      |> call.client.stream(call.args, opts)
+      |> Stream.map(&element(spec, call, keys, &1))
+    else
+      {:error, error} -> [error: error]
     end
   end
 

@@ -5,7 +5,19 @@ defmodule DSPex.PythonBridge.Program.Spec do
   import DSPex.PythonBridge.Program.Refusal
 
   alias DSPex.PythonBridge.Options
-  alias DSPex.PythonBridge.Program.{Dump, Field, Names, StringSignature, Tools, Types, Wire}
+
+  alias DSPex.PythonBridge.Program.{
+    Cast,
+    Dump,
+    Field,
+    Names,
+    Settings,
+    StringSignature,
+    Tools,
+    Types,
+    Wire
+  }
+
   alias DSPex.PythonBridge.Protocol.Payload
 
   # Arguments of `create_program` that go to the peer as they are.
@@ -58,6 +70,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
     {tools, functions} = Tools.read(Keyword.get(opts, :tools, []))
     passed = for key <- @passed, Keyword.has_key?(opts, key), do: {key, plain(opts[key], key)}
     kind = kind(opts[:program_type], passed[:options] || %{}, tools)
+    Settings.check(passed, kind.type)
     signature = signature(opts[:signature])
     inputs = side(signature, :inputs, kind, module)
     outputs = side(signature, :outputs, kind, module)
@@ -81,6 +94,9 @@ defmodule DSPex.PythonBridge.Program.Spec do
       definition: %{},
       functions: functions
     }
+
+    if tools == [] and "react" in [kind.type, kind.module],
+      do: refuse("tools", "react needs at least one; chain_of_thought is the type without tools")
 
     check_demos(passed[:demos], spec)
     definition = definition(spec, inputs, kind, opts[:instructions], tools, passed)
@@ -190,13 +206,36 @@ defmodule DSPex.PythonBridge.Program.Spec do
       if not is_map(demo),
         do: refuse("demos[#{index}]", "expected a keyword list or a map of fields")
 
-      for key <- Map.keys(demo), name = Payload.string(key) || inspect(key), name not in known do
-        refuse("demos[#{index}].#{name}", "unknown field#{meant(name, known)}")
+      for {key, value} <- demo, name = Payload.string(key) || inspect(key) do
+        where = "demos[#{index}].#{name}"
+        field = Enum.find(spec.inputs ++ fields(spec), &(&1.name == name))
+        if field == nil, do: refuse(where, "unknown field#{meant(name, known)}")
+        check_enum(field.type, value, where)
       end
     end
   end
 
   defp check_demos(_other, _spec), do: refuse("demos", "expected a list of demos")
+
+  # The peer compares the other types.
+  defp check_enum({:optional, type}, value, where) when value != nil,
+    do: check_enum(type, value, where)
+
+  defp check_enum({:list, type}, values, where) when is_list(values) do
+    for {value, index} <- Enum.with_index(values),
+        do: check_enum(type, value, "#{where}[#{index}]")
+  end
+
+  defp check_enum({:enum, _values, _terms, dumps} = type, value, where) do
+    value = Map.get(dumps, value, value)
+
+    with {:error, text} <- Cast.cast(Payload.string(value) || value, type, where) do
+      [where, text] = String.split(text, ": ", parts: 2)
+      refuse(where, "#{text}, got #{shown(value)}")
+    end
+  end
+
+  defp check_enum(_type, _value, _where), do: :ok
 
   defp check_json(key, value) do
     with {:error, error} <- Payload.encode(value, Atom.to_string(key)) do

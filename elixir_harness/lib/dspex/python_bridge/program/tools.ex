@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
   import DSPex.PythonBridge.Program.Refusal
 
   alias DSPex.PythonBridge.Options
-  alias DSPex.PythonBridge.Program.{Types, Wire}
+  alias DSPex.PythonBridge.Program.{Spec, Types, Wire}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.Runner
 
@@ -27,14 +27,11 @@ defmodule DSPex.PythonBridge.Program.Tools do
     {Enum.map(tools, fn {name, opts} -> tool(name, opts, "tools.#{name}") end), functions}
   end
 
-  @doc "The functions of a module's program by the names of its tools; none if its definition/0 is its own."
-  @spec functions(module()) :: %{String.t() => term()}
-  def functions(module) do
+  @doc "The program of a module with `use DSPex.PythonBridge.Program`; nil for any other."
+  @spec spec(module()) :: Spec.t() | nil
+  def spec(module) do
     behaviours = Keyword.get_values(module.__info__(:attributes), :behaviour)
-
-    if Enum.any?(behaviours, &(DSPex.PythonBridge.Program in &1)),
-      do: module.__dspex__(:functions),
-      else: %{}
+    if Enum.any?(behaviours, &(DSPex.PythonBridge.Program in &1)), do: module.__dspex__(:spec)
   end
 
   @doc "Options of a run with these functions among its `:tools`. Those that it has itself replace them, by name."

@@ -10,6 +10,9 @@ defmodule DSPex.PythonBridge.Stub.Batch do
   # The results are sent so long before the deadline: see docs/protocol.md.
   @earlier_ms 250
 
+  # What the peer sums over the runs of a list.
+  @summed ~w(lm_calls cache_hits cost_usd lm_usage fallbacks finish_reasons)
+
   @typedoc "The inputs of a run with what answers them, or what is wrong with them."
   @type item :: {map(), Answers.answer()} | {:error, Error.t()}
   @type limits :: %{
@@ -18,18 +21,18 @@ defmodule DSPex.PythonBridge.Stub.Batch do
         }
 
   @doc """
-  The results, in the order of the items; with an evaluation each has its score, and an error that would be that of all
+  The results, in the order of the items, and the sum of what their answers say in `meta`; with an evaluation each has its score, and an error that would be that of all
   items is the whole's. It runs in the process of the run, which must not run answers itself.
   """
   @spec run(Context.t(), [item()], limits(), Evaluation.t() | nil) ::
-          {:ok, [map()]} | {:error, Error.t()}
+          {:ok, [map()], map()} | {:error, Error.t()}
   def run(run, items, limits, evaluation) do
     # An answer that is killed is an error of its item.
     Process.flag(:trap_exit, true)
     ends = with end_ms when is_integer(end_ms) <- run.deadline, do: end_ms - earlier(run.timeout)
-    state = %{run: run, limits: limits, ends: ends, running: %{}, results: %{}}
+    state = %{run: run, limits: limits, ends: ends, running: %{}, results: %{}, meta: %{}}
     state = state |> Map.put(:evaluation, evaluation) |> work(Enum.with_index(items))
-    {:ok, for(index <- 0..(length(items) - 1)//1, do: state.results[index])}
+    {:ok, for(index <- 0..(length(items) - 1)//1, do: state.results[index]), state.meta}
   catch
     {:ended, error} -> {:error, error}
   end
@@ -75,12 +78,12 @@ defmodule DSPex.PythonBridge.Stub.Batch do
     put_in(state.running[pid], {index, ends})
   end
 
-  defp scored(nil, _index, {:ok, outputs, _meta}), do: {:ok, outputs, %{}}
+  defp scored(nil, _index, {:ok, outputs, meta}), do: {:ok, outputs, %{}, meta}
   defp scored(nil, _index, error), do: error
 
-  defp scored(evaluation, index, {:ok, outputs, _meta}) do
+  defp scored(evaluation, index, {:ok, outputs, meta}) do
     case Evaluation.score(evaluation, index, outputs) do
-      {:ok, scored} -> {:ok, outputs, scored}
+      {:ok, scored} -> {:ok, outputs, scored, meta}
       {:error, error} -> {:ended, error}
     end
   end
@@ -131,15 +134,28 @@ defmodule DSPex.PythonBridge.Stub.Batch do
   end
 
   defp settle(state, index, result) do
-    result =
+    {result, meta} =
       case result do
-        {:ok, outputs, scored} -> Map.merge(scored, %{"success" => true, "result" => outputs})
-        {:error, error} -> error |> Reply.failure() |> Map.merge(failed(state.evaluation))
+        {:ok, outputs, scored, meta} ->
+          {Map.merge(scored, %{"success" => true, "result" => outputs}), meta}
+
+        {:error, error} ->
+          {error |> Reply.failure() |> Map.merge(failed(state.evaluation)), error.meta || %{}}
       end
 
     Context.stream(state.run, Map.put(result, "index", index))
+    state = %{state | meta: sum(state.meta, Map.take(meta, @summed))}
     put_in(state.results[index], result)
   end
+
+  # One that is not known makes the sum unknown.
+  defp sum(one, other) when is_number(one) and is_number(other), do: one + other
+  defp sum(one, other) when is_list(one) and is_list(other), do: one ++ other
+
+  defp sum(one, other) when is_map(one) and is_map(other),
+    do: Map.merge(one, other, fn _key, one, other -> sum(one, other) end)
+
+  defp sum(_one, _other), do: nil
 
   defp failed(nil), do: %{"success" => false}
   defp failed(_evaluation), do: %{"success" => false, "score" => 0.0}

@@ -13,13 +13,11 @@ defmodule DSPex.PythonBridge.Stub.Calls do
   # Results of tools are not written to a port.
   @max_frame_bytes 4_294_967_295
 
-  @enforce_keys [:counters]
-  defstruct [:counters, by_id: %{}, tool_calls: %{}]
+  defstruct by_id: %{}, tool_calls: %{}
 
   @typep call :: %{request: Request.t(), run: pid(), watch: reference()}
-  @typedoc "`counters`: those of the pool. `tool_calls`: who waits for the result of each."
+  @typedoc "`tool_calls`: who waits for the result of each."
   @type t :: %__MODULE__{
-          counters: LoadCounters.t(),
           by_id: %{pos_integer() => call()},
           tool_calls: %{pos_integer() => pid()}
         }
@@ -29,7 +27,7 @@ defmodule DSPex.PythonBridge.Stub.Calls do
   def new(counters) do
     LoadCounters.reset(counters, @slot)
     LoadCounters.put_state(counters, @slot, :ready)
-    %__MODULE__{counters: counters}
+    %__MODULE__{}
   end
 
   @doc "The number of calls."
@@ -72,7 +70,6 @@ defmodule DSPex.PythonBridge.Stub.Calls do
 
       {call, calls} ->
         Process.exit(call.run, :kill)
-        count_out(calls, call.request)
         calls
     end
   end
@@ -85,7 +82,7 @@ defmodule DSPex.PythonBridge.Stub.Calls do
         {false, calls}
 
       {call, calls} ->
-        reply(calls, call.request, reply)
+        reply(call.request, reply)
         {true, calls}
     end
   end
@@ -114,18 +111,11 @@ defmodule DSPex.PythonBridge.Stub.Calls do
   end
 
   @doc "Sends the reply of a request that is not, or no longer, a call."
-  @spec reply(t(), Request.t(), Request.reply()) :: :ok
-  def reply(%__MODULE__{} = calls, request, reply) do
-    count_out(calls, request)
+  @spec reply(Request.t(), Request.reply()) :: :ok
+  def reply(request, reply) do
     if request.ref, do: send(request.ref, {request.ref, reply})
     :ok
   end
-
-  # The caller has counted it in.
-  defp count_out(%__MODULE__{counters: counters}, %Request{retry: :pool}),
-    do: LoadCounters.done(counters, @slot)
-
-  defp count_out(_calls, _request), do: :ok
 
   ## What comes before the reply
 

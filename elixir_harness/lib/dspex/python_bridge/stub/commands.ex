@@ -116,6 +116,7 @@ defmodule DSPex.PythonBridge.Stub.Commands do
        "uptime" => uptime_ms(state) / 1000,
        "in_flight" => in_flight,
        "queued" => 0,
+       "lm_waiting" => 0,
        "commands" => state.counts,
        "threads" => %{"running" => 0, "abandoned" => 0, "max" => 0},
        "pid" => nil,

@@ -13,6 +13,7 @@ defmodule DSPex.PythonBridge.Stub.Context do
   # Of a run without LM calls.
   @meta %{
     "queue_ms" => 0.0,
+    "wait_ms" => 0.0,
     "lm_usage" => %{},
     "lm_calls" => 0,
     "cache_hits" => 0,

@@ -20,10 +20,10 @@ defmodule DSPex.PythonBridge.Stub.Run do
   end
 
   defp result(run, {:list, items, limits, evaluation}) do
-    with {:ok, results} <- Batch.run(run, items, limits, evaluation),
-         do:
-           {:ok, if(evaluation, do: Evaluation.result(results), else: %{"results" => results}),
-            %{}}
+    with {:ok, results, meta} <- Batch.run(run, items, limits, evaluation) do
+      result = if evaluation, do: Evaluation.result(results), else: %{"results" => results}
+      {:ok, result, meta}
+    end
   end
 
   defp result(run, {inputs, answer}) do

@@ -219,7 +219,7 @@ defmodule DSPex.PythonBridge.Stub.Server do
   defp at_once(state, call, result) do
     result = with {:ok, result} <- result, do: {:ok, result, %{}}
     reply = Context.reply(run(state, call, "", nil, []), result)
-    Calls.reply(state.calls, call.request, reply)
+    Calls.reply(call.request, reply)
     %{state | commands: Commands.count(state.commands, call.command, reply)}
   end
 

@@ -52,7 +52,9 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
       counter(event, [:model, :result, :cached]),
       duration(event, [:model], @calls_ms, keep: &(not &1.cached)),
       metric(:sum, event, :input_tokens, [:model]),
-      metric(:sum, event, :output_tokens, [:model])
+      metric(:sum, event, :output_tokens, [:model]),
+      metric(:sum, event, :cost_usd, [:model]),
+      metric(:sum, event, :wait_ms, [:model])
     ]
   end
 

@@ -9,6 +9,15 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   @input ["prompt_tokens", "input_tokens"]
   @output ["completion_tokens", "output_tokens"]
 
+  # Of an LM call. What is not known is missing in the event.
+  @where_known [:first_chunk_ms, :cached_tokens, :reasoning_tokens, :cost_usd]
+  # Of the tokens, where a provider tells.
+  @cached [{"prompt_tokens_details", "cached_tokens"}, {"input_tokens_details", "cached_tokens"}]
+  @reasoning [
+    {"completion_tokens_details", "reasoning_tokens"},
+    {"output_tokens_details", "reasoning_tokens"}
+  ]
+
   @typedoc "An LM call of `meta[\"lm_events\"]`."
   @type lm_call :: map()
 
@@ -35,7 +44,11 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
 
       iex> usage = %{"m" => %{"prompt_tokens" => 11, "completion_tokens" => 7}, "of-mine" => %{"input_tokens" => 2}}
       iex> DSPex.PythonBridge.Telemetry.Usage.measurements(%{"lm_usage" => usage, "lm_calls" => 3, "cache_hits" => 1})
-      %{input_tokens: 13, output_tokens: 7, lm_calls: 3, cache_hits: 1}
+      %{input_tokens: 13, output_tokens: 7, lm_calls: 3, cache_hits: 1, wait_ms: 0}
+      iex> details = %{"prompt_tokens_details" => %{"cached_tokens" => 5}}
+      iex> meta = %{"lm_usage" => %{"m" => details}, "lm_calls" => 1, "wait_ms" => 2.5, "cost_usd" => 0.01}
+      iex> DSPex.PythonBridge.Telemetry.Usage.measurements(meta) |> Map.take([:wait_ms, :cached_tokens, :cost_usd])
+      %{wait_ms: 2.5, cached_tokens: 5, cost_usd: 0.01}
       iex> DSPex.PythonBridge.Telemetry.Usage.measurements(nil)
       %{}
   """
@@ -47,8 +60,12 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
       input_tokens: Enum.sum_by(used, &tokens(&1, @input)),
       output_tokens: Enum.sum_by(used, &tokens(&1, @output)),
       lm_calls: number(calls),
-      cache_hits: number(meta["cache_hits"])
+      cache_hits: number(meta["cache_hits"]),
+      wait_ms: number(meta["wait_ms"])
     }
+    |> add_known(:cached_tokens, details(used, @cached))
+    |> add_known(:reasoning_tokens, details(used, @reasoning))
+    |> add_known(:cost_usd, meta["cost_usd"])
   end
 
   def measurements(_unknown), do: %{}
@@ -67,7 +84,8 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   @spec lm_event(lm_call(), integer(), map() | nil) :: {map(), map()}
   def lm_event(call, now, whole) do
     took = number(call["duration_ms"])
-    ended = number(call["started_ms"]) + took
+    waited = number(call["wait_ms"])
+    ended = number(call["started_ms"]) + waited + took
 
     # Times of the peer count from when it has received the request, as the duration of the whole does.
     ago = max(number(whole && whole["duration_ms"]) - ended, 0)
@@ -75,9 +93,12 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
     measurements = %{
       duration: native(took),
       monotonic_time: now - native(ago),
+      wait_ms: waited,
       input_tokens: number(call["input_tokens"]),
       output_tokens: number(call["output_tokens"])
     }
+
+    measurements = Enum.reduce(@where_known, measurements, &add_known(&2, &1, call["#{&1}"]))
 
     metadata = %{
       model: call["model"],
@@ -91,6 +112,22 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   end
 
   defp tokens(used, names), do: Enum.find_value(names, 0, &positive(used[&1]))
+
+  defp details(used, names) do
+    counts =
+      for tokens <- used,
+          {part, name} <- names,
+          %{^name => count} <- [tokens[part]],
+          known?(count),
+          do: count
+
+    if counts != [], do: Enum.sum(counts)
+  end
+
+  defp add_known(measurements, name, value),
+    do: if(known?(value), do: Map.put(measurements, name, value), else: measurements)
+
+  defp known?(value), do: is_number(value) and value >= 0
 
   defp positive(n), do: if(is_number(n) and n > 0, do: n)
 

@@ -5,7 +5,8 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   # turn: a pool starts another one for each peer that it tries.
   #
   # It sends each process of a tool (`DSPex.PythonBridge.Tools.Invocation`) the one function that it runs. That copies
-  # all that the function has captured, which may take long: the proxy, which keeps the time of the call, must not do it.
+  # all that the function has captured: of a large one it sends one that asks for a call of it
+  # (`DSPex.PythonBridge.Tools.LargeFunction`).
   #
   # If the run is sent again, tool calls that were made before are not made again (`DSPex.PythonBridge.Tools.Memory`):
   # those that still run go on, and their answers are kept. A function with `repeat: false` is given in two steps: between
@@ -16,7 +17,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   # killed. It uses no links, which a function may remove, or survive by trapping exits.
 
   alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
-  alias DSPex.PythonBridge.Tools.{Answer, Functions, Memory}
+  alias DSPex.PythonBridge.Tools.{Answer, Functions, LargeFunction, Memory}
 
   @enforce_keys [:functions, :caller]
   defstruct [:functions, :caller, :proxy, :watch]
@@ -116,6 +117,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     # The functions have the caller's contents.
     Process.flag(:sensitive, true)
     Process.monitor(caller)
+    {tools, _close_with_this} = LargeFunction.hold(tools, self())
     loop(%__MODULE__{functions: Functions.new(tools, about, retry?), caller: caller})
   end
 

@@ -6,11 +6,11 @@ defmodule DSPex.PythonBridge.Top.Table do
   alias DSPex.PythonBridge.Evaluate
   alias DSPex.PythonBridge.Top
 
-  # Left out of the library's own names: a line should fit into 100 columns.
+  # Left out of the library's own names: a line should fit into 110 columns.
   @prefix "DSPex.PythonBridge."
 
-  @header ["bridge", "state", "pid", "pending", "runs", "queued", "p50", "p99"] ++
-            ["errors", "memory", "restarts", "calls/s", "uptime"]
+  @header ["bridge", "state", "pid", "pending", "runs", "queued", "limited"] ++
+            ["p50", "p99", "errors", "memory", "restarts", "calls/s", "uptime"]
 
   @runs ["run", "on", "done", "score", "failed", "LM calls", "time"]
   @longest_id 40
@@ -54,9 +54,10 @@ defmodule DSPex.PythonBridge.Top.Table do
       cell(peer.pending, &to_string/1),
       cell(peer.in_flight, &to_string/1),
       cell(peer.queued, &to_string/1),
+      # A node of an older version does not have this, nor the errors.
+      cell(Map.get(peer, :lm_waiting), &to_string/1),
       cell(peer.p50_ms, &ms/1),
       cell(peer.p99_ms, &ms/1),
-      # A node of an older version does not have them.
       cell(Map.get(peer, :errors), &to_string/1),
       cell(peer.rss_bytes, &bytes/1),
       cell(peer.restarts, &to_string/1),

@@ -25,6 +25,13 @@ defmodule DSPex.PythonBridge.Bridge.BackoffTest do
     refute Backoff.hopeless?(none, 0)
   end
 
+  test "those of peers that had work are not: a call may have killed them" do
+    {50, backoff} = Backoff.died(Backoff.new(), true)
+    {100, backoff} = Backoff.died(backoff, true, true)
+    {200, backoff} = Backoff.died(backoff, true)
+    refute Backoff.hopeless?(backoff, 1)
+  end
+
   defp delays(_backoff, 0), do: []
 
   defp delays(backoff, n) do

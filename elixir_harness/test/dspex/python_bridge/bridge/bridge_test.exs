@@ -220,14 +220,40 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert {:ok, _} = Bridge.call(bridge, :echo, %{a: String.duplicate("x", 800)}, 1_000)
     end
 
+    test "a reply over max_frame_bytes is an error, any other such frame is dropped" do
+      bridge = start_up("plays", max_frame_bytes: 1_000)
+      run = &Bridge.request(bridge, :execute_program, %{program_id: "p", play: &1}, &2)
+      test = self()
+
+      log =
+        ExUnit.CaptureLog.capture_log(fn ->
+          play = [["long", "stream", 1_000], ["count", 1], ["reply", "y"]]
+          assert {:ok, "y", _meta} = run.(play, on_chunk: &send(test, &1))
+        end)
+
+      assert log =~ "too large"
+      assert Bridge.get_status(bridge).unreadable_frames == 1
+      assert_received %{"chunk" => "0"}
+      refute_received %{"chunk" => _long}
+
+      assert {:error, %Error{type: :frame_too_large, message: text, retryable: false}} =
+               run.([["long", "reply", 1_000]], [])
+
+      assert text =~ ~r/\Athe reply has 10\d\d bytes; max_frame_bytes is 1000\z/
+      assert {:ok, _text, _meta} = run.([["long", "reply", 900]], [])
+    end
+
     test "a request of exactly max_frame_bytes is sent" do
       {:ok, body} = Protocol.encode_body(:echo, %{a: ""})
       # The start's ping had id 1.
       size = fn id -> IO.iodata_length(Protocol.request_frame(id, :infinity, body)) end
       bridge = start_up("echo", max_frame_bytes: 1_000)
       fits = String.duplicate("x", 1_000 - size.(2))
-      assert {:ok, _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
-      assert {:error, _} = Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
+      # It is sent: the echo with what surrounds it is too large to come back.
+      assert {:error, "the reply has " <> _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
+
+      assert {:error, "the request has " <> _} =
+               Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
     end
 
     test "leaves no monitor and no large frame in the bridge" do
@@ -543,6 +569,14 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert %{restarts: 2, last_error: "exit status 7"} = Bridge.get_status(bridge)
     end
 
+    test "of its calls, again and again: it is not :failed, and other calls are not refused" do
+      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 1)
+      deadly = for _ <- 1..5, do: Task.async(fn -> Bridge.call(bridge, :die, %{}, 30_000) end)
+      other = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 30_000) end)
+      for task <- deadly, do: assert(Task.await(task, 30_000) == {:error, :python_process_died})
+      assert {:ok, _} = Task.await(other, 30_000)
+    end
+
     test "after it has answered calls, again and again: it always comes back" do
       bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 0)
 
@@ -571,11 +605,12 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
           {"has an interpreter that is none", [fake: "echo", python_executable: "/etc/passwd"],
            "permission denied"}
         ] do
-      test "#{name}: tried again and again, :failed with the reason after max_retries, calls wait" do
+      test "#{name}: tried again and again, :failed with the reason after max_retries, and calls fail with it" do
         {fake, opts} = Keyword.pop(unquote(Macro.escape(opts)), :fake)
         opts = Keyword.merge(fake_opts(fake, max_retries: 2), opts)
         bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
-        call = Task.async(fn -> timed(fn -> Bridge.call(bridge, :ping, %{}, 500) end) end)
+        # One that waits since before, and those that come then.
+        call = Task.async(fn -> Bridge.call(bridge, :ping, %{}, :infinity) end)
 
         %{last_error: error} =
           eventually(fn ->
@@ -584,9 +619,14 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
           end)
 
         assert error =~ unquote(text)
-        assert {ms, {:error, :timeout}} = Task.await(call)
-        # The promise is 100 ms past the timeout; a loaded machine is not held to it.
-        assert ms < 3_000
+        assert {:error, waited} = Task.await(call, 30_000)
+        assert waited =~ "the Python process does not start: " and waited =~ unquote(text)
+
+        {ms, result} = timed(fn -> Bridge.request(bridge, :ping, %{}, timeout: 60_000) end)
+        assert {:error, %Error{type: :python_process_died, retryable: true} = error} = result
+        assert error.message =~ unquote(text)
+        assert {:error, ^waited} = Bridge.call(bridge, :ping, %{}, 60_000)
+        assert ms < 5_000
         assert %{pending: 0} = Bridge.get_status(bridge)
       end
     end
@@ -615,7 +655,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
           do: assert(line =~ "exit status 3: no such key: [redacted]; next attempt")
     end
 
-    test "calls wait meanwhile, within their own timeouts" do
+    test "before it has failed so often, calls wait within their own timeouts" do
       bridge = start("dies_at_start", max_retries: 20)
       {ms, result} = timed(fn -> Bridge.call(bridge, :ping, %{}, 200) end)
       assert result == {:error, :timeout}

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Calls, Options, Programs}
-  alias DSPex.PythonBridge.Calls.{Handover, InFlight, Quarantine, Request}
+  alias DSPex.PythonBridge.Calls.{Handover, InFlight, Request}
 
   describe "a call leaves nothing of itself" do
     setup do
@@ -42,7 +42,7 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
     defp nothing_left({_call, timers, _before}, in_flight) do
       assert in_flight.calls == Calls.Table.new()
       assert :gb_sets.is_empty(in_flight.held)
-      refute Quarantine.any?(in_flight.quarantine)
+      assert in_flight.suspects.records == %{}
       assert in_flight.cancelled_changes == %{}
       assert monitors() == []
       # Cancelled without waiting for it.

@@ -100,7 +100,7 @@ defmodule DSPex.PythonBridge.Calls.NodeMessageTest do
       deaths: 0,
       passed: [],
       passed_nodes: [],
-      overloaded?: false,
+      overloaded: nil,
       repaired: []
     }
 

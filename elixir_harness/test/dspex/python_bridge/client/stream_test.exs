@@ -499,6 +499,88 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert [error: %Error{type: :invalid_request}] = Enum.to_list(Bridge.stream(%{}, a: 1))
     end
 
+    # One peer has told its steps, or given items, and dies.
+    defp dies_after(told), do: told ++ [["go", "die"], ["die"]]
+    defp told(text), do: ["stream", %{status: text}]
+    defp item(index), do: ["stream", %{index: index, success: true, result: %{n: index}}]
+
+    @tag :tmp_dir
+    test "goes on when the peer dies after a status, and says so", %{tmp_dir: dir} do
+      bridge = start_again(in_dir(dir))
+      next = [told("calling tool search"), ["count", 1], ["reply", %{}]]
+      play = [["first", dies_after([told("calling tool search"), told("thinking")]), next]]
+
+      elements =
+        for element <- stream(bridge, play, timeout: 20_000) do
+          if element == {:status, "thinking"}, do: go(bridge, "die")
+          element
+        end
+
+      assert [
+               {:status, "calling tool search"},
+               {:status, "thinking"},
+               {:status, "restarted"},
+               {:status, "calling tool search"},
+               {:chunk, "n", "0"},
+               {:ok, %{}, _}
+             ] = elements
+    end
+
+    @tag :tmp_dir
+    test "says so with on_chunk, and if the next peer has only the reply", %{tmp_dir: dir} do
+      bridge = start_again(in_dir(dir))
+      play = [["first", dies_after([told("thinking")]), [["reply", %{}]]]]
+
+      on_chunk = fn chunk ->
+        send(self(), {:chunk, self(), chunk})
+        if chunk["status"] == "thinking", do: go(bridge, "die")
+      end
+
+      assert {:ok, %{}, _} = request(bridge, play, on_chunk: on_chunk, timeout: 20_000)
+      assert received() == [%{"status" => "thinking"}, %{"status" => "restarted"}]
+    end
+
+    @tag :tmp_dir
+    test "gives each item once when the peer dies between them", %{tmp_dir: dir} do
+      bridge = start_again(in_dir(dir))
+      play = [["first", dies_after([item(1), item(0)]), [item(0), item(2), item(1), ["reply"]]]]
+
+      elements =
+        for element <- stream(bridge, play, timeout: 20_000) do
+          if match?({:item, 0, _}, element), do: go(bridge, "die")
+          element
+        end
+
+      assert [{:item, 1, _}, {:item, 0, _}, {:status, "restarted"}, {:item, 2, _}, {:ok, _, _}] =
+               elements
+    end
+
+    @tag :tmp_dir
+    test "can be halted, or raise, when it is told of the restart", %{tmp_dir: dir} do
+      bridge = start_again(in_dir(dir))
+      play = [["first", dies_after([told("thinking")]), [["go", "never"]]]]
+      tools = %{"t" => fn %{} -> "r" end}
+
+      until = fn stop ->
+        File.rm(Path.join(dir, "starts"))
+
+        for element <- stream(bridge, play, timeout: 20_000, tools: tools) do
+          case element do
+            {:status, "thinking"} -> go(bridge, "die")
+            {:status, "restarted"} -> stop.()
+          end
+        end
+      end
+
+      before = length(Process.list())
+      assert catch_throw(until.(fn -> throw(:stop) end)) == :stop
+      running(bridge)
+      assert Enum.count(Stream.take_while(stream(bridge, [["reply", %{}]]), & &1)) == 1
+      eventually(fn -> status(bridge, :pending) == 0 end)
+      # No holder of the functions is left; other tests start processes, too.
+      eventually(fn -> length(Process.list()) < before + 50 end)
+    end
+
     @tag :tmp_dir
     test "ends with an error when the peer dies after a chunk", %{tmp_dir: dir} do
       bridge = start_again(in_dir(dir))

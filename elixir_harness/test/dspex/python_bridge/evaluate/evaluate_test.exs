@@ -99,6 +99,24 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     end
   end
 
+  test "an unknown cost plus a known one is unknown, and nothing else is" do
+    known = %{"lm_calls" => 1, "cost_usd" => 0.25, "lm_usage" => %{"m" => %{"total_tokens" => 3}}}
+    unknown = %{known | "cost_usd" => nil, "lm_usage" => %{}}
+
+    for metas <- [[known, unknown], [unknown, known], [known, unknown, known]] do
+      usage = Enum.reduce(metas, %{}, &Result.add(&2, &1))
+      tokens = 3 * Enum.count(metas, &(&1 == known))
+
+      assert usage == %{
+               "lm_calls" => length(metas),
+               "cost_usd" => nil,
+               "lm_usage" => %{"m" => %{"total_tokens" => tokens}}
+             }
+    end
+
+    assert Result.add(Result.add(%{}, known), known)["cost_usd"] == 0.5
+  end
+
   test "a field is compared by the peer", %{bridge: bridge} do
     for {match, scores} <- [
           equals: [0.0, 0.0, 1.0],
@@ -229,6 +247,46 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     assert Enum.map(results, & &1.index) == Enum.to_list(0..149)
   end
 
+  test "the process dictionary is as before, also after an error", %{bridge: bridge} do
+    Process.put(:mine, 1)
+    before = Enum.sort(Process.get())
+    examples = for n <- 1..40, do: {%{question: "q-#{n}"}, %{answer: "a"}}
+
+    for {examples, metric, opts} <- [
+          {examples, fn _, _ -> 1 end, []},
+          {examples, fn _, _ -> raise "no" end, []},
+          {examples ++ [5], fn _, _ -> 1 end, []},
+          {Stream.map(1..40, &if(&1 > 20, do: raise("no"), else: %{question: "q"})),
+           fn _, _ -> 1 end, []},
+          {examples, fn _, _ -> Process.sleep(:infinity) end, [timeout: 500]}
+        ] do
+      Evaluate.run(bridge, "qa", examples, [metric: metric] ++ opts)
+      assert Enum.sort(Process.get()) == before
+    end
+
+    stop = fn _item -> throw(:stop) end
+    opts = [metric: fn _, _ -> 1 end, on_result: stop]
+    assert catch_throw(Evaluate.run(bridge, "qa", examples, opts)) == :stop
+    assert Enum.sort(Process.get()) == before
+  end
+
+  test "a metric that has captured 18 MB is not copied for each example", %{bridge: bridge} do
+    held = Enum.map(1..600_000, &{&1, &1})
+    assert :erts_debug.flat_size(held) * 8 > 18_000_000
+    examples = for n <- 1..200, do: {%{question: "q-#{n}"}, %{answer: "#{n}"}}
+    # Without this, the first run pays for what the peer does once.
+    assert {:ok, _} = Evaluate.run(bridge, "qa", examples, metric: fn _, _ -> 1 end)
+
+    {us, result} =
+      :timer.tc(fn ->
+        Evaluate.run(bridge, "qa", examples, metric: fn _, _ -> elem(hd(held), 0) end)
+      end)
+
+    assert {:ok, %Result{score: 1.0}} = result
+    # It was 200 copies, and more: a minute on a busy machine.
+    assert us < 4_000_000
+  end
+
   test "a judge may run another program on a peer with one slot" do
     script = %{model: "offline/script", answers: %{"*" => %{answer: "1"}}}
 
@@ -279,7 +337,16 @@ defmodule DSPex.PythonBridge.EvaluateTest do
           {many ++ [5], [metric: {:field, :answer, :f1}], "examples[70]: expected"},
           {many ++ [{%{question: {:secret, 1}}, %{}}], [metric: {:field, :answer, :f1}],
            "inputs[70].question: a tuple has no JSON form"},
-          {nil, [metric: {:field, :answer, :f1}], "examples: expected an enumerable"}
+          {@examples, [metric: {:field, :answer, :f1}, timeout: 4_294_967_296],
+           ":timeout: expected 1 to 4294967295 ms"},
+          {nil, [metric: {:field, :answer, :f1}], "examples: expected an enumerable"},
+          {[hd(@examples) | hd(@examples)], [metric: {:field, :answer, :f1}],
+           "examples: expected a proper list"},
+          {fn -> @examples end, [metric: {:field, :answer, :f1}], "examples: expected an enum"},
+          {fn example, _prediction -> example end, [metric: {:field, :answer, :f1}],
+           "examples: "},
+          {Stream.map(many, fn _ -> raise "no file" end), [metric: {:field, :answer, :f1}],
+           "examples: RuntimeError: no file"}
         ] do
       assert {:error, %Error{type: type, message: message}} =
                Evaluate.run(bridge, "qa", examples, opts)
@@ -296,6 +363,44 @@ defmodule DSPex.PythonBridge.EvaluateTest do
 
     assert {:error, %Error{type: :program_not_found}} =
              Evaluate.run(bridge, "none", @examples, metric: fn _, _ -> 1 end)
+  end
+
+  test "a peer that sends no valid results is an error" do
+    bridge = start_supervised!({Bridge, fake_opts("plays")}, id: :liar)
+    ok = %{success: true, result: %{answer: "a"}, score: 1}
+
+    lies = [
+      nil,
+      [],
+      %{},
+      %{results: nil},
+      %{results: []},
+      %{results: [ok, ok]},
+      %{results: [1]},
+      %{results: [%{ok | score: "1"}]},
+      %{results: [%{ok | score: nil}]},
+      %{results: [%{ok | score: Integer.pow(10, 400)}]},
+      %{results: [%{ok | result: "a"}]},
+      %{results: [%{success: false, score: 0}]},
+      %{results: [Map.put(ok, :feedback, 5)]}
+    ]
+
+    run = fn examples, reply ->
+      opts = [metric: {:field, :answer, :f1}, config: %{play: [["reply" | reply]]}]
+      Evaluate.run(bridge, "qa", examples, [timeout: 10_000] ++ opts)
+    end
+
+    for lie <- lies do
+      assert {:error, %Error{type: :internal, message: text}} =
+               run.([%{question: "q"}], [lie, %{}])
+
+      assert text == "the peer sent no valid results", inspect(lie)
+    end
+
+    usage = %{lm_calls: "3", cache_hits: -1, cost_usd: %{}, lm_usage: [1]}
+    assert {:ok, result} = run.([%{question: "q"}], [%{results: [ok]}, usage])
+    assert result.score == 1.0 and result.usage == %{}
+    assert "#{result}" =~ "0 LM calls"
   end
 
   test "the timeout and the caller's death stop all requests", %{bridge: bridge} do

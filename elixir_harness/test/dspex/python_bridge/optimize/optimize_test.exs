@@ -139,6 +139,36 @@ defmodule DSPex.PythonBridge.OptimizeTest do
       assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
     end
 
+    test "takes no best candidate along; done begins again" do
+      # Before the sixth example, with two candidates; the next peer finds the same two again, and a better one.
+      opts = [options: [die: [[5, 1]]], on_progress: listener()]
+      assert {:ok, _} = optimize(start(), opts)
+      events = events()
+      progress = for {:progress, progress} <- events, do: progress
+
+      assert for(%{done: done, total: 6} <- progress, do: done) == [
+               1,
+               2,
+               3,
+               4,
+               5,
+               1,
+               2,
+               3,
+               4,
+               5,
+               6
+             ]
+
+      assert for(%{best: best} <- progress, do: best) ==
+               [nil, nil, 0.2, 0.2] ++ List.duplicate(0.4, 7)
+
+      # Each candidate is announced as the best once, with its state.
+      best = for {:candidate, %{best: true} = candidate} <- events, do: candidate
+      assert for(%{score: score} <- best, do: score) == [0.2, 0.4, 0.6]
+      assert Enum.all?(best, & &1.state)
+    end
+
     test "while the metric runs: that goes on, and its answer is the next peer's" do
       bridge = start()
       test = self()
@@ -319,11 +349,16 @@ defmodule DSPex.PythonBridge.OptimizeTest do
           {[metric: fn -> 1 end], ":metric: expected a function of two or three"},
           {[optimizer: nil], ":optimizer: expected a name"},
           {[trainset: nil], ":trainset: missing"},
-          {[trainset: 5], ":trainset: expected examples"},
+          {[trainset: 5], ":trainset: expected an enumerable of examples"},
           {[trainset: [%{}, 5]], ":trainset: examples[1]: expected {inputs, expected}"},
           {[valset: [7]], ":valset: examples[0]"},
           {[budgets: []], "unknown option :budgets, did you mean :budget?"},
           {[timeout: 0], ":timeout"},
+          {[timeout: 4_294_967_296], ":timeout: expected 1 to 4294967295 ms"},
+          {[trainset: [%{q: 1} | 5]], ":trainset: expected a proper list"},
+          {[trainset: fn -> [] end], ":trainset: expected an enumerable of examples"},
+          {[trainset: fn example, _acc -> example end], ":trainset: "},
+          {[valset: Stream.map([1], fn _ -> raise "no file" end)], ":valset: RuntimeError: no f"},
           {[on_progress: 1], ":on_progress"},
           {[retry: 1], ":retry"},
           {[tools: 1], ":tools"},
@@ -347,6 +382,47 @@ defmodule DSPex.PythonBridge.OptimizeTest do
 
     assert {:error, %Error{type: :bridge_not_running}} = optimize(__MODULE__.None, [])
     assert {:ok, []} = Bridge.call(bridge, "heard", %{})
+  end
+
+  test "a peer that sends no valid result, or chunks, is an error, or ignored" do
+    bridge = start()
+    good = %{candidates: 1, lm_calls: 1, metric_calls: 1, state: %{}, score: 1, baseline: nil}
+
+    for lie <-
+          [nil, [], %{}, %{state: %{}}] ++
+            for(
+              {key, value} <- [
+                candidates: nil,
+                lm_calls: "1",
+                metric_calls: 1.5,
+                state: [1],
+                score: "1",
+                score: Integer.pow(10, 400),
+                baseline: []
+              ],
+              do: Map.put(good, key, value)
+            ) do
+      assert {:error, %Error{type: :internal, message: "the peer sent no valid result"}} =
+               optimize(bridge, options: %{result: lie}),
+             inspect(lie)
+    end
+
+    chunks = [
+      %{progress: 5},
+      %{progress: %{step: "s", done: "1"}},
+      %{progress: %{step: "s", best: "1"}},
+      %{progress: %{step: 5}},
+      %{candidate: %{number: 1, score: "1", best: true, state: %{}}},
+      %{candidate: %{number: 1, score: 1, best: true, state: 5}},
+      %{candidate: %{number: "1", score: 1, best: true}},
+      %{candidate: []}
+    ]
+
+    state = %{signature: %{instructions: 5}}
+    opts = [options: %{chunks: chunks, result: %{good | state: state}}, on_progress: listener()]
+    assert {:ok, result} = optimize(bridge, opts)
+    assert "#{result}" =~ "instructions:  (0 demos)"
+    assert length(events()) == 9
   end
 
   test "a key is not in the error of an LM without a JSON form" do

@@ -245,6 +245,15 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert Pool.call(:overloaded) == {:error, :overloaded}
     end
 
+    test "that all peers refuse has the text and the meta of the last one" do
+      start_up(pool_size: 2)
+
+      assert {:error, %Error{type: :overloaded, retryable: true} = error} =
+               Pool.request(:overloaded, %{})
+
+      assert {error.message, error.meta} == {"too much to do", %{"wait_ms" => 1.5}}
+    end
+
     test "is not sent to another peer if the overloaded one has done some of it" do
       start_up(pool_size: 2)
 

@@ -73,6 +73,31 @@ defmodule DSPex.PythonBridge.Pool.StreamRecoveryTest do
     :ok
   end
 
+  test "an agent whose peer is killed after its first step goes on at another one" do
+    start(pool_size: 2)
+    count = :counters.new(1, [])
+
+    search = fn %{"query" => _} ->
+      :counters.add(count, 1, 1)
+      [busy] = for {peer, 1} <- Enum.zip(peers(), PoolProbe.busy(@pool)), do: peer.os_pid
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -9 #{busy}"])
+      "found"
+    end
+
+    elements =
+      @pool |> Pool.stream(ask("agent", "Why?"), tools: %{search: search}) |> Enum.to_list()
+
+    statuses = for {:status, text} <- elements, do: text
+    assert ["calling tool search", "restarted", "calling tool search" | _] = statuses
+
+    assert {:ok, %{"trajectory" => %{"observation_0" => "found"}} = result, _} =
+             List.last(elements)
+
+    assert result["answer"] == for({:chunk, "answer", text} <- elements, into: "", do: text)
+    assert :counters.get(count, 1) == 1
+    idle()
+  end
+
   defp two_or_more([_, _ | _] = some), do: some
   defp two_or_more(_fewer), do: nil
 

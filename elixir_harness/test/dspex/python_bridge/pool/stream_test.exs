@@ -72,6 +72,76 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
     end
   end
 
+  describe "after a status" do
+    @describetag :tmp_dir
+
+    # A step, a tool, and the end of the peer; the next peers go on.
+    defp agent(rest) do
+      told = [["stream", %{status: "calling tool note"}], ["tool", 1, "note", %{}], ["result", 1]]
+      [["first", told ++ [["die"]], told ++ rest]]
+    end
+
+    defp note(test), do: [tools: %{note: fn %{} -> send(test, :noted) && "n" end}]
+
+    test "an agent goes on at another peer, and its tool runs once", %{tmp_dir: dir} do
+      pool = start_up("plays", in_dir(dir, pool_size: 1))
+
+      assert [
+               {:status, "calling tool note"},
+               {:status, "restarted"},
+               {:status, "calling tool note"},
+               {:chunk, "n", "0"},
+               {:ok, %{"1" => %{"result" => "n"}}, _}
+             ] = elements(pool, agent([["count", 1], ["reply"]]), note(self()))
+
+      assert_received :noted
+      refute_received :noted
+      idle(pool)
+    end
+
+    test "it is given up after 1 + max_retries peers, and with retry: false", %{tmp_dir: dir} do
+      pool = start_up("plays", in_dir(dir, pool_size: 2, max_retries: 1))
+      play = [["stream", %{status: "thinking"}], ["die"]]
+
+      assert [
+               {:status, "thinking"},
+               {:status, "restarted"},
+               {:status, "thinking"},
+               {:error, %Error{type: :python_process_died}}
+             ] = elements(pool, play, timeout: 20_000)
+
+      all_up(pool)
+
+      assert [{:status, "thinking"}, {:error, %Error{type: :python_process_died}}] =
+               elements(pool, play, retry: false)
+
+      assert File.read!(Path.join(dir, "starts")) |> byte_size() >= 4
+      idle(pool)
+    end
+
+    test "it is halted between two peers: nothing is left of it", %{tmp_dir: dir} do
+      pool = start_up("plays", in_dir(dir, pool_size: 1))
+      stream = stream(pool, agent([["go", "never"]]), note(self()))
+      assert [_, {:status, "restarted"}] = Enum.take(stream, 2)
+      idle(pool)
+      assert_received :noted
+    end
+
+    test "it goes on when its bridge ends", %{tmp_dir: _dir} do
+      pool = start_up("plays", pool_size: 2)
+      play = [["stream", %{status: "thinking"}], ["go", "on"], ["reply", %{}]]
+      {:suspended, [{:status, "thinking"}], next} = suspend(stream(pool, play, timeout: 20_000))
+      index = Enum.find_index(PoolProbe.busy(pool), &(&1 == 1))
+      pool |> bridges() |> Enum.at(index) |> Process.whereis() |> Process.exit(:kill)
+      assert {:suspended, [{:status, "restarted"} | _], next} = next.({:cont, nil})
+      assert {:suspended, [{:status, "thinking"} | _], next} = next.({:cont, nil})
+      all_up(pool)
+      go(pool, "on")
+      assert {:suspended, [{:ok, %{}, _} | _], _} = next.({:cont, nil})
+      idle(pool)
+    end
+  end
+
   test "a peer that is overloaded is passed over; one that has done some of it is not" do
     pool = start_up("who", pool_size: 2)
     on_chunk = [on_chunk: & &1]
@@ -226,27 +296,11 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
       reader =
         Task.async(fn -> elements(pool, [["count", 3], ["reply", %{}]], timeout: 20_000) end)
 
-      eventually(fn -> PoolProbe.busy(pool) == [1] end)
+      eventually(fn -> Process.info(pid, :message_queue_len) != {:message_queue_len, 0} end)
       Process.exit(pid, :kill)
       assert [_, _, _, {:ok, %{}, _}] = Task.await(reader, 20_000)
       idle(pool)
     end
-  end
-
-  test "a proxy whose permission was taken back sends nothing" do
-    permit = StreamProxy.permit()
-    assert StreamProxy.revoke(permit)
-    request = %Request{body: ""}
-    call = %{dest: self(), deadline: :infinity, request: request, permit: permit}
-    proxy = StreamProxy.start(call, nil)
-    monitor = Process.monitor(proxy)
-    assert_receive {:DOWN, ^monitor, :process, ^proxy, _}, 5_000
-    assert mailbox() == []
-
-    permit = StreamProxy.permit()
-    _proxy = StreamProxy.start(%{call | permit: permit}, nil)
-    assert_receive {:request, %Request{}}, 5_000
-    refute StreamProxy.revoke(permit)
   end
 
   test "wrong options and a pool that is not there are the only element" do

@@ -109,6 +109,17 @@ defmodule DSPex.ProgramCastTest do
     end
   end
 
+  defmodule Letter do
+    defstruct [:to, note: "none"]
+    def __dspex__(:fields), do: [to: :string, note: {:optional, :string}]
+  end
+
+  test "a null for an optional field of a struct is nil; one that is absent keeps its default" do
+    letter = &cast(Map.put(&1, "to", "a"), Letter)
+    assert letter.(%{"note" => nil}) == {:ok, %Letter{to: "a", note: nil}}
+    assert letter.(%{}) == {:ok, %Letter{to: "a", note: "none"}}
+  end
+
   test "no atom is made from an answer" do
     text = "an_atom_that_nothing_has_made_#{System.unique_integer([:positive])}"
     assert {:error, _text} = cast(text, {:enum, [:a, :b]})

@@ -207,7 +207,8 @@ defmodule DSPex.ProgramRunTest do
              )
 
     assert %Error{type: :invalid_args, message: "inputs.tiket: unknown field" <> _} = error
-    assert {:ok, [], %{}} = Triage.run([], server: @bridge, meta: true)
+    # No keyword is a keyword list, too.
+    assert {:error, %Error{type: :invalid_args}} = Triage.run([], server: @bridge, meta: true)
   end
 
   test "a stream has the fields as atoms, and ends with the struct" do

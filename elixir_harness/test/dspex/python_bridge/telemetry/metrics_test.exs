@@ -83,6 +83,20 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     assert [{tags, ^n} | _] = values[[:dspex, :lm, :stop, :input_tokens]]
     assert tags == %{model: "offline/echo"}
 
+    assert values[[:dspex, :lm, :stop, :cost_usd]] |> hd() == {tags, 0.0}
+
+    # Half a millisecond of the cache, among seconds of the LM, would be no duration of an LM.
+    answered = {[:lm, :stop], %{duration: 1}, %{model: "m", cached: false}}
+    cached = put_elem(answered, 2, %{model: "m", cached: true})
+
+    assert [1] ==
+             for(
+               metric <- metrics,
+               metric.name == [:dspex, :lm, :stop, :duration],
+               {_tags, duration} <- values(metric, [answered, cached]),
+               do: duration
+             )
+
     assert values[[:dspex, :evaluate, :stop, :score]] == [{%{program_id: "qa"}, score}]
     assert values[[:dspex, :optimize, :stop, :score]] == [{%{program_id: "qa"}, 0.5}]
 

@@ -113,7 +113,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
         }
       }
 
-      wanted = %{input_tokens: 11, output_tokens: 5, lm_calls: 4, cache_hits: 1}
+      wanted = %{input_tokens: 11, output_tokens: 5, lm_calls: 4, cache_hits: 1, wait_ms: 0}
       failed = play([["fail", "output_invalid", meta]])
       assert {:error, "no"} = Bridge.call(bridge, :execute_program, failed)
       assert [{measured, metadata}] = of(@stop)
@@ -246,7 +246,12 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
         %{
           "model" => "m",
           "started_ms" => 1,
+          "wait_ms" => 4.5,
           "duration_ms" => 2.5,
+          "first_chunk_ms" => 1.5,
+          "cached_tokens" => 0,
+          "reasoning_tokens" => 3,
+          "cost_usd" => 0.25,
           "error_type" => "LMTimeoutError"
         },
         %{"model" => "m", "cached" => true, "finish_reason" => "stop", "error_type" => nil}
@@ -261,6 +266,20 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
       assert [{failed, failure}, {cached, hit}] = of(@lm)
       assert %{result: :error, error_type: "LMTimeoutError", cached: false} = failure
       assert System.convert_time_unit(failed.duration, :native, :microsecond) == 2_500
+      known = %{wait_ms: 4.5, first_chunk_ms: 1.5, cached_tokens: 0, reasoning_tokens: 3}
+      assert Map.merge(failed, Map.put(known, :cost_usd, 0.25)) == failed
+
+      # What is not known is no measurement. It ended 8 ms after its run began, of which that took 10.
+      assert cached |> Map.keys() |> Enum.sort() ==
+               [:duration, :input_tokens, :monotonic_time, :output_tokens, :wait_ms]
+
+      assert System.convert_time_unit(
+               cached.monotonic_time - failed.monotonic_time,
+               :native,
+               :microsecond
+             ) ==
+               -8_000
+
       assert %{result: :ok, cached: true, finish_reason: "stop"} = hit
       assert %{duration: 0, input_tokens: 0, output_tokens: 0} = cached
 

@@ -212,11 +212,17 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       big = String.duplicate("x", 1_000)
       exact = String.duplicate("x", 1_000 - byte_size(frame("")))
 
-      assert [ok, over, error] =
-               results(bridge, [fn _ -> exact end, fn _ -> big end, fn _ -> {:error, big} end])
+      tools = %{
+        "t1" => fn _ -> exact end,
+        "t2" => fn _ -> big end,
+        "t3" => fn _ -> {:error, big} end
+      }
 
-      assert ok == ok(exact)
-      for %{"error" => text} <- [over, error], do: assert(text =~ "max_frame_bytes is 1000")
+      calls = for n <- 1..3, do: ["tool", n, "t#{n}", %{}]
+      waits = for n <- 1..3, do: ["result", n]
+      assert {:ok, sizes, _} = request(bridge, calls ++ waits ++ [["sizes"]], tools: tools)
+      assert sizes["1"] == byte_size(exact)
+      for n <- ["2", "3"], do: assert(sizes[n] =~ "max_frame_bytes is 1000")
     end
 
     defp frame(result),

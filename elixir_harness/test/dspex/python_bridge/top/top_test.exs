@@ -16,7 +16,17 @@ defmodule DSPex.PythonBridge.Top.TopTest do
 
   # Nobody here waits that long for what comes at all.
   @long 20_000
-  @of_stats [:in_flight, :queued, :p50_ms, :p99_ms, :rss_bytes, :executes, :errors, :calls] ++
+  @of_stats [
+              :in_flight,
+              :queued,
+              :lm_waiting,
+              :p50_ms,
+              :p99_ms,
+              :rss_bytes,
+              :executes,
+              :errors,
+              :calls
+            ] ++
               [:stats_at_ms]
 
   defp start(opts, name) do
@@ -99,7 +109,10 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       peer(:measured)
       peer = peer(:measured)
       status = Bridge.get_status(:measured)
-      assert %{state: :running, pending: 1, restarts: 0, in_flight: 1, queued: 0} = peer
+
+      assert %{state: :running, pending: 1, restarts: 0, in_flight: 1, queued: 0, lm_waiting: 0} =
+               peer
+
       assert peer.os_pid == status.os_pid
       assert peer.uptime_ms in 1..status.uptime_ms
       assert peer.stats_at_ms in 1..status.uptime_ms
@@ -296,6 +309,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       pending: 1_234,
       in_flight: 256,
       queued: 978,
+      lm_waiting: 77,
       p50_ms: 812.4,
       p99_ms: 12_099.9,
       errors: 99_999,
@@ -305,22 +319,22 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       uptime_ms: 59 * 60_000
     ]
 
-    test "has a line for each peer, in columns, within 100 of a terminal's" do
+    test "has a line for each peer, in columns, within 110 of a terminal's" do
       assert lines([@busy, [bridge: ":qa", state: :failed]]) == [
                "app@host  2026-01-01T00:00:00Z",
-               "bridge        state        pid pending runs queued    p50  p99 errors memory restarts calls/s uptime",
-               "MyApp.Pool 9  restarting 40117    1234  256    978 812 ms 12 s  99999 941 MB       12    1315 59 min",
-               ":qa           failed         -       -    -      -      -    -      -      -        -       -      -",
+               "bridge        state        pid pending runs queued limited    p50  p99 errors memory restarts calls/s uptime",
+               "MyApp.Pool 9  restarting 40117    1234  256    978      77 812 ms 12 s  99999 941 MB       12    1315 59 min",
+               ":qa           failed         -       -    -      -       -      -    -      -      -        -       -      -",
                ""
              ]
 
-      assert Enum.all?(lines([@busy]), &(String.length(&1) <= 100))
+      assert Enum.all?(lines([@busy]), &(String.length(&1) <= 110))
     end
 
-    test "shows a snapshot of a node whose version does not count errors" do
+    test "shows a snapshot of a node whose version counts neither errors nor what waits for limits" do
       snapshot = snapshot([@busy])
-      old = %{snapshot | peers: Enum.map(snapshot.peers, &Map.delete(&1, :errors))}
-      assert IO.iodata_to_binary(Table.render(old)) =~ ~r/ 12 s +- 941 MB /
+      old = %{snapshot | peers: Enum.map(snapshot.peers, &Map.drop(&1, [:errors, :lm_waiting]))}
+      assert IO.iodata_to_binary(Table.render(old)) =~ ~r/ 978 +- 812 ms 12 s +- 941 MB /
     end
 
     @run %{
@@ -411,6 +425,6 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     output = capture_io(fn -> assert Top.print() == :ok end)
     assert output =~ ~r/\A#{node()}  \d{4}-/
     # The fake's clock stands.
-    assert output =~ ~r/^:printed +running +\d+ +0 +1 +2 +- +- +0 +4.0 MB +0 +- +\d+ s$/m
+    assert output =~ ~r/^:printed +running +\d+ +0 +1 +2 +- +- +- +0 +4.0 MB +0 +- +\d+ s$/m
   end
 end

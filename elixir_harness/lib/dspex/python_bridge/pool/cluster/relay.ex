@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
   # It ends with the call, with the proxy, or when the proxy gives up; the bridge, which monitors it as any caller, then
   # cancels the call.
 
-  alias DSPex.PythonBridge.Calls
+  alias DSPex.PythonBridge.{Calls, Error, Protocol}
   alias DSPex.PythonBridge.Calls.{LoadCounters, NodeMessage}
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
   alias DSPex.PythonBridge.Pool.{Attempt, LocalCall, Request}
@@ -17,23 +17,25 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
   @request_ms 10_000
 
   @enforce_keys [:ref, :proxy, :request, :retry]
-  defstruct [:ref, :proxy, :request, :retry, streamed?: false, bound?: false]
+  defstruct [:ref, :proxy, :request, :retry, told?: false, streamed?: false, bound?: false]
 
   @typedoc """
   `ref`: the alias of the caller's proxy; `proxy`: the monitor of its process. `retry`: whether the call may be sent again
-  after a peer has died with it. `streamed?`, `bound?`: whether a chunk was given, or a tool may have begun, after which it
-  must not be.
+  after a peer has died with it. `streamed?`, `bound?`: whether a chunk was given that cannot come again, or a tool may have
+  begun, after which it must not be. `told?`: whether any other chunk was given.
   """
   @type t :: %__MODULE__{
           ref: reference(),
           proxy: reference(),
           request: Calls.Request.t(),
           retry: boolean(),
+          told?: boolean(),
           streamed?: boolean(),
           bound?: boolean()
         }
   @typedoc "What the caller gets: as of `DSPex.PythonBridge.Pool.Remote.proxy/4`."
-  @type served :: {:done, LocalCall.reply()} | {:nobody, deaths :: non_neg_integer(), boolean()}
+  @type served ::
+          {:done, LocalCall.reply()} | {:nobody, deaths :: non_neg_integer(), Error.t() | nil}
 
   @doc "Starts it for a caller; `serve` makes the call with its body and its attempts."
   @spec start(pid(), retry :: boolean(), (binary(), LocalCall.attempt() -> served())) :: pid()
@@ -76,21 +78,22 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
        ) do
     ref = :erlang.monitor(:process, bridge, alias: :demonitor)
     left = Request.left(call)
-    life = LoadCounters.take(counters, index)
-
     request = %{request | body: call.body, retry: :pool, deaths: call.deaths}
+    request = %{request | ticket: LoadCounters.ticket(counters, index)}
     send(bridge, {:request, %{request | ref: ref, pid: self(), timeout: left}})
     {relay, reply} = pass_on(relay, bridge, ref, call.deadline)
     Process.demonitor(ref, [:flush])
 
-    case reply do
-      {:error, :bridge_not_running} ->
-        LoadCounters.give_back(counters, index, life)
-        bridge_gone(relay)
+    reply =
+      case reply do
+        {:error, :bridge_not_running} -> bridge_gone(relay)
+        reply -> Attempt.last(relay.retry, reply)
+      end
 
-      reply ->
-        Attempt.last(relay.retry, reply)
-    end
+    if relay.told? and LocalCall.again?(reply),
+      do: send(relay.ref, {relay.ref, :chunk, Protocol.restarted_chunk()})
+
+    reply
   end
 
   # A bridge itself says so when only its peer ends.
@@ -102,7 +105,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
     receive do
       {^ref, :chunk, frame} ->
         send(near, {near, :chunk, frame})
-        pass_on(%{relay | streamed?: true}, bridge, ref, deadline)
+        pass_on(note_chunk(relay, frame), bridge, ref, deadline)
 
       {^ref, :tool_call, tool_call} ->
         send(near, NodeMessage.tool_call(tool_call, near))
@@ -132,6 +135,12 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
     after
       Deadline.left(deadline) -> {relay, give_up(bridge, ref)}
     end
+  end
+
+  defp note_chunk(relay, frame) do
+    if Protocol.repeatable?(frame),
+      do: %{relay | told?: true},
+      else: %{relay | streamed?: true}
   end
 
   # Nobody waits any longer, or not for long: no other bridge is tried.

@@ -61,27 +61,37 @@ defmodule DSPex.PythonBridge.Pool.Cluster.RemoteCall do
         do: carry(node, name, request, definition),
         else: relay(node, name, request, definition, attempt)
 
-    case served do
+    case follow(request, other, served) do
+      {:done, {:begun, call, frame}} ->
+        call = Map.put(call, :follow, &follow(request, other, served(&1)))
+        {:done, {:begun, call, frame}}
+
       {:done, reply} ->
         if definition == nil,
           do: repair(handle, request, other, attempt, reply),
           else: {:done, reply}
 
-      {:nobody, deaths, overloaded?} ->
-        overloaded? = request.overloaded? or overloaded?
-        pass(handle, %{request | deaths: deaths, overloaded?: overloaded?}, other, attempt)
-
-      :vanished ->
-        pass(handle, request, other, attempt)
+      # A peer of this node may be able to serve again by now.
+      {:again, request} ->
+        with {:nobody, request} <-
+               LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
+             do: run(handle, request, attempt)
     end
   end
 
-  # A peer of this node may be able to serve again by now.
-  defp pass(handle, request, other, attempt) do
-    request = %{request | passed_nodes: [other | request.passed_nodes]}
+  defp follow(request, other, served) do
+    passed = %{request | passed_nodes: [other | request.passed_nodes]}
 
-    with {:nobody, request} <- LocalCall.run(handle, request, &Attempt.make(attempt, &1, &2, &3)),
-         do: run(handle, request, attempt)
+    case served do
+      {:done, reply} ->
+        {:done, reply}
+
+      {:nobody, deaths, overloaded} ->
+        {:again, %{passed | deaths: deaths, overloaded: overloaded || request.overloaded}}
+
+      :vanished ->
+        {:again, passed}
+    end
   end
 
   # The program may be in the table here and not yet there.

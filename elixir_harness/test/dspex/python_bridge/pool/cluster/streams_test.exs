@@ -158,6 +158,46 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     idle_on(there)
   end
 
+  @tag :own_node
+  test "a node that is lost after a status is followed by this one", context do
+    there = context.start_there.([])
+    play = [["stream", %{status: "thinking"}], ["go", "on"], ["reply", %{}]]
+
+    elements =
+      for {element, n} <- play |> stream() |> Stream.with_index() do
+        case {element, n} do
+          {{:status, "thinking"}, 0} ->
+            Nodes.stop(there)
+            send(context.borrower, :end)
+
+          {{:status, "thinking"}, _again} ->
+            ask_on(node(), :go, %{name: "on"})
+
+          _other ->
+            :ok
+        end
+
+        element
+      end
+
+    assert [{_, "thinking"}, {_, "restarted"}, {_, "thinking"}, {:ok, %{}, _}] = elements
+  end
+
+  @tag :tmp_dir
+  test "a peer that dies there after a status is followed by another one",
+       %{tmp_dir: dir} = context do
+    env = %{"FAKE_FILE" => Path.join(dir, "starts")}
+    there = context.start_there.(env: env)
+    told = ["stream", %{status: "thinking"}]
+    play = [["first", [told, ["die"]], [told, ["reply", %{}]]]]
+
+    assert [{_, "thinking"}, {_, "restarted"}, {_, "thinking"}, {:ok, %{}, _}] =
+             Enum.to_list(stream(play))
+
+    up_on(there)
+    idle_on(there)
+  end
+
   test "a bridge that ends there after a chunk is the end", context do
     there = context.start_there.(pool_size: 2, env: %{"DSPY_BRIDGE_DRAIN_MS" => "0"})
 
@@ -289,6 +329,44 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     {:ok, Remote, older} = :compile.forms(older, [])
     {:module, Remote} = Nodes.on(node, :code, :load_binary, [Remote, file, older])
     refute Nodes.on(node, :erlang, :function_exported, [Remote, :open, 5])
+  end
+
+  @tag :own_node
+  @tag :tmp_dir
+  test "a node that hangs and wakes does not run what was meanwhile run elsewhere",
+       %{tmp_dir: dir} = context do
+    # There it is held for ever, here it is answered.
+    play = [["first", [["reply", %{}]], [["go", "never"]]]]
+    file = Path.join(dir, "starts")
+    File.write!(file, "x")
+    there = context.start_there.(env: %{"FAKE_FILE" => file})
+    os_pid = Nodes.on(there, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+
+    try do
+      calls = [
+        Task.async(fn -> Pool.call(@pool, :execute_program, %{play: play}, 60_000) end),
+        Task.async(fn -> play |> stream(timeout: 60_000) |> Enum.to_list() end)
+      ]
+
+      # Both have tried that node, and have given it up.
+      coordinator = Module.concat(@pool, Coordinator)
+      eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 2 end, 20_000)
+
+      # A change is answered in its time, and made here.
+      create = %{id: "qa", signature: "question -> answer"}
+      {ms, result} = timed(fn -> Pool.call(@pool, :create_program, create, 1_000) end)
+      assert {:ok, _} = result
+      assert ms < 1_500
+      send(context.borrower, :end)
+      assert [{:ok, %{}}, [{:ok, %{}, _}]] = Task.await_many(calls, 20_000)
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
+
+    # These questions come behind what it was sent.
+    for _ <- 1..3, do: ask_on(there, :heard)
+    idle_on(there)
   end
 
   @tag :own_node

@@ -1,0 +1,59 @@
+"""Which provider an LM's name leads to, so that a key goes only to the server that it was given for. Imports DSPy.
+
+DSPy's router is asked: it is a table, which is read without a network. LiteLLM is not asked before it sends: it takes
+seconds to import, and for some names it logs in somewhere to find its answer. It is asked when it is about to send.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import dspy
+
+from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.transport import asking, lookups
+
+# Names that LiteLLM has for parts of a provider.
+_PARTS = {"cohere_chat": "cohere", "anthropic_text": "anthropic", "text-completion-openai": "openai"}
+# With USE_LITELLM_PROXY all LMs are asked there, the peer's own, too.
+_PROXY = "litellm_proxy"
+
+
+class LMElsewhere(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
+    """LiteLLM would send the key of one provider to another. Not worth a retry."""
+
+
+@functools.lru_cache(256)
+def provider(model: str, model_type: str = "chat") -> str | None:
+    """Of a model's name, with or without its provider in it; None if DSPy does not know."""
+    if model_type == "text":
+        return "openai"  # where DSPy asks for text completions, whatever the name is
+    if dspy_internals.OFFLINE_ENGINE.there:
+        try:
+            found: str = lookups.route(model, "chat").provider
+            # OpenAI's two APIs, for one, are two providers of DSPy's.
+            return found.removesuffix("-chat")
+        except dspy.lm15.LM15Error:
+            pass
+    # LiteLLM alone serves it: it takes what precedes the slash.
+    head, slash, _ = model.partition("/")
+    return _PARTS.get(head, head) if slash else None
+
+
+def refuse_elsewhere(arguments: dict[str, Any]) -> None:
+    """Raise `LMElsewhere` if LiteLLM would take these arguments to another provider than that of the peer's key."""
+    asked = asking.current.get()
+    if asked is None or asked.key_of is None:
+        return
+    model = arguments["model"]
+    ask = dspy_internals.LITELLM_PROVIDER
+    try:
+        found = str(ask.value(model)[1] if ask.there else model.partition("/")[0])
+    except Exception:  # a name that it does not know, and so does not serve
+        return
+    if found != _PROXY and provider(f"{found}/{model}") != asked.key_of:
+        raise LMElsewhere(
+            f"the peer's key is for {asked.key_of}, but LiteLLM asks {found} for {model}; name its provider, as in"
+            f' "{asked.key_of}/…", or give the LM an api_key'
+        )

@@ -1,0 +1,330 @@
+defmodule DSPex.PythonBridge.BystandersTest do
+  @moduledoc """
+  After each kind of fault an unrelated call is answered within a second of a peer being up: what has happened to others
+  holds nobody. (For what becomes of those that the fault has met, see bridge/recovery.)
+  """
+
+  use ExUnit.Case, async: true
+
+  import DSPex.Test.Helpers
+
+  alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
+  alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
+
+  @moduletag :tmp_dir
+  @moduletag timeout: 180_000
+  @within_ms 1_000
+
+  # Real peers with the modules of tests/fakes/host.py. Unrelated calls are of a program `qa`.
+  defp host_opts(dir, opts) do
+    env = %{
+      "PYTHONPATH" => Path.dirname(fake("host")),
+      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
+      "FAKE_LOG" => Path.join(dir, "log"),
+      "FAKE_FILE" => Path.join(dir, "spoilt")
+    }
+
+    real_opts([env: env] ++ opts)
+  end
+
+  defp start_up(opts), do: up({Bridge, opts}, & &1)
+
+  defp up(child, bridge_of) do
+    bridge = bridge_of.(start_supervised!(child))
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, 30_000)
+    bridge
+  end
+
+  defp create(bridge, id, type) do
+    args = %{id: id, signature: "question -> answer", program_type: type}
+    {:ok, %{"status" => "created"}} = Bridge.call(bridge, :create_program, args, 30_000)
+  end
+
+  defp execute(bridge, id, question, timeout \\ 90_000) do
+    args = %{program_id: id, inputs: %{question: question}}
+    Bridge.call(bridge, :execute_program, args, timeout)
+  end
+
+  defp noted(dir, name) do
+    case File.read(Path.join(dir, "log")) do
+      {:ok, log} -> log |> String.split("\n") |> Enum.count(&String.starts_with?(&1, name))
+      {:error, :enoent} -> 0
+    end
+  end
+
+  defp os_pid(bridge), do: Bridge.get_status(bridge).os_pid
+  defp signal(name, os_pid), do: {_, 0} = System.cmd("/bin/sh", ["-c", "kill -#{name} #{os_pid}"])
+
+  # Calls that the peer has.
+  defp in_flight(bridge, dir, count, seconds) do
+    before = noted(dir, "slow")
+    tasks = for _ <- 1..count, do: Task.async(fn -> execute(bridge, "slow", "#{seconds}") end)
+    eventually(fn -> noted(dir, "slow") == before + count end, 20_000)
+    tasks
+  end
+
+  # One that comes during the fault, and one that comes when a peer is up again. `gone`: the peer that ends.
+  defp assert_served(bridge, gone, call) do
+    during = Task.async(fn -> {call.(), now()} end)
+
+    eventually(
+      fn ->
+        status = Bridge.get_status(bridge)
+        status.state == :running and status.os_pid != gone
+      end,
+      90_000
+    )
+
+    since = now()
+    assert_quick(call)
+    assert {{:ok, _}, at} = Task.await(during, 90_000)
+    assert at - since < @within_ms
+  end
+
+  defp assert_quick(call) do
+    {ms, answer} = timed(call)
+    assert {:ok, _} = answer
+    assert ms < @within_ms
+  end
+
+  defp now, do: System.monotonic_time(:millisecond)
+
+  describe "Python is killed" do
+    defp killed(dir, deaths, count, opts) do
+      bridge = start_up(host_opts(dir, opts))
+      create(bridge, "slow", "host:Slow")
+      create(bridge, "qa", "predict")
+      slow = in_flight(bridge, dir, count, 6)
+
+      for death <- 1..deaths do
+        gone = os_pid(bridge)
+        kill(gone)
+        assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
+        # Those of the death before are at the peer again, or wait for each other.
+        if death < deaths, do: eventually(fn -> noted(dir, "slow") > count * death end)
+      end
+
+      # While the suspects are tried, too.
+      for _ <- 1..10, do: assert_quick(fn -> execute(bridge, "qa", "?") end)
+      for answer <- Task.await_many(slow, 60_000), do: assert({:ok, %{"answer" => "6"}} = answer)
+    end
+
+    test "once with 20 calls of 6 s, on their last retry", %{tmp_dir: dir} do
+      killed(dir, 1, 20, max_retries: 1)
+    end
+
+    @tag :slow
+    test "twice with 20 calls of 6 s", %{tmp_dir: dir} do
+      killed(dir, 2, 20, [])
+    end
+
+    @tag :slow
+    # Past 256, calls are not held, but wait for a slot of the peer.
+    test "three times with 250 calls of 6 s", %{tmp_dir: dir} do
+      killed(dir, 3, 250, [])
+    end
+  end
+
+  describe "a call kills Python" do
+    defp deadly(dir, count, seconds, opts) do
+      bridge = start_up(host_opts(dir, opts))
+      create(bridge, "slow", "host:Slow")
+      create(bridge, "deadly", "host:Deadly")
+      create(bridge, "qa", "predict")
+      slow = in_flight(bridge, dir, count, seconds)
+      killer = Task.async(fn -> execute(bridge, "deadly", "0") end)
+      # One new call after the other, until the killer is given up: none fails.
+      assert asked(bridge, killer) > 0
+      for answer <- Task.await_many(slow, 60_000), do: assert({:ok, _} = answer)
+      assert noted(dir, "deadly") == 1 + Keyword.get(opts, :max_retries, 3)
+    end
+
+    defp asked(bridge, killer, count \\ 0) do
+      assert {:ok, _} = execute(bridge, "qa", "?")
+
+      case Task.yield(killer, 0) do
+        nil -> asked(bridge, killer, count + 1)
+        {:ok, answer} -> if answer == {:error, :python_process_died}, do: count + 1
+      end
+    end
+
+    test "each time, beside 20 calls of 3 s on their last retry", %{tmp_dir: dir} do
+      deadly(dir, 20, 3, max_retries: 1)
+    end
+
+    @tag :slow
+    test "each time, beside 100 calls of 6 s", %{tmp_dir: dir} do
+      deadly(dir, 100, 6, [])
+    end
+  end
+
+  describe "programs" do
+    test "one no longer loads", %{tmp_dir: dir} do
+      spoilt(dir, "")
+    end
+
+    @tag :slow
+    test "one kills Python when it is loaded", %{tmp_dir: dir} do
+      spoilt(dir, "exit")
+    end
+
+    defp spoilt(dir, how) do
+      bridge = start_up(host_opts(dir, []))
+      create(bridge, "qa", "predict")
+      create(bridge, "spoilable", "host:Spoilable")
+      File.write!(Path.join(dir, "spoilt"), how)
+      gone = os_pid(bridge)
+      kill(gone)
+      assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
+    end
+
+    test "one that was declared is wrong" do
+      wrong = %{id: "wrong", signature: "->"}
+      good = %{id: "good", signature: "question -> answer"}
+      bridge = start_up(real_opts(programs: [wrong, good]))
+      assert {:error, _text} = execute(bridge, "wrong", "?")
+      assert_quick(fn -> execute(bridge, "good", "?") end)
+    end
+  end
+
+  describe "Python does not die, but" do
+    # Of each fake that answers `echo`, unless it has been told otherwise.
+    defp monitored(opts) do
+      bridge = start_up(opts)
+      monitor = [name: nil, bridge: bridge, interval: 100, timeout: 200, max_failures: 2]
+      start_supervised!({Monitor, monitor})
+      bridge
+    end
+
+    test "stops" do
+      bridge = monitored(fake_opts("echo"))
+      gone = os_pid(bridge)
+      signal("STOP", gone)
+      assert_served(bridge, gone, fn -> Bridge.call(bridge, :echo, %{}, 20_000) end)
+    end
+
+    test "stops with 256 calls in flight", %{tmp_dir: dir} do
+      bridge = monitored(fake_opts("holds", env: %{"FAKE_FILE" => Path.join(dir, "go")}))
+      for _ <- 1..256, do: Bridge.cast(bridge, :hold, %{})
+      eventually(fn -> Bridge.get_status(bridge).pending >= 256 end)
+      gone = os_pid(bridge)
+      signal("STOP", gone)
+      assert_served(bridge, gone, fn -> Bridge.call(bridge, :ping, %{}, 20_000) end)
+    end
+
+    test "sends frames that are not replies, or cut ones" do
+      bridge = start_up(fake_opts("garbage"))
+      Bridge.cast(bridge, :broken, %{})
+      assert_quick(fn -> Bridge.call(bridge, :echo) end)
+    end
+
+    test "replies twice" do
+      bridge = start_up(fake_opts("twice"))
+      for _ <- 1..3, do: assert_quick(fn -> Bridge.call(bridge, :echo) end)
+    end
+
+    @tag :slow
+    test "is restarted with slow calls in flight", %{tmp_dir: dir} do
+      bridge = start_up(host_opts(dir, []))
+      create(bridge, "slow", "host:Slow")
+      create(bridge, "qa", "predict")
+      slow = in_flight(bridge, dir, 20, 2)
+      gone = os_pid(bridge)
+      restart = Task.async(fn -> Bridge.restart(bridge) end)
+      assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
+      assert Task.await(restart) == :ok
+      for answer <- Task.await_many(slow, 30_000), do: assert({:ok, _} = answer)
+    end
+
+    test "did not start before" do
+      file = Path.join(System.tmp_dir!(), "bystanders-#{System.unique_integer([:positive])}")
+      on_exit(fn -> File.rm(file) end)
+      opts = fake_opts("needs_a_file", env: %{"FAKE_FILE" => file}, max_retries: 100)
+      bridge = start_supervised!({Bridge, opts})
+      eventually(fn -> Bridge.get_status(bridge).restarts > 1 end, 20_000)
+      File.write!(file, "")
+      assert_served(bridge, nil, fn -> Bridge.call(bridge, :ping, %{}, 30_000) end)
+    end
+  end
+
+  describe "callers" do
+    test "256 exit, or are out of time", %{tmp_dir: dir} do
+      bridge = start_up(host_opts(dir, []))
+      create(bridge, "slow", "host:Slow")
+      create(bridge, "qa", "predict")
+      slow = in_flight(bridge, dir, 128, 60)
+      late = for _ <- 1..128, do: Task.async(fn -> execute(bridge, "slow", "60", 500) end)
+      for task <- slow, do: Task.shutdown(task, :brutal_kill)
+      assert_quick(fn -> execute(bridge, "qa", "?") end)
+      for task <- late, do: assert(Task.await(task) == {:error, :timeout})
+      assert_quick(fn -> execute(bridge, "qa", "?") end)
+    end
+  end
+
+  test "the process of the bridge is killed, with slow calls in flight", %{tmp_dir: dir} do
+    name = Module.concat(__MODULE__, "Crashes")
+    opts = [name: nil, bridge: Keyword.put(host_opts(dir, []), :name, name), monitor: [name: nil]]
+    bridge = up({BridgeSupervisor, opts}, fn _pid -> name end)
+    create(bridge, "slow", "host:Slow")
+    create(bridge, "qa", "predict")
+    slow = in_flight(bridge, dir, 20, 6)
+    gone = os_pid(bridge)
+    Process.exit(Process.whereis(bridge), :kill)
+    for task <- slow, do: assert(Task.await(task) == {:error, :bridge_not_running})
+    eventually(fn -> Process.whereis(bridge) end)
+    assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
+  end
+
+  describe "in a pool" do
+    @pool Module.concat(__MODULE__, Pool)
+
+    setup %{tmp_dir: dir} do
+      opts = [name: @pool, pool_size: 2] ++ Keyword.delete(host_opts(dir, []), :name)
+      start_supervised!({Pool, opts})
+      running = fn -> Enum.all?(Pool.status(@pool).peers, &(&1.state == :running)) end
+      eventually(running, 30_000)
+
+      for {id, type} <- [{"slow", "host:Slow"}, {"qa", "predict"}] do
+        args = %{id: id, signature: "question -> answer", program_type: type}
+        {:ok, _} = Pool.call(@pool, :create_program, args, 30_000)
+      end
+
+      :ok
+    end
+
+    defp ask, do: pool_execute("qa", "?")
+
+    defp pool_execute(id, question),
+      do: Pool.call(@pool, :execute_program, %{program_id: id, inputs: %{question: question}})
+
+    defp peers, do: Pool.status(@pool).peers
+
+    @tag :slow
+    test "a peer is killed, then the other, with slow calls in flight", %{tmp_dir: dir} do
+      slow = for _ <- 1..20, do: Task.async(fn -> pool_execute("slow", "4") end)
+      eventually(fn -> noted(dir, "slow") == 20 end, 20_000)
+
+      for n <- 0..1 do
+        gone = Enum.at(peers(), n).os_pid
+        kill(gone)
+        assert_quick(&ask/0)
+        # Of the two one always serves.
+        eventually(
+          fn -> match?(%{state: :running, os_pid: pid} when pid != gone, Enum.at(peers(), n)) end,
+          90_000
+        )
+      end
+
+      assert_quick(&ask/0)
+      for answer <- Task.await_many(slow, 60_000), do: assert({:ok, _} = answer)
+    end
+
+    test "the coordinator is killed" do
+      for {DSPex.PythonBridge.Pool.Coordinator, pid, _, _} <-
+            Supervisor.which_children(Process.whereis(@pool)),
+          do: Process.exit(pid, :kill)
+
+      assert_quick(&ask/0)
+    end
+  end
+end

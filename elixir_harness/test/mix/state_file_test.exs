@@ -1,0 +1,165 @@
+defmodule Mix.DSPex.StateFileTest do
+  @moduledoc "The file of a state: what may be replaced, and what is as it was afterwards."
+
+  use ExUnit.Case, async: true
+
+  import Bitwise
+  alias Mix.DSPex.StateFile
+
+  @moduletag :tmp_dir
+
+  defp mode(path), do: File.stat!(path).mode &&& 0o777
+
+  # Whatever begins with a dot, too.
+  defp files(dir), do: Enum.sort(File.ls!(dir))
+
+  test "a new file, and one that is there, whose permissions stay", %{tmp_dir: dir} do
+    path = Path.join(dir, "state.json")
+
+    for before <- [nil, 0o600, 0o640, 0o444] do
+      if before, do: File.chmod!(path, before)
+      assert :ok = StateFile.check(path)
+      assert :ok = StateFile.write(path, ["new", "\n"])
+      assert File.read!(path) == "new\n"
+      if before, do: assert(mode(path) == before)
+    end
+
+    assert files(dir) == ["state.json"]
+  end
+
+  test "a check leaves no file, and changes none", %{tmp_dir: dir} do
+    assert :ok = StateFile.check(Path.join(dir, "new.json"))
+    assert files(dir) == []
+    path = Path.join(dir, "state.json")
+    File.write!(path, "mine")
+    assert :ok = StateFile.check(path)
+    assert File.read!(path) == "mine"
+  end
+
+  test "a link stays, and what it leads to is replaced: over folders, links, and to a file that is not there",
+       %{tmp_dir: dir} do
+    File.mkdir!(Path.join(dir, "real"))
+    File.mkdir!(Path.join(dir, "links"))
+    target = Path.join(dir, "real/state.json")
+    File.ln_s!("../real/state.json", Path.join(dir, "links/one"))
+    File.ln_s!("one", link = Path.join(dir, "links/two"))
+
+    for before <- [nil, 0o600] do
+      if before, do: File.chmod!(target, before)
+      assert :ok = StateFile.check(link)
+      assert :ok = StateFile.write(link, "new #{before}")
+      assert File.read_link!(link) == "one"
+      assert File.read!(target) == "new #{before}"
+      if before, do: assert(mode(target) == before)
+    end
+
+    assert files(Path.join(dir, "links")) == ["one", "two"]
+    assert files(Path.join(dir, "real")) == ["state.json"]
+  end
+
+  test "what is no regular file is refused, and stays", %{tmp_dir: dir} do
+    fifo = Path.join(dir, "fifo")
+    {_, 0} = System.cmd("mkfifo", [fifo])
+    # A longer path than this is none of a socket.
+    name = ~c"#{Path.relative_to_cwd(Path.join(dir, "s"))}"
+
+    {:ok, socket} =
+      :gen_tcp.listen(0, ifaddr: {:local, if(length(name) < 100, do: name, else: ~c"/tmp/s")})
+
+    File.ln_s!("fifo", Path.join(dir, "to_fifo"))
+    File.ln_s!("loop", Path.join(dir, "loop"))
+    File.mkdir!(Path.join(dir, "folder"))
+    File.ln_s!("folder", Path.join(dir, "to_folder"))
+    socket_path = if length(name) < 100, do: Path.join(dir, "s"), else: "/tmp/s"
+
+    for {path, text} <- [
+          {"", "--out : expected the path of a file"},
+          {dir, "it is a folder"},
+          {Path.join(dir, "folder"), "it is a folder"},
+          {Path.join(dir, "folder/"), "it is a folder"},
+          {Path.join(dir, "to_folder"), "it is a folder"},
+          {fifo, "it is no regular file"},
+          {Path.join(dir, "to_fifo"), "it is no regular file"},
+          {socket_path, "it is no regular file"},
+          {"/dev/null", "it is no regular file"},
+          {Path.join(dir, "loop"), "too many levels of symbolic links"},
+          {Path.join(dir, "none/state.json"), "no such file or directory"},
+          {Path.join(fifo, "state.json"), "not a directory"},
+          {Path.join(dir, String.duplicate("a", 250)), "file name too long"}
+        ] do
+      assert {:error, refusal} = StateFile.check(path)
+      assert refusal =~ text
+    end
+
+    :gen_tcp.close(socket)
+    if socket_path == "/tmp/s", do: File.rm(socket_path)
+    assert {:ok, %{type: :other}} = File.lstat(fifo)
+    assert {:ok, %{type: :device}} = File.lstat("/dev/null")
+    assert files(dir) -- ["s"] == ["fifo", "folder", "loop", "to_fifo", "to_folder"]
+    assert files(Path.join(dir, "folder")) == []
+  end
+
+  test "one that became a folder meanwhile is an error that leaves no other file", %{tmp_dir: dir} do
+    path = Path.join(dir, "state.json")
+    assert :ok = StateFile.check(path)
+    File.mkdir!(path)
+    assert {:error, text} = StateFile.write(path, "new")
+    assert text =~ "--out #{path}: "
+    assert files(dir) == ["state.json"]
+  end
+
+  test "what a killed process of the same id has left is in nobody's way", %{tmp_dir: dir} do
+    path = Path.join(dir, "state.json")
+    File.write!("#{path}.#{System.pid()}.part", "half")
+    assert :ok = StateFile.check(path)
+    assert :ok = StateFile.write(path, "new")
+    assert files(dir) == ["state.json"]
+  end
+
+  test "a folder in which nothing may be written is found out before", %{tmp_dir: dir} do
+    folder = Path.join(dir, "closed")
+    File.mkdir!(folder)
+    File.chmod!(folder, 0o500)
+    on_exit(fn -> File.chmod!(folder, 0o700) end)
+
+    case StateFile.check(Path.join(folder, "state.json")) do
+      {:error, text} -> assert text =~ "permission denied"
+      # Root may write anywhere.
+      :ok -> assert {"0\n", 0} = System.cmd("id", ["-u"])
+    end
+
+    assert files(folder) == []
+  end
+
+  test "the file is synced before it gets its name, and then its folder", %{
+    tmp_dir: dir
+  } do
+    path = Path.join(dir, "state.json")
+    patterns = [{:file, :sync, 1}, {:file, :rename, 2}]
+    for pattern <- patterns, do: :erlang.trace_pattern(pattern, true, [:global])
+
+    task =
+      Task.async(fn ->
+        receive do
+          :go -> StateFile.write(path, "new")
+        end
+      end)
+
+    :erlang.trace(task.pid, true, [:call])
+    send(task.pid, :go)
+    assert Task.await(task) == :ok
+    for pattern <- patterns, do: :erlang.trace_pattern(pattern, false, [:global])
+    # Its messages come before this one.
+    delivered = :erlang.trace_delivered(task.pid)
+    assert_receive {:trace_delivered, _pid, ^delivered}
+    assert calls() == [:sync, :rename, :sync]
+  end
+
+  defp calls do
+    receive do
+      {:trace, _pid, :call, {:file, name, _args}} -> [name | calls()]
+    after
+      0 -> []
+    end
+  end
+end

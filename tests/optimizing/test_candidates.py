@@ -1,0 +1,50 @@
+"""Which candidate is announced as the best one, and which is the result."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dspy_bridge.optimizing.candidates import Candidates
+
+START, FIRST, SECOND = "start", "first", "second"
+
+
+def made(sent: list[dict[str, Any]]) -> Candidates:
+    """Programs are their names here."""
+    counts: Any = SimpleNamespace(lm_calls=0, metric_calls=0)
+    return Candidates("copro", 2, {"is": START}, lambda name: {"is": name}, counts, sent.append)
+
+
+@pytest.mark.parametrize(
+    ("scored", "best"),
+    [
+        ([(START, 0.5), (FIRST, 0.5)], START),
+        ([(FIRST, 0.5), (START, 0.5)], START),
+        ([(START, 0.0), (FIRST, 0.5), (SECOND, 0.5)], FIRST),
+        ([(FIRST, 0.5), (SECOND, 0.7), (START, 0.5)], SECOND),
+        ([(START, 0.7), (FIRST, 0.5)], START),
+    ],
+)
+@pytest.mark.parametrize("chosen", [FIRST, SECOND, None])
+def test_of_equal_scores_the_one_that_was_announced_is_the_result(
+    scored: list[tuple[str, float]], best: str, chosen: str | None
+) -> None:
+    """Whatever the optimizer itself chooses. The program as it was wins; of others the first."""
+    sent: list[dict[str, Any]] = []
+    candidates = made(sent)
+    for name, score in scored:
+        candidates.end_evaluation(name, [score, score], True)
+    announced = [item["candidate"]["state"] for item in sent if item.get("candidate", {}).get("best")]
+    result = candidates.result(chosen)
+    assert result["state"] == announced[-1] == {"is": best}
+    assert result["score"] == dict(scored)[best] and result["candidates"] == len(scored)
+
+
+def test_without_a_score_the_optimizers_own_result_counts() -> None:
+    candidates = made([])
+    assert candidates.result(FIRST)["state"] == {"is": FIRST}
+    assert candidates.result(None, "seconds")["state"] == {"is": START}
+    assert candidates.result(FIRST)["score"] is None

@@ -1,0 +1,89 @@
+"""run: the slots of an optimization's LM calls, which may be made on another event loop than the limiter's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.optimizing.arguments import Budget
+from dspy_bridge.optimizing.run import Run
+
+
+class Call:
+    ends = None
+
+
+@pytest.fixture
+def other() -> Iterator[asyncio.AbstractEventLoop]:
+    """The event loop for large inputs."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+async def turns() -> None:
+    """Let the loop do all that is ready."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("moment", ["waiting", "has come", "has come too late"])
+def test_a_slot_that_is_given_up_is_the_next_ones(other: asyncio.AbstractEventLoop, moment: str) -> None:
+    """Cancelled while it waits; when it has a slot but does not know yet; when it gets one after the cancel."""
+
+    async def scenario() -> None:
+        limiter = Limiter(1, 10)
+        await limiter.acquire()
+        call: Any = Call()
+        run = Run(call, limiter, Budget(None, None, None))
+        tasks: list[asyncio.Task[None]] = []
+        asked, stopped, go_on = threading.Event(), threading.Event(), threading.Event()
+
+        async def ask() -> None:
+            async with run.slot():
+                raise AssertionError("it was cancelled")
+
+        def begin() -> None:
+            tasks.append(other.create_task(ask()))
+            other.call_soon(asked.set)
+
+        def stop() -> None:
+            stopped.set()
+            assert go_on.wait(20)
+
+        async def elsewhere(event: threading.Event) -> None:
+            assert await asyncio.to_thread(event.wait, 20)
+
+        other.call_soon_threadsafe(begin)
+        await elsewhere(asked)
+        await turns()
+        assert limiter.waiting == 1
+        other.call_soon_threadsafe(stop)
+        await elsewhere(stopped)
+        if moment == "has come":
+            # The cancel is the first that the other loop learns.
+            other.call_soon_threadsafe(tasks[0].cancel)
+            limiter.release()
+            await turns()
+            go_on.set()
+        else:
+            other.call_soon_threadsafe(tasks[0].cancel)
+            go_on.set()
+            if moment == "waiting":
+                await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(turns(), other).result(20))
+                await turns()
+                assert limiter.waiting == 0
+            limiter.release()
+        await asyncio.wait_for(limiter.acquire(), 20)
+        assert (limiter.running, limiter.waiting) == (1, 0)
+
+    asyncio.run(scenario())
