@@ -87,8 +87,8 @@ class ProgramLoader:
         return self._thread
 
     def _import_dspy(self) -> None:
-        self._setup()
         try:
+            self._setup()
             from dspy_bridge.programs import program  # noqa: F401  # imports all that a program needs
         except BaseException:
             pass  # the first program imports it again, and its reply has the failure

@@ -8,6 +8,7 @@ import decimal
 import enum
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -74,6 +75,9 @@ VALUES = [
         [2**64, b"x", {1}, math.nan, Colour.RED, Point(2**70, set())],
         [2**64, "eA==", [1], None, "red", {"x": 2**70, "tags": []}],
     ),
+    ({datetime.datetime(2026, 1, 2, 3, 4, 5): 1}, {"2026-01-02T03:04:05": 1}),
+    ({datetime.date(2026, 1, 2): 2**70, Colour.RED: 1}, {"2026-01-02": 2**70, "red": 1}),
+    ({datetime.datetime(2026, 1, 2): {(1, 2): 1}}, {"2026-01-02T00:00:00": {"(1, 2)": 1}}),
     ({1: "a", None: 2, False: 3, 1.5: 4, (1, 2): 5}, {"1": "a", "null": 2, "false": 3, "1.5": 4, "(1, 2)": 5}),
     ("\ud800x", "?x"),
     ({"\ud800": "\udfff"}, {"?": "?"}),
@@ -93,3 +97,21 @@ def test_values_that_json_lacks(value: Any, wanted: Any) -> None:
 def test_a_value_of_any_depth_has_a_form() -> None:
     assert b"nested deeper than" in encode_value(DEEP)
     assert b"nested deeper than" in encode_value({"deep": DEEP})
+
+
+def test_one_key_that_is_a_number_does_not_make_a_reply_slow() -> None:
+    """Ten thousand results with one took 20 times as long, as all were copied value by value."""
+    results = [{"success": True, "result": {"counts": {"a": n, "b": n, "c": n}}} for n in range(10_000)]
+
+    def seconds() -> float:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            encode_value(results)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    plain = seconds()
+    results[-1]["result"] = {"counts": {1: 2}}
+    assert seconds() < 6 * plain
+    assert encode_value(results).endswith(b'{"counts":{"1":2}}}]')

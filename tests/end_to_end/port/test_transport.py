@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,26 @@ def test_a_frame_over_the_limit_is_read_past_and_the_next_one_served() -> None:
             assert served["success"]
 
 
-def limited_to(megabytes: int) -> list[str]:
-    """A peer's command with a limit to its address space."""
-    limit = f'ulimit -v {megabytes * 1024}; exec "$@"'
-    return ["bash", "-c", limit, "limited", sys.executable, "-m", "dspy_bridge"]
+@pytest.fixture(scope="module")
+def limited_to() -> Callable[[int], Peer]:
+    """Starts peers that have imported DSPy, with a limit to their address space: so many megabytes more than that."""
+    with Peer() as peer:
+        assert peer.call("create_program", CREATE)["success"]
+        status = Path(f"/proc/{peer.process.pid}/status").read_text()
+        needed = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmPeak"))
+
+    def start(megabytes: int) -> Peer:
+        limit = f'ulimit -v {needed + megabytes * 1024}; exec "$@"'
+        peer = Peer(command=["bash", "-c", limit, "limited", sys.executable, "-m", "dspy_bridge"])
+        assert peer.call("create_program", CREATE)["success"]
+        return peer
+
+    return start
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
-def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
-    with Peer(command=limited_to(1_000)) as peer:
+def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it(limited_to: Any) -> None:
+    with limited_to(340) as peer:
         for id in range(3):
             peer.send(b'{"id":%d,"command":"ping","args":{"a":"%b"}}' % (id, b"x" * 60_000_000))
             assert peer.receive()["success"]
@@ -165,15 +177,17 @@ def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it() -> None:
 @pytest.mark.parametrize(
     ("megabytes", "content"),
     [
-        (130, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
-        pytest.param(200, b'"' + b"x" * 60_000_000 + b'"', marks=pytest.mark.slow),
-        pytest.param(300, b"[" + b"1," * 30_000_000 + b"1]", marks=pytest.mark.slow),
-        (300, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
+        (30, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
+        pytest.param(130, b'"' + b"x" * 60_000_000 + b'"', marks=pytest.mark.slow),
+        pytest.param(230, b"[" + b"1," * 30_000_000 + b"1]", marks=pytest.mark.slow),
+        (230, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
     ],
     ids=["frame", "text", "list", "objects"],
 )
-def test_a_frame_that_there_is_no_memory_for_is_refused_and_the_next_one_served(megabytes: int, content: bytes) -> None:
-    with Peer(command=limited_to(megabytes)) as peer:
+def test_a_frame_that_there_is_no_memory_for_is_refused_and_the_next_one_served(
+    limited_to: Any, megabytes: int, content: bytes
+) -> None:
+    with limited_to(megabytes) as peer:
         for id in range(2):
             peer.send(b'{"id":%d,"command":"ping","args":{"a":%b}}' % (id, content), {"id": "next", "command": "ping"})
             refused, served = peer.receive(), peer.receive()
@@ -524,7 +538,9 @@ def test_many_requests_in_one_write_each_get_their_reply(peer: Peer, count: int)
 def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
     text = "x" * ((64 << 20) - 100)
     data = b'{"id":"%b","command":"ping"}' % text.encode()
-    fresh_echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})  # waits until DSPy is imported
+    # Both import what they need.
+    fresh_echo_peer.call("create_program", CREATE)
+    fresh_echo_peer.call("get_stats")
     before = fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
     for _ in range(10):
         fresh_echo_peer.send(data)
