@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from dspy_bridge import settings
+from dspy_bridge import __version__, settings
 from dspy_bridge.port import stdio, watchdog
 from dspy_bridge.port.stderr import refuse
 from dspy_bridge.wire.json_values import MAX_INT_DIGITS
@@ -30,16 +30,24 @@ def main() -> int:
         sys.set_int_max_str_digits(MAX_INT_DIGITS)
     flags: Mapping[str, str] = {}
     if len(sys.argv) > 1:
-        arguments, unknown = _parser().parse_known_args()
+        parser = _parser()
+        arguments, unknown = parser.parse_known_args()
         if unknown:
-            # Their values may be secrets.
-            names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+            # The values of flags may be secrets.
+            before = ["", *unknown]
+            names = [
+                text.partition("=")[0]
+                for text, last in zip(unknown, before, strict=False)
+                if text.startswith("-") or not last.startswith("-")
+            ]
             return refuse(f"unknown arguments {' '.join(names)}; --help lists all")
+        if arguments.version or arguments.help:
+            return _print(f"dspy_bridge {__version__}\n" if arguments.version else parser.format_help())
         if arguments.selftest:
             from dspy_bridge import selftest
 
             return selftest.main()
-        flags = {name: text for name, text in vars(arguments).items() if name != "selftest" and text is not None}
+        flags = {name: text for name, text in vars(arguments).items() if isinstance(text, str)}
     try:
         chosen = settings.load(os.environ, flags)
     except settings.SettingError as error:
@@ -82,10 +90,19 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     reader.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 
 
+def _print(text: str) -> int:
+    # argparse's own actions ignore that a disk is full.
+    try:
+        with open(1, "w", closefd=False) as stdout:
+            stdout.write(text)
+    except OSError as error:
+        return refuse(f"stdout: {error.strerror}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    from dspy_bridge import __version__
     from dspy_bridge.settings import SETTINGS
 
     class Parser(argparse.ArgumentParser):
@@ -97,8 +114,10 @@ def _parser() -> argparse.ArgumentParser:
         description="An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.",
         epilog="A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.",
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"dspy_bridge {__version__}")
+    parser.add_argument("-h", "--help", action="store_true", help="show this text, then exit")
+    parser.add_argument("--version", action="store_true", help="show the version, then exit")
     parser.add_argument(
         "--selftest", action="store_true", help="drive a peer through all six commands with offline/echo, then exit"
     )

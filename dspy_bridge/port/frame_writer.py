@@ -24,9 +24,12 @@ _JOIN_BELOW_BYTES = 1 << 16
 
 
 class FrameWriter:
-    """Writes whole frames to `fd`, in order. `on_gone` is called, on any thread, when the client has closed it."""
+    """Writes whole frames to `fd`, in order. `on_gone` is called, on any thread, when it takes no more.
 
-    def __init__(self, fd: int, on_gone: Callable[[], None]) -> None:
+    Its argument is why, or None if the client has closed it.
+    """
+
+    def __init__(self, fd: int, on_gone: Callable[[str | None], None]) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
         self._on_gone = on_gone
@@ -102,9 +105,12 @@ class FrameWriter:
                 written = os.write(self.fd, chunk)
             except BlockingIOError:
                 return memoryview(chunk)
-            except OSError:
-                # EPIPE or another end of the pipe: nobody reads it.
-                self._on_gone()
+            except ConnectionError:  # EPIPE, or another end of a socket
+                self._on_gone(None)
+                return None
+            except OSError as error:
+                # Such as a file on a disk that is full.
+                self._on_gone(error.strerror)
                 return None
             if written == len(chunk):
                 return None

@@ -74,12 +74,14 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
     _drain(writer, dispatcher, drain_ms / 1000, *idle)
 
 
-def exit_now() -> None:
-    """End the process and its descendants at once: nobody reads the replies any more."""
+def exit_now(why: str | None = None) -> None:
+    """End the process and its descendants at once: replies cannot be written. `why`: None if nobody reads them."""
+    if why is not None:
+        log(f"stdout: {why}")
     try:
         watchdog.end_children()
     finally:
-        os._exit(0)
+        os._exit(0 if why is None else 1)
 
 
 def _serve_frames(

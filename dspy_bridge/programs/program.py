@@ -180,7 +180,12 @@ class Program:
         of_lm = {**self._of_lm, **of_lm}
         if of_lm:
             pool = self._lms.changed_pool(self._lm_given if lm is None else lm, of_lm)
-            return (settings, pool) if pool is not None else ({**settings, **of_lm}, None)
+            if pool is not None:
+                return settings, pool
+            if not self.runner.takes_config:
+                names = ", ".join(of_lm)
+                raise InvalidArgs(f"config: {names}: set in the LM by your DSPY_BRIDGE_INIT, or give an lm")
+            return {**settings, **of_lm}, None
         return settings, self._lm if lm is None else self._lms.pool(lm)
 
     async def _read(self, inputs: dict[str, Any], call: Caller, limit: int) -> dict[str, Any]:

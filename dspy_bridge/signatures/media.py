@@ -76,7 +76,7 @@ def _image(value: Any, files_dir: str | None) -> Any:
         value = value["url"]
     if isinstance(value, str) and _URL.fullmatch(value):
         return _Image(url=value)
-    mime, data, _ = _content(value, files_dir, "image", "a URL, a data: URL")
+    mime, data, _ = _content(value, files_dir, "image", "an http: or https: URL, a data: URL")
     if not mime.startswith("image/"):
         raise unfit(f"expected an image, not {mime}")
     return _Image(url=f"data:{mime};base64,{data}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import re
 import typing
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -71,8 +72,9 @@ _GENERICS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("dict", "Dict"), (2, 2)),
     **dict.fromkeys(("tuple", "Tuple", "Union", "union", "Literal"), (1, 1000)),
 }
-# DSPex's types: list<string>, dict<string,any>, union<integer|float>.
-_ANGLES = str.maketrans("<>", "[]")
+# DSPex's types: list<string>, dict<string,any>, union<integer|float>. The strings in a Literal stay as they are.
+_ANGLES = {"<": "[", ">": "]"}
+_STRING_OR_ANGLE = re.compile(r"""'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|[<>]""", re.DOTALL)
 # Values of a Literal that an error repeats.
 _MOST_SHOWN = 10
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
@@ -96,13 +98,12 @@ def parse_type(text: str, where: str) -> Any:
     """The annotation for a type string. Raises `InvalidArgs`, which names `where`."""
     if len(text) > MAX_TYPE_CHARS:
         raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
-    # With quotes it may be a Literal, whose values must not change.
-    code = text if "'" in text or '"' in text else text.translate(_ANGLES)
-    return resolve(parse(code.strip(), where, "eval", text).body, where)
+    return resolve(parse(text.strip(), where, "eval", text).body, where)
 
 
 def parse(code: str, where: str, mode: str, shown: str) -> Any:
     """The syntax tree of `code`, in a mode of `ast.parse`. Raises `InvalidArgs`, which quotes `shown`."""
+    code = _STRING_OR_ANGLE.sub(lambda found: _ANGLES.get(found[0], found[0]), code)
     while True:
         try:
             return ast.parse(code, mode=mode)

@@ -107,14 +107,20 @@ class Turn:
         return values
 
 
-def _some(value: Any) -> Any:
+def _writable(value: Any) -> Any:
     if value is None:
         raise validation_errors.unfit("expected text")
+    if isinstance(value, list) and any(isinstance(item, _NOT_IN_LISTS) for item in value):
+        raise validation_errors.unfit(
+            "expected text; a list with numbers, booleans or null (an Erlang charlist is one) needs a type "
+            "such as list[int]"
+        )
     return value
 
 
-# DSPy writes any value into the prompt; None would be the word "None".
-_TEXT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(_some)])
+# DSPy writes any value into the prompt. But None would be the word "None", and it takes the items of a list for texts.
+_TEXT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(_writable)])
+_NOT_IN_LISTS = (int, float, type(None))
 
 
 def validator_of(

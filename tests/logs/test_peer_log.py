@@ -95,7 +95,7 @@ def test_records_that_nobody_reads_are_dropped_and_counted_once(
 ) -> None:
     """As frames: what waits is bounded, here and among the replies, and what is read then is whole and in order."""
     reading, writing = os.pipe()
-    writer = FrameWriter(writing, lambda: None)
+    writer = FrameWriter(writing, lambda _why: None)
 
     def send(*record: Any) -> None:
         writer.wait_for_room(lambda: False)
@@ -121,7 +121,7 @@ def test_records_that_nobody_reads_are_dropped_and_counted_once(
 
 
 def test_a_finalizer_may_log_within_any_lock_of_the_writer(frames: Callable[[], list[Any]]) -> None:
-    writer = FrameWriter(os.open(os.devnull, os.O_WRONLY), lambda: None)
+    writer = FrameWriter(os.open(os.devnull, os.O_WRONLY), lambda _why: None)
     handler = ours()
 
     class Loud:

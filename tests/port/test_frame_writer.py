@@ -32,7 +32,7 @@ def read(fd: int, count: int) -> bytes:
 
 def test_a_full_pipe_blocks_no_sender_and_loses_nothing(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
-    writer = FrameWriter(writing, lambda: None)
+    writer = FrameWriter(writing, lambda _why: None)
     payloads = [bytes([n]) * size for n, size in enumerate((10, 70_000, 0, 300_000, 5, 200_000, 1))]
     for _ in range(3):
         writer.send(payloads)
@@ -44,7 +44,7 @@ def test_a_full_pipe_blocks_no_sender_and_loses_nothing(pipe: tuple[int, int]) -
 
 def test_frames_of_many_threads_stay_whole(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
-    writer = FrameWriter(writing, lambda: None)
+    writer = FrameWriter(writing, lambda _why: None)
     payload = b"x" * 100_000
 
     def send() -> None:
@@ -64,7 +64,7 @@ def test_frames_of_many_threads_stay_whole(pipe: tuple[int, int]) -> None:
 
 def test_who_waits_for_room_goes_on_once_there_is_some(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
-    writer = FrameWriter(writing, lambda: None)
+    writer = FrameWriter(writing, lambda _why: None)
     writer.wait_for_room(lambda: False)
     writer.send([b"x" * (2 * HIGH_WATER_BYTES)])
     writer.wait_for_room(lambda: True)
@@ -82,7 +82,7 @@ def test_a_reader_that_is_gone_is_told_of(pipe: tuple[int, int], waiting: bool) 
     """At the next write, or by the thread that waits for room in the pipe."""
     reading, writing = pipe
     gone = threading.Event()
-    writer = FrameWriter(writing, gone.set)
+    writer = FrameWriter(writing, lambda _why: gone.set())
     if waiting:
         writer.send([b"x" * (2 * HIGH_WATER_BYTES)])
         assert not gone.is_set()

@@ -19,7 +19,7 @@ import dspy_bridge
 from dspy_bridge.lm.metering import history
 from dspy_bridge.logs import content_filter, redaction
 from dspy_bridge.programs import remote_tools, saved_state
-from dspy_bridge.signatures import media
+from dspy_bridge.signatures import media, type_parser
 from dspy_bridge.signatures.json_schema import annotation, keywords, patterns
 from dspy_bridge.signatures.json_schema import converter as json_schema_converter
 from dspy_bridge.streaming import field_parsers, json_fields
@@ -84,6 +84,10 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     "keywords:_FORMATS": (
         lambda text: [keywords._has_format(text, name) for name in keywords._FORMATS],
         ["2026-01-01", "10:00:00.12+02:00", "2026-01-01T10:00:00.12Z", UUID],
+    ),
+    "type_parser:_STRING_OR_ANGLE": (
+        lambda text: type_parser._STRING_OR_ANGLE.sub("", text),
+        ["list<'a\\'b', \"c\">"],
     ),
     "annotation:_name_of": (lambda text: annotation._name_of({"title": text}), ["a b"]),
     "saved_state:_NO_DESCRIPTION": (lambda text: saved_state._NO_DESCRIPTION.fullmatch(text), ["${ab}"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +78,25 @@ def test_an_unknown_flag_is_refused_without_its_value() -> None:
         done = run(*flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert flags[0].split("=")[0] in done.stderr and "s3cret" not in done.stderr
+
+
+def test_an_unexpected_argument_is_named() -> None:
+    for arguments in (["serve"], ["--lm", "offline/echo", "serve"], ["serve", "--lm-option", "s3cret"]):
+        done = run(*arguments)
+        assert done.returncode == 2 and "unknown arguments serve" in done.stderr and "s3cret" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--version"], ["--help"], []])
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_full_disk_for_stdout_is_an_error_with_a_line(flags: list[str], unbuffered: str) -> None:
+    ping = b'{"id": 1, "command": "ping", "args": {}}'
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dspy_bridge", *flags], input=len(ping).to_bytes(4, "big") + ping, stdout=full,
+            stderr=subprocess.PIPE, cwd=ROOT, check=False, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.returncode == (2 if flags else 1)
+    assert done.stderr.count(b"\n") == 1 and b"stdout: No space left on device" in done.stderr
 
 
 def test_the_repr_holds_no_lm_options() -> None:

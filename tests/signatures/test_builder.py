@@ -163,7 +163,9 @@ def test_null_is_no_text() -> None:
     """DSPy would write None into the prompt. Any other value is accepted."""
     made = contract(field("q"), field("any", "any"), field("maybe", "Optional[str]"))
     assert refused(made, {"q": None, "any": 1}) == "inputs.q: expected text"
-    for value in ("", 5, 2.5, False, ["a"], {"a": None}):
+    for listed in ([1, 2], [2.5], ["a", None], [True]):
+        assert refused(made, {"q": listed, "any": 1}).startswith("inputs.q: expected text; a list with numbers, ")
+    for value in ("", 5, 2.5, False, ["a"], [], [{"a": 1}], {"a": None}):
         assert made.check({"q": value, "any": None, "maybe": None}) == {"q": value, "any": None, "maybe": None}
 
 
@@ -200,6 +202,8 @@ def test_a_name_and_a_description_are_the_signatures_own() -> None:
     [
         ("list<string>", list[str]),
         ("dict<string, list<integer>>", dict[str, list[int]]),
+        ("list<Literal['a','<b>']>", list[Literal["a", "<b>"]]),
+        ('dict<string, Literal["a\\">", "it\'s"]>', dict[str, Literal['a">', "it's"]]),
         ("union<integer|float>", int | float),
         ("Literal['<a>']", Literal["<a>"]),
     ],
@@ -238,3 +242,8 @@ def test_a_type_that_is_none_is_named(kind: Any, text: str) -> None:
     with pytest.raises(InvalidArgs) as caught:
         contract(field("q", kind))
     assert str(caught.value).startswith(text), str(caught.value)
+
+
+def test_a_signature_that_is_text_has_types_in_angle_brackets_too() -> None:
+    fields = builder.build("tags: list<string>->kind: list<Literal['a', '<b>']>").signature.fields
+    assert fields["tags"].annotation == list[str] and fields["kind"].annotation == list[Literal["a", "<b>"]]

@@ -97,7 +97,7 @@ def test_the_media_in_a_turn_are_read(tmp_path: Path) -> None:
         ({"reasoning": "r"}, InvalidArgs, "expected at least one of photo, question, answer, sure"),
         ({"question": None}, InvalidArgs, "question: expected text"),
         ({"sure": "SECRET"}, InvalidArgs, "sure: Input should be a valid boolean, unable to interpret input"),
-        ({"photo": 5}, InvalidArgs, "photo: expected a URL, a data: URL, {base64, mime} or {path}"),
+        ({"photo": 5}, InvalidArgs, "photo: expected an http: or https: URL, a data: URL, {base64, mime} or {path}"),
         ({"photo": {"path": "../x.png"}}, NotAllowed, "photo: path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
         (5, InvalidArgs, "expected an object with fields of the signature"),
     ],
