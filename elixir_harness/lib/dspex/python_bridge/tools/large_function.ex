@@ -15,16 +15,17 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   @small 8_192
 
   @enforce_keys [:function, :owner]
-  defstruct [:function, :owner, copy_ms: 0, idle: [], lent: %{}, waiting: :queue.new()]
+  defstruct [:function, :owner, copy_ms: 0, idle: [], lent: %{}, waiting: []]
 
-  # idle: workers. lent: those at work, by the monitors of the processes that have them. waiting: processes that need one.
+  # idle: workers. lent: those at work, by the monitors of the processes that have them. waiting: processes that need one, the
+  # first one first: there are as many as calls of the function at a time.
   @typep t :: %__MODULE__{
            function: function(),
            owner: pid(),
            copy_ms: non_neg_integer(),
            idle: [pid()],
            lent: %{reference() => pid()},
-           waiting: :queue.queue({pid(), reference()})
+           waiting: [{pid(), reference()}]
          }
 
   @doc """
@@ -94,7 +95,7 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   defp loop(%__MODULE__{owner: owner, waiting: waiting, lent: lent} = state) do
     receive do
       {:lend, user, ref} when is_pid(user) and is_reference(ref) ->
-        loop(serve(%{state | waiting: :queue.in({user, ref}, waiting)}))
+        loop(serve(%{state | waiting: waiting ++ [{user, ref}]}))
 
       {:back, monitor, worker} when is_map_key(lent, monitor) ->
         Process.demonitor(monitor, [:flush])
@@ -121,22 +122,16 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
         ServerGuard.drop(other, __MODULE__)
         loop(state)
     after
-      if(:queue.is_empty(waiting), do: :infinity, else: state.copy_ms) -> loop(serve(copy(state)))
+      if(waiting == [], do: :infinity, else: state.copy_ms) -> loop(serve(copy(state)))
     end
   end
 
-  defp serve(%__MODULE__{idle: [worker | idle]} = state) do
-    case :queue.out(state.waiting) do
-      {{:value, {user, ref}}, waiting} ->
-        state = %{state | waiting: waiting}
+  defp serve(%__MODULE__{idle: [worker | idle], waiting: [{user, ref} | waiting]} = state) do
+    state = %{state | waiting: waiting}
 
-        if Process.alive?(user),
-          do: lend(%{state | idle: idle}, worker, user, ref),
-          else: serve(state)
-
-      {:empty, _waiting} ->
-        state
-    end
+    if Process.alive?(user),
+      do: lend(%{state | idle: idle}, worker, user, ref),
+      else: serve(state)
   end
 
   defp serve(state), do: state
