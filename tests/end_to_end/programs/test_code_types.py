@@ -157,6 +157,19 @@ def test_an_rlm_asks_tools_and_a_sub_lm_from_its_code(start: Any, start_lm: Any)
     assert "persistent local subprocess" in text and "Pyodide" not in text, "of the sandbox that there is"
 
 
+def test_code_may_leave_out_arguments_of_a_tool(start: Any) -> None:
+    """The sandbox knows no arguments without a default: it sends null, which is not passed on."""
+    args = {"query": "str", "most": {"type": "int", "default": 3}, "page": {"type": "int", "optional": True}}
+    peer, _ = start(
+        {"program_type": "rlm", "tools": [{"name": "search", "args": args}]},
+        chat(reasoning="r", code=code("search(query='a')", "search(query='b', most=1, page=2)", "SUBMIT(answer='x')")),
+    )
+    reply, asked = execute(peer, ASK, {"search": lambda **args: "found"})
+    assert reply["result"]["answer"] == "x"
+    sent = [{"query": "a", "most": 3}, {"query": "b", "most": 1, "page": 2}]
+    assert asked == [("search", args) for args in sent]
+
+
 def test_a_tool_that_fails_is_an_error_in_the_code(start: Any) -> None:
     def search(query: str) -> Any:
         raise ToolError("no net")
