@@ -117,7 +117,7 @@ defmodule DSPex.PythonBridge.Calls.NodeMessageTest do
     send(relay, {:request, ref, self(), 5_000, body, {:caller, 0, nil}, takes})
     assert_receive {^ref, {:served, {:done, {:ok, _id, %{"pid" => _}, _meta}}}}, 5_000
     DSPex.PythonBridge.Pool.Remote.proxy(self(), :nobody, packed, nil)
-    assert_receive {:served, {:nobody, 0, false}}
+    assert_receive {:served, {:nobody, 0, nil}}
 
     coordinator = Process.whereis(Handle.coordinator(@pool))
     assert {:error, _not_a_bridge} = DSPex.PythonBridge.Caller.find(coordinator)

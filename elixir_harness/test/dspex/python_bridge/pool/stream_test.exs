@@ -9,7 +9,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.Test.PoolProbe
 
