@@ -4,7 +4,6 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   # those that are declared.
 
   alias DSPex.PythonBridge.{Bridge, Error, OS, Options}
-  alias DSPex.PythonBridge.Bridge.StartDiagnosis
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Declared
 
@@ -12,7 +11,6 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
   @start_ms 15_000
   # The first import of DSPy, perhaps from a cold disk and without bytecode.
   @program_ms 60_000
-  @poll_ms 20
   @filter :dspex_doctor
 
   @spec ping(keyword(), Options.t()) :: {:ok | :failed, String.t(), String.t() | nil, pid() | nil}
@@ -24,47 +22,32 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
     # The check reports the failure that the bridge would log.
     :logger.add_primary_filter(@filter, {&not_of_child/2, self()})
     {:ok, bridge} = start_here(opts)
-    # The bridge's start_timeout ends it sooner, with a better text.
-    ping = spawn_monitor(fn -> exit({:pong, Bridge.call(bridge, :ping, %{}, 2 * start_ms)}) end)
 
-    case await(ping, bridge) do
-      {:pong, {:ok, _pong}} ->
+    # The bridge's start_timeout ends it sooner, with a better text.
+    case Bridge.call(bridge, :ping, %{}, 2 * start_ms) do
+      {:ok, _pong} ->
         {:ok, "answered #{Deadline.now() - started} ms after its start", nil, bridge}
 
-      failure ->
+      {:error, reason} ->
         stop(bridge)
-
-        {:failed, why(failure, options), advice_of_start(failure), nil}
+        {:failed, why(reason), advice_of_start(reason), nil}
     end
   end
 
-  # A call waits for a peer that does not start; the bridge's state shows it sooner.
-  defp await({pid, ref} = ping, bridge) do
-    receive do
-      {:DOWN, ^ref, :process, _pid, reason} -> reason
-    after
-      @poll_ms ->
-        case Bridge.get_status(bridge) do
-          %{state: :failed, last_error: why} ->
-            Process.demonitor(ref, [:flush])
-            Process.exit(pid, :kill)
-            {:not_started, why}
+  @not_started "the Python process does not start: "
 
-          _starting ->
-            await(ping, bridge)
-        end
-    end
+  # Of a peer that has written why, that.
+  defp why(@not_started <> reason) do
+    line =
+      case String.split(reason, ": ", parts: 2) do
+        ["exit status" <> _code, line] -> line
+        _no_line -> reason
+      end
+
+    "the peer does not start: " <> line
   end
 
-  defp why({:pong, {:error, reason}}, _options), do: "#{reason}"
-
-  defp why({:not_started, "exit" <> _status = why}, options) do
-    # The bridge may not have had it yet.
-    line = StartDiagnosis.last_line(options, self())
-    "the peer does not start: " <> (line || why)
-  end
-
-  defp why({:not_started, why}, _options), do: "the peer does not start: #{why}"
+  defp why(reason), do: "#{reason}"
 
   # Log events go to the node of the group leader, which for a caller by rpc is another one, without this node's filters.
   defp start_here(opts) do
@@ -83,7 +66,7 @@ defmodule DSPex.PythonBridge.Doctor.Peer do
 
   defp not_of_child(_event, _parent), do: :ignore
 
-  defp advice_of_start({:not_started, "exit" <> _status}),
+  defp advice_of_start(@not_started <> "exit" <> _status),
     do:
       "correct what it names: an option of the bridge, :env among them, DSPY_BRIDGE_* of the environment, or, if it is a " <>
         "module, the Python, as `mix dspex.setup` does"
