@@ -424,10 +424,10 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     end
 
     test "whose reply comes after the timeout does not yield it", %{bridge: bridge} do
-      stream = stream(bridge, [["count", 1], ["go", "on"], ["reply", %{}]], timeout: 500)
+      stream = stream(bridge, [["count", 1], ["go", "on"], ["reply", %{}]], timeout: 1_500)
       suspend = fn element, _acc -> {:suspend, element} end
       {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      [proxy] = eventually(fn -> proxies() != [] && proxies() end)
+      [proxy] = eventually(fn -> with([] <- proxies(), do: nil) end)
       waiting = fn -> elem(Process.info(proxy, :message_queue_len), 1) end
       :erlang.suspend_process(proxy)
       eventually(fn -> waiting.() == 1 end)
