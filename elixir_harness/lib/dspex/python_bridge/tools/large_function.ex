@@ -15,16 +15,16 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   @small 8_192
 
   @enforce_keys [:function, :owner]
-  defstruct [:function, :owner, copy_ms: 0, idle: [], lent: %{}, waiting: []]
+  defstruct [:function, :owner, copy_ms: 0, idle: [], checked_out: %{}, waiting: []]
 
-  # idle: workers. lent: those at work, by the monitors of the processes that have them. waiting: processes that need one, the
-  # first one first: there are as many as calls of the function at a time.
+  # idle: workers. checked_out: those at work, by the monitors of the processes that have them. waiting: processes that
+  # need one, the first one first: there are as many as calls of the function at a time.
   @typep t :: %__MODULE__{
            function: function(),
            owner: pid(),
            copy_ms: non_neg_integer(),
            idle: [pid()],
-           lent: %{reference() => pid()},
+           checked_out: %{reference() => pid()},
            waiting: [{pid(), reference()}]
          }
 
@@ -60,8 +60,8 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
 
   # The worker's end is the calling process's, as if that had run the function.
   defp call(pid, args) do
-    with {:ok, {worker, lent}} <- Ask.ask(pid, :infinity, &{:lend, self(), &1}),
-         {:ok, outcome} <- run(worker, lent, args) do
+    with {:ok, {worker, checked_out}} <- Ask.ask(pid, :infinity, &{:checkout, self(), &1}),
+         {:ok, outcome} <- run(worker, checked_out, args) do
       case outcome do
         {:returned, value} -> value
         {kind, reason, stacktrace} -> :erlang.raise(kind, reason, stacktrace)
@@ -72,9 +72,9 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
     end
   end
 
-  defp run(worker, lent, args) do
+  defp run(worker, checked_out, args) do
     ref = Process.monitor(worker, alias: :reply_demonitor)
-    send(worker, {:run, ref, lent, args, Process.get(:"$callers")})
+    send(worker, {:run, ref, checked_out, args, Process.get(:"$callers")})
 
     receive do
       {^ref, outcome} -> {:ok, outcome}
@@ -92,21 +92,27 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   end
 
   @spec loop(t()) :: :ok
-  defp loop(%__MODULE__{owner: owner, waiting: waiting, lent: lent} = state) do
+  defp loop(%__MODULE__{owner: owner, waiting: waiting, checked_out: checked_out} = state) do
     receive do
-      {:lend, user, ref} when is_pid(user) and is_reference(ref) ->
+      {:checkout, user, ref} when is_pid(user) and is_reference(ref) ->
         loop(serve(%{state | waiting: waiting ++ [{user, ref}]}))
 
-      {:back, monitor, worker} when is_map_key(lent, monitor) ->
+      {:back, monitor, worker} when is_map_key(checked_out, monitor) ->
         Process.demonitor(monitor, [:flush])
-        state = %{state | lent: Map.delete(lent, monitor), idle: [worker | state.idle]}
+
+        state = %{
+          state
+          | checked_out: Map.delete(checked_out, monitor),
+            idle: [worker | state.idle]
+        }
+
         loop(serve(state))
 
       # Its call is over.
-      {:DOWN, monitor, :process, _user, _reason} when is_map_key(lent, monitor) ->
-        {worker, lent} = Map.pop!(lent, monitor)
+      {:DOWN, monitor, :process, _user, _reason} when is_map_key(checked_out, monitor) ->
+        {worker, checked_out} = Map.pop!(checked_out, monitor)
         Process.exit(worker, :kill)
-        loop(%{state | lent: lent})
+        loop(%{state | checked_out: checked_out})
 
       {:DOWN, _monitor, :process, ^owner, _reason} ->
         end_all(state)
@@ -130,16 +136,16 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
     state = %{state | waiting: waiting}
 
     if Process.alive?(user),
-      do: lend(%{state | idle: idle}, worker, user, ref),
+      do: check_out(%{state | idle: idle}, worker, user, ref),
       else: serve(state)
   end
 
   defp serve(state), do: state
 
-  defp lend(state, worker, user, ref) do
+  defp check_out(state, worker, user, ref) do
     monitor = Process.monitor(user)
     send(ref, {ref, {worker, monitor}})
-    %{state | lent: Map.put(state.lent, monitor, worker)}
+    %{state | checked_out: Map.put(state.checked_out, monitor, worker)}
   end
 
   defp copy(%__MODULE__{function: function} = state) do
@@ -148,8 +154,8 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
     %{state | idle: [worker], copy_ms: div(us, 1_000)}
   end
 
-  defp end_all(%__MODULE__{idle: idle, lent: lent}),
-    do: Enum.each(idle ++ Map.values(lent), &Process.exit(&1, :kill))
+  defp end_all(%__MODULE__{idle: idle, checked_out: checked_out}),
+    do: Enum.each(idle ++ Map.values(checked_out), &Process.exit(&1, :kill))
 
   ## A worker
 
@@ -160,12 +166,12 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
 
   defp run_next(function, holder) do
     receive do
-      {:run, ref, lent, args, callers} ->
+      {:run, ref, checked_out, args, callers} ->
         if callers, do: Process.put(:"$callers", callers)
         send(ref, {ref, outcome(function, args)})
 
         if clean?() do
-          send(holder, {:back, lent, self()})
+          send(holder, {:back, checked_out, self()})
           run_next(function, holder)
         end
     end
