@@ -73,7 +73,8 @@ test-optimizers: setup ## the tests of optimizations with every optimizer, in 3 
 test-install: setup ## install the packages into a new Mix application, and test it
 	$(PY) -m pytest -q tests/install
 
-check: setup dialyzer ## linters, formats, types, import rules, warnings, dialyzer
+check: setup dialyzer ## linters, formats, types, import rules, warnings, dialyzer, lines of code
+	$(PY) tests/sizes.py
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
