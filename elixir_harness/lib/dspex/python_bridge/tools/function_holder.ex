@@ -5,8 +5,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   # turn: a pool starts another one for each peer that it tries.
   #
   # It sends each process of a tool (`DSPex.PythonBridge.Tools.Invocation`) the one function that it runs. That copies
-  # all that the function has captured: of a large one it sends one that asks for a call of it
-  # (`DSPex.PythonBridge.Tools.LargeFunction`).
+  # all that the function has captured, unless it is large (`DSPex.PythonBridge.Tools.LargeFunction`).
   #
   # If the run is sent again, tool calls that were made before are not made again (`DSPex.PythonBridge.Tools.Memory`):
   # those that still run go on, and their answers are kept. A function with `repeat: false` is given in two steps: between
@@ -117,7 +116,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     # The functions have the caller's contents.
     Process.flag(:sensitive, true)
     Process.monitor(caller)
-    {tools, _close_with_this} = LargeFunction.hold(tools, self())
+    {tools, _erases_when_this_ends} = LargeFunction.hold(tools, self())
     loop(%__MODULE__{functions: Functions.new(tools, about, retry?), caller: caller})
   end
 
