@@ -89,7 +89,7 @@ class Dispatcher:
         """Take one frame, on the reading thread. Returns the reply if there is one already."""
         received = time.monotonic()
         if isinstance(frame, TooLarge):
-            text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
+            text = f"frame of {frame} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
             request = messages.decode(frame)
