@@ -18,8 +18,6 @@ from dspy_bridge.lm.transport import asking
 def configure(*, disk_cache: str | None, entries: int) -> None:
     """Replace DSPy's cache. `disk_cache`: a folder; `entries`: of the cache in memory; without both there is none."""
     separable = dspy_internals.CACHE_KEY.there
-    # Not by its name: newer versions make one when it is asked for.
-    first_cache = vars(dspy).get("cache")
     dspy.configure_cache(
         enable_disk_cache=disk_cache is not None and separable,
         disk_cache_dir=disk_cache,
@@ -28,7 +26,6 @@ def configure(*, disk_cache: str | None, entries: int) -> None:
         # Files in the folder are data: DSPy's default would run any pickle found there.
         restrict_pickle=True,
     )
-    dspy_internals.close_first_cache(first_cache)
     if separable:
         dspy.cache.cache_key = _separating(dspy.cache.cache_key)
 

@@ -20,8 +20,8 @@ import dspy
 from dspy_bridge import tracing
 from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
 
-if not hasattr(dspy, "LMError"):
-    raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
+if not hasattr(dspy, "lm15"):
+    raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
 from dspy_bridge.lm import answer_cache, dspy_internals, lm_options
 from dspy_bridge.lm.adapters import built_once, free_form_maps, guarded_adapters, json_repair_limit

@@ -7,7 +7,6 @@ import contextvars
 import copy
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -121,16 +120,12 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options, "lm")
-    if "engine" in of_dspy and not offline_lm.ENGINES:
-        raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
         if model == echo_lm.NAME:
             lm = echo_lm.EchoLM(**of_dspy)
         elif model == script_lm.NAME:
             lm = script_lm.ScriptLM(**of_dspy)
         else:
-            if not offline_lm.ENGINES:
-                _import_litellm()
             lm = LoopLM(model, **of_dspy)
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
@@ -138,12 +133,3 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     lm.asking = Asking(servers.account(options), scope, connect_timeout, lm.num_retries > 0, key_of)
     lm.gate = rate_limits.gate(servers.limited_account(options), limits)
     return lm
-
-
-def _import_litellm() -> None:
-    """Every LM of DSPy 3.3 needs it; calls should not wait for it. A failure is raised by the call."""
-    importing = litellm_loading.start()
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        wait([importing])

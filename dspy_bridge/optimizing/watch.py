@@ -89,6 +89,4 @@ class Usage:
 
 def _requests_are_counted(lm: Any) -> bool:
     """Whether `admission` sees each of its requests, so that a call that the cache answers costs nothing."""
-    places = dspy_internals.ASYNC_LITELLM_CALLS if dspy_internals.BEFORE_3_4 else [dspy_internals.ASYNC_TRANSPORT]
-    seen = all(place.there for place in places)
-    return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and seen
+    return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and dspy_internals.ASYNC_TRANSPORT.there

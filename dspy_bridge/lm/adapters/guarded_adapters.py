@@ -9,7 +9,6 @@ Prompts whose inputs have no markers are DSPy's to the byte. Adapters of any oth
 from __future__ import annotations
 
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import built_once, corrections, field_markers, json_repair_limit
+from dspy_bridge.lm.adapters import built_once, corrections, field_markers
 from dspy_bridge.lm.metering import fallbacks
 
 Signature = type[dspy.Signature]
@@ -142,12 +141,7 @@ class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
     """JSON quotes text, so text begins no field; only a key may come twice."""
 
     def parse(self, signature: Signature, completion: str) -> Any:
-        try:
-            fields = super().parse(signature, completion)
-        except json_repair_limit.TooMuchToRepair:
-            raise
-        except ValueError as error:  # DSPy 3.3: of a value's type
-            raise dspy.AdapterParseError("JSONAdapter", signature, completion, str(error)) from error
+        fields = super().parse(signature, completion)
         if self.strict:
             _refuse(_contradicted_json(signature, completion))
         return fields
@@ -208,8 +202,6 @@ class _Answers(BaseCallback):  # type: ignore[misc]
 
 def _guarded_fallback(self: Any) -> dspy.Adapter:
     """Called by DSPy where it handles an error of `parse`."""
-    if isinstance(sys.exc_info()[1], OutputInvalid):
-        raise  # DSPy 3.3 would ask again
     return guarded(fallbacks.in_json(self), strict=self.strict)
 
 

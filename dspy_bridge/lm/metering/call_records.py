@@ -90,8 +90,6 @@ def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | 
 def install() -> None:
     """Watch all LM calls of this process."""
     dspy_internals.FINALIZE.wrap(_watch)
-    if dspy_internals.PROCESS_RESPONSE is not None:
-        dspy_internals.PROCESS_RESPONSE.wrap(_watch_older)
 
 
 def _watch(finalize: Any) -> Any:
@@ -106,24 +104,6 @@ def _watch(finalize: Any) -> Any:
         if "length" in reasons and refusing.get():
             return _whole(made, reasons) or _refuse(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
-
-    return watched
-
-
-def _watch_older(process: Any) -> Any:
-    """The same for DSPy 3.3."""
-
-    @functools.wraps(process)
-    def watched(lm: Any, response: Any, prompt: Any, messages: Any, **options: Any) -> Any:
-        outputs = process(lm, response, prompt, messages, **options)
-        reasons = _reasons_of((), response)
-        record = current.get()
-        if record is not None:
-            cost = _get(_get(response, "_hidden_params"), "response_cost")
-            _note(record, lm, reasons, outputs, bool(_get(response, "cache_hit")), cost)
-        if "length" in reasons and refusing.get():
-            return _whole(outputs, reasons) or _refuse(options, lm.kwargs)
-        return outputs
 
     return watched
 

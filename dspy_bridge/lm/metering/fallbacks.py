@@ -14,8 +14,7 @@ from dspy_bridge.lm.metering import meter
 def install() -> None:
     """Watch the adapters of this process. Those of `guarded_adapters` call `in_json` themselves."""
     dspy_internals.JSON_FALLBACK.wrap(lambda _fallback: in_json)
-    if dspy_internals.RESPONSE_FORMAT is not None:
-        dspy_internals.RESPONSE_FORMAT.wrap(_watch_format)
+    dspy_internals.RESPONSE_FORMAT.wrap(_watch_format)
 
 
 def in_json(adapter: Any) -> dspy.Adapter:

@@ -18,8 +18,6 @@ _current: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 # The `response_format` of an LM call that any JSON object answers.
 PLAIN_JSON = {"type": "json_object"}
-# DSPy 3.3: the messages of the last LM call in this context that asked for a schema.
-_with_schema: ContextVar[Any] = ContextVar("with_schema", default=None)
 
 
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
@@ -79,8 +77,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             record.entry = self._history.begin(), _messages(inputs)
         self._records.append(record)
         call_records.current.set(record)
-        if dspy_internals.RESPONSE_FORMAT is None:
-            self._count_schema_fallback(inputs.get("messages"), inputs.get("kwargs", {}).get("response_format"))
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         """Called by DSPy in the same context."""
@@ -117,12 +113,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         }
         record.outputs = None
         self._history.end(entry, messages, about)
-
-    def _count_schema_fallback(self, messages: Any, response_format: Any) -> None:
-        """DSPy 3.3 asks once more, with the same messages, if an answer with a schema cannot be used."""
-        if response_format == PLAIN_JSON and messages is not None and messages == _with_schema.get():
-            self.fell_back()
-        _with_schema.set(messages if isinstance(response_format, type) else None)
 
 
 def counting() -> bool:

@@ -52,10 +52,9 @@ def _sending(send_to: Callable[..., Any], stream: Callable[..., Any]) -> Callabl
         if (traceparent := tracing.current()) is not None:
             # The only one: an LM with headers of its own goes through LiteLLM.
             changes["headers"] = [*request.headers, (tracing.TRACEPARENT, traceparent)]
-        timed = hasattr(request, "connect_timeout")
 
         def opening(seconds: float | None) -> Any:
-            timeout = {"connect_timeout": seconds} if timed and seconds is not None else {}
+            timeout = {} if seconds is None else {"connect_timeout": seconds}
             changed = {**changes, **timeout}
             return stream(self, dataclasses.replace(request, **changed) if changed else request)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import lm_env
 from lm_server import LMServer, chat
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 
 HOST = """
 import dspy, json, os
@@ -230,9 +230,6 @@ def test_a_defect_of_an_adapter_is_no_argument_error_whatever_was_given(start: C
     for word in DEFECTS:
         for given in ({}, {"config": {"temperature": 0.5}}, {"lm": {"model": "offline/echo", "temperature": 0.5}}):
             reply = peer.call("execute_program", {**ASK, **given, "inputs": {"question": f"{word} private"}})
-            if DSPY < (3, 4):
-                assert reply["success"], "whatever an adapter raises, there JSON is tried next"
-                return
             assert reply["error_type"] == "internal" and "private" not in reply["error"], (word, given, reply)
             reference = reply["error"].split()[-1]
     reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
@@ -250,8 +247,5 @@ def test_a_defect_of_an_lm_is_no_argument_error_whatever_was_given(start: Callab
             assert reply["error_type"] == "internal" and "private" not in reply["error"], (word, given, reply)
     for config in ({"n": -1}, {"stop": ["x"]}, {"messages": []}):
         reply = peer.call("execute_program", {**ASK, "config": config})
-        if DSPY < (3, 4) and "messages" not in config:
-            assert reply["error_type"] == "internal", "they are the LM's to check"
-            continue
         assert reply["error_type"] == "invalid_args", (config, reply)
         assert reply["error"].startswith(("config: ", "config.messages: ")), (config, reply)

@@ -15,14 +15,14 @@ import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
 KEY = "sk-test-0123456789"
 # What an LM is asked with for `max_tokens`.
-MAX_TOKENS = "max_completion_tokens" if DSPY >= (3, 4) else "max_tokens"
+MAX_TOKENS = "max_completion_tokens"
 
 
 def error(status: int, message: str, code: str | None = None) -> tuple[int, dict[str, Any]]:
@@ -115,7 +115,7 @@ def test_adapters_that_there_are_not(echo_peer: Peer) -> None:
     for adapter in (
         "two_step", "baml", 5, [], {}, {"name": "chat"}, {"name": "two_step"}, {"name": "two_step", "more": 1},
         {**two_step, "extraction_model": 5}, {**two_step, "extraction_model": {}}, {**two_step, "more": 1},
-        *([{**two_step, "extraction_model": {"model": "openai/x", "num_retries": -1}}] if DSPY >= (3, 4) else []),
+        {**two_step, "extraction_model": {"model": "openai/x", "num_retries": -1}},
     ):  # fmt: skip
         reply = echo_peer.call("create_program", {**QA, "adapter": adapter})
         assert reply["error_type"] == "invalid_args", (adapter, reply)
@@ -237,26 +237,21 @@ def test_no_lm_and_no_key_are_told_as_such() -> None:
         reply = peer.call("execute_program", ASK)
         assert reply["error_type"] == "lm_not_configured" and "DSPY_BRIDGE_LM" in reply["error"]
         reply = peer.call("execute_program", {**ASK, "lm": {"model": "openai/x"}})
-        # LiteLLM's word for it, by which DSPy 3.3 asks.
-        without_key = "lm_not_configured" if DSPY >= (3, 4) else "lm_error"
-        assert reply["error_type"] == without_key and "OPENAI_API_KEY" in reply["error"], reply
+        assert reply["error_type"] == "lm_not_configured" and "OPENAI_API_KEY" in reply["error"], reply
 
 
 def test_options_that_the_lm_refuses_are_told_with_the_first_program() -> None:
-    option = "num_retries" if DSPY >= (3, 4) else "engine"
-    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": f'{{"{option}": -1}}'}
+    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": '{"num_retries": -1}'}
     with Peer(env=env) as peer:
         reply = peer.call("create_program", QA)
         assert reply["error_type"] == "internal"
-        assert "DSPY_BRIDGE_LM_OPTIONS" in reply["error"] and option in reply["error"]
+        assert "DSPY_BRIDGE_LM_OPTIONS" in reply["error"] and "num_retries" in reply["error"]
 
 
 def test_a_config_that_makes_no_sense_is_an_argument_error(start_lm: Any) -> None:
     with shared_peer(env=lm_env(start_lm())) as peer:
         peer.call("create_program", QA)
         reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
-        if DSPY < (3, 4):
-            return  # there nobody looks at it before the LM does
         assert reply["error_type"] == "invalid_args" and "config" in reply["error"], reply
         reply = peer.call("execute_program", {**ASK, "lm": {"model": "openai/x", "n": True, "api_key": "sk-1234567"}})
         assert reply["error_type"] == "invalid_args" and "lm" in reply["error"], reply
@@ -373,11 +368,6 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(start_lm: Any) ->
             assert peer.call("execute_program", {**ASK, "lm": lm})["success"]
 
 
-def written(home: Path) -> list[Path]:
-    """DSPy 3.3 makes a folder for its cache when it is imported."""
-    return [path for path in home.iterdir() if DSPY >= (3, 4) or path.name != ".dspy_cache"]
-
-
 def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, tmp_path: Any) -> None:
     server = start_lm()
     home = {"HOME": str(tmp_path)}
@@ -385,12 +375,12 @@ def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, 
         peer.call("create_program", QA)
         for _ in range(3):
             assert peer.call("execute_program", ASK)["success"]
-    assert len(server.requests) == 1 and written(tmp_path) == []
+    assert len(server.requests) == 1 and list(tmp_path.iterdir()) == []
     with Peer("--cache-entries", "0", env={**lm_env(server, cache=True), **home}) as peer:
         peer.call("create_program", QA)
         for _ in range(3):
             assert peer.call("execute_program", ASK)["success"]
-    assert len(server.requests) == 4 and written(tmp_path) == []
+    assert len(server.requests) == 4 and list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_cache_outlives_the_peer(start_lm: Any, tmp_path: Any) -> None:
@@ -535,13 +525,10 @@ def test_a_key_in_config_is_a_secret_too(start_lm: Any, where: str) -> None:
 
 
 def test_what_is_wrong_with_the_lm_of_an_adapter_is_an_argument_error(start_lm: Any) -> None:
-    """DSPy checks its settings when it asks it, since 3.4; the text is DSPy's."""
+    """DSPy checks its settings when it asks it; the text is DSPy's."""
     server = start_lm()
     model = {"model": "openai/x", **server.options(), "n": 0}
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**QA, "adapter": {"name": "two_step", "extraction_model": model}})
         reply = peer.call("execute_program", ASK)
-        if DSPY < (3, 4):
-            assert "error_type" not in reply or reply["error_type"] in ("lm_error", "output_invalid")
-            return
         assert reply["error_type"] == "invalid_args" and reply["error"].startswith("adapter: "), reply

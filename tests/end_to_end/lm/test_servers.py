@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import lm_env
 from lm_server import KEY, LMServer, chat
-from peer import DSPY, Peer
+from peer import Peer
 from shared_peers import shared_peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -63,7 +63,7 @@ def test_an_lm_that_inherits_nothing_has_only_what_it_names(start_lm: Any) -> No
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", QA)
         reply = peer.call("execute_program", {**ASK, "lm": {"model": SMALL, "inherit": False}})
-        assert reply["error_type"] == "lm_not_configured" if DSPY >= (3, 4) else not reply["success"]
+        assert reply["error_type"] == "lm_not_configured"
     assert server.requests == []
 
 

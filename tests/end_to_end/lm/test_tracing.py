@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import BY_LITELLM, PARIS, lm_env, reusable
 from lm_server import Answer, LMServer, chat, script
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
 FIRST = "00-" + "a" * 32 + "-" + "1" * 16 + "-01"
@@ -192,7 +192,7 @@ def reply_of(peer: Peer, id: int, logged: int = 0) -> tuple[dict[str, Any], list
 
 # Options of an LM, and how to know the way that DSPy takes with them: its own engine has no headers.
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
-    "its own engine": ({}, "lm15" if DSPY >= (3, 4) else "DSPy"),
+    "its own engine": ({}, "lm15"),
     "LiteLLM": ({"extra_headers": {"X-Own": "1"}}, "DSPy"),
 }
 
@@ -335,7 +335,7 @@ def test_so_has_every_try(peer: Peer, start_lm: Any) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("module", ["Sync", "Parallel", "OwnLM", *(["Typed"] if DSPY >= (3, 4) else [])])
+@pytest.mark.parametrize("module", ["Sync", "Parallel", "OwnLM", "Typed"])
 def test_modules_of_the_hosts_own_have_it(peer: Peer, start_lm: Any, module: str, way: str) -> None:
     """In a thread, in threads that DSPy starts there, with LMs of their own, by requests of DSPy's own type."""
     server = start_lm()

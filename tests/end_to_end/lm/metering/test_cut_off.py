@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import SLOW_BY_LITELLM, lm_env, programs_at
 from lm_server import Answer, Ended, LMServer, chat, completion, event, script
-from peer import DSPY, ROOT, Peer
+from peer import ROOT, Peer
 from shared_peers import shared_peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
@@ -198,8 +198,7 @@ def test_one_of_several_completions_that_was_cut_off_is_one_too_many(make: Any) 
     count = itertools.count()
 
     def answer(request: dict[str, Any]) -> Answer:
-        if DSPY >= (3, 4):
-            return Ended(CUT["chat"]) if next(count) else WHOLE["chat"]
+        return Ended(CUT["chat"]) if next(count) else WHOLE["chat"]
         body = completion(request["model"], WHOLE["chat"])
         body["choices"] += completion(request["model"], CUT["chat"], "length")["choices"]
         return 200, body

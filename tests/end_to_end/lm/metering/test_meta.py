@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, LacksFeature, lm_env, programs_at
+from conftest import BY_LITELLM, lm_env, programs_at
 from lm_server import Answer, Ended, LMServer, chat, completion, script
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
 PRICED = "openai/gpt-4o-mini"
@@ -96,9 +96,7 @@ def test_a_second_call_in_json_is_a_fallback(make: Any, adapter: str) -> None:
     assert (meta["fallbacks"], meta["lm_calls"]) == (1, 2) and len(server.requests) == 2
     peer, _ = make(script("no format", "none here either"), adapter=adapter)
     reply = peer.call("execute_program", ASK, meta=True)
-    # DSPy 3.3 gives up the schema with one more call.
-    fallbacks = 1 if DSPY >= (3, 4) else 2
-    assert (reply["error_type"], reply["meta"]["fallbacks"]) == ("output_invalid", fallbacks)
+    assert (reply["error_type"], reply["meta"]["fallbacks"]) == ("output_invalid", 1)
 
 
 def test_an_answer_without_the_schema_that_the_lm_could_have_is_a_fallback(make: Any) -> None:
@@ -107,7 +105,7 @@ def test_an_answer_without_the_schema_that_the_lm_could_have_is_a_fallback(make:
     peer, server = make('{"answer": {"a": 1}}', adapter="json", signature=signature)
     meta = peer.call("execute_program", ASK, meta=True)["meta"]
     assert meta["lm_calls"] == 1 and server.requests[0]["response_format"] == {"type": "json_object"}
-    assert meta["fallbacks"] == (1 if DSPY >= (3, 4) else 0)
+    assert meta["fallbacks"] == 1
     peer, server = make('{"answer": 1}', adapter="json", signature="question -> answer: int")
     meta = peer.call("execute_program", ASK, meta=True)["meta"]
     assert (meta["lm_calls"], meta["fallbacks"]) == (1, 0)
@@ -116,13 +114,6 @@ def test_an_answer_without_the_schema_that_the_lm_could_have_is_a_fallback(make:
     lm = {"model": "openai/of-my-own"}
     peer, server = make('{"answer": {"a": 1}}', lm, adapter="json", signature=signature)
     assert peer.call("execute_program", ASK, meta=True)["meta"]["fallbacks"] == 0
-
-
-def test_a_second_call_without_the_schema_is_a_fallback(make: Any) -> None:
-    """DSPy 3.3 asks again if the first answer cannot be read."""
-    peer, server = make("no format", adapter="json")
-    meta = peer.call("execute_program", ASK, meta=True)["meta"]
-    assert len(server.requests) == meta["lm_calls"] == meta["fallbacks"] + 1 == (1 if DSPY >= (3, 4) else 2)
 
 
 def test_the_second_step_of_two_may_fall_back_too(make: Any, start_lm: Any) -> None:
@@ -188,8 +179,6 @@ def test_a_failed_call_has_no_reason_and_costs_nothing(make: Any) -> None:
 
 def test_tokens_of_a_call_that_failed_after_its_answer_count(make: Any) -> None:
     """Of two completions the second is refused: the first was billed, at a price that DSPy does not tell."""
-    if DSPY < (3, 4):
-        raise LacksFeature("it asks for all completions at once")
     peer, _ = make(script(chat(answer="a"), (400, {"error": {"message": "no"}})), config={"n": 2, "temperature": 1.0})
     reply = peer.call("execute_program", ASK, meta=True)
     assert reply["error_type"] == "lm_error" and reply["meta"]["lm_calls"] == 1
@@ -253,11 +242,10 @@ def test_the_calls_of_a_batch_are_in_the_order_of_their_start(make: Any) -> None
     peer, _ = make(lambda request: Ended("x", "content_filter") if "two" in str(request) else chat(answer="a"))
     inputs = [{"question": "one"}, {"question": "two"}, {"question": "one"}]
     meta = peer.call("execute_program", {**ASK, "inputs": inputs}, meta=True)["meta"]
-    # DSPy 3.3 gives up the schema with one more call.
-    more = 1 if DSPY >= (3, 4) else 2
-    assert meta["lm_calls"] == len(meta["finish_reasons"]) == 3 + more and meta["fallbacks"] == more
-    assert sorted(meta["finish_reasons"]) == ["content_filter"] * (1 + more) + ["stop", "stop"]
-    assert meta["cost_usd"] == pytest.approx((3 + more) * COST)
+    # The answer that cannot be read is asked for again, in JSON.
+    assert meta["lm_calls"] == len(meta["finish_reasons"]) == 4 and meta["fallbacks"] == 1
+    assert sorted(meta["finish_reasons"]) == ["content_filter", "content_filter", "stop", "stop"]
+    assert meta["cost_usd"] == pytest.approx(4 * COST)
 
 
 @pytest.mark.slow

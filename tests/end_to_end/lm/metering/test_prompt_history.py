@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import BY_LITELLM, lm_env, programs_at
 from lm_server import KEY, Answer, Ended, LMServer, chat, completion, script
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why is the sky blue?"}}
@@ -189,8 +189,6 @@ def test_runs_at_the_same_time_do_not_mix_their_histories(make: Any) -> None:
 @pytest.mark.parametrize("module", ["Direct", "Typed"])
 def test_modules_of_users_ask_in_other_forms(folder: Path, start_lm: Any, module: str) -> None:
     """A plain string, in a thread; a request of DSPy's."""
-    if module == "Typed" and DSPY < (3, 4):
-        return
     env = {**lm_env(start_lm("blue")), "PYTHONPATH": f"{ROOT}:{folder}", "DSPY_BRIDGE_ALLOW_MODULES": "host"}
     with shared_peer(env=env) as peer:
         create = {"id": "qa", "signature": "question -> answer", "program_type": f"host:{module}"}
@@ -274,7 +272,7 @@ def test_planted_secrets_are_nowhere(start_lm: Any, way: dict[str, Any], log_lev
             assert reply.get("error_type") == error_type, reply
             assert len(history(reply)) >= 1 and "marker-of-a-prompt" in str(history(reply))
             shown += json.dumps(reply["meta"])
-        log = peer.finish_whole()[2]
+        log = peer.finish()[2]
     assert "marker-of-an-answer" in shown and "[redacted]" in shown
     for text in (shown, log):
         assert "planted" not in text
