@@ -11,8 +11,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals, servers
-from dspy_bridge.lm.transport import asking
+from dspy_bridge.lm import dspy_internals, lm_call, servers
 
 
 def configure(*, disk_cache: str | None, entries: int) -> None:
@@ -32,9 +31,9 @@ def configure(*, disk_cache: str | None, entries: int) -> None:
 
 def _separating(cache_key: Any) -> Any:
     def key(request: dict[str, Any], ignored_args_for_cache_key: list[str] | None = None) -> str:
-        asked = asking.current.get()
+        target = lm_call.target()
         # An LM of your application's is known by what is in the request alone.
-        account = servers.account(request) if asked is None else repr((asked.account, asked.scope))
+        account = servers.account(request) if target is None else repr((target.account, target.scope))
         return sha256(f"{cache_key(request, ignored_args_for_cache_key)} {account}".encode()).hexdigest()
 
     return key

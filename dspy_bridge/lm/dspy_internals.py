@@ -117,19 +117,19 @@ def silence_litellm() -> None:
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
 ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
-_CALLS = ("completion", "text_completion", "responses_completion")
 CONNECT_FAILURES = [
     Name(f"dspy._vendor.lm15.transports:{error}", "an LM that cannot be reached is tried for longer")
     for error in ("ConnectError", "ConnectTimeout")
 ]
-LITELLM_CALLS = [Name(f"dspy.clients.lm:litellm_{call}", _OUTGOING, "request") for call in _CALLS]
-ASYNC_LITELLM_CALLS = [Name(f"dspy.clients.lm:alitellm_{call}", _OUTGOING, "request") for call in _CALLS]
+LITELLM_LEGACY, ASYNC_LITELLM_LEGACY = (
+    Name(f"dspy.clients.engines:{engine}.complete_legacy", _OUTGOING, "self", "lm", "request")
+    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+)
 # Of calls with a typed `Request`, which your application's modules may make.
 LITELLM_ARGUMENTS = [
     Name(f"dspy.clients.engines:{engine}._arguments", _OUTGOING, "self", "request")
     for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 ]
-LITELLM_ENGINE = Name("dspy.clients.engines:LiteLLMEngine.complete", _OUTGOING, "self", "request")
 ASYNC_LITELLM_ENGINE = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete", _OUTGOING, "self", "request")
 _IMPORT = "the import of LiteLLM may hold up other calls"
 ASYNC_LITELLM_STREAM = Name("dspy.clients.engines:AsyncLiteLLMEngine.stream", _IMPORT, "self", "request")
@@ -217,8 +217,10 @@ SELECT_ENGINE = Name(f"{_EXECUTION}:_select_engine", _UNKNOWN, "lm", "call")
 CANONICAL = Name(f"{_EXECUTION}:_canonical", _UNKNOWN, "call")
 PREPROCESS = Name("dspy:Predict._forward_preprocess", _UNKNOWN, "self")
 COMPLETE_LEGACY = [
-    Name(f"dspy.clients.engines:{engine}.complete_legacy", _UNKNOWN, "self", "lm", "request")
-    for engine in ("LegacyEngine", "AsyncLegacyEngine", "LiteLLMEngine", "AsyncLiteLLMEngine")
+    LITELLM_LEGACY,
+    ASYNC_LITELLM_LEGACY,
+    Name("dspy.clients.engines:LegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
+    Name("dspy.clients.engines:AsyncLegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
 ]
 
 # Streams.

@@ -12,8 +12,8 @@ import dspy
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
+from dspy_bridge.lm import lm_call
 from dspy_bridge.lm.adapters import field_markers
-from dspy_bridge.lm.transport import admission
 from dspy_bridge.programs import tool_args
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.signatures.builder import description
@@ -144,7 +144,7 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    admission.step()
+    lm_call.step()
     question = current_call.get().call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():

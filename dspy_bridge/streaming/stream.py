@@ -132,6 +132,10 @@ class Stream:
             answer.format = None
         return chunks
 
+    def begin_anew(self) -> None:
+        """An LM is asked again: the client drops the chunks up to now."""
+        self._sent.clear()
+
     async def finish(self, outputs: dict[str, Any]) -> None:
         """Send the unsent rest of each field; the whole of it if the answer came from a cache."""
         await asyncio.sleep(0)  # messages from other threads go first

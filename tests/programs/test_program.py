@@ -99,7 +99,7 @@ def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_s
     server = start_lm()
 
     async def use() -> None:
-        pool = lm_pool.LMPool({"model": "openai/x", **server.options()}, models.loops)
+        pool = lm_pool.LMPool({"model": "openai/x", **server.options()})
         with models.context(pool, None), ExitStack() as stack:
             lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2)]
             for lm in {id(lm): lm for lm in lms}.values():
