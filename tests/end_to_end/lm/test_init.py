@@ -57,9 +57,6 @@ def fail(text):
         if name in text:
             raise kind("a defect with " + text)
 
-class FailingLM(dspy.BaseLM):
-    async def aforward(self, prompt=None, messages=None, temperature=None):
-        fail(messages[-1]["content"])
 
 class FailingAdapter(dspy.ChatAdapter):
     def format(self, signature, demos, inputs):
@@ -75,8 +72,6 @@ class Own(dspy.Module):
     async def aforward(self, question):
         return await self.predict.acall(question=question)
 
-def failing_lm():
-    dspy.configure(lm=FailingLM("host/own"), adapter=FailingAdapter())
 
 def failing_adapter():
     dspy.configure(adapter=FailingAdapter())
@@ -236,16 +231,3 @@ def test_a_defect_of_an_adapter_is_no_argument_error_whatever_was_given(start: C
     assert reply["error_type"] == "invalid_args" and reply["error"].startswith("config: ")
     _, _, log = peer.finish()
     assert f"internal error {reference}" in log and log.count("host.py") >= 12 and "private" not in log
-
-
-def test_a_defect_of_an_lm_is_no_argument_error_whatever_was_given(start: Callable[..., Peer]) -> None:
-    peer = start("failing_lm")
-    assert peer.call("create_program", QA)["success"]
-    for word in DEFECTS:
-        for given in ({}, {"config": {"temperature": 0.5}}):
-            reply = peer.call("execute_program", {**ASK, **given, "inputs": {"question": f"{word} private"}})
-            assert reply["error_type"] == "internal" and "private" not in reply["error"], (word, given, reply)
-    for config in ({"n": -1}, {"stop": ["x"]}, {"messages": []}):
-        reply = peer.call("execute_program", {**ASK, "config": config})
-        assert reply["error_type"] == "invalid_args", (config, reply)
-        assert reply["error"].startswith(("config: ", "config.messages: ")), (config, reply)

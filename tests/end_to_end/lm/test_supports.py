@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import BY_LITELLM, lm_env
-from lm_server import LMServer, chat, completion, script
+from lm_server import LMServer, chat, completion
 from peer import Peer
 from shared_peers import shared_peer
 from tool_host import execute as run_with_tools
@@ -76,14 +76,6 @@ def test_free_form_maps_are_asked_for_in_json_mode(start_lm: Any, kind: str) -> 
     assert formats(server) == ["json_object"]
 
 
-def test_the_second_call_of_a_fallback_has_the_schema(start_lm: Any) -> None:
-    """After an answer that the chat adapter cannot read DSPy asks again with the JSON adapter."""
-    server = start_lm(script("no such fields", ANSWER))
-    with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
-        assert execute(peer, {**SORT, "adapter": "chat"}, fallbacks=1) == RESULT
-    assert formats(server) == [None, "json_schema"]
-
-
 def test_a_server_that_refuses_the_schema_is_an_error_with_its_words(start_lm: Any) -> None:
     """DSPy does not ask again without it: the option says that the server can do it."""
     server = start_lm((400, {"error": {"message": "no json_schema here", "type": "invalid_request_error"}}))
@@ -112,9 +104,3 @@ def test_tools_are_native_function_calls_with_function_calling(start_lm: Any, su
     assert reply["result"]["tool_calls"] == [{"name": "look", "args": {"query": "a"}, "result": "found"}]
     (request,) = server.requests
     assert ("tools" in request) is supported
-
-
-def test_wrong_values_are_refused_by_name(start_lm: Any) -> None:
-    with shared_peer(env=lm_env(start_lm())) as peer:
-        reply = peer.call("create_program", {**SORT, "lm": {"model": "openai/x", "supports": ["schemas"]}})
-        assert (reply["error_type"], reply["error"].partition(":")[0]) == ("invalid_args", "lm.supports")

@@ -82,26 +82,7 @@ class Typed(dspy.Module):
         response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
         return dspy.Prediction(answer=response.text)
 
-class History(dspy.Module):
-    async def aforward(self, question):
-        lm = dspy.settings.lm
-        with dspy.context(disable_history=False, max_history_size=10):
-            await dspy.Predict("question -> answer").acall(question=question)
-        cached = pickle.dumps(list(dspy.cache.memory_cache.values()))
-        return dspy.Prediction(answer=f"{lm.history} {lm.dump_state()} {cached}")
 
-class Fixed(dspy.BaseLM):
-    """Takes no headers."""
-    def forward(self, prompt=None, messages=None, **kwargs):
-        assert "extra_headers" not in kwargs and "headers" not in kwargs
-        from types import SimpleNamespace as Some
-        choice = Some(message=Some(content="[[ ## answer ## ]]\\nfixed"), finish_reason="stop")
-        return Some(choices=[choice], usage={}, model="fixed")
-    async def aforward(self, prompt=None, messages=None, **kwargs):
-        return self.forward(prompt, messages, **kwargs)
-
-def own_lm():
-    dspy.configure(lm=Fixed(model="fixed"))
 '''
 
 
@@ -280,37 +261,6 @@ def test_the_cache_hits_whatever_the_trace(peer: Peer, start_lm: Any, way: str) 
     assert server.asked == [("one", [FIRST])]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_neither_history_nor_cache_nor_state_keeps_it(peer: Peer, start_lm: Any, way: str) -> None:
-    city = {"its own engine": "Rome", "LiteLLM": "Oslo"}[way]
-    server = start_lm(chat(answer=city))
-    create = {**qa(server, cache=True, **WAYS[way][0]), "program_type": "host:History"}
-    assert peer.call("create_program", create)["success"]
-    reply = peer.call("execute_program", ask(city), traceparent=FIRST)
-    kept = reply["result"]["answer"]
-    assert kept.count(city) > 1 and "'uuid'" in kept, "there is a history, and a cache"
-    assert "a" * 32 not in kept
-    assert peer.call("create_program", qa(server))["success"]
-    assert peer.call("execute_program", ask("two"), traceparent=FIRST)["success"]
-    listed = peer.call("list_programs", {"state": True, "details": True}, traceparent=FIRST)
-    assert "state" in listed["result"]["details"][0] and "a" * 32 not in str(listed)
-    assert server.asked == [(city, [FIRST]), ("two", [FIRST])]
-
-
-def test_every_lm_call_of_an_agent_has_it(peer: Peer, start_lm: Any) -> None:
-    step = {"next_thought": "I look.", "next_tool_name": "look", "next_tool_args": '{"at": "it"}'}
-    done = {**step, "next_tool_name": "finish", "next_tool_args": "{}"}
-    server = start_lm(script(chat(**step), chat(**step), chat(**done), chat(reasoning="Seen.", answer="Paris")))
-    tool = {"name": "look", "description": "Looks.", "args": {"at": {"type": "str"}}}
-    assert peer.call("create_program", {**qa(server), "program_type": "react", "tools": [tool]})["success"]
-    peer.request("execute_program", ask("one"), traceparent=FIRST)
-    for _ in range(2):
-        call = peer.receive()["tool_call"]
-        peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "a city"}})
-    assert peer.receive()["result"]["answer"] == "Paris"
-    assert server.asked == [("one", [FIRST])] * 4
-
-
 def test_so_has_every_try(peer: Peer, start_lm: Any) -> None:
     """After a failure of the LM's, in the adapter's other format, of a best of n, a refinement and of two steps."""
     busy = (503, {"error": {"message": "busy", "type": "error", "code": None}})
@@ -366,14 +316,6 @@ def test_each_input_of_a_list_has_it_and_whoever_comes_after_it_has_not(start_lm
         assert all(reply["success"] for reply in peer.receive_all(4).values())
     wanted = [("one", [FIRST]), ("two", [FIRST]), ("none", None), ("none", None), ("other", [SECOND])]
     assert sorted(server.asked, key=str) == sorted(wanted, key=str)
-
-
-@pytest.mark.parametrize("env", [{"DSPY_BRIDGE_LM": "offline/echo"}, {"DSPY_BRIDGE_INIT": "host:own_lm"}])
-def test_an_lm_that_takes_no_headers_is_left_alone(start: Callable[..., Peer], env: dict[str, str]) -> None:
-    peer = start(**env)
-    assert peer.call("create_program", QA)["success"]
-    reply, _ = reply_of(peer, peer.request("execute_program", ask("one"), traceparent=FIRST, stream=True))
-    assert reply["success"], reply
 
 
 LOGGED = [
