@@ -16,7 +16,6 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
 
-from dspy_bridge import tracing
 from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
 
 if not hasattr(dspy, "lm15"):
@@ -143,7 +142,7 @@ class Models:
         self,
         pool: LMPool | None,
         adapter: dspy.Adapter | None,
-        run: lm_call.Run | None = None,
+        run: lm_call.RunContext | None = None,
         *,
         own_connections: bool = False,
     ) -> Iterator[None]:
@@ -168,10 +167,8 @@ class Models:
             settings = {
                 "lm": lm,
                 "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
-                lm_call.RUN: run or lm_call.Run(None),
+                lm_call.RUN: run or lm_call.RunContext(None),
             }
-            if (traceparent := tracing.current()) is not None:
-                settings[tracing.TRACEPARENT] = traceparent
             if isinstance(lm, offline_lm.OfflineLM):
                 settings["callbacks"] = [*dspy.settings.callbacks, offline_lm.WatchFormat()]
             stack.enter_context(dspy.context(**settings))

@@ -33,9 +33,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
-        run: lm_call.Run | None = dspy.settings.get(lm_call.RUN)
-        slot = None if run is None else run.slot()
-        async with slot or nullcontext():
+        async with lm_call.run().slot() or nullcontext():
             with lm_call.of(self.target), ExitStack() as stack:
                 target = self.target
                 if target is not None and target.lane.gate.counts_tokens and dspy_internals.USAGE_SETTING.there:

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import dspy
 
+from dspy_bridge import tracing
+from dspy_bridge.caller import Caller
 from dspy_bridge.lm.rate_limits import Lane
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.runtime.worker_threads import Job
 
-# The DSPy setting that has the `Run`: DSPy's threads have its settings, but no other context.
-RUN = "dspy_bridge_run"
+# The DSPy setting that has the `RunContext`: DSPy's threads have its settings, but no other context.
+RUN = tracing.RUN
 
 
 class Target(NamedTuple):
@@ -45,14 +47,21 @@ class LMOverloaded(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
         self.begun = begun
 
 
-class Run:
-    """`deadline`: of a run, in seconds of `time.monotonic`, or None; `steps`: calls of LMs and tools that it made."""
+class RunContext:
+    """What LM calls, tools and adapters of one run need to know of it, on the event loop as in threads.
 
-    __slots__ = ("deadline", "job", "steps")
+    `deadline`: in seconds of `time.monotonic`, or None. `call`: the client's. `meter`: None if its reply has no meta.
+    `attempts`: how adapters ask again; None if they do not. `refuses_cut_off`: whether answers that were cut off are
+    refused. `steps`: calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
+    """
 
-    def __init__(self, deadline: float | None) -> None:
+    def __init__(self, deadline: float | None, call: Caller | None = None) -> None:
         self.deadline = deadline
-        # For threads that have DSPy's settings, but no other context.
+        self.call: Any = call
+        self.meter: Any = None
+        self.attempts: Any = None
+        self.refuses_cut_off = False
+        self.traceparent = tracing.current()
         self.job: Job | None = None
         self.steps = 0
 
@@ -71,18 +80,22 @@ class Run:
         return LMOverloaded(text, self.steps > 1)
 
 
-def step() -> Run:
-    """The run under way, which has come to a call of an LM or a tool. An empty one outside of runs."""
-    run: Run = dspy.settings.get(RUN) or Run(None)
-    run.steps += 1
-    return run
+def run() -> RunContext:
+    """The run under way; an empty one outside of runs."""
+    found: RunContext | None = dspy.settings.get(RUN)
+    return RunContext(None) if found is None else found
+
+
+def step() -> RunContext:
+    """The run under way, which has come to a call of an LM or a tool."""
+    found = run()
+    found.steps += 1
+    return found
 
 
 def job() -> Job | None:
     """By which a sync call of an LM in this thread can be cancelled, if it can."""
-    found = worker_threads.current.get()
-    run: Run | None = dspy.settings.get(RUN)
-    return run.job if found is None and run is not None else found
+    return worker_threads.current.get() or run().job
 
 
 class LMCall:
@@ -109,7 +122,7 @@ class LMCall:
     _waiting_since: float | None = None
     _waited = 0.0
 
-    def __init__(self, target: Target | None, run: Run) -> None:
+    def __init__(self, target: Target | None, run: RunContext) -> None:
         self.target = target
         self.run = run
         self.started = time.monotonic()

@@ -29,7 +29,7 @@ class Ended(BaseException):
     """Unwinds DSPy's code once a run is over. Not an `Exception`, as DSPy catches those and goes on."""
 
 
-class Run(lm_call.Run):
+class Run(lm_call.RunContext):
     """Carried in DSPy's settings, which DSPy's threads have; they have no other context.
 
     `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does.

@@ -15,9 +15,8 @@ from dspy_bridge.lm import dspy_errors, dspy_setup, lm_call, lm_options
 from dspy_bridge.lm.adapters import corrections, field_markers
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import endings
-from dspy_bridge.lm.metering.meter import Meter
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import metrics, module_factory, remote_tools, saved_state
+from dspy_bridge.programs import metrics, module_factory, saved_state
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder
@@ -116,20 +115,14 @@ class Program:
         return outputs
 
     @contextmanager
-    def optimizing(self, lm: object, run: lm_call.Run, call: Caller) -> Iterator[None]:
-        """The settings and context variables of an optimization. `lm`: None for the program's own.
+    def optimizing(self, lm: object, run: lm_call.RunContext, call: Caller) -> Iterator[None]:
+        """The settings of an optimization. `lm`: None for the program's own.
 
         Raises `LMNotConfigured` or `InvalidArgs`.
         """
-        remote_tools.current_call.set(call)
-        endings.refusing.set(not self._allow_truncated)
+        run.call, run.refuses_cut_off = call, not self._allow_truncated
         _, pool = self._lm_for({}, lm)
-        with (
-            self._lms.context(pool, self.runner.adapter(self._adapter), run, own_connections=True),
-            ExitStack() as stack,
-        ):
-            if isinstance(call.meter, Meter):
-                stack.enter_context(dspy.context(**call.meter.settings()))
+        with self._lms.context(pool, self.runner.adapter(self._adapter), run, own_connections=True), _metered(run):
             yield
 
     def lm(self, given: object, where: str) -> dspy.BaseLM:
@@ -161,19 +154,18 @@ class Program:
         settings, pool = self._lm_for(config, lm)
         if settings:
             values["config"] = settings
-        remote_tools.current_call.set(call)
-        endings.refusing.set(not (self._allow_truncated if allowed is None else allowed))
         given, ends = self._settings_given(config, lm), item_ends.get()
-        run = lm_call.Run(call.ends if ends is None else ends)
+        run = lm_call.RunContext(call.ends if ends is None else ends, call)
+        run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
-            with self._lms.context(pool, runner.adapter(self._adapter), run):
-                outputs = await self._run(values, call, stream, attempts)
+            with self._lms.context(pool, runner.adapter(self._adapter), run), _metered(run):
+                outputs = await self._run(values, run, stream, attempts)
         except Exception as error:
             raise dspy_errors.translate(error, given) from error
         return self._fitting(outputs)
 
-    def _ask_again(self, attempts: int, call: Caller, streaming: Stream | None) -> None:
-        """Let the run in this context ask again for answers that do not fit."""
+    def _attempts(self, most: int, call: Caller, streaming: Stream | None) -> corrections.Attempts:
+        """How a run asks again for answers that do not fit."""
 
         def fits(signature: Any, fields: dict[str, Any]) -> None:
             # A module of the user's may have a predictor with outputs of the same names, which mean something else.
@@ -186,10 +178,7 @@ class Program:
                 wrong = error_replies.one_line(redaction.redact(str(error)), _MOST_TOLD)
                 call.stream_item_threadsafe({"status": f"asking again: {wrong}"})
 
-        # Not reset: a run has a task of its own.
-        corrections.current.set(
-            corrections.Attempts(attempts, fits, lambda error: dspy_errors.translate(error, []), say)
-        )
+        return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)
 
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], LMPool | None]:
         """The call's settings for DSPy, and the LMs: None for the default one."""
@@ -236,16 +225,16 @@ class Program:
         values.update((name, inputs[name]) for name in extra)
         return {name: _without_types(value) for name, value in values.items()}
 
-    async def _run(self, values: dict[str, Any], call: Caller, stream: bool, attempts: int) -> dict[str, Any]:
+    async def _run(
+        self, values: dict[str, Any], run: lm_call.RunContext, stream: bool, attempts: int
+    ) -> dict[str, Any]:
         with ExitStack() as stack:
-            if isinstance(call.meter, Meter):
-                stack.enter_context(dspy.context(**call.meter.settings()))
             streaming = None
             if stream:
-                streaming = Stream(self.runner.module, self._contract.signature, call, on_loop=self.runner.on_loop)
+                streaming = Stream(self.runner.module, self._contract.signature, run.call, on_loop=self.runner.on_loop)
                 stack.enter_context(dspy.context(**streaming.settings()))
             if attempts > 1:
-                self._ask_again(attempts, call, streaming)
+                run.attempts = self._attempts(attempts, run.call, streaming)
             outputs = self._outputs(await self.runner.run(values, self._threads))
             if streaming is not None:
                 await streaming.finish(outputs)
@@ -268,6 +257,17 @@ class Program:
         adapter = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
         given = {"config": config or self._config, "lm": lm or self._lm, "adapter": adapter}
         return [name for name, value in given.items() if value]
+
+
+@contextmanager
+def _metered(run: lm_call.RunContext) -> Iterator[None]:
+    """Around a run, whose meter counts if the client wants meta."""
+    run.meter = run.call.meter
+    if run.meter is None:
+        yield
+        return
+    with dspy.context(**run.meter.settings()):
+        yield
 
 
 def _without_types(value: Any) -> Any:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from contextvars import ContextVar
 from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
 from dspy_bridge.lm import lm_call
 from dspy_bridge.lm.adapters import field_markers
@@ -21,9 +19,6 @@ from dspy_bridge.signatures.builder import description
 # What providers with native function calling accept.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
-
-# The call that this context belongs to; all runs of a program share its tools.
-current_call: ContextVar[Caller] = ContextVar("current_call")
 
 
 class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
@@ -145,7 +140,7 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
     lm_call.step()
-    question = current_call.get().call_tool(name, arguments)
+    question = lm_call.run().call.call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():
         return await question

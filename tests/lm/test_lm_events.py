@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from dspy_bridge.lm.lm_call import LMCall, Run
+from dspy_bridge.lm.lm_call import LMCall, RunContext
 from dspy_bridge.lm.metering import lm_events
 
 
 def record(usages: list[dict[str, Any]]) -> LMCall:
-    made = LMCall(None, Run(None))
+    made = LMCall(None, RunContext(None))
     made.started, made.ended, made.usages = 12.0, 12.5, usages
     return made
 

@@ -15,6 +15,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import OutputInvalid
+from dspy_bridge.lm import lm_call
 from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.runtime import event_loop
 
@@ -38,10 +39,6 @@ class Attempts(NamedTuple):
     fits: Callable[[Any, dict[str, Any]], None]
     translate: Callable[[Exception], Exception]
     say: Callable[[OutputInvalid], None]
-
-
-# Those of the run in this context; None if it asks once.
-current: ContextVar[Attempts | None] = ContextVar("attempts", default=None)
 
 
 class _Call:
@@ -99,7 +96,7 @@ def _sync(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def asked(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
         event_loop.refuse_sync_call()
-        attempts = current.get()
+        attempts = lm_call.run().attempts
         if attempts is None or _call.get() is not None:
             return method(self, lm, lm_kwargs, signature, demos, inputs)
         call = _Call(attempts)
@@ -120,7 +117,7 @@ def _sync(method: Callable[..., Any]) -> Callable[..., Any]:
 def _async(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def asked(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-        attempts = current.get()
+        attempts = lm_call.run().attempts
         if attempts is None or _call.get() is not None:
             return await method(self, lm, lm_kwargs, signature, demos, inputs)
         call = _Call(attempts)

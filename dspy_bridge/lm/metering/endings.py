@@ -24,8 +24,6 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
     """An answer was cut off. An error of the LM for DSPy, whose adapters ask again after other ones."""
 
 
-# Whether answers that were cut off are refused: in the runs of programs.
-refusing: ContextVar[bool] = ContextVar("refusing", default=False)
 # Whether the other answers to such a call are kept: to calls that an optimizer makes itself, which ask for many.
 keeping_whole: ContextVar[bool] = ContextVar("keeping_whole", default=False)
 
@@ -55,7 +53,7 @@ def _watch(finalize: Any) -> Any:
         record = lm_call.current.get()
         if record is not None:
             _note(record, lm, reasons, result)
-        if "length" in reasons and refusing.get():
+        if "length" in reasons and lm_call.run().refuses_cut_off:
             return _whole(made, reasons) or _refuse(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
 

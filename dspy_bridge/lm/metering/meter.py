@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from contextvars import ContextVar
 from typing import Any
 
 import dspy
@@ -14,9 +13,6 @@ from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
 from dspy_bridge.lm.metering import history, lm_events
 from dspy_bridge.lm.metering.history import History
-
-# The meter of the current run; None if its reply has no meta.
-_current: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 # The `response_format` of an LM call that any JSON object answers.
 _PLAIN_JSON = {"type": "json_object"}
@@ -40,8 +36,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         self._events_since = events_since
 
     def settings(self) -> dict[str, Any]:
-        """DSPy's settings by which the run in this context is metered."""
-        _current.set(self)
+        """DSPy's settings by which a run is metered."""
         tracked = {} if self.tracker is None else {dspy_internals.USAGE_SETTING.attribute: self.tracker}
         return {**tracked, "callbacks": [*dspy.settings.callbacks, self]}
 
@@ -75,7 +70,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         """Called by DSPy in the context of the LM call that follows."""
         outer = call = lm_call.current.get()
         if call is None or call.metered:
-            call = LMCall(None, lm_call.Run(None))  # of an LM that your application made
+            call = LMCall(None, lm_call.RunContext(None))  # of an LM that your application made
         self._open[call_id] = call, outer
         call.metered = True
         if self._history is not None or self._events_since is not None:
@@ -129,7 +124,7 @@ def install() -> None:
 
 def in_json(adapter: Any) -> dspy.Adapter:
     """Called by DSPy where an answer could not be read: the adapter for another LM call, in JSON."""
-    if (meter := _current.get()) is not None:
+    if (meter := lm_call.run().meter) is not None:
         meter.fell_back()
     return dspy_internals.JSON_FALLBACK.value(adapter)
 
@@ -140,7 +135,7 @@ def _watch_format(choose: Any) -> Any:
     @functools.wraps(choose)
     def watched(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
         choose(adapter, lm, lm_kwargs, signature)
-        meter = _current.get()
+        meter = lm_call.run().meter
         if meter is not None and lm_kwargs.get("response_format") == _PLAIN_JSON and lm.supports_response_schema:
             meter.fell_back()
 

@@ -6,6 +6,8 @@ Each attempt to ask an LM passes `admitted`, those of DSPy's retries too; what t
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -81,7 +83,9 @@ def _advance(gate: Gate) -> None:
         timer.cancel()
     seconds = gate.advance()
     if seconds != INFINITE:
-        _timers[gate] = asyncio.get_running_loop().call_later(seconds, _advance, gate)
+        # Its context must not keep the run that happened to start the timer.
+        later = asyncio.get_running_loop().call_later
+        _timers[gate] = later(seconds, functools.partial(_advance, gate), context=contextvars.Context())
 
 
 def answered(status: int, header: Callable[[str], str | None]) -> Callable[[], None]:
