@@ -23,19 +23,11 @@ THIRD = "00-" + "c" * 32 + "-" + "3" * 16 + "-01"
 QA = {"id": "qa", "signature": "question -> answer"}
 
 HOST = '''
-import logging, pickle
+import logging
 import dspy
-from dspy.utils.callback import BaseCallback
 from dspy_bridge import tracing
 
 log = logging.getLogger("host")
-
-class Hears(BaseCallback):
-    def on_lm_start(self, call_id, instance, inputs):
-        log.warning("lm_start %s", tracing.current())
-
-def callback():
-    dspy.configure(callbacks=[Hears()])
 
 class Logs(dspy.Module):
     async def aforward(self, question):
@@ -356,19 +348,6 @@ def test_lines_on_stderr_tell_it_and_those_of_others_do_not(start: Callable[...,
     assert log.splitlines() == [f"dspy_bridge[{pid}] WARNING host{trace}: working on one" for trace in wanted]
 
 
-def test_a_callback_of_the_hosts_hears_it_in_threads_too(start: Callable[..., Peer], start_lm: Any) -> None:
-    """What a callback for OpenTelemetry needs to go on with the trace."""
-    server = start_lm()
-    peer = start(**lm_env(server), DSPY_BRIDGE_INIT="host:callback", DSPY_BRIDGE_LOG_FRAMES="1")
-    for program, logged in (("predict", 1), ("host:Sync", 1), ("host:Parallel", 4)):
-        assert peer.call("create_program", {**QA, "program_type": program})["success"]
-        for traceparent in (FIRST, None):
-            id = peer.request("execute_program", ask("one"), traceparent=traceparent)
-            _, frames = reply_of(peer, id, logged)
-            said = {frame["log"]["message"] for frame in frames} - {"working on x", "working on y"}
-            assert said == {f"lm_start {traceparent}"}, program
-
-
 @pytest.mark.parametrize("command", ["ping", "list_programs", "get_stats", "cleanup", "execute_program"])
 def test_what_is_none_is_refused_under_the_requests_id(echo_peer: Peer, command: str) -> None:
     refused = (
@@ -377,11 +356,3 @@ def test_what_is_none_is_refused_under_the_requests_id(echo_peer: Peer, command:
     for value in (FIRST.upper(), "", 5, {}, FIRST + "\r\nx: y"):
         reply = echo_peer.call(command, traceparent=value)
         assert (reply["error_type"], reply["error"]) == ("invalid_request", refused)
-
-
-def test_every_command_takes_one(echo_peer: Peer) -> None:
-    for command, args in (
-        ("ping", {}), ("create_program", QA), ("execute_program", ask("one")), ("list_programs", {}),
-        ("get_stats", {}), ("cleanup", {}),
-    ):  # fmt: skip
-        assert echo_peer.call(command, args, traceparent=FIRST)["success"], command
