@@ -98,11 +98,15 @@ def lm_env(server: LMServer, **options: Any) -> dict[str, str]:
     return {"DSPY_BRIDGE_LM": "openai/stub-model", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options(**options))}
 
 
-@contextmanager
-def programs_at(
-    start_lm: Callable[..., LMServer], model: str = "openai/stub"
+@pytest.fixture
+def make(
+    request: pytest.FixtureRequest, start_lm: Callable[..., LMServer]
 ) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A function that makes a program `qa` and the LM that it asks, which answers what the function is given."""
+    """Makes a program `qa` and the LM that it asks, which answers what the function is given.
+
+    The LM's name is `PRICED` of the test's module, if it has one.
+    """
+    model = getattr(request.module, "PRICED", "openai/stub")
     with shared_peer(env=lm_env(start_lm())) as peer:
 
         def make(answer: Any, lm: dict[str, Any] | None = None, **program: Any) -> tuple[Peer, LMServer]:

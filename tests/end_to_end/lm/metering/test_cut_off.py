@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import SLOW_BY_LITELLM, programs_at
-from lm_server import Answer, Ended, LMServer, chat, completion, event, script
+from conftest import SLOW_BY_LITELLM
+from lm_server import Answer, Ended, chat, completion, event, script
 from peer import Peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
@@ -28,17 +27,6 @@ TEXT = (
     "the LM's answer was cut off at max_tokens (30); give it more, or take what there is with "
     "config.allow_truncated: true"
 )
-HOST = """
-import dspy
-
-"""
-
-
-@pytest.fixture
-def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A program `qa`, and the LM that it asks."""
-    with programs_at(start_lm) as make:
-        yield make
 
 
 def collected(peer: Peer, args: dict[str, Any], **envelope: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:

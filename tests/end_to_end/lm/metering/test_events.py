@@ -6,12 +6,11 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, lm_env, programs_at
-from lm_server import KEY, Answer, Ended, LMServer, chat, completion, script
+from conftest import BY_LITELLM, lm_env
+from lm_server import KEY, Answer, Ended, chat, completion, script
 from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
@@ -19,17 +18,6 @@ from dspy_bridge.lm.metering.lm_events import MOST
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why is the sky blue?"}}
 TIMES = {"started_ms", "wait_ms", "duration_ms", "first_chunk_ms"}
-HOST = """
-import dspy
-
-"""
-
-
-@pytest.fixture
-def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A program `qa`, and the LM that it asks."""
-    with programs_at(start_lm) as make:
-        yield make
 
 
 def events(reply: dict[str, Any]) -> list[dict[str, Any]]:
@@ -71,13 +59,12 @@ def test_a_call_has_its_model_tokens_and_times_and_no_contents(make: Any, stream
     assert not re.search("sky|Rayleigh", json.dumps(reply["meta"]))
 
 
-def test_what_the_provider_tells_of_tokens_and_what_a_call_cost(start_lm: Any) -> None:
+def test_what_the_provider_tells_of_tokens_and_what_a_call_cost(make: Any) -> None:
     body = completion("m", chat(answer="a"))
     body["usage"]["prompt_tokens_details"] = {"cached_tokens": 5}
     body["usage"]["completion_tokens_details"] = {"reasoning_tokens": 3}
-    with programs_at(start_lm, "openai/gpt-4o-mini") as make:
-        peer, _ = make((200, body))
-        reply = peer.call("execute_program", ASK, lm_events=True)
+    peer, _ = make((200, body), {"model": "openai/gpt-4o-mini"})
+    reply = peer.call("execute_program", ASK, lm_events=True)
     (event,) = events(reply)
     assert (event["cached_tokens"], event["reasoning_tokens"]) == (5, 3)
     assert event["cost_usd"] == reply["meta"]["cost_usd"] > 0

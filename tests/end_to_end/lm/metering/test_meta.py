@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, lm_env, programs_at
-from lm_server import Answer, LMServer, chat, script
+from conftest import BY_LITELLM, lm_env
+from lm_server import Answer, chat, script
 from peer import PATIENCE, ROOT, Peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
@@ -34,13 +33,6 @@ NOTHING = {
     "fallbacks": 0,
     "cost_usd": 0.0,
 }
-
-
-@pytest.fixture
-def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A program `qa`, and the LM that it asks."""
-    with programs_at(start_lm, PRICED) as make:
-        yield make
 
 
 def of_lms(meta: dict[str, Any]) -> dict[str, Any]:

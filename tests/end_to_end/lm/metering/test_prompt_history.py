@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, lm_env, programs_at
-from lm_server import KEY, Answer, LMServer, chat, script
+from conftest import BY_LITELLM, lm_env
+from lm_server import KEY, Answer, chat, script
 from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
@@ -30,13 +29,6 @@ class Typed(dspy.Module):
         response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
         return dspy.Prediction(answer=response.text)
 """
-
-
-@pytest.fixture
-def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A program `qa`, and the LM that it asks."""
-    with programs_at(start_lm) as make:
-        yield make
 
 
 def history(reply: dict[str, Any]) -> list[dict[str, Any]]:
