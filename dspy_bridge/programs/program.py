@@ -266,8 +266,11 @@ def _metered(run: lm_call.RunContext) -> Iterator[None]:
     if run.meter is None:
         yield
         return
-    with dspy.context(**run.meter.settings()):
-        yield
+    try:
+        with dspy.context(**run.meter.settings()):
+            yield
+    finally:
+        run.meter = None  # it has the run's LM calls, and they the run: a cycle would keep its inputs for long
 
 
 def _without_types(value: Any) -> Any:
