@@ -56,8 +56,8 @@ test: setup ## the fast tests of both sides, pytest and ExUnit
 test-slow: setup ## the slow tests of both sides: load, long recoveries, large frames
 	@tests/both slow
 
-test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy: VERSION=3.3.1, or VERSION=pre for the newest pre-release
-	@test -n "$(VERSION)" || { echo "name a version: make test-dspy VERSION=3.3.1"; exit 1; }
+test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy: VERSION=3.4.1, or VERSION=pre for the newest pre-release
+	@test -n "$(VERSION)" || { echo "name a version: make test-dspy VERSION=pre"; exit 1; }
 	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(VENV)/dspy-$(VERSION)
 	@# The other pins hold for DSPy's releases; a pre-release may need what is newer. No hashes: that of DSPy is missing.
 	@sed -e '/^dspy==/d' -e '/^ *--hash/d' -e 's/ *\\$$//' $(if $(filter pre,$(VERSION)),/dev/null,$(ALL_PINS)) \

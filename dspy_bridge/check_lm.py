@@ -2,7 +2,7 @@
 
 Prints `DSPEX` and an object with facts, no key among them. Makes no request, but with the argument `--ask`
 (`lm/probe`). DSPy's own engine looks up the key of a provider that it serves by rules of its own; LiteLLM serves the
-others, and those of a DSPy without engines.
+others.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
     from dspy_bridge.lm import lm_options
 
     variables = set(os.environ)
-    if "engine" in given and not hasattr(dspy, "lm15"):
-        return {"refused": f"engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}"}
     try:
         split = lm_options.split(lm_options.complete(given, "lm_options", of_settings=True), "lm_options")
         model, options = split.model, split.of_dspy
@@ -64,10 +62,8 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
 
 def _engine(lm: Any) -> Any:
     """What DSPy's own engine makes of the LM; None if LiteLLM serves it."""
-    try:
-        from dspy.clients.backend_selection import select_backend
-    except ImportError:
-        return None
+    from dspy.clients.backend_selection import select_backend
+
     chosen = select_backend(lm)
     return chosen if chosen.native else None
 

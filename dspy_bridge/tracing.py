@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
-# The name of the header, of the key in a request, and of the DSPy setting that carries it to DSPy's threads.
+# The name of the header, and of the key in a request.
 TRACEPARENT = "traceparent"
+# The DSPy setting whose `traceparent` DSPy's threads have: see `lm/lm_call`.
+RUN = "dspy_bridge_run"
 
 
 def current() -> str | None:
@@ -28,7 +30,7 @@ def current() -> str | None:
     if traceparent is None and (dspy := sys.modules.get("dspy")) is not None:
         # DSPy's threads have its settings, but no other context. During its import there are no settings yet.
         settings: Any = getattr(dspy, "settings", None)
-        traceparent = None if settings is None else settings.get(TRACEPARENT)
+        traceparent = getattr(None if settings is None else settings.get(RUN), "traceparent", None)
     return traceparent
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,32 +11,19 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 from lm_server import Answer, LMServer, chat
-from peer import DSPY, Peer
+from peer import Peer
 from shared_peers import close, shared_peer
 
 PARIS = chat(answer="Paris")
 Server = TypeVar("Server", bound=LMServer)
 
 
-# Options of an LM that DSPy asks by LiteLLM; DSPy 3.3 asks all so.
-BY_LITELLM: dict[str, Any] = {"engine": "litellm"} if DSPY >= (3, 4) else {}
+# Options of an LM that DSPy asks by LiteLLM.
+BY_LITELLM: dict[str, Any] = {"engine": "litellm"}
 
 
 # For `make test-slow`: LiteLLM's import takes each peer 3 s. Other tests with LiteLLM share one.
 SLOW_BY_LITELLM = pytest.param(BY_LITELLM, id="litellm", marks=pytest.mark.slow)
-
-
-class LacksFeature(Exception):
-    """Raised by a test that has seen the peer refuse what this older DSPy does not have: it ends there, and passes."""
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Ends a test that raised `LacksFeature`."""
-    try:
-        return (yield)
-    except LacksFeature:
-        return True
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,11 +98,15 @@ def lm_env(server: LMServer, **options: Any) -> dict[str, str]:
     return {"DSPY_BRIDGE_LM": "openai/stub-model", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options(**options))}
 
 
-@contextmanager
-def programs_at(
-    start_lm: Callable[..., LMServer], model: str = "openai/stub"
+@pytest.fixture
+def make(
+    request: pytest.FixtureRequest, start_lm: Callable[..., LMServer]
 ) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A function that makes a program `qa` and the LM that it asks, which answers what the function is given."""
+    """Makes a program `qa` and the LM that it asks, which answers what the function is given.
+
+    The LM's name is `PRICED` of the test's module, if it has one.
+    """
+    model = getattr(request.module, "PRICED", "openai/stub")
     with shared_peer(env=lm_env(start_lm())) as peer:
 
         def make(answer: Any, lm: dict[str, Any] | None = None, **program: Any) -> tuple[Peer, LMServer]:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import select
 import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# What `make test-dspy` has installed; and what a peer says at once where that is older than the pinned one.
-DSPY = tuple(int(part) for part in version("dspy").split(".")[:2])
-OLDER = re.compile(r"dspy_bridge\[\d+\] WARNING dspy_bridge: names inside DSPy 3\.3\.\d+ are not as expected: .*\n")
 # Long enough for DSPy's import on a busy machine; no test waits for it to pass.
 PATIENCE = 60.0
 
@@ -114,12 +109,7 @@ class Peer:
         return data
 
     def finish(self, patience: float = PATIENCE) -> tuple[int, bytes, str]:
-        """Close stdin; give the exit code, what was still on stdout, and stderr without `OLDER`."""
-        code, out, err = self.finish_whole(patience)
-        return code, out, OLDER.sub("", err)
-
-    def finish_whole(self, patience: float = PATIENCE) -> tuple[int, bytes, str]:
-        """The same with all of stderr."""
+        """Close stdin; give the exit code, what was still on stdout, and stderr."""
         out, err = self.process.communicate(timeout=patience)
         return self.process.returncode, bytes(self._bytes) + out, err.decode()
 

@@ -83,9 +83,9 @@ class ProgramLoader:
         """How many calls of LMs wait for the limits of their account."""
         if self._models is None:
             return 0
-        from dspy_bridge.lm.transport import admission
+        from dspy_bridge.lm import lm_call
 
-        return admission.waiting()
+        return lm_call.waiting()
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""

@@ -11,15 +11,12 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals, servers
-from dspy_bridge.lm.transport import asking
+from dspy_bridge.lm import dspy_internals, lm_call, servers
 
 
 def configure(*, disk_cache: str | None, entries: int) -> None:
     """Replace DSPy's cache. `disk_cache`: a folder; `entries`: of the cache in memory; without both there is none."""
     separable = dspy_internals.CACHE_KEY.there
-    # Not by its name: newer versions make one when it is asked for.
-    first_cache = vars(dspy).get("cache")
     dspy.configure_cache(
         enable_disk_cache=disk_cache is not None and separable,
         disk_cache_dir=disk_cache,
@@ -28,16 +25,15 @@ def configure(*, disk_cache: str | None, entries: int) -> None:
         # Files in the folder are data: DSPy's default would run any pickle found there.
         restrict_pickle=True,
     )
-    dspy_internals.close_first_cache(first_cache)
     if separable:
         dspy.cache.cache_key = _separating(dspy.cache.cache_key)
 
 
 def _separating(cache_key: Any) -> Any:
     def key(request: dict[str, Any], ignored_args_for_cache_key: list[str] | None = None) -> str:
-        asked = asking.current.get()
+        target = lm_call.target()
         # An LM of your application's is known by what is in the request alone.
-        account = servers.account(request) if asked is None else repr((asked.account, asked.scope))
+        account = servers.account(request) if target is None else repr((target.account, target.scope))
         return sha256(f"{cache_key(request, ignored_args_for_cache_key)} {account}".encode()).hexdigest()
 
     return key

@@ -13,9 +13,9 @@ from dspy_bridge.errors import (
     Overloaded,
     SetupFailed,
 )
-from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.adapters import json_repair_limit
-from dspy_bridge.lm.transport import admission, connecting
+from dspy_bridge.lm.transport import connecting
 
 
 def translate(error: Exception, settings: list[str]) -> Exception:
@@ -66,7 +66,7 @@ def _by_type(error: Exception) -> BridgeError | None:
     if isinstance(error, connecting.LMUnreachable):
         # For DSPy it is not: it would try again for seconds.
         return LMFailed(f"{type(error).__name__}: {error}", True)
-    if isinstance(error, admission.LMOverloaded):
+    if isinstance(error, lm_call.LMOverloaded):
         return Overloaded(str(error), begun=error.begun)
     if isinstance(error, dspy.LMConfigurationError):
         return LMNotConfigured(str(error))

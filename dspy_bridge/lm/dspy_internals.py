@@ -18,10 +18,6 @@ import dspy
 
 from dspy_bridge.logs import peer_log
 
-# Modules that DSPy has since 3.4. An older one does in other places what their names do, or does not do it at all.
-_SINCE_3_4 = ("dspy._vendor.", "dspy.clients.engines", "dspy.clients.execution", "dspy.clients.call_context")
-BEFORE_3_4 = tuple(int(part) for part in dspy.__version__.split(".")[:2]) < (3, 4)
-
 
 class Name:
     """A name that may be gone: `module:attribute.attribute`."""
@@ -35,7 +31,6 @@ class Name:
         self.takes = takes
         self.of_instances = of_instances
         self.lazy = lazy
-        self.expected = not (BEFORE_3_4 and self.module.startswith(_SINCE_3_4))
         self._wrapped = False
         names.append(self)
 
@@ -53,8 +48,7 @@ class Name:
                     return found
         except (AttributeError, ImportError, TypeError, ValueError):
             pass
-        if self.expected:
-            degraded.append(self.dotted)
+        degraded.append(self.dotted)
         if self.lazy:
             _warn([self])
         return None
@@ -62,7 +56,7 @@ class Name:
     @property
     def there(self) -> bool:
         """Whether it can be used."""
-        return self.value is not None or (self.expected and self.dotted not in degraded)
+        return self.value is not None or self.dotted not in degraded
 
     @property
     def attribute(self) -> str:
@@ -94,7 +88,7 @@ degraded: list[str] = []
 
 def check() -> None:
     """Look up all names; one warning says which are gone, and what is off without them."""
-    gone = [name for name in names if name.expected and not name.lazy and not name.there]
+    gone = [name for name in names if not name.lazy and not name.there]
     if gone:
         _warn(gone)
 
@@ -105,16 +99,6 @@ def _warn(gone: list[Name]) -> None:
         losses.setdefault(name.without, []).append(name.dotted)
     lost = "; ".join(f"{without} ({', '.join(found)})" for without, found in losses.items())
     peer_log.logger.warning("names inside DSPy %s are not as expected: %s", dspy.__version__, lost)
-
-
-def close_first_cache(cache: Any) -> None:
-    """Close the files of the cache that DSPy 3.3 opens on disk when it is imported: 48 descriptors.
-
-    Call it on the thread that imported DSPy, with another cache configured. Other versions open none.
-    """
-    close = getattr(getattr(cache, "disk_cache", None), "close", None)
-    if BEFORE_3_4 and callable(close):
-        close()
 
 
 def silence_litellm() -> None:
@@ -133,19 +117,19 @@ def silence_litellm() -> None:
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
 ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
-_CALLS = ("completion", "text_completion", "responses_completion")
 CONNECT_FAILURES = [
     Name(f"dspy._vendor.lm15.transports:{error}", "an LM that cannot be reached is tried for longer")
     for error in ("ConnectError", "ConnectTimeout")
 ]
-LITELLM_CALLS = [Name(f"dspy.clients.lm:litellm_{call}", _OUTGOING, "request") for call in _CALLS]
-ASYNC_LITELLM_CALLS = [Name(f"dspy.clients.lm:alitellm_{call}", _OUTGOING, "request") for call in _CALLS]
+LITELLM_LEGACY, ASYNC_LITELLM_LEGACY = (
+    Name(f"dspy.clients.engines:{engine}.complete_legacy", _OUTGOING, "self", "lm", "request")
+    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+)
 # Of calls with a typed `Request`, which your application's modules may make.
 LITELLM_ARGUMENTS = [
     Name(f"dspy.clients.engines:{engine}._arguments", _OUTGOING, "self", "request")
     for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 ]
-LITELLM_ENGINE = Name("dspy.clients.engines:LiteLLMEngine.complete", _OUTGOING, "self", "request")
 ASYNC_LITELLM_ENGINE = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete", _OUTGOING, "self", "request")
 _IMPORT = "the import of LiteLLM may hold up other calls"
 ASYNC_LITELLM_STREAM = Name("dspy.clients.engines:AsyncLiteLLMEngine.stream", _IMPORT, "self", "request")
@@ -180,18 +164,13 @@ JSON_FALLBACK = Name(
 OPEN_MAPS = Name(
     "dspy.adapters.json_adapter:_has_open_ended_mapping", "maps inside other types may come back empty", "signature"
 )
-# Before DSPy 3.4 the schema is given up after an LM call: see `metering/meter`.
-RESPONSE_FORMAT = (
-    None
-    if BEFORE_3_4
-    else Name(
-        "dspy:JSONAdapter._prepare_response_format",
-        "answers without a schema are not among the `fallbacks` of `meta`",
-        "self",
-        "lm",
-        "lm_kwargs",
-        "signature",
-    )
+RESPONSE_FORMAT = Name(
+    "dspy:JSONAdapter._prepare_response_format",
+    "answers without a schema are not among the `fallbacks` of `meta`",
+    "self",
+    "lm",
+    "lm_kwargs",
+    "signature",
 )
 FORMAT_VALUE = Name(
     "dspy.adapters.utils:format_field_value", "objects that quote field headers are not cleaned", "field_info", "value"
@@ -231,10 +210,6 @@ CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "s
 # Where each LM call ends, with what is known of it.
 _UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"
 FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
-# Its place before DSPy 3.4.
-PROCESS_RESPONSE = (
-    Name("dspy:BaseLM._process_lm_response", _UNREAD, "self", "response", "prompt", "messages") if BEFORE_3_4 else None
-)
 
 # Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.
 _UNKNOWN = "some errors in settings and inputs are `internal`"
@@ -242,8 +217,10 @@ SELECT_ENGINE = Name(f"{_EXECUTION}:_select_engine", _UNKNOWN, "lm", "call")
 CANONICAL = Name(f"{_EXECUTION}:_canonical", _UNKNOWN, "call")
 PREPROCESS = Name("dspy:Predict._forward_preprocess", _UNKNOWN, "self")
 COMPLETE_LEGACY = [
-    Name(f"dspy.clients.engines:{engine}.complete_legacy", _UNKNOWN, "self", "lm", "request")
-    for engine in ("LegacyEngine", "AsyncLegacyEngine", "LiteLLMEngine", "AsyncLiteLLMEngine")
+    LITELLM_LEGACY,
+    ASYNC_LITELLM_LEGACY,
+    Name("dspy.clients.engines:LegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
+    Name("dspy.clients.engines:AsyncLegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
 ]
 
 # Streams.
@@ -260,7 +237,6 @@ USAGE_TRACKER = Name("dspy.utils.usage_tracker:UsageTracker", _UNCOUNTED)
 USAGE_SETTING = Name("dspy:settings.usage_tracker", _UNCOUNTED)
 
 # Programs.
-CALLER_PREDICT = Name("dspy:settings.caller_predict", "offline/echo streams nothing in DSPy 3.3")
 CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")
 LM_CLASS_KEY = Name("dspy.clients.base_lm:LM_CLASS_STATE_KEY", "an LM inside a saved state is found by its place alone")
 DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved states have no versions")

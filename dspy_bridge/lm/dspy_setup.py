@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import json
 import os
@@ -17,18 +16,17 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
 
 import dspy
 
-from dspy_bridge import tracing
 from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
 
-if not hasattr(dspy, "LMError"):
-    raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.3.1 or newer")
+if not hasattr(dspy, "lm15"):
+    raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
-from dspy_bridge.lm import answer_cache, dspy_internals, lm_options
+from dspy_bridge.lm import answer_cache, dspy_internals, lm_call, lm_options, main_loop
 from dspy_bridge.lm.adapters import built_once, free_form_maps, guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
-from dspy_bridge.lm.metering import call_records, fallbacks
+from dspy_bridge.lm.metering import endings, meter
 from dspy_bridge.lm.offline import offline_lm, script_lm
-from dspy_bridge.lm.transport import admission, answer_limit, lookups, trace_headers
+from dspy_bridge.lm.transport import litellm_route, lookups, outgoing
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -47,19 +45,18 @@ class Models:
         self._default: tuple[LMPool, dspy.BaseLM] | None = None
         # Those of the default LM, complete.
         self._options: dict[str, Any] | None = None
-        # Where calls run.
-        self.loops: list[asyncio.AbstractEventLoop] = []
         self._lock = threading.Lock()
         peer_log.adopt("dspy")
-        answer_limit.most = settings.max_lm_bytes
+        outgoing.most = settings.max_lm_bytes
         dspy_internals.check()
-        trace_headers.install()
+        outgoing.install()
+        litellm_route.install()
         json_repair_limit.install()
         free_form_maps.install()
         built_once.install()
         lookups.install()
-        call_records.install()
-        fallbacks.install()
+        endings.install()
+        meter.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
         steps = (dspy_internals.PREPARE, dspy_internals.ROUTE, dspy_internals.PRICE_RESULT)
         inline_executor.allow(
@@ -114,12 +111,12 @@ class Models:
 
     def _pool(self, options: dict[str, Any]) -> LMPool:
         if options["model"] == script_lm.NAME:
-            return LMPool(options, self.loops)  # each begins with its first answer
+            return LMPool(options)  # each begins with its first answer
         key = json.dumps(options, sort_keys=True)
         with self._lock:
             pool = self._pools.get(key)
             if pool is None:
-                pool = self._pools[key] = LMPool(options, self.loops)
+                pool = self._pools[key] = LMPool(options)
                 if self.settings.warm:
                     pool.warm_up()
                 if len(self._pools) > MAX_LMS:
@@ -145,7 +142,7 @@ class Models:
         self,
         pool: LMPool | None,
         adapter: dspy.Adapter | None,
-        run: admission.Run | None = None,
+        run: lm_call.RunContext | None = None,
         *,
         own_connections: bool = False,
     ) -> Iterator[None]:
@@ -155,8 +152,7 @@ class Models:
 
         Raises `LMNotConfigured`.
         """
-        if (loop := asyncio.get_running_loop()) not in self.loops:
-            self.loops.append(loop)
+        main_loop.begin()
         with ExitStack() as stack:
             lm = dspy.settings.lm
             if pool is None and self._default is not None and lm is self._default[1]:
@@ -171,10 +167,8 @@ class Models:
             settings = {
                 "lm": lm,
                 "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
-                admission.RUN: run or admission.Run(None),
+                lm_call.RUN: run or lm_call.RunContext(None),
             }
-            if (traceparent := tracing.current()) is not None:
-                settings[tracing.TRACEPARENT] = traceparent
             if isinstance(lm, offline_lm.OfflineLM):
                 settings["callbacks"] = [*dspy.settings.callbacks, offline_lm.WatchFormat()]
             stack.enter_context(dspy.context(**settings))

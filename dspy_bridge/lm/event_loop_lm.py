@@ -1,16 +1,15 @@
-"""An LM whose sync calls, made in a worker thread, run on the event loop: there they can stream and be cancelled."""
+"""An LM whose sync calls, made in a thread, run on the event loop: there they can stream and be cancelled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import asyncio
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.rate_limits import Gate
-from dspy_bridge.lm.transport import admission, asking
+from dspy_bridge.lm import dspy_internals, lm_call, main_loop
+from dspy_bridge.lm.transport import admission
 from dspy_bridge.runtime import event_loop
 
 _PARAMS = {
@@ -25,12 +24,8 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
 
     # What the server can do, of `lm_options.CAPABILITIES`; None: what DSPy knows by the model's name.
     supports: frozenset[str] | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Set by who makes it.
-        self.asking: asking.Asking | None = None
-        self.gate: Gate | None = None
+    # Set by who makes it.
+    target: lm_call.Target | None = None
 
     def __deepcopy__(self, _memo: object) -> LoopLM:
         # A copy of a program has the same LM: another one would open connections of its own.
@@ -38,31 +33,24 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
-        run: admission.Run | None = dspy.settings.get(admission.RUN)
-        slot = None if run is None else run.slot()
-        async with slot or nullcontext():
-            with self._calling():
+        async with lm_call.run().slot() or nullcontext():
+            with lm_call.of(self.target), ExitStack() as stack:
+                target = self.target
+                if target is not None and target.lane.gate.counts_tokens and dspy_internals.USAGE_SETTING.there:
+                    setting = dspy_internals.USAGE_SETTING.attribute
+                    tracker = lm_call.TokenCount(lambda count: admission.spend(target, count), dspy.settings[setting])
+                    stack.enter_context(dspy.context(**{setting: tracker}))
                 return await super().acall(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
         event_loop.refuse_sync_call()
-        job = admission.job()
-        if job is None:
-            # In a thread that the module started. There DSPy could stream only to an event loop of its own kind.
-            with dspy.context(**{dspy_internals.SEND_STREAM.attribute: None}), self._calling():
-                return super().__call__(*args, **kwargs)
-        return job.on_lm_loop(self.acall(*args, **kwargs))
-
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        with asking.of(self.asking), admission.of(self.gate):
-            if self.gate is None or not self.gate.account.counts_tokens or not dspy_internals.USAGE_SETTING.there:
-                yield
-                return
-            setting = dspy_internals.USAGE_SETTING.attribute
-            with dspy.context(**{setting: admission.TokenCount(self.gate, dspy.settings[setting])}):
-                yield
+        call = self.acall(*args, **kwargs)
+        job, loop = lm_call.job(), main_loop.get()
+        if job is not None:
+            return job.on_lm_loop(call)
+        # In a thread that a module started without its context.
+        return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
 
     @property
     def supports_function_calling(self) -> bool:

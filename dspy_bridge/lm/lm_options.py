@@ -1,7 +1,7 @@
 """The options of an LM, from settings, from a request's `lm` or `config`, or from a saved state: checked and completed.
 
-What a request leaves out comes from the peer's own LM, if it is asked at the same server: the address, and what belongs
-to that address (key, headers, timeouts). A request that names another address gets none of it. Imports DSPy.
+What a request leaves out comes from the peer's own LM, if it names a model of the same provider: the address, and what
+belongs to it (key, headers, timeouts). A request that names an address itself gets none of it. Imports DSPy.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
 _CONFIG_NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
 
 
-# Numbers outside of these are none that anybody means.
+# The plausible range of numbers; anything else is a mistake.
 _LEAST, _MOST = 1e-6, 1e15
 
 
@@ -111,17 +111,16 @@ def complete(
     servers.refuse_ignored_address(options, where)
     if of_settings:
         return options
-    places, known = servers.places(options), servers.places(default or {})
-    elsewhere = {name for name, place in places.items() if known.get(name) != place}
-    if default is None or not servers.have_one_provider(options, default):
-        if {servers.ADDRESSES[0], "model"} & elsewhere:
-            options.setdefault("api_key", NO_KEY)
-        return options
-    if elsewhere:
+    places = servers.places(options)
+    if default is not None and options["model"] == default["model"]:
+        places.pop("model", None)
+    if places:
         if places.keys() != {"custom_llm_provider"}:
             options.setdefault("api_key", NO_KEY)
         return options
-    return {**_inherited(options, default), **options} if inherit else options
+    if default is None or not inherit or not servers.have_one_provider(options, default):
+        return options
+    return {**_inherited(options, default), **options}
 
 
 def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -176,18 +175,13 @@ def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> N
 
 
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    names = _OF_SERVER if any(name in options for name in servers.ADDRESSES) else (*servers.ADDRESSES, *_OF_SERVER)
-    inherited = {name: default[name] for name in names if name in default}
+    names = [*servers.ADDRESSES, *_OF_SERVER]
     if options["model"] == default["model"]:
-        key_of = default.get(_KEY_OF)
-    else:
-        certain = servers.places({**inherited, **options}) or options.get("model_type") == "text"
-        key_of = None if certain else servers.provider(options)
-    if key_of is not None:
-        inherited[_KEY_OF] = key_of
-    # The same server may have models that can do other things.
-    if "supports" in default and options["model"] == default["model"]:
-        inherited["supports"] = default["supports"]
+        # Another model of the server may do other things, and LiteLLM may ask another provider for it.
+        names += ["supports", _KEY_OF]
+    inherited = {name: default[name] for name in names if name in default}
+    if options["model"] != default["model"] and not servers.places(default) and options.get("model_type") != "text":
+        inherited[_KEY_OF] = servers.provider(options)
     if "api_key" in options:
         # Headers may hold a key, too, of another account then.
         for name in ("headers", "extra_headers"):

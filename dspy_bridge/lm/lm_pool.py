@@ -7,18 +7,17 @@ import contextvars
 import copy
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import dspy_internals, lm_options, rate_limits, servers
+from dspy_bridge.lm import dspy_internals, lm_options, main_loop, rate_limits, servers
 from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.lm_call import Target
 from dspy_bridge.lm.offline import echo_lm, offline_lm, script_lm
-from dspy_bridge.lm.transport import litellm_loading
-from dspy_bridge.lm.transport.asking import Asking
+from dspy_bridge.lm.transport import litellm_route
 from dspy_bridge.logs import redaction
 from dspy_bridge.runtime import large_inputs
 
@@ -34,24 +33,20 @@ class LMPool:
     likes, even those of an LM that is garbage.
     """
 
-    def __init__(self, options: dict[str, Any], loops: list[asyncio.AbstractEventLoop]) -> None:
-        """`options`: complete, as of `lm_options`. `loops`: where its LMs are called; filled later.
-
-        Raises `InvalidArgs`.
-        """
+    def __init__(self, options: dict[str, Any]) -> None:
+        """`options`: complete, as of `lm_options`. Raises `InvalidArgs`."""
         # Its LMs share one script.
         self._options = options = script_lm.with_script(options)
-        self._loops = loops
         self._secrets = list(redaction.secrets(options))
         redaction.remember(self._secrets)
         self._lms = [_make_lm(options)]
         self._in_flight = [0]
-        self._finalizer = weakref.finalize(self, _close, self._lms, loops)
+        self._finalizer = weakref.finalize(self, _close, self._lms)
         self._finalizer.atexit = False
 
     def own(self) -> dspy.BaseLM:
         """An LM with the same options and connections of its own, until `close_own`."""
-        pool = LMPool(self._options, self._loops)
+        pool = LMPool(self._options)
         lm = pool.lasting()
         lm.close_own = pool._finalizer
         return lm
@@ -69,7 +64,7 @@ class LMPool:
             return
         with suppress(Exception):  # of wrong options, which the call reports
             if not dspy_internals.SELECT_BACKEND.value(self._lms[0]).native:
-                litellm_loading.start()
+                litellm_route.start()
 
     @contextmanager
     def checkout(self) -> Iterator[dspy.BaseLM]:
@@ -101,7 +96,7 @@ def close_own(lms: list[dspy.BaseLM]) -> None:
 _closing: set[asyncio.Task[None]] = set()
 
 
-def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
+def _close(lms: list[Any]) -> None:
     """Called on any thread."""
 
     async def close() -> None:
@@ -114,36 +109,24 @@ def _close(lms: list[Any], loops: list[asyncio.AbstractEventLoop]) -> None:
         _closing.add(task)
         task.add_done_callback(_closing.discard)
 
-    for loop in (*loops, *large_inputs.loops()):
+    for loop in (main_loop.get(), *large_inputs.loops()):
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(start, context=contextvars.Context())
+            if loop is not None:
+                loop.call_soon_threadsafe(start, context=contextvars.Context())
 
 
 def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options, "lm")
-    if "engine" in of_dspy and not offline_lm.ENGINES:
-        raise InvalidArgs(f"lm.engine: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     try:
         if model == echo_lm.NAME:
             lm = echo_lm.EchoLM(**of_dspy)
         elif model == script_lm.NAME:
             lm = script_lm.ScriptLM(**of_dspy)
         else:
-            if not offline_lm.ENGINES:
-                _import_litellm()
             lm = LoopLM(model, **of_dspy)
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
     lm.supports = supports
-    lm.asking = Asking(servers.account(options), scope, connect_timeout, lm.num_retries > 0, key_of)
-    lm.gate = rate_limits.gate(servers.limited_account(options), limits)
+    lane = rate_limits.lane(servers.limited_account(options), limits)
+    lm.target = Target(servers.account(options), scope, connect_timeout, lm.num_retries > 0, key_of, lane)
     return lm
-
-
-def _import_litellm() -> None:
-    """Every LM of DSPy 3.3 needs it; calls should not wait for it. A failure is raised by the call."""
-    importing = litellm_loading.start()
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        wait([importing])

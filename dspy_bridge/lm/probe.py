@@ -5,6 +5,7 @@ Neither question mentions JSON: an answer of the schema's form, or a function ca
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -13,8 +14,10 @@ from typing import Any, Literal
 import dspy
 import pydantic
 
-from dspy_bridge.lm import lm_options
-from dspy_bridge.lm.transport import trace_headers
+from dspy_bridge.lm import lm_options, rate_limits
+from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.lm_call import Target
+from dspy_bridge.lm.transport import litellm_route, outgoing
 
 # For each question; a small model on a busy machine takes long to read even these.
 SECONDS = 60
@@ -50,7 +53,8 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
     that says so, None if it is already known. Or `error` and `kind`, the error's class.
     """
     # No redirect is followed then, and no answer without end is read.
-    trace_headers.install()
+    outgoing.install()
+    litellm_route.install()
     lm = _make(model, of_dspy)
     found: dict[str, Any] = {}
     try:
@@ -71,12 +75,14 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
 
 def _make(model: str, of_dspy: dict[str, Any]) -> Any:
     options = {**of_dspy, "cache": False, "num_retries": 0}
-    if not {"max_tokens", "max_completion_tokens"} & options.keys():
-        try:
-            return dspy.LM(model, **{**options, "max_tokens": _MAX_TOKENS})
-        except (dspy.LMError, ValueError):
-            pass  # a reasoning model, which needs more
-    return dspy.LM(model, **options)
+    limited = {"max_tokens", "max_completion_tokens"} & options.keys()
+    try:
+        lm = LoopLM(model, **({} if limited else {"max_tokens": _MAX_TOKENS}), **options)
+    except (dspy.LMError, ValueError):  # a reasoning model, which needs more
+        lm = LoopLM(model, **options)
+    lane = rate_limits.lane("doctor", rate_limits.Limits())
+    lm.target = Target("doctor", None, lm_options.CONNECT_TIMEOUT, False, None, lane)
+    return lm
 
 
 def _call(lm: Any, found: dict[str, Any], question: str, *, must: bool = False, **options: Any) -> Any:
@@ -84,9 +90,15 @@ def _call(lm: Any, found: dict[str, Any], question: str, *, must: bool = False, 
     begun = time.monotonic()
     answers: list[Any] = []
 
+    async def ask() -> None:
+        try:
+            answers.extend(await lm.acall(question, **options))
+        finally:
+            await lm.aclose()
+
     def call() -> None:
         try:
-            answers.extend(lm(question, **options))
+            asyncio.run(ask())
         except Exception as error:
             answers.append(error)
 

@@ -1,10 +1,8 @@
 """Limits of what is sent to an LM's server: requests at once, requests and tokens a minute. No DSPy, no I/O.
 
-An account is a server and a key. Each LM keeps the limits that it names, and all requests of the account count toward
-them. LMs of an account with equal limits share a `Gate`, where requests wait in their order.
-
-aiolimiter and its like live on one event loop, while LMs are called on two and in threads; they know no debt, and
-cannot say how long a wait will be.
+An account is a server and a key; it has one gate. LMs of an account may name different limits: requests with equal
+ones wait in one lane, first in, first out, and all requests of the account count in each lane. Everything here is
+called on one event loop, by `transport/admission`, which has the timer; lanes are made in any thread.
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dspy_bridge.errors import Overloaded
-from dspy_bridge.lm.token_bucket import Bucket
 
-# How many gates are remembered for LMs that are gone: the next LM of that account goes on with their counts.
+# How many lanes are remembered for LMs that are gone: the next LM of that account goes on with their counts.
 _REMEMBERED = 1000
 # The longest pause that a server may ask for, in seconds: a day.
 _LONGEST_PAUSE = 86_400.0
@@ -35,206 +32,196 @@ class Limits(NamedTuple):
     tokens_per_minute: float | None = None
 
 
+class Bucket:
+    """A token bucket: full at first, refilled evenly with `per_minute`, which is also its size, but at least 1.
+
+    It may go into debt.
+    """
+
+    def __init__(self, per_minute: float) -> None:
+        self._per_second = per_minute / 60
+        self._size = max(per_minute, 1.0)
+        # When it is full again. One number does not drift, as a level would that is brought up to date.
+        self._full_at = 0.0
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until `amount` is there; not positive if it is."""
+        return self._full_at - now - (self._size - amount) / self._per_second
+
+    def take(self, amount: float, now: float, *, into_debt: bool) -> None:
+        """Take `amount`; without `into_debt` at most what is there."""
+        before = max(self._full_at, now)
+        after = before + amount / self._per_second
+        if not into_debt:
+            after = max(before, min(after, now + self._size / self._per_second))
+        self._full_at = after
+
+
 class Ticket:
-    """A request to the server, from its wait to the end of its answer.
+    """A request, from its wait to the end of its answer. `settle`: called once, when it may go (None) or is refused."""
 
-    `deadline`: in seconds of the account's clock; None for none. `wake`: called, on any thread, when `Gate.poll` may
-    have news; it must not block.
-    """
+    __slots__ = ("deadline", "lane", "running", "settle")
 
-    __slots__ = ("_refused", "_running", "deadline", "wake")
-
-    def __init__(self, deadline: float | None, wake: Callable[[], object]) -> None:
+    def __init__(self, lane: Lane, deadline: float | None) -> None:
+        """`deadline`: in seconds of the gate's clock; None for none."""
+        self.lane = lane
         self.deadline = deadline
-        self.wake = wake
-        self._running = False
-        self._refused: str | None = None
+        self.settle: Callable[[Overloaded | None], object] = _nothing
+        self.running = False
 
 
-class Account:
-    """The requests to one server with one key. Its lock is also that of its gates.
-
-    `watched`: whether requests need a ticket; else nothing limits them. `counts_tokens`: whether `Gate.spend` does.
-    """
-
-    def __init__(self, key: bytes = b"", clock: Callable[[], float] = time.monotonic) -> None:
-        self.key = key
-        self.watched = False
-        self.counts_tokens = False
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._in_flight = 0
-        self._paused_until = 0.0
-        self._gates: weakref.WeakValueDictionary[Limits, Gate] = weakref.WeakValueDictionary()
-
-    def gate(self, limits: Limits) -> Gate:
-        """The gate of the LMs with these limits."""
-        with self._lock:
-            gate = self._gates.get(limits)
-            if gate is None:
-                gate = self._gates[limits] = Gate(self, limits)
-                self.watched = self.watched or limits != _NO_LIMITS
-                self.counts_tokens = self.counts_tokens or limits.tokens_per_minute is not None
-        return gate
-
-    def pause(self, seconds: float) -> None:
-        """Send nothing for `seconds`, as the server asked."""
-        with self._lock:
-            self.watched = True
-            self._paused_until = max(self._paused_until, self._clock() + min(seconds, _LONGEST_PAUSE))
-            for gate in list(self._gates.values()):
-                gate._refuse_the_late()
+def _nothing(_refusal: Overloaded | None) -> None:
+    pass
 
 
-class Gate:
-    """Where requests of an account wait for the same limits, first in, first out. From any thread."""
+class Lane:
+    """The requests of an account whose LMs name the same limits."""
 
-    def __init__(self, account: Account, limits: Limits) -> None:
-        self.account = account
+    def __init__(self, gate: Gate, limits: Limits) -> None:
+        self.gate = gate
         self.limits = limits
-        self._requests = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute)
-        self._tokens = None if limits.tokens_per_minute is None else Bucket(limits.tokens_per_minute)
-        self._waiting: OrderedDict[Ticket, None] = OrderedDict()
+        self.waiting: OrderedDict[Ticket, None] = OrderedDict()
+        self.requests = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute)
+        self.tokens = None if limits.tokens_per_minute is None else Bucket(limits.tokens_per_minute)
 
-    def __reduce__(self) -> Any:
-        """Copies of an LM have the same one."""
-        return _find, (self.account.key, self.limits)
-
-    def enter(self, ticket: Ticket) -> None:
-        """Take a place at the end of the queue. Raises `Overloaded` if the wait would go past the deadline."""
-        with self.account._lock:
-            if (refusal := self._refusal(ticket, len(self._waiting))) is not None:
-                raise Overloaded(refusal)
-            self._waiting[ticket] = None
-
-    def poll(self, ticket: Ticket) -> float:
-        """0.0 once the request may be sent; else for how many seconds there is no news, unless it is woken.
-
-        Raises `Overloaded` if the wait would go past the deadline.
-        """
-        account = self.account
-        with account._lock:
-            if ticket._refused is not None:
-                raise Overloaded(ticket._refused)
-            if next(iter(self._waiting)) is not ticket:
-                return INFINITE
-            now = account._clock()
-            if (refusal := self._refusal(ticket, 0)) is not None:
-                self._remove(ticket)
-                raise Overloaded(refusal)
-            if (seconds := self._wait(0, now)[0]) > 0:
-                return seconds
-            if self._full:
-                return INFINITE
-            ticket._running = True
-            account._in_flight += 1
-            for gate in list(account._gates.values()):
-                gate._count(gate._requests, 1, now, gate is self)
-            self._remove(ticket)
-        return 0.0
-
-    def leave(self, ticket: Ticket) -> None:
-        """Give a place back, in the queue or in flight. May be called again."""
-        account = self.account
-        with account._lock:
-            if ticket in self._waiting:
-                self._remove(ticket)
-            elif ticket._running:
-                ticket._running = False
-                account._in_flight -= 1
-                for gate in list(account._gates.values()):
-                    if gate.limits.max_in_flight is not None:
-                        gate._wake_first()
-
-    def spend(self, tokens: int) -> None:
-        """Count the tokens of an answer to a request of this gate."""
-        with self.account._lock:
-            now = self.account._clock()
-            for gate in list(self.account._gates.values()):
-                gate._count(gate._tokens, tokens, now, gate is self)
-
-    # With the lock.
-
-    def _count(self, bucket: Bucket | None, amount: float, now: float, own: bool) -> None:
-        if bucket is None:
-            return
-        if own:
-            bucket.take(amount, now)
-        else:
-            # Others may send more than this gate ever would, which must not become a debt of hours.
-            bucket.take_some(amount, now)
-        if not own or bucket is self._tokens:
-            self._refuse_the_late()
-
-    @property
-    def _full(self) -> bool:
-        most = self.limits.max_in_flight
-        return most is not None and self.account._in_flight >= most
-
-    def _remove(self, ticket: Ticket) -> None:
-        del self._waiting[ticket]
-        self._wake_first()
-
-    def _wake_first(self) -> None:
-        if self._waiting:
-            next(iter(self._waiting)).wake()
-
-    def _wait(self, ahead: int, now: float) -> tuple[float, str]:
+    def wait(self, ahead: int) -> tuple[float, str]:
         """Seconds that a request with so many before it waits at least, and what for.
 
         For a place in flight no time is known.
         """
-        waits = [(self.account._paused_until - now, "its server, which asked for a pause")]
-        if self._requests is not None:
+        now = self.gate.clock()
+        waits = [(self.gate.paused_until - now, "its server, which asked for a pause")]
+        if self.requests is not None:
             text = f"requests_per_minute ({self.limits.requests_per_minute:g})"
-            waits.append((self._requests.wait(1 + ahead, now), text))
-        if self._tokens is not None:
+            waits.append((self.requests.wait(1 + ahead, now), text))
+        if self.tokens is not None:
             text = f"tokens_per_minute ({self.limits.tokens_per_minute:g})"
-            waits.append((self._tokens.wait(1, now), text))
+            waits.append((self.tokens.wait(1, now), text))
         return max(waits)
 
-    def _refusal(self, ticket: Ticket, ahead: int) -> str | None:
+    def is_full(self) -> bool:
+        most = self.limits.max_in_flight
+        return most is not None and self.gate.in_flight >= most
+
+
+class Gate:
+    """The requests to one server with one key. After each change `advance` must be called.
+
+    `watched`: whether requests need a ticket; else nothing limits them. `counts_tokens`: whether `spend` does.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.watched = False
+        self.counts_tokens = False
+        self.in_flight = 0
+        self.paused_until = 0.0
+        # Replaced, not changed: LMs are made in other threads, too.
+        self._lanes: tuple[weakref.ref[Lane], ...] = ()
+
+    def lanes(self) -> list[Lane]:
+        """Those that LMs have, or that are remembered."""
+        return [lane for ref in self._lanes if (lane := ref()) is not None]
+
+    def lane(self, limits: Limits) -> Lane:
+        """The lane of the LMs with these limits. From any thread, one at a time."""
+        lanes = self.lanes()
+        found = next((lane for lane in lanes if lane.limits == limits), None)
+        if found is None:
+            found = Lane(self, limits)
+            self._lanes = tuple(weakref.ref(lane) for lane in (*lanes, found))
+            self.watched = self.watched or limits != Limits()
+            self.counts_tokens = self.counts_tokens or limits.tokens_per_minute is not None
+        return found
+
+    def enter(self, ticket: Ticket) -> None:
+        """Take a place at the end of its lane. Raises `Overloaded` if the wait would go past the deadline."""
+        if (refusal := self._refusal(ticket, len(ticket.lane.waiting))) is not None:
+            raise refusal
+        ticket.lane.waiting[ticket] = None
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give a place back, waiting or in flight. May be called again."""
+        if ticket.running:
+            ticket.running = False
+            self.in_flight -= 1
+        else:
+            ticket.lane.waiting.pop(ticket, None)
+
+    def pause(self, seconds: float) -> None:
+        """Send nothing for `seconds`, as the server asked."""
+        self.watched = True
+        self.paused_until = max(self.paused_until, self.clock() + min(seconds, _LONGEST_PAUSE))
+        for lane in self.lanes():
+            self._refuse_the_late(lane)
+
+    def spend(self, tokens: int, own: Lane) -> None:
+        """Count the tokens of an answer to a request of the lane `own`."""
+        for lane in self.lanes():
+            if lane.tokens is not None:
+                # Others may send more than this lane ever would, which must not become a debt of hours.
+                lane.tokens.take(tokens, self.clock(), into_debt=lane is own)
+                self._refuse_the_late(lane)
+
+    def advance(self) -> float:
+        """Let all go that may. Returns after how many seconds the next one may, unless something changes before."""
+        soonest = INFINITE
+        for lane in self.lanes():
+            while lane.waiting and not lane.is_full():
+                if (seconds := lane.wait(0)[0]) > 0:
+                    soonest = min(soonest, seconds)
+                    break
+                ticket, _ = lane.waiting.popitem(last=False)
+                ticket.running = True
+                self.in_flight += 1
+                self._count_request(lane)
+                ticket.settle(None)
+        return soonest
+
+    def _count_request(self, own: Lane) -> None:
+        for lane in self.lanes():
+            if lane.requests is not None:
+                lane.requests.take(1, self.clock(), into_debt=lane is own)
+                if lane is not own:
+                    self._refuse_the_late(lane)
+
+    def _refusal(self, ticket: Ticket, ahead: int) -> Overloaded | None:
         if ticket.deadline is None:
             return None
-        now = self.account._clock()
-        seconds, limit = self._wait(ahead, now)
-        if seconds <= 0 or now + seconds <= ticket.deadline:
+        seconds, limit = ticket.lane.wait(ahead)
+        left = max(0.0, ticket.deadline - self.clock())
+        if seconds <= 0 or seconds <= left:
             return None
-        left = max(0.0, ticket.deadline - now)
-        return f"the LM's next request would have to wait {seconds:.1f} s for {limit}; {left:.1f} s are left"
+        return Overloaded(
+            f"the LM's next request would have to wait {seconds:.1f} s for {limit}; {left:.1f} s are left"
+        )
 
-    def _refuse_the_late(self) -> None:
+    def _refuse_the_late(self, lane: Lane) -> None:
         """After a change for the worse: requests whose wait now goes past their deadlines."""
         ahead = 0
-        for ticket in list(self._waiting):
+        for ticket in list(lane.waiting):
             if (refusal := self._refusal(ticket, ahead)) is None:
                 ahead += 1
                 continue
-            ticket._refused = refusal
-            del self._waiting[ticket]
-            ticket.wake()
-        self._wake_first()
+            del lane.waiting[ticket]
+            ticket.settle(refusal)
 
 
-_NO_LIMITS = Limits()
 _lock = threading.Lock()
-_accounts: weakref.WeakValueDictionary[bytes, Account] = weakref.WeakValueDictionary()
-_remembered: OrderedDict[Gate, None] = OrderedDict()
+_gates: weakref.WeakValueDictionary[bytes, Gate] = weakref.WeakValueDictionary()
+_remembered: OrderedDict[Lane, None] = OrderedDict()
 
 
-def gate(account: str, limits: Limits) -> Gate:
-    """The gate for an LM. `account`: what identifies the server and the key; it is not kept."""
-    return _find(sha256(account.encode(errors="surrogatepass")).digest(), limits)
-
-
-def _find(key: bytes, limits: Limits) -> Gate:
+def lane(account: str, limits: Limits) -> Lane:
+    """The lane for an LM. `account`: what identifies the server and the key; it is not kept."""
+    key = sha256(account.encode(errors="surrogatepass")).digest()
     with _lock:
-        account = _accounts.get(key)
-        if account is None:
-            account = _accounts[key] = Account(key)
-        gate = account.gate(limits)
-        _remembered[gate] = None
-        _remembered.move_to_end(gate)
+        gate = _gates.get(key)
+        if gate is None:
+            gate = _gates[key] = Gate()
+        found = gate.lane(limits)
+        _remembered[found] = None
+        _remembered.move_to_end(found)
         if len(_remembered) > _REMEMBERED:
             _remembered.popitem(last=False)
-    return gate
+    return found

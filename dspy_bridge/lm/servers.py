@@ -53,15 +53,16 @@ def refuse_ignored_address(options: dict[str, Any], where: str) -> None:
 
 
 def account(options: dict[str, Any]) -> str:
-    """The address and the key; those of the environment where none are given."""
-    prefix = _name(options).upper()
-    given = [options.get(name) for name in (*ADDRESSES, "api_key", "headers", "extra_headers")]
-    return repr([*given, *(os.environ.get(f"{prefix}_{name}") for name in ("API_BASE", "BASE_URL", "API_KEY"))])
+    """The server and the key as the cache tells them apart: by other headers, too, such as that of a tenant."""
+    return repr([limited_account(options), options.get("headers"), options.get("extra_headers")])
 
 
 def limited_account(options: dict[str, Any]) -> str:
-    """The server and the key as limits tell them apart: by no other header, and however the address is written."""
-    prefix, given = _name(options).upper(), places(options)
+    """The server and the key as limits tell them apart: those of the environment where none are given."""
+    options = {**options, "model": str(options.get("model", ""))}
+    # That of the model, for an LM of your application's that no provider has.
+    name = options.get("custom_llm_provider") or provider(options) or options["model"]
+    prefix, given = str(name).upper(), places(options)
     address = os.environ.get(f"{prefix}_API_BASE") or os.environ.get(f"{prefix}_BASE_URL")
     if address and ADDRESSES[0] not in given:
         given[ADDRESSES[0]] = address.rstrip("/")
@@ -70,9 +71,3 @@ def limited_account(options: dict[str, Any]) -> str:
         if isinstance(headers, dict):
             keys += [headers[name] for name in sorted(headers) if redaction.names_secret(name)]
     return repr([sorted(given.items()) or prefix, keys])
-
-
-def _name(options: dict[str, Any]) -> str:
-    """Of the provider, or else of the model; an LM of your application's may have any."""
-    options = {**options, "model": str(options.get("model", ""))}
-    return str(options.get("custom_llm_provider") or provider(options) or options["model"])

@@ -12,6 +12,7 @@ from dspy_bridge.caller import Caller
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors, dspy_internals, lm_pool
+from dspy_bridge.lm.lm_call import TokenCount
 from dspy_bridge.lm.offline import offline_lm
 from dspy_bridge.optimizing import executors, optimizers, proposals
 from dspy_bridge.optimizing.arguments import Given
@@ -19,7 +20,7 @@ from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.metric_functions import MetricFunctions
 from dspy_bridge.optimizing.run import Run
 from dspy_bridge.optimizing.student import Student
-from dspy_bridge.optimizing.watch import Usage, Watch
+from dspy_bridge.optimizing.watch import Watch
 from dspy_bridge.programs import metrics
 from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs, worker_threads
@@ -168,7 +169,7 @@ class _Job:
             settings["callbacks"].append(offline_lm.WatchFormat())
         if dspy_internals.USAGE_SETTING.there:
             name = dspy_internals.USAGE_SETTING.attribute
-            settings[name] = Usage(run, dspy.settings[name])
+            settings[name] = TokenCount(run.spend, dspy.settings[name])
         with dspy.context(**settings):
             made = optimizers.compile(given, self._module, trainset, valset, functions, self._lms)
             run.refuse_failures()

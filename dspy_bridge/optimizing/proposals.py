@@ -13,7 +13,7 @@ import dspy
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_errors
-from dspy_bridge.lm.metering import call_records
+from dspy_bridge.lm.metering import endings
 from dspy_bridge.optimizing import student
 
 _INSTRUCTION, _PREFIX = "proposed_instruction", "proposed_prefix_for_output_field"
@@ -34,7 +34,7 @@ def _class_of(kind: Any) -> Any:
             kept = None if student.running.get() else _kept(signature, inputs)
             if kept is None:
                 return super().__call__(lm, lm_kwargs, signature, demos, inputs)
-            token = call_records.keeping_whole.set(True)
+            token = endings.keeping_whole.set(True)
             try:
                 return super().__call__(lm, lm_kwargs, signature, demos, inputs)
             except Exception as error:
@@ -42,7 +42,7 @@ def _class_of(kind: Any) -> Any:
                     return [kept]
                 raise
             finally:
-                call_records.keeping_whole.reset(token)
+                endings.keeping_whole.reset(token)
 
     Tolerant.__name__, Tolerant.__qualname__ = kind.__name__, kind.__qualname__
     return Tolerant

@@ -16,7 +16,7 @@ import dspy
 from dspy_bridge.caller import Caller
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm.transport import admission
+from dspy_bridge.lm import lm_call
 from dspy_bridge.logs import library_output
 from dspy_bridge.optimizing.arguments import Budget
 from dspy_bridge.runtime import worker_threads
@@ -29,7 +29,7 @@ class Ended(BaseException):
     """Unwinds DSPy's code once a run is over. Not an `Exception`, as DSPy catches those and goes on."""
 
 
-class Run(admission.Run):
+class Run(lm_call.RunContext):
     """Carried in DSPy's settings, which DSPy's threads have; they have no other context.
 
     `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does.
@@ -216,5 +216,5 @@ class Run(admission.Run):
 
 def current() -> Run | None:
     """The optimization that this thread works for, if any."""
-    run: Any = dspy.settings.get(admission.RUN)
+    run: Any = dspy.settings.get(lm_call.RUN)
     return run if isinstance(run, Run) else None

@@ -10,7 +10,6 @@ from dspy_bridge.errors import BridgeError, hits_all
 from dspy_bridge.lm import dspy_errors, dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.offline.offline_lm import OfflineLM
-from dspy_bridge.lm.transport import admission
 from dspy_bridge.optimizing import student
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.run import Run
@@ -69,26 +68,6 @@ def _name_role(error: BridgeError, role: str) -> None:
         error.args = (f"{role}{error}", *error.args[1:])
 
 
-class Usage:
-    """What DSPy reports the tokens of an answer to, in front of its usual tracker, or None."""
-
-    def __init__(self, run: Run, tracker: Any) -> None:
-        self._run = run
-        self._tracker = tracker
-
-    def __deepcopy__(self, _memo: object) -> Usage:
-        # As DSPy copies it for each thread.
-        return self
-
-    def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
-        """As of DSPy's `UsageTracker`."""
-        self._run.spend(admission.tokens(usage_entry))
-        if self._tracker is not None:
-            self._tracker.add_usage(lm, usage_entry)
-
-
 def _requests_are_counted(lm: Any) -> bool:
-    """Whether `admission` sees each of its requests, so that a call that the cache answers costs nothing."""
-    places = dspy_internals.ASYNC_LITELLM_CALLS if dspy_internals.BEFORE_3_4 else [dspy_internals.ASYNC_TRANSPORT]
-    seen = all(place.there for place in places)
-    return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and seen
+    """Whether `transport` sees each of its requests, so that a call that the cache answers costs nothing."""
+    return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and dspy_internals.ASYNC_TRANSPORT.there

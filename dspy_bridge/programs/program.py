@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import dspy
 
 from dspy_bridge.caller import Caller, item_ends
+from dspy_bridge.dispatch import error_replies
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
-from dspy_bridge.lm import dspy_errors, dspy_setup, lm_options
-from dspy_bridge.lm.adapters import field_markers
+from dspy_bridge.lm import dspy_errors, dspy_setup, lm_call, lm_options
+from dspy_bridge.lm.adapters import corrections, field_markers
 from dspy_bridge.lm.lm_pool import LMPool
-from dspy_bridge.lm.metering import call_records
-from dspy_bridge.lm.metering.meter import Meter
-from dspy_bridge.lm.transport import admission
+from dspy_bridge.lm.metering import endings
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import asking_again, metrics, module_factory, remote_tools, saved_state
+from dspy_bridge.programs import metrics, module_factory, saved_state
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder
 from dspy_bridge.streaming.stream import Stream
+
+# The longest text of an error in a status of a stream, in characters.
+_MOST_TOLD = 300
 
 
 class Program:
@@ -52,7 +54,7 @@ class Program:
             self._lm = lms.pool(self._saved_lm, "state.lm")
         if definition.get("demos") is not None:
             saved_state.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
-        config, self._allow_truncated = call_records.take_allowed(definition.get("config"))
+        config, self._allow_truncated = endings.take_allowed(definition.get("config"))
         self._config, self._of_lm = lm_options.read_config(config)
         redaction.learn(self._of_lm)
         for predictor in module.predictors():
@@ -113,20 +115,15 @@ class Program:
         return outputs
 
     @contextmanager
-    def optimizing(self, lm: object, run: admission.Run, call: Caller) -> Iterator[None]:
-        """The settings and context variables of an optimization. `lm`: None for the program's own.
+    def optimizing(self, lm: object, run: lm_call.RunContext, call: Caller) -> Iterator[None]:
+        """The settings of an optimization. `lm`: None for the program's own.
 
         Raises `LMNotConfigured` or `InvalidArgs`.
         """
-        remote_tools.current_call.set(call)
-        call_records.refusing.set(not self._allow_truncated)
+        run.call, run.refuses_cut_off = call, not self._allow_truncated
         _, pool = self._lm_for({}, lm)
-        with self._lms.context(pool, self.runner.adapter(self._adapter), run, own_connections=True):
-            settings = call.meter.settings() if isinstance(call.meter, Meter) else {}
-            if isinstance(call.meter, Meter):
-                settings["callbacks"] = [*dspy.settings.callbacks, call.meter]
-            with dspy.context(**settings):
-                yield
+        with self._lms.context(pool, self.runner.adapter(self._adapter), run, own_connections=True), _metered(run):
+            yield
 
     def lm(self, given: object, where: str) -> dspy.BaseLM:
         """Another LM for an optimization, with connections of its own. Raises `InvalidArgs`."""
@@ -146,32 +143,42 @@ class Program:
     ) -> dict[str, Any]:
         """Run on `inputs` and return the output fields. `large`: whether these are large.
 
-        `attempts`: how often an LM is asked at most whose answer does not fit. Raises `BridgeError`; any other
-        exception is a defect.
+        `attempts`: how often an LM is asked at most for each answer, if it does not fit. Raises `BridgeError`; any
+        other exception is a defect.
         """
         runner = self.runner
         values = await self._read(inputs, large)
-        config, allowed = call_records.take_allowed(config)
+        config, allowed = endings.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
         settings, pool = self._lm_for(config, lm)
         if settings:
             values["config"] = settings
-        remote_tools.current_call.set(call)
-        call_records.refusing.set(not (self._allow_truncated if allowed is None else allowed))
         given, ends = self._settings_given(config, lm), item_ends.get()
-        whole = admission.Run(call.ends if ends is None else ends)
+        run = lm_call.RunContext(call.ends if ends is None else ends, call)
+        run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
+        try:
+            with self._lms.context(pool, runner.adapter(self._adapter), run), _metered(run):
+                outputs = await self._run(values, run, stream, attempts)
+        except Exception as error:
+            raise dspy_errors.translate(error, given) from error
+        return self._fitting(outputs)
 
-        async def once() -> dict[str, Any]:
-            try:
-                with self._lms.context(pool, runner.adapter(self._adapter), whole):
-                    outputs = await self._run(values, call, stream)
-            except Exception as error:
-                raise dspy_errors.translate(error, given) from error
-            return self._fitting(outputs)
+    def _attempts(self, most: int, call: Caller, streaming: Stream | None) -> corrections.Attempts:
+        """How a run asks again for answers that do not fit."""
 
-        fields = list(self._contract.signature.output_fields)
-        return await asking_again.run(once, attempts, fields, call if stream else None)
+        def fits(signature: Any, fields: dict[str, Any]) -> None:
+            # A module of the user's may have a predictor with outputs of the same names, which mean something else.
+            if self.of_dspy and self._contract.signature.output_fields.keys() <= signature.output_fields.keys():
+                self._fitting(dict(fields))
+
+        def say(error: OutputInvalid) -> None:
+            if streaming is not None:
+                streaming.begin_anew()
+                wrong = error_replies.one_line(redaction.redact(str(error)), _MOST_TOLD)
+                call.stream_item_threadsafe({"status": f"asking again: {wrong}"})
+
+        return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)
 
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], LMPool | None]:
         """The call's settings for DSPy, and the LMs: None for the default one."""
@@ -208,18 +215,16 @@ class Program:
         values.update((name, inputs[name]) for name in extra)
         return {name: _without_types(value) for name, value in values.items()}
 
-    async def _run(self, values: dict[str, Any], call: Caller, stream: bool) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        streaming = None
-        if stream:
-            streaming = Stream(self.runner.module, self._contract.signature, call, on_loop=self.runner.on_loop)
-            settings = streaming.settings()
-        if isinstance(call.meter, Meter):
-            settings.update(call.meter.settings())
-            settings["callbacks"] = [*settings.get("callbacks", dspy.settings.callbacks), call.meter]
-        if not settings:
-            return self._outputs(await self.runner.run(values, self._threads))
-        with dspy.context(**settings):
+    async def _run(
+        self, values: dict[str, Any], run: lm_call.RunContext, stream: bool, attempts: int
+    ) -> dict[str, Any]:
+        with ExitStack() as stack:
+            streaming = None
+            if stream:
+                streaming = Stream(self.runner.module, self._contract.signature, run.call, on_loop=self.runner.on_loop)
+                stack.enter_context(dspy.context(**streaming.settings()))
+            if attempts > 1:
+                run.attempts = self._attempts(attempts, run.call, streaming)
             outputs = self._outputs(await self.runner.run(values, self._threads))
             if streaming is not None:
                 await streaming.finish(outputs)
@@ -242,6 +247,20 @@ class Program:
         adapter = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
         given = {"config": config or self._config, "lm": lm or self._lm, "adapter": adapter}
         return [name for name, value in given.items() if value]
+
+
+@contextmanager
+def _metered(run: lm_call.RunContext) -> Iterator[None]:
+    """Around a run, whose meter counts if the client wants meta."""
+    run.meter = run.call.meter
+    if run.meter is None:
+        yield
+        return
+    try:
+        with dspy.context(**run.meter.settings()):
+            yield
+    finally:
+        run.meter = None  # it has the run's LM calls, and they the run: a cycle would keep its inputs for long
 
 
 def _without_types(value: Any) -> Any:

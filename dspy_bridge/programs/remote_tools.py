@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from contextvars import ContextVar
 from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
+from dspy_bridge.lm import lm_call
 from dspy_bridge.lm.adapters import field_markers
-from dspy_bridge.lm.transport import admission
 from dspy_bridge.programs import tool_args
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.signatures.builder import description
@@ -21,9 +19,6 @@ from dspy_bridge.signatures.builder import description
 # What providers with native function calling accept.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
-
-# The call that this context belongs to; all runs of a program share its tools.
-current_call: ContextVar[Caller] = ContextVar("current_call")
 
 
 class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
@@ -144,8 +139,8 @@ async def _ask(name: str, arguments: dict[str, Any]) -> Any:
 
 
 async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    admission.step()
-    question = current_call.get().call_tool(name, arguments)
+    lm_call.step()
+    question = lm_call.run().call.call_tool(name, arguments)
     job = worker_threads.current.get()
     if job is None or job.loop is asyncio.get_running_loop():
         return await question

@@ -9,7 +9,7 @@ import dspy
 import jiter
 
 from dspy_bridge.errors import InvalidArgs, ToolFailed
-from dspy_bridge.programs import remote_tools
+from dspy_bridge.lm import lm_call
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.wire.json_values import encode_value
 
@@ -31,9 +31,7 @@ class Reward:
         fields = plain({name: value for name, value in inputs.items() if name != "config"})
         job = worker_threads.current.get()
         assert job is not None, "rewards are given in worker threads"
-        value = job.on_loop(
-            remote_tools.current_call.get().call_tool(self.tool, {"inputs": fields, "outputs": outputs})
-        )
+        value = job.on_loop(lm_call.run().call.call_tool(self.tool, {"inputs": fields, "outputs": outputs}))
         reward = number(value)
         if reward is None:
             raise ToolFailed(f"{self.tool}: expected a number as the reward")

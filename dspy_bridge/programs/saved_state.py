@@ -180,8 +180,6 @@ def _check(saved: object, parameter: Any, where: str) -> None:
     if not isinstance(saved, dict):
         raise InvalidArgs(f"{where}: expected an object")
     refuse_unknown(saved, sorted(_KEYS), where)
-    if "fields" in saved and dspy_internals.BEFORE_3_4:
-        raise InvalidArgs(f"{where}.fields: needs DSPy 3.4.0 or newer; this is {dspy.__version__}")
     for key in ("traces", "train", "demos"):
         if not isinstance(saved.get(key), list):
             raise InvalidArgs(f"{where}.{key}: expected a list")

@@ -75,7 +75,7 @@ class Stream:
             names = {name for name in left if name in outputs and outputs[name].annotation is str}
             # From a thread only these LMs can stream.
             streams = on_loop or isinstance(predictor.lm or dspy.settings.lm, LoopLM)
-            # DSPy refuses to stream decisions, which its 3.3 does not have.
+            # DSPy refuses to stream decisions.
             if streams and names and not unwritten.isdisjoint(outputs) and not getattr(predictor, "fields", None):
                 self._streamed[id(predictor)] = names
                 self._predictors.append(predictor)
@@ -131,6 +131,10 @@ class Stream:
             # Further completions (`n`) follow; the first one is the result.
             answer.format = None
         return chunks
+
+    def begin_anew(self) -> None:
+        """An LM is asked again: the client drops the chunks up to now."""
+        self._sent.clear()
 
     async def finish(self, outputs: dict[str, Any]) -> None:
         """Send the unsent rest of each field; the whole of it if the answer came from a cache."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import dspy
 from lm_server import LMServer
-from peer import DSPY, ROOT
+from peer import ROOT
 
 from dspy_bridge.lm import dspy_internals, dspy_setup
 from dspy_bridge.runtime import inline_executor
@@ -50,10 +50,6 @@ def test_the_short_steps_of_dspy_run_inline_after_the_first_call(start_lm: Calla
     """Otherwise LM calls are slower: DSPy sends other functions to the executor, or in another way."""
     of_models = [dspy_internals.PREPARE, dspy_internals.PRICE_RESULT, *dspy_internals.CACHE_STEPS]
     steps = [dspy_internals.ROUTE, *of_models]
-    if DSPY < (3, 4):
-        # It has no such steps, which is not a degradation.
-        assert not any(step.expected or step.there for step in steps)
-        return
     dspy_setup.Models(Settings({}))
     lm = dspy.LM("openai/stub-model", **start_lm().options(cache=True))
 

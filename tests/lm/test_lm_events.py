@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from dspy_bridge.lm.lm_call import LMCall, RunContext
 from dspy_bridge.lm.metering import lm_events
-from dspy_bridge.lm.metering.call_records import Record
 
 
-def record(usages: list[dict[str, Any]]) -> Record:
-    made = Record(None)
+def record(usages: list[dict[str, Any]]) -> LMCall:
+    made = LMCall(None, RunContext(None))
     made.started, made.ended, made.usages = 12.0, 12.5, usages
     return made
 
@@ -64,10 +64,10 @@ def test_details_of_tokens_are_those_that_a_provider_gives(
 
 def test_what_a_call_waited_is_not_its_duration() -> None:
     waited = record([])
-    waited.times.begin_wait()
-    waited.times._since = 12.1
+    waited.begin_wait()
+    waited._waiting_since = 12.1
     assert lm_events.events([waited], 10.0, 20.0)[0]["wait_ms"] == pytest.approx(400), "refused at its end"
-    waited.times.first_chunk = 12.45
+    waited.first_chunk = 12.45
     (event,) = lm_events.events([waited], 10.0, 20.0)
     assert [event[name] for name in ("started_ms", "wait_ms", "duration_ms", "first_chunk_ms")] == [
         pytest.approx(ms) for ms in (2000, 400, 100, 50)

@@ -35,14 +35,6 @@ def test_a_model_of_the_same_provider_is_asked_at_the_peers_server(given: object
     assert complete(given) == {"model": "openai/small", **expected}
 
 
-@pytest.mark.parametrize("same", ["http://here/v1", "http://here/v1/"])
-@pytest.mark.parametrize("name", ["api_base", "base_url"])
-def test_the_same_address_in_other_words_is_the_peers_server(name: str, same: str) -> None:
-    options = complete({"model": "openai/small", name: same})
-    assert options["api_key"] == "sk-peer-key" and options["timeout"] == 7
-    assert {"api_base", "base_url"} & options.keys() == {name}
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -63,11 +55,12 @@ def test_another_server_gets_only_what_is_named_for_it(given: dict[str, Any]) ->
     [
         {"api_base": "http://there/v1"},
         {"base_url": "http://there/v1"},
+        {"api_base": "http://here/v1"},
         {"api_base": "http://there/v1", "inherit": False},
         {"extra": {"azure_endpoint": "http://there"}},
     ],
 )
-def test_another_address_without_a_key_does_not_get_the_environments(place: dict[str, Any]) -> None:
+def test_an_address_without_a_key_gets_neither_the_peers_nor_the_environments(place: dict[str, Any]) -> None:
     assert complete({"model": "openai/small", **place})["api_key"] == lm_options.NO_KEY
 
 
@@ -85,22 +78,12 @@ def test_nor_does_one_of_another_provider(given: dict[str, Any], peers: dict[str
     assert "api_key" not in lm_options.complete(given, "lm_options", of_settings=True)
 
 
-def test_the_peers_address_with_another_provider_may_have_its_key_of_the_environment() -> None:
-    assert "api_key" not in complete({"model": "mistral/small", "api_base": "http://here/v1"})
-
-
 def test_a_very_long_name_is_compared_with_none() -> None:
     """Which would take seconds on the event loop."""
     started = time.process_time()
     with pytest.raises(InvalidArgs, match="unknown option; What only"):
         complete({"model": "openai/small", "x" * 10_000_000: 1})
     assert time.process_time() - started < 0.5
-
-
-def test_another_key_goes_without_the_peers_headers_of_the_same_kind() -> None:
-    options = complete({"model": "openai/small", "api_key": "sk-own"})
-    assert options["api_base"] == "http://here/v1" and options["headers"] == {"X-Team": "blue"}
-    assert "sk-peer" not in str(options)
 
 
 def test_extra_options_are_added_to_the_peers() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dspy
 import pytest
-from peer import DSPY
 
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.transport import lookups
@@ -14,9 +13,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 def test_routes_are_those_of_dspy() -> None:
     """Also of a model that no provider has."""
-    if DSPY < (3, 4):
-        assert not dspy_internals.RESOLVE.expected
-        return
     resolve = dspy_internals.RESOLVE.value
     resolved = lookups._resolving(resolve)
     for model, model_type in (("openai/gpt-4o-mini", "chat"), ("openai/o3", "responses"), ("anthropic/claude", "chat")):
@@ -31,8 +27,6 @@ def test_routes_are_those_of_dspy() -> None:
 
 
 def test_an_engine_that_would_ask_is_dspys() -> None:
-    if DSPY < (3, 4):
-        return
     from dspy.lm15 import RouterConfig
 
     made = lookups._offline(dspy_internals.OFFLINE_ENGINE.value)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
-import pickle
 import weakref
 from typing import Any
 
@@ -15,89 +13,73 @@ from hypothesis import strategies as st
 
 from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import rate_limits
-from dspy_bridge.lm.rate_limits import Account, Gate, Limits, Ticket
-from dspy_bridge.lm.token_bucket import Bucket
+from dspy_bridge.lm.rate_limits import Bucket, Gate, Lane, Limits, Ticket
 
 
 class World:
-    """An account, its clock, and its waiters: each polls when it is woken, or when the time has come that it was told.
-
-    `sent`: the waiters whose requests went out, with the time, in their order.
-    """
+    """A gate and its clock. `sent`: the waiters whose requests went out, with the time, in their order."""
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.account = Account(clock=lambda: self.now)
+        self.gate = Gate(clock=lambda: self.now)
         self.sent: list[tuple[float, Waiter]] = []
         self.waiters: list[Waiter] = []
 
-    def ask(self, gate: Gate, within: float | None = None) -> Waiter:
-        waiter = Waiter(self, gate, None if within is None else self.now + within)
+    def ask(self, lane: Lane, within: float | None = None) -> Waiter:
+        waiter = Waiter(self, lane, None if within is None else self.now + within)
         self.waiters.append(waiter)
-        waiter.start()
-        self.settle()
+        try:
+            self.gate.enter(waiter.ticket)
+        except Overloaded as error:
+            waiter.settle(error)
+        self.gate.advance()
         return waiter
-
-    def settle(self) -> None:
-        """Let all waiters poll that would by now."""
-        while due := [waiter for waiter in self.waiters if waiter.state == "waiting" and waiter.next <= self.now]:
-            for waiter in due:
-                waiter.poll()
 
     def pass_time(self, seconds: float) -> None:
         end = self.now + seconds
-        while (times := [w.next for w in self.waiters if w.state == "waiting" and w.next <= end]) != []:
-            self.now = max(self.now, min(times))
-            self.settle()
+        while (until := self.now + self.gate.advance() + 1e-9) <= end:
+            self.now = until
         self.now = end
+        self.gate.advance()
+
+    def spend(self, tokens: int, lane: Lane) -> None:
+        self.gate.spend(tokens, lane)
+        self.gate.advance()
+
+    def pause(self, seconds: float) -> None:
+        self.gate.pause(seconds)
+        self.gate.advance()
 
     def states(self) -> list[str]:
         return [waiter.state for waiter in self.waiters]
 
 
 class Waiter:
-    def __init__(self, world: World, gate: Gate, deadline: float | None) -> None:
-        self.world, self.gate = world, gate
-        self.ticket = Ticket(deadline, self.wake)
+    def __init__(self, world: World, lane: Lane, deadline: float | None) -> None:
+        self.world, self.lane = world, lane
+        self.ticket = Ticket(lane, deadline)
+        self.ticket.settle = self.settle
         self.state = "waiting"
-        self.next = world.now
         self.text = ""
 
-    def wake(self) -> None:
-        self.next = self.world.now
-
-    def start(self) -> None:
-        try:
-            self.gate.enter(self.ticket)
-        except Overloaded as error:
-            self.state, self.text = "refused", str(error)
-
-    def poll(self) -> None:
-        if self.state != "waiting":
+    def settle(self, refusal: Overloaded | None) -> None:
+        assert self.state == "waiting"
+        if refusal is not None:
+            self.state, self.text = "refused", str(refusal)
             return
-        self.next = float("inf")
-        try:
-            seconds = self.gate.poll(self.ticket)
-        except Overloaded as error:
-            self.state, self.text = "refused", str(error)
-            return
-        if seconds <= 0:
-            self.state = "sent"
-            self.world.sent.append((self.world.now, self))
-        else:
-            # A timer's clock may be behind by a little.
-            self.next = self.world.now + seconds + 1e-9
+        self.state = "sent"
+        self.world.sent.append((self.world.now, self))
 
     def leave(self) -> None:
         self.state = "left"
-        self.gate.leave(self.ticket)
-        self.gate.leave(self.ticket)
-        self.world.settle()
+        for _ in range(2):
+            self.world.gate.leave(self.ticket)
+        self.world.gate.advance()
 
 
 def test_no_more_than_max_in_flight_are_sent_at_once_and_the_first_comes_first() -> None:
     world = World()
-    gate = world.account.gate(Limits(max_in_flight=2))
+    gate = world.gate.lane(Limits(max_in_flight=2))
     first, second, third, fourth = (world.ask(gate) for _ in range(4))
     assert world.states() == ["sent", "sent", "waiting", "waiting"]
     second.leave()
@@ -109,7 +91,7 @@ def test_no_more_than_max_in_flight_are_sent_at_once_and_the_first_comes_first()
 
 def test_a_waiter_that_is_cancelled_gives_its_place_back() -> None:
     world = World()
-    gate = world.account.gate(Limits(max_in_flight=1))
+    gate = world.gate.lane(Limits(max_in_flight=1))
     first, second, third = (world.ask(gate) for _ in range(3))
     second.leave()
     first.leave()
@@ -122,7 +104,7 @@ def test_a_waiter_that_is_cancelled_gives_its_place_back() -> None:
 
 def test_requests_per_minute_come_at_once_and_then_evenly() -> None:
     world = World()
-    gate = world.account.gate(Limits(requests_per_minute=3))
+    gate = world.gate.lane(Limits(requests_per_minute=3))
     for _ in range(6):
         world.ask(gate)
     assert len(world.sent) == 3
@@ -130,22 +112,11 @@ def test_requests_per_minute_come_at_once_and_then_evenly() -> None:
     assert [round(at - 1000) for at, _ in world.sent] == [0, 0, 0, 20, 40, 60]
 
 
-def test_less_than_one_request_a_minute() -> None:
-    world = World()
-    gate = world.account.gate(Limits(requests_per_minute=0.5))
-    world.ask(gate)
-    world.ask(gate)
-    world.pass_time(119)
-    assert world.states() == ["sent", "waiting"]
-    world.pass_time(2)
-    assert world.states() == ["sent", "sent"]
-
-
 def test_tokens_of_an_answer_may_bring_debt_for_which_the_next_request_waits() -> None:
     world = World()
-    gate = world.account.gate(Limits(tokens_per_minute=600))
+    gate = world.gate.lane(Limits(tokens_per_minute=600))
     world.ask(gate).leave()
-    gate.spend(900)
+    world.spend(900, gate)
     world.ask(gate)
     world.pass_time(30)
     assert world.states() == ["left", "waiting"]
@@ -172,31 +143,21 @@ def test_a_wait_past_the_deadline_fails_at_once_and_names_limit_and_wait(
     limits: Limits, within: float, text: str
 ) -> None:
     world = World()
-    gate = world.account.gate(limits)
+    gate = world.gate.lane(limits)
     world.ask(gate)
     world.ask(gate)
-    gate.spend(100)
+    world.spend(100, gate)
     assert world.ask(gate, within).text == text
     assert world.ask(gate, within + 1.1).state == "waiting"
 
 
-def test_those_before_it_count_for_the_wait() -> None:
-    world = World()
-    gate = world.account.gate(Limits(requests_per_minute=60))
-    for _ in range(60 + 9):
-        world.ask(gate)
-    assert world.ask(gate, 9.5).state == "refused"
-    assert world.ask(gate, 10.5).state == "waiting"
-
-
 def test_a_pause_holds_all_requests_of_the_account_and_fails_those_that_it_makes_late() -> None:
     world = World()
-    limited = world.account.gate(Limits(max_in_flight=1))
-    free = world.account.gate(Limits())
+    limited = world.gate.lane(Limits(max_in_flight=1))
+    free = world.gate.lane(Limits())
     first = world.ask(limited)
     late, patient = world.ask(limited, 5), world.ask(limited, 60)
-    world.account.pause(10)
-    world.settle()
+    world.pause(10)
     other = world.ask(free)
     assert (late.state, patient.state, other.state) == ("refused", "waiting", "waiting")
     assert late.text == (
@@ -211,9 +172,9 @@ def test_a_pause_holds_all_requests_of_the_account_and_fails_those_that_it_makes
 
 def test_a_shorter_pause_does_not_end_a_longer_one_and_none_is_longer_than_a_day() -> None:
     world = World()
-    gate = world.account.gate(Limits())
-    world.account.pause(1e12)
-    world.account.pause(1)
+    gate = world.gate.lane(Limits())
+    world.pause(1e12)
+    world.pause(1)
     world.ask(gate)
     world.pass_time(86_399)
     assert world.states() == ["waiting"]
@@ -224,9 +185,9 @@ def test_a_shorter_pause_does_not_end_a_longer_one_and_none_is_longer_than_a_day
 def test_each_lm_keeps_its_own_limits_and_all_requests_of_the_account_count() -> None:
     """So a batch leaves room for others, and who names nothing is not held up."""
     world = World()
-    narrow = world.account.gate(Limits(max_in_flight=1, requests_per_minute=2))
-    wide = world.account.gate(Limits(max_in_flight=3))
-    free = world.account.gate(Limits())
+    narrow = world.gate.lane(Limits(max_in_flight=1, requests_per_minute=2))
+    wide = world.gate.lane(Limits(max_in_flight=3))
+    free = world.gate.lane(Limits())
     assert world.ask(free).state == world.ask(wide).state == "sent"
     batch = world.ask(narrow)
     assert batch.state == "waiting"
@@ -239,47 +200,21 @@ def test_each_lm_keeps_its_own_limits_and_all_requests_of_the_account_count() ->
     assert batch.state == "sent", "what others send beyond its limits is not its debt"
 
 
-def test_a_place_that_an_lm_of_other_limits_gives_back_wakes_the_first_of_each_gate() -> None:
-    world = World()
-    limits = Limits(max_in_flight=1), Limits(max_in_flight=2), Limits(max_in_flight=2, requests_per_minute=9)
-    one, two, also_two = (world.account.gate(limit) for limit in limits)
-    free = world.account.gate(Limits())
-    holders = [world.ask(free) for _ in range(2)]
-    waiters = [world.ask(gate) for gate in (one, two, also_two, also_two)]
-    holders[0].leave()
-    assert [waiter.state for waiter in waiters] == ["waiting", "sent", "waiting", "waiting"]
-    waiters[1].leave()
-    assert [waiter.state for waiter in waiters] == ["waiting", "left", "sent", "waiting"]
-    waiters[2].leave()
-    assert [waiter.state for waiter in waiters] == ["waiting", "left", "left", "sent"]
-    waiters[3].leave()
-    holders[1].leave()
-    assert waiters[0].state == "sent"
-
-
-def test_equal_limits_of_an_account_are_one_gate_also_for_copies() -> None:
-    limits = Limits(max_in_flight=1)
-    gate = rate_limits.gate("here with my key", limits)
-    assert rate_limits.gate("here with my key", limits) is gate
-    assert rate_limits.gate("here with another", limits).account is not gate.account
-    assert rate_limits.gate("here with my key", Limits()).account is gate.account
-    assert copy.deepcopy(gate) is copy.copy(gate) is pickle.loads(pickle.dumps(gate)) is gate
-
-
-def test_gates_are_remembered_beyond_their_lms_but_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_are_remembered_beyond_their_lms_but_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_limits, "_remembered", type(rate_limits._remembered)())
     monkeypatch.setattr(rate_limits, "_REMEMBERED", 10)
     limits = Limits(requests_per_minute=1)
-    mine = weakref.ref(rate_limits.gate("mine", limits))
+    mine = weakref.ref(rate_limits.lane("mine", limits))
     for number in range(9):
-        rate_limits.gate(str(number), limits)
+        rate_limits.lane(str(number), limits)
     gc.collect()
-    assert rate_limits.gate("mine", limits) is mine()
-    before = len(rate_limits._accounts)
+    assert rate_limits.lane("mine", limits) is mine()
+    assert rate_limits.lane("mine", Limits()).gate is rate_limits.lane("mine", limits).gate
+    before = len(rate_limits._gates)
     for number in range(100):
-        rate_limits.gate(f"tenant {number}", limits)
+        rate_limits.lane(f"tenant {number}", limits)
     gc.collect()
-    assert len(rate_limits._remembered) == 10 and len(rate_limits._accounts) <= before + 10
+    assert len(rate_limits._remembered) == 10 and len(rate_limits._gates) <= before + 10
 
 
 per_minute = st.one_of(st.none(), st.floats(0.1, 1000), st.integers(1, 1000))
@@ -302,34 +237,32 @@ def test_never_more_than_the_limits_first_in_first_out_and_no_place_is_lost(
     limits: tuple[Limits, Limits], steps: list[Any]
 ) -> None:
     world = World()
-    gates = [world.account.gate(limit) for limit in limits]
+    lanes = [world.gate.lane(limit) for limit in limits]
     for what, *rest in steps:
         if what == "ask":
-            world.ask(gates[rest[0]], rest[1])
+            world.ask(lanes[rest[0]], rest[1])
         elif what == "pass":
             world.pass_time(rest[0])
         elif what == "leave" and world.waiters:
             world.waiters[rest[0] % len(world.waiters)].leave()
         elif what == "spend":
-            gates[0].spend(rest[0])
+            world.spend(rest[0], lanes[0])
         elif what == "pause":
-            world.account.pause(rest[0])
-        world.settle()
+            world.pause(rest[0])
         in_flight = world.states().count("sent")
-        for gate in gates:
-            most = gate.limits.max_in_flight
-            waiting = [w for w in world.waiters if w.state == "waiting" and w.gate is gate]
-            assert in_flight == world.account._in_flight
+        for lane in lanes:
+            waiting = [w for w in world.waiters if w.state == "waiting" and w.lane is lane]
+            assert in_flight == world.gate.in_flight
             # Nobody waits for nothing.
-            assert not waiting or (most is not None and in_flight >= most) or waiting[0].next > world.now
+            assert not waiting or lane.is_full() or lane.wait(0)[0] > 0
     # Within its own limits, whatever the others of the account send.
-    for gate in gates:
-        own = [at for at, waiter in world.sent if waiter.gate is gate]
-        if (rate := gate.limits.requests_per_minute) is not None:
+    for lane in lanes:
+        own = [at for at, waiter in world.sent if waiter.lane is lane]
+        if (rate := lane.limits.requests_per_minute) is not None:
             for first, last in itertools.combinations_with_replacement(range(len(own)), 2):
                 most = max(rate, 1) + rate / 60 * (own[last] - own[first])
                 assert last - first + 1 <= most + 1e-3
-        order = [world.waiters.index(waiter) for _, waiter in world.sent if waiter.gate is gate]
+        order = [world.waiters.index(waiter) for _, waiter in world.sent if waiter.lane is lane]
         assert order == sorted(order)
     # When all others end, whoever still waits is sent in the end.
     for _ in world.waiters:
@@ -338,21 +271,7 @@ def test_never_more_than_the_limits_first_in_first_out_and_no_place_is_lost(
                 waiter.leave()
         world.pass_time(1e7)
     assert "waiting" not in world.states()
-    assert world.account._in_flight == world.states().count("sent")
-
-
-@given(st.integers(1, 5), steps)
-def test_places_in_flight(most: int, steps: list[Any]) -> None:
-    """Of one gate, never more than it allows."""
-    world = World()
-    gate = world.account.gate(Limits(max_in_flight=most))
-    for what, *rest in steps:
-        if what == "ask":
-            world.ask(gate)
-        elif what == "leave" and world.waiters:
-            world.waiters[rest[0] % len(world.waiters)].leave()
-        wanted = [waiter for waiter in world.waiters if waiter.state in ("sent", "waiting")]
-        assert [w.state for w in wanted] == ["sent"] * min(most, len(wanted)) + ["waiting"] * (len(wanted) - most)
+    assert world.gate.in_flight == world.states().count("sent")
 
 
 @given(st.floats(0.1, 1e6), st.lists(st.tuples(st.floats(0, 100), st.floats(0, 1e6)), max_size=30))
@@ -360,7 +279,7 @@ def test_a_bucket_tells_exactly_when_it_has_enough(per_minute: float, takes: lis
     bucket, now = Bucket(per_minute), 5000.0
     for later, amount in takes:
         now += later
-        bucket.take(amount, now)
+        bucket.take(amount, now, into_debt=True)
         wait = bucket.wait(1, now)
         assert bucket.wait(1, now + max(0.0, wait) + 1e-6) <= 0
         assert wait <= 1e-6 or bucket.wait(1, now + wait * 0.9) > 0

@@ -6,11 +6,14 @@ import os
 
 import pytest
 
-from dspy_bridge.lm.transport import asking, routes
+from dspy_bridge.lm import lm_call, rate_limits
+from dspy_bridge.lm.rate_limits import Limits
+from dspy_bridge.lm.transport import routes
 
 
 def refused(model: str, key_of: str) -> bool:
-    with asking.of(asking.Asking("", None, 2.0, False, key_of)):
+    target = lm_call.Target("", None, 2.0, False, key_of, rate_limits.lane("", Limits()))
+    with lm_call.of(target):
         try:
             routes.refuse_elsewhere({"model": model})
         except routes.LMElsewhere as error:

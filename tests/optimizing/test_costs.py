@@ -9,7 +9,6 @@ import pytest
 from costs import PAGE, ROWS, Row, measure, write_answer
 from lm_server import LMServer
 from optimizing_host import EVERY
-from peer import DSPY
 from shared_peers import shared_peer
 
 from dspy_bridge.optimizing.arguments import OPTIMIZERS
@@ -31,12 +30,8 @@ def test_each_optimizer_has_a_row() -> None:
     assert [cells[:2] for cells in table()] == [row.cells for row in ROWS]
 
 
-# Some make hundreds of LM calls, up to 2,224. DSPy 3.3 asks for all of COPRO's instructions in one request.
-TAKEN = [
-    n
-    for n, cells in enumerate(table())
-    if (EVERY or int(cells[2].replace(",", "")) <= 200) and (DSPY >= (3, 4) or ROWS[n].optimizer != "copro")
-]
+# Some make hundreds of LM calls, up to 2,224.
+TAKEN = [n for n, cells in enumerate(table()) if (EVERY or int(cells[2].replace(",", "")) <= 200)]
 
 
 @pytest.mark.parametrize("number", TAKEN, ids=["-".join([ROWS[n].optimizer, *ROWS[n].options]) for n in TAKEN])

@@ -22,7 +22,6 @@ from dspy_bridge.optimizing.arguments import Given
 pytestmark = [
     # optuna's word on MIPROv2's sampler.
     pytest.mark.filterwarnings("ignore:Argument ``multivariate`` is an experimental feature"),
-    # DSPy 3.3 knows no other way to write an LM.
     pytest.mark.filterwarnings("ignore:Implementing custom LMs through BaseLM:DeprecationWarning"),
 ]
 

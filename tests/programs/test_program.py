@@ -14,7 +14,7 @@ from typing import Any
 
 import dspy
 import pytest
-from peer import DSPY, PATIENCE
+from peer import PATIENCE
 
 from dspy_bridge.lm import dspy_setup, lm_pool
 from dspy_bridge.lm.offline import echo_lm, offline_lm
@@ -99,19 +99,12 @@ def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_s
     server = start_lm()
 
     async def use() -> None:
-        pool = lm_pool.LMPool({"model": "openai/x", **server.options()}, models.loops)
+        pool = lm_pool.LMPool({"model": "openai/x", **server.options()})
         with models.context(pool, None), ExitStack() as stack:
             lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2)]
             for lm in {id(lm): lm for lm in lms}.values():
                 await lm.acall("hello")
         del pool
-        if DSPY < (3, 4):
-            # LiteLLM has the connection, one for all LMs with this address and key, and keeps it for the next.
-            pool = lm_pool.LMPool({"model": "openai/y", **server.options()}, models.loops)
-            with models.context(pool, None), pool.checkout() as lm:
-                await lm.acall("hello")
-            assert len(server.requests) == 4 and not server.ended.acquire(blocking=False)
-            return
         for _ in range(3):
             assert await asyncio.to_thread(server.ended.acquire, timeout=PATIENCE)
 

@@ -12,7 +12,6 @@ import dspy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peer import DSPY
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.programs import saved_state
@@ -239,7 +238,7 @@ def replaced(state: dict[str, Any], path: list[str | int], value: Any) -> dict[s
 
 
 GOOD = learned("predict").dump_state()
-BAD_FIELDS = "DSPy cannot load it" if DSPY >= (3, 4) else r"^state\.fields: needs DSPy 3\.4\.0 or newer; this is 3\.3\."
+BAD_FIELDS = "DSPy cannot load it"
 
 
 @pytest.mark.parametrize(

@@ -1,169 +1,146 @@
-"""What an LM is told when its answer did not fit and it is asked again. Imports DSPy.
+"""Asks an LM again whose answer did not fit, with its answer and what did not fit. Imports DSPy.
 
-A run that may be asked again notes its LM calls here, by our adapters (`told`): what was asked, what was answered, and
-what did not fit. In the next attempt the predictor that failed has this at the end of its prompt.
+Each call of one of our adapters is repeated on its own, so that neither the program nor its tools run again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import dspy
 import pydantic
 
 from dspy_bridge.errors import OutputInvalid
+from dspy_bridge.lm import lm_call
 from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.runtime import event_loop
 
-# Of an earlier answer, in characters, as it is shown: an LM that writes without end should not fill its own context.
+# How much of an earlier answer is shown, in characters: an LM that writes without end should not fill its own context.
 MOST_SHOWN = 4000
-# Of what did not fit.
+# The longest text of what did not fit, in characters.
 _MOST_TOLD = 500
 _PREFIX = "the LM's answer did not fit the signature: "
+_AGAIN = "Answer again, with all of the fields, in the same format."
 
-# A predictor, as its signature shows it: some modules make a new signature, or a new predictor, for each call.
-Key = tuple[str, tuple[str, ...], tuple[str, ...]]
+
+class Attempts(NamedTuple):
+    """How a run asks again. `most`: how often an LM is asked at most for each answer.
+
+    `fits`: raises `OutputInvalid` if the fields that an adapter has read of an answer to this signature do not fit the
+    program's. `translate`: gives the error of ours for one of DSPy's. `say`: called before an LM is asked again, with
+    the error, from any thread.
+    """
+
+    most: int
+    fits: Callable[[Any, dict[str, Any]], None]
+    translate: Callable[[Exception], Exception]
+    say: Callable[[OutputInvalid], None]
 
 
 class _Call:
-    """One LM call by one adapter. `wrong`: what did not fit, if anything."""
+    """One call of an adapter. An adapter may make another one of itself, in JSON: each format has its own answer."""
 
-    __slots__ = ("answer", "key", "kind", "messages", "wrong")
-
-    def __init__(self, key: Key, kind: type) -> None:
-        self.key = key
-        self.kind = kind
-        self.messages: list[dict[str, Any]] = []
-        self.answer = ""
-        self.wrong: str | None = None
-
-
-class Attempts:
-    """The attempts of one run: the LM calls of the present one, and what is told of the one before."""
-
-    def __init__(self, most: int) -> None:
-        """`most`: how many attempts there may be."""
-        self._most = most
+    def __init__(self, attempts: Attempts) -> None:
+        self.attempts = attempts
         self._number = 1
-        # The last call of each predictor and adapter, in their order.
-        self._calls: dict[tuple[Key, type], _Call] = {}
-        self._raised: tuple[BaseException, Key] | None = None
-        self._told: dict[type, _Call] = {}
-        self._of: Key | None = None
-        self._wrong = ""
+        # By the adapter's class: the last answer, and what did not fit, if anything.
+        self._answers: dict[type, str] = {}
+        self._wrong: dict[type, str] = {}
 
-    def next(self, error: OutputInvalid, fields: Iterable[str]) -> None:
-        """The next attempt begins: it is told of `error`. `fields`: the outputs that may be meant."""
+    def answered(self, kind: type, answer: str) -> None:
+        self._answers[kind] = answer
+
+    def did_not_fit(self, kind: type, error: Exception) -> None:
+        self._wrong[kind] = _what(error)
+
+    def again(self, kind: type, error: Exception) -> bool:
+        """Whether the LM is to be asked again after this error; if so, the next attempt begins."""
+        known = self.attempts.translate(error)
+        if not isinstance(known, OutputInvalid) or not known.by_lm or self._number == self.attempts.most:
+            return False
         self._number += 1
-        calls, raised = self._calls, self._raised
-        self._calls, self._raised, self._told, self._of = {}, None, {}, None
-        self._wrong = _what(error)
-        if raised is not None and raised[0] in _chain(error):
-            self._of = raised[1]
-            last = next((call for call in reversed(calls.values()) if call.key == self._of and call.wrong), None)
-            self._wrong = self._wrong if last is None or last.wrong is None else last.wrong
-        else:
-            # The answer was read, and refused later.
-            wanted = set(fields)
-            last = next((call for call in reversed(calls.values()) if not wanted.isdisjoint(call.key[2])), None)
-            if last is None:
-                return
-            self._of = last.key
-            last.wrong = self._wrong
-        self._told = {call.kind: call for call in calls.values() if call.key == self._of and call.wrong is not None}
+        self._wrong.setdefault(kind, _what(error))
+        self.attempts.say(known)
+        return True
 
-    def started(self, call: _Call) -> None:
-        """A call has begun; the last one of its predictor and adapter counts."""
-        self._calls.pop((call.key, call.kind), None)
-        self._calls[call.key, call.kind] = call
-
-    def raised(self, error: BaseException, call: _Call) -> None:
-        """An error leaves an adapter. The innermost call is the one that failed."""
-        if self._raised is None or self._raised[0] is not error:
-            self._raised = error, call.key
-
-    def add_to(self, messages: list[dict[str, Any]], call: _Call) -> list[dict[str, Any]]:
+    def add_to(self, messages: list[dict[str, Any]], kind: type, signature: Any) -> list[dict[str, Any]]:
         """The messages of a prompt, with what is told of the attempt before."""
-        if call.key != self._of:
+        wrong = self._wrong.pop(kind, None)
+        if wrong is None:
             return messages
-        told = self._told.get(call.kind)
-        count = f"attempt {self._number - 1} of {self._most}"
-        if told is not None and told.messages == messages and told.answer.strip():
-            text = f"This answer did not fit: {_harmless(told.wrong or '', call.key)} ({count}). {_AGAIN}"
-            answer = field_markers.without_types(told.answer)
-            shown = answer if len(answer) <= MOST_SHOWN else f"{answer[:MOST_SHOWN]}…"
-            return [*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": text}]
-        # Asked otherwise than before, as in an agent's other trajectory: the answer would belong to another question.
-        wrong = self._wrong if told is None or told.wrong is None else told.wrong
-        text = f"An earlier answer did not fit: {_harmless(wrong, call.key)} ({count}). {_AGAIN}"
-        return _appended(messages, text)
+        count = f"attempt {self._number - 1} of {self.attempts.most}"
+        text = f"answer did not fit: {_harmless(wrong, signature)} ({count}). {_AGAIN}"
+        answer = field_markers.without_types(self._answers.pop(kind, ""))
+        if not answer.strip():  # providers refuse messages without content
+            return _appended(messages, f"An earlier {text}")
+        shown = answer if len(answer) <= MOST_SHOWN else f"{answer[:MOST_SHOWN]}…"
+        return [*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": f"This {text}"}]
 
 
-_AGAIN = "Answer again, with all of the fields, in the same format."
-
-# Of the run in this context, if it may be asked again.
-current: ContextVar[Attempts | None] = ContextVar("attempts", default=None)
-# The call that this context makes.
+# The call of an adapter that this context makes.
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)
 
 
-def told(kind: Any) -> Any:
-    """A decorator for a class of adapters: its calls are noted, and told of the attempt before."""
-    for name, wrapper in (("__call__", _noted), ("acall", _noted_async), ("format", _telling), ("parse", _read)):
+def asking_again(kind: Any) -> Any:
+    """A decorator for a class of adapters."""
+    for name, wrapper in (("__call__", _sync), ("acall", _async), ("format", _telling), ("parse", _read)):
         setattr(kind, name, wrapper(getattr(kind, name)))
     return kind
 
 
-def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
+def _sync(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def noted(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+    def asked(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
         event_loop.refuse_sync_call()
-        with _noting(type(self), signature):
+        attempts = lm_call.run().attempts
+        if attempts is None or _call.get() is not None:
             return method(self, lm, lm_kwargs, signature, demos, inputs)
+        call = _Call(attempts)
+        token = _call.set(call)
+        try:
+            while True:
+                try:
+                    return method(self, lm, dict(lm_kwargs), signature, demos, inputs)
+                except Exception as error:
+                    if not call.again(type(self), error):
+                        raise
+        finally:
+            _call.reset(token)
 
-    return noted
+    return asked
 
 
-def _noted_async(method: Callable[..., Any]) -> Callable[..., Any]:
+def _async(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    async def noted(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-        with _noting(type(self), signature):
+    async def asked(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+        attempts = lm_call.run().attempts
+        if attempts is None or _call.get() is not None:
             return await method(self, lm, lm_kwargs, signature, demos, inputs)
+        call = _Call(attempts)
+        token = _call.set(call)
+        try:
+            while True:
+                try:
+                    return await method(self, lm, dict(lm_kwargs), signature, demos, inputs)
+                except Exception as error:
+                    if not call.again(type(self), error):
+                        raise
+                await asyncio.sleep(0)  # what was said goes first
+        finally:
+            _call.reset(token)
 
-    return noted
-
-
-@contextmanager
-def _noting(kind: type, signature: Any) -> Iterator[None]:
-    attempts = current.get()
-    if attempts is None:
-        yield
-        return
-    call = _Call(_key(signature), kind)
-    attempts.started(call)
-    before = _call.set(call)
-    try:
-        yield
-    except Exception as error:
-        _failed(attempts, call, error)
-        raise
-    finally:
-        _call.reset(before)
+    return asked
 
 
 def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def format(self: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-        messages = method(self, signature, demos, inputs)
-        attempts, call = current.get(), _call.get()
-        if attempts is None or call is None or call.kind is not type(self):
-            return messages
-        call.messages = messages
-        return attempts.add_to(messages, call)
+        messages, call = method(self, signature, demos, inputs), _call.get()
+        return messages if call is None else call.add_to(messages, type(self), signature)
 
     return format
 
@@ -172,24 +149,19 @@ def _read(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def parse(self: Any, signature: Any, completion: Any) -> Any:
         call = _call.get()
-        if call is None or call.kind is not type(self):
+        if call is None:
             return method(self, signature, completion)
-        call.answer = str(completion)
+        call.answered(type(self), str(completion))
         try:
-            return method(self, signature, completion)
+            fields = method(self, signature, completion)
+            call.attempts.fits(signature, fields)
+            return fields
         except Exception as error:
             # DSPy may catch it, and ask in JSON.
-            call.wrong = _what(error)
+            call.did_not_fit(type(self), error)
             raise
 
     return parse
-
-
-def _failed(attempts: Attempts, call: _Call, error: Exception) -> None:
-    attempts.raised(error, call)
-    if call.wrong is None and isinstance(error, (dspy.AdapterParseError, OutputInvalid)):
-        call.wrong = _what(error)
-        call.answer = call.answer or str(getattr(error, "lm_response", ""))
 
 
 def _what(error: BaseException) -> str:
@@ -218,25 +190,10 @@ def _names(error: Any, name: str, info: Any) -> bool:
     return any(error.message.startswith(f"Failed to parse field {shown}") for shown in (f"{name} ", f"{name}:", info))
 
 
-def _key(signature: Any) -> Key:
-    # `hint_` is what Refine adds from its second run on.
-    inputs = tuple(name for name in signature.input_fields if name != "hint_")
-    return signature.instructions, inputs, tuple(signature.output_fields)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    seen: set[int] = set()
-    while found is not None and id(found) not in seen:  # one may be raised from itself
-        yield found
-        seen.add(id(found))
-        found = found.__cause__
-
-
-def _harmless(text: str, key: Key) -> str:
+def _harmless(text: str, signature: Any) -> str:
     """The text without field markers of any adapter: it may quote the answer."""
     text = field_markers.without_headers(field_markers.without_types(text))
-    return field_markers.without_tags(text, {*key[1], *key[2], "entry"})
+    return field_markers.without_tags(text, {*signature.fields, "entry"})
 
 
 def _appended(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

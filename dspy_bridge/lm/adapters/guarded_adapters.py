@@ -9,20 +9,17 @@ Prompts whose inputs have no markers are DSPy's to the byte. Adapters of any oth
 from __future__ import annotations
 
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import dspy
 import pydantic
-from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import built_once, corrections, field_markers, json_repair_limit
-from dspy_bridge.lm.metering import fallbacks
+from dspy_bridge.lm.adapters import built_once, corrections, field_markers
+from dspy_bridge.lm.metering import meter
 
 Signature = type[dspy.Signature]
 
@@ -99,7 +96,7 @@ class _Cleaning:
         return super().format_assistant_message_content(signature, outputs, *args, **options)  # type: ignore[misc]
 
 
-@corrections.told
+@corrections.asking_again
 @_callbacks_once
 class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
     def _clean_input(self, _signature: Signature, text: str) -> str:
@@ -115,7 +112,7 @@ class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy sh
         return fields
 
 
-@corrections.told
+@corrections.asking_again
 @_callbacks_once
 class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
     # The tags of a trajectory are its inputs'; the outputs of the next step are known only here.
@@ -136,81 +133,21 @@ class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
         return super().parse(signature, completion)
 
 
-@corrections.told
+@corrections.asking_again
 @_callbacks_once
 class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
     """JSON quotes text, so text begins no field; only a key may come twice."""
 
     def parse(self, signature: Signature, completion: str) -> Any:
-        try:
-            fields = super().parse(signature, completion)
-        except json_repair_limit.TooMuchToRepair:
-            raise
-        except ValueError as error:  # DSPy 3.3: of a value's type
-            raise dspy.AdapterParseError("JSONAdapter", signature, completion, str(error)) from error
+        fields = super().parse(signature, completion)
         if self.strict:
             _refuse(_contradicted_json(signature, completion))
         return fields
 
 
-@corrections.told
-@_callbacks_once
-class TwoStepAdapter(dspy.TwoStepAdapter):  # type: ignore[misc]
-    """Its second step is an adapter of DSPy's own choice: a callback checks what that one reads."""
-
-    strict = True
-
-    def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
-        demos = [_cleaned(signature.fields, demo, field_markers.without_headers) for demo in demos]
-        return super().format(signature, demos, _cleaned(signature.input_fields, inputs, field_markers.without_headers))
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        answers = _Answers()
-        with answers.watched():
-            made = super().__call__(*args, **options)
-        answers.check(self.strict)
-        return made
-
-    async def acall(self, *args: Any, **options: Any) -> Any:
-        answers = _Answers()
-        with answers.watched():
-            made = await super().acall(*args, **options)
-        answers.check(self.strict)
-        return made
-
-
-class _Answers(BaseCallback):  # type: ignore[misc]
-    """Notes the contradiction in the last answer that was read: DSPy swallows what a callback raises.
-
-    It also cleans, in place, the text of the first step.
-    """
-
-    def __init__(self) -> None:
-        self._wrong: str | None = None
-
-    def watched(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = dspy.context(callbacks=[*dspy.settings.callbacks, self])
-        return context
-
-    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if type(instance) in (dspy.ChatAdapter, dspy.JSONAdapter):
-            values = inputs["inputs"]
-            values.update(_cleaned(inputs["signature"].input_fields, values, field_markers.without_headers))
-
-    def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        contradicted = {dspy.ChatAdapter: _contradicted, dspy.JSONAdapter: _contradicted_json}.get(type(instance))
-        self._wrong = contradicted and contradicted(inputs["signature"], inputs["completion"])
-
-    def check(self, strict: bool) -> None:
-        if strict:
-            _refuse(self._wrong)
-
-
 def _guarded_fallback(self: Any) -> dspy.Adapter:
     """Called by DSPy where it handles an error of `parse`."""
-    if isinstance(sys.exc_info()[1], OutputInvalid):
-        raise  # DSPy 3.3 would ask again
-    return guarded(fallbacks.in_json(self), strict=self.strict)
+    return guarded(meter.in_json(self), strict=self.strict)
 
 
 if dspy_internals.JSON_FALLBACK.there:
@@ -222,7 +159,6 @@ _GUARDED: dict[type, Any] = {
     dspy.ChatAdapter: ChatAdapter,
     dspy.JSONAdapter: JSONAdapter,
     dspy.XMLAdapter: XMLAdapter,
-    dspy.TwoStepAdapter: TwoStepAdapter,
 }
 
 

@@ -20,8 +20,6 @@ from dspy_bridge.wire.messages import Encoded
 # Text as long as this without a break is data, such as an image in base64.
 _SHORTEST_DATA = 256
 _DATA = re.compile(rf"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{{{_SHORTEST_DATA},}}={{0,2}}")
-# How much of a long text is searched at once, in characters.
-_PIECE = 1 << 20
 # Values that are nested deeper are left out.
 _MAX_DEPTH = 64
 # Messages that there was no room for.
@@ -135,22 +133,12 @@ class _Shown:
     def _text(self, text: str) -> str:
         if len(text) > self._most:
             # With an image in it, which takes long to search for secrets.
-            self._refuse_long(text)
             text = _without_data(text)
         self._left -= len(text)
         if self._left < 0:
             raise _TooLong
         # In this order: half a secret is not known as one.
         return _without_data(redaction.redact(text))
-
-    def _refuse_long(self, text: str) -> None:
-        """Raises `_TooLong` for most texts that are, without a search through all of it, which stops all threads."""
-        left = self._left
-        for at in range(0, len(text), _PIECE):
-            # At both ends there may be less of some data than is recognised.
-            left -= len(_without_data(text[at : at + _PIECE])) - 2 * _SHORTEST_DATA
-            if left < 0:
-                raise _TooLong
 
 
 def _without_data(text: str) -> str:

@@ -1,8 +1,10 @@
-"""The LM calls of one run without their contents, as `meta["lm_events"]` has them. Imports no DSPy."""
+"""The LM calls of one run without their contents, as `meta["lm_events"]` has them."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
+
+from dspy_bridge.lm.lm_call import LMCall
 
 # A list of 10,000 inputs has as many calls; an event takes some 200 bytes. `lm_calls` counts all.
 MOST = 1000
@@ -19,37 +21,15 @@ _MOST_TOKENS = 10**15
 _UNFINISHED = "unfinished"
 
 
-class Times(Protocol):
-    """What a call has waited for, and when its answer began."""
-
-    first_chunk: float | None
-
-    def waited(self, until: float) -> float: ...
-
-
-class Call(Protocol):
-    """What an event is made of: `call_records.Record` has it. Times are of `time.monotonic`."""
-
-    model: str
-    started: float
-    ended: float | None
-    error_type: str | None
-    finish_reason: str | None
-    cached: bool | None
-    cost: float | None
-    times: Times
-    usages: list[dict[str, Any]]
-
-
-def events(calls: list[Any], began: float, now: float) -> list[dict[str, Any]]:
+def events(calls: list[LMCall], began: float, now: float) -> list[dict[str, Any]]:
     """Events of the first `MOST` calls, in the order of their start. `began`: when the request was received."""
     return [_event(call, began, now) for call in calls[:MOST]]
 
 
-def _event(call: Call, began: float, now: float) -> dict[str, Any]:
+def _event(call: LMCall, began: float, now: float) -> dict[str, Any]:
     ended = now if call.ended is None else call.ended
     error_type = _UNFINISHED if call.ended is None else call.error_type
-    waited, first_chunk = call.times.waited(ended), call.times.first_chunk
+    waited, first_chunk = call.waited(ended), call.first_chunk
     return {
         "model": call.model[:_LONGEST_NAME],
         "started_ms": _ms(call.started - began),

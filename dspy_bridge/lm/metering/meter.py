@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from contextvars import ContextVar
 from typing import Any
 
+import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.metering import call_records, history, lm_events
-from dspy_bridge.lm.metering.call_records import Record
+from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm.lm_call import LMCall
+from dspy_bridge.lm.metering import history, lm_events
 from dspy_bridge.lm.metering.history import History
 
-# Of the run in this context.
-_current: ContextVar[Meter | None] = ContextVar("meter", default=None)
-
 # The `response_format` of an LM call that any JSON object answers.
-PLAIN_JSON = {"type": "json_object"}
-# DSPy 3.3: the messages of the last LM call in this context that asked for a schema.
-_with_schema: ContextVar[Any] = ContextVar("with_schema", default=None)
+_PLAIN_JSON = {"type": "json_object"}
 
 
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
@@ -32,17 +28,17 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         """
         counted = dspy_internals.USAGE_TRACKER.there and dspy_internals.USAGE_SETTING.there
         self.tracker: Any = _Tracker() if counted else None
-        self._records: list[Record] = []
-        # By DSPy's ids of calls under way.
-        self._open: dict[str, Record] = {}
+        self._calls: list[LMCall] = []
+        # By DSPy's ids of calls under way: the call, and the one around it.
+        self._open: dict[str, tuple[LMCall, LMCall | None]] = {}
         self._fallbacks = 0
         self._history = None if history_bytes is None else History(history_bytes)
         self._events_since = events_since
 
     def settings(self) -> dict[str, Any]:
-        """DSPy's settings by which tokens are counted, for the run in this context."""
-        _current.set(self)
-        return {} if self.tracker is None else {dspy_internals.USAGE_SETTING.attribute: self.tracker}
+        """DSPy's settings by which a run is metered."""
+        tracked = {} if self.tracker is None else {dspy_internals.USAGE_SETTING.attribute: self.tracker}
+        return {**tracked, "callbacks": [*dspy.settings.callbacks, self]}
 
     def summary(self) -> dict[str, Any]:
         """What `meta` has of LMs, up to now; a cached answer is a call too.
@@ -51,90 +47,99 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         "fallbacks", "cost_usd"}`, and `history` and `lm_events` if they were asked for. The cost is None if that of a
         call is not known.
         """
-        records, now = list(self._records), time.monotonic()
-        unpriced = any(record.unpriced for record in records)
+        calls, now = list(self._calls), time.monotonic()
+        unpriced = any(call.unpriced for call in calls)
         shown = {
-            "wait_ms": round(1000 * sum((record.times.waited(record.ended or now) for record in records), 0.0), 3),
+            "wait_ms": round(1000 * sum((call.waited(call.ended or now) for call in calls), 0.0), 3),
             "lm_usage": {} if self.tracker is None else self.tracker.get_total_tokens(),
-            "lm_calls": len(records),
-            "cache_hits": sum(record.cached is True for record in records),
-            "finish_reasons": [record.finish_reason for record in records],
+            "lm_calls": len(calls),
+            "cache_hits": sum(call.cached is True for call in calls),
+            "finish_reasons": [call.finish_reason for call in calls],
             "fallbacks": self._fallbacks,
-            "cost_usd": None if unpriced else round(sum(record.cost or 0.0 for record in records), 12),
+            "cost_usd": None if unpriced else round(sum(call.cost or 0.0 for call in calls), 12),
         }
         if self._history is not None:
-            for record in records:
-                self._show(record, "not finished")
+            for call in calls:
+                self._show(call, "not finished")
             shown["history"] = self._history.json()
         if self._events_since is not None:
-            shown["lm_events"] = lm_events.events(records, self._events_since, now)
+            shown["lm_events"] = lm_events.events(calls, self._events_since, now)
         return shown
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Called by DSPy in the context of the LM call that follows."""
-        record = self._open[call_id] = Record(call_records.current.get())
+        outer = call = lm_call.current.get()
+        if call is None or call.metered:
+            call = LMCall(None, lm_call.RunContext(None))  # of an LM that your application made
+        self._open[call_id] = call, outer
+        call.metered = True
         if self._history is not None or self._events_since is not None:
-            record.model = str(getattr(instance, "model", ""))
+            call.model = str(getattr(instance, "model", ""))
         if self._history is not None:
-            record.entry = self._history.begin(), _messages(inputs)
-        self._records.append(record)
-        call_records.current.set(record)
-        if dspy_internals.RESPONSE_FORMAT is None:
-            self._count_schema_fallback(inputs.get("messages"), inputs.get("kwargs", {}).get("response_format"))
+            call.entry = self._history.begin(), _messages(inputs)
+        self._calls.append(call)
+        lm_call.current.set(call)
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         """Called by DSPy in the same context."""
-        record = self._open.pop(call_id)
-        call_records.current.set(record.outer)
-        record.outer = None
-        record.ended = time.monotonic()
-        record.error_type = None if exception is None else type(exception).__name__
-        if record.cached is None and self.tracker is not None and exception is None:
+        call, outer = self._open.pop(call_id)
+        lm_call.current.set(outer)
+        call.ended = time.monotonic()
+        call.error_type = None if exception is None else type(exception).__name__
+        if call.cached is None and self.tracker is not None and exception is None:
             # DSPy tracks no usage for an answer from the cache.
-            record.cached = not record.usages
-        if record.outputs is None and record.entry is not None:
-            record.outputs = outputs
-        self._show(record, None if exception is None else history.shown_error(exception))
+            call.cached = not call.usages
+        if call.outputs is None and call.entry is not None:
+            call.outputs = outputs
+        self._show(call, None if exception is None else history.shown_error(exception))
 
     def fell_back(self) -> None:
         """An adapter of DSPy's goes on to a simpler format."""
         self._fallbacks += 1
 
-    def _show(self, record: Record, error: str | None) -> None:
+    def _show(self, call: LMCall, error: str | None) -> None:
         """Write the call into the history, where that is not done yet."""
-        if self._history is None or record.entry is None:
+        if self._history is None or call.entry is None:
             return
-        entry, messages = record.entry
-        record.entry = None
+        entry, messages = call.entry
+        call.entry = None
         about = {
-            "model": record.model,
-            "outputs": record.outputs,
-            "finish_reason": record.finish_reason,
-            "usage": _usage(record),
-            "duration_ms": round(((record.ended or time.monotonic()) - record.started) * 1000, 3),
-            "cached": record.cached is True,
+            "model": call.model,
+            "outputs": call.outputs,
+            "finish_reason": call.finish_reason,
+            "usage": _usage(call),
+            "duration_ms": round(((call.ended or time.monotonic()) - call.started) * 1000, 3),
+            "cached": call.cached is True,
             "error": error,
         }
-        record.outputs = None
+        call.outputs = None
         self._history.end(entry, messages, about)
 
-    def _count_schema_fallback(self, messages: Any, response_format: Any) -> None:
-        """DSPy 3.3 asks once more, with the same messages, if an answer with a schema cannot be used."""
-        if response_format == PLAIN_JSON and messages is not None and messages == _with_schema.get():
-            self.fell_back()
-        _with_schema.set(messages if isinstance(response_format, type) else None)
+
+def install() -> None:
+    """Count the fallbacks of this process's adapters. Those of `guarded_adapters` call `in_json` themselves."""
+    dspy_internals.JSON_FALLBACK.wrap(lambda _fallback: in_json)
+    dspy_internals.RESPONSE_FORMAT.wrap(_watch_format)
 
 
-def counting() -> bool:
-    """Whether the reply of the run in this context has meta."""
-    return _current.get() is not None
-
-
-def fell_back() -> None:
-    """Count a fallback of the run in this context, if its reply has meta."""
-    meter = _current.get()
-    if meter is not None:
+def in_json(adapter: Any) -> dspy.Adapter:
+    """Called by DSPy where an answer could not be read: the adapter for another LM call, in JSON."""
+    if (meter := lm_call.run().meter) is not None:
         meter.fell_back()
+    return dspy_internals.JSON_FALLBACK.value(adapter)
+
+
+def _watch_format(choose: Any) -> Any:
+    """DSPy chooses plain JSON for types that providers refuse in a schema."""
+
+    @functools.wraps(choose)
+    def watched(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
+        choose(adapter, lm, lm_kwargs, signature)
+        meter = lm_call.run().meter
+        if meter is not None and lm_kwargs.get("response_format") == _PLAIN_JSON and lm.supports_response_schema:
+            meter.fell_back()
+
+    return watched
 
 
 def _messages(inputs: dict[str, Any]) -> Any:
@@ -147,11 +152,11 @@ def _messages(inputs: dict[str, Any]) -> Any:
     return [{"role": "user", "content": first}] if isinstance(first, str) else getattr(first, "messages", None)
 
 
-def _usage(record: Record) -> dict[str, Any]:
-    if not record.usages:
+def _usage(call: LMCall) -> dict[str, Any]:
+    if not call.usages:
         return {}
     total = dspy_internals.USAGE_TRACKER.value()
-    for usage in record.usages:
+    for usage in call.usages:
         total.add_usage("", usage)
     found: dict[str, Any] = total.get_total_tokens().get("", {})
     return found
@@ -163,7 +168,7 @@ class _Tracker(dspy_internals.USAGE_TRACKER.value or object):  # type: ignore[mi
         return self
 
     def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
-        record = call_records.current.get()
-        if record is not None:
-            record.usages.append(usage_entry)
+        call = lm_call.current.get()
+        if call is not None:
+            call.usages.append(usage_entry)
         super().add_usage(lm, usage_entry)

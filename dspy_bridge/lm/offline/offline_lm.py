@@ -9,21 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import dspy
+from dspy import lm15
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
-
-try:
-    from dspy import lm15
-except ImportError:  # DSPy 3.3, where an LM has no engine
-    lm15 = None
-# Whether an LM's `engine` may be chosen.
-ENGINES = lm15 is not None
 
 
 class Asked(NamedTuple):
@@ -51,37 +43,7 @@ class WatchFormat(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             _asked.set(Asked(instance, inputs["signature"], inputs["inputs"]))
 
 
-class _WithoutEngine:
-    """The methods by which an LM answers in DSPy 3.3, in OpenAI's format."""
-
-    supports_function_calling = supports_reasoning = supports_response_schema = False
-    supported_params: frozenset[str] = frozenset()
-    model: str
-    answer: Answer
-
-    def forward(self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **_options: Any) -> Any:
-        texts = [str(message.get("content")) for message in messages or [{"content": prompt}]]
-        text, usage = _reply(self.answer, texts)
-        message = SimpleNamespace(content=text, provider_specific_fields={})
-        names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens", "total_tokens": "total_tokens"}
-        return SimpleNamespace(
-            model=self.model,
-            choices=[SimpleNamespace(index=0, message=message, finish_reason="stop")],
-            usage={name: usage[given] for name, given in names.items()},
-        )
-
-    async def aforward(self, *args: Any, **options: Any) -> Any:
-        response = self.forward(*args, **options)
-        stream = dspy_internals.SEND_STREAM.there and dspy.settings[dspy_internals.SEND_STREAM.attribute]
-        if stream:
-            for word in words(response.choices[0].message.content):
-                choice = SimpleNamespace(delta=SimpleNamespace(content=word), finish_reason=None)
-                predictor = dspy.settings[dspy_internals.CALLER_PREDICT.attribute]
-                await stream.send(SimpleNamespace(predict_id=id(predictor), choices=[choice]))
-        return response
-
-
-class OfflineLM(*((LoopLM,) if ENGINES else (_WithoutEngine, LoopLM))):  # type: ignore[misc]
+class OfflineLM(LoopLM):
     """No network, no model: the answers are `answer`'s."""
 
     # For `meta`: DSPy knows no price of it.
@@ -90,9 +52,8 @@ class OfflineLM(*((LoopLM,) if ENGINES else (_WithoutEngine, LoopLM))):  # type:
     def __init__(self, name: str, answer: Answer, **options: Any) -> None:
         """`options`: those of `dspy.LM`; those of a connection are ignored."""
         options = {key: value for key, value in options.items() if key not in _CONNECTION}
-        engines = {"engine": _Engine(name, answer), "async_engine": _AsyncEngine(name, answer)} if ENGINES else {}
+        engines = {"engine": _Engine(name, answer), "async_engine": _AsyncEngine(name, answer)}
         super().__init__(name, **{"cache": False, **options, **engines})
-        self.answer = answer
 
 
 _CONNECTION = frozenset(

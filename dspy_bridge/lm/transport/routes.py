@@ -11,8 +11,8 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.transport import asking, lookups
+from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm.transport import lookups
 
 # Names that LiteLLM has for parts of a provider.
 _PARTS = {"cohere_chat": "cohere", "anthropic_text": "anthropic", "text-completion-openai": "openai"}
@@ -50,8 +50,8 @@ def provider(model: str, *, text: bool = False) -> str | None:
 
 def refuse_elsewhere(arguments: dict[str, Any]) -> None:
     """Raise `LMElsewhere` if LiteLLM would take these arguments to another provider than that of the peer's key."""
-    asked = asking.current.get()
-    if asked is None or asked.key_of is None:
+    target = lm_call.target()
+    if target is None or target.key_of is None:
         return
     model = arguments["model"]
     ask = dspy_internals.LITELLM_PROVIDER
@@ -59,8 +59,8 @@ def refuse_elsewhere(arguments: dict[str, Any]) -> None:
         found = str(ask.value(model)[1] if ask.there else model.partition("/")[0])
     except Exception:  # a name that it does not know, and so does not serve
         return
-    if found != _PROXY and provider(f"{found}/{model}") != asked.key_of:
+    if found != _PROXY and provider(f"{found}/{model}") != target.key_of:
         raise LMElsewhere(
-            f"the peer's key is for {asked.key_of}, but LiteLLM asks {found} for {model}; name its provider, as in"
-            f' "{asked.key_of}/…", or give the LM an api_key'
+            f"the peer's key is for {target.key_of}, but LiteLLM asks {found} for {model}; name its provider, as in"
+            f' "{target.key_of}/…", or give the LM an api_key'
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import lm_env
 from lm_server import Answer, LMServer, chat
-from peer import DSPY, PATIENCE, Peer
+from peer import PATIENCE, Peer
 
 MODEL = "openai/stub-model"
 
@@ -317,11 +317,10 @@ def test_executes_at_once_do_not_mix_their_meta(desk: Desk) -> None:
 
 
 def test_several_completions_are_one_call_with_all_their_tokens(desk: Desk) -> None:
-    """Each is a separate request, since DSPy 3.4."""
-    requests = 3 if DSPY >= (3, 4) else 1
+    """Each is a separate request."""
     meta = desk.run({"question": "a"}, args={"config": {"n": 3}}, meta=True)["meta"]
-    assert meta["lm_calls"] == 1 and meta["lm_usage"][MODEL]["completion_tokens"] == 7 * requests
-    assert len(desk.server.requests) == requests
+    assert meta["lm_calls"] == 1 and meta["lm_usage"][MODEL]["completion_tokens"] == 7 * 3
+    assert len(desk.server.requests) == 3
 
 
 def test_the_time_in_the_queue_is_told(desk: Desk) -> None:

@@ -306,7 +306,7 @@ def test_contents_are_not_logged(frames: str, tmp_path: Path) -> None:
         desk.answer = lambda _request: (401, {"error": {"message": "no", "type": "error", "code": None}})
         assert desk.run({**judge, "metric": EXACT})["error_type"] == "lm_error"
         seen += desk.frames
-        _code, out, err = desk.peer.finish_whole()
+        _code, out, err = desk.peer.finish()
     desk.server.stop()
     logged = [frame for frame in [*seen, *payloads(out)] if "log" in frame]
     assert CONTENTS not in err and CONTENTS not in json.dumps(logged)

@@ -138,18 +138,6 @@ def test_a_request_past_the_rate_waits_or_fails_at_once_if_its_deadline_is_befor
     assert len(server.requests) == 2
 
 
-def test_a_request_waits_for_its_turn_and_is_then_sent(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=120)})
-        begun = time.monotonic()
-        for _ in range(122):
-            peer.request("execute_program", ASK)
-        assert all(reply["success"] for reply in peer.receive_all(122).values())
-        # Two past what goes at once, of which two a second come back.
-        assert time.monotonic() - begun >= 0.99
-
-
 @ENGINES
 def test_tokens_are_counted_from_answers_and_may_bring_debt(start_lm: Any, engine: dict[str, Any]) -> None:
     """18 of each answer. With and without meta, which has its own count."""
@@ -310,16 +298,6 @@ def test_one_limit_holds_on_both_event_loops_and_in_threads(
     assert len(server.requests) == 3 * (1 + 4 + 1) and counting.most == 2
 
 
-def test_the_deadline_holds_in_threads_too(start_lm: Any, host_peer: Peer) -> None:
-    server = start_lm()
-    lm = account(server, requests_per_minute=3)
-    host_peer.call("create_program", {**QA, "program_type": "host:Threads", "lm": lm})
-    begun = time.monotonic()
-    assert not host_peer.call("execute_program", ASK, timeout_ms=15_000)["success"]
-    assert time.monotonic() - begun < 12
-    assert len(server.requests) == 3
-
-
 def test_a_run_that_has_begun_is_not_to_be_sent_again(start_lm: Any, host_peer: Peer) -> None:
     """Else a pool's next peer would call its tools once more."""
     server = start_lm()
@@ -330,39 +308,3 @@ def test_a_run_that_has_begun_is_not_to_be_sent_again(start_lm: Any, host_peer: 
     assert reply["error_type"] == "overloaded" and reply["retryable"] is False
     reply = host_peer.call("execute_program", ASK, timeout_ms=10_000)
     assert reply["error_type"] == "overloaded" and "retryable" not in reply
-
-
-def test_items_of_a_batch_have_the_limits_and_their_own_errors(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**QA, "lm": account(server, requests_per_minute=2)})
-        many = {**ASK, "inputs": [{"question": str(number)} for number in range(4)]}
-        results = peer.call("execute_program", many, timeout_ms=10_000)["result"]["results"]
-        # Any two of them may be the first that come to the limit.
-        errors = sorted(str(one.get("error_type")) for one in results)
-        assert errors == ["None", "None", "overloaded", "overloaded"]
-        for whole in ({}, {"timeout_ms": HOURS}):
-            begun = time.monotonic()
-            results = peer.call("execute_program", {**many, "item_timeout_ms": 10_000}, **whole)["result"]["results"]
-            assert [one["error_type"] for one in results] == ["overloaded"] * 4, "an item has a deadline of its own"
-            assert time.monotonic() - begun < 8
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("max_in_flight", 0, "a whole number, at least 1"),
-        ("max_in_flight", 1.5, "a whole number, at least 1"),
-        ("max_in_flight", True, "a whole number, at least 1"),
-        ("requests_per_minute", 0, "a positive number"),
-        ("tokens_per_minute", "many", "a positive number"),
-    ],
-)
-@pytest.mark.parametrize("where", ["lm", "config"])
-def test_limits_that_make_no_sense_are_refused_by_name(
-    echo_peer: Peer, where: str, name: str, value: object, expected: str
-) -> None:
-    lm = {"model": "offline/echo", name: value} if where == "lm" else {name: value}
-    echo_peer.call("create_program", QA)
-    reply = echo_peer.call("execute_program", {**ASK, where: lm})
-    assert reply["error_type"] == "invalid_args" and reply["error"] == f"{where}.{name}: expected {expected}"

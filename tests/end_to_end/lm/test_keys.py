@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from peer import DSPY, Peer
+from peer import Peer
 from tls_proxy import Sent, TLSProxy
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -117,7 +117,7 @@ def test_no_name_takes_it_elsewhere(proxy: TLSProxy, model: str, by_litellm: boo
             for lm in (name, {"model": name, "engine": "litellm"}) if by_litellm else (name,):
                 requests = sent(proxy, peer, "execute_program", {**ASK, "lm": lm})
                 assert_to_its_server(requests, provider, (model, lm))
-                if NAMES.get(name) == provider and ((DSPY >= (3, 4) and not by_litellm) or "/" in name):
+                if NAMES.get(name) == provider and (not by_litellm or "/" in name):
                     assert [request.host for request in requests] == [HOSTS[provider]], (model, lm)
                     assert SECRETS["api_key"] in requests[0].text, (model, lm)
         for name in NAMES if by_litellm else ():

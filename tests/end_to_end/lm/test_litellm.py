@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import BY_LITELLM, lm_env
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
@@ -71,16 +71,6 @@ def test_while_litellm_is_imported_others_are_served_in_time(start_lm: Any, tmp_
         ({**ASK, "program_id": "InThread", "lm": {**lm, "extra": {"foo": 2}}}, {}),
     ]
     with Peer(env=env) as peer:
-        if DSPY < (3, 4):
-            # Every LM needs it, so the create waits for it.
-            id = peer.request("create_program", QA)
-            deadline = time.monotonic() + PATIENCE
-            while not (tmp_path / "begun").exists():
-                assert peer.call("ping")["success"] and time.monotonic() < deadline
-            assert peer.call("ping")["success"]
-            peer.send({"cancel": id})
-            assert peer.receive()["error_type"] == "cancelled"
-            return
         assert peer.call("create_program", QA)["success"]
         for name in ("Typed", "InThread"):
             assert peer.call("create_program", {**QA, "id": name, "program_type": f"host:{name}"})["success"]
@@ -105,13 +95,10 @@ def test_with_warm_it_is_imported_when_an_lm_needs_it(start_lm: Any, tmp_path: P
     server = start_lm()
     env = {**lm_env(server), "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_WARM": "1"}
     with Peer(env=env) as peer:
-        if DSPY >= (3, 4):
-            assert peer.call("create_program", QA)["success"] and peer.call("execute_program", ASK)["success"]
-            assert not (tmp_path / "begun").exists()
-            lm = {"model": "openai/stub-model", **server.options(engine="litellm")}
-            assert peer.call("create_program", {**QA, "id": "other", "lm": lm})["success"]
-        else:
-            peer.request("create_program", QA)
+        assert peer.call("create_program", QA)["success"] and peer.call("execute_program", ASK)["success"]
+        assert not (tmp_path / "begun").exists()
+        lm = {"model": "openai/stub-model", **server.options(engine="litellm")}
+        assert peer.call("create_program", {**QA, "id": "other", "lm": lm})["success"]
         deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "begun").exists():
             assert time.monotonic() < deadline
@@ -142,4 +129,4 @@ def test_the_first_call_by_litellm_is_answered_and_delays_no_other(start_lm: Any
             slowest, rounds = max(slowest, time.monotonic() - sent), rounds + 1
         took = time.monotonic() - begun
         assert answer["result"] == {"answer": "Paris"}
-        assert DSPY < (3, 4) or (rounds > 3 and slowest < took / 3), f"{slowest:.1f} s of {took:.1f} s"
+        assert rounds > 3 and slowest < took / 3, f"{slowest:.1f} s of {took:.1f} s"

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from lm_server import chat
 from peer import Peer
-from shared_peers import shared_peer
 
 QA = "question -> answer, certain: bool"
 ADAPTERS = ["chat", "json", "xml"]
@@ -109,15 +108,6 @@ def test_steps_of_a_react(echo_peer: Peer) -> None:
     assert reply["result"]["trajectory"]["thought_1"] == "found"
 
 
-def test_tool_calls_of_a_predict(echo_peer: Peer) -> None:
-    answer = {"answer": "", "certain": True, "tool_calls": [{"name": "search", "args": {"query": "x"}}]}
-    create(echo_peer, [answer], tools=[{"name": "search", "args": {"query": "str"}}])
-    echo_peer.request("execute_program", {"program_id": "qa", "inputs": {"question": "Where?"}})
-    call = echo_peer.receive()["tool_call"]
-    echo_peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "y"}})
-    assert echo_peer.receive()["result"]["tool_calls"] == [{"name": "search", "args": {"query": "x"}, "result": "y"}]
-
-
 def test_fields_that_are_left_out_are_missing_in_the_answer(echo_peer: Peer) -> None:
     create(echo_peer, [{"answer": "a"}], adapter="json")
     reply = run(echo_peer)
@@ -130,35 +120,6 @@ def test_fields_that_there_are_not_are_named(echo_peer: Peer) -> None:
     assert reply["error_type"] == "lm_error"
     expected = "NoAnswer: [offline/script] its answer has an unknown field 'anwser'; expected answer, certain"
     assert reply["error"] == expected
-
-
-def test_attempts_show_in_the_question(echo_peer: Peer) -> None:
-    create(echo_peer, {"did not fit": {"answer": "better", "certain": True}, "*": "nonsense"}, adapter="json")
-    assert run(echo_peer)["error_type"] == "output_invalid"
-    assert run(echo_peer, attempts=2)["result"]["answer"] == "better"
-
-
-def test_best_of_n_takes_an_answer_for_each_run(echo_peer: Peer) -> None:
-    answers = [{"answer": "a", "certain": text == "2"} for text in "123"]
-    options = {"n": 3, "reward": {"field": "certain", "equals": True}}
-    create(echo_peer, answers, program_type="best_of_n", options=options)
-    assert run(echo_peer)["result"]["certain"] is True
-    assert run(echo_peer, lm=script(answers))["result"]["certain"] is True
-
-
-def test_two_steps(echo_peer: Peer) -> None:
-    """The first LM's answer is free text; the second is another one."""
-    second = script([{"answer": "b", "certain": True}])
-    create(echo_peer, ["It is b."], adapter={"name": "two_step", "extraction_model": second})
-    assert run(echo_peer)["result"] == {"answer": "b", "certain": True}
-
-
-def test_more_than_a_hundred_at_once_share_the_list() -> None:
-    """One LM for each hundred in flight."""
-    with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
-        create(peer, [{"answer": str(n), "certain": True} for n in range(250)])
-        results = run(peer, [{"question": "?"}] * 250)["result"]["results"]
-        assert sorted(int(item["result"]["answer"]) for item in results) == list(range(250))
 
 
 @pytest.mark.parametrize(
@@ -176,15 +137,3 @@ def test_more_than_a_hundred_at_once_share_the_list() -> None:
 def test_what_is_wrong_with_the_answers_is_an_argument_error(echo_peer: Peer, lm: Any, expected: str) -> None:
     reply = echo_peer.call("create_program", {"id": "qa", "signature": QA, "lm": lm})
     assert (reply["error_type"], reply["error"]) == ("invalid_args", expected)
-
-
-def test_it_may_be_optimized_and_write_the_instructions(echo_peer: Peer) -> None:
-    create(echo_peer, {"Why?": {"answer": "yes"}, "*": {"answer": "no"}}, "question -> answer")
-    proposals = script({"*": {"proposed_instruction": "Say yes.", "proposed_prefix_for_output_field": "A:"}})
-    optimize = {"optimizer": "copro", "options": {"breadth": 2, "depth": 1}, "prompt_lm": proposals, "num_threads": 1}
-    examples = {"inputs": [{"question": "Why?"}, {"question": "How?"}], "expected": [{"answer": "yes"}] * 2}
-    metric = {"field": "answer", "match": "equals"}
-    args = {"program_id": "qa", **examples, "metric": metric, "optimize": optimize}
-    reply = echo_peer.call("execute_program", args)
-    assert reply["success"], reply
-    assert reply["result"]["score"] == 0.5

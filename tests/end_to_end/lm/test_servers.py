@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import lm_env
 from lm_server import KEY, LMServer, chat
-from peer import DSPY, Peer
+from peer import Peer
 from shared_peers import shared_peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -43,36 +43,6 @@ def test_a_model_alone_is_asked_at_the_peers_server(start_lm: Any) -> None:
         execute(peer)
     assert asked(server) == [(model, f"Bearer {KEY}") for model in ("small", "of-the-call", "stub-model")]
     assert server.requests[-1]["temperature"] == 0.5
-
-
-def test_another_address_gets_neither_the_peers_key_nor_its_headers(start_lm: Any) -> None:
-    server, other = start_lm(), start_lm()
-    env = {**lm_env(server, extra_headers={"X-Team": "private"}), "OPENAI_API_KEY": "sk-of-the-environment"}
-    with Peer(env=env) as peer:
-        peer.call("create_program", QA)
-        execute(peer, lm={"model": SMALL, "api_base": other.url, "cache": False})
-        execute(peer, config={"api_base": other.url})
-        execute(peer, lm={"model": SMALL, "api_base": other.url, "api_key": "sk-own-0001", "cache": False})
-        _, _, log = peer.finish()
-    assert [key for _, key in asked(other)] == ["Bearer none", "Bearer none", "Bearer sk-own-0001"]
-    assert server.requests == [] and "sk-" not in log
-
-
-def test_an_lm_that_inherits_nothing_has_only_what_it_names(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
-        reply = peer.call("execute_program", {**ASK, "lm": {"model": SMALL, "inherit": False}})
-        assert reply["error_type"] == "lm_not_configured" if DSPY >= (3, 4) else not reply["success"]
-    assert server.requests == []
-
-
-def test_a_config_with_a_key_asks_the_same_server_with_it(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**QA, "lm": {"model": SMALL}})
-        execute(peer, config={"api_key": "sk-own-0002", "temperature": 0.7})
-    assert asked(server) == [("small", "Bearer sk-own-0002")] and server.requests[0]["temperature"] == 0.7
 
 
 def test_the_cache_knows_who_asked(start_lm: Any, tmp_path: Path) -> None:
@@ -143,18 +113,3 @@ def test_a_server_that_drops_connections_takes_no_longer_than_connect_timeout(st
                 reply = peer.call("execute_program", {**ASK, "config": config})
             assert "cannot be reached within 3 s" in reply["error"], reply
             assert time.monotonic() - began < 5
-
-
-def test_options_that_there_are_not_are_refused_with_the_nearest(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(server)) as peer:
-        reply = peer.call("create_program", {**QA, "lm": {"model": SMALL, "api_bas": server.url}})
-        assert reply["error"].startswith("lm.api_bas: unknown option; did you mean api_base?")
-        peer.call("create_program", QA)
-        reply = peer.call("execute_program", {**ASK, "config": {"max_token": 5}})
-        assert reply["error"].startswith("config.max_token: unknown option; did you mean max_tokens?")
-        execute(peer, config={"extra": {"vendor_mode": "fast"}})
-    assert server.requests[0]["vendor_mode"] == "fast"
-    with Peer(env=lm_env(server, api_bas="x")) as peer:
-        reply = peer.call("create_program", QA)
-        assert reply["error_type"] == "internal" and "lm_options.api_bas: unknown option" in reply["error"]

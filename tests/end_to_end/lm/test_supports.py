@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from conftest import BY_LITELLM, lm_env
-from lm_server import LMServer, chat, completion, script
-from peer import DSPY, Peer
+from lm_server import LMServer, chat, completion
+from peer import Peer
 from shared_peers import shared_peer
 from tool_host import execute as run_with_tools
 
@@ -49,12 +49,10 @@ def test_the_signatures_schema_goes_to_a_server_that_dspy_does_not_know(start_lm
 
 def test_it_belongs_to_the_model_and_overrules_dspys_table(start_lm: Any) -> None:
     """Another model of the server has what DSPy knows of it by its name: of the stub nothing, of GPT-4o mini all."""
-    # For LiteLLM every model has JSON mode.
-    plain = None if DSPY >= (3, 4) else "json_object"
     known, unknown = "openai/gpt-4o-mini", "openai/another"
     cases = [
         ({"model": "openai/stub-model"}, "json_schema"),
-        ({"model": unknown}, plain),
+        ({"model": unknown}, None),
         ({"model": unknown, "supports": "none"}, None),
         ({"model": known}, "json_schema"),
         ({"model": known, "supports": ["function_calling"]}, "json_object"),
@@ -74,16 +72,8 @@ def test_free_form_maps_are_asked_for_in_json_mode(start_lm: Any, kind: str) -> 
     server = start_lm(json.dumps({"counts": value}))
     program = {**SORT, "signature": f"text -> counts: {kind}"}
     with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
-        assert execute(peer, program, fallbacks=1 if DSPY >= (3, 4) else 0) == {"counts": value}
+        assert execute(peer, program, fallbacks=1) == {"counts": value}
     assert formats(server) == ["json_object"]
-
-
-def test_the_second_call_of_a_fallback_has_the_schema(start_lm: Any) -> None:
-    """After an answer that the chat adapter cannot read DSPy asks again with the JSON adapter."""
-    server = start_lm(script("no such fields", ANSWER))
-    with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
-        assert execute(peer, {**SORT, "adapter": "chat"}, fallbacks=1) == RESULT
-    assert formats(server) == [None, "json_schema"]
 
 
 def test_a_server_that_refuses_the_schema_is_an_error_with_its_words(start_lm: Any) -> None:
@@ -114,9 +104,3 @@ def test_tools_are_native_function_calls_with_function_calling(start_lm: Any, su
     assert reply["result"]["tool_calls"] == [{"name": "look", "args": {"query": "a"}, "result": "found"}]
     (request,) = server.requests
     assert ("tools" in request) is supported
-
-
-def test_wrong_values_are_refused_by_name(start_lm: Any) -> None:
-    with shared_peer(env=lm_env(start_lm())) as peer:
-        reply = peer.call("create_program", {**SORT, "lm": {"model": "openai/x", "supports": ["schemas"]}})
-        assert (reply["error_type"], reply["error"].partition(":")[0]) == ("invalid_args", "lm.supports")

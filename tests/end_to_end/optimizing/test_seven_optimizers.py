@@ -13,15 +13,11 @@ import pytest
 from conftest import lm_env
 from lm_server import LMServer
 from optimizing_lm import GOOD, answer
-from peer import DSPY, ROOT, Peer
+from peer import ROOT, Peer
 from plain_optimizers import EXAMPLES, METRICS, PLAIN, TRAINSET, VALSET, feedback, on_the_wire, optimize, program
 from tool_host import Tools, execute
 
 MODEL = "openai/stub-model"
-# By LiteLLM, in the test's own process, where DSPy has no engine of its own.
-LITELLM_LEAVES_SOCKETS = pytest.mark.filterwarnings(
-    *([] if DSPY >= (3, 4) else ["ignore::pytest.PytestUnraisableExceptionWarning"])
-)
 
 
 def reply(request: dict[str, Any]) -> str:
@@ -107,7 +103,6 @@ def plain(optimizer: str, lm: LMServer) -> tuple[dict[str, Any], float, list[str
 
 
 @pytest.mark.filterwarnings("ignore:Argument ``multivariate`` is an experimental feature")
-@LITELLM_LEAVES_SOCKETS
 @pytest.mark.parametrize("optimizer", PLAIN)
 def test_its_state_loads_and_scores_as_that_of_the_same_code_in_python(
     peer: Peer, lm: LMServer, optimizer: str

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import LacksFeature, lm_env
+from conftest import lm_env
 from lm_server import chat, script
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 from tool_host import ToolError, execute
 
@@ -69,9 +69,6 @@ def start(folder: Path, start_lm: Any) -> Iterator[Any]:
             }
             peer = peers.enter_context(shared_peer(env={**lm_env(server), **env}))
             reply = peer.call("create_program", {**CREATE, **create})
-            if init == "local" and DSPY < (3, 4):
-                assert "No module named 'dspy.primitives.local_interpreter'" in reply["error"]
-                raise LacksFeature
             assert reply["success"], reply
             return peer, server
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import DSPY, PATIENCE, ROOT, Peer
+from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 from tool_host import ToolError, execute
 
@@ -216,7 +216,7 @@ def test_demos_state_and_config_reach_every_attempt(start_lm: Any, program_type:
         assert peer.call("execute_program", {**ASK, "program_id": "y"})["result"] == {"answer": "yes"}
     attempts = [text for text in prompts(server) if "Why?" in text and "discussion" not in text]
     assert len(attempts) >= 3 and all("like so" in text for text in attempts)
-    assert server.requests[0]["max_completion_tokens" if DSPY >= (3, 4) else "max_tokens"] == 77
+    assert server.requests[0]["max_completion_tokens"] == 77
 
 
 COMPLETIONS = [{"reasoning": f"because of {n}", "answer": n} for n in range(3)]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SLOW_BY_LITELLM, lm_env, programs_at
-from lm_server import Answer, Ended, LMServer, chat, completion, event, script
-from peer import DSPY, ROOT, Peer
-from shared_peers import shared_peer
+from conftest import SLOW_BY_LITELLM
+from lm_server import Answer, Ended, chat, completion, event, script
+from peer import Peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
 # Each would be read without an error if nothing looked at the finish reason.
@@ -30,24 +27,6 @@ TEXT = (
     "the LM's answer was cut off at max_tokens (30); give it more, or take what there is with "
     "config.allow_truncated: true"
 )
-HOST = """
-import dspy
-
-class InThread(dspy.Module):
-    def __init__(self, signature):
-        super().__init__()
-        self.answer = dspy.Predict(signature)
-
-    def forward(self, question):
-        return self.answer(question=question)
-"""
-
-
-@pytest.fixture
-def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A program `qa`, and the LM that it asks."""
-    with programs_at(start_lm) as make:
-        yield make
 
 
 def collected(peer: Peer, args: dict[str, Any], **envelope: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -169,37 +148,11 @@ def test_a_tool_call_that_was_cut_off_is_not_made(make: Any, stream: bool, way: 
     assert reply["meta"]["finish_reasons"] == ["length"] and len(server.requests) == 1
 
 
-def test_the_second_step_of_two_is_refused_too(make: Any, start_lm: Any) -> None:
-    small = start_lm(Ended(CUT["chat"]))
-    extraction = {"model": "openai/small", **small.options(max_tokens=30)}
-    peer, server = make("It is safe.", adapter={"name": "two_step", "extraction_model": extraction})
-    reply = peer.call("execute_program", ASK, meta=True)
-    assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
-    assert reply["meta"]["finish_reasons"] == ["stop", "length"]
-    assert len(server.requests) == len(small.requests) == 1
-
-
-@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
-def test_an_attempt_that_was_cut_off_has_failed(make: Any, program_type: str) -> None:
-    options = {"N": 3, "threshold": 1, "reward": {"field": "answer", "equals": "safe"}}
-    answers = itertools.chain([Ended(CUT["chat"])], itertools.repeat(chat(answer="safe")))
-    lm = {"temperature": 1.0}
-    peer, server = make(lambda _request: next(answers), lm, program_type=program_type, options=options)
-    reply = peer.call("execute_program", ASK, meta=True)
-    assert reply["result"] == {"answer": "safe"}
-    assert reply["meta"]["finish_reasons"] == ["length", "stop"] and len(server.requests) == 2
-    peer, _ = make(Ended(CUT["chat"]), {"max_tokens": 30}, program_type=program_type, options=options)
-    reply = peer.call("execute_program", ASK, meta=True)
-    assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
-    assert set(reply["meta"]["finish_reasons"]) == {"length"}
-
-
 def test_one_of_several_completions_that_was_cut_off_is_one_too_many(make: Any) -> None:
     count = itertools.count()
 
     def answer(request: dict[str, Any]) -> Answer:
-        if DSPY >= (3, 4):
-            return Ended(CUT["chat"]) if next(count) else WHOLE["chat"]
+        return Ended(CUT["chat"]) if next(count) else WHOLE["chat"]
         body = completion(request["model"], WHOLE["chat"])
         body["choices"] += completion(request["model"], CUT["chat"], "length")["choices"]
         return 200, body
@@ -207,27 +160,3 @@ def test_one_of_several_completions_that_was_cut_off_is_one_too_many(make: Any) 
     peer, _ = make(answer, config={"n": 2, "temperature": 1.0})
     reply = peer.call("execute_program", ASK, meta=True)
     assert reply["error_type"] == "output_invalid" and reply["meta"]["finish_reasons"] == ["length"]
-
-
-def test_items_of_a_batch_are_refused_one_by_one(make: Any) -> None:
-    peer, _ = make(lambda request: Ended(CUT["chat"]) if "cut" in str(request) else WHOLE["chat"], {"max_tokens": 30})
-    inputs = [{"question": "a"}, {"question": "cut"}]
-    results = peer.call("execute_program", {**ASK, "inputs": inputs})["result"]["results"]
-    assert results == [
-        {"success": True, "result": {"answer": "It is safe."}},
-        {"success": False, "error": TEXT, "error_type": "output_invalid"},
-    ]
-
-
-def test_modules_of_users_in_threads_are_no_exception(folder: Path, start_lm: Any) -> None:
-    server = start_lm(Ended(CUT["chat"]))
-    env = {**lm_env(server, max_tokens=30), "PYTHONPATH": f"{ROOT}:{folder}", "DSPY_BRIDGE_ALLOW_MODULES": "host"}
-    with shared_peer(env=env) as peer:
-        create = {"id": "qa", "signature": "question -> answer", "program_type": "host:InThread"}
-        assert peer.call("create_program", create)["success"]
-        reply = peer.call("execute_program", ASK)
-        assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
-        # It takes no other config per call.
-        assert peer.call("execute_program", {**ASK, "config": {"allow_truncated": True}})["success"]
-        assert peer.call("create_program", {**create, "config": {"allow_truncated": True}})["success"]
-        assert peer.call("execute_program", ASK)["result"] == {"answer": "It is sa"}

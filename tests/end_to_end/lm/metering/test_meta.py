@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, LacksFeature, lm_env, programs_at
-from lm_server import Answer, Ended, LMServer, chat, completion, script
-from peer import DSPY, PATIENCE, ROOT, Peer
+from conftest import BY_LITELLM, lm_env
+from lm_server import Answer, chat, script
+from peer import PATIENCE, ROOT, Peer
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why?"}}
 PRICED = "openai/gpt-4o-mini"
@@ -36,13 +35,6 @@ NOTHING = {
 }
 
 
-@pytest.fixture
-def make(start_lm: Any) -> Iterator[Callable[..., tuple[Peer, LMServer]]]:
-    """A program `qa`, and the LM that it asks."""
-    with programs_at(start_lm, PRICED) as make:
-        yield make
-
-
 def of_lms(meta: dict[str, Any]) -> dict[str, Any]:
     return {name: meta[name] for name in NOTHING}
 
@@ -59,36 +51,6 @@ def test_a_call_has_a_finish_reason_and_a_cost(make: Any, stream: bool, way: dic
     assert meta["cost_usd"] == pytest.approx(COST)
 
 
-def test_a_reason_by_another_name_is_openais(make: Any) -> None:
-    body = completion("m", chat(answer="no"))
-    body["choices"][0]["finish_reason"] = "content_filter"
-    peer, _ = make((200, body))
-    assert peer.call("execute_program", ASK, meta=True)["meta"]["finish_reasons"] == ["content_filter"]
-
-
-def test_tool_calls_are_a_finish_reason(make: Any) -> None:
-    called = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-    body = completion("m", "", "tool_calls")
-    body["choices"][0]["message"].update(content=None, tool_calls=[called])
-    peer, _ = make((200, body), tools=[{"name": "look"}])
-    id = peer.request("execute_program", ASK, meta=True)
-    call = peer.receive()["tool_call"]
-    peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": "found"}})
-    reply = peer.receive()
-    assert (reply["id"], reply["meta"]["finish_reasons"]) == (id, ["tool_calls"])
-
-
-def test_the_calls_of_an_agent_are_in_their_order(make: Any) -> None:
-    step = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
-    answers = script(step, Ended("no format", "content_filter"), '{"reasoning": "r", "answer": "a"}')
-    peer, _ = make(answers, program_type="react", tools=[{"name": "look"}])
-    reply = peer.call("execute_program", ASK, meta=True)
-    assert reply["result"]["answer"] == "a", reply
-    assert reply["meta"]["finish_reasons"] == ["stop", "content_filter", "stop"]
-    assert (reply["meta"]["lm_calls"], reply["meta"]["fallbacks"]) == (3, 1)
-    assert reply["meta"]["cost_usd"] == pytest.approx(3 * COST)
-
-
 @pytest.mark.parametrize("adapter", ["chat", "xml"])
 def test_a_second_call_in_json_is_a_fallback(make: Any, adapter: str) -> None:
     peer, server = make(script("no format", '{"answer": "a"}'), adapter=adapter)
@@ -96,9 +58,7 @@ def test_a_second_call_in_json_is_a_fallback(make: Any, adapter: str) -> None:
     assert (meta["fallbacks"], meta["lm_calls"]) == (1, 2) and len(server.requests) == 2
     peer, _ = make(script("no format", "none here either"), adapter=adapter)
     reply = peer.call("execute_program", ASK, meta=True)
-    # DSPy 3.3 gives up the schema with one more call.
-    fallbacks = 1 if DSPY >= (3, 4) else 2
-    assert (reply["error_type"], reply["meta"]["fallbacks"]) == ("output_invalid", fallbacks)
+    assert (reply["error_type"], reply["meta"]["fallbacks"]) == ("output_invalid", 1)
 
 
 def test_an_answer_without_the_schema_that_the_lm_could_have_is_a_fallback(make: Any) -> None:
@@ -107,7 +67,7 @@ def test_an_answer_without_the_schema_that_the_lm_could_have_is_a_fallback(make:
     peer, server = make('{"answer": {"a": 1}}', adapter="json", signature=signature)
     meta = peer.call("execute_program", ASK, meta=True)["meta"]
     assert meta["lm_calls"] == 1 and server.requests[0]["response_format"] == {"type": "json_object"}
-    assert meta["fallbacks"] == (1 if DSPY >= (3, 4) else 0)
+    assert meta["fallbacks"] == 1
     peer, server = make('{"answer": 1}', adapter="json", signature="question -> answer: int")
     meta = peer.call("execute_program", ASK, meta=True)["meta"]
     assert (meta["lm_calls"], meta["fallbacks"]) == (1, 0)
@@ -116,21 +76,6 @@ def test_an_answer_without_the_schema_that_the_lm_could_have_is_a_fallback(make:
     lm = {"model": "openai/of-my-own"}
     peer, server = make('{"answer": {"a": 1}}', lm, adapter="json", signature=signature)
     assert peer.call("execute_program", ASK, meta=True)["meta"]["fallbacks"] == 0
-
-
-def test_a_second_call_without_the_schema_is_a_fallback(make: Any) -> None:
-    """DSPy 3.3 asks again if the first answer cannot be read."""
-    peer, server = make("no format", adapter="json")
-    meta = peer.call("execute_program", ASK, meta=True)["meta"]
-    assert len(server.requests) == meta["lm_calls"] == meta["fallbacks"] + 1 == (1 if DSPY >= (3, 4) else 2)
-
-
-def test_the_second_step_of_two_may_fall_back_too(make: Any, start_lm: Any) -> None:
-    small = start_lm(script("no format", '{"answer": "a"}'))
-    extraction = {"model": "openai/small", **small.options()}
-    peer, _ = make("It is a.", adapter={"name": "two_step", "extraction_model": extraction})
-    meta = peer.call("execute_program", ASK, meta=True)["meta"]
-    assert (meta["fallbacks"], meta["lm_calls"]) == (1, 3)
 
 
 def test_a_cached_answer_costs_nothing(make: Any) -> None:
@@ -188,8 +133,6 @@ def test_a_failed_call_has_no_reason_and_costs_nothing(make: Any) -> None:
 
 def test_tokens_of_a_call_that_failed_after_its_answer_count(make: Any) -> None:
     """Of two completions the second is refused: the first was billed, at a price that DSPy does not tell."""
-    if DSPY < (3, 4):
-        raise LacksFeature("it asks for all completions at once")
     peer, _ = make(script(chat(answer="a"), (400, {"error": {"message": "no"}})), config={"n": 2, "temperature": 1.0})
     reply = peer.call("execute_program", ASK, meta=True)
     assert reply["error_type"] == "lm_error" and reply["meta"]["lm_calls"] == 1
@@ -233,31 +176,6 @@ def test_a_run_that_is_stopped_tells_its_calls_up_to_then(make: Any, end: str) -
     assert reply["meta"]["finish_reasons"] == ["stop", None] and reply["meta"]["fallbacks"] == 1
     assert reply["meta"]["lm_usage"][PRICED]["completion_tokens"] == 7
     assert reply["meta"]["cost_usd"] == pytest.approx(COST), "what is under way is not known to be billed"
-
-
-def test_a_run_that_found_no_slot_has_meta(start_lm: Any) -> None:
-    server = start_lm()
-    server.gate.clear()
-    env = {**lm_env(server), "DSPY_BRIDGE_MAX_IN_FLIGHT": "1", "DSPY_BRIDGE_MAX_QUEUE": "0"}
-    with Peer(env=env) as peer:
-        peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
-        first = peer.request("execute_program", ASK)
-        assert server.arrived.acquire(timeout=PATIENCE)
-        reply = peer.call("execute_program", ASK, meta=True)
-        assert reply["error_type"] == "overloaded" and of_lms(reply["meta"]) == NOTHING
-        server.gate.set()
-        assert peer.receive()["id"] == first
-
-
-def test_the_calls_of_a_batch_are_in_the_order_of_their_start(make: Any) -> None:
-    peer, _ = make(lambda request: Ended("x", "content_filter") if "two" in str(request) else chat(answer="a"))
-    inputs = [{"question": "one"}, {"question": "two"}, {"question": "one"}]
-    meta = peer.call("execute_program", {**ASK, "inputs": inputs}, meta=True)["meta"]
-    # DSPy 3.3 gives up the schema with one more call.
-    more = 1 if DSPY >= (3, 4) else 2
-    assert meta["lm_calls"] == len(meta["finish_reasons"]) == 3 + more and meta["fallbacks"] == more
-    assert sorted(meta["finish_reasons"]) == ["content_filter"] * (1 + more) + ["stop", "stop"]
-    assert meta["cost_usd"] == pytest.approx((3 + more) * COST)
 
 
 @pytest.mark.slow

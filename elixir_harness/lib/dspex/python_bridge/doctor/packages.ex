@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
   alias DSPex.PythonBridge.Python.Probe
 
   # Those of pyproject.toml; a test compares them.
-  @needed [{"dspy", "3.3.1", "4"}, {"psutil", "5.9", nil}]
+  @needed [{"dspy", "3.4.1", "4"}, {"psutil", "5.9", nil}]
   @optimizers [{"numpy", "1.26", nil}, {"optuna", "3.4", nil}]
   @ranges @needed ++ @optimizers
   # What each optimizer imports that DSPy does not install.

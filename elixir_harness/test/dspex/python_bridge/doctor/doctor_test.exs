@@ -304,7 +304,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
     test "versions that are not tested", %{tmp_dir: dir} do
       for {dspy, status} <-
-            [{"3.3.0", :failed}, {"3.3.1", :ok}, {"3.3.12", :ok}] ++
+            [{"3.4.0", :failed}, {"3.4.1", :ok}, {"3.4.12", :ok}] ++
               [{"4.0.0rc1", :failed}, {"4.1", :failed}, {"3.5.2.post1", :ok}] do
         says(dir, %{version: "3.11.0", found: %{dspy: dspy, psutil: "5.9"}})
         checks = run()

@@ -7,15 +7,14 @@ out (finish reason, cost, whether the cache answered), which neither callbacks n
 from __future__ import annotations
 
 import functools
-import time
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
-from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.transport import admission
+from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm.lm_call import LMCall
 
 # In the `config` of a program or a call; ours, so DSPy does not get it.
 ALLOW_TRUNCATED = "allow_truncated"
@@ -25,53 +24,6 @@ class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships n
     """An answer was cut off. An error of the LM for DSPy, whose adapters ask again after other ones."""
 
 
-class Record:
-    """One LM call. `usages`: token counts as DSPy reported them, none for an answer from the cache.
-
-    `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `outputs` without an `entry`, too.
-    `error_type`: the class of the exception that it failed with. `model`: the LM's name, if the reply shows its calls.
-    `entry`: its place in the run's history, with the messages, if the reply has one.
-    """
-
-    __slots__ = (
-        "cached",
-        "cost",
-        "ended",
-        "entry",
-        "error_type",
-        "finish_reason",
-        "model",
-        "outer",
-        "outputs",
-        "started",
-        "times",
-        "usages",
-    )
-
-    def __init__(self, outer: Record | None) -> None:
-        self.outer = outer
-        self.model = ""
-        self.started = time.monotonic()
-        self.times = admission.times()
-        self.ended: float | None = None
-        self.error_type: str | None = None
-        self.usages: list[dict[str, Any]] = []
-        self.finish_reason: str | None = None
-        self.cost: float | None = None
-        self.cached: bool | None = None
-        self.outputs: Any = None
-        self.entry: tuple[Any, Any] | None = None
-
-    @property
-    def unpriced(self) -> bool:
-        """Whether the call was billed, as far as DSPy knows, and its price is not known."""
-        return self.cost is None and not self.cached and bool(self.usages or (self.ended and self.error_type is None))
-
-
-# The LM call under way in this context, in a run whose reply has meta.
-current: ContextVar[Record | None] = ContextVar("record", default=None)
-# Whether answers that were cut off are refused: in the runs of programs.
-refusing: ContextVar[bool] = ContextVar("refusing", default=False)
 # Whether the other answers to such a call are kept: to calls that an optimizer makes itself, which ask for many.
 keeping_whole: ContextVar[bool] = ContextVar("keeping_whole", default=False)
 
@@ -90,8 +42,6 @@ def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | 
 def install() -> None:
     """Watch all LM calls of this process."""
     dspy_internals.FINALIZE.wrap(_watch)
-    if dspy_internals.PROCESS_RESPONSE is not None:
-        dspy_internals.PROCESS_RESPONSE.wrap(_watch_older)
 
 
 def _watch(finalize: Any) -> Any:
@@ -100,41 +50,24 @@ def _watch(finalize: Any) -> Any:
         made = finalize(lm, call, result)
         # With `_get`: a later DSPy may know less of a call, which must not fail for that.
         reasons = _reasons_of(_get(result, "responses"), _get(result, "raw"))
-        record = current.get()
+        record = lm_call.current.get()
         if record is not None:
-            _note(record, lm, reasons, _get(result, "outputs"), _get(result, "cache_hit"), _get(result, "cost"))
-        if "length" in reasons and refusing.get():
+            _note(record, lm, reasons, result)
+        if "length" in reasons and lm_call.run().refuses_cut_off:
             return _whole(made, reasons) or _refuse(_get(call, "legacy"), _get(_get(call, "request"), "config"))
         return made
 
     return watched
 
 
-def _watch_older(process: Any) -> Any:
-    """The same for DSPy 3.3."""
-
-    @functools.wraps(process)
-    def watched(lm: Any, response: Any, prompt: Any, messages: Any, **options: Any) -> Any:
-        outputs = process(lm, response, prompt, messages, **options)
-        reasons = _reasons_of((), response)
-        record = current.get()
-        if record is not None:
-            cost = _get(_get(response, "_hidden_params"), "response_cost")
-            _note(record, lm, reasons, outputs, bool(_get(response, "cache_hit")), cost)
-        if "length" in reasons and refusing.get():
-            return _whole(outputs, reasons) or _refuse(options, lm.kwargs)
-        return outputs
-
-    return watched
-
-
-def _note(record: Record, lm: Any, reasons: list[str | None], outputs: Any, cached: bool | None, cost: Any) -> None:
+def _note(record: LMCall, lm: Any, reasons: list[str | None], result: Any) -> None:
     if record.entry is not None:
         # Only then: a run may have thousands of long answers.
-        record.outputs = outputs
+        record.outputs = _get(result, "outputs")
     record.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
-    record.cached = cached
-    if cached or getattr(lm, "costs_nothing", False):
+    record.cached = _get(result, "cache_hit")
+    cost = _get(result, "cost")
+    if record.cached or getattr(lm, "costs_nothing", False):
         record.cost = 0.0
     elif isinstance(cost, (int, float)):
         record.cost = float(cost)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from dspy_bridge.lm.metering import call_records
+from dspy_bridge.lm import lm_call
+from dspy_bridge.lm.lm_call import LMCall, RunContext
+from dspy_bridge.lm.metering import endings
 
 
 def choices(*reasons: object) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def choices(*reasons: object) -> dict[str, Any]:
     ],
 )
 def test_reasons_have_openais_names(raw: object, reasons: list[str | None]) -> None:
-    assert call_records._reasons_of((), raw) == reasons
+    assert endings._reasons_of((), raw) == reasons
 
 
 @pytest.mark.parametrize(
@@ -50,21 +52,21 @@ def test_reasons_have_openais_names(raw: object, reasons: list[str | None]) -> N
 def test_a_tool_call_that_a_provider_cut_off_is_known_by_the_providers_reason(given: dict[str, Any]) -> None:
     """For DSPy any answer with a tool call ended with it."""
     response = SimpleNamespace(finish_reason="tool_call", provider_data=given)
-    assert call_records._reasons_of((response,), None) == ["length"]
+    assert endings._reasons_of((response,), None) == ["length"]
     response = SimpleNamespace(finish_reason="tool_call", provider_data=choices("tool_calls"))
-    assert call_records._reasons_of((response,), None) == ["tool_calls"]
-    assert call_records._reasons_of((SimpleNamespace(finish_reason="tool_call", provider_data=None),), None) == [
+    assert endings._reasons_of((response,), None) == ["tool_calls"]
+    assert endings._reasons_of((SimpleNamespace(finish_reason="tool_call", provider_data=None),), None) == [
         "tool_calls"
     ]
 
 
 def test_a_call_of_which_dspy_tells_nothing_is_no_error() -> None:
     """As of a later DSPy, whose objects have other fields."""
-    watched = call_records._watch(lambda lm, call, result: ["answer"])
-    record = call_records.Record(None)
-    token = call_records.current.set(record)
+    watched = endings._watch(lambda lm, call, result: ["answer"])
+    record = LMCall(None, RunContext(None))
+    token = lm_call.current.set(record)
     try:
         assert watched(object(), object(), object()) == ["answer"]
     finally:
-        call_records.current.reset(token)
+        lm_call.current.reset(token)
     assert (record.finish_reason, record.cached, record.cost, record.outputs) == (None, None, None, None)

@@ -1,0 +1,205 @@
+"""The LM call under way: where it goes, for which run, and all that is recorded of it. Imports DSPy.
+
+`transport` sends its requests by it, `metering` shows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import dspy
+
+from dspy_bridge import tracing
+from dspy_bridge.caller import Caller
+from dspy_bridge.lm.rate_limits import Lane
+from dspy_bridge.runtime import worker_threads
+from dspy_bridge.runtime.worker_threads import Job
+
+# The DSPy setting that has the `RunContext`: DSPy's threads have its settings, but no other context.
+RUN = tracing.RUN
+
+
+class Target(NamedTuple):
+    """Where an LM of ours is asked. `account`: the server and the key, as the cache tells them apart.
+
+    `scope`: of the cache, as the client named it. `connect_timeout`: in seconds; `retries`: whether a failed attempt to
+    connect is followed by others within it. `key_of`: the provider whose key the LM has from the peer's; None if its
+    own options say where it is asked. `lane`: where its requests wait.
+    """
+
+    account: str
+    scope: str | None
+    connect_timeout: float
+    retries: bool
+    key_of: str | None
+    lane: Lane
+
+
+class LMOverloaded(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
+    """A request would have to wait past the deadline of its run. `begun`: whether the run has asked LMs or tools."""
+
+    def __init__(self, text: str, begun: bool) -> None:
+        super().__init__(text)
+        self.begun = begun
+
+
+class RunContext:
+    """What LM calls, tools and adapters of one run need to know of it, on the event loop as in threads.
+
+    `deadline`: in seconds of `time.monotonic`, or None. `call`: the client's. `meter`: None if its reply has no meta.
+    `attempts`: how adapters ask again; None if they do not. `refuses_cut_off`: whether answers that were cut off are
+    refused. `steps`: calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
+    """
+
+    def __init__(self, deadline: float | None, call: Caller | None = None) -> None:
+        self.deadline = deadline
+        self.call: Any = call
+        self.meter: Any = None
+        self.attempts: Any = None
+        self.refuses_cut_off = False
+        self.traceparent = tracing.current()
+        self.job: Job | None = None
+        self.steps = 0
+
+    def slot(self) -> AbstractAsyncContextManager[None] | None:
+        """What a call of an LM waits for, on its event loop, and leaves at its end; None by default."""
+        return None
+
+    def request(self) -> None:
+        """Called before each request to an LM's server."""
+
+    def not_sent(self) -> None:
+        """Called if the request was not sent after all: it was refused, or cancelled as it waited."""
+
+    def overloaded(self, text: str) -> LMOverloaded:
+        """The error for a request of the latest step."""
+        return LMOverloaded(text, self.steps > 1)
+
+
+def run() -> RunContext:
+    """The run under way; an empty one outside of runs."""
+    found: RunContext | None = dspy.settings.get(RUN)
+    return RunContext(None) if found is None else found
+
+
+def step() -> RunContext:
+    """The run under way, which has come to a call of an LM or a tool."""
+    found = run()
+    found.steps += 1
+    return found
+
+
+def job() -> Job | None:
+    """By which a sync call of an LM in this thread can be cancelled, if it can."""
+    return worker_threads.current.get() or run().job
+
+
+class LMCall:
+    """One call of an LM; its requests follow one another. Times are of `time.monotonic`, in seconds.
+
+    `target`: None for an LM that your application made. `refused`: our error, of which LiteLLM and the clients below it
+    may have made one of theirs. `usages`: token counts as DSPy reported them, none for an answer from the cache.
+    `finish_reason`, `cost` (US dollars) and `cached` are None where DSPy does not tell them, `error_type` is the class
+    of the exception that it failed with. `first_chunk`: when the first piece of a streamed answer came. `entry`: its
+    place in the run's history, with the messages, if the reply has one; `outputs`: for the history alone.
+    """
+
+    cached: bool | None = None
+    cost: float | None = None
+    ended: float | None = None
+    entry: tuple[Any, Any] | None = None
+    error_type: str | None = None
+    finish_reason: str | None = None
+    first_chunk: float | None = None
+    metered = False
+    model = ""
+    outputs: Any = None
+    refused: dspy.LMError | None = None
+    _waiting_since: float | None = None
+    _waited = 0.0
+
+    def __init__(self, target: Target | None, run: RunContext) -> None:
+        self.target = target
+        self.run = run
+        self.started = time.monotonic()
+        self.usages: list[dict[str, Any]] = []
+
+    @property
+    def unpriced(self) -> bool:
+        """Whether the call was billed, as far as DSPy knows, and its price is not known."""
+        return self.cost is None and not self.cached and bool(self.usages or (self.ended and self.error_type is None))
+
+    def begin_wait(self) -> None:
+        """It waits for the limits of its account from now on, unless it does already."""
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+            _waiting.add(self)
+
+    def end_wait(self) -> None:
+        """It waits no longer: its next request is sent, or it has ended."""
+        self._waited, self._waiting_since = self.waited(time.monotonic()), None
+        _waiting.discard(self)
+
+    def waited(self, until: float) -> float:
+        """How long it has waited until then."""
+        since = self._waiting_since
+        return self._waited + (0.0 if since is None else max(0.0, until - since))
+
+    def chunk(self) -> None:
+        """A piece of a streamed answer was received."""
+        if self.first_chunk is None:
+            self.first_chunk = time.monotonic()
+
+
+# The LM call under way in this context.
+current: ContextVar[LMCall | None] = ContextVar("lm_call", default=None)
+# The calls that wait now.
+_waiting: set[LMCall] = set()
+
+
+def waiting() -> int:
+    """How many calls of LMs wait for the limits of their account."""
+    return len(_waiting)
+
+
+def target() -> Target | None:
+    """Where the LM call under way goes; None for an LM that your application made."""
+    call = current.get()
+    return None if call is None else call.target
+
+
+@contextmanager
+def of(target: Target | None) -> Iterator[None]:
+    """Around a call of an LM of ours."""
+    call = LMCall(target, step())
+    token = current.set(call)
+    try:
+        yield
+    finally:
+        current.reset(token)
+        call.end_wait()
+
+
+class TokenCount:
+    """What DSPy reports the tokens of an answer to, in front of its usual tracker, or None."""
+
+    def __init__(self, spend: Callable[[int], object], tracker: Any) -> None:
+        self._spend = spend
+        self._tracker = tracker
+
+    def __deepcopy__(self, _memo: object) -> TokenCount:
+        # DSPy copies it for each of its threads.
+        return self
+
+    def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
+        """As of DSPy's `UsageTracker`."""
+        total = usage_entry.get("total_tokens")
+        names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
+        counts = [total] if isinstance(total, int) else [usage_entry.get(name) for name in names]
+        self._spend(sum(count for count in counts if isinstance(count, int)))
+        if self._tracker is not None:
+            self._tracker.add_usage(lm, usage_entry)

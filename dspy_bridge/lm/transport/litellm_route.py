@@ -1,0 +1,249 @@
+"""What happens to each request that LiteLLM sends to an LM, as `outgoing` says for DSPy's own engine.
+
+LiteLLM's import takes seconds, so it is done in a thread before a call needs it: DSPy would do it in the middle of the
+first call, on the event loop, where every other call and every deadline would wait for it. LiteLLM sends with httpx,
+or httpx2 for OpenAI's clients, whose `send` is wrapped. It counts what is received, not what that is unpacked to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import importlib
+import importlib.util
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import aclosing, asynccontextmanager
+from threading import Lock, Thread
+from typing import Any
+
+from dspy_bridge import tracing
+from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm.transport import admission, connecting, routes
+from dspy_bridge.lm.transport.outgoing import Count, LMAnswerRefused, not_redirected
+from dspy_bridge.logs import redaction
+
+_importing: Future[None] | None = None
+_lock = Lock()
+
+
+def install() -> None:
+    """Wrap the places where DSPy calls LiteLLM, once in a process."""
+    for name in dspy_internals.LITELLM_ARGUMENTS:
+        name.wrap(_with_header_in_arguments)
+    dspy_internals.LITELLM_LEGACY.wrap(_with_header_in_request)
+    dspy_internals.ASYNC_LITELLM_LEGACY.wrap(lambda complete: _calling(_with_header_in_request(complete)))
+    dspy_internals.ASYNC_LITELLM_ENGINE.wrap(_calling)
+    dspy_internals.ASYNC_LITELLM_STREAM.wrap(_streaming)
+
+
+def _calling(complete: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(complete)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        async with _call():
+            return await complete(*args, **kwargs)
+
+    return call
+
+
+def _streaming(stream: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stream)
+    async def call(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async with _call(), aclosing(stream(*args, **kwargs)) as events:
+            async for event in events:
+                yield event
+
+    return call
+
+
+@asynccontextmanager
+async def _call() -> AsyncIterator[None]:
+    # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
+    await asyncio.shield(asyncio.wrap_future(start()))
+    async with admission.admitted():
+        call = lm_call.current.get()
+        try:
+            yield
+        except Exception:
+            if call is None or call.refused is None:
+                raise
+        if call is not None and call.refused is not None:
+            raise call.refused
+
+
+def start() -> Future[None]:
+    """Start the import, unless it is under way or done."""
+    global _importing
+    with _lock:
+        if _importing is None or (_importing.done() and _importing.exception() is not None):
+            _importing = Future()
+            Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
+        return _importing
+
+
+def _import(done: Future[None]) -> None:
+    try:
+        if dspy_internals.GET_LITELLM.there:
+            # DSPy's own threads may be importing it: it holds a lock meanwhile, and the module counts as imported.
+            dspy_internals.GET_LITELLM.value(feature="dspy.LM")
+        else:
+            importlib.import_module("litellm")
+        watch_clients()
+        # It runs before LiteLLM's own exit handlers, which were registered before.
+        atexit.register(dspy_internals.silence_litellm)
+        done.set_result(None)
+    except BaseException as error:  # many packages' code, which may raise anything
+        done.set_exception(error)
+
+
+def watch_clients() -> None:
+    """Wrap the clients that LiteLLM sends with, once in a process. Their other users see no change."""
+    for library, (send, async_send) in dspy_internals.HTTP_SENDS.items():
+        if importlib.util.find_spec(library) is not None:
+            send.wrap(_sending_sync)
+            async_send.wrap(functools.partial(_sending, importlib.import_module(library)))
+    if importlib.util.find_spec("aiohttp") is not None:
+        dspy_internals.AIOHTTP_POST.wrap(_without_redirects)
+
+
+def _sending(httpx: Any, send: Callable[..., Any]) -> Callable[..., Any]:
+    failures = (httpx.ConnectError, httpx.ConnectTimeout)
+
+    class Body(httpx.AsyncByteStream):  # type: ignore[misc]
+        def __init__(self, stream: Any, received: Callable[[], None], call: lm_call.LMCall) -> None:
+            self._stream, self._received, self._call = stream, received, call
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            count = Count()
+            async for chunk in self._stream:
+                self._received()
+                try:
+                    count.add(chunk)
+                except LMAnswerRefused as error:
+                    self._call.refused = error
+                    raise
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    async def sending(client: Any, request: Any, call: lm_call.LMCall, target: lm_call.Target, options: Any) -> Any:
+        stream = options.pop("stream", False)
+        if _is_private(request):
+            options["follow_redirects"] = False
+        # A value set for this request alone may be signed.
+        if request.headers.get("accept-encoding") == client.headers.get("accept-encoding"):
+            request.headers["accept-encoding"] = "identity"
+
+        async def attempt(seconds: float) -> Any:
+            timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+            request.extensions = {**request.extensions, "timeout": timeouts}
+            return await send(client, request, stream=True, **options)
+
+        response = await connecting.connect(attempt, target, str(request.url), failures)
+        try:
+            received = admission.answered(response.status_code, response.headers.get)
+            if _is_private(request):
+                not_redirected(response.status_code, response.headers.get("location"))
+            response.stream = Body(response.stream, received, call)
+            if not stream:
+                await response.aread()
+        except BaseException:
+            await response.aclose()
+            raise
+        return response
+
+    @functools.wraps(send)
+    async def sent(self: Any, request: Any, **options: Any) -> Any:
+        call = lm_call.current.get()
+        if call is None or call.target is None:
+            return await send(self, request, **options)
+        if call.refused is not None:
+            raise call.refused  # LiteLLM tries again
+        try:
+            return await sending(self, request, call, call.target, options)
+        except (LMAnswerRefused, connecting.LMUnreachable, lm_call.LMOverloaded) as error:
+            call.refused = error
+            raise
+
+    return sent
+
+
+def _sending_sync(send: Callable[..., Any]) -> Callable[..., Any]:
+    """For the few providers that LiteLLM asks in a thread of its own."""
+
+    @functools.wraps(send)
+    def sent(self: Any, request: Any, **options: Any) -> Any:
+        call = lm_call.current.get()
+        if call is None or call.target is None or not _is_private(request):
+            return send(self, request, **options)
+        response = send(self, request, **{**options, "follow_redirects": False})
+        try:
+            not_redirected(response.status_code, response.headers.get("location"))
+        except LMAnswerRefused as error:
+            response.close()
+            call.refused = error
+            raise
+        return response
+
+    return sent
+
+
+def _is_private(request: Any) -> bool:
+    """Whether it has a prompt or a key; LiteLLM also gets images, for providers that take no addresses."""
+    return request.method != "GET" or any(redaction.names_secret(name) for name in request.headers)
+
+
+def _without_redirects(post: Callable[..., Any]) -> Callable[..., Any]:
+    async def check(response: Any) -> None:
+        try:
+            not_redirected(response.status, response.headers.get("location"))
+        except LMAnswerRefused as error:
+            if (call := lm_call.current.get()) is not None:
+                call.refused = error
+            raise
+
+    @functools.wraps(post)
+    def posting(self: Any, url: Any, **kwargs: Any) -> Any:
+        if lm_call.target() is not None:
+            kwargs = {**kwargs, "allow_redirects": False, "raise_for_status": check}
+        return post(self, url, **kwargs)
+
+    return posting
+
+
+def _with_header_in_request(complete: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(complete)
+    def call(self: Any, lm: Any, request: dict[str, Any], **context: Any) -> Any:
+        return complete(self, lm, _checked(request), **context)
+
+    return call
+
+
+def _with_header_in_arguments(arguments: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(arguments)
+    def add_header(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return _checked(arguments(self, *args, **kwargs))
+
+    return add_header
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """LiteLLM's keyword arguments with the traceparent, which replaces one of the LM's own.
+
+    It goes into `headers`, not `extra_headers`: those LiteLLM also puts into the body that some providers get.
+    Raises `LMElsewhere`.
+    """
+    routes.refuse_elsewhere(options)
+    traceparent = tracing.current()
+    if traceparent is None:
+        return options
+    changed = {**options, "headers": options.get("headers") or {}}
+    for key in ("headers", "extra_headers"):
+        # Anything but a dict is LiteLLM's to refuse.
+        if isinstance(given := changed.get(key), dict):
+            changed[key] = {name: value for name, value in given.items() if name.lower() != tracing.TRACEPARENT}
+    if isinstance(headers := changed["headers"], dict):
+        headers[tracing.TRACEPARENT] = traceparent
+    return changed

@@ -1,0 +1,132 @@
+"""What happens to each request that DSPy's own engine sends to an LM. Imports DSPy.
+
+In this order: it waits for the limits of its account and counts for the budget of its run, gets the run's
+`traceparent`, connects within the `connect_timeout`, and of the answer a redirect is refused and the bytes are counted.
+
+DSPy has no place for a header of one call: an LM's options are part of the cache's key, so the cache would never hit,
+and a header among them makes DSPy call LiteLLM in place of its own engine. So the transports of its engine are wrapped;
+for LiteLLM see `litellm_route`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import dspy
+
+from dspy_bridge import tracing
+from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm.transport import admission, connecting
+
+# Bytes of each answer; set once, from the settings.
+most = 32 * 1024 * 1024
+
+
+class LMAnswerRefused(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
+    """An answer is too long, or a redirect. Not worth a retry."""
+
+
+class Count:
+    """Counts the bytes of one answer."""
+
+    def __init__(self) -> None:
+        self._left = most
+
+    def add(self, piece: bytes) -> None:
+        """Raises `LMAnswerRefused`."""
+        self._left -= len(piece)
+        if self._left < 0:
+            raise LMAnswerRefused(f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes")
+
+
+def not_redirected(status: int, location: str | None) -> None:
+    """Raises `LMAnswerRefused` for a redirect, which would take the prompt and the key to another server."""
+    if 300 <= status < 400:
+        to = urlsplit(location or "").hostname or "another path"
+        raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
+
+
+def install() -> None:
+    """Wrap them, once in a process."""
+    dspy_internals.TRANSPORT.wrap(_sending)
+    dspy_internals.ASYNC_TRANSPORT.wrap(_sending_async)
+
+
+def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
+    failures = tuple(name.value for name in dspy_internals.CONNECT_FAILURES if name.there)
+
+    @functools.wraps(stream)
+    @asynccontextmanager
+    async def send(self: Any, request: Any) -> AsyncIterator[Any]:
+        request, target = _traced(request), lm_call.target()
+        async with admission.admitted(), AsyncExitStack() as stack:
+            if target is None:
+                response = await stack.enter_async_context(stream(self, request))
+            else:
+
+                async def attempt(seconds: float) -> Any:
+                    timed = dataclasses.replace(request, connect_timeout=seconds)
+                    return await stack.enter_async_context(stream(self, timed))
+
+                response = await connecting.connect(attempt, target, request.url, failures)
+            received = admission.answered(response.status, response.header)
+            not_redirected(response.status, response.header("location"))
+
+            async def chunks() -> AsyncIterator[bytes]:
+                count = Count()
+                async with aclosing(aiter(response)) as pieces:
+                    async for chunk in pieces:
+                        received()
+                        count.add(chunk)
+                        yield chunk
+
+            async def release(_consumed: bool) -> None:
+                await response.aclose()
+
+            yield _with_body(response, chunks(), release)
+
+    return send
+
+
+def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
+    """Of LMs that your application made and calls in a thread: those of ours are called on the event loop."""
+
+    @functools.wraps(stream)
+    @contextmanager
+    def send(self: Any, request: Any) -> Iterator[Any]:
+        with stream(self, _traced(request)) as response:
+            not_redirected(response.status, response.header("location"))
+
+            def chunks() -> Iterator[bytes]:
+                count = Count()
+                for chunk in response:
+                    count.add(chunk)
+                    yield chunk
+
+            yield _with_body(response, chunks(), lambda _consumed: response.close())
+
+    return send
+
+
+def _traced(request: Any) -> Any:
+    traceparent = tracing.current()
+    if traceparent is None:
+        return request
+    # The only one: an LM with headers of its own goes through LiteLLM.
+    return dataclasses.replace(request, headers=[*request.headers, (tracing.TRACEPARENT, traceparent)])
+
+
+def _with_body(response: Any, chunks: Any, release: Callable[[bool], Any]) -> Any:
+    return type(response)(
+        status=response.status,
+        reason=response.reason,
+        headers=response.headers,
+        http_version=response.http_version,
+        chunks=chunks,
+        release=release,
+    )
