@@ -277,8 +277,6 @@ BEST_OF_N = [Name(f"dspy:BestOfN.{attribute}", "best_of_n is refused", of_instan
 REFINE = [
     Name(f"dspy:Refine.{attribute}", "refine is refused", of_instances=True) for attribute in (*_BEST, "reward_fn_code")
 ]
-# How the RuntimeError of a ProgramOfThought begins whose code failed each time.
-NO_MORE_HOPS = "Max hops reached"
 
 # Optimizers: see `optimizing/executors`.
 EXECUTE = Name(

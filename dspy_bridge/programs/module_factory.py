@@ -23,11 +23,10 @@ TYPES = {
     "best_of_n": "BestOfN",
     "refine": "Refine",
     "multi_chain_comparison": "MultiChainComparison",
-    "program_of_thought": "ProgramOfThought",
-    "code_act": "CodeAct",
     "rlm": "RLM",
 }
-_RUN_CODE = frozenset(("program_of_thought", "code_act", "rlm"))
+# DSPy 3.5 removes them.
+_GONE = frozenset(("program_of_thought", "code_act"))
 # Undocumented names that a type cannot do without.
 _NEEDS = {"best_of_n": dspy_internals.BEST_OF_N, "refine": dspy_internals.REFINE}
 _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
@@ -37,10 +36,6 @@ _OWN_FIELDS = {
     "react": frozenset(("trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning")),
     "refine": frozenset(("hint_",)),
     "multi_chain_comparison": frozenset(("rationale",)),
-    "program_of_thought": frozenset(
-        ("generated_code", "previous_code", "error", "final_generated_code", "code_output", "reasoning", "interpreter")
-    ),
-    "code_act": frozenset(("trajectory", "generated_code", "finished", "max_iters", "reasoning", "interpreter")),
     "rlm": frozenset(
         ("trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory")
     ),
@@ -49,8 +44,6 @@ _OWN_FIELDS = {
 _OWN_ARGUMENTS = {
     ("react", "inputs"): frozenset(("module",)),
     ("react", "outputs"): frozenset(("self",)),
-    ("code_act", "inputs"): frozenset(("module",)),
-    ("code_act", "outputs"): frozenset(("self",)),
     ("rlm", "outputs"): frozenset(("self",)),
 }
 
@@ -63,13 +56,15 @@ def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
 def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
     """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
     program_type = definition.get("program_type", "predict")
+    if isinstance(program_type, str) and program_type in _GONE:
+        raise InvalidArgs(f"program_type: {program_type} is gone, as from DSPy 3.5; rlm runs code that an LM wrote")
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
     given = definition.get("options")
     if given is not None and not isinstance(given, dict):
         raise InvalidArgs("options: expected an object of the module's settings")
-    if program_type in _RUN_CODE and not lms.settings.allow_code:
-        raise NotAllowed(f"program_type: {program_type} runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
+    if program_type == "rlm" and not lms.settings.allow_code:
+        raise NotAllowed("program_type: rlm runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
     _check_fields(program_type, signature)
     taken = {"finish", *signature.input_fields, *signature.output_fields, *_OWN_FIELDS.get(program_type, ())}
     tools = remote_tools.read(definition.get("tools"), taken)
@@ -109,11 +104,12 @@ def _make(
     if program_type == "rlm":
         if "sub_lm" in chosen:
             chosen["sub_lm"] = lms.pool(chosen["sub_lm"], "options.sub_lm").lasting()
-        return CodeRunner(_checked(kind, signature, tools=list(tools), **chosen), takes_config=False)
-    if program_type == "code_act":
-        return CodeRunner(_checked(kind, signature, tools=[], **chosen))
-    if program_type == "program_of_thought":
-        return CodeRunner(_checked(kind, signature, **chosen), takes_config=False)
+        try:
+            module = kind(signature, tools=list(tools), interpreter_factory=sandbox.Factory(), **chosen)
+        except (TypeError, ValueError) as error:
+            # A tool or a field must not shadow a function of the sandbox.
+            raise InvalidArgs(f"signature, tools: {error}") from None
+        return CodeRunner(module, takes_config=False)
     return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen))
 
 
@@ -126,14 +122,6 @@ def _kind(program_type: str) -> Any:
         without = f"which DSPy {dspy.__version__} does not have; DSPy 3.4.1 does"
         raise InvalidArgs(f"program_type: {program_type} needs {missing[0]}, {without}")
     return kind
-
-
-def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.Module:
-    """Modules that run code check names themselves: a tool or field must not shadow a sandbox function."""
-    try:
-        return kind(signature, interpreter_factory=sandbox.Factory(), **chosen)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgs(f"signature, tools: {error}") from None
 
 
 def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:

@@ -53,8 +53,6 @@ _OPTIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "best_of_n": _BEST,
     "refine": _BEST,
     "multi_chain_comparison": {"m": ("M", _count(MAX_COMPARED)), "temperature": ("temperature", option_checks.number)},
-    "program_of_thought": {"max_iters": ("max_iters", _count())},
-    "code_act": {"max_iters": ("max_iters", _count())},
     "rlm": {
         "max_iters": ("max_iters", _count()),
         "max_llm_calls": ("max_llm_calls", _count()),

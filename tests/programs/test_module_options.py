@@ -28,8 +28,6 @@ BEST = {"N": 3, "threshold": 1.0, "module": "predict"}
         ("refine", {"threshold": 2, "module": "react"}, {**BEST, "threshold": 2.0, "module": "react"}),
         ("multi_chain_comparison", {"m": 5, "temperature": 0}, {"M": 5, "temperature": 0.0}),
         ("multi_chain_comparison", {"M": 2}, {"M": 2}),
-        ("program_of_thought", {"max_iters": 7}, {"max_iters": 7}),
-        ("code_act", {"max_iters": 7}, {"max_iters": 7}),
         (
             "rlm",
             {"max_iters": 1, "max_llm_calls": 2, "max_output_chars": 1_000_000, "sub_lm": {"model": "x"}},
@@ -50,8 +48,6 @@ WHOLE = [
     ("refine", "N"),
     ("refine", "fail_count"),
     ("multi_chain_comparison", "m"),
-    ("program_of_thought", "max_iters"),
-    ("code_act", "max_iters"),
     ("rlm", "max_iters"),
     ("rlm", "max_llm_calls"),
     ("rlm", "max_output_chars"),
@@ -105,8 +101,6 @@ def test_other_values_are_refused_with_what_was_expected(
         ("best_of_n", "expected n, threshold, fail_count, reward, module"),
         ("refine", "expected n, threshold, fail_count, reward, module"),
         ("multi_chain_comparison", "expected m, temperature"),
-        ("program_of_thought", "expected max_iters"),
-        ("code_act", "expected max_iters"),
         ("rlm", "expected max_iters, max_llm_calls, max_output_chars, sub_lm"),
     ],
 )

@@ -283,10 +283,8 @@ def rewarded(reward: Any) -> dict[str, Any]:
     [
         *(bad("program_type", program_type=value) for value in ("", "best", "Predict", 5, None, [], {}, True)),
         *(bad("options", options=value) for value in (5, "n", [], True, [{"n": 1}])),
-        *(
-            bad("DSPY_BRIDGE_ALLOW_CODE", "not_allowed", program_type=value)
-            for value in ("program_of_thought", "code_act", "rlm")
-        ),
+        bad("DSPY_BRIDGE_ALLOW_CODE", "not_allowed", program_type="rlm"),
+        *(bad(f"program_type: {value} is gone", program_type=value) for value in ("program_of_thought", "code_act")),
         bad("options.n", options={"n": 1}),
         bad("options.max_iters", program_type="react", options={"max_iters": 0}),
         bad("options.reward: missing", program_type="best_of_n"),

@@ -549,8 +549,6 @@ def bad(named: str, *tools: Any, **more: Any) -> Any:
         bad("tools[1].name: 'a' is used twice", {"name": "a"}, {"name": "a"}),
         bad("tools: expected at most 128", *({"name": f"t{n}"} for n in range(129))),
         bad("tools[0].args: expected at most 100", {"name": "a", "args": {f"a{n}": {} for n in range(101)}}),
-        bad("tools: code_act takes none", {"name": "a"}, program_type="code_act"),
-        bad("tools: program_of_thought takes none", {"name": "a"}, program_type="program_of_thought"),
         bad("tools: multi_chain_comparison takes none", {"name": "a"}, program_type="multi_chain_comparison"),
         bad("signature: with tools", {"name": "a"}, signature="tools -> answer", program_type="predict"),
         bad("signature: with tools", {"name": "a"}, signature="question -> tool_calls", program_type="predict"),

@@ -24,8 +24,6 @@ defmodule DSPex.PythonBridge.Program.Settings do
     "best_of_n" => @best,
     "refine" => @best,
     "multi_chain_comparison" => ["m", "temperature"],
-    "program_of_thought" => ["max_iters"],
-    "code_act" => ["max_iters"],
     "rlm" => ~w(max_iters max_llm_calls max_output_chars sub_lm)
   }
 
