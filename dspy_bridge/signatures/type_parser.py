@@ -12,7 +12,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, short
-from dspy_bridge.signatures.json_schema import annotation
+from dspy_bridge.signatures import json_schema
 
 # No type written by hand is longer; keeps the parser far from Python's recursion limit.
 MAX_TYPE_CHARS = 2000
@@ -90,7 +90,7 @@ def read_type(value: object, where: str) -> Any:
     if isinstance(value, str):
         return parse_type(value, where)
     if isinstance(value, dict):
-        return annotation.to_annotation(value, where)
+        return json_schema.to_annotation(value, where)
     raise InvalidArgs(f"{where}: expected text such as str, list[int] or Literal['a', 'b'], or a JSON Schema object")
 
 

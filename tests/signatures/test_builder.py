@@ -35,10 +35,9 @@ def refused(made: builder.Contract, inputs: dict[str, Any]) -> str:
 def test_all_that_is_wrong_with_inputs_is_named_at_once() -> None:
     made = contract(field("q"), field("n", "int"), field("who", PERSON))
     error = refused(made, {"n": "SECRET", "who": {"age": 5}, "w": 1, "a b": 2})
-    assert error == (
-        "inputs.w: unknown field; inputs.'a b': unknown field; inputs.q: missing; inputs.n: Input should be a valid "
-        "integer, unable to parse string as an integer; inputs.who['first-name']: Field required; expected q, n, who"
-    )
+    assert error.startswith("inputs.w: unknown field; inputs.'a b': unknown field; inputs.q: missing; inputs.n: Input ")
+    assert error.endswith('; inputs.who: "first-name" is a required property; expected q, n, who')
+    assert "SECRET" not in error
 
 
 def test_of_many_unknown_inputs_the_first_are_named_and_the_rest_counted() -> None:
@@ -152,10 +151,10 @@ def test_an_answer_of_text_or_null_can_be_null(kind: Any) -> None:
 def test_what_is_inside_an_optional_object_is_named() -> None:
     """As in one that is required. The names of all inputs would be no answer to it."""
     made = contract(field("q"), field("who", {"anyOf": [PERSON, {"type": "null"}]}))
-    assert refused(made, {"q": "?", "who": {"age": 5}}) == "inputs.who['first-name']: Field required"
-    assert refused(made, {"q": "?", "who": "Ann"}) == "inputs.who: Input should be a valid dictionary"
+    assert refused(made, {"q": "?", "who": {"age": 5}}) == 'inputs.who: "first-name" is a required property'
+    assert refused(made, {"q": "?", "who": "Ann"}) == 'inputs.who: the value is not of type "object"'
     made = contract(field("day", {"type": ["string", "null"], "format": "date"}))
-    assert refused(made, {"day": 5}) == "inputs.day: Input should be a valid string"
+    assert refused(made, {"day": 5}) == 'inputs.day: the value is not of types "null", "string"'
     assert made.check({"day": None}) == {"day": None}
 
 
@@ -232,7 +231,7 @@ LITERAL = "Literal takes strings, whole numbers, booleans and None"
         ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),
         ("list[image, image]", "signature.inputs[0].type: list[…] takes 1 type"),
         ("(lambda: 1)()", "signature.inputs[0].type: unknown type"),
-        ({"type": "object", "properties": {"x": {"foo": 1}}}, "signature.inputs[0].type.properties.x: unknown word"),
+        ({"type": "object", "properties": {"x": {"foo": 1}}}, "signature.inputs[0].type.properties.x: unknown key"),
         (5, "signature.inputs[0].type: expected text such as str"),
         (True, "signature.inputs[0].type: expected text such as str"),
         ([], "signature.inputs[0].type: expected text such as str"),
