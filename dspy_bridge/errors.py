@@ -42,6 +42,13 @@ def short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:59] + "…")
 
 
+def step(name: str | int) -> str:
+    """A step of a path in an error: `.x`, `['a b']` or `[0]`."""
+    if isinstance(name, int):
+        return f"[{name}]"
+    return f".{name}" if name.removeprefix("$").isidentifier() and len(name) <= 60 else f"[{short(name)}]"
+
+
 def nearest(given: str, known: Iterable[str]) -> str | None:
     """The name in `known` that a misspelt one probably means, if one is near."""
     if len(given) > _MOST_MISSPELT:

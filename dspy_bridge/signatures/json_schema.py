@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 import pydantic
 from pydantic_core import CoreSchema, PydanticCustomError, ValidationError, core_schema
 
-from dspy_bridge.errors import InvalidArgs, refuse_unknown, short
+from dspy_bridge.errors import InvalidArgs, refuse_unknown, step
 
 if TYPE_CHECKING:
     import jsonschema_rs
@@ -153,7 +153,7 @@ class _Schema:
         if "properties" in schema:
             at = f"{where}.properties"
             named = schema["properties"].items()
-            made["properties"] = {name: self._read(one, at + _step(name), depth + 1) for name, one in named}
+            made["properties"] = {name: self._read(one, at + step(name), depth + 1) for name, one in named}
         if "prefixItems" in made and "items" not in made:
             made["minItems"] = made["maxItems"] = len(made["prefixItems"])
         if not made.keys() & {"type", "anyOf", "allOf", "enum", "const"}:
@@ -174,11 +174,11 @@ class _Schema:
         name = name.replace("~1", "/").replace("~0", "~")
         definitions = self._root.get(word, {})
         if name not in definitions:
-            raise InvalidArgs(f"{where}.$ref: there is no {word}{_step(name)}")
+            raise InvalidArgs(f"{where}.$ref: there is no {word}{step(name)}")
         for other in beside:
             if other not in _DESCRIPTIVE:
                 raise InvalidArgs(f"{where}: {other} cannot be combined with $ref; put it into the definition")
-        target = self._read(definitions[name], f"{self._where}.{word}{_step(name)}", depth + 1)
+        target = self._read(definitions[name], f"{self._where}.{word}{step(name)}", depth + 1)
         return {**target, **beside} if isinstance(target, dict) else {"allOf": [target], **beside}
 
     def _fits(self, value: Any, schema: Any) -> bool:
@@ -236,7 +236,7 @@ def _check_form(schema: dict[str, Any], where: str) -> None:
     # The metaschema is recursive. Frames have at most 200 levels; 500 would overflow a stack of 512 KB.
     wrong = next(iter(_metaschema().iter_errors(schema)), None)
     if wrong is not None:
-        place = "".join(map(_step, wrong.instance_path))
+        place = "".join(map(step, wrong.instance_path))
         text = f"expected one or more of {', '.join(_PYTHONS)}" if place.endswith(".type") else wrong.message
         raise InvalidArgs(f"{where}{place}: {text}")
 
@@ -304,13 +304,6 @@ def _converted(value: Any, types: Any) -> Any:
         except (ValueError, OverflowError):
             pass
     return value
-
-
-def _step(name: str | int) -> str:
-    """A step of a path in an error: `.x`, `['a b']` or `[0]`."""
-    if isinstance(name, int):
-        return f"[{name}]"
-    return f".{name}" if name.removeprefix("$").isidentifier() and len(name) <= 60 else f"[{short(name)}]"
 
 
 def _name_of(shown: dict[str, Any]) -> str:

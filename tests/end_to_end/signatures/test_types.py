@@ -86,7 +86,7 @@ def test_constraints_of_a_plain_type_are_told_and_checked(start_lm: Any) -> None
     with shared_peer(env=lm_env(server)) as peer:
         create(peer, {"q": "str"}, {"code": {"type": "string", "pattern": "^[A-Z]+$", "description": "in capitals"}})
         reply = execute(peer, q="x")
-    assert reply["error_type"] == "output_invalid" and ": code: String should match pattern" in reply["error"]
+    assert reply["error_type"] == "output_invalid" and ": code: the value does not match" in reply["error"]
     assert '"pattern": "^[A-Z]+$"' in prompt_of(server.requests[0]) and "in capitals" in prompt_of(server.requests[0])
 
 
@@ -137,7 +137,7 @@ def test_inputs_are_checked_before_any_lm_is_asked(start_lm: Any) -> None:
     assert reply["error_type"] == "invalid_args" and not server.requests
     for text in (
         "inputs.more: unknown",
-        "inputs.who['first-name']: Field required",
+        'inputs.who: "first-name" is a required property',
         "inputs.pic: ",
         "inputs.log: miss",
     ):
@@ -261,7 +261,9 @@ def test_patterns_and_texts_made_to_take_long_stop_nobody_else() -> None:
             peer.request("ping"),
         ]
         replies = {reply["id"]: reply for reply in (peer.receive(10) for _ in ids)}
-        assert replies[ids[0]]["error_type"] == "invalid_args" and "should match pattern" in replies[ids[0]]["error"]
+        assert (
+            replies[ids[0]]["error_type"] == "invalid_args" and "too long for its pattern" in replies[ids[0]]["error"]
+        )
         assert replies[ids[1]]["success"] and replies[ids[2]]["success"]
 
 
@@ -270,9 +272,9 @@ def test_patterns_and_texts_made_to_take_long_stop_nobody_else() -> None:
     [
         (
             {"type": "object", "properties": {"x": {"foo": 1}}},
-            "signature.outputs[0].type.properties.x: unknown word 'foo'",
+            "signature.outputs[0].type.properties.x: unknown key 'foo'",
         ),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}, "contains itself"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}, "recursive, which is not supported"),
         ({"type": 5}, "signature.outputs[0].type.type: expected"),
         ("__import__('os').system('x')", "signature.outputs[0].type: unknown type"),
         (5, "signature.outputs[0].type: expected text"),
