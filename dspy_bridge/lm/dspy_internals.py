@@ -262,7 +262,6 @@ USAGE_SETTING = Name("dspy:settings.usage_tracker", _UNCOUNTED)
 # Programs.
 CALLER_PREDICT = Name("dspy:settings.caller_predict", "offline/echo streams nothing in DSPy 3.3")
 CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")
-LM_CLASS_KEY = Name("dspy.clients.base_lm:LM_CLASS_STATE_KEY", "an LM inside a saved state is found by its place alone")
 DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved states have no versions")
 TOOL_SCHEMAS = Name(
     "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"

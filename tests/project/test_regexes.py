@@ -18,7 +18,7 @@ import pytest
 import dspy_bridge
 from dspy_bridge.lm.metering import history
 from dspy_bridge.logs import content_filter, redaction
-from dspy_bridge.programs import remote_tools, saved_state
+from dspy_bridge.programs import remote_tools
 from dspy_bridge.signatures import media, type_parser
 from dspy_bridge.streaming import field_parsers, json_fields
 from dspy_bridge.wire import messages, pings
@@ -68,7 +68,6 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         lambda text: type_parser._STRING_OR_ANGLE.sub("", text),
         ["list<'a\\'b', \"c\">"],
     ),
-    "saved_state:_NO_DESCRIPTION": (lambda text: saved_state._NO_DESCRIPTION.fullmatch(text), ["${ab}"]),
     "remote_tools:_NAME": (lambda text: remote_tools._NAME.fullmatch(text), ["ab"]),
     "content_filter:_PLACEHOLDER": (lambda text: content_filter._PLACEHOLDER.sub("", text), ["%% %5.1d"]),
 }

@@ -94,3 +94,21 @@ def test_nothing_stays_open(folder: Path) -> None:
 def test_a_folder_that_is_not_there(folder: Path) -> None:
     with pytest.raises(confined_files.Unreadable, match="cannot be read: No such file"):
         confined_files.read(str(folder / "gone"), "a", 10)
+
+
+def test_no_way_leads_out_of_the_folder(folder: Path) -> None:
+    (folder / "in/link").symlink_to(folder / "out/a")
+    (folder / "in/links").symlink_to(folder)
+    (folder / "in/zero").symlink_to("/dev/zero")
+    (folder / "in-too").mkdir()
+    (folder / "in-too/a").touch()
+    for path in ("../out/a", "../in-too/a", "/etc/passwd", "link", "links/out/a", "zero", "/dev/stdin"):
+        with pytest.raises(confined_files.Outside):
+            confined_files.read(str(folder / "in"), path, 10)
+
+
+def test_what_is_no_regular_file_or_no_name_cannot_be_read(folder: Path) -> None:
+    (folder / "in/loop").symlink_to(folder / "in/loop")
+    for path in (".", "sub", "loop", "sub/a/x", "x" * 300, "x/" * 5000, "a\0b", "", 5, None):
+        with pytest.raises(confined_files.Unreadable):
+            confined_files.read(str(folder / "in"), path, 10)
