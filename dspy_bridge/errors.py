@@ -71,7 +71,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str = "") 
             text = f"{where}: unknown key {short(name)}" if where else f"{name}: unknown argument"
             near = nearest(name, known)
             meant = f"did you mean {near}? " if near else ""
-            raise InvalidArgs(f"{text}; {meant}expected {', '.join(known)}")
+            raise InvalidArgs(f"{text}; {meant}expected {', '.join(known) or 'none'}")
 
 
 class UnknownCommand(BridgeError):

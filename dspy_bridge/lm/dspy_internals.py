@@ -270,8 +270,8 @@ OFFER_FEEDBACK = Name("dspy.predict.refine:OfferFeedback", "the log may quote wh
 SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
-# `programs/best_of` copies a BestOfN or Refine and sets these.
-_BEST = ("module", "reward_fn", "threshold", "N", "fail_count")
+# `programs/scored_attempts` copies a BestOfN or Refine and sets these.
+_BEST = ("module", "reward_fn")
 BEST_OF_N = [Name(f"dspy:BestOfN.{attribute}", "best_of_n is refused", of_instances=True) for attribute in _BEST]
 REFINE = [
     Name(f"dspy:Refine.{attribute}", "refine is refused", of_instances=True) for attribute in (*_BEST, "reward_fn_code")

@@ -9,8 +9,8 @@ import dspy
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.optimizing.run import Ended, Run
-from dspy_bridge.programs.metrics import Metric
 from dspy_bridge.programs.program import Program
+from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import worker_threads
 
 

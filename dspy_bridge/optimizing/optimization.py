@@ -20,8 +20,8 @@ from dspy_bridge.optimizing.metric_functions import MetricFunctions
 from dspy_bridge.optimizing.run import Run
 from dspy_bridge.optimizing.student import Student
 from dspy_bridge.optimizing.watch import Usage, Watch
-from dspy_bridge.programs import metrics
 from dspy_bridge.programs.program import Program
+from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
@@ -73,7 +73,7 @@ async def run(
 
 
 class _Job:
-    def __init__(self, given: Given, program: Program, metric: metrics.Metric, run: Run, stream: bool) -> None:
+    def __init__(self, given: Given, program: Program, metric: Metric, run: Run, stream: bool) -> None:
         self._given = given
         self._program = program
         self._metric = metric

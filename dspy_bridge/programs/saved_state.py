@@ -171,28 +171,13 @@ def read_demos(
         name: pydantic.TypeAdapter(media.accepting(field.rebuild_annotation(), files_dir))
         for name, field in predictors[-1].signature.fields.items()
     }
-    read = [_demo(demo, fields, f"demos[{index}]") for index, demo in enumerate(demos)]
+    read = []
+    for index, demo in enumerate(demos):
+        if not isinstance(demo, dict) or not demo:
+            raise InvalidArgs(f"demos[{index}]: expected an object of fields")
+        read.append(validation_errors.read_values(demo, fields, f"demos[{index}]"))
     for predictor in predictors:
         predictor.demos = [dict(demo) for demo in read]
-
-
-def _demo(demo: object, fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
-    if not isinstance(demo, dict) or not demo:
-        raise InvalidArgs(f"{where}: expected an object of fields")
-    return read_fields(demo, fields, where)
-
-
-def read_fields(given: dict[str, Any], fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
-    """The validated values of fields, all of which must be known. Raises `InvalidArgs` or `NotAllowed`."""
-    read = {}
-    for name, value in given.items():
-        if name not in fields:
-            raise InvalidArgs(f"{where}.{name}: unknown field; expected {', '.join(fields)}")
-        try:
-            read[name] = fields[name].validate_python(value)
-        except (TypeError, ValueError) as error:
-            raise validation_errors.describe(f"{where}.{name}", error) from None
-    return read
 
 
 def _check(saved: object, fields: Mapping[str, Any], where: str) -> None:

@@ -47,13 +47,21 @@ def together(found: list[BridgeError], more: str) -> BridgeError:
     return kind("; ".join(map(str, found)) + more)
 
 
-def read_options(given: dict[str, Any], types: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of options, each as its type has it, without conversions. Raises `InvalidArgs`, naming the option."""
+def read_values(
+    given: dict[str, Any], types: Mapping[str, pydantic.TypeAdapter[Any] | None], where: str, strict: bool | None = None
+) -> dict[str, Any]:
+    """The values, each as its type has it; None: any value is valid. Raises `InvalidArgs` or `NotAllowed`."""
     refuse_unknown(given, types, where)
     read = {}
     for name, value in given.items():
+        validator = types[name]
         try:
-            read[name] = pydantic.TypeAdapter(types[name]).validate_python(value, strict=True)
-        except pydantic.ValidationError as error:
+            read[name] = value if validator is None else validator.validate_python(value, strict=strict)
+        except (TypeError, ValueError) as error:
             raise describe(f"{where}.{name}", error) from None
     return read
+
+
+def read_options(given: dict[str, Any], types: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of options, without conversions. Raises `InvalidArgs`, naming the option."""
+    return read_values(given, {name: pydantic.TypeAdapter(kind) for name, kind in types.items()}, where, strict=True)

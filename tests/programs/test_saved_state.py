@@ -339,7 +339,7 @@ def test_demos_are_of_the_types_of_their_fields() -> None:
         ({}, "demos: expected a list"),
         ([5], r"demos\[0\]: expected an object"),
         ([{}], r"demos\[0\]: expected an object"),
-        ([{"question": "q", "n": 1}, {"other": 1}], r"demos\[1\].other: unknown field; expected question, n, answer"),
+        ([{"question": "q", "n": 1}, {"other": 1}], r"demos\[1\]: unknown key 'other'; expected question, n, answer"),
         ([{"n": "many"}], r"demos\[0\].n: "),
         ([{"question": 5}], r"demos\[0\].question: "),
         ([{"answer": "a"}] * 501, "demos: expected at most 500"),

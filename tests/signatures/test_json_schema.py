@@ -373,7 +373,7 @@ def test_an_error_names_the_place_and_quotes_no_value() -> None:
     with pytest.raises(pydantic.ValidationError) as caught:
         check(obj(a={"type": "array", "items": INT}), {"a": [1, "a secret"]})
     text = str(validation_errors.describe("answer", caught.value))
-    assert text == "answer['a'][1]: the value is not of type \"integer\""
+    assert text == "answer.a[1]: the value is not of type \"integer\""
 
 
 JSON = st.recursive(

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Program.Settings do
   @moduledoc false
   # What a definition may say besides its signature: adapters, and the names of the settings of LMs, of calls and of DSPy's
-  # modules. They are the peer's (`lm/lm_options.py`, `programs/module_options.py`), with which a test compares them.
+  # modules. They are the peer's (`lm/lm_options.py`, `programs/module_factory.py`), with which a test compares them.
 
   import DSPex.PythonBridge.Program.Refusal
 
