@@ -129,9 +129,7 @@ def compile(
     cls = _CLASSES[given.optimizer]
     of_constructor, takes = inspect.signature(cls).parameters, _takes(given.optimizer)
     chosen = _options(given)
-    _check_demos(
-        given.optimizer, {**{name: takes[name].default for name in takes}, **chosen}, len(student.predictors())
-    )
+    _check_demos(given.optimizer, {name: chosen.get(name, takes[name].default) for name in takes}, student)
     if "stop_at_score" in chosen:
         # DSPy compares it with a mean that it has rounded so, in percent.
         chosen["stop_at_score"] = round(100 * chosen["stop_at_score"], 2)

@@ -23,6 +23,8 @@ from dspy_bridge.signatures import media, validation_errors
 from dspy_bridge.wire.json_values import encode_value
 
 MATCHES = ("equals", "exact_match", "f1", "contains")
+# What a value is compared by, in rewards and in metrics.
+_COMPARES = {"equals": "value", "match": f"one of {', '.join(MATCHES)}"}
 
 
 class Metric:
@@ -162,7 +164,8 @@ def _by_tool(given: dict[str, Any], compares: str, signature: type[dspy.Signatur
             raise InvalidArgs(f"{where}.tool: expected the name of a tool")
         return True
     if given.keys() != {"field", compares}:
-        raise InvalidArgs(f'{where}: expected {{"tool": name}} or {{"field": name, "{compares}": …}}')
+        wanted = f'{{"tool": name}} or {{"field": name, "{compares}": {_COMPARES[compares]}}}'
+        raise InvalidArgs(f"{where}: expected {wanted}")
     if given["field"] not in list(signature.output_fields):  # may be unhashable
         raise InvalidArgs(f"{where}.field: expected one of {', '.join(signature.output_fields)}")
     return False

@@ -13,7 +13,7 @@ from lm_server import completion
 from openai.types.chat import ChatCompletion
 from optimizing_lm import answer
 from peer import PATIENCE
-from plain_optimizers import METRICS, PLAIN, ROLES, TRAINSET, VALSET, optimize, program
+from plain_optimizers import METRICS, PLAIN, TRAINSET, VALSET, optimize, program
 
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.optimizing import arguments, optimizers
@@ -79,17 +79,6 @@ def ours(given: Given, student: Any = None) -> Run:
 
     optimizers.check(given, len(TRAINSET))
     return run(compile)
-
-
-@pytest.mark.parametrize("optimizer", PLAIN)
-def test_it_gives_the_state_of_dspys_own_call_with_the_same_requests(optimizer: str) -> None:
-    state, asked, _ = run(lambda lm: PLAIN[optimizer](lm, 2))
-    got, got_asked, _ = ours(given(optimizer))
-    assert got == state
-    assert got_asked == asked
-    # Else it would be shown of nothing.
-    assert state != program().dump_state()
-    assert {role for role in ROLES[optimizer] if f"'{role}'" in "".join(asked)} == set(ROLES[optimizer])
 
 
 def test_each_optimizer_has_its_options_and_is_run_above() -> None:

@@ -263,15 +263,6 @@ JSON = st.recursive(
 )
 
 
-@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.text(max_size=8) | st.sampled_from([*GOOD, "predict"]), JSON))
-def test_any_object_is_loaded_or_refused(kind: str, state: dict[str, Any]) -> None:
-    try:
-        saved_state.load(KINDS[kind](), state)
-    except InvalidArgs:
-        return
-    raise AssertionError("that is not a state")
-
-
 STATES = {"predict": GOOD, **{kind: learned(kind).dump_state() for kind in ("chain_of_thought", "react", "own")}}
 
 
@@ -311,18 +302,6 @@ def test_a_damaged_state_is_refused_or_serves(case: tuple[str, dict[str, Any]]) 
         inputs = dict.fromkeys(predictor.signature.input_fields, "x")
         for adapter in (dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()):
             assert adapter.format(predictor.signature, predictor.demos, inputs)
-
-
-@given(JSON, st.sampled_from(["question -> answer", "a: int, b: list[str] -> answer: bool"]))
-def test_any_json_as_demos_is_taken_or_refused(demos: Any, text: str) -> None:
-    signature = dspy.Signature(text)
-    module = dspy.Predict(signature)
-    try:
-        saved_state.read_demos(demos, module, signature)
-    except InvalidArgs as error:
-        assert str(error).startswith("demos")
-    else:
-        assert dspy.ChatAdapter().format(module.signature, module.demos, dict.fromkeys(signature.input_fields, 1))
 
 
 def test_demos_are_of_the_types_of_their_fields() -> None:
