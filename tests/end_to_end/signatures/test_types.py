@@ -278,6 +278,6 @@ def test_a_long_history_is_checked_and_an_image_in_it_sent(peer: Peer) -> None:
     reply = execute(peer, past=[*turns, {"photo": {"path": "/etc/hostname"}}], question="?", photo=5)
     assert reply["error_type"] == "not_allowed"
     assert (
-        "inputs.past: turn 1000: photo: path: " in reply["error"]
+        "inputs.past: turn[1000].photo: path: " in reply["error"]
         and "inputs.photo: expected an http: " in reply["error"]
     )
