@@ -197,7 +197,6 @@ def test_a_name_and_a_description_are_the_signatures_own() -> None:
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("list<string>", list[str]),
         ("dict<string, list<integer>>", dict[str, list[int]]),
         ("list<Literal['a','<b>']>", list[Literal["a", "<b>"]]),
         ('dict<string, Literal["a\\">", "it\'s"]>', dict[str, Literal['a">', "it's"]]),
@@ -207,12 +206,6 @@ def test_a_name_and_a_description_are_the_signatures_own() -> None:
 )
 def test_types_in_angle_brackets_are_dspexs(text: str, kind: Any) -> None:
     assert contract(outputs=(field("it", text),)).signature.output_fields["it"].annotation == kind
-
-
-def test_the_reserved_names_are_still_refused() -> None:
-    for name in ("completions", "config", "lm", "demos", "prediction"):
-        with pytest.raises(InvalidArgs, match=name):
-            contract(field(name, PERSON))
 
 
 LITERAL = "Literal takes strings, whole numbers, booleans and None"
@@ -236,8 +229,3 @@ def test_a_type_that_is_none_is_named(kind: Any, text: str) -> None:
     with pytest.raises(InvalidArgs) as caught:
         contract(field("q", kind))
     assert str(caught.value).startswith(text), str(caught.value)
-
-
-def test_a_signature_that_is_text_has_types_in_angle_brackets_too() -> None:
-    fields = builder.build("tags: list<string>->kind: list<Literal['a', '<b>']>").signature.fields
-    assert fields["tags"].annotation == list[str] and fields["kind"].annotation == list[Literal["a", "<b>"]]

@@ -216,7 +216,7 @@ def test_what_is_wrong_next_to_it_is_named_too(peer: Peer, lm: LMServer, args: d
     assert lm.requests == []
 
 
-@pytest.mark.parametrize(("optimizer", "package"), [("mipro_v2", "optuna"), ("simba", "numpy"), ("gepa", "gepa")])
+@pytest.mark.parametrize(("optimizer", "package"), [("simba", "numpy")])
 def test_without_its_package_an_optimizer_names_it_and_the_others_run(
     lm: LMServer, tmp_path: Path, optimizer: str, package: str
 ) -> None:
