@@ -43,6 +43,13 @@ def short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:59] + "…")
 
 
+def step(name: str | int) -> str:
+    """A step of a path in an error: `.x`, `['a b']` or `[0]`."""
+    if isinstance(name, int):
+        return f"[{name}]"
+    return f".{name}" if name.removeprefix("$").isidentifier() and len(name) <= 60 else f"[{short(name)}]"
+
+
 def nearest(given: str, known: Iterable[str]) -> str | None:
     """The name in `known` that a misspelt one probably means, if one is near."""
     if len(given) > _MOST_MISSPELT:
@@ -65,7 +72,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str = "") 
             text = f"{where}: unknown key {short(name)}" if where else f"{name}: unknown argument"
             near = nearest(name, known)
             meant = f"did you mean {near}? " if near else ""
-            raise InvalidArgs(f"{text}; {meant}expected {', '.join(known)}")
+            raise InvalidArgs(f"{text}; {meant}expected {', '.join(known) or 'none'}")
 
 
 class UnknownCommand(BridgeError):

@@ -195,7 +195,7 @@ ODD = [
         '{"path":"x"}',
     ),
     *('{"base64":"AAAA","mime":"image/png"}', '"data:image/png;base64,AAAA"', '{"field":"answer","equals":1}'),
-    *('{"name":"two_step","extraction_model":{"model":"offline/echo"}}', '"react"', '"refine"', '"rlm"', '"code_act"'),
+    *('{"name":"two_step","extraction_model":{"model":"offline/echo"}}', '"react"', '"refine"', '"rlm"'),
     *('[{"name":"q"}]', '{"inputs":[],"outputs":[{"name":"a"}]}', '{"question":"x"}', "[" * 150 + "]" * 150),
 ]
 BAD = [

@@ -21,7 +21,7 @@ async def run(
     """
     # It imports asyncio, for which no ping waits.
     from dspy_bridge.commands import batch
-    from dspy_bridge.programs import metrics
+    from dspy_bridge.programs.scores import mean
 
     metric, examples = await program.metric(args["metric"], args["inputs"], args.get("expected"), call)
 
@@ -32,4 +32,4 @@ async def run(
     results = await batch.run(args, work, call, score)
     failed = sum(not result["success"] for result in results)
     scores = [result["score"] for result in results]
-    return {"score": metrics.mean(scores) if scores else None, "failed": failed, "results": results}
+    return {"score": mean(scores) if scores else None, "failed": failed, "results": results}

@@ -238,7 +238,6 @@ USAGE_SETTING = Name("dspy:settings.usage_tracker", _UNCOUNTED)
 
 # Programs.
 CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")
-LM_CLASS_KEY = Name("dspy.clients.base_lm:LM_CLASS_STATE_KEY", "an LM inside a saved state is found by its place alone")
 DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved states have no versions")
 TOOL_SCHEMAS = Name(
     "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"
@@ -247,14 +246,12 @@ OFFER_FEEDBACK = Name("dspy.predict.refine:OfferFeedback", "the log may quote wh
 SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
-# `programs/best_of` copies a BestOfN or Refine and sets these.
-_BEST = ("module", "reward_fn", "threshold", "N", "fail_count")
+# `programs/scored_attempts` copies a BestOfN or Refine and sets these.
+_BEST = ("module", "reward_fn")
 BEST_OF_N = [Name(f"dspy:BestOfN.{attribute}", "best_of_n is refused", of_instances=True) for attribute in _BEST]
 REFINE = [
     Name(f"dspy:Refine.{attribute}", "refine is refused", of_instances=True) for attribute in (*_BEST, "reward_fn_code")
 ]
-# How the RuntimeError of a ProgramOfThought begins whose code failed each time.
-NO_MORE_HOPS = "Max hops reached"
 
 # Optimizers: see `optimizing/executors`.
 EXECUTE = Name(

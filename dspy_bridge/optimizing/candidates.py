@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dspy_bridge.optimizing.run import Run
-from dspy_bridge.programs import metrics
+from dspy_bridge.programs.scores import mean
 from dspy_bridge.wire.json_values import encode_value
 
 # Seconds between two items of progress.
@@ -110,7 +110,7 @@ class Candidates:
         self._send({"progress": progress})
 
     def _add(self, module: Any, scores: list[float]) -> None:
-        score, state = metrics.mean(scores), self._state_of(module)
+        score, state = mean(scores), self._state_of(module)
         with self._lock:
             self.count += 1
             key = _key(state)

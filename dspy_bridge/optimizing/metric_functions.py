@@ -7,18 +7,15 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.errors import OutputInvalid, ToolFailed
+from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.optimizing.run import Ended, Run
-from dspy_bridge.programs.metrics import Metric
 from dspy_bridge.programs.program import Program
+from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import worker_threads
 
 
 class MetricFunctions:
-    """`examples`: what the metric gets of each `dspy.Example`, by its id. `on_score`: called for each scored run.
-
-    `highest`: a score above it ends the run.
-    """
+    """`examples`: what the metric gets of each `dspy.Example`, by its id. `on_score`: called for each scored run."""
 
     def __init__(
         self,
@@ -27,14 +24,12 @@ class MetricFunctions:
         examples: dict[int, dict[str, Any]],
         run: Run,
         on_score: Callable[[Any, Any, float], None],
-        highest: float,
     ) -> None:
         self._metric = metric
         self._program = program
         self._examples = examples
         self._run = run
         self._on_score = on_score
-        self._highest = highest
 
     def score(self, example: Any, prediction: Any, trace: Any = None) -> float:
         """Of most optimizers. There is a trace while they look for demos."""
@@ -74,15 +69,9 @@ class MetricFunctions:
             assert job is not None, "optimizations run in worker threads"
             self._run.count_metric_call()
             try:
-                score, feedback = job.on_loop(
+                return job.on_loop(
                     self._metric.score(self._examples[id(example)], outputs, self._run.call, purpose, predictor)
                 )
-                if score > self._highest:
-                    raise ToolFailed(
-                        f"{self._metric.tool}: the score is {score:g}: expected at most {self._highest:g}, "
-                        "as simba computes exp(score / temperature)"
-                    )
-                return score, feedback
             except Exception as error:
                 # DSPy would go on with a score of 0.
                 self._run.end(error)

@@ -21,13 +21,15 @@ from dspy_bridge.optimizing.metric_functions import MetricFunctions
 from dspy_bridge.optimizing.run import Run
 from dspy_bridge.optimizing.student import Student
 from dspy_bridge.optimizing.watch import Watch
-from dspy_bridge.programs import metrics
 from dspy_bridge.programs.program import Program
+from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 # DSPy gives up after so many runs that failed. What ends an optimization is decided by `Student` and `Run`.
 _MANY = 1_000_000_000
+# What DSPy's optimizers raise for arguments that they cannot run with, mostly before an LM is asked.
+_REFUSALS = (ArithmeticError, AssertionError, ImportError, TypeError, ValueError)
 # Of a timer, in seconds.
 _LONGEST = 10 * 365 * 86_400
 
@@ -72,7 +74,7 @@ async def run(
 
 
 class _Job:
-    def __init__(self, given: Given, program: Program, metric: metrics.Metric, run: Run, stream: bool) -> None:
+    def __init__(self, given: Given, program: Program, metric: Metric, run: Run, stream: bool) -> None:
         self._given = given
         self._program = program
         self._metric = metric
@@ -85,12 +87,14 @@ class _Job:
     def read(self, inputs: list[Any], expected: list[Any] | None) -> None:
         """Raises `InvalidArgs` or `NotAllowed`."""
         self._sets = [self._read(inputs, expected, "")]
-        self._sets.append(None if self._given.valset is None else self._read(*self._given.valset, "optimize.valset."))
+        valset = self._given.valset
+        others = None if valset is None else self._read(valset.inputs, valset.expected, "optimize.valset.")
+        self._sets.append(others)
         module = self._module = self._run.student.module()
-        given, valset = self._given, self._sets[1]
+        given = self._given
         self._candidates = Candidates(
             given.optimizer,
-            optimizers.scored_on(given, len(inputs), None if valset is None else len(valset)),
+            optimizers.scored_on(given, len(inputs)),
             self._program.state(module),
             self._program.state,
             self._run,
@@ -99,7 +103,7 @@ class _Job:
         self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
         for role, own in self._lms.items():
             own.role = role  # its copies, which optimizers make, have it too
-        self._large = large_inputs.are_large(self._run.call.size, [*inputs, *(self._given.valset or ((), None))[0]])
+        self._large = large_inputs.are_large(self._run.call.size, [*inputs, *(valset.inputs if valset else ())])
 
     def _read(self, inputs: list[Any], expected: list[Any] | None, where: str) -> list[dspy.Example]:
         read = self._program.examples(self._metric, inputs, expected, where)
@@ -140,10 +144,8 @@ class _Job:
             return await work
         except Exception as error:
             known = dspy_errors.translate(error, [])
-            refused = isinstance(error, (AssertionError, ImportError, TypeError, ValueError))
-            if known is error and refused and self._run.lm_calls == self._run.metric_calls == 0:
-                # DSPy checks its arguments as it begins.
-                raise InvalidArgs(f"optimize: {error}") from error
+            if known is error and isinstance(error, _REFUSALS):
+                raise InvalidArgs(f"optimize: DSPy's {self._given.optimizer} refuses it: {error}") from error
             raise known from error
 
     def _optimize(self) -> dict[str, Any]:
@@ -159,7 +161,6 @@ class _Job:
             self._examples,
             run,
             self._candidates.scored,
-            optimizers.highest_score(given),
         )
         settings: dict[str, Any] = {"trace": _NoTrace(), "max_errors": _MANY}
         watch = Watch(run, self._candidates, optimizers.own_role(given))

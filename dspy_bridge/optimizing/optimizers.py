@@ -1,4 +1,7 @@
-"""DSPy's optimizers: what each takes, building one, and running it. Imports DSPy."""
+"""DSPy's optimizers: the options that may be chosen of each, building one, and running it. Imports DSPy.
+
+What DSPy refuses itself is `invalid_args` in `optimization`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,71 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import dspy
+import pydantic
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.optimizing import options
 from dspy_bridge.optimizing.arguments import Given
 from dspy_bridge.programs.saved_state import MAX_DEMOS
+from dspy_bridge.signatures import validation_errors
+
+_CLASSES: dict[str, Any] = {
+    "labeled_few_shot": dspy.LabeledFewShot,
+    "bootstrap_few_shot": dspy.BootstrapFewShot,
+    "random_search": dspy.BootstrapFewShotWithRandomSearch,
+    "copro": dspy.COPRO,
+    "mipro_v2": dspy.MIPROv2,
+    "simba": dspy.SIMBA,
+    "gepa": dspy.GEPA,
+}
+# The keyword by which DSPy's constructors take the LM of a role.
+_KEYWORDS = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "reflection_lm": "reflection_lm"}
+_NEEDS = {"mipro_v2": "optuna", "simba": "numpy", "gepa": "gepa"}
+_SCORED_ON = {"random_search": "valset", "copro": "trainset", "simba": "trainset", "gepa": "valset"}
+
+# DSPy makes lists of that length.
+_COUNT = Annotated[int, pydantic.Field(ge=0, le=1_000_000)]
+_DEMOS = Annotated[int, pydantic.Field(ge=0, le=MAX_DEMOS)]
+_NUMBER = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+_AUTO = Literal["light", "medium", "heavy"]
+_BOOTSTRAP = {
+    "max_bootstrapped_demos": _DEMOS,
+    "max_labeled_demos": _DEMOS,
+    "max_rounds": _COUNT,
+    "metric_threshold": _NUMBER,
+}
+# Not among them: what is a Python object, writes files, or belongs to the run (metric, LMs, threads, seed, statistics).
+OPTIONS: dict[str, dict[str, Any]] = {
+    "labeled_few_shot": {"k": _DEMOS, "sample": bool},
+    "bootstrap_few_shot": _BOOTSTRAP,
+    "random_search": {**_BOOTSTRAP, "num_candidate_programs": _COUNT, "stop_at_score": _NUMBER, "labeled_sample": bool},
+    "copro": {"breadth": _COUNT, "depth": _COUNT, "init_temperature": _NUMBER},
+    "mipro_v2": {
+        "auto": _AUTO | None,
+        **dict.fromkeys(("max_bootstrapped_demos", "max_labeled_demos"), _DEMOS),
+        **dict.fromkeys(("metric_threshold", "init_temperature"), _NUMBER),
+        **dict.fromkeys(("num_candidates", "num_trials", "minibatch_size", "view_data_batch_size"), _COUNT),
+        "minibatch_full_eval_steps": _COUNT,
+        "minibatch": bool,
+        **{f"{kind}_aware_proposer": bool for kind in ("program", "data", "tip", "fewshot")},
+    },
+    "simba": {
+        **dict.fromkeys(("bsize", "num_candidates", "max_steps", "demo_input_field_maxlen"), _COUNT),
+        "max_demos": _DEMOS,
+        **dict.fromkeys(("temperature_for_sampling", "temperature_for_candidates"), _NUMBER),
+    },
+    "gepa": {
+        "auto": _AUTO,
+        **dict.fromkeys(("max_full_evals", "max_metric_calls", "reflection_minibatch_size"), _COUNT),
+        "candidate_selection_strategy": Literal["pareto", "current_best"],
+        "component_selector": Literal["round_robin", "all"],
+        **dict.fromkeys(("skip_perfect_score", "add_format_failure_as_feedback", "use_merge"), bool),
+        "max_merge_invocations": _COUNT,
+        **dict.fromkeys(("failure_score", "perfect_score"), _NUMBER),
+    },
+}
 
 
 class Metrics(Protocol):
@@ -26,88 +86,22 @@ class Metrics(Protocol):
     def gepa(self, gold: Any, pred: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> Any: ...
 
 
-class _Optimizer(NamedTuple):
-    """`metric`: which of `Metrics` it is given. `lms`: by role, DSPy's name for it. `needs`: a package.
-
-    `demos`: the options that bound the demos of a predictor. `scored_on`: see the function of that name.
-    """
-
-    cls: Any
-    metric: str | None = "score"
-    lms: Mapping[str, str] = {}
-    valset: bool = False
-    seed: bool = False
-    demos: tuple[str, ...] = ()
-    scored_on: str | None = None
-    needs: str | None = None
-
-
-_PROMPT = {"prompt_lm": "prompt_model"}
-_TEACHER = {"teacher_lm": "teacher_settings"}
-_BOOTSTRAPPED = ("max_bootstrapped_demos", "max_labeled_demos")
-_OPTIMIZERS = {
-    "labeled_few_shot": _Optimizer(dspy.LabeledFewShot, metric=None, demos=("k",)),
-    "bootstrap_few_shot": _Optimizer(dspy.BootstrapFewShot, lms=_TEACHER, demos=_BOOTSTRAPPED),
-    "random_search": _Optimizer(
-        dspy.BootstrapFewShotWithRandomSearch, lms=_TEACHER, valset=True, demos=_BOOTSTRAPPED, scored_on="valset"
-    ),
-    "copro": _Optimizer(dspy.COPRO, lms=_PROMPT, scored_on="trainset"),
-    "mipro_v2": _Optimizer(
-        dspy.MIPROv2, lms=_PROMPT | _TEACHER, valset=True, seed=True, demos=_BOOTSTRAPPED, needs="optuna"
-    ),
-    "simba": _Optimizer(
-        dspy.SIMBA,
-        metric="simba",
-        lms=_PROMPT | _TEACHER,
-        seed=True,
-        demos=("max_demos",),
-        scored_on="trainset",
-        needs="numpy",
-    ),
-    "gepa": _Optimizer(
-        dspy.GEPA,
-        metric="gepa",
-        lms={"reflection_lm": "reflection_lm"},
-        valset=True,
-        seed=True,
-        scored_on="valset",
-        needs="gepa",
-    ),
-}
-# Those in the extra `optimizers`; DSPy brings gepa itself, where gepa supports the Python.
-_IN_EXTRA = ("optuna", "numpy")
-# MIPROv2's own: what `auto` makes of a valset, and what a trainset without one gives up of itself.
-_AUTO_VALSET = {"light": 100, "medium": 300, "heavy": 1000}
-_AUTO_MINIBATCH = 50
-
-
 def check(given: Given, trainset_size: int) -> None:
     """Whether this optimizer can run with this. Raises `InvalidArgs`, naming the key or the missing package."""
     name = given.optimizer
-    optimizer = _OPTIMIZERS[name]
-    _check_package(name, optimizer.needs)
+    _check_package(name)
+    takes = _takes(name)
     for role in given.lms:
-        if role not in optimizer.lms:
-            expected = f"it takes {', '.join(optimizer.lms)}" if optimizer.lms else "it asks only the program's LM"
-            raise InvalidArgs(f"optimize.{role}: {name} has no use for it; {expected}")
-    if name == "gepa" and "reflection_lm" not in given.lms:
-        raise InvalidArgs("optimize.reflection_lm: missing; gepa asks it for new instructions")
-    if given.seed is not None and not optimizer.seed:
-        raise InvalidArgs(f"optimize.seed: {name} takes none")
-    if given.valset is not None and not optimizer.valset:
-        scores = "scores on the inputs" if optimizer.scored_on else "scores nothing"
-        raise InvalidArgs(f"optimize.valset: {name} takes none, as it {scores}")
+        if _KEYWORDS[role] not in takes:
+            raise InvalidArgs(f"optimize.{role}: {name} has no use for it")
+    for key, value in (("seed", given.seed), ("valset", given.valset)):
+        if value is not None and key not in takes:
+            raise InvalidArgs(f"optimize.{key}: {name} takes none")
+    for option in _options(given):
+        if option not in takes:
+            raise InvalidArgs(f"optimize.options.{option}: the installed DSPy has no such option of {name}")
     if trainset_size == 0:
         raise InvalidArgs("inputs: expected at least one example to optimize with")
-    chosen = _chosen(given)
-    if name == "simba":
-        _check_simba(chosen, trainset_size)
-    elif name == "mipro_v2":
-        _check_mipro(chosen, trainset_size, len(given.valset[0]) if given.valset else None)
-    elif name == "gepa":
-        budgets = ("auto", "max_full_evals", "max_metric_calls")
-        if sum(budget in given.options for budget in budgets) != 1:
-            raise InvalidArgs(f"optimize.options: gepa expects exactly one of {', '.join(budgets)}")
 
 
 def load(name: str) -> None:
@@ -115,10 +109,9 @@ def load(name: str) -> None:
 
     Not as the optimizer runs: optuna keeps the traceback of an import that failed, and so all that led to it.
     """
-    needs = _OPTIMIZERS[name].needs
-    if needs is not None:
+    if name in _NEEDS:
         with suppress(ImportError):  # of a broken one, which the optimizer reports
-            importlib.import_module(needs)
+            importlib.import_module(_NEEDS[name])
 
 
 def compile(
@@ -131,131 +124,74 @@ def compile(
 ) -> dspy.Module:
     """The student optimized, after `check`: a module of the same kind. Blocks; the LM is that of `dspy.context`.
 
-    SIMBA writes into the teacher's LM. Raises `InvalidArgs` before the first LM call, and what DSPy raises afterwards.
+    SIMBA writes into the teacher's LM. Raises what DSPy raises.
     """
-    optimizer = _OPTIMIZERS[given.optimizer]
-    chosen = _chosen(given)
-    _check_demos(optimizer, chosen, len(student.predictors()))
-    of_constructor, of_compile = _parameters(optimizer.cls)
-    ours: dict[str, Any] = {"num_threads": given.num_threads, "track_stats": False}
-    if optimizer.metric is not None:
-        ours["metric"] = getattr(metrics, optimizer.metric)
+    cls = _CLASSES[given.optimizer]
+    of_constructor, takes = inspect.signature(cls).parameters, _takes(given.optimizer)
+    chosen = _options(given)
+    _check_demos(given.optimizer, {name: chosen.get(name, takes[name].default) for name in takes}, student)
+    if "stop_at_score" in chosen:
+        # DSPy compares it with a mean that it has rounded so, in percent.
+        chosen["stop_at_score"] = round(100 * chosen["stop_at_score"], 2)
+    ours: dict[str, Any] = {
+        "num_threads": given.num_threads,
+        # COPRO's threads.
+        "eval_kwargs": {"num_threads": given.num_threads},
+        "track_stats": False,
+        "metric": getattr(metrics, given.optimizer, metrics.score),
+    }
     for role, lm in lms.items():
-        keyword = optimizer.lms[role]
-        ours[keyword] = {"lm": lm} if keyword == "teacher_settings" else lm
+        ours[_KEYWORDS[role]] = {"lm": lm} if role == "teacher_lm" else lm
     if given.seed is not None:
         ours["seed"] = given.seed
-    # COPRO's threads. A seed of MIPROv2's `compile` may not be 0, so the constructor comes first.
-    ours["eval_kwargs"] = {"num_threads": given.num_threads}
     if valset is not None:
         ours["valset"] = valset
-    every = {**chosen.read, **ours}
-    try:
-        teleprompter = optimizer.cls(**{name: every[name] for name in every if name in of_constructor})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InvalidArgs(f"optimize.options: DSPy refuses them: {error}") from error
-    rest = {name: every[name] for name in every if name in of_compile and name not in of_constructor}
+    every = {**chosen, **ours}
+    # A seed of MIPROv2's `compile` may not be 0, so the constructor comes first.
+    teleprompter = cls(**{name: every[name] for name in every if name in of_constructor})
+    rest = {name: every[name] for name in every if name in takes and name not in of_constructor}
     return teleprompter.compile(student, trainset=trainset, **rest)
 
 
-def scored_on(given: Given, trainset_size: int, valset_size: int | None) -> int | None:
+def scored_on(given: Given, trainset_size: int) -> int | None:
     """How many examples one whole evaluation has; None if there is none, or if DSPy takes a sample (MIPROv2)."""
-    on = _OPTIMIZERS[given.optimizer].scored_on
-    if on == "valset" and valset_size is not None:
-        return valset_size
+    on = _SCORED_ON.get(given.optimizer)
+    if on == "valset" and given.valset is not None:
+        return len(given.valset.inputs)
     return None if on is None else trainset_size
 
 
 def own_role(given: Given) -> str:
     """The role of an LM that was not given, and that the optimizer's own code asks; empty if there is none."""
-    return "prompt_lm" if "prompt_lm" in _OPTIMIZERS[given.optimizer].lms else ""
+    return "prompt_lm" if _KEYWORDS["prompt_lm"] in _takes(given.optimizer) else ""
 
 
-def highest_score(given: Given) -> float:
-    """SIMBA takes exp(score / temperature), which overflows past 709; its sum over all candidates soon after."""
-    if given.optimizer != "simba":
-        return float("inf")
-    chosen = _chosen(given)
-    return 700 * float(min(chosen["temperature_for_sampling"], chosen["temperature_for_candidates"]))
+def _takes(name: str) -> dict[str, inspect.Parameter]:
+    """The parameters of `compile` and of the constructor."""
+    cls = _CLASSES[name]
+    return {**inspect.signature(cls.compile).parameters, **inspect.signature(cls).parameters}
 
 
-class _Chosen:
-    """The options as DSPy takes them, with its defaults for the rest."""
-
-    def __init__(self, read: dict[str, Any], defaults: dict[str, Any]) -> None:
-        self.read = read
-        self._defaults = defaults
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.read
-
-    def __getitem__(self, name: str) -> Any:
-        return self.read.get(name, self._defaults.get(name))
+def _options(given: Given) -> dict[str, Any]:
+    return validation_errors.read_options(given.options, OPTIONS[given.optimizer], "optimize.options")
 
 
-def _parameters(cls: Any) -> tuple[Mapping[str, inspect.Parameter], Mapping[str, inspect.Parameter]]:
-    """Those of the constructor and of `compile`."""
-    return inspect.signature(cls).parameters, inspect.signature(cls.compile).parameters
-
-
-def _chosen(given: Given) -> _Chosen:
-    of_constructor, of_compile = _parameters(_OPTIMIZERS[given.optimizer].cls)
-    installed = {**of_compile, **of_constructor}
-    defaults = {name: parameter.default for name, parameter in installed.items()}
-    return _Chosen(options.read(given.optimizer, given.options, installed), defaults)
-
-
-def _check_package(name: str, needs: str | None) -> None:
+def _check_package(name: str) -> None:
+    needs = _NEEDS.get(name)
     if needs is None or importlib.util.find_spec(needs) is not None:
         return
-    if needs in _IN_EXTRA:
-        how = "install it with `mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
-    else:
-        how = f"install it with pip install {needs}, which this Python may be too new for"
-    raise InvalidArgs(f"optimize.optimizer: {name} needs the Python package {needs}; {how}")
+    # DSPy brings gepa itself, where gepa supports the Python.
+    how = f"pip install {needs}, which this Python may be too new for"
+    if needs != "gepa":
+        how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
+    raise InvalidArgs(f"optimize.optimizer: {name} needs the Python package {needs}; install it with {how}")
 
 
-def _check_simba(chosen: _Chosen, trainset_size: int) -> None:
-    if chosen["bsize"] > trainset_size:
-        raise InvalidArgs(
-            f"optimize.options.bsize: expected at most {trainset_size}, the number of examples; it is {chosen['bsize']}"
-        )
-
-
-def _check_mipro(chosen: _Chosen, trainset_size: int, valset_size: int | None) -> None:
-    if valset_size is None:
-        if trainset_size < 2:
-            raise InvalidArgs(
-                "inputs: expected at least 2 examples, as mipro_v2 sets some aside where no valset is given"
-            )
-        valset_size = min(1000, max(1, int(trainset_size * 0.8)))
-    by_hand = ("num_candidates", "num_trials")
-    auto = chosen["auto"]
-    if auto is None:
-        for option in by_hand:
-            if option not in chosen:
-                raise InvalidArgs(f"optimize.options.{option}: missing; with auto null, mipro_v2 expects it")
-        minibatch = chosen["minibatch"]
-    else:
-        for option in (*by_hand, "minibatch"):
-            if option in chosen:
-                raise InvalidArgs(f"optimize.options.{option}: auto {auto} chooses it; give it with auto null")
-        valset_size = min(valset_size, _AUTO_VALSET[auto])
-        minibatch = valset_size > _AUTO_MINIBATCH
-    if minibatch and chosen["minibatch_size"] > valset_size:
-        how = ", or minibatch false" if auto is None else ""
-        raise InvalidArgs(
-            f"optimize.options.minibatch_size: expected at most {valset_size}, the size of the valset{how}; "
-            f"it is {chosen['minibatch_size']}"
-        )
-    if chosen["max_bootstrapped_demos"] == 0 and chosen["max_labeled_demos"] > 0:
-        raise InvalidArgs("optimize.options.max_bootstrapped_demos: expected at least 1, or max_labeled_demos 0 too")
-
-
-def _check_demos(optimizer: _Optimizer, chosen: _Chosen, predictors: int) -> None:
+def _check_demos(name: str, chosen: Mapping[str, Any], student: dspy.Module) -> None:
     """Raises `InvalidArgs` if a state with so many demos could not be loaded."""
-    for option in optimizer.demos:
-        if chosen[option] * predictors > MAX_DEMOS:
+    predictors = len(student.predictors())
+    for option, kind in OPTIONS[name].items():
+        if kind is _DEMOS and chosen[option] * predictors > MAX_DEMOS:
             raise InvalidArgs(
                 f"optimize.options.{option}: expected at most {MAX_DEMOS // predictors}: the program has {predictors} "
                 f"predictors, and a state has at most {MAX_DEMOS} demos"

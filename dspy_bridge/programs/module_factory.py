@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import dspy
+import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.dspy_setup import Models
-from dspy_bridge.programs import module_options, remote_tools, rewards, sandbox
-from dspy_bridge.programs.best_of import BestRunner
+from dspy_bridge.programs import remote_tools, sandbox, scores
 from dspy_bridge.programs.runners import CodeRunner, ComparisonRunner, Runner, ToolCallRunner
+from dspy_bridge.programs.scored_attempts import BestRunner
+from dspy_bridge.signatures import validation_errors
 
 # Program type to DSPy's class.
 TYPES = {
@@ -23,11 +25,36 @@ TYPES = {
     "best_of_n": "BestOfN",
     "refine": "Refine",
     "multi_chain_comparison": "MultiChainComparison",
-    "program_of_thought": "ProgramOfThought",
-    "code_act": "CodeAct",
     "rlm": "RLM",
 }
-_RUN_CODE = frozenset(("program_of_thought", "code_act", "rlm"))
+# Each run is at least one LM call; more than this is a mistake.
+_COUNT = Annotated[int, pydantic.Field(ge=1, le=1000)]
+_NUMBER = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+_BEST = {
+    "n": _COUNT,
+    "threshold": _NUMBER,
+    "fail_count": _COUNT,
+    "reward": dict[str, Any],
+    "module": Literal["predict", "chain_of_thought", "react"],
+}
+# The settings of the constructors of DSPy's modules that may be chosen; N and M in lower case.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "predict": {},
+    "chain_of_thought": {},
+    "react": {"max_iters": _COUNT},
+    "best_of_n": _BEST,
+    "refine": _BEST,
+    # Each of the M adds a field, and DSPy's time is quadratic: 0.1 s for 100, 18 s for 1000, while other creates wait.
+    "multi_chain_comparison": {"m": Annotated[int, pydantic.Field(ge=1, le=100)], "temperature": _NUMBER},
+    "rlm": {
+        "max_iters": _COUNT,
+        "max_llm_calls": _COUNT,
+        "max_output_chars": Annotated[int, pydantic.Field(ge=1)],
+        "sub_lm": Any,
+    },
+}
+# DSPy 3.5 removes them.
+_GONE = frozenset(("program_of_thought", "code_act"))
 # Undocumented names that a type cannot do without.
 _NEEDS = {"best_of_n": dspy_internals.BEST_OF_N, "refine": dspy_internals.REFINE}
 _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
@@ -37,10 +64,6 @@ _OWN_FIELDS = {
     "react": frozenset(("trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning")),
     "refine": frozenset(("hint_",)),
     "multi_chain_comparison": frozenset(("rationale",)),
-    "program_of_thought": frozenset(
-        ("generated_code", "previous_code", "error", "final_generated_code", "code_output", "reasoning", "interpreter")
-    ),
-    "code_act": frozenset(("trajectory", "generated_code", "finished", "max_iters", "reasoning", "interpreter")),
     "rlm": frozenset(
         ("trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory")
     ),
@@ -49,8 +72,6 @@ _OWN_FIELDS = {
 _OWN_ARGUMENTS = {
     ("react", "inputs"): frozenset(("module",)),
     ("react", "outputs"): frozenset(("self",)),
-    ("code_act", "inputs"): frozenset(("module",)),
-    ("code_act", "outputs"): frozenset(("self",)),
     ("rlm", "outputs"): frozenset(("self",)),
 }
 
@@ -63,19 +84,23 @@ def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
 def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
     """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
     program_type = definition.get("program_type", "predict")
+    if isinstance(program_type, str) and program_type in _GONE:
+        raise InvalidArgs(f"program_type: {program_type} is gone, as from DSPy 3.5; rlm runs code that an LM wrote")
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
     given = definition.get("options")
     if given is not None and not isinstance(given, dict):
         raise InvalidArgs("options: expected an object of the module's settings")
-    if program_type in _RUN_CODE and not lms.settings.allow_code:
-        raise NotAllowed(f"program_type: {program_type} runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
+    if program_type == "rlm" and not lms.settings.allow_code:
+        raise NotAllowed("program_type: rlm runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
     _check_fields(program_type, signature)
     taken = {"finish", *signature.input_fields, *signature.output_fields, *_OWN_FIELDS.get(program_type, ())}
     tools = remote_tools.read(definition.get("tools"), taken)
     if program_type not in TYPES:
         return Runner(_user_module(program_type, signature, given or {}, tools, lms), takes_config=False)
-    chosen = module_options.read(program_type, given or {})
+    # DSPy's own spelling is N and M.
+    lower = {name.lower() if len(name) == 1 else name: value for name, value in (given or {}).items()}
+    chosen = validation_errors.read_options(lower, OPTIONS[program_type], "options")
     if "module" in chosen:
         _check_fields(chosen["module"], signature)
     return _make(program_type, signature, chosen, tools, lms)
@@ -90,18 +115,22 @@ def _make(
 ) -> Runner:
     kind = _kind(program_type)
     if program_type in ("best_of_n", "refine"):
-        reward = rewards.read(chosen.pop("reward", None), signature)
+        if "reward" not in chosen:
+            raise InvalidArgs("options.reward: missing")
+        reward = scores.read_reward(chosen.pop("reward"), signature)
         # The reward is not a tool for the LM, even if it is declared as one.
         tools = [tool for tool in tools if tool.name != reward.tool]
-        inner = chosen.pop("module")
+        inner, count = chosen.pop("module", "predict"), chosen.pop("n", 3)
+        # DSPy has no defaults for these.
+        chosen = {"threshold": 1.0, **chosen, "N": count}
         if tools and inner != "react":
             raise InvalidArgs(f"tools: {program_type} of {inner} takes none but its reward")
         return BestRunner(kind, _make(inner, signature, {}, tools, lms).module, reward, chosen)
     if tools and program_type not in _TAKE_TOOLS:
         raise InvalidArgs(f"tools: {program_type} takes none")
     if program_type == "multi_chain_comparison":
-        count = chosen.setdefault("M", 3)
-        return ComparisonRunner(kind(signature, **chosen), list(signature.output_fields)[-1], count)
+        count = chosen.pop("m", 3)
+        return ComparisonRunner(kind(signature, M=count, **chosen), list(signature.output_fields)[-1], count)
     if program_type == "react":
         if not tools:
             raise InvalidArgs("tools: react needs at least one; chain_of_thought is the program type without tools")
@@ -109,11 +138,12 @@ def _make(
     if program_type == "rlm":
         if "sub_lm" in chosen:
             chosen["sub_lm"] = lms.pool(chosen["sub_lm"], "options.sub_lm").lasting()
-        return CodeRunner(_checked(kind, signature, tools=list(tools), **chosen), takes_config=False)
-    if program_type == "code_act":
-        return CodeRunner(_checked(kind, signature, tools=[], **chosen))
-    if program_type == "program_of_thought":
-        return CodeRunner(_checked(kind, signature, **chosen), takes_config=False)
+        try:
+            module = kind(signature, tools=list(tools), interpreter_factory=sandbox.Factory(), **chosen)
+        except (TypeError, ValueError) as error:
+            # A tool or a field must not shadow a function of the sandbox.
+            raise InvalidArgs(f"signature, tools: {error}") from None
+        return CodeRunner(module, takes_config=False)
     return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen))
 
 
@@ -126,14 +156,6 @@ def _kind(program_type: str) -> Any:
         without = f"which DSPy {dspy.__version__} does not have; DSPy 3.4.1 does"
         raise InvalidArgs(f"program_type: {program_type} needs {missing[0]}, {without}")
     return kind
-
-
-def _checked(kind: Any, signature: type[dspy.Signature], **chosen: Any) -> dspy.Module:
-    """Modules that run code check names themselves: a tool or field must not shadow a sandbox function."""
-    try:
-        return kind(signature, interpreter_factory=sandbox.Factory(), **chosen)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgs(f"signature, tools: {error}") from None
 
 
 def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
@@ -165,33 +187,13 @@ def _user_module(
         raise InvalidArgs(f"program_type: {path} cannot be loaded: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, dspy.Module)):
         raise InvalidArgs(f"program_type: {path} is not a dspy.Module")
-    return kind(**_constructor_arguments(path, kind, signature, given, tools))
-
-
-def _constructor_arguments(
-    path: str,
-    kind: type[dspy.Module],
-    signature: type[dspy.Signature],
-    given: dict[str, Any],
-    tools: list[remote_tools.RemoteTool],
-) -> dict[str, Any]:
-    parameters = list(inspect.signature(inspect.getattr_static(kind, "__init__")).parameters.values())[1:]
-    named = {parameter.name: parameter for parameter in parameters if parameter.kind in _BY_NAME}
-    any_name = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    for option in given:
-        if option in ("signature", "tools") or not (option in named or any_name):
-            raise InvalidArgs(f"options.{option}: {path} takes no such argument")
-    if tools and "tools" not in named:
+    constructor = inspect.signature(inspect.getattr_static(kind, "__init__"))
+    ours = {"signature": signature, "tools": list(tools)}
+    arguments = {**given, **{name: value for name, value in ours.items() if name in constructor.parameters}}
+    if tools and "tools" not in arguments:
         raise InvalidArgs(f"tools: the constructor of {path} takes none")
-    made = dict(given)
-    if "signature" in named:
-        made["signature"] = signature
-    if "tools" in named:
-        made["tools"] = list(tools)
-    for name, parameter in named.items():
-        if parameter.default is inspect.Parameter.empty and name not in made:
-            raise InvalidArgs(f"options.{name}: missing; the constructor of {path} wants it")
-    return made
-
-
-_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        constructor.bind(None, **arguments)
+    except TypeError as error:
+        raise InvalidArgs(f"options: the constructor of {path}: {error}") from None
+    return kind(**arguments)

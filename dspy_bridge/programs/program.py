@@ -16,7 +16,7 @@ from dspy_bridge.lm.adapters import corrections, field_markers
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import endings
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import metrics, module_factory, saved_state
+from dspy_bridge.programs import module_factory, saved_state, scores
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder
@@ -66,30 +66,30 @@ class Program:
 
     async def metric(
         self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None, call: Caller
-    ) -> tuple[metrics.Metric, list[dict[str, Any]]]:
+    ) -> tuple[scores.Metric, list[dict[str, Any]]]:
         """A metric for this program, and what it gets of each item. Raises `InvalidArgs` or `NotAllowed`."""
         signature, files_dir = self._contract.signature, self._lms.settings.files_dir
         metric = self.read_metric(given)
 
         def read() -> list[dict[str, Any]]:
-            return [example for example, _ in metrics.read_examples(metric, inputs, expected, signature, files_dir)]
+            return [example for example, _ in scores.read_examples(metric, inputs, expected, signature, files_dir)]
 
         small = call.size < large_inputs.LARGE and files_dir is None
         return metric, read() if small else await large_inputs.in_thread(read)
 
-    def read_metric(self, given: dict[str, Any]) -> metrics.Metric:
+    def read_metric(self, given: dict[str, Any]) -> scores.Metric:
         """A metric for this program. Raises `InvalidArgs`."""
-        return metrics.read(given, self._contract.signature)
+        return scores.read_metric(given, self._contract.signature)
 
     def examples(
-        self, metric: metrics.Metric, inputs: list[Any], expected: list[Any] | None, where: str
+        self, metric: scores.Metric, inputs: list[Any], expected: list[Any] | None, where: str
     ) -> list[tuple[dspy.Example, dict[str, Any]]]:
         """For an optimizer: each with what the metric gets of it. `where`: of the lists, in errors.
 
         Raises `InvalidArgs` or `NotAllowed`. In a thread: it may take long.
         """
         signature, files_dir = self._contract.signature, self._lms.settings.files_dir
-        read = metrics.read_examples(metric, inputs, expected, signature, files_dir, f"{where}expected")
+        read = scores.read_examples(metric, inputs, expected, signature, files_dir, f"{where}expected")
         examples = []
         for index, (item, (given, outputs)) in enumerate(zip(inputs, read, strict=True)):
             here = f"{where}inputs[{index}]"

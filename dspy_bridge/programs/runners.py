@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import dspy
 
-from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
-from dspy_bridge.lm import dspy_internals
+from dspy_bridge.errors import InvalidArgs, SetupFailed
 from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import RemoteTool
 from dspy_bridge.runtime import large_inputs, worker_threads
@@ -148,7 +146,7 @@ class ComparisonRunner(Runner):
 
 
 class CodeRunner(Runner):
-    """Modules that run code: always in a thread, where they wait for their sandbox."""
+    """RLM, which runs code: always in a thread, where it waits for its sandbox."""
 
     on_loop = False
 
@@ -157,14 +155,12 @@ class CodeRunner(Runner):
 
         # The code sees None for absent inputs.
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        with _failures_named():
-            return await threads.run(lambda: _in_sandbox(lambda: self.module(**values)))
+        return await threads.run(lambda: _in_sandbox(lambda: self.module(**values)))
 
     def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
         """As `Runner`'s."""
         values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        with _failures_named():
-            return _in_sandbox(lambda: kind.forward(module, **values))
+        return _in_sandbox(lambda: kind.forward(module, **values))
 
 
 def _in_sandbox(work: Callable[[], Any]) -> Any:
@@ -172,19 +168,8 @@ def _in_sandbox(work: Callable[[], Any]) -> Any:
     token = sandbox.current.set(ending)
     try:
         return work()
+    except dspy.CodeInterpreterError as error:
+        raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
     finally:
         sandbox.current.reset(token)
         ending.returned.set()
-
-
-@contextmanager
-def _failures_named() -> Iterator[None]:
-    try:
-        yield
-    except dspy.CodeInterpreterError as error:
-        raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
-    except RuntimeError as error:
-        # ProgramOfThought has no exception type for it.
-        if not str(error).startswith(dspy_internals.NO_MORE_HOPS):
-            raise
-        raise OutputInvalid(f"the code that the LM wrote failed each time: {error}") from error

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import dspy
 import jiter
 import pydantic
+from typing_extensions import NotRequired, TypedDict
 
-from dspy_bridge.errors import InvalidArgs, NotAllowed, refuse_unknown
+from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.logs import redaction
 from dspy_bridge.signatures import confined_files, media, validation_errors
@@ -19,8 +19,6 @@ from dspy_bridge.signatures import confined_files, media, validation_errors
 MAX_STATE_BYTES = 64 * 1024 * 1024
 # DSPy writes them into each prompt, on the event loop: 500 take 16 to 60 ms.
 MAX_DEMOS = 500
-# The keys of a predictor's state. DSPy sets any other one as an attribute, even over methods.
-_KEYS = frozenset(("traces", "train", "demos", "signature", "lm", "fields"))
 # The program's own data, whatever its keys are.
 _DATA = frozenset(("traces", "train", "demos", "signature"))
 # The settings that are taken from a saved LM. An allow list: a state must not send prompts to another address, and
@@ -33,8 +31,31 @@ _LM_SETTINGS = frozenset(
         *("reasoning_effort", "thinking", "verbosity"),
     )
 )
-# DSPy's default description of a field.
-_NO_DESCRIPTION = re.compile(r"\$\{(\w+)\}")
+
+
+class _Field(TypedDict):
+    prefix: str
+    description: str
+
+
+class _Signature(TypedDict):
+    instructions: str
+    fields: list[_Field]
+
+
+@pydantic.with_config(extra="forbid")
+class _Saved(TypedDict):
+    """A predictor's state. DSPy sets any other key as an attribute, even over methods."""
+
+    traces: list[Any]
+    train: list[Any]
+    demos: list[dict[str, Any]]
+    signature: _Signature
+    lm: NotRequired[dict[str, Any] | None]
+    fields: NotRequired[Any]
+
+
+_SAVED = pydantic.TypeAdapter(_Saved)
 
 
 def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | None:
@@ -68,14 +89,13 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     """Load a state into a module; returns the settings of its saved LM, if any. Raises `InvalidArgs`."""
     wanted = dict(module.named_parameters())
     state = {name: value for name, value in state.items() if name != "metadata"}
-    if _is_flat(module):
-        if state.keys().isdisjoint(_KEYS):
-            raise InvalidArgs(f"state: of another program: expected {_names(sorted(_KEYS))}, got {_names(state)}")
-    elif state.keys() != wanted.keys():
-        raise InvalidArgs(f"state: of another program: expected {_names(wanted)}, got {_names(state)}")
+    flat = _is_flat(module)
+    if state.keys().isdisjoint(_Saved.__annotations__) if flat else state.keys() != wanted.keys():
+        expected = ", ".join(_Saved.__annotations__ if flat else wanted) or "nothing"
+        raise InvalidArgs(f"state: of another program: expected {expected}, got {', '.join(state) or 'nothing'}")
     given = _by_predictor(module, state)
     for name, parameter in wanted.items():
-        _check(given[name], parameter, "state" if _is_flat(module) else f"state.{name}")
+        _check(given[name], parameter.signature.fields, "state" if flat else f"state.{name}")
     if sum(len(saved["demos"]) for saved in given.values()) > MAX_DEMOS:
         raise InvalidArgs(f"state: expected at most {MAX_DEMOS} demos in all")
     lms = [_settings_of(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
@@ -84,7 +104,7 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     # A predictor's own LM would win over that of a call.
     without = {name: {**saved, "lm": None} for name, saved in given.items()}
     try:
-        module.load_state(without["self"] if _is_flat(module) else without)
+        module.load_state(without["self"] if flat else without)
         for predictor in module.predictors():
             # An error shows now, not in each run.
             dspy.ChatAdapter().format_demos(predictor.signature, predictor.demos)
@@ -120,16 +140,15 @@ def _settings_of(lm: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in lm.items() if name in _LM_SETTINGS}
 
 
-def _without_secrets(state: Any, *, is_lm: bool = False) -> Any:
+def _without_secrets(state: Any) -> Any:
     """A module's state without secrets of its LMs. DSPy only omits `api_key`."""
     if isinstance(state, list):
         return [_without_secrets(item) for item in state]
     if not isinstance(state, dict):
         return state
-    if is_lm or dspy_internals.LM_CLASS_KEY.value in state:
-        return redaction.without_secrets(state)
     return {
-        name: value if name in _DATA else _without_secrets(value, is_lm=name == "lm") for name, value in state.items()
+        name: value if name in _DATA else redaction.without_secrets(value) if name == "lm" else _without_secrets(value)
+        for name, value in state.items()
     }
 
 
@@ -152,78 +171,26 @@ def read_demos(
         name: pydantic.TypeAdapter(media.accepting(field.rebuild_annotation(), files_dir))
         for name, field in predictors[-1].signature.fields.items()
     }
-    read = [_demo(demo, fields, f"demos[{index}]") for index, demo in enumerate(demos)]
+    read = []
+    for index, demo in enumerate(demos):
+        if not isinstance(demo, dict) or not demo:
+            raise InvalidArgs(f"demos[{index}]: expected an object of fields")
+        read.append(validation_errors.read_values(demo, fields, f"demos[{index}]"))
     for predictor in predictors:
         predictor.demos = [dict(demo) for demo in read]
 
 
-def _demo(demo: object, fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
-    if not isinstance(demo, dict) or not demo:
-        raise InvalidArgs(f"{where}: expected an object of fields")
-    return read_fields(demo, fields, where)
-
-
-def read_fields(given: dict[str, Any], fields: Mapping[str, pydantic.TypeAdapter[Any]], where: str) -> dict[str, Any]:
-    """The validated values of fields, all of which must be known. Raises `InvalidArgs` or `NotAllowed`."""
-    read = {}
-    for name, value in given.items():
-        if name not in fields:
-            raise InvalidArgs(f"{where}.{name}: unknown field; expected {', '.join(fields)}")
-        try:
-            read[name] = fields[name].validate_python(value)
-        except (TypeError, ValueError) as error:
-            raise validation_errors.describe(f"{where}.{name}", error) from None
-    return read
-
-
-def _check(saved: object, parameter: Any, where: str) -> None:
-    if not isinstance(saved, dict):
-        raise InvalidArgs(f"{where}: expected an object")
-    refuse_unknown(saved, sorted(_KEYS), where)
-    for key in ("traces", "train", "demos"):
-        if not isinstance(saved.get(key), list):
-            raise InvalidArgs(f"{where}.{key}: expected a list")
-    if not all(isinstance(demo, dict) for demo in saved["demos"]):
-        raise InvalidArgs(f"{where}.demos: expected a list of objects")
-    if saved.get("lm") is not None and not isinstance(saved["lm"], dict):
-        raise InvalidArgs(f"{where}.lm: expected an object or null")
-    in_demos = {name for demo in saved["demos"] for name in demo} if saved["demos"] else None
-    _check_signature(saved.get("signature"), parameter.signature, in_demos, f"{where}.signature")
-    names = parameter.signature.fields
-    for index, demo in enumerate(saved["demos"]):
+def _check(saved: object, fields: Mapping[str, Any], where: str) -> None:
+    """Whether a predictor with these fields can have the state. DSPy writes no names of fields but in demos."""
+    try:
+        checked = _SAVED.validate_python(saved, strict=True)
+    except pydantic.ValidationError as error:
+        raise validation_errors.describe(where, error) from None
+    expected = f"expected {len(fields)} fields ({', '.join(fields)})"
+    count = len(checked["signature"]["fields"])
+    if count != len(fields):
+        raise InvalidArgs(f"{where}.signature: of another signature: {expected}, got {count}")
+    for index, demo in enumerate(checked["demos"]):
         # An optimizer's demos may lack fields, and have some of the training set's.
-        if not any(name in names for name in demo):
-            expected = ", ".join(names)
-            raise InvalidArgs(f"{where}.demos[{index}]: for another signature: expected fields of {expected}")
-
-
-def _check_signature(saved: object, signature: type[dspy.Signature], in_demos: Set[str] | None, where: str) -> None:
-    """`in_demos`: the names of fields that the state's demos have; None without demos."""
-    fields = saved.get("fields") if isinstance(saved, dict) else None
-    if not isinstance(saved, dict) or not isinstance(saved.get("instructions"), str) or not isinstance(fields, list):
-        raise InvalidArgs(f"{where}: expected an object with instructions and fields")
-    for index, field in enumerate(fields):
-        texts = (field.get("prefix"), field.get("description")) if isinstance(field, dict) else (None,)
-        if not all(isinstance(text, str) for text in texts):
-            raise InvalidArgs(f"{where}.fields[{index}]: expected an object with prefix and description, strings")
-    # DSPy writes no names. A prefix is made from the name unless an optimizer, say, chose another; the default
-    # description contains the name.
-    wanted = [field["prefix"] for field in signature.dump_state()["fields"]]
-    got = [field["prefix"] for field in fields]
-    same = len(got) == len(wanted) and not set(got).isdisjoint(wanted)
-    for name, prefix, field in zip(signature.fields, wanted, fields, strict=False):
-        described = _NO_DESCRIPTION.fullmatch(field["description"])
-        same = same and (described is None or described[1] == name)
-        if field["prefix"] != prefix:
-            # Chosen, or of another field, which then is also in the demos in this one's place.
-            same = same and field["prefix"] not in wanted and (in_demos is None or name in in_demos)
-    if not same:
-        raise InvalidArgs(f"{where}: of another signature: expected fields {_texts(wanted)}, got {_texts(got)}")
-
-
-def _names(named: Iterable[str]) -> str:
-    return ", ".join(named) or "nothing"
-
-
-def _texts(texts: list[str]) -> str:
-    return ", ".join(text.rstrip(":") for text in texts) or "none"
+        if demo.keys().isdisjoint(fields):
+            raise InvalidArgs(f"{where}.demos[{index}]: of another signature: {expected}")

@@ -10,8 +10,8 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown
 from dspy_bridge.lm import dspy_internals
+from dspy_bridge.signatures import json_schema
 from dspy_bridge.signatures.builder import description
-from dspy_bridge.signatures.json_schema import annotation
 from dspy_bridge.signatures.type_parser import read_type
 
 # Parameters of `dspy.Tool` and its callbacks.
@@ -53,7 +53,7 @@ def _of_parameters(parameters: object, where: str) -> dict[str, Any]:
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise InvalidArgs(f'{where}: expected a JSON Schema such as {{"type": "object", "properties": {{}}}}')
     # As the LM would be shown it: without references, so that each property stands alone.
-    schema = _schema(annotation.to_annotation(parameters, where), where)
+    schema = _schema(json_schema.to_annotation(parameters, where), where)
     required = schema.get("required", ())
     return {arg: {"type": part, "optional": arg not in required} for arg, part in schema.get("properties", {}).items()}
 

@@ -39,7 +39,7 @@ def _read(root: str, real: str, most: int) -> bytes:
     descriptor = os.open(real, _FLAGS)
     try:
         # A folder on the way may have become a link since: check the open file.
-        if not _is_in(_place_of_folder(root), _place(descriptor, real)):
+        if not _is_in(_place_of_folder(root), _place(descriptor)):
             raise Outside
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -60,22 +60,14 @@ def _place_of_folder(root: str) -> str:
     """The folder's path as the system spells it: macOS disks ignore case."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _place(descriptor, root)
+        return _place(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _place(descriptor: int, opened: str) -> str:
-    """The path of an open file. Raises `Outside` if it is not known."""
+def _place(descriptor: int) -> str:
+    """The path of an open file."""
     get_path = getattr(fcntl, "F_GETPATH", None)  # macOS
     if get_path is not None:
         return os.fsdecode(fcntl.fcntl(descriptor, get_path, bytes(1024)).rstrip(b"\0"))
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        pass
-    # Neither macOS nor /proc: the name must still lead to the file, without links.
-    real = os.path.realpath(opened)
-    if not os.path.samestat(os.fstat(descriptor), os.stat(real)):
-        raise Outside
-    return real
+    return os.readlink(f"/proc/self/fd/{descriptor}")

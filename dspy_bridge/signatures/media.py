@@ -29,8 +29,8 @@ _URL = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
 _DATA_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
 _MIME = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
 
-# Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, whose text begins with the field.
-Turn = Callable[[dict[str, Any]], dict[str, Any]]
+# Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, naming it and the field.
+Turn = Callable[[dict[str, Any], str], dict[str, Any]]
 
 
 class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
@@ -77,24 +77,16 @@ def _image(value: Any, files_dir: str | None) -> Any:
     if isinstance(value, str) and _URL.fullmatch(value):
         return _Image(url=value)
     mime, data, _ = _content(value, files_dir, "image", "an http: or https: URL, a data: URL")
-    if not mime.startswith("image/"):
-        raise unfit(f"expected an image, not {mime}")
     return _Image(url=f"data:{mime};base64,{data}")
 
 
 def _audio(value: Any, files_dir: str | None) -> Any:
-    if isinstance(value, str) and _URL.fullmatch(value):
-        raise unfit("LMs take no URL of audio, and nothing is fetched for them; expected a data: URL with its bytes")
     mime, data, _ = _content(value, files_dir, "audio", "a data: URL")
-    if not mime.startswith("audio/"):
-        raise unfit(f"expected audio, not {mime}")
     kind = mime.removeprefix("audio/").removeprefix("x-")
     return dspy.Audio(data=data, audio_format={"mpeg": "mp3", "wave": "wav"}.get(kind, kind))
 
 
 def _file(value: Any, files_dir: str | None) -> Any:
-    if isinstance(value, str) and _URL.fullmatch(value):
-        raise unfit("DSPy has no files by URL, and nothing is fetched for it; expected a data: URL with its bytes")
     if isinstance(value, dict) and "file_id" in value:
         if set(value) - {"file_id", "filename"} or not all(isinstance(text, str) for text in value.values()):
             raise unfit("expected file_id, which may have a filename, both text")
@@ -111,11 +103,11 @@ def _history(value: Any, turn: Turn | None) -> Any:
     turns = []
     for index, given in enumerate(value):
         if not isinstance(given, dict):
-            raise unfit(f"turn {index}: expected an object with fields of the signature")
+            raise unfit(f"turn[{index}]: expected an object with fields of the signature")
         try:
-            turns.append(given if turn is None else turn(given))
+            turns.append(given if turn is None else turn(given, f"turn[{index}]"))
         except BridgeError as error:
-            raise again(type(error)(f"turn {index}: {error}")) from None
+            raise again(error) from None
     return dspy.History(messages=turns)
 
 
@@ -127,7 +119,16 @@ _READERS: dict[type, Callable[[Any, str | None], Any]] = {
 
 
 def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:
-    """The MIME type, base64 string and file name of a value."""
+    """The MIME type, base64 string and file name of a value; the type is of that kind, unless it is "file"."""
+    if isinstance(value, str) and _URL.fullmatch(value):
+        raise unfit("nothing is fetched; expected a data: URL with the bytes")
+    mime, data, filename = _read(value, files_dir, kind, forms)
+    if kind != "file" and not mime.startswith(f"{kind}/"):
+        raise unfit(f"expected the type {kind}/…, not {mime}")
+    return mime, data, filename
+
+
+def _read(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:
     if isinstance(value, str) and value[:5].lower() == "data:":
         head, _, data = value.partition(",")
         found = _DATA_HEAD.fullmatch(head.strip())
@@ -137,15 +138,18 @@ def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[
     keys = set(value) if isinstance(value, dict) else set()
     named = {"filename"} if kind == "file" else set()
     if {"base64", "mime"} <= keys <= {"base64", "mime"} | named:
-        mime, data = value["mime"], value["base64"]
-        if not isinstance(mime, str) or not _MIME.fullmatch(mime):
-            raise unfit("mime: expected a MIME type such as image/png")
-        if not isinstance(data, str):
+        if not isinstance(value["base64"], str):
             raise unfit("base64: expected text")
-        return mime.lower(), _checked(data), _filename(value.get("filename"))
+        return _mime(value["mime"]), _checked(value["base64"]), _filename(value.get("filename"))
     if "path" in keys and keys <= {"path", "mime"} | named:
         return _from_disk(value, files_dir)
     raise unfit(f"expected {forms}, {{base64, mime}} or {{path}}")
+
+
+def _mime(value: object) -> str:
+    if not isinstance(value, str) or not _MIME.fullmatch(value):
+        raise unfit("mime: expected a MIME type such as image/png")
+    return value.lower()
 
 
 def _filename(value: object) -> str | None:
@@ -178,7 +182,5 @@ def _from_disk(value: dict[str, Any], files_dir: str | None) -> tuple[str, str, 
         raise not_allowed("path: leads out of the folder of DSPY_BRIDGE_FILES_DIR") from None
     except confined_files.Unreadable as error:
         raise unfit(f"path: {error}") from None
-    mime = value.get("mime") or mimetypes.guess_type(real)[0]
-    if not isinstance(mime, str) or not _MIME.fullmatch(mime):
-        raise unfit("mime: expected a MIME type such as image/png, as the file's name does not show it")
-    return mime.lower(), base64.b64encode(content).decode(), _filename(value.get("filename")) or os.path.basename(real)
+    mime = _mime(value.get("mime") or mimetypes.guess_type(real)[0])
+    return mime, base64.b64encode(content).decode(), _filename(value.get("filename")) or os.path.basename(real)

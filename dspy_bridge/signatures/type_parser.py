@@ -12,7 +12,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, short
-from dspy_bridge.signatures.json_schema import annotation
+from dspy_bridge.signatures import json_schema
 
 # No type written by hand is longer; keeps the parser far from Python's recursion limit.
 MAX_TYPE_CHARS = 2000
@@ -20,46 +20,25 @@ MAX_TYPE_CHARS = 2000
 PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 _NAMES: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "bytes": bytes,
-    "list": list,
-    "dict": dict[str, Any],
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "None": type(None),
-    "Any": Any,
+    **{kind.__name__: kind for kind in (str, int, float, bool, bytes, list, tuple, set, frozenset)},
+    **{kind.__name__: kind for kind in (datetime.datetime, datetime.date, datetime.time)},
     "List": list,
-    "Dict": dict[str, Any],
     "Tuple": tuple,
     "Set": set,
     "FrozenSet": frozenset,
-    "datetime": datetime.datetime,
-    "date": datetime.date,
-    "time": datetime.time,
+    **dict.fromkeys(("dict", "Dict", "map"), dict[str, Any]),
+    **dict.fromkeys(("Any", "any"), Any),
+    "None": type(None),
     # DSPex's names.
     "string": str,
     "integer": int,
     "boolean": bool,
-    "any": Any,
-    "map": dict[str, Any],
     "atom": str,
-    "probability": PROBABILITY,
-    "confidence_score": PROBABILITY,
+    **dict.fromkeys(("probability", "confidence_score"), PROBABILITY),
     "embedding": list[float],
     "reasoning_chain": list[str],
     # DSPy's own types.
-    "image": dspy.Image,
-    "audio": dspy.Audio,
-    "file": dspy.File,
-    "history": dspy.History,
-    "Image": dspy.Image,
-    "Audio": dspy.Audio,
-    "File": dspy.File,
-    "History": dspy.History,
+    **{f(kind.__name__): kind for kind in (dspy.Image, dspy.Audio, dspy.File, dspy.History) for f in (str, str.lower)},
 }
 _DOTTED = {
     "typing": typing.__all__,
@@ -90,7 +69,7 @@ def read_type(value: object, where: str) -> Any:
     if isinstance(value, str):
         return parse_type(value, where)
     if isinstance(value, dict):
-        return annotation.to_annotation(value, where)
+        return json_schema.to_annotation(value, where)
     raise InvalidArgs(f"{where}: expected text such as str, list[int] or Literal['a', 'b'], or a JSON Schema object")
 
 

@@ -88,23 +88,15 @@ class Turn:
         self._files_dir = files_dir
         self._validators: dict[str, pydantic.TypeAdapter[Any] | None] | None = None
 
-    def read(self, turn: dict[str, Any]) -> dict[str, Any]:
+    def read(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
         """The validated turn. Raises `InvalidArgs` or `NotAllowed`, naming the field."""
         if self._validators is None:  # most signatures have no history
             self._validators = {name: validator_of(kind, self._files_dir) for name, kind in self._fields.items()}
-        values = {}
-        expected = ", ".join(self._validators)
-        for name, value in turn.items():
-            if name not in self._validators and name not in _OF_MODULES:
-                raise InvalidArgs(f"{_quoted(name)}: unknown field; expected {expected}")
-            validator = self._validators.get(name)
-            try:
-                values[name] = value if validator is None else validator.validate_python(value)
-            except (TypeError, ValueError) as error:
-                raise validation_errors.describe(name, error) from None
-        if values.keys().isdisjoint(self._validators):
-            raise InvalidArgs(f"expected at least one of {expected}")
-        return values
+        of_modules = {name: value for name, value in turn.items() if name in _OF_MODULES - self._validators.keys()}
+        others = {name: value for name, value in turn.items() if name not in of_modules}
+        if not others:
+            raise InvalidArgs(f"{where}: expected at least one of {', '.join(self._validators)}")
+        return {**of_modules, **validation_errors.read_values(others, self._validators, where)}
 
 
 def _writable(value: Any) -> Any:

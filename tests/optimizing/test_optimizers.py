@@ -13,10 +13,10 @@ from lm_server import completion
 from openai.types.chat import ChatCompletion
 from optimizing_lm import answer
 from peer import PATIENCE
-from plain_optimizers import METRICS, PLAIN, ROLES, TRAINSET, VALSET, Metrics, optimize, program
+from plain_optimizers import METRICS, PLAIN, TRAINSET, VALSET, optimize, program
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.optimizing import arguments, optimizers, options
+from dspy_bridge.optimizing import arguments, optimizers
 from dspy_bridge.optimizing.arguments import Given
 
 pytestmark = [
@@ -80,19 +80,8 @@ def ours(given: Given, student: Any = None) -> Run:
     return run(compile)
 
 
-@pytest.mark.parametrize("optimizer", PLAIN)
-def test_it_gives_the_state_of_dspys_own_call_with_the_same_requests(optimizer: str) -> None:
-    state, asked, _ = run(lambda lm: PLAIN[optimizer](lm, 2))
-    got, got_asked, _ = ours(given(optimizer))
-    assert got == state
-    assert got_asked == asked
-    # Else it would be shown of nothing.
-    assert state != program().dump_state()
-    assert {role for role in ROLES[optimizer] if f"'{role}'" in "".join(asked)} == set(ROLES[optimizer])
-
-
 def test_each_optimizer_has_its_options_and_is_run_above() -> None:
-    assert tuple(options.OPTIONS) == tuple(PLAIN) == tuple(optimizers._OPTIMIZERS) == arguments.OPTIMIZERS
+    assert tuple(optimizers.OPTIONS) == tuple(PLAIN) == tuple(optimizers._CLASSES) == arguments.OPTIMIZERS
 
 
 def test_a_seed_of_0_is_a_seed() -> None:
@@ -158,32 +147,16 @@ def test_no_statistics_are_kept() -> None:
 def test_demos_that_no_state_could_have_are_refused_before_an_lm_is_asked() -> None:
     """A ReAct has two predictors, and a state has 500 demos at most."""
     react = dspy.ReAct("question -> answer", tools=[])
-    for of, option in [
-        (Given("labeled_few_shot", {"k": 251}), "k"),
-        (Given("bootstrap_few_shot", {"max_bootstrapped_demos": 251}), "max_bootstrapped_demos"),
-        (Given("random_search", {"max_labeled_demos": 251}), "max_labeled_demos"),
-        (Given("mipro_v2", {"max_labeled_demos": 251}), "max_labeled_demos"),
-        (Given("simba", {"bsize": 1, "max_demos": 251}), "max_demos"),
+    for optimizer, options, option in [
+        ("labeled_few_shot", {"k": 251}, "k"),
+        ("bootstrap_few_shot", {"max_bootstrapped_demos": 251}, "max_bootstrapped_demos"),
+        ("mipro_v2", {"max_labeled_demos": 251}, "max_labeled_demos"),
+        ("simba", {"bsize": 1, "max_demos": 251}, "max_demos"),
     ]:
         text = f"optimize.options.{option}: expected at most 250: the program has 2 predictors, and a state has at most"
         with pytest.raises(InvalidArgs, match=text):
-            ours(of, react)
-    assert ours(Given("labeled_few_shot", {"k": 250}), react)[1] == []
-
-
-def test_what_dspys_constructor_refuses_is_an_option_and_what_compile_raises_is_not() -> None:
-    class Fails(dspy.Module):
-        def deepcopy(self) -> Any:
-            raise ValueError("of the run")
-
-    class OneArgument(Metrics):
-        gepa = Metrics.simba
-
-    lms = {"reflection_lm": ScriptedLM("x", [])}
-    with pytest.raises(InvalidArgs, match=r"optimize\.options: DSPy refuses them: GEPA metric must accept five"):
-        optimizers.compile(given("gepa"), program(), TRAINSET, VALSET, OneArgument(), lms)
-    with pytest.raises(ValueError, match="of the run"):
-        optimizers.compile(Given("copro"), Fails(), TRAINSET, None, METRICS, {})
+            ours(arguments.read({"optimizer": optimizer, "options": options}), react)
+    assert ours(arguments.read({"optimizer": "labeled_few_shot", "options": {"k": 250}}), react)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -202,4 +175,5 @@ def test_what_dspys_constructor_refuses_is_an_option_and_what_compile_raises_is_
     ],
 )
 def test_the_size_of_a_whole_evaluation(optimizer: str, valset_size: int | None, size: int | None) -> None:
-    assert optimizers.scored_on(Given(optimizer), 20, valset_size) == size
+    valset = None if valset_size is None else {"inputs": [{}] * valset_size}
+    assert optimizers.scored_on(arguments.read({"optimizer": optimizer, "valset": valset}), 20) == size

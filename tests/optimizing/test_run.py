@@ -44,7 +44,7 @@ def test_a_slot_that_is_given_up_is_the_next_ones(other: asyncio.AbstractEventLo
         limiter = Limiter(1, 10)
         await limiter.acquire()
         call: Any = Call()
-        run = Run(call, limiter, Budget(None, None, None))
+        run = Run(call, limiter, Budget())
         tasks: list[asyncio.Task[None]] = []
         asked, stopped, go_on = threading.Event(), threading.Event(), threading.Event()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspy_bridge import errors
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.programs import saved_state
 from dspy_bridge.wire import messages
@@ -173,9 +175,7 @@ def test_a_state_of_another_type_is_refused(kind: str, other: str, tmp_path: Pat
             saved_state.load(KINDS[kind](), saved(learned(other), tmp_path))
 
 
-@pytest.mark.parametrize(
-    "signature", ["question -> verdict", "query -> answer", "question -> answer, more", "context, question -> answer"]
-)
+@pytest.mark.parametrize("signature", ["question -> answer, more", "context, question -> answer"])
 def test_a_state_of_another_signature_is_refused(signature: str, tmp_path: Path) -> None:
     for module in (dspy.Predict(signature), dspy.ChainOfThought(signature)):
         kind = "predict" if isinstance(module, dspy.Predict) else "chain_of_thought"
@@ -183,39 +183,15 @@ def test_a_state_of_another_signature_is_refused(signature: str, tmp_path: Path)
             saved_state.load(KINDS[kind](), saved(module, tmp_path))
 
 
-def test_descriptions_do_not_make_another_signature_the_same(tmp_path: Path) -> None:
-    other = dspy.Signature("text -> summary").with_updated_fields("text", desc="long")
-    other = other.with_updated_fields("summary", desc="short")
-    with pytest.raises(InvalidArgs, match="of another signature"):
-        saved_state.load(dspy.Predict(QA), saved(dspy.Predict(other), tmp_path))
-
-
-def described(*outputs: str) -> type[dspy.Signature]:
-    """A signature whose saved fields have no names: each has a description."""
-    signature = QA.delete("answer").with_updated_fields("question", desc="about the world")
-    for name in outputs:
-        signature = signature.append(name, dspy.OutputField(desc=f"The {name}, in one word."), str)
-    return signature
-
-
-@pytest.mark.parametrize(
-    ("given", "got"), [(("reply", "more"), "Question, Reply, More"), (("more", "answer"), "Question, More, Answer")]
-)
-def test_a_state_whose_demos_have_other_fields_is_refused_with_both_lists(given: Any, got: str, tmp_path: Path) -> None:
-    """The prompt would say that these are not supplied."""
-    module = dspy.Predict(described(*given))
-    module.demos = [{"question": "Why?", **dict.fromkeys(given, "So.")}]
-    with pytest.raises(InvalidArgs, match=f"of another signature: expected fields Question, Answer, More, got {got}"):
-        saved_state.load(dspy.Predict(described("answer", "more")), saved(module, tmp_path))
-
-
-def test_a_prefix_that_was_chosen_is_no_other_field(tmp_path: Path) -> None:
-    """The demos have the field under its name."""
-    module = dspy.Predict(described("answer").with_updated_fields("answer", prefix="Final Answer:"))
-    module.demos = [{"question": "Why?", "answer": "So."}]
-    served = dspy.Predict(described("answer"))
-    saved_state.load(served, saved(module, tmp_path))
-    assert as_sent(served) == saved(module, tmp_path)
+def test_demos_of_other_fields_are_of_another_signature(tmp_path: Path) -> None:
+    """Their names are all that a state says of its fields. One that has some of them may have others."""
+    module = dspy.Predict("query -> verdict")
+    module.demos = [{"query": "Why?", "verdict": "So."}]
+    state = saved(module, tmp_path)
+    with pytest.raises(InvalidArgs, match=r"state\.demos\[0\]: of another signature: expected 2 fields"):
+        saved_state.load(dspy.Predict(QA), state)
+    state["demos"][0] = {"answer": "So.", "of_the_training_set": 1}
+    saved_state.load(dspy.Predict(QA), state)
 
 
 def test_what_an_optimizer_changes_of_a_signature_is_no_other_signature(tmp_path: Path) -> None:
@@ -238,54 +214,31 @@ def replaced(state: dict[str, Any], path: list[str | int], value: Any) -> dict[s
 
 
 GOOD = learned("predict").dump_state()
-BAD_FIELDS = "DSPy cannot load it"
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value"),
     [
-        (["acall"], "x", "unknown key 'acall'"),
-        (["__class__"], "x", "unknown key '__class__'"),
-        (["signature"], None, "state.signature: expected an object"),
-        (["signature", "instructions"], 5, "state.signature: expected an object with instructions"),
-        (["signature", "fields"], {}, "state.signature: expected an object with instructions and fields"),
-        (["signature", "fields", 0], "x", r"state.signature.fields\[0\]: expected an object with prefix"),
-        (["signature", "fields", 1, "prefix"], None, r"state.signature.fields\[1\]: expected"),
-        (["signature", "fields", 1, "description"], "${other}", "of another signature"),
-        (["traces"], None, "state.traces: expected a list"),
-        (["train"], {}, "state.train: expected a list"),
-        (["demos"], 5, "state.demos: expected a list"),
-        (["demos"], {}, "state.demos: expected a list"),
-        (["demos", 0], [], "state.demos: expected a list of objects"),
-        (["demos", 0], {}, r"state.demos\[0\]: for another signature"),
-        (["demos", 1], {"query": "x"}, r"state.demos\[1\]: for another signature"),
-        (["lm"], "openai/x", "state.lm: expected an object or null"),
-        (["fields"], 5, BAD_FIELDS),
-        (["fields"], {"answer": {"threshold": 0.5}}, BAD_FIELDS),
+        *((["acall"], "x"), (["__class__"], "x"), (["traces"], None), (["train"], {}), (["lm"], "openai/x")),
+        *((["signature"], None), (["signature", "instructions"], 5), (["signature", "fields"], {})),
+        *((["signature", "fields", 0], "x"), (["signature", "fields", 1, "prefix"], None)),
+        *((["demos"], 5), (["demos", 0], []), (["demos", 0], {}), (["demos", 1], {"query": "x"})),
     ],
 )
-def test_what_is_wrong_is_named(path: list[str | int], value: Any, said: str) -> None:
+def test_what_is_wrong_is_named(path: list[str | int], value: Any) -> None:
     module = dspy.Predict(QA)
     before = as_sent(module)
-    with pytest.raises(InvalidArgs, match=said):
+    place = "".join(map(errors.step, path))
+    with pytest.raises(InvalidArgs, match=f"^state{re.escape(place)}: "):
         saved_state.load(module, replaced(GOOD, path, value))
     assert as_sent(module) == before and module.acall.__name__ == "acall"
 
 
 def test_demos_that_no_prompt_can_hold_are_refused_at_once() -> None:
     """Not in each run."""
-    with pytest.raises(InvalidArgs, match="DSPy cannot load it"):
-        saved_state.load(dspy.Predict(QA), replaced(GOOD, ["demos", 1], {"question": [None], "answer": "a"}))
-
-
-def test_a_missing_part_is_named_but_the_lm_which_old_states_lack() -> None:
-    for key in GOOD:
-        state = {name: value for name, value in GOOD.items() if name != key}
-        if key == "lm":
-            assert saved_state.load(dspy.Predict(QA), state) is None
-        else:
-            with pytest.raises(InvalidArgs, match=key):
-                saved_state.load(dspy.Predict(QA), state)
+    for path, value in ((["demos", 1], {"question": [None], "answer": "a"}), (["fields"], 5)):
+        with pytest.raises(InvalidArgs, match="DSPy cannot load it"):
+            saved_state.load(dspy.Predict(QA), replaced(GOOD, path, value))
 
 
 JSON = st.recursive(
@@ -298,15 +251,6 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-
-
-@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.text(max_size=8) | st.sampled_from([*GOOD, "predict"]), JSON))
-def test_any_object_is_loaded_or_refused(kind: str, state: dict[str, Any]) -> None:
-    try:
-        saved_state.load(KINDS[kind](), state)
-    except InvalidArgs:
-        return
-    raise AssertionError("that is not a state")
 
 
 STATES = {"predict": GOOD, **{kind: learned(kind).dump_state() for kind in ("chain_of_thought", "react", "own")}}
@@ -350,18 +294,6 @@ def test_a_damaged_state_is_refused_or_serves(case: tuple[str, dict[str, Any]]) 
             assert adapter.format(predictor.signature, predictor.demos, inputs)
 
 
-@given(JSON, st.sampled_from(["question -> answer", "a: int, b: list[str] -> answer: bool"]))
-def test_any_json_as_demos_is_taken_or_refused(demos: Any, text: str) -> None:
-    signature = dspy.Signature(text)
-    module = dspy.Predict(signature)
-    try:
-        saved_state.read_demos(demos, module, signature)
-    except InvalidArgs as error:
-        assert str(error).startswith("demos")
-    else:
-        assert dspy.ChatAdapter().format(module.signature, module.demos, dict.fromkeys(signature.input_fields, 1))
-
-
 def test_demos_are_of_the_types_of_their_fields() -> None:
     signature = dspy.Signature("question, n: int -> answer, tags: list[str]")
     module = dspy.ChainOfThought(signature)
@@ -376,7 +308,7 @@ def test_demos_are_of_the_types_of_their_fields() -> None:
         ({}, "demos: expected a list"),
         ([5], r"demos\[0\]: expected an object"),
         ([{}], r"demos\[0\]: expected an object"),
-        ([{"question": "q", "n": 1}, {"other": 1}], r"demos\[1\].other: unknown field; expected question, n, answer"),
+        ([{"question": "q", "n": 1}, {"other": 1}], r"demos\[1\]: unknown key 'other'; expected question, n, answer"),
         ([{"n": "many"}], r"demos\[0\].n: "),
         ([{"question": 5}], r"demos\[0\].question: "),
         ([{"answer": "a"}] * 501, "demos: expected at most 500"),
@@ -403,9 +335,3 @@ def test_a_file_in_a_demo_is_read_only_where_files_may_be(tmp_path: Path) -> Non
     module = dspy.Predict(signature)
     saved_state.read_demos([demo], module, signature, str(tmp_path))
     assert module.demos[0]["picture"].url.startswith("data:image/png;base64,")
-
-
-def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
-    """JSON has no half characters, but a name may be invalid in the file system's encoding."""
-    with pytest.raises(InvalidArgs, match="no name that a file can have"):
-        saved_state.read({"state_path": "\ud800"}, str(tmp_path))

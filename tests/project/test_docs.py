@@ -11,7 +11,7 @@ from dspy.clients.backend_selection import select_backend
 from peer import ROOT
 
 from dspy_bridge import errors
-from dspy_bridge.programs import module_factory, module_options
+from dspy_bridge.programs import module_factory
 
 README = ROOT / "README.md"
 PAGES = [
@@ -186,7 +186,7 @@ def test_protocol_md_has_every_program_type_with_its_options() -> None:
         classes[kind.strip("`")] = module.split("`")[1]
         options[kind.strip("`")] = above
     assert classes == module_factory.TYPES
-    assert options == {kind: set(known) for kind, known in module_options._OPTIONS.items()}
+    assert options == {kind: set(known) for kind, known in module_factory.OPTIONS.items()}
 
 
 def rows_of_errors() -> dict[str, str]:

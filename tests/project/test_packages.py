@@ -81,7 +81,7 @@ def test_each_dependency_is_pinned_to_one_version_that_fits() -> None:
         listed = re.search(rf"^{key} = \[(.*?)\]$", project, re.DOTALL | re.MULTILINE)
         assert listed is not None
         wanted[key] = [Requirement(text) for text in re.findall(r'"(.+?)"', listed[1])]
-    assert {need.name for need in wanted["dependencies"]} == {"dspy", "jiter", "orjson", "psutil"}
+    assert {need.name for need in wanted["dependencies"]} == {"dspy", "jiter", "jsonschema-rs", "orjson", "psutil"}
     assert {need.name for need in wanted["optimizers"]} == {"numpy", "optuna"}
     for need in [*wanted["dependencies"], *wanted["optimizers"]]:
         (pin,) = HERE[need.name].specifier
@@ -99,7 +99,7 @@ def test_the_pins_hold_for_every_python_that_is_supported() -> None:
             for pins in (PINS, OPTIMIZER_PINS)
         )
         assert len(plain + added) == len({*plain, *added})
-        assert {"dspy", "jiter", "orjson", "psutil", "litellm", "openai"} <= set(plain), version
+        assert {"dspy", "jiter", "jsonschema-rs", "orjson", "psutil", "litellm", "openai"} <= set(plain), version
         assert {"numpy", "optuna"} <= set(added), version
 
 

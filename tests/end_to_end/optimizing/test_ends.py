@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 from optimizing_host import EXACT, JUDGE, SCORING, Desk, first_of
-from peer import PATIENCE, ROOT, payloads
+from peer import PATIENCE, payloads
 
 THREADS = 4
-
-
-@pytest.fixture(scope="module")
-def desks() -> Iterator[Desk]:
-    with Desk() as desk:
-        desk.create()
-        yield desk
-
-
-@pytest.fixture
-def desk(desks: Desk) -> Iterator[Desk]:
-    desks.serve()
-    yield desks
-    desks.server.gate.set()
 
 
 def answered(optimizer: str) -> int:
@@ -104,15 +85,6 @@ def test_no_thread_of_dspy_is_left(desk: Desk) -> None:
         assert time.monotonic() < end, (before, now)
 
 
-def test_a_cancel_before_anything_runs(desk: Desk) -> None:
-    """In the same write as the request."""
-    args = desk.args("random_search")
-    id = next(desk.peer.ids)
-    desk.peer.send({"id": id, "command": "execute_program", "args": args}, {"cancel": id})
-    assert desk.reply_to(id)["error_type"] == "cancelled"
-    desk.nothing_follows(THREADS)
-
-
 @pytest.mark.parametrize("waits_for", ["lm", "metric"])
 def test_a_half_closed_pipe_ends_it(waits_for: str) -> None:
     """Nobody can answer the metric any more: that is its failure. A silent LM has until the end of the drain."""
@@ -142,25 +114,6 @@ for request in (os.environb[b"CREATE"], os.environb[b"ASK"]):
 print(peer.pid, flush=True)
 sys.stdin.read()
 """
-
-
-def test_its_owner_is_killed(desk: Desk) -> None:
-    """The peer is gone, and its LM is asked nothing more."""
-    desk.serve(held_after=30)
-    create = {"id": 1, "command": "create_program", "args": {"id": "qa", "signature": "question -> answer"}}
-    ask = {"id": 2, "command": "execute_program", "args": desk.args("copro", num_threads=THREADS)}
-    env = {**os.environ, **desk.env, "PYTHONPATH": str(ROOT), "CREATE": json.dumps(create), "ASK": json.dumps(ask)}
-    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdin=-1, stdout=-1, env=env)
-    with owner:
-        assert owner.stdout is not None
-        peer = psutil.Process(int(owner.stdout.readline()))
-        desk.lm_holds(31)
-        owner.send_signal(signal.SIGKILL)
-        peer.wait(PATIENCE)
-    asked = len(desk.server.requests)
-    desk.server.gate.set()
-    assert desk.execute()["success"]
-    assert asked <= 30 + THREADS and len(desk.server.requests) <= asked + 1 + THREADS
 
 
 @pytest.mark.parametrize("ends", ["by itself", "by a cancel", "by its budget"])

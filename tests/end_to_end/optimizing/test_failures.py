@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,19 +11,6 @@ from optimizing_host import JUDGE, SCORING, Desk, fails, first_of, lm_answer
 from tool_host import ToolError
 
 THREADS = 4
-
-
-@pytest.fixture(scope="module")
-def desks() -> Iterator[Desk]:
-    with Desk() as desk:
-        yield desk
-
-
-@pytest.fixture
-def desk(desks: Desk) -> Desk:
-    desks.serve()
-    desks.create()
-    return desks
 
 
 def unknown(**_: Any) -> Any:
@@ -53,7 +39,6 @@ METRICS: list[tuple[Callable[..., Any], str]] = [
         *((optimizer, *METRICS[0]) for optimizer in SCORING),
         *((optimizer, *METRICS[2]) for optimizer in SCORING),
         *(("random_search", *metric) for metric in METRICS),
-        *(("gepa", *metric) for metric in METRICS),
     ],
 )
 def test_a_metric_that_fails(desk: Desk, optimizer: str, metric: Any, text: str) -> None:
@@ -94,11 +79,10 @@ def test_a_metric_that_fails_as_it_is_asked_for_feedback(desk: Desk) -> None:
 @pytest.mark.parametrize("score", [1e308, -1e308, True, {"score": 120, "feedback": "x"}])
 @pytest.mark.parametrize("optimizer", first_of("simba", "random_search", "gepa"))
 def test_any_number_is_a_score(desk: Desk, optimizer: str, score: Any) -> None:
-    """Means of huge ones do not overflow; SIMBA, which computes their exponentials, names its limit."""
+    """Means of huge ones do not overflow. SIMBA computes their exponentials."""
     reply = desk.run(optimizer, JUDGE, {"judge": lambda **_: score})
     if optimizer == "simba" and score == 1e308:
-        assert reply["error_type"] == "tool_error"
-        assert reply["error"].startswith("judge: the score is 1e+308: expected at most 140, as simba ")
+        assert reply["error_type"] == "invalid_args" and reply["error"].startswith("optimize: DSPy's simba refuses it")
         return
     assert reply["success"], reply
     if optimizer != "bootstrap_few_shot":
@@ -163,19 +147,6 @@ def few(desk: Desk, optimizer: str, examples: int) -> dict[str, Any]:
     args = desk.args(optimizer)
     options = {"bsize": examples} if optimizer == "simba" else {}
     return {"inputs": args["inputs"][:examples], "wanted": args["expected"][:examples], "options": options}
-
-
-@pytest.mark.parametrize("optimizer", SCORING)
-def test_an_lm_that_nobody_serves(desk: Desk, optimizer: str) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        lm = {"model": "openai/x", **desk.server.options(api_base=url)}
-        more = {"reflection_lm": lm} if optimizer == "gepa" else {}
-        args = {**desk.args(optimizer, **more), "lm": lm}
-        reply = desk.reply_to(desk.peer.request("execute_program", args))
-    assert reply["error_type"] == "lm_error" and "LMUnreachable" in reply["error"], reply
-    desk.nothing_follows()
 
 
 def test_failures_that_pass_end_nothing(desk: Desk) -> None:

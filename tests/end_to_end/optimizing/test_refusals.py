@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,19 +11,6 @@ from lm_server import Answer, Ended
 from optimizing_host import EVERY, SCORING, Desk, lm_answer
 
 THREADS = 4
-
-
-@pytest.fixture(scope="module")
-def desks() -> Iterator[Desk]:
-    with Desk() as desk:
-        yield desk
-
-
-@pytest.fixture
-def desk(desks: Desk) -> Desk:
-    desks.serve()
-    desks.create()
-    return desks
 
 
 def run(desk: Desk, optimizer: str, key: str, timeout_ms: int, **lm: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from conftest import lm_env
 from lm_server import LMServer
 from optimizing_lm import GOOD, answer
 from peer import ROOT, Peer
-from plain_optimizers import EXAMPLES, METRICS, PLAIN, TRAINSET, VALSET, feedback, on_the_wire, optimize, program
+from plain_optimizers import EXAMPLES, METRICS, PLAIN, TRAINSET, feedback, on_the_wire, optimize, program
 from tool_host import Tools, execute
 
 MODEL = "openai/stub-model"
@@ -168,43 +168,21 @@ def test_the_metric_is_told_what_a_score_is_for(peer: Peer, lm: LMServer, optimi
             assert predictor is None
 
 
-@pytest.mark.parametrize("optimizer", ["random_search", "copro", "mipro_v2", "simba", "gepa"])
-def test_its_score_is_that_of_an_evaluation_of_the_same_examples(peer: Peer, lm: LMServer, optimizer: str) -> None:
-    """A mean, as there, and not DSPy's percentage."""
-    result = optimized(peer, optimize(optimizer, wire_lms(lm)))
-    better = {"id": "better", "signature": "question -> answer", "state": result["state"]}
-    assert peer.call("create_program", better)["success"]
-    examples = TRAINSET if optimizer in ("copro", "simba") else VALSET
-    assert (score(peer, "qa", examples), score(peer, "better", examples)) == (result["baseline"], result["score"])
-
-
+BY_DSPY = "optimize: DSPy's "
 REFUSED = [
-    ({"optimizer": "mipro"}, "optimize.optimizer: "),
-    ({"optimizer": "copro", "budgets": {}}, "optimize: unknown key 'budgets'; did you mean budget? "),
-    ({"optimizer": "copro", "budget": {"lm_calls": 0}}, "optimize.budget.lm_calls: "),
-    ({"optimizer": "copro", "num_threads": 65}, "optimize.num_threads: "),
-    ({"optimizer": "copro", "options": {"breadth": 1}}, "optimize.options.breadth: "),
-    (
-        {"optimizer": "copro", "options": {"bredth": 2}},
-        "optimize.options: unknown key 'bredth'; did you mean breadth? ",
-    ),
-    ({"optimizer": "copro", "options": {"num_threads": 2}}, "optimize.options: unknown key 'num_threads'; "),
-    ({"optimizer": "copro", "seed": 1}, "optimize.seed: "),
-    ({"optimizer": "copro", "valset": on_the_wire(VALSET)}, "optimize.valset: "),
-    ({"optimizer": "copro", "reflection_lm": "openai/x"}, "optimize.reflection_lm: "),
+    ({"optimizer": "copro", "options": {"bredth": 2}}, "optimize.options: unknown key 'bredth'; did you mean breadth?"),
     ({"optimizer": "copro", "prompt_lm": {"model": "openai/x", "modle": 1}}, "optimize.prompt_lm.modle: "),
-    ({"optimizer": "gepa", "options": {"auto": "light"}}, "optimize.reflection_lm: missing"),
-    ({"optimizer": "gepa", "reflection_lm": "openai/x"}, "optimize.options: gepa expects exactly one of auto, "),
-    ({"optimizer": "simba"}, "optimize.options.bsize: expected at most 8, "),
-    ({"optimizer": "mipro_v2", "options": {"num_trials": 3}}, "optimize.options.num_trials: "),
     ({"optimizer": "random_search", "valset": {"inputs": [{}]}}, "optimize.valset.inputs[0].question: "),
+    ({"optimizer": "copro", "options": {"breadth": 1}}, f"{BY_DSPY}copro refuses it: Breadth must be greater than 1"),
+    ({"optimizer": "gepa", "options": {"auto": "light"}}, f"{BY_DSPY}gepa refuses it: "),
+    ({"optimizer": "gepa", "reflection_lm": "openai/x"}, f"{BY_DSPY}gepa refuses it: Exactly one of "),
+    ({"optimizer": "simba"}, f"{BY_DSPY}simba refuses it: Trainset too small: 8 < 32"),
+    ({"optimizer": "mipro_v2", "options": {"num_trials": 3}}, f"{BY_DSPY}mipro_v2 refuses it: "),
+    ({"optimizer": "mipro_v2", "options": {"auto": None}}, f"{BY_DSPY}mipro_v2 refuses it: "),
     (
-        {"optimizer": "random_search", "valset": {"inputs": [{"question": "a"}], "expected": [{"question": "a"}]}},
-        "optimize.valset.expected[0].question: ",
+        {"optimizer": "mipro_v2", "options": {"auto": None, "num_candidates": 2, "num_trials": 3}},
+        f"{BY_DSPY}mipro_v2 refuses it: Minibatch size cannot exceed the size of the valset",
     ),
-    ({"optimizer": "random_search", "valset": {"inputs": []}}, "optimize.valset.inputs: "),
-    ({"optimizer": "labeled_few_shot", "options": {"k": 501}}, "optimize.options.k: "),
-    ("copro", "optimize: expected an object with optimizer"),
 ]
 
 
@@ -233,7 +211,7 @@ def test_what_is_wrong_next_to_it_is_named_too(peer: Peer, lm: LMServer, args: d
     assert lm.requests == []
 
 
-@pytest.mark.parametrize(("optimizer", "package"), [("mipro_v2", "optuna"), ("simba", "numpy"), ("gepa", "gepa")])
+@pytest.mark.parametrize(("optimizer", "package"), [("simba", "numpy")])
 def test_without_its_package_an_optimizer_names_it_and_the_others_run(
     lm: LMServer, tmp_path: Path, optimizer: str, package: str
 ) -> None:

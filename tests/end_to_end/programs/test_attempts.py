@@ -125,7 +125,9 @@ def test_a_value_that_was_read_and_breaks_a_constraint(ask: Any) -> None:
     assert run(peer, attempts=2)["result"] == {"stars": 2}
     last = messages(server, 1)
     assert last[-2] == {"role": "assistant", "content": '{"stars": 7}'}
-    assert last[-1]["content"].startswith("This answer did not fit: stars: Input should be less than or equal to 3 (")
+    assert last[-1]["content"].startswith(
+        "This answer did not fit: stars: the value is greater than the maximum of 3 ("
+    )
 
 
 def test_an_empty_answer_is_not_shown(ask: Any) -> None:

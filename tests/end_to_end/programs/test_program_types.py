@@ -34,14 +34,6 @@ def score(inputs: dict[str, Any], outputs: dict[str, Any]) -> float:
     return {"no": 0, "perhaps": 0.5, "yes": 1}[outputs["answer"]]
 
 
-def test_chain_of_thought_reasons_first(start_lm: Any) -> None:
-    server = start_lm(chat(reasoning="because", answer="yes"))
-    with shared_peer(env=lm_env(server)) as peer:
-        assert peer.call("create_program", {**CREATE, "program_type": "chain_of_thought"})["success"]
-        assert peer.call("execute_program", ASK)["result"] == {"reasoning": "because", "answer": "yes"}
-    assert "reasoning" in prompts(server)[0]
-
-
 def test_best_of_n_stops_at_the_threshold(start_lm: Any) -> None:
     """Each attempt is a separate LM call, not answered by a cache."""
     server = start_lm(script(*(chat(answer=answer) for answer in ("no", "perhaps", "yes"))))
@@ -83,11 +75,8 @@ def test_refine_gives_the_lm_its_advice(start_lm: Any) -> None:
 @pytest.mark.parametrize(
     ("signature", "answer", "equals"),
     [
-        ("question -> answer: int", "7", 7),
-        ("question -> answer: float", "0.5", 0.5),
         ("question -> answer: bool", "True", True),
         ("question -> answer: list[str]", '["a", "b"]', ["a", "b"]),
-        ("question -> answer: dict[str, int]", '{"a": 1}', {"a": 1}),
         ("question -> answer: Optional[int]", "null", None),
     ],
 )
@@ -101,8 +90,7 @@ def test_a_field_is_compared_as_a_reply_would_have_it(start_lm: Any, signature: 
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
-def test_they_run_other_modules_too(start_lm: Any, program_type: str) -> None:
+def test_they_run_other_modules_too(start_lm: Any) -> None:
     """A ReAct with a tool. The reward may be declared among the tools, but is not a tool for the LM."""
     step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')
     finish = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
@@ -110,7 +98,7 @@ def test_they_run_other_modules_too(start_lm: Any, program_type: str) -> None:
     with shared_peer(env=lm_env(server)) as peer:
         search = {"name": "search", "args": {"q": {"type": "str"}}}
         options = {**SCORE, "module": "react"}
-        create = {**CREATE, "program_type": program_type, "options": options, "tools": [search, {"name": "score"}]}
+        create = {**CREATE, "program_type": "refine", "options": options, "tools": [search, {"name": "score"}]}
         assert peer.call("create_program", create)["success"]
         reply, asked = execute(peer, ASK, {"search": lambda q: f"found {q}", "score": score})
         assert reply["result"]["answer"] == "yes"
@@ -141,18 +129,17 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
-@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, program_type: str, n: int) -> None:
+def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, program_type: str) -> None:
     """DSPy's message about it has no contents."""
     with Peer() as peer:
         for answer, reward, wanted in FAILURES:
             lm = {"model": "openai/stub", **start_lm(answer).options()}
-            options = {**SCORE, "n": n}
+            options = {**SCORE, "n": 3}
             peer.call("create_program", {**CREATE, "program_type": program_type, "options": options, "lm": lm})
             reply, _ = execute(peer, ASK, {"score": giving(reward)})
             assert not reply["success"] and {name: reply.get(name) for name in wanted} == wanted, reply
         _, _, log = peer.finish()
-    assert log.count("failed") == n * len(FAILURES) and SECRET not in log and "oops" not in log
+    assert log.count("failed") == 3 * len(FAILURES) and SECRET not in log and "oops" not in log
 
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
@@ -178,15 +165,6 @@ def test_an_attempt_that_fails_is_only_one_attempt(start_lm: Any, program_type: 
     with shared_peer(env=lm_env(server)) as peer:
         peer.call("create_program", {**CREATE, "program_type": program_type, "options": YES})
         assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
-
-
-def test_an_advice_that_cannot_be_read_is_one_attempt_and_not_in_the_log(start_lm: Any) -> None:
-    server = start_lm(script(chat(answer="no"), SECRET, SECRET, chat(answer="yes")))
-    with Peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**CREATE, "program_type": "refine", "options": YES})
-        assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
-        _, _, log = peer.finish()
-    assert "failed" in log and SECRET not in log
 
 
 @pytest.mark.parametrize("adapter", ["json", {"name": "two_step", "extraction_model": {"model": "offline/echo"}}])
@@ -251,15 +229,10 @@ def comparing() -> Iterator[Peer]:
     [
         None,
         [],
-        "abc",
-        {"reasoning": "r", "answer": "a"},
         COMPLETIONS[:2],
-        COMPLETIONS * 2,
         [*COMPLETIONS[:2], "third"],
-        [*COMPLETIONS[:2], {"reasoning": "r"}],
         [*COMPLETIONS[:2], {"answer": "a"}],
         [*COMPLETIONS[:2], {"answer": "a", "reasoning": 5}],
-        [*COMPLETIONS[:2], {"answer": "a", "reasoning": None}],
     ],
 )
 def test_completions_of_another_shape_are_refused(comparing: Peer, completions: Any) -> None:
@@ -283,22 +256,26 @@ def rewarded(reward: Any) -> dict[str, Any]:
     [
         *(bad("program_type", program_type=value) for value in ("", "best", "Predict", 5, None, [], {}, True)),
         *(bad("options", options=value) for value in (5, "n", [], True, [{"n": 1}])),
-        *(
-            bad("DSPY_BRIDGE_ALLOW_CODE", "not_allowed", program_type=value)
-            for value in ("program_of_thought", "code_act", "rlm")
-        ),
-        bad("options.n", options={"n": 1}),
-        bad("options.max_iters", program_type="react", options={"max_iters": 0}),
+        bad("DSPY_BRIDGE_ALLOW_CODE", "not_allowed", program_type="rlm"),
+        *(bad(f"program_type: {value} is gone", program_type=value) for value in ("program_of_thought", "code_act")),
+        bad("options: unknown key 'n'; expected none", options={"n": 1}),
+        bad("options: unknown key 'max_iter'; did you mean max_iters?", program_type="react", options={"max_iter": 0}),
+        *(bad("options.max_iters: Input should be ", program_type="react", options={"max_iters": value})
+          for value in (0, 1001, 1.5, True, "3", None)),
+        *(bad("options.threshold: Input should be ", program_type="best_of_n", options={"threshold": value})
+          for value in ("1", True, None, 10**400)),
+        bad("options.module: Input should be 'predict', ", program_type="refine", options={**YES, "module": "rlm"}),
+        bad("options.m: Input should be less than or equal to 100", program_type="multi_chain_comparison",
+            options={"M": 101}),
         bad("options.reward: missing", program_type="best_of_n"),
-        bad("options.reward: missing", program_type="refine", options={"n": 2}),
         *(
             bad("options.reward: expected", **rewarded(reward))
-            for reward in ({}, {"tool": "a", "field": "answer"}, {"field": "answer"}, {"equals": 1}, {"x": 1}, [], "a")
+            for reward in ({}, {"tool": "a", "field": "answer"}, {"field": "answer"})
         ),
-        *(bad("options.reward.tool", **rewarded({"tool": tool})) for tool in ("", None, 5, [])),
+        *(bad("options.reward.tool", **rewarded({"tool": tool})) for tool in ("", 5)),
         *(
             bad("options.reward.field", **rewarded({"field": field, "equals": 1}))
-            for field in ("question", "x", "", None, 5, ["answer"], {})
+            for field in ("question", ["answer"])
         ),
         bad("signature.inputs", signature="reasoning -> answer", program_type="chain_of_thought"),
         bad("signature.inputs", signature="trajectory -> answer", program_type="react"),
@@ -395,7 +372,7 @@ def parameters() -> list[str]:
     folders = (Path(dspy.__file__).parent / "predict", Path(dspy.__file__).parent / "primitives")
     sources = [
         *(path for folder in folders for path in folder.glob("*.py")),
-        *(ROOT / "dspy_bridge" / "programs" / name for name in ("runners.py", "best_of.py")),
+        *(ROOT / "dspy_bridge" / "programs" / name for name in ("runners.py", "scored_attempts.py")),
     ]
     names: set[str] = set()
     for source in sources:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 import dspy
 import pytest
 from conftest import lm_env
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from lm_server import LMServer, chat
 from peer import ROOT, Peer
 from shared_peers import shared_peer
@@ -116,12 +113,6 @@ KINDS: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "multi_chain_comparison": ({"options": {"M": 2}}, lambda: dspy.MultiChainComparison(QA, M=2)),
 }
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_state_is_what_dspys_save_writes(served: Served, kind: str, tmp_path: Path) -> None:
-    args, make = KINDS[kind]
-    assert served.state(served.created(kind, **args)) == saved(make(), tmp_path / "state.json")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,12 +221,6 @@ def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path
     assert wrong["error_type"] == "invalid_args" and "lm.model" in wrong["error"]
 
 
-def test_no_key_is_in_any_state(served: Served) -> None:
-    program = served.created(lm={"model": "openai/x", **served.server.options()})
-    served.prompts(program)
-    assert "sk-" not in json.dumps(served.state(program))
-
-
 def test_states_are_told_only_when_asked_for(served: Served) -> None:
     program = served.created()
     (details,) = served.peer.call("list_programs", {"program_ids": [program], "details": True})["result"]["details"]
@@ -250,109 +235,27 @@ def test_a_state_dir_is_needed_for_state_path() -> None:
         assert reply["error_type"] == "not_allowed" and "DSPY_BRIDGE_STATE_DIR" in reply["error"]
 
 
-@pytest.fixture(scope="module")
-def files(served: Served) -> Path:
-    """Files of all kinds in the folder for states, and one outside."""
-    folder = served.folder
-    state = saved(dspy.Predict(QA), folder / "good.json")
-    (folder.parent / "outside.json").write_text(json.dumps(state))
-    (folder.parent / "states-too").mkdir()
-    (folder.parent / "states-too" / "good.json").write_text(json.dumps(state))
-    (folder / "sub").mkdir()
-    (folder / "sub" / "link.json").symlink_to(folder / "good.json")
-    (folder / "out.json").symlink_to(folder.parent / "outside.json")
-    (folder / "outdir").symlink_to(folder.parent)
-    (folder / "loop.json").symlink_to(folder / "loop.json")
-    (folder / "zero.json").symlink_to("/dev/zero")
-    os.mkfifo(folder / "pipe.json")
-    (folder / "text.json").write_text("no JSON")
-    (folder / "empty.json").write_text("")
-    (folder / "list.json").write_text("[]")
-    (folder / "deep.json").write_text("[" * 100_000)
-    (folder / "state.pkl").write_bytes(pickle.dumps(state))
-    with open(folder / "sparse.json", "wb") as file:
-        file.truncate(100 * 1024 * 1024)
-    return folder
-
-
-@pytest.mark.parametrize("path", ["good.json", "sub/link.json", "sub/../good.json", "outdir/states/good.json"])
-def test_files_in_the_folder(served: Served, files: Path, path: str) -> None:
-    """Only the end of the path counts."""
-    served.created(state_path=path)
-    served.created(state_path=str(files / path))
-
-
-@pytest.mark.parametrize(
-    ("path", "error_type", "said"),
-    [
-        ("../outside.json", "not_allowed", "leads out of the folder of DSPY_BRIDGE_STATE_DIR"),
-        ("../states-too/good.json", "not_allowed", "leads out of the folder of DSPY_BRIDGE_STATE_DIR"),
-        ("/etc/passwd", "not_allowed", "leads out of the folder of DSPY_BRIDGE_STATE_DIR"),
+def test_a_state_path_leads_to_a_state_in_the_folder(served: Served) -> None:
+    """`test_confined_files` has the other ways out of it."""
+    saved(dspy.Predict(QA), served.folder / "good.json")
+    (served.folder / "deep.json").write_text("[" * 100_000)
+    (served.folder / "list.json").write_text("[]")
+    (served.folder / "state.pkl").write_bytes(pickle.dumps({}))
+    (served.folder / "out.json").symlink_to("/etc/passwd")
+    served.created(state_path=str(served.folder / "good.json"))
+    for path, error_type, said in (
         ("out.json", "not_allowed", "leads out of the folder of DSPY_BRIDGE_STATE_DIR"),
-        ("outdir/outside.json", "not_allowed", "leads out of the folder of DSPY_BRIDGE_STATE_DIR"),
-        ("zero.json", "not_allowed", "leads out of the folder of DSPY_BRIDGE_STATE_DIR"),
-        ("/dev/stdin", "not_allowed", "leads out of the folder of DSPY_BRIDGE_STATE_DIR"),
-        ("loop.json", "invalid_args", "cannot be read"),
         ("gone.json", "invalid_args", "cannot be read"),
-        ("good.json/x", "invalid_args", "cannot be read"),
-        ("x" * 300, "invalid_args", "cannot be read"),
-        ("x/" * 5000, "invalid_args", "cannot be read"),
-        (".", "invalid_args", "expected a regular file"),
-        ("sub", "invalid_args", "expected a regular file"),
-        ("pipe.json", "invalid_args", "expected a regular file"),
-        ("sparse.json", "invalid_args", "at most"),
-        ("text.json", "invalid_args", "expected JSON"),
-        ("empty.json", "invalid_args", "expected JSON"),
         ("deep.json", "invalid_args", "expected JSON"),
         ("state.pkl", "invalid_args", "expected JSON"),
         ("list.json", "invalid_args", "expected an object"),
-        ("a\0b", "invalid_args", "expected the name of a file"),
-        ("", "invalid_args", "expected the name of a file"),
         (5, "invalid_args", "expected the name of a file"),
-    ],
-)
-def test_paths_that_lead_to_no_state(served: Served, files: Path, path: Any, error_type: str, said: str) -> None:
-    reply = served.create(state_path=path)
-    assert reply["error_type"] == error_type, reply
-    assert reply["error"].startswith("state_path: ") and said in reply["error"]
+    ):
+        reply = served.create(state_path=path)
+        assert reply["error_type"] == error_type, reply
+        assert reply["error"].startswith("state_path: ") and said in reply["error"]
 
 
-def test_a_file_that_must_not_be_read(served: Served, files: Path) -> None:
-    """Root may read it, and finds it empty."""
-    (files / "secret.json").touch(0o000)
-    reply = served.create(state_path="secret.json")
-    said = "expected JSON" if os.geteuid() == 0 else "cannot be read"
-    assert reply["error_type"] == "invalid_args" and said in reply["error"]
-
-
-def test_refused_files_leave_nothing_open(served: Served, files: Path) -> None:
-    def open_files() -> int:
-        return len(os.listdir(f"/proc/{served.peer.process.pid}/fd"))
-
-    before = open_files()
-    for path in ("sub", "pipe.json", "sparse.json", "text.json", "good.json"):
-        served.create(state_path=path)
-    assert open_files() == before
-
-
-def test_a_state_and_a_path_are_one_too_many(served: Served, files: Path) -> None:
+def test_a_state_and_a_path_are_one_too_many(served: Served) -> None:
     reply = served.create(state={}, state_path="good.json")
     assert reply["error_type"] == "invalid_args" and "one of them" in reply["error"]
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-5, 5)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@given(st.sampled_from(["state", "demos", "state_path", "adapter"]), JSON)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_json_is_served_or_refused(served: Served, name: str, value: Any) -> None:
-    reply = served.create(**{name: value})
-    assert reply["success"] or reply["error_type"] in ("invalid_args", "not_allowed"), reply

@@ -53,13 +53,8 @@ def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
     [
         ("text", "text"),
         (["a", "b"], "[1] «a»\n[2] «b»"),
-        ([1, 2], "[1, 2]"),
-        ([None], "[null]"),
         ([{"\n": 1}], '[{"\\n": 1}]'),
-        ({"a": [1]}, '{"a": [1]}'),
-        ([], "N/A"),
         (None, "None"),
-        (True, "True"),
         (10**400, str(10**400)),
         ("[[ ## answer ## ]]\nno", "(( ## answer ## ))\nno"),
     ],
@@ -154,15 +149,10 @@ def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
 @pytest.mark.parametrize(
     ("type_", "fits", "does_not"),
     [
-        ("float", 1, "x"),
-        ("bool", True, "maybe"),
-        ("list[int]", [1, 2], [1, "x"]),
         ("dict[str, int]", {"a": 1}, {"a": "x"}),
-        ("Literal['a', 'b']", "a", "c"),
         ("Optional[int]", None, "x"),
         ("probability", 0.5, 1.5),
         ({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}, {"n": 1}, {"n": "x"}),
-        ({"type": "array", "items": {"enum": ["a", "b"]}}, ["a"], ["c"]),
     ],
 )
 def test_arguments_have_the_types_that_fields_have(start_lm: Any, type_: Any, fits: Any, does_not: Any) -> None:
@@ -216,14 +206,6 @@ def test_the_lm_may_leave_arguments_out(start_lm: Any, declared: dict[str, Any])
     assert "Arg page is invalid" in trajectory["observation_4"]
     shown = prompt(server.requests[0])
     assert all(text in shown for text in ("from 1 on (optional)", "'default': 10", "'default': None"))
-
-
-def test_an_agent_ends_after_its_steps(start_lm: Any) -> None:
-    server = start_lm(script(*[step("search", {"query": "a", "most": 1})] * 2, EXTRACT))
-    with shared_peer(env=lm_env(server)) as peer:
-        assert peer.call("create_program", {**CREATE, "options": {"max_iters": 2}})["success"]
-        reply, asked = execute(peer, ASK, {"search": lambda query, most: "x"})
-        assert reply["result"]["answer"] == "because" and len(asked) == 2
 
 
 def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: Any) -> None:
@@ -529,34 +511,24 @@ def bad(named: str, *tools: Any, **more: Any) -> Any:
 @pytest.mark.parametrize(
     ("create", "named"),
     [
-        *(pytest.param({"tools": tools}, "tools: expected a list", id=str(tools)) for tools in (5, "search", {}, True)),
-        *(bad("tools[0]: expected an object", tool) for tool in (None, "search", 5, [])),
-        *(bad("tools[0].name: expected text", tool) for tool in ({}, {"name": ""}, {"name": 5}, {"name": None})),
-        *(bad("tools[0].name", {"name": name}) for name in ("a b", "1a", "ä", "a.b", "a" * 65, "-a", "a\n")),
+        pytest.param({"tools": {}}, "tools: expected a list"),
+        bad("tools[0]: expected an object", "search"),
+        *(bad("tools[0].name: expected text", tool) for tool in ({}, {"name": 5})),
+        *(bad("tools[0].name", {"name": name}) for name in ("a b", "ä", "a" * 65, "a\n")),
         bad("tools[0]: unknown key 'func'", {"name": "a", "func": "os.system"}),
         bad("tools[0].description: expected text", {"name": "a", "description": 5}),
-        *(bad("tools[0].args: expected an object", {"name": "a", "args": args}) for args in (5, "q", [], None, True)),
-        *(bad("tools[0].args.", {"name": "a", "args": {arg: {}}}) for arg in ("", "a b", "class", "1", "self")),
+        bad("tools[0].args: expected an object", {"name": "a", "args": []}),
+        *(bad("tools[0].args.", {"name": "a", "args": {arg: {}}}) for arg in ("a b", "class", "self")),
         bad("tools[0].args.q: unknown key 'required'", {"name": "a", "args": {"q": {"required": True}}}),
-        bad("tools[0].args.q.description", {"name": "a", "args": {"q": {"description": 1}}}),
-        *(
-            bad("tools[0].args.q.type", {"name": "a", "args": {"q": {"type": type_}}})
-            for type_ in ("nosuch", "os.system", "list[", 5, [], {"type": "nosuch"}, "", RECURSIVE)
-        ),
-        bad("tools[0].args.q.type", {"name": "a", "args": {"q": 5}}),
+        *(bad("tools[0].args.q.type", {"name": "a", "args": {"q": {"type": it}}}) for it in ("os.system", RECURSIVE)),
         *(bad("tools[0].name: 'finish'", {"name": "finish"}, program_type=kind) for kind in ("react", "rlm")),
-        *(bad("tools[0].name", {"name": name}) for name in ("question", "answer", "trajectory", "next_thought")),
+        *(bad("tools[0].name", {"name": name}) for name in ("question", "trajectory")),
         bad("tools[1].name: 'a' is used twice", {"name": "a"}, {"name": "a"}),
         bad("tools: expected at most 128", *({"name": f"t{n}"} for n in range(129))),
         bad("tools[0].args: expected at most 100", {"name": "a", "args": {f"a{n}": {} for n in range(101)}}),
-        bad("tools: code_act takes none", {"name": "a"}, program_type="code_act"),
-        bad("tools: program_of_thought takes none", {"name": "a"}, program_type="program_of_thought"),
         bad("tools: multi_chain_comparison takes none", {"name": "a"}, program_type="multi_chain_comparison"),
-        bad("signature: with tools", {"name": "a"}, signature="tools -> answer", program_type="predict"),
         bad("signature: with tools", {"name": "a"}, signature="question -> tool_calls", program_type="predict"),
-        bad("signature, tools: ", {"name": "llm_query"}, program_type="rlm"),
         bad("signature, tools: ", {"name": "print"}, program_type="rlm"),
-        bad("signature, tools: ", {"name": "a-b"}, program_type="rlm"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_tool_is_refused_with_its_place(
@@ -578,8 +550,6 @@ def allowing_code() -> Iterator[Peer]:
     [
         {"name": "a"},
         {"name": "a-b_9"},
-        {"name": "a", "description": None},
-        {"name": "a", "desc": "short"},
         {"name": "a", "args": {"q": "str", "n": {}, "from_": {"type": None, "desc": "text"}}},
         {"name": "a" * 64, "description": "ü" * 5000, "args": {f"arg{n}": {"type": "int"} for n in range(50)}},
     ],

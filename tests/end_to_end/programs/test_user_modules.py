@@ -300,12 +300,10 @@ def test_options_go_to_the_constructor_by_name(start: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "more", "error_type", "named"),
     [
-        ("Options", {}, "invalid_args", "options.k: missing"),
-        ("Options", {"options": {"k": 1, "signature": "a -> b"}}, "invalid_args", "options.signature"),
-        ("Options", {"options": {"k": 1, "tools": []}}, "invalid_args", "options.tools"),
+        ("Options", {}, "invalid_args", "missing a required argument: 'k'"),
         ("Options", {"options": {"k": 1}, "tools": [{"name": "t"}]}, "invalid_args", "tools: the constructor"),
-        ("Strict", {"options": {"K": 1}}, "invalid_args", "options.K"),
-        ("Strict", {"options": {"self": 1}}, "invalid_args", "options.self"),
+        ("Strict", {"options": {"K": 1}}, "invalid_args", "got an unexpected keyword argument 'K'"),
+        ("Strict", {"options": {"self": 1}}, "invalid_args", "options: "),
         ("Strict", {"options": {"k": 2}}, "internal", "ValueError"),
         ("Strict", {"options": {"k": "2"}}, "internal", "TypeError"),
     ],
@@ -333,15 +331,6 @@ def test_what_an_exception_quotes_is_not_in_the_log(start: Any) -> None:
     assert "\nValueError" in log and "host.py" in log and "987654321" not in log
 
 
-def test_what_they_raise_is_not_taken_for_a_fault_of_the_lms_settings(start: Any) -> None:
-    """A ValueError of DSPy's modules may mean that; one of a user's module is a defect."""
-    peer = start()
-    args = {"signature": "question -> answer", "program_type": "host:Raises", "lm": {"model": "offline/echo"}}
-    peer.call("create_program", {"id": "Raises", **args})
-    reply = peer.call("execute_program", ask("Raises", "value"))
-    assert reply["error_type"] == "internal" and "ValueError" in reply["error"]
-
-
 @pytest.mark.parametrize("name", [pytest.param("Sleeps", marks=pytest.mark.slow), "Busy"])
 def test_code_that_blocks_keeps_no_ping_and_no_deadline_waiting(start: Any, name: str) -> None:
     """Four at once, for two seconds."""
@@ -361,19 +350,6 @@ def test_code_that_blocks_keeps_no_ping_and_no_deadline_waiting(start: Any, name
     assert slowest < 1, "it did not wait for the code"
     assert replies[late]["error_type"] == "timeout" and 0.3 <= lateness < 1
     assert all(replies[id]["success"] for id in others)
-
-
-def test_abandoned_threads_are_counted_until_they_return(start: Any) -> None:
-    peer = start()
-    create(peer, "Sleeps")
-    assert peer.call("execute_program", ask("Sleeps", "1"), timeout_ms=50)["error_type"] == "timeout"
-    # The reply is sent before the event loop has cancelled the run.
-    deadline = time.monotonic() + PATIENCE
-    while peer.call("get_stats")["result"]["threads"] != {"running": 1, "abandoned": 1, "max": 64}:
-        assert time.monotonic() < deadline
-    assert peer.call("execute_program", ask("Sleeps", "1.1"))["success"]
-    while peer.call("get_stats")["result"]["threads"] != {"running": 0, "abandoned": 0, "max": 64}:
-        assert time.monotonic() < deadline
 
 
 def test_code_that_never_returns_takes_all_threads_but_nothing_else(start: Any) -> None:

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Program.Settings do
   @moduledoc false
   # What a definition may say besides its signature: adapters, and the names of the settings of LMs, of calls and of DSPy's
-  # modules. They are the peer's (`lm/lm_options.py`, `programs/module_options.py`), with which a test compares them.
+  # modules. They are the peer's (`lm/lm_options.py`, `programs/module_factory.py`), with which a test compares them.
 
   import DSPex.PythonBridge.Program.Refusal
 
@@ -24,8 +24,6 @@ defmodule DSPex.PythonBridge.Program.Settings do
     "best_of_n" => @best,
     "refine" => @best,
     "multi_chain_comparison" => ["m", "temperature"],
-    "program_of_thought" => ["max_iters"],
-    "code_act" => ["max_iters"],
     "rlm" => ~w(max_iters max_llm_calls max_output_chars sub_lm)
   }
 

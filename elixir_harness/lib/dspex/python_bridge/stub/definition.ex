@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Stub.Definition do
   alias DSPex.PythonBridge.Stub.{Arguments, Signature}
 
   @arguments ~w(id signature program_type lm adapter config options tools demos state state_path)
-  @types ~w(predict chain_of_thought react best_of_n refine multi_chain_comparison program_of_thought code_act rlm)
+  @types ~w(predict chain_of_thought react best_of_n refine multi_chain_comparison rlm)
   @in_signature ~w(inputs outputs instructions)
   # What a program type adds to the outputs of a signature.
   @added ~w(reasoning rationale trajectory final_reasoning tool_calls)

@@ -42,12 +42,12 @@ defmodule DSPex.ProgramNamesTest do
   @settings """
   import json
   from dspy_bridge.lm import dspy_setup, lm_options
-  from dspy_bridge.programs import module_options
+  from dspy_bridge.programs import module_factory
 
   print(json.dumps({
       "adapters": sorted(dspy_setup.ADAPTERS),
       "lm": sorted(lm_options._NAMES), "config": sorted(lm_options._CONFIG_NAMES),
-      "options": {name: sorted(known) for name, known in module_options._OPTIONS.items()},
+      "options": {name: sorted(known) for name, known in module_factory.OPTIONS.items()},
   }))
   """
 

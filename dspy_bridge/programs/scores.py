@@ -1,23 +1,30 @@
-"""Metrics: what a prediction is worth, by a tool of the caller or by one output field. Imports DSPy."""
+"""What a prediction is worth, by a tool of the caller or by one output field. Imports DSPy.
+
+Metrics of evaluations and optimizations compare it with what is expected; rewards of best_of_n and refine need not.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from typing import Any
 
 import dspy
+import jiter
 import pydantic
 from dspy.evaluate import EM, normalize_text
 
 from dspy_bridge.caller import Caller
 from dspy_bridge.errors import InvalidArgs, ToolFailed
-from dspy_bridge.programs import rewards, saved_state
-from dspy_bridge.signatures import media
+from dspy_bridge.lm import lm_call
+from dspy_bridge.runtime import worker_threads
+from dspy_bridge.signatures import media, validation_errors
 from dspy_bridge.wire.json_values import encode_value
 
 MATCHES = ("equals", "exact_match", "f1", "contains")
-_WANTED = f'expected {{"tool": name}} or {{"field": name, "match": one of {", ".join(MATCHES)}}}'
+# What a value is compared by, in rewards and in metrics.
+_COMPARES = {"equals": "value", "match": f"one of {', '.join(MATCHES)}"}
 
 
 class Metric:
@@ -42,7 +49,7 @@ class Metric:
         `ToolFailed`.
         """
         if self.tool is None:
-            return self._compare(rewards.plain({self.field: outputs.get(self.field)})[self.field], example), None
+            return self._compare(_plain({self.field: outputs.get(self.field)})[self.field], example), None
         asked = {"example": example, "prediction": outputs, "purpose": purpose}
         if predictor is not None:
             asked["predictor"] = predictor
@@ -62,9 +69,40 @@ class Metric:
         return _f1(normalize_text(got).split(), normalize_text(wanted).split())
 
 
-def read(given: dict[str, Any], signature: type[dspy.Signature]) -> Metric:
+class Reward:
+    """`reward(inputs, prediction)`, called in a worker thread. `text` describes it to an LM."""
+
+    def __init__(self, tool: str | None, field: str | None, equals: Any) -> None:
+        self.tool = tool
+        self._field = field
+        self._equals = equals
+        self.text = f"{field} == {encode_value(equals).decode()}" if tool is None else f"{tool}(inputs, outputs)"
+
+    def __call__(self, inputs: dict[str, Any], prediction: dspy.Prediction) -> float:
+        """Raises `ToolFailed`."""
+        outputs = _plain(dict(prediction.items()))
+        if self.tool is None:
+            return float(_same(outputs.get(self._field), self._equals))
+        fields = _plain({name: value for name, value in inputs.items() if name != "config"})
+        job = worker_threads.current.get()
+        assert job is not None, "rewards are given in worker threads"
+        value = job.on_loop(lm_call.run().call.call_tool(self.tool, {"inputs": fields, "outputs": outputs}))
+        reward = _number(value)
+        if reward is None:
+            raise ToolFailed(f"{self.tool}: expected a number as the reward")
+        return reward
+
+
+def read_reward(given: dict[str, Any], signature: type[dspy.Signature]) -> Reward:
+    """The reward of `options.reward`. Raises `InvalidArgs`."""
+    if _by_tool(given, "equals", signature, "options.reward"):
+        return Reward(given["tool"], None, None)
+    return Reward(None, given["field"], given["equals"])
+
+
+def read_metric(given: dict[str, Any], signature: type[dspy.Signature]) -> Metric:
     """The metric of the argument `metric`. Raises `InvalidArgs`."""
-    if rewards.by_tool(given, "match", signature, "metric", _WANTED):
+    if _by_tool(given, "match", signature, "metric"):
         return Metric(given["tool"], "", "")
     if given["match"] not in MATCHES:
         raise InvalidArgs(f"metric.match: expected one of {', '.join(MATCHES)}")
@@ -100,11 +138,11 @@ def read_examples(
             if name in signature.input_fields:
                 raise InvalidArgs(f"{here}.{name}: an input; expected output fields, and what else the metric needs")
         of_program = {name: wanted[name] for name in wanted if name in fields}
-        values = saved_state.read_fields(of_program, fields, here)
+        values = validation_errors.read_values(of_program, fields, here)
         if metric.tool is None:
             if metric.field not in wanted:
                 raise InvalidArgs(f"{here}.{metric.field}: missing; the metric compares with it")
-            wanted = rewards.plain({metric.field: values[metric.field]})
+            wanted = _plain({metric.field: values[metric.field]})
         examples.append(({**(item if isinstance(item, dict) else {}), **wanted}, values))
     return examples
 
@@ -117,12 +155,38 @@ def mean(scores: list[float]) -> float:
         return math.fsum(score / len(scores) for score in scores)
 
 
+def _by_tool(given: dict[str, Any], compares: str, signature: type[dspy.Signature], where: str) -> bool:
+    """Whether `given` is `{"tool": name}`; else it is `{"field": name, compares: …}`. Raises `InvalidArgs`."""
+    if given.keys() == {"tool"}:
+        if not isinstance(given["tool"], str) or not given["tool"]:
+            raise InvalidArgs(f"{where}.tool: expected the name of a tool")
+        return True
+    if given.keys() != {"field", compares}:
+        wanted = f'{{"tool": name}} or {{"field": name, "{compares}": {_COMPARES[compares]}}}'
+        raise InvalidArgs(f"{where}: expected {wanted}")
+    if given["field"] not in list(signature.output_fields):  # may be unhashable
+        raise InvalidArgs(f"{where}.field: expected one of {', '.join(signature.output_fields)}")
+    return False
+
+
+def _number(value: Any) -> float | None:
+    """A finite number that a tool gave, or None. Many are booleans: they count as 1 and 0."""
+    if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        return None
+    return float(value)
+
+
+def _plain(values: dict[str, Any]) -> Any:
+    """The values as a reply would contain them."""
+    return jiter.from_json(encode_value(values))
+
+
 def _read_score(value: Any, tool: str) -> tuple[float, str | None]:
     feedback = None
     if isinstance(value, dict) and "score" in value and value.keys() <= {"score", "feedback"}:
         feedback = value.get("feedback")
         value = value["score"]
-    score = rewards.number(value)
+    score = _number(value)
     if score is None or not (feedback is None or isinstance(feedback, str)):
         raise ToolFailed(f'{tool}: expected a number, a boolean or {{"score": number, "feedback": text}} as the score')
     return score, feedback

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import dspy
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.programs.rewards import Reward
 from dspy_bridge.programs.runners import Runner
+from dspy_bridge.programs.scores import Reward
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
@@ -20,9 +19,9 @@ class BestRunner(Runner):
 
     def __init__(self, kind: Any, inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> None:
         self._reward = reward
-        made = (
-            kind(module=inner, reward_fn=reward, **chosen) if kind is dspy.BestOfN else _refine(inner, reward, chosen)
-        )
+        made = kind(module=inner, reward_fn=reward, **chosen)
+        # Refine would show its LM the source of the class.
+        made.reward_fn_code = reward.text
         # Its predictors and its state are those of the inner module.
         super().__init__(made)
 
@@ -63,36 +62,6 @@ def _there(prediction: Any, failures: _Failures) -> Any:
 
 def _guarded_adapter(failures: _Failures) -> dspy.Adapter:
     return _without_advice_in_errors(dspy.settings.adapter or dspy.ChatAdapter(), failures)
-
-
-def _refine(inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> dspy.Module:
-    kind: Any = type(inner)
-    made = copy.copy(_refine_of(kind))
-    made.module, made.threshold, made.N = inner, chosen["threshold"], chosen["N"]
-    made.fail_count = chosen.get("fail_count", made.N)
-    made.reward_fn_code = reward.text
-    return made
-
-
-@functools.cache
-def _refine_of(kind: Any) -> dspy.Module:
-    """A Refine for one class of modules. Its constructor parses whole source files, which takes 10 ms or more."""
-
-    def reward(_inputs: Any, _prediction: Any) -> float:
-        """Refine reads a reward's source, too."""
-        return 0.0
-
-    while True:
-        try:
-            return dspy.Refine(
-                module=kind("question -> answer", **_NEEDED.get(kind, {})), N=1, reward_fn=reward, threshold=1.0
-            )
-        except SystemError:
-            continue  # two threads parse at once: python/cpython issue 106905, up to 3.11
-
-
-# Further arguments of a constructor.
-_NEEDED: dict[type, dict[str, Any]] = {dspy.ReAct: {"tools": []}}
 
 
 class _Failures(list[Exception]):
