@@ -29,6 +29,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # How long a start waits at most for the name of a bridge whose starter is gone.
   @name_ms 1_000
 
+  # Of a peer: see `DSPex.PythonBridge.Bridge.Peer`.
+  defguardp is_transport(term) when is_port(term) or is_pid(term)
+
   @doc "Kills and replaces a peer that does not react; its calls are sent again. For the monitor."
   @spec replace(GenServer.server()) :: :ok
   def replace(bridge), do: GenServer.cast(bridge, :replace)
@@ -113,6 +116,12 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @impl GenServer
   def handle_call(:get_status, _from, state), do: {:reply, Status.status(state), state}
 
+  # For a peer of `DSPex.PythonBridge.Stub`, whose answers depend on who calls.
+  def handle_call({:caller, id}, _from, state) do
+    request = Calls.Table.get(state.in_flight.calls, id)
+    {:reply, request && request.pid, state}
+  end
+
   def handle_call({:load_failure, id}, _from, state),
     do: {:reply, ProgramReplay.failure(state, id), state}
 
@@ -132,7 +141,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       do: handle_info(message, %{state | in_flight: Calls.heard(state.in_flight)})
 
   def handle_info({port, {:data, frame}}, %{options: %{max_frame_bytes: max}} = state)
-      when is_port(port) and is_binary(frame) and byte_size(frame) > max do
+      when is_transport(port) and is_binary(frame) and byte_size(frame) > max do
     case Protocol.route(frame) do
       {:reply, id} ->
         text = "the reply has #{byte_size(frame)} bytes; max_frame_bytes is #{max}"
@@ -143,7 +152,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info({port, {:data, frame}}, state) when is_port(port) and is_binary(frame) do
+  def handle_info({port, {:data, frame}}, state)
+      when is_transport(port) and is_binary(frame) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
       {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
@@ -163,13 +173,13 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   end
 
   def handle_info({:tool_result, port, id, frame}, state)
-      when is_port(port) and is_binary(frame) do
+      when is_transport(port) and is_binary(frame) do
     in_flight = Calls.Events.tool_result(state.in_flight, port, id, frame)
     noreply(%{state | in_flight: in_flight}, frame)
   end
 
   def handle_info({:bind, port, id, ref}, state)
-      when is_port(port) and is_integer(id) and is_reference(ref) do
+      when is_transport(port) and is_integer(id) and is_reference(ref) do
     {answer, in_flight} = Calls.Events.bind(state.in_flight, port, id)
     send(ref, {ref, answer})
     {:noreply, %{state | in_flight: in_flight}}
@@ -228,8 +238,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be written), or
   # both, in either order. The first removes the peer; the second matches no peer's port any longer.
-  def handle_info({port, {:exit_status, code}}, state) when is_port(port) and is_integer(code),
-    do: {:noreply, lost(state, port, "exit status #{code}")}
+  def handle_info({port, {:exit_status, code}}, state)
+      when is_transport(port) and is_integer(code),
+      do: {:noreply, lost(state, port, "exit status #{code}")}
 
   def handle_info({:EXIT, port, reason}, state) when is_port(port) and is_atom(reason),
     do: {:noreply, lost(state, port, "its port closed: #{inspect(reason)}")}
@@ -238,8 +249,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info({:peer_gone, os_pid}, state) when is_integer(os_pid),
     do: {:noreply, lost(state, os_pid, "it is gone")}
 
-  # A process has linked itself to the bridge, and ended. (The parent's exit never gets here.)
-  def handle_info({:EXIT, pid, :normal}, state) when is_pid(pid), do: {:noreply, state}
+  # The process in the place of a port, or one that has linked itself to the bridge. (The parent's exit never gets here.)
+  def handle_info({:EXIT, pid, _reason}, state) when is_pid(pid),
+    do: {:noreply, lost(state, pid, "its process ended")}
 
   def handle_info(message, state), do: drop(message, state)
 

@@ -13,20 +13,24 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
 
+  # A process that takes the place of a port takes the messages of one, and always has room.
+  @typedoc "The port of a peer, or the process in its place."
+  @type transport :: port() | pid()
+
   @enforce_keys [:port]
   defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
 
   @typep item ::
            {:request, Deadline.t(), body :: binary()} | {:control, iodata()}
   @opaque t :: %__MODULE__{
-            port: port(),
+            port: transport(),
             writer: {pid(), reference()} | nil,
             queue: :gb_trees.tree(pos_integer(), item()),
             about: %{pos_integer() => [pos_integer()]}
           }
 
   @doc "An empty send queue for a port."
-  @spec new(port()) :: t()
+  @spec new(transport()) :: t()
   def new(port), do: %__MODULE__{port: port}
 
   @doc "Takes back the requests that were not written; returns their ids."
@@ -135,6 +139,11 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
 
   defp frame(id, {:request, deadline, body}, now),
     do: Protocol.request_frame(id, left(deadline, now), body)
+
+  defp write(%__MODULE__{port: process} = send_queue, frame) when is_pid(process) do
+    send(process, {self(), {:command, frame}})
+    send_queue
+  end
 
   # port_command without :nosuspend, Port.command and send/2 would suspend the bridge as long as the peer does not read.
   # A port that has just died raises, for this frame and all after it; the message about its death is on its way, and
