@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Pool.Handle do
     %__MODULE__{
       name: name,
       pid: self(),
-      bridges: List.to_tuple(for n <- 1..size, do: Module.concat(name, "Bridge#{n}")),
+      bridges: bridges(settings),
       counters: LoadCounters.new(size),
       programs: declared(settings),
       others: :ets.new(__MODULE__, [:public, read_concurrency: true]),
@@ -41,6 +41,11 @@ defmodule DSPex.PythonBridge.Pool.Handle do
       settings: settings
     }
   end
+
+  defp bridges(%Pool.Options{name: name, stub?: true}), do: {name}
+
+  defp bridges(%Pool.Options{name: name, size: size}),
+    do: List.to_tuple(for n <- 1..size, do: Module.concat(name, "Bridge#{n}"))
 
   defp declared(%Pool.Options{name: name} = settings),
     do: Programs.Declared.store(settings.programs.(), {:pool, name}, settings.max_frame_bytes)

@@ -18,8 +18,10 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
 
   @doc "Starts the processes of a pool."
   @spec start_link(Pool.Options.t()) :: Supervisor.on_start()
-  def start_link(%Pool.Options{name: name} = settings),
-    do: Supervisor.start_link(__MODULE__, settings, name: name)
+  def start_link(%Pool.Options{name: name, stub?: stub?} = settings) do
+    own = if stub?, do: Module.concat(name, "Supervisor"), else: name
+    Supervisor.start_link(__MODULE__, settings, name: own)
+  end
 
   @impl Supervisor
   def init(%Pool.Options{name: name, size: size} = settings) do
