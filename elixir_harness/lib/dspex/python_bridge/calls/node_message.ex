@@ -10,10 +10,8 @@ defmodule DSPex.PythonBridge.Calls.NodeMessage do
   #   * `{:tool_result, port, id, frame}`, `:unreadable_frame` and `{:abandon, ref}` to the bridge
   #   * `{:bind, port, id, ref}` to the bridge, and `{ref, :ok | :over}` from it; older bridges do not answer it
   #
-  # On one node the structs themselves are sent. The functions and modules that other nodes call by name keep their
-  # names, too: `DSPex.PythonBridge.Caller.find/1`, `DSPex.PythonBridge.Pool.Remote.proxy/4` and `open/5` with
-  # `DSPex.PythonBridge.Pool.Request`, `DSPex.PythonBridge.Top.snapshot/1`. What `open/5` starts takes the messages of a bridge,
-  # and replies `{ref, {:served, result}}`.
+  # On one node the structs themselves are sent. The functions that other nodes call by name keep their names, too:
+  # `DSPex.PythonBridge.Caller.find/1`, `DSPex.PythonBridge.Top.snapshot/1`.
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Tools.Invocation
