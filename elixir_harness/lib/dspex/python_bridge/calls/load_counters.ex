@@ -123,13 +123,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   ## Words
 
   # For each call.
-  @compile {:inline,
-            calls: 1,
-            ready: 1,
-            sent: 1,
-            received: 1,
-            sent_at: 1,
-            rank: 3}
+  @compile {:inline, calls: 1, ready: 1, sent: 1, received: 1, sent_at: 1, rank: 3}
 
   defp calls(index), do: @words_per_slot * index - 3
   defp ready(index), do: @words_per_slot * index - 2

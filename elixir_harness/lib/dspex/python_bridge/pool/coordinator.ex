@@ -282,7 +282,9 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     cleaned = if removed == [], do: [], else: [cleaned(removed, %{program_ids: removed})]
 
     cleaned ++
-      for id <- created, {stamp, body} = Programs.Store.get(programs, id), do: created({id, stamp, body})
+      for id <- created,
+          {stamp, body} = Programs.Store.get(programs, id),
+          do: created({id, stamp, body})
   end
 
   defp created({id, stamp, body}), do: {:changed, {:create, id, stamp}, body}

@@ -24,13 +24,21 @@ defmodule DSPex.PythonBridge.Pool.Route do
 
   @enforce_keys [:handle, :body, :deadline]
   defstruct [:handle, :body, :deadline, :change, :program, :bridge, :at, :overloaded] ++
-              [deaths: 0, passed: [], passed_nodes: [], stream?: false, resend?: true, reach: :all]
+              [
+                deaths: 0,
+                spared: 0,
+                passed: [],
+                passed_nodes: [],
+                stream?: false,
+                resend?: true,
+                reach: :all
+              ]
 
   @typedoc """
   `program`: the id of the program of an `execute_program`. `bridge`, `at`: where it was sent last; `:here`, or the
   coordinator of another node, and the readiness of the slot. `passed`: places that could not serve it, since they
   became ready; `passed_nodes`: rows of the table of other nodes that could not. `overloaded`: the error of a peer or bridge
-  that was. `deaths`: peers that died with it. `resend?`: whether it may be resent after a peer has died with it. `reach`:
+  that was. `deaths`, `spared`: as in `t:DSPex.PythonBridge.Calls.Request.t/0`. `resend?`: whether it may be resent after a peer has died with it. `reach`:
   `:here` is this node alone; with `:any`, peers of this node come first no more than those of others.
   """
   @type t :: %__MODULE__{
@@ -43,6 +51,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
           at: place() | nil,
           overloaded: Error.t() | nil,
           deaths: non_neg_integer(),
+          spared: non_neg_integer(),
           passed: [place()],
           passed_nodes: [tuple()],
           stream?: boolean(),
@@ -101,7 +110,8 @@ defmodule DSPex.PythonBridge.Pool.Route do
   defp passed(%__MODULE__{handle: handle} = route, :here),
     do: LoadCounters.still(handle.counters, passed_at(route, :here))
 
-  defp passed_at(route, where), do: for({^where, index, since} <- route.passed, do: {index, since})
+  defp passed_at(route, where),
+    do: for({^where, index, since} <- route.passed, do: {index, since})
 
   defp send_to(%__MODULE__{} = route, bridge, at, ticket) do
     request = %Calls.Request{
@@ -109,6 +119,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
       change: route.change,
       retry: :pool,
       deaths: route.deaths,
+      spared: route.spared,
       stream?: route.stream?,
       ticket: ticket
     }
@@ -195,8 +206,11 @@ defmodule DSPex.PythonBridge.Pool.Route do
       when died in [{:died, :sent}, :python_process_died],
       do: resend_after_death(route)
 
+  def follow(%__MODULE__{spared: spared} = route, {:error, {:died, :spared}}),
+    do: {:resend, pass(%{route | spared: spared + 1})}
+
   def follow(%__MODULE__{} = route, {:error, gone})
-      when gone in [{:died, :spared}, {:died, :unsent}, :replaced, :bridge_not_running],
+      when gone in [{:died, :unsent}, :replaced, :bridge_not_running],
       do: {:resend, pass(route)}
 
   # What a peer says of it tells more.
