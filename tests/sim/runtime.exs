@@ -81,6 +81,8 @@ defmodule Sim.Runtime do
   def send(port, message), do: Kernel.send(port, message)
 
   @doc "`:noconnect`, as the runtime has it: without a connection none is made. `:nosuspend`: one that is busy is not waited for."
+  def send(ref, message, [:nosuspend, :noconnect]) when is_reference(ref), do: send(ref, message) && :ok
+
   def send(pid, message, [:nosuspend, :noconnect]) do
     there = World.node_of(pid)
 

@@ -178,7 +178,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     {:noreply, give(state, ids)}
   end
 
-  def handle_info({:hello, coordinator, serves?, exported}, state) do
+  def handle_info({:hello, coordinator, serves?, exported}, %{cluster: %Cluster{}} = state) do
     {created, removed} = Programs.Store.merge(state.handle.programs, exported)
     state = give(state, removed ++ for({id, _stamp, _body} <- created, do: id))
     cluster = Cluster.announce(state.cluster, state.handle, [coordinator])
@@ -210,7 +210,8 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   ## Callers
 
   def handle_info({:pick, ref, passed, preference}, %{handle: handle} = state) do
-    send(ref, {ref, pick(handle, passed, preference)})
+    # The asker's node may hang.
+    :erlang.send(ref, {ref, pick(handle, passed, preference)}, [:nosuspend, :noconnect])
     {:noreply, state}
   end
 
@@ -239,7 +240,7 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   ## Other nodes
 
-  def handle_info({:serves, coordinator, serves?}, state),
+  def handle_info({:serves, coordinator, serves?}, %{cluster: %Cluster{}} = state),
     do: {:noreply, note(state, coordinator, serves?)}
 
   def handle_info(message, state) do
@@ -278,13 +279,10 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   end
 
   defp messages(programs, ids) do
-    {created, removed} = Enum.split_with(ids, &Programs.Store.get(programs, &1))
+    found = for id <- ids, do: {id, Programs.Store.get(programs, id)}
+    removed = for {id, nil} <- found, do: id
     cleaned = if removed == [], do: [], else: [cleaned(removed, %{program_ids: removed})]
-
-    cleaned ++
-      for id <- created,
-          {stamp, body} = Programs.Store.get(programs, id),
-          do: created({id, stamp, body})
+    cleaned ++ for({id, {stamp, body}} <- found, do: created({id, stamp, body}))
   end
 
   defp created({id, stamp, body}), do: {:changed, {:create, id, stamp}, body}

@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
     log = File.read!(Path.join(dir, "log"))
     # Four deaths count; of others the next to it may be blamed.
-    assert log |> String.split("\n", trim: true) |> (length() in 4..12)
+    assert length(String.split(log, "\n", trim: true)) in 4..12
   end
 
   test "after the death of one of two peers the other runs the next call at once",
