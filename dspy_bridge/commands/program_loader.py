@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
-from dspy_bridge.errors import SetupFailed
+from dspy_bridge.commands import arguments
+from dspy_bridge.dispatch import error_replies
+from dspy_bridge.errors import LoadFailed, SetupFailed
 from dspy_bridge.runtime.gc_freeze import GcFreezer
 
 TYPE_CHECKING = False
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
 
 # The cause of a failed set-up may be temporary. Until the next attempt, requests get the last failure.
 _RETRY_SECONDS = 1.0
+# The same of a lazy program whose load failed: loading may take long, and most failures are not temporary.
+_RELOAD_SECONDS = 60.0
 
 
 class ProgramLoader:
     """One per peer. DSPy lets only the thread that configured it first configure it again, so there is one thread."""
 
-    def __init__(self, settings: Settings, setup: Callable[[], None], threads: WorkerThreads) -> None:
+    def __init__(self, settings: Settings, setup: Callable[[], object], threads: WorkerThreads) -> None:
         """`setup` runs before DSPy is imported; `threads` are for modules without an async forward."""
         self._settings = settings
         self._setup = setup
@@ -41,15 +45,27 @@ class ProgramLoader:
         self.importing = False
 
     async def load(self, entry: Entry) -> Program:
-        """The program of an entry, loaded once for all requests that need it. On the event loop."""
+        """The program of an entry, loaded once for all requests that need it. On the event loop.
+
+        Raises `LoadFailed` if the program is lazy.
+        """
         import asyncio
 
+        if entry.failure is not None and time.monotonic() < entry.reload_at:
+            raise LoadFailed(entry.id, entry.failure)
         if entry.loading is None:
-            load = entry.loading = self.build(entry.definition)
-            # All its waiters may be cancelled: asyncio would then log a failure as never retrieved.
-            load.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # A cancelled waiter does not stop it for the others.
-        return await asyncio.shield(entry.loading)
+            entry.loading = self.build(entry.definition)
+            # Runs before the waiters do.
+            entry.loading.add_done_callback(lambda done: _loaded(entry, done))
+        try:
+            # A cancelled waiter does not stop it for the others.
+            return await asyncio.shield(entry.loading)
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # user code may raise anything
+            if entry.failure is None:
+                raise
+            raise LoadFailed(entry.id, entry.failure) from None
 
     def build(self, definition: dict[str, Any]) -> asyncio.Future[Program]:
         """A program of a definition, loaded anew. On the event loop."""
@@ -76,7 +92,7 @@ class ProgramLoader:
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""
-        if self._gc.removed(count) and self._thread is not None:
+        if self._gc.changed(count, removed=True) and self._thread is not None:
             self._thread.submit(self._gc.freeze)
 
     def _start_thread(self) -> DaemonThreads:
@@ -100,8 +116,10 @@ class ProgramLoader:
             self._models = self._load_dspy()
         from dspy_bridge.programs.program import Program
 
+        if definition.get("lazy"):
+            arguments.check_create(definition)
         program = Program(definition, self._models, self._threads)
-        if self._gc.loaded():
+        if self._gc.changed(1, removed=False):
             self._gc.freeze()
         return program
 
@@ -122,3 +140,18 @@ class ProgramLoader:
             raise SetupFailed(why) from None
         self._gc.freeze()  # DSPy itself is half a million objects
         return models
+
+
+def _loaded(entry: Entry, load: asyncio.Future[Program]) -> None:
+    """Records how a load ended. The failed load of a lazy program may be tried again."""
+    # Retrieved in any case: all waiters may have been cancelled, and asyncio would log the failure.
+    error = None if load.cancelled() else load.exception()
+    entry.loaded = error is None
+    entry.failure = None
+    if error is not None and entry.lazy:
+        from dspy_bridge.logs import peer_log
+
+        entry.loading = None
+        entry.failure = error_replies.describe(error, peer_log.exception)
+        seconds = _RETRY_SECONDS if isinstance(error, SetupFailed) else _RELOAD_SECONDS
+        entry.reload_at = time.monotonic() + seconds

@@ -142,7 +142,8 @@ defmodule DSPex.PythonBridge.Stub.Peer do
       "signature" => args["signature"],
       "created_at" => program.created,
       "execution_count" => program.count,
-      "last_executed" => program.last
+      "last_executed" => program.last,
+      "loaded" => true
     }
   end
 
