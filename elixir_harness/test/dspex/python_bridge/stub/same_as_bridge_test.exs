@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
   @moduledoc """
-  A stub gives what a real bridge, and a real pool, give: each case is run against both, and the results are compared.
+  A stub gives what a real bridge gives: each case is run against both, and the results are compared. Only the peer differs.
   """
 
   use ExUnit.Case, async: true
@@ -34,7 +34,7 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       create.(Map.put(@agent, :lm, lm))
     end
 
-    %{both: [__MODULE__.Real.Bridge1, __MODULE__.Stub], pools: [__MODULE__.Real, __MODULE__.Stub]}
+    %{both: [__MODULE__.Real.Bridge1, __MODULE__.Stub]}
   end
 
   defp answer("qa", %{"question" => question}),
@@ -96,11 +96,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       end)
     end
 
-    test "a cast, whose reply nobody waits for", %{both: both} do
-      same(both, &Bridge.cast(&1, :execute_program, run(%{question: "Why?"})))
-      same(both, &Bridge.cast(&1, :execute_program, run(%{question: self()})))
-    end
-
     test "programs that are listed and removed", %{both: both} do
       for id <- ["one", "two"], server <- both do
         Bridge.call(server, :create_program, %{
@@ -143,15 +138,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
 
       same(both, &Bridge.request(&1, {:a}, %{}))
       same(both, &Bridge.call(&1, :unheard_of, %{}))
-    end
-
-    test "options that are wrong", %{both: both} do
-      for opts <- [[timeout: -1], [retries: 1], [tools: %{a: 1}], [on_chunk: 1]] do
-        args = run(%{question: "Why?"})
-
-        assert {:error, %Error{type: :invalid_request}} =
-                 same(both, &Bridge.request(&1, :execute_program, args, opts))
-      end
     end
   end
 
@@ -237,100 +223,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
                    tools: %{a: fn _ -> 1 end}
                  )
                )
-    end
-  end
-
-  describe "a pool has the same" do
-    test "results and errors", %{pools: pools} do
-      same(pools, &Pool.call(&1, :execute_program, run(%{question: "Why?"})))
-      same(pools, &Pool.call(&1, :execute_program, run(%{question: {1, 2}})))
-      same(pools, &Pool.call(&1, :execute_program, run(%{qestion: "Why?"})))
-      same(pools, &Pool.call(&1, :create_program, %{id: "p", signature: "a -> b"}))
-      same(pools, &Pool.call(&1, :cleanup, %{program_ids: ["p"]}))
-      same(pools, &Pool.call(&1, :list_programs, %{program_ids: ["qa", "p"]}))
-    end
-
-    test "results with metadata and options", %{pools: pools} do
-      same(pools, fn pool ->
-        {:ok, result, meta} = Pool.request(pool, :execute_program, run(%{question: "Why?"}))
-        {result, Enum.sort(Map.keys(meta))}
-      end)
-
-      for args <- [run(%{}), run("x"), run([%{question: "One?"}, %{}])],
-          do: same(pools, &answer_of(&1, args))
-
-      same(pools, &Pool.request(&1, :execute_program, run(%{}), retries: 1))
-
-      for pool <- pools do
-        assert {:ok, %{"status" => "created"}, %{"duration_ms" => _}} =
-                 Pool.request(pool, :create_program, %{id: "p2", signature: "a -> b"})
-
-        assert {:ok, %{"programs_removed" => 1}, _} =
-                 Pool.request(pool, :cleanup, %{program_ids: ["p2"]})
-      end
-    end
-
-    defp answer_of(pool, args) do
-      with {:ok, result, _meta} <- Pool.request(pool, :execute_program, args), do: result
-    end
-
-    test "streams", %{pools: pools} do
-      same(pools, fn pool ->
-        elements = Enum.to_list(Pool.stream(pool, run(%{question: "Why not?"})))
-        {:ok, result, _meta} = List.last(elements)
-        {for({:chunk, "answer", text} <- elements, into: "", do: text), result}
-      end)
-
-      same(pools, &Enum.to_list(Pool.stream(&1, run(%{}))))
-    end
-
-    test "calls of tools", %{pools: pools} do
-      test = self()
-
-      for pool <- pools do
-        search = fn args ->
-          send(test, {pool, args})
-          "Found."
-        end
-
-        args = run(%{question: "What is Elixir?"}, "agent")
-
-        assert {:ok, %{"answer" => "A language."}, _meta} =
-                 Pool.request(pool, :execute_program, args, tools: %{search: search})
-
-        assert_receive {^pool, %{"query" => "Elixir"}}
-        elements = Enum.to_list(Pool.stream(pool, args, tools: %{"search" => search}))
-        assert {:status, "calling tool search"} in elements
-        assert_receive {^pool, %{"query" => "Elixir"}}
-      end
-    end
-
-    test "bridges of one's own", %{pools: pools} do
-      same(pools, fn pool ->
-        Pool.with_bridge(pool, &Bridge.call(&1, :execute_program, run(%{question: "Why?"})))
-      end)
-
-      same(pools, fn pool ->
-        catch_throw(Pool.with_bridge(pool, fn _bridge -> throw(:enough) end))
-      end)
-
-      same(pools, fn pool -> for %{checked_out: out?} <- Pool.status(pool).peers, do: out? end)
-    end
-
-    test "status and checkouts", %{pools: pools} do
-      for pool <- pools do
-        assert %{peers: [%{state: :running, checked_out: false, bridge: bridge}], nodes: [_]} =
-                 Pool.status(pool)
-
-        assert {:ok, ^bridge} = Pool.checkout(pool)
-
-        assert {:ok, _result, _meta} =
-                 Bridge.request(bridge, :execute_program, run(%{question: "?"}), [])
-
-        assert :ok = Pool.checkin(pool, bridge)
-        assert %{state: :running, pending: 0} = Bridge.get_status(bridge)
-        assert :ok = Bridge.restart(bridge)
-      end
     end
   end
 end
