@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Error do
   @peer_types Map.new(
                 ~w(invalid_json invalid_request invalid_args unknown_command frame_too_large
                    program_not_found lm_not_configured lm_error output_invalid tool_error timeout
-                   cancelled overloaded not_allowed internal)a,
+                   cancelled overloaded not_allowed internal python_process_died)a,
                 &{Atom.to_string(&1), &1}
               )
 

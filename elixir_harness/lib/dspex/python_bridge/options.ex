@@ -48,8 +48,8 @@ defmodule DSPex.PythonBridge.Options do
   # Names that are more alike than this are taken for one that was misspelt.
   @alike 0.8
 
-  # slot: only in a pool. store: the table of the bridge's supervisor, if it has one; the declared programs are in it.
-  defstruct @fields ++ [slot: nil, store: nil, drain_ms: 5_000]
+  # slot: only in a pool. transport: starts a process, linked to the caller, in the place of a port; not for users. store: the table of the bridge's supervisor, if it has one; the declared programs are in it.
+  defstruct @fields ++ [slot: nil, transport: nil, store: nil, drain_ms: 5_000]
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
@@ -64,6 +64,7 @@ defmodule DSPex.PythonBridge.Options do
           drain_ms: non_neg_integer(),
           programs: (-> [{id :: String.t(), arguments :: %{String.t() => term()}}]) | nil,
           slot: tuple() | nil,
+          transport: (-> pid()) | nil,
           store: :ets.tid() | nil
         }
   @typedoc "The text that refuses an option; nil for one that is accepted."
@@ -281,6 +282,7 @@ defmodule DSPex.PythonBridge.Options do
 
   # Checked as a whole: see declared/1.
   defp refusal({:programs, _list}), do: nil
+  defp refusal({:transport, start}) when is_function(start, 0), do: nil
   defp refusal({:store, table}) when is_reference(table), do: nil
   defp refusal({key, _value}), do: unknown(key, @known)
 

@@ -56,20 +56,20 @@ defmodule DSPex.PythonBridge.Stub do
 
   ## Programs
 
-  Programs need not be declared or created. If one is, by the option `:programs` or `create_program`, its definition is
-  checked by the peer's rules as far as they need no DSPy (not its types), and runs with other inputs or outputs than
-  it has are errors. Programs belong to the stub, as they do to a pool.
+  Programs need not be declared or created. If one is, by the option `:programs` or `create_program`, runs with other
+  inputs or outputs than it has are errors. The rest of its definition is not checked. Programs belong to the stub, as they
+  do to a pool.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Pool, Programs}
-  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.{Error, Options, Pool}
   alias DSPex.PythonBridge.Programs.Change
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Stub.{Context, Definition, Ledger, Server}
+  alias DSPex.PythonBridge.Stub.{Expectations, Peer, Run}
 
   # Not a dependency: whoever calls it has it.
   @compile {:no_warn_undefined, ExUnit.Callbacks}
 
+  @no_drain %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
   @options [:name, :answers, :programs, :default_timeout]
 
   @typedoc "The name of a stub, or its pid."
@@ -91,23 +91,24 @@ defmodule DSPex.PythonBridge.Stub do
     * `:programs` – programs that are there from the start, as for `DSPex.PythonBridge.Bridge.start_link/1`
     * `:default_timeout` – as for `DSPex.PythonBridge.Bridge.start_link/1`
 
-  A wrong option, or definition, gives `{:error, %ArgumentError{}}` with a text that names it.
+  A wrong option gives `{:error, %ArgumentError{}}` with a text that names it.
   """
-  @spec start_link(keyword()) :: GenServer.on_start() | {:error, Exception.t()}
+  @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts) do
     with :ok <- Options.check(opts, "python stub", &refusal/1),
          :ok <- named(opts),
-         own = Keyword.take(opts, [:name, :programs, :default_timeout]),
-         {:ok, settings} <- Pool.Options.new([pool_size: 1] ++ own, nil),
-         :ok <- defined(settings.programs.()),
-         do: Server.start_link(settings, opts[:answers])
+         {name, own} = {opts[:name], Keyword.take(opts, [:name, :programs, :default_timeout])},
+         # A call that a test has left under way does not delay the end of the stub.
+         peer = [transport: fn -> Peer.start_link(name, opts[:answers]) end, env: @no_drain],
+         {:ok, settings} <- Pool.Options.new([pool_size: 1] ++ own ++ peer, nil),
+         do: Pool.Supervisor.start_link(%{settings | stub?: true})
   end
 
   @doc "The child specification of `{Stub, opts}`; the id is the stub's name."
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
     id = if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__
-    %{id: id, start: {__MODULE__, :start_link, [opts]}}
+    %{id: id, start: {__MODULE__, :start_link, [opts]}, type: :supervisor}
   end
 
   defp refusal({:name, name}) when is_atom(name) and name != nil, do: nil
@@ -123,19 +124,6 @@ defmodule DSPex.PythonBridge.Stub do
 
   defp named(opts) do
     if opts[:name], do: :ok, else: wrong(":name: expected that of your Bridge or Pool")
-  end
-
-  # A wrong one is a mistake of the test's, or of what it tests.
-  defp defined(programs) do
-    Enum.find_value(programs, :ok, fn {id, args} ->
-      with {:ok, "," <> json} <- Programs.Declared.encode(args),
-           {:ok, %{"args" => args}} <- Payload.decode("{" <> json),
-           :ok <- Definition.check(args) do
-        nil
-      else
-        {:error, %Error{message: text}} -> wrong(":programs: #{id}: #{text}")
-      end
-    end)
   end
 
   defp wrong(text), do: {:error, ArgumentError.exception("python stub: #{text}")}
@@ -155,13 +143,7 @@ defmodule DSPex.PythonBridge.Stub do
     if not (is_integer(n) and n > 0),
       do: raise(ArgumentError, "n: expected a number of runs from 1, got #{inspect(n)}")
 
-    check!(answer)
-    {pid, name} = find!(stub)
-    ledger = Ledger.mine()
-    id = id!(program)
-    rows = for _ <- 1..n, do: Ledger.expect(ledger, name, id)
-    :ok = GenServer.call(pid, {:answer, self(), ledger, id, answer, rows})
-    stub
+    add(stub, program, answer, n)
   end
 
   @doc """
@@ -169,11 +151,11 @@ defmodule DSPex.PythonBridge.Stub do
   Returns the stub.
   """
   @spec stub(stub(), program(), (map() -> answer())) :: stub()
-  def stub(stub, program, answer) do
+  def stub(stub, program, answer), do: add(stub, program, answer, :always)
+
+  defp add(stub, program, answer, times) do
     check!(answer)
-    {pid, _name} = find!(stub)
-    call = {:answer, self(), Ledger.mine(), id!(program), answer, :always}
-    :ok = GenServer.call(pid, call)
+    :ok = Expectations.add(find!(stub), id!(program), answer, times)
     stub
   end
 
@@ -184,13 +166,13 @@ defmodule DSPex.PythonBridge.Stub do
   """
   @spec allow(stub(), owner :: pid(), pid() | atom()) :: stub()
   def allow(stub, owner, process) when is_pid(owner) do
-    {pid, name} = find!(stub)
+    name = find!(stub)
 
     user =
       GenServer.whereis(process) ||
         raise ArgumentError, "#{inspect(process)} is not a process that runs"
 
-    case GenServer.call(pid, {:allow, owner, user}) do
+    case Expectations.allow(name, owner, user) do
       :ok -> stub
       {:error, text} -> raise ArgumentError, "stub #{inspect(name)}: #{text}"
     end
@@ -200,24 +182,21 @@ defmodule DSPex.PythonBridge.Stub do
   Raises if a run that the calling process expects of this stub has not come, or one of its answers has failed.
   """
   @spec verify!(stub()) :: :ok
-  def verify!(stub) do
-    {_pid, name} = find!(stub)
-    Ledger.verify!(Ledger.mine(), name)
-  end
+  def verify!(stub), do: Expectations.verify!(self(), find!(stub))
 
   @doc """
   Does so for all stubs at the end of the test: `setup {DSPex.PythonBridge.Stub, :verify_on_exit!}`.
   """
   @spec verify_on_exit!(map()) :: :ok
   def verify_on_exit!(_context \\ %{}) do
-    ledger = Ledger.mine()
-    Ledger.keep(ledger)
+    owner = self()
+    Expectations.keep()
 
     ExUnit.Callbacks.on_exit(__MODULE__, fn ->
       try do
-        Ledger.verify!(ledger, :all)
+        Expectations.verify!(owner, :all)
       after
-        Ledger.close(ledger)
+        Expectations.forget(owner)
       end
     end)
   end
@@ -230,13 +209,10 @@ defmodule DSPex.PythonBridge.Stub do
             "{:ok, outputs} end, got #{inspect(other, limit: 10)}"
   end
 
-  # A process of another kind may end by a call that it does not know.
   defp find!(stub) do
-    pid = GenServer.whereis(stub)
-
-    case pid && Registry.get(:bridge, pid) do
-      %{stub: name} ->
-        {pid, name}
+    case Pool.Handle.fetch(stub) do
+      %{name: name, settings: %{stub?: true}} ->
+        name
 
       _another ->
         raise ArgumentError,
@@ -263,11 +239,11 @@ defmodule DSPex.PythonBridge.Stub do
   @doc "Sends a chunk of an output field, if the run is that of a stream. Only in the function of an answer."
   @spec chunk(field :: String.t() | atom(), text :: String.t()) :: :ok
   def chunk(field, text) when (is_binary(field) or is_atom(field)) and is_binary(text),
-    do: Context.chunk(to_string(field), text)
+    do: Run.chunk(to_string(field), text)
 
   @doc "Sends a status, such as `\"calling tool search\"`, if the run is that of a stream. Only in the function of an answer."
   @spec status(text :: String.t()) :: :ok
-  def status(text) when is_binary(text), do: Context.status(text)
+  def status(text) when is_binary(text), do: Run.status(text)
 
   @doc """
   Calls a tool of the caller, as an agent does, and returns its result or the error that the agent's LM would be shown.
@@ -276,5 +252,5 @@ defmodule DSPex.PythonBridge.Stub do
   @spec call_tool(name :: String.t() | atom(), args :: map()) ::
           {:ok, term()} | {:error, String.t()}
   def call_tool(name, args \\ %{}) when (is_binary(name) or is_atom(name)) and is_map(args),
-    do: Context.call_tool(to_string(name), args)
+    do: Run.call_tool(to_string(name), args)
 end

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Monitor}
-  alias DSPex.Test.SilentLM
+  alias DSPex.Test.{FakePeer, SilentLM}
 
   # No check comes by itself during a test that does not want one.
   @never 4_000_000_000
@@ -56,7 +56,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
 
   test "checks come by themselves, one interval after another" do
     monitor =
-      "echo" |> fake_opts() |> start_bridge() |> start_monitor(interval: 10, timeout: 2_000)
+      :echo |> FakePeer.opts() |> start_bridge() |> start_monitor(interval: 10, timeout: 2_000)
 
     eventually(fn -> Monitor.get_health_status(monitor).checks >= 5 end)
     assert %{status: :healthy, success_rate: 1.0} = Monitor.get_health_status(monitor)
@@ -64,9 +64,9 @@ defmodule DSPex.PythonBridge.MonitorTest do
 
   test "a peer that does not answer is replaced after max_failures misses, which then count from 0" do
     # Answers the start's ping and two checks.
-    bridge = start_bridge(fake_opts("silent", env: %{"FAKE_ANSWERS" => "3"}))
+    bridge = start_bridge(FakePeer.opts(:silent, answers: 3))
     monitor = start_monitor(bridge, max_failures: 3, timeout: 500)
-    old = Bridge.get_status(bridge).os_pid
+    old = FakePeer.of(bridge)
 
     assert %{status: :healthy} = Monitor.force_health_check(monitor)
     assert %{status: :healthy} = Monitor.force_health_check(monitor)
@@ -78,8 +78,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
              Monitor.force_health_check(monitor)
 
     eventually(fn -> match?(%{restarts: 1, state: :running}, Bridge.get_status(bridge)) end)
-    assert Bridge.get_status(bridge).os_pid != old
-    eventually(fn -> not alive?(old) end)
+    eventually(fn -> not Process.alive?(old) end)
     assert %{status: :healthy, failures: 0} = Monitor.force_health_check(monitor)
   end
 
@@ -100,16 +99,16 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "after a call was given up it pings at once and again, each time with the full timeout" do
-    bridge = start_bridge(fake_opts("silent"))
+    bridge = start_bridge(FakePeer.opts(:silent))
     monitor = start_monitor(bridge, timeout: 500, max_failures: 3)
-    old = Bridge.get_status(bridge).os_pid
+    old = FakePeer.of(bridge)
 
     {ms, _} =
       timed(fn ->
         GenServer.cast(monitor, :unanswered)
         # It does not wait for one answer before it asks for the next.
         eventually(fn -> Bridge.get_status(bridge).pending >= 3 end)
-        eventually(fn -> Bridge.get_status(bridge).os_pid != old end)
+        eventually(fn -> FakePeer.of(bridge) not in [nil, old] end)
       end)
 
     # The full timeout for the third, too, 200 ms after the first.
@@ -119,7 +118,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "after many such calls it pings no more often; after an answer it stops" do
-    bridge = start_bridge(fake_opts("echo"))
+    bridge = start_bridge(FakePeer.opts(:echo))
     monitor = start_monitor(bridge, timeout: 2_000)
     for _ <- 1..1_000, do: GenServer.cast(monitor, :unanswered)
     eventually(fn -> Monitor.get_health_status(monitor).checks == 2 end)
@@ -128,7 +127,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "when the peer has sent something, missed pings in doubt do not count, but checks do" do
-    bridge = start_bridge(fake_opts("silent"))
+    bridge = start_bridge(FakePeer.opts(:silent))
     monitor = start_monitor(bridge, timeout: 200, max_failures: 1_000)
     assert %{failures: 1} = Monitor.force_health_check(monitor)
     GenServer.cast(monitor, :unanswered)
@@ -218,7 +217,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "a bridge with too many calls is not unhealthy" do
-    bridge = start_bridge(fake_opts("silent", max_pending: 1))
+    bridge = start_bridge(FakePeer.opts(:silent, max_pending: 1))
     monitor = start_monitor(bridge, max_failures: 1)
     task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 20_000) end)
     eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
@@ -232,7 +231,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "a check just after the start waits for the peer within its timeout" do
-    bridge = start_supervised!({Bridge, fake_opts("echo")})
+    bridge = start_supervised!({Bridge, FakePeer.opts(:echo)})
     monitor = start_monitor(bridge, timeout: 5_000)
     assert %{status: :healthy} = Monitor.force_health_check(monitor)
   end
@@ -245,7 +244,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "get_health_status/1 answers while a check runs; checks asked for meanwhile come after it" do
-    bridge = start_bridge(fake_opts("silent"))
+    bridge = start_bridge(FakePeer.opts(:silent))
     monitor = start_monitor(bridge, timeout: 300, max_failures: 100)
     tasks = for _ <- 1..3, do: Task.async(fn -> Monitor.force_health_check(monitor) end)
     eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
@@ -256,7 +255,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "p50 and p99 are of the answers" do
-    monitor = "echo" |> fake_opts() |> start_bridge() |> start_monitor(timeout: 5_000)
+    monitor = :echo |> FakePeer.opts() |> start_bridge() |> start_monitor(timeout: 5_000)
     for _ <- 1..50, do: Monitor.force_health_check(monitor)
     %{response_ms: %{last: last, p50: p50, p99: p99}} = Monitor.get_health_status(monitor)
     assert is_float(last) and p50 > 0 and p50 <= p99

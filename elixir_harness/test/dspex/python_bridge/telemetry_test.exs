@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
 
   alias DSPex.PythonBridge.{Bridge, Error, Monitor, Pool, Telemetry}
   alias DSPex.PythonBridge.Telemetry.{CallSpan, Emitter}
+  alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
   @compile {:no_warn_undefined, :telemetry}
@@ -41,8 +42,8 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     name
   end
 
-  defp fake_bridge(fake, opts \\ []),
-    do: fake |> fake_opts(opts) |> Keyword.delete(:name) |> start()
+  defp fake_bridge(kind, opts \\ []),
+    do: kind |> FakePeer.opts(opts) |> Keyword.delete(:name) |> start()
 
   defp start_pool(opts) do
     opts = Keyword.merge(opts, name: :observed_pool)
@@ -110,7 +111,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert Bridge.call(:nobody, :ping) == {:error, :bridge_not_running}
       assert [{@start, _}, {@stop, stop}] = of_calls()
       assert %{bridge: :nobody, command: "ping", result: :bridge_not_running} = stop
-      bridge = fake_bridge("silent")
+      bridge = fake_bridge(:silent)
       events()
       assert Bridge.call(bridge, :ping, %{}, 10) == {:error, :timeout}
       assert [_, {@stop, %{result: :timeout}}] = of_calls()
@@ -121,7 +122,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     end
 
     test "ends with :exception when what is called with a chunk raises; its contents are not reported" do
-      bridge = fake_bridge("plays")
+      bridge = fake_bridge(:plays)
       events()
       play = %{play: [["count", 3], ["reply"]], program_id: "p"}
 
@@ -156,7 +157,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     end
 
     test "is a span around each enumeration of a stream, from its first element asked for" do
-      bridge = fake_bridge("plays")
+      bridge = fake_bridge(:plays)
       events()
       stream = Bridge.stream(bridge, %{play: [["count", 3], ["reply"]], program_id: "p"})
       assert of_calls() == []
@@ -174,7 +175,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   end
 
   test "[:pool, :call] is one span around a call to a pool, whichever peers serve" do
-    pool = start_pool(fake_opts("who", pool_size: 2))
+    pool = start_pool(FakePeer.opts(:who, pool_size: 2))
     events()
     create = %{id: "qa", signature: "question -> answer"}
     assert {:ok, _} = Pool.call(pool, :create_program, create, 20_000)
@@ -192,7 +193,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   end
 
   test "[:pool, :call] is one span around each enumeration of a stream, and ends by the consumer's exception" do
-    pool = start_pool(fake_opts("plays", pool_size: 2))
+    pool = start_pool(FakePeer.opts(:plays, pool_size: 2))
     events()
     play = %{play: [["count", 3], ["reply"]], program_id: "p"}
     stream = Pool.stream(pool, play)
@@ -214,7 +215,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
 
   describe "[:bridge, :peer]" do
     test "reports when a peer is up, and why it is down" do
-      bridge = fake_bridge("echo")
+      bridge = "echo" |> fake_opts() |> Keyword.delete(:name) |> start()
       first = os_pid(bridge)
       assert_received {@up, %{duration: duration}, up}
       assert System.convert_time_unit(duration, :native, :millisecond) in 1..10_000
@@ -251,19 +252,19 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       stop_supervised!(:observed)
       events()
 
-      opts = Keyword.merge(fake_opts("silent"), name: :observed, start_timeout: 300)
-      start_supervised!({Bridge, [{:env, %{"FAKE_ANSWERS" => "0"}} | opts]})
+      opts = FakePeer.opts(:silent, answers: 0, start_timeout: 300)
+      start_supervised!({Bridge, Keyword.put(opts, :name, :observed)})
       assert_receive {@down, _, %{reason: :start_timeout, was_up: false}}, 5_000
       refute_received {@up, _, _}
     end
   end
 
   test "[:bridge, :resend] reports how many calls are sent again, and why" do
-    bridge = fake_bridge("silent")
+    bridge = fake_bridge(:silent)
     calls = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 1_000) end)
     once = Task.async(fn -> Bridge.request(bridge, :ping, %{}, retry: false) end)
     eventually(fn -> Bridge.get_status(bridge).pending == 4 end)
-    kill(os_pid(bridge))
+    FakePeer.kill(bridge)
     assert_receive {@resend, %{count: 3}, metadata}, 5_000
     assert metadata == %{bridge: :observed, pool: nil, reason: :died}
     assert {:error, %Error{type: :python_process_died}} = Task.await(once)
@@ -274,18 +275,18 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   test "[:bridge, :resend] comes from a pool's caller, too, with the name of the peer that died" do
     # In its end it would wait for what the monitor has asked.
     env = %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
-    pool = start_pool(fake_opts("silent", pool_size: 1, env: env))
+    pool = start_pool(FakePeer.opts(:silent, pool_size: 1, env: env))
     call = Task.async(fn -> Pool.call(pool, :ping, %{}, 1_000) end)
-    [%{bridge: bridge, os_pid: os_pid}] = Pool.status(pool).peers
+    [%{bridge: bridge}] = Pool.status(pool).peers
     eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
-    kill(os_pid)
+    FakePeer.kill(bridge)
     assert_receive {@resend, %{count: 1}, metadata}, 5_000
     assert metadata == %{bridge: bridge, pool: pool, reason: :died}
     Task.await(call)
   end
 
   test "[:monitor, :check] reports what each check found, also of the one that has the peer replaced" do
-    bridge = fake_bridge("silent", env: %{"FAKE_ANSWERS" => "2"})
+    bridge = fake_bridge(:silent, answers: 2)
 
     monitor =
       start_supervised!(
@@ -310,13 +311,15 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     assert_received {@check, _, %{result: :bridge_not_running}}
   end
 
-  test "[:pool, :checkout] reports the bridge that was checked out, or why none was" do
-    pool = start_pool(fake_opts("echo", pool_size: 1))
+  test "[:pool, :checkout] reports the bridge that was given, or why none was" do
+    pool = start_pool(FakePeer.opts(:echo, pool_size: 1))
+    assert {:ok, _} = Pool.call(pool, :ping, %{}, 5_000)
     events()
     assert {:ok, bridge} = Pool.checkout(pool)
     assert_received {@checkout, %{duration: duration}, metadata}
     assert is_integer(duration)
     assert metadata == %{pool: pool, bridge: bridge, result: :ok}
+    DSPex.Test.PoolProbe.stop_serving(pool)
     assert {:error, :pool_exhausted} = Pool.checkout(pool)
     assert_received {@checkout, _, %{result: :pool_exhausted, bridge: nil}}
     assert {:error, :bridge_not_running} = Pool.checkout(:no_pool)
@@ -340,13 +343,13 @@ defmodule DSPex.PythonBridge.TelemetryTest do
         )
     end
 
-    bridge = fake_bridge("echo")
+    bridge = fake_bridge(:echo)
     assert_received {:raised, [:dspex | @up]}
     for _ <- 1..2, do: assert({:ok, _} = Bridge.call(bridge, :ping))
     assert_received {:raised, [:dspex | @start]}
     refute_received {:raised, [:dspex | @start]}
     assert_received {:raised, [:dspex | @stop]}
-    kill(os_pid(bridge))
+    FakePeer.kill(bridge)
     assert_receive {:raised, [:dspex | @down]}, 5_000
     eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
     assert {:ok, _} = Bridge.call(bridge, :ping)
@@ -356,7 +359,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     @describetag :without
 
     defp work do
-      bridge = fake_bridge("plays")
+      bridge = fake_bridge(:plays)
       assert {:ok, _} = Bridge.call(bridge, :heard)
       assert {:ok, _, _} = Bridge.request(bridge, :heard)
       play = %{play: [["count", 1], ["reply"]]}
@@ -365,14 +368,14 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       monitor = start_supervised!({Monitor, name: nil, bridge: :nobody})
       assert %{status: :unhealthy} = Monitor.force_health_check(monitor)
 
-      silent = start(Keyword.delete(fake_opts("silent"), :name), :silent)
+      silent = start(Keyword.delete(FakePeer.opts(:silent), :name), :silent)
       call = Task.async(fn -> Bridge.call(silent, :ping, %{}, 500) end)
       eventually(fn -> Bridge.get_status(silent).pending == 1 end)
-      kill(os_pid(silent))
+      FakePeer.kill(silent)
       assert Task.await(call) == {:error, :timeout}
       assert Bridge.stop(silent) == :ok
 
-      pool = start_pool(fake_opts("echo", pool_size: 1))
+      pool = start_pool(FakePeer.opts(:echo, pool_size: 1))
       assert {:ok, _} = Pool.call(pool, :ping, %{}, 5_000)
       assert {:ok, _bridge} = Pool.checkout(pool)
       assert Bridge.restart(bridge) == :ok

@@ -1,8 +1,13 @@
 defmodule DSPex.PythonBridge.Bridge.Peer do
   @moduledoc false
   # One Python process behind one port, from its start to its end. It belongs to the process that opened it.
+  #
+  # With the option `:transport` a process of the BEAM takes the place of the port, and has no OS process. It gets what a port
+  # gets, `{owner, {:command, frame}}` and `{owner, :close}`, and sends what a port sends,
+  # `{process, {:data, frame}}` and `{process, {:exit_status, code}}`.
 
-  alias DSPex.PythonBridge.{Error, Options, OS, Programs}
+  alias DSPex.PythonBridge.{Options, OS}
+  alias DSPex.PythonBridge.Calls.SendQueue
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Python.Interpreter
 
@@ -10,23 +15,15 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   @lasting_ms 2_000
 
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads] ++
-              [to_load: [], load_failures: %{}, answered?: false]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, answered?: false]
 
-  @typedoc """
-  `up_at`: when it answered its first ping. `answered?`: whether it has answered a call. `loads`: the programs that it
-  was given and has not acknowledged, by request id; nil: it has been given none. `to_load`: those that it is still to
-  be given. `load_failures`: why programs could not be loaded, by their stamps.
-  """
+  @typedoc "`up_at`: when it answered its first ping. `answered?`: whether it has answered a call."
   @type t :: %__MODULE__{
-          port: port(),
+          port: SendQueue.transport(),
           os_pid: pos_integer() | nil,
           opened_at: integer(),
           ping_id: pos_integer() | nil,
           up_at: integer() | nil,
-          loads: %{pos_integer() => {Programs.Store.id(), Programs.Store.stamp()}} | nil,
-          to_load: [Programs.Store.definition()],
-          load_failures: %{Programs.Store.stamp() => Error.t()},
           answered?: boolean()
         }
 
@@ -35,6 +32,9 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   system does not run it. Whether the script works shows later, by the peer's first reply or its death.
   """
   @spec open(Options.t()) :: {:ok, t()} | {:error, String.t()}
+  def open(%Options{transport: start_link}) when start_link != nil,
+    do: {:ok, %__MODULE__{port: start_link.(), os_pid: nil, opened_at: Deadline.now()}}
+
   def open(%Options{} = options) do
     with {:ok, python} <- Interpreter.find(options.python_executable) do
       port = Port.open({:spawn_executable, python}, port_options(options))
@@ -70,6 +70,12 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   the mailbox. It ends no process: see `DSPex.PythonBridge.OS.Reaper`.
   """
   @spec close(t()) :: :ok
+  def close(%__MODULE__{port: process}) when is_pid(process) do
+    Process.unlink(process)
+    send(process, {self(), :close})
+    :ok
+  end
+
   def close(%__MODULE__{port: port}) do
     Process.unlink(port)
     Port.close(port)
@@ -84,6 +90,8 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   all is written, and does not itself stop before.
   """
   @spec blocked?(t()) :: boolean()
+  def blocked?(%__MODULE__{port: process}) when is_pid(process), do: false
+
   def blocked?(%__MODULE__{port: port}) do
     case Port.info(port, :queue_size) do
       {:queue_size, bytes} -> bytes > 0

@@ -11,10 +11,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol, Telemetry}
-  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle, ProgramReplay}
+  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle}
   alias DSPex.PythonBridge.Bridge.{Redaction, State, Status}
   alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
-  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -28,6 +28,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   # How long a start waits at most for the name of a bridge whose starter is gone.
   @name_ms 1_000
+
+  # Of a peer: see `DSPex.PythonBridge.Bridge.Peer`.
+  defguardp is_transport(term) when is_port(term) or is_pid(term)
 
   @doc "Kills and replaces a peer that does not react; its calls are sent again. For the monitor."
   @spec replace(GenServer.server()) :: :ok
@@ -96,6 +99,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       reaper: Reaper.start(self()),
       log_forwarder: LogForwarder.start(State.name(options)),
       programs: programs,
+      to_load: Programs.Store.declared_ids(programs),
       in_flight: InFlight.new(options, programs)
     }
 
@@ -113,8 +117,11 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @impl GenServer
   def handle_call(:get_status, _from, state), do: {:reply, Status.status(state), state}
 
-  def handle_call({:load_failure, id}, _from, state),
-    do: {:reply, ProgramReplay.failure(state, id), state}
+  # For a peer of `DSPex.PythonBridge.Stub`, whose answers depend on who calls.
+  def handle_call({:caller, id}, _from, state) do
+    request = Calls.Table.get(state.in_flight.calls, id)
+    {:reply, request && request.pid, state}
+  end
 
   def handle_call(:restart, from, state), do: {:noreply, PeerLifecycle.restart(state, from)}
   def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
@@ -132,7 +139,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       do: handle_info(message, %{state | in_flight: Calls.heard(state.in_flight)})
 
   def handle_info({port, {:data, frame}}, %{options: %{max_frame_bytes: max}} = state)
-      when is_port(port) and is_binary(frame) and byte_size(frame) > max do
+      when is_transport(port) and is_binary(frame) and byte_size(frame) > max do
     case Protocol.route(frame) do
       {:reply, id} ->
         text = "the reply has #{byte_size(frame)} bytes; max_frame_bytes is #{max}"
@@ -143,7 +150,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info({port, {:data, frame}}, state) when is_port(port) and is_binary(frame) do
+  def handle_info({port, {:data, frame}}, state)
+      when is_transport(port) and is_binary(frame) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
       {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
@@ -153,23 +161,25 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info(message, state) when elem(message, 0) == :request do
-    request = NodeMessage.read_request(message)
-
+  def handle_info({:request, request} = message, state) do
     if Request.valid?(request) and
          (request.change == nil or Programs.Store.change?(request.change)),
        do: state |> request_came(request) |> noreply(request.body),
        else: drop(message, state)
   end
 
+  # Another bridge with the same store has made the change.
+  def handle_info({:changed, change, body}, state) when is_binary(body),
+    do: noreply(%{state | in_flight: Calls.follow(state.in_flight, change, body)}, body)
+
   def handle_info({:tool_result, port, id, frame}, state)
-      when is_port(port) and is_binary(frame) do
+      when is_transport(port) and is_binary(frame) do
     in_flight = Calls.Events.tool_result(state.in_flight, port, id, frame)
     noreply(%{state | in_flight: in_flight}, frame)
   end
 
   def handle_info({:bind, port, id, ref}, state)
-      when is_port(port) and is_integer(id) and is_reference(ref) do
+      when is_transport(port) and is_integer(id) and is_reference(ref) do
     {answer, in_flight} = Calls.Events.bind(state.in_flight, port, id)
     send(ref, {ref, answer})
     {:noreply, %{state | in_flight: in_flight}}
@@ -206,15 +216,11 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:dropped, _few}, state), do: {:noreply, state}
 
-  def handle_info({:timeout, timer, :window}, state) when is_reference(timer),
-    do: {:noreply, %{state | in_flight: Dispatcher.window_over(state.in_flight, timer)}}
+  def handle_info({:timeout, timer, :trial}, state) when is_reference(timer),
+    do: {:noreply, %{state | in_flight: Dispatcher.trial_over(state.in_flight, timer)}}
 
   def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
     do: {:noreply, PeerLifecycle.timer_fired(%{state | timer: nil}, what)}
-
-  def handle_info({:timeout, timer, :try_again}, %{again_timer: timer} = state)
-      when is_reference(timer),
-      do: {:noreply, PeerLifecycle.try_left_out(%{state | again_timer: nil})}
 
   # A timer that was cancelled too late.
   def handle_info({:timeout, _timer, _what}, state), do: {:noreply, state}
@@ -228,8 +234,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be written), or
   # both, in either order. The first removes the peer; the second matches no peer's port any longer.
-  def handle_info({port, {:exit_status, code}}, state) when is_port(port) and is_integer(code),
-    do: {:noreply, lost(state, port, "exit status #{code}")}
+  def handle_info({port, {:exit_status, code}}, state)
+      when is_transport(port) and is_integer(code),
+      do: {:noreply, lost(state, port, "exit status #{code}")}
 
   def handle_info({:EXIT, port, reason}, state) when is_port(port) and is_atom(reason),
     do: {:noreply, lost(state, port, "its port closed: #{inspect(reason)}")}
@@ -238,8 +245,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info({:peer_gone, os_pid}, state) when is_integer(os_pid),
     do: {:noreply, lost(state, os_pid, "it is gone")}
 
-  # A process has linked itself to the bridge, and ended. (The parent's exit never gets here.)
-  def handle_info({:EXIT, pid, :normal}, state) when is_pid(pid), do: {:noreply, state}
+  # The process in the place of a port, or one that has linked itself to the bridge. (The parent's exit never gets here.)
+  def handle_info({:EXIT, pid, _reason}, state) when is_pid(pid),
+    do: {:noreply, lost(state, pid, "its process ended")}
 
   def handle_info(message, state), do: drop(message, state)
 
@@ -273,7 +281,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp finish_calls(state) do
     in_flight = InFlight.fail_all(state.in_flight, :bridge_not_running, :held)
     # From now on no peer starts or takes over, and calls of a peer that dies are not sent again.
-    state = %{state | status: :stopping, in_flight: in_flight, timer: nil, again_timer: nil}
+    state = %{state | status: :stopping, in_flight: in_flight, timer: nil}
     state |> PeerLifecycle.give_up_next() |> finish_calls(Deadline.new(state.options.drain_ms))
   end
 
@@ -283,7 +291,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     else
       receive do
         {:"$gen_call", from, question} ->
-          finish_question(question, from, state)
+          # Other callers receive the end of the bridge.
+          if question == :get_status, do: GenServer.reply(from, Status.status(state))
           finish_calls(state, deadline)
 
         message ->
@@ -292,13 +301,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         Deadline.left(deadline) -> state
       end
     end
-  end
-
-  # Other callers receive the end of the bridge.
-  defp finish_question(question, from, state) do
-    with true <- question == :get_status or match?({:load_failure, _id}, question),
-         {:reply, answer, _state} <- handle_call(question, from, state),
-         do: GenServer.reply(from, answer)
   end
 
   defp state_of({:stop, _reason, state}), do: state
@@ -326,7 +328,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         refuse(state, request, {:not_started, state.last_error})
 
       InFlight.pending(state.in_flight) >= state.options.max_pending and
-          not of_coordinator?(request) ->
+          not change_of_pool?(request) ->
         refuse(state, request, :overloaded)
 
       not InFlight.fits?(state.in_flight, request, max) ->
@@ -337,9 +339,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  # A pool's coordinator changes the programs of all bridges, or of none.
-  defp of_coordinator?(%Request{change: {_kind, _ids, stamp}}), do: stamp != nil
-  defp of_coordinator?(_request), do: false
+  defp change_of_pool?(%Request{change: change, retry: retry}),
+    do: change != nil and retry == :pool
 
   defp refuse(state, request, failure),
     do: %{state | in_flight: InFlight.refuse(state.in_flight, request, failure)}
@@ -359,17 +360,13 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp abandon(state, id_or_ref) do
     state = %{state | in_flight: Calls.abandon(state.in_flight, id_or_ref)}
-    state = Enum.reduce(state.old, state, &PeerLifecycle.drained(&2, &1.port))
-    # It may have been the change that the next peer waits for.
-    {:noreply, PeerLifecycle.load_programs(state)}
+    {:noreply, Enum.reduce(state.old, state, &PeerLifecycle.drained(&2, &1.port))}
   end
 
   ## Replies
 
   defp reply_came(state, port, id, frame) do
-    state = ProgramReplay.created(state, id, frame)
-
-    case Calls.deliver(state.in_flight, id, frame) do
+    case Calls.deliver(state.in_flight, port, id, frame) do
       {:ok, in_flight} ->
         call_answered(%{state | in_flight: in_flight}, port)
 
@@ -406,7 +403,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp call_answered(%{peer: %{port: port, answered?: true}, next: nil} = state, port), do: state
 
   defp call_answered(%{peer: %{port: port} = peer} = state, port),
-    do: PeerLifecycle.load_programs(%{state | peer: %{peer | answered?: true}})
+    do: %{state | peer: %{peer | answered?: true}}
 
   defp call_answered(state, port), do: PeerLifecycle.drained(state, port)
 

@@ -18,6 +18,8 @@ defmodule DSPex.PythonBridge.Bridge.StartDiagnosis do
   The line, without secrets; nil if there is none. It takes at most 5 s, and less if the process `owner` ends.
   """
   @spec last_line(Options.t(), pid()) :: String.t() | nil
+  def last_line(%Options{transport: start}, _owner) when start != nil, do: nil
+
   def last_line(%Options{} = options, owner) do
     # Log frames would be lost.
     env = options |> Options.log_to_stderr() |> Options.port_env()

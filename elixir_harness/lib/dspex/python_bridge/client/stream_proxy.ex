@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # Tools end with the reply, before the caller gets it. After a reply to a pool's call with which that may try another
   # peer they go on, for the proxy of that one; or the caller closes the holder of the functions.
 
-  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
   alias DSPex.PythonBridge.{Protocol, Tools}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -129,7 +129,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   end
 
   defp send_and_loop(%__MODULE__{dest: dest} = state, request) do
-    send(dest, NodeMessage.request(request, dest))
+    send(dest, {:request, request})
     loop(state)
   end
 
@@ -140,7 +140,6 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         hand_out(keep_chunk(state, frame))
 
       {^ref, :tool_call, tool_call} ->
-        tool_call = NodeMessage.read_tool_call(tool_call)
         loop(%{state | tools: Tools.Runner.run(state.tools, tool_call)})
 
       {^ref, reply} ->
@@ -210,16 +209,13 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
-  # The errors with which a pool tries another peer (`DSPex.PythonBridge.Pool.LocalCall`), unless chunks were given.
+  # The errors with which a pool tries another peer, unless chunks were given.
   defp again?(%__MODULE__{again?: true}, reply), do: another_peer?(reply)
   defp again?(%__MODULE__{pool?: false}, _reply), do: false
   defp again?(%__MODULE__{streamed?: true}, _reply), do: false
   defp again?(%__MODULE__{}, reply), do: another_peer?(reply)
 
   defp another_peer?({:frame, frame}), do: not Protocol.success?(frame)
-  # From another node, which has tried its peers.
-  defp another_peer?({:served, {:done, result}}), do: elem(result, 0) != :ok
-  defp another_peer?({:served, _nobody}), do: true
   defp another_peer?({:error, {:died, _sent}}), do: true
 
   defp another_peer?({:error, reason}),
@@ -230,9 +226,6 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   defp with_tools_begun(:bound, {:frame, frame} = reply),
     do: if(Protocol.success?(frame), do: reply, else: {:tools_begun, reply})
-
-  defp with_tools_begun(:bound, {:served, {:done, {:error, _error}}} = reply),
-    do: {:tools_begun, reply}
 
   defp with_tools_begun(_bound, reply), do: reply
 

@@ -10,7 +10,8 @@ defmodule DSPex.PythonBridge.Pool.Options do
 
   @enforce_keys [:name, :size, :cluster, :bridge, :programs] ++
                   [:default_timeout, :max_retries, :max_frame_bytes]
-  defstruct @enforce_keys
+  # stub?: its one bridge has the name of the pool, for `DSPex.PythonBridge.Stub`.
+  defstruct @enforce_keys ++ [stub?: false]
 
   @typedoc "`bridge`: the options that all bridges have in common, sealed; `programs`: the declared ones, sealed."
   @type t :: %__MODULE__{
@@ -21,7 +22,8 @@ defmodule DSPex.PythonBridge.Pool.Options do
           programs: (-> [Programs.Declared.t()]),
           default_timeout: timeout(),
           max_retries: non_neg_integer(),
-          max_frame_bytes: pos_integer()
+          max_frame_bytes: pos_integer(),
+          stub?: boolean()
         }
 
   @doc "Settings from options, or the error that names the one that is wrong; `default`: the pool's name if none is given."
@@ -57,7 +59,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
 
   # The values of the bridges' options are checked by these.
   defp refusal({key, _value}) do
-    if key not in Options.known(),
+    if key not in [:transport | Options.known()],
       do: Options.unknown(key, [:pool_size, :cluster | Options.known()])
   end
 end

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Pool.Supervisor do
   @moduledoc false
   # The processes of a pool: its bridges and their monitors, under a supervisor of their own, and its coordinator. This
-  # supervisor owns the tables, so programs and checkouts outlive all of them.
+  # supervisor owns the tables, so programs outlive all of them.
   #
   # The bridges start first, so they end last: see `DSPex.PythonBridge.Pool.Handle`. They have a `DynamicSupervisor`
   # since that ends its children all at once; one after another, each with its time to finish, they would take long.
@@ -18,8 +18,10 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
 
   @doc "Starts the processes of a pool."
   @spec start_link(Pool.Options.t()) :: Supervisor.on_start()
-  def start_link(%Pool.Options{name: name} = settings),
-    do: Supervisor.start_link(__MODULE__, settings, name: name)
+  def start_link(%Pool.Options{name: name, stub?: stub?} = settings) do
+    own = if stub?, do: Module.concat(name, "Supervisor"), else: name
+    Supervisor.start_link(__MODULE__, settings, name: own)
+  end
 
   @impl Supervisor
   def init(%Pool.Options{name: name, size: size} = settings) do

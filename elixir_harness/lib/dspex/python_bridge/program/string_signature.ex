@@ -52,8 +52,9 @@ defmodule DSPex.PythonBridge.Program.StringSignature do
     end
   end
 
-  # At the commas outside of brackets and quotes.
-  defp split(text) do
+  @doc "Splits one side of a signature at the commas outside of brackets and quotes."
+  @spec split(String.t()) :: [String.t()]
+  def split(text) do
     ~r/(?:'[^']*'|"[^"]*"|\[(?:'[^']*'|"[^"]*"|[^\]\['"]|\[[^\]]*\])*\]|[^,])+/u
     |> Regex.scan(text)
     |> List.flatten()

@@ -3,15 +3,14 @@ defmodule DSPex.PythonBridge.Client.DeadlineTest do
 
   use ExUnit.Case, async: true
 
-  import DSPex.Test.Helpers
-
   alias DSPex.PythonBridge.{Bridge, Pool, Protocol}
+  alias DSPex.Test.FakePeer
 
   @pool __MODULE__.Pool
 
   test "counts from before the encoding, of a bridge and of a pool" do
-    bridge = start_supervised!({Bridge, fake_opts("echo")})
-    start_supervised!({Pool, Keyword.merge(fake_opts("echo"), name: @pool, pool_size: 1)})
+    bridge = start_supervised!({Bridge, FakePeer.opts(:echo)})
+    start_supervised!({Pool, Keyword.merge(FakePeer.opts(:echo), name: @pool, pool_size: 1)})
     args = %{a: Enum.to_list(1..300_000), b: "small"}
     encode = fn -> {:ok, _body} = Protocol.encode_body(:echo, args) end
     encoding_ms = Enum.min(for _ <- 1..2, do: elem(:timer.tc(encode), 0) / 1_000)

@@ -8,12 +8,12 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Error, Pool}
-  alias DSPex.Test.Loopback
+  alias DSPex.Test.{FakePeer, Loopback}
 
   @arguments [attempts: 10, max_concurrency: 1, item_timeout_ms: 250]
 
   setup_all %{api: api} do
-    %{echo: start(api, fake_opts("echo")), plays: start(api, fake_opts("plays"))}
+    %{echo: start(api, FakePeer.opts(:echo)), plays: start(api, FakePeer.opts(:plays))}
   end
 
   setup %{api: api} do

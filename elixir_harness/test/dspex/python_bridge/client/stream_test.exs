@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Client.StreamTest do
   @moduledoc """
-  What comes before a reply: `:on_chunk` and `stream`, with a peer that streams by a script
-  to (tests/fakes/replies/plays.py). Named after the races. All of it by a bridge, and by a pool of one.
+  What comes before a reply: `:on_chunk` and `stream`, with a peer that streams by a script. Named after the races. All of it by a bridge, and by a pool of one.
   """
 
   use ExUnit.Case, async: true, parameterize: [%{kind: :bridge}, %{kind: :pool}]
@@ -10,6 +9,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
   alias DSPex.PythonBridge.Client.StreamProxy
+  alias DSPex.Test.FakePeer
 
   # Of the field n, with their numbers: ["count", 3].
   @count for n <- 0..2, do: %{"field" => "n", "chunk" => "#{n}"}
@@ -19,10 +19,8 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     %{bridge: start_again(Map.get(tags, :bridge, []))}
   end
 
-  defp in_dir(dir, opts \\ []), do: [env: %{"FAKE_FILE" => Path.join(dir, "starts")}] ++ opts
-
   defp start_again(opts) do
-    opts = fake_opts("plays", opts)
+    opts = FakePeer.opts(:plays, opts)
 
     case Process.get(:kind) do
       :bridge -> start_bridge(opts)
@@ -249,17 +247,15 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    @tag :tmp_dir
-    test "with a peer that dies after a chunk: it is not sent again", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
+    test "with a peer that dies after a chunk: it is not sent again" do
+      bridge = start_again([])
       play = [["first", [["count", 1], ["go", "die"], ["die"]], [["reply", %{}]]]]
       opts = [on_chunk: fn _chunk -> go(bridge, "die") end]
       assert {:error, %Error{type: :python_process_died}} = request(bridge, play, opts)
     end
 
-    @tag :tmp_dir
-    test "with a peer that dies before a chunk: it is sent again", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
+    test "with a peer that dies before a chunk: it is sent again" do
+      bridge = start_again([])
       play = [["first", [["die"]], [["count", 3], ["reply", %{"again" => true}]]]]
       assert {:ok, %{"again" => true}, _} = request(bridge, play, to(self()))
       assert received() == @count
@@ -504,9 +500,8 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     defp told(text), do: ["stream", %{status: text}]
     defp item(index), do: ["stream", %{index: index, success: true, result: %{n: index}}]
 
-    @tag :tmp_dir
-    test "goes on when the peer dies after a status, and says so", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
+    test "goes on when the peer dies after a status, and says so" do
+      bridge = start_again([])
       next = [told("calling tool search"), ["count", 1], ["reply", %{}]]
       play = [["first", dies_after([told("calling tool search"), told("thinking")]), next]]
 
@@ -526,9 +521,8 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
              ] = elements
     end
 
-    @tag :tmp_dir
-    test "says so with on_chunk, and if the next peer has only the reply", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
+    test "says so with on_chunk, and if the next peer has only the reply" do
+      bridge = start_again([])
       play = [["first", dies_after([told("thinking")]), [["reply", %{}]]]]
 
       on_chunk = fn chunk ->
@@ -540,9 +534,8 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert received() == [%{"status" => "thinking"}, %{"status" => "restarted"}]
     end
 
-    @tag :tmp_dir
-    test "gives each item once when the peer dies between them", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
+    test "gives each item once when the peer dies between them" do
+      bridge = start_again([])
       play = [["first", dies_after([item(1), item(0)]), [item(0), item(2), item(1), ["reply"]]]]
 
       elements =
@@ -555,14 +548,14 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
                elements
     end
 
-    @tag :tmp_dir
-    test "can be halted, or raise, when it is told of the restart", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
+    test "can be halted, or raise, when it is told of the restart" do
+      bridge = start_again([])
       play = [["first", dies_after([told("thinking")]), [["go", "never"]]]]
       tools = %{"t" => fn %{} -> "r" end}
 
       until = fn stop ->
-        File.rm(Path.join(dir, "starts"))
+        eventually(fn -> FakePeer.of(bridge) end)
+        FakePeer.make_first(bridge)
 
         for element <- stream(bridge, play, timeout: 20_000, tools: tools) do
           case element do
@@ -581,9 +574,8 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       eventually(fn -> length(Process.list()) < before + 50 end)
     end
 
-    @tag :tmp_dir
-    test "ends with an error when the peer dies after a chunk", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
+    test "ends with an error when the peer dies after a chunk" do
+      bridge = start_again([])
 
       play = fn first ->
         [["first", first ++ [["go", "die"], ["die"]], [["count", 1], ["reply", %{}]]]]
@@ -621,19 +613,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert_receive {:called, %{"a" => 1}}, 5_000
       eventually(fn -> status(bridge, :pending) == 0 end)
       assert {:suspended, {:ok, %{"1" => %{"success" => false}}, _}, _} = next.({:cont, nil})
-    end
-
-    test "is the same with a bridge that a pool has checked out" do
-      name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
-      opts = Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)
-      start_supervised!({Pool, opts}, id: name)
-      {:ok, bridge} = Pool.checkout(name)
-      play = [["count", 1], ["tool", 1, "t", %{}], ["result", 1], ["reply"]]
-
-      assert [{:chunk, "n", "0"}, {:ok, %{"1" => %{"result" => "r"}}, _}] =
-               Enum.to_list(stream(bridge, play, tools: %{"t" => fn %{} -> "r" end}))
-
-      assert {:ok, %{}, _} = request(bridge, play, [tools: %{t: fn _ -> 1 end}] ++ to(self()))
     end
   end
 

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
 
   alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool}
   alias DSPex.PythonBridge.Evaluate.{Examples, Metric, Result}
-  alias DSPex.Test.SilentLM
+  alias DSPex.Test.{FakePeer, SilentLM}
 
   doctest Examples
   doctest Metric
@@ -365,7 +365,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
   end
 
   test "a peer that sends no valid results is an error" do
-    bridge = start_supervised!({Bridge, fake_opts("plays")}, id: :liar)
+    bridge = start_supervised!({Bridge, FakePeer.opts(:plays)}, id: :liar)
     ok = %{success: true, result: %{answer: "a"}, score: 1}
 
     lies = [

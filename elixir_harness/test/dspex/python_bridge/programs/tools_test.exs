@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
   import ExUnit.CaptureLog
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.Test.FakePeer
 
   @signature "question -> answer"
   @agent %{
@@ -24,7 +25,7 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
 
   # It answers each run at once, and keeps what it is asked to create.
   defp start(programs) do
-    bridge = start_supervised!({Bridge, fake_opts("who")}, id: make_ref())
+    bridge = start_supervised!({Bridge, FakePeer.opts(:who)}, id: make_ref())
     for program <- programs, do: create(bridge, program)
     bridge
   end
@@ -120,9 +121,9 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
              end)
   end
 
-  test "a pool logs it, and a bridge that is checked out refuses" do
+  test "a pool logs it, and its bridges refuse" do
     name = Module.concat(__MODULE__, Pool)
-    opts = Keyword.put(fake_opts("who", pool_size: 2), :name, name)
+    opts = Keyword.put(FakePeer.opts(:who, pool_size: 2), :name, name)
     start_supervised!({Pool, opts})
     {:ok, _} = Pool.call(name, :create_program, @agent)
 

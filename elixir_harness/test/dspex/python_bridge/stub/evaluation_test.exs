@@ -44,39 +44,32 @@ defmodule DSPex.PythonBridge.Stub.EvaluationTest do
     assert one.feedback == "judged"
   end
 
-  test "a run that fails has the score 0; what would fail all ends the evaluation, and the others" do
-    test = self()
+  test "a run that fails has the score 0" do
+    Stub.stub(@stub, "qa", fn _ -> {:error, Error.new(:output_invalid, "x")} end)
 
-    for {error, type} <- [
-          {Error.new(:lm_error, "LMAuthError: no such key"), :lm_error},
-          {Error.new(:lm_error, "LMBillingError: no credit"), :lm_error},
-          {Error.new(:lm_not_configured, "no LM"), :lm_not_configured}
-        ] do
-      Stub.stub(@stub, "qa", fn %{"n" => n} ->
-        send(test, {:answers, n, self()})
-        receive do: (:go -> {:error, error})
-      end)
+    assert {:ok, %{score: +0.0, failed: 2}} =
+             evaluate([%{n: 1}, %{n: 2}], metric: fn _, _ -> 1 end)
+  end
 
-      # Both are in one request.
-      opts = [metric: fn _, _ -> 1 end, max_concurrency: 32]
-      evaluation = Task.async(fn -> evaluate([%{n: 1}, %{n: 2}], opts) end)
-      assert_receive {:answers, 1, fails}
-      assert_receive {:answers, 2, other}
-      ref = Process.monitor(other)
-      send(fails, :go)
-      assert {:error, %Error{type: ^type}} = Task.await(evaluation)
-      assert_receive {:DOWN, ^ref, :process, ^other, :killed}
+  test "a field is compared as the metric says" do
+    Stub.stub(@stub, "qa", fn %{"text" => text} -> {:ok, %{"answer" => text}} end)
+
+    for {got, wanted, scores} <- [
+          {"The Rome!", "rome", [0.0, 1.0, 1.0, 0.0]},
+          {"left right", "right left", [0.0, 0.0, 1.0, 0.0]},
+          {"one one two", "one three one", [0.0, 0.0, 2 / 3, 0.0]},
+          {"in Rome", "Rome", [0.0, 0.0, 2 / 3, 1.0]},
+          {1, 1.0, [1.0, 0.0, 0.0, 0.0]},
+          {nil, "x", [0.0, 0.0, 0.0, 0.0]}
+        ],
+        {match, score} <- Enum.zip([:equals, :exact_match, :f1, :contains], scores) do
+      examples = [{%{text: got}, %{answer: wanted}}]
+      assert {:ok, result} = evaluate(examples, metric: {:field, :answer, match})
+      assert_in_delta result.score, score, 1.0e-9, "#{match} of #{got} and #{wanted}"
     end
 
-    for error <- [
-          Error.new(:lm_error, "LMServerError: LMAuthError"),
-          Error.new(:output_invalid, "x")
-        ] do
-      Stub.stub(@stub, "qa", fn _ -> {:error, error} end)
-
-      assert {:ok, %{score: +0.0, failed: 2}} =
-               evaluate([%{n: 1}, %{n: 2}], metric: fn _, _ -> 1 end)
-    end
+    assert {:error, %Error{type: :invalid_args, message: "expected: answer is missing" <> _}} =
+             evaluate([{%{text: "x"}, %{other: "x"}}], metric: @field)
   end
 
   test "a metric that fails ends the evaluation, whose other runs are killed" do

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.StubTest do
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Stub, Top}
   alias DSPex.Test.Helpers
 
-  doctest DSPex.PythonBridge.Stub.Definition
+  doctest DSPex.PythonBridge.Stub.Fields
 
   # One for all tests, as in an application.
   @stub __MODULE__.Shared
@@ -71,7 +71,7 @@ defmodule DSPex.PythonBridge.StubTest do
 
       assert text ==
                "Program not found: qa: the stub #{inspect(@stub)} has no answer for it any longer: " <>
-                 "it was expected once, and this is one more"
+                 "more runs have come than were expected"
     end
 
     test "serves a pool's call, too, and a list of inputs one by one" do
@@ -315,7 +315,7 @@ defmodule DSPex.PythonBridge.StubTest do
             {{:ok, %{}, %{a: self()}}, "meta: no JSON form for #PID"},
             {{:error, %{Error.new(:timeout) | meta: %{a: self()}}}, "error.meta: no JSON form"},
             {{:ok, %{"anser" => "x", "why" => ""}},
-             "anser: unknown field; answer: missing; expected answer, why"}
+             "outputs.anser: unknown field; outputs.answer: missing; expected answer, why"}
           ] do
         Stub.expect(own, "qa", fn _ -> value end)
         assert {:error, %Error{type: :internal, message: text}} = quietly(run)
@@ -332,23 +332,19 @@ defmodule DSPex.PythonBridge.StubTest do
     end
 
     test "that the stub does not have names the program and what to do" do
-      for {own, text} <- [
-            {start(),
-             "Give it one with Stub.expect/3, Stub.stub/3 or the option :answers of the stub"},
-            {start(answers: fn "other", _ -> {:ok, %{}} end),
-             "answers: has no clause for this program and these inputs"}
-          ],
-          module <- [Bridge, Pool] do
+      own = start()
+
+      for module <- [Bridge, Pool] do
         assert {:error, error} = quietly(fn -> module.call(own, :execute_program, run()) end)
         assert error =~ "Program not found: qa: the stub #{inspect(own)} has no answer for it"
-        assert error =~ text
+        assert error =~ "Give it one with Stub.expect/3, Stub.stub/3 or the option :answers"
       end
     end
 
-    test "that raises a FunctionClauseError elsewhere is not taken for one without a clause" do
-      own = start(answers: fn _program, _inputs -> String.length(1) end)
+    test "for which the function of the stub has no clause is an error that says so" do
+      own = start(answers: fn "other", _ -> {:ok, %{}} end)
       assert {:error, error} = quietly(fn -> Bridge.call(own, :execute_program, run()) end)
-      assert error =~ "FunctionClauseError"
+      assert error =~ "program qa: the answer's function: ** (FunctionClauseError)"
     end
 
     test "may itself make calls, which are the test's" do
@@ -509,7 +505,7 @@ defmodule DSPex.PythonBridge.StubTest do
       assert {:error, %Error{type: :internal, message: text}} =
                quietly(fn -> Triage.run(%{ticket: "?"}, server: own) end)
 
-      assert text =~ "outputs: why: missing; expected team, urgent, why"
+      assert text =~ "outputs.why: missing; expected team, urgent, why"
 
       assert {:error, text} =
                Pool.call(own, :execute_program, run(%{tiket: "?"}, inspect(Triage)))
@@ -640,16 +636,13 @@ defmodule DSPex.PythonBridge.StubTest do
     end
   end
 
-  test "calls run at the same time, of the pool, too, whatever is checked out" do
+  test "calls run at the same time, of the pool, too" do
     test = self()
 
     Stub.stub(@stub, "qa", fn %{"n" => n} ->
       send(test, {:there, self()})
       receive do: (:go_on -> {:ok, %{"n" => n}})
     end)
-
-    assert {:ok, @stub} = Pool.checkout(@stub)
-    assert {:ok, @stub} = Pool.checkout(@stub)
 
     tasks =
       for n <- 1..200 do
@@ -660,29 +653,6 @@ defmodule DSPex.PythonBridge.StubTest do
     pids = for _ <- 1..200, do: assert_receive({:there, _pid}, 5_000) |> elem(1)
     Enum.each(pids, &send(&1, :go_on))
     assert for(n <- 1..200, do: {:ok, %{"n" => n}}) == Task.await_many(tasks)
-    assert :ok = Pool.checkin(@stub, @stub)
-  end
-
-  test "messages that are not for it are dropped" do
-    own = start(answers: fn _, _ -> {:ok, %{}} end)
-
-    capture_log(fn ->
-      for name <- [own, Pool.Handle.coordinator(own)],
-          message <- [
-            :hello,
-            {:request, 1},
-            {:abandon, make_ref()},
-            {make_ref(), 1},
-            {:timeout, 1, 2}
-          ] do
-        send(name, message)
-        assert {:error, :unknown_call} = GenServer.call(name, :hello)
-        GenServer.cast(name, :hello)
-      end
-
-      assert {:ok, %{}} = Bridge.call(own, :execute_program, run())
-      assert {:ok, %{}} = Pool.call(own, :execute_program, run())
-    end)
   end
 
   test "it is listed with the bridges of its node" do
@@ -697,26 +667,17 @@ defmodule DSPex.PythonBridge.StubTest do
 
   test "a stub that ends leaves its callers with an error, and nothing behind" do
     name = Module.concat(__MODULE__, "Ends")
-    stub = start_supervised!({Stub, name: name, answers: fn _, _ -> Process.sleep(:infinity) end})
+    start_supervised!({Stub, name: name, answers: fn _, _ -> Process.sleep(:infinity) end})
     call = Task.async(fn -> Bridge.call(name, :execute_program, run()) end)
     Helpers.eventually(fn -> Bridge.get_status(name).pending == 1 end)
-    {:links, links} = Process.info(stub, :links)
     stop_supervised!(name)
     assert {:error, :bridge_not_running} = Task.await(call)
-
-    for pid <- links,
-        pid != self(),
-        do: Helpers.eventually(fn -> not Process.alive?(pid) or pid in test_pids() end)
-
     assert {:error, :bridge_not_running} = Pool.call(name, :ping)
     assert %{state: :failed} = Bridge.get_status(name)
     # Its name is free.
     start_supervised!({Stub, name: name})
     assert {:ok, %{"status" => "ok"}} = Pool.call(name, :ping)
-    assert :ok = Bridge.stop(name)
   end
-
-  defp test_pids, do: Process.get(:"$ancestors", []) ++ elem(Process.info(self(), :links), 1)
 
   defp start(opts \\ []) do
     name = Module.concat(__MODULE__, "S#{System.unique_integer([:positive])}")
@@ -735,10 +696,6 @@ defmodule DSPex.PythonBridge.StubTest do
             {[name: X, programs: %{}],
              ":programs: expected a list of maps, keyword lists and modules"},
             {[name: X, programs: [1]], ":programs: entry 1: expected a map or keyword list"},
-            {[name: X, programs: [%{id: "a"}]],
-             "python stub: :programs: a: signature: missing; expected text"},
-            {[name: X, programs: [%{id: "a", signature: "a -> b", tools: {1}}]],
-             "python stub: :programs: a: tools: a tuple has no JSON form"},
             {[
                name: X,
                programs: [%{id: "a", signature: "a -> b"}, %{id: "a", signature: "a -> b"}]

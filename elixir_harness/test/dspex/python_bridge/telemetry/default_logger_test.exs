@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
   import ExUnit.CaptureLog
 
   alias DSPex.PythonBridge.{Bridge, Pool, Telemetry}
+  alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
   setup do
@@ -15,8 +16,8 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
     on_exit(&Host.remove/0)
   end
 
-  defp start(fake) do
-    start_supervised!({Bridge, fake |> fake_opts() |> Keyword.put(:name, :observed)})
+  defp start(kind) do
+    start_supervised!({Bridge, kind |> FakePeer.opts() |> Keyword.put(:name, :observed)})
     :observed
   end
 
@@ -28,7 +29,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
     do: capture_log([format: "$level|$message|$metadata\n", metadata: [:bridge, :pool]], fun)
 
   test "logs a failed call with its program, outcome and tokens, and no contents" do
-    bridge = start("plays")
+    bridge = start(:plays)
     assert Telemetry.attach_default_logger() == :ok
     usage = %{"openai/x" => %{"prompt_tokens" => 11, "completion_tokens" => 7}}
     meta = %{"lm_calls" => 2, "lm_usage" => usage, "cache_hits" => 0}
@@ -53,7 +54,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
   end
 
   test "logs nothing of calls that succeed in time, or that their caller has ended" do
-    bridge = start("plays")
+    bridge = start(:plays)
     assert Telemetry.attach_default_logger() == :ok
 
     logged =
@@ -67,7 +68,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
   end
 
   test "logs a slow call; how slow and the level are options" do
-    bridge = start("plays")
+    bridge = start(:plays)
     assert Telemetry.attach_default_logger(min_duration: 0, level: :error) == :ok
     assert Telemetry.attach_default_logger(:info) == {:error, :already_exists}
     logged = lines(fn -> run(bridge, [["reply"]]) end)
@@ -88,7 +89,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
   end
 
   test "logs calls that are sent again" do
-    bridge = start("silent")
+    bridge = start(:silent)
     eventually(fn -> Bridge.get_status(bridge).state == :running end)
     assert Telemetry.attach_default_logger() == :ok
 
@@ -96,7 +97,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
       lines(fn ->
         calls = for _ <- 1..2, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 2_000) end)
         eventually(fn -> Bridge.get_status(bridge).pending == 2 end)
-        kill(Bridge.get_status(bridge).os_pid)
+        FakePeer.kill(bridge)
         Task.await_many(calls)
       end)
 

@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
 
   alias DSPex.PythonBridge.{Bridge, Evaluate, Monitor, Pool, Telemetry}
   alias DSPex.PythonBridge.Telemetry.RunSpan
+  alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
   @source Path.expand("../../../support/telemetry_metrics.exs", __DIR__)
@@ -65,11 +66,11 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     {:ok, _} =
       RunSpan.run(:optimize, bridge, optimized, %{score: 0.5}, fn _ -> {:ok, :better} end)
 
-    waiting = fake_opts("silent") |> Keyword.put(:name, :waiting)
+    waiting = FakePeer.opts(:silent) |> Keyword.put(:name, :waiting)
     silent = start_supervised!({Bridge, waiting}, id: :waiting)
     call = Task.async(fn -> Bridge.call(silent, :list_programs, %{}, 2_000) end)
     eventually(fn -> match?(%{state: :running, pending: 1}, Bridge.get_status(silent)) end)
-    kill(Bridge.get_status(silent).os_pid)
+    FakePeer.kill(silent)
     Task.await(call)
 
     events = events()

@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Telemetry}
+  alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
   @compile {:no_warn_undefined, :telemetry}
@@ -26,7 +27,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
   end
 
   defp start_fake do
-    opts = "plays" |> fake_opts() |> Keyword.put(:name, :observed)
+    opts = :plays |> FakePeer.opts() |> Keyword.put(:name, :observed)
     start_supervised!({Bridge, opts})
     :observed
   end

@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.Tools.SpanTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Pool}
+  alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
   @compile {:no_warn_undefined, :telemetry}
@@ -21,8 +22,8 @@ defmodule DSPex.PythonBridge.Tools.SpanTest do
     Host.attach()
   end
 
-  defp start(opts \\ []) do
-    opts = "plays" |> fake_opts(opts) |> Keyword.put(:name, :observed_tools)
+  defp start do
+    opts = :plays |> FakePeer.opts() |> Keyword.put(:name, :observed_tools)
     start_supervised!({Bridge, opts})
     eventually(fn -> Bridge.get_status(:observed_tools).state == :running end, 10_000)
     :observed_tools
@@ -123,9 +124,8 @@ defmodule DSPex.PythonBridge.Tools.SpanTest do
     refute inspect(found) =~ @secret
   end
 
-  @tag :tmp_dir
-  test "tell what was called from what was remembered", %{tmp_dir: dir} do
-    bridge = start(env: %{"FAKE_FILE" => Path.join(dir, "starts")})
+  test "tell what was called from what was remembered" do
+    bridge = start()
     fails = fn _ -> {:error, "no"} end
     play = [["first", calls(["t", "f"]) ++ [["die"]], calls(["t", "f", "t"]) ++ [["reply"]]]]
     request(bridge, play, %{t: & &1, f: fails})
@@ -143,7 +143,7 @@ defmodule DSPex.PythonBridge.Tools.SpanTest do
   test "of a pool have its name, and that of the bridge that was asked" do
     pool = :observed_tools_pool
     bridge = Module.concat(pool, Bridge1)
-    start_supervised!({Pool, Keyword.merge(fake_opts("plays"), name: pool, pool_size: 1)})
+    start_supervised!({Pool, Keyword.merge(FakePeer.opts(:plays), name: pool, pool_size: 1)})
     request(pool, calls(["t"]) ++ [["reply"]], %{t: {& &1, repeat: false}})
     assert [{@start, _, start}, {@stop, _, _}] = events()
     assert %{pool: ^pool, bridge: ^bridge, program_id: "p"} = start

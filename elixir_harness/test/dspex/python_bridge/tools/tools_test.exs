@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Tools.ToolsTest do
   @moduledoc """
-  Functions of the caller that the peer calls, with a peer that calls them by a script
-  (tests/fakes/replies/plays.py). Named after the races.
+  Functions of the caller that the peer calls, with a peer that calls them by a script. Named after the races.
   """
 
   use ExUnit.Case, async: true
@@ -12,18 +11,16 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Tools}
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.Tools.Invocation
-  alias DSPex.Test.Exits
+  alias DSPex.Test.{Exits, FakePeer}
 
   doctest Tools.Runner
 
   defp start(opts \\ []) do
-    spec = Supervisor.child_spec({Bridge, fake_opts("plays", opts)}, restart: :temporary)
+    spec = Supervisor.child_spec({Bridge, FakePeer.opts(:plays, opts)}, restart: :temporary)
     bridge = start_supervised!(spec)
     eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
     bridge
   end
-
-  defp start_again_opts(dir), do: [env: %{"FAKE_FILE" => Path.join(dir, "starts")}]
 
   defp request(bridge, play, opts),
     do: Bridge.request(bridge, :execute_program, %{play: play}, opts)
@@ -323,7 +320,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert %{"success" => false, "error" => ^text} = tool_frames(bridge, 5)
 
       name = Module.concat(__MODULE__, Pool)
-      start_supervised!({Pool, Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)})
+      start_supervised!({Pool, Keyword.merge(FakePeer.opts(:plays), name: name, pool_size: 1)})
       assert {:ok, %{}} = Pool.call(name, :execute_program, args.(6), 10_000)
     end
 
@@ -613,7 +610,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         bridge =
           start_supervised!(
             Supervisor.child_spec(
-              {Bridge, fake_opts("plays", env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})},
+              {Bridge, FakePeer.opts(:plays, env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})},
               restart: :temporary,
               id: make_ref()
             )
@@ -630,7 +627,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     end
 
     test "a refusal of the bridge" do
-      bridge = start_supervised!({Bridge, fake_opts("plays", max_pending: 1)}, id: :full)
+      bridge = start_supervised!({Bridge, FakePeer.opts(:plays, max_pending: 1)}, id: :full)
       held = async(bridge, [["go", "on"], ["reply", %{}]], opts())
       eventually(fn -> status(bridge, :pending) == 1 end)
       eventually(fn -> match?([_proxy], proxies(held.pid)) end)
@@ -648,11 +645,9 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   end
 
   describe "the peer's death" do
-    @describetag :tmp_dir
-
     # Two slow tools of the same arguments; after the death, another under the first one's call_id, and one of the two.
-    setup %{tmp_dir: dir} do
-      bridge = start(start_again_opts(dir))
+    setup do
+      bridge = start()
       test = self()
 
       slow = fn args ->
@@ -667,7 +662,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       task = async(bridge, [["first", first, again]], tools: tools)
       assert_receive {:running, _, one, _}, 5_000
       assert_receive {:running, _, two, _}, 5_000
-      kill(status(bridge, :os_pid))
+      FakePeer.kill(bridge)
       eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
       %{bridge: bridge, one: one, two: two, task: task}
     end
@@ -713,9 +708,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   end
 
   describe "a tool with repeat: false" do
-    @describetag :tmp_dir
-
-    setup %{tmp_dir: dir} do
+    setup do
       test = self()
 
       refund = fn %{}, key ->
@@ -726,7 +719,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       play = [["tool", 1, "refund", %{}], ["result", 1], ["go", "on"], ["reply"]]
 
       %{
-        bridge: start(start_again_opts(dir)),
+        bridge: start(),
         tools: %{refund: {refund, repeat: false}},
         play: play
       }
@@ -750,7 +743,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         assert_receive {:refund, pid, _key}, 5_000
         monitor = Process.monitor(pid)
         if answered?, do: send(pid, :finish) && tool_frames(bridge, 1)
-        kill(status(bridge, :os_pid))
+        FakePeer.kill(bridge)
         assert_not_again(task, "was lost before it had replied")
         assert_receive {:DOWN, ^monitor, :process, _, _}, 5_000
         eventually(fn -> status(bridge, :state) == :running end)
@@ -760,7 +753,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
     test "ends the run with its peer, if that is replaced and does not finish in time" do
       env = %{"DSPY_BRIDGE_DRAIN_MS" => "50"}
-      bridge = start_supervised!({Bridge, fake_opts("plays", env: env)}, id: :impatient)
+      bridge = start_supervised!({Bridge, FakePeer.opts(:plays, env: env)}, id: :impatient)
       test = self()
       refund = fn _ -> send(test, :refund) && Process.sleep(:infinity) end
       play = [["tool", 1, "refund", %{}], ["go", "on"]]
@@ -774,7 +767,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       %{bridge: bridge, tools: tools, play: play} = context
       task = async(bridge, [["first", [["go", "never"]], play]], tools: tools)
       eventually(fn -> status(bridge, :pending) == 1 end)
-      kill(status(bridge, :os_pid))
+      FakePeer.kill(bridge)
       assert_receive {:refund, pid, _key}, 10_000
       send(pid, :finish)
       go(bridge, "on")
@@ -790,7 +783,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       go(bridge, "one")
       # The tool call of the first peer has come there.
       eventually(fn -> waiting(proxy) == 1 end)
-      kill(status(bridge, :os_pid))
+      FakePeer.kill(bridge)
       eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
       eventually(fn -> waiting(proxy) == 2 end)
       :erlang.resume_process(proxy)
@@ -821,15 +814,15 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
     test "a restart while a tool runs: the old peer gets its result, and its chunks are delivered",
          %{bridge: bridge, task: task, tool: tool} do
-      old = status(bridge, :os_pid)
+      old = FakePeer.of(bridge)
       assert Bridge.restart(bridge) == :ok
-      assert status(bridge, :os_pid) != old
+      assert status(bridge, :restarts) == 1
       send(tool, :finish)
       assert {:ok, %{"1" => %{"result" => "late"}}, _} = Task.await(task)
       assert_received {:chunk, %{"chunk" => "0"}}
       assert tool_frames(bridge) == []
       assert %{late_replies: 0, pending: 0} = Bridge.get_status(bridge)
-      eventually(fn -> not alive?(old) end)
+      eventually(fn -> not Process.alive?(old) end)
     end
 
     test "a stop while a tool runs: the peer gets its result", context do
