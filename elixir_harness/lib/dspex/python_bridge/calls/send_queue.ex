@@ -21,7 +21,8 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
 
   @typep item ::
-           {:request, id :: non_neg_integer(), Deadline.t(), body :: iodata()} | {:control, iodata()}
+           {:request, id :: non_neg_integer(), Deadline.t(), body :: iodata()}
+           | {:control, iodata()}
   @opaque t :: %__MODULE__{
             port: port(),
             writer: {pid(), reference()} | nil,
