@@ -115,7 +115,11 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   @doc "To be called when the timer `:trial` has fired: the next suspects are sent."
   @spec trial_over(InFlight.t(), reference()) :: InFlight.t()
   def trial_over(%InFlight{} = in_flight, timer),
-    do: advance(%{in_flight | suspects: Suspects.timeout(in_flight.suspects, timer)})
+    do:
+      tap(
+        advance(%{in_flight | suspects: Suspects.timeout(in_flight.suspects, timer)}),
+        &InFlight.show_load/1
+      )
 
   ## Held calls, and when they are sent
 
