@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
+import threading
 
 from dspy_bridge import __version__, settings
 from dspy_bridge.port import stdio, watchdog
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from dspy_bridge.settings import Settings
 
+STACK_BYTES = 8 << 20
+
 
 def main() -> int:
     """Run the port program. Returns the exit code: 0 after the end of input, 2 for an invalid argument or setting."""
@@ -30,8 +32,7 @@ def main() -> int:
         sys.set_int_max_str_digits(MAX_INT_DIGITS)
     flags: Mapping[str, str] = {}
     if len(sys.argv) > 1:
-        parser = _parser()
-        arguments, unknown = parser.parse_known_args()
+        arguments, unknown = _parser().parse_known_args()
         if unknown:
             # The values of flags may be secrets.
             before = ["", *unknown]
@@ -41,8 +42,6 @@ def main() -> int:
                 if text.startswith("-") or not last.startswith("-")
             ]
             return refuse(f"unknown arguments {' '.join(names)}; --help lists all")
-        if arguments.version or arguments.help:
-            return _print(f"dspy_bridge {__version__}\n" if arguments.version else parser.format_help())
         if arguments.selftest:
             from dspy_bridge import selftest
 
@@ -59,8 +58,6 @@ def main() -> int:
         reading, writing = stdio.take()
     except OSError:
         return refuse("stdin or stdout is closed: this program is opened by a port")
-    # The imports leave no garbage; a collection would cost the first ping 0.7 ms.
-    gc.disable()
     # A fork, so before there are threads and before much is imported.
     own = watchdog.start(reading, writing)
     stdio.keep_from_children(reading, writing, *own)
@@ -72,10 +69,10 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
     from dspy_bridge import app
     from dspy_bridge.port import reader
     from dspy_bridge.port.frame_writer import FrameWriter
-    from dspy_bridge.runtime import allocator, thread_stacks
     from dspy_bridge.wire import messages
 
-    thread_stacks.enlarge()
+    # glibc gives as much. musl gives 128 KB, where deeply nested answers of an LM overflow the stack.
+    threading.stack_size(STACK_BYTES)
     writer = FrameWriter(writing, reader.exit_now)
 
     def send_log(level: str, logger: str, message: str, traceparent: str | None) -> None:
@@ -84,20 +81,9 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         writer.send([messages.encode_log(level, logger, message, traceparent)])
 
     dispatcher = app.build_dispatcher(chosen, writer.send, send_log=send_log, when_room=writer.when_room)
-    gc.enable()
     # After the watchdog was forked, which must outlive the peer.
-    allocator.raise_oom_score()
+    stdio.raise_oom_score()
     reader.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
-
-
-def _print(text: str) -> int:
-    # argparse's own actions ignore that a disk is full.
-    try:
-        with open(1, "w", closefd=False) as stdout:
-            stdout.write(text)
-    except OSError as error:
-        return refuse(f"stdout: {error.strerror}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,10 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         description="An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.",
         epilog="A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.",
         allow_abbrev=False,
-        add_help=False,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="show this text, then exit")
-    parser.add_argument("--version", action="store_true", help="show the version, then exit")
+    parser.add_argument("--version", action="version", version=f"dspy_bridge {__version__}")
     parser.add_argument(
         "--selftest", action="store_true", help="drive a peer through all six commands with offline/echo, then exit"
     )

@@ -10,6 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
+    from types import ModuleType
 
     from dspy_bridge.logs.peer_log import SendRecord
     from dspy_bridge.settings import Settings
@@ -29,13 +30,16 @@ def build_dispatcher(
     if not settings.log_frames:
         send_log = None
 
+    def log() -> ModuleType:
+        return set_up_logs(settings.log_level, send_log)
+
     def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
         from dspy_bridge.runtime import inline_executor
 
         loop.set_default_executor(inline_executor.InlineExecutor(memory_cache_only=settings.disk_cache is None))
         commands.preload()
 
-    commands = Commands(settings, lambda: set_up_logs(settings.log_level, send_log), lambda: dispatcher.load())
+    commands = Commands(settings, log, lambda: dispatcher.load())
     dispatcher = Dispatcher(
         commands.table(),
         send,
@@ -43,33 +47,18 @@ def build_dispatcher(
         max_in_flight=min(settings.max_in_flight, stdio.raise_open_files()),
         max_queue=settings.max_queue,
         max_frame_bytes=settings.max_frame_bytes,
-        log_exception=lambda error: log_exception(error, settings.log_level, send_log),
+        log_exception=lambda error: log().exception(error),
         when_room=when_room,
         prepare_loop=prepare_loop,
         importing=commands.importing,
-        log_warning=lambda text: log_warning(text, settings.log_level, send_log),
+        log_warning=lambda text: log().logger.warning(text),
     )
     return dispatcher
 
 
-def set_up_logs(level: str, send: SendRecord | None = None) -> None:
-    """As `peer_log.setup`."""
+def set_up_logs(level: str, send: SendRecord | None = None) -> ModuleType:
+    """Set up logging, if nothing has yet, as `peer_log.setup` does; returns `peer_log`."""
     from dspy_bridge.logs import peer_log
 
     peer_log.setup(level, send)
-
-
-def log_exception(error: BaseException, level: str, send: SendRecord | None = None) -> str:
-    """Log `error`; returns its reference. Sets up logging if nothing has yet."""
-    from dspy_bridge.logs import peer_log
-
-    peer_log.setup(level, send)
-    return peer_log.exception(error)
-
-
-def log_warning(text: str, level: str, send: SendRecord | None = None) -> None:
-    """Log a text. Sets up logging if nothing has yet."""
-    from dspy_bridge.logs import peer_log
-
-    peer_log.setup(level, send)
-    peer_log.logger.warning(text)
+    return peer_log

@@ -28,7 +28,6 @@ import threading
 
 from dspy_bridge import app, settings
 from dspy_bridge.dispatch import error_replies
-from dspy_bridge.runtime import allocator
 from dspy_bridge.settings import SettingError
 from dspy_bridge.wire import messages
 from dspy_bridge.wire.erlport_terms import Unfit, WrongCall, check_receiver, from_term, to_command, to_term
@@ -53,9 +52,7 @@ def call(command: Any, args: Any = None) -> dict[bytes, Any]:
     atom = _atom()
     answer: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     _send(command, args, answer.put)
-    reply = _reply(answer.get(), atom)
-    allocator.trim()
-    return reply
+    return _reply(answer.get(), atom)
 
 
 def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
@@ -90,7 +87,6 @@ class Peer:
         """Send a command. `reply` gets the payload that the port would send, once, on any thread."""
         id = next(self._ids)
         payload = encode_value({"id": id, "command": command, "args": args})
-        allocator.note_payload(len(payload))
         self._waiting[id] = reply
         try:
             answer = self._receive(payload)
@@ -108,7 +104,6 @@ class Peer:
         return answer
 
     def _answer(self, id: int, payload: bytes) -> None:
-        allocator.note_payload(len(payload))
         reply = self._waiting.pop(id, None)
         if reply is not None:
             reply(payload)
@@ -184,7 +179,6 @@ def _cast_all() -> None:
     while True:
         # A function of its own, as locals would keep the last reply alive while this waits.
         _cast(*_casts.get())
-        allocator.trim()
 
 
 def _cast(pid: Any, ref: Any, payload: bytes) -> None:
@@ -204,4 +198,5 @@ def _atom() -> Callable[[bytes], Any]:
 
 
 def _log_exception(error: BaseException) -> str:
-    return app.log_exception(error, "info" if _peer is None else _peer.settings.log_level)
+    reference: str = app.set_up_logs("info" if _peer is None else _peer.settings.log_level).exception(error)
+    return reference

@@ -1,4 +1,4 @@
-"""Checks of single command arguments. Pure; an error names the argument and what was expected."""
+"""The arguments of the commands, as tables: by name, what fits and what an error says was expected. Imports no DSPy."""
 
 from __future__ import annotations
 
@@ -6,87 +6,122 @@ from dspy_bridge.errors import InvalidArgs, refuse_unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
-_CREATE_ARGS = (
-    "id",
-    "signature",
-    "program_type",
-    "lm",
-    "adapter",
-    "config",
-    "options",
-    "tools",
-    "demos",
-    "state",
-    "state_path",
-    "lazy",
+    Table = dict[str, tuple[Callable[[Any], bool], str]]
+
+
+def _or_null(*types: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or type(value) in types
+
+
+def _count(most: float = float("inf")) -> Callable[[Any], bool]:
+    return lambda value: value is None or (type(value) is int and 1 <= value <= most)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and value != ""
+
+
+def _is_ids(value: Any) -> bool:
+    return value is None or (type(value) is list and all(type(id) is str for id in value))
+
+
+def _is_milliseconds(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and value > 0)
+
+
+# Each attempt is at least one more LM call.
+_MOST_ATTEMPTS = 10
+# Checked where the program is loaded.
+_ANY = (lambda _value: True, "")
+_TEXT = (_is_text, "expected text")
+_OBJECT = (_or_null(dict), "expected an object")
+_FLAG = (lambda value: type(value) is bool, "expected true or false")
+_LM = (_or_null(str, dict), 'expected text such as "openai/gpt-4o-mini", or an object with model')
+_INPUTS = (
+    lambda value: type(value) in (dict, list),
+    "expected an object of the signature's input fields, or a list of such objects",
 )
-# As the modules of Elixir programs have them, beside it.
+
+LAZY: Table = {"lazy": _FLAG}
+CREATE: Table = {
+    "id": _TEXT,
+    "signature": (lambda value: value is not None, "missing; expected text or an object with inputs and outputs"),
+    "program_type": _ANY,
+    "lm": _LM,
+    "adapter": _ANY,
+    "config": _OBJECT,
+    "options": _ANY,
+    "tools": _ANY,
+    "demos": _ANY,
+    "state": _ANY,
+    "state_path": _ANY,
+    **LAZY,
+}
+# All that is checked of a lazy program before it is loaded.
+CREATE_LAZY: Table = {name: CREATE[name] for name in ("id", "signature")}
+EXECUTE: Table = {
+    "program_id": _TEXT,
+    "inputs": _INPUTS,
+    "config": _OBJECT,
+    "lm": _LM,
+    "attempts": (_count(_MOST_ATTEMPTS), f"expected a whole number from 1 to {_MOST_ATTEMPTS}"),
+    "max_concurrency": (_count(), "expected a whole number of at least 1"),
+    "item_timeout_ms": (_is_milliseconds, "expected a number of milliseconds greater than 0"),
+    "expected": (_or_null(list), "expected a list of objects, one for each of the inputs"),
+    "metric": (_or_null(dict), "expected an object with tool, or with field and match"),
+    "optimize": _ANY,
+    # DSPex's adapter sends it, and no bridge has ever read it.
+    "options": _ANY,
+}
+LIST: Table = {"details": _FLAG, "state": _FLAG, "program_ids": (_is_ids, "expected a list of strings")}
+CLEANUP: Table = {"program_ids": LIST["program_ids"]}
+
+# As the modules of Elixir programs have them, beside their signature.
 _IN_SIGNATURE = ("inputs", "outputs", "instructions")
+_REQUIRED = ("id", "signature", "program_id", "inputs")
+# Of an execute.
+_FOR_LISTS = ("max_concurrency", "item_timeout_ms", "metric", "expected")
+_NOT_WITH_OPTIMIZE = ("config", "attempts", "max_concurrency", "item_timeout_ms")
 
 
-def check_definition(args: dict[str, Any]) -> None:
-    """The arguments of `create_program`, as far as that is possible without DSPy. Raises `InvalidArgs`."""
+def check(args: dict[str, Any], table: Table) -> None:
+    """Raises `InvalidArgs` for the first argument that does not fit."""
+    for name, (fits, expected) in table.items():
+        if (name in args or name in _REQUIRED) and not fits(args.get(name)):
+            raise InvalidArgs(f"{name}: {expected}")
+
+
+def check_create(args: dict[str, Any]) -> None:
+    """All of a `create_program` that can be checked without DSPy. Raises `InvalidArgs`."""
     for name in _IN_SIGNATURE:
         if name in args:
             raise InvalidArgs(f"{name}: belongs into signature, an object with inputs, outputs and instructions")
-    refuse_unknown(args, _CREATE_ARGS)
-    optional_object(args, "config")
-    optional_lm(args)
+    refuse_unknown(args, CREATE)
+    check(args, CREATE)
 
 
-def text(args: dict[str, Any], name: str) -> str:
-    """A required string, not empty. Raises `InvalidArgs`."""
-    value = args.get(name)
-    if not isinstance(value, str) or not value:
-        raise InvalidArgs(f"{name}: expected text")
-    return value
+def check_execute(args: dict[str, Any]) -> None:
+    """The arguments of an `execute_program`, and how they go together. Raises `InvalidArgs`."""
+    refuse_unknown(args, EXECUTE)
+    check(args, EXECUTE)
 
+    def given(*names: str) -> list[str]:
+        return [name for name in names if args.get(name) is not None]
 
-def optional_object(args: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """An object; None by default. Raises `InvalidArgs`."""
-    value = args.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise InvalidArgs(f"{name}: expected an object")
-    return value
-
-
-def optional_lm(args: dict[str, Any]) -> str | dict[str, Any] | None:
-    """`lm`: a model's name, or an object with it; None by default. Raises `InvalidArgs`."""
-    value = args.get("lm")
-    if value is not None and not isinstance(value, (str, dict)):
-        raise InvalidArgs('lm: expected text such as "openai/gpt-4o-mini", or an object with model')
-    return value
-
-
-def flag(args: dict[str, Any], name: str) -> bool:
-    """A boolean; false by default. Raises `InvalidArgs`."""
-    value = args.get(name, False)
-    if not isinstance(value, bool):
-        raise InvalidArgs(f"{name}: expected true or false")
-    return value
-
-
-def program_ids(args: dict[str, Any]) -> list[str] | None:
-    """`program_ids`; None by default. Raises `InvalidArgs`."""
-    ids = args.get("program_ids")
-    if ids is not None and not (isinstance(ids, list) and all(isinstance(id, str) for id in ids)):
-        raise InvalidArgs("program_ids: expected a list of strings")
-    return ids
-
-
-def count(args: dict[str, Any], name: str, most: int | None = None) -> int | None:
-    """A whole number from 1 to `most`; None by default. Raises `InvalidArgs`."""
-    value = args.get(name)
-    if value is not None and not (type(value) is int and value >= 1 and (most is None or value <= most)):
-        raise InvalidArgs(f"{name}: expected a whole number {'of at least 1' if most is None else f'from 1 to {most}'}")
-    return value
-
-
-def milliseconds(args: dict[str, Any], name: str) -> float | None:
-    """A number greater than 0; None by default. Raises `InvalidArgs`."""
-    value = args.get(name)
-    if value is not None and not (type(value) in (int, float) and value > 0):
-        raise InvalidArgs(f"{name}: expected a number of milliseconds greater than 0")
-    return value
+    inputs = args["inputs"]
+    if type(inputs) is dict and (wrong := given(*_FOR_LISTS)):
+        raise InvalidArgs(f"{wrong[0]}: only for a list of inputs")
+    if given("expected"):
+        if not given("metric"):
+            raise InvalidArgs("expected: only with a metric, which compares with it")
+        if len(args["expected"]) != len(inputs):
+            counts = f"expected {len(inputs)} objects, one for each of the inputs, got {len(args['expected'])}"
+            raise InvalidArgs(f"expected: {counts}")
+    if given("optimize"):
+        if not given("metric"):
+            raise InvalidArgs("optimize: only with a list of inputs and a metric")
+        if wrong := given(*_NOT_WITH_OPTIMIZE):
+            raise InvalidArgs(f"{wrong[0]}: not with optimize; give config with the program")

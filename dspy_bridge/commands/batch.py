@@ -23,56 +23,51 @@ _LONGEST_MS = 10 * 365 * 86_400_000
 
 
 async def run(
-    items: list[Any],
+    args: dict[str, Any],
     work: Callable[[Any], Coroutine[Any, Any, Any]],
     call: Call,
-    *,
-    stream: bool,
-    max_concurrency: int | None = None,
-    item_timeout_ms: float | None = None,
     score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
-    """`{"success", "result"}` or `{"success", "error", "error_type"}` for each item, in their order.
+    """`{"success", "result"}` or `{"success", "error", "error_type"}` for each of the inputs, in their order.
 
-    The first item uses the call's own slot. The others acquire theirs one at a time at the end of the queue, so that
-    other calls run in between. With `stream`, each result is also sent when it is ready, with its index. Just before
-    the call's deadline, all items without a result get the error `timeout`. `item_timeout_ms` counts from an item's
-    start.
+    `args`: `inputs`, and `max_concurrency` and `item_timeout_ms`, if given. The first item uses the call's own slot.
+    The others acquire theirs one at a time at the end of the queue, so that other calls run in between. If the call
+    streams, each result is also sent when it is ready, with its index. Just before the call's deadline, all items
+    without a result get the error `timeout`. `item_timeout_ms` counts from an item's start.
 
     With `score`, each success also has what `score(index, outputs)` gives, each failure the score 0. An item has left
     its slot by then: the score may need another run. What `score` raises ends the batch, and so does an LM that
     refuses the key.
     """
-    return await _Batch(items, call, stream, max_concurrency, item_timeout_ms, score).run(work)
+    return await _Batch(args, work, call, score).run()
 
 
 class _Batch:
     def __init__(
         self,
-        items: list[Any],
+        args: dict[str, Any],
+        work: Callable[[Any], Coroutine[Any, Any, Any]],
         call: Call,
-        stream: bool,
-        max_concurrency: int | None,
-        item_timeout_ms: float | None,
         score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None,
     ) -> None:
-        self._items = items
+        self._items: list[Any] = args["inputs"]
+        self._work = work
         self._call = call
-        self._stream = stream
-        self._max_concurrency = max_concurrency
+        self._stream = call.request.stream
+        self._max_concurrency: int | None = args.get("max_concurrency")
+        self._item_timeout_ms: float | None = args.get("item_timeout_ms")
         self._score = score
         if score is not None:
             # Those that wait for their score have no slot, and would be as many as the inputs.
-            slots = call.services.limiter.max_running
-            self._max_concurrency = slots if max_concurrency is None else min(max_concurrency, slots)
+            slots = call.limiter.max_running
+            self._max_concurrency = min(self._max_concurrency or slots, slots)
         # The items that have a slot.
         self._holding: set[int] = set()
-        self._item_timeout_ms = item_timeout_ms
         # When all items end, in the loop's time.
         self._ends: float | None = None
         self._loop = asyncio.get_running_loop()
-        self._results: list[Any] = [None] * len(items)
-        self._left = len(items)
+        self._results: list[Any] = [None] * len(self._items)
+        self._left = len(self._items)
         # Done with the last result, or at the deadline, however long cancelled work takes to notice.
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._started = 0
@@ -80,11 +75,11 @@ class _Batch:
         # Set when a task has ended; for `max_concurrency`.
         self._room = asyncio.Event()
 
-    async def run(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> list[dict[str, Any]]:
+    async def run(self) -> list[dict[str, Any]]:
         if not self._items:
             return []
         deadline = self._set_deadline()
-        starting = self._loop.create_task(self._start_all(work))
+        starting = self._loop.create_task(self._start_all())
         starting.add_done_callback(self._end_with)
         try:
             await self._over
@@ -107,8 +102,8 @@ class _Batch:
         if not starting.cancelled() and (error := starting.exception()) is not None:
             self._end(error)
 
-    async def _start_all(self, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
-        limiter, most = self._call.services.limiter, self._max_concurrency
+    async def _start_all(self) -> None:
+        limiter, most = self._call.limiter, self._max_concurrency
         for index in range(len(self._items)):
             while most is not None and len(self._tasks) >= most:
                 self._room.clear()
@@ -117,7 +112,7 @@ class _Batch:
                 await limiter.acquire()
             self._call.slot_transferred = True
             self._holding.add(index)
-            task = self._loop.create_task(self._one(index, work))
+            task = self._loop.create_task(self._one(index))
             self._started += 1
             self._tasks.add(task)
             timer = self._limit(index, task)
@@ -125,13 +120,13 @@ class _Batch:
             # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those.
             await asyncio.sleep(0)
 
-    async def _one(self, index: int, work: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
+    async def _one(self, index: int) -> None:
         ends = [] if self._ends is None else [self._ends]
         if self._item_timeout_ms is not None:
             ends.append(self._loop.time() + min(self._item_timeout_ms, _LONGEST_MS) / 1000)
         item_ends.set(min(ends, default=None))
         try:
-            outputs = await work(self._items[index])
+            outputs = await self._work(self._items[index])
             result = {"success": True, "result": outputs}
         except asyncio.CancelledError:
             raise
@@ -197,14 +192,14 @@ class _Batch:
         self._settle(index, result)
 
     def _failure(self, error: BaseException) -> dict[str, Any]:
-        result = self._call.services.describe(error)
+        result = self._call.describe(error)
         return result if self._score is None else {**result, "score": 0.0}
 
     def _release(self, index: int) -> None:
         """Free the item's slot, once."""
         if index in self._holding:
             self._holding.discard(index)
-            self._call.services.limiter.release()
+            self._call.limiter.release()
 
     def _end(self, error: BaseException) -> None:
         if not self._over.done():

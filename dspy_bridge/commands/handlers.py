@@ -19,31 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Any
 
+    from dspy_bridge.optimizing.arguments import Given
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
-
-# DSPex's adapter sends `options`, which no bridge has ever read: accepted and ignored.
-_EXECUTE_ARGS = (
-    "program_id",
-    "inputs",
-    "config",
-    "lm",
-    "attempts",
-    "max_concurrency",
-    "item_timeout_ms",
-    "expected",
-    "metric",
-    "optimize",
-    "options",
-)
-# Each is at least one more LM call.
-_MOST_ATTEMPTS = 10
 
 
 class Commands:
     """The handlers, over one registry of programs."""
 
-    def __init__(self, settings: Settings, setup: Callable[[], None], load: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, settings: Settings, setup: Callable[[], object], load: Callable[[], Mapping[str, Any]]) -> None:
         """`setup` runs before DSPy is imported; `load` gives the dispatcher's counts, for `get_stats`."""
         self._load = load
         self._history_bytes = settings.history_bytes
@@ -79,17 +63,14 @@ class Commands:
 
     def create_program(self, args: dict[str, Any], call: Call) -> Any:
         """`{"program_id", "status": "created"}`, once the program is loaded; at once, if it is lazy."""
-        lazy = arguments.flag(args, "lazy")
-        if not lazy:
-            arguments.check_definition(args)
-        id = arguments.text(args, "id")
-        if args.get("signature") is None:
-            raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
-        if lazy:
-            if self._registry.add_lazy(id, args):
+        arguments.check(args, arguments.LAZY)
+        if args.get("lazy"):
+            arguments.check(args, arguments.CREATE_LAZY)
+            if self._registry.add_lazy(args["id"], args):
                 self._loader.removed(1)
-            return {"program_id": id, "status": "created"}
-        entry = self._registry.add(id, args)
+            return {"program_id": args["id"], "status": "created"}
+        arguments.check_create(args)
+        entry = self._registry.add(args["id"], args)
         call.on_reply = lambda created: self._settle(entry, created)
         return self._create(entry)
 
@@ -98,42 +79,23 @@ class Commands:
 
         With `optimize`, the state of a better program.
         """
-        refuse_unknown(args, _EXECUTE_ARGS)
-        id = arguments.text(args, "program_id")
-        inputs = args.get("inputs")
-        if not isinstance(inputs, (dict, list)):
-            raise InvalidArgs("inputs: expected an object of the signature's input fields, or a list of such objects")
-        config = arguments.optional_object(args, "config")
-        lm = arguments.optional_lm(args)
-        attempts = arguments.count(args, "attempts", _MOST_ATTEMPTS) or 1
-        limits = {
-            "max_concurrency": arguments.count(args, "max_concurrency"),
-            "item_timeout_ms": arguments.milliseconds(args, "item_timeout_ms"),
-        }
-        for name, limit in limits.items():
-            if limit is not None and isinstance(inputs, dict):
-                raise InvalidArgs(f"{name}: only for a list of inputs")
-        evaluated = evaluation.read(args, inputs)
-        optimized = optimization.read(args, inputs, evaluated)
-        entry = self._registry.get(id)
+        arguments.check_execute(args)
+        how = optimization.read(args)
+        entry = self._registry.get(args["program_id"])
         if entry is None:
-            raise ProgramNotFound(id)
-        if optimized is not None:
-            return self._optimize(entry, optimized, lm, call)
-        options = {"config": config, "lm": lm, "attempts": attempts}
-        return self._execute(entry, inputs, options, limits, evaluated, call)
+            raise ProgramNotFound(args["program_id"])
+        return self._execute(entry, args, call) if how is None else self._optimize(entry, how, args, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
-        details = arguments.flag(args, "details")
-        state = arguments.flag(args, "state")
-        ids = arguments.program_ids(args)
+        arguments.check(args, arguments.LIST)
+        ids = args.get("program_ids")
         wanted = None if ids is None else set(ids)
         entries = [entry for entry in self._registry.answered() if wanted is None or entry.id in wanted]
         listed: dict[str, Any] = {"programs": [entry.id for entry in entries]}
-        if state:
+        if args.get("state"):
             return self._with_states(listed, entries)
-        if details:
+        if args.get("details"):
             listed["details"] = [entry.details() for entry in entries]
         return listed
 
@@ -160,8 +122,9 @@ class Commands:
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "cleaned", "programs_removed"}`: all programs, or those in `program_ids`."""
         # With `program_ids` misspelt, all would be removed.
-        refuse_unknown(args, ("program_ids",))
-        count = self._registry.remove(arguments.program_ids(args))
+        refuse_unknown(args, arguments.CLEANUP)
+        arguments.check(args, arguments.CLEANUP)
+        count = self._registry.remove(args.get("program_ids"))
         self._loader.removed(count)
         return {"status": "cleaned", "programs_removed": count}
 
@@ -175,37 +138,35 @@ class Commands:
         await self._loader.load(entry)
         return {"program_id": entry.id, "status": "created"}
 
-    async def _execute(
-        self,
-        entry: Entry,
-        inputs: dict[str, Any] | list[Any],
-        options: dict[str, Any],
-        limits: dict[str, Any],
-        evaluated: evaluation.Given | None,
-        call: Call,
-    ) -> dict[str, Any]:
+    async def _execute(self, entry: Entry, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
-        stream = call.request.stream
-        if isinstance(inputs, dict):
-            _count(entry)
-            return await program.call(inputs, call=call, stream=stream, **options)
-
-        from dspy_bridge.commands import batch
         from dspy_bridge.runtime import large_inputs
 
-        async def one(item: Any) -> dict[str, Any]:
+        inputs = args["inputs"]
+        options: dict[str, Any] = {name: args.get(name) for name in ("config", "lm")}
+        options.update(call=call, attempts=args.get("attempts") or 1, large=large_inputs.are_large(call.size, inputs))
+
+        async def one(item: Any, stream: bool = False) -> dict[str, Any]:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
             _count(entry)
-            return await program.call(item, call=call, stream=False, limit=large_inputs.LARGE_IN_BATCH, **options)
+            try:
+                return await program.call(item, stream=stream, **options)
+            finally:
+                large_inputs.collect()
 
-        if evaluated is not None:
-            return await evaluation.run(evaluated, program, inputs, one, call, stream=stream, **limits)
-        return {"results": await batch.run(inputs, one, call, stream=stream, **limits)}
+        if isinstance(inputs, dict):
+            return await one(inputs, call.request.stream)
 
-    async def _optimize(self, entry: Entry, given: optimization.Given, lm: object, call: Call) -> dict[str, Any]:
+        from dspy_bridge.commands import batch
+
+        if args.get("metric") is not None:
+            return await evaluation.run(args, program, one, call)
+        return {"results": await batch.run(args, one, call)}
+
+    async def _optimize(self, entry: Entry, how: Given, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, _ = await self._working(entry, call)
-        return await self._optimizations.run(given, entry, lm, call)
+        return await self._optimizations.run(entry, how, args, call)
 
     async def _with_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
         """Loads lazy programs. States are dumped in a thread: they may be large, and user code may dump them."""

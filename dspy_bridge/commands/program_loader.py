@@ -31,7 +31,7 @@ _RELOAD_SECONDS = 60.0
 class ProgramLoader:
     """One per peer. DSPy lets only the thread that configured it first configure it again, so there is one thread."""
 
-    def __init__(self, settings: Settings, setup: Callable[[], None], threads: WorkerThreads) -> None:
+    def __init__(self, settings: Settings, setup: Callable[[], object], threads: WorkerThreads) -> None:
         """`setup` runs before DSPy is imported; `threads` are for modules without an async forward."""
         self._settings = settings
         self._setup = setup
@@ -92,7 +92,7 @@ class ProgramLoader:
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""
-        if self._gc.removed(count) and self._thread is not None:
+        if self._gc.changed(count, removed=True) and self._thread is not None:
             self._thread.submit(self._gc.freeze)
 
     def _start_thread(self) -> DaemonThreads:
@@ -117,9 +117,9 @@ class ProgramLoader:
         from dspy_bridge.programs.program import Program
 
         if definition.get("lazy"):
-            arguments.check_definition(definition)
+            arguments.check_create(definition)
         program = Program(definition, self._models, self._threads)
-        if self._gc.loaded():
+        if self._gc.changed(1, removed=False):
             self._gc.freeze()
         return program
 

@@ -24,23 +24,6 @@ class Entry:
     `failure`: the error, as a reply has it, of a lazy entry's last load, which is not repeated before `reload_at`.
     """
 
-    __slots__ = (
-        "answered",
-        "created_at",
-        "definition",
-        "execution_count",
-        "failed",
-        "failure",
-        "id",
-        "last_executed",
-        "lazy",
-        "loaded",
-        "loading",
-        "number",
-        "previous",
-        "reload_at",
-    )
-
     def __init__(
         self, id: str, number: int, definition: dict[str, Any], previous: Entry | None, lazy: bool = False
     ) -> None:

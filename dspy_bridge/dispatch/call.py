@@ -13,53 +13,31 @@ if TYPE_CHECKING:
     from dspy_bridge.wire.messages import Request
 
 
-class CallServices:
-    """What the dispatcher offers to all calls.
-
-    `limiter`: for a call that acquires further slots itself. `describe(error)`: an exception as a reply shows it.
-    """
-
-    __slots__ = ("channel", "describe", "limiter")
-
-    def __init__(
-        self, channel: CallChannel, limiter: Limiter, describe: Callable[[BaseException], dict[str, Any]]
-    ) -> None:
-        self.channel = channel
-        self.limiter = limiter
-        self.describe = describe
-
-
 class Call:
     """One request from its receipt to its reply.
 
-    For its handler: `request` and its `size` in bytes; `services`; `meter`, whose `summary()` goes into meta;
-    `slot_transferred`, set by a call that has handed its slot to a sub-task, which releases it; `on_reply`, called with
-    whether the reply is a success, just before the reply is sent.
+    For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `describe(error)`, an
+    exception as a reply shows it; `meter`, whose `summary()` goes into meta; `slot_transferred`, set by a call that has
+    handed its slot to a sub-task, which releases it; `on_reply`, called with whether the reply is a success, just
+    before the reply is sent.
     """
 
-    __slots__ = (
-        "answered",
-        "deadline",
-        "id",
-        "meter",
-        "on_reply",
-        "received",
-        "request",
-        "services",
-        "size",
-        "slot_transferred",
-        "start",
-        "started",
-        "task",
-        "work",
-    )
-
-    def __init__(self, request: Request, received: float, services: CallServices, size: int = 0) -> None:
+    def __init__(
+        self,
+        request: Request,
+        received: float,
+        size: int,
+        channel: CallChannel,
+        limiter: Limiter,
+        describe: Callable[[BaseException], dict[str, Any]],
+    ) -> None:
         self.id = request.id
         self.request = request
-        self.size = size
         self.received = received
-        self.services = services
+        self.size = size
+        self._channel = channel
+        self.limiter = limiter
+        self.describe = describe
         self.started = received
         self.work: Coroutine[Any, Any, Any] | None = None
         self.task: asyncio.Task[Any] | None = None
@@ -79,13 +57,13 @@ class Call:
         return None if self.deadline is None else self.deadline.when()
 
     async def stream_item(self, item: dict[str, Any]) -> None:
-        await self.services.channel.stream_item(self, item)
+        await self._channel.stream_item(self, item)
 
     def stream_item_threadsafe(self, item: dict[str, Any]) -> None:
-        self.services.channel.stream_item_threadsafe(self, item)
+        self._channel.stream_item_threadsafe(self, item)
 
     async def call_tool(self, name: str, args: dict[str, Any]) -> Any:
-        return await self.services.channel.call_tool(self, name, args)
+        return await self._channel.call_tool(self, name, args)
 
 
 class Command:

@@ -12,12 +12,11 @@ from collections import deque
 
 from dspy_bridge import tracing
 from dspy_bridge.dispatch import error_replies
-from dspy_bridge.dispatch.call import Call, CallServices, Command
+from dspy_bridge.dispatch.call import Call, Command
 from dspy_bridge.dispatch.call_channel import CallChannel
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.dispatch.reply_encoder import ReplyEncoder
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
-from dspy_bridge.runtime import allocator
 from dspy_bridge.runtime.loop_watch import LoopWatch
 from dspy_bridge.wire import messages, pings
 from dspy_bridge.wire.frames import TooLarge
@@ -76,7 +75,6 @@ class Dispatcher:
         self._open = 0
         self._on_idle: Callable[[], object] | None = None
         self._channel = CallChannel(self._push, when_room, max_frame_bytes)
-        self._services = CallServices(self._channel, self._limiter, self._replies.describe)
 
     def answer_pings(self, data: bytes, send_packet: Callable[[bytes], None]) -> bytes:
         """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
@@ -93,16 +91,10 @@ class Dispatcher:
         """Take one frame, on the reading thread. Returns the reply if there is one already."""
         received = time.monotonic()
         if isinstance(frame, TooLarge):
-            if frame.no_memory:
-                return messages.encode_failure(None, _no_memory(frame.length))
             text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
-            if not allocator.room_for(frame):
-                return self._reject(frame, messages.readable_id(frame), _no_memory(len(frame)))
             request = messages.decode(frame)
-        except MemoryError:
-            return self._reject(frame, messages.readable_id(frame), _no_memory(len(frame)))
         except messages.MessageError as error:
             error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
             return self._reject(frame, error.id, messages.failure(error_type, error_replies.one_line(str(error))))
@@ -112,7 +104,7 @@ class Dispatcher:
         if not isinstance(request, messages.Request):
             self._inbox.append(request)
             return None
-        call = Call(request, received, self._services, len(frame))
+        call = Call(request, received, len(frame), self._channel, self._limiter, self._replies.describe)
         if request.traceparent is None:
             return self._begin(call)
         return tracing.context(request.traceparent).run(self._begin, call)
@@ -283,17 +275,9 @@ class Dispatcher:
     def _flush(self) -> None:
         payloads, self._outbox = self._outbox, []
         self._send(payloads)
-        if allocator.trim_due:
-            del payloads
-            allocator.trim()
         self._report_idle()
 
     def _report_idle(self) -> None:
         if self._on_idle is not None and self._open == 0 and not self._outbox and not self._inbox:
             self._on_idle()
             self._on_idle = None
-
-
-def _no_memory(length: int) -> dict[str, Any]:
-    text = f"frame of {length} bytes: there is not enough memory to read it; send less at once"
-    return messages.failure(FrameTooLarge.error_type, text)

@@ -98,10 +98,7 @@ class _Job:
         self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
         for role, own in self._lms.items():
             own.role = role  # its copies, which optimizers make, have it too
-        self._large = any(
-            large_inputs.is_large(item, large_inputs.LARGE_IN_BATCH)
-            for item in (*inputs, *(self._given.valset or ((), None))[0])
-        )
+        self._large = large_inputs.are_large(self._run.call.size, [*inputs, *(self._given.valset or ((), None))[0]])
 
     def _read(self, inputs: list[Any], expected: list[Any] | None, where: str) -> list[dspy.Example]:
         read = self._program.examples(self._metric, inputs, expected, where)

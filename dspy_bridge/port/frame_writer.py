@@ -10,7 +10,6 @@ import os
 import select
 import threading
 
-from dspy_bridge.runtime import allocator
 from dspy_bridge.wire.frames import header
 
 TYPE_CHECKING = False
@@ -54,7 +53,6 @@ class FrameWriter:
             if length < _JOIN_BELOW_BYTES:
                 small.append(payload)
             else:
-                allocator.note_payload(length)
                 chunks += (b"".join(small), payload)
                 small = []
         if small:
@@ -138,8 +136,6 @@ class FrameWriter:
                 found_room, self._on_room = ([], self._on_room) if self.full else (self._on_room, [])
             for callback in found_room:
                 callback()
-            if allocator.trim_due:
-                allocator.trim()
 
     def _write_what_fits(self) -> None:
         # A function of its own, as locals would keep the last large payload alive while the thread waits.

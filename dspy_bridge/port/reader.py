@@ -16,8 +16,6 @@ import time
 from dspy_bridge.port import watchdog
 from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, FrameWriter
 from dspy_bridge.port.stderr import log
-from dspy_bridge.port.stdio import PIPE_BYTES
-from dspy_bridge.runtime import allocator
 from dspy_bridge.wire.frames import FrameDecoder, TooLarge
 
 TYPE_CHECKING = False
@@ -26,12 +24,10 @@ if TYPE_CHECKING:
 
     from dspy_bridge.dispatch.dispatcher import Dispatcher
 
-# The buffer of a read. Past 128 KB the C library asks the system for it, which costs a read 10 µs: worth it only inside
-# a large frame.
+# The buffer of a read: as much as a pipe holds, but inside a large frame so much that the C library maps memory for it.
+# That costs a read 10 µs; the pieces of 64 MB would stay in the heap, though, when they are free.
 SMALL_READ_BYTES = 1 << 16
-LARGE_READ_BYTES = PIPE_BYTES
-# The wait when memory is short and dropping the frame being read frees none.
-_SECONDS_WITHOUT_MEMORY = 0.05
+LARGE_READ_BYTES = 1 << 20
 
 
 def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_bytes: int, drain_ms: int) -> None:
@@ -44,28 +40,17 @@ def serve(reading: int, writer: FrameWriter, dispatcher: Dispatcher, max_frame_b
     read, answer_pings, send_packet = os.read, dispatcher.answer_pings, writer.send_packet
     inside_frame = started = False
     try:
-        while True:
-            try:
-                while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
-                    if inside_frame or (data := answer_pings(data, send_packet)):
-                        _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
-                        inside_frame = decoder.mid_frame
-                    if writer.full:
-                        writer.wait_for_room(terminated.is_set)
-                    if allocator.trim_due:
-                        allocator.trim()
-                    if not started and not select.select([reading], [], [], 0)[0]:
-                        # The first answer is sent and nothing waits. The loop imports DSPy: the client's first program,
-                        # which it may give little time, finds that begun.
-                        started = True
-                        dispatcher.start()
-                break
-            except MemoryError:
-                # There was no buffer for the read: nothing was read.
-                refused = decoder.give_up()
-                _serve_frames([refused] if refused else [], writer, dispatcher, terminated)
-                if refused is None:
-                    time.sleep(_SECONDS_WITHOUT_MEMORY)
+        while data := read(reading, LARGE_READ_BYTES if inside_frame else SMALL_READ_BYTES):
+            if inside_frame or (data := answer_pings(data, send_packet)):
+                _serve_frames(decoder.feed(data), writer, dispatcher, terminated)
+                inside_frame = decoder.mid_frame
+            if writer.full:
+                writer.wait_for_room(terminated.is_set)
+            if not started and not select.select([reading], [], [], 0)[0]:
+                # The first answer is sent and nothing waits. The loop imports DSPy: the client's first program, which
+                # it may give little time, finds that begun.
+                started = True
+                dispatcher.start()
     except OSError as error:
         # A socket that was reset; this does not happen to a pipe.
         log(f"end of input: {error.strerror}")
@@ -91,8 +76,6 @@ def _serve_frames(
     replies: list[bytes] = []
     size = 0
     for frame in frames:
-        if isinstance(frame, bytes):
-            allocator.note_payload(len(frame))
         reply = dispatcher.receive(frame)
         if reply is not None:
             replies.append(reply)
@@ -112,53 +95,20 @@ def _handle_signals(reading: int) -> threading.Event:
     """Treat SIGTERM as the end of input; it sets the returned event."""
     null = os.open(os.devnull, os.O_RDONLY)
     terminated = threading.Event()
-    reader = threading.get_ident()
-    wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_write, False)
 
     def end_of_input(_signal: int, _frame: FrameType | None) -> None:
         # The signal interrupts the read, which Python repeats (PEP 475), now on this descriptor.
         os.dup2(null, reading, inheritable=False)
         terminated.set()
 
-    def insist() -> None:
-        # A SIGTERM arriving just before read() is only seen by the wake-up descriptor: Python runs handlers on the
-        # reading thread alone, which waits. So it is sent again until the handler has run. Polling both descriptors
-        # before each read needs no thread, but costs a ping 0.8 µs.
-        while os.read(wake_read, 1):
-            while not terminated.wait(0.02):
-                signal.pthread_kill(reader, signal.SIGTERM)
-
-    threading.Thread(target=insist, name="dspy_bridge-signals", daemon=True).start()
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, end_of_input)
-    _keep_from_forks(wake_read, wake_write)
+    # As multiprocessing makes them: SIGTERM ends a fork.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     mode = os.fstat(reading).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         # Ctrl-C in iex reaches the whole foreground process group; only the end of input stops the peer.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return terminated
-
-
-def _keep_from_forks(*fds: int) -> None:
-    """Undo the signal handling in forks (multiprocessing makes them): a SIGTERM to a fork must not end the peer."""
-    masks = threading.local()
-
-    def hold() -> None:
-        # A SIGTERM to the fork waits until its handler is reset.
-        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
-
-    def forget() -> None:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for fd in fds:
-            os.close(fd)
-        release()
-
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=forget)
 
 
 def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float, idle_read: int, idle_write: int) -> None:

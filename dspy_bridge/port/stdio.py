@@ -8,12 +8,11 @@ import fcntl
 import os
 import resource
 
-# The most that Linux grants any user. With pipes of 64 KB, 1 MB of arguments takes a tenth longer.
-PIPE_BYTES = 1 << 20
-
 # Descriptors that the peer itself needs: 15 with programs loaded, more during imports and name look-ups.
 RESERVED = 32
 
+# From 0, the default, to 1000.
+_OOM_SCORE = 500
 
 # Plenty: 256 runs, and 64 LMs with idle connections. Programs that the peer starts inherit the limit, and some of them
 # visit every number up to it.
@@ -36,6 +35,16 @@ def raise_open_files() -> int:
     return 1_000_000 if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED)
 
 
+def raise_oom_score() -> None:
+    """If memory runs out, make Linux kill this process rather than the BEAM, which starts another one."""
+    try:
+        with open("/proc/self/oom_score_adj", "r+b", buffering=0) as file:
+            if int(file.read()) < _OOM_SCORE:
+                file.write(b"%d" % _OOM_SCORE)
+    except (OSError, ValueError):
+        pass  # it is only a preference, and only Linux has it
+
+
 def take() -> tuple[int, int]:
     """Move stdin and stdout away; returns `(reading, writing)`, which child programs do not inherit.
 
@@ -43,8 +52,6 @@ def take() -> tuple[int, int]:
     """
     # At least 3: of the standard three one may be closed, and a copy would take its number.
     reading, writing = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1))
-    for fd in (reading, writing):
-        _enlarge(fd)
     # It may be inherited as non-blocking, where a read that finds nothing raises.
     os.set_blocking(reading, True)
     null = os.open(os.devnull, os.O_RDWR)
@@ -69,12 +76,3 @@ def keep_from_children(*fds: int) -> None:
             os.close(fd)
 
     os.register_at_fork(after_in_child=leave_to_parent)
-
-
-def _enlarge(fd: int) -> None:
-    """Enlarge the buffer of a pipe, for speed; only Linux can."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        except OSError:
-            pass  # not a pipe, or more than the system grants

@@ -24,12 +24,6 @@ import signal
 import sys
 import time
 
-from dspy_bridge.port.stderr import log
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 # A peer whose interpreter runs exits within 10 ms, with 64 busy threads within 280. The promise is 1 s.
 GRACE_SECONDS = 0.3
 # The longest that the peer waits for the end of its descendants; usual are 3 ms.
@@ -38,24 +32,21 @@ ANSWER_SECONDS = 0.5
 # for room to write, which there mostly is, so only from time to time.
 POLL_TELLS_ENDS = sys.platform.startswith("linux")
 LOOK_SECONDS = 0.1
-PROC = "/proc"
 # Set in the environment of all descendants, which identifies them when their parent is gone.
 MARK = "DSPY_BRIDGE_PEER"
 
 # The process that the watchdog belongs to. In its forks these globals have the same values.
 _peer = 0
-_watchdog = 0
 # Pipes for the request to kill the descendants, and its answer.
-_ask: int | None = None
-_answer: int | None = None
+_ask = _answer = -1
 
 
-def start(reading: int, writing: int) -> tuple[int, ...]:
+def start(reading: int, writing: int) -> tuple[int, int]:
     """Fork the watchdog, which watches these two descriptors; returns those that no child may inherit.
 
-    Call it once, before there are threads. If the fork fails, that is logged and the peer runs without a watchdog.
+    Call it once, before there are threads.
     """
-    global _peer, _watchdog, _ask, _answer
+    global _peer, _ask, _answer
     _peer = os.getpid()
     # With the time, as a later peer may have the same pid.
     os.environ[MARK] = f"{_peer}-{time.time_ns()}"
@@ -65,19 +56,9 @@ def start(reading: int, writing: int) -> tuple[int, ...]:
         os.setpgid(0, 0)
     except OSError:
         pass  # already the leader of a session, and so of its group
-    fds: list[int] = []
-    try:
-        fds += os.pipe()
-        fds += os.pipe()
-        asked, _ask, _answer, answers = fds
-        _watchdog = os.fork()
-    except OSError as error:
-        log(f"no watchdog: {error.strerror}; what is started here may be left when this process is killed")
-        for fd in fds:
-            os.close(fd)
-        _ask = _answer = None
-        return ()
-    if _watchdog == 0:
+    asked, _ask = os.pipe()
+    _answer, answers = os.pipe()
+    if os.fork() == 0:
         try:
             os.close(_ask)
             os.close(_answer)
@@ -98,15 +79,12 @@ def end_children() -> None:
     """Kill all descendants of this process, at its end. Takes some ms, at most 0.5 s; any thread; never raises."""
     if os.getpid() != _peer:
         return  # a fork of the peer
-    if _ask is not None and _answer is not None:
-        try:
-            os.write(_ask, b".")
-            # The answer is not read: two threads may wait for it.
-            if _polled(_answer, select.POLLIN, ANSWER_SECONDS) & select.POLLIN:
-                return
-        except OSError:
-            pass  # somebody killed the watchdog
-    _kill_descendants(spared=_watchdog)
+    try:
+        os.write(_ask, b".")
+        # The answer is not read: two threads may wait for it.
+        _polled(_answer, select.POLLIN, ANSWER_SECONDS)
+    except OSError:
+        pass  # somebody killed the watchdog
 
 
 def _watch(asked: int, answers: int, reading: int, writing: int, leads: bool) -> None:
@@ -116,7 +94,7 @@ def _watch(asked: int, answers: int, reading: int, writing: int, leads: bool) ->
     _wait(asked, answers, {reading: select.POLLIN, writing: select.POLLOUT})
     # While it is the parent, its pid cannot be reused; just after its end that is unlikely.
     alive = os.getppid() == _peer
-    _kill_descendants(spared=os.getpid(), peer_alive=alive)
+    _kill_descendants(_peer if alive else None)
     if alive:
         os.kill(_peer, signal.SIGKILL)
     if leads:
@@ -143,7 +121,7 @@ def _wait(asked: int, answers: int, frames: dict[int, int]) -> None:
         if any(fd == asked for fd, _ in ready):
             if not os.read(asked, 1):
                 return
-            _kill_descendants(spared=os.getpid())
+            _kill_descendants(_peer)
             try:
                 os.write(answers, b".")
             except OSError:
@@ -163,67 +141,29 @@ def _polled(fd: int, events: int, seconds: float) -> int:
     return next((seen for _, seen in poller.poll(seconds * 1000)), 0)
 
 
-def _kill_descendants(spared: int, peer_alive: bool = True) -> None:
-    # Once the peer is gone, its pid may be reused.
-    for pid in _descendants(_peer if peer_alive else None):
-        if pid != spared:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass  # it has ended, or is another user's
+def _kill_descendants(root: int | None) -> None:
+    """Kill the descendants of `root`, and all processes with the mark. `root`: None once it is gone, for pid reuse."""
+    for pid in _descendants(root) - {os.getpid()}:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass  # it has ended, or is another user's
 
 
 def _descendants(root: int | None) -> set[int]:
     """The descendants of `root`, and all processes with the mark."""
-    if not os.path.exists(f"{PROC}/self/stat"):
-        return _descendants_by_psutil(root)
-    mark = f"{MARK}={os.environ[MARK]}\0".encode()
+    # Not before there is something to kill: its import takes 25 ms.
+    import psutil
+
     children: dict[int, list[int]] = {}
-    found = []
-    for pid, parent, environment in _processes():
-        children.setdefault(parent, []).append(pid)
-        if mark in environment:
-            found.append(pid)
+    found: list[int] = []
+    for process in psutil.process_iter(["ppid", "environ"]):
+        children.setdefault(process.info["ppid"], []).append(process.pid)
+        # None: another user's.
+        if (process.info["environ"] or {}).get(MARK) == os.environ[MARK]:
+            found.append(process.pid)
     if root is not None:
         found += children.get(root, ())
     for pid in found:
         found += (child for child in children.get(pid, ()) if child not in found)
     return set(found) - {root}
-
-
-def _processes() -> Iterator[tuple[int, int, bytes]]:
-    """The pid, parent and environment of each process. As psutil does, whose import takes 25 ms."""
-    for name in os.listdir(PROC):
-        if name.isdecimal():
-            line = _read(f"{PROC}/{name}/stat")
-            if line:
-                # After the name, which is in brackets and may hold anything: the state, the parent.
-                yield int(name), int(line.rpartition(b")")[2].split()[1]), _read(f"{PROC}/{name}/environ")
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError:
-        return b""  # ended meanwhile, or another user's
-
-
-def _descendants_by_psutil(root: int | None) -> set[int]:
-    try:
-        import psutil
-    except Exception:
-        return set()  # not installed
-    found = set()
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == os.environ[MARK]:
-                found.add(process.pid)
-        except psutil.Error:
-            continue  # ended meanwhile, or another user's
-    if root is not None:
-        try:
-            found.update(process.pid for process in psutil.Process(root).children(recursive=True))
-        except psutil.Error:
-            pass
-    return found

@@ -72,7 +72,7 @@ class Program:
         def read() -> list[dict[str, Any]]:
             return [example for example, _ in metrics.read_examples(metric, inputs, expected, signature, files_dir)]
 
-        small = call.size < large_inputs.NEVER_LARGE and files_dir is None
+        small = call.size < large_inputs.LARGE and files_dir is None
         return metric, read() if small else await large_inputs.in_thread(read)
 
     def read_metric(self, given: dict[str, Any]) -> metrics.Metric:
@@ -142,15 +142,15 @@ class Program:
         *,
         stream: bool,
         attempts: int = 1,
-        limit: int = large_inputs.LARGE,
+        large: bool = False,
     ) -> dict[str, Any]:
-        """Run on `inputs` and return the output fields. `limit`: from which size on inputs are large.
+        """Run on `inputs` and return the output fields. `large`: whether these are large.
 
         `attempts`: how often an LM is asked at most whose answer does not fit. Raises `BridgeError`; any other
         exception is a defect.
         """
         runner = self.runner
-        values = await self._read(inputs, call, limit)
+        values = await self._read(inputs, large)
         config, allowed = call_records.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
@@ -188,23 +188,13 @@ class Program:
             return {**settings, **of_lm}, None
         return settings, self._lm if lm is None else self._lms.pool(lm)
 
-    async def _read(self, inputs: dict[str, Any], call: Caller, limit: int) -> dict[str, Any]:
-        """As `_checked`, in a thread where that may take long; sets whether the inputs are large."""
-        may_name_files = self._lms.settings.files_dir is not None and any(
-            isinstance(value, (dict, list)) for value in inputs.values()
-        )
-        small = call.size < large_inputs.NEVER_LARGE or not large_inputs.is_large(inputs, limit)
-        if small and not may_name_files:
+    async def _read(self, inputs: dict[str, Any], large: bool) -> dict[str, Any]:
+        """As `_checked`, in a thread where that may take long."""
+        if not large and (self._lms.settings.files_dir is None or not large_inputs.names_file(inputs)):
             return self._checked(inputs)
-
-        def read() -> tuple[dict[str, Any], bool]:
-            values = self._checked(inputs)
-            return values, large_inputs.is_large(values, limit)
-
-        values, are_large = await large_inputs.in_thread(read)
         # The `forward` of a user's module may do something else than its `aforward`.
-        large_inputs.here.set(are_large and (self.of_dspy or not self.runner.on_loop))
-        return values
+        large_inputs.here.set(self.of_dspy or not self.runner.on_loop)
+        return await large_inputs.in_thread(lambda: self._checked(inputs))
 
     def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The values for the module. Raises `InvalidArgs` or `NotAllowed`, naming everything that is wrong."""

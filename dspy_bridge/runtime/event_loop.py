@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import selectors
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,18 +24,12 @@ class WatchedSelector(selectors.DefaultSelector):
         super().__init__()
         # When the present turn began, by `time.monotonic`; None while the loop waits.
         self.turn_began: float | None = None
-        # Whether the watching thread sleeps until the loop has something to do.
-        self.unwatched = False
-        self.work_came = threading.Event()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """As any selector's."""
         self.turn_began = None
         ready = super().select(timeout)
         self.turn_began = time.monotonic()
-        if self.unwatched:
-            self.unwatched = False
-            self.work_came.set()
         return ready
 
 

@@ -1,8 +1,7 @@
 """Notices that code blocks the event loop. While it does, no run makes progress and no deadline passes.
 
 The loop's selector notes when it returns and when it is called again: between the two the loop is in one turn. A thread
-looks at these notes, and if the loop is in a turn at the frames of its thread. While nothing happens on the loop the
-thread sleeps, so an idle peer is not woken.
+looks at these notes, and if the loop is in a turn at the frames of its thread.
 
 Only the time between two timely looks counts. If the thread was late itself, the whole process did not run: it was
 stopped, the machine was busy, or C code held the interpreter.
@@ -60,11 +59,7 @@ class LoopWatch:
             last_turn, last_step = turn, step
             turn = selector.turn_began
             step = None if turn is None else _Step.of(thread)
-            if turn is None and last_turn is None:
-                del last_step
-                self._sleep_until_work(selector)
-                continue
-            if turn == last_turn:
+            if turn is not None and turn == last_turn:
                 turned += passed
                 self._notice(turned, step)
             else:
@@ -72,7 +67,7 @@ class LoopWatch:
                     self.blocked = None
                     self._warn(f"the event loop goes on after {turned:.0f} s")
                 turned = 0.0
-            if turn == last_turn and step is not None and last_step is not None and step.root is last_step.root:
+            if step is not None and turn == last_turn and last_step is not None and step.root is last_step.root:
                 held += passed
                 continue
             if held >= SLOW and last_step is not None:
@@ -86,14 +81,6 @@ class LoopWatch:
         if self.blocked is None:
             self._warn(f"{text}: nothing else runs, no deadline passes, and pings fail")
         self.blocked = text
-
-    def _sleep_until_work(self, selector: WatchedSelector) -> None:
-        selector.work_came.clear()
-        selector.unwatched = True
-        if selector.turn_began is None:
-            selector.work_came.wait()
-        else:
-            selector.unwatched = False  # the turn began before it could see the flag
 
 
 class _Step:

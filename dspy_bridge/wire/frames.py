@@ -10,22 +10,21 @@ HEADER_BYTES = 4
 
 
 class TooLarge:
-    """Replaces a frame that is longer than allowed, or than there is memory for (`no_memory`); it is skipped."""
+    """Replaces a frame that is longer than allowed; it is skipped."""
 
-    __slots__ = ("length", "no_memory")
+    __slots__ = ("length",)
 
-    def __init__(self, length: int, no_memory: bool = False) -> None:
+    def __init__(self, length: int) -> None:
         self.length = length
-        self.no_memory = no_memory
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TooLarge) and (other.length, other.no_memory) == (self.length, self.no_memory)
+        return isinstance(other, TooLarge) and other.length == self.length
 
     def __hash__(self) -> int:
         return hash(self.length)
 
     def __repr__(self) -> str:
-        return f"TooLarge({self.length}, {self.no_memory})"
+        return f"TooLarge({self.length})"
 
 
 def header(length: int) -> bytes:
@@ -67,29 +66,21 @@ class FrameDecoder:
             wanted = HEADER_BYTES if self._length < 0 else self._length
             step = min(wanted - self._have, end - position)
             if self._have or step < wanted:
-                try:
-                    self._parts.append(data[position : position + step])
-                except MemoryError:
-                    # Handled here, as the frames in `out` must be served and the rest of `data` must be decoded.
-                    if (refused := self.give_up()) is None:
-                        raise
-                    out.append(refused)
-                    continue
+                self._parts.append(data[position : position + step])
                 self._have += step
                 position += step
                 if self._have < wanted:
                     break
-                whole = self._joined()
+                whole = b"".join(self._parts)
                 self._parts.clear()
                 self._have = 0
             else:
                 whole = data[position : position + step]
                 position += step
             if self._length >= 0:
-                out.append(TooLarge(self._length, no_memory=True) if whole is None else whole)
+                out.append(whole)
                 self._length = -1
                 continue
-            assert whole is not None
             length = int.from_bytes(whole, "big")
             if length > self._max_bytes:
                 # At once, not after the last byte of the frame.
@@ -100,23 +91,6 @@ class FrameDecoder:
             else:
                 self._length = length
         return out
-
-    def give_up(self) -> TooLarge | None:
-        """Drop the current frame, for which memory is short, and skip the rest of it. None between frames."""
-        if self._length < 0:
-            return None
-        refused = TooLarge(self._length, no_memory=True)
-        self._skip = self._length - self._have
-        self._parts.clear()
-        self._have, self._length = 0, -1
-        return refused
-
-    def _joined(self) -> bytes | None:
-        """The parts as one; None if there is no memory for that in addition to the parts."""
-        try:
-            return b"".join(self._parts)
-        except MemoryError:
-            return None
 
     @property
     def mid_frame(self) -> bool:

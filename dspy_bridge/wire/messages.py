@@ -121,16 +121,6 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         args = {}
     elif type(args) is not dict:
         raise NotAMessage(f"args: expected an object, got {_json_name(args)}", id)
-    if (
-        len(message) <= 4
-        and "timeout_ms" not in message
-        and "stream" not in message
-        and "meta" not in message
-        and "history" not in message
-        and "lm_events" not in message
-        and "traceparent" not in message
-    ):
-        return Request(id, command, args)
     timeout_ms = message.get("timeout_ms")
     if timeout_ms is not None and not (type(timeout_ms) in (int, float) and timeout_ms > 0):
         raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)

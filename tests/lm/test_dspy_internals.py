@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 
 import dspy
-import pytest
 from lm_server import LMServer
 from peer import DSPY, ROOT
 
@@ -47,9 +46,7 @@ def test_each_name_says_what_is_off_without_it() -> None:
     assert len(set(dotted)) == len(dotted)
 
 
-def test_the_short_steps_of_dspy_run_inline_after_some_calls(
-    start_lm: Callable[..., LMServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_short_steps_of_dspy_run_inline_after_the_first_call(start_lm: Callable[..., LMServer]) -> None:
     """Otherwise LM calls are slower: DSPy sends other functions to the executor, or in another way."""
     of_models = [dspy_internals.PREPARE, dspy_internals.PRICE_RESULT, *dspy_internals.CACHE_STEPS]
     steps = [dspy_internals.ROUTE, *of_models]
@@ -58,7 +55,6 @@ def test_the_short_steps_of_dspy_run_inline_after_some_calls(
         assert not any(step.expected or step.there for step in steps)
         return
     dspy_setup.Models(Settings({}))
-    monkeypatch.setattr(inline_executor, "SHORT", 60)  # whatever else the machine does
     lm = dspy.LM("openai/stub-model", **start_lm().options(cache=True))
 
     executor = inline_executor.InlineExecutor(memory_cache_only=True)
@@ -66,13 +62,10 @@ def test_the_short_steps_of_dspy_run_inline_after_some_calls(
     loop.set_default_executor(executor)
 
     async def ask() -> None:
-        for number in range(inline_executor.TRIES + 2):
+        for number in range(3):
             await lm.acall(f"Question {number}?")
 
     loop.run_until_complete(ask())
     loop.close()
-    # Only runs in a thread are counted.
-    in_threads = executor._short_runs
-    assert {step for step, _of in in_threads} == {step.value for step in steps}
-    assert {in_threads[step.value, lm.model] for step in of_models} == {inline_executor.TRIES}
-    assert set(in_threads.values()) == {inline_executor.TRIES}
+    assert {step for step, _of in executor._ran} == {step.value for step in steps}
+    assert {(step.value, lm.model) for step in of_models} <= executor._ran

@@ -1,4 +1,4 @@
-"""withholding: what a record says of contents is cut off, what helps to find a defect stays."""
+"""content_filter: what a record says of contents is left out, where it comes from stays."""
 
 from __future__ import annotations
 
@@ -15,148 +15,63 @@ from dspy_bridge.logs import content_filter
 SECRET = "a secret of the caller's"
 
 
-@pytest.fixture(autouse=True)
-def dspy_is_not_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once another test has imported DSPy, its logger passes nothing on."""
-    logger = logging.getLogger("dspy")
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "level", logging.NOTSET)
-
-
-def filtered(record: logging.LogRecord) -> str:
+def filtered(name: str, path: str, message: object, *args: object, error: BaseException | None = None) -> str:
+    exc_info = None if error is None else (type(error), error, error.__traceback__)
+    record = logging.LogRecord(name, logging.ERROR, path, 12, message, args, exc_info)
     return logging.Formatter("%(message)s").format(content_filter.without_contents(record))
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module in DSPy's folder: `log(logger, value)` and functions that raise."""
-    folder = tmp_path / "dspy"
-    folder.mkdir()
-    path = folder / "react.py"
-    path.write_text(
-        "def plain(logger, value):\n"
-        "    logger.warning('It just went wrong.')\n"
-        "def f_string(logger, value):\n"
-        "    logger.warning(f'Ending the trajectory: {value}')\n"
-        "def percent(logger, value):\n"
-        "    logger.warning('Failed %s for %5d%% of %r', value, 3, value)\n"
-        "def lines(logger, value):\n"
-        "    logger.warning(\n"
-        "        f'Ending here: {value}'\n"
-        "    )\n"
-        "def only(logger, value):\n"
-        "    logger.warning(value)\n"
-        "def exception(logger, value):\n"
-        "    try:\n"
-        "        raise ValueError(f'Cannot read {value}')\n"
-        "    except ValueError:\n"
-        "        logger.exception('No luck')\n"
-    )
+def react(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of a file in DSPy's folder."""
     module = types.ModuleType("dspy")
-    module.__file__ = str(folder / "__init__.py")
+    module.__file__ = str(tmp_path / "dspy" / "__init__.py")
     monkeypatch.setitem(sys.modules, "dspy", module)
-    names: dict[str, Any] = {}
-    exec(compile(path.read_text(), str(path), "exec"), names)
-    return types.SimpleNamespace(**names)
+    return str(tmp_path / "dspy" / "react.py")
 
 
-@pytest.mark.parametrize(
-    ("function", "wanted"),
-    [
-        ("plain", "It just went wrong."),
-        ("f_string", "Ending the trajectory: …"),
-        ("percent", "Failed … for …% of …"),
-        ("lines", "Ending here: …"),
-        ("only", "…"),
-    ],
-)
-def test_of_a_librarys_message_only_what_its_source_says_is_told(
-    library: Any, caplog: pytest.LogCaptureFixture, function: str, wanted: str
-) -> None:
-    getattr(library, function)(logging.getLogger("dspy.predict.react"), SECRET)
-    (record,) = caplog.records
-    assert filtered(record) == wanted
-    assert record.name == "dspy.predict.react" and content_filter.without_contents(record) is not record
-
-
-def test_a_traceback_keeps_its_places_and_its_fixed_words(library: Any, caplog: pytest.LogCaptureFixture) -> None:
-    library.exception(logging.getLogger("dspy.predict.react"), SECRET)
-    text = filtered(caplog.records[0])
-    assert text.startswith("No luck\nTraceback") and text.endswith("ValueError: Cannot read …")
-    assert "react.py" in text and SECRET not in text
-
-
-class Silent(Exception):
-    def __str__(self) -> str:
-        raise KeyboardInterrupt
-
-
-def fail(kind: str) -> None:
-    if kind == "value":
-        raise ValueError(SECRET)
-    if kind == "key":
-        {}[SECRET]
-    if kind == "int":
-        int(SECRET)
-    if kind == "silent":
-        raise Silent
-    if kind == "type of its own":
-        raise TypeError(f"no good: {SECRET}")
-    if kind == "type":
-        len(5)  # type: ignore[arg-type]
-    if kind == "attribute":
-        SECRET.nothing  # type: ignore[attr-defined]  # noqa: B018
-    if kind == "cause":
-        try:
-            fail("value")
-        except ValueError as error:
-            raise RuntimeError("outer") from error
-
-
-@pytest.mark.parametrize(
-    ("kind", "end"),
-    [
-        ("value", "\nValueError: …"),
-        ("key", "\nKeyError: …"),
-        ("int", "\nValueError: …"),
-        ("silent", "\nSilent: …"),
-        ("type of its own", "\nTypeError: no good: …"),
-        ("type", "\nTypeError: object of type 'int' has no len()"),
-        ("attribute", "\nAttributeError: 'str' object has no attribute 'nothing'"),
-        ("cause", "\nRuntimeError: outer"),
-    ],
-)
-def test_a_defects_traceback_holds_no_contents(caplog: pytest.LogCaptureFixture, kind: str, end: str) -> None:
+def raised() -> ValueError:
     try:
-        fail(kind)
-    except Exception:
-        logging.getLogger("dspy_bridge").error("internal error %s", "0123", exc_info=True)
-    text = filtered(caplog.records[0])
-    assert text.startswith("internal error 0123\nTraceback") and text.endswith(end)
-    assert SECRET not in text and "test_content_filter.py" in text
-    assert ("which led to" in text) == (kind == "cause")
+        try:
+            raise KeyError(SECRET)
+        except KeyError as error:
+            raise ValueError(SECRET) from error
+    except ValueError as error:
+        return error
 
 
-def test_an_exception_that_was_never_raised_has_no_place() -> None:
-    assert content_filter.traceback_of(ValueError(SECRET)).endswith("ValueError: …")
+@pytest.mark.parametrize(
+    ("message", "args", "wanted"),
+    [
+        ("Failed %s for %5d%% of %r", (SECRET, 3, SECRET), "Failed … for …% of …"),
+        (f"Ending the trajectory: {SECRET}", (), "text withheld, react.py line 12"),
+    ],
+)
+def test_of_a_librarys_message_the_template_or_the_place_is_logged(
+    react: str, message: str, args: Any, wanted: str
+) -> None:
+    assert filtered("dspy.predict.react", react, message, *args) == wanted
+
+
+@pytest.mark.parametrize("name", ["dspy_bridge", "dspy.predict.react"])
+def test_of_an_exception_its_types_and_places_are_logged(react: str, name: str) -> None:
+    text = filtered(name, react if name != "dspy_bridge" else __file__, "error %s", "0123", error=raised())
+    assert SECRET not in text and "test_content_filter.py" in text and text.endswith("\nValueError")
+    assert "\nKeyError\n\nwhich led to:\n\nTraceback" in text
 
 
 def test_a_circle_of_causes_ends() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
-    assert content_filter.traceback_of(first).count("Traceback") == 2
+    assert filtered("dspy_bridge", __file__, "error", error=first).count("Traceback") == 2
 
 
 @pytest.mark.parametrize("name", ["py.warnings", "asyncio"])
-def test_only_the_first_line_of_these(caplog: pytest.LogCaptureFixture, name: str) -> None:
-    logging.getLogger(name).error("%s", f"Pydantic serializer warnings:\n  input_value={SECRET!r}")
-    assert filtered(caplog.records[0]) == "Pydantic serializer warnings:"
+def test_only_the_first_line_of_these(name: str) -> None:
+    text = filtered(name, __file__, "%s", f"Pydantic serializer warnings:\n  input_value={SECRET!r}")
+    assert text == "Pydantic serializer warnings:"
 
 
-def test_a_hosts_own_records_are_its_own_business(caplog: pytest.LogCaptureFixture) -> None:
-    try:
-        fail("value")
-    except ValueError:
-        logging.getLogger("dspy.host").exception("mine: %s", SECRET)
-    (record,) = caplog.records
-    assert content_filter.without_contents(record) is record
+def test_records_of_user_code_are_passed_on_as_they_are() -> None:
+    text = filtered("dspy.host", __file__, "mine: %s", SECRET, error=raised())
+    assert text.startswith(f"mine: {SECRET}\n") and text.endswith(f"ValueError: {SECRET!s}")

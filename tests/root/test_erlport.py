@@ -14,24 +14,21 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
 import fakes.erlport
 import pytest
 from fakes.erlport import erlang, erlterms
-from fakes.erlport.erlterms import Atom, ImproperList, Killed, Opaque, OpaqueObject, decode, encode
+from fakes.erlport.erlterms import Atom, ImproperList, Opaque, decode, encode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import ROOT
 
 from dspy_bridge import erlport
 from dspy_bridge.commands.handlers import Commands
-from dspy_bridge.dispatch import error_replies
 from dspy_bridge.dispatch.call import Call, Command
 from dspy_bridge.logs import peer_log
-from dspy_bridge.runtime import allocator, inline_executor
 from dspy_bridge.wire import erlport_terms, messages
 
 PID = Opaque(Opaque.PID, 1)
@@ -197,32 +194,6 @@ def test_an_improper_list_and_objects_of_python_are_refused(held: Held) -> None:
         assert reply[b"error"].startswith(b"args.a[1]: ") and why.encode() in reply[b"error"]
 
 
-def test_what_ends_python_before_it_gets_here() -> None:
-    """Atoms beyond Latin-1: docs/erlport.md warns of them, nothing here can help."""
-    for term in ("日本", {"a": ["ł"]}):
-        with pytest.raises(Killed):
-            decode(term)
-
-
-def test_of_an_atom_and_a_binary_as_keys_one_is_lost_before_it_gets_here() -> None:
-    """They are equal in Python: with ErlPort's dict one is gone."""
-    assert erlport_terms.from_term(decode({"a": 1, b"a": 2})) == {"a": 2}
-
-
-def test_undefined_is_null_also_where_erlport_leaves_it_an_atom() -> None:
-    assert erlport_terms.from_term(Atom(b"undefined")) is None
-
-
-def test_what_a_decoder_of_the_programs_made_text_is_text(held: Held) -> None:
-    """As with `erlport.erlang.set_decoder`."""
-    assert encode(erlport.call("echo", {"a": ["b"]})) == {b"success": "true", b"result": {b"a": [b"b"]}}
-
-
-def test_an_error_is_one_line_of_bounded_length_whatever_the_keys(held: Held) -> None:
-    error = call(b"echo", {b"a\n" + b"b" * 5000: ()})[b"error"].decode()
-    assert error.startswith("args.a bbb") and len(error) <= error_replies.MAX_ERROR_CHARS
-
-
 def nested(depth: int) -> Any:
     term: Any = 1
     for _ in range(depth - 1):
@@ -240,13 +211,6 @@ def test_terms_nested_as_deep_as_the_port_takes_come_through_and_deeper_ones_are
     reply = call(b"echo", nested(erlport_terms.MAX_LEVELS + 1))
     assert reply[b"error_type"] == b"invalid_json" and b"nested deeper than 199 levels" in reply[b"error"]
     assert reply[b"error"].startswith(b"args.a[0][0]") and len(reply[b"error"]) < 200
-
-
-def test_a_reply_may_be_deeper_than_a_request(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its envelope adds levels to what values may have."""
-    inner = erlport_terms.from_term(decode(nested(erlport_terms.MAX_LEVELS)))
-    monkeypatch.setattr(Commands, "table", lambda self: {"deep": Command(lambda args, call: {"a": [[inner, inner]]})})
-    assert call(b"deep") == {b"success": "true", b"result": {b"a": [[nested(erlport_terms.MAX_LEVELS)] * 2]}}
 
 
 @pytest.mark.parametrize(
@@ -301,14 +265,6 @@ def test_any_json_value_goes_to_erlang_and_comes_back(value: Any) -> None:
 
 
 # Fewer examples than that above has: each waits for a thread.
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.text(), JSON))
-def test_any_map_goes_through_the_dispatcher_and_comes_back(held: Held, value: dict[str, Any]) -> None:
-    """Bytes of JSON in between lose nothing, be it answered at once or by the event loop."""
-    sent = as_erlang(value)
-    for command in (b"echo", b"later"):
-        reply = call(command, sent)
-        assert repr(reply) == repr({b"success": "true", b"result": sent})
 
 
 ANYTHING = st.recursive(
@@ -340,10 +296,6 @@ def test_whatever_is_handed_over_nothing_is_raised_and_a_map_comes_back(held: He
             assert type(reply[b"error"]) is bytes and type(reply[b"error_type"]) is bytes
 
 
-def test_an_atom_as_a_command_is_read_as_an_atom() -> None:
-    assert call("grün")[b"error"] == "Unknown command: grün".encode()
-
-
 @pytest.mark.parametrize("command", [b"echo", "echo", [101, 99, 104, 111]])
 def test_a_command_is_a_binary_an_atom_or_a_charlist(held: Held, command: Any) -> None:
     assert call(command, {b"a": 1}) == {b"success": "true", b"result": {b"a": 1}}
@@ -354,13 +306,6 @@ def test_any_other_is_an_invalid_request(held: Held, command: Any) -> None:
     reply = call(command)
     assert reply[b"success"] == "false" and reply[b"error_type"] == b"invalid_request"
     assert reply[b"error"].startswith(b"command: expected text, a binary, an atom or a charlist, got ")
-
-
-@pytest.mark.parametrize("name", [b"nope", "nil", []])
-def test_an_unknown_command_is_told_in_the_exact_text(name: Any) -> None:
-    text = {b"nope": "nope", "nil": "nil"}.get(name, "") if name else ""
-    error = f"Unknown command: {text}".encode()
-    assert call(name) == {b"success": "false", b"error": error, b"error_type": b"unknown_command"}
 
 
 def test_args_may_be_left_out_or_nil_and_must_be_a_map_else(held: Held) -> None:
@@ -376,28 +321,6 @@ def test_a_defect_is_an_internal_error_without_its_text(held: Held, monkeypatch:
     reply = call(b"crash")
     assert reply[b"error_type"] == b"internal" and b"reference-1" in reply[b"error"]
     assert b"division" not in reply[b"error"]
-
-
-def test_a_defect_of_the_conversion_is_an_internal_error_too(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
-    monkeypatch.setattr(erlport, "encode_value", lambda value: 1 / 0)
-    assert call(b"echo")[b"error_type"] == b"internal"
-    assert erlport._peer is not None and not erlport._peer._waiting
-
-
-def test_no_thread_to_be_had_is_an_internal_error_and_nobody_is_left_waiting(
-    held: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The request is in the dispatcher by then; what becomes of it later finds nobody and harms no other."""
-    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
-    call(b"echo")
-    assert erlport._peer is not None
-    dispatcher = erlport._peer._dispatcher
-    with monkeypatch.context() as patched:
-        patched.setattr(dispatcher, "wake", lambda: 1 / 0)
-        assert call(b"later", {b"a": 1})[b"error_type"] == b"internal"
-    assert not erlport._peer._waiting
-    assert call(b"later", {b"a": 2})[b"result"] == {b"a": 2}
 
 
 def test_requests_and_replies_past_the_longest_frame_get_the_ports_errors(
@@ -460,20 +383,6 @@ def test_what_is_submitted_runs_beside_each_other_within_the_limits(
     assert {received()[0] for _ in range(4)} == {0, 1, 2, 3}
 
 
-def test_a_call_that_waits_holds_up_its_own_thread_only(held: Held) -> None:
-    waiting: queue.Queue[Any] = queue.Queue()
-    thread = threading.Thread(target=lambda: waiting.put(call(b"hold", {b"n": 1})))
-    thread.start()
-    assert held.started.acquire(timeout=20)
-    assert call(b"later", {b"n": 2})[b"result"] == {b"n": 2}
-    submit(3, b"later", {b"n": 3})
-    assert received()[1][b"result"] == {b"n": 3}
-    assert waiting.empty()
-    held.release.set()
-    assert waiting.get(timeout=20)[b"result"] == {b"n": 1}
-    thread.join()
-
-
 def test_a_cast_that_hangs_holds_up_no_call(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """ErlPort's pipe may be full: the event loop must not be what waits for it."""
     hangs, go_on = threading.Event(), threading.Event()
@@ -512,12 +421,6 @@ def test_a_receiver_that_may_end_the_instance_is_refused(held: Held, receiver: A
     assert erlang.ended == [] and erlang.mailbox.empty()
 
 
-def test_an_object_of_another_language_is_not_a_receiver(held: Held) -> None:
-    """Whatever its data looks like, Erlang would get an opaque tuple to send to."""
-    ruby = OpaqueObject(Opaque(Opaque.PID).encoding, Atom(b"ruby"))
-    assert encode(erlport.submit(ruby, 1, b"later", {}))[b"error_type"] == b"invalid_request"
-
-
 PIDS_AND_REFERENCES = [Opaque(kind) for kind in (Opaque.PID, Opaque.OLD_PID, Opaque.REFERENCE, Opaque.OLD_REFERENCE)]
 
 
@@ -535,23 +438,6 @@ def test_a_cast_that_fails_is_logged_and_the_next_are_made(held: Held, monkeypat
     assert encode(erlport.submit(decode(PID), threading.Lock(), b"later", {})) == "ok"
     submit(2, b"later")
     assert received()[0] == 2 and logged.get(timeout=20) == "ValueError"
-
-
-def test_that_erlang_is_gone_is_no_defect_to_be_logged(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[Any] = []
-    monkeypatch.setattr(peer_log, "exception", lambda error: logged.append(error) or "reference")
-    hung_up = threading.Event()
-
-    def gone(pid: Any, message: Any) -> None:
-        hung_up.set()
-        raise EOFError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(erlang, "cast", gone)
-        submit(1, b"later")
-        assert hung_up.wait(20)
-    submit(2, b"later")
-    assert received()[0] == 2 and logged == []
 
 
 def test_a_tools_question_is_answered_at_once_with_an_error(held: Held) -> None:
@@ -607,49 +493,6 @@ def test_records_have_the_level_of_the_environment_and_go_to_stderr(
     assert asked == [("error", None)]
 
 
-def test_memory_of_what_is_large_is_given_back_as_at_a_port(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    given_back: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(allocator, "note_payload", seen.append)
-    monkeypatch.setattr(allocator, "trim", lambda: given_back.put(threading.current_thread().name))
-    call(b"twice", {b"a": b"x" * 1000})
-    assert seen[0] > 1000 and seen[1] > 2000 and given_back.get(timeout=20) == threading.current_thread().name
-    submit(1, b"echo")
-    assert given_back.get(timeout=20) == "dspy_bridge-cast"
-
-
-def test_many_that_are_submitted_are_told_by_one_thread(held: Held) -> None:
-    for number in range(20):
-        submit(number, b"echo")
-    assert sorted(received()[0] for _ in range(20)) == list(range(20))
-    assert [thread.name for thread in threading.enumerate()].count("dspy_bridge-cast") == 1
-
-
-def test_of_what_has_been_told_nothing_is_kept(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even until the next one comes: it may be large."""
-    ref = decode(Opaque(Opaque.REFERENCE))
-    gone = weakref.finalize(ref, int)
-    kept: queue.Queue[bool] = queue.Queue()
-    monkeypatch.setattr(allocator, "trim", lambda: kept.put(gone.alive))
-    assert encode(erlport.submit(decode(PID), ref, b"echo", {})) == "ok"
-    del ref
-    assert kept.get(timeout=20) is False
-
-
-@pytest.mark.parametrize("disk", [False, True])
-def test_the_event_loop_takes_its_hops_as_at_a_port(
-    held: Held, disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a disk cache, steps that may wait for the disk are none that run in place."""
-    if disk:
-        monkeypatch.setenv("DSPY_BRIDGE_DISK_CACHE", str(tmp_path))
-    call(b"later")
-    assert erlport._peer is not None
-    loop: Any = erlport._peer._dispatcher._loop
-    executor = loop._default_executor
-    assert type(executor) is inline_executor.InlineExecutor and executor._memory_cache_only == (not disk)
-
-
 def test_requests_of_several_threads_enter_the_dispatcher_one_at_a_time(held: Held) -> None:
     """It is made for one thread that reads."""
     first: queue.Queue[Any] = queue.Queue()
@@ -683,6 +526,6 @@ def test_a_program_with_dspy(scenario: str, tmp_path: Path) -> None:
     log = done.stderr.decode()
     if scenario == "a_cast_that_fails_is_logged":
         assert re.match(r"dspy_bridge\[[0-9]+\] ERROR dspy_bridge: internal error \w{8}\nTraceback", log)
-        assert re.search(r"\nValueError: unsupported data type: \S+\n$", log)
+        assert re.search(r"\nValueError\n$", log)
     else:
         assert log == ""

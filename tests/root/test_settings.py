@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -86,16 +85,14 @@ def test_an_unexpected_argument_is_named() -> None:
         assert done.returncode == 2 and "unknown arguments serve" in done.stderr and "s3cret" not in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--version"], ["--help"], []])
-@pytest.mark.parametrize("unbuffered", ["1", ""])
-def test_a_full_disk_for_stdout_is_an_error_with_a_line(flags: list[str], unbuffered: str) -> None:
+def test_a_full_disk_for_stdout_is_an_error_with_a_line() -> None:
     ping = b'{"id": 1, "command": "ping", "args": {}}'
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "dspy_bridge", *flags], input=len(ping).to_bytes(4, "big") + ping, stdout=full,
-            stderr=subprocess.PIPE, cwd=ROOT, check=False, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            [sys.executable, "-m", "dspy_bridge"], input=len(ping).to_bytes(4, "big") + ping, stdout=full,
+            stderr=subprocess.PIPE, cwd=ROOT, check=False,
         )  # fmt: skip
-    assert done.returncode == (2 if flags else 1)
+    assert done.returncode == 1
     assert done.stderr.count(b"\n") == 1 and b"stdout: No space left on device" in done.stderr
 
 

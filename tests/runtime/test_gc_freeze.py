@@ -29,30 +29,22 @@ class Cycle:
         Cycle.alive -= 1
 
 
-def test_due_after_so_many_changes() -> None:
+def test_due_after_so_many_changes_and_garbage_is_not_kept() -> None:
     freezer = GcFreezer()
-    assert [freezer.loaded() for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
-    assert not freezer.removed(EVERY - 1) and freezer.removed(1)
-    freezer.freeze()
-    assert not freezer.loaded() and not freezer.removed(1)
-
-
-def test_garbage_of_the_moment_is_not_kept() -> None:
-    freezer = GcFreezer()
+    assert [freezer.changed(1, removed=False) for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
     Cycle()
-    freezer.loaded()
     freezer.freeze()
     assert gc.get_freeze_count() > 0 and Cycle.alive == 0
+    assert not freezer.changed(EVERY - 1, removed=True) and freezer.changed(1, removed=True)
 
 
 def test_removed_objects_are_collected_even_if_they_were_frozen() -> None:
     freezer = GcFreezer()
     program = Cycle()
-    freezer.loaded()
     freezer.freeze()
     del program
     gc.collect()
     assert Cycle.alive == 1, "what is frozen is not collected"
-    freezer.removed(1)
+    freezer.changed(1, removed=True)
     freezer.freeze()
     assert Cycle.alive == 0 and gc.get_freeze_count() > 0

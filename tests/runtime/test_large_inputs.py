@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import dspy
@@ -15,13 +13,12 @@ import pytest
 from dspy.utils.callback import BaseCallback
 from lm_server import LMServer, chat
 
-from dspy_bridge.commands.handlers import Commands
 from dspy_bridge.lm import dspy_setup
 from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
-from dspy_bridge.signatures import confined_files, media
+from dspy_bridge.signatures import confined_files
 
 LARGE = "x" * (large_inputs.LARGE + 1)
 
@@ -46,8 +43,6 @@ class Size:
     slot_transferred = False
     deadline = None
     ends = None
-    services = SimpleNamespace(limiter=SimpleNamespace(release=lambda: None))
-    request = SimpleNamespace(stream=False, meta=False)
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -74,7 +69,8 @@ def streamed(
     async def main() -> Any:
         program = Program({"lm": {"model": "openai/m", **server.options()}, **definition}, lms, WorkerThreads())
         with dspy.context(callbacks=[watch]):
-            return await program.call(inputs, None, None, cast(Any, given), stream=stream)
+            large = large_inputs.are_large(size, inputs)
+            return await program.call(inputs, None, None, cast(Any, given), stream=stream, large=large)
 
     try:
         return asyncio.run(main()), given.items, watch.names
@@ -109,15 +105,14 @@ def test_what_they_tell_meanwhile_is_told_on_the_event_loop() -> None:
     assert threads["lm"] == "dspy_bridge-large" and {thread for _, thread in stream} == {"MainThread"}
 
 
-def test_small_ones_are_not_though_they_come_in_a_large_frame() -> None:
-    for size in (100, large_inputs.LARGE + 1):
-        outputs, threads = call(QA, {"question": "x"}, size)
-        assert outputs == {"answer": "Paris"} and threads == {"format": "MainThread", "lm": "MainThread"}
+def test_small_ones_are_not() -> None:
+    outputs, threads = call(QA, {"question": "x"}, 100)
+    assert outputs == {"answer": "Paris"} and threads == {"format": "MainThread", "lm": "MainThread"}
 
 
 @pytest.mark.parametrize("content", [b"small", LARGE.encode()], ids=["small", "large"])
 def test_a_file_is_read_elsewhere(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk may answer late. With a large file, what follows is elsewhere too."""
+    """A disk may answer late, and the file may be large: what follows is elsewhere too."""
     (tmp_path / "a.png").write_bytes(content)
     readers, read = [], confined_files.read
 
@@ -128,78 +123,9 @@ def test_a_file_is_read_elsewhere(content: bytes, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(confined_files, "read", noted)
     outputs, threads = call(PHOTO, {"photo": {"path": "a.png"}}, 100, files_dir=str(tmp_path))
     assert outputs == {"answer": "Paris"} and readers[0].startswith("dspy_bridge-reader")
-    assert (threads["format"] == "MainThread") == (content == b"small")
+    assert threads["format"].startswith("dspy_bridge-sync")
 
 
-TURNS = [{"question": "x", "answer": "y"}] * 2000
-
-
-@pytest.mark.parametrize(
-    ("definition", "inputs"),
-    [
-        ({"signature": "talk: dspy.History, question -> answer"}, {"question": "x", "talk": {"messages": TURNS}}),
-        ({"signature": "context: Any -> answer"}, {"context": [{"a": {"b": 1}}] * 10_000}),
-        ({"signature": "context: list[int] -> answer"}, {"context": [1] * 200_000}),
-    ],
-    ids=["history", "nested", "list"],
-)
-def test_many_small_values_are_written_elsewhere_though_their_frame_is_small(
-    definition: dict[str, Any], inputs: dict[str, Any]
-) -> None:
-    """Each costs far more than its characters."""
-    size = len(json.dumps(inputs))
-    assert size < large_inputs.LARGE
-    outputs, threads = call(definition, inputs, size)
-    assert outputs["answer"] == "Paris"
-    assert threads["format"].startswith("dspy_bridge-sync") and threads["lm"] == "dspy_bridge-large"
-
-
-def test_of_a_batch_less_is_large() -> None:
-    """Hundreds may be in flight at once, and each of their steps delays other runs."""
-    inputs = {"context": [{"a": {"b": 1}}] * 3000}
-    watch = Threads()
-    settings = Settings({"lm": "offline/echo"})
-    commands = Commands(settings, lambda: None, dict)
-    commands._loader._models = dspy_setup.Models(settings)  # by the thread that does it in the other tests, too
-    call = cast(Any, Size(len(json.dumps(inputs))))
-
-    async def main() -> None:
-        await commands.create_program({"id": "p", "signature": "context: Any -> answer"}, call)
-        for given in (inputs, [inputs]):
-            with dspy.context(callbacks=[watch]):
-                await commands.execute_program({"program_id": "p", "inputs": given}, call)
-            threads.append(watch.names["format"])
-
-    threads: list[str] = []
-    asyncio.run(main())
-    assert threads[0] == "MainThread" and threads[1].startswith("dspy_bridge-sync")
-
-
-@pytest.mark.parametrize("value", [[[]], [{}], [1], {"messages": [{}]}], ids=["list", "object", "number", "message"])
-def test_no_frame_that_is_not_looked_at_holds_what_is_large(value: Any) -> None:
-    """The densest values that JSON has, as many as go into such a frame."""
-    items = value["messages"] if isinstance(value, dict) else value
-    size = len(json.dumps(items[0])) + 1
-    items *= large_inputs.NEVER_LARGE // size
-    assert not large_inputs.is_large(value, large_inputs.LARGE_IN_BATCH)
-    items *= 2400
-    assert large_inputs.is_large(value)
-
-
-def test_what_is_large() -> None:
-    for value in (
-        LARGE,
-        LARGE.encode(),
-        [LARGE],
-        {"a": {"b": [1, LARGE]}},
-        [0] * len(LARGE),
-        [[]] * 10_000,
-        [{"a": {"b": 1}}] * 10_000,
-        dict.fromkeys(map(str, range(200_000))),
-        {"talk": {"messages": TURNS}},
-        dspy.History(messages=TURNS),
-        media._Image(url="http://" + LARGE),
-    ):
-        assert large_inputs.is_large(value)
-    for value in (LARGE[:-100], 5, None, [1] * 1000, [{"a": 1}] * 1000, {"a": dspy.History(messages=[])}, int, {1, 2}):
-        assert not large_inputs.is_large(value)
+@pytest.mark.parametrize(("count", "large"), [(1, True), (2, True), (9, False)])
+def test_a_list_of_inputs_is_large_by_their_mean(count: int, large: bool) -> None:
+    assert large_inputs.are_large(2 * large_inputs.LARGE, [{}] * count) == large

@@ -27,7 +27,7 @@ defmodule Sim.Checks do
   end
 
   @doc "All checks."
-  def all(options \\ %{}) do
+  def all do
     for node <- Net.nodes(), do: World.give(Node.coordinator(node), :sim_report)
 
     if System.get_env("SIM_DEBUG"), do: debug()
@@ -37,7 +37,7 @@ defmodule Sim.Checks do
       peers(),
       acknowledged(),
       routes(),
-      for(node <- Net.nodes(), text <- rest(node, options), do: "#{node}: #{text}"),
+      for(node <- Net.nodes(), text <- rest(node), do: "#{node}: #{text}"),
       for(crash <- World.fact(:crashes, []), do: "a process crashed: #{inspect(crash)}"),
       for({number, node} <- Load.open(), do: "call #{number} of #{node} was lost"),
       for({node, type} <- World.fact(:failed_calls, []), do: "a call of #{node} failed: #{type}")
@@ -46,7 +46,7 @@ defmodule Sim.Checks do
 
   defp debug do
     for node <- Net.nodes(), pid <- World.on(node), {:current_stacktrace, stack} = Process.info(pid, :current_stacktrace),
-        not Enum.any?(stack, &(elem(&1, 0) in [Sim.Node, Sim.Peer])), do: IO.inspect({node, pid, Process.info(pid, :messages), :ets.lookup(World.here().links, pid), Enum.map(stack, &{elem(&1, 0), elem(&1, 1), elem(&1,3)[:line]})}, limit: 1000, width: 180)
+        not Enum.any?(stack, &(elem(&1, 0) in [Sim.Node, Sim.Peer])), do: IO.inspect({node, pid, Process.info(pid, :messages), Enum.map(stack, &{elem(&1, 0), elem(&1, 1), elem(&1,3)[:line]})}, limit: 1000, width: 180)
     IO.inspect(World.now())
   end
 
@@ -85,13 +85,13 @@ defmodule Sim.Checks do
     serving = for node <- Net.nodes(), Node.serves?(node), do: Node.coordinator(node)
 
     for node <- Net.nodes(),
-        known = for({pid, _since, _name} <- :ets.tab2list(Node.handle(node).others), do: pid),
+        known = for({pid, _since} <- :ets.tab2list(Node.handle(node).others), do: pid),
         Enum.sort(known) != Enum.sort(serving -- [Node.coordinator(node)]),
         do: "#{node} sends calls to #{inspect(Enum.map(known, &World.node_of/1))}"
   end
 
-  defp rest(node, options) do
-    %{cluster: cluster, changes: changes} = state = World.fact({:coordinator_state, node})
+  defp rest(node) do
+    %{cluster: cluster} = state = World.fact({:coordinator_state, node})
     handle = Node.handle(node)
     processes = length(World.on(node)) - handle.settings.size - 2
     busy = for index <- 1..handle.settings.size, do: Module.concat(World.here().prefix, Calls.LoadCounters).busy(handle.counters, index)
@@ -99,10 +99,6 @@ defmodule Sim.Checks do
     Enum.concat([
       unless_is(MapSet.size(cluster.members), length(Net.nodes()) - 1, "members"),
       unless_is(MapSet.size(cluster.behind), 0, "members that are behind"),
-      unless_is(map_size(cluster.waits), 0, "changes that wait for other nodes"),
-      if(options[:strangers], do: [], else: unless_is(map_size(cluster.strangers), 0, "strangers")),
-      unless_is(map_size(changes.broadcast.deliveries), 0, "deliveries"),
-      unless_is(map_size(changes.undo), 0, "definitions to undo"),
       unless_is(map_size(state.waiting), 0, "callers that wait"),
       unless_is(processes, 0, "processes left"),
       unless_is(Enum.sum(busy), 0, "calls counted")

@@ -7,9 +7,7 @@ defmodule Sim.Instrument do
   """
 
   @modules ~w(
-    Pool.Caller Pool.Router Pool.LocalCall Pool.Remote Pool.Attempt Pool.Request Pool.Handle Pool.Coordinator
-    Pool.CoordinatorClient Pool.ProgramChanges Pool.Broadcast Pool.Checkouts Pool.Cluster.Membership
-    Pool.Cluster.RemoteCall Pool.Cluster.Confirmations Pool.Cluster.IncomingChanges Pool.Cluster.Clock
+    Pool.Caller Pool.Route Pool.Handle Pool.Coordinator Pool.Cluster
     Programs.Store Programs.Declared Client.Caller OTP.Ask OTP.Deadline OTP.Registry OTP.ServerGuard Calls.LoadCounters
   )
 
@@ -23,10 +21,9 @@ defmodule Sim.Instrument do
       monitor: 3,
       demonitor: 1,
       demonitor: 2,
+      alias: 1,
+      unalias: 1,
       spawn: 1,
-      spawn_opt: 4,
-      spawn_monitor: 1,
-      spawn_request: 5,
       exit: 2,
       process_flag: 2,
       start_timer: 3,
@@ -41,8 +38,7 @@ defmodule Sim.Instrument do
     persistent_term: [get: 2, put: 2, erase: 1],
     "Elixir.Process": [whereis: 1, sleep: 1],
     "Elixir.System": [monotonic_time: 1, system_time: 1],
-    "Elixir.Enum": [random: 1, take_random: 2],
-    "Elixir.GenServer": [call: 3, cast: 2, reply: 2]
+    "Elixir.Enum": [random: 1]
   }
 
   # Compiling takes most of the time of a short run: the passes that only make code faster are left out.
@@ -118,7 +114,6 @@ defmodule Sim.Instrument do
   defp replaced?(module, name, arity), do: {name, arity} in Map.get(@replaced, module, [])
 
   defp name(module, name) when module in [:pg, :persistent_term], do: :"#{module}_#{name}"
-  defp name(GenServer, name), do: :"gen_#{name}"
   defp name(_module, name), do: name
 
   defp call(at, name, args), do: {:call, at, {:remote, at, {:atom, at, Sim.Runtime}, {:atom, at, name}}, args}

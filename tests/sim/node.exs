@@ -76,17 +76,14 @@ defmodule Sim.Node do
   defp loop(module, state) do
     receive do
       :sim_report -> World.note({:coordinator_state, Runtime.node()}, state) && loop(module, state)
-      {:"$gen_call", from, question} -> question |> module.handle_call(from, state) |> next(module, from)
-      {:"$gen_cast", message} -> message |> module.handle_cast(state) |> next(module, nil)
-      message -> message |> module.handle_info(state) |> next(module, nil)
+      message -> message |> module.handle_info(state) |> next(module)
     after
       0 -> Runtime.wait(:infinity) && loop(module, state)
     end
   end
 
-  defp next({:noreply, state}, module, _from), do: loop(module, state)
-  defp next({:reply, answer, state}, module, from), do: Runtime.gen_reply(from, answer) && loop(module, state)
-  defp next({:stop, reason, _state}, _module, _from), do: exit(reason)
+  defp next({:noreply, state}, module), do: loop(module, state)
+  defp next({:stop, reason, _state}, _module), do: exit(reason)
 
   defp settings(options) do
     %Options{

@@ -5,12 +5,10 @@ defmodule Sim.Peer do
   """
 
   alias DSPex.PythonBridge.Calls.Request
-  alias DSPex.PythonBridge.Protocol
   alias Sim.{Runtime, World}
 
-  # What such work takes on a real peer; a run is an LM's answer.
+  # What such work takes on a real peer; a run is an LM's answer. What another bridge has changed is only noted.
   @start_ms 1_500
-  @load_us 850
   @change_ms 3
   @max_pending 2_000
 
@@ -62,27 +60,22 @@ defmodule Sim.Peer do
 
   defp handle({:timeout, _timer, {:started, life}}, %{life: life} = peer) do
     programs = for {id, _stamp, body} <- store(:definitions, [peer.handle.programs]), into: %{}, do: {id, body}
-    later(1 + div(map_size(programs) * @load_us, 1000), {:loaded, life})
-    know(%{peer | programs: programs})
-  end
-
-  defp handle({:timeout, _timer, {:loaded, life}}, %{life: life} = peer) do
     set(peer, :ready)
-    change_next(%{peer | up?: true})
+    know(%{peer | programs: programs, up?: true})
   end
 
-  # Its runs end; changes wait for the next peer.
   defp handle(:die, %{up?: true} = peer) do
     set(peer, :down)
     for {ref, _watch} <- peer.calls, do: finish(peer, ref, {:error, {:died, :sent}})
-    open(know(%{peer | up?: false, life: peer.life + 1, programs: %{}, calls: %{}, busy?: false}))
+    for %Request{ref: ref} <- :queue.to_list(peer.changes), do: Runtime.send(ref, {ref, {:error, {:died, :sent}}})
+    open(know(%{peer | up?: false, life: peer.life + 1, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false}))
   end
 
   defp handle(:die, peer), do: peer
 
   ## Requests
 
-  defp handle({:request, %Request{change: nil} = request}, %{up?: false} = peer), do: refuse(peer, request, {:died, :unsent})
+  defp handle({:request, request}, %{up?: false} = peer), do: refuse(peer, request, {:died, :unsent})
 
   defp handle({:request, %Request{change: nil} = request}, peer) do
     if map_size(peer.calls) >= @max_pending do
@@ -95,7 +88,16 @@ defmodule Sim.Peer do
     end
   end
 
-  defp handle({:request, request}, peer), do: change_next(know(%{peer | changes: :queue.in(request, peer.changes)}))
+  defp handle({:request, %Request{change: {kind, ids, nil}} = request}, peer) do
+    request = %{request | change: {kind, ids, store(:stamp, [peer.handle.programs, ids])}}
+    change_next(know(%{peer | changes: :queue.in(request, peer.changes)}))
+  end
+
+  # They are made in the order in which they come.
+  defp handle({:changed, change, body}, %{up?: true} = peer),
+    do: change_next(know(%{peer | changes: :queue.in({:changed, change, body}, peer.changes)}))
+
+  defp handle({:changed, _change, _body}, peer), do: peer
 
   defp handle({:timeout, _timer, {:run, life, ref, body}}, %{life: life} = peer) when is_map_key(peer.calls, ref) do
     {:ok, %{"args" => %{"program_id" => id}}} = JSON.decode("{" <> binary_part(body, 1, byte_size(body) - 1))
@@ -105,27 +107,17 @@ defmodule Sim.Peer do
 
   defp handle({:timeout, _timer, {:change, life}}, %{life: life} = peer) do
     {{:value, request}, changes} = :queue.out(peer.changes)
-    made? = made?(request, peer.index)
-    if made?, do: store(:apply_change, [peer.handle.programs, request.change, request.body])
-    frame = if made?, do: ~s({"id": 1, "success": true, "result": {}}), else: ~s({"id": 1, "success": false, "error": "no", "error_type": "invalid_args"})
-    true = Protocol.success?(frame) == made?
-    Runtime.send(request.ref, {request.ref, {:frame, frame}})
-    programs = if made?, do: change(peer.programs, request.change, request.body), else: peer.programs
+    {change, body} = change_of(request)
+    made? = match?({:changed, _, _}, request) or made?(request, peer.index)
+    programs = if made?, do: change(peer.programs, change, body), else: peer.programs
+    with %Request{} <- request, do: answer(peer, request, made?)
     change_next(know(%{peer | changes: changes, programs: programs, busy?: false}))
   end
 
-  # A change that the peer has not got is taken back.
-  defp handle({:abandon, ref}, %{changes: changes, busy?: busy?} = peer) do
-    {sent, held} = Enum.split(:queue.to_list(changes), if(busy?, do: 1, else: 0))
-    drop(%{peer | changes: :queue.from_list(sent ++ Enum.reject(held, &(&1.ref == ref)))}, ref)
-  end
+  # A change goes on.
+  defp handle({:abandon, ref}, peer), do: drop(peer, ref)
 
   defp handle({:DOWN, watch, :process, _pid, _reason}, peer), do: drop(peer, Enum.find_value(peer.calls, fn {ref, w} -> w == watch && ref end))
-
-  defp handle({:"$gen_call", from, {:load_failure, _id}}, peer) do
-    Runtime.gen_reply(from, nil)
-    peer
-  end
 
   # Of an earlier peer.
   defp handle({:timeout, _timer, _what}, peer), do: peer
@@ -153,10 +145,28 @@ defmodule Sim.Peer do
   ## Changes
 
   defp change_next(%{up?: true, busy?: false} = peer) do
-    if :queue.is_empty(peer.changes), do: peer, else: later(@change_ms, {:change, peer.life}) && %{peer | busy?: true}
+    case :queue.peek(peer.changes) do
+      :empty -> peer
+      {:value, {:changed, _, _}} -> later(0, {:change, peer.life}) && %{peer | busy?: true}
+      {:value, _request} -> later(@change_ms, {:change, peer.life}) && %{peer | busy?: true}
+    end
   end
 
   defp change_next(peer), do: peer
+
+  defp change_of({:changed, change, body}), do: {change, body}
+  defp change_of(%Request{change: change, body: body}), do: {change, body}
+
+  # As a bridge: into the table, to the coordinator, to the caller.
+  defp answer(peer, request, true) do
+    store(:apply_change, [peer.handle.programs, request.change, request.body])
+    report(peer, {:changed, peer.index, request.change, request.body})
+    reply(request, ~s({"id": 1, "success": true, "result": {}}))
+  end
+
+  defp answer(_peer, request, false), do: reply(request, ~s({"id": 1, "success": false, "error": "no", "error_type": "invalid_args"}))
+
+  defp reply(request, frame), do: Runtime.send(request.ref, {request.ref, {:frame, frame}})
 
   # A definition that says so is refused by the first peer of a node.
   defp made?(%Request{change: {:create, _, _}, body: body}, index), do: not (index == 1 and String.contains?(body, "refused on #{Runtime.node()}"))
@@ -174,8 +184,10 @@ defmodule Sim.Peer do
 
   defp set(peer, state) do
     counters(:put_state, [peer.handle.counters, peer.index, state])
-    with pid when pid != nil <- Runtime.whereis(peer.coordinator), do: Runtime.send(pid, {:slot, peer.index, state})
+    report(peer, {:slot, peer.index, state})
   end
+
+  defp report(peer, message), do: with(pid when pid != nil <- Runtime.whereis(peer.coordinator), do: Runtime.send(pid, message))
 
   defp later(ms, what), do: Runtime.start_timer(ms, self(), what)
 end

@@ -30,9 +30,8 @@ defmodule Sim.Runtime do
   def unique_integer(_options), do: :ets.update_counter(World.here().facts, :unique, 1)
 
   # By node: pids are others in each run.
-  def random([{pid, _, _} | _] = rows) when is_pid(pid), do: rows |> Enum.sort_by(&node(elem(&1, 0))) |> Enum.random()
+  def random([{pid, _} | _] = rows) when is_pid(pid), do: rows |> Enum.sort_by(&node(elem(&1, 0))) |> Enum.random()
   def random(list), do: Enum.random(list)
-  def take_random(pids, count), do: pids |> Enum.sort_by(&node/1) |> Enum.take_random(count)
 
   def start_timer(ms, pid, message) do
     ref = make_ref()
@@ -82,6 +81,8 @@ defmodule Sim.Runtime do
   def send(port, message), do: Kernel.send(port, message)
 
   @doc "`:noconnect`, as the runtime has it: without a connection none is made. `:nosuspend`: one that is busy is not waited for."
+  def send(ref, message, [:nosuspend, :noconnect]) when is_reference(ref), do: send(ref, message) && :ok
+
   def send(pid, message, [:nosuspend, :noconnect]) do
     there = World.node_of(pid)
 
@@ -102,9 +103,17 @@ defmodule Sim.Runtime do
   defp over_net(from, to, pid, message),
     do: Net.transmit(from, to, class(message), :erlang.external_size(message), {:message, pid, message})
 
-  defp class({:dspex_cluster, _version, message}), do: elem(message, 0)
-  defp class(message) when is_tuple(message) and elem(message, 0) in [:hello, :serves, :change, :changed, :served], do: elem(message, 0)
+  defp class(message) when is_tuple(message) and elem(message, 0) in [:hello, :serves, :change], do: elem(message, 0)
   defp class(_other), do: :other
+
+  @doc "An alias without a monitor, which ends with the first reply."
+  def alias([:reply]) do
+    ref = make_ref()
+    :ets.insert(World.here().aliases, {ref, self(), :reply})
+    ref
+  end
+
+  def unalias(ref), do: :ets.delete(World.here().aliases, ref)
 
   ## Processes
 
@@ -112,9 +121,6 @@ defmodule Sim.Runtime do
   def process_flag(_other, _value), do: true
 
   def spawn(fun), do: spawn_at(node(), fun)
-  def spawn_opt(m, f, args, monitor: options), do: with(pid = spawn(fn -> apply(m, f, args) end), do: {pid, monitor(:process, pid, options)})
-  def spawn_monitor(fun), do: with(pid = spawn(fun), do: {pid, monitor(:process, pid)})
-
   def spawn_at(node, fun) do
     world = World.here()
 
@@ -139,22 +145,6 @@ defmodule Sim.Runtime do
     pid
   end
 
-  @doc "Starts a linked process on another node; to one without a connection it is tried to make one, in vain."
-  def spawn_request(node, m, f, args, [:link]) do
-    ref = make_ref()
-    parent = self()
-
-    if Net.known?(node(), node) do
-      :ets.insert(World.here().timers, {{:spawn, ref}, node(), node, parent})
-      Net.transmit(node(), node, :call, :erlang.external_size(args), {:spawn, node, parent, ref, {m, f, args}})
-    else
-      deliver(node(), parent, {:spawn_reply, ref, :error, :noconnection})
-    end
-
-    ref
-  end
-
-  def link(pid, other), do: :ets.insert(World.here().links, [{pid, other, World.node_of(other)}, {other, pid, World.node_of(pid)}])
   def exit(pid, reason), do: Net.transmit(node(), World.node_of(pid), :signal, 40, {:exit, pid, self(), reason}) && true
 
   def monitor(:process, target), do: monitor(:process, target, [])
@@ -194,41 +184,9 @@ defmodule Sim.Runtime do
          do: :ets.match_delete(World.here().watched, {target, :_, ref, :_, :_})
   end
 
-  @doc "A node has lost another one: its monitors fire, its links break, what it has asked to spawn there is not."
+  @doc "A node has lost another one: its monitors fire."
   def lost(here, there) do
-    for {pid, other, ^there} <- :ets.tab2list(World.here().links), World.node_of(pid) == here,
-        do: Net.transmit(here, here, nil, 0, {:exit, pid, other, :noconnection})
-
     for {_target, ^there, ref, _watcher, ^here} <- :ets.tab2list(World.here().watched),
         do: Net.transmit(here, here, nil, 0, {:down, ref, :noconnection})
-
-    for {{:spawn, ref} = key, ^here, ^there, parent} <- :ets.tab2list(World.here().timers) do
-      :ets.delete(World.here().timers, key)
-      deliver(here, parent, {:spawn_reply, ref, :error, :noconnection})
-    end
-  end
-
-  ## GenServer
-
-  def gen_call(pid, question, timeout) do
-    ref = monitor(:process, pid, alias: :reply_demonitor)
-    send(pid, {:"$gen_call", {self(), ref}, question})
-    answer(ref, deadline(timeout))
-  end
-
-  defp answer(ref, deadline) do
-    receive do
-      {^ref, answer} -> answer
-      {:DOWN, ^ref, :process, _pid, reason} -> Kernel.exit({reason, :gen_call})
-    after
-      0 -> if wait(deadline) == :again, do: answer(ref, deadline), else: demonitor(ref, [:flush]) && Kernel.exit({:timeout, :gen_call})
-    end
-  end
-
-  def gen_reply({_pid, ref}, answer), do: send(ref, {ref, answer}) && :ok
-
-  def gen_cast(name, message) do
-    with pid when pid != nil <- if(is_atom(name), do: whereis(name), else: name), do: send(pid, {:"$gen_cast", message})
-    :ok
   end
 end

@@ -36,7 +36,7 @@ defmodule Sim.Report do
 
     if wrong(costs) + wrong(splits) == 0 do
       row("nodes", @sizes)
-      row("messages of one create_program", for(r <- costs, do: r.create.messages.change + r.create.messages.changed))
+      row("messages of one create_program", for(r <- costs, do: r.create.messages.change))
       row("bytes of it", for(r <- costs, do: r.create.bytes))
       row("ms until all nodes have it", for(r <- costs, do: r.create.everywhere_ms))
       row("ms until its caller has the reply", for(r <- costs, do: r.create.replied_ms))

@@ -9,15 +9,15 @@ defmodule Sim.World do
 
   alias Sim.Net
 
-  @tables [:events, :procs, :names, :monitors, :watched, :links, :aliases, :timers, :net, :stats, :terms, :facts]
+  @tables [:events, :procs, :names, :monitors, :watched, :aliases, :timers, :net, :stats, :terms, :facts]
 
   @doc """
   Makes the calling process the scheduler of a new world. `options`: `seed`; `prefix`, of the modules under test
   (`Sim.Instrument`); `latency_us`; `bytes_per_us`, of each node's network.
   """
   def new(options) do
-    tables = Map.new(@tables -- [:events, :watched, :links], &{&1, :ets.new(&1, [:public])})
-    bags = Map.new([:watched, :links], &{&1, :ets.new(&1, [:public, :bag])})
+    tables = Map.new(@tables -- [:events, :watched], &{&1, :ets.new(&1, [:public])})
+    bags = Map.new([:watched], &{&1, :ets.new(&1, [:public, :bag])})
     defaults = %{seed: 1, prefix: Sim.Of, latency_us: 400, bytes_per_us: 125, scheduler: self()}
     world = defaults |> Map.merge(tables) |> Map.merge(bags) |> Map.merge(Map.new(options))
     world = Map.put(world, :events, :ets.new(:events, [:public, :ordered_set]))
@@ -91,6 +91,7 @@ defmodule Sim.World do
   defp handle({:alias, ref, message}) do
     with [{_ref, pid, mode}] <- :ets.lookup(here().aliases, ref) do
       if mode == :reply_demonitor, do: Sim.Runtime.forget(ref)
+      if mode == :reply, do: Sim.Runtime.unalias(ref)
       give(pid, message)
     end
   end
@@ -117,8 +118,6 @@ defmodule Sim.World do
   end
 
   defp handle({:exit, pid, from, reason}) do
-    :ets.match_delete(here().links, {pid, from, :_})
-
     with [{_pid, node, _serial, status, _no, _key, trap?}] when status != :dead <- :ets.lookup(here().procs, pid) do
       cond do
         held?(node, {:exit, pid, from, reason}) -> :held
@@ -128,19 +127,6 @@ defmodule Sim.World do
         true -> kill(pid, reason)
       end
     end
-  end
-
-  defp handle({:spawn, node, parent, ref, {m, f, args}}) do
-    unless held?(node, {:spawn, node, parent, ref, {m, f, args}}) do
-      pid = Sim.Runtime.spawn_at(node, fn -> apply(m, f, args) end)
-      if alive?(parent), do: Sim.Runtime.link(pid, parent), else: at(now(), {:exit, pid, parent, :noproc})
-      Net.transmit(node, node_of(parent), :spawned, 60, {:spawned, parent, ref, pid})
-    end
-  end
-
-  defp handle({:spawned, parent, ref, pid}) do
-    :ets.delete(here().timers, {:spawn, ref})
-    give(parent, {:spawn_reply, ref, :ok, pid})
   end
 
   defp handle({:pg, node, message}), do: Sim.Pg.received(node, message)
@@ -210,9 +196,6 @@ defmodule Sim.World do
     if crash?(reason), do: note(:crashes, [{node, reason} | fact(:crashes, [])])
     forget(pid, node)
     Sim.Pg.ended(node, pid)
-
-    # The other's half stays until the signal has come: it may be lost with the connection.
-    for {_pid, other, there} <- :ets.take(here().links, pid), do: Net.transmit(node, there, :signal, 40, {:exit, other, pid, reason})
 
     for {_pid, _node, ref, _watcher, there} <- :ets.lookup(here().watched, pid),
         do: Net.transmit(node, there, :signal, 40, {:down, ref, reason})

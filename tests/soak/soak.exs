@@ -95,23 +95,12 @@ defmodule Soak do
   # Of single callers.
   defp targets, do: [:steady, :restless, :pool]
 
-  defp call(:pool, command, args, timeout) when command in [:create_program, :cleanup],
-    do: change_pool(command, args, timeout, 100)
-
   defp call(:pool, command, args, timeout), do: Pool.call(:pool, command, args, timeout)
   defp call(bridge, command, args, timeout), do: Bridge.call(bridge, command, args, timeout)
 
   # For requests and streams.
   defp module(:pool), do: Pool
   defp module(_bridge), do: Bridge
-
-  # A coordinator that is killed with a change under way says that it may not have been made; never that it has.
-  defp change_pool(command, args, timeout, tries) do
-    case Pool.call(:pool, command, args, timeout) do
-      {:error, :bridge_not_running} when tries > 1 -> change_pool(command, args, timeout, tries - 1)
-      result -> result
-    end
-  end
 
   defp create(target, id, type \\ "predict"),
     do: call(target, :create_program, %{id: id, signature: "question -> answer", program_type: type}, @patience)
@@ -179,7 +168,7 @@ defmodule Soak do
     end
   end
 
-  # A peer of one's own, by a function that returns, raises, or is killed.
+  # The least busy bridge, for a function that returns, throws, or is killed.
   defp one(78, _n, :pool, tally) do
     fun = fn bridge ->
       {:ok, _} = Bridge.call(bridge, :ping, %{}, @patience)
@@ -188,7 +177,7 @@ defmodule Soak do
 
     expect(tally, fn ->
       try do
-        # None is free, or the coordinator has just been killed.
+        # None is running, or the pool is being restarted.
         with {:error, reason} when reason in [:pool_exhausted, :bridge_not_running] <- Pool.with_bridge(:pool, fun), do: {:ok, reason}
       catch
         :throw, :enough -> {:ok, :thrown}
@@ -460,15 +449,14 @@ defmodule Soak do
     eventually(fn -> counted() == [] end)
   end
 
-  # The slots of the pool that count calls which are over, or that are still checked out.
+  # The slots of the pool that count calls which are over.
   defp counted do
     %{counters: counters} = Pool.Handle.fetch(:pool)
 
     for index <- LoadCounters.indexes(counters),
         busy = LoadCounters.busy(counters, index),
-        out? = LoadCounters.checked_out?(counters, index),
-        busy > 0 or out?,
-        do: {index, busy, out?}
+        busy > 0,
+        do: {index, busy}
   end
 
   defp measure do

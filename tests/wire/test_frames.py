@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from peer import frame
@@ -57,30 +55,3 @@ def test_a_frame_over_the_limit_is_not_stored() -> None:
 
 def test_a_frame_of_length_zero_is_a_frame() -> None:
     assert FrameDecoder(10).feed(frame(b"") + frame(b"a")) == [b"", b"a"]
-
-
-@pytest.mark.parametrize("have", [0, 1, 9])
-def test_a_frame_that_is_given_up_is_read_past_and_the_next_one_kept(have: int) -> None:
-    decoder = FrameDecoder(100)
-    assert decoder.give_up() is None
-    assert decoder.feed(b"\0\0") == [] and decoder.give_up() is None, "half a header is not a frame"
-    assert decoder.feed(b"\0\x0a" + b"x" * have) == []
-    assert decoder.give_up() == TooLarge(10, no_memory=True) and decoder.mid_frame
-    assert decoder.feed(b"x" * (10 - have) + b"\0\0\0\2ab") == [b"ab"] and not decoder.mid_frame
-
-
-class Short(bytes):
-    """Raises `MemoryError` for a slice of five bytes or more."""
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice) and len(range(*key.indices(len(self)))) > 4:
-            raise MemoryError
-        return bytes(self)[key]
-
-
-def test_a_piece_that_there_is_no_memory_for_costs_its_frame_alone() -> None:
-    """Neither those behind it in the same read nor those after that."""
-    decoder = FrameDecoder(100)
-    assert decoder.feed(b"\0\0\0\x0axxx") == []
-    assert decoder.feed(Short(b"xxxxxxx\0\0\0\2ab\0\0\0\x03abc")) == [TooLarge(10, no_memory=True), b"ab", b"abc"]
-    assert decoder.feed(b"\0\0\0\1c") == [b"c"]

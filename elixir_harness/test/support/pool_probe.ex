@@ -2,7 +2,7 @@ defmodule DSPex.Test.PoolProbe do
   @moduledoc "Looks into a pool, on the node where it runs."
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
-  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
+  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
 
   @doc "The coordinators of other nodes that calls may be sent to."
@@ -27,35 +27,21 @@ defmodule DSPex.Test.PoolProbe do
     end
   end
 
-  @doc "Removes all programs from the peers, of which the pool does not learn."
-  def forget_all(pool) do
-    for %{bridge: bridge} <- Pool.status(pool).peers do
-      body = ~s(,"command":"cleanup","args":{}})
-      send(bridge, {:request, %Request{body: body, timeout: 5_000}})
+  @doc "Makes the pool take its peers for ones that do not serve, until they start again or `serve_again/1`."
+  def stop_serving(pool), do: put_state(pool, :down)
+
+  @doc "Undoes `stop_serving/1`."
+  def serve_again(pool), do: put_state(pool, :ready)
+
+  defp put_state(pool, state) do
+    %{counters: counters, name: name} = Handle.fetch(pool)
+
+    for index <- LoadCounters.indexes(counters) do
+      LoadCounters.put_state(counters, index, state)
+      send(Handle.coordinator(name), {:slot, index, state})
     end
 
-    for programs <- programs(pool), do: 0 = Enum.count(programs)
+    _state = :sys.get_state(Handle.coordinator(name))
     :ok
-  end
-
-  @doc "Checks out all peers in a process that lives until it is sent `:end`; gives it, and the results of the checkouts."
-  def check_out_all(pool) do
-    caller = self()
-
-    borrower =
-      spawn(fn ->
-        send(
-          caller,
-          {:checked_out, self(), for(_ <- Pool.status(pool).peers, do: Pool.checkout(pool))}
-        )
-
-        receive do: (:end -> :ok)
-      end)
-
-    receive do
-      {:checked_out, ^borrower, checkouts} -> {borrower, checkouts}
-    after
-      5_000 -> raise "nothing was checked out"
-    end
   end
 end

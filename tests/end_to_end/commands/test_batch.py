@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import lm_env
-from lm_server import Answer, LMServer, chat, completion
+from lm_server import Answer, LMServer, chat
 from peer import DSPY, PATIENCE, Peer
 
 MODEL = "openai/stub-model"
@@ -109,31 +108,12 @@ def test_an_item_that_fails_is_its_own_result(desk: Desk) -> None:
     assert desk.becomes(0, 0)
 
 
-def test_no_inputs_have_no_results(desk: Desk) -> None:
-    reply = desk.run([], meta=True)
-    assert reply["result"] == {"results": []}
-    assert (reply["meta"]["lm_usage"], reply["meta"]["lm_calls"]) == ({}, 0)
-    assert desk.run([], stream=True)["result"] == {"results": []}
-    assert desk.becomes(0, 0)
-
-
-def test_a_missing_program_is_one_error(desk: Desk) -> None:
-    reply = desk.run(asks("a", "b"), program="gone")
-    assert (reply["error"], reply["error_type"]) == ("Program not found: gone", "program_not_found")
-
-
 def test_config_and_lm_hold_for_all(desk: Desk) -> None:
     args = {"config": {"temperature": 0.9}, "lm": {"model": "openai/other", **desk.server.options()}}
     assert desk.run(asks("a", "b"), args=args)["success"]
     assert [(r["model"], r["temperature"]) for r in desk.server.requests] == [("other", 0.9)] * 2
     results = desk.run(asks("a", "b"), args={"config": {"n": "many"}})["result"]["results"]
     assert [result["error_type"] for result in results] == ["invalid_args"] * 2
-
-
-def test_items_count_as_executions(desk: Desk) -> None:
-    desk.run(asks("a", "b", "c"))
-    details = desk.peer.call("list_programs", {"details": True, "program_ids": ["qa"]})["result"]["details"]
-    assert details[0]["execution_count"] == 3
 
 
 def test_no_more_run_at_once_than_may(desk: Desk) -> None:
@@ -193,18 +173,6 @@ def test_each_result_is_streamed_as_soon_as_it_is_there(desk: Desk) -> None:
     results = desk.peer.receive()["result"]["results"]
     assert [result["result"]["answer"] for result in results] == ["slow", "quick"]
     assert not any(request.get("stream") for request in desk.server.requests)
-
-
-def test_failures_are_streamed_like_results(desk: Desk) -> None:
-    id = desk.start([5, *asks("fail")], stream=True)
-    items = {}
-    for _ in range(2):
-        frame = desk.peer.receive()
-        assert frame["id"] == id
-        items[frame["stream"].pop("index")] = frame["stream"]
-    results = desk.peer.receive()["result"]["results"]
-    assert [items[0], items[1]] == results
-    assert [result["error_type"] for result in results] == ["invalid_args", "lm_error"]
 
 
 def test_a_deadline_in_the_middle_keeps_what_is_done(desk: Desk) -> None:
@@ -290,13 +258,6 @@ def test_limits_of_a_batch_that_are_wrong_are_refused_by_name(desk: Desk, args: 
     assert not desk.server.requests
 
 
-@pytest.mark.parametrize("args", [{"max_concurrency": 2}, {"item_timeout_ms": 5}])
-def test_limits_of_a_batch_are_refused_for_one_input(desk: Desk, args: dict[str, Any]) -> None:
-    reply = desk.run({"question": "a"}, args=args)
-    assert (reply["error_type"], reply["error"]) == ("invalid_args", f"{next(iter(args))}: only for a list of inputs")
-    assert desk.run({"question": "a"}, args=dict.fromkeys(args))["success"], "null is none"
-
-
 def test_a_cancel_closes_the_lms_requests(desk: Desk) -> None:
     desk.server.gate.clear()
     id = desk.start(asks(*map(str, range(20))))
@@ -308,17 +269,6 @@ def test_a_cancel_closes_the_lms_requests(desk: Desk) -> None:
     for _ in range(8):
         assert desk.server.closed_by_client.acquire(timeout=PATIENCE)
     assert desk.becomes(0, 0) and len(desk.server.requests) == 8
-
-
-def test_a_cleanup_during_it_takes_nothing_from_it(desk: Desk) -> None:
-    desk.server.gate.clear()
-    id = desk.start(asks(*map(str, range(20))))
-    assert desk.server.arrived.acquire(timeout=PATIENCE)
-    assert desk.peer.call("cleanup")["result"]["programs_removed"] >= 1
-    desk.server.gate.set()
-    reply = desk.peer.receive()
-    assert reply["id"] == id
-    assert [result["result"]["answer"] for result in reply["result"]["results"]] == [str(n) for n in range(20)]
 
 
 def test_a_caller_that_does_not_read_slows_its_streamed_batch(desk: Desk) -> None:
@@ -342,72 +292,6 @@ def test_the_meta_of_a_batch_is_that_of_all_items(desk: Desk) -> None:
     assert meta["lm_calls"] == 3 and meta["cache_hits"] == 0
     assert meta["lm_usage"][MODEL]["prompt_tokens"] == 22
     assert meta["duration_ms"] > meta["queue_ms"] >= 0
-
-
-def test_a_cached_answer_is_a_call_and_a_hit_without_tokens(desk: Desk) -> None:
-    args = {"lm": {"model": "openai/cached", **desk.server.options(cache=True)}}
-    for hits, usage in ((0, {"completion_tokens": 7}), (1, None), (1, None)):
-        meta = desk.run({"question": "cached"}, args=args, meta=True)["meta"]
-        assert (meta["lm_calls"], meta["cache_hits"]) == (1, hits)
-        reported = meta["lm_usage"].get("openai/cached")
-        assert reported is None if usage is None else reported["completion_tokens"] == 7
-    meta = desk.run(asks("cached", "new", "cached"), args=args, meta=True)["meta"]
-    assert (meta["lm_calls"], meta["cache_hits"]) == (3, 2)
-    assert meta["lm_usage"]["openai/cached"]["completion_tokens"] == 7
-
-
-def test_an_lm_that_tells_no_tokens_is_no_cache(desk: Desk) -> None:
-    def answer(request: dict[str, Any]) -> Answer:
-        return 200, {name: value for name, value in completion("m", chat(answer="a")).items() if name != "usage"}
-
-    desk.answer = answer
-    meta = desk.run({"question": "a"}, meta=True)["meta"]
-    assert (meta["lm_calls"], meta["cache_hits"]) == (1, 0)
-
-
-def test_calls_that_fail_count(desk: Desk) -> None:
-    reply = desk.run({"question": "fail"}, meta=True)
-    assert reply["error_type"] == "lm_error"
-    assert (reply["meta"]["lm_calls"], reply["meta"]["cache_hits"], reply["meta"]["lm_usage"]) == (1, 0, {})
-    reply = desk.run({"question": "unfit"}, meta=True)
-    assert reply["error_type"] == "output_invalid"
-    assert reply["meta"]["lm_calls"] == 2, "the second was the try in JSON"
-    assert reply["meta"]["lm_usage"][MODEL]["completion_tokens"] == 14
-
-
-def test_an_execute_that_asks_no_lm_has_used_nothing(desk: Desk) -> None:
-    reply = desk.run({}, meta=True)
-    assert reply["error_type"] == "invalid_args"
-    assert (reply["meta"]["lm_usage"], reply["meta"]["lm_calls"], reply["meta"]["cache_hits"]) == ({}, 0, 0)
-
-
-@pytest.mark.parametrize("end", ["timeout", "cancelled"])
-def test_what_is_stopped_tells_what_it_used_up_to_then(desk: Desk, end: str) -> None:
-    """A chain of two LM calls, the second of which is not answered."""
-    steps = itertools.count()
-    waiting = threading.Event()
-
-    def answer(_request: dict[str, Any]) -> Answer:
-        if next(steps) == 0:
-            return chat(next_thought="t", next_tool_name="none", next_tool_args="{}")
-        waiting.wait(PATIENCE)
-        return chat(answer="late")
-
-    desk.answer = answer
-    tools = [{"name": "look"}]
-    args = {"id": "steps", "signature": "question -> answer", "program_type": "react", "tools": tools}
-    desk.peer.call("create_program", args)
-    envelope = {"timeout_ms": 500} if end == "timeout" else {}
-    asked = {"program_id": "steps", "inputs": {"question": "q"}}
-    id = desk.peer.request("execute_program", asked, meta=True, **envelope)
-    for _ in range(2):
-        assert desk.server.arrived.acquire(timeout=PATIENCE)
-    if end == "cancelled":
-        desk.peer.send({"cancel": id})
-    reply = desk.peer.receive()
-    waiting.set()
-    assert reply["error_type"] == end
-    assert reply["meta"]["lm_calls"] == 2 and reply["meta"]["lm_usage"][MODEL]["total_tokens"] == 18
 
 
 def test_executes_at_once_do_not_mix_their_meta(desk: Desk) -> None:
@@ -467,11 +351,3 @@ def test_calls_from_threads_count(desk: Desk) -> None:
     inputs = {"question": "q", "completions": [{"reasoning": "r", "answer": "a"}]}
     meta = desk.run(inputs, program="mcc", meta=True)["meta"]
     assert (meta["lm_calls"], meta["cache_hits"]) == (1, 0) and meta["lm_usage"][MODEL]["total_tokens"] == 18
-
-
-def test_without_meta_there_is_none(desk: Desk) -> None:
-    assert (
-        desk.run({"question": "a"}).keys()
-        == desk.run({"question": "a"}, meta=False).keys()
-        == {"id", "success", "result"}
-    )

@@ -140,25 +140,6 @@ def test_a_sync_call_of_an_lm_in_aforward_is_refused(start: Any, start_lm: Any, 
     assert not server.requests or offline
 
 
-def test_an_idle_peer_is_not_woken(start: Any) -> None:
-    peer = start("Waits")
-    assert peer.call("execute_program", ask("Waits", 0.1))["success"]
-
-    def switches() -> int:
-        """How often its threads were woken."""
-        tasks = Path(f"/proc/{peer.process.pid}/task").glob("*/status")
-        return sum(int(re.findall(r"(?m)^voluntary_ctxt_switches:\t(\d+)", task.read_text())[0]) for task in tasks)
-
-    def in_half_a_second() -> int:
-        before = switches()
-        assert peer.idle(0.5)
-        return switches() - before
-
-    end = time.monotonic() + PATIENCE
-    while in_half_a_second() > 3:
-        assert time.monotonic() < end
-
-
 @pytest.mark.slow
 def test_the_time_that_the_whole_process_stood_still_does_not_count(start: Any, tmp_path: Path) -> None:
     peer = start("Blocks", "HoldsInterpreter")

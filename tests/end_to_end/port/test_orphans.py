@@ -366,9 +366,9 @@ def test_what_the_peer_did_not_start_is_left_alone(own_group: bool, end: str) ->
 
 
 @pytest.mark.parametrize("holds", [False, True])
-def test_without_proc_and_with_a_poll_that_tells_less(start: Any, tree: Any, holds: bool) -> None:
+def test_with_a_poll_that_tells_less(start: Any, tree: Any, holds: bool) -> None:
     """As on macOS."""
-    peer = start(before="watchdog.PROC = '/nowhere'; watchdog.POLL_TELLS_ENDS = False")
+    peer = start(before="watchdog.POLL_TELLS_ENDS = False")
     everything = tree(peer.process.pid)
     if holds:
         peer.process.send_signal(signal.SIGUSR1)
@@ -407,26 +407,3 @@ def is_unmarked(process: psutil.Process) -> bool:
         return process.cmdline() == ["sleep", "61"]
     except psutil.NoSuchProcess:
         return False
-
-
-REFUSED = "def fork(): raise BlockingIOError(11, 'none left')\nos.fork = fork"
-
-
-def test_no_watchdog_can_be_had(start: Any, tree: Any) -> None:
-    """That is one line in the log; the peer serves, and at its end leaves nothing."""
-    peer = start(before=REFUSED)
-    everything = tree(peer.process.pid, watchdogs=0)
-    code, _, log = peer.finish(patience=5)
-    all_gone(everything)
-    assert code == 0 and log.count("no watchdog: none left") == 1 == log.count("\n")
-
-
-def test_a_watchdog_that_was_killed(start: Any, tree: Any) -> None:
-    """The peer notices, waits for no answer, and does what it can by itself."""
-    peer = start(before="watchdog.ANSWER_SECONDS = 5")
-    everything = tree(peer.process.pid)
-    watchdog_of(everything).kill()
-    assert peer.call("ping")["success"]
-    close(peer, "stdin", "stdout")
-    all_gone(everything)
-    assert peer.process.wait() == 0

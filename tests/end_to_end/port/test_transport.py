@@ -8,7 +8,6 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +54,6 @@ def test_where_memory_runs_out_it_is_taken_before_its_owner_and_its_watchdog(pee
     assert score(peer.process.pid) == max(own, 500)
     (watchdog,) = psutil.Process(peer.process.pid).children()
     assert score(watchdog.pid) == own
-
-
-def test_ping_has_the_time_as_a_float(peer: Peer) -> None:
-    result = peer.call("ping")["result"]
-    assert result["status"] == "ok" and type(result["timestamp"]) is float
 
 
 def test_nothing_heavy_is_imported_before_the_first_ping_is_answered(tmp_path: Path) -> None:
@@ -118,17 +112,6 @@ def test_an_import_of_dspy_that_fails_is_the_error_of_the_first_program(tmp_path
         assert peer.finish()[2].count("internal error") == 1
 
 
-@pytest.mark.parametrize("how", ["del fcntl.F_SETPIPE_SZ", "fcntl.F_SETPIPE_SZ = 999_999"])
-def test_pipes_that_cannot_be_enlarged_serve_as_well(how: str) -> None:
-    """As on macOS, or where the system grants no more."""
-    code = f"import fcntl, runpy, sys\nif hasattr(fcntl, 'F_SETPIPE_SZ'): {how}\nsys.argv = ['dspy_bridge']\n"
-    code += "runpy.run_module('dspy_bridge', run_name='__main__')"
-    with Peer(command=[sys.executable, "-c", code]) as peer:
-        text = "x" * 300_000
-        peer.send({"id": text, "command": "ping"}, {"id": 2, "command": "ping"})
-        assert peer.receive()["id"] == text and peer.receive()["id"] == 2
-
-
 def test_a_truncated_frame_at_the_end_of_input_is_logged(fresh_echo_peer: Peer) -> None:
     fresh_echo_peer.send({"id": 1, "command": "ping"})
     assert fresh_echo_peer.receive()["success"]
@@ -148,53 +131,6 @@ def test_a_frame_over_the_limit_is_read_past_and_the_next_one_served() -> None:
             assert served["success"]
 
 
-@pytest.fixture(scope="module")
-def limited_to() -> Callable[[int], Peer]:
-    """Starts peers that have imported DSPy, with a limit to their address space: so many megabytes more than that."""
-    with Peer() as peer:
-        assert peer.call("create_program", CREATE)["success"]
-        status = Path(f"/proc/{peer.process.pid}/status").read_text()
-        needed = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmPeak"))
-
-    def start(megabytes: int) -> Peer:
-        limit = f'ulimit -v {needed + megabytes * 1024}; exec "$@"'
-        peer = Peer(command=["bash", "-c", limit, "limited", sys.executable, "-m", "dspy_bridge"])
-        assert peer.call("create_program", CREATE)["success"]
-        return peer
-
-    return start
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
-def test_a_large_frame_is_served_under_a_limit_that_has_room_for_it(limited_to: Any) -> None:
-    with limited_to(340) as peer:
-        for id in range(3):
-            peer.send(b'{"id":%d,"command":"ping","args":{"a":"%b"}}' % (id, b"x" * 60_000_000))
-            assert peer.receive()["success"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no limit of the address space")
-@pytest.mark.parametrize(
-    ("megabytes", "content"),
-    [
-        (30, b'"' + b"x" * 60_000_000 + b'"'),  # no room for the frame itself
-        pytest.param(130, b'"' + b"x" * 60_000_000 + b'"', marks=pytest.mark.slow),
-        pytest.param(230, b"[" + b"1," * 30_000_000 + b"1]", marks=pytest.mark.slow),
-        (230, b"[" + b'{"a":1},' * 7_000_000 + b"1]"),
-    ],
-    ids=["frame", "text", "list", "objects"],
-)
-def test_a_frame_that_there_is_no_memory_for_is_refused_and_the_next_one_served(
-    limited_to: Any, megabytes: int, content: bytes
-) -> None:
-    with limited_to(megabytes) as peer:
-        for id in range(2):
-            peer.send(b'{"id":%d,"command":"ping","args":{"a":%b}}' % (id, content), {"id": "next", "command": "ping"})
-            refused, served = peer.receive(), peer.receive()
-            assert refused["error_type"] == "frame_too_large" and "not enough memory" in refused["error"]
-            assert refused["id"] in (id, None) and served["id"] == "next" and served["success"]
-
-
 @pytest.mark.parametrize("together", [False, True])
 def test_the_limit_holds_for_pings_in_the_form_of_bridge_too(together: bool) -> None:
     """These are known by their bytes and answered on a shorter way, alone in a read or among others."""
@@ -205,18 +141,6 @@ def test_the_limit_holds_for_pings_in_the_form_of_bridge_too(together: bool) -> 
                 peer.send(*[ping] * (2 if together else 1))
                 for _ in range(2 if together else 1):
                     assert peer.receive().get("error_type") == error_type
-
-
-def test_pings_with_ids_of_any_length_get_them_back_alone_or_together(peer: Peer) -> None:
-    ids = [int(first + "8" * (digits - 1)) for digits in (17, 18, 19, 20) for first in ("1", "9")]
-    pings = [
-        b'{"id":%d,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}' % id for id in ids
-    ]
-    for ping, id in zip(pings, ids, strict=True):
-        peer.send(ping)
-        assert peer.receive()["id"] == id
-    peer.send(*pings)
-    assert [peer.receive()["id"] for _ in ids] == ids
 
 
 def test_a_reply_over_the_limit_becomes_an_error_with_its_id() -> None:
@@ -267,9 +191,12 @@ def test_stray_output_never_reaches_the_frames(tmp_path: Any) -> None:
 FORKS = """
 import os, signal
 def init():
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(begins, b".")
         signal.pause()
+    os.read(begun, 1)
     os.kill(child, signal.SIGTERM)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGTERM
@@ -282,9 +209,6 @@ def test_sigterm_ends_a_fork_of_the_hosts_and_not_the_peer(tmp_path: Any) -> Non
     env = {"DSPY_BRIDGE_INIT": "forks:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     with Peer(env=env) as peer:
         assert peer.call("create_program", CREATE)["success"]
-        # A byte in the pipe for signals would have become a SIGTERM of the peer after 20 ms.
-        with pytest.raises(subprocess.TimeoutExpired):
-            peer.process.wait(0.1)
         assert peer.call("execute_program", ASK)["success"]
 
 
@@ -341,27 +265,6 @@ def test_sigterm_is_like_the_end_of_input(start_lm: Any) -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
-ELSEWHERE = """
-import os, runpy, signal, sys, threading
-def strike():
-    open(os.environ["FIFO"]).read()
-    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-threading.Thread(target=strike, daemon=True).start()
-sys.argv = ["dspy_bridge"]
-runpy.run_module("dspy_bridge", run_name="__main__")
-"""
-
-
-def test_a_sigterm_that_interrupts_no_read_is_noticed(tmp_path: Any) -> None:
-    """As one does that falls just before a read starts; here, one that another thread gets."""
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    with Peer(command=[sys.executable, "-c", ELSEWHERE], env={"FIFO": str(fifo)}) as peer:
-        assert peer.call("ping")["success"]
-        fifo.write_text("now")
-        assert peer.process.wait(PATIENCE) == 0
-
-
 def test_small_requests_with_large_replies_do_not_pile_up(fresh_echo_peer: Peer) -> None:
     """What one read brings may ask for a gigabyte."""
     for number in range(50):
@@ -395,33 +298,6 @@ import atexit, time
 def init():
     atexit.register(time.sleep, 60)
 """
-
-
-def test_the_owners_death_is_noticed_while_the_peer_ends(tmp_path: Any) -> None:
-    """All is answered, but an exit handler hangs: the peer stays for the rest of its time, and for its owner only."""
-    (tmp_path / "host.py").write_text(HANGS)
-    with Peer(env={"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
-        assert peer.call("create_program", CREATE)["success"]
-        assert peer.process.stdin is not None and peer.process.stdout is not None
-        peer.process.stdin.close()
-        with pytest.raises(subprocess.TimeoutExpired):
-            peer.process.wait(0.2)
-        peer.process.stdout.close()
-        assert peer.process.wait(2) == 0
-
-
-def test_a_stdin_that_was_left_non_blocking_is_read() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    command = [sys.executable, "-m", "dspy_bridge"]
-    process = subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE, cwd=ROOT)
-    os.close(reading)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.3)
-    os.write(writing, frame(b'{"id":1,"command":"ping"}'))
-    os.close(writing)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert payloads(out)[0]["success"] and process.returncode == 0
 
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
@@ -502,19 +378,6 @@ def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
-def test_sigterm_ends_a_peer_inside_a_read_whose_replies_nobody_reads() -> None:
-    """One small read that asks for many large replies."""
-    with Peer("--drain-ms", "100", env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
-        instructions = "x" * (1 << 20)
-        signature = {"inputs": [{"name": "q"}], "outputs": [{"name": "a"}], "instructions": instructions}
-        assert peer.call("create_program", {"id": "x", "signature": signature})["success"]
-        peer.send(*({"id": n, "command": "list_programs", "args": {"details": True}} for n in range(20)))
-        assert peer.process.stdout is not None
-        assert select.select([peer.process.stdout], [], [], PATIENCE)[0], "it has begun to answer"
-        peer.terminate()
-        assert peer.process.wait(PATIENCE) == 0
-
-
 def test_a_terminal_is_told_what_this_is() -> None:
     import pty
 
@@ -546,19 +409,6 @@ def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: 
         fresh_echo_peer.send(data)
         payload = fresh_echo_peer.receive_payload()
         assert payload.startswith(b'{"id":"xxx') and len(payload) > len(text)
-    end = time.monotonic() + PATIENCE
-    while (after := fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
-        assert time.monotonic() < end, (before, after)
-
-
-@pytest.mark.slow
-def test_a_big_execute_both_ways_whose_memory_is_given_back(fresh_echo_peer: Peer) -> None:
-    fresh_echo_peer.call("create_program", {"id": "qa", "signature": "q -> a"})
-    ask = {"program_id": "qa", "inputs": {"q": "x" * (8 << 20)}}
-    fresh_echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"q": "x"}})
-    before = fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]
-    for _ in range(10):
-        assert len(fresh_echo_peer.call("execute_program", ask)["result"]["a"]) > 8 << 20
     end = time.monotonic() + PATIENCE
     while (after := fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
         assert time.monotonic() < end, (before, after)

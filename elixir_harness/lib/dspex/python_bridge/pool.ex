@@ -11,8 +11,8 @@ defmodule DSPex.PythonBridge.Pool do
   included. A peer works on many calls at once, so one is often enough. Several use more than one core, and serve calls
   during the second that a new peer needs to import DSPy.
 
-  `create_program` and `cleanup` apply to all peers, and a restarted peer gets all programs before it serves
-  anything. `with_bridge/2` reserves a peer for one function.
+  `create_program` and `cleanup` apply to all peers: one of them makes the change, and the others load a program when
+  they first run it, as a restarted peer does.
 
   Pools of the same `:cluster` on connected nodes serve each other's calls if they cannot serve their own, and share
   their programs: see docs/cluster.md.
@@ -24,8 +24,7 @@ defmodule DSPex.PythonBridge.Pool do
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
   alias DSPex.PythonBridge.OTP.Parallel
-  alias DSPex.PythonBridge.Pool.{Caller, CoordinatorClient, Handle}
-  alias DSPex.PythonBridge.Pool.Cluster.Membership
+  alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle}
   alias DSPex.PythonBridge.Telemetry.CallSpan
 
   @typedoc "The name of a pool, or its pid."
@@ -40,7 +39,7 @@ defmodule DSPex.PythonBridge.Pool do
           os_pid: pos_integer() | nil,
           state: :starting | :running | :restarting | :failed,
           pending: non_neg_integer(),
-          checked_out: boolean(),
+          checked_out: false,
           monitor: atom()
         }
 
@@ -107,10 +106,12 @@ defmodule DSPex.PythonBridge.Pool do
   `max_retries + 1` peers have died with the request; `:overloaded` if all peers that are up are overloaded:
   `request/4` has the text and the `meta` of the last peer that was, which name the limit.
 
-  `create_program` and `cleanup` run on all peers, and on all nodes of the cluster. If such a call times out, or
-  returns `:bridge_not_running` since the pool's coordinator crashed meanwhile, the change may still be made later.
+  `create_program` and `cleanup` go to one peer, whose reply is the result. If it has made the change, the other peers of
+  this node have been sent it before this returns; other nodes of the cluster get it unconfirmed. If several callers create
+  one program at a time, the last one wins. `max_pending` does not apply to such calls. One that times out may still make
+  its change later.
 
-  `get_stats` and `list_programs` ask all peers of this node, those that are checked out included, and add their answers:
+  `get_stats` and `list_programs` ask all peers of this node, and add their answers:
 
     * `"peers"` is the number of peers that answered. `"missing"` has the names of the bridges, as strings, whose peer did
       not answer within 2 s, or the timeout if that is shorter; if none has by then, the first one that does is waited for
@@ -163,9 +164,8 @@ defmodule DSPex.PythonBridge.Pool do
     * `:tools` run in the calling node. What they have answered goes with the call to the next peer
     * with `retry: false`, a run is not sent again after a peer has died with it. One that its peer has not got yet is
       sent to another
-    * `create_program` and `cleanup` reach each peer once, whatever `:retry` says, and `meta["duration_ms"]` is the time
-      until all have made the change. That of `get_stats` and `list_programs` is the time until the answers were
-      added; their `meta` has nothing else
+    * `meta["duration_ms"]` of `get_stats` and `list_programs` is the time until the answers were added; their `meta` has
+      nothing else
   """
   @spec request(pool(), Bridge.command(), map(), [Bridge.request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
@@ -228,50 +228,51 @@ defmodule DSPex.PythonBridge.Pool do
     end
   end
 
-  ## Checkouts
+  ## Its bridges
 
   @doc """
-  Checks out a peer of this node: `{:ok, bridge}`. The pool's calls do not use it until it is checked in by `checkin/2`, or
-  the calling process ends. Calls that it has already are still answered. `with_bridge/2` cannot forget to check it in.
+  The least busy bridge of this node: `{:ok, bridge}`, a name for the functions of `DSPex.PythonBridge.Bridge`. It is not
+  reserved: a peer works on many calls at once, and the pool goes on using it. The name stays valid when the peer is
+  restarted. `{:error, :pool_exhausted}` if no peer is running.
 
-  `bridge` is a name for the functions of `DSPex.PythonBridge.Bridge`; it stays valid when the peer is restarted. If
-  no other is free, a peer that is not up yet may be checked out: calls to it wait. If all are checked out, returns
-  `{:error, :pool_exhausted}` at once.
-
-  Programs that are created through the bridge itself belong to the pool, too, but the other peers get them only when
-  they need them, and other nodes do not: create and remove programs with `call/4`.
+  Programs that are created or removed through a bridge are the pool's, too.
   """
   @spec checkout(pool()) :: {:ok, atom()} | {:error, :pool_exhausted | :bridge_not_running}
   def checkout(pool \\ __MODULE__) do
     started = System.monotonic_time()
-    answer = with_handle(pool, &CoordinatorClient.checkout/1)
+    answer = least_busy(pool)
     Telemetry.checkout(pool, answer, started)
     answer
   end
 
+  defp least_busy(pool) do
+    with %Handle{counters: counters} = handle <- Handle.fetch(pool),
+         index when index != nil <- LoadCounters.pick(counters) do
+      # It counts as busier from now on, so that many that ask at once do not all get the same.
+      LoadCounters.ticket(counters, index)
+      {:ok, Handle.bridge(handle, index)}
+    else
+      nil -> {:error, if(Handle.fetch(pool), do: :pool_exhausted, else: :bridge_not_running)}
+    end
+  end
+
   @doc "As `checkin/2`, to the pool named `DSPex.PythonBridge.Pool`."
-  @spec checkin(atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
+  @spec checkin(atom() | pid()) :: :ok | {:error, :bridge_not_running}
   def checkin(bridge), do: checkin(__MODULE__, bridge)
 
-  @doc """
-  Checks a bridge in; any process may. An error text if it is not a bridge of the pool, or not checked out.
-  """
-  @spec checkin(pool(), atom() | pid()) :: :ok | {:error, String.t() | :bridge_not_running}
-  def checkin(pool, bridge), do: with_handle(pool, &CoordinatorClient.checkin(&1, bridge))
+  @doc "For code that checks in what it has checked out. It does nothing, since `checkout/1` reserves nothing."
+  @spec checkin(pool(), atom() | pid()) :: :ok | {:error, :bridge_not_running}
+  def checkin(pool, _bridge),
+    do: if(Handle.fetch(pool), do: :ok, else: {:error, :bridge_not_running})
 
   @doc """
-  Checks out a peer of this node, calls `fun` with its bridge, and checks it in again, whatever happens: `{:ok, value}` with
-  what `fun` has returned. What it raises, throws or exits with is passed on.
+  Calls `fun` with the bridge that `checkout/1` gives: `{:ok, value}` with what it has returned.
 
       {:ok, facts} =
         Pool.with_bridge(fn bridge ->
           {:ok, _} = Bridge.call(bridge, :create_program, %{id: "qa", signature: "question -> answer"})
           Bridge.call(bridge, :execute_program, %{program_id: "qa", inputs: %{question: "Why?"}})
         end)
-
-  No other caller uses the peer meanwhile, unless it is given the bridge. `{:error, :pool_exhausted}` if all peers are
-  checked out; `fun` is not called then. Within `fun`, another `with_bridge/2` checks out another peer. If the calling
-  process is killed, its peer is checked in, too.
   """
   @spec with_bridge(pool(), (bridge :: atom() -> value)) ::
           {:ok, value} | {:error, :pool_exhausted | :bridge_not_running}
@@ -279,27 +280,14 @@ defmodule DSPex.PythonBridge.Pool do
   def with_bridge(pool \\ __MODULE__, fun)
 
   def with_bridge(pool, fun) when is_function(fun, 1) do
-    started = System.monotonic_time()
-    report = &Telemetry.checkout(pool, &1, started)
-
-    case Handle.fetch(pool) do
-      nil -> tap({:error, :bridge_not_running}, report)
-      handle -> CoordinatorClient.with_bridge(handle, fun, report)
-    end
+    with {:ok, bridge} <- checkout(pool), do: {:ok, fun.(bridge)}
   end
 
   def with_bridge(_pool, _other),
     do: raise(ArgumentError, "with_bridge: expected a function of one argument, the bridge")
 
-  defp with_handle(pool, fun) do
-    case Handle.fetch(pool) do
-      nil -> {:error, :bridge_not_running}
-      handle -> fun.(handle)
-    end
-  end
-
   @doc """
-  The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1`, whether they are checked out, and the
+  The state of the pool: its peers, as in `DSPex.PythonBridge.Bridge.get_status/1` (`checked_out` is always false), and the
   names of their bridges and of the monitors of these (`DSPex.PythonBridge.Monitor.get_health_status/1`); the nodes
   that have a pool of its cluster, this one included; and under `programs`, as `failed`, the programs that any of its
   peers could not load, with the reason. Of a pool that is not running only `peers` and `nodes` are there, both empty.
@@ -317,7 +305,7 @@ defmodule DSPex.PythonBridge.Pool do
 
         %{
           peers: for({index, status} <- states, do: peer(handle, index, status)),
-          nodes: Membership.nodes(handle),
+          nodes: Cluster.nodes(handle),
           programs: %{failed: failed(states)}
         }
     end
@@ -336,7 +324,7 @@ defmodule DSPex.PythonBridge.Pool do
     |> Map.merge(%{
       bridge: Handle.bridge(handle, index),
       monitor: Handle.monitor(handle.name, index),
-      checked_out: LoadCounters.checked_out?(handle.counters, index)
+      checked_out: false
     })
   end
 end

@@ -17,7 +17,12 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert options.max_retries == 3
     assert options.max_frame_bytes == 64 * 1024 * 1024
     assert options.script_path == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-    assert options.env.() == %{"DSPY_BRIDGE_LOG_FRAMES" => "1"}
+
+    assert Enum.sort(Map.keys(options.env.())) == [
+             "DSPY_BRIDGE_LOG_FRAMES",
+             "MALLOC_MMAP_THRESHOLD_",
+             "MALLOC_TRIM_THRESHOLD_"
+           ]
   end
 
   test "defaults come from the application's configuration, options go before it" do
@@ -146,7 +151,14 @@ defmodule DSPex.PythonBridge.OptionsTest do
   test "the peer sends its log records as frames, unless :env sets that" do
     frames = fn opts ->
       {:ok, options} = Options.new(opts)
-      {options.env.()["DSPY_BRIDGE_LOG_FRAMES"], Options.log_to_stderr(options).env.()}
+
+      to_stderr =
+        Map.drop(Options.log_to_stderr(options).env.(), [
+          "MALLOC_MMAP_THRESHOLD_",
+          "MALLOC_TRIM_THRESHOLD_"
+        ])
+
+      {options.env.()["DSPY_BRIDGE_LOG_FRAMES"], to_stderr}
     end
 
     assert {"1", %{"DSPY_BRIDGE_LOG_FRAMES" => "0", "A" => "b"}} = frames.(env: %{"A" => "b"})
@@ -184,7 +196,9 @@ defmodule DSPex.PythonBridge.OptionsTest do
                args: ["-u", "/a/peer.py"],
                env: [
                  {~c"DSPY_BRIDGE_LM", ~c"offline/echo"},
-                 {~c"DSPY_BRIDGE_LOG_FRAMES", ~c"1"}
+                 {~c"DSPY_BRIDGE_LOG_FRAMES", ~c"1"},
+                 {~c"MALLOC_MMAP_THRESHOLD_", ~c"4194304"},
+                 {~c"MALLOC_TRIM_THRESHOLD_", ~c"8388608"}
                ]
              ]
     end

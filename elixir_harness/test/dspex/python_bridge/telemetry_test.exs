@@ -310,13 +310,15 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     assert_received {@check, _, %{result: :bridge_not_running}}
   end
 
-  test "[:pool, :checkout] reports the bridge that was checked out, or why none was" do
+  test "[:pool, :checkout] reports the bridge that was given, or why none was" do
     pool = start_pool(fake_opts("echo", pool_size: 1))
+    assert {:ok, _} = Pool.call(pool, :ping, %{}, 5_000)
     events()
     assert {:ok, bridge} = Pool.checkout(pool)
     assert_received {@checkout, %{duration: duration}, metadata}
     assert is_integer(duration)
     assert metadata == %{pool: pool, bridge: bridge, result: :ok}
+    DSPex.Test.PoolProbe.stop_serving(pool)
     assert {:error, :pool_exhausted} = Pool.checkout(pool)
     assert_received {@checkout, _, %{result: :pool_exhausted, bridge: nil}}
     assert {:error, :bridge_not_running} = Pool.checkout(:no_pool)

@@ -316,7 +316,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         refuse(state, request, {:not_started, state.last_error})
 
       InFlight.pending(state.in_flight) >= state.options.max_pending and
-          not of_coordinator?(request) ->
+          not change_of_pool?(request) ->
         refuse(state, request, :overloaded)
 
       not InFlight.fits?(state.in_flight, request, max) ->
@@ -327,9 +327,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  # A pool's coordinator changes the programs of all bridges, or of none.
-  defp of_coordinator?(%Request{change: {_kind, _ids, stamp}}), do: stamp != nil
-  defp of_coordinator?(_request), do: false
+  defp change_of_pool?(%Request{change: change, retry: retry}),
+    do: change != nil and retry == :pool
 
   defp refuse(state, request, failure),
     do: %{state | in_flight: InFlight.refuse(state.in_flight, request, failure)}

@@ -18,7 +18,7 @@ defmodule DSPex.PythonBridge.Calls do
       request
       | watch: watch(request, id),
         deadline: Deadline.new(request.timeout),
-        change: request.change && stamped(request.change),
+        change: request.change && stamped(in_flight.programs, request.change),
         at: Dispatcher.free_peer(in_flight, request),
         told?: false,
         streamed?: false,
@@ -35,9 +35,8 @@ defmodule DSPex.PythonBridge.Calls do
   defp watch(%Request{pid: pid}, id),
     do: {:monitor, :erlang.monitor(:process, pid, tag: {:caller_down, id})}
 
-  # In the order in which this bridge gets them, unless a pool has stamped them.
-  defp stamped({kind, ids, nil}), do: {kind, ids, Programs.Store.stamp()}
-  defp stamped(change), do: change
+  # In the order in which this bridge gets them.
+  defp stamped(programs, {kind, ids, nil}), do: {kind, ids, Programs.Store.stamp(programs, ids)}
 
   @doc """
   Ends a call, by its id or the alias of its caller, that nobody waits for any longer. A request that still waits to
@@ -126,7 +125,17 @@ defmodule DSPex.PythonBridge.Calls do
     do: Dispatcher.tell(in_flight, body)
 
   defp note_change(in_flight, change, body, frame) do
-    if Protocol.success?(frame),
-      do: Programs.Store.apply_change(in_flight.programs, change, body)
+    if Protocol.success?(frame) do
+      Programs.Store.apply_change(in_flight.programs, change, body)
+      report(in_flight.slot, {:changed, change, body})
+    end
+  end
+
+  # Before the caller has its reply.
+  defp report(nil, _change), do: :ok
+
+  defp report({_counters, index, coordinator, _monitor}, {:changed, change, body}) do
+    with pid when is_pid(pid) <- Process.whereis(coordinator),
+         do: send(pid, {:changed, index, change, body})
   end
 end

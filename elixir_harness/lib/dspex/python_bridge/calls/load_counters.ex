@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   # The load and readiness of a pool's bridges, in `:atomics`: callers choose a bridge in well under a microsecond
   # and ask no process.
   #
-  # Each bridge has a slot, numbered from 1, of six words, each with one kind of writer:
+  # Each bridge has a slot, numbered from 1, of five words, each with one kind of writer:
   #
   #   * calls: the number of calls that the bridge has, and a bit with which a bridge looks busier than any other: its
   #     peer is silent, or has just started (`put_calls/4`). The bridge writes it
@@ -13,7 +13,6 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   #     since their callers were killed, count until the next call arrives, or for `@on_the_way_ms`
   #   * ready: 0, or a number that grows from one readiness to the next, so that the smallest is that of the peer that has
   #     been up longest. The bridge writes it
-  #   * checked out: 0 or 1. The pool's coordinator writes it
   #
   # A value may be outdated when it is used: a bridge may die right after it. Then the caller gets the error.
 
@@ -26,7 +25,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   @on_the_way_ms 20
   # Word 1 is where the next search starts, so that equally busy bridges are used round-robin.
   @turn 1
-  @words_per_slot 6
+  @words_per_slot 5
 
   @typedoc "The slots of one pool."
   @opaque t :: {:atomics.atomics_ref(), pos_integer()}
@@ -77,7 +76,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   ## For callers
 
   @doc """
-  The slot for the next call: ready, not checked out and not excluded; nil if there is none. It is the least busy one,
+  The slot for the next call: ready and not excluded; nil if there is none. It is the least busy one,
   or the one that has been up longest; a silent one only as the last resort.
   """
   @spec pick(t(), [index()], :least_busy | :longest_up) :: index() | nil
@@ -109,46 +108,28 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   @spec any?(t(), [{index(), since :: non_neg_integer()}]) :: boolean()
   def any?({ref, size}, but \\ []) do
     Enum.any?(1..size, fn index ->
-      free?(ref, index) and {index, :atomics.get(ref, ready(index))} not in but
+      since = :atomics.get(ref, ready(index))
+      since > 0 and {index, since} not in but
     end)
   end
 
-  ## For the coordinator
+  @doc "Of these readinesses those that last: a slot that has become ready again since is another one."
+  @spec still(t(), [{index(), since :: non_neg_integer()}]) :: [index()]
+  def still(_counters, []), do: []
 
-  @doc "Excludes a bridge from the choice."
-  @spec check_out(t(), index()) :: :ok
-  def check_out({ref, _size}, index), do: :atomics.put(ref, checked_out(index), 1)
-
-  @doc "Includes a bridge in the choice again."
-  @spec check_in(t(), index()) :: :ok
-  def check_in({ref, _size}, index), do: :atomics.put(ref, checked_out(index), 0)
-
-  @doc "Whether a bridge is checked out."
-  @spec checked_out?(t(), index()) :: boolean()
-  def checked_out?({ref, _size}, index), do: :atomics.get(ref, checked_out(index)) == 1
+  def still(counters, slots),
+    do: for({index, since} <- slots, ready_since(counters, index) == since, do: index)
 
   ## Words
 
   # For each call.
-  @compile {:inline,
-            calls: 1,
-            ready: 1,
-            sent: 1,
-            received: 1,
-            sent_at: 1,
-            checked_out: 1,
-            free?: 2,
-            rank: 3}
+  @compile {:inline, calls: 1, ready: 1, sent: 1, received: 1, sent_at: 1, rank: 3}
 
-  defp calls(index), do: @words_per_slot * index - 4
-  defp ready(index), do: @words_per_slot * index - 3
-  defp received(index), do: @words_per_slot * index - 2
-  defp sent(index), do: @words_per_slot * index - 1
-  defp sent_at(index), do: @words_per_slot * index
-  defp checked_out(index), do: @words_per_slot * index + 1
-
-  defp free?(ref, index),
-    do: :atomics.get(ref, ready(index)) > 0 and :atomics.get(ref, checked_out(index)) == 0
+  defp calls(index), do: @words_per_slot * index - 3
+  defp ready(index), do: @words_per_slot * index - 2
+  defp received(index), do: @words_per_slot * index - 1
+  defp sent(index), do: @words_per_slot * index
+  defp sent_at(index), do: @words_per_slot * index + 1
 
   defp search(_ref, _size, _start, 0, _excluded, _preference, best, _rank), do: best
 
@@ -156,7 +137,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
     index = rem(start + left, size) + 1
 
     # An atom is greater than any number.
-    with true <- free?(ref, index) and not :lists.member(index, excluded),
+    with true <- :atomics.get(ref, ready(index)) > 0 and not :lists.member(index, excluded),
          new when new < rank <- rank(ref, index, preference) do
       search(ref, size, start, left - 1, excluded, preference, index, new)
     else

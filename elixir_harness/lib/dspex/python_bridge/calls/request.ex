@@ -39,7 +39,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
           pid: pid() | nil,
           timeout: timeout(),
           body: binary(),
-          change: Store.change() | repair() | nil,
+          change: Store.change() | nil,
           retry: retry(),
           deaths: non_neg_integer(),
           spared: non_neg_integer(),
@@ -54,16 +54,13 @@ defmodule DSPex.PythonBridge.Calls.Request do
           bound?: boolean()
         }
   @type retry :: :bridge | :never | :pool
-  @typedoc "Only for the coordinator of a pool: see `DSPex.PythonBridge.Pool.ProgramChanges.ask/2`."
-  @type repair :: {:repair, pos_integer(), Store.id()}
   @typedoc """
-  What the caller gets: `{ref, reply}`. `:served`: from `DSPex.PythonBridge.Pool.Cluster.Relay`. `:tools_begun`: from
+  What the caller gets: `{ref, reply}`. `:tools_begun`: from
   `DSPex.PythonBridge.Client.StreamProxy`, if a tool had begun that must not be called again.
   """
   @type reply ::
           {:frame, binary()}
           | {:error, :timeout | :proxy_died | failure()}
-          | {:served, term()}
           | {:tools_begun, reply()}
   @type failure ::
           :python_process_died

@@ -209,16 +209,13 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     end
   end
 
-  # The errors with which a pool tries another peer (`DSPex.PythonBridge.Pool.LocalCall`), unless chunks were given.
+  # The errors with which a pool tries another peer, unless chunks were given.
   defp again?(%__MODULE__{again?: true}, reply), do: another_peer?(reply)
   defp again?(%__MODULE__{pool?: false}, _reply), do: false
   defp again?(%__MODULE__{streamed?: true}, _reply), do: false
   defp again?(%__MODULE__{}, reply), do: another_peer?(reply)
 
   defp another_peer?({:frame, frame}), do: not Protocol.success?(frame)
-  # From another node, which has tried its peers.
-  defp another_peer?({:served, {:done, result}}), do: elem(result, 0) != :ok
-  defp another_peer?({:served, _nobody}), do: true
   defp another_peer?({:error, {:died, _sent}}), do: true
 
   defp another_peer?({:error, reason}),
@@ -229,9 +226,6 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   defp with_tools_begun(:bound, {:frame, frame} = reply),
     do: if(Protocol.success?(frame), do: reply, else: {:tools_begun, reply})
-
-  defp with_tools_begun(:bound, {:served, {:done, {:error, _error}}} = reply),
-    do: {:tools_begun, reply}
 
   defp with_tools_begun(_bound, reply), do: reply
 

@@ -16,13 +16,12 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
   @typedoc """
-  A call to a bridge or a pool, which `open` makes: it gets the options, with chunks if `:stream` is true. It gives the
-  call and the frame of its first chunk, if it has waited for that; or the result.
+  A call to a bridge or a pool, which `open` makes: it gets the options, with chunks if `:stream` is true.
   """
   @type request ::
           {:bridge | :pool, server :: term(), Protocol.command(), args :: map(), keyword(),
            open()}
-  @type open :: (keyword() -> {:open, call(), binary() | nil} | Caller.result())
+  @type open :: (keyword() -> {:open, call()} | Caller.result())
   @typedoc """
   A call under way. `holder`: of its functions. `conclude` makes the reply the result, or says how the call is made again: not
   if the reply is `:final`, since chunks were given that cannot come again. `dest` is sent `:unreadable_frame`.
@@ -34,8 +33,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
           :deadline => Deadline.t(),
           :conclude => (Request.reply(), :final | :repeatable ->
                           Caller.result()
-                          | {:again, (-> {:open, call(), binary()} | Caller.result())}),
-          optional(:follow) => term()
+                          | {:again, (-> {:open, call()} | Caller.result())})
         }
   @typedoc "A chunk as the peer wrote it, with string keys; the last element is the result."
   @type element :: {:chunk, map()} | {:over, Caller.result()}
@@ -59,7 +57,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     call = %{call | request: nil}
     under_way = %{proxy: proxy, holder: holder, dest: call.dest, deadline: call.deadline}
     conclude = fn reply, _chunks -> Caller.conclude(call, reply) end
-    {:open, Map.put(under_way, :conclude, conclude), nil}
+    {:open, Map.put(under_way, :conclude, conclude)}
   end
 
   @doc "Makes the call, calls `on_chunk` with each chunk, and returns the result."
@@ -97,10 +95,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   end
 
   # Its chunks, which the proxy keeps, come when the caller asks for them.
-  defp opened(state, {:open, call, nil}, step, fun), do: go_on(%{state | call: call}, step, fun)
-
-  defp opened(state, {:open, call, frame}, {:cont, acc}, fun),
-    do: chunk(%{state | call: call, again: nil}, frame, acc, fun)
+  defp opened(state, {:open, call}, step, fun),
+    do: go_on(%{state | call: call, again: nil}, step, fun)
 
   defp opened(state, result, {:cont, acc}, fun), do: over(result, state.span, acc, fun)
 

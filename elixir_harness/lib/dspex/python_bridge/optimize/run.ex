@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
   alias DSPex.PythonBridge.Optimize.{Progress, TemporaryProgram}
   alias DSPex.PythonBridge.OTP.{Deadline, Registry}
+  alias DSPex.PythonBridge.Pool.Route
   alias DSPex.PythonBridge.Telemetry.Metadata
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
@@ -20,6 +21,8 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   defstruct @enforce_keys
 
   @type where :: {:bridge, Caller.dest()} | {:pool, Pool.Handle.t()}
+  # A run at a bridge that is no pool's, which does not go on to another one.
+  @typep at_bridge :: {Caller.dest(), Calls.Request.t(), Deadline.t()}
   @typedoc """
   `program`: the process of the program. `holder`: of the functions. `create`: the body of the request that creates the
   program.
@@ -62,150 +65,125 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   @spec make(t(), execute :: binary(), Deadline.t(), Progress.t()) ::
           {Caller.result() | :stopped, Progress.t()}
   def make(%__MODULE__{} = run, execute, deadline, progress) do
-    request = %Pool.Request{body: execute, program: nil, deadline: deadline}
-    {result, progress} = attempt(run, request, progress)
+    {result, progress} = attempt(run, route(run, execute, deadline), progress)
     {with_tools_begun(FunctionHolder.close(run.holder), result), progress}
   end
 
   defp with_tools_begun(:bound, {:error, _error} = result), do: Caller.once(result)
   defp with_tools_begun(_bound, result), do: result
 
-  defp attempt(run, request, progress) do
-    {outcome, progress} = follow(begin(run, request), progress)
+  # The bridge itself would send it to a peer without the program.
+  defp route(%{where: {:bridge, dest}}, execute, deadline),
+    do: {dest, %Calls.Request{body: execute, retry: :never, stream?: true}, deadline}
 
-    case after_death(run, request, outcome) do
-      nil -> {conclude(run, outcome), progress}
-      request -> attempt(run, request, progress)
+  defp route(%{where: {:pool, handle}} = run, execute, deadline) do
+    %Route{
+      handle: handle,
+      body: execute,
+      deadline: deadline,
+      stream?: true,
+      resend?: run.retry?,
+      reach: :here
+    }
+  end
+
+  defp attempt(run, route, progress) do
+    case next(route) do
+      {:send, request, route} ->
+        {reply, progress} = at_peer(run, call(route, request), progress, @creations)
+
+        case follow(run, route, reply) do
+          {:resend, route} -> attempt(run, route, progress)
+          {:done, result} -> {result, progress}
+        end
+
+      {:error, _error} = result ->
+        {result, progress}
     end
   end
 
-  # Deaths before the first chunk are the pool's to handle.
-  defp after_death(%{retry?: true} = run, request, {:reply, {:error, reason}, dest}) do
-    case reason do
-      :replaced -> Pool.Request.renew(request)
-      :python_process_died -> one_more_death(run, request, dest)
-      {:died, _sent} -> one_more_death(run, request, dest)
-      :bridge_not_running when elem(run.where, 0) == :pool -> one_more_death(run, request, dest)
-      _final -> nil
-    end
-  end
+  @spec next(Route.t() | at_bridge()) ::
+          {:send, Calls.Request.t(), Route.t() | at_bridge()} | {:error, Error.t()}
+  defp next({_dest, request, _deadline} = at_bridge), do: {:send, request, at_bridge}
+  defp next(route), do: Route.next(route)
 
-  defp after_death(_run, _request, _outcome), do: nil
+  defp call({dest, request, deadline}, request), do: call(dest, deadline, request)
+  defp call(%Route{} = route, request), do: call(route.bridge, route.deadline, request)
 
-  defp one_more_death(run, %Pool.Request{deaths: deaths} = request, dest) do
-    if deaths < max_retries(run.where) do
-      pool = with {:pool, handle} <- run.where, do: handle.name, else: (_bridge -> nil)
-      metadata = %{bridge: Metadata.name(dest), pool: pool, reason: :died}
+  defp call(dest, deadline, request),
+    do: %{dest: dest, deadline: deadline, request: request, again?: true}
+
+  defp follow(_run, _route, :stopped), do: {:done, :stopped}
+
+  defp follow(_run, _route, {:tools_begun, reply}),
+    do: {:done, Caller.once(Caller.read(reply))}
+
+  defp follow(_run, %Route{} = route, reply), do: Route.follow(route, reply)
+
+  defp follow(%{retry?: true}, route, {:error, :replaced}), do: {:resend, route}
+
+  defp follow(%{retry?: true}, {dest, request, deadline}, {:error, died})
+       when died == :python_process_died or elem(died, 0) == :died do
+    if request.deaths < max_retries(dest) do
+      metadata = %{bridge: Metadata.name(dest), pool: nil, reason: :died}
       Telemetry.execute([:bridge, :resend], %{count: 1}, metadata)
-      Pool.Request.renew(%{request | deaths: deaths + 1})
+      {:resend, {dest, %{request | deaths: request.deaths + 1}, deadline}}
+    else
+      {:done, {:error, Error.new(:python_process_died)}}
     end
   end
 
-  defp max_retries({:pool, handle}), do: handle.settings.max_retries
+  defp follow(_run, _route, reply), do: {:done, Caller.read(reply)}
 
-  defp max_retries({:bridge, dest}) do
+  defp max_retries(dest) do
     case Registry.get(:bridge, dest) do
       %{max_retries: most} -> most
       _of_another_node -> @default_retries
     end
   end
 
-  defp conclude(_run, :stopped), do: :stopped
-  defp conclude(_run, {:result, result}), do: result
-
-  defp conclude(run, {:reply, {:tools_begun, reply}, dest}),
-    do: Caller.once(conclude(run, {:reply, reply, dest}))
-
-  # Its bridge has ended, not the pool.
-  defp conclude(%{where: {:pool, _handle}}, {:reply, {:error, :bridge_not_running}, _dest}),
-    do: {:error, Error.new(:python_process_died)}
-
-  defp conclude(_run, {:reply, reply, _dest}), do: Caller.read(reply)
-
   ## At a peer
 
-  defp begin(%{where: {:pool, handle}} = run, request) do
-    attempt = %Pool.Attempt{holder: run.holder, retry: run.retry?, stream?: true, again?: true}
+  defp at_peer(run, call, progress, left) do
+    TemporaryProgram.at(run.program, call.dest)
+    created = TemporaryProgram.ask(call.dest, run.create, call.request.retry, call.deadline)
 
-    execute = fn {bridge, slot}, request ->
-      Pool.Attempt.make(attempt, bridge, slot, request)
-    end
+    with {:frame, frame} <- created, true <- Protocol.success?(frame) do
+      {reply, progress} = items(call, StreamProxy.start(call, run.holder), progress)
 
-    result =
-      Pool.Router.run_here(handle, request, fn bridge, slot, request ->
-        create_and_execute(run, {bridge, slot}, request, execute, @creations)
-      end)
-
-    if elem(result, 0) == :begun, do: result, else: {:result, result}
-  end
-
-  defp begin(%{where: {:bridge, dest}} = run, request) do
-    execute = fn {bridge, nil}, %Pool.Request{deadline: deadline} = request ->
-      # The bridge itself would send it to a peer without the program.
-      sent = %Calls.Request{body: request.body, retry: :never, stream?: true}
-      sent = %{sent | deaths: request.deaths}
-      call = %{dest: bridge, deadline: deadline, request: sent, again?: true}
-      proxy = StreamProxy.start(call, run.holder)
-
-      case StreamProxy.next(proxy, deadline) do
-        {:chunk, frame} -> {:begun, %{proxy: proxy, dest: bridge, deadline: deadline}, frame}
-        {:over, reply} -> reply
-      end
-    end
-
-    case create_and_execute(run, {dest, nil}, request, execute, @creations) do
-      {:begun, _call, _frame} = begun -> begun
-      reply -> {:reply, reply, dest}
+      if left > 1 and missing?(reply),
+        do: at_peer(run, call, progress, left - 1),
+        else: {reply, progress}
+    else
+      _refused_or_gone -> {created, progress}
     end
   end
 
-  defp create_and_execute(run, peer, request, execute, left) do
-    TemporaryProgram.at(run.program, peer)
+  defp missing?({:frame, _frame} = reply),
+    do: match?({:error, %Error{type: :program_not_found}}, Caller.read(reply))
 
-    with {:frame, frame} = created <- TemporaryProgram.ask(peer, run.create, request.deadline) do
-      if Protocol.success?(frame),
-        do: again_if_missing(run, peer, request, execute, left - 1, execute.(peer, request)),
-        else: created
-    end
-  end
-
-  defp again_if_missing(run, peer, request, execute, left, {:frame, _frame} = reply)
-       when left > 0 do
-    case Caller.read(reply) do
-      {:error, %Error{type: :program_not_found}} ->
-        create_and_execute(run, peer, request, execute, left)
-
-      _other ->
-        reply
-    end
-  end
-
-  defp again_if_missing(_run, _peer, _request, _execute, _left, reply), do: reply
+  defp missing?(_reply), do: false
 
   ## Its items
 
-  defp follow({:begun, call, frame}, progress) do
-    case take(call, frame, progress) do
-      {:go_on, progress} -> follow(call, progress)
-      {:stop, progress} -> stop(call, progress)
-    end
-  end
-
-  defp follow(%{proxy: proxy} = call, progress) do
+  defp items(call, proxy, progress) do
     case StreamProxy.next(proxy, call.deadline) do
-      {:chunk, frame} -> follow({:begun, call, frame}, progress)
-      {:over, reply} -> {{:reply, reply, call.dest}, progress}
+      {:chunk, frame} ->
+        case take(call, proxy, frame, progress) do
+          {:go_on, progress} ->
+            items(call, proxy, progress)
+
+          {:stop, progress} ->
+            StreamProxy.stop(proxy)
+            {:stopped, progress}
+        end
+
+      {:over, reply} ->
+        {reply, progress}
     end
   end
 
-  defp follow(outcome, progress), do: {outcome, progress}
-
-  defp stop(call, progress) do
-    StreamProxy.stop(call.proxy)
-    {:stopped, progress}
-  end
-
-  defp take(call, frame, progress) do
+  defp take(call, proxy, frame, progress) do
     case Protocol.decode_chunk(frame) do
       {:ok, _id, item} ->
         Progress.take(progress, item)
@@ -216,7 +194,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
     end
   catch
     kind, reason ->
-      StreamProxy.stop(call.proxy)
+      StreamProxy.stop(proxy)
       :erlang.raise(kind, reason, __STACKTRACE__)
   end
 end

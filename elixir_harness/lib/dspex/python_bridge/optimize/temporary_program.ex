@@ -6,13 +6,10 @@ defmodule DSPex.PythonBridge.Optimize.TemporaryProgram do
   alias DSPex.PythonBridge.Calls
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
-  alias DSPex.PythonBridge.{Pool, Protocol}
+  alias DSPex.PythonBridge.Protocol
 
   # A peer that hangs is replaced, and has no programs then.
   @cleanup_ms 1_000
-
-  @typedoc "A bridge, with its slot if it is one of a pool."
-  @type peer :: {Caller.dest(), Pool.Attempt.slot() | nil}
 
   @doc "An id for the program, which says what it is in `list_programs`."
   @spec id(String.t()) :: String.t()
@@ -32,7 +29,7 @@ defmodule DSPex.PythonBridge.Optimize.TemporaryProgram do
   end
 
   @doc "Notes a peer, before it is given the program."
-  @spec at(pid(), peer()) :: :ok
+  @spec at(pid(), Caller.dest()) :: :ok
   def at(pid, peer) do
     send(pid, {:at, peer})
     :ok
@@ -66,23 +63,15 @@ defmodule DSPex.PythonBridge.Optimize.TemporaryProgram do
   # A peer makes changes in the order in which it reads them, so this one comes after the creation.
   defp remove(id, peers) do
     {:ok, body} = Protocol.encode_body(:cleanup, %{program_ids: [id]})
-    for peer <- peers, do: ask(peer, body, Deadline.new(@cleanup_ms))
+    for peer <- peers, do: ask(peer, body, :never, Deadline.new(@cleanup_ms))
   end
 
   @doc """
-  Sends a peer a request without a change that its bridge would keep.
+  Sends a peer a request without a change that its bridge would keep. `retry`: of `DSPex.PythonBridge.Calls.Request`.
   """
-  @spec ask(peer(), binary(), Deadline.t()) :: Calls.Request.reply()
-  def ask({bridge, nil}, body, deadline),
-    do:
-      Caller.send_and_wait(
-        bridge,
-        Deadline.left(deadline),
-        %Calls.Request{body: body, retry: :never}
-      )
-
-  def ask({bridge, slot}, body, deadline) do
-    request = %Pool.Request{body: body, program: nil, deadline: deadline}
-    Pool.Attempt.make(%Pool.Attempt{}, bridge, slot, request)
+  @spec ask(Caller.dest(), binary(), Calls.Request.retry(), Deadline.t()) :: Calls.Request.reply()
+  def ask(bridge, body, retry, deadline) do
+    request = %Calls.Request{body: body, retry: retry}
+    Caller.send_and_wait(bridge, Deadline.left(deadline), request)
   end
 end

@@ -1,21 +1,20 @@
 defmodule DSPex.PythonBridge.Pool.Caller do
   @moduledoc false
   # The part of a pool's call that runs in the caller's process, before and after its way to a peer
-  # (`DSPex.PythonBridge.Pool.Router`). Changes of programs go to the coordinator, questions about the peers to all of them.
+  # (`DSPex.PythonBridge.Pool.Route`).
 
   import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
 
-  alias DSPex.PythonBridge.{Calls, Client, Error, Protocol}
-  alias DSPex.PythonBridge.Client.StreamReducer
+  alias DSPex.PythonBridge.{Client, Error, Protocol}
+  alias DSPex.PythonBridge.Client.{StreamProxy, StreamReducer}
   alias DSPex.PythonBridge.OTP.{Deadline, Registry}
-  alias DSPex.PythonBridge.Pool.{Attempt, CoordinatorClient, Handle, Request, Router, Sums}
+  alias DSPex.PythonBridge.Pool.{Coordinator, Handle, Route, Sums}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
   alias DSPex.PythonBridge.Tools.FunctionHolder
 
   # For each call.
-  @compile {:inline, find: 1, check_timeout: 2, program: 2, whole: 5, attempt: 1}
+  @compile {:inline, find: 2, check_timeout: 2, options: 2, program: 2}
 
-  # They have no chunks, and their bodies are kept.
   @changes [:create_program, "create_program", :cleanup, "cleanup"]
 
   @typedoc "The name of a pool, or its pid, as the caller has given it."
@@ -24,10 +23,30 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   @doc "Makes a call without chunks and tools. The arguments are those of `DSPex.PythonBridge.Client.Caller.exchange/5`."
   @spec exchange(pool(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           Client.Caller.result()
+  def exchange(pool, command, args, timeout, opts) when is_summed(command) do
+    began = System.monotonic_time(:microsecond)
+
+    with {:ok, handle, timeout} <- find(pool, timeout),
+         {:ok, id, result, meta} <- Sums.run(handle, command, args, Deadline.new(timeout), opts) do
+      us = System.monotonic_time(:microsecond) - began
+      {:ok, id, result, Map.put(meta, "duration_ms", us / 1000)}
+    end
+  end
+
   def exchange(pool, command, args, timeout, opts) do
-    case prepare(pool, command, args, timeout, opts) do
-      {:ok, handle, request} -> Router.run(handle, request, attempt(opts))
-      result -> result
+    with {:ok, route} <- prepare(pool, command, args, timeout, opts) do
+      if route.change, do: change(route), else: Route.run(route)
+    end
+  end
+
+  # The bridge of the peer has reported it before it replied.
+  defp change(%Route{handle: %Handle{name: name}, change: {_kind, ids, _stamp}} = route) do
+    coordinator = Process.whereis(Handle.coordinator(name))
+
+    with {:ok, _id, _result, _meta} = made <- Route.run(route) do
+      ids = if ids == :all, do: :all, else: List.wrap(ids)
+      Coordinator.settle(name, route.deadline, coordinator, ids)
+      made
     end
   end
 
@@ -36,39 +55,48 @@ defmodule DSPex.PythonBridge.Pool.Caller do
           StreamReducer.request()
   def streamed(pool, command, args, timeout, opts) do
     open = fn opts ->
-      opts = if command in @changes, do: Keyword.put(opts, :stream, false), else: opts
-
-      case prepare(pool, command, args, timeout, opts) do
-        {:ok, handle, request} -> open(handle, request, opts)
-        result -> result
+      # These commands have neither chunks nor tools.
+      if command in @changes or is_summed(command) do
+        exchange(pool, command, args, timeout, Keyword.drop(opts, [:stream, :tools]))
+      else
+        with {:ok, route} <- prepare(pool, command, args, timeout, opts),
+             do: open(route, FunctionHolder.open(opts, route.handle.name, route.program))
       end
     end
 
     {:pool, pool, command, args, opts, open}
   end
 
-  defp open(%Handle{name: name} = handle, request, opts) do
-    holder = FunctionHolder.open(opts, name, request.program)
+  defp open(route, holder) do
+    case Route.next(route) do
+      {:send, request, %Route{bridge: bridge, deadline: deadline} = route} ->
+        call = %{dest: bridge, deadline: deadline}
+        proxy = StreamProxy.start(Map.put(call, :request, request), holder)
+        conclude = &conclude(route, holder, &1, &2)
+        {:open, Map.merge(call, %{proxy: proxy, holder: holder, conclude: conclude})}
 
-    opened(name, holder, Router.run(handle, request, %{attempt(opts) | holder: holder}))
-  end
-
-  defp opened(name, holder, {:begun, %{follow: follow} = call, frame}) do
-    conclude = fn
-      reply, :final ->
-        conclude(name, reply)
-
-      reply, :repeatable ->
-        case follow.(reply) do
-          {:again, run} -> {:again, fn -> opened(name, holder, run.()) end}
-          {:done, result} -> result
-        end
+      {:error, _error} = result ->
+        over(holder, result)
     end
-
-    {:open, Map.merge(call, %{holder: holder, conclude: conclude}), frame}
   end
 
-  defp opened(_name, holder, result), do: with_tools_begun(FunctionHolder.close(holder), result)
+  defp conclude(route, holder, reply, :repeatable) do
+    case Route.follow(route, reply) do
+      {:resend, route} -> {:again, fn -> open(route, holder) end}
+      {:done, result} -> over(holder, result)
+    end
+  end
+
+  # With chunks that were given, it is not resent.
+  defp conclude(%Route{handle: %Handle{name: name}}, _holder, reply, :final) do
+    with {:error, %Error{type: :bridge_not_running}} <- Client.Caller.read(reply) do
+      if Handle.fetch(name),
+        do: {:error, Error.new(:python_process_died)},
+        else: {:error, Error.not_running(:pool, name)}
+    end
+  end
+
+  defp over(holder, result), do: with_tools_begun(FunctionHolder.close(holder), result)
 
   # No peer is left that could say so.
   defp with_tools_begun(:bound, {:error, %Error{type: type}})
@@ -78,49 +106,44 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   defp with_tools_begun(:bound, result), do: Client.Caller.once(result)
   defp with_tools_begun(:ok, result), do: result
 
-  # With chunks that were given, it is not made again.
-  defp conclude(name, {:error, :bridge_not_running}) do
-    if Handle.fetch(name),
-      do: {:error, Error.new(:python_process_died)},
-      else: {:error, Error.not_running(:pool, name)}
-  end
-
-  # From another node.
-  defp conclude(_name, {:served, {:done, reply}}), do: reply
-  defp conclude(name, {:served, _nobody}), do: conclude(name, {:error, :bridge_not_running})
-  defp conclude(_name, reply), do: Client.Caller.read(reply)
-
-  # The usual options first: they need no lookup.
-  defp attempt(opts) when opts in [[], [meta: true]], do: %Attempt{}
-
-  defp attempt(opts) do
-    retry = Keyword.get(opts, :retry, true)
-
-    %Attempt{
-      retry: retry,
-      stream?: Keyword.get(opts, :stream, false),
-      spread?: Keyword.get(opts, :spread, false)
-    }
-  end
-
-  # A call of one peer, ready to be sent; or the result of one of the whole pool.
+  # A call, ready to be sent.
   defp prepare(pool, command, args, timeout, opts) do
     started = Deadline.now()
 
-    with {:ok, handle} <- find(pool),
-         {:ok, timeout} <- check_timeout(timeout, handle),
+    with {:ok, handle, timeout} <- find(pool, timeout),
          :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
-      request = Request.new(body, program(command, args), started, timeout)
+      route = %Route{
+        handle: handle,
+        body: body,
+        deadline: Deadline.new(timeout, started),
+        change: Change.new(command, args),
+        program: program(command, args)
+      }
 
-      with nil <- whole(handle, request, command, args, opts), do: {:ok, handle, request}
+      {:ok, options(route, opts)}
     end
   end
 
-  defp find(pool) do
+  # The usual options first: they need no lookup.
+  defp options(route, opts) when opts in [[], [meta: true]], do: route
+
+  defp options(route, opts) do
+    %{
+      route
+      | resend?: Keyword.get(opts, :retry, true),
+        stream?: Keyword.get(opts, :stream, false),
+        reach: if(opts[:spread], do: :any, else: :all)
+    }
+  end
+
+  defp find(pool, timeout) do
     case Handle.fetch(pool) do
-      nil -> {:error, if(bridge?(pool), do: a_bridge(pool), else: Error.not_running(:pool, pool))}
-      handle -> {:ok, handle}
+      nil ->
+        {:error, if(bridge?(pool), do: a_bridge(pool), else: Error.not_running(:pool, pool))}
+
+      handle ->
+        with {:ok, timeout} <- check_timeout(timeout, handle), do: {:ok, handle, timeout}
     end
   end
 
@@ -141,35 +164,4 @@ defmodule DSPex.PythonBridge.Pool.Caller do
     do: Change.program_id(command, args)
 
   defp program(_command, _args), do: nil
-
-  # Commands for the pool as a whole; nil for those of one peer.
-  defp whole(handle, request, command, args, opts) when is_summed(command),
-    do: timed(fn -> Sums.run(handle, command, args, request.deadline, opts) end)
-
-  defp whole(handle, request, command, args, _opts) do
-    with {_kind, _ids, _stamp} = change <- Change.new(command, args),
-         do: timed(fn -> change(handle, request, change) end)
-  end
-
-  # A peer's own duration is a part of it.
-  defp timed(fun) do
-    began = System.monotonic_time(:microsecond)
-
-    with {:ok, id, result, meta} <- fun.() do
-      us = System.monotonic_time(:microsecond) - began
-      {:ok, id, result, Map.put(meta, "duration_ms", us / 1000)}
-    end
-  end
-
-  defp change(handle, request, change) do
-    case CoordinatorClient.await(handle.name, request.deadline) do
-      nil ->
-        {:error, Error.not_running(:pool, handle.name)}
-
-      coordinator ->
-        sent = %Calls.Request{body: request.body, change: change}
-        left = Request.left(request)
-        Client.Caller.read(Client.Caller.send_and_wait(coordinator, left, sent))
-    end
-  end
 end

@@ -1,41 +1,134 @@
 defmodule DSPex.PythonBridge.Pool.Coordinator do
   @moduledoc false
-  # The process of a pool for everything that needs an order or a memory: changes to the programs, which all peers must
-  # get alike; checkouts; callers that wait until a peer can serve them; the coordinators of other nodes. Calls do not
-  # go through it.
+  # The process of a pool for what needs an order or a memory: bridges and nodes that have to hear of a change to the
+  # programs; callers that wait until a peer can serve them; the coordinators of other nodes. Calls do not go through it.
   #
-  # It never waits for anything. If it crashes, its supervisor restarts it: checkouts are in a table, waiting callers
-  # ask again, new changes wait for it (`DSPex.PythonBridge.Pool.CoordinatorClient`). The callers of changes that were
-  # under way get `:bridge_not_running`, while the bridges go on with these.
+  # A change is an ordinary call to one peer, whose bridge puts it into the pool's table and reports it here before it
+  # answers the caller. The other bridges then get what the table has of the programs in question, which is the change
+  # with the latest stamp, so all peers end with the same definitions, in whatever order they get them.
+  #
+  # It never waits for anything. If it crashes, its supervisor restarts it, and its callers ask again.
 
   use GenServer
   use DSPex.PythonBridge.OTP.ServerGuard
 
-  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
-  alias DSPex.PythonBridge.OTP.ServerGuard
-  alias DSPex.PythonBridge.Pool.{Checkouts, Handle, ProgramChanges}
-  alias DSPex.PythonBridge.Pool.Cluster.{IncomingChanges, Membership}
-  alias DSPex.PythonBridge.Programs
+  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
+  alias DSPex.PythonBridge.Pool.{Cluster, Handle}
+  alias DSPex.PythonBridge.{Programs, Protocol}
 
-  @enforce_keys [:handle, :changes, :cluster]
-  # waiting: the aliases of callers, with the monitors of their processes. failed: why no peer of a slot starts.
-  defstruct [:handle, :changes, :cluster, waiting: %{}, failed: %{}]
+  # How often a coordinator that is being restarted is looked for.
+  @restart_ms 5
+  # No `create_program` is longer on its way to a peer and back.
+  @recent_ms 600_000
+
+  @enforce_keys [:handle, :cluster]
+  # waiting: the aliases of callers, with the monitors of their processes. failed: why no peer of a slot starts. recent:
+  # the ids of programs that bridges were given lately, and those of the time before; `:all` for any.
+  defstruct [:handle, :cluster, waiting: %{}, failed: %{}, recent: {%{}, %{}}]
 
   @doc "Starts the coordinator of a pool."
   @spec start_link(Handle.t()) :: GenServer.on_start()
   def start_link(%Handle{} = handle),
     do: GenServer.start_link(__MODULE__, handle, name: Handle.coordinator(handle.name))
 
+  ## For callers
+
+  @doc """
+  Waits until a slot that is not among `passed`, or a node that is not among `passed_nodes`, can serve calls. `:timeout` at
+  the deadline; `:gone` if the coordinator has ended meanwhile, but not before it can be asked again.
+  """
+  @spec wait(atom(), Deadline.t(), list(), list()) ::
+          :changed | {:not_started, String.t()} | :timeout | :gone
+  def wait(pool, deadline, passed, passed_nodes) do
+    message = &{:wait, &1, self(), passed, passed_nodes}
+
+    case ask(pool, deadline, message) do
+      {:ok, answer} ->
+        answer
+
+      {:timeout, ref} ->
+        with pid when pid != nil <- Process.whereis(Handle.coordinator(pool)),
+             do: send(pid, {:abandon, ref})
+
+        :timeout
+
+      :down ->
+        find(pool, deadline)
+        if Deadline.left(deadline) == 0, do: :timeout, else: :gone
+    end
+  end
+
+  @doc """
+  Waits, at most until the deadline, until the other bridges and nodes have been sent a change of these programs that a
+  bridge has reported to `coordinator`. One that was restarted since sends what the table has.
+  """
+  @spec settle(atom(), Deadline.t(), pid() | nil, :all | [Programs.Store.id()]) :: :ok
+  def settle(pool, deadline, coordinator, ids) do
+    with :down <- ask(pool, deadline, &{:settle, &1, coordinator, ids}),
+         coordinator when coordinator != nil <- find(pool, deadline),
+         do: settle(pool, deadline, nil, ids),
+         else: (_settled_or_late -> :ok)
+  end
+
+  @doc "The process; nil if there is none by the deadline, or the pool has ended."
+  @spec find(atom(), Deadline.t()) :: pid() | nil
+  def find(pool, deadline) do
+    with nil <- Process.whereis(Handle.coordinator(pool)) do
+      left = Deadline.left(deadline)
+
+      # An atom is greater than any number.
+      if left > 0 and Handle.fetch(pool) != nil do
+        Process.sleep(min(@restart_ms, left))
+        find(pool, deadline)
+      end
+    end
+  end
+
+  defp ask(pool, deadline, message) do
+    case find(pool, deadline) do
+      nil -> :down
+      coordinator -> Ask.ask(coordinator, Deadline.left(deadline), message)
+    end
+  end
+
+  @doc """
+  Asks the coordinator of another node for a bridge of its pool, as `DSPex.PythonBridge.Calls.LoadCounters.pick/3`, with the
+  readiness of its slot. nil if it has none, or has not answered in `timeout` ms: its node may hang, or have left. Only the
+  question is waited for, so such a node does nothing when it wakes.
+  """
+  @spec pick_there(pid(), [slot], :least_busy | :longest_up, timeout()) ::
+          {:ok, pid(), slot} | nil
+        when slot: {LoadCounters.index(), since :: non_neg_integer()}
+  def pick_there(coordinator, passed, preference, timeout) do
+    ref = :erlang.alias([:reply])
+    message = {:pick, ref, passed, preference}
+    sent = :erlang.send(coordinator, message, [:nosuspend, :noconnect])
+
+    receive do
+      {^ref, answer} -> answer
+    after
+      if(sent == :ok, do: timeout, else: 0) ->
+        :erlang.unalias(ref)
+
+        # The answer may have come between the two.
+        receive do
+          {^ref, answer} -> answer
+        after
+          0 -> nil
+        end
+    end
+  end
+
+  ## The process
+
   @impl GenServer
   def init(%Handle{} = handle) do
     # For terminate/2.
     Process.flag(:trap_exit, true)
-    # Keeps definitions in queued messages out of crash reports.
-    Process.flag(:sensitive, true)
     Handle.publish(handle)
-    Checkouts.restore(handle)
-    changes = ProgramChanges.new(handle)
-    {:ok, %__MODULE__{handle: handle, changes: changes, cluster: Membership.join(handle)}}
+    :erlang.send_after(@recent_ms, self(), :forget_recent)
+    {:ok, %__MODULE__{handle: handle, cluster: Cluster.join(handle)}}
   end
 
   # The pool ends, in order or since its supervisor was killed. After a crash it goes on.
@@ -45,77 +138,57 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   def terminate(_crash, _state), do: :ok
 
-  @impl GenServer
-  def format_status(status) do
-    Map.new(status, fn
-      {:state, %{changes: _} = state} -> {:state, %{state | changes: :redacted}}
-      {key, _with_bodies} when key in [:message, :log] -> {key, :redacted}
-      other -> other
-    end)
-  end
-
-  ## Checkouts
-
-  @impl GenServer
-  def handle_call({:checkout, ref}, {borrower, _tag}, state) when is_reference(ref) do
-    case Checkouts.check_out(state.handle, borrower, ref) do
-      nil -> {:reply, {:error, :pool_exhausted}, state}
-      bridge -> {:reply, {:ok, bridge}, serves_less(state)}
-    end
-  end
-
-  def handle_call({:checkin, bridge}, _from, state) do
-    case Checkouts.check_in(state.handle, bridge) do
-      :ok -> {:reply, :ok, serves_more(state)}
-      {:error, text} -> {:reply, {:error, text}, state}
-    end
-  end
-
-  def handle_call({:over, ref}, _from, state) when is_reference(ref),
-    do: {:reply, :ok, over(state, ref)}
-
-  # A definition that came with a call from another node.
-  def handle_call({:adopt, {id, {_, _, _} = stamp, body}} = question, from, state)
-      when is_binary(body) do
-    change = {:create, id, stamp}
-
-    if Programs.Store.change?(change),
-      do:
-        {:noreply, made(state, IncomingChanges.adopt(state.changes, {:call, from}, change, body))},
-      else: drop({:"$gen_call", from, question}, state)
-  end
-
-  def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
-
-  @impl GenServer
-  def handle_cast({:over, ref}, state) when is_reference(ref), do: {:noreply, over(state, ref)}
-  def handle_cast(message, state), do: drop(message, state)
-
-  defp over(state, ref),
-    do: if(Checkouts.undo(state.handle, ref), do: serves_more(state), else: state)
-
   ## Changes to the programs
 
-  # The message that a bridge gets. Callers that give up are not remembered: sending to their alias does nothing then.
+  # From the bridge of a slot, whose peer has made the change. The peer has it last, unless the bridge was given another one
+  # of that program since it sent this one.
   @impl GenServer
-  def handle_info({:request, request} = message, state) do
-    if Request.valid?(request) and request.ref != nil and
-         ProgramChanges.valid?(request.change, state.handle),
-       do: {:noreply, made(state, ProgramChanges.ask(state.changes, request))},
-       else: drop(message, state)
+  def handle_info({:changed, index, {:create, id, stamp} = change, body}, state) do
+    case Programs.Store.get(state.handle.programs, id) do
+      {^stamp, _body} ->
+        state = give(state, [id], if(recent?(state, id), do: nil, else: index))
+        {:noreply, %{state | cluster: Cluster.spread(state.cluster, change, body)}}
+
+      # A later change counts, which goes its own way.
+      _other ->
+        {:noreply, give(state, [id])}
+    end
   end
 
-  # A bridge has answered.
-  def handle_info({ref, reply}, state) when is_reference(ref),
-    do: {:noreply, made(state, ProgramChanges.answered(state.changes, ref, reply))}
-
-  def handle_info({:DOWN, ref, :process, _bridge, _reason}, state) do
-    gone = {:error, :bridge_not_running}
-    {:noreply, made(state, ProgramChanges.answered(state.changes, ref, gone))}
+  def handle_info({:changed, _index, {:cleanup, ids, _stamp} = change, body}, state) do
+    state = give(state, ids)
+    {:noreply, %{state | cluster: Cluster.spread(state.cluster, change, body)}}
   end
 
-  def handle_info({:timeout, _timer, {:delivery, id}}, state),
-    do: {:noreply, made(state, ProgramChanges.expired(state.changes, id))}
+  # Other nodes have got it from the new coordinator's hello.
+  def handle_info({:settle, ref, coordinator, ids}, state) do
+    state = if coordinator == self(), do: state, else: give(state, ids)
+    send(ref, {ref, :ok})
+    {:noreply, state}
+  end
+
+  # Another node has made it.
+  def handle_info({:change, {:create, id, stamp}, body}, state) do
+    later? = Programs.Store.put(state.handle.programs, id, stamp, body)
+    {:noreply, if(later?, do: give(state, [id]), else: state)}
+  end
+
+  def handle_info({:change, {:cleanup, ids, stamp}, _body}, state) do
+    Programs.Store.remove(state.handle.programs, ids, stamp)
+    {:noreply, give(state, ids)}
+  end
+
+  def handle_info({:hello, coordinator, serves?, exported}, %{cluster: %Cluster{}} = state) do
+    {created, removed} = Programs.Store.merge(state.handle.programs, exported)
+    state = give(state, removed ++ for({id, _stamp, _body} <- created, do: id))
+    cluster = Cluster.announce(state.cluster, state.handle, [coordinator])
+    {:noreply, note(%{state | cluster: cluster}, coordinator, serves?)}
+  end
+
+  def handle_info(:forget_recent, %{recent: {recent, _before}} = state) do
+    :erlang.send_after(@recent_ms, self(), :forget_recent)
+    {:noreply, %{state | recent: {%{}, recent}}}
+  end
 
   ## Bridges
 
@@ -127,26 +200,28 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     {:noreply, if(all_failed?(state), do: wake(state, {:not_started, reason}), else: state)}
   end
 
-  def handle_info({:slot, index, :down}, state) do
-    state = serves_less(state)
-    {:noreply, made(state, ProgramChanges.down(state.changes, index))}
+  # Callers see it in the slots; other nodes only need to know when no peer is left.
+  def handle_info({:slot, _index, :down}, state) do
+    if LoadCounters.any?(state.handle.counters),
+      do: {:noreply, state},
+      else: {:noreply, %{state | cluster: Cluster.announce(state.cluster, state.handle)}}
   end
 
-  def handle_info({{:borrower_gone, index}, monitor, :process, _pid, _reason}, state) do
-    if Checkouts.borrower_gone(state.handle, index, monitor),
-      do: {:noreply, serves_more(state)},
-      else: {:noreply, state}
-  end
+  ## Callers
 
-  ## Callers that wait
+  def handle_info({:pick, ref, passed, preference}, %{handle: handle} = state) do
+    # The asker's node may hang.
+    :erlang.send(ref, {ref, pick(handle, passed, preference)}, [:nosuspend, :noconnect])
+    {:noreply, state}
+  end
 
   # What they have tried may have changed before their message was read.
-  def handle_info({:wait, ref, pid, passed, passed_nodes}, state)
+  def handle_info({:wait, ref, pid, passed, passed_nodes}, %{handle: handle} = state)
       when is_reference(ref) and is_pid(pid) and length(passed) >= 0 and
              length(passed_nodes) >= 0 do
     cond do
-      LoadCounters.any?(state.handle.counters, passed) or
-          :ets.tab2list(state.handle.others) -- passed_nodes != [] ->
+      LoadCounters.any?(handle.counters, passed) or
+          :ets.tab2list(handle.others) -- passed_nodes != [] ->
         send(ref, {ref, :changed})
         {:noreply, state}
 
@@ -165,64 +240,81 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def handle_info({{:waiter_gone, ref}, _monitor, :process, _pid, _reason}, state),
     do: {:noreply, waits_no_more(state, ref)}
 
-  def handle_info(message, state) do
-    case Membership.handle_info(state.cluster, state.handle, message) do
-      :unknown -> drop(message, state)
-      cluster_and_events -> {:noreply, cluster(state, cluster_and_events)}
-    end
-  end
-
-  defp drop(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    {:noreply, state}
-  end
-
   ## Other nodes
 
-  defp cluster(state, {cluster, events}),
-    do: Enum.reduce(events, %{state | cluster: cluster}, &event/2)
+  def handle_info({:serves, coordinator, serves?}, %{cluster: %Cluster{}} = state),
+    do: {:noreply, note(state, coordinator, serves?)}
 
-  defp event({:merge, programs}, state),
-    do: made(state, IncomingChanges.merge(state.changes, programs))
+  def handle_info(message, state) do
+    case Cluster.handle_info(state.cluster, state.handle, message) do
+      :unknown ->
+        ServerGuard.drop(message, __MODULE__)
+        {:noreply, state}
 
-  defp event({:adopt, from, change, body}, state),
-    do: made(state, IncomingChanges.adopt(state.changes, from, change, body))
-
-  defp event(:serves, state), do: wake(state)
-  defp event({:done, change}, state), do: reply(state, change)
-
-  ## A change is over
-
-  # One of this node is sent to the other nodes before its caller gets the reply.
-  defp made(state, {changes, over}) do
-    for change <- Enum.reverse(over), reduce: %{state | changes: changes} do
-      state ->
-        if ours?(change) and ProgramChanges.success?(change),
-          do: cluster(state, Membership.spread(state.cluster, change)),
-          else: reply(state, change)
+      cluster ->
+        {:noreply, %{state | cluster: cluster}}
     end
   end
 
-  defp ours?(%{change: {:repair, _index, _change}}), do: false
-  defp ours?(%{from: from}), do: from == :pool or match?({:caller, _ref}, from)
+  ## What bridges are given
 
-  defp reply(state, %{from: {:node, coordinator, id}}),
-    do: %{state | cluster: Membership.confirm(state.cluster, coordinator, id)}
+  # What the table has of these programs, to all bridges, or to all but that of a slot.
+  defp give(state, ids, but \\ nil)
+  defp give(state, [], _but), do: state
 
-  defp reply(state, change) do
-    case change.from do
-      {:caller, ref} -> send(ref, {ref, change.reply})
-      {:call, from} -> GenServer.reply(from, :ok)
-      _nobody -> :ok
-    end
+  defp give(%{handle: handle, recent: {recent, before}} = state, ids, but) do
+    messages = messages(handle.programs, ids)
 
-    state
+    for index <- LoadCounters.indexes(handle.counters),
+        index != but,
+        bridge = Process.whereis(Handle.bridge(handle, index)),
+        message <- messages,
+        do: send(bridge, message)
+
+    recent = for id <- List.wrap(ids), into: recent, do: {id, true}
+    %{state | recent: {recent, before}}
+  end
+
+  defp messages(programs, :all) do
+    created = for definition <- Programs.Store.definitions(programs), do: created(definition)
+    [cleaned(:all, %{}) | created]
+  end
+
+  defp messages(programs, ids) do
+    found = for id <- ids, do: {id, Programs.Store.get(programs, id)}
+    removed = for {id, nil} <- found, do: id
+    cleaned = if removed == [], do: [], else: [cleaned(removed, %{program_ids: removed})]
+    cleaned ++ for({id, {stamp, body}} <- found, do: created({id, stamp, body}))
+  end
+
+  defp created({id, stamp, body}), do: {:changed, {:create, id, stamp}, body}
+
+  defp cleaned(ids, args) do
+    {:ok, body} = Protocol.encode_body(:cleanup, args)
+    {:changed, {:cleanup, ids, Programs.Store.stamp()}, body}
+  end
+
+  # Any program may have been removed lately if all were.
+  defp recent?(%{recent: {recent, before}}, id) do
+    Enum.any?([id, :all], &(is_map_key(recent, &1) or is_map_key(before, &1)))
   end
 
   ## Who can serve
 
+  defp pick(%Handle{counters: counters} = handle, passed, preference) do
+    index = LoadCounters.pick(counters, LoadCounters.still(counters, passed), preference)
+    bridge = index && Process.whereis(Handle.bridge(handle, index))
+    if bridge, do: {:ok, bridge, {index, LoadCounters.ready_since(counters, index)}}
+  end
+
+  defp note(state, coordinator, serves?) do
+    if Cluster.note(state.cluster, state.handle, coordinator, serves?),
+      do: wake(state),
+      else: state
+  end
+
   defp serves_more(state),
-    do: wake(%{state | cluster: Membership.announce(state.cluster, state.handle)})
+    do: wake(%{state | cluster: Cluster.announce(state.cluster, state.handle)})
 
   # Neither a peer here starts, nor does another node serve.
   defp all_failed?(%{handle: handle, failed: failed}),
@@ -235,13 +327,6 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     end
 
     %{state | waiting: %{}}
-  end
-
-  # Callers see it in the slots; other nodes only need to know when no peer is left.
-  defp serves_less(state) do
-    if LoadCounters.any?(state.handle.counters),
-      do: state,
-      else: %{state | cluster: Membership.announce(state.cluster, state.handle)}
   end
 
   defp waits_no_more(state, ref) do

@@ -9,12 +9,12 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Registry
 
-  @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :checkouts, :settings]
+  @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :settings]
   defstruct @enforce_keys
 
   @typedoc """
   `bridges`: their names, in the order of the slots. `others`: a table of the coordinators of other nodes that can
-  serve, written by `DSPex.PythonBridge.Pool.Cluster.Membership`. `checkouts`: see `DSPex.PythonBridge.Pool.Checkouts`.
+  serve, with numbers that grow (`DSPex.PythonBridge.Pool.Cluster`).
   """
   @type t :: %__MODULE__{
           name: atom(),
@@ -23,7 +23,6 @@ defmodule DSPex.PythonBridge.Pool.Handle do
           counters: LoadCounters.t(),
           programs: Programs.Store.table(),
           others: :ets.tid(),
-          checkouts: :ets.tid(),
           settings: Pool.Options.t()
         }
 
@@ -37,7 +36,6 @@ defmodule DSPex.PythonBridge.Pool.Handle do
       counters: LoadCounters.new(size),
       programs: declared(settings),
       others: :ets.new(__MODULE__, [:public, read_concurrency: true]),
-      checkouts: :ets.new(__MODULE__, [:public]),
       settings: settings
     }
   end

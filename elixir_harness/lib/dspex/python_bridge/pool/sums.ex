@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Pool.Sums do
   alias DSPex.PythonBridge.{Error, Programs, Protocol}
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.OTP.{Deadline, Parallel}
-  alias DSPex.PythonBridge.Pool.{Handle, LocalCall}
+  alias DSPex.PythonBridge.Pool.Handle
 
   # A peer answers in milliseconds, unless it hangs, or is being started.
   @patience_ms 2_000
@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Pool.Sums do
   Asks all peers of this node, at most until the deadline, and adds what has come within `@patience_ms`, or the first
   answer after it.
   """
-  @spec run(Handle.t(), Protocol.command(), map(), Deadline.t(), keyword()) :: LocalCall.reply()
+  @spec run(Handle.t(), Protocol.command(), map(), Deadline.t(), keyword()) :: Caller.result()
   def run(%Handle{} = handle, command, args, deadline, opts) do
     opts = Keyword.take(opts, [:traceparent])
     bridges = Tuple.to_list(handle.bridges)

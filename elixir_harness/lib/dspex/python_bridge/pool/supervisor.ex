@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Pool.Supervisor do
   @moduledoc false
   # The processes of a pool: its bridges and their monitors, under a supervisor of their own, and its coordinator. This
-  # supervisor owns the tables, so programs and checkouts outlive all of them.
+  # supervisor owns the tables, so programs outlive all of them.
   #
   # The bridges start first, so they end last: see `DSPex.PythonBridge.Pool.Handle`. They have a `DynamicSupervisor`
   # since that ends its children all at once; one after another, each with its time to finish, they would take long.

@@ -5,8 +5,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   #
   # A definition is the body of the request that made it. Each change has a stamp; of two changes of one program the one
   # with the later stamp counts, in whatever order they come. So several bridges can write one table, and several nodes
-  # can exchange theirs. A removal leaves a tombstone; so many are kept that only a change that is under way very long
-  # could be taken for a new one.
+  # can exchange theirs. A removal leaves a tombstone for a day.
   #
   # Declared programs (`DSPex.PythonBridge.Programs.Declared`) are a layer of their own below those that were created:
   # any creation hides one, however early it was, and only a later removal takes it away. Other nodes are not sent them, so
@@ -18,7 +17,9 @@ defmodule DSPex.PythonBridge.Programs.Store do
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Sealed
 
-  @max_tombstones 10_000
+  # A change that is longer on its way may bring a removed program back.
+  @removed_us 24 * 3_600 * 1_000_000
+  @never {0, 0, nil}
   # In place of the node in a stamp, which is an atom for any version.
   @declared :declared
 
@@ -41,6 +42,29 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @doc "A stamp of the present time, later than all earlier ones of this node."
   @spec stamp() :: stamp()
   def stamp, do: {System.system_time(:microsecond), System.unique_integer([:monotonic]), node()}
+
+  @doc """
+  As `stamp/0`, and later than all changes of these programs, or of all: the clock of a node that has made one may be ahead.
+  """
+  @spec stamp(table(), :all | id() | [id()]) :: stamp()
+  def stamp(table, ids) do
+    {time, count, node} = stamp()
+    {latest, _count, _node} = latest(table, ids)
+    {max(time, latest + 1), count, node}
+  end
+
+  defp latest(table, :all),
+    do: table |> export() |> Enum.map(&elem(&1, 1)) |> Enum.max(fn -> @never end)
+
+  defp latest(table, ids) do
+    stamps =
+      for id <- List.wrap(ids) do
+        created = with {_key, stamp, _sealed} <- row(table, :program, id), do: stamp
+        max(created || @never, removed_at(table, id) || @never)
+      end
+
+    Enum.max(stamps, fn -> @never end)
+  end
 
   @doc "The stamp of a declaration of that time."
   @spec declared(stamp()) :: stamp()
@@ -329,14 +353,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   end
 
   defp prune(table) do
-    tombstones = :ets.select_count(table, [{{{:removed, :_}, :_, :_}, [], [true]}])
-
-    if tombstones > @max_tombstones do
-      # By half, so that it is rarely done.
-      stamps = :ets.select(table, [{{{:removed, :_}, :"$1", :_}, [], [:"$1"]}])
-      delete_older(table, {:removed, :_}, Enum.at(Enum.sort(stamps), div(tombstones, 2)))
-    end
-
-    :ok
+    {now, _count, _node} = stamp()
+    delete_older(table, {:removed, :_}, {now - @removed_us, 0, nil})
   end
 end

@@ -161,15 +161,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       items = for {:item, index, result} <- elements, into: %{}, do: {index, result}
       assert %{0 => {:ok, _}, 1 => {:error, %Error{type: :timeout}}, 2 => {:ok, _}} = items
     end
-
-    test "works on a bridge that a pool has checked out" do
-      {:ok, _} = Pool.call(@pool, :create_program, @qa)
-      {:ok, bridge} = Pool.checkout(@pool)
-      elements = bridge |> Bridge.stream(@ask) |> Enum.to_list()
-      assert {:ok, %{"answer" => _}, _meta} = List.last(elements)
-      assert Enum.any?(elements, &match?({:chunk, "answer", _}, &1))
-      :ok = Pool.checkin(@pool, bridge)
-    end
   end
 
   describe "tools" do
@@ -290,7 +281,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
     assert {:ok, %{"details" => [%{"state" => %{"demos" => [%{"answer" => "WELL!"}]} = state}]}} =
              Bridge.call(bridge, :list_programs, %{program_ids: ["qa"], state: true})
 
-    :ok = Pool.checkin(@pool, bridge)
     bridge = start([Map.put(@qa, :state, state)])
     assert {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, @ask)
   end

@@ -622,19 +622,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       eventually(fn -> status(bridge, :pending) == 0 end)
       assert {:suspended, {:ok, %{"1" => %{"success" => false}}, _}, _} = next.({:cont, nil})
     end
-
-    test "is the same with a bridge that a pool has checked out" do
-      name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
-      opts = Keyword.merge(fake_opts("plays"), name: name, pool_size: 1)
-      start_supervised!({Pool, opts}, id: name)
-      {:ok, bridge} = Pool.checkout(name)
-      play = [["count", 1], ["tool", 1, "t", %{}], ["result", 1], ["reply"]]
-
-      assert [{:chunk, "n", "0"}, {:ok, %{"1" => %{"result" => "r"}}, _}] =
-               Enum.to_list(stream(bridge, play, tools: %{"t" => fn %{} -> "r" end}))
-
-      assert {:ok, %{}, _} = request(bridge, play, [tools: %{t: fn _ -> 1 end}] ++ to(self()))
-    end
   end
 
   test "a full mailbox does not slow chunks down", %{bridge: bridge} do

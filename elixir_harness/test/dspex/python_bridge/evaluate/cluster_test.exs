@@ -37,7 +37,7 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
     node = Nodes.start()
     Nodes.start_pool(node, opts)
     for node <- [node(), node], do: up_on(node)
-    eventually(fn -> node in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
+    eventually(fn -> node in for({pid, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
     node
   end
 

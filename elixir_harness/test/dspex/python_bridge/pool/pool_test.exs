@@ -6,7 +6,8 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
   alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Pool.{CoordinatorClient, Handle}
+  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.Test.PoolProbe
 
   defp who(opts \\ []), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
 
@@ -29,13 +30,6 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   defp hold(pool \\ Pool), do: Task.async(fn -> Pool.call(pool, :hold, %{}, 60_000) end)
 
   defp pending, do: Pool.status().peers |> Enum.map(& &1.pending) |> Enum.sort()
-
-  # A process that runs the functions that it is sent, for as long as the test runs.
-  defp other_process do
-    start_supervised!({Agent, fn -> nil end}, id: make_ref())
-  end
-
-  defp as(agent, fun), do: Agent.get(agent, fn _ -> fun.() end)
 
   test "a pool used as a bridge gives an error, and is unharmed" do
     pool = start_up(pool_size: 1)
@@ -305,189 +299,58 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       %{counters: counters} = Handle.fetch(Pool)
       eventually(fn -> for(index <- [1, 2], do: LoadCounters.busy(counters, index)) == [0, 0] end)
     end
-
-    test "goes on when bridges end all the time" do
-      pool = start_up(pool_size: 3)
-
-      for _ <- 1..30, bridge <- bridges() do
-        with pid when is_pid(pid) <- Process.whereis(bridge), do: Process.exit(pid, :kill)
-      end
-
-      assert {:ok, _} = Pool.call(:who, %{}, 20_000)
-      assert Process.whereis(Pool) == pool
-    end
   end
 
-  describe "the coordinator's end" do
-    test "loses no checkout and no waiting caller" do
-      start_up(pool_size: 1)
-      borrower = other_process()
-      {:ok, bridge} = as(borrower, fn -> Pool.checkout() end)
-      caller = Task.async(fn -> Pool.call(:who, %{}, 20_000) end)
-      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
+  test "calls wait for a peer, also while the coordinator is restarted; one that ends is forgotten" do
+    start_up(pool_size: 1)
+    coordinator = Process.whereis(Pool.Coordinator)
+    PoolProbe.stop_serving(Pool)
+    {ms, result} = timed(fn -> Pool.call(:who, %{}, 50) end)
+    assert result == {:error, :timeout}
+    assert ms < 1_000
+    waiting = fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) end
+    eventually(fn -> waiting.() == 0 end)
+    [caller, other] = for _ <- 1..2, do: Task.async(fn -> Pool.call(:who, %{}, 20_000) end)
+    eventually(fn -> waiting.() == 2 end)
 
-      coordinator = Process.whereis(Pool.Coordinator)
+    ExUnit.CaptureLog.capture_log(fn ->
       Process.exit(coordinator, :kill)
       eventually(fn -> Process.whereis(Pool.Coordinator) not in [coordinator, nil] end)
-      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
-      assert Pool.checkout() == {:error, :pool_exhausted}
+      eventually(fn -> waiting.() == 2 end)
+    end)
 
-      Process.exit(borrower, :kill)
-      assert {:ok, _} = Task.await(caller, 20_000)
-      assert {:ok, ^bridge} = Pool.checkout()
-    end
-
-    test "during a checkout leaves no bridge checked out by nobody" do
-      start_up(pool_size: 2)
-      {:ok, mine} = Pool.checkout()
-      %{counters: counters} = Handle.fetch(Pool)
-
-      # As far as a coordinator has got that was killed before it noted the borrower, or after it had forgotten him.
-      for index <- LoadCounters.indexes(counters), do: LoadCounters.check_out(counters, index)
-      coordinator = Process.whereis(Pool.Coordinator)
-      Process.exit(coordinator, :kill)
-      eventually(fn -> Process.whereis(Pool.Coordinator) not in [coordinator, nil] end)
-
-      assert {:ok, other} = Pool.checkout()
-      assert Enum.sort([mine, other]) == bridges()
-      assert Pool.checkout() == {:error, :pool_exhausted}
-    end
+    Task.shutdown(other, :brutal_kill)
+    eventually(fn -> waiting.() == 1 end)
+    PoolProbe.serve_again(Pool)
+    assert {:ok, _} = Task.await(caller, 20_000)
+    assert waiting.() == 0
   end
 
-  describe "checkout and checkin" do
-    test "reserve a peer, which calls then do not use" do
+  describe "checkout/1 and with_bridge/2" do
+    test "give the least busy bridge, which the pool goes on using" do
       start_up(pool_size: 2)
+      held = hold()
+      eventually(fn -> pending() == [0, 1] end)
+      idle = Enum.find(Pool.status().peers, &(&1.pending == 0))
       assert {:ok, bridge} = Pool.checkout()
-      assert {:ok, %{"pid" => mine}} = Bridge.call(bridge, :who)
-      refute mine in for(_ <- 1..10, do: pid_of())
-
-      assert [true, false] =
-               Enum.sort_by(for(p <- Pool.status().peers, do: p.checked_out), &(not &1))
-
+      assert bridge == idle.bridge
+      asked = {:ok, {:ok, %{"pid" => idle.os_pid}}}
+      # For some ms it counts as busier.
+      eventually(fn -> Pool.with_bridge(&Bridge.call(&1, :who)) == asked end)
+      assert for(peer <- Pool.status().peers, do: peer.checked_out) == [false, false]
+      eventually(fn -> pid_of() == idle.os_pid end)
       assert Pool.checkin(bridge) == :ok
-      assert mine in for(_ <- 1..10, do: pid_of())
+      Task.shutdown(held, :brutal_kill)
+      assert catch_throw(Pool.with_bridge(fn _ -> throw(:mine) end)) == :mine
+      assert_raise ArgumentError, ~r/with_bridge/, fn -> Pool.with_bridge(Pool, :who) end
     end
 
-    test "never exceed the pool's size; any process may check in, by name or pid" do
+    test "spread over the bridges; without a running peer the pool is exhausted" do
       start_up(pool_size: 2)
-      {:ok, one} = Pool.checkout()
-      {:ok, two} = Pool.checkout()
-      assert Enum.sort([one, two]) == bridges()
-      {ms, result} = timed(fn -> Pool.checkout() end)
-      assert result == {:error, :pool_exhausted}
-      assert ms < 100
-      assert as(other_process(), fn -> Pool.checkin(Process.whereis(one)) end) == :ok
-      assert {:ok, ^one} = Pool.checkout()
-    end
-
-    test "return errors that name the bridge" do
-      start_up(pool_size: 1)
-      assert {:error, text} = Pool.checkin(:no_bridge)
-      assert text =~ ":no_bridge is not a bridge of the pool"
-      assert {:error, "this is not a bridge" <> _} = Pool.checkin(Pool, "text")
-      assert {:error, text} = Pool.checkin(Pool.Bridge1)
-      assert text =~ "is not checked out"
-      {:ok, bridge} = Pool.checkout()
-      assert Pool.checkin(bridge) == :ok
-      assert {:error, _} = Pool.checkin(bridge)
-    end
-
-    test "a borrower's death checks in; an earlier borrower's does not" do
-      start_up(pool_size: 1)
-      [first, second] = [other_process(), other_process()]
-      {:ok, bridge} = as(first, fn -> Pool.checkout() end)
-      assert Pool.checkin(bridge) == :ok
-      {:ok, ^bridge} = as(second, fn -> Pool.checkout() end)
-      Process.exit(first, :kill)
+      assert Enum.sort(for _ <- 1..2, do: elem(Pool.checkout(), 1)) == bridges()
+      PoolProbe.stop_serving(Pool)
       assert Pool.checkout() == {:error, :pool_exhausted}
-      Process.exit(second, :kill)
-      assert eventually(fn -> match?({:ok, ^bridge}, Pool.checkout()) end)
-    end
-
-    test "a bridge whose borrower has stopped waiting for it is free again" do
-      pool = start_up(pool_size: 2)
-      {:ok, other} = as(borrower = other_process(), fn -> Pool.checkout() end)
-      :sys.suspend(Pool.Coordinator)
-      give_up = fn -> CoordinatorClient.checkout(Handle.fetch(pool), 20) end
-      assert as(borrower, give_up) == {:error, :bridge_not_running}
-      next = other_process()
-      caller = Task.async(fn -> as(next, fn -> Pool.checkout() end) end)
-      :sys.resume(Pool.Coordinator)
-      # The borrower lives, and what it had before it has still.
-      assert {:ok, bridge} = Task.await(caller)
-      assert bridge != other
-      assert Pool.checkout() == {:error, :pool_exhausted}
-      assert for(p <- Pool.status().peers, p.checked_out, do: p.bridge) == bridges()
-    end
-
-    @tag :capture_log
-    test "wait for the coordinator while it is restarted" do
-      pool = start_up(pool_size: 1)
-      coordinator = Process.whereis(Pool.Coordinator)
-      :sys.suspend(pool)
-      Process.exit(coordinator, :kill)
-      eventually(fn -> Process.whereis(Pool.Coordinator) == nil end)
-      borrower = other_process()
-      checkout = Task.async(fn -> as(borrower, fn -> Pool.checkout() end) end)
-      refute Task.yield(checkout, 50)
-      :sys.resume(pool)
-      assert {:ok, bridge} = Task.await(checkout)
-      assert Pool.checkin(bridge) == :ok
-    end
-
-    test "with all peers checked out, calls wait for a checkin" do
-      start_up(pool_size: 2)
-      {:ok, one} = Pool.checkout()
-      {:ok, _two} = Pool.checkout()
-      {ms, result} = timed(fn -> Pool.call(:who, %{}, 50) end)
-      assert result == {:error, :timeout}
-      assert ms < 1_000
-      callers = for _ <- 1..5, do: Task.async(fn -> pid_of() end)
-      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 5 end)
-      {:ok, %{"pid" => pid}} = Bridge.call(one, :who)
-      assert Pool.checkin(one) == :ok
-      assert Enum.uniq(Task.await_many(callers)) == [pid]
-      # Those that were woken are remembered no more: nobody would ever forget them.
-      assert :sys.get_state(Pool.Coordinator).waiting == %{}
-    end
-
-    test "a waiting caller that ends is removed" do
-      start_up(pool_size: 1)
-      {:ok, _bridge} = Pool.checkout()
-      caller = Task.async(fn -> Pool.call(:who, %{}, 60_000) end)
-      eventually(fn -> map_size(:sys.get_state(Pool.Coordinator).waiting) == 1 end)
-      Task.shutdown(caller, :brutal_kill)
-      eventually(fn -> :sys.get_state(Pool.Coordinator).waiting == %{} end)
-      assert Pool.call(:who, %{}, 20) == {:error, :timeout}
-      eventually(fn -> :sys.get_state(Pool.Coordinator).waiting == %{} end)
-    end
-
-    test "include a peer that is not up yet: calls to it wait, and so do the pool's" do
-      start(script_path: fake("starts_late"), env: %{"FAKE_START_MS" => "300"}, pool_size: 1)
-      assert {:ok, bridge} = Pool.checkout()
-      assert Pool.checkout() == {:error, :pool_exhausted}
-      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping)
-      assert Pool.call(:ping, %{}, 20) == {:error, :timeout}
-      assert Pool.checkin(bridge) == :ok
-      assert {:ok, _} = Pool.call(:ping)
-    end
-
-    test "prefer a peer that is up" do
-      start_up(pool_size: 2)
-      [one, two] = Pool.status().peers
-      kill(one.os_pid)
-      eventually(fn -> Bridge.get_status(one.bridge).state != :running end)
-      assert {:ok, bridge} = Pool.checkout()
-      assert bridge == two.bridge
-    end
-
-    test "a checked out bridge survives its peer" do
-      start_up(pool_size: 1)
-      {:ok, bridge} = Pool.checkout()
-      kill(Bridge.get_status(bridge).os_pid)
-      assert {:ok, _} = Bridge.call(bridge, :who)
-      assert Pool.call(:who, %{}, 20) == {:error, :timeout}
-      assert Pool.checkout() == {:error, :pool_exhausted}
+      assert Pool.with_bridge(fn _ -> flunk() end) == {:error, :pool_exhausted}
     end
   end
 end

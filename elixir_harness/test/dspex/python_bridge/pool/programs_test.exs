@@ -7,7 +7,6 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
   alias DSPex.PythonBridge.Pool.Handle
-  alias DSPex.Test.PoolProbe
 
   @moduletag :tmp_dir
 
@@ -42,9 +41,6 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     end
   end
 
-  defp execute(id), do: Pool.call(@pool, :execute_program, %{program_id: id}, 5_000)
-
-  defp forget_all, do: PoolProbe.forget_all(@pool)
   defp known, do: Programs.Store.definitions(Handle.fetch(@pool).programs)
 
   test "all peers that are up have a program when the reply to its creation comes", %{
@@ -64,21 +60,6 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert {:ok, _} = Pool.call(@pool, :cleanup)
     assert programs() == [%{}]
     assert known() == []
-  end
-
-  test "one peer that is up is enough; the others get it before they serve", %{tmp_dir: dir} do
-    start_up(dir)
-    [lagging | _others] = peers()
-    # Its process reads no message until it is resumed.
-    :sys.suspend(lagging.bridge)
-    kill(lagging.os_pid)
-    creation = Task.async(fn -> create("one") end)
-    refute Task.yield(creation, 100)
-    # It is not waited for from the moment when its peer's death is known.
-    :sys.resume(lagging.bridge)
-    assert {:ok, _} = Task.await(creation)
-    assert {:ok, %{"programs" => %{"one" => _}}} = Bridge.call(lagging.bridge, :list_programs)
-    assert [%{"one" => _}] = programs()
   end
 
   test "a pool that is just starting takes programs", %{tmp_dir: dir} do
@@ -139,25 +120,7 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert [{"one", _, _}] = known()
   end
 
-  test "a definition that only some peers take is not kept either", %{tmp_dir: dir} do
-    start_up(dir)
-    {:ok, _} = create("other")
-    assert create("one", "one -> only") == {:error, "signature: not here"}
-    assert File.exists?(Path.join(dir, "only"))
-    eventually(fn -> programs() == [%{"other" => "q -> a"}] end)
-    assert [{"other", _, _}] = known()
-  end
-
-  test "an update that only some peers take is undone", %{tmp_dir: dir} do
-    start_up(dir)
-    {:ok, _} = create("one")
-    assert create("one", "one -> only") == {:error, "signature: not here"}
-    eventually(fn -> programs() == [%{"one" => "q -> a"}] end)
-    assert [{"one", _, body}] = known()
-    assert body =~ "q -> a"
-  end
-
-  test "a cleanup that no peer makes is undone", %{tmp_dir: dir} do
+  test "a cleanup that is refused changes nothing", %{tmp_dir: dir} do
     start_up(dir)
     {:ok, _} = create("one")
     {:ok, _} = create("refused")
@@ -176,89 +139,33 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert [{"one", _, _}] = known()
   end
 
-  test "a program that one peer lacks is created there on the way", %{tmp_dir: dir} do
+  test "a program that is created or removed through one bridge is the pool's", %{tmp_dir: dir} do
     start_up(dir)
-    {:ok, _} = create("one")
-    forget_all()
-    assert {:ok, %{"signature" => "q -> a"}} = execute("one")
-    {:ok, _} = Pool.call(@pool, :cleanup)
-    assert execute("one") == {:error, "Program not found: one"}
-  end
-
-  describe "while the coordinator is restarted" do
-    @describetag :capture_log
-
-    # Its supervisor reads no message until it is resumed.
-    defp kill_coordinator do
-      coordinator = Process.whereis(Handle.coordinator(@pool))
-      watch = Process.monitor(coordinator)
-      :sys.suspend(@pool)
-      Process.exit(coordinator, :kill)
-      assert_receive {:DOWN, ^watch, :process, ^coordinator, :killed}
-    end
-
-    test "changes wait for it, and then apply to all peers", %{tmp_dir: dir} do
-      start_up(dir)
-      {:ok, _} = create("old")
-      kill_coordinator()
-      creation = Task.async(fn -> create("one") end)
-      cleanup = Task.async(fn -> Pool.call(@pool, :cleanup, %{program_ids: ["old"]}, 5_000) end)
-      refute Task.yield(creation, 50) || Task.yield(cleanup, 50)
-      :sys.resume(@pool)
-      assert {:ok, %{"status" => "created"}} = Task.await(creation)
-      assert {:ok, %{"status" => "cleaned"}} = Task.await(cleanup)
-      assert programs() == [%{"one" => "q -> a"}]
-      assert [{"one", _, _}] = known()
-    end
-
-    test "changes without the time to wait for it are not made, and return an error", %{
-      tmp_dir: dir
-    } do
-      start_up(dir)
-      {:ok, _} = create("old")
-      kill_coordinator()
-      {ms, result} = timed(fn -> create("one", "q -> a", 50) end)
-      assert result == {:error, :bridge_not_running}
-      assert ms < 1_000
-      assert Pool.call(@pool, :cleanup, %{}, 0) == {:error, :bridge_not_running}
-      :sys.resume(@pool)
-      assert programs() == [%{"old" => "q -> a"}]
-      assert [{"old", _, _}] = known()
-    end
-
-    test "a run of a program that one peer lacks waits for it", %{tmp_dir: dir} do
-      start_up(dir, pool_size: 1)
-      {:ok, _} = create("one")
-      forget_all()
-      kill_coordinator()
-      execution = Task.async(fn -> execute("one") end)
-      refute Task.yield(execution, 50)
-      :sys.resume(@pool)
-      assert {:ok, %{"signature" => "q -> a"}} = Task.await(execution)
-    end
+    {:ok, _} = create("old")
+    {:ok, bridge} = Pool.checkout(@pool)
+    {:ok, _} = Bridge.call(bridge, :create_program, %{id: "one", signature: "q -> a"})
+    {:ok, _} = Bridge.call(bridge, :cleanup, %{program_ids: ["old"]})
+    eventually(fn -> programs() == [%{"one" => "q -> a"}] end)
   end
 
   @tag :capture_log
-  test "a change whose coordinator ends returns an error; peers that got it apply it",
-       %{tmp_dir: dir} do
-    start_up(dir, pool_size: 2)
-    {:ok, _} = create("one")
-    [_quick, slow] = peers()
-    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{slow.os_pid}"])
-    creation = Task.async(fn -> create("one", "b -> c") end)
-    eventually(fn -> match?([%{pending: 0}, %{pending: 1}], peers()) and updated?() end)
+  test "a change is known to all bridges also if the coordinator ends before it has sent it", %{
+    tmp_dir: dir
+  } do
+    start_up(dir)
+    {:ok, _} = create("old")
     coordinator = Process.whereis(Handle.coordinator(@pool))
+    :sys.suspend(coordinator)
+    creation = Task.async(fn -> create("one") end)
+    cleanup = Task.async(fn -> Pool.call(@pool, :cleanup, %{program_ids: ["old"]}, 5_000) end)
+    # Reported, and waited for.
+    eventually(fn -> {:message_queue_len, 4} == Process.info(coordinator, :message_queue_len) end)
     Process.exit(coordinator, :kill)
-    assert Task.await(creation) == {:error, :bridge_not_running}
-    eventually(fn -> Process.whereis(Handle.coordinator(@pool)) not in [coordinator, nil] end)
-    # Else the one peer would have the new definition and the other the old.
-    assert [%{pending: 0}, %{pending: 1}] = peers()
-    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{slow.os_pid}"])
-    assert programs() == [%{"one" => "b -> c"}]
+    assert {:ok, %{"status" => "created"}} = Task.await(creation)
+    assert {:ok, %{"status" => "cleaned"}} = Task.await(cleanup)
+    assert programs() == [%{"one" => "q -> a"}]
+    assert [{"one", _, _}] = known()
   end
-
-  defp updated?,
-    do: match?([{"one", _stamp, _body}], known()) and elem(hd(known()), 2) =~ "b -> c"
 
   test "arguments that every peer refuses change nothing", %{tmp_dir: dir} do
     start_supervised!({Pool, real_opts(name: @pool, pool_size: 1)})
@@ -275,12 +182,13 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     tmp_dir: dir
   } do
     start_up(dir)
-    bridge = hd(peers()).bridge
-    :sys.suspend(bridge)
+    os_pids = for %{os_pid: os_pid} <- peers(), do: os_pid
+    signal = &System.cmd("/bin/sh", ["-c", "kill -#{&1} #{Enum.join(os_pids, " ")}"])
+    {_, 0} = signal.("STOP")
     {ms, result} = timed(fn -> create("one", "q -> a", 50) end)
     assert result == {:error, :timeout}
     assert ms < 1_000
-    :sys.resume(bridge)
+    {_, 0} = signal.("CONT")
     eventually(fn -> programs() == [%{"one" => "q -> a"}] end)
     assert [{"one", _, _}] = known()
   end

@@ -161,20 +161,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
     idle(full)
   end
 
-  test "a program that the peer does not have is created there" do
-    pool = start_up("who", pool_size: 2)
-    {:ok, _} = Pool.call(pool, :create_program, %{id: "p", signature: "q -> a"})
-
-    PoolProbe.forget_all(pool)
-    run = %{program_id: "p"}
-    assert [{:ok, %{"signature" => "q -> a"}, _}] = pool |> Pool.stream(run) |> Enum.to_list()
-
-    assert [error: %Error{type: :program_not_found}] =
-             pool |> Pool.stream(%{program_id: "none"}) |> Enum.to_list()
-
-    idle(pool)
-  end
-
   test "many streams are spread over the peers" do
     pool = start_up("plays", pool_size: 3)
     play = [["count", 1], ["go", "on"], ["count", 1], ["reply", %{}]]
@@ -188,17 +174,17 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
     idle(pool)
   end
 
-  test "a call waits for the first peer, and for a checkin" do
+  test "a call waits for the first peer, and for the next one that serves" do
     env = %{"FAKE_START_MS" => "300"}
     pool = start("starts_late", env: env, pool_size: 1)
     assert {:ok, _, _} = Pool.request(pool, :ping, %{}, on_chunk: & &1, timeout: 20_000)
 
     pool = start_up("plays", pool_size: 1)
-    {:ok, bridge} = Pool.checkout(pool)
+    PoolProbe.stop_serving(pool)
     assert [error: %Error{type: :timeout}] = elements(pool, [["reply", %{}]], timeout: 50)
     reader = Task.async(fn -> elements(pool, [["count", 3], ["reply", %{}]]) end)
     eventually(fn -> map_size(:sys.get_state(Module.concat(pool, Coordinator)).waiting) == 1 end)
-    :ok = Pool.checkin(pool, bridge)
+    PoolProbe.serve_again(pool)
     assert [_, _, _, {:ok, %{}, _}] = Task.await(reader)
     assert mailbox() == []
   end

@@ -120,7 +120,7 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
              end)
   end
 
-  test "a pool logs it, and a bridge that is checked out refuses" do
+  test "a pool logs it, and its bridges refuse" do
     name = Module.concat(__MODULE__, Pool)
     opts = Keyword.put(fake_opts("who", pool_size: 2), :name, name)
     start_supervised!({Pool, opts})

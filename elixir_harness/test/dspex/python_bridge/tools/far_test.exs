@@ -29,8 +29,8 @@ defmodule DSPex.PythonBridge.Tools.FarTest do
     Nodes.start_pool(there, [pool_size: 2] ++ opts)
     start_supervised!({Pool, [pool_size: 1] ++ opts})
     for node <- [there, node()], do: eventually(fn -> up?(node) end, 20_000)
-    {_borrower, [ok: _bridge]} = PoolProbe.check_out_all(@pool)
-    eventually(fn -> there in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
+    PoolProbe.stop_serving(@pool)
+    eventually(fn -> there in for({pid, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
   end
 
   defp up?(node), do: Enum.all?(peers(node), &(&1.state == :running))

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
   @moduledoc """
   Calls with chunks and tools, and those that must not be made twice, by the pool of another node. The peers of this node
-  are checked out.
+  do not serve.
   """
 
   # It makes this a distributed node.
@@ -10,7 +10,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Error, Pool}
-  alias DSPex.PythonBridge.Pool.Remote
   alias DSPex.Test.{Nodes, PoolProbe}
 
   @pool __MODULE__.Pool
@@ -27,18 +26,18 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     fake = fake_opts(tags[:fake] || "plays")
     start_supervised!({Pool, Keyword.merge(fake, opts)})
     up_on(node())
-    {borrower, [ok: _bridge]} = PoolProbe.check_out_all(@pool)
+    PoolProbe.stop_serving(@pool)
 
     start_there = fn opts_there ->
       there = if tags[:own_node], do: Nodes.start(), else: tags.node
       pool = Nodes.start_pool(there, fake |> Keyword.merge(opts) |> Keyword.merge(opts_there))
       unless tags[:own_node], do: on_exit(fn -> end_on(there, pool) end)
       up_on(there)
-      eventually(fn -> there in for({pid, _, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
+      eventually(fn -> there in for({pid, _} <- PoolProbe.serving(@pool), do: node(pid)) end)
       there
     end
 
-    %{start_there: start_there, borrower: borrower}
+    %{start_there: start_there}
   end
 
   defp end_on(node, pool) do
@@ -168,7 +167,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
         case {element, n} do
           {{:status, "thinking"}, 0} ->
             Nodes.stop(there)
-            send(context.borrower, :end)
+            PoolProbe.serve_again(@pool)
 
           {{:status, "thinking"}, _again} ->
             ask_on(node(), :go, %{name: "on"})
@@ -255,24 +254,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     assert File.read!(Path.join(dir, "starts")) in ["xxx", "xxxx"]
   end
 
-  @tag fake: "who"
-  test "a program that is missing there is created; an overloaded peer is passed over", context do
-    there = context.start_there.(pool_size: 2)
-    {:ok, _} = Pool.call(@pool, :create_program, %{id: "p", signature: "q -> a"})
-    Nodes.on(there, PoolProbe, :forget_all, [@pool])
-
-    assert [{:ok, %{"signature" => "q -> a"}, _}] =
-             @pool |> Pool.stream(%{program_id: "p"}) |> Enum.to_list()
-
-    assert [error: %Error{type: :program_not_found}] =
-             @pool |> Pool.stream(%{program_id: "none"}) |> Enum.to_list()
-
-    assert {:error, %Error{type: :overloaded}} =
-             Pool.request(@pool, :overloaded, %{}, on_chunk: & &1)
-
-    idle_on(there)
-  end
-
   @tag :own_node
   test "the loss of the node before a chunk is not noticed; after it, it is the end", context do
     there = context.start_there.([])
@@ -290,45 +271,11 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     assert {:suspended, {{:error, %Error{type: :python_process_died}}, _}, _} =
              next.({:cont, nil})
 
-    send(context.borrower, :end)
+    PoolProbe.serve_again(@pool)
     eventually(fn -> PoolProbe.busy(@pool) == [1] end)
     go_on(node(), "on")
     assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(waits, 20_000)
     eventually(fn -> PoolProbe.busy(@pool) == [0] end)
-  end
-
-  @tag :own_node
-  test "a node of an older version serves only calls without chunks and tools", context do
-    there = context.start_there.([])
-    make_older(there)
-    assert {:ok, %{"heard" => []}, _} = Pool.request(@pool, :heard)
-    play = [["count", 1], ["reply", %{}]]
-    assert [error: %Error{type: :timeout}] = play |> stream(timeout: 300) |> Enum.to_list()
-    reader = Task.async(fn -> play |> stream() |> Enum.to_list() end)
-    refute Task.yield(reader, 100)
-    send(context.borrower, :end)
-    assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(reader)
-    assert mailbox() == []
-  end
-
-  # As it was before `open/5`.
-  defp make_older(node) do
-    {_, code, file} = :code.get_object_code(Remote)
-
-    {:ok, {_, [debug_info: {:debug_info_v1, backend, data}]}} =
-      :beam_lib.chunks(code, [:debug_info])
-
-    {:ok, forms} = backend.debug_info(:erlang_v1, Remote, data, [])
-
-    older =
-      for form <- forms do
-        with {:attribute, at, :export, functions} <- form,
-             do: {:attribute, at, :export, List.delete(functions, {:open, 5})}
-      end
-
-    {:ok, Remote, older} = :compile.forms(older, [])
-    {:module, Remote} = Nodes.on(node, :code, :load_binary, [Remote, file, older])
-    refute Nodes.on(node, :erlang, :function_exported, [Remote, :open, 5])
   end
 
   @tag :own_node
@@ -353,13 +300,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
       coordinator = Module.concat(@pool, Coordinator)
       eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 2 end, 20_000)
 
-      # A change is answered in its time, and made here.
+      PoolProbe.serve_again(@pool)
+      assert [{:ok, %{}}, [{:ok, %{}, _}]] = Task.await_many(calls, 20_000)
+      # It delays no change.
       create = %{id: "qa", signature: "question -> answer"}
       {ms, result} = timed(fn -> Pool.call(@pool, :create_program, create, 1_000) end)
       assert {:ok, _} = result
-      assert ms < 1_500
-      send(context.borrower, :end)
-      assert [{:ok, %{}}, [{:ok, %{}, _}]] = Task.await_many(calls, 20_000)
+      assert ms < 500
     after
       {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
     end
@@ -382,7 +329,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
       reader = Task.async(fn -> [["count", 1], ["reply", %{}]] |> stream() |> Enum.to_list() end)
       refute Task.yield(reader, 100)
       # It is not waited for longer than it takes to find that out.
-      send(context.borrower, :end)
+      PoolProbe.serve_again(@pool)
       assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(reader, 10_000)
       assert mailbox() == []
     after
