@@ -136,7 +136,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   def advance(%InFlight{to: nil} = in_flight), do: in_flight
 
   def advance(%InFlight{} = in_flight) do
-    {ids, suspects} = Suspects.next(in_flight.suspects)
+    {ids, suspects} = Suspects.next(in_flight.suspects, in_flight.max_retries)
     in_flight = give(in_flight, :gb_sets.to_list(in_flight.held))
     give(%{in_flight | held: :gb_sets.empty(), suspects: suspects}, ids)
   end

@@ -5,15 +5,16 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   #
   # A trial ends when the suspect is answered, or has run for a second: then it goes on beside the next, so that a slow
   # one holds nobody. After each trial that nobody died of twice as many are tried together, so that hundreds of
-  # innocent ones are through in some seconds; after a death one again. Those with the most deaths come first, and of
-  # these the youngest, since a call that kills at once was sent just before the first death. A peer that has just
+  # innocent ones are through in some seconds; after a death one again, and one on its last retry always alone. Those
+  # with the most deaths come first, and of these the youngest, since a call that kills at once was sent just before the
+  # first death. A peer that has just
   # taken over, and was given calls that were held, gets the first suspect a second later: one of these may kill, too.
   #
   # A peer that follows another is cold: it may still be importing DSPy. The second only begins when it has answered a
   # run, or after `@cold_ms`. Till then a pool prefers other peers.
   #
-  # If a peer dies during a trial of one suspect, that one is blamed, and the other suspects are not: so a call that
-  # kills within a second takes no other with it. One that kills later than that is spared `@most_spared` times at most,
+  # If a peer dies during a trial, the suspects on trial are blamed, and the others are not: so a call that kills within
+  # a second takes no other with it. One that kills later than that is spared `@most_spared` times at most,
   # and others that run as long may be blamed for it.
 
   alias DSPex.PythonBridge.Calls.Request
@@ -61,22 +62,24 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   end
 
   @doc "The suspects that are sent now: none during a trial or a pause."
-  @spec next(t()) :: {[pos_integer()], t()}
-  def next(%__MODULE__{timer: nil, size: size} = state) do
-    case take(state.waiting, size, []) do
+  @spec next(t(), max_retries :: non_neg_integer()) :: {[pos_integer()], t()}
+  def next(%__MODULE__{timer: nil, size: size} = state, max_retries) do
+    case take(state.waiting, size, max_retries, []) do
       {[], _none} -> {[], state}
       {ids, waiting} -> {ids, %{state | trial: ids, waiting: waiting, timer: start_timer(state)}}
     end
   end
 
-  def next(%__MODULE__{} = state), do: {[], state}
+  def next(%__MODULE__{} = state, _max_retries), do: {[], state}
 
-  defp take(waiting, size, ids) do
+  defp take(waiting, size, max_retries, ids) do
     if size == 0 or :gb_sets.is_empty(waiting) do
       {ids, waiting}
     else
-      {{_deaths, place}, waiting} = :gb_sets.take_smallest(waiting)
-      take(waiting, size - 1, [-place | ids])
+      {{deaths, place}, waiting} = :gb_sets.take_smallest(waiting)
+      # One on its last retry is the first, and stays alone.
+      left = if -deaths >= max_retries, do: 0, else: size - 1
+      take(waiting, left, max_retries, [-place | ids])
     end
   end
 
@@ -127,8 +130,7 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   @doc "Whether the death of a peer, which had the call, counts against it."
   @spec blamed?(t(), pos_integer(), Request.t(), non_neg_integer()) :: boolean()
   def blamed?(%__MODULE__{trial: []}, _id, _request, _max_retries), do: true
-  def blamed?(%__MODULE__{trial: [id]}, id, _request, _max_retries), do: true
 
-  def blamed?(%__MODULE__{}, _id, request, max_retries),
-    do: request.spared >= @most_spared or not suspect?(request, max_retries)
+  def blamed?(%__MODULE__{trial: trial}, id, request, max_retries),
+    do: id in trial or request.spared >= @most_spared or not suspect?(request, max_retries)
 end
