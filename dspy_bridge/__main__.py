@@ -62,6 +62,7 @@ def main() -> int:
     own = watchdog.start(reading, writing)
     stdio.keep_from_children(reading, writing, *own)
     _serve(chosen, reading, writing)
+    watchdog.served = True
     return 0
 
 

@@ -50,7 +50,6 @@ def build_dispatcher(
         log_exception=lambda error: log().exception(error),
         when_room=when_room,
         prepare_loop=prepare_loop,
-        importing=commands.importing,
         log_warning=lambda text: log().logger.warning(text),
     )
     return dispatcher

@@ -214,26 +214,10 @@ KEYS = [
 # What a careless expression, or a guard before one, takes long for: the beginning of a pattern, and what goes on.
 STARTS = ["", "{", "[", "(", r"a\p{", "(?", "(?P<", "[^", "a{", "(?i:"]
 UNITS = [
-    " ",
-    "{",
-    "(",
-    "[",
-    "(?",
-    "1",
-    "{1,",
-    r"\p{",
-    r"\pL",
-    "a{99}",
-    "(a{9}",
-    "(a|b)*",
-    "[ab]{500}",
-    "a?",
-    r"\\",
-    "|",
-    "é",
+    *(" ", "{", "(", "[", "(?", "1", "{1,", r"\p{", r"\pL", "a{99}", "(a{9}", "(a|b)*"),
+    *("[ab]{500}", "a?", r"\\", "|", "é"),
 ]
 ENDS = ["", "}", ")", "]", "){99}", "c", " !", ")" * 50]
-TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[-+0-9.eE]+|[a-zA-Z]+|[\[\]{}:,]|\s+|.', re.DOTALL)
 
 
 class Frames:
@@ -244,7 +228,7 @@ class Frames:
         self._recent: collections.deque[Any] = collections.deque(["nobody"], maxlen=50)
 
     def next(self) -> bytes:
-        """A good or a broken frame, mutated in one of three ways, or as it is."""
+        """A good or a broken frame, mutated in one of two ways, or as it is."""
         rng = self._random
         if rng.random() < 0.0005:
             return b"x" * (LIMIT + rng.randrange(1, 1000))
@@ -261,7 +245,7 @@ class Frames:
             for _ in range(self._times()):
                 message = self._values(message)
             return self._write(message)
-        return (self._tokens if way < 0.85 else self._bytes)(self._write(message))
+        return self._bytes(self._write(message))
 
     def _slow(self) -> bytes:
         """Frames made to take long: patterns, strings for them, strings for a regular expression, runs of digits."""
@@ -347,29 +331,6 @@ class Frames:
         else:
             holder[key] = [holder[key]] * rng.randrange(3)
         return copy
-
-    def _tokens(self, payload: bytes) -> bytes:
-        rng = self._random
-        tokens = TOKEN.findall(payload)
-        for _ in range(self._times()):
-            at, other = rng.randrange(len(tokens)), rng.randrange(len(tokens))
-            change = rng.randrange(6)
-            if change == 0:
-                tokens[at] = b""
-            elif change == 1:
-                tokens.insert(at, tokens[other])
-            elif change == 2:
-                tokens[at], tokens[other] = tokens[other], tokens[at]
-            elif change == 3:
-                # The same key again, or a new one.
-                key = rng.choice([token for token in tokens if token.startswith(b'"')] or [b'"id"'])
-                if rng.random() < 0.5:
-                    key = json.dumps(rng.choice(KEYS)).encode()
-                after = [place for place, token in enumerate(tokens) if token == b"{"] or [0]
-                tokens.insert(rng.choice(after) + 1, key + b":" + self._odd().encode() + b",")
-            else:
-                tokens[at] = self._odd().encode()
-        return b"".join(tokens)
 
     def _bytes(self, payload: bytes) -> bytes:
         rng = self._random

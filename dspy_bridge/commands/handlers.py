@@ -53,10 +53,6 @@ class Commands:
         """Begin DSPy's import. On the event loop's thread."""
         self._loader.preload()
 
-    def importing(self) -> bool:
-        """Whether DSPy is being imported, and no program waits for it."""
-        return self._loader.importing
-
     def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
         """`{"status": "ok", "timestamp": unix seconds}`."""
         return messages.pong(time.time())
@@ -224,12 +220,7 @@ def _count(entry: Entry) -> None:
 
 def _versions() -> dict[str, str]:
     import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    versions = {"dspy_bridge": __version__, "python": platform.python_version()}
-    for name in ("dspy", "psutil"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    own = {"dspy_bridge": __version__, "python": platform.python_version()}
+    return {**own, **{name: version(name) for name in ("dspy", "psutil")}}

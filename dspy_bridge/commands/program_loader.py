@@ -41,8 +41,6 @@ class ProgramLoader:
         self._setup_failed: tuple[str, float] | None = None
         self._thread: DaemonThreads | None = None
         self._gc = GcFreezer()
-        # Whether DSPy is being imported before there is a program.
-        self.importing = False
 
     async def load(self, entry: Entry) -> Program:
         """The program of an entry, loaded once for all requests that need it. On the event loop.
@@ -75,7 +73,6 @@ class ProgramLoader:
 
     def preload(self) -> None:
         """Begin DSPy's import, for which the first program would wait. On the event loop's thread."""
-        self.importing = True
         self._start_thread().submit(self._import_dspy)
 
     def degraded(self) -> list[str]:
@@ -108,8 +105,6 @@ class ProgramLoader:
             from dspy_bridge.programs import program  # noqa: F401  # imports all that a program needs
         except BaseException:
             pass  # the first program imports it again, and its reply has the failure
-        finally:
-            self.importing = False
 
     def _make(self, definition: dict[str, Any]) -> Program:
         if self._models is None:

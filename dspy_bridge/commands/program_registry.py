@@ -6,7 +6,6 @@ before it. A program is loaded later, once, when the first request needs it.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 
@@ -24,12 +23,8 @@ class Entry:
     `failure`: the error, as a reply has it, of a lazy entry's last load, which is not repeated before `reload_at`.
     """
 
-    def __init__(
-        self, id: str, number: int, definition: dict[str, Any], previous: Entry | None, lazy: bool = False
-    ) -> None:
+    def __init__(self, id: str, definition: dict[str, Any], previous: Entry | None, lazy: bool = False) -> None:
         self.id = id
-        # The order of creation, over all entries: the system's clock may be set back.
-        self.number = number
         self.definition = definition
         self.previous = previous
         self.created_at = time.time()
@@ -66,21 +61,21 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # In the order of creation.
         self._entries: dict[str, Entry] = {}
-        self._numbers = itertools.count()
 
     def add(self, id: str, definition: dict[str, Any]) -> Entry:
         """Define or redefine `id`. The earlier entry is kept until `confirm`, and restored by `discard`."""
         with self._lock:
-            entry = Entry(id, next(self._numbers), definition, self._entries.pop(id, None))
-            self._entries[id] = entry
+            # In the place of the earlier one, until `confirm`.
+            entry = self._entries[id] = Entry(id, definition, self._entries.get(id))
             return entry
 
     def add_lazy(self, id: str, definition: dict[str, Any]) -> bool:
         """Define or redefine `id` for good, unchecked. Returns whether it replaced another."""
         with self._lock:
             replaced = self._entries.pop(id, None) is not None
-            self._entries[id] = Entry(id, next(self._numbers), definition, None, lazy=True)
+            self._entries[id] = Entry(id, definition, None, lazy=True)
             return replaced
 
     def get(self, id: str) -> Entry | None:
@@ -93,6 +88,8 @@ class Registry:
             replaced = entry.previous is not None
             entry.answered = True
             entry.previous = None
+            if replaced and self._entries.get(entry.id) is entry:
+                self._entries[entry.id] = self._entries.pop(entry.id)
             return replaced
 
     def discard(self, entry: Entry) -> None:
@@ -125,7 +122,7 @@ class Registry:
                     seen = seen.previous
                 if seen is not None:
                     found.append(seen)
-        return sorted(found, key=lambda entry: entry.number)
+        return found
 
 
 def working(entry: Entry) -> Entry | None:

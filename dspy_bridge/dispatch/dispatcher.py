@@ -46,19 +46,17 @@ class Dispatcher:
         when_room: Callable[[Callable[[], object]], bool],
         prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
         log_warning: Callable[[str], object] = lambda _text: None,
-        importing: Callable[[], bool] = lambda: False,
     ) -> None:
         """`send` writes reply payloads, from any thread. `log_exception` logs an exception and returns its reference.
 
         `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
         once there is. `prepare_loop` gets the event loop before it runs, on its thread. `log_warning` gets a text for
-        the log, on any thread. `importing` says whether a thread imports something that no request waits for.
+        the log, on any thread.
         """
         self._commands = commands
         self._send = send
         self._max_frame_bytes = max_frame_bytes
         self._prepare_loop = prepare_loop
-        self.importing = importing
         self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
         self._pings = self._replies.pings
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
@@ -91,7 +89,7 @@ class Dispatcher:
         """Take one frame, on the reading thread. Returns the reply if there is one already."""
         received = time.monotonic()
         if isinstance(frame, TooLarge):
-            text = f"frame of {frame.length} bytes: expected at most {self._max_frame_bytes}"
+            text = f"frame of {frame} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
             request = messages.decode(frame)

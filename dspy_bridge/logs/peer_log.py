@@ -28,16 +28,10 @@ _FLUSH_SECONDS = 0.5
 
 class _Redacted(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redaction.redact(super().format(content_filter.without_contents(record)))
-
-
-class _Traced(logging.Filter):
-    """On a handler: adds `of_trace`, the trace of the current request, to its records."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
+        """The record without contents and secrets; `of_trace` is the trace of the current request."""
         traceparent = tracing.current()
         record.of_trace = "" if traceparent is None else f" traceparent={traceparent}"
-        return True
+        return redaction.redact(super().format(content_filter.without_contents(record)))
 
 
 class _Diverted(logging.Filter):
@@ -95,7 +89,6 @@ class _Queued(logging.Handler):
                 self._reported += dropped
                 text = f"{dropped} log records were dropped: nobody read them in time"
                 record = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (), None)
-                self.filter(record)
                 self._write("warning", logger.name, self.format(record), None)
             self._written += size
 
@@ -141,7 +134,6 @@ def setup(level: str, send: SendRecord | None) -> None:
     handler: logging.Handler
     if send is None:
         handler = _Stderr()
-        handler.addFilter(_Traced())
         handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(of_trace)s: %(message)s"))
     else:
         handler = _Frames(send)

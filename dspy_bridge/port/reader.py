@@ -134,9 +134,6 @@ def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float, idle_rea
     # Exit handlers (tracing exporters flush there) get the rest of the time, while the owner is there.
     end = max(end, time.monotonic() + 0.5)
     threading.Thread(target=_exit_by, args=(end, writer.fd), name="dspy_bridge-exit", daemon=True).start()
-    if dispatcher.importing():
-        # Python's own exit would end that thread inside of extension modules, which may abort.
-        exit_now()
 
 
 def _exit_by(end: float, writing: int) -> None:

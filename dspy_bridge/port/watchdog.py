@@ -37,6 +37,8 @@ MARK = "DSPY_BRIDGE_PEER"
 
 # The process that the watchdog belongs to. In its forks these globals have the same values.
 _peer = 0
+# Whether the end of input was reached, which is what exit status 0 means.
+served = False
 # Pipes for the request to kill the descendants, and its answer.
 _ask = _answer = -1
 
@@ -51,7 +53,7 @@ def start(reading: int, writing: int) -> tuple[int, int]:
     # With the time, as a later peer may have the same pid.
     os.environ[MARK] = f"{_peer}-{time.time_ns()}"
     # Registered first, so it runs last: other exit handlers may need their children.
-    atexit.register(end_children)
+    atexit.register(_end)
     try:
         os.setpgid(0, 0)
     except OSError:
@@ -73,6 +75,15 @@ def start(reading: int, writing: int) -> tuple[int, int]:
     os.close(asked)
     os.close(answers)
     return _ask, _answer
+
+
+def _end() -> None:
+    """The last exit handler."""
+    end_children()
+    if os.getpid() == _peer and served:
+        sys.stdout.flush()
+        # Python's own end would stop threads inside of extension modules, as while DSPy is imported: that may abort.
+        os._exit(0)
 
 
 def end_children() -> None:
@@ -133,6 +144,8 @@ def _wait(asked: int, answers: int, frames: dict[int, int]) -> None:
                 poller.unregister(fd)
             if not frames:
                 end = time.monotonic() + GRACE_SECONDS
+                # Needed after that. Sooner it would cost each watchdog 3 MB.
+                import psutil  # noqa: F401
 
 
 def _polled(fd: int, events: int, seconds: float) -> int:
@@ -152,7 +165,6 @@ def _kill_descendants(root: int | None) -> None:
 
 def _descendants(root: int | None) -> set[int]:
     """The descendants of `root`, and all processes with the mark."""
-    # Not before there is something to kill: its import takes 25 ms.
     import psutil
 
     children: dict[int, list[int]] = {}

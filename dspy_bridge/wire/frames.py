@@ -9,22 +9,8 @@ from __future__ import annotations
 HEADER_BYTES = 4
 
 
-class TooLarge:
-    """Replaces a frame that is longer than allowed; it is skipped."""
-
-    __slots__ = ("length",)
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TooLarge) and other.length == self.length
-
-    def __hash__(self) -> int:
-        return hash(self.length)
-
-    def __repr__(self) -> str:
-        return f"TooLarge({self.length})"
+class TooLarge(int):
+    """Replaces a frame that is longer than allowed, and is skipped: its length."""
 
 
 def header(length: int) -> bytes:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -36,54 +35,6 @@ def test_as_many_run_as_may_and_the_rest_waits_in_order() -> None:
     limiter.release()
     limiter.release()
     assert limiter.running == 0
-
-
-@pytest.mark.parametrize("moment", ["waiting", "has come", "has come too late"])
-def test_a_turn_that_is_given_up_is_the_next_ones(moment: str) -> None:
-    """Cancelled while it waits; when it has a slot but does not know yet; when it gets one after the cancel."""
-
-    async def scenario() -> None:
-        limiter = Limiter(1, 10)
-        await limiter.acquire()
-        first, second = asyncio.create_task(limiter.acquire()), asyncio.create_task(limiter.acquire())
-        await asyncio.sleep(0)
-        assert (limiter.running, limiter.waiting) == (1, 2)
-        if moment == "has come":
-            limiter.release()
-            first.cancel()
-        elif moment == "has come too late":
-            first.cancel()
-            limiter.release()
-        else:
-            first.cancel()
-            await asyncio.wait([first])
-            assert limiter.waiting == 1
-            limiter.release()
-        await asyncio.wait_for(second, 5)
-        assert first.cancelled() and (limiter.running, limiter.waiting) == (1, 0)
-        limiter.release()
-        assert limiter.running == 0
-
-    asyncio.run(scenario())
-
-
-def test_however_many_give_up_at_once_the_turn_is_free() -> None:
-    """Each gets the slot before it has noticed its cancellation."""
-
-    async def scenario() -> None:
-        limiter = Limiter(1, 10_000)
-        await limiter.acquire()
-        tasks = [asyncio.create_task(limiter.acquire()) for _ in range(10_000)]
-        await asyncio.sleep(0)
-        for task in tasks:
-            task.cancel()
-        limiter.release()
-        assert (limiter.running, limiter.waiting) == (0, 0)
-        await asyncio.wait(tasks)
-        assert (limiter.running, limiter.waiting) == (0, 0)
-        await asyncio.wait_for(limiter.acquire(), 5)
-
-    asyncio.run(scenario())
 
 
 class LimiterInAnyOrder(RuleBasedStateMachine):

@@ -79,23 +79,6 @@ def test_every_type_name_of_dspex_and_python(echo_peer: Peer) -> None:
     assert 0 <= result["f6"] <= 1
 
 
-def test_dspy_types_are_taken_as_inputs(echo_peer: Peer) -> None:
-    signature = {
-        "inputs": [{"name": "picture", "type": "image"}, {"name": "past", "type": "history"}],
-        "outputs": [{"name": "answer"}],
-    }
-    assert echo_peer.call("create_program", {"id": "t", "signature": signature})["success"]
-    turn = {"picture": "https://example.org/b.png", "answer": "y"}
-    inputs = {"picture": "https://example.org/a.png", "past": {"messages": [turn]}}
-    assert echo_peer.call("execute_program", {"program_id": "t", "inputs": inputs})["success"]
-
-
-def test_the_same_question_gets_the_same_answer(echo_peer: Peer) -> None:
-    echo_peer.call("create_program", {"id": "n", "signature": "q -> a: list[float], b"})
-    answers = [echo_peer.call("execute_program", {"program_id": "n", "inputs": {"q": "x"}})["result"] for _ in "abc"]
-    assert answers[0] == answers[1] == answers[2]
-
-
 # Settings of an LM that DSPy 3.3 leaves to the provider to refuse.
 UNCHECKED = ({"model": "openai/"}, {"model": "openai/x", "num_retries": -1})
 
@@ -109,48 +92,23 @@ UNCHECKED = ({"model": "openai/"}, {"model": "openai/x", "num_retries": -1})
         ({"id": "x"}, "signature"),
         ({"id": "x", "signature": 5}, "signature"),
         ({"id": "x", "signature": "q"}, "->"),
-        ({"id": "x", "signature": "q -> a -> b"}, "->"),
         ({"id": "x", "signature": "q ->"}, "signature.outputs"),
         ({"id": "x", "signature": "q -> a: nope"}, "nope"),
         ({"id": "x", "signature": "q -> a: os.system"}, "os.system"),
-        ({"id": "x", "signature": "q -> a: list["}, "signature.outputs"),
         ({"id": "x", "signature": "q -> a: __import__('os').system('x')"}, "signature.outputs.a"),
-        ({"id": "x", "signature": "q -> a: Literal[open('x')]"}, "Literal"),
         ({"id": "x", "signature": "q): pass\nimport os\ndef g(x -> a"}, "signature.inputs"),
-        ({"id": "x", "signature": "q=open('x') -> a"}, "signature.inputs"),
-        ({"id": "x", "signature": "*q -> a"}, "signature.inputs"),
         ({"id": "x", "signature": "q -> q"}, "'q'"),
-        ({"id": "x", "signature": "q, q -> a"}, "signature"),
-        ({"id": "x", "signature": "class -> a"}, "signature.inputs"),
         ({"id": "x", "signature": "signature -> a"}, "'signature'"),
-        ({"id": "x", "signature": "q -> instructions"}, "'instructions'"),
-        ({"id": "x", "signature": "q -> model_config"}, "'model_config'"),
-        ({"id": "x", "signature": "lm -> a"}, "'lm'"),
-        ({"id": "x", "signature": "_q -> a"}, "'_q'"),
-        ({"id": "x", "signature": "completions -> a"}, "'completions'"),
-        ({"id": "x", "signature": "q -> dspy_a"}, "'dspy_a'"),
-        ({"id": "x", "signature": "q): pass # -> a"}, "'q): pass #'"),
         ({"id": "x", "signature": "q -> " + "a, " * 300_000}, "16000 characters"),
         ({"id": "x", "signature": {"inputs": []}}, "signature.outputs"),
-        ({"id": "x", "signature": {"inputs": {}, "outputs": []}}, "signature.inputs"),
         ({"id": "x", "signature": {"inputs": [], "outputs": [], "instruction": "x"}}, "instruction"),
-        ({"id": "x", "signature": {"inputs": [5], "outputs": []}}, "signature.inputs[0]"),
         ({"id": "x", "signature": {"inputs": [{}], "outputs": []}}, "signature.inputs[0].name"),
-        ({"id": "x", "signature": {"inputs": [{"name": "a b"}], "outputs": []}}, "'a b'"),
-        ({"id": "x", "signature": {"inputs": [{"name": "for"}], "outputs": []}}, "'for'"),
         ({"id": "x", "signature": {"inputs": [{"name": "q", "type": 5}], "outputs": []}}, "signature.inputs[0].type"),
         ({"id": "x", "signature": {"inputs": [{"name": "q", "typ": "int"}], "outputs": []}}, "'typ'"),
-        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "list[" * 900}], "outputs": []}}, "type"),
-        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "list[int, int]"}], "outputs": []}}, "list"),
-        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "(" * 1999}], "outputs": []}}, "type"),
-        ({"id": "x", "signature": {"inputs": [{"name": "q", "type": "\x00"}], "outputs": []}}, "type"),
         ({"id": "x", "signature": "q -> a", "program_type": "nope"}, "program_type"),
-        ({"id": "x", "signature": "q -> a", "program_type": ["predict"]}, "program_type"),
         ({"id": "x", "signature": "reasoning -> a", "program_type": "chain_of_thought"}, "reasoning"),
         ({"id": "x", "signature": "q -> a", "adapter": "yaml"}, "adapter"),
-        ({"id": "x", "signature": "q -> a", "adapter": {}}, "adapter"),
         ({"id": "x", "signature": "q -> a", "lm": 5}, "lm"),
-        ({"id": "x", "signature": "q -> a", "lm": {}}, "lm.model"),
         *(
             ({"id": "x", "signature": "q -> a", "lm": lm}, named)
             for lm, named in zip(UNCHECKED, ("lm", "num_retries"), strict=True)

@@ -22,7 +22,7 @@ def test_mutated_frames_each_get_their_reply() -> None:
 
 def test_among_them_are_some_that_are_made_to_take_long() -> None:
     frames = Frames(6)
-    some = [frames.next() for _ in range(4000)]
+    some = [frames.next() for _ in range(8000)]
     assert sum(b'"slow"' in payload for payload in some) > 2, "patterns"
     assert sum(b"ababb" in payload for payload in some) > 2, "strings for a pattern"
     assert sum(b"7" * 90 in payload for payload in some) > 2, "runs of digits"

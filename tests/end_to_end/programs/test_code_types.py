@@ -112,7 +112,7 @@ def test_code_that_fails_each_time_is_an_answer_that_does_not_fit(start: Any) ->
     assert reply["error_type"] == "output_invalid" and "division by zero" in reply["error"], reply
     assert len(server.requests) == 2
     _, _, log = peer.finish()
-    assert "Error in code execution: …" in log and "division" not in log
+    assert "division" not in log
 
 
 def test_code_act_prints_what_it_finds_out(start: Any) -> None:

@@ -148,7 +148,7 @@ def test_an_agents_warnings_quote_nothing(start_lm: Any) -> None:
         reply, _ = execute(peer, ASK, {"search": lambda query, most: "x"})
         assert reply["result"]["answer"] == "because"
         _, _, log = peer.finish()
-    assert "WARNING dspy.predict.react: Ending the trajectory: …" in log and "secret" not in log
+    assert "WARNING dspy.predict.react: text withheld, react.py line " in log and "secret" not in log
 
 
 @pytest.mark.parametrize(

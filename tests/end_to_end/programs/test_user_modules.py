@@ -330,7 +330,7 @@ def test_what_an_exception_quotes_is_not_in_the_log(start: Any) -> None:
     peer.call("create_program", {"id": "s", "signature": "question -> answer", "program_type": "host:Strict",
                                  "options": {"k": 987654321}})  # fmt: skip
     _, _, log = peer.finish()
-    assert "ValueError: k is …" in log and "host.py" in log and "987654321" not in log
+    assert "\nValueError" in log and "host.py" in log and "987654321" not in log
 
 
 def test_what_they_raise_is_not_taken_for_a_fault_of_the_lms_settings(start: Any) -> None:
