@@ -30,7 +30,7 @@ defmodule Sim.Runtime do
   def unique_integer(_options), do: :ets.update_counter(World.here().facts, :unique, 1)
 
   # By node: pids are others in each run.
-  def random([{pid, _, _} | _] = rows) when is_pid(pid), do: rows |> Enum.sort_by(&node(elem(&1, 0))) |> Enum.random()
+  def random([{pid, _} | _] = rows) when is_pid(pid), do: rows |> Enum.sort_by(&node(elem(&1, 0))) |> Enum.random()
   def random(list), do: Enum.random(list)
 
   def start_timer(ms, pid, message) do

@@ -1,7 +1,7 @@
-"""Dies while it is given the program `frail`, the times whose numbers are in FAKE_DIES: `2 3` are the second and third.
+"""Dies while it loads the program `frail`, the times whose numbers are in FAKE_DIES: `2 3` are the second and third.
 
-The times are counted in FAKE_FILE, over all peers. Programs are kept as ids; a run replies whether its program exists.
-The program that the file FAKE_FILE.holds names is not answered as long as it does.
+The times are counted in FAKE_FILE, over all peers. Programs are kept as ids, and loaded when they are created; lazy ones
+by their first run. The program that the file FAKE_FILE.holds names is not loaded as long as it does.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from frames import reply, requests, write_raw
 
 programs = []
+loaded = set()
 holds = Path(os.environ["FAKE_FILE"] + ".holds")
 
 
@@ -22,21 +23,30 @@ def held(id):
         return False
 
 
+def load(id):
+    if id == "frail":
+        with open(os.environ["FAKE_FILE"], "a+") as file:
+            file.write("x")
+            count = file.tell()
+        if str(count) in os.environ["FAKE_DIES"].split():
+            os._exit(6)
+    while held(id):
+        time.sleep(0.01)
+    loaded.add(id)
+
+
 for request in requests():
     command, args = request["command"], request["args"]
     if command == "create_program":
-        if args["id"] == "frail":
-            with open(os.environ["FAKE_FILE"], "a+") as file:
-                file.write("x")
-                count = file.tell()
-            if str(count) in os.environ["FAKE_DIES"].split():
-                os._exit(6)
-        while held(args["id"]):
-            time.sleep(0.01)
-        programs.append(args["id"])
+        if not args.get("lazy"):
+            load(args["id"])
+        if args["id"] not in programs:
+            programs.append(args["id"])
         reply(request, {"program_id": args["id"], "status": "created"})
     elif command == "execute_program" and args["program_id"] not in programs:
         error = {"error": "Program not found: " + args["program_id"], "error_type": "program_not_found"}
         write_raw(json.dumps({"id": request["id"], "success": False, **error}).encode())
     else:
+        if command == "execute_program" and args["program_id"] not in loaded:
+            load(args["program_id"])
         reply(request, {"programs": programs, "pid": os.getpid()})

@@ -1,7 +1,6 @@
 """Answers `slow` after args.s seconds and `create_program` after args.wait; keeps programs as ids. Others at once.
 
-With FAKE_FILE, each peer notes its start there, and the second reads nothing past its first ping; with FAKE_HANGS not
-even that.
+With FAKE_FILE, each peer notes its start there, and the second reads nothing past its first ping.
 """
 
 import os
@@ -15,8 +14,6 @@ if "FAKE_FILE" in os.environ:
     with open(os.environ["FAKE_FILE"], "a+") as file:
         file.write("x")
         starts = file.tell()
-if starts == 2 and "FAKE_HANGS" in os.environ:
-    time.sleep(600)
 programs = []
 lock = threading.Lock()
 

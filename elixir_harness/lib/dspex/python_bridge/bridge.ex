@@ -94,13 +94,11 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   @doc """
-  Replaces the peer: another one is started, gets the programs, and then the calls. The old peer serves until then and
+  Replaces the peer: another one is started, gets the programs, which it loads when they are run, and then the calls. The old peer serves until then and
   finishes its calls; those that it has not finished after `DSPY_BRIDGE_DRAIN_MS` (5 s by default) are sent again to
   the new one. Callers do not notice, except if their call is not finished by then and cannot be sent again, because of
   `retry: false`, a chunk of a field that was streamed, or a tool with `repeat: false` that has begun: they get
-  `:python_process_died`. A `create_program` or `cleanup` that
-  comes meanwhile, and all calls after it, wait for the new peer. Programs that were left out because peers died while
-  loading them are tried again.
+  `:python_process_died`. A `create_program` or `cleanup` that the old one has not answered then is made by the new one.
 
   Of a pool each bridge is restarted by itself, by its name in `DSPex.PythonBridge.Pool.status/1`; for the pool's own name
   the error says so.
@@ -148,8 +146,8 @@ defmodule DSPex.PythonBridge.Bridge do
       that could not be read
     * `:last_error` – why the last peer died, until the next one serves: its exit status, and if it did not start, the
       last line that it wrote to stderr
-    * `:programs` – `failed`: the programs that could not be loaded at the peer's start, declared ones among them, and
-      why. All others are there
+    * `:programs` – `failed`: the declared programs that could not be loaded when the bridge started, and why, except those
+      that were removed or created anew since
   """
   @spec get_status(server()) :: status()
   def get_status(server \\ __MODULE__) do

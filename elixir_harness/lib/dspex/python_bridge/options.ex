@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Options do
   | `:default_timeout` | 30 000 ms | of calls without a timeout; an integer or `:infinity` |
   | `:max_retries` | 3 | how often a call is sent again whose peer died |
   | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
-  | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced; calls wait no longer for a program that it loads |
+  | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced |
   | `:programs` | none | programs that are there from the start: a list of maps or keyword lists of `create_program`'s arguments, and of modules with a `definition/0` that returns one |
 
   Defaults come from `config :dspex, :python_bridge, …`.

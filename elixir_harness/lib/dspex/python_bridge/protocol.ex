@@ -128,6 +128,11 @@ defmodule DSPex.PythonBridge.Protocol do
   def ping?(<<",\"command\":\"ping\"", _rest::binary>>), do: true
   def ping?(body) when is_binary(body), do: false
 
+  @doc "Whether a body is that of a run."
+  @spec run?(binary()) :: boolean()
+  def run?(<<",\"command\":\"execute_program\"", _rest::binary>>), do: true
+  def run?(body) when is_binary(body), do: false
+
   @doc """
   The control frame that cancels a request. It has no reply of its own.
 

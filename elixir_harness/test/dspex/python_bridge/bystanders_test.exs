@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.BystandersTest do
   @moduledoc """
-  After each kind of fault an unrelated call is answered within a second of a peer being up: what has happened to others
-  holds nobody. (For what becomes of those that the fault has met, see bridge/recovery.)
+  After each kind of fault an unrelated call is answered within a second of a peer being up, which has to import DSPy
+  first: what has happened to others holds nobody. (For what becomes of those that the fault has met, see bridge/recovery.)
   """
 
   use ExUnit.Case, async: true
@@ -75,6 +75,9 @@ defmodule DSPex.PythonBridge.BystandersTest do
       90_000
     )
 
+    # DSPy is imported when a program is created. (Fakes answer at once.)
+    args = %{id: "probe", signature: "question -> answer"}
+    {:ok, _} = Bridge.call(bridge, :create_program, args, 60_000)
     since = now()
     assert_quick(call)
     assert {{:ok, _}, at} = Task.await(during, 90_000)
@@ -159,23 +162,18 @@ defmodule DSPex.PythonBridge.BystandersTest do
   end
 
   describe "programs" do
-    test "one no longer loads", %{tmp_dir: dir} do
-      spoilt(dir, "")
-    end
-
-    @tag :slow
-    test "one kills Python when it is loaded", %{tmp_dir: dir} do
-      spoilt(dir, "exit")
-    end
-
-    defp spoilt(dir, how) do
-      bridge = start_up(host_opts(dir, []))
+    test "one kills Python when it is loaded: only its own run loads it", %{tmp_dir: dir} do
+      bridge = start_up(host_opts(dir, max_retries: 1))
       create(bridge, "qa", "predict")
       create(bridge, "spoilable", "host:Spoilable")
-      File.write!(Path.join(dir, "spoilt"), how)
+      File.write!(Path.join(dir, "spoilt"), "exit")
       gone = os_pid(bridge)
       kill(gone)
       assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
+      assert noted(dir, "spoilt") == 0
+      run = Task.async(fn -> execute(bridge, "spoilable", "?") end)
+      assert asked(bridge, run) > 0
+      assert noted(dir, "spoilt") == 2
     end
 
     test "one that was declared is wrong" do
@@ -313,6 +311,9 @@ defmodule DSPex.PythonBridge.BystandersTest do
           fn -> match?(%{state: :running, os_pid: pid} when pid != gone, Enum.at(peers(), n)) end,
           90_000
         )
+
+        args = %{id: "probe", signature: "question -> answer"}
+        {:ok, _} = Bridge.call(Enum.at(peers(), n).bridge, :create_program, args, 60_000)
       end
 
       assert_quick(&ask/0)

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Calls do
   # reply is `DSPex.PythonBridge.Calls.Events`'.
 
   alias DSPex.PythonBridge.{Calls, Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, Suspects}
   alias DSPex.PythonBridge.OTP.Deadline
 
   @doc "Accepts a request."
@@ -97,12 +97,24 @@ defmodule DSPex.PythonBridge.Calls do
         :nobody
 
       request ->
-        {_request, in_flight} = InFlight.take_out(in_flight, id)
+        {_request, in_flight} = InFlight.take_out(warm(in_flight, port, request), id)
         if request.change, do: note_change(in_flight, request.change, request.body, frame)
         InFlight.answer(request, {:frame, frame})
         {:ok, Dispatcher.answered(in_flight, request)}
     end
   end
+
+  # For each reply: the peer has usually answered a run before.
+  @compile {:inline, warm: 3}
+
+  defp warm(%InFlight{to: port, suspects: %{cold?: true} = suspects} = in_flight, port, request) do
+    # `take_out` shows it to the pool.
+    if Protocol.run?(request.body),
+      do: %{in_flight | suspects: Suspects.warm(suspects)},
+      else: in_flight
+  end
+
+  defp warm(in_flight, _port, _request), do: in_flight
 
   @doc "Makes the serving peer follow a change that another one has made and that the store has."
   @spec follow(InFlight.t(), Programs.Store.change(), binary()) :: InFlight.t()

@@ -115,7 +115,11 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   @doc "To be called when the timer `:trial` has fired: the next suspects are sent."
   @spec trial_over(InFlight.t(), reference()) :: InFlight.t()
   def trial_over(%InFlight{} = in_flight, timer),
-    do: advance(%{in_flight | suspects: Suspects.timeout(in_flight.suspects, timer)})
+    do:
+      tap(
+        advance(%{in_flight | suspects: Suspects.timeout(in_flight.suspects, timer)}),
+        &InFlight.show_load/1
+      )
 
   ## Held calls, and when they are sent
 
@@ -132,7 +136,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   def advance(%InFlight{to: nil} = in_flight), do: in_flight
 
   def advance(%InFlight{} = in_flight) do
-    {ids, suspects} = Suspects.next(in_flight.suspects)
+    {ids, suspects} = Suspects.next(in_flight.suspects, in_flight.max_retries)
     in_flight = give(in_flight, :gb_sets.to_list(in_flight.held))
     give(%{in_flight | held: :gb_sets.empty(), suspects: suspects}, ids)
   end

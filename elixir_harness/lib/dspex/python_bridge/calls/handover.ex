@@ -20,10 +20,9 @@ defmodule DSPex.PythonBridge.Calls.Handover do
     in_flight = if in_flight.to, do: take_back(in_flight, in_flight.to), else: in_flight
     # Another peer was silent.
     in_flight = if in_flight.silent?, do: Calls.heard(in_flight), else: in_flight
-    pause? = not :gb_sets.is_empty(in_flight.held)
-    suspects = if pause?, do: Suspects.pause(in_flight.suspects), else: in_flight.suspects
+    suspects = Suspects.start(in_flight.suspects, not :gb_sets.is_empty(in_flight.held))
     in_flight = give_programs(%{in_flight | suspects: suspects}, port)
-    Dispatcher.advance(%{in_flight | to: port})
+    tap(Dispatcher.advance(%{in_flight | to: port}), &InFlight.show_load/1)
   end
 
   # The peer loads a program with the first run that needs it.

@@ -128,8 +128,10 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   @spec show_load(t()) :: :ok
   def show_load(%__MODULE__{slot: nil}), do: :ok
 
-  def show_load(%__MODULE__{slot: {counters, index, _, _}, calls: calls, silent?: silent?}),
-    do: LoadCounters.put_calls(counters, index, Calls.Table.size(calls), silent?)
+  def show_load(%__MODULE__{slot: {counters, index, _, _}, calls: calls} = in_flight) do
+    last? = in_flight.silent? or in_flight.suspects.cold?
+    LoadCounters.put_calls(counters, index, Calls.Table.size(calls), last?)
+  end
 
   defp forget(in_flight, _id, %Request{deaths: 0}), do: in_flight
 

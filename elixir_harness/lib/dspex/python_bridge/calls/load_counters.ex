@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   # Each bridge has a slot, numbered from 1, of five words, each with one kind of writer:
   #
   #   * calls: the number of calls that the bridge has, and a bit with which a bridge looks busier than any other: its
-  #     peer is silent (`put_calls/4`). The bridge writes it
+  #     peer is silent, or has just started (`put_calls/4`). The bridge writes it
   #   * sent: how many calls were sent to the bridge, ever, and when the last one was. A caller writes both right before it
   #     sends (`ticket/2`), so that many that choose at once do not all choose the same bridge
   #   * received: the last of their numbers that the bridge has received (`arrived/3`). So calls that were never sent,
@@ -66,12 +66,12 @@ defmodule DSPex.PythonBridge.Calls.LoadCounters do
   def arrived({ref, _size}, index, ticket), do: :atomics.put(ref, received(index), ticket)
 
   @doc """
-  Sets the number of calls that the bridge has. It is `silent?` if a call to its peer was given up, and that has sent nothing
-  since.
+  Sets the number of calls that the bridge has. It is chosen `last?` if a call to its peer was given up, and that has
+  sent nothing since, or if it has just started.
   """
-  @spec put_calls(t(), index(), non_neg_integer(), silent? :: boolean()) :: :ok
-  def put_calls({ref, _size}, index, count, silent?),
-    do: :atomics.put(ref, calls(index), if(silent?, do: count ||| @silent, else: count))
+  @spec put_calls(t(), index(), non_neg_integer(), last? :: boolean()) :: :ok
+  def put_calls({ref, _size}, index, count, last?),
+    do: :atomics.put(ref, calls(index), if(last?, do: count ||| @silent, else: count))
 
   ## For callers
 

@@ -5,30 +5,39 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   #
   # A trial ends when the suspect is answered, or has run for a second: then it goes on beside the next, so that a slow
   # one holds nobody. After each trial that nobody died of twice as many are tried together, so that hundreds of
-  # innocent ones are through in some seconds; after a death one again. Those with the most deaths come first, and of
-  # these the youngest, since a call that kills at once was sent just before the first death. A peer that has just
-  # taken over gets the first suspect a second after the other calls: one of these may kill, too.
+  # innocent ones are through in some seconds; after a death one again, and one on its last retry always alone. Those
+  # with the most deaths come first, and of these the youngest, since a call that kills at once was sent just before the
+  # first death. A peer that has just
+  # taken over, and was given calls that were held, gets the first suspect a second later: one of these may kill, too.
   #
-  # If a peer dies during a trial of one suspect, that one is blamed, and the other suspects are not: so a call that
-  # kills within a second takes no other with it. One that kills later than that is spared `@most_spared` times at most,
+  # A peer that follows another is cold: it may still be importing DSPy. The second only begins when it has answered a
+  # run, or after `@cold_ms`. Till then a pool prefers other peers.
+  #
+  # If a peer dies during a trial, the suspects on trial are blamed, and the others are not: so a call that kills within
+  # a second takes no other with it. One that kills later than that is spared `@most_spared` times at most,
   # and others that run as long may be blamed for it.
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Protocol
 
   @trial_ms 1_000
+  @cold_ms 10_000
   @most_spared 8
   # As many as a peer runs at once.
   @largest_trial 256
 
-  defstruct waiting: :gb_sets.empty(), trial: [], size: 1, timer: nil
+  defstruct waiting: :gb_sets.empty(), trial: [], size: 1, timer: nil, cold?: false
 
-  @typedoc "`waiting`: deaths and id of each, negated; `trial`: the ids on trial. `timer`: of the trial, or of the pause."
+  @typedoc """
+  `waiting`: deaths and id of each, negated; `trial`: the ids on trial; `timer`: of the trial, or of the pause;
+  `cold?`: whether the peer follows another, and has not answered a run.
+  """
   @type t :: %__MODULE__{
           waiting: :gb_sets.set({integer(), integer()}),
           trial: [pos_integer()],
           size: pos_integer(),
-          timer: reference() | nil
+          timer: reference() | nil,
+          cold?: boolean()
         }
 
   @doc "Whether a call is a suspect. Pings cannot kill a peer, and a held one looks like a hang to the Monitor."
@@ -53,53 +62,75 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   end
 
   @doc "The suspects that are sent now: none during a trial or a pause."
-  @spec next(t()) :: {[pos_integer()], t()}
-  def next(%__MODULE__{timer: nil, size: size} = state) do
-    case take(state.waiting, size, []) do
+  @spec next(t(), max_retries :: non_neg_integer()) :: {[pos_integer()], t()}
+  def next(%__MODULE__{timer: nil, size: size} = state, max_retries) do
+    case take(state.waiting, size, max_retries, []) do
       {[], _none} -> {[], state}
-      {ids, waiting} -> {ids, %{state | trial: ids, waiting: waiting, timer: start_timer()}}
+      {ids, waiting} -> {ids, %{state | trial: ids, waiting: waiting, timer: start_timer(state)}}
     end
   end
 
-  def next(%__MODULE__{} = state), do: {[], state}
+  def next(%__MODULE__{} = state, _max_retries), do: {[], state}
 
-  defp take(waiting, size, ids) do
+  defp take(waiting, size, max_retries, ids) do
     if size == 0 or :gb_sets.is_empty(waiting) do
       {ids, waiting}
     else
-      {{_deaths, place}, waiting} = :gb_sets.take_smallest(waiting)
-      take(waiting, size - 1, [-place | ids])
+      {{deaths, place}, waiting} = :gb_sets.take_smallest(waiting)
+      # One on its last retry is the first, and stays alone.
+      left = if -deaths >= max_retries, do: 0, else: size - 1
+      take(waiting, left, max_retries, [-place | ids])
     end
   end
 
-  defp start_timer, do: :erlang.start_timer(@trial_ms, self(), :trial)
+  defp start_timer(%{cold?: cold?}),
+    do: :erlang.start_timer(if(cold?, do: @cold_ms, else: @trial_ms), self(), :trial)
+
+  @doc "The peer has answered a run."
+  @spec warm(t()) :: t()
+  def warm(%__MODULE__{timer: nil} = state), do: %{state | cold?: false}
+
+  def warm(%__MODULE__{timer: timer} = state) do
+    cancel(timer)
+    state = %{state | cold?: false}
+    %{state | timer: start_timer(state)}
+  end
+
+  defp cancel(timer), do: :erlang.cancel_timer(timer, async: true, info: false)
 
   @doc "Handles the timer `:trial`."
   @spec timeout(t(), reference()) :: t()
-  def timeout(%__MODULE__{timer: timer, trial: []} = state, timer), do: %{state | timer: nil}
-  def timeout(%__MODULE__{timer: timer} = state, timer), do: trial_over(state)
+  def timeout(%__MODULE__{timer: timer, trial: []} = state, timer),
+    do: %{state | timer: nil, cold?: false}
+
+  def timeout(%__MODULE__{timer: timer} = state, timer), do: trial_over(%{state | cold?: false})
   # Of an earlier trial.
   def timeout(%__MODULE__{} = state, _timer), do: state
 
-  defp trial_over(state),
-    do: %{stop(state) | size: min(2 * state.size, @largest_trial)}
-
-  @doc "Ends the trial: the peer has died, or serves no longer."
-  @spec stop(t()) :: t()
-  def stop(%__MODULE__{timer: timer} = state) do
-    if timer, do: :erlang.cancel_timer(timer, async: true, info: false)
-    %{state | trial: [], size: 1, timer: nil}
+  defp trial_over(%{timer: timer, size: size} = state) do
+    cancel(timer)
+    %{state | trial: [], timer: nil, size: min(2 * size, @largest_trial)}
   end
 
-  @doc "As `stop/1`, and the next trial comes after a pause."
-  @spec pause(t()) :: t()
-  def pause(%__MODULE__{} = state), do: %{stop(state) | timer: start_timer()}
+  @doc "Ends the trial: the peer has died, or another takes over."
+  @spec stop(t()) :: t()
+  def stop(%__MODULE__{timer: timer} = state) do
+    if timer, do: cancel(timer)
+    %{state | trial: [], size: 1, timer: nil, cold?: true}
+  end
+
+  @doc "A peer serves. `held?`: whether it is given calls that were held; then the first trial comes after a pause."
+  @spec start(t(), held? :: boolean()) :: t()
+  def start(%__MODULE__{waiting: waiting} = state, held?) do
+    if state.cold? and (held? or :gb_sets.is_empty(waiting)),
+      do: %{state | timer: start_timer(state)},
+      else: state
+  end
 
   @doc "Whether the death of a peer, which had the call, counts against it."
   @spec blamed?(t(), pos_integer(), Request.t(), non_neg_integer()) :: boolean()
   def blamed?(%__MODULE__{trial: []}, _id, _request, _max_retries), do: true
-  def blamed?(%__MODULE__{trial: [id]}, id, _request, _max_retries), do: true
 
-  def blamed?(%__MODULE__{}, _id, request, max_retries),
-    do: request.spared >= @most_spared or not suspect?(request, max_retries)
+  def blamed?(%__MODULE__{trial: trial}, id, request, max_retries),
+    do: id in trial or request.spared >= @most_spared or not suspect?(request, max_retries)
 end

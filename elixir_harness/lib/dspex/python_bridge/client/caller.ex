@@ -241,7 +241,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   defp a_pool(server) do
     text =
       "#{inspect(server)} is a pool: use Pool.call, Pool.request or Pool.stream, " <>
-        "or Pool.with_bridge for a bridge of its own"
+        "or Pool.with_bridge for one of its bridges"
 
     Error.new(:invalid_request, text)
   end

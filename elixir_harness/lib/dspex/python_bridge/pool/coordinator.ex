@@ -216,7 +216,9 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   end
 
   # What they have tried may have changed before their message was read.
-  def handle_info({:wait, ref, pid, passed, passed_nodes}, %{handle: handle} = state) do
+  def handle_info({:wait, ref, pid, passed, passed_nodes}, %{handle: handle} = state)
+      when is_reference(ref) and is_pid(pid) and length(passed) >= 0 and
+             length(passed_nodes) >= 0 do
     cond do
       LoadCounters.any?(handle.counters, passed) or
           :ets.tab2list(handle.others) -- passed_nodes != [] ->

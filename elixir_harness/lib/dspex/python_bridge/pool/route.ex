@@ -37,9 +37,10 @@ defmodule DSPex.PythonBridge.Pool.Route do
   @typedoc """
   `program`: the id of the program of an `execute_program`. `bridge`, `at`: where it was sent last; `:here`, or the
   coordinator of another node, and the readiness of the slot. `passed`: places that could not serve it, since they
-  became ready; `passed_nodes`: rows of the table of other nodes that could not. `overloaded`: the error of a peer or bridge
-  that was. `deaths`, `spared`: as in `t:DSPex.PythonBridge.Calls.Request.t/0`. `resend?`: whether it may be resent after a peer has died with it. `reach`:
-  `:here` is this node alone; with `:any`, peers of this node come first no more than those of others.
+  became ready; `passed_nodes`: rows of the table of other nodes that could not. `overloaded`: the error of a peer or
+  bridge that was. `deaths`, `spared`: as in `t:DSPex.PythonBridge.Calls.Request.t/0`. `resend?`: whether it may be
+  resent after a peer has died with it. `reach`: `:here` is this node alone; with `:any`, peers of this node come first
+  no more than those of others.
   """
   @type t :: %__MODULE__{
           handle: Handle.t(),

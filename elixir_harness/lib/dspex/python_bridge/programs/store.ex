@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   #
   # A definition is the body of the request that made it. Each change has a stamp; of two changes of one program the one
   # with the later stamp counts, in whatever order they come. So several bridges can write one table, and several nodes
-  # can exchange theirs. A removal leaves a tombstone for a day.
+  # can exchange theirs. A removal leaves a tombstone, for a day or until there are 10,000 later ones.
   #
   # Declared programs (`DSPex.PythonBridge.Programs.Declared`) are a layer of their own below those that were created:
   # any creation hides one, however early it was, and only a later removal takes it away. Other nodes are not sent them, so
@@ -19,6 +19,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   # A change that is longer on its way may bring a removed program back.
   @removed_us 24 * 3_600 * 1_000_000
+  @max_tombstones 10_000
+  @prune_after 1_000
   @never {0, 0, nil}
   # In place of the node in a stamp, which is an atom for any version.
   @declared :declared
@@ -33,7 +35,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}. For this node
   # alone: {{:declared, id}, stamp, sealed body}; {{:facts, id}, stamp, facts, calls}, what was read from the definition
-  # with that stamp; {:undeclared, why}, the declarations that are not definitions, with their stamps and errors.
+  # with that stamp; {:undeclared, why}, the declarations that are not definitions, with their stamps and errors;
+  # {:removals, count}.
 
   @doc "An empty table of the calling process."
   @spec new() :: table()
@@ -44,7 +47,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   def stamp, do: {System.system_time(:microsecond), System.unique_integer([:monotonic]), node()}
 
   @doc """
-  As `stamp/0`, and later than all changes of these programs, or of all: the clock of a node that has made one may be ahead.
+  As `stamp/0`, and later than all changes of these programs, or of all: the clock of a node that has made one may be
+  ahead.
   """
   @spec stamp(table(), :all | id() | [id()]) :: stamp()
   def stamp(table, ids) do
@@ -352,8 +356,18 @@ defmodule DSPex.PythonBridge.Programs.Store do
     |> Enum.max()
   end
 
+  # It reads the whole table, so it is done once for many removals.
   defp prune(table) do
+    removals = :ets.update_counter(table, :removals, 1, {:removals, 0})
+    if rem(removals, @prune_after) == 0, do: prune_now(table), else: :ok
+  end
+
+  defp prune_now(table) do
     {now, _count, _node} = stamp()
     delete_older(table, {:removed, :_}, {now - @removed_us, 0, nil})
+    stamps = :ets.select(table, [{{{:removed, :_}, :"$1", :_}, [], [:"$1"]}])
+    oldest = length(stamps) - @max_tombstones
+    if oldest > 0, do: delete_older(table, {:removed, :_}, Enum.at(Enum.sort(stamps), oldest))
+    :ok
   end
 end

@@ -48,7 +48,8 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     assert {:ok, %{"a" => _}} = execute("qa")
     assert {:ok, %{"team" => _}} = execute("triage", %{ticket: "?"})
     assert {:ok, %{"a" => _}} = execute(:keywords)
-    assert programs() == ["qa", "keywords", "triage"]
+    # Each is created once more, to be loaded.
+    eventually(fn -> programs() == ["qa", "keywords", "triage"] end)
     assert %{programs: %{failed: none}} = Bridge.get_status(@name)
     assert none == %{}
   end
@@ -183,6 +184,8 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
       {%{id: "nothing"}, "signature: missing"}
     ]
 
+    defp failed, do: Bridge.get_status(@name).programs.failed
+
     test "is in the log and the status, and makes only its own runs fail, with the reason" do
       declared = for {args, _text} <- @wrong, do: args
 
@@ -190,10 +193,11 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
         capture_log(fn ->
           start(programs: declared ++ [@qa])
           assert {:ok, %{"a" => _}} = execute("qa")
+          ids = Enum.sort(Enum.map(declared, & &1.id))
+          eventually(fn -> Enum.sort(Map.keys(failed())) == ids end, @ms)
         end)
 
-      %{programs: %{failed: failed}} = Bridge.get_status(@name)
-      assert Enum.sort(Map.keys(failed)) == Enum.sort(Enum.map(declared, & &1.id))
+      failed = failed()
 
       for {%{id: id}, text} <- @wrong do
         reason = "program #{id} could not be loaded: #{text}"
@@ -210,7 +214,6 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
 
       refute log =~ @key
       refute inspect(Bridge.get_status(@name)) =~ @key
-      assert programs() == ["qa"]
       # It is not found once it is removed, and there once it is created.
       {:ok, _} = Bridge.call(@name, :cleanup, %{program_ids: ["no json", "bad type"]}, @ms)
       assert {:error, "Program not found: no json"} = execute("no json")
@@ -219,7 +222,7 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
           do: {:ok, _} = Bridge.call(@name, :create_program, %{@qa | id: id}, @ms)
 
       assert {:ok, %{"a" => _}} = execute("nothing")
-      assert Map.keys(Bridge.get_status(@name).programs.failed) == ["bad lm"]
+      assert Map.keys(failed()) == ["bad lm"]
     end
   end
 
@@ -236,8 +239,6 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     # While there is the file, the one program that it names is being loaded.
     defp hold(dir, id), do: File.write!(Path.join(dir, "times.holds"), id)
     defp let_go(dir), do: File.rm!(Path.join(dir, "times.holds"))
-    defp loading?(bridge), do: match?(%{peer: nil, next: %{loads: %{}}}, :sys.get_state(bridge))
-
     # The real peer, whose set-up of DSPy waits until the file is gone.
     defp slow_env(dir) do
       File.write!(Path.join(dir, "slow.py"), """
@@ -252,70 +253,37 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
       %{"PYTHONPATH" => dir, "DSPY_BRIDGE_INIT" => "slow:init", "SLOW_FILE" => file}
     end
 
-    test "pings are answered, and get_status at once; other calls wait within their timeouts", %{
-      tmp_dir: dir
-    } do
+    test "nobody waits but their own runs, within their timeouts", %{tmp_dir: dir} do
       hold(dir, "qa")
       bridge = start(env: slow_env(dir), programs: [@qa])
-      # It may be sent before the peer is up.
+      assert {:ok, %{"programs" => ["qa"]}} = Bridge.call(bridge, :list_programs, %{}, @ms)
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
-      eventually(fn -> loading?(bridge) end, @ms)
-      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
-      assert %{state: :starting, os_pid: os_pid} = Bridge.get_status(bridge)
-      assert Bridge.call(bridge, :list_programs, %{}, 100) == {:error, :timeout}
+      assert %{state: :running, os_pid: os_pid} = Bridge.get_status(bridge)
+      args = %{program_id: "qa", inputs: %{q: "?"}}
+      assert Bridge.call(bridge, :execute_program, args, 100) == {:error, :timeout}
       run = Task.async(fn -> execute("qa") end)
       eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
-      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
       let_go(dir)
       assert {:ok, %{"a" => _}} = Task.await(run, @ms)
       assert %{state: :running, os_pid: ^os_pid} = Bridge.get_status(bridge)
     end
 
-    test "pings are answered by the next peer, if the one before dies meanwhile", %{tmp_dir: dir} do
-      # The one before is a fake.
-      bridge = start_who(env: slow_env(dir), lm: "offline/echo", programs: [@qa])
-      assert {:ok, %{"signature" => "q -> a"}} = execute("qa")
-      %{os_pid: before} = Bridge.get_status(bridge)
-      script = Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-      :sys.replace_state(bridge, &put_in(&1.options.script_path, script))
-      hold(dir, "qa")
-      restart = Task.async(fn -> Bridge.restart(bridge) end)
-      eventually(fn -> match?(%{next: %{loads: %{}}}, :sys.get_state(bridge)) end, @ms)
-      kill(before)
-      eventually(fn -> loading?(bridge) end, @ms)
-      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, @ms)
-      assert Bridge.call(bridge, :list_programs, %{}, 100) == {:error, :timeout}
-      let_go(dir)
-      assert Task.await(restart, @ms) == :ok
-      assert {:ok, %{"a" => _}} = execute("qa")
-    end
-
-    test "a ping that the peer had when it died of one is answered by the next", %{tmp_dir: dir} do
-      hold(dir, "held")
-      bridge = start_frail(dir, [1, 2, 3], ["held", "frail"])
-      eventually(fn -> loading?(bridge) end, @ms)
-      # The peer reads nothing until it is let go.
-      pings =
-        for retry <- [true, false] do
-          Task.async(fn -> Bridge.request(bridge, :ping, %{}, timeout: @ms, retry: retry) end)
-        end
-
-      eventually(fn -> Bridge.get_status(bridge).pending == 2 end)
-      let_go(dir)
-      for ping <- pings, do: assert({:ok, _, _} = Task.await(ping))
-    end
-
-    test "one of which peers die is left out; the others are there", %{tmp_dir: dir} do
-      log =
-        capture_log(fn ->
-          bridge = start_frail(dir, 1..10, ["first", "frail", "last"])
-          assert {:ok, %{"programs" => ["first", "last"]}} = execute("first")
-          assert execute("frail") == {:error, :python_process_died}
-          assert %{"frail" => reason} = Bridge.get_status(bridge).programs.failed
-          assert reason =~ "program frail could not be loaded: the Python process died"
-        end)
-
-      assert log =~ "program frail is left out"
+    test "one that kills Python does so once, is named, and fails only its own runs", %{
+      tmp_dir: dir
+    } do
+      bridge = start_frail(dir, 1..10, ["first", "frail", "last"])
+      eventually(fn -> Bridge.get_status(bridge).programs.failed != %{} end, @ms)
+      assert %{"frail" => reason} = Bridge.get_status(bridge).programs.failed
+      assert reason =~ "program frail could not be loaded: the Python process died"
+      assert {:ok, %{"programs" => programs}} = execute("last")
+      assert Enum.sort(programs) == ["first", "frail", "last"]
+      assert File.stat!(Path.join(dir, "times")).size == 1
+      # max_retries is 1.
+      assert execute("frail") == {:error, :python_process_died}
+      assert File.stat!(Path.join(dir, "times")).size == 3
+      assert {:ok, _} = execute("first")
+      # Not tried again by itself.
+      assert File.stat!(Path.join(dir, "times")).size == 3
     end
   end
 end

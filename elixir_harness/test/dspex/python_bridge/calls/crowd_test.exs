@@ -24,13 +24,13 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
     end
 
     # A peer that has all the calls, and the next one.
-    defp crowd(max_retries, change) do
+    defp crowd(max_retries) do
       {:ok, options} = Options.new(max_retries: max_retries)
       {port, in_flight} = attach(InFlight.new(options, Programs.Store.new()))
 
       in_flight =
         each(Handover.serve(in_flight, port), fn _, in_flight ->
-          request = %Request{ref: make_ref(), pid: self(), body: "body", change: change}
+          request = %Request{ref: make_ref(), pid: self(), body: "body"}
           Calls.accept(in_flight, request)
         end)
 
@@ -53,55 +53,45 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
     # A failed assertion would show all of it.
     defp busy?(in_flight, port, wanted), do: true = Dispatcher.busy?(in_flight, port) == wanted
 
-    defp changing?(in_flight, port, wanted),
-      do: true = Dispatcher.changing?(in_flight, port) == wanted
-
     test "after each reply it is known whether an old peer has more to answer" do
-      {old, next, in_flight} = crowd(3, nil)
+      {old, next, in_flight} = crowd(3)
 
       in_flight =
         in_flight
         |> Handover.serve(next)
         |> each(fn id, in_flight ->
           busy?(in_flight, old, true)
-          {:ok, in_flight} = Calls.deliver(in_flight, id, "reply")
+          {:ok, in_flight} = Calls.deliver(in_flight, old, id, "reply")
           in_flight
         end)
 
       busy?(in_flight, old, false)
     end
 
-    test "so it is after each call that is given up, and whether the peer may still change programs" do
-      {old, _next, in_flight} = crowd(3, {:create, "p", nil})
+    test "so it is after each call that is given up" do
+      {old, next, in_flight} = crowd(3)
 
       in_flight =
-        each(in_flight, fn id, in_flight ->
+        in_flight
+        |> Handover.serve(next)
+        |> each(fn id, in_flight ->
           busy?(in_flight, old, true)
           Calls.abandon(in_flight, id)
         end)
 
       busy?(in_flight, old, false)
-
-      # What nobody waits for any more is answered all the same.
-      in_flight =
-        each(in_flight, fn id, in_flight ->
-          changing?(in_flight, old, true)
-          {:ok, in_flight} = Calls.deliver(in_flight, id, "reply")
-          in_flight
-        end)
-
-      changing?(in_flight, old, false)
     end
 
     test "after a death suspects are sent to the next peer alone, and all are answered" do
-      {dead, next, in_flight} = crowd(1, nil)
+      {dead, next, in_flight} = crowd(1)
 
       in_flight =
         in_flight
         |> Handover.lost(dead, :died)
         |> Handover.serve(next)
-        |> each(fn id, in_flight ->
-          {:ok, in_flight} = Calls.deliver(in_flight, id, "reply")
+        |> each(fn n, in_flight ->
+          # The youngest first.
+          {:ok, in_flight} = Calls.deliver(in_flight, next, @count + 1 - n, "reply")
           in_flight
         end)
 

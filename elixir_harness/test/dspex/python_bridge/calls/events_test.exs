@@ -127,7 +127,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
     waiting = fn in_flight -> in_flight.send_queues[port].queue |> :gb_trees.size() end
     before = waiting.(in_flight)
     assert before >= 13
-    {:ok, in_flight} = Calls.deliver(in_flight, 5, "reply")
+    {:ok, in_flight} = Calls.deliver(in_flight, port, 5, "reply")
     assert waiting.(in_flight) == before - 2
     in_flight = InFlight.fail(in_flight, 4, :bridge_not_running)
     assert waiting.(in_flight) == before - 4
@@ -207,7 +207,7 @@ defmodule DSPex.PythonBridge.Calls.EventsTest do
   test "a result of a call that is over goes nowhere; a refusal does not need the call",
        context do
     %{first: first} = context
-    {:ok, in_flight} = Calls.deliver(context.in_flight, 1, "reply")
+    {:ok, in_flight} = Calls.deliver(context.in_flight, context.first, 1, "reply")
     in_flight = Calls.Events.tool_result(in_flight, first, 1, @frame)
     Calls.Events.tool_result(in_flight, first, nil, "refused")
     assert_receive {^first, {:data, frame}}, 5_000

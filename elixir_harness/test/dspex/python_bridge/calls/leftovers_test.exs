@@ -42,17 +42,16 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
     defp nothing_left({_call, timers, _before}, in_flight) do
       assert in_flight.calls == Calls.Table.new()
       assert :gb_sets.is_empty(in_flight.held)
-      assert in_flight.suspects.records == %{}
-      assert in_flight.cancelled_changes == %{}
+      assert :gb_sets.is_empty(in_flight.suspects.waiting)
       assert monitors() == []
       # Cancelled without waiting for it.
       for timer <- timers, do: eventually(fn -> Process.read_timer(timer) == false end)
     end
 
-    test "when it is answered", %{in_flight: in_flight} do
+    test "when it is answered", %{in_flight: in_flight, port: port} do
       accepted = {_call, _timers, in_flight} = accept(in_flight, @create)
-      {:ok, in_flight} = Calls.deliver(in_flight, 1, "reply")
-      {:ok, in_flight} = Calls.deliver(in_flight, 2, "reply")
+      {:ok, in_flight} = Calls.deliver(in_flight, port, 1, "reply")
+      {:ok, in_flight} = Calls.deliver(in_flight, port, 2, "reply")
       nothing_left(accepted, in_flight)
     end
 
@@ -61,12 +60,11 @@ defmodule DSPex.PythonBridge.Calls.LeftoversTest do
       nothing_left(accepted, in_flight |> Calls.abandon(call) |> Calls.abandon(2))
     end
 
-    test "nor when the peer acknowledges its change later", %{in_flight: in_flight} do
+    test "nor when the peer acknowledges its change later", %{in_flight: in_flight, port: port} do
       accepted = {call, _timers, in_flight} = accept(in_flight, @create)
       in_flight = in_flight |> Calls.abandon(call) |> Calls.abandon(2)
-      assert in_flight.cancelled_changes != %{}
-      {:ok, in_flight} = Calls.deliver(in_flight, 1, "reply")
-      {:ok, in_flight} = Calls.deliver(in_flight, 2, "reply")
+      {:ok, in_flight} = Calls.deliver(in_flight, port, 1, "reply")
+      {:ok, in_flight} = Calls.deliver(in_flight, port, 2, "reply")
       nothing_left(accepted, in_flight)
     end
 

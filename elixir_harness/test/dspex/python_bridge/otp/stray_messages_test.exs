@@ -27,8 +27,6 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
             {:create, "x", :stamp},
             {:cleanup, [1 | 2], nil},
             {:cleanup, :some, nil},
-            {:repair, 1, :x},
-            {:repair, 70, "x"},
             :what
           ] do
         {:request, %{request | change: what}}
@@ -59,8 +57,6 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
         {:timeout, nil, :check},
         {:timeout, ref, :start_timeout},
         {:timeout, ref, {:cast, :x}},
-        {:timeout, ref, {:delivery, :x}},
-        {:timeout, ref, {:spread, :x}},
         {:timeout, ref, :acquit},
         {:DOWN, nil, :process, me, @contents},
         {:DOWN, ref, :process, :x, @contents},
@@ -99,7 +95,6 @@ defmodule DSPex.PythonBridge.OTP.StrayMessagesTest do
         {:wait, ref, me, [1 | 2], []},
         {:slot, :x, :down},
         {:slot, 1, :up},
-        {{:borrower_gone, 7}, ref, :process, me, :x},
         {{:waiter_gone, 1}, ref, :process, me, :x},
         {:changed, 1, me},
         :greet_again,

@@ -74,6 +74,8 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
           opts = [name: @pool, pool_size: 2, programs: [@qa | wrong]]
           start_supervised!({Pool, real_opts(opts)})
           assert {:ok, %{"a" => _}} = Pool.call(@pool, :execute_program, run("qa"), 60_000)
+          # They are loaded behind the first call.
+          eventually(fn -> map_size(Pool.status(@pool).programs.failed) == 2 end, 60_000)
         end)
 
       # Once for the pool; each peer says what it refuses.
@@ -95,7 +97,7 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
         assert streamed == %{error | meta: streamed.meta}
       end
 
-      assert {:ok, %{"programs" => ["qa"], "missing" => []}} =
+      assert {:ok, %{"programs" => ["bad type", "qa"], "missing" => []}} =
                eventually(
                  fn ->
                    with {:ok, %{"missing" => [_ | _]}} <- Pool.call(@pool, :list_programs),
