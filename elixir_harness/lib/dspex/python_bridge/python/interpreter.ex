@@ -130,6 +130,15 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
+  @doc "The folder of the packages of an environment."
+  @spec site_packages(Path.t()) :: Path.t()
+  def site_packages(folder) do
+    lib = Path.join(folder, "lib")
+    # Not Path.wildcard: the folder's own path may have pattern characters.
+    "python3." <> _ = name = Enum.find(File.ls!(lib), &String.starts_with?(&1, "python3."))
+    Path.join([lib, name, "site-packages"])
+  end
+
   @doc "The folder of `config :dspex, :python_environment, virtual_env: …`, not expanded; nil if none."
   @spec configured_venv() :: String.t() | nil
   def configured_venv do
