@@ -205,29 +205,6 @@ defmodule Mix.Tasks.Dspex.TopTest do
       assert {:ok, _time, 0} = DateTime.from_iso8601(lost["time"])
       eventually(fn -> match?(%{"peers" => [_]}, List.last(maps.())) end, 20_000)
     end
-
-    test "while the node is lost a line takes the place of the table" do
-      node = node_with_bridge()
-      io = watch(["--node", Atom.to_string(node)])
-      eventually(fn -> lines(io) != [] end, 20_000)
-      Nodes.stop(node)
-      eventually(fn -> List.last(lines(io)) =~ "; trying again" end, 20_000)
-      assert Enum.at(lines(io), -2) =~ ~r/\A#{node}  \d{4}-/
-      assert List.last(lines(io)) =~ "#{node} cannot be reached: "
-    end
-
-    test "it ends when nobody reads its output any more", %{bare: node} do
-      gone = spawn(fn -> :ok end)
-      eventually(fn -> not Process.alive?(gone) end)
-
-      {pid, ref} =
-        spawn_monitor(fn ->
-          Process.group_leader(self(), gone)
-          Top.run(["--node", Atom.to_string(node)])
-        end)
-
-      assert_receive {:DOWN, ^ref, :process, ^pid, {:shutdown, 0}}, 20_000
-    end
   end
 
   # An output device that says it is one.

@@ -82,32 +82,14 @@ defmodule DSPex.PythonBridge.Top do
           elapsed_ms: non_neg_integer()
         }
   @typedoc """
-  `time` is in ISO 8601, UTC; the peers are in the order of their names, the runs in that of their starts. A node of an
-  older version has no `runs`.
+  `time` is in ISO 8601, UTC; the peers are in the order of their names, the runs in that of their starts.
   """
-  @type snapshot :: %{
-          :node => node(),
-          :time => String.t(),
-          :peers => [peer()],
-          optional(:runs) => [run()]
-        }
+  @type snapshot :: %{node: node(), time: String.t(), peers: [peer()], runs: [run()]}
 
-  @unknown Map.new(
-             [:state, :os_pid, :pending, :restarts, :uptime_ms, :in_flight, :queued] ++
-               [
-                 :lm_waiting,
-                 :p50_ms,
-                 :p99_ms,
-                 :rss_bytes,
-                 :executes,
-                 :errors,
-                 :calls,
-                 :stats_at_ms,
-                 :calls_per_s
-               ],
-             &{&1, nil}
-           )
   @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
+  @figures [:in_flight, :queued, :lm_waiting, :p50_ms, :p99_ms, :rss_bytes, :executes] ++
+             [:errors, :calls, :stats_at_ms, :calls_per_s]
+  @unknown Map.new(@status ++ @figures, &{&1, nil})
 
   @doc """
   The bridges of this node now, without `calls_per_s`, and the evaluations and optimizations that its processes make.

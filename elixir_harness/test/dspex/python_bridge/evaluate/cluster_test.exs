@@ -92,17 +92,6 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
 
   defp runs(context), do: %{here: runs_on(node()), there: runs_on(context.there)}
 
-  test "calls that are not spread stay at this node", context do
-    before = runs(context)
-
-    for n <- 1..20 do
-      args = %{program_id: "qa", inputs: %{question: "q#{n}"}}
-      {:ok, _, _} = Pool.request(@pool, :execute_program, args)
-    end
-
-    assert runs(context) == %{before | here: before.here + 20}
-  end
-
   test "an optimization takes a pool of its own node, and a bridge of any", context do
     far = {@pool, context.there}
     assert {:error, %Error{type: :invalid_request, message: text}} = optimize(far)
@@ -134,14 +123,5 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
     result = Evaluate.run(@pool, "qa", examples(160), metric: metric(context.scored, kill))
     assert_each_once(result, context.scored, 160)
     eventually(fn -> not alive?(here) and not alive?(there) end)
-  end
-
-  test "no metric call is made twice when a node is lost", context do
-    lost = join(context.opts)
-    os_pid = Nodes.on(lost, System, :pid, [])
-    lose = fn n -> if n == 40, do: kill(os_pid) end
-    result = Evaluate.run(@pool, "qa", examples(160), metric: metric(context.scored, lose))
-    assert_each_once(result, context.scored, 160)
-    eventually(fn -> lost not in Node.list() end)
   end
 end
