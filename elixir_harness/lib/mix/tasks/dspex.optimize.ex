@@ -177,13 +177,13 @@ defmodule Mix.Tasks.Dspex.Optimize do
     options |> Keyword.drop(left_out) |> Keyword.put(:optimizer, optimizer)
   end
 
-  defp scores(optimizer, gain) when gain != nil and optimizer in @scores_nothing,
-    do: {:error, "--require-gain: #{optimizer} scores nothing; measure with mix dspex.eval"}
+  defp scores(optimizer, gain) do
+    name? = is_atom(optimizer) or is_binary(optimizer)
 
-  defp scores(optimizer, gain) when gain != nil and is_atom(optimizer) and optimizer != nil,
-    do: scores(Atom.to_string(optimizer), gain)
-
-  defp scores(_optimizer, _gain), do: :ok
+    if gain != nil and name? and "#{optimizer}" in @scores_nothing,
+      do: {:error, "--require-gain: #{optimizer} scores nothing; measure with mix dspex.eval"},
+      else: :ok
+  end
 
   defp write(state, out), do: StateFile.write(out, [Baseline.sorted_json(state), "\n"])
 

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
   import DSPex.Test.Helpers
   import ExUnit.CaptureIO
 
-  alias DSPex.PythonBridge.{Bridge, Evaluate, Pool, Programs, Top}
+  alias DSPex.PythonBridge.{Bridge, Evaluate, Pool, Top}
   alias DSPex.PythonBridge.Telemetry.RunSpan
   alias DSPex.PythonBridge.Top.{Finder, Table}
   alias DSPex.Test.{SilentLM, Telemetry}
