@@ -124,4 +124,13 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
     assert_each_once(result, context.scored, 160)
     eventually(fn -> not alive?(here) and not alive?(there) end)
   end
+
+  test "no metric call is made twice when a node is lost", context do
+    lost = join(context.opts)
+    os_pid = Nodes.on(lost, System, :pid, [])
+    lose = fn n -> if n == 40, do: kill(os_pid) end
+    result = Evaluate.run(@pool, "qa", examples(160), metric: metric(context.scored, lose))
+    assert_each_once(result, context.scored, 160)
+    eventually(fn -> lost not in Node.list() end)
+  end
 end
