@@ -239,20 +239,6 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert map_size(change) == 8
     end
 
-    test "the list of what got worse is bounded, with the largest loss first", %{tmp_dir: dir} do
-      path = file(dir, dataset: ~s|for n <- 1..30, do: {%{question: "q\#{n}"}, %{answer: "x"}}|)
-      base = baseline(dir, path, Enum.map(1..30, &(&1 / 30)))
-      assert %{status: 1, out: out} = run([path, "--baseline", base])
-      assert [_, worse] = String.split(out, "30 got worse:\n")
-      assert [_head, "29  0.000  1.000 " <> _ | rest] = String.split(worse, "\n", trim: true)
-      assert length(rest) == 10 and List.last(rest) == "… and 20 more, which have lost no more"
-
-      assert %{json: %{"baseline" => %{"worse" => 30, "worst" => worst}}} =
-               json([path, "--baseline", base])
-
-      assert length(worst) == 10
-    end
-
     test "a file that is not one exits with 2 before any LM call, and says why", %{tmp_dir: dir} do
       path = file(dir, metric: ~s|fn _, _ -> raise "an LM was asked" end|)
       result = ~s|{"version": 1, "results": [{"id": "a", "score": 1}, |

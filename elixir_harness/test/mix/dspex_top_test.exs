@@ -105,10 +105,7 @@ defmodule Mix.Tasks.Dspex.TopTest do
       args = [~c"-setcookie", Atom.to_charlist(Node.get_cookie())]
       name = %{name: :peer.random_name(~c"bare"), host: ~c"127.0.0.1", longnames: true}
       {:ok, _peer, node} = :peer.start_link(Map.put(name, :args, args))
-      text = refusal(["--node", Atom.to_string(node)])
-
-      assert text ==
-               "#{node} has no :dspex, or one that is older than DSPex.PythonBridge.Top"
+      assert refusal(["--node", Atom.to_string(node)]) == "#{node} has no :dspex"
     end
 
     test "does not answer", %{bare: node} do
@@ -204,29 +201,6 @@ defmodule Mix.Tasks.Dspex.TopTest do
       assert lost["node"] == Atom.to_string(node)
       assert {:ok, _time, 0} = DateTime.from_iso8601(lost["time"])
       eventually(fn -> match?(%{"peers" => [_]}, List.last(maps.())) end, 20_000)
-    end
-
-    test "while the node is lost a line takes the place of the table" do
-      node = node_with_bridge()
-      io = watch(["--node", Atom.to_string(node)])
-      eventually(fn -> lines(io) != [] end, 20_000)
-      Nodes.stop(node)
-      eventually(fn -> List.last(lines(io)) =~ "; trying again" end, 20_000)
-      assert Enum.at(lines(io), -2) =~ ~r/\A#{node}  \d{4}-/
-      assert List.last(lines(io)) =~ "#{node} cannot be reached: "
-    end
-
-    test "it ends when nobody reads its output any more", %{bare: node} do
-      gone = spawn(fn -> :ok end)
-      eventually(fn -> not Process.alive?(gone) end)
-
-      {pid, ref} =
-        spawn_monitor(fn ->
-          Process.group_leader(self(), gone)
-          Top.run(["--node", Atom.to_string(node)])
-        end)
-
-      assert_receive {:DOWN, ^ref, :process, ^pid, {:shutdown, 0}}, 20_000
     end
   end
 

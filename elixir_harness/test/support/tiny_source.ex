@@ -82,17 +82,6 @@ defmodule DSPex.Test.TinySource do
       Path.join(package, "dspy_bridge/__main__.py"),
       of_its_size("print(#{inspect(says)})\n")
     )
-
-    File.write!(Path.join(package, "pyproject.toml"), """
-    [project]
-    name = "dspy-bridge"
-    requires-python = ">=3.10"
-    dependencies = [
-        "tiny>=1.0",
-    ]
-    [project.scripts]
-    dspy-bridge = "dspy_bridge.__main__:main"
-    """)
   end
 
   # Python takes bytecode for that of a file if the second and the size are the same: two versions may be installed in one.

@@ -63,133 +63,101 @@ defmodule DSPex.PythonBridge.History do
 
   # As data for IO.ANSI.format/2, which takes atoms for colours.
   defp entry(%{"omitted" => n} = entry) when not is_map_key(entry, "messages"),
-    do: ["\n", heading(:blue, "[#{value(n)} LM calls omitted]"), "\n"]
+    do: ["\n", heading(:blue, "[#{shown(n)} LM calls omitted]"), "\n"]
 
-  defp entry(%{} = entry) when not is_struct(entry) do
+  defp entry(entry) do
     [
-      ["\n", heading(:blue, "[#{Enum.join(facts(entry), ", ")}]"), "\n"],
+      [
+        "\n",
+        heading(:blue, "[#{entry |> facts() |> Enum.reject(&is_nil/1) |> Enum.join(", ")}]"),
+        "\n"
+      ],
       messages(entry["messages"]),
-      outputs(list(entry["outputs"])),
-      error(entry["error"])
+      outputs(entry["outputs"] || []),
+      if(entry["error"], do: [heading(:red, "Error:"), text(entry["error"]), "\n"], else: [])
     ]
+  rescue
+    # It is of another shape.
+    _error -> ["\n", shown(inspect(entry)), "\n\n"]
   end
-
-  defp entry(other), do: ["\n", shown(other), "\n\n"]
 
   defp facts(entry) do
-    facts = [
-      value(entry["model"] || "unknown model"),
-      tokens(entry["usage"]),
-      duration(entry["duration_ms"]),
-      if(entry["cached"] == true, do: "cached"),
-      finish(entry["finish_reason"])
+    usage = entry["usage"] || %{}
+    total = usage["total_tokens"]
+    sent = usage["prompt_tokens"]
+
+    [
+      line(entry["model"] || "unknown model"),
+      cond do
+        sent -> "#{sent} + #{usage["completion_tokens"]} tokens"
+        total -> "#{total} tokens"
+        true -> nil
+      end,
+      if(ms = entry["duration_ms"], do: "#{round(ms)} ms"),
+      if(entry["cached"], do: "cached"),
+      if(entry["finish_reason"] not in [nil, "stop"],
+        do: "finish: #{line(entry["finish_reason"])}"
+      )
     ]
-
-    Enum.reject(facts, &is_nil/1)
   end
-
-  defp tokens(%{"prompt_tokens" => sent, "completion_tokens" => received})
-       when is_integer(sent) and is_integer(received),
-       do: "#{sent} + #{received} tokens"
-
-  defp tokens(%{"total_tokens" => total}) when is_integer(total), do: "#{total} tokens"
-  defp tokens(_unknown), do: nil
-
-  defp duration(ms) when is_number(ms), do: "#{round(ms)} ms"
-  defp duration(_unknown), do: nil
-
-  defp finish(reason) when reason in [nil, "stop"], do: nil
-  defp finish(reason), do: "finish: #{value(reason)}"
 
   ## A prompt and its response
 
   defp messages(nil), do: "(messages left out)\n\n"
-  defp messages(messages), do: Enum.map(list(messages), &message/1)
 
-  defp message(%{} = message) do
-    role = value(message["role"] || "unknown")
-
-    [
-      heading(:red, String.capitalize(role) <> " message:"),
-      text(content(message["content"])),
-      tool_calls(message["tool_calls"]),
-      "\n"
-    ]
+  defp messages(messages) do
+    for message <- messages do
+      role = line(message["role"] || "unknown")
+      role = heading(:red, String.capitalize(role) <> " message:")
+      [role, text(content(message["content"])), tool_calls(message["tool_calls"] || []), "\n"]
+    end
   end
 
-  defp message(other), do: [text(shown(other)), "\n"]
-
-  defp content(parts) when is_list(parts), do: parts |> list() |> Enum.map_join("\n", &part/1)
-  defp content(content), do: shown(content)
+  defp content(parts) when is_list(parts), do: Enum.map_join(parts, "\n", &part/1)
+  defp content(content), do: content
 
   defp part(%{"type" => "text", "text" => text}), do: shown(text)
 
   defp part(%{"image_url" => %{"url" => "data:" <> _data = url}}),
     do: "<image, data of #{byte_size(url)} characters>"
 
-  defp part(%{"image_url" => %{"url" => url}}), do: "<image #{value(url)}>"
+  defp part(%{"image_url" => %{"url" => url}}), do: "<image #{line(url)}>"
 
-  defp part(%{"type" => type} = part) when is_binary(type) do
-    size = part |> Map.delete("type") |> shown() |> byte_size()
-    "<#{value(type)}, #{size} characters>"
-  end
-
-  defp part(other), do: shown(other)
+  defp part(%{"type" => type} = part),
+    do: "<#{line(type)}, #{part |> Map.delete("type") |> shown() |> byte_size()} characters>"
 
   # Of several completions DSPy uses the first.
   defp outputs([]), do: []
+  defp outputs([only]), do: [output(only), "\n"]
 
-  defp outputs([first | others]) do
-    more = if others != [], do: heading(:red, "(and #{length(others)} more completions)")
-    [output(first), more || [], "\n"]
-  end
+  defp outputs([first | others]),
+    do: [output(first), heading(:red, "(and #{length(others)} more completions)"), "\n"]
 
   defp output(%{} = output) do
-    text = output["text"]
-
-    [
-      if(text in [nil, ""], do: [], else: response(text)),
-      tool_calls(output["tool_calls"]),
-      if(is_map_key(output, "text") or is_map_key(output, "tool_calls"),
-        do: [],
-        else: response(output)
-      )
-    ]
+    response = if output["text"] in [nil, ""], do: [], else: output(output["text"])
+    [response, tool_calls(output["tool_calls"] || [])]
   end
 
-  defp output(text), do: response(text)
+  defp output(text), do: [heading(:red, "Response:"), coloured(:green, text(text))]
 
-  defp response(text), do: [heading(:red, "Response:"), coloured(:green, text(shown(text)))]
+  defp tool_calls([]), do: []
+  defp tool_calls(calls), do: [heading(:red, "Tool calls:") | Enum.map(calls, &tool_call/1)]
 
-  defp error(nil), do: []
-  defp error(error), do: [heading(:red, "Error:"), text(shown(error)), "\n"]
-
-  defp tool_calls(calls) when calls in [nil, []], do: []
-
-  defp tool_calls(calls),
-    do: [heading(:red, "Tool calls:") | Enum.map(list(calls), &coloured(:green, tool_call(&1)))]
-
-  defp tool_call(%{} = call) do
-    function = if is_map(call["function"]), do: call["function"], else: call
+  defp tool_call(call) do
+    function = call["function"] || call
     args = function["arguments"] || call["args"]
-    text("#{value(function["name"] || "unknown")}: #{shown(args)}")
+    coloured(:green, text("#{line(function["name"] || "unknown")}: #{shown(args)}"))
   end
-
-  defp tool_call(other), do: text(shown(other))
 
   ## Text
 
   defp heading(colour, text), do: coloured(colour, [text, "\n"])
   defp coloured(colour, text), do: [colour, text, :reset]
 
-  defp text(text), do: [String.trim(text), "\n"]
-
-  defp list(list) when is_list(list), do: if(List.improper?(list), do: [list], else: list)
-  defp list(nil), do: []
-  defp list(other), do: [other]
+  defp text(value), do: [value |> shown() |> String.trim(), "\n"]
 
   # A value within a line.
-  defp value(value), do: value |> shown() |> String.replace("\n", " ")
+  defp line(value), do: value |> shown() |> String.replace("\n", " ")
 
   # An LM, and whoever writes to it, must not control the terminal.
   defp shown(text) when is_binary(text) do

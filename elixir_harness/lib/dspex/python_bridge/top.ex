@@ -82,32 +82,14 @@ defmodule DSPex.PythonBridge.Top do
           elapsed_ms: non_neg_integer()
         }
   @typedoc """
-  `time` is in ISO 8601, UTC; the peers are in the order of their names, the runs in that of their starts. A node of an
-  older version has no `runs`.
+  `time` is in ISO 8601, UTC; the peers are in the order of their names, the runs in that of their starts.
   """
-  @type snapshot :: %{
-          :node => node(),
-          :time => String.t(),
-          :peers => [peer()],
-          optional(:runs) => [run()]
-        }
+  @type snapshot :: %{node: node(), time: String.t(), peers: [peer()], runs: [run()]}
 
-  @unknown Map.new(
-             [:state, :os_pid, :pending, :restarts, :uptime_ms, :in_flight, :queued] ++
-               [
-                 :lm_waiting,
-                 :p50_ms,
-                 :p99_ms,
-                 :rss_bytes,
-                 :executes,
-                 :errors,
-                 :calls,
-                 :stats_at_ms,
-                 :calls_per_s
-               ],
-             &{&1, nil}
-           )
   @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
+  @figures [:in_flight, :queued, :lm_waiting, :p50_ms, :p99_ms, :rss_bytes, :executes] ++
+             [:errors, :calls, :stats_at_ms, :calls_per_s]
+  @unknown Map.new(@status ++ @figures, &{&1, nil})
 
   @doc """
   The bridges of this node now, without `calls_per_s`, and the evaluations and optimizations that its processes make.
@@ -193,39 +175,27 @@ defmodule DSPex.PythonBridge.Top do
   end
 
   # Another peer script may answer anything.
-  defguardp is_amount(n) when is_number(n) and n >= 0 and n < 1.0e15
-
   defp figures(
          %{"in_flight" => in_flight, "queued" => queued, "uptime" => uptime} =
            %{"memory_usage" => %{"rss" => rss}, "commands" => %{} = commands} = stats
        )
-       when is_amount(in_flight) and is_amount(queued) and is_amount(uptime) and is_amount(rss) do
-    executes = Map.get(commands, "execute_program")
+       when is_number(uptime) do
+    executes = commands["execute_program"] || %{}
+    calls = for {name, command} <- commands, name != "get_stats", do: command["count"]
 
     %{
       in_flight: in_flight,
       queued: queued,
-      lm_waiting: known(stats, "lm_waiting"),
-      p50_ms: known(executes, "p50_ms"),
-      p99_ms: known(executes, "p99_ms"),
+      lm_waiting: stats["lm_waiting"],
+      p50_ms: executes["p50_ms"],
+      p99_ms: executes["p99_ms"],
       rss_bytes: rss,
-      executes: count(executes, "count"),
-      errors: count(executes, "errors"),
-      calls:
-        commands |> Map.delete("get_stats") |> Map.values() |> Enum.sum_by(&count(&1, "count")),
+      executes: executes["count"] || 0,
+      errors: executes["errors"] || 0,
+      calls: Enum.sum(calls),
       stats_at_ms: round(uptime * 1_000)
     }
   end
 
   defp figures(_other), do: %{}
-
-  defp count(%{} = command, key),
-    do: with(count when not is_amount(count) <- command[key], do: 0)
-
-  defp count(_none, _key), do: 0
-
-  defp known(%{} = figures, key),
-    do: with(figure when not is_amount(figure) <- figures[key], do: nil)
-
-  defp known(_none, _key), do: nil
 end

@@ -1,17 +1,17 @@
 defmodule DSPex.PythonBridge.Venv do
   @moduledoc """
   A virtual environment with the peer and everything that it depends on, in the versions that are tested: what
-  `mix dspex.setup` makes.
+  `mix dspex.setup` makes, with uv.
 
-  A file in it, `dspex_setup.json`, shows that this module made it, and what is installed, with the extras. The file is written before the
-  first step and after the last, so an interrupted run is recognised. A new environment that could not be completed is
-  removed. This module leaves alone what it did not make. It
-  replaces an environment of its own only if that is half made or its Python is gone: other errors may pass. It
-  only installs if the folder's interpreter installs into the folder. Two runs for one folder exclude each other.
+  A file in it, `dspex_setup.json`, shows that this module made it, whether it is complete, and its extras. An environment
+  of its own is made anew if a run was interrupted or its Python is gone, and nothing else is in the folder. Folders that it
+  did not make stay as they are. Two runs for one folder exclude each other.
   """
 
-  alias DSPex.PythonBridge.Python.Interpreter
-  alias DSPex.PythonBridge.Venv.{Installer, Lock, Manifest, Release, Source}
+  alias DSPex.PythonBridge.Python.{Interpreter, Probe}
+  alias DSPex.PythonBridge.Venv.{Folder, Release, Source, Uv}
+
+  @elsewhere "remove it yourself, or name another with --path"
 
   @doc """
   Makes the environment in `folder`, or brings it up to date, and returns its interpreter. An error is one line of text,
@@ -24,186 +24,168 @@ defmodule DSPex.PythonBridge.Venv do
     * `:source` – the folder of `requirements.txt` and `package` (default: that in `priv`)
   """
   @spec make(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
-  def make(folder, opts \\ []), do: locked(folder, opts, &make/5)
+  def make(folder, opts \\ []), do: set_up(folder, opts, false)
 
   @doc """
   Makes an environment in `folder` that may be moved, with the release that it is in or alone, to another folder or to a
-  machine of the same system and architecture; returns its interpreter. It is a copy of the interpreter if that is a
-  standalone one, such as uv installs, else a script that runs a Python of the same minor version on the `PATH`. Nothing
-  is written into it later, and the times of its files do not matter.
+  machine of the same system and architecture; returns its interpreter. That is a copy of one that was made to be moved, such
+  as uv installs; else a link to one, which has to be at the same path where the release runs. Nothing is
+  written into it later, and the times of its files do not matter.
 
   Options and errors are those of `make/2`; by default `:python` is that of the environment variable
   `PYTHON_EXECUTABLE`, or `python3`.
   """
   @spec release(Path.t(), keyword()) :: {:ok, Path.t()} | {:error, String.t()}
-  def release(folder, opts \\ []), do: locked(folder, opts, &release/5)
+  def release(folder, opts \\ []), do: set_up(folder, opts, true)
 
-  defp locked(folder, opts, work) do
+  defp set_up(folder, opts, release?) do
     folder = Path.expand(folder)
-    installer = Installer.new(Keyword.get(opts, :progress, fn _line -> :ok end))
+    progress = Keyword.get(opts, :progress, fn _line -> :ok end)
     path = Path.expand(opts[:source] || Application.app_dir(:dspex, "priv/python"))
     asked = Enum.uniq(opts[:with] || [])
 
     # The lock writes into the folder: the folder is checked before.
-    with {:ok, _source} <- Source.read(path, asked),
-         {:ok, _installed} <- Manifest.read(folder) do
-      Lock.hold(folder, fn ->
-        with {:ok, installed} <- Manifest.read(folder),
-             kept = kept(folder, installed, asked, installer),
-             {:ok, source} <- Source.read(path, Enum.sort(asked ++ kept)),
-             do: work.(folder, installed, source, opts[:python], installer)
+    with {:ok, source} <- Source.read(path, asked),
+         {:ok, _made} <- Folder.read(folder) do
+      Folder.lock(folder, fn ->
+        with {:ok, made} <- Folder.read(folder),
+             source = with_kept(source, folder, made, progress),
+             {:ok, base} <- base(opts[:python], release?),
+             uv = %Uv{folder: folder, source: source, progress: progress, base: base},
+             uv = if(release?, do: Release.of(uv), else: uv),
+             :ok <- environment(uv, made),
+             do: install(uv, made)
       end)
     end
   end
 
   # What was asked for once is needed until the folder is removed.
-  defp kept(_folder, :nothing, _asked, _installer), do: []
+  defp with_kept(source, _folder, :nothing, _progress), do: source
 
-  defp kept(folder, installed, asked, installer) do
-    kept = installed.extras -- asked
-    if kept != [], do: installer.progress.("#{folder} keeps its #{Enum.join(kept, ", ")}")
-    kept
+  defp with_kept(source, folder, made, progress) do
+    kept = made.extras -- source.extras
+    if kept != [], do: progress.("#{folder} keeps its #{Enum.join(kept, ", ")}")
+    %{source | extras: Enum.sort(source.extras ++ kept)}
   end
 
-  defp make(folder, installed, source, python, installer) do
-    with {:ok, wanted} <- if(python, do: Installer.base(installer, python), else: {:ok, nil}),
-         {:ok, installed} <- environment(folder, installed, wanted, source, installer),
-         {:ok, probe} <- Installer.probe(folder, Source.names(source)),
-         :ok <- fits(folder, probe, wanted),
-         do: packages(folder, installed, source, probe, installer)
+  ## The interpreter that it is made from; nil: uv chooses it, and downloads one if it has to
+
+  defp base(nil, release?) do
+    case Interpreter.base() do
+      {:ok, python, source} when release? or source != :path -> fit(python)
+      {:error, text} when release? -> {:error, "#{text}; name one with --python"}
+      {:error, "no Python found: PYTHON_EXECUTABLE" <> _ = text} -> {:error, text}
+      _none_named -> {:ok, nil}
+    end
+  end
+
+  defp base(named, _release?),
+    do: with({:ok, python} <- Interpreter.executable(named, "--python"), do: fit(python))
+
+  defp fit(python) do
+    with {:ok, probe} <- Probe.run(python, "", []) do
+      if text = Probe.too_old(probe),
+        do: {:error, "#{text} or newer; name another Python with --python"},
+        else: {:ok, probe}
+    end
   end
 
   ## The environment
 
-  defp environment(folder, :nothing, wanted, source, installer),
-    do: create(folder, wanted, source, installer)
+  defp environment(uv, :nothing), do: create(uv)
 
-  defp environment(folder, installed, wanted, source, installer) do
-    case {broken(folder, installed), Manifest.foreign(folder)} do
+  defp environment(%Uv{folder: folder} = uv, made) do
+    case {anew(uv, made), Folder.foreign(folder)} do
       {nil, _foreign} ->
-        {:ok, installed}
+        usable(uv)
 
       {why, []} ->
-        installer.progress.("making #{folder} anew: #{why}")
-        create(folder, wanted, source, installer)
+        uv.progress.("making #{folder} anew: #{why}")
+        create(uv)
 
       {why, foreign} ->
-        {:error, foreign(folder, why, foreign)}
+        {:error,
+         "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
+           "(#{Enum.join(foreign, ", ")}): #{@elsewhere}"}
     end
   end
 
-  defp foreign(folder, why, names) do
-    "#{folder} has to be made anew, since #{why}, but holds what dspex.setup did not make " <>
-      "(#{Enum.join(names, ", ")}): " <> Installer.elsewhere()
-  end
+  # The reason why only making it anew helps, or nil: other errors may pass.
+  defp anew(_uv, %{complete?: false}), do: "it is half made"
 
-  # The reason why only making it anew helps, or nil.
-  defp broken(_folder, %{stamp: nil}), do: "it is half made"
-
-  defp broken(folder, _installed) do
+  defp anew(%Uv{folder: folder} = uv, _made) do
     case Interpreter.lack(folder) do
       {:gone, target} -> "its Python, #{target}, is gone"
-      _another_or_none -> nil
+      _another_or_none -> if(uv.release, do: Release.outdated(uv))
     end
   end
 
-  defp create(folder, wanted, source, installer) do
-    with {:ok, base} <- if(wanted, do: {:ok, wanted}, else: Installer.base(installer, nil)),
-         :ok <- Manifest.write(folder, unfinished(source)),
-         :ok <- Manifest.clear(folder),
-         :ok <- Installer.create(installer, folder, source, base) do
-      {:ok, unfinished(source)}
+  defp create(%Uv{folder: folder, source: source} = uv) do
+    with :ok <- Folder.clear(folder),
+         :ok <- Folder.write(folder, %{complete?: false, extras: source.extras}),
+         :ok <- if(uv.release, do: Release.create(uv), else: Uv.create(uv)) do
+      :ok
     else
-      {:failed, text} -> undo(folder, text)
-      {:error, text} -> {:error, text}
+      {_kind, text} -> undo(folder, text)
     end
   end
-
-  defp unfinished(source), do: %Manifest{stamp: nil, extras: source.extras}
 
   # Half of an environment is worth nothing to anybody.
   defp undo(folder, text) do
-    Manifest.remove(folder)
+    Folder.clear(folder)
     {:error, text}
   end
 
-  defp fits(folder, probe, wanted) do
-    if wanted == nil or wanted.version == probe.version,
-      do: :ok,
-      else:
-        {:error,
-         "#{folder} is of Python #{probe.version}, not #{wanted.version}: remove it, or name another with --path"}
+  defp usable(%Uv{folder: folder, base: base} = uv) do
+    with {:ok, probe} <- probe(folder, uv.release) do
+      if base == nil or base.version == probe.version,
+        do: :ok,
+        else:
+          {:error,
+           "#{folder} is of Python #{probe.version}, not #{base.version}: remove it, or name another with --path"}
+    end
+  end
+
+  # Nothing may go into the Python that it was made from.
+  defp probe(folder, release) do
+    python = Interpreter.in_venv(folder)
+
+    cond do
+      python == nil ->
+        {:error, "#{folder} has no bin/python that this user can run: #{@elsewhere}"}
+
+      release == nil and not File.exists?(Path.join(folder, "pyvenv.cfg")) ->
+        {:error, "#{folder} is not a virtual environment any more: #{@elsewhere}"}
+
+      true ->
+        Probe.run(python, "", [])
+    end
   end
 
   ## The packages
 
-  defp packages(folder, installed, source, probe, installer) do
-    if installed.stamp == source.stamp and Source.installed?(source, probe.found) do
-      installer.progress.("#{folder} has all that it needs")
-      {:ok, probe.python}
-    else
-      install(folder, installed, source, probe, installer)
-    end
-  end
+  defp install(%Uv{folder: folder, source: source} = uv, made) do
+    unfinished = %{complete?: false, extras: source.extras}
 
-  defp install(folder, installed, source, probe, installer) do
-    with :ok <- Manifest.write(folder, unfinished(source)),
-         :ok <- Installer.install(installer, folder, source),
-         :ok <- Manifest.write(folder, %Manifest{stamp: source.stamp, extras: source.extras}) do
-      {:ok, probe.python}
+    with :ok <- Folder.write(folder, unfinished),
+         {:ok, changed?} <- Uv.install(uv),
+         :ok <- Source.copy_peer(source, folder),
+         :ok <- if(uv.release, do: Release.finish(uv), else: :ok),
+         :ok <- Folder.write(folder, %{unfinished | complete?: true}) do
+      unless changed?, do: uv.progress.("#{folder} has all that it needs")
+      if uv.release, do: uv.progress.(Release.needs(uv))
+      {:ok, Interpreter.in_venv(folder)}
     else
-      {:failed, text} when installed.stamp == nil ->
+      {_kind, text} when made == :nothing ->
         undo(folder, text)
 
-      # A program that failed by itself has left what was there.
+      # uv has failed by itself, and has left what was there.
       {:failed, text} ->
-        Manifest.write(folder, installed)
+        Folder.write(folder, made)
         {:error, text}
 
       {:error, text} ->
         {:error, text}
-    end
-  end
-
-  ## In a release
-
-  defp release(folder, installed, source, python, installer) do
-    with {:ok, base} <- Release.base(installer, python),
-         wanted = %Manifest{stamp: Release.stamp(source, base), extras: source.extras},
-         {:ok, python} <- release(folder, installed, wanted, base, source, installer),
-         :ok <- Release.compile_peer(folder) do
-      installer.progress.(Release.needs(base))
-      {:ok, python}
-    end
-  end
-
-  defp release(folder, wanted, wanted, _base, source, installer) do
-    installer.progress.("#{folder} has all that it needs")
-    Release.check(folder, source)
-  end
-
-  defp release(folder, installed, wanted, base, source, installer) do
-    installer = %{installer | bytecode: :for_any_time}
-
-    with :ok <- ours(folder, installed),
-         {:ok, _unfinished} <- create(folder, base.probe, source, installer),
-         :ok <- Installer.install(installer, folder, source),
-         :ok <- Release.detach(folder, base),
-         {:ok, python} <- Release.check(folder, source),
-         :ok <- Manifest.write(folder, wanted) do
-      {:ok, python}
-    else
-      {:failed, text} -> undo(folder, text)
-      {:error, text} -> {:error, text}
-    end
-  end
-
-  defp ours(_folder, :nothing), do: :ok
-
-  defp ours(folder, _installed) do
-    case Manifest.foreign(folder) do
-      [] -> :ok
-      names -> {:error, foreign(folder, "it is out of date", names)}
     end
   end
 end

@@ -3,7 +3,7 @@ defmodule Mix.DSPex.EvaluationFile do
   # The file of `mix dspex.eval` and `mix dspex.optimize`: Elixir code, whose last value says what is measured on what. User
   # code from here on: whatever it does becomes a text that names the file.
 
-  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Error, Options, Pool}
+  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Options, Pool}
   alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Programs.Declared
 
@@ -184,16 +184,7 @@ defmodule Mix.DSPex.EvaluationFile do
 
     case client.request(server, :create_program, args, timeout: @create_ms) do
       {:ok, _created, _meta} -> {:ok, id}
-      {:error, %Error{type: :timeout}} -> {:error, "#{path}: :server: #{silent(server)}"}
       {:error, error} -> {:error, "#{path}: :program: #{error.message}"}
     end
   end
-
-  defp silent(server) do
-    why = with %{last_error: text} when is_binary(text) <- status(server), do: ": " <> text
-
-    "it has not created the program within #{div(@create_ms, 1000)} s#{if is_binary(why), do: why}"
-  end
-
-  defp status(server), do: if(Pool.Handle.fetch(server), do: nil, else: Bridge.get_status(server))
 end

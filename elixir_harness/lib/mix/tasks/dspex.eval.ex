@@ -49,7 +49,7 @@ defmodule Mix.Tasks.Dspex.Eval do
   examples that the baseline has, too, are compared: they are recognized by a hash of their inputs, so the dataset may grow
   and change its order. `--min` is compared with the score of all.
 
-  The progress goes to standard error: a bar if that is a terminal, else at most ten lines.
+  The progress goes to standard error: one line if that is a terminal, else one for each tenth.
 
   ## JSON
 
@@ -207,11 +207,21 @@ defmodule Mix.Tasks.Dspex.Eval do
   end
 
   defp score(server, program, dataset, options) do
-    progress = Progress.new(length(dataset))
-    opts = [on_result: &Progress.add(progress, &1)] ++ options
+    progress = Progress.new()
+    seen = :counters.new(2, [])
+    opts = [on_result: &seen(&1, seen, length(dataset), progress)] ++ options
     result = Evaluate.run(server, program, dataset, opts)
     Progress.finish(progress)
     result
+  end
+
+  defp seen(item, seen, total, progress) do
+    :counters.add(seen, 1, 1)
+    if item.error, do: :counters.add(seen, 2, 1)
+    done = :counters.get(seen, 1)
+    tenth? = div(done * 10, total) > div((done - 1) * 10, total)
+    text = "#{done}/#{total} examples, #{:counters.get(seen, 2)} failed"
+    Progress.show(progress, text, tenth?)
   end
 
   defp all_failed(error),

@@ -52,30 +52,30 @@ defmodule Mix.Tasks.Dspex.Optimize do
       {:ok, _} =
         Pool.call(:create_program, Map.put(MyApp.Triage.definition(), :state, JSON.decode!(File.read!("priv/triage.json"))))
 
-  ## Ctrl-C
+  ## Stopping
 
-  It ends the task and all LM requests, and prints which state is in the file; so does SIGTERM. A second one ends it at once.
-  Where there is no `stty`, the break menu of the BEAM comes instead: `a` ends it, and the file has the best so far, too.
+  SIGTERM ends the task and all LM requests, and prints which state is in the file. So does Ctrl-C, twice, which prints
+  nothing: the file has the best so far, too.
 
   With DSPy's disk cache (`DSPY_BRIDGE_DISK_CACHE`) the same command, started again, asks the LM nothing that it has answered
   before, and comes to the same result.
 
   ## Exit status
 
-    * 0 – the file has a state, also if a budget was spent, or you have stopped it after the first candidate. If it is not
+    * 0 – the file has a state, also if a budget was spent, or SIGTERM has stopped it after the first candidate. If it is not
       better than the program as it was, which wins ties, the text says so
     * 1 – the file has a state, and the gain is below `--require-gain`, or is not known
     * 2 – there is none, or an error has ended the optimization: a wrong argument or file, no Python, an LM that refuses the
       key, a metric that raises, an application that does not start. The text says whether the file has been replaced
 
-  Mix itself exits with 1 if it cannot load the project. The progress goes to standard error: a bar if that is a terminal, else a line
-  for each better candidate.
+  Mix itself exits with 1 if it cannot load the project. The progress goes to standard error: one line if that is a terminal, and a line for each better
+  candidate.
   """
 
   use Mix.Task
 
   alias DSPex.PythonBridge.{Error, Evaluate, Optimize}
-  alias Mix.DSPex.{Baseline, EvaluationFile, Interrupt, OptimizationProgress, StateFile}
+  alias Mix.DSPex.{Baseline, EvaluationFile, Progress, StateFile}
 
   @budget [lm_calls: :integer, tokens: :integer, seconds: :float]
   @switches [out: :string, optimizer: :string, require_gain: :float] ++ @budget
@@ -177,13 +177,13 @@ defmodule Mix.Tasks.Dspex.Optimize do
     options |> Keyword.drop(left_out) |> Keyword.put(:optimizer, optimizer)
   end
 
-  defp scores(optimizer, gain) when gain != nil and optimizer in @scores_nothing,
-    do: {:error, "--require-gain: #{optimizer} scores nothing; measure with mix dspex.eval"}
+  defp scores(optimizer, gain) do
+    name? = is_atom(optimizer) or is_binary(optimizer)
 
-  defp scores(optimizer, gain) when gain != nil and is_atom(optimizer) and optimizer != nil,
-    do: scores(Atom.to_string(optimizer), gain)
-
-  defp scores(_optimizer, _gain), do: :ok
+    if gain != nil and name? and "#{optimizer}" in @scores_nothing,
+      do: {:error, "--require-gain: #{optimizer} scores nothing; measure with mix dspex.eval"},
+      else: :ok
+  end
 
   defp write(state, out), do: StateFile.write(out, [Baseline.sorted_json(state), "\n"])
 
@@ -194,7 +194,7 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
     outcome =
       EvaluationFile.with_server(file, fn server ->
-        Interrupt.during(fn -> follow(server, definition, options, out) end)
+        with_sigterm(fn -> follow(server, definition, options, out) end)
       end)
 
     case outcome do
@@ -223,39 +223,66 @@ defmodule Mix.Tasks.Dspex.Optimize do
         result
       end)
 
-    listen(task, out, OptimizationProgress.new(), nil)
+    listen(task, out, Progress.new(), nil)
   end
 
+  # `best`: the score of the state in the file.
   defp listen(task, out, progress, best) do
     receive do
-      {:event, event} ->
-        best = better(event, best, out)
-        listen(task, out, OptimizationProgress.show(progress, event, out), best)
+      {:event, {:candidate, %{best: true} = candidate}} ->
+        case write(candidate.state, out) do
+          :ok -> listen(task, out, better(progress, candidate, out), candidate.score)
+          {:error, text} -> listen(task, out, Progress.line(progress, text), best)
+        end
+
+      {:event, {:candidate, _worse}} ->
+        listen(task, out, progress, best)
+
+      {:event, {:progress, event}} ->
+        listen(task, out, Progress.show(progress, under_way(event)), best)
 
       :interrupted ->
         Task.shutdown(task, :brutal_kill)
-        OptimizationProgress.finish(progress)
+        Progress.finish(progress)
         {:interrupted, best}
 
       :over ->
-        OptimizationProgress.finish(progress)
+        Progress.finish(progress)
         {Task.await(task, :infinity), best}
     end
   end
 
-  # The file's last candidate: its score.
-  defp better({:candidate, %{best: true, state: state, score: score}}, best, out) do
-    case write(state, out) do
-      :ok ->
-        score
-
-      {:error, text} ->
-        Mix.shell().error(text)
-        best
-    end
+  defp better(progress, %{score: score} = candidate, out) do
+    score = Evaluate.Table.number(score)
+    text = "candidate #{candidate.number}: #{score} on #{candidate.of} examples, in #{out}"
+    Progress.line(progress, text)
   end
 
-  defp better(_event, best, _out), do: best
+  defp under_way(event) do
+    done = if event.total, do: "#{event.done}/#{event.total}, "
+    best = if event.best, do: ", best #{Evaluate.Table.number(event.best)}"
+    "#{done}#{event.step}, #{event.lm_calls} LM calls#{best}"
+  end
+
+  # As a message to this process: the BEAM's own handler would end everything at once, with the status 0.
+  defp with_sigterm(fun) do
+    me = self()
+
+    stop = fn ->
+      send(me, :interrupted)
+      :ok
+    end
+
+    :gen_event.delete_handler(:erl_signal_server, :erl_signal_handler, [])
+    {:ok, trap} = System.trap_signal(:sigterm, stop)
+
+    try do
+      fun.()
+    after
+      System.untrap_signal(:sigterm, trap)
+      :gen_event.add_handler(:erl_signal_server, :erl_signal_handler, [])
+    end
+  end
 
   # The state is that at the beginning.
   defp finished(%{stopped: budget, score: nil}, _out, _gain) when budget != nil,

@@ -16,8 +16,8 @@ defmodule Mix.Tasks.Dspex.Setup do
     * `--with optimizers` – also optuna and numpy, see below
     * `--release` – the folder of a release: see below
 
-  It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the interpreter's own `venv` and `pip` make the
-  environment and install uv into it. The package index is uv's: PyPI, or that of `UV_DEFAULT_INDEX` or of the user's or
+  It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the `venv` and `pip` of the interpreter install uv
+  into the environment's folder. The package index is uv's: PyPI, or that of `UV_DEFAULT_INDEX` or of the user's or
   system's `uv.toml`. A `pyproject.toml` or `uv.toml` of the project is not read.
 
   A second run does what is left to do: nothing, or it installs what another version of `:dspex` needs. It makes its
@@ -41,18 +41,18 @@ defmodule Mix.Tasks.Dspex.Setup do
 
   Each package is pinned by version and by the hash of each of its files, and nothing else is installed (uv's
   `--require-hashes`), uv itself included if pip installs it. Nothing is built: neither the packages, which are wheels
-  (Linux with glibc from 2.28 or musl, macOS; x86-64 and ARM64), nor the peer, which this task packs. If a file has another
+  (Linux with glibc from 2.28 or musl, macOS; x86-64 and ARM64), nor the peer, which this task copies. If a file has another
   hash, the task says so and fails. A new environment that could not be completed is removed, one that was there stays
   as it was.
 
   ## In a release
 
   With `--release`, after `mix release`, the environment is laid into the release, as `dspex_venv`, and may be moved with it,
-  to another folder or to a machine of the same system and architecture, and be read-only there. It has no absolute paths,
-  and its bytecode stays valid if the times of files change.
+  to another folder or to a machine of the same system and architecture, and be read-only there. Its bytecode stays valid if
+  the times of files change.
 
-  By default it needs a Python of the same minor version where it runs, on the `PATH` (`python3.11`). An interpreter that
-  was made to be moved, as uv installs them, is copied into it instead:
+  By default its `bin/python` is a link: the machine needs the same Python at the same path, such as `/usr/bin/python3.11` of
+  an image of the same Debian. An interpreter that was made to be moved, as uv installs them, is copied into it instead:
 
       $ mix dspex.setup --release _build/prod/rel/my_app --python "$(uv python find --managed-python 3.12)"
 
@@ -92,11 +92,8 @@ defmodule Mix.Tasks.Dspex.Setup do
 
   defp make(path, opts) do
     folder = Path.expand(path || configured() || Mix.DSPex.default_venv())
-
-    case Venv.make(folder, opts) do
-      {:ok, python} -> finish(python, unless(used?(python), do: how_to_use(folder)))
-      {:error, text} -> Mix.raise(text)
-    end
+    python = or_raise(Venv.make(folder, opts))
+    finish(python, unless(used?(python), do: how_to_use(folder)), [])
   end
 
   # Its name in the release is that of the default elsewhere.
@@ -105,12 +102,11 @@ defmodule Mix.Tasks.Dspex.Setup do
       do: Mix.raise("--release: there is no folder #{Path.expand(root)}; run `mix release` first")
 
     folder = Path.join(Path.expand(root), "dspex_venv")
-
-    case Venv.release(folder, opts) do
-      {:ok, python} -> finish(python, how_to_release(), @elsewhere)
-      {:error, text} -> Mix.raise(text)
-    end
+    finish(or_raise(Venv.release(folder, opts)), how_to_release(), @elsewhere)
   end
+
+  defp or_raise({:ok, value}), do: value
+  defp or_raise({:error, text}), do: Mix.raise(text)
 
   defp arguments(args) do
     strict = [path: :string, python: :string, release: :string, with: :keep]
@@ -129,13 +125,11 @@ defmodule Mix.Tasks.Dspex.Setup do
 
   # With a wrong configuration it would make the wrong folder.
   defp configured do
-    case Python.Config.required_packages() do
-      {:ok, _packages} -> Interpreter.configured_venv()
-      {:error, text} -> Mix.raise(text)
-    end
+    or_raise(Python.Config.required_packages())
+    Interpreter.configured_venv()
   end
 
-  defp finish(python, advice, notes \\ []) do
+  defp finish(python, advice, notes) do
     opts = [python_executable: python, decided: "the one that was set up", notes: notes]
     ok? = Doctor.print(opts, &Mix.shell().info/1)
     if advice, do: Mix.shell().info(advice)

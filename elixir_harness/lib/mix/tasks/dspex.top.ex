@@ -43,7 +43,6 @@ defmodule Mix.Tasks.Dspex.Top do
 
   use Mix.Task
 
-  alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Top
   alias DSPex.PythonBridge.Top.{Remote, Table}
 
@@ -98,22 +97,20 @@ defmodule Mix.Tasks.Dspex.Top do
   @spec watch(Top.snapshot(), node(), keyword()) :: no_return()
   defp watch(snapshot, node, options) do
     show(snapshot, options)
-    watch(snapshot, node, options, Deadline.now())
+    node |> next(options) |> Top.with_rates(snapshot) |> watch(node, options)
   end
 
-  @spec watch(Top.snapshot(), node(), keyword(), integer()) :: no_return()
-  defp watch(earlier, node, options, last) do
-    Process.sleep(Deadline.left(last + @second))
-    started = Deadline.now()
+  # A second later; with a line for each second without a snapshot.
+  defp next(node, options) do
+    Process.sleep(@second)
 
     case Remote.snapshot(node) do
       {:ok, snapshot} ->
-        snapshot |> Top.with_rates(earlier) |> show(options)
-        watch(snapshot, node, options, started)
+        snapshot
 
       {:error, text} ->
         show_error(node, text, options)
-        watch(earlier, node, options, started)
+        next(node, options)
     end
   end
 
@@ -128,19 +125,12 @@ defmodule Mix.Tasks.Dspex.Top do
       else: put([to_string(node), "  ", time, "\n", text, "; trying again\n"], options)
   end
 
-  defp put_json(map), do: write([JSON.encode!(map), "\n"])
+  defp put_json(map), do: IO.write([JSON.encode!(map), "\n"])
 
   defp put(text, options) do
     if !options[:once] and terminal?(),
-      do: write([IO.ANSI.clear(), IO.ANSI.home(), text]),
-      else: write([text, "\n"])
-  end
-
-  # The reader, for example `head`, has gone.
-  defp write(text) do
-    IO.write(text)
-  catch
-    :error, :terminated -> exit({:shutdown, 0})
+      do: IO.write([IO.ANSI.clear(), IO.ANSI.home(), text]),
+      else: IO.write([text, "\n"])
   end
 
   defp terminal? do

@@ -10,28 +10,28 @@ defmodule DSPex.PythonBridge.Doctor.Folders do
 
   @spec check(Options.t()) :: {:ok | :failed, String.t(), String.t() | nil, true | nil}
   def check(options) do
-    folders =
+    set =
       for name <- @read ++ @write,
           folder = String.trim(options.env.()[name] || System.get_env(name, "")),
           folder != "",
-          do: {name, folder, problem(name, Path.expand(folder))}
+          do: {name, folder}
 
-    case for {name, folder, problem} when problem != nil <- folders, do: {name, folder, problem} do
-      [] when folders == [] ->
-        {:ok, "none are set", nil, true}
+    errors =
+      for {name, folder} <- set,
+          path = Path.expand(folder),
+          problem = problem(name, path),
+          do: "#{name} names #{path}, #{problem}" <> Interpreter.relative(folder)
 
-      [] ->
-        {:ok, Enum.map_join(folders, ", ", fn {name, path, nil} -> "#{name} #{path}" end), nil,
-         true}
-
-      failed ->
-        errors =
-          for {name, folder, problem} <- failed,
-              do:
-                "#{name} names #{Path.expand(folder)}, #{problem}" <> Interpreter.relative(folder)
-
+    cond do
+      errors != [] ->
         {:failed, Enum.join(errors, "; "), "make the folder, or correct :env or the environment",
          nil}
+
+      set == [] ->
+        {:ok, "none are set", nil, true}
+
+      true ->
+        {:ok, Enum.map_join(set, ", ", fn {name, folder} -> "#{name} #{folder}" end), nil, true}
     end
   end
 

@@ -24,13 +24,8 @@ defmodule DSPex.PythonBridge.Doctor.LM do
          ~s(config :dspex, :python_bridge, lm: "openai/gpt-4o-mini"; or each bridge, program or call names its own),
          true}
 
-      "offline/echo" ->
-        {:ok, "offline/echo, which is built in and needs no key; it only repeats the question",
-         nil, true}
-
-      "offline/script" ->
-        {:ok, "offline/script, which is built in and needs no key; its answers are in lm_options",
-         nil, true}
+      model when model in ["offline/echo", "offline/script"] ->
+        {:ok, "#{model}, which is built in and needs no key", nil, true}
 
       model ->
         look(python, model, options)
@@ -48,7 +43,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
       model ->
         with_facts(python, ["--ask"], @ask_limit_ms, model, options, fn
           %{"asked" => answer} -> asked(answer)
-          answer -> result(answer, facts(model, options))
+          answer -> result(answer, facts(options))
         end)
     end
   end
@@ -57,7 +52,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
 
   defp look(python, model, options) do
     with_facts(python, [], @time_limit_ms, model, options, fn answer ->
-      case result(answer, facts(model, options)) do
+      case result(answer, facts(options)) do
         {:failed, _found, _advice} = failed -> failed
         {_status, _found, _advice} = result -> reached(answer["unreachable"]) || result
       end
@@ -95,7 +90,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
      "see whether `import dspy, litellm` works in that Python", nil}
   end
 
-  defp facts(model, options) do
+  defp facts(options) do
     given =
       case JSON.decode(setting("DSPY_BRIDGE_LM_OPTIONS", options)) do
         {:ok, %{} = given} -> given
@@ -103,7 +98,6 @@ defmodule DSPex.PythonBridge.Doctor.LM do
       end
 
     %{
-      model: model,
       key?: given["api_key"] not in [nil, ""],
       address?: given["api_base"] != nil or given["base_url"] != nil,
       init?: setting("DSPY_BRIDGE_INIT", options) != ""
@@ -127,7 +121,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   defp result(%{"engine" => "dspy", "why" => why} = answer, facts) when why != nil do
     case answer["lacks"] do
       [] ->
-        {:failed, "DSPy will refuse it: " <> why, "do as it says" <> options(facts.model)}
+        {:failed, "DSPy will refuse it: " <> why, "do as it says, in :lm_options"}
 
       names ->
         {:failed, "its key is not set", set(names, facts)}
@@ -167,8 +161,10 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   defp reached(why),
     do: {:failed, why, "start its server, or correct api_base in :lm_options"}
 
-  defp asked(%{"error" => why} = answer),
-    do: {:failed, "it gave no answer: #{why}", after_error(answer["kind"])}
+  defp asked(%{"error" => why}),
+    do:
+      {:failed, "it gave no answer: #{why}",
+       "correct :lm, its key or :lm_options; or see the log of its server"}
 
   defp asked(%{"ms" => ms} = answer) do
     honours =
@@ -186,28 +182,10 @@ defmodule DSPex.PythonBridge.Doctor.LM do
     end
   end
 
-  defp after_error("LMAuthError"),
-    do: "correct its key: api_key in :lm_options, or the variable of its provider"
-
-  defp after_error("LMUnsupportedModelError"),
-    do: "correct the model's name in :lm, or api_base in :lm_options"
-
-  defp after_error("LMTimeoutError"),
-    do: "see whether its server is still loading the model, or try a smaller one"
-
-  defp after_error("LMRateLimitError"), do: "wait, or see what your account allows"
-  defp after_error(_kind), do: "see the log of its server, and :lm_options"
-
   defp set(names, facts),
     do:
       "set #{Enum.join(names, " or ")} in the environment of the BEAM, or api_key in :lm_options" <>
         keyless(facts)
-
-  # LiteLLM serves these, by other rules than DSPy's text says.
-  defp options("azure/" <> _name),
-    do: ", or give api_key, api_base and api_version in :lm_options"
-
-  defp options(_model), do: ""
 
   defp keyless(%{address?: true}), do: ~s(; for a server that needs none, any text will do)
   defp keyless(_facts), do: ""

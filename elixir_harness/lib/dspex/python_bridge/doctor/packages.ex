@@ -68,30 +68,22 @@ defmodule DSPex.PythonBridge.Doctor.Packages do
   end
 
   # Nothing should be installed into the system's Python or a shared one.
-  defp advice(package, %Probe{venv?: true} = probe) do
-    setup = if package in needed(), do: "`mix dspex.setup` makes an environment with it, or: "
-    python = quoted(probe.python)
+  defp advice(package, probe) do
+    requirement = requirement(package)
 
-    # uv makes environments without pip.
-    install =
-      if "pip" in probe.modules,
-        do: "#{python} -m pip install",
-        else: "uv pip install --python #{python}"
+    cond do
+      package not in needed() and probe.venv? ->
+        "install '#{requirement}' there"
 
-    "#{setup}#{install} '#{requirement(package)}'"
-  end
+      package not in needed() ->
+        "`mix dspex.setup` makes a virtual environment; install '#{requirement}' there"
 
-  defp advice(package, _probe) do
-    if package in needed(),
-      do: "`mix dspex.setup` makes an environment with it",
-      else:
-        "`mix dspex.setup` makes a virtual environment; install '#{requirement(package)}' there"
-  end
+      probe.venv? ->
+        "`mix dspex.setup` makes an environment with it, or install '#{requirement}' there"
 
-  defp quoted(path) do
-    if path =~ ~r{\A[\w/.,:=@+-]+\z},
-      do: path,
-      else: "'" <> String.replace(path, "'", "'\\''") <> "'"
+      true ->
+        "`mix dspex.setup` makes an environment with it"
+    end
   end
 
   defp fits?(package, version) do

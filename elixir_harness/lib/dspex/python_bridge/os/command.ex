@@ -32,19 +32,21 @@ defmodule DSPex.PythonBridge.OS.Command do
     * `:env` – more environment, as a port takes it
     * `:cd` – the working directory (default: that of the BEAM)
     * `:owner` – another process whose end kills it (default: the caller)
-    * `:tick` – `{ms, fun}`: calls the function in this process, each time that many ms have passed
   """
   @spec run(Path.t(), [String.t()], keyword()) :: result()
   def run(executable, args, opts \\ []) do
     owners = Enum.uniq([self(), Keyword.get(opts, :owner, self())])
     limit_ms = Keyword.get(opts, :limit_ms, 15_000)
     port_opts = Keyword.take(opts, [:env, :cd])
-    {tick_ms, tick} = Keyword.get(opts, :tick, {:infinity, fn -> :ok end})
 
     with :ok <- executable(executable) do
       work = fn -> exit({:ran, run(executable, args, port_opts, limit_ms, owners)}) end
       {_pid, ref} = spawn_monitor(work)
-      await(ref, tick_ms, tick)
+
+      receive do
+        {:DOWN, ^ref, :process, _pid, {:ran, result}} -> result
+        {:DOWN, ^ref, :process, _pid, _crash} -> {:error, "the check failed"}
+      end
     end
   end
 
@@ -87,17 +89,6 @@ defmodule DSPex.PythonBridge.OS.Command do
   def last_line(output, max \\ 200) do
     lines = for line <- String.split(output, ["\n", "\r"]), String.trim(line) != "", do: line
     if line = List.last(lines), do: String.slice(line, 0, max)
-  end
-
-  defp await(ref, tick_ms, tick) do
-    receive do
-      {:DOWN, ^ref, :process, _pid, {:ran, result}} -> result
-      {:DOWN, ^ref, :process, _pid, _crash} -> {:error, "the check failed"}
-    after
-      tick_ms ->
-        tick.()
-        await(ref, tick_ms, tick)
-    end
   end
 
   defp run(executable, args, port_opts, limit_ms, owners) do

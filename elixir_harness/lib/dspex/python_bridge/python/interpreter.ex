@@ -130,6 +130,15 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
+  @doc "The folder of the packages of an environment."
+  @spec site_packages(Path.t()) :: Path.t()
+  def site_packages(folder) do
+    lib = Path.join(folder, "lib")
+    # Not Path.wildcard: the folder's own path may have pattern characters.
+    "python3." <> _ = name = Enum.find(File.ls!(lib), &String.starts_with?(&1, "python3."))
+    Path.join([lib, name, "site-packages"])
+  end
+
   @doc "The folder of `config :dspex, :python_environment, virtual_env: …`, not expanded; nil if none."
   @spec configured_venv() :: String.t() | nil
   def configured_venv do
@@ -167,56 +176,35 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
 
     if path = in_venv(folder),
       do: {:ok, path},
-      else:
-        {:error, "no Python found: #{whose} names #{folder}, #{what_lacks(folder, venv, whose)}"}
+      else: {:error, "no Python found: #{whose} names #{folder}, #{why(folder, venv, whose)}"}
   end
 
   # With what to do: for a relative path, to write an absolute one.
-  defp what_lacks(folder, venv, whose) do
+  defp why(folder, venv, whose) do
     # dspex.setup does not read that variable.
     path = if whose == "DSPY_VENV", do: " --path #{folder}", else: ""
-    {text, todo} = why(folder, "`mix dspex.setup#{path}` makes it")
-    hint = if relative(venv) == "", do: " (#{todo})", else: relative(venv)
-    text <> hint
-  end
+    setup = "`mix dspex.setup#{path}` makes it"
 
-  defp why(folder, setup) do
-    anew = "remove it, and #{setup} anew"
+    {text, todo} =
+      case lack(folder) do
+        {:gone, target} ->
+          {"whose bin/python is a link to #{target}, which is gone",
+           "remove it, and #{setup} anew"}
 
-    case {lack(folder), File.ls(folder)} do
-      {{:gone, target}, _names} ->
-        {"whose bin/python is a link to #{target}, which is gone", anew}
+        {:out_of_reach, ^folder} ->
+          {"which this user may not reach",
+           "it needs the permission x of that folder, its bin, and those above"}
 
-      {{:out_of_reach, target}, _names} ->
-        out_of_reach(target, folder)
+        {:out_of_reach, target} ->
+          {"whose bin/python is a link to #{target}, which this user may not reach",
+           "make it of a Python that this user may run, such as the system's"}
 
-      {_none, {:error, :enoent}} ->
-        {"which has no bin/python: there is no such folder", setup}
+        :none ->
+          {"which has no bin/python", setup}
+      end
 
-      {_none, {:error, :enotdir}} ->
-        {"which is not a folder", "name another"}
-
-      {_none, {:ok, []}} ->
-        {"which has no bin/python", setup}
-
-      {_none, {:error, _reason}} ->
-        {"which has no bin/python", "name another"}
-
-      {_none, {:ok, names}} ->
-        if "pyvenv.cfg" in names,
-          do: {"which has no bin/python", anew},
-          else: {"which has no bin/python, and is not a virtual environment", "name another"}
-    end
-  end
-
-  defp out_of_reach(target, folder) do
-    if target == folder or String.starts_with?(target, folder <> "/"),
-      do:
-        {"which this user may not reach",
-         "it needs the permission x of that folder, its bin, and those above"},
-      else:
-        {"whose bin/python is a link to #{target}, which this user may not reach",
-         "make it of a Python that this user may run, such as the system's"}
+    hint = relative(venv)
+    if hint == "", do: "#{text} (#{todo})", else: text <> hint
   end
 
   # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.

@@ -23,9 +23,7 @@ defmodule DSPex.PythonBridge.Python.Probe do
               answer["found"][name] = metadata.version(name)
           except Exception:
               pass
-      answer["prefix"] = os.path.realpath(sys.prefix)
       answer["venv"] = sys.prefix != sys.base_prefix
-      answer["modules"] = [name for name in ("ensurepip", "pip", "venv") if util.find_spec(name)]
       here = os.path.dirname(os.path.realpath(sys.argv[1]))
       checkout = os.path.dirname(os.path.dirname(os.path.dirname(here)))
       for folder in (checkout, os.path.join(here, "package")):
@@ -42,21 +40,18 @@ defmodule DSPex.PythonBridge.Python.Probe do
   """
 
   @enforce_keys [:python, :version]
-  defstruct [:python, :version, :prefix, venv?: false, found: %{}, bridge: true, modules: []]
+  defstruct [:python, :version, venv?: false, found: %{}, bridge: true]
 
   @typedoc """
   `found`: the versions of the distributions that are installed; `bridge`: the folder of the package `dspy_bridge`, false
-  if there is none; `modules`: which of ensurepip, pip and venv there are; `prefix`: the folder that it installs into,
-  without links; `venv?`: whether that is a virtual environment.
+  if there is none; `venv?`: whether it is that of a virtual environment.
   """
   @type t :: %__MODULE__{
           python: Path.t(),
           version: String.t(),
-          prefix: Path.t() | nil,
           venv?: boolean(),
           found: %{String.t() => String.t()},
-          bridge: String.t() | boolean(),
-          modules: [String.t()]
+          bridge: String.t() | boolean()
         }
 
   @doc """
@@ -84,22 +79,6 @@ defmodule DSPex.PythonBridge.Python.Probe do
       do: "Python too old: #{python} is #{version}, needed is #{min_python()}"
   end
 
-  @doc """
-  Whether the interpreter installs into `folder`. Without its `pyvenv.cfg`, that of a virtual environment installs into
-  the Python that it was made from.
-  """
-  @spec of?(t(), Path.t()) :: boolean()
-  def of?(%__MODULE__{prefix: nil}, _folder), do: false
-  def of?(%__MODULE__{prefix: prefix}, folder), do: place(prefix) == place(folder)
-
-  # The same folder may have more than one path.
-  defp place(folder) do
-    case File.stat(folder) do
-      {:ok, %{major_device: device, inode: inode}} -> {device, inode}
-      {:error, _reason} -> folder
-    end
-  end
-
   @doc "The oldest version that works."
   @spec min_python() :: String.t()
   def min_python, do: "#{elem(@min_python, 0)}.#{elem(@min_python, 1)}"
@@ -111,11 +90,9 @@ defmodule DSPex.PythonBridge.Python.Probe do
          %__MODULE__{
            python: python,
            version: version,
-           prefix: all["prefix"],
            venv?: Map.get(all, "venv", false),
            found: found,
-           bridge: Map.get(all, "bridge", true),
-           modules: Map.get(all, "modules", [])
+           bridge: Map.get(all, "bridge", true)
          }}
 
       _other ->

@@ -38,15 +38,17 @@ defmodule DSPex.PythonBridge.Top.Remote do
   def snapshot(node) do
     {:ok, :erpc.call(node, Top, :snapshot, [[]], @answer_ms)}
   catch
-    :error, {:erpc, :noconnection} -> {:error, out_of_reach(node)}
-    :error, {:erpc, :timeout} -> {:error, "#{node} does not answer within #{@answer_ms} ms"}
-    :error, {:exception, :undef, [{Top, :snapshot, _args, _where} | _]} -> {:error, too_old(node)}
-    _kind, _reason -> {:error, "#{node} failed to look at its bridges"}
+    :error, {:erpc, :noconnection} ->
+      {:error,
+       "#{node} cannot be reached: is it running, is that its whole name, and has this node its cookie?"}
+
+    :error, {:erpc, :timeout} ->
+      {:error, "#{node} does not answer within #{@answer_ms} ms"}
+
+    :error, {:exception, :undef, [{Top, :snapshot, _args, _where} | _]} ->
+      {:error, "#{node} has no :dspex"}
+
+    _kind, _reason ->
+      {:error, "#{node} failed to look at its bridges"}
   end
-
-  defp too_old(node), do: "#{node} has no :dspex, or one that is older than #{inspect(Top)}"
-
-  defp out_of_reach(node),
-    do:
-      "#{node} cannot be reached: is it running, is that its whole name, and has this node its cookie?"
 end

@@ -15,21 +15,16 @@ defmodule DSPex.PythonBridge.Top.Table do
   @runs ["run", "on", "done", "score", "failed", "LM calls", "time"]
   @longest_id 40
 
-  # What a terminal shows two columns wide: Hangul, kana, Chinese characters, full-width forms, emoji.
-  @wide [0x1100..0x115F, 0x2E80..0xA4CF, 0xAC00..0xD7A3, 0xF900..0xFAFF, 0xFE30..0xFE6F] ++
-          [0xFF00..0xFF60, 0xFFE0..0xFFE6, 0x1F300..0x1F64F, 0x1F900..0x1F9FF, 0x20000..0x3FFFD]
-
   @doc ~S"""
   The tables: a line with the node and the time, the columns' names, a line for each peer; then those of the runs.
 
-      iex> snapshot = %{node: :app@host, time: "2026-01-01T00:00:00Z", peers: []}
+      iex> snapshot = %{node: :app@host, time: "2026-01-01T00:00:00Z", peers: [], runs: []}
       iex> IO.iodata_to_binary(DSPex.PythonBridge.Top.Table.render(snapshot))
       "app@host  2026-01-01T00:00:00Z\nno bridges run here\n"
   """
   @spec render(Top.snapshot()) :: iodata()
-  def render(%{node: node, time: time, peers: peers} = snapshot),
-    # A node of an older version has none.
-    do: [heading(node, time), peers(peers), runs(Map.get(snapshot, :runs, []))]
+  def render(%{node: node, time: time, peers: peers, runs: runs}),
+    do: ["#{node}  #{time}\n", peers(peers), runs(runs)]
 
   defp peers([]), do: "no bridges run here\n"
   defp peers(peers), do: table([@header | Enum.map(peers, &line/1)])
@@ -38,11 +33,11 @@ defmodule DSPex.PythonBridge.Top.Table do
   defp runs(runs), do: ["\n", table([@runs | Enum.map(runs, &run/1)])]
 
   defp table(lines) do
-    widths = Enum.zip_with(lines, fn column -> column |> Enum.map(&width/1) |> Enum.max() end)
+    widths =
+      Enum.zip_with(lines, fn column -> column |> Enum.map(&String.length/1) |> Enum.max() end)
+
     Enum.map(lines, &aligned(&1, widths))
   end
-
-  defp heading(node, time), do: [to_string(node), "  ", time, "\n"]
 
   ## Cells
 
@@ -54,11 +49,10 @@ defmodule DSPex.PythonBridge.Top.Table do
       cell(peer.pending, &to_string/1),
       cell(peer.in_flight, &to_string/1),
       cell(peer.queued, &to_string/1),
-      # A node of an older version does not have this, nor the errors.
-      cell(Map.get(peer, :lm_waiting), &to_string/1),
+      cell(peer.lm_waiting, &to_string/1),
       cell(peer.p50_ms, &ms/1),
       cell(peer.p99_ms, &ms/1),
-      cell(Map.get(peer, :errors), &to_string/1),
+      cell(peer.errors, &to_string/1),
       cell(peer.rss_bytes, &bytes/1),
       cell(peer.restarts, &to_string/1),
       cell(peer.calls_per_s, &decimal/1),
@@ -115,11 +109,5 @@ defmodule DSPex.PythonBridge.Top.Table do
     [name, blanks(name, name_width), "  ", state, blanks(state, state_width), numbers, "\n"]
   end
 
-  defp blanks(text, width), do: String.duplicate(" ", width - width(text))
-
-  # In columns of a terminal.
-  defp width(text), do: text |> String.graphemes() |> Enum.sum_by(&grapheme_width/1)
-
-  defp grapheme_width(<<char::utf8, _marks::binary>>),
-    do: if(Enum.any?(@wide, &(char in &1)), do: 2, else: 1)
+  defp blanks(text, width), do: String.duplicate(" ", width - String.length(text))
 end

@@ -151,20 +151,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :failed, found: found} = run_without_peer()["configuration"]
       assert found == "config :dspex, :programs: they belong to :python_bridge"
     end
-
-    test "that cannot be any are wrong in the configuration" do
-      put_config(:python_bridge, programs: [Triage, Triage])
-      checks = run()
-      assert %{status: :failed, found: found} = checks["configuration"]
-      assert found =~ ":programs: triage is declared twice, by entry 1"
-
-      assert checks["programs"] == %{
-               name: "programs",
-               status: :skipped,
-               found: "needs program",
-               advice: nil
-             }
-    end
   end
 
   describe "the configuration" do
@@ -201,13 +187,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
         assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 12)
       end
     end
-
-    test "autostart of another type" do
-      put_config(:autostart, "false")
-
-      assert run_without_peer()["configuration"].found =~
-               ":autostart: expected true or false, got \"false\""
-    end
   end
 
   describe "the interpreter" do
@@ -222,19 +201,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert statuses(checks, ~w(script folders)) == [:ok, :ok]
     end
 
-    test "in a folder that dspex.setup would refuse: advice to name another", %{tmp_dir: dir} do
-      put_config(:python_environment, virtual_env: dir)
-      File.write!(Path.join(dir, "thesis.txt"), "x")
-      assert %{status: :failed, found: found, advice: advice} = run()["interpreter"]
-      assert found =~ "is not a virtual environment (name another)"
-      assert advice =~ "`mix dspex.setup --path FOLDER` makes a virtual environment"
-    end
-
-    test "the caller may say what decided" do
-      opts = [python_executable: python(), decided: "by me"]
-      assert run_without_peer(opts)["interpreter"].found == "#{python()} (by me)"
-    end
-
     test "a relative path that only works from here is noted", %{tmp_dir: dir} do
       venv = Path.relative_to_cwd(dir)
       File.mkdir_p!(Path.join(dir, "bin"))
@@ -245,12 +211,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert advice =~ inspect(venv) and advice =~ "__DIR__"
     end
 
-    test "the hint is shown if none is configured" do
-      assert %{status: :note, advice: "look"} = run_without_peer(hint: "look")["interpreter"]
-      named = run_without_peer(hint: "look", python_executable: python())["interpreter"]
-      assert %{status: :ok, advice: nil} = named
-    end
-
     test "too old", %{tmp_dir: dir} do
       says(dir, %{version: "3.8.10", found: %{}})
       checks = run()
@@ -258,11 +218,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert found =~ "3.8.10, needed is 3.10" and advice =~ "3.10 or newer"
       assert advice =~ "mix dspex.setup --path FOLDER --python PYTHON"
       assert checks["dspy"].found == "needs version"
-    end
-
-    test "one that cannot be run", %{tmp_dir: dir} do
-      python = use_interpreter(dir, "echo broken >&2; exit 9")
-      assert run()["version"].found == "#{python} cannot be run: exit status 9: broken"
     end
   end
 
@@ -275,24 +230,23 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :failed, found: found, advice: advice} = checks["dspy"]
       assert found == "not installed in #{venv}/bin/python3"
       assert advice =~ "mix dspex.setup"
-      # As it has no pip.
-      assert advice =~ "uv pip install --python '#{venv}/bin/python3' 'dspy>="
+      assert advice =~ "or install 'dspy>="
 
       assert checks["psutil"].status == :failed
       assert checks["ping"].found == "needs dspy"
       assert statuses(checks, ~w(program lm)) == [:skipped, :skipped]
     end
 
-    test "how to install them by pip into an environment, never into a shared Python", %{
+    test "what to install into an environment, and never into a shared Python", %{
       tmp_dir: dir
     } do
       put_config(:python_environment, required_packages: ["mlflow"])
 
-      answer = %{version: "3.11.0", found: %{psutil: "5.9"}, modules: ["pip"]}
-      python = says(dir, Map.put(answer, :venv, true))
+      answer = %{version: "3.11.0", found: %{psutil: "5.9"}}
+      says(dir, Map.put(answer, :venv, true))
       checks = run()
-      assert checks["mlflow"].advice == "#{python} -m pip install 'mlflow'"
-      assert checks["dspy"].advice =~ "or: #{python} -m pip install 'dspy>="
+      assert checks["mlflow"].advice == "install 'mlflow' there"
+      assert checks["dspy"].advice =~ "makes an environment with it, or install 'dspy>="
 
       says(dir, Map.put(answer, :venv, false))
       checks = run()
@@ -317,7 +271,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       put_config(:python_environment, required_packages: ["dspy-ai", "no-such-package"])
       checks = run_without_peer()
       assert checks["no-such-package"].status == :failed
-      assert checks["no-such-package"].advice =~ "pip install"
+      assert checks["no-such-package"].advice =~ "install 'no-such-package' there"
       assert checks["dspy"].status == :ok
       refute Map.has_key?(checks, "dspy-ai")
     end
@@ -355,14 +309,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert found =~ "script not found: #{File.cwd!()}/no/peer.py"
       assert found =~ ~s|Path.expand("../no/peer.py", __DIR__)|
       assert checks["package"].found == "needs script"
-    end
-
-    test "that cannot be read", %{tmp_dir: dir} do
-      # A folder: permissions would not keep root out.
-      checks = run(script_path: dir)
-      assert %{status: :failed, found: found, advice: advice} = checks["script"]
-      assert found =~ "script not readable: #{dir}"
-      assert advice =~ "readable for this user"
     end
 
     test "whose package is nowhere", %{tmp_dir: dir} do
@@ -496,15 +442,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert text =~ ~r/\nFAIL interpreter   no Python found: .*\n {19}-> /
       assert text =~ "\n-    version       skipped: needs interpreter\n"
       assert for(<<byte <- text>>, byte > 127, do: byte) == []
-    end
-
-    test "as JSON" do
-      checks = Doctor.run()
-      json = JSON.decode!(Doctor.to_json(checks))
-      assert %{"ok" => false, "checks" => [first | _rest] = all} = json
-      assert first["name"] == "configuration" and first["status"] == "ok"
-      assert Enum.map(all, & &1["name"]) == @names
-      for check <- all, do: assert(Map.keys(check) == ~w(advice found name status))
     end
   end
 end

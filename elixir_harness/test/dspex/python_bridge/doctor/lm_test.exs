@@ -80,7 +80,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
     env = Map.new(~w(AZURE_OPENAI_RESOURCE AZURE_OPENAI_ENDPOINT AZURE_API_BASE), &{&1, ""})
     assert {:failed, found, advice} = check("azure/gpt-4", env: env)
     assert found =~ "DSPy will refuse it: " and found =~ "AZURE_OPENAI_RESOURCE"
-    assert advice == "do as it says, or give api_key, api_base and api_version in :lm_options"
+    assert advice == "do as it says, in :lm_options"
   end
 
   test "one that needs no key passes, also where a folder has the name of DSPy", %{tmp_dir: dir} do
@@ -155,15 +155,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
 
       assert ask(dir, error) ==
                {:failed, "openai/x: it gave no answer: bad key [redacted]",
-                "correct its key: api_key in :lm_options, or the variable of its provider"}
-
-      advices =
-        for kind <- ~w(LMUnsupportedModelError LMTimeoutError LMRateLimitError LMServerError) do
-          assert {:failed, _found, advice} = ask(dir, %{kind: kind, error: "no"})
-          advice
-        end
-
-      assert Enum.uniq(advices) == advices
+                "correct :lm, its key or :lm_options; or see the log of its server"}
     end
 
     test "or is not there", %{tmp_dir: dir} do
@@ -180,24 +172,6 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
       env = %{"DSPY_BRIDGE_INIT" => "my.module:init"}
       assert {:note, found, nil} = check("mine/x", [env: env], python)
       assert found =~ "DSPY_BRIDGE_INIT may bring it"
-    end
-
-    test "DSPy misses a key at your own address: any text will do", %{tmp_dir: dir} do
-      python = says(dir, %{engine: "dspy", known: true, why: "no key", lacks: ["OPENAI_API_KEY"]})
-      options = [lm_options: %{api_base: "http://[::1]/v1"}]
-      assert {:failed, found, advice} = check("openai/x", options, python)
-      assert found == "openai/x: its key is not set"
-      assert advice =~ "for a server that needs none, any text will do"
-    end
-
-    test "DSPy refuses it for another reason: its error text, and what else to do", %{
-      tmp_dir: dir
-    } do
-      python = says(dir, %{engine: "dspy", known: true, why: "set a thing", lacks: []})
-
-      assert check("azure/gpt-4", [], python) ==
-               {:failed, "azure/gpt-4: DSPy will refuse it: set a thing",
-                "do as it says, or give api_key, api_base and api_version in :lm_options"}
     end
 
     test "a key is in the options: where", %{tmp_dir: dir} do

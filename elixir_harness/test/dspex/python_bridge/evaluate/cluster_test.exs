@@ -92,17 +92,6 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
 
   defp runs(context), do: %{here: runs_on(node()), there: runs_on(context.there)}
 
-  test "calls that are not spread stay at this node", context do
-    before = runs(context)
-
-    for n <- 1..20 do
-      args = %{program_id: "qa", inputs: %{question: "q#{n}"}}
-      {:ok, _, _} = Pool.request(@pool, :execute_program, args)
-    end
-
-    assert runs(context) == %{before | here: before.here + 20}
-  end
-
   test "an optimization takes a pool of its own node, and a bridge of any", context do
     far = {@pool, context.there}
     assert {:error, %Error{type: :invalid_request, message: text}} = optimize(far)

@@ -176,31 +176,6 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     assert inspect(result) =~ text
   end
 
-  test "the table has the fields of a map in the order of their names", %{bridge: bridge} do
-    # Made in this order, and without the sorting shown in it.
-    keys =
-      for name <- ~w(zz mm aa),
-          do: String.to_atom("#{name}_#{System.unique_integer([:positive])}")
-
-    examples = [{%{question: "q"}, Map.new(keys, &{&1, 1})}]
-    assert {:ok, result} = Evaluate.run(bridge, "qa", examples, metric: fn _, _ -> 1 end)
-    assert to_string(result) =~ ~r/aa_\d+: 1, mm_\d+: 1, zz/
-  end
-
-  test "a long table is cut", %{bridge: bridge} do
-    examples =
-      for n <- 1..30,
-          do: {%{question: "q-rome #{n} " <> String.duplicate("é\n", 300)}, %{answer: "rome"}}
-
-    {:ok, result} = Evaluate.run(bridge, "qa", examples, metric: {:field, :answer, :equals})
-    lines = result |> to_string() |> String.split("\n")
-    assert length(lines) == 13 and List.last(lines) =~ "20 more"
-    assert Enum.all?(lines, &(String.length(&1) < 160))
-
-    assert to_string(elem(Evaluate.run(bridge, "qa", [], metric: fn _, _ -> 1 end), 1)) =~
-             "score none"
-  end
-
   test "a metric that fails ends the evaluation at once", %{bridge: bridge} do
     examples = Stream.repeatedly(fn -> hd(@examples) end)
 
@@ -245,29 +220,6 @@ defmodule DSPex.PythonBridge.EvaluateTest do
              Evaluate.run(bridge, "qa", examples, opts)
 
     assert Enum.map(results, & &1.index) == Enum.to_list(0..149)
-  end
-
-  test "the process dictionary is as before, also after an error", %{bridge: bridge} do
-    Process.put(:mine, 1)
-    before = Enum.sort(Process.get())
-    examples = for n <- 1..40, do: {%{question: "q-#{n}"}, %{answer: "a"}}
-
-    for {examples, metric, opts} <- [
-          {examples, fn _, _ -> 1 end, []},
-          {examples, fn _, _ -> raise "no" end, []},
-          {examples ++ [5], fn _, _ -> 1 end, []},
-          {Stream.map(1..40, &if(&1 > 20, do: raise("no"), else: %{question: "q"})),
-           fn _, _ -> 1 end, []},
-          {examples, fn _, _ -> Process.sleep(:infinity) end, [timeout: 500]}
-        ] do
-      Evaluate.run(bridge, "qa", examples, [metric: metric] ++ opts)
-      assert Enum.sort(Process.get()) == before
-    end
-
-    stop = fn _item -> throw(:stop) end
-    opts = [metric: fn _, _ -> 1 end, on_result: stop]
-    assert catch_throw(Evaluate.run(bridge, "qa", examples, opts)) == :stop
-    assert Enum.sort(Process.get()) == before
   end
 
   test "a metric that has captured 18 MB is not copied for each example", %{bridge: bridge} do

@@ -431,12 +431,6 @@ defmodule DSPex.PythonBridge.OptimizeTest do
     assert message =~ "optimize.prompt_lm.api_key: a tuple" and not (message =~ "secret")
   end
 
-  test "an empty keyword list is an empty map" do
-    assert {:ok, %{state: %{"optimize" => sent}}} = optimize(start(), options: [], budget: [])
-    assert %{"options" => none, "budget" => none} = sent
-    assert none == %{}
-  end
-
   test "a module gives its definition, and its tools, of which a run may replace some" do
     bridge = start()
     assert {:ok, %{definition: definition}} = optimize(bridge, [], Agent)

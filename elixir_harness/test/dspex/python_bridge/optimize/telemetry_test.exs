@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Optimize.TelemetryTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Optimize, Top}
+  alias DSPex.PythonBridge.{Bridge, Error, Optimize}
   alias DSPex.Test.Telemetry, as: Host
 
   @secret "the contents"
@@ -101,17 +101,5 @@ defmodule DSPex.PythonBridge.Optimize.TelemetryTest do
     resends = for {[:bridge, :resend], measured, metadata} <- events(), do: {measured, metadata}
     resend = {%{count: 1}, %{bridge: :optimized, pool: nil, reason: :died}}
     assert resends == [resend, resend]
-  end
-
-  test "mix dspex.top shows it while it is under way" do
-    test = self()
-
-    on_progress = fn event ->
-      if elem(event, 0) == :candidate, do: send(test, Top.snapshot().runs)
-    end
-
-    assert {:ok, _} = optimize(on_progress: on_progress)
-    assert_received [%{kind: :optimize, program: "qa", done: 2, total: 4, score: 0.2}]
-    assert Enum.filter(Top.snapshot().runs, &(&1.kind == :optimize)) == []
   end
 end

@@ -64,30 +64,6 @@ defmodule DSPex.PythonBridge.OS.CommandTest do
     eventually(fn -> not Enum.any?(pids, &alive?/1) end)
   end
 
-  test "ticks in its caller while it runs", %{tmp_dir: dir} do
-    me = self()
-
-    tick = fn ->
-      send(me, {:tick, self()})
-      File.touch!(Path.join(dir, "go"))
-    end
-
-    script = "until test -e #{dir}/go; do sleep 0.01; done; echo gone"
-    assert {:exit, 0, "gone\n"} = sh(script, tick: {50, tick})
-    assert_received {:tick, ^me}
-  end
-
-  test "leaves the mailbox of its caller alone" do
-    Process.flag(:trap_exit, true)
-    sh("echo x")
-    refute_received _anything
-  end
-
-  test "passes arguments unchanged" do
-    assert OS.Command.run("/bin/sh", ["-c", "echo \"$0\" $1; exit 4", "a b", "c"]) ==
-             {:exit, 4, "a b c\n"}
-  end
-
   test "starts in the given folder, without input", %{tmp_dir: dir} do
     assert sh("pwd; read line; echo $?", cd: dir) == {:exit, 0, "#{dir}\n1\n"}
   end

@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
         put_config(:python_environment, virtual_env: path)
         assert {:error, text} = Interpreter.find()
         refute text =~ "__DIR__"
-        assert text =~ "there is no such folder" and text =~ "mix dspex.setup"
+        assert text =~ "mix dspex.setup"
       end
     end
   end
@@ -176,24 +176,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
       assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
       File.rmdir!(venv)
 
-      assert said(venv) ==
-               "which has no bin/python: there is no such folder (`mix dspex.setup` makes it)"
-    end
-
-    test "it is something else, which dspex.setup would refuse", %{venv: venv} do
-      File.write!(Path.join(venv, "thesis.txt"), "x")
-
-      assert said(venv) ==
-               "which has no bin/python, and is not a virtual environment (name another)"
-
-      File.write!(Path.join(venv, "pyvenv.cfg"), "")
-
-      assert said(venv) =~
-               "which has no bin/python (remove it, and `mix dspex.setup` makes it anew)"
-
-      File.rm_rf!(venv)
-      File.write!(venv, "x")
-      assert said(venv) == "which is not a folder (name another)"
+      assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
     end
 
     # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.

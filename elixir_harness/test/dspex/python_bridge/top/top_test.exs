@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
   import DSPex.Test.Helpers
   import ExUnit.CaptureIO
 
-  alias DSPex.PythonBridge.{Bridge, Evaluate, Pool, Programs, Top}
+  alias DSPex.PythonBridge.{Bridge, Evaluate, Pool, Top}
   alias DSPex.PythonBridge.Telemetry.RunSpan
   alias DSPex.PythonBridge.Top.{Finder, Table}
   alias DSPex.Test.{SilentLM, Telemetry}
@@ -82,14 +82,6 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert peer(bridge)
       :ok = Bridge.stop(bridge)
       refute peer(bridge)
-    end
-
-    test "a process that has programs, but is not a bridge, gets no message" do
-      programs = Programs.Store.new()
-      assert is_list(Top.snapshot().peers)
-      refute find(Top.snapshot(), self())
-      assert Process.info(self(), :messages) == {:messages, []}
-      assert Programs.Store.definitions(programs) == []
     end
   end
 
@@ -175,19 +167,6 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert %{state: nil, os_pid: nil, pending: nil} = hanging = find(snapshot, :hangs)
       assert blank?(hanging)
       :sys.resume(hangs)
-    end
-
-    test "has no figures of a peer with impossible numbers, and all of others" do
-      for uptime <- ["1e308", "-1"] do
-        name = :"uptime #{uptime}"
-        env = %{"FAKE_MINE" => "/dev/null", "FAKE_THEIRS" => "/", "FAKE_UPTIME" => uptime}
-        fake("together", name, env: env)
-        assert %{state: :running} = peer = peer(name)
-        assert blank?(peer)
-
-        assert [_head | _rows] =
-                 String.split(IO.iodata_to_binary(Table.render(Top.snapshot())), "\n")
-      end
     end
 
     test "waits for no peer that does not serve yet" do
@@ -285,7 +264,7 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     unknown = [:state, :os_pid, :pending, :restarts, :uptime_ms, :pool, :number, :calls_per_s]
     blank = Map.new(unknown ++ @of_stats, &{&1, nil}) |> Map.put(:bridge, ":qa")
     peers = for known <- peers, do: Map.merge(blank, Map.new(known))
-    %{node: :app@host, time: "2026-01-01T00:00:00Z", peers: peers}
+    %{node: :app@host, time: "2026-01-01T00:00:00Z", peers: peers, runs: []}
   end
 
   describe "the table" do
@@ -331,12 +310,6 @@ defmodule DSPex.PythonBridge.Top.TopTest do
       assert Enum.all?(lines([@busy]), &(String.length(&1) <= 110))
     end
 
-    test "shows a snapshot of a node whose version counts neither errors nor what waits for limits" do
-      snapshot = snapshot([@busy])
-      old = %{snapshot | peers: Enum.map(snapshot.peers, &Map.drop(&1, [:errors, :lm_waiting]))}
-      assert IO.iodata_to_binary(Table.render(old)) =~ ~r/ 978 +- 812 ms 12 s +- 941 MB /
-    end
-
     @run %{
       kind: :evaluate,
       program: "qa",
@@ -379,17 +352,6 @@ defmodule DSPex.PythonBridge.Top.TopTest do
     end
 
     defp pad(text, width), do: String.pad_trailing(text, width)
-
-    test "keeps its columns with names that are long, or wide, or have combining marks" do
-      names = [":a", String.duplicate("Långt", 20), ":\"漢字\"", ":e\u0301", ":\"🦉\""]
-      [_heading | lines] = lines(for name <- names, do: [bridge: name, state: :running])
-      [header, _ascii, _long, wide, marks, owl, ""] = lines
-      width = String.length(header)
-      assert String.length(wide) == width - 2
-      assert String.length(owl) == width - 1
-      assert String.length(marks) == width
-      assert Enum.at(lines, 2) =~ ~r/\A(Långt){20}  running /
-    end
 
     test "shows names of the library without its prefix" do
       assert ["Bridge" <> _, _] =
