@@ -74,7 +74,7 @@ test-install: setup ## install the packages into a new Mix application, and test
 	$(PY) -m pytest -q tests/install
 
 check: setup dialyzer ## linters, formats, types, import rules, warnings, dialyzer, lines of code
-	$(PY) tests/sizes.py
+	$(PY) tests/project/sizes.py
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
