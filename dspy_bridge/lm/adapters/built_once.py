@@ -22,6 +22,8 @@ from dspy_bridge.lm import dspy_internals
 
 # Types of all programs together, some KB each. Past it the first ones go, and are built again.
 _MOST = 1_000
+# Words of JSON Schema whose values are no schemas.
+_DATA = ("enum", "const", "default", "examples")
 # Fields in all signatures of trajectories, some 3 KB each: agents of up to 60 steps have room.
 _MOST_FIELDS = 8_000
 
@@ -114,10 +116,24 @@ def _validating(validate: Callable[..., Any]) -> Callable[..., Any]:
 def _validator(schema: str) -> Any:
     import jsonschema
 
-    parsed = json.loads(schema)
+    # The argument's type, which DSPy asks next, matches patterns in linear time; this library backtracks, for hours.
+    parsed = without_patterns(json.loads(schema))
     kind = jsonschema.validators.validator_for(parsed)
     kind.check_schema(parsed)
     return kind(parsed)
+
+
+def without_patterns(schema: Any) -> Any:
+    """A JSON Schema without its patterns."""
+    if isinstance(schema, list):
+        return [without_patterns(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        word: part if word in _DATA else without_patterns(part)
+        for word, part in schema.items()
+        if not (word == "pattern" and isinstance(part, str))
+    }
 
 
 def _argument_model(create_model: Callable[..., Any]) -> Callable[..., Any]:

@@ -87,6 +87,21 @@ def test_a_result_that_cannot_be_read_is_an_observation(start_lm: Any) -> None:
     assert all(text in seen for (_, text), seen in zip(UNREADABLE, observed, strict=False))
 
 
+@pytest.mark.parametrize("kind", ["args", "parameters"])
+def test_a_pattern_of_an_argument_matches_in_linear_time(start_lm: Any, kind: str) -> None:
+    """By backtracking it would take hours, with the GIL held."""
+    word = {"type": "string", "pattern": "^(a+)+$"}
+    properties = {"type": "object", "properties": {"word": word}, "required": ["word"]}
+    given = {"word": {"type": word}} if kind == "args" else properties
+    wrong = step("f", {"word": "a" * 10_000 + "b"})
+    server = start_lm(script(wrong, step("f", {"word": "aa"}), FINISH, EXTRACT))
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {**CREATE, "tools": [{"name": "f", kind: given}]})
+        reply, _ = execute(peer, ASK, {"f": lambda word: word})
+    trajectory = reply["result"]["trajectory"]
+    assert "Execution error in f" in trajectory["observation_0"] and trajectory["observation_1"] == "aa"
+
+
 WRONG_ARGUMENTS = [
     ({"query": 5, "most": 1}, "Arg query is invalid: 5 is not of type 'string'"),
     ({"query": "a", "most": "many"}, "Arg most is invalid: 'many' is not of type 'integer'"),
