@@ -104,7 +104,7 @@ class LMServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 owner.requests.append(body)
-                owner.authorizations.append(self.headers.get("Authorization"))
+                owner.authorizations.append(self.headers.get("Authorization") or self.headers.get("api-key"))
                 owner.arrived.release()
                 if not owner._wait_for_gate(self.connection):
                     self.close_connection = True

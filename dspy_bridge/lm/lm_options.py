@@ -153,8 +153,11 @@ def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     Those are of the connection, and of the cache.
     """
     refuse_unknown(given, _CONFIG_NAMES, "config")
+    elsewhere = isinstance(given.get("extra"), dict) and servers.places({"extra": given["extra"]})
     of_lm = {
-        name: given[name] for name in given if name in servers.ADDRESSES or (name in _OF_SERVER and name != "extra")
+        name: given[name]
+        for name in given
+        if name in servers.ADDRESSES or (name in _OF_SERVER and (name != "extra" or elsewhere))
     }
     settings = {name: value for name, value in given.items() if name not in of_lm}
     if isinstance(settings.get("cache"), dict):

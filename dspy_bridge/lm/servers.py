@@ -11,6 +11,10 @@ from dspy_bridge.logs import redaction
 
 # Both mean the same.
 ADDRESSES = ("api_base", "base_url")
+# Options by which LiteLLM asks another server than the model's name says, at an address that may be the environment's.
+_ROUTES = ("custom_llm_provider", "azure", "deployment_id", "use_litellm_proxy")
+# The last words of providers' own names for an address.
+_OF_ADDRESSES = ("base", "url", "uri", "endpoint", "host")
 
 
 def provider(options: dict[str, Any]) -> str | None:
@@ -32,7 +36,7 @@ def places(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in {**options, **options.get("extra", {})}.items():
         if name in ADDRESSES:
             found[ADDRESSES[0]] = value.rstrip("/") if isinstance(value, str) else value
-        elif name == "custom_llm_provider" or name.lower().endswith(("_base", "_url", "_endpoint", "_host")):
+        elif name in _ROUTES or name.lower().rpartition("_")[2] in _OF_ADDRESSES:
             found[name] = value
         elif name == "model" and ("http://" in value or "https://" in value):
             found[name] = value  # LiteLLM's oobabooga/ takes an address there

@@ -114,6 +114,25 @@ def test_a_config_changes_the_key_but_does_not_take_it_elsewhere() -> None:
     assert lm_options.changed(PEERS, {"cache": {"scope": "a"}}) == {**PEERS, "cache": {"scope": "a"}}
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"aws_bedrock_runtime_endpoint": "http://there"},
+        {"gigachat_auth_url": "http://there"},
+        {"sagemaker_base_url": "http://there"},
+        {"url": "http://there"},
+        {"azure": True},
+        {"deployment_id": "d"},
+        {"use_litellm_proxy": True},
+    ],
+)
+def test_extra_options_that_name_another_server_take_nothing_there(extra: dict[str, Any]) -> None:
+    settings, of_lm = lm_options.read_config({"extra": extra, "temperature": 0.5})
+    assert (settings, of_lm) == ({"temperature": 0.5}, {"extra": extra})
+    for made in (lm_options.changed(PEERS, of_lm), complete({"model": "openai/small", "extra": extra})):
+        assert made["api_key"] == lm_options.NO_KEY and "headers" not in made and "api_base" not in made
+
+
 def test_a_config_is_settings_of_the_call_and_options_of_the_connection() -> None:
     config = {"temperature": 1, "api_key": "k", "timeout": 2, "cache": {"scope": "a"}, "extra": {"mode": 1}}
     settings, of_lm = lm_options.read_config(config)

@@ -20,7 +20,7 @@ _PARTS = {"cohere_chat": "cohere", "anthropic_text": "anthropic", "text-completi
 WITHOUT_ADDRESS = frozenset(
     (
         *("bytez", "chatgpt", "huggingface", "microsoft_365_copilot", "replicate", "sagemaker", "sagemaker_chat"),
-        *("sagemaker_nova", "sap"),
+        *("sagemaker_nova", "sap", "gigachat", "watsonx", "watsonx_text"),
     )
 )
 # With USE_LITELLM_PROXY all LMs are asked there, the peer's own, too.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from lm_server import chat
 from peer import Peer
 from tls_proxy import Sent, TLSProxy
 
@@ -172,3 +173,17 @@ def test_an_address_that_litellm_would_ignore_is_refused_by_create_program(proxy
         assert reply["error_type"] == "invalid_args", reply
     with Peer(env=peer_env(proxy, "replicate/owner/model", **own)) as peer:
         assert "lm_options.api_base: LiteLLM asks other servers" in peer.call("create_program", QA)["error"]
+
+
+@pytest.mark.slow
+def test_nor_do_a_providers_own_options(start_lm: Any) -> None:
+    """In `extra` of an `lm`, and of a `config`: with these LiteLLM asks Azure at the environment's address."""
+    server = start_lm(chat(answer="So."))
+    azure = {"AZURE_API_BASE": server.url, "AZURE_API_VERSION": "2024-02-01"}
+    options = json.dumps({**SECRETS, "cache": False, "num_retries": 0})
+    with Peer(env={**azure, "DSPY_BRIDGE_LM": "openai/gpt-4o-mini", "DSPY_BRIDGE_LM_OPTIONS": options}) as peer:
+        peer.call("create_program", QA)
+        for extra in ({"azure": True}, {"deployment_id": "d"}):
+            for given in ({"config": {"extra": extra}}, {"lm": {"model": "openai/gpt-4.1", "extra": extra}}):
+                peer.call("execute_program", {**ASK, **given})
+    assert server.authorizations and not any(SECRETS["api_key"] in str(key) for key in server.authorizations)
