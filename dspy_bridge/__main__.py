@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from dspy_bridge.settings import Settings
 
 STACK_BYTES = 8 << 20
+# What decodes and encodes messages; both come with DSPy.
+_NEEDED = ("jiter", "orjson")
 
 
 def main() -> int:
@@ -51,6 +54,11 @@ def main() -> int:
         chosen = settings.load(os.environ, flags)
     except settings.SettingError as error:
         return refuse(str(error))
+    missing = [name for name in _NEEDED if importlib.machinery.PathFinder.find_spec(name) is None]
+    if missing:
+        # Else only pings would be answered.
+        text = f"{' and '.join(missing)} cannot be imported by {sys.executable}; expected a Python with DSPy"
+        return refuse(f"{text}: mix dspex.setup makes one")
     if os.isatty(0):
         return refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
     # Before importing anything that might print.

@@ -378,6 +378,15 @@ def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
+def test_an_interpreter_without_dspys_packages_ends_with_a_line_that_names_them(tmp_path: Path) -> None:
+    """The commonest mistake. Else pings would be answered, and everything else end the peer."""
+    code = "import sys; sys.path = [path for path in sys.path if 'site-packages' not in path]"
+    code += f"; sys.path.insert(0, {str(ROOT)!r}); from dspy_bridge import __main__ as peer; sys.exit(peer.main())"
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.PIPE, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "jiter and orjson cannot be imported by" in done.stderr
+
+
 def test_a_terminal_is_told_what_this_is() -> None:
     import pty
 
