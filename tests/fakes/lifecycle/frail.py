@@ -1,7 +1,7 @@
 """Dies as it loads the program `frail`, the times whose numbers are in FAKE_DIES: `2 3` are the second and third.
 
-The times are counted in FAKE_FILE, over all peers. Programs are kept as ids, loaded when they are created; lazy ones
-by their first run. The program that the file FAKE_FILE.holds names is not loaded as long as it does.
+The times are counted in FAKE_FILE, over all peers. Programs are kept as ids, and loaded when they are created; lazy
+ones by their first run. The program that the file FAKE_FILE.holds names is not loaded as long as it does.
 """
 
 import json

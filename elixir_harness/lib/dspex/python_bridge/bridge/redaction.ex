@@ -1,8 +1,10 @@
 defmodule DSPex.PythonBridge.Bridge.Redaction do
   @moduledoc false
-  # Removes secrets and contents from what crash reports, `:sys.get_status/1` and error messages show of a bridge.
+  # Removes secrets and contents from what crash reports, `:sys.get_status/1` and error messages show of a bridge and of
+  # what is above it.
   # (Secrets among the options are sealed in the state: see `DSPex.PythonBridge.Options`.)
 
+  alias DSPex.PythonBridge.Bridge.State
   alias DSPex.PythonBridge.Options
 
   # Shorter strings are not keys, and may be common words.
@@ -40,8 +42,8 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
   @spec format_status(map()) :: map()
   def format_status(status) do
     Map.new(status, fn
-      {:state, %{in_flight: _, load_failures: _, next: next} = state} ->
-        {:state, %{state | in_flight: :redacted, load_failures: :redacted, next: next(next)}}
+      {:state, %State{} = state} ->
+        {:state, %{state | in_flight: :redacted, loading: :redacted, failed: :redacted}}
 
       {:state, _broken} ->
         {:state, :redacted}
@@ -57,11 +59,6 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
         other
     end)
   end
-
-  # Its definitions of programs.
-  defp next(%{to_load: _} = next), do: %{next | to_load: :redacted}
-  defp next(nil), do: nil
-  defp next(_broken), do: :redacted
 
   defp message({:request, %{ref: ref, pid: pid, timeout: timeout}}),
     do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}

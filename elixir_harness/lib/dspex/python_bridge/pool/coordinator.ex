@@ -126,10 +126,15 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   def init(%Handle{} = handle) do
     # For terminate/2.
     Process.flag(:trap_exit, true)
+    # Keeps queued messages, which have the callers' contents, out of crash reports.
+    Process.flag(:sensitive, true)
     Handle.publish(handle)
     :erlang.send_after(@recent_ms, self(), :forget_recent)
     {:ok, %__MODULE__{handle: handle, cluster: Cluster.join(handle)}}
   end
+
+  @impl GenServer
+  defdelegate format_status(status), to: DSPex.PythonBridge.Bridge.Redaction
 
   # The pool ends, in order or since its supervisor was killed. After a crash it goes on.
   @impl GenServer

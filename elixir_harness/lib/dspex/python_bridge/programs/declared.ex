@@ -159,8 +159,13 @@ defmodule DSPex.PythonBridge.Programs.Declared do
 
   defp body(id, args, max) do
     case encode(args) do
-      {:ok, body} when byte_size(body) + @head_bytes <= max ->
+      {:ok, body} when byte_size(body) + @head_bytes <= max and is_map_key(args, "signature") ->
         {:ok, body}
+
+      # The peer does not keep it, so that its runs would not know why.
+      {:ok, body} when byte_size(body) + @head_bytes <= max ->
+        text = "signature: missing; expected text or an object with inputs and outputs"
+        {:error, not_loaded(id, Error.new(:invalid_args, text))}
 
       {:ok, body} ->
         text = "the request has #{byte_size(body)} bytes; max_frame_bytes is #{max}"

@@ -11,11 +11,9 @@ defmodule DSPex.PythonBridge.Programs.Store do
   # any creation hides one, however early it was, and only a later removal takes it away. Other nodes are not sent them, so
   # each node of a cluster has the declarations of its own release.
   #
-  # Any process can read the table, since several write it. Definitions may hold keys (`lm`), so they are sealed
-  # (`DSPex.PythonBridge.OTP.Sealed`).
+  # Any process can read the table, since several write it.
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.OTP.Sealed
 
   # A change that is longer on its way may bring a removed program back.
   @removed_us 24 * 3_600 * 1_000_000
@@ -33,8 +31,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @type change :: {:create, id(), stamp() | nil} | {:cleanup, :all | [id()], stamp() | nil}
   @opaque exported :: [tuple()]
 
-  # Rows: {{:program, id}, stamp, sealed body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}. For this node
-  # alone: {{:declared, id}, stamp, sealed body}; {{:facts, id}, stamp, facts, calls}, what was read from the definition
+  # Rows: {{:program, id}, stamp, body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}. For this node
+  # alone: {{:declared, id}, stamp, body}; {{:facts, id}, stamp, facts, calls}, what was read from the definition
   # with that stamp; {:undeclared, why}, the declarations that are not definitions, with their stamps and errors;
   # {:removals, count}.
 
@@ -63,18 +61,14 @@ defmodule DSPex.PythonBridge.Programs.Store do
   defp latest(table, ids) do
     stamps =
       for id <- List.wrap(ids) do
-        created = with {_key, stamp, _sealed} <- row(table, :program, id), do: stamp
+        created = with {_key, stamp, _body} <- row(table, :program, id), do: stamp
         max(created || @never, removed_at(table, id) || @never)
       end
 
     Enum.max(stamps, fn -> @never end)
   end
 
-  @doc "The stamp of a declaration of that time."
-  @spec declared(stamp()) :: stamp()
-  def declared(stamp), do: put_elem(stamp, 2, @declared)
-
-  @doc "Whether a definition with this stamp was declared, here or on another node."
+  @doc "Whether a definition with this stamp was declared."
   @spec declared?(stamp()) :: boolean()
   def declared?(stamp), do: elem(stamp, 2) == @declared
 
@@ -83,7 +77,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   """
   @spec declare(table(), [{id(), {:ok, binary()} | {:error, Error.t()}}]) :: :ok
   def declare(table, declarations) do
-    stamped = for {id, result} <- declarations, do: {id, declared(stamp()), result}
+    stamped = for {id, result} <- declarations, do: {id, put_elem(stamp(), 2, @declared), result}
     for {id, stamp, {:ok, body}} <- stamped, do: put(table, id, stamp, body)
     why = for {id, stamp, {:error, error}} <- stamped, into: %{}, do: {id, {stamp, error}}
     :ets.insert(table, {:undeclared, why})
@@ -125,7 +119,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   @doc """
   Stores a definition; `body` comes from `DSPex.PythonBridge.Protocol.encode_body/3`. Returns false if the table has a
-  later change of the program, or a later removal. One that another node has declared never replaces another.
+  later change of the program, or a later removal.
 
       iex> alias DSPex.PythonBridge.Programs.Store
       iex> table = Store.new()
@@ -138,11 +132,11 @@ defmodule DSPex.PythonBridge.Programs.Store do
   def put(table, id, stamp, body) do
     {kind, news?} =
       if declared?(stamp),
-        do: {:declared, declare_first(table, id, stamp, Sealed.new(body))},
-        else: {:program, replace(table, {:program, id}, stamp, Sealed.new(body))}
+        do: {:declared, declare_first(table, id, stamp, body)},
+        else: {:program, replace(table, {:program, id}, stamp, body)}
 
     # Read after the write: a removal writes its tombstone first, so one of the two sees the other.
-    if removed?(table, id, stamp) do
+    if stamp < removed_at(table, id) do
       delete_older(table, {kind, id}, removed_at(table, id))
       false
     else
@@ -150,9 +144,9 @@ defmodule DSPex.PythonBridge.Programs.Store do
     end
   end
 
-  defp declare_first(table, id, stamp, sealed),
+  defp declare_first(table, id, stamp, body),
     do:
-      :ets.insert_new(table, {{:declared, id}, stamp, sealed}) and
+      :ets.insert_new(table, {{:declared, id}, stamp, body}) and
         not :ets.member(table, {:program, id})
 
   @doc "Removes all definitions, or those of these ids, that are older than `stamp`."
@@ -180,10 +174,6 @@ defmodule DSPex.PythonBridge.Programs.Store do
     :ok
   end
 
-  @doc "Whether the table has a removal of the program that is later than a stamp."
-  @spec removed?(table(), id(), stamp()) :: boolean()
-  def removed?(table, id, stamp), do: stamp < removed_at(table, id)
-
   @doc "Makes a change that a peer has acknowledged; `body` is the request's."
   @spec apply_change(table(), change(), binary()) :: :ok
   def apply_change(table, {:create, id, stamp}, body) do
@@ -195,7 +185,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   @doc "The definition of `id`, or nil."
   @spec get(table(), id()) :: {stamp(), binary()} | nil
-  def get(table, id), do: with({_key, stamp, sealed} <- row(table, id), do: {stamp, sealed.()})
+  def get(table, id), do: with({_key, stamp, body} <- row(table, id), do: {stamp, body})
 
   defp row(table, id), do: row(table, :program, id) || row(table, :declared, id)
 
@@ -261,7 +251,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @spec definitions(table()) :: [definition()]
   def definitions(table) do
     (rows(table, :declared) ++ rows(table, :program))
-    |> Map.new(fn {id, stamp, sealed} -> {id, {id, stamp, sealed.()}} end)
+    |> Map.new(fn {id, _stamp, _body} = definition -> {id, definition} end)
     |> Map.values()
     |> Enum.sort_by(fn {_id, stamp, _body} -> stamp end)
   end
@@ -270,10 +260,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   defp rows(table, kind),
     do: :ets.select(table, [{{{kind, :"$1"}, :"$2", :"$3"}, [], [{{:"$1", :"$2", :"$3"}}]}])
 
-  @doc "The stamps of all definitions."
-  @spec stamps(table()) :: %{id() => stamp()}
-  def stamps(table) do
-    for {id, stamp, _sealed} <- rows(table, :declared) ++ rows(table, :program),
+  defp stamps(table) do
+    for {id, stamp, _body} <- rows(table, :declared) ++ rows(table, :program),
         into: %{},
         do: {id, stamp}
   end
@@ -281,9 +269,9 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @doc "The whole table, removals included and declarations left out, for `merge/2` on another node."
   @spec export(table()) :: exported()
   def export(table) do
-    for {key, stamp, sealed} <- :ets.tab2list(table),
+    for {key, _stamp, _body} = row <- :ets.tab2list(table),
         not match?({:declared, _id}, key),
-        do: {key, stamp, if(sealed, do: sealed.())}
+        do: row
   end
 
   @doc "Whether a term has the form of an exported table: it may come from another version."
@@ -296,30 +284,23 @@ defmodule DSPex.PythonBridge.Programs.Store do
   defp row?({:removed_all, stamp, nil}), do: stamp?(stamp)
   defp row?(_other), do: false
 
-  @doc "Adopts the later changes of another table; returns what they changed, oldest first."
+  @doc """
+  Adopts the later changes of another table. Returns the definitions that count from now on, oldest first, which a removal
+  may have uncovered, and the ids of those that are gone.
+  """
   @spec merge(table(), exported()) :: {[definition()], removed :: [id()]}
   def merge(table, exported) do
-    difference(table, fn ->
-      for {key, stamp, nil} <- exported do
-        case key do
-          :removed_all -> remove(table, :all, stamp)
-          {:removed, id} -> remove_one(table, id, stamp)
-        end
-      end
-
-      prune(table)
-      for {{:program, id}, stamp, body} <- exported, do: put(table, id, stamp, body)
-    end)
-  end
-
-  @doc """
-  What `change` changes in the table: the definitions that count from now on, oldest first, which a removal may have
-  uncovered, and the ids of those that are gone.
-  """
-  @spec difference(table(), (-> term())) :: {[definition()], removed :: [id()]}
-  def difference(table, change) do
     before = stamps(table)
-    change.()
+
+    for {key, stamp, nil} <- exported do
+      case key do
+        :removed_all -> remove(table, :all, stamp)
+        {:removed, id} -> remove_one(table, id, stamp)
+      end
+    end
+
+    prune(table)
+    for {{:program, id}, stamp, body} <- exported, do: put(table, id, stamp, body)
     now = definitions(table)
     changed = Enum.reject(now, fn {id, stamp, _body} -> before[id] == stamp end)
     {changed, Map.keys(Map.drop(before, Enum.map(now, &elem(&1, 0))))}

@@ -59,47 +59,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     assert Process.info(self(), :messages) == {:messages, []}
   end
 
-  # A process there that passes on to this one what it is sent.
-  defp forwarder(name, node) do
-    code = ~c"register(Name, self()), (fun F() -> receive M -> Test ! M, F() end end)()."
-    {:ok, tokens, _end} = :erl_scan.string(code)
-    {:ok, exprs} = :erl_parse.parse_exprs(tokens)
-    Node.spawn_link(node, :erl_eval, :exprs, [exprs, [Name: name, Test: self()]])
-    eventually(fn -> Nodes.on(node, Process, :whereis, [name]) end)
-    {name, node}
-  end
-
-  test "is sent, and understood in, the terms that nodes of other versions use", %{node: node} do
-    bridge = forwarder(:passes_on, node)
-    tools = %{where: fn _ -> 1 end}
-
-    stream =
-      Task.async(fn -> Enum.to_list(Bridge.stream(bridge, %{}, timeout: 5_000, tools: tools)) end)
-
-    assert_receive {:request, ref, proxy, ms, body, {:here, 0, nil}, takes}
-    assert ms in 1..5_000 and is_binary(body) and node(proxy) == node()
-    assert takes == %{stream?: true, tools?: true}
-
-    port = hd(Port.list())
-    frame = ~s({"id":1,"tool_call":{"call_id":7,"name":"where","args":{}}})
-    fields = %{port: port, id: 1, frame: frame, max_frame_bytes: 1_000}
-    send(ref, {ref, :tool_call, Map.put(fields, :__struct__, DSPex.PythonBridge.ToolCall)})
-    assert_receive {:tool_result, ^port, 1, result}
-    assert result =~ ~s("result":1)
-    send(ref, {ref, :chunk, ~s({"id":1,"stream":{"field":"n","chunk":"0"}})})
-    send(ref, {ref, {:frame, ~s({"id":1,"success":true,"result":{}})}})
-    assert [{:chunk, "n", "0"}, {:ok, %{}, _meta}] = Task.await(stream)
-
-    assert Bridge.cast(bridge, :cleanup, %{program_ids: ["one"]}) == :ok
-    assert_receive {:request, nil, nil, _ms, _body, {:here, 0, change}, takes}
-    assert change == {:cleanup, ["one"], nil}
-    assert takes == %{stream?: false, tools?: false}
-
-    assert Bridge.call(bridge, :ping, %{}, 1) == {:error, :timeout}
-    assert_receive {:request, ref, _proxy, _ms, _body, {:here, 0, nil}, _takes}
-    assert_receive {:abandon, ^ref}
-  end
-
   test "is distinguished there from a process of another kind, which is unharmed", %{node: node} do
     supervisor = Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor])
 

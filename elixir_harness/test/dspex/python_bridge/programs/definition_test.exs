@@ -19,7 +19,6 @@ defmodule DSPex.PythonBridge.Programs.DefinitionTest do
     assert_received {:read, "body"}
     refute_received {:read, _}
     assert Store.export(table) == exported
-    assert Store.exported?(exported)
     assert Store.definitions(table) == [{"a", stamp, "body"}]
     assert Store.count(table) == 1
 

@@ -129,21 +129,12 @@ defmodule DSPex.PythonBridge.Programs.StoreTest do
       assert ids(table) == []
     end
 
-    test "are not sent to other nodes, and not replaced by what another node has declared" do
+    test "are not sent to other nodes" do
       [here, there] = [declare(["a"]), declare(["b"])]
       true = Programs.Store.put(there, "c", Programs.Store.stamp(), "c")
       assert [{{:program, "c"}, _stamp, "c"}] = Programs.Store.export(there)
       assert {[{"c", _, "c"}], []} = Programs.Store.merge(here, Programs.Store.export(there))
-
-      # With a call that needs it.
-      foreign = Programs.Store.declared(Programs.Store.stamp())
-      refute Programs.Store.put(here, "a", foreign, "of another release")
-      assert Programs.Store.put(here, "b", foreign, "of another release")
-      assert bodies(here) == %{"a" => "declared a", "b" => "of another release", "c" => "c"}
-      # From there it goes no further, also by a node that does not know of declarations.
       assert [{{:program, "c"}, _stamp, "c"}] = Programs.Store.export(here)
-      old = [{{:program, "a"}, foreign, "of another release"}]
-      assert Programs.Store.merge(here, old) == {[], []}
     end
 
     test "are uncovered by the removal of what was created before they were declared" do
