@@ -8,6 +8,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
 
 class BridgeError(Exception):
@@ -95,6 +96,15 @@ class ProgramNotFound(BridgeError):
 
     def __init__(self, id: str) -> None:
         super().__init__(f"Program not found: {_named(id)}")
+
+
+class LoadFailed(BridgeError):
+    """A lazy program could not be loaded. `failure`: the error of the load as a reply has it."""
+
+    def __init__(self, id: str, failure: dict[str, Any]) -> None:
+        super().__init__(f"program {_named(id)} could not be loaded: {failure['error']}")
+        self.error_type = failure["error_type"]
+        self.retryable = failure.get("retryable")
 
 
 class LMNotConfigured(BridgeError):

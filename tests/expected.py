@@ -42,6 +42,7 @@ CREATE_ENDS = frozenset(("success", "invalid_args", "not_allowed"))
 EXECUTE_ENDS = CREATE_ENDS | {"program_not_found", "lm_not_configured", "lm_error", "output_invalid", "tool_error"}
 CREATE_ARGS = (
     *("id", "signature", "program_type", "options", "lm", "adapter", "config", "tools", "demos", "state", "state_path"),
+    "lazy",
 )
 EXECUTE_ARGS = (
     *("program_id", "inputs", "config", "lm", "options"),
@@ -180,7 +181,12 @@ def _ends(command: str, args: dict[str, Any], deadline: bool) -> tuple[frozenset
         return (frozenset(("success",)) | late, False) if details[1] else done
     if command == "create_program":
         id, signature = args.get("id"), args.get("signature")
-        if not isinstance(id, str) or not id or signature is None or not objects or set(args) - set(CREATE_ARGS):
+        lazy = args.get("lazy", False)
+        if not isinstance(lazy, bool) or not isinstance(id, str) or not id or signature is None:
+            return refused
+        if lazy:
+            return done
+        if not objects or set(args) - set(CREATE_ARGS):
             return refused
         return CREATE_ENDS | late, False
     if command == "execute_program":

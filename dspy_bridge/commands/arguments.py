@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.errors import InvalidArgs, refuse_unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+_CREATE_ARGS = (
+    "id",
+    "signature",
+    "program_type",
+    "lm",
+    "adapter",
+    "config",
+    "options",
+    "tools",
+    "demos",
+    "state",
+    "state_path",
+    "lazy",
+)
+# As the modules of Elixir programs have them, beside it.
+_IN_SIGNATURE = ("inputs", "outputs", "instructions")
+
+
+def check_definition(args: dict[str, Any]) -> None:
+    """The arguments of `create_program`, as far as that is possible without DSPy. Raises `InvalidArgs`."""
+    for name in _IN_SIGNATURE:
+        if name in args:
+            raise InvalidArgs(f"{name}: belongs into signature, an object with inputs, outputs and instructions")
+    refuse_unknown(args, _CREATE_ARGS)
+    optional_object(args, "config")
+    optional_lm(args)
 
 
 def text(args: dict[str, Any], name: str) -> str:

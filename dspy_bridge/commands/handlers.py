@@ -10,7 +10,7 @@ from dspy_bridge.commands import arguments, evaluation, optimization
 from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry, working
 from dspy_bridge.dispatch.call import Call, Command
-from dspy_bridge.errors import InvalidArgs, ProgramNotFound, SetupFailed, refuse_unknown
+from dspy_bridge.errors import InvalidArgs, LoadFailed, ProgramNotFound, SetupFailed, refuse_unknown
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.wire import messages
 
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
 
-_CREATE_ARGS = (
-    "id",
-    "signature",
-    "program_type",
-    "lm",
-    "adapter",
-    "config",
-    "options",
-    "tools",
-    "demos",
-    "state",
-    "state_path",
-)
-# As the modules of Elixir programs have them, beside it.
-_IN_SIGNATURE = ("inputs", "outputs", "instructions")
 # DSPex's adapter sends `options`, which no bridge has ever read: accepted and ignored.
 _EXECUTE_ARGS = (
     "program_id",
@@ -92,17 +77,18 @@ class Commands:
         """`{"status": "ok", "timestamp": unix seconds}`."""
         return messages.pong(time.time())
 
-    def create_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """`{"program_id", "status": "created"}`, once the program is loaded."""
-        for name in _IN_SIGNATURE:
-            if name in args:
-                raise InvalidArgs(f"{name}: belongs into signature, an object with inputs, outputs and instructions")
-        refuse_unknown(args, _CREATE_ARGS)
+    def create_program(self, args: dict[str, Any], call: Call) -> Any:
+        """`{"program_id", "status": "created"}`, once the program is loaded; at once, if it is lazy."""
+        lazy = arguments.flag(args, "lazy")
+        if not lazy:
+            arguments.check_definition(args)
         id = arguments.text(args, "id")
         if args.get("signature") is None:
             raise InvalidArgs("signature: missing; expected text or an object with inputs and outputs")
-        arguments.optional_object(args, "config")
-        arguments.optional_lm(args)
+        if lazy:
+            if self._registry.add_lazy(id, args):
+                self._loader.removed(1)
+            return {"program_id": id, "status": "created"}
         entry = self._registry.add(id, args)
         call.on_reply = lambda created: self._settle(entry, created)
         return self._create(entry)
@@ -145,9 +131,11 @@ class Commands:
         wanted = None if ids is None else set(ids)
         entries = [entry for entry in self._registry.answered() if wanted is None or entry.id in wanted]
         listed: dict[str, Any] = {"programs": [entry.id for entry in entries]}
-        if details or state:
+        if state:
+            return self._with_states(listed, entries)
+        if details:
             listed["details"] = [entry.details() for entry in entries]
-        return self._add_states(listed, entries) if state else listed
+        return listed
 
     def get_stats(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """Counts, sizes in bytes, times in seconds (uptime) and ms (quantiles)."""
@@ -219,19 +207,23 @@ class Commands:
         entry, _ = await self._working(entry, call)
         return await self._optimizations.run(given, entry, lm, call)
 
-    async def _add_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
-        """States are dumped in a thread: they may be large, and user code may dump them."""
+    async def _with_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+        """Loads lazy programs. States are dumped in a thread: they may be large, and user code may dump them."""
         import asyncio
 
-        for entry, detail in zip(entries, listed["details"], strict=True):
-            program = await self._loader.load(entry)
+        listed["details"] = []
+        for entry in entries:
+            state = None
             try:
-                detail["state"] = await asyncio.to_thread(program.state)
+                program = await self._loader.load(entry)
+                state = await asyncio.to_thread(program.state)
+            except LoadFailed:
+                pass  # the details have its error
             except Exception as error:
                 from dspy_bridge.logs import peer_log
 
-                detail["state"] = None
                 peer_log.exception(error)
+            listed["details"].append({**entry.details(), "state": state})
         return listed
 
     async def _working(self, entry: Entry, call: Call) -> tuple[Entry, Program]:
@@ -253,7 +245,7 @@ class Commands:
                         call.received if request.lm_events else None,
                     )
                 return entry, program
-            except (SetupFailed, asyncio.CancelledError):
+            except (SetupFailed, LoadFailed, asyncio.CancelledError):
                 raise
             except BaseException:  # user code may raise anything
                 # The reply to `create_program` has the error. The id stands for the earlier program again.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
-from dspy_bridge.errors import SetupFailed
+from dspy_bridge.commands import arguments
+from dspy_bridge.dispatch import error_replies
+from dspy_bridge.errors import LoadFailed, SetupFailed
 from dspy_bridge.runtime.gc_freeze import GcFreezer
 
 TYPE_CHECKING = False
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # The cause of a failed set-up may be temporary. Until the next attempt, requests get the last failure.
 _RETRY_SECONDS = 1.0
+# The same of a lazy program whose load failed: loading may take long, and most failures are not temporary.
+_RELOAD_SECONDS = 60.0
 
 
 class ProgramLoader:
@@ -41,15 +45,27 @@ class ProgramLoader:
         self.importing = False
 
     async def load(self, entry: Entry) -> Program:
-        """The program of an entry, loaded once for all requests that need it. On the event loop."""
+        """The program of an entry, loaded once for all requests that need it. On the event loop.
+
+        Raises `LoadFailed` if the program is lazy.
+        """
         import asyncio
 
+        if entry.failure is not None and time.monotonic() < entry.reload_at:
+            raise LoadFailed(entry.id, entry.failure)
         if entry.loading is None:
-            load = entry.loading = self.build(entry.definition)
-            # All its waiters may be cancelled: asyncio would then log a failure as never retrieved.
-            load.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # A cancelled waiter does not stop it for the others.
-        return await asyncio.shield(entry.loading)
+            entry.loading = self.build(entry.definition)
+            # Runs before the waiters do.
+            entry.loading.add_done_callback(lambda done: _loaded(entry, done))
+        try:
+            # A cancelled waiter does not stop it for the others.
+            return await asyncio.shield(entry.loading)
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # user code may raise anything
+            if entry.failure is None:
+                raise
+            raise LoadFailed(entry.id, entry.failure) from None
 
     def build(self, definition: dict[str, Any]) -> asyncio.Future[Program]:
         """A program of a definition, loaded anew. On the event loop."""
@@ -100,6 +116,8 @@ class ProgramLoader:
             self._models = self._load_dspy()
         from dspy_bridge.programs.program import Program
 
+        if definition.get("lazy"):
+            arguments.check_definition(definition)
         program = Program(definition, self._models, self._threads)
         if self._gc.loaded():
             self._gc.freeze()
@@ -122,3 +140,18 @@ class ProgramLoader:
             raise SetupFailed(why) from None
         self._gc.freeze()  # DSPy itself is half a million objects
         return models
+
+
+def _loaded(entry: Entry, load: asyncio.Future[Program]) -> None:
+    """Records how a load ended. The failed load of a lazy program may be tried again."""
+    # Retrieved in any case: all waiters may have been cancelled, and asyncio would log the failure.
+    error = None if load.cancelled() else load.exception()
+    entry.loaded = error is None
+    entry.failure = None
+    if error is not None and entry.lazy:
+        from dspy_bridge.logs import peer_log
+
+        entry.loading = None
+        entry.failure = error_replies.describe(error, peer_log.exception)
+        seconds = _RETRY_SECONDS if isinstance(error, SetupFailed) else _RELOAD_SECONDS
+        entry.reload_at = time.monotonic() + seconds

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class Entry:
-    """One definition under an id. `answered`: a reply has reported its creation."""
+    """One definition under an id.
+
+    `answered`: a reply has reported its creation. `lazy`: it is neither checked nor loaded before a run needs it.
+    `failure`: the error, as a reply has it, of a lazy entry's last load, which is not repeated before `reload_at`.
+    """
 
     __slots__ = (
         "answered",
@@ -26,14 +30,20 @@ class Entry:
         "definition",
         "execution_count",
         "failed",
+        "failure",
         "id",
         "last_executed",
+        "lazy",
+        "loaded",
         "loading",
         "number",
         "previous",
+        "reload_at",
     )
 
-    def __init__(self, id: str, number: int, definition: dict[str, Any], previous: Entry | None) -> None:
+    def __init__(
+        self, id: str, number: int, definition: dict[str, Any], previous: Entry | None, lazy: bool = False
+    ) -> None:
         self.id = id
         # The order of creation, over all entries: the system's clock may be set back.
         self.number = number
@@ -42,21 +52,30 @@ class Entry:
         self.created_at = time.time()
         self.execution_count = 0
         self.last_executed: float | None = None
-        self.answered = False
+        self.lazy = lazy
+        self.answered = lazy
         self.failed = False
+        self.loaded = False
+        self.failure: dict[str, Any] | None = None
+        self.reload_at = 0.0
         # Set by the first request that needs the program.
         self.loading: asyncio.Future[Any] | None = None
 
     def details(self) -> dict[str, Any]:
         """The entry as `list_programs` reports it; times are unix seconds."""
-        return {
+        details = {
             "id": self.id,
             "program_type": self.definition.get("program_type", "predict"),
             "signature": self.definition["signature"],
             "created_at": self.created_at,
             "execution_count": self.execution_count,
             "last_executed": self.last_executed,
+            "loaded": self.loaded,
         }
+        failure = self.failure
+        if failure is not None:
+            details.update(error=failure["error"], error_type=failure["error_type"])
+        return details
 
 
 class Registry:
@@ -73,6 +92,13 @@ class Registry:
             entry = Entry(id, next(self._numbers), definition, self._entries.pop(id, None))
             self._entries[id] = entry
             return entry
+
+    def add_lazy(self, id: str, definition: dict[str, Any]) -> bool:
+        """Define or redefine `id` for good, unchecked. Returns whether it replaced another."""
+        with self._lock:
+            replaced = self._entries.pop(id, None) is not None
+            self._entries[id] = Entry(id, next(self._numbers), definition, None, lazy=True)
+            return replaced
 
     def get(self, id: str) -> Entry | None:
         """The latest entry of `id`, answered or not."""

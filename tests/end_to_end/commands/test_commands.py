@@ -359,6 +359,70 @@ def test_cleanup_of_some(echo_peer: Peer) -> None:
     assert echo_peer.call("cleanup", {"program_ids": [1]})["error_type"] == "invalid_args"
 
 
+LAZY = {**QA, "lazy": True}
+ASK = {"program_id": "qa", "inputs": {"question": "x"}}
+UNLOADABLE = {**LAZY, "signature": "question -> answer: nope"}
+
+
+def test_a_lazy_program_is_created_before_dspy_is_imported_and_loaded_by_a_run(fresh_echo_peer: Peer) -> None:
+    for id in ("other", "qa"):
+        reply = fresh_echo_peer.call("create_program", {**LAZY, "id": id})
+        assert reply["result"] == {"program_id": id, "status": "created"}
+    assert fresh_echo_peer.call("list_programs")["result"] == {"programs": ["other", "qa"]}
+    fresh_echo_peer.request("execute_program", ASK)
+    fresh_echo_peer.request("execute_program", ASK)
+    assert [fresh_echo_peer.receive()["result"] for _ in range(2)] == [{"answer": "echo: x"}] * 2
+    details = fresh_echo_peer.call("list_programs", {"details": True})["result"]["details"]
+    assert [(detail["id"], detail["loaded"]) for detail in details] == [("other", False), ("qa", True)]
+    details = fresh_echo_peer.call("list_programs", {"state": True})["result"]["details"]
+    assert [detail["loaded"] for detail in details] == [True, True] and all(detail["state"] for detail in details)
+    assert fresh_echo_peer.call("cleanup")["result"]["programs_removed"] == 2
+    assert fresh_echo_peer.call("execute_program", ASK)["error_type"] == "program_not_found"
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [({**LAZY, "lazy": 1}, "lazy"), ({**LAZY, "id": ""}, "id"), ({"id": "qa", "lazy": True}, "signature")],
+)
+def test_wrong_arguments_of_a_lazy_program_that_are_named_at_once(
+    module_peer: Peer, args: dict[str, Any], named: str
+) -> None:
+    reply = module_peer.call("create_program", args)
+    assert reply["error_type"] == "invalid_args" and reply["error"].startswith(f"{named}: ")
+
+
+@pytest.mark.parametrize(
+    ("definition", "text"),
+    [
+        (UNLOADABLE, "signature.outputs.answer: unknown type 'nope'"),
+        ({**LAZY, "colour": 1}, "colour: unknown argument"),
+        ({**LAZY, "config": 1}, "config: expected an object"),
+    ],
+)
+def test_a_lazy_program_that_cannot_be_loaded_fails_its_runs(
+    echo_peer: Peer, definition: dict[str, Any], text: str
+) -> None:
+    """An earlier program of its id is not used instead; a later one replaces it."""
+    assert echo_peer.call("create_program", QA)["success"]
+    assert echo_peer.call("create_program", definition)["success"]
+    for _ in range(2):
+        echo_peer.request("execute_program", ASK)
+    replies = [echo_peer.receive() for _ in range(2)] + [echo_peer.call("execute_program", ASK)]
+    for reply in replies:
+        assert reply["error_type"] == "invalid_args"
+        assert reply["error"].startswith(f"program qa could not be loaded: {text}")
+    for flag in ("details", "state"):
+        (detail,) = echo_peer.call("list_programs", {flag: True})["result"]["details"]
+        assert (detail["loaded"], detail["error_type"]) == (False, "invalid_args")
+        assert detail["error"].startswith(text) and detail.get("state") is None
+    assert echo_peer.call("create_program", {**QA, "signature": "question -> answer: nope"})["success"] is False
+    assert "could not be loaded" in echo_peer.call("execute_program", ASK)["error"]
+    assert echo_peer.call("create_program", QA)["success"]
+    assert echo_peer.call("execute_program", ASK)["result"] == {"answer": "echo: x"}
+    (detail,) = echo_peer.call("list_programs", {"details": True})["result"]["details"]
+    assert detail["loaded"] and "error" not in detail
+
+
 @pytest.mark.slow
 def test_programs_that_were_replaced_or_removed_take_no_memory(fresh_echo_peer: Peer) -> None:
     """Loaded programs are frozen out of garbage collections; removed ones are collected."""

@@ -2,7 +2,7 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   @moduledoc false
   # One Python process behind one port, from its start to its end. It belongs to the process that opened it.
 
-  alias DSPex.PythonBridge.{Error, Options, OS, Programs}
+  alias DSPex.PythonBridge.{Options, OS}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Python.Interpreter
 
@@ -10,23 +10,15 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   @lasting_ms 2_000
 
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, :loads] ++
-              [to_load: [], load_failures: %{}, answered?: false]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, answered?: false]
 
-  @typedoc """
-  `up_at`: when it answered its first ping. `answered?`: whether it has answered a call. `loads`: the programs that it
-  was given and has not acknowledged, by request id; nil: it has been given none. `to_load`: those that it is still to
-  be given. `load_failures`: why programs could not be loaded, by their stamps.
-  """
+  @typedoc "`up_at`: when it answered its first ping. `answered?`: whether it has answered a call."
   @type t :: %__MODULE__{
           port: port(),
           os_pid: pos_integer() | nil,
           opened_at: integer(),
           ping_id: pos_integer() | nil,
           up_at: integer() | nil,
-          loads: %{pos_integer() => {Programs.Store.id(), Programs.Store.stamp()}} | nil,
-          to_load: [Programs.Store.definition()],
-          load_failures: %{Programs.Store.stamp() => Error.t()},
           answered?: boolean()
         }
 

@@ -2,9 +2,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   @moduledoc false
   # How one peer follows another: part of the bridge's process, over its state.
   #
-  # A peer that starts is `next`. It is up when it has answered the bridge's own ping; then it is given the programs
-  # that were declared and those that earlier peers had; when it has acknowledged them all, it becomes `peer` and serves.
-  # So no call finds its programs missing. Pings need none, and go to `next` meanwhile, if there is no `peer`.
+  # A peer that starts is `next`. When it has answered the bridge's own ping it becomes `peer` and serves. The
+  # definitions of all programs are sent to it before the calls; it loads a program with the first run that needs it.
   #
   # When the `peer` dies, a `next` is started, after a delay that grows while no peer is of any use
   # (`DSPex.PythonBridge.Bridge.Backoff`). The bridge never gives up. While none starts,
@@ -14,7 +13,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   # finishes its calls, and is ended.
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.Bridge.{Backoff, Peer, ProgramReplay, StartDiagnosis, State, Status}
+  alias DSPex.PythonBridge.Bridge.{Backoff, DeclaredPrograms, Peer, StartDiagnosis, State, Status}
   alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
@@ -36,50 +35,32 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
       {:error, text} ->
         Status.down(state, nil, :not_started, text)
-        not_started(ProgramReplay.put_off(state), nil, text)
+        not_started(state, nil, text)
     end
   end
 
   @doc "Handles the reply to a request of the bridge itself; `:nobody` for one that comes too late."
   @spec own_reply(State.t(), pos_integer(), binary()) :: {:ok, State.t()} | :nobody
-  def own_reply(%{next: %Peer{ping_id: id, up_at: nil} = next} = state, id, _frame) do
+  def own_reply(%{next: %Peer{ping_id: id} = next} = state, id, _frame) do
     Status.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
     Status.up(state, next)
-    in_flight = Handover.loading(state.in_flight, next.port)
-    {:ok, load_programs(%{state | next: Peer.up(next), in_flight: in_flight})}
+    {:ok, take_over(%{state | next: Peer.up(next)})}
   end
 
-  def own_reply(%{next: %Peer{loads: %{} = loads}} = state, id, frame)
-      when is_map_key(loads, id),
-      do: {:ok, state |> ProgramReplay.answered(id, frame) |> take_over_or_wait()}
+  def own_reply(%{loading: {_port, id, _definition}} = state, id, frame),
+    do: {:ok, DeclaredPrograms.loaded(state, frame)}
 
+  # Of a request whose reply nobody needs.
+  def own_reply(state, 0, _frame), do: {:ok, state}
   def own_reply(_state, _id, _frame), do: :nobody
-
-  # The programs must not change while they are loaded: the peer that still serves first answers the changes that it
-  # has, and is given no more of them (Handover.hold_changes/1).
-  @doc "To be called when the serving peer has answered something: the next peer may wait for that."
-  @spec load_programs(State.t()) :: State.t()
-  def load_programs(%{next: %Peer{up_at: up_at, loads: nil}} = state) when up_at != nil do
-    if state.peer && Dispatcher.changing?(state.in_flight, state.peer.port),
-      do: wait_for_loads(state),
-      else: state |> ProgramReplay.begin() |> take_over_or_wait()
-  end
-
-  def load_programs(state), do: state
-
-  defp take_over_or_wait({:loaded, state}), do: take_over(state)
-  defp take_over_or_wait({:loading, state}), do: wait_for_loads(state)
-
-  # It starts again with each program that is loaded: they may be slow, and many.
-  defp wait_for_loads(state), do: set_timer(state, state.options.start_timeout, :load_timeout)
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
-    state = ProgramReplay.plan(%{state | load_failures: next.load_failures})
     if state.big?, do: send(self(), :collect)
     state = %{state | in_flight: Handover.serve(state.in_flight, next.port)}
     put_slot(state, :ready)
-    answer_restarts(if(before, do: drain(state, before), else: state), :ok)
+    state = answer_restarts(if(before, do: drain(state, before), else: state), :ok)
+    DeclaredPrograms.load(state)
   end
 
   ## End
@@ -92,13 +73,12 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
     # First, so that callers who get the error do not choose this peer again.
     put_slot(state, :down)
-    working? = Dispatcher.busy?(state.in_flight, peer.port)
+    working? = state.loading != nil or Dispatcher.busy?(state.in_flight, peer.port)
     state = %{end_peer(%{state | peer: nil}, peer, :died, why) | last_error: why}
 
     if state.next do
       Status.death(state, peer, :warning, why, "its successor is starting")
-      # It need not wait for the last changes of this one any longer.
-      load_programs(%{state | status: :restarting})
+      %{state | status: :restarting}
     else
       {delay, state} = try_again(state, not Peer.of_use?(peer), working?)
       Status.death(state, peer, :warning, why, "next attempt in #{delay} ms")
@@ -113,28 +93,20 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
       peer ->
         Status.death(state, peer, :warning, why, "another serves already")
-        end_peer(forget_old(state, peer), peer, :died, why)
+        DeclaredPrograms.load(end_peer(forget_old(state, peer), peer, :died, why))
     end
   end
 
-  defp lost_next(%{next: next} = state, why, reason) do
-    {left_out?, state} =
-      ProgramReplay.blame(end_peer(%{state | next: nil}, next, reason, why), next)
-
-    # A restart without the program loses nothing: the present peer does not have it either.
-    if left_out? and state.peer != nil and state.restarts_waiting != [] do
-      Status.death(state, next, :warning, why, "another starts, without the program")
-      open(state)
-    else
-      not_started(state, next, why)
-    end
-  end
+  defp lost_next(%{next: next} = state, why, reason),
+    do: not_started(end_peer(%{state | next: nil}, next, reason, why), next, why)
 
   # The peer is gone, or is killed now, with all that it started.
   defp end_peer(%{in_flight: before} = state, peer, reason, why) do
     Peer.close(peer)
     Reaper.kill(state.reaper, peer.os_pid)
     how = if reason in [:replaced, :stopped], do: :replaced, else: :died
+    {loading?, state} = DeclaredPrograms.lost(state, peer.port, how)
+    how = if how == :died and loading?, do: :spared, else: how
     state = %{state | in_flight: Handover.lost(before, peer.port, how)}
     Status.down(state, peer, reason, why)
     Status.resent(state, state.in_flight.resent - before.resent, reason)
@@ -147,17 +119,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def give_up_next(%{next: next} = state), do: end_peer(%{state | next: nil}, next, :stopped, nil)
 
   # A restart that fails changes nothing; without a peer, the attempts go on.
-  defp not_started(%{peer: %Peer{} = peer} = state, next, why) do
+  defp not_started(%{peer: %Peer{}} = state, next, why) do
     Status.death(state, next, :warning, why, "the present one goes on")
-    state = ProgramReplay.plan(cancel_timer(state))
-    state = %{state | in_flight: Handover.serve(state.in_flight, peer.port)}
-    answer_restarts(state, {:error, "the new Python process did not start: #{why}"})
+    answer_restarts(cancel_timer(state), {:error, "the new Python process did not start: #{why}"})
   end
 
   defp not_started(state, next, why) do
     state = %{state | last_error: with_explanation(state.last_error, why)}
-    # A program that it was loading may have ended it.
-    {delay, state} = try_again(state, true, match?(%Peer{loads: %{}}, next))
+    {delay, state} = try_again(state, true, false)
     state = explain(state, next, why, "next attempt in #{delay} ms")
     answer_restarts(state, {:error, "the Python process did not start: #{why}"})
   end
@@ -215,17 +184,11 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   @doc "Starts a peer that replaces the present one; `from` is answered when it serves, or has failed."
   @spec restart(State.t(), GenServer.from()) :: State.t()
   def restart(state, from) do
-    if ProgramReplay.without_some?(state),
-      do: %{state | restarts_later: [from | state.restarts_later]},
-      else: restart_now(state, from)
-  end
-
-  defp restart_now(state, from) do
-    state = ProgramReplay.try_all(%{state | restarts_waiting: [from | state.restarts_waiting]})
+    state = %{state | restarts_waiting: [from | state.restarts_waiting]}
 
     cond do
       state.next -> state
-      state.peer -> open_next(state)
+      state.peer -> open(state)
       true -> open(%{cancel_timer(state) | backoff: Backoff.new(), status: trying(state.status)})
     end
   end
@@ -233,30 +196,13 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   defp trying(:failed), do: :restarting
   defp trying(status), do: status
 
-  defp open_next(state),
-    do: open(%{state | in_flight: Handover.hold_changes(state.in_flight)})
-
-  @doc "Tries programs again that were left out, as by a restart that nobody waits for."
-  @spec try_left_out(State.t()) :: State.t()
-  def try_left_out(%{next: nil, peer: %Peer{} = peer} = state) do
-    if ProgramReplay.due?(state) do
-      Status.log(state, peer, :info, "another is started, and given what was left out")
-      open_next(state)
-    else
-      ProgramReplay.plan(state)
-    end
-  end
-
-  # The peer that starts loads them, or another attempt is planned when it serves or has failed.
-  def try_left_out(state), do: state
-
   @doc "Kills a peer that does not react, and starts another."
   @spec replace(State.t()) :: State.t()
   def replace(%{peer: %Peer{} = peer} = state) do
     Status.log(state, peer, :warning, "does not react and is replaced")
     put_slot(state, :down)
     state = %{end_peer(%{state | peer: nil}, peer, :unresponsive, nil) | status: :restarting}
-    if state.next, do: load_programs(state), else: open(%{state | backoff: Backoff.new()})
+    if state.next, do: state, else: open(%{state | backoff: Backoff.new()})
   end
 
   # A peer that starts has its own timeout.
@@ -264,21 +210,13 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   defp answer_restarts(state, answer) do
     Enum.each(state.restarts_waiting, &GenServer.reply(&1, answer))
-    later = state.restarts_later
-    Enum.reduce(later, %{state | restarts_waiting: [], restarts_later: []}, &restart(&2, &1))
+    %{state | restarts_waiting: []}
   end
 
   defp drain(state, peer) do
     Status.log(state, peer, :info, "another has taken over")
-    state = %{state | old: [peer | state.old]}
-
-    # Changes of the programs must reach the peer that serves.
-    if Dispatcher.changing?(state.in_flight, peer.port) do
-      drain_timeout(state, peer.port)
-    else
-      Process.send_after(self(), {:drain_timeout, peer.port}, state.options.drain_ms)
-      drained(state, peer.port)
-    end
+    Process.send_after(self(), {:drain_timeout, peer.port}, state.options.drain_ms)
+    drained(%{state | old: [peer | state.old]}, peer.port)
   end
 
   @doc "Ends an old peer if it has answered its last call."
@@ -294,8 +232,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       Peer.close(peer)
       Reaper.retire(state.reaper, peer.os_pid)
       Status.down(state, peer, :replaced)
-      state = forget_old(state, peer)
-      %{state | in_flight: Handover.lost(state.in_flight, port, :replaced)}
+      {_loading?, state} = DeclaredPrograms.lost(forget_old(state, peer), port, :replaced)
+      DeclaredPrograms.load(%{state | in_flight: Handover.lost(state.in_flight, port, :replaced)})
     end
   end
 
@@ -304,7 +242,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def drain_timeout(state, port) do
     case Enum.find(state.old, &(&1.port == port)) do
       nil -> state
-      peer -> end_peer(forget_old(state, peer), peer, :replaced, nil)
+      peer -> DeclaredPrograms.load(end_peer(forget_old(state, peer), peer, :replaced, nil))
     end
   end
 
@@ -313,31 +251,12 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   ## The timer: a peer that starts waits for one thing at a time
 
   @doc "Handles the timer that this module has set."
-  @spec timer_fired(State.t(), :open | :start_timeout | :load_timeout) :: State.t()
+  @spec timer_fired(State.t(), :open | :start_timeout) :: State.t()
   def timer_fired(state, :open), do: open(state)
 
   def timer_fired(state, :start_timeout) do
     why = "no answer to its first ping within #{state.options.start_timeout} ms"
     lost_next(state, why, :start_timeout)
-  end
-
-  # The peer before takes too long for a change of the programs: they are loaded as they are.
-  def timer_fired(%{next: %Peer{loads: nil}} = state, :load_timeout),
-    do: state |> ProgramReplay.begin() |> take_over_or_wait()
-
-  # It was started for programs that were left out, and nobody waits: it must not serve if one of them may kill it.
-  def timer_fired(%{peer: %Peer{}, restarts_waiting: []} = state, :load_timeout) do
-    why = "a program has been loading for #{state.options.start_timeout} ms"
-    lost_next(state, why, :start_timeout)
-  end
-
-  # The monitor finds out whether the peer still reacts; calls have their own timeouts.
-  def timer_fired(%{next: next} = state, :load_timeout) do
-    text =
-      "a program has been loading for #{state.options.start_timeout} ms; calls wait no longer"
-
-    Status.log(state, next, :warning, text)
-    state |> ProgramReplay.hurry() |> take_over()
   end
 
   defp set_timer(state, ms, what),

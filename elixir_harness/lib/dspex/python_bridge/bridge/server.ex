@@ -11,10 +11,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol, Telemetry}
-  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle, ProgramReplay}
+  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle}
   alias DSPex.PythonBridge.Bridge.{Redaction, State, Status}
   alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
-  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -96,6 +96,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       reaper: Reaper.start(self()),
       log_forwarder: LogForwarder.start(State.name(options)),
       programs: programs,
+      to_load: Programs.Store.declared_ids(programs),
       in_flight: InFlight.new(options, programs)
     }
 
@@ -112,9 +113,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   @impl GenServer
   def handle_call(:get_status, _from, state), do: {:reply, Status.status(state), state}
-
-  def handle_call({:load_failure, id}, _from, state),
-    do: {:reply, ProgramReplay.failure(state, id), state}
 
   def handle_call(:restart, from, state), do: {:noreply, PeerLifecycle.restart(state, from)}
   def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
@@ -153,14 +151,16 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info(message, state) when elem(message, 0) == :request do
-    request = NodeMessage.read_request(message)
-
+  def handle_info({:request, request} = message, state) do
     if Request.valid?(request) and
          (request.change == nil or Programs.Store.change?(request.change)),
        do: state |> request_came(request) |> noreply(request.body),
        else: drop(message, state)
   end
+
+  # Another bridge with the same store has made the change.
+  def handle_info({:changed, change, body}, state) when is_binary(body),
+    do: noreply(%{state | in_flight: Calls.follow(state.in_flight, change, body)}, body)
 
   def handle_info({:tool_result, port, id, frame}, state)
       when is_port(port) and is_binary(frame) do
@@ -206,15 +206,11 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:dropped, _few}, state), do: {:noreply, state}
 
-  def handle_info({:timeout, timer, :window}, state) when is_reference(timer),
-    do: {:noreply, %{state | in_flight: Dispatcher.window_over(state.in_flight, timer)}}
+  def handle_info({:timeout, timer, :trial}, state) when is_reference(timer),
+    do: {:noreply, %{state | in_flight: Dispatcher.trial_over(state.in_flight, timer)}}
 
   def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
     do: {:noreply, PeerLifecycle.timer_fired(%{state | timer: nil}, what)}
-
-  def handle_info({:timeout, timer, :try_again}, %{again_timer: timer} = state)
-      when is_reference(timer),
-      do: {:noreply, PeerLifecycle.try_left_out(%{state | again_timer: nil})}
 
   # A timer that was cancelled too late.
   def handle_info({:timeout, _timer, _what}, state), do: {:noreply, state}
@@ -273,7 +269,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp finish_calls(state) do
     in_flight = InFlight.fail_all(state.in_flight, :bridge_not_running, :held)
     # From now on no peer starts or takes over, and calls of a peer that dies are not sent again.
-    state = %{state | status: :stopping, in_flight: in_flight, timer: nil, again_timer: nil}
+    state = %{state | status: :stopping, in_flight: in_flight, timer: nil}
     state |> PeerLifecycle.give_up_next() |> finish_calls(Deadline.new(state.options.drain_ms))
   end
 
@@ -283,7 +279,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     else
       receive do
         {:"$gen_call", from, question} ->
-          finish_question(question, from, state)
+          # Other callers receive the end of the bridge.
+          if question == :get_status, do: GenServer.reply(from, Status.status(state))
           finish_calls(state, deadline)
 
         message ->
@@ -292,13 +289,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         Deadline.left(deadline) -> state
       end
     end
-  end
-
-  # Other callers receive the end of the bridge.
-  defp finish_question(question, from, state) do
-    with true <- question == :get_status or match?({:load_failure, _id}, question),
-         {:reply, answer, _state} <- handle_call(question, from, state),
-         do: GenServer.reply(from, answer)
   end
 
   defp state_of({:stop, _reason, state}), do: state
@@ -359,17 +349,13 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp abandon(state, id_or_ref) do
     state = %{state | in_flight: Calls.abandon(state.in_flight, id_or_ref)}
-    state = Enum.reduce(state.old, state, &PeerLifecycle.drained(&2, &1.port))
-    # It may have been the change that the next peer waits for.
-    {:noreply, PeerLifecycle.load_programs(state)}
+    {:noreply, Enum.reduce(state.old, state, &PeerLifecycle.drained(&2, &1.port))}
   end
 
   ## Replies
 
   defp reply_came(state, port, id, frame) do
-    state = ProgramReplay.created(state, id, frame)
-
-    case Calls.deliver(state.in_flight, id, frame) do
+    case Calls.deliver(state.in_flight, port, id, frame) do
       {:ok, in_flight} ->
         call_answered(%{state | in_flight: in_flight}, port)
 
@@ -406,7 +392,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp call_answered(%{peer: %{port: port, answered?: true}, next: nil} = state, port), do: state
 
   defp call_answered(%{peer: %{port: port} = peer} = state, port),
-    do: PeerLifecycle.load_programs(%{state | peer: %{peer | answered?: true}})
+    do: %{state | peer: %{peer | answered?: true}}
 
   defp call_answered(state, port), do: PeerLifecycle.drained(state, port)
 

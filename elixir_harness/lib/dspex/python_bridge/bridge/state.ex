@@ -4,27 +4,21 @@ defmodule DSPex.PythonBridge.Bridge.State do
   #
   #   * `peer`: the one that serves; `next`: one that starts; `old`: those that finish their calls
   #   * `timer`: what `next`, or the next attempt to start one, waits for
-  #   * `restarts_waiting`: callers of a restart; `restarts_later`: those who asked for one while a peer was loading
-  #     without some programs
-  #   * `load_deaths`: the peers that died while they loaded a program: see `DSPex.PythonBridge.Bridge.ProgramReplay`
-  #   * `load_failures`: why the present peer could not load a program. Both are by the stamps of programs
-  #   * `again_timer`: when another peer is started for programs that were left out
+  #   * `restarts_waiting`: callers of a restart
+  #   * `to_load`: the declared programs that are still to be loaded; `loading`: the one that is; `failed`: why others
+  #     could not be, by their stamps (`DSPex.PythonBridge.Bridge.DeclaredPrograms`)
   #   * `big?`: whether a large request may still wait to be written
 
   alias DSPex.PythonBridge.{Error, Options, Programs}
-  alias DSPex.PythonBridge.Bridge.{Backoff, LogForwarder, Peer}
+  alias DSPex.PythonBridge.Bridge.{Backoff, DeclaredPrograms, LogForwarder, Peer}
   alias DSPex.PythonBridge.Calls.InFlight
 
-  @enforce_keys [:options, :label, :reaper, :log_forwarder, :programs, :in_flight]
+  @enforce_keys [:options, :label, :reaper, :log_forwarder, :programs, :to_load, :in_flight]
   defstruct @enforce_keys ++
-              [:peer, :next, :timer, :again_timer, :last_error] ++
+              [:peer, :next, :timer, :last_error, :loading] ++
               [status: :starting, old: [], opened: 0, backoff: Backoff.new()] ++
-              [restarts_waiting: [], restarts_later: []] ++
-              [load_deaths: %{}, load_failures: %{}, load_carefully?: false] ++
+              [restarts_waiting: [], failed: %{}] ++
               [big?: false, late_replies: 0, unreadable_frames: 0]
-
-  @typedoc "The peers in a row that died of a program, and when it may be loaded again, in monotonic ms."
-  @type load_deaths :: {pos_integer(), again_at :: integer()}
 
   @type t :: %__MODULE__{
           options: Options.t(),
@@ -36,17 +30,15 @@ defmodule DSPex.PythonBridge.Bridge.State do
           peer: Peer.t() | nil,
           next: Peer.t() | nil,
           timer: reference() | nil,
-          again_timer: reference() | nil,
           last_error: String.t() | nil,
           status: :starting | :running | :restarting | :failed | :stopping,
           old: [Peer.t()],
           opened: non_neg_integer(),
           backoff: Backoff.t(),
           restarts_waiting: [GenServer.from()],
-          restarts_later: [GenServer.from()],
-          load_deaths: %{Programs.Store.stamp() => load_deaths()},
-          load_failures: %{Programs.Store.stamp() => Error.t()},
-          load_carefully?: boolean(),
+          to_load: [Programs.Store.id()],
+          loading: DeclaredPrograms.loading() | nil,
+          failed: %{Programs.Store.stamp() => Error.t()},
           big?: boolean(),
           late_replies: non_neg_integer(),
           unreadable_frames: non_neg_integer()

@@ -10,8 +10,7 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   alias DSPex.PythonBridge.Calls.InFlight
 
   @typedoc """
-  Why a peer has ended: `:died`, by itself; `:start_timeout`, it did not answer its first ping, or, while another
-  serves, did not load a program in time; `:unresponsive`, replaced by the monitor; `:replaced` by a restart;
+  Why a peer has ended: `:died`, by itself; `:start_timeout`, it did not answer its first ping; `:unresponsive`, replaced by the monitor; `:replaced` by a restart;
   `:stopped` with the bridge; `:not_started`, it could not be started.
   """
   @type end_reason ::
@@ -32,18 +31,14 @@ defmodule DSPex.PythonBridge.Bridge.Status do
       late_replies: state.late_replies,
       unreadable_frames: state.unreadable_frames,
       last_error: state.last_error,
-      programs: %{failed: failed(state.programs, load_failures(state))}
+      programs: %{failed: failed(state.programs, state.failed)}
     }
   end
 
-  # While none serves, those of the next peer.
-  defp load_failures(%{peer: nil, next: %Peer{load_failures: failures}}), do: failures
-  defp load_failures(%{load_failures: failures}), do: failures
-
   defp failed(programs, failures) do
     # They are few, and the programs may be many.
-    stamps = if failures == %{}, do: %{}, else: Programs.Store.stamps(programs)
-    errors = for {id, stamp} <- stamps, error = failures[stamp], do: {id, error}
+    definitions = if failures == %{}, do: [], else: Programs.Store.definitions(programs)
+    errors = for {id, stamp, _body} <- definitions, error = failures[stamp], do: {id, error}
 
     for {id, error} <- Enum.concat(Programs.Store.undeclared(programs), errors),
         into: %{},

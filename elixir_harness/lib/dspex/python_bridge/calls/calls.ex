@@ -14,15 +14,12 @@ defmodule DSPex.PythonBridge.Calls do
     do: InFlight.refuse(in_flight, request, {:died, :unsent})
 
   def accept(%InFlight{next_id: id} = in_flight, %Request{} = request) do
-    now = Deadline.now()
-
     request = %{
       request
       | watch: watch(request, id),
-        deadline: Deadline.new(request.timeout, now),
+        deadline: Deadline.new(request.timeout),
         change: request.change && stamped(request.change),
         at: Dispatcher.free_peer(in_flight, request),
-        since: now,
         told?: false,
         streamed?: false,
         bound?: false
@@ -87,32 +84,34 @@ defmodule DSPex.PythonBridge.Calls do
   defp show_silence(in_flight, silent?),
     do: tap(%{in_flight | silent?: silent?}, &InFlight.show_load/1)
 
-  @doc "Sends a reply to its caller; `:nobody` if no call has this id (any longer)."
-  @spec deliver(InFlight.t(), pos_integer(), binary()) :: {:ok, InFlight.t()} | :nobody
-  def deliver(%InFlight{} = in_flight, id, frame) do
-    case InFlight.take_out(in_flight, id) do
-      {nil, in_flight} ->
-        deliver_cancelled(in_flight, id, frame)
-
-      {request, in_flight} ->
-        if request.change, do: note_change(in_flight, request.change, request.body, frame)
-        InFlight.answer(request, {:frame, frame})
-        {:ok, Dispatcher.answered(in_flight)}
-    end
-  end
-
-  defp deliver_cancelled(%InFlight{cancelled_changes: cancelled} = in_flight, id, frame) do
-    case Enum.find(cancelled, fn {_port, changes} -> is_map_key(changes, id) end) do
-      {port, changes} ->
-        {{change, body}, rest} = Map.pop!(changes, id)
-        note_change(in_flight, change, body, frame)
-        rest = if rest == %{}, do: Map.delete(cancelled, port), else: %{cancelled | port => rest}
-        {:ok, %{in_flight | cancelled_changes: rest}}
-
+  @doc """
+  Sends a reply to its caller; `:nobody` if no call has this id (any longer), or it is a change of the programs that is
+  at another peer by now.
+  """
+  @spec deliver(InFlight.t(), port(), pos_integer(), binary()) :: {:ok, InFlight.t()} | :nobody
+  def deliver(%InFlight{} = in_flight, port, id, frame) do
+    case Calls.Table.get(in_flight.calls, id) do
       nil ->
         :nobody
+
+      %Request{change: change, at: at} when change != nil and at != port ->
+        :nobody
+
+      request ->
+        {_request, in_flight} = InFlight.take_out(in_flight, id)
+        if request.change, do: note_change(in_flight, request.change, request.body, frame)
+        InFlight.answer(request, {:frame, frame})
+        {:ok, Dispatcher.answered(in_flight, request)}
     end
   end
+
+  @doc "Makes the serving peer follow a change that another one has made and that the store has."
+  @spec follow(InFlight.t(), Programs.Store.change(), binary()) :: InFlight.t()
+  def follow(%InFlight{} = in_flight, {:create, _id, _stamp}, body),
+    do: Dispatcher.tell(in_flight, Programs.Definition.lazy(body))
+
+  def follow(%InFlight{} = in_flight, {:cleanup, _ids, _stamp}, body),
+    do: Dispatcher.tell(in_flight, body)
 
   defp note_change(in_flight, change, body, frame) do
     if Protocol.success?(frame),

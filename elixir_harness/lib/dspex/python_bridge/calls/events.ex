@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Calls.Events do
   # peer: after the call has been sent to another peer, messages to or from its earlier peer are ignored.
 
   alias DSPex.PythonBridge.{Calls, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
   alias DSPex.PythonBridge.Tools.Invocation
 
   @doc "Sends a chunk to its caller; `:nobody` if no caller takes it (any longer)."
@@ -59,7 +59,7 @@ defmodule DSPex.PythonBridge.Calls.Events do
   def tool_call(%InFlight{calls: calls}, %Invocation{id: id, port: port} = tool_call) do
     case Calls.Table.get(calls, id) do
       %Request{at: ^port, tools?: true, ref: ref} ->
-        send(ref, NodeMessage.tool_call(tool_call, ref))
+        send(ref, {ref, :tool_call, tool_call})
 
       %Request{at: ^port} ->
         Invocation.refuse(tool_call, :not_given)

@@ -8,45 +8,30 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol}
   alias DSPex.PythonBridge.Calls.{LoadCounters, Request, SendQueue, Suspects}
-  alias DSPex.PythonBridge.OTP.Deadline
 
   # The longest head that request_frame/3 puts before a body.
   @head_bytes 64
 
   @enforce_keys [:max_retries, :programs, :slot]
-  defstruct [:max_retries, :programs, :slot, :to, :loading, :window_timer] ++
+  defstruct [:max_retries, :programs, :slot, :to] ++
               [calls: Calls.Table.new(), held: :gb_sets.empty(), send_queues: %{}] ++
-              [
-                suspects: %Suspects{},
-                cancelled_changes: %{},
-                silent?: false,
-                hold_changes?: false,
-                resent: 0,
-                next_id: 1
-              ]
+              [suspects: %Suspects{}, silent?: false, resent: 0, next_id: 1]
 
   @typedoc """
-  `to`: the port of the peer that serves. `loading`: that of the next one, once it is up: it answers pings while none
-  serves. `held`: the ids of the calls that no peer has, but for suspects that wait.
-  `window_timer`: of the suspect that was sent last.
-  `cancelled_changes`: changes of the programs that were sent and whose callers wait no longer, by the port
-  of their peer and by id; no port has an empty map. `silent?`: in a pool, whether the peer has sent nothing since
-  a call to it was given up. `resent`: how many times a call was sent again, or will be.
+  `to`: the port of the peer that serves. `held`: the ids of the calls that no peer has, but for suspects that wait.
+  `silent?`: in a pool, whether the peer has sent nothing since a call to it was given up. `resent`: how many times a
+  call was sent again, or will be.
   """
   @type t :: %__MODULE__{
           max_retries: non_neg_integer(),
           programs: Programs.Store.table(),
           slot: LoadCounters.slot() | nil,
           to: port() | nil,
-          loading: port() | nil,
           calls: Calls.Table.t(),
           held: :gb_sets.set(pos_integer()),
           suspects: Suspects.t(),
-          window_timer: reference() | nil,
           send_queues: %{port() => SendQueue.t()},
-          cancelled_changes: %{port() => %{pos_integer() => {Programs.Store.change(), binary()}}},
           silent?: boolean(),
-          hold_changes?: boolean(),
           resent: non_neg_integer(),
           next_id: pos_integer()
         }
@@ -117,18 +102,19 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
       {request, calls} ->
         unwatch(request.watch)
-        in_flight = forget(%{in_flight | calls: calls}, id)
+        in_flight = forget(%{in_flight | calls: calls}, id, request)
         show_load(in_flight)
         {request, drop_results(in_flight, id, request)}
     end
   end
 
   # For each reply.
-  @compile {:inline, unwatch: 1, show_load: 1, arrived: 2, forget: 2, drop_results: 3}
+  @compile {:inline, unwatch: 1, show_load: 1, arrived: 2, forget: 3, drop_results: 3}
 
   # No flush: a message that either has already sent will find no call.
   defp unwatch({:monitor, ref}), do: Process.demonitor(ref)
   defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
+  defp unwatch(nil), do: true
 
   @doc "In a pool: a request has come, whether it is accepted or not."
   @spec arrived(t(), Request.t()) :: :ok
@@ -145,11 +131,10 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   def show_load(%__MODULE__{slot: {counters, index, _, _}, calls: calls, silent?: silent?}),
     do: LoadCounters.put_calls(counters, index, Calls.Table.size(calls), silent?)
 
-  defp forget(%__MODULE__{suspects: %Suspects{records: none}} = in_flight, _id) when none == %{},
-    do: in_flight
+  defp forget(in_flight, _id, %Request{deaths: 0}), do: in_flight
 
-  defp forget(%__MODULE__{suspects: suspects} = in_flight, id),
-    do: %{in_flight | suspects: Suspects.drop(suspects, id, Deadline.now())}
+  defp forget(%__MODULE__{suspects: suspects} = in_flight, id, request),
+    do: %{in_flight | suspects: Suspects.drop(suspects, id, request)}
 
   # Results of its tools that still wait to be written. The bridge is sent `{:dropped, bytes}`, to collect garbage.
   defp drop_results(

@@ -1,6 +1,6 @@
 defmodule DSPex.PythonBridge.Calls.Request do
   @moduledoc false
-  # One request of a caller. The caller sends `{:request, request}` to the bridge, which fills in the last six fields,
+  # One request of a caller. The caller sends `{:request, request}` to the bridge, which fills in the fields from `watch` on,
   # keeps the struct until the reply, and sends the body to a peer.
   #
   #   * `ref`, `pid`: the caller's alias and process; both nil for a cast, which gets no reply
@@ -9,12 +9,13 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #   * `change`: the change that it makes to the programs, if any
   #   * `retry`: what happens when a peer dies with it: the bridge sends it again (`:bridge`), it fails (`:never`),
   #     or the caller, which knows other peers, gets the error (`:pool`)
-  #   * `deaths`: how many peers have died with it
+  #   * `deaths`: how many peers have died with it; `spared`: how many more, which were blamed on others
   #   * `ticket`: of a pool's call, its number (`DSPex.PythonBridge.Calls.LoadCounters`)
   #   * `stream?`, `tools?`: whether the caller takes chunks, and whether it has given tools
-  #   * `watch`: the monitor of the caller, or the timer of a cast
+  #   * `watch`: the monitor of the caller, or the timer of a cast; nil for a change of the programs that is under way
+  #     and whose caller waits no longer
   #   * `deadline`: `timeout` in the bridge's time
-  #   * `at`, `since`: the port of the peer that has it, or nil, and since when
+  #   * `at`: the port of the peer that has it, or nil
   #   * `told?`: whether the caller has been sent a status or an item, which may come again
   #   * `streamed?`, `bound?`: whether the caller has been sent any other chunk, or has begun a tool that must not be
   #     called again; if so, there is no retry
@@ -29,8 +30,8 @@ defmodule DSPex.PythonBridge.Calls.Request do
   @max_ticket 9_223_372_036_854_775_807
 
   @enforce_keys [:body]
-  defstruct [:ref, :pid, :body, :change, :ticket, :watch, :deadline, :at, :since] ++
-              [timeout: :infinity, retry: :bridge, deaths: 0] ++
+  defstruct [:ref, :pid, :body, :change, :ticket, :watch, :deadline, :at] ++
+              [timeout: :infinity, retry: :bridge, deaths: 0, spared: 0] ++
               [stream?: false, tools?: false, told?: false, streamed?: false, bound?: false]
 
   @type t :: %__MODULE__{
@@ -41,13 +42,13 @@ defmodule DSPex.PythonBridge.Calls.Request do
           change: Store.change() | repair() | nil,
           retry: retry(),
           deaths: non_neg_integer(),
+          spared: non_neg_integer(),
           ticket: LoadCounters.ticket() | nil,
           stream?: boolean(),
           tools?: boolean(),
           watch: {:monitor, reference()} | {:timer, reference()} | nil,
           deadline: Deadline.t() | nil,
           at: port() | nil,
-          since: integer() | nil,
           told?: boolean(),
           streamed?: boolean(),
           bound?: boolean()

@@ -7,21 +7,25 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   # A frame in the queue has not been written, so it can be taken back (`drop/2`), and did not kill the peer
   # (`close/1`). The frame of the writer counts as written, since some of its bytes may be.
   #
-  # Keys are the order in the queue. `about` has the keys of the control frames that belong to a call, by the call's
-  # key; some of them may have been written.
+  # Keys are the order in the queue: pings come first, then what is to come before all calls, then calls and control
+  # frames by their ids. `about` has the keys of the control frames that belong to a call, by the call's id; some of
+  # them may have been written.
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
+
+  # Less than any number of definitions.
+  @ping_offset 1_000_000_000_000_000_000
 
   @enforce_keys [:port]
   defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
 
   @typep item ::
-           {:request, Deadline.t(), body :: binary()} | {:control, iodata()}
+           {:request, id :: non_neg_integer(), Deadline.t(), body :: iodata()} | {:control, iodata()}
   @opaque t :: %__MODULE__{
             port: port(),
             writer: {pid(), reference()} | nil,
-            queue: :gb_trees.tree(pos_integer(), item()),
+            queue: :gb_trees.tree(integer(), item()),
             about: %{pos_integer() => [pos_integer()]}
           }
 
@@ -32,10 +36,11 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   @doc "Takes back the requests that were not written; returns their ids."
   @spec take_back(t()) :: {[pos_integer()], t()}
   def take_back(%__MODULE__{} = send_queue) do
-    {requests, controls} =
-      Enum.split_with(:gb_trees.to_list(send_queue.queue), &match?({_key, {:request, _, _}}, &1))
+    {controls, requests} =
+      Enum.split_with(:gb_trees.to_list(send_queue.queue), &match?({_key, {:control, _}}, &1))
 
-    {Enum.map(requests, &elem(&1, 0)), %{send_queue | queue: :gb_trees.from_orddict(controls)}}
+    ids = for {_key, {:request, id, _deadline, _body}} <- requests, do: id
+    {ids, %{send_queue | queue: :gb_trees.from_orddict(controls)}}
   end
 
   @doc "Ends the writer; returns the ids of the requests that were not written."
@@ -52,7 +57,25 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`; `now` is the present time."
   @spec push_request(t(), pos_integer(), Deadline.t(), binary(), integer()) :: t()
   def push_request(%__MODULE__{} = send_queue, id, deadline, body, now \\ Deadline.now()),
-    do: push(send_queue, id, {:request, deadline, body}, now)
+    do: push(send_queue, key(id, body), {:request, id, deadline, body}, now)
+
+  # A ping must not wait for the definitions of programs.
+  defp key(id, body), do: if(Protocol.ping?(body), do: id - @ping_offset, else: id)
+
+  @doc """
+  Sends requests whose replies nobody needs, or queues them, before all calls that are sent later. Their id is 0.
+  """
+  @spec push_first(t(), [iodata()]) :: t()
+  def push_first(%__MODULE__{} = send_queue, bodies) do
+    now = Deadline.now()
+
+    {send_queue, _key} =
+      Enum.reduce(bodies, {send_queue, -length(bodies)}, fn body, {send_queue, key} ->
+        {push(send_queue, key, {:request, 0, :infinity, body}, now), key + 1}
+      end)
+
+    send_queue
+  end
 
   @doc """
   Sends a control frame, or queues it. `about`: the key of the call that it belongs to, for `drop_about/2`.
@@ -66,18 +89,21 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
       else: %{pushed | about: Map.update(pushed.about, about, [key], &[key | &1])}
   end
 
-  @doc "Whether the frame of a key still waits to be written."
+  @doc "Whether the request of an id, or the control frame of a key, still waits to be written."
   @spec member?(t(), pos_integer()) :: boolean()
-  def member?(%__MODULE__{queue: queue}, key), do: :gb_trees.is_defined(key, queue)
+  def member?(%__MODULE__{queue: queue}, id),
+    do: :gb_trees.is_defined(id, queue) or :gb_trees.is_defined(id - @ping_offset, queue)
 
   @doc "Whether no frame waits to be written, except that of the writer."
   @spec empty?(t()) :: boolean()
   def empty?(%__MODULE__{queue: queue}), do: :gb_trees.is_empty(queue)
 
-  @doc "Takes a frame back that still waits to be written."
+  @doc "Takes a request back that still waits to be written."
   @spec drop(t(), pos_integer()) :: t()
-  def drop(%__MODULE__{} = send_queue, key),
-    do: %{send_queue | queue: :gb_trees.delete_any(key, send_queue.queue)}
+  def drop(%__MODULE__{} = send_queue, id) do
+    queue = :gb_trees.delete_any(id, send_queue.queue)
+    %{send_queue | queue: :gb_trees.delete_any(id - @ping_offset, queue)}
+  end
 
   @doc "Takes back the control frames that belong to a call; returns their size."
   @spec drop_about(t(), pos_integer()) :: {non_neg_integer(), t()}
@@ -133,7 +159,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
 
   defp frame(_key, {:control, frame}, _now), do: frame
 
-  defp frame(id, {:request, deadline, body}, now),
+  defp frame(_key, {:request, id, deadline, body}, now),
     do: Protocol.request_frame(id, left(deadline, now), body)
 
   # port_command without :nosuspend, Port.command and send/2 would suspend the bridge as long as the peer does not read.

@@ -6,8 +6,7 @@ defmodule DSPex.PythonBridge.Calls.Table do
 
   alias DSPex.PythonBridge.Calls.Request
 
-  # counts: for each port with calls, the number of its calls, and of those that change the programs. It is read with
-  # each reply, also while thousands wait.
+  # counts: the number of calls of each port with any. It is read with each reply, also while thousands wait.
   # by_ref: only for callers whose time is over, so it is made when one of many calls is abandoned, and kept until all
   # are answered: without it a call, 256 at once, takes 7 % less CPU.
   defstruct by_id: %{}, by_ref: nil, counts: %{}
@@ -15,7 +14,7 @@ defmodule DSPex.PythonBridge.Calls.Table do
   @type t :: %__MODULE__{
           by_id: %{pos_integer() => Request.t()},
           by_ref: %{reference() => pos_integer()} | nil,
-          counts: %{port() => {calls :: pos_integer(), changes :: non_neg_integer()}}
+          counts: %{port() => pos_integer()}
         }
 
   @doc "An empty table."
@@ -80,11 +79,6 @@ defmodule DSPex.PythonBridge.Calls.Table do
   @spec busy?(t(), port()) :: boolean()
   def busy?(%__MODULE__{counts: counts}, port), do: is_map_key(counts, port)
 
-  @doc "Whether `port` has calls to answer that change the programs."
-  @spec changing?(t(), port()) :: boolean()
-  def changing?(%__MODULE__{counts: counts}, port),
-    do: match?(%{^port => {_calls, changes}} when changes > 0, counts)
-
   @doc """
   The calls of `port`, oldest first; with nil, those that no peer has. It reads the whole table, so it is for what
   happens once for each peer, not for each call.
@@ -95,16 +89,11 @@ defmodule DSPex.PythonBridge.Calls.Table do
 
   defp count(counts, %Request{at: nil}, _by), do: counts
 
-  defp count(counts, %Request{at: port, change: change}, by) do
+  defp count(counts, %Request{at: port}, by) do
     case counts do
-      %{^port => {1, _changes}} when by == -1 ->
-        Map.delete(counts, port)
-
-      %{^port => {calls, changes}} ->
-        %{counts | port => {calls + by, if(change, do: changes + by, else: changes)}}
-
-      _none ->
-        Map.put(counts, port, {1, if(change, do: 1, else: 0)})
+      %{^port => 1} when by == -1 -> Map.delete(counts, port)
+      %{^port => calls} -> %{counts | port => calls + by}
+      _none -> Map.put(counts, port, 1)
     end
   end
 end

@@ -5,10 +5,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # is the part in the middle; to a bridge of another node, `DSPex.PythonBridge.Client.StreamProxy` is.
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
-  alias DSPex.PythonBridge.Programs.{Change, Tools}
+  alias DSPex.PythonBridge.Programs.{Change, Store, Tools}
 
   # For each call.
   @compile {:inline, request: 3, check_tools: 4, default_timeout: 1, bridge?: 1, whereis: 1}
@@ -16,8 +16,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @default_timeout 30_000
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
-  # A bridge answers questions at once.
-  @longest_question_ms 1_000
 
   @typedoc "A call that is prepared, or under way. `server`: as the caller has given it."
   @type call :: %{
@@ -81,28 +79,26 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   @doc "Makes a reply the result of its call."
   @spec conclude(call(), Request.reply()) :: result()
-  def conclude(%{dest: dest, args: args, deadline: deadline} = call, reply) do
+  def conclude(%{dest: dest, args: args} = call, reply) do
     case read(reply) do
       {:error, %Error{type: :bridge_not_running}} ->
         {:error, Error.not_running(:bridge, call.server)}
 
       {:error, %Error{type: :program_not_found} = error} ->
-        id = Change.program_id(:execute_program, args)
-        {:error, load_failure(dest, id, Deadline.left(deadline)) || error}
+        {:error, undeclared(dest, Change.program_id(:execute_program, args)) || error}
 
       result ->
         result
     end
   end
 
-  @doc "Why a program that is missing in the peer could not be loaded, if the bridge knows of a reason."
-  @spec load_failure(dest(), String.t() | nil, timeout()) :: Error.t() | nil
-  def load_failure(_dest, nil, _left), do: nil
-
-  def load_failure(dest, id, left) do
-    GenServer.call(dest, {:load_failure, id}, min(left, @longest_question_ms))
-  catch
-    :exit, _no_answer -> nil
+  # Why the declaration of a program that is missing is none, if the bridge is on this node.
+  defp undeclared(dest, id) do
+    with %{programs: programs} <- Registry.get(:bridge, dest),
+         do: Store.undeclared(programs)[id]
+  rescue
+    # The table has ended with the bridge.
+    ArgumentError -> nil
   end
 
   @doc """
@@ -114,7 +110,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
          {:ok, dest} <- find(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
       request = %Request{body: body, change: Change.new(command, args), timeout: timeout}
-      message = NodeMessage.request(request, dest)
+      message = {:request, request}
 
       # The connection to another node may have no room, for as long as that hangs.
       with :nosuspend <- :erlang.send(dest, message, [:nosuspend]),

@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Caller do
   @moduledoc false
-  # What other nodes call here: its name and the function `find/1` stay, since they may run another version
-  # (`DSPex.PythonBridge.Calls.NodeMessage`).
+  # What other nodes call here: its name and the function `find/1` stay, since they may run another version.
 
   alias DSPex.PythonBridge.Error
 

@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # Tools end with the reply, before the caller gets it. After a reply to a pool's call with which that may try another
   # peer they go on, for the proxy of that one; or the caller closes the holder of the functions.
 
-  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
   alias DSPex.PythonBridge.{Protocol, Tools}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -129,7 +129,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   end
 
   defp send_and_loop(%__MODULE__{dest: dest} = state, request) do
-    send(dest, NodeMessage.request(request, dest))
+    send(dest, {:request, request})
     loop(state)
   end
 
@@ -140,7 +140,6 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         hand_out(keep_chunk(state, frame))
 
       {^ref, :tool_call, tool_call} ->
-        tool_call = NodeMessage.read_tool_call(tool_call)
         loop(%{state | tools: Tools.Runner.run(state.tools, tool_call)})
 
       {^ref, reply} ->

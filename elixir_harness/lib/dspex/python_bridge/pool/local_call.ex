@@ -112,7 +112,7 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
       {:error, %Error{type: :program_not_found}} when request.program != nil ->
         cond do
           index in request.repaired -> {:done, reply}
-          error = hopeless(handle, request, index) -> {:done, {:error, error}}
+          error = hopeless(handle, request) -> {:done, {:error, error}}
           true -> repair(handle, request, index, attempt, reply)
         end
 
@@ -121,14 +121,9 @@ defmodule DSPex.PythonBridge.Pool.LocalCall do
     end
   end
 
-  # A declaration that is not a definition, and a program of which the bridge's peers die: it is left out there.
-  defp hopeless(handle, request, index) do
-    bridge = Process.whereis(Handle.bridge(handle, index))
-
-    case bridge && Caller.load_failure(bridge, request.program, Request.left(request)) do
-      %Error{type: :python_process_died} = left_out -> left_out
-      _tried_again -> Programs.Store.undeclared(handle.programs)[request.program]
-    end
+  # A declaration that is not a definition.
+  defp hopeless(handle, request) do
+    Programs.Store.undeclared(handle.programs)[request.program]
   rescue
     # The table has ended with the pool.
     ArgumentError -> nil

@@ -6,6 +6,7 @@ defmodule DSPex.PythonBridge.Programs.Definition do
   alias DSPex.PythonBridge.Programs.Store
   alias DSPex.PythonBridge.Protocol.Payload
 
+  @head ~s(,"command":"create_program","args":{)
   @rewarded ["best_of_n", "refine"]
   # What a definition without a type is.
   @default_type "predict"
@@ -21,6 +22,16 @@ defmodule DSPex.PythonBridge.Programs.Definition do
   @spec program_type(Store.table(), Store.id()) :: String.t() | nil
   def program_type(table, id),
     do: with(%{program_type: type} <- Store.facts(table, id, &read/1), do: type)
+
+  @doc """
+  The same definition, which the peer loads with the first run that needs it.
+
+      iex> body = ~s(,"command":"create_program","args":{"id":"a"}})
+      iex> IO.iodata_to_binary(DSPex.PythonBridge.Programs.Definition.lazy(body))
+      ~s(,"command":"create_program","args":{"lazy":true,"id":"a"}})
+  """
+  @spec lazy(binary()) :: iodata()
+  def lazy(<<@head, args::binary>>), do: [@head, ~s("lazy":true,), args]
 
   @doc """
   Reads a definition; nil if it cannot be read.

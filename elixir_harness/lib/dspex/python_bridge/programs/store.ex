@@ -62,6 +62,13 @@ defmodule DSPex.PythonBridge.Programs.Store do
     :ok
   end
 
+  @doc "The ids of the declarations that are definitions, in their order."
+  @spec declared_ids(table()) :: [id()]
+  def declared_ids(table) do
+    ids = for {id, stamp, _body} <- rows(table, :declared), do: {stamp, id}
+    for {_stamp, id} <- Enum.sort(ids), do: id
+  end
+
   @doc "Why declarations are not definitions, by their ids, without those that were created or removed since."
   @spec undeclared(table()) :: %{id() => Error.t()}
   def undeclared(table) do

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Stub.Calls do
   # (`DSPex.PythonBridge.Stub.Run`) and a caller, and is here until exactly one of these takes it out: its answer, or the
   # end of its caller or of its caller's patience.
 
-  alias DSPex.PythonBridge.Calls.{LoadCounters, NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.{LoadCounters, Request}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.Invocation
 
@@ -140,7 +140,7 @@ defmodule DSPex.PythonBridge.Stub.Calls do
 
     case by_id do
       %{^id => %{request: %Request{tools?: true, ref: ref}}} ->
-        send(ref, NodeMessage.tool_call(invocation, ref))
+        send(ref, {ref, :tool_call, invocation})
 
       _without_tools ->
         Invocation.refuse(invocation, :not_given)

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Stub.Server do
   use GenServer
   use DSPex.PythonBridge.OTP.ServerGuard
 
-  alias DSPex.PythonBridge.Calls.{NodeMessage, Request}
+  alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.{Error, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Protocol.Payload
@@ -98,7 +98,6 @@ defmodule DSPex.PythonBridge.Stub.Server do
     {:reply, status, state}
   end
 
-  def handle_call({:load_failure, _id}, _from, state), do: {:reply, nil, state}
   def handle_call(:restart, _from, state), do: {:reply, :ok, state}
 
   ## Answers
@@ -124,9 +123,7 @@ defmodule DSPex.PythonBridge.Stub.Server do
   ## From callers
 
   @impl GenServer
-  def handle_info(message, state) when elem(message, 0) == :request do
-    request = NodeMessage.read_request(message)
-
+  def handle_info({:request, request} = message, state) do
     if Request.valid?(request),
       do: {:noreply, request_came(state, request)},
       else: drop(message, state)

@@ -1,15 +1,14 @@
 defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
   @moduledoc false
   # The process on the serving node of a call from another node that has chunks or tools, or must not be made twice. To
-  # the caller's `DSPex.PythonBridge.Client.StreamProxy` it is a bridge: it takes the messages of
-  # `DSPex.PythonBridge.Calls.NodeMessage`. The bridges here are called by `DSPex.PythonBridge.Pool.LocalCall`, which
+  # the caller's `DSPex.PythonBridge.Client.StreamProxy` it is a bridge: it takes the messages of one. The bridges here are called by `DSPex.PythonBridge.Pool.LocalCall`, which
   # counts the call and tries one after the other, as for a caller of this node.
   #
   # It ends with the call, with the proxy, or when the proxy gives up; the bridge, which monitors it as any caller, then
   # cancels the call.
 
   alias DSPex.PythonBridge.{Calls, Error, Protocol}
-  alias DSPex.PythonBridge.Calls.{LoadCounters, NodeMessage}
+  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
   alias DSPex.PythonBridge.Pool.{Attempt, LocalCall, Request}
 
@@ -49,9 +48,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
     watch = Process.monitor(caller)
 
     receive do
-      message when elem(message, 0) == :request ->
+      {:request, request} ->
         Process.demonitor(watch, [:flush])
-        request = NodeMessage.read_request(message)
         if Calls.Request.valid?(request) and request.ref != nil, do: run(request, retry, serve)
 
       {:DOWN, ^watch, :process, _caller, _reason} ->
@@ -108,7 +106,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster.Relay do
         pass_on(note_chunk(relay, frame), bridge, ref, deadline)
 
       {^ref, :tool_call, tool_call} ->
-        send(near, NodeMessage.tool_call(tool_call, near))
+        send(near, {near, :tool_call, tool_call})
         pass_on(relay, bridge, ref, deadline)
 
       {^ref, reply} ->
