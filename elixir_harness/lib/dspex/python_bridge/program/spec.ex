@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
   import DSPex.PythonBridge.Program.Refusal
 
-  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Options.Table
 
   alias DSPex.PythonBridge.Program.{
     Cast,
@@ -110,7 +110,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
     for {key, _value} <- opts,
         key not in @options,
-        do: refuse("use DSPex.PythonBridge.Program", Options.unknown(key, @options))
+        do: refuse("use DSPex.PythonBridge.Program", Table.unknown(key, @options))
   end
 
   defp id(id) when is_binary(id) and id != "", do: id
@@ -144,7 +144,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
       true ->
         for {key, _fields} <- signature,
             key not in [:inputs, :outputs],
-            do: refuse("signature", Options.unknown(key, [:inputs, :outputs]))
+            do: refuse("signature", Table.unknown(key, [:inputs, :outputs]))
 
         Keyword.validate!(signature, inputs: [], outputs: [])
     end

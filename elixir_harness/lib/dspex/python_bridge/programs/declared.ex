@@ -25,11 +25,11 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       iex> Declared.new([[id: :qa, signature: "question -> answer"]])
       {:ok, [{"qa", %{"id" => :qa, "signature" => "question -> answer"}}]}
       iex> Declared.new([%{id: "qa"}, %{id: :qa}])
-      {:error, ":programs: qa is declared twice, by entry 1 and by entry 2"}
+      {:error, "qa is declared twice, by entry 1 and by entry 2"}
   """
   @spec new(term()) :: {:ok, [t()]} | {:error, String.t()}
   def new([{key, _value} | _rest]) when is_atom(key),
-    do: {:error, ":programs: expected a list of programs, got one: put it into a list"}
+    do: {:error, "expected a list of programs, got one: put it into a list"}
 
   def new(list) when is_list(list) do
     if List.improper?(list), do: not_a_list(), else: all(list)
@@ -47,14 +47,14 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   def one(entry), do: read(entry)
 
   defp not_a_list,
-    do: {:error, ":programs: expected a list of maps, keyword lists and modules"}
+    do: {:error, "expected a list of maps, keyword lists and modules"}
 
   defp all(list) do
     entries = for {entry, n} <- Enum.with_index(list, 1), do: {place(entry, n), read(entry)}
 
     case Enum.find_value(entries, fn {place, read} -> refusal(place, read) end) || twice(entries) do
       nil -> {:ok, for({_place, {:ok, declared}} <- entries, do: declared)}
-      text -> {:error, ":programs: " <> text}
+      text -> {:error, text}
     end
   end
 

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   # (`DSPex.PythonBridge.Tools.Invocation`): part of `DSPex.PythonBridge.Client.StreamProxy`, whose process starts and ends
   # them. `DSPex.PythonBridge.Tools.FunctionHolder` holds the functions.
 
-  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.{FunctionHolder, Functions, Invocation}
 
@@ -76,7 +76,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
     case Keyword.pop(opts, :repeat, true) do
       {repeat?, []} when is_boolean(repeat?) -> {:ok, {function, repeat?}}
       {_other, []} -> {:error, "#{name}: repeat: expected true or false"}
-      {_repeat, [{key, _value} | _]} -> {:error, "#{name}: #{Options.unknown(key, [:repeat])}"}
+      {_repeat, [{key, _value} | _]} -> {:error, "#{name}: #{Table.unknown(key, [:repeat])}"}
     end
   end
 
