@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Caller, Error}
+  alias DSPex.PythonBridge.{Bridge, Error}
   alias DSPex.Test.Nodes
 
   # More than the connection to a node takes before it makes those wait who send.
@@ -20,26 +20,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     far = {:far, node}
     eventually(fn -> Bridge.get_status(far).state == :running end, 20_000)
     %{far: far, node: node}
-  end
-
-  # Its `Caller` then has no find/1 that others may call, as before there was one.
-  defp make_older(node) do
-    {_, code, file} = :code.get_object_code(Caller)
-
-    {:ok, {_, [debug_info: {:debug_info_v1, backend, data}]}} =
-      :beam_lib.chunks(code, [:debug_info])
-
-    {:ok, forms} = backend.debug_info(:erlang_v1, Caller, data, [])
-
-    older =
-      for form <- forms do
-        with {:attribute, at, :export, functions} <- form,
-             do: {:attribute, at, :export, List.delete(functions, {:find, 1})}
-      end
-
-    {:ok, Caller, older} = :compile.forms(older, [:return_errors])
-    {:module, Caller} = Nodes.on(node, :code, :load_binary, [Caller, file, older])
-    refute Nodes.on(node, :erlang, :function_exported, [Caller, :find, 1])
   end
 
   test "works as a local one, with its own errors, and leaves nothing behind", %{far: far} do
@@ -59,47 +39,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     assert Process.info(self(), :messages) == {:messages, []}
   end
 
-  # A process there that passes on to this one what it is sent.
-  defp forwarder(name, node) do
-    code = ~c"register(Name, self()), (fun F() -> receive M -> Test ! M, F() end end)()."
-    {:ok, tokens, _end} = :erl_scan.string(code)
-    {:ok, exprs} = :erl_parse.parse_exprs(tokens)
-    Node.spawn_link(node, :erl_eval, :exprs, [exprs, [Name: name, Test: self()]])
-    eventually(fn -> Nodes.on(node, Process, :whereis, [name]) end)
-    {name, node}
-  end
-
-  test "is sent, and understood in, the terms that nodes of other versions use", %{node: node} do
-    bridge = forwarder(:passes_on, node)
-    tools = %{where: fn _ -> 1 end}
-
-    stream =
-      Task.async(fn -> Enum.to_list(Bridge.stream(bridge, %{}, timeout: 5_000, tools: tools)) end)
-
-    assert_receive {:request, ref, proxy, ms, body, {:here, 0, nil}, takes}
-    assert ms in 1..5_000 and is_binary(body) and node(proxy) == node()
-    assert takes == %{stream?: true, tools?: true}
-
-    port = hd(Port.list())
-    frame = ~s({"id":1,"tool_call":{"call_id":7,"name":"where","args":{}}})
-    fields = %{port: port, id: 1, frame: frame, max_frame_bytes: 1_000}
-    send(ref, {ref, :tool_call, Map.put(fields, :__struct__, DSPex.PythonBridge.ToolCall)})
-    assert_receive {:tool_result, ^port, 1, result}
-    assert result =~ ~s("result":1)
-    send(ref, {ref, :chunk, ~s({"id":1,"stream":{"field":"n","chunk":"0"}})})
-    send(ref, {ref, {:frame, ~s({"id":1,"success":true,"result":{}})}})
-    assert [{:chunk, "n", "0"}, {:ok, %{}, _meta}] = Task.await(stream)
-
-    assert Bridge.cast(bridge, :cleanup, %{program_ids: ["one"]}) == :ok
-    assert_receive {:request, nil, nil, _ms, _body, {:here, 0, change}, takes}
-    assert change == {:cleanup, ["one"], nil}
-    assert takes == %{stream?: false, tools?: false}
-
-    assert Bridge.call(bridge, :ping, %{}, 1) == {:error, :timeout}
-    assert_receive {:request, ref, _proxy, _ms, _body, {:here, 0, nil}, _takes}
-    assert_receive {:abandon, ^ref}
-  end
-
   test "is distinguished there from a process of another kind, which is unharmed", %{node: node} do
     supervisor = Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor])
 
@@ -110,24 +49,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     end
 
     assert Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor]) == supervisor
-  end
-
-  test "whose node has an older version is asked without a check", %{far: far, node: node} do
-    make_older(node)
-    pid = Nodes.on(node, Process, :whereis, [:far])
-
-    for server <- [far, pid] do
-      assert %{state: :running, restarts: restarts} = Bridge.get_status(server)
-      assert Bridge.restart(server) == :ok
-      assert %{restarts: now} = Bridge.get_status(server)
-      assert now == restarts + 1
-    end
-
-    assert %{state: :failed} = Bridge.get_status({:nobody, node})
-    assert Bridge.restart({:nobody, node}) == {:error, :bridge_not_running}
-    assert Bridge.stop({:nobody, node}) == :ok
-    assert Bridge.stop(far) == :ok
-    refute Nodes.on(node, Process, :alive?, [pid])
   end
 
   test "whose node has stopped keeps no caller past its timeout", %{far: far, node: node} do

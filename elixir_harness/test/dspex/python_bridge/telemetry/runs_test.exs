@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Error, Telemetry}
   alias DSPex.Test.Telemetry, as: Host
 
   @compile {:no_warn_undefined, :telemetry}
@@ -16,7 +16,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
   @start [:bridge, :call, :start]
   @stop [:bridge, :call, :stop]
   @exception [:bridge, :call, :exception]
-  @pool_stop [:pool, :call, :stop]
   @lm [:lm, :stop]
   @ask %{program_id: "qa", inputs: %{question: "the contents"}}
 
@@ -82,21 +81,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
                of(@stop)
 
       refute inspect(metadata) =~ "the contents"
-    end
-
-    test "in a pool is the same" do
-      Host.attach([@pool_stop])
-      opts = real_opts(pool_size: 1) |> Keyword.put(:name, :observed_pool)
-      start_supervised!({Pool, opts})
-      {:ok, _} = Pool.call(:observed_pool, :create_program, create("qa"), 30_000)
-      events()
-
-      for pool <- [:observed_pool, Process.whereis(:observed_pool)] do
-        assert {:ok, %{"answer" => _}} = Pool.call(pool, :execute_program, @ask, 30_000)
-        assert [{%{lm_calls: 1, input_tokens: tokens}, metadata}] = of(@pool_stop)
-        assert tokens > 0
-        assert %{pool: :observed_pool, program_type: "predict", models: [_]} = metadata
-      end
     end
 
     test "sums over the models, also of an error; without a reply nothing is known" do
@@ -224,20 +208,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
       assert of(@lm) == []
     end
 
-    test "comes from a pool, too, with its name" do
-      Host.attach([@lm])
-      opts = real_opts(pool_size: 1) |> Keyword.put(:name, :observed_pool)
-      start_supervised!({Pool, opts})
-      {:ok, _} = Pool.call(:observed_pool, :create_program, create("qa"), 30_000)
-      assert {:ok, _, meta} = Pool.request(:observed_pool, :execute_program, @ask)
-      refute Map.has_key?(meta, "lm_events")
-      assert [{%{input_tokens: _}, %{pool: :observed_pool, bridge: nil}}] = of(@lm)
-      stream = Pool.stream(:observed_pool, @ask, telemetry_metadata: %{tenant: "acme"})
-      assert {:ok, _, meta} = Enum.at(stream, -1)
-      refute Map.has_key?(meta, "lm_events")
-      assert [{_, %{pool: :observed_pool, telemetry_metadata: %{tenant: "acme"}}}] = of(@lm)
-    end
-
     test "shows the calls of a run that failed, by the class of their error" do
       Host.attach([@lm])
       bridge = start_fake()
@@ -334,22 +304,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
       assert {:ok, _} = Bridge.call(bridge, :heard)
       assert [{_, _, %{telemetry_metadata: none}}, {_, _, %{telemetry_metadata: none}}] = events()
       assert none == %{}
-    end
-
-    test "that is not a map is refused by name, before the call begins" do
-      Host.attach([@start])
-
-      for value <- [nil, [tenant: 1], "acme", ~D[2026-01-01]] do
-        opts = [telemetry_metadata: value]
-        text = ":telemetry_metadata: expected a map"
-
-        assert {:error, %Error{type: :invalid_request, message: ^text}} =
-                 Bridge.request(:nobody, :ping, %{}, opts)
-
-        assert [error: %Error{message: ^text}] = Enum.to_list(Bridge.stream(:nobody, @ask, opts))
-      end
-
-      assert events() == []
     end
   end
 end
