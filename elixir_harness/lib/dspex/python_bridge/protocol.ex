@@ -75,7 +75,7 @@ defmodule DSPex.PythonBridge.Protocol do
       ~s(,"command":"ping","args":{"n":1}})
       iex> {:error, error} = DSPex.PythonBridge.Protocol.encode_body(:ping, %{f: {1, 2}})
       iex> error.message
-      "args: no JSON form for {1, 2}"
+      "args.f: a tuple has no JSON form; a keyword list has to be written as a map"
   """
   @spec encode_body(command(), map(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
   def encode_body(command, args, opts \\ []) do

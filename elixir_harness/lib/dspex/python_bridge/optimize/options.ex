@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   alias DSPex.PythonBridge.Optimize.Definition
   alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Program
-  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
+  alias DSPex.PythonBridge.Protocol.Payload
 
   @passed [:tools, :retry, :traceparent, :telemetry_metadata]
   # Keys of the wire's `optimize`.
@@ -116,10 +116,6 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   @spec encode(t(), String.t(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
   def encode(%__MODULE__{args: args}, program, opts) do
     args = Map.put(args, :program_id, program)
-
-    # The LMs may have keys, so the value is not shown.
-    with {:error, _with_the_value} <-
-           Protocol.encode_body(:execute_program, args, [stream: true] ++ opts),
-         do: {:error, Error.new(:invalid_args, Misfit.text(args))}
+    Protocol.encode_body(:execute_program, args, [stream: true] ++ opts)
   end
 end

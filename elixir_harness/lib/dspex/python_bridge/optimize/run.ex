@@ -42,7 +42,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   end
 
   defp find_bridge(server) do
-    case DSPex.PythonBridge.Caller.find_anywhere(server) do
+    case DSPex.PythonBridge.Client.Caller.find_anywhere(server) do
       {:ok, dest} ->
         {:ok, {:bridge, dest}}
 

@@ -100,25 +100,4 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   defp expected(%{inputs: inputs}), do: Enum.map_join(inputs, ", ", & &1.name)
 
   defp refused(text), do: {:error, Error.new(:invalid_args, text)}
-
-  @doc "The error of inputs without a JSON form, with the name of the field."
-  @spec named_error(map() | [map()], Error.t()) :: Error.t()
-  def named_error(inputs, error) when is_map(inputs), do: culprit(inputs, "inputs.") || error
-
-  def named_error(inputs, error) do
-    inputs
-    |> Enum.with_index()
-    |> Enum.find_value(error, fn {item, index} ->
-      if is_map(item), do: culprit(item, "inputs[#{index}].")
-    end)
-  end
-
-  defp culprit(inputs, where) do
-    Enum.find_value(inputs, fn {name, value} ->
-      case Payload.encode(value, where <> shown(name)) do
-        {:ok, _json} -> nil
-        {:error, error} -> error
-      end
-    end)
-  end
 end

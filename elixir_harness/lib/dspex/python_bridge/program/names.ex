@@ -25,22 +25,17 @@ defmodule DSPex.PythonBridge.Program.Names do
     "best_of_n" => [],
     "refine" => [:hint_],
     "multi_chain_comparison" => [:rationale],
-    "program_of_thought" =>
-      ~w(generated_code previous_code error final_generated_code code_output reasoning interpreter)a,
-    "code_act" => ~w(trajectory generated_code finished max_iters reasoning interpreter)a,
     "rlm" =>
       ~w(trajectory final_reasoning variables_info repl_history iteration interpreter_factory)a
   }
-  @own_inputs %{"react" => [:module], "code_act" => [:module]}
-  @own_outputs %{"react" => [:self], "code_act" => [:self], "rlm" => [:self]}
+  @own_inputs %{"react" => [:module]}
+  @own_outputs %{"react" => [:self], "rlm" => [:self]}
 
   # Results in addition to the outputs.
   @results %{
     "chain_of_thought" => [:reasoning],
     "react" => [:reasoning, :trajectory],
     "multi_chain_comparison" => [:rationale],
-    "program_of_thought" => [:reasoning],
-    "code_act" => [:reasoning, :trajectory],
     "rlm" => [:trajectory, :final_reasoning]
   }
   @several ["best_of_n", "refine"]

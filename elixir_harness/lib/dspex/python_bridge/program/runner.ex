@@ -141,17 +141,5 @@ defmodule DSPex.PythonBridge.Program.Runner do
     %{error | message: text}
   end
 
-  # It may have been meant as the name of either.
-  defp explained(%Error{type: :bridge_not_running} = error, _spec, %{server: server})
-       when is_atom(server) do
-    if Process.whereis(server) == nil,
-      do: %{error | message: "no pool or bridge #{inspect(server)} is running"},
-      else: error
-  end
-
-  # The arguments had no JSON form.
-  defp explained(%Error{type: :invalid_args, message: "args: " <> _} = error, _spec, call),
-    do: Inputs.named_error(call.args.inputs, error)
-
   defp explained(error, _spec, _call), do: error
 end

@@ -11,23 +11,15 @@ defmodule DSPex.PythonBridge.Program.Types do
   @times [:date, :time, :datetime, :naive_datetime]
   @known @plain ++ @media ++ @times
   @constructors [:list, :map, :optional, :enum]
-  # What the types are called elsewhere.
+  # What the types are called elsewhere, where the names are not alike.
   @meant %{
-    str: ":string",
     text: ":string",
-    binary: ":string",
     atom: "{:enum, [:a, :b]}",
     enum: "{:enum, [\"a\", \"b\"]}",
-    int: ":integer",
     number: ":float",
-    decimal: ":float",
-    bool: ":boolean",
     object: ":map",
-    dict: ":map",
     list: "{:list, type}",
-    array: "{:list, type}",
-    optional: "{:optional, type}",
-    utc_datetime: ":datetime"
+    optional: "{:optional, type}"
   }
 
   @doc "Reads the fields of one side of a signature, a keyword list. Refuses what is wrong, by name."

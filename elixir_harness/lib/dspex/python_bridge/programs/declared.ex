@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Programs.Declared do
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Programs.Store
-  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
+  alias DSPex.PythonBridge.Protocol.Payload
 
   # What a bridge puts before a body, at most.
   @head_bytes 64
@@ -182,11 +182,8 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       iex> alias DSPex.PythonBridge.Programs.Declared
       iex> {:error, error} = Declared.encode(%{"id" => "qa", "lm" => %{api_key: {:system, "sk-…"}}})
       iex> error.message
-      "lm.api_key: a tuple has no JSON form; a keyword list has to be written as a map"
+      "args.lm.api_key: a tuple has no JSON form; a keyword list has to be written as a map"
   """
   @spec encode(%{String.t() => term()}) :: {:ok, binary()} | {:error, Error.t()}
-  def encode(args) do
-    with {:error, _with_the_value} <- Protocol.encode_body(:create_program, args),
-         do: {:error, Error.new(:invalid_args, Misfit.text(args))}
-  end
+  def encode(args), do: Protocol.encode_body(:create_program, args)
 end
