@@ -288,17 +288,9 @@ defmodule DSPex.PythonBridge.Protocol do
       {:ok, 12, %{"field" => "answer", "chunk" => "Par"}}
   """
   @spec decode_chunk(binary()) :: {:ok, id(), map()} | {:error, reason()}
-  def decode_chunk(<<"{\"id\":", rest::binary>> = payload) do
-    # As for a reply: the head is not decoded.
-    with {id, <<",\"stream\":", rest::binary>>} <- take_id(rest, 0, 0),
-         {:ok, %{} = chunk, "}"} <- Payload.decode_first(rest, byte_size(payload)) do
-      {:ok, id, chunk}
-    else
-      _another_form -> decode_any_chunk(payload)
-    end
+  def decode_chunk(payload) when is_binary(payload) do
+    with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
   end
-
-  def decode_chunk(payload) when is_binary(payload), do: decode_any_chunk(payload)
 
   @doc """
   Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From its first
@@ -321,10 +313,6 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec restarted_chunk() :: binary()
   def restarted_chunk, do: ~s({"id":0,"stream":{"status":"restarted"}})
-
-  defp decode_any_chunk(payload) do
-    with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
-  end
 
   defp to_chunk(%{"id" => id, "stream" => %{} = chunk}) when is_integer(id) or is_binary(id),
     do: {:ok, id, chunk}

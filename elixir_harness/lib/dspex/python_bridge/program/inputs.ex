@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   alias DSPex.PythonBridge.Program.{Dump, Spec}
   alias DSPex.PythonBridge.Protocol.Payload
 
-  # Unknown names in one error; the rest are counted.
+  # Unknown names in one error.
   @named 20
 
   @doc """
@@ -50,8 +50,7 @@ defmodule DSPex.PythonBridge.Program.Inputs do
       for %{required?: true, name: name} <- spec.inputs, not is_map_key(inputs, name), do: name
 
     case texts(twice, "there twice") ++
-           texts(Enum.take(unknown, @named), "unknown field") ++
-           more(unknown) ++ texts(missing, "missing") do
+           texts(Enum.take(unknown, @named), "unknown field") ++ texts(missing, "missing") do
       [] -> {:ok, inputs}
       texts -> refused(Enum.join(texts, "; ") <> "; expected " <> expected(spec))
     end
@@ -90,11 +89,6 @@ defmodule DSPex.PythonBridge.Program.Inputs do
       do: name,
       else: inspect(name, printable_limit: 60)
   end
-
-  defp more(unknown) when length(unknown) > @named,
-    do: ["inputs: #{length(unknown) - @named} more unknown fields"]
-
-  defp more(_unknown), do: []
 
   defp expected(%{inputs: []}), do: "no inputs"
   defp expected(%{inputs: inputs}), do: Enum.map_join(inputs, ", ", & &1.name)

@@ -144,7 +144,7 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
       assert {:error, %Error{type: :invalid_request, message: message}} =
                Bridge.request(:nowhere, :ping, %{}, traceparent: value)
 
-      assert message ==
+      assert message =~
                ":traceparent: expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, " <>
                  "no id of zeros alone, or nil"
 

@@ -4,10 +4,9 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
+  alias DSPex.PythonBridge.Protocol.{Payload}
 
   doctest Protocol
-  doctest Misfit
   doctest Payload
 
   describe "encode_request/3" do
@@ -48,14 +47,11 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
   describe "encode_body/3" do
     test "names the argument that has no JSON form, and never raises" do
       for {args, text} <- [
-            {%{a: self()}, "no JSON form for #PID"},
-            {%{a: {1, 2}}, "no JSON form for {1, 2}"},
-            {%{a: %{b: [fn -> 1 end]}}, "no JSON form for #Function"},
-            {%{a: <<255>>}, "not valid UTF-8"},
-            {%{a: "cut " <> <<0xC5>>}, "not valid UTF-8"},
-            {%{<<255>> => 1}, "not valid UTF-8"},
-            {%{a: [1 | 2]}, "cannot be written"},
-            {%{{1, 2} => 1}, "no JSON form"},
+            {%{a: self()}, "args.a: it has no JSON form"},
+            {%{a: %{b: [fn -> 1 end]}}, "args.a.b[0]: a function has no JSON form"},
+            {%{a: "cut " <> <<0xC5>>}, "args.a: a string that is not valid UTF-8"},
+            {%{a: [1 | 2]}, "args.a: it has no JSON form"},
+            {%{{1, 2} => 1}, "args: expected a map whose keys are strings"},
             {%{a: %URI{}}, "no JSON form"},
             {[a: 1], "expected a map"},
             {nil, "expected a map"},
@@ -64,7 +60,7 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
         assert {:error, %Error{type: :invalid_args, message: message}} =
                  Protocol.encode_body(:ping, args)
 
-        assert message =~ "args: "
+        assert message =~ "args"
         assert message =~ text
       end
     end
@@ -383,9 +379,9 @@ defmodule DSPex.PythonBridge.Protocol.ProtocolTest do
   describe "encode_tool_result/2" do
     test "names what has no JSON form, in results and in error messages" do
       for {result, text} <- [
-            {{:ok, self()}, "result: no JSON form"},
-            {{:ok, <<255>>}, "result: a string in it is not valid UTF-8"},
-            {{:error, <<255>>}, "error: a string in it is not valid UTF-8"}
+            {{:ok, self()}, "result: it has no JSON form"},
+            {{:ok, <<255>>}, "result: a string that is not valid UTF-8"},
+            {{:error, <<255>>}, "error: a string that is not valid UTF-8"}
           ] do
         assert {:error, %Error{message: message}} = Protocol.encode_tool_result(7, result)
         assert message =~ text

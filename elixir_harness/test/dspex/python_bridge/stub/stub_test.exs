@@ -311,9 +311,10 @@ defmodule DSPex.PythonBridge.StubTest do
             {:ok, "expected {:ok, outputs}, {:ok, outputs, meta} or {:error, error}"},
             {{:error, :bridge_not_running}, "expected {:ok, outputs}"},
             {{:ok, "text"}, "outputs: expected a map"},
-            {{:ok, %{"answer" => {1, 2}}}, "outputs: no JSON form for {1, 2}"},
-            {{:ok, %{}, %{a: self()}}, "meta: no JSON form for #PID"},
-            {{:error, %{Error.new(:timeout) | meta: %{a: self()}}}, "error.meta: no JSON form"},
+            {{:ok, %{"answer" => {1, 2}}}, "outputs.answer: a tuple has no JSON form"},
+            {{:ok, %{}, %{a: self()}}, "meta.a: it has no JSON form"},
+            {{:error, %{Error.new(:timeout) | meta: %{a: self()}}},
+             "error.meta.a: it has no JSON form"},
             {{:ok, %{"anser" => "x", "why" => ""}},
              "anser: unknown field; answer: missing; expected answer, why"}
           ] do
@@ -738,7 +739,7 @@ defmodule DSPex.PythonBridge.StubTest do
             {[name: X, programs: [%{id: "a"}]],
              "python stub: :programs: a: signature: missing; expected text"},
             {[name: X, programs: [%{id: "a", signature: "a -> b", tools: {1}}]],
-             "python stub: :programs: a: tools: a tuple has no JSON form"},
+             "python stub: :programs: a: args.tools: a tuple has no JSON form"},
             {[
                name: X,
                programs: [%{id: "a", signature: "a -> b"}, %{id: "a", signature: "a -> b"}]

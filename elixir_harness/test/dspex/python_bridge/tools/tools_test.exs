@@ -149,7 +149,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         "ArgumentError: argument error",
         "throw: {:thrown, 1}",
         "exit: :normal",
-        "exit: {:shutdown, :mine}",
+        "exit: :shutdown",
         "ArgumentError: boom",
         "exit: :timeout",
         "exit: :badarg",
@@ -158,12 +158,12 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         "error: a reason that cannot be shown",
         "exit: :inspect",
         "throw: a reason that cannot be shown",
-        "tool tool18: result: no JSON form for #PID",
-        "tool tool19: result: no JSON form for {:a, 1}",
-        "tool tool20: result: cannot be written as JSON",
-        "tool tool21: result: a string in it is not valid UTF-8",
-        "tool tool22: error: a string in it is not valid UTF-8",
-        "tool tool23: result: cannot be written as JSON"
+        "tool tool18: result: it has no JSON form",
+        "tool tool19: result: a tuple has no JSON form",
+        "tool tool20: result: it has no JSON form",
+        "tool tool21: result: a string that is not valid UTF-8",
+        "tool tool22: error: a string that is not valid UTF-8",
+        "tool tool23: result: a struct DSPex.Test.Exits.OnEncode has no JSON form"
       ]
 
       for {text, expected} <- Enum.zip(errors, expected) do
@@ -261,8 +261,9 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
             {%{"search" => "search"}, ":tools: search: expected a function of one argument, or"},
             {%{search: {"search", []}},
              ":tools: search: expected a function of one argument, or"},
-            {%{search: {& &1, %{}}}, ":tools: search: expected options"},
-            {%{search: {& &1, repeat: nil}}, ":tools: search: repeat: expected true or false"},
+            {%{search: {& &1, %{}}}, ":tools: search: options: expected"},
+            {%{search: {& &1, repeat: nil}},
+             ":tools: search: :repeat: expected true or false, got nil"},
             {%{search: {& &1, retry: false}}, ":tools: search: unknown option :retry"},
             {%{search: {& &1, repeat: true, repaet: false}},
              ":tools: search: unknown option :repaet, did you mean :repeat?"},
