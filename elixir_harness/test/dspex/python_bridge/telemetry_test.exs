@@ -17,7 +17,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   @exception [:bridge, :call, :exception]
   @pool_start [:pool, :call, :start]
   @pool_stop [:pool, :call, :stop]
-  @pool_exception [:pool, :call, :exception]
   @up [:bridge, :peer, :up]
   @down [:bridge, :peer, :down]
   @resend [:bridge, :resend]
@@ -175,27 +174,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     assert [_, {@pool_stop, %{pool: :no_pool, result: :bridge_not_running}}] = of_pool_calls()
     # The monitors' pings are calls to bridges.
     refute_received {@start, _, %{command: "create_program"}}
-  end
-
-  test "[:pool, :call] is one span around each enumeration of a stream, and ends by the consumer's exception" do
-    pool = start_pool(fake_opts("plays", pool_size: 2))
-    events()
-    play = %{play: [["count", 3], ["reply"]], program_id: "p"}
-    stream = Pool.stream(pool, play)
-    assert of_pool_calls() == []
-    assert [_, _, _, {:ok, _, _}] = Enum.to_list(stream)
-    assert [{@pool_start, _}, {@pool_stop, stop}] = of_pool_calls()
-    assert %{pool: ^pool, bridge: nil, result: :ok, program_id: "p"} = stop
-    assert [_] = Enum.take(stream, 1)
-    assert [{@pool_start, _}, {@pool_stop, %{result: :cancelled}}] = of_pool_calls()
-    assert catch_throw(Enum.each(stream, fn element -> throw({:seen, element}) end))
-    assert [{@pool_start, _}, {@pool_exception, %{kind: :throw, reason: :seen}}] = of_pool_calls()
-
-    assert_raise ArgumentError, fn ->
-      Pool.request(pool, :execute_program, play, on_chunk: fn _ -> raise ArgumentError end)
-    end
-
-    assert [{@pool_start, _}, {@pool_exception, %{reason: ArgumentError}}] = of_pool_calls()
   end
 
   describe "[:bridge, :peer]" do

@@ -68,28 +68,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert_receive {:lm_closed, ^lm}, 10_000
     end
 
-    test "of chain of thought has both fields under their names, in the LM's order" do
-      bridge = start([Map.put(@qa, :program_type, "chain_of_thought")])
-      elements = bridge |> Bridge.stream(@ask) |> Enum.to_list()
-      {:ok, %{"reasoning" => reasoning, "answer" => answer}, _meta} = List.last(elements)
-      assert for({:chunk, "reasoning", text} <- elements, into: "", do: text) == reasoning
-      assert for({:chunk, "answer", text} <- elements, into: "", do: text) == answer
-      fields = for({:chunk, field, _} <- elements, do: field) |> Enum.dedup()
-      assert fields == ["reasoning", "answer"]
-    end
-
-    test "comes on the hundredth call as on the first" do
-      bridge = start([@qa])
-
-      counts =
-        for _ <- 1..100 do
-          bridge |> Bridge.stream(@ask) |> Enum.count(&match?({:chunk, "answer", _}, &1))
-        end
-
-      assert hd(counts) > 1
-      assert Enum.uniq(counts) == [hd(counts)]
-    end
-
     test "of a list of inputs has, at the deadline, the results that are there" do
       bridge = start([@agent])
       inputs = for question <- ["quick", "slow", "quick"], do: %{question: question}

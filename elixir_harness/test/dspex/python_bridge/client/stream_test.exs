@@ -138,31 +138,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       end
     end
 
-    test "with a chunk after the reply: it comes too late", %{bridge: bridge} do
-      assert {:ok, %{}, _} = request(bridge, [["reply", %{}], ["count", 1]], to(self()))
-      eventually(fn -> status(bridge, :late_replies) == 1 end)
-      assert messages() == []
-    end
-
-    test "with a function that runs when the time is over: chunks that came in time are delivered",
-         %{bridge: bridge} do
-      test = self()
-      started = System.monotonic_time(:millisecond)
-
-      on_chunk = fn chunk ->
-        # All of it waits in the mailbox by then.
-        eventually(fn -> status(bridge, :pending) == 0 end)
-        eventually(fn -> System.monotonic_time(:millisecond) > started + 300 end)
-        send(test, {:chunk, self(), chunk})
-      end
-
-      play = [["count", 3], ["reply", %{}]]
-      assert {:ok, %{}, _} = request(bridge, play, timeout: 300, on_chunk: on_chunk)
-      assert received() == @count
-      assert length(messages()) == 3
-      assert cancelled(bridge) == []
-    end
-
     test "with a frame that is not a chunk: it is counted, and the rest goes on", %{
       bridge: bridge
     } do
@@ -192,44 +167,11 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     end
 
     @tag :tmp_dir
-    test "with a peer that dies after a chunk: it is not sent again", %{tmp_dir: dir} do
-      bridge = start_again(in_dir(dir))
-      play = [["first", [["count", 1], ["go", "die"], ["die"]], [["reply", %{}]]]]
-      opts = [on_chunk: fn _chunk -> go(bridge, "die") end]
-      assert {:error, %Error{type: :python_process_died}} = request(bridge, play, opts)
-    end
-
-    @tag :tmp_dir
     test "with a peer that dies before a chunk: it is sent again", %{tmp_dir: dir} do
       bridge = start_again(in_dir(dir))
       play = [["first", [["die"]], [["count", 3], ["reply", %{"again" => true}]]]]
       assert {:ok, %{"again" => true}, _} = request(bridge, play, to(self()))
       assert received() == @count
-    end
-
-    test "is served while stop/1 waits for it", %{bridge: bridge} do
-      test = self()
-
-      on_chunk = fn
-        %{"chunk" => "0"} ->
-          spawn(fn -> send(test, {:stopped, Bridge.stop(bridge)}) end)
-          eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
-          send(test, :stopping)
-
-        chunk ->
-          send(test, {:chunk, self(), chunk})
-      end
-
-      # The tool is what the peer waits for: nothing else gets to it any more.
-      wait = fn _args ->
-        eventually(fn -> :stopping in elem(Process.info(test, :messages), 1) end)
-      end
-
-      play = [["count", 1], ["tool", 1, "wait", %{}], ["result", 1], ["count", 3], ["reply", %{}]]
-      opts = [on_chunk: on_chunk, tools: %{wait: wait}]
-      assert {:ok, %{}, _} = request(bridge, play, opts)
-      assert received() == Enum.drop(@count, 1)
-      assert_receive {:stopped, :ok}, 5_000
     end
   end
 

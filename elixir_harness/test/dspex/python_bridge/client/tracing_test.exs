@@ -127,16 +127,6 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
     assert {:ok, %{"answer" => "Paris"}, _meta} = Task.await(chunks, 30_000)
   end
 
-  test "a call that is sent again after the peer's death carries it again" do
-    bridge = start(start_lm())
-    call = ask(bridge, "one", traceparent: @first, timeout: 60_000)
-    assert_receive {:asked, _lm, "one", [@first]}, 30_000
-    kill(Bridge.get_status(bridge).os_pid)
-    assert_receive {:asked, lm, "one", [@first]}, 30_000
-    send(lm, :answer)
-    assert {:ok, %{"answer" => "Paris"}, _meta} = Task.await(call, 30_000)
-  end
-
   test "an invalid one is refused before anything is sent, by request and stream" do
     for %{"valid" => false, "value" => value} <- vectors("traceparents.json"),
         value <- [value, <<255>>, :"00-a", ~c"00"] do

@@ -249,7 +249,7 @@ defmodule DSPex.ProgramRunTest do
     end
 
     many = Map.new(1..30, &{"f#{&1}", 1})
-    assert {:error, %Error{message: message}} = Triage.run(many, server: NoSuchBridge)
+    assert {:error, %Error{type: :invalid_args}} = Triage.run(many, server: NoSuchBridge)
   end
 
   test "a wrong option is named" do

@@ -744,7 +744,7 @@ defmodule DSPex.PythonBridge.StubTest do
                name: X,
                programs: [%{id: "a", signature: "a -> b"}, %{id: "a", signature: "a -> b"}]
              ], ":programs: a is declared twice"},
-            {[name: X, default_timeout: 0], ":default_timeout: expected a positive number"}
+            {[name: X, default_timeout: 0], ":default_timeout: expected 1 to"}
           ] do
         assert {:error, %ArgumentError{message: text}} = Stub.start_link(opts)
         assert text =~ expected

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Telemetry}
   alias DSPex.Test.Telemetry, as: Host
 
   @compile {:no_warn_undefined, :telemetry}
@@ -206,64 +206,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
       assert [_] = of(@lm)
       assert {:ok, _, _} = Bridge.request(:observed, :ping)
       assert of(@lm) == []
-    end
-
-    test "shows the calls of a run that failed, by the class of their error" do
-      Host.attach([@lm])
-      bridge = start_fake()
-
-      calls = [
-        %{
-          "model" => "m",
-          "started_ms" => 1,
-          "wait_ms" => 4.5,
-          "duration_ms" => 2.5,
-          "first_chunk_ms" => 1.5,
-          "cached_tokens" => 0,
-          "reasoning_tokens" => 3,
-          "cost_usd" => 0.25,
-          "error_type" => "LMTimeoutError"
-        },
-        %{"model" => "m", "cached" => true, "finish_reason" => "stop", "error_type" => nil}
-      ]
-
-      meta = %{"lm_calls" => 2, "lm_usage" => %{}, "cache_hits" => 0, "duration_ms" => 10}
-      fails = play([["fail", "lm_error", Map.put(meta, "lm_events", calls)]])
-
-      assert {:error, %Error{type: :lm_error, meta: ^meta}} =
-               Bridge.request(bridge, :execute_program, fails)
-
-      assert [{failed, failure}, {cached, hit}] = of(@lm)
-      assert %{result: :error, error_type: "LMTimeoutError", cached: false} = failure
-      assert System.convert_time_unit(failed.duration, :native, :microsecond) == 2_500
-      known = %{wait_ms: 4.5, first_chunk_ms: 1.5, cached_tokens: 0, reasoning_tokens: 3}
-      assert Map.merge(failed, Map.put(known, :cost_usd, 0.25)) == failed
-
-      # What is not known is no measurement. It ended 8 ms after its run began, of which that took 10.
-      assert cached |> Map.keys() |> Enum.sort() ==
-               [:duration, :input_tokens, :monotonic_time, :output_tokens, :wait_ms]
-
-      assert System.convert_time_unit(
-               cached.monotonic_time - failed.monotonic_time,
-               :native,
-               :microsecond
-             ) ==
-               -8_000
-
-      assert %{result: :ok, cached: true, finish_reason: "stop"} = hit
-      assert %{duration: 0, input_tokens: 0, output_tokens: 0} = cached
-
-      # A peer of another version may send anything.
-      for odd <- [7, [1, "x", %{}], [%{"model" => 5, "duration_ms" => "x", "started_ms" => nil}]] do
-        meta = Map.put(meta, "lm_events", odd)
-
-        assert {:ok, _, got} =
-                 Bridge.request(bridge, :execute_program, play([["reply", 1, meta]]))
-
-        refute Map.has_key?(got, "lm_events")
-      end
-
-      assert [_, _] = of(@lm)
     end
   end
 

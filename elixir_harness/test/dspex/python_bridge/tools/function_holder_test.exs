@@ -181,11 +181,6 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       })
     end
 
-    defp bind(%{port: port}, answer) do
-      assert_receive {:bind, ^port, 1, ref}, 5_000
-      send(ref, {ref, answer})
-    end
-
     test "begins once the bridge does not send the run again; then nor does a pool" do
       holder = refund(self())
       one = peer(holder)
@@ -203,50 +198,9 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       for pid <- [tool, holder], do: assert_down(pid)
       refute_received {:request, _request}
     end
-
-    test "ends the run if the bridge ends after it has begun" do
-      test = self()
-      holder = refund(test)
-      bridge = spawn(fn -> forward(test) end)
-      proxy = start(bridge, holder, retry: :bridge)
-      assert_receive {:request, %Request{ref: ref}}
-      one = %{ref: ref, port: hd(Port.list())}
-      call(one, 1, "refund")
-      bind(one, :ok)
-      assert_receive {:running, tool, %{}}, 5_000
-      Process.exit(bridge, :kill)
-      assert StreamProxy.next(proxy, :infinity) == {:over, {:error, :tool_begun}}
-      for pid <- [tool, holder], do: assert_down(pid)
-    end
-
-    defp forward(test) do
-      receive do: (message -> send(test, message))
-      forward(test)
-    end
   end
 
   describe "answers" do
-    # The binary of a result is not on the heap of the holder.
-    defp held(holder) do
-      {:binary, binaries} = Process.info(holder, :binary)
-      binaries |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1)) |> Enum.sum()
-    end
-
-    test "are kept as the frame that was sent, as long as the run may be sent again" do
-      big = String.duplicate("x", 8_000)
-      holder = open(%{"big" => fn _ -> String.duplicate("x", 8_000) end})
-      one = peer(holder)
-      assert call_result(one, 1, "big") == big
-      assert held(holder) in 8_000..9_999
-      ref = one.ref
-      send(ref, {ref, :chunk, ~s({"id":1,"stream":{"field":"answer","chunk":"Par"}})})
-      assert {:chunk, _frame} = StreamProxy.next(one.proxy, :infinity)
-      holds_nothing = fn -> :erlang.garbage_collect(holder) && held(holder) < 1_000 end
-      eventually(holds_nothing)
-      assert call_result(one, 2, "big") == big
-      eventually(holds_nothing)
-      FunctionHolder.close(holder)
-    end
   end
 
   describe "a large function" do

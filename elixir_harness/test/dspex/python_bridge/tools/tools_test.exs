@@ -10,7 +10,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   import ExUnit.CaptureLog
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Tools}
-  alias DSPex.PythonBridge.Tools.Invocation
   alias DSPex.Test.Exits
 
   doctest Tools.Runner
@@ -227,12 +226,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     defp frame(result),
       do: ~s({"tool_result":{"call_id":1,"success":true,"result":#{JSON.encode!(result)}}})
 
-    test "may be as large as a frame, and delays nobody" do
-      bridge = start()
-      big = String.duplicate("x", 5_000_000)
-      assert [%{"result" => ^big}] = results(bridge, [fn _ -> big end])
-    end
-
     test "runs in its own process, which knows the caller" do
       test = self()
 
@@ -355,29 +348,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       send(two, :go)
       send(one, :go)
       assert {:ok, %{"1" => %{"result" => 1}, "2" => %{"result" => 2}}, _} = Task.await(task)
-    end
-  end
-
-  describe "one answer" do
-    test "is sent for a tool call, whatever ends its process afterwards" do
-      port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
-      running = %{self() => %Invocation{port: port, id: 1, frame: "", max_frame_bytes: 1}}
-
-      tools = %Tools.Runner{
-        holder: nil,
-        bridge: self(),
-        callers: [],
-        port: port,
-        running: running
-      }
-
-      answer = {:tool_result, port, 1, "a frame"}
-      tools = Tools.Runner.answered(tools, self(), answer)
-      assert_received ^answer
-      assert Tools.Runner.ended(tools, self(), :killed) == tools
-      # Of the peer before.
-      assert Tools.Runner.answered(tools, self(), answer) == tools
-      refute_received ^answer
     end
   end
 
@@ -540,23 +510,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       # Whoever makes the call again calls the tool again.
       refute error.retryable
       refute_received {:refund, _pid, _key}
-    end
-
-    test "ends the run with its peer, while it runs and after it", context do
-      %{bridge: bridge, tools: tools, play: play} = context
-
-      for answered? <- [false, true] do
-        restarts = status(bridge, :restarts)
-        task = async(bridge, play, tools: tools)
-        assert_receive {:refund, pid, _key}, 5_000
-        monitor = Process.monitor(pid)
-        if answered?, do: send(pid, :finish) && tool_frames(bridge, 1)
-        kill(status(bridge, :os_pid))
-        assert_not_again(task, "was lost before it had replied")
-        assert_receive {:DOWN, ^monitor, :process, _, _}, 5_000
-        eventually(fn -> status(bridge, :state) == :running end)
-        assert status(bridge, :restarts) == restarts + 1
-      end
     end
 
     test "ends the run with its peer, if that is replaced and does not finish in time" do
