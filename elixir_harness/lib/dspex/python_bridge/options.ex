@@ -44,9 +44,9 @@ defmodule DSPex.PythonBridge.Options do
   # declared programs are in it.
   @internal [:slot, :store]
 
-  defstruct [:name, :python_executable, :script_path, :env, :default_timeout, :max_retries] ++
-              [:max_pending, :start_timeout, :programs, :slot, :store] ++
-              [max_frame_bytes: 64 * 1024 * 1024, drain_ms: 5_000]
+  defstruct [:name, :python_executable, :script_path, :env, :programs, :slot, :store] ++
+              [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
+              [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000]
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
@@ -166,12 +166,11 @@ defmodule DSPex.PythonBridge.Options do
       lm_options: &lm_options/1,
       adapter: {:test, &(is_atom(&1) or text?(&1)), "a string"},
       env: &env/1,
-      # The peer has its own default.
       max_frame_bytes: 1..@max_frame_bytes,
-      default_timeout: {:timeout, 30_000},
-      max_retries: {:count, 3},
-      max_pending: {:positive, 100_000},
-      start_timeout: {:ms, 30_000},
+      default_timeout: :timeout,
+      max_retries: :count,
+      max_pending: :positive,
+      start_timeout: :ms,
       programs: {&Programs.Declared.new/1, []},
       slot: :any,
       store: :any
