@@ -30,7 +30,6 @@ defmodule Sim.Checks do
   def all do
     for node <- Net.nodes(), do: World.give(Node.coordinator(node), :sim_report)
 
-    if System.get_env("SIM_DEBUG"), do: debug()
 
     Enum.concat([
       tables(),
@@ -42,12 +41,6 @@ defmodule Sim.Checks do
       for({number, node} <- Load.open(), do: "call #{number} of #{node} was lost"),
       for({node, type} <- World.fact(:failed_calls, []), do: "a call of #{node} failed: #{type}")
     ])
-  end
-
-  defp debug do
-    for node <- Net.nodes(), pid <- World.on(node), {:current_stacktrace, stack} = Process.info(pid, :current_stacktrace),
-        not Enum.any?(stack, &(elem(&1, 0) in [Sim.Node, Sim.Peer])), do: IO.inspect({node, pid, Process.info(pid, :messages), Enum.map(stack, &{elem(&1, 0), elem(&1, 1), elem(&1,3)[:line]})}, limit: 1000, width: 180)
-    IO.inspect(World.now())
   end
 
   defp tables do

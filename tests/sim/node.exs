@@ -115,7 +115,11 @@ defmodule Sim.Node do
 
   @doc "The definitions in a node's table, by id, with their stamps."
   def programs(node), do: for({id, stamp, body} <- module("Programs.Store").definitions(handle(node).programs), into: %{}, do: {id, {stamp, body}})
-  def stamps(node), do: module("Programs.Store").stamps(handle(node).programs)
+  def stamps(node) do
+    for {id, stamp, _body} <- module("Programs.Store").definitions(handle(node).programs),
+        into: %{},
+        do: {id, stamp}
+  end
 
   @doc "A call by a process of the node, as `Pool.request/4` makes it; `done` gets its result, in the scheduler's tables."
   def call(node, command, args, timeout, done) do

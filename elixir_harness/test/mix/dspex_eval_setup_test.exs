@@ -98,7 +98,7 @@ defmodule Mix.Tasks.Dspex.EvalSetupTest do
             {file(dir, dataset: "%{a: 1}"), ":dataset[0]: #{examples}"},
             {file(dir, dataset: "[%{question: 1}, 5]"), ":dataset[1]: #{examples}"},
             {file(dir, dataset: "[%{question: {1}}]"),
-             ":dataset[0]: inputs: no JSON form for {1}"},
+             ":dataset[0]: inputs.question: a tuple has no JSON form"},
             {file(dir, dataset: ~s|File.stream!("none.csv")|),
              ":dataset: it cannot be read: ** (File.Error)"},
             {file(dir, dataset: "[%{} \| 5]"), ":dataset: it cannot be read: "},

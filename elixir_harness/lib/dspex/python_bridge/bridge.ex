@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
   alias DSPex.PythonBridge.{Client, Error, Options, Protocol}
   alias DSPex.PythonBridge.Bridge.Server
-  alias DSPex.PythonBridge.Client.{Caller, EventStream, Misplaced, StreamReducer}
+  alias DSPex.PythonBridge.Client.{Caller, EventStream, StreamReducer}
   alias DSPex.PythonBridge.Telemetry.CallSpan
 
   # The time that a bridge may take to end, after its calls are finished.
@@ -121,7 +121,7 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec stop(server()) :: :ok
   def stop(server \\ __MODULE__) do
-    with {:ok, bridge} <- DSPex.PythonBridge.Caller.find_anywhere(server),
+    with {:ok, bridge} <- Caller.find_anywhere(server),
          do: GenServer.stop(bridge)
 
     :ok
@@ -167,7 +167,7 @@ defmodule DSPex.PythonBridge.Bridge do
     do: call(server, command, %{}, :default)
 
   def call(command, args) when is_map(args), do: call(__MODULE__, command, args, :default)
-  def call(one, other), do: {:error, Misplaced.error(:call, [one, other]).message}
+  def call(_one, _other), do: {:error, Client.Options.misplaced(:call).message}
 
   @doc "`call(command, args, timeout)` or `call(server, command, args)`: as `call/4`."
   @spec call(command() | server(), map() | command(), timeout() | :default | map()) ::
@@ -177,7 +177,7 @@ defmodule DSPex.PythonBridge.Bridge do
   def call(command, args, timeout) when is_map(args),
     do: call(__MODULE__, command, args, timeout)
 
-  def call(one, other, third), do: {:error, Misplaced.error(:call, [one, other, third]).message}
+  def call(_one, _other, _third), do: {:error, Client.Options.misplaced(:call).message}
 
   @doc """
   Sends a command to the peer and waits for its reply, at most `timeout` ms (or `:infinity`; `:default` is the
@@ -213,7 +213,7 @@ defmodule DSPex.PythonBridge.Bridge do
     do: request(server, command, %{}, [])
 
   def request(command, args) when is_map(args), do: request(__MODULE__, command, args, [])
-  def request(one, other), do: {:error, Misplaced.error(:request, [one, other])}
+  def request(_one, _other), do: {:error, Client.Options.misplaced(:request)}
 
   @doc "`request(command, args, opts)` or `request(server, command, args)`: as `request/4`."
   @spec request(command() | server(), map() | command(), keyword() | map()) ::
@@ -223,7 +223,7 @@ defmodule DSPex.PythonBridge.Bridge do
   def request(command, args, opts) when is_map(args),
     do: request(__MODULE__, command, args, opts)
 
-  def request(one, other, third), do: {:error, Misplaced.error(:request, [one, other, third])}
+  def request(_one, _other, _third), do: {:error, Client.Options.misplaced(:request)}
 
   @doc """
   As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
@@ -305,7 +305,7 @@ defmodule DSPex.PythonBridge.Bridge do
   @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(stream_element())
   def stream(server, args) when is_map(args), do: stream(server, args, [])
   def stream(args, opts) when is_map(args), do: stream(__MODULE__, args, opts)
-  def stream(one, other), do: [error: Misplaced.error(:stream, [one, other])]
+  def stream(_one, _other), do: [error: Client.Options.misplaced(:stream)]
 
   @doc """
   Streams an `execute_program` call, as a lazy enumerable of:
@@ -362,7 +362,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
   # `otherwise`: of a pool's name, or of what is not running.
   defp ask(server, question, otherwise, timeout \\ @question_ms) do
-    with {:ok, bridge} <- DSPex.PythonBridge.Caller.find_anywhere(server),
+    with {:ok, bridge} <- Caller.find_anywhere(server),
          answer when answer != {:error, :unknown_call} <-
            GenServer.call(bridge, question, timeout) do
       answer

@@ -45,15 +45,8 @@ defmodule DSPex.PythonBridge.Monitor do
 
   alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
   alias DSPex.PythonBridge.Bridge.{Health, Server}
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.OTP.ServerGuard
-
-  @defaults %{
-    name: __MODULE__,
-    bridge: Bridge,
-    interval: 30_000,
-    timeout: 5_000,
-    max_failures: 3
-  }
 
   # check: the monitor of the regular check that runs, since `started`; waiting: callers who forced it; next: those who
   # asked meanwhile, and get a check of their own. timer: of the next check. doubt: the timer of the next ping in doubt;
@@ -135,24 +128,20 @@ defmodule DSPex.PythonBridge.Monitor do
   """
   @spec options(keyword()) :: {:ok, map()} | {:error, Exception.t()}
   def options(opts \\ []) do
-    with {:ok, opts} <-
-           Options.merge(opts, :python_bridge_monitor, "python bridge monitor", &refusal/1),
-         do: {:ok, Map.merge(@defaults, Map.new(opts))}
+    table = [
+      name: {{:test, &Options.name?/1, "an atom, {:global, _} or {:via, …}"}, __MODULE__},
+      bridge: {{:test, &server?/1, "the name or the pid of a bridge"}, Bridge},
+      interval: {:ms, 30_000},
+      timeout: {:ms, 5_000},
+      max_failures: {:positive, 3}
+    ]
+
+    with {:ok, opts} <- Table.check(opts, table, "python bridge monitor", :python_bridge_monitor),
+         do: {:ok, Map.new(opts)}
   end
 
-  defp refusal({:name, name}) when is_atom(name) or is_tuple(name), do: nil
-  defp refusal({:bridge, bridge}) when is_atom(bridge) and bridge != nil, do: nil
-  defp refusal({:bridge, bridge}) when is_pid(bridge) or is_tuple(bridge), do: nil
-  defp refusal({:max_failures, n}) when is_integer(n) and n > 0, do: nil
-  defp refusal({key, ms}) when key in [:interval, :timeout] and ms in 1..4_294_967_295, do: nil
-
-  defp refusal({key, value}) when key in [:interval, :timeout],
-    do: "#{inspect(key)}: expected a positive number of milliseconds, got #{inspect(value)}"
-
-  defp refusal({key, value}) when is_map_key(@defaults, key),
-    do: "#{inspect(key)}: #{inspect(value)} is not accepted"
-
-  defp refusal({key, _value}), do: Options.unknown(key, Map.keys(@defaults))
+  defp server?(bridge),
+    do: bridge != nil and (is_atom(bridge) or is_pid(bridge) or is_tuple(bridge))
 
   ## The process
 

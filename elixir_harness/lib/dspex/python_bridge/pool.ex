@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Pool do
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Client.{EventStream, Misplaced, StreamReducer}
+  alias DSPex.PythonBridge.Client.{EventStream, StreamReducer}
   alias DSPex.PythonBridge.OTP.Parallel
   alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle}
   alias DSPex.PythonBridge.Telemetry.CallSpan
@@ -86,7 +86,7 @@ defmodule DSPex.PythonBridge.Pool do
     do: call(pool, command, %{}, :default)
 
   def call(command, args) when is_map(args), do: call(__MODULE__, command, args, :default)
-  def call(one, other), do: {:error, Misplaced.error(:call, [one, other]).message}
+  def call(_one, _other), do: {:error, Client.Options.misplaced(:call).message}
 
   @doc "`call(command, args, timeout)` or `call(pool, command, args)`: as `call/4`."
   @spec call(Bridge.command() | pool(), map() | Bridge.command(), timeout() | :default | map()) ::
@@ -96,7 +96,7 @@ defmodule DSPex.PythonBridge.Pool do
   def call(command, args, timeout) when is_map(args),
     do: call(__MODULE__, command, args, timeout)
 
-  def call(one, other, third), do: {:error, Misplaced.error(:call, [one, other, third]).message}
+  def call(_one, _other, _third), do: {:error, Client.Options.misplaced(:call).message}
 
   @doc """
   Sends a command to a peer of the pool and waits for the reply, at most `timeout` ms. Arguments and results are
@@ -143,7 +143,7 @@ defmodule DSPex.PythonBridge.Pool do
     do: request(pool, command, %{}, [])
 
   def request(command, args) when is_map(args), do: request(__MODULE__, command, args, [])
-  def request(one, other), do: {:error, Misplaced.error(:request, [one, other])}
+  def request(_one, _other), do: {:error, Client.Options.misplaced(:request)}
 
   @doc "`request(command, args, opts)` or `request(pool, command, args)`: as `request/4`."
   @spec request(Bridge.command() | pool(), map() | Bridge.command(), keyword() | map()) ::
@@ -153,7 +153,7 @@ defmodule DSPex.PythonBridge.Pool do
   def request(command, args, opts) when is_map(args),
     do: request(__MODULE__, command, args, opts)
 
-  def request(one, other, third), do: {:error, Misplaced.error(:request, [one, other, third])}
+  def request(_one, _other, _third), do: {:error, Client.Options.misplaced(:request)}
 
   @doc """
   As `call/4`, with the options, results and errors of `DSPex.PythonBridge.Bridge.request/4`: `{:ok, result, meta}` or
@@ -205,7 +205,7 @@ defmodule DSPex.PythonBridge.Pool do
           Enumerable.t(Bridge.stream_element())
   def stream(pool, args) when is_map(args), do: stream(pool, args, [])
   def stream(args, opts) when is_map(args), do: stream(__MODULE__, args, opts)
-  def stream(one, other), do: [error: Misplaced.error(:stream, [one, other])]
+  def stream(_one, _other), do: [error: Client.Options.misplaced(:stream)]
 
   @doc """
   Streams an `execute_program` call, with the elements and options of `DSPex.PythonBridge.Bridge.stream/3`.

@@ -75,7 +75,7 @@ defmodule DSPex.PythonBridge.Protocol do
       ~s(,"command":"ping","args":{"n":1}})
       iex> {:error, error} = DSPex.PythonBridge.Protocol.encode_body(:ping, %{f: {1, 2}})
       iex> error.message
-      "args: no JSON form for {1, 2}"
+      "args.f: a tuple has no JSON form; a keyword list has to be written as a map"
   """
   @spec encode_body(command(), map(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
   def encode_body(command, args, opts \\ []) do
@@ -293,17 +293,9 @@ defmodule DSPex.PythonBridge.Protocol do
       {:ok, 12, %{"field" => "answer", "chunk" => "Par"}}
   """
   @spec decode_chunk(binary()) :: {:ok, id(), map()} | {:error, reason()}
-  def decode_chunk(<<"{\"id\":", rest::binary>> = payload) do
-    # As for a reply: the head is not decoded.
-    with {id, <<",\"stream\":", rest::binary>>} <- take_id(rest, 0, 0),
-         {:ok, %{} = chunk, "}"} <- Payload.decode_first(rest, byte_size(payload)) do
-      {:ok, id, chunk}
-    else
-      _another_form -> decode_any_chunk(payload)
-    end
+  def decode_chunk(payload) when is_binary(payload) do
+    with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
   end
-
-  def decode_chunk(payload) when is_binary(payload), do: decode_any_chunk(payload)
 
   @doc """
   Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From its first
@@ -326,10 +318,6 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec restarted_chunk() :: binary()
   def restarted_chunk, do: ~s({"id":0,"stream":{"status":"restarted"}})
-
-  defp decode_any_chunk(payload) do
-    with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
-  end
 
   defp to_chunk(%{"id" => id, "stream" => %{} = chunk}) when is_integer(id) or is_binary(id),
     do: {:ok, id, chunk}

@@ -61,7 +61,8 @@ defmodule DSPex.PythonBridge.Stub do
   do to a pool.
   """
 
-  alias DSPex.PythonBridge.{Error, Options, Pool}
+  alias DSPex.PythonBridge.{Error, Pool}
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Programs.Change
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Stub.{Expectations, Peer, Run}
@@ -70,7 +71,6 @@ defmodule DSPex.PythonBridge.Stub do
   @compile {:no_warn_undefined, ExUnit.Callbacks}
 
   @no_drain %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
-  @options [:name, :answers, :programs, :default_timeout]
 
   @typedoc "The name of a stub, or its pid."
   @type stub :: atom() | pid()
@@ -95,7 +95,7 @@ defmodule DSPex.PythonBridge.Stub do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts) do
-    with :ok <- Options.check(opts, "python stub", &refusal/1),
+    with {:ok, _checked} <- Table.check(opts, table(), "python stub"),
          :ok <- named(opts),
          {name, own} = {opts[:name], Keyword.take(opts, [:name, :programs, :default_timeout])},
          # A call that a test has left under way does not delay the end of the stub.
@@ -111,16 +111,13 @@ defmodule DSPex.PythonBridge.Stub do
     %{id: id, start: {__MODULE__, :start_link, [opts]}, type: :supervisor}
   end
 
-  defp refusal({:name, name}) when is_atom(name) and name != nil, do: nil
-  defp refusal({:name, other}), do: Options.expected(:name, "an atom", other)
-  defp refusal({:answers, fun}) when is_function(fun, 2) or fun == nil, do: nil
+  # Programs and timeout are checked with those of a pool.
+  defp table do
+    answers =
+      {:test, &(&1 == nil or is_function(&1, 2)), "a function of a program's id and its inputs"}
 
-  defp refusal({:answers, other}),
-    do: Options.expected(:answers, "a function of a program's id and its inputs", other)
-
-  # Checked with those of a pool.
-  defp refusal({key, _value}) when key in [:programs, :default_timeout], do: nil
-  defp refusal({key, _value}), do: Options.unknown(key, @options)
+    [name: :atom, answers: answers, programs: :any, default_timeout: :any]
+  end
 
   defp named(opts) do
     if opts[:name], do: :ok, else: wrong(":name: expected that of your Bridge or Pool")

@@ -21,6 +21,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   @whose "python bridge supervisor"
 
   alias DSPex.PythonBridge.{Bridge, Monitor, Options, Programs}
+  alias DSPex.PythonBridge.Options.Table
 
   @doc """
   Starts both. A wrong option gives an error that names it: `{:error, %ArgumentError{}}` for an option of the
@@ -28,7 +29,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with :ok <- Options.check(opts, @whose, &refusal/1), :ok <- once(opts) do
+    with {:ok, _checked} <- Table.check(opts, table(), @whose), :ok <- once(opts) do
       # The supervisor keeps them in its state.
       {name, opts} = opts |> seal() |> Keyword.pop(:name, name(opts))
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
@@ -105,22 +106,18 @@ defmodule DSPex.PythonBridge.Supervisor do
       else: :ok
   end
 
-  defp refusal({:name, _name}), do: nil
+  defp table,
+    do: [name: :any, bridge: &bridge/1, monitor: :keyword, programs: &programs/1]
 
-  defp refusal({key, value}) when key in [:bridge, :monitor] do
+  defp bridge(bridge) do
     cond do
-      not Keyword.keyword?(value) -> "#{inspect(key)}: expected a keyword list"
-      key == :bridge and Keyword.get(value, :name, :default) == nil -> ":bridge: needs a :name"
-      true -> nil
+      not Keyword.keyword?(bridge) -> {:error, "expected a keyword list"}
+      Keyword.get(bridge, :name, Bridge) == nil -> {:error, "needs a :name"}
+      true -> :ok
     end
   end
 
   # In a child specification they are sealed.
-  defp refusal({:programs, sealed}) when is_function(sealed, 0),
-    do: refusal({:programs, sealed.()})
-
-  defp refusal({:programs, programs}),
-    do: with({:error, text} <- Programs.Declared.new(programs), do: text, else: (_ok -> nil))
-
-  defp refusal({key, _value}), do: Options.unknown(key, [:name, :bridge, :monitor, :programs])
+  defp programs(sealed) when is_function(sealed, 0), do: programs(sealed.())
+  defp programs(programs), do: with({:ok, _declared} <- Programs.Declared.new(programs), do: :ok)
 end

@@ -3,7 +3,8 @@ defmodule Mix.DSPex.EvaluationFile do
   # The file of `mix dspex.eval` and `mix dspex.optimize`: Elixir code, whose last value says what is measured on what. User
   # code from here on: whatever it does becomes a text that names the file.
 
-  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Options, Pool}
+  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Pool}
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Programs.Declared
 
@@ -89,7 +90,7 @@ defmodule Mix.DSPex.EvaluationFile do
     if Keyword.keyword?(pairs) do
       case Enum.find(Keyword.keys(pairs), &(&1 not in @keys)) do
         nil -> {:ok, Map.new(pairs)}
-        key -> {:error, Options.unknown(key, @keys)}
+        key -> {:error, Table.unknown(key, @keys)}
       end
     else
       {:error,

@@ -21,13 +21,6 @@ defmodule DSPex.PythonBridge.ErrorTest do
     assert Error.to_call_reason(Error.from_peer("lm_error", "no", false)) == "no"
   end
 
-  test "what the peer says about a retry goes before the type's usual" do
-    assert Error.from_peer("overloaded", "full", nil).retryable
-    refute Error.from_peer("overloaded", "full", false).retryable
-    assert Error.from_peer("lm_error", "busy", true).retryable
-    refute Error.from_peer("lm_error", "busy", nil).retryable
-  end
-
   test "inspection shows how many entries the history has, and nothing of them" do
     meta = %{"lm_calls" => 2, "history" => [%{"outputs" => ["top secret"]}, %{"omitted" => 1}]}
     error = Error.from_peer("output_invalid", "no answer", nil, meta)
@@ -42,10 +35,5 @@ defmodule DSPex.PythonBridge.ErrorTest do
     for history <- ["top secret", %{"outputs" => ["top secret"]}, nil, 1] do
       refute inspect(%{error | meta: %{"history" => history}}) =~ "secret"
     end
-  end
-
-  test "meta that is not a map is not there" do
-    for meta <- [nil, [], "m", 1],
-        do: assert(Error.from_peer("timeout", "t", nil, meta).meta == nil)
   end
 end

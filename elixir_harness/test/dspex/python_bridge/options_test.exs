@@ -10,21 +10,6 @@ defmodule DSPex.PythonBridge.OptionsTest do
 
   doctest PeerEnv
 
-  test "an option that is not given has its default" do
-    assert {:ok, options} = Options.new([], Bridge)
-    assert options.name == Bridge
-    assert options.default_timeout == 30_000
-    assert options.max_retries == 3
-    assert options.max_frame_bytes == 64 * 1024 * 1024
-    assert options.script_path == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-
-    assert Enum.sort(Map.keys(options.env.())) == [
-             "DSPY_BRIDGE_LOG_FRAMES",
-             "MALLOC_MMAP_THRESHOLD_",
-             "MALLOC_TRIM_THRESHOLD_"
-           ]
-  end
-
   test "defaults come from the application's configuration, options go before it" do
     put_config(:python_bridge, max_retries: 7, default_timeout: 1_000)
     assert {:ok, %Options{max_retries: 7, default_timeout: 5}} = Options.new(default_timeout: 5)
@@ -201,13 +186,6 @@ defmodule DSPex.PythonBridge.OptionsTest do
                  {~c"MALLOC_TRIM_THRESHOLD_", ~c"8388608"}
                ]
              ]
-    end
-
-    test "leaves standard error alone and puts no setting into the arguments" do
-      {:ok, options} = Options.new(lm: "x", lm_options: %{api_key: "sk"}, env: %{"A" => "b"})
-      port_options = Peer.port_options(options)
-      refute :stderr_to_stdout in port_options
-      assert port_options[:args] == ["-u", options.script_path]
     end
 
     test "expands a relative script" do

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Monitor, Pool, Telemetry}
-  alias DSPex.PythonBridge.Telemetry.{CallSpan, Emitter}
+  alias DSPex.PythonBridge.Telemetry.CallSpan
   alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
@@ -18,7 +18,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   @exception [:bridge, :call, :exception]
   @pool_start [:pool, :call, :start]
   @pool_stop [:pool, :call, :stop]
-  @pool_exception [:pool, :call, :exception]
   @up [:bridge, :peer, :up]
   @down [:bridge, :peer, :down]
   @resend [:bridge, :resend]
@@ -107,20 +106,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert [_, {@stop, %{bridge: :observed, result: :unknown_command}}] = of_calls()
     end
 
-    test "is also sent for calls that were not made" do
-      assert Bridge.call(:nobody, :ping) == {:error, :bridge_not_running}
-      assert [{@start, _}, {@stop, stop}] = of_calls()
-      assert %{bridge: :nobody, command: "ping", result: :bridge_not_running} = stop
-      bridge = fake_bridge(:silent)
-      events()
-      assert Bridge.call(bridge, :ping, %{}, 10) == {:error, :timeout}
-      assert [_, {@stop, %{result: :timeout}}] = of_calls()
-      assert {:error, _} = Bridge.call(bridge, {1}, %{}, 10)
-      assert [_, {@stop, %{result: :invalid_request, command: nil}}] = of_calls()
-      assert {:error, _} = Bridge.call(bridge, :execute_program, 5, 10)
-      assert [_, {@stop, %{result: :invalid_args, program_id: nil}}] = of_calls()
-    end
-
     test "ends with :exception when what is called with a chunk raises; its contents are not reported" do
       bridge = fake_bridge(:plays)
       events()
@@ -192,27 +177,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     refute_received {@start, _, %{command: "create_program"}}
   end
 
-  test "[:pool, :call] is one span around each enumeration of a stream, and ends by the consumer's exception" do
-    pool = start_pool(FakePeer.opts(:plays, pool_size: 2))
-    events()
-    play = %{play: [["count", 3], ["reply"]], program_id: "p"}
-    stream = Pool.stream(pool, play)
-    assert of_pool_calls() == []
-    assert [_, _, _, {:ok, _, _}] = Enum.to_list(stream)
-    assert [{@pool_start, _}, {@pool_stop, stop}] = of_pool_calls()
-    assert %{pool: ^pool, bridge: nil, result: :ok, program_id: "p"} = stop
-    assert [_] = Enum.take(stream, 1)
-    assert [{@pool_start, _}, {@pool_stop, %{result: :cancelled}}] = of_pool_calls()
-    assert catch_throw(Enum.each(stream, fn element -> throw({:seen, element}) end))
-    assert [{@pool_start, _}, {@pool_exception, %{kind: :throw, reason: :seen}}] = of_pool_calls()
-
-    assert_raise ArgumentError, fn ->
-      Pool.request(pool, :execute_program, play, on_chunk: fn _ -> raise ArgumentError end)
-    end
-
-    assert [{@pool_start, _}, {@pool_exception, %{reason: ArgumentError}}] = of_pool_calls()
-  end
-
   describe "[:bridge, :peer]" do
     test "reports when a peer is up, and why it is down" do
       bridge = "echo" |> fake_opts() |> Keyword.delete(:name) |> start()
@@ -236,26 +200,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert Bridge.stop(bridge) == :ok
       assert_received {@down, _, %{reason: :stopped, os_pid: ^third, was_up: true}}
       refute_received {@down, _, _}
-    end
-
-    test "reports those that never were up" do
-      opts = "dies_at_start" |> fake_opts(max_retries: 0) |> Keyword.put(:name, :observed)
-      start_supervised!({Bridge, opts})
-      assert_receive {@down, _, %{reason: :died, was_up: false, os_pid: os_pid} = down}, 5_000
-      assert is_integer(os_pid) and down.detail == "exit status 3"
-      stop_supervised!(:observed)
-      events()
-
-      start_supervised!({Bridge, Keyword.put(opts, :python_executable, "/no/such")})
-      assert_receive {@down, %{uptime: 0}, %{reason: :not_started, os_pid: nil} = down}, 5_000
-      assert down.detail =~ "/no/such"
-      stop_supervised!(:observed)
-      events()
-
-      opts = FakePeer.opts(:silent, answers: 0, start_timeout: 300)
-      start_supervised!({Bridge, Keyword.put(opts, :name, :observed)})
-      assert_receive {@down, _, %{reason: :start_timeout, was_up: false}}, 5_000
-      refute_received {@up, _, _}
     end
   end
 
@@ -388,24 +332,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
       assert Telemetry.execute([:bridge, :resend], %{}, %{}) == :ok
       assert CallSpan.begin(:bridge, :a, :ping, %{}, meta: true) == {nil, [meta: true]}
       work()
-    end
-
-    test "also one that had it when this started" do
-      Host.install()
-      Host.take_away()
-      on_exit(&Host.remove/0)
-      assert Telemetry.look_once()
-      work()
-    end
-
-    test "is not asked again by each bridge, but by the application when it starts" do
-      Host.install()
-      on_exit(&Host.remove/0)
-      :persistent_term.put(Emitter, false)
-      refute Telemetry.look_once()
-      :persistent_term.erase(Emitter)
-      assert Telemetry.look_once()
-      assert :telemetry in Application.spec(:dspex, :optional_applications)
     end
   end
 end

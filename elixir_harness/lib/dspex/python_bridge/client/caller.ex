@@ -14,6 +14,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @compile {:inline, request: 3, check_tools: 4, default_timeout: 1, bridge?: 1, whereis: 1}
 
   @default_timeout 30_000
+  @another_node_ms 5_000
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
 
@@ -232,6 +233,26 @@ defmodule DSPex.PythonBridge.Client.Caller do
       dest != nil and Registry.get(:pool, dest) != nil -> {:error, a_pool(server)}
       true -> {:error, Error.not_running(:bridge, server)}
     end
+  end
+
+  @doc """
+  As `find/1`, and for a process of another node that node is asked, within 5 s: one of another kind may end by a message
+  that it does not know, or never answer.
+  """
+  @spec find_anywhere(term()) :: {:ok, dest()} | {:error, Error.t()}
+  def find_anywhere(server) do
+    case find(server) do
+      {:ok, {name, node}} ->
+        :erpc.call(node, __MODULE__, :find, [name], @another_node_ms)
+
+      {:ok, pid} when node(pid) != node() ->
+        :erpc.call(node(pid), __MODULE__, :find, [pid], @another_node_ms)
+
+      here_or_not ->
+        here_or_not
+    end
+  catch
+    :error, {:erpc, _unreachable} -> {:error, Error.not_running(:bridge, server)}
   end
 
   # Only its own node can tell for a process of another node.

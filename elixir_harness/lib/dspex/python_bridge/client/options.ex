@@ -3,14 +3,13 @@ defmodule DSPex.PythonBridge.Client.Options do
   # The options of one call: those of `DSPex.PythonBridge.Bridge.request/4`, of which `DSPex.PythonBridge.Bridge.stream/3`
   # takes all but `:on_chunk`. Some of them are arguments of `execute_program` for the peer.
 
-  alias DSPex.PythonBridge.{Error, Options, Tools}
+  alias DSPex.PythonBridge.{Error, Tools}
+  alias DSPex.PythonBridge.Options.Table
 
-  # The longest timeout of `receive`.
-  @max_timeout 4_294_967_295
-  @max_attempts 10
   # They are arguments of execute_program on the wire.
   @arguments [:attempts, :max_concurrency, :item_timeout_ms]
   @always [meta: true]
+  @traceparent "a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone, or nil"
 
   @enforce_keys [:timeout, :on_chunk, :arguments, :opts]
   defstruct [:timeout, :on_chunk, :arguments, :opts]
@@ -31,15 +30,6 @@ defmodule DSPex.PythonBridge.Client.Options do
   def of_stream,
     do: [:timeout, :retry, :tools, :history, :traceparent, :telemetry_metadata | @arguments]
 
-  @doc "The timeout of a whole evaluation or optimization, by default `:infinity`; or the text that refuses it."
-  @spec whole_timeout(keyword()) :: {:ok, timeout()} | {:error, String.t()}
-  def whole_timeout(opts) do
-    case Keyword.get(opts, :timeout, :infinity) do
-      timeout when timeout == :infinity or timeout in 1..@max_timeout -> {:ok, timeout}
-      _other -> {:error, ":timeout: expected 1 to #{@max_timeout} ms or :infinity"}
-    end
-  end
-
   @doc """
   Checks options; only the `allowed` ones are accepted. The error names the wrong one. The timeout is checked when
   the call is made.
@@ -49,19 +39,34 @@ defmodule DSPex.PythonBridge.Client.Options do
   def new([timeout: timeout], _allowed), do: {:ok, plain(timeout)}
 
   def new(opts, allowed) do
-    with true <- Keyword.keyword?(opts),
-         # If an option is given twice the first counts, as for Keyword.
-         {:ok, opts} <- check(Enum.uniq_by(opts, &elem(&1, 0)), allowed) do
-      {timeout, opts} = Keyword.pop(opts, :timeout, :default)
-      {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
-      {arguments, opts} = Keyword.split(opts, @arguments)
-      absent = [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
-      opts = @always ++ Keyword.reject(opts, &(&1 in absent))
-      {:ok, %{plain(timeout) | on_chunk: on_chunk, arguments: arguments, opts: opts}}
-    else
-      false -> {:error, Error.new(:invalid_request, "options: expected a keyword list")}
-      {:error, text} -> {:error, Error.new(:invalid_request, text)}
+    case Table.check(opts, Keyword.take(table(), allowed)) do
+      {:ok, opts} ->
+        {timeout, opts} = Keyword.pop(opts, :timeout, :default)
+        {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
+        {arguments, opts} = Keyword.split(opts, @arguments)
+        absent = [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
+        opts = @always ++ Keyword.reject(opts, &(&1 in absent))
+        {:ok, %{plain(timeout) | on_chunk: on_chunk, arguments: arguments, opts: opts}}
+
+      {:error, text} ->
+        {:error, Error.new(:invalid_request, text)}
     end
+  end
+
+  defp table do
+    [
+      # Checked when the call is made.
+      timeout: :any,
+      retry: :boolean,
+      on_chunk: {:test, &is_function(&1, 1), "a function of one argument"},
+      history: :boolean,
+      telemetry_metadata: :map,
+      attempts: 1..10,
+      max_concurrency: :positive,
+      item_timeout_ms: :ms,
+      tools: &Tools.Runner.functions/1,
+      traceparent: {:test, &(&1 == nil or traceparent?(&1)), @traceparent}
+    ]
   end
 
   defp plain(timeout),
@@ -91,53 +96,19 @@ defmodule DSPex.PythonBridge.Client.Options do
   def arguments(%__MODULE__{arguments: [{key, _value} | _]}, _command, _args),
     do: refused(key, "only execute_program takes it")
 
+  @doc "The error of arguments that `call/2`, `request/3` and so on cannot place. Their contents may be secret."
+  @spec misplaced(:call | :request | :stream) :: Error.t()
+  def misplaced(function) do
+    all = [
+      call: "server, command, args, timeout",
+      request: "server, command, args, opts",
+      stream: "server, args, opts"
+    ]
+
+    Error.new(:invalid_request, "expected #{function}(#{all[function]}), where args is a map")
+  end
+
   defp refused(key, text), do: {:error, Error.new(:invalid_request, "#{inspect(key)}: #{text}")}
-
-  defp check([], _allowed), do: {:ok, []}
-
-  defp check([{key, value} | opts], allowed) do
-    with true <- key in allowed,
-         {:ok, value} <- checked(key, value),
-         {:ok, opts} <- check(opts, allowed) do
-      {:ok, [{key, value} | opts]}
-    else
-      false -> {:error, Options.unknown(key, allowed)}
-      {:error, text} -> {:error, text}
-    end
-  end
-
-  defp checked(:timeout, timeout), do: {:ok, timeout}
-  defp checked(:retry, retry) when is_boolean(retry), do: {:ok, retry}
-  defp checked(:retry, _other), do: {:error, ":retry: expected true or false"}
-  defp checked(:on_chunk, fun) when is_function(fun, 1), do: {:ok, fun}
-  defp checked(:on_chunk, _other), do: {:error, ":on_chunk: expected a function of one argument"}
-
-  defp checked(:history, history) when is_boolean(history), do: {:ok, history}
-  defp checked(:history, _other), do: {:error, ":history: expected true or false"}
-  defp checked(:telemetry_metadata, map) when is_map(map) and not is_struct(map), do: {:ok, map}
-  defp checked(:telemetry_metadata, _other), do: {:error, ":telemetry_metadata: expected a map"}
-  defp checked(:attempts, n) when n in 1..@max_attempts, do: {:ok, n}
-  defp checked(:attempts, _other), do: {:error, ":attempts: expected 1 to #{@max_attempts}"}
-  defp checked(:max_concurrency, n) when is_integer(n) and n > 0, do: {:ok, n}
-  defp checked(:max_concurrency, _other), do: {:error, ":max_concurrency: expected 1 or more"}
-  defp checked(:item_timeout_ms, ms) when ms in 1..@max_timeout, do: {:ok, ms}
-
-  defp checked(:item_timeout_ms, _other),
-    do: {:error, ":item_timeout_ms: expected 1 to #{@max_timeout} ms"}
-
-  defp checked(:tools, tools) do
-    with {:error, text} <- Tools.Runner.functions(tools), do: {:error, ":tools: #{text}"}
-  end
-
-  defp checked(:traceparent, nil), do: {:ok, nil}
-
-  defp checked(:traceparent, value) do
-    expected = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case"
-
-    if traceparent?(value),
-      do: {:ok, value},
-      else: {:error, ":traceparent: #{expected}, no id of zeros alone, or nil"}
-  end
 
   # https://www.w3.org/TR/trace-context/: later versions than 00 may have more fields.
   defp traceparent?(<<"00", _rest::binary>> = text) when byte_size(text) > 55, do: false

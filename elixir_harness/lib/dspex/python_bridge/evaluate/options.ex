@@ -2,14 +2,12 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
   @moduledoc false
   # The options of an evaluation. Those that are passed on to its requests are checked once, before the first of them.
 
-  alias DSPex.PythonBridge.{Client, Error, Options, Program}
+  alias DSPex.PythonBridge.{Client, Error, Program}
   alias DSPex.PythonBridge.Evaluate.Metric
+  alias DSPex.PythonBridge.Options.Table
 
   @passed [:item_timeout_ms, :attempts, :tools, :retry, :traceparent, :telemetry_metadata]
   @arguments [:lm, :config]
-  @own [:metric, :max_concurrency, :timeout, :on_result]
-  @known @own ++ @arguments ++ @passed
-  @default_concurrency 64
 
   @enforce_keys [:metric, :max_concurrency, :timeout, :on_result, :arguments, :passed]
   defstruct @enforce_keys
@@ -27,33 +25,31 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
   @doc "Checks them; the error names the wrong one. `functions`: for the program's tools, by their names."
   @spec new(term(), %{String.t() => term()}) :: {:ok, t()} | {:error, Error.t()}
   def new(opts, functions \\ %{}) do
-    with true <- Keyword.keyword?(opts) || "options: expected a keyword list",
-         nil <- Enum.find(Keyword.keys(opts), &(&1 not in @known)),
+    with {:ok, opts} <- Table.check(opts, table()),
          {:ok, metric, tools} <- Metric.new(opts[:metric]),
-         concurrency = Keyword.get(opts, :max_concurrency, @default_concurrency),
-         true <-
-           (is_integer(concurrency) and concurrency > 0) ||
-             ":max_concurrency: expected 1 or more",
-         {:ok, timeout} <- Client.Options.whole_timeout(opts),
-         on_result = Keyword.get(opts, :on_result, &Function.identity/1),
-         true <- is_function(on_result, 1) || ":on_result: expected a function of one argument",
          {:ok, passed} <- Metric.add_tools(Keyword.take(opts, @passed), tools),
          passed = Program.Tools.add(passed, functions),
          {:ok, _checked} <- Client.Options.new(passed, @passed) do
       {:ok,
        %__MODULE__{
          metric: metric,
-         max_concurrency: concurrency,
-         timeout: timeout,
-         on_result: on_result,
+         max_concurrency: opts[:max_concurrency],
+         timeout: opts[:timeout],
+         on_result: opts[:on_result],
          arguments: opts |> Keyword.take(@arguments) |> Map.new(),
          passed: passed
        }}
     else
       {:error, %Error{} = error} -> {:error, error}
       {:error, text} -> {:error, Error.new(:invalid_request, text)}
-      text when is_binary(text) -> {:error, Error.new(:invalid_request, text)}
-      unknown -> {:error, Error.new(:invalid_request, Options.unknown(unknown, @known))}
     end
+  end
+
+  defp table do
+    function = {:test, &is_function(&1, 1), "a function of one argument"}
+    own = [max_concurrency: {:positive, 64}, on_result: {function, &Function.identity/1}]
+
+    [timeout: {:timeout, :infinity}] ++
+      own ++ for(key <- [:metric | @arguments ++ @passed], do: {key, :any})
   end
 end

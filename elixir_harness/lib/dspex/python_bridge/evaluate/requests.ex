@@ -9,7 +9,6 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Program}
   alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Protocol.Misfit
   alias DSPex.PythonBridge.Tools.LargeFunction
 
   # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
@@ -92,9 +91,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
         args = Map.put(args, :inputs, inputs)
         args = if expected, do: Map.put(args, :expected, expected), else: args
 
-        server
-        |> call.(:execute_program, args, [timeout: left(deadline)] ++ passed)
-        |> placed(args)
+        call.(server, :execute_program, args, [timeout: left(deadline)] ++ passed)
       end
       |> then(&{number, &1})
     end
@@ -108,12 +105,6 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     with {:error, index} <- Examples.columns(examples, spec),
          do: {:error, Error.new(:invalid_args, Examples.refusal("examples", index))}
   end
-
-  # The arguments had no JSON form.
-  defp placed({:error, %Error{type: :invalid_args, message: "args: " <> _} = error}, args),
-    do: {:error, %{error | message: Misfit.text(args)}}
-
-  defp placed(reply, _args), do: reply
 
   # The peer counts the examples of its request.
   defp located({:error, %Error{type: :invalid_args, message: text} = error}, before) do

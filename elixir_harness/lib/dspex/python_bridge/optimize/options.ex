@@ -3,18 +3,17 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   # The options of an optimization, as arguments of its request. What they hold is checked by the peer, but for what is
   # read here.
 
-  alias DSPex.PythonBridge.{Client, Error, Options, Protocol}
+  alias DSPex.PythonBridge.{Client, Error, Protocol}
   alias DSPex.PythonBridge.Evaluate.{Examples, Metric}
   alias DSPex.PythonBridge.Optimize.Definition
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Program
-  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
+  alias DSPex.PythonBridge.Protocol.Payload
 
   @passed [:tools, :retry, :traceparent, :telemetry_metadata]
   # Keys of the wire's `optimize`.
   @lms [:prompt_lm, :teacher_lm, :reflection_lm]
   @of_optimizer [:optimizer, :options, :num_threads, :seed, :budget | @lms]
-  @own [:trainset, :valset, :metric, :on_progress, :timeout]
-  @known [:lm | @own] ++ @of_optimizer ++ @passed
 
   @enforce_keys [:args, :optimizer, :on_progress, :timeout, :retry?, :request]
   defstruct @enforce_keys
@@ -35,16 +34,10 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   @doc "Checks them; the error names the wrong one."
   @spec new(term(), Definition.t()) :: {:ok, t()} | {:error, Error.t()}
   def new(opts, %Definition{} = definition) do
-    with true <- Keyword.keyword?(opts) || "options: expected a keyword list",
-         opts = Enum.uniq_by(opts, &elem(&1, 0)),
-         nil <- Enum.find(Keyword.keys(opts), &(&1 not in @known)),
+    with {:ok, opts} <- Table.check(opts, table()),
          {:ok, metric, tools} <- Metric.new(opts[:metric]),
          optimizer = Payload.string(opts[:optimizer]),
          true <- is_binary(optimizer) || ":optimizer: expected a name, such as :mipro_v2",
-         {:ok, timeout} <- Client.Options.whole_timeout(opts),
-         on_progress = Keyword.get(opts, :on_progress, fn _event -> :ok end),
-         true <-
-           is_function(on_progress, 1) || ":on_progress: expected a function of one argument",
          {:ok, request} <- request(Keyword.take(opts, @passed), definition, tools),
          {:ok, trainset} <- set(opts, :trainset, definition.spec),
          {:ok, valset} <- set(opts, :valset, definition.spec),
@@ -57,8 +50,8 @@ defmodule DSPex.PythonBridge.Optimize.Options do
        %__MODULE__{
          args: Map.merge(args, %{metric: metric, optimize: optimize}),
          optimizer: optimizer,
-         on_progress: on_progress,
-         timeout: timeout,
+         on_progress: opts[:on_progress],
+         timeout: opts[:timeout],
          retry?: Keyword.get(request, :retry, true),
          request: request
        }}
@@ -66,8 +59,14 @@ defmodule DSPex.PythonBridge.Optimize.Options do
       {:error, %Error{} = error} -> {:error, error}
       {:error, text} -> refused(text)
       text when is_binary(text) -> refused(text)
-      unknown -> refused(Options.unknown(unknown, @known))
     end
+  end
+
+  defp table do
+    function = {:test, &is_function(&1, 1), "a function of one argument"}
+    own = [timeout: {:timeout, :infinity}, on_progress: {function, fn _event -> :ok end}]
+    others = [:lm, :trainset, :valset, :metric] ++ @of_optimizer ++ @passed
+    own ++ for(key <- others, do: {key, :any})
   end
 
   defp refused(text), do: {:error, Error.new(:invalid_request, text)}
@@ -117,10 +116,6 @@ defmodule DSPex.PythonBridge.Optimize.Options do
   @spec encode(t(), String.t(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
   def encode(%__MODULE__{args: args}, program, opts) do
     args = Map.put(args, :program_id, program)
-
-    # The LMs may have keys, so the value is not shown.
-    with {:error, _with_the_value} <-
-           Protocol.encode_body(:execute_program, args, [stream: true] ++ opts),
-         do: {:error, Error.new(:invalid_args, Misfit.text(args))}
+    Protocol.encode_body(:execute_program, args, [stream: true] ++ opts)
   end
 end

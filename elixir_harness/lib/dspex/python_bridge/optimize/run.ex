@@ -2,7 +2,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   @moduledoc false
   # The run of an optimizer: at one peer of a bridge or pool, and after its death at the next, which starts from the
   # beginning. The tools, the metric among them, are not called again for what they have answered
-  # (`DSPex.PythonBridge.Tools.Memory`), so that chunks, which come again, do not keep it from being made again.
+  # (`DSPex.PythonBridge.Tools.Functions`), so that chunks, which come again, do not keep it from being made again.
 
   alias DSPex.PythonBridge.{Calls, Error, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
@@ -45,7 +45,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   end
 
   defp find_bridge(server) do
-    case DSPex.PythonBridge.Caller.find_anywhere(server) do
+    case DSPex.PythonBridge.Client.Caller.find_anywhere(server) do
       {:ok, dest} ->
         {:ok, {:bridge, dest}}
 

@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
   # `DSPex.PythonBridge.Options`.
 
   alias DSPex.PythonBridge.{Options, Programs}
+  alias DSPex.PythonBridge.Options.Table
 
   # More Python processes than any machine has room for. Each has an atom, too.
   @max_size 1_000
@@ -29,14 +30,14 @@ defmodule DSPex.PythonBridge.Pool.Options do
   @doc "Settings from options, or the error that names the one that is wrong; `default`: the pool's name if none is given."
   @spec new(term(), atom()) :: {:ok, t()} | {:error, Exception.t()}
   def new(opts, default) do
-    with :ok <- Options.check(opts, "python pool", &refusal/1),
-         {own, bridge} = Keyword.split(opts, [:name, :pool_size, :cluster]),
+    with {:ok, checked} <- Table.check(opts, table(default), "python pool"),
+         bridge = Keyword.drop(opts, [:name, :pool_size, :cluster]),
          {:ok, options} <- Options.new([name: nil] ++ bridge) do
       {:ok,
        %__MODULE__{
-         name: Keyword.get(own, :name, default),
-         size: Keyword.get(own, :pool_size, 3),
-         cluster: own[:cluster],
+         name: checked[:name],
+         size: checked[:pool_size],
+         cluster: checked[:cluster],
          bridge: bridge |> Keyword.delete(:programs) |> Options.seal(),
          programs: options.programs,
          default_timeout: options.default_timeout,
@@ -46,20 +47,11 @@ defmodule DSPex.PythonBridge.Pool.Options do
     end
   end
 
-  # The names of its bridges are made from it.
-  defp refusal({:name, name}) when is_atom(name) and name not in [nil, true, false], do: nil
-  defp refusal({:name, other}), do: Options.expected(:name, "an atom", other)
-  defp refusal({:pool_size, n}) when n in 1..@max_size, do: nil
-  defp refusal({:pool_size, other}), do: Options.expected(:pool_size, "1 to #{@max_size}", other)
-  defp refusal({:cluster, name}) when is_atom(name) and name not in [true, false], do: nil
-  defp refusal({:cluster, name}) when is_binary(name) and name != "", do: nil
-
-  defp refusal({:cluster, other}),
-    do: Options.expected(:cluster, "nil, an atom or a string", other)
-
-  # The values of the bridges' options are checked by these.
-  defp refusal({key, _value}) do
-    if key not in [:transport | Options.known()],
-      do: Options.unknown(key, [:pool_size, :cluster | Options.known()])
+  # The names of the bridges are made from its own. The values of the bridges' options are checked by these.
+  defp table(name) do
+    cluster? = &((is_atom(&1) and &1 not in [true, false]) or (is_binary(&1) and &1 != ""))
+    own = [name: {:atom, name}, pool_size: {1..@max_size, 3}]
+    others = for key <- [:transport | Options.known() -- [:name]], do: {key, :any}
+    own ++ [cluster: {:test, cluster?, "nil, an atom or a string"}] ++ others
   end
 end

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Program.Dump do
   @moduledoc false
   # Inputs to values with a JSON form: structs to maps of their declared fields. What is not of its type is left as it
-  # is, for the peer to refuse. Linear in the size of the value; parts that can hold no struct are not looked at.
+  # is, for the peer to refuse. Linear in the size of the value.
 
   alias DSPex.PythonBridge.Program.{EctoSchema, Field, Refusal, Types}
 
@@ -12,11 +12,11 @@ defmodule DSPex.PythonBridge.Program.Dump do
   def value({:optional, type}, value), do: value(type, value)
 
   def value({:list, type}, [_ | _] = items) do
-    if walked?(type), do: each(items, &value(type, &1)), else: items
+    each(items, &value(type, &1))
   end
 
   def value({:map, type}, map) when is_map(map) and not is_struct(map) do
-    if walked?(type), do: Map.new(map, fn {key, item} -> {key, value(type, item)} end), else: map
+    Map.new(map, fn {key, item} -> {key, value(type, item)} end)
   end
 
   def value({:object, module, fields}, %module{} = struct) when module != nil do
@@ -39,11 +39,6 @@ defmodule DSPex.PythonBridge.Program.Dump do
   def value(type, value) when type in [:any, :map], do: any(value)
   def value({:object, _module, _fields}, value), do: any(value)
   def value(_type, value), do: value
-
-  defp walked?(type) when type in [:any, :map], do: true
-  defp walked?({kind, type}) when kind in [:list, :map, :optional], do: walked?(type)
-  defp walked?({:enum, _values, _terms, dumps}), do: dumps != %{}
-  defp walked?(type), do: is_tuple(type) and elem(type, 0) in [:object, :loaded]
 
   @doc "The same for a value of any type: structs that declare their fields become maps."
   @spec any(term()) :: term()

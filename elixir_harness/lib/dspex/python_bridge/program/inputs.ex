@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   alias DSPex.PythonBridge.Program.{Dump, Spec}
   alias DSPex.PythonBridge.Protocol.Payload
 
-  # Unknown names in one error; the rest are counted.
+  # Unknown names in one error.
   @named 20
 
   @doc """
@@ -50,8 +50,7 @@ defmodule DSPex.PythonBridge.Program.Inputs do
       for %{required?: true, name: name} <- spec.inputs, not is_map_key(inputs, name), do: name
 
     case texts(twice, "there twice") ++
-           texts(Enum.take(unknown, @named), "unknown field") ++
-           more(unknown) ++ texts(missing, "missing") do
+           texts(Enum.take(unknown, @named), "unknown field") ++ texts(missing, "missing") do
       [] -> {:ok, inputs}
       texts -> refused(Enum.join(texts, "; ") <> "; expected " <> expected(spec))
     end
@@ -91,34 +90,8 @@ defmodule DSPex.PythonBridge.Program.Inputs do
       else: inspect(name, printable_limit: 60)
   end
 
-  defp more(unknown) when length(unknown) > @named,
-    do: ["inputs: #{length(unknown) - @named} more unknown fields"]
-
-  defp more(_unknown), do: []
-
   defp expected(%{inputs: []}), do: "no inputs"
   defp expected(%{inputs: inputs}), do: Enum.map_join(inputs, ", ", & &1.name)
 
   defp refused(text), do: {:error, Error.new(:invalid_args, text)}
-
-  @doc "The error of inputs without a JSON form, with the name of the field."
-  @spec named_error(map() | [map()], Error.t()) :: Error.t()
-  def named_error(inputs, error) when is_map(inputs), do: culprit(inputs, "inputs.") || error
-
-  def named_error(inputs, error) do
-    inputs
-    |> Enum.with_index()
-    |> Enum.find_value(error, fn {item, index} ->
-      if is_map(item), do: culprit(item, "inputs[#{index}].")
-    end)
-  end
-
-  defp culprit(inputs, where) do
-    Enum.find_value(inputs, fn {name, value} ->
-      case Payload.encode(value, where <> shown(name)) do
-        {:ok, _json} -> nil
-        {:error, error} -> error
-      end
-    end)
-  end
 end

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Program.Refusal do
   # What is wrong with the definition of a module's program: thrown where it is found, an error text where the module is
   # compiled.
 
-  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Options.Table
 
   # A word that is less alike is not suggested.
   @alike 0.7
@@ -35,7 +35,7 @@ defmodule DSPex.PythonBridge.Program.Refusal do
       ""
   """
   @spec meant(atom() | String.t(), [atom() | String.t()]) :: String.t()
-  def meant(word, known), do: Options.meant(word, known, @alike)
+  def meant(word, known), do: Table.meant(word, known, @alike)
 
   @doc "A value of the definition for a text, cut short."
   @spec shown(term()) :: String.t()

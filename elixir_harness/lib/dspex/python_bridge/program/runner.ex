@@ -2,7 +2,8 @@ defmodule DSPex.PythonBridge.Program.Runner do
   @moduledoc false
   # The runs of a module's program: inputs to `execute_program`, and its results to structs.
 
-  alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool}
+  alias DSPex.PythonBridge.{Bridge, Client, Error, Pool}
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Program.{Cast, Field, Inputs, Spec, Tools}
   alias DSPex.PythonBridge.Programs.Declared
 
@@ -58,9 +59,9 @@ defmodule DSPex.PythonBridge.Program.Runner do
   defp element(spec, call, _keys, last), do: result(spec, call, last)
 
   defp prepare(spec, inputs, opts, more) do
-    known = @own ++ more ++ Client.Options.of_stream()
+    known = for key <- @own ++ more ++ Client.Options.of_stream(), do: {key, :any}
 
-    with :ok <- check(opts, known),
+    with {:ok, opts} <- check(opts, known),
          {own, opts} = Keyword.split(opts, @own),
          {:ok, inputs} <- Inputs.read(spec, inputs) do
       {client, server} = find(own[:server] || spec.server)
@@ -72,18 +73,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
     end
   end
 
-  defp check(opts, known) do
-    cond do
-      not Keyword.keyword?(opts) ->
-        refused("options: expected a keyword list")
-
-      unknown = Enum.find(Keyword.keys(opts), &(&1 not in known)) ->
-        refused(Options.unknown(unknown, known))
-
-      true ->
-        :ok
-    end
-  end
+  defp check(opts, known), do: with({:error, text} <- Table.check(opts, known), do: refused(text))
 
   defp refused(text), do: {:error, Error.new(:invalid_request, text)}
 
@@ -150,18 +140,6 @@ defmodule DSPex.PythonBridge.Program.Runner do
 
     %{error | message: text}
   end
-
-  # It may have been meant as the name of either.
-  defp explained(%Error{type: :bridge_not_running} = error, _spec, %{server: server})
-       when is_atom(server) do
-    if Process.whereis(server) == nil,
-      do: %{error | message: "no pool or bridge #{inspect(server)} is running"},
-      else: error
-  end
-
-  # The arguments had no JSON form.
-  defp explained(%Error{type: :invalid_args, message: "args: " <> _} = error, _spec, call),
-    do: Inputs.named_error(call.args.inputs, error)
 
   defp explained(error, _spec, _call), do: error
 end

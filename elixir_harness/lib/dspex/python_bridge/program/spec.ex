@@ -4,14 +4,12 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
   import DSPex.PythonBridge.Program.Refusal
 
-  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Options.Table
 
   alias DSPex.PythonBridge.Program.{
-    Cast,
     Dump,
     Field,
     Names,
-    Settings,
     StringSignature,
     Tools,
     Types,
@@ -70,7 +68,6 @@ defmodule DSPex.PythonBridge.Program.Spec do
     {tools, functions} = Tools.read(Keyword.get(opts, :tools, []))
     passed = for key <- @passed, Keyword.has_key?(opts, key), do: {key, plain(opts[key], key)}
     kind = kind(opts[:program_type], passed[:options] || %{}, tools)
-    Settings.check(passed, kind.type)
     signature = signature(opts[:signature])
     inputs = side(signature, :inputs, kind, module)
     outputs = side(signature, :outputs, kind, module)
@@ -110,7 +107,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
     for {key, _value} <- opts,
         key not in @options,
-        do: refuse("use DSPex.PythonBridge.Program", Options.unknown(key, @options))
+        do: refuse("use DSPex.PythonBridge.Program", Table.unknown(key, @options))
   end
 
   defp id(id) when is_binary(id) and id != "", do: id
@@ -144,7 +141,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
       true ->
         for {key, _fields} <- signature,
             key not in [:inputs, :outputs],
-            do: refuse("signature", Options.unknown(key, [:inputs, :outputs]))
+            do: refuse("signature", Table.unknown(key, [:inputs, :outputs]))
 
         Keyword.validate!(signature, inputs: [], outputs: [])
     end
@@ -206,36 +203,13 @@ defmodule DSPex.PythonBridge.Program.Spec do
       if not is_map(demo),
         do: refuse("demos[#{index}]", "expected a keyword list or a map of fields")
 
-      for {key, value} <- demo, name = Payload.string(key) || inspect(key) do
-        where = "demos[#{index}].#{name}"
-        field = Enum.find(spec.inputs ++ fields(spec), &(&1.name == name))
-        if field == nil, do: refuse(where, "unknown field#{meant(name, known)}")
-        check_enum(field.type, value, where)
+      for {key, _value} <- demo, name = Payload.string(key) || inspect(key), name not in known do
+        refuse("demos[#{index}].#{name}", "unknown field#{meant(name, known)}")
       end
     end
   end
 
   defp check_demos(_other, _spec), do: refuse("demos", "expected a list of demos")
-
-  # The peer compares the other types.
-  defp check_enum({:optional, type}, value, where) when value != nil,
-    do: check_enum(type, value, where)
-
-  defp check_enum({:list, type}, values, where) when is_list(values) do
-    for {value, index} <- Enum.with_index(values),
-        do: check_enum(type, value, "#{where}[#{index}]")
-  end
-
-  defp check_enum({:enum, _values, _terms, dumps} = type, value, where) do
-    value = Map.get(dumps, value, value)
-
-    with {:error, text} <- Cast.cast(Payload.string(value) || value, type, where) do
-      [where, text] = String.split(text, ": ", parts: 2)
-      refuse(where, "#{text}, got #{shown(value)}")
-    end
-  end
-
-  defp check_enum(_type, _value, _where), do: :ok
 
   defp check_json(key, value) do
     with {:error, error} <- Payload.encode(value, Atom.to_string(key)) do

@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
 
   import DSPex.PythonBridge.Program.Refusal
 
-  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Program.{Cast, Dump, Spec, Types, Wire}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.Runner
@@ -57,7 +57,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
 
     for {key, _value} <- opts,
         key not in @options,
-        do: refuse(where, "#{Options.unknown(key, @options)}; expected #{listed(@options)}")
+        do: refuse(where, "#{Table.unknown(key, @options)}; expected #{listed(@options)}")
 
     description = opts[:description]
 

@@ -4,30 +4,22 @@ defmodule DSPex.PythonBridge.Program.Types do
 
   import DSPex.PythonBridge.Program.Refusal
 
-  alias DSPex.PythonBridge.Program.{EctoSchema, Field, FieldOptions}
+  alias DSPex.PythonBridge.Program.{EctoSchema, Field}
 
   @plain [:string, :integer, :float, :boolean, :map, :any, :uuid]
   @media [:image, :audio, :file, :history]
   @times [:date, :time, :datetime, :naive_datetime]
   @known @plain ++ @media ++ @times
   @constructors [:list, :map, :optional, :enum]
-  # What the types are called elsewhere.
+  # What the types are called elsewhere, where the names are not alike.
   @meant %{
-    str: ":string",
     text: ":string",
-    binary: ":string",
     atom: "{:enum, [:a, :b]}",
     enum: "{:enum, [\"a\", \"b\"]}",
-    int: ":integer",
     number: ":float",
-    decimal: ":float",
-    bool: ":boolean",
     object: ":map",
-    dict: ":map",
     list: "{:list, type}",
-    array: "{:list, type}",
-    optional: "{:optional, type}",
-    utc_datetime: ":datetime"
+    optional: "{:optional, type}"
   }
 
   @doc "Reads the fields of one side of a signature, a keyword list. Refuses what is wrong, by name."
@@ -48,7 +40,11 @@ defmodule DSPex.PythonBridge.Program.Types do
   def field(key, given, where, inside) do
     {type, opts} = parts(given)
     type = type(type, where, inside)
-    FieldOptions.check(opts, type, where)
+    for {key, value} <- opts, do: option(key, value, limited(type), where)
+
+    if opts[:min] && opts[:max] && opts[:min] > opts[:max],
+      do: refuse(where, "min: expected at most max, #{opts[:max]}, got #{opts[:min]}")
+
     required? = not match?({:optional, _}, type)
     {description, limits} = Keyword.pop(opts, :description)
 
@@ -72,6 +68,34 @@ defmodule DSPex.PythonBridge.Program.Types do
   end
 
   defp parts(type), do: {type, []}
+
+  defp limited({:optional, type}), do: limited(type)
+  defp limited(type) when type in [:integer, :float], do: :number
+  defp limited(:string), do: :length
+  defp limited({:list, _type}), do: :length
+  defp limited(_type), do: nil
+
+  defp option(:description, text, _limited, _where) when is_binary(text), do: :ok
+
+  defp option(:description, _other, _limited, where),
+    do: refuse(where, "description: expected a string")
+
+  defp option(key, value, :number, _where) when key in [:min, :max] and is_number(value), do: :ok
+
+  defp option(key, value, :length, _where)
+       when key in [:min, :max] and is_integer(value) and value >= 0,
+       do: :ok
+
+  defp option(key, _value, nil, where) when key in [:min, :max],
+    do: refuse(where, "#{key}: only for numbers, strings and lists")
+
+  defp option(key, value, _limited, where) when key in [:min, :max],
+    do: refuse(where, "#{key}: expected a number, of a length 0 or more, got #{shown(value)}")
+
+  defp option(key, _value, _limited, where) do
+    meant = meant(key, [:description, :min, :max])
+    refuse(where, "unknown option #{inspect(key)} of a field#{meant}")
+  end
 
   @doc "Reads a type. `inside`: the struct modules that contain it."
   @spec type(term(), String.t(), [module()]) :: Field.type()

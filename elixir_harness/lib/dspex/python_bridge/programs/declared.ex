@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Programs.Declared do
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Programs.Store
-  alias DSPex.PythonBridge.Protocol.{Misfit, Payload}
+  alias DSPex.PythonBridge.Protocol.Payload
 
   # What a bridge puts before a body, at most.
   @head_bytes 64
@@ -25,11 +25,11 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       iex> Declared.new([[id: :qa, signature: "question -> answer"]])
       {:ok, [{"qa", %{"id" => :qa, "signature" => "question -> answer"}}]}
       iex> Declared.new([%{id: "qa"}, %{id: :qa}])
-      {:error, ":programs: qa is declared twice, by entry 1 and by entry 2"}
+      {:error, "qa is declared twice, by entry 1 and by entry 2"}
   """
   @spec new(term()) :: {:ok, [t()]} | {:error, String.t()}
   def new([{key, _value} | _rest]) when is_atom(key),
-    do: {:error, ":programs: expected a list of programs, got one: put it into a list"}
+    do: {:error, "expected a list of programs, got one: put it into a list"}
 
   def new(list) when is_list(list) do
     if List.improper?(list), do: not_a_list(), else: all(list)
@@ -47,14 +47,14 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   def one(entry), do: read(entry)
 
   defp not_a_list,
-    do: {:error, ":programs: expected a list of maps, keyword lists and modules"}
+    do: {:error, "expected a list of maps, keyword lists and modules"}
 
   defp all(list) do
     entries = for {entry, n} <- Enum.with_index(list, 1), do: {place(entry, n), read(entry)}
 
     case Enum.find_value(entries, fn {place, read} -> refusal(place, read) end) || twice(entries) do
       nil -> {:ok, for({_place, {:ok, declared}} <- entries, do: declared)}
-      text -> {:error, ":programs: " <> text}
+      text -> {:error, text}
     end
   end
 
@@ -187,11 +187,8 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       iex> alias DSPex.PythonBridge.Programs.Declared
       iex> {:error, error} = Declared.encode(%{"id" => "qa", "lm" => %{api_key: {:system, "sk-…"}}})
       iex> error.message
-      "lm.api_key: a tuple has no JSON form; a keyword list has to be written as a map"
+      "args.lm.api_key: a tuple has no JSON form; a keyword list has to be written as a map"
   """
   @spec encode(%{String.t() => term()}) :: {:ok, binary()} | {:error, Error.t()}
-  def encode(args) do
-    with {:error, _with_the_value} <- Protocol.encode_body(:create_program, args),
-         do: {:error, Error.new(:invalid_args, Misfit.text(args))}
-  end
+  def encode(args), do: Protocol.encode_body(:create_program, args)
 end

@@ -9,36 +9,53 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   @large_bytes 4_096
 
   @doc """
-  A term as JSON. The error names the value that has no JSON form, after `what`, which says where it is.
+  A term as JSON. The error names the place of the innermost value that has no JSON form, after `what`, and does not show
+  the value, which may be a key.
 
       iex> {:ok, json} = DSPex.PythonBridge.Protocol.Payload.encode(%{n: 1}, "args")
       iex> IO.iodata_to_binary(json)
       ~s({"n":1})
-      iex> {:error, error} = DSPex.PythonBridge.Protocol.Payload.encode(%{f: {1, 2}}, "args")
+      iex> {:error, error} = DSPex.PythonBridge.Protocol.Payload.encode(%{inputs: [%{q: {:b, 1}}]}, "args")
       iex> error.message
-      "args: no JSON form for {1, 2}"
+      "args.inputs[0].q: a tuple has no JSON form; a keyword list has to be written as a map"
   """
   @spec encode(term(), String.t()) :: {:ok, iodata()} | {:error, Error.t()}
-  # Encoders are user code (a protocol): what one raises or throws becomes an error.
   def encode(term, what) do
+    with :error <- json(term), do: {:error, Error.new(:invalid_args, what <> misfit(term))}
+  end
+
+  # Encoders are user code (a protocol): what one raises or throws becomes an error.
+  defp json(term) do
     {:ok, JSON.encode_to_iodata!(term)}
   catch
-    :error, %Protocol.UndefinedError{value: value} ->
-      {:error, Error.new(:invalid_args, "#{what}: no JSON form for #{brief(value)}")}
-
-    :error, reason when reason == :unexpected_end or elem(reason, 0) == :invalid_byte ->
-      {:error, Error.new(:invalid_args, "#{what}: a string in it is not valid UTF-8")}
-
-    _kind, _reason ->
-      {:error, Error.new(:invalid_args, "#{what}: cannot be written as JSON")}
+    _kind, _reason -> :error
   end
 
-  # Inspection is user code, too.
-  defp brief(value) do
-    inspect(value, limit: 3, printable_limit: 40)
-  catch
-    _kind, _reason -> "a value that cannot be shown"
+  defp misfit(term) do
+    Enum.find_value(parts(term), ": #{kind(term)}", fn {key, part} ->
+      if json(part) == :error, do: key <> misfit(part)
+    end)
   end
+
+  defp parts(%{} = map) when not is_struct(map),
+    do: for({key, value} <- map, do: {".#{string(key) || "?"}", value})
+
+  defp parts([_ | _] = list) do
+    if List.improper?(list),
+      do: [],
+      else: Enum.map(Enum.with_index(list), fn {value, n} -> {"[#{n}]", value} end)
+  end
+
+  defp parts(_other), do: []
+
+  defp kind(tuple) when is_tuple(tuple),
+    do: "a tuple has no JSON form; a keyword list has to be written as a map"
+
+  defp kind(%module{}), do: "a struct #{inspect(module)} has no JSON form"
+  defp kind(%{}), do: "expected a map whose keys are strings"
+  defp kind(text) when is_binary(text), do: "a string that is not valid UTF-8"
+  defp kind(function) when is_function(function), do: "a function has no JSON form"
+  defp kind(_other), do: "it has no JSON form"
 
   @doc "A name as JSON writes it, of an atom or a string; nil for any other term."
   @spec string(term()) :: String.t() | nil

@@ -3,24 +3,28 @@ defmodule DSPex.PythonBridge.Python.Config do
   # Checks the configuration of the application `:dspex`. Errors name the key.
 
   alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Options.Table
 
-  @environment [:virtual_env, :required_packages]
-  @default_packages ["dspy", "psutil"]
   @keys [:python_environment, :python_bridge, :python_bridge_monitor, :autostart]
 
   @doc "The distributions that `config :dspex, :python_environment` requires."
   @spec required_packages() :: {:ok, [String.t()]} | {:error, String.t()}
   def required_packages do
-    config = Application.get_env(:dspex, :python_environment, [])
+    table = [
+      virtual_env: {:test, &(&1 == nil or (is_binary(&1) and &1 != "")), "the path of a folder"},
+      required_packages: {{:test, &packages?/1, "a list of package names"}, ["dspy", "psutil"]}
+    ]
 
-    if Keyword.keyword?(config) do
-      case Enum.find_value(config, &refusal/1) do
-        nil -> {:ok, Keyword.get(config, :required_packages, @default_packages)}
-        text -> {:error, "config :dspex, :python_environment: " <> text}
-      end
-    else
-      {:error, "config :dspex, :python_environment: expected a keyword list"}
+    case Table.check(Application.get_env(:dspex, :python_environment, []), table) do
+      {:ok, config} -> {:ok, config[:required_packages]}
+      {:error, text} -> {:error, "config :dspex, :python_environment: " <> text}
     end
+  end
+
+  # Names become arguments of the interpreter.
+  defp packages?(packages) do
+    is_list(packages) and
+      Enum.all?(packages, &(is_binary(&1) and &1 =~ ~r/\A[A-Za-z0-9][A-Za-z0-9._-]*\z/))
   end
 
   @doc "The options of a bridge: `opts` over `config :dspex, :python_bridge`."
@@ -55,23 +59,7 @@ defmodule DSPex.PythonBridge.Python.Config do
   defp misspelt(:programs), do: ":programs: they belong to :python_bridge"
 
   defp misspelt(key) do
-    text = Options.unknown(key, @keys)
+    text = Table.unknown(key, @keys)
     if text =~ "did you mean", do: text
   end
-
-  defp refusal({:virtual_env, nil}), do: nil
-  defp refusal({:virtual_env, path}) when is_binary(path) and path != "", do: nil
-
-  defp refusal({:virtual_env, other}),
-    do: "virtual_env: expected the path of a folder, got #{inspect(other)}"
-
-  # Names become arguments of the interpreter.
-  defp refusal({:required_packages, packages}) do
-    if is_list(packages) and
-         Enum.all?(packages, &(is_binary(&1) and &1 =~ ~r/\A[A-Za-z0-9][A-Za-z0-9._-]*\z/)),
-       do: nil,
-       else: "required_packages: expected a list of package names, got #{inspect(packages)}"
-  end
-
-  defp refusal({key, _value}), do: Options.unknown(key, @environment)
 end

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   # The peer counts that only if it is asked to, and is asked only for what a handler gets.
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.OTP.{Registry, ServerGuard}
+  alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Programs.{Change, Definition}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Telemetry.{Emitter, Metadata, Usage}
@@ -74,14 +74,13 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
       metadata = %{metadata | kind => Metadata.name(server)}
       run? = command in @runs
       asked = if run?, do: asked(kind), else: []
-      started = System.monotonic_time()
-      measurements = %{monotonic_time: started, system_time: System.system_time()}
+      measurements = Metadata.start()
       Emitter.emit(event(kind, :start), measurements, metadata)
 
       span = %__MODULE__{
         kind: kind,
         server: server,
-        started: started,
+        started: measurements.monotonic_time,
         metadata: metadata,
         run?: run?,
         asked: asked
@@ -144,13 +143,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   def failed(nil, _kind, _reason, _stacktrace), do: :ok
 
   def failed(%__MODULE__{} = span, kind, reason, stacktrace) do
-    what = %{
-      kind: kind,
-      reason: Metadata.reason(reason),
-      stacktrace: ServerGuard.stacktrace(stacktrace)
-    }
-
-    metadata = Map.merge(span.metadata, what)
+    metadata = Map.merge(span.metadata, Metadata.exception(kind, reason, stacktrace))
     Emitter.emit(event(span.kind, :exception), Metadata.since(span.started), metadata)
   end
 

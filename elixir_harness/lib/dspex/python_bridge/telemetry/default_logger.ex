@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLogger do
 
   require Logger
 
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Telemetry.Emitter
 
   @id DSPex.PythonBridge.Telemetry.DefaultLogger
@@ -15,7 +16,6 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLogger do
     [:dspex, :pool, :call, :stop],
     [:dspex, :bridge, :resend]
   ]
-  @defaults [level: :warning, min_duration: 10_000]
 
   @doc "As `DSPex.PythonBridge.Telemetry.attach_default_logger/1`."
   @spec attach(Logger.level() | keyword()) :: :ok | {:error, :already_exists}
@@ -37,25 +37,18 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLogger do
   defp checked!(level) when is_atom(level), do: checked!(level: level)
 
   defp checked!(opts) do
-    unless Keyword.keyword?(opts),
-      do: raise(ArgumentError, "attach_default_logger: expected a level of Logger, or options")
+    level = {:test, &(&1 in Logger.levels()), "a level of Logger, such as :info"}
 
-    opts = Keyword.validate!(opts, @defaults)
+    ms =
+      {:test, &(&1 == :infinity or (is_integer(&1) and &1 >= 0)), "a number of ms, or :infinity"}
 
-    for {option, value} <- opts, expected = refusal(option, value) do
-      raise ArgumentError, "#{inspect(option)}: expected #{expected}"
+    table = [level: {level, :warning}, min_duration: {ms, 10_000}]
+
+    case Table.check(opts, table, "attach_default_logger") do
+      {:ok, opts} -> opts
+      {:error, error} -> raise error
     end
-
-    opts
   end
-
-  defp refusal(:level, level),
-    do: if(level not in Logger.levels(), do: "a level of Logger, such as :info")
-
-  defp refusal(:min_duration, :infinity), do: nil
-
-  defp refusal(:min_duration, ms),
-    do: if(not (is_integer(ms) and ms >= 0), do: "a number of ms, or :infinity")
 
   @doc "The handler."
   @spec handle([atom()], map(), map(), map()) :: :ok

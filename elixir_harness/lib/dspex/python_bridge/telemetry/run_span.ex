@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
   # finds it among the node's tables: no process is asked, and none has to be told.
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.OTP.{Registry, ServerGuard}
+  alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Telemetry.{Emitter, Metadata}
 
   @enforce_keys [:kind, :table, :started, :metadata]
@@ -56,7 +56,8 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
       fun.(run)
     catch
       class, reason ->
-        failed(run, class, reason, __STACKTRACE__)
+        what = Metadata.exception(class, reason, __STACKTRACE__)
+        emit(run, :exception, measurements(run), what)
         :erlang.raise(class, reason, __STACKTRACE__)
     else
       result ->
@@ -109,26 +110,16 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
       |> Map.put(of, Metadata.name(server))
       |> Map.merge(about)
 
-    started = System.monotonic_time()
+    measurements = Metadata.start()
+    started = measurements.monotonic_time
     table = :ets.new(__MODULE__, [:protected])
     :ets.insert(table, [{:run, kind, self(), started, metadata}, {:figures, figures}])
     run = %__MODULE__{kind: kind, table: table, started: started, metadata: metadata}
-    measurements = %{monotonic_time: started, system_time: System.system_time()}
     emit(run, :start, figures |> Map.take([:total]) |> known() |> Map.merge(measurements), %{})
     run
   end
 
   defp stop(run, result), do: emit(run, :stop, measurements(run), %{result: type(result)})
-
-  defp failed(run, class, reason, stacktrace) do
-    what = %{
-      kind: class,
-      reason: Metadata.reason(reason),
-      stacktrace: ServerGuard.stacktrace(stacktrace)
-    }
-
-    emit(run, :exception, measurements(run), what)
-  end
 
   defp type({:ok, _result}), do: :ok
   defp type({:error, %Error{type: type}}), do: type

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   # It sends each process of a tool (`DSPex.PythonBridge.Tools.Invocation`) the one function that it runs. That copies
   # all that the function has captured, unless it is large (`DSPex.PythonBridge.Tools.LargeFunction`).
   #
-  # If the run is sent again, tool calls that were made before are not made again (`DSPex.PythonBridge.Tools.Memory`):
+  # If the run is sent again, tool calls that were made before are not made again (`DSPex.PythonBridge.Tools.Functions`):
   # those that still run go on, and their answers are kept. A function with `repeat: false` is given in two steps: between
   # them its process makes sure that the bridge does not send the run again. Nor does a pool afterwards, since no other
   # proxy may attend.
@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   # killed. It uses no links, which a function may remove, or survive by trapping exits.
 
   alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
-  alias DSPex.PythonBridge.Tools.{Answer, Functions, LargeFunction, Memory}
+  alias DSPex.PythonBridge.Tools.{Answer, Functions, LargeFunction}
 
   @enforce_keys [:functions, :caller]
   defstruct [:functions, :caller, :proxy, :watch]
@@ -66,9 +66,9 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
   runs; the answer of an earlier peer's call; or nothing, since there is no such function, or the call is `:over`, or has
   gone on to another peer. It waits while the call of an earlier peer is running.
   """
-  @spec fetch(source(), String.t(), Memory.digest()) ::
-          {:run, function(), Memory.call(), Functions.run()}
-          | {:claimed, Memory.call()}
+  @spec fetch(source(), String.t(), Functions.digest()) ::
+          {:run, function(), Functions.call(), Functions.run()}
+          | {:claimed, Functions.call()}
           | {:answered, Answer.t(), Functions.run()}
           | {:unknown, [String.t()], Functions.run()}
           | :over
@@ -76,13 +76,13 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
     do: ask(holder, &{:fetch, {self(), &1}, {proxy, peer}, name, digest}, :over)
 
   @doc "Begins a claimed call: from then on the holder lets no other proxy attend."
-  @spec begin(source(), String.t(), Memory.call()) ::
-          {:run, function(), Memory.call(), Functions.run()} | :over
+  @spec begin(source(), String.t(), Functions.call()) ::
+          {:run, function(), Functions.call(), Functions.run()} | :over
   def begin({holder, proxy, peer}, name, call),
     do: ask(holder, &{:begin, {self(), &1}, {proxy, peer}, name, call}, :over)
 
   @doc "Takes the answer of the call that the calling process has made."
-  @spec answered(pid(), Memory.call(), Answer.t()) :: :ok
+  @spec answered(pid(), Functions.call(), Answer.t()) :: :ok
   def answered(holder, call, answer) do
     send(holder, {:answered, self(), call, answer})
     :ok
@@ -165,36 +165,15 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
 
   # For a tool call of the present peer, of the next one, or of an earlier one. There should be no next one once a function
   # has begun after which there must be none.
-  defp serve(%__MODULE__{proxy: proxy, functions: functions} = state, from, {proxy, peer}, fun)
+  defp serve(%__MODULE__{proxy: proxy, functions: functions} = state, _from, {proxy, peer}, fun)
        when proxy != nil and
               (peer == functions.peer or (peer > functions.peer and not functions.bound?)) do
-    # Their end may be in the mailbox behind many such messages.
-    receive do
-      {:close, ref} when is_reference(ref) -> close(functions, ref)
-    after
-      0 ->
-        cond do
-          not Process.alive?(state.caller) -> Functions.end_all(functions)
-          not Process.alive?(proxy) -> proxy_over(state, from, peer, fun)
-          true -> loop(%{state | functions: functions |> Functions.go_on_to(peer) |> fun.()})
-        end
-    end
+    loop(%{state | functions: functions |> Functions.go_on_to(peer) |> fun.()})
   end
 
   defp serve(state, {_user, ref}, _earlier_peer, _fun) do
     send(ref, {ref, :over})
     loop(state)
-  end
-
-  # It may have ended in order, and the tool call belong to a peer that is gone.
-  defp proxy_over(%__MODULE__{watch: watch, proxy: proxy} = state, from, peer, fun) do
-    receive do
-      {:DOWN, ^watch, :process, ^proxy, :normal} ->
-        serve(%{state | proxy: nil, watch: nil}, from, {proxy, peer}, fun)
-
-      {:DOWN, ^watch, :process, ^proxy, _killed} ->
-        Functions.end_all(state.functions)
-    end
   end
 
   defp close(functions, ref) do

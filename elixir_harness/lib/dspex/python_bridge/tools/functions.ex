@@ -1,25 +1,32 @@
 defmodule DSPex.PythonBridge.Tools.Functions do
   @moduledoc false
-  # The caller's functions in a call with tools, and what the peers of the call have done with them: the state of
+  # The caller's functions in a call with tools, and the tool calls that the peers of the call have made: the state of
   # `DSPex.PythonBridge.Tools.FunctionHolder`, whose process gets and sends the messages.
+  #
+  # When a peer dies, the next one starts the run from the beginning. Its first call of a tool with certain arguments
+  # is taken for the first such call of the peers before it, the second for the second, and so on: it gets the answer of
+  # that one, or waits for it. Calls beyond these are new, and so are all of which no peer has made one like it.
+  #
+  # The answers are kept until the end of the run, or until it is certain that the run is not sent again.
 
-  alias DSPex.PythonBridge.OTP.ServerGuard
-  alias DSPex.PythonBridge.Tools.{Answer, Memory, Outcome, Span}
+  alias DSPex.PythonBridge.Tools.{Answer, Outcome, Span}
 
-  @enforce_keys [:tools, :run, :memory]
-  defstruct [:tools, :run, :memory, peer: 0, users: %{}, bound?: false]
+  @enforce_keys [:tools, :run, :kept?]
+  defstruct [:tools, :run, :kept?, peer: 0, counts: %{}, calls: %{}, users: %{}, bound?: false]
 
   @typedoc """
-  `peer`: the present one, as the present proxy counts them. `users`: the processes that have a function, or answer in
-  the place of one that had, by their monitors. `bound?`: whether a function has begun after which the run is not sent
-  again.
+  `kept?`: whether answers are kept. `peer`: the present one, as the present proxy counts them. `counts`: how many calls
+  it has made, by their digest. `users`: the processes that have a function, by their monitors. `bound?`: whether a
+  function has begun after which the run is not sent again.
   """
   @type t :: %__MODULE__{
           tools: tools(),
           run: run(),
-          memory: Memory.t(Answer.t()),
+          kept?: boolean(),
           peer: non_neg_integer(),
-          users: %{reference() => {pid(), Memory.call()}},
+          counts: %{digest() => pos_integer()},
+          calls: %{call() => state()},
+          users: %{reference() => {pid(), call()}},
           bound?: boolean()
         }
   @type tools :: %{String.t() => tool()}
@@ -30,12 +37,21 @@ defmodule DSPex.PythonBridge.Tools.Functions do
   @type run :: {id :: binary(), Span.about()}
   @typedoc "A process that asks, and the alias for its answer."
   @type from :: {pid(), reference()}
+  @typedoc "The name of a tool and its arguments."
+  @type digest :: binary()
+  @typedoc "A call of a run, whichever peers make it."
+  @type call :: {digest(), nth :: pos_integer()}
+  # claimed: it has not begun. waiting: the aliases of those that wait for the answer.
+  @typep state ::
+           {:claimed, pid()}
+           | {:running, pid(), waiting :: [reference()]}
+           | {:answered, Answer.t()}
 
   @doc "The functions of a call; `kept?`: whether answers are kept, since the run may be sent again."
   @spec new(tools(), Span.about(), boolean()) :: t()
   def new(tools, about, kept?) do
     run = {:crypto.strong_rand_bytes(16), about}
-    %__MODULE__{tools: tools, run: run, memory: %Memory{kept?: kept?}}
+    %__MODULE__{tools: tools, run: run, kept?: kept?}
   end
 
   @doc "Another proxy attends: it counts its peers from the beginning."
@@ -47,19 +63,27 @@ defmodule DSPex.PythonBridge.Tools.Functions do
   def go_on_to(%__MODULE__{peer: peer} = functions, peer), do: functions
 
   def go_on_to(%__MODULE__{} = functions, peer) do
-    {waiting, memory} = Memory.next_peer(functions.memory)
-    for ref <- waiting, do: send(ref, {ref, :over})
-    %{functions | peer: peer, memory: memory}
+    calls =
+      Map.new(functions.calls, fn
+        {call, {:running, user, waiting}} ->
+          for ref <- waiting, do: send(ref, {ref, :over})
+          {call, {:running, user, []}}
+
+        other ->
+          other
+      end)
+
+    %{functions | peer: peer, counts: %{}, calls: calls}
   end
 
   @doc "Answers what a process is to do with a tool call, now or when the like call of an earlier peer has ended."
-  @spec fetch(t(), from(), String.t(), Memory.digest()) :: t()
+  @spec fetch(t(), from(), String.t(), digest()) :: t()
   def fetch(%__MODULE__{tools: tools} = functions, {_user, ref} = from, name, digest) do
     case tools do
-      %{^name => {function, repeat?}} ->
-        as = if repeat?, do: :running, else: :claimed
-        {what, memory} = Memory.ask(functions.memory, digest, from, as)
-        give(%{functions | memory: memory}, from, {as, function}, what)
+      %{^name => tool} ->
+        nth = Map.get(functions.counts, digest, 0) + 1
+        functions = %{functions | counts: Map.put(functions.counts, digest, nth)}
+        give(functions, from, tool, {digest, nth})
 
       _others ->
         send(ref, {ref, {:unknown, tools |> Map.keys() |> Enum.sort(), functions.run}})
@@ -67,77 +91,75 @@ defmodule DSPex.PythonBridge.Tools.Functions do
     end
   end
 
-  defp give(functions, _from, _tool, :wait), do: functions
+  defp give(%__MODULE__{calls: calls} = functions, {user, ref}, {function, repeat?}, call) do
+    case calls do
+      %{^call => {:answered, answer}} ->
+        send(ref, {ref, {:answered, answer, functions.run}})
+        functions
 
-  defp give(functions, {_user, ref}, _tool, {:answered, answer}) do
-    send(ref, {ref, {:answered, answer, functions.run}})
-    functions
-  end
+      %{^call => {:running, maker, waiting}} ->
+        put(functions, call, {:running, maker, [ref | waiting]})
 
-  defp give(functions, {user, ref}, {as, function}, {:new, call}) do
-    # Before it has the function: it may end at once.
-    users = Map.put(functions.users, Process.monitor(user), {user, call})
+      # Whoever has claimed it for an earlier peer can no longer begin.
+      _new ->
+        # Before it has the function: it may end at once.
+        users = Map.put(functions.users, Process.monitor(user), {user, call})
 
-    if as == :running,
-      do: send(ref, {ref, {:run, function, call, functions.run}}),
-      else: send(ref, {ref, {:claimed, call}})
+        if repeat?,
+          do: send(ref, {ref, {:run, function, call, functions.run}}),
+          else: send(ref, {ref, {:claimed, call}})
 
-    %{functions | users: users}
+        state = if repeat?, do: {:running, user, []}, else: {:claimed, user}
+        put(%{functions | users: users}, call, state)
+    end
   end
 
   @doc "Gives a process the function of a call that it has claimed. From then on the run is not sent again."
-  @spec begin(t(), from(), String.t(), Memory.call()) :: t()
-  def begin(%__MODULE__{} = functions, {user, ref}, name, call) do
-    case Memory.begin(functions.memory, call, user) do
-      {:ok, memory} ->
+  @spec begin(t(), from(), String.t(), call()) :: t()
+  def begin(%__MODULE__{calls: calls} = functions, {user, ref}, name, call) do
+    case calls do
+      %{^call => {:claimed, ^user}} ->
         {function, _repeat?} = Map.fetch!(functions.tools, name)
         send(ref, {ref, {:run, function, call, functions.run}})
-        %{functions | memory: Memory.forget(memory), bound?: true}
+        %{forget(put(functions, call, {:running, user, []})) | bound?: true}
 
-      :error ->
+      _another ->
         send(ref, {ref, :over})
         functions
     end
   end
 
   @doc "Takes an answer, for those that wait for it and for later peers."
-  @spec answer(t(), Memory.call(), pid(), Answer.t()) :: t()
-  def answer(%__MODULE__{} = functions, call, user, answer) do
-    {waiting, memory} = Memory.answer(functions.memory, call, user, answer)
-    for ref <- waiting, do: send(ref, {ref, {:answered, answer, functions.run}})
-    %{functions | memory: memory}
-  end
+  @spec answer(t(), call(), pid(), Answer.t()) :: t()
+  def answer(%__MODULE__{calls: calls} = functions, call, user, answer) do
+    case calls do
+      %{^call => {:running, ^user, waiting}} ->
+        for ref <- waiting, do: send(ref, {ref, {:answered, answer, functions.run}})
 
-  @doc "Keeps no answers any longer."
-  @spec forget(t()) :: t()
-  def forget(%__MODULE__{} = functions),
-    do: %{functions | memory: Memory.forget(functions.memory)}
+        if functions.kept?,
+          do: put(functions, call, {:answered, answer}),
+          else: %{functions | calls: Map.delete(calls, call)}
 
-  @doc """
-  Notes the end of a user. If it was killed, for example, and has given no answer, another process sends the calling one
-  `{:answered, pid, call, answer}`: the message may take user code.
-  """
-  @spec ended(t(), reference(), reason :: term()) :: t()
-  def ended(%__MODULE__{} = functions, monitor, reason) do
-    {{user, call}, users} = Map.pop!(functions.users, monitor)
-
-    case Memory.ended(functions.memory, call, user) do
-      {:ok, memory} ->
-        %{functions | users: users, memory: memory}
-
-      {:unanswered, memory} ->
-        holder = self()
-        {pid, monitor} = spawn_monitor(fn -> explain(holder, call, reason) end)
-        users = Map.put(users, monitor, {pid, call})
-        %{functions | users: users, memory: Memory.replace(memory, call, user, pid)}
+      _another ->
+        functions
     end
   end
 
-  defp explain(holder, call, reason) do
-    ServerGuard.run(fn ->
-      answer = Answer.error(0, Outcome.message(:exit, reason, []))
-      send(holder, {:answered, self(), call, answer})
-    end)
+  defp put(functions, call, state),
+    do: %{functions | calls: Map.put(functions.calls, call, state)}
+
+  @doc "Keeps no answers any longer: the run is not sent again."
+  @spec forget(t()) :: t()
+  def forget(%__MODULE__{calls: calls} = functions) do
+    calls = Map.reject(calls, fn {_call, state} -> match?({:answered, _answer}, state) end)
+    %{functions | kept?: false, calls: calls}
+  end
+
+  @doc "Notes the end of a user. If it was killed, for example, and has given no answer, that is an error."
+  @spec ended(t(), reference(), reason :: term()) :: t()
+  def ended(%__MODULE__{} = functions, monitor, reason) do
+    {{user, call}, users} = Map.pop!(functions.users, monitor)
+    answer(%{functions | users: users}, call, user, Answer.error(0, Outcome.ended(reason)))
   end
 
   @doc "Ends all users. A function may trap exits."

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
-  alias DSPex.PythonBridge.Tools.{Answer, FunctionHolder, Memory, Outcome, Span}
+  alias DSPex.PythonBridge.Tools.{Answer, FunctionHolder, Functions, Outcome, Span}
 
   # A bridge answers questions at once; one of an older version, on another node, does not answer this one.
   @bind_ms 5_000
@@ -47,7 +47,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   @spec fail(t(), bridge(), reason :: term()) :: :ok
   def fail(%__MODULE__{} = call, bridge, reason) do
     answer_aside(call, bridge, fn {call_id, _name, _args} ->
-      Answer.error(call_id, Outcome.message(:exit, reason, []))
+      Answer.error(call_id, Outcome.ended(reason))
     end)
   end
 
@@ -141,7 +141,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
     function.(args, key)
   end
 
-  @spec digest(String.t(), map()) :: Memory.digest()
+  @spec digest(String.t(), map()) :: Functions.digest()
   defp digest(name, args),
     do: :crypto.hash(:sha256, :erlang.term_to_iovec({name, args}, [:deterministic]))
 

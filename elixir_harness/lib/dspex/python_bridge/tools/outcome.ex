@@ -2,6 +2,7 @@ defmodule DSPex.PythonBridge.Tools.Outcome do
   @moduledoc false
   # What a function does, as a result: whatever that is, it is a term or one message of an error.
 
+  alias DSPex.PythonBridge.Telemetry.Metadata
   alias DSPex.PythonBridge.Tools.Answer
 
   @type t :: {Answer.result(), how()}
@@ -42,17 +43,20 @@ defmodule DSPex.PythonBridge.Tools.Outcome do
 
   defp shown(:throw, value, _stacktrace), do: "throw: #{inspect(value)}"
 
+  defp shown(:exit, reason, _stacktrace) do
+    case cause(reason) do
+      error when is_exception(error) -> shown(:error, error, [])
+      reason -> ended(reason)
+    end
+  end
+
+  @doc "The message of a process that was ended from outside. It calls no user code."
+  @spec ended(term()) :: String.t()
+  def ended(reason), do: "exit: #{inspect(Metadata.reason(cause(reason)))}"
+
   # The exit reason of a process that raised has a stack trace, and that of a failed call its arguments: neither is for
   # an LM.
-  defp shown(:exit, {error, stack}, _stacktrace) when is_exception(error) and is_list(stack),
-    do: shown(:error, error, stack)
-
-  defp shown(:exit, {reason, {module, function, args}}, _stacktrace)
-       when is_atom(module) and is_atom(function) and is_list(args),
-       do: shown(:exit, reason, [])
-
-  defp shown(:exit, {reason, [{_module, _function, _args, _where} | _]}, _stacktrace),
-    do: shown(:exit, reason, [])
-
-  defp shown(:exit, reason, _stacktrace), do: "exit: #{inspect(reason)}"
+  defp cause({reason, [_ | _]}), do: cause(reason)
+  defp cause({reason, {module, _function, _args}}) when is_atom(module), do: cause(reason)
+  defp cause(reason), do: reason
 end

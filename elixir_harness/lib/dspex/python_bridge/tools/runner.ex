@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   # (`DSPex.PythonBridge.Tools.Invocation`): part of `DSPex.PythonBridge.Client.StreamProxy`, whose process starts and ends
   # them. `DSPex.PythonBridge.Tools.FunctionHolder` holds the functions.
 
-  alias DSPex.PythonBridge.Options
+  alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.{FunctionHolder, Functions, Invocation}
 
@@ -59,9 +59,10 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   end
 
   defp tool(name, {function, opts}) when is_function(function, 1) or is_function(function, 2) do
-    if Keyword.keyword?(opts),
-      do: with_options(name, function, opts),
-      else: {:error, "#{name}: expected options such as repeat: false after the function"}
+    case Table.check(opts, repeat: {:boolean, true}) do
+      {:ok, opts} -> {:ok, {function, opts[:repeat]}}
+      {:error, text} -> {:error, "#{name}: #{text}"}
+    end
   end
 
   defp tool(_name, function) when is_function(function, 1) or is_function(function, 2),
@@ -70,14 +71,6 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   defp tool(name, _other) do
     expected = "a function of one argument, or of two, or {function, repeat: false}"
     {:error, "#{name}: expected #{expected}"}
-  end
-
-  defp with_options(name, function, opts) do
-    case Keyword.pop(opts, :repeat, true) do
-      {repeat?, []} when is_boolean(repeat?) -> {:ok, {function, repeat?}}
-      {_other, []} -> {:error, "#{name}: repeat: expected true or false"}
-      {_repeat, [{key, _value} | _]} -> {:error, "#{name}: #{Options.unknown(key, [:repeat])}"}
-    end
   end
 
   @doc """

@@ -3,7 +3,6 @@ defmodule DSPex.PythonBridge.Tools.Span do
   # The events of a tool call: a span, as `:telemetry.span/3` makes one, in the process of the tool. They have no arguments
   # and no results.
 
-  alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Telemetry
   alias DSPex.PythonBridge.Telemetry.Metadata
   alias DSPex.PythonBridge.Tools.{Answer, Outcome}
@@ -35,10 +34,9 @@ defmodule DSPex.PythonBridge.Tools.Span do
           telemetry_span_context: make_ref()
         })
 
-      started = System.monotonic_time()
-      measurements = %{monotonic_time: started, system_time: System.system_time()}
+      measurements = Metadata.start()
       Telemetry.execute([:tool, :start], measurements, metadata)
-      {started, metadata}
+      {measurements.monotonic_time, metadata}
     end
   end
 
@@ -52,12 +50,7 @@ defmodule DSPex.PythonBridge.Tools.Span do
   end
 
   def over({started, metadata}, _answer, {kind, reason, stacktrace}) do
-    what = %{
-      kind: kind,
-      reason: Metadata.reason(reason),
-      stacktrace: ServerGuard.stacktrace(stacktrace)
-    }
-
-    Telemetry.execute([:tool, :exception], Metadata.since(started), Map.merge(metadata, what))
+    metadata = Map.merge(metadata, Metadata.exception(kind, reason, stacktrace))
+    Telemetry.execute([:tool, :exception], Metadata.since(started), metadata)
   end
 end

@@ -161,7 +161,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       bridge = start_up("echo")
 
       for args <- [%{a: self()}, %{a: {1}}, %{a: <<255>>}, [], nil, 5, "text"] do
-        assert {:error, "args: " <> _} = Bridge.call(bridge, :echo, args, 1_000)
+        assert {:error, "args" <> _} = Bridge.call(bridge, :echo, args, 1_000)
       end
 
       for command <- [nil, 5, %{}, {:a}] do
@@ -173,7 +173,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       end
 
       for args <- [%{a: %Exits.OnInspect{}}, %{a: %Exits.OnEncode{}}] do
-        assert {:error, "args: " <> _} = Bridge.call(bridge, :echo, args, 1_000)
+        assert {:error, "args" <> _} = Bridge.call(bridge, :echo, args, 1_000)
       end
 
       assert {:error, :timeout} = Bridge.call(start_up_silent(), :ping, %{}, 0)
@@ -347,7 +347,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert Bridge.cast(bridge, :echo) == :ok
       eventually(fn -> pending(bridge) == 0 end)
       assert Bridge.cast(:nobody, :echo, %{}) == :ok
-      assert {:error, "args: " <> _} = Bridge.cast(bridge, :echo, %{a: self()})
+      assert {:error, "args" <> _} = Bridge.cast(bridge, :echo, %{a: self()})
       assert messages() == []
     end
 

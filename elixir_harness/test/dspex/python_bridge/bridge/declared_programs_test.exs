@@ -170,7 +170,7 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
   describe "one that is wrong" do
     @wrong [
       {%{id: "no json", signature: "q -> a", lm: %{api_key: {:system, @key}}},
-       "lm.api_key: a tuple has no JSON form"},
+       "args.lm.api_key: a tuple has no JSON form"},
       {%{id: "bad signature", signature: "q"}, "signature: expected exactly one \"->\""},
       {%{
          id: "bad type",

@@ -5,10 +5,8 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
     async: true,
     parameterize: [%{api: DSPex.PythonBridge.Bridge}, %{api: DSPex.PythonBridge.Pool}]
 
-  import DSPex.Test.Helpers
-
   alias DSPex.PythonBridge.{Error, Pool}
-  alias DSPex.Test.{FakePeer, Loopback}
+  alias DSPex.Test.FakePeer
 
   @arguments [attempts: 10, max_concurrency: 1, item_timeout_ms: 250]
 
@@ -79,7 +77,7 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
           {:history, [1, "true", nil], "true or false"}
         ],
         value <- values do
-      text = ":#{option}: expected #{expected}"
+      text = ":#{option}: expected #{expected}, got #{inspect(value)}"
 
       assert {:error, %Error{type: :invalid_request, message: ^text}} =
                api().request(bridge, :execute_program, %{}, [{option, value}])
@@ -128,69 +126,5 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
 
     assert {:error, %Error{meta: nil}} =
              api().request(bridge, :execute_program, %{play: [["fail", "lm_error"]]}, [])
-  end
-
-  describe "with the real peer" do
-    @describetag timeout: 120_000
-
-    defp start_real(opts \\ []) do
-      bridge = start(api(), real_opts([default_timeout: 60_000] ++ opts))
-      create = %{id: "qa", signature: "question -> answer"}
-      {:ok, _} = api().call(bridge, :create_program, create)
-      bridge
-    end
-
-    # An LM that gives one answer after the other, and says how often it was asked.
-    defp lm(answers) do
-      answers = start_supervised!({Agent, fn -> answers end})
-
-      port =
-        Loopback.start(fn socket, _test ->
-          Loopback.answer_requests(socket, fn ->
-            response(Agent.get_and_update(answers, &List.pop_at(&1, 0)))
-          end)
-        end)
-
-      [
-        lm: %{model: "openai/stub", api_base: "http://127.0.0.1:#{port}/v1"},
-        lm_options: [api_key: "not-a-key", cache: false]
-      ]
-    end
-
-    defp response(text) do
-      message = %{role: "assistant", content: text}
-      choice = %{index: 0, finish_reason: "stop", message: message}
-      body = %{id: "c", object: "chat.completion", created: 0, model: "stub", choices: [choice]}
-      json = JSON.encode!(body)
-      head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
-      [head, "content-length: #{byte_size(json)}\r\n\r\n", json]
-    end
-
-    test "attempts asks the LM again until its answer fits; the error counts the calls" do
-      # One attempt asks twice: DSPy falls back to JSON.
-      bad = "I would say seven."
-      bridge = start_real(lm([bad, bad, "[[ ## answer ## ]]\nParis", bad, bad, bad, bad]))
-      args = %{program_id: "qa", inputs: %{question: "Which?"}}
-
-      assert {:ok, %{"answer" => "Paris"}, %{"lm_calls" => 3}} =
-               api().request(bridge, :execute_program, args, attempts: 3)
-
-      assert {:error, %Error{type: :output_invalid, meta: %{"lm_calls" => calls}}} =
-               api().request(bridge, :execute_program, args, attempts: 2)
-
-      assert calls == 4
-    end
-
-    test "max_concurrency and item_timeout_ms are for a list of inputs" do
-      bridge = start_real()
-      args = %{program_id: "qa", inputs: for(n <- 1..3, do: %{question: "#{n}?"})}
-      opts = [max_concurrency: 1, item_timeout_ms: 60_000]
-
-      assert {:ok, %{"results" => [_, _, %{"result" => %{"answer" => "echo: 3?"}}]}, _meta} =
-               api().request(bridge, :execute_program, args, opts)
-
-      # One at a time: in order.
-      assert [0, 1, 2] == for({:item, n, {:ok, _}} <- api().stream(bridge, args, opts), do: n)
-    end
   end
 end

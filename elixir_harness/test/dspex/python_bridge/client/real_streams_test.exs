@@ -48,46 +48,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
   end
 
   describe "a stream" do
-    test "has its first chunk while the LM still writes" do
-      bridge = start_streaming()
-      test = self()
-
-      reader =
-        Task.async(fn ->
-          for element <- Bridge.stream(bridge, @ask), do: send(test, {:element, element})
-        end)
-
-      assert_receive {:lm_request, lm}, 10_000
-      StreamingLM.say(lm, "[[ ## answer ## ]]\n")
-      StreamingLM.say(lm, "Because ")
-      StreamingLM.say(lm, "of ")
-      assert_receive {:element, {:chunk, "answer", "Because"}}, 10_000
-      StreamingLM.say(lm, "physics.")
-      StreamingLM.say(lm, "\n\n[[ ## completed ## ]]")
-      StreamingLM.finish(lm)
-      Task.await(reader, 10_000)
-      assert_received {:element, {:ok, %{"answer" => "Because of physics."}, %{"lm_calls" => 1}}}
-    end
-
-    test "that is halted early closes the LM's request" do
-      bridge = start_streaming()
-      test = self()
-
-      reader =
-        Task.async(fn ->
-          [first] = bridge |> Bridge.stream(@ask) |> Enum.take(1)
-          send(test, :halted)
-          first
-        end)
-
-      assert_receive {:lm_request, lm}, 10_000
-      for text <- ["[[ ## answer ## ]]\n", "Because ", "of "], do: StreamingLM.say(lm, text)
-      assert_receive :halted, 10_000
-      assert_receive {:lm_closed, ^lm}, 10_000
-      assert {:chunk, "answer", "Because"} = Task.await(reader)
-      assert eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
-    end
-
     test "ends with its consumer, and so does the LM's request" do
       bridge = start_streaming()
       consumer = spawn(fn -> bridge |> Bridge.stream(@ask) |> Enum.to_list() end)
@@ -106,40 +66,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       StreamingLM.say(lm, "[[ ## answer ## ]]\nBecause ")
       assert {:error, %Error{type: :timeout}} = reader |> Task.await(10_000) |> List.last()
       assert_receive {:lm_closed, ^lm}, 10_000
-    end
-
-    test "of chain of thought has both fields under their names, in the LM's order" do
-      bridge = start([Map.put(@qa, :program_type, "chain_of_thought")])
-      elements = bridge |> Bridge.stream(@ask) |> Enum.to_list()
-      {:ok, %{"reasoning" => reasoning, "answer" => answer}, _meta} = List.last(elements)
-      assert for({:chunk, "reasoning", text} <- elements, into: "", do: text) == reasoning
-      assert for({:chunk, "answer", text} <- elements, into: "", do: text) == answer
-      fields = for({:chunk, field, _} <- elements, do: field) |> Enum.dedup()
-      assert fields == ["reasoning", "answer"]
-    end
-
-    test "comes on the hundredth call as on the first" do
-      bridge = start([@qa])
-
-      counts =
-        for _ <- 1..100 do
-          bridge |> Bridge.stream(@ask) |> Enum.count(&match?({:chunk, "answer", _}, &1))
-        end
-
-      assert hd(counts) > 1
-      assert Enum.uniq(counts) == [hd(counts)]
-    end
-
-    test "of a list of inputs has each result" do
-      bridge = start([@qa])
-      args = %{program_id: "qa", inputs: [%{question: "a"}, %{x: 1}, %{question: "c"}]}
-      elements = bridge |> Bridge.stream(args) |> Enum.to_list()
-      {:ok, %{"results" => [one, two, three]}, _meta} = List.last(elements)
-      items = for {:item, index, result} <- elements, into: %{}, do: {index, result}
-      assert items[0] == {:ok, one["result"]}
-      assert {:error, %Error{type: :invalid_args, message: text}} = items[1]
-      assert text == two["error"]
-      assert items[2] == {:ok, three["result"]}
     end
 
     test "of a list of inputs has, at the deadline, the results that are there" do
@@ -164,52 +90,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
   end
 
   describe "tools" do
-    test "are called with arguments of their types; the LM gets their results" do
-      bridge = start([@agent])
-
-      search = fn %{"query" => "Why?", "n" => n} when is_integer(n) ->
-        %{found: [n, "ž"]}
-      end
-
-      assert {:ok, %{"trajectory" => trajectory, "answer" => _}, %{"lm_calls" => 3}} =
-               Bridge.request(bridge, :execute_program, @ask_agent, tools: %{search: search})
-
-      assert %{"observation_0" => %{"found" => [_, "ž"]}, "tool_name_1" => "finish"} = trajectory
-    end
-
-    test "that fail are an observation" do
-      bridge = start([@agent])
-
-      for {tool, seen} <- [
-            {fn _ -> raise "on fire" end, "on fire"},
-            {fn _ -> exit(:gone) end, "gone"},
-            {fn _ -> {:error, "not today"} end, "not today"},
-            {fn _ -> {1, 2} end, "no JSON form"}
-          ] do
-        assert {:ok, %{"trajectory" => %{"observation_0" => observation}}, _meta} =
-                 Bridge.request(bridge, :execute_program, @ask_agent, tools: %{search: tool})
-
-        assert observation =~ seen
-      end
-    end
-
-    test "that are not given are an observation, too" do
-      bridge = start([@agent])
-
-      assert {:ok, %{"trajectory" => %{"observation_0" => observation}}} =
-               Bridge.call(bridge, :execute_program, @ask_agent)
-
-      assert observation =~ "search" and observation =~ ":tools"
-    end
-
-    test "steps are streamed before what follows from them" do
-      bridge = start([@agent])
-      tools = %{"search" => fn _ -> "found" end}
-      elements = bridge |> Bridge.stream(@ask_agent, tools: tools) |> Enum.to_list()
-      assert [{:status, "calling tool search"} | rest] = elements
-      assert Enum.any?(rest, &match?({:chunk, "answer", _}, &1))
-    end
-
     test "run while nobody reads the stream" do
       bridge = start([@agent])
       test = self()
@@ -271,17 +151,5 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
 
       for _ <- 1..3, do: assert_received({:judged, ^answer})
     end
-  end
-
-  test "a program's state goes out of one bridge and into another" do
-    demos = [%{question: "Well?", answer: "WELL!"}]
-    {:ok, bridge} = Pool.checkout(@pool)
-    create(bridge, [Map.put(@qa, :demos, demos)])
-
-    assert {:ok, %{"details" => [%{"state" => %{"demos" => [%{"answer" => "WELL!"}]} = state}]}} =
-             Bridge.call(bridge, :list_programs, %{program_ids: ["qa"], state: true})
-
-    bridge = start([Map.put(@qa, :state, state)])
-    assert {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, @ask)
   end
 end

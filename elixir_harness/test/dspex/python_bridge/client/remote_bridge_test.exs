@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Caller, Error}
+  alias DSPex.PythonBridge.{Bridge, Error}
   alias DSPex.Test.Nodes
 
   # More than the connection to a node takes before it makes those wait who send.
@@ -20,26 +20,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     far = {:far, node}
     eventually(fn -> Bridge.get_status(far).state == :running end, 20_000)
     %{far: far, node: node}
-  end
-
-  # Its `Caller` then has no find/1 that others may call, as before there was one.
-  defp make_older(node) do
-    {_, code, file} = :code.get_object_code(Caller)
-
-    {:ok, {_, [debug_info: {:debug_info_v1, backend, data}]}} =
-      :beam_lib.chunks(code, [:debug_info])
-
-    {:ok, forms} = backend.debug_info(:erlang_v1, Caller, data, [])
-
-    older =
-      for form <- forms do
-        with {:attribute, at, :export, functions} <- form,
-             do: {:attribute, at, :export, List.delete(functions, {:find, 1})}
-      end
-
-    {:ok, Caller, older} = :compile.forms(older, [:return_errors])
-    {:module, Caller} = Nodes.on(node, :code, :load_binary, [Caller, file, older])
-    refute Nodes.on(node, :erlang, :function_exported, [Caller, :find, 1])
   end
 
   test "works as a local one, with its own errors, and leaves nothing behind", %{far: far} do
@@ -69,24 +49,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     end
 
     assert Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor]) == supervisor
-  end
-
-  test "whose node has an older version is asked without a check", %{far: far, node: node} do
-    make_older(node)
-    pid = Nodes.on(node, Process, :whereis, [:far])
-
-    for server <- [far, pid] do
-      assert %{state: :running, restarts: restarts} = Bridge.get_status(server)
-      assert Bridge.restart(server) == :ok
-      assert %{restarts: now} = Bridge.get_status(server)
-      assert now == restarts + 1
-    end
-
-    assert %{state: :failed} = Bridge.get_status({:nobody, node})
-    assert Bridge.restart({:nobody, node}) == {:error, :bridge_not_running}
-    assert Bridge.stop({:nobody, node}) == :ok
-    assert Bridge.stop(far) == :ok
-    refute Nodes.on(node, Process, :alive?, [pid])
   end
 
   test "whose node has stopped keeps no caller past its timeout", %{far: far, node: node} do

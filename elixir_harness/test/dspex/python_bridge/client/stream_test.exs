@@ -8,7 +8,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.Test.FakePeer
 
   # Of the field n, with their numbers: ["count", 3].
@@ -107,41 +106,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert %{late_replies: 0, pending: 0} = Bridge.get_status(context.bridge)
     end
 
-    test "asks for chunks only when it is given", %{bridge: bridge} do
-      play = [["count", 2], ["reply", %{}]]
-      assert {:ok, %{}, %{"asked" => ["meta"]}} = request(bridge, play, [])
-      assert {:ok, %{}} = Bridge.call(bridge, :execute_program, %{play: play})
-      assert messages() == []
-      # Those that come unasked are nobody's.
-      assert status(bridge, :late_replies) == 4
-    end
-
-    test "gives the peer's errors as without it", %{bridge: bridge} do
-      play = [["count", 1], ["fail", "lm_error"]]
-      assert {:error, %Error{type: :lm_error}} = request(bridge, play, to(self()))
-      assert received() == Enum.take(@count, 1)
-    end
-
-    test "refuses wrong options, and names them", %{bridge: bridge} do
-      for {opts, name} <- [
-            {[on_chunk: fn -> :ok end], ":on_chunk"},
-            {[on_chunk: nil], ":on_chunk"},
-            {[retry: 1], ":retry"},
-            {[tools: [search: 1]], ":tools"},
-            {[on_chunks: & &1], ":on_chunks"},
-            {[timeout: -1, on_chunk: & &1], "timeout"},
-            {:on_chunk, "options"}
-          ] do
-        assert {:error, %Error{type: :invalid_request, message: text}} = request(bridge, [], opts)
-        assert text =~ name
-      end
-
-      assert {:error, %Error{type: :bridge_not_running}} = request(:nobody, [], to(self()))
-
-      assert {:error, %Error{type: :invalid_args}} =
-               Bridge.request(bridge, :ping, %{a: self()}, to(self()))
-    end
-
     for {kind, raise} <- [
           error: quote(do: raise(ArgumentError, "mine")),
           throw: quote(do: throw(:mine)),
@@ -172,53 +136,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       end
     end
 
-    test "with a chunk and the reply after the timeout: both come too late", %{bridge: bridge} do
-      play = [["go", "on"], ["count", 1], ["reply", %{}]]
-      opts = [timeout: 50] ++ to(self())
-      {ms, result} = timed(fn -> request(bridge, play, opts) end)
-      assert {:error, %Error{type: :timeout}} = result
-      assert ms < 1_000
-      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
-      go(bridge, "on")
-      eventually(fn -> status(bridge, :late_replies) == 2 end)
-      assert messages() == []
-    end
-
-    test "with a chunk after the reply: it comes too late", %{bridge: bridge} do
-      assert {:ok, %{}, _} = request(bridge, [["reply", %{}], ["count", 1]], to(self()))
-      eventually(fn -> status(bridge, :late_replies) == 1 end)
-      assert messages() == []
-    end
-
-    test "with a function that runs when the time is over: chunks that came in time are delivered",
-         %{bridge: bridge} do
-      test = self()
-      started = System.monotonic_time(:millisecond)
-
-      on_chunk = fn chunk ->
-        # All of it waits in the mailbox by then.
-        eventually(fn -> status(bridge, :pending) == 0 end)
-        eventually(fn -> System.monotonic_time(:millisecond) > started + 300 end)
-        send(test, {:chunk, self(), chunk})
-      end
-
-      play = [["count", 3], ["reply", %{}]]
-      assert {:ok, %{}, _} = request(bridge, play, timeout: 300, on_chunk: on_chunk)
-      assert received() == @count
-      assert length(messages()) == 3
-      assert cancelled(bridge) == []
-    end
-
-    test "with a function that is slower than the chunks come: the timeout holds", context do
-      %{bridge: bridge} = context
-      slow = fn _chunk -> receive(do: (:never -> :ok), after: (5 -> :ok)) end
-      opts = [timeout: 200, on_chunk: slow]
-      {ms, result} = timed(fn -> request(bridge, [["count", 2_000], ["go", "on"]], opts) end)
-      assert {:error, %Error{type: :timeout}} = result
-      assert ms < 1_000
-      assert messages() == []
-    end
-
     test "with a frame that is not a chunk: it is counted, and the rest goes on", %{
       bridge: bridge
     } do
@@ -247,43 +164,11 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "with a peer that dies after a chunk: it is not sent again" do
-      bridge = start_again([])
-      play = [["first", [["count", 1], ["go", "die"], ["die"]], [["reply", %{}]]]]
-      opts = [on_chunk: fn _chunk -> go(bridge, "die") end]
-      assert {:error, %Error{type: :python_process_died}} = request(bridge, play, opts)
-    end
-
     test "with a peer that dies before a chunk: it is sent again" do
       bridge = start_again([])
       play = [["first", [["die"]], [["count", 3], ["reply", %{"again" => true}]]]]
       assert {:ok, %{"again" => true}, _} = request(bridge, play, to(self()))
       assert received() == @count
-    end
-
-    test "is served while stop/1 waits for it", %{bridge: bridge} do
-      test = self()
-
-      on_chunk = fn
-        %{"chunk" => "0"} ->
-          spawn(fn -> send(test, {:stopped, Bridge.stop(bridge)}) end)
-          eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
-          send(test, :stopping)
-
-        chunk ->
-          send(test, {:chunk, self(), chunk})
-      end
-
-      # The tool is what the peer waits for: nothing else gets to it any more.
-      wait = fn _args ->
-        eventually(fn -> :stopping in elem(Process.info(test, :messages), 1) end)
-      end
-
-      play = [["count", 1], ["tool", 1, "wait", %{}], ["result", 1], ["count", 3], ["reply", %{}]]
-      opts = [on_chunk: on_chunk, tools: %{wait: wait}]
-      assert {:ok, %{}, _} = request(bridge, play, opts)
-      assert received() == Enum.drop(@count, 1)
-      assert_receive {:stopped, :ok}, 5_000
     end
   end
 
@@ -321,33 +206,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Enum.to_list(stream)
       assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Enum.to_list(stream)
       assert last_id(bridge) == id + 4
-    end
-
-    test "yields a chunk as soon as it has come", %{bridge: bridge} do
-      play = for n <- 1..3, step <- [["count", 1], ["go", "#{n}"]], do: step
-
-      # The peer goes on when it has been seen.
-      assert [1, 2, 3, {:ok, %{}, _}] =
-               stream(bridge, play ++ [["reply", %{}]], timeout: 10_000)
-               |> Stream.transform(1, fn
-                 {:chunk, "n", "0"}, n ->
-                   go(bridge, "#{n}")
-                   {[n], n + 1}
-
-                 last, n ->
-                   {[last], n}
-               end)
-               |> Enum.to_list()
-    end
-
-    test "cancels the run when it is halted early", %{bridge: bridge} do
-      play = [["count", 3], ["go", "on"], ["count", 1], ["reply", %{}]]
-      assert [{:chunk, "n", "0"}, {:chunk, "n", "1"}] = Enum.take(stream(bridge, play), 2)
-      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
-      assert status(bridge, :pending) == 0
-      go(bridge, "on")
-      eventually(fn -> status(bridge, :late_replies) >= 2 end)
-      assert messages() == []
     end
 
     test "cancels the run when its consumer raises", %{bridge: bridge} do
@@ -419,49 +277,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert messages() == []
     end
 
-    test "whose reply comes after the timeout does not yield it", %{bridge: bridge} do
-      stream = stream(bridge, [["count", 1], ["go", "on"], ["reply", %{}]], timeout: 1_500)
-      suspend = fn element, _acc -> {:suspend, element} end
-      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      [proxy] = eventually(fn -> with([] <- proxies(), do: nil) end)
-      waiting = fn -> elem(Process.info(proxy, :message_queue_len), 1) end
-      :erlang.suspend_process(proxy)
-      eventually(fn -> waiting.() == 1 end)
-      go(bridge, "on")
-      eventually(fn -> waiting.() == 2 end)
-      :erlang.resume_process(proxy)
-      eventually(fn -> waiting.() == 0 end)
-      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
-    end
-
-    # The call's process.
-    defp proxies do
-      for pid <- Process.list(),
-          Process.info(pid, :parent) == {:parent, self()},
-          Process.info(pid, :current_function) == {:current_function, {StreamProxy, :loop, 1}},
-          do: pid
-    end
-
-    test "is cancelled on time, read or not", %{bridge: bridge} do
-      stream = stream(bridge, [["count", 2], ["go", "on"]], timeout: 100)
-      suspend = fn element, _acc -> {:suspend, element} end
-      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end, 1_000)
-      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
-    end
-
-    test "whose bridge dies after the reply yields the reply", %{bridge: bridge} do
-      stream = stream(bridge, [["count", 2], ["reply", %{}]])
-      suspend = fn element, _acc -> {:suspend, element} end
-      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      eventually(fn -> status(bridge, :pending) == 0 end)
-      monitor = Process.monitor(bridge)
-      Process.exit(bridge, :kill)
-      assert_receive {:DOWN, ^monitor, _, _, _}, 5_000
-      assert {:suspended, {:chunk, "n", "1"}, next} = next.({:cont, nil})
-      assert {:suspended, {:ok, %{}, _}, _} = next.({:cont, nil})
-    end
-
     test "yields an error as its last element", %{bridge: bridge} do
       assert [error: %Error{type: :lm_error}] =
                Enum.to_list(stream(bridge, [["fail", "lm_error"]]))
@@ -521,19 +336,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
              ] = elements
     end
 
-    test "says so with on_chunk, and if the next peer has only the reply" do
-      bridge = start_again([])
-      play = [["first", dies_after([told("thinking")]), [["reply", %{}]]]]
-
-      on_chunk = fn chunk ->
-        send(self(), {:chunk, self(), chunk})
-        if chunk["status"] == "thinking", do: go(bridge, "die")
-      end
-
-      assert {:ok, %{}, _} = request(bridge, play, on_chunk: on_chunk, timeout: 20_000)
-      assert received() == [%{"status" => "thinking"}, %{"status" => "restarted"}]
-    end
-
     test "gives each item once when the peer dies between them" do
       bridge = start_again([])
       play = [["first", dies_after([item(1), item(0)]), [item(0), item(2), item(1), ["reply"]]]]
@@ -546,32 +348,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
 
       assert [{:item, 1, _}, {:item, 0, _}, {:status, "restarted"}, {:item, 2, _}, {:ok, _, _}] =
                elements
-    end
-
-    test "can be halted, or raise, when it is told of the restart" do
-      bridge = start_again([])
-      play = [["first", dies_after([told("thinking")]), [["go", "never"]]]]
-      tools = %{"t" => fn %{} -> "r" end}
-
-      until = fn stop ->
-        eventually(fn -> FakePeer.of(bridge) end)
-        FakePeer.make_first(bridge)
-
-        for element <- stream(bridge, play, timeout: 20_000, tools: tools) do
-          case element do
-            {:status, "thinking"} -> go(bridge, "die")
-            {:status, "restarted"} -> stop.()
-          end
-        end
-      end
-
-      before = length(Process.list())
-      assert catch_throw(until.(fn -> throw(:stop) end)) == :stop
-      running(bridge)
-      assert Enum.count(Stream.take_while(stream(bridge, [["reply", %{}]]), & &1)) == 1
-      eventually(fn -> status(bridge, :pending) == 0 end)
-      # No holder of the functions is left; other tests start processes, too.
-      eventually(fn -> length(Process.list()) < before + 50 end)
     end
 
     test "ends with an error when the peer dies after a chunk" do
@@ -588,31 +364,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
         end
 
       assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
-    end
-
-    test "ends with an error that says so when its peer is replaced after a chunk" do
-      bridge = start_again(env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
-      stream = stream(bridge, [["count", 1], ["go", "never"]], timeout: 20_000)
-      suspend = fn element, _acc -> {:suspend, element} end
-      {:suspended, {:chunk, "n", "0"}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      assert Bridge.restart(bridge) == :ok
-      assert {:suspended, {:error, error}, _} = next.({:cont, nil})
-      assert %Error{type: :python_process_died, message: text} = error
-      assert text =~ "was replaced"
-    end
-
-    test "calls tools while nobody reads it", %{bridge: bridge} do
-      test = self()
-      tools = %{note: &send(test, {:called, &1})}
-      play = [["count", 1], ["tool", 1, "note", %{a: 1}], ["result", 1], ["reply"]]
-      suspend = fn element, _acc -> {:suspend, element} end
-
-      {:suspended, {:chunk, "n", "0"}, next} =
-        Enumerable.reduce(stream(bridge, play, tools: tools), {:cont, nil}, suspend)
-
-      assert_receive {:called, %{"a" => 1}}, 5_000
-      eventually(fn -> status(bridge, :pending) == 0 end)
-      assert {:suspended, {:ok, %{"1" => %{"success" => false}}, _}, _} = next.({:cont, nil})
     end
   end
 

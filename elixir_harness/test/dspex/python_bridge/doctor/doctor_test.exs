@@ -138,7 +138,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       checks = run(programs: wrong, lm: "offline/echo")
       assert %{status: :failed, found: found, advice: advice} = checks["programs"]
       assert found =~ "bad type: signature.inputs[0].type: unknown type 'strng'"
-      assert found =~ "; no json: lm.api_key: a tuple has no JSON form"
+      assert found =~ "; no json: args.lm.api_key: a tuple has no JSON form"
       refute found =~ "triage"
       refute found =~ @key
       assert advice =~ ":programs"

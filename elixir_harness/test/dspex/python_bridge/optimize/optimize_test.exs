@@ -377,7 +377,7 @@ defmodule DSPex.PythonBridge.OptimizeTest do
                optimize(bridge, [], definition)
     end
 
-    assert {:error, %Error{message: "definition: config.f: a function has no JSON form"}} =
+    assert {:error, %Error{message: "definition: args.config.f: a function has no JSON form"}} =
              optimize(bridge, [], Map.put(@definition, :config, %{f: &is_atom/1}))
 
     assert {:error, %Error{type: :bridge_not_running}} = optimize(__MODULE__.None, [])

@@ -79,7 +79,7 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
         end)
 
       # Once for the pool; each peer says what it refuses.
-      [_one] = Regex.scan(~r/program no json could not be loaded: signature: a tuple/, log)
+      [_one] = Regex.scan(~r/program no json could not be loaded: args.signature: a tuple/, log)
       assert log =~ "program bad type could not be loaded: signature.inputs[0].type"
       %{programs: %{failed: failed}} = Pool.status(@pool)
       assert Enum.sort(Map.keys(failed)) == ["bad type", "no json"]

@@ -4,7 +4,7 @@ defmodule DSPex.ProgramCastTest do
   use ExUnit.Case, async: true
 
   alias DSPex.PythonBridge.Program.{Cast, Types}
-  alias DSPex.Test.{Address, Helpers}
+  alias DSPex.Test.Address
 
   doctest Cast
 
@@ -125,19 +125,5 @@ defmodule DSPex.ProgramCastTest do
     assert {:error, _text} = cast(text, {:enum, [:a, :b]})
     assert {:ok, %{a: 1}} = cast(%{"a" => 1, text => 1}, %{a: :integer})
     assert_raise ArgumentError, fn -> String.to_existing_atom(text) end
-  end
-
-  test "the time grows with the size of a value, not faster" do
-    type = Types.type({:list, %{sku: :string, on: :date, size: {:enum, [:s, :m]}}}, "", [])
-    item = %{"sku" => "a", "on" => "2026-03-01", "size" => "m"}
-
-    time = fn count ->
-      items = List.duplicate(item, count)
-      fun = fn -> {:ok, _} = Cast.cast(items, type, "a") end
-      Enum.min(for _ <- 1..5, do: elem(Helpers.timed(fun), 0))
-    end
-
-    # In proportion it is 10 times, in the square 100 times.
-    assert time.(80_000) < 70 * max(time.(8_000), 1)
   end
 end

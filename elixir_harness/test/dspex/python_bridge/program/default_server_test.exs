@@ -15,7 +15,7 @@ defmodule DSPex.ProgramDefaultServerTest do
 
   test "the pool comes before the bridge, and a server that is given before both" do
     assert {:error, %Error{type: :bridge_not_running, message: message}} = Qa.run(question: "a")
-    assert message == "no pool or bridge DSPex.PythonBridge.Bridge is running"
+    assert message == "the bridge DSPex.PythonBridge.Bridge is not running"
 
     start_supervised!({Bridge, real_opts(name: Bridge)})
     assert {:error, %Error{type: :program_not_found, message: message}} = Qa.run(question: "a")

@@ -203,31 +203,12 @@ defmodule DSPex.ProgramEctoSchemaTest do
     assert Cast.cast(json, type(Order), "order") == {:ok, order}
   end
 
-  test "in a value of any type it is dumped too" do
-    order = %Order{customer: "Ann", level: :high, main: %Item{sku: "b"}}
-
-    assert %{order: %{"customer" => "Ann", "level" => 2, "main" => %{"sku" => "b"}}} =
-             Dump.any(%{order: order})
-
-    assert Dump.any([Decimal.from_float(1.5)]) == ["1.5"]
-
-    table = %Table{customer: "Ann"}
-    assert Dump.any(table) == table
-  end
-
   defmodule Raising do
     @moduledoc false
     defstruct [:a]
     def __schema__(:source), do: nil
     def __schema__(:fields), do: raise("boom")
     def __schema__(_what, _field), do: :string
-  end
-
-  test "a module that raises when it is asked is refused by the field's name" do
-    {:error, text} = Refusal.catching(fn -> Types.type(Raising, "signature.inputs.q", []) end)
-
-    assert text =~
-             ~r/\Asignature\.inputs\.q: asked for its fields, .*Raising raised RuntimeError: boom\z/
   end
 
   test "a schema with a table, and a type without a JSON form, are refused by name" do

@@ -4,7 +4,7 @@ defmodule DSPex.ProgramNamesTest do
   use ExUnit.Case, async: true
 
   alias DSPex.PythonBridge.{Bridge, Error}
-  alias DSPex.PythonBridge.Program.{Names, Refusal, Settings}
+  alias DSPex.PythonBridge.Program.{Names, Refusal}
   alias DSPex.Test.Helpers
 
   doctest Names
@@ -33,29 +33,16 @@ defmodule DSPex.ProgramNamesTest do
     {json, 0} = System.cmd(Helpers.python(), ["-c", @rules])
     theirs = JSON.decode!(List.last(String.split(json, "\n", trim: true)))
     ours = Names.rules() |> JSON.encode!() |> JSON.decode!()
+    # Not those that DSPy is about to drop.
+    theirs = Map.new(theirs, fn {key, rules} -> {key, kept(rules)} end)
     sorted = fn rules -> Map.new(rules, fn {key, names} -> {key, sort(names)} end) end
     # An attribute of a later DSPy is refused by the peer alone.
     assert theirs["attributes"] -- ours["attributes"] == []
     assert sorted.(Map.delete(ours, "attributes")) == sorted.(Map.delete(theirs, "attributes"))
   end
 
-  @settings """
-  import json
-  from dspy_bridge.lm import dspy_setup, lm_options
-  from dspy_bridge.programs import module_factory
-
-  print(json.dumps({
-      "adapters": sorted(dspy_setup.ADAPTERS),
-      "lm": sorted(lm_options._NAMES), "config": sorted(lm_options._CONFIG_NAMES),
-      "options": {name: sorted(known) for name, known in module_factory.OPTIONS.items()},
-  }))
-  """
-
-  test "the settings are those of the peer" do
-    {json, 0} = System.cmd(Helpers.python(), ["-c", @settings])
-    ours = Settings.names() |> JSON.encode!() |> JSON.decode!()
-    assert Map.new(ours, fn {key, names} -> {key, sort(names)} end) == JSON.decode!(json)
-  end
+  defp kept(rules) when is_map(rules), do: Map.drop(rules, ["program_of_thought", "code_act"])
+  defp kept(names), do: names
 
   defp sort(names) when is_list(names), do: Enum.sort(names)
   defp sort(named), do: Map.new(named, fn {key, names} -> {key, Enum.sort(names)} end)

@@ -129,12 +129,12 @@ defmodule DSPex.PythonBridge.Programs.DeclaredTest do
             assert %{"qa" => %Error{type: :invalid_args} = error} =
                      Programs.Store.undeclared(table)
 
-            assert error.message =~ "program qa could not be loaded: " <> text
+            assert error.message =~ "program qa could not be loaded: args." <> text
             refute error.message =~ @key
             assert Programs.Store.definitions(table) == []
           end)
 
-        assert log =~ "pool MyPool: program qa could not be loaded: " <> text
+        assert log =~ "pool MyPool: program qa could not be loaded: args." <> text
         refute log =~ @key
       end
     end

@@ -5,8 +5,7 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Protocol}
-  alias DSPex.PythonBridge.Programs.Change
+  alias DSPex.PythonBridge.Bridge
   alias DSPex.PythonBridge.Protocol.Payload
 
   # Bytes in which no text has a part.
@@ -42,31 +41,6 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
     holds_little(decoded)
   end
 
-  test "a string that is most of its frame is not copied" do
-    long = String.duplicate("x", 1_000_000)
-    json = ~s({"long": "#{long}", "short": "y"})
-    assert {:ok, %{"long" => ^long, "short" => "y"} = term} = Payload.decode(json)
-    holds_little(term)
-    assert :binary.referenced_byte_size(term["long"]) == byte_size(json)
-  end
-
-  test "this holds for all frames of a peer" do
-    pad = fn json -> String.replace(json, "{", "{" <> @space, global: false) end
-    reply = ~s({"id":"#{@text}","success":true,"result":{"a":"#{@text}"},"meta":{"m":"#{@text}"}})
-    assert {:ok, @text, %{"a" => @text}, _meta} = holds_little(Protocol.decode_reply(pad.(reply)))
-    error = ~s({"id":1,"success":false,"error":"#{@text}","error_type":"internal"})
-    assert {:error, 1, %{message: @text}} = holds_little(Protocol.decode_reply(pad.(error)))
-    chunk = ~s({"id":1,"stream":{"field":"answer","chunk":"#{@text}"}})
-    assert {:ok, 1, %{"chunk" => @text}} = holds_little(Protocol.decode_chunk(pad.(chunk)))
-    tool = ~s({"id":1,"tool_call":{"call_id":"c","name":"#{@text}","args":{"x":"#{@text}"}}})
-    assert {:ok, "c", @text, _args} = holds_little(Protocol.decode_tool_call(pad.(tool)))
-
-    log =
-      ~s({"log":{"level":"info","logger":"#{@text}","message":"#{@text}","traceparent":"#{@text}"}})
-
-    assert {:ok, :info, @text, _metadata} = holds_little(Protocol.decode_log(pad.(log)))
-  end
-
   test "large payloads that are not JSON are errors with the place" do
     assert Payload.decode(~s({"a" 1}) <> @space) ==
              {:error, {:invalid_json, "not JSON: invalid byte at 5"}}
@@ -87,12 +61,5 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
              Bridge.call(bridge, :echo, args, 20_000)
 
     holds_little(kept)
-  end
-
-  test "a program's id is kept without the binary that it is a part of" do
-    id = binary_part(String.duplicate(@text, 5_000), 0, byte_size(@text))
-    assert {:create, @text, nil} = holds_little(Change.new(:create_program, %{id: id}))
-    args = %{program_ids: [id]}
-    assert {:cleanup, [@text], nil} = holds_little(Change.new(:cleanup, args))
   end
 end

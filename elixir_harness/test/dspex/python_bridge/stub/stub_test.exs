@@ -311,9 +311,10 @@ defmodule DSPex.PythonBridge.StubTest do
             {:ok, "expected {:ok, outputs}, {:ok, outputs, meta} or {:error, error}"},
             {{:error, :bridge_not_running}, "expected {:ok, outputs}"},
             {{:ok, "text"}, "outputs: expected a map"},
-            {{:ok, %{"answer" => {1, 2}}}, "outputs: no JSON form for {1, 2}"},
-            {{:ok, %{}, %{a: self()}}, "meta: no JSON form for #PID"},
-            {{:error, %{Error.new(:timeout) | meta: %{a: self()}}}, "error.meta: no JSON form"},
+            {{:ok, %{"answer" => {1, 2}}}, "outputs.answer: a tuple has no JSON form"},
+            {{:ok, %{}, %{a: self()}}, "meta.a: it has no JSON form"},
+            {{:error, %{Error.new(:timeout) | meta: %{a: self()}}},
+             "error.meta.a: it has no JSON form"},
             {{:ok, %{"anser" => "x", "why" => ""}},
              "outputs.anser: unknown field; outputs.answer: missing; expected answer, why"}
           ] do
@@ -700,7 +701,7 @@ defmodule DSPex.PythonBridge.StubTest do
                name: X,
                programs: [%{id: "a", signature: "a -> b"}, %{id: "a", signature: "a -> b"}]
              ], ":programs: a is declared twice"},
-            {[name: X, default_timeout: 0], ":default_timeout: expected a positive number"}
+            {[name: X, default_timeout: 0], ":default_timeout: expected 1 to"}
           ] do
         assert {:error, %ArgumentError{message: text}} = Stub.start_link(opts)
         assert text =~ expected

@@ -6,9 +6,8 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool}
+  alias DSPex.PythonBridge.{Bridge, Error, Evaluate}
   alias DSPex.PythonBridge.Telemetry.RunSpan
-  alias DSPex.Test.SilentLM
   alias DSPex.Test.Telemetry, as: Host
 
   @start [:evaluate, :start]
@@ -97,29 +96,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
       refute inspect(all) =~ @secret
     end
 
-    test "have no total of a stream, and no score before the first result" do
-      bridge = start_bridge(:observed)
-      assert {:ok, _} = evaluate(bridge, Stream.map(@examples, & &1))
-      assert [{@start, began, _} | rest] = events()
-      refute is_map_key(began, :total)
-      for {_, measured, _} <- rest, do: refute(is_map_key(measured, :total))
-      assert {:ok, %{score: nil}} = evaluate(bridge, [])
-      assert [{@start, %{total: 0}, _}, {@stop, %{done: 0} = measured, %{result: :ok}}] = events()
-      refute is_map_key(measured, :score)
-    end
-
-    test "of a pool have its name" do
-      script = %{model: "offline/script", answers: %{"*" => %{answer: "a"}}}
-      start_supervised!({Pool, real_opts(name: :observed_pool, pool_size: 1, lm: script)})
-      qa = %{id: "qa", signature: "question -> answer"}
-      {:ok, _} = Pool.call(:observed_pool, :create_program, qa, 60_000)
-
-      for pool <- [:observed_pool, Process.whereis(:observed_pool)] do
-        assert {:ok, _} = evaluate(pool, @examples)
-        assert [{@start, _, %{pool: :observed_pool, bridge: nil}} | _] = events()
-      end
-    end
-
     test "end with :stop and the type of an error, and what was measured before" do
       bridge = start_bridge(:observed)
 
@@ -156,24 +132,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
         assert Map.drop(exception, [:kind, :reason, :stacktrace]) == start
         refute inspect(all) =~ @secret
       end
-    end
-
-    test "are none if an argument is refused before it begins" do
-      for opts <- [
-            [metric: 5],
-            [attempts: 11],
-            [telemetry_metadata: [tenant: @secret]],
-            [traceparent: "x"],
-            [on_chunk: &Function.identity/1]
-          ] do
-        assert {:error, %Error{type: :invalid_request, message: message}} =
-                 evaluate(:nobody, @examples, opts)
-
-        assert message =~ inspect(hd(Keyword.keys(opts)))
-      end
-
-      assert {:error, _} = Evaluate.run(:nobody, Enum, @examples, metric: fn _, _ -> 1 end)
-      assert events() == []
     end
   end
 
@@ -245,37 +203,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
         # Its tables go before the next look, not before its exit signal.
         eventually(fn -> of(pid) == [] end)
       end
-    end
-
-    test "goes with an exception, and runs of one process are apart" do
-      about = %{program_id: "outer", telemetry_metadata: %{}}
-
-      assert catch_throw(
-               RunSpan.run(:optimize, :nobody, about, %{}, fn _run ->
-                 inner = %{about | program_id: "inner"}
-                 ids = fn -> Enum.map(of(self()), & &1.metadata.program_id) end
-
-                 assert {:ok, ["outer", "inner"]} =
-                          RunSpan.run(:evaluate, :nobody, inner, %{}, fn _run -> {:ok, ids.()} end)
-
-                 assert ids.() == ["outer"]
-                 throw(:out)
-               end)
-             ) == :out
-
-      assert of(self()) == []
-    end
-
-    test "of an evaluation ends when its caller is killed in the middle" do
-      lm = SilentLM.lm_opts(SilentLM.start())
-      bridge = start_supervised!({Bridge, real_opts(lm)})
-      qa = %{id: "qa", signature: "question -> answer"}
-      {:ok, _} = Bridge.call(bridge, :create_program, qa, 60_000)
-      caller = spawn(fn -> evaluate(bridge, @examples) end)
-      assert_receive {:lm_request, _}, 20_000
-      assert [%{kind: :evaluate, figures: %{done: 0, total: 6, failed: 0}}] = of(caller)
-      Process.exit(caller, :kill)
-      eventually(fn -> of(caller) == [] end)
     end
   end
 end

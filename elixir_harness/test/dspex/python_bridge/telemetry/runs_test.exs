@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool, Telemetry}
+  alias DSPex.PythonBridge.{Bridge, Telemetry}
   alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
@@ -17,7 +17,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
   @start [:bridge, :call, :start]
   @stop [:bridge, :call, :stop]
   @exception [:bridge, :call, :exception]
-  @pool_stop [:pool, :call, :stop]
   @lm [:lm, :stop]
   @ask %{program_id: "qa", inputs: %{question: "the contents"}}
 
@@ -83,21 +82,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
                of(@stop)
 
       refute inspect(metadata) =~ "the contents"
-    end
-
-    test "in a pool is the same" do
-      Host.attach([@pool_stop])
-      opts = real_opts(pool_size: 1) |> Keyword.put(:name, :observed_pool)
-      start_supervised!({Pool, opts})
-      {:ok, _} = Pool.call(:observed_pool, :create_program, create("qa"), 30_000)
-      events()
-
-      for pool <- [:observed_pool, Process.whereis(:observed_pool)] do
-        assert {:ok, %{"answer" => _}} = Pool.call(pool, :execute_program, @ask, 30_000)
-        assert [{%{lm_calls: 1, input_tokens: tokens}, metadata}] = of(@pool_stop)
-        assert tokens > 0
-        assert %{pool: :observed_pool, program_type: "predict", models: [_]} = metadata
-      end
     end
 
     test "sums over the models, also of an error; without a reply nothing is known" do
@@ -224,78 +208,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
       assert {:ok, _, _} = Bridge.request(:observed, :ping)
       assert of(@lm) == []
     end
-
-    test "comes from a pool, too, with its name" do
-      Host.attach([@lm])
-      opts = real_opts(pool_size: 1) |> Keyword.put(:name, :observed_pool)
-      start_supervised!({Pool, opts})
-      {:ok, _} = Pool.call(:observed_pool, :create_program, create("qa"), 30_000)
-      assert {:ok, _, meta} = Pool.request(:observed_pool, :execute_program, @ask)
-      refute Map.has_key?(meta, "lm_events")
-      assert [{%{input_tokens: _}, %{pool: :observed_pool, bridge: nil}}] = of(@lm)
-      stream = Pool.stream(:observed_pool, @ask, telemetry_metadata: %{tenant: "acme"})
-      assert {:ok, _, meta} = Enum.at(stream, -1)
-      refute Map.has_key?(meta, "lm_events")
-      assert [{_, %{pool: :observed_pool, telemetry_metadata: %{tenant: "acme"}}}] = of(@lm)
-    end
-
-    test "shows the calls of a run that failed, by the class of their error" do
-      Host.attach([@lm])
-      bridge = start_fake()
-
-      calls = [
-        %{
-          "model" => "m",
-          "started_ms" => 1,
-          "wait_ms" => 4.5,
-          "duration_ms" => 2.5,
-          "first_chunk_ms" => 1.5,
-          "cached_tokens" => 0,
-          "reasoning_tokens" => 3,
-          "cost_usd" => 0.25,
-          "error_type" => "LMTimeoutError"
-        },
-        %{"model" => "m", "cached" => true, "finish_reason" => "stop", "error_type" => nil}
-      ]
-
-      meta = %{"lm_calls" => 2, "lm_usage" => %{}, "cache_hits" => 0, "duration_ms" => 10}
-      fails = play([["fail", "lm_error", Map.put(meta, "lm_events", calls)]])
-
-      assert {:error, %Error{type: :lm_error, meta: ^meta}} =
-               Bridge.request(bridge, :execute_program, fails)
-
-      assert [{failed, failure}, {cached, hit}] = of(@lm)
-      assert %{result: :error, error_type: "LMTimeoutError", cached: false} = failure
-      assert System.convert_time_unit(failed.duration, :native, :microsecond) == 2_500
-      known = %{wait_ms: 4.5, first_chunk_ms: 1.5, cached_tokens: 0, reasoning_tokens: 3}
-      assert Map.merge(failed, Map.put(known, :cost_usd, 0.25)) == failed
-
-      # What is not known is no measurement. It ended 8 ms after its run began, of which that took 10.
-      assert cached |> Map.keys() |> Enum.sort() ==
-               [:duration, :input_tokens, :monotonic_time, :output_tokens, :wait_ms]
-
-      assert System.convert_time_unit(
-               cached.monotonic_time - failed.monotonic_time,
-               :native,
-               :microsecond
-             ) ==
-               -8_000
-
-      assert %{result: :ok, cached: true, finish_reason: "stop"} = hit
-      assert %{duration: 0, input_tokens: 0, output_tokens: 0} = cached
-
-      # A peer of another version may send anything.
-      for odd <- [7, [1, "x", %{}], [%{"model" => 5, "duration_ms" => "x", "started_ms" => nil}]] do
-        meta = Map.put(meta, "lm_events", odd)
-
-        assert {:ok, _, got} =
-                 Bridge.request(bridge, :execute_program, play([["reply", 1, meta]]))
-
-        refute Map.has_key?(got, "lm_events")
-      end
-
-      assert [_, _] = of(@lm)
-    end
   end
 
   describe "telemetry_metadata" do
@@ -335,22 +247,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
       assert {:ok, _} = Bridge.call(bridge, :heard)
       assert [{_, _, %{telemetry_metadata: none}}, {_, _, %{telemetry_metadata: none}}] = events()
       assert none == %{}
-    end
-
-    test "that is not a map is refused by name, before the call begins" do
-      Host.attach([@start])
-
-      for value <- [nil, [tenant: 1], "acme", ~D[2026-01-01]] do
-        opts = [telemetry_metadata: value]
-        text = ":telemetry_metadata: expected a map"
-
-        assert {:error, %Error{type: :invalid_request, message: ^text}} =
-                 Bridge.request(:nobody, :ping, %{}, opts)
-
-        assert [error: %Error{message: ^text}] = Enum.to_list(Bridge.stream(:nobody, @ask, opts))
-      end
-
-      assert events() == []
     end
   end
 end

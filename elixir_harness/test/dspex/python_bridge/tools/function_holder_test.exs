@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation, Runner}
+  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation, LargeFunction, Runner}
 
   @died {:error, {:died, :sent}}
 
@@ -84,139 +84,6 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
     assert_receive {:DOWN, ^monitor, :process, _pid, _reason}, 5_000
   end
 
-  describe "the holder" do
-    test "is there for the next peer, and ends, with its tools, when it is closed" do
-      holder = open(%{"t" => slow(self()), "one" => fn _ -> 1 end})
-      one = peer(holder)
-      die(one)
-      assert_down(one.proxy)
-      two = peer(holder)
-      assert call_result(two, 1, "one") == 1
-      call(two, 2, "t")
-      assert_receive {:running, tool, %{}}, 5_000
-      send(two.ref, {two.ref, {:frame, ~s({"id":1,"success":false,"error":"no"})}})
-      assert {:over, {:frame, _}} = StreamProxy.next(two.proxy, :infinity)
-      assert Process.alive?(holder) and Process.alive?(tool)
-      assert FunctionHolder.close(holder) == :ok
-      for pid <- [tool, holder], do: assert_down(pid)
-      assert FunctionHolder.close(holder) == :ok
-    end
-
-    test "is there for the next peer, however soon a proxy has ended in order" do
-      holder = open(%{"one" => fn _ -> 1 end})
-
-      for _ <- 1..3_000 do
-        {proxy, monitor} = spawn_monitor(fn -> FunctionHolder.attend(holder) end)
-        assert_receive {:DOWN, ^monitor, :process, ^proxy, :normal}, 5_000
-      end
-
-      assert FunctionHolder.attend(holder) == :ok
-      assert Process.alive?(holder)
-    end
-
-    test "is there for the next peer if it reads a tool call when the proxy has ended in order" do
-      holder = open(%{"one" => fn _ -> 1 end})
-      one = peer(holder)
-      :erlang.suspend_process(holder)
-      call(one, 1, "one")
-      eventually(fn -> match?({_, 1}, Process.info(holder, :message_queue_len)) end)
-      die(one)
-      assert_down(one.proxy)
-      :erlang.resume_process(holder)
-      assert call_result(peer(holder), 2, "one") == 1
-    end
-
-    test "ends with a reply that no other peer can change" do
-      for {retry, reply} <- [
-            {:pool, {:frame, ~s({"id":1,"success":true,"result":{}})}},
-            {:pool, {:error, :tool_begun}},
-            {:bridge, {:frame, ~s({"id":1,"success":false,"error":"no"})}},
-            {:never, {:error, :python_process_died}}
-          ] do
-        holder = open(%{"t" => slow(self())})
-        %{ref: ref} = peer = peer(holder, retry: retry)
-        call(peer, 1, "t")
-        assert_receive {:running, tool, %{}}, 5_000
-        # Nobody asks for it.
-        send(ref, {ref, reply})
-        for pid <- [tool, holder], do: assert_down(pid)
-      end
-    end
-
-    test "ends with the time of the call, also if its caller has not asked for the reply yet" do
-      holder = open(%{"t" => slow(self())})
-      # Enough for the tool to begin on a busy machine.
-      %{ref: ref} = peer = peer(holder, timeout: 2_000)
-      call(peer, 1, "t")
-      assert_receive {:running, tool, %{}}, 5_000
-      send(ref, {ref, @died})
-      for pid <- [tool, holder], do: assert_down(pid)
-    end
-
-    test "ends with its caller, whatever that was doing" do
-      test = self()
-
-      for moment <- [:opened, :attended, :between, :attended_again] do
-        caller =
-          spawn(fn ->
-            holder = open(%{"t" => slow(test)})
-            send(test, {:holder, holder})
-            if moment != :opened, do: start(test, holder) |> wait(moment != :attended)
-            if moment == :attended_again, do: start(test, holder)
-            send(test, :there)
-            Process.sleep(:infinity)
-          end)
-
-        assert_receive {:holder, holder}
-        port = hd(Port.list())
-
-        if moment in [:between, :attended_again] do
-          assert_receive {:request, %Request{ref: ref}}
-          # It goes on while there is no proxy.
-          call(%{ref: ref, port: port}, 1, "t")
-          assert_receive {:running, _tool, %{}}, 5_000
-          send(ref, {ref, @died})
-        end
-
-        assert_receive :there
-        if moment == :attended, do: assert_receive({:request, %Request{}})
-        Process.exit(caller, :kill)
-        assert_down(holder)
-      end
-    end
-
-    defp wait(proxy, true), do: StreamProxy.next(proxy, :infinity)
-    defp wait(_proxy, false), do: :ok
-
-    test "ends, with tools of an earlier peer, with a proxy that is killed" do
-      holder = open(%{"t" => slow(self())})
-      one = peer(holder)
-      call(one, 1, "t")
-      assert_receive {:running, tool, %{}}, 5_000
-      die(one)
-      two = peer(holder)
-      StreamProxy.stop(two.proxy)
-      for pid <- [tool, holder], do: assert_down(pid)
-    end
-
-    test "gives no function to a tool of an earlier peer" do
-      test = self()
-      holder = open(%{"t" => slow(test)})
-      FunctionHolder.attend(holder)
-      source = {holder, self(), 1}
-
-      earlier =
-        spawn(fn ->
-          receive do: (:ask -> send(test, {:got, FunctionHolder.fetch(source, "t", "a digest")}))
-        end)
-
-      peer(holder)
-      send(earlier, :ask)
-      assert_receive {:got, :over}
-      FunctionHolder.close(holder)
-    end
-  end
-
   describe "a call of the next peer" do
     test "that is like one with an answer gets that, in order, without the function" do
       {tool, count} = counting()
@@ -276,34 +143,6 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       JSON.decode!(frame)["tool_result"]["result"]
     end
 
-    test "that is like one whose process was killed gets that error" do
-      for answered? <- [true, false] do
-        holder = open(%{"t" => slow(self())})
-        one = peer(holder)
-        call(one, 1, "t")
-        assert_receive {:running, tool, %{}}, 5_000
-        if answered?, do: Process.exit(tool, :kill) && assert(result(one, 1) == "exit: :killed")
-        die(one)
-        two = peer(holder)
-        call(two, 1, "t")
-        if not answered?, do: Process.exit(tool, :kill)
-        assert result(two, 1) == "exit: :killed"
-        FunctionHolder.close(holder)
-      end
-    end
-
-    test "of the same bridge is one of the next peer, too" do
-      {tool, count} = counting()
-      holder = open(%{"t" => tool})
-      one = peer(holder, retry: :bridge)
-      assert call_result(one, 1, "t", %{"q" => "a"}) == "a1"
-      two = %{one | port: Port.open({:spawn_executable, System.find_executable("cat")}, [])}
-      assert call_result(two, 1, "t", %{"q" => "a"}) == "a1"
-      assert call_result(two, 2, "t", %{"q" => "a"}) == "a2"
-      assert count.() == 2
-      FunctionHolder.close(holder)
-    end
-
     test "has the same call_key, which no other call has" do
       test = self()
 
@@ -342,11 +181,6 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       })
     end
 
-    defp bind(%{port: port}, answer) do
-      assert_receive {:bind, ^port, 1, ref}, 5_000
-      send(ref, {ref, answer})
-    end
-
     test "begins once the bridge does not send the run again; then nor does a pool" do
       holder = refund(self())
       one = peer(holder)
@@ -364,78 +198,9 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       for pid <- [tool, holder], do: assert_down(pid)
       refute_received {:request, _request}
     end
-
-    test "does not begin for a peer that has lost the run, and begins for the next one" do
-      holder = refund(self())
-      one = peer(holder)
-      call(one, 1, "refund")
-      bind(one, :over)
-      assert result(one, 1) =~ "is over"
-      call(one, 2, "refund")
-      assert_receive {:bind, _port, 1, ref}, 5_000
-      die(one)
-      two = peer(holder)
-      call(two, 1, "refund")
-      bind(two, :ok)
-      assert_receive {:running, tool, %{}}, 5_000
-      # The bridge of the first peer was slow.
-      send(ref, {ref, :ok})
-      send(tool, {:finish, "done"})
-      assert result(two, 1) == "done"
-      assert FunctionHolder.close(holder) == :bound
-      refute_received {:running, _tool, _args}
-    end
-
-    test "ends the run if the bridge ends after it has begun" do
-      test = self()
-      holder = refund(test)
-      bridge = spawn(fn -> forward(test) end)
-      proxy = start(bridge, holder, retry: :bridge)
-      assert_receive {:request, %Request{ref: ref}}
-      one = %{ref: ref, port: hd(Port.list())}
-      call(one, 1, "refund")
-      bind(one, :ok)
-      assert_receive {:running, tool, %{}}, 5_000
-      Process.exit(bridge, :kill)
-      assert StreamProxy.next(proxy, :infinity) == {:over, {:error, :tool_begun}}
-      for pid <- [tool, holder], do: assert_down(pid)
-    end
-
-    defp forward(test) do
-      receive do: (message -> send(test, message))
-      forward(test)
-    end
-
-    test "has a call_key, too" do
-      one = self() |> refund() |> peer()
-      call(one, 1, "key")
-      bind(one, :ok)
-      assert result(one, 1) =~ ~r/\A[0-9a-f]{32}\z/
-    end
   end
 
   describe "answers" do
-    # The binary of a result is not on the heap of the holder.
-    defp held(holder) do
-      {:binary, binaries} = Process.info(holder, :binary)
-      binaries |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1)) |> Enum.sum()
-    end
-
-    test "are kept as the frame that was sent, as long as the run may be sent again" do
-      big = String.duplicate("x", 8_000)
-      holder = open(%{"big" => fn _ -> String.duplicate("x", 8_000) end})
-      one = peer(holder)
-      assert call_result(one, 1, "big") == big
-      assert held(holder) in 8_000..9_999
-      ref = one.ref
-      send(ref, {ref, :chunk, ~s({"id":1,"stream":{"field":"answer","chunk":"Par"}})})
-      assert {:chunk, _frame} = StreamProxy.next(one.proxy, :infinity)
-      holds_nothing = fn -> :erlang.garbage_collect(holder) && held(holder) < 1_000 end
-      eventually(holds_nothing)
-      assert call_result(one, 2, "big") == big
-      eventually(holds_nothing)
-      FunctionHolder.close(holder)
-    end
   end
 
   describe "a large function" do
@@ -445,7 +210,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       fn args -> if length(held) == 200_000, do: function.(args) end
     end
 
-    defp persistent_terms, do: :persistent_term.info().count
+    defp terms, do: for({{LargeFunction, ref}, _} <- :persistent_term.get(), do: ref)
 
     test "is not copied for its calls, and its errors are those of any function" do
       size = fn %{"n" => n} ->
@@ -461,7 +226,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
     end
 
     test "runs as often at once as it is called, and is erased at the end of the call" do
-      before = persistent_terms()
+      before = terms()
       holder = open(%{"t" => large(slow(self()))})
       one = peer(holder)
       for n <- 1..20, do: call(one, n, "t", %{n: n})
@@ -473,10 +238,10 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
         end
 
       assert length(Enum.uniq(tools)) == 20
-      assert persistent_terms() > before
+      assert [mine] = terms() -- before
       FunctionHolder.close(holder)
       for pid <- [holder | tools], do: assert_down(pid)
-      eventually(fn -> persistent_terms() <= before end)
+      eventually(fn -> mine not in terms() end)
     end
   end
 end

@@ -132,32 +132,8 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     assert Enum.uniq([key | keys]) == [key | keys]
   end
 
-  test "a call that goes on after the death of its peer ends with the run" do
-    assert_goes_on_until_timeout(@bridge)
-  end
-
-  @tag :slow
-  test "a call that goes on after the death of a pool's peer ends with the run" do
-    assert_goes_on_until_timeout(@pool)
-  end
-
-  defp assert_goes_on_until_timeout(server) do
-    agent = start(server, ["a"])
-    request = ask(agent, doer(), timeout: 1_000)
-    assert_receive {:does, "a", _key, pid}, 10_000
-    kill_peer(agent)
-    assert {:error, %Error{type: :timeout}} = Task.await(request, 20_000)
-    refute Process.alive?(pid)
-  end
-
   test "a call with repeat: false ends the run when its peer dies, once it has begun" do
     for {server, answered?} <- [{@bridge, true}, {@pool, false}],
-        do: assert_ends_with_peer(server, answered?)
-  end
-
-  @tag :slow
-  test "a call with repeat: false ends the run when its peer dies: the other two of four cases" do
-    for {server, answered?} <- [{@bridge, false}, {@pool, true}],
         do: assert_ends_with_peer(server, answered?)
   end
 

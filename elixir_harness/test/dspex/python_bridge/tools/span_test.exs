@@ -139,13 +139,4 @@ defmodule DSPex.PythonBridge.Tools.SpanTest do
              {"t", false, :ok}
            ]
   end
-
-  test "of a pool have its name, and that of the bridge that was asked" do
-    pool = :observed_tools_pool
-    bridge = Module.concat(pool, Bridge1)
-    start_supervised!({Pool, Keyword.merge(FakePeer.opts(:plays), name: pool, pool_size: 1)})
-    request(pool, calls(["t"]) ++ [["reply"]], %{t: {& &1, repeat: false}})
-    assert [{@start, _, start}, {@stop, _, _}] = events()
-    assert %{pool: ^pool, bridge: ^bridge, program_id: "p"} = start
-  end
 end

@@ -9,8 +9,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
   import ExUnit.CaptureLog
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Tools}
-  alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.Tools.Invocation
   alias DSPex.Test.{Exits, FakePeer}
 
   doctest Tools.Runner
@@ -147,7 +145,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         "ArgumentError: argument error",
         "throw: {:thrown, 1}",
         "exit: :normal",
-        "exit: {:shutdown, :mine}",
+        "exit: :shutdown",
         "ArgumentError: boom",
         "exit: :timeout",
         "exit: :badarg",
@@ -156,12 +154,12 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
         "error: a reason that cannot be shown",
         "exit: :inspect",
         "throw: a reason that cannot be shown",
-        "tool tool18: result: no JSON form for #PID",
-        "tool tool19: result: no JSON form for {:a, 1}",
-        "tool tool20: result: cannot be written as JSON",
-        "tool tool21: result: a string in it is not valid UTF-8",
-        "tool tool22: error: a string in it is not valid UTF-8",
-        "tool tool23: result: cannot be written as JSON"
+        "tool tool18: result: it has no JSON form",
+        "tool tool19: result: a tuple has no JSON form",
+        "tool tool20: result: it has no JSON form",
+        "tool tool21: result: a string that is not valid UTF-8",
+        "tool tool22: error: a string that is not valid UTF-8",
+        "tool tool23: result: a struct DSPex.Test.Exits.OnEncode has no JSON form"
       ]
 
       for {text, expected} <- Enum.zip(errors, expected) do
@@ -225,12 +223,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     defp frame(result),
       do: ~s({"tool_result":{"call_id":1,"success":true,"result":#{JSON.encode!(result)}}})
 
-    test "may be as large as a frame, and delays nobody" do
-      bridge = start()
-      big = String.duplicate("x", 5_000_000)
-      assert [%{"result" => ^big}] = results(bridge, [fn _ -> big end])
-    end
-
     test "runs in its own process, which knows the caller" do
       test = self()
 
@@ -247,13 +239,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert_received {:where, pid, [^test, :before], {:links, links}}
       assert pid != test and test not in links
     end
-
-    test "may be a call to the same bridge" do
-      bridge = start()
-
-      assert [%{"result" => 1}] =
-               results(bridge, [fn _ -> elem(Bridge.call(bridge, :ping), 1)["starts"] end])
-    end
   end
 
   describe "options" do
@@ -266,8 +251,9 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
             {%{"search" => "search"}, ":tools: search: expected a function of one argument, or"},
             {%{search: {"search", []}},
              ":tools: search: expected a function of one argument, or"},
-            {%{search: {& &1, %{}}}, ":tools: search: expected options"},
-            {%{search: {& &1, repeat: nil}}, ":tools: search: repeat: expected true or false"},
+            {%{search: {& &1, %{}}}, ":tools: search: options: expected"},
+            {%{search: {& &1, repeat: nil}},
+             ":tools: search: :repeat: expected true or false, got nil"},
             {%{search: {& &1, retry: false}}, ":tools: search: unknown option :retry"},
             {%{search: {& &1, repeat: true, repaet: false}},
              ":tools: search: unknown option :repaet, did you mean :repeat?"},
@@ -281,25 +267,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
         assert String.starts_with?(message, text)
       end
-    end
-
-    test "other options and errors are as without tools" do
-      bridge = start()
-      tools = [tools: %{t: & &1}]
-      assert {:error, %Error{type: :lm_error}} = request(bridge, [["fail", "lm_error"]], tools)
-      assert {:error, %Error{type: :bridge_not_running}} = request(:nobody, [], tools)
-
-      assert {:error, %Error{type: :invalid_args}} =
-               Bridge.request(bridge, :ping, %{a: {}}, tools)
-
-      assert {:error, %Error{type: :invalid_request}} =
-               request(bridge, [], [timeout: -1] ++ tools)
-
-      assert {:ok, %{}, %{"asked" => ["meta"]}} = request(bridge, [["reply", %{}]], tools)
-      {ms, result} = timed(fn -> request(bridge, [["go", "on"]], [timeout: 60] ++ tools) end)
-      assert {:error, %Error{type: :timeout}} = result
-      assert ms < 1_000
-      assert {:messages, []} = Process.info(self(), :messages)
     end
   end
 
@@ -322,24 +289,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       name = Module.concat(__MODULE__, Pool)
       start_supervised!({Pool, Keyword.merge(FakePeer.opts(:plays), name: name, pool_size: 1)})
       assert {:ok, %{}} = Pool.call(name, :execute_program, args.(6), 10_000)
-    end
-
-    test "for a call that is over, or that there never was, is refused" do
-      bridge = start()
-
-      raw = fn id, call_id ->
-        ["raw", ~s({"id":#{id},"tool_call":{"call_id":#{call_id},"name":"search","args":{}}})]
-      end
-
-      play = [["reply", %{}], raw.("ID", 1), raw.(999_999, 2), raw.("ID", ~s("three"))]
-      assert {:ok, %{}, _} = request(bridge, play, tools: %{search: & &1})
-      # The next request of the bridge's own gets none either.
-      for id <- [1, 2, "three"] do
-        assert %{"success" => false, "error" => text} = tool_frames(bridge, id)
-        assert text == "tool search: the call that it belongs to is over"
-      end
-
-      assert %{late_replies: 0, unreadable_frames: 0} = Bridge.get_status(bridge)
     end
 
     test "whose call cannot be read is answered if it has a call_id, else counted" do
@@ -397,73 +346,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       send(one, :go)
       assert {:ok, %{"1" => %{"result" => 1}, "2" => %{"result" => 2}}, _} = Task.await(task)
     end
-
-    test "tools run while the caller handles a chunk" do
-      test = self()
-
-      on_chunk = fn chunk ->
-        receive do: (:noted -> send(test, {:chunk, chunk}))
-      end
-
-      note = fn _ -> send(test, :noted) && nil end
-      play = [["count", 1], ["tool", 1, "note", %{}], ["result", 1], ["reply", %{}]]
-      assert {:ok, %{}, _} = request(start(), play, tools: %{note: note}, on_chunk: on_chunk)
-      assert_received {:chunk, %{"chunk" => "0"}}
-    end
-
-    test "tools of two runs with the same names are separate" do
-      bridge = start()
-      play = fn n -> [["tool", n, "who", %{}], ["result", n], ["reply"]] end
-      tasks = for n <- 1..20, do: async(bridge, play.(n), tools: %{who: fn _ -> n end})
-
-      for {{:ok, results, _}, n} <- tasks |> Task.await_many() |> Enum.zip(1..20) do
-        assert results["#{n}"]["result"] == n
-      end
-    end
-  end
-
-  describe "tools that hold much" do
-    test "are copied for their own calls only, not for the process that keeps the time" do
-      data = Enum.to_list(1..300_000)
-      words = fn pid -> elem(Process.info(pid, :total_heap_size), 1) end
-
-      tools = %{
-        large: fn _ -> length(data) end,
-        other: fn _ -> length(data) end,
-        small: fn _ -> [words.(self()), words.(proxy_of(self()))] end
-      }
-
-      play = [["tool", 1, "large", %{}], ["tool", 2, "small", %{}], ["result", 1]]
-      play = play ++ [["result", 2], ["reply"]]
-      assert {:ok, results, _} = request(start(), play, tools: tools)
-      assert %{"1" => %{"result" => 300_000}, "2" => %{"result" => [own, proxy]}} = results
-      # The list has 600,000 words.
-      assert own < 100_000
-      assert proxy < 100_000
-    end
-  end
-
-  describe "one answer" do
-    test "is sent for a tool call, whatever ends its process afterwards" do
-      port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
-      running = %{self() => %Invocation{port: port, id: 1, frame: "", max_frame_bytes: 1}}
-
-      tools = %Tools.Runner{
-        holder: nil,
-        bridge: self(),
-        callers: [],
-        port: port,
-        running: running
-      }
-
-      answer = {:tool_result, port, 1, "a frame"}
-      tools = Tools.Runner.answered(tools, self(), answer)
-      assert_received ^answer
-      assert Tools.Runner.ended(tools, self(), :killed) == tools
-      # Of the peer before.
-      assert Tools.Runner.answered(tools, self(), answer) == tools
-      refute_received ^answer
-    end
   end
 
   describe "tools are dead, and their call's process is, after" do
@@ -482,14 +364,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert {:ok, %{}, _} = Task.await(task)
       assert_dead(monitors)
       assert tool_frames(bridge) == []
-    end
-
-    test "an error reply", %{bridge: bridge, open: open} do
-      task = async(bridge, open ++ [["fail", "timeout"]], opts())
-      monitors = watch(2)
-      go(bridge, "on")
-      assert {:error, %Error{type: :timeout}} = Task.await(task)
-      assert_dead(monitors)
     end
 
     test "the timeout", %{bridge: bridge, open: open} do
@@ -522,65 +396,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       eventually(fn -> status(bridge, :pending) == 0 end)
     end
 
-    test "the death of the caller, though the call's process is suspended", context do
-      opts = opts()
-      caller = spawn(fn -> request(context.bridge, context.open, opts) end)
-      assert_receive {:running, _args, tool, proxy}, 5_000
-      assert_receive {:running, _args, another, ^proxy}, 5_000
-      monitors = for pid <- [tool, another], do: Process.monitor(pid)
-      :erlang.suspend_process(proxy)
-      Process.exit(caller, :kill)
-      assert_dead(monitors)
-      :erlang.resume_process(proxy)
-      eventually(fn -> status(context.bridge, :pending) == 0 end)
-    end
-
-    test "the death of the call's process by force", %{bridge: bridge, open: open} do
-      task = async(bridge, open, opts())
-      assert_receive {:running, _args, tool, proxy}, 5_000
-      assert_receive {:running, _args, another, ^proxy}, 5_000
-      monitors = for pid <- [tool, another], do: Process.monitor(pid)
-      Process.exit(proxy, :kill)
-      assert {:error, %Error{type: :cancelled, message: text}} = Task.await(task)
-      assert text =~ "was killed"
-      assert_dead(monitors)
-      eventually(fn -> status(bridge, :pending) == 0 end)
-    end
-
-    test "the timeout, when a tool is called after it", %{bridge: bridge} do
-      play = [["count", 1], ["go", "on"], ["tool", 1, "t", %{}], ["go", "never"]]
-      stream = Bridge.stream(bridge, %{play: play}, opts(timeout: 2_000))
-      suspend = fn element, _acc -> {:suspend, element} end
-      {:suspended, {:chunk, _, _}, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      [proxy] = proxies(self())
-      :erlang.suspend_process(proxy)
-      eventually(fn -> waiting(proxy) == 1 end)
-      go(bridge, "on")
-      eventually(fn -> waiting(proxy) == 2 end)
-      :erlang.resume_process(proxy)
-      eventually(fn -> waiting(proxy) == 0 end)
-      # None was begun.
-      assert for(pid <- Process.list(), Process.info(pid, :parent) == {:parent, proxy}, do: pid) ==
-               []
-
-      monitor = Process.monitor(proxy)
-      assert {:suspended, {:error, %Error{type: :timeout}}, _} = next.({:cont, nil})
-      assert_dead([monitor])
-    end
-
-    defp waiting(pid), do: elem(Process.info(pid, :message_queue_len), 1)
-
-    test "an exception of on_chunk", %{bridge: bridge, open: open} do
-      on_chunk = fn _ -> raise ArgumentError, "mine" end
-      opts = opts(on_chunk: on_chunk)
-      play = open ++ [["count", 1], ["go", "never"]]
-      task = Task.async(fn -> catch_error(request(bridge, play, opts)) end)
-      monitors = watch(2)
-      go(bridge, "on")
-      assert %ArgumentError{} = Task.await(task)
-      assert_dead(monitors)
-    end
-
     test "a stream that is halted", %{bridge: bridge, open: open} do
       stream = Bridge.stream(bridge, %{play: [["count", 1]] ++ open}, opts())
       suspend = fn element, _acc -> {:suspend, element} end
@@ -588,21 +403,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       monitors = watch(2)
       next.({:halt, nil})
       assert_dead(monitors)
-    end
-
-    test "the reply to a stream that nobody reads: the tools", %{bridge: bridge, open: open} do
-      play = [["count", 1]] ++ open ++ [["reply", %{}]]
-      stream = Bridge.stream(bridge, %{play: play}, opts())
-      suspend = fn element, _acc -> {:suspend, element} end
-      {:suspended, _, next} = Enumerable.reduce(stream, {:cont, nil}, suspend)
-      assert_receive {:running, _args, tool, proxy}, 5_000
-      monitor = Process.monitor(tool)
-      go(bridge, "on")
-      assert_receive {:DOWN, ^monitor, :process, _, _}, 5_000
-      assert Process.alive?(proxy)
-      assert {:suspended, {:ok, %{}, _}, _} = next.({:cont, nil})
-      monitor = Process.monitor(proxy)
-      assert_dead([monitor])
     end
 
     test "the end of the bridge, in order or not", %{bridge: bridge, open: open} do
@@ -624,23 +424,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       end
 
       assert status(bridge, :pending) == 0
-    end
-
-    test "a refusal of the bridge" do
-      bridge = start_supervised!({Bridge, FakePeer.opts(:plays, max_pending: 1)}, id: :full)
-      held = async(bridge, [["go", "on"], ["reply", %{}]], opts())
-      eventually(fn -> status(bridge, :pending) == 1 end)
-      eventually(fn -> match?([_proxy], proxies(held.pid)) end)
-      assert {:error, %Error{type: :overloaded}} = request(bridge, [], opts())
-      eventually(fn -> proxies(self()) == [] end)
-      Task.shutdown(held, :brutal_kill)
-    end
-
-    defp proxies(caller) do
-      for pid <- Process.list(),
-          Process.info(pid, :parent) == {:parent, caller},
-          {:current_function, {StreamProxy, :loop, 1}} <- [Process.info(pid, :current_function)],
-          do: pid
     end
   end
 
@@ -693,18 +476,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       go(bridge, "end")
       assert {:ok, %{"2" => %{"result" => "slow"}}, _} = Task.await(context.task)
     end
-
-    test "while a tool runs: it ends with the run, if no peer asks for it again", context do
-      monitors = for pid <- [context.one, context.two], do: Process.monitor(pid)
-      Process.unlink(context.task.pid)
-      Process.exit(context.task.pid, :kill)
-
-      # One may have ended before it was watched.
-      for monitor <- monitors do
-        assert_receive {:DOWN, ^monitor, _, _, reason}, 5_000
-        assert reason in [:killed, :noproc]
-      end
-    end
   end
 
   describe "a tool with repeat: false" do
@@ -734,23 +505,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       refute_received {:refund, _pid, _key}
     end
 
-    test "ends the run with its peer, while it runs and after it", context do
-      %{bridge: bridge, tools: tools, play: play} = context
-
-      for answered? <- [false, true] do
-        restarts = status(bridge, :restarts)
-        task = async(bridge, play, tools: tools)
-        assert_receive {:refund, pid, _key}, 5_000
-        monitor = Process.monitor(pid)
-        if answered?, do: send(pid, :finish) && tool_frames(bridge, 1)
-        FakePeer.kill(bridge)
-        assert_not_again(task, "was lost before it had replied")
-        assert_receive {:DOWN, ^monitor, :process, _, _}, 5_000
-        eventually(fn -> status(bridge, :state) == :running end)
-        assert status(bridge, :restarts) == restarts + 1
-      end
-    end
-
     test "ends the run with its peer, if that is replaced and does not finish in time" do
       env = %{"DSPY_BRIDGE_DRAIN_MS" => "50"}
       bridge = start_supervised!({Bridge, FakePeer.opts(:plays, env: env)}, id: :impatient)
@@ -772,26 +526,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       send(pid, :finish)
       go(bridge, "on")
       assert {:ok, %{"1" => %{"result" => "refunded"}}, _} = Task.await(task)
-    end
-
-    test "does not begin for a peer that has died, and begins for the next", context do
-      %{bridge: bridge, tools: tools, play: play} = context
-      task = async(bridge, [["first", [["go", "one"]] ++ play, play]], tools: tools)
-      eventually(fn -> match?([_proxy], proxies(task.pid)) end)
-      [proxy] = proxies(task.pid)
-      :erlang.suspend_process(proxy)
-      go(bridge, "one")
-      # The tool call of the first peer has come there.
-      eventually(fn -> waiting(proxy) == 1 end)
-      FakePeer.kill(bridge)
-      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
-      eventually(fn -> waiting(proxy) == 2 end)
-      :erlang.resume_process(proxy)
-      assert_receive {:refund, pid, _key}, 5_000
-      send(pid, :finish)
-      go(bridge, "on")
-      assert {:ok, %{"1" => %{"result" => "refunded"}}, _} = Task.await(task)
-      refute_received {:refund, _pid, _key}
     end
   end
 
@@ -832,28 +566,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       send(tool, :finish)
       assert {:ok, %{"1" => %{"result" => "late"}}, _} = Task.await(task)
       assert_received {:chunk, %{"chunk" => "0"}}
-      assert Task.await(stop) == :ok
-    end
-
-    test "a stop while a tool runs: a missing program is an error at once", context do
-      %{bridge: bridge, task: task, tool: tool} = context
-      play = [["tool", 2, "go", %{}], ["result", 2], ["fail", "program_not_found"]]
-      test = self()
-      go = fn _ -> send(test, {:go, self()}) && receive(do: (:go -> nil)) end
-      args = %{program_id: "p", play: play}
-
-      missing =
-        Task.async(fn -> Bridge.request(bridge, :execute_program, args, tools: %{go: go}) end)
-
-      assert_receive {:go, pid}, 5_000
-      stop = Task.async(fn -> Bridge.stop(bridge) end)
-      eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
-      # A second was waited for the reason.
-      {ms, result} = timed(fn -> send(pid, :go) && Task.await(missing) end)
-      assert {:error, %Error{type: :program_not_found}} = result
-      assert ms < 800
-      send(tool, :finish)
-      assert {:ok, _, _} = Task.await(task)
       assert Task.await(stop) == :ok
     end
   end
