@@ -94,7 +94,7 @@ defmodule DSPex.JobsPageTest do
   end
 
   test "each type of error has the outcome of the page's table" do
-    assert {:error, "no pool or bridge " <> _} = summarize(1)
+    assert {:error, "the bridge DSPex.JobsPageTest.Pool is not running"} = summarize(1)
     start_supervised!({Stub, name: @pool})
     {:ok, types} = Code.Typespec.fetch_types(Error)
     [atoms] = for {:type, {:type, {:type, _, :union, atoms}, []}} <- types, do: atoms

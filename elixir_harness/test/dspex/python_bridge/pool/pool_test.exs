@@ -223,7 +223,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert ms >= 50 and ms < 1_000
       assert Pool.call(:hold, %{}, 0) == {:error, :timeout}
       assert {:error, "timeout: " <> _} = Pool.call(:who, %{}, -1)
-      assert {:error, "args: " <> _} = Pool.call(Pool, :who, %{f: {1}}, 50)
+      assert {:error, "args.f: " <> _} = Pool.call(Pool, :who, %{f: {1}}, 50)
     end
 
     test "is refused as overloaded only when all peers are" do

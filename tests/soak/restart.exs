@@ -1,6 +1,6 @@
 # From the kill of a peer to the next answer, by how many programs there are: their number must not matter.
 #
-#     cd elixir_harness && MIX_ENV=prod mix run --no-start ../tests/bench/restart.exs
+#     cd elixir_harness && MIX_ENV=prod mix run --no-start ../tests/soak/restart.exs
 
 alias DSPex.PythonBridge.Bridge
 
