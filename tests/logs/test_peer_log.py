@@ -32,8 +32,10 @@ def frames() -> Iterator[Callable[[], list[Any]]]:
     """Gives what was logged up to now, at debug level; everything is put back afterwards."""
     loggers = [logging.getLogger(name) for name in NAMES]
     before = [(logger.level, list(logger.handlers), list(logger.filters), logger.propagate) for logger in loggers]
-    for handler in list(loggers[0].handlers):
-        loggers[0].removeHandler(handler)
+    loggers[0].handlers.clear()
+    # Those of a dispatcher that an earlier test started in this process.
+    for logger in loggers:
+        logger.filters.clear()
     sent: list[Any] = []
     peer_log.setup("debug", lambda *record: sent.append(json.loads(messages.encode_log(*record))["log"]))
 
