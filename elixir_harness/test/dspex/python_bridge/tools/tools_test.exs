@@ -385,17 +385,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert [%{"cancel" => _id}] = heard
     end
 
-    test "the timeout, though the call's process is suspended", %{bridge: bridge, open: open} do
-      task = async(bridge, open, opts(timeout: 1_500))
-      assert_receive {:running, _args, tool, proxy}, 5_000
-      assert_receive {:running, _args, another, ^proxy}, 5_000
-      monitors = for pid <- [tool, another, proxy], do: Process.monitor(pid)
-      :erlang.suspend_process(proxy)
-      assert {:ok, {:error, %Error{type: :timeout}}} = Task.yield(task, 20_000)
-      assert_dead(monitors)
-      eventually(fn -> status(bridge, :pending) == 0 end)
-    end
-
     test "a stream that is halted", %{bridge: bridge, open: open} do
       stream = Bridge.stream(bridge, %{play: [["count", 1]] ++ open}, opts())
       suspend = fn element, _acc -> {:suspend, element} end
