@@ -12,7 +12,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
-  alias DSPex.PythonBridge.Tools.{Runner, Span}
+  alias DSPex.PythonBridge.Tools.Runner
 
   # A queue as a default would be a literal, which Dialyzer does not take for a queue.
   @enforce_keys [:watch, :tools, :chunks]
@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   ## In the caller's process
 
   @doc "Starts it for the calling process, with the functions of its call and what the events of these have."
-  @spec start(Runner.tools(), Span.about()) :: pid()
+  @spec start(Runner.tools(), Runner.about()) :: pid()
   def start(tools, about) do
     caller = self()
     # `$callers`, so that Mox and the Ecto sandbox find the test process.

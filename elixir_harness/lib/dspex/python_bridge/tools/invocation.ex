@@ -6,7 +6,8 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
-  alias DSPex.PythonBridge.Tools.{Answer, Outcome, Span}
+  alias DSPex.PythonBridge.Telemetry.{Metadata, Span}
+  alias DSPex.PythonBridge.Tools.{Answer, Outcome}
 
   # Of a call_key, in hexadecimal digits: as many bits as a UUID.
   @key_digits 32
@@ -94,27 +95,39 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
 
     case Ask.ask(proxy, :infinity, &{:fetch, self(), &1, name, digest}) do
       {:ok, {:run, function, call, {id, about}}} ->
-        span = Span.begin(about, bridge, name, false)
+        span = span(about, bridge, name, false)
         {result, how} = Outcome.of(fn -> apply_to(function, args, call, id) end)
         answer = Answer.new(call_id, name, result, invocation.max_frame_bytes)
-        Span.over(span, answer, how)
+        ended(span, answer, how)
         {call, answer}
 
       {:ok, {:answered, answer, {_id, about}}} ->
         answer = Answer.to(answer, call_id)
-        Span.over(Span.begin(about, bridge, name, true), answer, :returned)
+        ended(span(about, bridge, name, true), answer, :returned)
         {nil, answer}
 
       {:ok, {:unknown, names, {_id, about}}} ->
         text = "it was not given in :tools, which has #{Enum.join(names, ", ")}"
         {nil, answer} = unknown = error(call_id, name, text)
-        Span.over(Span.begin(about, bridge, nil, false), answer, :returned)
+        # The names that are not in :tools are written by an LM.
+        ended(span(about, bridge, "unknown", false), answer, :returned)
         unknown
 
       _over ->
         over(call_id, name)
     end
   end
+
+  # The events of a tool call, in the process of the tool, have no arguments and no results.
+  defp span(about, bridge, tool, remembered?) do
+    more = %{bridge: Metadata.name(bridge), tool: tool, remembered?: remembered?}
+    Span.start([:tool], Map.merge(about, more))
+  end
+
+  defp ended(span, answer, :returned), do: Span.emit(span, :stop, %{}, %{result: answer.result})
+
+  defp ended(span, _answer, {kind, reason, stacktrace}),
+    do: Span.exception(span, kind, reason, stacktrace)
 
   defp apply_to(function, args, _call, _run_id) when is_function(function, 1), do: function.(args)
 

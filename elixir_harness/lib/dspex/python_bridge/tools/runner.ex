@@ -14,7 +14,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
 
   alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Tools.{Answer, Invocation, LargeFunction, Span}
+  alias DSPex.PythonBridge.Tools.{Answer, Invocation, LargeFunction}
 
   @enforce_keys [:tools, :run, :callers]
   defstruct [:tools, :run, :callers, :dest, :port] ++
@@ -44,7 +44,8 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   @type tool ::
           {function :: (map() -> term()) | (map(), String.t() -> term()), repeat? :: boolean()}
   @typedoc "The whole call: an id that no other one has, and what its events have."
-  @type run :: {id :: binary(), Span.about()}
+  @type run :: {id :: binary(), about()}
+  @type about :: %{pool: term(), program_id: String.t() | nil, telemetry_metadata: map()}
   @typedoc "The name of a tool and its arguments."
   @type digest :: binary()
   @typedoc "A call of a run, whichever peers make it."
@@ -100,7 +101,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   end
 
   @doc "The functions of a call, whose process calls this. `callers`: as for `Task`, the caller first."
-  @spec new(tools(), Span.about(), [pid()]) :: t()
+  @spec new(tools(), about(), [pid()]) :: t()
   def new(tools, about, callers) do
     {tools, _erases_when_this_ends} = LargeFunction.hold(tools, self())
     %__MODULE__{tools: tools, run: {:crypto.strong_rand_bytes(16), about}, callers: callers}
