@@ -9,11 +9,12 @@ defmodule DSPex.PythonBridge.Client.Caller do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
   alias DSPex.PythonBridge.Programs.{Change, Store, Tools}
 
-  # For each call.
-  @compile {:inline, request: 3, check_tools: 4, default_timeout: 1, bridge?: 1, whereis: 1}
-
   @default_timeout 30_000
   @another_node_ms 5_000
+  @replaced "the Python process was replaced before it had replied, and the request, of which chunks " <>
+              "were given or which said retry: false, was not sent again"
+  @tool_begun "the Python process was lost before it had replied, and the request, of which a tool with " <>
+                "repeat: false had begun, was not sent again"
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
 
@@ -56,10 +57,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
       {:ok, %{server: server, dest: dest, deadline: deadline, request: request, args: args}}
     end
   end
-
-  # The usual options first: they need no lookup.
-  defp request(body, change, opts) when opts in [[], [meta: true]],
-    do: %Request{body: body, change: change}
 
   defp request(body, change, opts) do
     retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
@@ -175,21 +172,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   def read({:error, {:not_started, reason}}), do: {:error, Error.not_started(reason)}
   def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
 
-  def read({:error, :replaced}) do
-    text =
-      "the Python process was replaced before it had replied, and the request, of which chunks " <>
-        "were given or which said retry: false, was not sent again"
+  def read({:error, :replaced}), do: {:error, Error.new(:python_process_died, @replaced)}
 
-    {:error, Error.new(:python_process_died, text)}
-  end
-
-  def read({:error, :tool_begun}) do
-    text =
-      "the Python process was lost before it had replied, and the request, of which a tool with " <>
-        "repeat: false had begun, was not sent again"
-
-    {:error, %{Error.new(:python_process_died, text) | retryable: false}}
-  end
+  def read({:error, :tool_begun}),
+    do: {:error, %{Error.new(:python_process_died, @tool_begun) | retryable: false}}
 
   def read({:error, :proxy_died}),
     do: {:error, Error.new(:cancelled, "the process that made the call was killed")}

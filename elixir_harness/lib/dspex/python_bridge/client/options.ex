@@ -79,19 +79,18 @@ defmodule DSPex.PythonBridge.Client.Options do
   @spec arguments(t(), term(), args) :: {:ok, args} | {:error, Error.t()} when args: term()
   def arguments(%__MODULE__{arguments: []}, _command, args), do: {:ok, args}
 
-  def arguments(%__MODULE__{arguments: arguments}, command, %{} = args)
+  def arguments(%__MODULE__{arguments: arguments}, command, args)
       when command in [:execute_program, "execute_program"] do
     given? = &(is_map_key(args, &1) or is_map_key(args, Atom.to_string(&1)))
+    twice = is_map(args) && Enum.find(Keyword.keys(arguments), given?)
 
-    case Enum.find(Keyword.keys(arguments), given?) do
-      nil -> {:ok, Enum.into(arguments, args)}
-      key -> refused(key, "there twice, as an option and as an argument")
+    cond do
+      twice -> refused(twice, "there twice, as an option and as an argument")
+      is_map(args) -> {:ok, Enum.into(arguments, args)}
+      # It is refused when it is encoded.
+      true -> {:ok, args}
     end
   end
-
-  # What is not a map is refused when it is encoded.
-  def arguments(_options, command, args) when command in [:execute_program, "execute_program"],
-    do: {:ok, args}
 
   def arguments(%__MODULE__{arguments: [{key, _value} | _]}, _command, _args),
     do: refused(key, "only execute_program takes it")

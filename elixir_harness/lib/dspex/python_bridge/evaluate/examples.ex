@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
 
   alias DSPex.PythonBridge.Program
   alias DSPex.PythonBridge.Program.{Dump, Spec}
-  alias DSPex.PythonBridge.Tools.Outcome
+  alias DSPex.PythonBridge.Tools.Answer
 
   @type pair :: {inputs :: map() | keyword(), expected :: map() | nil}
 
@@ -34,7 +34,7 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
       {ended, _acc} when ended in [:done, :halted] -> {:halt, nil}
     end
   catch
-    kind, reason -> throw({__MODULE__, Outcome.message(kind, reason, __STACKTRACE__)})
+    kind, reason -> throw({__MODULE__, Answer.message(kind, reason, __STACKTRACE__)})
   end
 
   @doc """

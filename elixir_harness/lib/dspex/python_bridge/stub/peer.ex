@@ -75,8 +75,7 @@ defmodule DSPex.PythonBridge.Stub.Peer do
     program = state.programs[args["program_id"]]
     of_peer = %{peer: self(), bridge: state.bridge, stub: state.stub, default: state.default}
     pid = Run.start_link(of_peer, request, program && program.fields)
-    state = put_in(state.runs[pid], id)
-    if program, do: update_in(state.programs[args["program_id"]].details, &ran/1), else: state
+    put_in(state.runs[pid], id)
   end
 
   defp came(state, %{"id" => id, "command" => command, "args" => args}) do
@@ -85,22 +84,11 @@ defmodule DSPex.PythonBridge.Stub.Peer do
     state
   end
 
-  defp ran(details),
-    do: %{details | "execution_count" => details["execution_count"] + 1, "last_executed" => now()}
-
   defp run(state, "ping", _args), do: {{:ok, %{"status" => "ok", "timestamp" => now()}}, state}
 
   defp run(state, "create_program", %{"id" => id} = args) do
-    details = %{
-      "id" => id,
-      "program_type" => args["program_type"] || "predict",
-      "signature" => args["signature"],
-      "created_at" => now(),
-      "execution_count" => 0,
-      "last_executed" => nil,
-      "loaded" => true
-    }
-
+    details = Map.take(args, ["id", "program_type", "signature"])
+    details = Map.merge(%{"program_type" => "predict", "created_at" => now()}, details)
     program = %{details: details, fields: Fields.of(args)}
     {{:ok, %{"program_id" => id, "status" => "created"}}, put_in(state.programs[id], program)}
   end

@@ -138,11 +138,14 @@ defmodule DSPex.PythonBridge.Stub.Run do
 
   defp ended(_run, {:ok, result}, _timeout), do: result
 
-  defp ended(_run, {:exit, {{_item, index}, :timeout}}, timeout),
-    do: {index, {:error, Error.new(:timeout, "not finished within #{timeout} ms"), %{}}}
+  defp ended(run, {:exit, {{_item, index}, reason}}, timeout) do
+    error =
+      if reason == :timeout,
+        do: Error.new(:timeout, "not finished within #{timeout} ms"),
+        else: internal(run, "the answer's process ended: #{inspect(reason)}")
 
-  defp ended(run, {:exit, {{_item, index}, reason}}, _timeout),
-    do: {index, {:error, internal(run, "the answer's process ended: #{inspect(reason)}"), %{}}}
+    {index, {:error, error, %{}}}
+  end
 
   defp item(run, metric, {{inputs, answer}, expected}) do
     # The peer streams items, not their chunks.

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Ask, ServerGuard}
   alias DSPex.PythonBridge.Telemetry.{Metadata, Span}
-  alias DSPex.PythonBridge.Tools.{Answer, Outcome}
+  alias DSPex.PythonBridge.Tools.Answer
 
   # Of a call_key, in hexadecimal digits: as many bits as a UUID.
   @key_digits 32
@@ -49,7 +49,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
   def failed(%__MODULE__{} = invocation, reason) do
     {nil, answer} =
       read(invocation, fn {call_id, _, _} ->
-        {nil, Answer.error(call_id, Outcome.ended(reason))}
+        {nil, Answer.error(call_id, Answer.ended(reason))}
       end)
 
     answer
@@ -96,7 +96,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
     case Ask.ask(proxy, :infinity, &{:fetch, self(), &1, name, digest}) do
       {:ok, {:run, function, call, {id, about}}} ->
         span = span(about, bridge, name, false)
-        {result, how} = Outcome.of(fn -> apply_to(function, args, call, id) end)
+        {result, how} = Answer.of(fn -> apply_to(function, args, call, id) end)
         answer = Answer.new(call_id, name, result, invocation.max_frame_bytes)
         ended(span, answer, how)
         {call, answer}

@@ -96,7 +96,7 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
           Bridge.call(server, :list_programs, %{details: true, program_ids: ["one"]})
 
         assert is_float(one["created_at"])
-        Map.delete(one, "created_at")
+        Map.take(one, ["id", "program_type", "signature"])
       end)
 
       same(both, &Bridge.call(&1, :cleanup, %{program_ids: ["one", "x"]}))
