@@ -9,9 +9,9 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
+  alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Change
-  alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.Telemetry.{CallSpan, Metadata}
 
   @typedoc """
@@ -69,6 +69,32 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
     result
   end
+
+  @doc """
+  The enumerable of `DSPex.PythonBridge.Bridge.stream/3`: a function, so that inspection does not show the caller's contents.
+  """
+  @spec stream(request()) :: Enumerable.t()
+  def stream(request) do
+    fn acc, fun ->
+      reduce(request, acc, fn
+        {:chunk, chunk}, acc -> if it = element(chunk), do: fun.(it, acc), else: {:cont, acc}
+        {:over, {:ok, _id, result, meta}}, acc -> fun.({:ok, result, meta}, acc)
+        {:over, {:error, error}}, acc -> fun.({:error, error}, acc)
+      end)
+    end
+  end
+
+  defp element(%{"field" => field, "chunk" => text}), do: {:chunk, field, text}
+  defp element(%{"status" => text}), do: {:status, text}
+
+  defp element(%{"index" => index, "success" => true, "result" => result}),
+    do: {:item, index, {:ok, result}}
+
+  defp element(%{"index" => index, "error" => text} = item),
+    do: {:item, index, {:error, Error.from_peer(item["error_type"], text, item["retryable"])}}
+
+  # From a later version of the peer.
+  defp element(_unknown), do: nil
 
   @doc "Reduces the call over its elements. Nothing is sent before the first is asked for."
   @spec reduce(request(), Enumerable.acc(), (element(), term() -> Enumerable.acc())) ::

@@ -8,28 +8,30 @@ defmodule DSPex.PythonBridge.Stub.Fields do
   # What a program type adds to the outputs of a signature, or to its inputs.
   @added ~w(reasoning rationale trajectory final_reasoning tool_calls completions)
 
-  @typedoc "`required`: the inputs that may not be missing. `outputs`: nil if any are valid."
-  @type t :: %{inputs: [String.t()], required: [String.t()], outputs: [String.t()] | nil}
+  @typedoc "The names of the inputs and outputs, and those of them that may not be missing."
+  @type t :: %{inputs: names(), outputs: names()}
+  @typep names :: {known :: [String.t()], required :: [String.t()]} | :any
 
   @doc """
-  The fields of a `create_program`'s arguments; nil if its signature cannot be read.
+  The fields of a `create_program`'s arguments. What cannot be read may be anything.
 
       iex> DSPex.PythonBridge.Stub.Fields.of(%{"signature" => "question, more: Optional[str] -> answer"})
-      %{inputs: ["question", "more"], required: ["question"], outputs: ["answer"]}
+      %{inputs: {["question", "more"], ["question"]}, outputs: {["answer"], ["answer"]}}
   """
-  @spec of(map()) :: t() | nil
+  @spec of(map()) :: t()
   def of(args) do
     with [inputs, outputs] <- sides(args["signature"]) do
-      # A module of the user's own returns what it likes.
-      own? = String.contains?(args["program_type"] || "predict", ":")
       # What a type takes is the peer's to know: in doubt, null or nothing.
       required =
         for {name, type} <- inputs, not (type =~ ~r/optional|none|null|default/i), do: name
 
       [inputs, outputs] = for side <- [inputs, outputs], do: Enum.map(side, &elem(&1, 0))
-      %{inputs: inputs, required: required, outputs: if(not own?, do: outputs)}
+      # A module of the user's own returns what it likes.
+      own? = String.contains?(args["program_type"] || "predict", ":")
+      outputs = if own? or outputs == [], do: :any, else: {outputs, outputs}
+      %{inputs: {inputs, required}, outputs: outputs}
     else
-      _unreadable -> nil
+      _unreadable -> %{inputs: :any, outputs: :any}
     end
   end
 
@@ -47,27 +49,18 @@ defmodule DSPex.PythonBridge.Stub.Fields do
 
   defp sides(_none), do: nil
 
-  @doc "What is wrong with the names of a run's inputs, with the peer's words, or nil."
-  @spec wrong_inputs(t() | nil, term()) :: String.t() | nil
-  def wrong_inputs(_fields, inputs) when not is_map(inputs),
-    do: "inputs: expected an object of the signature's input fields"
+  @doc "What is wrong with the names of a run's inputs, in the peer's words, or of its outputs; nil if nothing is."
+  @spec wrong(t() | nil, :inputs | :outputs, map()) :: String.t() | nil
+  def wrong(fields, side, given) do
+    with %{^side => {known, required}} <- fields do
+      names = Map.keys(given)
+      unknown = for name <- names -- (known ++ @added), do: "#{side}.#{name}: unknown field"
+      missing = for name <- required -- names, do: "#{side}.#{name}: missing"
 
-  def wrong_inputs(nil, _inputs), do: nil
-  def wrong_inputs(of, inputs), do: wrong("inputs.", of.inputs, of.required, inputs)
-
-  @doc "What is wrong with the names of a run's outputs, or nil."
-  @spec wrong_outputs(t() | nil, map()) :: String.t() | nil
-  def wrong_outputs(%{outputs: [_ | _] = fields}, outputs),
-    do: wrong("outputs.", fields, fields, outputs)
-
-  def wrong_outputs(_any, _outputs), do: nil
-
-  defp wrong(where, known, required, given) do
-    names = Map.keys(given)
-    unknown = for name <- names -- (known ++ @added), do: "#{where}#{name}: unknown field"
-    missing = for name <- required -- names, do: "#{where}#{name}: missing"
-
-    if unknown ++ missing != [],
-      do: Enum.join(unknown ++ missing, "; ") <> "; expected " <> Enum.join(known, ", ")
+      if unknown ++ missing != [],
+        do: Enum.join(unknown ++ missing, "; ") <> "; expected " <> Enum.join(known, ", ")
+    else
+      _any -> nil
+    end
   end
 end

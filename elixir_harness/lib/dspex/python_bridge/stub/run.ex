@@ -18,6 +18,7 @@ defmodule DSPex.PythonBridge.Stub.Run do
           %{"queue_ms" => 0.0, "wait_ms" => 0.0, "lm_usage" => %{}, "lm_calls" => 0},
           %{"cache_hits" => 0, "finish_reasons" => [], "fallbacks" => 0, "cost_usd" => 0.0}
         )
+  @not_inputs "inputs: expected an object of the signature's input fields"
   # Errors with texts of their own.
   @types [:timeout, :overloaded, :python_process_died]
   @expected "expected {:ok, outputs}, {:ok, outputs, meta} or {:error, error}: maps, and an " <>
@@ -64,10 +65,7 @@ defmodule DSPex.PythonBridge.Stub.Run do
     end
   end
 
-  defp result(_run, _args) do
-    text = "inputs: expected an object of the signature's input fields, or a list of such objects"
-    refuse(text)
-  end
+  defp result(_run, _args), do: refuse(@not_inputs <> ", or a list of such objects")
 
   # What the peer would refuse is not a run that a test has expected.
   defp answers(run, inputs) do
@@ -76,10 +74,9 @@ defmodule DSPex.PythonBridge.Stub.Run do
     Process.put(:"$callers", lineage)
 
     for item <- inputs do
-      case Fields.wrong_inputs(run.fields, item) do
-        nil -> {item, Expectations.take(run.stub, run.program, lineage)}
-        wrong -> {item, refuse(wrong)}
-      end
+      wrong = if is_map(item), do: Fields.wrong(run.fields, :inputs, item), else: @not_inputs
+      taken = wrong == nil && Expectations.take(run.stub, run.program, lineage)
+      {item, taken || refuse(wrong)}
     end
   end
 
@@ -94,7 +91,7 @@ defmodule DSPex.PythonBridge.Stub.Run do
 
   # An answer that was not sent in chunks is one for each field, in their order, as it is with a cache.
   defp whole(run, outputs) do
-    order = (run.fields && run.fields.outputs) || []
+    order = with %{outputs: {names, _required}} <- run.fields, do: names, else: (_any -> [])
 
     for field <- (Map.keys(outputs) -- order) ++ order,
         is_binary(outputs[field]),
@@ -199,7 +196,7 @@ defmodule DSPex.PythonBridge.Stub.Run do
   defp read(run, {:ok, outputs, meta}) do
     with {:ok, outputs} <- as_json(outputs, "outputs"),
          {:ok, meta} <- as_json(meta, "meta"),
-         nil <- Fields.wrong_outputs(run.fields, outputs),
+         nil <- Fields.wrong(run.fields, :outputs, outputs),
          do: {:ok, outputs, meta}
   end
 

@@ -155,10 +155,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
         ["stream", %{field: "answer", chunk: "Par"}],
         ["stream", %{status: "calling tool search"}],
         ["stream", %{of: "tomorrow"}],
-        ["stream", %{field: "answer"}],
-        ["stream", %{index: -1, success: true, result: %{}}],
-        ["stream", %{index: 0, success: true, result: 5}],
-        ["stream", %{index: -1, success: false, error: "no"}],
         ["stream", %{index: 1, success: true, result: %{answer: "x"}}],
         ["stream", %{index: 0, success: false, error: "no", error_type: "timeout"}],
         ["reply", %{answer: "Paris"}]

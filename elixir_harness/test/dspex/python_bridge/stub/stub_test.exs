@@ -126,42 +126,31 @@ defmodule DSPex.PythonBridge.StubTest do
 
     test "one that was there before is allowed, until the test ends", %{server: server} do
       ask = fn -> Agent.get(server, fn _ -> call() end) end
-      test = self()
 
-      {owner, ref} =
-        spawn_monitor(fn ->
+      owner =
+        Task.async(fn ->
           Stub.expect(@stub, "qa", answer("the owner's"))
-          send(test, :expected)
           receive do: (:allow -> Stub.allow(@stub, self(), server))
-          send(test, :allowed)
           receive do: (:stop -> :ok)
         end)
 
-      assert_receive :expected
-      assert {:error, %Error{type: :program_not_found, message: text}} = quietly(ask)
-      assert text =~ "has no answer for it by this process. Another has"
-      send(owner, :allow)
-      assert_receive :allowed
-      assert {:ok, %{"answer" => "the owner's"}, _} = ask.()
+      %{pid: pid} = owner
 
-      text = "uses the answers of #{inspect(owner)} already"
-      assert_raise ArgumentError, ~r/#{text}/, fn -> Stub.allow(@stub, self(), server) end
-
-      send(owner, :stop)
-      assert_receive {:DOWN, ^ref, :process, _, _}
-      # The stub sees its end at the same time.
       Helpers.eventually(fn ->
-        match?(@stub, Stub.stub(@stub, "x", answer("x"))) and allowed?(server)
+        {:error, %Error{type: :program_not_found, message: text}} = quietly(ask)
+        text =~ "has no answer for it by this process. Another has"
       end)
 
-      Stub.stub(@stub, "qa", answer("mine"))
-      assert {:ok, %{"answer" => "mine"}, _} = ask.()
-    end
+      send(pid, :allow)
+      Helpers.eventually(fn -> match?({:ok, %{"answer" => "the owner's"}, _}, ask.()) end)
+      text = "uses the answers of #{inspect(pid)} already"
+      assert_raise ArgumentError, ~r/#{text}/, fn -> Stub.allow(@stub, self(), server) end
 
-    defp allowed?(server) do
-      Stub.allow(@stub, self(), server) == @stub
-    rescue
-      ArgumentError -> false
+      send(pid, :stop)
+      Task.await(owner)
+      Helpers.eventually(fn -> not Process.alive?(pid) end)
+      @stub |> Stub.allow(self(), server) |> Stub.stub("qa", answer("mine"))
+      assert {:ok, %{"answer" => "mine"}, _} = ask.()
     end
 
     test "the stub's own answers are for everyone else, and for casts" do
@@ -269,9 +258,6 @@ defmodule DSPex.PythonBridge.StubTest do
             {{:error, :bridge_not_running}, "expected {:ok, outputs}"},
             {{:ok, "text"}, "outputs: expected a map"},
             {{:ok, %{"answer" => {1, 2}}}, "outputs.answer: a tuple has no JSON form"},
-            {{:ok, %{}, %{a: self()}}, "meta.a: it has no JSON form"},
-            {{:error, %{Error.new(:timeout) | meta: %{a: self()}}},
-             "error.meta.a: it has no JSON form"},
             {{:ok, %{"anser" => "x", "why" => ""}},
              "outputs.anser: unknown field; outputs.answer: missing; expected answer, why"}
           ] do
@@ -279,10 +265,6 @@ defmodule DSPex.PythonBridge.StubTest do
         assert {:error, %Error{type: :internal, message: text}} = quietly(run)
         assert text =~ "stub #{inspect(own)}, program qa: " and text =~ expected
       end
-
-      Stub.expect(own, "qa", fn _ -> exit(:kaputt) end)
-      assert {:error, %Error{type: :internal, message: text}} = quietly(run)
-      assert text =~ "** (exit) :kaputt"
 
       Stub.expect(own, "qa", fn _ -> Process.exit(self(), :kill) end)
       assert {:error, %Error{type: :internal, message: text}} = run.()
@@ -461,25 +443,6 @@ defmodule DSPex.PythonBridge.StubTest do
   describe "tools" do
   end
 
-  test "calls run at the same time, of the pool, too" do
-    test = self()
-
-    Stub.stub(@stub, "qa", fn %{"n" => n} ->
-      send(test, {:there, self()})
-      receive do: (:go_on -> {:ok, %{"n" => n}})
-    end)
-
-    tasks =
-      for n <- 1..200 do
-        module = if rem(n, 2) == 0, do: Pool, else: Bridge
-        Task.async(fn -> module.call(@stub, :execute_program, run(%{n: n})) end)
-      end
-
-    pids = for _ <- 1..200, do: assert_receive({:there, _pid}, 5_000) |> elem(1)
-    Enum.each(pids, &send(&1, :go_on))
-    assert for(n <- 1..200, do: {:ok, %{"n" => n}}) == Task.await_many(tasks)
-  end
-
   test "a stub that ends leaves its callers with an error, and nothing behind" do
     name = Module.concat(__MODULE__, "Ends")
     start_supervised!({Stub, name: name, answers: fn _, _ -> Process.sleep(:infinity) end})
@@ -504,17 +467,10 @@ defmodule DSPex.PythonBridge.StubTest do
     test "options" do
       for {opts, expected} <- [
             {[], ":name: expected that of your Bridge or Pool"},
-            {[name: "x"], ":name: expected an atom, got \"x\""},
             {[name: X, answer: 1], "unknown option :answer, did you mean :answers?"},
             {[name: X, answers: fn _ -> 1 end],
              ":answers: expected a function of a program's id and its inputs"},
-            {[name: X, programs: %{}],
-             ":programs: expected a list of maps, keyword lists and modules"},
             {[name: X, programs: [1]], ":programs: entry 1: expected a map or keyword list"},
-            {[
-               name: X,
-               programs: [%{id: "a", signature: "a -> b"}, %{id: "a", signature: "a -> b"}]
-             ], ":programs: a is declared twice"},
             {[name: X, default_timeout: 0], ":default_timeout: expected 1 to"}
           ] do
         assert {:error, %ArgumentError{message: text}} = Stub.start_link(opts)
