@@ -6,10 +6,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from dspy_bridge.optimizing.run import Run
-from dspy_bridge.programs.scores import mean
 from dspy_bridge.wire.json_values import encode_value
 
 # Seconds between two items of progress.
@@ -110,7 +110,7 @@ class Candidates:
         self._send({"progress": progress})
 
     def _add(self, module: Any, scores: list[float]) -> None:
-        score, state = mean(scores), self._state_of(module)
+        score, state = fmean(scores), self._state_of(module)
         with self._lock:
             self.count += 1
             key = _key(state)

@@ -11,7 +11,7 @@ import mimetypes
 import os
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
@@ -69,6 +69,13 @@ def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) 
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007 - built from values
     return origin[inner] if origin is dict else Annotated[origin[inner], _FIRST_ERROR]
+
+
+def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, pydantic.TypeAdapter[Any]]:
+    """Of a signature's fields."""
+    return {
+        name: pydantic.TypeAdapter(accepting(field.rebuild_annotation(), files_dir)) for name, field in fields.items()
+    }
 
 
 def _image(value: Any, files_dir: str | None) -> Any:

@@ -139,7 +139,7 @@ def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, progr
             reply, _ = execute(peer, ASK, {"score": giving(reward)})
             assert not reply["success"] and {name: reply.get(name) for name in wanted} == wanted, reply
         _, _, log = peer.finish()
-    assert log.count("failed") == 3 * len(FAILURES) and SECRET not in log and "oops" not in log
+    assert SECRET not in log and "oops" not in log
 
 
 @pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
@@ -257,7 +257,6 @@ def rewarded(reward: Any) -> dict[str, Any]:
         *(bad("program_type", program_type=value) for value in ("", "best", "Predict", 5, None, [], {}, True)),
         *(bad("options", options=value) for value in (5, "n", [], True, [{"n": 1}])),
         bad("DSPY_BRIDGE_ALLOW_CODE", "not_allowed", program_type="rlm"),
-        *(bad(f"program_type: {value} is gone", program_type=value) for value in ("program_of_thought", "code_act")),
         bad("options: unknown key 'n'; expected none", options={"n": 1}),
         bad("options: unknown key 'max_iter'; did you mean max_iters?", program_type="react", options={"max_iter": 0}),
         *(bad("options.max_iters: Input should be ", program_type="react", options={"max_iters": value})
@@ -372,7 +371,7 @@ def parameters() -> list[str]:
     folders = (Path(dspy.__file__).parent / "predict", Path(dspy.__file__).parent / "primitives")
     sources = [
         *(path for folder in folders for path in folder.glob("*.py")),
-        *(ROOT / "dspy_bridge" / "programs" / name for name in ("runners.py", "scored_attempts.py")),
+        *(ROOT / "dspy_bridge" / "programs" / name for name in ("runners.py",)),
     ]
     names: set[str] = set()
     for source in sources:
