@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -62,8 +62,7 @@ def test_a_misspelt_option_is_refused_with_the_one_that_is_meant() -> None:
 def test_a_missing_package_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, optimizer: str, package: str, how: str
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == package else find(name, *of))
+    monkeypatch.setitem(sys.modules, package, None)
     text = f"optimize.optimizer: {optimizer} needs the Python package {package}; install it with {how}"
     assert refusal(given(optimizer)).startswith(text)
     optimizers.check(given("copro"), 40)

@@ -533,7 +533,7 @@ def bad(named: str, *tools: Any, **more: Any) -> Any:
         bad("tools[0]: unknown key 'func'", {"name": "a", "func": "os.system"}),
         bad("tools[0].description: expected text", {"name": "a", "description": 5}),
         bad("tools[0].args: expected an object", {"name": "a", "args": []}),
-        *(bad("tools[0].args.", {"name": "a", "args": {arg: {}}}) for arg in ("a b", "class", "self")),
+        *(bad("tools[0].args.", {"name": "a", "args": {arg: {}}}) for arg in ("self", "instance")),
         bad("tools[0].args.q: unknown key 'required'", {"name": "a", "args": {"q": {"required": True}}}),
         *(bad("tools[0].args.q.type", {"name": "a", "args": {"q": {"type": it}}}) for it in ("os.system", RECURSIVE)),
         *(bad("tools[0].name: 'finish'", {"name": "finish"}, program_type=kind) for kind in ("react", "rlm")),
