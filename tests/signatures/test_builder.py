@@ -208,7 +208,7 @@ def test_types_in_angle_brackets_are_dspexs(text: str, kind: Any) -> None:
     assert contract(outputs=(field("it", text),)).signature.output_fields["it"].annotation == kind
 
 
-LITERAL = "Literal takes strings, whole numbers, booleans and None"
+LITERAL = "Literal takes strings in quotes, whole numbers, booleans and None"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ LITERAL = "Literal takes strings, whole numbers, booleans and None"
     [
         ("__import__('os').system('x')", "signature.inputs[0].type: unknown type"),
         ("list[", "signature.inputs[0].type: 'list[' cannot be read"),
-        ("Literal[a, 'b', 3]", f"signature.inputs[0].type: {LITERAL}, got 'a'; did you mean Literal['a', 'b', 3]?"),
+        ("Literal[a, 'b', 3]", f"signature.inputs[0].type: {LITERAL}, got 'a'"),
         ("Literal[a, b()]", f"signature.inputs[0].type: {LITERAL}, got 'a'"),
         ("Literal[open('x')]", "signature.inputs[0].type: Literal takes strings"),
         ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),
