@@ -254,7 +254,7 @@ SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
 
-# Optimizers: see `optimizing/executors`.
+# Optimizers and batches: see `event_loop_lm` and `optimizing/student`.
 EXECUTE = Name(
     "dspy.utils.parallelizer:ParallelExecutor.execute",
     "while a program is optimized, an example that takes 120 s is run twice, and bars may be logged",

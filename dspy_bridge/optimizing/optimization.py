@@ -139,7 +139,7 @@ class _Job:
         trainset, valset = self._sets
         assert trainset is not None
         run, given = self._run, self._given
-        student.run_examples_once(given.optimizer)
+        student.without_bars(given.optimizer)
         run.begin()
         # DSPy's modules append to the trace, even if nobody reads it; without one BestOfN and Refine fail.
         settings: dict[str, Any] = {"trace": deque(maxlen=0), "max_errors": _MANY}

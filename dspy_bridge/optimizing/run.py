@@ -35,6 +35,8 @@ class Run(lm_call.RunContext):
     `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does.
     """
 
+    examples_once = True
+
     def __init__(self, call: Caller, limiter: Limiter, budget: Budget) -> None:
         """On the event loop."""
         super().__init__(call.ends)

@@ -144,24 +144,8 @@ def _class_of(kind: Any) -> Any:
     return Optimized
 
 
-def run_examples_once(optimizer: str) -> None:
-    """Change DSPy so that it runs each example once, however long it takes, and without a progress bar.
-
-    DSPy runs the last ones again that take 120 s. A bar that is not finished is drawn by another thread, or by the
-    garbage collector, which nobody can tell from the application's own output.
-    """
-    dspy_internals.EXECUTE.wrap(_each_once)
+def without_bars(optimizer: str) -> None:
+    """Change DSPy so that optimizers draw no progress bars of their own."""
     dspy_internals.BOOTSTRAP_BAR.wrap(lambda _tqdm: types.SimpleNamespace(tqdm=lambda examples: examples))
     if optimizer == "gepa":
         dspy_internals.GEPA_BAR.wrap(lambda tqdm: functools.partial(tqdm, disable=True))
-
-
-def _each_once(execute: Any) -> Any:
-    @functools.wraps(execute)
-    def executed(self: Any, function: Any, data: Any) -> Any:
-        if runs.current() is not None:
-            self.timeout = 0
-            self.disable_progress_bar = True
-        return execute(self, function, data)
-
-    return executed
