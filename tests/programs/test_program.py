@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import threading
 import time
 import weakref
@@ -79,21 +78,6 @@ def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(
         assert lm is lms[0]
 
 
-@pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
-def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(
-    models: dspy_setup.Models, end: type[BaseException]
-) -> None:
-    """With lost places each later call would open its own connections."""
-    pool = models.pool({"model": "openai/places"})
-    with pool.checkout() as first:
-        pass
-    for _ in range(lm_pool.CALLS_PER_LM):
-        with pytest.raises(end), pool.checkout():
-            raise end
-    with pool.checkout() as lm:
-        assert lm is first
-
-
 def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.Models, start_lm: Any) -> None:
     """Not only the first one: each has an open connection to the provider."""
     server = start_lm()
@@ -146,20 +130,6 @@ def test_a_second_lm_of_a_program_that_is_gone_is_closed(
         return program._adapter.extraction_model if program._adapter else program.runner.module.sub_lm
 
     asyncio.run(use())
-
-
-def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(models: dspy_setup.Models) -> None:
-    assert dspy.settings.disable_history and dspy.settings.trace is None
-    assert dspy.cache.memory_cache.maxsize == 10_000 and not dspy.cache.enable_disk_cache
-    assert not dspy.settings.warn_on_type_mismatch, "its warnings quote inputs"
-    assert os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] == "true", "else the first call fetches a price list"
-
-
-def test_the_echo_lm_answers_a_plain_prompt_too() -> None:
-    lm = echo_lm.EchoLM(api_key="ignored", temperature=0.3)
-    assert isinstance(lm, dspy.BaseLM)
-    assert lm("hello") == ["echo: hello"]
-    assert asyncio.run(lm.acall("hello")) == ["echo: hello"]
 
 
 def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> None:

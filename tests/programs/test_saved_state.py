@@ -147,16 +147,6 @@ def test_no_secret_of_a_hosts_lm_is_told() -> None:
     assert sent["first"]["demos"] == module.first.demos
 
 
-def test_the_demos_of_a_state_are_bounded_in_all() -> None:
-    state = Own().dump_state()
-    for saved_predictor in state.values():
-        saved_predictor["demos"] = [{"question": "q"}] * 250
-    saved_state.load(Own(), copy.deepcopy(state))
-    state["first"]["demos"].append({"question": "q"})
-    with pytest.raises(InvalidArgs, match="state: expected at most 500 demos in all"):
-        saved_state.load(Own(), state)
-
-
 def test_a_saved_lm_of_only_some_predictors_is_refused(tmp_path: Path) -> None:
     module = learned("own")
     module.first.set_lm(dspy.LM("openai/small"))
@@ -194,16 +184,6 @@ def test_demos_of_other_fields_are_of_another_signature(tmp_path: Path) -> None:
     saved_state.load(dspy.Predict(QA), state)
 
 
-def test_what_an_optimizer_changes_of_a_signature_is_no_other_signature(tmp_path: Path) -> None:
-    """COPRO sets a prefix of the last field; a field may have a description in only one of the two."""
-    signature = QA.with_instructions("Be brief.").with_updated_fields("answer", prefix="In short:")
-    described = QA.with_updated_fields("question", desc="about the world")
-    for module in (dspy.Predict(signature), dspy.Predict(described)):
-        served = dspy.Predict(QA)
-        saved_state.load(served, saved(module, tmp_path))
-        assert as_sent(served) == saved(module, tmp_path)
-
-
 def replaced(state: dict[str, Any], path: list[str | int], value: Any) -> dict[str, Any]:
     state = copy.deepcopy(state)
     place: Any = state
@@ -232,13 +212,6 @@ def test_what_is_wrong_is_named(path: list[str | int], value: Any) -> None:
     with pytest.raises(InvalidArgs, match=f"^state{re.escape(place)}: "):
         saved_state.load(module, replaced(GOOD, path, value))
     assert as_sent(module) == before and module.acall.__name__ == "acall"
-
-
-def test_demos_that_no_prompt_can_hold_are_refused_at_once() -> None:
-    """Not in each run."""
-    for path, value in ((["demos", 1], {"question": [None], "answer": "a"}), (["fields"], 5)):
-        with pytest.raises(InvalidArgs, match="DSPy cannot load it"):
-            saved_state.load(dspy.Predict(QA), replaced(GOOD, path, value))
 
 
 JSON = st.recursive(

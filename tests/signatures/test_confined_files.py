@@ -25,12 +25,6 @@ def test_a_file_is_read_and_told_where_it_is(folder: Path) -> None:
         assert confined_files.read(str(folder / "in"), path, 10) == (os.path.realpath(folder / "in/sub/a"), b"in/sub")
 
 
-def test_a_folder_that_is_a_link_itself(folder: Path) -> None:
-    (folder / "link").symlink_to("in")
-    assert confined_files.read(str(folder / "link"), "sub/a", 10)[1] == b"in/sub"
-    assert confined_files.read("/", str(folder / "out/a"), 10)[1] == b"out"
-
-
 @pytest.mark.parametrize("swapped", ["sub", "sub/a"])
 def test_a_link_that_comes_between_leads_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch, swapped: str) -> None:
     """A name on the way becomes a link after the path was checked and before it is opened."""

@@ -65,17 +65,6 @@ def test_a_metric_that_fails_later(desk: Desk, optimizer: str) -> None:
     desk.nothing_follows()
 
 
-def test_a_metric_that_fails_as_it_is_asked_for_feedback(desk: Desk) -> None:
-    def judge(purpose: str, **_: Any) -> float:
-        if purpose == "feedback":
-            raise ToolError("no feedback today")
-        return 0.0
-
-    reply = desk.run("gepa", JUDGE, {"judge": judge})
-    assert reply["error_type"] == "tool_error" and reply["error"] == "judge: no feedback today"
-    desk.nothing_follows()
-
-
 @pytest.mark.parametrize("score", [1e300, -1e300, True, {"score": 120, "feedback": "x"}])
 @pytest.mark.parametrize("optimizer", first_of("simba", "random_search", "gepa"))
 def test_any_number_is_a_score(desk: Desk, optimizer: str, score: Any) -> None:

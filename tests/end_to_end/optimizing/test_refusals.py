@@ -90,14 +90,6 @@ def test_answers_that_are_all_cut_off(desk: Desk, optimizer: str, role: str) -> 
     assert reply.get("error_type") == "output_invalid" and reply["error"].startswith(text), reply
 
 
-def test_the_programs_lm_as_the_prompt_lm(desk: Desk) -> None:
-    """Where none is given. The runs of the program are answered."""
-    desk.serve(lambda r: Ended("[[ ##") if "proposed" in str(r["messages"][-1]) else lm_answer(r))
-    reply = desk.run("copro", num_threads=THREADS)
-    text = "optimize.prompt_lm: the LM's answer was cut off at max_tokens, of which none was set"
-    assert reply.get("error_type") == "output_invalid" and reply["error"].startswith(text), reply
-
-
 def test_a_budget_that_ends_before_any_answer(desk: Desk) -> None:
     """Fewer than ten failures: the first candidate has not been scored, and no LM has answered."""
     desk.serve(lambda _: (500, {"error": {"message": "broken", "type": "error", "code": None}}))

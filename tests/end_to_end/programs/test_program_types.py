@@ -5,12 +5,10 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import dspy
-import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
@@ -140,31 +138,6 @@ def test_where_every_attempt_fails_the_last_failure_is_told(start_lm: Any, progr
             assert not reply["success"] and {name: reply.get(name) for name in wanted} == wanted, reply
         _, _, log = peer.finish()
     assert SECRET not in log and "oops" not in log
-
-
-@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
-def test_of_attempts_that_fail_in_turn_the_last_is_told(start_lm: Any, program_type: str) -> None:
-    """Whether all attempts were made or too many had failed."""
-    failures: list[str] = []
-
-    def fail(**_: Any) -> Any:
-        failures.append(f"failure {len(failures)}")
-        raise ToolError(failures[-1])
-
-    with shared_peer(env=lm_env(start_lm(chat(answer="no")))) as peer:
-        for options, made in (({"n": 3}, 3), ({"n": 3, "fail_count": 1}, 2), ({"n": 2, "fail_count": 9}, 2)):
-            peer.call("create_program", {**CREATE, "program_type": program_type, "options": {**SCORE, **options}})
-            before = len(failures)
-            reply, _ = execute(peer, ASK, {"score": fail})
-            assert len(failures) - before == made and reply["error"] == f"score: {failures[-1]}", (options, reply)
-
-
-@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
-def test_an_attempt_that_fails_is_only_one_attempt(start_lm: Any, program_type: str) -> None:
-    server = start_lm(script(OOPS, chat(answer="yes")))
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**CREATE, "program_type": program_type, "options": YES})
-        assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
 
 
 @pytest.mark.parametrize("adapter", ["json", {"name": "two_step", "extraction_model": {"model": "offline/echo"}}])
@@ -305,15 +278,6 @@ def test_what_cannot_be_built_is_refused_with_the_fields_name(
     assert named in reply["error"] and "\n" not in reply["error"]
 
 
-def test_a_type_that_this_dspy_lacks_is_told_with_its_version(tmp_path: Any) -> None:
-    (tmp_path / "older.py").write_text("import dspy\ndef init():\n    del dspy.MultiChainComparison\n")
-    env = {"DSPY_BRIDGE_INIT": "older:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with Peer(env=env) as peer:
-        reply = peer.call("create_program", {**CREATE, "program_type": "multi_chain_comparison"})
-        assert reply["error_type"] == "invalid_args"
-        assert f"DSPy {version('dspy')}" in reply["error"] and "dspy.MultiChainComparison" in reply["error"]
-
-
 @pytest.mark.parametrize(
     ("create", "inputs"),
     [
@@ -334,21 +298,6 @@ def test_a_deadline_closes_the_request_of_a_module_in_a_thread(start_lm: Any, cr
         while peer.call("get_stats")["result"]["threads"]["running"]:
             pass
     assert len(server.requests) == 1
-
-
-def test_sockets_do_not_pile_up(start_lm: Any) -> None:
-    """Each attempt has a copy of the LM."""
-    server = start_lm(chat(answer="no"))
-    with Peer(env=lm_env(server)) as peer:
-        create = {**CREATE, "program_type": "best_of_n", "options": YES}
-        assert peer.call("create_program", create)["success"]
-        process = psutil.Process(peer.process.pid)
-        counts = []
-        for _ in range(3):
-            for _ in range(10):
-                assert peer.call("execute_program", ASK)["success"]
-            counts.append(process.num_fds())
-        assert counts[2] <= counts[0] + 2, counts
 
 
 @pytest.mark.parametrize("signature", [
