@@ -32,12 +32,11 @@ class Candidates:
         self._optimizer = optimizer
         self._whole = whole
         self._start = start
-        self._start_key = _key(start)
+        self._baseline: float | None = None
         self._state_of = state_of
         self._run = run
         self._send = send
         self._lock = threading.Lock()
-        self._scores: dict[bytes, float] = {}
         self._best: tuple[float, dict[str, Any]] | None = None
         self.count = 0
         self._done = 0
@@ -57,7 +56,7 @@ class Candidates:
             return {
                 "state": state,
                 "score": score,
-                "baseline": self._scores.get(self._start_key),
+                "baseline": self._baseline,
                 "candidates": self.count,
                 "stopped": stopped,
                 "lm_calls": self._run.lm_calls,
@@ -113,10 +112,10 @@ class Candidates:
         score, state = fmean(scores), self._state_of(module)
         with self._lock:
             self.count += 1
-            key = _key(state)
-            self._scores.setdefault(key, score)
             # The program as it was wins ties: a change that gains nothing is none.
-            is_start = key == self._start_key
+            is_start = encode_value(state) == encode_value(self._start)
+            if is_start and self._baseline is None:
+                self._baseline = score
             best = self._best is None or score > self._best[0] or (is_start and score == self._best[0])
             item: dict[str, Any] = {"number": self.count, "score": score, "of": len(scores), "best": best}
             if best:
@@ -125,9 +124,3 @@ class Candidates:
         # Not with the lock: this waits for the client, and the reply needs the lock.
         if self._send is not None:
             self._send({"candidate": item})
-
-
-def _key(state: dict[str, Any]) -> bytes:
-    from hashlib import sha256
-
-    return sha256(encode_value(state)).digest()

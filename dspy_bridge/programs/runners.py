@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import dspy
 
-from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import RemoteTool
@@ -212,24 +211,12 @@ class CodeRunner(Runner):
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """As `Runner`'s; a cancelled call ends its sandbox, too."""
-
-        # The code sees None for absent inputs.
-        values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        return await threads.run(lambda: _in_sandbox(lambda: self.module(**values)))
+        return await threads.run(lambda: sandbox.run(lambda: self.module(**self._complete(values))))
 
     def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
         """As `Runner`'s."""
-        values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        return _in_sandbox(lambda: kind.forward(module, **values))
+        return sandbox.run(lambda: kind.forward(module, **self._complete(values)))
 
-
-def _in_sandbox(work: Callable[[], Any]) -> Any:
-    ending = sandbox.Ending()
-    token = sandbox.current.set(ending)
-    try:
-        return work()
-    except dspy.CodeInterpreterError as error:
-        raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
-    finally:
-        sandbox.current.reset(token)
-        ending.returned.set()
+    def _complete(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The code sees None for absent inputs."""
+        return {**dict.fromkeys(self.module.signature.input_fields), **values}

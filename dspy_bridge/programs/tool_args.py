@@ -9,7 +9,6 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown, step
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import built_once
 from dspy_bridge.signatures import json_schema
 from dspy_bridge.signatures.builder import description
 from dspy_bridge.signatures.type_parser import read_type
@@ -72,8 +71,6 @@ def _arg(arg: str, given: object, where: str) -> Arg:
         raise InvalidArgs(f"{where}.optional: expected true or false")
     described = description(given, where) or own.get("description")
     schema = _schema(type_, f"{where}.type")
-    if not dspy_internals.TOOL_VALIDATE.there and built_once.without_patterns(schema) != schema:
-        raise InvalidArgs(f"{where}: this version of DSPy cannot check patterns in tool arguments; leave them out")
     default = given.get("default", own.get("default", ...))
     if "default" in given and not _fits(default, kind, type_):
         if default is not None:

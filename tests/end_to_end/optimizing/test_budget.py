@@ -102,12 +102,3 @@ def test_seconds(desk: Desk) -> None:
     assert time.monotonic() - began >= 0.8
     assert reply["success"] and reply["result"]["stopped"] == "seconds"
     desk.nothing_follows(30 + 4)
-
-
-@pytest.mark.parametrize("optimizer", SCORING)
-def test_meta_has_all_tokens(desk: Desk, optimizer: str) -> None:
-    """DSPy's own count has a fifth of them."""
-    reply = desk.run(optimizer, num_threads=8, meta=True)
-    used = reply["meta"]["lm_usage"]
-    assert sum(usage["total_tokens"] for usage in used.values()) == TOKENS * len(desk.server.requests)
-    assert reply["result"]["lm_calls"] == len(desk.server.requests)

@@ -49,22 +49,6 @@ def test_a_metric_that_fails(desk: Desk, optimizer: str, metric: Any, text: str)
     desk.nothing_follows()
 
 
-@pytest.mark.parametrize("optimizer", SCORING)
-def test_a_metric_that_fails_later(desk: Desk, optimizer: str) -> None:
-    """The answers before it do not hide it."""
-    left = iter(range(2 if optimizer == "bootstrap_few_shot" else 30))
-
-    def judge(**_: Any) -> float:
-        if next(left, None) is None:
-            raise ToolError("the metric broke")
-        return 0.0
-
-    reply = desk.run(optimizer, JUDGE, {"judge": judge}, num_threads=THREADS)
-    assert reply["error_type"] == "tool_error" and reply["error"] == "judge: the metric broke"
-    assert len(desk.asked) <= 30 + THREADS
-    desk.nothing_follows()
-
-
 @pytest.mark.parametrize("score", [1e300, -1e300, True, {"score": 120, "feedback": "x"}])
 @pytest.mark.parametrize("optimizer", first_of("simba", "random_search", "gepa"))
 def test_any_number_is_a_score(desk: Desk, optimizer: str, score: Any) -> None:

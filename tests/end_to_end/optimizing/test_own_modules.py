@@ -187,3 +187,13 @@ def test_an_answer_that_cannot_be_read_counts_with_0(desk: Desk, optimizer: str)
     reply = desk.run(optimizer, {"tool": "judge"}, {"judge": lambda **_: 1})
     assert reply["success"], reply
     assert desk.asked == [] and reply["result"]["score"] in (0, None)
+
+
+@pytest.mark.parametrize("optimizer", WAYS)
+def test_predict_with_tools(desk: Desk, optimizer: str) -> None:
+    desk.serve(calling_lm)
+    desk.create(tools=[SEARCH])
+    reply = desk.run(optimizer, {"tool": "judge"}, {**TOOLS, "judge": lambda **_: 0.5}, num_threads=4)
+    assert reply["success"], reply
+    assert any(call["name"] == "search" for call in desk.asked)
+    loads(desk, reply["result"], tools=[SEARCH])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import dspy
@@ -13,7 +12,7 @@ import pytest
 from conftest import lm_env
 from lm_server import LMServer
 from optimizing_lm import answer
-from peer import ROOT, Peer
+from peer import Peer
 from plain_optimizers import CASES, EXAMPLES, METRICS, TRAINSET, feedback, on_the_wire, optimize, plain, program
 from tool_host import Tools, execute
 
@@ -180,36 +179,3 @@ def test_what_is_wrong_is_named_before_an_lm_is_asked(peer: Peer, lm: LMServer, 
     assert (reply["success"], reply["error_type"]) == (False, "invalid_args")
     assert reply["error"].startswith(text)
     assert lm.requests == []
-
-
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        ({"inputs": []}, "inputs: expected at least one example to optimize with"),
-        ({"inputs": {"question": "a"}, "expected": None, "metric": None}, "optimize: only with a list of inputs and "),
-        ({"expected": None, "metric": None}, "optimize: only with a list of inputs and a metric"),
-        ({"inputs": [{"question": "a"}, {}], "expected": None}, "inputs[1].question: "),
-    ],
-)
-def test_what_is_wrong_next_to_it_is_named_too(peer: Peer, lm: LMServer, args: dict[str, Any], text: str) -> None:
-    expected = None if args.get("inputs") is None else []
-    reply = run(peer, optimize("copro", wire_lms(lm)), **{"expected": expected, **args})
-    assert (reply["success"], reply["error_type"]) == (False, "invalid_args")
-    assert reply["error"].startswith(text)
-    assert lm.requests == []
-
-
-@pytest.mark.parametrize(("optimizer", "package"), [("simba", "numpy")])
-def test_without_its_package_an_optimizer_names_it_and_the_others_run(
-    lm: LMServer, tmp_path: Path, optimizer: str, package: str
-) -> None:
-    lm.serve(reply)
-    (tmp_path / "less.py").write_text(f"import sys\n\ndef init():\n    sys.modules[{package!r}] = None\n")
-    env = {**lm_env(lm), "DSPY_BRIDGE_INIT": "less:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with Peer(env=env) as peer:
-        assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
-        refused = run(peer, optimize(optimizer, wire_lms(lm)))
-        assert (refused["success"], refused["error_type"]) == (False, "invalid_args")
-        assert f"{optimizer} needs the Python package {package}" in refused["error"]
-        assert lm.requests == []
-        assert optimized(peer, optimize("bootstrap_few_shot", wire_lms(lm)))["stopped"] is None

@@ -41,7 +41,6 @@ def broken():
 CREATE = {"id": "x", "signature": "question -> answer"}
 ASK = {"program_id": "x", "inputs": {"question": "Why?"}}
 SEARCH = {"name": "search", "args": {"query": {"type": "str"}}}
-OOPS = (500, {"error": {"message": "oops"}})
 
 
 def code(*lines: str) -> str:
@@ -168,21 +167,6 @@ def test_a_sandbox_that_hears_nothing_is_killed(start: Any, init: str) -> None:
     assert peer.receive()["error_type"] == "cancelled"
     while workers(peer) or peer.call("get_stats")["result"]["threads"]["running"]:
         assert time.monotonic() < begin + PATIENCE
-
-
-def test_a_sandbox_that_cannot_be_had_is_told_in_one_line(start: Any) -> None:
-    peer, _ = start(RLM, LOOPING, init="broken")
-    reply = peer.call("execute_program", ASK)
-    assert reply["error"] == "the sandbox for the LM's code failed: there is no sandbox here at all"
-
-
-def test_inputs_that_may_be_left_out_are_none_in_the_code(start: Any) -> None:
-    signature = "question, hint: Optional[str] -> answer"
-    peer, _ = start(
-        {"program_type": "rlm", "signature": signature},
-        chat(reasoning="r", code=code("SUBMIT(answer=repr(hint))")),
-    )
-    assert peer.call("execute_program", ASK)["result"]["answer"] == "None"
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import dspy
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import PATIENCE, Peer
 from shared_peers import shared_peer
 from tool_host import ToolError, execute
 
@@ -197,25 +194,6 @@ def comparing() -> Iterator[Peer]:
         yield peer
 
 
-@pytest.mark.parametrize(
-    "completions",
-    [
-        None,
-        [],
-        COMPLETIONS[:2],
-        [*COMPLETIONS[:2], "third"],
-        [*COMPLETIONS[:2], {"answer": "a"}],
-        [*COMPLETIONS[:2], {"answer": "a", "reasoning": 5}],
-    ],
-)
-def test_completions_of_another_shape_are_refused(comparing: Peer, completions: Any) -> None:
-    inputs = {"question": "Why?", **({} if completions is None else {"completions": completions})}
-    reply = comparing.call("execute_program", {**ASK, "inputs": inputs})
-    assert reply["error_type"] == "invalid_args"
-    wanted = "inputs.completions: expected a list of 3 objects with reasoning and answer"
-    assert reply["error"] == wanted
-
-
 def bad(named: str, error_type: str = "invalid_args", **create: Any) -> Any:
     return pytest.param(create, named, error_type, id=f"{named}-{json.dumps(create)[:60]}")
 
@@ -298,64 +276,3 @@ def test_a_deadline_closes_the_request_of_a_module_in_a_thread(start_lm: Any, cr
         while peer.call("get_stats")["result"]["threads"]["running"]:
             pass
     assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("signature", [
-    "question, completions: list[dict[str, str]] -> answer",
-    {"inputs": [{"name": "question"}, {"name": "completions", "type": "list[Any]"}], "outputs": [{"name": "answer"}]},
-])  # fmt: skip
-def test_completions_may_be_declared_among_the_inputs(echo_peer: Peer, signature: Any) -> None:
-    """They are not a field of the prompt: the attempts made from them are."""
-    args = {"id": "p", "signature": signature, "program_type": "multi_chain_comparison", "options": {"m": 1}}
-    assert echo_peer.call("create_program", args)["success"]
-    inputs = {"question": "Why?", "completions": [{"reasoning": "r", "answer": "a"}]}
-    reply = echo_peer.call("execute_program", {"program_id": "p", "inputs": inputs})
-    assert set(reply["result"]) == {"rationale", "answer"}
-    refused = echo_peer.call("create_program", {"id": "p", "signature": signature})
-    assert refused["error_type"] == "invalid_args" and "completions" in refused["error"]
-
-
-def parameters() -> list[str]:
-    """Names of parameters of functions that inputs or outputs pass through as keyword arguments."""
-    folders = (Path(dspy.__file__).parent / "predict", Path(dspy.__file__).parent / "primitives")
-    sources = [
-        *(path for folder in folders for path in folder.glob("*.py")),
-        *(ROOT / "dspy_bridge" / "programs" / name for name in ("runners.py",)),
-    ]
-    names: set[str] = set()
-    for source in sources:
-        for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.args.kwarg:
-                given = node.args
-                some = (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)
-                names |= {arg.arg for arg in some if arg is not None}
-    return sorted(names)
-
-
-def test_a_field_of_any_name_works_or_is_refused(echo_peer: Peer) -> None:
-    """An input `module` of a ReAct, an output `self` were `internal`; best_of_n lost inputs `work` and `failures`."""
-
-    def create(program_type: str, inputs: list[str], outputs: list[str]) -> dict[str, Any]:
-        fields = {"inputs": [{"name": name} for name in inputs], "outputs": [{"name": name} for name in outputs]}
-        options = {"options": {"n": 1, **YES}} if program_type == "best_of_n" else {}
-        tools = {"tools": [{"name": "look"}]} if program_type == "react" else {}
-        more = {"signature": fields, "program_type": program_type, **options, **tools}
-        return echo_peer.call("create_program", {"id": "named", **more})
-
-    names = parameters()
-    assert {"module", "self", "failures"} <= set(names)
-    for program_type in ("predict", "react", "best_of_n"):
-        taken: tuple[list[str], list[str]] = ([], [])
-        for name in names:
-            replies = (create(program_type, [name], ["answer"]), create(program_type, ["q"], [name, "answer"]))
-            for reply, some in zip(replies, taken, strict=True):
-                if reply["success"]:
-                    some.append(name)
-                else:
-                    assert reply["error_type"] == "invalid_args" and repr(name) in reply["error"]
-        assert min(map(len, taken)) > 10
-        for inputs, outputs in ((taken[0], []), (["q"], taken[1])):
-            assert create(program_type, inputs, [*outputs, "answer"])["success"]
-            ask = {"program_id": "named", "inputs": dict.fromkeys(inputs, "x")}
-            reply, _ = execute(echo_peer, ask, {"look": lambda: "seen"})
-            assert reply["success"], (program_type, outputs, reply)

@@ -14,7 +14,6 @@ import pytest
 from conftest import lm_env
 from lm_server import LMServer, chat
 from peer import ROOT, Peer
-from shared_peers import shared_peer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'prefix' argument:DeprecationWarning")
 
@@ -191,12 +190,6 @@ def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path
         assert kept["lm"]["model"] == "openai/saved-model" and kept["lm"].keys().isdisjoint(elsewhere)
     wrong = served.create(state={**state, "lm": {"temperature": 1}})
     assert wrong["error_type"] == "invalid_args" and "lm.model" in wrong["error"]
-
-
-def test_a_state_dir_is_needed_for_state_path() -> None:
-    with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
-        reply = peer.call("create_program", {"id": "p", "signature": QA, "state_path": "/etc/passwd"})
-        assert reply["error_type"] == "not_allowed" and "DSPY_BRIDGE_STATE_DIR" in reply["error"]
 
 
 def test_a_state_path_leads_to_a_state_in_the_folder(served: Served) -> None:

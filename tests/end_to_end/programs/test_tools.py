@@ -48,25 +48,6 @@ def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
     assert '["a", {"most": 2}, null, 0.5]' in second
 
 
-UNREADABLE = [(b"1" * 5000, "at most 4300 digits"), (b"[" * 300 + b"]" * 300, "recursion limit"), (b"\xff", "UTF-8")]
-
-
-def test_a_result_that_cannot_be_read_is_an_observation(start_lm: Any) -> None:
-    """No other reply could come: the program would wait until its deadline."""
-    searches = [step("search", {"query": "a", "most": 2})] * len(UNREADABLE)
-    server = start_lm(script(*searches, FINISH, EXTRACT))
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", CREATE)
-        id = peer.request("execute_program", ASK)
-        for result, _ in UNREADABLE:
-            call_id = peer.receive()["tool_call"]["call_id"]
-            peer.send(b'{"tool_result":{"call_id":%d,"success":true,"result":%b}}' % (call_id, result))
-        reply = peer.receive()
-        assert reply["id"] == id and reply["success"], reply
-    observed = [prompt(request) for request in server.requests[1:]]
-    assert all(text in seen for (_, text), seen in zip(UNREADABLE, observed, strict=False))
-
-
 @pytest.mark.parametrize("kind", ["args", "parameters"])
 def test_a_pattern_of_an_argument_matches_in_linear_time(start_lm: Any, kind: str) -> None:
     """By backtracking it would take hours, with the GIL held."""
@@ -179,43 +160,6 @@ def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: 
         assert peer.receive()["error_type"] == "invalid_request"
 
 
-def test_executes_wait_for_their_tools_at_once(start_lm: Any) -> None:
-    """Twenty runs of one program, answered in reverse order; each gets its own result."""
-
-    def lm(request: dict[str, Any]) -> str:
-        last = request["messages"][-1]["content"]
-        if "observation_0" not in last:
-            question = last.split("## question ## ]]\n")[1].split("\n")[0]
-            return step("search", {"query": question, "most": 1})
-        if "observation_1" not in last:
-            return FINISH
-        return chat(reasoning="r", answer=last.split("## observation_0 ## ]]\n")[1].split("\n")[0])
-
-    server = start_lm(lm)
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", CREATE)
-        asks = [{"program_id": "x", "inputs": {"question": f"q{n}"}} for n in range(20)]
-        ids = {peer.request("execute_program", ask): f"found q{n}" for n, ask in enumerate(asks)}
-        calls = [peer.receive() for _ in ids]
-        assert {call["id"] for call in calls} == set(ids)
-        for call in reversed(calls):
-            answer(peer, call["tool_call"], {"search": lambda query, most: f"found {query}"})
-        replies = peer.receive_all(len(ids))
-        assert {id: reply["result"]["answer"] for id, reply in replies.items()} == ids
-
-
-def test_at_the_end_of_input_no_answer_can_come(start_lm: Any) -> None:
-    """The LM sees the error, and the call is answered."""
-    server = start_lm(script(step("search", {"query": "a", "most": 1}), FINISH, EXTRACT))
-    with Peer(env=lm_env(server)) as peer:
-        peer.call("create_program", CREATE)
-        peer.request("execute_program", ASK)
-        assert "tool_call" in peer.receive()
-        code, rest, _ = peer.finish()
-    assert code == 0 and b'"because"' in rest
-    assert "end of input" in prompt(server.requests[1])
-
-
 # Native function calling.
 
 
@@ -307,14 +251,6 @@ def test_a_call_that_fails_fails_alone(native: Any) -> None:
     errors = [call.get("error", "") for call in calls]
     assert errors[0] == "search: no net" and "'x' is not of type" in errors[1] and "missing" in errors[2]
     assert errors[3] == "there is no tool nowhere" and calls[4] == {"name": "fine", "args": {}, "result": 1}
-
-
-@pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "openai/no-such-model"])
-def test_an_lm_may_answer_without_a_tool(native: Any, model: str) -> None:
-    answered = chat(answer="because") if model == "openai/gpt-4o-mini" else chat(answer="because", tool_calls="[]")
-    peer, _ = native(answered, model=model)
-    reply, asked = execute(peer, ASK, {})
-    assert asked == [] and reply["result"]["answer"] == "because" and reply["result"]["tool_calls"] == []
 
 
 def test_an_lm_without_function_calling_asks_in_its_text(native: Any) -> None:

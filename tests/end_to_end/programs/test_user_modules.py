@@ -231,11 +231,6 @@ def test_what_is_not_allowed_or_no_module_is_refused(start: Any, path: str, erro
     assert peer.call("list_programs")["result"] == {"programs": []}
 
 
-def test_none_is_allowed_by_default(start: Any) -> None:
-    reply = create(start(DSPY_BRIDGE_ALLOW_MODULES=""), "Shout")
-    assert reply["error_type"] == "not_allowed" and "DSPY_BRIDGE_ALLOW_MODULES" in reply["error"]
-
-
 def test_whatever_they_raise_is_one_reply(start: Any) -> None:
     peer = start()
     for name in ("Raises", "AsyncRaises"):
@@ -376,14 +371,3 @@ def test_a_state_that_cannot_be_told_is_null_and_the_others_are_told(start: Any)
     assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
     plain, detailed = peer.call("list_programs", {"state": True})["result"]["details"]
     assert plain["state"] is None and detailed["state"]["demos"] == []
-
-
-def test_a_state_that_takes_long_keeps_no_ping_waiting(start: Any, record: Path) -> None:
-    peer = start()
-    args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
-    assert peer.call("create_program", {**args, "options": {"wait": True}})["success"]
-    asked = peer.request("list_programs", {"state": True}, timeout_ms=PATIENCE * 1000)
-    pinged_until(peer, lambda: record.exists())
-    assert peer.call("list_programs")["result"] == {"programs": ["Untold"]}
-    peer.send({"cancel": asked})
-    assert peer.receive()["error_type"] == "cancelled"
