@@ -194,12 +194,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
 
-  # The reaper and the log forwarder only end if something kills them, and are started again.
-  def handle_info({:"ETS-TRANSFER", table, reaper, Reaper}, %{reaper: reaper} = state) do
-    os_pids = for peer <- State.peers(state), do: peer.os_pid
-    {:noreply, %{state | reaper: Reaper.replace(table, os_pids)}}
-  end
-
+  # The log forwarder only ends if something kills it, and is started again.
   def handle_info({:DOWN, log, :process, _pid, _why}, %{log_forwarder: %{monitor: log}} = state),
     do: {:noreply, %{state | log_forwarder: LogForwarder.replace(state.log_forwarder)}}
 
