@@ -2,11 +2,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @moduledoc false
   # The part of a call that runs in the caller's process: arguments to bytes, to the bridge, and the bytes of the
   # reply to a result. It neither raises nor exits. With chunks or tools, `DSPex.PythonBridge.Client.StreamReducer`
-  # is the part in the middle; to a bridge of another node, `DSPex.PythonBridge.Client.StreamProxy` is.
+  # is the part in the middle.
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Calls.Request
-  alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, Server}
   alias DSPex.PythonBridge.Programs.{Change, Store, Tools}
 
@@ -111,12 +110,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
          {:ok, dest} <- find(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
       request = %Request{body: body, change: Change.new(command, args), timeout: timeout}
-      message = {:request, request}
-
-      # The connection to another node may have no room, for as long as that hangs.
-      with :nosuspend <- :erlang.send(dest, message, [:nosuspend]),
-           do: spawn(fn -> send(dest, message) end)
-
+      unsuspended(fn -> send(dest, {:request, request}) end)
       :ok
     else
       {:error, %Error{type: :bridge_not_running}} -> :ok
@@ -126,7 +120,12 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   @doc "Sends a request to a bridge or a pool's coordinator and waits for the reply, at most `timeout` ms."
   @spec send_and_wait(dest(), timeout(), Request.t()) :: Request.reply()
-  def send_and_wait(dest, timeout, request) when is_pid(dest) and node(dest) == node() do
+  def send_and_wait(dest, timeout, request) when not is_pid(dest) or node(dest) != node(),
+    do: unsuspended(fn -> ask(dest, timeout, request) end)
+
+  def send_and_wait(dest, timeout, request), do: ask(dest, timeout, request)
+
+  defp ask(dest, timeout, request) do
     message = fn ref -> {:request, %{request | ref: ref, pid: self(), timeout: timeout}} end
 
     case Ask.ask(dest, timeout, message) do
@@ -142,12 +141,15 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # A node that hangs suspends any process that sends to it or monitors a process of it: not the caller.
-  def send_and_wait(dest, timeout, request) do
-    deadline = Deadline.new(timeout)
-    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, nil)
-    {:over, reply} = StreamProxy.next(proxy, deadline)
-    reply
+  # A node that hangs would suspend a process that sends to it, or monitors a process of it.
+  defp unsuspended(fun) do
+    before = :erlang.process_flag(:async_dist, true)
+
+    try do
+      fun.()
+    after
+      :erlang.process_flag(:async_dist, before)
+    end
   end
 
   @doc "Makes a reply a result, or an error."
@@ -181,7 +183,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, Error.new(:python_process_died, text)}
   end
 
-  # The caller must not take it for a request that may be made again, with the tool.
   def read({:error, :tool_begun}) do
     text =
       "the Python process was lost before it had replied, and the request, of which a tool with " <>
@@ -190,15 +191,17 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, %{Error.new(:python_process_died, text) | retryable: false}}
   end
 
-  def read({:error, :proxy_died}) do
-    text = "the process that made the call in the caller's place was killed"
-    {:error, Error.new(:cancelled, text)}
-  end
+  def read({:error, :proxy_died}),
+    do: {:error, Error.new(:cancelled, "the process that made the call was killed")}
 
   def read({:error, type}), do: {:error, Error.new(type)}
 
   @doc "A result of a call that must not be made again: a tool of it with `repeat: false` has begun."
   @spec once(result()) :: result()
+  def once({:error, %Error{type: type}})
+      when type in [:bridge_not_running, :python_process_died],
+      do: read({:error, :tool_begun})
+
   def once({:error, error}), do: {:error, %{error | retryable: false}}
   def once(result), do: result
 

@@ -36,7 +36,7 @@ defmodule DSPex.PythonBridge.Optimize do
   alias DSPex.PythonBridge.Optimize.{Definition, Options, Progress, Result, Run, TemporaryProgram}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Telemetry.{CallSpan, RunSpan}
-  alias DSPex.PythonBridge.Tools.FunctionHolder
+  alias DSPex.PythonBridge.Client.StreamProxy
 
   @typedoc """
   What `:on_progress` gets:
@@ -161,7 +161,8 @@ defmodule DSPex.PythonBridge.Optimize do
         run = %Run{
           where: where,
           program: TemporaryProgram.open(id),
-          holder: FunctionHolder.open(opts, pool, definition.id),
+          holder:
+            StreamProxy.start(Keyword.get(opts, :tools, %{}), about(pool, definition, opts)),
           create: Definition.create(definition, id),
           retry?: options.retry?
         }
@@ -170,12 +171,17 @@ defmodule DSPex.PythonBridge.Optimize do
           Run.make(run, execute, Deadline.new(options.timeout, started), progress)
         after
           TemporaryProgram.close(run.program)
-          FunctionHolder.close(run.holder)
+          StreamProxy.stop(run.holder)
         end
 
       {:error, error} ->
         {{:error, error}, progress}
     end
+  end
+
+  defp about(pool, definition, opts) do
+    metadata = Keyword.get(opts, :telemetry_metadata, %{})
+    %{pool: pool, program_id: definition.id, telemetry_metadata: metadata}
   end
 
   defp result(:stopped, progress, definition, started) do

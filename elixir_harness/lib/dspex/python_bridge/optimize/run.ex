@@ -2,7 +2,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   @moduledoc false
   # The run of an optimizer: at one peer of a bridge or pool, and after its death at the next, which starts from the
   # beginning. The tools, the metric among them, are not called again for what they have answered
-  # (`DSPex.PythonBridge.Tools.Functions`), so that chunks, which come again, do not keep it from being made again.
+  # (`DSPex.PythonBridge.Tools.Runner`), so that chunks, which come again, do not keep it from being made again.
 
   alias DSPex.PythonBridge.{Calls, Error, Pool, Protocol, Telemetry}
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
@@ -10,7 +10,6 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   alias DSPex.PythonBridge.OTP.{Deadline, Registry}
   alias DSPex.PythonBridge.Pool.Route
   alias DSPex.PythonBridge.Telemetry.Metadata
-  alias DSPex.PythonBridge.Tools.FunctionHolder
 
   # As the option's default; that of a bridge of another node is not known here.
   @default_retries 3
@@ -30,7 +29,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   @type t :: %__MODULE__{
           where: where(),
           program: pid(),
-          holder: pid() | nil,
+          holder: pid(),
           create: binary(),
           retry?: boolean()
         }
@@ -65,12 +64,8 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   @spec make(t(), execute :: binary(), Deadline.t(), Progress.t()) ::
           {Caller.result() | :stopped, Progress.t()}
   def make(%__MODULE__{} = run, execute, deadline, progress) do
-    {result, progress} = attempt(run, route(run, execute, deadline), progress)
-    {with_tools_begun(FunctionHolder.close(run.holder), result), progress}
+    attempt(run, route(run, execute, deadline), progress)
   end
-
-  defp with_tools_begun(:bound, {:error, _error} = result), do: Caller.once(result)
-  defp with_tools_begun(_bound, result), do: result
 
   # The bridge itself would send it to a peer without the program.
   defp route(%{where: {:bridge, dest}}, execute, deadline),
@@ -111,7 +106,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   defp call(%Route{} = route, request), do: call(route.bridge, route.deadline, request)
 
   defp call(dest, deadline, request),
-    do: %{dest: dest, deadline: deadline, request: request, again?: true}
+    do: %{dest: dest, deadline: deadline, request: request}
 
   defp follow(_run, _route, :stopped), do: {:done, :stopped}
 
@@ -149,7 +144,8 @@ defmodule DSPex.PythonBridge.Optimize.Run do
     created = TemporaryProgram.ask(call.dest, run.create, call.request.retry, call.deadline)
 
     with {:frame, frame} <- created, true <- Protocol.success?(frame) do
-      {reply, progress} = items(call, StreamProxy.start(call, run.holder), progress)
+      StreamProxy.make(run.holder, call.dest, call.deadline, call.request)
+      {reply, progress} = items(call, run.holder, progress)
 
       if left > 1 and missing?(reply),
         do: at_peer(run, call, progress, left - 1),
@@ -167,7 +163,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
   ## Its items
 
   defp items(call, proxy, progress) do
-    case StreamProxy.next(proxy, call.deadline) do
+    case StreamProxy.next(proxy) do
       {:chunk, frame} ->
         case take(call, proxy, frame, progress) do
           {:go_on, progress} ->
@@ -178,7 +174,10 @@ defmodule DSPex.PythonBridge.Optimize.Run do
             {:stopped, progress}
         end
 
-      {:over, reply} ->
+      {:over, reply, true} ->
+        {{:tools_begun, reply}, progress}
+
+      {:over, reply, false} ->
         {reply, progress}
     end
   end

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   # To erase a persistent term makes the BEAM scan all processes, so this is for large functions only, once for each call
   # or evaluation.
 
-  alias DSPex.PythonBridge.Tools.Functions
+  alias DSPex.PythonBridge.Tools.Runner
 
   # In words: copying less than this (64 KB) takes no longer than starting the process that runs it.
   @small 8_192
@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   closed or the owner ends, nil without any.
   """
   @spec hold(tools, owner :: pid()) :: {tools, pid() | nil}
-        when tools: %{optional(term()) => function() | Functions.tool() | {function(), keyword()}}
+        when tools: %{optional(term()) => function() | Runner.tool() | {function(), keyword()}}
   def hold(tools, owner) do
     {tools, keys} = Enum.map_reduce(tools, [], &hold_large/2)
     {Map.new(tools), if(keys != [], do: spawn(fn -> erase(keys, owner) end))}

@@ -99,34 +99,6 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
     for call <- calls, do: assert({:ok, %{"answer" => "Paris"}, _meta} = Task.await(call, 30_000))
   end
 
-  test "a stream's, and that of a call with chunks and tools, too" do
-    bridge = start(start_lm())
-
-    stream =
-      Task.async(fn ->
-        Enum.to_list(Bridge.stream(bridge, args("streamed"), traceparent: @first))
-      end)
-
-    assert_receive {:asked, lm, "streamed", [@first]}, 30_000
-    send(lm, :answer)
-    events = Task.await(stream, 30_000)
-    assert {:chunk, "answer", "Paris"} in events
-    assert {:ok, %{"answer" => "Paris"}, _meta} = List.last(events)
-
-    best = %{program_type: "best_of_n", options: %{n: 1, reward: %{tool: "t"}}}
-
-    {:ok, _} =
-      Bridge.call(bridge, :create_program, Map.merge(@create, Map.put(best, :id, "best")))
-
-    opts = [traceparent: @second, tools: %{t: fn _ -> 1 end}, on_chunk: fn _chunk -> :ok end]
-    args = %{args("chunks") | program_id: "best"}
-    chunks = Task.async(fn -> Bridge.request(bridge, :execute_program, args, opts) end)
-
-    assert_receive {:asked, lm, "chunks", [@second]}, 30_000
-    send(lm, :answer)
-    assert {:ok, %{"answer" => "Paris"}, _meta} = Task.await(chunks, 30_000)
-  end
-
   test "an invalid one is refused before anything is sent, by request and stream" do
     for %{"valid" => false, "value" => value} <- vectors("traceparents.json"),
         value <- [value, <<255>>, :"00-a", ~c"00"] do

@@ -70,11 +70,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
   defp run(inputs, program \\ "qa"), do: %{program_id: program, inputs: inputs}
 
   describe "a call has the same result:" do
-    test "a run", %{both: both} do
-      assert {:ok, %{"answer" => "echo: Why?", "certain" => true}} =
-               same(both, &Bridge.call(&1, :execute_program, run(%{question: "Why?"})))
-    end
-
     test "a list of inputs, one of them wrong", %{both: both} do
       inputs = [%{question: "One?"}, %{qestion: "Two?"}, "three", %{question: "Four?"}]
 
@@ -83,17 +78,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
 
       assert [true, false, false, true] = Enum.map(results, & &1["success"])
       assert {:ok, %{"results" => []}} = same(both, &Bridge.call(&1, :execute_program, run([])))
-    end
-
-    test "the metadata have the same keys", %{both: both} do
-      same(both, fn server ->
-        assert {:ok, result, meta} =
-                 Bridge.request(server, :execute_program, run(%{question: "Why?"}),
-                   history: false
-                 )
-
-        {result, Enum.sort(Map.keys(meta))}
-      end)
     end
 
     test "programs that are listed and removed", %{both: both} do
@@ -118,14 +102,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       same(both, &Bridge.call(&1, :cleanup, %{program_ids: ["one", "x"]}))
       same(both, &Bridge.call(&1, :list_programs, %{program_ids: ["two", "one"]}))
       same(both, &Bridge.call(&1, :cleanup, %{program_ids: ["two"]}))
-    end
-
-    test "a ping", %{both: both} do
-      same(both, fn server ->
-        {:ok, %{"timestamp" => time} = pong} = Bridge.call(server, :ping)
-        assert_in_delta time, System.system_time(:second), 60
-        Map.delete(pong, "timestamp")
-      end)
     end
   end
 
@@ -179,10 +155,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
         {Enum.sort(for({:item, _, _} = item <- elements, do: item)), result}
       end)
     end
-
-    test "an error alone", %{both: both} do
-      assert [error: %Error{}] = same(both, &Enum.to_list(Bridge.stream(&1, run(%{}))))
-    end
   end
 
   describe "tools are called in the same way:" do
@@ -205,24 +177,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
         assert {:status, "calling tool search"} in elements
         assert_receive {^server, %{"query" => "Elixir"}, _callers}
       end
-    end
-
-    test "one that the program does not have is refused", %{both: both} do
-      args = run(%{question: "What is Elixir?"}, "agent")
-
-      assert {:error, %Error{type: :invalid_args}} =
-               same(
-                 both,
-                 &Bridge.request(&1, :execute_program, args, tools: %{find: fn _ -> 1 end})
-               )
-
-      assert {:error, %Error{type: :invalid_args}} =
-               same(
-                 both,
-                 &Bridge.request(&1, :execute_program, run(%{question: "?"}),
-                   tools: %{a: fn _ -> 1 end}
-                 )
-               )
     end
   end
 end

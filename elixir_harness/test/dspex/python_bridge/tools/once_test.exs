@@ -119,19 +119,6 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     refute_received {:does, _what, _key, _pid}
   end
 
-  test "a call that was answered is not made again by another peer of a pool" do
-    agent = start(@pool, ["a", "a", "b"])
-    request = ask(agent, doer())
-    keys = [done("a", "one"), done("a", "two")]
-    assert_receive {:does, "b", key, pid}, 10_000
-    kill_peer(agent)
-    send(pid, {:done, "three"})
-    result = Task.await(request, 20_000)
-    assert observations(result) == ["one", "two", "three", "Completed."]
-    refute_received {:does, _what, _key, _pid}
-    assert Enum.uniq([key | keys]) == [key | keys]
-  end
-
   test "a call with repeat: false ends the run when its peer dies, once it has begun" do
     for {server, answered?} <- [{@bridge, true}, {@pool, false}],
         do: assert_ends_with_peer(server, answered?)
@@ -148,18 +135,6 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     assert error.message =~ "repeat: false" and not error.retryable
     refute Process.alive?(pid)
     refute_received {:does, _what, _key, _pid}
-  end
-
-  test "a call with repeat: false that has begun when its pool ends must not be made again" do
-    pool = __MODULE__.Ends
-    env = %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
-    start_supervised!({Pool, real_opts(name: pool, pool_size: 1, env: env)})
-    request = ask({pool, create(pool, scripted(["a"]))}, {doer(), repeat: false})
-    assert_receive {:does, "a", _key, pid}, 20_000
-    stop_supervised!(pool)
-    assert {:error, %Error{type: :python_process_died} = error} = Task.await(request, 20_000)
-    assert error.message =~ "repeat: false" and not error.retryable
-    refute Process.alive?(pid)
   end
 
   # Answers its first request with a call of the tool, all others with 429.
