@@ -81,7 +81,6 @@ defmodule Mix.Tasks.Dspex.Top do
   # The compiler and Logger write to standard output, which must have JSON only.
   defp keep_output_clean do
     Mix.DSPex.load_config(quiet: true)
-    Mix.DSPex.log_to_stderr()
   end
 
   defp or_raise({:ok, value}), do: value
