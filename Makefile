@@ -83,6 +83,8 @@ check: setup dialyzer ## linters, formats, types, import rules, warnings, dialyz
 	cd $(HARNESS) && mix format --check-formatted && MIX_ENV=test mix compile --warnings-as-errors
 	@# No module imports one that imports it, by whatever way.
 	cd $(HARNESS) && MIX_ENV=test mix xref graph --format cycles --fail-above 0
+	@# No module imports one of a layer above it.
+	@cd $(HARNESS) && MIX_ENV=test mix xref graph --format plain | ../$(PY) ../tests/project/layers.py
 	@# What OTP 28 refuses to compile shows on older ones too.
 	cd $(HARNESS) && mix test test/attribute_regexes_test.exs
 

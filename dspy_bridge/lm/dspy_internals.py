@@ -113,6 +113,14 @@ def silence_litellm() -> None:
         del transport.__del__
 
 
+def silence_attempts() -> None:
+    """Keep BestOfN and Refine from printing the errors of their attempts, which may quote requests."""
+    for name in ("best_of_n", "refine"):
+        module: Any = sys.modules.get(f"dspy.predict.{name}")
+        if module is not None:
+            module.print = lambda *_: None
+
+
 # What LMs are sent: by DSPy's own transports, and by LiteLLM.
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
@@ -242,18 +250,11 @@ DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved s
 TOOL_SCHEMAS = Name(
     "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"
 )
-OFFER_FEEDBACK = Name("dspy.predict.refine:OfferFeedback", "the log may quote why Refine got no advice")
 SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
-# `programs/scored_attempts` copies a BestOfN or Refine and sets these.
-_BEST = ("module", "reward_fn")
-BEST_OF_N = [Name(f"dspy:BestOfN.{attribute}", "best_of_n is refused", of_instances=True) for attribute in _BEST]
-REFINE = [
-    Name(f"dspy:Refine.{attribute}", "refine is refused", of_instances=True) for attribute in (*_BEST, "reward_fn_code")
-]
 
-# Optimizers: see `optimizing/executors`.
+# Optimizers and batches: see `event_loop_lm` and `optimizing/student`.
 EXECUTE = Name(
     "dspy.utils.parallelizer:ParallelExecutor.execute",
     "while a program is optimized, an example that takes 120 s is run twice, and bars may be logged",

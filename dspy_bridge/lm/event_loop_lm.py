@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -52,6 +53,11 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         # In a thread that a module started without its context.
         return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `dspy.LM`'s; `__call__` does not come here."""
+        event_loop.refuse_sync_call()
+        return super().forward(*args, **kwargs)
+
     @property
     def supports_function_calling(self) -> bool:
         """As `dspy.LM`'s."""
@@ -79,3 +85,22 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
             elif capability != "response_schema" or not self.supports:
                 params.difference_update(names)
         return params
+
+
+def watch_executors() -> None:
+    """Watch DSPy's executor, which runs a batch, `dspy.Parallel` and evaluations in threads and waits for them."""
+    dspy_internals.EXECUTE.wrap(_watched)
+
+
+def _watched(execute: Any) -> Any:
+    @functools.wraps(execute)
+    def executed(self: Any, function: Any, data: Any) -> Any:
+        event_loop.refuse_sync_call()
+        if lm_call.run().examples_once:
+            # DSPy runs the last ones again that take 120 s. A bar that is not finished is drawn by another thread, or
+            # by the garbage collector, which nobody can tell from the application's own output.
+            self.timeout = 0
+            self.disable_progress_bar = True
+        return execute(self, function, data)
+
+    return executed

@@ -65,6 +65,9 @@ class RunContext:
         self.job: Job | None = None
         self.steps = 0
 
+    # Whether DSPy's executors run each example once, however long it takes, and without a progress bar.
+    examples_once = False
+
     def slot(self) -> AbstractAsyncContextManager[None] | None:
         """What a call of an LM waits for, on its event loop, and leaves at its end; None by default."""
         return None

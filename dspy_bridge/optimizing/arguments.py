@@ -38,7 +38,7 @@ class Budget(_Strict):
 
     lm_calls: int | None = Field(default=None, ge=1)
     tokens: int | None = Field(default=None, ge=1)
-    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    seconds: float | None = Field(default=None, gt=0, le=10**9)
 
 
 class Valset(_Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import deque
 from typing import Any
 
 import dspy
@@ -14,13 +15,11 @@ from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors, dspy_internals, lm_pool
 from dspy_bridge.lm.lm_call import TokenCount
 from dspy_bridge.lm.offline import offline_lm
-from dspy_bridge.optimizing import executors, optimizers, proposals
+from dspy_bridge.optimizing import optimizers, student
 from dspy_bridge.optimizing.arguments import Given
 from dspy_bridge.optimizing.candidates import Candidates
-from dspy_bridge.optimizing.metric_functions import MetricFunctions
 from dspy_bridge.optimizing.run import Run
-from dspy_bridge.optimizing.student import Student
-from dspy_bridge.optimizing.watch import Watch
+from dspy_bridge.optimizing.watch import Watch, tolerant
 from dspy_bridge.programs.program import Program
 from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import large_inputs, worker_threads
@@ -30,18 +29,6 @@ from dspy_bridge.runtime.worker_threads import WorkerThreads
 _MANY = 1_000_000_000
 # What DSPy's optimizers raise for arguments that they cannot run with, mostly before an LM is asked.
 _REFUSALS = (ArithmeticError, AssertionError, ImportError, TypeError, ValueError)
-# Of a timer, in seconds.
-_LONGEST = 10 * 365 * 86_400
-
-
-class _NoTrace(list[Any]):
-    """DSPy's modules append to the trace, even if nobody reads it; without one BestOfN and Refine fail."""
-
-    def append(self, item: Any) -> None:
-        """Nothing."""
-
-    def extend(self, items: Any) -> None:
-        """Nothing."""
 
 
 async def run(
@@ -61,13 +48,12 @@ async def run(
 
     `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
     """
-    optimizers.check(given, len(inputs))
+    await large_inputs.in_thread(lambda: optimizers.check(given, len(inputs)))
     if given.budget.tokens is not None and not dspy_internals.USAGE_SETTING.there:
         raise InvalidArgs(f"optimize.budget.tokens: DSPy {dspy.__version__} does not report tokens as expected")
     if expected is None and given.optimizer == "labeled_few_shot":
         raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
     metric = program.read_metric(metric_given)
-    await large_inputs.in_thread(functools.partial(optimizers.load, given.optimizer))
     job = _Job(given, program, metric, Run(call, limiter, given.budget), stream)
     await large_inputs.in_thread(lambda: job.read(inputs, expected))
     return await job.run(lm, threads)
@@ -77,12 +63,11 @@ class _Job:
     def __init__(self, given: Given, program: Program, metric: Metric, run: Run, stream: bool) -> None:
         self._given = given
         self._program = program
-        self._metric = metric
         self._run = run
         self._stream = stream
         self._sets: list[list[dspy.Example] | None] = []
-        self._examples: dict[int, dict[str, Any]] = {}
-        run.student = Student(program)
+        self._metric = metric
+        self._student = run.student = student.Student(program, metric, run)
 
     def read(self, inputs: list[Any], expected: list[Any] | None) -> None:
         """Raises `InvalidArgs` or `NotAllowed`."""
@@ -90,7 +75,7 @@ class _Job:
         valset = self._given.valset
         others = None if valset is None else self._read(valset.inputs, valset.expected, "optimize.valset.")
         self._sets.append(others)
-        module = self._module = self._run.student.module()
+        module = self._module = self._student.module()
         given = self._given
         self._candidates = Candidates(
             given.optimizer,
@@ -100,6 +85,7 @@ class _Job:
             self._run,
             functools.partial(_send, self._run.call) if self._stream else None,
         )
+        self._student.on_score = self._candidates.scored
         self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
         for role, own in self._lms.items():
             own.role = role  # its copies, which optimizers make, have it too
@@ -107,7 +93,7 @@ class _Job:
 
     def _read(self, inputs: list[Any], expected: list[Any] | None, where: str) -> list[dspy.Example]:
         read = self._program.examples(self._metric, inputs, expected, where)
-        self._examples.update((id(example), shown) for example, shown in read)
+        self._student.examples.update((id(example), shown) for example, shown in read)
         return [example for example, _ in read]
 
     async def run(self, lm: object, threads: WorkerThreads) -> dict[str, Any]:
@@ -123,9 +109,9 @@ class _Job:
         work.add_done_callback(lambda _: lm_pool.close_own(lms))
         timer = None
         if (seconds := self._given.budget.seconds) is not None:
-            timer = loop.call_later(min(seconds, _LONGEST), run.end, "seconds")
+            timer = loop.call_later(seconds, run.end, "seconds")
         try:
-            await asyncio.wait((work, run.ending), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, asyncio.wrap_future(run.ending)), return_when=asyncio.FIRST_COMPLETED)
             if not run.ending.done():
                 return await self._result(work)
             why = run.ending.result()
@@ -153,26 +139,20 @@ class _Job:
         trainset, valset = self._sets
         assert trainset is not None
         run, given = self._run, self._given
-        executors.install(given.optimizer)
+        student.without_bars(given.optimizer)
         run.begin()
-        functions = MetricFunctions(
-            self._metric,
-            self._program,
-            self._examples,
-            run,
-            self._candidates.scored,
-        )
-        settings: dict[str, Any] = {"trace": _NoTrace(), "max_errors": _MANY}
+        # DSPy's modules append to the trace, even if nobody reads it; without one BestOfN and Refine fail.
+        settings: dict[str, Any] = {"trace": deque(maxlen=0), "max_errors": _MANY}
         watch = Watch(run, self._candidates, optimizers.own_role(given))
         settings["callbacks"] = [*dspy.settings.callbacks, watch]
-        settings["adapter"] = proposals.tolerant(dspy.settings.adapter or dspy.ChatAdapter())
+        settings["adapter"] = tolerant(dspy.settings.adapter or dspy.ChatAdapter())
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):
             settings["callbacks"].append(offline_lm.WatchFormat())
         if dspy_internals.USAGE_SETTING.there:
             name = dspy_internals.USAGE_SETTING.attribute
             settings[name] = TokenCount(run.spend, dspy.settings[name])
         with dspy.context(**settings):
-            made = optimizers.compile(given, self._module, trainset, valset, functions, self._lms)
+            made = optimizers.compile(given, self._module, trainset, valset, self._student, self._lms)
             run.refuse_failures()
             return self._candidates.result(made)
 

@@ -65,7 +65,7 @@ class Program:
         return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
     async def metric(
-        self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None, call: Caller
+        self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None
     ) -> tuple[scores.Metric, list[dict[str, Any]]]:
         """A metric for this program, and what it gets of each item. Raises `InvalidArgs` or `NotAllowed`."""
         signature, files_dir = self._contract.signature, self._lms.settings.files_dir
@@ -74,8 +74,7 @@ class Program:
         def read() -> list[dict[str, Any]]:
             return [example for example, _ in scores.read_examples(metric, inputs, expected, signature, files_dir)]
 
-        small = call.size < large_inputs.LARGE and files_dir is None
-        return metric, read() if small else await large_inputs.in_thread(read)
+        return metric, await large_inputs.in_thread(read)
 
     def read_metric(self, given: dict[str, Any]) -> scores.Metric:
         """A metric for this program. Raises `InvalidArgs`."""

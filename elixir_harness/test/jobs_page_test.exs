@@ -72,17 +72,6 @@ defmodule DSPex.JobsPageTest do
     assert {:cancel, "document 2 is gone"} = summarize(2)
   end
 
-  test "an answer that does not fit is asked for again, then the job is cancelled" do
-    # In chat the adapter asks a second time, in JSON.
-    start_pool(
-      lm: "offline/script",
-      lm_options: %{answers: List.duplicate("?", 4)},
-      adapter: "json"
-    )
-
-    assert {:cancel, "the LM's answer did not fit the signature" <> _} = summarize(1)
-  end
-
   test "the process of a job that Oban kills ends the LM's request" do
     start_pool(SilentLM.lm_opts(SilentLM.start()))
     pid = spawn(fn -> summarize(1) end)
@@ -147,11 +136,5 @@ defmodule DSPex.JobsPageTest do
 
     assert_received {:refund, "A1", "job-7-order-A1"}
     refute_received {:refund, _order, _key}
-  end
-
-  test "the configuration is one", %{others: [config]} do
-    assert [my_app: [{Oban, oban}]] = Config.Reader.eval!("config.exs", config, env: :prod)
-    assert [{_lifeline, rescue_after: rescue_after}] = oban[:plugins]
-    assert rescue_after > @summary.timeout(job(%{}))
   end
 end

@@ -83,32 +83,6 @@ defmodule DSPex.LiveviewPageTest do
     assert_receive {:lm_closed, ^lm}, 10_000
   end
 
-  test "stop closes it, too, and keeps the text" do
-    start_streaming()
-    view = open(@advice)
-    lm = ask(view, "Tea?")
-    StreamingLM.say(lm, "Green ")
-    StreamingLM.say(lm, "tea, ")
-    shows(view, %{answer: "Green tea,", asking?: true})
-    :ok = LiveViewStandIn.event(view, "stop")
-    assert_receive {:lm_closed, ^lm}, 10_000
-    shows(view, %{answer: "Green tea,", asking?: false, error: nil})
-  end
-
-  test "a second question ends the first run; nothing of that shows" do
-    start_streaming()
-    view = open(@advice)
-    first = ask(view, "Tea?")
-    StreamingLM.say(first, "Green ")
-    StreamingLM.say(first, "tea, ")
-    shows(view, %{answer: "Green tea,"})
-    second = ask(view, "Coffee?")
-    assert_receive {:lm_closed, ^first}, 10_000
-    StreamingLM.say(second, "Black.")
-    end_answer(second)
-    shows(view, %{answer: "Black.", asking?: false, error: nil})
-  end
-
   test "an error is shown, and logged without what an answer said" do
     start_scripted(["Private nonsense.", "Private nonsense."])
     view = open(@advice)

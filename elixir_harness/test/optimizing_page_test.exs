@@ -83,14 +83,6 @@ defmodule DSPex.OptimizingPageTest do
   # Questions that are asked twice at once make LM calls differ.
   defp steady(line), do: String.replace(line, ~r/\d+ LM calls|[\d.]+ s$/, "")
 
-  test "its reader of CSV takes quotes, line breaks, CRLF, a byte order mark and a last line without an end" do
-    [code] = for "# lib/my_app/csv.ex\n" <> _ = code <- Page.blocks(@page), do: code
-    Code.eval_string(code)
-    File.write!("a.csv", "\uFEFFname,of\r\n\"a, \"\"b\"\"\nc\",\r\n,é")
-    expected = [%{"name" => "a, \"b\"\nc", "of" => ""}, %{"name" => "", "of" => "é"}]
-    assert apply(MyApp.CSV, :read!, ["a.csv"]) == expected
-  end
-
   defp run(blocks) do
     Enum.reduce(blocks, {[], Code.env_for_eval([])}, fn code, {binding, env} ->
       # The LM of the configuration, which is TriageLM.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import threading
 import time
 import weakref
@@ -55,43 +54,6 @@ def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() 
 @pytest.fixture(scope="module")
 def models() -> dspy_setup.Models:
     return dspy_setup.Models(Settings({}))
-
-
-def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.Models) -> None:
-    options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
-    first = models.pool(options)
-    assert models.pool(dict(reversed(options.items()))) is first
-    assert models.pool({**options, "temperature": 0.6}) is not first
-    for number in range(200):
-        models.pool({"model": f"openai/m{number}"})
-    assert len(models._pools) == dspy_setup.MAX_LMS
-    assert models.pool(options) is not first
-
-
-def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.Models) -> None:
-    pool = models.pool({"model": "openai/many"})
-
-    for _ in range(2):
-        with ExitStack() as stack:
-            lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2 + 1)]
-            assert len({id(lm) for lm in lms}) == 3
-    with pool.checkout() as lm:
-        assert lm is lms[0]
-
-
-@pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
-def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(
-    models: dspy_setup.Models, end: type[BaseException]
-) -> None:
-    """With lost places each later call would open its own connections."""
-    pool = models.pool({"model": "openai/places"})
-    with pool.checkout() as first:
-        pass
-    for _ in range(lm_pool.CALLS_PER_LM):
-        with pytest.raises(end), pool.checkout():
-            raise end
-    with pool.checkout() as lm:
-        assert lm is first
 
 
 def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.Models, start_lm: Any) -> None:
@@ -148,20 +110,6 @@ def test_a_second_lm_of_a_program_that_is_gone_is_closed(
     asyncio.run(use())
 
 
-def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(models: dspy_setup.Models) -> None:
-    assert dspy.settings.disable_history and dspy.settings.trace is None
-    assert dspy.cache.memory_cache.maxsize == 10_000 and not dspy.cache.enable_disk_cache
-    assert not dspy.settings.warn_on_type_mismatch, "its warnings quote inputs"
-    assert os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] == "true", "else the first call fetches a price list"
-
-
-def test_the_echo_lm_answers_a_plain_prompt_too() -> None:
-    lm = echo_lm.EchoLM(api_key="ignored", temperature=0.3)
-    assert isinstance(lm, dspy.BaseLM)
-    assert lm("hello") == ["echo: hello"]
-    assert asyncio.run(lm.acall("hello")) == ["echo: hello"]
-
-
 def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> None:
     """Native function calling is set on a copy: DSPy's default adapter is shared."""
     (search,) = remote_tools.read([{"name": "search"}], set())
@@ -173,3 +121,25 @@ def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> Non
             own = runner.adapter(given)
             assert type(own) is type(others) and own.use_native_function_calling
             assert not others.use_native_function_calling
+
+
+def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.Models) -> None:
+    options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
+    first = models.pool(options)
+    assert models.pool(dict(reversed(options.items()))) is first
+    assert models.pool({**options, "temperature": 0.6}) is not first
+    for number in range(200):
+        models.pool({"model": f"openai/m{number}"})
+    assert len(models._pools) == dspy_setup.MAX_LMS
+    assert models.pool(options) is not first
+
+
+def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.Models) -> None:
+    pool = models.pool({"model": "openai/many"})
+
+    for _ in range(2):
+        with ExitStack() as stack:
+            lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2 + 1)]
+            assert len({id(lm) for lm in lms}) == 3
+    with pool.checkout() as lm:
+        assert lm is lms[0]

@@ -147,61 +147,12 @@ def test_no_secret_of_a_hosts_lm_is_told() -> None:
     assert sent["first"]["demos"] == module.first.demos
 
 
-def test_the_demos_of_a_state_are_bounded_in_all() -> None:
-    state = Own().dump_state()
-    for saved_predictor in state.values():
-        saved_predictor["demos"] = [{"question": "q"}] * 250
-    saved_state.load(Own(), copy.deepcopy(state))
-    state["first"]["demos"].append({"question": "q"})
-    with pytest.raises(InvalidArgs, match="state: expected at most 500 demos in all"):
-        saved_state.load(Own(), state)
-
-
-def test_a_saved_lm_of_only_some_predictors_is_refused(tmp_path: Path) -> None:
-    module = learned("own")
-    module.first.set_lm(dspy.LM("openai/small"))
-    with pytest.raises(InvalidArgs, match="different LMs"):
-        saved_state.load(Own(), saved(module, tmp_path))
-    module.rest[0].set_lm(dspy.LM("openai/large"))
-    with pytest.raises(InvalidArgs, match="different LMs"):
-        saved_state.load(Own(), saved(module, tmp_path))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", KINDS)
 def test_a_state_of_another_type_is_refused(kind: str, other: str, tmp_path: Path) -> None:
     if kind != other:
         with pytest.raises(InvalidArgs, match="of another"):
             saved_state.load(KINDS[kind](), saved(learned(other), tmp_path))
-
-
-@pytest.mark.parametrize("signature", ["question -> answer, more", "context, question -> answer"])
-def test_a_state_of_another_signature_is_refused(signature: str, tmp_path: Path) -> None:
-    for module in (dspy.Predict(signature), dspy.ChainOfThought(signature)):
-        kind = "predict" if isinstance(module, dspy.Predict) else "chain_of_thought"
-        with pytest.raises(InvalidArgs, match="of another signature"):
-            saved_state.load(KINDS[kind](), saved(module, tmp_path))
-
-
-def test_demos_of_other_fields_are_of_another_signature(tmp_path: Path) -> None:
-    """Their names are all that a state says of its fields. One that has some of them may have others."""
-    module = dspy.Predict("query -> verdict")
-    module.demos = [{"query": "Why?", "verdict": "So."}]
-    state = saved(module, tmp_path)
-    with pytest.raises(InvalidArgs, match=r"state\.demos\[0\]: of another signature: expected 2 fields"):
-        saved_state.load(dspy.Predict(QA), state)
-    state["demos"][0] = {"answer": "So.", "of_the_training_set": 1}
-    saved_state.load(dspy.Predict(QA), state)
-
-
-def test_what_an_optimizer_changes_of_a_signature_is_no_other_signature(tmp_path: Path) -> None:
-    """COPRO sets a prefix of the last field; a field may have a description in only one of the two."""
-    signature = QA.with_instructions("Be brief.").with_updated_fields("answer", prefix="In short:")
-    described = QA.with_updated_fields("question", desc="about the world")
-    for module in (dspy.Predict(signature), dspy.Predict(described)):
-        served = dspy.Predict(QA)
-        saved_state.load(served, saved(module, tmp_path))
-        assert as_sent(served) == saved(module, tmp_path)
 
 
 def replaced(state: dict[str, Any], path: list[str | int], value: Any) -> dict[str, Any]:
@@ -232,13 +183,6 @@ def test_what_is_wrong_is_named(path: list[str | int], value: Any) -> None:
     with pytest.raises(InvalidArgs, match=f"^state{re.escape(place)}: "):
         saved_state.load(module, replaced(GOOD, path, value))
     assert as_sent(module) == before and module.acall.__name__ == "acall"
-
-
-def test_demos_that_no_prompt_can_hold_are_refused_at_once() -> None:
-    """Not in each run."""
-    for path, value in ((["demos", 1], {"question": [None], "answer": "a"}), (["fields"], 5)):
-        with pytest.raises(InvalidArgs, match="DSPy cannot load it"):
-            saved_state.load(dspy.Predict(QA), replaced(GOOD, path, value))
 
 
 JSON = st.recursive(
@@ -294,14 +238,6 @@ def test_a_damaged_state_is_refused_or_serves(case: tuple[str, dict[str, Any]]) 
             assert adapter.format(predictor.signature, predictor.demos, inputs)
 
 
-def test_demos_are_of_the_types_of_their_fields() -> None:
-    signature = dspy.Signature("question, n: int -> answer, tags: list[str]")
-    module = dspy.ChainOfThought(signature)
-    demo = {"question": "Why?", "n": 3, "answer": "So.", "tags": ["a"], "reasoning": "Because."}
-    saved_state.read_demos([demo, {"answer": "b"}], module, signature)
-    assert module.predictors()[0].demos == [demo, {"answer": "b"}]
-
-
 @pytest.mark.parametrize(
     ("demos", "said"),
     [
@@ -318,11 +254,6 @@ def test_demos_that_do_not_fit_are_named(demos: Any, said: str) -> None:
     signature = dspy.Signature("question, n: int -> answer")
     with pytest.raises(InvalidArgs, match=said):
         saved_state.read_demos(demos, dspy.Predict(signature), signature)
-
-
-def test_demos_of_a_module_that_does_not_write_the_outputs_are_refused() -> None:
-    with pytest.raises(InvalidArgs, match="give a state instead"):
-        saved_state.read_demos([{"question": "q"}], Own(), dspy.Signature("question -> verdict"))
 
 
 def test_a_file_in_a_demo_is_read_only_where_files_may_be(tmp_path: Path) -> None:

@@ -63,13 +63,6 @@ def test_of_a_list_that_fits_nowhere_one_error_is_made(kind: Any) -> None:
     assert caught.value.error_count() <= 2  # that it is not None is another
 
 
-def test_long_names_are_cut() -> None:
-    assert len(refused(contract(field("q")), {"x" * 100_000: 1})) < 200
-    assert (
-        len(refused(contract(field("q", {**PERSON, "additionalProperties": False})), {"q": {"x" * 100_000: 1}})) < 300
-    )
-
-
 def test_values_are_converted_as_pydantic_does() -> None:
     made = contract(field("n", "int"), field("tags", "list[float]"), field("who", PERSON))
     values = made.check({"n": "5", "tags": [1, "2.5"], "who": {"first-name": "Ada", "more": None}})
@@ -92,13 +85,6 @@ def test_an_input_that_may_be_none_may_be_left_out_and_one_with_a_default_gets_i
     assert made.check({}) == {"n": 3, "tags": [], "any": []}, "each call has a default of its own"
 
 
-def test_a_description_of_the_schema_is_the_fields_unless_it_has_one() -> None:
-    described = {"type": "string", "description": "theirs"}
-    made = contract(field("a", described), field("b", described, description="mine"))
-    described_as = {name: info.json_schema_extra["desc"] for name, info in made.signature.input_fields.items()}
-    assert described_as == {"a": "theirs", "b": "mine"}
-
-
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
@@ -116,13 +102,6 @@ def test_what_dspy_does_not_check_of_an_answer_is_checked(kind: Any, good: Any, 
     assert outputs == {"it": good, "other": "x"}
     with pytest.raises(OutputInvalid, match=r"the LM's answer did not fit the signature: it(\.x)?: "):
         made.check_outputs({"it": bad, "other": "x"})
-
-
-def test_an_answer_of_texts_becomes_one_of_its_type() -> None:
-    """XML has only strings, and DSPy does not convert the values of a map."""
-    outputs = {"it": {"a": "5"}}
-    contract(outputs=(field("it", {"additionalProperties": {"type": "integer"}}),)).check_outputs(outputs)
-    assert outputs == {"it": {"a": 5}}
 
 
 NULL = {"type": "null"}
@@ -208,7 +187,7 @@ def test_types_in_angle_brackets_are_dspexs(text: str, kind: Any) -> None:
     assert contract(outputs=(field("it", text),)).signature.output_fields["it"].annotation == kind
 
 
-LITERAL = "Literal takes strings, whole numbers, booleans and None"
+LITERAL = "Literal takes strings in quotes, whole numbers, booleans and None"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +195,7 @@ LITERAL = "Literal takes strings, whole numbers, booleans and None"
     [
         ("__import__('os').system('x')", "signature.inputs[0].type: unknown type"),
         ("list[", "signature.inputs[0].type: 'list[' cannot be read"),
-        ("Literal[a, 'b', 3]", f"signature.inputs[0].type: {LITERAL}, got 'a'; did you mean Literal['a', 'b', 3]?"),
+        ("Literal[a, 'b', 3]", f"signature.inputs[0].type: {LITERAL}, got 'a'"),
         ("Literal[a, b()]", f"signature.inputs[0].type: {LITERAL}, got 'a'"),
         ("Literal[open('x')]", "signature.inputs[0].type: Literal takes strings"),
         ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),

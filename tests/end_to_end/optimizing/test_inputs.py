@@ -95,16 +95,3 @@ def test_images(desk: Desk, optimizer: str) -> None:
     reply = desk.run(optimizer, EXACT, inputs=inputs, wanted=wanted)
     assert reply["success"], reply
     desk.create("better", signature=signature, state=reply["result"]["state"])
-
-
-def test_the_state_has_no_key_of_the_lm_that_a_state_brought(desk: Desk) -> None:
-    """A program created from a state with an LM: that one is asked, and its options are in the state that is found."""
-    state = desk.run("labeled_few_shot")["result"]["state"]
-    lm = {"model": "openai/of-state", "cache": False, "num_retries": 0, "api_base": desk.server.url}
-    desk.create("saved", state={**state, "lm": lm})
-    reply = desk.run("random_search", program_id="saved")
-    assert reply["success"], reply
-    assert {request["model"] for request in desk.server.requests} == {"of-state"}
-    assert reply["result"]["state"]["lm"]["model"] == "openai/of-state"
-    assert "sk-test" not in str(reply)
-    desk.create("again", state=reply["result"]["state"])

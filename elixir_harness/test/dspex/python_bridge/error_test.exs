@@ -5,12 +5,6 @@ defmodule DSPex.PythonBridge.ErrorTest do
 
   doctest Error
 
-  test "is an exception whose message is its text" do
-    error = Error.from_peer("program_not_found", "Program not found: x", nil)
-    assert Exception.message(error) == "Program not found: x"
-    assert_raise Error, "Program not found: x", fn -> raise error end
-  end
-
   test "call/4 gives atoms for what a caller can act on, else the text" do
     for type <- [:timeout, :overloaded, :python_process_died, :bridge_not_running] do
       assert Error.to_call_reason(Error.new(type)) == type

@@ -187,14 +187,6 @@ defmodule DSPex.PythonBridge.OptionsTest do
                ]
              ]
     end
-
-    test "expands a relative script" do
-      {:ok, options} = Options.new(script_path: "peer.py")
-      assert options.script_path == Path.expand("peer.py")
-      # One that is only in the package.
-      {:ok, options} = Options.new(script_path: "python/dspy_bridge.py")
-      assert options.script_path == Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-    end
   end
 
   describe "an option that is misspelt is named with the nearest that there is" do

@@ -26,16 +26,6 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     assert {:ok, _} = Bridge.call(:echo)
   end
 
-  test "a bridge that ends is started again; calls meanwhile get an answer" do
-    start_supervised!({BridgeSupervisor, bridge: echo()})
-    {:ok, _} = Bridge.call(:echo)
-    %{os_pid: old} = Bridge.get_status()
-    assert Bridge.stop() == :ok
-    eventually(fn -> match?({:ok, _}, Bridge.call(:echo)) end)
-    eventually(fn -> not alive?(old) end)
-    assert Bridge.get_status().os_pid != old
-  end
-
   test "two run beside each other whose bridges have names of their own, in one tree, too" do
     [one, two] = bridges = for n <- ["One", "Two"], do: Module.concat(__MODULE__, n)
     children = for bridge <- bridges, do: {BridgeSupervisor, bridge: [name: bridge] ++ echo()}
@@ -57,36 +47,6 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     assert %{status: :healthy} = Monitor.force_health_check()
     ids = for n <- [:a, :b], do: BridgeSupervisor.child_spec(bridge: [name: {:global, n}]).id
     assert ids == [{:global, :a}, {:global, :b}]
-  end
-
-  test "two, under names of their own" do
-    for n <- [:one, :two] do
-      name = Module.concat(__MODULE__, n)
-      bridge = Module.concat(name, Bridge)
-
-      start_supervised!(
-        {BridgeSupervisor,
-         name: name,
-         bridge: [name: bridge] ++ echo(),
-         monitor: [name: Module.concat(name, Monitor)]}
-      )
-
-      assert {:ok, _} = Bridge.call(bridge, :echo)
-      assert %{status: :healthy} = Monitor.force_health_check(Module.concat(name, Monitor))
-    end
-  end
-
-  test "a Python that cannot be started brings nothing down: it is tried until it can be" do
-    opts = [bridge: [python_executable: "/no/such/python", max_retries: 0]]
-    start_supervised!({BridgeSupervisor, opts})
-    bridge = Process.whereis(Bridge)
-
-    eventually(fn ->
-      Bridge.get_status().restarts == 0 and Bridge.get_status().state == :failed
-    end)
-
-    assert {:error, "the Python process does not start: " <> _why} = Bridge.call(:ping)
-    assert Process.whereis(Bridge) == bridge
   end
 
   test "programs outlive a bridge that crashes" do

@@ -39,7 +39,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @doc "Starts the process of a bridge."
   @spec start_link(Options.t()) :: GenServer.on_start()
   def start_link(%Options{name: name} = options) do
-    Registry.declare(:bridge, __MODULE__)
     start_link(options, if(name, do: [name: name], else: []), Deadline.new(@name_ms))
   end
 
@@ -57,10 +56,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   end
 
   defp left_behind?(bridge) do
-    with true <- node(bridge) == node() and Registry.member?(:bridge, bridge),
+    with true <- Registry.get(:bridge, bridge) != nil,
          {:parent, starter} when is_pid(starter) <- Process.info(bridge, :parent),
          do: not Process.alive?(starter),
-         else: (_not_or_gone -> not Process.alive?(bridge))
+         else: (_not_or_gone -> node(bridge) == node() and not Process.alive?(bridge))
   end
 
   # It answers after what it has been sent before.
@@ -83,7 +82,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       programs: programs
     }
 
-    # Before it is sensitive: see DSPex.PythonBridge.OTP.Registry.member?/2.
     Registry.put(:bridge, self(), entry)
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
@@ -196,12 +194,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
 
-  # The reaper and the log forwarder only end if something kills them, and are started again.
-  def handle_info({:"ETS-TRANSFER", table, reaper, Reaper}, %{reaper: reaper} = state) do
-    os_pids = for peer <- State.peers(state), do: peer.os_pid
-    {:noreply, %{state | reaper: Reaper.replace(table, os_pids)}}
-  end
-
+  # The log forwarder only ends if something kills it, and is started again.
   def handle_info({:DOWN, log, :process, _pid, _why}, %{log_forwarder: %{monitor: log}} = state),
     do: {:noreply, %{state | log_forwarder: LogForwarder.replace(state.log_forwarder)}}
 

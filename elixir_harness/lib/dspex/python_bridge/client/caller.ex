@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Calls.Request
-  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, Server}
   alias DSPex.PythonBridge.Programs.{Change, Store, Tools}
 
   @default_timeout 30_000
@@ -215,12 +215,10 @@ defmodule DSPex.PythonBridge.Client.Caller do
   """
   @spec find(term()) :: {:ok, dest()} | {:error, Error.t()}
   def find(server) do
-    dest = whereis(server)
-
-    cond do
-      bridge?(dest) -> {:ok, dest}
-      dest != nil and Registry.get(:pool, dest) != nil -> {:error, a_pool(server)}
-      true -> {:error, Error.not_running(:bridge, server)}
+    case Server.find(server) do
+      {:bridge, dest} -> {:ok, dest}
+      {:pool, _handle} -> {:error, a_pool(server)}
+      :none -> {:error, Error.not_running(:bridge, server)}
     end
   end
 
@@ -244,30 +242,11 @@ defmodule DSPex.PythonBridge.Client.Caller do
     :error, {:erpc, _unreachable} -> {:error, Error.not_running(:bridge, server)}
   end
 
-  # Only its own node can tell for a process of another node.
-  defp bridge?(pid) when is_pid(pid) and node(pid) == node(), do: Registry.member?(:bridge, pid)
-  defp bridge?(dest), do: dest != nil
-
   defp a_pool(server) do
     text =
       "#{inspect(server)} is a pool: use Pool.call, Pool.request or Pool.stream, " <>
         "or Pool.with_bridge for one of its bridges"
 
     Error.new(:invalid_request, text)
-  end
-
-  # Any term may be given as a server; one that is none, or cannot be reached, is not running.
-  defp whereis(pid) when is_pid(pid), do: pid
-  defp whereis(name) when is_atom(name), do: Process.whereis(name)
-
-  defp whereis(server) do
-    case GenServer.whereis(server) do
-      pid when is_pid(pid) -> pid
-      {name, node} when is_atom(name) and is_atom(node) -> if Node.alive?(), do: {name, node}
-      _none -> nil
-    end
-  catch
-    # A registry is user code: it may raise, exit or throw.
-    _kind, _reason -> nil
   end
 end

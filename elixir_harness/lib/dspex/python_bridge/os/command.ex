@@ -5,8 +5,6 @@ defmodule DSPex.PythonBridge.OS.Command do
   # A process of its own has the port. When its time is over, its caller dies, or the BEAM ends, the program is killed with
   # all that it started.
 
-  import Bitwise, only: [&&&: 2]
-
   # Of the output's end, where errors are.
   @max_output_bytes 65_536
 
@@ -25,8 +23,8 @@ defmodule DSPex.PythonBridge.OS.Command do
           {:exit, status :: non_neg_integer(), output :: String.t()} | {:error, String.t()}
 
   @doc """
-  Runs `executable`; its standard error is part of its output. The error is a reason why it could not be started, or that
-  it took too long.
+  Runs `executable`; its standard error is part of its output. One that cannot be run exits with 126 or 127, as in a
+  shell. The error is a reason why no shell could be started, or that the program took too long.
 
     * `:limit_ms` – the time limit (default 15 000 ms)
     * `:env` – more environment, as a port takes it
@@ -36,67 +34,21 @@ defmodule DSPex.PythonBridge.OS.Command do
   @spec run(Path.t(), [String.t()], keyword()) :: result()
   def run(executable, args, opts \\ []) do
     owners = Enum.uniq([self(), Keyword.get(opts, :owner, self())])
-    limit_ms = Keyword.get(opts, :limit_ms, 15_000)
-    port_opts = Keyword.take(opts, [:env, :cd])
+    {_pid, ref} = spawn_monitor(fn -> exit({:ran, run(executable, args, opts, owners)}) end)
 
-    with :ok <- executable(executable) do
-      work = fn -> exit({:ran, run(executable, args, port_opts, limit_ms, owners)}) end
-      {_pid, ref} = spawn_monitor(work)
-
-      receive do
-        {:DOWN, ^ref, :process, _pid, {:ran, result}} -> result
-        {:DOWN, ^ref, :process, _pid, _crash} -> {:error, "the check failed"}
-      end
+    receive do
+      {:DOWN, ^ref, :process, _pid, {:ran, result}} -> result
+      {:DOWN, ^ref, :process, _pid, _crash} -> {:error, "the check failed"}
     end
   end
 
-  # The shell would report it in its own words, and as an exit status.
-  defp executable(path) do
-    case File.stat(path) do
-      {:ok, %{type: :regular, mode: mode}} when (mode &&& 0o111) != 0 -> :ok
-      {:ok, _no_program} -> {:error, reason(:eacces)}
-      {:error, reason} -> {:error, reason(reason)}
-    end
-  end
-
-  defp reason(reason), do: reason |> :file.format_error() |> to_string()
-
-  @doc """
-  Why `Port.open/2` did not start a program, from the exception that it raised. Only its kind is reported: the
-  exception may hold the environment of the program.
-  """
-  @spec start_failure(Exception.t()) :: String.t()
-  def start_failure(%ErlangError{original: reason}) when is_atom(reason), do: reason(reason)
-
-  def start_failure(%SystemLimitError{}),
-    do: "the runtime has no more ports (see +Q of erl), or the system no more processes"
-
-  def start_failure(_error), do: "the system does not accept its path or environment"
-
-  @doc """
-  A time in ms as text, in the largest unit without a fraction.
-
-      iex> for ms <- [1_500, 15_000, 1_800_000], do: DSPex.PythonBridge.OS.Command.time(ms)
-      ["1500 ms", "15 s", "30 min"]
-  """
-  @spec time(pos_integer()) :: String.t()
-  def time(ms) when rem(ms, 60_000) == 0, do: "#{div(ms, 60_000)} min"
-  def time(ms) when rem(ms, 1_000) == 0, do: "#{div(ms, 1_000)} s"
-  def time(ms), do: "#{ms} ms"
-
-  @doc "The last line of an output that is not blank, cut to `max` characters; nil if there is none."
-  @spec last_line(String.t(), pos_integer()) :: String.t() | nil
-  def last_line(output, max \\ 200) do
-    lines = for line <- String.split(output, ["\n", "\r"]), String.trim(line) != "", do: line
-    if line = List.last(lines), do: String.slice(line, 0, max)
-  end
-
-  defp run(executable, args, port_opts, limit_ms, owners) do
+  defp run(executable, args, opts, owners) do
     Enum.each(owners, &Process.monitor/1)
+    limit_ms = Keyword.get(opts, :limit_ms, 15_000)
     Process.send_after(self(), :too_long, limit_ms)
     args = ["-c", @guard, executable | args]
-    options = [:binary, :exit_status, :stderr_to_stdout, args: args] ++ port_opts
-    port = Port.open({:spawn_executable, "/bin/sh"}, options)
+    options = [:binary, :exit_status, :stderr_to_stdout, args: args]
+    port = Port.open({:spawn_executable, "/bin/sh"}, options ++ Keyword.take(opts, [:env, :cd]))
     # The end of this process closes the port, by which the guard kills what still runs.
     with :killed <- collect(port, ""), do: {:error, "no answer within #{time(limit_ms)}"}
   rescue
@@ -122,14 +74,40 @@ defmodule DSPex.PythonBridge.OS.Command do
   defp tail(output) when byte_size(output) <= @max_output_bytes, do: output
   defp tail(output), do: binary_part(output, byte_size(output), -@max_output_bytes)
 
-  # What remains of the first line of a cut output may start with a part of a secret, which is not recognised as one. If
-  # nothing follows that line, its first word goes.
+  # The start of an output that was cut may be a part of a secret, which is not recognised as one.
   defp whole_lines(output) when byte_size(output) < @max_output_bytes, do: output
+  defp whole_lines(output), do: output |> String.split("\n", parts: 2) |> Enum.at(1, "")
 
-  defp whole_lines(output) do
-    Enum.find_value(["\n", ~r/\s/], "", fn separator ->
-      [_cut | rest] = String.split(output, separator, parts: 2)
-      Enum.find(rest, &(&1 =~ ~r/\S/))
-    end)
+  @doc """
+  Why `Port.open/2` did not start a program, from the exception that it raised. Only its kind is reported: the
+  exception may hold the environment of the program.
+  """
+  @spec start_failure(Exception.t()) :: String.t()
+  def start_failure(%ErlangError{original: reason}) when is_atom(reason),
+    do: reason |> :file.format_error() |> to_string()
+
+  def start_failure(%SystemLimitError{}),
+    do: "the runtime has no more ports (see +Q of erl), or the system no more processes"
+
+  def start_failure(_error), do: "the system does not accept its path or environment"
+
+  @doc """
+  A time in ms as text, in the largest unit without a fraction.
+
+      iex> for ms <- [1_500, 15_000, 1_800_000], do: DSPex.PythonBridge.OS.Command.time(ms)
+      ["1500 ms", "15 s", "30 min"]
+  """
+  @spec time(pos_integer()) :: String.t()
+  def time(ms) when rem(ms, 60_000) == 0, do: "#{div(ms, 60_000)} min"
+  def time(ms) when rem(ms, 1_000) == 0, do: "#{div(ms, 1_000)} s"
+  def time(ms), do: "#{ms} ms"
+
+  @doc "The last line of an output that is not blank, cut to `max` characters; nil if there is none."
+  @spec last_line(String.t(), pos_integer()) :: String.t() | nil
+  def last_line(output, max \\ 200) do
+    lines = String.split(output, ["\n", "\r"])
+
+    if line = Enum.find(Enum.reverse(lines), &(String.trim(&1) != "")),
+      do: String.slice(line, 0, max)
   end
 end

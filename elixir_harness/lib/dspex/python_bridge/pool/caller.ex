@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
 
   alias DSPex.PythonBridge.{Client, Error, Protocol}
   alias DSPex.PythonBridge.Client.StreamReducer
-  alias DSPex.PythonBridge.OTP.{Deadline, Registry}
+  alias DSPex.PythonBridge.OTP.{Deadline, Server}
   alias DSPex.PythonBridge.Pool.{Coordinator, Handle, Route, Sums}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
 
@@ -122,21 +122,20 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   defp find(pool, timeout) do
     case Handle.fetch(pool) do
       nil ->
-        {:error, if(bridge?(pool), do: a_bridge(pool), else: Error.not_running(:pool, pool))}
+        {:error, not_a_pool(pool)}
 
       handle ->
         with {:ok, timeout} <- check_timeout(timeout, handle), do: {:ok, handle, timeout}
     end
   end
 
-  defp bridge?(server) do
-    pid = if is_atom(server), do: Process.whereis(server), else: server
-    is_pid(pid) and Registry.get(:bridge, pid) != nil
-  end
-
-  defp a_bridge(server) do
-    text = "#{inspect(server)} is a bridge: use Bridge.call, Bridge.request or Bridge.stream"
-    Error.new(:invalid_request, text)
+  defp not_a_pool(server) do
+    with {:bridge, pid} when is_pid(pid) and node(pid) == node() <- Server.find(server) do
+      text = "#{inspect(server)} is a bridge: use Bridge.call, Bridge.request or Bridge.stream"
+      Error.new(:invalid_request, text)
+    else
+      _unknown -> Error.not_running(:pool, server)
+    end
   end
 
   defp check_timeout(:default, handle), do: {:ok, handle.settings.default_timeout}

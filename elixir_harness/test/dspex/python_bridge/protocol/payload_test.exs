@@ -3,9 +3,6 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
 
   use ExUnit.Case, async: true
 
-  import DSPex.Test.Helpers
-
-  alias DSPex.PythonBridge.Bridge
   alias DSPex.PythonBridge.Protocol.Payload
 
   # Bytes in which no text has a part.
@@ -39,27 +36,5 @@ defmodule DSPex.PythonBridge.Protocol.PayloadTest do
     term = %{@text => [@text, %{"two" => @text <> "\n"}, ""], "n" => 1.5}
     assert {:ok, ^term} = decoded = Payload.decode(JSON.encode!(term) <> @space)
     holds_little(decoded)
-  end
-
-  test "large payloads that are not JSON are errors with the place" do
-    assert Payload.decode(~s({"a" 1}) <> @space) ==
-             {:error, {:invalid_json, "not JSON: invalid byte at 5"}}
-
-    assert Payload.decode("[1]" <> @space <> "x") ==
-             {:error, {:invalid_json, "not JSON: invalid byte at 3"}}
-
-    assert Payload.decode("[1" <> @space) == {:error, {:invalid_json, "JSON that ends too early"}}
-  end
-
-  test "a part of a large answer can be kept without the rest" do
-    bridge = start_supervised!({Bridge, fake_opts("echo")})
-
-    large = String.duplicate("x", 300_000)
-    args = %{large: large, more: large <> "x", small: @text}
-
-    assert {:ok, %{"args" => %{"small" => @text} = kept}} =
-             Bridge.call(bridge, :echo, args, 20_000)
-
-    holds_little(kept)
   end
 end

@@ -74,32 +74,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert text =~ "virtual_env" and text =~ "/no/venv"
   end
 
-  test "an empty variable counts as unset" do
-    put_system_env("DSPY_VENV", "")
-    put_system_env("PYTHON_EXECUTABLE", "")
-    assert Interpreter.find() == {:ok, System.find_executable("python3")}
-  end
-
-  test "the setting that decided is named" do
-    assert {:ok, _path, :path} = Interpreter.locate()
-    assert {:ok, _path, :option} = Interpreter.locate("sh")
-    put_system_env("PYTHON_EXECUTABLE", System.find_executable("sh"))
-    assert {:ok, path, :python_executable} = Interpreter.locate()
-    assert Interpreter.base() == {:ok, path, :python_executable}
-  end
-
   describe "a relative path to nothing: where it was searched for, and what works everywhere" do
-    test "in the configuration" do
-      put_config(:python_environment, virtual_env: "_build/no_such_venv")
-      assert {:error, text} = Interpreter.find()
-      assert text =~ Path.join(File.cwd!(), "_build/no_such_venv")
-
-      assert text =~
-               ~s(it was given as "_build/no_such_venv" and searched for from #{File.cwd!()},)
-
-      assert text =~ ~s|Path.expand("../_build/no_such_venv", __DIR__)|
-    end
-
     test "in an option, and in the text of a bridge that cannot start" do
       assert {:error, text} = Interpreter.find("./venv/bin/python")
       assert text =~ Path.expand("venv/bin/python") <> ", which is not a file"
@@ -159,26 +134,6 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
                   "(`mix dspex.setup --path #{venv}` makes it)"}
     end
 
-    test "links in a circle are none", %{venv: venv} do
-      link(venv, "python", "python3")
-      link(venv, "python3", "python")
-      assert Interpreter.lack(venv) == :none
-      assert said(venv) =~ "which has no bin/python"
-    end
-
-    test "there is one", %{venv: venv} do
-      link(venv, "python3", "/no/such/python")
-      link(venv, "python", python())
-      assert Interpreter.lack(venv) == nil
-    end
-
-    test "it is missing, or an empty folder: dspex.setup makes it", %{venv: venv} do
-      assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
-      File.rmdir!(venv)
-
-      assert said(venv) == "which has no bin/python (`mix dspex.setup` makes it)"
-    end
-
     # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.
     defp as_another(venv, hidden) do
       File.chmod!(hidden, 0)
@@ -212,13 +167,5 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
                "no Python found: virtual_env names #{hidden}/venv, which this user may not reach " <>
                  "(it needs the permission x of that folder, its bin, and those above)"
     end
-  end
-
-  test "no Python at all", %{tmp_dir: dir} do
-    put_system_env("PATH", dir)
-
-    assert Interpreter.find() ==
-             {:error,
-              "no Python found: no interpreter is configured, and there is no python3 on the PATH"}
   end
 end

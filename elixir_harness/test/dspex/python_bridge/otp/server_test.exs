@@ -1,0 +1,84 @@
+defmodule DSPex.PythonBridge.OTP.ServerTest do
+  use ExUnit.Case, async: true
+
+  import ExUnit.CaptureLog
+
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.OTP.Server
+  alias DSPex.Test.FakePeer
+
+  @contents "the contents"
+
+  defmodule Broken do
+    @moduledoc "A registry that raises."
+    def whereis_name(name), do: raise("no #{name}")
+  end
+
+  setup %{test: name} do
+    pool = start_supervised!({Pool, [name: name, pool_size: 1] ++ FakePeer.opts(:echo)})
+    {:ok, member} = DSPex.Test.Helpers.eventually(fn -> match_ok(Pool.checkout(name)) end)
+    %{pool: pool, bridge: Process.whereis(member), member: member}
+  end
+
+  defp match_ok({:ok, _bridge} = found), do: found
+  defp match_ok(_none), do: nil
+
+  test "a bridge and a pool are found by pid and by name; any other term is none", context do
+    %{pool: pool, bridge: bridge, member: member, test: name} = context
+    for server <- [bridge, member], do: assert(Server.find(server) == {:bridge, bridge})
+    for server <- [pool, name], do: assert({:pool, %{pid: ^pool}} = Server.find(server))
+    elsewhere = :erlang.list_to_pid(~c"<0.1.999>")
+
+    for term <- [
+          nil,
+          self(),
+          elsewhere,
+          :nobody,
+          "name",
+          5,
+          {:via, Broken, :x},
+          {:a},
+          {:global, 1}
+        ],
+        do: assert(Server.find(term) == :none)
+  end
+
+  test "a bridge that is given as a pool, and a pool as a bridge, are named; others do not run",
+       context do
+    %{pool: pool, bridge: bridge} = context
+    assert {:error, "#PID<" <> text} = Pool.call(bridge, :ping)
+    assert text =~ "is a bridge: use Bridge.call"
+    assert {:error, text} = Bridge.call(pool, :ping)
+    assert text =~ "is a pool: use Pool.call"
+
+    foreign = start_supervised!({Agent, fn -> nil end})
+    assert {:error, :bridge_not_running} = Bridge.call(foreign, :ping, %{a: @contents}, 60_000)
+    assert {:error, %Error{type: :bridge_not_running}} = Bridge.request(foreign, :ping, %{})
+    assert [error: %Error{type: :bridge_not_running}] = Enum.to_list(Bridge.stream(foreign, %{}))
+    assert :ok = Bridge.cast(foreign, :ping, %{a: @contents})
+    assert %{state: :failed, os_pid: nil} = Bridge.get_status(foreign)
+    assert {:error, :bridge_not_running} = Bridge.restart(foreign)
+    assert :ok = Bridge.stop(foreign)
+    assert {:error, :bridge_not_running} = Pool.call(foreign, :ping)
+    assert {:error, :bridge_not_running} = Pool.checkout(foreign)
+    assert %{peers: [], nodes: []} = Pool.status(foreign)
+    assert Process.alive?(foreign)
+  end
+
+  test "messages, casts and calls that are not for a bridge are dropped, and the first is logged",
+       context do
+    %{bridge: bridge} = context
+
+    log =
+      capture_log(fn ->
+        for message <- [@contents, {:any, @contents}, {:"$gen_cast", {:unknown, @contents}}],
+            do: send(bridge, message)
+
+        assert GenServer.call(bridge, {:unknown, @contents}) == {:error, :unknown_call}
+      end)
+
+    assert [_before, _after] = String.split(log, "#{inspect(bridge)}: dropped a message")
+    refute log =~ @contents
+    assert {:ok, _} = Bridge.call(bridge, :ping)
+  end
+end
