@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   # The peer counts that only if it is asked to, and is asked only for what a handler gets.
 
   alias DSPex.PythonBridge.{Error, Telemetry}
-  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.OTP.{Registry, Server}
   alias DSPex.PythonBridge.Programs.{Change, Definition}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Telemetry.{Metadata, Span, Usage}
@@ -127,14 +127,8 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   defp program_type(%{asked: []}), do: nil
 
   defp program_type(%{kind: kind, server: server, span: %{metadata: %{program_id: id}}}) do
-    # A pool has an entry under its name, too.
-    key = if kind == :pool, do: server, else: GenServer.whereis(server)
-
-    with %{programs: table} <- id && Registry.get(kind, key),
+    with %{programs: table} <- id && Registry.get(kind, Server.whereis(server)),
          do: Definition.program_type(table, id),
          else: (_unknown -> nil)
-  catch
-    # Any term may be given as a server.
-    _kind, _reason -> nil
   end
 end

@@ -90,9 +90,8 @@ defmodule DSPex.PythonBridge.Tools.Answer do
   defp text(reason) when is_exception(reason), do: one_line(Exception.message(reason))
   defp text(reason), do: one_line(inspect(reason))
 
-  @doc "The message of what was raised, thrown, or exited with. It calls user code: messages, inspections."
-  @spec message(kind(), term(), Exception.stacktrace()) :: String.t()
-  def message(kind, reason, stacktrace) do
+  # It calls user code: messages, inspections.
+  defp message(kind, reason, stacktrace) do
     one_line(shown(kind, reason, stacktrace))
   catch
     _kind, _reason -> "#{kind}: a reason that cannot be shown"
