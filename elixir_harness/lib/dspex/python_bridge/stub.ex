@@ -123,17 +123,14 @@ defmodule DSPex.PythonBridge.Stub do
 
   ## Answers
 
-  @doc "As `expect/4`, for one run."
-  @spec expect(stub(), program(), (map() -> answer())) :: stub()
-  def expect(stub, program, answer), do: expect(stub, program, 1, answer)
-
   @doc """
-  Answers the next `n` runs of a program, after those that are expected already, with this function of their inputs.
-  Returns the stub.
+  Answers the next run of a program, or the next `n`, after those that are expected already, with this function of their
+  inputs. Returns the stub.
   """
   @spec expect(stub(), program(), pos_integer(), (map() -> answer())) :: stub()
-  def expect(stub, program, n, answer) when is_integer(n) and n > 0 and is_function(answer, 1),
-    do: add(stub, program, answer, n)
+  def expect(stub, program, n \\ 1, answer)
+      when is_integer(n) and n > 0 and is_function(answer, 1),
+      do: add(stub, program, answer, n)
 
   @doc """
   Answers all runs of a program that are not expected, with this function of their inputs; a second one takes its place.

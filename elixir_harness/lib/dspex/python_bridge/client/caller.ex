@@ -23,7 +23,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
           server: GenServer.server(),
           dest: dest(),
           deadline: Deadline.t(),
-          request: Request.t() | nil,
           args: map()
         }
   @type dest :: pid() | {atom(), node()}
@@ -36,15 +35,15 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @spec exchange(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           result()
   def exchange(server, command, args, timeout, opts) do
-    with {:ok, call} <- prepare(server, command, args, timeout, opts) do
+    with {:ok, call, request} <- prepare(server, command, args, timeout, opts) do
       # Encoding a large request takes time, too.
-      conclude(call, send_and_wait(call.dest, Deadline.left(call.deadline), call.request))
+      conclude(call, send_and_wait(call.dest, Deadline.left(call.deadline), request))
     end
   end
 
   @doc "Prepares a call up to the sending of its request. The arguments are those of `exchange/5`."
   @spec prepare(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
-          {:ok, call()} | {:error, Error.t()}
+          {:ok, call(), Request.t()} | {:error, Error.t()}
   def prepare(server, command, args, timeout, opts) do
     started = Deadline.now()
 
@@ -52,16 +51,11 @@ defmodule DSPex.PythonBridge.Client.Caller do
          {:ok, timeout} <- check_timeout(timeout, dest),
          :ok <- check_tools(dest, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
-      deadline = Deadline.new(timeout, started)
-      request = request(body, Change.new(command, args), opts)
-      {:ok, %{server: server, dest: dest, deadline: deadline, request: request, args: args}}
+      call = %{server: server, dest: dest, deadline: Deadline.new(timeout, started), args: args}
+      retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
+      request = %Request{body: body, change: Change.new(command, args), retry: retry}
+      {:ok, call, %{request | stream?: Keyword.get(opts, :stream, false)}}
     end
-  end
-
-  defp request(body, change, opts) do
-    retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
-    stream? = Keyword.get(opts, :stream, false)
-    %Request{body: body, change: change, retry: retry, stream?: stream?}
   end
 
   # Only runs have tools: other commands need no lookup.

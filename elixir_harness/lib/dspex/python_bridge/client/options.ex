@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Client.Options do
 
   # They are arguments of execute_program on the wire.
   @arguments [:attempts, :max_concurrency, :item_timeout_ms]
-  @always [meta: true]
+  @absent [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
   @traceparent "a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone, or nil"
 
   @enforce_keys [:timeout, :on_chunk, :arguments, :opts]
@@ -35,18 +35,14 @@ defmodule DSPex.PythonBridge.Client.Options do
   the call is made.
   """
   @spec new(term(), [atom()]) :: {:ok, t()} | {:error, Error.t()}
-  def new([], _allowed), do: {:ok, plain(:default)}
-  def new([timeout: timeout], _allowed), do: {:ok, plain(timeout)}
-
   def new(opts, allowed) do
     case Table.check(opts, Keyword.take(table(), allowed)) do
       {:ok, opts} ->
         {timeout, opts} = Keyword.pop(opts, :timeout, :default)
         {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
         {arguments, opts} = Keyword.split(opts, @arguments)
-        absent = [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
-        opts = @always ++ Keyword.reject(opts, &(&1 in absent))
-        {:ok, %{plain(timeout) | on_chunk: on_chunk, arguments: arguments, opts: opts}}
+        opts = [meta: true] ++ Keyword.reject(opts, &(&1 in @absent))
+        {:ok, %__MODULE__{timeout: timeout, on_chunk: on_chunk, arguments: arguments, opts: opts}}
 
       {:error, text} ->
         {:error, Error.new(:invalid_request, text)}
@@ -68,9 +64,6 @@ defmodule DSPex.PythonBridge.Client.Options do
       traceparent: {:test, &(&1 == nil or traceparent?(&1)), @traceparent}
     ]
   end
-
-  defp plain(timeout),
-    do: %__MODULE__{timeout: timeout, on_chunk: nil, arguments: [], opts: @always}
 
   @doc """
   The arguments of a command with those that were given as options. The error names an option that the command does not

@@ -43,11 +43,9 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
           request()
   def to_bridge(server, command, args, timeout, opts) do
     open = fn opts ->
-      with {:ok, call} <- Caller.prepare(server, command, args, timeout, opts) do
-        # The body is large, and the call may take long.
-        concluded = %{call | request: nil}
-        conclude = fn reply, _chunks -> Caller.conclude(concluded, reply) end
-        {:send, call.dest, call.deadline, call.request, conclude}
+      with {:ok, call, request} <- Caller.prepare(server, command, args, timeout, opts) do
+        conclude = fn reply, _chunks -> Caller.conclude(call, reply) end
+        {:send, call.dest, call.deadline, request, conclude}
       end
     end
 

@@ -10,14 +10,9 @@ defmodule DSPex.PythonBridge.Stub.Metric do
   The score of the outputs of one of the inputs, and the feedback, as keys of its result; none without a metric. An error ends
   the evaluation. `call_tool` gets the name and the arguments of a tool.
   """
-  @spec score(
-          map() | nil,
-          map() | nil,
-          map(),
-          map(),
-          (String.t(), map() -> {:ok | :error, term()})
-        ) ::
+  @spec score(map() | nil, map() | nil, map(), map(), call_tool) ::
           {:ok, %{String.t() => float() | String.t()}} | {:over, Error.t()}
+        when call_tool: (String.t(), map() -> {:ok | :error, term()})
   def score(nil, _expected, _inputs, _outputs, _call_tool), do: {:ok, %{}}
 
   def score(%{"tool" => tool}, expected, inputs, outputs, call_tool) do
@@ -25,16 +20,14 @@ defmodule DSPex.PythonBridge.Stub.Metric do
     asked = %{"example" => example, "prediction" => outputs, "purpose" => "score"}
 
     with {:ok, value} <- call_tool.(tool, asked),
-         {:ok, scored} <- read(value) do
-      {:ok, scored}
-    else
-      {:error, text} -> {:over, Error.new(:tool_error, "#{tool}: #{text}")}
-    end
+         {:ok, scored} <- read(value),
+         do: {:ok, scored},
+         else: ({:error, text} -> {:over, Error.new(:tool_error, "#{tool}: #{text}")})
   end
 
   def score(%{"field" => field, "match" => match}, expected, _inputs, outputs, _call_tool) do
     case expected do
-      %{^field => wanted} -> {:ok, %{"score" => compare(match, outputs[field], wanted) / 1}}
+      %{^field => wanted} -> read(compare(match, outputs[field], wanted))
       _no -> {:over, Error.new(:invalid_args, "expected: #{field} is missing: it is compared")}
     end
   end
@@ -46,18 +39,15 @@ defmodule DSPex.PythonBridge.Stub.Metric do
   defp read(n) when is_number(n), do: {:ok, %{"score" => n / 1}}
   defp read(_other), do: {:error, @expected}
 
-  defp compare("equals", got, wanted), do: if(got == wanted, do: 1, else: 0)
-  defp compare(_match, nil, _wanted), do: 0
-
-  defp compare("contains", got, wanted),
-    do: if(String.contains?(text(got), text(wanted)), do: 1, else: 0)
-
-  defp compare("exact_match", got, wanted), do: if(words(got) == words(wanted), do: 1, else: 0)
+  defp compare("equals", got, wanted), do: got == wanted
+  defp compare(_match, nil, _wanted), do: false
+  defp compare("contains", got, wanted), do: String.contains?(text(got), text(wanted))
+  defp compare("exact_match", got, wanted), do: words(got) == words(wanted)
 
   defp compare("f1", got, wanted) do
     {got, wanted} = {words(got), words(wanted)}
     common = length(got) - length(got -- wanted)
-    if common == 0, do: 0, else: 2 * common / (length(got) + length(wanted))
+    common != 0 and 2 * common / (length(got) + length(wanted))
   end
 
   defp text(value), do: if(is_binary(value), do: value, else: JSON.encode!(value))

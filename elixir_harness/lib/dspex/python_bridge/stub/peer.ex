@@ -11,10 +11,9 @@ defmodule DSPex.PythonBridge.Stub.Peer do
   # What a stub has no numbers for.
   @stats %{"memory_usage" => %{"rss" => 0, "vms" => 0}, "queued" => 0, "commands" => %{}}
 
-  # programs: their details and fields, by id. runs: the ids of the requests, by process. tool_calls: who waits for the
-  # result of each.
+  # programs: their details and fields, by id. runs: the ids of the requests, by process.
   @enforce_keys [:bridge, :stub, :default, :started]
-  defstruct @enforce_keys ++ [programs: %{}, runs: %{}, tool_calls: %{}]
+  defstruct @enforce_keys ++ [programs: %{}, runs: %{}]
 
   @doc "Starts the peer of the calling process, a bridge."
   @spec start_link(atom(), Run.default()) :: pid()
@@ -35,12 +34,6 @@ defmodule DSPex.PythonBridge.Stub.Peer do
     do: {:noreply, came(state, frame |> IO.iodata_to_binary() |> JSON.decode!())}
 
   def handle_info({bridge, :close}, %{bridge: bridge} = state), do: {:stop, :normal, state}
-
-  # From a run.
-  def handle_info({:tool_call, call_id, pid, frame}, state) do
-    write(state, frame)
-    {:noreply, put_in(state.tool_calls[call_id], pid)}
-  end
 
   def handle_info({:EXIT, pid, reason}, state) do
     {id, runs} = Map.pop(state.runs, pid)
@@ -65,10 +58,9 @@ defmodule DSPex.PythonBridge.Stub.Peer do
   end
 
   defp came(state, %{"tool_result" => %{"call_id" => call_id} = result}) do
-    {pid, tool_calls} = Map.pop(state.tool_calls, call_id)
     result = if result["success"], do: {:ok, result["result"]}, else: {:error, result["error"]}
-    if pid, do: send(pid, {call_id, result})
-    %{state | tool_calls: tool_calls}
+    send(Run.caller_of(call_id), {call_id, result})
+    state
   end
 
   defp came(state, %{"id" => id, "command" => "execute_program", "args" => args} = request) do

@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Stub.Run do
   @moduledoc false
-  # One `execute_program` of a stub, in a process of its own, which its peer kills when the caller gives up. It sends chunks and
-  # its reply to the bridge, and tool calls to its peer.
+  # One `execute_program` of a stub, in a process of its own, which its peer kills when the caller gives up.
   #
   # A mistake of the test's (an answer raises, or is none, or there is none) is an error of the call. It is logged and noted for
   # the verification, since the code under test may take it for an error of the LM.
@@ -273,15 +272,20 @@ defmodule DSPex.PythonBridge.Stub.Run do
   @spec call_tool(String.t(), map()) :: {:ok, term()} | {:error, String.t()}
   def call_tool(name, args), do: call_tool(current("call_tool/2"), name, args)
 
+  # A process has one tool call at a time, so that its pid is the id of that.
   defp call_tool(run, name, args) do
-    call_id = System.unique_integer([:positive])
+    call_id = List.to_string(:erlang.pid_to_list(self()))
     call = JSON.encode!(%{"call_id" => call_id, "name" => name, "args" => args})
-    send(run.peer, {:tool_call, call_id, self(), ~s({"id":#{run.id},"tool_call":#{call}})})
+    write(run, ~s({"id":#{run.id},"tool_call":#{call}}))
 
     receive do
       {^call_id, result} -> result
     end
   end
+
+  @doc "The process that waits for the result of a tool call."
+  @spec caller_of(call_id :: String.t()) :: pid()
+  def caller_of(call_id), do: call_id |> String.to_charlist() |> :erlang.list_to_pid()
 
   defp stream(%{stream?: true} = run, json), do: write(run, ~s({"id":#{run.id},"stream":#{json}}))
   defp stream(_run, _json), do: :ok

@@ -10,25 +10,14 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Telemetry.{Metadata, Span, Usage}
 
-  @runs [:execute_program, "execute_program"]
+  @run "execute_program"
   @lm_stop [:lm, :stop]
 
-  @enforce_keys [:kind, :server, :span, :run?, :asked]
-  defstruct @enforce_keys
-
   @typedoc """
-  A call that is under way; nil without `:telemetry`. `asked`: what the peer is asked to report of a run, as options of
-  `DSPex.PythonBridge.Protocol.encode_body/3`.
+  A call that is under way, and what the peer is asked to report of a run, as options of
+  `DSPex.PythonBridge.Protocol.encode_body/3`; nil without `:telemetry`.
   """
-  @type t ::
-          %__MODULE__{
-            kind: kind(),
-            server: term(),
-            span: Span.t(),
-            run?: boolean(),
-            asked: keyword()
-          }
-          | nil
+  @type t :: {Span.t(), asked :: keyword()} | nil
   @type kind :: :bridge | :pool
   @type result :: {:ok, id :: term(), term(), meta :: map()} | {:error, Error.t()}
 
@@ -67,10 +56,8 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
       }
 
       span = Span.start([kind, :call], %{metadata | kind => Metadata.name(server)})
-      run? = command in @runs
-      asked = if run?, do: asked(kind), else: []
-      call = %__MODULE__{kind: kind, server: server, span: span, run?: run?, asked: asked}
-      {call, Keyword.merge(opts, asked)}
+      asked = if metadata.command == @run, do: asked(kind), else: []
+      {{span, asked}, Keyword.merge(opts, asked)}
     else
       {nil, opts}
     end
@@ -94,10 +81,10 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   @spec over(t(), :cancelled) :: :cancelled
   def over(nil, result), do: result
 
-  def over(%__MODULE__{span: span, run?: run?} = call, result) do
+  def over({span, asked}, result) do
     {result, lm_calls} = Usage.take_lm_calls(result)
     # Unless it was asked for, nobody wants to know.
-    meta = if call.asked != [], do: Usage.meta(result)
+    meta = if asked != [], do: Usage.meta(result)
     now = System.monotonic_time()
 
     for lm_call <- lm_calls do
@@ -106,7 +93,9 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
     end
 
     of_run =
-      if run?, do: %{program_type: program_type(call), models: Usage.models(meta)}, else: %{}
+      if span.metadata.command == @run,
+        do: %{program_type: if(asked != [], do: program_type(span)), models: Usage.models(meta)},
+        else: %{}
 
     Span.emit(span, :stop, Usage.measurements(meta), Map.put(of_run, :result, type(result)))
     result
@@ -116,18 +105,15 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   @spec failed(t(), :error | :exit | :throw, term(), Exception.stacktrace()) :: :ok
   def failed(nil, _kind, _reason, _stacktrace), do: :ok
 
-  def failed(call, kind, reason, stacktrace),
-    do: Span.exception(call.span, kind, reason, stacktrace)
+  def failed({span, _}, kind, reason, stack), do: Span.exception(span, kind, reason, stack)
 
   defp type({:error, %Error{type: type}}), do: type
   defp type(:cancelled), do: :cancelled
   defp type(_ok), do: :ok
 
   # As far as the program is known here.
-  defp program_type(%{asked: []}), do: nil
-
-  defp program_type(%{kind: kind, server: server, span: %{metadata: %{program_id: id}}}) do
-    with %{programs: table} <- id && Registry.get(kind, Server.whereis(server)),
+  defp program_type(%Span{event: [kind | _], metadata: %{program_id: id} = metadata}) do
+    with %{programs: table} <- id && Registry.get(kind, Server.whereis(metadata[kind])),
          do: Definition.program_type(table, id),
          else: (_unknown -> nil)
   end

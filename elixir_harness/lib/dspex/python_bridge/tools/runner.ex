@@ -32,7 +32,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
           dest: Invocation.bridge() | nil,
           port: Invocation.peer() | nil,
           users: %{pid() => Invocation.t()},
-          counts: %{digest() => pos_integer()},
+          counts: %{binary() => pos_integer()},
           calls: %{
             call() => {:running, pid(), waiting :: [reference()]} | {:answered, Answer.t()}
           },
@@ -46,10 +46,8 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   @typedoc "The whole call: an id that no other one has, and what its events have."
   @type run :: {id :: binary(), about()}
   @type about :: %{pool: term(), program_id: String.t() | nil, telemetry_metadata: map()}
-  @typedoc "The name of a tool and its arguments."
-  @type digest :: binary()
-  @typedoc "A call of a run, whichever peers make it."
-  @type call :: {digest(), nth :: pos_integer()}
+  @typedoc "A call of a run, whichever peers make it. `digest`: of the tool's name and its arguments."
+  @type call :: {digest :: binary(), nth :: pos_integer()}
 
   @doc """
   Functions by the names that the peer uses, each with whether a call of it may be made again, or the error message that
@@ -134,7 +132,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   Answers what a process is to do with its tool call, now or when the like call of an earlier peer has ended: run a function, give
   the answer of an earlier peer's call, or nothing, since there is no such function, or the call is over.
   """
-  @spec fetch(t(), pid(), reference(), String.t(), digest()) :: t()
+  @spec fetch(t(), pid(), reference(), String.t(), digest :: binary()) :: t()
   def fetch(%__MODULE__{port: port, tools: tools} = runner, pid, ref, name, digest) do
     case runner.users do
       %{^pid => %Invocation{port: ^port, id: id}} when is_map_key(tools, name) ->
