@@ -8,30 +8,14 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
   alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool, Stub}
   alias DSPex.Test.Helpers
 
-  @agent %{
-    id: "agent",
-    program_type: "react",
-    signature: "question -> answer",
-    tools: [%{name: "search", args: %{query: %{type: "str"}}}]
-  }
-  @steps [
-    %{next_thought: "t", next_tool_name: "search", next_tool_args: %{query: "Elixir"}},
-    %{next_thought: "t", next_tool_name: "finish", next_tool_args: %{}},
-    %{reasoning: "r", answer: "A language."}
-  ]
-
   setup_all do
     real = start_supervised!({Pool, Helpers.real_opts(name: __MODULE__.Real, pool_size: 1)})
     stub = start_supervised!({Stub, name: __MODULE__.Stub, answers: &answer/2})
     assert {:ok, _} = Pool.call(real, :ping, %{}, 30_000)
 
-    # For all runs of it.
-    lm = %{model: "offline/script", answers: Enum.concat(List.duplicate(@steps, 4))}
-
     for server <- [real, stub] do
-      create = &assert {:ok, _} = Pool.call(server, :create_program, &1, 60_000)
-      create.(%{id: "qa", signature: "question -> answer, certain: bool"})
-      create.(Map.put(@agent, :lm, lm))
+      qa = %{id: "qa", signature: "question -> answer, certain: bool"}
+      assert {:ok, _} = Pool.call(server, :create_program, qa, 60_000)
     end
 
     %{both: [__MODULE__.Real.Bridge1, __MODULE__.Stub]}
@@ -39,18 +23,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
 
   defp answer("qa", %{"question" => question}),
     do: {:ok, %{"answer" => "echo: #{question}", "certain" => true}}
-
-  defp answer("agent", _inputs) do
-    Stub.status("calling tool search")
-
-    case Stub.call_tool("search", %{"query" => "Elixir"}) do
-      {:ok, _found} ->
-        {:ok, %{"reasoning" => "r", "answer" => "A language.", "trajectory" => %{}}}
-
-      {:error, text} ->
-        {:ok, %{"answer" => text}}
-    end
-  end
 
   defp same([real, stub], fun) do
     result = timeless(fun.(real))
@@ -154,29 +126,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
         {:ok, result, _meta} = List.last(elements)
         {Enum.sort(for({:item, _, _} = item <- elements, do: item)), result}
       end)
-    end
-  end
-
-  describe "tools are called in the same way:" do
-    test "with their arguments and results, in a stream, too", %{both: both} do
-      test = self()
-
-      for server <- both do
-        search = fn args ->
-          send(test, {server, args, Process.get(:"$callers")})
-          "Found."
-        end
-
-        args = run(%{question: "What is Elixir?"}, "agent")
-
-        assert {:ok, %{"answer" => "A language."}, _meta} =
-                 Bridge.request(server, :execute_program, args, tools: %{search: search})
-
-        assert_receive {^server, %{"query" => "Elixir"}, [^test | _]}
-        elements = Enum.to_list(Bridge.stream(server, args, tools: %{"search" => search}))
-        assert {:status, "calling tool search"} in elements
-        assert_receive {^server, %{"query" => "Elixir"}, _callers}
-      end
     end
   end
 end

@@ -118,64 +118,35 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
     end
   end
 
-  describe "the state of a run" do
-    defp begin(kind, figures, server \\ :nobody) do
-      test = self()
+  test "the state of a run is known from its beginning, changes with its figures, and goes with its end" do
+    test = self()
+    about = %{program_id: "qa", telemetry_metadata: %{}}
+    mine = fn -> Enum.filter(RunSpan.list(), &(&1.caller == test)) end
+    figures = %{done: 0, total: 20, score: nil}
 
-      spawn_link(fn ->
-        about = %{program_id: "qa", telemetry_metadata: %{}}
-
-        RunSpan.run(kind, server, about, figures, fn run ->
-          send(test, {:begun, self()})
-          serve(run)
-        end)
-
-        send(test, {:ended, self()})
-        receive do: (:exit -> :ok)
+    {:ok, :result} =
+      RunSpan.run(:optimize, :nobody, about, figures, fn run ->
+        assert [%{kind: :optimize, figures: ^figures} = found] = mine.()
+        assert %{bridge: :nobody, program_id: "qa"} = found.metadata
+        assert found.elapsed_ms >= 0
+        RunSpan.progress(run, %{done: 7, score: 0.5})
+        assert [%{figures: %{done: 7, score: 0.5}}] = mine.()
+        RunSpan.update(run, %{done: 9})
+        assert [%{figures: %{done: 9}}] = mine.()
+        {:ok, :result}
       end)
-    end
 
-    defp serve(run) do
-      receive do
-        {function, figures, from} ->
-          apply(RunSpan, function, [run, figures])
-          send(from, :done)
-          serve(run)
+    assert mine.() == []
+  end
 
-        result ->
-          result
-      end
-    end
-
-    defp of(pid), do: Enum.filter(RunSpan.list(), &(&1.caller == pid))
-
-    test "is known from its beginning, changes with its figures, and goes with its end" do
-      pid = begin(:optimize, %{done: 0, total: 20, score: nil})
-      assert_receive {:begun, ^pid}
-      assert [%{kind: :optimize, figures: %{done: 0, total: 20, score: nil}} = found] = of(pid)
-      assert %{bridge: :nobody, program_id: "qa"} = found.metadata
-      assert found.elapsed_ms >= 0
-      send(pid, {:progress, %{done: 7, score: 0.5}, self()})
-      assert_receive :done
-      assert [%{figures: %{done: 7, score: 0.5}}] = of(pid)
-      send(pid, {:update, %{done: 9}, self()})
-      assert_receive :done
-      assert [%{figures: figures}] = of(pid)
-      assert figures == %{done: 9}
-      send(pid, {:ok, :result})
-      assert_receive {:ended, ^pid}
-      assert of(pid) == []
-      send(pid, :exit)
-    end
-
-    test "goes with its caller" do
-      Process.flag(:trap_exit, true)
-      pid = begin(:evaluate, %{})
-      assert_receive {:begun, ^pid}
-      assert [_] = of(pid)
-      Process.exit(pid, :kill)
-      # Its tables go before the next look, not before its exit signal.
-      eventually(fn -> of(pid) == [] end)
-    end
+  test "it goes with its caller, however that dies" do
+    test = self()
+    about = %{program_id: "qa", telemetry_metadata: %{}}
+    endless = fn _run -> send(test, :begun) && Process.sleep(:infinity) end
+    pid = spawn(fn -> RunSpan.run(:evaluate, :nobody, about, %{}, endless) end)
+    assert_receive :begun
+    assert Enum.any?(RunSpan.list(), &(&1.caller == pid))
+    Process.exit(pid, :kill)
+    eventually(fn -> not Enum.any?(RunSpan.list(), &(&1.caller == pid)) end)
   end
 end

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.Test.{Loopback, PoolProbe}
+  alias DSPex.Test.PoolProbe
 
   @agent %{
     signature: "question -> answer",
@@ -135,51 +135,5 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     assert error.message =~ "repeat: false" and not error.retryable
     refute Process.alive?(pid)
     refute_received {:does, _what, _key, _pid}
-  end
-
-  # Answers its first request with a call of the tool, all others with 429.
-  defp busy_lm do
-    asked = :counters.new(1, [])
-
-    step =
-      "[[ ## next_thought ## ]]\nt\n\n[[ ## next_tool_name ## ]]\ndo\n\n[[ ## next_tool_args ## ]]\n" <>
-        ~s({"what": "a"})
-
-    choice = %{index: 0, finish_reason: "stop", message: %{role: "assistant", content: step}}
-
-    Loopback.start(fn socket, _owner ->
-      Loopback.answer_requests(socket, fn ->
-        :counters.add(asked, 1, 1)
-
-        {status, body} =
-          if :counters.get(asked, 1) == 1,
-            do: {"200 OK", %{choices: [choice]}},
-            else: {"429 Too Many Requests", %{error: %{message: "slow down"}}}
-
-        body =
-          %{id: "c", object: "chat.completion", created: 0, model: "m"}
-          |> Map.merge(body)
-          |> JSON.encode!()
-
-        head = "HTTP/1.1 #{status}\r\ncontent-type: application/json\r\n"
-        [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
-      end)
-    end)
-  end
-
-  test "a retryable error after a call with repeat: false has begun does not look retryable" do
-    for {server, repeat} <- [{@bridge, false}, {@pool, false}, {@bridge, true}] do
-      lm = %{
-        model: "openai/m",
-        api_base: "http://127.0.0.1:#{busy_lm()}/v1",
-        api_key: "k",
-        num_retries: 0,
-        cache: false
-      }
-
-      tools = %{"do" => {fn %{"what" => "a"} -> "one" end, repeat: repeat}}
-      assert {:error, error} = request(server, create(server, lm), tools: tools)
-      assert {error.type, error.retryable} == {:lm_error, repeat}
-    end
   end
 end

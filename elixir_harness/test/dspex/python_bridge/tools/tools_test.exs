@@ -342,6 +342,17 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       assert_not_again(task, "was lost before it had replied")
     end
 
+    test "makes no error of the run look retryable, once it has begun", %{bridge: bridge} do
+      error = ~s({"id":ID,"success":false,"error":"x","error_type":"lm_error","retryable":true})
+      play = fn n -> [["tool", n, "t", %{}], ["result", n], ["raw", error]] end
+
+      for {repeat, n} <- [{false, 1}, {true, 2}] do
+        tools = %{t: {fn _ -> 1 end, repeat: repeat}}
+        assert {:error, %Error{type: :lm_error} = error} = request(bridge, play.(n), tools: tools)
+        assert error.retryable == repeat
+      end
+    end
+
     test "lets a run be sent again in which it has not begun", context do
       %{bridge: bridge, tools: tools, play: play} = context
       task = async(bridge, [["first", [["go", "never"]], play]], tools: tools)
