@@ -82,9 +82,9 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   def over(nil, result), do: result
 
   def over({span, asked}, result) do
-    {result, lm_calls} = Usage.take_lm_calls(result)
+    {result, meta, lm_calls} = Usage.take(result)
     # Unless it was asked for, nobody wants to know.
-    meta = if asked != [], do: Usage.meta(result)
+    meta = if asked != [], do: meta
     now = System.monotonic_time()
 
     for lm_call <- lm_calls do

@@ -81,7 +81,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
   @spec list() :: [found()]
   def list do
     tables = for table <- :ets.all(), :ets.info(table, :name) == __MODULE__, do: table
-    tables |> Enum.flat_map(&look/1) |> Enum.sort_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1))
+    tables |> Enum.flat_map(&look/1) |> Enum.sort_by(& &1.elapsed_ms, :desc)
   end
 
   # It may have just begun, or end meanwhile.
@@ -90,8 +90,8 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
          [{:figures, figures}] <- :ets.lookup(table, :figures) do
       duration = System.monotonic_time() - span.started
       elapsed_ms = System.convert_time_unit(duration, :native, :millisecond)
-      found = %{kind: kind, caller: caller, metadata: span.metadata, figures: figures}
-      [{span.started, Map.put(found, :elapsed_ms, elapsed_ms)}]
+      about = %{kind: kind, caller: caller, metadata: span.metadata}
+      [Map.merge(about, %{figures: figures, elapsed_ms: elapsed_ms})]
     end
   rescue
     ArgumentError -> []

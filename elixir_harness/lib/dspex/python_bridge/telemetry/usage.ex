@@ -21,21 +21,19 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   @typedoc "An LM call of `meta[\"lm_events\"]`."
   @type lm_call :: map()
 
-  @doc "The `meta` of a result, if it came with one."
-  @spec meta(tuple() | :cancelled) :: map() | nil
-  def meta({:ok, _id, _result, meta}), do: meta
-  def meta({:error, %Error{meta: meta}}), do: meta
-  def meta(_other), do: nil
+  @doc "A result without its LM calls, its `meta`, if it came with one, and these."
+  @spec take(result) :: {result, map() | nil, [lm_call()]} when result: tuple() | :cancelled
+  def take({:ok, id, result, meta}) do
+    {lm_calls, meta} = Map.pop(meta, "lm_events", [])
+    {{:ok, id, result, meta}, meta, lm_calls}
+  end
 
-  @doc "A result without its LM calls, and these."
-  @spec take_lm_calls(result) :: {result, [lm_call()]} when result: tuple() | :cancelled
-  def take_lm_calls({:ok, id, result, %{"lm_events" => calls} = meta}),
-    do: {{:ok, id, result, Map.delete(meta, "lm_events")}, calls}
+  def take({:error, %Error{meta: %{} = meta} = error}) do
+    {lm_calls, meta} = Map.pop(meta, "lm_events", [])
+    {{:error, %{error | meta: meta}}, meta, lm_calls}
+  end
 
-  def take_lm_calls({:error, %Error{meta: %{"lm_events" => calls} = meta} = error}),
-    do: {{:error, %{error | meta: Map.delete(meta, "lm_events")}}, calls}
-
-  def take_lm_calls(result), do: {result, []}
+  def take(result), do: {result, nil, []}
 
   @doc """
   The measurements of a run.
@@ -53,7 +51,9 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   @spec measurements(map() | nil) :: map()
   def measurements(%{"lm_calls" => calls} = meta) do
     used = for {_model, %{} = tokens} <- meta["lm_usage"] || %{}, do: tokens
-    tokens = fn names -> Enum.sum_by(used, &Enum.find_value(names, 0, count(&1))) end
+    # A provider, or an LM of the user's, may give anything.
+    count? = &(is_number(&1) and &1 > 0)
+    tokens = fn names -> Enum.sum_by(used, &Enum.find(for(n <- names, do: &1[n]), 0, count?)) end
 
     known(%{
       input_tokens: tokens.(@input),
@@ -68,9 +68,6 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   end
 
   def measurements(_unknown), do: %{}
-
-  # A provider, or an LM of the user's, may give anything.
-  defp count(used), do: &with(n when is_number(n) and n > 0 <- used[&1], do: n, else: (_ -> nil))
 
   defp details(used, names) do
     counts =
@@ -98,15 +95,9 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
     # Times of the peer count from when it has received the request, as the duration of the whole does.
     ended = call["started_ms"] + call["wait_ms"] + call["duration_ms"]
 
-    measurements =
-      for name <- @measured,
-          into: %{duration: native(call["duration_ms"])},
-          do: {name, call["#{name}"]}
-
-    measurements =
-      measurements
-      |> known()
-      |> Map.put(:monotonic_time, now - native(max(whole["duration_ms"] - ended, 0)))
+    ago = max(whole["duration_ms"] - ended, 0)
+    times = %{duration: native(call["duration_ms"]), monotonic_time: now - native(ago)}
+    measurements = for name <- @measured, into: times, do: {name, call["#{name}"]}
 
     metadata = %{
       model: call["model"],
@@ -116,7 +107,7 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
       finish_reason: call["finish_reason"]
     }
 
-    {measurements, metadata}
+    {known(measurements), metadata}
   end
 
   defp native(ms), do: System.convert_time_unit(round(ms * 1_000), :microsecond, :native)

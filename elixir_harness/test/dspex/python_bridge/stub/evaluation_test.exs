@@ -62,14 +62,4 @@ defmodule DSPex.PythonBridge.Stub.EvaluationTest do
 
     assert message == "optimize: a stub cannot optimize; test with a bridge and offline/script"
   end
-
-  test "an item's time includes its metric" do
-    Stub.stub(@stub, "qa", fn _ -> {:ok, %{"answer" => 1}} end)
-    metric = fn _, _ -> Process.sleep(:infinity) end
-
-    assert {:ok, %{failed: 1, results: [one]}} =
-             evaluate([%{n: 1}], metric: metric, item_timeout_ms: 50)
-
-    assert one.error.type == :timeout
-  end
 end

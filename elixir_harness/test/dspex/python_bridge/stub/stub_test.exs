@@ -185,18 +185,6 @@ defmodule DSPex.PythonBridge.StubTest do
       assert :ok = Stub.verify!(start())
     end
 
-    test "names the errors of answers, which the application may have rescued" do
-      Stub.expect(@stub, "qa", fn inputs -> assert inputs["question"] == "Why?" end)
-      {:error, %Error{type: :internal, message: text}} = quietly(fn -> call() end)
-
-      assert text =~
-               "stub #{inspect(@stub)}, program qa: the answer's function: ** (ExUnit.AssertionError)"
-
-      assert text =~ ~s(assert inputs["question"] == "Why?")
-      error = assert_raise RuntimeError, fn -> Stub.verify!(@stub) end
-      assert error.message =~ text
-    end
-
     @tag :tmp_dir
     test "at the exit of a test, after its own stub has ended", %{tmp_dir: dir} do
       file = Path.join(dir, "inner_test.exs")
