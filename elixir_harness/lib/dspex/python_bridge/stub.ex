@@ -117,8 +117,7 @@ defmodule DSPex.PythonBridge.Stub do
   @doc "The child specification of `{Stub, opts}`; the id is the stub's name."
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
-    id = if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__
-    %{id: id, start: {__MODULE__, :start_link, [opts]}, type: :supervisor}
+    %{id: opts[:name], start: {__MODULE__, :start_link, [opts]}, type: :supervisor}
   end
 
   ## Answers

@@ -49,7 +49,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
     with {:ok, dest} <- find(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
-         :ok <- check_tools(dest, command, args, opts),
+         # Only those of this node have entries.
+         entry = Registry.get(:bridge, dest) || %{programs: nil, name: nil},
+         :ok <- Tools.check(entry.programs, {:bridge, entry.name}, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       call = %{server: server, dest: dest, deadline: Deadline.new(timeout, started), args: args}
       retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
@@ -57,16 +59,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
       {:ok, call, %{request | stream?: Keyword.get(opts, :stream, false)}}
     end
   end
-
-  # Only runs have tools: other commands need no lookup.
-  defp check_tools(dest, command, args, opts)
-       when command in [:execute_program, "execute_program"] do
-    with %{programs: programs, name: name} <- Registry.get(:bridge, dest),
-         do: Tools.check(programs, {:bridge, name}, command, args, opts),
-         else: (_of_another_node -> :ok)
-  end
-
-  defp check_tools(_dest, _command, _args, _opts), do: :ok
 
   @doc "Makes a reply the result of its call."
   @spec conclude(call(), Request.reply()) :: result()
@@ -111,15 +103,11 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   @doc "Sends a request to a bridge or a pool's coordinator and waits for the reply, at most `timeout` ms."
   @spec send_and_wait(dest(), timeout(), Request.t()) :: Request.reply()
-  def send_and_wait(dest, timeout, request) when not is_pid(dest) or node(dest) != node(),
-    do: unsuspended(fn -> ask(dest, timeout, request) end)
-
-  def send_and_wait(dest, timeout, request), do: ask(dest, timeout, request)
-
-  defp ask(dest, timeout, request) do
+  def send_and_wait(dest, timeout, request) do
     message = fn ref -> {:request, %{request | ref: ref, pid: self(), timeout: timeout}} end
+    ask = fn -> Ask.ask(dest, timeout, message) end
 
-    case Ask.ask(dest, timeout, message) do
+    case if(is_pid(dest) and node(dest) == node(), do: ask.(), else: unsuspended(ask)) do
       {:ok, reply} ->
         reply
 
@@ -165,7 +153,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   def read({:error, {:not_started, reason}}), do: {:error, Error.not_started(reason)}
   def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
-
   def read({:error, :replaced}), do: {:error, Error.new(:python_process_died, @replaced)}
 
   def read({:error, :tool_begun}),

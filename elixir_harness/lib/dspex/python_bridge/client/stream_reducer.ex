@@ -139,7 +139,10 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
         over(state, Caller.once(state.conclude.(reply, :final)), acc, fun)
 
       {:over, reply, false} ->
-        concluded(state, state.conclude.(reply, state.chunks), acc, fun)
+        case state.conclude.(reply, state.chunks) do
+          {:again, open} -> again(%{state | again: open}, acc, fun)
+          result -> over(state, result, acc, fun)
+        end
     end
   end
 
@@ -151,15 +154,10 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     {:halted, acc}
   end
 
-  defp concluded(state, {:again, open}, acc, fun) do
-    state = %{state | again: open}
+  defp again(%{told?: true} = state, acc, fun),
+    do: give(state, %{"status" => "restarted"}, acc, fun)
 
-    if state.told?,
-      do: give(state, %{"status" => "restarted"}, acc, fun),
-      else: go_on(state, {:cont, acc}, fun)
-  end
-
-  defp concluded(state, result, acc, fun), do: over(state, result, acc, fun)
+  defp again(state, acc, fun), do: go_on(state, {:cont, acc}, fun)
 
   defp over(state, result, acc, fun) do
     if state.proxy, do: StreamProxy.stop(state.proxy)

@@ -83,9 +83,7 @@ defmodule DSPex.PythonBridge.Stub.Expectations do
   end
 
   @doc "Notes a mistake in an answer."
-  @spec failed(pid() | nil, atom(), String.t()) :: :ok
-  def failed(nil, _stub, _text), do: :ok
-
+  @spec failed(pid(), atom(), String.t()) :: :ok
   def failed(pid, stub, text),
     do: update(pid, fn owner -> %{owner | failed: [{stub, text} | owner.failed]} end)
 

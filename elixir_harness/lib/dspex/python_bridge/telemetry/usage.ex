@@ -18,11 +18,9 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
     {"output_tokens_details", "reasoning_tokens"}
   ]
 
-  @typedoc "An LM call of `meta[\"lm_events\"]`."
-  @type lm_call :: map()
-
   @doc "A result without its LM calls, its `meta`, if it came with one, and these."
-  @spec take(result) :: {result, map() | nil, [lm_call()]} when result: tuple() | :cancelled
+  @spec take(result) :: {result, map() | nil, lm_calls :: [map()]}
+        when result: tuple() | :cancelled
   def take({:ok, id, result, meta}) do
     {lm_calls, meta} = Map.pop(meta, "lm_events", [])
     {{:ok, id, result, meta}, meta, lm_calls}
@@ -90,7 +88,7 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   The event of an LM call: measurements and metadata. `now`: when its run's reply came, in native time; `whole`: the
   `meta` of that.
   """
-  @spec lm_event(lm_call(), integer(), map()) :: {map(), map()}
+  @spec lm_event(map(), integer(), map()) :: {map(), map()}
   def lm_event(call, now, whole) do
     # Times of the peer count from when it has received the request, as the duration of the whole does.
     ended = call["started_ms"] + call["wait_ms"] + call["duration_ms"]

@@ -45,8 +45,6 @@ defmodule DSPex.PythonBridge.Tools.Answer do
 
   @doc "The same answer to another call."
   @spec to(t(), Protocol.id()) :: t()
-  def to(%__MODULE__{call_id: call_id} = answer, call_id), do: answer
-
   def to(%__MODULE__{} = answer, call_id) do
     frame = Protocol.readdress_tool_result(answer.frame, answer.call_id, call_id)
     %{answer | frame: frame, call_id: call_id}

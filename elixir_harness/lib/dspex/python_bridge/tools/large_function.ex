@@ -45,13 +45,8 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   defp small(key, _function), do: fn args, id -> :persistent_term.get(key).(args, id) end
 
   @doc "Erases large functions. Calls of them that still run go on."
-  @spec close(pid() | nil) :: :ok
-  def close(nil), do: :ok
-
-  def close(eraser) do
-    send(eraser, :close)
-    :ok
-  end
+  @spec close(pid() | nil) :: term()
+  def close(eraser), do: eraser && send(eraser, :close)
 
   defp erase(keys, owner) do
     monitor = Process.monitor(owner)
