@@ -134,12 +134,6 @@ defmodule Mix.Tasks.DspexTasksTest do
         Setup.run(["--with", "dspy"])
       end
 
-      put_config(:python_environment, virtual_env: 5)
-
-      assert_raise Mix.Error, ~r/virtual_env: expected the path of a folder/, fn ->
-        Setup.run([])
-      end
-
       assert_raise Mix.Error, ~r/did you mean --path #{dir}\?/, fn -> Setup.run([dir]) end
 
       assert_raise Mix.Error,

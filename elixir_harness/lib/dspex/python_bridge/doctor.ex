@@ -44,6 +44,7 @@ defmodule DSPex.PythonBridge.Doctor do
   @start_ms 15_000
   # The first import of DSPy, perhaps from a cold disk and without bytecode.
   @program_ms 60_000
+  @todo "correct the option or variable that it names, or see what `python -m dspy_bridge --selftest` with that Python says"
 
   @typedoc """
   `status`: `:note` is not an error but worth knowing; `:skipped`: it depends on a check that failed. `advice`: what to
@@ -109,10 +110,6 @@ defmodule DSPex.PythonBridge.Doctor do
     {check, Map.put(facts, name, fact)}
   end
 
-  @doc "Whether no check has failed."
-  @spec ok?([check()]) :: boolean()
-  def ok?(checks), do: Enum.all?(checks, &(&1.status != :failed))
-
   @doc """
   Runs the checks, with the options of `run/1`, and passes each to `puts` as lines of text when it is done, and a
   summary at the end. Returns whether no check has failed.
@@ -121,7 +118,6 @@ defmodule DSPex.PythonBridge.Doctor do
   def print(opts \\ [], puts \\ &IO.puts/1) do
     checks = opts |> Keyword.put(:each, &puts.(lines(&1))) |> run()
     failed = Enum.count(checks, &(&1.status == :failed))
-
     puts.(if failed == 0, do: "All is well.", else: "Failed: #{failed} of #{length(checks)}.")
     failed == 0
   end
@@ -253,10 +249,7 @@ defmodule DSPex.PythonBridge.Doctor do
         {:ok, path, nil, source}
 
       {:error, text} ->
-        advice =
-          "leave :script_path out to use that of the package, or make it readable for this user"
-
-        {:failed, text, advice, nil}
+        {:failed, text, "leave :script_path out to use that of the package", nil}
     end
   end
 
@@ -293,8 +286,7 @@ defmodule DSPex.PythonBridge.Doctor do
       {:error, :enoent} when cache? -> nil
       {:ok, %{type: :directory, access: :read_write}} -> nil
       {:ok, %{type: :directory, access: :read}} when not cache? -> nil
-      {:ok, %{type: :directory}} -> "this user may not use the folder #{path}"
-      _no_folder -> "there is no folder #{path}"
+      _other -> "this user cannot use a folder #{path}"
     end
   end
 
@@ -314,10 +306,7 @@ defmodule DSPex.PythonBridge.Doctor do
 
       {:error, reason} ->
         Bridge.stop(bridge)
-
-        {:failed, "#{reason}",
-         "correct the option or variable that it names, or see whether `python -m dspy_bridge --selftest` with that Python ends",
-         nil}
+        {:failed, "#{reason}", @todo, nil}
     end
   end
 
@@ -334,9 +323,7 @@ defmodule DSPex.PythonBridge.Doctor do
       {:ok, "offline/echo answered; with the import of DSPy it took #{ms} ms", nil, true}
     else
       {:error, reason} ->
-        {:failed, "#{reason}",
-         "correct what it names, or see whether `python -m dspy_bridge --selftest` with that Python ends",
-         nil}
+        {:failed, "#{reason}", @todo, nil}
     end
   end
 

@@ -4,13 +4,14 @@ defmodule DSPex.PythonBridge.Venv do
   `mix dspex.setup` makes, with uv.
 
   A file in it, `dspex_setup.json`, shows that this module made it. Folders that it did not make stay as they are. An
-  environment whose Python does not run, or is another one than the given one, is made anew.
+  environment whose Python does not run is made anew, and in a release also one of another Python.
   """
 
   alias DSPex.PythonBridge.OS
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
 
   @manifest "dspex_setup.json"
+  @not_ours "was not made by dspex.setup; it stays as it is: name another with --path"
   # What is made in a folder here. Everything else belongs to the user.
   @made ~w(bin lib lib64 include share pyvenv.cfg .gitignore .lock .uv CACHEDIR.TAG)
   # Each has its pins in a file of its name, without those that are in requirements.txt.
@@ -92,23 +93,18 @@ defmodule DSPex.PythonBridge.Venv do
 
   # Nil if it is empty or missing.
   defp extras_of(folder) do
-    with {:ok, [_ | _]} <- File.ls(folder),
-         {:ok, text} <- File.read(Path.join(folder, @manifest)),
-         {:ok, %{"extras" => extras}} <- JSON.decode(text) do
-      {:ok, extras}
-    else
-      {:ok, []} ->
+    case File.ls(folder) do
+      none when none in [{:ok, []}, {:error, :enoent}] ->
         {:ok, nil}
 
-      {:error, reason} when is_atom(reason) and reason != :enoent ->
+      {:error, reason} ->
         {:error, "#{folder} cannot be used: #{:file.format_error(reason)}"}
 
-      _no_manifest ->
-        if File.dir?(folder),
-          do:
-            {:error,
-             "#{folder} is not empty, and was not made by dspex.setup; it stays as it is: name another with --path"},
-          else: {:ok, nil}
+      {:ok, _names} ->
+        with {:ok, text} <- File.read(Path.join(folder, @manifest)),
+             {:ok, %{"extras" => extras}} <- JSON.decode(text),
+             do: {:ok, extras},
+             else: (_not_ours -> {:error, "#{folder} is not empty, and #{@not_ours}"})
     end
   end
 
@@ -124,11 +120,13 @@ defmodule DSPex.PythonBridge.Venv do
   ## The interpreter
 
   defp base(nil, release?) do
+    uv? = not release? and System.find_executable("uv") != nil
+
     case Interpreter.base() do
-      {:ok, python, source} when release? or source != :path -> fit(python)
-      {:error, text} when release? -> {:error, "#{text}; name one with --python"}
-      {:error, "no Python found: PYTHON_EXECUTABLE" <> _ = text} -> {:error, text}
-      _none_named -> {:ok, nil}
+      {:ok, _python, :path} when uv? -> {:ok, nil}
+      {:ok, python, _source} -> fit(python)
+      {:error, "no Python found: no interpreter" <> _} when uv? -> {:ok, nil}
+      {:error, text} -> {:error, "#{text}; name one with --python, or install uv"}
     end
   end
 
@@ -179,6 +177,11 @@ defmodule DSPex.PythonBridge.Venv do
       {:ok, %{version: version}}
       when (base == nil or version == base.version) and cfg? == (copied == nil) ->
         :ok
+
+      # It may have packages of yours.
+      {:ok, %{version: version}} when cfg? and not setup.release? ->
+        {:error,
+         "#{folder} is of Python #{version}, not #{base.version}: remove it, or name another with --path"}
 
       _another ->
         setup.progress.("making #{folder} anew: it is of another Python, or of none")
@@ -243,20 +246,11 @@ defmodule DSPex.PythonBridge.Venv do
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     pip = pip ++ ["--only-binary", ":all:", "--require-hashes", "-r", "#{source}/uv.txt"]
 
-    with {:ok, python} <- any_python(setup.base),
-         _line = setup.progress.("installing uv with pip: there is none on the PATH"),
-         {:ok, _output} <- run(setup, python, ["-m", "venv", venv]),
+    setup.progress.("installing uv with pip: there is none on the PATH")
+
+    with {:ok, _output} <- run(setup, setup.base.python, ["-m", "venv", venv]),
          {:ok, _output} <- run(setup, Path.join(venv, "bin/python3"), pip),
          do: {:ok, uv}
-  end
-
-  defp any_python(%Probe{python: python}), do: {:ok, python}
-
-  defp any_python(nil) do
-    case Interpreter.base() do
-      {:ok, python, _source} -> {:ok, python}
-      {:error, text} -> {:error, "#{text}; install Python #{Probe.min_python()} or newer, or uv"}
-    end
   end
 
   defp run(setup, program, args) do

@@ -13,7 +13,7 @@ defmodule Mix.Tasks.Dspex.Setup do
       `_build/dspex_venv`
     * `--python` – the interpreter to make it from, 3.10 or newer; by default that of the environment variable
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
-    * `--with optimizers` – also optuna and numpy
+    * `--with optimizers` – also optuna and numpy, which the optimizers `mipro_v2` and `simba` import
     * `--release` – the folder of a release
 
   It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the `venv` and `pip` of the interpreter install uv
@@ -21,13 +21,11 @@ defmodule Mix.Tasks.Dspex.Setup do
   system's `uv.toml`. A `pyproject.toml` or `uv.toml` of the project is not read.
 
   A second run does what is left to do: nothing, or it installs what another version of `:dspex` needs. It makes the
-  environment anew if its Python is gone, or is another one than `--python`, and keeps its extras. It refuses a folder that it
-  did not make.
+  environment anew, with its extras, if its Python is gone, and with `--release` also if it is another one. It refuses a folder
+  that it did not make, and an environment of another Python than `--python`.
 
   Each package is pinned by version and by the hash of each of its files, and nothing else is installed (uv's
   `--require-hashes`), uv itself included if pip installs it. A new environment that could not be completed is removed.
-
-  With `--with optimizers`, `mipro_v2` and `simba` find what they import: optuna and numpy.
 
   With `--release`, after `mix release`, the environment is laid into the release, as `dspex_venv`, and may be moved with it,
   to another folder or to a machine of the same system and architecture, and be read-only there. Its `bin/python` is a link, so
@@ -57,7 +55,7 @@ defmodule Mix.Tasks.Dspex.Setup do
   end
 
   defp make(path, opts) do
-    folder = Path.expand(path || configured() || Mix.DSPex.default_venv())
+    folder = Path.expand(path || Interpreter.configured_venv() || Mix.DSPex.default_venv())
     python = or_raise(Venv.make(folder, opts))
     finish(python, unless(used?(python), do: how_to_use(folder)), [])
   end
@@ -87,12 +85,6 @@ defmodule Mix.Tasks.Dspex.Setup do
       {_switches, [word | _rest]} ->
         Mix.raise("mix dspex.setup takes no #{word}; did you mean --path #{word}?")
     end
-  end
-
-  # With a wrong configuration it would make the wrong folder.
-  defp configured do
-    or_raise(Python.Config.required_packages())
-    Interpreter.configured_venv()
   end
 
   defp finish(python, advice, notes) do

@@ -117,6 +117,15 @@ defmodule DSPex.PythonBridge.VenvTest do
     assert File.exists?(Path.join(venv, "thesis.txt"))
   end
 
+  test "one of ours of another Python than the one that is named is refused", context do
+    %{venv: venv, source: source, tmp_dir: dir} = context
+    made(venv, source)
+    other = interpreter(dir, ~S(echo 'DSPEX {"version": "3.99.0", "found": {}}'))
+    text = ~r/\A#{Regex.escape(venv)} is of Python 3\.\d+\.\d+, not 3\.99\.0: remove it, or name/
+    assert refusal(venv, source, python: other) =~ text
+    assert version(venv, "tiny") == "1.0"
+  end
+
   test "a folder that it did not make stays as it is", %{venv: venv, source: source} do
     File.mkdir_p!(venv)
     file = Path.join(venv, "thesis.txt")

@@ -43,7 +43,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
     assert Enum.map(checks, & &1.name) == @names
     for check <- checks, do: assert(%{status: :ok, advice: nil} = check)
     for check <- checks, do: assert_received(^check)
-    assert Doctor.ok?(checks)
     checks = Map.new(checks, &{&1.name, &1.found})
     assert checks["interpreter"] =~ "#{python()} (the environment variable PYTHON_EXECUTABLE)"
     assert checks["dspy"] =~ ~r/^3\.4\./
@@ -197,7 +196,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
     env = %{"DSPY_BRIDGE_STATE_DIR" => "/no/states"}
     assert %{status: :failed, found: found} = run_without_peer(env: env)["folders"]
-    assert found =~ "DSPY_BRIDGE_STATE_DIR: there is no folder /no/states"
+    assert found =~ "DSPY_BRIDGE_STATE_DIR: this user cannot use a folder /no/states"
     # What the caller does not count as a failure.
     assert %{status: :note} = run_without_peer(env: env, notes: ["folders"])["folders"]
   end
