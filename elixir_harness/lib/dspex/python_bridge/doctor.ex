@@ -142,16 +142,13 @@ defmodule DSPex.PythonBridge.Doctor do
     all = [Python.Config.required_packages(), options, monitor, Python.Config.keys()]
     fact = with {:ok, options} <- options, do: options, else: (_wrong -> nil)
 
+    autostart? = Application.get_env(:dspex, :autostart, true)
+    note = "; :dspex starts a Bridge (:autostart), one Python more if you have a Pool"
+
     case for {:error, text} <- all, do: text do
-      [] -> {:ok, "its keys and types are right" <> autostart(), nil, fact}
+      [] -> {:ok, "its keys and types are right#{if autostart?, do: note}", nil, fact}
       problems -> {:failed, Enum.join(problems, "; "), "correct it in config/", fact}
     end
-  end
-
-  defp autostart do
-    if Application.get_env(:dspex, :autostart, true),
-      do: "; :dspex starts a Bridge (:autostart), one Python more if you have a Pool",
-      else: ""
   end
 
   defp interpreter(options) do
@@ -174,10 +171,10 @@ defmodule DSPex.PythonBridge.Doctor do
       {:ok, probe.version, nil, probe}
     else
       {:error, text} ->
-        {:failed, text, "see whether #{python} runs by itself: #{python} --version", nil}
+        {:failed, text, "see whether #{python} --version works", nil}
 
-      too_old ->
-        {:failed, too_old, "`mix dspex.setup --path FOLDER --python PYTHON` takes another", nil}
+      text ->
+        {:failed, text, "`mix dspex.setup --path FOLDER --python PYTHON` takes another", nil}
     end
   end
 

@@ -80,17 +80,10 @@ defmodule Mix.Tasks.Dspex.Optimize do
   end
 
   defp arguments(args) do
-    case OptionParser.parse!(args, strict: @switches) do
-      {switches, [path]} ->
-        if switches[:out],
-          do: {path, switches},
-          else: Mix.raise("--out: missing; expected a file for the state")
-
-      {_switches, _words} ->
-        Mix.raise(
-          "expected one file, mix dspex.optimize FILE.exs --out STATE.json; see mix help dspex.optimize"
-        )
-    end
+    {switches, words} = OptionParser.parse!(args, strict: @switches)
+    usage = "expected mix dspex.optimize FILE.exs --out STATE.json; see mix help dspex.optimize"
+    if length(words) != 1 or switches[:out] == nil, do: Mix.raise(usage)
+    {hd(words), switches}
   end
 
   defp options(%{path: path, optimize: options} = file, switches) do
@@ -100,11 +93,9 @@ defmodule Mix.Tasks.Dspex.Optimize do
     given = Map.new(Keyword.take(switches, Keyword.keys(@budget)))
     budget = Map.merge(Map.new(options[:budget] || []), given)
 
-    [metric: file.metric, trainset: file.trainset]
-    |> Kernel.++(if file[:valset], do: [valset: file.valset], else: [])
-    |> Kernel.++(if budget == %{}, do: [], else: [budget: budget])
-    |> Kernel.++(Keyword.take(switches, [:optimizer]))
-    |> Kernel.++(options)
+    Enum.to_list(Map.take(file, [:metric, :trainset, :valset])) ++
+      if(budget == %{}, do: [], else: [budget: budget]) ++
+      Keyword.take(switches, [:optimizer]) ++ options
   end
 
   defp optimize(%{path: path, args: args} = file, options, out) do
