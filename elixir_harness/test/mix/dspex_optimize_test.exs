@@ -110,8 +110,8 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     path = file(dir, lm)
 
     for {args, text} <- [
-          {[], "expected one file"},
-          {[path], "--out: missing"},
+          {[], "expected mix dspex.optimize FILE.exs --out"},
+          {[path], "expected mix dspex.optimize FILE.exs --out"},
           {[path, "--out", out, "--lm-calls", "many"], "--lm-calls"},
           {[path, "--out", dir], "--out #{dir}: it is a folder; expected a file"},
           {[path, "--out", out, "--optimizer", "better"], "optimize.optimizer"},
