@@ -146,7 +146,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
           {[file(dir, lm, optimize: "5"), "--out", out], ":optimize: expected a keyword list"},
           {[file(dir, lm, optimize: "[metric: 5]"), "--out", out], ":optimize: :metric cannot"},
           {[file(dir, lm, optimize: "[seeds: 5]"), "--out", out], "unknown option :seeds"},
-          {[file(dir, lm, optimize: "[]"), "--out", out], ":optimizer: expected a name"},
+          {[file(dir, lm, optimize: "[]"), "--out", out], "optimize.optimizer: "},
           {[file(dir, lm, program: ~s|"qa"|, server: "Here"), "--out", out], "not an id"},
           {[file(dir, lm, metric: ~s|fn _, _ -> raise "mine" end|), "--out", out],
            "tool_error: metric:score: RuntimeError: mine"}
