@@ -30,7 +30,6 @@ defmodule DSPex.PythonBridge.Options do
   """
 
   alias DSPex.PythonBridge.Options.Table
-  alias DSPex.PythonBridge.OTP.Sealed
   alias DSPex.PythonBridge.Programs
   alias DSPex.PythonBridge.Protocol.PeerEnv
 
@@ -101,7 +100,7 @@ defmodule DSPex.PythonBridge.Options do
   @spec seal(keyword()) :: keyword()
   def seal(opts) when is_list(opts) do
     Enum.map(opts, fn
-      {key, value} when key in @secret and not is_function(value, 0) -> {key, Sealed.new(value)}
+      {key, value} when key in @secret and not is_function(value, 0) -> {key, sealed(value)}
       other -> other
     end)
   end
@@ -117,10 +116,12 @@ defmodule DSPex.PythonBridge.Options do
 
   defp unsealed(opts), do: opts
 
+  defp sealed(value), do: fn -> value end
+
   @doc "The same options for a peer that logs to its standard error."
   @spec log_to_stderr(t()) :: t()
   def log_to_stderr(%__MODULE__{env: env} = options),
-    do: %{options | env: Sealed.new(PeerEnv.log_to_stderr(env.()))}
+    do: %{options | env: sealed(PeerEnv.log_to_stderr(env.()))}
 
   @doc "The environment of the peer, as a port takes it."
   @spec port_env(t()) :: [{charlist(), charlist()}]
@@ -135,8 +136,8 @@ defmodule DSPex.PythonBridge.Options do
     struct!(
       __MODULE__,
       own ++
-        [script_path: script(script), env: Sealed.new(env), drain_ms: PeerEnv.drain_ms(env)] ++
-        [programs: Sealed.new(opts[:programs])]
+        [script_path: script(script), env: sealed(env), drain_ms: PeerEnv.drain_ms(env)] ++
+        [programs: sealed(opts[:programs])]
     )
   end
 
