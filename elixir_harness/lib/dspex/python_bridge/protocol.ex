@@ -77,7 +77,9 @@ defmodule DSPex.PythonBridge.Protocol do
     end
   end
 
-  defp encode_command(command) when command in @commands, do: {:ok, ~s("#{command}")}
+  for command <- @commands do
+    defp encode_command(unquote(command)), do: {:ok, unquote(~s("#{command}"))}
+  end
 
   defp encode_command(command) do
     if name = Payload.string(command),
