@@ -208,7 +208,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       put_config(:python_environment, virtual_env: venv)
       assert %{status: :note, found: found, advice: advice} = run_without_peer()["interpreter"]
       assert found == "#{dir}/bin/python (virtual_env in config :dspex, :python_environment)"
-      assert advice =~ inspect(venv) and advice =~ "__DIR__"
+      assert advice =~ "give an absolute path"
     end
 
     test "too old", %{tmp_dir: dir} do
@@ -307,7 +307,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       checks = run()
       assert %{status: :failed, found: found} = checks["script"]
       assert found =~ "script not found: #{File.cwd!()}/no/peer.py"
-      assert found =~ ~s|Path.expand("../no/peer.py", __DIR__)|
+      assert found =~ "give an absolute path"
       assert checks["package"].found == "needs script"
     end
 
@@ -343,7 +343,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
 
       assert %{status: :failed, found: found} = folders(env)
       assert found =~ "DSPY_BRIDGE_STATE_DIR names #{File.cwd!()}/no/states, where there is no"
-      assert found =~ ~s(it was given as "no/states")
+      assert found =~ "give an absolute path"
       assert found =~ "DSPY_BRIDGE_FILES_DIR names #{file}, which is not a folder"
 
       assert found =~
