@@ -44,7 +44,7 @@ class Program:
         lm = definition.get("lm")
         self._lm_given: object = lm
         self._lm = None if lm is None else lms.pool(lm)
-        self.runner = module_factory.build(definition, signature, lms)
+        self.runner = module_factory.build(definition, self._contract, lms)
         self.of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
         module = self.runner.module
         state = saved_state.read(definition, lms.settings.state_dir)
@@ -204,15 +204,7 @@ class Program:
 
     def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The values for the module. Raises `InvalidArgs` or `NotAllowed`, naming everything that is wrong."""
-        extra = self.runner.extra
-        wrong: list[BridgeError] = []
-        try:
-            self.runner.check(inputs)
-        except InvalidArgs as error:
-            wrong.append(error)
-        values = self._contract.check({name: value for name, value in inputs.items() if name not in extra}, wrong)
-        values.update((name, inputs[name]) for name in extra)
-        return {name: _without_types(value) for name, value in values.items()}
+        return {name: _without_types(value) for name, value in self._contract.check(inputs).items()}
 
     async def _run(
         self, values: dict[str, Any], run: lm_call.RunContext, stream: bool, attempts: int

@@ -35,7 +35,9 @@ def refused(made: builder.Contract, inputs: dict[str, Any]) -> str:
 def test_all_that_is_wrong_with_inputs_is_named_at_once() -> None:
     made = contract(field("q"), field("n", "int"), field("who", PERSON))
     error = refused(made, {"n": "SECRET", "who": {"age": 5}, "w": 1, "a b": 2})
-    assert error.startswith("inputs.w: unknown field; inputs.'a b': unknown field; inputs.q: missing; inputs.n: Input ")
+    assert error.startswith(
+        "inputs.w: unknown field; inputs['a b']: unknown field; inputs.q: missing; inputs.n: Input "
+    )
     assert error.endswith('; inputs.who: "first-name" is a required property; expected q, n, who')
     assert "SECRET" not in error
 
