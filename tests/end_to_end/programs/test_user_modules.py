@@ -276,15 +276,6 @@ def test_whatever_they_return_is_one_reply(start: Any) -> None:
     assert peer.finish()[0] == 0
 
 
-def test_options_go_to_the_constructor_by_name(start: Any) -> None:
-    peer = start()
-    made = {"id": "o", "signature": "question -> answer", "program_type": "host:Options"}
-    assert peer.call("create_program", {**made, "options": {"k": 3, "style": "s", "other": [1]}})["success"]
-    assert peer.call("execute_program", ask("o", "x"))["result"] == {
-        "answer": ["SignatureMeta", 3, "s", {"other": [1]}]
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "more", "error_type", "named"),
     [
