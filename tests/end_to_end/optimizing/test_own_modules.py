@@ -58,10 +58,6 @@ class OftenRaises(Sync):
         if not question.endswith(("0", "11")):
             raise ValueError("cannot use " + question)
         return dspy.Prediction(answer=answer)
-
-class Defect(Sync):
-    def forward(self, question):
-        raise ZeroDivisionError("always")
 '''
 SIGNATURE = "question -> answer"
 

@@ -423,5 +423,3 @@ def test_what_cannot_be_a_tool_is_refused_with_its_place(
 def allowing_code() -> Iterator[Peer]:
     with Peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_CODE": "1"}) as peer:
         yield peer
-
-
