@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from dspy_bridge.errors import InvalidArgs, NotAllowed, OutputInvalid
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.signatures import builder
 
 PERSON = {
@@ -121,21 +120,6 @@ def test_null_is_no_text() -> None:
         assert refused(made, {"q": listed, "any": 1}).startswith("inputs.q: expected text; a list with numbers, ")
     for value in ("", 5, 2.5, False, ["a"], [], [{"a": 1}], {"a": None}):
         assert made.check({"q": value, "any": None, "maybe": None}) == {"q": value, "any": None, "maybe": None}
-
-
-def test_a_path_that_is_not_allowed_is_named_beside_all_else_that_is_wrong(tmp_path: Path) -> None:
-    definition = {"inputs": [field("photos", "list[image]"), field("n", "int")], "outputs": [field("answer")]}
-    photos = ["https://example.org/a.png", {"path": "../secret.png"}]
-    for files_dir, said in (
-        (str(tmp_path), "path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
-        (None, "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"),
-    ):
-        with pytest.raises(NotAllowed) as caught:
-            builder.build(definition, files_dir=files_dir).check({"photos": photos, "n": "x", "w": 1})
-        assert str(caught.value) == (
-            f"inputs.w: unknown field; inputs.photos[1]: {said}; "
-            "inputs.n: Input should be a valid integer, unable to parse string as an integer; expected photos, n"
-        )
 
 
 def test_a_name_and_a_description_are_the_signatures_own() -> None:

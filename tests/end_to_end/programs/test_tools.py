@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import lm_env
 from lm_server import chat, completion, script
-from peer import PATIENCE, ROOT, Peer
+from peer import ROOT, Peer
 from shared_peers import shared_peer
 from tool_host import ToolError, answer, execute
 
@@ -366,15 +366,6 @@ def test_a_tool_that_fails_in_a_module_of_the_hosts_own(hosts: Peer) -> None:
     hosts.call("create_program", {**CREATE, "program_type": "tooled:Wrong"})
     reply, _ = execute(hosts, ASK, {"search": search})
     assert reply["error_type"] == "tool_error" and "acall" in reply["error"]
-
-
-def test_a_tool_call_from_a_thread_is_given_up_with_the_execute(hosts: Peer) -> None:
-    hosts.call("create_program", {**CREATE, "program_type": "tooled:Sync", "options": {"style": "loop"}})
-    hosts.request("execute_program", ASK, timeout_ms=300)
-    assert all("tool_call" in hosts.receive() for _ in range(2))
-    assert hosts.receive(PATIENCE)["error_type"] == "timeout"
-    while hosts.call("get_stats")["result"]["threads"]["running"]:
-        pass
 
 
 # What is refused.
