@@ -126,7 +126,6 @@ class _Job:
     def _optimize(self) -> dict[str, Any]:
         """In a worker thread."""
         run, given = self._run, self._given
-        student.without_bars(given.optimizer)
         run.begin()
         callbacks = [*dspy.settings.callbacks, Watch(run, self._candidates, optimizers.own_role(given))]
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):

@@ -153,7 +153,11 @@ class Program:
         settings, pool = self._lm_for(config, lm)
         if settings:
             values["config"] = settings
-        given, ends = self._settings_given(config, lm), item_ends.get()
+        two_step = isinstance(self._adapter, dspy.TwoStepAdapter)
+        of_dspy = {"config": config or self._config, "lm": lm or self._lm, "adapter": two_step}
+        # The arguments that became settings of DSPy's modules.
+        given = [name for name, value in of_dspy.items() if value and self.of_dspy]
+        ends = item_ends.get()
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
@@ -230,14 +234,6 @@ class Program:
         kind = type(prediction).__name__
         text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
         raise OutputInvalid(text, by_lm=False)
-
-    def _settings_given(self, config: dict[str, Any] | None, lm: object) -> list[str]:
-        """The arguments that became settings of DSPy's modules."""
-        if not self.of_dspy:
-            return []
-        adapter = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
-        given = {"config": config or self._config, "lm": lm or self._lm, "adapter": adapter}
-        return [name for name, value in given.items() if value]
 
 
 @contextmanager

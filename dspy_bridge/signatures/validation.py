@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import dspy
 import pydantic
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, step
+from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, OutputInvalid, step
 from dspy_bridge.signatures import media, validation_errors
 
 # Outputs that DSPy's modules add to a signature's: a history may contain whole answers.
@@ -70,7 +70,8 @@ class Contract:
                 wrong.append(validation_errors.describe(f"inputs.{name}", error))
         if wrong:
             expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if misnamed else ""
-            raise validation_errors.together(wrong, expected)
+            kind = NotAllowed if any(isinstance(error, NotAllowed) for error in wrong) else InvalidArgs
+            raise kind("; ".join(map(str, wrong)) + expected)
         return values
 
     def check_outputs(self, outputs: dict[str, Any]) -> None:
