@@ -254,7 +254,7 @@ SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
 
-# Optimizers and batches: see `event_loop_lm` and `optimizing/student`.
+# Optimizers and batches: see `event_loop_lm`.
 EXECUTE = Name(
     "dspy.utils.parallelizer:ParallelExecutor.execute",
     "while a program is optimized, an example that takes 120 s is run twice, and bars may be logged",
@@ -262,9 +262,6 @@ EXECUTE = Name(
     "function",
     "data",
 )
-_BARS = "while a program is optimized, bars may be logged"
-BOOTSTRAP_BAR = Name("dspy.teleprompt.bootstrap:tqdm", _BARS)
-GEPA_BAR = Name("gepa.core.engine:tqdm", _BARS, lazy=True)
 
 # Connections, kept open, must not keep the context in which they were opened: see `runtime/event_loop`.
 for _method in ("_add_reader", "_add_writer"):
