@@ -75,17 +75,3 @@ def test_a_value_is_changed_in_all_its_texts_or_stays_the_very_same() -> None:
     wanted = {"k": ["w", ("w", {"w"}, frozenset("w"))], "n": [1, None, 2.5], "w": b"v"}
     made = field_markers.changed(value, lambda text: text.replace("v", "w"))
     assert made == wanted and made["n"] is value["n"]
-
-
-def test_equal_keys_of_an_object_are_all_seen() -> None:
-    assert field_markers.keyed('```json\n{"a": {"b": 1, "b": 2}, "c": [1], "a": 3}\n```') == [
-        ("a", {"b": 2}),
-        ("c", [1]),
-        ("a", 3),
-    ]
-    assert field_markers.keyed("Sure.") == field_markers.keyed('{"a": ') == []
-
-
-def test_a_name_is_contradicted_by_another_value_only() -> None:
-    assert field_markers.contradicted([("a", 1), ("b", 2), ("a", 1)]) is None
-    assert field_markers.contradicted([("a", 1), ("b", 2), ("b", 3), ("a", 3)]) == "b"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dspy_bridge.streaming.field_parsers import ChatReader, Reader, XMLReader, rest
+from dspy_bridge.streaming.field_parsers import ChatReader, Reader, XMLReader
 from dspy_bridge.streaming.json_fields import JSONReader
 
 SIGNATURE = dspy.Signature("question -> first, second")
@@ -168,17 +168,3 @@ def test_a_tag_of_usual_length_is_waited_for_and_one_without_end_is_not() -> Non
     for size in (1, 3, 5000):
         answer = f"<first>{long.replace('&', '&amp;')}</first>"
         assert read(XMLReader, [answer[at : at + size] for at in range(0, len(answer), size)])["first"] == long
-
-
-@pytest.mark.parametrize("indent", ["   ", "\t", " " * 16, " " * 17, " " * 18, " " * 40])
-def test_white_space_before_a_header_is_cut_as_dspy_cuts_it(indent: str) -> None:
-    answer = f"[[ ## first ## ]]\na\n{indent}[[ ## second ## ]] text\n"
-    wanted = parsed(READERS["chat"][1], answer)
-    assert read(ChatReader, [answer]) == read(ChatReader, list(answer)) == wanted
-
-
-@given(st.text(max_size=5), st.text(max_size=5))
-def test_the_rest_completes_what_was_sent_or_is_empty(sent: str, more: str) -> None:
-    assert rest(sent, sent + more) == more
-    if not more.startswith(sent):
-        assert rest(sent, more) == ""

@@ -27,6 +27,10 @@ WITHOUT_ADDRESS = frozenset(
 _PROXY = "litellm_proxy"
 
 
+# LiteLLM asks it with a client of its own, past `litellm_route`.
+_UNGUARDED = "aiohttp_openai"
+
+
 class LMElsewhere(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
     """LiteLLM would send the key of one provider to another. Not worth a retry."""
 
@@ -50,6 +54,8 @@ def provider(model: str, *, text: bool = False) -> str | None:
 
 def refuse_elsewhere(arguments: dict[str, Any]) -> None:
     """Raise `LMElsewhere` if LiteLLM would take these arguments to another provider than that of the peer's key."""
+    if _UNGUARDED in (arguments["model"].partition("/")[0], arguments.get("custom_llm_provider")):
+        raise LMElsewhere(f"LiteLLM follows redirects for {_UNGUARDED}/; name the model openai/…")
     target = lm_call.target()
     if target is None or target.key_of is None:
         return

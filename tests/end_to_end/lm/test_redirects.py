@@ -32,7 +32,7 @@ class Typed(dspy.Module):
         response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
         return dspy.Prediction(answer=response.text)
 """
-# What sends: DSPy's own transports; OpenAI's client, httpx or aiohttp below LiteLLM.
+# What sends: DSPy's own transports; OpenAI's client or httpx below LiteLLM.
 LITELLM: list[dict[str, Any]] = [
     {"model": "openai/y", **BY_LITELLM},
     {"model": "openai/y", "extra_headers": {"X-Own": "1"}},
@@ -42,7 +42,6 @@ LITELLM: list[dict[str, Any]] = [
     {"model": "gemini/y", **BY_LITELLM},
     {"model": "hosted_vllm/y", **BY_LITELLM},
     {"model": "cohere/y"},
-    {"model": "aiohttp_openai/y"},
 ]
 DSPYS: list[dict[str, Any]] = [{"model": f"{name}/y"} for name in ("openai", "anthropic", "gemini", "ollama_chat")]
 
@@ -62,9 +61,7 @@ def test_no_redirect_is_followed(start_lm: Any, folder: Path, lms: list[dict[str
         peer.call("create_program", QA)
         for lm in lms:
             given = {**lm, **server.options()}
-            ways: list[tuple[str, dict[str, Any]]] = [("qa", {}), ("qa", {"stream": True})]
-            if lm["model"] != "aiohttp_openai/y":  # LiteLLM sends no body with it in threads
-                ways.append(("InThread", {}))
+            ways: list[tuple[str, dict[str, Any]]] = [("qa", {}), ("qa", {"stream": True}), ("InThread", {})]
             if lm.get("model_type") != "text" and "extra_headers" not in lm:
                 ways.append(("Typed", {}))
             for status in STATUSES:

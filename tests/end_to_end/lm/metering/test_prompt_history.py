@@ -57,18 +57,6 @@ def test_a_call_is_shown_as_the_lm_had_it(make: Any, stream: bool, way: dict[str
     assert reply["meta"]["lm_calls"] == 1, "the rest of meta is there, too"
 
 
-def test_it_is_not_there_unless_it_is_asked_for(make: Any) -> None:
-    peer, _ = make(chat(answer="a"))
-    for envelope in ({"meta": True}, {"meta": True, "history": False}):
-        assert "history" not in peer.call("execute_program", ASK, **envelope)["meta"]
-    assert "meta" not in peer.call("execute_program", ASK, history=False)
-    assert peer.call("ping", history=True)["meta"]["history"] == []
-    reply = peer.call("execute_program", {**ASK, "inputs": {}}, history=True)
-    assert (reply["error_type"], history(reply)) == ("invalid_args", [])
-    reply = peer.call("ping", history="yes")
-    assert (reply["error_type"], reply["error"]) == ("invalid_request", "history: expected true or false, got text")
-
-
 def test_all_calls_are_there_in_their_order(make: Any) -> None:
     answers = script(
         chat(next_thought="t", next_tool_name="look", next_tool_args="{}"),
@@ -117,21 +105,6 @@ def test_a_call_under_way_is_shown_as_far_as_it_is(make: Any, end: str) -> None:
     assert reply["error_type"] == end and first["outputs"] == ["no format"]
     assert second["messages"] == server.requests[1]["messages"]
     assert (second["outputs"], second["error"]) == (None, "not finished") and second["duration_ms"] > 0
-
-
-def test_runs_at_the_same_time_do_not_mix_their_histories(make: Any) -> None:
-    peer, server = make(chat(answer="a"))
-    server.gate.clear()
-    ids = {}
-    for number in range(8):
-        inputs = {"question": f"number {number}."}
-        ids[peer.request("execute_program", {**ASK, "inputs": inputs}, history=True)] = inputs["question"]
-    for _ in ids:
-        assert server.arrived.acquire(timeout=PATIENCE)
-    server.gate.set()
-    for id, reply in peer.receive_all(8).items():
-        (entry,) = history(reply)
-        assert ids[id] in str(entry["messages"])
 
 
 @pytest.mark.parametrize("module", ["Direct", "Typed"])
