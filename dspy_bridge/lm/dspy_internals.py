@@ -186,7 +186,7 @@ RESPONSE_MODEL = Name(
 FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajectory")
 MAKE_SIGNATURE = Name("dspy.signatures.signature:make_signature", _ANEW, "signature")
 
-# What DSPy looks up for each LM call: see `transport/lookups`.
+# What DSPy looks up for each LM call: see `transport/routes`.
 _LOOKUPS = "LM calls are slower"
 RESOLVE = Name("dspy.clients.capabilities:resolve", _LOOKUPS, "lm")
 OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "config", "model_type")
