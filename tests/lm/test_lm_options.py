@@ -118,14 +118,6 @@ def test_extra_options_that_name_another_server_take_nothing_there(extra: dict[s
         assert made["api_key"] == lm_options.NO_KEY and "headers" not in made and "api_base" not in made
 
 
-def test_a_config_is_settings_of_the_call_and_options_of_the_connection() -> None:
-    config = {"temperature": 1, "api_key": "k", "timeout": 2, "cache": {"scope": "a"}, "extra": {"mode": 1}}
-    settings, of_lm = lm_options.read_config(config)
-    assert settings == {"temperature": 1, "mode": 1}
-    assert of_lm == {"api_key": "k", "timeout": 2, "cache": {"scope": "a"}}
-    assert lm_options.read_config({"cache": False}) == ({"cache": False}, {})
-
-
 @pytest.mark.parametrize(
     ("given", "text"),
     [
@@ -163,12 +155,6 @@ def test_what_is_wrong_is_refused_by_name(given: dict[str, Any], text: str) -> N
     with pytest.raises(InvalidArgs) as refused:
         complete({"model": "openai/small", **given})
     assert str(refused.value).startswith(text)
-
-
-@pytest.mark.parametrize("given", [None, 5, [], ""])
-def test_an_lm_is_text_or_an_object(given: object) -> None:
-    with pytest.raises(InvalidArgs, match=r"^lm(\.model)?: expected text"):
-        complete(given)
 
 
 def test_a_config_has_no_option_of_an_lm() -> None:

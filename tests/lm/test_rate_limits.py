@@ -75,16 +75,6 @@ class Waiter:
         self.world.gate.advance()
 
 
-def test_requests_per_minute_come_at_once_and_then_evenly() -> None:
-    world = World()
-    gate = world.gate.lane(Limits(requests_per_minute=3))
-    for _ in range(6):
-        world.ask(gate)
-    assert len(world.sent) == 3
-    world.pass_time(61)
-    assert [round(at - 1000) for at, _ in world.sent] == [0, 0, 0, 20, 40, 60]
-
-
 def test_tokens_of_an_answer_may_bring_debt_for_which_the_next_request_waits() -> None:
     world = World()
     gate = world.gate.lane(Limits(tokens_per_minute=600))

@@ -32,13 +32,6 @@ def read(reader: type[Reader], pieces: list[str]) -> dict[str, str]:
     return chunks
 
 
-def test_a_surrogate_pair_is_never_cut() -> None:
-    """However many escapes there are: `re` matches them in parts of 10,000."""
-    escapes = r"\ud83d\ude00" * 12_000
-    for before in ("", "a"):
-        assert read(JSONReader, [f'{{"first": "{before}{escapes}"}}'])["first"] == before + "😀" * 12_000
-
-
 def split(answer: str, cuts: list[int]) -> list[str]:
     edges = sorted({0, len(answer), *(cut % (len(answer) + 1) for cut in cuts)})
     return [answer[a:b] for a, b in itertools.pairwise(edges)]
@@ -139,25 +132,6 @@ def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> No
         list(reading.feed(begin))
         for _ in range(100_000):
             list(reading.feed(filling))
-
-
-@pytest.mark.timeout(30)
-@pytest.mark.parametrize(
-    ("name", "begin", "filling"),
-    [
-        *(("chat", begin, filling) for begin in ("", "[[ ## first ## ]]\na\n") for filling in (" ", "[", "\n")),
-        *(("json", '{"first": "', filling) for filling in ("a", "\\")),
-        *(("json", '{"x": [', filling) for filling in ("[", '"', " ")),
-        *(("xml", begin, filling) for begin in ("<first a='", "<!--", "<", "<first>") for filling in ("a", " ")),
-    ],
-)
-@pytest.mark.slow
-def test_a_million_times_the_same_is_read_as_fast_as_a_text(name: str, begin: str, filling: str) -> None:
-    """An unfinished token must not be parsed again from its beginning: that takes minutes."""
-    reading = READERS[name][0](FIELDS)
-    list(reading.feed(begin) if begin else ())
-    for _ in range(250_000):
-        list(reading.feed(filling * 4))
 
 
 def test_a_tag_of_usual_length_is_waited_for_and_one_without_end_is_not() -> None:

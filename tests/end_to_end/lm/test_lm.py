@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import PATIENCE, Peer
 from shared_peers import shared_peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -208,20 +208,6 @@ def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any)
         assert peer.call("get_stats")["result"]["in_flight"] == 0
 
 
-def test_a_cancel_stops_the_request_and_has_no_reply_of_its_own(start_lm: Any) -> None:
-    server = start_lm()
-    server.gate.clear()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
-        id = peer.request("execute_program", ASK)
-        assert server.arrived.acquire(timeout=PATIENCE)
-        peer.send({"cancel": "nobody"}, {"cancel": id}, {"cancel": id})
-        reply = peer.receive()
-        assert (reply["id"], reply["error_type"]) == (id, "cancelled")
-        assert server.closed_by_client.acquire(timeout=PATIENCE)
-        assert peer.call("ping")["success"]
-
-
 def test_more_than_one_hundred_calls_reach_the_lm_at_once(start_lm: Any) -> None:
     """Where a dspy.LM alone stops: it keeps 100 connections."""
     server = start_lm()
@@ -273,16 +259,6 @@ def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, 
     assert len(server.requests) == 4 and list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_cache_outlives_the_peer(start_lm: Any, tmp_path: Any) -> None:
-    server = start_lm()
-    for _ in range(2):
-        with Peer("--disk-cache", str(tmp_path / "cache"), env=lm_env(server, cache=True)) as peer:
-            peer.call("create_program", QA)
-            assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
-            peer.finish()
-    assert len(server.requests) == 1
-
-
 class Planted:
     """What a pickle can do."""
 
@@ -311,37 +287,6 @@ def plant(shard: Path, data: bytes) -> int:
     """Replace the values of a shard of diskcache by a pickle, its mode 4; how many there were."""
     with contextlib.closing(sqlite3.connect(shard)) as database, database:
         return database.execute("UPDATE Cache SET mode = 4, filename = NULL, value = ?", (data,)).rowcount
-
-
-TALKS = """
-import logging
-def init():
-    logging.getLogger("host").debug("not logged")
-    logging.getLogger("host").warning("with a key: sk-test-0123456789")
-    try:
-        1 / 0
-    except ZeroDivisionError:
-        logging.getLogger("dspy.host").exception("logged")
-"""
-
-
-def test_log_records_on_stderr(tmp_path: Any) -> None:
-    (tmp_path / "host.py").write_text(TALKS)
-    with Peer(env={"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
-        assert peer.call("create_program", QA)["success"]
-        _, _, log = peer.finish()
-    assert f"dspy_bridge[{peer.process.pid}] WARNING host: with a key: [redacted]" in log
-    assert log.count("logged") == 1 and "not logged" not in log
-
-
-BROKEN = """
-import dspy
-class Broken(dspy.ChatAdapter):
-    async def acall(self, *args, **kwargs):
-        raise KeyError("secret sk-test-0123456789 " + "x")
-def init():
-    dspy.configure(adapter=Broken())
-"""
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, PARIS, reusable
+from conftest import reusable
 from lm_server import Answer, LMServer, chat, script
 from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
@@ -195,24 +195,6 @@ def test_each_execute_has_its_own_header_and_one_without_has_none(
                 ids.remove(frame["id"])
     assert sorted(server.asked) == sorted([("one", [FIRST]), ("two", [SECOND]), ("none", None)] * 2)
     assert server.headers["user-agent"].startswith(agent)
-
-
-@pytest.mark.parametrize("model_type", ["text", "responses"])
-def test_the_other_apis_of_litellm_have_it_too(peer: Peer, start_lm: Any, model_type: str) -> None:
-    text = {"object": "text_completion", "choices": [{"index": 0, "text": PARIS, "finish_reason": "stop"}]}
-    said = {"type": "message", "id": "m", "status": "completed", "role": "assistant"}
-    response = {
-        "object": "response", "created_at": 0, "status": "completed", "parallel_tool_calls": False, "tools": [],
-        "output": [{**said, "content": [{"type": "output_text", "text": PARIS, "annotations": []}]}],
-    }  # fmt: skip
-    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2, "input_tokens": 1, "output_tokens": 1}
-    body = {"id": "c1", "created": 0, "model": "m", "usage": usage, **(text if model_type == "text" else response)}
-    server = start_lm((200, body))
-    assert peer.call("create_program", qa(server, **BY_LITELLM, model_type=model_type))["success"]
-    reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
-    assert reply.get("result") == {"answer": "Paris"}, reply
-    assert peer.call("execute_program", ask("two"))["success"]
-    assert [traceparents for _, traceparents in server.asked] == [[FIRST], None]
 
 
 def test_a_header_of_the_lms_own_gives_way_the_others_stay(peer: Peer, start_lm: Any) -> None:
