@@ -149,8 +149,8 @@ defmodule Mix.Tasks.Dspex.Eval do
 
       # Otherwise the LM has answered something that has a score.
       if Enum.all?(result.results, &(&1.error && &1.error.type != :output_invalid)) do
-        text = "all runs failed, the first with: #{first.error.message}"
-        EvaluationFile.checked(path, {:error, %{first.error | message: text}})
+        text = "#{first.error.type}: all runs failed, the first with: #{first.error.message}"
+        EvaluationFile.refuse(path, text)
       end
 
       result
