@@ -87,7 +87,6 @@ defmodule Mix.Tasks.Dspex.Eval do
   @same 1.0e-9
 
   @impl Mix.Task
-  @spec run([String.t()]) :: :ok
   def run(args) do
     report =
       Mix.DSPex.measured(fn ->
