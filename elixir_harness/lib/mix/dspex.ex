@@ -2,6 +2,15 @@ defmodule Mix.DSPex do
   @moduledoc false
   # What the Mix tasks share.
 
+  alias DSPex.PythonBridge.Doctor
+
+  @doc "Runs the doctor; the checks report what its bridge would log."
+  @spec doctor(keyword()) :: boolean()
+  def doctor(opts) do
+    Logger.put_application_level(:dspex, :none)
+    Doctor.print(opts, &Mix.shell().info/1)
+  end
+
   @doc """
   Calls `fun`, which measures something. Whatever ends it ends Mix with the status 2: 1 is that of a task that has run, with
   a bad result.

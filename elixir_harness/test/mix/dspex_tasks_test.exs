@@ -11,7 +11,7 @@ defmodule Mix.Tasks.DspexTasksTest do
   setup %{tmp_dir: dir} do
     shell = Mix.shell()
     Mix.shell(Mix.Shell.Process)
-    on_exit(fn -> Mix.shell(shell) end)
+    on_exit(fn -> Mix.shell(shell) && Logger.delete_application_level(:dspex) end)
     put_system_env("DSPY_VENV", nil)
     put_system_env("PYTHON_EXECUTABLE", python())
     put_system_env("MIX_BUILD_PATH", Path.join(dir, "build"))

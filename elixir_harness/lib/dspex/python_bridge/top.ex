@@ -23,6 +23,7 @@ defmodule DSPex.PythonBridge.Top do
   @stats_ms 500
   # Left out of the library's own names: a line should fit into 110 columns.
   @prefix "DSPex.PythonBridge."
+  @runs ["run", "on", "done", "score", "failed", "LM calls", "time"]
 
   @typedoc """
   A bridge and its peer. Keys whose values are not known are missing: while a peer starts, or if it does not answer.
@@ -145,7 +146,7 @@ defmodule DSPex.PythonBridge.Top do
     [
       "#{node}  #{time}\n",
       if(peers == [], do: "no bridges run here\n", else: aligned([head ++ ["uptime"] | lines])),
-      if(runs == [], do: "", else: ["\n", aligned([run_head() | Enum.map(runs, &run/1)])])
+      if(runs == [], do: "", else: ["\n", aligned([@runs | Enum.map(runs, &run/1)])])
     ]
   end
 
@@ -173,8 +174,6 @@ defmodule DSPex.PythonBridge.Top do
        do: Float.round((calls - calls_then) * 1_000 / (at - then), 1)
 
   defp rate(_peer, _unknown), do: nil
-
-  defp run_head, do: ["run", "on", "done", "score", "failed", "LM calls", "time"]
 
   defp run(%{metadata: metadata, figures: figures} = run) do
     total = if figures[:total], do: "/#{figures.total}"

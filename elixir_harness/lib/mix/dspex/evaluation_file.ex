@@ -92,7 +92,7 @@ defmodule Mix.DSPex.EvaluationFile do
     client = if Pool.Handle.fetch(server), do: Pool, else: Bridge
 
     with {:error, error} <- client.request(server, :create_program, args, timeout: @create_ms),
-         do: checked(path, {:error, error}, ":program: ")
+         do: refuse(path, ":program: #{error.type}: #{error.message}")
 
     :ok
   end

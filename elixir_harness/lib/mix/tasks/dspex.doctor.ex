@@ -21,14 +21,12 @@ defmodule Mix.Tasks.Dspex.Doctor do
 
   use Mix.Task
 
-  alias DSPex.PythonBridge.Doctor
-
   @impl Mix.Task
   def run(args) do
     case OptionParser.parse!(args, strict: [ask: :boolean]) do
       {switches, []} ->
         Mix.Task.run("app.config")
-        unless Doctor.print(switches, &Mix.shell().info/1), do: exit({:shutdown, 1})
+        unless Mix.DSPex.doctor(switches), do: exit({:shutdown, 1})
 
       {_switches, [word | _rest]} ->
         Mix.raise("mix dspex.doctor takes no #{word}; see mix help dspex.doctor")

@@ -87,7 +87,6 @@ defmodule Mix.Tasks.Dspex.Eval do
   @same 1.0e-9
 
   @impl Mix.Task
-  @spec run([String.t()]) :: :ok
   def run(args) do
     report =
       Mix.DSPex.measured(fn ->
@@ -149,8 +148,8 @@ defmodule Mix.Tasks.Dspex.Eval do
 
       # Otherwise the LM has answered something that has a score.
       if Enum.all?(result.results, &(&1.error && &1.error.type != :output_invalid)) do
-        text = "all runs failed, the first with: #{first.error.message}"
-        EvaluationFile.checked(path, {:error, %{first.error | message: text}})
+        text = "#{first.error.type}: all runs failed, the first with: #{first.error.message}"
+        EvaluationFile.refuse(path, text)
       end
 
       result

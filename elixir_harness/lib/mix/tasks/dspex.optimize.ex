@@ -62,7 +62,6 @@ defmodule Mix.Tasks.Dspex.Optimize do
   @same 1.0e-9
 
   @impl Mix.Task
-  @spec run([String.t()]) :: :ok
   def run(args) do
     {result, switches} =
       Mix.DSPex.measured(fn ->
@@ -145,7 +144,6 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
   defp require_gain(_gain, _least), do: :ok
 
-  @spec failed(String.t()) :: no_return()
   defp failed(text) do
     Mix.shell().error("failed: " <> text)
     exit({:shutdown, 1})

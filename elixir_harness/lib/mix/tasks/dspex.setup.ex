@@ -39,7 +39,7 @@ defmodule Mix.Tasks.Dspex.Setup do
 
   use Mix.Task
 
-  alias DSPex.PythonBridge.{Doctor, Python, Venv}
+  alias DSPex.PythonBridge.{Python, Venv}
   alias DSPex.PythonBridge.Python.Interpreter
 
   # Checks of what is on the machine where a release runs, not where it is built.
@@ -88,8 +88,7 @@ defmodule Mix.Tasks.Dspex.Setup do
   end
 
   defp finish(python, advice, notes) do
-    opts = [python_executable: python, notes: notes]
-    ok? = Doctor.print(opts, &Mix.shell().info/1)
+    ok? = Mix.DSPex.doctor(python_executable: python, notes: notes)
     if advice, do: Mix.shell().info(advice)
     unless ok?, do: exit({:shutdown, 1})
   end

@@ -46,7 +46,6 @@ defmodule Mix.Tasks.Dspex.Top do
   @answer_ms 3_000
 
   @impl Mix.Task
-  @spec run([String.t()]) :: no_return()
   def run(args) do
     node =
       case OptionParser.parse!(args, strict: [node: :string]) do

@@ -9,6 +9,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
   alias DSPex.PythonBridge.Protocol.PeerEnv
 
   doctest PeerEnv
+  doctest DSPex.PythonBridge.Options.Table
 
   test "defaults come from the application's configuration, options go before it" do
     put_config(:python_bridge, max_retries: 7, default_timeout: 1_000)
