@@ -115,7 +115,7 @@ defmodule DSPex.ProgramEctoSchemaTest do
   defp type(module), do: Types.type(module, "signature.outputs.order", [])
 
   defp schema(module),
-    do: Wire.type(Types.field(:order, module, "signature.outputs.order", []), :outputs, "order")
+    do: Wire.field(Types.field(:order, module, "signature.outputs.order", []), :outputs, "").type
 
   test "the schema has the fields without the primary key; those without a default are required" do
     assert %{type: "object", title: "Order", properties: properties, required: required} =
