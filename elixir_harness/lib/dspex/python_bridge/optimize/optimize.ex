@@ -145,13 +145,10 @@ defmodule DSPex.PythonBridge.Optimize do
 
   # A pool of another node is refused: a process of another kind may never answer.
   defp client(server) do
-    with Bridge <- Program.Runner.client(server),
-         {:ok, _dest} <- Client.Caller.find_anywhere(server),
-         do: {:ok, Bridge},
-         else: (
-           Pool -> {:ok, Pool}
-           error -> error
-         )
+    case Program.Runner.client(server) do
+      Pool -> {:ok, Pool}
+      Bridge -> with({:ok, _dest} <- Client.Caller.find_anywhere(server), do: {:ok, Bridge})
+    end
   end
 
   # A program of its own, so that nobody redefines or removes it meanwhile.
