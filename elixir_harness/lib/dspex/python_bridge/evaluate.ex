@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Evaluate do
   See docs/guide/evaluating.md.
   """
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool, Program, Programs}
+  alias DSPex.PythonBridge.{Bridge, Error, Pool, Program}
   alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result}
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
@@ -108,17 +108,10 @@ defmodule DSPex.PythonBridge.Evaluate do
 
   defp program(id) when is_binary(id), do: {:ok, id, nil}
 
-  defp program(module) when is_atom(module) do
-    case Programs.Declared.one(module) do
-      {:ok, {id, _definition}} -> {:ok, id, Program.Tools.spec(module)}
-      {:error, text} -> refused(": #{inspect(module)}: #{text}")
+  defp program(module) do
+    with {:error, why} <- Program.Tools.declared(is_atom(module) && module) do
+      expected = "expected an id, or a module with `use DSPex.PythonBridge.Program`"
+      {:error, Error.new(:invalid_request, "program: #{expected}; #{why}")}
     end
-  end
-
-  defp program(_other), do: refused("")
-
-  defp refused(why) do
-    text = "program: expected an id, or a module with `use DSPex.PythonBridge.Program`#{why}"
-    {:error, Error.new(:invalid_request, text)}
   end
 end

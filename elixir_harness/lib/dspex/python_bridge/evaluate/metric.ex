@@ -16,7 +16,7 @@ defmodule DSPex.PythonBridge.Evaluate.Metric do
 
       iex> alias DSPex.PythonBridge.Evaluate.Metric
       iex> Metric.new({:field, :answer, :f1}, [], nil)
-      {:ok, %{field: "answer", match: :f1}, [tools: %{}]}
+      {:ok, %{field: "answer", match: :f1}, []}
       iex> {:ok, %{tool: name}, opts} = Metric.new(fn _, _, purpose -> {1, inspect(purpose)} end, [], nil)
       iex> opts[:tools][name].(%{"example" => %{}, "prediction" => %{}, "purpose" => "bootstrap"})
       %{score: 1, feedback: ":bootstrap"}
@@ -25,14 +25,8 @@ defmodule DSPex.PythonBridge.Evaluate.Metric do
           {:ok, map(), keyword()} | {:error, String.t()}
   def new(metric, opts, spec) do
     with {:ok, metric, score} <- read(metric) do
-      case Keyword.get(opts, :tools, %{}) do
-        given when is_map(given) ->
-          opts = Keyword.put(opts, :tools, Map.merge(given, score))
-          {:ok, metric, Program.Tools.add(opts, if(spec, do: spec.functions, else: %{}))}
-
-        _other ->
-          {:error, ":tools: expected a map of names to functions"}
-      end
+      functions = if spec, do: spec.functions, else: %{}
+      {:ok, metric, opts |> Program.Tools.add(score) |> Program.Tools.add(functions)}
     end
   end
 

@@ -1,7 +1,7 @@
 defmodule DSPex.PythonBridge.Evaluate.Requests do
   @moduledoc false
-  # The requests of an evaluation: a few examples each, so that a pool spreads them over its peers, that one slow example
-  # holds up few others, and that little is done again when a peer dies.
+  # The requests of an evaluation, one for each example, so that a pool spreads them over its peers and nothing is done again
+  # when a peer dies. A request of eight examples was no faster.
   #
   # A process starts them and collects their replies, since the caller may have a long mailbox. It ends with the caller,
   # and the requests end with it. The caller takes the examples, and keeps them until their results are there.
@@ -11,9 +11,6 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline}
   alias DSPex.PythonBridge.Tools.LargeFunction
 
-  # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
-  @requests 16
-  @most_examples 8
   # A peer answers a list so long before the deadline, with a timeout for what is not done.
   @earlier_ms 250
 
@@ -24,31 +21,23 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
           {:ok, Result.tally()} | {:error, Error.t()}
         when progress: (Result.tally() -> term())
   def run(server, {id, spec}, examples, %Options{} = options, progress) do
-    size = options.max_concurrency |> div(@requests) |> max(1) |> min(@most_examples)
     deadline = Deadline.new(options.timeout)
     {tools, large} = LargeFunction.hold(Keyword.get(options.passed, :tools, %{}), self())
     passed = Keyword.put(options.passed, :tools, tools)
-    request = request(server, Map.put(options.args, :program_id, id), passed, deadline)
-    collector = collector(request)
 
-    state = %{
-      collector: collector,
-      spec: spec,
-      size: size,
-      most: max(div(options.max_concurrency, size), 1),
-      count: 0,
-      waiting: %{},
-      tally: Result.tally()
-    }
+    collector =
+      collector(request(server, Map.put(options.args, :program_id, id), passed, deadline))
 
-    taken = fn tally, items ->
+    taken = fn tally, item ->
       progress.(tally)
-      Enum.each(items, options.on_result)
-      in_time(items, options.timeout, deadline)
+      options.on_result.(item)
+      in_time(item, options.timeout, deadline)
     end
 
+    state = %{collector: collector, spec: spec, most: options.max_concurrency, taken: taken}
+
     try do
-      step(state, Examples.reader(examples), taken)
+      step(state, Examples.reader(examples), 0, %{}, Result.tally())
     after
       Process.exit(collector, :shutdown)
       LargeFunction.close(large)
@@ -62,28 +51,39 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     &call.(server, :execute_program, Map.merge(args, &1), [timeout: left.()] ++ passed)
   end
 
-  # Sends the next examples, or waits for the results of earlier ones.
-  defp step(%{waiting: waiting, tally: tally}, nil, _taken) when waiting == %{}, do: {:ok, tally}
+  # Sends the next example, or waits for the result of an earlier one.
+  defp step(_state, nil, _number, waiting, tally) when waiting == %{}, do: {:ok, tally}
 
-  defp step(%{waiting: waiting} = state, reader, taken)
+  defp step(state, reader, number, waiting, tally)
        when reader != nil and map_size(waiting) < state.most do
-    with {:ok, examples, reader} <- Examples.take(reader, state.size),
-         {:ok, state} <- send_next(state, examples, reader) do
-      step(state, reader, taken)
-    else
-      {:error, text} -> {:error, Error.new(:invalid_request, "examples: #{text}")}
-      {:refused, error} -> {:error, error}
+    case Examples.take(reader, 1) do
+      {:ok, [example], reader} ->
+        with {:ok, inputs, expected} <- Examples.columns([example], state.spec) do
+          args = if expected, do: %{inputs: inputs, expected: expected}, else: %{inputs: inputs}
+          send(state.collector, {:send, number, args})
+          step(state, reader, number + 1, Map.put(waiting, number, example), tally)
+        else
+          {:error, 0} ->
+            Examples.close(reader)
+            {:error, Error.new(:invalid_args, Examples.refusal("examples", number))}
+        end
+
+      {:ok, [], nil} ->
+        step(state, nil, number, waiting, tally)
+
+      {:error, text} ->
+        {:error, Error.new(:invalid_request, "examples: #{text}")}
     end
   end
 
-  defp step(state, reader, taken) do
-    with {:ok, {number, reply}} <- Ask.ask(state.collector, :infinity, &{:next, &1}),
-         {examples, waiting} = Map.pop!(state.waiting, number),
-         {:ok, results, meta} <- located(reply, number),
-         {:ok, items} <- Result.items(examples, results, number),
-         tally = Result.add(state.tally, items, meta),
-         :ok <- taken.(tally, items) do
-      step(%{state | waiting: waiting, tally: tally}, reader, taken)
+  defp step(state, reader, number, waiting, tally) do
+    with {:ok, {answered, reply}} <- Ask.ask(state.collector, :infinity, &{:next, &1}),
+         {example, waiting} = Map.pop!(waiting, answered),
+         {:ok, reply, meta} <- located(reply, answered),
+         {:ok, item} <- Result.item(example, reply, answered),
+         tally = Result.add(tally, item, meta),
+         :ok <- state.taken.(tally, item) do
+      step(state, reader, number, waiting, tally)
     else
       failed ->
         Examples.close(reader)
@@ -91,42 +91,20 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     end
   end
 
-  defp send_next(state, [], _none_left), do: {:ok, state}
-
-  defp send_next(%{count: count} = state, examples, reader) do
-    case Examples.columns(examples, state.spec) do
-      {:ok, inputs, expected} ->
-        args = if expected, do: %{inputs: inputs, expected: expected}, else: %{inputs: inputs}
-        send(state.collector, {:send, count, args})
-        waiting = Map.put(state.waiting, count, examples)
-        {:ok, %{state | waiting: waiting, count: count + length(examples)}}
-
-      {:error, index} ->
-        Examples.close(reader)
-        text = Examples.refusal("examples", count + index)
-        {:refused, Error.new(:invalid_args, text)}
-    end
-  end
-
   # The peer counts the examples of its request.
-  defp located({:error, %Error{type: :invalid_args, message: text} = error}, before) do
-    text =
-      Regex.replace(~r/\b(inputs|expected)\[(\d+)\]/, text, fn _all, name, index ->
-        "#{name}[#{before + String.to_integer(index)}]"
-      end)
-
+  defp located({:error, %Error{type: :invalid_args, message: text} = error}, number) do
+    text = String.replace(text, ~r/\b(inputs|expected)\[0\]/, "\\1[#{number}]")
     {:error, %{error | message: text}}
   end
 
-  defp located(reply, _before), do: reply
+  defp located(reply, _number), do: reply
 
-  defp in_time(items, timeout, deadline) do
-    timed_out? = Enum.any?(items, &match?(%{error: %Error{type: :timeout}}, &1))
-
-    if timed_out? and Deadline.left(deadline) <= @earlier_ms,
-      do: {:error, Error.new(:timeout, "the evaluation was not finished within #{timeout} ms")},
-      else: :ok
+  defp in_time(%{error: %Error{type: :timeout}}, timeout, deadline) do
+    text = "the evaluation was not finished within #{timeout} ms"
+    if Deadline.left(deadline) <= @earlier_ms, do: {:error, Error.new(:timeout, text)}, else: :ok
   end
+
+  defp in_time(_item, _timeout, _deadline), do: :ok
 
   ## The process
 

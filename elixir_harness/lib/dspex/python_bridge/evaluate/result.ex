@@ -37,40 +37,39 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
         }
 
   @typedoc false
-  # `lists`: of the results of each request, newest first. `sum`: of all scores.
+  # `items`: newest first. `sum`: of all scores.
   @type tally :: %{
-          lists: [[item()]],
+          items: [item()],
           usage: map(),
-          done: non_neg_integer(),
-          failed: non_neg_integer(),
+          done: integer(),
+          failed: integer(),
           sum: float()
         }
 
   @doc false
   @spec tally() :: tally()
-  def tally, do: %{lists: [], usage: %{}, done: 0, failed: 0, sum: 0.0}
+  def tally, do: %{items: [], usage: %{}, done: 0, failed: 0, sum: 0.0}
 
   @doc false
-  @spec add(tally(), [item()], meta :: map()) :: tally()
-  def add(tally, items, meta) do
+  @spec add(tally(), item(), meta :: map()) :: tally()
+  def add(tally, item, meta) do
     %{
-      lists: [items | tally.lists],
+      items: [item | tally.items],
       usage: add_usage(tally.usage, meta),
-      done: tally.done + length(items),
-      failed: tally.failed + Enum.count(items, & &1.error),
-      sum: tally.sum + Enum.sum_by(items, & &1.score)
+      done: tally.done + 1,
+      failed: tally.failed + if(item.error, do: 1, else: 0),
+      sum: tally.sum + item.score
     }
   end
 
   @doc false
   @spec figures(tally(), total :: non_neg_integer() | nil) :: map()
   def figures(tally, total) do
-    %{done: tally.done, total: total, failed: tally.failed, score: score(tally)}
+    score = if tally.done > 0, do: tally.sum / tally.done
+
+    %{done: tally.done, total: total, failed: tally.failed, score: score}
     |> Map.merge(Usage.measurements(tally.usage))
   end
-
-  defp score(%{done: 0}), do: nil
-  defp score(%{done: done, sum: sum}), do: sum / done
 
   @doc false
   @spec mean([number()]) :: float() | nil
@@ -80,7 +79,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   @doc false
   @spec new(tally(), non_neg_integer()) :: t()
   def new(tally, duration_ms) do
-    results = tally.lists |> Enum.sort_by(&hd(&1).index) |> Enum.concat()
+    results = Enum.sort_by(tally.items, & &1.index)
 
     %__MODULE__{
       score: results |> Enum.map(& &1.score) |> mean(),
@@ -92,34 +91,25 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
   end
 
   @doc false
-  @spec items([term()], term(), non_neg_integer()) :: {:ok, [item()]} | {:error, Error.t()}
-  def items(examples, %{"results" => results}, before)
-      when length(results) == length(examples) do
-    if Enum.all?(results, &match?(%{"score" => score} when is_number(score), &1)) do
-      numbered = Enum.with_index(Enum.zip(examples, results), before)
-      {:ok, for({{example, result}, index} <- numbered, do: item(example, result, index))}
-    else
-      invalid()
-    end
-  end
-
-  def items(_examples, _other, _before), do: invalid()
-
-  defp invalid, do: {:error, Error.new(:internal, "the peer sent no valid results")}
-
-  defp item(example, result, index) do
+  @spec item(term(), term(), non_neg_integer()) :: {:ok, item()} | {:error, Error.t()}
+  def item(example, %{"results" => [%{"score" => score} = result]}, index)
+      when is_number(score) do
     {inputs, expected} = Examples.pair(example)
 
-    %{
-      index: index,
-      inputs: inputs,
-      expected: expected,
-      prediction: result["result"],
-      error: error(result),
-      score: result["score"] / 1,
-      feedback: result["feedback"]
-    }
+    {:ok,
+     %{
+       index: index,
+       inputs: inputs,
+       expected: expected,
+       prediction: result["result"],
+       error: error(result),
+       score: score / 1,
+       feedback: result["feedback"]
+     }}
   end
+
+  def item(_example, _other, _index),
+    do: {:error, Error.new(:internal, "the peer sent no valid results")}
 
   defp error(%{"success" => true}), do: nil
 

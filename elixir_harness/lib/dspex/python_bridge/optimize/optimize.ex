@@ -36,7 +36,6 @@ defmodule DSPex.PythonBridge.Optimize do
   alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.Optimize.{Progress, Request, Result}
   alias DSPex.PythonBridge.OTP.{Ask, Deadline}
-  alias DSPex.PythonBridge.Programs.Declared
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
   # The caller waits so long for the end of the temporary program: a peer that hangs may answer late.
@@ -134,24 +133,22 @@ defmodule DSPex.PythonBridge.Optimize do
   end
 
   defp read(definition) do
-    with {:ok, {id, _args}} <- Declared.one(definition) do
-      module? = is_atom(definition)
-      given = Map.new(if module?, do: definition.definition(), else: definition)
-      {:ok, id, given, if(module?, do: Program.Tools.spec(definition))}
-    else
-      {:error, text} -> {:error, Error.new(:invalid_request, "definition: #{text}")}
+    case Program.Tools.declared(definition) do
+      {:ok, id, spec} ->
+        given = if is_atom(definition), do: definition.definition(), else: definition
+        {:ok, id, Map.new(given), spec}
+
+      {:error, text} ->
+        {:error, Error.new(:invalid_request, "definition: #{text}")}
     end
   end
 
   # A pool of another node is refused: a process of another kind may never answer.
   defp client(server) do
-    with Bridge <- Program.Runner.client(server),
-         {:ok, _dest} <- Client.Caller.find_anywhere(server),
-         do: {:ok, Bridge},
-         else: (
-           Pool -> {:ok, Pool}
-           error -> error
-         )
+    case Program.Runner.client(server) do
+      Pool -> {:ok, Pool}
+      Bridge -> with({:ok, _dest} <- Client.Caller.find_anywhere(server), do: {:ok, Bridge})
+    end
   end
 
   # A program of its own, so that nobody redefines or removes it meanwhile.

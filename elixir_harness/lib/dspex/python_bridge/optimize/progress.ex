@@ -10,16 +10,7 @@ defmodule DSPex.PythonBridge.Optimize.Progress do
   @typedoc """
   `report`: the caller's function. `score`, `state`: of the best candidate, over all peers that have had the run.
   """
-  @type t :: %__MODULE__{
-          report: (DSPex.PythonBridge.Optimize.event() -> term()),
-          span: RunSpan.t(),
-          done: non_neg_integer() | nil,
-          total: non_neg_integer() | nil,
-          score: float() | nil,
-          state: map() | nil,
-          lm_calls: non_neg_integer(),
-          candidates: non_neg_integer()
-        }
+  @type t :: %__MODULE__{}
 
   @doc "Takes an item of the stream, and passes it on; `:stop` if the caller wants no more."
   @spec take(t(), map()) :: {:go_on | :stop, t()}

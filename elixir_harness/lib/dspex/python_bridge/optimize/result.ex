@@ -74,8 +74,8 @@ defmodule DSPex.PythonBridge.Optimize.Result do
     %__MODULE__{
       definition: if(state, do: with_state(given, state), else: given),
       state: state,
-      score: float(reply["score"]),
-      baseline: float(reply["baseline"]),
+      score: reply["score"] && reply["score"] / 1,
+      baseline: reply["baseline"] && reply["baseline"] / 1,
       candidates: reply["candidates"],
       stopped: reply["stopped"],
       lm_calls: reply["lm_calls"],
@@ -90,8 +90,6 @@ defmodule DSPex.PythonBridge.Optimize.Result do
     key = if is_map_key(given, :id), do: :state, else: "state"
     given |> Map.drop(@replaced) |> Map.put(key, state)
   end
-
-  defp float(score), do: if(score, do: score / 1)
 
   @doc false
   @spec figures(t()) :: map()

@@ -43,16 +43,18 @@ defmodule DSPex.PythonBridge.Program.Cast do
   # The path is reversed: a step costs the same at any depth, and is written only in an error.
   defp where(name, path) do
     steps =
-      for step <- Enum.reverse(path) do
-        cond do
-          is_integer(step) -> "[#{step}]"
-          String.valid?(step) and step =~ ~r/\A\w{1,60}\z/u -> ".#{step}"
-          true -> "[#{inspect(step, printable_limit: 60)}]"
-        end
-      end
+      for step <- Enum.reverse(path),
+          do: if(word?(step), do: ".#{step}", else: "[#{shown(step)}]")
 
     String.trim_leading("#{name}#{steps}", ".")
   end
+
+  @doc "A name as texts have it, in quotes if it is none."
+  @spec shown(term()) :: String.t()
+  def shown(name), do: if(word?(name), do: name, else: inspect(name, printable_limit: 60))
+
+  defp word?(name),
+    do: is_binary(name) and String.valid?(name) and name =~ ~r/\A\w{1,60}\z/u
 
   defp misfit(path, expected), do: throw({__MODULE__, path, expected})
 

@@ -5,6 +5,8 @@ defmodule DSPex.PythonBridge.Program.EctoSchema do
   #
   # A value is that of `Ecto.embedded_dump(struct, :json)` without the primary key.
 
+  import DSPex.PythonBridge.Program.Refusal
+
   # Ecto depends on it.
   @compile {:no_warn_undefined, Decimal}
 
@@ -33,60 +35,50 @@ defmodule DSPex.PythonBridge.Program.EctoSchema do
   def embedded?(module),
     do: function_exported?(module, :__schema__, 2) and module.__schema__(:source) == nil
 
-  @doc "The type terms of the fields without the primary key; an error for a type that has no form on the wire."
-  @spec fields(module()) :: [{atom(), {:ok, term_of_type()} | {:error, String.t()}}]
-  def fields(module) do
+  @doc "The type terms of the fields without the primary key. Refuses a type that has no form on the wire."
+  @spec fields(module(), String.t()) :: [{atom(), term_of_type()}]
+  def fields(module, where) do
     keys = module.__schema__(:fields) -- module.__schema__(:primary_key)
-    for key <- keys, do: {key, type(module.__schema__(:type, key))}
+    for key <- keys, do: {key, type(module.__schema__(:type, key), "#{where}.#{key}")}
   end
 
-  defp type(type) when type in @plain, do: {:ok, type}
+  defp type(type, _where) when type in @plain, do: type
 
-  defp type(type) when is_map_key(@others, type) do
+  defp type(type, _where) when is_map_key(@others, type) do
     case Map.fetch!(@others, type) do
-      {wire, nil} -> {:ok, wire}
-      {wire, loader} -> {:ok, {:loaded, wire, loader}}
+      {wire, nil} -> wire
+      {wire, loader} -> {:loaded, wire, loader}
     end
   end
 
-  defp type({:array, type}), do: with({:ok, of} <- type(type), do: {:ok, {:list, of}})
-  defp type({:map, type}), do: with({:ok, of} <- type(type), do: {:ok, {:map, of}})
-  defp type({:parameterized, {module, params}}), do: parameterized(module, params)
+  defp type({:array, type}, where), do: {:list, type(type, where)}
+  defp type({:map, type}, where), do: {:map, type(type, where)}
   # Before Ecto 3.12.
-  defp type({:parameterized, module, params}), do: parameterized(module, params)
-  defp type(type) when is_atom(type), do: custom(type)
-  defp type(type), do: no_form(type)
+  defp type({:parameterized, module, params}, where),
+    do: type({:parameterized, {module, params}}, where)
 
-  defp parameterized(Ecto.Enum, %{mappings: mappings} = params) do
+  defp type({:parameterized, {Ecto.Enum, %{mappings: mappings} = params}}, _where) do
     dumped? = Map.get(params, :embed_as, :self) == :dump
-
-    {:ok,
-     {:enum_of,
-      for({key, value} <- mappings, do: {if(dumped?, do: value, else: Atom.to_string(key)), key})}}
+    json = fn key, value -> if dumped?, do: value, else: Atom.to_string(key) end
+    {:enum_of, for({key, value} <- mappings, do: {json.(key, value), key})}
   end
 
-  defp parameterized(Ecto.Embedded, %{cardinality: :one, related: module}), do: {:ok, module}
+  defp type({:parameterized, {Ecto.Embedded, %{cardinality: :one, related: module}}}, _where),
+    do: module
 
-  defp parameterized(Ecto.Embedded, %{cardinality: :many, related: module}),
-    do: {:ok, {:list, module}}
+  defp type({:parameterized, {Ecto.Embedded, %{related: module}}}, _where), do: {:list, module}
 
-  defp parameterized(module, _params), do: no_form(module)
-
-  defp custom(module) do
-    with true <- Code.ensure_loaded?(module) and function_exported?(module, :type, 0),
-         base when base != module <- module.type(),
-         {:ok, wire} <- type(base) do
-      wire = with {:loaded, wire, _loader} <- wire, do: wire
-      {:ok, {:loaded, wire, {:custom, module, if(self?(module), do: :cast, else: :load)}}}
+  defp type(module, where) do
+    if is_atom(module) and Code.ensure_loaded?(module) and function_exported?(module, :type, 0) do
+      wire = with {:loaded, wire, _loader} <- type(module.type(), where), do: wire
+      {:loaded, wire, {:custom, module, if(self?(module), do: :cast, else: :load)}}
     else
-      _none -> no_form(module)
+      refuse(where, "no JSON form for Ecto's type #{shown(module)}")
     end
   end
 
   defp self?(module),
     do: not function_exported?(module, :embed_as, 1) or module.embed_as(:json) == :self
-
-  defp no_form(type), do: {:error, "no JSON form for Ecto's type #{inspect(type, limit: 5)}"}
 
   @doc "What a loader makes of a value that has the type on the wire. Total, whatever the functions of a custom type do."
   @spec load(loader(), term()) :: {:ok, term()} | :error

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   # The inputs of a run as the peer takes them. Unknown and missing names are refused here, before anything is sent.
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Program.{Dump, Spec}
+  alias DSPex.PythonBridge.Program.{Cast, Dump, Spec}
   alias DSPex.PythonBridge.Protocol.Payload
 
   @doc """
@@ -75,13 +75,7 @@ defmodule DSPex.PythonBridge.Program.Inputs do
     end
   end
 
-  defp texts(names, text), do: Enum.map(names, &"inputs.#{shown(&1)}: #{text}")
-
-  defp shown(name) do
-    if String.valid?(name) and name =~ ~r/\A\w{1,60}\z/u,
-      do: name,
-      else: inspect(name, printable_limit: 60)
-  end
+  defp texts(names, text), do: Enum.map(names, &"inputs.#{Cast.shown(&1)}: #{text}")
 
   defp expected(%{inputs: []}), do: "no inputs"
   defp expected(%{inputs: inputs}), do: Enum.map_join(inputs, ", ", & &1.name)

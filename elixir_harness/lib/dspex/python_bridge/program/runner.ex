@@ -62,7 +62,9 @@ defmodule DSPex.PythonBridge.Program.Runner do
       server = own[:server] || spec.server || client(Pool)
 
       args =
-        Enum.reduce([:lm, :config], %{program_id: spec.id, inputs: inputs}, &put(&2, &1, own[&1]))
+        for {key, value} when key != :server and value != nil <- own,
+            into: %{program_id: spec.id, inputs: inputs},
+            do: {key, if(Keyword.keyword?(value), do: Map.new(value), else: value)}
 
       {:ok, %{client: client(server), server: server, args: args},
        Tools.add(opts, spec.functions)}
@@ -73,11 +75,6 @@ defmodule DSPex.PythonBridge.Program.Runner do
   end
 
   defp refused(text), do: {:error, Error.new(:invalid_request, text)}
-
-  defp put(args, _key, nil), do: args
-
-  defp put(args, key, value),
-    do: Map.put(args, key, if(Keyword.keyword?(value), do: Map.new(value), else: value))
 
   @doc "The module with the functions for a server: a pool is known by its handle, any other is a bridge."
   @spec client(term()) :: Pool | Bridge

@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
   import DSPex.PythonBridge.Program.Refusal
 
   alias DSPex.PythonBridge.Program.{Dump, Spec, Types, Wire}
+  alias DSPex.PythonBridge.Programs.Declared
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Tools.Runner
 
@@ -28,11 +29,13 @@ defmodule DSPex.PythonBridge.Program.Tools do
     {definitions, functions}
   end
 
-  @doc "The program of a module with `use DSPex.PythonBridge.Program`; nil for any other."
-  @spec spec(module()) :: Spec.t() | nil
-  def spec(module) do
-    behaviours = Keyword.get_values(module.__info__(:attributes), :behaviour)
-    if Enum.any?(behaviours, &(DSPex.PythonBridge.Program in &1)), do: module.__dspex__(:spec)
+  @doc "The id of a program that is declared; of a module with `use DSPex.PythonBridge.Program` also its program, else nil."
+  @spec declared(term()) :: {:ok, String.t(), Spec.t() | nil} | {:error, String.t()}
+  def declared(entry) do
+    with {:ok, {id, _args}} <- Declared.one(entry) do
+      behaviours = if is_atom(entry), do: entry.__info__(:attributes)[:behaviour] || [], else: []
+      {:ok, id, if(DSPex.PythonBridge.Program in behaviours, do: entry.__dspex__(:spec))}
+    end
   end
 
   @doc "Options of a run with these functions among its `:tools`. Those that it has itself replace them, by name."

@@ -193,14 +193,11 @@ defmodule DSPex.PythonBridge.Program.Types do
   # In Ecto a field without a value is nil, whatever its type. What has a default may be left out.
   defp of_schema(module, where, inside) do
     struct = module.__struct__()
+    where = "#{where}: #{inspect(module)}"
 
-    for {key, read} <- EctoSchema.fields(module) do
-      here = "#{where}: #{inspect(module)}.#{key}"
-
-      case read do
-        {:ok, type} -> %{field(key, type, here, inside) | required?: Map.get(struct, key) == nil}
-        {:error, text} -> refuse(here, text)
-      end
+    for {key, type} <- EctoSchema.fields(module, where) do
+      field = field(key, type, "#{where}.#{key}", inside)
+      %{field | required?: Map.get(struct, key) == nil}
     end
   end
 

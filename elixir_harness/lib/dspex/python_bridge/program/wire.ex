@@ -21,18 +21,16 @@ defmodule DSPex.PythonBridge.Program.Wire do
   @typedoc "What is not declared is refused in an input, and left out of an output, which an LM writes."
   @type side :: :inputs | :outputs
 
-  @doc "A field of a signature. Refuses media inside of objects."
+  @doc "A field of a signature, or an argument of a tool. Refuses media inside of objects."
   @spec field(Field.t(), side(), String.t()) :: map()
   def field(%Field{} = field, side, where) do
     Map.merge(%{name: field.name, type: type(field, side, where)}, described(field))
   end
 
-  @doc "The type of a field of a signature, or of an argument of a tool."
-  @spec type(Field.t(), side(), String.t()) :: String.t() | map()
-  def type(%Field{type: type, limits: []}, _side, _where) when type in @named,
+  defp type(%Field{type: type, limits: []}, _side, _where) when type in @named,
     do: Atom.to_string(type)
 
-  def type(%Field{type: type} = field, side, where),
+  defp type(%Field{type: type} = field, side, where),
     do: media(type) || limited(schema(type, {side, where}), field.limits)
 
   # Its Python name. A JSON Schema cannot have media.

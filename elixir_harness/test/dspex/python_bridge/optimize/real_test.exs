@@ -5,8 +5,8 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Optimize, Pool}
-  alias DSPex.Test.{OptimizingLM, PoolProbe, SilentLM}
+  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Optimize}
+  alias DSPex.Test.{OptimizingLM, SilentLM}
 
   @moduletag timeout: 180_000
 
@@ -30,14 +30,6 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
 
   defp start(opts), do: start_supervised!({Bridge, real_opts(opts)}, id: make_ref())
 
-  defp start_pool(opts) do
-    pool = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
-    opts = Keyword.merge([name: pool, pool_size: 2, max_retries: 10], opts)
-    start_supervised!({Pool, real_opts(opts)}, id: pool)
-    eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, 30_000)
-    pool
-  end
-
   defp optimize(server, opts, program \\ @qa) do
     given = [trainset: OptimizingLM.examples(6), metric: @metric] ++ @copro
     Optimize.run(server, program, Keyword.merge(given, opts))
@@ -52,8 +44,6 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
       example["answer"] == prediction["answer"]
     end
   end
-
-  defp counter, do: :ets.new(:calls, [:public])
 
   test "the state that comes out is what the definition makes, and is scored as it says",
        %{bridge: bridge, lm: lm} do
@@ -94,46 +84,20 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
   end
 
   test "a peer killed in the middle: the same state, no call of the metric and no LM request again" do
-    assert_same_after(bridge: [15])
-  end
-
-  @tag :slow
-  test "peers killed in the middle, of a bridge twice, or of a pool: the same as well" do
-    assert_same_after(bridge: [10, 20], pool: [15])
-  end
-
-  # After deaths at these calls of the metric.
-  defp assert_same_after(cases) do
-    calls = counter()
+    [calls, again] = for _ <- 1..2, do: :ets.new(:calls, [:public])
     lm = OptimizingLM.start()
     opts = [metric: counting(calls, &Function.identity/1)]
     assert {:ok, undisturbed} = optimize(start(OptimizingLM.opts(lm, folder())), opts)
     requests = OptimizingLM.requests(lm)
 
-    for {kind, deaths} <- cases do
-      lm = OptimizingLM.start()
-      opts = OptimizingLM.opts(lm, folder())
-      server = if kind == :pool, do: start_pool(opts), else: start(opts)
-      again = counter()
-
-      metric =
-        counting(again, fn n ->
-          if n in deaths, do: kill(busy_peer(server))
-        end)
-
-      assert {:ok, result} = optimize(server, metric: metric)
-      assert result.state == undisturbed.state and result.score == undisturbed.score
-      assert Enum.sort(:ets.tab2list(again)) == Enum.sort(:ets.tab2list(calls))
-      # Each peer that has died had at most two in work.
-      assert OptimizingLM.requests(lm) <= requests + 2 * length(deaths)
-    end
-  end
-
-  defp busy_peer(bridge) when is_pid(bridge), do: Bridge.get_status(bridge).os_pid
-
-  defp busy_peer(pool) do
-    [peer] = for {peer, 1} <- Enum.zip(Pool.status(pool).peers, PoolProbe.busy(pool)), do: peer
-    peer.os_pid
+    lm = OptimizingLM.start()
+    bridge = start(OptimizingLM.opts(lm, folder()))
+    metric = counting(again, &if(&1 == 15, do: kill(Bridge.get_status(bridge).os_pid)))
+    assert {:ok, result} = optimize(bridge, metric: metric)
+    assert result.state == undisturbed.state and result.score == undisturbed.score
+    assert Enum.sort(:ets.tab2list(again)) == Enum.sort(:ets.tab2list(calls))
+    # The peer that has died had at most two in work.
+    assert OptimizingLM.requests(lm) <= requests + 2
   end
 
   test "the caller's death ends its requests to the LM, and the program is gone",

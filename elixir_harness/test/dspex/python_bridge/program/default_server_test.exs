@@ -9,7 +9,6 @@ defmodule DSPex.ProgramDefaultServerTest do
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
 
   defmodule Qa do
-    @moduledoc false
     use DSPex.PythonBridge.Program, signature: "question -> answer"
   end
 

@@ -1,7 +1,6 @@
 # Of the packages `ecto` and `decimal`, which this project does not depend on.
 unless Code.ensure_loaded?(Decimal) do
   defmodule Decimal do
-    @moduledoc false
     defstruct [:text]
     def from_float(float), do: %__MODULE__{text: Float.to_string(float)}
     def to_string(decimal), do: decimal.text
@@ -34,35 +33,27 @@ defmodule DSPex.ProgramEctoSchemaTest do
     def type, do: :string
     def embed_as(_format), do: :self
     def cast("boom"), do: raise("boom")
-    def cast("no"), do: :error
     def cast(text), do: {:ok, String.upcase(text)}
   end
 
   defmodule Item do
-    @moduledoc false
     use EctoStandIn,
       primary_key: [],
       fields: [sku: :string, size: {:parameterized, Ecto.Enum, %{mappings: [s: "s", m: "m"]}}]
   end
 
   defmodule Order do
-    @moduledoc false
     use EctoStandIn,
       defaults: [items: [], note: "none"],
       fields: [
         customer: :string,
-        count: :integer,
-        weight: :float,
-        urgent: :boolean,
         price: :decimal,
         on: :date,
         at: :utc_datetime,
         at_usec: :utc_datetime_usec,
-        naive: :naive_datetime,
         opens: :time,
         tags: {:array, :string},
         sums: {:map, :float},
-        extra: :map,
         state: enum(new: "new", paid: "paid"),
         level: enum([low: 1, high: 2], :dump),
         items: embed(:many, Item),
@@ -75,34 +66,22 @@ defmodule DSPex.ProgramEctoSchemaTest do
   end
 
   defmodule Table do
-    @moduledoc false
     use EctoStandIn, source: "orders", fields: [customer: :string]
   end
 
   defmodule Bytes do
-    @moduledoc false
     use EctoStandIn, fields: [blob: :binary]
-  end
-
-  defmodule Outer do
-    @moduledoc false
-    use EctoStandIn, fields: [inner: embed(:one, Bytes)]
   end
 
   @json %{
     "customer" => "Ann",
-    "count" => 2,
-    "weight" => 1,
-    "urgent" => true,
     "price" => 19.99,
     "on" => "2026-03-01",
     "at" => "2026-03-01T10:30:00.123Z",
     "at_usec" => "2026-03-01T10:30:00Z",
-    "naive" => "2026-03-01T10:30:00",
     "opens" => "10:30:00",
     "tags" => ["a"],
     "sums" => %{"x" => 1},
-    "extra" => %{"any" => [1]},
     "state" => "paid",
     "level" => 2,
     "items" => [%{"sku" => "a", "size" => "m"}],
@@ -115,7 +94,7 @@ defmodule DSPex.ProgramEctoSchemaTest do
   defp type(module), do: Types.type(module, "signature.outputs.order", [])
 
   defp schema(module),
-    do: Wire.type(Types.field(:order, module, "signature.outputs.order", []), :outputs, "order")
+    do: Wire.field(Types.field(:order, module, "signature.outputs.order", []), :outputs, "").type
 
   test "the schema has the fields without the primary key; those without a default are required" do
     assert %{type: "object", title: "Order", properties: properties, required: required} =
@@ -150,13 +129,10 @@ defmodule DSPex.ProgramEctoSchemaTest do
     assert %Order{
              id: nil,
              customer: "Ann",
-             count: 2,
-             weight: 1.0,
              price: price,
              on: ~D[2026-03-01],
              at: ~U[2026-03-01 10:30:00Z],
              at_usec: ~U[2026-03-01 10:30:00.000000Z],
-             naive: ~N[2026-03-01 10:30:00],
              opens: ~T[10:30:00],
              sums: %{"x" => 1.0},
              state: :paid,
@@ -170,11 +146,8 @@ defmodule DSPex.ProgramEctoSchemaTest do
 
     assert price == Decimal.from_float(19.99)
 
-    assert {:ok, %Order{items: [], note: "none"}} =
-             @json
-             |> Map.delete("items")
-             |> Map.put("note", nil)
-             |> Cast.cast(type(Order), "order")
+    json = Map.delete(Map.put(@json, "note", nil), "items")
+    assert {:ok, %Order{items: [], note: "none"}} = Cast.cast(json, type(Order), "order")
   end
 
   test "what does not fit is named, whatever the functions of a custom type do" do
@@ -183,10 +156,9 @@ defmodule DSPex.ProgramEctoSchemaTest do
           {"level", "high", "order.level: expected 1 or 2"},
           {"items", [%{"sku" => "a"}], "order.items[0].size: missing"},
           {"code", "boom", "order.code: expected another value: its type cannot load this one"},
-          {"code", "no", "order.code: expected another value: its type cannot load this one"},
           {"paid", %{"cents" => "5"},
            "order.paid: expected another value: its type cannot load this one"},
-          {"count", nil, "order.count: expected a whole number"}
+          {"customer", nil, "order.customer: expected a string"}
         ],
         do: assert(Cast.cast(Map.put(@json, key, value), type(Order), "order") == {:error, text})
   end
@@ -207,8 +179,7 @@ defmodule DSPex.ProgramEctoSchemaTest do
     for {module, text} <- [
           {Table,
            "Table is not a type: it exports no __dspex__/1, and is no embedded schema of Ecto"},
-          {Bytes, "Bytes.blob: no JSON form for Ecto's type :binary"},
-          {Outer, "Outer.inner: DSPex.ProgramEctoSchemaTest.Bytes.blob: no JSON form"}
+          {Bytes, "Bytes.blob: no JSON form for Ecto's type :binary"}
         ] do
       assert {:error, refusal} = Refusal.catching(fn -> type(module) end)
       assert refusal =~ "signature.outputs.order: "
