@@ -20,7 +20,7 @@ defmodule Mix.Tasks.Compile.DspexPython do
         {:noop, []}
 
       true ->
-        {:noop, [warn("the Python peer is neither in priv nor next to this project")]}
+        warn("the Python peer is neither in priv nor next to this project")
     end
   end
 
@@ -38,7 +38,7 @@ defmodule Mix.Tasks.Compile.DspexPython do
     {if(changed == [] and gone == [], do: :noop, else: :ok), []}
   rescue
     # Bridges find the peer in the checkout all the same.
-    error in [File.Error, File.RenameError] -> {:noop, [warn(Exception.message(error))]}
+    error in [File.Error, File.RenameError] -> warn(Exception.message(error))
   end
 
   # Whole at any moment, and without the mode of what may be read-only there.
@@ -59,16 +59,8 @@ defmodule Mix.Tasks.Compile.DspexPython do
   defp in_checkout(file), do: Path.join(@checkout, file)
 
   defp warn(text) do
-    message = "priv has no copy of the Python peer for a release: #{text}"
-    Mix.shell().error("warning: " <> message)
-
-    %Mix.Task.Compiler.Diagnostic{
-      compiler_name: "dspex_python",
-      file: __ENV__.file,
-      message: message,
-      position: 0,
-      severity: :warning
-    }
+    Mix.shell().error("warning: priv has no copy of the Python peer for a release: #{text}")
+    {:noop, []}
   end
 end
 
@@ -77,31 +69,22 @@ defmodule DSPex.MixProject do
 
   @version "0.1.0"
   @pages [
-    {"getting-started", "Start"},
-    {"guide/signatures", "Guide"},
-    {"guide/agents", "Guide"},
-    {"guide/streaming", "Guide"},
-    {"guide/evaluating", "Guide"},
-    {"optimizing", "Guide"},
-    {"guide/lms", "Guide"},
-    {"guide/own-modules", "Guide"},
-    {"guide/liveview", "Guide"},
-    {"guide/jobs", "Guide"},
-    {"guide/tour.livemd", "Guide"},
-    {"local-models", "Guide"},
-    {"testing", "Guide"},
-    {"deploying", "In production"},
-    {"security", "In production"},
-    {"settings", "In production"},
-    {"errors", "In production"},
-    {"telemetry", "In production"},
-    {"cluster", "In production"},
-    {"upgrading", "In production"},
-    {"how-it-works", "Inside"},
-    {"performance", "Inside"},
-    {"protocol", "Inside"},
-    {"coming-from", "Coming from"},
-    {"erlport", "Coming from"}
+    {"Start", ~w(getting-started)},
+    {"Guide",
+     ~w(guide/signatures guide/agents guide/streaming guide/evaluating optimizing guide/lms guide/own-modules
+        guide/liveview guide/jobs guide/tour.livemd local-models testing)},
+    {"In production", ~w(deploying security settings errors telemetry cluster upgrading)},
+    {"Inside", ~w(how-it-works performance protocol)},
+    {"Coming from", ~w(coming-from erlport)}
+  ]
+  # Of DSPex.PythonBridge.
+  @modules [
+    {"Calls",
+     ~w(Bridge Pool Program Evaluate Evaluate.Result Optimize Optimize.Result Error History)},
+    {"Starting and setting", ~w(Supervisor Options Venv)},
+    {"Looking at it", ~w(Monitor Telemetry Top Doctor EnvironmentCheck)},
+    {"In tests", ~w(Stub)},
+    {"The wire", ~w(Protocol)}
   ]
 
   def project do
@@ -156,40 +139,15 @@ defmodule DSPex.MixProject do
       formatters: ["html"],
       extras:
         ["../README.md"] ++
-          Enum.map(@pages, fn {page, _group} -> file(page) end) ++
+          Enum.flat_map(@pages, fn {_group, pages} -> Enum.map(pages, &file/1) end) ++
           ["usage-rules.md", "../CONTRIBUTING.md", "../SECURITY.md", "../CHANGELOG.md"],
-      groups_for_extras:
-        for group <- ["Start", "Guide", "In production", "Inside", "Coming from"] do
-          {group, for({page, ^group} <- @pages, do: file(page))}
-        end,
-      groups_for_modules: [
-        Calls: [
-          DSPex.PythonBridge.Bridge,
-          DSPex.PythonBridge.Pool,
-          DSPex.PythonBridge.Program,
-          DSPex.PythonBridge.Evaluate,
-          DSPex.PythonBridge.Evaluate.Result,
-          DSPex.PythonBridge.Optimize,
-          DSPex.PythonBridge.Optimize.Result,
-          DSPex.PythonBridge.Error,
-          DSPex.PythonBridge.History
-        ],
-        "Starting and setting": [
-          DSPex.Application,
-          DSPex.PythonBridge.Supervisor,
-          DSPex.PythonBridge.Options,
-          DSPex.PythonBridge.Venv
-        ],
-        "Looking at it": [
-          DSPex.PythonBridge.Monitor,
-          DSPex.PythonBridge.Telemetry,
-          DSPex.PythonBridge.Top,
-          DSPex.PythonBridge.Doctor,
-          DSPex.PythonBridge.EnvironmentCheck
-        ],
-        "In tests": [DSPex.PythonBridge.Stub],
-        "The wire": [DSPex.PythonBridge.Protocol]
-      ],
+      groups_for_extras: for({group, pages} <- @pages, do: {group, Enum.map(pages, &file/1)}),
+      groups_for_modules:
+        [{"The application", [DSPex.Application]}] ++
+          for(
+            {group, names} <- @modules,
+            do: {group, Enum.map(names, &Module.concat(DSPex.PythonBridge, &1))}
+          ),
       nest_modules_by_prefix: [DSPex.PythonBridge],
       # The pictures of the pages.
       assets: %{"../docs/charts" => "charts"},

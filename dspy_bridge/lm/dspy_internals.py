@@ -63,11 +63,6 @@ class Name:
         """The last part of its path."""
         return self.path.rpartition(".")[2]
 
-    @property
-    def frame(self) -> tuple[str, str]:
-        """The module and the function that a traceback has for it."""
-        return getattr(self.value, "__module__", self.module), self.attribute
-
     def wrap(self, wrapper: Callable[[Any], Any]) -> None:
         """Put `wrapper(function)` in the function's place, once in a process."""
         if self.there and not self._wrapped:
@@ -138,7 +133,10 @@ LITELLM_ARGUMENTS = [
     Name(f"dspy.clients.engines:{engine}._arguments", _OUTGOING, "self", "request")
     for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 ]
-ASYNC_LITELLM_ENGINE = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete", _OUTGOING, "self", "request")
+LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
+    Name(f"dspy.clients.engines:{engine}.complete", _OUTGOING, "self", "request")
+    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+)
 _IMPORT = "the import of LiteLLM may hold up other calls"
 ASYNC_LITELLM_STREAM = Name("dspy.clients.engines:AsyncLiteLLMEngine.stream", _IMPORT, "self", "request")
 GET_LITELLM = Name("dspy.clients._litellm:get_litellm", _IMPORT, "feature")
@@ -157,8 +155,6 @@ LITELLM_PROVIDER = Name(
     "model",
     lazy=True,
 )
-# Of LiteLLM's `aiohttp_openai/`.
-AIOHTTP_POST = Name("aiohttp:ClientSession.post", "aiohttp_openai/ follows redirects", "self", "url", lazy=True)
 
 # How answers are read.
 _REPAIR = "an LM's broken JSON may hold up other calls"
@@ -198,7 +194,7 @@ RESPONSE_MODEL = Name(
 FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajectory")
 MAKE_SIGNATURE = Name("dspy.signatures.signature:make_signature", _ANEW, "signature")
 
-# What DSPy looks up for each LM call: see `transport/lookups`.
+# What DSPy looks up for each LM call: see `transport/routes`.
 _LOOKUPS = "LM calls are slower"
 RESOLVE = Name("dspy.clients.capabilities:resolve", _LOOKUPS, "lm")
 OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "config", "model_type")
@@ -208,7 +204,7 @@ PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _LOOKUPS)
 # What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
 _SLOWER = "LM calls are slower"
 _EXECUTION = "dspy.clients.execution"
-PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
+PREPARE = Name(f"{_EXECUTION}:prepare", _SLOWER, "lm", "prompt")
 PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
 ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
@@ -218,18 +214,6 @@ CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "s
 # Where each LM call ends, with what is known of it.
 _UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"
 FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
-
-# Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.
-_UNKNOWN = "some errors in settings and inputs are `internal`"
-SELECT_ENGINE = Name(f"{_EXECUTION}:_select_engine", _UNKNOWN, "lm", "call")
-CANONICAL = Name(f"{_EXECUTION}:_canonical", _UNKNOWN, "call")
-PREPROCESS = Name("dspy:Predict._forward_preprocess", _UNKNOWN, "self")
-COMPLETE_LEGACY = [
-    LITELLM_LEGACY,
-    ASYNC_LITELLM_LEGACY,
-    Name("dspy.clients.engines:LegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
-    Name("dspy.clients.engines:AsyncLegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
-]
 
 # Streams.
 _WHOLE = "streamed fields come in one piece"
@@ -254,7 +238,7 @@ SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
 
-# Optimizers and batches: see `event_loop_lm` and `optimizing/student`.
+# Optimizers and batches: see `event_loop_lm`.
 EXECUTE = Name(
     "dspy.utils.parallelizer:ParallelExecutor.execute",
     "while a program is optimized, an example that takes 120 s is run twice, and bars may be logged",
@@ -262,9 +246,6 @@ EXECUTE = Name(
     "function",
     "data",
 )
-_BARS = "while a program is optimized, bars may be logged"
-BOOTSTRAP_BAR = Name("dspy.teleprompt.bootstrap:tqdm", _BARS)
-GEPA_BAR = Name("gepa.core.engine:tqdm", _BARS, lazy=True)
 
 # Connections, kept open, must not keep the context in which they were opened: see `runtime/event_loop`.
 for _method in ("_add_reader", "_add_writer"):

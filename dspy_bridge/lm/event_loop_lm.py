@@ -20,6 +20,16 @@ _PARAMS = {
 }
 
 
+def _support(capability: str) -> property:
+    """As `dspy.LM`'s property, unless the option says it."""
+
+    def supported(lm: LoopLM) -> bool:
+        known = lm.supports
+        return bool(getattr(super(LoopLM, lm), f"supports_{capability}") if known is None else capability in known)
+
+    return property(supported)
+
+
 class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
     """A `dspy.LM` that is called within the limits of its account."""
 
@@ -58,20 +68,9 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         event_loop.refuse_sync_call()
         return super().forward(*args, **kwargs)
 
-    @property
-    def supports_function_calling(self) -> bool:
-        """As `dspy.LM`'s."""
-        return bool(super().supports_function_calling if self.supports is None else "function_calling" in self.supports)
-
-    @property
-    def supports_reasoning(self) -> bool:
-        """As `dspy.LM`'s."""
-        return bool(super().supports_reasoning if self.supports is None else "reasoning" in self.supports)
-
-    @property
-    def supports_response_schema(self) -> bool:
-        """As `dspy.LM`'s."""
-        return bool(super().supports_response_schema if self.supports is None else "response_schema" in self.supports)
+    supports_function_calling = _support("function_calling")
+    supports_reasoning = _support("reasoning")
+    supports_response_schema = _support("response_schema")
 
     @property
     def supported_params(self) -> set[str]:

@@ -14,7 +14,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.optimizing.arguments import Given
+from dspy_bridge.optimizing.arguments import Optimize
 from dspy_bridge.programs.saved_state import MAX_DEMOS
 from dspy_bridge.signatures import validation_errors
 
@@ -75,7 +75,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def check(given: Given, trainset_size: int) -> None:
+def check(given: Optimize, trainset_size: int) -> None:
     """Whether this optimizer can run with this. Blocks. Raises `InvalidArgs`, naming the key or the missing package."""
     name = given.optimizer
     _check_package(name)
@@ -94,7 +94,7 @@ def check(given: Given, trainset_size: int) -> None:
 
 
 def compile(
-    given: Given,
+    given: Optimize,
     student: dspy.Module,
     trainset: list[dspy.Example],
     valset: list[dspy.Example] | None,
@@ -134,7 +134,7 @@ def compile(
     return teleprompter.compile(student, trainset=trainset, **rest)
 
 
-def scored_on(given: Given, trainset_size: int) -> int | None:
+def scored_on(given: Optimize, trainset_size: int) -> int | None:
     """How many examples one whole evaluation has; None if there is none, or if DSPy takes a sample (MIPROv2)."""
     on = _SCORED_ON.get(given.optimizer)
     if on == "valset" and given.valset is not None:
@@ -142,7 +142,7 @@ def scored_on(given: Given, trainset_size: int) -> int | None:
     return None if on is None else trainset_size
 
 
-def own_role(given: Given) -> str:
+def own_role(given: Optimize) -> str:
     """The role of an LM that was not given, and that the optimizer's own code asks; empty if there is none."""
     return "prompt_lm" if _KEYWORDS["prompt_lm"] in _takes(given.optimizer) else ""
 
@@ -153,7 +153,7 @@ def _takes(name: str) -> dict[str, inspect.Parameter]:
     return {**inspect.signature(cls.compile).parameters, **inspect.signature(cls).parameters}
 
 
-def _options(given: Given) -> dict[str, Any]:
+def _options(given: Optimize) -> dict[str, Any]:
     return validation_errors.read_options(given.options, OPTIONS[given.optimizer], "optimize.options")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs, LMFailed, OutputInvalid, TimedOut, ToolFailed, hits_all
-from dspy_bridge.lm import dspy_errors, dspy_internals
+from dspy_bridge.lm import dspy_errors
 from dspy_bridge.optimizing import run as runs
 from dspy_bridge.programs.program import Program
 from dspy_bridge.programs.scores import Metric
@@ -142,10 +141,3 @@ def _class_of(kind: Any) -> Any:
     Optimized.__name__, Optimized.__qualname__ = kind.__name__, kind.__qualname__
     Optimized.__module__, Optimized.__doc__ = kind.__module__, kind.__doc__
     return Optimized
-
-
-def without_bars(optimizer: str) -> None:
-    """Change DSPy so that optimizers draw no progress bars of their own."""
-    dspy_internals.BOOTSTRAP_BAR.wrap(lambda _tqdm: types.SimpleNamespace(tqdm=lambda examples: examples))
-    if optimizer == "gepa":
-        dspy_internals.GEPA_BAR.wrap(lambda tqdm: functools.partial(tqdm, disable=True))

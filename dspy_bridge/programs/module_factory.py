@@ -12,8 +12,9 @@ import pydantic
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm.dspy_setup import Models
 from dspy_bridge.programs import remote_tools, sandbox, scores
-from dspy_bridge.programs.runners import CodeRunner, ComparisonRunner, Runner, ScoredRunner, ToolCallRunner
+from dspy_bridge.programs.runners import CodeRunner, Runner, ScoredRunner, ToolCallRunner
 from dspy_bridge.signatures import validation_errors
+from dspy_bridge.signatures.validation import Contract
 
 # Program type to DSPy's class.
 TYPES = {
@@ -60,11 +61,12 @@ _OWN_ARGUMENTS = {("react", "inputs"): {"module"}, ("react", "outputs"): {"self"
 
 def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
     """Inputs of the program's type in addition to the signature's, which may declare them too."""
-    return ComparisonRunner.extra if definition.get("program_type") == "multi_chain_comparison" else ()
+    return ("completions",) if definition.get("program_type") == "multi_chain_comparison" else ()
 
 
-def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
+def build(definition: dict[str, Any], contract: Contract, lms: Models) -> Runner:
     """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
+    signature = contract.signature
     program_type = definition.get("program_type", "predict")
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
@@ -83,16 +85,17 @@ def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Mode
     chosen = validation_errors.read_options(lower, OPTIONS[program_type], "options")
     if "module" in chosen:
         _check_fields(chosen["module"], signature)
-    return _make(program_type, signature, chosen, tools, lms)
+    return _make(program_type, contract, chosen, tools, lms)
 
 
 def _make(
     program_type: str,
-    signature: type[dspy.Signature],
+    contract: Contract,
     chosen: dict[str, Any],
     tools: list[remote_tools.RemoteTool],
     lms: Models,
 ) -> Runner:
+    signature = contract.signature
     # DSPy drops deprecated modules.
     kind = getattr(dspy, TYPES[program_type], None)
     if kind is None:
@@ -108,12 +111,13 @@ def _make(
         chosen = {"threshold": 1.0, **chosen, "N": count}
         if tools and inner != "react":
             raise InvalidArgs(f"tools: {program_type} of {inner} takes none but its reward")
-        return ScoredRunner(kind, _make(inner, signature, {}, tools, lms).module, reward, chosen)
+        return ScoredRunner(kind, _make(inner, contract, {}, tools, lms).module, reward, chosen)
     if tools and program_type not in _TAKE_TOOLS:
         raise InvalidArgs(f"tools: {program_type} takes none")
     if program_type == "multi_chain_comparison":
         count = chosen.pop("m", 3)
-        return ComparisonRunner(kind(signature, M=count, **chosen), list(signature.output_fields)[-1], count)
+        contract.inputs["completions"] = _completions(count, list(signature.output_fields)[-1])
+        return Runner(kind(signature, M=count, **chosen))
     if program_type == "react":
         if not tools:
             raise InvalidArgs("tools: react needs at least one; chain_of_thought is the program type without tools")
@@ -131,6 +135,20 @@ def _make(
             raise InvalidArgs(f"signature, tools: {error}") from None
         return CodeRunner(module, takes_config=False)
     return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen))
+
+
+def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:
+    """The validator of what a MultiChainComparison compares."""
+
+    def fits(one: object) -> bool:
+        return isinstance(one, dict) and answer in one and isinstance(one.get("rationale", one.get("reasoning")), str)
+
+    def check(given: Any) -> Any:
+        if not isinstance(given, list) or len(given) != count or not all(map(fits, given)):
+            raise validation_errors.unfit(f"expected a list of {count} objects with reasoning and {answer}")
+        return given
+
+    return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(check)])
 
 
 def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:

@@ -18,19 +18,11 @@ from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
 class Runner:
-    """One module and its calls, which may overlap: DSPy's modules keep no state of a call.
-
-    `extra`: names of inputs that are not the signature's.
-    """
-
-    extra: tuple[str, ...] = ()
+    """One module and its calls, which may overlap: DSPy's modules keep no state of a call."""
 
     def __init__(self, module: dspy.Module, *, takes_config: bool = True) -> None:
         self.module = module
         self.takes_config = takes_config
-
-    def check(self, inputs: dict[str, Any]) -> None:
-        """Check the extra inputs before any LM call. Raises `InvalidArgs`."""
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
         """The adapter for a call; None for DSPy's default. `chosen`: the program's own."""
@@ -112,30 +104,6 @@ class ToolCallRunner(Runner):
             return {**called, "result": await tool.acall(**args)}
         except Exception as error:  # an observation, as in ReAct: the other calls go on
             return {**called, "error": str(error)}
-
-
-class ComparisonRunner(Runner):
-    """MultiChainComparison: compares given completions."""
-
-    extra = ("completions",)
-
-    def __init__(self, module: dspy.Module, answer: str, count: int) -> None:
-        """`answer`: the output that is compared; `count`: how many completions DSPy wants."""
-        super().__init__(module)
-        self._answer, self._count = answer, count
-
-    def check(self, inputs: dict[str, Any]) -> None:
-        """`completions` must be M objects, each with reasoning and answer."""
-        completions = inputs.get("completions")
-        if not isinstance(completions, list) or [self._fits(one) for one in completions] != [True] * self._count:
-            raise InvalidArgs(
-                f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
-            )
-
-    def _fits(self, one: object) -> bool:
-        if not isinstance(one, dict) or self._answer not in one:
-            return False
-        return isinstance(one.get("rationale", one.get("reasoning")), str)
 
 
 class ScoredRunner(Runner):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
 import pydantic
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, short
+from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, OutputInvalid, step
 from dspy_bridge.signatures import media, validation_errors
 
 # Outputs that DSPy's modules add to a signature's: a history may contain whole answers.
@@ -47,14 +46,13 @@ class Contract:
         self.outputs = {name: pydantic.TypeAdapter(kind) for name, kind in constrained.items()}
         self._nullable = [name for name, kind in outputs.items() if _is_text_or_null(kind)]
 
-    def check(self, inputs: dict[str, Any], others: Sequence[BridgeError] = ()) -> dict[str, Any]:
+    def check(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The validated inputs. Errors do not quote values.
 
-        `others`: further errors of the request. Raises `InvalidArgs` or `NotAllowed`, which names all missing and
-        invalid inputs and the first unknown ones at once.
+        Raises `InvalidArgs` or `NotAllowed`, which names all missing and invalid inputs and the first unknown ones.
         """
         unknown = [name for name in inputs if name not in self.inputs]
-        wrong: list[BridgeError] = [InvalidArgs(f"inputs.{_quoted(name)}: unknown field") for name in unknown[:_NAMED]]
+        wrong: list[BridgeError] = [InvalidArgs(f"inputs{step(name)}: unknown field") for name in unknown[:_NAMED]]
         if len(unknown) > _NAMED:
             wrong.append(InvalidArgs(f"inputs: {len(unknown) - _NAMED} more unknown fields"))
         values = {}
@@ -70,9 +68,10 @@ class Contract:
                 values[name] = value if validator is None else validator.validate_python(value)
             except (TypeError, ValueError) as error:
                 wrong.append(validation_errors.describe(f"inputs.{name}", error))
-        if wrong or others:
+        if wrong:
             expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if misnamed else ""
-            raise validation_errors.together([*others, *wrong], expected)
+            kind = NotAllowed if any(isinstance(error, NotAllowed) for error in wrong) else InvalidArgs
+            raise kind("; ".join(map(str, wrong)) + expected)
         return values
 
     def check_outputs(self, outputs: dict[str, Any]) -> None:
@@ -141,7 +140,3 @@ def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
     except pydantic.ValidationError:
         return False
     return True
-
-
-def _quoted(name: str) -> str:
-    return name if name.isidentifier() and len(name) <= 60 else short(name)

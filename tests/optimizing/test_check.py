@@ -12,14 +12,14 @@ from plain_optimizers import METRICS, ROLES, TRAINSET
 
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.optimizing import optimizers
-from dspy_bridge.optimizing.arguments import LM_ROLES, OPTIMIZERS, Given
+from dspy_bridge.optimizing.arguments import LM_ROLES, OPTIMIZERS, Optimize
 
 
-def given(optimizer: Any, options: dict[str, Any] | None = None, **more: Any) -> Given:
-    return Given(optimizer=optimizer, options=options or {}, **more)
+def given(optimizer: Any, options: dict[str, Any] | None = None, **more: Any) -> Optimize:
+    return Optimize(optimizer=optimizer, options=options or {}, **more)
 
 
-def refusal(of: Given, trainset_size: int = 40) -> str:
+def refusal(of: Optimize, trainset_size: int = 40) -> str:
     with pytest.raises(InvalidArgs) as error:
         optimizers.check(of, trainset_size)
     return str(error.value)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 import threading
-import time
-import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +14,6 @@ from peer import PATIENCE
 from dspy_bridge.lm import dspy_setup, lm_pool
 from dspy_bridge.lm.offline import echo_lm, offline_lm
 from dspy_bridge.programs import remote_tools
-from dspy_bridge.programs.program import Program
 from dspy_bridge.programs.runners import Runner, ToolCallRunner
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
@@ -69,43 +64,6 @@ def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_s
         del pool
         for _ in range(3):
             assert await asyncio.to_thread(server.ended.acquire, timeout=PATIENCE)
-
-    asyncio.run(use())
-
-
-TWO_STEP = {"adapter": {"name": "two_step", "extraction_model": {}}}
-RLM = {"program_type": "rlm", "options": {"sub_lm": {}}}
-
-
-@pytest.mark.parametrize("kind", [TWO_STEP, RLM], ids=["two_step", "rlm"])
-def test_a_second_lm_of_a_program_that_is_gone_is_closed(
-    models: dspy_setup.Models, start_lm: Any, kind: dict[str, Any]
-) -> None:
-    """A two-step adapter or an RLM holds an LM, which keeps its pool alive exactly as long."""
-    server = start_lm()
-    definition: dict[str, Any] = json.loads(json.dumps({"signature": "question -> answer", **kind}))
-    second = definition.get("options", {}).get("sub_lm", definition.get("adapter", {}).get("extraction_model"))
-    second.update(server.options(model="openai/second"))
-    models.settings = Settings({"allow_code": "1"})
-
-    async def use() -> None:
-        program = Program(definition, models, WorkerThreads())
-        pool = weakref.ref(models.pool(second))
-        for number in range(dspy_setup.MAX_LMS):
-            models.pool({"model": f"openai/m{number}"})
-        assert pool() is not None, "the program has it"
-        with models.context(models.pool({"model": "offline/echo"}), None):
-            await second_of(program).acall("hello")
-        del program
-        # The thread that ran its last step may hold its frame for a moment yet: the collection is what is repeated.
-        deadline = time.monotonic() + PATIENCE
-        while pool() is not None and time.monotonic() < deadline:
-            await asyncio.to_thread(gc.collect)
-        assert pool() is None
-        assert await asyncio.to_thread(server.ended.acquire, timeout=PATIENCE)
-
-    def second_of(program: Any) -> Any:
-        return program._adapter.extraction_model if program._adapter else program.runner.module.sub_lm
 
     asyncio.run(use())
 

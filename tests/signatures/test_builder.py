@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import pytest
 
-from dspy_bridge.errors import InvalidArgs, NotAllowed, OutputInvalid
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.signatures import builder
 
 PERSON = {
@@ -35,32 +33,11 @@ def refused(made: builder.Contract, inputs: dict[str, Any]) -> str:
 def test_all_that_is_wrong_with_inputs_is_named_at_once() -> None:
     made = contract(field("q"), field("n", "int"), field("who", PERSON))
     error = refused(made, {"n": "SECRET", "who": {"age": 5}, "w": 1, "a b": 2})
-    assert error.startswith("inputs.w: unknown field; inputs.'a b': unknown field; inputs.q: missing; inputs.n: Input ")
+    assert error.startswith(
+        "inputs.w: unknown field; inputs['a b']: unknown field; inputs.q: missing; inputs.n: Input "
+    )
     assert error.endswith('; inputs.who: "first-name" is a required property; expected q, n, who')
     assert "SECRET" not in error
-
-
-def test_of_many_unknown_inputs_the_first_are_named_and_the_rest_counted() -> None:
-    """A reply has no room for more, and one message for each of a million took ten seconds."""
-    error = refused(contract(field("q")), dict.fromkeys([f"x{n}" for n in range(10_000)]))
-    assert error.startswith("inputs.x0: unknown field; inputs.x1: unknown field; ")
-    assert error.endswith(
-        "; inputs.x19: unknown field; inputs: 9980 more unknown fields; inputs.q: missing; expected q"
-    )
-
-
-TEXTS = {"type": "array", "items": {"type": "string"}}
-
-
-@pytest.mark.parametrize("kind", ["list[str]", "set[str]", "dict[str, list[str]]", "Optional[list[str]]", TEXTS])
-def test_of_a_list_that_fits_nowhere_one_error_is_made(kind: Any) -> None:
-    """One error for each of a million items took two seconds and hundreds of megabytes; only one is reported."""
-    value = {"x": [1] * 10} if "dict" in kind else list(range(10))
-    validator = contract(field("q", kind)).inputs["q"]
-    assert validator is not None
-    with pytest.raises(pydantic.ValidationError) as caught:
-        validator.validate_python(value)
-    assert caught.value.error_count() <= 2  # that it is not None is another
 
 
 def test_values_are_converted_as_pydantic_does() -> None:
@@ -143,21 +120,6 @@ def test_null_is_no_text() -> None:
         assert refused(made, {"q": listed, "any": 1}).startswith("inputs.q: expected text; a list with numbers, ")
     for value in ("", 5, 2.5, False, ["a"], [], [{"a": 1}], {"a": None}):
         assert made.check({"q": value, "any": None, "maybe": None}) == {"q": value, "any": None, "maybe": None}
-
-
-def test_a_path_that_is_not_allowed_is_named_beside_all_else_that_is_wrong(tmp_path: Path) -> None:
-    definition = {"inputs": [field("photos", "list[image]"), field("n", "int")], "outputs": [field("answer")]}
-    photos = ["https://example.org/a.png", {"path": "../secret.png"}]
-    for files_dir, said in (
-        (str(tmp_path), "path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
-        (None, "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"),
-    ):
-        with pytest.raises(NotAllowed) as caught:
-            builder.build(definition, files_dir=files_dir).check({"photos": photos, "n": "x", "w": 1})
-        assert str(caught.value) == (
-            f"inputs.w: unknown field; inputs.photos[1]: {said}; "
-            "inputs.n: Input should be a valid integer, unable to parse string as an integer; expected photos, n"
-        )
 
 
 def test_a_name_and_a_description_are_the_signatures_own() -> None:

@@ -3,23 +3,6 @@ defmodule Mix.DSPex do
   # What the Mix tasks share.
 
   @doc """
-  Loads the project's configuration without starting it. With `quiet: true` compiling prints nothing, to keep standard
-  output clean.
-  """
-  @spec load_config(keyword()) :: :ok
-  def load_config(opts \\ []) do
-    shell = Mix.shell()
-    if opts[:quiet], do: Mix.shell(Mix.Shell.Quiet)
-
-    try do
-      Mix.Task.run("app.config")
-      :ok
-    after
-      Mix.shell(shell)
-    end
-  end
-
-  @doc """
   Calls `fun`, which measures something. Whatever ends it ends Mix with the status 2: 1 is that of a task that has run, with
   a bad result.
   """
@@ -48,7 +31,7 @@ defmodule Mix.DSPex do
   """
   @spec start(keyword()) :: :ok
   def start(opts \\ []) do
-    load_config()
+    Mix.Task.run("app.config")
     if opts[:clean], do: log_to_stderr()
     Mix.Task.run("app.start")
     :ok

@@ -110,15 +110,15 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     path = file(dir, lm)
 
     for {args, text} <- [
-          {[], "expected one file"},
-          {[path], "--out: missing"},
+          {[], "expected mix dspex.optimize FILE.exs --out"},
+          {[path], "expected mix dspex.optimize FILE.exs --out"},
           {[path, "--out", out, "--lm-calls", "many"], "--lm-calls"},
           {[path, "--out", dir], "--out #{dir}: it is a folder; expected a file"},
           {[path, "--out", out, "--optimizer", "better"], "optimize.optimizer"},
           {[file(dir, lm, trainset: "nil"), "--out", out], ":trainset is missing"},
           {[file(dir, lm, trainset: "[]"), "--out", out], "at least one example"},
           {[file(dir, lm, optimize: "[seeds: 5]"), "--out", out], "unknown option :seeds"},
-          {[file(dir, lm, optimize: "[]"), "--out", out], ":optimizer: expected a name"},
+          {[file(dir, lm, optimize: "[]"), "--out", out], "optimize.optimizer: "},
           {[file(dir, lm, program: ~s|"qa"|, server: "Here"), "--out", out], "not an id"},
           {[file(dir, lm, metric: ~s|fn _, _ -> raise "mine" end|), "--out", out],
            "tool_error: metric:score: RuntimeError: mine"}

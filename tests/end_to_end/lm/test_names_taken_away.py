@@ -169,20 +169,6 @@ def test_without_litellms_answer_the_peers_key_goes_by_names_with_a_provider_alo
     proxy.stop()
 
 
-def test_without_dspys_router_only_names_with_a_provider_have_one(
-    start: Callable[..., Peer], start_lm: Any, tmp_path: Path
-) -> None:
-    server = start_lm()
-    env = {"DSPY_BRIDGE_LM": "openai/stub", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(server.options())}
-    with Peer(env={**env, **without([dspy_internals.OFFLINE_ENGINE], "gone", tmp_path)}) as peer:
-        for name, count in (("openai/other", 1), ("stub", 0)):
-            reply = peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": name})
-            assert reply["success"], reply
-            reply = peer.call("execute_program", {"program_id": "qa", **ASK})
-            assert len(server.requests) == count, (name, reply)
-            server.requests.clear()
-
-
 def test_a_dspy_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
     """One without engines of its own, as before 3.4."""
     (tmp_path / "sitecustomize.py").write_text("import dspy; del dspy.lm15")

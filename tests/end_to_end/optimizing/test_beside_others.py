@@ -105,17 +105,6 @@ def test_a_judge_may_run_a_program_and_others_too(desk: Desk, optimizer: str) ->
     desk.becomes_idle()
 
 
-def test_a_program_that_is_removed_and_replaced_meanwhile(desk: Desk) -> None:
-    alone = desk.run("mipro_v2")["result"]
-    desk.serve(held_after=5)
-    id = desk.start("mipro_v2")
-    desk.lm_holds(6)
-    assert desk.peer.call("cleanup")["result"]["programs_removed"] == 1
-    desk.create(signature="question -> other")
-    desk.server.gate.set()
-    assert desk.reply_to(id)["result"] == alone
-
-
 @pytest.mark.parametrize("desks", [8], indirect=True)
 @pytest.mark.parametrize("how", ["success", "cancel", "error", "budget"])
 def test_no_more_at_once_than_are_allowed(desk: Desk, how: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from optimizing_host import EXACT, JUDGE, Desk, first_of
+from optimizing_host import JUDGE, Desk, first_of
 from peer import PATIENCE
 
 GOOD: tuple[dict[str, Any], dict[str, Any]] = ({"question": "word 1", "count": 1}, {"answer": "WORD 1", "sure": True})
@@ -77,21 +77,3 @@ def test_large_inputs(desk: Desk, optimizer: str) -> None:
     reply = desk.reply_to(id)
     assert reply["success"], reply
     desk.becomes_idle()
-
-
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAA"
-    "DUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
-)
-
-
-@pytest.mark.parametrize("optimizer", ["labeled_few_shot", "mipro_v2", "simba"])
-def test_images(desk: Desk, optimizer: str) -> None:
-    """Demos that have them load."""
-    signature = "question, picture: image -> answer"
-    desk.create(signature=signature)
-    inputs = [{"question": f"word {number}", "picture": PIXEL} for number in range(8)]
-    wanted = [{"answer": f"WORD {number}"} for number in range(8)]
-    reply = desk.run(optimizer, EXACT, inputs=inputs, wanted=wanted)
-    assert reply["success"], reply
-    desk.create("better", signature=signature, state=reply["result"]["state"])

@@ -183,14 +183,6 @@ def test_a_number_of_attempts_that_is_none_is_refused(echo_peer: Peer, attempts:
 HOST = """
 import dspy
 
-class Two(dspy.Module):
-    def __init__(self, signature):
-        super().__init__()
-        self.first, self.second = dspy.Predict("review -> mood"), dspy.Predict("mood -> stars: int")
-
-    def forward(self, review):
-        return self.second(mood=self.first(review=review).mood)
-
 class Draft(dspy.Module):
     # Both predictors have the output that the program has.
     def __init__(self, signature):
@@ -199,22 +191,6 @@ class Draft(dspy.Module):
 
     def forward(self, review):
         return self.second(review=review, draft=self.first(review=review).stars)
-
-class Number(dspy.Module):
-    def __init__(self, signature):
-        super().__init__()
-
-    async def aforward(self, review):
-        return 5
-
-class Several(dspy.Module):
-    def __init__(self, signature):
-        super().__init__()
-        self.ask = dspy.Predict(signature)
-
-    async def aforward(self, review):
-        found = [(await self.ask.acall(review=part)).stars for part in review.split()]
-        return dspy.Prediction(stars=max(found))
 """
 
 

@@ -167,25 +167,3 @@ def test_a_sandbox_that_hears_nothing_is_killed(start: Any, init: str) -> None:
     assert peer.receive()["error_type"] == "cancelled"
     while workers(peer) or peer.call("get_stats")["result"]["threads"]["running"]:
         assert time.monotonic() < begin + PATIENCE
-
-
-@pytest.mark.parametrize(
-    ("create", "named"),
-    [
-        ({"options": {"sub_lm": {}}}, "lm.model"),
-        ({"options": {"sub_lm": {"model": 5}}}, "lm.model"),
-        ({"options": {"max_iters": 0}}, "options.max_iters"),
-        ({"options": {"interpreter_factory": "x"}}, "options: unknown key"),
-        ({"signature": "llm_query -> answer"}, "llm_query"),
-        ({"signature": "question -> trajectory"}, "signature.outputs"),
-    ],
-)
-def test_what_it_cannot_be_built_of_is_refused(allowed: Peer, create: dict[str, Any], named: str) -> None:
-    reply = allowed.call("create_program", {**CREATE, **RLM, "id": "bad", **create})
-    assert reply.get("error_type") == "invalid_args" and named in reply["error"], reply
-
-
-@pytest.fixture(scope="module")
-def allowed() -> Iterator[Peer]:
-    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_CODE": "1"}) as peer:
-        yield peer

@@ -67,24 +67,6 @@ def test_refine_gives_the_lm_its_advice(start_lm: Any) -> None:
     assert "be bolder" in second and "be bolder" not in first
 
 
-@pytest.mark.parametrize(
-    ("signature", "answer", "equals"),
-    [
-        ("question -> answer: bool", "True", True),
-        ("question -> answer: list[str]", '["a", "b"]', ["a", "b"]),
-        ("question -> answer: Optional[int]", "null", None),
-    ],
-)
-def test_a_field_is_compared_as_a_reply_would_have_it(start_lm: Any, signature: str, answer: str, equals: Any) -> None:
-    server = start_lm(chat(answer=answer))
-    with shared_peer(env=lm_env(server)) as peer:
-        options = {"reward": {"field": "answer", "equals": equals}}
-        create = {"id": "x", "signature": signature, "program_type": "best_of_n", "options": options}
-        assert peer.call("create_program", create)["success"]
-        assert peer.call("execute_program", ASK)["result"] == {"answer": equals}
-    assert len(server.requests) == 1
-
-
 def test_they_run_other_modules_too(start_lm: Any) -> None:
     """A ReAct with a tool. The reward may be declared among the tools, but is not a tool for the LM."""
     step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')

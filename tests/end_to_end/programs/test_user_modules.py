@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from conftest import lm_env
-from lm_server import LMServer
 from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
@@ -66,10 +65,6 @@ class Cancels(dspy.Module):
     def forward(self, question):
         raise asyncio.CancelledError
 
-class Stops(dspy.Module):
-    def __init__(self, signature):
-        next(iter(()))
-
 def down(question):
     return down(question)
 
@@ -105,9 +100,6 @@ class Odd(dspy.Module):
 class Options(dspy.Module):
     def __init__(self, signature, k, *, style="plain", **more):
         super().__init__()
-        self.given = [type(signature).__name__, k, style, more]
-    def forward(self, question):
-        return dspy.Prediction(answer=self.given)
 
 class Strict(dspy.Module):
     def __init__(self, k=1):
@@ -117,22 +109,7 @@ class Strict(dspy.Module):
     def forward(self, question):
         return "strict"
 
-class Twice(dspy.Module):
-    """Makes two LM calls."""
-    def __init__(self, signature):
-        super().__init__()
-        self.inner = dspy.Predict(signature)
-    def forward(self, question):
-        try:
-            self.inner(question=question)
-        finally:
-            try:
-                self.inner(question=question + " again")
-            finally:
-                open(os.environ["RECORD"], "a").write("ended\\n")
-        return "done"
-
-class Catches(Twice):
+class Catches(Shout):
     """Catches any exception of its LM call, and goes on."""
     def forward(self, question):
         for _ in range(3):
@@ -145,16 +122,9 @@ class Catches(Twice):
                 raise
 
 class Untold(dspy.Module):
-    """Its state cannot be dumped, or only after a wait."""
-    def __init__(self, wait):
-        super().__init__()
-        self.wait = wait
     def forward(self, question):
         return "x"
     def dump_state(self, json_mode=True):
-        if self.wait:
-            open(os.environ["RECORD"], "a").write("asked\\n")
-            time.sleep(1000)
         raise ValueError("no state")
 
 class Broken(dspy.Module):
@@ -276,15 +246,6 @@ def test_whatever_they_return_is_one_reply(start: Any) -> None:
     assert peer.finish()[0] == 0
 
 
-def test_options_go_to_the_constructor_by_name(start: Any) -> None:
-    peer = start()
-    made = {"id": "o", "signature": "question -> answer", "program_type": "host:Options"}
-    assert peer.call("create_program", {**made, "options": {"k": 3, "style": "s", "other": [1]}})["success"]
-    assert peer.call("execute_program", ask("o", "x"))["result"] == {
-        "answer": ["SignatureMeta", 3, "s", {"other": [1]}]
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "more", "error_type", "named"),
     [
@@ -344,21 +305,16 @@ def test_code_that_never_returns_takes_all_threads_but_nothing_else(start: Any) 
     assert peer.finish()[0] == 0
 
 
-def give_up(peer: Peer, server: LMServer, name: str) -> None:
-    """Cancel a run once its LM has been asked."""
-    id = peer.request("execute_program", ask(name, "Why?"))
-    assert server.arrived.acquire(timeout=PATIENCE)
-    peer.send({"cancel": id})
-    assert peer.receive()["error_type"] == "cancelled"
-
-
 def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, start_lm: Any, record: Path) -> None:
     """A cancelled LM call raises no Exception in its thread, as on an event loop."""
     server = start_lm()
     server.gate.clear()
     peer = start(**lm_env(server))
     create(peer, "Catches")
-    give_up(peer, server, "Catches")
+    id = peer.request("execute_program", ask("Catches", "Why?"))
+    assert server.arrived.acquire(timeout=PATIENCE)
+    peer.send({"cancel": id})
+    assert peer.receive()["error_type"] == "cancelled"
     pinged_until(peer, lambda: record.exists() and record.read_text())
     assert record.read_text() == "ended\n"
     assert len(server.requests) == 1
@@ -367,7 +323,7 @@ def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, s
 def test_a_state_that_cannot_be_told_is_null_and_the_others_are_told(start: Any) -> None:
     peer = start()
     args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
-    assert peer.call("create_program", {**args, "options": {"wait": False}})["success"]
+    assert peer.call("create_program", args)["success"]
     assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
     plain, detailed = peer.call("list_programs", {"state": True})["result"]["details"]
     assert plain["state"] is None and detailed["state"]["demos"] == []

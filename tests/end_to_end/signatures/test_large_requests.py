@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 from conftest import lm_env
-from lm_server import chat, script
+from lm_server import chat
 from peer import PATIENCE, Peer
-from tool_host import execute
 
 QA = {"id": "qa", "signature": "question -> answer"}
 LARGE = "x" * (1 << 21)
@@ -40,18 +39,6 @@ def test_a_cancel_closes_the_lms_request(start_lm: Any) -> None:
         peer.send({"cancel": id})
         assert peer.receive()["error_type"] == "cancelled"
         assert server.closed_by_client.acquire(timeout=PATIENCE)
-
-
-def test_an_agent_asks_its_tools(start_lm: Any) -> None:
-    step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')
-    finish = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
-    server = start_lm(script(step, finish, chat(reasoning="r", answer="yes")))
-    with Peer(env=lm_env(server)) as peer:
-        search = {"name": "search", "args": {"q": {"type": "str"}}}
-        assert peer.call("create_program", {**QA, "program_type": "react", "tools": [search]})["success"]
-        reply, asked = execute(peer, ASK, {"search": lambda q: f"found {q}"})
-    assert asked == [("search", {"q": "a"})] and reply["result"]["answer"] == "yes"
-    assert reply["result"]["trajectory"]["observation_0"] == "found a"
 
 
 def test_large_and_small_inputs_of_one_list(start_lm: Any) -> None:

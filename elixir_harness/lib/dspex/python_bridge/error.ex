@@ -12,13 +12,11 @@ defmodule DSPex.PythonBridge.Error do
   `meta["history"]` has, and not their contents.
   """
 
+  @types ~w(invalid_json invalid_request invalid_args unknown_command frame_too_large program_not_found
+            lm_not_configured lm_error output_invalid tool_error timeout cancelled overloaded not_allowed internal
+            python_process_died bridge_not_running)a
   # A fixed table, so that no string from outside becomes a new atom.
-  @peer_types Map.new(
-                ~w(invalid_json invalid_request invalid_args unknown_command frame_too_large
-                   program_not_found lm_not_configured lm_error output_invalid tool_error timeout
-                   cancelled overloaded not_allowed internal python_process_died)a,
-                &{Atom.to_string(&1), &1}
-              )
+  @by_name Map.new(@types, &{Atom.to_string(&1), &1})
 
   @local_messages %{
     timeout: "no reply within the timeout",
@@ -34,24 +32,7 @@ defmodule DSPex.PythonBridge.Error do
   @enforce_keys [:type, :message]
   defexception [:type, :message, :meta, retryable: false]
 
-  @type type ::
-          :invalid_json
-          | :invalid_request
-          | :invalid_args
-          | :unknown_command
-          | :frame_too_large
-          | :program_not_found
-          | :lm_not_configured
-          | :lm_error
-          | :output_invalid
-          | :tool_error
-          | :timeout
-          | :cancelled
-          | :overloaded
-          | :not_allowed
-          | :internal
-          | :python_process_died
-          | :bridge_not_running
+  @type type :: unquote(Enum.reduce(@types, &{:|, [], [&1, &2]}))
 
   @type t :: %__MODULE__{
           type: type(),
@@ -76,9 +57,8 @@ defmodule DSPex.PythonBridge.Error do
       true
   """
   @spec new(type(), String.t()) :: t()
-  def new(type, message) do
-    %__MODULE__{type: type, message: message, retryable: type in @retryable}
-  end
+  def new(type, message),
+    do: %__MODULE__{type: type, message: message, retryable: type in @retryable}
 
   @doc """
   The error of a bridge or a pool that is not running, whose text names it.
@@ -114,7 +94,7 @@ defmodule DSPex.PythonBridge.Error do
   """
   @spec from_peer(term(), String.t(), term(), term()) :: t()
   def from_peer(error_type, message, retryable, meta \\ nil) do
-    error = new(Map.get(@peer_types, error_type, :internal), message)
+    error = new(Map.get(@by_name, error_type, :internal), message)
     error = if is_boolean(retryable), do: %{error | retryable: retryable}, else: error
     if is_map(meta), do: %{error | meta: meta}, else: error
   end
@@ -125,9 +105,6 @@ defmodule DSPex.PythonBridge.Error do
 
       iex> DSPex.PythonBridge.Error.to_call_reason(DSPex.PythonBridge.Error.new(:timeout))
       :timeout
-      iex> error = DSPex.PythonBridge.Error.from_peer("program_not_found", "Program not found: qa", nil)
-      iex> DSPex.PythonBridge.Error.to_call_reason(error)
-      "Program not found: qa"
   """
   @spec to_call_reason(t()) ::
           :timeout | :overloaded | :python_process_died | :bridge_not_running | String.t()

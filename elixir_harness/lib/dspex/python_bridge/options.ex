@@ -30,16 +30,12 @@ defmodule DSPex.PythonBridge.Options do
   """
 
   alias DSPex.PythonBridge.Options.Table
-  alias DSPex.PythonBridge.OTP.Sealed
   alias DSPex.PythonBridge.Programs
   alias DSPex.PythonBridge.Protocol.PeerEnv
 
-  @whose "python bridge"
   # The limit of {:packet, 4}.
   @max_frame_bytes 2_147_483_647
   @secret [:lm, :lm_options, :env, :programs]
-  # They only set variables of the peer.
-  @variables [:lm, :lm_options, :adapter]
   # For the other modules here. slot: only in a pool. transport: starts a process, linked to the caller, in the place of
   # a port. store: the table of the bridge's supervisor, if it has one; the declared programs are in it.
   @internal [:slot, :transport, :store]
@@ -78,16 +74,8 @@ defmodule DSPex.PythonBridge.Options do
   """
   @spec new(keyword(), GenServer.name() | nil) :: {:ok, t()} | {:error, Exception.t()}
   def new(opts \\ [], name \\ nil) do
-    with {:ok, opts} <- Table.check(unsealed(opts), table(), @whose, :python_bridge),
-         :ok <- once(opts),
+    with {:ok, opts} <- Table.check(unsealed(opts), table(), "python bridge", :python_bridge),
          do: {:ok, build(Keyword.put_new(opts, :name, name))}
-  end
-
-  defp once(opts) do
-    case PeerEnv.lm_setting_twice(opts) do
-      nil -> :ok
-      name -> {:error, ArgumentError.exception("#{@whose}: :lm: #{name} is in :lm_options, too")}
-    end
   end
 
   @doc """
@@ -99,28 +87,36 @@ defmodule DSPex.PythonBridge.Options do
       true
   """
   @spec seal(keyword()) :: keyword()
-  def seal(opts) when is_list(opts) do
+  def seal(opts) do
+    each_secret(opts, fn
+      sealed when is_function(sealed, 0) -> sealed
+      value -> sealed(value)
+    end)
+  end
+
+  defp unsealed(opts) do
+    each_secret(opts, fn
+      sealed when is_function(sealed, 0) -> sealed.()
+      value -> value
+    end)
+  end
+
+  # Wrong options are refused by new/1.
+  defp each_secret(opts, fun) when is_list(opts) do
     Enum.map(opts, fn
-      {key, value} when key in @secret and not is_function(value, 0) -> {key, Sealed.new(value)}
+      {key, value} when key in @secret -> {key, fun.(value)}
       other -> other
     end)
   end
 
-  def seal(opts), do: opts
+  defp each_secret(opts, _fun), do: opts
 
-  defp unsealed(opts) when is_list(opts) do
-    Enum.map(opts, fn
-      {key, value} when key in @secret and is_function(value, 0) -> {key, value.()}
-      other -> other
-    end)
-  end
-
-  defp unsealed(opts), do: opts
+  defp sealed(value), do: fn -> value end
 
   @doc "The same options for a peer that logs to its standard error."
   @spec log_to_stderr(t()) :: t()
   def log_to_stderr(%__MODULE__{env: env} = options),
-    do: %{options | env: Sealed.new(PeerEnv.log_to_stderr(env.()))}
+    do: %{options | env: sealed(PeerEnv.log_to_stderr(env.()))}
 
   @doc "The environment of the peer, as a port takes it."
   @spec port_env(t()) :: [{charlist(), charlist()}]
@@ -130,14 +126,13 @@ defmodule DSPex.PythonBridge.Options do
   defp build(opts) do
     env = PeerEnv.new(opts)
     script = opts[:script_path] || Application.app_dir(:dspex, "priv/python/dspy_bridge.py")
-    own = Keyword.drop(opts, [:env, :script_path, :programs | @variables])
 
-    struct!(
-      __MODULE__,
-      own ++
-        [script_path: script(script), env: Sealed.new(env), drain_ms: PeerEnv.drain_ms(env)] ++
-        [programs: Sealed.new(opts[:programs])]
-    )
+    made =
+      [script_path: script(script), env: sealed(env), drain_ms: PeerEnv.drain_ms(env)] ++
+        [programs: sealed(opts[:programs])]
+
+    # The variables of the peer are in its environment.
+    struct!(__MODULE__, Keyword.merge(Keyword.drop(opts, [:lm, :lm_options, :adapter]), made))
   end
 
   defp script(path) do
@@ -182,20 +177,17 @@ defmodule DSPex.PythonBridge.Options do
   defp lm(nil), do: :ok
 
   defp lm(lm) do
-    {model, settings} = PeerEnv.lm(lm)
-
-    if text?(model) and PeerEnv.json(settings) != :error,
-      do: :ok,
-      else: {:error, "expected a string, or a map with model that can be written as JSON"}
+    if text?(lm) or
+         (is_map(lm) and PeerEnv.json(lm) != :error and text?(elem(PeerEnv.lm(lm), 0))),
+       do: :ok,
+       else: {:error, "expected a string, or a map with model that can be written as JSON"}
   end
 
   defp lm_options(options) do
-    with true <- options == nil or is_map(options) or Keyword.keyword?(options),
-         {:ok, _json} <- PeerEnv.json(options || %{}) do
-      :ok
-    else
-      _wrong -> {:error, "expected a map or keyword list that can be written as JSON"}
-    end
+    if options == nil or
+         ((is_map(options) or Keyword.keyword?(options)) and PeerEnv.json(options) != :error),
+       do: :ok,
+       else: {:error, "expected a map or keyword list that can be written as JSON"}
   end
 
   defp env(env) do

@@ -12,23 +12,13 @@ defmodule DSPex.PythonBridge.Protocol do
   alias DSPex.PythonBridge.Protocol.Payload
 
   # For each call.
-  @compile {:inline, encode_command: 1, encode_args: 1, decode_success: 3}
+  @compile {:inline, encode_command: 1, decode_success: 3}
 
   # The bridge gives no longer ids; the limit keeps `route/1` cheap for any bytes.
   @max_id_digits 18
-  # Their JSON.
-  @commands Map.new(
-              ~w(ping create_program execute_program list_programs get_stats cleanup)a,
-              &{&1, ~s("#{&1}")}
-            )
+  @commands ~w(ping create_program execute_program list_programs get_stats cleanup)a
   # Those of Python.
-  @log_levels %{
-    "debug" => :debug,
-    "info" => :info,
-    "warning" => :warning,
-    "error" => :error,
-    "critical" => :critical
-  }
+  @log_levels Map.new(~w(debug info warning error critical)a, &{Atom.to_string(&1), &1})
 
   @type id :: integer() | String.t()
   @type command :: atom() | String.t()
@@ -48,19 +38,17 @@ defmodule DSPex.PythonBridge.Protocol do
       true
   """
   @spec encode_request(id(), command(), map()) :: binary()
-  def encode_request(id, command, args) when is_integer(id) or is_binary(id) do
-    with {:ok, id_json} <- Payload.encode(id, "id"),
+  def encode_request(id, command, args) do
+    with true <- is_integer(id) or is_binary(id),
+         {:ok, id_json} <- Payload.encode(id, "id"),
          {:ok, body} <- encode_body(command, args) do
       time = DateTime.to_iso8601(DateTime.utc_now(:second))
       open = binary_part(body, 0, byte_size(body) - 1)
       IO.iodata_to_binary([~s({"id":), id_json, open, ~s(,"timestamp":"), time, ~s("})])
     else
+      false -> raise ArgumentError, "id: expected an integer or a string"
       {:error, error} -> raise ArgumentError, error.message
     end
-  end
-
-  def encode_request(_id, _command, _args) do
-    raise ArgumentError, "id: expected an integer or a string"
   end
 
   @doc """
@@ -80,12 +68,23 @@ defmodule DSPex.PythonBridge.Protocol do
   @spec encode_body(command(), map(), keyword()) :: {:ok, binary()} | {:error, Error.t()}
   def encode_body(command, args, opts \\ []) do
     with {:ok, command_json} <- encode_command(command),
-         {:ok, args_json} <- encode_args(args) do
+         true <- is_map(args) || {:error, Error.new(:invalid_args, "args: expected a map")},
+         {:ok, args_json} <- Payload.encode(args, "args") do
       # One binary costs half as much as a list of parts.
       {:ok,
        <<",\"command\":", IO.iodata_to_binary(command_json)::binary, ",\"args\":",
          IO.iodata_to_binary(args_json)::binary, wishes(opts)::binary, "}">>}
     end
+  end
+
+  for command <- @commands do
+    defp encode_command(unquote(command)), do: {:ok, unquote(~s("#{command}"))}
+  end
+
+  defp encode_command(command) do
+    if name = Payload.string(command),
+      do: Payload.encode(name, "command"),
+      else: {:error, Error.new(:invalid_request, "command: expected an atom or a string")}
   end
 
   # The usual options first: they need no lookup.
@@ -117,21 +116,13 @@ defmodule DSPex.PythonBridge.Protocol do
     [~s({"id":), Integer.to_string(id), ~s(,"timeout_ms":), Integer.to_string(timeout_ms), body]
   end
 
-  @doc """
-  Whether a body is that of a ping.
-
-      iex> {:ok, body} = DSPex.PythonBridge.Protocol.encode_body(:ping, %{})
-      iex> DSPex.PythonBridge.Protocol.ping?(body)
-      true
-  """
+  @doc "Whether a body is that of a ping."
   @spec ping?(binary()) :: boolean()
-  def ping?(<<",\"command\":\"ping\"", _rest::binary>>), do: true
-  def ping?(body) when is_binary(body), do: false
+  def ping?(body), do: String.starts_with?(body, ~s(,"command":"ping"))
 
   @doc "Whether a body is that of a run."
   @spec run?(binary()) :: boolean()
-  def run?(<<",\"command\":\"execute_program\"", _rest::binary>>), do: true
-  def run?(body) when is_binary(body), do: false
+  def run?(body), do: String.starts_with?(body, ~s(,"command":"execute_program"))
 
   @doc """
   The control frame that cancels a request. It has no reply of its own.
@@ -186,12 +177,7 @@ defmodule DSPex.PythonBridge.Protocol do
   defp route_kind(<<?\s, rest::binary>>, id), do: route_kind(rest, id)
   defp route_kind(_rest, id), do: {:reply, id}
 
-  @doc """
-  Whether a reply with a number as its id is a success, from its first bytes.
-
-      iex> DSPex.PythonBridge.Protocol.success?(~s({"id":12,"success":true,"result":{}}))
-      true
-  """
+  @doc "Whether a reply with a number as its id is a success, from its first bytes."
   @spec success?(binary()) :: boolean()
   def success?(frame), do: frame =~ ~r/\A\{"id": ?\d+, ?"success": ?true/
 
@@ -233,17 +219,19 @@ defmodule DSPex.PythonBridge.Protocol do
 
   # What all successes begin with is not decoded: it would be half of the work for a small one.
   defp decode_success(payload, id, rest) do
-    case Payload.decode_first(rest, byte_size(payload)) do
-      {:ok, result, "}"} -> {:ok, id, result, %{}}
-      {:ok, result, <<",\"meta\":", rest::binary>>} -> decode_meta(payload, id, result, rest)
-      _another_form -> decode_object(payload)
-    end
-  end
+    size = byte_size(payload)
 
-  defp decode_meta(payload, id, result, rest) do
-    case Payload.decode_first(rest, byte_size(payload)) do
-      {:ok, %{} = meta, "}"} -> {:ok, id, result, meta}
-      _another_form -> decode_object(payload)
+    case Payload.decode_first(rest, size) do
+      {:ok, result, "}"} ->
+        {:ok, id, result, %{}}
+
+      {:ok, result, <<",\"meta\":", rest::binary>>} ->
+        with {:ok, %{} = meta, "}"} <- Payload.decode_first(rest, size),
+             do: {:ok, id, result, meta},
+             else: (_another_form -> decode_object(payload))
+
+      _another_form ->
+        decode_object(payload)
     end
   end
 
@@ -253,10 +241,7 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp to_reply(%{"id" => id, "success" => true, "result" => result} = reply)
        when is_integer(id) or is_binary(id) do
-    case reply do
-      %{"meta" => %{} = meta} -> {:ok, id, result, meta}
-      _no_meta -> {:ok, id, result, %{}}
-    end
+    {:ok, id, result, with(%{"meta" => %{} = meta} <- reply, do: meta, else: (_none -> %{}))}
   end
 
   defp to_reply(%{"id" => id, "success" => false, "error" => error} = reply)
@@ -270,19 +255,11 @@ defmodule DSPex.PythonBridge.Protocol do
 
   defp to_reply(_term), do: {:error, {:not_a_reply, "JSON, but no object"}}
 
-  @doc """
-  The reply that takes the place of one that is too large.
-
-      iex> frame = DSPex.PythonBridge.Protocol.refusal_frame(7, "the reply has 12 bytes; max_frame_bytes is 11")
-      iex> {:error, 7, error} = DSPex.PythonBridge.Protocol.decode_reply(frame)
-      iex> {error.type, error.message}
-      {:frame_too_large, "the reply has 12 bytes; max_frame_bytes is 11"}
-  """
+  @doc "The reply that takes the place of one that is too large."
   @spec refusal_frame(non_neg_integer(), String.t()) :: binary()
-  def refusal_frame(id, text) do
-    error = JSON.encode!(text)
-    ~s({"id":#{id},"success":false,"error_type":"frame_too_large","error":#{error}})
-  end
+  def refusal_frame(id, text),
+    do:
+      ~s({"id":#{id},"success":false,"error_type":"frame_too_large","error":#{JSON.encode!(text)}})
 
   ## Frames before a reply
 
@@ -293,36 +270,33 @@ defmodule DSPex.PythonBridge.Protocol do
       {:ok, 12, %{"field" => "answer", "chunk" => "Par"}}
   """
   @spec decode_chunk(binary()) :: {:ok, id(), map()} | {:error, reason()}
-  def decode_chunk(payload) when is_binary(payload) do
-    with {:ok, term} <- Payload.decode(payload), do: to_chunk(term)
+  def decode_chunk(payload) do
+    case Payload.decode(payload) do
+      {:ok, %{"id" => id, "stream" => %{} = chunk}} when is_integer(id) or is_binary(id) ->
+        {:ok, id, chunk}
+
+      other ->
+        reason(other, :not_a_chunk, "id and stream")
+    end
   end
 
+  defp reason({:ok, _term}, kind, keys), do: {:error, {kind, "JSON, but no object with #{keys}"}}
+  defp reason({:error, reason}, _kind, _keys), do: {:error, reason}
+
   @doc """
-  Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From its first
-  bytes.
+  Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From
+  its first bytes.
 
       iex> DSPex.PythonBridge.Protocol.repeatable?(~s({"id":12,"stream":{"status":"calling tool search"}}))
       true
-      iex> DSPex.PythonBridge.Protocol.repeatable?(~s({"id":12,"stream":{"field":"answer","chunk":"Par"}}))
-      false
   """
   @spec repeatable?(binary()) :: boolean()
   def repeatable?(frame),
     do: frame =~ ~r/\A\{"id": ?\d+, ?"stream": ?\{"(status|index|progress|candidate)":/
 
-  @doc """
-  The chunk that a caller gets between those of two peers.
-
-      iex> DSPex.PythonBridge.Protocol.decode_chunk(DSPex.PythonBridge.Protocol.restarted_chunk())
-      {:ok, 0, %{"status" => "restarted"}}
-  """
+  @doc "The chunk that a caller gets between those of two peers."
   @spec restarted_chunk() :: binary()
   def restarted_chunk, do: ~s({"id":0,"stream":{"status":"restarted"}})
-
-  defp to_chunk(%{"id" => id, "stream" => %{} = chunk}) when is_integer(id) or is_binary(id),
-    do: {:ok, id, chunk}
-
-  defp to_chunk(_term), do: {:error, {:not_a_chunk, "JSON, but no object with id and stream"}}
 
   @doc """
   Decodes a tool call: `{:ok, call_id, name, args}`, or `{:error, call_id, text}` for a call that can be answered but
@@ -335,21 +309,18 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec decode_tool_call(binary()) ::
           {:ok, id(), String.t(), map()} | {:error, id(), String.t()} | {:error, reason()}
-  def decode_tool_call(payload) when is_binary(payload) do
-    with {:ok, term} <- Payload.decode(payload), do: to_tool_call(term)
+  def decode_tool_call(payload) do
+    case Payload.decode(payload) do
+      {:ok, %{"tool_call" => %{"call_id" => id} = call}} when is_integer(id) or is_binary(id) ->
+        case call do
+          %{"name" => name, "args" => %{} = args} when is_binary(name) -> {:ok, id, name, args}
+          _call -> {:error, id, "tool_call: expected a name and args"}
+        end
+
+      other ->
+        reason(other, :not_a_tool_call, "tool_call and its call_id")
+    end
   end
-
-  defp to_tool_call(%{"tool_call" => %{"call_id" => call_id} = call})
-       when is_integer(call_id) or is_binary(call_id),
-       do: to_tool_call(call_id, call)
-
-  defp to_tool_call(_term),
-    do: {:error, {:not_a_tool_call, "JSON, but no object with tool_call and its call_id"}}
-
-  defp to_tool_call(call_id, %{"name" => name, "args" => %{} = args}) when is_binary(name),
-    do: {:ok, call_id, name, args}
-
-  defp to_tool_call(call_id, _call), do: {:error, call_id, "tool_call: expected a name and args"}
 
   @doc """
   The control frame with a tool's result, or an error text, for the peer. The error names the value that has no JSON
@@ -363,13 +334,11 @@ defmodule DSPex.PythonBridge.Protocol do
   @spec encode_tool_result(id(), {:ok, term()} | {:error, String.t()}) ::
           {:ok, binary()} | {:error, Error.t()}
   def encode_tool_result(call_id, {kind, value}) do
-    {success, key} = if kind == :ok, do: {"true", "result"}, else: {"false", "error"}
+    key = if kind == :ok, do: "result", else: "error"
 
     with {:ok, json} <- Payload.encode(value, key) do
-      head = tool_result_head(call_id)
-
-      {:ok,
-       IO.iodata_to_binary([head, ~s(,"success":), success, ~s(,"), key, ~s(":), json, "}}"])}
+      rest = [~s(,"success":#{kind == :ok},"#{key}":), json, "}}"]
+      {:ok, IO.iodata_to_binary([tool_result_head(call_id), rest])}
     end
   end
 
@@ -400,41 +369,19 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec decode_log(binary()) ::
           {:ok, Logger.level(), String.t(), keyword(String.t() | nil)} | {:error, reason()}
-  def decode_log(payload) when is_binary(payload) do
+  def decode_log(payload) do
     case Payload.decode(payload) do
       {:ok, %{"log" => %{"message" => message} = record}} when is_binary(message) ->
         {:ok, Map.get(@log_levels, record["level"], :info), message, log_metadata(record)}
 
-      {:ok, _term} ->
-        {:error, {:not_a_log, "JSON, but no object with log and its message"}}
-
-      {:error, reason} ->
-        {:error, reason}
+      other ->
+        reason(other, :not_a_log, "log and its message")
     end
   end
 
-  defp log_metadata(record) do
-    logger = [python_logger: if(is_binary(record["logger"]), do: record["logger"])]
+  defp log_metadata(%{"traceparent" => trace} = record) when is_binary(trace),
+    do: [traceparent: trace] ++ log_metadata(Map.delete(record, "traceparent"))
 
-    case record do
-      %{"traceparent" => trace} when is_binary(trace) -> [traceparent: trace] ++ logger
-      _untraced -> logger
-    end
-  end
-
-  ## Parts of a request
-
-  defp encode_command(command) when is_map_key(@commands, command),
-    do: {:ok, Map.fetch!(@commands, command)}
-
-  defp encode_command(command) do
-    case Payload.string(command) do
-      nil -> {:error, Error.new(:invalid_request, "command: expected an atom or a string")}
-      command -> Payload.encode(command, "command")
-    end
-  end
-
-  defp encode_args(args) when args == %{}, do: {:ok, "{}"}
-  defp encode_args(args) when is_map(args), do: Payload.encode(args, "args")
-  defp encode_args(_args), do: {:error, Error.new(:invalid_args, "args: expected a map")}
+  defp log_metadata(record),
+    do: [python_logger: if(is_binary(record["logger"]), do: record["logger"])]
 end

@@ -30,51 +30,42 @@ defmodule DSPex.PythonBridge.Supervisor do
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
     with {:ok, _checked} <- Table.check(opts, table(), @whose), :ok <- once(opts) do
-      # The supervisor keeps them in its state.
-      {name, opts} = opts |> seal() |> Keyword.pop(:name, name(opts))
+      {name, opts} = opts |> seal() |> Keyword.pop(:name, named(opts, "Supervisor", __MODULE__))
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
-    end
-  end
-
-  # Several may run beside each other, each with a bridge of its own name.
-  defp name(opts), do: named(opts, "Supervisor", __MODULE__)
-
-  defp named(opts, suffix, default) do
-    case Keyword.get(Keyword.get(opts, :bridge, []), :name, Bridge) do
-      Bridge -> default
-      bridge when is_atom(bridge) -> Module.concat(bridge, suffix)
-      _global_or_via -> nil
     end
   end
 
   @doc "The child specification; the id is the supervisor's name, or that of its bridge if it has none."
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
-    # Secrets in the bridge's options must not show in a report about this child.
-    %{
-      id: id(opts),
-      start: {__MODULE__, :start_link, [seal(opts)]},
-      type: :supervisor
-    }
+    id = opts[:name] || named(opts, "Supervisor", __MODULE__) || bridge_name(opts)
+    %{id: id, start: {__MODULE__, :start_link, [seal(opts)]}, type: :supervisor}
+  end
+
+  # Several may run beside each other, each with a bridge of its own name.
+  defp named(opts, suffix, default) do
+    case bridge_name(opts) do
+      Bridge -> default
+      bridge when is_atom(bridge) -> Module.concat(bridge, suffix)
+      _global_or_via -> nil
+    end
   end
 
   # Wrong options are refused by start_link.
-  defp id(opts) do
-    bridge = if Keyword.keyword?(opts), do: opts[:bridge]
-    own = if Keyword.keyword?(bridge), do: name(opts) || bridge[:name]
-    (Keyword.keyword?(opts) && opts[:name]) || own || __MODULE__
-  end
+  defp bridge_name(opts),
+    do:
+      if(Keyword.keyword?(opts[:bridge]),
+        do: Keyword.get(opts[:bridge], :name, Bridge),
+        else: Bridge
+      )
 
-  # All of them: if an option is given twice, both are kept.
-  defp seal(opts) when is_list(opts) do
-    Enum.map(opts, fn
+  # The supervisor keeps them in its state, and its own supervisor in a child specification: both are printed in reports.
+  defp seal(opts) do
+    Enum.map(Options.seal(opts), fn
       {:bridge, bridge} -> {:bridge, Options.seal(bridge)}
-      {:programs, programs} -> hd(Options.seal(programs: programs))
       other -> other
     end)
   end
-
-  defp seal(opts), do: opts
 
   @impl Supervisor
   def init(opts) do
@@ -106,8 +97,7 @@ defmodule DSPex.PythonBridge.Supervisor do
       else: :ok
   end
 
-  defp table,
-    do: [name: :any, bridge: &bridge/1, monitor: :keyword, programs: &programs/1]
+  defp table, do: [name: :any, bridge: &bridge/1, monitor: :keyword, programs: &programs/1]
 
   defp bridge(bridge) do
     cond do

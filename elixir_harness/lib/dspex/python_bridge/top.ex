@@ -30,10 +30,7 @@ defmodule DSPex.PythonBridge.Top do
     * `bridge` – its name, or its pid where it has none, as `inspect/1` writes them; `server` – the same as a term
     * `pool`, `number` – of a member of a pool: the pool's name, and its place there; else nil
     * `state`, `os_pid`, `pending`, `restarts`, `uptime_ms` – see `DSPex.PythonBridge.Bridge.get_status/1`
-    * `in_flight`, `queued` – `execute_program` calls that run, and that wait for a slot, in the peer
-    * `lm_waiting` – LM calls in the peer that wait for the limits of their account
-    * `p50_ms`, `p99_ms` – of the last 1000 `execute_program` calls; `errors` – how many of all have failed
-    * `rss_bytes` – the peer's memory
+    * `in_flight`, `queued`, `lm_waiting`, `p50_ms`, `p99_ms`, `errors`, `rss_bytes` – of the peer, see `mix help dspex.top`
     * `calls` – of all commands but `get_stats`, since the peer's start, which was `stats_at_ms` before
   """
   @type peer :: %{required(:bridge) => String.t(), optional(atom()) => term()}

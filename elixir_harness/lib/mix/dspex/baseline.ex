@@ -7,6 +7,7 @@ defmodule Mix.DSPex.Baseline do
   alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Protocol.Payload
 
+  # That of the head of the report.
   @version 1
   # Of the hash, in hexadecimal digits.
   @id_length 16
@@ -15,23 +16,10 @@ defmodule Mix.DSPex.Baseline do
   @typedoc "The hash of an example's inputs; with a number for those whose inputs are there again."
   @type id :: String.t()
   @typedoc """
-  `before`, `now`: the means of the examples that are in both, and `change` their difference. `worst`: the results with the
-  largest loss, with their scores before.
+  `before`, `now`: the means of the examples that are in both, and `change` their difference; `shared`, `new`, `gone`, `worse`:
+  numbers of examples. `worst`: the results with the largest loss, with their scores before.
   """
-  @type change :: %{
-          before: float(),
-          now: float(),
-          change: float(),
-          shared: pos_integer(),
-          new: non_neg_integer(),
-          gone: non_neg_integer(),
-          worse: non_neg_integer(),
-          worst: [{id(), Evaluate.Result.item(), before :: float()}]
-        }
-
-  @doc "The version of the report's format."
-  @spec version() :: pos_integer()
-  def version, do: @version
+  @type change :: %{atom() => number() | [{id(), Evaluate.Result.item(), before :: number()}]}
 
   @doc "The id of each example. The text that names one whose inputs have no JSON form is raised."
   @spec ids([Evaluate.example()]) :: [id()]

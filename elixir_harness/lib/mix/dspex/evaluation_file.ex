@@ -16,12 +16,7 @@ defmodule Mix.DSPex.EvaluationFile do
   What the file gives, by its keys, and `path`, the program's `id` and `args`, those of `create_program` with string keys;
   nil if the server has the program.
   """
-  @type t :: %{
-          required(:path) => Path.t(),
-          required(:id) => String.t(),
-          required(:args) => map() | nil,
-          optional(atom()) => term()
-        }
+  @type t :: %{atom() => term()}
 
   @doc "Evaluates the file and checks what it returns. `required`: keys that must be there besides `program`."
   @spec read(Path.t(), [atom()]) :: t()

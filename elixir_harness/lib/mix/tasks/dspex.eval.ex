@@ -43,13 +43,8 @@ defmodule Mix.Tasks.Dspex.Eval do
 
   The project's application is started before the file is read, as by `mix run`.
 
-  ## What is printed
-
-  The score, the worst results, the change since the baseline, and what got worse, with their inputs and outputs. Only
-  examples that the baseline has, too, are compared: they are recognized by a hash of their inputs, so the dataset may grow
-  and change its order. `--min` is compared with the score of all.
-
-  The progress goes to standard error, a line for each tenth.
+  The progress goes to standard error, a line for each tenth. [Evaluating](evaluating.md#in-ci) shows what is printed, and how
+  examples are found in a baseline.
 
   ## JSON
 
@@ -107,16 +102,10 @@ defmodule Mix.Tasks.Dspex.Eval do
   end
 
   defp arguments(args) do
-    case OptionParser.parse!(args, strict: @switches) do
-      {switches, [path]} ->
-        if switches[:tolerance] && !switches[:baseline],
-          do: Mix.raise("--tolerance: it needs --baseline")
-
-        {path, switches}
-
-      {_switches, _words} ->
-        Mix.raise("expected one file, mix dspex.eval FILE.exs; see mix help dspex.eval")
-    end
+    {switches, words} = OptionParser.parse!(args, strict: @switches)
+    usage = "expected one file, mix dspex.eval FILE.exs; see mix help dspex.eval"
+    if length(words) != 1, do: Mix.raise(usage)
+    {hd(words), switches}
   end
 
   # What costs LM calls comes last.
@@ -212,16 +201,14 @@ defmodule Mix.Tasks.Dspex.Eval do
   defp worse(%{worse: 0}), do: ["nothing got worse"]
 
   defp worse(%{worse: count, worst: worst}) do
-    more = count - length(worst)
     pairs = for {_id, item, before} <- worst, do: {item, before}
-    last = if more > 0, do: ["… and #{more} more, which have lost no more"], else: []
-    ["#{count} got worse:", Table.compared(pairs) | last]
+    ["#{count} got worse, the worst of them:", Table.compared(pairs)]
   end
 
   # With one line for each result: a baseline is kept under version control.
   defp json(%{result: result} = report) do
     head = %{
-      version: Baseline.version(),
+      version: 1,
       ok: report.reasons == [],
       reasons: Keyword.keys(report.reasons),
       program: report.program,

@@ -17,19 +17,7 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
   ## The file
 
-  Elixir code whose last value is a map or keyword list, as for `mix dspex.eval`; one file may serve both:
-
-      # eval/triage.exs
-      tickets = MyApp.Tickets.labelled()
-
-      %{
-        program: MyApp.Triage,
-        trainset: Enum.take(tickets, 100),
-        valset: tickets |> Enum.drop(100) |> Enum.take(50),
-        dataset: Enum.drop(tickets, 150),
-        metric: {:field, :team, :equals},
-        optimize: [optimizer: :mipro_v2, budget: [lm_calls: 500], num_threads: 8]
-      }
+  As for `mix dspex.eval`; one file may serve both. [Optimizing](optimizing.md#from-the-command-line) has an example.
 
     * `:trainset`, `:valset` (if the optimizer needs one), `:metric` – as in `DSPex.PythonBridge.Optimize.run/3`
     * `:optimize` – a keyword list of more options of `DSPex.PythonBridge.Optimize.run/3`, such as `:optimizer`, `:options`,
@@ -37,15 +25,10 @@ defmodule Mix.Tasks.Dspex.Optimize do
     * `:program`, `:server` – as for `mix dspex.eval`, but not the id of a program that is there
     * `:dataset`, `:options` – for `mix dspex.eval` alone. Measure with examples that the optimizer has not seen
 
-  The project's application is started before the file is read, as by `mix run`.
-
   ## The state
 
   A JSON object, as DSPy's `save` writes it: `state:` of a definition, decoded, or `state_path:`. It has demos, which are examples
   of yours.
-
-      {:ok, _} =
-        Pool.call(:create_program, Map.put(MyApp.Triage.definition(), :state, JSON.decode!(File.read!("priv/triage.json"))))
 
   ## Stopping
 
@@ -97,17 +80,10 @@ defmodule Mix.Tasks.Dspex.Optimize do
   end
 
   defp arguments(args) do
-    case OptionParser.parse!(args, strict: @switches) do
-      {switches, [path]} ->
-        if switches[:out],
-          do: {path, switches},
-          else: Mix.raise("--out: missing; expected a file for the state")
-
-      {_switches, _words} ->
-        Mix.raise(
-          "expected one file, mix dspex.optimize FILE.exs --out STATE.json; see mix help dspex.optimize"
-        )
-    end
+    {switches, words} = OptionParser.parse!(args, strict: @switches)
+    usage = "expected mix dspex.optimize FILE.exs --out STATE.json; see mix help dspex.optimize"
+    if length(words) != 1 or switches[:out] == nil, do: Mix.raise(usage)
+    {hd(words), switches}
   end
 
   defp options(%{path: path, optimize: options} = file, switches) do
@@ -117,11 +93,9 @@ defmodule Mix.Tasks.Dspex.Optimize do
     given = Map.new(Keyword.take(switches, Keyword.keys(@budget)))
     budget = Map.merge(Map.new(options[:budget] || []), given)
 
-    [metric: file.metric, trainset: file.trainset]
-    |> Kernel.++(if file[:valset], do: [valset: file.valset], else: [])
-    |> Kernel.++(if budget == %{}, do: [], else: [budget: budget])
-    |> Kernel.++(Keyword.take(switches, [:optimizer]))
-    |> Kernel.++(options)
+    Enum.to_list(Map.take(file, [:metric, :trainset, :valset])) ++
+      if(budget == %{}, do: [], else: [budget: budget]) ++
+      Keyword.take(switches, [:optimizer]) ++ options
   end
 
   defp optimize(%{path: path, args: args} = file, options, out) do

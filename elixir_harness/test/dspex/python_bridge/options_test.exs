@@ -28,7 +28,6 @@ defmodule DSPex.PythonBridge.OptionsTest do
           lm: %{temperature: 0.5},
           lm: %{model: ""},
           lm: %{model: :gpt},
-          lm: %{:model => "a", "model" => "b"},
           lm: %{model: "a", pid: self()},
           lm: [model: "a"],
           lm: %URI{},
@@ -116,21 +115,6 @@ defmodule DSPex.PythonBridge.OptionsTest do
                  {"openai/x", %{"temperature" => 0.5, "api_key" => "sk"}}
       end
     end
-  end
-
-  test "a setting that is in :lm and in :lm_options is refused by name" do
-    lm = %{model: "openai/x", temperature: 0.5}
-
-    for options <- [[temperature: 0.5], %{"temperature" => 1.0, "api_key" => "sk-secret"}] do
-      assert {:error, %ArgumentError{message: text}} = Options.new(lm: lm, lm_options: options)
-      assert text == "python bridge: :lm: temperature is in :lm_options, too"
-    end
-
-    # Also if one of them is configured.
-    put_config(:python_bridge, lm_options: [temperature: 0.2])
-    assert {:error, %ArgumentError{message: text}} = Bridge.start_link(lm: lm)
-    assert text =~ ":lm: temperature is in :lm_options, too"
-    assert {:error, %ArgumentError{}} = Pool.start_link(name: __MODULE__.NoPool, lm: lm)
   end
 
   test "the peer sends its log records as frames, unless :env sets that" do

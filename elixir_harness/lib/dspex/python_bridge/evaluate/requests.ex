@@ -44,7 +44,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
     taken = fn tally, items ->
       progress.(tally)
       Enum.each(items, options.on_result)
-      in_time(items, options, deadline)
+      in_time(items, options.timeout, deadline)
     end
 
     try do
@@ -56,7 +56,7 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   end
 
   defp request(server, args, passed, deadline) do
-    call = if Pool.Handle.fetch(server), do: &Pool.spread/4, else: &Bridge.request/4
+    call = if Program.Runner.client(server) == Pool, do: &Pool.spread/4, else: &Bridge.request/4
     # At the deadline the request fails at once.
     left = fn -> with(0 <- Deadline.left(deadline), do: 1) end
     &call.(server, :execute_program, Map.merge(args, &1), [timeout: left.()] ++ passed)
@@ -120,12 +120,10 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
 
   defp located(reply, _before), do: reply
 
-  defp in_time(items, %Options{passed: passed, timeout: timeout}, deadline) do
-    over? =
-      timeout != :infinity and
-        (passed[:item_timeout_ms] == nil or Deadline.left(deadline) <= @earlier_ms)
+  defp in_time(items, timeout, deadline) do
+    timed_out? = Enum.any?(items, &match?(%{error: %Error{type: :timeout}}, &1))
 
-    if over? and Enum.any?(items, &match?(%{error: %Error{type: :timeout}}, &1)),
+    if timed_out? and Deadline.left(deadline) <= @earlier_ms,
       do: {:error, Error.new(:timeout, "the evaluation was not finished within #{timeout} ms")},
       else: :ok
   end

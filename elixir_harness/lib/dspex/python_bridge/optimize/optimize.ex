@@ -145,9 +145,13 @@ defmodule DSPex.PythonBridge.Optimize do
 
   # A pool of another node is refused: a process of another kind may never answer.
   defp client(server) do
-    if Pool.Handle.fetch(server),
-      do: {:ok, Pool},
-      else: with({:ok, _dest} <- Client.Caller.find_anywhere(server), do: {:ok, Bridge})
+    with Bridge <- Program.Runner.client(server),
+         {:ok, _dest} <- Client.Caller.find_anywhere(server),
+         do: {:ok, Bridge},
+         else: (
+           Pool -> {:ok, Pool}
+           error -> error
+         )
   end
 
   # A program of its own, so that nobody redefines or removes it meanwhile.

@@ -1,13 +1,9 @@
 defmodule DSPex.PythonBridge.OTP.Parallel do
   @moduledoc false
-  # Questions to many servers at once, for a caller that may have a long mailbox and may be killed meanwhile: a process
-  # collects the answers. It ends with the caller, and is linked to the processes that ask: if one of these ends, the
-  # server that it has asked cancels the call.
+  # Questions to many servers at once, for a caller that may have a long mailbox, or trap exits: a process of its own
+  # starts the tasks and collects the answers.
 
-  alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
-
-  # The collector always ends by `exit/1`, which ends those that it is linked to.
-  @dialyzer {:no_return, map: 4}
+  alias DSPex.PythonBridge.OTP.Deadline
 
   @doc """
   Calls `ask` with each item, each in a process of its own, and returns the answers by item. `ask` ends by itself. From
@@ -17,55 +13,34 @@ defmodule DSPex.PythonBridge.OTP.Parallel do
         when item: term(), answer: term()
   def map(items, ask, soon \\ :infinity, enough? \\ fn _answer -> false end) do
     caller = self()
-    collector = spawn(fn -> init(caller, items, ask, soon, enough?) end)
 
-    case Ask.ask(collector, :infinity, &{:collect, &1}) do
-      {:ok, answers} -> answers
-      :down -> %{}
-    end
-  end
-
-  defp init(caller, items, ask, soon, enough?) do
-    # The answers have the caller's contents.
-    Process.flag(:sensitive, true)
-    watch = Process.monitor(caller)
-    collector = self()
-
-    for item <- items do
-      spawn_link(fn ->
-        Process.flag(:sensitive, true)
-        ServerGuard.run(fn -> send(collector, {:answer, item, ask.(item)}) end)
+    {_pid, ref} =
+      spawn_monitor(fn ->
+        spawn_link(fn -> end_with(caller) end)
+        tasks = for item <- items, do: Task.async(fn -> {item, ask.(item)} end)
+        # Its end ends the tasks that still ask.
+        exit({:answers, collect(tasks, [], [timeout: Deadline.left(soon)], enough?)})
       end)
-    end
 
     receive do
-      {:collect, ref} -> send(ref, {ref, collect(length(items), %{}, soon, enough?, watch)})
-      {:DOWN, ^watch, :process, _caller, _reason} -> :ok
-    end
-
-    # By their links it ends those that still ask.
-    exit(:shutdown)
-  end
-
-  defp collect(left, answers, soon, enough?, watch) do
-    receive do
-      {:answer, item, answer} ->
-        answers = Map.put(answers, item, answer)
-
-        if left == 1 or (soon == :passed and enough?.(answer)),
-          do: answers,
-          else: collect(left - 1, answers, soon, enough?, watch)
-
-      {:DOWN, ^watch, :process, _caller, _reason} ->
-        answers
-    after
-      wait(soon) ->
-        if Enum.any?(answers, fn {_item, answer} -> enough?.(answer) end),
-          do: answers,
-          else: collect(left, answers, :passed, enough?, watch)
+      {:DOWN, ^ref, :process, _pid, {:answers, answers}} -> Map.new(answers)
+      {:DOWN, ^ref, :process, _pid, _crash} -> %{}
     end
   end
 
-  defp wait(:passed), do: :infinity
-  defp wait(soon), do: Deadline.left(soon)
+  # By links it ends the collector, and the tasks, whose calls are cancelled.
+  defp end_with(caller) do
+    ref = Process.monitor(caller)
+    receive do: ({:DOWN, ^ref, :process, _caller, _reason} -> exit(:shutdown))
+  end
+
+  defp collect(tasks, answers, limits, enough?) do
+    yielded = Task.yield_many(tasks, limits)
+    answers = for({_task, {:ok, answer}} <- yielded, do: answer) ++ answers
+    left = for {task, nil} <- yielded, do: task
+
+    if left == [] or Enum.any?(answers, fn {_item, answer} -> enough?.(answer) end),
+      do: answers,
+      else: collect(left, answers, [timeout: :infinity, limit: 1], enough?)
+  end
 end

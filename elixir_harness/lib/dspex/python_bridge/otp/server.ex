@@ -18,7 +18,7 @@ defmodule DSPex.PythonBridge.OTP.Server do
 
       pid when is_pid(pid) and node(pid) == node() ->
         cond do
-          Registry.get(:bridge, pid) != nil -> {:bridge, pid}
+          Registry.get(:bridge, pid) != nil or begins?(pid) -> {:bridge, pid}
           handle = Process.alive?(pid) && Registry.get(:pool, pid) -> {:pool, handle}
           true -> :none
         end
@@ -26,6 +26,14 @@ defmodule DSPex.PythonBridge.OTP.Server do
       elsewhere ->
         {:bridge, elsewhere}
     end
+  end
+
+  # A bridge has its name before it runs and registers itself: until then its initial call shows what it is. That is
+  # hidden when it is `:sensitive`: if it has just done so, the last look finds it.
+  defp begins?(pid) do
+    :proc_lib.translate_initial_call(pid) ==
+      {:"Elixir.DSPex.PythonBridge.Bridge.Server", :init, 1} or
+      Registry.get(:bridge, pid) != nil
   end
 
   @doc "The process of a server, of whatever kind; nil if there is none."

@@ -30,35 +30,24 @@ defmodule DSPex.PythonBridge.Protocol.PeerEnv do
     if System.get_env(@log_frames), do: env, else: Map.put_new(env, @log_frames, "1")
   end
 
-  defp lm_options(of_lm, nil) when of_lm == %{}, do: nil
-
   defp lm_options(of_lm, options) do
-    {:ok, json} = json(Map.merge(of_lm, Map.new(options || %{})))
-    json
+    options = for {name, value} <- options || %{}, into: of_lm, do: {to_string(name), value}
+    with true <- options != %{}, {:ok, json} <- json(options), do: json, else: (false -> nil)
   end
 
   @doc """
-  The model of a `:lm`, and its other settings, which belong to `:lm_options`. The model is nil if it is there twice, as
-  atom and as string.
+  The model of a `:lm`, and its other settings, which belong to `:lm_options`.
 
       iex> DSPex.PythonBridge.Protocol.PeerEnv.lm("openai/gpt-4o-mini")
       {"openai/gpt-4o-mini", %{}}
       iex> DSPex.PythonBridge.Protocol.PeerEnv.lm(%{model: "openai/gpt-4o-mini", temperature: 0.2})
-      {"openai/gpt-4o-mini", %{temperature: 0.2}}
+      {"openai/gpt-4o-mini", %{"temperature" => 0.2}}
   """
   @spec lm(term()) :: {model :: term(), map()}
-  def lm(%{:model => _, "model" => _} = lm), do: {nil, lm}
-  def lm(%{model: model} = lm) when not is_struct(lm), do: {model, Map.delete(lm, :model)}
-  def lm(%{"model" => model} = lm), do: {model, Map.delete(lm, "model")}
-  def lm(other), do: {other, %{}}
+  def lm(%{} = lm),
+    do: lm |> Map.new(fn {name, value} -> {to_string(name), value} end) |> Map.pop("model")
 
-  @doc "The name of a setting that is in `:lm` and in `:lm_options`; nil if there is none."
-  @spec lm_setting_twice(keyword()) :: String.t() | nil
-  def lm_setting_twice(opts) do
-    {_model, settings} = lm(opts[:lm])
-    others = for {name, _value} <- opts[:lm_options] || %{}, do: to_string(name)
-    Enum.find(Enum.map(settings, fn {name, _value} -> to_string(name) end), &(&1 in others))
-  end
+  def lm(model), do: {model, %{}}
 
   @doc "The same environment for a peer that logs to its standard error."
   @spec log_to_stderr(t()) :: t()

@@ -13,8 +13,6 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   # A path is expanded; a name without a slash is searched for on the `PATH`.
 
   @in_venv ["bin/python3", "bin/python"]
-  # As many as the system follows.
-  @links 40
   @typedoc "What decides, in the order above."
   @type source :: :option | :virtual_env | :dspy_venv | :python_executable | :path
 
@@ -28,9 +26,9 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   @spec locate(String.t() | nil) :: {:ok, Path.t(), source()} | {:error, String.t()}
   def locate(option \\ nil) do
     cond do
-      option -> option |> executable("python_executable") |> by(:option)
-      venv = configured_venv() -> venv |> of_venv("virtual_env") |> by(:virtual_env)
-      venv = env("DSPY_VENV") -> venv |> of_venv("DSPY_VENV") |> by(:dspy_venv)
+      option -> by(executable(option, "python_executable"), :option)
+      venv = configured_venv() -> by(of_venv(venv, "virtual_env"), :virtual_env)
+      venv = env("DSPY_VENV") -> by(of_venv(venv, "DSPY_VENV"), :dspy_venv)
       true -> base()
     end
   end
@@ -38,16 +36,13 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   @doc "The interpreter to make a virtual environment from by default: the last two of the list."
   @spec base() :: {:ok, Path.t(), source()} | {:error, String.t()}
   def base do
+    named = env("PYTHON_EXECUTABLE")
+    path = System.find_executable("python3")
+
     cond do
-      path = env("PYTHON_EXECUTABLE") ->
-        path |> executable("PYTHON_EXECUTABLE") |> by(:python_executable)
-
-      path = System.find_executable("python3") ->
-        {:ok, path, :path}
-
-      true ->
-        {:error,
-         "no Python found: no interpreter is configured, and there is no python3 on the PATH"}
+      named -> by(executable(named, "PYTHON_EXECUTABLE"), :python_executable)
+      path -> {:ok, path, :path}
+      true -> {:error, "no Python found: none is configured, and there is no python3 on the PATH"}
     end
   end
 
@@ -70,23 +65,28 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   """
   @spec executable(String.t(), String.t()) :: {:ok, Path.t()} | {:error, String.t()}
   def executable(name, whose) do
-    path =
-      if String.contains?(name, "/"),
-        do: existing(Path.expand(name)),
-        else: System.find_executable(name)
-
-    if path,
-      do: {:ok, path},
-      else: {:error, "no Python found: #{whose} names #{not_there(name)}"}
+    if String.contains?(name, "/"), do: file(name, whose), else: on_path(name, whose)
   end
 
-  defp not_there(name) do
+  defp on_path(name, whose) do
+    if path = System.find_executable(name),
+      do: {:ok, path},
+      else: {:error, "no Python found: #{whose} names #{name}, which is not on the PATH"}
+  end
+
+  defp file(name, whose) do
     path = Path.expand(name)
 
-    cond do
-      not String.contains?(name, "/") -> "#{name}, which is not on the PATH"
-      File.stat(path) == {:error, :eacces} -> "#{path}, which this user may not reach"
-      true -> "#{path}, which is not a file" <> relative(name)
+    case File.stat(path) do
+      {:ok, %{type: :regular}} ->
+        {:ok, path}
+
+      {:error, :eacces} ->
+        {:error, "no Python found: #{whose} names #{path}, which this user may not reach"}
+
+      _no_file ->
+        hint = relative(name)
+        {:error, "no Python found: #{whose} names #{path}, which is not a file#{hint}"}
     end
   end
 
@@ -112,23 +112,20 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
+  # At the end of links, as far as they can be followed.
   defp ending(path) do
     case {File.stat(path), File.read_link(path)} do
-      {{:error, :enoent}, {:ok, _target}} -> {:gone, target(path, @links)}
-      {{:error, :eacces}, _link} -> {:out_of_reach, target(path, @links)}
-      _no_link -> :none
+      {{:error, reason}, {:ok, target}} when reason in [:enoent, :eacces] ->
+        target = Path.expand(target, Path.dirname(path))
+        with :none <- ending(target), do: {lack_of(reason), target}
+
+      _no_link ->
+        :none
     end
   end
 
-  # As far as the links can be followed.
-  defp target(path, 0), do: path
-
-  defp target(path, links) do
-    case File.read_link(path) do
-      {:ok, target} -> target |> Path.expand(Path.dirname(path)) |> target(links - 1)
-      {:error, _reason} -> path
-    end
-  end
+  defp lack_of(:enoent), do: :gone
+  defp lack_of(:eacces), do: :out_of_reach
 
   @doc "The folder of the packages of an environment."
   @spec site_packages(Path.t()) :: Path.t()
@@ -152,21 +149,14 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
-  @doc """
-  The explanation for a relative path where nothing was found: where it was searched for, and what works everywhere. Empty
-  for an absolute path.
-  """
+  @doc "The end of a text about a path where nothing was found: what works for a relative one. Empty for another."
   @spec relative(String.t()) :: String.t()
   def relative(path) do
     if Path.type(path) == :relative and not String.starts_with?(path, "~"),
       do:
-        "; it was given as #{inspect(path)} and searched for from #{File.cwd!()}, where the BEAM was started: " <>
-          "give an absolute path, in a file in config/ Path.expand(#{inspect(from_config(path))}, __DIR__)",
+        "; it was searched for from #{File.cwd!()}, where the BEAM was started: give an absolute path",
       else: ""
   end
-
-  # From config/, if the path was written for the project's folder.
-  defp from_config(path), do: Path.join("..", String.trim_leading(path, "./"))
 
   defp by({:ok, path}, source), do: {:ok, path, source}
   defp by({:error, text}, _source), do: {:error, text}
@@ -179,42 +169,31 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
       else: {:error, "no Python found: #{whose} names #{folder}, #{why(folder, venv, whose)}"}
   end
 
-  # With what to do: for a relative path, to write an absolute one.
+  # With what to do.
   defp why(folder, venv, whose) do
     # dspex.setup does not read that variable.
     path = if whose == "DSPY_VENV", do: " --path #{folder}", else: ""
     setup = "`mix dspex.setup#{path}` makes it"
 
-    {text, todo} =
-      case lack(folder) do
-        {:gone, target} ->
-          {"whose bin/python is a link to #{target}, which is gone",
-           "remove it, and #{setup} anew"}
+    case lack(folder) do
+      {:gone, target} ->
+        "whose bin/python is a link to #{target}, which is gone (remove it, and #{setup} anew)"
 
-        {:out_of_reach, ^folder} ->
-          {"which this user may not reach",
-           "it needs the permission x of that folder, its bin, and those above"}
+      {:out_of_reach, ^folder} ->
+        "which this user may not reach (it needs the permission x of that folder, its bin, and those above)"
 
-        {:out_of_reach, target} ->
-          {"whose bin/python is a link to #{target}, which this user may not reach",
-           "make it of a Python that this user may run, such as the system's"}
+      {:out_of_reach, target} ->
+        "whose bin/python is a link to #{target}, which this user may not reach " <>
+          "(make it of a Python that this user may run, such as the system's)"
 
-        :none ->
-          {"which has no bin/python", setup}
-      end
-
-    hint = relative(venv)
-    if hint == "", do: "#{text} (#{todo})", else: text <> hint
+      :none ->
+        "which has no bin/python (#{setup})"
+    end <> relative(venv)
   end
 
   # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.
   defp existing(path), do: if(File.regular?(path), do: path)
 
   # An empty variable counts as unset.
-  defp env(name) do
-    case System.get_env(name, "") do
-      "" -> nil
-      value -> value
-    end
-  end
+  defp env(name), do: with("" <- System.get_env(name, ""), do: nil)
 end

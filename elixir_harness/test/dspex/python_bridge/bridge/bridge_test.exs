@@ -12,6 +12,18 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.Test.Exits
 
+  defmodule Names do
+    @moduledoc "A registry that blocks a process that registers until it is sent `:go_on`."
+
+    def whereis_name({name, _test}), do: Process.whereis(name) || :undefined
+
+    def register_name({name, test}, pid) do
+      Process.register(pid, name)
+      send(test, {:registered, pid})
+      receive do: (:go_on -> :yes)
+    end
+  end
+
   # temporary: what ends stays ended, and the test can look.
   defp start(fake, opts) do
     bridge =
@@ -43,6 +55,26 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert %{state: :starting, pending: 0, restarts: 0} = Bridge.get_status(bridge)
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
       assert %{state: :running} = Bridge.get_status(bridge)
+    end
+
+    test "a bridge counts as running as soon as its name is registered" do
+      name = __MODULE__.Named
+
+      callers =
+        Task.async(fn ->
+          assert_receive {:registered, bridge}, 5_000
+          call = Task.async(fn -> Bridge.call(name, :echo, %{a: 1}) end)
+          status = Task.async(fn -> Bridge.get_status(name) end)
+          waiting = fn -> Process.info(bridge, :message_queue_len) == {:message_queue_len, 2} end
+          # Both, or neither: a caller that gets "not running" at once waits for nothing.
+          eventually(fn -> waiting.() or not Process.alive?(call.pid) end)
+          send(bridge, :go_on)
+          {Task.await(call), Task.await(status)}
+        end)
+
+      via = {:via, __MODULE__.Names, {name, callers.pid}}
+      start_supervised!({Bridge, "echo" |> fake_opts() |> Keyword.put(:name, via)})
+      assert {{:ok, %{"args" => %{"a" => 1}}}, %{state: :starting}} = Task.await(callers)
     end
 
     test "a call that waits for the start times out on time, and is never sent" do

@@ -8,14 +8,13 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
 
   alias DSPex.PythonBridge.{Bridge, Pool, Protocol}
   alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.OTP.{Sealed, ServerGuard}
+  alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.PythonBridge.Tools.Invocation
   alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
 
   doctest ServerGuard
-  doctest Sealed
 
   @secret "sk-planted-secret"
 
