@@ -10,7 +10,6 @@ defmodule DSPex.PythonBridge.Stub.Peer do
 
   # What a stub has no numbers for.
   @stats %{"memory_usage" => %{"rss" => 0, "vms" => 0}, "queued" => 0, "commands" => %{}}
-
   # programs: their details and fields, by id. runs: the ids of the requests, by process.
   @enforce_keys [:bridge, :stub, :default, :started]
   defstruct @enforce_keys ++ [programs: %{}, runs: %{}]
@@ -109,7 +108,7 @@ defmodule DSPex.PythonBridge.Stub.Peer do
   defp run(state, command, _args),
     do: {{:error, Error.new(:unknown_command, "Unknown command: #{command}")}, state}
 
-  defp named(state, %{"program_ids" => ids}), do: Map.take(state.programs, ids)
+  defp named(state, %{"program_ids" => ids}) when is_list(ids), do: Map.take(state.programs, ids)
   defp named(state, _all), do: state.programs
 
   defp reply(state, id, {:ok, result}), do: write(state, Run.reply(id, {:ok, result, %{}}))

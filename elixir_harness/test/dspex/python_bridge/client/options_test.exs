@@ -52,11 +52,7 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
   test "history is beside meta, if it is true", %{plays: bridge} do
     args = %{play: [["reply", %{}]]}
 
-    for {opts, asked} <- [
-          {[history: true], ["meta", "history"]},
-          {[history: false], ["meta"]},
-          {[], ["meta"]}
-        ] do
+    for {opts, asked} <- [{[history: true], ["meta", "history"]}, {[], ["meta"]}] do
       assert {:ok, _, %{"asked" => ^asked}} =
                api().request(bridge, :execute_program, args, opts)
 

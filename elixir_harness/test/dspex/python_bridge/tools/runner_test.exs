@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.Tools.RunnerTest do
 
   # A peer of this process has the call.
   defp peer(proxy) do
-    StreamProxy.make(proxy, self(), :infinity, %Request{body: "", retry: :pool})
+    StreamProxy.make(proxy, self(), :infinity, %Request{body: ""})
     assert_receive {:request, %Request{ref: ref, pid: ^proxy, tools?: true}}
     port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
     %{proxy: proxy, ref: ref, port: port}
