@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import sys
-import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -114,20 +113,11 @@ def _unreachable(address: object, seconds: float) -> str | None:
         return "its api_base is not an address such as http://127.0.0.1:8080/v1"
     if host is None or (parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)):
         return None
-    failed: list[str] = ["no connection"]
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), seconds).close()
-            failed.clear()
-        except OSError as error:
-            failed[:] = [error.strerror or str(error)]
-
-    # The look-up of a name has no timeout of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return f"{host}:{port} cannot be reached within {seconds:g} s: {failed[0]}" if failed else None
+    try:
+        socket.create_connection((host, port), seconds).close()
+    except OSError as error:
+        return f"{host}:{port} cannot be reached within {seconds:g} s: {error.strerror or error}"
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Any
 
-    from dspy_bridge.optimizing.arguments import Given
+    from dspy_bridge.optimizing.arguments import Optimize
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
 
@@ -160,7 +160,7 @@ class Commands:
             return await evaluation.run(args, program, one, call)
         return {"results": await batch.run(args, one, call)}
 
-    async def _optimize(self, entry: Entry, how: Given, args: dict[str, Any], call: Call) -> dict[str, Any]:
+    async def _optimize(self, entry: Entry, how: Optimize, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, _ = await self._working(entry, call)
         return await self._optimizations.run(entry, how, args, call)
 

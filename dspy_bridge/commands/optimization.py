@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from dspy_bridge.commands.program_loader import ProgramLoader
     from dspy_bridge.commands.program_registry import Entry
     from dspy_bridge.dispatch.call import Call
-    from dspy_bridge.optimizing.arguments import Given
+    from dspy_bridge.optimizing.arguments import Optimize
 
 
-def read(args: dict[str, Any]) -> Given | None:
+def read(args: dict[str, Any]) -> Optimize | None:
     """The argument `optimize` of an `execute_program`, if there is one. Raises `InvalidArgs`."""
     if args.get("optimize") is None:
         return None
@@ -38,7 +38,7 @@ class Optimizations:
         own = self._threads.counts()
         return {**counts, **{name: counts[name] + own[name] for name in ("running", "abandoned")}}
 
-    async def run(self, entry: Entry, how: Given, args: dict[str, Any], call: Call) -> dict[str, Any]:
+    async def run(self, entry: Entry, how: Optimize, args: dict[str, Any], call: Call) -> dict[str, Any]:
         """As `optimizing.optimization.run`. The call's slot is free meanwhile."""
         if self._running >= self._most:
             raise Overloaded(f"{self._running} programs are being optimized: DSPY_BRIDGE_MAX_OPTIMIZES is {self._most}")

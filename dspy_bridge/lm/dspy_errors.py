@@ -13,7 +13,7 @@ from dspy_bridge.errors import (
     Overloaded,
     SetupFailed,
 )
-from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm import lm_call
 from dspy_bridge.lm.adapters import json_repair_limit
 from dspy_bridge.lm.transport import connecting
 
@@ -37,11 +37,8 @@ def translate(error: Exception, settings: list[str]) -> Exception:
         return OutputInvalid(
             f"the LM's answer could not be read: {type(error).__name__}, as of what is nested too deeply"
         )
-    if settings and _is_of_settings(error, frames):
-        return InvalidArgs(f"{' or '.join(settings)}: {error}")
-    # From the prompt to a provider's request, settings of the LM included.
-    if dspy_internals.CANONICAL.there and dspy_internals.CANONICAL.frame in frames:
-        return unfit
+    if _is_of_the_request(error, frames):
+        return InvalidArgs(f"{' or '.join(settings)}: {error}") if settings else unfit
     return error
 
 
@@ -79,23 +76,23 @@ def _by_type(error: Exception) -> BridgeError | None:
 _ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.adapters")
 # DSPy's adapters read JSON with these, which raise errors of their own for what is nested too deeply.
 _JSON_READERS = ("json", "json_repair")
-# Where DSPy calls an LM with its settings as keyword arguments, and where it checks them.
-_CALLS = dspy_internals.COMPLETE_LEGACY
-_CHECKS = [dspy_internals.PREPROCESS, dspy_internals.PREPARE, dspy_internals.SELECT_ENGINE]
+# Where DSPy reads a predictor's settings, and makes the request.
+_CALLS = ("dspy.predict.predict", "dspy.clients")
+# What Python's own errors are that DSPy refuses an LM's settings, or a prompt, with.
+_REFUSALS = (AttributeError, TypeError, ValueError, OverflowError)
 
 
-def _is_of_settings(error: Exception, frames: list[tuple[str, str]]) -> bool:
-    """Whether DSPy refused settings of an LM, which it does with Python's own errors.
+def _is_of_the_request(error: Exception, frames: list[tuple[str, str]]) -> bool:
+    """Whether DSPy refused to make a request of settings and prompt.
 
     Code of an LM or an adapter may raise the same types, with contents in the message: that is a defect.
     """
     module, function = frames[-1]
-    if isinstance(error, TypeError):
-        by_adapter = module.startswith("dspy.adapters") and function in ("acall", "__call__")
-        if by_adapter or frames[-1] in [name.frame for name in _CALLS if name.there]:
-            return True
-    refused = isinstance(error, (AttributeError, TypeError, ValueError, OverflowError)) and _package(module) == "dspy"
-    return refused and any(name.there and name.frame in frames for name in _CHECKS)
+    if not isinstance(error, _REFUSALS) or _package(module) != "dspy":
+        return False
+    # Those of an LM's engine are errors of the LM: DSPy makes them so.
+    making = any(passed.startswith(_CALLS) for passed, _ in frames)
+    return making or (module.startswith("dspy.adapters") and function in ("acall", "__call__"))
 
 
 def _frames(error: Exception) -> list[tuple[str, str]]:

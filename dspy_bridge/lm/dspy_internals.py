@@ -63,11 +63,6 @@ class Name:
         """The last part of its path."""
         return self.path.rpartition(".")[2]
 
-    @property
-    def frame(self) -> tuple[str, str]:
-        """The module and the function that a traceback has for it."""
-        return getattr(self.value, "__module__", self.module), self.attribute
-
     def wrap(self, wrapper: Callable[[Any], Any]) -> None:
         """Put `wrapper(function)` in the function's place, once in a process."""
         if self.there and not self._wrapped:
@@ -113,6 +108,14 @@ def silence_litellm() -> None:
         del transport.__del__
 
 
+def silence_attempts() -> None:
+    """Keep BestOfN and Refine from printing the errors of their attempts, which may quote requests."""
+    for name in ("best_of_n", "refine"):
+        module: Any = sys.modules.get(f"dspy.predict.{name}")
+        if module is not None:
+            module.print = lambda *_: None
+
+
 # What LMs are sent: by DSPy's own transports, and by LiteLLM.
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
@@ -130,7 +133,10 @@ LITELLM_ARGUMENTS = [
     Name(f"dspy.clients.engines:{engine}._arguments", _OUTGOING, "self", "request")
     for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 ]
-ASYNC_LITELLM_ENGINE = Name("dspy.clients.engines:AsyncLiteLLMEngine.complete", _OUTGOING, "self", "request")
+LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
+    Name(f"dspy.clients.engines:{engine}.complete", _OUTGOING, "self", "request")
+    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+)
 _IMPORT = "the import of LiteLLM may hold up other calls"
 ASYNC_LITELLM_STREAM = Name("dspy.clients.engines:AsyncLiteLLMEngine.stream", _IMPORT, "self", "request")
 GET_LITELLM = Name("dspy.clients._litellm:get_litellm", _IMPORT, "feature")
@@ -149,8 +155,6 @@ LITELLM_PROVIDER = Name(
     "model",
     lazy=True,
 )
-# Of LiteLLM's `aiohttp_openai/`.
-AIOHTTP_POST = Name("aiohttp:ClientSession.post", "aiohttp_openai/ follows redirects", "self", "url", lazy=True)
 
 # How answers are read.
 _REPAIR = "an LM's broken JSON may hold up other calls"
@@ -190,7 +194,7 @@ RESPONSE_MODEL = Name(
 FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajectory")
 MAKE_SIGNATURE = Name("dspy.signatures.signature:make_signature", _ANEW, "signature")
 
-# What DSPy looks up for each LM call: see `transport/lookups`.
+# What DSPy looks up for each LM call: see `transport/routes`.
 _LOOKUPS = "LM calls are slower"
 RESOLVE = Name("dspy.clients.capabilities:resolve", _LOOKUPS, "lm")
 OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "config", "model_type")
@@ -200,7 +204,7 @@ PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _LOOKUPS)
 # What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
 _SLOWER = "LM calls are slower"
 _EXECUTION = "dspy.clients.execution"
-PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
+PREPARE = Name(f"{_EXECUTION}:prepare", _SLOWER, "lm", "prompt")
 PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
 ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
@@ -210,18 +214,6 @@ CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "s
 # Where each LM call ends, with what is known of it.
 _UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"
 FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
-
-# Functions whose frames in a traceback say what was wrong: settings of an LM, or inputs.
-_UNKNOWN = "some errors in settings and inputs are `internal`"
-SELECT_ENGINE = Name(f"{_EXECUTION}:_select_engine", _UNKNOWN, "lm", "call")
-CANONICAL = Name(f"{_EXECUTION}:_canonical", _UNKNOWN, "call")
-PREPROCESS = Name("dspy:Predict._forward_preprocess", _UNKNOWN, "self")
-COMPLETE_LEGACY = [
-    LITELLM_LEGACY,
-    ASYNC_LITELLM_LEGACY,
-    Name("dspy.clients.engines:LegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
-    Name("dspy.clients.engines:AsyncLegacyEngine.complete_legacy", _UNKNOWN, "self", "lm", "request"),
-]
 
 # Streams.
 _WHOLE = "streamed fields come in one piece"
@@ -242,18 +234,11 @@ DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved s
 TOOL_SCHEMAS = Name(
     "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"
 )
-OFFER_FEEDBACK = Name("dspy.predict.refine:OfferFeedback", "the log may quote why Refine got no advice")
 SANDBOX_PROCESS = Name(
     "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
-# `programs/scored_attempts` copies a BestOfN or Refine and sets these.
-_BEST = ("module", "reward_fn")
-BEST_OF_N = [Name(f"dspy:BestOfN.{attribute}", "best_of_n is refused", of_instances=True) for attribute in _BEST]
-REFINE = [
-    Name(f"dspy:Refine.{attribute}", "refine is refused", of_instances=True) for attribute in (*_BEST, "reward_fn_code")
-]
 
-# Optimizers: see `optimizing/executors`.
+# Optimizers and batches: see `event_loop_lm`.
 EXECUTE = Name(
     "dspy.utils.parallelizer:ParallelExecutor.execute",
     "while a program is optimized, an example that takes 120 s is run twice, and bars may be logged",
@@ -261,9 +246,6 @@ EXECUTE = Name(
     "function",
     "data",
 )
-_BARS = "while a program is optimized, bars may be logged"
-BOOTSTRAP_BAR = Name("dspy.teleprompt.bootstrap:tqdm", _BARS)
-GEPA_BAR = Name("gepa.core.engine:tqdm", _BARS, lazy=True)
 
 # Connections, kept open, must not keep the context in which they were opened: see `runtime/event_loop`.
 for _method in ("_add_reader", "_add_writer"):

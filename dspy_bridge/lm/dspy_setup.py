@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,12 +20,12 @@ from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
 if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
-from dspy_bridge.lm import answer_cache, dspy_internals, lm_call, lm_options, main_loop
+from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_options, main_loop
 from dspy_bridge.lm.adapters import built_once, free_form_maps, guarded_adapters, json_repair_limit
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import endings, meter
 from dspy_bridge.lm.offline import offline_lm, script_lm
-from dspy_bridge.lm.transport import litellm_route, lookups, outgoing
+from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -41,11 +40,10 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         """Configure DSPy and call your application's `init`. Raises `SetupFailed`."""
-        self._pools: OrderedDict[str, LMPool] = OrderedDict()
+        self._kept_pool = functools.lru_cache(MAX_LMS)(self._new_pool)
         self._default: tuple[LMPool, dspy.BaseLM] | None = None
         # Those of the default LM, complete.
         self._options: dict[str, Any] | None = None
-        self._lock = threading.Lock()
         peer_log.adopt("dspy")
         outgoing.most = settings.max_lm_bytes
         dspy_internals.check()
@@ -54,7 +52,8 @@ class Models:
         json_repair_limit.install()
         free_form_maps.install()
         built_once.install()
-        lookups.install()
+        event_loop_lm.watch_executors()
+        routes.install()
         endings.install()
         meter.install()
         # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
@@ -112,17 +111,12 @@ class Models:
     def _pool(self, options: dict[str, Any]) -> LMPool:
         if options["model"] == script_lm.NAME:
             return LMPool(options)  # each begins with its first answer
-        key = json.dumps(options, sort_keys=True)
-        with self._lock:
-            pool = self._pools.get(key)
-            if pool is None:
-                pool = self._pools[key] = LMPool(options)
-                if self.settings.warm:
-                    pool.warm_up()
-                if len(self._pools) > MAX_LMS:
-                    self._pools.popitem(last=False)
-            else:
-                self._pools.move_to_end(key)
+        return self._kept_pool(json.dumps(options, sort_keys=True))
+
+    def _new_pool(self, options: str) -> LMPool:
+        pool = LMPool(json.loads(options))
+        if self.settings.warm:
+            pool.warm_up()
         return pool
 
     def adapter(self, given: object) -> dspy.Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -17,6 +18,16 @@ _PARAMS = {
     "function_calling": ("tools", "tool_choice", "parallel_tool_calls"),
     "reasoning": ("reasoning_effort",),
 }
+
+
+def _support(capability: str) -> property:
+    """As `dspy.LM`'s property, unless the option says it."""
+
+    def supported(lm: LoopLM) -> bool:
+        known = lm.supports
+        return bool(getattr(super(LoopLM, lm), f"supports_{capability}") if known is None else capability in known)
+
+    return property(supported)
 
 
 class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
@@ -52,20 +63,14 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         # In a thread that a module started without its context.
         return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
 
-    @property
-    def supports_function_calling(self) -> bool:
-        """As `dspy.LM`'s."""
-        return bool(super().supports_function_calling if self.supports is None else "function_calling" in self.supports)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `dspy.LM`'s; `__call__` does not come here."""
+        event_loop.refuse_sync_call()
+        return super().forward(*args, **kwargs)
 
-    @property
-    def supports_reasoning(self) -> bool:
-        """As `dspy.LM`'s."""
-        return bool(super().supports_reasoning if self.supports is None else "reasoning" in self.supports)
-
-    @property
-    def supports_response_schema(self) -> bool:
-        """As `dspy.LM`'s."""
-        return bool(super().supports_response_schema if self.supports is None else "response_schema" in self.supports)
+    supports_function_calling = _support("function_calling")
+    supports_reasoning = _support("reasoning")
+    supports_response_schema = _support("response_schema")
 
     @property
     def supported_params(self) -> set[str]:
@@ -79,3 +84,22 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
             elif capability != "response_schema" or not self.supports:
                 params.difference_update(names)
         return params
+
+
+def watch_executors() -> None:
+    """Watch DSPy's executor, which runs a batch, `dspy.Parallel` and evaluations in threads and waits for them."""
+    dspy_internals.EXECUTE.wrap(_watched)
+
+
+def _watched(execute: Any) -> Any:
+    @functools.wraps(execute)
+    def executed(self: Any, function: Any, data: Any) -> Any:
+        event_loop.refuse_sync_call()
+        if lm_call.run().examples_once:
+            # DSPy runs the last ones again that take 120 s. A bar that is not finished is drawn by another thread, or
+            # by the garbage collector, which nobody can tell from the application's own output.
+            self.timeout = 0
+            self.disable_progress_bar = True
+        return execute(self, function, data)
+
+    return executed

@@ -65,6 +65,9 @@ class RunContext:
         self.job: Job | None = None
         self.steps = 0
 
+    # Whether DSPy's executors run each example once, however long it takes, and without a progress bar.
+    examples_once = False
+
     def slot(self) -> AbstractAsyncContextManager[None] | None:
         """What a call of an LM waits for, on its event loop, and leaves at its end; None by default."""
         return None
@@ -101,13 +104,15 @@ def job() -> Job | None:
 class LMCall:
     """One call of an LM; its requests follow one another. Times are of `time.monotonic`, in seconds.
 
-    `target`: None for an LM that your application made. `refused`: our error, of which LiteLLM and the clients below it
-    may have made one of theirs. `usages`: token counts as DSPy reported them, none for an answer from the cache.
+    `target`: None for an LM that your application made. `by_litellm`: whether LiteLLM sends its requests;
+    `refused`: our error, of which LiteLLM and the clients below it may have made one of theirs. `usages`: token counts
+    as DSPy reported them, none for an answer from the cache.
     `finish_reason`, `cost` (US dollars) and `cached` are None where DSPy does not tell them, `error_type` is the class
     of the exception that it failed with. `first_chunk`: when the first piece of a streamed answer came. `entry`: its
     place in the run's history, with the messages, if the reply has one; `outputs`: for the history alone.
     """
 
+    by_litellm = False
     cached: bool | None = None
     cost: float | None = None
     ended: float | None = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from typing import Any, Literal
 
@@ -88,29 +87,20 @@ def _make(model: str, of_dspy: dict[str, Any]) -> Any:
 def _call(lm: Any, found: dict[str, Any], question: str, *, must: bool = False, **options: Any) -> Any:
     """The answer; None if the LM refuses these options. Raises `dspy.LMError`."""
     begun = time.monotonic()
-    answers: list[Any] = []
 
-    async def ask() -> None:
+    async def ask() -> Any:
         try:
-            answers.extend(await lm.acall(question, **options))
+            return (await asyncio.wait_for(lm.acall(question, **options), SECONDS))[0]
+        except asyncio.TimeoutError:
+            raise dspy.LMTimeoutError(f"no answer within {SECONDS} s") from None
         finally:
             await lm.aclose()
 
-    def call() -> None:
-        try:
-            asyncio.run(ask())
-        except Exception as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    if not answers:
-        raise dspy.LMTimeoutError(f"no answer within {SECONDS} s")
-    answer = answers[0]
-    if isinstance(answer, Exception):
-        if must or isinstance(answer, _NO_ANSWER) or not isinstance(answer, dspy.LMError):
-            raise answer
+    try:
+        answer = asyncio.run(ask())
+    except dspy.LMError as error:
+        if must or isinstance(error, _NO_ANSWER):
+            raise
         return None
     found.setdefault("ms", round((time.monotonic() - begun) * 1000))
     return answer

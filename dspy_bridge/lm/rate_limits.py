@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
@@ -17,8 +16,9 @@ from typing import NamedTuple
 
 from dspy_bridge.errors import Overloaded
 
-# How many lanes are remembered for LMs that are gone: the next LM of that account goes on with their counts.
-_REMEMBERED = 1000
+# Accounts, and kinds of limits of one: counts outlive the LMs, as the next LM of the account goes on with them.
+_MOST_GATES = 1000
+_MOST_LANES = 100
 # The longest pause that a server may ask for, in seconds: a day.
 _LONGEST_PAUSE = 86_400.0
 INFINITE = float("inf")
@@ -116,28 +116,30 @@ class Gate:
         self.counts_tokens = False
         self.in_flight = 0
         self.paused_until = 0.0
-        # Replaced, not changed: LMs are made in other threads, too.
-        self._lanes: tuple[weakref.ref[Lane], ...] = ()
+        self._lanes: OrderedDict[Limits, Lane] = OrderedDict()
 
     def lanes(self) -> list[Lane]:
-        """Those that LMs have, or that are remembered."""
-        return [lane for ref in self._lanes if (lane := ref()) is not None]
+        """A copy: LMs are made in other threads, too."""
+        return list(self._lanes.values())
 
     def lane(self, limits: Limits) -> Lane:
         """The lane of the LMs with these limits. From any thread, one at a time."""
-        lanes = self.lanes()
-        found = next((lane for lane in lanes if lane.limits == limits), None)
+        found = self._lanes.get(limits)
         if found is None:
-            found = Lane(self, limits)
-            self._lanes = tuple(weakref.ref(lane) for lane in (*lanes, found))
+            found = self._lanes[limits] = Lane(self, limits)
             self.watched = self.watched or limits != Limits()
             self.counts_tokens = self.counts_tokens or limits.tokens_per_minute is not None
+            idle = [lane for lane in self.lanes() if not lane.waiting and lane is not found]
+            if len(self._lanes) > _MOST_LANES and idle:
+                del self._lanes[idle[0].limits]
         return found
 
     def enter(self, ticket: Ticket) -> None:
         """Take a place at the end of its lane. Raises `Overloaded` if the wait would go past the deadline."""
         if (refusal := self._refusal(ticket, len(ticket.lane.waiting))) is not None:
             raise refusal
+        # Its lane may have been forgotten, and another LM may have made it anew.
+        ticket.lane = self._lanes.setdefault(ticket.lane.limits, ticket.lane)
         ticket.lane.waiting[ticket] = None
 
     def leave(self, ticket: Ticket) -> None:
@@ -152,8 +154,6 @@ class Gate:
         """Send nothing for `seconds`, as the server asked."""
         self.watched = True
         self.paused_until = max(self.paused_until, self.clock() + min(seconds, _LONGEST_PAUSE))
-        for lane in self.lanes():
-            self._refuse_the_late(lane)
 
     def spend(self, tokens: int, own: Lane) -> None:
         """Count the tokens of an answer to a request of the lane `own`."""
@@ -161,29 +161,33 @@ class Gate:
             if lane.tokens is not None:
                 # Others may send more than this lane ever would, which must not become a debt of hours.
                 lane.tokens.take(tokens, self.clock(), into_debt=lane is own)
-                self._refuse_the_late(lane)
 
     def advance(self) -> float:
-        """Let all go that may. Returns after how many seconds the next one may, unless something changes before."""
+        """Let all go that may, and refuse the first of a lane if a change has made its deadline too early.
+
+        Returns after how many seconds the next one may go, unless something changes before.
+        """
         soonest = INFINITE
         for lane in self.lanes():
-            while lane.waiting and not lane.is_full():
+            while lane.waiting:
+                ticket = next(iter(lane.waiting))
+                if (refusal := self._refusal(ticket, 0)) is not None:
+                    del lane.waiting[ticket]
+                    ticket.settle(refusal)
+                    continue
+                if lane.is_full():
+                    break
                 if (seconds := lane.wait(0)[0]) > 0:
                     soonest = min(soonest, seconds)
                     break
-                ticket, _ = lane.waiting.popitem(last=False)
+                del lane.waiting[ticket]
                 ticket.running = True
                 self.in_flight += 1
-                self._count_request(lane)
+                for each in self.lanes():
+                    if each.requests is not None:
+                        each.requests.take(1, self.clock(), into_debt=each is lane)
                 ticket.settle(None)
         return soonest
-
-    def _count_request(self, own: Lane) -> None:
-        for lane in self.lanes():
-            if lane.requests is not None:
-                lane.requests.take(1, self.clock(), into_debt=lane is own)
-                if lane is not own:
-                    self._refuse_the_late(lane)
 
     def _refusal(self, ticket: Ticket, ahead: int) -> Overloaded | None:
         if ticket.deadline is None:
@@ -196,32 +200,17 @@ class Gate:
             f"the LM's next request would have to wait {seconds:.1f} s for {limit}; {left:.1f} s are left"
         )
 
-    def _refuse_the_late(self, lane: Lane) -> None:
-        """After a change for the worse: requests whose wait now goes past their deadlines."""
-        ahead = 0
-        for ticket in list(lane.waiting):
-            if (refusal := self._refusal(ticket, ahead)) is None:
-                ahead += 1
-                continue
-            del lane.waiting[ticket]
-            ticket.settle(refusal)
-
 
 _lock = threading.Lock()
-_gates: weakref.WeakValueDictionary[bytes, Gate] = weakref.WeakValueDictionary()
-_remembered: OrderedDict[Lane, None] = OrderedDict()
+_gates: OrderedDict[bytes, Gate] = OrderedDict()
 
 
 def lane(account: str, limits: Limits) -> Lane:
     """The lane for an LM. `account`: what identifies the server and the key; it is not kept."""
     key = sha256(account.encode(errors="surrogatepass")).digest()
     with _lock:
-        gate = _gates.get(key)
-        if gate is None:
-            gate = _gates[key] = Gate()
-        found = gate.lane(limits)
-        _remembered[found] = None
-        _remembered.move_to_end(found)
-        if len(_remembered) > _REMEMBERED:
-            _remembered.popitem(last=False)
-    return found
+        gate = _gates.setdefault(key, Gate())
+        _gates.move_to_end(key)
+        if len(_gates) > _MOST_GATES:
+            _gates.popitem(last=False)
+        return gate.lane(limits)

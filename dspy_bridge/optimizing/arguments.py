@@ -38,7 +38,7 @@ class Budget(_Strict):
 
     lm_calls: int | None = Field(default=None, ge=1)
     tokens: int | None = Field(default=None, ge=1)
-    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    seconds: float | None = Field(default=None, gt=0, le=10**9)
 
 
 class Valset(_Strict):
@@ -48,7 +48,7 @@ class Valset(_Strict):
     expected: list[Any] | None = None
 
 
-class Given(_Strict):
+class Optimize(_Strict):
     """What is to be run. `options` are not checked yet; an LM is given as `lm` of a request."""
 
     optimizer: Optimizer
@@ -68,19 +68,19 @@ class Given(_Strict):
         return {role: lm for role, lm in given.items() if lm is not None}
 
 
-def read(value: object) -> Given:
+def read(value: object) -> Optimize:
     """The argument `optimize`. A key that is null counts as absent. Raises `InvalidArgs`."""
     if not isinstance(value, dict):
         raise InvalidArgs("optimize: expected an object with optimizer")
     for given, model, where in (
-        (value, Given, "optimize"),
+        (value, Optimize, "optimize"),
         (value.get("valset"), Valset, "optimize.valset"),
         (value.get("budget"), Budget, "optimize.budget"),
     ):
         if isinstance(given, dict):
             refuse_unknown(given, model.model_fields, where)
     try:
-        read = Given.model_validate({key: of_key for key, of_key in value.items() if of_key is not None})
+        read = Optimize.model_validate({key: of_key for key, of_key in value.items() if of_key is not None})
     except pydantic.ValidationError as error:
         raise validation_errors.describe("optimize", error) from None
     valset = read.valset

@@ -6,10 +6,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from dspy_bridge.optimizing.run import Run
-from dspy_bridge.programs.scores import mean
 from dspy_bridge.wire.json_values import encode_value
 
 # Seconds between two items of progress.
@@ -32,12 +32,11 @@ class Candidates:
         self._optimizer = optimizer
         self._whole = whole
         self._start = start
-        self._start_key = _key(start)
+        self._baseline: float | None = None
         self._state_of = state_of
         self._run = run
         self._send = send
         self._lock = threading.Lock()
-        self._scores: dict[bytes, float] = {}
         self._best: tuple[float, dict[str, Any]] | None = None
         self.count = 0
         self._done = 0
@@ -57,7 +56,7 @@ class Candidates:
             return {
                 "state": state,
                 "score": score,
-                "baseline": self._scores.get(self._start_key),
+                "baseline": self._baseline,
                 "candidates": self.count,
                 "stopped": stopped,
                 "lm_calls": self._run.lm_calls,
@@ -110,13 +109,13 @@ class Candidates:
         self._send({"progress": progress})
 
     def _add(self, module: Any, scores: list[float]) -> None:
-        score, state = mean(scores), self._state_of(module)
+        score, state = fmean(scores), self._state_of(module)
         with self._lock:
             self.count += 1
-            key = _key(state)
-            self._scores.setdefault(key, score)
             # The program as it was wins ties: a change that gains nothing is none.
-            is_start = key == self._start_key
+            is_start = encode_value(state) == encode_value(self._start)
+            if is_start and self._baseline is None:
+                self._baseline = score
             best = self._best is None or score > self._best[0] or (is_start and score == self._best[0])
             item: dict[str, Any] = {"number": self.count, "score": score, "of": len(scores), "best": best}
             if best:
@@ -125,9 +124,3 @@ class Candidates:
         # Not with the lock: this waits for the client, and the reply needs the lock.
         if self._send is not None:
             self._send({"candidate": item})
-
-
-def _key(state: dict[str, Any]) -> bytes:
-    from hashlib import sha256
-
-    return sha256(encode_value(state)).digest()

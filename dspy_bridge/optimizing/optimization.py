@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import deque
 from typing import Any
 
 import dspy
@@ -14,13 +15,11 @@ from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors, dspy_internals, lm_pool
 from dspy_bridge.lm.lm_call import TokenCount
 from dspy_bridge.lm.offline import offline_lm
-from dspy_bridge.optimizing import executors, optimizers, proposals
-from dspy_bridge.optimizing.arguments import Given
+from dspy_bridge.optimizing import optimizers, student
+from dspy_bridge.optimizing.arguments import Optimize
 from dspy_bridge.optimizing.candidates import Candidates
-from dspy_bridge.optimizing.metric_functions import MetricFunctions
 from dspy_bridge.optimizing.run import Run
-from dspy_bridge.optimizing.student import Student
-from dspy_bridge.optimizing.watch import Watch
+from dspy_bridge.optimizing.watch import Watch, tolerant
 from dspy_bridge.programs.program import Program
 from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import large_inputs, worker_threads
@@ -30,22 +29,10 @@ from dspy_bridge.runtime.worker_threads import WorkerThreads
 _MANY = 1_000_000_000
 # What DSPy's optimizers raise for arguments that they cannot run with, mostly before an LM is asked.
 _REFUSALS = (ArithmeticError, AssertionError, ImportError, TypeError, ValueError)
-# Of a timer, in seconds.
-_LONGEST = 10 * 365 * 86_400
-
-
-class _NoTrace(list[Any]):
-    """DSPy's modules append to the trace, even if nobody reads it; without one BestOfN and Refine fail."""
-
-    def append(self, item: Any) -> None:
-        """Nothing."""
-
-    def extend(self, items: Any) -> None:
-        """Nothing."""
 
 
 async def run(
-    given: Given,
+    given: Optimize,
     program: Program,
     metric_given: dict[str, Any],
     inputs: list[Any],
@@ -61,53 +48,44 @@ async def run(
 
     `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
     """
-    optimizers.check(given, len(inputs))
+    await large_inputs.in_thread(lambda: optimizers.check(given, len(inputs)))
     if given.budget.tokens is not None and not dspy_internals.USAGE_SETTING.there:
         raise InvalidArgs(f"optimize.budget.tokens: DSPy {dspy.__version__} does not report tokens as expected")
     if expected is None and given.optimizer == "labeled_few_shot":
         raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
-    metric = program.read_metric(metric_given)
-    await large_inputs.in_thread(functools.partial(optimizers.load, given.optimizer))
-    job = _Job(given, program, metric, Run(call, limiter, given.budget), stream)
-    await large_inputs.in_thread(lambda: job.read(inputs, expected))
+    job = _Job(given, program, program.read_metric(metric_given), Run(call, limiter, given.budget))
+    await large_inputs.in_thread(lambda: job.read(inputs, expected, stream=stream))
     return await job.run(lm, threads)
 
 
 class _Job:
-    def __init__(self, given: Given, program: Program, metric: Metric, run: Run, stream: bool) -> None:
-        self._given = given
-        self._program = program
-        self._metric = metric
-        self._run = run
-        self._stream = stream
-        self._sets: list[list[dspy.Example] | None] = []
-        self._examples: dict[int, dict[str, Any]] = {}
-        run.student = Student(program)
+    def __init__(self, given: Optimize, program: Program, metric: Metric, run: Run) -> None:
+        self._given, self._program, self._metric, self._run = given, program, metric, run
+        self._student = run.student = student.Student(program, metric, run)
 
-    def read(self, inputs: list[Any], expected: list[Any] | None) -> None:
+    def read(self, inputs: list[Any], expected: list[Any] | None, *, stream: bool) -> None:
         """Raises `InvalidArgs` or `NotAllowed`."""
-        self._sets = [self._read(inputs, expected, "")]
-        valset = self._given.valset
-        others = None if valset is None else self._read(valset.inputs, valset.expected, "optimize.valset.")
-        self._sets.append(others)
-        module = self._module = self._run.student.module()
-        given = self._given
+        given, program, valset = self._given, self._program, self._given.valset
+        self._trainset = self._read(inputs, expected, "")
+        self._valset = None if valset is None else self._read(valset.inputs, valset.expected, "optimize.valset.")
+        self._module = self._student.module()
         self._candidates = Candidates(
             given.optimizer,
             optimizers.scored_on(given, len(inputs)),
-            self._program.state(module),
-            self._program.state,
+            program.state(self._module),
+            program.state,
             self._run,
-            functools.partial(_send, self._run.call) if self._stream else None,
+            functools.partial(_send, self._run.call) if stream else None,
         )
-        self._lms = {role: self._program.lm(lm, f"optimize.{role}") for role, lm in self._given.lms.items()}
+        self._student.on_score = self._candidates.scored
+        self._lms = {role: program.lm(lm, f"optimize.{role}") for role, lm in given.lms.items()}
         for role, own in self._lms.items():
             own.role = role  # its copies, which optimizers make, have it too
         self._large = large_inputs.are_large(self._run.call.size, [*inputs, *(valset.inputs if valset else ())])
 
     def _read(self, inputs: list[Any], expected: list[Any] | None, where: str) -> list[dspy.Example]:
         read = self._program.examples(self._metric, inputs, expected, where)
-        self._examples.update((id(example), shown) for example, shown in read)
+        self._student.examples.update((id(example), shown) for example, shown in read)
         return [example for example, _ in read]
 
     async def run(self, lm: object, threads: WorkerThreads) -> dict[str, Any]:
@@ -121,23 +99,20 @@ class _Job:
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
         # Now, and not when garbage is collected.
         work.add_done_callback(lambda _: lm_pool.close_own(lms))
-        timer = None
-        if (seconds := self._given.budget.seconds) is not None:
-            timer = loop.call_later(min(seconds, _LONGEST), run.end, "seconds")
+        ends = (work, asyncio.wrap_future(run.ending))
         try:
-            await asyncio.wait((work, run.ending), return_when=asyncio.FIRST_COMPLETED)
-            if not run.ending.done():
+            done, _ = await asyncio.wait(ends, timeout=self._given.budget.seconds, return_when=asyncio.FIRST_COMPLETED)
+            if work in done and not run.ending.done():
                 return await self._result(work)
-            why = run.ending.result()
+            why = run.ending.result() if done else "seconds"
             if isinstance(why, BaseException):
                 raise why
+            run.close()
             run.refuse_failures(stopped=True)
             return await large_inputs.in_thread(lambda: self._candidates.result(stopped=why))
         finally:
             run.close()
             work.cancel()
-            if timer is not None:
-                timer.cancel()
 
     async def _result(self, work: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -150,29 +125,23 @@ class _Job:
 
     def _optimize(self) -> dict[str, Any]:
         """In a worker thread."""
-        trainset, valset = self._sets
-        assert trainset is not None
         run, given = self._run, self._given
-        executors.install(given.optimizer)
         run.begin()
-        functions = MetricFunctions(
-            self._metric,
-            self._program,
-            self._examples,
-            run,
-            self._candidates.scored,
-        )
-        settings: dict[str, Any] = {"trace": _NoTrace(), "max_errors": _MANY}
-        watch = Watch(run, self._candidates, optimizers.own_role(given))
-        settings["callbacks"] = [*dspy.settings.callbacks, watch]
-        settings["adapter"] = proposals.tolerant(dspy.settings.adapter or dspy.ChatAdapter())
+        callbacks = [*dspy.settings.callbacks, Watch(run, self._candidates, optimizers.own_role(given))]
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):
-            settings["callbacks"].append(offline_lm.WatchFormat())
+            callbacks.append(offline_lm.WatchFormat())
+        settings: dict[str, Any] = {
+            # DSPy's modules append to the trace, even if nobody reads it; without one BestOfN and Refine fail.
+            "trace": deque(maxlen=0),
+            "max_errors": _MANY,
+            "callbacks": callbacks,
+            "adapter": tolerant(dspy.settings.adapter or dspy.ChatAdapter()),
+        }
         if dspy_internals.USAGE_SETTING.there:
             name = dspy_internals.USAGE_SETTING.attribute
             settings[name] = TokenCount(run.spend, dspy.settings[name])
         with dspy.context(**settings):
-            made = optimizers.compile(given, self._module, trainset, valset, functions, self._lms)
+            made = optimizers.compile(given, self._module, self._trainset, self._valset, self._student, self._lms)
             run.refuse_failures()
             return self._candidates.result(made)
 

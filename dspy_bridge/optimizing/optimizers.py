@@ -5,17 +5,16 @@ What DSPy refuses itself is `invalid_args` in `optimization`.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.optimizing.arguments import Given
+from dspy_bridge.optimizing.arguments import Optimize
 from dspy_bridge.programs.saved_state import MAX_DEMOS
 from dspy_bridge.signatures import validation_errors
 
@@ -76,18 +75,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Metrics(Protocol):
-    """What scores a prediction, as the optimizers call it."""
-
-    def score(self, example: Any, prediction: Any, trace: Any = None) -> float | bool: ...
-
-    def simba(self, example: Any, prediction: Any) -> Any: ...
-
-    def gepa(self, gold: Any, pred: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> Any: ...
-
-
-def check(given: Given, trainset_size: int) -> None:
-    """Whether this optimizer can run with this. Raises `InvalidArgs`, naming the key or the missing package."""
+def check(given: Optimize, trainset_size: int) -> None:
+    """Whether this optimizer can run with this. Blocks. Raises `InvalidArgs`, naming the key or the missing package."""
     name = given.optimizer
     _check_package(name)
     takes = _takes(name)
@@ -104,25 +93,17 @@ def check(given: Given, trainset_size: int) -> None:
         raise InvalidArgs("inputs: expected at least one example to optimize with")
 
 
-def load(name: str) -> None:
-    """Import the package that an optimizer needs. Blocks.
-
-    Not as the optimizer runs: optuna keeps the traceback of an import that failed, and so all that led to it.
-    """
-    if name in _NEEDS:
-        with suppress(ImportError):  # of a broken one, which the optimizer reports
-            importlib.import_module(_NEEDS[name])
-
-
 def compile(
-    given: Given,
+    given: Optimize,
     student: dspy.Module,
     trainset: list[dspy.Example],
     valset: list[dspy.Example] | None,
-    metrics: Metrics,
+    metrics: Any,
     lms: Mapping[str, dspy.BaseLM],
 ) -> dspy.Module:
     """The student optimized, after `check`: a module of the same kind. Blocks; the LM is that of `dspy.context`.
+
+    `metrics`: has the metric as `score`, `simba` and `gepa`.
 
     SIMBA writes into the teacher's LM. Raises what DSPy raises.
     """
@@ -153,7 +134,7 @@ def compile(
     return teleprompter.compile(student, trainset=trainset, **rest)
 
 
-def scored_on(given: Given, trainset_size: int) -> int | None:
+def scored_on(given: Optimize, trainset_size: int) -> int | None:
     """How many examples one whole evaluation has; None if there is none, or if DSPy takes a sample (MIPROv2)."""
     on = _SCORED_ON.get(given.optimizer)
     if on == "valset" and given.valset is not None:
@@ -161,7 +142,7 @@ def scored_on(given: Given, trainset_size: int) -> int | None:
     return None if on is None else trainset_size
 
 
-def own_role(given: Given) -> str:
+def own_role(given: Optimize) -> str:
     """The role of an LM that was not given, and that the optimizer's own code asks; empty if there is none."""
     return "prompt_lm" if _KEYWORDS["prompt_lm"] in _takes(given.optimizer) else ""
 
@@ -172,19 +153,26 @@ def _takes(name: str) -> dict[str, inspect.Parameter]:
     return {**inspect.signature(cls.compile).parameters, **inspect.signature(cls).parameters}
 
 
-def _options(given: Given) -> dict[str, Any]:
+def _options(given: Optimize) -> dict[str, Any]:
     return validation_errors.read_options(given.options, OPTIONS[given.optimizer], "optimize.options")
 
 
 def _check_package(name: str) -> None:
+    """Import the package that the optimizer needs.
+
+    Not as it runs: optuna keeps the traceback of an import that failed, and so all that led to it.
+    """
     needs = _NEEDS.get(name)
-    if needs is None or importlib.util.find_spec(needs) is not None:
-        return
-    # DSPy brings gepa itself, where gepa supports the Python.
-    how = f"pip install {needs}, which this Python may be too new for"
-    if needs != "gepa":
-        how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
-    raise InvalidArgs(f"optimize.optimizer: {name} needs the Python package {needs}; install it with {how}")
+    try:
+        if needs is not None:
+            importlib.import_module(needs)
+    except ImportError as error:
+        # DSPy brings gepa itself, where gepa supports the Python.
+        how = f"pip install {needs}, which this Python may be too new for"
+        if needs != "gepa":
+            how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
+        text = f"optimize.optimizer: {name} needs the Python package {needs}; install it with {how}"
+        raise InvalidArgs(text) from error
 
 
 def _check_demos(name: str, chosen: Mapping[str, Any], student: dspy.Module) -> None:

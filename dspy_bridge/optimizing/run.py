@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import dspy
@@ -35,24 +35,7 @@ class Run(lm_call.RunContext):
     `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does.
     """
 
-    __slots__ = (
-        "_answered",
-        "_budget",
-        "_context",
-        "_failures",
-        "_last_failure",
-        "_limiter",
-        "_lock",
-        "_loop",
-        "_over",
-        "call",
-        "ending",
-        "here",
-        "lm_calls",
-        "metric_calls",
-        "student",
-        "tokens",
-    )
+    examples_once = True
 
     def __init__(self, call: Caller, limiter: Limiter, budget: Budget) -> None:
         """On the event loop."""
@@ -68,7 +51,7 @@ class Run(lm_call.RunContext):
         self._budget = budget
         self._limiter = limiter
         self._loop = asyncio.get_running_loop()
-        self.ending: asyncio.Future[str | BaseException] = self._loop.create_future()
+        self.ending: Future[str | BaseException] = Future()
         self._lock = threading.Lock()
         self._over = False
         # By the role of an LM, which is empty for that of the program: consecutive failures, and the last one.
@@ -86,7 +69,7 @@ class Run(lm_call.RunContext):
             if self._over:
                 return
             self._over = True
-        self._loop.call_soon_threadsafe(self._settle, why)
+        self.ending.set_result(why)
 
     def close(self) -> None:
         """Whatever the run's code still does ends at its next step."""
@@ -160,12 +143,9 @@ class Run(lm_call.RunContext):
 
     # On an event loop.
 
-    def slot(self) -> AbstractAsyncContextManager[None]:
-        """A slot of the peer's limiter: the run itself holds none, so that its LM calls and other runs take turns."""
-        return self._slot()
-
     @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
+    async def slot(self) -> AsyncIterator[None]:
+        """A slot of the peer's limiter: the run itself holds none, so that its LM calls and other runs take turns."""
         self.check()
         # The limiter belongs to the other loop if inputs are large; this future knows atomically which came first, the
         # slot or a cancel.
@@ -185,10 +165,6 @@ class Run(lm_call.RunContext):
         finally:
             end = self._limiter.withdraw if slot.cancel() else lambda _start: self._limiter.release()
             self._loop.call_soon_threadsafe(end, start)
-
-    def _settle(self, why: str | BaseException) -> None:
-        if not self.ending.done():
-            self.ending.set_result(why)
 
     # In the run's threads.
 

@@ -1,18 +1,24 @@
-"""DSPy's callback by which an optimization sees what DSPy does: LM calls and evaluations. Imports DSPy."""
+"""What an optimization sees and changes of DSPy's own LM calls and evaluations. Imports DSPy."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
+import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.errors import BridgeError, hits_all
+from dspy_bridge.errors import BridgeError, OutputInvalid, Overloaded, hits_all
 from dspy_bridge.lm import dspy_errors, dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.offline.offline_lm import OfflineLM
 from dspy_bridge.optimizing import student
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.run import Run
+
+_INSTRUCTION, _PREFIX = "proposed_instruction", "proposed_prefix_for_output_field"
 
 
 class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
@@ -44,7 +50,9 @@ class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         error = None if exception is None else dspy_errors.translate(exception, [])
         if role and isinstance(error, BridgeError):
             _name_role(error, f"optimize.{role}: ")
-        if error is not None and hits_all(error):
+        # What a limit of the peer's own refuses comes too late for the deadline, and so would all that follows.
+        if hits_all(error) or isinstance(error, Overloaded):
+            assert error is not None
             self._run.end(error)
         self._run.lm_answered(role, error)
         self._candidates.report()
@@ -71,3 +79,54 @@ def _name_role(error: BridgeError, role: str) -> None:
 def _requests_are_counted(lm: Any) -> bool:
     """Whether `transport` sees each of its requests, so that a call that the cache answers costs nothing."""
     return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and dspy_internals.ASYNC_TRANSPORT.there
+
+
+def tolerant(adapter: dspy.Adapter) -> dspy.Adapter:
+    """A copy of the adapter for an optimization: an answer that cannot be used fails its candidate alone.
+
+    SIMBA and GEPA go on without the candidate. COPRO and MIPROv2 would raise, so they get the instruction as it was.
+    """
+    made = copy.copy(adapter)
+    kind: Any = type(adapter)
+    made.__class__ = _class_of(kind)
+    return made
+
+
+@functools.cache
+def _class_of(kind: Any) -> Any:
+    class Tolerant(kind):  # type: ignore[misc]
+        def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+            kept = None if student.running.get() else _kept(signature, inputs)
+            if kept is None:
+                return super().__call__(lm, lm_kwargs, signature, demos, inputs)
+            token = endings.keeping_whole.set(True)
+            try:
+                return super().__call__(lm, lm_kwargs, signature, demos, inputs)
+            except Exception as error:
+                if isinstance(dspy_errors.translate(error, []), OutputInvalid):
+                    return [kept]
+                raise
+            finally:
+                endings.keeping_whole.reset(token)
+
+    Tolerant.__name__, Tolerant.__qualname__ = kind.__name__, kind.__qualname__
+    return Tolerant
+
+
+def _kept(signature: Any, inputs: dict[str, Any]) -> dict[str, str] | None:
+    """The outputs of one who proposes what there is; None if it is not asked for a proposal."""
+    if "basic_instruction" in inputs:
+        values = {_INSTRUCTION: inputs["basic_instruction"], _PREFIX: ""}
+    elif "attempted_instructions" in inputs:
+        # COPRO's earlier candidates with their scores, the best one last.
+        values = {_INSTRUCTION: "", _PREFIX: ""}
+        for line in inputs["attempted_instructions"]:
+            kind, _, text = line.partition(": ")
+            if kind.startswith("Instruction #"):
+                values[_INSTRUCTION] = text
+            elif kind.startswith("Prefix #"):
+                values[_PREFIX] = text
+    else:
+        return None
+    names = signature.output_fields
+    return {name: values[name] for name in names} if names.keys() <= values.keys() else None

@@ -10,12 +10,11 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
-from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.dspy_setup import Models
 from dspy_bridge.programs import remote_tools, sandbox, scores
-from dspy_bridge.programs.runners import CodeRunner, ComparisonRunner, Runner, ToolCallRunner
-from dspy_bridge.programs.scored_attempts import BestRunner
+from dspy_bridge.programs.runners import CodeRunner, Runner, ScoredRunner, ToolCallRunner
 from dspy_bridge.signatures import validation_errors
+from dspy_bridge.signatures.validation import Contract
 
 # Program type to DSPy's class.
 TYPES = {
@@ -30,7 +29,7 @@ TYPES = {
 # Each run is at least one LM call; more than this is a mistake.
 _COUNT = Annotated[int, pydantic.Field(ge=1, le=1000)]
 _NUMBER = Annotated[float, pydantic.Field(allow_inf_nan=False)]
-_BEST = {
+_SCORED = {
     "n": _COUNT,
     "threshold": _NUMBER,
     "fail_count": _COUNT,
@@ -42,50 +41,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "predict": {},
     "chain_of_thought": {},
     "react": {"max_iters": _COUNT},
-    "best_of_n": _BEST,
-    "refine": _BEST,
+    "best_of_n": _SCORED,
+    "refine": _SCORED,
     # Each of the M adds a field, and DSPy's time is quadratic: 0.1 s for 100, 18 s for 1000, while other creates wait.
     "multi_chain_comparison": {"m": Annotated[int, pydantic.Field(ge=1, le=100)], "temperature": _NUMBER},
-    "rlm": {
-        "max_iters": _COUNT,
-        "max_llm_calls": _COUNT,
-        "max_output_chars": Annotated[int, pydantic.Field(ge=1)],
-        "sub_lm": Any,
-    },
+    "rlm": {"max_iters": _COUNT, "max_llm_calls": _COUNT, "max_output_chars": pydantic.PositiveInt, "sub_lm": Any},
 }
-# DSPy 3.5 removes them.
-_GONE = frozenset(("program_of_thought", "code_act"))
-# Undocumented names that a type cannot do without.
-_NEEDS = {"best_of_n": dspy_internals.BEST_OF_N, "refine": dspy_internals.REFINE}
 _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
-# Fields and arguments of DSPy's modules, which a field of the signature would replace.
+# Names that DSPy's modules need for fields of their own, and parameters of their functions.
 _OWN_FIELDS = {
-    "chain_of_thought": frozenset(("reasoning",)),
-    "react": frozenset(("trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning")),
-    "refine": frozenset(("hint_",)),
-    "multi_chain_comparison": frozenset(("rationale",)),
-    "rlm": frozenset(
-        ("trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory")
-    ),
+    "chain_of_thought": {"reasoning"},
+    "react": {"trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning"},
+    "refine": {"hint_"},
+    "multi_chain_comparison": {"rationale"},
+    "rlm": {"trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory"},
 }
-# Inputs and outputs that would collide with parameters of DSPy's functions.
-_OWN_ARGUMENTS = {
-    ("react", "inputs"): frozenset(("module",)),
-    ("react", "outputs"): frozenset(("self",)),
-    ("rlm", "outputs"): frozenset(("self",)),
-}
+_OWN_ARGUMENTS = {("react", "inputs"): {"module"}, ("react", "outputs"): {"self"}, ("rlm", "outputs"): {"self"}}
 
 
 def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
     """Inputs of the program's type in addition to the signature's, which may declare them too."""
-    return ComparisonRunner.extra if definition.get("program_type") == "multi_chain_comparison" else ()
+    return ("completions",) if definition.get("program_type") == "multi_chain_comparison" else ()
 
 
-def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
+def build(definition: dict[str, Any], contract: Contract, lms: Models) -> Runner:
     """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
+    signature = contract.signature
     program_type = definition.get("program_type", "predict")
-    if isinstance(program_type, str) and program_type in _GONE:
-        raise InvalidArgs(f"program_type: {program_type} is gone, as from DSPy 3.5; rlm runs code that an LM wrote")
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
     given = definition.get("options")
@@ -103,17 +85,21 @@ def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Mode
     chosen = validation_errors.read_options(lower, OPTIONS[program_type], "options")
     if "module" in chosen:
         _check_fields(chosen["module"], signature)
-    return _make(program_type, signature, chosen, tools, lms)
+    return _make(program_type, contract, chosen, tools, lms)
 
 
 def _make(
     program_type: str,
-    signature: type[dspy.Signature],
+    contract: Contract,
     chosen: dict[str, Any],
     tools: list[remote_tools.RemoteTool],
     lms: Models,
 ) -> Runner:
-    kind = _kind(program_type)
+    signature = contract.signature
+    # DSPy drops deprecated modules.
+    kind = getattr(dspy, TYPES[program_type], None)
+    if kind is None:
+        raise InvalidArgs(f"program_type: DSPy {dspy.__version__} does not have dspy.{TYPES[program_type]}")
     if program_type in ("best_of_n", "refine"):
         if "reward" not in chosen:
             raise InvalidArgs("options.reward: missing")
@@ -125,12 +111,13 @@ def _make(
         chosen = {"threshold": 1.0, **chosen, "N": count}
         if tools and inner != "react":
             raise InvalidArgs(f"tools: {program_type} of {inner} takes none but its reward")
-        return BestRunner(kind, _make(inner, signature, {}, tools, lms).module, reward, chosen)
+        return ScoredRunner(kind, _make(inner, contract, {}, tools, lms).module, reward, chosen)
     if tools and program_type not in _TAKE_TOOLS:
         raise InvalidArgs(f"tools: {program_type} takes none")
     if program_type == "multi_chain_comparison":
         count = chosen.pop("m", 3)
-        return ComparisonRunner(kind(signature, M=count, **chosen), list(signature.output_fields)[-1], count)
+        contract.inputs["completions"] = _completions(count, list(signature.output_fields)[-1])
+        return Runner(kind(signature, M=count, **chosen))
     if program_type == "react":
         if not tools:
             raise InvalidArgs("tools: react needs at least one; chain_of_thought is the program type without tools")
@@ -138,6 +125,9 @@ def _make(
     if program_type == "rlm":
         if "sub_lm" in chosen:
             chosen["sub_lm"] = lms.pool(chosen["sub_lm"], "options.sub_lm").lasting()
+        for tool in tools:
+            if odd := [arg for arg in tool.args if not remote_tools.is_parameter(arg)]:
+                raise InvalidArgs(f"tools: {tool.name}: {odd[0]!r} is no name of a Python argument, which rlm needs")
         try:
             module = kind(signature, tools=list(tools), interpreter_factory=sandbox.Factory(), **chosen)
         except (TypeError, ValueError) as error:
@@ -147,27 +137,28 @@ def _make(
     return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen))
 
 
-def _kind(program_type: str) -> Any:
-    """DSPy's class; later versions drop the deprecated ones."""
-    name = TYPES[program_type]
-    kind = getattr(dspy, name, None)
-    missing = [f"dspy.{name}"] if kind is None else [it.dotted for it in _NEEDS.get(program_type, ()) if not it.there]
-    if missing:
-        without = f"which DSPy {dspy.__version__} does not have; DSPy 3.4.1 does"
-        raise InvalidArgs(f"program_type: {program_type} needs {missing[0]}, {without}")
-    return kind
+def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:
+    """The validator of what a MultiChainComparison compares."""
+
+    def fits(one: object) -> bool:
+        return isinstance(one, dict) and answer in one and isinstance(one.get("rationale", one.get("reasoning")), str)
+
+    def check(given: Any) -> Any:
+        if not isinstance(given, list) or len(given) != count or not all(map(fits, given)):
+            raise validation_errors.unfit(f"expected a list of {count} objects with reasoning and {answer}")
+        return given
+
+    return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(check)])
 
 
 def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
-    for where, fields, free in (
-        ("inputs", signature.input_fields, ()),
-        # An output `reasoning` is the same field.
-        ("outputs", signature.output_fields, ("reasoning",)),
-    ):
-        own = _OWN_FIELDS.get(program_type, frozenset()) | _OWN_ARGUMENTS.get((program_type, where), frozenset())
+    for where, fields in (("inputs", signature.input_fields), ("outputs", signature.output_fields)):
+        own = {*_OWN_FIELDS.get(program_type, ()), *_OWN_ARGUMENTS.get((program_type, where), ())}
+        if where == "outputs":
+            own.discard("reasoning")  # it is the same field
         for name in fields:
             attempt = program_type == "multi_chain_comparison" and name.startswith("reasoning_attempt_")
-            if (name in own or attempt) and name not in free:
+            if name in own or attempt:
                 raise InvalidArgs(
                     f"signature.{where}: {program_type} has a field {name!r} of its own; choose another name"
                 )

@@ -44,7 +44,7 @@ class Program:
         lm = definition.get("lm")
         self._lm_given: object = lm
         self._lm = None if lm is None else lms.pool(lm)
-        self.runner = module_factory.build(definition, signature, lms)
+        self.runner = module_factory.build(definition, self._contract, lms)
         self.of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
         module = self.runner.module
         state = saved_state.read(definition, lms.settings.state_dir)
@@ -65,7 +65,7 @@ class Program:
         return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
     async def metric(
-        self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None, call: Caller
+        self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None
     ) -> tuple[scores.Metric, list[dict[str, Any]]]:
         """A metric for this program, and what it gets of each item. Raises `InvalidArgs` or `NotAllowed`."""
         signature, files_dir = self._contract.signature, self._lms.settings.files_dir
@@ -74,8 +74,7 @@ class Program:
         def read() -> list[dict[str, Any]]:
             return [example for example, _ in scores.read_examples(metric, inputs, expected, signature, files_dir)]
 
-        small = call.size < large_inputs.LARGE and files_dir is None
-        return metric, read() if small else await large_inputs.in_thread(read)
+        return metric, await large_inputs.in_thread(read)
 
     def read_metric(self, given: dict[str, Any]) -> scores.Metric:
         """A metric for this program. Raises `InvalidArgs`."""
@@ -154,7 +153,11 @@ class Program:
         settings, pool = self._lm_for(config, lm)
         if settings:
             values["config"] = settings
-        given, ends = self._settings_given(config, lm), item_ends.get()
+        two_step = isinstance(self._adapter, dspy.TwoStepAdapter)
+        of_dspy = {"config": config or self._config, "lm": lm or self._lm, "adapter": two_step}
+        # The arguments that became settings of DSPy's modules.
+        given = [name for name, value in of_dspy.items() if value and self.of_dspy]
+        ends = item_ends.get()
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
@@ -205,15 +208,7 @@ class Program:
 
     def _checked(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The values for the module. Raises `InvalidArgs` or `NotAllowed`, naming everything that is wrong."""
-        extra = self.runner.extra
-        wrong: list[BridgeError] = []
-        try:
-            self.runner.check(inputs)
-        except InvalidArgs as error:
-            wrong.append(error)
-        values = self._contract.check({name: value for name, value in inputs.items() if name not in extra}, wrong)
-        values.update((name, inputs[name]) for name in extra)
-        return {name: _without_types(value) for name, value in values.items()}
+        return {name: _without_types(value) for name, value in self._contract.check(inputs).items()}
 
     async def _run(
         self, values: dict[str, Any], run: lm_call.RunContext, stream: bool, attempts: int
@@ -239,14 +234,6 @@ class Program:
         kind = type(prediction).__name__
         text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
         raise OutputInvalid(text, by_lm=False)
-
-    def _settings_given(self, config: dict[str, Any] | None, lm: object) -> list[str]:
-        """The arguments that became settings of DSPy's modules."""
-        if not self.of_dspy:
-            return []
-        adapter = self._adapter if isinstance(self._adapter, dspy.TwoStepAdapter) else None
-        given = {"config": config or self._config, "lm": lm or self._lm, "adapter": adapter}
-        return [name for name, value in given.items() if value]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import keyword
 import re
 from typing import Any
 
@@ -107,7 +108,8 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
             raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(required)}")
         return await _ask(name, {**defaults, **arguments})
 
-    # What DSPy reads from a function, and RLM's sandbox: it sends the default of an argument that is left out.
+    # What DSPy reads from a function, and RLM's sandbox: it sends the default of an argument that is left out. Names
+    # that no parameter can have (`from`, `x-y`) are in `args` alone, which is enough for DSPy.
     ask.__name__ = name
     ask.__doc__ = described
     ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # inspect's own protocol
@@ -119,6 +121,7 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
                 annotation=read.type,
             )
             for arg, read in args.items()
+            if is_parameter(arg)
         ]
     )
     # What `RemoteTool` reads.
@@ -128,6 +131,11 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
     schemas = {arg: read.schema for arg, read in args.items()}
     types = {arg: read.type for arg, read in args.items()}
     return RemoteTool(ask, name=name, desc=described or None, args=schemas, arg_types=types)
+
+
+def is_parameter(arg: str) -> bool:
+    """Whether a Python function can have a parameter of that name."""
+    return arg.isidentifier() and not keyword.iskeyword(arg)
 
 
 async def _ask(name: str, arguments: dict[str, Any]) -> Any:

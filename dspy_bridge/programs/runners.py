@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import dspy
 
-from dspy_bridge.errors import InvalidArgs, SetupFailed
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
+from dspy_bridge.lm import dspy_internals
 from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import RemoteTool
+from dspy_bridge.programs.scores import Reward
 from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
 
 class Runner:
-    """One module and its calls, which may overlap: DSPy's modules keep no state of a call.
-
-    `extra`: names of inputs that are not the signature's.
-    """
-
-    extra: tuple[str, ...] = ()
+    """One module and its calls, which may overlap: DSPy's modules keep no state of a call."""
 
     def __init__(self, module: dspy.Module, *, takes_config: bool = True) -> None:
         self.module = module
         self.takes_config = takes_config
-
-    def check(self, inputs: dict[str, Any]) -> None:
-        """Check the extra inputs before any LM call. Raises `InvalidArgs`."""
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
         """The adapter for a call; None for DSPy's default. `chosen`: the program's own."""
@@ -54,9 +47,7 @@ class Runner:
         """
         if hasattr(kind, "forward"):
             return kind.forward(module, **values)
-        job = worker_threads.current.get()
-        assert job is not None, "optimizations run in worker threads"
-        return job.on_loop(_run_async(kind, module, values))
+        return worker_threads.current_job().on_loop(_run_async(kind, module, values))
 
 
 async def _run_async(kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
@@ -94,11 +85,9 @@ class ToolCallRunner(Runner):
         prediction = kind.forward(module, **values, tools=list(self._tools.values()))
         for _predictor, inputs, _outputs in (dspy.settings.trace or [])[-1:]:
             inputs.pop("tools", None)
-        job = worker_threads.current.get()
-        assert job is not None, "optimizations run in worker threads"
         # Not into this one, which the trace has.
         prediction = dspy.Prediction(**prediction)
-        prediction.tool_calls = job.on_loop(self._results(prediction))
+        prediction.tool_calls = worker_threads.current_job().on_loop(self._results(prediction))
         return prediction
 
     async def _results(self, prediction: dspy.Prediction) -> list[dict[str, Any]]:
@@ -117,32 +106,70 @@ class ToolCallRunner(Runner):
             return {**called, "error": str(error)}
 
 
-class ComparisonRunner(Runner):
-    """MultiChainComparison: compares given completions."""
+class ScoredRunner(Runner):
+    """BestOfN or Refine: several attempts, of which the reward chooses one."""
 
-    extra = ("completions",)
+    def __init__(self, kind: Any, inner: dspy.Module, reward: Reward, chosen: dict[str, Any]) -> None:
+        dspy_internals.silence_attempts()
+        self._reward = reward
+        made = kind(module=inner, reward_fn=reward, **chosen)
+        # Refine would show its LM the source of the class.
+        made.reward_fn_code = reward.text
+        # Its predictors and its state are those of the inner module.
+        super().__init__(made)
 
-    def __init__(self, module: dspy.Module, answer: str, count: int) -> None:
-        """`answer`: the output that is compared; `count`: how many completions DSPy wants."""
-        super().__init__(module)
-        self._answer, self._count = answer, count
+    def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
+        """Refine makes another one of its class, without arguments; a two-step adapter has one."""
+        if not isinstance(chosen, dspy.TwoStepAdapter):
+            return chosen
+        again = {"__init__": lambda self: self.__dict__.update(chosen.__dict__)}
+        return type("TwoStepAdapter", (dspy.TwoStepAdapter,), again)()
 
-    def check(self, inputs: dict[str, Any]) -> None:
-        """`completions` must be M objects, each with reasoning and answer."""
-        completions = inputs.get("completions")
-        if (
-            not isinstance(completions, list)
-            or len(completions) != self._count
-            or not all(
-                isinstance(one, dict)
-                and self._answer in one
-                and isinstance(one.get("rationale", one.get("reasoning")), str)
-                for one in completions
-            )
-        ):
-            raise InvalidArgs(
-                f"inputs.completions: expected a list of {self._count} objects with reasoning and {self._answer}"
-            )
+    async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
+        """The best prediction; raises the last failure if there is none."""
+        # DSPy appends to the trace even if it is off: None would be a TypeError.
+        with dspy.context(trace=[]):
+            return await threads.run(lambda: self.forward(type(self.module), self.module, values))
+
+    def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
+        """As `Runner`'s: with a copy for each call, since DSPy's objects count their failures."""
+        failures = _Failures()
+        made = copy.copy(module)
+        made.module = _Attempt(module.module, failures)
+        made.reward_fn = lambda *args: _noting(failures, self._reward, *args)
+        # What optimizers run has been called already, so DSPy's callbacks have seen it.
+        prediction = made(**values) if kind is type(module) else kind.forward(made, **values)
+        if prediction is None:
+            raise failures[-1] if failures else OutputInvalid("no attempt gave an answer")
+        return prediction
+
+
+class _Failures(list[Exception]):
+    """Shared by the copies that DSPy makes of a module for each attempt."""
+
+    def __deepcopy__(self, _memo: object) -> _Failures:
+        return self
+
+
+class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
+    """Keeps the errors of attempts, which DSPy drops."""
+
+    def __init__(self, inner: dspy.Module, failures: _Failures) -> None:
+        super().__init__()
+        self.inner = inner
+        self.failures = failures
+
+    def forward(self, **values: Any) -> Any:
+        return _noting(self.failures, self.inner, **values)
+
+
+def _noting(failures: _Failures, work: Any, /, *args: Any, **values: Any) -> Any:
+    # Positional only: an input may have any name.
+    try:
+        return work(*args, **values)
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 class CodeRunner(Runner):
@@ -152,24 +179,12 @@ class CodeRunner(Runner):
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """As `Runner`'s; a cancelled call ends its sandbox, too."""
-
-        # The code sees None for absent inputs.
-        values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        return await threads.run(lambda: _in_sandbox(lambda: self.module(**values)))
+        return await threads.run(lambda: sandbox.run(lambda: self.module(**self._complete(values))))
 
     def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
         """As `Runner`'s."""
-        values = {**dict.fromkeys(self.module.signature.input_fields), **values}
-        return _in_sandbox(lambda: kind.forward(module, **values))
+        return sandbox.run(lambda: kind.forward(module, **self._complete(values)))
 
-
-def _in_sandbox(work: Callable[[], Any]) -> Any:
-    ending = sandbox.Ending()
-    token = sandbox.current.set(ending)
-    try:
-        return work()
-    except dspy.CodeInterpreterError as error:
-        raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
-    finally:
-        sandbox.current.reset(token)
-        ending.returned.set()
+    def _complete(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The code sees None for absent inputs."""
+        return {**dict.fromkeys(self.module.signature.input_fields), **values}

@@ -1,51 +1,36 @@
-"""Ends the sandboxes of a cancelled call, and creates them. Imports DSPy."""
+"""The sandboxes of an RLM's code, which end with their call. Imports DSPy."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import dspy
 
+from dspy_bridge.errors import SetupFailed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.runtime import worker_threads
-from dspy_bridge.runtime.worker_threads import Job
 
 # A sandbox that is starting has no process to kill yet.
 _AGAIN_SECONDS = 0.05
 
-
-class Ending:
-    """Ends the sandboxes of one call, from any thread."""
-
-    def __init__(self) -> None:
-        # The call's thread has returned: nothing is left to end.
-        self.returned = threading.Event()
-
-    def comes_with(self, job: Job, interpreter: Any) -> None:
-        """End `interpreter`, in a thread, when `job` is given up."""
-        if not isinstance(interpreter, dspy.PythonInterpreter):
-            # Others, as DSPy's LocalInterpreter, cannot be ended while they start.
-            interpreter.start()
-        job.on_give_up(lambda: threading.Thread(target=self._end, args=(interpreter,), daemon=True).start())
-
-    def _end(self, interpreter: Any) -> None:
-        while not self.returned.is_set():
-            if isinstance(interpreter, dspy.PythonInterpreter):
-                # Its `shutdown` sends a message, which a busy sandbox does not read.
-                process = getattr(interpreter, dspy_internals.SANDBOX_PROCESS.attribute, None)
-                if process is not None:
-                    process.kill()
-            else:
-                with contextlib.suppress(Exception):  # user code; no caller is left
-                    interpreter.shutdown()
-            self.returned.wait(_AGAIN_SECONDS)
+# Set once the call of this context has returned: nothing is left to end.
+_returned: ContextVar[threading.Event] = ContextVar("returned")
 
 
-# Of the call that this thread runs.
-current: ContextVar[Ending] = ContextVar("ending")
+def run(work: Callable[[], Any]) -> Any:
+    """Run `work`, a call of an RLM, in this thread."""
+    token = _returned.set(threading.Event())
+    try:
+        return work()
+    except dspy.CodeInterpreterError as error:
+        raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
+    finally:
+        _returned.get().set()
+        _returned.reset(token)
 
 
 class Factory:
@@ -57,12 +42,27 @@ class Factory:
         return str(getattr(self._chosen(), "execution_instructions", ""))
 
     def __call__(self) -> Any:
-        interpreter = self._chosen()()
-        job = worker_threads.current.get()
-        if job is not None:
-            current.get().comes_with(job, interpreter)
+        interpreter, returned = self._chosen()(), _returned.get()
+        if not isinstance(interpreter, dspy.PythonInterpreter):
+            # Others, as DSPy's LocalInterpreter, cannot be ended while they start.
+            interpreter.start()
+        thread = threading.Thread(target=_end, args=(interpreter, returned), daemon=True)
+        worker_threads.current_job().on_give_up(thread.start)
         return interpreter
 
     @staticmethod
     def _chosen() -> Any:
         return dspy.settings.get("interpreter_factory") or dspy.PythonInterpreter
+
+
+def _end(interpreter: Any, returned: threading.Event) -> None:
+    while not returned.is_set():
+        if isinstance(interpreter, dspy.PythonInterpreter):
+            # Its `shutdown` sends a message, which a busy sandbox does not read.
+            process = getattr(interpreter, dspy_internals.SANDBOX_PROCESS.attribute, None)
+            if process is not None:
+                process.kill()
+        else:
+            with contextlib.suppress(Exception):  # user code; no caller is left
+                interpreter.shutdown()
+        returned.wait(_AGAIN_SECONDS)

@@ -19,8 +19,6 @@ from dspy_bridge.signatures import confined_files, media, validation_errors
 MAX_STATE_BYTES = 64 * 1024 * 1024
 # DSPy writes them into each prompt, on the event loop: 500 take 16 to 60 ms.
 MAX_DEMOS = 500
-# The program's own data, whatever its keys are.
-_DATA = frozenset(("traces", "train", "demos", "signature"))
 # The settings that are taken from a saved LM. An allow list: a state must not send prompts to another address, and
 # providers have many names for that.
 _LM_SETTINGS = frozenset(
@@ -33,14 +31,9 @@ _LM_SETTINGS = frozenset(
 )
 
 
-class _Field(TypedDict):
-    prefix: str
-    description: str
-
-
 class _Signature(TypedDict):
     instructions: str
-    fields: list[_Field]
+    fields: list[dict[str, str]]
 
 
 @pydantic.with_config(extra="forbid")
@@ -64,10 +57,9 @@ def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | 
     if state is not None and path is not None:
         raise InvalidArgs("state, state_path: expected one of them")
     if path is not None:
-        state, where = _read_file(path, state_dir), "state_path"
-    else:
-        where = "state"
-    if state is not None and not isinstance(state, dict):
+        state = _read_file(path, state_dir)
+    if not isinstance(state, dict | None):
+        where = "state" if path is None else "state_path"
         raise InvalidArgs(f"{where}: expected an object, as DSPy's save writes it")
     return state
 
@@ -115,12 +107,14 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
 
 def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
     """What DSPy's `save` writes, without secrets; `lm`: the result of `load`."""
-    state: dict[str, Any] = _without_secrets(module.dump_state())
-    if lm is not None:
-        given = {name: {**saved, "lm": lm} for name, saved in _by_predictor(module, state).items()}
-        state = given["self"] if _is_flat(module) else given
+    state = {
+        # DSPy only leaves out `api_key`.
+        name: {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}
+        for name, saved in _by_predictor(module, module.dump_state()).items()
+    }
     versions = dspy_internals.DEPENDENCY_VERSIONS
-    return {**state, "metadata": {"dependency_versions": versions.value() if versions.there else {}}}
+    metadata = {"dependency_versions": versions.value() if versions.there else {}}
+    return {**(state["self"] if _is_flat(module) else state), "metadata": metadata}
 
 
 def _is_flat(module: dspy.Module) -> bool:
@@ -140,18 +134,6 @@ def _settings_of(lm: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in lm.items() if name in _LM_SETTINGS}
 
 
-def _without_secrets(state: Any) -> Any:
-    """A module's state without secrets of its LMs. DSPy only omits `api_key`."""
-    if isinstance(state, list):
-        return [_without_secrets(item) for item in state]
-    if not isinstance(state, dict):
-        return state
-    return {
-        name: value if name in _DATA else redaction.without_secrets(value) if name == "lm" else _without_secrets(value)
-        for name, value in state.items()
-    }
-
-
 def read_demos(
     demos: object, module: dspy.Module, signature: type[dspy.Signature], files_dir: str | None = None
 ) -> None:
@@ -167,10 +149,7 @@ def read_demos(
     predictors = [found for found in module.predictors() if outputs <= found.signature.output_fields.keys()]
     if not predictors:
         raise InvalidArgs("demos: no predictor of this module writes the signature's outputs; give a state instead")
-    fields = {
-        name: pydantic.TypeAdapter(media.accepting(field.rebuild_annotation(), files_dir))
-        for name, field in predictors[-1].signature.fields.items()
-    }
+    fields = media.validators(predictors[-1].signature.fields, files_dir)
     read = []
     for index, demo in enumerate(demos):
         if not isinstance(demo, dict) or not demo:

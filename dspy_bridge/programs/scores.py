@@ -5,14 +5,11 @@ Metrics of evaluations and optimizations compare it with what is expected; rewar
 
 from __future__ import annotations
 
-import math
-import sys
 from collections import Counter
 from typing import Any
 
 import dspy
 import jiter
-import pydantic
 from dspy.evaluate import EM, normalize_text
 
 from dspy_bridge.caller import Caller
@@ -49,18 +46,15 @@ class Metric:
         `ToolFailed`.
         """
         if self.tool is None:
-            return self._compare(_plain({self.field: outputs.get(self.field)})[self.field], example), None
+            return self._compare(_plain(outputs.get(self.field)), example[self.field]), None
         asked = {"example": example, "prediction": outputs, "purpose": purpose}
         if predictor is not None:
             asked["predictor"] = predictor
         return _read_score(await call.call_tool(self.tool, asked), self.tool)
 
-    def _compare(self, got: Any, example: dict[str, Any]) -> float:
-        wanted = example[self.field]
-        if self._match == "equals":
-            return float(_same(got, wanted))
-        if got is None:
-            return 0.0
+    def _compare(self, got: Any, wanted: Any) -> float:
+        if self._match == "equals" or got is None:
+            return float(self._match == "equals" and _same(got, wanted))
         got, wanted = _text(got), _text(wanted)
         if self._match == "contains":
             return float(wanted in got)
@@ -84,9 +78,8 @@ class Reward:
         if self.tool is None:
             return float(_same(outputs.get(self._field), self._equals))
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})
-        job = worker_threads.current.get()
-        assert job is not None, "rewards are given in worker threads"
-        value = job.on_loop(lm_call.run().call.call_tool(self.tool, {"inputs": fields, "outputs": outputs}))
+        asked = lm_call.run().call.call_tool(self.tool, {"inputs": fields, "outputs": outputs})
+        value = worker_threads.current_job().on_loop(asked)
         reward = _number(value)
         if reward is None:
             raise ToolFailed(f"{self.tool}: expected a number as the reward")
@@ -125,10 +118,7 @@ def read_examples(
         if metric.tool is None:
             raise InvalidArgs(f"{where}: missing; the metric compares {metric.field} with it")
         return [(item if isinstance(item, dict) else {}, {}) for item in inputs]
-    fields = {
-        name: pydantic.TypeAdapter(media.accepting(field.rebuild_annotation(), files_dir))
-        for name, field in signature.output_fields.items()
-    }
+    fields = media.validators(signature.output_fields, files_dir)
     examples = []
     for index, (item, wanted) in enumerate(zip(inputs, expected, strict=True)):
         here = f"{where}[{index}]"
@@ -142,17 +132,9 @@ def read_examples(
         if metric.tool is None:
             if metric.field not in wanted:
                 raise InvalidArgs(f"{here}.{metric.field}: missing; the metric compares with it")
-            wanted = _plain({metric.field: values[metric.field]})
+            wanted = {metric.field: _plain(values[metric.field])}
         examples.append(({**(item if isinstance(item, dict) else {}), **wanted}, values))
     return examples
-
-
-def mean(scores: list[float]) -> float:
-    """Of at least one score."""
-    try:
-        return math.fsum(scores) / len(scores)
-    except OverflowError:
-        return math.fsum(score / len(scores) for score in scores)
 
 
 def _by_tool(given: dict[str, Any], compares: str, signature: type[dspy.Signature], where: str) -> bool:
@@ -170,15 +152,15 @@ def _by_tool(given: dict[str, Any], compares: str, signature: type[dspy.Signatur
 
 
 def _number(value: Any) -> float | None:
-    """A finite number that a tool gave, or None. Many are booleans: they count as 1 and 0."""
-    if not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    """A number that a tool gave, or None; not one so large that a sum is infinite. Booleans count as 1 and 0."""
+    if not isinstance(value, (int, float)) or not abs(value) <= 1e300:
         return None
     return float(value)
 
 
-def _plain(values: dict[str, Any]) -> Any:
-    """The values as a reply would contain them."""
-    return jiter.from_json(encode_value(values))
+def _plain(value: Any) -> Any:
+    """The value as a reply would contain it."""
+    return jiter.from_json(encode_value(value))
 
 
 def _read_score(value: Any, tool: str) -> tuple[float, str | None]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import keyword
 from typing import Any, NamedTuple
 
 import pydantic
 
-from dspy_bridge.errors import InvalidArgs, refuse_unknown
+from dspy_bridge.errors import InvalidArgs, refuse_unknown, step
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import built_once
 from dspy_bridge.signatures import json_schema
 from dspy_bridge.signatures.builder import description
 from dspy_bridge.signatures.type_parser import read_type
@@ -46,7 +44,7 @@ def read(definition: dict[str, Any], where: str) -> dict[str, Arg]:
         raise InvalidArgs(f'{place}: expected an object such as {{"query": {{"type": "str"}}}}')
     if len(args) > MAX_ARGS:
         raise InvalidArgs(f"{place}: expected at most {MAX_ARGS}")
-    return {arg: _arg(arg, given, f"{place}.{arg}") for arg, given in args.items()}
+    return {arg: _arg(arg, given, place + step(arg)) for arg, given in args.items()}
 
 
 def _of_parameters(parameters: object, where: str) -> dict[str, Any]:
@@ -60,8 +58,6 @@ def _of_parameters(parameters: object, where: str) -> dict[str, Any]:
 
 
 def _arg(arg: str, given: object, where: str) -> Arg:
-    if not arg.isidentifier() or keyword.iskeyword(arg):
-        raise InvalidArgs(f"{where}: not an argument name; expected letters, digits and _, not a keyword")
     if arg in _NOT_AS_ARGUMENT:
         raise InvalidArgs(f"{where}: {arg!r} is an argument of DSPy's own; choose another name")
     # Short form: only the type.
@@ -75,11 +71,12 @@ def _arg(arg: str, given: object, where: str) -> Arg:
         raise InvalidArgs(f"{where}.optional: expected true or false")
     described = description(given, where) or own.get("description")
     schema = _schema(type_, f"{where}.type")
-    if not dspy_internals.TOOL_VALIDATE.there and built_once.without_patterns(schema) != schema:
-        raise InvalidArgs(f"{where}: this version of DSPy cannot check patterns in tool arguments; leave them out")
     default = given.get("default", own.get("default", ...))
-    if "default" in given:
-        _check_default(default, kind, type_, where)
+    if "default" in given and not _fits(default, kind, type_):
+        if default is not None:
+            raise InvalidArgs(f"{where}.default: does not fit the type that it is for")
+        # No value of the type: many write null for "may be left out".
+        default, optional = ..., True
     elif default is ... and optional is None and _takes_null(schema):
         default = None
     if default is not ...:
@@ -91,15 +88,16 @@ def _arg(arg: str, given: object, where: str) -> Arg:
     return Arg(type_, schema, default, required=default is ... and not optional)
 
 
-def _check_default(default: object, kind: object, type_: Any, where: str) -> None:
-    if isinstance(kind, dict):
-        read_type({**kind, "default": default}, where)
-        return
+def _fits(default: object, kind: object, type_: Any) -> bool:
     try:
-        # Strict, without conversions; as JSON, in which a date is text.
-        pydantic.TypeAdapter(type_).validate_json(json.dumps(default), strict=True)
-    except ValueError:
-        raise InvalidArgs(f"{where}.default: does not fit the type that it is for") from None
+        if isinstance(kind, dict):
+            read_type({**kind, "default": default}, "")
+        else:
+            # Strict, without conversions; as JSON, in which a date is text.
+            pydantic.TypeAdapter(type_).validate_json(json.dumps(default), strict=True)
+    except (InvalidArgs, ValueError):
+        return False
+    return True
 
 
 def _takes_null(schema: dict[str, Any]) -> bool:

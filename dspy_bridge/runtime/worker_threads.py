@@ -91,6 +91,13 @@ class Job:
 current: ContextVar[Job | None] = ContextVar("job", default=None)
 
 
+def current_job() -> Job:
+    """The job of this worker thread."""
+    job = current.get()
+    assert job is not None, "expected to run in a worker thread"
+    return job
+
+
 class WorkerThreads:
     """At most `most` worker threads."""
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import ast
 import json
 import keyword
-import types
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, get_origin
 
 import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown
 from dspy_bridge.signatures.type_parser import PROBABILITY, parse, read_type, resolve
-from dspy_bridge.signatures.validation import Contract, Turn, validator_of
+from dspy_bridge.signatures.validation import Contract
 
-# Python's parser holds the GIL: some 30 ms for 16,000 characters.
-MAX_SIGNATURE_CHARS = 16_000
 MAX_FIELDS = 1000
 # DSPy's default name.
 _NAME = "StringSignature"
@@ -87,25 +84,13 @@ def _contract(
                 schema = json.dumps(pydantic.TypeAdapter(field.annotation).json_schema(), ensure_ascii=False)
                 info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
             fields[field.name] = (field.annotation, info)
-    contract = Contract(dspy.Signature(fields, instructions or None, name))
-    turn = Turn({field.name: field.annotation for field in (*inputs, *outputs)}, files_dir)
-    for field in inputs:
-        contract.inputs[field.name] = validator_of(field.annotation, files_dir, turn.read)
-        if field.default is not ...:
-            contract.defaults[field.name] = field.default
-    for field in outputs:
-        # DSPy checks an answer without the constraints of Annotated.
-        if get_origin(field.annotation) is Annotated:
-            contract.outputs[field.name] = pydantic.TypeAdapter(field.annotation)
-        if _is_text_or_null(field.annotation):
-            contract.nullable.add(field.name)
-    return contract
-
-
-def _is_text_or_null(annotation: Any) -> bool:
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return get_origin(annotation) in (Union, types.UnionType) and {str, type(None)} <= set(get_args(annotation))
+    return Contract(
+        dspy.Signature(fields, instructions or None, name),
+        {field.name: field.annotation for field in inputs},
+        {field.name: field.annotation for field in outputs},
+        {field.name: field.default for field in inputs if field.default is not ...},
+        files_dir,
+    )
 
 
 def _read_fields(fields: object, where: str) -> list[_Field]:
@@ -151,15 +136,10 @@ def _check_name(name: object, where: str) -> str:
 
 
 def _parse_string(text: str) -> tuple[list[_Field], list[_Field]]:
-    if len(text) > MAX_SIGNATURE_CHARS:
-        raise InvalidArgs(f"signature: expected at most {MAX_SIGNATURE_CHARS} characters, or an object")
     sides = text.split("->")
     if len(sides) != 2:
         raise InvalidArgs('signature: expected exactly one "->", as in "question -> answer"')
-    inputs, outputs = (
-        _parse_side(side, f"signature.{where}") for side, where in zip(sides, ("inputs", "outputs"), strict=True)
-    )
-    return inputs, outputs
+    return _parse_side(sides[0], "signature.inputs"), _parse_side(sides[1], "signature.outputs")
 
 
 def _parse_side(side: str, where: str) -> list[_Field]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
+from pathlib import Path
 
-# Not waiting for pipes or devices; the last name must not have become a link; not inherited by child processes.
+# Do not wait for pipes or devices, do not follow links, and do not let child processes inherit the descriptor.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -24,23 +24,23 @@ def read(folder: str, path: object, most: int) -> tuple[str, bytes]:
         raise Unreadable("expected the name of a file")
     try:
         root = os.path.realpath(folder)
-        # Links and `..` are resolved first, then the resolved name is opened.
+        # Links and `..` are resolved first; then each folder on the way is opened without following links.
         real = os.path.realpath(os.path.join(root, path))
-        if not _is_in(root, real):
+        if os.path.commonpath((root, real)) != root:
             raise Outside
-        return real, _read(root, real, most)
+        return real, _read(root, Path(real).relative_to(root).parts, most)
     except UnicodeEncodeError:
         raise Unreadable("no name that a file can have") from None
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from None
 
 
-def _read(root: str, real: str, most: int) -> bytes:
-    descriptor = os.open(real, _FLAGS)
+def _read(root: str, names: tuple[str, ...], most: int) -> bytes:
+    descriptor = os.open(root, _FLAGS)
     try:
-        # A folder on the way may have become a link since: check the open file.
-        if not _is_in(_place_of_folder(root), _place(descriptor)):
-            raise Outside
+        for name in names:
+            outer, descriptor = descriptor, os.open(name, _FLAGS, dir_fd=descriptor)
+            os.close(outer)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Unreadable("expected a regular file")
@@ -50,24 +50,3 @@ def _read(root: str, real: str, most: int) -> bytes:
             return file.read(most)
     finally:
         os.close(descriptor)
-
-
-def _is_in(root: str, place: str) -> bool:
-    return os.path.isabs(place) and os.path.commonpath((root, place)) == root
-
-
-def _place_of_folder(root: str) -> str:
-    """The folder's path as the system spells it: macOS disks ignore case."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return _place(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _place(descriptor: int) -> str:
-    """The path of an open file."""
-    get_path = getattr(fcntl, "F_GETPATH", None)  # macOS
-    if get_path is not None:
-        return os.fsdecode(fcntl.fcntl(descriptor, get_path, bytes(1024)).rstrip(b"\0"))
-    return os.readlink(f"/proc/self/fd/{descriptor}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import datetime
 import re
-import typing
 from typing import Annotated, Any, Literal, Optional, Union
 
 import dspy
@@ -14,8 +13,8 @@ import pydantic
 from dspy_bridge.errors import InvalidArgs, short
 from dspy_bridge.signatures import json_schema
 
-# No type written by hand is longer; keeps the parser far from Python's recursion limit.
-MAX_TYPE_CHARS = 2000
+# Python's parser holds the GIL: some 30 ms for 16,000 characters.
+MAX_CHARS = 16_000
 
 PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
 
@@ -40,23 +39,13 @@ _NAMES: dict[str, Any] = {
     # DSPy's own types.
     **{f(kind.__name__): kind for kind in (dspy.Image, dspy.Audio, dspy.File, dspy.History) for f in (str, str.lower)},
 }
-_DOTTED = {
-    "typing": typing.__all__,
-    "dspy": ["Image", "Audio", "File", "History"],
-    "datetime": ["datetime", "date", "time"],
-}
-# Name to the minimum and maximum number of type arguments.
-_GENERICS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("list", "List", "set", "Set", "frozenset", "FrozenSet", "Optional"), (1, 1)),
-    **dict.fromkeys(("dict", "Dict"), (2, 2)),
-    **dict.fromkeys(("tuple", "Tuple", "Union", "union", "Literal"), (1, 1000)),
-}
+_DOTTED = ("typing", "dspy", "datetime")
+_CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
+# How many types they take; any number, if it is not here.
+_TAKES = {"list": 1, "set": 1, "frozenset": 1, "optional": 1, "dict": 2}
 # DSPex's types: list<string>, dict<string,any>, union<integer|float>. The strings in a Literal stay as they are.
 _ANGLES = {"<": "[", ">": "]"}
 _STRING_OR_ANGLE = re.compile(r"""'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|[<>]""", re.DOTALL)
-# Values of a Literal that an error repeats.
-_MOST_SHOWN = 10
-_CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 
 
 def read_type(value: object, where: str) -> Any:
@@ -67,21 +56,16 @@ def read_type(value: object, where: str) -> Any:
     if value is None:
         return str
     if isinstance(value, str):
-        return parse_type(value, where)
+        return resolve(parse(value.strip(), where, "eval", value).body, where)
     if isinstance(value, dict):
         return json_schema.to_annotation(value, where)
     raise InvalidArgs(f"{where}: expected text such as str, list[int] or Literal['a', 'b'], or a JSON Schema object")
 
 
-def parse_type(text: str, where: str) -> Any:
-    """The annotation for a type string. Raises `InvalidArgs`, which names `where`."""
-    if len(text) > MAX_TYPE_CHARS:
-        raise InvalidArgs(f"{where}: expected a type of at most {MAX_TYPE_CHARS} characters")
-    return resolve(parse(text.strip(), where, "eval", text).body, where)
-
-
 def parse(code: str, where: str, mode: str, shown: str) -> Any:
     """The syntax tree of `code`, in a mode of `ast.parse`. Raises `InvalidArgs`, which quotes `shown`."""
+    if len(code) > MAX_CHARS:
+        raise InvalidArgs(f"{where}: expected at most {MAX_CHARS} characters; a signature may be an object instead")
     code = _STRING_OR_ANGLE.sub(lambda found: _ANGLES.get(found[0], found[0]), code)
     while True:
         try:
@@ -114,59 +98,41 @@ def _type_of(node: ast.expr, where: str) -> Any:
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return Union[_type_of(node.left, where), _type_of(node.right, where)]  # noqa: UP007 - built from values
     elif isinstance(node, ast.Subscript):
-        name = _name_of(node.value)
-        if name in _GENERICS:
-            arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            return _generic(name, arguments, where)
+        name = _name_of(node.value).lower()
+        if name in _CONTAINERS or name in ("optional", "union", "literal"):
+            return _generic(name, node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice], where)
     raise InvalidArgs(f"{where}: unknown type {short(ast.unparse(node))}; expected one such as str, int, list[str]")
 
 
 def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
-    least, most = _GENERICS[name]
-    if not least <= len(arguments) <= most:
-        raise InvalidArgs(f"{where}: {name}[…] takes {most} type{'s' if most > 1 else ''}, got {len(arguments)}")
-    if name == "Literal":
-        meant = _quoted(arguments)
-        return Literal[tuple(_literal(argument, where, meant) for argument in arguments)]
-    if name in ("tuple", "Tuple") and len(arguments) == 2 and _is_ellipsis(arguments[1]):
+    if len(arguments) != _TAKES.get(name, len(arguments) or 1):
+        takes = _TAKES.get(name, "some")
+        raise InvalidArgs(f"{where}: {name}[…] takes {takes} type{'s' * (takes != 1)}, got {len(arguments)}")
+    if name == "literal":
+        return Literal[tuple(_literal(argument, where) for argument in arguments)]
+    if name == "tuple" and len(arguments) == 2 and ast.unparse(arguments[1]) == "...":
         return tuple[_type_of(arguments[0], where), ...]  # type: ignore[misc]  # built from values
     types = tuple(_type_of(argument, where) for argument in arguments)
-    if name == "Optional":
+    if name == "optional":
         return Optional[types[0]]  # noqa: UP045 - built from values
-    if name in ("Union", "union"):
-        return Union[types]  # noqa: UP007 - built from values
-    container: Any = _CONTAINERS[name.lower()]
-    return container[types]
+    return Union[types] if name == "union" else _CONTAINERS[name][types]  # type: ignore[index]  # noqa: UP007
 
 
-def _quoted(arguments: list[ast.expr]) -> str:
-    """The Literal that is meant by one with names among its values, as the end of an error; empty for any other."""
-    if len(arguments) > _MOST_SHOWN or not all(isinstance(node, (ast.Name, ast.Constant)) for node in arguments):
-        return ""
-    shown = ", ".join(repr(node.id) if isinstance(node, ast.Name) else ast.unparse(node) for node in arguments)
-    return f"; did you mean Literal[{shown}]?"
-
-
-def _literal(node: ast.expr, where: str, meant: str) -> str | int | bool | None:
+def _literal(node: ast.expr, where: str) -> str | int | bool | None:
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError):
         value = ...
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    raise InvalidArgs(
-        f"{where}: Literal takes strings, whole numbers, booleans and None, got {short(ast.unparse(node))}{meant}"
-    )
+    got = short(ast.unparse(node))
+    raise InvalidArgs(f"{where}: Literal takes strings in quotes, whole numbers, booleans and None, got {got}")
 
 
 def _name_of(node: ast.expr) -> str:
     """The name of a node, without a module typing, dspy or datetime; empty for any other node."""
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.attr in _DOTTED.get(node.value.id, ()) else ""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in _DOTTED:
+        return node.attr
     return ""
-
-
-def _is_ellipsis(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is ...

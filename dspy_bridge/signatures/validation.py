@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Annotated, Any
+import functools
+import types
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
 import pydantic
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, short
+from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, OutputInvalid, step
 from dspy_bridge.signatures import media, validation_errors
 
 # Outputs that DSPy's modules add to a signature's: a history may contain whole answers.
@@ -24,44 +25,53 @@ class Contract:
     """A signature with the validators of its fields.
 
     `inputs`: name to a validator, None if any value is valid; `outputs`: the same, for constrained ones only.
-    `nullable`: the outputs that are text or null. `defaults`: those of optional inputs.
     """
 
-    __slots__ = ("defaults", "inputs", "nullable", "outputs", "signature")
-
-    def __init__(self, signature: type[dspy.Signature]) -> None:
+    def __init__(
+        self,
+        signature: type[dspy.Signature],
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+        defaults: dict[str, Any],
+        files_dir: str | None,
+    ) -> None:
+        """`inputs` and `outputs`: annotations. `defaults`: those of optional inputs."""
         self.signature = signature
-        self.inputs: dict[str, pydantic.TypeAdapter[Any] | None] = {}
-        self.outputs: dict[str, pydantic.TypeAdapter[Any]] = {}
-        self.nullable: set[str] = set()
-        self.defaults: dict[str, Any] = {}
+        self._kinds = {**inputs, **outputs}
+        self._files_dir = files_dir
+        self._defaults = defaults
+        self.inputs = {name: _validator_of(kind, files_dir, self._turn) for name, kind in inputs.items()}
+        # DSPy checks an answer without the constraints of Annotated.
+        constrained = {name: kind for name, kind in outputs.items() if get_origin(kind) is Annotated}
+        self.outputs = {name: pydantic.TypeAdapter(kind) for name, kind in constrained.items()}
+        self._nullable = [name for name, kind in outputs.items() if _is_text_or_null(kind)]
 
-    def check(self, inputs: dict[str, Any], others: Sequence[BridgeError] = ()) -> dict[str, Any]:
+    def check(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The validated inputs. Errors do not quote values.
 
-        `others`: further errors of the request. Raises `InvalidArgs` or `NotAllowed`, which names all missing and
-        invalid inputs and the first unknown ones at once.
+        Raises `InvalidArgs` or `NotAllowed`, which names all missing and invalid inputs and the first unknown ones.
         """
         unknown = [name for name in inputs if name not in self.inputs]
-        wrong: list[BridgeError] = [InvalidArgs(f"inputs.{_quoted(name)}: unknown field") for name in unknown[:_NAMED]]
+        wrong: list[BridgeError] = [InvalidArgs(f"inputs{step(name)}: unknown field") for name in unknown[:_NAMED]]
         if len(unknown) > _NAMED:
             wrong.append(InvalidArgs(f"inputs: {len(unknown) - _NAMED} more unknown fields"))
         values = {}
         misnamed = bool(unknown)
         for name, validator in self.inputs.items():
-            if name not in inputs and name not in self.defaults:
+            if name not in inputs and name not in self._defaults:
                 if validator is None or not _takes_none(validator):
                     misnamed = True
                     wrong.append(InvalidArgs(f"inputs.{name}: missing"))
                 continue
-            value = inputs[name] if name in inputs else copy.deepcopy(self.defaults[name])
+            value = inputs[name] if name in inputs else copy.deepcopy(self._defaults[name])
             try:
                 values[name] = value if validator is None else validator.validate_python(value)
             except (TypeError, ValueError) as error:
                 wrong.append(validation_errors.describe(f"inputs.{name}", error))
-        if wrong or others:
+        if wrong:
             expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if misnamed else ""
-            raise validation_errors.together([*others, *wrong], expected)
+            kind = NotAllowed if any(isinstance(error, NotAllowed) for error in wrong) else InvalidArgs
+            raise kind("; ".join(map(str, wrong)) + expected)
         return values
 
     def check_outputs(self, outputs: dict[str, Any]) -> None:
@@ -69,7 +79,7 @@ class Contract:
 
         Raises `OutputInvalid`, which names the field.
         """
-        for name in self.nullable:
+        for name in self._nullable:
             if isinstance(outputs.get(name), str) and outputs[name].strip() in _NULL:
                 outputs[name] = None
         for name, constraint in self.outputs.items():
@@ -79,24 +89,24 @@ class Contract:
                 text = f"the LM's answer did not fit the signature: {validation_errors.describe(name, error)}"
                 raise OutputInvalid(text, name) from None
 
+    @functools.cached_property
+    def _of_turns(self) -> dict[str, pydantic.TypeAdapter[Any] | None]:
+        kinds = {name: kind for name, kind in self._kinds.items() if kind is not dspy.History}
+        return {name: _validator_of(kind, self._files_dir) for name, kind in kinds.items()}
 
-class Turn:
-    """Validates turns of a history: each has values of the signature's inputs and outputs."""
-
-    def __init__(self, fields: dict[str, Any], files_dir: str | None) -> None:
-        self._fields = {name: kind for name, kind in fields.items() if kind is not dspy.History}
-        self._files_dir = files_dir
-        self._validators: dict[str, pydantic.TypeAdapter[Any] | None] | None = None
-
-    def read(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
-        """The validated turn. Raises `InvalidArgs` or `NotAllowed`, naming the field."""
-        if self._validators is None:  # most signatures have no history
-            self._validators = {name: validator_of(kind, self._files_dir) for name, kind in self._fields.items()}
-        of_modules = {name: value for name, value in turn.items() if name in _OF_MODULES - self._validators.keys()}
+    def _turn(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
+        """A validated turn of a history. Raises `InvalidArgs` or `NotAllowed`, naming the field."""
+        of_modules = {name: value for name, value in turn.items() if name in _OF_MODULES - self._of_turns.keys()}
         others = {name: value for name, value in turn.items() if name not in of_modules}
         if not others:
-            raise InvalidArgs(f"{where}: expected at least one of {', '.join(self._validators)}")
-        return {**of_modules, **validation_errors.read_values(others, self._validators, where)}
+            raise InvalidArgs(f"{where}: expected at least one of {', '.join(self._of_turns)}")
+        return {**of_modules, **validation_errors.read_values(others, self._of_turns, where)}
+
+
+def _is_text_or_null(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) in (Union, types.UnionType) and {str, type(None)} <= set(get_args(annotation))
 
 
 def _writable(value: Any) -> Any:
@@ -115,7 +125,7 @@ _TEXT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(Annotated[Any, pydantic.
 _NOT_IN_LISTS = (int, float, type(None))
 
 
-def validator_of(
+def _validator_of(
     annotation: Any, files_dir: str | None, turn: media.Turn | None = None
 ) -> pydantic.TypeAdapter[Any] | None:
     """The validator for an input of that type; None if any value is valid."""
@@ -130,7 +140,3 @@ def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
     except pydantic.ValidationError:
         return False
     return True
-
-
-def _quoted(name: str) -> str:
-    return name if name.isidentifier() and len(name) <= 60 else short(name)

@@ -41,12 +41,6 @@ def describe(where: str, error: Exception) -> BridgeError:
     return InvalidArgs(text) if refused is None else NotAllowed(text)
 
 
-def together(found: list[BridgeError], more: str) -> BridgeError:
-    """Several errors as one: `NotAllowed` if any of them is."""
-    kind = NotAllowed if any(isinstance(error, NotAllowed) for error in found) else InvalidArgs
-    return kind("; ".join(map(str, found)) + more)
-
-
 def read_values(
     given: dict[str, Any], types: Mapping[str, pydantic.TypeAdapter[Any] | None], where: str, strict: bool | None = None
 ) -> dict[str, Any]:

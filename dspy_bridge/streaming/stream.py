@@ -7,7 +7,6 @@ slow caller slows that reading, and nothing is buffered in between.
 from __future__ import annotations
 
 import asyncio
-import time
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +32,6 @@ _READERS: dict[type, type[field_parsers.Reader]] = {
 }
 # Fields of DSPy's modules before the outputs.
 _BEFORE = ("reasoning", "rationale")
-# So often, in seconds, an LM that never waits yields to other tasks.
-_STRETCH = 0.005
 
 
 class _Answer:
@@ -61,7 +58,6 @@ class Stream:
         self._call = call
         self._loop = asyncio.get_running_loop()
         self._on_loop = on_loop
-        self._yielded = time.monotonic()
         fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
         self._fields = list(dict.fromkeys((*_BEFORE, *fields)))
         self._sent: dict[str, list[str]] = {}
@@ -112,9 +108,6 @@ class Stream:
             else:
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, self._loop))
         _correct_progress(sent)
-        if time.monotonic() - self._yielded > _STRETCH:
-            await asyncio.sleep(0)
-            self._yielded = time.monotonic()
 
     def _read(self, piece: Any) -> list[field_parsers.Chunk]:
         answer = _answer.get()

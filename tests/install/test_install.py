@@ -114,12 +114,9 @@ def test_the_doctor_says_first_what_to_do(app: Path) -> None:
 
 def test_after_setup_the_doctor_is_content(ready: Path) -> None:
     """What is missing for some optimizers is a note, with what installs it."""
-    done = run("mix", "dspex.doctor", "--json", cwd=ready, MIX_QUIET="1")
-    assert done.returncode == 0, done.stdout
-    report = json.loads(done.stdout)
-    assert report["ok"] and {check["status"] for check in report["checks"]} <= {"ok", "note"}, report
-    (optimizers,) = (check for check in report["checks"] if check["name"] == "optimizers")
-    assert optimizers["status"] == "note" and "mix dspex.setup --with optimizers" in optimizers["found"]
+    done = run("mix", "dspex.doctor", cwd=ready)
+    assert done.returncode == 0 and done.stdout.endswith("\nAll is well.\n"), done.stdout
+    assert re.search("^– optimizers .*mix dspex.setup --with optimizers", done.stdout, re.MULTILINE)
 
 
 def test_setup_once_more_has_nothing_to_do(ready: Path) -> None:

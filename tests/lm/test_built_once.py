@@ -33,20 +33,6 @@ def test_no_more_types_than_a_limit_are_kept(monkeypatch: pytest.MonkeyPatch) ->
     assert len(built._made) == 10
 
 
-def test_signatures_of_trajectories_are_bounded_by_their_fields() -> None:
-    """An agent of 1,000 steps has signatures of up to 4,000 fields."""
-
-    class Made:
-        def __init__(self, text: str) -> None:
-            self.fields = text.split(",")
-
-    once = built_once._Signatures(Made)
-    for length in range(4, 4_000, 4):
-        text = ",".join(f"f{number}" for number in range(length))
-        assert once.get(text) is once.get(text) or length > built_once._MOST_FIELDS
-    assert sum(len(made.fields) for made in once._made.values()) <= built_once._MOST_FIELDS
-
-
 def test_what_is_made_of_a_signature_follows_its_changes_and_ends_with_it() -> None:
     per_signature = built_once.PerSignature()
     signature: Any = dspy.Signature("question -> answer", "Answer.")
@@ -83,15 +69,6 @@ def test_a_schema_that_was_changed_is_read_again() -> None:
         validate(instance="x", schema={"type": "no such type"})
     # No JSON, which the library itself accepts.
     validate(instance="x", schema={"enum": ["x", {1}]})
-
-
-def test_arguments_are_read_as_by_dspy() -> None:
-    made = built_once._argument_model(pydantic.create_model)
-    first, again = made("Wrapper", value=(int | None, ...)), made("Wrapper", value=(int | None, ...))
-    assert first.model_validate({"value": "3"}).value == 3
-    assert again.model_validate({"value": None}).value is None
-    other = made("Other", value=(int, ...), more=(str, "x"))
-    assert set(other.model_fields) == {"value", "more"}
 
 
 def test_only_trajectories_share_a_signature() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import dspy
 import pytest
 from hypothesis import given, settings
@@ -11,25 +9,11 @@ from hypothesis import strategies as st
 
 from dspy_bridge.lm.adapters import field_markers
 
-HEADER = re.compile(r"\[\[ ## (\w+) ## \]\]")
 SCRAPS = st.sampled_from(
     ["[[ ## ", " ## ]]", "[[ ## first ## ]]", "[[ ## x ## ]]", "[", "]", " ", "#", "a_1", "é", "\u0301", "-", "\n",
      "\r", "\u2028", "<", "</", ">", "/>", "<first>", "<first a='b'/>", "second", "first"]
 )  # fmt: skip
 TEXT = st.lists(SCRAPS, max_size=12).map("".join) | st.text(max_size=30)
-
-
-@given(TEXT)
-@settings(max_examples=200)
-def test_no_header_is_left_and_nothing_else_is_changed(text: str) -> None:
-    assert field_markers.without_headers(text) == HEADER.sub(r"(( ## \1 ## ))", text)
-
-
-@given(TEXT)
-@settings(max_examples=200)
-def test_no_tag_of_those_names_is_left_and_nothing_else_is_changed(text: str) -> None:
-    made = field_markers.without_tags(text, {"first"})
-    assert made == re.sub(r"<(?=/?first(?:[\s/<>]|\Z))", "&lt;", text)
 
 
 @given(TEXT)
@@ -75,17 +59,3 @@ def test_a_value_is_changed_in_all_its_texts_or_stays_the_very_same() -> None:
     wanted = {"k": ["w", ("w", {"w"}, frozenset("w"))], "n": [1, None, 2.5], "w": b"v"}
     made = field_markers.changed(value, lambda text: text.replace("v", "w"))
     assert made == wanted and made["n"] is value["n"]
-
-
-def test_equal_keys_of_an_object_are_all_seen() -> None:
-    assert field_markers.keyed('```json\n{"a": {"b": 1, "b": 2}, "c": [1], "a": 3}\n```') == [
-        ("a", {"b": 2}),
-        ("c", [1]),
-        ("a", 3),
-    ]
-    assert field_markers.keyed("Sure.") == field_markers.keyed('{"a": ') == []
-
-
-def test_a_name_is_contradicted_by_another_value_only() -> None:
-    assert field_markers.contradicted([("a", 1), ("b", 2), ("a", 1)]) is None
-    assert field_markers.contradicted([("a", 1), ("b", 2), ("b", 3), ("a", 3)]) == "b"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -78,20 +77,6 @@ def test_nor_does_one_of_another_provider(given: dict[str, Any], peers: dict[str
     assert "api_key" not in lm_options.complete(given, "lm_options", of_settings=True)
 
 
-def test_a_very_long_name_is_compared_with_none() -> None:
-    """Which would take seconds on the event loop."""
-    started = time.process_time()
-    with pytest.raises(InvalidArgs, match="unknown option; What only"):
-        complete({"model": "openai/small", "x" * 10_000_000: 1})
-    assert time.process_time() - started < 0.5
-
-
-def test_extra_options_are_added_to_the_peers() -> None:
-    options = complete({"model": "openai/small", "extra": {"vendor_size": 3}})
-    assert options["extra"] == {"vendor_mode": "fast", "vendor_size": 3}
-    assert lm_options.split(options, "lm").of_dspy["vendor_size"] == 3
-
-
 def test_what_a_model_supports_is_inherited_by_the_same_model_alone() -> None:
     """Another model of the server may not support it; nor may the same model of another server."""
     peers = {**PEERS, "supports": ["response_schema"]}
@@ -133,14 +118,6 @@ def test_extra_options_that_name_another_server_take_nothing_there(extra: dict[s
         assert made["api_key"] == lm_options.NO_KEY and "headers" not in made and "api_base" not in made
 
 
-def test_a_config_is_settings_of_the_call_and_options_of_the_connection() -> None:
-    config = {"temperature": 1, "api_key": "k", "timeout": 2, "cache": {"scope": "a"}, "extra": {"mode": 1}}
-    settings, of_lm = lm_options.read_config(config)
-    assert settings == {"temperature": 1, "mode": 1}
-    assert of_lm == {"api_key": "k", "timeout": 2, "cache": {"scope": "a"}}
-    assert lm_options.read_config({"cache": False}) == ({"cache": False}, {})
-
-
 @pytest.mark.parametrize(
     ("given", "text"),
     [
@@ -178,12 +155,6 @@ def test_what_is_wrong_is_refused_by_name(given: dict[str, Any], text: str) -> N
     with pytest.raises(InvalidArgs) as refused:
         complete({"model": "openai/small", **given})
     assert str(refused.value).startswith(text)
-
-
-@pytest.mark.parametrize("given", [None, 5, [], ""])
-def test_an_lm_is_text_or_an_object(given: object) -> None:
-    with pytest.raises(InvalidArgs, match=r"^lm(\.model)?: expected text"):
-        complete(given)
 
 
 def test_a_config_has_no_option_of_an_lm() -> None:
@@ -280,14 +251,6 @@ def test_another_key_goes_without_the_secrets_in_either_kind_of_headers(name: st
     assert lm_options.complete("openai/small", "lm", peer)[name] == peer[name]
 
 
-def test_limits_and_cache_know_an_account_by_the_same_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-1")
-    for account in (servers.account, servers.limited_account):
-        same = [account({"model": name}) for name in ("claude-3", "anthropic:claude-3", "anthropic/claude-3")]
-        assert same[0] == same[1] == same[2] != account({"model": "gpt-4o"})
-        assert "sk-1" in same[0]
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -307,12 +270,6 @@ def test_an_address_that_would_be_ignored_is_refused(given: dict[str, Any]) -> N
     assert "http://here/v1" not in str(complete(given))
     with pytest.raises(InvalidArgs, match=r"^config\.api_base: "):
         lm_options.changed(complete(given), {**given, "api_base": "http://own/v1"})
-
-
-def test_a_name_with_another_kind_of_address_is_a_name() -> None:
-    """As vLLM's are that has loaded a model from there."""
-    options = {"model": "hosted_vllm/s3://models/m", "api_base": "http://own/v1"}
-    assert complete(options)["api_base"] == "http://own/v1"
 
 
 @pytest.mark.parametrize("name", ["api_base", "base_url", "custom_llm_provider", "model_type", "api_key"])

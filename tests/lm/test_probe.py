@@ -58,25 +58,6 @@ def test_the_option_to_set_if_it_is_not_what_is_known(
     assert found == {**{name: name in honoured for name in BOTH}, "supports": supports}
 
 
-def test_a_model_that_dspy_knows_needs_no_option(start_lm: Any) -> None:
-    server = start_lm(honours(*BOTH))
-    assert ask(server, model="openai/gpt-4o-mini")["supports"] is None
-    assert [request.keys() & {"response_format", "tools"} for request in server.requests] == [
-        {"response_format"},
-        {"tools"},
-    ]
-    assert "JSON" not in str(server.requests[0]["messages"])
-
-
-def test_an_answer_ends(start_lm: Any) -> None:
-    """A small model may repeat itself for ever; a limit of the configuration stays."""
-    server = start_lm("Hello!")
-    ask(server)
-    ask(server, max_tokens=50)
-    limits = [request.get("max_completion_tokens", request.get("max_tokens")) for request in server.requests]
-    assert limits == [1000, 1000, 50, 50]
-
-
 def test_a_server_that_refuses_both_is_asked_without(start_lm: Any) -> None:
     def answer(request: dict[str, Any]) -> Answer:
         refused = {"response_format", "tools"} & request.keys()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+import dspy
 import pytest
 
-from dspy_bridge.lm import lm_call, rate_limits
+from dspy_bridge.lm import dspy_internals, lm_call, rate_limits
 from dspy_bridge.lm.rate_limits import Limits
 from dspy_bridge.lm.transport import routes
 
@@ -55,3 +56,34 @@ def test_no_name_that_litellm_knows_takes_a_key_elsewhere() -> None:
         assert same or found in ("vertex_ai", "bedrock", "openai", "replicate", "petals"), (name, provider, found)
         checked += same
     assert checked > 2000
+
+
+def test_routes_are_those_of_dspy() -> None:
+    """Also of a model that no provider has."""
+    resolve = dspy_internals.RESOLVE.value
+    resolved = routes._resolving(resolve)
+    for model, model_type in (("openai/gpt-4o-mini", "chat"), ("openai/o3", "responses"), ("anthropic/claude", "chat")):
+        lm = dspy.LM(model, model_type=model_type)
+        assert resolved(lm) == resolve(lm)
+        assert resolved(lm) is resolved(lm)
+    lm = dspy.LM("nobody/model")
+    for function in (resolve, resolved, resolved):
+        with pytest.raises(Exception) as raised:
+            function(lm)
+        assert type(raised.value).__name__ == "UnknownModelError"
+
+
+def test_a_change_of_the_proxies_is_seen_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(routes.time, "monotonic", lambda: now)
+    asked: list[float] = []
+
+    def getproxies() -> dict[str, str]:
+        asked.append(now)
+        return {"http": f"http://proxy:{len(asked)}"}
+
+    proxies = routes._now_and_then(getproxies)
+    assert [proxies()["http"] for _ in range(1000)] == ["http://proxy:1"] * 1000
+    now += 1.0
+    assert proxies()["http"] == "http://proxy:2"
+    assert len(asked) == 2

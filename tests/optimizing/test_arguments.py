@@ -14,7 +14,7 @@ def test_all_but_the_optimizer_has_a_default_and_null_is_absent() -> None:
     nothing = dict.fromkeys(("options", "valset", "num_threads", "seed", "prompt_lm", "budget"))
     for optimizer in arguments.OPTIMIZERS:
         read = arguments.read({"optimizer": optimizer, **nothing})
-        assert read == arguments.Given(optimizer=optimizer)
+        assert read == arguments.Optimize(optimizer=optimizer)
         assert (read.num_threads, read.options, read.lms) == (8, {}, {})
         assert read.budget.model_dump() == {"lm_calls": None, "tokens": None, "seconds": None}
     assert len(arguments.OPTIMIZERS) == 7

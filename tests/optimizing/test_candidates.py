@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dspy_bridge.optimizing import candidates
 from dspy_bridge.optimizing.candidates import Candidates
 
 START, FIRST, SECOND = "start", "first", "second"
@@ -34,17 +35,32 @@ def test_of_equal_scores_the_one_that_was_announced_is_the_result(
 ) -> None:
     """Whatever the optimizer itself chooses. The program as it was wins; of others the first."""
     sent: list[dict[str, Any]] = []
-    candidates = made(sent)
+    them = made(sent)
     for name, score in scored:
-        candidates.end_evaluation(name, [score, score], True)
+        them.end_evaluation(name, [score, score], True)
     announced = [item["candidate"]["state"] for item in sent if item.get("candidate", {}).get("best")]
-    result = candidates.result(chosen)
+    result = them.result(chosen)
     assert result["state"] == announced[-1] == {"is": best}
     assert result["score"] == dict(scored)[best] and result["candidates"] == len(scored)
 
 
 def test_without_a_score_the_optimizers_own_result_counts() -> None:
-    candidates = made([])
-    assert candidates.result(FIRST)["state"] == {"is": FIRST}
-    assert candidates.result(None, "seconds")["state"] == {"is": START}
-    assert candidates.result(FIRST)["score"] is None
+    them = made([])
+    assert them.result(FIRST)["state"] == {"is": FIRST}
+    assert them.result(None, "seconds")["state"] == {"is": START}
+    assert them.result(FIRST)["score"] is None
+
+
+def test_done_begins_again_with_each_evaluation_and_ends_at_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two evaluations of three and two examples: 0 to 3 of 3, then 0 to 2 of 2."""
+    monkeypatch.setattr(candidates, "_PROGRESS_EVERY", 0)
+    sent: list[dict[str, Any]] = []
+    run: Any = SimpleNamespace(lm_calls=0)
+    seen = Candidates("copro", None, {}, lambda _: {}, run, sent.append)
+    for total in (3, 2):
+        seen.begin_evaluation(total)
+        for _ in range(total):
+            seen.scored(None, object(), 1.0)
+        seen.end_evaluation(object(), [1.0] * total, False)
+    progress = [(item["progress"]["done"], item["progress"]["total"]) for item in sent]
+    assert progress == [(0, 3), (1, 3), (2, 3), (3, 3), (0, 2), (1, 2), (2, 2)]

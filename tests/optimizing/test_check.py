@@ -1,24 +1,25 @@
-"""optimizing.optimizers.check: what an optimizer cannot run with is refused by name before anything runs."""
+"""optimizing.optimizers: what an optimizer cannot run with is refused by name before anything runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import sys
 from typing import Any
 
+import dspy
 import pytest
-from plain_optimizers import ROLES
+from plain_optimizers import METRICS, ROLES, TRAINSET
 
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.optimizing import optimizers
-from dspy_bridge.optimizing.arguments import LM_ROLES, OPTIMIZERS, Given
+from dspy_bridge.optimizing.arguments import LM_ROLES, OPTIMIZERS, Optimize
 
 
-def given(optimizer: Any, options: dict[str, Any] | None = None, **more: Any) -> Given:
-    return Given(optimizer=optimizer, options=options or {}, **more)
+def given(optimizer: Any, options: dict[str, Any] | None = None, **more: Any) -> Optimize:
+    return Optimize(optimizer=optimizer, options=options or {}, **more)
 
 
-def refusal(of: Given, trainset_size: int = 40) -> str:
+def refusal(of: Optimize, trainset_size: int = 40) -> str:
     with pytest.raises(InvalidArgs) as error:
         optimizers.check(of, trainset_size)
     return str(error.value)
@@ -62,8 +63,7 @@ def test_a_misspelt_option_is_refused_with_the_one_that_is_meant() -> None:
 def test_a_missing_package_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, optimizer: str, package: str, how: str
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == package else find(name, *of))
+    monkeypatch.setitem(sys.modules, package, None)
     text = f"optimize.optimizer: {optimizer} needs the Python package {package}; install it with {how}"
     assert refusal(given(optimizer)).startswith(text)
     optimizers.check(given("copro"), 40)
@@ -86,3 +86,42 @@ def test_what_an_optimizer_has_no_use_for_is_refused(optimizer: str) -> None:
 
 def test_an_empty_trainset_is_refused() -> None:
     assert refusal(given("copro"), 0) == "inputs: expected at least one example to optimize with"
+
+
+def test_demos_that_no_state_could_have_are_refused_before_an_lm_is_asked() -> None:
+    """A ReAct has two predictors, and a state has 500 demos at most."""
+    react = dspy.ReAct("question -> answer", tools=[])
+
+    def compiled(optimizer: str, options: dict[str, Any]) -> None:
+        optimizers.compile(given(optimizer, options), react, TRAINSET, None, METRICS, {})
+
+    for optimizer, options, option in [
+        ("labeled_few_shot", {"k": 251}, "k"),
+        ("bootstrap_few_shot", {"max_bootstrapped_demos": 251}, "max_bootstrapped_demos"),
+        ("mipro_v2", {"max_labeled_demos": 251}, "max_labeled_demos"),
+        ("simba", {"bsize": 1, "max_demos": 251}, "max_demos"),
+    ]:
+        text = f"optimize.options.{option}: expected at most 250: the program has 2 predictors, and a state has at most"
+        with pytest.raises(InvalidArgs, match=text):
+            compiled(optimizer, options)
+    compiled("labeled_few_shot", {"k": 250})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "valset_size", "size"),
+    [
+        ("labeled_few_shot", None, None),
+        ("bootstrap_few_shot", None, None),
+        ("random_search", None, 20),
+        ("random_search", 5, 5),
+        ("copro", None, 20),
+        ("mipro_v2", 5, None),
+        ("mipro_v2", None, None),
+        ("simba", None, 20),
+        ("gepa", None, 20),
+        ("gepa", 5, 5),
+    ],
+)
+def test_the_size_of_a_whole_evaluation(optimizer: str, valset_size: int | None, size: int | None) -> None:
+    more = {} if valset_size is None else {"valset": {"inputs": [{}] * valset_size}}
+    assert optimizers.scored_on(given(optimizer, **more), 20) == size

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import pytest
 
-from dspy_bridge.errors import InvalidArgs, NotAllowed, OutputInvalid
+from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.signatures import builder
 
 PERSON = {
@@ -35,39 +33,11 @@ def refused(made: builder.Contract, inputs: dict[str, Any]) -> str:
 def test_all_that_is_wrong_with_inputs_is_named_at_once() -> None:
     made = contract(field("q"), field("n", "int"), field("who", PERSON))
     error = refused(made, {"n": "SECRET", "who": {"age": 5}, "w": 1, "a b": 2})
-    assert error.startswith("inputs.w: unknown field; inputs.'a b': unknown field; inputs.q: missing; inputs.n: Input ")
+    assert error.startswith(
+        "inputs.w: unknown field; inputs['a b']: unknown field; inputs.q: missing; inputs.n: Input "
+    )
     assert error.endswith('; inputs.who: "first-name" is a required property; expected q, n, who')
     assert "SECRET" not in error
-
-
-def test_of_many_unknown_inputs_the_first_are_named_and_the_rest_counted() -> None:
-    """A reply has no room for more, and one message for each of a million took ten seconds."""
-    error = refused(contract(field("q")), dict.fromkeys([f"x{n}" for n in range(10_000)]))
-    assert error.startswith("inputs.x0: unknown field; inputs.x1: unknown field; ")
-    assert error.endswith(
-        "; inputs.x19: unknown field; inputs: 9980 more unknown fields; inputs.q: missing; expected q"
-    )
-
-
-TEXTS = {"type": "array", "items": {"type": "string"}}
-
-
-@pytest.mark.parametrize("kind", ["list[str]", "set[str]", "dict[str, list[str]]", "Optional[list[str]]", TEXTS])
-def test_of_a_list_that_fits_nowhere_one_error_is_made(kind: Any) -> None:
-    """One error for each of a million items took two seconds and hundreds of megabytes; only one is reported."""
-    value = {"x": [1] * 10} if "dict" in kind else list(range(10))
-    validator = contract(field("q", kind)).inputs["q"]
-    assert validator is not None
-    with pytest.raises(pydantic.ValidationError) as caught:
-        validator.validate_python(value)
-    assert caught.value.error_count() <= 2  # that it is not None is another
-
-
-def test_long_names_are_cut() -> None:
-    assert len(refused(contract(field("q")), {"x" * 100_000: 1})) < 200
-    assert (
-        len(refused(contract(field("q", {**PERSON, "additionalProperties": False})), {"q": {"x" * 100_000: 1}})) < 300
-    )
 
 
 def test_values_are_converted_as_pydantic_does() -> None:
@@ -92,13 +62,6 @@ def test_an_input_that_may_be_none_may_be_left_out_and_one_with_a_default_gets_i
     assert made.check({}) == {"n": 3, "tags": [], "any": []}, "each call has a default of its own"
 
 
-def test_a_description_of_the_schema_is_the_fields_unless_it_has_one() -> None:
-    described = {"type": "string", "description": "theirs"}
-    made = contract(field("a", described), field("b", described, description="mine"))
-    described_as = {name: info.json_schema_extra["desc"] for name, info in made.signature.input_fields.items()}
-    assert described_as == {"a": "theirs", "b": "mine"}
-
-
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
@@ -116,13 +79,6 @@ def test_what_dspy_does_not_check_of_an_answer_is_checked(kind: Any, good: Any, 
     assert outputs == {"it": good, "other": "x"}
     with pytest.raises(OutputInvalid, match=r"the LM's answer did not fit the signature: it(\.x)?: "):
         made.check_outputs({"it": bad, "other": "x"})
-
-
-def test_an_answer_of_texts_becomes_one_of_its_type() -> None:
-    """XML has only strings, and DSPy does not convert the values of a map."""
-    outputs = {"it": {"a": "5"}}
-    contract(outputs=(field("it", {"additionalProperties": {"type": "integer"}}),)).check_outputs(outputs)
-    assert outputs == {"it": {"a": 5}}
 
 
 NULL = {"type": "null"}
@@ -166,21 +122,6 @@ def test_null_is_no_text() -> None:
         assert made.check({"q": value, "any": None, "maybe": None}) == {"q": value, "any": None, "maybe": None}
 
 
-def test_a_path_that_is_not_allowed_is_named_beside_all_else_that_is_wrong(tmp_path: Path) -> None:
-    definition = {"inputs": [field("photos", "list[image]"), field("n", "int")], "outputs": [field("answer")]}
-    photos = ["https://example.org/a.png", {"path": "../secret.png"}]
-    for files_dir, said in (
-        (str(tmp_path), "path: leads out of the folder of DSPY_BRIDGE_FILES_DIR"),
-        (None, "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"),
-    ):
-        with pytest.raises(NotAllowed) as caught:
-            builder.build(definition, files_dir=files_dir).check({"photos": photos, "n": "x", "w": 1})
-        assert str(caught.value) == (
-            f"inputs.w: unknown field; inputs.photos[1]: {said}; "
-            "inputs.n: Input should be a valid integer, unable to parse string as an integer; expected photos, n"
-        )
-
-
 def test_a_name_and_a_description_are_the_signatures_own() -> None:
     """The description is only used without instructions."""
     definition = {"name": "MyApp.Answers", "description": "Answer.", "inputs": [], "outputs": [field("answer")]}
@@ -208,7 +149,7 @@ def test_types_in_angle_brackets_are_dspexs(text: str, kind: Any) -> None:
     assert contract(outputs=(field("it", text),)).signature.output_fields["it"].annotation == kind
 
 
-LITERAL = "Literal takes strings, whole numbers, booleans and None"
+LITERAL = "Literal takes strings in quotes, whole numbers, booleans and None"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +157,7 @@ LITERAL = "Literal takes strings, whole numbers, booleans and None"
     [
         ("__import__('os').system('x')", "signature.inputs[0].type: unknown type"),
         ("list[", "signature.inputs[0].type: 'list[' cannot be read"),
-        ("Literal[a, 'b', 3]", f"signature.inputs[0].type: {LITERAL}, got 'a'; did you mean Literal['a', 'b', 3]?"),
+        ("Literal[a, 'b', 3]", f"signature.inputs[0].type: {LITERAL}, got 'a'"),
         ("Literal[a, b()]", f"signature.inputs[0].type: {LITERAL}, got 'a'"),
         ("Literal[open('x')]", "signature.inputs[0].type: Literal takes strings"),
         ("os.path", "signature.inputs[0].type: unknown type 'os.path'"),

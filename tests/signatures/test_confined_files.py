@@ -25,37 +25,20 @@ def test_a_file_is_read_and_told_where_it_is(folder: Path) -> None:
         assert confined_files.read(str(folder / "in"), path, 10) == (os.path.realpath(folder / "in/sub/a"), b"in/sub")
 
 
-def test_a_folder_that_is_a_link_itself(folder: Path) -> None:
-    (folder / "link").symlink_to("in")
-    assert confined_files.read(str(folder / "link"), "sub/a", 10)[1] == b"in/sub"
-    assert confined_files.read("/", str(folder / "out/a"), 10)[1] == b"out"
-
-
-@pytest.mark.parametrize("swapped", ["sub", "a"])
+@pytest.mark.parametrize("swapped", ["sub", "sub/a"])
 def test_a_link_that_comes_between_leads_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch, swapped: str) -> None:
-    """A folder on the way becomes a link after the path was checked and before it is opened."""
+    """A name on the way becomes a link after the path was checked and before it is opened."""
     opened = os.open
 
     def swap_first(path: Any, *args: Any, **more: Any) -> int:
-        place = folder / "in/sub" / ("" if swapped == "sub" else "a")
-        if not place.is_symlink() and str(path).endswith("/a"):
+        place = folder / "in" / swapped
+        if not place.is_symlink():
             place.rename(folder / "aside")
             place.symlink_to(folder / ("out" if swapped == "sub" else "out/a"))
         return opened(path, *args, **more)
 
     monkeypatch.setattr(os, "open", swap_first)
-    with pytest.raises((confined_files.Outside, confined_files.Unreadable)):
-        confined_files.read(str(folder / "in"), "sub/a", 10)
-
-
-def test_a_way_that_changes_while_it_is_looked_at_is_no_defect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link is replaced by something else meanwhile."""
-
-    def fails(_path: Any, **_more: Any) -> str:
-        raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(os.path, "realpath", fails)
-    with pytest.raises(confined_files.Unreadable, match="cannot be read: Invalid argument"):
+    with pytest.raises(confined_files.Unreadable):
         confined_files.read(str(folder / "in"), "sub/a", 10)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
-import string
 import time
-from typing import Annotated, Any, Literal, get_origin
+from typing import Any, Literal
 
 import pydantic
 import pytest
@@ -14,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.signatures import json_schema, type_parser, validation_errors
+from dspy_bridge.signatures import json_schema, type_parser
 
 AT = "signature.outputs[0].type"
 
@@ -35,7 +33,6 @@ def obj(**properties: Any) -> dict[str, Any]:
 
 INT = {"type": "integer"}
 TEXT = {"type": "string"}
-ODD_NAMES = ["first-name", "class", "_x", "model_config", "schema", "a b", "a_b", "", "é", "$ref", "type", "default"]
 
 
 @pytest.mark.parametrize(
@@ -61,12 +58,6 @@ ODD_NAMES = ["first-name", "class", "_x", "model_config", "schema", "a b", "a_b"
 def test_a_type_that_python_has_is_pythons_own(schema: Any, annotation: Any) -> None:
     """DSPy parses answers best for these."""
     assert type_parser.read_type(schema, AT) == annotation
-
-
-def test_what_else_a_schema_asks_of_a_plain_type_is_kept_beside_it() -> None:
-    annotation = type_parser.read_type({"type": "string", "minLength": 2}, AT)
-    assert get_origin(annotation) is Annotated and annotation.__origin__ is str
-    assert shown({"type": "string", "minLength": 2}) == {"type": "string", "minLength": 2}
 
 
 @pytest.mark.parametrize(
@@ -132,16 +123,6 @@ def test_what_fits_comes_back_as_it_was_and_what_does_not_is_refused(schema: Any
 def test_what_an_lm_wrote_in_another_form_is_converted(schema: Any, given: Any, read: Any) -> None:
     """Where there is one way to read it; what is valid already stays."""
     assert json.dumps(check(schema, given)) == json.dumps(read)
-
-
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_any_name_is_a_property(name: str) -> None:
-    """Also invalid names in Python, and names with a meaning in pydantic."""
-    schema = {**obj(**{name: INT}, other=INT), "required": [name]}
-    assert check(schema, {name: 5}) == {name: 5}
-    assert list(shown(schema)["properties"]) == [name, "other"] and shown(schema)["required"] == [name]
-    with pytest.raises(pydantic.ValidationError):
-        check(schema, {"other": 5})
 
 
 def test_what_is_absent_stays_absent_unless_it_has_a_default() -> None:
@@ -260,32 +241,6 @@ def test_the_deepest_schema_works_and_one_deeper_is_refused(word: str) -> None:
         type_parser.read_type(nested(word, json_schema.MAX_DEPTH + 1), AT)
 
 
-def test_references_that_multiply_are_refused_at_once() -> None:
-    """Twenty definitions, each with two references to the next, are a million schemas."""
-    definitions = {f"d{n}": obj(a={"$ref": f"#/$defs/d{n + 1}"}, b={"$ref": f"#/$defs/d{n + 1}"}) for n in range(20)}
-    schema = {"$ref": "#/$defs/d0", "$defs": {**definitions, "d20": INT}}
-    began = time.monotonic()
-    with pytest.raises(InvalidArgs, match="too large; expected at most 10000 schemas"):
-        type_parser.read_type(schema, AT)
-    assert time.monotonic() - began < 5
-
-
-def test_a_wide_schema_works_in_bounded_time() -> None:
-    began = time.monotonic()
-    schema = obj(**{f"p{n}": {"type": "string", "default": "x"} for n in range(9000)})
-    assert len(check(schema, {})) == 9000
-    assert time.monotonic() - began < 5
-
-
-def test_an_enum_is_no_dictionary() -> None:
-    """Each prompt has all values, of references too: 300,000 held the event loop for 0.7 s."""
-    some = {"enum": [f"v{n}" for n in range(json_schema.MAX_SIZE // 2)]}
-    assert check(some, "v5") == "v5"
-    twice = {"$defs": {"some": some}, "type": "array", "prefixItems": [{"$ref": "#/$defs/some"}] * 2}
-    with pytest.raises(InvalidArgs, match="too large; expected at most 10000 schemas and values of enums"):
-        check(twice, ["v1", "v2"])
-
-
 @pytest.mark.parametrize(
     ("pattern", "good", "bad"),
     [
@@ -307,43 +262,6 @@ def test_patterns_that_people_write_are_taken(pattern: str, good: str, bad: str)
     assert check(schema, good) == good
     with pytest.raises(pydantic.ValidationError):
         check(schema, bad)
-
-
-# Each position may begin a match, which 100 more characters decide.
-SLOW = {"type": "string", "pattern": "(a|b|ab)*a(a|b|ab){100}c"}
-
-
-def test_texts_that_their_patterns_would_together_take_long_for_are_refused() -> None:
-    """10 MB took minutes, with the GIL held. Thousands of usual strings pass, and a long text with a usual pattern."""
-    text = "".join(random.Random(1).choices("ab", k=10_000)) + "a" + 100 * "b" + "c"
-    assert check(SLOW, text) == text
-    for schema, value in (
-        (SLOW, 100 * text),
-        ({"type": "array", "items": SLOW}, [text] * 100),
-        ({"anyOf": [SLOW, {}]}, 100 * text),
-    ):
-        with pytest.raises(pydantic.ValidationError, match="too long for its pattern"):
-            check(schema, value)
-    emails = [f"ada.{n}@example.org" for n in range(10_000)]
-    plain = {"type": "array", "items": {"type": "string", "pattern": r"^[\w.+-]{1,64}@[\w-]{1,63}\.\w{2,24}$"}}
-    assert check(plain, emails) == emails
-    assert check({"type": "string", "pattern": "^[^<>]*$"}, text) == text
-
-
-def test_a_schema_has_few_patterns() -> None:
-    """A program keeps them compiled."""
-    many = obj(**{f"p{n}": {"type": "string", "pattern": f"^{n}"} for n in range(json_schema.MAX_PATTERNS)})
-    assert check(many, {"p7": "7up"})
-    many["properties"]["more"] = {"type": "string", "pattern": "x"}
-    with pytest.raises(InvalidArgs, match="at most 10 different patterns"):
-        type_parser.read_type(many, AT)
-
-
-def test_an_error_names_the_place_and_quotes_no_value() -> None:
-    with pytest.raises(pydantic.ValidationError) as caught:
-        check(obj(a={"type": "array", "items": INT}), {"a": [1, "a secret"]})
-    text = str(validation_errors.describe("answer", caught.value))
-    assert text == 'answer.a[1]: the value is not of type "integer"'
 
 
 JSON = st.recursive(
@@ -382,52 +300,11 @@ def test_any_json_is_a_type_or_refused(schema: dict[str, Any]) -> None:
             pass
 
 
-NAMES = st.text(max_size=6) | st.sampled_from(ODD_NAMES)
-
-
-@st.composite
-def schema_and_value(draw: Any, depth: int = 3) -> tuple[dict[str, Any], Any]:
-    """A schema and a valid value."""
-    kinds = ["string", "integer", "number", "boolean", "null", "enum", "any"]
-    kind = draw(st.sampled_from(kinds + ["object", "array", "map", "tuple", "anyOf"] * (depth > 0)))
-    if kind == "string":
-        text = draw(st.text(string.ascii_letters, max_size=5))
-        return draw(st.sampled_from([TEXT, {"type": "string", "maxLength": 5, "pattern": "^[a-zA-Z]*$"}])), text
-    if kind == "integer":
-        number = draw(st.integers(-(10**30), 10**30))
-        return draw(st.sampled_from([INT, {"type": "integer", "minimum": number, "maximum": number}])), number
-    if kind == "number":
-        return {"type": "number"}, draw(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
-    if kind == "boolean":
-        return {"type": "boolean"}, draw(st.booleans())
-    if kind == "null":
-        return {"type": "null"}, None
-    if kind == "enum":
-        values = draw(st.lists(st.text(max_size=3) | st.booleans() | st.none(), min_size=1, max_size=4, unique=True))
-        return {"enum": values}, draw(st.sampled_from(values))
-    if kind == "any":
-        return {}, draw(JSON)
-    if kind == "array":
-        schema, value = draw(schema_and_value(depth - 1))
-        return {"type": "array", "items": schema}, [value] * draw(st.integers(0, 2))
-    if kind == "map":
-        schema, value = draw(schema_and_value(depth - 1))
-        return {"type": "object", "additionalProperties": schema}, dict.fromkeys(
-            draw(st.lists(NAMES, max_size=2)), value
-        )
-    parts = draw(st.lists(schema_and_value(depth - 1), min_size=1, max_size=3))
-    if kind == "tuple":
-        return {"type": "array", "prefixItems": [schema for schema, _ in parts]}, [value for _, value in parts]
-    if kind == "anyOf":
-        return {"anyOf": [parts[0][0], {"type": "null"}]}, draw(st.sampled_from([parts[0][1], None]))
-    names = draw(st.lists(NAMES, min_size=len(parts), max_size=len(parts), unique=True))
-    properties = {name: schema for name, (schema, _) in zip(names, parts, strict=True)}
-    value = {name: value for name, (_, value) in zip(names, parts, strict=True)}
-    return {"type": "object", "properties": properties, "required": names}, value
-
-
-@settings(max_examples=300)
-@given(schema_and_value())
-def test_a_value_that_fits_its_schema_comes_back_equal(pair: tuple[dict[str, Any], Any]) -> None:
-    schema, value = pair
-    assert json.dumps(check({**obj(v=schema), "required": ["v"]}, {"v": value})) == json.dumps({"v": value})
+def test_references_that_multiply_are_refused_at_once() -> None:
+    """Twenty definitions, each with two references to the next, are a million schemas."""
+    definitions = {f"d{n}": obj(a={"$ref": f"#/$defs/d{n + 1}"}, b={"$ref": f"#/$defs/d{n + 1}"}) for n in range(20)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**definitions, "d20": INT}}
+    began = time.monotonic()
+    with pytest.raises(InvalidArgs, match="too large; expected at most 10000 schemas"):
+        type_parser.read_type(schema, AT)
+    assert time.monotonic() - began < 5

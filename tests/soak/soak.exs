@@ -18,6 +18,7 @@ defmodule Soak do
   # A second is what is promised, on a machine that does nothing else.
   @bystander 5_000
   @growth 1.05
+  @definitions [{{{:program, :_}, :_, :_}, [], [true]}]
 
   def run do
     Process.flag(:trap_exit, true)
@@ -79,10 +80,11 @@ defmodule Soak do
     # One that hangs while it starts is not the monitor's: within that time, too.
     opts = [lm: "offline/echo", start_timeout: 10_000, env: env(), python_executable: System.get_env("DSPY_BRIDGE_PYTHON")]
 
+    # :restless is killed so often that one call may be in flight at four deaths: the next peer, too, dies while it imports DSPy.
     children = [
       {Bridge, [name: :steady] ++ opts},
       {Bridge, [name: :twice] ++ opts},
-      {DSPex.PythonBridge.Supervisor, name: :tree, bridge: [name: :restless] ++ opts, monitor: [name: :monitor]},
+      {DSPex.PythonBridge.Supervisor, name: :tree, bridge: [name: :restless, max_retries: 10] ++ opts, monitor: [name: :monitor]},
       {DSPex.PythonBridge.Supervisor, name: :crowded_tree, bridge: [name: :crowded] ++ opts, monitor: [name: :crowded_monitor]},
       {Pool, [name: :pool, pool_size: 3] ++ opts}
     ]
@@ -472,11 +474,15 @@ defmodule Soak do
       beam_descriptors: entries("/proc/self/fd"),
       ports: length(Port.list()),
       ets_tables: length(:ets.all()),
-      ets_words: :ets.all() |> Enum.map(&(:ets.info(&1, :memory) || 0)) |> Enum.sum(),
+      # Stores keep 10,000 removed ids each, which is not growth.
+      ets_words: Enum.sum(for(table <- :ets.all(), not store?(table), do: :ets.info(table, :memory) || 0)),
+      definitions: Enum.sum(for(table <- :ets.all(), store?(table), do: :ets.select_count(table, @definitions))),
       processes: length(Process.list()),
       atoms: :erlang.system_info(:atom_count)
     }
   end
+
+  defp store?(table), do: :ets.info(table, :name) == DSPex.PythonBridge.Programs.Store
 
   # What is on its way to be freed (peers that come up, on a busy machine) is not growth; what leaks is there at any time.
   defp measure_at_rest(before) do
@@ -519,7 +525,7 @@ defmodule Soak do
 
     # A peer of a pool may be coming up in the one moment and not in the other; code that is loaded late has atoms.
     leaked =
-      for key <- [:peer_descriptors, :peer_threads, :beam_descriptors, :ports, :ets_tables, :processes, :atoms],
+      for key <- [:peer_descriptors, :peer_threads, :beam_descriptors, :ports, :ets_tables, :definitions, :processes, :atoms],
           later[key] > before[key] + if(key == :atoms, do: 100, else: 10),
           do: key
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dspy_bridge.streaming.field_parsers import ChatReader, Reader, XMLReader, rest
+from dspy_bridge.streaming.field_parsers import ChatReader, Reader, XMLReader
 from dspy_bridge.streaming.json_fields import JSONReader
 
 SIGNATURE = dspy.Signature("question -> first, second")
@@ -30,13 +30,6 @@ def read(reader: type[Reader], pieces: list[str]) -> dict[str, str]:
             assert text
             chunks[field] += text
     return chunks
-
-
-def test_a_surrogate_pair_is_never_cut() -> None:
-    """However many escapes there are: `re` matches them in parts of 10,000."""
-    escapes = r"\ud83d\ude00" * 12_000
-    for before in ("", "a"):
-        assert read(JSONReader, [f'{{"first": "{before}{escapes}"}}'])["first"] == before + "😀" * 12_000
 
 
 def split(answer: str, cuts: list[int]) -> list[str]:
@@ -141,25 +134,6 @@ def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> No
             list(reading.feed(filling))
 
 
-@pytest.mark.timeout(30)
-@pytest.mark.parametrize(
-    ("name", "begin", "filling"),
-    [
-        *(("chat", begin, filling) for begin in ("", "[[ ## first ## ]]\na\n") for filling in (" ", "[", "\n")),
-        *(("json", '{"first": "', filling) for filling in ("a", "\\")),
-        *(("json", '{"x": [', filling) for filling in ("[", '"', " ")),
-        *(("xml", begin, filling) for begin in ("<first a='", "<!--", "<", "<first>") for filling in ("a", " ")),
-    ],
-)
-@pytest.mark.slow
-def test_a_million_times_the_same_is_read_as_fast_as_a_text(name: str, begin: str, filling: str) -> None:
-    """An unfinished token must not be parsed again from its beginning: that takes minutes."""
-    reading = READERS[name][0](FIELDS)
-    list(reading.feed(begin) if begin else ())
-    for _ in range(250_000):
-        list(reading.feed(filling * 4))
-
-
 def test_a_tag_of_usual_length_is_waited_for_and_one_without_end_is_not() -> None:
     usual, endless = f"<first a='{'x' * 500}'>", f"<first a='{'x' * 5000}'>"
     assert read(XMLReader, list(f"{usual}text</first>"))["first"] == "text"
@@ -168,17 +142,3 @@ def test_a_tag_of_usual_length_is_waited_for_and_one_without_end_is_not() -> Non
     for size in (1, 3, 5000):
         answer = f"<first>{long.replace('&', '&amp;')}</first>"
         assert read(XMLReader, [answer[at : at + size] for at in range(0, len(answer), size)])["first"] == long
-
-
-@pytest.mark.parametrize("indent", ["   ", "\t", " " * 16, " " * 17, " " * 18, " " * 40])
-def test_white_space_before_a_header_is_cut_as_dspy_cuts_it(indent: str) -> None:
-    answer = f"[[ ## first ## ]]\na\n{indent}[[ ## second ## ]] text\n"
-    wanted = parsed(READERS["chat"][1], answer)
-    assert read(ChatReader, [answer]) == read(ChatReader, list(answer)) == wanted
-
-
-@given(st.text(max_size=5), st.text(max_size=5))
-def test_the_rest_completes_what_was_sent_or_is_empty(sent: str, more: str) -> None:
-    assert rest(sent, sent + more) == more
-    if not more.startswith(sent):
-        assert rest(sent, more) == ""

@@ -24,8 +24,8 @@ from dspy_bridge.lm import dspy_internals
 _MOST = 1_000
 # Words of JSON Schema whose values are no schemas.
 _DATA = ("enum", "const", "default", "examples")
-# Fields in all signatures of trajectories, some 3 KB each: agents of up to 60 steps have room.
-_MOST_FIELDS = 8_000
+# Signatures of trajectories, one for each number of steps: of 60 steps they take some 25 MB.
+_MOST_STEPS = 64
 
 
 class _Built:
@@ -178,37 +178,13 @@ def _of_a_trajectory(format_trajectory: Callable[..., Any]) -> Callable[..., Any
 
 
 def _signature_once(make_signature: Callable[..., Any]) -> Callable[..., Any]:
-    once = _Signatures(make_signature)
+    once = functools.lru_cache(_MOST_STEPS)(make_signature)
 
     @functools.wraps(make_signature)
     def made(signature: Any, *args: Any, **options: Any) -> Any:
         plain = not args and not any(value is not None for value in options.values())
         if plain and isinstance(signature, str) and getattr(_here, "trajectory", False):
-            return once.get(signature)
+            return once(signature)
         return make_signature(signature, *args, **options)
 
     return made
-
-
-class _Signatures:
-    """Signatures made of a string, the latest of them with `_MOST_FIELDS` fields in all."""
-
-    def __init__(self, make: Callable[[str], Any]) -> None:
-        self._make = make
-        self._made: OrderedDict[str, Any] = OrderedDict()
-        self._fields = 0
-        self._lock = threading.Lock()
-
-    def get(self, text: str) -> Any:
-        with self._lock:
-            if text in self._made:
-                self._made.move_to_end(text)
-                return self._made[text]
-        made = self._make(text)
-        with self._lock:
-            if text not in self._made:
-                self._made[text] = made
-                self._fields += len(made.fields)
-            while self._fields > _MOST_FIELDS:
-                self._fields -= len(self._made.popitem(last=False)[1].fields)
-        return made

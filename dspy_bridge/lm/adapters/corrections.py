@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -92,46 +93,47 @@ def asking_again(kind: Any) -> Any:
     return kind
 
 
+@contextmanager
+def _calling() -> Iterator[_Call | None]:
+    """The call that begins; None if nothing is asked again, or if it is part of another one."""
+    attempts = lm_call.run().attempts
+    if attempts is None or _call.get() is not None:
+        yield None
+        return
+    call = _Call(attempts)
+    token = _call.set(call)
+    try:
+        yield call
+    finally:
+        _call.reset(token)
+
+
 def _sync(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def asked(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+    def asked(self: Any, lm: Any, lm_kwargs: Any, *args: Any, **rest: Any) -> Any:
         event_loop.refuse_sync_call()
-        attempts = lm_call.run().attempts
-        if attempts is None or _call.get() is not None:
-            return method(self, lm, lm_kwargs, signature, demos, inputs)
-        call = _Call(attempts)
-        token = _call.set(call)
-        try:
+        with _calling() as call:
             while True:
                 try:
-                    return method(self, lm, dict(lm_kwargs), signature, demos, inputs)
+                    return method(self, lm, dict(lm_kwargs), *args, **rest)
                 except Exception as error:
-                    if not call.again(type(self), error):
+                    if call is None or not call.again(type(self), error):
                         raise
-        finally:
-            _call.reset(token)
 
     return asked
 
 
 def _async(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    async def asked(self: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-        attempts = lm_call.run().attempts
-        if attempts is None or _call.get() is not None:
-            return await method(self, lm, lm_kwargs, signature, demos, inputs)
-        call = _Call(attempts)
-        token = _call.set(call)
-        try:
+    async def asked(self: Any, lm: Any, lm_kwargs: Any, *args: Any, **rest: Any) -> Any:
+        with _calling() as call:
             while True:
                 try:
-                    return await method(self, lm, dict(lm_kwargs), signature, demos, inputs)
+                    return await method(self, lm, dict(lm_kwargs), *args, **rest)
                 except Exception as error:
-                    if not call.again(type(self), error):
+                    if call is None or not call.again(type(self), error):
                         raise
                 await asyncio.sleep(0)  # what was said goes first
-        finally:
-            _call.reset(token)
 
     return asked
 

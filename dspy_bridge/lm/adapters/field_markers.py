@@ -1,20 +1,21 @@
 """Field markers, which separate the fields of prompts and answers: escapes them in text, and splits answers at them.
 
-Pure, and linear in the length of the text: no regular expressions.
+Pure, and linear in the length of the text: no part of a pattern can match where another one may begin.
 """
 
 from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from typing import Any
 from xml.etree import ElementTree
 
 Change = Callable[[str], str]
 
-# For `dspy.ChatAdapter` a field begins with a line that begins with `[[ ## name ## ]]`.
-_OPEN, _CLOSE = "[[ ## ", " ## ]]"
+# For `dspy.ChatAdapter` a field begins with a line that begins with it.
+_HEADER = re.compile(r"\[\[ ## (\w+) ## \]\]")
 # DSPy reads what follows this in a prompt, up to an end mark, as parts of a message, such as images by URL. Where there
 # are no end marks its pattern takes the square of the length: 64 KB hold the GIL for 3 s.
 _TYPE = "<<CUSTOM-TYPE-START-IDENTIFIER>>"
@@ -22,14 +23,7 @@ _TYPE = "<<CUSTOM-TYPE-START-IDENTIFIER>>"
 
 def without_headers(text: str) -> str:
     """The text with `(( ## name ## ))` for each `[[ ## name ## ]]`."""
-    if _OPEN not in text:
-        return text
-    before, *rest = text.split(_OPEN)
-    parts = [before]
-    for piece in rest:
-        name, closed, after = piece.partition(_CLOSE)
-        parts += ("(( ## ", name, " ## ))", after) if closed and _is_word(name) else (_OPEN, piece)
-    return "".join(parts)
+    return _HEADER.sub(r"(( ## \1 ## ))", text)
 
 
 def without_types(text: str) -> str:
@@ -67,11 +61,7 @@ def without_tags(text: str, names: Set[str]) -> str:
     """The text with `&lt;` for the `<` of each XML tag of those names: if an LM copies it, it is read as text."""
     if "<" not in text:
         return text
-    before, *rest = text.split("<")
-    parts = [before]
-    for piece in rest:
-        parts += ("&lt;" if _tag(piece) in names else "<", piece)
-    return "".join(parts)
+    return re.sub(rf"<(?=/?(?:{'|'.join(sorted(map(re.escape, names)))})(?:[\s/<>]|\Z))", "&lt;", text)
 
 
 def headed(answer: str) -> Iterator[tuple[str, str]]:
@@ -79,14 +69,14 @@ def headed(answer: str) -> Iterator[tuple[str, str]]:
     name: str | None = None
     lines: list[str] = []
     for line in answer.splitlines():
-        found = _header(line.strip())
+        found = _HEADER.match(line.strip())
         if found is None:
             lines.append(line)
             continue
         if name is not None:
             yield name, "\n".join(lines).strip()
         # DSPy cuts there also if spaces stand before the header.
-        name, lines = found, [line[len(_OPEN) + len(found) + len(_CLOSE) :].strip()]
+        name, lines = found[1], [line[found.end() :].strip()]
     if name is not None:
         yield name, "\n".join(lines).strip()
 
@@ -125,22 +115,3 @@ def contradicted(values: Iterable[tuple[str, Any]]) -> str | None:
     """The first name that has two different values."""
     first: dict[str, Any] = {}
     return next((name for name, value in values if first.setdefault(name, value) != value), None)
-
-
-def _header(line: str) -> str | None:
-    if not line.startswith(_OPEN):
-        return None
-    name, closed, _ = line[len(_OPEN) :].partition(_CLOSE)
-    return name if closed and _is_word(name) else None
-
-
-def _is_word(name: str) -> bool:
-    r"""What `\w+` matches."""
-    return name.replace("_", "a").isalnum()
-
-
-def _tag(piece: str) -> str:
-    """The name of the tag whose `<` stands before `piece`."""
-    inside = piece.removeprefix("/").partition(">")[0]
-    # A leading space is not a tag's, but that of `a < b`.
-    return "" if inside[:1].isspace() else (inside.split(None, 1) or [""])[0].partition("/")[0]

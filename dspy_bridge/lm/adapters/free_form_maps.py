@@ -34,21 +34,12 @@ def _looking_inside(has_open_map: Callable[[Any], bool]) -> Callable[[Any], bool
     return looked
 
 
+@functools.lru_cache(256)
 def _of_type(annotation: Any) -> bool:
-    try:
-        return _cached(annotation)
-    except TypeError:  # not hashable
-        return _in_schema_of(annotation)
-
-
-def _in_schema_of(annotation: Any) -> bool:
     try:
         return _in_schema(pydantic.TypeAdapter(annotation).json_schema())
     except (pydantic.PydanticUserError, ValueError):
         return False  # DSPy finds it out, too
-
-
-_cached = functools.lru_cache(256)(_in_schema_of)
 
 
 def _in_schema(schema: Any) -> bool:

@@ -5,8 +5,7 @@ Text fields echo the inputs, others get a value of their type, always the same f
 
 from __future__ import annotations
 
-import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import dspy
 import pydantic
@@ -85,18 +84,7 @@ def _echo(text: str) -> str:
 
 
 def _typed(annotation: Any, name: str) -> Any:
-    """A simple value of a type: containers by their arguments, all else by its JSON schema."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return arguments[0]
-    if origin in (Union, types.UnionType):
-        return _typed(next((kind for kind in arguments if kind is not type(None)), arguments[0]), name)
-    if origin is dict:
-        return {_typed(arguments[0], "key"): _typed(arguments[1], name)}
-    if origin in (list, set, frozenset):
-        return [_typed(arguments[0], name)]
-    if origin is tuple:
-        return [_typed(kind, name) for kind in arguments if kind is not ...]
+    """A simple value of a type, by its JSON schema."""
     schema = pydantic.TypeAdapter(annotation).json_schema()
     return _value(schema, schema.get("$defs", {}), name)
 
@@ -111,7 +99,8 @@ def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth
         return schema["examples"][0]
     for choices in ("anyOf", "oneOf", "allOf"):
         if choices in schema:
-            return _value(schema[choices][0], definitions, name, depth)
+            chosen = next((one for one in schema[choices] if one.get("type") != "null"), schema[choices][0])
+            return _value(chosen, definitions, name, depth)
     kind = schema.get("type", "string")
     if isinstance(kind, list):
         kind = next((one for one in kind if one != "null"), "null")
@@ -153,4 +142,6 @@ def _object(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> 
     if values is False:
         return {}
     value = values if isinstance(values, dict) and values else {"type": "string"}
-    return {"key": _value(value, definitions, "key", depth + 1)}
+    # A name that is a number, too: a schema does not tell the type of the keys.
+    key = "1" if "propertyNames" not in schema else _value(schema["propertyNames"], definitions, "key", depth + 1)
+    return {key: _value(value, definitions, "key", depth + 1)}

@@ -12,14 +12,15 @@ import atexit
 import functools
 import importlib
 import importlib.util
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from threading import Lock, Thread
 from typing import Any
 
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm.lm_call import LMCall
 from dspy_bridge.lm.transport import admission, connecting, routes
 from dspy_bridge.lm.transport.outgoing import Count, LMAnswerRefused, not_redirected
 from dspy_bridge.logs import redaction
@@ -32,10 +33,23 @@ def install() -> None:
     """Wrap the places where DSPy calls LiteLLM, once in a process."""
     for name in dspy_internals.LITELLM_ARGUMENTS:
         name.wrap(_with_header_in_arguments)
-    dspy_internals.LITELLM_LEGACY.wrap(_with_header_in_request)
+    dspy_internals.LITELLM_LEGACY.wrap(lambda complete: _guarding(_with_header_in_request(complete)))
     dspy_internals.ASYNC_LITELLM_LEGACY.wrap(lambda complete: _calling(_with_header_in_request(complete)))
+    dspy_internals.LITELLM_ENGINE.wrap(_guarding)
     dspy_internals.ASYNC_LITELLM_ENGINE.wrap(_calling)
     dspy_internals.ASYNC_LITELLM_STREAM.wrap(_streaming)
+
+
+def _guarding(complete: Callable[..., Any]) -> Callable[..., Any]:
+    """Of LMs that your application made and calls in a thread."""
+
+    @functools.wraps(complete)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start().result()
+        with _guarded():
+            return complete(*args, **kwargs)
+
+    return call
 
 
 def _calling(complete: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,14 +76,26 @@ async def _call() -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
     await asyncio.shield(asyncio.wrap_future(start()))
     async with admission.admitted():
-        call = lm_call.current.get()
-        try:
+        with _guarded():
             yield
-        except Exception:
-            if call is None or call.refused is None:
-                raise
-        if call is not None and call.refused is not None:
-            raise call.refused
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """Around a call of LiteLLM, whose requests are guarded. Raises our error in place of what LiteLLM makes of it."""
+    before = lm_call.current.get()
+    call = before or LMCall(None, lm_call.RunContext(None))
+    call.by_litellm, call.refused = True, None
+    lm_call.current.set(call)
+    try:
+        yield
+    except Exception:
+        if call.refused is None:
+            raise
+    finally:
+        lm_call.current.set(before)
+    if call.refused is not None:
+        raise call.refused
 
 
 def start() -> Future[None]:
@@ -101,91 +127,123 @@ def watch_clients() -> None:
     """Wrap the clients that LiteLLM sends with, once in a process. Their other users see no change."""
     for library, (send, async_send) in dspy_internals.HTTP_SENDS.items():
         if importlib.util.find_spec(library) is not None:
-            send.wrap(_sending_sync)
-            async_send.wrap(functools.partial(_sending, importlib.import_module(library)))
-    if importlib.util.find_spec("aiohttp") is not None:
-        dspy_internals.AIOHTTP_POST.wrap(_without_redirects)
+            httpx = importlib.import_module(library)
+            body = _body(httpx)
+            send.wrap(functools.partial(_sending_sync, body))
+            async_send.wrap(functools.partial(_sending, body, (httpx.ConnectError, httpx.ConnectTimeout)))
 
 
-def _sending(httpx: Any, send: Callable[..., Any]) -> Callable[..., Any]:
-    failures = (httpx.ConnectError, httpx.ConnectTimeout)
+def _body(httpx: Any) -> Callable[..., Any]:
+    class Body(httpx.SyncByteStream, httpx.AsyncByteStream):  # type: ignore[misc]
+        """A response's body, whose bytes are counted."""
 
-    class Body(httpx.AsyncByteStream):  # type: ignore[misc]
-        def __init__(self, stream: Any, received: Callable[[], None], call: lm_call.LMCall) -> None:
+        def __init__(self, stream: Any, received: Callable[[], None], call: LMCall) -> None:
             self._stream, self._received, self._call = stream, received, call
+            self._count = Count()
+
+        def __iter__(self) -> Iterator[bytes]:
+            return map(self._counted, self._stream)
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            count = Count()
             async for chunk in self._stream:
-                self._received()
-                try:
-                    count.add(chunk)
-                except LMAnswerRefused as error:
-                    self._call.refused = error
-                    raise
-                yield chunk
+                yield self._counted(chunk)
+
+        def _counted(self, chunk: bytes) -> bytes:
+            self._received()
+            with _noted(self._call):
+                self._count.add(chunk)
+            return chunk
+
+        def close(self) -> None:
+            self._stream.close()
 
         async def aclose(self) -> None:
             await self._stream.aclose()
 
-    async def sending(client: Any, request: Any, call: lm_call.LMCall, target: lm_call.Target, options: Any) -> Any:
+    return Body
+
+
+@contextmanager
+def _noted(call: LMCall) -> Iterator[None]:
+    """Notes our errors for `_guarded`: LiteLLM, and the clients below it, make errors of their own of them."""
+    try:
+        yield
+    except (LMAnswerRefused, connecting.LMUnreachable, lm_call.LMOverloaded) as error:
+        call.refused = error
+        raise
+
+
+def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall | None:
+    """The call that sends the request, changed to what is guarded; None if no call of LiteLLM does."""
+    call = lm_call.current.get()
+    if call is None or not call.by_litellm:
+        return None
+    if call.refused is not None:
+        raise call.refused  # LiteLLM tries again
+    if _is_private(request):
+        options["follow_redirects"] = False
+    # A value set for this request alone may be signed.
+    if request.headers.get("accept-encoding") == client.headers.get("accept-encoding"):
+        request.headers["accept-encoding"] = "identity"
+    return call
+
+
+def _check(body: Any, response: Any, request: Any, call: LMCall) -> None:
+    received = admission.answered(response.status_code, response.headers.get)
+    if _is_private(request):
+        not_redirected(response.status_code, response.headers.get("location"))
+    response.stream = body(response.stream, received, call)
+
+
+def _sending(body: Any, failures: tuple[type[Exception], ...], send: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(send)
+    async def sent(self: Any, request: Any, **options: Any) -> Any:
+        call = _guarded_call(self, request, options)
+        if call is None:
+            return await send(self, request, **options)
         stream = options.pop("stream", False)
-        if _is_private(request):
-            options["follow_redirects"] = False
-        # A value set for this request alone may be signed.
-        if request.headers.get("accept-encoding") == client.headers.get("accept-encoding"):
-            request.headers["accept-encoding"] = "identity"
 
         async def attempt(seconds: float) -> Any:
             timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
             request.extensions = {**request.extensions, "timeout": timeouts}
-            return await send(client, request, stream=True, **options)
+            return await send(self, request, stream=True, **options)
 
-        response = await connecting.connect(attempt, target, str(request.url), failures)
-        try:
-            received = admission.answered(response.status_code, response.headers.get)
-            if _is_private(request):
-                not_redirected(response.status_code, response.headers.get("location"))
-            response.stream = Body(response.stream, received, call)
-            if not stream:
-                await response.aread()
-        except BaseException:
-            await response.aclose()
-            raise
-        return response
-
-    @functools.wraps(send)
-    async def sent(self: Any, request: Any, **options: Any) -> Any:
-        call = lm_call.current.get()
-        if call is None or call.target is None:
-            return await send(self, request, **options)
-        if call.refused is not None:
-            raise call.refused  # LiteLLM tries again
-        try:
-            return await sending(self, request, call, call.target, options)
-        except (LMAnswerRefused, connecting.LMUnreachable, lm_call.LMOverloaded) as error:
-            call.refused = error
-            raise
+        with _noted(call):
+            if call.target is None:
+                response = await send(self, request, stream=True, **options)
+            else:
+                response = await connecting.connect(attempt, call.target, str(request.url), failures)
+            try:
+                _check(body, response, request, call)
+                if not stream:
+                    await response.aread()
+            except BaseException:
+                await response.aclose()
+                raise
+            return response
 
     return sent
 
 
-def _sending_sync(send: Callable[..., Any]) -> Callable[..., Any]:
-    """For the few providers that LiteLLM asks in a thread of its own."""
+def _sending_sync(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
+    """For threads of your application, and the few providers that LiteLLM asks in a thread of its own."""
 
     @functools.wraps(send)
     def sent(self: Any, request: Any, **options: Any) -> Any:
-        call = lm_call.current.get()
-        if call is None or call.target is None or not _is_private(request):
+        call = _guarded_call(self, request, options)
+        if call is None:
             return send(self, request, **options)
-        response = send(self, request, **{**options, "follow_redirects": False})
-        try:
-            not_redirected(response.status_code, response.headers.get("location"))
-        except LMAnswerRefused as error:
-            response.close()
-            call.refused = error
-            raise
-        return response
+        stream = options.pop("stream", False)
+        with _noted(call):
+            response = send(self, request, stream=True, **options)
+            try:
+                _check(body, response, request, call)
+                if not stream:
+                    response.read()
+            except BaseException:
+                response.close()
+                raise
+            return response
 
     return sent
 
@@ -193,24 +251,6 @@ def _sending_sync(send: Callable[..., Any]) -> Callable[..., Any]:
 def _is_private(request: Any) -> bool:
     """Whether it has a prompt or a key; LiteLLM also gets images, for providers that take no addresses."""
     return request.method != "GET" or any(redaction.names_secret(name) for name in request.headers)
-
-
-def _without_redirects(post: Callable[..., Any]) -> Callable[..., Any]:
-    async def check(response: Any) -> None:
-        try:
-            not_redirected(response.status, response.headers.get("location"))
-        except LMAnswerRefused as error:
-            if (call := lm_call.current.get()) is not None:
-                call.refused = error
-            raise
-
-    @functools.wraps(post)
-    def posting(self: Any, url: Any, **kwargs: Any) -> Any:
-        if lm_call.target() is not None:
-            kwargs = {**kwargs, "allow_redirects": False, "raise_for_status": check}
-        return post(self, url, **kwargs)
-
-    return posting
 
 
 def _with_header_in_request(complete: Callable[..., Any]) -> Callable[..., Any]:

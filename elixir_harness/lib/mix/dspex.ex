@@ -3,50 +3,47 @@ defmodule Mix.DSPex do
   # What the Mix tasks share.
 
   @doc """
-  Loads the project's configuration without starting it. With `quiet: true` compiling prints nothing, to keep standard
-  output clean.
+  Calls `fun`, which measures something. Whatever ends it ends Mix with the status 2: 1 is that of a task that has run, with
+  a bad result.
   """
-  @spec load_config(keyword()) :: :ok
-  def load_config(opts \\ []) do
-    shell = Mix.shell()
-    if opts[:quiet], do: Mix.shell(Mix.Shell.Quiet)
+  @spec measured((-> value)) :: value when value: term()
+  def measured(fun) do
+    # The BEAM would exit with 0, as if all were good.
+    :os.set_signal(:sigterm, :default)
+    fun.()
+  catch
+    # The compiler has printed why.
+    :exit, {:shutdown, status} when is_integer(status) ->
+      exit({:shutdown, 2})
 
-    try do
-      Mix.Task.run("app.config")
-      :ok
-    after
-      Mix.shell(shell)
-    end
+    :error, %kind{message: text} when kind in [Mix.Error, OptionParser.ParseError] ->
+      Mix.raise(text, exit_status: 2)
+
+    # User code, from here on down the stack Elixir's own.
+    kind, reason ->
+      stack = Enum.take_while(__STACKTRACE__, &(elem(&1, 0) not in [:elixir, :erl_eval, Code]))
+      Mix.raise(String.trim(Exception.format(kind, reason, stack)), exit_status: 2)
   end
 
   @doc """
-  Starts the project's application. What fails exits with 2: 1 is the status of a task that has run, with a bad result.
-  `clean: true` keeps the logs from standard output, unless the project configures where they go.
+  Starts the project's application. `clean: true` keeps the logs from standard output, unless the project configures where
+  they go.
   """
   @spec start(keyword()) :: :ok
   def start(opts \\ []) do
-    load_config()
+    Mix.Task.run("app.config")
     if opts[:clean], do: log_to_stderr()
     Mix.Task.run("app.start")
     :ok
-  rescue
-    error in Mix.Error -> reraise %{error | mix: 2}, __STACKTRACE__
-  catch
-    # The compiler has printed why.
-    :exit, {:shutdown, status} when is_integer(status) -> exit({:shutdown, 2})
   end
 
-  @doc "The default handler of Logger writes to standard error, unless the project configures where its logs go."
-  @spec log_to_stderr() :: :ok
-  def log_to_stderr do
+  defp log_to_stderr do
     with handler when is_list(handler) <- Application.get_env(:logger, :default_handler, []),
          config = Map.new(handler[:config] || []),
          false <- is_map_key(config, :file) or Keyword.has_key?(handler, :module) do
       config = Map.put(config, :type, :standard_error)
       Application.put_env(:logger, :default_handler, Keyword.put(handler, :config, config))
     end
-
-    :ok
   end
 
   @doc """

@@ -1,5 +1,5 @@
 defmodule Mix.Tasks.Dspex.EvalTest do
-  @moduledoc "`mix dspex.eval` in this BEAM, by a real peer whose LM is scripted: what it prints, its JSON and its status."
+  @moduledoc "`mix dspex.eval`, by a real peer whose LM is scripted: what it prints, its JSON and its status."
 
   # It captures standard error and sets the configuration.
   use ExUnit.Case, async: false
@@ -7,9 +7,7 @@ defmodule Mix.Tasks.Dspex.EvalTest do
   import DSPex.Test.EvalTask, except: [file: 1, file: 2]
   import DSPex.Test.Helpers
   alias DSPex.PythonBridge.Bridge
-  alias DSPex.PythonBridge.Top.Finder
-  alias DSPex.Test.EvalTask
-  alias DSPex.Test.Page
+  alias DSPex.Test.{EvalTask, Page, SilentLM}
 
   @moduletag :tmp_dir
 
@@ -24,13 +22,11 @@ defmodule Mix.Tasks.Dspex.EvalTest do
   setup :only_python
 
   # A file of the task whose server is that of all tests.
-  defp file(dir, parts \\ []), do: EvalTask.file(dir, [server: inspect(@server)] ++ parts)
+  defp file(dir, parts \\ []),
+    do: EvalTask.file(dir, Keyword.put_new(parts, :server, inspect(@server)))
 
   describe "the result" do
-    test "is a table with the worst first; the bridge of the task is gone afterwards", %{
-      tmp_dir: dir
-    } do
-      before = Finder.bridges()
+    test "is a table with the worst first, of a bridge of the task's own", %{tmp_dir: dir} do
       assert %{status: 0, out: out, err: err} = run([EvalTask.file(dir)])
 
       assert [summary, _head, "1  0.000" <> peru, "0  1.000" <> _] =
@@ -39,7 +35,6 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert summary =~ "score 0.500, 2 examples, 0 failed, 2 LM calls"
       assert peru =~ ~r/question: Peru +answer: Lima +answer: secret-answer/
       assert err == "1/2 examples, 0 failed\n2/2 examples, 0 failed\n"
-      assert Finder.bridges() == before
     end
 
     test "of the guide's file is as shown there", %{tmp_dir: dir} do
@@ -86,9 +81,8 @@ defmodule Mix.Tasks.Dspex.EvalTest do
 
       for {file, text} <- [
             {Path.join(dir, "none.json"), "no such file or directory"},
-            {write(dir, "[]"), "expected an object, as mix dspex.optimize writes"},
-            {write(dir, "{"), "--state "},
-            {write(dir, "{}"), ":program: state"}
+            {write(dir, "[]"), "expected a JSON object, as mix dspex.optimize writes"},
+            {write(dir, "{}"), ":program: invalid_args: state"}
           ] do
         assert %{status: 2, text: refusal} = run([path, "--state", file])
         assert refusal =~ text
@@ -96,13 +90,7 @@ defmodule Mix.Tasks.Dspex.EvalTest do
 
       path = file(dir, program: ~s|"capital"|)
       assert %{status: 2, text: text} = run([path, "--state", state])
-      assert text =~ ":program: --state needs a definition or a module, not an id"
-    end
-
-    test "a score that is --min but for rounding is not below it", %{tmp_dir: dir} do
-      dataset = ~s|for n <- 1..10, do: {%{question: "q\#{n}"}, nil}|
-      path = file(dir, dataset: dataset, metric: "fn _, _ -> 0.1 end")
-      assert %{status: 0} = run([path, "--min", "0.1"])
+      assert text =~ ":program: --state needs a definition, not an id"
     end
 
     test "of hundreds of examples prints ten lines of progress and the ten worst", %{
@@ -168,16 +156,6 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert %{json: %{"score" => 1.0}} = json([source(dir, code)])
     end
 
-    test "a run that fails has the type of its error, and no text", %{tmp_dir: dir} do
-      dataset = ~s|[{%{question: "Italy"}, %{answer: "Rome"}}, {%{secret: "x"}, %{answer: "y"}}]|
-      assert %{status: 0, out: out, json: json} = json([file(dir, dataset: dataset)])
-
-      assert %{"failed" => 1, "results" => [_, %{"error" => "invalid_args", "score" => +0.0}]} =
-               json
-
-      refute out =~ "secret"
-    end
-
     test "the same inputs have the same id, with atoms or strings as keys, and each its own", %{
       tmp_dir: dir
     } do
@@ -212,7 +190,7 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert %{status: 1, out: out, err: err} = run([path, "--baseline", better])
       assert err =~ "failed: the score has changed by -0.250: a regression beyond --tolerance 0.0"
 
-      assert [_, worse] = String.split(out, "1 got worse:\n")
+      assert [_, worse] = String.split(out, "1 got worse, the worst of them:\n")
 
       assert worse =~
                ~r/\A +score +before +inputs .*\n1  0\.000  0\.500   question: Peru .*secret-answer\n\z/
@@ -241,38 +219,133 @@ defmodule Mix.Tasks.Dspex.EvalTest do
 
     test "a file that is not one exits with 2 before any LM call, and says why", %{tmp_dir: dir} do
       path = file(dir, metric: ~s|fn _, _ -> raise "an LM was asked" end|)
-      result = ~s|{"version": 1, "results": [{"id": "a", "score": 1}, |
+      expected = "expected the output of mix dspex.eval --json, version 1"
 
-      for {bytes, expected} <- [
-            {"", "JSON that ends too early"},
-            {<<255, 254>>, "not JSON: invalid byte at 0"},
-            {~s({"version": 1, "results": [{"id": "\xff", "score": 1}]}),
-             "not JSON: invalid byte"},
-            {~s({"version": 2, "results": []}),
-             "its version is 2, and this :dspex reads version 1"},
-            {~s({"version": "1", "results": []}), "its version is unknown"},
-            {"[]", "expected the output of mix dspex.eval --json"},
-            {~s({"version": 1, "results": {}}), "expected the output of mix dspex.eval --json"},
-            {result <> "5]}",
-             "results[1]: expected an object with id, a string, and score, a number"},
-            {result <> ~s({"id": "b", "score": NaN}]}), "not JSON: invalid byte"},
-            {result <> ~s({"id": "b", "score": null}]}), "results[1]: expected"},
-            {result <> ~s({"id": "b", "score": 1e400}]}), "JSON"},
-            {result <> ~s({"id": "b", "score": 1#{String.duplicate("0", 400)}}]}),
-             "results[1]: expected"},
-            {result <> ~s({"id": 3, "score": 1}]}), "results[1]: expected"},
-            {result <> ~s({"id": "b", "score": 1}]}),
-             "it has none of the examples of the dataset"}
+      for {bytes, text} <- [
+            {"{", expected},
+            {"[]", expected},
+            {~s({"version": 2, "results": [{"id": "a", "score": 1}]}), expected},
+            {~s({"version": 1, "results": [{"id": "a", "score": null}]}), expected},
+            {~s({"version": 1, "results": [{"id": "a", "score": 1}]}), "none of the examples"}
           ] do
         base = write(dir, bytes)
-        assert %{status: 2, out: "", text: text} = run([path, "--baseline", base])
-        assert String.starts_with?(text, "--baseline #{base}: ") and text =~ expected
+        assert %{status: 2, out: "", text: refusal} = run([path, "--baseline", base])
+        assert String.starts_with?(refusal, "--baseline #{base}: ") and refusal =~ text
       end
 
       assert %{status: 2, text: text} = run([path, "--baseline", Path.join(dir, "none.json")])
       assert text =~ "none.json: no such file or directory; mix dspex.eval --json makes one"
-      assert %{status: 2, text: text} = run([path, "--baseline", dir])
-      assert text =~ "illegal operation on a directory"
+    end
+  end
+
+  test ":server: the application's, whose programs may be named; a new one is created there", %{
+    tmp_dir: dir
+  } do
+    assert %{status: 0} = run([file(dir)])
+    assert %{json: %{"program" => "capital"}} = json([file(dir, program: ~s("capital"))])
+    assert %{status: 2, text: text} = run([file(dir, program: ~s("gone"))])
+    assert text =~ "program_not_found: "
+    assert %{status: 2, text: text} = run([file(dir, server: "Nobody")])
+    assert text =~ "the bridge Nobody is not running"
+  end
+
+  describe "what is wrong exits with 2" do
+    test "of the file, which the text names", %{tmp_dir: dir} do
+      for {path, expected} <- [
+            {Path.join(dir, "none.exs"), "could not load"},
+            {source(dir, "%{"), "TokenMissingError"},
+            {source(dir, "raise \"broken\""), "(RuntimeError) broken"},
+            {source(dir, "exit(:gone)"), "(exit) :gone"},
+            {source(dir, "%URI{}"), ": its last value has to be a map or keyword list"},
+            {source(dir, "[]"), ": :program is missing"},
+            {source(dir, "[program: :a, metric: 1]"), ": :dataset is missing"},
+            {file(dir, metric: "5"), ":metric: expected a function of two or three arguments"},
+            {file(dir, datsets: "[]"), ": unknown option :datsets, did you mean :dataset?"},
+            {file(dir, options: "[max_concurency: 2]"), "did you mean :max_concurrency?"},
+            {file(dir, server: "nil", program: ~s("qa")), ":program: an id needs :server"},
+            {file(dir, program: "NoSuchModule"), ":program: there is no such module"},
+            {file(dir, program: ~s(%{id: "a", signature: "a"})), ":program: "},
+            {file(dir, dataset: "[%{question: 1}, 5]"),
+             ":dataset[1]: expected {inputs, expected}"},
+            {file(dir, dataset: "[%{question: {1}}]"),
+             ":dataset[0]: inputs.question: a tuple has"},
+            {file(dir, metric: ~s|fn _, _ -> raise "broken" end|),
+             ": tool_error: metric:score: "},
+            {file(dir, dataset: "[{%{qestion: 1}, %{answer: \"1\"}}]"),
+             "all runs failed, the first with: "}
+          ] do
+        assert %{status: 2, out: "", text: text} = run([path, "--json"])
+        assert text =~ expected
+        # Nothing of Elixir's own evaluation, which would hide it.
+        refute text =~ "erl_eval"
+      end
+    end
+
+    test "of the arguments and of Python", %{tmp_dir: dir} do
+      path = file(dir)
+
+      for {args, expected} <- [
+            {[], "expected one file"},
+            {[path, path], "expected one file"},
+            {[path, "--mni", "1"], "--mni"},
+            {[path, "--min", "nan"], "--min"}
+          ] do
+        assert %{status: 2, out: "", text: text} = run(args)
+        assert text =~ expected
+      end
+
+      put_system_env("PYTHON_EXECUTABLE", "/no/python")
+      assert %{status: 2, text: "no Python found: " <> text} = run([EvalTask.file(dir)])
+      assert text =~ "; see mix dspex.doctor"
+    end
+
+    test "but a program whose every output is wrong has the score 0", %{tmp_dir: dir} do
+      program =
+        ~s|%{id: "a", signature: "question -> answer: int", lm: %{model: "offline/script", answers: %{"*" => %{answer: "?"}}}}|
+
+      inputs = "[%{question: 1}, %{question: 2}]"
+      path = file(dir, program: program, dataset: inputs, metric: "fn _, _ -> 1 end")
+      assert %{status: 0, out: "score 0.000, 2 examples, 2 failed" <> _} = run([path])
+    end
+  end
+
+  describe "the command" do
+    # Its standard output, standard error and exit status.
+    defp mix(dir, args) do
+      err = Path.join(dir, "stderr")
+      command = ["-c", ~s(exec mix dspex.eval "$@" 2> "$0"), err | args]
+      env = [{"MIX_ENV", "test"}, {"PYTHON_EXECUTABLE", python()}, {"DSPY_VENV", nil}]
+      {out, status} = System.cmd("sh", command, env: env)
+      {out, File.read!(err), status}
+    end
+
+    test "has the result alone on standard output", %{tmp_dir: dir} do
+      metric = ~s|fn _, _ -> require Logger; Logger.error("logged"); true end|
+      {out, err, 1} = mix(dir, [EvalTask.file(dir, metric: metric), "--json", "--min", "2"])
+      assert %{"ok" => false, "reasons" => ["below_min"], "score" => 1.0} = JSON.decode!(out)
+      assert err =~ "failed: the score 1.000 is below --min 2.0"
+      assert err =~ "logged" and err =~ "2/2 examples, 0 failed"
+    end
+
+    test "closes all LM requests at SIGTERM, which is no success", %{tmp_dir: dir} do
+      lm = SilentLM.start()
+      pid = Path.join(dir, "pid")
+
+      program = """
+      %{id: "a", signature: "question -> answer",
+        lm: %{model: "openai/x", api_key: "k", cache: false, api_base: "http://127.0.0.1:#{lm}/v1"}}
+      """
+
+      dataset = """
+      (File.write!(#{inspect(pid)}, System.pid()); for n <- 1..20, do: {%{question: "q\#{n}"}, %{answer: "x"}})
+      """
+
+      path = EvalTask.file(dir, program: program, dataset: dataset)
+      task = Task.async(fn -> mix(dir, [path]) end)
+      for _ <- 1..20, do: assert_receive({:lm_request, _line}, 30_000)
+      {_, 0} = System.cmd("kill", ["-TERM", File.read!(pid)])
+      assert {"", _err, 143} = Task.await(task, 30_000)
+      for _ <- 1..20, do: assert_receive(:lm_closed, 5_000)
     end
   end
 end

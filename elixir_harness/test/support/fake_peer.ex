@@ -6,7 +6,7 @@ defmodule DSPex.Test.FakePeer do
     * `:echo` answers each request with its own args, and with the deadline that it came with
     * `:silent` answers the first `answers:` requests (1 by default: the bridge's own ping), and nothing afterwards
     * `:who` keeps programs as ids with their signatures. It never answers `hold`; `die` ends it
-    * `:plays` plays a script, the steps in a run's `args.play`, or `args.config.play`:
+    * `:plays` plays a script, the steps in a run's `args.play`, `args.config.play` or `args.optimize.options.play`:
 
           ["stream", map]               a chunk
           ["count", n]                  n chunks of the field `n`, with their numbers as strings
@@ -96,7 +96,7 @@ defmodule DSPex.Test.FakePeer do
   end
 
   defp came(%{kind: :plays} = state, %{"command" => "execute_program", "args" => args} = request),
-    do: %{state | plays: state.plays ++ [{request, args["play"] || args["config"]["play"]}]}
+    do: %{state | plays: state.plays ++ [{request, script(args)}]}
 
   defp came(%{kind: :plays} = state, request) do
     gone = if request["command"] == "go", do: [request["args"]["name"]], else: []
@@ -136,6 +136,10 @@ defmodule DSPex.Test.FakePeer do
   end
 
   ## Scripts
+
+  defp script(%{"play" => play}), do: play
+  defp script(%{"config" => %{"play" => play}}), do: play
+  defp script(%{"optimize" => %{"options" => %{"play" => play}}}), do: play
 
   # Each as far as it goes.
   defp go_on(%{plays: plays} = state) do

@@ -48,6 +48,14 @@ class AsksLM(dspy.Module):
     async def aforward(self, question):
         return dspy.settings.lm(question)[0]
 
+class Forwards(dspy.Module):
+    async def aforward(self, question):
+        return dspy.settings.lm.forward(question)
+
+class Batches(Slips):
+    async def aforward(self, question):
+        return self.predict.batch([dspy.Example(question=question).with_inputs("question")])[0]
+
 class HoldsInterpreter(dspy.Module):
     """In a thread: C code that does not let any other thread run."""
     def forward(self, question):
@@ -130,14 +138,15 @@ def test_a_step_of_more_than_250_ms_is_logged_with_its_coroutine(start: Any) -> 
     )
 
 
-@pytest.mark.parametrize("name", ["Slips", "AsksLM"])
 @pytest.mark.parametrize("offline", [False, True])
-def test_a_sync_call_of_an_lm_in_aforward_is_refused(start: Any, start_lm: Any, name: str, offline: bool) -> None:
+def test_a_sync_call_of_an_lm_in_aforward_is_refused(start: Any, start_lm: Any, offline: bool) -> None:
     server = start_lm()
-    peer = start(name, **({} if offline else lm_env(server)))
-    reply = peer.call("execute_program", ask(name, "Why?"))
-    assert reply["error_type"] == "internal" and "await self.predict.acall(…)" in reply["error"]
-    assert not server.requests or offline
+    names = ["Slips", "AsksLM", "Batches", *([] if offline else ["Forwards"])]
+    peer = start(*names, **({} if offline else lm_env(server)))
+    for name in names:
+        reply = peer.call("execute_program", ask(name, "Why?"))
+        assert reply["error_type"] == "internal" and "await self.predict.acall(…)" in reply["error"], (name, reply)
+    assert not server.requests
 
 
 @pytest.mark.slow

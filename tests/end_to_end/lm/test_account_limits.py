@@ -89,34 +89,6 @@ def test_no_more_than_max_in_flight_reach_the_server_at_once(
     assert counting.most == 2
 
 
-def test_requests_go_one_by_one_and_a_cancelled_one_gives_its_place_back(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**QA, "lm": account(server, max_in_flight=1)})
-        server.gate.clear()
-        ids = [
-            peer.request("execute_program", {**ASK, "inputs": {"question": f"number {number}"}}) for number in range(6)
-        ]
-        wait_for(server, 1)
-
-        def sent() -> list[int]:
-            asked = [str(request["messages"]) for request in server.requests]
-            return [number for text in asked for number in range(6) if f"number {number}" in text]
-
-        # DSPy prepares them in threads, so any of them may be the first that comes to the limit.
-        (first,) = sent()
-        waiting = [number for number in range(6) if number != first]
-        peer.send({"cancel": ids[waiting[2]]}, {"cancel": ids[first]})
-        replies = peer.receive_all(2)
-        assert all(reply["error_type"] == "cancelled" for reply in replies.values())
-        server.gate.set()
-        others = {number for number in waiting if number != waiting[2]}
-        assert set(peer.receive_all(4)) == {ids[number] for number in others}
-        # The next one finds the place free.
-        assert peer.call("execute_program", ASK, timeout_ms=20_000)["success"]
-    assert sorted(sent()) == sorted({first, *others})
-
-
 @ENGINES
 def test_a_request_past_the_rate_waits_or_fails_at_once_if_its_deadline_is_before(
     start_lm: Any, engine: dict[str, Any]
@@ -223,17 +195,6 @@ def test_retry_after_past_the_deadline_fails_the_one_that_is_refused_at_once(
         assert 20 < float(late[1]) <= float(refused[1]) <= 60, "for as long as it asked"
         assert len(server.requests) == 1
         assert peer.call("execute_program", {**ASK, "lm": account(server)}, timeout_ms=20_000)["success"]
-
-
-def test_retry_after_without_retries_is_the_lms_error_and_the_next_one_waits(start_lm: Any) -> None:
-    server = start_lm(script(refusal(1), PARIS))
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**QA, "lm": account(server)})
-        reply = peer.call("execute_program", ASK, timeout_ms=20_000)
-        assert reply["error_type"] == "lm_error" and reply["retryable"]
-        begun = time.monotonic()
-        assert peer.call("execute_program", ASK, timeout_ms=20_000)["success"]
-        assert time.monotonic() - begun > 0.8
 
 
 HOST = """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lm_env
+from conftest import BY_LITELLM, lm_env
 from lm_server import LMServer, chat
 from peer import PATIENCE, ROOT, Peer
 
@@ -141,14 +141,6 @@ def test_a_callback_hears_of_every_lm_call(start: Callable[..., Peer], start_lm:
     assert json.loads(record.read_text())["lm_failed"] == 1
 
 
-def test_a_callback_that_raises_breaks_nothing(start: Callable[..., Peer], start_lm: Any) -> None:
-    peer = start("broken_callback", **lm_env(start_lm()))
-    assert peer.call("create_program", QA)["success"]
-    frames, reply = read(peer, peer.request("execute_program", ASK, stream=True, meta=True))
-    assert reply["result"] == {"answer": "Paris"} and reply["meta"]["lm_calls"] == 1
-    assert "".join(frame["chunk"] for frame in frames) == "Paris"
-
-
 def test_an_lm_of_user_code_answers_and_streams(start: Callable[..., Peer], start_lm: Any) -> None:
     """In a thread it cannot stream: its answer is sent as a whole."""
     server = start_lm(chat(answer="Paris, in France", rationale="It is known."))
@@ -201,20 +193,6 @@ def test_a_set_up_that_fails_is_tried_again_once_a_second(start: Callable[..., P
     assert time.monotonic() - begun > 1.5
 
 
-def test_once_what_was_wrong_is_mended_programs_are_loaded(tmp_path: Path) -> None:
-    """A disk that was full, say: here there is a file where the cache is to have a folder of its own."""
-    in_the_way = tmp_path / "000"
-    in_the_way.write_text("")
-    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_DISK_CACHE": str(tmp_path)}) as peer:
-        reply = peer.call("create_program", QA)
-        assert reply["error_type"] == "internal" and "DSPy cannot be set up" in reply["error"]
-        in_the_way.unlink()
-        end = time.monotonic() + PATIENCE
-        while not peer.call("create_program", QA)["success"]:
-            assert time.monotonic() < end
-        assert peer.call("execute_program", ASK)["success"]
-
-
 DEFECTS = ("value", "type", "attribute", "overflow")
 
 
@@ -231,3 +209,25 @@ def test_a_defect_of_an_adapter_is_no_argument_error_whatever_was_given(start: C
     assert reply["error_type"] == "invalid_args" and reply["error"].startswith("config: ")
     _, _, log = peer.finish()
     assert f"internal error {reference}" in log and log.count("host.py") >= 12 and "private" not in log
+
+
+@pytest.mark.slow
+def test_an_lm_of_user_code_that_litellm_serves_is_guarded_as_any_other(
+    start: Callable[..., Peer], start_lm: Any
+) -> None:
+    """On the event loop and in a thread: it follows no redirect, and its answer has a limit."""
+    other = start_lm()
+    redirect = (307, {}, {"Location": f"{other.url}/chat/completions"})
+    server = start_lm(redirect)
+    options = {**server.options(num_retries=0), **BY_LITELLM}
+    peer = start("own_lm", OWN=json.dumps(options), DSPY_BRIDGE_MAX_LM_BYTES="100000")
+    assert peer.call("create_program", QA)["success"] and peer.call("create_program", COMPARE)["success"]
+    for answer, text in ((redirect, "a redirect (307)"), (chat(answer="x" * 200_000), "DSPY_BRIDGE_MAX_LM_BYTES")):
+        server.serve(lambda _, answer=answer: answer)
+        for args in (ASK, COMPARED):
+            reply = peer.call("execute_program", args)
+            assert reply["error_type"] == "lm_error" and text in reply["error"] and not reply["retryable"], reply
+        assert len(server.requests) == 2
+    assert other.requests == []
+    server.serve(lambda _: chat(answer="Paris", rationale="r"))
+    assert peer.call("execute_program", ASK)["success"] and peer.call("execute_program", COMPARED)["success"]

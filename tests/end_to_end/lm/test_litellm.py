@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import BY_LITELLM, lm_env
 from peer import PATIENCE, ROOT, Peer
 
@@ -103,30 +102,3 @@ def test_with_warm_it_is_imported_when_an_lm_needs_it(start_lm: Any, tmp_path: P
         while not (tmp_path / "begun").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_the_first_call_by_litellm_is_answered_and_delays_no_other(start_lm: Any) -> None:
-    """With the real LiteLLM: pings, runs and a deadline while it is imported."""
-    server = start_lm()
-    with Peer(env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
-        peer.call("execute_program", ASK)
-        begun = time.monotonic()
-        first = peer.request(
-            "execute_program", {**ASK, "lm": {"model": "openai/m", **server.options(extra={"foo": 1})}}
-        )
-        slowest, rounds, answer = 0.0, 0, None
-        while answer is None:
-            sent = time.monotonic()
-            wanted = {peer.request("ping"), peer.request("execute_program", ASK)}
-            wanted.add(peer.request("execute_program", ASK, timeout_ms=1))
-            while wanted:
-                reply = peer.receive()
-                if reply["id"] == first:
-                    answer = reply
-                wanted.discard(reply["id"])
-            slowest, rounds = max(slowest, time.monotonic() - sent), rounds + 1
-        took = time.monotonic() - begun
-        assert answer["result"] == {"answer": "Paris"}
-        assert rounds > 3 and slowest < took / 3, f"{slowest:.1f} s of {took:.1f} s"

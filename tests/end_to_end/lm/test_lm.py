@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import PATIENCE, Peer
 from shared_peers import shared_peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -45,17 +45,6 @@ def test_an_answer_of_an_lm(start_lm: Any) -> None:
     assert server.authorizations == [f"Bearer {KEY}"]
 
 
-def test_meta_tells_times_and_tokens(start_lm: Any) -> None:
-    with shared_peer(env=lm_env(start_lm())) as peer:
-        peer.call("create_program", QA)
-        meta = peer.call("execute_program", ASK, meta=True)["meta"]
-        assert 0 <= meta["queue_ms"] < meta["duration_ms"]
-        usage = meta["lm_usage"]["openai/stub-model"]
-        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (11, 7)
-        assert peer.call("ping", meta=True)["meta"]["lm_usage"] == {}
-        assert "meta" not in peer.call("execute_program", ASK)
-
-
 def test_lm_adapter_and_config_of_a_program_and_of_a_call(start_lm: Any) -> None:
     default, own = start_lm(), start_lm('{"answer": "Rome"}')
     with shared_peer(env=lm_env(default)) as peer:
@@ -71,14 +60,6 @@ def test_lm_adapter_and_config_of_a_program_and_of_a_call(start_lm: Any) -> None
     assert second["temperature"] == 0.9
     assert (third["model"], third["temperature"]) == ("third", 0.5)
     assert "JSON" in str(first["messages"]) and default.requests == []
-
-
-def test_a_default_adapter(start_lm: Any) -> None:
-    server = start_lm('{"answer": "Rome"}')
-    with Peer(env={**lm_env(server), "DSPY_BRIDGE_ADAPTER": "json"}) as peer:
-        peer.call("create_program", QA)
-        assert peer.call("execute_program", ASK)["result"] == {"answer": "Rome"}
-    assert len(server.requests) == 1
 
 
 FORMATS = {"chat": chat(answer="Paris"), "json": '{"answer": "Paris"}', "xml": "<answer>Paris</answer>"}
@@ -141,20 +122,6 @@ def test_an_address_of_a_request_does_not_get_the_environments_key(start_lm: Any
         peer.call("create_program", {**QA, "lm": lm})
         assert peer.call("execute_program", ASK)["success"]
     assert server.authorizations == ["Bearer none"]
-
-
-def test_options_of_an_lm_and_config_of_a_call_are_what_the_lm_is_asked_with(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(start_lm())) as peer:
-        lm = {"model": "openai/x", **server.options(temperature=0.1, top_p=0.5, stop=["END"], max_tokens=50)}
-        peer.call("create_program", {**QA, "lm": lm})
-        config = {"temperature": 0.7, "max_tokens": 10, "seed": 4}
-        for args in (ASK, {**ASK, "config": config}, ASK):
-            assert peer.call("execute_program", args)["success"]
-    wanted = {"temperature": 0.1, "top_p": 0.5, "stop": ["END"], MAX_TOKENS: 50}
-    first, second, third = ({name: request.get(name) for name in (*wanted, "seed")} for request in server.requests)
-    assert first == third == {**wanted, "seed": None}, "a call's config is gone with the call"
-    assert second == {**wanted, "temperature": 0.7, MAX_TOKENS: 10, "seed": 4}
 
 
 @pytest.mark.parametrize(
@@ -230,14 +197,6 @@ def test_no_lm_and_no_key_are_told_as_such() -> None:
         assert reply["error_type"] == "lm_not_configured" and "OPENAI_API_KEY" in reply["error"], reply
 
 
-def test_options_that_the_lm_refuses_are_told_with_the_first_program() -> None:
-    env = {"DSPY_BRIDGE_LM": "openai/x", "DSPY_BRIDGE_LM_OPTIONS": '{"num_retries": -1}'}
-    with Peer(env=env) as peer:
-        reply = peer.call("create_program", QA)
-        assert reply["error_type"] == "internal"
-        assert "DSPY_BRIDGE_LM_OPTIONS" in reply["error"] and "num_retries" in reply["error"]
-
-
 def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any) -> None:
     server = start_lm()
     server.gate.clear()
@@ -247,44 +206,6 @@ def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any)
         assert reply["error_type"] == "timeout" and "300 ms" in reply["error"]
         assert server.closed_by_client.acquire(timeout=PATIENCE)
         assert peer.call("get_stats")["result"]["in_flight"] == 0
-
-
-def test_a_cancel_stops_the_request_and_has_no_reply_of_its_own(start_lm: Any) -> None:
-    server = start_lm()
-    server.gate.clear()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
-        id = peer.request("execute_program", ASK)
-        assert server.arrived.acquire(timeout=PATIENCE)
-        peer.send({"cancel": "nobody"}, {"cancel": id}, {"cancel": id})
-        reply = peer.receive()
-        assert (reply["id"], reply["error_type"]) == (id, "cancelled")
-        assert server.closed_by_client.acquire(timeout=PATIENCE)
-        assert peer.call("ping")["success"]
-
-
-def test_limits_of_what_runs_and_waits(start_lm: Any) -> None:
-    server = start_lm()
-    server.gate.clear()
-    with Peer("--max-in-flight", "2", "--max-queue", "3", env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
-        ids = [peer.request("execute_program", ASK) for _ in range(6)]
-        refused = peer.receive()
-        assert (refused["id"], refused["error_type"]) == (ids[5], "overloaded")
-        stats = peer.call("get_stats")["result"]
-        assert (stats["in_flight"], stats["queued"]) == (2, 3)
-        late = peer.call("execute_program", {**ASK, "inputs": {}}, timeout_ms=1)
-        assert late["error_type"] == "overloaded", "a full queue refuses before anything else is looked at"
-        peer.send({"cancel": ids[3]})
-        assert peer.receive()["error_type"] == "cancelled"
-        waited = peer.request("execute_program", ASK, timeout_ms=100)
-        reply = peer.receive()
-        assert (reply["id"], reply["error_type"]) == (waited, "timeout"), "the deadline counts in the queue too"
-        server.gate.set()
-        replies = peer.receive_all(4)
-        assert sorted(replies) == [ids[0], ids[1], ids[2], ids[4]]
-        assert all(reply["success"] for reply in replies.values())
-    assert len(server.requests) == 4
 
 
 def test_more_than_one_hundred_calls_reach_the_lm_at_once(start_lm: Any) -> None:
@@ -304,19 +225,6 @@ def with_files(most: int, *options: str) -> list[str]:
     """The command of a peer that may have so many files open."""
     limit = " ".join(["ulimit", *options, "-n", str(most)])
     return ["sh", "-c", f'{limit} && exec "$0" "$@"', sys.executable, "-m", "dspy_bridge"]
-
-
-def test_a_burst_past_the_limit_of_open_files_waits_its_turn(start_lm: Any) -> None:
-    server = start_lm()
-    server.gate.clear()
-    with Peer(env=lm_env(server), command=with_files(64)) as peer:
-        peer.call("create_program", QA)
-        for _ in range(200):
-            peer.request("execute_program", ASK)
-        for _ in range(20):
-            assert server.arrived.acquire(timeout=PATIENCE)
-        server.gate.set()
-        assert all(reply["success"] for reply in peer.receive_all(200).values())
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(start_lm: Any) -> None:
@@ -351,16 +259,6 @@ def test_answers_are_cached_in_memory_only_and_only_while_wanted(start_lm: Any, 
     assert len(server.requests) == 4 and list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_cache_outlives_the_peer(start_lm: Any, tmp_path: Any) -> None:
-    server = start_lm()
-    for _ in range(2):
-        with Peer("--disk-cache", str(tmp_path / "cache"), env=lm_env(server, cache=True)) as peer:
-            peer.call("create_program", QA)
-            assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
-            peer.finish()
-    assert len(server.requests) == 1
-
-
 class Planted:
     """What a pickle can do."""
 
@@ -391,64 +289,6 @@ def plant(shard: Path, data: bytes) -> int:
         return database.execute("UPDATE Cache SET mode = 4, filename = NULL, value = ?", (data,)).rowcount
 
 
-TALKS = """
-import logging
-def init():
-    logging.getLogger("host").debug("not logged")
-    logging.getLogger("host").warning("with a key: sk-test-0123456789")
-    try:
-        1 / 0
-    except ZeroDivisionError:
-        logging.getLogger("dspy.host").exception("logged")
-"""
-
-
-def test_log_records_as_frames(tmp_path: Any) -> None:
-    (tmp_path / "host.py").write_text(TALKS)
-    env = {"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_LOG_FRAMES": "1"}
-    with Peer("--log-level", "warning", env=env) as peer:
-        peer.request("create_program", QA)
-        frames = [peer.receive() for _ in range(3)]
-        first, second = (frame["log"] for frame in frames if "log" in frame)
-        assert first == {"level": "warning", "logger": "host", "message": "with a key: [redacted]"}
-        assert (second["level"], second["logger"]) == ("error", "dspy.host")
-        assert second["message"].startswith("logged\nTraceback") and "ZeroDivisionError" in second["message"]
-        assert any(frame.get("success") for frame in frames)
-        assert peer.finish() == (0, b"", "")
-
-
-def test_log_records_on_stderr(tmp_path: Any) -> None:
-    (tmp_path / "host.py").write_text(TALKS)
-    with Peer(env={"DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
-        assert peer.call("create_program", QA)["success"]
-        _, _, log = peer.finish()
-    assert f"dspy_bridge[{peer.process.pid}] WARNING host: with a key: [redacted]" in log
-    assert log.count("logged") == 1 and "not logged" not in log
-
-
-BROKEN = """
-import dspy
-class Broken(dspy.ChatAdapter):
-    async def acall(self, *args, **kwargs):
-        raise KeyError("secret sk-test-0123456789 " + "x")
-def init():
-    dspy.configure(adapter=Broken())
-"""
-
-
-def test_a_defect_is_internal_with_its_traceback_in_the_log(start_lm: Any, tmp_path: Any) -> None:
-    (tmp_path / "host.py").write_text(BROKEN)
-    env = {**lm_env(start_lm()), "DSPY_BRIDGE_INIT": "host:init", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with Peer(env=env) as peer:
-        peer.call("create_program", QA)
-        reply = peer.call("execute_program", ASK)
-        assert reply["error_type"] == "internal" and "KeyError" in reply["error"]
-        reference = reply["error"].split()[-1]
-        _, _, log = peer.finish()
-    assert f"internal error {reference}" in log and "host.py" in log
-    assert KEY not in log + reply["error"] and "capital of France" not in log
-
-
 @pytest.mark.slow
 def test_lms_that_are_given_with_calls_leave_no_connections_behind(start_lm: Any) -> None:
     """Those used last are kept for the next call; all others are closed, also in the provider."""
@@ -464,15 +304,3 @@ def test_lms_that_are_given_with_calls_leave_no_connections_behind(start_lm: Any
             counts.append(process.num_fds())
         # Closing is a matter of the loop's next moments.
         assert max(counts[1:]) <= counts[0] + 5, counts
-
-
-@pytest.mark.parametrize("where", ["program", "call"])
-def test_a_key_in_config_is_a_secret_too(start_lm: Any, where: str) -> None:
-    """It goes to the provider, which may repeat it."""
-    server = start_lm(error(401, "Incorrect API key provided: mysecretvalue777"))
-    config = {"config": {"api_key": "mysecretvalue777"}}
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**QA, **(config if where == "program" else {})})
-        reply = peer.call("execute_program", {**ASK, **(config if where == "call" else {})})
-        assert reply["error_type"] == "lm_error" and "mysecretvalue777" not in reply["error"]
-    assert server.authorizations == ["Bearer mysecretvalue777"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, SLOW_BY_LITELLM
+from conftest import BY_LITELLM
 from peer import ROOT, Peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -32,7 +32,7 @@ class Typed(dspy.Module):
         response = await lm.acall(Request(model=lm.model, messages=(Message.user(question),)))
         return dspy.Prediction(answer=response.text)
 """
-# What sends: DSPy's own transports; OpenAI's client, httpx or aiohttp below LiteLLM.
+# What sends: DSPy's own transports; OpenAI's client or httpx below LiteLLM.
 LITELLM: list[dict[str, Any]] = [
     {"model": "openai/y", **BY_LITELLM},
     {"model": "openai/y", "extra_headers": {"X-Own": "1"}},
@@ -42,7 +42,6 @@ LITELLM: list[dict[str, Any]] = [
     {"model": "gemini/y", **BY_LITELLM},
     {"model": "hosted_vllm/y", **BY_LITELLM},
     {"model": "cohere/y"},
-    {"model": "aiohttp_openai/y"},
 ]
 DSPYS: list[dict[str, Any]] = [{"model": f"{name}/y"} for name in ("openai", "anthropic", "gemini", "ollama_chat")]
 
@@ -62,11 +61,9 @@ def test_no_redirect_is_followed(start_lm: Any, folder: Path, lms: list[dict[str
         peer.call("create_program", QA)
         for lm in lms:
             given = {**lm, **server.options()}
-            ways: list[tuple[str, dict[str, Any]]] = [("qa", {}), ("qa", {"stream": True})]
-            if lm["model"] != "aiohttp_openai/y":  # LiteLLM sends no body with it in threads
-                ways.append(("InThread", {}))
+            ways: list[tuple[str, dict[str, Any]]] = [("qa", {}), ("qa", {"stream": True}), ("InThread", {})]
             if lm.get("model_type") != "text" and "extra_headers" not in lm:
-                ways.append(("Typed", {}))
+                ways += [("Typed", {}), ("Typed", {"stream": True})]
             for status in STATUSES:
                 for program, envelope in ways:
                     before = len(server.requests)
@@ -76,20 +73,4 @@ def test_no_redirect_is_followed(start_lm: Any, folder: Path, lms: list[dict[str
                     assert f"a redirect ({status}) to 127.0.0.1" in reply["error"] and not reply["retryable"], reply
                     # Once: there is nothing to try again.
                     assert len(server.requests) == before + 1, (lm, status, program)
-    assert other.requests == []
-
-
-@pytest.mark.parametrize("lm", [pytest.param({}, id="dspy"), SLOW_BY_LITELLM])
-def test_a_stream_by_a_typed_request_follows_none(start_lm: Any, tmp_path: Path, lm: dict[str, Any]) -> None:
-    other = start_lm()
-    server = start_lm((307, {}, {"Location": f"{other.url}/chat/completions"}))
-    (tmp_path / "host.py").write_text(HOST)
-    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "DSPY_BRIDGE_ALLOW_MODULES": "host"}
-    with Peer(env=env) as peer:
-        peer.call(
-            "create_program",
-            {**QA, "program_type": "host:Typed", "lm": {"model": "openai/y", **lm, **server.options()}},
-        )
-        reply = peer.call("execute_program", {"program_id": "qa", **ASK}, stream=True)
-        assert reply.get("error_type") == "lm_error", reply
     assert other.requests == []

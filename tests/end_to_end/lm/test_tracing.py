@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BY_LITELLM, PARIS, lm_env, reusable
+from conftest import reusable
 from lm_server import Answer, LMServer, chat, script
 from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
@@ -197,37 +197,6 @@ def test_each_execute_has_its_own_header_and_one_without_has_none(
     assert server.headers["user-agent"].startswith(agent)
 
 
-@pytest.mark.parametrize("model_type", ["text", "responses"])
-def test_the_other_apis_of_litellm_have_it_too(peer: Peer, start_lm: Any, model_type: str) -> None:
-    text = {"object": "text_completion", "choices": [{"index": 0, "text": PARIS, "finish_reason": "stop"}]}
-    said = {"type": "message", "id": "m", "status": "completed", "role": "assistant"}
-    response = {
-        "object": "response", "created_at": 0, "status": "completed", "parallel_tool_calls": False, "tools": [],
-        "output": [{**said, "content": [{"type": "output_text", "text": PARIS, "annotations": []}]}],
-    }  # fmt: skip
-    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2, "input_tokens": 1, "output_tokens": 1}
-    body = {"id": "c1", "created": 0, "model": "m", "usage": usage, **(text if model_type == "text" else response)}
-    server = start_lm((200, body))
-    assert peer.call("create_program", qa(server, **BY_LITELLM, model_type=model_type))["success"]
-    reply = peer.call("execute_program", ask("one"), traceparent=FIRST)
-    assert reply.get("result") == {"answer": "Paris"}, reply
-    assert peer.call("execute_program", ask("two"))["success"]
-    assert [traceparents for _, traceparents in server.asked] == [[FIRST], None]
-
-
-def test_it_is_a_header_and_nothing_in_the_body(peer: Peer, start_lm: Any) -> None:
-    """LiteLLM writes extra headers into the body that some providers get, and they may refuse it for that."""
-    server = start_lm()
-    for model in ("azure_ai/x", "openai/x"):
-        lm = {"model": model, **server.options(**BY_LITELLM)}
-        assert peer.call("create_program", {**QA, "lm": lm})["success"]
-        for envelope in ({"traceparent": FIRST}, {}):
-            assert peer.call("execute_program", ask("one"), **envelope)["success"]
-        traced, plain = server.requests[-2:]
-        assert traced == plain and "extra_headers" not in traced, model
-    assert [traceparents for _, traceparents in server.asked] == [[FIRST], None] * 2
-
-
 def test_a_header_of_the_lms_own_gives_way_the_others_stay(peer: Peer, start_lm: Any) -> None:
     """Whatever its case, with OpenAI's client and LiteLLM's own. A call without a trace sends it."""
     server = start_lm()
@@ -290,26 +259,6 @@ def test_modules_of_the_hosts_own_have_it(peer: Peer, start_lm: Any, module: str
         server.asked.clear()
 
 
-def test_each_input_of_a_list_has_it_and_whoever_comes_after_it_has_not(start_lm: Any) -> None:
-    """With one turn for all, the end of one of the list's starts the next request."""
-    server = start_lm()
-    server.gate.clear()
-    with Peer(env={**lm_env(server), "DSPY_BRIDGE_MAX_IN_FLIGHT": "1"}) as peer:
-        assert peer.call("create_program", QA)["success"]
-        many = {"program_id": "qa", "inputs": [{"question": "one"}, {"question": "two"}]}
-        peer.request("execute_program", many, traceparent=FIRST)
-        assert server.arrived.acquire(timeout=PATIENCE)
-        for _ in range(2):
-            peer.request("execute_program", ask("none"))
-        peer.request("execute_program", ask("other"), traceparent=SECOND)
-        while peer.call("get_stats")["result"]["queued"] < 4:
-            pass
-        server.gate.set()
-        assert all(reply["success"] for reply in peer.receive_all(4).values())
-    wanted = [("one", [FIRST]), ("two", [FIRST]), ("none", None), ("none", None), ("other", [SECOND])]
-    assert sorted(server.asked, key=str) == sorted(wanted, key=str)
-
-
 LOGGED = [
     ("host:Logs", FIRST), ("host:LogsInThread", SECOND), ("host:Logs", None), ("host:LogsInThread", None)
 ]  # fmt: skip
@@ -335,24 +284,3 @@ def test_log_frames_carry_it_and_those_of_others_do_not(start: Callable[..., Pee
             _, frames = reply_of(peer, peer.request("execute_program", args, **envelope), failed)
             assert [frame["log"]["logger"] for frame in frames] == ["dspy_bridge"] * failed
             assert [frame["log"].get("traceparent") for frame in frames] == [envelope.get("traceparent")] * failed
-
-
-def test_lines_on_stderr_tell_it_and_those_of_others_do_not(start: Callable[..., Peer]) -> None:
-    peer = start(DSPY_BRIDGE_LM="offline/echo")
-    for program, traceparent in LOGGED:
-        assert peer.call("create_program", {**QA, "program_type": program})["success"]
-        assert peer.call("execute_program", ask("one"), traceparent=traceparent)["success"]
-    pid = peer.process.pid
-    _, _, log = peer.finish()
-    wanted = [f" traceparent={traceparent}" if traceparent else "" for _, traceparent in LOGGED]
-    assert log.splitlines() == [f"dspy_bridge[{pid}] WARNING host{trace}: working on one" for trace in wanted]
-
-
-@pytest.mark.parametrize("command", ["ping", "list_programs", "get_stats", "cleanup", "execute_program"])
-def test_what_is_none_is_refused_under_the_requests_id(echo_peer: Peer, command: str) -> None:
-    refused = (
-        "traceparent: expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
-    )
-    for value in (FIRST.upper(), "", 5, {}, FIRST + "\r\nx: y"):
-        reply = echo_peer.call(command, traceparent=value)
-        assert (reply["error_type"], reply["error"]) == ("invalid_request", refused)

@@ -105,29 +105,6 @@ def test_a_judge_may_run_a_program_and_others_too(desk: Desk, optimizer: str) ->
     desk.becomes_idle()
 
 
-def test_two_optimizations_next_to_200_runs(desk: Desk) -> None:
-    """Of the same program. Both come to what each comes to alone."""
-    alone = [desk.run(optimizer)["result"] for optimizer in ("mipro_v2", "gepa")]
-    traffic = Traffic(desk)
-    optimized = [traffic.optimize(optimizer) for optimizer in ("mipro_v2", "gepa")]
-    runs = [traffic.execute(f"word {number % 12}") for number in range(200)]
-    traffic.serve()
-    assert [traffic.replies[id]["result"] for id in optimized] == alone
-    assert all(traffic.replies[id]["success"] for id in runs)
-    desk.becomes_idle()
-
-
-def test_a_program_that_is_removed_and_replaced_meanwhile(desk: Desk) -> None:
-    alone = desk.run("mipro_v2")["result"]
-    desk.serve(held_after=5)
-    id = desk.start("mipro_v2")
-    desk.lm_holds(6)
-    assert desk.peer.call("cleanup")["result"]["programs_removed"] == 1
-    desk.create(signature="question -> other")
-    desk.server.gate.set()
-    assert desk.reply_to(id)["result"] == alone
-
-
 @pytest.mark.parametrize("desks", [8], indirect=True)
 @pytest.mark.parametrize("how", ["success", "cancel", "error", "budget"])
 def test_no_more_at_once_than_are_allowed(desk: Desk, how: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from typing import Any
 
 import pytest
 from lm_server import Answer
-from optimizing_host import JUDGE, SCORING, Desk, first_of, lm_answer, right
+from optimizing_host import JUDGE, SCORING, Desk, lm_answer, right
 
 # Each answer's, as the server counts.
 TOKENS = 18
@@ -49,13 +48,6 @@ def test_lm_calls(desk: Desk, optimizer: str, num_threads: int) -> None:
     else:
         assert result["score"] is None and result["state"]["demos"] == []
     desk.create("again", state=result["state"])
-
-
-def test_each_completion_of_copro_counts(desk: Desk) -> None:
-    """Its `n` is one call of DSPy's and many requests."""
-    in_budget(desk, "copro", 5, options={"breadth": 40})
-    desk.nothing_follows(5)
-    assert len(desk.server.requests) == 5 + 3
 
 
 def test_retries_count(desk: Desk) -> None:
@@ -110,25 +102,3 @@ def test_seconds(desk: Desk) -> None:
     assert time.monotonic() - began >= 0.8
     assert reply["success"] and reply["result"]["stopped"] == "seconds"
     desk.nothing_follows(30 + 4)
-
-
-@pytest.mark.parametrize("optimizer", first_of("random_search", "gepa"))
-def test_a_budget_that_is_not_spent_changes_nothing(desk: Desk, optimizer: str) -> None:
-    asked = []
-    states = []
-    for budget in ({}, {"lm_calls": 10_000, "tokens": 10**7, "seconds": 1000}):
-        desk.serve()
-        result = desk.run(optimizer, budget=budget)["result"]
-        assert result["stopped"] is None
-        states.append(result)
-        asked.append(sorted(json.dumps(request["messages"]) for request in desk.server.requests))
-    assert states[0] == states[1] and asked[0] == asked[1]
-
-
-@pytest.mark.parametrize("optimizer", SCORING)
-def test_meta_has_all_tokens(desk: Desk, optimizer: str) -> None:
-    """DSPy's own count has a fifth of them."""
-    reply = desk.run(optimizer, num_threads=8, meta=True)
-    used = reply["meta"]["lm_usage"]
-    assert sum(usage["total_tokens"] for usage in used.values()) == TOKENS * len(desk.server.requests)
-    assert reply["result"]["lm_calls"] == len(desk.server.requests)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -17,11 +16,6 @@ THREADS = 4
 def answered(optimizer: str) -> int:
     """How many requests or tool calls are answered before the end comes."""
     return 3 if optimizer == "bootstrap_few_shot" else 20
-
-
-def tasks(desk: Desk) -> int:
-    """Threads of the peer."""
-    return len(os.listdir(f"/proc/{desk.peer.process.pid}/task"))
 
 
 @pytest.mark.parametrize("optimizer", SCORING)
@@ -69,22 +63,6 @@ def answer(desk: Desk, call: dict[str, Any]) -> None:
     desk.peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": 0}})
 
 
-def test_no_thread_of_dspy_is_left(desk: Desk) -> None:
-    """`get_stats` does not count those."""
-    assert desk.run("random_search", num_threads=16)["success"]
-    before = tasks(desk)
-    for _ in range(5):
-        desk.serve(held_after=30)
-        id = desk.start("random_search", num_threads=16)
-        desk.lm_holds(31)
-        desk.peer.send({"cancel": id})
-        assert desk.reply_to(id)["error_type"] == "cancelled"
-    end = time.monotonic() + PATIENCE
-    # The peer's own pools may have grown by some.
-    while (now := tasks(desk)) > before + 8:
-        assert time.monotonic() < end, (before, now)
-
-
 @pytest.mark.parametrize("waits_for", ["lm", "metric"])
 def test_a_half_closed_pipe_ends_it(waits_for: str) -> None:
     """Nobody can answer the metric any more: that is its failure. A silent LM has until the end of the drain."""
@@ -104,16 +82,6 @@ def test_a_half_closed_pipe_ends_it(waits_for: str) -> None:
         else:
             assert replies == [] and "1 requests were still running after 1 s" in log
         assert len(desk.server.requests) <= 20 + THREADS
-
-
-OWNER = """
-import os, subprocess, sys
-peer = subprocess.Popen([sys.executable, "-m", "dspy_bridge"], stdin=-1, stdout=-1, bufsize=0)
-for request in (os.environb[b"CREATE"], os.environb[b"ASK"]):
-    peer.stdin.write(len(request).to_bytes(4, "big") + request)
-print(peer.pid, flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.mark.parametrize("ends", ["by itself", "by a cancel", "by its budget"])

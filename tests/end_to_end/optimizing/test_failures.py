@@ -49,47 +49,6 @@ def test_a_metric_that_fails(desk: Desk, optimizer: str, metric: Any, text: str)
     desk.nothing_follows()
 
 
-@pytest.mark.parametrize("optimizer", SCORING)
-def test_a_metric_that_fails_later(desk: Desk, optimizer: str) -> None:
-    """The answers before it do not hide it."""
-    left = iter(range(2 if optimizer == "bootstrap_few_shot" else 30))
-
-    def judge(**_: Any) -> float:
-        if next(left, None) is None:
-            raise ToolError("the metric broke")
-        return 0.0
-
-    reply = desk.run(optimizer, JUDGE, {"judge": judge}, num_threads=THREADS)
-    assert reply["error_type"] == "tool_error" and reply["error"] == "judge: the metric broke"
-    assert len(desk.asked) <= 30 + THREADS
-    desk.nothing_follows()
-
-
-def test_a_metric_that_fails_as_it_is_asked_for_feedback(desk: Desk) -> None:
-    def judge(purpose: str, **_: Any) -> float:
-        if purpose == "feedback":
-            raise ToolError("no feedback today")
-        return 0.0
-
-    reply = desk.run("gepa", JUDGE, {"judge": judge})
-    assert reply["error_type"] == "tool_error" and reply["error"] == "judge: no feedback today"
-    desk.nothing_follows()
-
-
-@pytest.mark.parametrize("score", [1e308, -1e308, True, {"score": 120, "feedback": "x"}])
-@pytest.mark.parametrize("optimizer", first_of("simba", "random_search", "gepa"))
-def test_any_number_is_a_score(desk: Desk, optimizer: str, score: Any) -> None:
-    """Means of huge ones do not overflow. SIMBA computes their exponentials."""
-    reply = desk.run(optimizer, JUDGE, {"judge": lambda **_: score})
-    if optimizer == "simba" and score == 1e308:
-        assert reply["error_type"] == "invalid_args" and reply["error"].startswith("optimize: DSPy's simba refuses it")
-        return
-    assert reply["success"], reply
-    if optimizer != "bootstrap_few_shot":
-        value = float(score["score"] if isinstance(score, dict) else score)
-        assert reply["result"]["score"] == reply["result"]["baseline"] == pytest.approx(value)
-
-
 # SIMBA asks its prompt_lm.
 RULES = {"bsize": 4, "num_candidates": 3, "max_steps": 3, "temperature_for_sampling": 0.3}
 

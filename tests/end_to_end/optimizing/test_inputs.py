@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from optimizing_host import EXACT, JUDGE, Desk, first_of
+from optimizing_host import JUDGE, Desk, first_of
 from peer import PATIENCE
 
 GOOD: tuple[dict[str, Any], dict[str, Any]] = ({"question": "word 1", "count": 1}, {"answer": "WORD 1", "sure": True})
@@ -77,34 +77,3 @@ def test_large_inputs(desk: Desk, optimizer: str) -> None:
     reply = desk.reply_to(id)
     assert reply["success"], reply
     desk.becomes_idle()
-
-
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAA"
-    "DUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
-)
-
-
-@pytest.mark.parametrize("optimizer", ["labeled_few_shot", "mipro_v2", "simba"])
-def test_images(desk: Desk, optimizer: str) -> None:
-    """Demos that have them load."""
-    signature = "question, picture: image -> answer"
-    desk.create(signature=signature)
-    inputs = [{"question": f"word {number}", "picture": PIXEL} for number in range(8)]
-    wanted = [{"answer": f"WORD {number}"} for number in range(8)]
-    reply = desk.run(optimizer, EXACT, inputs=inputs, wanted=wanted)
-    assert reply["success"], reply
-    desk.create("better", signature=signature, state=reply["result"]["state"])
-
-
-def test_the_state_has_no_key_of_the_lm_that_a_state_brought(desk: Desk) -> None:
-    """A program created from a state with an LM: that one is asked, and its options are in the state that is found."""
-    state = desk.run("labeled_few_shot")["result"]["state"]
-    lm = {"model": "openai/of-state", "cache": False, "num_retries": 0, "api_base": desk.server.url}
-    desk.create("saved", state={**state, "lm": lm})
-    reply = desk.run("random_search", program_id="saved")
-    assert reply["success"], reply
-    assert {request["model"] for request in desk.server.requests} == {"of-state"}
-    assert reply["result"]["state"]["lm"]["model"] == "openai/of-state"
-    assert "sk-test" not in str(reply)
-    desk.create("again", state=reply["result"]["state"])

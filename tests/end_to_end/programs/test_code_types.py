@@ -41,7 +41,6 @@ def broken():
 CREATE = {"id": "x", "signature": "question -> answer"}
 ASK = {"program_id": "x", "inputs": {"question": "Why?"}}
 SEARCH = {"name": "search", "args": {"query": {"type": "str"}}}
-OOPS = (500, {"error": {"message": "oops"}})
 
 
 def code(*lines: str) -> str:
@@ -168,69 +167,3 @@ def test_a_sandbox_that_hears_nothing_is_killed(start: Any, init: str) -> None:
     assert peer.receive()["error_type"] == "cancelled"
     while workers(peer) or peer.call("get_stats")["result"]["threads"]["running"]:
         assert time.monotonic() < begin + PATIENCE
-
-
-@pytest.mark.slow
-def test_what_ends_a_sandbox_ends_too(start: Any) -> None:
-    """One leaked thread per run would show; the peer may also start one of its pools."""
-    peer, _ = start(RLM, LOOPING)
-    process = psutil.Process(peer.process.pid)
-    runs = 16
-    before = process.num_threads()
-    for _ in range(runs):
-        assert peer.call("execute_program", ASK, timeout_ms=200)["error_type"] == "timeout"
-        while peer.call("get_stats")["result"]["threads"]["running"]:
-            pass
-    end = time.monotonic() + PATIENCE
-    while process.num_threads() > before + runs // 2:
-        assert time.monotonic() < end, (before, process.num_threads())
-
-
-def test_the_lms_own_failure_is_told(start: Any) -> None:
-    peer, _ = start(RLM, OOPS)
-    reply = peer.call("execute_program", ASK)
-    assert (reply["error_type"], reply["retryable"]) == ("lm_error", True)
-    assert workers(peer) == []
-
-
-def test_a_sandbox_that_cannot_be_had_is_told_in_one_line(start: Any) -> None:
-    peer, _ = start(RLM, LOOPING, init="broken")
-    reply = peer.call("execute_program", ASK)
-    assert reply["error"] == "the sandbox for the LM's code failed: there is no sandbox here at all"
-
-
-def test_a_config_per_call_is_refused(start: Any) -> None:
-    peer, server = start(RLM, "never asked")
-    reply = peer.call("execute_program", {**ASK, "config": {"temperature": 0.25}})
-    assert reply["error_type"] == "invalid_args" and "config" in reply["error"] and server.requests == []
-
-
-def test_inputs_that_may_be_left_out_are_none_in_the_code(start: Any) -> None:
-    signature = "question, hint: Optional[str] -> answer"
-    peer, _ = start(
-        {"program_type": "rlm", "signature": signature},
-        chat(reasoning="r", code=code("SUBMIT(answer=repr(hint))")),
-    )
-    assert peer.call("execute_program", ASK)["result"]["answer"] == "None"
-
-
-@pytest.mark.parametrize(
-    ("create", "named"),
-    [
-        ({"options": {"sub_lm": {}}}, "lm.model"),
-        ({"options": {"sub_lm": {"model": 5}}}, "lm.model"),
-        ({"options": {"max_iters": 0}}, "options.max_iters"),
-        ({"options": {"interpreter_factory": "x"}}, "options: unknown key"),
-        ({"signature": "llm_query -> answer"}, "llm_query"),
-        ({"signature": "question -> trajectory"}, "signature.outputs"),
-    ],
-)
-def test_what_it_cannot_be_built_of_is_refused(allowed: Peer, create: dict[str, Any], named: str) -> None:
-    reply = allowed.call("create_program", {**CREATE, **RLM, "id": "bad", **create})
-    assert reply.get("error_type") == "invalid_args" and named in reply["error"], reply
-
-
-@pytest.fixture(scope="module")
-def allowed() -> Iterator[Peer]:
-    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_ALLOW_CODE": "1"}) as peer:
-        yield peer

@@ -14,7 +14,6 @@ import pytest
 from conftest import lm_env
 from lm_server import LMServer, chat
 from peer import ROOT, Peer
-from shared_peers import shared_peer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'prefix' argument:DeprecationWarning")
 
@@ -157,28 +156,6 @@ def test_a_module_of_the_hosts_own_has_a_state_for_each_predictor(served: Served
     assert "Name the topic." in str(first) and "a demo" in str(second)
 
 
-def test_a_program_that_an_optimizer_made(served: Served, tmp_path: Path) -> None:
-    """BootstrapFewShot in Python, then served here."""
-    served.answer = chat(reasoning="It is known.", answer="Paris")
-    trainset = [dspy.Example(question=f"Capital {n}?", answer="Paris").with_inputs("question") for n in range(3)]
-    optimizer = dspy.BootstrapFewShot(
-        metric=lambda example, prediction, trace=None: example.answer == prediction.answer,
-        max_bootstrapped_demos=2,
-        max_labeled_demos=3,
-    )
-    with dspy.context(lm=dspy.LM("openai/stub-model", **served.server.options())):
-        compiled = optimizer.compile(dspy.ChainOfThought(QA), trainset=trainset)
-        state = saved(compiled, served.folder / "compiled.json")
-        begin = len(served.server.requests)
-        compiled(question="Where?")
-    in_python = served.server.requests[begin]["messages"]
-    program = served.created("chain_of_thought", state_path="compiled.json")
-    (prompt,) = served.prompts(program)
-    assert prompt == in_python
-    assert "Capital 0?" in str(prompt) and "It is known." in str(prompt)
-    assert served.state(program) == state
-
-
 def test_demos(served: Served) -> None:
     demos = [{"question": "Capital of Italy?", "answer": "Rome"}]
     for kind in ("predict", "chain_of_thought", "best_of_n"):
@@ -190,12 +167,6 @@ def test_demos(served: Served) -> None:
         assert str(served.prompts(again)) == prompts
     reply = served.create(demos=[{"question": 5}])
     assert reply["error_type"] == "invalid_args" and reply["error"].startswith("demos[0].question")
-
-
-def test_demos_replace_those_of_the_state(served: Served) -> None:
-    state = served.state(served.created(demos=[{"question": "old?", "answer": "old"}]))
-    (prompt,) = served.prompts(served.created(state=state, demos=[{"question": "new?", "answer": "new"}]))
-    assert "new?" in str(prompt) and "old?" not in str(prompt)
 
 
 def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path: Path) -> None:
@@ -221,20 +192,6 @@ def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path
     assert wrong["error_type"] == "invalid_args" and "lm.model" in wrong["error"]
 
 
-def test_states_are_told_only_when_asked_for(served: Served) -> None:
-    program = served.created()
-    (details,) = served.peer.call("list_programs", {"program_ids": [program], "details": True})["result"]["details"]
-    assert "state" not in details
-    reply = served.peer.call("list_programs", {"program_ids": [program], "state": 1})
-    assert reply["error_type"] == "invalid_args"
-
-
-def test_a_state_dir_is_needed_for_state_path() -> None:
-    with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
-        reply = peer.call("create_program", {"id": "p", "signature": QA, "state_path": "/etc/passwd"})
-        assert reply["error_type"] == "not_allowed" and "DSPY_BRIDGE_STATE_DIR" in reply["error"]
-
-
 def test_a_state_path_leads_to_a_state_in_the_folder(served: Served) -> None:
     """`test_confined_files` has the other ways out of it."""
     saved(dspy.Predict(QA), served.folder / "good.json")
@@ -254,8 +211,3 @@ def test_a_state_path_leads_to_a_state_in_the_folder(served: Served) -> None:
         reply = served.create(state_path=path)
         assert reply["error_type"] == error_type, reply
         assert reply["error"].startswith("state_path: ") and said in reply["error"]
-
-
-def test_a_state_and_a_path_are_one_too_many(served: Served) -> None:
-    reply = served.create(state={}, state_path="good.json")
-    assert reply["error_type"] == "invalid_args" and "one of them" in reply["error"]

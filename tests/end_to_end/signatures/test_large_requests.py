@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import psutil
 from conftest import lm_env
-from lm_server import chat, script
+from lm_server import chat
 from peer import PATIENCE, Peer
-from tool_host import execute
 
 QA = {"id": "qa", "signature": "question -> answer"}
 LARGE = "x" * (1 << 21)
@@ -43,18 +41,6 @@ def test_a_cancel_closes_the_lms_request(start_lm: Any) -> None:
         assert server.closed_by_client.acquire(timeout=PATIENCE)
 
 
-def test_an_agent_asks_its_tools(start_lm: Any) -> None:
-    step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')
-    finish = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
-    server = start_lm(script(step, finish, chat(reasoning="r", answer="yes")))
-    with Peer(env=lm_env(server)) as peer:
-        search = {"name": "search", "args": {"q": {"type": "str"}}}
-        assert peer.call("create_program", {**QA, "program_type": "react", "tools": [search]})["success"]
-        reply, asked = execute(peer, ASK, {"search": lambda q: f"found {q}"})
-    assert asked == [("search", {"q": "a"})] and reply["result"]["answer"] == "yes"
-    assert reply["result"]["trajectory"]["observation_0"] == "found a"
-
-
 def test_large_and_small_inputs_of_one_list(start_lm: Any) -> None:
     server = start_lm()
     with Peer(env=lm_env(server)) as peer:
@@ -63,27 +49,3 @@ def test_large_and_small_inputs_of_one_list(start_lm: Any) -> None:
         results = peer.call("execute_program", {"program_id": "qa", "inputs": inputs})["result"]["results"]
     assert [result["success"] for result in results] == [True, True, False, True]
     assert results[2]["error_type"] == "invalid_args" and len(server.requests) == 3
-
-
-def test_its_connections_are_closed_with_the_lm(start_lm: Any) -> None:
-    """When so many other LMs have been used that this one is dropped."""
-    server = start_lm()
-    with Peer(env=lm_env(start_lm())) as peer:
-        peer.call("create_program", QA)
-        own = {**ASK, "lm": {"model": "openai/own", **server.options()}}
-        assert peer.call("execute_program", own)["success"]
-        port = int(server.url.split(":")[2].split("/")[0])
-        process = psutil.Process(peer.process.pid)
-
-        def connected() -> bool:
-            return any(one.raddr and one.raddr.port == port for one in process.net_connections())
-
-        assert connected()
-        for n in range(70):
-            lm = {"model": f"openai/m{n}", "num_retries": 0, "api_key": "sk-none", "api_base": "http://127.0.0.1:9/v1"}
-            peer.call("execute_program", {**ASK, "inputs": {"question": "x"}, "lm": lm})
-        for _ in range(1000):
-            if not connected():
-                break
-            assert peer.call("ping")["success"]
-        assert not connected()

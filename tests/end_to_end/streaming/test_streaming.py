@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import BY_LITELLM, lm_env
-from lm_server import Answer, LMServer, chat, event, pieces
+from conftest import lm_env
+from lm_server import Answer, LMServer, chat, pieces
 from peer import PATIENCE, ROOT, Peer
 
 HOST = '''
@@ -37,14 +37,6 @@ class Sync(dspy.Module):
         draft = self.inner.draft(question=question).answer
         return self.inner.last(question=question, draft=draft)
 
-
-class Threaded(dspy.Module):
-    """A sync call in a new thread."""
-    def __init__(self, signature):
-        super().__init__()
-        self.inner = dspy.Predict(signature)
-    async def aforward(self, question):
-        return await asyncio.to_thread(self.inner, question=question)
 
 class Says(dspy.Module):
     async def aforward(self, question):
@@ -185,20 +177,6 @@ def test_the_first_chunk_is_there_while_the_lm_still_writes(stage: Stage) -> Non
     assert stage.read(id) == ([], {"id": id, "success": True, "result": {"answer": "It is Paris."}})
 
 
-def test_a_program_streams_on_its_hundredth_call_as_on_its_first(stage: Stage) -> None:
-    program = stage.create("chain_of_thought")
-    stage.answer = chat(reasoning="It is known.", answer="Paris, in France")
-    runs = [stage.run(program) for _ in range(100)]
-    first = runs[0][0]
-    assert len(first) > 4 and all(frames == first for frames, _ in runs)
-
-
-def test_without_stream_nothing_is_streamed_and_the_lm_is_asked_for_no_stream(stage: Stage) -> None:
-    program = stage.create()
-    assert stage.run(program, stream=False)[0] == [] and stage.run(program, stream=None)[0] == []
-    assert not any(request.get("stream") for request in stage.server.requests)
-
-
 @pytest.mark.parametrize("adapter", FORMATS)
 def test_reasoning_is_streamed_before_outputs_that_are_no_texts(stage: Stage, adapter: str) -> None:
     """An answer of a number alone shows nothing before it is there, and its reasoning takes the LM's time."""
@@ -223,17 +201,6 @@ def test_what_the_cache_answers_is_one_chunk(stage: Stage) -> None:
     assert len(stage.server.requests) == 1
 
 
-def test_a_failure_of_the_lm_is_the_reply_after_what_came_before_it(stage: Stage) -> None:
-    def answer(_request: Any) -> Iterator[str | bytes]:
-        yield "[[ ## answer ## ]]\nPar"
-        yield b'data: {"error": {"message": "overloaded", "type": "server_error", "code": 503}}\n\n'
-
-    stage.answer = answer
-    frames, reply = stage.run(stage.create())
-    assert frames == [{"field": "answer", "chunk": "Par"}]
-    assert reply["error_type"] == "lm_error", reply
-
-
 def test_an_answer_that_does_not_fit_is_told_as_such_after_its_chunks(stage: Stage) -> None:
     """After a chunk was sent there is no second attempt; its answer is not streamed."""
     stage.answer = chat(answer="Paris", count="many")
@@ -249,13 +216,6 @@ def test_an_answer_in_the_wrong_format_is_asked_for_again_in_json_and_streamed(s
     frames, reply = stage.run(stage.create())
     assert reply["result"] == {"answer": 'Paris, in "France"'} == joined(frames)
     assert len(frames) > 2 and len(stage.server.requests) == 2
-
-
-def test_json_that_is_repaired_is_told_whole_in_the_end(stage: Stage) -> None:
-    stage.answer = '{"reasoning": "He said "hi" to me", "answer": Paris}'
-    frames, reply = stage.run(stage.create("chain_of_thought", adapter="json"))
-    assert reply["success"] and reply["result"]["answer"] == "Paris"
-    assert joined(frames) == reply["result"]
 
 
 def test_react_tells_its_steps_then_its_fields(stage: Stage) -> None:
@@ -280,18 +240,6 @@ def test_react_tells_its_steps_then_its_fields(stage: Stage) -> None:
     assert reply["meta"]["lm_calls"] == 3
 
 
-@pytest.mark.parametrize("kind", ["best_of_n", "refine"])
-def test_the_best_of_several_is_told_when_it_is_chosen(stage: Stage, kind: str) -> None:
-    answers = iter(["Rome", "Paris", "Rome"])
-    stage.answer = lambda _request: (
-        chat(answer=next(answers)) if "advice" not in str(_request) else chat(discussion="d", advice="{}")
-    )
-    reward = {"field": "answer", "equals": "Paris"}
-    program = stage.create(kind, options={"N": 2, "threshold": 1.0, "reward": reward})
-    frames, reply = stage.run(program)
-    assert reply["result"]["answer"] == "Paris" and joined(frames) == {"answer": "Paris"}
-
-
 @pytest.mark.parametrize("kind", ["TwoSteps", "Sync"])
 def test_of_two_predictors_that_write_a_field_the_last_is_heard(stage: Stage, kind: str) -> None:
     def answer(request: dict[str, Any]) -> str:
@@ -303,35 +251,6 @@ def test_of_two_predictors_that_write_a_field_the_last_is_heard(stage: Stage, ki
     assert joined(frames) == {"answer": "Paris, in France"} and len(frames) > 2
     assert reply["result"] == {"answer": "Paris, in France", "confidence": "no"}
     assert [bool(request.get("stream")) for request in stage.server.requests] == [False, True]
-
-
-def test_what_a_thread_of_the_modules_own_asks_is_streamed(stage: Stage) -> None:
-    stage.answer = chat(answer="Paris, in France")
-    frames, reply = stage.run(stage.create("host:Threaded"))
-    assert reply["result"] == {"answer": "Paris, in France"}, reply
-    assert joined(frames) == reply["result"] and len(frames) > 2
-
-
-def test_the_first_of_several_completions_is_told(stage: Stage) -> None:
-    answers = itertools.cycle(["[[ ## answer ## ]]\nParis, in France", chat(answer="Lyon"), chat(answer="Nice")])
-    stage.answer = lambda _request: next(answers)
-    frames, reply = stage.run(stage.create(), args={"config": {"n": 3}}, meta=True)
-    assert joined(frames) == reply["result"] == {"answer": "Paris, in France"}
-    assert reply["meta"]["lm_usage"]["openai/stub-model"]["completion_tokens"] == 7 * 3
-
-
-@pytest.mark.parametrize("kind", ["chain_of_thought", "multi_chain_comparison"])
-def test_lms_that_go_by_litellm_stream_as_well(stage: Stage, kind: str) -> None:
-    """DSPy's client for providers that it does not know itself."""
-    before = "reasoning" if kind == "chain_of_thought" else "rationale"
-    stage.answer = chat(**{before: "It is known.", "answer": "Paris, in France"})
-    lm = {"model": "openai/other", **BY_LITELLM, **stage.server.options()}
-    inputs: dict[str, Any] = {"question": "Where?"}
-    if kind == "multi_chain_comparison":
-        inputs["completions"] = [{"reasoning": "r", "answer": "a"}] * 3
-    frames, reply = stage.run(stage.create(kind, lm=lm), inputs, meta=True)
-    assert joined(frames) == reply["result"] == {before: "It is known.", "answer": "Paris, in France"}
-    assert len(frames) > 4 and reply["meta"]["lm_usage"]["openai/other"]["completion_tokens"] == 7
 
 
 def test_streams_at_once_keep_apart(stage: Stage) -> None:
@@ -407,16 +326,6 @@ def wait_until_still(taken: list[int]) -> int:
     return last
 
 
-def test_deadlines_hold_while_nobody_reads(stage: Stage) -> None:
-    taken, stop = [0], threading.Event()
-    stage.answer = lambda _request: endless(taken, stop)
-    id = stage.start(stage.create(), timeout_ms=700)
-    assert stage.server.closed_by_client.acquire(timeout=PATIENCE), "the peer keeps the LM waiting: its pipe is full"
-    frames, reply = stage.read(id)
-    assert frames and reply["error_type"] == "timeout"
-    stop.set()
-
-
 def test_a_deadline_in_mid_stream_closes_the_lms_request(stage: Stage) -> None:
     late = threading.Event()
 
@@ -439,29 +348,3 @@ def test_a_module_tells_status_messages_of_its_own(stage: Stage) -> None:
     frames, reply = stage.run(stage.create("host:Says"))
     assert reply["success"], reply
     assert frames == [{"status": "thinking"}, {"status": "in sync"}, {"field": "answer", "chunk": "Where?"}]
-
-
-def test_the_end_of_input_lets_a_stream_finish(stage: Stage) -> None:
-    with Peer(env=lm_env(stage.server)) as peer:
-        peer.call("create_program", {"id": "qa", "signature": "question -> answer"})
-        asked = {"program_id": "qa", "inputs": {"question": "q"}}
-        arrived = threading.Event()
-        go = threading.Event()
-
-        def answer(_request: Any) -> Iterator[str | bytes]:
-            yield "[[ ## answer ## ]]\nPa"
-            arrived.set()
-            assert go.wait(PATIENCE)
-            yield "ris\n[[ ## completed ## ]]"
-            yield event("m", {}, None)
-
-        stage.answer = answer
-        id = peer.request("execute_program", asked, stream=True)
-        assert arrived.wait(PATIENCE)
-        assert peer.receive()["stream"]["chunk"] == "Pa"
-        assert peer.process.stdin is not None
-        peer.process.stdin.close()
-        go.set()
-        assert peer.receive() == {"id": id, "stream": {"field": "answer", "chunk": "ris"}}
-        assert peer.receive()["result"] == {"answer": "Paris"}
-        assert peer.process.wait(PATIENCE) == 0

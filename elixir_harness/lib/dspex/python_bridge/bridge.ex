@@ -19,7 +19,7 @@ defmodule DSPex.PythonBridge.Bridge do
 
   alias DSPex.PythonBridge.{Client, Error, Options, Protocol}
   alias DSPex.PythonBridge.Bridge.Server
-  alias DSPex.PythonBridge.Client.{Caller, EventStream, StreamReducer}
+  alias DSPex.PythonBridge.Client.{Caller, StreamReducer}
   alias DSPex.PythonBridge.Telemetry.CallSpan
 
   # The time that a bridge may take to end, after its calls are finished.
@@ -337,7 +337,7 @@ defmodule DSPex.PythonBridge.Bridge do
   def stream(server, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
          {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
-      EventStream.new(
+      StreamReducer.stream(
         StreamReducer.to_bridge(server, :execute_program, args, options.timeout, options.opts)
       )
     else

@@ -28,9 +28,23 @@ defmodule DSPex.PythonBridge.Doctor do
   three minutes if everything hangs.
   """
 
-  alias DSPex.PythonBridge.{EnvironmentCheck, Monitor, Options, Python}
-  alias DSPex.PythonBridge.Doctor.{Folders, LM, Packages, Peer}
+  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Error, Monitor, Options, Python}
+  alias DSPex.PythonBridge.Doctor.LM
+  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Programs.Declared
   alias DSPex.PythonBridge.Python.{Interpreter, Probe}
+
+  # Those of pyproject.toml: the least version, and the first that is not tested.
+  @needed [{"dspy", "3.4.1", "4"}, {"psutil", "5.9", nil}]
+  @optimizers [{"numpy", "1.26", nil}, {"optuna", "3.4", nil}]
+  @ranges @needed ++ @optimizers
+  # What each optimizer imports that DSPy does not install.
+  @imports [{"mipro_v2", "optuna"}, {"simba", "numpy"}]
+  # A peer imports nothing heavy to start. A shorter :start_timeout is kept.
+  @start_ms 15_000
+  # The first import of DSPy, perhaps from a cold disk and without bytecode.
+  @program_ms 60_000
+  @todo "correct the option or variable that it names, or see what `python -m dspy_bridge --selftest` with that Python says"
 
   @typedoc """
   `status`: `:note` is not an error but worth knowing; `:skipped`: it depends on a check that failed. `advice`: what to
@@ -48,67 +62,53 @@ defmodule DSPex.PythonBridge.Doctor do
 
     * `:ask` – whether to ask the default LM; false by default
     * `:each` – a function that is called with each check when it is done
-    * `:hint` – the advice if no interpreter is configured
-    * `:decided` – what decided on the interpreter, if not the configuration
     * `:notes` – names of checks whose failure is a note, such as those of what only the machine has that will run this
   """
   @spec run(keyword()) :: [check()]
   def run(opts \\ []) do
     # A release's `eval` loads no application, and so no configuration.
     Application.load(:dspex)
-    {each, opts} = Keyword.pop(opts, :each, fn _check -> :ok end)
-    {hint, opts} = Keyword.pop(opts, :hint)
-    {decided, opts} = Keyword.pop(opts, :decided)
-    {notes, opts} = Keyword.pop(opts, :notes, [])
-    {ask?, opts} = Keyword.pop(opts, :ask, false)
-    done = {each, notes}
+    {own, opts} = Keyword.split(opts, [:ask, :each, :notes])
+    packages = packages()
+    options = & &1["configuration"]
 
-    first = [
-      {"configuration", [], fn _facts -> configuration(opts) end},
-      {"interpreter", ["configuration"], &interpreter(&1, hint, decided)},
-      {"version", ["interpreter"], &version/1}
-    ]
+    checks =
+      [
+        {"configuration", [], fn _facts -> configuration(opts) end},
+        {"interpreter", ["configuration"], &interpreter(options.(&1))},
+        {"version", ["interpreter"], &version(&1["interpreter"], packages, options.(&1))}
+      ] ++
+        for(name <- packages, do: {name, ["version"], &package(name, &1["version"])}) ++
+        [
+          {"optimizers", ["version"], &optimizers(&1["version"])},
+          {"script", ["configuration"], &script(options.(&1))},
+          {"package", ["version", "script"], &peer_package(&1, options.(&1))},
+          {"folders", ["configuration"], &folders(options.(&1))},
+          {"ping", ["package", "dspy"], &ping(opts, options.(&1))},
+          {"program", ["ping"], &program(&1["ping"])},
+          {"programs", ["program"], &programs(&1["ping"], options.(&1))},
+          {"lm", ["dspy"], &LM.check(&1["interpreter"], options.(&1))}
+        ] ++
+        if own[:ask], do: [{"ask", ["lm"], &LM.ask(&1["interpreter"], options.(&1))}], else: []
 
-    {checks, facts} = Enum.map_reduce(first, %{}, &check(&1, &2, done))
-    {more, facts} = facts |> packages() |> Enum.map_reduce(facts, &check(&1, &2, done))
-
-    last = [
-      {"optimizers", ["version"], &Packages.check_optimizers(&1["version"])},
-      {"script", ["configuration"], &script/1},
-      {"package", ["version", "script"], &package/1},
-      {"folders", ["configuration"], &Folders.check(&1["configuration"].options)},
-      {"ping", ["package", "dspy"], &Peer.ping(opts, &1["configuration"].options)},
-      {"program", ["ping"], &Peer.program(&1["ping"])},
-      {"programs", ["program"], &Peer.programs(&1["ping"], &1["configuration"].options)},
-      {"lm", ["dspy"], &LM.check(&1["interpreter"], &1["configuration"].options)}
-      | if(ask?,
-          do: [{"ask", ["lm"], &LM.ask(&1["interpreter"], &1["configuration"].options)}],
-          else: []
-        )
-    ]
-
-    {rest, facts} = Enum.map_reduce(last, facts, &check(&1, &2, done))
-    Peer.stop(facts["ping"])
-    checks ++ more ++ rest
+    {checks, facts} = Enum.map_reduce(checks, %{}, &check(&1, &2, own))
+    if bridge = facts["ping"], do: Bridge.stop(bridge)
+    checks
   end
 
   # A check returns its status, what it found, its advice, and a fact for later checks; nil: these are skipped.
-  defp check({name, needs, fun}, facts, {each, notes}) do
+  defp check({name, needs, fun}, facts, own) do
     {status, found, advice, fact} =
       case Enum.find(needs, &(facts[&1] == nil)) do
         nil -> fun.(facts)
         missing -> {:skipped, "needs #{missing}", nil, nil}
       end
 
-    status = if status == :failed and name in notes, do: :note, else: status
+    status = if status == :failed and name in (own[:notes] || []), do: :note, else: status
     check = %{name: name, status: status, found: found, advice: advice}
-    each.(check)
+    if each = own[:each], do: each.(check)
     {check, Map.put(facts, name, fact)}
   end
-
-  @doc "Whether no check has failed."
-  @spec ok?([check()]) :: boolean()
-  def ok?(checks), do: Enum.all?(checks, &(&1.status != :failed))
 
   @doc """
   Runs the checks, with the options of `run/1`, and passes each to `puts` as lines of text when it is done, and a
@@ -116,150 +116,239 @@ defmodule DSPex.PythonBridge.Doctor do
   """
   @spec print(keyword(), (String.t() -> term())) :: boolean()
   def print(opts \\ [], puts \\ &IO.puts/1) do
-    marks = marks()
-    checks = opts |> Keyword.put(:each, &puts.(lines(&1, marks))) |> run()
-    puts.(summary(checks))
-    ok?(checks)
+    checks = opts |> Keyword.put(:each, &puts.(lines(&1))) |> run()
+    failed = Enum.count(checks, &(&1.status == :failed))
+    puts.(if failed == 0, do: "All is well.", else: "Failed: #{failed} of #{length(checks)}.")
+    failed == 0
   end
 
-  @doc "The checks as one JSON object, `{\"ok\": …, \"checks\": [{\"name\", \"status\", \"found\", \"advice\"}, …]}`."
-  @spec to_json([check()]) :: String.t()
-  def to_json(checks), do: JSON.encode!(%{ok: ok?(checks), checks: checks})
+  @marks %{ok: "✓", failed: "✗", note: "–", skipped: "–"}
+  # For a terminal without Unicode.
+  @ascii %{ok: "+", failed: "x", note: "-", skipped: "-"}
 
-  defp marks do
-    if :io.getopts()[:encoding] == :unicode,
-      do: %{ok: "✓", failed: "✗", note: "–", skipped: "–"},
-      else: %{ok: "ok  ", failed: "FAIL", note: "-   ", skipped: "-   "}
-  end
-
-  defp lines(check, marks) do
+  defp lines(check) do
+    marks = if :io.getopts()[:encoding] == :unicode, do: @marks, else: @ascii
     found = if check.status == :skipped, do: "skipped: #{check.found}", else: check.found
-    mark = marks[check.status]
-    line = "#{mark} #{String.pad_trailing(check.name, 14)}#{found}"
-
-    if check.advice,
-      do:
-        line <> "\n" <> String.duplicate(" ", String.length(mark) + 15) <> "-> " <> check.advice,
-      else: line
+    line = "#{marks[check.status]} #{String.pad_trailing(check.name, 14)}#{found}"
+    advice = check.advice && "\n" <> String.duplicate(" ", 16) <> "-> " <> check.advice
+    "#{line}#{advice}"
   end
 
-  defp summary(checks) do
-    case Enum.count(checks, &(&1.status == :failed)) do
-      0 -> "All is well."
-      1 -> "1 check failed."
-      failed -> "#{failed} checks failed."
-    end
-  end
-
-  ## The checks without a module of their own
+  ## Configuration, interpreter, packages
 
   defp configuration(opts) do
-    results = [Python.Config.required_packages(), Python.Config.bridge(opts)]
+    options = Python.Config.bridge(opts)
     monitor = Python.Config.checked(Monitor.options(), :python_bridge_monitor)
-    others = [monitor, Python.Config.keys()]
-    problems = for {:error, text} <- results ++ others, do: text
+    all = [Python.Config.required_packages(), options, monitor, Python.Config.keys()]
+    fact = with {:ok, options} <- options, do: options, else: (_wrong -> nil)
 
-    # The other checks need those two only.
-    facts =
-      with [ok: required, ok: options] <- results,
-           do: %{required: required, options: options},
-           else: (_wrong -> nil)
+    autostart? = Application.get_env(:dspex, :autostart, true)
+    note = "; :dspex starts a Bridge (:autostart), one Python more if you have a Pool"
 
-    if problems == [],
-      do: {:ok, "its keys and types are right" <> autostart(), nil, facts},
-      else: {:failed, Enum.join(problems, "; "), "correct it in config/", facts}
+    case for {:error, text} <- all, do: text do
+      [] -> {:ok, "its keys and types are right#{if autostart?, do: note}", nil, fact}
+      problems -> {:failed, Enum.join(problems, "; "), "correct it in config/", fact}
+    end
   end
 
-  defp autostart do
-    if Application.get_env(:dspex, :autostart, true),
-      do: "; :dspex starts a Bridge (:autostart), one Python more if you have a Pool",
-      else: ""
-  end
-
-  defp interpreter(facts, hint, decided) do
-    case Interpreter.locate(facts["configuration"].options.python_executable) do
+  defp interpreter(options) do
+    case Interpreter.locate(options.python_executable) do
       {:ok, python, source} ->
-        advice = about(source, hint)
-        found = "#{python} (#{decided || Interpreter.describe(source)})"
-        {if(advice, do: :note, else: :ok), found, advice, python}
+        {:ok, "#{python} (#{Interpreter.describe(source)})", nil, python}
 
       {:error, text} ->
-        {:failed, text, hint || "name one that is there#{with_setup()}", nil}
+        path = if Interpreter.configured_venv(), do: " --path FOLDER", else: ""
+        advice = "name one that is there; `mix dspex.setup#{path}` makes a virtual environment"
+        {:failed, text, advice, nil}
     end
   end
 
-  # Without --path it uses the configured folder.
-  defp with_setup do
-    path = if Interpreter.configured_venv(), do: " --path FOLDER", else: ""
-    "; `mix dspex.setup#{path}` makes a virtual environment"
-  end
+  defp version(python, packages, options) do
+    names = packages ++ for({name, _least, _below} <- @optimizers, do: name)
 
-  defp about(:option, _hint), do: nil
-
-  # A relative path, which is found only from here.
-  defp about(:virtual_env, _hint) do
-    case Interpreter.relative(Interpreter.configured_venv()) do
-      "" -> nil
-      "; " <> text -> text
-    end
-  end
-
-  defp about(_by_chance, hint), do: hint
-
-  defp version(%{"configuration" => config, "interpreter" => python}) do
-    names = required(config) ++ Packages.optimizers()
-
-    case EnvironmentCheck.probe(python, names, config.options) do
-      {:ok, probe} ->
-        if text = Probe.too_old(probe),
-          do: {:failed, text, newer(), nil},
-          else: {:ok, probe.version, nil, probe}
-
+    with {:ok, probe} <- EnvironmentCheck.probe(python, names, options),
+         nil <- Probe.too_old(probe) do
+      {:ok, probe.version, nil, probe}
+    else
       {:error, text} ->
-        {:failed, text, "see whether #{python} runs by itself: #{python} --version", nil}
+        {:failed, text, "see whether #{python} --version works", nil}
+
+      text ->
+        {:failed, text, "`mix dspex.setup --path FOLDER --python PYTHON` takes another", nil}
     end
   end
 
-  defp newer,
-    do:
-      "use Python #{Probe.min_python()} or newer: `mix dspex.setup --path FOLDER --python PYTHON` makes a virtual " <>
-        "environment of one"
+  # The peer needs the first two, whatever the configuration requires; dspy-ai is the old name of dspy.
+  defp packages do
+    needed = for {name, _least, _below} <- @needed, do: name
 
-  defp packages(facts) do
-    for name <- required(facts["configuration"]),
-        do: {name, ["version"], &Packages.check(name, &1["version"])}
+    case Python.Config.required_packages() do
+      {:ok, required} -> needed ++ (required -- ["dspy-ai" | needed])
+      {:error, _text} -> needed
+    end
   end
 
-  # The peer needs these, whatever the configuration requires; dspy-ai is the old name of dspy.
-  defp required(nil), do: Packages.needed()
+  @doc false
+  @spec requirement(String.t()) :: String.t()
+  def requirement(package) do
+    case List.keyfind(@ranges, package, 0) do
+      nil -> package
+      {_name, least, nil} -> "#{package}>=#{least}"
+      {_name, least, below} -> "#{package}>=#{least},<#{below}"
+    end
+  end
 
-  defp required(%{required: required}),
-    do: Packages.needed() ++ (required -- ["dspy-ai" | Packages.needed()])
+  defp package(name, probe) do
+    version = EnvironmentCheck.version(name, probe)
+    # Nothing should be installed into the system's Python or a shared one.
+    there = if probe.venv?, do: ", or install '#{requirement(name)}' there", else: ""
+    advice = "`mix dspex.setup` makes an environment with what the peer needs" <> there
 
-  defp script(%{"configuration" => %{options: %Options{script_path: path}}}) do
+    cond do
+      version == nil -> {:failed, "not installed in #{probe.python}", advice, nil}
+      fits?(name, version) -> {:ok, version, nil, true}
+      true -> {:failed, "#{version}; tested is #{requirement(name)}", advice, nil}
+    end
+  end
+
+  # Programs run without what optimizers import.
+  defp optimizers(%{found: found}) do
+    case for {name, package} <- @imports, not fits?(package, found[package]), do: {name, package} do
+      [] ->
+        versions = for {name, _, _} <- @optimizers, do: "#{name} #{found[name]}"
+        {:ok, "all of them, with #{Enum.join(versions, ", ")}", nil, true}
+
+      lacking ->
+        needs = for {name, package} <- lacking, do: "#{name} (needs #{requirement(package)})"
+        text = "all but #{Enum.join(needs, " and ")}: `mix dspex.setup --with optimizers`"
+        {:note, text, nil, true}
+    end
+  end
+
+  defp fits?(_package, nil), do: false
+
+  defp fits?(package, version) do
+    {_name, least, below} = List.keyfind(@ranges, package, 0, {package, "0", nil})
+    numbers(version) >= numbers(least) and (below == nil or numbers(version) < numbers(below))
+  end
+
+  # Only the numbers count: a release candidate of 4 is already too new.
+  defp numbers(version) do
+    [release] = Regex.run(~r/\A[\d.]*/, version)
+    for number <- String.split(release, ".", trim: true), do: String.to_integer(number)
+  end
+
+  ## The peer's script, package and folders
+
+  defp script(%Options{script_path: path}) do
     case EnvironmentCheck.script(path) do
       {:ok, source} ->
         {:ok, path, nil, source}
 
       {:error, text} ->
-        {:failed, text <> relative_script(),
-         "leave :script_path out to use that of the package, or make it readable for this user",
-         nil}
+        {:failed, text, "leave :script_path out to use that of the package", nil}
     end
   end
 
-  defp relative_script do
-    case Keyword.get(Application.get_env(:dspex, :python_bridge, []), :script_path) do
-      nil -> ""
-      path -> Interpreter.relative(path)
-    end
-  end
-
-  defp package(%{"configuration" => config, "version" => probe, "script" => source}) do
-    case EnvironmentCheck.bridge_package(probe, source, config.options.script_path) do
+  defp peer_package(%{"version" => probe, "script" => source}, options) do
+    case EnvironmentCheck.bridge_package(probe, source, options.script_path) do
       {:ok, true} -> {:ok, "it comes with the script", nil, true}
       {:ok, folder} -> {:ok, "dspy_bridge in #{folder}", nil, folder}
       {:error, text} -> {:failed, text, "`mix dspex.setup` installs it", nil}
+    end
+  end
+
+  defp folders(options) do
+    set =
+      for name <- ~w(STATE_DIR FILES_DIR DISK_CACHE),
+          variable = "DSPY_BRIDGE_" <> name,
+          folder = String.trim(options.env.()[variable] || System.get_env(variable, "")),
+          folder != "",
+          do: {variable, folder}
+
+    case for {name, folder} <- set,
+             why = unusable(name, Path.expand(folder)),
+             do: "#{name}: #{why}" do
+      [] when set == [] -> {:ok, "none are set", nil, true}
+      [] -> {:ok, Enum.map_join(set, ", ", fn {name, path} -> "#{name} #{path}" end), nil, true}
+      errors -> {:failed, Enum.join(errors, "; "), "make it, or correct :env", nil}
+    end
+  end
+
+  defp unusable(name, path) do
+    cache? = name == "DSPY_BRIDGE_DISK_CACHE"
+
+    case File.stat(path) do
+      # It is made when it is needed.
+      {:error, :enoent} when cache? -> nil
+      {:ok, %{type: :directory, access: :read_write}} -> nil
+      {:ok, %{type: :directory, access: :read}} when not cache? -> nil
+      _other -> "this user cannot use a folder #{path}"
+    end
+  end
+
+  ## A peer with the application's settings, in a bridge of its own
+
+  defp ping(opts, options) do
+    start_ms = min(@start_ms, options.start_timeout)
+    # Without a name, and without a second attempt. Programs have a check of their own.
+    opts = Keyword.merge(opts, name: nil, max_retries: 0, start_timeout: start_ms, programs: [])
+    started = Deadline.now()
+    {:ok, bridge} = Bridge.start_link(opts)
+
+    # The bridge's start_timeout ends it sooner, with a better text.
+    case Bridge.call(bridge, :ping, %{}, 2 * start_ms) do
+      {:ok, _pong} ->
+        {:ok, "answered #{Deadline.now() - started} ms after its start", nil, bridge}
+
+      {:error, reason} ->
+        Bridge.stop(bridge)
+        {:failed, "#{reason}", @todo, nil}
+    end
+  end
+
+  defp program(bridge) do
+    # The program brings its LM, so the peer is tried with the application's own LM settings.
+    create = %{id: "doctor", signature: "question -> answer", lm: %{model: "offline/echo"}}
+    execute = %{program_id: "doctor", inputs: %{question: "How are you?"}}
+    started = Deadline.now()
+
+    with {:ok, _created} <- Bridge.call(bridge, :create_program, create, @program_ms),
+         {:ok, %{"answer" => _text}} <-
+           Bridge.call(bridge, :execute_program, execute, @program_ms) do
+      ms = Deadline.now() - started
+      {:ok, "offline/echo answered; with the import of DSPy it took #{ms} ms", nil, true}
+    else
+      {:error, reason} ->
+        {:failed, "#{reason}", @todo, nil}
+    end
+  end
+
+  defp programs(bridge, options) do
+    declared = options.programs.()
+
+    case for {id, args} <- declared,
+             text = refused(bridge, args),
+             do: "#{Declared.shown(id)}: #{text}" do
+      [] when declared == [] ->
+        text =
+          "none are configured; those that your code gives to a Bridge or Pool are not known here"
+
+        {:ok, text, nil, true}
+
+      [] ->
+        {:ok, "#{length(declared)} declared, and created", nil, true}
+
+      texts ->
+        advice = "correct it in :programs; its runs fail until then"
+        {:failed, Enum.join(texts, "; "), advice, nil}
+    end
+  end
+
+  defp refused(bridge, args) do
+    case Bridge.request(bridge, :create_program, args, timeout: @program_ms) do
+      {:ok, _created, _meta} -> nil
+      {:error, %Error{message: text}} -> text
     end
   end
 end

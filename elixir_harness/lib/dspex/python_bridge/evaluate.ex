@@ -17,7 +17,7 @@ defmodule DSPex.PythonBridge.Evaluate do
   """
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Program, Programs}
-  alias DSPex.PythonBridge.Evaluate.{Examples, Options, Requests, Result, Tally}
+  alias DSPex.PythonBridge.Evaluate.{Options, Requests, Result}
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
   @typedoc """
@@ -92,41 +92,23 @@ defmodule DSPex.PythonBridge.Evaluate do
         ]) :: {:ok, Result.t()} | {:error, Error.t()}
   def run(server, program, examples, opts) do
     with {:ok, id, spec} <- program(program),
-         {:ok, options} <- Options.new(opts, if(spec, do: spec.functions, else: %{})),
-         {:ok, stream} <- stream(examples) do
-      total = if is_list(examples), do: length(examples)
+         {:ok, options} <- Options.new(opts, spec) do
+      total = if is_list(examples) and not List.improper?(examples), do: length(examples)
       about = %{program_id: id, telemetry_metadata: opts[:telemetry_metadata] || %{}}
+      started = System.monotonic_time(:millisecond)
 
-      RunSpan.run(:evaluate, server, about, Tally.figures(%Tally{}, total), fn span ->
-        measure(
-          server,
-          {id, spec},
-          stream,
-          options,
-          &RunSpan.progress(span, Tally.figures(&1, total))
-        )
+      RunSpan.run(:evaluate, server, about, Result.figures(Result.tally(), total), fn span ->
+        progress = &RunSpan.progress(span, Result.figures(&1, total))
+
+        with {:ok, tally} <- Requests.run(server, {id, spec}, examples, options, progress),
+             do: {:ok, Result.new(tally, System.monotonic_time(:millisecond) - started)}
       end)
     end
   end
 
-  defp measure(server, program, examples, options, progress) do
-    started = System.monotonic_time(:millisecond)
-
-    with {:ok, items, usage} <- Requests.run(server, program, examples, options, progress) do
-      duration_ms = System.monotonic_time(:millisecond) - started
-      {:ok, Result.new(items, usage, duration_ms)}
-    end
-  end
-
-  defp stream(examples) do
-    with {:error, text} <- Examples.stream(examples),
-         do: {:error, Error.new(:invalid_request, "examples: #{text}")}
-  end
-
-  # The id, and the program of a module, which has functions for its tools.
   defp program(id) when is_binary(id), do: {:ok, id, nil}
 
-  defp program(module) when is_atom(module) and module not in [nil, true, false] do
+  defp program(module) when is_atom(module) do
     case Programs.Declared.one(module) do
       {:ok, {id, _definition}} -> {:ok, id, Program.Tools.spec(module)}
       {:error, text} -> refused(": #{inspect(module)}: #{text}")

@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Pool do
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Client.{EventStream, StreamReducer}
+  alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.Parallel
   alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle}
   alias DSPex.PythonBridge.Telemetry.CallSpan
@@ -220,7 +220,7 @@ defmodule DSPex.PythonBridge.Pool do
   def stream(pool, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
          {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
-      EventStream.new(
+      StreamReducer.stream(
         Caller.streamed(pool, :execute_program, args, options.timeout, options.opts)
       )
     else

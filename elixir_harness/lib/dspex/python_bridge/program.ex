@@ -34,7 +34,8 @@ defmodule DSPex.PythonBridge.Program do
     * `:tools` – a keyword list of `:description`, `:args`, which are written as fields are, and `:function`, which is a
       function of a module or `{function, options}`: `[stock: [args: [sku: :string], function: &MyApp.Stock.find/1]]`.
       It is called as one of a run's `:tools`, which take the place of those with the same names. An argument may also have
-      a `:default`, or `optional: true`: `most: {:integer, default: 10}`. docs/guide/agents.md says what is called then
+      a `:default`, or `optional: true`: `most: {:integer, default: 10}`. docs/guide/agents.md says what is called then.
+      In place of `:args` a tool may have `:parameters`, a JSON Schema: `%{type: "object", properties: %{…}}`
     * `:lm`, `:adapter`, `:config`, `:options`, `:demos`, `:state`, `:state_path` – as in docs/protocol.md; keyword lists
       may take the place of maps
 
@@ -106,70 +107,65 @@ defmodule DSPex.PythonBridge.Program do
   alias DSPex.PythonBridge.{Bridge, Error}
 
   @type inputs :: map() | keyword()
+  @typedoc "One run's inputs, or a batch."
+  @type given :: inputs() | [inputs()]
   @type option ::
           Bridge.request_option()
           | {:server, Bridge.server()}
           | {:meta, boolean()}
           | {:lm, String.t() | map() | keyword()}
           | {:config, map() | keyword()}
+  @type results(struct) :: struct | [{:ok, struct} | {:error, Error.t()}]
   @typedoc "What `run` returns: with `meta: true` there is `meta`; of a list of inputs there is a list of results."
   @type result(struct) ::
-          {:ok, struct | [{:ok, struct} | {:error, Error.t()}]}
-          | {:ok, struct | [{:ok, struct} | {:error, Error.t()}], meta :: map()}
-          | {:error, Error.t()}
+          {:ok, results(struct)} | {:ok, results(struct), meta :: map()} | {:error, Error.t()}
   @type stream_element(struct) ::
           {:chunk, field :: atom() | String.t(), text :: String.t()}
           | {:status, String.t()}
           | {:item, non_neg_integer(), {:ok, struct} | {:error, Error.t()}}
-          | {:ok, struct | [{:ok, struct} | {:error, Error.t()}], meta :: map()}
+          | {:ok, results(struct), meta :: map()}
           | {:error, Error.t()}
 
   @doc "The arguments of `create_program`: a map with a JSON form."
   @callback definition() :: map()
   @doc "Runs the program."
-  @callback run(inputs() | [inputs()], [option()]) :: result(struct())
+  @callback run(given(), [option()]) :: result(struct())
   @doc "Runs the program as a lazy stream."
-  @callback stream(inputs() | [inputs()], [option()]) :: Enumerable.t(stream_element(struct()))
+  @callback stream(given(), [option()]) :: Enumerable.t(stream_element(struct()))
 
   @doc false
   defmacro __using__(opts) do
     quote bind_quoted: [opts: opts] do
-      @behaviour DSPex.PythonBridge.Program
-      @dspex_program DSPex.PythonBridge.Program.Spec.new!(opts, __ENV__)
+      alias DSPex.PythonBridge.Program
+      alias DSPex.PythonBridge.Program.{Runner, Spec}
 
-      defstruct DSPex.PythonBridge.Program.Spec.keys(@dspex_program)
+      @behaviour Program
+      @dspex_program Spec.new!(opts, __ENV__)
 
-      dspex_types = DSPex.PythonBridge.Program.Typespec.of(@dspex_program)
+      defstruct Enum.map(@dspex_program.fields, & &1.key)
+
       @typedoc "The outputs of the program."
-      @type t :: %__MODULE__{unquote_splicing(dspex_types)}
+      @type t :: %__MODULE__{}
 
       @doc "The arguments of `create_program`."
-      @impl DSPex.PythonBridge.Program
+      @impl Program
       @spec definition() :: map()
       def definition, do: @dspex_program.definition
       defoverridable definition: 0
 
       @doc "Runs the program: see `DSPex.PythonBridge.Program`."
-      @impl DSPex.PythonBridge.Program
-      @spec run(
-              DSPex.PythonBridge.Program.inputs() | [DSPex.PythonBridge.Program.inputs()],
-              [DSPex.PythonBridge.Program.option()]
-            ) :: DSPex.PythonBridge.Program.result(t())
-      def run(inputs, opts \\ []),
-        do: DSPex.PythonBridge.Program.Runner.run(@dspex_program, inputs, opts)
+      @impl Program
+      @spec run(Program.given(), [Program.option()]) :: Program.result(t())
+      def run(inputs, opts \\ []), do: Runner.run(@dspex_program, inputs, opts)
 
       @doc "Runs the program as a stream: see `DSPex.PythonBridge.Program`."
-      @impl DSPex.PythonBridge.Program
-      @spec stream(
-              DSPex.PythonBridge.Program.inputs() | [DSPex.PythonBridge.Program.inputs()],
-              [DSPex.PythonBridge.Program.option()]
-            ) :: Enumerable.t(DSPex.PythonBridge.Program.stream_element(t()))
-      def stream(inputs, opts \\ []),
-        do: DSPex.PythonBridge.Program.Runner.stream(@dspex_program, inputs, opts)
+      @impl Program
+      @spec stream(Program.given(), [Program.option()]) ::
+              Enumerable.t(Program.stream_element(t()))
+      def stream(inputs, opts \\ []), do: Runner.stream(@dspex_program, inputs, opts)
 
       @doc false
-      @spec __dspex__(:fields) :: keyword()
-      @spec __dspex__(:spec) :: DSPex.PythonBridge.Program.Spec.t()
+      @spec __dspex__(:fields | :spec) :: keyword() | Spec.t()
       def __dspex__(:fields), do: @dspex_program.declared
       def __dspex__(:spec), do: @dspex_program
     end

@@ -280,7 +280,7 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec repeatable?(binary()) :: boolean()
   def repeatable?(frame),
-    do: frame =~ ~r/\A\{"id": ?\d+, ?"stream": ?\{"(status|index)":/
+    do: frame =~ ~r/\A\{"id": ?\d+, ?"stream": ?\{"(status|index|progress|candidate)":/
 
   @doc "The chunk that a caller gets between those of two peers."
   @spec restarted_chunk() :: binary()

@@ -35,7 +35,8 @@ defmodule DSPex.PythonBridge.Stub do
   test has answered. An answer is a function of the inputs, a map with string keys as it comes from the wire. It runs in a
   process of its own, which is killed when the caller gives up, and returns
 
-    * `{:ok, outputs}`, a map, or a struct of the program's module; `{:ok, outputs, meta}`, with what `meta` has in addition to that of a run without LM calls
+    * `{:ok, outputs}`, a map, or a struct of the program's module; `{:ok, outputs, meta}`, with what `meta` has in addition to
+      that of a run without LM calls (for a list of inputs, `meta` is not used)
     * `{:error, %DSPex.PythonBridge.Error{}}`; `{:error, text}`, which is one of type `:internal`; or `{:error, type}` with
       `:timeout`, `:overloaded` or `:python_process_died`
 
@@ -71,6 +72,7 @@ defmodule DSPex.PythonBridge.Stub do
   @compile {:no_warn_undefined, ExUnit.Callbacks}
 
   @no_drain %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
+  @no_name "python stub: :name: expected that of your Bridge or Pool"
 
   @typedoc "The name of a stub, or its pid."
   @type stub :: atom() | pid()
@@ -95,63 +97,49 @@ defmodule DSPex.PythonBridge.Stub do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts) do
-    with {:ok, _checked} <- Table.check(opts, table(), "python stub"),
-         :ok <- named(opts),
-         {name, own} = {opts[:name], Keyword.take(opts, [:name, :programs, :default_timeout])},
+    answers = {:test, &is_function(&1, 2), "a function of a program's id and its inputs"}
+    # These two are checked with those of a pool.
+    options = [name: :atom, answers: answers, programs: :any, default_timeout: :any]
+
+    with {:ok, opts} <- Table.check(opts, options, "python stub"),
+         name when name != nil <- opts[:name],
+         own = Keyword.take(opts, [:name, :programs, :default_timeout]),
          # A call that a test has left under way does not delay the end of the stub.
          peer = [transport: fn -> Peer.start_link(name, opts[:answers]) end, env: @no_drain],
-         {:ok, settings} <- Pool.Options.new([pool_size: 1] ++ own ++ peer, nil),
-         do: Pool.Supervisor.start_link(%{settings | stub?: true})
+         {:ok, settings} <- Pool.Options.new([pool_size: 1] ++ own ++ peer, nil) do
+      Pool.Supervisor.start_link(%{settings | stub?: true})
+    else
+      nil -> {:error, ArgumentError.exception(@no_name)}
+      {:error, error} -> {:error, error}
+    end
   end
 
   @doc "The child specification of `{Stub, opts}`; the id is the stub's name."
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
-    id = if(Keyword.keyword?(opts), do: opts[:name]) || __MODULE__
-    %{id: id, start: {__MODULE__, :start_link, [opts]}, type: :supervisor}
+    %{id: opts[:name], start: {__MODULE__, :start_link, [opts]}, type: :supervisor}
   end
-
-  # Programs and timeout are checked with those of a pool.
-  defp table do
-    answers =
-      {:test, &(&1 == nil or is_function(&1, 2)), "a function of a program's id and its inputs"}
-
-    [name: :atom, answers: answers, programs: :any, default_timeout: :any]
-  end
-
-  defp named(opts) do
-    if opts[:name], do: :ok, else: wrong(":name: expected that of your Bridge or Pool")
-  end
-
-  defp wrong(text), do: {:error, ArgumentError.exception("python stub: #{text}")}
 
   ## Answers
 
-  @doc "As `expect/4`, for one run."
-  @spec expect(stub(), program(), (map() -> answer())) :: stub()
-  def expect(stub, program, answer), do: expect(stub, program, 1, answer)
-
   @doc """
-  Answers the next `n` runs of a program, after those that are expected already, with this function of their inputs.
-  Returns the stub.
+  Answers the next run of a program, or the next `n`, after those that are expected already, with this function of their
+  inputs. Returns the stub.
   """
   @spec expect(stub(), program(), pos_integer(), (map() -> answer())) :: stub()
-  def expect(stub, program, n, answer) do
-    if not (is_integer(n) and n > 0),
-      do: raise(ArgumentError, "n: expected a number of runs from 1, got #{inspect(n)}")
-
-    add(stub, program, answer, n)
-  end
+  def expect(stub, program, n \\ 1, answer)
+      when is_integer(n) and n > 0 and is_function(answer, 1),
+      do: add(stub, program, answer, n)
 
   @doc """
   Answers all runs of a program that are not expected, with this function of their inputs; a second one takes its place.
   Returns the stub.
   """
   @spec stub(stub(), program(), (map() -> answer())) :: stub()
-  def stub(stub, program, answer), do: add(stub, program, answer, :always)
+  def stub(stub, program, answer) when is_function(answer, 1),
+    do: add(stub, program, answer, :always)
 
   defp add(stub, program, answer, times) do
-    check!(answer)
     :ok = Expectations.add(find!(stub), id!(program), answer, times)
     stub
   end
@@ -159,7 +147,7 @@ defmodule DSPex.PythonBridge.Stub do
   @doc """
   Lets a process use the answers of another, `owner`, until one of them ends. Returns the stub.
 
-  Raises an `ArgumentError` if it uses those of a third one, or has answers of its own.
+  Raises an `ArgumentError` if it uses those of a third one.
   """
   @spec allow(stub(), owner :: pid(), pid() | atom()) :: stub()
   def allow(stub, owner, process) when is_pid(owner) do
@@ -198,14 +186,6 @@ defmodule DSPex.PythonBridge.Stub do
     end)
   end
 
-  defp check!(answer) when is_function(answer, 1), do: :ok
-
-  defp check!(other) do
-    raise ArgumentError,
-          "the answer: expected a function of the inputs, such as fn %{\"ticket\" => _} -> " <>
-            "{:ok, outputs} end, got #{inspect(other, limit: 10)}"
-  end
-
   defp find!(stub) do
     case Pool.Handle.fetch(stub) do
       %{name: name, settings: %{stub?: true}} ->
@@ -218,17 +198,16 @@ defmodule DSPex.PythonBridge.Stub do
   end
 
   defp id!(program) do
+    module? =
+      is_atom(program) and Code.ensure_loaded?(program) and
+        function_exported?(program, :definition, 0)
+
     id =
-      if module?(program),
+      if module?,
         do: Change.program_id(:create_program, program.definition()),
         else: Payload.string(program)
 
     id || raise ArgumentError, "expected a program's id or module, got #{inspect(program)}"
-  end
-
-  defp module?(program) do
-    is_atom(program) and Code.ensure_loaded?(program) and
-      function_exported?(program, :definition, 0)
   end
 
   ## In an answer's function

@@ -6,7 +6,11 @@ defmodule DSPex.PythonBridge.Telemetry do
   outcomes and token counts, never contents of requests or replies.
   """
 
-  alias DSPex.PythonBridge.Telemetry.{DefaultLogger, Emitter, Metadata, Metrics}
+  # Your application has it, or does not.
+  @compile {:no_warn_undefined, :telemetry}
+
+  alias DSPex.PythonBridge.Options.Table
+  alias DSPex.PythonBridge.Telemetry.{DefaultLogger, Metadata, Metrics}
 
   ## For applications
 
@@ -37,11 +41,37 @@ defmodule DSPex.PythonBridge.Telemetry do
   application does not have `:telemetry`.
   """
   @spec attach_default_logger(Logger.level() | keyword()) :: :ok | {:error, :already_exists}
-  def attach_default_logger(opts \\ []), do: DefaultLogger.attach(opts)
+  def attach_default_logger(opts \\ [])
+  def attach_default_logger(level) when is_atom(level), do: attach_default_logger(level: level)
+
+  def attach_default_logger(opts) do
+    level = {:test, &(&1 in Logger.levels()), "a level of Logger, such as :info"}
+    ms? = &(&1 == :infinity or (is_integer(&1) and &1 >= 0))
+    ms = {:test, ms?, "a number of ms, or :infinity"}
+    table = [level: {level, :warning}, min_duration: {ms, 10_000}]
+
+    case {Table.check(opts, table, "attach_default_logger"), look()} do
+      {{:ok, opts}, true} ->
+        :telemetry.attach_many(
+          DefaultLogger,
+          DefaultLogger.events(),
+          &DefaultLogger.handle/4,
+          Map.new(opts)
+        )
+
+      {{:ok, _opts}, false} ->
+        raise "DSPex.PythonBridge.Telemetry.attach_default_logger/1 needs :telemetry: " <>
+                "add {:telemetry, \"~> 1.0\"} to the dependencies of your application"
+
+      {{:error, error}, _there?} ->
+        raise error
+    end
+  end
 
   @doc "Stops what `attach_default_logger/1` has started."
   @spec detach_default_logger() :: :ok | {:error, :not_found}
-  defdelegate detach_default_logger(), to: DefaultLogger, as: :detach
+  def detach_default_logger,
+    do: if(there?(), do: :telemetry.detach(DefaultLogger), else: {:error, :not_found})
 
   ## Whether there is :telemetry
 
@@ -50,32 +80,51 @@ defmodule DSPex.PythonBridge.Telemetry do
   For the start of the application.
   """
   @spec look() :: boolean()
-  defdelegate look(), to: Emitter
+  def look do
+    there? = Code.ensure_loaded?(:telemetry) and function_exported?(:telemetry, :execute, 3)
+    :persistent_term.put(__MODULE__, there?)
+    there?
+  end
 
   # The same for the start of a bridge, if the application was not started.
   @doc false
   @spec look_once() :: boolean()
-  defdelegate look_once(), to: Emitter
+  def look_once, do: with(nil <- :persistent_term.get(__MODULE__, nil), do: look())
+
+  @doc false
+  @spec there?() :: boolean()
+  def there?, do: :persistent_term.get(__MODULE__, false)
 
   ## Events, for the other modules
 
-  # Emits an event, if there is `:telemetry`; it never raises.
+  # Emits an event, if there is `:telemetry`. Handlers that raise are handled by :telemetry; this one does not raise if that was
+  # stopped, or removed.
   @doc false
   @spec execute([atom()], map(), map()) :: :ok
-  defdelegate execute(event, measurements, metadata), to: Emitter
+  def execute(event, measurements, metadata) do
+    if there?(), do: :telemetry.execute([:dspex | event], measurements, metadata)
+    :ok
+  catch
+    _kind, _reason -> :ok
+  end
+
+  # The events, without their prefix, that have handlers. It is a look at all handlers: 1 µs, and 12 µs if there are 500.
+  @doc false
+  @spec attached() :: [[atom()]]
+  def attached do
+    for %{event_name: [:dspex | event]} <- :telemetry.list_handlers([:dspex]), do: event
+  catch
+    _kind, _reason -> []
+  end
 
   # Emits the event of a checkout that was asked for at `started`, in native time.
   @doc false
   @spec checkout(term(), {:ok, atom()} | {:error, atom()}, integer()) :: :ok
   def checkout(pool, result, started) do
-    if Emitter.there?() do
-      {bridge, result} =
-        with {:ok, bridge} <- result, do: {bridge, :ok}, else: ({:error, reason} -> {nil, reason})
+    {bridge, result} =
+      with {:ok, bridge} <- result, do: {bridge, :ok}, else: ({:error, reason} -> {nil, reason})
 
-      metadata = %{pool: Metadata.name(pool), bridge: bridge, result: result}
-      Emitter.emit([:pool, :checkout], %{duration: System.monotonic_time() - started}, metadata)
-    else
-      :ok
-    end
+    metadata = %{pool: Metadata.name(pool), bridge: bridge, result: result}
+    execute([:pool, :checkout], %{duration: System.monotonic_time() - started}, metadata)
   end
 end

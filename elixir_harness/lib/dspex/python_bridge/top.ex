@@ -7,124 +7,64 @@ defmodule DSPex.PythonBridge.Top do
 
       $ bin/my_app rpc "DSPex.PythonBridge.Top.print()"
 
-  All peers are asked for their `get_stats` at once, with a short timeout: if a peer does not answer, the values
-  that only it has are nil.
-
-  These calls emit no telemetry events and are not among the counted calls.
+  All peers are asked for their `get_stats` at once, with a short timeout. These calls emit no telemetry events and are not
+  among the counted calls.
   """
 
-  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.{Bridge, Evaluate}
+  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.Top.{Finder, Table}
+  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.Programs.Declared
+  alias DSPex.PythonBridge.Telemetry.RunSpan
 
   # A peer answers in a millisecond, after a big frame in about ten.
   @stats_ms 500
+  # Left out of the library's own names: a line should fit into 110 columns.
+  @prefix "DSPex.PythonBridge."
 
   @typedoc """
-  One bridge and its peer. What is not known is nil: while a peer starts, or if it does not answer.
+  A bridge and its peer. Keys whose values are not known are missing: while a peer starts, or if it does not answer.
 
-    * `bridge` – its name, or its pid where it has none, as `inspect/1` writes them
+    * `bridge` – its name, or its pid where it has none, as `inspect/1` writes them; `server` – the same as a term
     * `pool`, `number` – of a member of a pool: the pool's name, and its place there; else nil
-    * `state`, `os_pid`, `pending`, `restarts`, `uptime_ms` – see
-      `DSPex.PythonBridge.Bridge.get_status/1`; `state` is nil where the bridge does not answer
-    * `in_flight`, `queued` – `execute_program` calls that run, and that wait for a slot, in the peer
-    * `lm_waiting` – LM calls in the peer that wait for the limits of their account
-    * `p50_ms`, `p99_ms` – of the last 1000 `execute_program` calls; nil before the first
-    * `rss_bytes` – the peer's memory
-    * `executes`, `errors`, `calls` – since the peer's start: `execute_program` calls, those of them that failed, and the
-      calls of all commands but `get_stats`
-    * `stats_at_ms` – when the peer counted them, in ms since its start, by its own clock
-    * `calls_per_s` – see `with_rates/2`
+    * `state`, `os_pid`, `pending`, `restarts`, `uptime_ms` – see `DSPex.PythonBridge.Bridge.get_status/1`
+    * `in_flight`, `queued`, `lm_waiting`, `p50_ms`, `p99_ms`, `errors`, `rss_bytes` – of the peer, see `mix help dspex.top`
+    * `calls` – of all commands but `get_stats`, since the peer's start, which was `stats_at_ms` before
   """
-  @type peer :: %{
-          bridge: String.t(),
-          pool: String.t() | nil,
-          number: pos_integer() | nil,
-          state: :starting | :running | :restarting | :failed | nil,
-          os_pid: pos_integer() | nil,
-          pending: non_neg_integer() | nil,
-          restarts: non_neg_integer() | nil,
-          uptime_ms: non_neg_integer() | nil,
-          in_flight: non_neg_integer() | nil,
-          queued: non_neg_integer() | nil,
-          lm_waiting: non_neg_integer() | nil,
-          p50_ms: number() | nil,
-          p99_ms: number() | nil,
-          rss_bytes: non_neg_integer() | nil,
-          executes: non_neg_integer() | nil,
-          errors: non_neg_integer() | nil,
-          calls: non_neg_integer() | nil,
-          stats_at_ms: non_neg_integer() | nil,
-          calls_per_s: float() | nil
-        }
+  @type peer :: %{required(:bridge) => String.t(), optional(atom()) => term()}
   @typedoc """
-  An evaluation or an optimization that a process of this node has begun and that is under way. What is not known is nil.
-
-    * `kind`
-    * `program` – its id
-    * `server` – the name of the bridge or pool, or its pid where it has none, as `inspect/1` writes them
-    * `caller` – the process, as `inspect/1` writes it
-    * `done`, `total` – of an evaluation examples, of an optimization as it counts its steps
-    * `score` – so far; of an optimization the best
-    * `failed` – how many runs of the program
-    * `lm_calls`, `elapsed_ms`
+  The `peers` are in the order of their names, the `runs` (evaluations and optimizations that processes of this node have
+  begun) in that of their starts. `time` is in ISO 8601, UTC.
   """
-  @type run :: %{
-          kind: :evaluate | :optimize,
-          program: String.t() | nil,
-          server: String.t(),
-          caller: String.t(),
-          done: non_neg_integer() | nil,
-          total: non_neg_integer() | nil,
-          score: float() | nil,
-          failed: non_neg_integer() | nil,
-          lm_calls: non_neg_integer() | nil,
-          elapsed_ms: non_neg_integer()
-        }
-  @typedoc """
-  `time` is in ISO 8601, UTC; the peers are in the order of their names, the runs in that of their starts.
-  """
-  @type snapshot :: %{node: node(), time: String.t(), peers: [peer()], runs: [run()]}
-
-  @status [:state, :os_pid, :pending, :restarts, :uptime_ms]
-  @figures [:in_flight, :queued, :lm_waiting, :p50_ms, :p99_ms, :rss_bytes, :executes] ++
-             [:errors, :calls, :stats_at_ms, :calls_per_s]
-  @unknown Map.new(@status ++ @figures, &{&1, nil})
+  @type snapshot :: %{node: node(), time: String.t(), peers: [peer()], runs: [map()]}
 
   @doc """
-  The bridges of this node now, without `calls_per_s`, and the evaluations and optimizations that its processes make.
-
-  Options: `:timeout`, the time that a peer has to answer, in ms (default 500). It takes twice that at most, and only
-  if the process of a bridge does not answer.
+  The bridges and runs of this node now. Options: `:timeout`, the time that a peer has to answer, in ms (default 500).
   """
   @spec snapshot([{:timeout, pos_integer()}]) :: snapshot()
   def snapshot(opts \\ []) do
     timeout = Keyword.get(opts, :timeout, @stats_ms)
-    found = Finder.bridges()
+    found = bridges()
     time = DateTime.utc_now() |> DateTime.truncate(:second) |> DateTime.to_iso8601()
-    %{node: node(), time: time, peers: ask_all(found, timeout), runs: Finder.runs()}
+
+    peers =
+      found
+      |> Task.async_stream(&ask(&1, timeout),
+        max_concurrency: max(length(found), 1),
+        timeout: 2 * timeout,
+        on_timeout: :kill_task,
+        zip_input_on_exit: true
+      )
+      |> Enum.map(fn
+        {:ok, peer} -> peer
+        # The bridge's process is suspended.
+        {:exit, {bridge, _reason}} -> bridge
+      end)
+
+    %{node: node(), time: time, peers: peers, runs: RunSpan.list()}
   end
-
-  @doc """
-  Adds the calls of each peer per second since an earlier snapshot of the same node; nil if the peer was replaced
-  since, or either snapshot has no counts.
-  """
-  @spec with_rates(snapshot(), snapshot()) :: snapshot()
-  def with_rates(%{peers: peers} = snapshot, %{peers: earlier}) do
-    earlier = Map.new(earlier, &{{&1.bridge, &1.os_pid}, &1})
-
-    rate = fn peer ->
-      %{peer | calls_per_s: rate(peer, Map.get(earlier, {peer.bridge, peer.os_pid}))}
-    end
-
-    %{snapshot | peers: Enum.map(peers, rate)}
-  end
-
-  defp rate(%{calls: calls, stats_at_ms: at}, %{calls: calls_then, stats_at_ms: then})
-       when is_integer(calls) and is_integer(calls_then) and at > then,
-       do: Float.round((calls - calls_then) * 1_000 / (at - then), 2)
-
-  defp rate(_peer, _unknown), do: nil
 
   @doc """
   Prints the tables of this node, and takes a second for the calls per second. `mix help dspex.top`
@@ -134,68 +74,147 @@ defmodule DSPex.PythonBridge.Top do
   def print do
     earlier = snapshot()
     Process.sleep(1_000)
-    IO.write(Table.render(with_rates(snapshot(), earlier)))
+    IO.write(table(snapshot(), earlier))
   end
 
-  ## One peer
+  ## The bridges: those of pools, of supervisors, and others
 
-  defp ask_all(found, timeout) do
-    found
-    |> Task.async_stream(&ask(&1, timeout),
-      max_concurrency: max(length(found), 1),
-      timeout: 2 * timeout,
-      on_timeout: :kill_task,
-      zip_input_on_exit: true
-    )
-    |> Enum.map(fn
-      {:ok, peer} -> peer
-      # The bridge's process is suspended.
-      {:exit, {bridge, _reason}} -> unknown(bridge)
-    end)
+  defp bridges do
+    # Each pool is in the list by its pid and by its name.
+    members =
+      for {pid, _handle} when is_pid(pid) <- Registry.list(:pool),
+          handle = Handle.fetch(pid),
+          index <- LoadCounters.indexes(handle.counters),
+          do: found(Handle.bridge(handle, index), inspect(handle.name), index)
+
+    names = MapSet.new(members, & &1.bridge)
+
+    others =
+      for {pid, %{name: name}} <- Registry.list(:bridge),
+          inspect(name) not in names and Process.alive?(pid),
+          do: %{found(name, nil, nil) | server: pid}
+
+    Enum.sort_by(members ++ others, &{&1.pool || &1.bridge, &1.number})
   end
 
-  defp ask(bridge, timeout) do
-    status = bridge.server |> Bridge.get_status() |> Map.take(@status)
-    peer = Map.merge(unknown(bridge), status)
+  defp found(name, pool, number),
+    do: %{server: name, bridge: inspect(name), pool: pool, number: number}
+
+  defp ask(%{server: server} = bridge, timeout) do
+    status = Bridge.get_status(server)
+    peer = Map.merge(bridge, status)
 
     # In any other state the call would wait for a peer.
-    if status.state == :running,
-      do: Map.merge(peer, stats(bridge.server, timeout)),
-      else: peer
+    if status.state == :running, do: Map.merge(peer, stats(server, timeout)), else: peer
   end
-
-  defp unknown(bridge), do: Map.merge(@unknown, Map.take(bridge, [:bridge, :pool, :number]))
 
   # Not by Bridge.call, which emits telemetry events. If the peer dies, its successor is not asked.
   defp stats(server, timeout) do
     case Caller.exchange(server, :get_stats, %{}, timeout, retry: false) do
-      {:ok, _id, %{} = stats, _meta} -> figures(stats)
-      _no_answer -> %{}
+      {:ok, _id, %{"commands" => %{} = commands, "uptime" => uptime} = stats, _meta} ->
+        executes = commands["execute_program"] || %{}
+        calls = for {name, %{"count" => count}} <- commands, name != "get_stats", do: count
+
+        %{
+          in_flight: stats["in_flight"],
+          queued: stats["queued"],
+          lm_waiting: stats["lm_waiting"],
+          p50_ms: executes["p50_ms"],
+          p99_ms: executes["p99_ms"],
+          errors: executes["errors"] || 0,
+          rss_bytes: stats["memory_usage"]["rss"],
+          calls: Enum.sum(calls),
+          stats_at_ms: round(uptime * 1_000)
+        }
+
+      _no_answer ->
+        %{}
     end
   end
 
-  # Another peer script may answer anything.
-  defp figures(
-         %{"in_flight" => in_flight, "queued" => queued, "uptime" => uptime} =
-           %{"memory_usage" => %{"rss" => rss}, "commands" => %{} = commands} = stats
-       )
-       when is_number(uptime) do
-    executes = commands["execute_program"] || %{}
-    calls = for {name, command} <- commands, name != "get_stats", do: command["count"]
+  ## As tables of text
 
-    %{
-      in_flight: in_flight,
-      queued: queued,
-      lm_waiting: stats["lm_waiting"],
-      p50_ms: executes["p50_ms"],
-      p99_ms: executes["p99_ms"],
-      rss_bytes: rss,
-      executes: executes["count"] || 0,
-      errors: executes["errors"] || 0,
-      calls: Enum.sum(calls),
-      stats_at_ms: round(uptime * 1_000)
-    }
+  @doc false
+  # The calls per second are those since an earlier snapshot, by the peer's clock.
+  @spec table(snapshot(), snapshot() | nil) :: iodata()
+  def table(%{node: node, time: time, peers: peers, runs: runs}, earlier) do
+    before = Map.new((earlier && earlier.peers) || [], &{{&1.bridge, &1[:os_pid]}, &1})
+    lines = for peer <- peers, do: line(peer, before[{peer.bridge, peer[:os_pid]}])
+    head = ~w(bridge state pid pending runs queued limited p50 p99 errors memory restarts calls/s)
+
+    [
+      "#{node}  #{time}\n",
+      if(peers == [], do: "no bridges run here\n", else: aligned([head ++ ["uptime"] | lines])),
+      if(runs == [], do: "", else: ["\n", aligned([run_head() | Enum.map(runs, &run/1)])])
+    ]
   end
 
-  defp figures(_other), do: %{}
+  defp line(peer, earlier) do
+    [
+      if(peer.pool, do: "#{short(peer.pool)} #{peer.number}", else: short(peer.bridge)),
+      cell(peer[:state]),
+      cell(peer[:os_pid]),
+      cell(peer[:pending]),
+      cell(peer[:in_flight]),
+      cell(peer[:queued]),
+      cell(peer[:lm_waiting]),
+      cell(peer[:p50_ms], &ms/1),
+      cell(peer[:p99_ms], &ms/1),
+      cell(peer[:errors]),
+      cell(peer[:rss_bytes], &"#{round(&1 / 1_000_000)} MB"),
+      cell(peer[:restarts]),
+      cell(rate(peer, earlier)),
+      cell(peer[:uptime_ms], &duration/1)
+    ]
+  end
+
+  defp rate(%{calls: calls, stats_at_ms: at}, %{calls: calls_then, stats_at_ms: then})
+       when at > then,
+       do: Float.round((calls - calls_then) * 1_000 / (at - then), 1)
+
+  defp rate(_peer, _unknown), do: nil
+
+  defp run_head, do: ["run", "on", "done", "score", "failed", "LM calls", "time"]
+
+  defp run(%{metadata: metadata, figures: figures} = run) do
+    total = if figures[:total], do: "/#{figures.total}"
+
+    [
+      "#{run.kind} #{cell(metadata.program_id, &Declared.shown/1)}",
+      short(inspect(metadata.pool || metadata.bridge)),
+      "#{cell(figures[:done])}#{total}",
+      cell(figures[:score], &Evaluate.Table.number/1),
+      cell(figures[:failed]),
+      cell(figures[:lm_calls]),
+      duration(run.elapsed_ms)
+    ]
+  end
+
+  defp short(@prefix <> rest), do: rest
+  defp short(name), do: name
+
+  defp cell(value, text \\ &to_string/1)
+  defp cell(nil, _text), do: "-"
+  defp cell(value, text), do: text.(value)
+
+  defp ms(ms) when ms < 999.5, do: "#{round(ms)} ms"
+  defp ms(ms), do: "#{Float.round(ms / 1_000, 1)} s"
+
+  defp duration(ms) when ms < 60_000, do: "#{div(ms, 1_000)} s"
+  defp duration(ms) when ms < 3_600_000, do: "#{div(ms, 60_000)} min"
+  defp duration(ms), do: "#{div(ms, 3_600_000)} h"
+
+  # The first two columns on the left, numbers on the right.
+  defp aligned(lines) do
+    widths =
+      Enum.zip_with(lines, fn cells -> cells |> Enum.map(&String.length/1) |> Enum.max() end)
+
+    for line <- lines do
+      [name, state | numbers] = Enum.zip(line, widths)
+      padded = for {cell, width} <- numbers, do: [" ", String.pad_leading(cell, width)]
+      [left(name), "  ", left(state), padded, "\n"]
+    end
+  end
+
+  defp left({cell, width}), do: String.pad_trailing(cell, width)
 end

@@ -1,76 +1,58 @@
 defmodule Mix.DSPex.Baseline do
   @moduledoc false
-  # An earlier report of `mix dspex.eval --json`, and what has changed since. Examples are found in it by a hash of their
+  # An earlier output of `mix dspex.eval --json`, and what has changed since. Examples are found in it by a hash of their
   # inputs, so that a dataset may grow and be sorted, and the file has no contents.
 
   alias DSPex.PythonBridge.Evaluate
   alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Protocol.Payload
 
+  # That of the head of the report.
   @version 1
   # Of the hash, in hexadecimal digits.
   @id_length 16
   @worst 10
-  # Differences of larger numbers may not be floats.
-  @most 1.0e100
 
   @typedoc "The hash of an example's inputs; with a number for those whose inputs are there again."
   @type id :: String.t()
   @typedoc """
-  `before`, `now`: the means of the examples that are in both, and `change` their difference. `worst`: the results with the
-  largest loss, with their scores before.
+  `before`, `now`: the means of the examples that are in both, and `change` their difference; `shared`, `new`, `gone`, `worse`:
+  numbers of examples. `worst`: the results with the largest loss, with their scores before.
   """
-  @type change :: %{
-          before: float(),
-          now: float(),
-          change: float(),
-          shared: pos_integer(),
-          new: non_neg_integer(),
-          gone: non_neg_integer(),
-          worse: non_neg_integer(),
-          worst: [{id(), Evaluate.Result.item(), before :: float()}]
-        }
+  @type change :: %{atom() => number() | [{id(), Evaluate.Result.item(), before :: number()}]}
 
-  @doc "The version of the report's format."
-  @spec version() :: pos_integer()
-  def version, do: @version
-
-  ## Which example is which
-
-  @doc "The id of each example, or the text that names one whose inputs have no JSON form."
-  @spec ids([Evaluate.example()]) :: {:ok, [id()]} | {:error, String.t()}
+  @doc "The id of each example. The text that names one whose inputs have no JSON form is raised."
+  @spec ids([Evaluate.example()]) :: [id()]
   def ids(examples) do
-    examples
-    |> Enum.with_index()
-    |> Enum.reduce_while({[], %{}}, fn {example, index}, {ids, seen} ->
-      {inputs, _expected} = Examples.pair(example)
+    {ids, _seen} =
+      examples
+      |> Enum.with_index()
+      |> Enum.map_reduce(%{}, fn {example, index}, seen ->
+        hash = hash(example, index)
+        count = Map.get(seen, hash, 0) + 1
+        {if(count == 1, do: hash, else: "#{hash}-#{count}"), Map.put(seen, hash, count)}
+      end)
 
-      case hash(inputs) do
-        {:ok, hash} ->
-          seen = Map.update(seen, hash, 1, &(&1 + 1))
-          id = if seen[hash] == 1, do: hash, else: "#{hash}-#{seen[hash]}"
-          {:cont, {[id | ids], seen}}
-
-        {:error, error} ->
-          {:halt, {:error, ":dataset[#{index}]: #{error.message}"}}
-      end
-    end)
-    |> case do
-      {:error, text} -> {:error, text}
-      {ids, _seen} -> {:ok, Enum.reverse(ids)}
-    end
+    ids
   end
 
-  defp hash(inputs) do
+  defp hash(example, index) do
+    {inputs, _expected} =
+      Examples.pair(example) || Mix.raise(Examples.refusal(":dataset", index))
+
     # Atoms and strings are the same on the wire.
-    with {:ok, json} <- Payload.encode(inputs, "inputs"),
-         {:ok, decoded} <- Payload.decode(IO.iodata_to_binary(json)) do
-      digest = :crypto.hash(:sha256, sorted_json(decoded))
-      {:ok, digest |> Base.encode16(case: :lower) |> binary_part(0, @id_length)}
+    case Payload.encode(inputs, "inputs") do
+      {:ok, json} ->
+        {:ok, decoded} = Payload.decode(IO.iodata_to_binary(json))
+        digest = :crypto.hash(:sha256, sorted_json(decoded))
+        digest |> Base.encode16(case: :lower) |> binary_part(0, @id_length)
+
+      {:error, error} ->
+        Mix.raise(":dataset[#{index}]: #{error.message}")
     end
   end
 
-  @doc "A term of decoded JSON as JSON that is always the same: with its keys sorted."
+  @doc "A term as JSON that is always the same: with its keys sorted."
   @spec sorted_json(term()) :: iodata()
   def sorted_json(map) when is_map(map) do
     pairs = for {key, value} <- Enum.sort(map), do: [JSON.encode!(key), ":", sorted_json(value)]
@@ -82,70 +64,35 @@ defmodule Mix.DSPex.Baseline do
 
   def sorted_json(other), do: JSON.encode!(other)
 
-  ## Reading and comparing
-
-  @doc "The scores of a baseline by id, or why the file is not one."
-  @spec read(Path.t()) :: {:ok, %{id() => float()}} | {:error, String.t()}
-  def read(path) do
-    with {:ok, bytes} <- file(path),
-         {:ok, decoded} <- decode(bytes),
-         {:ok, results} <- results(decoded) do
-      {:ok, results}
+  @doc "The scores of a baseline by id; raises the reason why the file is not one."
+  @spec read!(Path.t()) :: %{id() => number()}
+  def read!(path) do
+    with {:ok, bytes} <- File.read(path),
+         {:ok, %{"version" => @version, "results" => [_ | _] = results}} <- JSON.decode(bytes),
+         true <- Enum.all?(results, &match?(%{"id" => _, "score" => s} when is_number(s), &1)) do
+      Map.new(results, &{&1["id"], &1["score"]})
     else
-      {:error, text} -> {:error, "--baseline #{path}: #{text}"}
+      {:error, reason} when is_atom(reason) ->
+        text = :file.format_error(reason)
+        Mix.raise("--baseline #{path}: #{text}; mix dspex.eval --json makes one")
+
+      _other ->
+        Mix.raise(
+          "--baseline #{path}: expected the output of mix dspex.eval --json, version #{@version}"
+        )
     end
   end
 
-  defp file(path) do
-    case File.read(path) do
-      {:ok, bytes} ->
-        {:ok, bytes}
-
-      {:error, reason} ->
-        {:error, "#{:file.format_error(reason)}; mix dspex.eval --json makes one"}
-    end
-  end
-
-  defp decode(bytes),
-    do: with({:error, {_type, text}} <- Payload.decode(bytes), do: {:error, text})
-
-  defp results(%{"version" => @version, "results" => results}) when is_list(results) do
-    scores = Enum.map(results, &score/1)
-
-    case Enum.find_index(scores, &(&1 == nil)) do
-      nil ->
-        {:ok, Map.new(scores)}
-
-      index ->
-        {:error, "results[#{index}]: expected an object with id, a string, and score, a number"}
-    end
-  end
-
-  defp results(%{"version" => version}) when version != @version do
-    shown = if is_integer(version), do: "#{version}", else: "unknown"
-
-    {:error,
-     "its version is #{shown}, and this :dspex reads version #{@version}: make it anew with mix dspex.eval --json"}
-  end
-
-  defp results(_other), do: {:error, "expected the output of mix dspex.eval --json"}
-
-  defp score(%{"id" => id, "score" => score})
-       when is_binary(id) and is_number(score) and abs(score) < @most,
-       do: {id, score / 1}
-
-  defp score(_other), do: nil
-
-  @doc "What has changed since the baseline; nil if none of its examples is there."
-  @spec compare(%{id() => float()}, [{id(), Evaluate.Result.item()}]) :: change() | nil
+  @doc "What has changed since the baseline; nil if it has none of these examples."
+  @spec compare(%{id() => number()}, [{id(), Evaluate.Result.item()}]) :: change() | nil
   def compare(scores, results) do
     shared = for {id, item} <- results, before = scores[id], do: {id, item, before}
 
     if shared != [] do
       count = length(shared)
       # In the same order, so that equal scores have equal means.
-      before = mean(for {_id, _item, before} <- shared, do: before)
-      now = mean(for {_id, item, _before} <- shared, do: item.score)
+      before = Enum.sum_by(shared, fn {_id, _item, before} -> before end) / count
+      now = Enum.sum_by(shared, fn {_id, item, _before} -> item.score end) / count
       worse = Enum.filter(shared, fn {_id, item, before} -> item.score < before end)
       worst = Enum.sort_by(worse, fn {_id, item, before} -> {item.score - before, item.index} end)
 
@@ -160,11 +107,5 @@ defmodule Mix.DSPex.Baseline do
         worst: Enum.take(worst, @worst)
       }
     end
-  end
-
-  # Each by itself: the sum may be more than a float holds.
-  defp mean(scores) do
-    count = length(scores)
-    scores |> Enum.map(&(&1 / count)) |> Enum.sum()
   end
 end

@@ -1,155 +1,66 @@
 defmodule Mix.DSPex.EvaluationFile do
   @moduledoc false
-  # The file of `mix dspex.eval` and `mix dspex.optimize`: Elixir code, whose last value says what is measured on what. User
-  # code from here on: whatever it does becomes a text that names the file.
+  # The file of `mix dspex.eval` and `mix dspex.optimize`: Elixir code, whose last value says what is measured on what. What
+  # is wrong with it is raised as a text that names the file.
 
-  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Pool}
+  alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Error, Pool}
   alias DSPex.PythonBridge.Options.Table
-  alias DSPex.PythonBridge.Evaluate.Examples
   alias DSPex.PythonBridge.Programs.Declared
 
-  @keys [:program, :dataset, :metric, :options, :server, :trainset, :valset, :optimize]
-  @examples [:dataset, :trainset, :valset]
+  @table [options: {:keyword, []}, optimize: {:keyword, []}] ++
+           for(key <- [:program, :dataset, :metric, :server, :trainset, :valset], do: {key, :any})
   # A peer that imports DSPy without its bytecode takes some 20 s.
   @create_ms 120_000
 
-  # What has called the code of the file.
-  @around [:elixir, :erl_eval, Code, __MODULE__]
-
-  @enforce_keys [:path, :given, :program, :values]
-  defstruct @enforce_keys
-
   @typedoc """
-  `given`: the program as the file gives it. `program`: an id that the server has, or the arguments of `create_program`, with
-  string keys. `values`: what else the file gives, by its keys; examples as lists.
+  What the file gives, by its keys, and `path`, the program's `id` and `args`, those of `create_program` with string keys;
+  nil if the server has the program.
   """
-  @type t :: %__MODULE__{
-          path: Path.t(),
-          given: term(),
-          program: {:id, String.t()} | {:definition, String.t(), map()},
-          values: %{atom() => term()}
-        }
+  @type t :: %{atom() => term()}
+
+  @doc "Evaluates the file and checks what it returns. `required`: keys that must be there besides `program`."
+  @spec read(Path.t(), [atom()]) :: t()
+  def read(path, required) do
+    {value, _binding} = Code.eval_file(path)
+    pairs = if is_map(value) and not is_struct(value), do: Map.to_list(value), else: value
+
+    unless Keyword.keyword?(pairs),
+      do: refuse(path, "its last value has to be a map or keyword list")
+
+    file = path |> checked(Table.check(pairs, @table)) |> Map.new()
+    missing = Enum.find([:program | required], &(file[&1] == nil))
+    if missing, do: refuse(path, "#{inspect(missing)} is missing")
+    Map.merge(file, program(path, file))
+  end
+
+  defp program(path, %{program: id} = file) when is_binary(id) do
+    unless file[:server],
+      do: refuse(path, ":program: an id needs :server, the bridge or pool that has it")
+
+    %{path: path, id: id, args: nil}
+  end
+
+  defp program(path, %{program: program}) do
+    {id, args} = checked(path, Declared.one(program), ":program: ")
+    %{path: path, id: id, args: args}
+  end
 
   @doc """
-  Evaluates the file and checks what it returns. `required`: keys that must be there besides `program`; `optional`: examples
-  that are read, too.
+  Gives the value of a result, or ends the task with its text. `prefix`: the key of the file that it is about.
   """
-  @spec read(Path.t(), [atom()], [atom()]) :: {:ok, t()} | {:error, String.t()}
-  def read(path, required, optional \\ []) do
-    with {:ok, returned} <- evaluate(path),
-         {:ok, values} <- values(returned),
-         :ok <- present(values, [:program | required]),
-         {:ok, program} <- program(values),
-         {:ok, values} <- with_examples(values, required ++ optional) do
-      {given, values} = Map.pop!(values, :program)
-      {:ok, %__MODULE__{path: path, given: given, program: program, values: values}}
-    else
-      {:error, text} -> {:error, "#{path}: #{text}"}
-    end
-  end
+  @spec checked(Path.t(), {:ok, value} | {:error, String.t() | Error.t()}, String.t()) :: value
+        when value: term()
+  def checked(path, result, prefix \\ "")
+  def checked(_path, {:ok, value}, _prefix), do: value
 
-  @doc "The file whose program has this state, in place of its own state and demos; nil: as it is."
-  @spec with_state(t(), map() | nil) :: {:ok, t()} | {:error, String.t()}
-  def with_state(file, nil), do: {:ok, file}
+  def checked(path, {:error, %Error{type: type, message: text}}, prefix),
+    do: refuse(path, "#{prefix}#{type}: #{text}")
 
-  def with_state(%__MODULE__{program: {:definition, id, args}} = file, state) do
-    args = args |> Map.drop(["state_path", "demos"]) |> Map.put("state", state)
-    {:ok, %{file | program: {:definition, id, args}}}
-  end
+  def checked(path, {:error, text}, prefix), do: refuse(path, prefix <> text)
 
-  def with_state(%__MODULE__{path: path}, _state),
-    do: {:error, "#{path}: :program: --state needs a definition or a module, not an id"}
-
-  defp evaluate(path) do
-    with {:ok, _source} <- File.read(path) do
-      {value, _binding} = Code.eval_file(path)
-      {:ok, value}
-    else
-      {:error, reason} -> {:error, List.to_string(:file.format_error(reason))}
-    end
-  catch
-    kind, reason -> {:error, failure(kind, reason, __STACKTRACE__)}
-  end
-
-  # The compiler has printed where.
-  defp failure(:error, %CompileError{} = error, _stack), do: Exception.message(error)
-
-  defp failure(kind, reason, stack) do
-    own = Enum.take_while(stack, fn {module, _, _, _} -> module not in @around end)
-    String.trim_trailing(Exception.format(kind, reason, own))
-  end
-
-  defp values(returned) do
-    pairs =
-      cond do
-        is_map(returned) and not is_struct(returned) -> Map.to_list(returned)
-        Keyword.keyword?(returned) -> Enum.reverse(returned)
-        true -> [:no]
-      end
-
-    if Keyword.keyword?(pairs) do
-      case Enum.find(Keyword.keys(pairs), &(&1 not in @keys)) do
-        nil -> {:ok, Map.new(pairs)}
-        key -> {:error, Table.unknown(key, @keys)}
-      end
-    else
-      {:error,
-       "its last value has to be a map or keyword list with the keys #{Enum.map_join(@keys, ", ", &inspect/1)}"}
-    end
-  end
-
-  defp present(values, keys) do
-    case Enum.find(keys, &(values[&1] == nil)) do
-      nil -> :ok
-      key -> {:error, "#{inspect(key)} is missing; expected #{expected(key)}"}
-    end
-  end
-
-  defp expected(:program), do: "a definition, a module with definition/0, or an id"
-  defp expected(:metric), do: "a function of two or three arguments, or {:field, name, match}"
-  defp expected(_examples), do: "an enumerable of {inputs, expected}"
-
-  defp program(%{program: id} = values) when is_binary(id) do
-    if values[:server],
-      do: {:ok, {:id, id}},
-      else: {:error, ":program: an id needs :server, the bridge or pool that has it"}
-  end
-
-  defp program(%{program: program}) do
-    case Declared.one(program) do
-      {:ok, {id, args}} -> {:ok, {:definition, id, args}}
-      {:error, text} -> {:error, ":program: #{text}"}
-    end
-  end
-
-  ## Examples
-
-  defp with_examples(values, keys) do
-    values
-    |> Map.take(Enum.filter(keys, &(&1 in @examples)))
-    |> Enum.reduce_while({:ok, values}, fn {key, given}, {:ok, values} ->
-      case examples(key, given) do
-        {:ok, list} -> {:cont, {:ok, Map.put(values, key, list)}}
-        {:error, text} -> {:halt, {:error, text}}
-      end
-    end)
-  end
-
-  defp examples(key, given) do
-    list = Enum.to_list(given)
-
-    case Examples.columns(list) do
-      {:ok, [], _expected} -> {:error, "#{inspect(key)}: it has no examples"}
-      {:ok, _inputs, _expected} -> {:ok, list}
-      {:error, index} -> {:error, Examples.refusal(inspect(key), index)}
-    end
-  catch
-    :error, %Protocol.UndefinedError{protocol: Enumerable} ->
-      {:error, "#{inspect(key)}: expected #{expected(key)}"}
-
-    kind, reason ->
-      {:error, "#{inspect(key)}: it cannot be read: #{failure(kind, reason, __STACKTRACE__)}"}
-  end
+  @doc "Ends the task with a text about the file."
+  @spec refuse(Path.t(), String.t()) :: no_return()
+  def refuse(path, text), do: Mix.raise("#{path}: #{text}")
 
   ## The server
 
@@ -157,35 +68,32 @@ defmodule Mix.DSPex.EvaluationFile do
   Calls `fun` with the file's server. Without one it is a bridge with the application's configuration, which is stopped
   afterwards.
   """
-  @spec with_server(t(), (Bridge.server() -> value)) :: value | {:error, String.t()}
-        when value: term()
-  def with_server(%__MODULE__{values: %{server: server}}, fun) when server != nil,
-    do: fun.(server)
+  @spec with_server(t(), (Bridge.server() -> value)) :: value when value: term()
+  def with_server(%{server: server}, fun) when server != nil, do: fun.(server)
 
   def with_server(_file, fun) do
-    with {:ok, _report} <- EnvironmentCheck.validate_environment(),
-         {:ok, bridge} <- Bridge.start_link(name: nil) do
-      try do
-        fun.(bridge)
-      after
-        Bridge.stop(bridge)
-      end
-    else
-      {:error, %ArgumentError{message: text}} -> {:error, text}
-      {:error, text} when is_binary(text) -> {:error, "#{text}; see mix dspex.doctor"}
+    with {:error, text} <- EnvironmentCheck.validate_environment(),
+         do: Mix.raise("#{text}; see mix dspex.doctor")
+
+    {:ok, bridge} = Bridge.start_link(name: nil)
+
+    try do
+      fun.(bridge)
+    after
+      Bridge.stop(bridge)
     end
   end
 
-  @doc "The id of the program, which is created if the file defines it."
-  @spec create(t(), Bridge.server()) :: {:ok, String.t()} | {:error, String.t()}
-  def create(%{program: {:id, id}}, _server), do: {:ok, id}
+  @doc "Creates the program, if the file defines it."
+  @spec create(t(), Bridge.server()) :: :ok
+  def create(%{args: nil}, _server), do: :ok
 
-  def create(%{program: {:definition, id, args}, path: path}, server) do
+  def create(%{args: args, path: path}, server) do
     client = if Pool.Handle.fetch(server), do: Pool, else: Bridge
 
-    case client.request(server, :create_program, args, timeout: @create_ms) do
-      {:ok, _created, _meta} -> {:ok, id}
-      {:error, error} -> {:error, "#{path}: :program: #{error.message}"}
-    end
+    with {:error, error} <- client.request(server, :create_program, args, timeout: @create_ms),
+         do: checked(path, {:error, error}, ":program: ")
+
+    :ok
   end
 end

@@ -3,138 +3,97 @@ defmodule Mix.DSPex.StateFile do
   # The file for a program's state. It is replaced in one step: a temporary file next to it is written, synced and renamed,
   # so that a kill or a power cut leaves the old state or the new one. A symbolic link stays, and its target is replaced.
 
-  alias DSPex.PythonBridge.Protocol.Payload
-
-  # As many as Linux follows.
-  @most_links 40
-  @permissions 0o7777
-
   @doc "Whether a state can be written there, found out before anything is paid for; the text says why not."
   @spec check(Path.t()) :: :ok | {:error, String.t()}
-  def check(path) do
-    with {:ok, target, _mode} <- target(path),
-         :ok <- regular(path),
-         {:ok, part, file} <- open(target) do
-      _ = :file.close(file)
+  def check(path), do: path |> prepare("", fn part, _target -> File.rm(part) end) |> named(path)
+
+  @doc "Replaces the file. It keeps its permissions and, if this user may set it, its owner."
+  @spec write(Path.t(), iodata()) :: :ok | {:error, String.t()}
+  def write(path, contents), do: path |> prepare(contents, &replace/2) |> named(path)
+
+  defp named({:error, reason}, path) when is_atom(reason),
+    do: named({:error, :file.format_error(reason)}, path)
+
+  defp named({:error, text}, path), do: {:error, "--out #{path}: #{text}"}
+  defp named(:ok, _path), do: :ok
+
+  defp prepare(path, contents, fun) do
+    with {:ok, target, stat} <- target(path) do
+      part = "#{target}.#{System.pid()}.part"
+      # In a container an earlier process, which was killed, may have had the same id.
       _ = File.rm(part)
-      :ok
-    else
-      {:error, reason} -> {:error, "--out #{path}: #{text(reason)}"}
+
+      with {:ok, result} <-
+             File.open(part, [:write, :exclusive], &fill(&1, part, contents, stat)),
+           :ok <- result,
+           :ok <- fun.(part, target) do
+        :ok
+      else
+        failed ->
+          _ = File.rm(part)
+          failed
+      end
     end
   end
 
-  # What a link leads to, also where that can be written, as `/dev/stdout`.
-  defp regular(path) do
+  defp target(""), do: {:error, "expected the path of a file"}
+
+  defp target(path) do
     case File.stat(path) do
-      {:ok, %{type: :regular}} -> :ok
+      {:ok, %{type: :regular} = stat} -> {:ok, behind_links(path), stat}
       {:ok, %{type: :directory}} -> {:error, "it is a folder; expected a file"}
-      {:ok, _device_pipe_or_socket} -> {:error, "it is no regular file, which cannot be replaced"}
-      {:error, :enoent} -> :ok
+      {:ok, _other} -> {:error, "it is not a regular file, and cannot be replaced"}
+      {:error, :enoent} -> {:ok, behind_links(path), nil}
       {:error, reason} -> {:error, reason}
     end
   end
 
-  @doc "Replaces the file. It keeps its permissions."
-  @spec write(Path.t(), iodata()) :: :ok | {:error, String.t()}
-  def write(path, contents) do
-    with {:ok, target, mode} <- target(path),
-         {:ok, part, file} <- open(target),
-         :ok <- fill(file, part, mode, contents),
-         :ok <- rename(part, target) do
-      sync_folder(Path.dirname(target))
-    else
-      {:error, reason} -> {:error, "--out #{path}: #{text(reason)}"}
+  # The links end somewhere, else there would be no stat.
+  defp behind_links(path) do
+    case File.read_link(path) do
+      {:ok, next} -> next |> Path.absname(Path.dirname(path)) |> behind_links()
+      {:error, _no_link} -> path
     end
   end
 
-  @doc "A state that was written."
-  @spec read(Path.t()) :: {:ok, map()} | {:error, String.t()}
-  def read(path) do
-    with {:ok, bytes} <- File.read(path),
-         {:ok, %{} = state} <- Payload.decode(bytes) do
-      {:ok, state}
-    else
-      {:error, {_type, text}} ->
-        {:error, "--state #{path}: #{text}"}
-
-      {:error, reason} ->
-        {:error, "--state #{path}: #{text(reason)}"}
-
-      {:ok, _other} ->
-        {:error, "--state #{path}: expected an object, as mix dspex.optimize writes"}
-    end
+  # The owner and permissions come first: nobody else may read what only the owner could.
+  defp fill(file, part, contents, stat) do
+    with :ok <- if(stat, do: keep(part, stat), else: :ok),
+         :ok <- IO.binwrite(file, contents),
+         do: :file.sync(file)
   end
 
-  ## What is replaced
-
-  # The file behind all links, and its permissions, nil if it does not exist.
-  defp target(path, links \\ @most_links)
-  defp target("", _links), do: {:error, "expected the path of a file"}
-  defp target(_path, 0), do: {:error, :eloop}
-
-  defp target(path, links) do
-    path = Path.absname(path)
-
-    case File.lstat(path) do
-      {:ok, %{type: :symlink}} ->
-        with {:ok, next} <- File.read_link(path),
-             do: target(Path.absname(next, Path.dirname(path)), links - 1)
-
-      {:ok, %{mode: mode}} ->
-        {:ok, path, Bitwise.band(mode, @permissions)}
-
-      {:error, :enoent} ->
-        {:ok, path, nil}
-
-      {:error, reason} ->
-        {:error, reason}
-    end
+  defp keep(part, stat) do
+    # Only root may give a file away.
+    _ = :file.change_owner(part, stat.uid, stat.gid)
+    File.chmod(part, Bitwise.band(stat.mode, 0o7777))
   end
 
-  ## The temporary file
+  # The folder is synced so that the new name outlives a power cut. Some network file systems refuse that; the file is
+  # complete in any case.
+  defp replace(part, target) do
+    with :ok <- File.rename(part, target) do
+      with {:ok, folder} <- :file.open(Path.dirname(target), [:read, :raw, :directory]) do
+        _ = :file.sync(folder)
+        _ = :file.close(folder)
+      end
 
-  defp open(target) do
-    part = "#{target}.#{System.pid()}.part"
-    # In a container an earlier process, which was killed, may have had the same id.
-    _ = File.rm(part)
-
-    with {:ok, file} <- :file.open(part, [:write, :exclusive, :raw, :binary]),
-         do: {:ok, part, file}
-  end
-
-  # The permissions come first: nobody else may read what only the owner could.
-  defp fill(file, part, mode, contents) do
-    with :ok <- if(mode, do: File.chmod(part, mode), else: :ok),
-         :ok <- :file.write(file, contents),
-         :ok <- :file.sync(file),
-         :ok <- :file.close(file) do
       :ok
+    end
+  end
+
+  @doc "A state that was written; raises if it is none."
+  @spec read!(Path.t()) :: map()
+  def read!(path) do
+    with {:ok, bytes} <- File.read(path),
+         {:ok, %{} = state} <- JSON.decode(bytes) do
+      state
     else
-      failed ->
-        _ = :file.close(file)
-        _ = File.rm(part)
-        failed
+      {:error, reason} when is_atom(reason) ->
+        Mix.raise("--state #{path}: #{:file.format_error(reason)}")
+
+      _other ->
+        Mix.raise("--state #{path}: expected a JSON object, as mix dspex.optimize writes")
     end
   end
-
-  defp rename(part, target) do
-    with {:error, _reason} = failed <- File.rename(part, target) do
-      _ = File.rm(part)
-      failed
-    end
-  end
-
-  # So that the new name outlives a power cut. On macOS `:file.sync` asks the disk itself to write (F_FULLFSYNC), where
-  # that is supported. Some network file systems refuse it for folders; the file is complete in any case.
-  defp sync_folder(folder) do
-    with {:ok, opened} <- :file.open(folder, [:read, :raw, :directory]) do
-      _ = :file.sync(opened)
-      _ = :file.close(opened)
-    end
-
-    :ok
-  end
-
-  defp text(reason) when is_atom(reason), do: List.to_string(:file.format_error(reason))
-  defp text(text), do: text
 end

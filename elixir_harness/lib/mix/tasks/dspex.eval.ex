@@ -43,13 +43,8 @@ defmodule Mix.Tasks.Dspex.Eval do
 
   The project's application is started before the file is read, as by `mix run`.
 
-  ## What is printed
-
-  The score, the worst results, the change since the baseline, and what got worse, with their inputs and outputs. Only
-  examples that the baseline has, too, are compared: they are recognized by a hash of their inputs, so the dataset may grow
-  and change its order. `--min` is compared with the score of all.
-
-  The progress goes to standard error: one line if that is a terminal, else one for each tenth.
+  The progress goes to standard error, a line for each tenth. [Evaluating](evaluating.md#in-ci) shows what is printed, and how
+  examples are found in a baseline.
 
   ## JSON
 
@@ -83,150 +78,159 @@ defmodule Mix.Tasks.Dspex.Eval do
 
   use Mix.Task
 
-  alias DSPex.PythonBridge.{Error, Evaluate}
-  alias Mix.DSPex.{Baseline, EvaluationFile, EvaluationReport, Progress, StateFile}
+  alias DSPex.PythonBridge.Evaluate
+  alias DSPex.PythonBridge.Evaluate.Table
+  alias Mix.DSPex.{Baseline, EvaluationFile, StateFile}
 
   @switches [min: :float, baseline: :string, tolerance: :float, state: :string, json: :boolean]
-  # What is not the file's to say.
-  @own [:metric, :on_result]
+  # Means of the same scores may differ by less, if they are added in another order.
+  @same 1.0e-9
 
   @impl Mix.Task
   @spec run([String.t()]) :: :ok
   def run(args) do
-    {path, switches} = arguments(args)
-    measure = fn -> measure(path, switches) end
+    report =
+      Mix.DSPex.measured(fn ->
+        {path, switches} = arguments(args)
+        measure = fn -> measure(path, Map.new(switches)) end
+        if switches[:json], do: Mix.DSPex.divert_output(measure), else: measure.()
+      end)
 
-    report = if switches[:json], do: Mix.DSPex.divert_output(measure), else: measure.()
-    reasons = EvaluationReport.reasons(report)
-
-    if switches[:json],
-      do: IO.puts(EvaluationReport.json(report)),
-      else: Mix.shell().info(EvaluationReport.text(report))
-
-    for {_reason, text} <- reasons, do: Mix.shell().error("failed: " <> text)
-    if reasons == [], do: :ok, else: exit({:shutdown, 1})
+    if report.json, do: IO.puts(json(report)), else: Mix.shell().info(text(report))
+    for {_reason, text} <- report.reasons, do: Mix.shell().error("failed: " <> text)
+    if report.reasons == [], do: :ok, else: exit({:shutdown, 1})
   end
 
   defp arguments(args) do
-    case OptionParser.parse!(args, strict: @switches) do
-      {switches, [path]} ->
-        check(switches)
-        {path, switches}
-
-      {_switches, _words} ->
-        refuse("expected one file, mix dspex.eval FILE.exs; see mix help dspex.eval")
-    end
-  rescue
-    error in OptionParser.ParseError -> refuse(Exception.message(error))
+    {switches, words} = OptionParser.parse!(args, strict: @switches)
+    usage = "expected one file, mix dspex.eval FILE.exs; see mix help dspex.eval"
+    if length(words) != 1, do: Mix.raise(usage)
+    {hd(words), switches}
   end
 
-  defp check(switches) do
-    tolerance = switches[:tolerance]
-
-    cond do
-      tolerance && !switches[:baseline] -> refuse("--tolerance: it needs --baseline")
-      tolerance && tolerance < 0 -> refuse("--tolerance: expected 0 or more, got #{tolerance}")
-      true -> :ok
-    end
-  end
-
+  # What costs LM calls comes last.
   defp measure(path, switches) do
     Mix.DSPex.start(clean: switches[:json])
-    # The BEAM would exit with 0, as if the result were good enough.
-    :os.set_signal(:sigterm, :default)
+    report = Map.merge(%{min: nil, tolerance: 0.0, baseline: nil, json: false}, switches)
+    scores = if report.baseline, do: Baseline.read!(report.baseline)
+    state = if switches[:state], do: StateFile.read!(switches.state)
+    file = path |> EvaluationFile.read([:dataset, :metric]) |> with_state(state)
+    file = %{file | dataset: Enum.to_list(file.dataset)}
+    ids = Baseline.ids(file.dataset)
 
-    # What costs LM calls comes last.
-    with {:ok, scores} <- baseline(switches[:baseline]),
-         {:ok, state} <- state(switches[:state]),
-         {:ok, file} <- EvaluationFile.read(path, [:dataset, :metric]),
-         {:ok, file} <- EvaluationFile.with_state(file, state),
-         {:ok, options} <- options(file),
-         {:ok, ids} <- ids(file),
-         :ok <- comparable(scores, ids, switches[:baseline]),
-         {:ok, id, result} <- evaluate(file, options) do
-      %EvaluationReport{
-        program: id,
-        ids: ids,
-        result: result,
-        min: switches[:min],
-        tolerance: switches[:tolerance] || 0.0,
-        baseline: switches[:baseline],
-        change: scores && Baseline.compare(scores, Enum.zip(ids, result.results))
-      }
-    else
-      {:error, %Error{type: type, message: text}} -> refuse("#{path}: #{type}: #{text}")
-      {:error, text} -> refuse(text)
-    end
+    if scores && !Enum.any?(ids, &is_map_key(scores, &1)),
+      do: Mix.raise("--baseline #{report.baseline}: it has none of the examples of the dataset")
+
+    result = evaluate(file)
+    change = scores && Baseline.compare(scores, Enum.zip(ids, result.results))
+    report = Map.merge(report, %{program: file.id, ids: ids, result: result, change: change})
+    Map.put(report, :reasons, below_min(report) ++ regression(report))
   end
 
-  defp baseline(nil), do: {:ok, nil}
-  defp baseline(path), do: Baseline.read(path)
+  # In place of its own state and demos.
+  defp with_state(file, nil), do: file
 
-  defp state(nil), do: {:ok, nil}
-  defp state(path), do: StateFile.read(path)
+  defp with_state(%{args: %{} = args} = file, state),
+    do: %{file | args: args |> Map.drop(["state_path", "demos"]) |> Map.put("state", state)}
 
-  defp options(%EvaluationFile{path: path, values: values}) do
-    options = values[:options] || []
+  defp with_state(file, _state),
+    do: EvaluationFile.refuse(file.path, ":program: --state needs a definition, not an id")
 
-    with true <- Keyword.keyword?(options) || ":options: expected a keyword list",
-         nil <- Enum.find(@own, &Keyword.has_key?(options, &1)),
-         options = [metric: values.metric] ++ options,
-         {:ok, _checked} <- Evaluate.Options.new(options) do
-      {:ok, options}
-    else
-      text when is_binary(text) -> {:error, "#{path}: #{text}"}
-      {:error, error} -> {:error, "#{path}: #{error.message}"}
-      own -> {:error, "#{path}: :options: #{inspect(own)} cannot be one of them"}
-    end
-  end
+  defp evaluate(%{path: path} = file) do
+    # A module has its tools' functions, too.
+    program = if is_atom(file.program), do: file.program, else: file.id
+    options = [metric: file.metric, on_result: progress(length(file.dataset))] ++ file.options
+    EvaluationFile.checked(path, Evaluate.Options.new(options))
 
-  defp ids(%EvaluationFile{path: path, values: %{dataset: dataset}}) do
-    with {:error, text} <- Baseline.ids(dataset), do: {:error, "#{path}: #{text}"}
-  end
-
-  defp comparable(nil, _ids, _path), do: :ok
-
-  defp comparable(scores, ids, path) do
-    if Enum.any?(ids, &is_map_key(scores, &1)),
-      do: :ok,
-      else: {:error, "--baseline #{path}: it has none of the examples of the dataset"}
-  end
-
-  defp evaluate(file, options) do
     EvaluationFile.with_server(file, fn server ->
-      with {:ok, id} <- EvaluationFile.create(file, server),
-           # A module has its tools' functions, too.
-           program = if(is_atom(file.given), do: file.given, else: id),
-           {:ok, result} <- score(server, program, file.values.dataset, options) do
-        case EvaluationReport.nothing_measured(result) do
-          nil -> {:ok, id, result}
-          %{error: error} -> {:error, all_failed(error)}
-        end
+      EvaluationFile.create(file, server)
+      result = Evaluate.run(server, program, file.dataset, options)
+      %{results: [first | _]} = result = EvaluationFile.checked(path, result)
+
+      # Otherwise the LM has answered something that has a score.
+      if Enum.all?(result.results, &(&1.error && &1.error.type != :output_invalid)) do
+        text = "all runs failed, the first with: #{first.error.message}"
+        EvaluationFile.checked(path, {:error, %{first.error | message: text}})
       end
+
+      result
     end)
   end
 
-  defp score(server, program, dataset, options) do
-    progress = Progress.new()
+  # A line for each tenth.
+  defp progress(total) do
     seen = :counters.new(2, [])
-    opts = [on_result: &seen(&1, seen, length(dataset), progress)] ++ options
-    result = Evaluate.run(server, program, dataset, opts)
-    Progress.finish(progress)
-    result
+
+    fn item ->
+      :counters.add(seen, 1, 1)
+      if item.error, do: :counters.add(seen, 2, 1)
+      [done, failed] = for n <- 1..2, do: :counters.get(seen, n)
+
+      if div(done * 10, total) > div((done - 1) * 10, total),
+        do: IO.puts(:stderr, "#{done}/#{total} examples, #{failed} failed")
+    end
   end
 
-  defp seen(item, seen, total, progress) do
-    :counters.add(seen, 1, 1)
-    if item.error, do: :counters.add(seen, 2, 1)
-    done = :counters.get(seen, 1)
-    tenth? = div(done * 10, total) > div((done - 1) * 10, total)
-    text = "#{done}/#{total} examples, #{:counters.get(seen, 2)} failed"
-    Progress.show(progress, text, tenth?)
+  ## The report
+
+  defp below_min(%{min: min, result: %{score: score}}) when min != nil and score < min - @same,
+    do: [below_min: "the score #{Table.number(score)} is below --min #{min}"]
+
+  defp below_min(_report), do: []
+
+  defp regression(%{change: %{change: change}, tolerance: tolerance})
+       when change < -tolerance - @same do
+    text = "the score has changed by #{Table.number(change)}: a regression beyond --tolerance"
+    [regression: "#{text} #{tolerance}"]
   end
 
-  defp all_failed(error),
-    do: %{error | message: "all runs failed, the first with: #{error.message}"}
+  defp regression(_report), do: []
 
-  @spec refuse(String.t()) :: no_return()
-  defp refuse(text), do: Mix.raise(text, exit_status: 2)
+  defp text(%{result: result, change: nil}), do: Table.text(result)
+
+  defp text(%{result: result, change: change, baseline: path}) do
+    signed = if(change.change < 0, do: "", else: "+") <> Table.number(change.change)
+
+    shared =
+      "#{path}: #{Table.number(change.before)} → #{Table.number(change.now)} (#{signed}) " <>
+        "on the #{change.shared} examples that it has; #{change.new} new, #{change.gone} gone"
+
+    Enum.join([Table.text(result), "", shared | worse(change)], "\n")
+  end
+
+  defp worse(%{worse: 0}), do: ["nothing got worse"]
+
+  defp worse(%{worse: count, worst: worst}) do
+    pairs = for {_id, item, before} <- worst, do: {item, before}
+    ["#{count} got worse, the worst of them:", Table.compared(pairs)]
+  end
+
+  # With one line for each result: a baseline is kept under version control.
+  defp json(%{result: result} = report) do
+    head = %{
+      version: 1,
+      ok: report.reasons == [],
+      reasons: Keyword.keys(report.reasons),
+      program: report.program,
+      score: result.score,
+      examples: length(result.results),
+      failed: result.failed,
+      min: report.min,
+      tolerance: report.tolerance,
+      baseline: report.change && %{report.change | worst: Enum.map(report.change.worst, &lost/1)},
+      usage: result.usage,
+      duration_ms: result.duration_ms
+    }
+
+    results =
+      for {id, item} <- Enum.zip(report.ids, result.results),
+          do: %{id: id, score: item.score, error: item.error && item.error.type}
+
+    lines = results |> Enum.map(&Baseline.sorted_json/1) |> Enum.intersperse(",\n")
+    head = head |> Baseline.sorted_json() |> IO.iodata_to_binary() |> String.slice(0..-2//1)
+    [head, ",\"results\":[\n", lines, "\n]}"]
+  end
+
+  defp lost({id, item, before}),
+    do: %{id: id, index: item.index, before: before, score: item.score}
 end

@@ -13,64 +13,28 @@ defmodule Mix.Tasks.Dspex.Setup do
       `_build/dspex_venv`
     * `--python` – the interpreter to make it from, 3.10 or newer; by default that of the environment variable
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
-    * `--with optimizers` – also optuna and numpy, see below
-    * `--release` – the folder of a release: see below
+    * `--with optimizers` – also optuna and numpy, which the optimizers `mipro_v2` and `simba` import
+    * `--release` – the folder of a release
 
   It uses [uv](https://docs.astral.sh/uv). Where that is not on the `PATH`, the `venv` and `pip` of the interpreter install uv
   into the environment's folder. The package index is uv's: PyPI, or that of `UV_DEFAULT_INDEX` or of the user's or
   system's `uv.toml`. A `pyproject.toml` or `uv.toml` of the project is not read.
 
-  A second run does what is left to do: nothing, or it installs what another version of `:dspex` needs. It makes its
-  environment anew if an earlier run was interrupted or the Python is gone, and the folder has nothing else in it. It
-  refuses a folder that it did not make, an environment of another Python than `--python`, and a folder at which another
-  `mix dspex.setup` is at work.
+  A second run does what is left to do: nothing, or it installs what another version of `:dspex` needs. It makes the
+  environment anew, with its extras, if its Python is gone, and with `--release` also if it is another one. It refuses a folder
+  that it did not make, and an environment of another Python than `--python`.
+
+  Each package is pinned by version and by the hash of each of its files, and nothing else is installed (uv's
+  `--require-hashes`), uv itself included if pip installs it. A new environment that could not be completed is removed.
+
+  With `--release`, after `mix release`, the environment is laid into the release, as `dspex_venv`, and may be moved with it,
+  to another folder or to a machine of the same system and architecture, and be read-only there. Its `bin/python` is a link, so
+  that the machine needs the same Python at the same path; or a copy, of an interpreter that was made to be moved, as uv
+  installs them. The page [Deploying](deploying.md#python-in-the-release) has the step for `mix.exs` that does it with each
+  `mix release`.
 
   The exit status is the doctor's. With `--release`, what only the machine has where the release will run is a note: the
   key of the LM, its server, folders.
-
-  ## Optimizers
-
-  Two of DSPy's optimizers need packages that DSPy does not install: `mipro_v2` needs optuna, `simba` needs numpy. `--with
-  optimizers` installs both and what they depend on, some 100 MB, pinned like all else. The others need nothing more:
-  `labeled_few_shot`, `bootstrap_few_shot`, `random_search`, `copro` and `gepa`.
-
-  An environment keeps what it was made with: a later run without `--with` says so, and brings it up to date too. To be
-  without it, remove the folder. It goes together with `--path` and `--release`.
-
-  ## Hashes
-
-  Each package is pinned by version and by the hash of each of its files, and nothing else is installed (uv's
-  `--require-hashes`), uv itself included if pip installs it. Nothing is built: neither the packages, which are wheels
-  (Linux with glibc from 2.28 or musl, macOS; x86-64 and ARM64), nor the peer, which this task copies. If a file has another
-  hash, the task says so and fails. A new environment that could not be completed is removed, one that was there stays
-  as it was.
-
-  ## In a release
-
-  With `--release`, after `mix release`, the environment is laid into the release, as `dspex_venv`, and may be moved with it,
-  to another folder or to a machine of the same system and architecture, and be read-only there. Its bytecode stays valid if
-  the times of files change.
-
-  By default its `bin/python` is a link: the machine needs the same Python at the same path, such as `/usr/bin/python3.11` of
-  an image of the same Debian. An interpreter that was made to be moved, as uv installs them, is copied into it instead:
-
-      $ mix dspex.setup --release _build/prod/rel/my_app --python "$(uv python find --managed-python 3.12)"
-
-  The task prints the line for `config/runtime.exs`. To have it run by each `mix release`, also before a tarball is
-  packed, make it a step in `mix.exs`:
-
-      releases: [
-        my_app: [
-          steps: [
-            :assemble,
-            fn release ->
-              Mix.Task.run("dspex.setup", ["--release", release.path])
-              update_in(release.overlays, &["dspex_venv" | &1])
-            end,
-            :tar
-          ]
-        ]
-      ]
   """
 
   use Mix.Task
@@ -84,14 +48,14 @@ defmodule Mix.Tasks.Dspex.Setup do
   @impl Mix.Task
   def run(args) do
     switches = arguments(args)
-    Mix.DSPex.load_config()
+    Mix.Task.run("app.config")
     extras = Keyword.get_values(switches, :with)
     opts = [python: switches[:python], with: extras, progress: &Mix.shell().info/1]
     if root = switches[:release], do: release(root, opts), else: make(switches[:path], opts)
   end
 
   defp make(path, opts) do
-    folder = Path.expand(path || configured() || Mix.DSPex.default_venv())
+    folder = Path.expand(path || Interpreter.configured_venv() || Mix.DSPex.default_venv())
     python = or_raise(Venv.make(folder, opts))
     finish(python, unless(used?(python), do: how_to_use(folder)), [])
   end
@@ -123,14 +87,8 @@ defmodule Mix.Tasks.Dspex.Setup do
     end
   end
 
-  # With a wrong configuration it would make the wrong folder.
-  defp configured do
-    or_raise(Python.Config.required_packages())
-    Interpreter.configured_venv()
-  end
-
   defp finish(python, advice, notes) do
-    opts = [python_executable: python, decided: "the one that was set up", notes: notes]
+    opts = [python_executable: python, notes: notes]
     ok? = Doctor.print(opts, &Mix.shell().info/1)
     if advice, do: Mix.shell().info(advice)
     unless ok?, do: exit({:shutdown, 1})

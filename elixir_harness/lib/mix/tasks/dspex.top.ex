@@ -14,11 +14,8 @@ defmodule Mix.Tasks.Dspex.Top do
       evaluate triage    Pool 96/250 0.823      1       97 11 s
       optimize summarize Pool  14/40 0.610      -      512 4 min
 
-    * `--node NAME@HOST` – a running node that has `:dspex`. Without it, the application of this project
-      is started, and its bridges are shown
-    * `--once` – one table, after a second; its `calls/s` are of that second
-    * `--json` – an object on one line in place of each table: `node`, `time`, `peers`, a list whose keys
-      are those of `t:DSPex.PythonBridge.Top.peer/0`, and `runs`, whose are those of `t:DSPex.PythonBridge.Top.run/0`
+  `--node` names a running node that has `:dspex`. Without it, the application of this project is started, and its bridges are
+  shown.
 
   The columns: calls that wait for a reply in the BEAM (`pending`), `execute_program` calls that run in Python
   (`runs`) or wait for a slot there (`queued`), LM calls that wait for the limits of their account (`limited`), the median and the 99th percentile of the last 1000 of them, how many of
@@ -31,8 +28,7 @@ defmodule Mix.Tasks.Dspex.Top do
   the score so far, or the best one, how many runs failed, LM calls, and the time since it began.
 
   If a node cannot be reached, or has no `:dspex`, one line says so, and the exit status is 1. If the connection
-  is lost later, it is tried again once a second, with a line each time; with `--json`, an object that has `error` in
-  place of `peers`.
+  is lost later, it is tried again once a second, with a line each time.
 
   The cookie is that of `~/.erlang.cookie`, or the one that Elixir is started with:
 
@@ -44,97 +40,80 @@ defmodule Mix.Tasks.Dspex.Top do
   use Mix.Task
 
   alias DSPex.PythonBridge.Top
-  alias DSPex.PythonBridge.Top.{Remote, Table}
 
-  @switches [node: :string, once: :boolean, json: :boolean]
   @second 1_000
+  # A snapshot takes one second at most.
+  @answer_ms 3_000
 
   @impl Mix.Task
-  @spec run([String.t()]) :: :ok
+  @spec run([String.t()]) :: no_return()
   def run(args) do
-    options = parse(args)
-    node = if options[:node], do: or_raise(Remote.node(options[:node])), else: start(options)
-    first = or_raise(Remote.snapshot(node))
-    if options[:once], do: once(first, node, options), else: watch(first, node, options)
-  end
+    node =
+      case OptionParser.parse!(args, strict: [node: :string]) do
+        {[], []} -> start()
+        {[node: name], []} -> distribute(name)
+        _others -> Mix.raise("mix dspex.top takes --node NAME@HOST only; see mix help dspex.top")
+      end
 
-  ## Arguments
-
-  defp parse(args) do
-    case OptionParser.parse!(args, strict: @switches) do
-      {options, []} ->
-        options
-
-      {_options, _words} ->
-        Mix.raise("mix dspex.top takes switches only; see mix help dspex.top")
+    case snapshot(node) do
+      {:ok, snapshot} -> watch(node, snapshot, nil)
+      {:error, text} -> Mix.raise(text)
     end
   end
 
-  ## The node
-
-  defp start(options) do
-    if options[:json], do: keep_output_clean()
+  defp start do
     Mix.Task.run("app.start")
     node()
   end
 
-  # The compiler and Logger write to standard output, which must have JSON only.
-  defp keep_output_clean do
-    Mix.DSPex.load_config(quiet: true)
-    Mix.DSPex.log_to_stderr()
+  # Hidden, and no other node connects to this one. The host of its own name only has to be of the right kind.
+  defp distribute(name) do
+    unless name =~ ~r/\A[^@\s]+@[^@\s]+\z/,
+      do: Mix.raise("node: expected name@host, got #{inspect(name)}")
+
+    {host, domain} =
+      if String.contains?(name, "."),
+        do: {"127.0.0.1", :longnames},
+        else: {"localhost", :shortnames}
+
+    options = %{name_domain: domain, hidden: true, dist_listen: false}
+    own = :"dspex_top_#{System.pid()}@#{host}"
+
+    # If that fails, the node cannot be reached.
+    unless Node.alive?(), do: :net_kernel.start(own, options)
+    String.to_atom(name)
   end
 
-  defp or_raise({:ok, value}), do: value
-  defp or_raise({:error, text}), do: Mix.raise(text)
-
-  ## Output
-
-  defp once(earlier, node, options) do
-    Process.sleep(@second)
-    node |> Remote.snapshot() |> or_raise() |> Top.with_rates(earlier) |> show(options)
-  end
-
-  @spec watch(Top.snapshot(), node(), keyword()) :: no_return()
-  defp watch(snapshot, node, options) do
-    show(snapshot, options)
-    node |> next(options) |> Top.with_rates(snapshot) |> watch(node, options)
+  @spec watch(node(), Top.snapshot(), Top.snapshot() | nil) :: no_return()
+  defp watch(node, snapshot, earlier) do
+    clear = if IO.ANSI.enabled?(), do: [IO.ANSI.clear(), IO.ANSI.home()], else: ""
+    IO.write([clear, Top.table(snapshot, earlier), "\n"])
+    watch(node, next(node), snapshot)
   end
 
   # A second later; with a line for each second without a snapshot.
-  defp next(node, options) do
+  defp next(node) do
     Process.sleep(@second)
 
-    case Remote.snapshot(node) do
-      {:ok, snapshot} ->
-        snapshot
-
-      {:error, text} ->
-        show_error(node, text, options)
-        next(node, options)
+    with {:error, text} <- snapshot(node) do
+      IO.puts(text <> "; trying again")
+      next(node)
+    else
+      {:ok, snapshot} -> snapshot
     end
   end
 
-  defp show(snapshot, options),
-    do: if(options[:json], do: put_json(snapshot), else: put(Table.render(snapshot), options))
+  defp snapshot(node) do
+    {:ok, :erpc.call(node, Top, :snapshot, [], @answer_ms)}
+  catch
+    :error, {:erpc, :noconnection} ->
+      {:error,
+       "#{node} cannot be reached: is it running, is that its whole name, and has this node its cookie?"}
 
-  defp show_error(node, text, options) do
-    time = DateTime.utc_now() |> DateTime.truncate(:second) |> DateTime.to_iso8601()
+    :error, {:exception, :undef, [{Top, :snapshot, _args, _where} | _]} ->
+      {:error, "#{node} has no :dspex"}
 
-    if options[:json],
-      do: put_json(%{node: node, time: time, error: text}),
-      else: put([to_string(node), "  ", time, "\n", text, "; trying again\n"], options)
-  end
-
-  defp put_json(map), do: IO.write([JSON.encode!(map), "\n"])
-
-  defp put(text, options) do
-    if !options[:once] and terminal?(),
-      do: IO.write([IO.ANSI.clear(), IO.ANSI.home(), text]),
-      else: IO.write([text, "\n"])
-  end
-
-  defp terminal? do
-    options = :io.getopts()
-    is_list(options) and Keyword.get(options, :stdout, false)
+    _kind, reason ->
+      {:error, "#{node} failed to look at its bridges: #{inspect(reason)}"}
   end
 end

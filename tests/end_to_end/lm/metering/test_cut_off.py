@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -66,13 +65,6 @@ def test_it_is_taken_if_the_client_allows_it(make: Any, adapter: str, where: str
     assert reply["result"] == {"answer": "It is sa"} and reply["meta"]["finish_reasons"] == ["length"]
     (request,) = server.requests
     assert request["temperature"] == 0.5 and "allow_truncated" not in request
-
-
-def test_a_call_may_refuse_what_its_program_allows(make: Any) -> None:
-    peer, _ = make(Ended(CUT["chat"]), config={"allow_truncated": True})
-    assert peer.call("execute_program", ASK)["success"]
-    reply = peer.call("execute_program", {**ASK, "config": {"allow_truncated": False}})
-    assert reply["error_type"] == "output_invalid"
 
 
 def test_it_is_true_or_false(make: Any) -> None:
@@ -146,17 +138,3 @@ def test_a_tool_call_that_was_cut_off_is_not_made(make: Any, stream: bool, way: 
     _, reply = collected(peer, ASK, stream=stream, meta=True)
     assert (reply["error_type"], reply["error"]) == ("output_invalid", TEXT)
     assert reply["meta"]["finish_reasons"] == ["length"] and len(server.requests) == 1
-
-
-def test_one_of_several_completions_that_was_cut_off_is_one_too_many(make: Any) -> None:
-    count = itertools.count()
-
-    def answer(request: dict[str, Any]) -> Answer:
-        return Ended(CUT["chat"]) if next(count) else WHOLE["chat"]
-        body = completion(request["model"], WHOLE["chat"])
-        body["choices"] += completion(request["model"], CUT["chat"], "length")["choices"]
-        return 200, body
-
-    peer, _ = make(answer, config={"n": 2, "temperature": 1.0})
-    reply = peer.call("execute_program", ASK, meta=True)
-    assert reply["error_type"] == "output_invalid" and reply["meta"]["finish_reasons"] == ["length"]

@@ -2,19 +2,19 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @moduledoc false
   # The part of a call that runs in the caller's process: arguments to bytes, to the bridge, and the bytes of the
   # reply to a result. It neither raises nor exits. With chunks or tools, `DSPex.PythonBridge.Client.StreamReducer`
-  # is the part in the middle; to a bridge of another node, `DSPex.PythonBridge.Client.StreamProxy` is.
+  # is the part in the middle.
 
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.Calls.Request
-  alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, Server}
   alias DSPex.PythonBridge.Programs.{Change, Store, Tools}
 
-  # For each call.
-  @compile {:inline, request: 3, check_tools: 4, default_timeout: 1}
-
   @default_timeout 30_000
   @another_node_ms 5_000
+  @replaced "the Python process was replaced before it had replied, and the request, of which chunks " <>
+              "were given or which said retry: false, was not sent again"
+  @tool_begun "the Python process was lost before it had replied, and the request, of which a tool with " <>
+                "repeat: false had begun, was not sent again"
   # The longest timeout of `receive`.
   @max_timeout 4_294_967_295
 
@@ -23,7 +23,6 @@ defmodule DSPex.PythonBridge.Client.Caller do
           server: GenServer.server(),
           dest: dest(),
           deadline: Deadline.t(),
-          request: Request.t() | nil,
           args: map()
         }
   @type dest :: pid() | {atom(), node()}
@@ -36,47 +35,30 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @spec exchange(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           result()
   def exchange(server, command, args, timeout, opts) do
-    with {:ok, call} <- prepare(server, command, args, timeout, opts) do
+    with {:ok, call, request} <- prepare(server, command, args, timeout, opts) do
       # Encoding a large request takes time, too.
-      conclude(call, send_and_wait(call.dest, Deadline.left(call.deadline), call.request))
+      conclude(call, send_and_wait(call.dest, Deadline.left(call.deadline), request))
     end
   end
 
   @doc "Prepares a call up to the sending of its request. The arguments are those of `exchange/5`."
   @spec prepare(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
-          {:ok, call()} | {:error, Error.t()}
+          {:ok, call(), Request.t()} | {:error, Error.t()}
   def prepare(server, command, args, timeout, opts) do
     started = Deadline.now()
 
     with {:ok, dest} <- find(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
-         :ok <- check_tools(dest, command, args, opts),
+         # Only those of this node have entries.
+         entry = Registry.get(:bridge, dest) || %{programs: nil, name: nil},
+         :ok <- Tools.check(entry.programs, {:bridge, entry.name}, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
-      deadline = Deadline.new(timeout, started)
-      request = request(body, Change.new(command, args), opts)
-      {:ok, %{server: server, dest: dest, deadline: deadline, request: request, args: args}}
+      call = %{server: server, dest: dest, deadline: Deadline.new(timeout, started), args: args}
+      retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
+      request = %Request{body: body, change: Change.new(command, args), retry: retry}
+      {:ok, call, %{request | stream?: Keyword.get(opts, :stream, false)}}
     end
   end
-
-  # The usual options first: they need no lookup.
-  defp request(body, change, opts) when opts in [[], [meta: true]],
-    do: %Request{body: body, change: change}
-
-  defp request(body, change, opts) do
-    retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
-    stream? = Keyword.get(opts, :stream, false)
-    %Request{body: body, change: change, retry: retry, stream?: stream?}
-  end
-
-  # Only runs have tools: other commands need no lookup.
-  defp check_tools(dest, command, args, opts)
-       when command in [:execute_program, "execute_program"] do
-    with %{programs: programs, name: name} <- Registry.get(:bridge, dest),
-         do: Tools.check(programs, {:bridge, name}, command, args, opts),
-         else: (_of_another_node -> :ok)
-  end
-
-  defp check_tools(_dest, _command, _args, _opts), do: :ok
 
   @doc "Makes a reply the result of its call."
   @spec conclude(call(), Request.reply()) :: result()
@@ -111,12 +93,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
          {:ok, dest} <- find(server) do
       timeout = with :infinity <- default_timeout(dest), do: @max_timeout
       request = %Request{body: body, change: Change.new(command, args), timeout: timeout}
-      message = {:request, request}
-
-      # The connection to another node may have no room, for as long as that hangs.
-      with :nosuspend <- :erlang.send(dest, message, [:nosuspend]),
-           do: spawn(fn -> send(dest, message) end)
-
+      unsuspended(fn -> send(dest, {:request, request}) end)
       :ok
     else
       {:error, %Error{type: :bridge_not_running}} -> :ok
@@ -126,10 +103,11 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   @doc "Sends a request to a bridge or a pool's coordinator and waits for the reply, at most `timeout` ms."
   @spec send_and_wait(dest(), timeout(), Request.t()) :: Request.reply()
-  def send_and_wait(dest, timeout, request) when is_pid(dest) and node(dest) == node() do
+  def send_and_wait(dest, timeout, request) do
     message = fn ref -> {:request, %{request | ref: ref, pid: self(), timeout: timeout}} end
+    ask = fn -> Ask.ask(dest, timeout, message) end
 
-    case Ask.ask(dest, timeout, message) do
+    case if(is_pid(dest) and node(dest) == node(), do: ask.(), else: unsuspended(ask)) do
       {:ok, reply} ->
         reply
 
@@ -142,12 +120,15 @@ defmodule DSPex.PythonBridge.Client.Caller do
     end
   end
 
-  # A node that hangs suspends any process that sends to it or monitors a process of it: not the caller.
-  def send_and_wait(dest, timeout, request) do
-    deadline = Deadline.new(timeout)
-    proxy = StreamProxy.start(%{dest: dest, deadline: deadline, request: request}, nil)
-    {:over, reply} = StreamProxy.next(proxy, deadline)
-    reply
+  # A node that hangs would suspend a process that sends to it, or monitors a process of it.
+  defp unsuspended(fun) do
+    before = :erlang.process_flag(:async_dist, true)
+
+    try do
+      fun.()
+    after
+      :erlang.process_flag(:async_dist, before)
+    end
   end
 
   @doc "Makes a reply a result, or an error."
@@ -172,33 +153,22 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   def read({:error, {:not_started, reason}}), do: {:error, Error.not_started(reason)}
   def read({:error, {:died, _sent}}), do: {:error, Error.new(:python_process_died)}
+  def read({:error, :replaced}), do: {:error, Error.new(:python_process_died, @replaced)}
 
-  def read({:error, :replaced}) do
-    text =
-      "the Python process was replaced before it had replied, and the request, of which chunks " <>
-        "were given or which said retry: false, was not sent again"
+  def read({:error, :tool_begun}),
+    do: {:error, %{Error.new(:python_process_died, @tool_begun) | retryable: false}}
 
-    {:error, Error.new(:python_process_died, text)}
-  end
-
-  # The caller must not take it for a request that may be made again, with the tool.
-  def read({:error, :tool_begun}) do
-    text =
-      "the Python process was lost before it had replied, and the request, of which a tool with " <>
-        "repeat: false had begun, was not sent again"
-
-    {:error, %{Error.new(:python_process_died, text) | retryable: false}}
-  end
-
-  def read({:error, :proxy_died}) do
-    text = "the process that made the call in the caller's place was killed"
-    {:error, Error.new(:cancelled, text)}
-  end
+  def read({:error, :proxy_died}),
+    do: {:error, Error.new(:cancelled, "the process that made the call was killed")}
 
   def read({:error, type}), do: {:error, Error.new(type)}
 
   @doc "A result of a call that must not be made again: a tool of it with `repeat: false` has begun."
   @spec once(result()) :: result()
+  def once({:error, %Error{type: type}})
+      when type in [:bridge_not_running, :python_process_died],
+      do: read({:error, :tool_begun})
+
   def once({:error, error}), do: {:error, %{error | retryable: false}}
   def once(result), do: result
 

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Client.Options do
 
   # They are arguments of execute_program on the wire.
   @arguments [:attempts, :max_concurrency, :item_timeout_ms]
-  @always [meta: true]
+  @absent [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
   @traceparent "a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone, or nil"
 
   @enforce_keys [:timeout, :on_chunk, :arguments, :opts]
@@ -35,18 +35,14 @@ defmodule DSPex.PythonBridge.Client.Options do
   the call is made.
   """
   @spec new(term(), [atom()]) :: {:ok, t()} | {:error, Error.t()}
-  def new([], _allowed), do: {:ok, plain(:default)}
-  def new([timeout: timeout], _allowed), do: {:ok, plain(timeout)}
-
   def new(opts, allowed) do
     case Table.check(opts, Keyword.take(table(), allowed)) do
       {:ok, opts} ->
         {timeout, opts} = Keyword.pop(opts, :timeout, :default)
         {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
         {arguments, opts} = Keyword.split(opts, @arguments)
-        absent = [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
-        opts = @always ++ Keyword.reject(opts, &(&1 in absent))
-        {:ok, %{plain(timeout) | on_chunk: on_chunk, arguments: arguments, opts: opts}}
+        opts = [meta: true] ++ Keyword.reject(opts, &(&1 in @absent))
+        {:ok, %__MODULE__{timeout: timeout, on_chunk: on_chunk, arguments: arguments, opts: opts}}
 
       {:error, text} ->
         {:error, Error.new(:invalid_request, text)}
@@ -69,9 +65,6 @@ defmodule DSPex.PythonBridge.Client.Options do
     ]
   end
 
-  defp plain(timeout),
-    do: %__MODULE__{timeout: timeout, on_chunk: nil, arguments: [], opts: @always}
-
   @doc """
   The arguments of a command with those that were given as options. The error names an option that the command does not
   take, or that is among the arguments already.
@@ -79,19 +72,18 @@ defmodule DSPex.PythonBridge.Client.Options do
   @spec arguments(t(), term(), args) :: {:ok, args} | {:error, Error.t()} when args: term()
   def arguments(%__MODULE__{arguments: []}, _command, args), do: {:ok, args}
 
-  def arguments(%__MODULE__{arguments: arguments}, command, %{} = args)
+  def arguments(%__MODULE__{arguments: arguments}, command, args)
       when command in [:execute_program, "execute_program"] do
     given? = &(is_map_key(args, &1) or is_map_key(args, Atom.to_string(&1)))
+    twice = is_map(args) && Enum.find(Keyword.keys(arguments), given?)
 
-    case Enum.find(Keyword.keys(arguments), given?) do
-      nil -> {:ok, Enum.into(arguments, args)}
-      key -> refused(key, "there twice, as an option and as an argument")
+    cond do
+      twice -> refused(twice, "there twice, as an option and as an argument")
+      is_map(args) -> {:ok, Enum.into(arguments, args)}
+      # It is refused when it is encoded.
+      true -> {:ok, args}
     end
   end
-
-  # What is not a map is refused when it is encoded.
-  def arguments(_options, command, args) when command in [:execute_program, "execute_program"],
-    do: {:ok, args}
 
   def arguments(%__MODULE__{arguments: [{key, _value} | _]}, _command, _args),
     do: refused(key, "only execute_program takes it")

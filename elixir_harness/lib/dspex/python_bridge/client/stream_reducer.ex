@@ -9,11 +9,10 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
+  alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Change
-  alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.Telemetry.CallSpan
-  alias DSPex.PythonBridge.Tools.FunctionHolder
+  alias DSPex.PythonBridge.Telemetry.{CallSpan, Metadata}
 
   @typedoc """
   A call to a bridge or a pool, which `open` makes: it gets the options, with chunks if `:stream` is true.
@@ -21,43 +20,36 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   @type request ::
           {:bridge | :pool, server :: term(), Protocol.command(), args :: map(), keyword(),
            open()}
-  @type open :: (keyword() -> {:open, call()} | Caller.result())
+  @type open :: (keyword() -> attempt() | Caller.result())
   @typedoc """
-  A call under way. `holder`: of its functions. `conclude` makes the reply the result, or says how the call is made again: not
-  if the reply is `:final`, since chunks were given that cannot come again. `dest` is sent `:unreadable_frame`.
+  A request for a bridge. `conclude` makes its reply the result, or says how the call is made again: not if the reply is
+  `:final`, since chunks were given that cannot come again, or a tool has begun that must not be called again.
   """
-  @type call :: %{
-          :proxy => pid(),
-          :holder => pid() | nil,
-          :dest => Caller.dest(),
-          :deadline => Deadline.t(),
-          :conclude => (Request.reply(), :final | :repeatable ->
-                          Caller.result()
-                          | {:again, (-> {:open, call()} | Caller.result())})
-        }
+  @type attempt ::
+          {:send, Caller.dest(), Deadline.t(), Request.t(),
+           conclude :: (Request.reply(), :final | :repeatable ->
+                          Caller.result() | {:again, (-> attempt() | Caller.result())})}
   @typedoc "A chunk as the peer wrote it, with string keys; the last element is the result."
   @type element :: {:chunk, map()} | {:over, Caller.result()}
+
+  # proxy: nil before the first attempt. dest: of the present one. again: makes the next one. told?: whether anything was given
+  # since the start of the run. items: the indices that were given; earlier: those by earlier peers.
+  @enforce_keys [:span, :tools, :about]
+  defstruct [:span, :tools, :about, :proxy, :dest, :conclude, :again] ++
+              [chunks: :repeatable, told?: false, items: MapSet.new(), earlier: MapSet.new()]
 
   @doc "A call to a bridge. The arguments are those of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` in `opts`."
   @spec to_bridge(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
           request()
   def to_bridge(server, command, args, timeout, opts) do
     open = fn opts ->
-      with {:ok, call} <- Caller.prepare(server, command, args, timeout, opts),
-           do: start(call, opts, Change.program_id(command, args))
+      with {:ok, call, request} <- Caller.prepare(server, command, args, timeout, opts) do
+        conclude = fn reply, _chunks -> Caller.conclude(call, reply) end
+        {:send, call.dest, call.deadline, request, conclude}
+      end
     end
 
     {:bridge, server, command, args, opts, open}
-  end
-
-  defp start(call, opts, program_id) do
-    holder = FunctionHolder.open(opts, nil, program_id)
-    proxy = StreamProxy.start(call, holder)
-    # The body is large, and the call may take long.
-    call = %{call | request: nil}
-    under_way = %{proxy: proxy, holder: holder, dest: call.dest, deadline: call.deadline}
-    conclude = fn reply, _chunks -> Caller.conclude(call, reply) end
-    {:open, Map.put(under_way, :conclude, conclude)}
   end
 
   @doc "Makes the call, calls `on_chunk` with each chunk, and returns the result."
@@ -76,6 +68,32 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     result
   end
 
+  @doc """
+  The enumerable of `DSPex.PythonBridge.Bridge.stream/3`: a function, so that inspection does not show the caller's contents.
+  """
+  @spec stream(request()) :: Enumerable.t()
+  def stream(request) do
+    fn acc, fun ->
+      reduce(request, acc, fn
+        {:chunk, chunk}, acc -> if it = element(chunk), do: fun.(it, acc), else: {:cont, acc}
+        {:over, {:ok, _id, result, meta}}, acc -> fun.({:ok, result, meta}, acc)
+        {:over, {:error, error}}, acc -> fun.({:error, error}, acc)
+      end)
+    end
+  end
+
+  defp element(%{"field" => field, "chunk" => text}), do: {:chunk, field, text}
+  defp element(%{"status" => text}), do: {:status, text}
+
+  defp element(%{"index" => index, "success" => true, "result" => result}),
+    do: {:item, index, {:ok, result}}
+
+  defp element(%{"index" => index, "error" => text} = item),
+    do: {:item, index, {:error, Error.from_peer(item["error_type"], text, item["retryable"])}}
+
+  # From a later version of the peer.
+  defp element(_unknown), do: nil
+
   @doc "Reduces the call over its elements. Nothing is sent before the first is asked for."
   @spec reduce(request(), Enumerable.acc(), (element(), term() -> Enumerable.acc())) ::
           Enumerable.result()
@@ -88,61 +106,62 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   end
 
   # Without a span, the events of the call are its caller's to emit.
-  defp begin({_kind, _server, _command, _args, opts, open}, stream?, span, acc, fun) do
-    state = %{call: nil, again: nil, span: span, chunks: :repeatable, told?: false}
-    state = Map.merge(state, %{items: MapSet.new(), earlier: MapSet.new()})
+  defp begin({kind, server, command, args, opts, open}, stream?, span, acc, fun) do
+    about = %{
+      pool: if(kind == :pool, do: Metadata.name(server)),
+      program_id: Change.program_id(command, args),
+      telemetry_metadata: Keyword.get(opts, :telemetry_metadata, %{})
+    }
+
+    state = %__MODULE__{span: span, tools: Keyword.get(opts, :tools, %{}), about: about}
     opened(state, open.([stream: stream?] ++ opts), {:cont, acc}, fun)
   end
 
   # Its chunks, which the proxy keeps, come when the caller asks for them.
-  defp opened(state, {:open, call}, step, fun),
-    do: go_on(%{state | call: call, again: nil}, step, fun)
+  defp opened(state, {:send, dest, deadline, request, conclude}, step, fun) do
+    proxy = state.proxy || StreamProxy.start(state.tools, state.about)
+    StreamProxy.make(proxy, dest, deadline, request)
+    go_on(%{state | proxy: proxy, dest: dest, conclude: conclude, again: nil}, step, fun)
+  end
 
-  defp opened(state, result, {:cont, acc}, fun), do: over(result, state.span, acc, fun)
+  defp opened(state, result, {:cont, acc}, fun), do: over(state, result, acc, fun)
 
   # It is made again: the peer is gone.
   defp go_on(%{again: open} = state, {:cont, _acc} = step, fun) when open != nil,
     do: opened(state, open.(), step, fun)
 
-  defp go_on(%{call: call} = state, {:cont, acc}, fun) do
-    case StreamProxy.next(call.proxy, call.deadline) do
-      {:chunk, frame} -> chunk(state, frame, acc, fun)
-      {:over, reply} -> concluded(state, conclude(call, reply, state.chunks), acc, fun)
+  defp go_on(state, {:cont, acc}, fun) do
+    case StreamProxy.next(state.proxy) do
+      {:chunk, frame} ->
+        chunk(state, frame, acc, fun)
+
+      {:over, reply, true} ->
+        over(state, Caller.once(state.conclude.(reply, :final)), acc, fun)
+
+      {:over, reply, false} ->
+        case state.conclude.(reply, state.chunks) do
+          {:again, open} -> again(%{state | again: open}, acc, fun)
+          result -> over(state, result, acc, fun)
+        end
     end
   end
 
   defp go_on(state, {:suspend, acc}, fun), do: {:suspended, acc, &go_on(state, &1, fun)}
 
   defp go_on(state, {:halt, acc}, _fun) do
-    stop(state)
+    StreamProxy.stop(state.proxy)
     CallSpan.over(state.span, :cancelled)
     {:halted, acc}
   end
 
-  defp stop(%{call: call, again: nil}), do: StreamProxy.stop(call.proxy)
-  defp stop(%{call: call}), do: FunctionHolder.close(call.holder)
+  defp again(%{told?: true} = state, acc, fun),
+    do: give(state, %{"status" => "restarted"}, acc, fun)
 
-  defp conclude(call, {:tools_begun, reply}, _chunks),
-    do: Caller.once(call.conclude.(reply, :final))
+  defp again(state, acc, fun), do: go_on(state, {:cont, acc}, fun)
 
-  defp conclude(call, reply, chunks), do: call.conclude.(reply, chunks)
-
-  defp concluded(state, {:again, open}, acc, fun) do
-    state = %{state | again: open}
-
-    if state.told?,
-      do: give(state, %{"status" => "restarted"}, acc, fun),
-      else: go_on(state, {:cont, acc}, fun)
-  end
-
-  defp concluded(%{call: call, span: span}, result, acc, fun) do
-    # A pool's proxy leaves it open after an error.
-    FunctionHolder.close(call.holder)
-    over(result, span, acc, fun)
-  end
-
-  defp over(result, span, acc, fun) do
-    last(fun.({:over, CallSpan.over(span, result)}, acc))
+  defp over(state, result, acc, fun) do
+    if state.proxy, do: StreamProxy.stop(state.proxy)
+    last(fun.({:over, CallSpan.over(state.span, result)}, acc))
   end
 
   defp last({:cont, acc}), do: {:done, acc}
@@ -162,28 +181,28 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
         give(state, chunk, acc, fun)
 
       {:error, _reason} ->
-        send(state.call.dest, :unreadable_frame)
+        send(state.dest, :unreadable_frame)
         go_on(state, {:cont, acc}, fun)
     end
   end
 
   # The items of earlier peers have been given.
-  defp give(state, %{"status" => "restarted"} = chunk, acc, fun) do
-    state = %{state | told?: false, earlier: state.items}
-    go_on(state, call_back(state, {:chunk, chunk}, acc, fun), fun)
-  end
+  defp give(state, %{"status" => "restarted"} = chunk, acc, fun),
+    do: call_back(%{state | told?: false, earlier: state.items}, chunk, acc, fun)
 
-  defp give(state, chunk, acc, fun) do
-    state = %{state | told?: true}
-    go_on(state, call_back(state, {:chunk, chunk}, acc, fun), fun)
-  end
+  defp give(state, chunk, acc, fun), do: call_back(%{state | told?: true}, chunk, acc, fun)
 
-  defp call_back(state, element, acc, fun) do
-    fun.(element, acc)
-  catch
-    kind, reason ->
-      stop(state)
-      CallSpan.failed(state.span, kind, reason, __STACKTRACE__)
-      :erlang.raise(kind, reason, __STACKTRACE__)
+  defp call_back(state, chunk, acc, fun) do
+    step =
+      try do
+        fun.({:chunk, chunk}, acc)
+      catch
+        kind, reason ->
+          StreamProxy.stop(state.proxy)
+          CallSpan.failed(state.span, kind, reason, __STACKTRACE__)
+          :erlang.raise(kind, reason, __STACKTRACE__)
+      end
+
+    go_on(state, step, fun)
   end
 end

@@ -24,169 +24,128 @@ defmodule DSPex.PythonBridge.Doctor.LM do
          ~s(config :dspex, :python_bridge, lm: "openai/gpt-4o-mini"; or each bridge, program or call names its own),
          true}
 
-      model when model in ["offline/echo", "offline/script"] ->
+      "offline/" <> _ = model ->
         {:ok, "#{model}, which is built in and needs no key", nil, true}
 
       model ->
-        look(python, model, options)
+        look(python, model, options, [], @time_limit_ms)
     end
   end
 
-  @doc "Asks the default LM two small questions."
+  @doc "Asks the default LM two or three small questions."
   @spec ask(Path.t(), Options.t()) :: result()
   def ask(python, options) do
     case setting("DSPY_BRIDGE_LM", options) do
-      model when model in ["", "offline/echo"] ->
-        {:note, "there is #{if model == "", do: "no LM", else: "only offline/echo"} to ask", nil,
-         true}
-
-      model ->
-        with_facts(python, ["--ask"], @ask_limit_ms, model, options, fn
-          %{"asked" => answer} -> asked(answer)
-          answer -> result(answer, facts(options))
-        end)
+      model when model in ["", "offline/echo"] -> {:note, "there is no LM to ask", nil, true}
+      model -> look(python, model, options, ["--ask"], @ask_limit_ms)
     end
   end
 
   defp setting(name, options), do: String.trim(options.env.()[name] || System.get_env(name, ""))
 
-  defp look(python, model, options) do
-    with_facts(python, [], @time_limit_ms, model, options, fn answer ->
-      case result(answer, facts(options)) do
-        {:failed, _found, _advice} = failed -> failed
-        {_status, _found, _advice} = result -> reached(answer["unreachable"]) || result
-      end
-    end)
-  end
-
-  defp with_facts(python, args, limit_ms, model, options, result) do
+  defp look(python, model, options, args, limit_ms) do
     env = Options.port_env(options)
+    run = OS.Command.run(python, [script() | args], env: env, limit_ms: limit_ms)
 
-    with {:exit, 0, output} <-
-           OS.Command.run(python, [script() | args], env: env, limit_ms: limit_ms),
-         %{} = answer <- Probe.answer(output) do
-      {status, found, advice} = result.(answer)
-      fact = if status != :failed, do: true
-      {status, Redaction.redact("#{model}: #{found}", options), advice, fact}
-    else
-      {:exit, _status, output} ->
-        unknown(model, OS.Command.last_line(output) || "no reason", options)
+    {status, found, advice} =
+      with {:exit, 0, output} <- run, %{} = answer <- Probe.answer(output) do
+        result(answer, options)
+      else
+        {:error, why} -> unknown(why)
+        {:exit, _status, output} -> unknown(OS.Command.last_line(output) || "no reason")
+        nil -> unknown("no answer")
+      end
 
-      {:error, why} ->
-        unknown(model, why, options)
-
-      nil ->
-        unknown(model, "no answer", options)
-    end
+    fact = if status != :failed, do: true
+    {status, Redaction.redact("#{model}: #{found}", options), advice, fact}
   end
 
   # Of this library's own package: the peer's script may be another.
   defp script, do: Application.app_dir(:dspex, "priv/python/package/dspy_bridge/check_lm.py")
 
-  defp unknown(model, why, options) do
-    text = "#{model}: could not find out whether its key is set: #{why}"
-
-    {:failed, Redaction.redact(text, options),
-     "see whether `import dspy, litellm` works in that Python", nil}
-  end
-
-  defp facts(options) do
-    given =
-      case JSON.decode(setting("DSPY_BRIDGE_LM_OPTIONS", options)) do
-        {:ok, %{} = given} -> given
-        _none -> %{}
-      end
-
-    %{
-      key?: given["api_key"] not in [nil, ""],
-      address?: given["api_base"] != nil or given["base_url"] != nil,
-      init?: setting("DSPY_BRIDGE_INIT", options) != ""
-    }
-  end
-
-  defp result(%{"refused" => why}, _facts),
+  defp unknown(why),
     do:
-      {:failed, "it or its options are refused: #{why}",
-       "correct :lm and :lm_options of the bridge"}
+      {:failed, "could not find out whether its key is set: #{why}",
+       "see whether `import dspy, litellm` works in that Python"}
 
-  defp result(%{"known" => false}, %{init?: true}),
-    do: {:note, "neither DSPy nor LiteLLM knows its provider; DSPY_BRIDGE_INIT may bring it", nil}
+  ## What the script found out
 
-  defp result(%{"known" => false}, _facts),
-    do:
-      {:failed, "neither DSPy nor LiteLLM knows its provider",
-       "write it as provider/model, such as openai/gpt-4o-mini; for a server of your own that speaks as OpenAI's does: openai/model, and api_base in :lm_options"}
-
-  # DSPy itself would refuse each call.
-  defp result(%{"engine" => "dspy", "why" => why} = answer, facts) when why != nil do
-    case answer["lacks"] do
-      [] ->
-        {:failed, "DSPy will refuse it: " <> why, "do as it says, in :lm_options"}
-
-      names ->
-        {:failed, "its key is not set", set(names, facts)}
-    end
-  end
-
-  defp result(%{"engine" => "dspy", "key" => false}, _facts), do: {:ok, "needs no key", nil}
-
-  defp result(%{"lacks" => []}, %{key?: true}),
-    do: {:ok, "its key is set, in :lm_options or DSPY_BRIDGE_LM_OPTIONS", nil}
-
-  defp result(%{"lacks" => [], "set" => [_one | _more] = set}, _facts),
-    do: {:ok, "its key is set, #{Enum.join(set, ", ")}", nil}
-
-  defp result(%{"engine" => "dspy"}, _facts), do: {:ok, "its key is set", nil}
-
-  defp result(%{"lacks" => []}, _facts), do: {:ok, "no variable is known that it needs", nil}
-
-  defp result(%{"lacks" => lacks}, facts) do
-    keys = Enum.filter(lacks, &String.ends_with?(&1, @keys))
-
-    cond do
-      keys == [] ->
-        {:note, "not set: #{Enum.join(lacks, ", ")}; it may find what it needs elsewhere", nil}
-
-      facts.address? ->
-        {:note, "its key is not set, which the server at its api_base may not need",
-         set(keys, facts)}
-
-      true ->
-        {:failed, "its key is not set", set(keys, facts)}
-    end
-  end
-
-  defp reached(nil), do: nil
-
-  defp reached(why),
-    do: {:failed, why, "start its server, or correct api_base in :lm_options"}
-
-  defp asked(%{"error" => why}),
+  defp result(%{"asked" => %{"error" => why}}, _options),
     do:
       {:failed, "it gave no answer: #{why}",
        "correct :lm, its key or :lm_options; or see the log of its server"}
 
-  defp asked(%{"ms" => ms} = answer) do
-    honours =
-      for {name, text} <- [
-            {"response_schema", "response schemas"},
-            {"function_calling", "function calls"}
-          ],
-          do: "#{text}: #{if answer[name], do: "honoured", else: "not honoured"}"
+  defp result(%{"asked" => %{"ms" => ms} = answer}, _options) do
+    honoured = &if answer[&1], do: "honoured", else: "not honoured"
 
-    found = "answered in #{ms} ms; " <> Enum.join(honours, ", ")
+    found =
+      "answered in #{ms} ms; response schemas: #{honoured.("response_schema")}, " <>
+        "function calls: #{honoured.("function_calling")}"
 
-    case answer["supports"] do
-      nil -> {:ok, found, nil}
-      names -> {:note, found, "add to its :lm_options: supports: #{inspect(names)}"}
+    if names = answer["supports"],
+      do: {:note, found, "add to its :lm_options: supports: #{inspect(names)}"},
+      else: {:ok, found, nil}
+  end
+
+  defp result(%{"refused" => why}, _options),
+    do:
+      {:failed, "it or its options are refused: #{why}",
+       "correct :lm and :lm_options of the bridge"}
+
+  defp result(%{"known" => false}, options) do
+    if setting("DSPY_BRIDGE_INIT", options) != "",
+      do: {:note, "its provider is not known; DSPY_BRIDGE_INIT may bring it", nil},
+      else:
+        {:failed, "neither DSPy nor LiteLLM knows its provider",
+         "write it as provider/model, such as openai/gpt-4o-mini; for a server of your own that speaks as OpenAI's does: openai/model, and api_base in :lm_options"}
+  end
+
+  defp result(%{"lacks" => lacks} = answer, options) do
+    keys = Enum.filter(lacks, &String.ends_with?(&1, @keys))
+
+    cond do
+      # DSPy itself would refuse each call.
+      answer["why"] && lacks == [] ->
+        {:failed, "DSPy will refuse it: #{answer["why"]}", "do as it says, in :lm_options"}
+
+      answer["why"] || (keys != [] and not address?(options)) ->
+        {:failed, "its key is not set", set(if(keys == [], do: lacks, else: keys), options)}
+
+      keys != [] ->
+        text = "its key is not set, which the server at its api_base may not need"
+        {:note, text, set(keys, options)}
+
+      lacks != [] ->
+        {:note, "not set: #{Enum.join(lacks, ", ")}; it may find what it needs elsewhere", nil}
+
+      answer["unreachable"] ->
+        {:failed, answer["unreachable"], "start its server, or correct api_base in :lm_options"}
+
+      true ->
+        {:ok, key(answer, given(options)), nil}
     end
   end
 
-  defp set(names, facts),
-    do:
-      "set #{Enum.join(names, " or ")} in the environment of the BEAM, or api_key in :lm_options" <>
-        keyless(facts)
+  defp key(%{"key" => false}, _given), do: "needs no key"
 
-  defp keyless(%{address?: true}), do: ~s(; for a server that needs none, any text will do)
-  defp keyless(_facts), do: ""
+  defp key(_answer, %{"api_key" => _}),
+    do: "its key is set, in :lm_options or DSPY_BRIDGE_LM_OPTIONS"
+
+  defp key(%{"set" => [_ | _] = set}, _given), do: "its key is set, #{Enum.join(set, ", ")}"
+  defp key(_answer, _given), do: "no variable is known that it needs"
+
+  defp given(options) do
+    case JSON.decode(setting("DSPY_BRIDGE_LM_OPTIONS", options)) do
+      {:ok, %{} = given} -> given
+      _none -> %{}
+    end
+  end
+
+  defp address?(options), do: given(options)["api_base"] != nil
+
+  defp set(names, options) do
+    keyless = if address?(options), do: "; for a server that needs none, any text will do"
+
+    "set #{Enum.join(names, " or ")} in the environment of the BEAM, or api_key in :lm_options#{keyless}"
+  end
 end

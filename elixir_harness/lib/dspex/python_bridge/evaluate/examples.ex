@@ -4,37 +4,50 @@ defmodule DSPex.PythonBridge.Evaluate.Examples do
 
   alias DSPex.PythonBridge.Program
   alias DSPex.PythonBridge.Program.{Dump, Spec}
-  alias DSPex.PythonBridge.Tools.Outcome
 
   @type pair :: {inputs :: map() | keyword(), expected :: map() | nil}
 
+  @typedoc "What is left of an enumerable; nil at its end."
+  @type reader :: (Enumerable.acc() -> Enumerable.result()) | nil
+
+  @doc "For `take/2`."
+  @spec reader(term()) :: reader()
+  def reader(examples) do
+    &Enumerable.reduce(examples, &1, fn
+      example, {1, taken} -> {:suspend, {0, [example | taken]}}
+      example, {left, taken} -> {:cont, {left - 1, [example | taken]}}
+    end)
+  end
+
   @doc """
-  The examples of an enumerable, which is asked for no more than are taken; or the text that refuses what is none. If it
-  raises, that is thrown as `{DSPex.PythonBridge.Evaluate.Examples, text}`.
+  The next `count` examples and what is left, of which nothing has been asked yet; with 0, all of them. The error is the
+  text of what the enumerable has raised.
+
+      iex> alias DSPex.PythonBridge.Evaluate.Examples
+      iex> {:ok, [1, 2], left} = Examples.take(Examples.reader(1..3), 2)
+      iex> Examples.take(left, 2)
+      {:ok, [3], nil}
+      iex> Examples.take(Examples.reader(fn _acc, _fun -> raise "no file" end), 2)
+      {:error, "** (RuntimeError) no file"}
   """
-  @spec stream(term()) :: {:ok, Enumerable.t()} | {:error, String.t()}
-  def stream(examples) when is_list(examples) do
-    if List.improper?(examples), do: {:error, "expected a proper list"}, else: {:ok, examples}
-  end
-
-  # The streams of Elixir are functions of two arguments.
-  def stream(examples) do
-    if Enumerable.impl_for(examples) == nil or
-         (is_function(examples) and not is_function(examples, 2)) do
-      {:error, "expected an enumerable of examples"}
-    else
-      start = &Enumerable.reduce(examples, &1, fn example, _acc -> {:suspend, example} end)
-      {:ok, Stream.resource(fn -> start end, &next/1, &(&1 && &1.({:halt, nil})))}
-    end
-  end
-
-  defp next(continue) do
-    case continue.({:cont, nil}) do
-      {:suspended, example, continue} -> {[example], continue}
-      {ended, _acc} when ended in [:done, :halted] -> {:halt, nil}
+  @spec take(reader(), non_neg_integer()) :: {:ok, [term()], reader()} | {:error, String.t()}
+  def take(reader, count) do
+    case reader.({:cont, {count, []}}) do
+      {:suspended, {_left, taken}, reader} -> {:ok, Enum.reverse(taken), reader}
+      {ended, {_left, taken}} when ended in [:done, :halted] -> {:ok, Enum.reverse(taken), nil}
     end
   catch
-    kind, reason -> throw({__MODULE__, Outcome.message(kind, reason, __STACKTRACE__)})
+    kind, reason ->
+      [line | _more] = String.split(Exception.format_banner(kind, reason, __STACKTRACE__), "\n")
+      {:error, line}
+  end
+
+  @doc "Ends an enumerable of which no more is needed, such as a file."
+  @spec close(reader()) :: term()
+  def close(reader) do
+    reader && reader.({:halt, nil})
+  catch
+    kind, reason -> {kind, reason}
   end
 
   @doc """

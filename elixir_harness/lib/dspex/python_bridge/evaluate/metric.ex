@@ -2,6 +2,7 @@ defmodule DSPex.PythonBridge.Evaluate.Metric do
   @moduledoc false
   # A metric, of an evaluation or an optimization: what the peer gets of it, and the caller's function as a tool.
 
+  alias DSPex.PythonBridge.Program
   alias DSPex.PythonBridge.Protocol.Payload
 
   @matches [:equals, :exact_match, :f1, :contains]
@@ -9,38 +10,49 @@ defmodule DSPex.PythonBridge.Evaluate.Metric do
   @tool "metric:score"
   @expected "expected a function of two or three arguments, or {:field, name, match}"
 
-  @type t :: DSPex.PythonBridge.Evaluate.metric()
-  @typedoc "Functions by name, as the option `:tools` has them."
-  @type tools :: %{(atom() | String.t()) => term()}
-
   @doc """
-  The argument `metric` of the wire, and the tools with which the peer asks for scores; or the text that refuses it.
+  The argument `metric` of the wire, and options of the request with the functions of a module's program and of the metric
+  among its `:tools`; or the text that refuses them.
 
       iex> alias DSPex.PythonBridge.Evaluate.Metric
-      iex> Metric.new({:field, :answer, :f1})
-      {:ok, %{field: "answer", match: :f1}, %{}}
-      iex> {:ok, %{tool: name}, tools} = Metric.new(fn _example, _prediction, purpose -> {1, inspect(purpose)} end)
-      iex> tools[name].(%{"example" => %{}, "prediction" => %{}, "purpose" => "bootstrap"})
+      iex> Metric.new({:field, :answer, :f1}, [], nil)
+      {:ok, %{field: "answer", match: :f1}, [tools: %{}]}
+      iex> {:ok, %{tool: name}, opts} = Metric.new(fn _, _, purpose -> {1, inspect(purpose)} end, [], nil)
+      iex> opts[:tools][name].(%{"example" => %{}, "prediction" => %{}, "purpose" => "bootstrap"})
       %{score: 1, feedback: ":bootstrap"}
   """
-  @spec new(term()) :: {:ok, map(), tools()} | {:error, String.t()}
-  def new(score) when is_function(score, 2) or is_function(score, 3),
+  @spec new(term(), keyword(), Program.Spec.t() | nil) ::
+          {:ok, map(), keyword()} | {:error, String.t()}
+  def new(metric, opts, spec) do
+    with {:ok, metric, score} <- read(metric) do
+      case Keyword.get(opts, :tools, %{}) do
+        given when is_map(given) ->
+          opts = Keyword.put(opts, :tools, Map.merge(given, score))
+          {:ok, metric, Program.Tools.add(opts, if(spec, do: spec.functions, else: %{}))}
+
+        _other ->
+          {:error, ":tools: expected a map of names to functions"}
+      end
+    end
+  end
+
+  defp read(score) when is_function(score, 2) or is_function(score, 3),
     do: {:ok, %{tool: @tool}, %{@tool => tool(score)}}
 
-  def new({:field, field, match}) when match in @matches do
+  defp read({:field, field, match}) when match in @matches do
     case Payload.string(field) do
       nil -> {:error, ":metric: expected the name of an output field"}
       name -> {:ok, %{field: name, match: match}, %{}}
     end
   end
 
-  def new({:field, _field, _match}) do
+  defp read({:field, _field, _match}) do
     matches = Enum.map_join(@matches, ", ", &inspect/1)
     {:error, ":metric: expected {:field, name, match} with #{matches}"}
   end
 
-  def new(nil), do: {:error, ":metric: missing; #{@expected}"}
-  def new(_other), do: {:error, ":metric: #{@expected}"}
+  defp read(nil), do: {:error, ":metric: missing; #{@expected}"}
+  defp read(_other), do: {:error, ":metric: #{@expected}"}
 
   defp tool(score) do
     fn %{"example" => example, "prediction" => prediction} = asked ->
@@ -66,15 +78,4 @@ defmodule DSPex.PythonBridge.Evaluate.Metric do
   end
 
   defp purpose(_score), do: :score
-
-  @doc """
-  The options of a request with the metric's function among its `:tools`; or the text that refuses these.
-  """
-  @spec add_tools(keyword(), tools()) :: {:ok, keyword()} | {:error, String.t()}
-  def add_tools(opts, tools) do
-    case Keyword.get(opts, :tools, %{}) do
-      given when is_map(given) -> {:ok, Keyword.put(opts, :tools, Map.merge(given, tools))}
-      _other -> {:error, ":tools: expected a map of names to functions"}
-    end
-  end
 end

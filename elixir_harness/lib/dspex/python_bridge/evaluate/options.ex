@@ -9,36 +9,27 @@ defmodule DSPex.PythonBridge.Evaluate.Options do
   @passed [:item_timeout_ms, :attempts, :tools, :retry, :traceparent, :telemetry_metadata]
   @arguments [:lm, :config]
 
-  @enforce_keys [:metric, :max_concurrency, :timeout, :on_result, :arguments, :passed]
+  @enforce_keys [:args, :passed, :max_concurrency, :timeout, :on_result]
   defstruct @enforce_keys
 
-  @typedoc "`metric`, `arguments`: for the peer. `passed`: options of each request, the metric's function among its tools."
+  @typedoc "`args`: of `execute_program`. `passed`: options of each request, the metric's function among its tools."
   @type t :: %__MODULE__{
-          metric: map(),
+          args: map(),
+          passed: keyword(),
           max_concurrency: pos_integer(),
           timeout: timeout(),
-          on_result: (map() -> term()),
-          arguments: map(),
-          passed: keyword()
+          on_result: (map() -> term())
         }
 
-  @doc "Checks them; the error names the wrong one. `functions`: for the program's tools, by their names."
-  @spec new(term(), %{String.t() => term()}) :: {:ok, t()} | {:error, Error.t()}
-  def new(opts, functions \\ %{}) do
+  @doc "Checks them for a program, nil if it is not a module's; the error names the wrong one."
+  @spec new(term(), Program.Spec.t() | nil) :: {:ok, t()} | {:error, Error.t()}
+  def new(opts, spec \\ nil) do
     with {:ok, opts} <- Table.check(opts, table()),
-         {:ok, metric, tools} <- Metric.new(opts[:metric]),
-         {:ok, passed} <- Metric.add_tools(Keyword.take(opts, @passed), tools),
-         passed = Program.Tools.add(passed, functions),
+         {:ok, metric, passed} <- Metric.new(opts[:metric], Keyword.take(opts, @passed), spec),
          {:ok, _checked} <- Client.Options.new(passed, @passed) do
-      {:ok,
-       %__MODULE__{
-         metric: metric,
-         max_concurrency: opts[:max_concurrency],
-         timeout: opts[:timeout],
-         on_result: opts[:on_result],
-         arguments: opts |> Keyword.take(@arguments) |> Map.new(),
-         passed: passed
-       }}
+      args = opts |> Keyword.take(@arguments) |> Map.new() |> Map.put(:metric, metric)
+      own = Keyword.take(opts, [:max_concurrency, :timeout, :on_result])
+      {:ok, struct!(__MODULE__, [args: args, passed: passed] ++ own)}
     else
       {:error, %Error{} = error} -> {:error, error}
       {:error, text} -> {:error, Error.new(:invalid_request, text)}

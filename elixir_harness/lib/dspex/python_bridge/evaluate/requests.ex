@@ -3,12 +3,12 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   # The requests of an evaluation: a few examples each, so that a pool spreads them over its peers, that one slow example
   # holds up few others, and that little is done again when a peer dies.
   #
-  # They are made by tasks, which end with the caller. The examples stay in the caller's process: what a stream gives is
-  # not held twice.
+  # A process starts them and collects their replies, since the caller may have a long mailbox. It ends with the caller,
+  # and the requests end with it. The caller takes the examples, and keeps them until their results are there.
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool, Program}
-  alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result, Tally}
-  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Evaluate.{Examples, Options, Result}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline}
   alias DSPex.PythonBridge.Tools.LargeFunction
 
   # So many requests at once, as far as `max_concurrency` allows, and so many examples in one.
@@ -18,114 +18,145 @@ defmodule DSPex.PythonBridge.Evaluate.Requests do
   @earlier_ms 250
 
   @doc """
-  The results in the order of the examples, and the sum of what the requests have used. `progress` is called with what is
-  measured after each request, in the calling process.
+  What was measured. `progress` is called with what is known after each request, in the calling process.
   """
-  @spec run(
-          term(),
-          {String.t(), Program.Spec.t() | nil},
-          Enumerable.t(),
-          Options.t(),
-          (Tally.t() -> term())
-        ) ::
-          {:ok, [Result.item()], map()} | {:error, Error.t()}
-  def run(server, program, examples, %Options{} = options, progress) do
+  @spec run(term(), {String.t(), Program.Spec.t() | nil}, term(), Options.t(), progress) ::
+          {:ok, Result.tally()} | {:error, Error.t()}
+        when progress: (Result.tally() -> term())
+  def run(server, {id, spec}, examples, %Options{} = options, progress) do
     size = options.max_concurrency |> div(@requests) |> max(1) |> min(@most_examples)
     deadline = Deadline.new(options.timeout)
     {tools, large} = LargeFunction.hold(Keyword.get(options.passed, :tools, %{}), self())
-    options = %{options | passed: Keyword.put(options.passed, :tools, tools)}
-    request = request(server, program, options, deadline)
+    passed = Keyword.put(options.passed, :tools, tools)
+    request = request(server, Map.put(options.args, :program_id, id), passed, deadline)
+    collector = collector(request)
 
-    # Its key in the process dictionary, where the examples wait for their results: a task would copy them twice.
-    waiting = make_ref()
+    state = %{
+      collector: collector,
+      spec: spec,
+      size: size,
+      most: max(div(options.max_concurrency, size), 1),
+      count: 0,
+      waiting: %{},
+      tally: Result.tally()
+    }
+
+    taken = fn tally, items ->
+      progress.(tally)
+      Enum.each(items, options.on_result)
+      in_time(items, options.timeout, deadline)
+    end
 
     try do
-      examples
-      |> Stream.chunk_every(size)
-      |> Stream.with_index()
-      |> Stream.map(&keep(&1, waiting))
-      |> Task.async_stream(request,
-        max_concurrency: max(div(options.max_concurrency, size), 1),
-        ordered: false,
-        timeout: :infinity
-      )
-      |> Enum.reduce_while({:ok, %Tally{}}, fn {:ok, {number, reply}}, {:ok, tally} ->
-        examples = Process.delete({waiting, number})
-
-        with {:ok, results, meta} <- located(reply, number * size),
-             {:ok, items} <- Result.items(examples, results, number * size),
-             :ok <- in_time(items, options, deadline) do
-          tally = Tally.add(tally, items, meta)
-          progress.(tally)
-          Enum.each(items, options.on_result)
-          {:cont, {:ok, tally}}
-        else
-          {:error, error} -> {:halt, {:error, error}}
-        end
-      end)
-      |> case do
-        {:ok, tally} -> {:ok, Tally.items(tally), tally.usage}
-        {:error, error} -> {:error, error}
-      end
-    catch
-      {Examples, text} -> {:error, Error.new(:invalid_request, "examples: #{text}")}
+      step(state, Examples.reader(examples), taken)
     after
+      Process.exit(collector, :shutdown)
       LargeFunction.close(large)
-      for {{^waiting, _number} = key, _examples} <- Process.get(), do: Process.delete(key)
     end
   end
 
-  defp keep({examples, number}, waiting) do
-    Process.put({waiting, number}, examples)
-    {examples, number}
+  defp request(server, args, passed, deadline) do
+    call = if Program.Runner.client(server) == Pool, do: &Pool.spread/4, else: &Bridge.request/4
+    # At the deadline the request fails at once.
+    left = fn -> with(0 <- Deadline.left(deadline), do: 1) end
+    &call.(server, :execute_program, Map.merge(args, &1), [timeout: left.()] ++ passed)
   end
 
-  defp request(server, {program, spec}, options, deadline) do
-    call = if Pool.Handle.fetch(server), do: &Pool.spread/4, else: &Bridge.request/4
-    args = Map.merge(options.arguments, %{program_id: program, metric: options.metric})
-    # Without the other options: each task gets a copy of what its function needs.
-    passed = options.passed
+  # Sends the next examples, or waits for the results of earlier ones.
+  defp step(%{waiting: waiting, tally: tally}, nil, _taken) when waiting == %{}, do: {:ok, tally}
 
-    fn {examples, number} ->
-      with {:ok, inputs, expected} <- columns(examples, spec) do
-        args = Map.put(args, :inputs, inputs)
-        args = if expected, do: Map.put(args, :expected, expected), else: args
-
-        call.(server, :execute_program, args, [timeout: left(deadline)] ++ passed)
-      end
-      |> then(&{number, &1})
+  defp step(%{waiting: waiting} = state, reader, taken)
+       when reader != nil and map_size(waiting) < state.most do
+    with {:ok, examples, reader} <- Examples.take(reader, state.size),
+         {:ok, state} <- send_next(state, examples, reader) do
+      step(state, reader, taken)
+    else
+      {:error, text} -> {:error, Error.new(:invalid_request, "examples: #{text}")}
+      {:refused, error} -> {:error, error}
     end
   end
 
-  # At the deadline the request fails at once.
-  defp left(deadline), do: with(0 <- Deadline.left(deadline), do: 1)
+  defp step(state, reader, taken) do
+    with {:ok, {number, reply}} <- Ask.ask(state.collector, :infinity, &{:next, &1}),
+         {examples, waiting} = Map.pop!(state.waiting, number),
+         {:ok, results, meta} <- located(reply, number),
+         {:ok, items} <- Result.items(examples, results, number),
+         tally = Result.add(state.tally, items, meta),
+         :ok <- taken.(tally, items) do
+      step(%{state | waiting: waiting, tally: tally}, reader, taken)
+    else
+      failed ->
+        Examples.close(reader)
+        with :down <- failed, do: {:error, Error.new(:cancelled, "its requests were killed")}
+    end
+  end
 
-  # Its index in the request, as the peer's errors have it.
-  defp columns(examples, spec) do
-    with {:error, index} <- Examples.columns(examples, spec),
-         do: {:error, Error.new(:invalid_args, Examples.refusal("examples", index))}
+  defp send_next(state, [], _none_left), do: {:ok, state}
+
+  defp send_next(%{count: count} = state, examples, reader) do
+    case Examples.columns(examples, state.spec) do
+      {:ok, inputs, expected} ->
+        args = if expected, do: %{inputs: inputs, expected: expected}, else: %{inputs: inputs}
+        send(state.collector, {:send, count, args})
+        waiting = Map.put(state.waiting, count, examples)
+        {:ok, %{state | waiting: waiting, count: count + length(examples)}}
+
+      {:error, index} ->
+        Examples.close(reader)
+        text = Examples.refusal("examples", count + index)
+        {:refused, Error.new(:invalid_args, text)}
+    end
   end
 
   # The peer counts the examples of its request.
   defp located({:error, %Error{type: :invalid_args, message: text} = error}, before) do
     text =
-      Regex.replace(~r/\b(inputs|expected|examples)\[(\d+)\]/, text, fn _all, name, index ->
+      Regex.replace(~r/\b(inputs|expected)\[(\d+)\]/, text, fn _all, name, index ->
         "#{name}[#{before + String.to_integer(index)}]"
       end)
 
     {:error, %{error | message: text}}
   end
 
-  defp located({:error, error}, _before), do: {:error, error}
-  defp located({:ok, result, meta}, _before), do: {:ok, result, meta}
+  defp located(reply, _before), do: reply
 
-  defp in_time(items, %Options{passed: passed, timeout: timeout}, deadline) do
-    over? =
-      timeout != :infinity and
-        (passed[:item_timeout_ms] == nil or Deadline.left(deadline) <= @earlier_ms)
+  defp in_time(items, timeout, deadline) do
+    timed_out? = Enum.any?(items, &match?(%{error: %Error{type: :timeout}}, &1))
 
-    if over? and Enum.any?(items, &match?(%{error: %Error{type: :timeout}}, &1)),
+    if timed_out? and Deadline.left(deadline) <= @earlier_ms,
       do: {:error, Error.new(:timeout, "the evaluation was not finished within #{timeout} ms")},
       else: :ok
+  end
+
+  ## The process
+
+  defp collector(request) do
+    caller = self()
+    # As for a Task: by these, Mox and the Ecto sandbox find the test process.
+    callers = [caller | Process.get(:"$callers", [])]
+    spawn(fn -> collect(request, callers, Process.monitor(caller)) end)
+  end
+
+  defp collect(request, callers, watch) do
+    receive do
+      {:send, number, args} ->
+        collector = self()
+
+        spawn_link(fn ->
+          Process.put(:"$callers", callers)
+          send(collector, {:reply, number, request.(args)})
+        end)
+
+      {:next, ref} ->
+        receive do
+          {:reply, number, reply} -> send(ref, {ref, {number, reply}})
+          {:DOWN, ^watch, :process, _caller, _reason} -> exit(:shutdown)
+        end
+
+      {:DOWN, ^watch, :process, _caller, _reason} ->
+        exit(:shutdown)
+    end
+
+    collect(request, callers, watch)
   end
 end

@@ -14,9 +14,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Evaluate.{Examples, Table}
-
-  # About the largest float.
-  @most 1.0e308
+  alias DSPex.PythonBridge.Telemetry.Usage
 
   @enforce_keys [:score, :failed, :results, :usage, :duration_ms]
   defstruct @enforce_keys
@@ -38,34 +36,66 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
           duration_ms: non_neg_integer()
         }
 
+  @typedoc false
+  # `lists`: of the results of each request, newest first. `sum`: of all scores.
+  @type tally :: %{
+          lists: [[item()]],
+          usage: map(),
+          done: non_neg_integer(),
+          failed: non_neg_integer(),
+          sum: float()
+        }
+
   @doc false
-  @spec new([item()], map(), non_neg_integer()) :: t()
-  def new(items, usage, duration_ms) do
+  @spec tally() :: tally()
+  def tally, do: %{lists: [], usage: %{}, done: 0, failed: 0, sum: 0.0}
+
+  @doc false
+  @spec add(tally(), [item()], meta :: map()) :: tally()
+  def add(tally, items, meta) do
+    %{
+      lists: [items | tally.lists],
+      usage: add_usage(tally.usage, meta),
+      done: tally.done + length(items),
+      failed: tally.failed + Enum.count(items, & &1.error),
+      sum: tally.sum + Enum.sum_by(items, & &1.score)
+    }
+  end
+
+  @doc false
+  @spec figures(tally(), total :: non_neg_integer() | nil) :: map()
+  def figures(tally, total) do
+    %{done: tally.done, total: total, failed: tally.failed, score: score(tally)}
+    |> Map.merge(Usage.measurements(tally.usage))
+  end
+
+  defp score(%{done: 0}), do: nil
+  defp score(%{done: done, sum: sum}), do: sum / done
+
+  @doc false
+  @spec mean([number()]) :: float() | nil
+  def mean([]), do: nil
+  def mean(scores), do: Enum.sum(scores) / length(scores)
+
+  @doc false
+  @spec new(tally(), non_neg_integer()) :: t()
+  def new(tally, duration_ms) do
+    results = tally.lists |> Enum.sort_by(&hd(&1).index) |> Enum.concat()
+
     %__MODULE__{
-      score: items |> Enum.map(& &1.score) |> mean(),
-      failed: Enum.count(items, & &1.error),
-      results: items,
-      usage: usage,
+      score: results |> Enum.map(& &1.score) |> mean(),
+      failed: tally.failed,
+      results: results,
+      usage: tally.usage,
       duration_ms: duration_ms
     }
   end
 
   @doc false
-  @spec mean([float()]) :: float() | nil
-  def mean([]), do: nil
-
-  def mean(scores) do
-    Enum.sum(scores) / length(scores)
-  rescue
-    # Their sum may be more than a float holds.
-    ArithmeticError -> scores |> Enum.map(&(&1 / length(scores))) |> Enum.sum()
-  end
-
-  @doc false
   @spec items([term()], term(), non_neg_integer()) :: {:ok, [item()]} | {:error, Error.t()}
   def items(examples, %{"results" => results}, before)
-      when is_list(results) and length(results) == length(examples) do
-    if Enum.all?(results, &valid?/1) do
+      when length(results) == length(examples) do
+    if Enum.all?(results, &match?(%{"score" => score} when is_number(score), &1)) do
       numbered = Enum.with_index(Enum.zip(examples, results), before)
       {:ok, for({{example, result}, index} <- numbered, do: item(example, result, index))}
     else
@@ -75,21 +105,7 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
 
   def items(_examples, _other, _before), do: invalid()
 
-  # A peer may send anything.
   defp invalid, do: {:error, Error.new(:internal, "the peer sent no valid results")}
-
-  defp valid?(%{"score" => score} = result) do
-    score?(score) and text?(result["feedback"]) and
-      case result do
-        %{"success" => true, "result" => %{}} -> true
-        %{"success" => false, "error" => text} -> is_binary(text)
-        _other -> false
-      end
-  end
-
-  defp valid?(_other), do: false
-
-  defp text?(feedback), do: feedback == nil or is_binary(feedback)
 
   defp item(example, result, index) do
     {inputs, expected} = Examples.pair(example)
@@ -111,37 +127,19 @@ defmodule DSPex.PythonBridge.Evaluate.Result do
     do: Error.from_peer(failure["error_type"], failure["error"], failure["retryable"])
 
   @doc false
-  @spec score?(term()) :: boolean()
-  # A whole number may be more than a float holds.
-  def score?(score), do: is_number(score) and abs(score) <= @most
-
-  @doc false
-  @spec count?(term()) :: boolean()
-  def count?(count), do: is_integer(count) and count >= 0
-
-  @doc false
-  @spec add(map(), map()) :: map()
-  def add(usage, meta) do
+  @spec add_usage(map(), map()) :: map()
+  def add_usage(usage, meta) do
     meta
     |> Map.take(~w(lm_calls cache_hits cost_usd wait_ms lm_usage))
-    |> Map.filter(fn {key, value} -> used?(key, value) end)
     |> Map.merge(usage, fn _key, one, other -> sum(one, other) end)
   end
 
-  defp used?("lm_usage", value), do: is_map(value)
-  defp used?("cost_usd", value), do: value == nil or score?(value)
-  defp used?("wait_ms", value), do: score?(value)
-  defp used?(_calls, value), do: count?(value)
-
-  defp sum(one, other) when is_number(one) and is_number(other) do
-    one + other
-  rescue
-    ArithmeticError -> nil
-  end
+  defp sum(one, other) when is_number(one) and is_number(other), do: one + other
 
   defp sum(one, other) when is_map(one) and is_map(other),
-    do: Map.merge(one, other, fn _, a, b -> sum(a, b) end)
+    do: Map.merge(one, other, fn _key, one, other -> sum(one, other) end)
 
+  # What is not known of one is not known of the sum.
   defp sum(_one, _other), do: nil
 
   defimpl String.Chars do

@@ -22,6 +22,10 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
     @head |> List.insert_at(2, "before") |> table(rows) |> Enum.join("\n")
   end
 
+  @doc "Milliseconds as seconds."
+  @spec seconds(non_neg_integer()) :: String.t()
+  def seconds(ms), do: :erlang.float_to_binary(ms / 1000, decimals: 1)
+
   @doc "A score."
   @spec number(number()) :: String.t()
   def number(score) when abs(score) < 1.0e6, do: :erlang.float_to_binary(score / 1, decimals: 3)
@@ -31,15 +35,22 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
 
   defp table(head, rows) do
     rows = [head | rows]
-    Enum.map(rows, &line(&1, widths(rows)))
+    columns = Enum.zip_with(rows, & &1)
+    widths = for column <- columns, do: column |> Enum.map(&String.length/1) |> Enum.max()
+
+    for row <- rows,
+        do:
+          row
+          |> Enum.zip_with(widths, &String.pad_trailing/2)
+          |> Enum.join("  ")
+          |> String.trim_trailing()
   end
 
   defp summary(result) do
     score = if result.score, do: number(result.score), else: "none"
     calls = result.usage["lm_calls"] || 0
-    seconds = :erlang.float_to_binary(result.duration_ms / 1000, decimals: 1)
-
-    "score #{score}, #{length(result.results)} examples, #{result.failed} failed, #{calls} LM calls, #{seconds} s"
+    counts = "#{length(result.results)} examples, #{result.failed} failed, #{calls} LM calls"
+    "score #{score}, #{counts}, #{seconds(result.duration_ms)} s"
   end
 
   defp row(item) do
@@ -69,21 +80,10 @@ defmodule DSPex.PythonBridge.Evaluate.Table do
   defp shown(text) when is_binary(text), do: text
   defp shown(value), do: inspect(value, limit: 10, printable_limit: 100)
 
-  defp cut(text) do
-    line = text |> String.slice(0, 4 * @column) |> String.replace(~r/[[:space:][:cntrl:]]+/u, " ")
-    if String.length(line) > @column, do: String.slice(line, 0, @column - 1) <> "…", else: line
-  end
-
-  defp widths(rows) do
-    rows
-    |> Enum.zip_with(& &1)
-    |> Enum.map(fn column -> column |> Enum.map(&String.length/1) |> Enum.max() end)
-  end
-
-  defp line(cells, widths) do
-    cells
-    |> Enum.zip_with(widths, &String.pad_trailing/2)
-    |> Enum.join("  ")
-    |> String.trim_trailing()
+  @doc "A text on one line, of at most `most` characters."
+  @spec cut(String.t(), pos_integer()) :: String.t()
+  def cut(text, most \\ @column) do
+    line = text |> String.slice(0, 4 * most) |> String.replace(~r/[[:space:][:cntrl:]]+/u, " ")
+    if String.length(line) > most, do: String.slice(line, 0, most - 1) <> "…", else: line
   end
 end

@@ -32,11 +32,15 @@ defmodule DSPex.PythonBridge.Optimize do
   | `:gepa` | reflects on feedback, predictor by predictor; needs `:reflection_lm` | one of `auto`, `max_full_evals`, `max_metric_calls` |
   """
 
-  alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool}
-  alias DSPex.PythonBridge.Optimize.{Definition, Options, Progress, Result, Run, TemporaryProgram}
-  alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Telemetry.{CallSpan, RunSpan}
-  alias DSPex.PythonBridge.Tools.FunctionHolder
+  alias DSPex.PythonBridge.{Bridge, Client, Error, Evaluate, Pool, Program}
+  alias DSPex.PythonBridge.Client.StreamReducer
+  alias DSPex.PythonBridge.Optimize.{Progress, Request, Result}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline}
+  alias DSPex.PythonBridge.Programs.Declared
+  alias DSPex.PythonBridge.Telemetry.RunSpan
+
+  # The caller waits so long for the end of the temporary program: a peer that hangs may answer late.
+  @cleanup_ms 1_000
 
   @typedoc """
   What `:on_progress` gets:
@@ -73,7 +77,8 @@ defmodule DSPex.PythonBridge.Optimize do
 
   `server` is a bridge, or a pool of this node, of which one peer is used; it serves other calls meanwhile. `definition` is
   what `create_program` takes, a map with an `id`, or a module with `use DSPex.PythonBridge.Program`; its own `state` is where
-  the optimizer starts. The program need not exist: the peer gets it under an id of its own until the end.
+  the optimizer starts. The program need not exist: until the end there is one under an id of its own, such as
+  `"triage:optimize:1f3a…"`.
 
   These end it at once, as its error: a metric that fails (`:tool_error`), a key that the LM refuses (`:lm_error`) or none
   (`:lm_not_configured`), wrong arguments (`:invalid_args` or `:invalid_request`, with a text that names them), a package
@@ -109,95 +114,105 @@ defmodule DSPex.PythonBridge.Optimize do
   @spec run(Bridge.server() | Pool.pool(), map() | module(), [option()]) ::
           {:ok, Result.t()} | {:error, Error.t()}
   def run(server, definition, opts) do
-    with {:ok, definition} <- read(definition),
-         {:ok, options} <- Options.new(opts, definition) do
-      metadata = Keyword.get(options.request, :telemetry_metadata, %{})
-      about = %{program_id: definition.id, telemetry_metadata: metadata}
-      about = Map.put(about, :optimizer, options.optimizer)
+    with {:ok, id, given, spec} <- read(definition),
+         {:ok, request} <- Request.new(opts, spec) do
+      metadata = Keyword.get(request.opts, :telemetry_metadata, %{})
+      about = %{program_id: id, telemetry_metadata: metadata, optimizer: request.optimizer}
       started = Deadline.now()
 
       RunSpan.run(:optimize, server, about, %{}, fn span ->
-        progress = %Progress{report: options.on_progress, span: span}
+        progress = %Progress{report: request.on_progress, span: span}
 
-        with {:ok, where} <- Run.find(server),
-             {outcome, progress} when outcome == :stopped or elem(outcome, 0) == :ok <-
-               call(server, where, definition, options, started, progress) do
-          result(outcome, progress, definition, started)
-        else
-          {{:error, error}, _progress} -> {:error, error}
-          {:error, error} -> {:error, error}
+        with {:ok, client} <- client(server),
+             {reply, progress} <- optimize(client, server, {id, given}, request, progress),
+             {:ok, result} <- Result.new(reply, progress, given, Deadline.now() - started) do
+          RunSpan.update(span, Map.merge(Progress.figures(progress), Result.figures(result)))
+          {:ok, result}
         end
       end)
     end
   end
 
   defp read(definition) do
-    with {:error, text} <- Definition.new(definition),
-         do: {:error, Error.new(:invalid_request, text)}
+    with {:ok, {id, _args}} <- Declared.one(definition) do
+      module? = is_atom(definition)
+      given = Map.new(if module?, do: definition.definition(), else: definition)
+      {:ok, id, given, if(module?, do: Program.Tools.spec(definition))}
+    else
+      {:error, text} -> {:error, Error.new(:invalid_request, "definition: #{text}")}
+    end
   end
 
-  defp call(server, {kind, _found} = where, definition, options, started, progress) do
-    args = %{program_id: definition.id}
-    {span, opts} = CallSpan.begin(kind, server, :execute_program, args, options.request)
+  # A pool of another node is refused: a process of another kind may never answer.
+  defp client(server) do
+    with Bridge <- Program.Runner.client(server),
+         {:ok, _dest} <- Client.Caller.find_anywhere(server),
+         do: {:ok, Bridge},
+         else: (
+           Pool -> {:ok, Pool}
+           error -> error
+         )
+  end
+
+  # A program of its own, so that nobody redefines or removes it meanwhile.
+  defp optimize(client, server, {id, given}, request, progress) do
+    deadline = Deadline.new(request.timeout)
+    suffix = Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)
+    temporary = "#{id}:optimize:#{suffix}"
+    remover = remover(client, server, temporary)
+    create = given |> Map.drop([:id, "id"]) |> Map.put(:id, temporary)
 
     try do
-      {outcome, progress} = make(where, definition, options, opts, started, progress)
-      CallSpan.over(span, if(outcome == :stopped, do: :cancelled, else: outcome))
-      {outcome, progress}
-    catch
-      class, reason ->
-        CallSpan.failed(span, class, reason, __STACKTRACE__)
-        :erlang.raise(class, reason, __STACKTRACE__)
+      case client.request(server, :create_program, create, timeout: request.timeout) do
+        {:ok, _created, _meta} ->
+          args = Map.put(request.args, :program_id, temporary)
+          left = Deadline.left(deadline)
+          call = streamed(client).(server, :execute_program, args, left, request.opts)
+          # Its events have the id of the definition.
+          stream(put_elem(call, 3, %{program_id: id}), progress)
+
+        error ->
+          {error, progress}
+      end
+    after
+      Ask.ask(remover, @cleanup_ms, &{:remove, &1})
     end
   end
 
-  defp make(where, definition, options, opts, started, progress) do
-    id = TemporaryProgram.id(definition.id)
+  # Removes the program when it is asked to, or when the caller dies.
+  defp remover(client, server, id) do
+    caller = self()
 
-    case Options.encode(options, id, opts) do
-      {:ok, execute} ->
-        pool = with {:pool, handle} <- where, do: handle.name, else: (_bridge -> nil)
+    spawn(fn ->
+      watch = Process.monitor(caller)
 
-        run = %Run{
-          where: where,
-          program: TemporaryProgram.open(id),
-          holder: FunctionHolder.open(opts, pool, definition.id),
-          create: Definition.create(definition, id),
-          retry?: options.retry?
-        }
-
-        try do
-          Run.make(run, execute, Deadline.new(options.timeout, started), progress)
-        after
-          TemporaryProgram.close(run.program)
-          FunctionHolder.close(run.holder)
+      ref =
+        receive do
+          {:remove, ref} -> ref
+          {:DOWN, ^watch, :process, _caller, _reason} -> nil
         end
 
-      {:error, error} ->
-        {{:error, error}, progress}
-    end
+      client.request(server, :cleanup, %{program_ids: [id]}, timeout: :infinity)
+      if ref, do: send(ref, {ref, :removed})
+    end)
   end
 
-  defp result(:stopped, progress, definition, started) do
-    reply = %{
-      "state" => progress.state || Definition.state(definition),
-      "score" => progress.score,
-      "candidates" => progress.candidates,
-      "stopped" => "caller",
-      "lm_calls" => progress.lm_calls
-    }
+  defp streamed(Pool), do: &Pool.Caller.streamed/5
+  defp streamed(Bridge), do: &StreamReducer.to_bridge/5
 
-    {:ok, Result.new(reply, %{}, definition, Deadline.now() - started)}
-  end
+  defp stream(call, progress) do
+    {_ended, last} =
+      StreamReducer.reduce(call, {:cont, progress}, fn
+        {:chunk, chunk}, progress ->
+          case Progress.take(progress, chunk) do
+            {:go_on, progress} -> {:cont, progress}
+            {:stop, progress} -> {:halt, {:stopped, progress}}
+          end
 
-  defp result({:ok, _id, reply, meta}, progress, definition, started) do
-    if Result.valid?(reply) do
-      result = Result.new(reply, meta, definition, Deadline.now() - started)
-      figures = Map.merge(Progress.figures(progress), Result.figures(result))
-      RunSpan.update(progress.span, figures)
-      {:ok, result}
-    else
-      {:error, Error.new(:internal, "the peer sent no valid result")}
-    end
+        {:over, reply}, progress ->
+          {:cont, {reply, progress}}
+      end)
+
+    last
   end
 end

@@ -2,7 +2,6 @@ defmodule DSPex.PythonBridge.Optimize.Progress do
   @moduledoc false
   # What an optimization has reported so far, in the caller's process.
 
-  alias DSPex.PythonBridge.Evaluate.Result
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
   @enforce_keys [:report, :span]
@@ -24,45 +23,28 @@ defmodule DSPex.PythonBridge.Optimize.Progress do
 
   @doc "Takes an item of the stream, and passes it on; `:stop` if the caller wants no more."
   @spec take(t(), map()) :: {:go_on | :stop, t()}
-  def take(%__MODULE__{} = progress, item) do
-    # One that is not valid counts as one of a later version of the peer.
-    if valid?(item), do: taken(progress, item), else: {:go_on, progress}
-  end
-
-  defp valid?(%{"progress" => %{} = item}) do
-    Enum.all?(["done", "total", "lm_calls"], &(item[&1] == nil or Result.count?(item[&1]))) and
-      (item["best"] == nil or Result.score?(item["best"])) and is_binary(item["step"])
-  end
-
-  defp valid?(%{"candidate" => %{"number" => number, "score" => score, "best" => best?} = item}),
-    do:
-      Result.count?(number) and Result.score?(score) and is_boolean(best?) and
-        (item["state"] == nil or is_map(item["state"]))
-
-  defp valid?(_unknown), do: false
-
-  defp taken(progress, %{"progress" => item}) do
-    event = Map.new([:step, :done, :total, :lm_calls, :best], &{&1, item[Atom.to_string(&1)]})
-    event = %{event | best: progress.score || event.best}
+  def take(%__MODULE__{} = progress, %{"progress" => %{} = item}) do
+    event = event(item, [:step, :done, :total, :lm_calls, :best])
     lm_calls = event.lm_calls || progress.lm_calls
-
-    report(
-      %{progress | done: event.done, total: event.total, lm_calls: lm_calls},
-      :progress,
-      event
-    )
+    now = %{progress | done: event.done, total: event.total, lm_calls: lm_calls}
+    report(now, :progress, %{event | best: progress.score || event.best})
   end
 
-  defp taken(progress, %{"candidate" => item}) do
-    event = Map.new([:number, :score, :of, :best, :state], &{&1, item[Atom.to_string(&1)]})
+  def take(progress, %{"candidate" => %{} = item}) do
+    event = event(item, [:number, :score, :of, :best, :state])
     better = better(%{progress | candidates: event.number}, event)
     # For a peer that has begun again, it may be the best for a second time.
     best? = better.state != progress.state
     report(better, :candidate, %{event | best: best?, state: if(best?, do: event.state)})
   end
 
+  # Of a later version of the peer, or that a peer begins again.
+  def take(progress, _other), do: {:go_on, progress}
+
+  defp event(item, names), do: Map.new(names, &{&1, item[Atom.to_string(&1)]})
+
+  # The program as it was wins ties.
   defp better(progress, %{best: true, score: score, state: %{} = state})
-       # The program as it was wins ties.
        when progress.score == nil or score >= progress.score,
        do: %{progress | score: score / 1, state: state}
 

@@ -17,8 +17,16 @@ defmodule DSPex.PythonBridge.Optimize.Result do
   are.
   """
 
-  alias DSPex.PythonBridge.Evaluate
-  alias DSPex.PythonBridge.Optimize.{Definition, Summary}
+  alias DSPex.PythonBridge.{Error, Evaluate}
+  alias DSPex.PythonBridge.Client.Caller
+  alias DSPex.PythonBridge.Evaluate.Table
+  alias DSPex.PythonBridge.Optimize.Progress
+
+  # What a state takes the place of.
+  @replaced [:state, :state_path, :demos, "state", "state_path", "demos"]
+  # Predictors, and characters of an instruction, in a text.
+  @rows 10
+  @most 100
 
   @enforce_keys [:definition, :state, :score, :baseline, :candidates, :stopped] ++
                   [:lm_calls, :metric_calls, :usage, :duration_ms]
@@ -38,24 +46,33 @@ defmodule DSPex.PythonBridge.Optimize.Result do
         }
 
   @doc false
-  # A peer may send anything.
-  @spec valid?(term()) :: boolean()
-  def valid?(%{"candidates" => candidates, "lm_calls" => lm_calls} = reply) do
-    Enum.all?(["score", "baseline"], &(reply[&1] == nil or Evaluate.Result.score?(reply[&1]))) and
-      Enum.all?([candidates, lm_calls, reply["metric_calls"] || 0], &Evaluate.Result.count?/1) and
-      (reply["state"] == nil or is_map(reply["state"])) and
-      (reply["stopped"] == nil or is_binary(reply["stopped"]))
+  @spec new(:stopped | Caller.result(), Progress.t(), map(), non_neg_integer()) ::
+          {:ok, t()} | {:error, Error.t()}
+  def new(:stopped, progress, given, duration_ms) do
+    reply = %{
+      "state" => progress.state || given[:state] || given["state"],
+      "score" => progress.score,
+      "candidates" => progress.candidates,
+      "stopped" => "caller",
+      "lm_calls" => progress.lm_calls
+    }
+
+    {:ok, build(reply, %{}, given, duration_ms)}
   end
 
-  def valid?(_other), do: false
+  def new({:ok, _id, %{"candidates" => _, "lm_calls" => _} = reply, meta}, _progress, given, ms),
+    do: {:ok, build(reply, meta, given, ms)}
 
-  @doc false
-  @spec new(map(), map(), Definition.t(), non_neg_integer()) :: t()
-  def new(reply, meta, definition, duration_ms) do
+  def new({:error, error}, _progress, _given, _ms), do: {:error, error}
+
+  def new({:ok, _id, _other, _meta}, _progress, _given, _ms),
+    do: {:error, Error.new(:internal, "the peer sent no valid result")}
+
+  defp build(reply, meta, given, duration_ms) do
     state = reply["state"]
 
     %__MODULE__{
-      definition: if(state, do: Definition.with_state(definition, state), else: definition.given),
+      definition: if(state, do: with_state(given, state), else: given),
       state: state,
       score: float(reply["score"]),
       baseline: float(reply["baseline"]),
@@ -63,9 +80,15 @@ defmodule DSPex.PythonBridge.Optimize.Result do
       stopped: reply["stopped"],
       lm_calls: reply["lm_calls"],
       metric_calls: reply["metric_calls"],
-      usage: Evaluate.Result.add(%{}, meta),
+      usage: Evaluate.Result.add_usage(%{}, meta),
       duration_ms: duration_ms
     }
+  end
+
+  # The keys of a definition are atoms or strings, as that of its id is.
+  defp with_state(given, state) do
+    key = if is_map_key(given, :id), do: :state, else: "state"
+    given |> Map.drop(@replaced) |> Map.put(key, state)
   end
 
   defp float(score), do: if(score, do: score / 1)
@@ -75,12 +98,48 @@ defmodule DSPex.PythonBridge.Optimize.Result do
   def figures(%__MODULE__{} = result),
     do: Map.take(result, [:score, :baseline, :lm_calls, :metric_calls, :candidates])
 
+  @doc false
+  @spec text(t()) :: String.t()
+  def text(result) do
+    predictors = predictors(result.state)
+    more = length(predictors) - @rows
+    last = if more > 0, do: ["… and #{more} more predictors"], else: []
+    shown = for {name, saved} <- Enum.take(predictors, @rows), do: predictor(name, saved)
+    Enum.join([summary(result) | shown] ++ last, "\n")
+  end
+
+  defp summary(result) do
+    [
+      "score #{if result.score, do: Table.number(result.score), else: "none"}",
+      result.baseline && "before #{Table.number(result.baseline)}",
+      "#{result.candidates} candidates",
+      "#{result.lm_calls} LM calls",
+      result.metric_calls && "#{result.metric_calls} metric calls",
+      "#{Table.seconds(result.duration_ms)} s",
+      result.stopped && "stopped by #{result.stopped}"
+    ]
+    |> Enum.filter(& &1)
+    |> Enum.join(", ")
+  end
+
+  # DSPy writes a program of one predictor without its name.
+  defp predictors(%{"signature" => %{}} = saved), do: [{"instructions", saved}]
+
+  defp predictors(state),
+    do: Enum.sort(for {name, %{"signature" => %{}} = saved} <- state || [], do: {name, saved})
+
+  defp predictor(name, %{"signature" => signature} = saved) do
+    demos = if is_list(saved["demos"]), do: length(saved["demos"]), else: 0
+    instructions = signature["instructions"]
+    instructions = if is_binary(instructions), do: instructions, else: ""
+    "#{Table.cut(name, @most)}: #{Table.cut(instructions, @most)} (#{demos} demos)"
+  end
+
   defimpl String.Chars do
-    def to_string(result), do: Summary.text(result)
+    defdelegate to_string(result), to: DSPex.PythonBridge.Optimize.Result, as: :text
   end
 
   defimpl Inspect do
-    def inspect(result, _opts),
-      do: "#DSPex.PythonBridge.Optimize.Result<\n" <> Summary.text(result) <> "\n>"
+    def inspect(result, _opts), do: "#DSPex.PythonBridge.Optimize.Result<\n#{result}\n>"
   end
 end

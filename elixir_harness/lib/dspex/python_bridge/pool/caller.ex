@@ -6,11 +6,10 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
 
   alias DSPex.PythonBridge.{Client, Error, Protocol}
-  alias DSPex.PythonBridge.Client.{StreamProxy, StreamReducer}
+  alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.{Deadline, Server}
   alias DSPex.PythonBridge.Pool.{Coordinator, Handle, Route, Sums}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
-  alias DSPex.PythonBridge.Tools.FunctionHolder
 
   # For each call.
   @compile {:inline, find: 2, check_timeout: 2, options: 2, program: 2}
@@ -60,51 +59,34 @@ defmodule DSPex.PythonBridge.Pool.Caller do
         exchange(pool, command, args, timeout, Keyword.drop(opts, [:stream, :tools]))
       else
         with {:ok, route} <- prepare(pool, command, args, timeout, opts),
-             do: open(route, FunctionHolder.open(opts, route.handle.name, route.program))
+             do: open(route)
       end
     end
 
     {:pool, pool, command, args, opts, open}
   end
 
-  defp open(route, holder) do
-    case Route.next(route) do
-      {:send, request, %Route{bridge: bridge, deadline: deadline} = route} ->
-        call = %{dest: bridge, deadline: deadline}
-        proxy = StreamProxy.start(Map.put(call, :request, request), holder)
-        conclude = &conclude(route, holder, &1, &2)
-        {:open, Map.merge(call, %{proxy: proxy, holder: holder, conclude: conclude})}
-
-      {:error, _error} = result ->
-        over(holder, result)
-    end
+  defp open(route) do
+    with {:send, request, %Route{bridge: bridge, deadline: deadline} = route} <-
+           Route.next(route),
+         do: {:send, bridge, deadline, request, &conclude(route, &1, &2)}
   end
 
-  defp conclude(route, holder, reply, :repeatable) do
+  defp conclude(route, reply, :repeatable) do
     case Route.follow(route, reply) do
-      {:resend, route} -> {:again, fn -> open(route, holder) end}
-      {:done, result} -> over(holder, result)
+      {:resend, route} -> {:again, fn -> open(route) end}
+      {:done, result} -> result
     end
   end
 
   # With chunks that were given, it is not resent.
-  defp conclude(%Route{handle: %Handle{name: name}}, _holder, reply, :final) do
+  defp conclude(%Route{handle: %Handle{name: name}}, reply, :final) do
     with {:error, %Error{type: :bridge_not_running}} <- Client.Caller.read(reply) do
       if Handle.fetch(name),
         do: {:error, Error.new(:python_process_died)},
         else: {:error, Error.not_running(:pool, name)}
     end
   end
-
-  defp over(holder, result), do: with_tools_begun(FunctionHolder.close(holder), result)
-
-  # No peer is left that could say so.
-  defp with_tools_begun(:bound, {:error, %Error{type: type}})
-       when type in [:bridge_not_running, :overloaded],
-       do: Client.Caller.read({:error, :tool_begun})
-
-  defp with_tools_begun(:bound, result), do: Client.Caller.once(result)
-  defp with_tools_begun(:ok, result), do: result
 
   # A call, ready to be sent.
   defp prepare(pool, command, args, timeout, opts) do

@@ -5,6 +5,21 @@ defmodule DSPex.PythonBridge.Program.Cast do
 
   alias DSPex.PythonBridge.Program.{EctoSchema, Field}
 
+  # By the type, or by its constructor.
+  @expected %{
+    string: "a string",
+    uuid: "a string",
+    integer: "a whole number",
+    float: "a number",
+    boolean: "true or false",
+    map: "a map",
+    object: "a map",
+    list: "a list",
+    date: "a date in ISO 8601",
+    time: "a time of day in ISO 8601",
+    datetime: "a date and time in ISO 8601",
+    naive_datetime: "a date and time in ISO 8601"
+  }
   # Values of an enum that an error repeats.
   @most_shown 10
 
@@ -28,66 +43,52 @@ defmodule DSPex.PythonBridge.Program.Cast do
   # The path is reversed: a step costs the same at any depth, and is written only in an error.
   defp where(name, path) do
     steps =
-      for step <- Enum.reverse(path), into: "" do
+      for step <- Enum.reverse(path) do
         cond do
           is_integer(step) -> "[#{step}]"
-          word?(step) -> ".#{step}"
+          String.valid?(step) and step =~ ~r/\A\w{1,60}\z/u -> ".#{step}"
           true -> "[#{inspect(step, printable_limit: 60)}]"
         end
       end
 
-    String.trim_leading(name <> steps, ".")
+    String.trim_leading("#{name}#{steps}", ".")
   end
-
-  defp word?(step), do: is_binary(step) and String.valid?(step) and step =~ ~r/\A\w{1,60}\z/u
 
   defp misfit(path, expected), do: throw({__MODULE__, path, expected})
 
-  defp value(:string, text, _path) when is_binary(text), do: text
-  defp value(:string, _other, path), do: misfit(path, "expected a string")
-  defp value(:uuid, text, path), do: value(:string, text, path)
+  defp value(type, text, _path) when type in [:string, :uuid] and is_binary(text), do: text
   defp value(:integer, number, _path) when is_integer(number), do: number
-  defp value(:integer, _other, path), do: misfit(path, "expected a whole number")
   defp value(:float, number, _path) when is_float(number), do: number
   defp value(:float, number, path) when is_integer(number), do: float(number, path)
-  defp value(:float, _other, path), do: misfit(path, "expected a number")
   defp value(:boolean, value, _path) when is_boolean(value), do: value
-  defp value(:boolean, _other, path), do: misfit(path, "expected true or false")
   defp value(:map, map, _path) when is_map(map) and not is_struct(map), do: map
-  defp value(:map, _other, path), do: misfit(path, "expected a map")
   defp value(:any, value, _path), do: value
   defp value({:media, _kind}, value, _path), do: value
   defp value({:optional, _type}, nil, _path), do: nil
   defp value({:optional, type}, value, path), do: value(type, value, path)
   defp value({:list, type}, items, path) when is_list(items), do: items(items, type, path, 0)
-  defp value({:list, _type}, _other, path), do: misfit(path, "expected a list")
 
   defp value({:map, type}, map, path) when is_map(map) and not is_struct(map),
     do: Map.new(map, fn {key, value} -> {key, value(type, value, [key | path])} end)
 
-  defp value({:map, _type}, _other, path), do: misfit(path, "expected a map")
-
   # Keys of a map are the same or not: 1.0 is not 1.
   defp value({:enum, values, terms, _dumps}, value, path) do
-    case terms do
-      %{^value => term} ->
-        term
-
-      _none ->
-        shown = values |> Enum.take(@most_shown) |> Enum.map_join(" or ", &inspect/1)
-        more = if length(values) > @most_shown, do: " or another of #{length(values)}", else: ""
-        misfit(path, "expected #{shown}#{more}")
+    with :error <- Map.fetch(terms, value) do
+      {shown, more} = Enum.split(values, @most_shown)
+      more = if more != [], do: " or another of #{length(values)}"
+      misfit(path, "expected #{Enum.map_join(shown, " or ", &inspect/1)}#{more}")
+    else
+      {:ok, term} -> term
     end
   end
 
-  defp value({:time, kind}, text, path) when is_binary(text) do
-    case time(kind, text) do
-      {:ok, time} -> time
-      {:error, _reason} -> misfit(path, expected(kind))
+  defp value({:time, kind}, text, path) do
+    with true <- is_binary(text), {:ok, time} <- time(kind, text) do
+      time
+    else
+      _misfit -> misfit(path, "expected #{@expected[kind]}")
     end
   end
-
-  defp value({:time, kind}, _other, path), do: misfit(path, expected(kind))
 
   defp value({:loaded, type, loader}, value, path) do
     case EctoSchema.load(loader, value(type, value, path)) do
@@ -97,31 +98,26 @@ defmodule DSPex.PythonBridge.Program.Cast do
   end
 
   defp value({:object, module, fields}, map, path) when is_map(map) and not is_struct(map) do
-    values =
-      for %Field{name: name} = field <- fields, reduce: [] do
-        values ->
-          case map do
-            %{^name => nil} when not field.required? -> null(field, module, values)
-            %{^name => value} -> [{field.key, value(field.type, value, [name | path])} | values]
-            _none when not field.required? -> absent(field, module, values)
-            _none -> misfit([name | path], "missing")
-          end
-      end
+    values = for field <- fields, pair = pair(map, field, module, path), into: %{}, do: pair
 
     # As struct/2, without its checks: the fields were compared with the struct's when the type was read.
-    if module, do: Map.merge(module.__struct__(), Map.new(values)), else: Map.new(values)
+    if module, do: Map.merge(module.__struct__(), values), else: values
   end
 
-  defp value({:object, _module, _fields}, _other, path), do: misfit(path, "expected a map")
+  defp value(type, _other, path) do
+    kind = if is_tuple(type), do: elem(type, 0), else: type
+    misfit(path, "expected #{@expected[kind]}")
+  end
 
-  defp null(%Field{key: key, type: {:optional, _type}}, _module, values),
-    do: [{key, nil} | values]
-
-  defp null(field, module, values), do: absent(field, module, values)
-
-  # A struct keeps its default.
-  defp absent(field, nil, values), do: [{field.key, nil} | values]
-  defp absent(_field, _module, values), do: values
+  defp pair(map, %Field{key: key, name: name, type: type, required?: required?}, module, path) do
+    case map do
+      %{^name => nil} when elem(type, 0) == :optional -> {key, nil}
+      %{^name => value} when value != nil or required? -> {key, value(type, value, [name | path])}
+      _absent when required? -> misfit([name | path], "missing")
+      # A struct keeps its default.
+      _absent -> if module == nil, do: {key, nil}
+    end
+  end
 
   defp items([item | rest], type, path, index),
     do: [value(type, item, [index | path]) | items(rest, type, path, index + 1)]
@@ -137,26 +133,16 @@ defmodule DSPex.PythonBridge.Program.Cast do
   end
 
   defp time(:date, text), do: Date.from_iso8601(text)
-  defp time(:time, text), do: text |> without_offset() |> Time.from_iso8601()
   defp time(:naive_datetime, text), do: NaiveDateTime.from_iso8601(text)
+
+  defp time(:time, text),
+    do: text |> String.replace(~r/([Zz]|[+-]\d\d:\d\d)\z/, "") |> Time.from_iso8601()
 
   defp time(:datetime, text) do
     case DateTime.from_iso8601(text) do
-      {:ok, time, _offset} ->
-        {:ok, time}
-
-      {:error, :missing_offset} ->
-        with {:ok, time} <- NaiveDateTime.from_iso8601(text),
-             do: DateTime.from_naive(time, "Etc/UTC")
-
-      {:error, reason} ->
-        {:error, reason}
+      {:ok, time, _offset} -> {:ok, time}
+      {:error, :missing_offset} -> time(:datetime, text <> "Z")
+      {:error, reason} -> {:error, reason}
     end
   end
-
-  defp without_offset(text), do: String.replace(text, ~r/([Zz]|[+-]\d\d:\d\d)\z/, "")
-
-  defp expected(:date), do: "expected a date in ISO 8601"
-  defp expected(:time), do: "expected a time of day in ISO 8601"
-  defp expected(_datetime), do: "expected a date and time in ISO 8601"
 end

@@ -28,20 +28,17 @@ defmodule DSPex.PythonBridge.Program.EctoSchema do
   @type term_of_type :: term() | {:loaded, term(), loader()} | {:enum_of, [{term(), atom()}]}
   @type loader :: :decimal | {:precision, 0 | 6} | {:custom, module(), :cast | :load}
 
-  @doc "Whether a module, which is loaded, is a schema of Ecto, and which."
-  @spec kind(module()) :: :embedded | :with_table | nil
-  def kind(module) do
-    if function_exported?(module, :__schema__, 1) and function_exported?(module, :__schema__, 2),
-      do: if(module.__schema__(:source) == nil, do: :embedded, else: :with_table)
-  end
+  @doc "Whether a module, which is loaded, is an embedded schema of Ecto."
+  @spec embedded?(module()) :: boolean()
+  def embedded?(module),
+    do: function_exported?(module, :__schema__, 2) and module.__schema__(:source) == nil
 
-  @doc "The fields of a schema without its primary key."
-  @spec keys(module()) :: [atom()]
-  def keys(module), do: module.__schema__(:fields) -- module.__schema__(:primary_key)
-
-  @doc "The type terms of these fields; an error for a type that has no form on the wire."
+  @doc "The type terms of the fields without the primary key; an error for a type that has no form on the wire."
   @spec fields(module()) :: [{atom(), {:ok, term_of_type()} | {:error, String.t()}}]
-  def fields(module), do: for(key <- keys(module), do: {key, type(module.__schema__(:type, key))})
+  def fields(module) do
+    keys = module.__schema__(:fields) -- module.__schema__(:primary_key)
+    for key <- keys, do: {key, type(module.__schema__(:type, key))}
+  end
 
   defp type(type) when type in @plain, do: {:ok, type}
 

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.Program.Field do
   # A field of a signature, of a nested map or of a struct, as `DSPex.PythonBridge.Program.Types` reads it.
 
   @enforce_keys [:key, :name, :type, :required?]
-  defstruct [:key, :name, :type, :required?, :description, limits: []]
+  defstruct [:key, :name, :type, :required?, :description, limits: [], more: []]
 
   @typedoc """
   A type that was read. `:enum`: the values in JSON, in their order, the term of each, and the reverse where that is not
@@ -30,7 +30,7 @@ defmodule DSPex.PythonBridge.Program.Field do
 
   @typedoc """
   `key`: in Elixir. `name`: in JSON. `required?`: if not, it may be left out, and is then nil, or what the struct has by
-  default. `limits`: `:min` and `:max`.
+  default. `limits`: `:min` and `:max`. `more`: what only an argument of a tool may have.
   """
   @type t :: %__MODULE__{
           key: atom(),
@@ -38,6 +38,7 @@ defmodule DSPex.PythonBridge.Program.Field do
           type: type(),
           required?: boolean(),
           description: String.t() | nil,
-          limits: [min: number(), max: number()]
+          limits: [min: number(), max: number()],
+          more: [default: term(), optional: boolean()]
         }
 end

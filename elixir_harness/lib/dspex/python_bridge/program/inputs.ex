@@ -6,9 +6,6 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   alias DSPex.PythonBridge.Program.{Dump, Spec}
   alias DSPex.PythonBridge.Protocol.Payload
 
-  # Unknown names in one error.
-  @named 20
-
   @doc """
   One run's inputs: a map, a struct or a keyword list, also an empty one. A list of such is a batch, whose items the peer
   refuses one by one.
@@ -36,21 +33,20 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   def example(spec, inputs), do: item(spec, inputs)
 
   # The peer says what is wrong with an item.
-  defp item(spec, item) when is_map(item), do: spec |> named(fields(item)) |> elem(0)
+  defp item(spec, item) when is_map(item), do: named(spec, fields(item))
 
   defp item(spec, item) do
-    if Keyword.keyword?(item), do: spec |> named(item) |> elem(0), else: item
+    if Keyword.keyword?(item), do: named(spec, item), else: item
   end
 
   defp one(spec, inputs) do
-    {inputs, twice} = named(spec, fields(inputs))
+    inputs = named(spec, fields(inputs))
     unknown = Enum.sort(Map.keys(inputs) -- Enum.map(spec.inputs, & &1.name))
 
     missing =
       for %{required?: true, name: name} <- spec.inputs, not is_map_key(inputs, name), do: name
 
-    case texts(twice, "there twice") ++
-           texts(Enum.take(unknown, @named), "unknown field") ++ texts(missing, "missing") do
+    case texts(unknown, "unknown field") ++ texts(missing, "missing") do
       [] -> {:ok, inputs}
       texts -> refused(Enum.join(texts, "; ") <> "; expected " <> expected(spec))
     end
@@ -67,19 +63,16 @@ defmodule DSPex.PythonBridge.Program.Inputs do
   defp fields(inputs) when is_map(inputs), do: Map.to_list(inputs)
   defp fields(inputs), do: inputs
 
-  # By their names in JSON; and the names that are there twice.
+  # By their names in JSON.
   defp named(spec, pairs) do
     types = Map.new(spec.inputs, &{&1.name, &1.type})
     # DSPy logs a warning for each one that is absent.
     absent = for %{required?: false, name: name} <- spec.inputs, into: %{}, do: {name, nil}
 
-    pairs
-    |> Enum.reduce({%{}, []}, fn {key, value}, {inputs, twice} ->
+    for {key, value} <- pairs, into: absent do
       name = Payload.string(key) || inspect(key, limit: 3, printable_limit: 60)
-      twice = if is_map_key(inputs, name), do: [name | twice], else: twice
-      {Map.put(inputs, name, Dump.value(Map.get(types, name), value)), twice}
-    end)
-    |> then(fn {inputs, twice} -> {Map.merge(absent, inputs), twice} end)
+      {name, Dump.value(Map.get(types, name), value)}
+    end
   end
 
   defp texts(names, text), do: Enum.map(names, &"inputs.#{shown(&1)}: #{text}")

@@ -17,19 +17,18 @@ defmodule DSPex.PythonBridge.Program.Names do
                  schema_json signature update_forward_refs validate with_instructions with_updated_fields)a
   @not_as_input ~w(self instance demos config lm new_signature completions prediction)a
 
-  # Fields and arguments of DSPy's modules.
+  # Fields and arguments of DSPy's modules; of some only in inputs, or in outputs.
   @own %{
-    "predict" => [],
     "chain_of_thought" => [:reasoning],
     "react" => ~w(trajectory next_thought next_tool_name next_tool_args max_iters reasoning)a,
-    "best_of_n" => [],
     "refine" => [:hint_],
     "multi_chain_comparison" => [:rationale],
     "rlm" =>
-      ~w(trajectory final_reasoning variables_info repl_history iteration interpreter_factory)a
+      ~w(trajectory final_reasoning variables_info repl_history iteration interpreter_factory)a,
+    {"react", :inputs} => [:module],
+    {"react", :outputs} => [:self],
+    {"rlm", :outputs} => [:self]
   }
-  @own_inputs %{"react" => [:module]}
-  @own_outputs %{"react" => [:self], "rlm" => [:self]}
 
   # Results in addition to the outputs.
   @results %{
@@ -46,7 +45,7 @@ defmodule DSPex.PythonBridge.Program.Names do
 
   @doc "The names of DSPy's program types."
   @spec types() :: [String.t()]
-  def types, do: Map.keys(@own)
+  def types, do: ~w(predict chain_of_thought react best_of_n refine multi_chain_comparison rlm)
 
   @doc """
   The fields of a result in addition to the signature's outputs.
@@ -106,35 +105,15 @@ defmodule DSPex.PythonBridge.Program.Names do
         refuse(where, "#{type} has a field of its own with this name; choose another")
 
       :tool_calls in results(kind) and name in [:tools, :tool_calls] ->
-        tools(where)
+        refuse(where, "with tools, a field of DSPy's own; choose another name")
 
       true ->
         :ok
     end
   end
 
-  defp own?(type, side, name, text) do
-    more = if side == :inputs, do: @own_inputs, else: @own_outputs
+  defp own?("multi_chain_comparison", _side, _name, "reasoning_attempt_" <> _), do: true
 
-    attempt? =
-      type == "multi_chain_comparison" and String.starts_with?(text, "reasoning_attempt_")
-
-    attempt? or name in Map.get(@own, type, []) or name in Map.get(more, type, [])
-  end
-
-  @spec tools(String.t()) :: no_return()
-  defp tools(where), do: refuse(where, "with tools, a field of DSPy's own; choose another name")
-
-  @doc "The rules, for the test that compares them with the peer's."
-  @spec rules() :: map()
-  def rules do
-    %{
-      keywords: @keywords,
-      attributes: @attributes,
-      not_as_input: @not_as_input,
-      own: @own,
-      own_inputs: @own_inputs,
-      own_outputs: @own_outputs
-    }
-  end
+  defp own?(type, side, name, _text),
+    do: name in Map.get(@own, type, []) or name in Map.get(@own, {type, side}, [])
 end

@@ -5,9 +5,6 @@ defmodule DSPex.PythonBridge.Program.Refusal do
 
   alias DSPex.PythonBridge.Options.Table
 
-  # A word that is less alike is not suggested.
-  @alike 0.7
-
   @doc "Refuses a definition. `where`: the place in it, such as `signature.outputs.team`."
   @spec refuse(String.t(), String.t()) :: no_return()
   def refuse(where, text), do: throw({__MODULE__, "#{where}: #{text}"})
@@ -26,18 +23,22 @@ defmodule DSPex.PythonBridge.Program.Refusal do
     {__MODULE__, text} -> {:error, text}
   end
 
-  @doc """
-  The end of a text about an unknown word: the known one that is most alike, if any is.
+  @doc "Refuses what is not a keyword list of these names. `expected`: the end of a text such as `expected a keyword list`."
+  @spec keyword!(term(), String.t(), [atom()] | :any, String.t()) :: :ok
+  def keyword!(opts, where, known, expected \\ "a keyword list") do
+    if not Keyword.keyword?(opts), do: refuse(where, "expected #{expected}, got #{shown(opts)}")
 
-      iex> DSPex.PythonBridge.Program.Refusal.meant(:strng, [:string, :integer])
-      ", did you mean :string?"
-      iex> DSPex.PythonBridge.Program.Refusal.meant(:owl, [:string, :integer])
-      ""
-  """
-  @spec meant(atom() | String.t(), [atom() | String.t()]) :: String.t()
-  def meant(word, known), do: Table.meant(word, known, @alike)
+    for {key, _value} <- opts,
+        known != :any and key not in known,
+        do: refuse(where, Table.unknown(key, known))
+
+    case Keyword.keys(opts) -- Enum.uniq(Keyword.keys(opts)) do
+      [] -> :ok
+      [twice | _] -> refuse("#{where}.#{twice}", "there twice; expected distinct names")
+    end
+  end
 
   @doc "A value of the definition for a text, cut short."
   @spec shown(term()) :: String.t()
-  def shown(value), do: inspect(value, limit: 5, printable_limit: 80)
+  defdelegate shown(value), to: Table
 end

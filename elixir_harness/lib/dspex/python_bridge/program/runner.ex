@@ -15,9 +15,8 @@ defmodule DSPex.PythonBridge.Program.Runner do
           {:ok, term()} | {:ok, term(), map()} | {:error, Error.t()}
   def run(spec, inputs, opts) do
     with {:ok, spec} <- identified(spec),
-         {:ok, call, opts} <- prepare(spec, inputs, opts, [:meta, :on_chunk]),
-         {:ok, meta?} <- meta?(opts[:meta]),
-         opts = Keyword.delete(opts, :meta),
+         {:ok, call, opts} <- prepare(spec, inputs, opts, meta: :boolean, on_chunk: :any),
+         {meta?, opts} = Keyword.pop(opts, :meta),
          reply = call.client.request(call.server, :execute_program, call.args, opts),
          {:ok, result, meta} <- result(spec, call, reply) do
       if meta?, do: {:ok, result, meta}, else: {:ok, result}
@@ -32,16 +31,12 @@ defmodule DSPex.PythonBridge.Program.Runner do
     end
   end
 
-  defp meta?(meta) when meta in [nil, false], do: {:ok, false}
-  defp meta?(true), do: {:ok, true}
-  defp meta?(_other), do: {:error, Error.new(:invalid_request, ":meta: expected true or false")}
-
   @doc "The same as a stream."
   @spec stream(Spec.t(), term(), term()) :: Enumerable.t()
   def stream(spec, inputs, opts) do
     with {:ok, spec} <- identified(spec),
          {:ok, call, opts} <- prepare(spec, inputs, opts, []) do
-      keys = Map.new(Spec.fields(spec), &{&1.name, &1.key})
+      keys = Map.new(spec.fields, &{&1.name, &1.key})
 
       call.server
       |> call.client.stream(call.args, opts)
@@ -59,21 +54,23 @@ defmodule DSPex.PythonBridge.Program.Runner do
   defp element(spec, call, _keys, last), do: result(spec, call, last)
 
   defp prepare(spec, inputs, opts, more) do
-    known = for key <- @own ++ more ++ Client.Options.of_stream(), do: {key, :any}
+    known = more ++ for(key <- @own ++ Client.Options.of_stream(), do: {key, :any})
 
-    with {:ok, opts} <- check(opts, known),
+    with {:ok, opts} <- Table.check(opts, known),
          {own, opts} = Keyword.split(opts, @own),
          {:ok, inputs} <- Inputs.read(spec, inputs) do
-      {client, server} = find(own[:server] || spec.server)
+      server = own[:server] || spec.server || client(Pool)
 
       args =
         Enum.reduce([:lm, :config], %{program_id: spec.id, inputs: inputs}, &put(&2, &1, own[&1]))
 
-      {:ok, %{client: client, server: server, args: args}, Tools.add(opts, spec.functions)}
+      {:ok, %{client: client(server), server: server, args: args},
+       Tools.add(opts, spec.functions)}
+    else
+      {:error, text} when is_binary(text) -> refused(text)
+      {:error, error} -> {:error, error}
     end
   end
-
-  defp check(opts, known), do: with({:error, text} <- Table.check(opts, known), do: refused(text))
 
   defp refused(text), do: {:error, Error.new(:invalid_request, text)}
 
@@ -82,11 +79,9 @@ defmodule DSPex.PythonBridge.Program.Runner do
   defp put(args, key, value),
     do: Map.put(args, key, if(Keyword.keyword?(value), do: Map.new(value), else: value))
 
-  # A pool is known by its handle; any other server is a bridge.
-  defp find(nil), do: if(pool?(Pool), do: {Pool, Pool}, else: {Bridge, Bridge})
-  defp find(server), do: if(pool?(server), do: {Pool, server}, else: {Bridge, server})
-
-  defp pool?(server), do: Pool.Handle.fetch(server) != nil
+  @doc "The module with the functions for a server: a pool is known by its handle, any other is a bridge."
+  @spec client(term()) :: Pool | Bridge
+  def client(server), do: if(Pool.Handle.fetch(server), do: Pool, else: Bridge)
 
   ## Results
 
@@ -101,7 +96,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
     end
   end
 
-  defp result(spec, call, {:error, error}), do: {:error, explained(error, spec, call)}
+  defp result(_spec, _call, {:error, error}), do: {:error, error}
 
   defp batched(%{"success" => true, "result" => result}), do: {:ok, result}
 
@@ -122,24 +117,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
 
   # An LM that calls tools natively writes no other output.
   defp fields(spec, %{"tool_calls" => [_ | _]}),
-    do: Enum.map(Spec.fields(spec), &%Field{&1 | required?: false})
+    do: Enum.map(spec.fields, &%Field{&1 | required?: false})
 
-  defp fields(spec, _result), do: Spec.fields(spec)
-
-  # The message of a stub has what to do.
-  defp explained(
-         %Error{type: :program_not_found, message: "Program not found: " <> id} = error,
-         %Spec{id: id} = spec,
-         call
-       ) do
-    module = inspect(spec.module)
-
-    text =
-      "#{error.message}; list #{module} in the options of #{inspect(call.server)}, " <>
-        "programs: [#{module}], or create it with create_program and #{module}.definition()"
-
-    %{error | message: text}
-  end
-
-  defp explained(error, _spec, _call), do: error
+  defp fields(spec, _result), do: spec.fields
 end

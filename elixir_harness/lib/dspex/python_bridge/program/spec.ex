@@ -4,8 +4,6 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
   import DSPex.PythonBridge.Program.Refusal
 
-  alias DSPex.PythonBridge.Options.Table
-
   alias DSPex.PythonBridge.Program.{
     Dump,
     Field,
@@ -22,21 +20,19 @@ defmodule DSPex.PythonBridge.Program.Spec do
   @passed [:lm, :adapter, :config, :options, :demos, :state, :state_path]
   @options [:id, :program_type, :signature, :instructions, :tools, :server | @passed]
 
-  @enforce_keys [:module, :id, :server, :inputs, :outputs, :results, :declared, :definition] ++
-                  [:functions]
+  @enforce_keys [:module, :id, :server, :inputs, :fields, :declared, :definition, :functions]
   defstruct @enforce_keys
 
   @typedoc """
-  `server`: that of `use`, or nil. `results`: the fields that the program type adds to the outputs. `declared`: the
-  outputs as `use` has them. `functions`: of the tools.
+  `server`: that of `use`, or nil. `fields`: the outputs, and those that the program type adds. `declared`: the outputs as
+  `use` has them. `functions`: of the tools.
   """
   @type t :: %__MODULE__{
           module: module(),
           id: String.t(),
           server: term(),
           inputs: [Field.t()],
-          outputs: [Field.t()],
-          results: [Field.t()],
+          fields: [Field.t()],
           declared: keyword(),
           definition: map(),
           functions: %{String.t() => term()}
@@ -55,72 +51,53 @@ defmodule DSPex.PythonBridge.Program.Spec do
     end
   end
 
-  @doc "The fields of the struct: the outputs, and those that the program type adds."
-  @spec fields(t()) :: [Field.t()]
-  def fields(%__MODULE__{outputs: outputs, results: results}), do: outputs ++ results
-
-  @doc "Their keys."
-  @spec keys(t()) :: [atom()]
-  def keys(spec), do: spec |> fields() |> Enum.map(& &1.key)
-
   defp read(opts, module) do
-    check(opts)
+    keyword!(opts, "use DSPex.PythonBridge.Program", @options)
     {tools, functions} = Tools.read(Keyword.get(opts, :tools, []))
     passed = for key <- @passed, Keyword.has_key?(opts, key), do: {key, plain(opts[key], key)}
     kind = kind(opts[:program_type], passed[:options] || %{}, tools)
-    signature = signature(opts[:signature])
-    inputs = side(signature, :inputs, kind, module)
-    outputs = side(signature, :outputs, kind, module)
+    declared = signature(opts[:signature])
+    inputs = side(declared, :inputs, kind, module)
+    outputs = side(declared, :outputs, kind, module)
     if outputs == [], do: refuse("signature.outputs", "expected at least one field")
 
     for %Field{key: key} <- outputs,
         Enum.any?(inputs, &(&1.key == key)),
         do: refuse("signature.outputs.#{key}", "an input has the same name; choose another")
 
-    results =
-      for key <- Names.results(kind), not Enum.any?(outputs, &(&1.key == key)), do: result(key)
+    added = for key <- Names.results(kind), do: Types.field(key, {:optional, :any}, "", [])
+    completions = for key <- Names.extra_inputs(kind), do: Types.field(key, :any, "", [])
+    id = Keyword.get(opts, :id, inspect(module))
 
-    spec = %__MODULE__{
+    signature =
+      Map.merge(Map.new(Keyword.take(opts, [:instructions])), %{
+        inputs: Enum.map(inputs, &Wire.field(&1, :inputs, "signature.inputs.#{&1.name}")),
+        outputs: Enum.map(outputs, &Wire.field(&1, :outputs, "signature.outputs.#{&1.name}"))
+      })
+
+    definition = Map.new([id: id, program_type: kind.type, signature: signature] ++ passed)
+    definition = if tools == [], do: definition, else: Map.put(definition, :tools, tools)
+
+    %__MODULE__{
       module: module,
-      id: id(Keyword.get(opts, :id, inspect(module))),
+      id: id,
       server: opts[:server],
-      inputs: inputs ++ more_inputs(kind, inputs),
-      outputs: outputs,
-      results: results,
-      declared: signature[:outputs],
-      definition: %{},
+      # What is declared has the declared type.
+      inputs: Enum.uniq_by(inputs ++ completions, & &1.key),
+      fields: Enum.uniq_by(outputs ++ added, & &1.key),
+      declared: declared[:outputs],
+      definition: definition,
       functions: functions
     }
-
-    if tools == [] and "react" in [kind.type, kind.module],
-      do: refuse("tools", "react needs at least one; chain_of_thought is the type without tools")
-
-    check_demos(passed[:demos], spec)
-    definition = definition(spec, inputs, kind, opts[:instructions], tools, passed)
-    for {key, value} <- definition, do: check_json(key, value)
-    %{spec | definition: definition}
   end
-
-  defp check(opts) do
-    if not Keyword.keyword?(opts),
-      do: refuse("use DSPex.PythonBridge.Program", "expected a keyword list")
-
-    for {key, _value} <- opts,
-        key not in @options,
-        do: refuse("use DSPex.PythonBridge.Program", Table.unknown(key, @options))
-  end
-
-  defp id(id) when is_binary(id) and id != "", do: id
-  defp id(other), do: refuse("id", "expected a string, got #{shown(other)}")
 
   defp kind(type, options, tools) do
     type = if is_atom(type) and type != nil, do: Atom.to_string(type), else: type || "predict"
     known = Names.types()
 
     if not is_binary(type) or not (type in known or String.contains?(type, ":")) do
-      meant = if is_binary(type), do: meant(type, known), else: ""
       expected = "expected one of #{Enum.join(known, ", ")}, or package.module:Class"
-      refuse("program_type", "unknown type #{shown(type)}#{meant}; #{expected}")
+      refuse("program_type", "unknown type #{shown(type)}; #{expected}")
     end
 
     if not is_map(options), do: refuse("options", "expected a keyword list or a map")
@@ -131,52 +108,15 @@ defmodule DSPex.PythonBridge.Program.Spec do
   defp signature(text) when is_binary(text), do: StringSignature.read(text)
 
   defp signature(signature) do
-    cond do
-      signature == nil ->
-        refuse("signature", "missing; expected one such as [inputs: […], outputs: […]]")
-
-      not Keyword.keyword?(signature) ->
-        refuse("signature", "expected [inputs: […], outputs: […]], or a string")
-
-      true ->
-        for {key, _fields} <- signature,
-            key not in [:inputs, :outputs],
-            do: refuse("signature", Table.unknown(key, [:inputs, :outputs]))
-
-        Keyword.validate!(signature, inputs: [], outputs: [])
-    end
+    expected = "[inputs: […], outputs: […]], or a string"
+    keyword!(signature, "signature", [:inputs, :outputs], expected)
+    Keyword.merge([inputs: [], outputs: []], signature)
   end
 
   defp side(signature, side, kind, module) do
     fields = Types.fields(signature[side], "signature.#{side}", [module])
     for %Field{key: key} <- fields, do: Names.check(key, side, kind, "signature.#{side}.#{key}")
     fields
-  end
-
-  defp more_inputs(kind, inputs) do
-    for key <- Names.extra_inputs(kind),
-        not Enum.any?(inputs, &(&1.key == key)),
-        do: %Field{key: key, name: Atom.to_string(key), type: :any, required?: true}
-  end
-
-  defp result(key),
-    do: %Field{key: key, name: Atom.to_string(key), type: {:optional, :any}, required?: false}
-
-  defp definition(spec, inputs, kind, instructions, tools, passed) do
-    if instructions != nil and not is_binary(instructions),
-      do: refuse("instructions", "expected a string")
-
-    signature = %{
-      inputs: Enum.map(inputs, &Wire.field(&1, :inputs, "signature.inputs.#{&1.name}")),
-      outputs: Enum.map(spec.outputs, &Wire.field(&1, :outputs, "signature.outputs.#{&1.name}"))
-    }
-
-    signature =
-      if instructions, do: Map.put(signature, :instructions, instructions), else: signature
-
-    definition = %{id: spec.id, program_type: kind.type, signature: signature}
-    definition = if tools == [], do: definition, else: Map.put(definition, :tools, tools)
-    Enum.into(passed, definition)
   end
 
   # Keyword lists are written as maps.
@@ -193,28 +133,4 @@ defmodule DSPex.PythonBridge.Program.Spec do
     do: Map.new(map, fn {key, value} -> {key, plain(value)} end)
 
   defp plain(value), do: Dump.any(value)
-
-  defp check_demos(nil, _spec), do: :ok
-
-  defp check_demos(demos, spec) when is_list(demos) do
-    known = Enum.map(spec.inputs ++ fields(spec), & &1.name)
-
-    for {demo, index} <- Enum.with_index(demos) do
-      if not is_map(demo),
-        do: refuse("demos[#{index}]", "expected a keyword list or a map of fields")
-
-      for {key, _value} <- demo, name = Payload.string(key) || inspect(key), name not in known do
-        refuse("demos[#{index}].#{name}", "unknown field#{meant(name, known)}")
-      end
-    end
-  end
-
-  defp check_demos(_other, _spec), do: refuse("demos", "expected a list of demos")
-
-  defp check_json(key, value) do
-    with {:error, error} <- Payload.encode(value, Atom.to_string(key)) do
-      [where, text] = String.split(error.message, ": ", parts: 2)
-      refuse(where, text)
-    end
-  end
 end

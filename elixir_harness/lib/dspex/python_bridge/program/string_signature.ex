@@ -4,26 +4,10 @@ defmodule DSPex.PythonBridge.Program.StringSignature do
 
   import DSPex.PythonBridge.Program.Refusal
 
-  @names %{
-    "str" => :string,
-    "string" => :string,
-    "int" => :integer,
-    "integer" => :integer,
-    "float" => :float,
-    "bool" => :boolean,
-    "boolean" => :boolean,
-    "dict" => :map,
-    "map" => :map,
-    "Any" => :any,
-    "any" => :any,
-    "date" => :date,
-    "time" => :time,
-    "datetime" => :datetime,
-    "image" => :image,
-    "audio" => :audio,
-    "file" => :file,
-    "history" => :history
-  }
+  @names ~w(string integer float boolean map any date time datetime image audio file history)a
+         |> Map.new(&{Atom.to_string(&1), &1})
+         |> Map.merge(%{"str" => :string, "int" => :integer, "bool" => :boolean})
+         |> Map.merge(%{"dict" => :map, "Any" => :any})
 
   @doc """
   The fields of a signature as a keyword list of `inputs` and `outputs`. Refuses other types, by the field's name.

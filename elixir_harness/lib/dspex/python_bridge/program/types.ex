@@ -11,50 +11,35 @@ defmodule DSPex.PythonBridge.Program.Types do
   @times [:date, :time, :datetime, :naive_datetime]
   @known @plain ++ @media ++ @times
   @constructors [:list, :map, :optional, :enum]
-  # What the types are called elsewhere, where the names are not alike.
-  @meant %{
-    text: ":string",
-    atom: "{:enum, [:a, :b]}",
-    enum: "{:enum, [\"a\", \"b\"]}",
-    number: ":float",
-    object: ":map",
-    list: "{:list, type}",
-    optional: "{:optional, type}"
-  }
 
-  @doc "Reads the fields of one side of a signature, a keyword list. Refuses what is wrong, by name."
-  @spec fields(term(), String.t(), [module()]) :: [Field.t()]
-  def fields(fields, where, inside \\ []) do
-    if not Keyword.keyword?(fields),
-      do:
-        refuse(where, "expected a keyword list such as [question: :string], got #{shown(fields)}")
-
-    case fields |> Keyword.keys() |> then(&(&1 -- Enum.uniq(&1))) do
-      [] -> Enum.map(fields, fn {key, given} -> field(key, given, "#{where}.#{key}", inside) end)
-      [twice | _] -> refuse("#{where}.#{twice}", "there twice; expected distinct names")
-    end
+  @doc """
+  Reads the fields of one side of a signature, a keyword list. Refuses what is wrong, by name. `inside`: the struct modules that
+  contain them; `more`: options that these fields may have in addition to others.
+  """
+  @spec fields(term(), String.t(), [module()], [atom()]) :: [Field.t()]
+  def fields(fields, where, inside \\ [], more \\ []) do
+    keyword!(fields, where, :any, "a keyword list such as [question: :string]")
+    for {key, given} <- fields, do: field(key, given, "#{where}.#{key}", inside, more)
   end
 
   @doc "Reads one field: a type, `{type, description}` or `{type, options}`."
-  @spec field(atom(), term(), String.t(), [module()]) :: Field.t()
-  def field(key, given, where, inside) do
+  @spec field(atom(), term(), String.t(), [module()], [atom()]) :: Field.t()
+  def field(key, given, where, inside, more \\ []) do
     {type, opts} = parts(given)
     type = type(type, where, inside)
+    {more, opts} = Keyword.split(opts, more)
     for {key, value} <- opts, do: option(key, value, limited(type), where)
 
-    if opts[:min] && opts[:max] && opts[:min] > opts[:max],
-      do: refuse(where, "min: expected at most max, #{opts[:max]}, got #{opts[:min]}")
-
-    required? = not match?({:optional, _}, type)
     {description, limits} = Keyword.pop(opts, :description)
 
     %Field{
       key: key,
       name: Atom.to_string(key),
       type: type,
-      required?: required?,
+      required?: not match?({:optional, _}, type),
       description: description,
-      limits: limits
+      limits: limits,
+      more: more
     }
   end
 
@@ -75,26 +60,28 @@ defmodule DSPex.PythonBridge.Program.Types do
   defp limited({:list, _type}), do: :length
   defp limited(_type), do: nil
 
-  defp option(:description, text, _limited, _where) when is_binary(text), do: :ok
+  defp option(:description, value, _limited, where),
+    do: if(not is_binary(value), do: refuse(where, "description: expected a string"))
 
-  defp option(:description, _other, _limited, where),
-    do: refuse(where, "description: expected a string")
+  defp option(key, value, limited, where) when key in [:min, :max] do
+    case limited do
+      nil ->
+        refuse(where, "#{key}: only for numbers, strings and lists")
 
-  defp option(key, value, :number, _where) when key in [:min, :max] and is_number(value), do: :ok
+      :number when is_number(value) ->
+        :ok
 
-  defp option(key, value, :length, _where)
-       when key in [:min, :max] and is_integer(value) and value >= 0,
-       do: :ok
+      :length when is_integer(value) and value >= 0 ->
+        :ok
 
-  defp option(key, _value, nil, where) when key in [:min, :max],
-    do: refuse(where, "#{key}: only for numbers, strings and lists")
-
-  defp option(key, value, _limited, where) when key in [:min, :max],
-    do: refuse(where, "#{key}: expected a number, of a length 0 or more, got #{shown(value)}")
+      _other ->
+        refuse(where, "#{key}: expected a number, of a length 0 or more, got #{shown(value)}")
+    end
+  end
 
   defp option(key, _value, _limited, where) do
-    meant = meant(key, [:description, :min, :max])
-    refuse(where, "unknown option #{inspect(key)} of a field#{meant}")
+    expected = "expected :description, :min or :max"
+    refuse(where, "unknown option #{inspect(key)} of a field; #{expected}")
   end
 
   @doc "Reads a type. `inside`: the struct modules that contain it."
@@ -122,9 +109,6 @@ defmodule DSPex.PythonBridge.Program.Types do
     do: {:loaded, type(type, where, inside), loader}
 
   def type(%{} = map, where, inside) when not is_struct(map) do
-    if map == %{} or not Enum.all?(map, fn {key, _type} -> is_atom(key) and key != nil end),
-      do: refuse(where, "expected a map of names, which are atoms, to types; got #{shown(map)}")
-
     {:object, nil, map |> Enum.sort() |> fields(where, inside)}
   end
 
@@ -139,30 +123,14 @@ defmodule DSPex.PythonBridge.Program.Types do
 
   @spec unknown(term(), String.t()) :: no_return()
   defp unknown(type, where) do
-    meant =
-      case @meant do
-        %{^type => meant} -> ", did you mean #{meant}?"
-        _other when is_atom(type) -> meant(type, @known)
-        _other -> ""
-      end
-
-    expected = "expected one such as :string, {:list, :integer} or {:enum, [\"a\", \"b\"]}"
-
-    refuse(
-      where,
-      "unknown type #{shown(type)}#{if meant == "", do: "; #{expected}", else: meant}"
-    )
+    known = Enum.map_join(@known, ", ", &inspect/1)
+    refuse(where, "unknown type #{shown(type)}; expected one of #{known}, or a list, map or enum")
   end
 
   defp enum(values, where) do
-    list? = is_list(values) and not List.improper?(values)
-    kinds = if list?, do: Enum.uniq(Enum.map(values, &kind/1)), else: [nil]
-
-    cond do
-      kinds == [] -> refuse(where, "an enum without values")
-      nil in kinds -> refuse(where, "an enum takes a list of strings, atoms or whole numbers")
-      tl(kinds) != [] -> refuse(where, "an enum of values of several kinds; expected one kind")
-      true -> :ok
+    case is_list(values) && Enum.uniq(Enum.map(values, &kind/1)) do
+      [kind] when kind != nil -> :ok
+      _other -> refuse(where, "expected an enum of strings, of atoms or of whole numbers")
     end
 
     case values -- Enum.uniq(values) do
@@ -186,63 +154,45 @@ defmodule DSPex.PythonBridge.Program.Types do
       do: refuse(where, "#{inspect(module)} contains itself, which a type here cannot")
 
     case Code.ensure_compiled(module) do
-      {:module, _module} ->
-        :ok
-
-      {:error, :unavailable} ->
-        refuse(where, "#{inspect(module)} cannot be compiled first: it needs this module")
-
-      {:error, _reason} ->
-        refuse(where, "there is no module #{inspect(module)}")
+      {:module, _module} -> {:object, module, asked(module, where, [module | inside])}
+      {:error, :nofile} -> refuse(where, "there is no module #{inspect(module)}")
+      {:error, why} -> refuse(where, "#{inspect(module)} cannot be compiled first: #{why}")
     end
-
-    asked(module, where, inside)
   end
 
   defp asked(module, where, inside) do
     cond do
       function_exported?(module, :__dspex__, 1) ->
-        {:object, module, declared(module, where, [module | inside])}
+        declared(module, where, inside)
 
-      EctoSchema.kind(module) == :embedded ->
-        {:object, module, of_schema(module, where, [module | inside])}
-
-      EctoSchema.kind(module) == :with_table ->
-        refuse(where, "#{inspect(module)} is a schema with a table; expected an embedded schema")
+      EctoSchema.embedded?(module) ->
+        of_schema(module, where, inside)
 
       true ->
-        text =
-          "#{inspect(module)} is not a type: it exports no __dspex__/1, and is not an Ecto schema"
-
-        refuse(where, text)
+        none = "it exports no __dspex__/1, and is no embedded schema of Ecto"
+        refuse(where, "#{inspect(module)} is not a type: #{none}")
     end
   rescue
-    error -> refuse(where, "asked for its fields, #{inspect(module)} #{raised(error)}")
+    error ->
+      text = Exception.format_banner(:error, error)
+      refuse(where, "asked for its fields, #{inspect(module)} raised #{text}")
   end
-
-  defp raised(error), do: "raised #{inspect(error.__struct__)}: #{Exception.message(error)}"
 
   defp declared(module, where, inside) do
     where = "#{where}: #{inspect(module)}"
-    struct = default_struct(module, where)
-    fields = module |> ask_fields(where) |> fields(where, inside)
+    struct = module.__struct__()
+    fields = fields(module.__dspex__(:fields), where, inside)
 
-    for field <- fields, not is_map_key(struct, field.key) do
-      refuse("#{where}.#{field.key}", "its struct has no such field")
-    end
+    for field <- fields,
+        not is_map_key(struct, field.key),
+        do: refuse("#{where}.#{field.key}", "its struct has no such field")
 
     fields
   end
 
-  defp ask_fields(module, where) do
-    module.__dspex__(:fields)
-  rescue
-    error -> refuse(where, "__dspex__(:fields) raised #{Exception.message(error)}")
-  end
-
   # In Ecto a field without a value is nil, whatever its type. What has a default may be left out.
   defp of_schema(module, where, inside) do
-    struct = default_struct(module, where)
+    struct = module.__struct__()
 
     for {key, read} <- EctoSchema.fields(module) do
       here = "#{where}: #{inspect(module)}.#{key}"
@@ -254,16 +204,10 @@ defmodule DSPex.PythonBridge.Program.Types do
     end
   end
 
-  defp default_struct(module, where) do
-    if function_exported?(module, :__struct__, 0),
-      do: module.__struct__(),
-      else: refuse(where, "#{inspect(module)} is not a struct")
-  end
-
   @doc "Whether a struct module says its fields, by itself or as an embedded schema."
   @spec declared?(module()) :: boolean()
   def declared?(module) do
     Code.ensure_loaded?(module) and
-      (function_exported?(module, :__dspex__, 1) or EctoSchema.kind(module) == :embedded)
+      (function_exported?(module, :__dspex__, 1) or EctoSchema.embedded?(module))
   end
 end

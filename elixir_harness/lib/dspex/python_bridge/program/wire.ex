@@ -9,14 +9,22 @@ defmodule DSPex.PythonBridge.Program.Wire do
   @named [:string, :integer, :float, :boolean, :map, :any]
   @formats %{date: "date", time: "time", datetime: "date-time", naive_datetime: "date-time"}
 
+  @limits %{
+    {"string", :min} => :minLength,
+    {"string", :max} => :maxLength,
+    {"array", :min} => :minItems,
+    {"array", :max} => :maxItems,
+    {"number", :min} => :minimum,
+    {"number", :max} => :maximum
+  }
+
   @typedoc "What is not declared is refused in an input, and left out of an output, which an LM writes."
   @type side :: :inputs | :outputs
 
   @doc "A field of a signature. Refuses media inside of objects."
   @spec field(Field.t(), side(), String.t()) :: map()
   def field(%Field{} = field, side, where) do
-    described = if field.description, do: %{description: field.description}, else: %{}
-    Map.merge(%{name: field.name, type: type(field, side, where)}, described)
+    Map.merge(%{name: field.name, type: type(field, side, where)}, described(field))
   end
 
   @doc "The type of a field of a signature, or of an argument of a tool."
@@ -61,13 +69,15 @@ defmodule DSPex.PythonBridge.Program.Wire do
   defp schema({:loaded, type, _loader}, at), do: schema(type, at)
 
   defp schema({:object, module, fields}, {side, _where} = at) do
+    title = if module, do: %{title: module |> Module.split() |> List.last()}, else: %{}
+    closed = if side == :inputs, do: %{additionalProperties: false}, else: %{}
+
     %{
       type: "object",
       properties: Map.new(fields, &{&1.key, property(&1, at)}),
       required: for(field <- fields, field.required?, do: field.name)
     }
-    |> put_if(module != nil, :title, fn -> module |> Module.split() |> List.last() end)
-    |> put_if(side == :inputs, :additionalProperties, fn -> false end)
+    |> Map.merge(Map.merge(title, closed))
   end
 
   defp schema({:media, kind}, {_side, where}) do
@@ -77,14 +87,11 @@ defmodule DSPex.PythonBridge.Program.Wire do
     refuse(where, text)
   end
 
-  defp property(field, at) do
-    schema(field.type, at)
-    |> limited(field.limits)
-    |> put_if(field.description != nil, :description, fn -> field.description end)
-  end
+  defp property(field, at),
+    do: field.type |> schema(at) |> limited(field.limits) |> Map.merge(described(field))
 
-  defp put_if(schema, false, _key, _value), do: schema
-  defp put_if(schema, true, key, value), do: Map.put(schema, key, value.())
+  defp described(%Field{description: nil}), do: %{}
+  defp described(%Field{description: text}), do: %{description: text}
 
   defp limited(schema, limits),
     do: Enum.reduce(limits, schema, fn {key, limit}, schema -> limit(schema, key, limit) end)
@@ -92,17 +99,6 @@ defmodule DSPex.PythonBridge.Program.Wire do
   defp limit(%{anyOf: [schema, null]}, key, limit),
     do: %{anyOf: [limit(schema, key, limit), null]}
 
-  defp limit(%{type: type} = schema, key, limit) do
-    word =
-      case {type, key} do
-        {"string", :min} -> :minLength
-        {"string", :max} -> :maxLength
-        {"array", :min} -> :minItems
-        {"array", :max} -> :maxItems
-        {_number, :min} -> :minimum
-        {_number, :max} -> :maximum
-      end
-
-    Map.put(schema, word, limit)
-  end
+  defp limit(%{type: type} = schema, key, limit),
+    do: Map.put(schema, Map.get(@limits, {type, key}, @limits[{"number", key}]), limit)
 end

@@ -8,74 +8,59 @@ defmodule DSPex.PythonBridge.Stub.Fields do
   # What a program type adds to the outputs of a signature, or to its inputs.
   @added ~w(reasoning rationale trajectory final_reasoning tool_calls completions)
 
-  @typedoc "`outputs`: nil if any are valid."
-  @type t :: %{inputs: [{String.t(), required? :: boolean()}], outputs: [String.t()] | nil}
+  @typedoc "The names of the inputs and outputs, and those of them that may not be missing."
+  @type t :: %{inputs: names(), outputs: names()}
+  @typep names :: {known :: [String.t()], required :: [String.t()]} | :any
 
   @doc """
-  The fields of a `create_program`'s arguments; nil if its signature cannot be read.
+  The fields of a `create_program`'s arguments. What cannot be read may be anything.
 
-      iex> alias DSPex.PythonBridge.Stub.Fields
-      iex> Fields.of(%{"signature" => "question, more: Optional[str] -> answer"})
-      %{inputs: [{"question", true}, {"more", false}], outputs: ["answer"]}
+      iex> DSPex.PythonBridge.Stub.Fields.of(%{"signature" => "question, more: Optional[str] -> answer"})
+      %{inputs: {["question", "more"], ["question"]}, outputs: {["answer"], ["answer"]}}
   """
-  @spec of(map()) :: t() | nil
-  def of(%{"signature" => text} = args) when is_binary(text) do
-    with [inputs, outputs] <- String.split(text, "->"),
-         do: new(args, side(inputs), side(outputs)),
-         else: (_one_side -> nil)
-  end
+  @spec of(map()) :: t()
+  def of(args) do
+    with [inputs, outputs] <- sides(args["signature"]) do
+      # What a type takes is the peer's to know: in doubt, null or nothing.
+      required =
+        for {name, type} <- inputs, not (type =~ ~r/optional|none|null|default/i), do: name
 
-  def of(%{"signature" => %{"inputs" => inputs, "outputs" => outputs}} = args),
-    do: new(args, Enum.map(inputs, &field/1), Enum.map(outputs, &field/1))
-
-  def of(_args), do: nil
-
-  defp new(args, inputs, outputs) do
-    # A module of the user's own returns what it likes.
-    own? = String.contains?(args["program_type"] || "predict", ":")
-    inputs = for {name, type} <- inputs, do: {name, required?(type)}
-    %{inputs: inputs, outputs: if(not own?, do: for({name, _type} <- outputs, do: name))}
-  end
-
-  defp field(field), do: {field["name"], field["type"]}
-
-  defp side(text) do
-    for field <- StringSignature.split(text), String.trim(field) != "" do
-      [name | type] = field |> String.split(":", parts: 2) |> Enum.map(&String.trim/1)
-      {name, List.first(type)}
+      [inputs, outputs] = for side <- [inputs, outputs], do: Enum.map(side, &elem(&1, 0))
+      # A module of the user's own returns what it likes.
+      own? = String.contains?(args["program_type"] || "predict", ":")
+      outputs = if own? or outputs == [], do: :any, else: {outputs, outputs}
+      %{inputs: {inputs, required}, outputs: outputs}
+    else
+      _unreadable -> %{inputs: :any, outputs: :any}
     end
   end
 
-  # In doubt it is not: what a type takes is the peer's to know.
-  defp required?(nil), do: true
-  defp required?(type) when is_binary(type), do: not (type =~ ~r/optional|none/i)
-  defp required?(schema), do: is_binary(schema["type"]) and not is_map_key(schema, "default")
+  defp sides(%{"inputs" => inputs, "outputs" => outputs}),
+    do: for(side <- [inputs, outputs], do: Enum.map(side, &{&1["name"], inspect(&1["type"])}))
 
-  @doc "What is wrong with the names of a run's inputs, with the peer's words, or nil."
-  @spec wrong_inputs(t() | nil, term()) :: String.t() | nil
-  def wrong_inputs(_fields, inputs) when not is_map(inputs),
-    do: "inputs: expected an object of the signature's input fields"
-
-  def wrong_inputs(nil, _inputs), do: nil
-
-  def wrong_inputs(%{inputs: fields}, inputs) do
-    required = for {name, true} <- fields, do: name
-    wrong("inputs.", Enum.map(fields, &elem(&1, 0)), required, inputs)
+  defp sides(text) when is_binary(text) do
+    for side <- String.split(text, "->") do
+      for field <- StringSignature.split(side), String.trim(field) != "" do
+        [name | type] = String.split(field, ":", parts: 2)
+        {String.trim(name), Enum.join(type)}
+      end
+    end
   end
 
-  @doc "What is wrong with the names of a run's outputs, or nil."
-  @spec wrong_outputs(t() | nil, map()) :: String.t() | nil
-  def wrong_outputs(%{outputs: [_ | _] = fields}, outputs),
-    do: wrong("outputs.", fields, fields, outputs)
+  defp sides(_none), do: nil
 
-  def wrong_outputs(_any, _outputs), do: nil
+  @doc "What is wrong with the names of a run's inputs, in the peer's words, or of its outputs; nil if nothing is."
+  @spec wrong(t() | nil, :inputs | :outputs, map()) :: String.t() | nil
+  def wrong(fields, side, given) do
+    with %{^side => {known, required}} <- fields do
+      names = Map.keys(given)
+      unknown = for name <- names -- (known ++ @added), do: "#{side}.#{name}: unknown field"
+      missing = for name <- required -- names, do: "#{side}.#{name}: missing"
 
-  defp wrong(where, known, required, given) do
-    names = Map.keys(given)
-    unknown = for name <- names -- (known ++ @added), do: "#{where}#{name}: unknown field"
-    missing = for name <- required -- names, do: "#{where}#{name}: missing"
-
-    if unknown ++ missing != [],
-      do: Enum.join(unknown ++ missing, "; ") <> "; expected " <> Enum.join(known, ", ")
+      if unknown ++ missing != [],
+        do: Enum.join(unknown ++ missing, "; ") <> "; expected " <> Enum.join(known, ", ")
+    else
+      _any -> nil
+    end
   end
 end

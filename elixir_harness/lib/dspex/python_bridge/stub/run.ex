@@ -1,79 +1,47 @@
 defmodule DSPex.PythonBridge.Stub.Run do
   @moduledoc false
-  # One `execute_program` of a stub, in a process of its own, which its peer kills when the caller gives up. It sends chunks and
-  # its reply to the bridge, and tool calls to its peer.
+  # One `execute_program` of a stub, in a process of its own, which its peer kills when the caller gives up.
   #
   # A mistake of the test's (an answer raises, or is none, or there is none) is an error of the call. It is logged and noted for
   # the verification, since the code under test may take it for an error of the LM.
 
   require Logger
 
-  alias DSPex.PythonBridge.{Error, Evaluate}
+  alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.Program.Dump
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Stub.{Expectations, Fields, Metric}
 
   # Of a run without LM calls.
-  @meta Map.merge(
-          %{"queue_ms" => 0.0, "wait_ms" => 0.0, "lm_usage" => %{}, "lm_calls" => 0},
-          %{"cache_hits" => 0, "finish_reasons" => [], "fallbacks" => 0, "cost_usd" => 0.0}
-        )
-  # What the peer sums over the runs of a list.
-  @summed ~w(lm_calls cache_hits cost_usd lm_usage fallbacks finish_reasons)
-  # Parts of it that are there only if they are asked for.
-  @parts ["history", "lm_events"]
+  @meta %{"queue_ms" => 0.0, "wait_ms" => 0.0, "lm_usage" => %{}, "lm_calls" => 0}
+        |> Map.merge(%{"cache_hits" => 0, "finish_reasons" => [], "fallbacks" => 0})
+        |> Map.put("cost_usd", 0.0)
+  @not_inputs "inputs: expected an object of the signature's input fields"
   # Errors with texts of their own.
   @types [:timeout, :overloaded, :python_process_died]
-  @expected "expected {:ok, outputs}, {:ok, outputs, meta} or {:error, error}: maps, and an " <>
-              "error that is a DSPex.PythonBridge.Error, a text, " <>
-              Enum.map_join(@types, " or ", &inspect/1)
+  @expected "expected {:ok, outputs}, {:ok, outputs, meta} or {:error, error}"
 
   @typedoc "The answers of a stub to the runs that no test has answered."
   @type default :: (program :: String.t(), inputs :: map() -> term()) | nil
-  @typedoc "`fields`: those of the program, if its definition is known."
-  @type t :: %{
-          peer: pid(),
-          bridge: pid(),
-          stub: atom(),
-          default: default(),
-          id: pos_integer(),
-          program: String.t(),
-          fields: Fields.t() | nil,
-          stream?: boolean()
-        }
 
-  @doc "Starts the process of a run."
+  @doc """
+  Starts the process of a run. `of_peer`: the pids of its `:peer` and `:bridge`, the name of its `:stub`, and the `:default`
+  answers of that. `fields`: those of the program, if its definition is known.
+  """
   @spec start_link(map(), map(), Fields.t() | nil) :: pid()
   def start_link(of_peer, %{"id" => id, "args" => args} = request, fields) do
-    run = %{
-      id: id,
-      program: args["program_id"],
-      fields: fields,
-      stream?: request["stream"] == true
-    }
-
+    run = %{id: id, program: args["program_id"], fields: fields, stream?: request["stream"]}
     run = Map.merge(of_peer, run)
 
     spawn_link(fn ->
-      began = System.monotonic_time(:microsecond)
-      result = result(run, args)
-      ms = (System.monotonic_time(:microsecond) - began) / 1000
-      send_frame(run, object([{"id", id} | reply(result)] ++ meta(request, result, ms)))
+      # A killed item of a list ends alone.
+      Process.flag(:trap_exit, true)
+      {us, result} = :timer.tc(fn -> result(run, args) end)
+      write(run, reply(id, result, Map.put(@meta, "duration_ms", us / 1000)))
     end)
   end
 
-  defp reply({:ok, result, _meta}), do: [{"success", true}, {"result", result}]
-  defp reply({:error, error}), do: failure(error)
-
-  defp meta(request, result, ms) do
-    {asked, not_asked} = Enum.split_with(@parts, &request[&1])
-    own = with {:error, error} <- result, do: {:error, error, error.meta || %{}}
-    meta = asked |> Map.new(&{&1, []}) |> Map.merge(@meta) |> Map.put("duration_ms", ms)
-    meta = Map.merge(meta, Map.drop(elem(own, 2), not_asked))
-    if asked != [] or request["meta"], do: [{"meta", meta}], else: []
-  end
-
-  defp send_frame(run, frame) do
+  defp write(run, frame) do
     send(run.bridge, {run.peer, {:data, frame}})
     :ok
   end
@@ -81,25 +49,19 @@ defmodule DSPex.PythonBridge.Stub.Run do
   defp result(_run, %{"optimize" => optimize}) when optimize != nil,
     do: refuse("optimize: a stub cannot optimize; test with a bridge and offline/script")
 
-  defp result(run, %{"inputs" => inputs} = args) when is_list(inputs) do
-    # A killed item ends alone.
-    Process.flag(:trap_exit, true)
-    batch(run, answers(run, inputs), args)
-  end
+  defp result(run, %{"inputs" => inputs} = args) when is_list(inputs),
+    do: list(run, answers(run, inputs), args)
 
   defp result(run, %{"inputs" => %{} = inputs}) do
     [{inputs, answer}] = answers(run, [inputs])
 
-    with {:ok, outputs, meta} <- answer(run, inputs, answer) do
+    with {:ok, outputs, _meta} = answered <- answer(run, inputs, answer) do
       if not Process.get({__MODULE__, :chunks?}, false), do: whole(run, outputs)
-      {:ok, outputs, meta}
+      answered
     end
   end
 
-  defp result(_run, _args) do
-    text = "inputs: expected an object of the signature's input fields, or a list of such objects"
-    refuse(text)
-  end
+  defp result(_run, _args), do: refuse(@not_inputs <> ", or a list of such objects")
 
   # What the peer would refuse is not a run that a test has expected.
   defp answers(run, inputs) do
@@ -108,10 +70,9 @@ defmodule DSPex.PythonBridge.Stub.Run do
     Process.put(:"$callers", lineage)
 
     for item <- inputs do
-      case Fields.wrong_inputs(run.fields, item) do
-        nil -> {item, Expectations.take(run.stub, run.program, lineage)}
-        wrong -> {item, refuse(wrong)}
-      end
+      wrong = if is_map(item), do: Fields.wrong(run.fields, :inputs, item), else: @not_inputs
+      taken = wrong == nil && Expectations.take(run.stub, run.program, lineage)
+      {item, taken || refuse(wrong)}
     end
   end
 
@@ -126,130 +87,97 @@ defmodule DSPex.PythonBridge.Stub.Run do
 
   # An answer that was not sent in chunks is one for each field, in their order, as it is with a cache.
   defp whole(run, outputs) do
-    order = (run.fields && run.fields.outputs) || []
+    order = with %{outputs: {names, _required}} <- run.fields, do: names, else: (_any -> [])
 
     for field <- (Map.keys(outputs) -- order) ++ order,
         is_binary(outputs[field]),
-        do: stream(run, [{"field", field}, {"chunk", outputs[field]}])
+        do: stream(run, JSON.encode!(%{"field" => field, "chunk" => outputs[field]}))
   end
 
   ## A list of inputs
 
-  defp batch(run, answers, args) do
-    metric = args["metric"]
+  defp list(run, answers, args) do
     expected = args["expected"] || List.duplicate(nil, length(answers))
-    items = Enum.with_index(Enum.zip(answers, expected))
     timeout = with ms when is_number(ms) <- args["item_timeout_ms"] || :infinity, do: ceil(ms)
 
-    items
-    |> Task.async_stream(fn {item, index} -> item(run, metric, index, item) end,
-      max_concurrency: args["max_concurrency"] || max(length(items), 1),
+    answers
+    |> Enum.zip(expected)
+    |> Enum.with_index()
+    |> Task.async_stream(fn {item, index} -> {index, item(run, args["metric"], item)} end,
+      max_concurrency: args["max_concurrency"] || max(length(answers), 1),
       timeout: timeout,
       on_timeout: :kill_task,
       ordered: false,
       zip_input_on_exit: true
     )
-    |> Enum.reduce_while({%{}, %{}}, fn ended, {results, sum} ->
+    |> Enum.reduce_while(%{}, fn ended, results ->
       case ended(run, ended, timeout) do
-        {_index, :over, error} ->
+        {_index, {:over, error}} ->
           {:halt, {:error, error}}
 
-        {index, result, meta} ->
-          unscored? = metric != nil and not List.keymember?(result, "score", 0)
-          pairs = if unscored?, do: [{"score", 0.0} | result], else: result
-          stream(run, [{"index", index} | pairs])
-          {:cont, {Map.put(results, index, Map.new(pairs)), sum(sum, Map.take(meta, @summed))}}
+        {index, {kind, value, scored}} ->
+          scored = if args["metric"], do: Map.merge(%{"score" => 0.0}, scored), else: %{}
+          result = Map.merge(keys(kind, value), scored)
+          # The first key says what it is.
+          stream(run, ~s({"index":#{index},) <> binary_slice(JSON.encode!(result), 1..-1//1))
+          {:cont, Map.put(results, index, result)}
       end
     end)
     |> case do
       {:error, error} -> {:error, error}
-      {results, meta} -> {:ok, all(Enum.map(items, &results[elem(&1, 1)]), metric), meta}
+      results -> {:ok, all(for(n <- 1..map_size(results)//1, do: results[n - 1]), args), %{}}
     end
   end
 
   defp ended(_run, {:ok, result}, _timeout), do: result
 
-  defp ended(_run, {:exit, {{_item, index}, :timeout}}, timeout),
-    do: failed(index, Error.new(:timeout, "not finished within #{timeout} ms"))
+  defp ended(run, {:exit, {{_item, index}, reason}}, timeout) do
+    error =
+      if reason == :timeout,
+        do: Error.new(:timeout, "not finished within #{timeout} ms"),
+        else: internal(run, "the answer's process ended: #{inspect(reason)}")
 
-  defp ended(run, {:exit, {{_item, index}, reason}}, _timeout),
-    do: failed(index, internal(run, "the answer's process ended: #{inspect(reason)}"))
+    {index, {:error, error, %{}}}
+  end
 
-  defp failed(index, error), do: {index, failure(error), error.meta || %{}}
-
-  defp item(run, metric, index, {{inputs, answer}, expected}) do
+  defp item(run, metric, {{inputs, answer}, expected}) do
     # The peer streams items, not their chunks.
     run = %{run | stream?: false}
 
-    with {:ok, outputs, meta} <- answer(run, inputs, answer),
-         {:ok, score} <- score(run, metric, expected, inputs, outputs) do
-      {index, [{"success", true}, {"result", outputs} | score], meta}
+    with {:ok, outputs, _meta} <- answer(run, inputs, answer),
+         {:ok, scored} <-
+           Metric.score(metric, expected, inputs, outputs, &call_tool(run, &1, &2)) do
+      {:ok, outputs, scored}
     else
-      {:over, error} ->
-        {index, :over, error}
-
-      # It would be that of all others, too.
-      {:error, %Error{type: :program_not_found} = error} when metric != nil ->
-        {index, :over, error}
-
-      {:error, error} ->
-        failed(index, error)
+      {:error, error} -> {:error, error, %{}}
+      {:over, error} -> {:over, error}
     end
   end
 
-  defp score(_run, nil, _expected, _inputs, _outputs), do: {:ok, []}
-
-  defp score(run, metric, expected, inputs, outputs) do
-    with {:error, error} <-
-           Metric.score(metric, expected, inputs, outputs, &call_tool(run, &1, &2)),
-         do: {:over, error}
+  defp all(results, %{"metric" => metric}) when metric != nil do
+    scores = Enum.map(results, & &1["score"])
+    mean = if scores != [], do: Enum.sum(scores) / length(scores)
+    failed = Enum.count(results, &(not &1["success"]))
+    %{"score" => mean, "failed" => failed, "results" => results}
   end
 
-  # One that is not known makes the sum unknown.
-  defp sum(one, other) when is_number(one) and is_number(other), do: one + other
-  defp sum(one, other) when is_list(one) and is_list(other), do: one ++ other
-
-  defp sum(one, other) when is_map(one) and is_map(other),
-    do: Map.merge(one, other, fn _key, one, other -> sum(one, other) end)
-
-  defp sum(_one, _other), do: nil
-
-  defp all(results, nil), do: %{"results" => results}
-
-  defp all(results, _metric) do
-    %{
-      "score" => results |> Enum.map(& &1["score"]) |> Evaluate.Result.mean(),
-      "failed" => Enum.count(results, &(not &1["success"])),
-      "results" => results
-    }
-  end
+  defp all(results, _no_metric), do: %{"results" => results}
 
   ## One call of an answer's function
 
   defp answer(_run, _inputs, {:error, error}), do: {:error, error}
-  defp answer(%{default: nil} = run, _inputs, {nil, owner, why}), do: unknown(run, owner, why)
+
+  defp answer(%{default: nil} = run, _inputs, {nil, owner, why}) do
+    text = "Program not found: #{run.program}: the stub #{inspect(run.stub)} has no answer for it"
+    mistake(run, owner, Error.new(:program_not_found, text <> why))
+  end
 
   defp answer(run, inputs, {fun, owner, _why}) do
     Process.put(__MODULE__, run)
 
-    case if(fun, do: fun.(inputs), else: run.default.(run.program, inputs)) do
-      {:ok, outputs} ->
-        outputs(run, owner, outputs, %{})
-
-      {:ok, outputs, meta} ->
-        outputs(run, owner, outputs, meta)
-
-      {:error, %Error{type: type} = error} when type != :bridge_not_running ->
-        error(run, owner, error)
-
-      {:error, text} when is_binary(text) ->
-        {:error, Error.new(:internal, text)}
-
-      {:error, type} when type in @types ->
-        {:error, Error.new(type)}
-
-      other ->
-        wrong(run, owner, "#{@expected}, got #{inspect(other, limit: 10)}")
+    case read(run, if(fun, do: fun.(inputs), else: run.default.(run.program, inputs))) do
+      text when is_binary(text) -> mistake(run, owner, internal(run, text))
+      answer -> answer
     end
   catch
     kind, reason ->
@@ -258,72 +186,69 @@ defmodule DSPex.PythonBridge.Stub.Run do
       mistake(run, owner, internal(run, "the answer's function: #{banner}"), stack)
   end
 
-  defp outputs(run, owner, outputs, meta) do
+  # What an answer is, or a text about what is wrong with it.
+  defp read(run, {:ok, outputs}), do: read(run, {:ok, outputs, %{}})
+
+  defp read(run, {:ok, outputs, meta}) do
     with {:ok, outputs} <- as_json(outputs, "outputs"),
          {:ok, meta} <- as_json(meta, "meta"),
-         nil <- Fields.wrong_outputs(run.fields, outputs) do
-      {:ok, outputs, meta}
-    else
-      {:error, text} -> wrong(run, owner, text)
-      text -> wrong(run, owner, text)
-    end
+         nil <- Fields.wrong(run.fields, :outputs, outputs),
+         do: {:ok, outputs, meta}
   end
 
-  defp error(run, owner, error) do
-    case as_json(error.meta || %{}, "error.meta") do
-      {:ok, meta} -> {:error, %{error | meta: meta}}
-      {:error, text} -> wrong(run, owner, text)
-    end
+  defp read(_run, {:error, %Error{type: type} = error}) when type != :bridge_not_running do
+    with {:ok, meta} <- as_json(error.meta || %{}, "error.meta"),
+         do: {:error, %{error | meta: meta}}
   end
+
+  defp read(_run, {:error, text}) when is_binary(text), do: {:error, Error.new(:internal, text)}
+  defp read(_run, {:error, type}) when type in @types, do: {:error, Error.new(type)}
+  defp read(_run, other), do: "#{@expected}, got #{inspect(other, limit: 10)}"
 
   # As it comes from the wire.
   defp as_json(%{} = map, what) do
     case Payload.encode(Dump.any(map), what) do
       {:ok, json} -> Payload.decode(IO.iodata_to_binary(json))
-      {:error, error} -> {:error, error.message}
+      {:error, error} -> error.message
     end
   end
 
-  defp as_json(_other, what), do: {:error, "#{what}: expected a map"}
+  defp as_json(_other, what), do: "#{what}: expected a map"
 
   defp internal(run, text),
     do: Error.new(:internal, "stub #{inspect(run.stub)}, program #{run.program}: #{text}")
 
-  defp wrong(run, owner, text), do: mistake(run, owner, internal(run, text))
-
-  defp unknown(run, owner, why) do
-    text = "Program not found: #{run.program}: the stub #{inspect(run.stub)} has no answer for it"
-    mistake(run, owner, Error.new(:program_not_found, text <> why))
-  end
-
   defp mistake(run, owner, error, stack \\ "") do
     Logger.error(error.message <> stack)
-    Expectations.failed(owner, run.stub, error.message)
+    if owner, do: Expectations.failed(owner, run.stub, error.message)
     {:error, error}
   end
 
   ## Frames
 
-  @doc "A JSON object with these keys in their order; raises `ArgumentError` for a value without a JSON form."
-  @spec object([{String.t(), term()}]) :: binary()
-  def object(pairs) do
-    members =
-      for {key, value} <- pairs do
-        case Payload.encode(value, "stub: #{key}") do
-          {:ok, json} -> [~s("), key, ~s(":), json]
-          {:error, error} -> raise ArgumentError, error.message
-        end
-      end
+  @doc "The frame of a reply: a result with what `meta` has for it, or an error; `meta` is that of any other reply."
+  @spec reply(pos_integer(), {:ok, term(), map()} | {:error, Error.t()}, map()) :: binary()
+  def reply(id, result, meta \\ %{})
 
-    IO.iodata_to_binary(["{", Enum.intersperse(members, ","), "}"])
+  # Success comes first: the bridge looks for it there.
+  def reply(id, {:ok, result, of_answer}, meta) do
+    meta = JSON.encode!(Map.merge(meta, of_answer))
+    ~s({"id":#{id},"success":true,"result":#{JSON.encode!(result)},"meta":#{meta}})
   end
 
-  @doc "The keys of an error in a reply, or in a result of a list."
-  @spec failure(Error.t()) :: [{String.t(), term()}]
-  def failure(%Error{type: type, message: message, retryable: retryable}) do
-    usual? = type != :lm_error and retryable == Error.new(type, message).retryable
-    failure = [{"success", false}, {"error", message}, {"error_type", type}]
-    if usual?, do: failure, else: failure ++ [{"retryable", retryable}]
+  def reply(id, {:error, error}, meta) do
+    meta = Map.merge(meta, error.meta || %{})
+
+    ~s({"id":#{id},) <>
+      binary_slice(JSON.encode!(Map.put(keys(:error, error), "meta", meta)), 1..-1//1)
+  end
+
+  defp keys(:ok, outputs), do: %{"success" => true, "result" => outputs}
+
+  defp keys(:error, %Error{type: type, message: text, retryable: retryable}) do
+    keys = %{"success" => false, "error" => text, "error_type" => type}
+    usual? = type != :lm_error and retryable == Error.new(type, text).retryable
+    if usual?, do: keys, else: Map.put(keys, "retryable", retryable)
   end
 
   ## In an answer's function
@@ -333,33 +258,34 @@ defmodule DSPex.PythonBridge.Stub.Run do
   def chunk(field, text) do
     run = current("chunk/2")
     Process.put({__MODULE__, :chunks?}, true)
-    stream(run, [{"field", field}, {"chunk", text}])
+    stream(run, JSON.encode!(%{"field" => field, "chunk" => text}))
   end
 
   @doc "Sends the present step of the run that the calling process answers."
   @spec status(String.t()) :: :ok
-  def status(text), do: stream(current("status/1"), [{"status", text}])
+  def status(text), do: stream(current("status/1"), JSON.encode!(%{"status" => text}))
 
   @doc "Calls a tool of the caller, and waits for its result."
   @spec call_tool(String.t(), map()) :: {:ok, term()} | {:error, String.t()}
   def call_tool(name, args), do: call_tool(current("call_tool/2"), name, args)
 
+  # A process has one tool call at a time, so that its pid is the id of that.
   defp call_tool(run, name, args) do
-    call_id = System.unique_integer([:positive])
-    call = %{"call_id" => call_id, "name" => name, "args" => args}
-    frame = object([{"id", run.id}, {"tool_call", call}])
-    send(run.peer, {:tool_call, call_id, self(), frame})
+    call_id = List.to_string(:erlang.pid_to_list(self()))
+    call = JSON.encode!(%{"call_id" => call_id, "name" => name, "args" => args})
+    write(run, ~s({"id":#{run.id},"tool_call":#{call}}))
 
     receive do
       {^call_id, result} -> result
     end
   end
 
-  defp stream(%{stream?: false}, _chunk), do: :ok
+  @doc "The process that waits for the result of a tool call."
+  @spec caller_of(call_id :: String.t()) :: pid()
+  def caller_of(call_id), do: call_id |> String.to_charlist() |> :erlang.list_to_pid()
 
-  # The first key says what it is.
-  defp stream(run, chunk),
-    do: send_frame(run, ~s({"id":#{run.id},"stream":#{object(chunk)}}))
+  defp stream(%{stream?: true} = run, json), do: write(run, ~s({"id":#{run.id},"stream":#{json}}))
+  defp stream(_run, _json), do: :ok
 
   defp current(function) do
     Process.get(__MODULE__) ||

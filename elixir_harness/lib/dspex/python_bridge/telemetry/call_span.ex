@@ -1,38 +1,23 @@
 defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   @moduledoc false
-  # The events of a call: a span as `:telemetry.span/3` makes one, in the caller's process, with what a run has asked of
-  # LMs.
+  # The events of a call: a span in the caller's process, with what a run has asked of LMs.
   #
   # The peer counts that only if it is asked to, and is asked only for what a handler gets.
 
-  alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.{Error, Telemetry}
+  alias DSPex.PythonBridge.OTP.{Registry, Server}
   alias DSPex.PythonBridge.Programs.{Change, Definition}
   alias DSPex.PythonBridge.Protocol.Payload
-  alias DSPex.PythonBridge.Telemetry.{Emitter, Metadata, Usage}
+  alias DSPex.PythonBridge.Telemetry.{Metadata, Span, Usage}
 
-  @runs [:execute_program, "execute_program"]
+  @run "execute_program"
   @lm_stop [:lm, :stop]
-  # Of a run without a handler that wants to know it.
-  @unknown %{program_type: nil, models: []}
-
-  @enforce_keys [:kind, :server, :started, :metadata, :run?, :asked]
-  defstruct @enforce_keys
 
   @typedoc """
-  A call that is under way; nil without `:telemetry`. `metadata`: that of its start. `asked`: what the peer is asked to
-  report of a run, as options of `DSPex.PythonBridge.Protocol.encode_body/3`.
+  A call that is under way, and what the peer is asked to report of a run, as options of
+  `DSPex.PythonBridge.Protocol.encode_body/3`; nil without `:telemetry`.
   """
-  @type t ::
-          %__MODULE__{
-            kind: kind(),
-            server: term(),
-            started: integer(),
-            metadata: map(),
-            run?: boolean(),
-            asked: keyword()
-          }
-          | nil
+  @type t :: {Span.t(), asked :: keyword()} | nil
   @type kind :: :bridge | :pool
   @type result :: {:ok, id :: term(), term(), meta :: map()} | {:error, Error.t()}
 
@@ -42,17 +27,17 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   """
   @spec run(kind(), term(), term(), term(), keyword(), (keyword() -> result())) :: result()
   def run(kind, server, command, args, opts, fun) do
-    if Emitter.there?(),
-      do: observe(begin(kind, server, command, args, opts), fun),
-      else: fun.(opts)
-  end
+    {span, opts} = begin(kind, server, command, args, opts)
 
-  defp observe({span, opts}, fun) do
-    over(span, fun.(opts))
-  catch
-    kind, reason ->
-      failed(span, kind, reason, __STACKTRACE__)
-      :erlang.raise(kind, reason, __STACKTRACE__)
+    try do
+      fun.(opts)
+    catch
+      kind, reason ->
+        failed(span, kind, reason, __STACKTRACE__)
+        :erlang.raise(kind, reason, __STACKTRACE__)
+    else
+      result -> over(span, result)
+    end
   end
 
   @doc """
@@ -61,48 +46,29 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   """
   @spec begin(kind(), term(), term(), term(), keyword()) :: {t(), keyword()}
   def begin(kind, server, command, args, opts) do
-    if Emitter.there?() do
+    if Telemetry.there?() do
       metadata = %{
         bridge: nil,
         pool: nil,
         command: Payload.string(command),
         program_id: Change.program_id(command, args),
-        telemetry_metadata: of_caller(opts),
-        telemetry_span_context: make_ref()
+        telemetry_metadata: Keyword.get(opts, :telemetry_metadata, %{})
       }
 
-      metadata = %{metadata | kind => Metadata.name(server)}
-      run? = command in @runs
-      asked = if run?, do: asked(kind), else: []
-      measurements = Metadata.start()
-      Emitter.emit(event(kind, :start), measurements, metadata)
-
-      span = %__MODULE__{
-        kind: kind,
-        server: server,
-        started: measurements.monotonic_time,
-        metadata: metadata,
-        run?: run?,
-        asked: asked
-      }
-
-      {span, if(asked == [], do: opts, else: Keyword.merge(opts, asked))}
+      span = Span.start([kind, :call], %{metadata | kind => Metadata.name(server)})
+      asked = if metadata.command == @run, do: asked(kind), else: []
+      {{span, asked}, Keyword.merge(opts, asked)}
     else
       {nil, opts}
     end
   end
 
-  defp event(kind, name), do: [kind, :call, name]
-
-  defp of_caller([]), do: %{}
-  defp of_caller(opts), do: Keyword.get(opts, :telemetry_metadata, %{})
-
   defp asked(kind) do
-    attached = Emitter.attached()
+    attached = Telemetry.attached()
 
     cond do
       @lm_stop in attached -> [meta: true, lm_events: true]
-      event(kind, :stop) in attached -> [meta: true]
+      [kind, :call, :stop] in attached -> [meta: true]
       true -> []
     end
   end
@@ -115,57 +81,40 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   @spec over(t(), :cancelled) :: :cancelled
   def over(nil, result), do: result
 
-  # The usual case: another command, or no handler.
-  def over(%__MODULE__{asked: [], kind: kind, started: started} = span, result) do
-    metadata = Map.put(span.metadata, :result, result_type(result))
-    metadata = if span.run?, do: Map.merge(metadata, @unknown), else: metadata
-    Emitter.emit(event(kind, :stop), Metadata.since(started), metadata)
+  def over({span, asked}, result) do
+    {result, meta, lm_calls} = Usage.take(result)
+    # Unless it was asked for, nobody wants to know.
+    meta = if asked != [], do: meta
+    now = System.monotonic_time()
+
+    for lm_call <- lm_calls do
+      {measurements, metadata} = Usage.lm_event(lm_call, now, meta)
+      Telemetry.execute(@lm_stop, measurements, Map.merge(span.metadata, metadata))
+    end
+
+    of_run =
+      if span.metadata.command == @run,
+        do: %{program_type: if(asked != [], do: program_type(span)), models: Usage.models(meta)},
+        else: %{}
+
+    Span.emit(span, :stop, Usage.measurements(meta), Map.put(of_run, :result, type(result)))
     result
   end
-
-  def over(%__MODULE__{} = span, result) do
-    {result, lm_calls} = Usage.take_lm_calls(result)
-    meta = Usage.meta(result)
-    measurements = Metadata.since(span.started)
-    Enum.each(lm_calls, &lm_call(span, Usage.lm_event(&1, measurements.monotonic_time, meta)))
-    measurements = Map.merge(measurements, Usage.measurements(meta))
-    of_run = %{program_type: program_type(span), models: Usage.models(meta)}
-    metadata = span.metadata |> Map.put(:result, result_type(result)) |> Map.merge(of_run)
-    Emitter.emit(event(span.kind, :stop), measurements, metadata)
-    result
-  end
-
-  defp lm_call(span, {measurements, metadata}),
-    do: Emitter.emit(@lm_stop, measurements, Map.merge(span.metadata, metadata))
 
   @doc "Emits the end of a call by an exception in the caller's code that takes the chunks."
   @spec failed(t(), :error | :exit | :throw, term(), Exception.stacktrace()) :: :ok
   def failed(nil, _kind, _reason, _stacktrace), do: :ok
 
-  def failed(%__MODULE__{} = span, kind, reason, stacktrace) do
-    metadata = Map.merge(span.metadata, Metadata.exception(kind, reason, stacktrace))
-    Emitter.emit(event(span.kind, :exception), Metadata.since(span.started), metadata)
-  end
+  def failed({span, _}, kind, reason, stack), do: Span.exception(span, kind, reason, stack)
 
-  defp result_type({:error, %Error{type: type}}), do: type
-  defp result_type(:cancelled), do: :cancelled
-  defp result_type(_ok), do: :ok
+  defp type({:error, %Error{type: type}}), do: type
+  defp type(:cancelled), do: :cancelled
+  defp type(_ok), do: :ok
 
   # As far as the program is known here.
-  defp program_type(%{metadata: %{program_id: id}} = span) do
-    with %{programs: table} <- id && Registry.get(span.kind, process(span)),
+  defp program_type(%Span{event: [kind | _], metadata: %{program_id: id} = metadata}) do
+    with %{programs: table} <- id && Registry.get(kind, Server.whereis(metadata[kind])),
          do: Definition.program_type(table, id),
          else: (_unknown -> nil)
-  end
-
-  # A pool has an entry under its name, too.
-  defp process(%{kind: :pool, server: pool}), do: pool
-  defp process(%{server: pid}) when is_pid(pid), do: pid
-
-  defp process(%{server: server}) do
-    GenServer.whereis(server)
-  catch
-    # Any term may be given as a server.
-    _kind, _reason -> nil
   end
 end

@@ -3,52 +3,16 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLogger do
   # The handler of `DSPex.PythonBridge.Telemetry.attach_default_logger/1`: a line for each failed or slow call, and each
   # time that calls are sent again. Bridges and monitors log the ends of peers themselves.
 
-  @compile {:no_warn_undefined, :telemetry}
-
   require Logger
 
-  alias DSPex.PythonBridge.Options.Table
-  alias DSPex.PythonBridge.Telemetry.Emitter
-
-  @id DSPex.PythonBridge.Telemetry.DefaultLogger
-  @events [
-    [:dspex, :bridge, :call, :stop],
-    [:dspex, :pool, :call, :stop],
-    [:dspex, :bridge, :resend]
-  ]
-
-  @doc "As `DSPex.PythonBridge.Telemetry.attach_default_logger/1`."
-  @spec attach(Logger.level() | keyword()) :: :ok | {:error, :already_exists}
-  def attach(opts) do
-    config = Map.new(checked!(opts))
-
-    unless Emitter.look() do
-      raise "DSPex.PythonBridge.Telemetry.attach_default_logger/1 needs :telemetry: " <>
-              "add {:telemetry, \"~> 1.0\"} to the dependencies of your application"
-    end
-
-    :telemetry.attach_many(@id, @events, &__MODULE__.handle/4, config)
-  end
-
-  @doc "As `DSPex.PythonBridge.Telemetry.detach_default_logger/0`."
-  @spec detach() :: :ok | {:error, :not_found}
-  def detach, do: if(Emitter.there?(), do: :telemetry.detach(@id), else: {:error, :not_found})
-
-  defp checked!(level) when is_atom(level), do: checked!(level: level)
-
-  defp checked!(opts) do
-    level = {:test, &(&1 in Logger.levels()), "a level of Logger, such as :info"}
-
-    ms =
-      {:test, &(&1 == :infinity or (is_integer(&1) and &1 >= 0)), "a number of ms, or :infinity"}
-
-    table = [level: {level, :warning}, min_duration: {ms, 10_000}]
-
-    case Table.check(opts, table, "attach_default_logger") do
-      {:ok, opts} -> opts
-      {:error, error} -> raise error
-    end
-  end
+  @doc "The events that it handles."
+  @spec events() :: [[atom()]]
+  def events,
+    do: [
+      [:dspex, :bridge, :call, :stop],
+      [:dspex, :pool, :call, :stop],
+      [:dspex, :bridge, :resend]
+    ]
 
   @doc "The handler."
   @spec handle([atom()], map(), map(), map()) :: :ok

@@ -10,6 +10,7 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
 
   @calls_ms [1, 10, 100, 1_000, 10_000, 60_000]
   @checks_ms [1, 10, 100, 1_000, 5_000]
+  @ms [unit: {:native, :millisecond}]
   # The commands of the peer. A caller may pass anything, of which each value would be a time series.
   @commands ~w(ping create_program execute_program list_programs get_stats cleanup)
 
@@ -21,23 +22,41 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
               "add {:telemetry_metrics, \"~> 1.0\"} to the dependencies of your application"
     end
 
-    Enum.flat_map([:bridge, :pool], &of_calls/1) ++
-      of_lms() ++
-      of_tools() ++
-      Enum.flat_map([:evaluate, :optimize], &of_runs/1) ++
-      of_peers()
+    List.flatten([
+      Enum.map([:bridge, :pool], &of_calls/1),
+      counter([:lm, :stop], [:model, :result, :cached]),
+      duration([:lm, :stop], [:model], @calls_ms, keep: &(not &1.cached)),
+      for(
+        used <- ~w(input_tokens output_tokens cost_usd wait_ms)a,
+        do: sum([:lm, :stop], used, [:model])
+      ),
+      counter([:tool, :stop], [:tool, :result, :remembered?]),
+      duration([:tool, :stop], [:tool], @calls_ms, keep: &(not &1.remembered?)),
+      counter([:tool, :exception], [:tool]),
+      # What they have used is in the metrics of their calls.
+      for kind <- [:evaluate, :optimize] do
+        [
+          counter([kind, :stop], [:result]),
+          metric(:last_value, [kind, :stop], :score, [:program_id], keep: &(&1.result == :ok))
+        ]
+      end,
+      metric(:last_value, [:bridge, :peer, :up], :duration, [:bridge], @ms),
+      counter([:bridge, :peer, :down], [:bridge, :reason], :uptime),
+      sum([:bridge, :resend], :count, [:bridge, :reason]),
+      duration([:monitor, :check], [:bridge, :result], @checks_ms),
+      counter([:pool, :checkout], [:pool, :result])
+    ])
   end
 
   defp of_calls(kind) do
-    event = [:dspex, kind, :call, :stop]
+    event = [kind, :call, :stop]
 
     [
       counter(event, [kind, :command, :result]),
       duration(event, [kind, :command], @calls_ms),
-      metric(:sum, event, :input_tokens, [kind, :program_id], keep: &run?/1),
-      metric(:sum, event, :output_tokens, [kind, :program_id], keep: &run?/1),
-      metric(:sum, event, :lm_calls, [kind, :program_id], keep: &run?/1),
-      metric(:sum, event, :cache_hits, [kind, :program_id], keep: &run?/1)
+      for used <- ~w(input_tokens output_tokens lm_calls cache_hits)a do
+        sum(event, used, [kind, :program_id], keep: &run?/1)
+      end
     ]
   end
 
@@ -45,64 +64,21 @@ defmodule DSPex.PythonBridge.Telemetry.Metrics do
   defp run?(metadata),
     do: metadata.command == "execute_program" and metadata.result != :program_not_found
 
-  defp of_lms do
-    event = [:dspex, :lm, :stop]
-
-    [
-      counter(event, [:model, :result, :cached]),
-      duration(event, [:model], @calls_ms, keep: &(not &1.cached)),
-      metric(:sum, event, :input_tokens, [:model]),
-      metric(:sum, event, :output_tokens, [:model]),
-      metric(:sum, event, :cost_usd, [:model]),
-      metric(:sum, event, :wait_ms, [:model])
-    ]
-  end
-
-  defp of_tools do
-    event = [:dspex, :tool, :stop]
-
-    [
-      counter(event, [:tool, :result, :remembered?]),
-      duration(event, [:tool], @calls_ms, keep: &(not &1.remembered?)),
-      counter([:dspex, :tool, :exception], [:tool])
-    ]
-  end
-
-  # What they have used is in the metrics of their calls.
-  defp of_runs(kind) do
-    event = [:dspex, kind, :stop]
-
-    [
-      counter(event, [:result]),
-      metric(:last_value, event, :score, [:program_id], keep: &(&1.result == :ok))
-    ]
-  end
-
-  defp of_peers do
-    up = [unit: {:native, :millisecond}]
-
-    [
-      metric(:last_value, [:dspex, :bridge, :peer, :up], :duration, [:bridge], up),
-      counter([:dspex, :bridge, :peer, :down], [:bridge, :reason], :uptime),
-      metric(:sum, [:dspex, :bridge, :resend], :count, [:bridge, :reason]),
-      duration([:dspex, :monitor, :check], [:bridge, :result], @checks_ms),
-      counter([:dspex, :pool, :checkout], [:pool, :result])
-    ]
-  end
-
   # LiveDashboard counts only events that have the measurement.
-  defp counter(event, tags, measurement \\ :duration) do
-    options = [event_name: event, measurement: measurement]
-    metric(:counter, event, :count, tags, options)
-  end
+  defp counter(event, tags, measurement \\ :duration),
+    do: metric(:counter, event, :count, tags, measurement: measurement)
+
+  defp sum(event, measurement, tags, options \\ []),
+    do: metric(:sum, event, measurement, tags, options)
 
   defp duration(event, tags, buckets, options \\ []) do
-    options = [unit: {:native, :millisecond}, reporter_options: [buckets: buckets]] ++ options
+    options = [reporter_options: [buckets: buckets]] ++ @ms ++ options
     metric(:distribution, event, :duration, tags, options)
   end
 
-  defp metric(kind, event, measurement, tags, options \\ []) do
-    options = [tags: tags, tag_values: &tag_values/1] ++ options
+  defp metric(kind, event, measurement, tags, options) do
+    event = [:dspex | event]
+    options = [event_name: event, tags: tags, tag_values: &tag_values/1] ++ options
     apply(Telemetry.Metrics, kind, [event ++ [measurement], options])
   end
 

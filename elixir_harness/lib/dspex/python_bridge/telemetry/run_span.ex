@@ -8,19 +8,14 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Registry
-  alias DSPex.PythonBridge.Telemetry.{Emitter, Metadata}
+  alias DSPex.PythonBridge.Telemetry.{Metadata, Span}
 
-  @enforce_keys [:kind, :table, :started, :metadata]
+  @enforce_keys [:table, :span]
   defstruct @enforce_keys
 
   @type kind :: :evaluate | :optimize
-  @typedoc "A run that is under way. `started`: in native time."
-  @opaque t :: %__MODULE__{
-            kind: kind(),
-            table: :ets.table(),
-            started: integer(),
-            metadata: map()
-          }
+  @typedoc "A run that is under way."
+  @opaque t :: %__MODULE__{table: :ets.table(), span: Span.t()}
   @typedoc """
   What its events say of it, in addition to the bridge or pool: `program_id`, a string or nil, `telemetry_metadata`, that
   of the caller, and what else its events have. Nothing of contents.
@@ -56,12 +51,12 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
       fun.(run)
     catch
       class, reason ->
-        what = Metadata.exception(class, reason, __STACKTRACE__)
-        emit(run, :exception, measurements(run), what)
+        Span.exception(run.span, class, reason, __STACKTRACE__, figures(run))
         :erlang.raise(class, reason, __STACKTRACE__)
     else
       result ->
-        stop(run, result)
+        type = with {:error, %Error{type: type}} <- result, do: type, else: (_ok -> :ok)
+        Span.emit(run.span, :stop, figures(run), %{result: type})
         result
     after
       :ets.delete(run.table)
@@ -72,7 +67,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
   @spec progress(t(), figures()) :: :ok
   def progress(%__MODULE__{} = run, figures) do
     update(run, figures)
-    emit(run, :progress, measurements(run), %{})
+    Span.emit(run.span, :progress, figures(run), %{})
   end
 
   @doc "Sets the figures of a run without an event, such as those of its end. In the process that runs it."
@@ -86,17 +81,17 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
   @spec list() :: [found()]
   def list do
     tables = for table <- :ets.all(), :ets.info(table, :name) == __MODULE__, do: table
-    tables |> Enum.flat_map(&look/1) |> Enum.sort_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1))
+    tables |> Enum.flat_map(&look/1) |> Enum.sort_by(& &1.elapsed_ms, :desc)
   end
 
   # It may have just begun, or end meanwhile.
   defp look(table) do
-    with [{:run, kind, caller, started, metadata}] <- :ets.lookup(table, :run),
+    with [{:run, caller, %Span{event: [kind]} = span}] <- :ets.lookup(table, :run),
          [{:figures, figures}] <- :ets.lookup(table, :figures) do
-      duration = Metadata.since(started).duration
+      duration = System.monotonic_time() - span.started
       elapsed_ms = System.convert_time_unit(duration, :native, :millisecond)
-      found = %{kind: kind, caller: caller, metadata: metadata, figures: figures}
-      [{started, Map.put(found, :elapsed_ms, elapsed_ms)}]
+      about = %{kind: kind, caller: caller, metadata: span.metadata}
+      [Map.merge(about, %{figures: figures, elapsed_ms: elapsed_ms})]
     end
   rescue
     ArgumentError -> []
@@ -104,33 +99,16 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpan do
 
   defp begin(kind, server, about, figures) do
     of = if Registry.get(:pool, server), do: :pool, else: :bridge
-
-    metadata =
-      %{bridge: nil, pool: nil, telemetry_span_context: make_ref()}
-      |> Map.put(of, Metadata.name(server))
-      |> Map.merge(about)
-
-    measurements = Metadata.start()
-    started = measurements.monotonic_time
+    metadata = Map.merge(%{bridge: nil, pool: nil}, %{of => Metadata.name(server)})
+    total = known(Map.take(figures, [:total]))
+    span = Span.start([kind], Map.merge(metadata, about), total)
     table = :ets.new(__MODULE__, [:protected])
-    :ets.insert(table, [{:run, kind, self(), started, metadata}, {:figures, figures}])
-    run = %__MODULE__{kind: kind, table: table, started: started, metadata: metadata}
-    emit(run, :start, figures |> Map.take([:total]) |> known() |> Map.merge(measurements), %{})
-    run
+    :ets.insert(table, [{:run, self(), span}, {:figures, figures}])
+    %__MODULE__{table: table, span: span}
   end
 
-  defp stop(run, result), do: emit(run, :stop, measurements(run), %{result: type(result)})
-
-  defp type({:ok, _result}), do: :ok
-  defp type({:error, %Error{type: type}}), do: type
-
-  defp measurements(%__MODULE__{table: table, started: started}) do
-    [{:figures, figures}] = :ets.lookup(table, :figures)
-    Map.merge(known(figures), Metadata.since(started))
-  end
+  defp figures(%__MODULE__{table: table}),
+    do: table |> :ets.lookup_element(:figures, 2) |> known()
 
   defp known(figures), do: Map.reject(figures, fn {_name, value} -> value == nil end)
-
-  defp emit(run, name, measurements, more),
-    do: Emitter.execute([run.kind, name], measurements, Map.merge(run.metadata, more))
 end

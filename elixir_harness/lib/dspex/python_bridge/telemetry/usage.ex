@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Telemetry.Usage do
   @moduledoc false
-  # What a run has asked of LMs, from the `meta` of its reply: measurements and metadata for its events. Whatever a peer
-  # of another version sends, it does not raise.
+  # What a run has asked of LMs, from the `meta` of its reply: measurements and metadata for its events.
 
   alias DSPex.PythonBridge.Error
 
@@ -10,7 +9,8 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   @output ["completion_tokens", "output_tokens"]
 
   # Of an LM call. What is not known is missing in the event.
-  @where_known [:first_chunk_ms, :cached_tokens, :reasoning_tokens, :cost_usd]
+  @measured [:wait_ms, :input_tokens, :output_tokens] ++
+              [:first_chunk_ms, :cached_tokens, :reasoning_tokens, :cost_usd]
   # Of the tokens, where a provider tells.
   @cached [{"prompt_tokens_details", "cached_tokens"}, {"input_tokens_details", "cached_tokens"}]
   @reasoning [
@@ -18,26 +18,20 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
     {"output_tokens_details", "reasoning_tokens"}
   ]
 
-  @typedoc "An LM call of `meta[\"lm_events\"]`."
-  @type lm_call :: map()
+  @doc "A result without its LM calls, its `meta`, if it came with one, and these."
+  @spec take(result) :: {result, map() | nil, lm_calls :: [map()]}
+        when result: tuple() | :cancelled
+  def take({:ok, id, result, meta}) do
+    {lm_calls, meta} = Map.pop(meta, "lm_events", [])
+    {{:ok, id, result, meta}, meta, lm_calls}
+  end
 
-  @doc "The `meta` of a result, if it came with one."
-  @spec meta(tuple() | :cancelled) :: map() | nil
-  def meta({:ok, _id, _result, meta}), do: meta
-  def meta({:error, %Error{meta: meta}}), do: meta
-  def meta(_other), do: nil
+  def take({:error, %Error{meta: %{} = meta} = error}) do
+    {lm_calls, meta} = Map.pop(meta, "lm_events", [])
+    {{:error, %{error | meta: meta}}, meta, lm_calls}
+  end
 
-  @doc "A result without its LM calls, and these."
-  @spec take_lm_calls(result) :: {result, [lm_call()]} when result: tuple() | :cancelled
-  def take_lm_calls({:ok, id, result, %{"lm_events" => calls} = meta}),
-    do: {{:ok, id, result, Map.delete(meta, "lm_events")}, maps(calls)}
-
-  def take_lm_calls({:error, %Error{meta: %{"lm_events" => calls} = meta} = error}),
-    do: {{:error, %{error | meta: Map.delete(meta, "lm_events")}}, maps(calls)}
-
-  def take_lm_calls(result), do: {result, []}
-
-  defp maps(calls), do: if(is_list(calls), do: Enum.filter(calls, &is_map/1), else: [])
+  def take(result), do: {result, nil, []}
 
   @doc """
   The measurements of a run.
@@ -54,84 +48,65 @@ defmodule DSPex.PythonBridge.Telemetry.Usage do
   """
   @spec measurements(map() | nil) :: map()
   def measurements(%{"lm_calls" => calls} = meta) do
-    used = for {_model, %{} = tokens} <- of_models(meta), do: tokens
+    used = for {_model, %{} = tokens} <- meta["lm_usage"] || %{}, do: tokens
+    # A provider, or an LM of the user's, may give anything.
+    count? = &(is_number(&1) and &1 > 0)
+    tokens = fn names -> Enum.sum_by(used, &Enum.find(for(n <- names, do: &1[n]), 0, count?)) end
 
-    %{
-      input_tokens: Enum.sum_by(used, &tokens(&1, @input)),
-      output_tokens: Enum.sum_by(used, &tokens(&1, @output)),
-      lm_calls: number(calls),
-      cache_hits: number(meta["cache_hits"]),
-      wait_ms: number(meta["wait_ms"])
-    }
-    |> add_known(:cached_tokens, details(used, @cached))
-    |> add_known(:reasoning_tokens, details(used, @reasoning))
-    |> add_known(:cost_usd, meta["cost_usd"])
+    known(%{
+      input_tokens: tokens.(@input),
+      output_tokens: tokens.(@output),
+      lm_calls: calls,
+      cache_hits: meta["cache_hits"] || 0,
+      wait_ms: meta["wait_ms"] || 0,
+      cached_tokens: details(used, @cached),
+      reasoning_tokens: details(used, @reasoning),
+      cost_usd: meta["cost_usd"]
+    })
   end
 
   def measurements(_unknown), do: %{}
-
-  @doc "The models of which tokens were counted."
-  @spec models(map() | nil) :: [String.t()]
-  def models(meta), do: Enum.sort(for {model, _tokens} <- of_models(meta), do: model)
-
-  defp of_models(%{"lm_usage" => %{} = usage}), do: usage
-  defp of_models(_none), do: %{}
-
-  @doc """
-  The event of an LM call: measurements and metadata. `now`: when its run's reply came, in native time; `whole`: the
-  `meta` of that.
-  """
-  @spec lm_event(lm_call(), integer(), map() | nil) :: {map(), map()}
-  def lm_event(call, now, whole) do
-    took = number(call["duration_ms"])
-    waited = number(call["wait_ms"])
-    ended = number(call["started_ms"]) + waited + took
-
-    # Times of the peer count from when it has received the request, as the duration of the whole does.
-    ago = max(number(whole && whole["duration_ms"]) - ended, 0)
-
-    measurements = %{
-      duration: native(took),
-      monotonic_time: now - native(ago),
-      wait_ms: waited,
-      input_tokens: number(call["input_tokens"]),
-      output_tokens: number(call["output_tokens"])
-    }
-
-    measurements = Enum.reduce(@where_known, measurements, &add_known(&2, &1, call["#{&1}"]))
-
-    metadata = %{
-      model: call["model"],
-      cached: call["cached"] == true,
-      result: if(call["error_type"], do: :error, else: :ok),
-      error_type: call["error_type"],
-      finish_reason: call["finish_reason"]
-    }
-
-    {measurements, metadata}
-  end
-
-  defp tokens(used, names), do: Enum.find_value(names, 0, &positive(used[&1]))
 
   defp details(used, names) do
     counts =
       for tokens <- used,
           {part, name} <- names,
           %{^name => count} <- [tokens[part]],
-          known?(count),
+          is_number(count),
           do: count
 
     if counts != [], do: Enum.sum(counts)
   end
 
-  defp add_known(measurements, name, value),
-    do: if(known?(value), do: Map.put(measurements, name, value), else: measurements)
+  defp known(measurements), do: Map.reject(measurements, fn {_name, value} -> value == nil end)
 
-  defp known?(value), do: is_number(value) and value >= 0
+  @doc "The models of which tokens were counted."
+  @spec models(map() | nil) :: [String.t()]
+  def models(meta), do: Enum.sort(Map.keys((meta || %{})["lm_usage"] || %{}))
 
-  defp positive(n), do: if(is_number(n) and n > 0, do: n)
+  @doc """
+  The event of an LM call: measurements and metadata. `now`: when its run's reply came, in native time; `whole`: the
+  `meta` of that.
+  """
+  @spec lm_event(map(), integer(), map()) :: {map(), map()}
+  def lm_event(call, now, whole) do
+    # Times of the peer count from when it has received the request, as the duration of the whole does.
+    ended = call["started_ms"] + call["wait_ms"] + call["duration_ms"]
 
-  defp number(n), do: positive(n) || 0
+    ago = max(whole["duration_ms"] - ended, 0)
+    times = %{duration: native(call["duration_ms"]), monotonic_time: now - native(ago)}
+    measurements = for name <- @measured, into: times, do: {name, call["#{name}"]}
+
+    metadata = %{
+      model: call["model"],
+      cached: call["cached"],
+      result: if(call["error_type"], do: :error, else: :ok),
+      error_type: call["error_type"],
+      finish_reason: call["finish_reason"]
+    }
+
+    {known(measurements), metadata}
+  end
 
   defp native(ms), do: System.convert_time_unit(round(ms * 1_000), :microsecond, :native)
 end

@@ -6,6 +6,7 @@ defmodule DSPex.PythonBridge.Tools.Answer do
   # A remembered answer is kept as the frame that was sent: binaries of its size are not copied between processes.
 
   alias DSPex.PythonBridge.{Error, Protocol}
+  alias DSPex.PythonBridge.Telemetry.Metadata
 
   # Of an error message.
   @max_text 500
@@ -17,6 +18,7 @@ defmodule DSPex.PythonBridge.Tools.Answer do
   @type t :: %__MODULE__{frame: binary(), call_id: Protocol.id(), result: :ok | :error}
   @typedoc "What a function has made: a term, or the message of an error."
   @type result :: {:ok, term()} | {:error, String.t()}
+  @type kind :: :error | :exit | :throw
 
   @doc "The answer with a function's result, of at most `max` bytes: with an error message if it is larger."
   @spec new(Protocol.id(), String.t(), result(), pos_integer()) :: t()
@@ -43,8 +45,6 @@ defmodule DSPex.PythonBridge.Tools.Answer do
 
   @doc "The same answer to another call."
   @spec to(t(), Protocol.id()) :: t()
-  def to(%__MODULE__{call_id: call_id} = answer, call_id), do: answer
-
   def to(%__MODULE__{} = answer, call_id) do
     frame = Protocol.readdress_tool_result(answer.frame, answer.call_id, call_id)
     %{answer | frame: frame, call_id: call_id}
@@ -64,4 +64,58 @@ defmodule DSPex.PythonBridge.Tools.Answer do
     |> String.replace(~r/[[:space:][:cntrl:]]+/u, " ")
     |> String.slice(0, max)
   end
+
+  ## What a function does
+
+  @doc """
+  Calls a function: its result, and whether it returned, or else what it raised. That must not end this process: it would be
+  logged, with the arguments.
+  """
+  @spec of((-> term())) :: {result(), :returned | {kind(), term(), Exception.stacktrace()}}
+  def of(function) do
+    case function.() do
+      {:ok, term} -> {{:ok, term}, :returned}
+      {:error, reason} -> {{:error, text(reason)}, :returned}
+      term -> {{:ok, term}, :returned}
+    end
+  catch
+    kind, reason ->
+      {{:error, message(kind, reason, __STACKTRACE__)}, {kind, reason, __STACKTRACE__}}
+  end
+
+  # A string is meant for the LM as it is.
+  defp text(reason) when is_binary(reason), do: reason
+  defp text(reason) when is_exception(reason), do: one_line(Exception.message(reason))
+  defp text(reason), do: one_line(inspect(reason))
+
+  # It calls user code: messages, inspections.
+  defp message(kind, reason, stacktrace) do
+    one_line(shown(kind, reason, stacktrace))
+  catch
+    _kind, _reason -> "#{kind}: a reason that cannot be shown"
+  end
+
+  defp shown(:error, reason, stacktrace) do
+    error = Exception.normalize(:error, reason, stacktrace)
+    "#{inspect(error.__struct__)}: #{Exception.message(error)}"
+  end
+
+  defp shown(:throw, value, _stacktrace), do: "throw: #{inspect(value)}"
+
+  defp shown(:exit, reason, _stacktrace) do
+    case cause(reason) do
+      error when is_exception(error) -> shown(:error, error, [])
+      reason -> ended(reason)
+    end
+  end
+
+  @doc "The message of a process that was ended from outside. It calls no user code."
+  @spec ended(term()) :: String.t()
+  def ended(reason), do: "exit: #{inspect(Metadata.reason(cause(reason)))}"
+
+  # The exit reason of a process that raised has a stack trace, and that of a failed call its arguments: neither is for
+  # an LM.
+  defp cause({reason, [_ | _]}), do: cause(reason)
+  defp cause({reason, {module, _function, _args}}) when is_atom(module), do: cause(reason)
+  defp cause(reason), do: reason
 end

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   # To erase a persistent term makes the BEAM scan all processes, so this is for large functions only, once for each call
   # or evaluation.
 
-  alias DSPex.PythonBridge.Tools.Functions
+  alias DSPex.PythonBridge.Tools.Runner
 
   # In words: copying less than this (64 KB) takes no longer than starting the process that runs it.
   @small 8_192
@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   closed or the owner ends, nil without any.
   """
   @spec hold(tools, owner :: pid()) :: {tools, pid() | nil}
-        when tools: %{optional(term()) => function() | Functions.tool() | {function(), keyword()}}
+        when tools: %{optional(term()) => function() | Runner.tool() | {function(), keyword()}}
   def hold(tools, owner) do
     {tools, keys} = Enum.map_reduce(tools, [], &hold_large/2)
     {Map.new(tools), if(keys != [], do: spawn(fn -> erase(keys, owner) end))}
@@ -45,13 +45,8 @@ defmodule DSPex.PythonBridge.Tools.LargeFunction do
   defp small(key, _function), do: fn args, id -> :persistent_term.get(key).(args, id) end
 
   @doc "Erases large functions. Calls of them that still run go on."
-  @spec close(pid() | nil) :: :ok
-  def close(nil), do: :ok
-
-  def close(eraser) do
-    send(eraser, :close)
-    :ok
-  end
+  @spec close(pid() | nil) :: term()
+  def close(eraser), do: eraser && send(eraser, :close)
 
   defp erase(keys, owner) do
     monitor = Process.monitor(owner)

@@ -5,11 +5,8 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.Test.{SilentLM, StreamingLM}
+  alias DSPex.PythonBridge.{Bridge, Error}
 
-  @qa %{id: "qa", signature: "question -> answer"}
-  @ask %{program_id: "qa", inputs: %{question: "Why?"}}
   @agent %{
     id: "agent",
     signature: "question -> answer",
@@ -19,57 +16,15 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       %{name: "search", description: "finds", args: %{query: %{type: "string"}, n: "int"}}
     ]
   }
-  @ask_agent %{program_id: "agent", inputs: %{question: "Why?"}}
-
-  @shared __MODULE__.Bridge
-
-  @pool __MODULE__.Pool
 
   setup_all do
-    start_supervised!({Bridge, real_opts(name: @shared, default_timeout: 20_000)})
-    start_supervised!({Pool, real_opts(name: @pool, pool_size: 1, default_timeout: 20_000)})
-    :ok
-  end
-
-  # The bridge that the tests share, with these programs alone.
-  defp start(programs) do
-    {:ok, _} = Bridge.call(@shared, :cleanup)
-    create(@shared, programs)
-  end
-
-  defp create(bridge, programs) do
-    for program <- programs, do: {:ok, _} = Bridge.call(bridge, :create_program, program)
-    bridge
-  end
-
-  defp start_streaming do
-    [lm: model, lm_options: options] = SilentLM.lm_opts(StreamingLM.start())
-    start([Map.put(@qa, :lm, Map.put(options, :model, model))])
+    bridge = start_supervised!({Bridge, real_opts(name: __MODULE__.Bridge)})
+    {:ok, _} = Bridge.call(bridge, :create_program, @agent, 30_000)
+    %{bridge: bridge}
   end
 
   describe "a stream" do
-    test "ends with its consumer, and so does the LM's request" do
-      bridge = start_streaming()
-      consumer = spawn(fn -> bridge |> Bridge.stream(@ask) |> Enum.to_list() end)
-      assert_receive {:lm_request, lm}, 10_000
-      Process.exit(consumer, :kill)
-      assert_receive {:lm_closed, ^lm}, 10_000
-    end
-
-    test "that outlives its timeout ends with it" do
-      bridge = start_streaming()
-
-      reader =
-        Task.async(fn -> bridge |> Bridge.stream(@ask, timeout: 1500) |> Enum.to_list() end)
-
-      assert_receive {:lm_request, lm}, 10_000
-      StreamingLM.say(lm, "[[ ## answer ## ]]\nBecause ")
-      assert {:error, %Error{type: :timeout}} = reader |> Task.await(10_000) |> List.last()
-      assert_receive {:lm_closed, ^lm}, 10_000
-    end
-
-    test "of a list of inputs has, at the deadline, the results that are there" do
-      bridge = start([@agent])
+    test "of a list of inputs has, at the deadline, the results that are there", %{bridge: bridge} do
       inputs = for question <- ["quick", "slow", "quick"], do: %{question: question}
       args = %{program_id: "agent", inputs: inputs}
 
@@ -90,26 +45,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
   end
 
   describe "tools" do
-    test "run while nobody reads the stream" do
-      bridge = start([@agent])
-      test = self()
-
-      tool = fn _ ->
-        send(test, :called)
-        "found"
-      end
-
-      stream = Bridge.stream(bridge, @ask_agent, tools: %{search: tool})
-
-      # The first element is taken, the next is not asked for until the tool was called.
-      Enum.reduce(stream, :first, fn
-        {:status, _}, :first -> assert_receive :called, 10_000
-        _element, acc -> acc
-      end)
-    end
-
-    test "that run at the deadline end with the run" do
-      bridge = start([@agent])
+    test "that run at the deadline end with the run", %{bridge: bridge} do
       test = self()
 
       tool = fn _ ->
@@ -118,7 +54,10 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       end
 
       assert {:error, %Error{type: :timeout}} =
-               Bridge.request(bridge, :execute_program, @ask_agent,
+               Bridge.request(
+                 bridge,
+                 :execute_program,
+                 %{program_id: "agent", inputs: %{question: "Why?"}},
                  tools: %{search: tool},
                  timeout: 1_000
                )
@@ -126,30 +65,6 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       assert_received {:tool, pid}
       refute Process.alive?(pid)
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping)
-    end
-
-    test "reward the best of several answers" do
-      program = %{
-        id: "best",
-        signature: "question -> answer",
-        program_type: "best_of_n",
-        options: %{n: 3, threshold: 10, reward: %{tool: "judge"}}
-      }
-
-      bridge = start([program])
-      test = self()
-
-      judge = fn %{"inputs" => %{"question" => "Why?"}, "outputs" => %{"answer" => answer}} ->
-        send(test, {:judged, answer})
-        String.length(answer) / 100
-      end
-
-      args = %{program_id: "best", inputs: %{question: "Why?"}}
-
-      assert {:ok, %{"answer" => answer}, %{"lm_calls" => 3}} =
-               Bridge.request(bridge, :execute_program, args, tools: %{judge: judge})
-
-      for _ <- 1..3, do: assert_received({:judged, ^answer})
     end
   end
 end

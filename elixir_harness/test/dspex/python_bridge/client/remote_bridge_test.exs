@@ -39,18 +39,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     assert Process.info(self(), :messages) == {:messages, []}
   end
 
-  test "is distinguished there from a process of another kind, which is unharmed", %{node: node} do
-    supervisor = Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor])
-
-    for server <- [{DSPex.ApplicationSupervisor, node}, supervisor] do
-      assert %{state: :failed, os_pid: nil} = Bridge.get_status(server)
-      assert Bridge.restart(server) == {:error, :bridge_not_running}
-      assert Bridge.stop(server) == :ok
-    end
-
-    assert Nodes.on(node, Process, :whereis, [DSPex.ApplicationSupervisor]) == supervisor
-  end
-
   test "whose node has stopped keeps no caller past its timeout", %{far: far, node: node} do
     os_pid = Nodes.on(node, System, :pid, [])
     {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])

@@ -1,131 +1,19 @@
 defmodule DSPex.PythonBridge.Client.TracingTest do
-  @moduledoc "`:traceparent`, from a call's options to the HTTP requests of the peer's LM calls and to Logger."
+  @moduledoc """
+  `:traceparent`, from a call's options to the records that the peer logs. The header of the peer's requests to LMs is tested in
+  Python.
+  """
 
   use ExUnit.Case, async: true
 
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error}
-  alias DSPex.Test.Loopback
 
   @first "00-" <> String.duplicate("a", 32) <> "-" <> String.duplicate("1", 16) <> "-01"
-  @second "00-" <> String.duplicate("b", 32) <> "-" <> String.duplicate("2", 16) <> "-00"
   @create %{id: "qa", signature: "question -> answer"}
 
-  # An LM that sends its owner each request, {:asked, lm, question, traceparents}, and answers it when
-  # it is sent :answer: send(lm, :answer).
-  defp start_lm do
-    port = Loopback.start(&serve(&1, &2, ""))
-
-    [
-      lm: "openai/stub",
-      lm_options: %{api_base: "http://127.0.0.1:#{port}/v1", api_key: "not-a-key", cache: false}
-    ]
-  end
-
-  defp serve(socket, owner, read) do
-    with {:ok, data} <- :gen_tcp.recv(socket, 0) do
-      read = read <> data
-
-      with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
-           [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),
-           true <- byte_size(body) >= String.to_integer(length) do
-        traces = for [_, value] <- Regex.scan(~r/^traceparent: (.*?)\r?$/im, head), do: value
-        [_, question] = Regex.run(~r/\[\[ ## question ## \]\]\\n(\w+)/, body)
-        send(owner, {:asked, self(), question, traces})
-        stream? = JSON.decode!(body)["stream"] == true
-
-        receive do
-          :answer -> :gen_tcp.send(socket, answer(stream?))
-        end
-
-        serve(socket, owner, "")
-      else
-        _part -> serve(socket, owner, read)
-      end
-    end
-  end
-
-  defp answer(stream?) do
-    {key, type} =
-      if stream?,
-        do: {:delta, "text/event-stream"},
-        else: {:message, "application/json"}
-
-    said = %{role: "assistant", content: "[[ ## answer ## ]]\nParis"}
-    choice = %{:index => 0, :finish_reason => "stop", key => said}
-    reply = JSON.encode!(%{id: "c", object: "chat", created: 0, model: "stub", choices: [choice]})
-    body = if stream?, do: "data: #{reply}\n\ndata: [DONE]\n\n", else: reply
-
-    "HTTP/1.1 200 OK\r\ncontent-type: #{type}\r\ncontent-length: #{byte_size(body)}\r\n\r\n#{body}"
-  end
-
-  defp start(opts) do
-    bridge = start_supervised!({Bridge, real_opts(opts)})
-    {:ok, _} = Bridge.call(bridge, :create_program, @create, 30_000)
-    bridge
-  end
-
   defp args(question), do: %{program_id: "qa", inputs: %{question: question}}
-
-  defp ask(bridge, question, opts),
-    do: Task.async(fn -> Bridge.request(bridge, :execute_program, args(question), opts) end)
-
-  test "each call's is a header of its LM's request, of calls at the same time, and of none without" do
-    bridge = start(start_lm())
-
-    calls = [
-      ask(bridge, "one", traceparent: @first),
-      ask(bridge, "two", traceparent: @second),
-      ask(bridge, "none", []),
-      ask(bridge, "nil", traceparent: nil)
-    ]
-
-    for {question, traces} <- [
-          {"one", [@first]},
-          {"two", [@second]},
-          {"none", []},
-          {"nil", []}
-        ] do
-      assert_receive {:asked, lm, ^question, ^traces}, 30_000
-      send(self(), {:held, lm})
-    end
-
-    for _ <- calls do
-      assert_received {:held, lm}
-      send(lm, :answer)
-    end
-
-    for call <- calls, do: assert({:ok, %{"answer" => "Paris"}, _meta} = Task.await(call, 30_000))
-  end
-
-  test "a stream's, and that of a call with chunks and tools, too" do
-    bridge = start(start_lm())
-
-    stream =
-      Task.async(fn ->
-        Enum.to_list(Bridge.stream(bridge, args("streamed"), traceparent: @first))
-      end)
-
-    assert_receive {:asked, lm, "streamed", [@first]}, 30_000
-    send(lm, :answer)
-    events = Task.await(stream, 30_000)
-    assert {:chunk, "answer", "Paris"} in events
-    assert {:ok, %{"answer" => "Paris"}, _meta} = List.last(events)
-
-    best = %{program_type: "best_of_n", options: %{n: 1, reward: %{tool: "t"}}}
-
-    {:ok, _} =
-      Bridge.call(bridge, :create_program, Map.merge(@create, Map.put(best, :id, "best")))
-
-    opts = [traceparent: @second, tools: %{t: fn _ -> 1 end}, on_chunk: fn _chunk -> :ok end]
-    args = %{args("chunks") | program_id: "best"}
-    chunks = Task.async(fn -> Bridge.request(bridge, :execute_program, args, opts) end)
-
-    assert_receive {:asked, lm, "chunks", [@second]}, 30_000
-    send(lm, :answer)
-    assert {:ok, %{"answer" => "Paris"}, _meta} = Task.await(chunks, 30_000)
-  end
 
   test "an invalid one is refused before anything is sent, by request and stream" do
     for %{"valid" => false, "value" => value} <- vectors("traceparents.json"),
@@ -171,9 +59,11 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
     create = Map.put(@create, :program_type, "logs:Logs")
     {:ok, _} = Bridge.call(bridge, :create_program, create, 30_000)
 
-    assert {:ok, _, _} = Task.await(ask(bridge, "one", traceparent: @first))
+    assert {:ok, _, _} =
+             Bridge.request(bridge, :execute_program, args("one"), traceparent: @first)
+
     assert_receive {:logged, %{traceparent: @first, python_logger: "my.app"}}, 5_000
-    assert {:ok, _, _} = Task.await(ask(bridge, "two", []))
+    assert {:ok, _, _} = Bridge.request(bridge, :execute_program, args("two"))
     assert_receive {:logged, %{python_logger: "my.app"} = meta}, 5_000
     refute Map.has_key?(meta, :traceparent)
   end

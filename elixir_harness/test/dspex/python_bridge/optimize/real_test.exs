@@ -136,56 +136,6 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
     peer.os_pid
   end
 
-  test "a pool's other calls go on, and peers that start later are not given the program" do
-    lm = OptimizingLM.start()
-    pool = start_pool(OptimizingLM.opts(lm))
-    {:ok, _} = Pool.call(pool, :create_program, %{@qa | id: "other"}, 60_000)
-    test = self()
-
-    # All calls of the pool, while the optimizer waits for the metric.
-    metric = fn _example, prediction ->
-      if :ets.update_counter(:once, :n, 1) == 1,
-        do: send(test, {:scoring, self()}) && receive(do: (:go_on -> 1))
-
-      prediction["answer"] != "no idea"
-    end
-
-    :ets.new(:once, [:named_table, :public])
-    :ets.insert(:once, {:n, 0})
-    task = Task.async(fn -> optimize(pool, metric: metric) end)
-    assert_receive {:scoring, pid}, 60_000
-    run = %{program_id: "other", inputs: %{question: "word 1"}}
-    for _ <- 1..8, do: {:ok, %{"answer" => _}} = Pool.call(pool, :execute_program, run, 60_000)
-    assert Enum.sum(PoolProbe.busy(pool)) == 1
-    assert PoolProbe.known(pool) == ["other"]
-
-    # The other one, so that the run is not disturbed.
-    [idle] = for {peer, 0} <- Enum.zip(Pool.status(pool).peers, PoolProbe.busy(pool)), do: peer
-    requests = OptimizingLM.requests(lm)
-    kill(idle.os_pid)
-    programs = fn -> Bridge.call(idle.bridge, :list_programs) end
-    next? = &match?(%{state: :running, restarts: 1}, Bridge.get_status(&1))
-    eventually(fn -> next?.(idle.bridge) end, 30_000)
-    assert programs.() == {:ok, %{"programs" => ["other"]}}
-    assert OptimizingLM.requests(lm) == requests
-    send(pid, :go_on)
-    assert {:ok, %{score: 1.0}} = Task.await(task, 60_000)
-    eventually(fn -> PoolProbe.programs(pool) == [["other"], ["other"]] end, 30_000)
-  end
-
-  test "a judge runs a program on the same peer, which has one slot", %{bridge: bridge} do
-    {:ok, _} = Bridge.call(bridge, :create_program, %{@qa | id: "judge"}, 60_000)
-
-    judge = fn %{"question" => question}, prediction ->
-      run = %{program_id: "judge", inputs: %{question: question}}
-      {:ok, %{"answer" => _}} = Bridge.call(bridge, :execute_program, run, 60_000)
-      prediction["answer"] != "no idea"
-    end
-
-    assert {:ok, %{score: 1.0}} = optimize(bridge, metric: judge)
-    {:ok, _} = Bridge.call(bridge, :cleanup)
-  end
-
   test "the caller's death ends its requests to the LM, and the program is gone",
        %{bridge: bridge} do
     [lm: model, lm_options: options] = SilentLM.lm_opts(SilentLM.start())

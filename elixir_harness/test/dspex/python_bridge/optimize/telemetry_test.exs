@@ -4,37 +4,41 @@ defmodule DSPex.PythonBridge.Optimize.TelemetryTest do
   # Whether the application has `:telemetry` is global to the BEAM.
   use ExUnit.Case, async: false
 
-  import DSPex.Test.Helpers
-
-  alias DSPex.PythonBridge.{Bridge, Error, Optimize}
+  alias DSPex.PythonBridge.{Bridge, Optimize}
+  alias DSPex.Test.FakePeer
   alias DSPex.Test.Telemetry, as: Host
 
   @secret "the contents"
-  @trainset for n <- 1..4, do: {%{question: "#{n} #{@secret}"}, %{n: n}}
   @events [[:optimize, :start], [:optimize, :progress], [:optimize, :stop]] ++
             [[:optimize, :exception], [:bridge, :call, :start], [:bridge, :call, :stop]] ++
             [[:bridge, :call, :exception], [:bridge, :resend]]
+  @progress %{progress: %{step: "fake", done: 1, total: 4, lm_calls: 1, best: nil}}
+  @candidate %{candidate: %{number: 1, score: 0.2, of: 4, best: true, state: %{a: @secret}}}
+  @result %{state: %{}, score: 0.2, baseline: 0.0, candidates: 1, lm_calls: 4, metric_calls: 4}
+  @play [["stream", @progress], ["stream", @candidate], ["reply", @result, %{lm_calls: 4}]]
 
   setup do
     Host.install()
     on_exit(&Host.remove/0)
     Host.attach(@events)
-    file = Path.join(System.tmp_dir!(), "optimize#{System.unique_integer([:positive])}")
-    on_exit(fn -> for path <- Path.wildcard(file <> "*"), do: File.rm!(path) end)
-    opts = fake_opts("optimizes", env: %{"FAKE_FILE" => file}) |> Keyword.put(:name, :optimized)
-    start_supervised!({Bridge, opts})
+    start_supervised!({Bridge, Keyword.merge(FakePeer.opts(:plays), name: :optimized)})
     :ok
   end
 
-  defp optimize(opts) do
+  defp optimize(play, opts \\ []) do
     definition = %{id: "qa", signature: "question -> answer"}
-    metric = fn %{"n" => n}, _prediction -> n / 10 end
-    given = [trainset: @trainset, metric: metric, optimizer: :copro]
-    Optimize.run(:optimized, definition, Keyword.merge(given, opts))
+    metric = {:field, :answer, :equals}
+    given = [trainset: [{%{question: @secret}, %{answer: @secret}}], metric: metric]
+    given = given ++ [optimizer: :copro, options: [play: play]]
+    Optimize.run(:optimized, definition, given ++ opts)
   end
 
+  # But for those of the temporary program.
   defp events do
     receive do
+      {_event, _measured, %{command: command}} when command != "execute_program" ->
+        events()
+
       {event, measured, metadata} when event in @events ->
         [{event, measured, metadata} | events()]
     after
@@ -42,64 +46,57 @@ defmodule DSPex.PythonBridge.Optimize.TelemetryTest do
     end
   end
 
-  test "are a span with progress, around that of the one call, without contents" do
-    assert {:ok, _} = optimize(telemetry_metadata: %{tenant: "acme"})
-    all = events()
+  test "are a span with progress, around that of its run, without contents" do
+    assert {:ok, _} = optimize(@play, telemetry_metadata: %{tenant: "acme"})
 
-    assert [{[:optimize, :start], _, start}, {[:bridge, :call, :start], _, call} | rest] = all
+    assert [{[:optimize, :start], _, start}, {[:bridge, :call, :start], _, call} | rest] =
+             events()
+
     assert %{bridge: :optimized, pool: nil, program_id: "qa", optimizer: "copro"} = start
     assert start.telemetry_metadata == %{tenant: "acme"} and map_size(start) == 6
+    assert %{program_id: "qa", telemetry_metadata: %{tenant: "acme"}} = call
 
-    assert %{command: "execute_program", program_id: "qa", telemetry_metadata: %{tenant: _}} =
-             call
+    assert [
+             {[:optimize, :progress], %{done: 1, total: 4, lm_calls: 1, duration: _}, ^start},
+             {[:optimize, :progress], %{score: 0.2, candidates: 1}, ^start},
+             {[:bridge, :call, :stop], %{lm_calls: 4}, %{result: :ok}},
+             {[:optimize, :stop], measured, stop}
+           ] = rest
 
-    assert {progress, [called, stopped]} = Enum.split(rest, -2)
-    assert {[:bridge, :call, :stop], %{lm_calls: 4}, %{result: :ok}} = called
-
-    for {event, measured, metadata} <- progress do
-      assert event == [:optimize, :progress] and metadata == start
-      assert %{done: _, total: 4, lm_calls: _, candidates: _, duration: _} = measured
-    end
-
-    assert Enum.map(progress, &elem(&1, 1)[:score]) == [nil, nil, 0.2, 0.2, 0.2, 0.4]
-    assert {[:optimize, :stop], measured, stop} = stopped
     assert stop == Map.put(start, :result, :ok)
-    assert %{score: 0.25, baseline: +0.0, candidates: 2, lm_calls: 4, metric_calls: 4} = measured
-    refute inspect(all) =~ @secret
+    assert %{score: 0.2, baseline: +0.0, candidates: 1, lm_calls: 4, metric_calls: 4} = measured
+    refute inspect([start, call, rest]) =~ @secret
   end
 
   test "tell how it ended" do
-    for {opts, result, called} <- [
-          {[on_progress: fn _ -> :stop end], :ok, :cancelled},
-          {[options: %{refuse: "lm_error"}], :lm_error, :lm_error},
-          {[options: %{die: [[1, 1]]}, retry: false], :python_process_died, :python_process_died}
+    for {play, opts, result, called} <- [
+          {@play, [on_progress: fn _ -> :stop end], :ok, :cancelled},
+          {[["fail", "lm_error"]], [], :lm_error, :lm_error},
+          {[["die"]], [retry: false], :python_process_died, :python_process_died}
         ] do
-      optimize(opts)
-      assert [_start, _call | rest] = events()
+      optimize(play, opts)
 
       assert [{[:bridge, :call, :stop], _, call}, {[:optimize, :stop], _, stop}] =
-               Enum.take(rest, -2)
+               Enum.take(events(), -2)
 
       assert {stop.result, call.result} == {result, called}
     end
 
-    assert catch_throw(optimize(on_progress: fn _ -> throw({:mine, @secret}) end))
+    assert catch_throw(optimize(@play, on_progress: fn _ -> throw({:mine, @secret}) end))
     all = events()
-    assert {[:optimize, :exception], _, %{kind: :throw, reason: :mine}} = List.last(all)
 
-    assert [{[:bridge, :call, :exception], _, _}] =
-             for({[_, _, :exception], _, _} = e <- all, do: e)
+    assert [{[:bridge, :call, :exception], _, _}, {[:optimize, :exception], _, what}] =
+             Enum.take(all, -2)
 
+    assert %{kind: :throw, reason: :mine} = what
     refute inspect(all) =~ @secret
-
-    assert {:error, %Error{}} = optimize(metric: nil)
+    assert {:error, _} = optimize(@play, budgets: [])
     assert events() == []
   end
 
   test "have each death of a peer after which it is made again" do
-    assert {:ok, _} = optimize(options: %{die: [[0, 1], [3, 1]]})
+    assert {:ok, _} = optimize([["first", [["stream", @progress], ["die"]], @play]])
     resends = for {[:bridge, :resend], measured, metadata} <- events(), do: {measured, metadata}
-    resend = {%{count: 1}, %{bridge: :optimized, pool: nil, reason: :died}}
-    assert resends == [resend, resend]
+    assert resends == [{%{count: 1}, %{bridge: :optimized, pool: nil, reason: :died}}]
   end
 end

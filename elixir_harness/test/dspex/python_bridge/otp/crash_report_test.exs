@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
   alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Pool.Handle
-  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation}
+  alias DSPex.PythonBridge.Tools.Invocation
   alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
 
   doctest ServerGuard
@@ -194,35 +194,15 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
   end
 
   test "of the processes of one call" do
-    # Nobody has this name: what is sent to it is in the error.
-    call = %{
-      dest: :nobody_of_this_name,
-      deadline: :infinity,
-      request: %Request{body: @secret, stream?: true}
-    }
-
-    crash(StreamProxy.start(call, nil), fn -> :ok end)
-
-    holder = FunctionHolder.open([tools: {:broken, @secret}], nil, nil)
-    FunctionHolder.attend(holder)
-    crash(holder, fn -> assert FunctionHolder.fetch({holder, self(), 1}, "t", "") == :over end)
-
+    about = %{pool: nil, program_id: nil, telemetry_metadata: %{}}
+    proxy = StreamProxy.start(%{"t" => {& &1, true}}, about)
     # This process is the bridge; its frame is none.
-    proxy =
-      StreamProxy.start(
-        %{call | dest: self()},
-        FunctionHolder.open([tools: %{"t" => {& &1, true}}], nil, nil)
-      )
-
+    StreamProxy.make(proxy, self(), :infinity, %Request{body: @secret, stream?: true})
     assert_receive {:request, %Request{ref: ref, pid: ^proxy, body: @secret, tools?: true}}
     frame = {:broken, @secret}
     call = %Invocation{port: hd(Port.list()), id: 1, frame: frame, max_frame_bytes: 1_000}
-    # One process for the call, another for the answer that it owes.
-    :erlang.trace(:new_processes, true, [:procs])
-    send(ref, {ref, :tool_call, call})
-    for _ <- 1..2, do: assert_receive({:trace, _pid, :exit, {:function_clause, _stack}}, 5_000)
-    :erlang.trace(:new_processes, false, [:procs])
-    StreamProxy.stop(proxy)
+    # The process of the tool, and then that of the call, which owes an answer.
+    crash(proxy, fn -> send(ref, {ref, :tool_call, call}) end)
 
     log = logged()
     assert log =~ inspect(&Protocol.decode_tool_call/1) |> String.trim_leading("&")

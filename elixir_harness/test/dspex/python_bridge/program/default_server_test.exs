@@ -19,7 +19,7 @@ defmodule DSPex.ProgramDefaultServerTest do
 
     start_supervised!({Bridge, real_opts(name: Bridge)})
     assert {:error, %Error{type: :program_not_found, message: message}} = Qa.run(question: "a")
-    assert message =~ "in the options of DSPex.PythonBridge.Bridge"
+    assert message == "Program not found: DSPex.ProgramDefaultServerTest.Qa"
 
     start_supervised!({Pool, real_opts(name: Pool, pool_size: 1, programs: [Qa])})
     assert {:ok, %Qa{answer: "echo: a"}} = Qa.run(question: "a")

@@ -203,17 +203,10 @@ defmodule DSPex.ProgramEctoSchemaTest do
     assert Cast.cast(json, type(Order), "order") == {:ok, order}
   end
 
-  defmodule Raising do
-    @moduledoc false
-    defstruct [:a]
-    def __schema__(:source), do: nil
-    def __schema__(:fields), do: raise("boom")
-    def __schema__(_what, _field), do: :string
-  end
-
   test "a schema with a table, and a type without a JSON form, are refused by name" do
     for {module, text} <- [
-          {Table, "Table is a schema with a table; expected an embedded schema"},
+          {Table,
+           "Table is not a type: it exports no __dspex__/1, and is no embedded schema of Ecto"},
           {Bytes, "Bytes.blob: no JSON form for Ecto's type :binary"},
           {Outer, "Outer.inner: DSPex.ProgramEctoSchemaTest.Bytes.blob: no JSON form"}
         ] do

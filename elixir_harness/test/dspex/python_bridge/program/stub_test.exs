@@ -27,16 +27,6 @@ defmodule DSPex.ProgramStubTest do
     def definition, do: raise("no environment")
   end
 
-  defmodule NoInputs do
-    use DSPex.PythonBridge.Program, signature: [inputs: [], outputs: [joke: :string]]
-  end
-
-  defmodule Mail do
-    use DSPex.PythonBridge.Program,
-      id: "mail",
-      signature: [inputs: [to: Address, on: {:optional, :date}], outputs: [greeting: :string]]
-  end
-
   setup_all do
     start_supervised!({Stub, name: @name})
     :ok

@@ -8,30 +8,14 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
   alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool, Stub}
   alias DSPex.Test.Helpers
 
-  @agent %{
-    id: "agent",
-    program_type: "react",
-    signature: "question -> answer",
-    tools: [%{name: "search", args: %{query: %{type: "str"}}}]
-  }
-  @steps [
-    %{next_thought: "t", next_tool_name: "search", next_tool_args: %{query: "Elixir"}},
-    %{next_thought: "t", next_tool_name: "finish", next_tool_args: %{}},
-    %{reasoning: "r", answer: "A language."}
-  ]
-
   setup_all do
     real = start_supervised!({Pool, Helpers.real_opts(name: __MODULE__.Real, pool_size: 1)})
     stub = start_supervised!({Stub, name: __MODULE__.Stub, answers: &answer/2})
     assert {:ok, _} = Pool.call(real, :ping, %{}, 30_000)
 
-    # For all runs of it.
-    lm = %{model: "offline/script", answers: Enum.concat(List.duplicate(@steps, 4))}
-
     for server <- [real, stub] do
-      create = &assert {:ok, _} = Pool.call(server, :create_program, &1, 60_000)
-      create.(%{id: "qa", signature: "question -> answer, certain: bool"})
-      create.(Map.put(@agent, :lm, lm))
+      qa = %{id: "qa", signature: "question -> answer, certain: bool"}
+      assert {:ok, _} = Pool.call(server, :create_program, qa, 60_000)
     end
 
     %{both: [__MODULE__.Real.Bridge1, __MODULE__.Stub]}
@@ -39,18 +23,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
 
   defp answer("qa", %{"question" => question}),
     do: {:ok, %{"answer" => "echo: #{question}", "certain" => true}}
-
-  defp answer("agent", _inputs) do
-    Stub.status("calling tool search")
-
-    case Stub.call_tool("search", %{"query" => "Elixir"}) do
-      {:ok, _found} ->
-        {:ok, %{"reasoning" => "r", "answer" => "A language.", "trajectory" => %{}}}
-
-      {:error, text} ->
-        {:ok, %{"answer" => text}}
-    end
-  end
 
   defp same([real, stub], fun) do
     result = timeless(fun.(real))
@@ -70,11 +42,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
   defp run(inputs, program \\ "qa"), do: %{program_id: program, inputs: inputs}
 
   describe "a call has the same result:" do
-    test "a run", %{both: both} do
-      assert {:ok, %{"answer" => "echo: Why?", "certain" => true}} =
-               same(both, &Bridge.call(&1, :execute_program, run(%{question: "Why?"})))
-    end
-
     test "a list of inputs, one of them wrong", %{both: both} do
       inputs = [%{question: "One?"}, %{qestion: "Two?"}, "three", %{question: "Four?"}]
 
@@ -83,17 +50,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
 
       assert [true, false, false, true] = Enum.map(results, & &1["success"])
       assert {:ok, %{"results" => []}} = same(both, &Bridge.call(&1, :execute_program, run([])))
-    end
-
-    test "the metadata have the same keys", %{both: both} do
-      same(both, fn server ->
-        assert {:ok, result, meta} =
-                 Bridge.request(server, :execute_program, run(%{question: "Why?"}),
-                   history: false
-                 )
-
-        {result, Enum.sort(Map.keys(meta))}
-      end)
     end
 
     test "programs that are listed and removed", %{both: both} do
@@ -112,20 +68,12 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
           Bridge.call(server, :list_programs, %{details: true, program_ids: ["one"]})
 
         assert is_float(one["created_at"])
-        Map.delete(one, "created_at")
+        Map.take(one, ["id", "program_type", "signature"])
       end)
 
       same(both, &Bridge.call(&1, :cleanup, %{program_ids: ["one", "x"]}))
       same(both, &Bridge.call(&1, :list_programs, %{program_ids: ["two", "one"]}))
       same(both, &Bridge.call(&1, :cleanup, %{program_ids: ["two"]}))
-    end
-
-    test "a ping", %{both: both} do
-      same(both, fn server ->
-        {:ok, %{"timestamp" => time} = pong} = Bridge.call(server, :ping)
-        assert_in_delta time, System.system_time(:second), 60
-        Map.delete(pong, "timestamp")
-      end)
     end
   end
 
@@ -178,51 +126,6 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
         {:ok, result, _meta} = List.last(elements)
         {Enum.sort(for({:item, _, _} = item <- elements, do: item)), result}
       end)
-    end
-
-    test "an error alone", %{both: both} do
-      assert [error: %Error{}] = same(both, &Enum.to_list(Bridge.stream(&1, run(%{}))))
-    end
-  end
-
-  describe "tools are called in the same way:" do
-    test "with their arguments and results, in a stream, too", %{both: both} do
-      test = self()
-
-      for server <- both do
-        search = fn args ->
-          send(test, {server, args, Process.get(:"$callers")})
-          "Found."
-        end
-
-        args = run(%{question: "What is Elixir?"}, "agent")
-
-        assert {:ok, %{"answer" => "A language."}, _meta} =
-                 Bridge.request(server, :execute_program, args, tools: %{search: search})
-
-        assert_receive {^server, %{"query" => "Elixir"}, [^test | _]}
-        elements = Enum.to_list(Bridge.stream(server, args, tools: %{"search" => search}))
-        assert {:status, "calling tool search"} in elements
-        assert_receive {^server, %{"query" => "Elixir"}, _callers}
-      end
-    end
-
-    test "one that the program does not have is refused", %{both: both} do
-      args = run(%{question: "What is Elixir?"}, "agent")
-
-      assert {:error, %Error{type: :invalid_args}} =
-               same(
-                 both,
-                 &Bridge.request(&1, :execute_program, args, tools: %{find: fn _ -> 1 end})
-               )
-
-      assert {:error, %Error{type: :invalid_args}} =
-               same(
-                 both,
-                 &Bridge.request(&1, :execute_program, run(%{question: "?"}),
-                   tools: %{a: fn _ -> 1 end}
-                 )
-               )
     end
   end
 end

@@ -47,10 +47,9 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
     assert logged =~ ~S(execute_program of a\nbxxx) and logged =~ "timeout after"
     assert String.length(logged) < 200
     logged = lines(fn -> Pool.call(:no_pool, :ping) end)
-    assert logged =~ "warning|pool :no_pool: ping: bridge_not_running after "
-    assert logged =~ "ms|pool=no_pool"
-    logged = lines(fn -> Bridge.call(bridge, {1}, %{}) end)
-    assert logged =~ "bridge :observed: a call: invalid_request after"
+
+    assert logged =~
+             ~r/^warning\|pool :no_pool: ping: bridge_not_running after \d+ ms\|pool=no_pool/
   end
 
   test "logs a slow call; how slow and the level are options" do
@@ -63,11 +62,6 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
     assert Telemetry.detach_default_logger() == :ok
     assert Telemetry.detach_default_logger() == {:error, :not_found}
     assert lines(fn -> run(bridge, [["fail", "lm_error"]]) end) == ""
-
-    assert Telemetry.attach_default_logger(level: :error, min_duration: :infinity) == :ok
-    assert lines(fn -> run(bridge, [["reply"]]) end) == ""
-    assert lines(fn -> run(bridge, [["fail", "lm_error"]]) end) =~ "error|bridge :observed"
-    Telemetry.detach_default_logger()
 
     # A level alone, as of Oban's.
     assert Telemetry.attach_default_logger(:critical) == :ok
@@ -93,11 +87,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
   test "wrong options are refused by name" do
     for {opts, text} <- [
           {:loud, ":level: expected a level of Logger"},
-          {[level: nil], ":level: expected a level of Logger"},
-          {[min_duration: -1], ":min_duration: expected a number of ms"},
-          {[min_duration: 1.5], ":min_duration: expected a number of ms"},
-          {[encode: true], ":encode"},
-          {"info", "expected a keyword list"}
+          {[min_duration: -1], ":min_duration: expected a number of ms"}
         ] do
       error = assert_raise ArgumentError, fn -> Telemetry.attach_default_logger(opts) end
       assert error.message =~ text

@@ -83,40 +83,9 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     assert n > 0 and tags.bridge == inspect(bridge)
     assert [{tags, ^n} | _] = values[[:dspex, :lm, :stop, :input_tokens]]
     assert tags == %{model: "offline/echo"}
-
-    assert values[[:dspex, :lm, :stop, :cost_usd]] |> hd() == {tags, 0.0}
-
-    # Half a millisecond of the cache, among seconds of the LM, would be no duration of an LM.
-    answered = {[:lm, :stop], %{duration: 1}, %{model: "m", cached: false}}
-    cached = put_elem(answered, 2, %{model: "m", cached: true})
-
-    assert [1] ==
-             for(
-               metric <- metrics,
-               metric.name == [:dspex, :lm, :stop, :duration],
-               {_tags, duration} <- values(metric, [answered, cached]),
-               do: duration
-             )
-
     assert values[[:dspex, :evaluate, :stop, :score]] == [{%{program_id: "qa"}, score}]
-    assert values[[:dspex, :optimize, :stop, :score]] == [{%{program_id: "qa"}, 0.5}]
-
-    assert for({tags, _} <- values[[:dspex, :evaluate, :stop, :count]], do: tags) ==
-             [%{result: :ok}, %{result: :program_not_found}]
-
-    assert values[[:dspex, :tool, :exception, :count]] |> Enum.map(&elem(&1, 0)) == [
-             %{tool: "look"}
-           ]
-
     counted = for {tags, _} <- values[[:dspex, :bridge, :call, :stop, :count]], do: tags
     assert %{bridge: inspect(bridge), command: "other", result: :unknown_command} in counted
-
-    assert [%{pool: ":observed_pool", command: "execute_program", result: :ok}] =
-             for(
-               {%{command: "execute_program"} = tags, _} <-
-                 values[[:dspex, :pool, :call, :stop, :count]],
-               do: tags
-             )
   end
 
   test "a reporter for Prometheus takes all of them, and a page of strings is enough for it" do
@@ -126,12 +95,6 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
       assert metric.kind in [:counter, :sum, :last_value, :distribution]
       # LiveDashboard gives it the metadata alone.
       assert metric.keep == nil or is_function(metric.keep, 1)
-      assert is_atom(metric.measurement)
-
-      if metric.kind == :distribution do
-        assert [_ | _] = buckets = metric.reporter_options[:buckets]
-        assert buckets == Enum.sort(buckets) and metric.unit == {:native, :millisecond}
-      end
     end
 
     [%{tag_values: tag_values} | _] = Telemetry.metrics()

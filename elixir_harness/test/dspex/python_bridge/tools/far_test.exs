@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Tools.FarTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.PythonBridge.{Error, Pool}
   alias DSPex.Test.{Nodes, PoolProbe}
 
   @pool __MODULE__.Pool
@@ -14,13 +14,6 @@ defmodule DSPex.PythonBridge.Tools.FarTest do
   setup_all do
     Nodes.distribute()
     %{there: Nodes.start()}
-  end
-
-  defp far_bridge(there) do
-    spec = {Bridge, "plays" |> fake_opts() |> Keyword.put(:name, :far)}
-    {:ok, _} = Nodes.on(there, Supervisor, :start_child, [DSPex.ApplicationSupervisor, spec])
-    eventually(fn -> Bridge.get_status({:far, there}).state == :running end, 20_000)
-    {:far, there}
   end
 
   # The peers of this node are checked out.
@@ -58,17 +51,6 @@ defmodule DSPex.PythonBridge.Tools.FarTest do
     assert {:error, %Error{type: :python_process_died} = error} = Task.await(task, 20_000)
     assert error.message =~ "repeat: false" and not error.retryable
     refute_received {:running, _args, _pid, _node}
-  end
-
-  test "with repeat: false end the run with its peer", %{there: there} do
-    far = far_bridge(there)
-    play = [["tool", 1, "t", %{}], ["go", "never"]]
-    opts = [tools: %{t: {slow(), repeat: false}}]
-    task = Task.async(fn -> Bridge.request(far, :execute_program, %{play: play}, opts) end)
-    assert_receive {:running, %{}, _pid, node}, 10_000
-    assert node == node()
-    kill(Bridge.get_status(far).os_pid)
-    assert_not_again(task)
   end
 
   test "of a pool there run once, whichever of its peers dies", %{there: there} do

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.Test.{Loopback, PoolProbe}
+  alias DSPex.Test.PoolProbe
 
   @agent %{
     signature: "question -> answer",
@@ -119,19 +119,6 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     refute_received {:does, _what, _key, _pid}
   end
 
-  test "a call that was answered is not made again by another peer of a pool" do
-    agent = start(@pool, ["a", "a", "b"])
-    request = ask(agent, doer())
-    keys = [done("a", "one"), done("a", "two")]
-    assert_receive {:does, "b", key, pid}, 10_000
-    kill_peer(agent)
-    send(pid, {:done, "three"})
-    result = Task.await(request, 20_000)
-    assert observations(result) == ["one", "two", "three", "Completed."]
-    refute_received {:does, _what, _key, _pid}
-    assert Enum.uniq([key | keys]) == [key | keys]
-  end
-
   test "a call with repeat: false ends the run when its peer dies, once it has begun" do
     for {server, answered?} <- [{@bridge, true}, {@pool, false}],
         do: assert_ends_with_peer(server, answered?)
@@ -148,63 +135,5 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     assert error.message =~ "repeat: false" and not error.retryable
     refute Process.alive?(pid)
     refute_received {:does, _what, _key, _pid}
-  end
-
-  test "a call with repeat: false that has begun when its pool ends must not be made again" do
-    pool = __MODULE__.Ends
-    env = %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
-    start_supervised!({Pool, real_opts(name: pool, pool_size: 1, env: env)})
-    request = ask({pool, create(pool, scripted(["a"]))}, {doer(), repeat: false})
-    assert_receive {:does, "a", _key, pid}, 20_000
-    stop_supervised!(pool)
-    assert {:error, %Error{type: :python_process_died} = error} = Task.await(request, 20_000)
-    assert error.message =~ "repeat: false" and not error.retryable
-    refute Process.alive?(pid)
-  end
-
-  # Answers its first request with a call of the tool, all others with 429.
-  defp busy_lm do
-    asked = :counters.new(1, [])
-
-    step =
-      "[[ ## next_thought ## ]]\nt\n\n[[ ## next_tool_name ## ]]\ndo\n\n[[ ## next_tool_args ## ]]\n" <>
-        ~s({"what": "a"})
-
-    choice = %{index: 0, finish_reason: "stop", message: %{role: "assistant", content: step}}
-
-    Loopback.start(fn socket, _owner ->
-      Loopback.answer_requests(socket, fn ->
-        :counters.add(asked, 1, 1)
-
-        {status, body} =
-          if :counters.get(asked, 1) == 1,
-            do: {"200 OK", %{choices: [choice]}},
-            else: {"429 Too Many Requests", %{error: %{message: "slow down"}}}
-
-        body =
-          %{id: "c", object: "chat.completion", created: 0, model: "m"}
-          |> Map.merge(body)
-          |> JSON.encode!()
-
-        head = "HTTP/1.1 #{status}\r\ncontent-type: application/json\r\n"
-        [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
-      end)
-    end)
-  end
-
-  test "a retryable error after a call with repeat: false has begun does not look retryable" do
-    for {server, repeat} <- [{@bridge, false}, {@pool, false}, {@bridge, true}] do
-      lm = %{
-        model: "openai/m",
-        api_base: "http://127.0.0.1:#{busy_lm()}/v1",
-        api_key: "k",
-        num_retries: 0,
-        cache: false
-      }
-
-      tools = %{"do" => {fn %{"what" => "a"} -> "one" end, repeat: repeat}}
-      assert {:error, error} = request(server, create(server, lm), tools: tools)
-      assert {error.type, error.retryable} == {:lm_error, repeat}
-    end
   end
 end

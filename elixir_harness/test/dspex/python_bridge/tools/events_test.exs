@@ -1,4 +1,4 @@
-defmodule DSPex.PythonBridge.Tools.SpanTest do
+defmodule DSPex.PythonBridge.Tools.EventsTest do
   @moduledoc "The events of tools: their names and outcomes, never what they are given or return."
 
   # Whether the application has :telemetry is global to the BEAM.

@@ -1,4 +1,4 @@
-defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
+defmodule DSPex.PythonBridge.Tools.RunnerTest do
   @moduledoc """
   The functions of a call while a pool tries one peer after the other: this process is the caller and all bridges.
   """
@@ -9,26 +9,18 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Tools.{FunctionHolder, Invocation, LargeFunction, Runner}
+  alias DSPex.PythonBridge.Tools.{Invocation, LargeFunction, Runner}
 
   @died {:error, {:died, :sent}}
 
   defp open(tools) do
     {:ok, functions} = Runner.functions(tools)
-    FunctionHolder.open([tools: functions], nil, "p")
-  end
-
-  # Makes the call of the calling process by the test's process, the bridge.
-  defp start(bridge, holder, opts \\ []) do
-    deadline = Deadline.new(Keyword.get(opts, :timeout, :infinity))
-    request = %Request{body: "", retry: Keyword.get(opts, :retry, :pool)}
-    StreamProxy.start(%{dest: bridge, deadline: deadline, request: request}, holder)
+    StreamProxy.start(functions, %{pool: nil, program_id: "p", telemetry_metadata: %{}})
   end
 
   # A peer of this process has the call.
-  defp peer(holder, opts \\ []) do
-    proxy = start(self(), holder, opts)
+  defp peer(proxy) do
+    StreamProxy.make(proxy, self(), :infinity, %Request{body: "", retry: :pool})
     assert_receive {:request, %Request{ref: ref, pid: ^proxy, tools?: true}}
     port = Port.open({:spawn_executable, System.find_executable("cat")}, [:binary])
     %{proxy: proxy, ref: ref, port: port}
@@ -36,7 +28,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
 
   defp die(%{ref: ref, proxy: proxy}) do
     send(ref, {ref, @died})
-    assert StreamProxy.next(proxy, :infinity) == {:over, @died}
+    assert StreamProxy.next(proxy) == {:over, @died, false}
   end
 
   # The peer calls a tool.
@@ -87,14 +79,14 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
   describe "a call of the next peer" do
     test "that is like one with an answer gets that, in order, without the function" do
       {tool, count} = counting()
-      holder = open(%{"t" => tool, "other" => tool, "fails" => fn _ -> raise "no" end})
-      one = peer(holder)
+      proxy = open(%{"t" => tool, "other" => tool, "fails" => fn _ -> raise "no" end})
+      one = peer(proxy)
       assert call_result(one, 1, "t", %{"q" => "a", "n" => 1}) == "a1"
       assert call_result(one, 2, "t", %{"q" => "a", "n" => 1}) == "a2"
       assert call_result(one, 3, "t", %{"q" => "b"}) == "b3"
       assert call_result(one, 4, "fails") == "RuntimeError: no"
       die(one)
-      two = peer(holder)
+      two = peer(proxy)
       assert call_result(two, 1, "t", %{"q" => "b"}) == "b3"
       # The order of the arguments says nothing.
       assert call_result(two, 2, "t", %{"n" => 1, "q" => "a"}) == "a1"
@@ -105,35 +97,35 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
       assert call_result(two, 6, "t", %{"q" => "a", "n" => 1}) == "a6"
       assert call_result(two, "seven", "fails") == "RuntimeError: no"
       die(two)
-      three = peer(holder)
+      three = peer(proxy)
 
       for n <- [1, 2, 6],
           do: assert(call_result(three, n, "t", %{"q" => "a", "n" => 1}) == "a#{n}")
 
       assert count.() == 6
-      FunctionHolder.close(holder)
+      StreamProxy.stop(proxy)
     end
 
     test "that is like one that runs waits for its answer; one for an earlier peer does no longer" do
-      holder = open(%{"t" => slow(self())})
-      one = peer(holder)
+      proxy = open(%{"t" => slow(self())})
+      one = peer(proxy)
       call(one, 1, "t")
       assert_receive {:running, tool, %{}}, 5_000
       die(one)
-      two = peer(holder)
+      two = peer(proxy)
       call(two, 1, "t")
       # It is asked for before the next one.
       call(two, 2, "t")
       assert_receive {:running, another, %{}}, 5_000
       die(two)
-      three = peer(holder)
+      three = peer(proxy)
       for n <- 1..3, do: call(three, n, "t")
       assert_receive {:running, third, %{}}, 5_000
       for {pid, n} <- [{another, 2}, {tool, 1}, {third, 3}], do: send(pid, {:finish, n})
       # Which of those that were made at once is which, nobody can tell.
       results = for _ <- 1..3, do: any_result(three)
       assert Enum.sort(results) == [1, 2, 3]
-      FunctionHolder.close(holder)
+      StreamProxy.stop(proxy)
       refute_received {:running, _pid, _args}
       refute_received {:tool_result, _port, _id, _frame}
     end
@@ -153,17 +145,17 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
 
       keys =
         for _run <- 1..2 do
-          holder = open(%{"a" => tool, "b" => {tool, []}})
-          one = peer(holder)
+          proxy = open(%{"a" => tool, "b" => {tool, []}})
+          one = peer(proxy)
           first = for {name, n} <- [{"a", 1}, {"b", 2}, {"a", 3}], do: call_result(one, n, name)
           other = call_result(one, 4, "a", %{q: 1})
           die(one)
-          two = peer(holder)
+          two = peer(proxy)
           # In another order, and each with what the other peer has got.
           assert call_result(two, 1, "a", %{q: 1}) == other
           again = for {name, n} <- [{"a", 2}, {"b", 3}, {"a", 4}], do: call_result(two, n, name)
           assert again == first
-          FunctionHolder.close(holder)
+          StreamProxy.stop(proxy)
           [other | first]
         end
 
@@ -182,25 +174,19 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
     end
 
     test "begins once the bridge does not send the run again; then nor does a pool" do
-      holder = refund(self())
-      one = peer(holder)
+      proxy = refund(self())
+      one = peer(proxy)
       call(one, 1, "refund")
       assert_receive {:bind, port, 1, ref}, 5_000
       assert port == one.port
       refute_received {:running, _tool, _args}
       send(ref, {ref, :ok})
       assert_receive {:running, tool, %{}}, 5_000
-      # What no bridge sends, but if it ends itself:
       send(one.ref, {one.ref, {:error, :bridge_not_running}})
-      assert {:over, {:error, :bridge_not_running}} = StreamProxy.next(one.proxy, :infinity)
-      proxy = start(self(), holder)
-      assert StreamProxy.next(proxy, :infinity) == {:over, {:error, :tool_begun}}
-      for pid <- [tool, holder], do: assert_down(pid)
-      refute_received {:request, _request}
+      assert StreamProxy.next(proxy) == {:over, {:error, :bridge_not_running}, true}
+      StreamProxy.stop(proxy)
+      assert_down(tool)
     end
-  end
-
-  describe "answers" do
   end
 
   describe "a large function" do
@@ -212,35 +198,22 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
 
     defp terms, do: for({{LargeFunction, ref}, _} <- :persistent_term.get(), do: ref)
 
-    test "is not copied for its calls, and its errors are those of any function" do
+    test "is not copied for its calls, its errors are those of any function, and it is erased at the end" do
+      before = terms()
+
       size = fn %{"n" => n} ->
         if n == 2, do: Process.exit(self(), :kill)
         if n == 3, do: raise(ArgumentError, "no #{n}")
         Process.info(self(), :total_heap_size) |> elem(1)
       end
 
-      one = peer(open(%{"t" => large(size)}))
+      proxy = open(%{"t" => large(size)})
+      one = peer(proxy)
       assert call_result(one, 1, "t", %{n: 1}) < 100_000
       assert call_result(one, 2, "t", %{n: 2}) == "exit: :killed"
       assert call_result(one, 3, "t", %{n: 3}) == "ArgumentError: no 3"
-    end
-
-    test "runs as often at once as it is called, and is erased at the end of the call" do
-      before = terms()
-      holder = open(%{"t" => large(slow(self()))})
-      one = peer(holder)
-      for n <- 1..20, do: call(one, n, "t", %{n: n})
-
-      tools =
-        for _ <- 1..20 do
-          assert_receive {:running, tool, %{}}, 5_000
-          tool
-        end
-
-      assert length(Enum.uniq(tools)) == 20
       assert [mine] = terms() -- before
-      FunctionHolder.close(holder)
-      for pid <- [holder | tools], do: assert_down(pid)
+      StreamProxy.stop(proxy)
       eventually(fn -> mine not in terms() end)
     end
   end
