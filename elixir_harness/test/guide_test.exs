@@ -10,12 +10,10 @@ defmodule DSPex.GuideTest do
   import ExUnit.CaptureIO
 
   alias DSPex.PythonBridge.{Bridge, EnvironmentCheck, Monitor, Options, Pool}
-  alias DSPex.Test.Helpers
+  alias DSPex.Test.{Helpers, Page}
 
   @root Path.expand("../..", __DIR__)
   @guide ~w(signatures agents streaming lms own-modules evaluating)
-  # Applications, which have tests of their own: liveview_page_test.exs, jobs_page_test.exs.
-  @applications ~w(liveview jobs)
   @pages ~w(README.md docs/getting-started.md docs/deploying.md docs/security.md docs/settings.md docs/errors.md
             docs/coming-from.md docs/cluster.md docs/upgrading.md elixir_harness/usage-rules.md)
   # The readers of these have the application's own Bridge and Monitor.
@@ -56,10 +54,9 @@ defmodule DSPex.GuideTest do
     @tag :tmp_dir
     @tag timeout: 120_000
     test "every example of the guide's #{page} runs as shown", %{tmp_dir: dir, shared: bridge} do
-      text = File.read!(unquote(file))
-      set_up(text, dir)
       page = "docs/guide/#{unquote(page)}.md"
-      blocks = text |> blocks("elixir") |> started(page, bridge) |> with_less(page)
+      set_up(page, dir)
+      blocks = page |> Page.blocks() |> started(page, bridge) |> with_less(page)
       capture_io(fn -> run(blocks, unquote(file)) end)
 
       if unquote(page) == "lms",
@@ -86,16 +83,16 @@ defmodule DSPex.GuideTest do
   defp with_less(blocks, _page), do: blocks
 
   # Does what the page asks of its reader before the Bridge starts: folders, files, MLflow, the optimizer.
-  defp set_up(text, dir) do
+  defp set_up(page, dir) do
     cwd = File.cwd!()
     File.cd!(dir)
     on_exit(fn -> File.cd!(cwd) end)
     File.cp!(Path.join(@root, "tests/fakes/mlflow.py"), Path.join(dir, "mlflow.py"))
     Helpers.put_system_env("MLFLOW_RECORD", Path.join(dir, "recorded"))
 
-    for commands <- blocks(text, "sh"), do: {_, 0} = System.cmd("sh", ["-e", "-c", commands])
+    for commands <- Page.blocks(page, "sh"), do: {_, 0} = System.cmd("sh", ["-e", "-c", commands])
 
-    for code <- blocks(text, "python"), file = place(code, dir), file =~ "optimize.py" do
+    for code <- Page.blocks(page, "python"), file = place(code, dir), file =~ "optimize.py" do
       assert {_output, 0} = System.cmd(Helpers.python(), [file], stderr_to_stdout: true)
     end
   end
@@ -107,7 +104,7 @@ defmodule DSPex.GuideTest do
     test "every example of #{page} runs as shown", %{shared: bridge} do
       file = Path.join(@root, unquote(page))
       if unquote(page) in @in_application, do: start([DSPex.PythonBridge.Supervisor])
-      blocks = file |> File.read!() |> blocks("elixir")
+      blocks = Page.blocks(unquote(page))
       assert blocks != []
 
       blocks
@@ -119,8 +116,7 @@ defmodule DSPex.GuideTest do
   end
 
   test "the health report of deploying.md works in the tree of a pool, and of a bridge" do
-    text = File.read!(Path.join(@root, "docs/deploying.md"))
-    [module] = for code <- blocks(text, "elixir"), code =~ "MyApp.Health", do: code
+    [module] = for code <- Page.blocks("docs/deploying.md"), code =~ "MyApp.Health", do: code
     # The page's own test compiles it, too.
     {[{health, _code}], _warnings} = Code.with_diagnostics(fn -> Code.compile_string(module) end)
     on_exit(fn -> :code.delete(health) && :code.purge(health) end)
@@ -143,12 +139,6 @@ defmodule DSPex.GuideTest do
     supervisor = {Supervisor, :start_link, [children, [strategy: :one_for_one]]}
     start_supervised!(%{id: :tree, start: supervisor, type: :supervisor})
     assert children != []
-  end
-
-  defp blocks(text, language) do
-    ~r/^```#{language}\n(.*?)^```$/ms
-    |> Regex.scan(text, capture: :all_but_first)
-    |> List.flatten()
   end
 
   # One after another, each with the bindings of those before it.

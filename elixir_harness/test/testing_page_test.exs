@@ -1,16 +1,16 @@
 defmodule DSPex.TestingPageTest do
   use ExUnit.Case, async: true
 
-  alias DSPex.Test.Helpers
+  alias DSPex.Test.{Helpers, Page}
 
-  @page Path.expand("../../docs/testing.md", __DIR__)
-  @external_resource @page
+  @page "docs/testing.md"
+  @external_resource Page.path(@page)
 
   # A project of its own, in a BEAM of its own: its tests are ExUnit's.
   @tag :tmp_dir
   @tag timeout: 120_000
   test "the application of testing.md and its tests run as shown", %{tmp_dir: dir} do
-    for code <- blocks(), {file, text} <- files(code) do
+    for code <- Page.blocks(@page), {file, text} <- files(code) do
       path = Path.join(dir, file)
       File.mkdir_p!(Path.dirname(path))
       File.write!(path, text)
@@ -37,12 +37,6 @@ defmodule DSPex.TestingPageTest do
     assert output =~ "10 tests, 0 failures", output
     # Nothing is logged that a reader would take for a fault.
     refute output =~ "warning:", output
-  end
-
-  defp blocks do
-    ~r/^```elixir\n(.*?)^```$/ms
-    |> Regex.scan(File.read!(@page), capture: :all_but_first)
-    |> List.flatten()
   end
 
   # A block may be several files, each with its path in the first line.

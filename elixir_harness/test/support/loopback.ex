@@ -49,7 +49,8 @@ defmodule DSPex.Test.Loopback do
     [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
   end
 
-  defp whole?(read) do
+  @doc "Whether these bytes are a whole HTTP request."
+  def whole?(read) do
     with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
          [_, length] <- Regex.run(~r/content-length: (\d+)/i, head),
          do: byte_size(body) >= String.to_integer(length),

@@ -8,9 +8,9 @@ defmodule DSPex.Test.Page do
   @doc "The path of a page, given from the root of the project."
   def path(page), do: Path.join(@root, page)
 
-  @doc "Its blocks of Elixir, in order."
-  def blocks(page) do
-    ~r/^```elixir\n(.*?)^```$/ms
+  @doc "Its blocks of a language, in order."
+  def blocks(page, language \\ "elixir") do
+    ~r/^```#{language}\n(.*?)^```$/ms
     |> Regex.scan(File.read!(path(page)), capture: :all_but_first)
     |> List.flatten()
   end

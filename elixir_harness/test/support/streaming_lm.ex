@@ -5,8 +5,10 @@ defmodule DSPex.Test.StreamingLM do
   other side closed: `{:lm_closed, lm}`.
   """
 
+  alias DSPex.Test.Loopback
+
   @doc "Starts it for the calling process; gives its port."
-  def start, do: DSPex.Test.Loopback.start(&serve(&1, &2, ""))
+  def start, do: Loopback.start(&serve(&1, &2, ""))
 
   @doc "Streams a piece of the answer."
   def say(lm, text), do: send(lm, {:say, %{role: "assistant", content: text}, nil})
@@ -17,21 +19,12 @@ defmodule DSPex.Test.StreamingLM do
   defp serve(socket, owner, read) do
     case :gen_tcp.recv(socket, 0) do
       {:ok, data} ->
-        if whole?(read <> data),
+        if Loopback.whole?(read <> data),
           do: stream(socket, owner),
           else: serve(socket, owner, read <> data)
 
       {:error, _closed} ->
         :ok
-    end
-  end
-
-  defp whole?(read) do
-    with [head, body] <- String.split(read, "\r\n\r\n", parts: 2),
-         [_, length] <- Regex.run(~r/content-length: (\d+)/i, head) do
-      byte_size(body) >= String.to_integer(length)
-    else
-      _part -> false
     end
   end
 

@@ -48,30 +48,6 @@ defmodule :telemetry do
     :ok
   end
 
-  def span(prefix, metadata, function) do
-    started = System.monotonic_time()
-    context = %{telemetry_span_context: make_ref()}
-    now = %{monotonic_time: started, system_time: System.system_time()}
-    execute(prefix ++ [:start], now, Map.merge(context, metadata))
-
-    try do
-      {result, stop_metadata} = function.()
-      execute(prefix ++ [:stop], since(started), Map.merge(context, stop_metadata))
-      result
-    catch
-      kind, reason ->
-        what = %{kind: kind, reason: reason, stacktrace: __STACKTRACE__}
-        metadata = context |> Map.merge(metadata) |> Map.merge(what)
-        execute(prefix ++ [:exception], since(started), metadata)
-        :erlang.raise(kind, reason, __STACKTRACE__)
-    end
-  end
-
-  defp since(started) do
-    now = System.monotonic_time()
-    %{duration: now - started, monotonic_time: now}
-  end
-
   defp handlers, do: :persistent_term.get({__MODULE__, :handlers}, [])
   defp put(handlers), do: :persistent_term.put({__MODULE__, :handlers}, handlers)
 end

@@ -58,18 +58,13 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   @doc "The source of the peer's script, if it is one."
   @spec script(Path.t()) :: {:ok, String.t()} | {:error, String.t()}
   def script(path) do
-    case File.read(path) do
-      {:ok, source} ->
-        case Enum.reject(@script_texts, &String.contains?(source, &1)) do
-          [] -> {:ok, source}
-          missing -> {:error, "#{path} is not a peer's script: it lacks #{list(missing)}"}
-        end
-
-      {:error, :enoent} ->
-        {:error, "script not found: #{path}"}
-
-      {:error, reason} ->
-        {:error, "script not readable: #{path} (#{:file.format_error(reason)})"}
+    with {:ok, source} <- File.read(path),
+         [] <- Enum.reject(@script_texts, &String.contains?(source, &1)) do
+      {:ok, source}
+    else
+      {:error, :enoent} -> {:error, "script not found: #{path}"}
+      {:error, why} -> {:error, "script not readable: #{path} (#{:file.format_error(why)})"}
+      missing -> {:error, "#{path} is not a peer's script: it lacks #{list(missing)}"}
     end
   end
 
@@ -95,16 +90,14 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
   defp packages(required, probe) do
     versions = Map.new(required, &{&1, version(&1, probe)})
 
-    case for name <- required, versions[name] == nil, do: name do
-      [] ->
-        {:ok, versions}
+    missing = for name <- required, versions[name] == nil, do: name
 
-      missing ->
-        todo =
-          if probe.venv?, do: "install them there", else: "`mix dspex.setup` makes an environment"
+    todo =
+      if probe.venv?, do: "install them there", else: "`mix dspex.setup` makes an environment"
 
-        {:error, "missing in #{probe.python}: #{list(missing)} (#{todo})"}
-    end
+    if missing == [],
+      do: {:ok, versions},
+      else: {:error, "missing in #{probe.python}: #{list(missing)} (#{todo})"}
   end
 
   # Where the peer's package is: a folder, or true if it is somewhere, or the script is one of another kind, which brings
@@ -116,8 +109,8 @@ defmodule DSPex.PythonBridge.EnvironmentCheck do
     if String.contains?(source, "from dspy_bridge"),
       do:
         {:error,
-         "the package dspy_bridge is neither next to #{script}, as in a checkout or a Hex package, nor installed " <>
-           "in #{probe.python} (install it for that interpreter)"},
+         "the package dspy_bridge is neither next to #{script} nor installed in #{probe.python} " <>
+           "(install it for that interpreter)"},
       else: {:ok, true}
   end
 

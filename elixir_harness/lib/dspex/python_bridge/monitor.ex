@@ -17,15 +17,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
   A peer answers a ping with an error if code of your own has blocked its event loop for 5 s. That is a miss, too.
 
-  Options, with defaults from `config :dspex, :python_bridge_monitor`:
-
-  | option | default | what |
-  | --- | --- | --- |
-  | `:name` | `DSPex.PythonBridge.Monitor` | how the monitor is registered; nil for not at all |
-  | `:bridge` | `DSPex.PythonBridge.Bridge` | the bridge to monitor |
-  | `:interval` | 30 000 ms | from the end of one check to the next |
-  | `:timeout` | 5 000 ms | for the answer to a ping |
-  | `:max_failures` | 3 | misses in a row until a restart |
+  [settings.md](settings.md#a-monitor) lists the options; defaults come from `config :dspex, :python_bridge_monitor`.
 
   Health is a map:
 

@@ -1,23 +1,7 @@
 defmodule DSPex.PythonBridge.Options do
   @moduledoc """
-  The options of a bridge, checked once: the result of `new/1` needs no further checks, and an option that is wrong is
-  refused with an error that names it.
-
-  | option | default | what |
-  | --- | --- | --- |
-  | `:name` | `DSPex.PythonBridge.Bridge` | how the bridge is registered; nil for not at all |
-  | `:python_executable` | that of the environment, see docs/settings.md | path, or a name on the `PATH` |
-  | `:script_path` | the drop-in in `priv/python` | the peer's script; a relative path is also looked for in the `priv` of `:dspex` |
-  | `:lm` | the peer's own setting | the default LM, as DSPy names it: a string, or a map of `:model` and more `:lm_options` |
-  | `:lm_options` | none | map or keyword list of `dspy.LM` arguments (`api_key`, …) |
-  | `:adapter` | DSPy's | `chat`, `json`, `xml`, … |
-  | `:env` | `%{}` | map of strings: more environment for the peer |
-  | `:max_frame_bytes` | 64 MiB | a larger request fails before it is sent, a larger reply is `:frame_too_large` |
-  | `:default_timeout` | 30 000 ms | of calls without a timeout; an integer or `:infinity` |
-  | `:max_retries` | 3 | how often a call is sent again whose peer died |
-  | `:max_pending` | 100 000 | calls that may wait for a reply; past it `:overloaded` |
-  | `:start_timeout` | 30 000 ms | a peer that has not answered its first ping by then is replaced |
-  | `:programs` | none | programs that are there from the start: a list of maps or keyword lists of `create_program`'s arguments, and of modules with a `definition/0` that returns one |
+  The options of a bridge, which [settings.md](settings.md#a-bridge) lists. They are checked once: the result of `new/1`
+  needs no further checks, and an option that is wrong is refused with an error that names it.
 
   Defaults come from `config :dspex, :python_bridge, …`.
 

@@ -142,10 +142,6 @@ defmodule DSPex.PythonBridge.Protocol do
 
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"success":true,"result":{}}))
       {:reply, 12}
-      iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"stream":{"status":"…"}}))
-      {:stream, 12}
-      iex> DSPex.PythonBridge.Protocol.route(~s({"log":{"level":"info"}}))
-      :log
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":null,"success":false}))
       :none
   """
@@ -263,12 +259,7 @@ defmodule DSPex.PythonBridge.Protocol do
 
   ## Frames before a reply
 
-  @doc """
-  Decodes a chunk into a map with string keys. Total: any binary gives a chunk or an error.
-
-      iex> DSPex.PythonBridge.Protocol.decode_chunk(~s({"id":12,"stream":{"field":"answer","chunk":"Par"}}))
-      {:ok, 12, %{"field" => "answer", "chunk" => "Par"}}
-  """
+  @doc "Decodes a chunk into a map with string keys. Total: any binary gives a chunk or an error."
   @spec decode_chunk(binary()) :: {:ok, id(), map()} | {:error, reason()}
   def decode_chunk(payload) do
     case Payload.decode(payload) do
@@ -286,9 +277,6 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From
   its first bytes.
-
-      iex> DSPex.PythonBridge.Protocol.repeatable?(~s({"id":12,"stream":{"status":"calling tool search"}}))
-      true
   """
   @spec repeatable?(binary()) :: boolean()
   def repeatable?(frame),
@@ -301,11 +289,6 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   Decodes a tool call: `{:ok, call_id, name, args}`, or `{:error, call_id, text}` for a call that can be answered but
   not made. Total.
-
-      iex> DSPex.PythonBridge.Protocol.decode_tool_call(~s({"id":12,"tool_call":{"call_id":7,"name":"search","args":{}}}))
-      {:ok, 7, "search", %{}}
-      iex> DSPex.PythonBridge.Protocol.decode_tool_call(~s({"id":12,"tool_call":{"call_id":7}}))
-      {:error, 7, "tool_call: expected a name and args"}
   """
   @spec decode_tool_call(binary()) ::
           {:ok, id(), String.t(), map()} | {:error, id(), String.t()} | {:error, reason()}
@@ -342,13 +325,7 @@ defmodule DSPex.PythonBridge.Protocol do
     end
   end
 
-  @doc """
-  The frame of `encode_tool_result/2` for another call.
-
-      iex> {:ok, frame} = DSPex.PythonBridge.Protocol.encode_tool_result(7, {:ok, [1]})
-      iex> DSPex.PythonBridge.Protocol.readdress_tool_result(frame, 7, "eight")
-      ~s({"tool_result":{"call_id":"eight","success":true,"result":[1]}})
-  """
+  @doc "The frame of `encode_tool_result/2` for another call."
   @spec readdress_tool_result(binary(), id(), id()) :: binary()
   def readdress_tool_result(frame, call_id, other) do
     [head, other_head] = for id <- [call_id, other], do: tool_result_head(id)
@@ -363,9 +340,6 @@ defmodule DSPex.PythonBridge.Protocol do
   @doc """
   Decodes a log record: its level for Logger (`:info` for a level of its own), its message, and as metadata the name of
   its logger in Python, and the `traceparent` of its request, if that has one. Total.
-
-      iex> DSPex.PythonBridge.Protocol.decode_log(~s({"log":{"level":"warning","logger":"dspy","message":"slow"}}))
-      {:ok, :warning, "slow", [python_logger: "dspy"]}
   """
   @spec decode_log(binary()) ::
           {:ok, Logger.level(), String.t(), keyword(String.t() | nil)} | {:error, reason()}

@@ -29,7 +29,7 @@ defmodule DSPex.PythonBridge.Supervisor do
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts \\ []) do
-    with {:ok, _checked} <- Table.check(opts, table(), @whose), :ok <- once(opts) do
+    with {:ok, _checked} <- Table.check(opts, table(), @whose) do
       {name, opts} = opts |> seal() |> Keyword.pop(:name, named(opts, "Supervisor", __MODULE__))
       Supervisor.start_link(__MODULE__, opts, if(name, do: [name: name], else: []))
     end
@@ -89,12 +89,6 @@ defmodule DSPex.PythonBridge.Supervisor do
       {:error, _wrong} ->
         {Bridge, bridge}
     end
-  end
-
-  defp once(opts) do
-    if opts[:programs] && Keyword.has_key?(Keyword.get(opts, :bridge, []), :programs),
-      do: {:error, ArgumentError.exception("#{@whose}: :programs: are in :bridge, too")},
-      else: :ok
   end
 
   defp table, do: [name: :any, bridge: &bridge/1, monitor: :keyword, programs: &programs/1]

@@ -50,7 +50,7 @@ defmodule DSPex.PythonBridge.OS.Command do
     options = [:binary, :exit_status, :stderr_to_stdout, args: args]
     port = Port.open({:spawn_executable, "/bin/sh"}, options ++ Keyword.take(opts, [:env, :cd]))
     # The end of this process closes the port, by which the guard kills what still runs.
-    with :killed <- collect(port, ""), do: {:error, "no answer within #{time(limit_ms)}"}
+    with :killed <- collect(port, ""), do: {:error, "no answer within #{limit_ms} ms"}
   rescue
     error in [ErlangError, ArgumentError] -> {:error, start_failure(error)}
   end
@@ -90,17 +90,6 @@ defmodule DSPex.PythonBridge.OS.Command do
     do: "the runtime has no more ports (see +Q of erl), or the system no more processes"
 
   def start_failure(_error), do: "the system does not accept its path or environment"
-
-  @doc """
-  A time in ms as text, in the largest unit without a fraction.
-
-      iex> for ms <- [1_500, 15_000, 1_800_000], do: DSPex.PythonBridge.OS.Command.time(ms)
-      ["1500 ms", "15 s", "30 min"]
-  """
-  @spec time(pos_integer()) :: String.t()
-  def time(ms) when rem(ms, 60_000) == 0, do: "#{div(ms, 60_000)} min"
-  def time(ms) when rem(ms, 1_000) == 0, do: "#{div(ms, 1_000)} s"
-  def time(ms), do: "#{ms} ms"
 
   @doc "The last line of an output that is not blank, cut to `max` characters; nil if there is none."
   @spec last_line(String.t(), pos_integer()) :: String.t() | nil

@@ -13,10 +13,9 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   # forked may. So the reaper looks whether the peer is there, and sends its owner `{:peer_gone, os_pid}` once if not.
 
   use GenServer
-  use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.OS
-  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, ServerGuard}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
 
   # A peer usually ends a few milliseconds after the end of its input. The promise is 1 s; on a loaded machine the kill
   # itself takes a part of that.
@@ -120,10 +119,7 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   def handle_info(:timeout, state),
     do: noreply(%{state | peers: Map.new(state.peers, &look(&1, state.owner))})
 
-  def handle_info(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    noreply(state)
-  end
+  def handle_info(_not_for_it, state), do: noreply(state)
 
   defp noreply(%{peers: peers} = state) when peers == %{}, do: {:noreply, state}
   defp noreply(state), do: {:noreply, state, state.look_ms}

@@ -40,9 +40,15 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     path = System.find_executable("python3")
 
     cond do
-      named -> by(executable(named, "PYTHON_EXECUTABLE"), :python_executable)
-      path -> {:ok, path, :path}
-      true -> {:error, "no Python found: none is configured, and there is no python3 on the PATH"}
+      named ->
+        by(executable(named, "PYTHON_EXECUTABLE"), :python_executable)
+
+      path ->
+        {:ok, path, :path}
+
+      true ->
+        {:error,
+         "no Python found: no interpreter is configured, nor is there a python3 on the PATH"}
     end
   end
 
@@ -85,47 +91,13 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
         {:error, "no Python found: #{whose} names #{path}, which this user may not reach"}
 
       _no_file ->
-        hint = relative(name)
-        {:error, "no Python found: #{whose} names #{path}, which is not a file#{hint}"}
+        {:error, "no Python found: #{whose} names #{path}, which is not a file"}
     end
   end
 
   @doc "The interpreter in the folder of a virtual environment; nil if there is none."
   @spec in_venv(Path.t()) :: Path.t() | nil
   def in_venv(folder), do: Enum.find_value(@in_venv, &existing(Path.join(folder, &1)))
-
-  @doc """
-  The reason why there is no interpreter in the folder of a virtual environment; nil if there is one. `:gone`: it is a
-  link, perhaps through others, to a path that does not exist; `:out_of_reach`: this user may not look at that path.
-  """
-  @spec lack(Path.t()) :: nil | {:gone | :out_of_reach, Path.t()} | :none
-  def lack(folder) do
-    cond do
-      in_venv(folder) ->
-        nil
-
-      File.stat(folder) == {:error, :eacces} ->
-        {:out_of_reach, folder}
-
-      true ->
-        @in_venv |> Enum.map(&ending(Path.join(folder, &1))) |> Enum.find(:none, &is_tuple/1)
-    end
-  end
-
-  # At the end of links, as far as they can be followed.
-  defp ending(path) do
-    case {File.stat(path), File.read_link(path)} do
-      {{:error, reason}, {:ok, target}} when reason in [:enoent, :eacces] ->
-        target = Path.expand(target, Path.dirname(path))
-        with :none <- ending(target), do: {lack_of(reason), target}
-
-      _no_link ->
-        :none
-    end
-  end
-
-  defp lack_of(:enoent), do: :gone
-  defp lack_of(:eacces), do: :out_of_reach
 
   @doc "The folder of the packages of an environment."
   @spec site_packages(Path.t()) :: Path.t()
@@ -149,15 +121,6 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
-  @doc "The end of a text about a path where nothing was found: what works for a relative one. Empty for another."
-  @spec relative(String.t()) :: String.t()
-  def relative(path) do
-    if Path.type(path) == :relative and not String.starts_with?(path, "~"),
-      do:
-        "; it was searched for from #{File.cwd!()}, where the BEAM was started: give an absolute path",
-      else: ""
-  end
-
   defp by({:ok, path}, source), do: {:ok, path, source}
   defp by({:error, text}, _source), do: {:error, text}
 
@@ -166,11 +129,11 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
 
     if path = in_venv(folder),
       do: {:ok, path},
-      else: {:error, "no Python found: #{whose} names #{folder}, #{why(folder, venv, whose)}"}
+      else: {:error, "no Python found: #{whose} names #{folder}, #{why(folder, whose)}"}
   end
 
   # With what to do.
-  defp why(folder, venv, whose) do
+  defp why(folder, whose) do
     # dspex.setup does not read that variable.
     path = if whose == "DSPY_VENV", do: " --path #{folder}", else: ""
     setup = "`mix dspex.setup#{path}` makes it"
@@ -188,8 +151,30 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
 
       :none ->
         "which has no bin/python (#{setup})"
-    end <> relative(venv)
+    end
   end
+
+  # Why there is no interpreter in the folder of a virtual environment.
+  defp lack(folder) do
+    if File.stat(folder) == {:error, :eacces},
+      do: {:out_of_reach, folder},
+      else: @in_venv |> Enum.map(&ending(Path.join(folder, &1))) |> Enum.find(:none, &is_tuple/1)
+  end
+
+  # At the end of links, as far as they can be followed.
+  defp ending(path) do
+    case {File.stat(path), File.read_link(path)} do
+      {{:error, reason}, {:ok, target}} when reason in [:enoent, :eacces] ->
+        target = Path.expand(target, Path.dirname(path))
+        with :none <- ending(target), do: {lack_of(reason), target}
+
+      _no_link ->
+        :none
+    end
+  end
+
+  defp lack_of(:enoent), do: :gone
+  defp lack_of(:eacces), do: :out_of_reach
 
   # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.
   defp existing(path), do: if(File.regular?(path), do: path)

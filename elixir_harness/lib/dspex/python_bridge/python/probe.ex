@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Python.Probe do
 
   alias DSPex.PythonBridge.OS
 
-  @min_python {3, 10}
+  @min_python "3.10"
   # Tens of milliseconds, on a cold disk a few seconds.
   @time_limit_ms 15_000
 
@@ -73,27 +73,20 @@ defmodule DSPex.PythonBridge.Python.Probe do
   @doc "The error of an interpreter that is too old for the peer; nil if it is not."
   @spec too_old(t()) :: String.t() | nil
   def too_old(%__MODULE__{python: python, version: version}) do
-    [major, minor | _rest] = version |> String.split(".") |> Enum.map(&String.to_integer/1)
-
-    if {major, minor} < @min_python,
-      do: "Python too old: #{python} is #{version}, needed is #{min_python()}"
+    if Version.compare(version, @min_python <> ".0") == :lt,
+      do: "Python too old: #{python} is #{version}, needed is #{@min_python}"
   end
 
   @doc "The oldest version that works."
   @spec min_python() :: String.t()
-  def min_python, do: "#{elem(@min_python, 0)}.#{elem(@min_python, 1)}"
+  def min_python, do: @min_python
 
   defp read(output, python) do
     case answer(output) do
       %{"version" => version, "found" => found} = all ->
-        {:ok,
-         %__MODULE__{
-           python: python,
-           version: version,
-           venv?: Map.get(all, "venv", false),
-           found: found,
-           bridge: Map.get(all, "bridge", true)
-         }}
+        bridge = Map.get(all, "bridge", true)
+        probe = %__MODULE__{python: python, version: version, found: found, bridge: bridge}
+        {:ok, %{probe | venv?: all["venv"] == true}}
 
       _other ->
         cannot(python, "it is not a Python#{last_line(output)}")
@@ -101,18 +94,15 @@ defmodule DSPex.PythonBridge.Python.Probe do
   end
 
   @doc """
-  The JSON object in the first line that starts with `DSPEX `; nil if there is none. Other lines may be warnings, or
-  from a sitecustomize.
+  The JSON object in the first line that starts with `DSPEX `; nil if there is none. Other lines may be warnings.
 
       iex> DSPex.PythonBridge.Python.Probe.answer("hello\\nDSPEX {\\"version\\": \\"3.11.0\\"}\\n")
       %{"version" => "3.11.0"}
   """
   @spec answer(String.t()) :: map() | nil
   def answer(output) do
-    answers = for "DSPEX {" <> answer <- String.split(output, "\n"), do: "{" <> answer
-
-    with [answer | _rest] <- answers,
-         {:ok, object} <- JSON.decode(String.trim(answer)),
+    with [json | _rest] <- for("DSPEX {" <> rest <- String.split(output, "\n"), do: "{" <> rest),
+         {:ok, object} <- JSON.decode(String.trim(json)),
          do: object,
          else: (_none -> nil)
   end

@@ -98,13 +98,6 @@ defmodule DSPex.PythonBridge.Programs.DeclaredTest do
     end
   end
 
-  test "a supervisor takes them in one place" do
-    assert {:error, %ArgumentError{message: message}} =
-             BridgeSupervisor.start_link(programs: [%{id: "a"}], bridge: [programs: []])
-
-    assert message == "python bridge supervisor: :programs: are in :bridge, too"
-  end
-
   describe "one that cannot be sent to a peer" do
     # Where the value is, and of which kind; never the value.
     @no_json [

@@ -74,10 +74,9 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert text =~ "virtual_env" and text =~ "/no/venv"
   end
 
-  test "a relative path to nothing: where it was searched for, also in the text of a bridge" do
+  test "a relative path to nothing is named whole, also in the text of a bridge" do
     assert {:error, text} = Interpreter.find("./venv/bin/python")
     assert text =~ Path.expand("venv/bin/python") <> ", which is not a file"
-    assert text =~ "searched for from #{File.cwd!()}" and text =~ "give an absolute path"
     bridge = start_supervised!({Bridge, name: nil, python_executable: "./venv/bin/python"})
     assert eventually(fn -> Bridge.get_status(bridge).last_error == text end)
   end
@@ -103,7 +102,6 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
       link(venv, "python3.9", "/no/such/python3.9")
       link(venv, "python3", "python3.9")
       link(venv, "python", "../bin/python3")
-      assert Interpreter.lack(venv) == {:gone, "/no/such/python3.9"}
 
       assert said(venv) ==
                "whose bin/python is a link to /no/such/python3.9, which is gone " <>
