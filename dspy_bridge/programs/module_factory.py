@@ -11,7 +11,7 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.dspy_setup import Models
+from dspy_bridge.lm.dspy_setup import LMs
 from dspy_bridge.programs import remote_tools, sandbox, scores
 from dspy_bridge.programs.runners import CodeRunner, ComparisonRunner, Runner, ToolCallRunner
 from dspy_bridge.programs.scored_attempts import BestRunner
@@ -81,7 +81,7 @@ def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
     return ComparisonRunner.extra if definition.get("program_type") == "multi_chain_comparison" else ()
 
 
-def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: Models) -> Runner:
+def build(definition: dict[str, Any], signature: type[dspy.Signature], lms: LMs) -> Runner:
     """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
     program_type = definition.get("program_type", "predict")
     if isinstance(program_type, str) and program_type in _GONE:
@@ -111,7 +111,7 @@ def _make(
     signature: type[dspy.Signature],
     chosen: dict[str, Any],
     tools: list[remote_tools.RemoteTool],
-    lms: Models,
+    lms: LMs,
 ) -> Runner:
     kind = _kind(program_type)
     if program_type in ("best_of_n", "refine"):
@@ -174,7 +174,7 @@ def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
 
 
 def _user_module(
-    path: str, signature: type[dspy.Signature], given: dict[str, Any], tools: list[remote_tools.RemoteTool], lms: Models
+    path: str, signature: type[dspy.Signature], given: dict[str, Any], tools: list[remote_tools.RemoteTool], lms: LMs
 ) -> dspy.Module:
     """A user's module, `package.module:Class`: its constructor gets what it has parameters for."""
     allowed = lms.settings.allow_modules

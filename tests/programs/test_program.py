@@ -53,22 +53,22 @@ def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() 
 
 
 @pytest.fixture(scope="module")
-def models() -> dspy_setup.Models:
-    return dspy_setup.Models(Settings({}))
+def models() -> dspy_setup.LMs:
+    return dspy_setup.LMs(Settings({}))
 
 
-def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.Models) -> None:
+def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.LMs) -> None:
     options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
     first = models.pool(options)
     assert models.pool(dict(reversed(options.items()))) is first
     assert models.pool({**options, "temperature": 0.6}) is not first
     for number in range(200):
         models.pool({"model": f"openai/m{number}"})
-    assert len(models._pools) == dspy_setup.MAX_LMS
+    assert models._kept_pool.cache_info().currsize == dspy_setup.MAX_LMS
     assert models.pool(options) is not first
 
 
-def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.Models) -> None:
+def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.LMs) -> None:
     pool = models.pool({"model": "openai/many"})
 
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(
 
 @pytest.mark.parametrize("end", [ValueError, asyncio.CancelledError])
 def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(
-    models: dspy_setup.Models, end: type[BaseException]
+    models: dspy_setup.LMs, end: type[BaseException]
 ) -> None:
     """With lost places each later call would open its own connections."""
     pool = models.pool({"model": "openai/places"})
@@ -94,7 +94,7 @@ def test_a_call_that_fails_or_is_cancelled_gives_its_place_back(
         assert lm is first
 
 
-def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.Models, start_lm: Any) -> None:
+def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.LMs, start_lm: Any) -> None:
     """Not only the first one: each has an open connection to the provider."""
     server = start_lm()
 
@@ -117,7 +117,7 @@ RLM = {"program_type": "rlm", "options": {"sub_lm": {}}}
 
 @pytest.mark.parametrize("kind", [TWO_STEP, RLM], ids=["two_step", "rlm"])
 def test_a_second_lm_of_a_program_that_is_gone_is_closed(
-    models: dspy_setup.Models, start_lm: Any, kind: dict[str, Any]
+    models: dspy_setup.LMs, start_lm: Any, kind: dict[str, Any]
 ) -> None:
     """A two-step adapter or an RLM holds an LM, which keeps its pool alive exactly as long."""
     server = start_lm()
@@ -148,7 +148,7 @@ def test_a_second_lm_of_a_program_that_is_gone_is_closed(
     asyncio.run(use())
 
 
-def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(models: dspy_setup.Models) -> None:
+def test_what_grows_with_every_call_in_dspy_is_off_or_bounded(models: dspy_setup.LMs) -> None:
     assert dspy.settings.disable_history and dspy.settings.trace is None
     assert dspy.cache.memory_cache.maxsize == 10_000 and not dspy.cache.enable_disk_cache
     assert not dspy.settings.warn_on_type_mismatch, "its warnings quote inputs"
