@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dspy_bridge.commands.program_registry import Entry
-    from dspy_bridge.lm.dspy_setup import Models
+    from dspy_bridge.lm.dspy_setup import LMs
     from dspy_bridge.programs.program import Program
     from dspy_bridge.runtime.daemon_threads import DaemonThreads
     from dspy_bridge.runtime.worker_threads import WorkerThreads
@@ -36,7 +36,7 @@ class ProgramLoader:
         self._settings = settings
         self._setup = setup
         self._threads = threads
-        self._models: Models | None = None
+        self._models: LMs | None = None
         # The last failure, and when that was.
         self._setup_failed: tuple[str, float] | None = None
         self._thread: DaemonThreads | None = None
@@ -118,14 +118,14 @@ class ProgramLoader:
             self._gc.freeze()
         return program
 
-    def _load_dspy(self) -> Models:
+    def _load_dspy(self) -> LMs:
         if self._setup_failed is not None and time.monotonic() < self._setup_failed[1] + _RETRY_SECONDS:
             raise SetupFailed(self._setup_failed[0])
         self._setup()
         try:
-            from dspy_bridge.lm.dspy_setup import Models
+            from dspy_bridge.lm.dspy_setup import LMs
 
-            models = Models(self._settings)
+            models = LMs(self._settings)
         except BaseException as error:  # user code and DSPy's own may raise anything
             from dspy_bridge.logs import peer_log
 

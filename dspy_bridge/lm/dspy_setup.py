@@ -35,7 +35,7 @@ MAX_LMS = 64
 _ADAPTERS = dict(zip(ADAPTERS, (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter), strict=True))
 
 
-class Models:
+class LMs:
     """The LMs and adapters of this peer. Created once, on the only thread that may configure DSPy from then on."""
 
     def __init__(self, settings: Settings) -> None:

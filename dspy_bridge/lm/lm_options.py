@@ -63,7 +63,7 @@ _OTHER_LMS = frozenset(("fallbacks", "context_window_fallback_dict", "model_list
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
 _NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
-# `metering/call_records` takes the last one before a `config` comes here.
+# `metering/endings` takes the last one before a `config` comes here.
 _CONFIG_NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
 
 
@@ -74,7 +74,7 @@ _LEAST, _MOST = 1e-6, 1e15
 class LMOptions(NamedTuple):
     """`of_dspy`: keyword arguments of `dspy.LM`; the others are the bridge's own. Times in seconds.
 
-    `supports`: of `CAPABILITIES`; None: what DSPy knows of the model. `key_of`: as of `Asking`.
+    `supports`: of `CAPABILITIES`; None: what DSPy knows of the model. `key_of`: as of `lm_call.Target`.
     """
 
     model: str

@@ -10,7 +10,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
-from dspy_bridge.lm.dspy_setup import Models
+from dspy_bridge.lm.dspy_setup import LMs
 from dspy_bridge.programs import remote_tools, sandbox, scores
 from dspy_bridge.programs.runners import CodeRunner, Runner, ScoredRunner, ToolCallRunner
 from dspy_bridge.signatures import validation_errors
@@ -64,7 +64,7 @@ def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
     return ("completions",) if definition.get("program_type") == "multi_chain_comparison" else ()
 
 
-def build(definition: dict[str, Any], contract: Contract, lms: Models) -> Runner:
+def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
     """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
     signature = contract.signature
     program_type = definition.get("program_type", "predict")
@@ -93,7 +93,7 @@ def _make(
     contract: Contract,
     chosen: dict[str, Any],
     tools: list[remote_tools.RemoteTool],
-    lms: Models,
+    lms: LMs,
 ) -> Runner:
     signature = contract.signature
     # DSPy drops deprecated modules.
@@ -165,7 +165,7 @@ def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
 
 
 def _user_module(
-    path: str, signature: type[dspy.Signature], given: dict[str, Any], tools: list[remote_tools.RemoteTool], lms: Models
+    path: str, signature: type[dspy.Signature], given: dict[str, Any], tools: list[remote_tools.RemoteTool], lms: LMs
 ) -> dspy.Module:
     """A user's module, `package.module:Class`: its constructor gets what it has parameters for."""
     allowed = lms.settings.allow_modules

@@ -32,7 +32,7 @@ class Program:
     `of_dspy`: whether its module is DSPy's own.
     """
 
-    def __init__(self, definition: dict[str, Any], lms: dspy_setup.Models, threads: WorkerThreads) -> None:
+    def __init__(self, definition: dict[str, Any], lms: dspy_setup.LMs, threads: WorkerThreads) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs` or `NotAllowed`."""
         self._lms = lms
         self._threads = threads

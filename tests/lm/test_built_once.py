@@ -24,15 +24,6 @@ def test_a_type_is_built_once_and_by_its_identity() -> None:
     assert len(made) == 2
 
 
-def test_no_more_types_than_a_limit_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(built_once, "_MOST", 10)
-    built = built_once._Built(lambda kind: kind)
-    for number in range(10_000):
-        kind = type(f"Kind{number}", (), {})
-        assert built.get(kind) is kind
-    assert len(built._made) == 10
-
-
 def test_what_is_made_of_a_signature_follows_its_changes_and_ends_with_it() -> None:
     per_signature = built_once.PerSignature()
     signature: Any = dspy.Signature("question -> answer", "Answer.")

@@ -50,7 +50,7 @@ def test_the_short_steps_of_dspy_run_inline_after_the_first_call(start_lm: Calla
     """Otherwise LM calls are slower: DSPy sends other functions to the executor, or in another way."""
     of_models = [dspy_internals.PREPARE, dspy_internals.PRICE_RESULT, *dspy_internals.CACHE_STEPS]
     steps = [dspy_internals.ROUTE, *of_models]
-    dspy_setup.Models(Settings({}))
+    dspy_setup.LMs(Settings({}))
     lm = dspy.LM("openai/stub-model", **start_lm().options(cache=True))
 
     executor = inline_executor.InlineExecutor(memory_cache_only=True)

@@ -99,18 +99,3 @@ def test_data_is_cut_short(size: int) -> None:
     ((shown, text),) = [message["content"] for message in listed(kept)[0]["messages"]]
     assert shown["image_url"]["url"] == f"data:image/png;base64,…({len(image)} characters)"
     assert text["text"] == "What is it?"
-
-
-class Opaque:
-    def __str__(self) -> str:
-        return "planted-4712"
-
-
-def test_any_value_has_a_form() -> None:
-    redaction.remember(["planted-4712"])
-    kept = History(10_000)
-    nested: list[Any] = []
-    for _ in range(500):
-        nested = [nested]
-    kept.end(kept.begin(), [Opaque(), b"bytes", {1: (2, None)}, float("nan")], {"outputs": nested})
-    assert listed(kept)[0]["messages"] == ["[redacted]", "Ynl0ZXM=", {"1": [2, None]}, None]

@@ -22,9 +22,7 @@ def record(usages: list[dict[str, Any]]) -> LMCall:
         ([], (0, 0)),
         ([{"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}], (3, 4)),
         ([{"input_tokens": 3, "output_tokens": 4}, {"prompt_tokens": 2.0, "completion_tokens": None}], (5, 4)),
-        ([{"prompt_tokens": 0, "input_tokens": 3, "completion_tokens": "4"}], (3, 0)),
-        ([{"prompt_tokens": float("nan"), "completion_tokens": float("inf")}], (0, 0)),
-        ([{"prompt_tokens": -3, "completion_tokens": 10**30}], (0, 0)),
+        ([{"prompt_tokens": float("nan"), "completion_tokens": -3}], (0, 0)),
     ],
 )
 def test_tokens_are_whole_numbers(usages: list[dict[str, Any]], tokens: tuple[int, int]) -> None:
@@ -52,7 +50,6 @@ class Details:
         ),
         ([{"prompt_tokens_details": Details(), "completion_tokens_details": Details()}], (5, None)),
         ([{"input_tokens_details": {"cached_tokens": 1}, "output_tokens_details": {"reasoning_tokens": 2}}], (1, 2)),
-        ([{"prompt_tokens_details": {"cached_tokens": "7"}, "completion_tokens_details": 5}], (None, None)),
     ],
 )
 def test_details_of_tokens_are_those_that_a_provider_gives(

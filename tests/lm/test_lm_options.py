@@ -164,42 +164,24 @@ def test_a_config_has_no_option_of_an_lm() -> None:
 
 
 @pytest.mark.parametrize(
-    "same",
+    ("options", "same"),
     [
-        {"model": "hosted_vllm/other", "base_url": "http://here/v1/", "api_key": "sk-1"},
-        {"model": "openai/small", "api_base": "http://here/v1", "api_key": "sk-1", "headers": {"X-Team": "blue"}},
-        {"model": "openai/small", "api_base": "http://here/v1"},
-        {"model": "openai/small"},
+        ({"model": "hosted_vllm/other", "base_url": "http://here/v1/", "api_key": "sk-1"}, True),
+        ({"model": "openai/small", "api_key": "sk-1", "headers": {"X-Team": "blue"}}, True),
+        ({"model": "openai/small"}, True),
+        ({"model": "openai/m", "api_key": "sk-2"}, False),
+        ({"model": "openai/m", "api_base": "http://there/v1"}, False),
+        ({"model": "anthropic/m", "api_key": "sk-1"}, False),
+        ({"model": "openai/m", "headers": {"Authorization": "Bearer sk-3"}}, False),
     ],
 )
 def test_limits_are_of_a_server_and_a_key_however_they_are_named(
-    monkeypatch: pytest.MonkeyPatch, same: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], same: bool
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     monkeypatch.setenv("OPENAI_API_BASE", "http://here/v1/")
     wanted = servers.limited_account({"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"})
-    assert servers.limited_account(same) == wanted
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-2"},
-        {"model": "openai/m", "api_base": "http://there/v1", "api_key": "sk-1"},
-        {"model": "openai/m", "api_key": "sk-1"},
-        {"model": "anthropic/m", "api_key": "sk-1"},
-        {
-            "model": "openai/m",
-            "api_base": "http://here/v1",
-            "api_key": "sk-1",
-            "headers": {"Authorization": "Bearer sk-3"},
-        },
-    ],
-)
-def test_limits_of_another_server_or_key_are_others(other: dict[str, Any]) -> None:
-    first = {"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"}
-    assert servers.limited_account(other) != servers.limited_account(first)
-    assert servers.limited_account({"model": "anthropic/m"}) != servers.limited_account({"model": "openai/m"})
+    assert (servers.limited_account(options) == wanted) == same
 
 
 @pytest.mark.parametrize(

@@ -58,17 +58,6 @@ def test_the_option_to_set_if_it_is_not_what_is_known(
     assert found == {**{name: name in honoured for name in BOTH}, "supports": supports}
 
 
-def test_a_server_that_refuses_both_is_asked_without(start_lm: Any) -> None:
-    def answer(request: dict[str, Any]) -> Answer:
-        refused = {"response_format", "tools"} & request.keys()
-        return (400, {"error": {"message": f"what is {refused}?"}}) if refused else "Hello!"
-
-    server = start_lm(answer)
-    found = ask(server)
-    assert (found["response_schema"], found["function_calling"], found["supports"]) == (False, False, None)
-    assert len(server.requests) == 3
-
-
 @pytest.mark.parametrize(
     ("status", "kind", "requests"),
     [

@@ -75,18 +75,6 @@ class Waiter:
         self.world.gate.advance()
 
 
-def test_tokens_of_an_answer_may_bring_debt_for_which_the_next_request_waits() -> None:
-    world = World()
-    gate = world.gate.lane(Limits(tokens_per_minute=600))
-    world.ask(gate).leave()
-    world.spend(900, gate)
-    world.ask(gate)
-    world.pass_time(30)
-    assert world.states() == ["left", "waiting"]
-    world.pass_time(1)
-    assert world.states() == ["left", "sent"]
-
-
 @pytest.mark.parametrize(
     ("limits", "within", "text"),
     [

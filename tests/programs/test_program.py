@@ -47,11 +47,11 @@ def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() 
 
 
 @pytest.fixture(scope="module")
-def models() -> dspy_setup.Models:
-    return dspy_setup.Models(Settings({}))
+def models() -> dspy_setup.LMs:
+    return dspy_setup.LMs(Settings({}))
 
 
-def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.Models, start_lm: Any) -> None:
+def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.LMs, start_lm: Any) -> None:
     """Not only the first one: each has an open connection to the provider."""
     server = start_lm()
 
@@ -81,18 +81,18 @@ def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> Non
             assert not others.use_native_function_calling
 
 
-def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.Models) -> None:
+def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.LMs) -> None:
     options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
     first = models.pool(options)
     assert models.pool(dict(reversed(options.items()))) is first
     assert models.pool({**options, "temperature": 0.6}) is not first
     for number in range(200):
         models.pool({"model": f"openai/m{number}"})
-    assert len(models._pools) == dspy_setup.MAX_LMS
+    assert models._kept_pool.cache_info().currsize == dspy_setup.MAX_LMS
     assert models.pool(options) is not first
 
 
-def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.Models) -> None:
+def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.LMs) -> None:
     pool = models.pool({"model": "openai/many"})
 
     for _ in range(2):

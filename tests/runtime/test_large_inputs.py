@@ -64,7 +64,7 @@ def streamed(
     """The outputs, the stream items, and the threads of each step."""
     server, watch = LMServer(lambda _request: chat(reasoning="r", answer="Paris")), Threads()
 
-    lms, given = dspy_setup.Models(Settings(settings)), Size(size)
+    lms, given = dspy_setup.LMs(Settings(settings)), Size(size)
 
     async def main() -> Any:
         program = Program({"lm": {"model": "openai/m", **server.options()}, **definition}, lms, WorkerThreads())

@@ -132,13 +132,3 @@ def test_a_long_answer_in_small_pieces_takes_time_in_proportion(name: str) -> No
         list(reading.feed(begin))
         for _ in range(100_000):
             list(reading.feed(filling))
-
-
-def test_a_tag_of_usual_length_is_waited_for_and_one_without_end_is_not() -> None:
-    usual, endless = f"<first a='{'x' * 500}'>", f"<first a='{'x' * 5000}'>"
-    assert read(XMLReader, list(f"{usual}text</first>"))["first"] == "text"
-    assert read(XMLReader, list(f"{endless}text</first>"))["first"] == ""
-    long = "words, 😀 & words\n\n" * 1000 + "end"
-    for size in (1, 3, 5000):
-        answer = f"<first>{long.replace('&', '&amp;')}</first>"
-        assert read(XMLReader, [answer[at : at + size] for at in range(0, len(answer), size)])["first"] == long

@@ -93,13 +93,14 @@ def asking_again(kind: Any) -> Any:
     return kind
 
 
+def _attempts() -> Attempts | None:
+    """How the call that begins asks again; None if it does not, or is part of another one that does."""
+    attempts: Attempts | None = lm_call.run().attempts
+    return attempts if _call.get() is None else None
+
+
 @contextmanager
-def _calling() -> Iterator[_Call | None]:
-    """The call that begins; None if nothing is asked again, or if it is part of another one."""
-    attempts = lm_call.run().attempts
-    if attempts is None or _call.get() is not None:
-        yield None
-        return
+def _calling(attempts: Attempts) -> Iterator[_Call]:
     call = _Call(attempts)
     token = _call.set(call)
     try:
@@ -112,12 +113,14 @@ def _sync(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def asked(self: Any, lm: Any, lm_kwargs: Any, *args: Any, **rest: Any) -> Any:
         event_loop.refuse_sync_call()
-        with _calling() as call:
+        if (attempts := _attempts()) is None:
+            return method(self, lm, lm_kwargs, *args, **rest)
+        with _calling(attempts) as call:
             while True:
                 try:
                     return method(self, lm, dict(lm_kwargs), *args, **rest)
                 except Exception as error:
-                    if call is None or not call.again(type(self), error):
+                    if not call.again(type(self), error):
                         raise
 
     return asked
@@ -126,12 +129,14 @@ def _sync(method: Callable[..., Any]) -> Callable[..., Any]:
 def _async(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def asked(self: Any, lm: Any, lm_kwargs: Any, *args: Any, **rest: Any) -> Any:
-        with _calling() as call:
+        if (attempts := _attempts()) is None:
+            return await method(self, lm, lm_kwargs, *args, **rest)
+        with _calling(attempts) as call:
             while True:
                 try:
                     return await method(self, lm, dict(lm_kwargs), *args, **rest)
                 except Exception as error:
-                    if call is None or not call.again(type(self), error):
+                    if not call.again(type(self), error):
                         raise
                 await asyncio.sleep(0)  # what was said goes first
 

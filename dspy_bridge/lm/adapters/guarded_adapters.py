@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import dspy
@@ -69,6 +69,8 @@ class _Cleaning:
     """
 
     strict = True
+    # Splits an answer into the names and values of its fields.
+    _sections: Callable[[str], Iterable[tuple[str, Any]]]
     # Whether text that was formatted before (an agent's trajectory) is cleaned once more.
     _formatted_is_cleaned = False
 
@@ -95,6 +97,12 @@ class _Cleaning:
         outputs = _cleaned(signature.output_fields, outputs, self._clean_output)
         return super().format_assistant_message_content(signature, outputs, *args, **options)  # type: ignore[misc]
 
+    def parse(self, signature: Signature, completion: str) -> Any:
+        fields = super().parse(signature, completion)  # type: ignore[misc]
+        if self.strict:
+            _refuse_contradictions(signature.output_fields, self._sections(completion))
+        return fields
+
 
 @corrections.asking_again
 @_callbacks_once
@@ -105,11 +113,7 @@ class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy sh
     def _clean_output(self, text: str) -> str:
         return field_markers.without_headers(text)
 
-    def parse(self, signature: Signature, completion: str) -> Any:
-        fields = super().parse(signature, completion)
-        if self.strict:
-            _refuse(_contradicted(signature, completion))
-        return fields
+    _sections = staticmethod(field_markers.headed)
 
 
 @corrections.asking_again
@@ -129,8 +133,8 @@ class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
             counts = Counter(name for name, _ in found)
             outputs = signature.output_fields.items()
             once = {name for name, info in outputs if counts[name] > 1 and not _is_list(info.annotation)}
-            _refuse(field_markers.contradicted(pair for pair in found if pair[0] in once))
-        return super().parse(signature, completion)
+            _refuse_contradictions(once, found)
+        return dspy.XMLAdapter.parse(self, signature, completion)
 
 
 @corrections.asking_again
@@ -138,11 +142,7 @@ class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
 class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
     """JSON quotes text, so text begins no field; only a key may come twice."""
 
-    def parse(self, signature: Signature, completion: str) -> Any:
-        fields = super().parse(signature, completion)
-        if self.strict:
-            _refuse(_contradicted_json(signature, completion))
-        return fields
+    _sections = staticmethod(field_markers.keyed)
 
 
 def _guarded_fallback(self: Any) -> dspy.Adapter:
@@ -162,22 +162,11 @@ _GUARDED: dict[type, Any] = {
 }
 
 
-def _refuse(name: str | None) -> None:
+def _refuse_contradictions(fields: Collection[str], sections: Iterable[tuple[str, Any]]) -> None:
+    # An empty `completed` ends an answer in chat, also if a field has that name.
+    name = field_markers.contradicted(pair for pair in sections if pair[0] in fields and pair != ("completed", ""))
     if name is not None:
         raise OutputInvalid(f"the LM's answer did not fit the signature: it has {name} twice, with different values")
-
-
-def _contradicted(signature: Signature, completion: str) -> str | None:
-    fields = signature.output_fields
-    # An empty `completed` ends the answer, also if a field has that name.
-    sections = (pair for pair in field_markers.headed(completion) if pair[0] in fields and pair != ("completed", ""))
-    return field_markers.contradicted(sections)
-
-
-def _contradicted_json(signature: Signature, completion: str) -> str | None:
-    return field_markers.contradicted(
-        pair for pair in field_markers.keyed(completion) if pair[0] in signature.output_fields
-    )
 
 
 def _is_list(annotation: Any) -> bool:

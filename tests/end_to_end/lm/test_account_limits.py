@@ -137,25 +137,6 @@ def test_cached_answers_count_for_nothing(start_lm: Any) -> None:
     assert len(server.requests) == 1
 
 
-def test_limits_belong_to_the_server_and_the_key(start_lm: Any) -> None:
-    """Another key, or another server, is another account; who inherits nothing is not limited, but counts."""
-    server, other = start_lm(), start_lm()
-    with Peer(env=lm_env(server, requests_per_minute=1)) as peer:
-        peer.call("create_program", QA)
-        same = {"model": "openai/same", "cache": False}
-        assert peer.call("execute_program", {**ASK, "lm": {**same, "inherit": False, **server.options()}})["success"]
-        assert peer.call("execute_program", {**ASK, "lm": {**same, "inherit": False, **server.options()}})["success"]
-        assert peer.call("execute_program", ASK, timeout_ms=5000)["error_type"] == "overloaded"
-        assert peer.call("execute_program", {**ASK, "lm": same}, timeout_ms=5000)["error_type"] == "overloaded"
-        own = {**same, "api_key": "sk-own-0001"}
-        assert peer.call("execute_program", {**ASK, "lm": own}, timeout_ms=5000)["success"]
-        assert peer.call("execute_program", {**ASK, "lm": own}, timeout_ms=5000)["error_type"] == "overloaded"
-        there = {**same, "api_base": other.url}
-        for _ in range(2):
-            assert peer.call("execute_program", {**ASK, "lm": there}, timeout_ms=5000)["success"]
-    assert (len(server.requests), len(other.requests)) == (3, 2)
-
-
 @ENGINES
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_holds_all_calls_of_the_account_once(start_lm: Any, engine: dict[str, Any], status: int) -> None:

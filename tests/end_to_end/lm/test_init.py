@@ -65,14 +65,6 @@ class FailingAdapter(dspy.ChatAdapter):
         fail(completion)
         return {"answer": completion}
 
-class Own(dspy.Module):
-    def __init__(self, signature):
-        super().__init__()
-        self.predict = dspy.Predict(signature)
-    async def aforward(self, question):
-        return await self.predict.acall(question=question)
-
-
 def failing_adapter():
     dspy.configure(adapter=FailingAdapter())
 """
@@ -153,20 +145,6 @@ def test_an_lm_of_user_code_answers_and_streams(start: Callable[..., Peer], star
     assert reply["result"] == {"answer": "Paris, in France", "rationale": "It is known."}, reply
     assert {frame["field"]: frame["chunk"] for frame in frames} == reply["result"]
     assert reply["meta"]["lm_calls"] == 1
-
-
-def test_a_module_of_user_code_cannot_pass_settings_of_the_connection_to_an_lm_of_user_code(
-    start: Callable[..., Peer], start_lm: Any
-) -> None:
-    server = start_lm(chat(answer="Paris"))
-    peer = start("own_lm", OWN=json.dumps(server.options()), DSPY_BRIDGE_ALLOW_MODULES="host")
-    own = {**QA, "program_type": "host:Own", "config": {"timeout": 30, "temperature": 0.5}}
-    assert peer.call("create_program", own)["success"]
-    reply = peer.call("execute_program", ASK)
-    assert reply["error_type"] == "invalid_args"
-    assert reply["error"] == "config: timeout: set in the LM by your DSPY_BRIDGE_INIT, or give an lm"
-    lm = {"model": "openai/hosts", **server.options()}
-    assert peer.call("execute_program", {**ASK, "lm": lm})["result"] == {"answer": "Paris"}
 
 
 def test_after_an_init_that_raises_executes_say_so_too(start: Callable[..., Peer]) -> None:

@@ -91,18 +91,6 @@ def test_every_adapter_and_that_of_two_steps(start_lm: Any) -> None:
     assert FORMATS["json"] in second["messages"][-1]["content"], "it reads what the first one wrote"
 
 
-def test_adapters_that_there_are_not(echo_peer: Peer) -> None:
-    two_step = {"name": "two_step", "extraction_model": {"model": "openai/x"}}
-    for adapter in (
-        "two_step", "baml", 5, [], {}, {"name": "chat"}, {"name": "two_step"}, {"name": "two_step", "more": 1},
-        {**two_step, "extraction_model": 5}, {**two_step, "extraction_model": {}}, {**two_step, "more": 1},
-        {**two_step, "extraction_model": {"model": "openai/x", "num_retries": -1}},
-    ):  # fmt: skip
-        reply = echo_peer.call("create_program", {**QA, "adapter": adapter})
-        assert reply["error_type"] == "invalid_args", (adapter, reply)
-        assert "adapter" in reply["error"] or "lm" in reply["error"]
-
-
 def test_a_key_that_nobody_gave_is_the_environments(start_lm: Any) -> None:
     """By provider, as DSPy looks for it, for the peer's own LM; one that was given wins."""
     server = start_lm()

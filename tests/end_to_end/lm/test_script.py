@@ -70,18 +70,6 @@ def test_as_the_peers_lm_all_programs_share_its_list() -> None:
         assert peer.finish() == (0, b"", "")
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_it_streams(echo_peer: Peer, adapter: str) -> None:
-    create(echo_peer, [{"answer": "one two three", "certain": True}], adapter=adapter)
-    asked = {"program_id": "qa", "inputs": {"question": "Why?"}}
-    id = echo_peer.request("execute_program", asked, stream=True)
-    chunks = []
-    while "stream" in (frame := echo_peer.receive()):
-        chunks.append(frame["stream"]["chunk"])
-    assert frame["id"] == id and frame["result"]["answer"] == "one two three" == "".join(chunks)
-    assert len(chunks) == 3
-
-
 def test_steps_of_a_react(echo_peer: Peer) -> None:
     """A step may leave out what it does not need."""
     steps = [

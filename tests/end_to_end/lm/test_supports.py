@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -63,17 +62,6 @@ def test_it_belongs_to_the_model_and_overrules_dspys_table(start_lm: Any) -> Non
         for lm, _ in cases:
             execute(peer, lm={**lm, "cache": False})
     assert formats(server) == [wanted for _, wanted in cases]
-
-
-@pytest.mark.parametrize("kind", ["dict[str, int]", "list[dict[str, int]]"])
-def test_free_form_maps_are_asked_for_in_json_mode(start_lm: Any, kind: str) -> None:
-    """As by DSPy, and where they are inside another type, of which DSPy would allow an empty object only."""
-    value: Any = {"a": 1} if kind.startswith("dict") else [{"a": 1}]
-    server = start_lm(json.dumps({"counts": value}))
-    program = {**SORT, "signature": f"text -> counts: {kind}"}
-    with shared_peer(env=lm_env(server, **SCHEMA)) as peer:
-        assert execute(peer, program, fallbacks=1) == {"counts": value}
-    assert formats(server) == ["json_object"]
 
 
 def test_a_server_that_refuses_the_schema_is_an_error_with_its_words(start_lm: Any) -> None:

@@ -16,8 +16,7 @@ from lm_server import Answer, LMServer, chat, pieces
 from peer import PATIENCE, ROOT, Peer
 
 HOST = '''
-import asyncio, dspy
-from dspy.streaming.messages import sync_send_to_stream
+import dspy
 
 class TwoSteps(dspy.Module):
     """A draft, then the answer: both write the program's output."""
@@ -36,13 +35,6 @@ class Sync(dspy.Module):
     def forward(self, question):
         draft = self.inner.draft(question=question).answer
         return self.inner.last(question=question, draft=draft)
-
-
-class Says(dspy.Module):
-    async def aforward(self, question):
-        await dspy.settings.send_stream.send(dspy.streaming.StatusMessage("thinking"))
-        sync_send_to_stream(dspy.settings.send_stream, dspy.streaming.StatusMessage("in sync"))
-        return dspy.Prediction(answer=question)
 '''
 
 Frames = list[dict[str, Any]]
@@ -341,10 +333,3 @@ def test_a_deadline_in_mid_stream_closes_the_lms_request(stage: Stage) -> None:
     assert joined(frames) == {"answer": "Par"}
     assert reply["error_type"] == "timeout" and reply["meta"]["lm_calls"] == 1 and reply["meta"]["cache_hits"] == 0
     assert stage.server.closed_by_client.acquire(timeout=PATIENCE)
-
-
-def test_a_module_tells_status_messages_of_its_own(stage: Stage) -> None:
-    """With DSPy's means: `send_stream`, and its helper for sync code."""
-    frames, reply = stage.run(stage.create("host:Says"))
-    assert reply["success"], reply
-    assert frames == [{"status": "thinking"}, {"status": "in sync"}, {"field": "answer", "chunk": "Where?"}]

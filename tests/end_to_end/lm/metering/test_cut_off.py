@@ -95,15 +95,6 @@ def test_the_text_has_the_limit_that_was_in_effect(make: Any, way: dict[str, Any
     assert "was cut off at max_tokens, of which none was set: at the limit of the LM;" in error
 
 
-def test_a_cached_answer_that_was_cut_off_is_refused_again(make: Any) -> None:
-    peer, server = make(Ended(CUT["chat"]), {"cache": True, "max_tokens": 31})
-    for hits in (0, 1):
-        reply = peer.call("execute_program", ASK, meta=True)
-        assert reply["error_type"] == "output_invalid" and "(31)" in reply["error"]
-        assert (reply["meta"]["cache_hits"], reply["meta"]["finish_reasons"]) == (hits, ["length"])
-    assert len(server.requests) == 1
-
-
 @pytest.mark.parametrize("step", [0, 1], ids=["the step", "the answer"])
 def test_an_agent_ends_with_a_step_that_was_cut_off(make: Any, step: int) -> None:
     """What it would do next is unknown, so it neither calls a tool nor goes on."""
