@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dspy_bridge.commands import batch
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -19,8 +21,6 @@ async def run(
     A result that failed has the score 0. Without inputs the mean is None. Raises `ToolFailed` as soon as the metric
     fails, `LMFailed` or `LMNotConfigured` if an LM refuses the key, as it would for all.
     """
-    # It imports asyncio, for which no ping waits.
-    from dspy_bridge.commands import batch
     from dspy_bridge.programs.scores import mean
 
     metric, examples = await program.metric(args["metric"], args["inputs"], args.get("expected"), call)
